@@ -1,0 +1,67 @@
+"""What the shared loop needs of a model: run one ragged step over paged KV, and show the bytes of a block."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from engines.base import EngineInfo, SamplingParams, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSpec:
+    """Sample after the slice's last token. `indices`: which completions of the request draw here (several after an
+    unforked prompt, n > 1). `prompt` and `output` are what the penalties look at; `len(output)` is the position."""
+
+    params: SamplingParams
+    indices: tuple[int, ...]
+    prompt: Sequence[int]
+    output: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class StepSlice:
+    """New tokens of one sequence: `token_ids[i]` stands at position `start + i`; the KV of positions before `start` is in
+    the blocks already. Position p lives in `block_table[p // block_size]` at row `p % block_size`."""
+
+    token_ids: Sequence[int]
+    start: int
+    block_table: Sequence[int]
+    sample: SampleSpec | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One drawn token."""
+
+    token_id: int
+    logprob: TokenLogprob | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """`samples[i]`: one a requested index of slice i's SampleSpec, in order; empty where it had none."""
+
+    samples: list[list[Sampled]] = field(default_factory=list)
+
+
+class ModelRunner(Protocol):
+    """A model over `num_blocks` blocks of KV. One `execute` at a time."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    async def execute(self, slices: Sequence[StepSlice]) -> StepOutput:
+        """Run one step: at least one slice, each with at least one token. Writes the slices' KV into their blocks."""
+        ...
+
+    def block_view(self, block_id: int) -> memoryview:
+        """The bytes of one block, writable, contiguous, always at the same address. Whole blocks are opaque to callers."""
+        ...
+
+    def copy_block(self, source: int, target: int) -> None:
+        """Copy a block (a fork's partial last block)."""
+        ...
+
+    async def aclose(self) -> None:
+        """Release model and memory."""
+        ...

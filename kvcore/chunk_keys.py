@@ -1,0 +1,56 @@
+"""Chunk keys: the name under which the KV of one chunk of tokens is stored.
+
+A key is the first 16 bytes of a SHA-256 over the parent key and the chunk's token ids, so it stands for the whole
+prefix up to the chunk's end. The root binds it to the KV's provenance (`KVSpec.fingerprint`) and to a tenant's salt:
+two tenants, two weights or two layouts never share a key.
+
+    root  = SHA256(b"kvferry.chunk.v1" || fingerprint[16] || u32le(len(salt)) || salt)[:16]
+    key_i = SHA256(key_{i-1} || u32le(token) * chunk_tokens)[:16]
+
+The published test vector is in `tests/unit/test_chunk_keys.py` and docs/wire-formats.md: another implementation is right if
+it gives the same bytes. Never Python's `hash()`, which differs between processes.
+"""
+
+import array
+import sys
+from collections.abc import Sequence
+from hashlib import sha256
+
+from kvcore.types import ChunkKey
+
+KEY_BYTES = 16
+_DOMAIN = b"kvferry.chunk.v1"
+
+
+def root_key(fingerprint: bytes, salt: bytes = b"") -> ChunkKey:
+    """The parent of the first chunk. `fingerprint` is 16 bytes, `salt` any length (empty: shared by all)."""
+    if len(fingerprint) != KEY_BYTES:
+        raise ValueError(f"a fingerprint has {KEY_BYTES} bytes, got {len(fingerprint)}")
+    return ChunkKey(
+        sha256(_DOMAIN + fingerprint + len(salt).to_bytes(4, "little") + salt).digest()[:KEY_BYTES]
+    )
+
+
+def chunk_keys(root: ChunkKey, token_ids: Sequence[int], chunk_tokens: int) -> list[ChunkKey]:
+    """Keys of all full chunks of `token_ids`, in order; a rest shorter than `chunk_tokens` has no key.
+
+    Token ids lie in [0, 2**32). Raises OverflowError for others.
+    """
+    packed = array.array("I", token_ids)
+    if packed.itemsize != 4:  # a platform whose C int is not 32 bits wide
+        packed = array.array("L", token_ids)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    raw = packed.tobytes()
+    step = 4 * chunk_tokens
+    keys: list[ChunkKey] = []
+    parent: bytes = root
+    for start in range(0, len(raw) - step + 1, step):
+        parent = sha256(parent + raw[start : start + step]).digest()[:KEY_BYTES]
+        keys.append(ChunkKey(parent))
+    return keys
+
+
+def usable_chunks(num_tokens: int, chunk_tokens: int) -> int:
+    """How many leading chunks of a prompt a cache may serve: at least one token is left to compute, for its logits."""
+    return max(0, num_tokens - 1) // chunk_tokens

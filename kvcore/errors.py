@@ -1,0 +1,161 @@
+"""The one error tree of kvferry.
+
+Every failure that crosses a package boundary is one of these. A class says once whether a retry elsewhere can
+help (`retryable`), which HTTP status it becomes (`http_status`) and its machine-readable `code`. Third-party errors are
+translated where the third party is called. Expected outcomes (a miss, a full segment) are values, never errors.
+"""
+
+from typing import ClassVar
+
+
+class KVFerryError(Exception):
+    """Base of the tree. `message` names the thing, the place and what to do."""
+
+    retryable: ClassVar[bool] = False
+    http_status: ClassVar[int] = 500
+    code: ClassVar[str] = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class ConfigError(KVFerryError):
+    """A configuration file, an override or a machine that cannot run what the configuration asks for."""
+
+    code = "config_error"
+
+
+class ModelLoadError(ConfigError):
+    """The model folder is missing, incomplete or corrupt, or of an unsupported architecture."""
+
+    code = "model_load_error"
+
+
+# --- what a client sent us -------------------------------------------------------------------------------------
+
+
+class InvalidRequestError(KVFerryError):
+    """The request is wrong and would be wrong again: `param` names the offending field."""
+
+    http_status = 400
+    code = "invalid_request_error"
+
+
+class ContextLengthError(InvalidRequestError):
+    """Prompt plus completion do not fit the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class ModelNotFoundError(InvalidRequestError):
+    """The named model is not served here."""
+
+    http_status = 404
+    code = "model_not_found"
+
+
+class PayloadTooLargeError(InvalidRequestError):
+    """The request body is over the configured bound."""
+
+    http_status = 413
+    code = "payload_too_large"
+
+
+# --- the state of the system -----------------------------------------------------------------------------------
+
+
+class OverloadedError(KVFerryError):
+    """No room now: a queue, a pool or a cache is at its configured bound. Retry later or elsewhere."""
+
+    retryable = True
+    http_status = 503
+    code = "overloaded"
+
+
+class DeadlineExceededError(KVFerryError):
+    """The time that the caller gave ran out."""
+
+    retryable = True
+    http_status = 504
+    code = "deadline_exceeded"
+
+
+class CancelledByPeerError(KVFerryError):
+    """The request was aborted by its owner while it was running."""
+
+    http_status = 499
+    code = "cancelled"
+
+
+class NodeUnavailableError(KVFerryError):
+    """A node refused the connection, closed it early or is draining: another node can serve the request."""
+
+    retryable = True
+    http_status = 503
+    code = "node_unavailable"
+
+
+class EngineDiedError(NodeUnavailableError):
+    """The engine's process ended while it held the request."""
+
+    code = "engine_died"
+
+
+class EngineError(KVFerryError):
+    """The engine failed on this request (not the engine as a whole)."""
+
+    retryable = True
+    http_status = 500
+    code = "engine_error"
+
+
+class MetadataUnavailableError(KVFerryError):
+    """The metadata server did not answer in time or not at all. Callers go on without the cache."""
+
+    retryable = True
+    http_status = 503
+    code = "metadata_unavailable"
+
+
+class MetadataProtocolError(KVFerryError):
+    """The metadata server or its caller said something that the protocol does not allow."""
+
+    http_status = 400
+    code = "metadata_protocol_error"
+
+
+# --- moving bytes ----------------------------------------------------------------------------------------------
+
+
+class TransferError(KVFerryError):
+    """Bytes did not move, or not all of them. Nothing may be assumed about the target range."""
+
+    retryable = True
+    http_status = 503
+    code = "transfer_error"
+
+
+class PeerUnreachableError(TransferError):
+    """The peer refuses connections or its connection broke."""
+
+    code = "peer_unreachable"
+
+
+class TransferTimeoutError(TransferError):
+    """The peer did not finish the batch in time."""
+
+    code = "transfer_timeout"
+
+
+class SegmentUnknownError(TransferError):
+    """The peer does not (any longer) hold the segment, or the range lies outside of it."""
+
+    code = "segment_unknown"
+
+
+class TransferProtocolError(TransferError):
+    """The peer sent what the wire format forbids: a lie, a truncation or another version."""
+
+    code = "transfer_protocol_error"

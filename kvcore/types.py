@@ -1,0 +1,94 @@
+"""The words of kvferry, as frozen values. Every package speaks in these; none of them has behaviour beyond derivation."""
+
+from enum import StrEnum
+from hashlib import sha256
+from typing import NewType
+
+import msgspec
+
+ChunkKey = NewType("ChunkKey", bytes)
+"""16 bytes naming the KV of a chunk and all before it; see `kvcore.chunk_keys`."""
+
+
+class Role(StrEnum):
+    """What a node does."""
+
+    PREFILLER = "prefiller"
+    DECODER = "decoder"
+    STORE = "store"
+    """Memory without an engine."""
+
+
+class KVSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What makes two KV caches interchangeable. Equal specs: each can use the other's bytes."""
+
+    model_id: str
+    weights_digest: str
+    """Hex digest over the weight files."""
+    tokenizer_digest: str
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+    """Of the KV, e.g. `float32`."""
+    attention: str
+    """Canonical text of the rope and attention settings that K and V depend on."""
+    layout_id: str
+    """How the payload's bytes are ordered, e.g. `paged.L2BHD.b64` (see docs/wire-formats.md)."""
+    chunk_tokens: int
+    chunk_bytes: int
+    """Payload of one full chunk in bytes, without its header."""
+    tp_rank: int = 0
+    tp_size: int = 1
+
+    @property
+    def fingerprint(self) -> bytes:
+        """16 bytes: digest over every field, by name, in sorted order."""
+        return sha256(b"kvferry.spec.v1" + msgspec.json.encode(self, order="sorted")).digest()[:16]
+
+
+class Segment(msgspec.Struct, frozen=True, kw_only=True):
+    """A registered memory region on a node that others read and write one-sidedly."""
+
+    id: str
+    """Unique for ever: `<node id>.<incarnation in hex>`."""
+    node_id: str
+    size_bytes: int
+    host_id: str
+    """Equal on two nodes iff they can map each other's memory."""
+    addresses: dict[str, str]
+    """Transport name -> how to reach the segment by it (`shm`, `tcp`, `ucx`, `inproc`)."""
+
+
+class NodeInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """A node as it announces itself. A restart has a higher `incarnation` and its old replicas are dead."""
+
+    id: str
+    role: Role
+    control_url: str
+    incarnation: int
+    fingerprint: bytes = b""
+    """Of the engine's KVSpec; empty for a node without an engine."""
+
+
+class ReplicaRef(msgspec.Struct, frozen=True, kw_only=True):
+    """Where one complete (or, to its writer, reserved) copy of a chunk lies."""
+
+    id: int
+    """Unique within one epoch of the metadata server."""
+    key: ChunkKey
+    segment_id: str
+    offset: int
+    length: int
+    """Header and payload, bytes."""
+    generation: int
+    """Written in the chunk's header; grows with every reservation, across restarts of the metadata server too."""
+
+
+class Route(msgspec.Struct, frozen=True, kw_only=True):
+    """The chosen nodes of one request and why."""
+
+    prefiller: str | None
+    decoder: str
+    expected_cached_tokens: int
+    reason: str

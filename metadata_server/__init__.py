@@ -1,0 +1,4 @@
+"""Knows which chunk lies where: nodes with leases, segments with allocators, objects, replicas, read leases.
+
+Owns the index, allocation and eviction. Never touches KV bytes. Outsiders import `client` and `messages` only.
+"""

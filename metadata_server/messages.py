@@ -1,0 +1,234 @@
+"""Wire messages of the metadata server, protocol version 1 (docs/wire-formats.md).
+
+Every body is msgpack (`application/msgpack`) or the same structure as JSON (`application/json`, keys base64). All
+endpoints are batched and answer per item: an expected outcome is a value.
+"""
+
+from enum import StrEnum
+
+import msgspec
+
+from kvcore.types import ChunkKey, NodeInfo, ReplicaRef, Segment
+
+
+class _Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    pass
+
+
+class ManifestEntry(_Message, kw_only=True):
+    """A chunk that a node found in its own segment by its header (see `kvstore.manifest`)."""
+
+    key: ChunkKey
+    offset: int
+    length: int
+    generation: int
+
+
+class SegmentManifest(_Message, kw_only=True):
+    """A segment and what lies in it, newest generation first; entries that overlap a newer one are refused."""
+
+    segment: Segment
+    entries: list[ManifestEntry] = []
+
+
+class RegisterRequest(_Message, kw_only=True):
+    """A node joins, or re-joins with the same incarnation after the metadata server lost it."""
+
+    node: NodeInfo
+    segments: list[SegmentManifest] = []
+    ttl_s: float
+
+
+class RegisterReply(_Message, kw_only=True):
+    """`epoch` identifies this life of the metadata server."""
+
+    epoch: str
+    imported: int
+    refused: int
+
+
+class HeartbeatRequest(_Message, kw_only=True):
+    """Renews the node's lease."""
+
+    node_id: str
+    incarnation: int
+
+
+class HeartbeatReply(_Message, kw_only=True):
+    """`known` false: register again, with manifests."""
+
+    epoch: str
+    known: bool
+
+
+class LeaveRequest(_Message, kw_only=True):
+    """A node goes in good order: its replicas and reservations are dropped at once."""
+
+    node_id: str
+    incarnation: int
+
+
+class MatchRequest(_Message, kw_only=True):
+    """Longest prefix of `keys` with a complete replica each. `lease_s` > 0 protects them from eviction meanwhile."""
+
+    keys: list[ChunkKey]
+    lease_s: float = 0.0
+
+
+class WaitRequest(_Message, kw_only=True):
+    """As MatchRequest, but answered only when more than `more_than` leading keys are complete, or after `timeout_s`."""
+
+    keys: list[ChunkKey]
+    more_than: int = 0
+    timeout_s: float
+    lease_s: float = 0.0
+
+
+class MatchReply(_Message, kw_only=True):
+    """`replicas[i]`: the complete replicas of `keys[i]`, for the longest prefix that has any. `lease_id` 0: no lease."""
+
+    replicas: list[list[ReplicaRef]]
+    lease_id: int = 0
+
+
+class ReleaseRequest(_Message, kw_only=True):
+    """Give read leases back. Unknown ids are ignored: they have expired."""
+
+    lease_ids: list[int]
+
+
+class ReserveItem(_Message, kw_only=True):
+    """A chunk that the writer is about to write; `length` with its header."""
+
+    key: ChunkKey
+    length: int
+
+
+class ReserveRequest(_Message, kw_only=True):
+    """Room for chunks. A reservation dies with its writer, or after `ttl_s`, unless committed."""
+
+    node_id: str
+    """The writer."""
+    incarnation: int
+    items: list[ReserveItem]
+    prefer_segment: str | None = None
+    ttl_s: float
+
+
+class ReserveStatus(StrEnum):
+    """What became of one ReserveItem."""
+
+    GRANTED = "granted"
+    EXISTS = "exists"
+    """A complete replica is there: nothing to write."""
+    BUSY = "busy"
+    """As many writers as are allowed are writing it now."""
+    FULL = "full"
+    """No segment has room, even after eviction: do without."""
+
+
+class ReserveOutcome(_Message, kw_only=True):
+    """`replica` is set iff `status` is GRANTED."""
+
+    status: ReserveStatus
+    replica: ReplicaRef | None = None
+
+
+class ReserveReply(_Message, kw_only=True):
+    """One outcome an item, in order."""
+
+    outcomes: list[ReserveOutcome]
+
+
+class ReplicaIds(_Message, kw_only=True):
+    """Body of commit and abort: ids from a ReserveReply."""
+
+    node_id: str
+    incarnation: int
+    replica_ids: list[int]
+
+
+class CommitReply(_Message, kw_only=True):
+    """`committed[i]` false: the reservation had expired or its segment is gone; what was written there is not a chunk."""
+
+    committed: list[bool]
+
+
+class QuarantineReason(StrEnum):
+    """Why a reader refused a replica."""
+
+    CHECKSUM = "checksum"
+    STALE = "stale"
+    FOREIGN = "foreign"
+    MALFORMED = "malformed"
+    UNREACHABLE = "unreachable"
+
+
+class QuarantineItem(_Message, kw_only=True):
+    """A replica that a reader refused. It is dropped if it still has this generation."""
+
+    replica: ReplicaRef
+    reason: QuarantineReason
+
+
+class QuarantineRequest(_Message, kw_only=True):
+    """Body of /v1/objects/quarantine."""
+
+    items: list[QuarantineItem]
+
+
+class EventKind(StrEnum):
+    """What an index event says."""
+
+    STORED = "stored"
+    REMOVED = "removed"
+    NODE_UP = "node_up"
+    NODE_DOWN = "node_down"
+
+
+class Event(_Message, kw_only=True):
+    """One change of the index. `seq` grows by one each; a gap means loss. Keys are batched per segment."""
+
+    seq: int
+    kind: EventKind
+    node_id: str
+    segment_id: str = ""
+    keys: list[ChunkKey] = []
+    node: NodeInfo | None = None
+    """With NODE_UP."""
+
+
+class EventBatch(_Message, kw_only=True):
+    """A frame of the event stream, or the answer to a replay. `reset`: forget all, a snapshot follows as events.
+
+    A batch without events is a keep-alive; `next_seq` is the seq of the next event to come.
+    """
+
+    epoch: str
+    reset: bool = False
+    next_seq: int
+    events: list[Event] = []
+
+
+class SegmentStats(_Message, kw_only=True):
+    """Use of one segment, bytes."""
+
+    segment: Segment
+    used_bytes: int
+    reserved_bytes: int
+    retiring_bytes: int
+    num_replicas: int
+
+
+class Stats(_Message, kw_only=True):
+    """What /v1/stats shows. After a drained load `reservations` and `read_leases` are 0."""
+
+    epoch: str
+    nodes: list[NodeInfo]
+    segments: list[SegmentStats]
+    objects: int
+    reservations: int
+    read_leases: int
+    waiters: int
+    counters: dict[str, int]
+    """Totals since start: lookups, hits, reserved, committed, aborted, expired, evicted, declined_full, quarantined_<reason>, ..."""

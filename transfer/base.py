@@ -1,0 +1,77 @@
+"""What every transport is: batches of one-sided reads and writes on the segments of other processes.
+
+The target's program is not asked. A write has landed in the target's memory when `write` returns without an error for
+it; a read has filled its buffers likewise. After an error nothing may be assumed about the range. Every call has a
+deadline. Cancelling a call leaves the target range undefined and every resource released.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvcore.errors import TransferError
+from kvcore.types import Segment
+
+
+@dataclass(frozen=True, slots=True)
+class TransferOp:
+    """One contiguous range `[offset, offset + sum of buffers)` of a segment, gathered from or scattered to local buffers.
+
+    Buffers are C-contiguous views of bytes (writable for a read) that the caller keeps alive and, for a write, unchanged
+    until the call returns or was cancelled *and* awaited.
+    """
+
+    segment: Segment
+    offset: int
+    buffers: Sequence[memoryview]
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of the range."""
+        return sum(view.nbytes for view in self.buffers)
+
+
+class TransferEngine(Protocol):
+    """The initiator's side of one transport."""
+
+    @property
+    def kind(self) -> str:
+        """`shm`, `tcp`, `inproc`, `ucx`."""
+        ...
+
+    def reaches(self, segment: Segment) -> bool:
+        """Whether this transport can be tried for `segment` (has an address, same host where that matters). No I/O."""
+        ...
+
+    def register(self, region: memoryview) -> None:
+        """Make local memory known to the transport, once, before buffers inside of it are used (pins it for RDMA)."""
+        ...
+
+    async def write(self, ops: Sequence[TransferOp], timeout_s: float) -> list[TransferError | None]:
+        """Copy local buffers into segments. One result an op, in order; never raises TransferError itself."""
+        ...
+
+    async def read(self, ops: Sequence[TransferOp], timeout_s: float) -> list[TransferError | None]:
+        """Copy ranges of segments into local buffers. One result an op, in order; never raises TransferError itself."""
+        ...
+
+    async def aclose(self) -> None:
+        """Release every connection, mapping and thread. Idempotent. Operations under way end with an error."""
+        ...
+
+
+class SegmentHost(Protocol):
+    """The target's side: what a node runs so that others reach its segment by one transport."""
+
+    @property
+    def address(self) -> str:
+        """What goes into `Segment.addresses[kind]`; known after `start`."""
+        ...
+
+    async def start(self) -> None:
+        """Bind. Raises ConfigError (address in use, device missing) naming what and what to do."""
+        ...
+
+    async def aclose(self) -> None:
+        """Stop serving; afterwards no peer can write into the memory. Idempotent."""
+        ...
