@@ -89,6 +89,8 @@ class MatchReply(_Message, kw_only=True):
 
     replicas: list[list[ReplicaRef]]
     lease_id: int = 0
+    segments: list[Segment] = []
+    """Every segment that the reply names, each once: the reader needs its addresses. The server always fills it."""
 
 
 class ReleaseRequest(_Message, kw_only=True):
@@ -138,6 +140,8 @@ class ReserveReply(_Message, kw_only=True):
     """One outcome an item, in order."""
 
     outcomes: list[ReserveOutcome]
+    segments: list[Segment] = []
+    """Every segment that the reply names, each once: the writer needs its addresses. The server always fills it."""
 
 
 class ReplicaIds(_Message, kw_only=True):
