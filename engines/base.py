@@ -10,14 +10,14 @@ from typing import Protocol, Self
 
 import msgspec
 
-from kvcore.types import KVSpec
+from kvcore.types import KVSpec, NodeInfo, Segment
 
 
 class _Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     pass
 
 
-class SamplingParams(_Message, kw_only=True):
+class SamplingParams(_Message, frozen=True, kw_only=True):
     """How to pick tokens. `temperature` 0 is greedy. Random numbers are a function of (seed, index, position) alone, so
     another engine can continue a sequence and draw what this one would have drawn."""
 
@@ -42,7 +42,7 @@ class SamplingParams(_Message, kw_only=True):
     n: int = 1
 
 
-class PrefillRequest(_Message, kw_only=True):
+class PrefillRequest(_Message, frozen=True, kw_only=True):
     """Compute the KV of the prompt's full chunks that are nowhere yet and store them."""
 
     request_id: str
@@ -54,7 +54,7 @@ class PrefillRequest(_Message, kw_only=True):
     """Seconds left, at the moment of sending."""
 
 
-class Timings(_Message, kw_only=True):
+class Timings(_Message, frozen=True, kw_only=True):
     """Where a leg's time went, seconds. `queue` until first scheduled, `wait` for another node's chunks."""
 
     queue_s: float = 0.0
@@ -65,7 +65,7 @@ class Timings(_Message, kw_only=True):
     total_s: float = 0.0
 
 
-class Moved(_Message, kw_only=True):
+class Moved(_Message, frozen=True, kw_only=True):
     """Payload and header bytes that crossed one transport in one direction, and the time the calls took."""
 
     transport: str
@@ -75,7 +75,7 @@ class Moved(_Message, kw_only=True):
     seconds: float
 
 
-class PrefillResult(_Message, kw_only=True):
+class PrefillResult(_Message, frozen=True, kw_only=True):
     """What the prefill leg did. `stored_chunks`: that many leading chunks were complete in the store when it ended."""
 
     request_id: str
@@ -87,14 +87,14 @@ class PrefillResult(_Message, kw_only=True):
     timings: Timings = Timings()
 
 
-class Handoff(_Message, kw_only=True):
+class Handoff(_Message, frozen=True, kw_only=True):
     """A prefiller is computing the first `num_chunks` chunks now: wait for them up to `wait_s`, then do without."""
 
     num_chunks: int
     wait_s: float
 
 
-class GenerateRequest(_Message, kw_only=True):
+class GenerateRequest(_Message, frozen=True, kw_only=True):
     """Continue `prompt_token_ids + output_token_ids`. A fresh request has no output tokens; a continued one has those
     that were already sent to the client (n must be 1 then) and the engine goes on after them."""
 
@@ -107,7 +107,7 @@ class GenerateRequest(_Message, kw_only=True):
     deadline_s: float
 
 
-class TokenLogprob(_Message, kw_only=True):
+class TokenLogprob(_Message, frozen=True, kw_only=True):
     """Natural logarithm of the probability of one emitted token, and the likeliest alternatives as (id, logprob)."""
 
     logprob: float
@@ -122,7 +122,7 @@ class FinishReason(StrEnum):
     ABORT = "abort"
 
 
-class LegInfo(_Message, kw_only=True):
+class LegInfo(_Message, frozen=True, kw_only=True):
     """What the decode leg did before its first token; comes once, with the first delta."""
 
     cached_tokens: int
@@ -132,7 +132,7 @@ class LegInfo(_Message, kw_only=True):
     timings: Timings = Timings()
 
 
-class TokenDelta(_Message, kw_only=True, tag="delta"):
+class TokenDelta(_Message, frozen=True, kw_only=True, tag="delta"):
     """New tokens of completion `index`. `finish_reason` is set in the last delta of each index, which may be empty."""
 
     index: int = 0
@@ -144,7 +144,7 @@ class TokenDelta(_Message, kw_only=True, tag="delta"):
     info: LegInfo | None = None
 
 
-class StreamError(_Message, kw_only=True, tag="error"):
+class StreamError(_Message, frozen=True, kw_only=True, tag="error"):
     """Ends a stream of deltas. `code` names a class of kvcore.errors."""
 
     code: str
@@ -156,7 +156,7 @@ StreamFrame = TokenDelta | StreamError
 """On the wire: u32le length, then msgpack. A stream that ends without a finish reason for each index died."""
 
 
-class EngineInfo(_Message, kw_only=True):
+class EngineInfo(_Message, frozen=True, kw_only=True):
     """What never changes while an engine lives."""
 
     kind: str
@@ -168,7 +168,7 @@ class EngineInfo(_Message, kw_only=True):
     num_blocks: int
 
 
-class EngineStats(_Message, kw_only=True):
+class EngineStats(_Message, frozen=True, kw_only=True):
     """A sample of the engine's state. At rest every gauge but `cached_blocks` is 0."""
 
     running: int = 0
@@ -181,7 +181,22 @@ class EngineStats(_Message, kw_only=True):
     total_blocks: int = 0
     pending_saves: int = 0
     counters: dict[str, int] = {}
-    """Totals: prefill_tokens, decode_tokens, cached_tokens, preemptions, aborted, chunks_stored, chunks_loaded, chunk_miss_<reason>, ..."""
+    """Totals: prefill_tokens, decode_tokens, cached_tokens, preemptions, aborted, chunks_stored, chunks_loaded,
+    chunk_miss_<reason>, ..."""
+
+
+class NodeReport(_Message, frozen=True, kw_only=True):
+    """Answer of `GET /v1/info` on a node's control API. `engine` and `stats` are None for a node without an engine, and
+    while the engine is starting or restarting."""
+
+    node: NodeInfo
+    engine: EngineInfo | None = None
+    stats: EngineStats | None = None
+    segments: list[Segment] = []
+    transports: dict[str, str] = {}
+    """Segment id of a peer -> the transport that was last used to reach it."""
+    draining: bool = False
+    engine_restarts: int = 0
 
 
 class Engine(Protocol):

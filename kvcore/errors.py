@@ -5,6 +5,7 @@ help (`retryable`), which HTTP status it becomes (`http_status`) and its machine
 translated where the third party is called. Expected outcomes (a miss, a full segment) are values, never errors.
 """
 
+from functools import cache
 from typing import ClassVar
 
 
@@ -159,3 +160,19 @@ class TransferProtocolError(TransferError):
     """The peer sent what the wire format forbids: a lie, a truncation or another version."""
 
     code = "transfer_protocol_error"
+
+
+def error_from_code(code: str, message: str) -> KVFerryError:
+    """The error of the tree whose `code` a peer sent; a code that is not known here becomes an EngineError."""
+    return _by_code().get(code, EngineError)(message)
+
+
+@cache
+def _by_code() -> dict[str, type[KVFerryError]]:
+    found: dict[str, type[KVFerryError]] = {}
+    pending: list[type[KVFerryError]] = [KVFerryError]
+    while pending:
+        kind = pending.pop()
+        found.setdefault(kind.code, kind)  # a parent before its children: they may share its code
+        pending.extend(kind.__subclasses__())
+    return found
