@@ -6,12 +6,13 @@ decides correctness: whatever is missing, late, damaged or unreachable is a valu
 
 from collections.abc import Sequence
 
+from metadata_server.client import MetadataClient
+
 from kvcore.clock import Clock
 from kvcore.config import StoreConfig
 from kvcore.types import ChunkKey, KVSpec
 from kvstore.put_session import PutSession
 from kvstore.types import GetResult, Match, MovedBytes, RunBlocking
-from metadata_server.client import MetadataClient
 from transfer.base import TransferEngine
 
 

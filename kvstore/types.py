@@ -74,7 +74,9 @@ class GetResult:
 class RunBlocking(Protocol):
     """Runs a function that may take milliseconds and awaits its result: `asyncio.to_thread`, or `run_inline`."""
 
-    def __call__(self, function: Callable[[], T], /) -> Awaitable[T]: ...
+    def __call__(self, function: Callable[[], T], /) -> Awaitable[T]:
+        """Run `function` to its end, even if the caller is cancelled meanwhile; its error is raised here."""
+        ...
 
 
 async def run_inline(function: Callable[[], T], /) -> T:

@@ -1,0 +1,77 @@
+"""What lies in a segment, read off the chunk headers alone: how the index is rebuilt after a metadata server was lost.
+
+Owns no segment: the view is the caller's and may be written meanwhile (readers verify again). Invariant: the entries
+returned are inside the view, do not overlap, and no entry gives way to an older one.
+"""
+
+from bisect import bisect_left
+
+import numpy as np
+
+from kvstore.chunk_format import ALIGNMENT, HEADER_BYTES, MAGIC, ChunkHeader, checksum, parse
+from metadata_server.messages import ManifestEntry
+
+_MAGIC_WORD = int.from_bytes(MAGIC, "little")
+_WORDS_A_STEP = ALIGNMENT // 8
+_SCAN_BYTES = 1 << 30
+"""Looked at in one vectorised step: 256 Ki candidate places, 256 KiB of comparison results."""
+
+
+def scan(view: memoryview, fingerprint: bytes | None = None, *, verify_payload: bool = False) -> list[ManifestEntry]:
+    """Chunks in the segment `view`, newest generation first, overlapping older ones left out.
+
+    `fingerprint`: list only chunks of that KVSpec; a newer chunk of another one still hides what it overwrote.
+    `verify_payload` also drops chunks whose payload is damaged; without it every page is touched once (about 0.1 s a
+    10 GiB), with it every byte. Blocks: run it on a thread. Never raises for what the segment holds.
+    """
+    found: list[tuple[int, ChunkHeader]] = []
+    for offset in _candidates(view):
+        header = parse(view[offset : offset + HEADER_BYTES])
+        if header is not None and offset + HEADER_BYTES + header.payload_length <= view.nbytes:
+            found.append((offset, header))
+    found.sort(key=lambda item: (-item[1].generation, item[0]))
+    taken = _Taken()
+    entries = []
+    for offset, header in found:
+        end = offset + HEADER_BYTES + header.payload_length
+        if taken.overlaps(offset, end):
+            continue
+        if verify_payload and checksum([view[offset + HEADER_BYTES : end]]) != header.checksum:
+            continue
+        taken.add(offset, end)
+        if fingerprint is None or header.fingerprint == fingerprint:
+            length = end - offset
+            entries.append(ManifestEntry(key=header.key, offset=offset, length=length, generation=header.generation))
+    return entries
+
+
+def _candidates(view: memoryview) -> list[int]:
+    """Offsets at ALIGNMENT where the magic stands and a header fits."""
+    usable = view.nbytes - view.nbytes % 8
+    words = np.frombuffer(view[:usable], dtype="<u8")[::_WORDS_A_STEP]
+    step = _SCAN_BYTES // ALIGNMENT
+    offsets: list[int] = []
+    for start in range(0, len(words), step):
+        hits = np.flatnonzero(words[start : start + step] == _MAGIC_WORD)
+        offsets.extend((hits + start).tolist())
+    last = view.nbytes - HEADER_BYTES
+    return [place * ALIGNMENT for place in offsets if place * ALIGNMENT <= last]
+
+
+class _Taken:
+    """Disjoint ranges, kept sorted."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+
+    def overlaps(self, start: int, end: int) -> bool:
+        """Whether [start, end) meets a range that was added."""
+        index = bisect_left(self._starts, end)
+        return index > 0 and self._ends[index - 1] > start
+
+    def add(self, start: int, end: int) -> None:
+        """Add a range that overlaps none."""
+        index = bisect_left(self._starts, start)
+        self._starts.insert(index, start)
+        self._ends.insert(index, end)
