@@ -3,7 +3,7 @@
 Also the body of the nodes' control API (msgpack), so it imports nothing but kvcore and msgspec.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from enum import StrEnum
 from types import TracebackType
 from typing import Protocol, Self
@@ -218,8 +218,8 @@ class Engine(Protocol):
         ContextLengthError, EngineError. Cancellation aborts the request and frees its blocks at once."""
         ...
 
-    def generate(self, request: GenerateRequest) -> AsyncIterator[TokenDelta]:
-        """Deltas of all indices, interleaved. Closing the iterator aborts the request. Raises as `prefill`."""
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta, None]:
+        """Deltas of all indices, interleaved. Closing it (`aclose`) aborts the request. Raises as `prefill`."""
         ...
 
     async def end_handoff(self, request_id: str) -> None:
