@@ -7,8 +7,8 @@ two tenants, two weights or two layouts never share a key.
     root  = SHA256(b"kvferry.chunk.v1" || fingerprint[16] || u32le(len(salt)) || salt)[:16]
     key_i = SHA256(key_{i-1} || u32le(token) * chunk_tokens)[:16]
 
-The published test vector is in `tests/unit/test_chunk_keys.py` and docs/wire-formats.md: another implementation is right if
-it gives the same bytes. Never Python's `hash()`, which differs between processes.
+The published test vector is in `tests/unit/kvcore/test_chunk_keys.py` and docs/wire-formats.md: another
+implementation is right if it gives the same bytes. Never Python's `hash()`, which differs between processes.
 """
 
 import array
@@ -26,9 +26,7 @@ def root_key(fingerprint: bytes, salt: bytes = b"") -> ChunkKey:
     """The parent of the first chunk. `fingerprint` is 16 bytes, `salt` any length (empty: shared by all)."""
     if len(fingerprint) != KEY_BYTES:
         raise ValueError(f"a fingerprint has {KEY_BYTES} bytes, got {len(fingerprint)}")
-    return ChunkKey(
-        sha256(_DOMAIN + fingerprint + len(salt).to_bytes(4, "little") + salt).digest()[:KEY_BYTES]
-    )
+    return ChunkKey(sha256(_DOMAIN + fingerprint + len(salt).to_bytes(4, "little") + salt).digest()[:KEY_BYTES])
 
 
 def chunk_keys(root: ChunkKey, token_ids: Sequence[int], chunk_tokens: int) -> list[ChunkKey]:

@@ -1,4 +1,4 @@
-"""The words of kvferry, as frozen values. Every package speaks in these; none of them has behaviour beyond derivation."""
+"""The words of kvferry, as frozen values. Every package speaks in these; none has behaviour beyond derivation."""
 
 from enum import StrEnum
 from hashlib import sha256

@@ -1,0 +1,95 @@
+"""Every metric of kvferry: name, help and labels, in one place, so that dashboards and tests have one list.
+
+Names begin with `kvferry_`, units come last, counters end in `_total`. Labels have few values each: never a request
+or a key.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class MetricKind(StrEnum):
+    """What Prometheus calls its type."""
+
+    COUNTER = "counter"
+    GAUGE = "gauge"
+    HISTOGRAM = "histogram"
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One metric's description; `kvcore.telemetry.Metrics` makes the thing itself."""
+
+    kind: MetricKind
+    name: str
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+
+
+def _counter(name: str, help_text: str, *labels: str) -> Metric:
+    return Metric(MetricKind.COUNTER, f"kvferry_{name}", help_text, labels)
+
+
+def _gauge(name: str, help_text: str, *labels: str) -> Metric:
+    return Metric(MetricKind.GAUGE, f"kvferry_{name}", help_text, labels)
+
+
+def _seconds(name: str, help_text: str, *labels: str) -> Metric:
+    return Metric(MetricKind.HISTOGRAM, f"kvferry_{name}", help_text, labels, _SECONDS)
+
+
+# --- router ----------------------------------------------------------------------------------------------------
+ROUTER_REQUESTS = _counter("router_requests_total", "Requests ended, by endpoint and HTTP status", "endpoint", "status")
+ROUTER_ACTIVE = _gauge("router_active_requests", "Requests under way")
+ROUTER_TTFT = _seconds("router_ttft_seconds", "From the request's arrival to its first token")
+ROUTER_INTER_TOKEN = _seconds("router_inter_token_seconds", "Between two deltas of one stream")
+ROUTER_REQUEST_SECONDS = _seconds("router_request_seconds", "From the request's arrival to its end")
+ROUTER_PROMPT_TOKENS = _counter("router_prompt_tokens_total", "Prompt tokens of answered requests")
+ROUTER_CACHED_TOKENS = _counter("router_cached_tokens_total", "Prompt tokens that no node had to compute")
+ROUTER_COMPLETION_TOKENS = _counter("router_completion_tokens_total", "Tokens sent to clients")
+ROUTER_RETRIES = _counter("router_retries_total", "Legs tried again, by leg and the code of the failure", "leg", "code")
+ROUTER_ROUTES = _counter("router_routes_total", "Routing decisions, by reason", "reason")
+ROUTER_CANCELLED = _counter("router_cancelled_total", "Requests whose client left")
+ROUTER_NODES = _gauge("router_nodes", "Nodes known to the router", "role", "state")
+ROUTER_INDEX_LAG = _gauge("router_index_lag_events", "Events that the router's index is behind")
+ROUTER_INDEX_CONNECTED = _gauge("router_index_connected", "1 while the event stream of the metadata server is up")
+ROUTER_INDEX_KEYS = _gauge("router_index_keys", "Chunk keys in the router's index")
+
+# --- metadata server -------------------------------------------------------------------------------------------
+METADATA_NODES = _gauge("metadata_nodes", "Live nodes", "role")
+METADATA_OBJECTS = _gauge("metadata_objects", "Chunks with a complete replica")
+METADATA_RESERVATIONS = _gauge("metadata_reservations", "Reservations neither committed nor given back")
+METADATA_READ_LEASES = _gauge("metadata_read_leases", "Read leases held")
+METADATA_WAITERS = _gauge("metadata_waiters", "Long polls under way")
+METADATA_SUBSCRIBERS = _gauge("metadata_subscribers", "Open event streams")
+METADATA_SEGMENT_BYTES = _gauge("metadata_segment_bytes", "Bytes of segments, by state", "segment", "state")
+METADATA_EVENTS = _counter("metadata_events_total", "Index events published")
+METADATA_TOTALS = _counter("metadata_totals_total", "The state's own counters, by name", "name")
+METADATA_CALL_SECONDS = _seconds("metadata_call_seconds", "Time to answer one call", "endpoint")
+
+# --- nodes: service, engine, store -----------------------------------------------------------------------------
+NODE_READY = _gauge("node_ready", "1 while the node serves")
+NODE_ACTIVE = _gauge("node_active_requests", "Legs under way", "leg")
+NODE_LEGS = _counter("node_legs_total", "Legs ended, by outcome code (`ok` or an error's)", "leg", "outcome")
+NODE_ENGINE_RESTARTS = _counter("node_engine_restarts_total", "Engine processes that died and were started again")
+NODE_REGISTRATIONS = _counter("node_registrations_total", "Times the node joined the metadata server")
+NODE_HEARTBEAT_FAILURES = _counter("node_heartbeat_failures_total", "Heartbeats that got no answer")
+NODE_SEGMENT_BYTES = _gauge("node_segment_bytes", "Size of the node's segment")
+ENGINE_STATE = _gauge(
+    "engine_state", "Sample of the engine: running, waiting, loading, used_blocks, cached_blocks, ...", "field"
+)
+ENGINE_TOTALS = _counter("engine_totals_total", "The engine's own counters, by name", "name")
+STORE_MOVED_BYTES = _counter("store_moved_bytes_total", "KV bytes moved", "transport", "direction")
+STORE_MOVED_SECONDS = _counter(
+    "store_moved_seconds_total", "Time of the calls that moved them", "transport", "direction"
+)
+STORE_CHUNK_READS = _counter("store_chunk_reads_total", "Chunks read, by outcome", "outcome")
+STORE_CHUNK_WRITES = _counter("store_chunk_writes_total", "Chunks offered to the store, by outcome", "outcome")
+STORE_METADATA_FAILURES = _counter("store_metadata_failures_total", "Calls the metadata server did not answer", "call")
+TRANSFER_ERRORS = _counter(
+    "transfer_errors_total", "Operations that failed, by transport and code", "transport", "code"
+)

@@ -1,0 +1,104 @@
+"""How a process tells what it does: one-line logs, and its Prometheus registry.
+
+Owns the log format and the registry; the metrics' names are in `kvcore.metric_names`. Nothing here is global: a
+process makes one `Metrics` and passes it on.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterable, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from kvcore.metric_names import Metric, MetricKind
+
+METRICS_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+Sample = tuple[Sequence[str], float]
+"""Label values, in the order of the metric's label names, and the value."""
+
+_PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-.:/@+,[]%")
+
+
+def log_fields(logger: logging.Logger, level: int, event: str, **fields: object) -> None:
+    """Log `event key=value ...` on one line. Fields that are None are left out; odd values are quoted as JSON text."""
+    if logger.isEnabledFor(level):
+        shown = [f"{name}={_show(value)}" for name, value in fields.items() if value is not None]
+        logger.log(level, "%s", " ".join([event, *shown]))
+
+
+def _show(value: object) -> str:
+    if isinstance(value, bytes):
+        return value.hex()
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return text if text and _PLAIN.issuperset(text) else json.dumps(text, ensure_ascii=False)
+
+
+def configure_logging(process_name: str, level: str = "info") -> None:
+    """Send the root logger to stderr, one line a record, with `process_name` in it. Replaces earlier handlers.
+
+    Third parties speak from warning up. Raises ValueError for a level that logging does not know.
+    """
+    number = logging.getLevelNamesMapping().get(level.upper())
+    if number is None:
+        raise ValueError(f"unknown log level {level!r}")
+    handler = logging.StreamHandler(sys.stderr)
+    line = f"%(asctime)s.%(msecs)03d %(levelname)s {process_name} %(name)s %(message)s"
+    handler.setFormatter(logging.Formatter(line, "%Y-%m-%dT%H:%M:%S"))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(number)
+    for chatty in ("uvicorn", "aiohttp", "asyncio"):
+        logging.getLogger(chatty).setLevel(max(number, logging.WARNING))
+
+
+class Metrics:
+    """One process's (or, in tests, one component's) Prometheus registry."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+
+    def counter(self, metric: Metric) -> Counter:
+        """A counter that the caller increments. Made once a metric; a second call raises ValueError."""
+        assert metric.kind is MetricKind.COUNTER
+        return Counter(metric.name, metric.help, metric.labels, registry=self.registry)
+
+    def gauge(self, metric: Metric) -> Gauge:
+        """A gauge that the caller sets."""
+        assert metric.kind is MetricKind.GAUGE
+        return Gauge(metric.name, metric.help, metric.labels, registry=self.registry)
+
+    def histogram(self, metric: Metric) -> Histogram:
+        """A histogram over `metric.buckets`."""
+        assert metric.kind is MetricKind.HISTOGRAM
+        return Histogram(metric.name, metric.help, metric.labels, buckets=metric.buckets, registry=self.registry)
+
+    def sampled(self, metric: Metric, sample: Callable[[], Iterable[Sample]]) -> None:
+        """A counter or gauge whose samples are asked for when `render` is called; `sample` must not block."""
+        assert metric.kind is not MetricKind.HISTOGRAM
+        self.registry.register(_Sampled(metric, sample))
+
+    def render(self) -> bytes:
+        """The text exposition format, `METRICS_CONTENT_TYPE`."""
+        return generate_latest(self.registry)
+
+
+class _Sampled(Collector):
+    def __init__(self, metric: Metric, sample: Callable[[], Iterable[Sample]]) -> None:
+        self._metric = metric
+        self._sample = sample
+
+    def describe(self) -> Iterable[CounterMetricFamily | GaugeMetricFamily]:
+        """The empty family: registering must not ask for samples."""
+        kind = CounterMetricFamily if self._metric.kind is MetricKind.COUNTER else GaugeMetricFamily
+        return [kind(self._metric.name, self._metric.help, labels=self._metric.labels)]
+
+    def collect(self) -> Iterable[CounterMetricFamily | GaugeMetricFamily]:
+        """One family with the samples of now."""
+        (family,) = self.describe()
+        for labels, value in self._sample():
+            family.add_metric(list(labels), value)
+        return [family]
