@@ -7,18 +7,21 @@ deadline. Cancelling a call leaves the target range undefined and every resource
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from kvcore.errors import TransferError
 from kvcore.types import Segment
 
+Direction = Literal["read", "write"]
+"""As the initiator sees it."""
+
 
 @dataclass(frozen=True, slots=True)
 class TransferOp:
-    """One contiguous range `[offset, offset + sum of buffers)` of a segment, gathered from or scattered to local buffers.
+    """One contiguous range `[offset, offset + sum of buffers)` of a segment, gathered from or scattered to buffers.
 
-    Buffers are C-contiguous views of bytes (writable for a read) that the caller keeps alive and, for a write, unchanged
-    until the call returns or was cancelled *and* awaited.
+    Buffers are local C-contiguous views of bytes (writable for a read) that the caller keeps alive and, for a write,
+    unchanged until the call returns or was cancelled *and* awaited. An empty op succeeds without any I/O.
     """
 
     segment: Segment
@@ -58,6 +61,20 @@ class TransferEngine(Protocol):
     async def aclose(self) -> None:
         """Release every connection, mapping and thread. Idempotent. Operations under way end with an error."""
         ...
+
+
+@runtime_checkable
+class ChoosesTransport(Protocol):
+    """An engine that hands each segment to one of several transports."""
+
+    def transport_for(self, segment: Segment) -> str:
+        """Kind of the transport that moves this segment's bytes."""
+        ...
+
+
+def transport_for(engine: TransferEngine, segment: Segment) -> str:
+    """The transport under which bytes moved between us and `segment` are to be counted."""
+    return engine.transport_for(segment) if isinstance(engine, ChoosesTransport) else engine.kind
 
 
 class SegmentHost(Protocol):
