@@ -15,7 +15,7 @@ class _Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     pass
 
 
-class ManifestEntry(_Message, kw_only=True):
+class ManifestEntry(_Message, frozen=True, kw_only=True):
     """A chunk that a node found in its own segment by its header (see `kvstore.manifest`)."""
 
     key: ChunkKey
@@ -24,14 +24,14 @@ class ManifestEntry(_Message, kw_only=True):
     generation: int
 
 
-class SegmentManifest(_Message, kw_only=True):
+class SegmentManifest(_Message, frozen=True, kw_only=True):
     """A segment and what lies in it, newest generation first; entries that overlap a newer one are refused."""
 
     segment: Segment
     entries: list[ManifestEntry] = []
 
 
-class RegisterRequest(_Message, kw_only=True):
+class RegisterRequest(_Message, frozen=True, kw_only=True):
     """A node joins, or re-joins with the same incarnation after the metadata server lost it."""
 
     node: NodeInfo
@@ -39,7 +39,7 @@ class RegisterRequest(_Message, kw_only=True):
     ttl_s: float
 
 
-class RegisterReply(_Message, kw_only=True):
+class RegisterReply(_Message, frozen=True, kw_only=True):
     """`epoch` identifies this life of the metadata server."""
 
     epoch: str
@@ -47,45 +47,51 @@ class RegisterReply(_Message, kw_only=True):
     refused: int
 
 
-class HeartbeatRequest(_Message, kw_only=True):
+class HeartbeatRequest(_Message, frozen=True, kw_only=True):
     """Renews the node's lease."""
 
     node_id: str
     incarnation: int
 
 
-class HeartbeatReply(_Message, kw_only=True):
+class HeartbeatReply(_Message, frozen=True, kw_only=True):
     """`known` false: register again, with manifests."""
 
     epoch: str
     known: bool
 
 
-class LeaveRequest(_Message, kw_only=True):
+class LeaveRequest(_Message, frozen=True, kw_only=True):
     """A node goes in good order: its replicas and reservations are dropped at once."""
 
     node_id: str
     incarnation: int
 
 
-class MatchRequest(_Message, kw_only=True):
+class MatchRequest(_Message, frozen=True, kw_only=True):
     """Longest prefix of `keys` with a complete replica each. `lease_s` > 0 protects them from eviction meanwhile."""
 
     keys: list[ChunkKey]
     lease_s: float = 0.0
+    node_id: str = ""
+    """Who holds the lease: it dies with this node's incarnation too. Empty: only with time."""
+    incarnation: int = 0
 
 
-class WaitRequest(_Message, kw_only=True):
+class WaitRequest(_Message, frozen=True, kw_only=True):
     """As MatchRequest, but answered only when more than `more_than` leading keys are complete, or after `timeout_s`."""
 
     keys: list[ChunkKey]
     more_than: int = 0
     timeout_s: float
     lease_s: float = 0.0
+    node_id: str = ""
+    """Who holds the lease: it dies with this node's incarnation too. Empty: only with time."""
+    incarnation: int = 0
 
 
-class MatchReply(_Message, kw_only=True):
-    """`replicas[i]`: the complete replicas of `keys[i]`, for the longest prefix that has any. `lease_id` 0: no lease."""
+class MatchReply(_Message, frozen=True, kw_only=True):
+    """`replicas[i]`: the complete replicas of `keys[i]`, for the longest prefix that has any. `lease_id` 0: none."""
 
     replicas: list[list[ReplicaRef]]
     lease_id: int = 0
@@ -93,20 +99,20 @@ class MatchReply(_Message, kw_only=True):
     """Every segment that the reply names, each once: the reader needs its addresses. The server always fills it."""
 
 
-class ReleaseRequest(_Message, kw_only=True):
+class ReleaseRequest(_Message, frozen=True, kw_only=True):
     """Give read leases back. Unknown ids are ignored: they have expired."""
 
     lease_ids: list[int]
 
 
-class ReserveItem(_Message, kw_only=True):
+class ReserveItem(_Message, frozen=True, kw_only=True):
     """A chunk that the writer is about to write; `length` with its header."""
 
     key: ChunkKey
     length: int
 
 
-class ReserveRequest(_Message, kw_only=True):
+class ReserveRequest(_Message, frozen=True, kw_only=True):
     """Room for chunks. A reservation dies with its writer, or after `ttl_s`, unless committed."""
 
     node_id: str
@@ -129,14 +135,14 @@ class ReserveStatus(StrEnum):
     """No segment has room, even after eviction: do without."""
 
 
-class ReserveOutcome(_Message, kw_only=True):
+class ReserveOutcome(_Message, frozen=True, kw_only=True):
     """`replica` is set iff `status` is GRANTED."""
 
     status: ReserveStatus
     replica: ReplicaRef | None = None
 
 
-class ReserveReply(_Message, kw_only=True):
+class ReserveReply(_Message, frozen=True, kw_only=True):
     """One outcome an item, in order."""
 
     outcomes: list[ReserveOutcome]
@@ -144,7 +150,7 @@ class ReserveReply(_Message, kw_only=True):
     """Every segment that the reply names, each once: the writer needs its addresses. The server always fills it."""
 
 
-class ReplicaIds(_Message, kw_only=True):
+class ReplicaIds(_Message, frozen=True, kw_only=True):
     """Body of commit and abort: ids from a ReserveReply."""
 
     node_id: str
@@ -152,8 +158,8 @@ class ReplicaIds(_Message, kw_only=True):
     replica_ids: list[int]
 
 
-class CommitReply(_Message, kw_only=True):
-    """`committed[i]` false: the reservation had expired or its segment is gone; what was written there is not a chunk."""
+class CommitReply(_Message, frozen=True, kw_only=True):
+    """`committed[i]` false: the reservation had expired or its segment is gone; what was written is not a chunk."""
 
     committed: list[bool]
 
@@ -168,14 +174,14 @@ class QuarantineReason(StrEnum):
     UNREACHABLE = "unreachable"
 
 
-class QuarantineItem(_Message, kw_only=True):
+class QuarantineItem(_Message, frozen=True, kw_only=True):
     """A replica that a reader refused. It is dropped if it still has this generation."""
 
     replica: ReplicaRef
     reason: QuarantineReason
 
 
-class QuarantineRequest(_Message, kw_only=True):
+class QuarantineRequest(_Message, frozen=True, kw_only=True):
     """Body of /v1/objects/quarantine."""
 
     items: list[QuarantineItem]
@@ -190,7 +196,7 @@ class EventKind(StrEnum):
     NODE_DOWN = "node_down"
 
 
-class Event(_Message, kw_only=True):
+class Event(_Message, frozen=True, kw_only=True):
     """One change of the index. `seq` grows by one each; a gap means loss. Keys are batched per segment."""
 
     seq: int
@@ -202,10 +208,12 @@ class Event(_Message, kw_only=True):
     """With NODE_UP."""
 
 
-class EventBatch(_Message, kw_only=True):
+class EventBatch(_Message, frozen=True, kw_only=True):
     """A frame of the event stream, or the answer to a replay. `reset`: forget all, a snapshot follows as events.
 
-    A batch without events is a keep-alive; `next_seq` is the seq of the next event to come.
+    A batch without events is a keep-alive; `next_seq` is the seq of the event after this batch. Snapshot events all
+    have seq `next_seq - 1`; a snapshot may take several batches (only the first says `reset`) and is complete with the
+    first batch without events or with a later `next_seq`.
     """
 
     epoch: str
@@ -214,7 +222,15 @@ class EventBatch(_Message, kw_only=True):
     events: list[Event] = []
 
 
-class SegmentStats(_Message, kw_only=True):
+class NodesReply(_Message, frozen=True, kw_only=True):
+    """Who is alive, and every segment that a ReplicaRef may name now."""
+
+    epoch: str
+    nodes: list[NodeInfo]
+    segments: list[Segment]
+
+
+class SegmentStats(_Message, frozen=True, kw_only=True):
     """Use of one segment, bytes."""
 
     segment: Segment
@@ -224,7 +240,7 @@ class SegmentStats(_Message, kw_only=True):
     num_replicas: int
 
 
-class Stats(_Message, kw_only=True):
+class Stats(_Message, frozen=True, kw_only=True):
     """What /v1/stats shows. After a drained load `reservations` and `read_leases` are 0."""
 
     epoch: str
@@ -235,4 +251,5 @@ class Stats(_Message, kw_only=True):
     read_leases: int
     waiters: int
     counters: dict[str, int]
-    """Totals since start: lookups, hits, reserved, committed, aborted, expired, evicted, declined_full, quarantined_<reason>, ..."""
+    """Totals since start: lookups, hits, reserved, committed, aborted, expired, evicted, declined_full,
+    quarantined_<reason>, ..."""

@@ -1,0 +1,176 @@
+"""The metadata server as its callers see it: one typed method an endpoint over an injectable transport.
+
+Owns deadlines and the pause after a failure; never retries (its callers know better what a lost answer means).
+Every method raises MetadataUnavailableError (go on without the cache) or MetadataProtocolError (a bug on one side).
+`metadata_server.subscription` follows the event stream.
+"""
+
+import asyncio
+from typing import Protocol, TypeVar
+
+import msgspec
+
+from kvcore.clock import Clock
+from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
+from metadata_server.http_transport import HttpEventSource, HttpMetadataTransport
+from metadata_server.messages import (
+    CommitReply,
+    HeartbeatReply,
+    HeartbeatRequest,
+    LeaveRequest,
+    MatchReply,
+    MatchRequest,
+    NodesReply,
+    QuarantineRequest,
+    RegisterReply,
+    RegisterRequest,
+    ReleaseRequest,
+    ReplicaIds,
+    ReserveReply,
+    ReserveRequest,
+    Stats,
+    WaitRequest,
+)
+from metadata_server.subscription import EventSource, IndexSink, IndexSubscription
+
+__all__ = [
+    "EventSource",
+    "HttpEventSource",
+    "HttpMetadataTransport",
+    "IndexSink",
+    "IndexSubscription",
+    "MetadataClient",
+    "MetadataTransport",
+]
+
+_FIRST_PAUSE_S = 0.1
+_LONGEST_PAUSE_S = 1.0
+_T = TypeVar("_T")
+
+
+class MetadataTransport(Protocol):
+    """Carries one request body to the server and the answer back."""
+
+    async def call(self, path: str, body: bytes, timeout_s: float) -> bytes:
+        """Msgpack in, msgpack out; an empty body asks one of the GET endpoints.
+
+        Raises MetadataUnavailableError (refused, late, broken off, 5xx) or MetadataProtocolError (4xx). Cancelling it
+        leaves nothing open; whether the server acted is then unknown.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Release connections. Idempotent."""
+        ...
+
+
+class MetadataClient:
+    """Typed calls with a deadline each. Bound to one event loop; any number of calls may be under way.
+
+    After a failure every call fails at once for a pause that grows from 0.1 s to 1 s, and then one call at a time
+    probes: a dead server costs one caller its deadline, not all.
+    """
+
+    def __init__(self, call: MetadataTransport, clock: Clock, timeout_s: float) -> None:
+        self._transport = call
+        self._clock = clock
+        self._timeout_s = timeout_s
+        self._pause_s = 0.0
+        self._closed_until = 0.0
+
+    @property
+    def available(self) -> bool:
+        """Whether a call now would be tried at all."""
+        return self._pause_s == 0.0 or self._clock.now() >= self._closed_until
+
+    async def register(self, request: RegisterRequest, *, timeout_s: float | None = None) -> RegisterReply:
+        """Join, or join again with what lies in the segments. Raises MetadataProtocolError for an older incarnation."""
+        return await self._ask("/v1/nodes/register", request, RegisterReply, timeout_s)
+
+    async def heartbeat(self, request: HeartbeatRequest, *, timeout_s: float | None = None) -> HeartbeatReply:
+        """Renew the node's lease. `known` false: register again, with manifests."""
+        return await self._ask("/v1/nodes/heartbeat", request, HeartbeatReply, timeout_s)
+
+    async def leave(self, request: LeaveRequest, *, timeout_s: float | None = None) -> None:
+        """Drop the node and all that it holds at once. Idempotent."""
+        await self._send("/v1/nodes/leave", request, timeout_s)
+
+    async def match(self, request: MatchRequest, *, timeout_s: float | None = None) -> MatchReply:
+        """Longest complete prefix. A lease is to be given back by `release`."""
+        return await self._ask("/v1/objects/match", request, MatchReply, timeout_s)
+
+    async def wait(self, request: WaitRequest, *, timeout_s: float | None = None) -> MatchReply:
+        """As match, once there is more or `request.timeout_s` is up; that time is added to the call's own deadline."""
+        limit_s = request.timeout_s + (self._timeout_s if timeout_s is None else timeout_s)
+        return await self._ask("/v1/objects/wait", request, MatchReply, limit_s)
+
+    async def release(self, request: ReleaseRequest, *, timeout_s: float | None = None) -> None:
+        """Give read leases back. Idempotent."""
+        await self._send("/v1/leases/release", request, timeout_s)
+
+    async def reserve(self, request: ReserveRequest, *, timeout_s: float | None = None) -> ReserveReply:
+        """Room for chunks. Not idempotent: a lost answer's reservations expire by themselves."""
+        return await self._ask("/v1/objects/reserve", request, ReserveReply, timeout_s)
+
+    async def commit(self, request: ReplicaIds, *, timeout_s: float | None = None) -> CommitReply:
+        """Make reserved replicas visible, each by itself. Idempotent for the same writer."""
+        return await self._ask("/v1/objects/commit", request, CommitReply, timeout_s)
+
+    async def abort(self, request: ReplicaIds, *, timeout_s: float | None = None) -> None:
+        """Give reservations back. Idempotent."""
+        await self._send("/v1/objects/abort", request, timeout_s)
+
+    async def quarantine(self, request: QuarantineRequest, *, timeout_s: float | None = None) -> None:
+        """Drop replicas that a reader refused, if they still are of that generation. Idempotent."""
+        await self._send("/v1/objects/quarantine", request, timeout_s)
+
+    async def nodes(self, *, timeout_s: float | None = None) -> NodesReply:
+        """Live nodes and their segments, with the addresses to reach them by."""
+        return await self._ask("/v1/nodes", None, NodesReply, timeout_s)
+
+    async def stats(self, *, timeout_s: float | None = None) -> Stats:
+        """What the server holds now, and its counters."""
+        return await self._ask("/v1/stats", None, Stats, timeout_s)
+
+    async def aclose(self) -> None:
+        """Release the transport. Idempotent."""
+        await self._transport.aclose()
+
+    async def _ask(
+        self, path: str, request: msgspec.Struct | None, reply_type: type[_T], timeout_s: float | None
+    ) -> _T:
+        reply = await self._send(path, request, timeout_s)
+        try:
+            return msgspec.msgpack.decode(reply, type=reply_type)
+        except msgspec.MsgspecError as error:
+            raise MetadataProtocolError(f"metadata server's answer to {path} is malformed: {error}") from error
+
+    async def _send(self, path: str, request: msgspec.Struct | None, timeout_s: float | None) -> bytes:
+        body = b"" if request is None else msgspec.msgpack.encode(request)
+        limit_s = self._timeout_s if timeout_s is None else timeout_s
+        probing = self._enter(limit_s)
+        try:
+            reply = await self._transport.call(path, body, limit_s)
+        except MetadataUnavailableError:
+            self._pause_s = min(_LONGEST_PAUSE_S, self._pause_s * 2 or _FIRST_PAUSE_S)
+            self._closed_until = self._clock.now() + self._pause_s
+            raise
+        except MetadataProtocolError:
+            self._pause_s = 0.0  # it answers, so it is there
+            raise
+        except asyncio.CancelledError:
+            if probing:  # nothing was learned: the next call may probe
+                self._closed_until = self._clock.now()
+            raise
+        self._pause_s = 0.0
+        return reply
+
+    def _enter(self, limit_s: float) -> bool:
+        """Whether this call probes a server that failed last. Raises MetadataUnavailableError during the pause."""
+        if self._pause_s == 0.0:
+            return False
+        now = self._clock.now()
+        if now < self._closed_until:
+            raise MetadataUnavailableError("metadata server failed a moment ago; not tried again yet")
+        self._closed_until = now + limit_s
+        return True

@@ -1,0 +1,113 @@
+"""The metadata client's and the subscription's way over HTTP (aiohttp): sessions, deadlines, frames.
+
+Sessions are made on the first call, inside the caller's loop. aiohttp's errors are translated here and nowhere else.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator
+
+import aiohttp
+import msgspec
+
+from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
+
+_MSGPACK = {"Content-Type": "application/msgpack", "Accept": "application/msgpack"}
+_MAX_CONNECTIONS = 256
+_KEEP_ALIVE_S = 3.0  # shorter than the server's, so that a request does not meet a closing connection
+_MAX_FRAME_BYTES = 64 << 20
+_SILENCE_S = 5.0  # five keep-alives
+
+
+class HttpMetadataTransport:
+    """`MetadataTransport` to `url` (http://host:port) over kept-alive connections, at most 256 at once."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url.rstrip("/")
+        self._session: aiohttp.ClientSession | None = None
+
+    async def call(self, path: str, body: bytes, timeout_s: float) -> bytes:
+        """See `MetadataTransport.call`."""
+        if self._session is None:
+            self._session = _new_session()
+        method = "POST" if body else "GET"
+        try:
+            async with (
+                asyncio.timeout(timeout_s),
+                self._session.request(method, self._url + path, data=body or None, headers=_MSGPACK) as response,
+            ):
+                reply = await response.read()
+                status = response.status
+        except TimeoutError as error:
+            raise MetadataUnavailableError(f"{self._url}{path} did not answer within {timeout_s:.3g} s") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise MetadataUnavailableError(f"{self._url}{path}: {error or type(error).__name__}") from error
+        if status >= 400:
+            raise _error_of(f"{self._url}{path}", status, reply)
+        return reply
+
+    async def aclose(self) -> None:
+        """Close the connections. Idempotent."""
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+
+class HttpEventSource:
+    """`EventSource` over GET /v1/events of `url`."""
+
+    def __init__(self, url: str, *, connect_timeout_s: float = 2.0) -> None:
+        self._url = url.rstrip("/")
+        self._timeout = aiohttp.ClientTimeout(total=None, connect=connect_timeout_s, sock_read=_SILENCE_S)
+        self._session: aiohttp.ClientSession | None = None
+
+    async def batches(self, epoch: str, from_seq: int) -> AsyncGenerator[bytes, None]:
+        """See `EventSource.batches`."""
+        if self._session is None:
+            self._session = _new_session()
+        url = self._url + "/v1/events"
+        params = {"epoch": epoch, "from_seq": str(from_seq)}
+        try:
+            async with self._session.get(url, params=params, headers=_MSGPACK, timeout=self._timeout) as response:
+                if response.status != 200:
+                    raise _error_of(url, response.status, await response.read())
+                while True:
+                    size = int.from_bytes(await response.content.readexactly(4), "little")
+                    if size > _MAX_FRAME_BYTES:
+                        raise MetadataProtocolError(f"{url} sent a frame of {size} bytes")
+                    yield await response.content.readexactly(size)
+        except asyncio.IncompleteReadError as error:
+            raise MetadataUnavailableError(f"{url} ended") from error
+        except TimeoutError as error:
+            raise MetadataUnavailableError(f"{url} was silent for {_SILENCE_S} s") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise MetadataUnavailableError(f"{url}: {error or type(error).__name__}") from error
+
+    async def aclose(self) -> None:
+        """Close the connection. Idempotent."""
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+
+class _ErrorDetail(msgspec.Struct):
+    message: str
+
+
+class _ErrorBody(msgspec.Struct):
+    error: _ErrorDetail
+
+
+def _new_session() -> aiohttp.ClientSession:
+    connector = aiohttp.TCPConnector(limit=_MAX_CONNECTIONS, keepalive_timeout=_KEEP_ALIVE_S)
+    return aiohttp.ClientSession(
+        connector=connector, timeout=aiohttp.ClientTimeout(total=None), cookie_jar=aiohttp.DummyCookieJar()
+    )
+
+
+def _error_of(what: str, status: int, body: bytes) -> MetadataUnavailableError | MetadataProtocolError:
+    try:
+        message = msgspec.msgpack.decode(body, type=_ErrorBody).error.message
+    except msgspec.MsgspecError:
+        message = body[:200].decode("utf-8", "replace")
+    text = f"{what} answered {status}: {message}"
+    return MetadataUnavailableError(text) if status >= 500 else MetadataProtocolError(text)

@@ -1,0 +1,136 @@
+"""Follows the metadata server's event stream so that a reader can keep an index of its own without asking.
+
+Owns sequence numbers, gaps, epochs, reconnects. The sink sees every change exactly in order, or `on_reset` and then the
+whole state again. Between a lost connection and the next batch the sink keeps what it has, which may be stale.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Protocol
+
+import msgspec
+
+from kvcore.clock import Clock
+from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
+from metadata_server.messages import Event, EventBatch
+
+_FIRST_BACKOFF_S = 0.1
+_LONGEST_BACKOFF_S = 1.0
+_logger = logging.getLogger("metadata_server")
+
+
+class IndexSink(Protocol):
+    """Where the changes go. Both methods are called on the loop, must not block and must not raise."""
+
+    def on_reset(self) -> None:
+        """Forget all: nodes, segments, keys."""
+        ...
+
+    def on_events(self, events: list[Event]) -> None:
+        """Apply in order. Applying the last ones again changes nothing."""
+        ...
+
+
+class EventSource(Protocol):
+    """Carries the stream."""
+
+    def batches(self, epoch: str, from_seq: int) -> AsyncGenerator[bytes, None]:
+        """Msgpack EventBatches from `from_seq` on, or from a reset where `epoch` or the log no longer allows it.
+
+        Ends or raises MetadataUnavailableError when the connection breaks or stays silent longer than the server's
+        keep-alives allow; MetadataProtocolError for what is no frame.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Release connections. Idempotent."""
+        ...
+
+
+class _GapError(Exception):
+    """Events are missing between what was applied and what came."""
+
+
+class IndexSubscription:
+    """One subscriber. `run` it in a task; cancel the task to end it."""
+
+    def __init__(self, source: EventSource, sink: IndexSink, clock: Clock) -> None:
+        self._source = source
+        self._sink = sink
+        self._clock = clock
+        self._epoch = ""
+        self._next_seq = 0
+        self._in_snapshot = False
+        self._connected = False
+        self._heard_at: float | None = None
+        self.resets = 0
+        self.gaps = 0
+        self.reconnects = 0
+
+    @property
+    def connected(self) -> bool:
+        """Whether the stream is up and the sink holds a complete state."""
+        return self._connected
+
+    @property
+    def lag(self) -> float:
+        """Seconds since the server was last heard (it speaks at least once a keep-alive); infinite before the first."""
+        return float("inf") if self._heard_at is None else self._clock.now() - self._heard_at
+
+    @property
+    def epoch(self) -> str:
+        """The life of the server that the sink's state belongs to; empty: none."""
+        return self._epoch
+
+    async def run(self) -> None:
+        """Follow until cancelled; reconnects by itself, pausing 0.1 s to 1 s between failures."""
+        backoff_s = _FIRST_BACKOFF_S
+        while True:
+            try:
+                async with aclosing(self._source.batches(self._epoch, self._next_seq)) as batches:
+                    async for raw in batches:
+                        self._apply(msgspec.msgpack.decode(raw, type=EventBatch))
+                        backoff_s = _FIRST_BACKOFF_S
+                reason = "the stream ended"
+            except (MetadataUnavailableError, MetadataProtocolError) as error:
+                reason = error.message
+            except msgspec.MsgspecError as error:
+                reason = f"malformed batch: {error}"
+            except _GapError as error:
+                self.gaps += 1
+                reason = str(error)
+            finally:
+                self._connected = False
+            if self._in_snapshot:  # half a snapshot is no state to go on from
+                self._epoch, self._next_seq = "", 0
+            self.reconnects += 1
+            _logger.info("event=index_stream_lost reason=%r retry_s=%.1f", reason, backoff_s)
+            await asyncio.sleep(backoff_s)
+            backoff_s = min(_LONGEST_BACKOFF_S, backoff_s * 2)
+
+    def _apply(self, batch: EventBatch) -> None:
+        self._heard_at = self._clock.now()
+        if batch.reset:
+            self.resets += 1
+            self._sink.on_reset()
+            self._epoch, self._next_seq, self._in_snapshot = batch.epoch, batch.next_seq, True
+        elif batch.epoch != self._epoch:
+            raise _GapError(f"epoch changed to {batch.epoch} without a reset")
+        elif not self._in_snapshot or batch.next_seq != self._next_seq or not batch.events:
+            self._in_snapshot = False
+            self._check_order(batch)
+            self._next_seq = batch.next_seq
+            self._connected = True
+        if batch.events:
+            self._sink.on_events(batch.events)
+
+    def _check_order(self, batch: EventBatch) -> None:
+        expected = self._next_seq
+        for event in batch.events:
+            if event.seq != expected:
+                raise _GapError(f"expected event {expected}, got {event.seq}")
+            expected += 1
+        if batch.next_seq != expected:
+            raise _GapError(f"expected event {expected} next, server says {batch.next_seq}")
