@@ -4,16 +4,26 @@ Owns no memory and no index: places come from the metadata server, bytes move by
 decides correctness: whatever is missing, late, damaged or unreachable is a value that says "compute it".
 """
 
+import asyncio
 from collections.abc import Sequence
-
-from metadata_server.client import MetadataClient
 
 from kvcore.clock import Clock
 from kvcore.config import StoreConfig
 from kvcore.types import ChunkKey, KVSpec
-from kvstore.put_session import PutSession
+from kvstore.background import Background
+from kvstore.chunk_format import HEADER_BYTES
+from kvstore.counters import Count, StoreCounters
+from kvstore.placement import Placement, Reserved
+from kvstore.put_session import PutContext, PutSession
+from kvstore.reader import ChunkReader
+from kvstore.routes import Routes
 from kvstore.types import GetResult, Match, MovedBytes, RunBlocking
+from metadata_server.client import MetadataClient
 from transfer.base import TransferEngine
+
+_MAX_BACKGROUND = 64
+"""Calls under way beyond which quarantine reports are dropped: the next reader will find the same."""
+_CLOSE_S = 2.0
 
 
 class KVStore:
@@ -37,8 +47,34 @@ class KVStore:
         verify: bool = True,
         run_blocking: RunBlocking | None = None,
     ) -> None:
-        """Default `config`: StoreConfig(). `verify` False leaves the payload's checksum out of reads, never the header."""
-        raise NotImplementedError
+        """Default `config`: StoreConfig(). `verify` False leaves payload checksums out of reads, not the header."""
+        config = config or StoreConfig()
+        self._counters = StoreCounters()
+        self._background = Background()
+        self._spec = spec
+        self._placement = Placement(
+            metadata, node_id=node_id, incarnation=incarnation, clock=clock, config=config, counters=self._counters
+        )
+        routes = Routes(transfers, node_id, clock)
+        run = run_blocking or asyncio.to_thread
+        self._reader = ChunkReader(
+            fingerprint=spec.fingerprint,
+            routes=routes,
+            clock=clock,
+            counters=self._counters,
+            check_payload=verify,
+            run_blocking=run,
+        )
+        self._put_context = PutContext(
+            spec=spec,
+            fingerprint=spec.fingerprint,
+            placement=self._placement,
+            routes=routes,
+            background=self._background,
+            clock=clock,
+            counters=self._counters,
+            run_blocking=run,
+        )
 
     async def match(self, keys: Sequence[ChunkKey], *, timeout_s: float) -> Match:
         """Longest prefix of `keys` that is complete. Metadata server away: an empty Match, counted, never an error.
@@ -46,12 +82,17 @@ class KVStore:
         The Match holds a read lease until `release(match)` or its expiry (`config.read_lease_s`). A cancelled call
         leaves no lease behind.
         """
-        raise NotImplementedError
+        if not keys:
+            return Match()
+        return await self._background.finish(self._placement.match(keys, timeout_s), self._placement.release)
 
     async def wait(self, keys: Sequence[ChunkKey], *, more_than: int, timeout_s: float) -> Match:
         """As `match`, answered once more than `more_than` leading keys are complete or time is up (then: whatever is
-        complete, perhaps not more). Metadata server away: an empty Match at once; the caller paces its retries."""
-        raise NotImplementedError
+        complete, perhaps not more). Metadata server away: an empty Match at once; the caller paces its retries.
+
+        Cancellation ends the wait at once; a lease granted in that very moment ends by its expiry.
+        """
+        return await self._placement.wait(keys, more_than, timeout_s) if keys else Match()
 
     async def get_into(
         self, match: Match, start: int, buffers: Sequence[Sequence[memoryview]], *, timeout_s: float
@@ -62,27 +103,46 @@ class KVStore:
         Every chunk is verified on the caller's copy; one that fails is read from its next replica while time is left,
         and what was wrong is reported to the metadata server in the background. Never raises for a chunk's sake.
         """
-        raise NotImplementedError
+        if not 0 <= start <= start + len(buffers) <= match.num_chunks:
+            raise ValueError(f"chunks {start}..{start + len(buffers)} are not in a match of {match.num_chunks}")
+        report = await self._reader.read(match, start, buffers, timeout_s)
+        if report.refused:
+            if len(self._background) < _MAX_BACKGROUND:
+                self._background.spawn(self._placement.quarantine(report.refused))
+            else:
+                self._counters.add(Count.REPORTS_DROPPED, len(report.refused))
+        return report.result
 
     async def release(self, match: Match) -> None:
-        """Give the match's lease back; bounded, never raises, and safe to call twice. The work survives cancellation."""
-        raise NotImplementedError
+        """Give the match's lease back; bounded, never raises, safe to call twice. The work survives cancellation."""
+        if match.lease_id:
+            await asyncio.shield(self._background.spawn(self._placement.release(match)))
 
     async def begin_put(self, keys: Sequence[ChunkKey], *, prefer_segment: str | None, timeout_s: float) -> PutSession:
         """Reserve room for all `keys` in one batch. Metadata away or store full: a session that accepts nothing.
 
         The caller must `aclose` the session. A cancelled call leaves no reservation behind.
         """
-        raise NotImplementedError
+        distinct = list(dict.fromkeys(keys))
+        if not distinct:
+            return PutSession(self._put_context, Reserved())
+        length = HEADER_BYTES + self._spec.chunk_bytes
+        reserved = await self._background.finish(
+            self._placement.reserve(distinct, length, prefer_segment, timeout_s), self._give_back
+        )
+        return PutSession(self._put_context, reserved)
 
     def counters(self) -> dict[str, int]:
         """A copy of the totals since start; names in `kvstore.counters`."""
-        raise NotImplementedError
+        return self._counters.counts()
 
     def moved(self) -> list[MovedBytes]:
         """Totals since start, one entry a (transport, direction)."""
-        raise NotImplementedError
+        return self._counters.moved()
 
     async def aclose(self) -> None:
-        """End background reports, bounded. Idempotent. Sessions must be closed before."""
-        raise NotImplementedError
+        """End background reports and give-backs, bounded. Idempotent. Sessions must be closed before."""
+        await self._background.aclose(_CLOSE_S)
+
+    async def _give_back(self, reserved: Reserved) -> None:
+        await self._placement.abort([replica.id for replica in reserved.granted.values()])

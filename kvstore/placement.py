@@ -1,0 +1,177 @@
+"""Where chunks lie and may be put: the metadata server as the store sees it, with its failures turned into values.
+
+Owns no state. Invariant: no method raises a KVFerryError; what the server could not say is "nothing", and counted.
+Answers are checked against the question: a replica of another key or length is dropped here.
+"""
+
+import logging
+from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from kvcore.clock import Clock
+from kvcore.config import StoreConfig
+from kvcore.errors import KVFerryError, MetadataProtocolError, MetadataUnavailableError
+from kvcore.telemetry import log_fields
+from kvcore.types import ChunkKey, ReplicaRef, Segment
+from kvstore.counters import Count, StoreCounters
+from kvstore.types import Match
+from metadata_server.client import MetadataClient
+from metadata_server.messages import (
+    MatchReply,
+    MatchRequest,
+    QuarantineItem,
+    QuarantineRequest,
+    ReleaseRequest,
+    ReplicaIds,
+    ReserveItem,
+    ReserveReply,
+    ReserveRequest,
+    ReserveStatus,
+    WaitRequest,
+)
+
+_log = logging.getLogger(__name__)
+_WRITABLE_SHARE = 0.9
+"""Of a reservation's life: no byte is written after it, so that clocks and wires may be late by the rest."""
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """What a reserve gave. Writes into `granted` must have ended at `write_by` (Clock.now)."""
+
+    granted: Mapping[ChunkKey, ReplicaRef] = field(default_factory=dict)
+    complete: frozenset[ChunkKey] = frozenset()
+    segments: Mapping[str, Segment] = field(default_factory=dict)
+    write_by: float = 0.0
+
+
+class Placement:
+    """The calls of one node's writer and readers."""
+
+    def __init__(
+        self,
+        metadata: MetadataClient,
+        *,
+        node_id: str,
+        incarnation: int,
+        clock: Clock,
+        config: StoreConfig,
+        counters: StoreCounters,
+    ) -> None:
+        self._metadata = metadata
+        self._node_id = node_id
+        self._incarnation = incarnation
+        self._clock = clock
+        self._config = config
+        self._counters = counters
+
+    async def match(self, keys: Sequence[ChunkKey], timeout_s: float) -> Match:
+        """Longest complete prefix, leased."""
+        request = MatchRequest(keys=list(keys), lease_s=self._config.read_lease_s)
+        return self._matched(keys, await self._value(self._metadata.match(request, timeout_s=timeout_s)))
+
+    async def wait(self, keys: Sequence[ChunkKey], more_than: int, timeout_s: float) -> Match:
+        """As match, once there is more or time is up."""
+        request = WaitRequest(
+            keys=list(keys), more_than=more_than, timeout_s=timeout_s, lease_s=self._config.read_lease_s
+        )
+        return self._matched(keys, await self._value(self._metadata.wait(request)))
+
+    async def release(self, match: Match) -> None:
+        """Give the lease back; if the server is away it expires."""
+        if match.lease_id:
+            await self._value(self._metadata.release(ReleaseRequest(lease_ids=[match.lease_id])))
+
+    async def reserve(
+        self, keys: Sequence[ChunkKey], length: int, prefer_segment: str | None, timeout_s: float
+    ) -> Reserved:
+        """Room for one chunk of `length` bytes (header included) a key; `keys` are distinct."""
+        write_by = self._clock.now() + _WRITABLE_SHARE * self._config.reserve_ttl_s
+        request = ReserveRequest(
+            node_id=self._node_id,
+            incarnation=self._incarnation,
+            items=[ReserveItem(key=key, length=length) for key in keys],
+            prefer_segment=prefer_segment,
+            ttl_s=self._config.reserve_ttl_s,
+        )
+        reply = await self._value(self._metadata.reserve(request, timeout_s=timeout_s))
+        return Reserved() if reply is None else self._reserved(keys, length, reply, write_by)
+
+    async def commit(self, replica_ids: Sequence[int], timeout_s: float) -> list[bool] | None:
+        """One answer an id; None: not known, ask again."""
+        reply = await self._value(self._metadata.commit(self._ids(replica_ids), timeout_s=timeout_s))
+        if reply is None:
+            return None
+        if len(reply.committed) != len(replica_ids):
+            self._failed(MetadataProtocolError(f"{len(reply.committed)} answers to {len(replica_ids)} commits"))
+            return None
+        return reply.committed
+
+    async def abort(self, replica_ids: Sequence[int]) -> None:
+        """Give reservations back; if the server is away they expire."""
+        if replica_ids and await self._value(self._done(self._metadata.abort(self._ids(replica_ids)))) is None:
+            self._counters.add(Count.LEFT_TO_EXPIRE, len(replica_ids))
+
+    async def quarantine(self, items: Sequence[QuarantineItem]) -> None:
+        """Report replicas that were wrong; if the server is away the next reader will."""
+        request = QuarantineRequest(items=list(items))
+        if await self._value(self._done(self._metadata.quarantine(request))) is None:
+            self._counters.add(Count.REPORTS_DROPPED, len(items))
+
+    def _matched(self, keys: Sequence[ChunkKey], reply: MatchReply | None) -> Match:
+        self._counters.add(Count.MATCHES)
+        if reply is None:
+            return Match()
+        replicas: list[tuple[ReplicaRef, ...]] = []
+        segments = {segment.id: segment for segment in reply.segments}
+        for key, found in zip(keys, reply.replicas, strict=False):
+            right = tuple(replica for replica in found if replica.key == key and replica.segment_id in segments)
+            if not right:
+                break
+            replicas.append(right)
+        self._counters.add(Count.MATCHED_CHUNKS, len(replicas))
+        return Match(tuple(replicas), reply.lease_id, segments)
+
+    def _reserved(self, keys: Sequence[ChunkKey], length: int, reply: ReserveReply, write_by: float) -> Reserved:
+        segments = {segment.id: segment for segment in reply.segments}
+        granted: dict[ChunkKey, ReplicaRef] = {}
+        complete: set[ChunkKey] = set()
+        for key, outcome in zip(keys, reply.outcomes, strict=False):
+            replica = outcome.replica
+            match outcome.status:
+                case ReserveStatus.GRANTED:
+                    if replica and (replica.key, replica.length) == (key, length) and replica.segment_id in segments:
+                        granted[key] = replica
+                    else:
+                        self._failed(MetadataProtocolError(f"granted {replica}, asked for {length} bytes"))
+                case ReserveStatus.EXISTS:
+                    complete.add(key)
+                    self._counters.add(Count.CHUNKS_EXISTED)
+                case ReserveStatus.BUSY:
+                    self._counters.add(Count.DECLINED_BUSY)
+                case ReserveStatus.FULL:
+                    self._counters.add(Count.DECLINED_FULL)
+        return Reserved(granted, frozenset(complete), segments, write_by)
+
+    def _ids(self, replica_ids: Sequence[int]) -> ReplicaIds:
+        return ReplicaIds(node_id=self._node_id, incarnation=self._incarnation, replica_ids=list(replica_ids))
+
+    async def _done(self, call: Awaitable[None]) -> bool:
+        await call
+        return True
+
+    async def _value(self, call: Awaitable[_T]) -> _T | None:
+        try:
+            return await call
+        except (MetadataUnavailableError, MetadataProtocolError) as error:
+            self._failed(error)
+            return None
+
+    def _failed(self, error: KVFerryError) -> None:
+        if isinstance(error, MetadataProtocolError):
+            self._counters.add(Count.METADATA_PROTOCOL)
+            log_fields(_log, logging.ERROR, "metadata_protocol", error=error.message)
+        else:
+            self._counters.add(Count.METADATA_UNAVAILABLE)
