@@ -21,9 +21,7 @@ def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/c
         if controllers == "":
             bounds += _headroom_up(cgroups, path, "memory.max", "memory.current", "")
         elif "memory" in controllers.split(","):
-            bounds += _headroom_up(
-                cgroups / "memory", path, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
-            )
+            bounds += _headroom_up(cgroups / "memory", path, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
     return min(bounds, key=lambda bound: bound.size_bytes)
 
 

@@ -1,7 +1,7 @@
 """Segment memory: a sealed, pre-faulted memfd of the node's process, and its mapping by peers on the same host.
 
 Owns the mapping and its file descriptor. A memfd has no name in /dev/shm: it ends with the last process that maps it,
-so nothing can be orphaned. It is sealed against resizing, so no peer's access can fault. Knows nothing of what is stored.
+so nothing can be orphaned. It is sealed against resizing, so no peer's access can fault. Knows not what is stored.
 """
 
 import contextlib

@@ -1,0 +1,184 @@
+"""Which transport moves which segment's bytes, and the one place where a configuration becomes transports.
+
+Decides once a segment and says so once. A transport that was asked for by name is used or the op fails: no silent
+fallback.
+"""
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+
+from kvcore.config import TransportConfig
+from kvcore.errors import ConfigError, PeerUnreachableError, TransferError
+from kvcore.telemetry import log_fields
+from kvcore.types import Segment
+from transfer.base import Direction, SegmentHost, TransferEngine, TransferOp
+from transfer.memory import SegmentMemory
+from transfer.shm import ShmTransfer
+from transfer.tcp import TcpTransfer
+from transfer.tcp_host import TcpSegmentHost
+
+_LOG = logging.getLogger("transfer")
+_WILDCARDS = ("", "0.0.0.0", "::")
+_REMEMBERED = 1024
+"""Choices kept; the oldest go first."""
+
+
+class TransferSelector:
+    """TransferEngine that hands each segment to the first of `engines` that reaches it. Owns the engines."""
+
+    def __init__(self, kind: str, engines: Sequence[TransferEngine]) -> None:
+        self._kind = kind
+        self._engines = tuple(engines)
+        self._choices: dict[str, TransferEngine] = {}
+
+    @property
+    def kind(self) -> str:
+        """What was asked for: `auto`, `shm`, `tcp`. See `transport_for` for what moves a segment."""
+        return self._kind
+
+    def reaches(self, segment: Segment) -> bool:
+        """Whether one of the transports does."""
+        return self._choose(segment) is not None
+
+    def transport_for(self, segment: Segment) -> str:
+        """As ChoosesTransport.transport_for; what was asked for, if nothing reaches the segment."""
+        engine = self._choose(segment)
+        return self._kind if engine is None else engine.kind
+
+    def choices(self) -> Mapping[str, str]:
+        """Segment id -> transport, for those decided so far."""
+        return {segment_id: engine.kind for segment_id, engine in self._choices.items()}
+
+    def register(self, region: memoryview) -> None:
+        """With every transport."""
+        for engine in self._engines:
+            engine.register(region)
+
+    async def write(self, ops: Sequence[TransferOp], timeout_s: float) -> list[TransferError | None]:
+        """As TransferEngine.write."""
+        return await self._transfer("write", ops, timeout_s)
+
+    async def read(self, ops: Sequence[TransferOp], timeout_s: float) -> list[TransferError | None]:
+        """As TransferEngine.read."""
+        return await self._transfer("read", ops, timeout_s)
+
+    async def aclose(self) -> None:
+        """As TransferEngine.aclose."""
+        async with asyncio.TaskGroup() as tasks:
+            for engine in self._engines:
+                tasks.create_task(engine.aclose())
+
+    async def _transfer(
+        self, direction: Direction, ops: Sequence[TransferOp], timeout_s: float
+    ) -> list[TransferError | None]:
+        results: list[TransferError | None] = [None] * len(ops)
+        groups: dict[TransferEngine, list[int]] = {}
+        for index, op in enumerate(ops):
+            engine = self._choose(op.segment)
+            if engine is None:
+                results[index] = self._unreachable(op.segment)
+            else:
+                groups.setdefault(engine, []).append(index)
+
+        async def run(engine: TransferEngine, indices: list[int]) -> None:
+            part = [ops[index] for index in indices]
+            move = engine.write if direction == "write" else engine.read
+            for index, error in zip(indices, await move(part, timeout_s), strict=True):
+                results[index] = error
+
+        if len(groups) == 1:
+            await run(*groups.popitem())
+        else:
+            async with asyncio.TaskGroup() as tasks:
+                for engine, indices in groups.items():
+                    tasks.create_task(run(engine, indices))
+        return results
+
+    def _choose(self, segment: Segment) -> TransferEngine | None:
+        chosen = self._choices.get(segment.id)
+        if chosen is None:
+            chosen = next((engine for engine in self._engines if engine.reaches(segment)), None)
+            if chosen is not None:
+                if len(self._choices) >= _REMEMBERED:
+                    del self._choices[next(iter(self._choices))]
+                self._choices[segment.id] = chosen
+                log_fields(
+                    _LOG, logging.INFO, "transfer.chosen", segment=segment.id, transport=chosen.kind, asked=self._kind
+                )
+        return chosen
+
+    def _unreachable(self, segment: Segment) -> TransferError:
+        return PeerUnreachableError(
+            f"segment {segment.id} cannot be reached by transport {self._kind} "
+            f"(it has addresses for {', '.join(sorted(segment.addresses)) or 'none'}, host {segment.host_id})"
+        )
+
+
+def build_transfer(config: TransportConfig, host_id: str) -> TransferSelector:
+    """The initiator's side for a configuration. Call it where an event loop runs.
+
+    `host_id` is the node's (`NodeConfig.host_id` or `host_identity()`). Raises ConfigError for an unknown transport,
+    and for `ucx` without a fallback: it is not part of this build.
+    """
+    kind = effective_kind(config)
+    engines: list[TransferEngine] = []
+    if kind in ("auto", "shm"):
+        engines.append(ShmTransfer(host_id))
+    if kind in ("auto", "tcp"):
+        engines.append(TcpTransfer(config.streams))
+    return TransferSelector(kind, engines)
+
+
+def effective_kind(config: TransportConfig) -> str:
+    """`auto`, `shm` or `tcp`: the transport asked for, or its written fallback, with a warning. Raises ConfigError."""
+    known = ("auto", "shm", "tcp")
+    for field, value in (("kind", config.kind), ("fallback", config.fallback)):
+        if value is not None and value not in (*known, "ucx"):
+            raise ConfigError(
+                f"transport.{field}: {value!r} is not one of {', '.join((*known, 'ucx'))}", param=f"transport.{field}"
+            )
+    if config.kind != "ucx":
+        return config.kind
+    if config.fallback not in known:
+        raise ConfigError(
+            "transport.kind: 'ucx' is not in this build; use auto, shm or tcp, or name one as transport.fallback",
+            param="transport.kind",
+        )
+    log_fields(_LOG, logging.WARNING, "transfer.fallback", asked="ucx", used=config.fallback)
+    return config.fallback
+
+
+class SegmentHosts:
+    """What serves one node's segment to its peers. Made by `start_segment_hosts`; close it before the memory."""
+
+    def __init__(self, memory: SegmentMemory, hosts: Mapping[str, SegmentHost]) -> None:
+        self._hosts = hosts
+        self.addresses: dict[str, str] = {
+            "shm": memory.shm_address,
+            **{kind: host.address for kind, host in hosts.items()},
+        }
+        """For `Segment.addresses`."""
+
+    async def aclose(self) -> None:
+        """As SegmentHost.aclose, for all of them."""
+        async with asyncio.TaskGroup() as tasks:
+            for host in self._hosts.values():
+                tasks.create_task(host.aclose())
+
+
+async def start_segment_hosts(
+    config: TransportConfig, memory: SegmentMemory, *, host: str, port: int = 0, advertise_host: str | None = None
+) -> SegmentHosts:
+    """The target's side for a configuration: TCP unless shared memory was asked for by name; `shm` costs nothing.
+
+    `port` is `NodeConfig.transfer_port`. Raises ConfigError, also when `host` is a wildcard and `advertise_host` is not
+    given: peers would be told an address that they cannot connect to.
+    """
+    if effective_kind(config) == "shm":
+        return SegmentHosts(memory, {})
+    if (advertise_host or host) in _WILDCARDS:
+        raise ConfigError(f"nodes.<n>.host: {host!r} cannot be announced to other nodes; give the address they use")
+    tcp = TcpSegmentHost(memory.segment_id, memory.view, host, port, advertise_host=advertise_host)
+    await tcp.start()
+    return SegmentHosts(memory, {"tcp": tcp})
