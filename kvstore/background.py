@@ -10,6 +10,7 @@ from typing import TypeVar
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
+_MAX_TASKS = 64
 
 
 class Background:
@@ -18,8 +19,10 @@ class Background:
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[object]] = set()
 
-    def __len__(self) -> int:
-        return len(self._tasks)
+    @property
+    def full(self) -> bool:
+        """Whether so much is under way that work which may be left out should be."""
+        return len(self._tasks) >= _MAX_TASKS
 
     def spawn(self, work: Coroutine[object, object, _T]) -> asyncio.Task[_T]:
         """Begin `work`; the task is kept until it ends."""

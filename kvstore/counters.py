@@ -27,7 +27,7 @@ class Count(StrEnum):
     COMMITS_REFUSED = "commits_refused"
     """Written in vain: the reservation had expired or the index had begun anew."""
     LEFT_TO_EXPIRE = "left_to_expire"
-    """Reservations not given back, because a write into them had not ended or the metadata server was away."""
+    """Reservations and leases not given back: a write had not ended, or the metadata server was away for too long."""
     REPORTS_DROPPED = "reports_dropped"
     """Quarantine reports not sent: too many were under way, or the metadata server was away."""
     METADATA_UNAVAILABLE = "metadata_unavailable"

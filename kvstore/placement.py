@@ -4,8 +4,9 @@ Owns no state. Invariant: no method raises a KVFerryError; what the server could
 Answers are checked against the question: a replica of another key or length is dropped here.
 """
 
+import asyncio
 import logging
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -14,6 +15,7 @@ from kvcore.config import StoreConfig
 from kvcore.errors import KVFerryError, MetadataProtocolError, MetadataUnavailableError
 from kvcore.telemetry import log_fields
 from kvcore.types import ChunkKey, ReplicaRef, Segment
+from kvstore.background import Background
 from kvstore.counters import Count, StoreCounters
 from kvstore.types import Match
 from metadata_server.client import MetadataClient
@@ -34,6 +36,9 @@ from metadata_server.messages import (
 _log = logging.getLogger(__name__)
 _WRITABLE_SHARE = 0.9
 """Of a reservation's life: no byte is written after it, so that clocks and wires may be late by the rest."""
+_RETRY_PAUSES_S = (0.25, 0.5, 1.0, 2.0)
+"""Longer than the client's own pause after a failure; give-backs are idempotent, and a place or a lease that stays
+taken until it expires is missed by others."""
 _T = TypeVar("_T")
 
 
@@ -59,6 +64,7 @@ class Placement:
         clock: Clock,
         config: StoreConfig,
         counters: StoreCounters,
+        background: Background,
     ) -> None:
         self._metadata = metadata
         self._node_id = node_id
@@ -66,6 +72,7 @@ class Placement:
         self._clock = clock
         self._config = config
         self._counters = counters
+        self._background = background
 
     async def match(self, keys: Sequence[ChunkKey], timeout_s: float) -> Match:
         """Longest complete prefix, leased."""
@@ -80,9 +87,10 @@ class Placement:
         return self._matched(keys, await self._value(self._metadata.wait(request)))
 
     async def release(self, match: Match) -> None:
-        """Give the lease back; if the server is away it expires."""
+        """Give the lease back. Server away: tried again in the background for some seconds, then left to expire."""
         if match.lease_id:
-            await self._value(self._metadata.release(ReleaseRequest(lease_ids=[match.lease_id])))
+            request = ReleaseRequest(lease_ids=[match.lease_id])
+            await self._insist(lambda: self._metadata.release(request), 1)
 
     async def reserve(
         self, keys: Sequence[ChunkKey], length: int, prefer_segment: str | None, timeout_s: float
@@ -110,9 +118,10 @@ class Placement:
         return reply.committed
 
     async def abort(self, replica_ids: Sequence[int]) -> None:
-        """Give reservations back; if the server is away they expire."""
-        if replica_ids and await self._value(self._done(self._metadata.abort(self._ids(replica_ids)))) is None:
-            self._counters.add(Count.LEFT_TO_EXPIRE, len(replica_ids))
+        """Give reservations back. Server away: tried again in the background for some seconds, then left to expire."""
+        if replica_ids:
+            request = self._ids(replica_ids)
+            await self._insist(lambda: self._metadata.abort(request), len(replica_ids))
 
     async def quarantine(self, items: Sequence[QuarantineItem]) -> None:
         """Report replicas that were wrong; if the server is away the next reader will."""
@@ -157,6 +166,21 @@ class Placement:
 
     def _ids(self, replica_ids: Sequence[int]) -> ReplicaIds:
         return ReplicaIds(node_id=self._node_id, incarnation=self._incarnation, replica_ids=list(replica_ids))
+
+    async def _insist(self, call: Callable[[], Awaitable[None]], count: int) -> None:
+        """Call once now; the tries after a failure go on behind the caller's back."""
+        if await self._value(self._done(call())) is None:
+            if self._background.full:
+                self._counters.add(Count.LEFT_TO_EXPIRE, count)
+            else:
+                self._background.spawn(self._try_again(call, count))
+
+    async def _try_again(self, call: Callable[[], Awaitable[None]], count: int) -> None:
+        for pause_s in _RETRY_PAUSES_S:
+            await asyncio.sleep(pause_s)
+            if await self._value(self._done(call())):
+                return
+        self._counters.add(Count.LEFT_TO_EXPIRE, count)
 
     async def _done(self, call: Awaitable[None]) -> bool:
         await call

@@ -21,8 +21,6 @@ from kvstore.types import GetResult, Match, MovedBytes, RunBlocking
 from metadata_server.client import MetadataClient
 from transfer.base import TransferEngine
 
-_MAX_BACKGROUND = 64
-"""Calls under way beyond which quarantine reports are dropped: the next reader will find the same."""
 _CLOSE_S = 2.0
 
 
@@ -53,7 +51,13 @@ class KVStore:
         self._background = Background()
         self._spec = spec
         self._placement = Placement(
-            metadata, node_id=node_id, incarnation=incarnation, clock=clock, config=config, counters=self._counters
+            metadata,
+            node_id=node_id,
+            incarnation=incarnation,
+            clock=clock,
+            config=config,
+            counters=self._counters,
+            background=self._background,
         )
         routes = Routes(transfers, node_id, clock)
         run = run_blocking or asyncio.to_thread
@@ -107,10 +111,10 @@ class KVStore:
             raise ValueError(f"chunks {start}..{start + len(buffers)} are not in a match of {match.num_chunks}")
         report = await self._reader.read(match, start, buffers, timeout_s)
         if report.refused:
-            if len(self._background) < _MAX_BACKGROUND:
-                self._background.spawn(self._placement.quarantine(report.refused))
-            else:
+            if self._background.full:
                 self._counters.add(Count.REPORTS_DROPPED, len(report.refused))
+            else:
+                self._background.spawn(self._placement.quarantine(report.refused))
         return report.result
 
     async def release(self, match: Match) -> None:

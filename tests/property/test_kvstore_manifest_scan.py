@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,8 +33,8 @@ def test_entries_are_inside_disjoint_newest_first_and_nothing_that_was_left_out_
     entries = scan(memoryview(segment))
     assert [entry.generation for entry in entries] == sorted((e.generation for e in entries), reverse=True)
     spans = sorted((entry.offset, entry.offset + entry.length) for entry in entries)
-    assert all(0 <= start and end <= len(segment) for start, end in spans)
-    assert all(left[1] <= right[0] for left, right in zip(spans, spans[1:], strict=False))
+    assert all(start >= 0 and end <= len(segment) for start, end in spans)
+    assert all(left[1] <= right[0] for left, right in pairwise(spans))
     listed = {entry.offset: entry for entry in entries}
     for offset in range(0, len(segment), ALIGNMENT):
         header = parse(segment[offset : offset + HEADER_BYTES])

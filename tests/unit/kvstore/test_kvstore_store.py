@@ -1,0 +1,552 @@
+import asyncio
+import dataclasses
+
+import msgspec
+import pytest
+from support.store_fakes import CHUNK_BYTES, SPEC, World, key
+
+from kvcore.clock import ManualClock
+from kvcore.config import StoreConfig
+from kvcore.errors import PeerUnreachableError, SegmentUnknownError, TransferTimeoutError
+from kvstore.chunk_format import HEADER_BYTES
+from kvstore.store import KVStore
+from kvstore.types import Direction, GetOutcome, Match
+from transfer.inproc import InprocFault, InprocTransfer
+
+KEYS = [key(number) for number in range(1, 4)]
+
+
+def payload(number: int) -> bytes:
+    return bytes([number]) * CHUNK_BYTES
+
+
+def views(number: int) -> list[memoryview]:
+    """A payload as it lies in two KV blocks."""
+    whole = memoryview(payload(number))
+    return [whole[:300], whole[300:]]
+
+
+def buffers(count: int) -> list[list[memoryview]]:
+    return [[memoryview(bytearray(700)), memoryview(bytearray(300))] for _ in range(count)]
+
+
+async def put(store: KVStore, keys=KEYS, prefer: str | None = None) -> list[bytes]:
+    async with await store.begin_put(keys, prefer_segment=prefer, timeout_s=5) as session:
+        for number, wanted in enumerate(keys):
+            await session.write(wanted, 4, views(number), timeout_s=5)
+        return await session.commit(timeout_s=5)
+
+
+async def get(store: KVStore, keys=KEYS, timeout_s: float = 5) -> tuple[list[GetOutcome], list[bytes]]:
+    match = await store.match(keys, timeout_s=5)
+    into = buffers(match.num_chunks)
+    result = await store.get_into(match, 0, into, timeout_s=timeout_s)
+    await store.release(match)
+    return result.outcomes, [b"".join(chunk) for chunk in into]
+
+
+@pytest.fixture
+async def world():
+    world = World()
+    yield world
+    await world.aclose()
+    assert world.metadata.reserved == {}
+    assert world.metadata.leases == set()
+
+
+def replica(world: World, number: int = 0, which: int = 0):
+    return world.metadata.complete[KEYS[number]][which]
+
+
+def two_copies(world: World, first: str = "a.1", second: str = "b.1") -> None:
+    """Give chunk 0 a second whole replica on another segment, with a generation of its own in its header."""
+    from kvstore.chunk_format import pack, parse
+
+    one = replica(world)
+    memory = world.memory[first]
+    header = parse(memory[one.offset : one.offset + HEADER_BYTES])
+    two = msgspec.structs.replace(one, id=900, segment_id=second, offset=4096 * 9, generation=900)
+    raw = pack(dataclasses.replace(header, generation=900))
+    raw += bytes(memory[one.offset + HEADER_BYTES : one.offset + one.length])
+    world.memory[second][two.offset : two.offset + two.length] = raw
+    world.metadata.complete[KEYS[0]].append(two)
+
+
+# --- damage ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("at", "outcome"),
+    [(0, GetOutcome.MALFORMED), (80, GetOutcome.MALFORMED), (HEADER_BYTES + 500, GetOutcome.CHECKSUM)],
+)
+async def test_a_flipped_byte_is_a_miss_of_that_chunk_alone_and_is_reported(world, at, outcome):
+    world.add_node("a")
+    store, _ = world.store("a", InprocTransfer(world.memory))
+    await put(store)
+    bad = replica(world, 1)
+    world.memory["a.1"][bad.offset + at] ^= 1
+    outcomes, _ = await get(store)
+    await store.aclose()
+    assert outcomes == [GetOutcome.OK, outcome, GetOutcome.OK]
+    assert [(item.replica, item.reason) for item in world.metadata.quarantined] == [(bad, outcome)]
+    assert store.counters()[f"miss_{outcome}"] == 1
+    assert (await store.match(KEYS, timeout_s=5)).num_chunks == 1
+    world.metadata.leases.clear()
+
+
+async def test_without_checking_a_flipped_payload_byte_passes_but_never_a_flipped_header(world):
+    world.add_node("a")
+    store, _ = world.store("a", InprocTransfer(world.memory), verify=False)
+    await put(store)
+    world.memory["a.1"][replica(world, 0).offset + HEADER_BYTES] ^= 1
+    world.memory["a.1"][replica(world, 1).offset + 20] ^= 1
+    assert (await get(store))[0] == [GetOutcome.OK, GetOutcome.MALFORMED, GetOutcome.OK]
+
+
+async def test_a_stale_generation_is_a_miss(world):
+    world.add_node("a")
+    store, _ = world.store("a", InprocTransfer(world.memory))
+    await put(store)
+    world.metadata.complete[KEYS[0]] = [msgspec.structs.replace(replica(world), generation=77)]
+    assert (await get(store))[0][0] is GetOutcome.STALE
+
+
+async def test_another_keys_chunk_in_the_place_is_stale(world):
+    world.add_node("a")
+    store, _ = world.store("a", InprocTransfer(world.memory))
+    await put(store)
+    other = msgspec.structs.replace(replica(world), offset=replica(world, 1).offset)
+    world.metadata.complete[KEYS[0]] = [other]
+    assert (await get(store))[0][0] is GetOutcome.STALE
+
+
+async def test_a_chunk_of_other_weights_is_foreign(world):
+    world.add_node("a")
+    writer, _ = world.store("a", InprocTransfer(world.memory))
+    await put(writer)
+    reader, _ = world.store(
+        "a", InprocTransfer(world.memory), spec=msgspec.structs.replace(SPEC, weights_digest="other")
+    )
+    assert (await get(reader))[0] == [GetOutcome.FOREIGN] * 3
+
+
+async def test_a_replica_of_another_length_is_malformed_and_not_even_read(world):
+    world.add_node("a")
+    store, _ = world.store("a", InprocTransfer(world.memory))
+    await put(store)
+    world.metadata.complete[KEYS[0]] = [msgspec.structs.replace(replica(world), length=HEADER_BYTES + 999)]
+    outcomes, _ = await get(store)
+    assert outcomes[0] is GetOutcome.MALFORMED
+    assert store.moved()[1].num_bytes == 2 * (HEADER_BYTES + CHUNK_BYTES)
+
+
+# --- peers that are gone or silent -------------------------------------------------------------------------------
+
+
+async def test_a_segment_that_its_peer_no_longer_holds_is_unreachable_and_reported(world):
+    world.add_node("a")
+    store, _ = world.store("a", InprocTransfer(world.memory))
+    await put(store)
+    del world.memory["a.1"]
+    assert (await get(store))[0] == [GetOutcome.UNREACHABLE] * 3
+    await store.aclose()
+    assert {item.reason for item in world.metadata.quarantined} == {GetOutcome.UNREACHABLE}
+
+
+@pytest.mark.parametrize("error", [TransferTimeoutError("silent"), PeerUnreachableError("refused")])
+async def test_a_silent_peer_is_unreachable_but_not_told_on_and_left_alone_for_a_moment(world, error):
+    async def fail(direction, op):
+        return InprocFault(error) if direction == "read" else None
+
+    world.clock = ManualClock()
+    world.add_node("a")
+    store, _ = world.store("a", InprocTransfer(world.memory, fail))
+    await put(store)
+    assert (await get(store))[0] == [GetOutcome.UNREACHABLE] * 3
+    assert world.metadata.quarantined == []
+    before = store.counters()["replica_unreachable"]
+    assert (await get(store))[0] == [GetOutcome.UNREACHABLE] * 3
+    assert store.counters()["replica_unreachable"] == before  # not tried
+    world.clock.advance(0.11)
+    await get(store)
+    assert store.counters()["replica_unreachable"] == before + 3
+
+
+async def test_a_segment_that_no_transport_reaches_is_unreachable(world):
+    world.add_node("a", kinds=("inproc",))
+    writer, _ = world.store("a", InprocTransfer(world.memory))
+    await put(writer)
+    reader, _ = world.store("a")
+    assert (await get(reader))[0] == [GetOutcome.UNREACHABLE] * 3
+
+
+async def test_time_that_has_run_out_reads_nothing(world):
+    world.add_node("a")
+    store, _ = world.store("a", InprocTransfer(world.memory))
+    await put(store)
+    assert (await get(store, timeout_s=0))[0] == [GetOutcome.UNREACHABLE] * 3
+
+
+@pytest.mark.parametrize("damage", ["payload", "gone", "slow"])
+async def test_a_second_replica_saves_the_read(world, damage):
+    async def fault(direction, op):
+        if damage == "slow" and direction == "read" and op.segment.id == "a.1":
+            await asyncio.Event().wait()
+
+    world.add_node("a")
+    world.add_node("b")
+    store, _ = world.store("a", InprocTransfer(world.memory, fault))
+    await put(store, KEYS[:1], prefer="a.1")
+    two_copies(world)
+    if damage == "payload":
+        world.memory["a.1"][replica(world).offset + HEADER_BYTES] ^= 1
+    elif damage == "gone":
+        del world.memory["a.1"]
+    outcomes, data = await get(store, KEYS[:1], timeout_s=0.1)
+    assert outcomes == [GetOutcome.OK]
+    assert data == [payload(0)]
+    assert store.counters().get("miss_checksum", 0) == 0
+
+
+class Named(InprocTransfer):
+    """An in-process transport under another name."""
+
+    def __init__(self, kind: str, memory, fault=None) -> None:
+        super().__init__(memory, fault)
+        self.kind = kind
+
+
+async def test_the_own_segment_is_read_before_others_and_the_first_transport_before_the_second(world):
+    seen = []
+
+    def spy(kind):
+        async def fault(direction, op):
+            if direction == "read":
+                seen.append((kind, op.segment.id))
+                return InprocFault(SegmentUnknownError("no") if kind == "tcp" else PeerUnreachableError("no"))
+            return None
+
+        return fault
+
+    for name in ("a", "b"):
+        world.add_node(name, kinds=("shm", "tcp"))
+    transfers = [Named(kind, world.memory, spy(kind)) for kind in ("shm", "tcp")]
+    store, _ = world.store("b", *transfers)
+    await put(store, KEYS[:1], prefer="a.1")
+    two_copies(world)
+    assert (await get(store, KEYS[:1]))[0] == [GetOutcome.UNREACHABLE]
+    assert seen == [("shm", "b.1"), ("tcp", "b.1"), ("shm", "a.1"), ("tcp", "a.1")]
+
+
+async def test_chunks_on_segments_of_different_transports_are_read_at_the_same_time(world):
+    both = asyncio.Barrier(2)
+
+    async def meet(direction, op):
+        if direction == "read":
+            await both.wait()
+
+    world.add_node("a", size_bytes=CHUNK_BYTES + HEADER_BYTES, kinds=("shm",))
+    world.add_node("b", kinds=("tcp",))
+    store, _ = world.store("a", Named("shm", world.memory, meet), Named("tcp", world.memory, meet))
+    await put(store, KEYS[:2], prefer="a.1")
+    outcomes, data = await get(store, KEYS[:2])
+    assert outcomes == [GetOutcome.OK] * 2
+    assert data == [payload(0), payload(1)]
+
+
+# --- the metadata server away -------------------------------------------------------------------------------------
+
+
+async def test_metadata_away_is_an_empty_match_and_a_session_that_accepts_nothing(world):
+    world.add_node("a")
+    store, wire = world.store("a", InprocTransfer(world.memory))
+    wire.down.add("")
+    assert (await store.match(KEYS, timeout_s=5)) == Match()
+    assert (await store.wait(KEYS, more_than=0, timeout_s=5)) == Match()
+    session = await store.begin_put(KEYS, prefer_segment=None, timeout_s=5)
+    assert not any(session.wants(wanted) for wanted in KEYS)
+    assert not await session.write(KEYS[0], 4, views(0), timeout_s=5)
+    assert await session.commit(timeout_s=5) == []
+    await session.aclose()
+    await store.release(Match(lease_id=4))
+    assert store.counters()["metadata_unavailable"] == 4
+
+
+async def test_metadata_that_does_not_answer_costs_no_more_than_the_callers_time(world):
+    world.add_node("a")
+    store, wire = world.store("a", InprocTransfer(world.memory))
+    wire.before["match"] = wire.before["reserve"] = asyncio.Event()
+    assert (await store.match(KEYS, timeout_s=0.01)) == Match()
+    session = await store.begin_put(KEYS, prefer_segment=None, timeout_s=0.01)
+    assert not session.wants(KEYS[0])
+
+
+async def test_a_commit_that_could_not_be_asked_is_asked_again(world):
+    world.clock = ManualClock()
+    world.add_node("a")
+    store, wire = world.store("a", InprocTransfer(world.memory))
+    session = await store.begin_put(KEYS, prefer_segment=None, timeout_s=5)
+    assert await session.write(KEYS[0], 4, views(0), timeout_s=5)
+    wire.down.add("commit")
+    assert await session.commit(timeout_s=5) == []
+    wire.down.clear()
+    world.clock.advance(1)
+    assert await session.commit(timeout_s=5) == [KEYS[0]]
+    await session.aclose()
+
+
+async def test_what_cannot_be_given_back_is_tried_again_without_anybody_waiting(world, monkeypatch):
+    monkeypatch.setattr("kvstore.placement._RETRY_PAUSES_S", (0.0,) * 50)
+    world.clock = ManualClock()
+    world.add_node("a")
+    store, wire = world.store("a", InprocTransfer(world.memory))
+    await put(store)
+    session = await store.begin_put([key(9)], prefer_segment=None, timeout_s=5)
+    match = await store.match(KEYS, timeout_s=5)
+    wire.down |= {"abort", "release"}
+    await store.release(match)
+    await session.aclose()
+    wire.down.clear()
+    world.clock.advance(1)
+    await store.aclose()
+    assert (world.metadata.leases, world.metadata.reserved) == (set(), {})
+    assert store.counters()["left_to_expire"] == 0
+
+
+async def test_reports_and_give_backs_that_never_arrive_fail_nobody_and_are_counted(world, monkeypatch):
+    monkeypatch.setattr("kvstore.placement._RETRY_PAUSES_S", (0.0, 0.0, 0.0))
+    world.add_node("a")
+    store, wire = world.store("a", InprocTransfer(world.memory))
+    await put(store)
+    world.memory["a.1"][replica(world).offset] ^= 1
+    session = await store.begin_put([key(9)], prefer_segment=None, timeout_s=5)
+    wire.down |= {"quarantine", "abort", "release"}
+    assert (await get(store))[0][0] is GetOutcome.MALFORMED
+    await session.aclose()
+    await store.aclose()
+    assert store.counters()["reports_dropped"] == 1
+    assert store.counters()["left_to_expire"] == 2
+    world.metadata.reserved.clear()
+    world.metadata.leases.clear()
+
+
+# --- puts that end badly -----------------------------------------------------------------------------------------
+
+
+async def test_a_failed_write_gives_its_reservation_back_and_the_others_go_on(world):
+    async def fail(direction, op):
+        return InprocFault(SegmentUnknownError("gone"), 200) if op.offset == 0 else None
+
+    world.add_node("a")
+    store, _ = world.store("a", InprocTransfer(world.memory, fail))
+    assert await put(store) == KEYS[1:]
+    await store.aclose()
+    assert world.metadata.reserved == {}
+    assert store.counters()["writes_failed"] == 1
+
+
+async def test_a_write_cancelled_midway_leaves_no_reservation(world):
+    begun = asyncio.Event()
+
+    async def hang(direction, op):
+        begun.set()
+        await asyncio.Event().wait()
+
+    world.add_node("a")
+    store, _ = world.store("a", InprocTransfer(world.memory, hang))
+    task = asyncio.create_task(put(store))
+    await begun.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await store.aclose()
+    assert world.metadata.reserved == {}
+
+
+async def test_closing_waits_for_a_write_under_way_before_its_place_is_given_back(world):
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def hang(direction, op):
+        begun.set()
+        await go_on.wait()
+
+    world.add_node("a")
+    store, wire = world.store("a", InprocTransfer(world.memory, hang))
+    session = await store.begin_put(KEYS, prefer_segment=None, timeout_s=5)
+    write = asyncio.create_task(session.write(KEYS[0], 4, views(0), timeout_s=5))
+    await begun.wait()
+    close = asyncio.create_task(session.aclose())
+    await asyncio.sleep(0)
+    assert "abort" not in wire.calls
+    assert not session.wants(KEYS[1])
+    go_on.set()
+    await close
+    assert await write is False
+    await store.aclose()
+    assert world.metadata.reserved == {}
+
+
+async def test_closing_goes_on_although_the_closer_is_cancelled(world):
+    world.add_node("a")
+    store, wire = world.store("a", InprocTransfer(world.memory))
+    session = await store.begin_put(KEYS, prefer_segment=None, timeout_s=5)
+    wire.before["abort"] = asyncio.Event()
+    close = asyncio.create_task(session.aclose())
+    await wire.arrived["abort"].wait()
+    close.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await close
+    wire.before["abort"].set()
+    await store.aclose()
+    assert world.metadata.reserved == {}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_a_reserve_cancelled_midway_leaves_no_reservation(world, when):
+    world.add_node("a")
+    store, wire = world.store("a", InprocTransfer(world.memory))
+    getattr(wire, when)["reserve"] = gate = asyncio.Event()
+    task = asyncio.create_task(store.begin_put(KEYS, prefer_segment=None, timeout_s=5))
+    await wire.arrived["reserve"].wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    gate.set()
+    await store.aclose()
+    assert world.metadata.reserved == {}
+
+
+async def test_a_match_cancelled_midway_leaves_no_lease(world):
+    world.add_node("a")
+    store, wire = world.store("a", InprocTransfer(world.memory))
+    await put(store)
+    wire.after["match"] = gate = asyncio.Event()
+    task = asyncio.create_task(store.match(KEYS, timeout_s=5))
+    await wire.arrived["match"].wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    gate.set()
+    await store.aclose()
+    assert "release" in wire.calls
+    assert world.metadata.leases == set()
+
+
+async def test_a_refused_commit_is_counted_and_not_visible(world):
+    world.add_node("a")
+    store, _ = world.store("a", InprocTransfer(world.memory))
+    session = await store.begin_put(KEYS, prefer_segment=None, timeout_s=5)
+    for number, wanted in enumerate(KEYS):
+        await session.write(wanted, 4, views(number), timeout_s=5)
+    world.metadata.reserved.pop(min(world.metadata.reserved))
+    assert await session.commit(timeout_s=5) == KEYS[1:]
+    assert await session.commit(timeout_s=5) == []
+    await session.aclose()
+    assert store.counters()["commits_refused"] == 1
+
+
+async def test_a_full_store_grants_what_fits_and_declines_the_rest(world):
+    world.add_node("a", size_bytes=4096 + CHUNK_BYTES + HEADER_BYTES)
+    store, _ = world.store("a", InprocTransfer(world.memory))
+    assert await put(store) == KEYS[:2]
+    assert store.counters()["declined_full"] == 1
+
+
+async def test_no_byte_is_written_once_a_reservation_has_nearly_run_out(world):
+    world.clock = ManualClock()
+    world.add_node("a")
+    store, _ = world.store("a", InprocTransfer(world.memory), config=StoreConfig(reserve_ttl_s=10))
+    session = await store.begin_put(KEYS, prefer_segment=None, timeout_s=5)
+    world.clock.advance(8.9)
+    assert await session.write(KEYS[0], 4, views(0), timeout_s=5)
+    world.clock.advance(0.2)
+    assert not session.wants(KEYS[1])
+    assert not await session.write(KEYS[1], 4, views(1), timeout_s=5)
+    await session.aclose()
+    assert store.counters()["writes_expired"] == 1
+    assert bytes(world.memory["a.1"][4096 : 4096 + HEADER_BYTES]) == bytes(HEADER_BYTES)
+
+
+async def test_several_writers_of_one_key_do_not_hurt_each_other(world):
+    world.add_node("a")
+    world.add_node("b")
+    stores = [world.store(node, InprocTransfer(world.memory))[0] for node in ("a", "b", "a")]
+    sessions = [await store.begin_put(KEYS[:1], prefer_segment=None, timeout_s=5) for store in stores]
+    assert [session.wants(KEYS[0]) for session in sessions] == [True, True, False]
+    for session in sessions[:2]:
+        assert await session.write(KEYS[0], 4, views(0), timeout_s=5)
+        assert not await session.write(KEYS[0], 4, views(0), timeout_s=5)
+        assert await session.commit(timeout_s=5) == KEYS[:1]
+    late = await stores[2].begin_put(KEYS[:1], prefer_segment=None, timeout_s=5)
+    assert late.complete == set(KEYS[:1])
+    for session in [*sessions, late]:
+        await session.aclose()
+    assert stores[2].counters()["declined_busy"] == 1
+    assert (await get(stores[2], KEYS[:1])) == ([GetOutcome.OK], [payload(0)])
+
+
+async def test_a_payload_of_another_size_is_the_callers_error(world):
+    world.add_node("a")
+    store, _ = world.store("a", InprocTransfer(world.memory))
+    async with await store.begin_put(KEYS, prefer_segment=None, timeout_s=5) as session:
+        with pytest.raises(ValueError, match="1000"):
+            await session.write(KEYS[0], 4, views(0)[:1], timeout_s=5)
+
+
+# --- what works --------------------------------------------------------------------------------------------------
+
+
+async def test_what_was_put_is_got_with_its_bytes_counted_both_ways(world):
+    world.add_node("a")
+    world.add_node("b")
+    store, _ = world.store("a", InprocTransfer(world.memory))
+    assert await put(store, prefer="b.1") == KEYS
+    assert {replica(world, number).segment_id for number in range(3)} == {"b.1"}
+    assert await get(store) == ([GetOutcome.OK] * 3, [payload(number) for number in range(3)])
+    total = 3 * (HEADER_BYTES + CHUNK_BYTES)
+    assert [(m.transport, m.direction, m.num_bytes) for m in store.moved()] == [
+        ("inproc", Direction.PUT, total),
+        ("inproc", Direction.GET, total),
+    ]
+    assert (store.counters()["chunks_put"], store.counters()["chunks_got"]) == (3, 3)
+
+
+async def test_reading_from_the_middle_of_a_match(world):
+    world.add_node("a")
+    store, _ = world.store("a", InprocTransfer(world.memory))
+    await put(store)
+    match = await store.match([*KEYS, key(8)], timeout_s=5)
+    assert match.num_chunks == 3
+    into = buffers(2)
+    assert (await store.get_into(match, 1, into, timeout_s=5)).outcomes == [GetOutcome.OK] * 2
+    assert b"".join(into[0]) == payload(1)
+    with pytest.raises(ValueError, match="not in a match"):
+        await store.get_into(match, 2, into, timeout_s=5)
+    await store.release(match)
+    await store.release(match)
+
+
+async def test_nothing_asked_is_nothing_done(world):
+    store, wire = world.store("a", InprocTransfer(world.memory))
+    assert await store.match([], timeout_s=5) == Match()
+    session = await store.begin_put([], prefer_segment=None, timeout_s=5)
+    await session.aclose()
+    assert wire.calls == []
+
+
+async def test_a_large_payload_is_hashed_off_the_loop_and_a_small_one_on_it(world, monkeypatch):
+    monkeypatch.setattr("kvstore.checksums.INLINE_BYTES", 2 * CHUNK_BYTES)
+    world.add_node("a")
+    taken = []
+    store, _ = world.store("a", InprocTransfer(world.memory))
+
+    async def run(function):
+        taken.append(function)
+        return function()
+
+    store._reader._run_blocking = run
+    await put(store)
+    await get(store, KEYS[:1])
+    assert taken == []
+    await get(store)
+    assert len(taken) == 1
