@@ -20,7 +20,7 @@ from kvstore.counters import Count, StoreCounters
 from kvstore.placement import Placement, Reserved
 from kvstore.routes import Routes
 from kvstore.types import Direction, MovedBytes, RunBlocking
-from transfer.base import TransferOp
+from transfer.base import TransferEngine, TransferOp
 
 _CLOSE_S = 2.0
 """Writes still under way have this long to end when the session closes."""
@@ -52,6 +52,7 @@ class PutContext:
     spec: KVSpec
     fingerprint: bytes
     placement: Placement
+    transfer: TransferEngine
     routes: Routes
     background: Background
     clock: Clock
@@ -159,23 +160,24 @@ class PutSession:
         header = await run_sized(
             context.run_blocking, context.spec.chunk_bytes, lambda: self._header(replica, token_count, payload)
         )
-        for transfer in context.routes.to(segment):
-            began = context.clock.now()
-            if began >= self._reserved.write_by:
-                context.counters.add(Count.WRITES_EXPIRED)
-                return False
-            if began >= deadline:
-                break
-            op = TransferOp(segment, replica.offset, [memoryview(header), *payload])
-            (error,) = await transfer.write([op], min(deadline, self._reserved.write_by) - began)
-            context.routes.report(segment, transfer, error)
-            if error is None:
-                moved = MovedBytes(transfer.kind, Direction.PUT, replica.length, context.clock.now() - began)
-                self.moved.append(moved)
-                context.counters.add_moved(moved)
-                return True
-        context.counters.add(Count.WRITES_FAILED)
-        return False
+        began = context.clock.now()
+        if self._late:
+            context.counters.add(Count.WRITES_EXPIRED)
+            return False
+        if began >= deadline or not context.routes.open(segment):
+            context.counters.add(Count.WRITES_FAILED)
+            return False
+        op = TransferOp(segment, replica.offset, [memoryview(header), *payload])
+        (error,) = await context.transfer.write([op], min(deadline, self._reserved.write_by) - began)
+        context.routes.report(segment, error)
+        if error is not None:
+            context.counters.add(Count.WRITES_FAILED)
+            return False
+        seconds = context.clock.now() - began
+        moved = MovedBytes(context.routes.transport(segment), Direction.PUT, replica.length, seconds)
+        self.moved.append(moved)
+        context.counters.add_moved(moved)
+        return True
 
     def _header(self, replica: ReplicaRef, token_count: int, payload: Sequence[memoryview]) -> bytes:
         return pack(

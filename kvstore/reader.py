@@ -22,11 +22,10 @@ from transfer.base import TransferEngine, TransferOp
 
 @dataclass(frozen=True, slots=True)
 class _Way:
-    """One try: this replica by this transport."""
+    """One try: this replica, in this segment."""
 
     replica: ReplicaRef
     segment: Segment
-    transfer: TransferEngine
 
 
 @dataclass(slots=True)
@@ -59,6 +58,7 @@ class ChunkReader:
         self,
         *,
         fingerprint: bytes,
+        transfer: TransferEngine,
         routes: Routes,
         clock: Clock,
         counters: StoreCounters,
@@ -66,6 +66,7 @@ class ChunkReader:
         run_blocking: RunBlocking,
     ) -> None:
         self._fingerprint = fingerprint
+        self._transfer = transfer
         self._routes = routes
         self._clock = clock
         self._counters = counters
@@ -102,10 +103,9 @@ class ChunkReader:
             for replica in match.replicas[start + index]:
                 if replica.length != num_bytes:
                     self._refuse(chunk, replica, GetOutcome.MALFORMED, report)
-                else:
-                    segment = match.segments[replica.segment_id]
-                    chunk.ways += [_Way(replica, segment, transfer) for transfer in self._routes.to(segment)]
-            chunk.ways.sort(key=lambda way: self._routes.distance(way.segment, way.transfer))
+                elif self._routes.open(segment := match.segments[replica.segment_id]):
+                    chunk.ways.append(_Way(replica, segment))
+            chunk.ways.sort(key=lambda way: self._routes.distance(way.segment))
             wanted.append(chunk)
         return wanted
 
@@ -114,31 +114,28 @@ class ChunkReader:
         batches: dict[str, list[tuple[_Wanted, _Way]]] = {}
         for chunk in pending:
             way = chunk.ways.pop(0)
-            batches.setdefault(way.transfer.kind, []).append((chunk, way))
-        if len(batches) == 1:
-            (batch,) = batches.values()
-            await self._batch(batch, timeout_s, report)
-            return
+            batches.setdefault(self._routes.transport(way.segment), []).append((chunk, way))
         async with asyncio.TaskGroup() as group:
-            for batch in batches.values():
-                group.create_task(self._batch(batch, timeout_s, report))
+            for transport, batch in batches.items():
+                group.create_task(self._batch(transport, batch, timeout_s, report))
 
-    async def _batch(self, batch: Sequence[tuple[_Wanted, _Way]], timeout_s: float, report: ReadReport) -> None:
-        transfer = batch[0][1].transfer
+    async def _batch(
+        self, transport: str, batch: Sequence[tuple[_Wanted, _Way]], timeout_s: float, report: ReadReport
+    ) -> None:
         ops = [TransferOp(way.segment, way.replica.offset, [chunk.header, *chunk.payload]) for chunk, way in batch]
         began = self._clock.now()
-        errors = await transfer.read(ops, timeout_s)
+        errors = await self._transfer.read(ops, timeout_s)
         seconds = self._clock.now() - began
         arrived: list[tuple[_Wanted, _Way]] = []
         for (chunk, way), error in zip(batch, errors, strict=True):
-            self._routes.report(way.segment, transfer, error)
+            self._routes.report(way.segment, error)
             if error is None:
                 arrived.append((chunk, way))
             else:
                 self._not_read(chunk, way, error, report)
         if arrived:
             num_bytes = sum(chunk.num_bytes for chunk, _ in arrived)
-            moved = MovedBytes(transfer.kind, Direction.GET, num_bytes, seconds)
+            moved = MovedBytes(transport, Direction.GET, num_bytes, seconds)
             report.result.moved.append(moved)
             self._counters.add_moved(moved)
             await self._verify(arrived, num_bytes, report)
@@ -167,8 +164,7 @@ class ChunkReader:
         self._counters.add("replica_unreachable")
 
     def _refuse(self, chunk: _Wanted, replica: ReplicaRef, outcome: GetOutcome, report: ReadReport) -> None:
-        """Never try the replica again, by whatever transport, and tell on it."""
+        """Tell on the replica; the chunk goes on with the others."""
         chunk.outcome = outcome
-        chunk.ways = [way for way in chunk.ways if way.replica.id != replica.id]
         self._counters.add(f"replica_{outcome}")
         report.refused.append(QuarantineItem(replica=replica, reason=QuarantineReason(outcome)))

@@ -1,15 +1,13 @@
-"""Which transport carries bytes to which segment, and which segments to leave alone for a while.
+"""How far segments are, and which to leave alone for a while.
 
 Owns the pauses after failures; no I/O. Invariant: a segment that failed is tried again after its pause, which grows
 while it goes on failing, so that a dead peer costs one caller its deadline and not all.
 """
 
-from collections.abc import Sequence
-
 from kvcore.clock import Clock
 from kvcore.errors import PeerUnreachableError, TransferError, TransferTimeoutError
 from kvcore.types import Segment
-from transfer.base import TransferEngine
+from transfer.base import TransferEngine, transport_for
 
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 2.0
@@ -17,39 +15,41 @@ _MAX_PAUSES = 1024
 
 
 class Routes:
-    """`transfers` in order of preference; `node_id`'s own segment is the nearest of all."""
+    """`node_id`'s own segment is the nearest of all, then those of `host_id` (None: not known)."""
 
-    def __init__(self, transfers: Sequence[TransferEngine], node_id: str, clock: Clock) -> None:
-        self._transfers = tuple(transfers)
+    def __init__(self, transfer: TransferEngine, node_id: str, host_id: str | None, clock: Clock) -> None:
+        self._transfer = transfer
         self._node_id = node_id
+        self._host_id = host_id
         self._clock = clock
-        self._pauses: dict[tuple[str, str], tuple[float, float]] = {}
-        """(transport, segment id) -> (end, length) of the pause."""
+        self._pauses: dict[str, tuple[float, float]] = {}
+        """Segment id -> (end, length) of the pause."""
 
-    def to(self, segment: Segment) -> list[TransferEngine]:
-        """Transports to try for `segment`, best first; empty: it cannot be reached now."""
-        now = self._clock.now()
-        return [
-            transfer
-            for transfer in self._transfers
-            if transfer.reaches(segment) and self._pauses.get((transfer.kind, segment.id), (0.0, 0.0))[0] <= now
-        ]
+    def open(self, segment: Segment) -> bool:
+        """Whether to try the segment now."""
+        end, _ = self._pauses.get(segment.id, (0.0, 0.0))
+        return end <= self._clock.now() and self._transfer.reaches(segment)
 
-    def distance(self, segment: Segment, transfer: TransferEngine) -> tuple[bool, int]:
-        """Sort key: the own node before others, then the order of `transfers` (shm before tcp)."""
-        return segment.node_id != self._node_id, self._transfers.index(transfer)
+    def transport(self, segment: Segment) -> str:
+        """The name under which bytes to or from the segment are counted."""
+        return transport_for(self._transfer, segment)
 
-    def report(self, segment: Segment, transfer: TransferEngine, error: TransferError | None) -> None:
+    def distance(self, segment: Segment) -> int:
+        """0 the own node, 1 the own host, 2 elsewhere."""
+        if segment.node_id == self._node_id:
+            return 0
+        return 1 if segment.host_id == self._host_id else 2
+
+    def report(self, segment: Segment, error: TransferError | None) -> None:
         """What became of an operation. Only silence and refusal pause a segment: other errors cost no time."""
-        place = (transfer.kind, segment.id)
         if not isinstance(error, PeerUnreachableError | TransferTimeoutError):
-            self._pauses.pop(place, None)
+            self._pauses.pop(segment.id, None)
             return
-        end, length = self._pauses.pop(place, (0.0, 0.0))
+        end, length = self._pauses.pop(segment.id, (0.0, 0.0))
         now = self._clock.now()
         if now >= end:  # several operations of one batch count once
             length = min(_LONGEST_PAUSE_S, length * 2 or _FIRST_PAUSE_S)
             end = now + length
         while len(self._pauses) >= _MAX_PAUSES:
             del self._pauses[next(iter(self._pauses))]
-        self._pauses[place] = (end, length)
+        self._pauses[segment.id] = (end, length)

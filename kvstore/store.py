@@ -25,11 +25,12 @@ _CLOSE_S = 2.0
 
 
 class KVStore:
-    """The store as one process uses it. Close it with `aclose`; the metadata client and transports stay the caller's.
+    """The store as one process uses it. Close it with `aclose`; metadata client and transfer stay the caller's.
 
-    `transfers` in order of preference (shm before tcp). `node_id` and `incarnation` name the node that the process
-    belongs to: its reservations die with it, and its own segment is read first. `spec.chunk_bytes` is the payload of
-    every chunk. `run_blocking` runs checksums over large payloads; a simulation passes `run_inline`.
+    `node_id` and `incarnation` name the node that the process belongs to: its reservations die with it, and its own
+    segment is read first, then those on the same `host_id` (None: not known). `spec.chunk_bytes` is the payload of
+    every chunk. `run_blocking` runs checksums over large payloads (default: in a thread); a simulation passes
+    `run_inline`.
     """
 
     def __init__(
@@ -39,8 +40,9 @@ class KVStore:
         node_id: str,
         incarnation: int,
         metadata: MetadataClient,
-        transfers: Sequence[TransferEngine],
+        transfer: TransferEngine,
         clock: Clock,
+        host_id: str | None = None,
         config: StoreConfig | None = None,
         verify: bool = True,
         run_blocking: RunBlocking | None = None,
@@ -59,10 +61,11 @@ class KVStore:
             counters=self._counters,
             background=self._background,
         )
-        routes = Routes(transfers, node_id, clock)
+        routes = Routes(transfer, node_id, host_id, clock)
         run = run_blocking or asyncio.to_thread
         self._reader = ChunkReader(
             fingerprint=spec.fingerprint,
+            transfer=transfer,
             routes=routes,
             clock=clock,
             counters=self._counters,
@@ -73,6 +76,7 @@ class KVStore:
             spec=spec,
             fingerprint=spec.fingerprint,
             placement=self._placement,
+            transfer=transfer,
             routes=routes,
             background=self._background,
             clock=clock,

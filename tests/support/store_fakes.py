@@ -178,9 +178,10 @@ class World:
     clock: Clock = field(default_factory=SystemClock)
     stores: list[KVStore] = field(default_factory=list)
 
-    def add_node(self, name: str, size_bytes: int = 1 << 20, kinds: tuple[str, ...] = ("inproc",)) -> Segment:
-        addresses = dict.fromkeys(kinds, "here")
-        segment = Segment(id=f"{name}.1", node_id=name, size_bytes=size_bytes, host_id="h", addresses=addresses)
+    def add_node(self, name: str, size_bytes: int = 1 << 20, kind: str = "inproc", host_id: str = "h") -> Segment:
+        segment = Segment(
+            id=f"{name}.1", node_id=name, size_bytes=size_bytes, host_id=host_id, addresses={kind: "here"}
+        )
         self.memory[segment.id] = memoryview(bytearray(size_bytes))
         self.metadata.add_segment(segment)
         return segment
@@ -188,7 +189,7 @@ class World:
     def store(
         self,
         node: str,
-        *transfers: TransferEngine,
+        transfer: TransferEngine,
         config: StoreConfig | None = None,
         spec: KVSpec = SPEC,
         verify: bool = True,
@@ -199,7 +200,8 @@ class World:
             node_id=node,
             incarnation=1,
             metadata=MetadataClient(wire, self.clock, 5.0),
-            transfers=transfers,
+            transfer=transfer,
+            host_id="h",
             clock=self.clock,
             config=config,
             verify=verify,

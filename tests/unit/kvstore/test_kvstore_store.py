@@ -12,6 +12,7 @@ from kvstore.chunk_format import HEADER_BYTES
 from kvstore.store import KVStore
 from kvstore.types import Direction, GetOutcome, Match
 from transfer.inproc import InprocFault, InprocTransfer
+from transfer.select import TransferSelector
 
 KEYS = [key(number) for number in range(1, 4)]
 
@@ -173,10 +174,10 @@ async def test_a_silent_peer_is_unreachable_but_not_told_on_and_left_alone_for_a
 
 
 async def test_a_segment_that_no_transport_reaches_is_unreachable(world):
-    world.add_node("a", kinds=("inproc",))
+    world.add_node("a", kind="inproc")
     writer, _ = world.store("a", InprocTransfer(world.memory))
     await put(writer)
-    reader, _ = world.store("a")
+    reader, _ = world.store("a", Named("tcp", world.memory))
     assert (await get(reader))[0] == [GetOutcome.UNREACHABLE] * 3
 
 
@@ -216,42 +217,43 @@ class Named(InprocTransfer):
         self.kind = kind
 
 
-async def test_the_own_segment_is_read_before_others_and_the_first_transport_before_the_second(world):
+@pytest.mark.parametrize(("reader", "order"), [("a", ["a.1", "b.1"]), ("b", ["b.1", "a.1"]), ("c", ["b.1", "a.1"])])
+async def test_the_own_segment_is_read_first_and_then_one_on_the_same_host(world, reader, order):
     seen = []
 
-    def spy(kind):
-        async def fault(direction, op):
-            if direction == "read":
-                seen.append((kind, op.segment.id))
-                return InprocFault(SegmentUnknownError("no") if kind == "tcp" else PeerUnreachableError("no"))
-            return None
+    async def spy(direction, op):
+        if direction == "read":
+            seen.append(op.segment.id)
+            return InprocFault(PeerUnreachableError("no"))
+        return None
 
-        return fault
-
-    for name in ("a", "b"):
-        world.add_node(name, kinds=("shm", "tcp"))
-    transfers = [Named(kind, world.memory, spy(kind)) for kind in ("shm", "tcp")]
-    store, _ = world.store("b", *transfers)
+    world.add_node("a", host_id="far")
+    world.add_node("b")
+    store, _ = world.store(reader, InprocTransfer(world.memory, spy))
     await put(store, KEYS[:1], prefer="a.1")
     two_copies(world)
     assert (await get(store, KEYS[:1]))[0] == [GetOutcome.UNREACHABLE]
-    assert seen == [("shm", "b.1"), ("tcp", "b.1"), ("shm", "a.1"), ("tcp", "a.1")]
+    assert seen == order
 
 
-async def test_chunks_on_segments_of_different_transports_are_read_at_the_same_time(world):
+async def test_chunks_behind_different_transports_are_read_at_the_same_time_and_counted_apart(world):
     both = asyncio.Barrier(2)
 
     async def meet(direction, op):
         if direction == "read":
             await both.wait()
 
-    world.add_node("a", size_bytes=CHUNK_BYTES + HEADER_BYTES, kinds=("shm",))
-    world.add_node("b", kinds=("tcp",))
-    store, _ = world.store("a", Named("shm", world.memory, meet), Named("tcp", world.memory, meet))
+    world.add_node("a", size_bytes=CHUNK_BYTES + HEADER_BYTES, kind="shm")
+    world.add_node("b", kind="tcp")
+    engines = [Named(kind, world.memory, meet) for kind in ("shm", "tcp")]
+    store, _ = world.store("a", TransferSelector("auto", engines))
     await put(store, KEYS[:2], prefer="a.1")
     outcomes, data = await get(store, KEYS[:2])
     assert outcomes == [GetOutcome.OK] * 2
     assert data == [payload(0), payload(1)]
+    assert {(moved.transport, moved.direction) for moved in store.moved()} == {
+        (transport, direction) for transport in ("shm", "tcp") for direction in Direction
+    }
 
 
 # --- the metadata server away -------------------------------------------------------------------------------------
