@@ -18,11 +18,11 @@ class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     pass
 
 
-class ModelConfig(_Section, kw_only=True):
+class ModelConfig(_Section, frozen=True, kw_only=True):
     """The model that the cluster serves."""
 
     path: str
-    """Folder in Hugging Face format; `~` and a path relative to the YAML are resolved on reading. For `sim`: any name."""
+    """Folder in Hugging Face format, `~` and relative to the YAML resolved on reading. For `sim`: any name."""
     name: str
     """What clients send as `model`."""
     dtype: str = "float32"
@@ -30,7 +30,7 @@ class ModelConfig(_Section, kw_only=True):
     """Lower than the model's own, to save memory."""
 
 
-class KVConfig(_Section, kw_only=True):
+class KVConfig(_Section, frozen=True, kw_only=True):
     """How KV is cut and checked."""
 
     chunk_tokens: int = 256
@@ -38,7 +38,7 @@ class KVConfig(_Section, kw_only=True):
     """Checksum every chunk on read. Header fields are always checked."""
 
 
-class TorchEngineConfig(_Section, kw_only=True, tag_field="kind", tag="torch"):
+class TorchEngineConfig(_Section, frozen=True, kw_only=True, tag_field="kind", tag="torch"):
     """The embedded engine."""
 
     threads: int = 1
@@ -55,7 +55,7 @@ class TorchEngineConfig(_Section, kw_only=True, tag_field="kind", tag="torch"):
     """Store full chunks of generated tokens too, so that the next turn hits on any node."""
 
 
-class SimEngineConfig(_Section, kw_only=True, tag_field="kind", tag="sim"):
+class SimEngineConfig(_Section, frozen=True, kw_only=True, tag_field="kind", tag="sim"):
     """No model: a timing model, and real bytes derived from the tokens."""
 
     block_size: int = 16
@@ -79,7 +79,7 @@ class SimEngineConfig(_Section, kw_only=True, tag_field="kind", tag="sim"):
 EngineConfig = TorchEngineConfig | SimEngineConfig
 
 
-class TransportConfig(_Section, kw_only=True):
+class TransportConfig(_Section, frozen=True, kw_only=True):
     """How bytes move. `auto`: shared memory on one host, else `tcp`. A named transport is used or start-up fails."""
 
     kind: str = "auto"
@@ -92,7 +92,7 @@ class TransportConfig(_Section, kw_only=True):
     """For one batch."""
 
 
-class StoreConfig(_Section, kw_only=True):
+class StoreConfig(_Section, frozen=True, kw_only=True):
     """Allocation and leases."""
 
     high_watermark: float = 0.95
@@ -106,7 +106,7 @@ class StoreConfig(_Section, kw_only=True):
     """Room of an expired reservation is not given out again before this: its writer may still be writing."""
 
 
-class MetadataServerConfig(_Section, kw_only=True):
+class MetadataServerConfig(_Section, frozen=True, kw_only=True):
     """Where the metadata server listens, and its bounds."""
 
     host: str = "127.0.0.1"
@@ -127,7 +127,7 @@ class RoutingPolicy(StrEnum):
     ROUND_ROBIN = "round_robin"
 
 
-class RouterConfig(_Section, kw_only=True):
+class RouterConfig(_Section, frozen=True, kw_only=True):
     """Where the router listens, how it chooses, its bounds."""
 
     host: str = "127.0.0.1"
@@ -146,7 +146,7 @@ class RouterConfig(_Section, kw_only=True):
     """In flight at once; more get 503 with Retry-After."""
 
 
-class NodeConfig(_Section, kw_only=True):
+class NodeConfig(_Section, frozen=True, kw_only=True):
     """One machine's process of one role."""
 
     role: Role
@@ -161,7 +161,7 @@ class NodeConfig(_Section, kw_only=True):
     """Overrides how nodes tell whether they share memory (containers, tests)."""
 
 
-class ServiceConfig(_Section, kw_only=True):
+class ServiceConfig(_Section, frozen=True, kw_only=True):
     """Of every process."""
 
     drain_s: float = 10.0
@@ -170,7 +170,7 @@ class ServiceConfig(_Section, kw_only=True):
     log_level: str = "info"
 
 
-class ClusterConfig(_Section, kw_only=True):
+class ClusterConfig(_Section, frozen=True, kw_only=True):
     """A whole cluster file."""
 
     cluster: str
@@ -178,9 +178,8 @@ class ClusterConfig(_Section, kw_only=True):
     engine: EngineConfig
     nodes: dict[str, NodeConfig]
     kv: KVConfig = KVConfig()
-    transport: TransportConfig | str = TransportConfig()
-    """Short form: `transport: tcp`; `devices` may then stand beside it."""
-    devices: list[str] = []
+    transport: TransportConfig = TransportConfig()
+    """Short form in YAML: `transport: tcp`, with `devices: [...]` beside it."""
     store: StoreConfig = StoreConfig()
     metadata_server: MetadataServerConfig = MetadataServerConfig()
     router: RouterConfig = RouterConfig()

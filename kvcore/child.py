@@ -1,0 +1,173 @@
+"""A child process that cannot outlive us, with its output as lines.
+
+Each child has its own session (a terminal's Ctrl-C reaches us alone, who then stop the children in order) and is
+killed by the kernel when the thread that started it ends (`kvcore.child_exec`): start children on the main thread.
+What the child leaves in its process group is killed when the child ends.
+"""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+from kvcore import child_exec
+
+MAX_LINE_BYTES = 16_384
+_READ_BYTES = 65_536
+_LAST_READS = 32  # far more than a pipe holds
+
+_running: dict[int, "ChildProcess"] = {}  # as the kernel's own list of our children: one a process, by pid
+
+
+def kill_all_children() -> None:
+    """SIGKILL the group of every running child of this process. For a second SIGTERM; does not wait."""
+    for child in list(_running.values()):
+        child.kill()
+
+
+class ChildProcess:
+    """One run of a command. Made by `start`; owns a pidfd and a pipe until the child has ended."""
+
+    def __init__(self, process: subprocess.Popen[bytes], output: int, on_line: Callable[[str], None] | None) -> None:
+        self._process = process
+        self._loop = asyncio.get_running_loop()
+        self._exited = asyncio.Event()
+        self._output: int | None = output
+        self._rest = b""
+        self._on_line = on_line
+        self._pidfd = os.pidfd_open(process.pid)
+        os.set_blocking(output, False)
+        _running[process.pid] = self
+        self._loop.add_reader(output, self._read_output)
+        self._loop.add_reader(self._pidfd, self._reap)
+
+    @classmethod
+    async def start(
+        cls,
+        command: Sequence[str],
+        *,
+        on_line: Callable[[str], None] | None = None,
+        pass_fds: Sequence[int] = (),
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> Self:
+        """Start `command`. `on_line` gets each line of stdout and stderr, in order, without its newline; it must not
+        raise or block. `pass_fds` keep their numbers in the child; the caller closes its own copies afterwards.
+
+        A command that cannot be run ends with 127 and says so in its output.
+        """
+        trampoline = [sys.executable, "-I", "-S", str(Path(child_exec.__file__)), str(os.getpid())]
+        output, child_side = os.pipe()
+        try:
+            process = subprocess.Popen(  # noqa: ASYNC220 - a few ms; asyncio's own watchers differ by version and loop
+                [*trampoline, *command],
+                stdin=subprocess.DEVNULL,
+                stdout=child_side,
+                stderr=child_side,
+                pass_fds=tuple(pass_fds),
+                cwd=cwd,
+                env=env,
+                start_new_session=True,
+            )
+        except BaseException:
+            os.close(output)
+            raise
+        finally:
+            os.close(child_side)
+        try:
+            return cls(process, output, on_line)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+
+    @property
+    def pid(self) -> int:
+        """Of the command itself (the trampoline became it)."""
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """None while it runs; the negative signal number if a signal ended it."""
+        return self._process.returncode
+
+    async def wait(self) -> int:
+        """The return code, once the child has ended and its output has been passed on. Cancelling changes nothing."""
+        await self._exited.wait()
+        assert self._process.returncode is not None
+        return self._process.returncode
+
+    async def terminate(self, deadline_s: float) -> int:
+        """SIGTERM; after `deadline_s`, or on cancellation, SIGKILL to the whole group. Returns the return code."""
+        if not self._exited.is_set():
+            signal.pidfd_send_signal(self._pidfd, signal.SIGTERM)
+        try:
+            async with asyncio.timeout(deadline_s):
+                return await self.wait()
+        except TimeoutError:
+            self.kill()
+            return await self.wait()
+        except asyncio.CancelledError:
+            self.kill()
+            raise
+
+    def kill(self) -> None:
+        """SIGKILL the whole process group. Nothing happens if the child has ended."""
+        if not self._exited.is_set():
+            self._kill_group()
+
+    def _kill_group(self) -> None:
+        # Only while our child is running or a zombie: after that its number may belong to somebody else.
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            os.kill(self._process.pid, signal.SIGKILL)  # caught before its setsid
+
+    def _read_output(self) -> bool:
+        """Pass on what is there; False: nothing more for now, or ever."""
+        if self._output is None:
+            return False
+        try:
+            data = os.read(self._output, _READ_BYTES)
+        except BlockingIOError:
+            return False
+        if not data:
+            self._close_output()
+            return False
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            self._emit(line)
+        while len(self._rest) > MAX_LINE_BYTES:
+            self._emit(self._rest[:MAX_LINE_BYTES])
+            self._rest = self._rest[MAX_LINE_BYTES:]
+        return True
+
+    def _emit(self, line: bytes) -> None:
+        if self._on_line is not None:
+            for start in range(0, max(1, len(line)), MAX_LINE_BYTES):
+                self._on_line(line[start : start + MAX_LINE_BYTES].decode("utf-8", "replace").rstrip("\r"))
+
+    def _close_output(self) -> None:
+        if self._output is not None:
+            self._loop.remove_reader(self._output)
+            os.close(self._output)
+            self._output = None
+            if self._rest:
+                self._emit(self._rest)
+                self._rest = b""
+
+    def _reap(self) -> None:
+        self._loop.remove_reader(self._pidfd)
+        self._kill_group()
+        self._process.wait()  # it is a zombie: returns at once
+        os.close(self._pidfd)
+        del _running[self._process.pid]
+        for _ in range(_LAST_READS):  # a daemon that left the group may hold the pipe for ever: do not wait for it
+            if not self._read_output():
+                break
+        self._close_output()
+        self._exited.set()
