@@ -1,0 +1,77 @@
+"""TCP ports of this machine: bind one or say who holds it (from /proc, as far as we may look)."""
+
+import errno
+import os
+import socket
+from pathlib import Path
+
+from kvcore.errors import ConfigError
+
+_LISTENING = "0A"
+_BACKLOG = 2048
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening, non-blocking socket on `host:port` (port 0: any free one); the caller closes it.
+
+    Raises ConfigError naming the address, who holds it and what to do.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: the host name is unknown ({error}); set another host"
+        ) from error
+    bound = socket.socket(family, kind, protocol)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+        bound.listen(_BACKLOG)
+    except OSError as error:
+        bound.close()
+        raise ConfigError(_why(host, port, error)) from error
+    bound.setblocking(False)
+    return bound
+
+
+def _why(host: str, port: int, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        holder = port_holder(port) or "another process"
+        return f"{host}:{port} is in use by {holder}; stop it, or set another port"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return f"cannot listen on {host}:{port}: no interface of this machine has that address; set another host"
+    if error.errno == errno.EACCES:
+        return f"cannot listen on {host}:{port}: ports below 1024 need privileges; set another port"
+    return f"cannot listen on {host}:{port}: {error.strerror}"
+
+
+def port_holder(port: int) -> str | None:
+    """`pid 123 (command line)` of the process that listens on `port`, or None where we may not see it."""
+    inodes = {f"socket:[{inode}]" for inode in _listening_inodes(port)}
+    for process in Path("/proc").iterdir() if inodes else ():
+        if process.name.isdigit() and any(link in inodes for link in _open_files(process)):
+            words = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace").strip()
+            return f"pid {process.name} ({words[:80]})"
+    return None
+
+
+def _listening_inodes(port: int) -> list[str]:
+    inodes = []
+    for table in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
+        lines = table.read_text().splitlines()[1:] if table.exists() else []
+        for fields in map(str.split, lines):
+            if fields[3] == _LISTENING and int(fields[1].rpartition(":")[2], 16) == port:
+                inodes.append(fields[9])
+    return inodes
+
+
+def _open_files(process: Path) -> list[str]:
+    links = []
+    try:
+        for entry in (process / "fd").iterdir():
+            links.append(os.readlink(entry))  # noqa: PTH115 - the target is no path
+    except OSError:  # gone, or not ours
+        pass
+    return links

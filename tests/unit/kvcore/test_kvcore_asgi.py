@@ -1,0 +1,115 @@
+import asyncio
+import os
+import socket
+
+import aiohttp
+import pytest
+from fastapi import FastAPI
+from starlette.responses import StreamingResponse
+
+from kvcore.asgi import AsgiServer
+from kvcore.errors import ConfigError
+from kvcore.ports import listen, port_holder
+
+
+def make_app(**gates: asyncio.Event) -> FastAPI:
+    app = FastAPI()
+
+    @app.get("/quick")
+    async def quick() -> dict[str, str]:
+        return {"say": "hi"}
+
+    @app.get("/gated")
+    async def gated() -> dict[str, str]:
+        gates["entered"].set()
+        await gates["gate"].wait()
+        return {"say": "late"}
+
+    @app.get("/stream")
+    async def stream() -> StreamingResponse:
+        async def body():
+            try:
+                yield b"first"
+                await asyncio.Event().wait()
+            finally:
+                gates["closed"].set()
+
+        return StreamingResponse(body())
+
+    return app
+
+
+def test_a_port_in_use_names_address_and_holder():
+    with listen("127.0.0.1", 0) as held:
+        port = held.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"127\.0\.0\.1:{port} is in use by pid {os.getpid()} \(.+\); stop it"):
+            listen("127.0.0.1", port)
+    assert port_holder(port) is None
+
+
+def test_an_address_of_another_machine_is_refused_by_name():
+    with pytest.raises(ConfigError, match=r"192\.0\.2\.1:0: no interface"):
+        listen("192.0.2.1", 0)
+
+
+async def test_a_port_in_use_fails_the_start_and_leaves_nothing():
+    with listen("127.0.0.1", 0) as held:
+        server = AsgiServer(make_app(), "127.0.0.1", held.getsockname()[1])
+        with pytest.raises(ConfigError, match="is in use"):
+            await server.start()
+        await server.aclose()
+
+
+async def test_an_app_that_fails_to_start_fails_start():
+    async def app(scope, receive, send):
+        assert scope["type"] == "lifespan"
+        await receive()
+        await send({"type": "lifespan.startup.failed", "message": "no disk"})
+
+    server = AsgiServer(app, "127.0.0.1", 0)
+    with pytest.raises(RuntimeError):
+        await server.start()
+    listen("127.0.0.1", server.port).close()
+
+
+async def test_serves_and_frees_its_port():
+    server = AsgiServer(make_app(), "127.0.0.1", 0)
+    await server.start()
+    async with aiohttp.ClientSession() as session, session.get(f"{server.url}/quick") as reply:
+        assert await reply.json() == {"say": "hi"}
+        await server.drain(5.0)  # the kept-alive connection does not hold it up
+    listen("127.0.0.1", server.port).close()
+    await server.aclose()
+
+
+async def test_a_drain_lets_a_request_under_way_end_and_refuses_new_ones():
+    gate, entered = asyncio.Event(), asyncio.Event()
+    server = AsgiServer(make_app(gate=gate, entered=entered), "127.0.0.1", 0)
+    await server.start()
+    async with aiohttp.ClientSession() as session:
+        request = asyncio.create_task(session.get(f"{server.url}/gated"))
+        await entered.wait()
+        drain = asyncio.create_task(server.drain(10.0))
+        async with asyncio.timeout(5):
+            while True:
+                try:
+                    socket.create_connection(("127.0.0.1", server.port), timeout=1).close()
+                except ConnectionRefusedError:
+                    break
+                await asyncio.sleep(0)
+        gate.set()
+        async with await request as reply:
+            assert await reply.json() == {"say": "late"}
+        await drain
+
+
+async def test_a_stream_that_outlives_the_deadline_is_cut():
+    closed = asyncio.Event()
+    server = AsgiServer(make_app(closed=closed), "127.0.0.1", 0)
+    await server.start()
+    async with aiohttp.ClientSession() as session, session.get(f"{server.url}/stream") as reply:
+        assert await reply.content.readany() == b"first"
+        await server.drain(0.05)
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await reply.content.read()
+    await asyncio.wait_for(closed.wait(), 5)
