@@ -1,0 +1,85 @@
+import subprocess
+import sys
+from hashlib import sha256
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvcore.chunk_keys import chunk_keys, root_key, usable_chunks
+
+FINGERPRINT = bytes(range(16))
+TOKENS = [0, 1, 2, 3, 255, 256, 65_535, 49_151, 4_294_967_295, 7, 7, 7, 42]
+
+# The published vector (docs/wire-formats.md). It may never change: changing it orphans every stored chunk.
+ROOT_HEX = "e252009752e9cb542461db7f1aec6171"
+SALTED_ROOT_HEX = "6714d4906cac65fa44aa5db691349505"
+KEYS_HEX = ["797603167f3a0d8fe3e4c59f978fc51e", "0a5a69c0ea1306314cc7d3fa15ba928e", "97d114d699e40710663d4adccb544f9d"]
+
+tokens = st.lists(st.integers(0, 2**32 - 1), max_size=60)
+sizes = st.integers(1, 16)
+
+
+def test_the_published_vector():
+    root = root_key(FINGERPRINT)
+    assert root.hex() == ROOT_HEX
+    assert root_key(FINGERPRINT, b"tenant-a").hex() == SALTED_ROOT_HEX
+    assert [key.hex() for key in chunk_keys(root, TOKENS, 4)] == KEYS_HEX
+
+
+def test_the_vector_follows_from_the_written_definition():
+    root = sha256(b"kvferry.chunk.v1" + FINGERPRINT + (0).to_bytes(4, "little")).digest()[:16]
+    first = sha256(root + b"".join(token.to_bytes(4, "little") for token in TOKENS[:4])).digest()[:16]
+    assert (root.hex(), first.hex()) == (ROOT_HEX, KEYS_HEX[0])
+
+
+def test_keys_are_the_same_in_another_process_with_another_hash_seed():
+    code = (
+        f"from kvcore.chunk_keys import *;print([k.hex() for k in chunk_keys(root_key(bytes(range(16))), {TOKENS}, 4)])"
+    )
+    run = subprocess.run([sys.executable, "-R", "-c", code], capture_output=True, text=True, timeout=30, check=True)
+    assert run.stdout.strip() == str(KEYS_HEX)
+
+
+@given(tokens, tokens, sizes)
+def test_a_prefix_has_the_same_keys_whatever_follows(prefix, rest, size):
+    root = root_key(FINGERPRINT)
+    keys = chunk_keys(root, prefix, size)
+    assert len(keys) == len(prefix) // size
+    assert chunk_keys(root, prefix + rest, size)[: len(keys)] == keys
+
+
+@given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=60), sizes, st.data())
+def test_a_changed_token_changes_its_chunk_and_all_after_and_none_before(token_ids, size, data):
+    at = data.draw(st.integers(0, len(token_ids) - 1))
+    changed = [*token_ids[:at], (token_ids[at] + 1) % 2**32, *token_ids[at + 1 :]]
+    root = root_key(FINGERPRINT)
+    pairs = list(zip(chunk_keys(root, token_ids, size), chunk_keys(root, changed, size), strict=True))
+    assert [left == right for left, right in pairs] == [index < at // size for index in range(len(pairs))]
+
+
+@given(st.binary(max_size=8), st.binary(max_size=8))
+def test_salts_and_fingerprints_separate_tenants_and_weights(left, right):
+    assert (root_key(FINGERPRINT, left) == root_key(FINGERPRINT, right)) == (left == right)
+    assert root_key(bytes(16), left) != root_key(FINGERPRINT, left)
+
+
+def test_equal_chunks_at_different_places_have_different_keys():
+    first, second = chunk_keys(root_key(FINGERPRINT), [5, 5, 5, 5], 2)
+    assert first != second
+
+
+@pytest.mark.parametrize("token", [-1, 2**32])
+def test_token_ids_out_of_range_are_refused(token):
+    with pytest.raises(OverflowError):
+        chunk_keys(root_key(FINGERPRINT), [token], 1)
+
+
+def test_a_fingerprint_of_another_length_is_refused():
+    with pytest.raises(ValueError, match="16 bytes"):
+        root_key(b"short")
+
+
+@pytest.mark.parametrize(("num_tokens", "chunks"), [(0, 0), (1, 0), (4, 0), (5, 1), (8, 1), (9, 2)])
+def test_at_least_one_token_is_left_to_compute(num_tokens, chunks):
+    assert usable_chunks(num_tokens, 4) == chunks

@@ -1,0 +1,175 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kvcore.config import ByteSize, ClusterConfig, RoutingPolicy, SimEngineConfig, TorchEngineConfig
+from kvcore.config_checks import engine_of
+from kvcore.config_file import load_config, node_config
+from kvcore.config_parse import parse_byte_size
+from kvcore.errors import ConfigError
+from kvcore.types import Role
+
+BASE = {
+    "cluster": "c",
+    "model": {"path": "models/m", "name": "m"},
+    "engine": {"kind": "torch", "block_size": 64},
+    "nodes": {"decode-0": {"role": "decoder", "port": 8200, "segment": "8MiB"}},
+}
+CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(*overrides: str, text: str | None = None, **changes: object) -> ClusterConfig:
+        file = tmp_path / "c.yaml"
+        file.write_text(text if text is not None else yaml.safe_dump({**BASE, **changes}))
+        return load_config(file, overrides)
+
+    return load
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("nodes.decode-0.segmnt=1MiB", r"nodes\.decode-0\.segmnt: unknown key \(did you mean segment\?\)"),
+        ("clutser=x", r"clutser: unknown key \(did you mean cluster\?\)"),
+        ("router.zzz=x", r"router\.zzz: unknown key \(known: host, port, policy"),
+        ("nodes.decode-0.segment=8MeB", r"nodes\.decode-0\.segment: '8MeB': expected a positive number of bytes"),
+        ("nodes.decode-0.segment=0", r"nodes\.decode-0\.segment: 0: expected a positive number of bytes"),
+        ("nodes.decode-0.role=decodr", r"nodes\.decode-0\.role: 'decodr': not valid \(did you mean decoder\?\)"),
+        ("nodes.decode-0.port=70000", r"nodes\.decode-0\.port: 70000: expected int <= 65535"),
+        ("nodes.decode-0.port='80'", r"nodes\.decode-0\.port: '80': expected int, got str"),
+        ("nodes.decode-0=5", r"nodes\.decode-0: 5: expected a section"),
+        ("engine.kind=troch", r"engine\.kind: unknown kind 'troch' \(did you mean torch\?\)"),
+        ("engine.threads=0", r"engine\.threads: 0: expected int >= 1"),
+        ("transport=tpc", r"transport\.kind: 'tpc': not valid \(did you mean tcp\?\)"),
+        ("transport.devices=mlx5_0", r"transport\.devices: 'mlx5_0': expected array"),
+        ("router.request_timeout_s=-1", r"router\.request_timeout_s: -1: expected float > 0"),
+        ("kv.verify=5", r"kv\.verify: 5: expected bool"),
+        ("service.log_level=loud", r"service\.log_level: 'loud': not valid \(known: debug"),
+        ("kv.chunk_tokens=100", r"engine\.block_size: 64 does not divide kv\.chunk_tokens 100"),
+        ("nodes.decode-0.role=prefiller", r"nodes: no node has role decoder"),
+        ("router.port=8200", r"nodes\.decode-0\.port: 8200 on 127\.0\.0\.1 is router\.port already"),
+        ("store.low_watermark=0.99", r"store\.low_watermark: 0\.99 is not below store\.high_watermark 0\.95"),
+        ("devices=[mlx5_0]", r"transport\.devices: only transport ucx uses devices, this is auto"),
+        ("nodes.router={role: store, port: 1}", r"nodes\.router: the name stands for the cluster's own router"),
+        ("nodes.s={role: store, port: 1, engine: {kind: sim}}", r"nodes\.s\.engine: a store has no engine"),
+        ("nodes.decode-0.engine={kind: sim, bytes_per_token: 24}", r"bytes_per_token: 24 is not a multiple of 16"),
+        ("nodes.d={role: decoder, port: 1, engine: {kind: sim}}", r"engine: the nodes' engines are of several kinds"),
+    ],
+)
+def test_a_wrong_value_is_named_with_file_path_value_and_remedy(load, override, message):
+    with pytest.raises(ConfigError, match=r"c\.yaml: .*" + message):
+        load(override)
+
+
+@pytest.mark.parametrize("override", ["router.port", "=3", "a..b=1", "cluster.x=1", "router.port=[", "router.port=*"])
+def test_a_malformed_override_is_named(load, override):
+    with pytest.raises(ConfigError, match=r"--set "):
+        load(override)
+
+
+def test_missing_keys_are_named(load):
+    with pytest.raises(ConfigError, match=r"nodes\.d\.port: missing"):
+        load(nodes={"d": {"role": "decoder"}})
+    with pytest.raises(ConfigError, match=r"engine\.kind: missing \(one of torch, sim\)"):
+        load(engine={"threads": 1})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1, 2\nb: 3\n", "not valid YAML at line 2, column 2"),
+        ("nodes: {a: 1, a: 2}", "not valid YAML at line 1, column 15: a given twice"),
+        ("? [a]\n: 1", "not valid YAML at line 1"),
+        ("- 1", "expected a mapping"),
+        ("", "expected a mapping"),
+        ("a: \x01", "not valid YAML"),
+        ("!!python/object/apply:os.getcwd []", "not valid YAML at line 1"),
+    ],
+)
+def test_a_file_that_is_no_cluster_file_is_refused(load, text, message):
+    with pytest.raises(ConfigError, match=message):
+        load(text=text)
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    (tmp_path / "laptop.yaml").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(ConfigError, match=r"labtop\.yaml: no such file \(did you mean .*laptop\.yaml\?\)"):
+        load_config(tmp_path / "labtop.yaml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path / "laptop.yaml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path)
+
+
+def test_several_broken_rules_are_told_together(load):
+    with pytest.raises(ConfigError) as caught:
+        load("kv.chunk_tokens=100", "router.port=8200")
+    assert len(caught.value.message.splitlines()) == 2
+
+
+def test_an_unknown_node_lists_those_there_are(load):
+    with pytest.raises(ConfigError, match=r"no node 'decode-9' .*did you mean decode-0\? it has decode-0"):
+        node_config(load(), "decode-9")
+    assert node_config(load(), "decode-0").role is Role.DECODER
+
+
+def test_overrides_parse_into_the_same_types(load):
+    config = load(
+        "router.policy=round_robin",
+        "nodes.decode-0.segment=1.5KiB",
+        "nodes.store-0={role: store, port: 9000}",
+        "service.drain_s=3",
+        "kv.verify=false",
+        "transport=tcp",
+        "transport.streams=4",
+    )
+    assert config.router.policy is RoutingPolicy.ROUND_ROBIN
+    assert config.nodes["decode-0"].segment == 1536 and isinstance(config.nodes["decode-0"].segment, ByteSize)
+    assert config.nodes["store-0"].role is Role.STORE
+    assert (config.service.drain_s, config.kv.verify) == (3.0, False)
+    assert (config.transport.kind, config.transport.streams) == ("tcp", 4)
+
+
+def test_the_short_form_of_transport_takes_devices_beside_it(load):
+    transport = load(transport="ucx", devices=["mlx5_0"]).transport
+    assert (transport.kind, transport.devices) == ("ucx", ["mlx5_0"])
+
+
+def test_devices_in_two_places_are_refused(load):
+    with pytest.raises(ConfigError, match="devices: unknown key"):
+        load(transport={"kind": "ucx", "devices": ["a"]}, devices=["b"])
+
+
+def test_a_model_path_is_relative_to_the_file_and_home_is_expanded(load, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert load().model.path == str(tmp_path / "models/m")
+    assert load("model.path=~/m").model.path == "/home/somebody/m"
+    assert load("model.path=/m").model.path == "/m"
+    assert load("engine={kind: sim}", "model.path=sim").model.path == "sim"
+
+
+def test_a_node_may_have_its_own_engine_and_a_store_has_none(load):
+    config = load("nodes.decode-0.engine={kind: torch, threads: 2}", "nodes.s={role: store, port: 1}")
+    engine = engine_of(config, config.nodes["decode-0"])
+    assert isinstance(engine, TorchEngineConfig) and engine.threads == 2
+    assert engine_of(config, config.nodes["s"]) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("512MiB", 512 << 20), ("2GB", 2 * 10**9), (7, 7), ("8", 8), ("1 kib", 1024)]
+)
+def test_byte_sizes(text, size):
+    assert parse_byte_size(text) == size
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
+def test_every_shipped_config_loads(file):
+    config = load_config(file)
+    assert config.cluster
+    if file.name == "sim-2p2d.yaml":
+        assert isinstance(config.engine, SimEngineConfig)
+    if file.name == "cluster.yaml":
+        assert (config.transport.kind, config.transport.devices) == ("ucx", ["mlx5_0"])
