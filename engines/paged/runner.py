@@ -20,8 +20,8 @@ class SampleSpec:
 
 @dataclass(frozen=True, slots=True)
 class StepSlice:
-    """New tokens of one sequence: `token_ids[i]` stands at position `start + i`; the KV of positions before `start` is in
-    the blocks already. Position p lives in `block_table[p // block_size]` at row `p % block_size`."""
+    """New tokens of one sequence: `token_ids[i]` stands at position `start + i`; the KV of positions before `start` is
+    in the blocks already. Position p lives in `block_table[p // block_size]` at row `p % block_size`."""
 
     token_ids: Sequence[int]
     start: int
@@ -48,14 +48,16 @@ class ModelRunner(Protocol):
     """A model over `num_blocks` blocks of KV. One `execute` at a time."""
 
     @property
-    def info(self) -> EngineInfo: ...
+    def info(self) -> EngineInfo:
+        """Never changes."""
+        ...
 
     async def execute(self, slices: Sequence[StepSlice]) -> StepOutput:
         """Run one step: at least one slice, each with at least one token. Writes the slices' KV into their blocks."""
         ...
 
     def block_view(self, block_id: int) -> memoryview:
-        """The bytes of one block, writable, contiguous, always at the same address. Whole blocks are opaque to callers."""
+        """The bytes of one block, writable, contiguous, always at the same address; opaque to callers."""
         ...
 
     def copy_block(self, source: int, target: int) -> None:

@@ -1,0 +1,255 @@
+"""Which sequences compute which tokens in the next step, and who gives way when blocks run out. Pure.
+
+Decodes first, then prompts, oldest first. A prompt gets all its blocks when it is admitted, so only decodes can run
+out; then the youngest holder gives its blocks up and is computed again later. The oldest never does: all move on.
+"""
+
+from bisect import insort
+from dataclasses import dataclass, field
+
+from engines.paged.blocks import BlockManager
+from engines.paged.sequence import Status, TokenSequence
+from kvcore.errors import OverloadedError
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Compute `num_tokens` tokens of `sequence` from its `num_computed` on."""
+
+    sequence: TokenSequence
+    num_tokens: int
+
+
+@dataclass(slots=True)
+class Plan:
+    """What to do now. `loads` have begun to load; `ready` have nothing left to compute; `starved`: a sequence cannot go
+    on until a load or a save gives blocks back."""
+
+    work: list[Work] = field(default_factory=list)
+    loads: list[TokenSequence] = field(default_factory=list)
+    ready: list[TokenSequence] = field(default_factory=list)
+    starved: bool = False
+
+
+class Scheduler:
+    """Queues of sequences over one BlockManager. `schedule` opens a step, `complete` (or `fail`) closes it; between
+    them sequences may be added and removed."""
+
+    def __init__(self, blocks: BlockManager, *, max_batch_tokens: int, max_sequences: int, max_waiting: int) -> None:
+        assert max_batch_tokens > 0 and max_sequences > 0
+        self.blocks = blocks
+        self.max_batch_tokens = max_batch_tokens
+        self.max_sequences = max_sequences
+        self.max_waiting = max_waiting
+        self.waiting: list[TokenSequence] = []
+        self.running: list[TokenSequence] = []
+        self.loading: list[TokenSequence] = []
+        self.preemptions = 0
+
+    def add(self, sequence: TokenSequence) -> None:
+        """Queue a new sequence. Raises OverloadedError when `max_waiting` are queued."""
+        if len(self.waiting) >= self.max_waiting:
+            raise OverloadedError(f"{len(self.waiting)} requests are waiting for the engine already; retry later")
+        self._enqueue(sequence)
+
+    def schedule(self) -> Plan:
+        """Plan the next step and take the blocks for it. Must not be called while a step is under way."""
+        plan = Plan()
+        scheduled: list[TokenSequence] = []
+        budget = self.max_batch_tokens
+        for sequence in list(self.running):
+            if budget and sequence.status is Status.RUNNING and sequence.num_left == 1 and not sequence.paused:
+                if self._grow(sequence):
+                    scheduled.append(sequence)
+                    budget -= 1
+                elif sequence.status is Status.RUNNING:
+                    plan.starved = True
+        plan.work = [Work(sequence, 1) for sequence in scheduled if sequence.status is Status.RUNNING]
+        self._admit(plan)
+        for sequence in self.running:
+            if sequence in scheduled or sequence.paused or not sequence.num_left or not self._covered(sequence):
+                continue
+            if not budget:
+                break
+            count = self._slice(sequence, budget)
+            plan.work.append(Work(sequence, count))
+            budget -= count
+        for item in plan.work:
+            item.sequence.busy = True
+        return plan
+
+    def complete(self, plan: Plan) -> list[TokenSequence]:
+        """Close a step that succeeded: count its tokens, seal full chunks, give back the blocks of those removed
+        meanwhile. Returns the sequences still alive, in the order of `plan.work`."""
+        alive: list[TokenSequence] = []
+        for item in plan.work:
+            sequence, before = item.sequence, item.sequence.num_computed
+            sequence.num_computed = before + item.num_tokens
+            sequence.num_prompt_computed += max(0, min(sequence.num_computed, sequence.num_prompt) - before)
+            self.seal(sequence, before // sequence.chunk_tokens)
+            if self.release_busy(sequence):
+                alive.append(sequence)
+        return alive
+
+    def fail(self, plan: Plan) -> None:
+        """Close a step that failed: what it wrote is nobody's, and its sequences are removed."""
+        for item in plan.work:
+            self.release_busy(item.sequence)
+            self.remove(item.sequence)
+
+    def load_ended(self, sequence: TokenSequence, num_chunks: int) -> bool:
+        """The first `num_chunks` chunks of its blocks hold KV now. False: it was removed meanwhile."""
+        if sequence.status is Status.LOADING:
+            first = sequence.num_computed // sequence.chunk_tokens
+            sequence.num_computed = num_chunks * sequence.chunk_tokens
+            self.seal(sequence, first)
+            self.loading.remove(sequence)
+            self._enqueue(sequence)
+        return self.release_busy(sequence)
+
+    def seal(self, sequence: TokenSequence, first_chunk: int) -> None:
+        """Make the full chunks from `first_chunk` on findable."""
+        per_chunk = self.blocks.blocks_per_chunk
+        for chunk in range(first_chunk, sequence.num_computed // sequence.chunk_tokens):
+            blocks = sequence.block_table[chunk * per_chunk : (chunk + 1) * per_chunk]
+            self.blocks.seal(sequence.key(chunk), blocks)
+
+    def fork(self, sequence: TokenSequence) -> list[tuple[TokenSequence, tuple[int, int] | None]]:
+        """Split a sequence that stands for several completions. Full blocks are shared. Returns the new sequences with
+        the (source, target) of the partial block to copy at once, if any. Without room, one queues to compute again."""
+        indices, sequence.indices = sequence.indices[1:], sequence.indices[:1]
+        full, partial = divmod(sequence.num_computed, self.blocks.block_size)
+        forks: list[tuple[TokenSequence, tuple[int, int] | None]] = []
+        for index in indices:
+            child, copy = sequence.fork(index), None
+            forks.append((child, copy))
+            if len(self.running) >= self.max_sequences or not self.blocks.can_allocate(1 if partial else 0):
+                self._enqueue(child)
+                continue
+            self.blocks.retain(sequence.block_table[:full])
+            child.block_table = sequence.block_table[:full]
+            child.num_computed = sequence.num_computed
+            if partial:
+                child.block_table += self.blocks.allocate(1)
+                forks[-1] = (child, (sequence.block_table[full], child.block_table[full]))
+            self._run(child)
+        return forks
+
+    def remove(self, sequence: TokenSequence) -> None:
+        """Take it out of every queue and free its blocks: now, or when the step or load that writes them has ended."""
+        queue = {Status.WAITING: self.waiting, Status.RUNNING: self.running, Status.LOADING: self.loading}
+        if sequence.status in queue:
+            queue[sequence.status].remove(sequence)
+        sequence.status = Status.FINISHED
+        if not sequence.busy:
+            self._free(sequence)
+
+    def release_busy(self, sequence: TokenSequence) -> bool:
+        """The step or load that wrote its blocks has ended. False: it was removed meanwhile, and is now freed."""
+        sequence.busy = False
+        if sequence.status is Status.FINISHED:
+            self._free(sequence)
+        return sequence.status is not Status.FINISHED
+
+    def check(self) -> None:
+        """Assert every invariant (tests, simulation)."""
+        self.blocks.check()
+        for queue, status in (
+            (self.waiting, Status.WAITING),
+            (self.running, Status.RUNNING),
+            (self.loading, Status.LOADING),
+        ):
+            assert all(sequence.status is status for sequence in queue)
+            assert len({id(sequence) for sequence in queue}) == len(queue)
+        assert len(self.running) <= self.max_sequences and len(self.loading) <= self.max_sequences
+        for sequence in [*self.waiting, *self.running, *self.loading]:
+            assert len(sequence.block_table) * self.blocks.block_size >= sequence.num_computed
+
+    def _admit(self, plan: Plan) -> None:
+        while self.waiting:
+            sequence = self.waiting[0]
+            queue = self.loading if sequence.wants_load else self.running
+            if len(queue) >= self.max_sequences or not self._take_blocks(sequence):
+                return
+            self.waiting.pop(0)
+            if sequence.wants_load and sequence.num_computed < sequence.num_reusable_chunks * sequence.chunk_tokens:
+                sequence.wants_load, sequence.status, sequence.busy = False, Status.LOADING, True
+                insort(self.loading, sequence, key=lambda other: other.age)
+                plan.loads.append(sequence)
+                continue
+            if len(self.running) >= self.max_sequences:  # it wanted to load, and found everything here
+                sequence.wants_load = False
+                self._enqueue(sequence)
+                return
+            cached = min(sequence.num_computed, sequence.num_prompt)
+            sequence.num_cached = cached if sequence.num_cached is None else min(sequence.num_cached, cached)
+            self._run(sequence)
+            if sequence.num_left == 0:
+                plan.ready.append(sequence)
+
+    def _take_blocks(self, sequence: TokenSequence) -> bool:
+        """Reuse what is found, allocate the rest for all its tokens. False: not enough blocks, nothing changed."""
+        per_chunk, size = self.blocks.blocks_per_chunk, self.blocks.block_size
+        limit = sequence.num_reusable_chunks
+        found = sequence.num_computed // sequence.chunk_tokens
+        while found < limit and (blocks := self.blocks.take_chunk(sequence.key(found))):
+            start = found * per_chunk
+            self.blocks.release(sequence.block_table[start : start + per_chunk])
+            sequence.block_table[start : start + per_chunk] = blocks
+            found += 1
+        sequence.num_computed = max(sequence.num_computed, found * per_chunk * size)
+        missing = self.blocks.blocks_for(len(sequence.tokens)) - len(sequence.block_table)
+        while not self.blocks.can_allocate(missing):
+            younger = [other for other in self.waiting if other.block_table and other is not sequence]
+            if not younger:  # waiting ones that hold loaded blocks could otherwise block the oldest for ever
+                self._free(sequence)
+                return False
+            self._preempt(younger[-1])
+        sequence.block_table += self.blocks.allocate(max(0, missing))
+        return True
+
+    def _covered(self, sequence: TokenSequence) -> bool:
+        return len(sequence.block_table) * self.blocks.block_size >= len(sequence.tokens)
+
+    def _grow(self, sequence: TokenSequence) -> bool:
+        """A block for its next token, by preemption of younger ones if need be. False: it gave way itself, or all other
+        blocks are held by loads and saves and it keeps its own."""
+        if self._covered(sequence):
+            return True
+        while not self.blocks.can_allocate(1):
+            holders = [other for other in [*self.waiting, *self.running] if other.block_table and other is not sequence]
+            if not holders:
+                return False
+            victim = max([*holders, sequence], key=lambda other: other.age)
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        sequence.block_table += self.blocks.allocate(1)
+        return True
+
+    def _preempt(self, sequence: TokenSequence) -> None:
+        self.preemptions += 1
+        self._free(sequence)
+        if sequence.status is Status.RUNNING:
+            self.running.remove(sequence)
+            self._enqueue(sequence)
+
+    def _slice(self, sequence: TokenSequence, budget: int) -> int:
+        """All that is left, or what the budget allows, then up to a chunk's end: equal chunk grids give equal bits."""
+        if sequence.num_left <= budget:
+            return sequence.num_left
+        end = sequence.num_computed + budget
+        aligned = end - end % sequence.chunk_tokens
+        return (aligned if aligned > sequence.num_computed else end) - sequence.num_computed
+
+    def _enqueue(self, sequence: TokenSequence) -> None:
+        sequence.status = Status.WAITING
+        insort(self.waiting, sequence, key=lambda other: other.age)
+
+    def _run(self, sequence: TokenSequence) -> None:
+        sequence.status = Status.RUNNING
+        insort(self.running, sequence, key=lambda other: other.age)
+
+    def _free(self, sequence: TokenSequence) -> None:
+        blocks, sequence.block_table, sequence.num_computed = sequence.block_table, [], 0
+        self.blocks.release(blocks)

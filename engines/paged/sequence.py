@@ -1,0 +1,99 @@
+"""One sequence of tokens on its way through the engine. State only; `Scheduler` changes it.
+
+Invariants: `num_computed <= len(tokens)`; the block table covers at least `num_computed` tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from engines.base import SamplingParams
+from kvcore.chunk_keys import chunk_keys, usable_chunks
+from kvcore.types import ChunkKey
+
+
+class Status(Enum):
+    """Where a sequence is."""
+
+    WAITING = auto()
+    LOADING = auto()
+    """Chunks are being read into its blocks."""
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+@dataclass(eq=False, slots=True)
+class TokenSequence:
+    """Prompt and output of one completion. `sampling` None: only the KV is wanted. Compared by identity."""
+
+    request_id: str
+    age: tuple[int, int]
+    """(arrival, index): the smaller, the older; the oldest is never preempted."""
+    tokens: list[int]
+    num_prompt: int
+    root: ChunkKey
+    chunk_tokens: int
+    sampling: SamplingParams | None = None
+    indices: tuple[int, ...] = (0,)
+    """Which completions it stands for: several until it forks after the prompt."""
+    wants_load: bool = False
+    """Ask the store for chunks before running."""
+    status: Status = Status.WAITING
+    block_table: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    num_cached: int | None = None
+    """Leading prompt tokens that were never computed for it; None before it ran."""
+    num_prompt_computed: int = 0
+    """Prompt tokens computed for it, again after a preemption included."""
+    num_offered: int = 0
+    """Leading chunks that were offered to the store, or came from there."""
+    busy: bool = False
+    """A step or a load is writing into its blocks: they are given back when that has ended."""
+    paused: bool = False
+    """Its reader is slow: leave it out of steps."""
+    _keys: list[ChunkKey] = field(default_factory=list)
+
+    @property
+    def output(self) -> list[int]:
+        """Tokens after the prompt."""
+        return self.tokens[self.num_prompt :]
+
+    @property
+    def num_left(self) -> int:
+        """Known tokens whose KV is still to be computed."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def num_reusable_chunks(self) -> int:
+        """How many leading chunks need not be computed: one token always is, for its logits, if any are wanted."""
+        return usable_chunks(len(self.tokens) + (self.sampling is None), self.chunk_tokens)
+
+    def keys(self, num_chunks: int) -> Sequence[ChunkKey]:
+        """Keys of the first `num_chunks` full chunks, hashed once each."""
+        known, size = len(self._keys), self.chunk_tokens
+        if num_chunks > known:
+            parent = self._keys[-1] if self._keys else self.root
+            self._keys += chunk_keys(parent, self.tokens[known * size : num_chunks * size], size)
+        return self._keys[:num_chunks]
+
+    def key(self, chunk: int) -> ChunkKey:
+        """Key of full chunk `chunk`."""
+        if chunk >= len(self._keys):
+            self.keys(chunk + 1)
+        return self._keys[chunk]
+
+    def fork(self, index: int) -> "TokenSequence":
+        """A younger sequence with the same tokens and no blocks, standing for completion `index` alone."""
+        return TokenSequence(
+            request_id=self.request_id,
+            age=(self.age[0], index),
+            tokens=list(self.tokens),
+            num_prompt=self.num_prompt,
+            root=self.root,
+            chunk_tokens=self.chunk_tokens,
+            sampling=self.sampling,
+            indices=(index,),
+            num_cached=self.num_cached,
+            num_offered=self.num_offered,
+            _keys=list(self._keys),
+        )

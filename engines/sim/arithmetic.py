@@ -1,0 +1,43 @@
+"""The simulated model's arithmetic: KV records chained over the tokens, and tokens drawn from a digest of all records.
+
+One wrong byte anywhere in a sequence's KV changes every record after it and the next token.
+"""
+
+import xxhash
+
+from engines.base import SamplingParams, TokenLogprob
+
+RECORD_UNIT = 16
+_VARIANTS = 1 << 16
+
+
+class Arithmetic:
+    """For one version of the weights. `record_bytes`: KV of one token, a multiple of 16."""
+
+    def __init__(self, weights_version: str, record_bytes: int, vocab_size: int) -> None:
+        if record_bytes <= 0 or record_bytes % RECORD_UNIT:
+            raise ValueError(f"bytes_per_token is {record_bytes}, not a multiple of {RECORD_UNIT}")
+        self._weights = xxhash.xxh3_64_intdigest(weights_version.encode())
+        self._repeats = record_bytes // RECORD_UNIT
+        self._vocab_size = vocab_size
+
+    def record(self, previous: bytes | memoryview, token: int, position: int) -> bytes:
+        """KV of `token` at `position`, after the record `previous` (empty at position 0)."""
+        tail = token.to_bytes(8, "little") + position.to_bytes(8, "little")
+        return bytes(xxhash.xxh3_128_digest(bytes(previous) + tail, seed=self._weights)) * self._repeats
+
+    def draw(self, digest: int, params: SamplingParams, index: int, position: int) -> int:
+        """The token after KV with 128-bit `digest`. Greedy: of the digest alone; otherwise also of seed, index and
+        position, whatever the temperature. There are no logits: penalties, bias and top-k do not change it."""
+        if params.temperature <= 0:
+            return digest % self._vocab_size
+        drawn = f"{digest}/{params.seed}/{index}/{position}".encode()
+        return int(xxhash.xxh3_64_intdigest(drawn)) % self._vocab_size
+
+    def logprob(self, digest: int, token: int, params: SamplingParams) -> TokenLogprob | None:
+        """A made-up distribution that is the same for the same KV and token, likeliest first. None if not asked for."""
+        if params.logprobs is None:
+            return None
+        chosen = -(1 + digest % _VARIANTS) / _VARIANTS
+        top = [((token + rank) % self._vocab_size, chosen - rank) for rank in range(params.logprobs)]
+        return TokenLogprob(logprob=chosen, top=top)

@@ -1,0 +1,51 @@
+"""What the simulated engine must answer, from tokens alone: no blocks, no scheduler, no store."""
+
+from collections.abc import Sequence
+
+import xxhash
+
+from engines.base import SamplingParams
+from engines.sim.arithmetic import Arithmetic
+from engines.sim.runner import EOS_TOKEN
+from kvcore.config import SimEngineConfig
+
+
+def expected_tokens(
+    config: SimEngineConfig,
+    prompt: Sequence[int],
+    sampling: SamplingParams,
+    n: int | None = None,
+    output: Sequence[int] = (),
+) -> list[list[int]]:
+    """The completions' tokens, one list an index (`n`; None: `sampling.n`), `output` of a continued one included.
+
+    The context ends a completion at `config.max_context` tokens.
+    """
+    arithmetic = Arithmetic(config.weights_version, config.bytes_per_token, config.vocab_size)
+    return [
+        _completion(arithmetic, [*prompt, *output], len(prompt), sampling, index, config.max_context)
+        for index in range(n or sampling.n)
+    ]
+
+
+def _completion(  # noqa: PLR0917
+    arithmetic: Arithmetic,
+    tokens: list[int],
+    num_prompt: int,
+    sampling: SamplingParams,
+    index: int,
+    max_context: int,
+) -> list[int]:
+    digest, record, position = xxhash.xxh3_128(), b"", 0
+    stops = {*sampling.stop_token_ids, *([] if sampling.ignore_eos else [EOS_TOKEN])}
+    while True:
+        done = len(tokens) - num_prompt
+        if done >= sampling.max_tokens or len(tokens) >= max_context:
+            return tokens[num_prompt:]
+        for at in range(position, len(tokens)):
+            record = arithmetic.record(record, tokens[at], at)
+            digest.update(record)
+        position = len(tokens)
+        tokens.append(arithmetic.draw(int(digest.intdigest()), sampling, index, done))
+        if tokens[-1] in stops and done + 1 > sampling.min_tokens:
+            return tokens[num_prompt:]

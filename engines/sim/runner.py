@@ -1,0 +1,117 @@
+"""A ModelRunner without a model. Owns the bytes of the blocks and the pretence of time.
+
+Blocks are token-major: record of row 0, of row 1, ... Nothing about a sequence is remembered between steps: all is read
+back from its blocks.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from hashlib import sha256
+
+import xxhash
+
+from engines.base import EngineInfo
+from engines.paged.runner import Sampled, StepOutput, StepSlice
+from engines.sim.arithmetic import Arithmetic
+from kvcore.config import SimEngineConfig
+from kvcore.types import KVSpec
+
+EOS_TOKEN = 0
+
+
+def sim_spec(config: SimEngineConfig, model: str, chunk_tokens: int) -> KVSpec:
+    """What the simulated KV can be exchanged with: the same version, layout and chunk length."""
+    return KVSpec(
+        model_id=model,
+        weights_digest=sha256(config.weights_version.encode()).hexdigest(),
+        tokenizer_digest="",
+        num_layers=1,
+        num_kv_heads=1,
+        head_dim=config.bytes_per_token,
+        dtype="uint8",
+        attention="chained",
+        layout_id=f"sim.b{config.block_size}",
+        chunk_tokens=chunk_tokens,
+        chunk_bytes=chunk_tokens * config.bytes_per_token,
+    )
+
+
+class SimRunner:
+    """See `engines.paged.runner.ModelRunner`. A step sleeps first, then reads and writes, in one go."""
+
+    def __init__(self, config: SimEngineConfig, model: str, chunk_tokens: int) -> None:
+        self._config = config
+        self._arithmetic = Arithmetic(config.weights_version, config.bytes_per_token, config.vocab_size)
+        self._block_bytes = config.block_size * config.bytes_per_token
+        self._memory = memoryview(bytearray(config.num_blocks * self._block_bytes))
+        self._info = EngineInfo(
+            kind="sim",
+            kv_spec=sim_spec(config, model, chunk_tokens),
+            max_context=config.max_context,
+            vocab_size=config.vocab_size,
+            eos_token_ids=[EOS_TOKEN],
+            block_size=config.block_size,
+            num_blocks=config.num_blocks,
+        )
+
+    @property
+    def info(self) -> EngineInfo:
+        """Made from the configuration."""
+        return self._info
+
+    async def execute(self, slices: Sequence[StepSlice]) -> StepOutput:
+        """See `ModelRunner.execute`. Cancelled while it sleeps, it has written nothing."""
+        await asyncio.sleep(self.step_seconds(slices))
+        for item in slices:
+            self._write(item)
+        return StepOutput([self._sample(item) for item in slices])
+
+    def step_seconds(self, slices: Sequence[StepSlice]) -> float:
+        """How long a step takes: prompts at their rate, one inter-token time if anything decodes, more for a batch."""
+        config = self._config
+        decodes = sum(len(item.token_ids) == 1 and item.sample is not None for item in slices)
+        prompt_tokens = sum(len(item.token_ids) for item in slices) - decodes
+        seconds = prompt_tokens / config.prefill_tokens_per_s + (config.inter_token_s if decodes else 0.0)
+        return seconds * (1 + config.batch_slowdown * (len(slices) - 1))
+
+    def block_view(self, block_id: int) -> memoryview:
+        """See `ModelRunner.block_view`."""
+        return self._memory[block_id * self._block_bytes : (block_id + 1) * self._block_bytes]
+
+    def copy_block(self, source: int, target: int) -> None:
+        """See `ModelRunner.copy_block`."""
+        self.block_view(target)[:] = self.block_view(source)
+
+    async def aclose(self) -> None:
+        """Nothing to release: views of the memory may outlive it."""
+
+    def _record_at(self, table: Sequence[int], position: int) -> memoryview:
+        block, row = divmod(position, self._config.block_size)
+        size = self._config.bytes_per_token
+        start = table[block] * self._block_bytes + row * size
+        return self._memory[start : start + size]
+
+    def _write(self, item: StepSlice) -> None:
+        previous: bytes | memoryview = self._record_at(item.block_table, item.start - 1) if item.start else b""
+        for position, token in enumerate(item.token_ids, item.start):
+            previous = self._arithmetic.record(previous, token, position)
+            self._record_at(item.block_table, position)[:] = previous
+
+    def _sample(self, item: StepSlice) -> list[Sampled]:
+        if item.sample is None:
+            return []
+        digest, params = self._digest(item), item.sample.params
+        tokens = [
+            self._arithmetic.draw(digest, params, index, len(item.sample.output)) for index in item.sample.indices
+        ]
+        return [Sampled(token, self._arithmetic.logprob(digest, token, params)) for token in tokens]
+
+    def _digest(self, item: StepSlice) -> int:
+        """Over all the sequence's KV, as it stands in the blocks."""
+        full, rest = divmod(item.start + len(item.token_ids), self._config.block_size)
+        digest = xxhash.xxh3_128()
+        for block in item.block_table[:full]:
+            digest.update(self.block_view(block))
+        if rest:
+            digest.update(self.block_view(item.block_table[full])[: rest * self._config.bytes_per_token])
+        return int(digest.intdigest())
