@@ -1,0 +1,215 @@
+"""The node's control API: an engine's protocol over HTTP, msgpack in and out, for the router.
+
+aiohttp rather than FastAPI: a delta goes out in one write without a task or a queue in between, a client that leaves
+cancels its handler at once, and it needs no schema (its only clients are ours). Owns no engine: asks for it a request.
+Invariant: every request ends with an answer or with its client gone; nothing it started is left.
+"""
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import msgspec
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from engines.base import Engine, GenerateRequest, NodeReport, PrefillRequest, StreamError, TokenDelta
+from engines.frames import pack_frame
+from kvcore.errors import (
+    DeadlineExceededError,
+    InvalidRequestError,
+    KVFerryError,
+    NodeUnavailableError,
+    PayloadTooLargeError,
+)
+from kvcore.telemetry import METRICS_CONTENT_TYPE, log_fields
+from kvnode.request_check import parse_request
+
+MAX_BODY_BYTES = 16 << 20
+MSGPACK = "application/msgpack"
+_BODY_S = 30.0
+_LATE_S = 5.0
+"""Beyond the request's own deadline: for an engine that forgot it, or a client that does not read."""
+_logger = logging.getLogger("kvnode")
+_T = TypeVar("_T")
+
+
+class ControlApi:
+    """The application. `engine` gives the engine of now or raises NodeUnavailableError; `report` and `metrics` answer
+    /v1/info and /metrics; `health` is None when the node serves, else why it does not."""
+
+    def __init__(
+        self,
+        *,
+        engine: Callable[[], Engine],
+        report: Callable[[], Awaitable[NodeReport]],
+        metrics: Callable[[], Awaitable[bytes]],
+        health: Callable[[], str | None],
+        max_body_bytes: int = MAX_BODY_BYTES,
+    ) -> None:
+        self._engine = engine
+        self._report = report
+        self._metrics = metrics
+        self._health = health
+        self._max_body_bytes = max_body_bytes
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.active: Counter[str] = Counter()
+        self.ended: Counter[tuple[str, str]] = Counter()
+        """(leg, outcome code) -> count."""
+
+    @property
+    def draining(self) -> bool:
+        """Whether new legs are refused."""
+        return self._draining
+
+    def application(self) -> web.Application:
+        """Serve it with `handler_cancellation=True`: a client that leaves must end its leg."""
+        app = web.Application(middlewares=[_answer_errors], client_max_size=self._max_body_bytes)
+        app.add_routes(
+            [
+                web.post("/v1/prefill", self._prefill),
+                web.post("/v1/generate", self._generate),
+                web.post("/v1/requests/{id}/end_handoff", self._end_handoff),
+                web.delete("/v1/requests/{id}", self._abort),
+                web.get("/v1/info", self._info),
+                web.get("/health", self._get_health),
+                web.get("/metrics", self._get_metrics),
+            ]
+        )
+        return app
+
+    async def drain(self, drain_s: float) -> None:
+        """Refuse new legs from now on; returns when those under way have ended, or after `drain_s`."""
+        self._draining = True
+        try:
+            async with asyncio.timeout(drain_s):
+                await self._idle.wait()
+        except TimeoutError:
+            log_fields(_logger, logging.WARNING, "drain_ended_early", active=sum(self.active.values()))
+
+    async def _prefill(self, http: web.Request) -> web.StreamResponse:
+        async with self._leg("prefill"):
+            engine = self._engine()
+            request = parse_request(await self._read(http), PrefillRequest, engine.info)
+            result = await _bounded(engine.prefill(request), request.deadline_s + _LATE_S)
+        return _msgpack(result)
+
+    async def _generate(self, http: web.Request) -> web.StreamResponse:
+        async with self._leg("generate") as leg:
+            engine = self._engine()
+            request = parse_request(await self._read(http), GenerateRequest, engine.info)
+            async with aclosing(engine.generate(request)) as deltas:
+                return await _bounded(_stream(http, deltas, leg), request.deadline_s + _LATE_S)
+
+    async def _end_handoff(self, http: web.Request) -> web.StreamResponse:
+        await self._engine().end_handoff(http.match_info["id"])
+        return web.Response(status=204)
+
+    async def _abort(self, http: web.Request) -> web.StreamResponse:
+        await self._engine().abort(http.match_info["id"])
+        return web.Response(status=204)
+
+    async def _info(self, http: web.Request) -> web.StreamResponse:
+        report = await self._report()
+        if "json" in http.headers.get("Accept", ""):
+            return web.Response(body=msgspec.json.encode(report), content_type="application/json")
+        return _msgpack(report)
+
+    async def _get_health(self, _: web.Request) -> web.StreamResponse:
+        reason = "draining" if self._draining else self._health()
+        if reason is not None:
+            return _error(NodeUnavailableError(reason))
+        return web.Response(text="ready\n")
+
+    async def _get_metrics(self, _: web.Request) -> web.StreamResponse:
+        return web.Response(body=await self._metrics(), headers={"Content-Type": METRICS_CONTENT_TYPE})
+
+    async def _read(self, http: web.Request) -> bytes:
+        try:
+            return await _bounded(http.read(), _BODY_S)
+        except web.HTTPRequestEntityTooLarge as error:
+            raise PayloadTooLargeError(f"the body has more than {self._max_body_bytes} bytes") from error
+
+    @asynccontextmanager
+    async def _leg(self, name: str) -> AsyncIterator["_Leg"]:
+        """Counts a leg in and out. Raises NodeUnavailableError while draining."""
+        if self._draining:
+            raise NodeUnavailableError("the node is draining")
+        self.active[name] += 1
+        self._idle.clear()
+        leg = _Leg()
+        try:
+            yield leg
+            leg.outcome = leg.outcome or "ok"
+        except KVFerryError as error:
+            leg.outcome = error.code
+            raise
+        finally:
+            self.active[name] -= 1
+            self.ended[name, leg.outcome or "cancelled"] += 1
+            if not +self.active:
+                self._idle.set()
+
+
+@dataclass
+class _Leg:
+    outcome: str | None = None
+    """`ok` or an error's code; None while it runs."""
+
+
+async def _stream(http: web.Request, deltas: AsyncGenerator[TokenDelta, None], leg: _Leg) -> web.StreamResponse:
+    """Errors before the first delta become the status; later ones the last frame."""
+    first = await anext(deltas, None)
+    response = web.StreamResponse(headers={"Content-Type": MSGPACK})
+    await response.prepare(http)
+    try:
+        if first is not None:
+            await response.write(pack_frame(msgspec.msgpack.encode(first)))
+        async for delta in deltas:
+            await response.write(pack_frame(msgspec.msgpack.encode(delta)))
+    except KVFerryError as error:
+        leg.outcome = error.code
+        last = StreamError(code=error.code, message=error.message, retryable=error.retryable)
+        await response.write(pack_frame(msgspec.msgpack.encode(last)))
+    await response.write_eof()
+    return response
+
+
+async def _bounded(work: Awaitable[_T], seconds: float) -> _T:
+    try:
+        async with asyncio.timeout(seconds):
+            return await work
+    except TimeoutError as error:
+        raise DeadlineExceededError("the node did not finish in time") from error
+
+
+@web.middleware
+async def _answer_errors(http: web.Request, handler: Handler) -> web.StreamResponse:
+    """The request boundary: every failure becomes one error body, ours with its status, a bug with 500 and a log."""
+    try:
+        return await handler(http)
+    except KVFerryError as error:
+        return _error(error)
+    except web.HTTPException as error:
+        refused = InvalidRequestError(f"{http.method} {http.path}: {error.reason}")
+        return _error(refused, status=error.status)
+    except ConnectionError:
+        raise  # the client has gone: nobody to answer
+    except Exception:
+        _logger.exception("control_request_failed method=%s path=%s", http.method, http.path)
+        return _error(KVFerryError("internal error of the node; its log says more"))
+
+
+def _error(error: KVFerryError, status: int | None = None) -> web.Response:
+    body = {"error": {"code": error.code, "message": error.message, "retryable": error.retryable}}
+    return web.Response(status=status or error.http_status, body=msgspec.msgpack.encode(body), content_type=MSGPACK)
+
+
+def _msgpack(value: msgspec.Struct) -> web.Response:
+    return web.Response(body=msgspec.msgpack.encode(value), content_type=MSGPACK)

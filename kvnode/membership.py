@@ -1,0 +1,169 @@
+"""Keeps a node's lease at the metadata server: join, renew, join again when the server has forgotten us, leave.
+
+`LeaseKeeper` decides, without I/O; `Membership` does it. An absent metadata server is never fatal here: the node
+serves without the cache and keeps trying. Invariant: at most one call is under way.
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+import msgspec
+
+from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
+from kvcore.telemetry import log_fields
+from kvcore.types import NodeInfo
+from metadata_server.client import MetadataClient
+from metadata_server.messages import (
+    HeartbeatReply,
+    HeartbeatRequest,
+    LeaveRequest,
+    RegisterReply,
+    RegisterRequest,
+    SegmentManifest,
+)
+
+_FIRST_BACKOFF_S = 0.1
+_JITTER = 0.1
+_LEAVE_S = 1.0
+_logger = logging.getLogger("kvnode")
+
+
+class Step(StrEnum):
+    """What to do next at the metadata server."""
+
+    REGISTER = "register"
+    HEARTBEAT = "heartbeat"
+
+
+@dataclass(slots=True)
+class LeaseKeeper:
+    """What we know of our lease. `on_...` takes an answer in; `step` and `delay_s` say what comes next and when."""
+
+    ttl_s: float
+    epoch: str | None = None
+    """Of the metadata server that knows us; None: none does."""
+    failures: int = 0
+    """In a row."""
+
+    @property
+    def step(self) -> Step:
+        """Heartbeat while the server knows us."""
+        return Step.REGISTER if self.epoch is None else Step.HEARTBEAT
+
+    def on_registered(self, reply: RegisterReply) -> None:
+        """We are known to this life of the server."""
+        self.epoch = reply.epoch
+        self.failures = 0
+
+    def on_heartbeat(self, reply: HeartbeatReply) -> None:
+        """Forgotten, or another life of the server: register again, at once."""
+        self.failures = 0
+        if not reply.known or reply.epoch != self.epoch:
+            self.epoch = None
+
+    def on_failure(self) -> None:
+        """No answer. Our lease may have run out meanwhile: the next heartbeat that is answered tells."""
+        self.failures += 1
+
+    def on_change(self) -> None:
+        """What we announced is no longer true: register again."""
+        self.epoch = None
+
+    def delay_s(self, draw: float) -> float:
+        """Until the next step; `draw` is uniform in [0, 1), so that nodes do not march in step."""
+        period_s = self.ttl_s / 3
+        if self.failures:
+            period_s = min(_FIRST_BACKOFF_S * 2.0 ** min(self.failures - 1, 16), period_s)
+        elif self.epoch is None:
+            return 0.0
+        return period_s * (1 - _JITTER + 2 * _JITTER * draw)
+
+
+class Membership:
+    """Runs a LeaseKeeper for `node`. `scan` lists the node's segments and what lies in them, off the loop."""
+
+    def __init__(
+        self,
+        client: MetadataClient,
+        node: NodeInfo,
+        scan: Callable[[], Awaitable[list[SegmentManifest]]],
+        *,
+        ttl_s: float,
+        draw: Callable[[], float] = random.random,
+    ) -> None:
+        """The client stays the caller's."""
+        self._client = client
+        self._node = node
+        self._scan = scan
+        self._ttl_s = ttl_s
+        self._draw = draw
+        self._lease = LeaseKeeper(ttl_s)
+        self._changed = asyncio.Event()
+        self.registrations = 0
+        self.heartbeat_failures = 0
+
+    @property
+    def node(self) -> NodeInfo:
+        """As it is announced."""
+        return self._node
+
+    @property
+    def joined(self) -> bool:
+        """Whether, as far as we know, the metadata server knows us."""
+        return self._lease.epoch is not None and self._lease.failures == 0
+
+    def announce(self, fingerprint: bytes) -> None:
+        """The engine is there and its KV is of this kind: tell, as soon as can be."""
+        if fingerprint != self._node.fingerprint:
+            self._node = msgspec.structs.replace(self._node, fingerprint=fingerprint)
+            self._lease.on_change()
+            self._changed.set()
+
+    async def run(self) -> None:
+        """Until cancelled. Does not leave: call `leave` after that."""
+        while True:
+            await self._take_step()
+            self._changed.clear()
+            try:
+                async with asyncio.timeout(self._lease.delay_s(self._draw())):
+                    await self._changed.wait()
+            except TimeoutError:
+                continue
+
+    async def leave(self) -> None:
+        """Give the lease up, so that nobody is sent here any more. Bounded; a server that is away lets it expire."""
+        request = LeaveRequest(node_id=self._node.id, incarnation=self._node.incarnation)
+        try:
+            await self._client.leave(request, timeout_s=_LEAVE_S)
+        except (MetadataUnavailableError, MetadataProtocolError) as error:
+            log_fields(_logger, logging.WARNING, "leave_failed", node=self._node.id, reason=error.message)
+
+    async def _take_step(self) -> None:
+        step = self._lease.step
+        try:
+            if step is Step.REGISTER:
+                await self._register()
+            else:
+                heartbeat = HeartbeatRequest(node_id=self._node.id, incarnation=self._node.incarnation)
+                self._lease.on_heartbeat(await self._client.heartbeat(heartbeat))
+        except (MetadataUnavailableError, MetadataProtocolError) as error:
+            if self._lease.failures == 0:  # once an outage
+                log_fields(_logger, logging.WARNING, f"{step}_failed", node=self._node.id, reason=error.message)
+            self._lease.on_failure()
+            self.heartbeat_failures += 1
+
+    async def _register(self) -> None:
+        node = self._node
+        segments = await self._scan()
+        reply = await self._client.register(RegisterRequest(node=node, segments=segments, ttl_s=self._ttl_s))
+        self.registrations += 1
+        if node is self._node:  # else `announce` came meanwhile: once more
+            self._lease.on_registered(reply)
+        log_fields(
+            _logger, logging.INFO, "registered", node=node.id, epoch=reply.epoch, imported=reply.imported,
+            refused=reply.refused,
+        )  # fmt: skip

@@ -1,0 +1,73 @@
+"""Bounds of what the control API takes in: a body becomes a request that an engine can run, or InvalidRequestError.
+
+Pure. The router has checked what its clients may send; this holds whoever else speaks to a node to the same.
+"""
+
+import math
+from typing import TypeVar
+
+import msgspec
+
+from engines.base import EngineInfo, GenerateRequest, PrefillRequest, SamplingParams
+from kvcore.errors import InvalidRequestError
+
+MAX_DEADLINE_S = 86_400.0
+MAX_ID_CHARS = 256
+MAX_SALT_BYTES = 4096
+MAX_COMPLETIONS = 128
+MAX_LOGPROBS = 128
+
+_Request = TypeVar("_Request", PrefillRequest, GenerateRequest)
+
+
+def parse_request(body: bytes, kind: type[_Request], info: EngineInfo) -> _Request:
+    """The request in a msgpack body. Raises InvalidRequestError naming the field."""
+    try:
+        request = msgspec.msgpack.decode(body, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise InvalidRequestError(f"the body is not a {kind.__name__}: {error}") from error
+    _require(0 < len(request.request_id) <= MAX_ID_CHARS, "request_id", f"must have 1 to {MAX_ID_CHARS} characters")
+    _require(len(request.cache_salt) <= MAX_SALT_BYTES, "cache_salt", f"must have at most {MAX_SALT_BYTES} bytes")
+    _require(0 < request.deadline_s <= MAX_DEADLINE_S, "deadline_s", f"must lie in (0, {MAX_DEADLINE_S:g}]")
+    _require(len(request.prompt_token_ids) > 0, "prompt_token_ids", "must not be empty")
+    _check_tokens(request.prompt_token_ids, "prompt_token_ids", info)
+    if isinstance(request, GenerateRequest):
+        _check_generate(request, info)
+    return request
+
+
+def _check_generate(request: GenerateRequest, info: EngineInfo) -> None:
+    _check_tokens(request.output_token_ids, "output_token_ids", info)
+    _require(request.sampling.n == 1 or not request.output_token_ids, "output_token_ids", "needs sampling.n = 1")
+    if request.handoff is not None:
+        _require(request.handoff.num_chunks >= 0, "handoff.num_chunks", "must not be negative")
+        _require(0 <= request.handoff.wait_s <= MAX_DEADLINE_S, "handoff.wait_s", f"must be 0 to {MAX_DEADLINE_S:g}")
+    _check_sampling(request.sampling, info)
+
+
+def _check_sampling(sampling: SamplingParams, info: EngineInfo) -> None:
+    for name in ("temperature", "presence_penalty", "frequency_penalty"):
+        _require(math.isfinite(getattr(sampling, name)), f"sampling.{name}", "must be a finite number")
+    _require(sampling.temperature >= 0, "sampling.temperature", "must not be negative")
+    _require(0 < sampling.top_p <= 1, "sampling.top_p", "must lie in (0, 1]")
+    _require(0 <= sampling.min_p <= 1, "sampling.min_p", "must lie in [0, 1]")
+    _require(sampling.top_k >= 0, "sampling.top_k", "must not be negative")
+    _require(0 < sampling.repetition_penalty < math.inf, "sampling.repetition_penalty", "must be positive and finite")
+    _require(sampling.max_tokens >= 1, "sampling.max_tokens", "must be at least 1")
+    _require(sampling.min_tokens >= 0, "sampling.min_tokens", "must not be negative")
+    _require(1 <= sampling.n <= MAX_COMPLETIONS, "sampling.n", f"must be 1 to {MAX_COMPLETIONS}")
+    logprobs = sampling.logprobs or 0
+    _require(0 <= logprobs <= MAX_LOGPROBS, "sampling.logprobs", f"must be 0 to {MAX_LOGPROBS}")
+    _check_tokens(list(sampling.logit_bias), "sampling.logit_bias", info)
+    _require(all(map(math.isfinite, sampling.logit_bias.values())), "sampling.logit_bias", "must be finite numbers")
+    _require(all(0 <= token < 1 << 32 for token in sampling.stop_token_ids), "sampling.stop_token_ids", "must be ids")
+
+
+def _check_tokens(token_ids: list[int], param: str, info: EngineInfo) -> None:
+    if token_ids:
+        _require(min(token_ids) >= 0 and max(token_ids) < info.vocab_size, param, f"must lie in [0, {info.vocab_size})")
+
+
+def _require(holds: bool, param: str, what: str) -> None:
+    if not holds:
+        raise InvalidRequestError(f"{param} {what}", param=param)

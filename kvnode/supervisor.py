@@ -1,0 +1,86 @@
+"""Keeps an engine's process running: starts it, starts it again when it ends, gives up when it never could.
+
+Owns the engine. The node's segment is not the engine's and outlives it, KV and all. Invariant: while no engine is
+ready, whoever asks for it is told so at once.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from engines.process import EngineProcess
+from kvcore.clock import Clock
+from kvcore.errors import ConfigError, KVFerryError, NodeUnavailableError
+from kvcore.telemetry import log_fields
+
+_FIRST_BACKOFF_S = 0.2
+_LONGEST_BACKOFF_S = 5.0
+_HEALTHY_S = 30.0
+"""An engine that lived this long starts again without a pause that grew before."""
+_logger = logging.getLogger("kvnode")
+
+
+class EngineSupervisor:
+    """Run it in a task. `make` makes one life of the engine, not yet entered; `on_ready` is told of each that is."""
+
+    def __init__(
+        self,
+        make: Callable[[], EngineProcess],
+        clock: Clock,
+        *,
+        start_attempts: int = 3,
+        on_ready: Callable[[EngineProcess], None] = lambda _: None,
+    ) -> None:
+        self._make = make
+        self._clock = clock
+        self._start_attempts = start_attempts
+        self._on_ready = on_ready
+        self._engine: EngineProcess | None = None
+        self._ready = asyncio.Event()
+        self.restarts = 0
+
+    @property
+    def ready(self) -> bool:
+        """Whether an engine serves now."""
+        return self._engine is not None
+
+    def engine(self) -> EngineProcess:
+        """The engine of now. Raises NodeUnavailableError, at once, while there is none."""
+        if self._engine is None:
+            raise NodeUnavailableError("the node's engine is starting" + (" again" if self.restarts else ""))
+        return self._engine
+
+    async def wait_ready(self) -> None:
+        """Until the first engine is ready. Whoever waits watches `run` too: it may give up."""
+        await self._ready.wait()
+
+    async def run(self) -> None:
+        """Until cancelled; then the engine is left. Raises the reason when it gives up before any engine was ready:
+        a ConfigError at once, another failure at the last of `start_attempts`."""
+        failures = 0
+        backoff_s = _FIRST_BACKOFF_S
+        while True:
+            started_at = self._clock.now()
+            try:
+                reason = await self._one_life()
+                self.restarts += 1
+            except KVFerryError as error:
+                failures += 1
+                if not self._ready.is_set() and (isinstance(error, ConfigError) or failures >= self._start_attempts):
+                    raise
+                reason = error.message
+            if self._clock.now() - started_at >= _HEALTHY_S:
+                backoff_s = _FIRST_BACKOFF_S
+            log_fields(_logger, logging.ERROR, "engine_down", reason=reason, restarts=self.restarts, retry_s=backoff_s)
+            await asyncio.sleep(backoff_s)
+            backoff_s = min(_LONGEST_BACKOFF_S, backoff_s * 2)
+
+    async def _one_life(self) -> str:
+        async with self._make() as engine:
+            self._engine = engine
+            try:
+                self._on_ready(engine)
+                self._ready.set()
+                return await engine.wait_ended()
+            finally:
+                self._engine = None
