@@ -1,0 +1,232 @@
+"""The metadata server without its socket: bodies in, bodies out, long polls, event streams, the ticking task.
+
+What the HTTP shell and the simulation share. Owns waiters and subscribers (both bounded); the state decides everything
+else. Invariants: a waiter is in `_waiting` only while its call is under way; a lease is granted with the answer.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from typing import cast
+
+from kvcore.clock import Clock
+from kvcore.errors import MetadataProtocolError, OverloadedError
+from kvcore.types import ChunkKey
+from metadata_server.messages import (
+    EventBatch,
+    EventKind,
+    HeartbeatRequest,
+    LeaveRequest,
+    MatchReply,
+    MatchRequest,
+    QuarantineRequest,
+    RegisterRequest,
+    ReleaseRequest,
+    ReplicaIds,
+    ReserveRequest,
+    WaitRequest,
+)
+from metadata_server.protocol import Decoder, Request, encode
+from metadata_server.state import MetadataState
+
+MAX_WAITERS = 4096
+MAX_SUBSCRIBERS = 256
+KEEP_ALIVE_S = 1.0
+_SHORTEST_SLEEP_S = 0.01
+_EMPTY: dict[str, str] = {}
+
+
+class MetadataCore:
+    """Answers calls on one event loop. `run` must be running, else nothing runs out unless it is asked for."""
+
+    def __init__(self, state: MetadataState, clock: Clock) -> None:
+        self.state = state
+        self._clock = clock
+        self._waiting: dict[ChunkKey, set[asyncio.Event]] = {}
+        self._num_waiters = 0
+        self._num_subscribers = 0
+        self._seen_seq = state.log.next_seq
+        self._news = asyncio.Event()  # replaced each time it is set: whoever holds it has missed nothing
+        self._sooner = asyncio.Event()
+        self._planned = float("inf")
+        self._posts: dict[str, tuple[Decoder, Callable[[Request, float], object]]] = {
+            path: (Decoder(kind), cast(Callable[[Request, float], object], handle))
+            for path, kind, handle in self._handlers()
+        }
+        self._wait_decoder = Decoder(WaitRequest)
+
+    @property
+    def num_waiters(self) -> int:
+        """Long polls under way."""
+        return self._num_waiters
+
+    @property
+    def num_subscribers(self) -> int:
+        """Event streams open."""
+        return self._num_subscribers
+
+    async def dispatch(self, path: str, body: bytes, *, json: bool = False) -> bytes:
+        """Answer one call; the GET endpoints that are no streams have empty bodies.
+
+        Raises MetadataProtocolError (unknown path, malformed or out of bounds) or OverloadedError (too many waiters).
+        Only /v1/objects/wait suspends; cancelling it leaves nothing behind.
+        """
+        if path == "/v1/objects/wait":
+            request = self._wait_decoder.decode(body, json=json)
+            assert isinstance(request, WaitRequest)
+            return encode(await self._wait(request), json=json)
+        return self.answer(path, body, json=json)
+
+    def answer(self, path: str, body: bytes, *, json: bool = False) -> bytes:
+        """As `dispatch`, for every endpoint but the long poll, without suspending."""
+        post = self._posts.get(path)
+        now = self._clock.now()
+        if post is not None:
+            decoder, handle = post
+            reply = handle(decoder.decode(body, json=json), now)
+            self._after_change()
+            return encode(_EMPTY if reply is None else reply, json=json)
+        if path == "/v1/nodes":
+            return encode(self.state.nodes(now), json=json)
+        if path == "/v1/stats":
+            return encode(self.state.stats(now, self._num_waiters), json=json)
+        raise MetadataProtocolError(f"no such endpoint: {path}")
+
+    def replay(self, from_seq: int) -> EventBatch:
+        """Events from `from_seq` on, one batch; a reset without events where the log no longer has them."""
+        log = self.state.log
+        if not log.has(log.epoch, from_seq):
+            return EventBatch(epoch=log.epoch, reset=True, next_seq=log.next_seq)
+        return log.replay(from_seq)
+
+    def snapshot(self) -> list[EventBatch]:
+        """The whole index as batches, the first a reset, the last one empty."""
+        batches = list(self.state.snapshot(self._clock.now()))
+        self._after_change()
+        return batches
+
+    async def events(self, epoch: str, from_seq: int) -> AsyncGenerator[bytes, None]:
+        """The event stream of one subscriber as msgpack batches, without end; a keep-alive at least each second.
+
+        A subscriber too slow for the ring gets a reset. Raises OverloadedError at the first step if too many are there.
+        """
+        if self._num_subscribers >= MAX_SUBSCRIBERS:
+            raise OverloadedError(f"{MAX_SUBSCRIBERS} event streams are open")
+        self._num_subscribers += 1
+        try:
+            log, position = self.state.log, from_seq
+            while True:
+                news = self._news
+                if not log.has(epoch, position):
+                    epoch, position = log.epoch, 0
+                    for batch in self.snapshot():
+                        position = batch.next_seq
+                        yield encode(batch, json=False)
+                    continue
+                batch = log.replay(position)
+                position = batch.next_seq
+                yield encode(batch, json=False)
+                if position == log.next_seq:
+                    await _wait_for(news, KEEP_ALIVE_S)
+        finally:
+            self._num_subscribers -= 1
+
+    async def run(self) -> None:
+        """Tick until cancelled, sleeping exactly until something runs out."""
+        while True:
+            now = self._clock.now()
+            self.state.tick(now)
+            self._after_change()
+            deadline = self.state.next_deadline()
+            self._planned = float("inf") if deadline is None else deadline
+            self._sooner.clear()
+            if deadline is None:
+                await self._sooner.wait()
+            else:
+                await _wait_for(self._sooner, max(_SHORTEST_SLEEP_S, deadline - now))
+
+    def _handlers(self) -> list[tuple[str, type[Request], object]]:
+        state = self.state
+        return [
+            ("/v1/nodes/register", RegisterRequest, state.register),
+            ("/v1/nodes/heartbeat", HeartbeatRequest, state.heartbeat),
+            ("/v1/nodes/leave", LeaveRequest, state.leave),
+            ("/v1/objects/match", MatchRequest, self._match),
+            ("/v1/objects/reserve", ReserveRequest, state.reserve),
+            ("/v1/objects/commit", ReplicaIds, state.commit),
+            ("/v1/objects/abort", ReplicaIds, state.abort),
+            ("/v1/objects/quarantine", QuarantineRequest, state.quarantine),
+            ("/v1/leases/release", ReleaseRequest, self._release),
+        ]
+
+    def _match(self, request: MatchRequest | WaitRequest, now: float) -> MatchReply:
+        return self.state.match(
+            request.keys,
+            now,
+            lease_s=request.lease_s,
+            node_id=request.node_id,
+            incarnation=request.incarnation,
+        )
+
+    def _release(self, request: ReleaseRequest, now: float) -> None:
+        self.state.release(request.lease_ids, now)
+
+    async def _wait(self, request: WaitRequest) -> MatchReply:
+        keys = request.keys
+        wanted = min(request.more_than + 1, len(keys))  # all of them: nothing more can come
+        deadline = self._clock.now() + request.timeout_s
+        while True:
+            now = self._clock.now()
+            have = self.state.complete_prefix(keys, now)
+            if have >= wanted or now >= deadline:
+                reply = self._match(request, now)
+                self._after_change()
+                return reply
+            await self._until_stored(keys[have], deadline - now)
+
+    async def _until_stored(self, key: ChunkKey, timeout_s: float) -> None:
+        """Return when `key` may have become complete, or after `timeout_s`."""
+        if self._num_waiters >= MAX_WAITERS:
+            raise OverloadedError(f"{MAX_WAITERS} calls are waiting already")
+        woken = asyncio.Event()
+        waiters = self._waiting.setdefault(key, set())
+        waiters.add(woken)
+        self._num_waiters += 1
+        try:
+            await _wait_for(woken, timeout_s)
+        finally:
+            self._num_waiters -= 1
+            waiters.discard(woken)
+            if not waiters and self._waiting.get(key) is waiters:
+                del self._waiting[key]
+
+    def _after_change(self) -> None:
+        """Wake whom the last change concerns."""
+        log = self.state.log
+        deadline = self.state.next_deadline()
+        if deadline is not None and deadline < self._planned:
+            self._planned = deadline
+            self._sooner.set()
+        if log.next_seq == self._seen_seq:
+            return
+        if self._waiting:
+            for event in log.since(max(self._seen_seq, log.first_seq)):
+                if event.kind is EventKind.STORED:
+                    for key in event.keys:
+                        for waiter in self._waiting.get(key, ()):
+                            waiter.set()
+            if self._seen_seq < log.first_seq:  # more happened at once than the log holds
+                for waiters in self._waiting.values():
+                    for waiter in waiters:
+                        waiter.set()
+        self._seen_seq = log.next_seq
+        news, self._news = self._news, asyncio.Event()
+        news.set()
+
+
+async def _wait_for(event: asyncio.Event, timeout_s: float) -> None:
+    """Until the event is set or time is up, whichever is first."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
+    except TimeoutError:
+        pass
