@@ -1,0 +1,134 @@
+"""Picks tokens from logits.
+
+Owns penalties, masks, truncation and the draw. Order: logit_bias, repetition, presence and frequency penalties,
+min_tokens, temperature, top_k, top_p, min_p. Invariant: a draw depends on its own row and on (seed, index, position)
+alone, never on who else is in the batch, so another engine can go on with a sequence.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from engines.base import SamplingParams, TokenLogprob
+from engines.paged.runner import Sampled, SampleSpec
+from kvcore.errors import EngineError
+
+_WORD = (1 << 64) - 1
+
+
+def uniform(seed: int, index: int, position: int) -> float:
+    """A number in [0, 1): Philox4x64, key (seed, index), counter position; the top 53 bits of the first word."""
+    generator = np.random.Philox(key=[seed & _WORD, index], counter=[position, 0, 0, 0])
+    return float(int(generator.random_raw()) >> 11) * 2.0**-53
+
+
+def sample_rows(logits: torch.Tensor, specs: Sequence[SampleSpec], eos_token_ids: Sequence[int]) -> list[list[Sampled]]:
+    """Draw for each row of `logits` ([number of specs, vocabulary], not changed) one token an index of its spec.
+
+    Raises EngineError if a row holds a NaN: its KV or the weights are broken.
+    """
+    best, best_ids = logits.max(dim=-1)
+    if bool(torch.isnan(best).any()):
+        raise EngineError("the model computed logits that are not numbers; a wider model.dtype may help")
+    greedy = best_ids.tolist()
+    return [
+        _sample_row(row, spec, eos_token_ids, argmax) for row, spec, argmax in zip(logits, specs, greedy, strict=True)
+    ]
+
+
+def _sample_row(row: torch.Tensor, spec: SampleSpec, eos_token_ids: Sequence[int], argmax: int) -> list[Sampled]:
+    params = spec.params
+    row = row.float()
+    if _is_plain(spec):
+        chosen = [argmax] * len(spec.indices) if params.temperature == 0 else draw_tokens(row, spec)
+    else:
+        adjusted = adjust_logits(row, spec, eos_token_ids)
+        if params.temperature == 0:
+            chosen = [int(adjusted.argmax())] * len(spec.indices)
+        else:
+            chosen = draw_tokens(adjusted, spec)
+    if params.logprobs is None:
+        return [Sampled(token_id) for token_id in chosen]
+    logprobs = torch.log_softmax(row, dim=-1)
+    values, ids = logprobs.topk(min(params.logprobs, len(row)))
+    top = list(zip(ids.tolist(), values.tolist(), strict=True))
+    return [Sampled(token_id, TokenLogprob(logprob=float(logprobs[token_id]), top=top)) for token_id in chosen]
+
+
+def _is_plain(spec: SampleSpec) -> bool:
+    """Whether nothing changes the logits before the temperature."""
+    params = spec.params
+    return (
+        not params.logit_bias
+        and params.presence_penalty == params.frequency_penalty == 0
+        and params.repetition_penalty == 1
+        and len(spec.output) >= params.min_tokens
+    )
+
+
+def adjust_logits(row: torch.Tensor, spec: SampleSpec, eos_token_ids: Sequence[int]) -> torch.Tensor:
+    """A copy of `row` ([vocabulary], float32) after bias, penalties and the mask of min_tokens."""
+    params = spec.params
+    row = row.clone()
+    if params.logit_bias:
+        bias = torch.tensor(list(params.logit_bias.values()), dtype=row.dtype)
+        row.index_add_(0, torch.tensor(list(params.logit_bias)), bias)
+    if params.repetition_penalty != 1:
+        seen = torch.from_numpy(np.unique(np.array([*spec.prompt, *spec.output], dtype=np.int64)))
+        scores = row[seen]
+        row[seen] = torch.where(scores < 0, scores * params.repetition_penalty, scores / params.repetition_penalty)
+    if spec.output and (params.presence_penalty or params.frequency_penalty):
+        ids, counts = np.unique(np.array(spec.output, dtype=np.int64), return_counts=True)
+        penalty = params.presence_penalty + params.frequency_penalty * torch.from_numpy(counts)
+        row[torch.from_numpy(ids)] -= penalty.to(row.dtype)
+    if len(spec.output) < params.min_tokens:
+        ends = [*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)]
+        row[torch.tensor(ends, dtype=torch.int64)] = float("-inf")
+    return row
+
+
+def draw_tokens(row: torch.Tensor, spec: SampleSpec) -> list[int]:
+    """One token an index of `spec`, by inverting the distribution's sum in the order of token ids."""
+    ids, probabilities = candidates(row, spec.params)
+    cumulative = torch.cumsum(probabilities.double(), dim=0)
+    position = len(spec.output)
+    chosen = []
+    for index in spec.indices:
+        target = uniform(spec.params.seed, index, position) * float(cumulative[-1])
+        where = int(torch.searchsorted(cumulative, target, right=True))
+        chosen.append(int(ids[min(where, len(ids) - 1)]))
+    return chosen
+
+
+def candidates(row: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
+    """(token ids in ascending order, their probabilities up to a common factor) that may be drawn; at least one.
+
+    As transformers' warpers in their order: temperature, top_k (ties with the k-th stay), top_p, min_p.
+    """
+    scaled = row / params.temperature
+    ids = torch.arange(len(row))
+    if 0 < params.top_k < len(row):
+        ids = (scaled >= scaled.topk(params.top_k).values[-1]).nonzero()[:, 0]
+        scaled = scaled[ids]
+    probabilities = torch.softmax(scaled, dim=-1)
+    if params.top_p < 1:
+        keep = _nucleus(probabilities, params.top_p)
+        ids, probabilities = ids[keep], probabilities[keep]
+    if params.min_p > 0:
+        keep = probabilities >= params.min_p * probabilities.max()
+        ids, probabilities = ids[keep], probabilities[keep]
+    return ids, probabilities
+
+
+def _nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Ascending indices of the likeliest entries, as few as reach `top_p` together."""
+    # Sorting a whole vocabulary costs milliseconds; the nucleus nearly always lies in the first few.
+    size = min(1024, len(probabilities))
+    values, order = probabilities.topk(size)
+    if size < len(probabilities) and float(values.sum()) < top_p:
+        values, order = probabilities.sort(descending=True)
+    before = torch.cumsum(values, dim=0) - values
+    keep = before < top_p
+    keep[0] = True
+    return order[keep].sort().values
