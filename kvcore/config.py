@@ -32,7 +32,9 @@ class ModelConfig(_Section, frozen=True, kw_only=True):
     """The model that the cluster serves."""
 
     path: Text
-    """Folder in Hugging Face format, `~` and relative to the YAML resolved on reading. For `sim`: any name."""
+    """Folder in Hugging Face format (`~` and paths relative to the YAML are resolved on reading) or hub id.
+
+    For `sim`: any name."""
     name: Text
     """What clients send as `model`."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -5,6 +5,7 @@ come from `kvcore.config`, the conversion is `kvcore.config_parse`, rules across
 """
 
 import difflib
+import re
 from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from kvcore.config import ClusterConfig, NodeConfig, TorchEngineConfig
 from kvcore.config_checks import check_cluster
 from kvcore.config_parse import InvalidValueError, parse
 from kvcore.errors import ConfigError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9_-][\w.-]*/[\w.-]+")
 
 
 class _Loader(yaml.SafeLoader):
@@ -37,7 +40,8 @@ class _Loader(yaml.SafeLoader):
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> ClusterConfig:
     """Read, override, convert and check. `overrides` are `a.b=value`, the value in YAML. Blocking.
 
-    `transport` is always a TransportConfig afterwards; `model.path` is absolute for the torch engine.
+    `transport` is always a TransportConfig afterwards; `model.path` is absolute for
+    the torch engine, unless it is a hub id (`owner/name`) and no folder.
     """
     file = Path(path).expanduser()
     raw = _read(file)
@@ -125,4 +129,6 @@ def _resolve_model_path(config: ClusterConfig, folder: Path) -> ClusterConfig:
     if not any(isinstance(kind, TorchEngineConfig) for kind in kinds):
         return config  # to the simulated engine it is a name
     absolute = str(folder / Path(config.model.path).expanduser())
+    if _HUB_ID.fullmatch(config.model.path) and not Path(absolute).exists():
+        return config  # the torch engine looks it up on the hub
     return msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, path=absolute))

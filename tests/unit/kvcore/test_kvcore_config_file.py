@@ -145,7 +145,10 @@ def test_devices_in_two_places_are_refused(load):
 
 def test_a_model_path_is_relative_to_the_file_and_home_is_expanded(load, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
+    assert load().model.path == "models/m"  # no such folder: a hub id
+    (tmp_path / "models/m").mkdir(parents=True)
     assert load().model.path == str(tmp_path / "models/m")
+    assert load("model.path=./x/y").model.path == str(tmp_path / "x/y")
     assert load("model.path=~/m").model.path == "/home/somebody/m"
     assert load("model.path=/m").model.path == "/m"
     assert load("engine={kind: sim}", "model.path=sim").model.path == "sim"
