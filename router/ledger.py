@@ -236,7 +236,7 @@ class RequestMachine:
         self._failed_decoders: set[str] = set()
         self._homeless: set[int] = set()
         self._waited_s = 0.0
-        self._last_error: KVFerryError = NodeUnavailableError("no decoder is ready")
+        self.last_error: KVFerryError = NodeUnavailableError("no decoder is ready")
         self.prefill_result: PrefillResult | None = None
         self.decode_info: LegInfo | None = None
         self.retries: list[tuple[str, str]] = []
@@ -254,6 +254,10 @@ class RequestMachine:
     def completion_tokens(self) -> int:
         """Tokens emitted, over all indices."""
         return sum(len(completion.tokens) for completion in self._completions)
+
+    def runs(self, leg: str) -> bool:
+        """Whether events of this decode leg still matter."""
+        return leg in self._decodes
 
     def start(self, route: Route) -> list[Action]:
         """The first actions. Called once."""
@@ -402,7 +406,7 @@ class RequestMachine:
         if leg is None:
             return []
         self._failed_decoders.add(leg.node)
-        self._last_error = error
+        self.last_error = error
         actions: list[Action] = []
         lost: set[int] = set()
         for index in sorted(leg.open):
@@ -427,13 +431,13 @@ class RequestMachine:
 
     def _place(self, indices: set[int]) -> list[Action]:
         if any(self._completions[index].tries >= self._attempts for index in indices):
-            return self._fail(self._last_error)
+            return self._fail(self.last_error)
         node = self._picker.decoder(frozenset(self._failed_decoders))
         if node is not None:
             return self._start_decodes(node, indices)
-        shed = isinstance(self._last_error, OverloadedError) and not self.completion_tokens
+        shed = isinstance(self.last_error, OverloadedError) and not self.completion_tokens
         if shed or self._waited_s >= PATIENCE_S:
-            return self._fail(self._last_error)
+            return self._fail(self.last_error)
         running = bool(self._homeless)
         self._homeless |= indices
         if running:

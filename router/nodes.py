@@ -1,22 +1,9 @@
-"""A node as the router sees it: the calls it makes, and the report that it reads. `node_client` makes them over HTTP."""
+"""A node as the router sees it: the calls it makes. `node_client` makes them over HTTP, a simulation by itself."""
 
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
-import msgspec
-
-from engines.base import EngineInfo, EngineStats, GenerateRequest, PrefillRequest, PrefillResult, TokenDelta
-from kvcore.types import NodeInfo, Segment
-
-
-class NodeReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What GET /v1/info says, as far as the router reads it; further fields are ignored."""
-
-    node: NodeInfo
-    engine: EngineInfo | None = None
-    stats: EngineStats | None = None
-    segments: list[Segment] = []
-    draining: bool = False
+from engines.base import GenerateRequest, NodeReport, PrefillRequest, PrefillResult, TokenDelta
 
 
 class NodeClient(Protocol):

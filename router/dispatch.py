@@ -1,0 +1,440 @@
+"""Carries out the actions of request machines over a NodeClient: legs as tasks, timers, outputs in order.
+
+Owns every task of a request from `open` to the end of its `async with`. Decides nothing that the ledger decides. No
+thread and no clock but the injected one, so that a simulation runs it in virtual time.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import aclosing
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from engines.base import (
+    FinishReason,
+    GenerateRequest,
+    Handoff,
+    LegInfo,
+    PrefillRequest,
+    SamplingParams,
+    TokenDelta,
+)
+from kvcore.chunk_keys import usable_chunks
+from kvcore.clock import Clock
+from kvcore.config import RouterConfig
+from kvcore.errors import CancelledByPeerError, EngineError, KVFerryError, NodeUnavailableError, OverloadedError
+from kvcore.telemetry import log_fields
+from kvcore.types import Route
+from router import ledger
+from router.cluster import Cluster
+from router.ledger import (
+    CancelLeg,
+    ClientGone,
+    Deadline,
+    DecodeFailed,
+    Delta,
+    Emit,
+    EndHandoff,
+    Fail,
+    Finish,
+    PrefillDone,
+    PrefillFailed,
+    RequestMachine,
+    StartDecode,
+    StartPrefill,
+    StartTimer,
+    StopHit,
+    Timer,
+    TimerFired,
+)
+from router.nodes import NodeClient
+from router.policy import ClusterView, RoutePolicy, RouteRequest
+from router.records import LegRecord, RequestLog, RequestRecord, RouteRecord
+
+STALL_S = 30.0
+"""A stream that has begun and then says nothing for this long is dead (an engine's step takes far less)."""
+CONTROL_TIMEOUT_S = 2.0
+MAX_UNREAD = 256
+"""Deltas that wait for a slow client before the node is read no further."""
+_SEED_STEP = 0x9E3779B97F4A7C15
+_log = logging.getLogger("router")
+
+
+@dataclass(frozen=True, slots=True)
+class RequestSpec:
+    """A validated request in tokens. `request_id` is unique; `client_request_id` is the client's own name for it."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    cache_salt: bytes = b""
+    client_request_id: str | None = None
+
+
+class Dispatcher:
+    """Starts requests. One a router."""
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        cluster: Cluster,
+        policy: RoutePolicy,
+        client: NodeClient,
+        clock: Clock,
+        log: RequestLog,
+    ) -> None:
+        self.config = config
+        self.cluster = cluster
+        self.policy = policy
+        self.client = client
+        self.clock = clock
+        self.log = log
+        self._turn = 0
+        self._control: set[asyncio.Task[None]] = set()
+
+    def open(self, spec: RequestSpec) -> "RequestRun":
+        """Route a request. `async with` the result starts its legs; iterating yields its outputs.
+
+        Raises OverloadedError at `max_requests`, NodeUnavailableError when no decoder is ready.
+        """
+        if self.log.in_flight >= self.config.max_requests:
+            raise OverloadedError(f"{self.log.in_flight} requests are under way, as many as the router takes")
+        self._turn += 1
+        view = self.cluster.view()
+        request = RouteRequest(
+            prompt_tokens=len(spec.prompt_token_ids),
+            min_prefill_tokens=self.config.min_prefill_tokens,
+            turn=self._turn,
+            hits=self.cluster.hits(view, spec.prompt_token_ids, spec.cache_salt),
+        )
+        route = self.policy.choose(request, view)
+        if route is None:
+            raise NodeUnavailableError(self.cluster.why_no_decoder())
+        return RequestRun(self, spec, route, self._turn)
+
+    def control(self, call: Coroutine[object, object, None]) -> None:
+        """Send an abort or the end of a handoff beside the requests; it has its own deadline and may fail."""
+        task = asyncio.create_task(_quietly(call))
+        self._control.add(task)
+        task.add_done_callback(self._control.discard)
+
+    async def aclose(self) -> None:
+        """Wait for control calls under way (each is bounded)."""
+        if self._control:
+            await asyncio.wait(self._control, timeout=CONTROL_TIMEOUT_S)
+        for task in list(self._control):
+            task.cancel()
+
+
+async def _quietly(call: Coroutine[object, object, None]) -> None:
+    try:
+        await call
+    except KVFerryError as error:
+        log_fields(_log, logging.DEBUG, "control_call_failed", code=error.code, error=error.message)
+
+
+class RequestRun:
+    """One request under way: the ledger's Picker, and the executor of its actions.
+
+    Leaving the `async with` before the end means that the client has gone: every leg is cancelled and awaited.
+    """
+
+    def __init__(self, dispatcher: Dispatcher, spec: RequestSpec, route: Route, turn: int) -> None:
+        self._dispatcher = dispatcher
+        self._spec = spec
+        self._route = route
+        self._turn = turn
+        self._started_at = dispatcher.clock.now()
+        sampling = spec.sampling
+        ends = frozenset(sampling.stop_token_ids)
+        if not sampling.ignore_eos:
+            ends |= dispatcher.cluster.eos_token_ids(route.decoder)
+        self.machine = RequestMachine(
+            spec.request_id,
+            self,
+            n=sampling.n,
+            max_tokens=sampling.max_tokens,
+            min_tokens=sampling.min_tokens,
+            attempts=dispatcher.config.attempts,
+            end_token_ids=ends,
+            logprobs=sampling.logprobs is not None,
+        )
+        self.record = RequestRecord(
+            id=spec.request_id,
+            client_request_id=spec.client_request_id,
+            prompt_tokens=len(spec.prompt_token_ids),
+            route=RouteRecord(prefiller=route.prefiller, decoder=route.decoder, reason=route.reason),
+            legs=[],
+        )
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._unread: deque[Emit] = deque()
+        self._changed = asyncio.Event()
+        self._drained = asyncio.Event()
+        self._drained.set()
+        self._end: Finish | Fail | None = None
+
+    async def __aenter__(self) -> Self:
+        self._dispatcher.log.open(self.record)
+        loop = asyncio.get_running_loop()
+        timeout_s = self._dispatcher.config.request_timeout_s
+        self._timers["deadline"] = loop.call_later(timeout_s, self._apply, Deadline())
+        self._carry_out(self.machine.start(self._route))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._apply(ClientGone())
+        if self._tasks:
+            await asyncio.wait(list(self._tasks.values()), timeout=CONTROL_TIMEOUT_S)
+
+    async def __aiter__(self) -> AsyncIterator[Emit]:
+        """Outputs in order; ends when the request is complete, raises its error when it fails."""
+        while True:
+            while self._unread:
+                emit = self._unread.popleft()
+                if len(self._unread) < MAX_UNREAD:
+                    self._drained.set()
+                yield emit
+            if self._end is not None:
+                if isinstance(self._end, Fail):
+                    raise self._end.error
+                return
+            self._changed.clear()
+            await self._changed.wait()
+
+    def stop(self, index: int) -> None:
+        """A stop string was found in this completion: it needs no more tokens, and yields none."""
+        self._apply(StopHit(index))
+        self._unread = deque(emit for emit in self._unread if emit.index != index)
+
+    # --- Picker ---
+
+    def prefiller(self, decoder: str, exclude: frozenset[str]) -> str | None:
+        """See ledger.Picker."""
+        route = self._choose(exclude, decoder)
+        return route.prefiller if route else None
+
+    def decoder(self, exclude: frozenset[str]) -> str | None:
+        """See ledger.Picker."""
+        route = self._choose(exclude, None)
+        return route.decoder if route else None
+
+    def _choose(self, exclude: frozenset[str], decoder: str | None) -> Route | None:
+        cluster, config = self._dispatcher.cluster, self._dispatcher.config
+        view: ClusterView = cluster.view()
+        request = RouteRequest(
+            prompt_tokens=len(self._spec.prompt_token_ids),
+            min_prefill_tokens=0 if decoder else config.min_prefill_tokens,
+            turn=self._turn,
+            hits=cluster.hits(view, self._spec.prompt_token_ids, self._spec.cache_salt),
+            exclude=exclude,
+            decoder=decoder,
+        )
+        return self._dispatcher.policy.choose(request, view)
+
+    # --- events and actions ---
+
+    def _apply(self, event: ledger.Event) -> None:
+        self._carry_out(self.machine.handle(event))
+
+    def _carry_out(self, actions: list[ledger.Action]) -> None:
+        for action in actions:
+            match action:
+                case StartPrefill():
+                    self._spawn(action.leg, self._prefill_leg(action))
+                case StartDecode():
+                    self._spawn(action.leg, self._decode_leg(action))
+                case EndHandoff():
+                    url = self._url(action.node)
+                    client = self._dispatcher.client
+                    self._dispatcher.control(client.end_handoff(url, action.leg, timeout_s=CONTROL_TIMEOUT_S))
+                case CancelLeg():
+                    self._cancel(action)
+                case Emit():
+                    self._emit(action)
+                case StartTimer():
+                    loop = asyncio.get_running_loop()
+                    self._timers[action.timer] = loop.call_later(action.after_s, self._fired, action.timer)
+                case Finish() | Fail():
+                    self._close(action)
+
+    def _fired(self, timer: Timer) -> None:
+        self._apply(TimerFired(timer))
+
+    def _spawn(self, leg: str, body: Coroutine[object, object, None]) -> None:
+        task = asyncio.create_task(body)
+        self._tasks[leg] = task
+        task.add_done_callback(lambda done: self._leg_task_ended(leg, done))
+
+    def _leg_task_ended(self, leg: str, task: asyncio.Task[None]) -> None:
+        """A leg that failed by a bug of ours is a failed leg, said loudly, not a request that hangs."""
+        self._tasks.pop(leg, None)
+        if task.cancelled() or (bug := task.exception()) is None:
+            return
+        _log.error("leg_crashed id=%s", leg, exc_info=bug)
+        error = EngineError(f"internal error in leg {leg}")
+        self._apply(PrefillFailed(leg, error))
+        self._apply(DecodeFailed(leg, error))
+
+    def _cancel(self, action: CancelLeg) -> None:
+        task = self._tasks.get(action.leg)
+        if task is not None and task is not asyncio.current_task():
+            task.cancel()
+        abort = self._dispatcher.client.abort(self._url(action.node), action.leg, timeout_s=CONTROL_TIMEOUT_S)
+        self._dispatcher.control(abort)
+
+    def _emit(self, emit: Emit) -> None:
+        if self.record.ttft_s is None and emit.token_ids:
+            self.record.ttft_s = self._dispatcher.clock.now() - self._started_at
+        self._unread.append(emit)
+        if len(self._unread) >= MAX_UNREAD:
+            self._drained.clear()
+        self._changed.set()
+
+    def _close(self, end: Finish | Fail) -> None:
+        self._end = end
+        record = self.record
+        for timer in self._timers.values():
+            timer.cancel()
+        record.total_s = self._dispatcher.clock.now() - self._started_at
+        record.cached_tokens = self.machine.cached_tokens
+        record.completion_tokens = self.machine.completion_tokens
+        record.retries = len(self.machine.retries)
+        if isinstance(end, Finish):
+            record.state = "ok"
+        else:
+            record.state = "cancelled" if isinstance(end.error, CancelledByPeerError) else "failed"
+            record.error = f"{end.error.code}: {end.error.message}"
+        self._dispatcher.log.close(record)
+        self._changed.set()
+        self._drained.set()
+
+    # --- legs ---
+
+    async def _prefill_leg(self, action: StartPrefill) -> None:
+        dispatcher, spec = self._dispatcher, self._spec
+        leg = LegRecord(id=action.leg, node=action.node, kind="prefill")
+        self.record.legs.append(leg)
+        tokens = len(spec.prompt_token_ids) - self._route.expected_cached_tokens
+        decoder = dispatcher.cluster.nodes.get(action.decoder)
+        timeout_s = min(dispatcher.config.prefill_timeout_s, self._remaining_s())
+        request = PrefillRequest(
+            request_id=action.leg,
+            prompt_token_ids=spec.prompt_token_ids,
+            cache_salt=spec.cache_salt,
+            prefer_segment=decoder.segment_id if decoder else None,
+            deadline_s=timeout_s,
+        )
+        dispatcher.cluster.leg_started(action.node, sequences=0, prefill_tokens=tokens)
+        ok, failure = False, None
+        try:
+            result = await dispatcher.client.prefill(self._url(action.node), request, timeout_s=timeout_s)
+            ok = True
+        except KVFerryError as error:
+            failure = error
+        finally:
+            dispatcher.cluster.leg_ended(action.node, sequences=0, prefill_tokens=tokens, ok=ok, error=failure)
+        if failure is not None:
+            leg.error = f"{failure.code}: {failure.message}"
+            self._apply(PrefillFailed(action.leg, failure))
+            return
+        leg.cached_tokens, leg.computed_tokens = result.cached_tokens, result.computed_tokens
+        leg.moved, leg.timings = result.moved, result.timings
+        self._apply(PrefillDone(action.leg, result))
+
+    async def _decode_leg(self, action: StartDecode) -> None:
+        cluster = self._dispatcher.cluster
+        leg = LegRecord(id=action.leg, node=action.node, kind="decode")
+        self.record.legs.append(leg)
+        request = self._generate_request(action)
+        sequences = request.sampling.n
+        cluster.leg_started(action.node, sequences=sequences, prefill_tokens=0)
+        failure: KVFerryError | None = None
+        ok = False
+        try:
+            ok = await self._read(action, request, leg)
+            if not ok:
+                failure = NodeUnavailableError(f"node {action.node} ended its stream without a finish reason")
+        except KVFerryError as error:
+            failure = error
+        finally:
+            cluster.leg_ended(action.node, sequences=sequences, prefill_tokens=0, ok=ok, error=failure)
+        if failure is not None:
+            leg.error = f"{failure.code}: {failure.message}"
+            self._apply(DecodeFailed(action.leg, failure))
+
+    async def _read(self, action: StartDecode, request: GenerateRequest, leg: LegRecord) -> bool:
+        """Feed deltas until each index has its finish reason. False: the stream ended before."""
+        client = self._dispatcher.client
+        patience_s = min(2 * self._dispatcher.config.prefill_timeout_s, self._remaining_s())
+        missing = request.sampling.n
+        first = client.generate(self._url(action.node), request, timeout_s=max(patience_s, STALL_S))
+        async with aclosing(first) as deltas:
+            while missing:
+                try:
+                    async with asyncio.timeout(STALL_S if leg.cached_tokens is not None else patience_s):
+                        delta = await anext(deltas, None)
+                except TimeoutError as error:
+                    raise NodeUnavailableError(f"node {action.node} has gone silent") from error
+                if delta is None:
+                    return False
+                missing -= delta.finish_reason is not None
+                self._note(leg, delta.info)
+                await self._take(action, delta)
+        return True
+
+    async def _take(self, action: StartDecode, delta: TokenDelta) -> None:
+        if delta.finish_reason is FinishReason.ABORT:
+            raise NodeUnavailableError(f"node {action.node} gave the request up")
+        self._apply(Delta(action.leg, delta))
+        if not self.machine.runs(action.leg) and delta.finish_reason is None:
+            raise EngineError(f"node {action.node} broke the protocol: {self.machine.last_error.message}")
+        await self._drained.wait()
+
+    def _note(self, leg: LegRecord, info: LegInfo | None) -> None:
+        if info is not None:
+            leg.cached_tokens, leg.computed_tokens = info.cached_tokens, info.computed_tokens
+            leg.moved, leg.timings = info.moved, info.timings
+
+    def _generate_request(self, action: StartDecode) -> GenerateRequest:
+        spec = self._spec
+        sampling = spec.sampling
+        # A completion that goes on alone is index 0 of its own leg. Its seed must differ from its sisters', or all of
+        # them would draw the same; greedy completions and n = 1 are continued exactly.
+        if action.index is not None:
+            seed = (sampling.seed + _SEED_STEP * action.index) % (1 << 63)
+            sampling = msgspec.structs.replace(sampling, seed=seed, n=1)
+        remaining_s = self._remaining_s()
+        handoff = None
+        if action.handoff:
+            decoder = self._dispatcher.cluster.nodes.get(action.node)
+            engine = decoder.report.engine if decoder and decoder.report else None
+            chunk_tokens = engine.kv_spec.chunk_tokens if engine else 0
+            if chunk_tokens:
+                chunks = usable_chunks(len(spec.prompt_token_ids), chunk_tokens)
+                wait_s = min(self._dispatcher.config.prefill_timeout_s, remaining_s)
+                handoff = Handoff(num_chunks=chunks, wait_s=wait_s)
+        return GenerateRequest(
+            request_id=action.leg,
+            prompt_token_ids=spec.prompt_token_ids,
+            output_token_ids=list(action.output_token_ids),
+            sampling=sampling,
+            cache_salt=spec.cache_salt,
+            handoff=handoff,
+            deadline_s=remaining_s,
+        )
+
+    def _remaining_s(self) -> float:
+        spent_s = self._dispatcher.clock.now() - self._started_at
+        return max(0.001, self._dispatcher.config.request_timeout_s - spent_s)
+
+    def _url(self, node_id: str) -> str:
+        node = self._dispatcher.cluster.nodes.get(node_id)
+        return node.url if node else "http://127.0.0.1:9"
