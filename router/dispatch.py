@@ -81,6 +81,7 @@ class Dispatcher:
 
     def __init__(
         self,
+        *,
         config: RouterConfig,
         cluster: Cluster,
         policy: RoutePolicy,

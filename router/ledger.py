@@ -4,7 +4,7 @@
     start(route)              StartPrefill if the route has one, StartDecode at the same time
     PrefillDone               legs not yet decoding: EndHandoff at once if chunks were declined, else after a moment
     PrefillFailed             another prefiller while a decode leg still waits; none left: EndHandoff, the decoder computes
-    Delta                     Emit; the last index's end: Finish (after PrefillDone, or a moment, for honest usage)
+    Delta                     Emit; the last index's end: Finish (after PrefillDone or a moment: honest usage)
     DecodeFailed, T = 0       another decoder, the whole request anew (its prefill goes on; its chunks are in the store)
     DecodeFailed, T > 0       another decoder continues each unfinished index after its T tokens, by a leg of its own
     DecodeFailed for good     CancelLeg all, Fail
@@ -380,8 +380,8 @@ class RequestMachine:
             completion.finished = reason
             actions.append(Emit(index, delta.token_ids, delta.logprobs, reason, delta.stop_token_id))
         if delta.finish_reason is FinishReason.ABORT:
-            error = NodeUnavailableError(f"node {leg.node} gave the request up")
-            return [*actions, CancelLeg(event.leg, leg.node), *self._decode_failed(event.leg, error)]
+            gone = NodeUnavailableError(f"node {leg.node} gave the request up")
+            return [*actions, CancelLeg(event.leg, leg.node), *self._decode_failed(event.leg, gone)]
         if reason is not None:
             leg.open.discard(index)
             if not leg.open:

@@ -1,4 +1,4 @@
-"""Text to tokens and back: the model folder's tokenizer and chat template, incremental detokenizing, stop strings.
+"""Text to tokens and back: the model folder's tokenizer and chat template, detokenizing by pieces, stop strings.
 
 Owns every conversion between text and token ids in the cluster. `ByteTokenizer` stands in where the engine is simulated.
 """
@@ -24,6 +24,7 @@ CONTEXT_TOKENS = 6
 """Tokens of the prompt that the first piece is decoded after, so that it keeps its leading space."""
 MAX_HELD_TOKENS = 8
 """Longer than any character's bytes: what is still no character then is none."""
+MAX_WINDOW_TOKENS = 64
 _REPLACEMENT = "\ufffd"
 _T = TypeVar("_T")
 Runner = Callable[[Callable[[], _T]], Awaitable[_T]]
@@ -189,10 +190,11 @@ class Detokenizer:
             piece = text[len(self._sent) :]
         else:  # invalid bytes changed how earlier ones read: the new tokens speak for themselves
             piece = self._tokenizer.decode(self._window[self._clean :])
-        # The window starts again at the piece just sent: it is the context of the next, and stays short.
-        self._window = self._window[self._clean :] if not text.endswith(_REPLACEMENT) else []
-        self._sent = self._tokenizer.decode(self._window) if self._window else ""
-        self._clean = len(self._window)
+        if piece or len(self._window) > MAX_WINDOW_TOKENS:
+            # The window starts again at the piece just sent: it is the context of the next, and stays short.
+            self._window = [] if text.endswith(_REPLACEMENT) else self._window[self._clean :]
+            text = self._tokenizer.decode(self._window) if self._window else ""
+        self._sent, self._clean = text, len(self._window)
         return piece
 
 
