@@ -13,6 +13,7 @@ Budget = Callable[[], float]
 _IOV_MAX = 1024
 _KEEPALIVE_IDLE_S, _KEEPALIVE_INTERVAL_S, _KEEPALIVE_PROBES = 15, 5, 3
 _UNACKNOWLEDGED_MS = 30_000
+_MAX_PORT = 65_535
 
 
 def tune(sock: socket.socket) -> None:
@@ -65,7 +66,7 @@ def shut_down(sock: socket.socket) -> None:
 def split_address(address: str) -> tuple[str, int]:
     """Host and port of `host:port` or `[ipv6]:port`. Raises ConfigError."""
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
+    if not host or not port.isdecimal() or int(port) > _MAX_PORT:
         raise ConfigError(f"{address!r} is no address of the form host:port")
     return host.strip("[]"), int(port)
 

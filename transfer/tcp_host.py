@@ -19,6 +19,7 @@ _LOG = logging.getLogger("transfer")
 _BACKLOG = 128
 _CLOSE_TIMEOUT_S = 5.0
 _GOODBYE_S = 1.0
+_GOODBYE_BYTES = 64 << 10
 _ACCEPT_PAUSE_S = 0.1
 
 
@@ -173,7 +174,18 @@ class TcpSegmentHost:
 
 
 def _say(sock: socket.socket, error: TransferError) -> None:
+    """Tell the peer why, then read on for a moment: closing with bytes unread would reset it before it has heard."""
+    deadline = Deadline(_GOODBYE_S)
     try:
-        send_views(sock, [wire.pack_error(error)], lambda: _GOODBYE_S)
-    except OSError as gone:
+        send_views(sock, [wire.pack_error(error)], deadline.remaining)
+        sock.shutdown(socket.SHUT_WR)
+        scratch = bytearray(_GOODBYE_BYTES)
+        drained = 0
+        while drained < _GOODBYE_BYTES:
+            sock.settimeout(deadline.remaining())
+            received = sock.recv_into(scratch)
+            if received == 0:
+                return
+            drained += received
+    except (TransferError, OSError) as gone:
         log_fields(_LOG, logging.DEBUG, "transfer.goodbye_failed", error=str(gone))

@@ -1,0 +1,65 @@
+"""A real process that hosts a segment and can be killed: `python -m support.transfer_child <segment id> <size>`."""
+
+import asyncio
+import contextlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvcore.config import TransportConfig
+from kvcore.types import Segment
+from transfer.memory import SegmentMemory, host_identity
+from transfer.select import start_segment_hosts
+
+
+@dataclass
+class SegmentProcess:
+    process: "subprocess.Popen[str]"
+    segment: Segment
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@contextlib.contextmanager
+def segment_process(segment_id: str, size_bytes: int) -> Iterator[SegmentProcess]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "support.transfer_child", segment_id, str(size_bytes)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert process.stdout is not None and process.stdin is not None
+    try:
+        shm, tcp = process.stdout.readline().split()
+        yield SegmentProcess(
+            process,
+            Segment(
+                id=segment_id,
+                node_id="child",
+                size_bytes=size_bytes,
+                host_id=host_identity(),
+                addresses={"shm": shm, "tcp": tcp},
+            ),
+        )
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        process.stdin.close()
+
+
+async def _serve(segment_id: str, size_bytes: int) -> None:
+    memory = SegmentMemory.create(segment_id, size_bytes)
+    hosts = await start_segment_hosts(TransportConfig(), memory, host="127.0.0.1")
+    sys.stdout.write(f"{hosts.addresses['shm']} {hosts.addresses['tcp']}\n")
+    sys.stdout.flush()
+    await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(_serve(sys.argv[1], int(sys.argv[2])))

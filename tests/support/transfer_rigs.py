@@ -1,0 +1,83 @@
+"""One segment behind each transport, for the conformance suite."""
+
+import gc
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from kvcore.config import TransportConfig
+from kvcore.types import Segment
+from transfer.base import TransferEngine, TransferOp
+from transfer.inproc import InprocTransfer
+from transfer.memory import SegmentMemory, host_identity
+from transfer.select import SegmentHosts, build_transfer, start_segment_hosts
+
+SIZE_BYTES = 8 << 20
+
+
+class Rig:
+    """A hosted segment and an engine that reaches it."""
+
+    engine: TransferEngine
+    segment: Segment
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._incarnation = 0
+        self._registry: dict[str, memoryview] = {}
+        self._hosts: SegmentHosts | None = None
+
+    async def __aenter__(self) -> Self:
+        await self.host()
+        if self.kind == "inproc":
+            self.engine = InprocTransfer(self._registry)
+        else:
+            self.engine = build_transfer(TransportConfig(kind=self.kind), host_identity())
+        return self
+
+    async def host(self) -> None:
+        self._incarnation += 1
+        segment_id = f"rig.{self._incarnation:x}"
+        self.memory = SegmentMemory.create(segment_id, SIZE_BYTES)
+        addresses = {"inproc": "here"}
+        self._registry[segment_id] = self.memory.view
+        if self.kind != "inproc":
+            self._hosts = await start_segment_hosts(TransportConfig(kind=self.kind), self.memory, host="127.0.0.1")
+            addresses = self._hosts.addresses
+        self.segment = Segment(
+            id=segment_id, node_id="rig", size_bytes=SIZE_BYTES, host_id=host_identity(), addresses=addresses
+        )
+
+    async def close_host(self) -> None:
+        if self._hosts is not None:
+            await self._hosts.aclose()
+        self._registry.clear()
+        self.memory.close()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.engine.aclose()
+        await self.close_host()
+
+    def op(self, offset: int, *buffers: bytes | bytearray | memoryview) -> TransferOp:
+        return TransferOp(self.segment, offset, [memoryview(buffer) for buffer in buffers])
+
+
+def resources() -> tuple[int, int, int]:
+    """Open descriptors, threads and mapped segments of this process."""
+    gc.collect()
+    mapped = Path("/proc/self/maps").read_text().count("/memfd:kvferry-")
+    return len(list(Path("/proc/self/fd").iterdir())), threading.active_count(), mapped
+
+
+def renamed(segment: Segment, segment_id: str, size_bytes: int) -> Segment:
+    """Same addresses, another claim."""
+    return Segment(
+        id=segment_id,
+        node_id=segment.node_id,
+        size_bytes=size_bytes,
+        host_id=segment.host_id,
+        addresses=segment.addresses,
+    )
