@@ -162,6 +162,7 @@ class RequestRun:
             max_tokens=sampling.max_tokens,
             min_tokens=sampling.min_tokens,
             attempts=dispatcher.config.attempts,
+            num_chunks=self._num_chunks(route.decoder),
             end_token_ids=ends,
             logprobs=sampling.logprobs is not None,
         )
@@ -415,13 +416,8 @@ class RequestRun:
         remaining_s = self._remaining_s()
         handoff = None
         if action.handoff:
-            decoder = self._dispatcher.cluster.nodes.get(action.node)
-            engine = decoder.report.engine if decoder and decoder.report else None
-            chunk_tokens = engine.kv_spec.chunk_tokens if engine else 0
-            if chunk_tokens:
-                chunks = usable_chunks(len(spec.prompt_token_ids), chunk_tokens)
-                wait_s = min(self._dispatcher.config.prefill_timeout_s, remaining_s)
-                handoff = Handoff(num_chunks=chunks, wait_s=wait_s)
+            wait_s = min(self._dispatcher.config.prefill_timeout_s, remaining_s)
+            handoff = Handoff(num_chunks=self._num_chunks(action.node), wait_s=wait_s)
         return GenerateRequest(
             request_id=action.leg,
             prompt_token_ids=spec.prompt_token_ids,
@@ -431,6 +427,12 @@ class RequestRun:
             handoff=handoff,
             deadline_s=remaining_s,
         )
+
+    def _num_chunks(self, decoder: str) -> int:
+        node = self._dispatcher.cluster.nodes.get(decoder)
+        if node is None or node.report is None or node.report.engine is None:
+            return 0
+        return usable_chunks(len(self._spec.prompt_token_ids), node.report.engine.kv_spec.chunk_tokens)
 
     def _remaining_s(self) -> float:
         spent_s = self._dispatcher.clock.now() - self._started_at

@@ -3,7 +3,7 @@
     event                     what comes of it (T: tokens so far)
     start(route)              StartPrefill if the route has one, StartDecode at the same time
     PrefillDone               legs not yet decoding: EndHandoff at once if chunks were declined, else after a moment
-    PrefillFailed             another prefiller while a decode leg still waits; none left: EndHandoff, the decoder computes
+    PrefillFailed             another prefiller while a decode leg waits; none left: EndHandoff, the decoder computes
     Delta                     Emit; the last index's end: Finish (after PrefillDone or a moment: honest usage)
     DecodeFailed, T = 0       another decoder, the whole request anew (its prefill goes on; its chunks are in the store)
     DecodeFailed, T > 0       another decoder continues each unfinished index after its T tokens, by a leg of its own
@@ -216,6 +216,7 @@ class RequestMachine:
         n: int,
         max_tokens: int,
         attempts: int,
+        num_chunks: int = 0,
         end_token_ids: frozenset[int] = frozenset(),
         min_tokens: int = 0,
         logprobs: bool = False,
@@ -227,6 +228,7 @@ class RequestMachine:
         self._end_token_ids = end_token_ids
         self._logprobs = logprobs
         self._attempts = attempts
+        self._num_chunks = num_chunks
         self._completions = [_Completion() for _ in range(n)]
         self._decodes: dict[str, _DecodeLeg] = {}
         self._prefill: tuple[str, str] | None = None
@@ -315,6 +317,8 @@ class RequestMachine:
         self.prefill_result = event.result
         if self._all_finished():
             return self._finish()
+        if event.result.stored_chunks < self._num_chunks:
+            return self._end_handoffs()
         return [StartTimer(Timer.HANDOFF, HANDOFF_GRACE_S)] if self._waiting_legs() else []
 
     def _prefill_failed(self, event: PrefillFailed) -> list[Action]:

@@ -1,4 +1,4 @@
-"""Text to tokens and back: the model folder's tokenizer and chat template, detokenizing by pieces, stop strings.
+"""Text to tokens and back: the model folder's tokenizer, chat template, detokenizing by pieces, stop strings.
 
 Owns every conversion between text and token ids in the cluster. `ByteTokenizer` stands in where the engine is simulated.
 """

@@ -1,0 +1,206 @@
+"""From validated requests to pieces of text: prompts to tokens, runs of the dispatcher, detokenizing, stop strings.
+
+Owns the join of several prompts' runs into one stream. Knows no HTTP.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from engines.base import FinishReason, SamplingParams, TokenLogprob
+from kvcore.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError, NodeUnavailableError
+from router import openai_schema as schema
+from router.cluster import Cluster
+from router.dispatch import Dispatcher, RequestRun, RequestSpec
+from router.ledger import Emit
+from router.openai_schema import AnyRequest, ChatRequest, CompletionRequest
+from router.text import Detokenizer, Runner, StopChecker, Tokenizer, encode
+
+MAX_QUEUED_PIECES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """New text of one choice. `logprobs`: (token id, its logprob) of the tokens of this piece."""
+
+    index: int
+    text: str
+    logprobs: Sequence[tuple[int, TokenLogprob]] = ()
+    finish_reason: str | None = None
+
+
+@dataclass(slots=True)
+class _Choice:
+    detokenizer: Detokenizer
+    stops: StopChecker
+    held_logprobs: list[tuple[int, TokenLogprob]] = field(default_factory=list)
+
+
+class Answer:
+    """The choices of one client's request under way: one run a prompt. Iterate `pieces` once, to its end or not."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, runs: Sequence[RequestRun], specs: Sequence[RequestSpec], stops: list[str]
+    ):
+        self._tokenizer = tokenizer
+        self._runs = runs
+        self._specs = specs
+        self._stops = stops
+
+    @property
+    def id(self) -> str:
+        """Of the answer, and of its (first) request."""
+        return self._specs[0].request_id
+
+    @property
+    def num_choices(self) -> int:
+        """Over all prompts."""
+        return sum(spec.sampling.n for spec in self._specs)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Over all prompts."""
+        return sum(len(spec.prompt_token_ids) for spec in self._specs)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Over all prompts; final once `pieces` has ended."""
+        return sum(run.machine.cached_tokens for run in self._runs)
+
+    @property
+    def completion_tokens(self) -> int:
+        """Over all choices; final once `pieces` has ended."""
+        return sum(run.machine.completion_tokens for run in self._runs)
+
+    async def pieces(self) -> AsyncGenerator[Piece]:
+        """Text as it comes, choices interleaved. Closing it early cancels every leg. Raises what a run raises."""
+        if len(self._runs) == 1:
+            async with aclosing(self._of_run(0)) as pieces:
+                async for piece in pieces:
+                    yield piece
+            return
+        queue: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue(MAX_QUEUED_PIECES)
+        tasks = [asyncio.create_task(self._pump(number, queue)) for number in range(len(self._runs))]
+        try:
+            left = len(tasks)
+            while left:
+                item = await queue.get()
+                if item is None:
+                    left -= 1
+                elif isinstance(item, Piece):
+                    yield item
+                else:
+                    raise item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _pump(self, number: int, queue: "asyncio.Queue[Piece | BaseException | None]") -> None:
+        try:
+            async with aclosing(self._of_run(number)) as pieces:
+                async for piece in pieces:
+                    await queue.put(piece)
+            await queue.put(None)
+        except Exception as error:  # handed to the reader of the queue, which raises it
+            await queue.put(error)
+
+    async def _of_run(self, number: int) -> AsyncGenerator[Piece]:
+        run, spec = self._runs[number], self._specs[number]
+        first = sum(before.sampling.n for before in self._specs[:number])
+        choices = [
+            _Choice(Detokenizer(self._tokenizer, spec.prompt_token_ids), StopChecker(self._stops))
+            for _ in range(spec.sampling.n)
+        ]
+        async with run:
+            async for emit in run:
+                piece, hit = self._piece(first, choices[emit.index], emit)
+                if hit:
+                    run.stop(emit.index)
+                if piece.text or piece.finish_reason or piece.logprobs:
+                    yield piece
+
+    def _piece(self, first: int, choice: _Choice, emit: Emit) -> tuple[Piece, bool]:
+        shown = emit.token_ids if emit.stop_token_id is None else emit.token_ids[:-1]
+        logprobs = list(zip(shown, emit.logprobs, strict=False)) if emit.logprobs else []
+        text, hit = choice.stops.feed(choice.detokenizer.feed(shown))
+        if emit.finish_reason is not None and not hit:
+            more, hit = choice.stops.feed(choice.detokenizer.flush())
+            text += more if hit else more + choice.stops.flush()
+        reason = FinishReason.STOP if hit else emit.finish_reason
+        return Piece(first + emit.index, text, logprobs, reason.value if reason else None), hit
+
+
+class Answerer:
+    """Starts answers. One a router."""
+
+    def __init__(
+        self, *, model: str, tokenizer: Tokenizer, dispatcher: Dispatcher, cluster: Cluster, run: "Runner[list[int]]"
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self._dispatcher = dispatcher
+        self._cluster = cluster
+        self._run = run
+
+    async def chat(self, request: ChatRequest, request_id: str, client_request_id: str) -> Answer:
+        """Raises InvalidRequestError and its kin, OverloadedError, NodeUnavailableError."""
+        self._check_model(request.model)
+        text = self.tokenizer.render_chat(schema.messages_of(request))
+        ids = await encode(self.tokenizer, text, add_special_tokens=False, run=self._run)
+        return self._answer(request, [ids], request_id, client_request_id, "messages")
+
+    async def complete(self, request: CompletionRequest, request_id: str, client_request_id: str) -> Answer:
+        """As `chat`."""
+        self._check_model(request.model)
+        prompts: list[list[int]] = []
+        for prompt in schema.prompts_of(request):
+            if isinstance(prompt, str):
+                prompt = await encode(self.tokenizer, prompt, add_special_tokens=True, run=self._run)
+            prompts.append(prompt)
+        return self._answer(request, prompts, request_id, client_request_id, "prompt")
+
+    def _check_model(self, name: str) -> None:
+        if name != self.model:
+            raise ModelNotFoundError(f"the model {name!r} does not exist here; there is {self.model!r}", param="model")
+
+    def _answer(
+        self, request: AnyRequest, prompts: list[list[int]], request_id: str, client_request_id: str, param: str
+    ) -> Answer:
+        stops = schema.stops_of(request)
+        max_context = self._cluster.max_context()
+        if max_context is None:
+            # The checks that need no node come first: a wrong request is wrong at any time.
+            schema.sampling_of(request, 0, 1 << 31)
+            raise NodeUnavailableError(self._cluster.why_no_decoder())
+        specs: list[RequestSpec] = []
+        for number, prompt in enumerate(prompts):
+            sampling = schema.sampling_of(request, len(prompt), max_context)
+            self._check_fit(prompt, sampling, max_context, param)
+            specs.append(
+                RequestSpec(
+                    request_id=request_id if number == 0 else f"{request_id}-{number}",
+                    prompt_token_ids=prompt,
+                    sampling=sampling,
+                    cache_salt=(request.cache_salt or "").encode(),
+                    client_request_id=client_request_id,
+                )
+            )
+        if sum(spec.sampling.n for spec in specs) > schema.MAX_N:
+            raise InvalidRequestError(f"n times the prompts must not be over {schema.MAX_N}", param="n")
+        return Answer(self.tokenizer, [self._dispatcher.open(spec) for spec in specs], specs, stops)
+
+    def _check_fit(self, prompt: list[int], sampling: SamplingParams, max_context: int, param: str) -> None:
+        if not prompt:
+            raise InvalidRequestError(f"{param} has no tokens", param=param)
+        if len(prompt) + sampling.max_tokens > max_context:
+            raise ContextLengthError(
+                f"this model's context is {max_context} tokens, but {len(prompt) + sampling.max_tokens} were requested "
+                f"({len(prompt)} in the {param}, {sampling.max_tokens} for the completion)",
+                param=param,
+            )
+        vocab_size = self._cluster.vocab_size()
+        biggest = max((max(prompt), *sampling.stop_token_ids, *sampling.logit_bias))
+        if vocab_size is not None and biggest >= vocab_size:
+            raise InvalidRequestError(f"token id {biggest} is outside of the vocabulary of {vocab_size}", param=param)
