@@ -157,8 +157,9 @@ class Answerer:
         prompts: list[list[int]] = []
         for prompt in schema.prompts_of(request):
             if isinstance(prompt, str):
-                prompt = await encode(self.tokenizer, prompt, add_special_tokens=True, run=self._run)
-            prompts.append(prompt)
+                prompts.append(await encode(self.tokenizer, prompt, add_special_tokens=True, run=self._run))
+            else:
+                prompts.append(prompt)
         return self._answer(request, prompts, request_id, client_request_id, "prompt")
 
     def _check_model(self, name: str) -> None:

@@ -308,7 +308,7 @@ class RequestRun:
         record.total_s = self._dispatcher.clock.now() - self._started_at
         record.cached_tokens = self.machine.cached_tokens
         record.completion_tokens = self.machine.completion_tokens
-        record.retries = len(self.machine.retries)
+        record.retries, record.retried_legs = len(self.machine.retries), self.machine.retries
         if isinstance(end, Finish):
             record.state = "ok"
         else:

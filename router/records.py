@@ -2,6 +2,7 @@
 
 import logging
 from collections import OrderedDict
+from collections.abc import Callable
 
 import msgspec
 
@@ -47,6 +48,8 @@ class RequestRecord(msgspec.Struct, kw_only=True):
     route: RouteRecord | None = None
     legs: list[LegRecord] = []
     retries: int = 0
+    retried_legs: list[tuple[str, str]] = []
+    """(`prefill` or `decode`, code of the failure)."""
     error: str | None = None
 
 
@@ -55,6 +58,8 @@ class RequestLog:
 
     def __init__(self) -> None:
         self._ring: OrderedDict[str, RequestRecord] = OrderedDict()
+        self.observers: list[Callable[[RequestRecord], None]] = []
+        """Called with each record when it is closed."""
         self.in_flight = 0
         self.total = 0
         self.ok = 0
@@ -90,6 +95,8 @@ class RequestLog:
         else:
             self.failed += 1
         self._write(record)
+        for observe in self.observers:
+            observe(record)
 
     def newest(self) -> list[RequestRecord]:
         """All in the ring, newest first."""

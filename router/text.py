@@ -1,6 +1,6 @@
 """Text to tokens and back: the model folder's tokenizer, chat template, detokenizing by pieces, stop strings.
 
-Owns every conversion between text and token ids in the cluster. `ByteTokenizer` stands in where the engine is simulated.
+Owns every conversion between text and token ids in the cluster. `ByteTokenizer` serves where the engine is simulated.
 """
 
 import asyncio

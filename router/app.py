@@ -1,0 +1,186 @@
+"""The router's HTTP surface: OpenAI's endpoints, and what the router says about itself. A thin shell.
+
+Owns routes, body limits, request ids and the OpenAPI document. Bodies are decoded by msgspec, not by the framework.
+"""
+
+import asyncio
+import re
+import time
+import uuid
+from typing import Any, TypeVar
+
+import msgspec
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from kvcore.errors import DeadlineExceededError, InvalidRequestError, KVFerryError, PayloadTooLargeError
+from kvcore.telemetry import METRICS_CONTENT_TYPE
+from router import openapi
+from router.answering import Answer, Answerer
+from router.http_errors import error_reply, headers_of
+from router.metrics import RouterMetrics
+from router.openai_schema import ChatRequest, CompletionRequest, parse
+from router.records import RequestLog
+from router.replies import ChatFormat, CompletionFormat, Format
+from router.responses import AnswerResponse, JsonReply, error_response
+from router.status import StatusView
+
+BODY_TIMEOUT_S = 30.0
+_GOOD_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
+_Body = TypeVar("_Body", ChatRequest, CompletionRequest)
+
+
+def make_app(
+    answerer: Answerer, log: RequestLog, status: StatusView, metrics: RouterMetrics, *, max_body_bytes: int
+) -> ASGIApp:
+    """The ASGI application. Its OpenAPI document is at /openapi.json."""
+    app = FastAPI(title="kvferry router", version="1", docs_url=None, redoc_url=None, redirect_slashes=False)
+    _add_errors(app)
+    _add_openai(app, answerer, max_body_bytes)
+    _add_status(app, answerer.model, log, status, metrics)
+    return RequestIds(app, metrics)
+
+
+class RequestIds:
+    """Gives each request an id (the client's X-Request-Id where it is a sane one), echoes it, counts the answer."""
+
+    def __init__(self, app: ASGIApp, metrics: RouterMetrics) -> None:
+        self.app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI entry."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
+        request_id = given if _GOOD_ID.fullmatch(given) else uuid.uuid4().hex
+        scope["request_id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+                route = scope.get("route")
+                self._metrics.answered(getattr(route, "path", "other"), message["status"])
+            await send(message)
+
+        await self.app(scope, receive, send_with_id)
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The whole body, at most `limit` bytes, within BODY_TIMEOUT_S. Raises PayloadTooLargeError without reading on."""
+    too_large = PayloadTooLargeError(f"the body is over the bound of {limit} bytes")
+    announced = request.headers.get("content-length", "0")
+    if announced.isdigit() and int(announced) > limit:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for part in request.stream():
+                body += part
+                if len(body) > limit:
+                    raise too_large
+    except TimeoutError as error:
+        raise DeadlineExceededError(f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s") from error
+    except ClientDisconnect as error:
+        raise InvalidRequestError("the body was cut short") from error
+    return bytes(body)
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(KVFerryError)
+    async def ours(request: Request, error: Exception) -> Response:
+        assert isinstance(error, KVFerryError)
+        return error_response(error)
+
+    @app.exception_handler(HTTPException)
+    async def theirs(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        status = error.status_code
+        code = {404: "unknown_route", 405: "method_not_allowed"}.get(status)
+        text = f"{request.method} {request.url.path}: {error.detail}"
+        headers = {**(error.headers or {}), **headers_of(status)}
+        return JsonReply(error_reply(status, text, code=code), status, headers)
+
+    @app.exception_handler(Exception)
+    async def bug(request: Request, error: Exception) -> Response:
+        return JsonReply(error_reply(500, "internal error", code="internal_error"), 500)
+
+
+def _add_openai(app: FastAPI, answerer: Answerer, max_body_bytes: int) -> None:
+    async def body_of(request: Request, kind: type[_Body]) -> _Body:
+        return parse(await read_body(request, max_body_bytes), kind)
+
+    @app.post("/v1/chat/completions", **openapi.answers(ChatRequest))
+    async def chat(request: Request) -> Response:
+        body = await body_of(request, ChatRequest)
+        request_id = f"chatcmpl-{uuid.uuid4().hex}"
+
+        async def start() -> tuple[Answer, Format]:
+            answer = await answerer.chat(body, request_id, request.scope["request_id"])
+            usage = bool(body.stream and body.stream_options and body.stream_options.include_usage)
+            return answer, ChatFormat(answer, body.model, int(time.time()), answerer.tokenizer, usage=usage)
+
+        return _respond(start, body)
+
+    @app.post("/v1/completions", **openapi.answers(CompletionRequest))
+    async def completions(request: Request) -> Response:
+        body = await body_of(request, CompletionRequest)
+        request_id = f"cmpl-{uuid.uuid4().hex}"
+
+        async def start() -> tuple[Answer, Format]:
+            answer = await answerer.complete(body, request_id, request.scope["request_id"])
+            usage = bool(body.stream and body.stream_options and body.stream_options.include_usage)
+            return answer, CompletionFormat(answer, body.model, int(time.time()), answerer.tokenizer, usage=usage)
+
+        return _respond(start, body)
+
+    created = int(time.time())
+
+    @app.get("/v1/models", **openapi.plain("The model that is served"))
+    async def models() -> Response:
+        model = {"id": answerer.model, "object": "model", "created": created, "owned_by": "kvferry"}
+        return JsonReply({"object": "list", "data": [model]})
+
+    @app.get("/v1/models/{name:path}", **openapi.plain("One model", not_found=True))
+    async def model(name: str) -> Response:
+        if name != answerer.model:
+            text = f"the model {name!r} does not exist here; there is {answerer.model!r}"
+            return JsonReply(error_reply(404, text, param="model", code="model_not_found"), 404)
+        return JsonReply({"id": answerer.model, "object": "model", "created": created, "owned_by": "kvferry"})
+
+
+def _respond(start: Any, body: ChatRequest | CompletionRequest) -> Response:
+    usage = bool(body.stream and body.stream_options and body.stream_options.include_usage)
+    return AnswerResponse(start, stream=bool(body.stream), usage=usage)
+
+
+def _add_status(app: FastAPI, model: str, log: RequestLog, status: StatusView, metrics: RouterMetrics) -> None:
+    @app.get("/health", **openapi.plain("Whether a request can be served now", unavailable=True))
+    async def health() -> Response:
+        problem = status.problem()
+        if problem is None:
+            return JsonReply({"status": "ok"})
+        return JsonReply(error_reply(503, problem, code="node_unavailable"), 503, headers_of(503))
+
+    @app.get("/metrics", include_in_schema=False)
+    async def prometheus() -> Response:
+        return Response(metrics.metrics.render(), media_type=METRICS_CONTENT_TYPE)
+
+    @app.get("/v1/cluster", **openapi.plain("Nodes, requests, hit rate"))
+    async def cluster() -> Response:
+        return JsonReply(status.status())
+
+    @app.get("/v1/requests", **openapi.plain("The last requests, newest first"))
+    async def requests() -> Response:
+        return JsonReply({"requests": log.newest()})
+
+    @app.get("/v1/requests/{request_id}", **openapi.plain("One request: where it went and why", not_found=True))
+    async def one(request_id: str) -> Response:
+        record = log.find(request_id)
+        if record is None:
+            return JsonReply(error_reply(404, f"no request {request_id!r} among the last", code="unknown_request"), 404)
+        return JsonReply(msgspec.to_builtins(record))

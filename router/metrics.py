@@ -1,0 +1,57 @@
+"""The router's Prometheus metrics, by the names of kvcore.metric_names."""
+
+from collections.abc import Callable
+
+from kvcore import metric_names as names
+from kvcore.telemetry import Metrics
+from router.cluster import Cluster
+from router.records import RequestLog, RequestRecord
+
+
+class RouterMetrics:
+    """Made once a process. `connected` and `lag` tell of the event stream."""
+
+    def __init__(self, cluster: Cluster, log: RequestLog, connected: Callable[[], bool]) -> None:
+        self.metrics = metrics = Metrics()
+        self._cluster = cluster
+        self._requests = metrics.counter(names.ROUTER_REQUESTS)
+        self._ttft = metrics.histogram(names.ROUTER_TTFT)
+        self._seconds = metrics.histogram(names.ROUTER_REQUEST_SECONDS)
+        self._prompt_tokens = metrics.counter(names.ROUTER_PROMPT_TOKENS)
+        self._cached_tokens = metrics.counter(names.ROUTER_CACHED_TOKENS)
+        self._completion_tokens = metrics.counter(names.ROUTER_COMPLETION_TOKENS)
+        self._retries = metrics.counter(names.ROUTER_RETRIES)
+        self._routes = metrics.counter(names.ROUTER_ROUTES)
+        self._cancelled = metrics.counter(names.ROUTER_CANCELLED)
+        metrics.sampled(names.ROUTER_ACTIVE, lambda: [((), log.in_flight)])
+        metrics.sampled(names.ROUTER_INDEX_KEYS, lambda: [((), len(cluster.index))])
+        metrics.sampled(names.ROUTER_INDEX_CONNECTED, lambda: [((), float(connected()))])
+        metrics.sampled(names.ROUTER_NODES, self._nodes)
+        log.observers.append(self._ended)
+
+    def answered(self, endpoint: str, status: int) -> None:
+        """An HTTP request of any endpoint was answered."""
+        self._requests.labels(endpoint, str(status)).inc()
+
+    def _ended(self, record: RequestRecord) -> None:
+        self._completion_tokens.inc(record.completion_tokens)
+        if record.route is not None:
+            self._routes.labels(record.route.reason).inc()
+        for leg, code in record.retried_legs:
+            self._retries.labels(leg, code).inc()
+        if record.ttft_s is not None:
+            self._ttft.observe(record.ttft_s)
+        if record.total_s is not None:
+            self._seconds.observe(record.total_s)
+        if record.state == "ok":
+            self._prompt_tokens.inc(record.prompt_tokens)
+            self._cached_tokens.inc(record.cached_tokens)
+        if record.state == "cancelled":
+            self._cancelled.inc()
+
+    def _nodes(self) -> list[tuple[tuple[str, ...], float]]:
+        counts: dict[tuple[str, ...], float] = {}
+        for node in self._cluster.nodes.values():
+            state = "usable" if self._cluster.why_unused(node) is None else "unusable"
+            counts[node.role, state] = counts.get((node.role, state), 0) + 1
+        return list(counts.items())

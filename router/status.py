@@ -1,0 +1,124 @@
+"""What /v1/cluster shows, for people and for `kvferry status`."""
+
+from collections.abc import Callable
+
+import msgspec
+
+from kvcore.clock import Clock
+from kvcore.config import ClusterConfig
+from router.cluster import Cluster, KnownNode
+from router.records import RequestLog
+
+
+class SegmentStatus(msgspec.Struct):
+    """Sizes in bytes. `used_bytes` None: not known here (the metadata server counts)."""
+
+    id: str
+    size_bytes: int
+    used_bytes: int | None = None
+
+
+class NodeStatus(msgspec.Struct, kw_only=True):
+    """One node as the router sees it; numbers are of its last report, None before the first."""
+
+    id: str
+    role: str
+    url: str
+    healthy: bool
+    breaker: str
+    reason: str | None
+    running: int | None = None
+    waiting: int | None = None
+    used_blocks: int | None = None
+    total_blocks: int | None = None
+    segments: list[SegmentStatus] = []
+    engine_restarts: int = 0
+
+
+class RequestTotals(msgspec.Struct, kw_only=True):
+    """Counts since start. `retried`: ended requests of which a leg was tried again."""
+
+    in_flight: int
+    total: int
+    ok: int
+    failed: int
+    cancelled: int
+    retried: int
+
+
+class ClusterStatus(msgspec.Struct, kw_only=True):
+    """The body of GET /v1/cluster."""
+
+    cluster: str
+    uptime_s: float
+    policy: str
+    model: str
+    nodes: list[NodeStatus]
+    requests: RequestTotals
+    hit_rate: float
+    metadata_connected: bool
+    index_blocks: int
+
+
+class StatusView:
+    """Puts the status together when asked."""
+
+    def __init__(
+        self, config: ClusterConfig, cluster: Cluster, log: RequestLog, clock: Clock, connected: Callable[[], bool]
+    ) -> None:
+        self._config = config
+        self._cluster = cluster
+        self._log = log
+        self._clock = clock
+        self._connected = connected
+        self._started_at = clock.now()
+        self.used_bytes: dict[str, int] = {}
+        """By segment id, as the metadata server last counted."""
+
+    def problem(self) -> str | None:
+        """Why no request can be served now; None: one can."""
+        return None if self._cluster.view().decoders else self._cluster.why_no_decoder()
+
+    def status(self) -> ClusterStatus:
+        """As of now."""
+        log = self._log
+        return ClusterStatus(
+            cluster=self._config.cluster,
+            uptime_s=self._clock.now() - self._started_at,
+            policy=self._config.router.policy.value,
+            model=self._config.model.name,
+            nodes=[self._node(node) for node in self._cluster.nodes.values()],
+            requests=RequestTotals(
+                in_flight=log.in_flight,
+                total=log.total,
+                ok=log.ok,
+                failed=log.failed,
+                cancelled=log.cancelled,
+                retried=log.retried,
+            ),
+            hit_rate=log.hit_rate,
+            metadata_connected=self._connected(),
+            index_blocks=len(self._cluster.index),
+        )
+
+    def _node(self, node: KnownNode) -> NodeStatus:
+        reason = self._cluster.why_unused(node)
+        report = node.report
+        stats = report.stats if report else None
+        return NodeStatus(
+            id=node.id,
+            role=node.role.value,
+            url=node.url,
+            healthy=reason is None,
+            breaker=self._cluster.breaker_state(node).value,
+            reason=reason,
+            running=stats.running if stats else None,
+            waiting=stats.waiting if stats else None,
+            used_blocks=stats.used_blocks if stats else None,
+            total_blocks=stats.total_blocks if stats else None,
+            segments=[
+                SegmentStatus(s.id, s.size_bytes, self.used_bytes.get(s.id))
+                for s in (report.segments if report else [])
+            ],
+            engine_restarts=report.engine_restarts if report else 0,
+        )
