@@ -1,0 +1,84 @@
+"""Wires the router of one cluster file, and runs it until told to stop. The only place that knows all parts."""
+
+import asyncio
+import logging
+
+from kvcore.asgi import AsgiServer
+from kvcore.clock import SystemClock
+from kvcore.config import ClusterConfig
+from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
+from kvcore.service import Lifecycle
+from kvcore.telemetry import log_fields
+from metadata_server.client import MetadataClient
+from metadata_server.http_transport import HttpEventSource, HttpMetadataTransport
+from metadata_server.subscription import IndexSubscription
+from router.answering import Answerer
+from router.app import make_app
+from router.cluster import Cluster
+from router.dispatch import Dispatcher
+from router.metrics import RouterMetrics
+from router.node_client import HttpNodeClient
+from router.policy import make_policy
+from router.records import RequestLog
+from router.status import StatusView
+from router.text import make_tokenizer, run_in_thread
+
+STATS_INTERVAL_S = 1.0
+LEGS_PER_REQUEST = 3
+"""Connections of one request at most in the usual case: both legs and a control call."""
+_log = logging.getLogger("router")
+
+
+async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
+    """Serve until `lifecycle.stopping`, then drain. Neither nodes nor metadata server need be up.
+
+    Raises ModelLoadError (no tokenizer) or ConfigError (the port is in use).
+    """
+    tokenizer = await asyncio.to_thread(make_tokenizer, config)
+    clock, bounds = SystemClock(), config.router
+    client = HttpNodeClient(
+        connect_timeout_s=bounds.connect_timeout_s,
+        max_connections=LEGS_PER_REQUEST * bounds.max_requests + len(config.nodes),
+    )
+    lifecycle.stack.push_async_callback(client.aclose)
+    cluster = Cluster(config, client, clock)
+    log = RequestLog()
+    dispatcher = Dispatcher(
+        config=bounds, cluster=cluster, policy=make_policy(bounds.policy), client=client, clock=clock, log=log
+    )
+    lifecycle.stack.push_async_callback(dispatcher.aclose)
+    metadata_url = f"http://{config.metadata_server.host}:{config.metadata_server.port}"
+    source = HttpEventSource(metadata_url)
+    lifecycle.stack.push_async_callback(source.aclose)
+    subscription = IndexSubscription(source, cluster, clock)
+    transport = HttpMetadataTransport(metadata_url)
+    lifecycle.stack.push_async_callback(transport.aclose)
+    metadata = MetadataClient(transport, clock, config.metadata_server.timeout_s)
+    status = StatusView(config, cluster, log, clock, lambda: subscription.connected)
+    metrics = RouterMetrics(cluster, log, lambda: subscription.connected)
+    answerer = Answerer(
+        model=config.model.name, tokenizer=tokenizer, dispatcher=dispatcher, cluster=cluster, run=run_in_thread
+    )
+    app = make_app(answerer, log, status, metrics, max_body_bytes=bounds.max_body)
+    server = AsgiServer(app, bounds.host, bounds.port)
+    lifecycle.tasks.create_task(subscription.run(), name="index subscription")
+    lifecycle.tasks.create_task(cluster.run(), name="node probes")
+    lifecycle.tasks.create_task(_follow_stats(metadata, status), name="segment use")
+    await server.start()
+    lifecycle.stack.push_async_callback(server.aclose)
+    lifecycle.tasks.create_task(server.wait_failed(), name="http server")
+    lifecycle.ready(url=server.url, policy=bounds.policy, nodes=len(config.nodes))
+    await lifecycle.stopping.wait()
+    await server.drain(config.service.drain_s)
+
+
+async def _follow_stats(metadata: MetadataClient, status: StatusView) -> None:
+    """Keep the segments' use at hand for /v1/cluster. Away: what was last known is forgotten."""
+    while True:
+        try:
+            stats = await metadata.stats()
+            status.used_bytes = {item.segment.id: item.used_bytes for item in stats.segments}
+        except (MetadataUnavailableError, MetadataProtocolError) as error:
+            status.used_bytes = {}
+            log_fields(_log, logging.DEBUG, "no_segment_stats", error=error.message)
+        await asyncio.sleep(STATS_INTERVAL_S)
