@@ -189,7 +189,7 @@ class SaveJob:
         self._wake.set()
 
     async def run(self) -> None:
-        """Ends when closed and all is committed or declined. Gives back every block and reservation, however it ends."""
+        """Ends when closed and all is committed or declined. Blocks and reservations are given back in any case."""
         try:
             if self._reserve:
                 await self._begin(self._reserve)

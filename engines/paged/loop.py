@@ -116,8 +116,9 @@ class EngineLoop:
             for task in [self._step_task, *self._saves]:
                 if task is not None:
                     task.cancel()
-            try:
-                await self._tasks.__aexit__(kind, error, trace)
+            cancelled = kind is not None and issubclass(kind, asyncio.CancelledError)
+            try:  # the body's own error passes as it is, not wrapped into the group's
+                await self._tasks.__aexit__(*((kind, error, trace) if cancelled else (None, None, None)))
             finally:
                 await self._runner.aclose()
 
