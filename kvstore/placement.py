@@ -76,13 +76,23 @@ class Placement:
 
     async def match(self, keys: Sequence[ChunkKey], timeout_s: float) -> Match:
         """Longest complete prefix, leased."""
-        request = MatchRequest(keys=list(keys), lease_s=self._config.read_lease_s)
+        request = MatchRequest(
+            keys=list(keys),
+            lease_s=self._config.read_lease_s,
+            node_id=self._node_id,
+            incarnation=self._incarnation,
+        )
         return self._matched(keys, await self._value(self._metadata.match(request, timeout_s=timeout_s)))
 
     async def wait(self, keys: Sequence[ChunkKey], more_than: int, timeout_s: float) -> Match:
         """As match, once there is more or time is up."""
         request = WaitRequest(
-            keys=list(keys), more_than=more_than, timeout_s=timeout_s, lease_s=self._config.read_lease_s
+            keys=list(keys),
+            more_than=more_than,
+            timeout_s=timeout_s,
+            lease_s=self._config.read_lease_s,
+            node_id=self._node_id,
+            incarnation=self._incarnation,
         )
         return self._matched(keys, await self._value(self._metadata.wait(request)))
 

@@ -1,33 +1,29 @@
-"""A store over one in-process segment a node, with switches for what may fail. Metadata: see `FakeMetadata`."""
+"""A store over one in-process segment a node, with a metadata server's core, and switches for what may fail."""
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
 
 from kvcore.clock import Clock, SystemClock
 from kvcore.config import StoreConfig
-from kvcore.errors import MetadataUnavailableError
-from kvcore.types import ChunkKey, KVSpec, ReplicaRef, Segment
+from kvcore.errors import MetadataUnavailableError, OverloadedError
+from kvcore.types import ChunkKey, KVSpec, NodeInfo, Role, Segment
 from kvstore.store import KVStore
 from kvstore.types import run_inline
 from metadata_server.client import MetadataClient
+from metadata_server.core import MetadataCore
 from metadata_server.messages import (
-    CommitReply,
-    MatchReply,
-    MatchRequest,
+    ManifestEntry,
     QuarantineItem,
     QuarantineRequest,
-    ReleaseRequest,
-    ReplicaIds,
-    ReserveOutcome,
-    ReserveReply,
-    ReserveRequest,
-    ReserveStatus,
-    WaitRequest,
+    RegisterRequest,
+    SegmentManifest,
+    Stats,
 )
+from metadata_server.segments import Replica
+from metadata_server.state import MetadataState
 from transfer.base import TransferEngine
 
 CHUNK_BYTES = 1000
@@ -48,92 +44,6 @@ SPEC = KVSpec(
 
 def key(number: int) -> ChunkKey:
     return ChunkKey(number.to_bytes(16, "little"))
-
-
-class FakeMetadata:
-    """The least metadata server: grants in order, never evicts, never forgets. `dispatch` is MetadataCore's."""
-
-    def __init__(self, max_replicas: int = 2) -> None:
-        self.max_replicas = max_replicas
-        self.segments: dict[str, Segment] = {}
-        self.ends: dict[str, int] = {}
-        self.complete: dict[ChunkKey, list[ReplicaRef]] = {}
-        self.reserved: dict[int, ReplicaRef] = {}
-        self.leases: set[int] = set()
-        self.quarantined: list[QuarantineItem] = []
-        self._last_id = 0
-
-    def add_segment(self, segment: Segment) -> None:
-        self.segments[segment.id] = segment
-        self.ends[segment.id] = 0
-
-    async def dispatch(self, path: str, body: bytes) -> bytes:
-        match path:
-            case "/v1/objects/match":
-                request = msgspec.msgpack.decode(body, type=MatchRequest)
-                return msgspec.msgpack.encode(self._match(request.keys))
-            case "/v1/objects/wait":
-                wait = msgspec.msgpack.decode(body, type=WaitRequest)
-                return msgspec.msgpack.encode(self._match(wait.keys))
-            case "/v1/leases/release":
-                self.leases.difference_update(msgspec.msgpack.decode(body, type=ReleaseRequest).lease_ids)
-            case "/v1/objects/reserve":
-                return msgspec.msgpack.encode(self._reserve(msgspec.msgpack.decode(body, type=ReserveRequest)))
-            case "/v1/objects/commit":
-                ids = msgspec.msgpack.decode(body, type=ReplicaIds).replica_ids
-                return msgspec.msgpack.encode(CommitReply(committed=[self._commit(number) for number in ids]))
-            case "/v1/objects/abort":
-                for number in msgspec.msgpack.decode(body, type=ReplicaIds).replica_ids:
-                    self.reserved.pop(number, None)
-            case "/v1/objects/quarantine":
-                for item in msgspec.msgpack.decode(body, type=QuarantineRequest).items:
-                    self.quarantined.append(item)
-                    left = [r for r in self.complete.get(item.replica.key, []) if r.id != item.replica.id]
-                    self.complete[item.replica.key] = left
-            case _:
-                raise AssertionError(path)
-        return b""
-
-    def _match(self, keys: list[ChunkKey]) -> MatchReply:
-        found = []
-        for wanted in keys:
-            if not self.complete.get(wanted):
-                break
-            found.append(self.complete[wanted])
-        lease = self._next_id() if found else 0
-        self.leases |= {lease} - {0}
-        return MatchReply(replicas=found, lease_id=lease, segments=list(self.segments.values()))
-
-    def _reserve(self, request: ReserveRequest) -> ReserveReply:
-        outcomes = [self._reserve_one(item.key, item.length, request.prefer_segment) for item in request.items]
-        return ReserveReply(outcomes=outcomes, segments=list(self.segments.values()))
-
-    def _reserve_one(self, wanted: ChunkKey, length: int, prefer: str | None) -> ReserveOutcome:
-        if self.complete.get(wanted):
-            return ReserveOutcome(status=ReserveStatus.EXISTS)
-        if sum(replica.key == wanted for replica in self.reserved.values()) >= self.max_replicas:
-            return ReserveOutcome(status=ReserveStatus.BUSY)
-        for name in sorted(self.segments, key=lambda name: name != prefer):
-            offset = -(-self.ends[name] // 4096) * 4096
-            if offset + length <= self.segments[name].size_bytes:
-                self.ends[name] = offset + length
-                number = self._next_id()
-                replica = ReplicaRef(
-                    id=number, key=wanted, segment_id=name, offset=offset, length=length, generation=number
-                )
-                self.reserved[number] = replica
-                return ReserveOutcome(status=ReserveStatus.GRANTED, replica=replica)
-        return ReserveOutcome(status=ReserveStatus.FULL)
-
-    def _commit(self, number: int) -> bool:
-        replica = self.reserved.pop(number, None)
-        if replica is not None:
-            self.complete.setdefault(replica.key, []).append(replica)
-        return replica is not None
-
-    def _next_id(self) -> int:
-        self._last_id += 1
-        return self._last_id
 
 
 class Wire:
@@ -158,7 +68,10 @@ class Wire:
                     await gate.wait()
                 if name in self.down or "" in self.down:
                     raise MetadataUnavailableError("switched off")
-                reply = await self._dispatch(path, body)
+                try:
+                    reply = await self._dispatch(path, body)
+                except OverloadedError as error:
+                    raise MetadataUnavailableError(error.message) from error
                 if gate := self.after.get(name):
                     await gate.wait()
                 return reply
@@ -169,22 +82,56 @@ class Wire:
         pass
 
 
-@dataclass
 class World:
-    """Nodes `a`, `b`, ... with one segment each, a metadata server, and stores on top."""
+    """Nodes `a`, `b`, ... with one segment each, a metadata server's core, and stores on top.
 
-    metadata: FakeMetadata = field(default_factory=FakeMetadata)
-    memory: dict[str, memoryview] = field(default_factory=dict)
-    clock: Clock = field(default_factory=SystemClock)
-    stores: list[KVStore] = field(default_factory=list)
+    `quarantined` is all that was ever reported; `wires` are the stores' ways to the metadata server.
+    """
+
+    def __init__(self) -> None:
+        self.clock: Clock = SystemClock()
+        self.memory: dict[str, memoryview] = {}
+        self.segments: list[Segment] = []
+        self.stores: list[KVStore] = []
+        self.quarantined: list[QuarantineItem] = []
+        self.restart_metadata()
+
+    def restart_metadata(self, *, epoch: str = "1", first_generation: int = 1 << 20) -> None:
+        """A new life of the metadata server, which knows nothing."""
+        self.state = MetadataState(StoreConfig(retire_grace_s=0.0), 3600.0, epoch, first_generation)
+        self.core = MetadataCore(self.state, self.clock)
+
+    def use(self, clock: Clock) -> None:
+        """Let time be this clock's. Before anything else is done."""
+        self.clock = clock
+        self.restart_metadata()
+
+    async def dispatch(self, path: str, body: bytes) -> bytes:
+        if path == "/v1/objects/quarantine":
+            self.quarantined += msgspec.msgpack.decode(body, type=QuarantineRequest).items
+        return await self.core.dispatch(path, body)
 
     def add_node(self, name: str, size_bytes: int = 1 << 20, kind: str = "inproc", host_id: str = "h") -> Segment:
         segment = Segment(
             id=f"{name}.1", node_id=name, size_bytes=size_bytes, host_id=host_id, addresses={kind: "here"}
         )
         self.memory[segment.id] = memoryview(bytearray(size_bytes))
-        self.metadata.add_segment(segment)
+        self.segments.append(segment)
+        self.register(segment)
         return segment
+
+    def register(self, segment: Segment, entries: Sequence[ManifestEntry] = ()) -> None:
+        """The node of `segment` joins with what it says lies there."""
+        node = NodeInfo(id=segment.node_id, role=Role.STORE, control_url="http://here", incarnation=1)
+        manifests = [SegmentManifest(segment=segment, entries=list(entries))]
+        self.state.register(RegisterRequest(node=node, segments=manifests, ttl_s=3600), self.clock.now())
+
+    def stats(self) -> Stats:
+        return self.state.stats(self.clock.now(), self.core.num_waiters)
+
+    def replicas(self, wanted: ChunkKey) -> list[Replica]:
+        """The index's own records; give one another `ref` to make the metadata server lie."""
+        return self.state._index.complete.get(wanted, [])
 
     def store(
         self,
@@ -194,7 +141,7 @@ class World:
         spec: KVSpec = SPEC,
         verify: bool = True,
     ) -> tuple[KVStore, Wire]:
-        wire = Wire(self.metadata.dispatch)
+        wire = Wire(self.dispatch)
         store = KVStore(
             spec=spec,
             node_id=node,

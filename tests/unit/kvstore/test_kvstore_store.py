@@ -1,5 +1,4 @@
 import asyncio
-import dataclasses
 
 import msgspec
 import pytest
@@ -9,8 +8,10 @@ from kvcore.clock import ManualClock
 from kvcore.config import StoreConfig
 from kvcore.errors import PeerUnreachableError, SegmentUnknownError, TransferTimeoutError
 from kvstore.chunk_format import HEADER_BYTES
+from kvstore.manifest import scan
 from kvstore.store import KVStore
 from kvstore.types import Direction, GetOutcome, Match
+from metadata_server.messages import ReplicaIds
 from transfer.inproc import InprocFault, InprocTransfer
 from transfer.select import TransferSelector
 
@@ -51,26 +52,30 @@ async def world():
     world = World()
     yield world
     await world.aclose()
-    assert world.metadata.reserved == {}
-    assert world.metadata.leases == set()
+    if not world.stores or world.stores[0].counters()["left_to_expire"] == 0:
+        assert (world.stats().reservations, world.stats().read_leases, world.stats().waiters) == (0, 0, 0)
 
 
 def replica(world: World, number: int = 0, which: int = 0):
-    return world.metadata.complete[KEYS[number]][which]
+    return world.replicas(KEYS[number])[which].ref
 
 
-def two_copies(world: World, first: str = "a.1", second: str = "b.1") -> None:
-    """Give chunk 0 a second whole replica on another segment, with a generation of its own in its header."""
-    from kvstore.chunk_format import pack, parse
+def lie(world: World, number: int = 0, **changes) -> None:
+    """From now on the metadata server says this of the chunk's only replica."""
+    (record,) = world.replicas(KEYS[number])
+    record.ref = msgspec.structs.replace(record.ref, **changes)
 
-    one = replica(world)
-    memory = world.memory[first]
-    header = parse(memory[one.offset : one.offset + HEADER_BYTES])
-    two = msgspec.structs.replace(one, id=900, segment_id=second, offset=4096 * 9, generation=900)
-    raw = pack(dataclasses.replace(header, generation=900))
-    raw += bytes(memory[one.offset + HEADER_BYTES : one.offset + one.length])
-    world.memory[second][two.offset : two.offset + two.length] = raw
-    world.metadata.complete[KEYS[0]].append(two)
+
+async def put_twice(*stores: KVStore, prefer: tuple[str, str] = ("a.1", "b.1")) -> None:
+    """Chunk 0 into two segments, by two writers at the same time."""
+    sessions = [
+        await stores[number % len(stores)].begin_put(KEYS[:1], prefer_segment=segment, timeout_s=5)
+        for number, segment in enumerate(prefer)
+    ]
+    for session in sessions:
+        assert await session.write(KEYS[0], 4, views(0), timeout_s=5)
+        assert await session.commit(timeout_s=5) == KEYS[:1]
+        await session.aclose()
 
 
 # --- damage ----------------------------------------------------------------------------------------------------
@@ -89,10 +94,9 @@ async def test_a_flipped_byte_is_a_miss_of_that_chunk_alone_and_is_reported(worl
     outcomes, _ = await get(store)
     await store.aclose()
     assert outcomes == [GetOutcome.OK, outcome, GetOutcome.OK]
-    assert [(item.replica, item.reason) for item in world.metadata.quarantined] == [(bad, outcome)]
+    assert [(item.replica, item.reason) for item in world.quarantined] == [(bad, outcome)]
     assert store.counters()[f"miss_{outcome}"] == 1
-    assert (await store.match(KEYS, timeout_s=5)).num_chunks == 1
-    world.metadata.leases.clear()
+    assert world.replicas(KEYS[1]) == []
 
 
 async def test_without_checking_a_flipped_payload_byte_passes_but_never_a_flipped_header(world):
@@ -108,7 +112,7 @@ async def test_a_stale_generation_is_a_miss(world):
     world.add_node("a")
     store, _ = world.store("a", InprocTransfer(world.memory))
     await put(store)
-    world.metadata.complete[KEYS[0]] = [msgspec.structs.replace(replica(world), generation=77)]
+    lie(world, generation=77)
     assert (await get(store))[0][0] is GetOutcome.STALE
 
 
@@ -116,8 +120,7 @@ async def test_another_keys_chunk_in_the_place_is_stale(world):
     world.add_node("a")
     store, _ = world.store("a", InprocTransfer(world.memory))
     await put(store)
-    other = msgspec.structs.replace(replica(world), offset=replica(world, 1).offset)
-    world.metadata.complete[KEYS[0]] = [other]
+    lie(world, offset=replica(world, 1).offset)
     assert (await get(store))[0][0] is GetOutcome.STALE
 
 
@@ -135,7 +138,7 @@ async def test_a_replica_of_another_length_is_malformed_and_not_even_read(world)
     world.add_node("a")
     store, _ = world.store("a", InprocTransfer(world.memory))
     await put(store)
-    world.metadata.complete[KEYS[0]] = [msgspec.structs.replace(replica(world), length=HEADER_BYTES + 999)]
+    lie(world, length=HEADER_BYTES + 999)
     outcomes, _ = await get(store)
     assert outcomes[0] is GetOutcome.MALFORMED
     assert store.moved()[1].num_bytes == 2 * (HEADER_BYTES + CHUNK_BYTES)
@@ -151,7 +154,7 @@ async def test_a_segment_that_its_peer_no_longer_holds_is_unreachable_and_report
     del world.memory["a.1"]
     assert (await get(store))[0] == [GetOutcome.UNREACHABLE] * 3
     await store.aclose()
-    assert {item.reason for item in world.metadata.quarantined} == {GetOutcome.UNREACHABLE}
+    assert {item.reason for item in world.quarantined} == {GetOutcome.UNREACHABLE}
 
 
 @pytest.mark.parametrize("error", [TransferTimeoutError("silent"), PeerUnreachableError("refused")])
@@ -159,12 +162,12 @@ async def test_a_silent_peer_is_unreachable_but_not_told_on_and_left_alone_for_a
     async def fail(direction, op):
         return InprocFault(error) if direction == "read" else None
 
-    world.clock = ManualClock()
+    world.use(ManualClock())
     world.add_node("a")
     store, _ = world.store("a", InprocTransfer(world.memory, fail))
     await put(store)
     assert (await get(store))[0] == [GetOutcome.UNREACHABLE] * 3
-    assert world.metadata.quarantined == []
+    assert world.quarantined == []
     before = store.counters()["replica_unreachable"]
     assert (await get(store))[0] == [GetOutcome.UNREACHABLE] * 3
     assert store.counters()["replica_unreachable"] == before  # not tried
@@ -197,8 +200,7 @@ async def test_a_second_replica_saves_the_read(world, damage):
     world.add_node("a")
     world.add_node("b")
     store, _ = world.store("a", InprocTransfer(world.memory, fault))
-    await put(store, KEYS[:1], prefer="a.1")
-    two_copies(world)
+    await put_twice(store)
     if damage == "payload":
         world.memory["a.1"][replica(world).offset + HEADER_BYTES] ^= 1
     elif damage == "gone":
@@ -228,10 +230,10 @@ async def test_the_own_segment_is_read_first_and_then_one_on_the_same_host(world
         return None
 
     world.add_node("a", host_id="far")
-    world.add_node("b")
+    for name in ("b", "c"):
+        world.add_node(name)
     store, _ = world.store(reader, InprocTransfer(world.memory, spy))
-    await put(store, KEYS[:1], prefer="a.1")
-    two_copies(world)
+    await put_twice(store)
     assert (await get(store, KEYS[:1]))[0] == [GetOutcome.UNREACHABLE]
     assert seen == order
 
@@ -243,7 +245,7 @@ async def test_chunks_behind_different_transports_are_read_at_the_same_time_and_
         if direction == "read":
             await both.wait()
 
-    world.add_node("a", size_bytes=CHUNK_BYTES + HEADER_BYTES, kind="shm")
+    world.add_node("a", size_bytes=4096, kind="shm")
     world.add_node("b", kind="tcp")
     engines = [Named(kind, world.memory, meet) for kind in ("shm", "tcp")]
     store, _ = world.store("a", TransferSelector("auto", engines))
@@ -284,7 +286,7 @@ async def test_metadata_that_does_not_answer_costs_no_more_than_the_callers_time
 
 
 async def test_a_commit_that_could_not_be_asked_is_asked_again(world):
-    world.clock = ManualClock()
+    world.use(ManualClock())
     world.add_node("a")
     store, wire = world.store("a", InprocTransfer(world.memory))
     session = await store.begin_put(KEYS, prefer_segment=None, timeout_s=5)
@@ -299,7 +301,7 @@ async def test_a_commit_that_could_not_be_asked_is_asked_again(world):
 
 async def test_what_cannot_be_given_back_is_tried_again_without_anybody_waiting(world, monkeypatch):
     monkeypatch.setattr("kvstore.placement._RETRY_PAUSES_S", (0.0,) * 50)
-    world.clock = ManualClock()
+    world.use(ManualClock())
     world.add_node("a")
     store, wire = world.store("a", InprocTransfer(world.memory))
     await put(store)
@@ -311,7 +313,7 @@ async def test_what_cannot_be_given_back_is_tried_again_without_anybody_waiting(
     wire.down.clear()
     world.clock.advance(1)
     await store.aclose()
-    assert (world.metadata.leases, world.metadata.reserved) == (set(), {})
+    assert (world.stats().read_leases, world.stats().reservations) == (0, 0)
     assert store.counters()["left_to_expire"] == 0
 
 
@@ -328,8 +330,6 @@ async def test_reports_and_give_backs_that_never_arrive_fail_nobody_and_are_coun
     await store.aclose()
     assert store.counters()["reports_dropped"] == 1
     assert store.counters()["left_to_expire"] == 2
-    world.metadata.reserved.clear()
-    world.metadata.leases.clear()
 
 
 # --- puts that end badly -----------------------------------------------------------------------------------------
@@ -343,7 +343,7 @@ async def test_a_failed_write_gives_its_reservation_back_and_the_others_go_on(wo
     store, _ = world.store("a", InprocTransfer(world.memory, fail))
     assert await put(store) == KEYS[1:]
     await store.aclose()
-    assert world.metadata.reserved == {}
+    assert world.stats().reservations == 0
     assert store.counters()["writes_failed"] == 1
 
 
@@ -362,7 +362,7 @@ async def test_a_write_cancelled_midway_leaves_no_reservation(world):
     with pytest.raises(asyncio.CancelledError):
         await task
     await store.aclose()
-    assert world.metadata.reserved == {}
+    assert world.stats().reservations == 0
 
 
 async def test_closing_waits_for_a_write_under_way_before_its_place_is_given_back(world):
@@ -385,7 +385,7 @@ async def test_closing_waits_for_a_write_under_way_before_its_place_is_given_bac
     await close
     assert await write is False
     await store.aclose()
-    assert world.metadata.reserved == {}
+    assert world.stats().reservations == 0
 
 
 async def test_closing_goes_on_although_the_closer_is_cancelled(world):
@@ -400,7 +400,7 @@ async def test_closing_goes_on_although_the_closer_is_cancelled(world):
         await close
     wire.before["abort"].set()
     await store.aclose()
-    assert world.metadata.reserved == {}
+    assert world.stats().reservations == 0
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -415,7 +415,7 @@ async def test_a_reserve_cancelled_midway_leaves_no_reservation(world, when):
         await task
     gate.set()
     await store.aclose()
-    assert world.metadata.reserved == {}
+    assert world.stats().reservations == 0
 
 
 async def test_a_match_cancelled_midway_leaves_no_lease(world):
@@ -431,7 +431,7 @@ async def test_a_match_cancelled_midway_leaves_no_lease(world):
     gate.set()
     await store.aclose()
     assert "release" in wire.calls
-    assert world.metadata.leases == set()
+    assert world.stats().read_leases == 0
 
 
 async def test_a_refused_commit_is_counted_and_not_visible(world):
@@ -440,7 +440,8 @@ async def test_a_refused_commit_is_counted_and_not_visible(world):
     session = await store.begin_put(KEYS, prefer_segment=None, timeout_s=5)
     for number, wanted in enumerate(KEYS):
         await session.write(wanted, 4, views(number), timeout_s=5)
-    world.metadata.reserved.pop(min(world.metadata.reserved))
+    lost = ReplicaIds(node_id="a", incarnation=1, replica_ids=[1])
+    world.state.abort(lost, world.clock.now())
     assert await session.commit(timeout_s=5) == KEYS[1:]
     assert await session.commit(timeout_s=5) == []
     await session.aclose()
@@ -448,14 +449,14 @@ async def test_a_refused_commit_is_counted_and_not_visible(world):
 
 
 async def test_a_full_store_grants_what_fits_and_declines_the_rest(world):
-    world.add_node("a", size_bytes=4096 + CHUNK_BYTES + HEADER_BYTES)
+    world.add_node("a", size_bytes=2 * 4096)
     store, _ = world.store("a", InprocTransfer(world.memory))
     assert await put(store) == KEYS[:2]
     assert store.counters()["declined_full"] == 1
 
 
 async def test_no_byte_is_written_once_a_reservation_has_nearly_run_out(world):
-    world.clock = ManualClock()
+    world.use(ManualClock())
     world.add_node("a")
     store, _ = world.store("a", InprocTransfer(world.memory), config=StoreConfig(reserve_ttl_s=10))
     session = await store.begin_put(KEYS, prefer_segment=None, timeout_s=5)
@@ -466,7 +467,7 @@ async def test_no_byte_is_written_once_a_reservation_has_nearly_run_out(world):
     assert not await session.write(KEYS[1], 4, views(1), timeout_s=5)
     await session.aclose()
     assert store.counters()["writes_expired"] == 1
-    assert bytes(world.memory["a.1"][4096 : 4096 + HEADER_BYTES]) == bytes(HEADER_BYTES)
+    assert len(session.moved) == 1
 
 
 async def test_several_writers_of_one_key_do_not_hurt_each_other(world):
@@ -493,6 +494,56 @@ async def test_a_payload_of_another_size_is_the_callers_error(world):
     async with await store.begin_put(KEYS, prefer_segment=None, timeout_s=5) as session:
         with pytest.raises(ValueError, match="1000"):
             await session.write(KEYS[0], 4, views(0)[:1], timeout_s=5)
+
+
+async def test_a_metadata_server_that_began_anew_refuses_old_reservations_and_learns_what_is_there(world):
+    segment = world.add_node("a")
+    store, _ = world.store("a", InprocTransfer(world.memory))
+    await put(store, KEYS[:2])
+    session = await store.begin_put(KEYS[2:], prefer_segment=None, timeout_s=5)
+    assert await session.write(KEYS[2], 4, views(2), timeout_s=5)
+    world.restart_metadata(epoch="2", first_generation=2 << 20)
+    assert await get(store) == ([], [])
+    world.register(segment, scan(world.memory["a.1"], SPEC.fingerprint))
+    assert await session.commit(timeout_s=5) == []
+    await session.aclose()
+    assert await get(store) == ([GetOutcome.OK] * 3, [payload(number) for number in (0, 1, 2)])
+
+
+# --- waiting -----------------------------------------------------------------------------------------------------
+
+
+async def test_waiting_ends_with_more_chunks_than_one_has(world):
+    world.add_node("a")
+    store, wire = world.store("a", InprocTransfer(world.memory))
+    await put(store, KEYS[:1])
+    waiting = asyncio.create_task(store.wait(KEYS, more_than=1, timeout_s=5))
+    await wire.arrived["wait"].wait()
+    assert not waiting.done()
+    await put(store, KEYS[1:2])
+    match = await waiting
+    assert match.num_chunks == 2
+    await store.release(match)
+
+
+async def test_waiting_in_vain_answers_with_what_there_is(world):
+    world.add_node("a")
+    store, _ = world.store("a", InprocTransfer(world.memory))
+    await put(store, KEYS[:1])
+    match = await store.wait(KEYS, more_than=1, timeout_s=0.01)
+    assert match.num_chunks == 1
+    await store.release(match)
+
+
+async def test_a_cancelled_wait_leaves_no_waiter_and_no_lease(world):
+    world.add_node("a")
+    store, wire = world.store("a", InprocTransfer(world.memory))
+    waiting = asyncio.create_task(store.wait(KEYS, more_than=0, timeout_s=5))
+    await wire.arrived["wait"].wait()
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert (world.stats().waiters, world.stats().read_leases) == (0, 0)
 
 
 # --- what works --------------------------------------------------------------------------------------------------
