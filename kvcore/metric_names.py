@@ -79,6 +79,7 @@ NODE_ENGINE_RESTARTS = _counter("node_engine_restarts_total", "Engine processes 
 NODE_REGISTRATIONS = _counter("node_registrations_total", "Times the node joined the metadata server")
 NODE_HEARTBEAT_FAILURES = _counter("node_heartbeat_failures_total", "Heartbeats that got no answer")
 NODE_SEGMENT_BYTES = _gauge("node_segment_bytes", "Size of the node's segment")
+NODE_PEER_TRANSPORT = _gauge("node_peer_transport", "1: how a peer's segment is reached", "segment", "transport")
 ENGINE_STATE = _gauge(
     "engine_state", "Sample of the engine: running, waiting, loading, used_blocks, cached_blocks, ...", "field"
 )
@@ -87,6 +88,7 @@ STORE_MOVED_BYTES = _counter("store_moved_bytes_total", "KV bytes moved", "trans
 STORE_MOVED_SECONDS = _counter(
     "store_moved_seconds_total", "Time of the calls that moved them", "transport", "direction"
 )
+STORE_TOTALS = _counter("store_totals_total", "The store's own counters, by name", "name")
 STORE_CHUNK_READS = _counter("store_chunk_reads_total", "Chunks read, by outcome", "outcome")
 STORE_CHUNK_WRITES = _counter("store_chunk_writes_total", "Chunks offered to the store, by outcome", "outcome")
 STORE_METADATA_FAILURES = _counter("store_metadata_failures_total", "Calls the metadata server did not answer", "call")

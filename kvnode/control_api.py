@@ -190,19 +190,19 @@ async def _bounded(work: Awaitable[_T], seconds: float) -> _T:
 
 
 @web.middleware
-async def _answer_errors(http: web.Request, handler: Handler) -> web.StreamResponse:
+async def _answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """The request boundary: every failure becomes one error body, ours with its status, a bug with 500 and a log."""
     try:
-        return await handler(http)
+        return await handler(request)
     except KVFerryError as error:
         return _error(error)
     except web.HTTPException as error:
-        refused = InvalidRequestError(f"{http.method} {http.path}: {error.reason}")
+        refused = InvalidRequestError(f"{request.method} {request.path}: {error.reason}")
         return _error(refused, status=error.status)
     except ConnectionError:
         raise  # the client has gone: nobody to answer
     except Exception:
-        _logger.exception("control_request_failed method=%s path=%s", http.method, http.path)
+        _logger.exception("control_request_failed method=%s path=%s", request.method, request.path)
         return _error(KVFerryError("internal error of the node; its log says more"))
 
 

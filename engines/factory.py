@@ -1,0 +1,34 @@
+"""From a configuration to an engine, not yet entered. The one place that knows which kinds of engines there are.
+
+torch is imported only when a torch engine is asked for.
+"""
+
+from collections.abc import Callable
+
+from engines.base import Engine
+from engines.sim.build import build_sim_engine
+from engines.sim.runner import sim_spec
+from kvcore.clock import Clock
+from kvcore.config import ClusterConfig, EngineConfig, SimEngineConfig
+from kvcore.config_file import node_config
+from kvcore.types import KVSpec
+from kvstore.store import KVStore
+
+StoreFactory = Callable[[KVSpec], KVStore]
+"""Makes the store's client once the KV's provenance is known. Who gave it closes what it made, after the engine."""
+
+
+def engine_config(config: ClusterConfig, node_name: str) -> EngineConfig:
+    """The node's own engine section, else the cluster's. Raises ConfigError for an unknown node."""
+    return node_config(config, node_name).engine or config.engine
+
+
+def build_engine(config: ClusterConfig, node_name: str, make_store: StoreFactory, clock: Clock) -> Engine:
+    """The engine of a node, to be entered. Raises ConfigError for what this build or machine cannot run."""
+    engine = engine_config(config, node_name)
+    if isinstance(engine, SimEngineConfig):
+        store = make_store(sim_spec(engine, config.model.name, config.kv.chunk_tokens))
+        return build_sim_engine(engine, config.model.name, config.kv.chunk_tokens, store, clock)
+    from engines.torch.engine import build_torch_engine
+
+    return build_torch_engine(config.model, engine, config.kv.chunk_tokens, make_store, clock)

@@ -1,0 +1,89 @@
+"""The program of an engine's process: `python -m engines.process_child --fd N`, started by `engines.process`.
+
+Wires what the engine needs of its own: metadata client, transports, store. Owns nothing else; the node's segment is
+reached like any other, through the transports.
+"""
+
+import argparse
+import asyncio
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from engines import process_messages as m
+from engines.factory import build_engine
+from engines.process_session import OpenedEngine, serve
+from kvcore.clock import SystemClock
+from kvcore.config import ClusterConfig, TransportConfig
+from kvcore.config_file import node_config
+from kvcore.errors import ConfigError
+from kvcore.telemetry import configure_logging
+from kvcore.types import KVSpec
+from kvstore.store import KVStore
+from metadata_server.client import HttpMetadataTransport, MetadataClient
+from transfer.memory import host_identity
+from transfer.select import build_transfer
+
+
+@asynccontextmanager
+async def open_engine(hello: m.Hello) -> AsyncIterator[OpenedEngine]:
+    """The node's engine with its own way to the store. Raises ConfigError, ModelLoadError."""
+    config, clock = hello.config, SystemClock()
+    configure_logging(f"{hello.node_name}.engine", config.service.log_level)
+    async with AsyncExitStack() as stack:
+        server = config.metadata_server
+        metadata = MetadataClient(HttpMetadataTransport(f"http://{server.host}:{server.port}"), clock, server.timeout_s)
+        stack.push_async_callback(metadata.aclose)
+        host_id = node_config(config, hello.node_name).host_id or host_identity()
+        transfer = build_transfer(_transport(config), host_id)
+        stack.push_async_callback(transfer.aclose)
+        stores: list[KVStore] = []
+
+        def make_store(spec: KVSpec) -> KVStore:
+            store = KVStore(
+                spec=spec,
+                node_id=hello.node_name,
+                incarnation=hello.incarnation,
+                metadata=metadata,
+                transfer=transfer,
+                clock=clock,
+                host_id=host_id,
+                config=config.store,
+                verify=config.kv.verify,
+            )
+            stack.push_async_callback(store.aclose)
+            stores.append(store)
+            return store
+
+        engine = build_engine(config, hello.node_name, make_store, clock)
+        async with engine:  # left before the store, the transports and the client are closed
+            yield OpenedEngine(engine, lambda: _store_counters(stores[0]), lambda: dict(transfer.choices()))
+
+
+def _transport(config: ClusterConfig) -> TransportConfig:
+    if isinstance(config.transport, TransportConfig):
+        return config.transport
+    raise ConfigError(f"transport: {config.transport!r} was not spelled out")
+
+
+def _store_counters(store: KVStore) -> dict[str, int]:
+    moved = {
+        f"moved.{move.transport}.{move.direction}.{unit}": value
+        for move in store.moved()
+        for unit, value in (("bytes", move.num_bytes), ("us", int(move.seconds * 1e6)))
+    }
+    return store.counters() | moved
+
+
+def main() -> None:
+    """Serve on the socket that the node passed down."""
+    parser = argparse.ArgumentParser(prog="engines.process_child", description=__doc__)
+    parser.add_argument("--fd", type=int, required=True)
+    sock = socket.socket(fileno=parser.parse_args().fd)
+    configure_logging("engine")
+    sys.exit(asyncio.run(serve(sock, open_engine)))
+
+
+if __name__ == "__main__":
+    main()

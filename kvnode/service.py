@@ -1,0 +1,164 @@
+"""Wires one node: transports, segment, lease, engine, control API, in this order; stops in the reverse.
+
+Owns the order and nothing else. Stop: refuse new legs, drain, leave the metadata server, stop the engine, let the
+segment go.
+"""
+
+import asyncio
+import logging
+import socket
+import sys
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from engines.base import EngineStats, NodeReport
+from engines.process import EngineProcess
+from engines.process_messages import Hello, Sample
+from kvcore.clock import Clock, SystemClock
+from kvcore.config import ClusterConfig, TransportConfig
+from kvcore.config_file import node_config
+from kvcore.errors import ConfigError, KVFerryError, NodeUnavailableError
+from kvcore.ports import listen
+from kvcore.service import Lifecycle
+from kvcore.telemetry import Metrics, log_fields
+from kvcore.types import NodeInfo, Role
+from kvnode.control_api import ControlApi
+from kvnode.membership import Membership
+from kvnode.metrics import NodeMetrics
+from kvnode.segment_owner import SegmentOwner
+from kvnode.supervisor import EngineSupervisor
+from metadata_server.client import HttpMetadataTransport, MetadataClient
+
+_CLOSE_S = 2.0
+_logger = logging.getLogger("kvnode")
+
+
+@dataclass
+class _Node:
+    """What the control API reports on."""
+
+    owner: SegmentOwner
+    membership: Membership
+    supervisor: EngineSupervisor | None
+    api: ControlApi | None = None
+
+    def engine(self) -> EngineProcess:
+        """The engine of now. Raises NodeUnavailableError."""
+        if self.supervisor is None:
+            raise NodeUnavailableError("this node has no engine: its role is store")
+        return self.supervisor.engine()
+
+    def health(self) -> str | None:
+        """None: it serves."""
+        if self.supervisor is None or self.supervisor.ready:
+            return None
+        return "the node's engine is starting"
+
+    async def sample(self) -> Sample | None:
+        """None while there is no engine, or it is too busy to say."""
+        try:
+            return await self.engine().sample()
+        except KVFerryError:
+            return None
+
+    async def report(self) -> NodeReport:
+        """For /v1/info."""
+        sample = await self.sample()
+        ready = self.supervisor is not None and self.supervisor.ready
+        stats: EngineStats | None = sample.stats if sample is not None else None
+        return NodeReport(
+            node=self.membership.node,
+            engine=self.engine().info if ready else None,
+            stats=stats if ready else None,
+            segments=[self.owner.segment],
+            transports=sample.transports if sample is not None else {},
+            draining=self.api is not None and self.api.draining,
+            engine_restarts=self.supervisor.restarts if self.supervisor is not None else 0,
+        )
+
+
+async def run_node(config: ClusterConfig, name: str, lifecycle: Lifecycle, clock: Clock | None = None) -> None:
+    """Run node `name` until `lifecycle.stopping`, then stop in order. Raises ConfigError for what cannot be run."""
+    clock = clock or SystemClock()
+    settings, stack = node_config(config, name), lifecycle.stack
+    incarnation = int(clock.wall() * 1000)
+    listener = listen(settings.host, settings.port)  # first: a port in use is said before memory is faulted in
+    stack.callback(listener.close)
+    port = listener.getsockname()[1]
+    info = NodeInfo(
+        id=name, role=settings.role, control_url=f"http://{_url_host(settings.host)}:{port}", incarnation=incarnation
+    )
+    owner = await stack.enter_async_context(SegmentOwner(name, incarnation, settings, _transport(config)))
+    client = _metadata_client(config, clock)
+    stack.push_async_callback(client.aclose)
+    membership = Membership(client, info, owner.manifests, ttl_s=config.metadata_server.node_ttl_s)
+    node = _Node(owner, membership, _supervisor(config, owner, membership, clock))
+    if node.supervisor is not None:
+        engine = lifecycle.tasks.create_task(node.supervisor.run(), name="engine")
+        stack.push_async_callback(_cancelled, engine)
+    stack.push_async_callback(membership.leave)  # before the engine stops, after the last heartbeat
+    stack.push_async_callback(_cancelled, lifecycle.tasks.create_task(membership.run(), name="membership"))
+    metrics = NodeMetrics(Metrics(), membership, owner, lambda: node.supervisor)
+    node.api = ControlApi(
+        engine=node.engine,
+        report=node.report,
+        metrics=lambda: metrics.render(node.api, node.sample),
+        health=node.health,
+    )
+    await _serve(node.api, listener, stack)
+    if node.supervisor is not None:
+        await node.supervisor.wait_ready()
+    lifecycle.ready(node=name, role=settings.role, url=info.control_url, segment=owner.segment.id)
+    await lifecycle.stopping.wait()
+    await node.api.drain(config.service.drain_s)
+
+
+def _supervisor(
+    config: ClusterConfig, owner: SegmentOwner, membership: Membership, clock: Clock
+) -> EngineSupervisor | None:
+    node = membership.node
+    if node.role is Role.STORE:
+        return None
+    hello = Hello(config=config, node_name=node.id, incarnation=node.incarnation, segments=[owner.segment])
+
+    def make() -> EngineProcess:
+        return EngineProcess(hello, start_s=config.service.start_s, on_line=_pass_on)
+
+    return EngineSupervisor(make, clock, on_ready=lambda engine: membership.announce(engine.info.kv_spec.fingerprint))
+
+
+def _pass_on(line: str) -> None:
+    """The engine's log lines are ours."""
+    sys.stderr.write(line + "\n")
+
+
+async def _serve(api: ControlApi, listener: socket.socket, stack: AsyncExitStack) -> None:
+    runner = web.AppRunner(api.application(), handler_cancellation=True, access_log=None, shutdown_timeout=_CLOSE_S)
+    await runner.setup()
+    stack.push_async_callback(runner.cleanup)
+    await web.SockSite(runner, listener).start()
+
+
+async def _cancelled(task: "asyncio.Task[None]") -> None:
+    task.cancel()
+    await asyncio.wait({task})
+    log_fields(_logger, logging.DEBUG, "task_ended", name=task.get_name())
+
+
+def _metadata_client(config: ClusterConfig, clock: Clock) -> MetadataClient:
+    server = config.metadata_server
+    return MetadataClient(
+        HttpMetadataTransport(f"http://{_url_host(server.host)}:{server.port}"), clock, server.timeout_s
+    )
+
+
+def _url_host(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _transport(config: ClusterConfig) -> TransportConfig:
+    if isinstance(config.transport, TransportConfig):
+        return config.transport
+    raise ConfigError(f"transport: {config.transport!r} was not spelled out")

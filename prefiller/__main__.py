@@ -1,0 +1,15 @@
+"""`python -m prefiller --config FILE [--node NAME] [--set PATH=VALUE]...`: runs one prefiller."""
+
+import sys
+
+from kvcore.types import Role
+from kvnode import command
+
+
+def main() -> None:
+    """Entry point of the program."""
+    sys.exit(command.main(Role.PREFILLER, "prefiller"))
+
+
+if __name__ == "__main__":
+    main()
