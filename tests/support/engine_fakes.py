@@ -3,11 +3,10 @@
 import asyncio
 import random
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 
 import msgspec
 from support.sim_loop import LoopClock
-from support.store_fakes import FakeMetadata, Wire, World
+from support.store_fakes import Wire, World
 
 from engines.base import EngineStats, GenerateRequest, Handoff, PrefillRequest, SamplingParams, TokenDelta
 from engines.paged.loop import EngineLoop
@@ -15,7 +14,6 @@ from engines.paged.runner import StepOutput, StepSlice
 from engines.sim.build import build_sim_engine
 from engines.sim.runner import SimRunner, sim_spec
 from kvcore.config import SimEngineConfig
-from metadata_server.messages import WaitRequest
 from transfer.inproc import FaultHook, InprocTransfer
 
 CHUNK = 32
@@ -81,28 +79,6 @@ async def idle(engine: EngineLoop) -> EngineStats:
     return await engine.stats()
 
 
-class WaitingMetadata(FakeMetadata):
-    """FakeMetadata whose `wait` waits, and whose reservations can be refused."""
-
-    full = False
-
-    async def dispatch(self, path: str, body: bytes) -> bytes:
-        if path == "/v1/objects/wait":
-            wanted = msgspec.msgpack.decode(body, type=WaitRequest)
-            loop = asyncio.get_running_loop()
-            end = loop.time() + wanted.timeout_s
-            keys = wanted.keys[: wanted.more_than + 1]
-            while loop.time() < end and not all(map(self.complete.get, keys)):  # noqa: ASYNC110 - virtual time
-                await asyncio.sleep(0.001)
-        if path == "/v1/objects/reserve" and self.full:
-            sizes, self.segments = self.segments, {}
-            try:
-                return await super().dispatch(path, body)
-            finally:
-                self.segments = sizes
-        return await super().dispatch(path, body)
-
-
 class FailingRunner(SimRunner):
     """Fails its next steps as often as told."""
 
@@ -116,36 +92,50 @@ class FailingRunner(SimRunner):
         return await super().execute(slices)
 
 
-@dataclass
 class Cluster:
-    """Engines with a store each over one metadata server. Make it inside of `run_sim`."""
+    """Engines with a store each over one metadata server's core. Make it inside of `run_sim`."""
 
-    config: SimEngineConfig = CONFIG
-    metadata: WaitingMetadata = field(default_factory=WaitingMetadata)
-    wires: dict[str, Wire] = field(default_factory=dict)
-    fault: FaultHook | None = None
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self, config: SimEngineConfig = CONFIG, segment_bytes: int = 4 << 20, fault: FaultHook | None = None
+    ) -> None:
+        self.config = config
+        self.wires: dict[str, Wire] = {}
         self.clock = LoopClock(asyncio.get_running_loop())
-        self.world = World(metadata=self.metadata, clock=self.clock)
+        self.world = World()
+        self.world.use(self.clock)
+        self._segment_bytes = segment_bytes
+        self._fault = fault
+
+    @property
+    def num_stored(self) -> int:
+        """Complete chunks in the store."""
+        return self.world.state.num_objects
 
     def engine(self, node: str, config: SimEngineConfig | None = None) -> EngineLoop:
         config = config or self.config
-        self.world.add_node(node, 4 << 20)
+        self.world.add_node(node, self._segment_bytes)
         spec = sim_spec(config, "m", CHUNK)
-        store, self.wires[node] = self.world.store(node, InprocTransfer(self.world.memory, self.fault), spec=spec)
+        store, self.wires[node] = self.world.store(node, InprocTransfer(self.world.memory, self._fault), spec=spec)
         return build_sim_engine(config, "m", CHUNK, store, self.clock)
 
     def damage(self, chunk: int) -> None:
-        """Flip a byte in the payload of every copy of the `chunk`-th chunk committed."""
-        replicas = list(self.metadata.complete.values())[chunk]
-        for replica in replicas:
-            self.world.memory[replica.segment_id][replica.offset + 200] ^= 1
+        """Flip a byte in the payload of every copy of the `chunk`-th chunk of all that are stored, oldest first."""
+        batch = [event for snapshot in self.world.core.snapshot() for event in snapshot.events]
+        keys = [key for event in batch for key in event.keys]
+        for replica in self.world.replicas(keys[chunk]):
+            self.world.memory[replica.ref.segment_id][replica.ref.offset + 200] ^= 1
+
+    def forget_chunks(self) -> None:
+        """The metadata server starts again, and the nodes say that they hold nothing."""
+        self.world.restart_metadata(epoch="2", first_generation=1 << 40)
+        for segment in self.world.segments:
+            self.world.register(segment)
 
     async def aclose(self) -> None:
         await self.world.aclose()
-        assert not self.metadata.reserved, "reservations left over"
-        assert not self.metadata.leases, "leases left over"
+        stats = self.world.stats()
+        assert (stats.reservations, stats.read_leases, stats.waiters) == (0, 0, 0)
+        self.world.state.check_invariants(self.clock.now())
 
 
 def lone_engine(config: SimEngineConfig = CONFIG) -> EngineLoop:

@@ -1,0 +1,58 @@
+"""The simulated model reads its blocks: one wrong byte anywhere is another token. And how long its steps take."""
+
+import asyncio
+
+import msgspec
+import pytest
+from support.engine_fakes import CHUNK, CONFIG, prompt_of
+from support.sim_loop import SimDeadlockError, SimTimeLimitError, run_sim
+
+from engines.base import SamplingParams
+from engines.paged.runner import SampleSpec, StepSlice
+from engines.sim.runner import SimRunner
+
+PROMPT = prompt_of(21)
+CONFIG_WIDE = msgspec.structs.replace(CONFIG, vocab_size=1 << 30)
+SPEC = SampleSpec(SamplingParams(max_tokens=9, temperature=0.0), (0,), PROMPT, [])
+
+
+async def next_token(damage_at=None):
+    runner = SimRunner(CONFIG_WIDE, "m", CHUNK)
+    await runner.execute([StepSlice(PROMPT[:20], 0, [5, 2, 9])])
+    if damage_at is not None:
+        block, offset = divmod(damage_at, len(runner.block_view(0)))
+        runner.block_view([5, 2, 9][block])[offset] ^= 1
+    return (await runner.execute([StepSlice(PROMPT[20:], 20, [5, 2, 9], SPEC)])).samples[0][0].token_id
+
+
+@pytest.mark.parametrize("damage_at", [0, 31, 8 * 32 - 1, 8 * 32, 19 * 32, 20 * 32 - 1])
+def test_a_flipped_byte_anywhere_changes_the_token(damage_at):
+    assert run_sim(next_token) != run_sim(lambda: next_token(damage_at))
+
+
+def test_bytes_after_the_sequence_do_not_matter():
+    assert run_sim(next_token) == run_sim(lambda: next_token(22 * 32))
+
+
+def test_steps_take_the_time_that_the_configuration_says():
+    config = msgspec.structs.replace(CONFIG, prefill_tokens_per_s=100.0, inter_token_s=0.5, batch_slowdown=0.1)
+    runner = SimRunner(config, "m", CHUNK)
+    prefill, decode = StepSlice(PROMPT[:20], 0, [1, 2, 3]), StepSlice(PROMPT[:1], 20, [1, 2, 3], SPEC)
+    assert runner.step_seconds([prefill]) == pytest.approx(0.2)
+    assert runner.step_seconds([decode]) == pytest.approx(0.5)
+    assert runner.step_seconds([prefill, decode]) == pytest.approx(0.7 * 1.1)
+
+
+def test_virtual_time_jumps_and_says_when_nothing_can_happen():
+    async def sleeper():
+        await asyncio.sleep(1e6)
+        return asyncio.get_running_loop().time()
+
+    async def stuck():
+        await asyncio.Event().wait()
+
+    assert run_sim(sleeper) == pytest.approx(1e6)
+    with pytest.raises(SimTimeLimitError):
+        run_sim(sleeper, limit_s=10)
+    with pytest.raises(SimDeadlockError):
+        run_sim(stuck)
