@@ -48,6 +48,7 @@ class MetadataCore:
         self._news = asyncio.Event()  # replaced each time it is set: whoever holds it has missed nothing
         self._sooner = asyncio.Event()
         self._planned = float("inf")
+        self._stopping = False
         self._posts: dict[str, tuple[Decoder, Callable[[Request, float], object]]] = {
             path: (Decoder(kind), cast(Callable[[Request, float], object], handle))
             for path, kind, handle in self._handlers()
@@ -64,8 +65,9 @@ class MetadataCore:
         """Event streams open."""
         return self._num_subscribers
 
-    async def dispatch(self, path: str, body: bytes, *, json: bool = False) -> bytes:
-        """Answer one call; the GET endpoints that are no streams have empty bodies.
+    async def dispatch(self, path: str, body: bytes, *, json: bool = False, reply_json: bool | None = None) -> bytes:
+        """Answer one call; the GET endpoints that are no streams have empty bodies. The reply is in the body's format,
+        unless `reply_json` says otherwise.
 
         Raises MetadataProtocolError (unknown path, malformed or out of bounds) or OverloadedError (too many waiters).
         Only /v1/objects/wait suspends; cancelling it leaves nothing behind.
@@ -73,22 +75,22 @@ class MetadataCore:
         if path == "/v1/objects/wait":
             request = self._wait_decoder.decode(body, json=json)
             assert isinstance(request, WaitRequest)
-            return encode(await self._wait(request), json=json)
-        return self.answer(path, body, json=json)
+            return encode(await self._wait(request), json=json if reply_json is None else reply_json)
+        return self.answer(path, body, json=json, reply_json=reply_json)
 
-    def answer(self, path: str, body: bytes, *, json: bool = False) -> bytes:
+    def answer(self, path: str, body: bytes, *, json: bool = False, reply_json: bool | None = None) -> bytes:
         """As `dispatch`, for every endpoint but the long poll, without suspending."""
         post = self._posts.get(path)
-        now = self._clock.now()
+        now, json_out = self._clock.now(), json if reply_json is None else reply_json
         if post is not None:
             decoder, handle = post
             reply = handle(decoder.decode(body, json=json), now)
             self._after_change()
-            return encode(_EMPTY if reply is None else reply, json=json)
+            return encode(_EMPTY if reply is None else reply, json=json_out)
         if path == "/v1/nodes":
-            return encode(self.state.nodes(now), json=json)
+            return encode(self.state.nodes(now), json=json_out)
         if path == "/v1/stats":
-            return encode(self.state.stats(now, self._num_waiters), json=json)
+            return encode(self.state.stats(now, self._num_waiters), json=json_out)
         raise MetadataProtocolError(f"no such endpoint: {path}")
 
     def replay(self, from_seq: int) -> EventBatch:
@@ -114,7 +116,7 @@ class MetadataCore:
         self._num_subscribers += 1
         try:
             log, position = self.state.log, from_seq
-            while True:
+            while not self._stopping:
                 news = self._news
                 if not log.has(epoch, position):
                     epoch, position = log.epoch, 0
@@ -129,6 +131,12 @@ class MetadataCore:
                     await _wait_for(news, KEEP_ALIVE_S)
         finally:
             self._num_subscribers -= 1
+
+    def stop(self) -> None:
+        """End event streams and answer long polls with what there is, now and from now on. Idempotent."""
+        self._stopping = True
+        self._wake_all_waiters()
+        self._news.set()
 
     async def run(self) -> None:
         """Tick until cancelled, sleeping exactly until something runs out."""
@@ -177,7 +185,7 @@ class MetadataCore:
         while True:
             now = self._clock.now()
             have = self.state.complete_prefix(keys, now)
-            if have >= wanted or now >= deadline:
+            if have >= wanted or now >= deadline or self._stopping:
                 reply = self._match(request, now)
                 self._after_change()
                 return reply
@@ -215,12 +223,15 @@ class MetadataCore:
                         for waiter in self._waiting.get(key, ()):
                             waiter.set()
             if self._seen_seq < log.first_seq:  # more happened at once than the log holds
-                for waiters in self._waiting.values():
-                    for waiter in waiters:
-                        waiter.set()
+                self._wake_all_waiters()
         self._seen_seq = log.next_seq
         news, self._news = self._news, asyncio.Event()
         news.set()
+
+    def _wake_all_waiters(self) -> None:
+        for waiters in self._waiting.values():
+            for waiter in waiters:
+                waiter.set()
 
 
 async def _wait_for(event: asyncio.Event, timeout_s: float) -> None:

@@ -31,6 +31,7 @@ MAX_ITEMS = 65_536
 MAX_SECONDS = 3600.0
 MAX_WAIT_S = 600.0
 MAX_NAME = 256
+MAX_TEXT = 4096
 MAX_BYTES = 1 << 50
 _MAX_GENERATION = 1 << 63
 _MAX_ADDRESSES = 16
@@ -86,6 +87,10 @@ def _name(value: str, param: str, *, empty: bool = False) -> None:
     _require(len(value) <= MAX_NAME and (empty or bool(value)) and value.isprintable(), param, "not a usable name")
 
 
+def _text(value: str, param: str) -> None:
+    _require(len(value) <= MAX_TEXT and value.isprintable(), param, "too long or not printable")
+
+
 def _seconds(value: float, param: str, *, zero: bool = False, most: float = MAX_SECONDS) -> None:
     _require((value >= 0 if zero else value > 0) and value <= most, param, f"not within 0 .. {most:g} seconds")
 
@@ -125,7 +130,7 @@ def _register(request: RegisterRequest) -> None:
     node = request.node
     _name(node.id, "node.id")
     _incarnation(node.incarnation, "node.incarnation")
-    _require(len(node.control_url) <= 8 * MAX_NAME, "node.control_url", "too long")
+    _text(node.control_url, "node.control_url")
     _require(len(node.fingerprint) in (0, 16), "node.fingerprint", "has 16 bytes or none")
     _seconds(request.ttl_s, "ttl_s")
     _require(len(request.segments) <= MAX_NAME, "segments", "too many")
@@ -136,8 +141,8 @@ def _register(request: RegisterRequest) -> None:
         _require(0 < segment.size_bytes < MAX_BYTES, f"{path}.segment.size_bytes", "out of range")
         _require(len(segment.addresses) <= _MAX_ADDRESSES, f"{path}.segment.addresses", "too many")
         for transport, address in segment.addresses.items():
-            short = len(transport) <= MAX_NAME and len(address) <= 16 * MAX_NAME
-            _require(short, f"{path}.segment.addresses", "too long")
+            _name(transport, f"{path}.segment.addresses")
+            _text(address, f"{path}.segment.addresses")
         for index, entry in enumerate(manifest.entries):
             _extent(entry, f"{path}.entries[{index}]")
 

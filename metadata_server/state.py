@@ -78,6 +78,21 @@ class MetadataState:
         """Names this life of the server."""
         return self.log.epoch
 
+    @property
+    def num_objects(self) -> int:
+        """Keys with a complete replica."""
+        return len(self._index.complete)
+
+    @property
+    def num_reservations(self) -> int:
+        """Neither committed nor given back."""
+        return sum(len(node.reservations) for node in self._nodes.values())
+
+    @property
+    def num_read_leases(self) -> int:
+        """Held now."""
+        return len(self._leases)
+
     # --- time ----------------------------------------------------------------------------------------------------
 
     def next_deadline(self) -> float | None:
@@ -266,9 +281,9 @@ class MetadataState:
             epoch=self.epoch,
             nodes=[node.info for node in self._nodes.values()],
             segments=[record.stats() for record in self._segments.values()],
-            objects=len(self._index.complete),
-            reservations=sum(len(node.reservations) for node in self._nodes.values()),
-            read_leases=len(self._leases),
+            objects=self.num_objects,
+            reservations=self.num_reservations,
+            read_leases=self.num_read_leases,
             waiters=waiters,
             counters=dict(self.counters),
         )

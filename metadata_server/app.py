@@ -1,0 +1,230 @@
+"""The HTTP shell of a MetadataCore: routes, body formats and bounds, error bodies, streams, metrics.
+
+Decides nothing about the index. Handlers read the raw body and skip the framework's own parsing (hot path). Every
+answer of status 400 and above is an ErrorBody; a request's failure never becomes a traceback on the wire.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Message, Send
+
+from kvcore.clock import Clock
+from kvcore.errors import KVFerryError, MetadataProtocolError, PayloadTooLargeError
+from kvcore.telemetry import METRICS_CONTENT_TYPE, Metrics, log_fields
+from metadata_server import metrics as own_metrics
+from metadata_server.core import MetadataCore
+from metadata_server.openapi import FRAMES, JSON, MSGPACK, POSTS, ErrorBody, ErrorDetail, Health, document
+from metadata_server.protocol import encode
+
+_BINARY = frozenset({"", MSGPACK, "application/x-msgpack", "application/vnd.msgpack", "application/octet-stream"})
+_BODY_S = 30.0
+_SEND_S = 10.0
+_CODES = {404: "not_found", 405: "method_not_allowed", 415: "unsupported_media_type"}
+_logger = logging.getLogger("metadata_server")
+_Handler = Callable[[Request], Awaitable[Response]]
+
+
+def create_app(core: MetadataCore, clock: Clock, metrics: Metrics, max_body_bytes: int) -> FastAPI:
+    """The application. `core.run` and its end are the caller's."""
+    app = FastAPI(title="kvferry metadata server", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
+    app.openapi = document  # type: ignore[method-assign]
+    observe = own_metrics.register(core, clock, metrics)
+    for path in POSTS:
+        app.router.add_route(path, _post(core, path, max_body_bytes, clock, observe(path)), methods=["POST"])
+    for path, get in _gets(core, metrics).items():
+        app.router.add_route(path, get, methods=["GET"])
+    app.add_exception_handler(KVFerryError, _on_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
+    app.add_exception_handler(Exception, _on_failure)
+    return app
+
+
+def _post(
+    core: MetadataCore, path: str, max_body_bytes: int, clock: Clock, observe: Callable[[float], None]
+) -> _Handler:
+    waits = path == "/v1/objects/wait"
+
+    async def handle(request: Request) -> Response:
+        json_in = _is_json(request)
+        json_out = _wants_json(request, json_in)
+        body = await _read(request, max_body_bytes)
+        started = clock.now()
+        call = core.dispatch(path, body, json=json_in, reply_json=json_out)
+        reply = await (_unless_gone(request, call) if waits else call)
+        observe(clock.now() - started)
+        return Response(reply, media_type=JSON if json_out else MSGPACK)
+
+    return handle
+
+
+def _gets(core: MetadataCore, metrics: Metrics) -> dict[str, _Handler]:
+    def plain(path: str) -> _Handler:
+        async def handle(request: Request) -> Response:
+            json = _wants_json(request, True)
+            return Response(core.answer(path, b"", json=json), media_type=JSON if json else MSGPACK)
+
+        return handle
+
+    async def events(request: Request) -> Response:
+        epoch, from_seq = request.query_params.get("epoch", ""), _from_seq(request, default=0)
+        source = core.events(epoch, from_seq)
+        return _Frames(source, await anext(source, None))
+
+    async def replay(request: Request) -> Response:
+        json = _wants_json(request, True)
+        batch = core.replay(_from_seq(request, default=None))
+        return Response(encode(batch, json=json), media_type=JSON if json else MSGPACK)
+
+    async def snapshot(request: Request) -> Response:
+        json = _wants_json(request, True)
+        return Response(encode(core.snapshot(), json=json), media_type=JSON if json else MSGPACK)
+
+    async def health(_: Request) -> Response:
+        return Response(encode(Health(status="ok", epoch=core.state.epoch), json=True), media_type=JSON)
+
+    async def expose(_: Request) -> Response:
+        return Response(metrics.render(), headers={"Content-Type": METRICS_CONTENT_TYPE})
+
+    return {
+        "/v1/nodes": plain("/v1/nodes"),
+        "/v1/stats": plain("/v1/stats"),
+        "/v1/events": events,
+        "/v1/replay": replay,
+        "/v1/snapshot": snapshot,
+        "/health": health,
+        "/metrics": expose,
+    }
+
+
+# --- formats and bodies ------------------------------------------------------------------------------------------
+
+
+def _is_json(request: Request) -> bool:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == JSON:
+        return True
+    if kind not in _BINARY:
+        raise HTTPException(415, f"Content-Type {kind[:100]!r}: send {MSGPACK} or {JSON}")
+    return False
+
+
+def _wants_json(request: Request, default: bool) -> bool:
+    accept = request.headers.get("accept", "").lower()
+    json, binary = JSON in accept, "msgpack" in accept
+    return default if json == binary else json
+
+
+async def _read(request: Request, max_body_bytes: int) -> bytes:
+    """The whole body. Raises PayloadTooLargeError as soon as it is known to be too long."""
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared[:20]) > max_body_bytes:
+        raise PayloadTooLargeError(f"the body has {declared[:20]} bytes; at most {max_body_bytes} are read")
+    parts, size = [], 0
+    try:
+        async with asyncio.timeout(_BODY_S):
+            async for part in request.stream():
+                size += len(part)
+                if size > max_body_bytes:
+                    raise PayloadTooLargeError(f"the body has more than {max_body_bytes} bytes")
+                parts.append(part)
+    except TimeoutError as error:
+        raise MetadataProtocolError(f"the body did not arrive within {_BODY_S:g} s") from error
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _from_seq(request: Request, *, default: int | None) -> int:
+    text = request.query_params.get("from_seq")
+    if text is None and default is not None:
+        return default
+    if text is None or not (text.isascii() and text.isdecimal() and len(text) <= 19 and int(text) < 1 << 63):
+        raise MetadataProtocolError("from_seq: not an integer >= 0", param="from_seq")
+    return int(text)
+
+
+async def _unless_gone(request: Request, call: Awaitable[bytes]) -> bytes:
+    """Cancel a long poll when its client leaves: nobody would take its lease. The body has been read."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    answer, watch = asyncio.ensure_future(call), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({answer, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise ClientDisconnect
+        return answer.result()
+    finally:
+        answer.cancel()
+        watch.cancel()
+        await asyncio.wait({answer, watch})
+
+
+class _Frames(StreamingResponse):
+    """u32le length and batch, each sent within a deadline; whatever ends it ends the source too."""
+
+    def __init__(self, source: AsyncGenerator[bytes, None], first: bytes | None) -> None:
+        super().__init__(self._frames(first), media_type=FRAMES)
+        self._source = source
+
+    async def _frames(self, first: bytes | None) -> AsyncGenerator[bytes, None]:
+        if first is not None:
+            yield len(first).to_bytes(4, "little") + first
+        async for batch in self._source:
+            yield len(batch).to_bytes(4, "little") + batch
+
+    async def stream_response(self, send: Send) -> None:
+        """Send until the source ends, the client leaves or stops reading."""
+
+        async def send_in_time(message: Message) -> None:
+            async with asyncio.timeout(_SEND_S):
+                await send(message)
+
+        async with aclosing(self._source):
+            try:
+                await super().stream_response(send_in_time)
+            except TimeoutError:
+                log_fields(_logger, logging.WARNING, "subscriber_cut", stalled_s=_SEND_S)
+                raise ClientDisconnect from None
+
+
+# --- errors ------------------------------------------------------------------------------------------------------
+
+
+def _error(request: Request, status: int, detail: ErrorDetail, headers: dict[str, str] | None = None) -> Response:
+    json = _wants_json(request, "msgpack" not in request.headers.get("content-type", ""))
+    body = encode(ErrorBody(error=detail), json=json)
+    return Response(body, status, headers=headers, media_type=JSON if json else MSGPACK)
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, KVFerryError)
+    kind = "invalid_request_error" if error.http_status < 500 else "server_error"
+    detail = ErrorDetail(message=error.message, type=kind, param=error.param, code=error.code)
+    return _error(request, error.http_status, detail)
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    code = _CODES.get(error.status_code, "invalid_request")
+    text = f"{request.method} {request.url.path[:200]}: {error.detail}"
+    detail = ErrorDetail(message=text, type="invalid_request_error", param=None, code=code)
+    return _error(request, error.status_code, detail, dict(error.headers or {}))
+
+
+async def _on_disconnect(request: Request, _: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it
+
+
+async def _on_failure(request: Request, error: Exception) -> Response:
+    log_fields(_logger, logging.ERROR, "request_failed", path=request.url.path, error=repr(error))
+    detail = ErrorDetail(message="internal error; see the log", type="server_error", param=None, code="internal_error")
+    return _error(request, 500, detail)

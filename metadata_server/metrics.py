@@ -1,0 +1,39 @@
+"""What the metadata server exposes to Prometheus: samples of the state, and the time of calls."""
+
+from collections.abc import Callable, Iterator
+
+from kvcore import metric_names as names
+from kvcore.clock import Clock
+from kvcore.telemetry import Metrics, Sample
+from metadata_server.core import MetadataCore
+
+
+def register(core: MetadataCore, clock: Clock, metrics: Metrics) -> Callable[[str], Callable[[float], None]]:
+    """Make the metrics; returns what gives, for an endpoint, the function that takes a call's seconds."""
+    state = core.state
+
+    def roles() -> Iterator[Sample]:
+        counts: dict[str, int] = {}
+        for node in state.nodes(clock.now()).nodes:
+            counts[node.role.value] = counts.get(node.role.value, 0) + 1
+        yield from (((role,), count) for role, count in counts.items())
+
+    def segments() -> Iterator[Sample]:
+        for use in state.stats(clock.now(), core.num_waiters).segments:
+            complete = use.used_bytes - use.reserved_bytes - use.retiring_bytes
+            yield (use.segment.id, "complete"), complete
+            yield (use.segment.id, "reserved"), use.reserved_bytes
+            yield (use.segment.id, "retiring"), use.retiring_bytes
+            yield (use.segment.id, "free"), use.segment.size_bytes - use.used_bytes
+
+    metrics.sampled(names.METADATA_NODES, roles)
+    metrics.sampled(names.METADATA_SEGMENT_BYTES, segments)
+    metrics.sampled(names.METADATA_OBJECTS, lambda: [((), state.num_objects)])
+    metrics.sampled(names.METADATA_RESERVATIONS, lambda: [((), state.num_reservations)])
+    metrics.sampled(names.METADATA_READ_LEASES, lambda: [((), state.num_read_leases)])
+    metrics.sampled(names.METADATA_WAITERS, lambda: [((), core.num_waiters)])
+    metrics.sampled(names.METADATA_SUBSCRIBERS, lambda: [((), core.num_subscribers)])
+    metrics.sampled(names.METADATA_EVENTS, lambda: [((), state.log.next_seq - 1)])
+    metrics.sampled(names.METADATA_TOTALS, lambda: [((name,), total) for name, total in state.counters.items()])
+    seconds = metrics.histogram(names.METADATA_CALL_SECONDS)
+    return lambda path: seconds.labels(path).observe

@@ -1,0 +1,43 @@
+"""Wires one metadata server: state, core, HTTP shell, and the order in which they stop. Nothing else lives here."""
+
+import secrets
+
+from kvcore.asgi import AsgiServer
+from kvcore.clock import Clock, SystemClock
+from kvcore.config import ClusterConfig
+from kvcore.service import Lifecycle
+from kvcore.telemetry import Metrics
+from metadata_server.app import create_app
+from metadata_server.core import MetadataCore
+from metadata_server.state import MetadataState
+
+_GENERATION_BITS = 20
+
+
+def create_core(config: ClusterConfig, clock: Clock) -> MetadataCore:
+    """An empty index with an epoch and generations that no earlier life had (as far as the wall clock grows)."""
+    wall_ms = int(clock.wall() * 1000)
+    server = config.metadata_server
+    state = MetadataState(
+        config.store,
+        server.node_ttl_s,
+        epoch=f"{wall_ms:x}-{secrets.token_hex(4)}",
+        first_generation=wall_ms << _GENERATION_BITS,
+        event_log=server.event_log,
+    )
+    return MetadataCore(state, clock)
+
+
+async def main(config: ClusterConfig, lifecycle: Lifecycle) -> None:
+    """Serve until `lifecycle.stopping`. Raises ConfigError if the address cannot be had."""
+    clock, server = SystemClock(), config.metadata_server
+    core = create_core(config, clock)
+    shell = AsgiServer(create_app(core, clock, Metrics(), server.max_body), server.host, server.port)
+    lifecycle.stack.push_async_callback(shell.aclose)
+    await shell.start()
+    lifecycle.tasks.create_task(core.run(), name="metadata ticks")
+    lifecycle.tasks.create_task(shell.wait_failed(), name="metadata http")
+    lifecycle.ready(url=shell.url, epoch=core.state.epoch)
+    await lifecycle.stopping.wait()
+    core.stop()
+    await shell.drain(config.service.drain_s)
