@@ -20,7 +20,7 @@ from engines.base import (
     StreamFrame,
     TokenDelta,
 )
-from kvcore.errors import DeadlineExceededError, EngineError, KVFerryError, NodeUnavailableError
+from kvcore.errors import DeadlineExceededError, EngineError, KVFerryError, NodeUnavailableError, error_from_code
 
 MAX_FRAME_BYTES = 4 << 20
 MAX_REPLY_BYTES = 16 << 20
@@ -37,18 +37,6 @@ class _ErrorDetail(msgspec.Struct):
 
 class _ErrorBody(msgspec.Struct):
     error: _ErrorDetail
-
-
-def _error_classes(base: type[KVFerryError]) -> dict[str, type[KVFerryError]]:
-    found = {base.code: base}
-    for child in base.__subclasses__():
-        found = _error_classes(child) | found
-    return found
-
-
-def error_from_node(code: str, message: str) -> KVFerryError:
-    """The error that a node named by its code; a code of another version becomes an EngineError."""
-    return _error_classes(KVFerryError).get(code, EngineError)(message or code)
 
 
 class HttpNodeClient:
@@ -81,7 +69,7 @@ class HttpNodeClient:
                 buffer += data
                 for frame in self._split(buffer, url):
                     if isinstance(frame, StreamError):
-                        raise error_from_node(frame.code, frame.message)
+                        raise error_from_code(frame.code, frame.message)
                     yield frame
 
     async def end_handoff(self, url: str, request_id: str, *, timeout_s: float) -> None:
@@ -172,7 +160,7 @@ async def _refusal(response: aiohttp.ClientResponse, url: str, timeout_s: float)
             detail = decode(raw, type=_ErrorBody).error
         except (msgspec.DecodeError, UnicodeDecodeError):
             continue
-        return error_from_node(detail.code, detail.message)
+        return error_from_code(detail.code, detail.message)
     return EngineError(f"{url} answered {response.status} without an error body")
 
 

@@ -42,7 +42,7 @@ class ChatMessage(msgspec.Struct, frozen=True):
 
     role: str
     content: str | list[ContentPart] | None = None
-    tool_calls: list[msgspec.Raw] | None = None
+    tool_calls: list[object] | None = None
 
 
 class _Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,10 +77,10 @@ class ChatRequest(_Request, frozen=True, kw_only=True):
     max_completion_tokens: int | None = None
     logprobs: bool | None = False
     top_logprobs: int | None = None
-    tools: list[msgspec.Raw] | None = None
-    tool_choice: msgspec.Raw = msgspec.Raw(b"null")
-    functions: list[msgspec.Raw] | None = None
-    response_format: dict[str, msgspec.Raw] | None = None
+    tools: list[object] | None = None
+    tool_choice: str | dict[str, object] | None = None
+    functions: list[object] | None = None
+    response_format: dict[str, object] | None = None
 
 
 class CompletionRequest(_Request, frozen=True, kw_only=True):
@@ -91,7 +91,7 @@ class CompletionRequest(_Request, frozen=True, kw_only=True):
     echo: bool | None = False
     best_of: int | None = None
     suffix: str | None = None
-    response_format: dict[str, msgspec.Raw] | None = None
+    response_format: dict[str, object] | None = None
 
 
 AnyRequest = ChatRequest | CompletionRequest
@@ -125,7 +125,7 @@ def stops_of(request: AnyRequest) -> list[str]:
 def messages_of(request: ChatRequest) -> list[dict[str, str]]:
     """Role and plain text of each message. Raises for all that is not text."""
     _refuse("tools", bool(request.tools) or bool(request.functions))
-    _refuse("tool_choice", bytes(request.tool_choice) not in (b"null", b'"none"', b'"auto"'))
+    _refuse("tool_choice", request.tool_choice not in (None, "none", "auto"))
     _check_response_format(request.response_format)
     _require(len(request.messages) > 0, "messages", "must not be empty")
     return [_message(number, message) for number, message in enumerate(request.messages)]
@@ -221,8 +221,8 @@ def _message(number: int, message: ChatMessage) -> dict[str, str]:
     return {"role": message.role, "content": content or ""}
 
 
-def _check_response_format(value: dict[str, msgspec.Raw] | None) -> None:
-    _refuse("response_format", value is not None and bytes(value.get("type", b"")) != b'"text"')
+def _check_response_format(value: dict[str, object] | None) -> None:
+    _refuse("response_format", value is not None and value.get("type") != "text")
 
 
 def _token_ids(ids: Sequence[int], param: str = "prompt", *, may_be_empty: bool = False) -> list[int]:

@@ -18,7 +18,9 @@ _REFUSALS = {
 
 @cache
 def _schemas(*kinds: type) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    own, shared = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
+    own, shared = msgspec.json.schema_components(
+        kinds, schema_hook=lambda kind: {"description": "any JSON value"}, ref_template="#/components/schemas/{name}"
+    )
     return list(own), shared
 
 

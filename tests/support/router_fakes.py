@@ -1,0 +1,344 @@
+"""Fakes for the router's tests: nodes in memory behind NodeClient, the same nodes over real HTTP, a wired router.
+
+The fake model is greedy and depends on all tokens before: `next_token`. A test can make any leg fail, hang or lie.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import msgspec
+from aiohttp import web
+
+from engines.base import (
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    GenerateRequest,
+    LegInfo,
+    NodeReport,
+    PrefillRequest,
+    PrefillResult,
+    StreamError,
+    StreamFrame,
+    TokenDelta,
+    TokenLogprob,
+)
+from kvcore.clock import SystemClock
+from kvcore.config import ClusterConfig, ModelConfig, NodeConfig, RouterConfig, SimEngineConfig
+from kvcore.errors import KVFerryError, NodeUnavailableError
+from kvcore.types import KVSpec, NodeInfo, Role, Segment
+from router.answering import Answerer
+from router.app import make_app
+from router.cluster import Cluster
+from router.dispatch import Dispatcher
+from router.metrics import RouterMetrics
+from router.policy import make_policy
+from router.records import RequestLog
+from router.status import StatusView
+from router.text import ByteTokenizer, Tokenizer
+
+CHUNK_TOKENS = 16
+VOCAB = 512
+MAX_CONTEXT = 2048
+
+
+def spec(weights: str = "w1") -> KVSpec:
+    return KVSpec(
+        model_id="fake",
+        weights_digest=weights,
+        tokenizer_digest="t",
+        num_layers=1,
+        num_kv_heads=1,
+        head_dim=8,
+        dtype="float32",
+        attention="none",
+        layout_id="fake",
+        chunk_tokens=CHUNK_TOKENS,
+        chunk_bytes=1024,
+    )
+
+
+def next_token(tokens: list[int], index: int) -> int:
+    """The fake model: a printable ASCII byte."""
+    return 97 + (sum(tokens) * 31 + len(tokens) * 7 + index) % 26
+
+
+def expected(prompt: list[int], max_tokens: int, index: int = 0) -> list[int]:
+    tokens: list[int] = []
+    while len(tokens) < max_tokens:
+        tokens.append(next_token(prompt + tokens, index))
+    return tokens
+
+
+@dataclass
+class FakeNode:
+    """One node's behaviour. Counters say what reached it."""
+
+    id: str
+    role: Role
+    weights: str = "w1"
+    incarnation: int = 1
+    cached_tokens: int = 0
+    down: bool = False
+    draining: bool = False
+    prefill_error: KVFerryError | None = None
+    generate_error: KVFerryError | None = None
+    die_after: int | None = None
+    """Tokens after which a stream breaks off."""
+    prefill_gate: asyncio.Event | None = None
+    generate_gate: asyncio.Event | None = None
+    wait_for_handoff: bool = False
+    script: list[TokenDelta] | None = None
+    tokens: Callable[[list[int], int], int] = next_token
+    prefills: list[PrefillRequest] = field(default_factory=list)
+    generates: list[GenerateRequest] = field(default_factory=list)
+    aborted: list[str] = field(default_factory=list)
+    handoffs_ended: list[str] = field(default_factory=list)
+    running: int = 0
+    handoff_ends: dict[str, asyncio.Event] = field(default_factory=dict)
+
+    def report(self) -> NodeReport:
+        kv_spec = spec(self.weights)
+        return NodeReport(
+            node=NodeInfo(id=self.id, role=self.role, control_url="", incarnation=self.incarnation),
+            engine=EngineInfo(
+                kind="fake",
+                kv_spec=kv_spec,
+                max_context=MAX_CONTEXT,
+                vocab_size=VOCAB,
+                eos_token_ids=[0],
+                block_size=16,
+                num_blocks=64,
+            ),
+            stats=EngineStats(running=self.running, total_blocks=64),
+            segments=[Segment(id=f"{self.id}.1", node_id=self.id, size_bytes=1 << 20, host_id="h", addresses={})],
+            draining=self.draining,
+        )
+
+    async def prefill(self, request: PrefillRequest) -> PrefillResult:
+        self._check()
+        self.prefills.append(request)
+        self.running += 1
+        try:
+            if self.prefill_gate is not None:
+                await self.prefill_gate.wait()
+            if self.prefill_error is not None:
+                raise self.prefill_error
+        finally:
+            self.running -= 1
+        total = len(request.prompt_token_ids)
+        return PrefillResult(
+            request_id=request.request_id,
+            cached_tokens=self.cached_tokens,
+            computed_tokens=total - self.cached_tokens,
+            stored_chunks=(total - 1) // CHUNK_TOKENS,
+        )
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta]:
+        self._check()
+        self.generates.append(request)
+        self.running += 1
+        try:
+            async for delta in self._deltas(request):
+                yield delta
+        finally:
+            self.running -= 1
+
+    async def _deltas(self, request: GenerateRequest) -> AsyncIterator[TokenDelta]:
+        if self.wait_for_handoff and request.handoff is not None:
+            await self.handoff_ends.setdefault(request.request_id, asyncio.Event()).wait()
+        if self.generate_gate is not None:
+            await self.generate_gate.wait()
+        if self.generate_error is not None:
+            raise self.generate_error
+        for delta in self.script or ():
+            yield delta
+        if self.script is not None:
+            return
+        sampling = request.sampling
+        outputs = [list(request.output_token_ids) for _ in range(sampling.n)]
+        info: LegInfo | None = LegInfo(cached_tokens=self.cached_tokens, computed_tokens=1)
+        sent = 0
+        while len(outputs[0]) < sampling.max_tokens:
+            for index, output in enumerate(outputs):
+                if self.die_after is not None and sent >= self.die_after:
+                    raise NodeUnavailableError(f"{self.id} died")
+                output.append(self.tokens(request.prompt_token_ids + output, index))
+                done = FinishReason.LENGTH if len(output) >= sampling.max_tokens else None
+                logprobs = None
+                if sampling.logprobs is not None:
+                    logprobs = [TokenLogprob(logprob=-0.5, top=[(output[-1], -0.5)][: sampling.logprobs])]
+                sent += 1
+                yield TokenDelta(index=index, token_ids=[output[-1]], finish_reason=done, info=info, logprobs=logprobs)
+                info = None
+            await asyncio.sleep(0)
+
+    def _check(self) -> None:
+        if self.down:
+            raise NodeUnavailableError(f"{self.id} refused the connection")
+
+
+class FakeNodes:
+    """NodeClient over FakeNodes, by url `http://127.0.0.1:<number>`."""
+
+    def __init__(self, nodes: list[FakeNode]) -> None:
+        self.nodes = nodes
+        self.by_url = {f"http://127.0.0.1:{port}": node for port, node in enumerate(nodes, 1)}
+
+    def __getitem__(self, node_id: str) -> FakeNode:
+        return next(node for node in self.nodes if node.id == node_id)
+
+    async def prefill(self, url: str, request: PrefillRequest, *, timeout_s: float) -> PrefillResult:
+        return await self.by_url[url].prefill(request)
+
+    async def generate(self, url: str, request: GenerateRequest, *, timeout_s: float) -> AsyncGenerator[TokenDelta]:
+        async for delta in self.by_url[url].generate(request):
+            yield delta
+
+    async def end_handoff(self, url: str, request_id: str, *, timeout_s: float) -> None:
+        node = self.by_url[url]
+        node.handoffs_ended.append(request_id)
+        node.handoff_ends.setdefault(request_id, asyncio.Event()).set()
+
+    async def abort(self, url: str, request_id: str, *, timeout_s: float) -> None:
+        self.by_url[url].aborted.append(request_id)
+
+    async def info(self, url: str, *, timeout_s: float) -> NodeReport:
+        node = self.by_url[url]
+        node._check()
+        return node.report()
+
+    async def aclose(self) -> None:
+        pass
+
+
+def two_and_two() -> FakeNodes:
+    """Two prefillers p0, p1 and two decoders d0, d1."""
+    names = [("p0", Role.PREFILLER), ("p1", Role.PREFILLER), ("d0", Role.DECODER), ("d1", Role.DECODER)]
+    return FakeNodes([FakeNode(name, role) for name, role in names])
+
+
+def cluster_config(nodes: list[FakeNode], ports: list[int] | None = None, **router: object) -> ClusterConfig:
+    where = ports or list(range(1, len(nodes) + 1))
+    return ClusterConfig(
+        cluster="test",
+        model=ModelConfig(path="fake", name="fake-model"),
+        engine=SimEngineConfig(),
+        nodes={node.id: NodeConfig(role=node.role, port=port) for node, port in zip(nodes, where, strict=True)},
+        router=RouterConfig(**router),  # type: ignore[arg-type]
+    )
+
+
+@dataclass
+class Rig:
+    """A wired router over fake nodes, without its background tasks."""
+
+    nodes: FakeNodes
+    cluster: Cluster
+    dispatcher: Dispatcher
+    log: RequestLog
+    answerer: Answerer
+    app: web.Application | object
+    metrics: RouterMetrics
+
+
+async def make_rig(nodes: FakeNodes | None = None, tokenizer: Tokenizer | None = None, **router: object) -> Rig:
+    """Probed once."""
+    nodes = nodes or two_and_two()
+    config = cluster_config(nodes.nodes, **router)
+    clock, log = SystemClock(), RequestLog()
+    cluster = Cluster(config, nodes, clock)
+    await cluster.probe()
+    dispatcher = Dispatcher(
+        config=config.router,
+        cluster=cluster,
+        policy=make_policy(config.router.policy),
+        client=nodes,
+        clock=clock,
+        log=log,
+    )
+
+    async def run(work: Callable[[], list[int]]) -> list[int]:
+        return work()
+
+    answerer = Answerer(
+        model="fake-model", tokenizer=tokenizer or ByteTokenizer(VOCAB), dispatcher=dispatcher, cluster=cluster, run=run
+    )
+    metrics = RouterMetrics(cluster, log, lambda: True)
+    status = StatusView(config, cluster, log, clock, lambda: True)
+    app = make_app(answerer, log, status, metrics, max_body_bytes=config.router.max_body)
+    return Rig(nodes, cluster, dispatcher, log, answerer, app, metrics)
+
+
+# --- the same nodes over HTTP ---------------------------------------------------------------------------------------
+
+
+def _frame(frame: StreamFrame) -> bytes:
+    raw = msgspec.msgpack.encode(frame)
+    return len(raw).to_bytes(4, "little") + raw
+
+
+def _refusal(error: KVFerryError) -> web.Response:
+    detail = {"code": error.code, "message": error.message, "retryable": error.retryable}
+    return web.Response(status=error.http_status, body=msgspec.msgpack.encode({"error": detail}))
+
+
+def node_app(node: FakeNode) -> web.Application:
+    """The control API of one fake node."""
+
+    async def prefill(request: web.Request) -> web.Response:
+        body = msgspec.msgpack.decode(await request.read(), type=PrefillRequest)
+        try:
+            return web.Response(body=msgspec.msgpack.encode(await node.prefill(body)))
+        except KVFerryError as error:
+            return _refusal(error)
+
+    async def generate(request: web.Request) -> web.StreamResponse:
+        body = msgspec.msgpack.decode(await request.read(), type=GenerateRequest)
+        if node.down:
+            return _refusal(NodeUnavailableError("down"))
+        response = web.StreamResponse()
+        await response.prepare(request)
+        try:
+            async for delta in node.generate(body):
+                await response.write(_frame(delta))
+        except NodeUnavailableError:
+            assert request.transport is not None
+            request.transport.close()
+        except KVFerryError as error:
+            await response.write(_frame(StreamError(code=error.code, message=error.message, retryable=error.retryable)))
+        return response
+
+    async def end_handoff(request: web.Request) -> web.Response:
+        node.handoffs_ended.append(request.match_info["id"])
+        return web.Response()
+
+    async def abort(request: web.Request) -> web.Response:
+        node.aborted.append(request.match_info["id"])
+        return web.Response()
+
+    async def info(request: web.Request) -> web.Response:
+        return web.Response(body=msgspec.msgpack.encode(node.report()))
+
+    app = web.Application()
+    app.router.add_post("/v1/prefill", prefill)
+    app.router.add_post("/v1/generate", generate)
+    app.router.add_post("/v1/requests/{id}/end_handoff", end_handoff)
+    app.router.add_delete("/v1/requests/{id}", abort)
+    app.router.add_get("/v1/info", info)
+    return app
+
+
+@asynccontextmanager
+async def serve(app: web.Application) -> AsyncIterator[str]:
+    """`http://127.0.0.1:port` of the app, while entered. A handler ends when its client goes."""
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
