@@ -82,14 +82,17 @@ async def child(command: list[str], wanted: str) -> AsyncIterator[str]:
         if (match := re.search(wanted, line)) and not found.done():
             found.set_result(match.group(1))
 
-    process = await ChildProcess.start([sys.executable, *command], on_line=on_line)
-    try:
-        ended = asyncio.ensure_future(process.wait())
-        async with asyncio.timeout(30):
-            await asyncio.wait([found, ended], return_when=asyncio.FIRST_COMPLETED)
+    def on_end(_: object) -> None:
         if not found.done():
-            raise SystemExit("\n".join([f"{' '.join(command)} ended:", *lines]))
-        yield found.result()
+            found.set_exception(RuntimeError("\n".join([f"{' '.join(command)} ended:", *lines])))
+
+    process = await ChildProcess.start([sys.executable, *command], on_line=on_line)
+    ended = asyncio.ensure_future(process.wait())
+    ended.add_done_callback(on_end)
+    try:
+        async with asyncio.timeout(30):
+            line = await found
+        yield line
     finally:
         await process.terminate(10)
         await ended
@@ -169,8 +172,8 @@ async def measure(url: str, segment: Segment, rounds: int) -> dict[str, float]:
     )
     result: dict[str, float] = {}
     memcpy: list[float] = []
-    for at, kind in enumerate(("shm", "tcp")):
-        transfer = build_transfer(TransportConfig(kind=kind), segment.host_id)
+    for at, transport in enumerate((TransportConfig(kind="shm"), TransportConfig(kind="tcp"))):
+        transfer, kind = build_transfer(transport, segment.host_id), transport.kind
         for size_mib in SIZES_MIB:
             payload = Payload(size_mib)
             store = KVStore(

@@ -11,7 +11,7 @@ from kvcore.config import StoreConfig
 from kvcore.errors import MetadataUnavailableError, OverloadedError
 from kvcore.types import ChunkKey, KVSpec, NodeInfo, Role, Segment
 from kvstore.store import KVStore
-from kvstore.types import run_inline
+from kvstore.types import GetOutcome, run_inline
 from metadata_server.client import MetadataClient
 from metadata_server.core import MetadataCore
 from metadata_server.messages import (
@@ -160,3 +160,57 @@ class World:
     async def aclose(self) -> None:
         for store in self.stores:
             await store.aclose()
+
+
+KEYS = [key(number) for number in range(1, 4)]
+
+
+def payload(number: int) -> bytes:
+    return bytes([number]) * CHUNK_BYTES
+
+
+def views(number: int) -> list[memoryview]:
+    """A payload as it lies in two KV blocks."""
+    whole = memoryview(payload(number))
+    return [whole[:300], whole[300:]]
+
+
+def buffers(count: int) -> list[list[memoryview]]:
+    return [[memoryview(bytearray(700)), memoryview(bytearray(300))] for _ in range(count)]
+
+
+async def put(store: KVStore, keys=KEYS, prefer: str | None = None) -> list[bytes]:
+    async with await store.begin_put(keys, prefer_segment=prefer, timeout_s=5) as session:
+        for number, wanted in enumerate(keys):
+            await session.write(wanted, 4, views(number), timeout_s=5)
+        return await session.commit(timeout_s=5)
+
+
+async def get(store: KVStore, keys=KEYS, timeout_s: float = 5) -> tuple[list[GetOutcome], list[bytes]]:
+    match = await store.match(keys, timeout_s=5)
+    into = buffers(match.num_chunks)
+    result = await store.get_into(match, 0, into, timeout_s=timeout_s)
+    await store.release(match)
+    return result.outcomes, [b"".join(chunk) for chunk in into]
+
+
+def replica(world: World, number: int = 0, which: int = 0):
+    return world.replicas(KEYS[number])[which].ref
+
+
+def lie(world: World, number: int = 0, **changes) -> None:
+    """From now on the metadata server says this of the chunk's only replica."""
+    (record,) = world.replicas(KEYS[number])
+    record.ref = msgspec.structs.replace(record.ref, **changes)
+
+
+async def put_twice(*stores: KVStore, prefer: tuple[str, str] = ("a.1", "b.1")) -> None:
+    """Chunk 0 into two segments, by two writers at the same time."""
+    sessions = [
+        await stores[number % len(stores)].begin_put(KEYS[:1], prefer_segment=segment, timeout_s=5)
+        for number, segment in enumerate(prefer)
+    ]
+    for session in sessions:
+        assert await session.write(KEYS[0], 4, views(0), timeout_s=5)
+        assert await session.commit(timeout_s=5) == KEYS[:1]
+        await session.aclose()
