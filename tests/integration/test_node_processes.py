@@ -1,0 +1,164 @@
+"""Real node processes with sim engines and a real metadata server: hand-off, death, restart, a clean end."""
+
+import asyncio
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from support.processes import Cluster, cluster
+
+from engines.base import GenerateRequest, Handoff, PrefillRequest, SamplingParams, StreamError, TokenDelta
+from engines.sim.reference import expected_tokens
+from kvcore.config import SimEngineConfig
+from kvcore.config_file import load_config
+
+PROMPT = [7 + (3 * i) % 40_000 for i in range(64 * 3 + 7)]
+SAMPLING = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
+
+
+def engine_config(subject: Cluster) -> SimEngineConfig:
+    engine = load_config(subject.file).engine
+    assert isinstance(engine, SimEngineConfig)
+    return engine
+
+
+def prefill_request(request_id: str = "r1", prefer_segment: str | None = None) -> PrefillRequest:
+    return PrefillRequest(
+        request_id=request_id, prompt_token_ids=PROMPT, prefer_segment=prefer_segment, deadline_s=20.0
+    )
+
+
+def generate_request(request_id: str = "r1", wait_s: float = 0.0, max_tokens: int = 20) -> GenerateRequest:
+    return GenerateRequest(
+        request_id=request_id,
+        prompt_token_ids=PROMPT,
+        sampling=SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True),
+        handoff=Handoff(num_chunks=3, wait_s=wait_s) if wait_s else None,
+        deadline_s=20.0,
+    )
+
+
+async def generated(subject: Cluster, name: str, request: GenerateRequest) -> tuple[list[int], int]:
+    """Tokens and cached tokens."""
+    tokens, cached = [], 0
+    async for frame in subject.generate(name, request):
+        assert isinstance(frame, TokenDelta), frame
+        tokens += frame.token_ids
+        cached = frame.info.cached_tokens if frame.info is not None else cached
+    return tokens, cached
+
+
+def engine_pids(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+async def until(holds: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(10):
+        while not await holds():  # noqa: ASYNC110 - another process holds it
+            await asyncio.sleep(0.02)
+
+
+async def gone(pid: int) -> None:
+    async def ended() -> bool:
+        return not runs(pid)
+
+    await until(ended)
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+async def test_what_one_node_prefilled_another_generates_from(tmp_path: Path, transport: str) -> None:
+    async with cluster(tmp_path, transport=transport) as subject:
+        await subject.start("metadata", "p0", "d0", "s0")
+        await subject.joined("p0", "d0", "s0")
+        decoder = (await subject.report("d0")).segments[0].id
+        result, (tokens, cached) = await asyncio.gather(
+            subject.prefill("p0", prefill_request(prefer_segment=decoder)),
+            generated(subject, "d0", generate_request(wait_s=10.0)),
+        )
+        assert result.stored_chunks == 3
+        assert [tokens] == expected_tokens(engine_config(subject), PROMPT, SAMPLING)
+        assert cached == 192
+        assert (await subject.report("p0")).transports == {decoder: transport}
+        used = {segment.segment.id: segment.num_replicas for segment in (await subject.stats()).segments}
+        assert used[decoder] >= 3
+
+
+async def test_killed_node_takes_its_replicas_and_its_engine_with_it(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as subject:
+        await subject.start("metadata", "p0")
+        await subject.joined("p0")
+        await subject.prefill("p0", prefill_request())
+        assert (await subject.stats()).objects == 3
+        (engine,) = engine_pids(subject.children["p0"].pid)
+        os.kill(subject.children["p0"].pid, signal.SIGKILL)
+        await gone(engine)
+        await subject.joined()
+        stats = await subject.stats()
+        assert (stats.objects, stats.reservations, stats.segments) == (0, 0, [])
+
+
+async def test_killed_engine_comes_back_and_finds_the_kv_in_the_segment(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as subject:
+        await subject.start("metadata", "d0")
+        await subject.joined("d0")
+        await subject.prefill("d0", prefill_request())
+        (engine,) = engine_pids(subject.children["d0"].pid)
+        stream = subject.generate("d0", generate_request("long", max_tokens=5000))
+        assert isinstance(await anext(stream), TokenDelta)
+        os.kill(engine, signal.SIGKILL)
+        rest = [frame async for frame in stream]
+        assert isinstance(rest[-1], StreamError)
+        assert (rest[-1].code, rest[-1].retryable) == ("engine_died", True)
+
+        async def serves() -> bool:
+            return (await subject.report("d0")).engine is not None
+
+        await until(serves)
+        tokens, cached = await generated(subject, "d0", generate_request("again"))
+        assert [tokens] == expected_tokens(engine_config(subject), PROMPT, SAMPLING)
+        assert cached == 192
+        assert (await subject.report("d0")).engine_restarts == 1
+
+
+async def test_new_metadata_server_learns_from_the_nodes_what_they_hold(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as subject:
+        await subject.start("metadata", "p0")
+        await subject.joined("p0")
+        await subject.prefill("p0", prefill_request())
+        subject.children["metadata"].kill()
+        await subject.children["metadata"].wait()
+        assert [(await generated(subject, "p0", generate_request()))[0]] == expected_tokens(
+            engine_config(subject), PROMPT, SAMPLING
+        )
+        await subject.start("metadata")
+        await subject.joined("p0")
+        assert (await subject.stats()).objects >= 3
+
+
+async def test_sigterm_drains_leaves_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as subject:
+        await subject.start("metadata", "p0")
+        await subject.joined("p0")
+        child = subject.children["p0"]
+        (engine,) = engine_pids(child.pid)
+        stream = subject.generate("p0", generate_request("long", max_tokens=300))
+        tokens = (await anext(stream)).token_ids  # type: ignore[union-attr]
+        os.kill(child.pid, signal.SIGTERM)
+        async for frame in stream:
+            assert isinstance(frame, TokenDelta), frame
+            tokens += frame.token_ids
+        assert len(tokens) == 300
+        assert await asyncio.wait_for(child.wait(), 10) == 0
+        await gone(engine)
+        stats = await subject.stats()
+        assert (stats.nodes, stats.reservations, stats.read_leases) == ([], 0, 0)
+        assert stats.counters["nodes_left"] == 1

@@ -1,0 +1,271 @@
+"""The control API over real sockets with a fake engine: bad input, errors, streams, clients that leave, drain."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import aiohttp
+import msgspec
+import pytest
+from aiohttp import web
+from support.fake_engine import FakeEngine, generate_request, prefill_request
+
+from engines.base import NodeReport, PrefillResult, SamplingParams, StreamError, StreamFrame, TokenDelta
+from engines.frames import FrameDecoder
+from kvcore.errors import NodeUnavailableError
+from kvcore.types import NodeInfo, Role
+from kvnode.control_api import ControlApi
+
+INFO = NodeInfo(id="p0", role=Role.PREFILLER, control_url="http://x", incarnation=1)
+
+
+class Rig:
+    def __init__(self, session: aiohttp.ClientSession, api: ControlApi, engine: FakeEngine, url: str) -> None:
+        self.session, self.api, self.engine, self.url = session, api, engine, url
+        self.down = False
+
+    async def post(self, path: str, body: bytes | msgspec.Struct) -> tuple[int, bytes]:
+        data = body if isinstance(body, bytes) else msgspec.msgpack.encode(body)
+        async with self.session.post(self.url + path, data=data) as response:
+            return response.status, await response.read()
+
+    async def until_idle(self) -> None:
+        async with asyncio.timeout(5):
+            while self.engine.active:  # noqa: ASYNC110 - the fake has no event for it
+                await asyncio.sleep(0)
+
+    async def until_active(self) -> None:
+        async with asyncio.timeout(5):
+            while not self.engine.active:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+
+
+@asynccontextmanager
+async def serving(max_body_bytes: int = 1 << 20) -> AsyncIterator[Rig]:
+    engine = FakeEngine()
+    rig: Rig
+
+    def current() -> FakeEngine:
+        if rig.down:
+            raise NodeUnavailableError("the node's engine is starting")
+        return engine
+
+    async def report() -> NodeReport:
+        return NodeReport(node=INFO, engine=engine.info, stats=await engine.stats())
+
+    async def metrics() -> bytes:
+        return b"kvferry_node_ready 1\n"
+
+    api = ControlApi(
+        engine=current,
+        report=report,
+        metrics=metrics,
+        health=lambda: "starting" if rig.down else None,
+        max_body_bytes=max_body_bytes,
+    )
+    runner = web.AppRunner(api.application(), handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    port = runner.addresses[0][1]
+    try:
+        async with aiohttp.ClientSession() as session:
+            rig = Rig(session, api, engine, f"http://127.0.0.1:{port}")
+            yield rig
+    finally:
+        await runner.cleanup()
+
+
+def error_code(body: bytes) -> str:
+    code: str = msgspec.msgpack.decode(body)["error"]["code"]
+    return code
+
+
+def frames(body: bytes) -> list[StreamFrame]:
+    decoder = FrameDecoder()
+    payloads = decoder.feed(body)
+    assert decoder.at_boundary
+    return [msgspec.msgpack.decode(payload, type=StreamFrame) for payload in payloads]
+
+
+def altered(**fields: object) -> bytes:
+    return msgspec.msgpack.encode(msgspec.to_builtins(generate_request()) | fields)
+
+
+def sampled(**fields: object) -> bytes:
+    return altered(sampling=msgspec.to_builtins(SamplingParams(max_tokens=4)) | fields)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"\xc1garbage",
+        b"\x81",
+        msgspec.msgpack.encode([1, 2]),
+        msgspec.msgpack.encode({"request_id": "x"}),
+        altered(request_id=""),
+        altered(request_id="x" * 300),
+        altered(prompt_token_ids=[]),
+        altered(prompt_token_ids=["a"]),
+        altered(prompt_token_ids=[-1]),
+        altered(prompt_token_ids=[1000]),
+        altered(prompt_token_ids=[2**63]),
+        altered(output_token_ids=[5000]),
+        altered(deadline_s=0.0),
+        altered(deadline_s=float("nan")),
+        altered(deadline_s=1e9),
+        altered(unknown_field=1),
+        altered(handoff={"num_chunks": -1, "wait_s": 1.0}),
+        sampled(max_tokens=0),
+        sampled(n=0),
+        sampled(n=10_000),
+        sampled(temperature=float("inf")),
+        sampled(temperature=-1.0),
+        sampled(top_p=0.0),
+        sampled(top_k=-1),
+        sampled(repetition_penalty=0.0),
+        sampled(logprobs=-1),
+        sampled(logit_bias={5000: 1.0}),
+        sampled(logit_bias={1: float("nan")}),
+        sampled(stop_token_ids=[-5]),
+        b"\xa2\xff\xfe",
+    ],
+)
+async def test_bad_body_is_a_400_and_never_reaches_the_engine(body: bytes) -> None:
+    async with serving() as rig:
+        status, answer = await rig.post("/v1/generate", body)
+        assert (status, error_code(answer)) == (400, "invalid_request_error")
+        assert rig.engine.deltas_out == 0
+
+
+async def test_body_over_the_bound_is_a_413() -> None:
+    async with serving(max_body_bytes=1000) as rig:
+        status, answer = await rig.post("/v1/prefill", b"x" * 5000)
+        assert (status, error_code(answer)) == (413, "payload_too_large")
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/nope", 404), ("GET", "/v1/prefill", 405)])
+async def test_unknown_route_or_method_has_the_error_body(method: str, path: str, status: int) -> None:
+    async with serving() as rig, rig.session.request(method, rig.url + path) as response:
+        assert (response.status, error_code(await response.read())) == (status, "invalid_request_error")
+
+
+@pytest.mark.parametrize(
+    ("request_id", "status", "code"),
+    [
+        ("fail:overloaded", 503, "overloaded"),
+        ("fail:context_length_exceeded", 400, "context_length_exceeded"),
+        ("fail:engine_died", 503, "engine_died"),
+        ("bug", 500, "internal_error"),
+    ],
+)
+async def test_failure_before_the_first_delta_is_the_status(request_id: str, status: int, code: str) -> None:
+    async with serving() as rig:
+        for path, body in (
+            ("/v1/prefill", prefill_request(request_id)),
+            ("/v1/generate", generate_request(request_id)),
+        ):
+            answered, answer = await rig.post(path, body)
+            assert (answered, error_code(answer)) == (status, code)
+
+
+async def test_failure_after_the_first_delta_is_the_last_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving() as rig:
+        normal = rig.engine.generate
+
+        async def failing(request: object) -> AsyncIterator[TokenDelta]:
+            async for delta in normal(generate_request()):
+                yield delta
+                raise NodeUnavailableError("gone")
+
+        monkeypatch.setattr(rig.engine, "generate", failing)
+        status, body = await rig.post("/v1/generate", generate_request())
+        first, last = frames(body)
+        assert status == 200
+        assert isinstance(first, TokenDelta)
+        assert last == StreamError(code="node_unavailable", message="gone", retryable=True)
+        assert rig.api.ended["generate", "node_unavailable"] == 1
+
+
+async def test_engine_that_is_down_is_said_at_once() -> None:
+    async with serving() as rig:
+        rig.down = True
+        status, answer = await rig.post("/v1/generate", generate_request())
+        assert (status, error_code(answer)) == (503, "node_unavailable")
+        async with rig.session.get(rig.url + "/health") as response:
+            assert response.status == 503
+
+
+async def test_prefill_stream_info_health_and_metrics_are_answered() -> None:
+    async with serving() as rig:
+        status, body = await rig.post("/v1/prefill", prefill_request())
+        assert status == 200
+        assert msgspec.msgpack.decode(body, type=PrefillResult).stored_chunks == 2
+        status, body = await rig.post("/v1/generate", generate_request())
+        deltas = frames(body)
+        assert [t for d in deltas if isinstance(d, TokenDelta) for t in d.token_ids] == list(range(8))
+        async with rig.session.get(rig.url + "/v1/info") as response:
+            assert msgspec.msgpack.decode(await response.read(), type=NodeReport).engine == rig.engine.info
+        async with rig.session.get(rig.url + "/health") as response:
+            assert response.status == 200
+        async with rig.session.get(rig.url + "/metrics") as response:
+            assert b"kvferry_node_ready" in await response.read()
+        assert await rig.post("/v1/requests/abc/end_handoff", b"") == (204, b"")
+        assert rig.engine.handoffs_ended == ["abc"]
+        async with rig.session.delete(rig.url + "/v1/requests/abc") as response:
+            assert response.status == 204
+        assert dict(rig.api.ended) == {("prefill", "ok"): 1, ("generate", "ok"): 1}
+
+
+@pytest.mark.parametrize("path", ["/v1/prefill", "/v1/generate"])
+async def test_client_that_leaves_while_waiting_ends_its_leg(path: str) -> None:
+    async with serving() as rig:
+        body = prefill_request("hang") if path == "/v1/prefill" else generate_request("hang")
+        task = asyncio.create_task(rig.post(path, body))
+        await rig.until_active()
+        task.cancel()
+        await rig.until_idle()
+
+
+async def test_client_that_leaves_mid_stream_ends_its_leg() -> None:
+    async with serving() as rig:
+        body = msgspec.msgpack.encode(generate_request("slow", max_tokens=1_000_000))
+        response = await rig.session.post(rig.url + "/v1/generate", data=body)
+        await response.content.readexactly(4)
+        assert rig.engine.active == {"slow"}
+        response.close()
+        await rig.until_idle()
+        assert rig.engine.aborted == 1
+
+
+async def test_draining_refuses_new_legs_and_lets_running_ones_finish() -> None:
+    async with serving() as rig:
+        body = msgspec.msgpack.encode(generate_request("slow", max_tokens=100))
+        response = await rig.session.post(rig.url + "/v1/generate", data=body)
+        draining = asyncio.create_task(rig.api.drain(10.0))
+        await asyncio.sleep(0)
+        status, answer = await rig.post("/v1/prefill", prefill_request())
+        assert (status, error_code(answer)) == (503, "node_unavailable")
+        async with rig.session.get(rig.url + "/health") as health:
+            assert health.status == 503
+        assert len(frames(await response.read())) == 100
+        await asyncio.wait_for(draining, 5)
+
+
+async def test_drain_is_bounded() -> None:
+    async with serving() as rig:
+        task = asyncio.create_task(rig.post("/v1/prefill", prefill_request("hang")))
+        await rig.until_active()
+        await asyncio.wait_for(rig.api.drain(0.05), 5)
+        assert rig.engine.active
+        task.cancel()
+        await rig.until_idle()
+
+
+async def test_deadline_of_a_leg_is_kept_by_the_api_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvnode.control_api._LATE_S", 0.0)
+    async with serving() as rig:
+        status, answer = await rig.post("/v1/generate", generate_request("hang", deadline_s=0.05))
+        assert (status, error_code(answer)) == (504, "deadline_exceeded")
+        assert not rig.engine.active

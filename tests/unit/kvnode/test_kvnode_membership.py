@@ -1,0 +1,152 @@
+"""The lease: forgotten, another epoch, server away and back, leave; the decisions and the shell."""
+
+import asyncio
+from collections.abc import Callable
+
+import msgspec
+import pytest
+
+from kvcore.clock import ManualClock
+from kvcore.errors import MetadataUnavailableError
+from kvcore.types import NodeInfo, Role, Segment
+from kvnode.membership import LeaseKeeper, Membership, Step
+from metadata_server.client import MetadataClient
+from metadata_server.messages import HeartbeatReply, LeaveRequest, RegisterReply, RegisterRequest, SegmentManifest
+
+TTL_S = 0.03  # heartbeats every 10 ms
+SEGMENT = Segment(id="p0.1", node_id="p0", size_bytes=4096, host_id="h", addresses={})
+
+
+class FakeServer:
+    """A MetadataTransport that knows nodes, has an epoch and can be away."""
+
+    def __init__(self) -> None:
+        self.epoch = "a"
+        self.away = False
+        self.known = False
+        self.paths: list[str] = []
+        self.registered: list[RegisterRequest] = []
+        self.left: list[LeaveRequest] = []
+        self._changed = asyncio.Condition()
+
+    async def call(self, path: str, body: bytes, timeout_s: float) -> bytes:
+        async with self._changed:
+            self.paths.append(path)
+            self._changed.notify_all()
+        if self.away:
+            raise MetadataUnavailableError("away")
+        if path.endswith("register"):
+            self.registered.append(msgspec.msgpack.decode(body, type=RegisterRequest))
+            self.known = True
+            return msgspec.msgpack.encode(RegisterReply(epoch=self.epoch, imported=0, refused=0))
+        if path.endswith("leave"):
+            self.left.append(msgspec.msgpack.decode(body, type=LeaveRequest))
+            return b"\x80"
+        return msgspec.msgpack.encode(HeartbeatReply(epoch=self.epoch, known=self.known))
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        async with asyncio.timeout(5), self._changed:
+            await self._changed.wait_for(holds)
+
+    def heard(self, what: str) -> bool:
+        """Whether the last call was this."""
+        return bool(self.paths) and self.paths[-1].endswith(what)
+
+    async def aclose(self) -> None:
+        pass
+
+
+class Rig:
+    def __init__(self) -> None:
+        self.server = FakeServer()
+        self.scans = 0
+        node = NodeInfo(id="p0", role=Role.PREFILLER, control_url="http://x", incarnation=1)
+        self.clock = ManualClock()
+        client = MetadataClient(self.server, self.clock, 1.0)
+        self.membership = Membership(client, node, self.scan, ttl_s=TTL_S, draw=lambda: 0.5)
+
+    async def scan(self) -> list[SegmentManifest]:
+        self.scans += 1
+        self.clock.advance(2.0)  # the client's pause after a failure is over
+        return [SegmentManifest(segment=SEGMENT)]
+
+    async def __aenter__(self) -> "Rig":
+        self.task = asyncio.create_task(self.membership.run())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await self.task
+
+
+async def test_away_at_start_is_not_fatal_and_the_node_joins_when_it_is_back() -> None:
+    rig = Rig()
+    rig.server.away = True
+    async with rig:
+        await rig.server.until(lambda: len(rig.server.paths) >= 3)
+        assert not rig.membership.joined
+        rig.server.away = False
+        await rig.server.until(lambda: rig.server.heard("heartbeat"))
+        assert rig.membership.joined
+        assert rig.membership.registrations == 1
+
+
+@pytest.mark.parametrize("what", ["forgotten", "another life"])
+async def test_a_server_that_lost_us_gets_a_fresh_scan(what: str) -> None:
+    async with Rig() as rig:
+        await rig.server.until(lambda: rig.server.heard("heartbeat"))
+        if what == "forgotten":
+            rig.server.known = False
+        else:
+            rig.server.epoch = "b"
+        await rig.server.until(lambda: len(rig.server.registered) == 2 and rig.server.heard("heartbeat"))
+        assert rig.scans == 2
+        assert rig.server.registered[1].segments[0].segment == SEGMENT
+
+
+async def test_outage_shorter_than_the_lease_does_not_register_again() -> None:
+    async with Rig() as rig:
+        await rig.server.until(lambda: rig.server.heard("heartbeat"))
+        rig.server.away = True
+        seen = len(rig.server.paths)
+        await rig.server.until(lambda: len(rig.server.paths) > seen)
+        rig.server.away = False
+        rig.clock.advance(2.0)
+        await rig.server.until(lambda: len(rig.server.paths) > seen + 2)
+        assert len(rig.server.registered) == 1
+
+
+async def test_fingerprint_is_announced_at_once() -> None:
+    async with Rig() as rig:
+        await rig.server.until(lambda: rig.server.heard("heartbeat"))
+        rig.membership.announce(b"f" * 16)
+        await rig.server.until(lambda: len(rig.server.registered) == 2)
+        assert rig.server.registered[-1].node.fingerprint == b"f" * 16
+        assert rig.server.registered[-1].node.incarnation == 1
+
+
+async def test_leave_names_the_incarnation_and_never_raises() -> None:
+    rig = Rig()
+    await rig.membership.leave()
+    assert rig.server.left == [LeaveRequest(node_id="p0", incarnation=1)]
+    rig.server.away = True
+    await rig.membership.leave()
+
+
+def test_heartbeats_come_every_third_of_the_ttl_with_jitter() -> None:
+    lease = LeaseKeeper(6.0)
+    assert (lease.step, lease.delay_s(0.0)) == (Step.REGISTER, 0.0)
+    lease.on_registered(RegisterReply(epoch="a", imported=0, refused=0))
+    assert lease.step is Step.HEARTBEAT
+    assert (lease.delay_s(0.0), lease.delay_s(0.5)) == (pytest.approx(1.8), pytest.approx(2.0))
+
+
+def test_pauses_after_failures_grow_to_the_heartbeat_period() -> None:
+    lease = LeaseKeeper(6.0)
+    pauses = []
+    for _ in range(8):
+        lease.on_failure()
+        pauses.append(lease.delay_s(0.5))
+    assert pauses == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0, 2.0])
+    assert LeaseKeeper(6.0, failures=10_000).delay_s(0.5) == pytest.approx(2.0)

@@ -1,0 +1,90 @@
+"""The supervisor over real child processes: crash, restart, giving up."""
+
+import asyncio
+import os
+import signal
+import sys
+
+import pytest
+from support import fake_engine
+from support.fake_engine import generate_request, hello, prefill_request
+
+from engines.process import EngineProcess
+from kvcore.clock import SystemClock
+from kvcore.config import NodeConfig, TransportConfig
+from kvcore.errors import ConfigError, EngineDiedError, NodeUnavailableError
+from kvcore.types import Role
+from kvnode.segment_owner import SegmentOwner
+from kvnode.supervisor import EngineSupervisor
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvnode.supervisor._FIRST_BACKOFF_S", 0.02)
+
+
+def supervisor(*model_paths: str) -> tuple[EngineSupervisor, asyncio.Queue[EngineProcess]]:
+    """Each life of the engine takes the next path; the last one stays."""
+    paths = list(model_paths)
+    ready: asyncio.Queue[EngineProcess] = asyncio.Queue()
+
+    def make() -> EngineProcess:
+        path = paths.pop(0) if len(paths) > 1 else paths[0]
+        return EngineProcess(hello(path), command=(sys.executable, fake_engine.__file__), start_s=20.0, on_line=print)
+
+    return EngineSupervisor(make, SystemClock(), on_ready=ready.put_nowait), ready
+
+
+async def test_killed_engine_is_started_again_and_the_segment_keeps_its_bytes() -> None:
+    node = NodeConfig(role=Role.PREFILLER, port=0, segment=1 << 20)  # type: ignore[arg-type]
+    async with SegmentOwner("p0", 1, node, TransportConfig(kind="shm")) as owner:
+        assert owner._memory is not None
+        owner._memory.view[:5] = b"bytes"
+        subject, ready = supervisor("fake")
+        task = asyncio.create_task(subject.run())
+        first = await asyncio.wait_for(ready.get(), 20)
+        await subject.wait_ready()
+        hanging = asyncio.create_task(subject.engine().prefill(prefill_request("hang")))
+        await subject.engine().stats()
+        os.kill(first.pid, signal.SIGKILL)
+        with pytest.raises(EngineDiedError):
+            await hanging
+        second = await asyncio.wait_for(ready.get(), 20)
+        assert second.pid != first.pid
+        assert subject.restarts == 1
+        assert len([delta async for delta in subject.engine().generate(generate_request())]) == 8
+        assert owner._memory.view[:5] == b"bytes"
+        task.cancel()
+        await asyncio.wait({task})
+        assert not subject.ready
+        with pytest.raises(ProcessLookupError):
+            os.kill(second.pid, 0)
+
+
+async def test_while_there_is_no_engine_it_is_said_at_once() -> None:
+    subject, _ = supervisor("fake")
+    with pytest.raises(NodeUnavailableError):
+        subject.engine()
+
+
+async def test_config_error_at_the_first_start_ends_it_with_the_reason() -> None:
+    subject, _ = supervisor("missing")
+    with pytest.raises(ConfigError, match="no such folder"):
+        await asyncio.wait_for(subject.run(), 20)
+
+
+async def test_engine_that_never_becomes_ready_is_given_up() -> None:
+    subject, _ = supervisor("crash")
+    with pytest.raises(EngineDiedError, match="status 3"):
+        await asyncio.wait_for(subject.run(), 20)
+
+
+async def test_failure_at_a_restart_is_tried_again() -> None:
+    subject, ready = supervisor("fake", "missing", "crash", "fake")
+    task = asyncio.create_task(subject.run())
+    first = await asyncio.wait_for(ready.get(), 20)
+    os.kill(first.pid, signal.SIGKILL)
+    await asyncio.wait_for(ready.get(), 20)
+    assert subject.ready
+    task.cancel()
+    await asyncio.wait({task})
