@@ -5,8 +5,6 @@ with its last lines; one that has served is restarted with backoff. Whatever hap
 """
 
 import asyncio
-import os
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -94,7 +92,7 @@ class Launcher:
         self._session: aiohttp.ClientSession | None = None
         self._stopping = False
         self._changed = asyncio.Event()
-        self._failure: ConfigError | None = None
+        self._failure: BaseException | None = None
         self._began = 0.0
         self.events: deque[LauncherEvent] = deque(maxlen=1000)
 
@@ -137,10 +135,12 @@ class Launcher:
         return self._log_dir / f"{name}.log"
 
     async def start(self) -> None:
-        """Start all processes, at the same time. Returns at once; see `wait_ready`. Raises ConfigError if the log folder
-        cannot be written."""
+        """Start all processes, at the same time. Returns at once; see `wait_ready`.
+
+        Raises ConfigError if the log folder cannot be written.
+        """
         assert not self._tasks, "started before"
-        self._began = time.monotonic()
+        self._began = asyncio.get_running_loop().time()
         self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_POLL_TIMEOUT_S))
         for plan in self._plans:
             self._processes[plan.name] = _Process(plan, self._open_log(plan.name))
@@ -148,9 +148,11 @@ class Launcher:
             asyncio.create_task(self._keep_up(process), name=f"keep up {name}")
             for name, process in self._processes.items()
         ]
+        for task in self._tasks:
+            task.add_done_callback(self._task_done)
 
     async def wait_ready(self, timeout_s: float) -> None:
-        """Until every process serves. Raises ConfigError, with the last lines of the one that ended or did not answer."""
+        """Until every process serves. Raises ConfigError with the last lines of the one that ended or is not ready."""
         try:
             async with asyncio.timeout(timeout_s):
                 await self._wait_until(lambda: all(p.state is ProcessState.READY for p in self._processes.values()))
@@ -193,7 +195,7 @@ class Launcher:
                 process.child.kill()
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)  # their failure has been told by `_keep_up`
+        await asyncio.gather(*self._tasks, return_exceptions=True)  # told by `_task_done`
         for process in self._processes.values():
             if process.child is not None:
                 await process.child.wait()
@@ -280,15 +282,20 @@ class Launcher:
     def _set_state(self, process: _Process, state: ProcessState, detail: str = "") -> None:
         process.state = state
         pid = process.child.pid if process.child is not None else None
-        event = LauncherEvent(process.plan.name, state, pid, time.monotonic() - self._began, detail)
+        event = LauncherEvent(process.plan.name, state, pid, asyncio.get_running_loop().time() - self._began, detail)
         self.events.append(event)
         if self._on_event is not None:
             self._on_event(event)
         self._wake()
 
-    def _fail(self, error: ConfigError) -> None:
+    def _fail(self, error: BaseException) -> None:
         self._failure = self._failure or error
         self._wake()
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self._fail(error)
 
     def _wake(self) -> None:
         self._changed.set()
@@ -311,7 +318,7 @@ class Launcher:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             if file.exists():
-                os.replace(file, file.with_name(f"{name}.log.1"))
+                file.replace(file.with_name(f"{name}.log.1"))
             return file.open("w", encoding="utf-8", errors="replace", buffering=1)
         except OSError as error:
             raise ConfigError(

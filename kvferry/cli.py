@@ -1,0 +1,127 @@
+"""The command line: parses, then hands over. Each command has a module of its own, imported when it is asked for."""
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from kvcore.errors import ConfigError
+from kvcore.service import EXIT_CONFIG
+
+Command = Callable[[argparse.Namespace], int]
+
+DEFAULT_CONFIG = Path("configs/laptop.yaml")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code. 2: the configuration or the machine is not fit (said on stderr)."""
+    arguments = build_parser().parse_args(argv)
+    command: Command = arguments.command
+    try:
+        return command(arguments)
+    except ConfigError as error:
+        sys.stderr.write(f"kvferry: error: {error}\n")
+        return EXIT_CONFIG
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole grammar, for `main` and for tests of the documentation."""
+    parser = argparse.ArgumentParser(prog="kvferry", description="Prefill and decode on separate machines, one cache.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    up = _command(commands, "up", _up, "run a whole cluster on this machine until Ctrl-C")
+    up.add_argument("config", type=Path)
+    _add_set(up)
+    up.add_argument("--log-dir", type=Path, help="default: ~/.local/state/kvferry/CLUSTER")
+    status = _command(commands, "status", _status, "show nodes, segments, requests and hit rate of a running cluster")
+    status.add_argument(
+        "--config", type=Path, help=f"where the addresses are (default: {DEFAULT_CONFIG}, if it exists)"
+    )
+    status.add_argument("--router", metavar="URL", help="instead of the address in the config")
+    status.add_argument("--metadata", metavar="URL", help="instead of the address in the config")
+    status.add_argument("--json", action="store_true", help="one line of JSON")
+    doctor = _command(commands, "doctor", _doctor, "say what would keep a cluster from running on this machine")
+    doctor.add_argument("config", type=Path)
+    _add_set(doctor)
+    _command(commands, "prepare-demo-model", _prepare, "make the demo model's folder, once")
+    demo = _command(commands, "demo", _demo, "bring a cluster up and chat with it over a long document, twice")
+    demo.add_argument("config", type=Path, nargs="?", default=DEFAULT_CONFIG)
+    _add_set(demo)
+    demo.add_argument("--log-dir", type=Path)
+    demo.add_argument("--once", action="store_true", help="end afterwards, with a RESULT line")
+    return parser
+
+
+def _command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, run: Command, help_text: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=help_text, description=help_text)
+    parser.set_defaults(command=run)
+    return parser
+
+
+def _add_set(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="PATH=VALUE", help="override one config value"
+    )
+
+
+def _up(arguments: argparse.Namespace) -> int:
+    from kvferry.up import run_up
+
+    return run_up(arguments.config, arguments.overrides, arguments.log_dir)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from kvferry.demo import run_demo
+
+    return run_demo(arguments.config, arguments.overrides, arguments.log_dir, once=arguments.once)
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from kvcore.config import MetadataServerConfig, RouterConfig
+    from kvcore.config_file import load_config
+    from kvferry.processes import base_url
+    from kvferry.status import addresses, run_status
+
+    router_url = base_url(RouterConfig().host, RouterConfig().port)
+    metadata_url = base_url(MetadataServerConfig().host, MetadataServerConfig().port)
+    config_file = arguments.config or (DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None)
+    if config_file is not None:
+        router_url, metadata_url = addresses(load_config(config_file))
+    router_url, metadata_url = arguments.router or router_url, arguments.metadata or metadata_url
+    work = run_status(router_url.rstrip("/"), metadata_url.rstrip("/"), as_json=arguments.json, console=Console())
+    return asyncio.run(work)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.text import Text
+
+    from kvcore.config_file import load_config
+    from kvferry.doctor import ALL_CHECKS, Context, Finding, run_checks
+
+    findings = [Finding("config", True, str(arguments.config))]
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+    except ConfigError as error:
+        findings = [Finding("config", False, error.message, "correct the file")]
+    else:
+        findings += run_checks(Context(config), ALL_CHECKS)
+    console = Console()
+    for finding in findings:
+        mark = Text("ok    ", style="green") if finding.ok else Text("wrong ", style="bold red")
+        line = mark.append(Text(f"{finding.subject:<18}{finding.detail}", style="default"))
+        console.print(line, soft_wrap=True)
+        if not finding.ok:
+            console.print(Text(f"      -> {finding.remedy}"), soft_wrap=True)
+    return 0 if all(finding.ok for finding in findings) else 1
+
+
+def _prepare(_: argparse.Namespace) -> int:
+    from kvferry.demo_model import prepare_demo_model
+
+    print(prepare_demo_model())
+    return 0

@@ -1,0 +1,239 @@
+"""What can be known before anything is started: each check says ok, or what is wrong and what to do.
+
+Checks are functions of a `Context`; the launcher runs `preflight`, `kvferry doctor` runs all. They start nothing and
+leave nothing behind.
+"""
+
+import importlib.metadata
+import json
+import mmap
+import os
+import resource
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvcore.config import ClusterConfig, EngineConfig, TorchEngineConfig
+from kvcore.config_checks import engine_of, ports_of
+from kvcore.errors import ConfigError, ModelLoadError
+from kvcore.ports import listen
+from kvferry.machine import available_memory, is_local, size_text
+
+_BASE_PACKAGES = ("msgspec", "uvicorn", "fastapi", "aiohttp", "tokenizers", "xxhash", "numpy")
+_TORCH_PACKAGES = ("torch", "transformers", "safetensors")
+_ENGINE_BYTES = 400 << 20  # measured: interpreter, torch and transformers, without weights
+_NODE_BYTES = 60 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report. `remedy` is set iff `ok` is False."""
+
+    subject: str
+    ok: bool
+    detail: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What the checks look at. `all_here`: every process is to run on this machine (`kvferry up`)."""
+
+    config: ClusterConfig
+    all_here: bool = False
+
+    def local_engines(self) -> Iterator[EngineConfig]:
+        """Engines of the nodes that belong on this machine."""
+        for node in self.config.nodes.values():
+            engine = engine_of(self.config, node)
+            if engine is not None and (self.all_here or is_local(node.host)):
+                yield engine
+
+    @property
+    def uses_torch(self) -> bool:
+        """Whether any node of the cluster runs the torch engine."""
+        nodes = self.config.nodes.values()
+        return any(isinstance(engine_of(self.config, node), TorchEngineConfig) for node in nodes)
+
+
+Check = Callable[[Context], Sequence[Finding]]
+
+
+def check_python(_: Context) -> list[Finding]:
+    """The interpreter's version, and Linux."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    ok = (3, 11) <= sys.version_info[:2] <= (3, 13) and sys.platform == "linux"
+    remedy = "" if ok else "use Python 3.11, 3.12 or 3.13 on Linux"
+    return [Finding("python", ok, f"{version} on {sys.platform}", remedy)]
+
+
+def check_packages(context: Context) -> list[Finding]:
+    """What must be installed, with versions."""
+    names = _BASE_PACKAGES + (_TORCH_PACKAGES if context.uses_torch else ())
+    found: dict[str, str] = {}
+    missing: list[str] = []
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(name)
+    if not missing:
+        return [Finding("packages", True, ", ".join(f"{name} {version}" for name, version in found.items()))]
+    extra = "'kvferry[torch]'" if set(missing) & set(_TORCH_PACKAGES) else "kvferry"
+    return [Finding("packages", False, f"not installed: {', '.join(missing)}", f"pip install {extra}")]
+
+
+def check_ports(context: Context) -> list[Finding]:
+    """Each port that a process of this machine will listen on can be bound."""
+    findings = []
+    for path, host, port in ports_of(context.config):
+        name = path.removesuffix(".port").removeprefix("nodes.")
+        if port == 0:
+            if context.all_here and not path.endswith("transfer_port"):
+                findings.append(Finding(f"port {name}", False, f"{path} is 0", "give it a number: others must know it"))
+            continue
+        if not context.all_here and not is_local(host):
+            findings.append(Finding(f"port {name}", True, f"{host}:{port} is another machine's"))
+            continue
+        try:
+            listen(host, port).close()
+        except ConfigError as error:
+            wrong, _, remedy = error.message.partition("; ")
+            findings.append(Finding(f"port {name}", False, wrong, f"{remedy or 'set another port'} ({path})"))
+        else:
+            findings.append(Finding(f"port {name}", True, f"{host}:{port} is free"))
+    return findings
+
+
+def check_model(context: Context) -> list[Finding]:
+    """The model folder is complete and of an architecture that the engine knows. Reads headers, not weights."""
+    if not context.uses_torch:
+        return [Finding("model", True, "the simulated engine needs none")]
+    from engines.torch.model_files import check_model_files
+
+    path = context.config.model.path
+    if not Path(path).is_absolute():
+        return [Finding("model", True, f"{path} is no folder here: it is looked up on the Hugging Face hub at start")]
+    try:
+        files = check_model_files(path)
+    except ModelLoadError as error:
+        demo = "kvferry prepare-demo-model makes the demo model; " if "/.cache/kvferry/" in path else ""
+        return [Finding("model", False, error.message, f"{demo}model.path is where it is looked for")]
+    shown = f"{files.architecture}, {files.num_parameters / 1e6:.0f} M parameters, in {files.folder}"
+    return [Finding("model", True, shown), _check_tokenizer(files.tokenizer_file), _check_template(files.folder)]
+
+
+def _check_tokenizer(file: Path) -> Finding:
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises the bare class
+        return Finding("tokenizer", False, f"{file} does not load: {error}", "download or convert the model again")
+    return Finding("tokenizer", True, f"{tokenizer.get_vocab_size()} tokens")
+
+
+def _check_template(folder: Path) -> Finding:
+    config = folder / "tokenizer_config.json"
+    try:
+        inside = config.is_file() and "chat_template" in json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return Finding("chat template", False, f"{config} cannot be read: {error}", "download the model again")
+    if inside or (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
+        return Finding("chat template", True, "present")
+    remedy = "use an instruct model for /v1/chat/completions; /v1/completions works without"
+    return Finding("chat template", True, f"none: {remedy}")
+
+
+def check_memory(context: Context) -> list[Finding]:
+    """The segments (memfd: plain memory, /dev/shm's size does not matter) and engines of this machine fit."""
+    config = context.config
+    here = [node for node in config.nodes.values() if context.all_here or is_local(node.host)]
+    segments = sum(node.segment for node in here)
+    engines = sum(_engine_bytes(engine, config.model.path) for engine in context.local_engines())
+    needed = segments + engines + _NODE_BYTES * (len(here) + 2)
+    available, limited_by = available_memory()
+    shown = f"{size_text(needed)} needed ({size_text(segments)} of it segments), {size_text(available)} available"
+    if needed <= available:
+        return [Finding("memory", True, f"{shown} ({limited_by})")]
+    remedy = "lower nodes.*.segment or engine.kv_cache, or start fewer nodes here"
+    return [Finding("memory", False, f"{shown} ({limited_by})", remedy)]
+
+
+def _engine_bytes(engine: EngineConfig, model_path: str) -> int:
+    if not isinstance(engine, TorchEngineConfig):
+        return engine.num_blocks * engine.block_size * engine.bytes_per_token
+    folder = Path(model_path)
+    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
+    on_cpu = engine.device == "cpu"
+    return _ENGINE_BYTES + ((weights + engine.kv_cache) if on_cpu else 0)
+
+
+def check_transports(context: Context) -> list[Finding]:
+    """What the config asks for works here."""
+    kind, fallback = context.config.transport.kind, context.config.transport.fallback
+    wanted = {kind, fallback} - {None}
+    findings = []
+    if wanted & {"auto", "shm"}:
+        findings.append(_check_shared_memory())
+    if wanted & {"auto", "tcp"}:
+        findings.append(_check_tcp())
+    if "ucx" in wanted:
+        remedy = "set `transport: auto` (shared memory on one machine, TCP between machines) until it has"
+        findings += [Finding("transport ucx", False, "this build has no UCX transport yet", remedy), _check_memlock()]
+    return findings
+
+
+def _check_shared_memory() -> Finding:
+    page = mmap.PAGESIZE
+    try:
+        fd = os.memfd_create("kvferry-doctor")
+        try:
+            os.ftruncate(fd, page)
+            peer = os.open(f"/proc/{os.getpid()}/fd/{fd}", os.O_RDWR)
+            try:
+                with mmap.mmap(fd, page) as ours, mmap.mmap(peer, page) as theirs:
+                    ours[:4] = b"seen"
+                    shared = theirs[:4] == b"seen"
+            finally:
+                os.close(peer)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        remedy = "allow memfd_create and /proc/<pid>/fd (seccomp, hidepid), or set `transport: tcp`"
+        return Finding("transport shm", False, f"no shared anonymous memory: {error}", remedy)
+    assert shared, "two mappings of one memfd differ"
+    return Finding("transport shm", True, "memfd and /proc/<pid>/fd work")
+
+
+def _check_tcp() -> Finding:
+    try:
+        listen("127.0.0.1", 0).close()
+    except ConfigError as error:
+        return Finding("transport tcp", False, error.message, "allow TCP sockets, or set `transport: shm`")
+    return Finding("transport tcp", True, "sockets bind")
+
+
+def _check_memlock() -> Finding:
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if soft == resource.RLIM_INFINITY:
+        return Finding("memlock", True, "unlimited")
+    remedy = "set `ulimit -l unlimited` (limits.conf, or LimitMEMLOCK=infinity): RDMA pins the segments"
+    return Finding("memlock", False, f"at most {size_text(soft)} may be pinned", remedy)
+
+
+PREFLIGHT: tuple[Check, ...] = (check_transports, check_ports, check_model, check_memory)
+ALL_CHECKS: tuple[Check, ...] = (check_python, check_packages, *PREFLIGHT)
+
+
+def run_checks(context: Context, checks: Sequence[Check]) -> list[Finding]:
+    """The findings of all `checks`, in order. Blocking, short of a second."""
+    return [finding for check in checks for finding in check(context)]
+
+
+def preflight(config: ClusterConfig) -> None:
+    """Raise ConfigError with all that would keep this cluster from running on this machine."""
+    wrong = [finding for finding in run_checks(Context(config, all_here=True), PREFLIGHT) if not finding.ok]
+    if wrong:
+        raise ConfigError("\n".join(f"{finding.subject}: {finding.detail}; {finding.remedy}" for finding in wrong))

@@ -1,0 +1,162 @@
+"""`kvferry status`: ask the router and the metadata server what they see, and show it; one of them may be down.
+
+Answers of the router are read leniently: a field it does not send is left out.
+"""
+
+import asyncio
+import json
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import aiohttp
+import msgspec
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from kvcore.config import ClusterConfig
+from kvferry.machine import size_text
+from kvferry.processes import base_url
+from metadata_server.messages import Stats
+
+_TIMEOUT_S = 5.0
+T = TypeVar("T")
+
+
+class NodeLine(msgspec.Struct, frozen=True, kw_only=True):
+    """A node as the router sees it."""
+
+    id: str
+    role: str = ""
+    url: str = ""
+    healthy: bool = False
+    reason: str | None = None
+    running: int | None = None
+    waiting: int | None = None
+    used_blocks: int | None = None
+    total_blocks: int | None = None
+    engine_restarts: int = 0
+
+    @property
+    def load(self) -> str:
+        """In words; empty while it has not reported."""
+        if self.running is None:
+            return ""
+        blocks = f", {self.used_blocks}/{self.total_blocks} blocks" if self.total_blocks else ""
+        restarts = f", engine restarted {self.engine_restarts}x" if self.engine_restarts else ""
+        return f"{self.running} running, {self.waiting or 0} waiting{blocks}{restarts}"
+
+
+class RequestCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """Requests since the router started."""
+
+    in_flight: int = 0
+    total: int = 0
+    ok: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    retried: int = 0
+
+
+class ClusterAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """`GET /v1/cluster`."""
+
+    nodes: list[NodeLine] = []
+    requests: RequestCounts = RequestCounts()
+    hit_rate: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer(Generic[T]):
+    """What one server said, or why it did not."""
+
+    url: str
+    raw: object = None
+    value: T | None = None
+    problem: str | None = None
+
+    def plain(self) -> dict[str, object]:
+        """For JSON: what it said, whole."""
+        return {"url": self.url, "problem": self.problem, "answer": self.raw}
+
+
+def addresses(config: ClusterConfig) -> tuple[str, str]:
+    """URLs of router and metadata server."""
+    router, server = config.router, config.metadata_server
+    return base_url(router.host, router.port), base_url(server.host, server.port)
+
+
+async def run_status(router_url: str, metadata_url: str, *, as_json: bool, console: Console) -> int:
+    """Ask, print; 0 if both answered, 1 otherwise."""
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_TIMEOUT_S)) as session:
+        cluster, stats = await asyncio.gather(
+            _ask(session, f"{router_url}/v1/cluster", ClusterAnswer), _ask(session, f"{metadata_url}/v1/stats", Stats)
+        )
+    if as_json:
+        print(json.dumps({"router": cluster.plain(), "metadata_server": stats.plain()}))
+    else:
+        _show(console, cluster, stats)
+    return 0 if cluster.problem is None and stats.problem is None else 1
+
+
+async def _ask(session: aiohttp.ClientSession, url: str, kind: type[T]) -> Answer[T]:
+    try:
+        async with session.get(url, headers={"Accept": "application/json"}) as reply:
+            body = await reply.read()
+            if reply.status != 200:
+                return Answer(url, problem=f"HTTP {reply.status}: {body[:200].decode('utf-8', 'replace')}")
+        return Answer(url, msgspec.json.decode(body), msgspec.json.decode(body, type=kind))
+    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        return Answer(url, problem=str(error) or "no answer in time")
+    except msgspec.DecodeError as error:
+        return Answer(url, problem=f"an answer that this version does not understand: {error}")
+
+
+def _show(console: Console, cluster: Answer[ClusterAnswer], stats: Answer[Stats]) -> None:
+    for name, answer in (("router", cluster), ("metadata server", stats)):
+        if answer.problem is not None:
+            console.print(
+                f"{name} is not there: {answer.problem} ({answer.url})", style="red", markup=False, soft_wrap=True
+            )
+    if cluster.value is not None:
+        _show_nodes(console, cluster.value)
+    if stats.value is not None:
+        _show_segments(console, stats.value)
+
+
+def _show_nodes(console: Console, cluster: ClusterAnswer) -> None:
+    table = _table("node", "role", "health", "load", "url")
+    for node in cluster.nodes:
+        health = Text("ok", style="green") if node.healthy else Text(node.reason or "away", style="red")
+        table.add_row(node.id, node.role, health, node.load, node.url)
+    console.print(table)
+    counts = cluster.requests
+    hit_rate = "" if cluster.hit_rate is None else f", hit rate {cluster.hit_rate:.1%} of prompt tokens"
+    console.print(
+        f"requests: {counts.total} ({counts.ok} ok, {counts.failed} failed, {counts.cancelled} cancelled, "
+        f"{counts.retried} retried), {counts.in_flight} in flight{hit_rate}"
+    )
+
+
+def _show_segments(console: Console, stats: Stats) -> None:
+    known = {node.id for node in stats.nodes}
+    table = _table("segment", "node", "used", "reserved", "size", "chunks")
+    for line in stats.segments:
+        segment = line.segment
+        share = line.used_bytes / segment.size_bytes if segment.size_bytes else 0.0
+        used = f"{size_text(line.used_bytes)} ({share:.0%})"
+        node = segment.node_id if segment.node_id in known else f"{segment.node_id} (gone)"
+        sizes = (used, size_text(line.reserved_bytes), size_text(segment.size_bytes))
+        table.add_row(segment.id, node, *sizes, str(line.num_replicas))
+    console.print(table)
+    console.print(
+        f"store: {stats.objects} chunks, {stats.reservations} reservations, {stats.read_leases} read leases, "
+        f"epoch {stats.epoch}"
+    )
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in headings:
+        table.add_column(heading)
+    return table
