@@ -164,8 +164,8 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._window = list(prompt_token_ids[-CONTEXT_TOKENS:])
-        self._sent = tokenizer.decode(self._window).rstrip(_REPLACEMENT) if self._window else ""
+        self._window = self._context(prompt_token_ids)
+        self._sent = tokenizer.decode(self._window) if self._window else ""
         self._clean = len(self._window)
         """Tokens of the window whose text is out completely."""
 
@@ -175,10 +175,20 @@ class Detokenizer:
 
     def flush(self) -> str:
         """What is still held, at the end: an incomplete character reads U+FFFD."""
+        if len(self._window) == self._clean:
+            return ""
         text = self._tokenizer.decode(self._window)
         piece = text[len(self._sent) :] if text.startswith(self._sent) else ""
         self._sent, self._clean = text, len(self._window)
         return piece
+
+    def _context(self, prompt_token_ids: Sequence[int]) -> list[int]:
+        """The prompt's last few tokens, from a character's beginning to a character's end; else none."""
+        for count in range(CONTEXT_TOKENS, CONTEXT_TOKENS + 4):  # a character has at most four bytes
+            window = list(prompt_token_ids[-count:])
+            if _REPLACEMENT not in self._tokenizer.decode(window):
+                return window
+        return []
 
     def _one(self, token_id: int) -> str:
         self._window.append(token_id)
