@@ -1,4 +1,6 @@
-"""From a configuration to an engine, not yet entered. The one place that knows which kinds of engines there are.
+"""From a configuration to an engine, not yet entered, and to the way to the store's index that it needs.
+
+The one place that knows which kinds of engines there are.
 
 torch is imported only when a torch engine is asked for.
 """
@@ -13,6 +15,7 @@ from kvcore.config import ClusterConfig, EngineConfig, SimEngineConfig
 from kvcore.config_file import node_config
 from kvcore.types import KVSpec
 from kvstore.store import KVStore
+from metadata_server.client import HttpMetadataTransport, MetadataClient
 
 StoreFactory = Callable[[KVSpec], KVStore]
 """Makes the store's client once the KV's provenance is known. Who gave it closes what it made, after the engine."""
@@ -21,6 +24,13 @@ StoreFactory = Callable[[KVSpec], KVStore]
 def engine_config(config: ClusterConfig, node_name: str) -> EngineConfig:
     """The node's own engine section, else the cluster's. Raises ConfigError for an unknown node."""
     return node_config(config, node_name).engine or config.engine
+
+
+def metadata_client(config: ClusterConfig, clock: Clock) -> MetadataClient:
+    """A client of the cluster's metadata server, to be closed by the caller. Connects on its first call."""
+    server = config.metadata_server
+    host = f"[{server.host}]" if ":" in server.host else server.host
+    return MetadataClient(HttpMetadataTransport(f"http://{host}:{server.port}"), clock, server.timeout_s)
 
 
 def build_engine(config: ClusterConfig, node_name: str, make_store: StoreFactory, clock: Clock) -> Engine:

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from engines import process_messages as m
-from engines.factory import build_engine
+from engines.factory import build_engine, metadata_client
 from engines.process_session import OpenedEngine, serve
 from kvcore.clock import SystemClock
 from kvcore.config import ClusterConfig, TransportConfig
@@ -21,7 +21,6 @@ from kvcore.errors import ConfigError
 from kvcore.telemetry import configure_logging
 from kvcore.types import KVSpec
 from kvstore.store import KVStore
-from metadata_server.client import HttpMetadataTransport, MetadataClient
 from transfer.memory import host_identity
 from transfer.select import build_transfer
 
@@ -32,8 +31,7 @@ async def open_engine(hello: m.Hello) -> AsyncIterator[OpenedEngine]:
     config, clock = hello.config, SystemClock()
     configure_logging(f"{hello.node_name}.engine", config.service.log_level)
     async with AsyncExitStack() as stack:
-        server = config.metadata_server
-        metadata = MetadataClient(HttpMetadataTransport(f"http://{server.host}:{server.port}"), clock, server.timeout_s)
+        metadata = metadata_client(config, clock)
         stack.push_async_callback(metadata.aclose)
         host_id = node_config(config, hello.node_name).host_id or host_identity()
         transfer = build_transfer(_transport(config), host_id)

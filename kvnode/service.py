@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from aiohttp import web
 
 from engines.base import EngineStats, NodeReport
+from engines.factory import metadata_client
 from engines.process import EngineProcess
 from engines.process_messages import Hello, Sample
 from kvcore.clock import Clock, SystemClock
@@ -29,7 +30,6 @@ from kvnode.membership import Membership
 from kvnode.metrics import NodeMetrics
 from kvnode.segment_owner import SegmentOwner
 from kvnode.supervisor import EngineSupervisor
-from metadata_server.client import HttpMetadataTransport, MetadataClient
 
 _CLOSE_S = 2.0
 _logger = logging.getLogger("kvnode")
@@ -91,7 +91,7 @@ async def run_node(config: ClusterConfig, name: str, lifecycle: Lifecycle, clock
         id=name, role=settings.role, control_url=f"http://{_url_host(settings.host)}:{port}", incarnation=incarnation
     )
     owner = await stack.enter_async_context(SegmentOwner(name, incarnation, settings, _transport(config)))
-    client = _metadata_client(config, clock)
+    client = metadata_client(config, clock)
     stack.push_async_callback(client.aclose)
     membership = Membership(client, info, owner.manifests, ttl_s=config.metadata_server.node_ttl_s)
     node = _Node(owner, membership, _supervisor(config, owner, membership, clock))
@@ -145,13 +145,6 @@ async def _cancelled(task: "asyncio.Task[None]") -> None:
     task.cancel()
     await asyncio.wait({task})
     log_fields(_logger, logging.DEBUG, "task_ended", name=task.get_name())
-
-
-def _metadata_client(config: ClusterConfig, clock: Clock) -> MetadataClient:
-    server = config.metadata_server
-    return MetadataClient(
-        HttpMetadataTransport(f"http://{_url_host(server.host)}:{server.port}"), clock, server.timeout_s
-    )
 
 
 def _url_host(host: str) -> str:
