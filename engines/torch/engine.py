@@ -134,7 +134,7 @@ class TorchEngine:
 def _check_config(engine: TorchEngineConfig, chunk_tokens: int) -> None:
     if engine.device != "cpu":
         raise ConfigError(
-            f"engine.device: {engine.device!r} is not supported, only 'cpu' is: KV blocks live in host memory"
+            f"engine.device: {engine.device!r} is not supported, only 'cpu': KV blocks live in host memory"
         )
     if engine.block_size < 1 or chunk_tokens % engine.block_size:
         raise ConfigError(f"engine.block_size: {engine.block_size} does not divide kv.chunk_tokens, {chunk_tokens}")
@@ -146,7 +146,8 @@ def check_memory(files: ModelFiles, bytes_per_parameter: int, kv_cache: int, ava
     if weights + kv_cache > available:
         raise ConfigError(
             f"not enough memory: the weights in {files.folder} take {weights >> 20} MiB and engine.kv_cache "
-            f"{kv_cache >> 20} MiB, {available >> 20} MiB are available. Lower engine.kv_cache, or model.dtype to bfloat16"
+            f"{kv_cache >> 20} MiB, {available >> 20} MiB are available. Lower engine.kv_cache, or take bfloat16 as "
+            "model.dtype"
         )
 
 
@@ -167,7 +168,7 @@ def count_blocks(loaded: LoadedModel, kv_cache: int, chunk_tokens: int) -> int:
     least = chunk_tokens // loaded.geometry.block_size + 1
     if num_blocks < least:
         raise ConfigError(
-            f"engine.kv_cache: {kv_cache} bytes hold {num_blocks} blocks of {loaded.geometry.block_bytes} bytes; one chunk "
-            f"and a block take {least}. Raise it to {least * loaded.geometry.block_bytes} or more"
+            f"engine.kv_cache: {kv_cache} bytes hold {num_blocks} blocks of {loaded.geometry.block_bytes} bytes; one "
+            f"chunk and a block take {least}. Raise it to {least * loaded.geometry.block_bytes} or more"
         )
     return num_blocks

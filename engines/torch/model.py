@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from engines.torch.attention import ATTENTION_NAME, register_attention
@@ -93,9 +94,17 @@ def _from_pretrained(files: ModelFiles, dtype: torch.dtype) -> Any:
         raise ModelLoadError(
             f"the weights in {files.folder} cannot be read: {error}. Download the model again"
         ) from error
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RuntimeError,
+        ArithmeticError,
+        StrictDataclassError,
+    ) as error:
         raise ModelLoadError(
-            f"{files.folder / 'config.json'} does not describe a model that can be built: {error}. {_AGAIN}"
+            f"{files.folder / 'config.json'} describes no model that can be built: {error}. {_AGAIN}"
         ) from error
     for kind, what in (
         ("missing_keys", "lack"),
@@ -107,8 +116,8 @@ def _from_pretrained(files: ModelFiles, dtype: torch.dtype) -> Any:
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise ModelLoadError(
-                f"the weights in {files.folder} {what} {', '.join(names[:3])}{more}: config.json and weight files are not "
-                f"of the same model. {_AGAIN}"
+                f"the weights in {files.folder} {what} {', '.join(names[:3])}{more}: config.json and weight files "
+                f"are not of the same model. {_AGAIN}"
             )
     return loaded
 

@@ -113,8 +113,8 @@ def _check_architecture(file: Path, config: dict[str, Any]) -> str:
     kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, dict) else None
     if kind in _LENGTH_DEPENDENT_ROPE:
         raise ModelLoadError(
-            f"unsupported RoPE type {kind!r} in {file}: its frequencies change with the length of a sequence, so its KV "
-            "cannot be reused. Serve a model with default, linear, llama3 or yarn RoPE"
+            f"unsupported RoPE type {kind!r} in {file}: its frequencies change with the length of a sequence, so its "
+            "KV cannot be reused. Serve a model with default, linear, llama3 or yarn RoPE"
         )
     return str(architecture)
 

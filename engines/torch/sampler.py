@@ -19,7 +19,9 @@ _WORD = (1 << 64) - 1
 
 def uniform(seed: int, index: int, position: int) -> float:
     """A number in [0, 1): Philox4x64, key (seed, index), counter position; the top 53 bits of the first word."""
-    generator = np.random.Philox(key=[seed & _WORD, index], counter=[position, 0, 0, 0])
+    # Typed: in a plain list a seed above 2**63 would go through a float and lose its low bits.
+    key = np.array([seed & _WORD, index], dtype=np.uint64)
+    generator = np.random.Philox(key=key, counter=np.array([position, 0, 0, 0], dtype=np.uint64))
     return float(int(generator.random_raw()) >> 11) * 2.0**-53
 
 
