@@ -1,0 +1,278 @@
+"""The metadata state against a simple model, in random order, with every invariant checked after each step."""
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from support.metadata_words import UNIT, granted, ids, key, keys, new_state, registration, reservation
+
+from kvcore.errors import MetadataProtocolError
+from metadata_server.allocator import ExtentAllocator
+from metadata_server.messages import (
+    EventKind,
+    HeartbeatRequest,
+    LeaveRequest,
+    ManifestEntry,
+    QuarantineItem,
+    QuarantineReason,
+    QuarantineRequest,
+)
+
+NODES = ("a", "b", "c")
+NUMBERS = st.lists(st.integers(0, 11), min_size=1, max_size=5, unique=True)
+NODE = st.sampled_from(NODES)
+
+
+class MetadataMachine(RuleBasedStateMachine):
+    """The model: who is alive till when, whose reservation ids are open till when, which (lease, keys) hold till when,
+    and an index that only reads the event log."""
+
+    @initialize()
+    def begin(self):
+        self.now = 0.0
+        self.state = new_state(event_log=100_000, high_watermark=0.9, low_watermark=0.5)
+        self.alive: dict[str, tuple[int, float]] = {}
+        self.incarnations = dict.fromkeys(NODES, 1)
+        self.open: dict[int, tuple[str, int, float, object]] = {}
+        self.leases: dict[int, tuple[frozenset, float]] = {}
+        self.seen: list = []  # replicas ever granted
+        self.ids_seen: set[int] = set()
+        self.generation = 0
+        self.index: dict[str, set[bytes]] = {}
+        self.up: set[str] = set()
+        self.position = 1
+
+    def live(self, node):
+        return node in self.alive and self.alive[node][1] > self.now and self.alive[node][0] == self.incarnations[node]
+
+    @rule(node=NODE, newer=st.booleans(), units=st.integers(1, 8))
+    def register(self, node, newer, units):
+        if newer or not self.live(node):
+            self.incarnations[node] += 1
+            self.open = {n: r for n, r in self.open.items() if r[0] != node and r[3].segment_id.split(".")[0] != node}
+            self.leases = {
+                n: lease for n, lease in self.leases.items() if not any(r.segment_id.startswith(node) for r in lease[0])
+            }
+            self.state.register(registration(node, units=units, incarnation=self.incarnations[node]), self.now)
+        else:
+            info = registration(node, units=units, incarnation=self.incarnations[node])
+            sizes = {s.id: s.size_bytes for s in self.state.nodes(self.now).segments}
+            if sizes[info.segments[0].segment.id] != units * UNIT:
+                return
+            self.state.register(info, self.now)
+        self.alive[node] = (self.incarnations[node], self.now + 5.0)
+
+    @rule(node=NODE)
+    def register_older(self, node):
+        if self.live(node):
+            try:
+                self.state.register(registration(node, incarnation=self.incarnations[node] - 1), self.now)
+            except MetadataProtocolError:
+                return
+            raise AssertionError("an older incarnation was let in")
+
+    @rule(node=NODE)
+    def heartbeat(self, node):
+        known = self.state.heartbeat(
+            HeartbeatRequest(node_id=node, incarnation=self.incarnations[node]), self.now
+        ).known
+        assert known == self.live(node)
+        if known:
+            self.alive[node] = (self.incarnations[node], self.now + 5.0)
+
+    @rule(node=NODE)
+    def leave(self, node):
+        self.state.leave(LeaveRequest(node_id=node, incarnation=self.incarnations[node]), self.now)
+        if self.live(node):
+            del self.alive[node]
+            self.lose(node)
+
+    def lose(self, node):
+        self.open = {n: r for n, r in self.open.items() if r[0] != node and r[3].segment_id.split(".")[0] != node}
+        self.leases = {
+            n: lease for n, lease in self.leases.items() if not any(r.segment_id.startswith(node) for r in lease[0])
+        }
+
+    @rule(
+        node=NODE, numbers=NUMBERS, units=st.integers(1, 2), prefer=st.none() | NODE, ttl_s=st.sampled_from([1.0, 60.0])
+    )
+    def reserve(self, node, numbers, units, prefer, ttl_s):
+        wish = f"{prefer}.{self.incarnations[prefer]:x}" if prefer else None
+        complete = {n for n in numbers if self.state.complete_prefix(keys(n), self.now)}
+        request = reservation(node, numbers, units=units, prefer=wish, incarnation=self.incarnations[node], ttl_s=ttl_s)
+        reply = self.state.reserve(request, self.now)
+        assert len(reply.outcomes) == len(numbers)
+        replicas = granted(reply)
+        assert not replicas or self.live(node)
+        assert not {n for n in complete if key(n) in {r.key for r in replicas}}, "granted although complete"
+        for replica in replicas:
+            assert replica.id not in self.ids_seen and replica.generation > self.generation
+            self.ids_seen.add(replica.id)
+            self.generation = replica.generation
+            self.open[replica.id] = (node, self.incarnations[node], self.now + ttl_s, replica)
+        assert {s.id for s in reply.segments} == {r.segment_id for r in replicas}
+        self.seen = [*self.seen, *replicas][-40:]
+
+    @precondition(lambda self: self.seen)
+    @rule(data=st.data(), node=NODE, abort=st.booleans())
+    def commit_or_abort(self, data, node, abort):
+        chosen = data.draw(st.lists(st.sampled_from(self.seen), min_size=1, max_size=5))
+        request = ids(node, chosen, incarnation=self.incarnations[node])
+        mine = {
+            r.id
+            for r in chosen
+            if r.id in self.open
+            and self.open[r.id][:2] == (node, self.incarnations[node])
+            and self.open[r.id][2] > self.now
+            and self.live(node)
+        }
+        if abort:
+            self.state.abort(request, self.now)
+        else:
+            committed = self.state.commit(request, self.now).committed
+            assert mine <= {r.id for r, done in zip(chosen, committed, strict=True) if done}
+            for replica, done in zip(chosen, committed, strict=True):
+                if done:
+                    assert any(replica in refs for refs in self.state.match([replica.key], self.now).replicas)
+        for number in mine:
+            del self.open[number]
+
+    @rule(numbers=NUMBERS, lease_s=st.sampled_from([0.0, 3.0]))
+    def match(self, numbers, lease_s):
+        reply = self.state.match(keys(*numbers), self.now, lease_s=lease_s)
+        assert all(refs and {r.key for r in refs} == {key(n)} for refs, n in zip(reply.replicas, numbers, strict=False))
+        assert bool(reply.lease_id) == bool(lease_s and reply.replicas)
+        if reply.lease_id:
+            self.leases[reply.lease_id] = (frozenset(r for refs in reply.replicas for r in refs), self.now + lease_s)
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data())
+    def release(self, data):
+        number = data.draw(st.sampled_from(sorted(self.leases)))
+        self.state.release([number], self.now)
+        del self.leases[number]
+
+    @precondition(lambda self: self.seen)
+    @rule(data=st.data())
+    def quarantine(self, data):
+        bad = data.draw(st.sampled_from(self.seen))
+        item = QuarantineItem(replica=bad, reason=QuarantineReason.STALE)
+        self.state.quarantine(QuarantineRequest(items=[item]), self.now)
+        assert all(
+            r.generation != bad.generation for refs in self.state.match([bad.key], self.now).replicas for r in refs
+        )
+        self.leases = {n: (held - {bad}, until) for n, (held, until) in self.leases.items()}
+
+    @rule(seconds=st.sampled_from([0.5, 2.0, 6.0]))
+    def advance(self, seconds):
+        self.now += seconds
+        for node, (_, until) in list(self.alive.items()):
+            if until <= self.now:
+                del self.alive[node]
+                self.lose(node)
+        self.state.tick(self.now)
+
+    @invariant()
+    def everything_fits_together(self):
+        self.state.check_invariants(self.now)
+        stats = self.state.stats(self.now, 0)
+        assert {n.id for n in stats.nodes} == {n for n in self.alive if self.live(n)}
+        assert stats.reservations == sum(until > self.now for _, _, until, _ in self.open.values())
+
+    @invariant()
+    def what_is_leased_stays(self):
+        present = {
+            (r.segment_id, r.offset, r.generation)
+            for n in range(12)
+            for refs in self.state.match(keys(n), self.now).replicas
+            for r in refs
+        }
+        for held, until in self.leases.values():
+            if until > self.now:
+                assert {(r.segment_id, r.offset, r.generation) for r in held} <= present
+
+    @invariant()
+    def an_index_that_follows_the_events_is_right(self):
+        log = self.state.log
+        for event in log.since(self.position):
+            if event.kind is EventKind.NODE_UP:
+                self.up.add(event.node_id)
+            elif event.kind is EventKind.NODE_DOWN:
+                self.up.discard(event.node_id)
+                self.index = {s: k for s, k in self.index.items() if s.split(".")[0] != event.node_id}
+            elif event.kind is EventKind.STORED:
+                assert not self.index.get(event.segment_id, set()) & set(event.keys)
+                self.index.setdefault(event.segment_id, set()).update(event.keys)
+            else:
+                assert set(event.keys) <= self.index[event.segment_id]
+                self.index[event.segment_id] -= set(event.keys)
+        self.position = log.next_seq
+        snapshot: dict[str, set[bytes]] = {}
+        for batch in self.state.snapshot(self.now):
+            for event in batch.events:
+                if event.kind is EventKind.STORED:
+                    snapshot.setdefault(event.segment_id, set()).update(event.keys)
+        assert snapshot == {s: k for s, k in self.index.items() if k}
+        assert self.up == {n.id for n in self.state.nodes(self.now).nodes}
+
+    def teardown(self):
+        """A new life of the server, told by the nodes, knows what the old one knew."""
+        new = new_state(epoch="e2")
+        before = {n: self.state.complete_prefix(keys(n), self.now) for n in range(12)}
+        by_segment: dict[str, list[ManifestEntry]] = {}
+        for n in range(12):
+            for refs in self.state.match(keys(n), self.now).replicas:
+                for r in refs:
+                    entry = ManifestEntry(key=r.key, offset=r.offset, length=r.length, generation=r.generation)
+                    by_segment.setdefault(r.segment_id, []).append(entry)
+        for segment in self.state.nodes(self.now).segments:
+            name, _, incarnation = segment.id.partition(".")
+            units, entries = segment.size_bytes // UNIT, by_segment.get(segment.id, [])
+            reply = new.register(registration(name, units, int(incarnation, 16), entries), self.now)
+            assert reply.refused == 0
+        assert before == {n: new.complete_prefix(keys(n), self.now) for n in range(12)}
+        new.check_invariants(self.now)
+        self.state.check_invariants(self.now + 1000.0)
+        assert self.state.stats(self.now + 1000.0, 0).reservations == 0
+
+
+class AllocatorMachine(RuleBasedStateMachine):
+    """Against a plain set of units."""
+
+    @initialize(units=st.integers(1, 40), rest=st.integers(0, UNIT - 1))
+    def begin(self, units, rest):
+        self.space = ExtentAllocator(units * UNIT + rest)
+        self.free = set(range(units))
+        self.held: dict[int, int] = {}
+
+    @rule(length=st.integers(1, 9 * UNIT))
+    def allocate(self, length):
+        need = -(-length // UNIT)
+        fits = any(all(u + i in self.free for i in range(need)) for u in self.free)
+        offset = self.space.allocate(length)
+        assert (offset is not None) == fits
+        if offset is not None:
+            units = set(range(offset // UNIT, offset // UNIT + need))
+            assert units <= self.free
+            self.free -= units
+            self.held[offset] = need
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def release(self, data):
+        offset = data.draw(st.sampled_from(sorted(self.held)))
+        self.space.release(offset)
+        self.free |= set(range(offset // UNIT, offset // UNIT + self.held.pop(offset)))
+
+    @invariant()
+    def tiles(self):
+        self.space.check()
+        assert self.space.free == len(self.free) * UNIT
+
+
+_SETTINGS = settings(
+    max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
+)
+TestMetadataMachine = MetadataMachine.TestCase
+TestMetadataMachine.settings = _SETTINGS
+TestAllocatorMachine = AllocatorMachine.TestCase
+TestAllocatorMachine.settings = _SETTINGS

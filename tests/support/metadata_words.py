@@ -1,0 +1,82 @@
+"""Short ways to say what tests tell a metadata state or client."""
+
+from kvcore.config import StoreConfig
+from kvcore.types import ChunkKey, NodeInfo, ReplicaRef, Role, Segment
+from metadata_server.messages import (
+    ManifestEntry,
+    RegisterRequest,
+    ReplicaIds,
+    ReserveItem,
+    ReserveReply,
+    ReserveRequest,
+    SegmentManifest,
+)
+from metadata_server.state import MetadataState
+
+UNIT = 4096
+TTL_S = 5.0
+FIRST_GENERATION = 1 << 40
+
+
+def key(number: int) -> ChunkKey:
+    return ChunkKey(number.to_bytes(16, "little"))
+
+
+def keys(*numbers: int) -> list[ChunkKey]:
+    return [key(number) for number in numbers]
+
+
+def segment(node_id: str, units: int = 16, incarnation: int = 1) -> Segment:
+    name = f"{node_id}.{incarnation:x}"
+    return Segment(id=name, node_id=node_id, size_bytes=units * UNIT, host_id="h", addresses={"tcp": f"{node_id}:1"})
+
+
+def registration(
+    node_id: str,
+    units: int = 16,
+    incarnation: int = 1,
+    entries: list[ManifestEntry] | None = None,
+    ttl_s: float = TTL_S,
+) -> RegisterRequest:
+    """A node with one segment; `units` 0: without."""
+    manifests = [SegmentManifest(segment=segment(node_id, units, incarnation), entries=entries or [])] if units else []
+    info = NodeInfo(id=node_id, role=Role.DECODER, control_url=f"http://{node_id}", incarnation=incarnation)
+    return RegisterRequest(node=info, segments=manifests, ttl_s=ttl_s)
+
+
+def reservation(
+    node_id: str,
+    numbers: list[int],
+    *,
+    units: int = 1,
+    prefer: str | None = None,
+    incarnation: int = 1,
+    ttl_s: float = 60.0,
+) -> ReserveRequest:
+    items = [ReserveItem(key=key(number), length=units * UNIT) for number in numbers]
+    return ReserveRequest(node_id=node_id, incarnation=incarnation, items=items, prefer_segment=prefer, ttl_s=ttl_s)
+
+
+def granted(reply: ReserveReply) -> list[ReplicaRef]:
+    return [outcome.replica for outcome in reply.outcomes if outcome.replica is not None]
+
+
+def ids(node_id: str, replicas: list[ReplicaRef], incarnation: int = 1) -> ReplicaIds:
+    return ReplicaIds(node_id=node_id, incarnation=incarnation, replica_ids=[replica.id for replica in replicas])
+
+
+def new_state(event_log: int = 1024, epoch: str = "e1", **settings: float) -> MetadataState:
+    config = StoreConfig(**{"high_watermark": 1.0, "low_watermark": 0.5, "retire_grace_s": 2.0, **settings})
+    return MetadataState(config, TTL_S, epoch, FIRST_GENERATION, event_log)
+
+
+def put(state: MetadataState, node_id: str, numbers: list[int], now: float, **how) -> list[ReplicaRef]:
+    """Reserve and commit what is granted."""
+    replicas = granted(state.reserve(reservation(node_id, numbers, **how), now))
+    assert all(state.commit(ids(node_id, replicas, how.get("incarnation", 1)), now).committed)
+    return replicas
+
+
+def stored(state: MetadataState, numbers: list[int], now: float) -> list[int]:
+    """Which of the chunks are complete, asked one by one without touching anything."""
+    return [number for number in numbers if state.complete_prefix([key(number)], now)]
