@@ -196,9 +196,7 @@ def test_cached_tokens_is_the_lesser_of_both_legs(prefill: int, expected: int) -
     machine = RequestMachine("r", World.__new__(World), n=1, max_tokens=1, attempts=1)
     machine.start(Route(prefiller="p0", decoder="d0", expected_cached_tokens=0, reason="x"))
     machine.handle(
-        PrefillDone(
-            "r.p1", PrefillResult(request_id="r.p1", cached_tokens=prefill, computed_tokens=1, stored_chunks=9)
-        )
+        PrefillDone("r.p1", PrefillResult(request_id="r.p1", cached_tokens=prefill, computed_tokens=1, stored_chunks=9))
     )
     info = LegInfo(cached_tokens=8, computed_tokens=1)
     machine.handle(Delta("r.d2", TokenDelta(token_ids=[5], finish_reason=FinishReason.LENGTH, info=info)))

@@ -80,7 +80,9 @@ def test_ids_beyond_bytes_have_a_text() -> None:
     assert ByteTokenizer(50_000).decode([72, 49_999, 105]) == "H <49999>i"
 
 
-@given(text=st.text("abc", max_size=20), stops=st.lists(st.text("abc", min_size=1, max_size=4), max_size=4), data=st.data())
+@given(
+    text=st.text("abc", max_size=20), stops=st.lists(st.text("abc", min_size=1, max_size=4), max_size=4), data=st.data()
+)
 def test_stops_are_found_wherever_the_text_is_cut(text: str, stops: list[str], data: st.DataObject) -> None:
     def run(pieces: list[str]) -> tuple[str, bool]:
         checker, out = StopChecker(stops), ""

@@ -1,0 +1,300 @@
+"""The HTTP surface: bad input by name, exact shapes, streams, disconnects."""
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+from support.router_fakes import FakeNode, Rig, make_rig, next_token, two_and_two
+
+from engines.base import FinishReason, TokenDelta
+from kvcore.asgi import AsgiServer
+from kvcore.errors import NodeUnavailableError
+from kvcore.types import Role
+from router import ledger
+
+ASK = {"model": "fake-model", "prompt": "hello" * 20, "max_tokens": 4}
+CHAT = {"model": "fake-model", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+
+
+@pytest.fixture
+async def rig(monkeypatch: pytest.MonkeyPatch) -> Rig:
+    monkeypatch.setattr(ledger, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(ledger, "RETRY_PAUSE_S", 0.01)
+    return await make_rig(max_body=20_000)
+
+
+@pytest.fixture
+async def http(rig: Rig) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(app=rig.app)  # type: ignore[arg-type]
+    async with httpx.AsyncClient(transport=transport, base_url="http://router") as client:
+        yield client
+
+
+def error_of(reply: httpx.Response) -> dict[str, object]:
+    body = reply.json()
+    assert set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}
+    assert isinstance(body["error"]["message"], str) and reply.headers["x-request-id"]
+    return dict(body["error"])
+
+
+BAD = [
+    ({"model": "other"}, 404, "model", "model_not_found"),
+    ({"model": 3}, 400, "model", None),
+    ({"prompt": None}, 400, "prompt", None),
+    ({"prompt": []}, 400, "prompt", None),
+    ({"prompt": ""}, 400, "prompt", None),
+    ({"prompt": [1, "a"]}, 400, "prompt", None),
+    ({"prompt": [1, -1]}, 400, "prompt", None),
+    ({"prompt": [100_000]}, 400, "prompt", None),
+    ({"prompt": "x" * 3000}, 400, "prompt", "context_length_exceeded"),
+    ({"max_tokens": 5000}, 400, "prompt", "context_length_exceeded"),
+    ({"max_tokens": -1}, 400, "max_tokens", None),
+    ({"max_tokens": 0}, 400, "max_tokens", None),
+    ({"max_tokens": "4"}, 400, "max_tokens", None),
+    ({"min_tokens": 5}, 400, "min_tokens", None),
+    ({"n": 0}, 400, "n", None),
+    ({"n": 129}, 400, "n", None),
+    ({"prompt": ["a"] * 100, "n": 2}, 400, "n", None),
+    ({"temperature": -0.1}, 400, "temperature", None),
+    ({"temperature": 2.1}, 400, "temperature", None),
+    ({"top_p": 0}, 400, "top_p", None),
+    ({"top_k": -2}, 400, "top_k", None),
+    ({"min_p": 1.5}, 400, "min_p", None),
+    ({"seed": 2**63}, 400, "seed", None),
+    ({"stop": [""]}, 400, "stop", None),
+    ({"stop": ["a"] * 17}, 400, "stop", None),
+    ({"logprobs": 21}, 400, "logprobs", None),
+    ({"logit_bias": {"x": 1}}, 400, "logit_bias", None),
+    ({"logit_bias": {"1": 101}}, 400, "logit_bias", None),
+    ({"presence_penalty": 3}, 400, "presence_penalty", None),
+    ({"repetition_penalty": 0}, 400, "repetition_penalty", None),
+    ({"echo": True}, 400, "echo", None),
+    ({"suffix": "x"}, 400, "suffix", None),
+    ({"best_of": 2}, 400, "best_of", None),
+    ({"response_format": {"type": "json_object"}}, 400, "response_format", None),
+    ({"stream_options": {"include_usage": True}}, 400, "stream_options", None),
+]
+
+
+@pytest.mark.parametrize(("change", "status", "param", "code"), BAD, ids=lambda value: str(value)[:40])
+async def test_bad_fields_are_named(
+    http: httpx.AsyncClient, change: dict[str, object], status: int, param: str, code: str | None
+) -> None:
+    reply = await http.post("/v1/completions", json={**ASK, **change})
+    error = error_of(reply)
+    assert (reply.status_code, error["param"]) == (status, param)
+    assert error["type"] == "invalid_request_error"
+    if code:
+        assert error["code"] == code
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+    ],
+)
+async def test_bad_chats_are_named(http: httpx.AsyncClient, change: dict[str, object], param: str) -> None:
+    reply = await http.post("/v1/chat/completions", json={**CHAT, **change})
+    assert (reply.status_code, error_of(reply)["param"]) == (400, param)
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"null", b"\xff", b'{"model":"\xff"}', b"[" * 9000, b'{"a":1}x', b'"\\ud800"']
+)
+async def test_what_is_not_json_is_a_400(http: httpx.AsyncClient, body: bytes) -> None:
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        reply = await http.post(path, content=body)
+        assert reply.status_code == 400 and error_of(reply)
+
+
+async def test_other_failures_have_the_same_body(rig: Rig, http: httpx.AsyncClient) -> None:
+    assert (await http.get("/nope")).status_code == 404
+    assert error_of(await http.get("/nope"))["code"] == "unknown_route"
+    assert error_of(await http.get("/v1/completions"))["code"] == "method_not_allowed"
+    assert error_of(await http.get("/v1/models/x"))["code"] == "model_not_found"
+    assert error_of(await http.get("/v1/requests/x"))["code"] == "unknown_request"
+    reply = await http.post("/v1/completions", content=b"x" * 30_000)
+    assert reply.status_code == 413 and error_of(reply)["code"] == "payload_too_large"
+    for node in rig.nodes.nodes:
+        node.down = True
+    await rig.cluster.probe()
+    for reply in (await http.post("/v1/completions", json=ASK), await http.get("/health")):
+        assert reply.status_code == 503 and "d0" in str(error_of(reply)["message"])
+        assert reply.headers["retry-after"] == "1"
+    wrong = await http.post("/v1/completions", json={**ASK, "max_tokens": -1})
+    assert wrong.status_code == 400
+
+
+async def test_a_body_that_never_stops_is_cut_at_the_bound(http: httpx.AsyncClient) -> None:
+    sent = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal sent
+        while True:
+            sent += 4096
+            yield b"x" * 4096
+
+    assert (await http.post("/v1/completions", content=endless())).status_code == 413
+    assert sent < 50_000
+
+
+async def test_request_ids_are_echoed_if_sane(http: httpx.AsyncClient) -> None:
+    reply = await http.post("/v1/completions", json=ASK, headers={"X-Request-Id": "mine-1"})
+    assert reply.headers["x-request-id"] == "mine-1"
+    for path in ("mine-1", reply.json()["id"]):
+        record = (await http.get(f"/v1/requests/{path}")).json()
+        assert (record["id"], record["state"], record["prompt_tokens"]) == (reply.json()["id"], "ok", 100)
+        assert record["route"]["decoder"] == record["legs"][1]["node"]
+    reply = await http.get("/health", headers={"X-Request-Id": "a b" * 100})
+    assert len(reply.headers["x-request-id"]) == 32
+
+
+async def test_the_chat_stream_is_exactly_openais(rig: Rig, http: httpx.AsyncClient) -> None:
+    ask = {**CHAT, "stream": True, "stream_options": {"include_usage": True}, "max_completion_tokens": 2}
+    reply = await http.post("/v1/chat/completions", json=ask)
+    assert reply.headers["content-type"] == "text/event-stream; charset=utf-8"
+    events = reply.text.split("\n\n")
+    assert events[-1] == "" and events[-2] == "data: [DONE]"
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
+    assert all(chunk["object"] == "chat.completion.chunk" and chunk["id"] == chunks[0]["id"] for chunk in chunks)
+    assert [chunk["usage"] is None for chunk in chunks] == [True, True, True, False]
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks[:-1]]
+    prompt = rig.answerer.tokenizer.encode("<user>hello\n<assistant>")
+    first = next_token(prompt, 0)
+    second = next_token([*prompt, first], 0)
+    assert deltas == [{"role": "assistant", "content": ""}, {"content": chr(first)}, {"content": chr(second)}]
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks[:-1]] == [None, None, "length"]
+    assert chunks[-1]["choices"] == []
+    assert chunks[-1]["usage"] == {
+        "prompt_tokens": len(prompt),
+        "completion_tokens": 2,
+        "total_tokens": len(prompt) + 2,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
+
+
+async def test_an_error_in_mid_stream_is_an_event_and_no_done(rig: Rig, http: httpx.AsyncClient) -> None:
+    for name in ("d0", "d1"):
+        rig.nodes[name].die_after = 1
+    reply = await http.post("/v1/completions", json={**ASK, "max_tokens": 50, "stream": True})
+    events = [event for event in reply.text.split("\n\n") if event]
+    assert json.loads(events[-1].removeprefix("data: "))["error"]["code"] == "node_unavailable"
+    assert "[DONE]" not in reply.text and len(events) == 3
+
+
+async def test_an_error_before_the_first_token_is_a_status(rig: Rig, http: httpx.AsyncClient) -> None:
+    for name in ("d0", "d1"):
+        rig.nodes[name].generate_error = NodeUnavailableError("killed")
+    reply = await http.post("/v1/completions", json={**ASK, "stream": True})
+    assert reply.status_code == 503 and error_of(reply)["code"] == "node_unavailable"
+
+
+async def test_a_stop_string_across_tokens_ends_the_text_before_it(rig: Rig, http: httpx.AsyncClient) -> None:
+    text = "one two END three"
+    for name in ("d0", "d1"):
+        rig.nodes[name].tokens = lambda tokens, index: ord(text[len(tokens) - 100])
+    for stream in (False, True):
+        reply = await http.post(
+            "/v1/completions", json={**ASK, "max_tokens": 15, "stop": ["END", "q"], "stream": stream}
+        )
+        if not stream:
+            choice = reply.json()["choices"][0]
+            assert (choice["text"], choice["finish_reason"]) == ("one two ", "stop")
+        else:
+            chunks = [json.loads(event[6:]) for event in reply.text.split("\n\n")[:-2]]
+            assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "one two "
+            assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+    assert all(node.running == 0 for node in rig.nodes.nodes)
+
+
+async def test_a_stop_token_is_counted_but_not_shown(rig: Rig, http: httpx.AsyncClient) -> None:
+    last = TokenDelta(token_ids=[98, 99], finish_reason=FinishReason.STOP, stop_token_id=99)
+    rig.nodes["d0"].script = rig.nodes["d1"].script = [TokenDelta(token_ids=[97]), last]
+    body = (await http.post("/v1/completions", json={**ASK, "stop_token_ids": [99]})).json()
+    assert (body["choices"][0]["text"], body["choices"][0]["finish_reason"]) == ("ab", "stop")
+    assert body["usage"]["completion_tokens"] == 3
+
+
+async def test_several_prompts_and_n_give_choices_in_order(http: httpx.AsyncClient) -> None:
+    ask = {**ASK, "prompt": ["aa", [1, 2, 3]], "n": 2, "logprobs": 1}
+    body = (await http.post("/v1/completions", json=ask)).json()
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
+    assert all(len(choice["text"]) == 4 for choice in body["choices"])
+    logprobs = body["choices"][3]["logprobs"]
+    assert logprobs["text_offset"] == [0, 1, 2, 3] and "".join(logprobs["tokens"]) == body["choices"][3]["text"]
+    assert body["usage"]["prompt_tokens"] == 5 and body["usage"]["completion_tokens"] == 16
+
+
+async def test_chat_logprobs(http: httpx.AsyncClient) -> None:
+    body = (await http.post("/v1/chat/completions", json={**CHAT, "logprobs": True, "top_logprobs": 1})).json()
+    content = body["choices"][0]["logprobs"]["content"]
+    assert "".join(entry["token"] for entry in content) == body["choices"][0]["message"]["content"]
+    assert content[0]["top_logprobs"][0]["bytes"] == list(content[0]["token"].encode())
+
+
+async def test_text_parts_and_unknown_fields_are_accepted(http: httpx.AsyncClient) -> None:
+    parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
+    ask = {**CHAT, "messages": [{"role": "user", "content": parts, "name": "x"}], "service_tier": "auto", "tools": []}
+    one, two = [(await http.post("/v1/chat/completions", json=body)).json() for body in (CHAT, ask)]
+    assert one["choices"] == two["choices"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_that_leaves_frees_every_node(stream: bool) -> None:
+    nodes = two_and_two()
+    for name in ("p0", "p1"):
+        nodes[name].prefill_gate = asyncio.Event()
+    for name in ("d0", "d1"):
+        nodes[name].generate_gate = asyncio.Event()
+    rig = await make_rig(nodes)
+    server = AsgiServer(rig.app, "127.0.0.1", 0)
+    await server.start()
+    async with httpx.AsyncClient(base_url=server.url) as http:
+        asking = asyncio.create_task(http.post("/v1/completions", json={**ASK, "stream": stream}))
+        while sum(node.running for node in nodes.nodes) < 2:
+            await asyncio.sleep(0.001)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        async with asyncio.timeout(2):
+            while any(node.running for node in nodes.nodes) or sum(len(node.aborted) for node in nodes.nodes) < 2:
+                await asyncio.sleep(0.001)
+    assert rig.log.cancelled == 1 and rig.log.in_flight == 0
+    await server.aclose()
+
+
+async def test_status_and_metrics_tell_of_what_happened(rig: Rig, http: httpx.AsyncClient) -> None:
+    rig.nodes["d0"].cached_tokens = rig.nodes["d1"].cached_tokens = 48
+    await http.post("/v1/completions", json=ASK)
+    status = (await http.get("/v1/cluster")).json()
+    assert status["requests"]["ok"] == 1 and status["policy"] == "prefix_aware"
+    assert [node["healthy"] for node in status["nodes"]] == [True] * 4
+    assert (await http.get("/v1/models")).json()["data"][0]["id"] == "fake-model"
+    text = (await http.get("/metrics")).text
+    assert 'kvferry_router_requests_total{endpoint="/v1/completions",status="200"} 1.0' in text
+    assert "kvferry_router_prompt_tokens_total 100.0" in text
+
+
+def test_the_router_loads_no_bytes_and_no_model_code() -> None:
+    code = (
+        "import router.service, sys; print([m for m in ('torch', 'transfer', 'kvstore', 'vllm') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+async def test_a_node_that_says_it_is_another_is_not_used() -> None:
+    nodes = two_and_two()
+    nodes.by_url["http://127.0.0.1:3"] = FakeNode("somebody", Role.DECODER)
+    rig = await make_rig(nodes)
+    assert "somebody" in str(rig.cluster.nodes["d0"].problem)

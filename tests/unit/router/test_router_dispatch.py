@@ -1,0 +1,258 @@
+"""Requests through the dispatcher over fake nodes: every failure first, then the plain case."""
+
+import asyncio
+
+import pytest
+from support.router_fakes import CHUNK_TOKENS, FakeNode, FakeNodes, Rig, expected, make_rig, two_and_two
+
+from engines.base import SamplingParams, TokenDelta
+from kvcore.errors import (
+    DeadlineExceededError,
+    EngineError,
+    InvalidRequestError,
+    NodeUnavailableError,
+    OverloadedError,
+)
+from kvcore.types import Role
+from router import ledger
+from router.dispatch import RequestRun, RequestSpec
+
+PROMPT = [i % 250 for i in range(100)]
+
+
+def open_run(
+    rig: Rig, *, max_tokens: int = 8, n: int = 1, prompt: list[int] | None = None, name: str = "r"
+) -> RequestRun:
+    sampling = SamplingParams(max_tokens=max_tokens, n=n, seed=7, temperature=0)
+    return rig.dispatcher.open(RequestSpec(name, prompt or PROMPT, sampling))
+
+
+async def tokens_of(run: RequestRun) -> dict[int, list[int]]:
+    tokens: dict[int, list[int]] = {}
+    async with run:
+        async for emit in run:
+            tokens.setdefault(emit.index, []).extend(emit.token_ids)
+    return tokens
+
+
+def assert_quiet(rig: Rig) -> None:
+    assert rig.log.in_flight == 0
+    assert all(node.running == 0 for node in rig.nodes.nodes)
+    assert all(node.sequences == 0 and node.prefill_tokens == 0 for node in rig.cluster.nodes.values())
+
+
+async def test_a_prefiller_that_answers_500_is_replaced_and_only_it_is_charged() -> None:
+    rig = await make_rig()
+    rig.nodes["p0"].prefill_error = rig.nodes["p1"].prefill_error = EngineError("broken")
+    for number in range(6):
+        run = open_run(rig, name=f"r{number}")
+        assert (await tokens_of(run))[0] == expected(PROMPT, 8)
+    assert {rig.cluster.breaker_state(rig.cluster.nodes[p]) for p in ("p0", "p1")} == {"open"}
+    assert {rig.cluster.breaker_state(rig.cluster.nodes[d]) for d in ("d0", "d1")} == {"closed"}
+    assert_quiet(rig)
+
+
+async def test_a_decoder_that_answers_500_never_opens_a_prefillers_breaker() -> None:
+    rig = await make_rig()
+    rig.nodes["d0"].generate_error = EngineError("broken")
+    for number in range(8):
+        assert (await tokens_of(open_run(rig, name=f"r{number}")))[0] == expected(PROMPT, 8)
+    assert rig.cluster.breaker_state(rig.cluster.nodes["d0"]) == "open"
+    assert rig.cluster.breaker_state(rig.cluster.nodes["p0"]) == "closed"
+    assert rig.log.retried == 3
+    assert_quiet(rig)
+
+
+async def test_without_prefillers_left_the_decoder_is_told_to_compute() -> None:
+    rig = await make_rig()
+    for name in ("p0", "p1"):
+        rig.nodes[name].prefill_error = NodeUnavailableError("killed")
+    for name in ("d0", "d1"):
+        rig.nodes[name].wait_for_handoff = True
+    run = open_run(rig)
+    assert (await tokens_of(run))[0] == expected(PROMPT, 8)
+    await rig.dispatcher.aclose()
+    assert rig.nodes["d0"].handoffs_ended + rig.nodes["d1"].handoffs_ended == ["r.d2"]
+    assert [leg.error is not None for leg in run.record.legs if leg.kind == "prefill"] == [True, True]
+
+
+@pytest.mark.parametrize("die_after", [0, 1, 5])
+async def test_a_dying_decoder_is_continued_elsewhere_without_gap_or_repeat(die_after: int) -> None:
+    rig = await make_rig()
+    rig.nodes["d0"].die_after = die_after
+    for number in range(2):
+        run = open_run(rig, name=f"r{number}")
+        assert (await tokens_of(run))[0] == expected(PROMPT, 8)
+    continued = [request.output_token_ids for request in rig.nodes["d1"].generates]
+    assert expected(PROMPT, die_after) in continued
+    assert_quiet(rig)
+
+
+async def test_three_completions_are_each_continued_by_their_own_leg() -> None:
+    rig = await make_rig()
+    rig.nodes["d0"].die_after = 4
+    rig.nodes["d0"].tokens = rig.nodes["d1"].tokens = lambda tokens, index: 97 + len(tokens) % 26  # as greedy: the same
+    rig.nodes["d1"].down = True
+    await rig.cluster.probe()
+    run = open_run(rig, n=3, max_tokens=5)
+    rig.nodes["d1"].down = False
+    await rig.cluster.probe()
+    tokens = await tokens_of(run)
+    assert tokens == {i: [97 + (100 + k) % 26 for k in range(5)] for i in range(3)}
+    seeds = [request.sampling.seed for request in rig.nodes["d1"].generates]
+    assert len(seeds) == len(set(seeds)) == 3
+    assert all(request.sampling.n == 1 for request in rig.nodes["d1"].generates)
+    assert_quiet(rig)
+
+
+async def test_a_request_waits_for_its_only_decoder_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "RETRY_PAUSE_S", 0.01)
+    nodes = FakeNodes([FakeNode("d0", Role.DECODER)])
+    rig = await make_rig(nodes)
+    node = nodes["d0"]
+    node.die_after = 3
+    run = open_run(rig)
+
+    async def restart() -> None:
+        while not run.machine.retries:
+            await asyncio.sleep(0)
+        node.die_after = None
+
+    restarting = asyncio.create_task(restart())
+    assert (await tokens_of(run))[0] == expected(PROMPT, 8)
+    await restarting
+    assert run.record.retries == 1
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        [TokenDelta(index=3, token_ids=[1])],
+        [TokenDelta(token_ids=[1] * 99)],
+        [TokenDelta(token_ids=[1])],
+        [],
+    ],
+    ids=["unknown index", "over max_tokens", "ends early", "empty"],
+)
+async def test_a_lying_decoder_is_an_error_not_a_hang(script: list[TokenDelta]) -> None:
+    rig = await make_rig()
+    rig.nodes["d0"].script = rig.nodes["d1"].script = script
+    with pytest.raises((EngineError, NodeUnavailableError)):
+        async with asyncio.timeout(5):
+            await tokens_of(open_run(rig, max_tokens=16))
+    assert rig.log.failed == 1
+    assert_quiet(rig)
+
+
+@pytest.fixture(autouse=True)
+def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(ledger, "RETRY_PAUSE_S", 0.02)
+
+
+async def test_a_request_that_is_wrong_is_not_tried_again() -> None:
+    rig = await make_rig()
+    rig.nodes["d0"].generate_error = rig.nodes["d1"].generate_error = InvalidRequestError("no")
+    with pytest.raises(InvalidRequestError):
+        await tokens_of(open_run(rig))
+    assert len(rig.nodes["d0"].generates) + len(rig.nodes["d1"].generates) == 1
+
+
+async def test_all_decoders_full_is_said_at_once() -> None:
+    rig = await make_rig()
+    rig.nodes["d0"].generate_error = rig.nodes["d1"].generate_error = OverloadedError("full")
+    with pytest.raises(OverloadedError):
+        await tokens_of(open_run(rig))
+    assert rig.cluster.breaker_state(rig.cluster.nodes["d0"]) == "closed"
+
+
+async def test_the_deadline_cancels_both_legs() -> None:
+    rig = await make_rig(request_timeout_s=0.05)
+    for node in rig.nodes.nodes:
+        node.prefill_gate = node.generate_gate = asyncio.Event()
+    run = open_run(rig)
+    with pytest.raises(DeadlineExceededError):
+        await tokens_of(run)
+    await rig.dispatcher.aclose()
+    assert sorted(leg for node in rig.nodes.nodes for leg in node.aborted) == ["r.d2", "r.p1"]
+    assert_quiet(rig)
+
+
+async def test_a_client_that_leaves_cancels_both_legs_at_once() -> None:
+    rig = await make_rig()
+    for node in rig.nodes.nodes:
+        node.prefill_gate = asyncio.Event()
+    run = open_run(rig, max_tokens=200)
+    async with run:
+        async for _ in run:
+            break
+    await rig.dispatcher.aclose()
+    assert run.record.state == "cancelled"
+    assert sorted(leg for node in rig.nodes.nodes for leg in node.aborted) == ["r.d2", "r.p1"]
+    assert_quiet(rig)
+
+
+async def test_a_stop_ends_one_completion_and_the_last_one_the_request() -> None:
+    rig = await make_rig()
+    run = open_run(rig, n=2, max_tokens=50)
+    seen: list[int] = []
+    async with run:
+        async for emit in run:
+            seen.append(emit.index)
+            run.stop(emit.index)
+    assert seen == [0, 1]
+    assert run.record.state == "ok"
+    assert_quiet(rig)
+
+
+async def test_more_requests_than_the_bound_are_refused() -> None:
+    rig = await make_rig(max_requests=1)
+    async with open_run(rig):
+        with pytest.raises(OverloadedError):
+            open_run(rig, name="r2")
+
+
+async def test_no_decoder_ready_says_why() -> None:
+    nodes = two_and_two()
+    for node in nodes.nodes:
+        node.down = True
+    rig = await make_rig(nodes)
+    with pytest.raises(NodeUnavailableError, match="d0: d0 refused the connection"):
+        open_run(rig)
+
+
+async def test_nodes_of_other_weights_are_never_paired() -> None:
+    nodes = two_and_two()
+    for name in ("p0", "p1"):
+        nodes[name].weights = "other"
+    rig = await make_rig(nodes)
+    run = open_run(rig)
+    await tokens_of(run)
+    assert run.record.route is not None and run.record.route.reason == "no_prefiller"
+
+
+async def test_both_legs_start_together_and_cached_tokens_is_the_prefillers_truth() -> None:
+    rig = await make_rig()
+    for name, cached in (("p0", 64), ("p1", 64), ("d0", 96), ("d1", 96)):
+        rig.nodes[name].cached_tokens = cached
+    run = open_run(rig)
+    assert (await tokens_of(run))[0] == expected(PROMPT, 8)
+    assert run.record.cached_tokens == 64
+    (generate,) = rig.nodes["d0"].generates + rig.nodes["d1"].generates
+    assert generate.handoff is not None and generate.handoff.num_chunks == (len(PROMPT) - 1) // CHUNK_TOKENS
+    (prefill,) = rig.nodes["p0"].prefills + rig.nodes["p1"].prefills
+    assert prefill.prefer_segment in ("d0.1", "d1.1")
+    assert rig.log.hit_rate == 0.64
+
+
+async def test_a_slow_client_holds_its_node_back_and_loses_nothing() -> None:
+    rig = await make_rig()
+    run = open_run(rig, max_tokens=1000)
+    tokens: list[int] = []
+    async with run:
+        for _ in range(600):
+            await asyncio.sleep(0)
+        assert len(run._unread) <= 257
+        async for emit in run:
+            tokens += emit.token_ids
+    assert tokens == expected(PROMPT, 1000)

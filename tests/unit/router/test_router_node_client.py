@@ -1,0 +1,118 @@
+"""The HTTP client of nodes against real sockets: lies, breaks, refusals, deadlines; then the plain case."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+from aiohttp import web
+from support.router_fakes import FakeNode, expected, node_app, serve
+
+from engines.base import GenerateRequest, PrefillRequest, SamplingParams, TokenDelta
+from kvcore.errors import DeadlineExceededError, EngineError, KVFerryError, NodeUnavailableError, OverloadedError
+from kvcore.types import Role
+from router.node_client import HttpNodeClient
+
+PREFILL = PrefillRequest(request_id="a", prompt_token_ids=[1, 2, 3], deadline_s=5)
+GENERATE = GenerateRequest(
+    request_id="b", prompt_token_ids=[1, 2, 3], sampling=SamplingParams(max_tokens=4), deadline_s=5
+)
+
+
+@pytest.fixture
+async def client() -> HttpNodeClient:
+    return HttpNodeClient(connect_timeout_s=1, max_connections=10)
+
+
+async def read(client: HttpNodeClient, url: str) -> list[TokenDelta]:
+    return [delta async for delta in client.generate(url, GENERATE, timeout_s=2)]
+
+
+def app_that(answers: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.Application:
+    app = web.Application()
+    app.router.add_route("*", "/{tail:.*}", answers)
+    return app
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"\xff\xff\xff\xff", b"\x04\x00\x00\x00abcd", b"\x40\x00\x00\x00short", b"\x01\x00\x00\x00\x80"],
+    ids=["huge frame", "garbage", "cut off", "wrong shape"],
+)
+async def test_a_stream_that_breaks_the_format_is_an_unavailable_node(client: HttpNodeClient, body: bytes) -> None:
+    async def answers(request: web.Request) -> web.Response:
+        return web.Response(body=body)
+
+    async with serve(app_that(answers)) as url:
+        with pytest.raises(NodeUnavailableError):
+            await read(client, url)
+    await client.aclose()
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "kind"),
+    [
+        (500, b"oops", EngineError),
+        (503, b'{"error":{"code":"overloaded","message":"full","retryable":true}}', OverloadedError),
+        (500, b'{"error":{"code":"of another version","message":"x","retryable":true}}', EngineError),
+        (200, b"not a result", NodeUnavailableError),
+    ],
+)
+async def test_refusals_become_errors_of_ours(
+    client: HttpNodeClient, status: int, body: bytes, kind: type[KVFerryError]
+) -> None:
+    async def answers(request: web.Request) -> web.Response:
+        return web.Response(status=status, body=body)
+
+    async with serve(app_that(answers)) as url:
+        with pytest.raises(kind):
+            await client.prefill(url, PREFILL, timeout_s=2)
+    await client.aclose()
+
+
+async def test_nobody_there_and_nothing_said(client: HttpNodeClient) -> None:
+    async def answers(request: web.Request) -> web.Response:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    with pytest.raises(NodeUnavailableError):
+        await client.prefill("http://127.0.0.1:1", PREFILL, timeout_s=2)
+    async with serve(app_that(answers)) as url:
+        with pytest.raises(DeadlineExceededError):
+            await client.prefill(url, PREFILL, timeout_s=0.05)
+    await client.aclose()
+
+
+async def test_a_node_that_dies_in_the_middle_is_unavailable(client: HttpNodeClient) -> None:
+    node = FakeNode("d0", Role.DECODER, die_after=2)
+    async with serve(node_app(node)) as url:
+        with pytest.raises(NodeUnavailableError):
+            await read(client, url)
+    await client.aclose()
+
+
+async def test_closing_a_stream_early_reaches_the_node(client: HttpNodeClient) -> None:
+    node = FakeNode("d0", Role.DECODER, generate_gate=asyncio.Event())
+    async with serve(node_app(node)) as url:
+        stream = client.generate(url, GENERATE, timeout_s=5)
+        reading = asyncio.ensure_future(anext(stream))
+        while not node.running:
+            await asyncio.sleep(0.001)
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+        async with asyncio.timeout(2):
+            while node.running:
+                await asyncio.sleep(0.001)
+    await client.aclose()
+
+
+async def test_every_call_arrives_and_its_answer_comes_back(client: HttpNodeClient) -> None:
+    node = FakeNode("d0", Role.DECODER)
+    async with serve(node_app(node)) as url:
+        assert (await client.prefill(url, PREFILL, timeout_s=2)).request_id == "a"
+        tokens = [token for delta in await read(client, url) for token in delta.token_ids]
+        assert tokens == expected([1, 2, 3], 4)
+        assert (await client.info(url, timeout_s=2)).node.id == "d0"
+        await client.end_handoff(url, "b", timeout_s=2)
+        await client.abort(url, "b", timeout_s=2)
+        assert (node.handoffs_ended, node.aborted) == (["b"], ["b"])
+    await client.aclose()
