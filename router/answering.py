@@ -13,8 +13,10 @@ from kvcore.errors import ContextLengthError, InvalidRequestError, ModelNotFound
 from router import openai_schema as schema
 from router.cluster import Cluster
 from router.dispatch import Dispatcher, RequestRun, RequestSpec
-from router.ledger import Emit
 from router.openai_schema import AnyRequest, ChatRequest, CompletionRequest
+from router.request_events import (
+    Emit,
+)
 from router.text import Detokenizer, Runner, StopChecker, Tokenizer, encode
 
 MAX_QUEUED_PIECES = 64

@@ -30,9 +30,13 @@ from kvcore.config import RouterConfig
 from kvcore.errors import CancelledByPeerError, EngineError, KVFerryError, NodeUnavailableError, OverloadedError
 from kvcore.telemetry import log_fields
 from kvcore.types import Route
-from router import ledger
 from router.cluster import Cluster
-from router.ledger import (
+from router.ledger import RequestMachine
+from router.nodes import NodeClient
+from router.policy import ClusterView, RoutePolicy, RouteRequest
+from router.records import LegRecord, RequestLog, RequestRecord, RouteRecord
+from router.request_events import (
+    Action,
     CancelLeg,
     ClientGone,
     Deadline,
@@ -40,11 +44,11 @@ from router.ledger import (
     Delta,
     Emit,
     EndHandoff,
+    Event,
     Fail,
     Finish,
     PrefillDone,
     PrefillFailed,
-    RequestMachine,
     StartDecode,
     StartPrefill,
     StartTimer,
@@ -52,9 +56,6 @@ from router.ledger import (
     Timer,
     TimerFired,
 )
-from router.nodes import NodeClient
-from router.policy import ClusterView, RoutePolicy, RouteRequest
-from router.records import LegRecord, RequestLog, RequestRecord, RouteRecord
 
 STALL_S = 30.0
 """A stream that has begun and then says nothing for this long is dead (an engine's step takes far less)."""
@@ -243,10 +244,10 @@ class RequestRun:
 
     # --- events and actions ---
 
-    def _apply(self, event: ledger.Event) -> None:
+    def _apply(self, event: Event) -> None:
         self._carry_out(self.machine.handle(event))
 
-    def _carry_out(self, actions: list[ledger.Action]) -> None:
+    def _carry_out(self, actions: list[Action]) -> None:
         for action in actions:
             match action:
                 case StartPrefill():

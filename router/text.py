@@ -115,7 +115,7 @@ class FolderTokenizer:
                 pad_token=self._special("pad_token"),
                 unk_token=self._special("unk_token"),
             )
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             raise InvalidRequestError(f"the model's chat template refused it: {error}", param="messages") from error
 
     def _special(self, name: str) -> str:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from engines.base import FinishReason, LegInfo, PrefillResult, TokenDelta
 from kvcore.errors import EngineError, InvalidRequestError, NodeUnavailableError, OverloadedError
 from kvcore.types import Route
-from router.ledger import (
+from router.ledger import RequestMachine
+from router.request_events import (
     Action,
     CancelLeg,
     ClientGone,
@@ -22,7 +23,6 @@ from router.ledger import (
     Finish,
     PrefillDone,
     PrefillFailed,
-    RequestMachine,
     StartDecode,
     StartPrefill,
     StartTimer,

@@ -247,7 +247,7 @@ class Rig:
 async def make_rig(nodes: FakeNodes | None = None, tokenizer: Tokenizer | None = None, **router: object) -> Rig:
     """Probed once."""
     nodes = nodes or two_and_two()
-    config = cluster_config(nodes.nodes, **router)
+    config = cluster_config(nodes.nodes, None, **router)
     clock, log = SystemClock(), RequestLog()
     cluster = Cluster(config, nodes, clock)
     await cluster.probe()
@@ -270,6 +270,13 @@ async def make_rig(nodes: FakeNodes | None = None, tokenizer: Tokenizer | None =
     status = StatusView(config, cluster, log, clock, lambda: True)
     app = make_app(answerer, log, status, metrics, max_body_bytes=config.router.max_body)
     return Rig(nodes, cluster, dispatcher, log, answerer, app, metrics)
+
+
+async def until(condition: Callable[[], bool], limit_s: float = 5.0) -> None:
+    """Give the loop turns until `condition` holds; TimeoutError after `limit_s`."""
+    async with asyncio.timeout(limit_s):
+        while not condition():  # noqa: ASYNC110 - the conditions are plain attributes of fakes
+            await asyncio.sleep(0)
 
 
 # --- the same nodes over HTTP ---------------------------------------------------------------------------------------

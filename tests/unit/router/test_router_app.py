@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 import httpx
 import pytest
-from support.router_fakes import FakeNode, Rig, make_rig, next_token, two_and_two
+from support.router_fakes import FakeNode, Rig, make_rig, next_token, two_and_two, until
 
 from engines.base import FinishReason, TokenDelta
 from kvcore.asgi import AsgiServer
@@ -263,13 +263,11 @@ async def test_a_client_that_leaves_frees_every_node(stream: bool) -> None:
     await server.start()
     async with httpx.AsyncClient(base_url=server.url) as http:
         asking = asyncio.create_task(http.post("/v1/completions", json={**ASK, "stream": stream}))
-        while sum(node.running for node in nodes.nodes) < 2:
-            await asyncio.sleep(0.001)
+        await until(lambda: sum(node.running for node in nodes.nodes) == 2)
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
-        async with asyncio.timeout(2):
-            while any(node.running for node in nodes.nodes) or sum(len(node.aborted) for node in nodes.nodes) < 2:
-                await asyncio.sleep(0.001)
+        await until(lambda: not any(node.running for node in nodes.nodes))
+        await until(lambda: sum(len(node.aborted) for node in nodes.nodes) == 2)
     assert rig.log.cancelled == 1 and rig.log.in_flight == 0
     await server.aclose()
 

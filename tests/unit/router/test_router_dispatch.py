@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from support.router_fakes import CHUNK_TOKENS, FakeNode, FakeNodes, Rig, expected, make_rig, two_and_two
+from support.router_fakes import CHUNK_TOKENS, FakeNode, FakeNodes, Rig, expected, make_rig, two_and_two, until
 
 from engines.base import SamplingParams, TokenDelta
 from kvcore.errors import (
@@ -114,8 +114,7 @@ async def test_a_request_waits_for_its_only_decoder_to_come_back(monkeypatch: py
     run = open_run(rig)
 
     async def restart() -> None:
-        while not run.machine.retries:
-            await asyncio.sleep(0)
+        await until(lambda: bool(run.machine.retries))
         node.die_after = None
 
     restarting = asyncio.create_task(restart())

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 from aiohttp import web
-from support.router_fakes import FakeNode, expected, node_app, serve
+from support.router_fakes import FakeNode, expected, node_app, serve, until
 
 from engines.base import GenerateRequest, PrefillRequest, SamplingParams, TokenDelta
 from kvcore.errors import DeadlineExceededError, EngineError, KVFerryError, NodeUnavailableError, OverloadedError
@@ -95,13 +95,10 @@ async def test_closing_a_stream_early_reaches_the_node(client: HttpNodeClient) -
     async with serve(node_app(node)) as url:
         stream = client.generate(url, GENERATE, timeout_s=5)
         reading = asyncio.ensure_future(anext(stream))
-        while not node.running:
-            await asyncio.sleep(0.001)
+        await until(lambda: node.running == 1)
         reading.cancel()
         await asyncio.gather(reading, return_exceptions=True)
-        async with asyncio.timeout(2):
-            while node.running:
-                await asyncio.sleep(0.001)
+        await until(lambda: node.running == 0)
     await client.aclose()
 
 

@@ -1,0 +1,220 @@
+"""Index, policies, breaker, cluster events, chat templates."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from support.router_fakes import FakeNode, FakeNodes, cluster_config, spec, two_and_two
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import models
+
+from kvcore.chunk_keys import chunk_keys, root_key
+from kvcore.clock import ManualClock
+from kvcore.errors import InvalidRequestError, ModelLoadError, NodeUnavailableError
+from kvcore.types import ChunkKey, NodeInfo, Role
+from metadata_server.messages import Event, EventKind
+from router.cluster import Cluster
+from router.health import FIRST_PAUSE_S, Breaker, BreakerState
+from router.index import PrefixHits, PrefixIndex
+from router.policy import ClusterView, NodeView, PrefixAware, RoundRobin, RouteRequest
+from router.text import FolderTokenizer
+
+KEYS = [ChunkKey(bytes([i]) * 16) for i in range(8)]
+F = b"f" * 16
+
+
+def node(name: str, role: Role, *, fingerprint: bytes = F, sequences: int = 0, prefill_tokens: int = 0) -> NodeView:
+    return NodeView(name, role, fingerprint, 100, 4096, sequences, prefill_tokens)
+
+
+def view(*nodes: NodeView) -> ClusterView:
+    prefillers = tuple(n for n in nodes if n.role is Role.PREFILLER)
+    return ClusterView(prefillers, tuple(n for n in nodes if n.role is Role.DECODER))
+
+
+P0, P1 = node("p0", Role.PREFILLER), node("p1", Role.PREFILLER)
+D0, D1 = node("d0", Role.DECODER), node("d1", Role.DECODER)
+
+
+def test_the_index_agrees_with_sets() -> None:
+    dice, index = random.Random(1), PrefixIndex()
+    truth: dict[tuple[str, str], set[ChunkKey]] = {}
+    for _ in range(3000):
+        slot = (dice.choice("abc"), dice.choice("xy"))
+        keys = dice.sample(KEYS, 3)
+        match dice.randrange(20):
+            case 0:
+                index.drop_node(slot[0])
+                truth = {other: held for other, held in truth.items() if other[0] != slot[0]}
+            case n if n < 9:
+                index.remove(slot[0], keys, slot[1])
+                truth.setdefault(slot, set()).difference_update(keys)
+            case _:
+                index.store(slot[0], keys, slot[1])
+                truth.setdefault(slot, set()).update(keys)
+        by_node: dict[str, int] = {}
+        for (name, _), held in truth.items():
+            lead = next((i for i, key in enumerate(KEYS) if key not in held), len(KEYS))
+            by_node[name] = max(by_node.get(name, 0), lead)
+        everything = set().union(*truth.values())
+        longest = next((i for i, key in enumerate(KEYS) if key not in everything), len(KEYS))
+        assert index.find(KEYS) == PrefixHits(longest, {name: lead for name, lead in by_node.items() if lead})
+        assert len(index) == len(everything)
+    index.reset()
+    assert index.find(KEYS) == PrefixHits()
+
+
+@pytest.mark.parametrize("policy", [PrefixAware(), RoundRobin()])
+def test_no_route_is_better_than_a_wrong_one(policy: PrefixAware | RoundRobin) -> None:
+    assert policy.choose(RouteRequest(500, 64), view(P0, P1)) is None
+    assert policy.choose(RouteRequest(5000, 64), view(P0, D0)) is None
+    assert policy.choose(RouteRequest(500, 64, exclude=frozenset(["d0"])), view(P0, D0)) is None
+    foreign = node("p9", Role.PREFILLER, fingerprint=b"g" * 16)
+    route = policy.choose(RouteRequest(500, 64), view(foreign, D0))
+    assert route is not None and (route.prefiller, route.reason) == (None, "no_prefiller")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chunks", "prefiller", "reason"),
+    [
+        (100, 0, None, "no_full_chunk"),
+        (101, 0, "p0", "no_prefix"),
+        (501, 5, None, "all_chunks_cached"),
+        (501, 2, "p0", "prefix_hit"),
+    ],
+)
+def test_a_prefiller_only_where_it_has_something_to_do(
+    prompt: int, chunks: int, prefiller: str | None, reason: str
+) -> None:
+    route = PrefixAware().choose(RouteRequest(prompt, 64, hits={F: PrefixHits(chunks, {})}), view(P0, D0))
+    assert route is not None and (route.prefiller, route.reason) == (prefiller, reason)
+    assert route.expected_cached_tokens == chunks * 100
+
+
+def test_a_short_rest_is_left_to_the_decoder() -> None:
+    route = PrefixAware().choose(RouteRequest(210, 150, hits={F: PrefixHits(1, {})}), view(P0, D0))
+    assert route is not None and (route.prefiller, route.reason) == (None, "short_rest")
+
+
+def test_affinity_until_the_holder_is_too_busy() -> None:
+    hits = {F: PrefixHits(8, {"d1": 8})}
+    for turn in (0, 1):
+        route = PrefixAware().choose(RouteRequest(1001, 64, turn=turn, hits=hits), view(D0, D1))
+        assert route is not None and route.decoder == "d1"
+    busy = node("d1", Role.DECODER, sequences=10)
+    route = PrefixAware().choose(RouteRequest(1001, 64, hits=hits), view(D0, busy))
+    assert route is not None and route.decoder == "d0"
+
+
+def test_the_prefiller_with_less_outstanding_work_is_taken() -> None:
+    busy = node("p0", Role.PREFILLER, prefill_tokens=4000)
+    for turn in range(3):
+        route = PrefixAware().choose(RouteRequest(1001, 64, turn=turn), view(busy, P1, D0))
+        assert route is not None and route.prefiller == "p1"
+
+
+def test_round_robin_takes_each_in_turn() -> None:
+    routes = [RoundRobin().choose(RouteRequest(1001, 64, turn=turn), view(P0, P1, D0, D1)) for turn in range(4)]
+    assert [(r.prefiller, r.decoder) for r in routes if r] == [("p0", "d0"), ("p1", "d1")] * 2
+
+
+def test_the_breaker_opens_probes_once_and_closes() -> None:
+    breaker = Breaker()
+    for _ in range(3):
+        assert breaker.allows(0.0)
+        breaker.failed(0.0)
+    assert breaker.state(0.1) is BreakerState.OPEN and not breaker.allows(0.1)
+    later = FIRST_PAUSE_S
+    assert breaker.allows(later)
+    breaker.started(later)
+    assert not breaker.allows(later), "one probe at a time"
+    breaker.undecided()
+    assert breaker.allows(later), "a cancelled probe frees its place"
+    breaker.started(later)
+    breaker.failed(later)
+    assert not breaker.allows(later + FIRST_PAUSE_S), "the pause has grown"
+    breaker.started(later + 2 * FIRST_PAUSE_S)
+    breaker.succeeded()
+    assert breaker.state(later) is BreakerState.CLOSED
+
+
+async def make_cluster(nodes: FakeNodes) -> Cluster:
+    cluster = Cluster(cluster_config(nodes.nodes), nodes, ManualClock())
+    await cluster.probe()
+    return cluster
+
+
+async def test_events_feed_the_index_and_nodes_come_and_go() -> None:
+    nodes = two_and_two()
+    cluster = await make_cluster(nodes)
+    prompt = list(range(50))
+    fingerprint = spec().fingerprint
+    keys = chunk_keys(root_key(fingerprint), prompt, 16)
+    stored = Event(seq=1, kind=EventKind.STORED, node_id="d0", segment_id="d0.1", keys=keys)
+    cluster.on_events([stored])
+    assert cluster.hits(cluster.view(), prompt, b"") == {fingerprint: PrefixHits(3, {"d0": 3})}
+    assert cluster.hits(cluster.view(), prompt, b"other tenant") == {fingerprint: PrefixHits()}
+    nodes.by_url["http://127.0.0.1:9"] = FakeNode("new", Role.DECODER)
+    info = NodeInfo(id="new", role=Role.DECODER, control_url="http://127.0.0.1:9", incarnation=1)
+    cluster.on_events([Event(seq=2, kind=EventKind.NODE_UP, node_id="new", node=info)])
+    await cluster.probe()
+    assert [n.id for n in cluster.view().decoders] == ["d0", "d1", "new"]
+    cluster.on_events([Event(seq=3, kind=EventKind.NODE_DOWN, node_id=name) for name in ("new", "d0")])
+    assert [n.id for n in cluster.view().decoders] == ["d0", "d1"], "a static node is judged by its probes"
+    assert len(cluster.index) == 0
+    cluster.on_events([stored])
+    cluster.on_reset()
+    assert len(cluster.index) == 0
+
+
+async def test_a_restart_forgets_the_breaker_and_a_drain_takes_out() -> None:
+    nodes = two_and_two()
+    cluster = await make_cluster(nodes)
+    for _ in range(3):
+        cluster.leg_started("d0", sequences=1, prefill_tokens=0)
+        cluster.leg_ended("d0", sequences=1, prefill_tokens=0, ok=False, error=NodeUnavailableError("x"))
+    assert [n.id for n in cluster.view().decoders] == ["d1"]
+    nodes["d0"].incarnation += 1
+    nodes["d1"].draining = True
+    await cluster.probe()
+    assert [n.id for n in cluster.view().decoders] == ["d0"]
+    assert "d1: draining" in cluster.why_no_decoder()
+
+
+def model_folder(folder: Path, template: str | None) -> Path:
+    FastTokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>")).save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_chat_templates_render_as_transformers_does(tmp_path: Path) -> None:
+    template = (
+        "{{ bos_token }}{% for m in messages %}\n"
+        "{% if m.role == 'bad' %}{{ raise_exception('no bad ones') }}{% endif %}"
+        "[{{ m.role }}]{{ m.content | tojson }}{{ eos_token }}\n{% endfor %}\n"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    tokenizer = FolderTokenizer(model_folder(tmp_path, template))
+    assert tokenizer.render_chat([{"role": "user", "content": 'é"'}]) == '<s>[user]"é\\""</s>\n[assistant]'
+    with pytest.raises(InvalidRequestError, match="no bad ones"):
+        tokenizer.render_chat([{"role": "bad", "content": ""}])
+
+
+def test_a_template_cannot_reach_out_of_its_sandbox(tmp_path: Path) -> None:
+    tokenizer = FolderTokenizer(model_folder(tmp_path, "{{ messages.__class__.__mro__[1].__subclasses__() }}"))
+    with pytest.raises(InvalidRequestError):
+        tokenizer.render_chat([])
+
+
+def test_folders_that_cannot_work_are_said_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match=r"no tokenizer\.json"):
+        FolderTokenizer(tmp_path)
+    with pytest.raises(InvalidRequestError, match="no chat template"):
+        FolderTokenizer(model_folder(tmp_path, None)).render_chat([])
+    with pytest.raises(ModelLoadError, match="chat template"):
+        FolderTokenizer(model_folder(tmp_path, "{% for %}"))
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelLoadError):
+        FolderTokenizer(tmp_path)
