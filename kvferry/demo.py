@@ -16,7 +16,7 @@ from kvcore.config import ClusterConfig, TorchEngineConfig
 from kvcore.config_file import load_config
 from kvcore.service import Lifecycle, run_process
 from kvferry.demo_client import ChatResult, DemoClient
-from kvferry.demo_document import DOCUMENT, QUESTIONS
+from kvferry.demo_document import QUESTIONS, document
 from kvferry.display import Display
 from kvferry.machine import size_text
 from kvferry.up import curl_line, launched
@@ -26,10 +26,10 @@ _MAX_TOKENS = 64
 
 def run_demo(config_file: Path, overrides: Sequence[str], log_dir: Path | None, *, once: bool) -> int:
     """Returns the exit code. `once`: ends by itself, the last line is `RESULT {json}`; else it ends with a signal."""
+    config = load_config(config_file, overrides)
     results: list[dict[str, object]] = []
 
     async def main(lifecycle: Lifecycle) -> None:
-        config = load_config(config_file, overrides)
         loop = asyncio.get_running_loop()
         with Display(Console(), show_lines=False) as display:
             await _ensure_model(config, display)
@@ -74,7 +74,7 @@ async def _ask_all(config: ClusterConfig, url: str, display: Display) -> list[Ch
     async with DemoClient(url, config.model.name, config.router.request_timeout_s) as client:
         for number, question in enumerate(QUESTIONS, 1):
             display.say(f"\n[{number}] {question}")
-            system = f"Answer questions about this text.\n\n{DOCUMENT}"
+            system = f"Answer questions about this text.\n\n{document()}"
             answer = await client.chat(system, question, max_tokens=_MAX_TOKENS, on_text=display.write)
             display.say("\n" + describe(answer))
             answers.append(answer)

@@ -5,7 +5,13 @@ QUESTIONS = (
     "Who keeps the tide book, and what is written in it?",
 )
 
-DOCUMENT = """\
+
+def document() -> str:
+    """The text, one line a paragraph: a model asked about it imitates the line breaks that it sees."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in _TEXT.split("\n\n"))
+
+
+_TEXT = """\
 The Two Ferries of Harrow Reach
 
 Harrow Reach is a village on both banks of the river Senn, about four miles above the point where the river

@@ -11,7 +11,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from kvferry.launcher import LauncherEvent, ProcessState
+from kvferry.launcher import LauncherEvent
+from kvferry.supervised import ProcessState
 
 _STYLES = {
     ProcessState.STARTING: "yellow",

@@ -1,43 +1,27 @@
 """Bring a whole cluster up on this machine and keep it up: one child process for each of its parts.
 
-Owns the children, their log files and their restarts. A child that dies before it was ever ready fails the launch,
-with its last lines; one that has served is restarted with backoff. Whatever happens to us, no child outlives us.
+Owns the processes, their order and their restarts. One that ends before it was ever ready fails the launch, with its
+last lines; one that has served is restarted with backoff. Whatever happens to us, no child outlives us.
 """
 
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Self
 
 import aiohttp
 
-from kvcore.child import ChildProcess
 from kvcore.config import ClusterConfig
 from kvcore.errors import ConfigError
 from kvferry.processes import STOP_ORDER, Part, ProcessPlan, plan_processes
+from kvferry.supervised import ProcessState, SupervisedProcess
 
-_POLL_S = 0.1
-_POLL_TIMEOUT_S = 2.0
+_HEALTH_TIMEOUT_S = 2.0
 _BACKOFF_S = (0.2, 5.0)
-_LAST_LINES = 30
 _KILL_MARGIN_S = 5.0
-
-
-class ProcessState(StrEnum):
-    """Where one process of the cluster is."""
-
-    STARTING = "starting"
-    READY = "ready"
-    DIED = "died"
-    """Ended by itself; it is started again after a pause."""
-    FAILED = "failed"
-    """Never became ready: the launch fails."""
-    STOPPED = "stopped"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,25 +35,11 @@ class LauncherEvent:
     detail: str = ""
 
 
-class _Process:
-    """One part of the cluster: its present child and what it said last."""
-
-    def __init__(self, plan: ProcessPlan, log: TextIO) -> None:
-        self.plan = plan
-        self.log = log
-        self.state = ProcessState.STARTING
-        self.child: ChildProcess | None = None
-        self.was_ready = False
-        self.restarts = 0
-        self.problem = "not answering yet"
-        self.last_lines: deque[str] = deque(maxlen=_LAST_LINES)
-
-
 class Launcher:
     """A cluster on this machine. Use it as an async context manager, or call `start` and `aclose`.
 
     `on_line(name, line)` gets every line of output, `on_event` every change of state; both on the loop, neither may
-    block or raise.
+    block or raise. `plans` replaces the processes that the config stands for.
     """
 
     def __init__(
@@ -81,13 +51,14 @@ class Launcher:
         overrides: Sequence[str] = (),
         on_line: Callable[[str, str], None] | None = None,
         on_event: Callable[[LauncherEvent], None] | None = None,
+        plans: Sequence[ProcessPlan] | None = None,
     ) -> None:
-        self._config = config
-        self._plans = plan_processes(config, config_file, overrides)
+        self._stop_s = config.service.drain_s + _KILL_MARGIN_S
+        self._plans = list(plans) if plans is not None else plan_processes(config, config_file, overrides)
         self._log_dir = log_dir
         self._on_line = on_line
         self._on_event = on_event
-        self._processes: dict[str, _Process] = {}
+        self._processes: dict[str, SupervisedProcess] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._session: aiohttp.ClientSession | None = None
         self._stopping = False
@@ -95,6 +66,7 @@ class Launcher:
         self._failure: BaseException | None = None
         self._began = 0.0
         self.events: deque[LauncherEvent] = deque(maxlen=1000)
+        """The last changes of state, oldest first."""
 
     async def __aenter__(self) -> Self:
         try:
@@ -116,9 +88,9 @@ class Launcher:
 
     @property
     def pids(self) -> dict[str, int]:
-        """Of the children that run now, by name: `metadata-server`, `router` and the nodes' names."""
-        running = {name: process.child for name, process in self._processes.items()}
-        return {name: child.pid for name, child in running.items() if child is not None and child.returncode is None}
+        """Of the processes that run now, by name: `metadata-server`, `router` and the nodes' names."""
+        found = {name: process.pid for name, process in self._processes.items()}
+        return {name: pid for name, pid in found.items() if pid is not None}
 
     @property
     def states(self) -> dict[str, ProcessState]:
@@ -131,7 +103,7 @@ class Launcher:
         return {name: process.restarts for name, process in self._processes.items()}
 
     def log_file(self, name: str) -> Path:
-        """Where the output of `name` goes; the run before is beside it, with `.1` at the end."""
+        """Where the output of `name` goes; that of the launch before is beside it, with `.1` at the end."""
         return self._log_dir / f"{name}.log"
 
     async def start(self) -> None:
@@ -139,34 +111,33 @@ class Launcher:
 
         Raises ConfigError if the log folder cannot be written.
         """
-        assert not self._tasks, "started before"
+        assert self._session is None, "started before"
         self._began = asyncio.get_running_loop().time()
-        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_POLL_TIMEOUT_S))
+        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_HEALTH_TIMEOUT_S))
         for plan in self._plans:
-            self._processes[plan.name] = _Process(plan, self._open_log(plan.name))
-        self._tasks = [
-            asyncio.create_task(self._keep_up(process), name=f"keep up {name}")
-            for name, process in self._processes.items()
-        ]
-        for task in self._tasks:
+            log_file = self.log_file(plan.name)
+            process = SupervisedProcess(plan, log_file, self._session, self._on_line, self._process_changed)
+            self._processes[plan.name] = process
+        for process in self._processes.values():
+            task = asyncio.create_task(self._keep_up(process), name=f"keep up {process.name}")
             task.add_done_callback(self._task_done)
+            self._tasks.append(task)
 
     async def wait_ready(self, timeout_s: float) -> None:
         """Until every process serves. Raises ConfigError with the last lines of the one that ended or is not ready."""
         try:
             async with asyncio.timeout(timeout_s):
-                await self._wait_until(lambda: all(p.state is ProcessState.READY for p in self._processes.values()))
+                await self._wait_until(lambda: all(state is ProcessState.READY for state in self.states.values()))
         except TimeoutError:
             late = next(p for p in self._processes.values() if p.state is not ProcessState.READY)
-            problem = f"{late.plan.name} was not ready after {timeout_s:g} s ({late.problem})"
-            raise ConfigError(self._with_last_lines(late, problem)) from None
+            raise ConfigError(late.explain_late(timeout_s)) from None
 
     async def wait_restarted(self, name: str, old_pid: int, timeout_s: float) -> int:
         """Until `name` serves again under another pid than `old_pid`, which is returned. Raises TimeoutError."""
         process = self._processes[name]
 
         def is_back() -> bool:
-            return process.state is ProcessState.READY and process.child is not None and process.child.pid != old_pid
+            return process.state is ProcessState.READY and process.pid not in (None, old_pid)
 
         async with asyncio.timeout(timeout_s):
             await self._wait_until(is_back)
@@ -183,119 +154,45 @@ class Launcher:
         """
         self._stopping = True
         try:
-            for part_names in STOP_ORDER:
-                leaving = [p for p in self._processes.values() if p.plan.part in part_names]
-                await asyncio.gather(*(self._stop(process) for process in leaving))
+            for parts in STOP_ORDER:
+                leaving = [process for process in self._processes.values() if process.plan.part in parts]
+                await asyncio.gather(*(process.stop(self._stop_s) for process in leaving))
         finally:
-            await self._kill_all()
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)  # told by `_task_done`
+            await asyncio.gather(*(process.close() for process in self._processes.values()))
+            if self._session is not None:
+                await self._session.close()
 
-    async def _kill_all(self) -> None:
-        for process in self._processes.values():
-            if process.child is not None:
-                process.child.kill()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)  # told by `_task_done`
-        for process in self._processes.values():
-            if process.child is not None:
-                await process.child.wait()
-            process.log.close()
-        if self._session is not None:
-            await self._session.close()
-
-    async def _stop(self, process: _Process) -> None:
-        child = process.child
-        if child is not None and child.returncode is None:
-            await child.terminate(self._config.service.drain_s + _KILL_MARGIN_S)
-        if process.state is not ProcessState.STOPPED:
-            self._set_state(process, ProcessState.STOPPED)
-
-    # --- one process ---
-
-    async def _keep_up(self, process: _Process) -> None:
-        try:
-            await self._run_and_restart(process)
-        except (OSError, ValueError) as error:  # cannot fork, no descriptors left
-            self._fail(ConfigError(f"cannot start {process.plan.name}: {error}"))
-
-    async def _run_and_restart(self, process: _Process) -> None:
+    async def _keep_up(self, process: SupervisedProcess) -> None:
         pause_s = _BACKOFF_S[0]
         while not self._stopping:
-            served = await self._run_once(process)
+            how = await process.run_once()
             if self._stopping:
                 return
-            assert process.child is not None
-            how = _ending(process.child.returncode)
             if not process.was_ready:
-                self._set_state(process, ProcessState.FAILED, how)
-                self._fail(
-                    ConfigError(self._with_last_lines(process, f"{process.plan.name} {how} before it was ready"))
-                )
-                return
+                process.set_state(ProcessState.FAILED, how)
+                raise ConfigError(process.explain(f"{how} before it was ready"))
+            served = process.state is ProcessState.READY
             pause_s = _BACKOFF_S[0] if served else min(2 * pause_s, _BACKOFF_S[1])
-            self._set_state(process, ProcessState.DIED, f"{how}; starting it again in {pause_s:g} s")
+            process.set_state(ProcessState.DIED, f"{how}; starting it again in {pause_s:g} s")
             await asyncio.sleep(pause_s)
             process.restarts += 1
 
-    async def _run_once(self, process: _Process) -> bool:
-        """Start it, wait for it to end; returns whether it served in between."""
-        process.child = child = await ChildProcess.start(
-            process.plan.command, on_line=lambda line: self._take_line(process, line)
-        )
-        self._set_state(process, ProcessState.STARTING)
-        polling = asyncio.create_task(self._poll_health(process))
-        try:
-            await child.wait()
-        finally:
-            polling.cancel()
-            with suppress(asyncio.CancelledError):
-                await polling
-        return process.state is ProcessState.READY
-
-    async def _poll_health(self, process: _Process) -> None:
-        while True:
-            process.problem = await self._health_problem(process.plan.health_url)
-            if not process.problem:
-                break
-            await asyncio.sleep(_POLL_S)
-        process.was_ready = True
-        self._set_state(process, ProcessState.READY)
-
-    async def _health_problem(self, url: str) -> str:
-        """Empty: healthy."""
-        assert self._session is not None
-        try:
-            async with self._session.get(url) as reply:
-                body = await reply.content.read(300)
-                return "" if reply.status == 200 else f"HTTP {reply.status} {body.decode('utf-8', 'replace')}"
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            return str(error) or type(error).__name__
-
-    # --- what happened ---
-
-    def _take_line(self, process: _Process, line: str) -> None:
-        process.last_lines.append(line)
-        process.log.write(line + "\n")
-        if self._on_line is not None:
-            self._on_line(process.plan.name, line)
-
-    def _set_state(self, process: _Process, state: ProcessState, detail: str = "") -> None:
-        process.state = state
-        pid = process.child.pid if process.child is not None else None
-        event = LauncherEvent(process.plan.name, state, pid, asyncio.get_running_loop().time() - self._began, detail)
+    def _process_changed(self, process: SupervisedProcess, detail: str) -> None:
+        after_s = asyncio.get_running_loop().time() - self._began
+        event = LauncherEvent(process.name, process.state, process.pid, after_s, detail)
         self.events.append(event)
         if self._on_event is not None:
             self._on_event(event)
         self._wake()
 
-    def _fail(self, error: BaseException) -> None:
-        self._failure = self._failure or error
-        self._wake()
-
     def _task_done(self, task: asyncio.Task[None]) -> None:
         error = None if task.cancelled() else task.exception()
         if error is not None:
-            self._fail(error)
+            self._failure = self._failure or error
+            self._wake()
 
     def _wake(self) -> None:
         self._changed.set()
@@ -308,24 +205,3 @@ class Launcher:
             if is_true():
                 return
             await self._changed.wait()
-
-    def _with_last_lines(self, process: _Process, problem: str) -> str:
-        lines = "\n".join(f"  | {line}" for line in process.last_lines) or "  | (it said nothing)"
-        return f"{problem}; its last lines (all: {self.log_file(process.plan.name)}):\n{lines}"
-
-    def _open_log(self, name: str) -> TextIO:
-        file = self.log_file(name)
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            if file.exists():
-                file.replace(file.with_name(f"{name}.log.1"))
-            return file.open("w", encoding="utf-8", errors="replace", buffering=1)
-        except OSError as error:
-            raise ConfigError(
-                f"cannot write the log {file}: {error.strerror}; give another folder by --log-dir"
-            ) from error
-
-
-def _ending(returncode: int | None) -> str:
-    assert returncode is not None
-    return f"was ended by signal {-returncode}" if returncode < 0 else f"ended with exit code {returncode}"

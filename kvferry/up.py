@@ -17,10 +17,13 @@ from kvferry.launcher import Launcher
 
 
 def run_up(config_file: Path, overrides: Sequence[str], log_dir: Path | None) -> int:
-    """Until a signal; returns the exit code: 0 stopped in order, 2 the machine or the config is not fit."""
+    """Until a signal; returns the exit code: 0 stopped in order, 2 the machine is not fit.
+
+    Raises ConfigError for the file itself.
+    """
+    config = load_config(config_file, overrides)
 
     async def main(lifecycle: Lifecycle) -> None:
-        config = load_config(config_file, overrides)
         with Display(Console()) as display:
             async with launched(config, config_file, overrides, log_dir, display) as launcher:
                 display.end_progress()

@@ -1,0 +1,154 @@
+import json
+import struct
+from pathlib import Path
+
+import pytest
+
+from kvcore.config import (
+    ByteSize,
+    ClusterConfig,
+    MetadataServerConfig,
+    ModelConfig,
+    NodeConfig,
+    RouterConfig,
+    SimEngineConfig,
+    TorchEngineConfig,
+    TransportConfig,
+)
+from kvcore.errors import ConfigError
+from kvcore.ports import listen
+from kvcore.types import Role
+from kvferry import cli, doctor
+from kvferry.doctor import Context, check_memory, check_model, check_ports, check_transports, preflight
+from kvferry.machine import cgroup_memory_left, is_local, size_text
+
+
+def cluster(**changes: object) -> ClusterConfig:
+    base: dict[str, object] = {
+        "cluster": "c",
+        "model": ModelConfig(path="sim", name="sim"),
+        "engine": SimEngineConfig(num_blocks=16),
+        "nodes": {"d": NodeConfig(role=Role.DECODER, port=0, segment=ByteSize(1 << 20))},
+        "metadata_server": MetadataServerConfig(port=0),
+        "router": RouterConfig(port=0),
+    }
+    return ClusterConfig(**{**base, **changes})
+
+
+def torch_cluster(path: Path) -> ClusterConfig:
+    return cluster(model=ModelConfig(path=str(path), name="m"), engine=TorchEngineConfig())
+
+
+def test_a_port_in_use_says_which_and_what_to_do():
+    with listen("127.0.0.1", 0) as held:
+        port = held.getsockname()[1]
+        (finding,) = check_ports(Context(cluster(router=RouterConfig(port=port))))
+    assert not finding.ok and f"127.0.0.1:{port} is in use by pid" in finding.detail
+    assert finding.remedy == "stop it, or set another port (router.port)"
+
+
+def test_a_whole_cluster_needs_numbered_ports_and_addresses_of_this_machine():
+    nodes = {"d": NodeConfig(role=Role.DECODER, host="192.0.2.1", port=9)}
+    findings = {f.subject: f for f in check_ports(Context(cluster(nodes=nodes), all_here=True))}
+    assert not findings["port router"].ok and findings["port router"].detail == "router.port is 0"
+    assert not findings["port d"].ok and "no interface of this machine" in findings["port d"].detail
+    (elsewhere,) = check_ports(Context(cluster(nodes=nodes)))
+    assert elsewhere.ok and "another machine's" in elsewhere.detail
+
+
+def test_a_missing_model_folder_is_named_with_the_command_that_makes_it(tmp_path):
+    (finding,) = check_model(Context(torch_cluster(tmp_path / ".cache/kvferry/models/m")))
+    assert not finding.ok and "does not exist" in finding.detail
+    assert finding.remedy.startswith("kvferry prepare-demo-model")
+
+
+def test_a_broken_model_folder_is_told_file_by_file(tmp_path):
+    def wrong() -> str:
+        finding = check_model(Context(torch_cluster(tmp_path)))[0]
+        assert not finding.ok
+        return finding.detail
+
+    assert "config.json" in wrong()
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BertModel"]}))
+    assert "BertModel" in wrong()
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}))
+    assert "tokenizer.json" in wrong()
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert "safetensors" in wrong()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", 10**9) + b"{}")
+    assert "model.safetensors" in wrong()
+
+
+def test_a_tokenizer_that_does_not_load_is_wrong(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    finding = doctor._check_tokenizer(tmp_path / "tokenizer.json")
+    assert not finding.ok and "does not load" in finding.detail
+
+
+def test_too_little_memory_says_how_much_and_what_to_lower(monkeypatch):
+    monkeypatch.setattr(doctor, "available_memory", lambda: (200 << 20, "limit of the container"))
+    nodes = {"d": NodeConfig(role=Role.DECODER, port=0, segment=ByteSize(1 << 30))}
+    (finding,) = check_memory(Context(cluster(nodes=nodes)))
+    assert not finding.ok and "segment" in finding.remedy
+    assert (
+        "1.0 GiB of it segments" in finding.detail and "200.0 MiB available (limit of the container)" in finding.detail
+    )
+
+
+def test_ucx_is_refused_with_a_way_out_and_memlock_is_looked_at():
+    findings = check_transports(Context(cluster(transport=TransportConfig(kind="ucx"))))
+    assert [finding.subject for finding in findings] == ["transport ucx", "memlock"]
+    assert not findings[0].ok and "transport: auto" in findings[0].remedy
+
+
+def test_shared_memory_and_tcp_work_here():
+    findings = check_transports(Context(cluster()))
+    assert [(finding.subject, finding.ok) for finding in findings] == [("transport shm", True), ("transport tcp", True)]
+
+
+def test_preflight_tells_all_that_is_wrong_at_once():
+    with pytest.raises(ConfigError) as caught:
+        preflight(cluster(transport=TransportConfig(kind="ucx")))
+    lines = caught.value.message.splitlines()
+    assert lines[0].startswith("transport ucx: this build has no UCX transport yet; set")
+    assert any(line.startswith("port router: router.port is 0; give it a number") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("files", "left"),
+    [
+        ({"memory.max": "max", "memory.current": "5"}, None),
+        ({"memory.max": "100", "memory.current": "30"}, 70),
+        ({"memory/memory.limit_in_bytes": "100", "memory/memory.usage_in_bytes": "130"}, 0),
+        ({"memory/memory.limit_in_bytes": str(2**63 - 4096), "memory/memory.usage_in_bytes": "1"}, None),
+        ({}, None),
+    ],
+)
+def test_a_container_limits_memory(tmp_path, files, left):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert cgroup_memory_left(tmp_path) == left
+
+
+def test_this_machine_is_told_from_others():
+    assert is_local("127.0.0.1") and is_local("localhost") and is_local("0.0.0.0")
+    assert not is_local("192.0.2.1") and not is_local("no-such-host.invalid")
+
+
+def test_sizes_for_people():
+    assert [size_text(n) for n in (5, 2048, 3 << 20, 5 << 30)] == ["5 B", "2.0 KiB", "3.0 MiB", "5.0 GiB"]
+
+
+def test_the_command_exits_1_and_prints_the_remedy(tmp_path, capsys):
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "{cluster: c, model: {path: sim, name: sim}, engine: {kind: sim, block_size: 16}, transport: ucx,"
+        " nodes: {d: {role: decoder, port: 0, segment: 1MiB}}, router: {port: 0}, metadata_server: {port: 0}}"
+    )
+    assert cli.main(["doctor", str(file)]) == 1
+    out = capsys.readouterr().out
+    assert "ok    python" in out and "wrong transport ucx" in out and "-> set `transport: auto`" in out
+    assert cli.main(["doctor", str(file), "--set", "transport=auto"]) == 0
+    assert cli.main(["doctor", str(file), "--set", "transprot=auto"]) == 1
+    assert "did you mean transport?" in capsys.readouterr().out

@@ -1,0 +1,231 @@
+import asyncio
+import os
+import signal
+import socket
+import sys
+import textwrap
+
+import pytest
+
+from kvcore.child import ChildProcess
+from kvcore.config import (
+    ClusterConfig,
+    ModelConfig,
+    NodeConfig,
+    ServiceConfig,
+    SimEngineConfig,
+)
+from kvcore.errors import ConfigError
+from kvcore.types import Role
+from kvferry.launcher import Launcher
+from kvferry.processes import Part, ProcessPlan, base_url, plan_processes
+from kvferry.supervised import ProcessState
+
+SERVER = """
+import http.server, signal, sys
+port, name = int(sys.argv[1]), sys.argv[2]
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+    def log_message(self, *args): pass
+def stop(*args):
+    print(name, "bye", flush=True)
+    sys.exit(0)
+signal.signal(signal.SIGTERM, stop)
+server = http.server.HTTPServer(("127.0.0.1", port), Handler)
+print(name, "up", flush=True)
+server.serve_forever()
+"""
+
+CONFIG = ClusterConfig(
+    cluster="c",
+    model=ModelConfig(path="sim", name="sim"),
+    engine=SimEngineConfig(),
+    nodes={"p": NodeConfig(role=Role.PREFILLER, port=1), "d": NodeConfig(role=Role.DECODER, port=2)},
+    service=ServiceConfig(drain_s=5.0),
+)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def serving(name: str, part: Part) -> ProcessPlan:
+    port = free_port()
+    return ProcessPlan(name, part, (sys.executable, "-c", SERVER, str(port), name), f"http://127.0.0.1:{port}")
+
+
+def running(name: str, code: str) -> ProcessPlan:
+    command = (sys.executable, "-c", textwrap.dedent(code))
+    return ProcessPlan(name, Part.NODE, command, f"http://127.0.0.1:{free_port()}")
+
+
+def whole() -> list[ProcessPlan]:
+    return [
+        serving("metadata-server", Part.METADATA_SERVER),
+        serving("d", Part.NODE),
+        serving("router", Part.ROUTER),
+    ]
+
+
+@pytest.fixture
+def make(tmp_path):
+    def make(plans, **options) -> Launcher:
+        return Launcher(CONFIG, tmp_path / "c.yaml", log_dir=tmp_path / "logs", plans=plans, **options)
+
+    return make
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+async def test_a_process_that_ends_before_it_was_ready_fails_the_launch_and_ends_the_rest(make):
+    broken = running("d", "print('model folder is corrupt', flush=True); raise SystemExit(2)")
+    launcher = make([serving("metadata-server", Part.METADATA_SERVER), broken, serving("router", Part.ROUTER)])
+    pids = []
+    with pytest.raises(ConfigError) as caught:
+        async with launcher:
+            await asyncio.sleep(0)  # let the tasks start the children
+            pids += launcher.pids.values()
+            await launcher.wait_ready(20)
+    text = caught.value.message
+    assert text.startswith("d ended with exit code 2 before it was ready; its last lines (all: ")
+    assert text.endswith("  | model folder is corrupt")
+    assert len(pids) == 3 and not any(map(is_running, pids))
+    assert launcher.states["d"] in (ProcessState.FAILED, ProcessState.STOPPED)
+
+
+async def test_a_process_that_never_answers_is_named_when_time_is_up(make):
+    launcher = make([running("d", "import time; print('hm', flush=True); time.sleep(60)")])
+    async with launcher:
+        with pytest.raises(ConfigError, match=r"d was not ready after 0\.5 s \(.+\); its last lines"):
+            await launcher.wait_ready(0.5)
+        pid = launcher.pids["d"]
+    assert not is_running(pid)
+
+
+async def test_one_that_has_served_is_restarted_when_it_dies(make):
+    async with make(whole()) as launcher:
+        await launcher.wait_ready(20)
+        old = launcher.pids["d"]
+        os.kill(old, signal.SIGKILL)
+        new = await launcher.wait_restarted("d", old, 20)
+        assert new != old and launcher.pids["d"] == new
+        assert launcher.restarts == {"metadata-server": 0, "d": 1, "router": 0}
+        died = next(event for event in launcher.events if event.state is ProcessState.DIED)
+        assert died.name == "d" and "was ended by signal 9; starting it again in 0.2 s" in died.detail
+
+
+async def test_stopping_goes_router_nodes_metadata_server_and_leaves_nothing(make):
+    lines: list[tuple[str, str]] = []
+    async with make(whole(), on_line=lambda name, line: lines.append((name, line))) as launcher:
+        await launcher.wait_ready(20)
+        pids = list(launcher.pids.values())
+    assert [name for name, line in lines if line.endswith("bye")] == ["router", "d", "metadata-server"]
+    assert not any(map(is_running, pids)) and launcher.pids == {}
+    assert set(launcher.states.values()) == {ProcessState.STOPPED}
+    assert launcher.log_file("d").read_text() == "d up\nd bye\n"
+    await launcher.aclose()
+
+
+async def test_cancelling_the_stop_kills_at_once(make):
+    stubborn = running(
+        "d",
+        """
+        import signal, time
+        signal.signal(signal.SIGTERM, lambda *_: print("ignored", flush=True))
+        print("up", flush=True)
+        while True: time.sleep(60)
+        """,
+    )
+    said = asyncio.Event()
+    ignored = asyncio.Event()
+    launcher = make([stubborn], on_line=lambda name, line: (ignored if line == "ignored" else said).set())
+    await launcher.start()
+    await asyncio.wait_for(said.wait(), 10)
+    pid = launcher.pids["d"]
+    closing = asyncio.create_task(launcher.aclose())
+    await asyncio.wait_for(ignored.wait(), 10)
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    assert not is_running(pid)
+
+
+async def test_a_log_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    launcher = Launcher(CONFIG, tmp_path / "c.yaml", log_dir=tmp_path / "file", plans=whole())
+    with pytest.raises(ConfigError, match=r"cannot write the log .*--log-dir"):
+        async with launcher:
+            pass
+
+
+async def test_the_output_of_the_launch_before_is_kept(make):
+    for _ in range(2):
+        async with make([serving("d", Part.NODE)]) as launcher:
+            await launcher.wait_ready(20)
+    assert launcher.log_file("d").with_name("d.log.1").read_text() == "d up\nd bye\n"
+
+
+async def test_kill_minus_9_of_the_launcher_leaves_no_child(tmp_path):
+    code = f"""
+        import asyncio, sys
+        from pathlib import Path
+        sys.path[:0] = {sys.path!r}
+        from test_kvferry_launcher import CONFIG, whole
+        from kvferry.launcher import Launcher
+        async def main():
+            async with Launcher(CONFIG, Path("c.yaml"), log_dir=Path({str(tmp_path)!r}), plans=whole()) as launcher:
+                await launcher.wait_ready(20)
+                print(*launcher.pids.values(), flush=True)
+                await asyncio.Event().wait()
+        asyncio.run(main())
+    """
+    pids: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
+    launcher = await ChildProcess.start(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        on_line=lambda line: pids.set_result(list(map(int, line.split()))),
+    )
+    children = await asyncio.wait_for(pids, 20)
+    descriptors = [os.pidfd_open(pid) for pid in children]
+    os.kill(launcher.pid, signal.SIGKILL)
+    await asyncio.wait_for(launcher.wait(), 10)
+    for descriptor in descriptors:
+        ended = asyncio.Event()
+        asyncio.get_running_loop().add_reader(descriptor, ended.set)
+        await asyncio.wait_for(ended.wait(), 10)
+        asyncio.get_running_loop().remove_reader(descriptor)
+        os.close(descriptor)
+
+
+def test_plans_name_every_process_with_its_command(tmp_path):
+    file = tmp_path / "c.yaml"
+    plans = plan_processes(CONFIG, file, ["router.port=1"])
+    options = ("--config", str(file), "--set", "router.port=1")
+    assert [(plan.name, plan.part, plan.command[1:]) for plan in plans] == [
+        ("metadata-server", Part.METADATA_SERVER, ("-P", "-m", "metadata_server", *options)),
+        ("p", Part.NODE, ("-P", "-m", "prefiller", *options, "--node", "p")),
+        ("d", Part.NODE, ("-P", "-m", "decoder", *options, "--node", "d")),
+        ("router", Part.ROUTER, ("-P", "-m", "router", *options)),
+    ]
+    assert plans[-1].health_url == "http://127.0.0.1:8000/health"
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("0.0.0.0", "http://127.0.0.1:1"),
+        ("::", "http://[::1]:1"),
+        ("fe80::1", "http://[fe80::1]:1"),
+        ("h", "http://h:1"),
+    ],
+)
+def test_an_address_that_stands_for_all_is_reached_by_loopback(host, url):
+    assert base_url(host, 1) == url

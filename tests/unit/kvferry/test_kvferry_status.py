@@ -1,0 +1,111 @@
+import io
+import json
+
+import msgspec
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from rich.console import Console
+
+from kvcore.types import NodeInfo, Role, Segment
+from kvferry.status import run_status
+from metadata_server.messages import SegmentStats, Stats
+
+CLUSTER = {
+    "cluster": "c",
+    "nodes": [
+        {
+            "id": "d",
+            "role": "decoder",
+            "url": "http://d:1",
+            "healthy": True,
+            "reason": None,
+            "running": 2,
+            "waiting": 1,
+        },
+        {"id": "p", "role": "prefiller", "url": "http://p:1", "healthy": False, "reason": "refused [odd] markup"},
+    ],
+    "requests": {"in_flight": 1, "total": 7, "ok": 5, "failed": 1, "cancelled": 0, "retried": 2},
+    "hit_rate": 0.25,
+    "a_field_of_tomorrow": 1,
+}
+STATS = Stats(
+    epoch="e1",
+    nodes=[NodeInfo(id="d", role=Role.DECODER, control_url="http://d:1", incarnation=1)],
+    segments=[
+        SegmentStats(
+            segment=Segment(id="d.1", node_id="d", size_bytes=4 << 20, host_id="h", addresses={}),
+            used_bytes=1 << 20,
+            reserved_bytes=0,
+            retiring_bytes=0,
+            num_replicas=3,
+        )
+    ],
+    objects=3,
+    reservations=0,
+    read_leases=0,
+    waiters=0,
+    counters={},
+)
+
+
+@pytest.fixture
+async def serve():
+    servers = []
+
+    async def serve(path: str, body: bytes, status: int = 200) -> str:
+        async def answer(_: web.Request) -> web.Response:
+            return web.Response(body=body, status=status, content_type="application/json")
+
+        app = web.Application()
+        app.router.add_get(path, answer)
+        server = TestServer(app)
+        await server.start_server()
+        servers.append(server)
+        return str(server.make_url("")).rstrip("/")
+
+    yield serve
+    for server in servers:
+        await server.close()
+
+
+async def show(router: str, metadata: str, *, as_json: bool = False) -> tuple[int, str]:
+    out = io.StringIO()
+    code = await run_status(router, metadata, as_json=as_json, console=Console(file=out, width=160))
+    return code, out.getvalue()
+
+
+async def test_both_answers_are_shown(serve):
+    router = await serve("/v1/cluster", json.dumps(CLUSTER).encode())
+    metadata = await serve("/v1/stats", msgspec.json.encode(STATS))
+    code, out = await show(router, metadata)
+    assert code == 0
+    for text in (
+        "2 running, 1 waiting",
+        "refused [odd] markup",
+        "7 (5 ok, 1 failed",
+        "hit rate 25.0%",
+        "1.0 MiB (25%)",
+    ):
+        assert text in out
+
+
+async def test_a_router_that_is_down_does_not_hide_the_store(serve):
+    metadata = await serve("/v1/stats", msgspec.json.encode(STATS))
+    code, out = await show("http://127.0.0.1:9", metadata)
+    assert code == 1 and "router is not there: Cannot connect" in out and "3 chunks" in out
+
+
+async def test_errors_and_nonsense_of_a_server_are_told(serve):
+    router = await serve("/v1/cluster", b"nope", 500)
+    metadata = await serve("/v1/stats", b"[1]")
+    code, out = await show(router, metadata)
+    assert code == 1 and "HTTP 500: nope" in out and "does not understand" in out
+
+
+async def test_json_holds_both_answers_whole(serve, capsys):
+    router = await serve("/v1/cluster", json.dumps(CLUSTER).encode())
+    code, _ = await show(router, "http://127.0.0.1:9", as_json=True)
+    said = json.loads(capsys.readouterr().out)
+    assert code == 1 and said["router"]["answer"] == CLUSTER
+    assert said["metadata_server"]["answer"] is None and "Cannot connect" in said["metadata_server"]["problem"]
