@@ -7,8 +7,8 @@ thread and no clock but the injected one, so that a simulation runs it in virtua
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Coroutine, Iterable
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -60,6 +60,8 @@ from router.request_events import (
 STALL_S = 30.0
 """A stream that has begun and then says nothing for this long is dead (an engine's step takes far less)."""
 CONTROL_TIMEOUT_S = 2.0
+TAIL_S = 0.5
+"""How long the end of a stream may take after its last finish reason."""
 MAX_UNREAD = 256
 """Deltas that wait for a slow client before the node is read no further."""
 _SEED_STEP = 0x9E3779B97F4A7C15
@@ -121,9 +123,13 @@ class Dispatcher:
 
     def control(self, call: Coroutine[object, object, None]) -> None:
         """Send an abort or the end of a handoff beside the requests; it has its own deadline and may fail."""
-        task = asyncio.create_task(_quietly(call))
-        self._control.add(task)
-        task.add_done_callback(self._control.discard)
+        self.adopt([asyncio.create_task(_quietly(call))])
+
+    def adopt(self, tasks: Iterable[asyncio.Task[None]]) -> None:
+        """Keep tasks that end by themselves within a bound: control calls, the last bytes of finished legs."""
+        for task in tasks:
+            self._control.add(task)
+            task.add_done_callback(self._control.discard)
 
     async def aclose(self) -> None:
         """Wait for control calls under way (each is bounded)."""
@@ -194,7 +200,9 @@ class RequestRun:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._apply(ClientGone())
-        if self._tasks:
+        if isinstance(self._end, Finish):
+            self._dispatcher.adopt(self._tasks.values())
+        elif self._tasks:
             await asyncio.wait(list(self._tasks.values()), timeout=CONTROL_TIMEOUT_S)
 
     async def __aiter__(self) -> AsyncIterator[Emit]:
@@ -391,6 +399,10 @@ class RequestRun:
                 missing -= delta.finish_reason is not None
                 self._note(leg, delta.info)
                 await self._take(action, delta)
+            # Read on to the stream's end, so that its connection is kept: a new one costs as much as the request.
+            with suppress(TimeoutError, KVFerryError):
+                async with asyncio.timeout(TAIL_S):
+                    await anext(deltas, None)
         return True
 
     async def _take(self, action: StartDecode, delta: TokenDelta) -> None:

@@ -35,7 +35,8 @@ async def tokens_of(run: RequestRun) -> dict[int, list[int]]:
     return tokens
 
 
-def assert_quiet(rig: Rig) -> None:
+async def assert_quiet(rig: Rig) -> None:
+    await rig.dispatcher.aclose()
     assert rig.log.in_flight == 0
     assert all(node.running == 0 for node in rig.nodes.nodes)
     assert all(node.sequences == 0 and node.prefill_tokens == 0 for node in rig.cluster.nodes.values())
@@ -49,7 +50,7 @@ async def test_a_prefiller_that_answers_500_is_replaced_and_only_it_is_charged()
         assert (await tokens_of(run))[0] == expected(PROMPT, 8)
     assert {rig.cluster.breaker_state(rig.cluster.nodes[p]) for p in ("p0", "p1")} == {"open"}
     assert {rig.cluster.breaker_state(rig.cluster.nodes[d]) for d in ("d0", "d1")} == {"closed"}
-    assert_quiet(rig)
+    await assert_quiet(rig)
 
 
 async def test_a_decoder_that_answers_500_never_opens_a_prefillers_breaker() -> None:
@@ -60,7 +61,7 @@ async def test_a_decoder_that_answers_500_never_opens_a_prefillers_breaker() -> 
     assert rig.cluster.breaker_state(rig.cluster.nodes["d0"]) == "open"
     assert rig.cluster.breaker_state(rig.cluster.nodes["p0"]) == "closed"
     assert rig.log.retried == 3
-    assert_quiet(rig)
+    await assert_quiet(rig)
 
 
 async def test_without_prefillers_left_the_decoder_is_told_to_compute() -> None:
@@ -85,7 +86,7 @@ async def test_a_dying_decoder_is_continued_elsewhere_without_gap_or_repeat(die_
         assert (await tokens_of(run))[0] == expected(PROMPT, 8)
     continued = [request.output_token_ids for request in rig.nodes["d1"].generates]
     assert expected(PROMPT, die_after) in continued
-    assert_quiet(rig)
+    await assert_quiet(rig)
 
 
 async def test_three_completions_are_each_continued_by_their_own_leg() -> None:
@@ -102,7 +103,7 @@ async def test_three_completions_are_each_continued_by_their_own_leg() -> None:
     seeds = [request.sampling.seed for request in rig.nodes["d1"].generates]
     assert len(seeds) == len(set(seeds)) == 3
     assert all(request.sampling.n == 1 for request in rig.nodes["d1"].generates)
-    assert_quiet(rig)
+    await assert_quiet(rig)
 
 
 async def test_a_request_waits_for_its_only_decoder_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +141,7 @@ async def test_a_lying_decoder_is_an_error_not_a_hang(script: list[TokenDelta]) 
         async with asyncio.timeout(5):
             await tokens_of(open_run(rig, max_tokens=16))
     assert rig.log.failed == 1
-    assert_quiet(rig)
+    await assert_quiet(rig)
 
 
 @pytest.fixture(autouse=True)
@@ -174,7 +175,7 @@ async def test_the_deadline_cancels_both_legs() -> None:
         await tokens_of(run)
     await rig.dispatcher.aclose()
     assert sorted(leg for node in rig.nodes.nodes for leg in node.aborted) == ["r.d2", "r.p1"]
-    assert_quiet(rig)
+    await assert_quiet(rig)
 
 
 async def test_a_client_that_leaves_cancels_both_legs_at_once() -> None:
@@ -188,7 +189,7 @@ async def test_a_client_that_leaves_cancels_both_legs_at_once() -> None:
     await rig.dispatcher.aclose()
     assert run.record.state == "cancelled"
     assert sorted(leg for node in rig.nodes.nodes for leg in node.aborted) == ["r.d2", "r.p1"]
-    assert_quiet(rig)
+    await assert_quiet(rig)
 
 
 async def test_a_stop_ends_one_completion_and_the_last_one_the_request() -> None:
@@ -201,7 +202,7 @@ async def test_a_stop_ends_one_completion_and_the_last_one_the_request() -> None
             run.stop(emit.index)
     assert seen == [0, 1]
     assert run.record.state == "ok"
-    assert_quiet(rig)
+    await assert_quiet(rig)
 
 
 async def test_more_requests_than_the_bound_are_refused() -> None:
