@@ -272,6 +272,8 @@ class RequestRun:
                     self._emit(action)
                 case StartTimer():
                     loop = asyncio.get_running_loop()
+                    if (running := self._timers.get(action.timer)) is not None:
+                        running.cancel()
                     self._timers[action.timer] = loop.call_later(action.after_s, self._fired, action.timer)
                 case Finish() | Fail():
                     self._close(action)

@@ -52,6 +52,7 @@ from router.request_events import (
 
 HANDOFF_GRACE_S = 0.25
 """After a prefill that stored everything, a decoder should find it by itself; else it is told to stop waiting."""
+HANDOFF_LONGEST_S = 2.0
 SETTLE_S = 1.0
 """How long the end of a request waits for the reply of a prefill that its decoder overtook."""
 RETRY_PAUSE_S = 0.25
@@ -120,6 +121,7 @@ class RequestMachine:
         self._failed_decoders: set[str] = set()
         self._homeless: set[int] = set()
         self._waited_s = 0.0
+        self._handoff_pause_s = HANDOFF_GRACE_S
         self.last_error: KVFerryError = NodeUnavailableError("no decoder is ready")
         self.prefill_result: PrefillResult | None = None
         self.decode_info: LegInfo | None = None
@@ -223,10 +225,11 @@ class RequestMachine:
         return [(name, leg) for name, leg in self._decodes.items() if leg.handoff and not leg.started]
 
     def _end_handoffs(self) -> list[Action]:
-        actions: list[Action] = []
-        for name, leg in self._waiting_legs():
-            leg.handoff = False
-            actions.append(EndHandoff(name, leg.node))
+        """Said again until the leg speaks: the word may reach a node before the leg itself, which ignores it then."""
+        actions: list[Action] = [EndHandoff(name, leg.node) for name, leg in self._waiting_legs()]
+        if actions:
+            actions.append(StartTimer(Timer.HANDOFF, self._handoff_pause_s))
+            self._handoff_pause_s = min(2 * self._handoff_pause_s, HANDOFF_LONGEST_S)
         return actions
 
     # --- decode ---

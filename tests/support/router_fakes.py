@@ -90,6 +90,8 @@ class FakeNode:
     prefill_gate: asyncio.Event | None = None
     generate_gate: asyncio.Event | None = None
     wait_for_handoff: bool = False
+    deaf_to_handoffs: int = 0
+    """So many ends of a handoff arrive before their leg, and are ignored."""
     script: list[TokenDelta] | None = None
     tokens: Callable[[list[int], int], int] = next_token
     prefills: list[PrefillRequest] = field(default_factory=list)
@@ -200,6 +202,8 @@ class FakeNodes:
     async def end_handoff(self, url: str, request_id: str, *, timeout_s: float) -> None:
         node = self.by_url[url]
         node.handoffs_ended.append(request_id)
+        if len(node.handoffs_ended) <= node.deaf_to_handoffs:
+            return
         node.handoff_ends.setdefault(request_id, asyncio.Event()).set()
 
     async def abort(self, url: str, request_id: str, *, timeout_s: float) -> None:

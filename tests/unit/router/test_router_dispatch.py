@@ -77,6 +77,16 @@ async def test_without_prefillers_left_the_decoder_is_told_to_compute() -> None:
     assert [leg.error is not None for leg in run.record.legs if leg.kind == "prefill"] == [True, True]
 
 
+async def test_the_end_of_a_handoff_that_overtakes_its_leg_is_said_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "HANDOFF_GRACE_S", 0.01)
+    rig = await make_rig()
+    for node in rig.nodes.nodes:
+        node.prefill_error = NodeUnavailableError("killed")
+        node.wait_for_handoff, node.deaf_to_handoffs = True, 2
+    async with asyncio.timeout(5):
+        assert (await tokens_of(open_run(rig)))[0] == expected(PROMPT, 8)
+
+
 @pytest.mark.parametrize("die_after", [0, 1, 5])
 async def test_a_dying_decoder_is_continued_elsewhere_without_gap_or_repeat(die_after: int) -> None:
     rig = await make_rig()
