@@ -1,0 +1,268 @@
+"""A whole cluster for integration tests: every process a real one, brought up by the launcher on free ports.
+
+Requests go through the router as any client's would; a test kills processes by pid and looks at all of them.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import aiohttp
+import msgspec
+import yaml
+from support.ports import free_ports
+
+from engines.base import NodeReport
+from kvcore.config import ClusterConfig
+from kvcore.config_file import load_config
+from kvferry.launcher import Launcher
+from kvferry.processes import base_url
+from metadata_server.messages import Stats
+
+READY_S = 60.0
+POLL_S = 0.02
+SIM_ENGINE = {
+    "kind": "sim",
+    "block_size": 16,
+    "num_blocks": 2048,
+    "bytes_per_token": 64,
+    "prefill_tokens_per_s": 20_000,
+    "inter_token_s": 0.005,
+}
+TORCH_ENGINE = {"kind": "torch", "block_size": 16, "kv_cache": "64MiB", "max_batch_tokens": 256}
+Prompt = str | list[int]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """An answer that came as a stream of one choice. `first_token_s`: from sending to the first text or token."""
+
+    text: str
+    first_token_s: float
+    usage: dict[str, Any]
+    token_ids: list[int]
+    """Empty, unless `return_token_ids` was asked for."""
+    id: str
+    finish_reason: str | None
+
+
+class ClusterHandle:
+    """A cluster that is up. Every method that asks something raises AssertionError for an answer that is not 200."""
+
+    def __init__(self, config: ClusterConfig, file: Path, launcher: Launcher, session: aiohttp.ClientSession) -> None:
+        self.config = config
+        self.file = file
+        self.launcher = launcher
+        self.session = session
+
+    @property
+    def url(self) -> str:
+        """The router's."""
+        return self.launcher.router_url
+
+    @property
+    def metadata_url(self) -> str:
+        """Of the metadata server."""
+        return base_url(self.config.metadata_server.host, self.config.metadata_server.port)
+
+    def node_url(self, name: str) -> str:
+        """Of a node's control API."""
+        return base_url(self.config.nodes[name].host, self.config.nodes[name].port)
+
+    async def post(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, str], dict[str, Any]]:
+        """(status, headers, body) of a request to the router, whatever they are."""
+        async with self.session.post(self.url + path, json=body) as reply:
+            return reply.status, dict(reply.headers), await reply.json()
+
+    async def complete(self, prompt: Prompt, **fields: Any) -> dict[str, Any]:
+        """POST /v1/completions; the answer's body."""
+        status, _, body = await self.post("/v1/completions", self._completion(prompt, fields))
+        assert status == 200, body
+        return body
+
+    async def chat(self, messages: Sequence[dict[str, str]], **fields: Any) -> dict[str, Any]:
+        """POST /v1/chat/completions; the answer's body."""
+        status, _, body = await self.post("/v1/chat/completions", self._chat(messages, fields))
+        assert status == 200, body
+        return body
+
+    async def stream(self, prompt: Prompt, **fields: Any) -> Streamed:
+        """As `complete`, in a stream that must end properly."""
+        return await self._gather(self.events("/v1/completions", self._completion(prompt, fields)))
+
+    async def stream_chat(self, messages: Sequence[dict[str, str]], **fields: Any) -> Streamed:
+        """As `chat`, in a stream that must end properly."""
+        return await self._gather(self.events("/v1/chat/completions", self._chat(messages, fields)))
+
+    async def events(self, path: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any]]:
+        """The events of a stream, up to `[DONE]`, usage in the last. Closing it leaves the server in mid-answer."""
+        body = {**body, "stream": True, "stream_options": {"include_usage": True}}
+        async with self.session.post(self.url + path, json=body) as reply:
+            assert reply.status == 200, await reply.text()
+            async for line in reply.content:
+                data = line.strip().removeprefix(b"data: ")
+                if data == b"[DONE]":
+                    return
+                if data:
+                    yield json.loads(data)
+        raise AssertionError("the stream ended without [DONE]")
+
+    async def explain(self, request_id: str) -> dict[str, Any]:
+        """The router's record of one request: route, legs, retries."""
+        return await self._json(f"{self.url}/v1/requests/{request_id}")
+
+    async def status(self) -> dict[str, Any]:
+        """The router's view of the cluster."""
+        return await self._json(f"{self.url}/v1/cluster")
+
+    async def stats(self) -> Stats:
+        """The metadata server's."""
+        return msgspec.msgpack.decode(await self._get(f"{self.metadata_url}/v1/stats"), type=Stats)
+
+    async def node_info(self, name: str) -> NodeReport:
+        """A node about itself and its engine."""
+        return msgspec.msgpack.decode(await self._get(f"{self.node_url(name)}/v1/info"), type=NodeReport)
+
+    async def metrics(self, url: str) -> dict[str, float]:
+        """`name{labels}` -> value, from the /metrics of the router, a node or the metadata server."""
+        lines = (await self._get(f"{url}/metrics")).decode().splitlines()
+        samples = [line.rpartition(" ") for line in lines if line and not line.startswith("#")]
+        return {name: float(value) for name, _, value in samples}
+
+    async def until(self, check: Callable[[], Awaitable[T]], timeout_s: float) -> T:
+        """Poll until `check` is true and return what it returned. One that cannot reach a server is not true yet.
+
+        Raises AssertionError with its last answer.
+        """
+        last: object = None
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    try:
+                        last = value = await check()
+                        if value:
+                            return value
+                    except (aiohttp.ClientError, AssertionError) as error:
+                        last = error
+                    await asyncio.sleep(POLL_S)
+        except TimeoutError:
+            raise AssertionError(f"not true within {timeout_s:g} s: {check}; last: {last!r}") from None
+
+    async def all_ready(self) -> bool:
+        """Whether router and metadata server know every node, with its engine."""
+        status, stats = await self.status(), await self.stats()
+        healthy = {node["id"] for node in status["nodes"] if node["healthy"]}
+        known = {node.id for node in stats.nodes if node.fingerprint or node.role == "store"}
+        return bool(status["metadata_connected"]) and healthy == known == set(self.config.nodes)
+
+    def _completion(self, prompt: Prompt, fields: dict[str, Any]) -> dict[str, Any]:
+        return {"model": self.config.model.name, "prompt": prompt, **fields}
+
+    def _chat(self, messages: Sequence[dict[str, str]], fields: dict[str, Any]) -> dict[str, Any]:
+        return {"model": self.config.model.name, "messages": list(messages), **fields}
+
+    async def _gather(self, events: AsyncGenerator[dict[str, Any]]) -> Streamed:
+        began = asyncio.get_running_loop().time()
+        first_token_s, request_id, reason = 0.0, "", None
+        usage: dict[str, Any] = {}
+        text: list[str] = []
+        token_ids: list[int] = []
+        async with aclosing(events):
+            async for event in events:
+                assert "error" not in event, event
+                request_id, usage = event["id"], event.get("usage") or usage
+                for choice in event["choices"]:
+                    assert reason is None, "text after the finish reason"
+                    piece = choice.get("text") or choice.get("delta", {}).get("content") or ""
+                    ids = choice.get("token_ids") or []
+                    if (piece or ids) and not first_token_s:
+                        first_token_s = asyncio.get_running_loop().time() - began
+                    text.append(piece)
+                    token_ids += ids
+                    reason = choice["finish_reason"]
+        return Streamed("".join(text), first_token_s, usage, token_ids, request_id, reason)
+
+    async def _json(self, url: str) -> dict[str, Any]:
+        body: dict[str, Any] = json.loads(await self._get(url))
+        return body
+
+    async def _get(self, url: str) -> bytes:
+        async with self.session.get(url, headers={"Accept": "application/msgpack"}) as reply:
+            assert reply.status == 200, await reply.text()
+            return await reply.read()
+
+
+def write_config(
+    folder: Path,
+    *,
+    engine: Literal["sim", "torch"] = "sim",
+    model: Path | None = None,
+    name: str | None = None,
+    prefillers: int = 2,
+    decoders: int = 2,
+    transport: str = "auto",
+) -> Path:
+    """A cluster file in `folder`, all on free ports, with nodes `prefill-0`, `decode-0`, ..."""
+    names = [f"prefill-{i}" for i in range(prefillers)] + [f"decode-{i}" for i in range(decoders)]
+    metadata_port, router_port, *node_ports = free_ports(2 + len(names))
+    roles = ["prefiller"] * prefillers + ["decoder"] * decoders
+    nodes = {
+        node: {"role": role, "port": port, "segment": "16MiB"}
+        for node, role, port in zip(names, roles, node_ports, strict=True)
+    }
+    config = {
+        "cluster": folder.name[:40] or "test",
+        "model": {"path": str(model) if model else "sim", "name": name or (model.name if model else "sim")},
+        "engine": TORCH_ENGINE if engine == "torch" else SIM_ENGINE,
+        "kv": {"chunk_tokens": 64},
+        "nodes": nodes,
+        "transport": transport,
+        "store": {"reserve_ttl_s": 5.0, "read_lease_s": 5.0, "retire_grace_s": 0.5},
+        "metadata_server": {"port": metadata_port, "node_ttl_s": 2.0},
+        "router": {"port": router_port, "probe_interval_s": 0.25},
+        "service": {"drain_s": 3.0},
+    }
+    file = folder / "cluster.yaml"
+    file.write_text(yaml.safe_dump(config))
+    return file
+
+
+@asynccontextmanager
+async def cluster(
+    tmp_path: Path,
+    *,
+    engine: Literal["sim", "torch"] = "sim",
+    model: Path | None = None,
+    name: str | None = None,
+    prefillers: int = 2,
+    decoders: int = 2,
+    transport: str = "auto",
+    overrides: Sequence[str] = (),
+) -> AsyncIterator[ClusterHandle]:
+    """A cluster that serves; every process of it has ended afterwards. `overrides`: as after `--set`."""
+    file = write_config(
+        tmp_path,
+        engine=engine,
+        model=model,
+        name=name,
+        prefillers=prefillers,
+        decoders=decoders,
+        transport=transport,
+    )
+    config = load_config(file, overrides)
+    launcher = Launcher(
+        config, file, log_dir=tmp_path / "logs", overrides=overrides, on_line=lambda who, line: print(f"{who}: {line}")
+    )
+    async with AsyncExitStack() as stack:
+        connector = aiohttp.TCPConnector(limit=0)
+        session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector))
+        await stack.enter_async_context(launcher)
+        await launcher.wait_ready(READY_S)
+        handle = ClusterHandle(config, file, launcher, session)
+        await handle.until(handle.all_ready, READY_S)
+        yield handle
