@@ -8,6 +8,7 @@ import difflib
 import re
 import types
 from collections.abc import Mapping
+from enum import Enum
 from typing import Annotated, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -114,8 +115,8 @@ def _explain(message: str, raw: object, kind: object) -> str:
     """msgspec's sentence, in ours, with the choices of an enum."""
     bare = get_args(kind)[0] if get_origin(kind) is Annotated else kind
     choices: list[str] = []
-    if isinstance(bare, type) and hasattr(bare, "__members__"):
-        choices = [str(member) for member in bare.__members__.values()]
+    if isinstance(bare, type) and issubclass(bare, Enum):
+        choices = [str(member) for member in bare]
     elif get_origin(bare) is Literal:
         choices = [str(choice) for choice in get_args(bare)]
     if choices:

@@ -59,7 +59,10 @@ def test_light_packages_never_load_torch(package):
         for p in sorted((ROOT / package).rglob("*.py"))
         if p.name not in ("__init__.py", "__main__.py")
     ]
-    code = f"import sys, importlib\nfor m in {modules!r}: importlib.import_module(m)\nprint([m for m in ('torch', 'transformers', 'vllm') if m in sys.modules])"
+    code = (
+        f"import sys, importlib\nfor m in {modules!r}: importlib.import_module(m)\n"
+        "print([m for m in ('torch', 'transformers', 'vllm') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
