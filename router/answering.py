@@ -24,12 +24,14 @@ MAX_QUEUED_PIECES = 64
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """New text of one choice. `logprobs`: (token id, its logprob) of the tokens of this piece."""
+    """New text of one choice. `logprobs`: (token id, its logprob) of the tokens of this piece. `token_ids`: as the
+    engine gave them, a final stop token included; empty unless the client asked for them."""
 
     index: int
     text: str
     logprobs: Sequence[tuple[int, TokenLogprob]] = ()
     finish_reason: str | None = None
+    token_ids: Sequence[int] = ()
 
 
 @dataclass(slots=True)
@@ -43,12 +45,20 @@ class Answer:
     """The choices of one client's request under way: one run a prompt. Iterate `pieces` once, to its end or not."""
 
     def __init__(
-        self, tokenizer: Tokenizer, runs: Sequence[RequestRun], specs: Sequence[RequestSpec], stops: list[str]
-    ):
+        self,
+        tokenizer: Tokenizer,
+        runs: Sequence[RequestRun],
+        specs: Sequence[RequestSpec],
+        stops: list[str],
+        *,
+        with_token_ids: bool = False,
+    ) -> None:
         self._tokenizer = tokenizer
         self._runs = runs
         self._specs = specs
         self._stops = stops
+        self.with_token_ids = with_token_ids
+        """Whether the client asked for the tokens beside the text."""
 
     @property
     def id(self) -> str:
@@ -64,6 +74,10 @@ class Answer:
     def prompt_tokens(self) -> int:
         """Over all prompts."""
         return sum(len(spec.prompt_token_ids) for spec in self._specs)
+
+    def prompt_token_ids(self, index: int) -> list[int]:
+        """The prompt of choice `index`."""
+        return [spec.prompt_token_ids for spec in self._specs for _ in range(spec.sampling.n)][index]
 
     @property
     def cached_tokens(self) -> int:
@@ -120,7 +134,7 @@ class Answer:
                 piece, hit = self._piece(first, choices[emit.index], emit)
                 if hit:
                     run.stop(emit.index)
-                if piece.text or piece.finish_reason or piece.logprobs:
+                if piece.text or piece.finish_reason or piece.logprobs or piece.token_ids:
                     yield piece
 
     def _piece(self, first: int, choice: _Choice, emit: Emit) -> tuple[Piece, bool]:
@@ -131,7 +145,8 @@ class Answer:
             more, hit = choice.stops.feed(choice.detokenizer.flush())
             text += more if hit else more + choice.stops.flush()
         reason = FinishReason.STOP if hit else emit.finish_reason
-        return Piece(first + emit.index, text, logprobs, reason.value if reason else None), hit
+        ids = emit.token_ids if self.with_token_ids else ()
+        return Piece(first + emit.index, text, logprobs, reason.value if reason else None, ids), hit
 
 
 class Answerer:
@@ -192,7 +207,8 @@ class Answerer:
             )
         if sum(spec.sampling.n for spec in specs) > schema.MAX_N:
             raise InvalidRequestError(f"n times the prompts must not be over {schema.MAX_N}", param="n")
-        return Answer(self.tokenizer, [self._dispatcher.open(spec) for spec in specs], specs, stops)
+        runs = [self._dispatcher.open(spec) for spec in specs]
+        return Answer(self.tokenizer, runs, specs, stops, with_token_ids=bool(request.return_token_ids))
 
     def _check_fit(self, prompt: list[int], sampling: SamplingParams, max_context: int, param: str) -> None:
         if not prompt:

@@ -67,6 +67,7 @@ class _Request(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = False
     cache_salt: str | None = None
+    return_token_ids: bool | None = False
     user: str | None = None
 
 

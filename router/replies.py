@@ -3,7 +3,8 @@
 Owns their exact shape. A format has state for one answer; it does no I/O.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Protocol
 
 import msgspec
@@ -70,19 +71,28 @@ class _Common:
         self._tokenizer = tokenizer
         self._usage = usage
 
-    def _event(self, kind: str, choices: list[dict[str, object]], usage: Usage | None = None) -> bytes:
+    def _event(
+        self,
+        kind: str,
+        choices: list[dict[str, object]],
+        usage: Usage | None = None,
+        more: Mapping[str, object] = MappingProxyType({}),
+    ) -> bytes:
         body: dict[str, object] = {
             "id": self._answer.id,
             "object": kind,
             "created": self._created,
             "model": self._model,
             "choices": choices,
+            **more,
         }
         if self._usage:
             body["usage"] = usage
         return sse(body)
 
-    def _body(self, kind: str, choices: list[dict[str, object]]) -> bytes:
+    def _body(
+        self, kind: str, choices: list[dict[str, object]], more: Mapping[str, object] = MappingProxyType({})
+    ) -> bytes:
         return _encoder.encode(
             {
                 "id": self._answer.id,
@@ -91,8 +101,15 @@ class _Common:
                 "model": self._model,
                 "choices": choices,
                 "usage": usage_of(self._answer),
+                **more,
             }
         )
+
+    def _token_ids(self, piece: Piece) -> dict[str, object]:
+        return {"token_ids": list(piece.token_ids)} if self._answer.with_token_ids else {}
+
+    def _prompt_token_ids(self, index: int) -> dict[str, object]:
+        return {"prompt_token_ids": self._answer.prompt_token_ids(index)} if self._answer.with_token_ids else {}
 
     def _gather(self, pieces: Sequence[Piece]) -> list[Piece]:
         gathered: list[Piece] = []
@@ -100,7 +117,8 @@ class _Common:
             own = [piece for piece in pieces if piece.index == index]
             logprobs = [entry for piece in own for entry in piece.logprobs]
             reason = next((piece.finish_reason for piece in own if piece.finish_reason), None)
-            gathered.append(Piece(index, "".join(piece.text for piece in own), logprobs, reason))
+            token_ids = [token_id for piece in own for token_id in piece.token_ids]
+            gathered.append(Piece(index, "".join(piece.text for piece in own), logprobs, reason, token_ids))
         return gathered
 
 
@@ -112,9 +130,11 @@ class ChatFormat(_Common):
         delta = {"role": "assistant", "content": ""}
         return [
             self._event(
-                "chat.completion.chunk", [{"index": i, "delta": delta, "logprobs": None, "finish_reason": None}]
+                "chat.completion.chunk",
+                [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}],
+                more=self._prompt_token_ids(index),
             )
-            for i in range(self._answer.num_choices)
+            for index in range(self._answer.num_choices)
         ]
 
     def chunk(self, piece: Piece) -> bytes:
@@ -124,6 +144,7 @@ class ChatFormat(_Common):
             "delta": {"content": piece.text} if piece.text else {},
             "logprobs": self._logprobs(piece),
             "finish_reason": piece.finish_reason,
+            **self._token_ids(piece),
         }
         return self._event("chat.completion.chunk", [choice])
 
@@ -139,10 +160,11 @@ class ChatFormat(_Common):
                 "message": {"role": "assistant", "content": piece.text, "refusal": None},
                 "logprobs": self._logprobs(piece),
                 "finish_reason": piece.finish_reason,
+                **self._token_ids(piece),
             }
             for piece in self._gather(pieces)
         ]
-        return self._body("chat.completion", choices)
+        return self._body("chat.completion", choices, self._prompt_token_ids(0))
 
     def _logprobs(self, piece: Piece) -> dict[str, object] | None:
         if not piece.logprobs:
@@ -164,6 +186,8 @@ class CompletionFormat(_Common):
     def __init__(self, answer: Answer, model: str, created: int, tokenizer: Tokenizer, *, usage: bool) -> None:
         super().__init__(answer, model, created, tokenizer, usage=usage)
         self._offsets = [0] * answer.num_choices
+        self._begun: set[int] = set()
+        """Choices that have said something."""
 
     def opening(self) -> list[bytes]:
         """Nothing."""
@@ -182,11 +206,15 @@ class CompletionFormat(_Common):
         return self._body("text_completion", [self._choice(piece) for piece in self._gather(pieces)])
 
     def _choice(self, piece: Piece) -> dict[str, object]:
+        first = piece.index not in self._begun
+        self._begun.add(piece.index)
         return {
             "index": piece.index,
             "text": piece.text,
             "logprobs": self._logprobs(piece),
             "finish_reason": piece.finish_reason,
+            **self._token_ids(piece),
+            **(self._prompt_token_ids(piece.index) if first else {}),
         }
 
     def _logprobs(self, piece: Piece) -> dict[str, object] | None:

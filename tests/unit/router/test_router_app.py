@@ -227,6 +227,34 @@ async def test_a_stop_token_is_counted_but_not_shown(rig: Rig, http: httpx.Async
     assert body["usage"]["completion_tokens"] == 3
 
 
+async def test_token_ids_come_beside_the_text_only_if_asked_for(rig: Rig, http: httpx.AsyncClient) -> None:
+    raw = "é€".encode()  # a token a byte: pieces without text have token ids all the same
+    last = TokenDelta(token_ids=[99], finish_reason=FinishReason.STOP, stop_token_id=99)
+    rig.nodes["d0"].script = rig.nodes["d1"].script = [*(TokenDelta(token_ids=[byte]) for byte in raw), last]
+    ask = {**ASK, "max_tokens": 9, "stop_token_ids": [99], "return_token_ids": True}
+    (choice,) = (await http.post("/v1/completions", json=ask)).json()["choices"]
+    assert (choice["text"], choice["token_ids"]) == ("é€", [*raw, 99])
+    assert choice["prompt_token_ids"] == list(ASK["prompt"].encode())  # type: ignore[attr-defined]
+    streamed = (await http.post("/v1/completions", json={**ask, "stream": True})).text.split("\n\n")[:-2]
+    choices = [json.loads(event[6:])["choices"][0] for event in streamed]
+    assert [token for part in choices for token in part["token_ids"]] == [*raw, 99]
+    assert ["prompt_token_ids" in part for part in choices] == [True] + [False] * 5
+    plain = (await http.post("/v1/completions", json={**ask, "return_token_ids": False})).json()
+    assert plain["choices"][0].keys().isdisjoint({"token_ids", "prompt_token_ids"})
+
+
+async def test_a_chats_token_ids_begin_with_the_prompts(rig: Rig, http: httpx.AsyncClient) -> None:
+    prompt = rig.answerer.tokenizer.encode("<user>hello\n<assistant>")
+    ask = {**CHAT, "max_tokens": 2, "return_token_ids": True}
+    body = (await http.post("/v1/chat/completions", json=ask)).json()
+    first = next_token(prompt, 0)
+    assert body["prompt_token_ids"] == prompt
+    assert body["choices"][0]["token_ids"] == [first, next_token([*prompt, first], 0)]
+    streamed = (await http.post("/v1/chat/completions", json={**ask, "stream": True})).text.split("\n\n")[:-2]
+    assert json.loads(streamed[0][6:])["prompt_token_ids"] == prompt
+    assert json.loads(streamed[1][6:])["choices"][0]["token_ids"] == [first]
+
+
 async def test_several_prompts_and_n_give_choices_in_order(http: httpx.AsyncClient) -> None:
     ask = {**ASK, "prompt": ["aa", [1, 2, 3]], "n": 2, "logprobs": 1}
     body = (await http.post("/v1/completions", json=ask)).json()
