@@ -25,6 +25,7 @@ from metadata_server.messages import (
     RegisterReply,
     RegisterRequest,
     ReleaseRequest,
+    ReleaseWriterRequest,
     ReplicaIds,
     ReserveReply,
     ReserveRequest,
@@ -94,6 +95,11 @@ class MetadataClient:
     async def leave(self, request: LeaveRequest, *, timeout_s: float | None = None) -> None:
         """Drop the node and all that it holds at once. Idempotent."""
         await self._send("/v1/nodes/leave", request, timeout_s)
+
+    async def release_writer(self, request: ReleaseWriterRequest, *, timeout_s: float | None = None) -> None:
+        """Give back all that the node has reserved and leased: its engine has died. Idempotent; must be over before
+        the next engine's first call."""
+        await self._send("/v1/nodes/release_writer", request, timeout_s)
 
     async def match(self, request: MatchRequest, *, timeout_s: float | None = None) -> MatchReply:
         """Longest complete prefix. A lease is to be given back by `release`."""

@@ -21,7 +21,7 @@ class ReplicaIndex:
         self.replicas: dict[int, Replica] = {}
         self._log = log
         self._generation = first_generation
-        self._last_id = 0
+        self._last_id = first_generation
         self._changes: list[tuple[EventKind, SegmentRecord, list[ChunkKey]]] = []
 
     def reserve(self, key: ChunkKey, length: int, home: SegmentRecord, offset: int, writer: Writer) -> Replica:

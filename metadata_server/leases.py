@@ -71,12 +71,12 @@ class ReadLease:
 
 
 class ReadLeases:
-    """Who may read what undisturbed. Pins and unpins replicas; deadlines are its caller's."""
+    """Who may read what undisturbed. Pins and unpins replicas; deadlines are its caller's. Ids are above `last_id`."""
 
-    def __init__(self) -> None:
+    def __init__(self, last_id: int = 0) -> None:
         self._leases: dict[int, ReadLease] = {}
         self._by_holder: dict[str, set[int]] = {}
-        self._last_id = 0
+        self._last_id = last_id
 
     def __len__(self) -> int:
         return len(self._leases)

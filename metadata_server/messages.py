@@ -68,6 +68,14 @@ class LeaveRequest(_Message, frozen=True, kw_only=True):
     incarnation: int
 
 
+class ReleaseWriterRequest(_Message, frozen=True, kw_only=True):
+    """The node lives but its engine has died: all that is reserved or leased in its name is given back. Its replicas
+    stay."""
+
+    node_id: str
+    incarnation: int
+
+
 class MatchRequest(_Message, frozen=True, kw_only=True):
     """Longest prefix of `keys` with a complete replica each. `lease_s` > 0 protects them from eviction meanwhile."""
 

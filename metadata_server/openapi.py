@@ -54,6 +54,7 @@ POSTS: dict[str, Post] = {
     "/v1/nodes/register": Post(m.RegisterRequest, m.RegisterReply, "Join, or join again with manifests"),
     "/v1/nodes/heartbeat": Post(m.HeartbeatRequest, m.HeartbeatReply, "Renew a node's lease"),
     "/v1/nodes/leave": Post(m.LeaveRequest, Nothing, "Leave in good order"),
+    "/v1/nodes/release_writer": Post(m.ReleaseWriterRequest, Nothing, "Give back what a node's dead engine held"),
     "/v1/objects/match": Post(m.MatchRequest, m.MatchReply, "Longest complete prefix"),
     "/v1/objects/wait": Post(m.WaitRequest, m.MatchReply, "Longest complete prefix, once it has grown"),
     "/v1/objects/reserve": Post(m.ReserveRequest, m.ReserveReply, "Room for chunks to be written"),

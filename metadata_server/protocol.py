@@ -21,6 +21,7 @@ from metadata_server.messages import (
     QuarantineRequest,
     RegisterRequest,
     ReleaseRequest,
+    ReleaseWriterRequest,
     ReplicaIds,
     ReserveRequest,
     WaitRequest,
@@ -42,6 +43,7 @@ Request = (
     RegisterRequest
     | HeartbeatRequest
     | LeaveRequest
+    | ReleaseWriterRequest
     | MatchRequest
     | WaitRequest
     | ReleaseRequest
@@ -121,7 +123,7 @@ def _extent(entry: ManifestEntry | ReplicaRef, param: str) -> None:
     _require(0 <= entry.generation < _MAX_GENERATION, f"{param}.generation", "out of range")
 
 
-def _node(request: HeartbeatRequest | LeaveRequest) -> None:
+def _node(request: HeartbeatRequest | LeaveRequest | ReleaseWriterRequest) -> None:
     _name(request.node_id, "node_id")
     _incarnation(request.incarnation, "incarnation")
 
@@ -191,6 +193,7 @@ _CHECKS: dict[type[Request], object] = {
     RegisterRequest: _register,
     HeartbeatRequest: _node,
     LeaveRequest: _node,
+    ReleaseWriterRequest: _node,
     MatchRequest: _match,
     WaitRequest: _wait,
     ReleaseRequest: _release,

@@ -26,6 +26,7 @@ from metadata_server.messages import (
     QuarantineRequest,
     RegisterReply,
     RegisterRequest,
+    ReleaseWriterRequest,
     ReplicaIds,
     ReserveItem,
     ReserveOutcome,
@@ -61,7 +62,8 @@ class MetadataState:
     def __init__(
         self, config: StoreConfig, node_ttl_s: float, epoch: str, first_generation: int, event_log: int = 65_536
     ) -> None:
-        """`node_ttl_s` bounds what nodes may ask for; `first_generation` is above all that an earlier life gave out."""
+        """`node_ttl_s` bounds what nodes may ask for; `first_generation` is above all that an earlier life gave out:
+        generations, and ids of replicas and leases, so that what was granted in that life is unknown in this one."""
         self.log = EventLog(epoch, event_log)
         self.counters: Counter[str] = Counter()
         self._config = config
@@ -70,7 +72,7 @@ class MetadataState:
         self._gone: dict[str, tuple[int, float]] = {}  # node -> (last incarnation, when to forget it)
         self._segments: dict[str, SegmentRecord] = {}
         self._index = ReplicaIndex(self.log, first_generation)
-        self._leases = ReadLeases()
+        self._leases = ReadLeases(first_generation)
         self._deadlines = Deadlines()
 
     @property
@@ -165,6 +167,14 @@ class MetadataState:
             self.counters["nodes_left"] += 1
             self._index.publish()
 
+    def release_writer(self, request: ReleaseWriterRequest, now: float) -> None:
+        """Give back what the node's dead engine had reserved and leased. Another incarnation: nothing happens."""
+        self.tick(now)
+        node = self._live(request.node_id, request.incarnation)
+        if node is not None:
+            self._give_back(node, now)
+            self.counters["writers_released"] += 1
+
     # --- readers -------------------------------------------------------------------------------------------------
 
     def complete_prefix(self, keys: list[ChunkKey], now: float) -> int:
@@ -221,6 +231,9 @@ class MetadataState:
             return ReserveReply(outcomes=[_FULL] * len(request.items))
         prefer = self._segments.get(request.prefer_segment or "")
         expires_at = now + request.ttl_s
+        for item in reversed(request.items):  # before any eviction: room for a prefix's tail is not to cost its head
+            for replica in self._index.complete.get(item.key, ()):
+                replica.home.touch(replica)
         outcomes, granted = [], []
         for item in request.items:
             result = self._reserve_one(item, node, prefer)
@@ -359,10 +372,7 @@ class MetadataState:
         return len(entries)
 
     def _reserve_one(self, item: ReserveItem, node: _Node, prefer: SegmentRecord | None) -> Replica | ReserveOutcome:
-        complete = self._index.complete.get(item.key)
-        if complete is not None:
-            for replica in complete:
-                replica.home.touch(replica)
+        if item.key in self._index.complete:
             return _EXISTS
         writing = self._index.writing.get(item.key, [])
         allowed = list(without(self._segments.values(), writing))
@@ -395,6 +405,14 @@ class MetadataState:
         self._deadlines.set((Timer.RETIRED, number), now + self._config.retire_grace_s)
         self._index.retire(replica)
 
+    def _give_back(self, node: _Node, now: float) -> None:
+        """End what the node has reserved and leased."""
+        for replica in list(node.reservations.values()):
+            self._retire(replica, now)
+        for lease_id in self._leases.of_holder(node.info.id):
+            self._leases.end(lease_id)
+            self._deadlines.drop((Timer.READ_LEASE, lease_id))
+
     def _drop_segment(self, node: _Node, segment_id: str, *, say: bool) -> None:
         record = node.segments.pop(segment_id)
         del self._segments[segment_id]
@@ -411,11 +429,7 @@ class MetadataState:
         name = node.info.id
         for segment_id in list(node.segments):
             self._drop_segment(node, segment_id, say=False)
-        for replica in list(node.reservations.values()):
-            self._retire(replica, now)
-        for lease_id in self._leases.of_holder(name):
-            self._leases.end(lease_id)
-            self._deadlines.drop((Timer.READ_LEASE, lease_id))
+        self._give_back(node, now)
         self._deadlines.drop((Timer.NODE, name))
         del self._nodes[name]
         self._gone = {other: (last, until) for other, (last, until) in self._gone.items() if until > now}

@@ -18,7 +18,8 @@ from metadata_server.messages import (
 )
 
 NODES = ("a", "b", "c")
-NUMBERS = st.lists(st.integers(0, 11), min_size=1, max_size=5, unique=True)
+KEYS = 20
+NUMBERS = st.lists(st.integers(0, KEYS - 1), min_size=1, max_size=5, unique=True)
 NODE = st.sampled_from(NODES)
 
 
@@ -33,25 +34,25 @@ class MetadataMachine(RuleBasedStateMachine):
         self.alive: dict[str, tuple[int, float]] = {}
         self.incarnations = dict.fromkeys(NODES, 1)
         self.open: dict[int, tuple[str, int, float, object]] = {}
-        self.leases: dict[int, tuple[frozenset, float]] = {}
+        self.leases: dict[int, tuple[frozenset, float, str | None]] = {}
         self.seen: list = []  # replicas ever granted
         self.ids_seen: set[int] = set()
         self.generation = 0
         self.index: dict[str, set[bytes]] = {}
         self.up: set[str] = set()
         self.position = 1
+        for node in NODES:
+            self.incarnations[node] = 0
+            self.register(node, newer=True, units=4)
 
     def live(self, node):
         return node in self.alive and self.alive[node][1] > self.now and self.alive[node][0] == self.incarnations[node]
 
-    @rule(node=NODE, newer=st.booleans(), units=st.integers(1, 8))
+    @rule(node=NODE, newer=st.sampled_from([False, False, False, True]), units=st.integers(1, 5))
     def register(self, node, newer, units):
         if newer or not self.live(node):
             self.incarnations[node] += 1
-            self.open = {n: r for n, r in self.open.items() if r[0] != node and r[3].segment_id.split(".")[0] != node}
-            self.leases = {
-                n: lease for n, lease in self.leases.items() if not any(r.segment_id.startswith(node) for r in lease[0])
-            }
+            self.lose(node)
             self.state.register(registration(node, units=units, incarnation=self.incarnations[node]), self.now)
         else:
             info = registration(node, units=units, incarnation=self.incarnations[node])
@@ -79,6 +80,7 @@ class MetadataMachine(RuleBasedStateMachine):
         if known:
             self.alive[node] = (self.incarnations[node], self.now + 5.0)
 
+    @precondition(lambda self: len(self.alive) == len(NODES))
     @rule(node=NODE)
     def leave(self, node):
         self.state.leave(LeaveRequest(node_id=node, incarnation=self.incarnations[node]), self.now)
@@ -87,9 +89,12 @@ class MetadataMachine(RuleBasedStateMachine):
             self.lose(node)
 
     def lose(self, node):
-        self.open = {n: r for n, r in self.open.items() if r[0] != node and r[3].segment_id.split(".")[0] != node}
+        """The node is gone: its reservations, all in its segment, and the leases that it holds."""
+        self.open = {n: r for n, r in self.open.items() if node not in (r[0], r[3].segment_id.split(".")[0])}
         self.leases = {
-            n: lease for n, lease in self.leases.items() if not any(r.segment_id.startswith(node) for r in lease[0])
+            n: (frozenset(r for r in held if r.segment_id.split(".")[0] != node), until, who)
+            for n, (held, until, who) in self.leases.items()
+            if who != node
         }
 
     @rule(
@@ -99,11 +104,13 @@ class MetadataMachine(RuleBasedStateMachine):
         wish = f"{prefer}.{self.incarnations[prefer]:x}" if prefer else None
         complete = {n for n in numbers if self.state.complete_prefix(keys(n), self.now)}
         request = reservation(node, numbers, units=units, prefer=wish, incarnation=self.incarnations[node], ttl_s=ttl_s)
+        evicted = self.state.counters["evicted"]
         reply = self.state.reserve(request, self.now)
         assert len(reply.outcomes) == len(numbers)
         replicas = granted(reply)
         assert not replicas or self.live(node)
-        assert not {n for n in complete if key(n) in {r.key for r in replicas}}, "granted although complete"
+        if self.state.counters["evicted"] == evicted:
+            assert not complete & {n for n in numbers if key(n) in {r.key for r in replicas}}
         for replica in replicas:
             assert replica.id not in self.ids_seen and replica.generation > self.generation
             self.ids_seen.add(replica.id)
@@ -112,12 +119,29 @@ class MetadataMachine(RuleBasedStateMachine):
         assert {s.id for s in reply.segments} == {r.segment_id for r in replicas}
         self.seen = [*self.seen, *replicas][-40:]
 
+    @rule(node=NODE, numbers=NUMBERS, prefer=st.none() | NODE)
+    def put(self, node, numbers, prefer):
+        self.reserve(node, numbers, 1, prefer, 60.0)
+        self.commit(node, [r for writer, _, _, r in self.open.values() if writer == node])
+
+    @precondition(lambda self: self.open)
+    @rule(share=st.sampled_from([1, 1, 2]))
+    def commit_what_is_open(self, share):
+        for node in NODES:
+            self.commit(node, [r for writer, _, _, r in self.open.values() if writer == node][::share])
+
     @precondition(lambda self: self.seen)
     @rule(data=st.data(), node=NODE, abort=st.booleans())
     def commit_or_abort(self, data, node, abort):
         chosen = data.draw(st.lists(st.sampled_from(self.seen), min_size=1, max_size=5))
-        request = ids(node, chosen, incarnation=self.incarnations[node])
-        mine = {
+        if abort:
+            self.abort(node, chosen)
+        else:
+            self.commit(node, chosen)
+
+    def mine(self, node, chosen):
+        """Ids of those that this node may commit now."""
+        return {
             r.id
             for r in chosen
             if r.id in self.open
@@ -125,24 +149,34 @@ class MetadataMachine(RuleBasedStateMachine):
             and self.open[r.id][2] > self.now
             and self.live(node)
         }
-        if abort:
-            self.state.abort(request, self.now)
-        else:
-            committed = self.state.commit(request, self.now).committed
-            assert mine <= {r.id for r, done in zip(chosen, committed, strict=True) if done}
-            for replica, done in zip(chosen, committed, strict=True):
-                if done:
-                    assert any(replica in refs for refs in self.state.match([replica.key], self.now).replicas)
+
+    def abort(self, node, chosen):
+        mine = self.mine(node, chosen)
+        self.state.abort(ids(node, chosen, incarnation=self.incarnations[node]), self.now)
         for number in mine:
             del self.open[number]
 
-    @rule(numbers=NUMBERS, lease_s=st.sampled_from([0.0, 3.0]))
-    def match(self, numbers, lease_s):
-        reply = self.state.match(keys(*numbers), self.now, lease_s=lease_s)
+    def commit(self, node, chosen):
+        mine = self.mine(node, chosen)
+        committed = self.state.commit(ids(node, chosen, incarnation=self.incarnations[node]), self.now).committed
+        for replica, done in zip(chosen, committed, strict=True):
+            assert done or replica.id not in mine
+            if done:
+                assert any(replica in refs for refs in self.state.match([replica.key], self.now).replicas)
+        for number in mine:
+            del self.open[number]
+
+    @rule(numbers=NUMBERS, lease_s=st.sampled_from([0.0, 3.0, 20.0]), holder=st.none() | NODE)
+    def match(self, numbers, lease_s, holder):
+        who = {"node_id": holder, "incarnation": self.incarnations[holder]} if holder else {}
+        there = [n for n in range(KEYS) if self.state.complete_prefix(keys(n), self.now)]
+        numbers = there[: len(numbers)] + numbers  # mostly what can be found
+        reply = self.state.match(keys(*numbers), self.now, lease_s=lease_s, **who)
         assert all(refs and {r.key for r in refs} == {key(n)} for refs, n in zip(reply.replicas, numbers, strict=False))
         assert bool(reply.lease_id) == bool(lease_s and reply.replicas)
         if reply.lease_id:
-            self.leases[reply.lease_id] = (frozenset(r for refs in reply.replicas for r in refs), self.now + lease_s)
+            held = frozenset(r for refs in reply.replicas for r in refs)
+            self.leases[reply.lease_id] = (held, self.now + lease_s, holder if holder and self.live(holder) else None)
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data())
@@ -160,11 +194,15 @@ class MetadataMachine(RuleBasedStateMachine):
         assert all(
             r.generation != bad.generation for refs in self.state.match([bad.key], self.now).replicas for r in refs
         )
-        self.leases = {n: (held - {bad}, until) for n, (held, until) in self.leases.items()}
+        self.leases = {n: (held - {bad}, until, who) for n, (held, until, who) in self.leases.items()}
 
-    @rule(seconds=st.sampled_from([0.5, 2.0, 6.0]))
-    def advance(self, seconds):
-        self.now += seconds
+    @rule(seconds=st.sampled_from([0.5, 2.0, 3.0, 6.0]), silent=st.sampled_from([(), (), ("a",), ("b", "c")]))
+    def advance(self, seconds, silent):
+        self.now += min(seconds, 4.0) if not silent else 0.0
+        for node in NODES:
+            if node not in silent:
+                self.heartbeat(node)
+        self.now += seconds if silent else 0.0
         for node, (_, until) in list(self.alive.items()):
             if until <= self.now:
                 del self.alive[node]
@@ -176,17 +214,18 @@ class MetadataMachine(RuleBasedStateMachine):
         self.state.check_invariants(self.now)
         stats = self.state.stats(self.now, 0)
         assert {n.id for n in stats.nodes} == {n for n in self.alive if self.live(n)}
+        assert stats.read_leases == sum(until > self.now for _, until, _ in self.leases.values())
         assert stats.reservations == sum(until > self.now for _, _, until, _ in self.open.values())
 
     @invariant()
     def what_is_leased_stays(self):
         present = {
             (r.segment_id, r.offset, r.generation)
-            for n in range(12)
+            for n in range(KEYS)
             for refs in self.state.match(keys(n), self.now).replicas
             for r in refs
         }
-        for held, until in self.leases.values():
+        for held, until, _ in self.leases.values():
             if until > self.now:
                 assert {(r.segment_id, r.offset, r.generation) for r in held} <= present
 
@@ -217,9 +256,9 @@ class MetadataMachine(RuleBasedStateMachine):
     def teardown(self):
         """A new life of the server, told by the nodes, knows what the old one knew."""
         new = new_state(epoch="e2")
-        before = {n: self.state.complete_prefix(keys(n), self.now) for n in range(12)}
+        before = {n: self.state.complete_prefix(keys(n), self.now) for n in range(KEYS)}
         by_segment: dict[str, list[ManifestEntry]] = {}
-        for n in range(12):
+        for n in range(KEYS):
             for refs in self.state.match(keys(n), self.now).replicas:
                 for r in refs:
                     entry = ManifestEntry(key=r.key, offset=r.offset, length=r.length, generation=r.generation)
@@ -229,7 +268,7 @@ class MetadataMachine(RuleBasedStateMachine):
             units, entries = segment.size_bytes // UNIT, by_segment.get(segment.id, [])
             reply = new.register(registration(name, units, int(incarnation, 16), entries), self.now)
             assert reply.refused == 0
-        assert before == {n: new.complete_prefix(keys(n), self.now) for n in range(12)}
+        assert before == {n: new.complete_prefix(keys(n), self.now) for n in range(KEYS)}
         new.check_invariants(self.now)
         self.state.check_invariants(self.now + 1000.0)
         assert self.state.stats(self.now + 1000.0, 0).reservations == 0
@@ -270,7 +309,7 @@ class AllocatorMachine(RuleBasedStateMachine):
 
 
 _SETTINGS = settings(
-    max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
+    max_examples=80, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
 )
 TestMetadataMachine = MetadataMachine.TestCase
 TestMetadataMachine.settings = _SETTINGS
