@@ -1,7 +1,7 @@
 """Keeps a node's lease at the metadata server: join, renew, join again when the server has forgotten us, leave.
 
 `LeaseKeeper` decides, without I/O; `Membership` does it. An absent metadata server is never fatal here: the node
-serves without the cache and keeps trying. Invariant: at most one call is under way.
+serves without the cache and keeps trying. Invariant: `run` has at most one call under way.
 """
 
 import asyncio
@@ -23,12 +23,13 @@ from metadata_server.messages import (
     LeaveRequest,
     RegisterReply,
     RegisterRequest,
+    ReleaseWriterRequest,
     SegmentManifest,
 )
 
 _FIRST_BACKOFF_S = 0.1
 _JITTER = 0.1
-_LEAVE_S = 1.0
+_GIVE_BACK_S = 1.0
 _logger = logging.getLogger("kvnode")
 
 
@@ -138,9 +139,18 @@ class Membership:
         """Give the lease up, so that nobody is sent here any more. Bounded; a server that is away lets it expire."""
         request = LeaveRequest(node_id=self._node.id, incarnation=self._node.incarnation)
         try:
-            await self._client.leave(request, timeout_s=_LEAVE_S)
+            await self._client.leave(request, timeout_s=_GIVE_BACK_S)
         except (MetadataUnavailableError, MetadataProtocolError) as error:
             log_fields(_logger, logging.WARNING, "leave_failed", node=self._node.id, reason=error.message)
+
+    async def release_writer(self) -> None:
+        """Give back what the engine that has just died had reserved and leased. Bounded; if the server is away it
+        expires there."""
+        request = ReleaseWriterRequest(node_id=self._node.id, incarnation=self._node.incarnation)
+        try:
+            await self._client.release_writer(request, timeout_s=_GIVE_BACK_S)
+        except (MetadataUnavailableError, MetadataProtocolError) as error:
+            log_fields(_logger, logging.WARNING, "release_failed", node=self._node.id, reason=error.message)
 
     async def _take_step(self) -> None:
         step = self._lease.step

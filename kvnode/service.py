@@ -126,7 +126,12 @@ def _supervisor(
     def make() -> EngineProcess:
         return EngineProcess(hello, start_s=config.service.start_s, on_line=_pass_on)
 
-    return EngineSupervisor(make, clock, on_ready=lambda engine: membership.announce(engine.info.kv_spec.fingerprint))
+    return EngineSupervisor(
+        make,
+        clock,
+        on_ready=lambda engine: membership.announce(engine.info.kv_spec.fingerprint),
+        on_end=membership.release_writer,
+    )
 
 
 def _pass_on(line: str) -> None:

@@ -6,7 +6,7 @@ ready, whoever asks for it is told so at once.
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from engines.process import EngineProcess
 from kvcore.clock import Clock
@@ -21,7 +21,8 @@ _logger = logging.getLogger("kvnode")
 
 
 class EngineSupervisor:
-    """Run it in a task. `make` makes one life of the engine, not yet entered; `on_ready` is told of each that is."""
+    """Run it in a task. `make` makes one life of the engine, not yet entered; `on_ready` is told of each that is.
+    Between two lives `on_end` is awaited: it bounds itself and does not raise."""
 
     def __init__(
         self,
@@ -30,11 +31,13 @@ class EngineSupervisor:
         *,
         start_attempts: int = 3,
         on_ready: Callable[[EngineProcess], None] = lambda _: None,
+        on_end: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._make = make
         self._clock = clock
         self._start_attempts = start_attempts
         self._on_ready = on_ready
+        self._on_end = on_end
         self._engine: EngineProcess | None = None
         self._ready = asyncio.Event()
         self.restarts = 0
@@ -72,6 +75,8 @@ class EngineSupervisor:
             if self._clock.now() - started_at >= _HEALTHY_S:
                 backoff_s = _FIRST_BACKOFF_S
             log_fields(_logger, logging.ERROR, "engine_down", reason=reason, restarts=self.restarts, retry_s=backoff_s)
+            if self._on_end is not None:
+                await self._on_end()
             await asyncio.sleep(backoff_s)
             backoff_s = min(_LONGEST_BACKOFF_S, backoff_s * 2)
 

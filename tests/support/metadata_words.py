@@ -65,9 +65,11 @@ def ids(node_id: str, replicas: list[ReplicaRef], incarnation: int = 1) -> Repli
     return ReplicaIds(node_id=node_id, incarnation=incarnation, replica_ids=[replica.id for replica in replicas])
 
 
-def new_state(event_log: int = 1024, epoch: str = "e1", **settings: float) -> MetadataState:
+def new_state(
+    event_log: int = 1024, epoch: str = "e1", first_generation: int = FIRST_GENERATION, **settings: float
+) -> MetadataState:
     config = StoreConfig(**{"high_watermark": 1.0, "low_watermark": 0.5, "retire_grace_s": 2.0, **settings})
-    return MetadataState(config, TTL_S, epoch, FIRST_GENERATION, event_log)
+    return MetadataState(config, TTL_S, epoch, first_generation, event_log)
 
 
 def put(state: MetadataState, node_id: str, numbers: list[int], now: float, **how) -> list[ReplicaRef]:

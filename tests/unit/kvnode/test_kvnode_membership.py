@@ -11,7 +11,14 @@ from kvcore.errors import MetadataUnavailableError
 from kvcore.types import NodeInfo, Role, Segment
 from kvnode.membership import LeaseKeeper, Membership, Step
 from metadata_server.client import MetadataClient
-from metadata_server.messages import HeartbeatReply, LeaveRequest, RegisterReply, RegisterRequest, SegmentManifest
+from metadata_server.messages import (
+    HeartbeatReply,
+    LeaveRequest,
+    RegisterReply,
+    RegisterRequest,
+    ReleaseWriterRequest,
+    SegmentManifest,
+)
 
 TTL_S = 0.03  # heartbeats every 10 ms
 SEGMENT = Segment(id="p0.1", node_id="p0", size_bytes=4096, host_id="h", addresses={})
@@ -27,6 +34,7 @@ class FakeServer:
         self.paths: list[str] = []
         self.registered: list[RegisterRequest] = []
         self.left: list[LeaveRequest] = []
+        self.released: list[ReleaseWriterRequest] = []
         self._changed = asyncio.Condition()
 
     async def call(self, path: str, body: bytes, timeout_s: float) -> bytes:
@@ -41,6 +49,9 @@ class FakeServer:
             return msgspec.msgpack.encode(RegisterReply(epoch=self.epoch, imported=0, refused=0))
         if path.endswith("leave"):
             self.left.append(msgspec.msgpack.decode(body, type=LeaveRequest))
+            return b"\x80"
+        if path.endswith("release_writer"):
+            self.released.append(msgspec.msgpack.decode(body, type=ReleaseWriterRequest))
             return b"\x80"
         return msgspec.msgpack.encode(HeartbeatReply(epoch=self.epoch, known=self.known))
 
@@ -150,3 +161,12 @@ def test_pauses_after_failures_grow_to_the_heartbeat_period() -> None:
         pauses.append(lease.delay_s(0.5))
     assert pauses == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0, 2.0])
     assert LeaseKeeper(6.0, failures=10_000).delay_s(0.5) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("away", [False, True])
+async def test_a_dead_engines_holdings_are_given_back_if_the_server_is_there(away: bool) -> None:
+    rig = Rig()
+    rig.server.away = away
+    await rig.membership.release_writer()
+    assert rig.server.paths == ["/v1/nodes/release_writer"]
+    assert rig.server.released == ([] if away else [ReleaseWriterRequest(node_id="p0", incarnation=1)])

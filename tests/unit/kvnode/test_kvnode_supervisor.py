@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import sys
+from collections.abc import Awaitable, Callable
 
 import pytest
 from support import fake_engine
@@ -23,7 +24,9 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvnode.supervisor._FIRST_BACKOFF_S", 0.02)
 
 
-def supervisor(*model_paths: str) -> tuple[EngineSupervisor, asyncio.Queue[EngineProcess]]:
+def supervisor(
+    *model_paths: str, on_end: Callable[[], Awaitable[None]] | None = None
+) -> tuple[EngineSupervisor, asyncio.Queue[EngineProcess]]:
     """Each life of the engine takes the next path; the last one stays."""
     paths = list(model_paths)
     ready: asyncio.Queue[EngineProcess] = asyncio.Queue()
@@ -32,7 +35,7 @@ def supervisor(*model_paths: str) -> tuple[EngineSupervisor, asyncio.Queue[Engin
         path = paths.pop(0) if len(paths) > 1 else paths[0]
         return EngineProcess(hello(path), command=(sys.executable, fake_engine.__file__), start_s=20.0, on_line=print)
 
-    return EngineSupervisor(make, SystemClock(), on_ready=ready.put_nowait), ready
+    return EngineSupervisor(make, SystemClock(), on_ready=ready.put_nowait, on_end=on_end), ready
 
 
 async def test_killed_engine_is_started_again_and_the_segment_keeps_its_bytes() -> None:
@@ -59,6 +62,24 @@ async def test_killed_engine_is_started_again_and_the_segment_keeps_its_bytes() 
         assert not subject.ready
         with pytest.raises(ProcessLookupError):
             os.kill(second.pid, 0)
+
+
+async def test_what_a_dead_engine_held_is_given_back_before_the_next_one_is_started() -> None:
+    lives: list[str] = []
+
+    async def give_back() -> None:
+        await asyncio.sleep(0)
+        lives.append(f"given back, ready: {subject.ready}")
+
+    subject, ready = supervisor("fake", on_end=give_back)
+    task = asyncio.create_task(subject.run())
+    first = await asyncio.wait_for(ready.get(), 20)
+    assert lives == []
+    os.kill(first.pid, signal.SIGKILL)
+    await asyncio.wait_for(ready.get(), 20)
+    assert lives == ["given back, ready: False"]
+    task.cancel()
+    await asyncio.wait({task})
 
 
 async def test_while_there_is_no_engine_it_is_said_at_once() -> None:
