@@ -1,7 +1,6 @@
 """Greedy tokens of the torch engine equal those of transformers' `generate`, token by token.
 
-A divergence is accepted only where the reference itself is at a tie: its two best logits there, on the common tokens,
-lie closer than TIE (batching moves float32 logits by up to 1e-4, see docs on numerics).
+`support.generate_reference` says where a divergence is accepted: at a tie of the reference itself.
 """
 
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from support.generate_reference import PROMPTS, assert_identical, load_reference
 from support.runner_driver import Driver, Sequence_
 from support.tiny_models import KINDS, MAX_CONTEXT, VOCAB_SIZE, make_tiny_model
 
@@ -20,23 +20,10 @@ from engines.torch.spec import build_kv_spec
 from kvcore.config import ByteSize, ModelConfig, TorchEngineConfig
 from kvferry.demo_model import prepare_demo_model
 
-TIE = 2e-4
 CHUNK = 64
 NEW_TOKENS = 16
 LENGTHS = (1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7, MAX_CONTEXT - NEW_TOKENS)
 GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
-PROMPTS = [
-    "What is the capital of France?",
-    "Write a haiku about the sea.",
-    "Explain how a bicycle stays upright.",
-    "List three prime numbers.",
-    "Translate to German: good morning.",
-    "Who wrote Hamlet?",
-    "def fibonacci(n):",
-    "Once upon a time, in a land far away,",
-    "The quick brown fox " * 30,
-    "Name the planets of the solar system.",
-]
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -49,37 +36,10 @@ def random_prompts(lengths: tuple[int, ...], seed: int = 1) -> list[list[int]]:
     return [torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist() for length in lengths]
 
 
-def load_reference(folder: Path) -> transformers.PreTrainedModel:
-    """Without an end-of-sequence token: it is a token like any other then, as with `ignore_eos`."""
-    reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    reference.generation_config.eos_token_id = None
-    return reference
-
-
 def make_runner(folder: Path, *, block_size: int = 16, num_blocks: int = 800) -> TorchRunner:
     loaded = load_model(ModelConfig(path=str(folder), name="m"), TorchEngineConfig(block_size=block_size))
     spec = build_kv_spec(loaded, "m", CHUNK, digest_cache=None)
     return TorchRunner(loaded, spec, num_blocks=num_blocks, threads=1)
-
-
-def assert_identical(reference: transformers.PreTrainedModel, prompt: list[int], output: list[int]) -> None:
-    ids = torch.tensor([prompt])
-    expected = reference.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=len(output),
-        do_sample=False,
-        pad_token_id=0,
-    )[0, len(prompt) :].tolist()
-    if output == expected:
-        return
-    first = next(i for i, pair in enumerate(zip(output, expected, strict=True)) if pair[0] != pair[1])
-    with torch.inference_mode():
-        logits = reference(torch.tensor([prompt + expected[:first]])).logits[0, -1]
-    gap = float(logits[expected[first]] - logits[output[first]])
-    assert abs(gap) < TIE, (
-        f"prompt of {len(prompt)}: token {first} is {output[first]}, not {expected[first]}; gap {gap}"
-    )
 
 
 @pytest.mark.parametrize("budget", [33, 4096])
