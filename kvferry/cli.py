@@ -92,7 +92,8 @@ def _status(arguments: argparse.Namespace) -> int:
     if config_file is not None:
         router_url, metadata_url = addresses(load_config(config_file))
     router_url, metadata_url = arguments.router or router_url, arguments.metadata or metadata_url
-    work = run_status(router_url.rstrip("/"), metadata_url.rstrip("/"), as_json=arguments.json, console=Console())
+    console = Console(width=None if sys.stdout.isatty() else 160)  # a pipe has no width: tables stay on one line
+    work = run_status(router_url.rstrip("/"), metadata_url.rstrip("/"), as_json=arguments.json, console=console)
     return asyncio.run(work)
 
 
