@@ -46,7 +46,6 @@ def _seconds(name: str, help_text: str, *labels: str) -> Metric:
 ROUTER_REQUESTS = _counter("router_requests_total", "Requests ended, by endpoint and HTTP status", "endpoint", "status")
 ROUTER_ACTIVE = _gauge("router_active_requests", "Requests under way")
 ROUTER_TTFT = _seconds("router_ttft_seconds", "From the request's arrival to its first token")
-ROUTER_INTER_TOKEN = _seconds("router_inter_token_seconds", "Between two deltas of one stream")
 ROUTER_REQUEST_SECONDS = _seconds("router_request_seconds", "From the request's arrival to its end")
 ROUTER_PROMPT_TOKENS = _counter("router_prompt_tokens_total", "Prompt tokens of answered requests")
 ROUTER_CACHED_TOKENS = _counter("router_cached_tokens_total", "Prompt tokens that no node had to compute")
@@ -55,7 +54,6 @@ ROUTER_RETRIES = _counter("router_retries_total", "Legs tried again, by leg and 
 ROUTER_ROUTES = _counter("router_routes_total", "Routing decisions, by reason", "reason")
 ROUTER_CANCELLED = _counter("router_cancelled_total", "Requests whose client left")
 ROUTER_NODES = _gauge("router_nodes", "Nodes known to the router", "role", "state")
-ROUTER_INDEX_LAG = _gauge("router_index_lag_events", "Events that the router's index is behind")
 ROUTER_INDEX_CONNECTED = _gauge("router_index_connected", "1 while the event stream of the metadata server is up")
 ROUTER_INDEX_KEYS = _gauge("router_index_keys", "Chunk keys in the router's index")
 
@@ -89,9 +87,3 @@ STORE_MOVED_SECONDS = _counter(
     "store_moved_seconds_total", "Time of the calls that moved them", "transport", "direction"
 )
 STORE_TOTALS = _counter("store_totals_total", "The store's own counters, by name", "name")
-STORE_CHUNK_READS = _counter("store_chunk_reads_total", "Chunks read, by outcome", "outcome")
-STORE_CHUNK_WRITES = _counter("store_chunk_writes_total", "Chunks offered to the store, by outcome", "outcome")
-STORE_METADATA_FAILURES = _counter("store_metadata_failures_total", "Calls the metadata server did not answer", "call")
-TRANSFER_ERRORS = _counter(
-    "transfer_errors_total", "Operations that failed, by transport and code", "transport", "code"
-)

@@ -1,6 +1,7 @@
 """The house rules that no linter knows: sizes, configurations, what an import may load, what the repository may say."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -106,3 +107,13 @@ def test_tests_never_sleep_to_wait():
 def test_test_files_have_unique_names():
     names = [p.name for p in (ROOT / "tests").rglob("test_*.py")]
     assert len(names) == len(set(names)), sorted(n for n in names if names.count(n) > 1)
+
+
+def test_every_metric_is_filled_by_somebody():
+    """A name that nobody sets is a dashboard that stays empty."""
+    names = re.findall(
+        r"^([A-Z][A-Z_]+) = _(?:counter|gauge|seconds)", (ROOT / "kvcore/metric_names.py").read_text(), re.M
+    )
+    code = "\n".join(p.read_text() for p in sources() if p.name != "metric_names.py")
+    assert names
+    assert not [name for name in names if not re.search(rf"\b{name}\b", code)]
