@@ -33,7 +33,7 @@ _Handler = Callable[[Request], Awaitable[Response]]
 
 def create_app(core: MetadataCore, clock: Clock, metrics: Metrics, max_body_bytes: int) -> FastAPI:
     """The application. `core.run` and its end are the caller's."""
-    app = FastAPI(title="kvferry metadata server", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url="/openapi.json", redirect_slashes=False)
     app.openapi = document  # type: ignore[method-assign]
     observe = own_metrics.register(core, clock, metrics)
     for path in POSTS:
