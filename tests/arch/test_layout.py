@@ -117,3 +117,12 @@ def test_every_metric_is_filled_by_somebody():
     code = "\n".join(p.read_text() for p in sources() if p.name != "metric_names.py")
     assert names
     assert not [name for name in names if not re.search(rf"\b{name}\b", code)]
+
+
+def test_the_map_has_a_line_for_each_module_and_no_other():
+    text = (ROOT / "ARCHITECTURE.md").read_text().partition("## Modules")[2]
+    for section in text.split("\n### ")[1:]:
+        folder = section.partition("/\n")[0]
+        listed = set(re.findall(r"^\| `(\w+\.py)` \|", section, re.M))
+        assert listed == {p.name for p in (ROOT / folder).glob("*.py")} - {"__init__.py"}, folder
+    assert set(re.findall(r"^### (\S+)/$", text, re.M)) == {name.replace(".", "/") for name in PACKAGES}
