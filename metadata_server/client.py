@@ -178,5 +178,5 @@ class MetadataClient:
         now = self._clock.now()
         if now < self._closed_until:
             raise MetadataUnavailableError("metadata server failed a moment ago; not tried again yet")
-        self._closed_until = now + limit_s
+        self._closed_until = now + min(limit_s, self._timeout_s)  # a long poll that probes must not hold up the others
         return True

@@ -85,6 +85,22 @@ async def test_one_call_at_a_time_probes_a_server_that_failed(client, transport,
     assert (await probe).known and (await client.heartbeat(BEAT)).known
 
 
+async def test_a_long_poll_that_probes_holds_the_others_up_for_one_deadline_only(client, transport, clock):
+    transport.answer = MetadataUnavailableError("down")
+    await fails(client)
+    clock.advance(0.2)
+    transport.answer, transport.gate = OK, asyncio.Event()
+    probe = asyncio.create_task(client.wait(WaitRequest(keys=keys(1), timeout_s=60.0)))
+    await until(lambda: transport.calls == 2)
+    await fails(client)
+    clock.advance(2.0)
+    transport.gate, waited = None, transport.gate
+    assert (await client.heartbeat(BEAT)).known
+    await end(probe)
+    waited.set()
+    assert client.available
+
+
 async def test_a_cancelled_probe_lets_the_next_call_probe(client, transport, clock):
     transport.answer = MetadataUnavailableError("down")
     await fails(client)
