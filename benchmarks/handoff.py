@@ -5,28 +5,24 @@ of 1 to 64 MiB in chunks of at most 8 MiB, each gathered from and scattered to f
 
 Estimate for 64 MiB over shm: two copies at memcpy's 13 GB/s (10 ms) and two checksums at 35 GB/s (4 ms, partly beside
 the copies) are 4.5 to 6 GB/s of payload per (put + get); over tcp each way costs a copy into and one out of the kernel.
-Run: python benchmarks/handoff.py [--rounds 9]
+Run: python -m benchmarks.handoff [--rounds 9]
 """
 
 import argparse
 import asyncio
 import json
 import os
-import re
 import signal
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from itertools import pairwise
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
-from kvcore.child import ChildProcess
+from benchmarks.children import child
 from kvcore.clock import SystemClock
 from kvcore.config import TransportConfig
 from kvcore.types import ChunkKey, KVSpec, NodeInfo, Role, Segment
@@ -69,33 +65,6 @@ async def own_segment() -> None:
         print("segment " + msgspec.json.encode(segment).decode(), flush=True)
         await stop.wait()
         await hosts.aclose()
-
-
-@asynccontextmanager
-async def child(command: list[str], wanted: str) -> AsyncIterator[str]:
-    """A child process and the first group of its first line that matches `wanted`."""
-    found: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    lines: list[str] = []
-
-    def on_line(line: str) -> None:
-        lines.append(line)
-        if (match := re.search(wanted, line)) and not found.done():
-            found.set_result(match.group(1))
-
-    def on_end(_: object) -> None:
-        if not found.done():
-            found.set_exception(RuntimeError("\n".join([f"{' '.join(command)} ended:", *lines])))
-
-    process = await ChildProcess.start([sys.executable, *command], on_line=on_line)
-    ended = asyncio.ensure_future(process.wait())
-    ended.add_done_callback(on_end)
-    try:
-        async with asyncio.timeout(30):
-            line = await found
-        yield line
-    finally:
-        await process.terminate(10)
-        await ended
 
 
 class Payload:
@@ -202,10 +171,10 @@ async def run(rounds: int) -> None:
         config = Path(folder) / "cluster.yaml"
         config.write_text(CONFIG)
         async with (
-            child(["-m", "metadata_server", "--config", str(config)], r"url=\"?(http://[^\s\"]+)") as url,
-            child([__file__, "--own-segment"], r"^segment (.*)") as segment,
+            child(["-m", "metadata_server", "--config", str(config)], r"url=\"?(http://[^\s\"]+)") as server,
+            child(["-m", "benchmarks.handoff", "--own-segment"], r"^segment (.*)") as owner,
         ):
-            result = await measure(url, msgspec.json.decode(segment, type=Segment), rounds)
+            result = await measure(server.said, msgspec.json.decode(owner.said, type=Segment), rounds)
     print("RESULT " + json.dumps(result))
 
 

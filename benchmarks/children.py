@@ -1,0 +1,52 @@
+"""Child processes of a benchmark: started until they say what was waited for, ended with it, their CPU time read."""
+
+import asyncio
+import re
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvcore.child import ChildProcess
+
+
+@dataclass(frozen=True, slots=True)
+class Child:
+    """`said`: the first group of the first line that matched. Linux only."""
+
+    pid: int
+    said: str
+
+    def cpu_s(self) -> float:
+        """Processor time of all its threads so far."""
+        return (
+            sum(int(path.read_text().split()[0]) for path in Path(f"/proc/{self.pid}/task").glob("*/schedstat")) / 1e9
+        )
+
+
+@asynccontextmanager
+async def child(command: list[str], wanted: str) -> AsyncIterator[Child]:
+    """`python *command`, once it has written a line that matches `wanted`. RuntimeError with its output if it ends."""
+    found: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    lines: list[str] = []
+
+    def on_line(line: str) -> None:
+        lines.append(line)
+        if (match := re.search(wanted, line)) and not found.done():
+            found.set_result(match.group(1))
+
+    def on_end(_: object) -> None:
+        if not found.done():
+            found.set_exception(RuntimeError("\n".join([f"{' '.join(command)} ended:", *lines])))
+
+    process = await ChildProcess.start([sys.executable, *command], on_line=on_line)
+    ended = asyncio.ensure_future(process.wait())
+    ended.add_done_callback(on_end)
+    try:
+        async with asyncio.timeout(30):
+            said = await found
+        yield Child(process.pid, said)
+    finally:
+        await process.terminate(10)
+        await ended
