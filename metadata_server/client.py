@@ -66,7 +66,8 @@ class MetadataTransport(Protocol):
 
 
 class MetadataClient:
-    """Typed calls with a deadline each. Bound to one event loop; any number of calls may be under way.
+    """Typed calls with a deadline each: `timeout_s`, which a call's own can only shorten, as callers who have much time
+    for their bytes should not spend it on a server that hangs. Bound to one event loop; any number may be under way.
 
     After a failure every call fails at once for a pause that grows from 0.1 s to 1 s, and then one call at a time
     probes: a dead server costs one caller its deadline, not all.
@@ -107,8 +108,7 @@ class MetadataClient:
 
     async def wait(self, request: WaitRequest, *, timeout_s: float | None = None) -> MatchReply:
         """As match, once there is more or `request.timeout_s` is up; that time is added to the call's own deadline."""
-        limit_s = request.timeout_s + (self._timeout_s if timeout_s is None else timeout_s)
-        return await self._ask("/v1/objects/wait", request, MatchReply, limit_s)
+        return await self._ask("/v1/objects/wait", request, MatchReply, timeout_s, poll_s=request.timeout_s)
 
     async def release(self, request: ReleaseRequest, *, timeout_s: float | None = None) -> None:
         """Give read leases back. Idempotent."""
@@ -143,17 +143,25 @@ class MetadataClient:
         await self._transport.aclose()
 
     async def _ask(
-        self, path: str, request: msgspec.Struct | None, reply_type: type[_T], timeout_s: float | None
+        self,
+        path: str,
+        request: msgspec.Struct | None,
+        reply_type: type[_T],
+        timeout_s: float | None,
+        *,
+        poll_s: float = 0.0,
     ) -> _T:
-        reply = await self._send(path, request, timeout_s)
+        reply = await self._send(path, request, timeout_s, poll_s=poll_s)
         try:
             return msgspec.msgpack.decode(reply, type=reply_type)
         except msgspec.MsgspecError as error:
             raise MetadataProtocolError(f"metadata server's answer to {path} is malformed: {error}") from error
 
-    async def _send(self, path: str, request: msgspec.Struct | None, timeout_s: float | None) -> bytes:
+    async def _send(
+        self, path: str, request: msgspec.Struct | None, timeout_s: float | None, *, poll_s: float = 0.0
+    ) -> bytes:
         body = b"" if request is None else msgspec.msgpack.encode(request)
-        limit_s = self._timeout_s if timeout_s is None else timeout_s
+        limit_s = poll_s + (self._timeout_s if timeout_s is None else min(timeout_s, self._timeout_s))
         probing = self._enter(limit_s)
         try:
             reply = await self._transport.call(path, body, limit_s)

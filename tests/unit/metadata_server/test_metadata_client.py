@@ -12,7 +12,16 @@ from kvcore.errors import MetadataProtocolError, MetadataUnavailableError, Overl
 from metadata_server import core as core_module
 from metadata_server.client import HttpMetadataTransport, IndexSubscription, MetadataClient
 from metadata_server.core import MetadataCore
-from metadata_server.messages import Event, EventBatch, EventKind, HeartbeatReply, HeartbeatRequest, WaitRequest
+from metadata_server.messages import (
+    Event,
+    EventBatch,
+    EventKind,
+    HeartbeatReply,
+    HeartbeatRequest,
+    MatchReply,
+    MatchRequest,
+    WaitRequest,
+)
 
 BEAT = HeartbeatRequest(node_id="a", incarnation=1)
 OK = msgspec.msgpack.encode(HeartbeatReply(epoch="e", known=True))
@@ -22,10 +31,11 @@ class Scripted:
     """A transport that answers what it is told to."""
 
     def __init__(self):
-        self.answer, self.calls, self.gate = OK, 0, None
+        self.answer, self.calls, self.gate, self.limits = OK, 0, None, []
 
     async def call(self, path, body, timeout_s):
         self.calls += 1
+        self.limits.append(timeout_s)
         if self.gate is not None:
             await self.gate.wait()
         if isinstance(self.answer, Exception):
@@ -99,6 +109,15 @@ async def test_a_long_poll_that_probes_holds_the_others_up_for_one_deadline_only
     await end(probe)
     waited.set()
     assert client.available
+
+
+async def test_a_call_may_shorten_the_deadline_but_not_lengthen_it(client, transport):
+    poll = WaitRequest(keys=keys(1), timeout_s=60.0)
+    transport.answer = msgspec.msgpack.encode(MatchReply(replicas=[]))
+    for timeout_s in (None, 30.0, 0.5):
+        await client.match(MatchRequest(keys=keys(1)), timeout_s=timeout_s)
+        await client.wait(poll, timeout_s=timeout_s)
+    assert transport.limits == [2.0, 62.0, 2.0, 62.0, 0.5, 60.5]
 
 
 async def test_a_cancelled_probe_lets_the_next_call_probe(client, transport, clock):
