@@ -5,7 +5,7 @@ Requests go through the router as any client's would; a test kills processes by 
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from engines.base import NodeReport
 from kvcore.config import ClusterConfig
 from kvcore.config_file import load_config
 from kvferry.launcher import Launcher
-from kvferry.processes import base_url
+from kvferry.processes import Part, ProcessPlan, base_url, plan_processes
 from metadata_server.messages import Stats
 
 READY_S = 60.0
@@ -54,9 +54,12 @@ class Streamed:
 class ClusterHandle:
     """A cluster that is up. Every method that asks something raises AssertionError for an answer that is not 200."""
 
-    def __init__(self, config: ClusterConfig, file: Path, launcher: Launcher, session: aiohttp.ClientSession) -> None:
+    def __init__(
+        self, config: ClusterConfig, plans: Sequence[ProcessPlan], launcher: Launcher, session: aiohttp.ClientSession
+    ) -> None:
         self.config = config
-        self.file = file
+        self.plans = {plan.name: plan for plan in plans}
+        """Of the processes that the launcher keeps up, by name."""
         self.launcher = launcher
         self.session = session
 
@@ -153,12 +156,19 @@ class ClusterHandle:
         except TimeoutError:
             raise AssertionError(f"not true within {timeout_s:g} s: {check}; last: {last!r}") from None
 
+    @property
+    def nodes(self) -> list[str]:
+        """Names of the nodes that are kept up."""
+        return [plan.name for plan in self.plans.values() if plan.part is Part.NODE]
+
     async def all_ready(self) -> bool:
-        """Whether router and metadata server know every node, with its engine."""
-        status, stats = await self.status(), await self.stats()
+        """Whether router and metadata server know every node that is kept up, with its engine."""
+        status = await self.status()
         healthy = {node["id"] for node in status["nodes"] if node["healthy"]}
-        known = {node.id for node in stats.nodes if node.fingerprint or node.role == "store"}
-        return bool(status["metadata_connected"]) and healthy == known == set(self.config.nodes)
+        if "metadata-server" not in self.plans:
+            return healthy == set(self.nodes)
+        known = {node.id for node in (await self.stats()).nodes if node.fingerprint or node.role == "store"}
+        return bool(status["metadata_connected"]) and healthy == known == set(self.nodes)
 
     def _completion(self, prompt: Prompt, fields: dict[str, Any]) -> dict[str, Any]:
         return {"model": self.config.model.name, "prompt": prompt, **fields}
@@ -243,8 +253,10 @@ async def cluster(
     decoders: int = 2,
     transport: str = "auto",
     overrides: Sequence[str] = (),
+    without: Collection[str] = (),
 ) -> AsyncIterator[ClusterHandle]:
-    """A cluster that serves; every process of it has ended afterwards. `overrides`: as after `--set`."""
+    """A cluster that serves; every process of it has ended afterwards. `overrides`: as after `--set`. `without`: names
+    of processes that the config has but that are not there (the launcher would start them again)."""
     file = write_config(
         tmp_path,
         engine=engine,
@@ -255,14 +267,16 @@ async def cluster(
         transport=transport,
     )
     config = load_config(file, overrides)
+    plans = [plan for plan in plan_processes(config, file, overrides) if plan.name not in without]
     launcher = Launcher(
-        config, file, log_dir=tmp_path / "logs", overrides=overrides, on_line=lambda who, line: print(f"{who}: {line}")
+        config, file, log_dir=tmp_path / "logs", plans=plans, on_line=lambda who, line: print(f"{who}: {line}")
     )
     async with AsyncExitStack() as stack:
         connector = aiohttp.TCPConnector(limit=0)
         session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector))
         await stack.enter_async_context(launcher)
-        await launcher.wait_ready(READY_S)
-        handle = ClusterHandle(config, file, launcher, session)
+        handle = ClusterHandle(config, plans, launcher, session)
+        if any(plan.name.startswith("decode") for plan in plans):  # the router is not healthy without a decoder
+            await launcher.wait_ready(READY_S)
         await handle.until(handle.all_ready, READY_S)
         yield handle

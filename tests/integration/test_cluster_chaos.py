@@ -1,0 +1,284 @@
+"""Kill anything under load: every request is answered with exactly the right tokens, and nothing leaks."""
+
+import asyncio
+import os
+import random
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from support.cluster import ClusterHandle, cluster
+
+from engines.base import SamplingParams
+from engines.sim.reference import expected_tokens
+from kvcore.child import ChildProcess
+from kvcore.config import SimEngineConfig
+from kvferry.processes import plan_processes
+from router.text import ByteTokenizer
+
+pytestmark = pytest.mark.slow
+
+STREAMS = 20
+REQUESTS = 100
+RESTART_S = 30.0
+QUIET_S = 12.0
+"""Reservations and read leases last 5 s, room rests 0.5 s, the metadata server's nodes last 2 s."""
+UNDER_LOAD = ("engine.inter_token_s=0.03", "engine.prefill_tokens_per_s=4000")
+SLOW = ("engine.inter_token_s=0.05", "engine.prefill_tokens_per_s=200", "engine.max_batch_tokens=64")
+VICTIMS = ("prefill-0", "decode-0", "prefill-1 engine", "decode-1 engine", "metadata-server")
+
+
+def make_prompt(draw: random.Random, length: int) -> list[int]:
+    return [draw.randrange(1, 50_000) for _ in range(length)]
+
+
+def expect(subject: ClusterHandle, prompt: list[int], max_tokens: int, seed: int) -> list[int]:
+    engine = subject.config.engine
+    assert isinstance(engine, SimEngineConfig)
+    sampling = SamplingParams(temperature=1.0, seed=seed, max_tokens=max_tokens, ignore_eos=True)
+    return expected_tokens(engine, prompt, sampling)[0]
+
+
+async def ask(subject: ClusterHandle, prompt: list[int], max_tokens: int, seed: int = 1) -> dict[str, Any]:
+    """Stream an answer, hold it against the reference, return its usage with the `id` and what it took."""
+    fields = {"max_tokens": max_tokens, "seed": seed, "ignore_eos": True, "return_token_ids": True}
+    answer = await subject.stream(prompt, **fields)
+    expected = expect(subject, prompt, max_tokens, seed)
+    assert answer.token_ids == expected, await subject.explain(answer.id)
+    assert answer.text == ByteTokenizer(50_000).decode(expected)
+    assert answer.finish_reason == "length"
+    assert answer.usage["completion_tokens"] == max_tokens
+    cached: int = answer.usage["prompt_tokens_details"]["cached_tokens"]
+    return {"id": answer.id, "cached": cached}
+
+
+class Load:
+    """STREAMS clients that ask without pause, with shared prefixes, until they are told to stop."""
+
+    def __init__(self, subject: ClusterHandle) -> None:
+        self.subject = subject
+        self.draw = random.Random(1)
+        self.prefixes = [make_prompt(self.draw, length) for length in (64, 200, 320, 512, 700, 1000)]
+        self.answered = 0
+        self.stopping = False
+
+    async def client(self, number: int) -> None:
+        while not self.stopping:
+            prompt = self.draw.choice(self.prefixes) + make_prompt(self.draw, self.draw.randrange(400))
+            await ask(self.subject, prompt, self.draw.randrange(1, 32), seed=self.draw.randrange(1 << 30))
+            self.answered += 1
+
+    async def reach(self, answered: int) -> None:
+        async def reached() -> bool:
+            return self.answered >= answered
+
+        await self.subject.until(reached, 60)
+
+
+@asynccontextmanager
+async def load(subject: ClusterHandle) -> AsyncIterator[Load]:
+    """Ends after at least REQUESTS answers, each of which was right."""
+    subject_load = Load(subject)
+    async with asyncio.TaskGroup() as clients:
+        for number in range(STREAMS):
+            clients.create_task(subject_load.client(number))
+        yield subject_load
+        await subject_load.reach(REQUESTS)
+        subject_load.stopping = True
+
+
+async def kill(subject: ClusterHandle, victim: str) -> None:
+    """SIGKILL while it works; returns once it serves again."""
+    name, _, engine = victim.partition(" ")
+    pid = subject.launcher.pids[name]
+    if name in subject.nodes:
+        await subject.until(lambda: busy(subject, name), 30)
+    if engine:
+        before = (await subject.node_info(name)).engine_restarts
+        (child,) = psutil.Process(pid).children()
+        child.kill()
+
+        async def is_back() -> bool:
+            report = await subject.node_info(name)
+            return report.engine_restarts == before + 1 and report.engine is not None
+
+        await subject.until(is_back, RESTART_S)
+        assert subject.launcher.pids[name] == pid, "the node outlives its engine"
+    else:
+        os.kill(pid, signal.SIGKILL)
+        await subject.launcher.wait_restarted(name, pid, RESTART_S)
+
+
+async def busy(subject: ClusterHandle, name: str) -> bool:
+    """Whether the node's engine has a request."""
+    stats = (await subject.node_info(name)).stats
+    return stats is not None and bool(stats.running or stats.waiting or stats.loading)
+
+
+async def quiet(subject: ClusterHandle) -> bool:
+    """Whether nobody holds anything, by everyone's own account, in the API and in the metrics."""
+    stats = await subject.stats()
+    assert (stats.reservations, stats.read_leases, stats.waiters) == (0, 0, 0), stats
+    assert all(s.reserved_bytes == s.retiring_bytes == 0 for s in stats.segments), stats
+    assert (await subject.status())["requests"]["in_flight"] == 0
+    told = await subject.metrics(subject.metadata_url)
+    assert [told[f"kvferry_metadata_{what}"] for what in ("reservations", "read_leases", "waiters")] == [0, 0, 0]
+    for name in subject.nodes:
+        engine = (await subject.node_info(name)).stats
+        assert engine is not None
+        gauges = ("running", "waiting", "loading", "used_blocks", "pending_saves")
+        assert [getattr(engine, gauge) for gauge in gauges] == [0] * 5, (name, engine)
+        told = await subject.metrics(subject.node_url(name))
+        assert [told[f'kvferry_engine_state{{field="{gauge}"}}'] for gauge in gauges] == [0] * 5, name
+    return True
+
+
+async def is_quiet_and_whole(subject: ClusterHandle) -> None:
+    await subject.until(subject.all_ready, RESTART_S)
+    await subject.until(lambda: quiet(subject), QUIET_S)
+
+
+@pytest.mark.parametrize("victim", VICTIMS)
+async def test_killed_under_load(tmp_path: Path, victim: str) -> None:
+    async with cluster(tmp_path, overrides=UNDER_LOAD) as subject:
+        async with load(subject) as clients:
+            await clients.reach(REQUESTS // 4)
+            await kill(subject, victim)
+        await is_quiet_and_whole(subject)
+        requests = (await subject.status())["requests"]
+        assert (requests["failed"], requests["cancelled"]) == (0, 0)
+        assert requests["ok"] == requests["total"] == clients.answered
+        if victim != "metadata-server":
+            assert requests["retried"] > 0, "nobody was on the victim: the test shows nothing"
+        assert (await subject.status())["hit_rate"] > 0.2
+
+
+async def test_everything_is_killed_in_turn_under_load(tmp_path: Path) -> None:
+    async with cluster(tmp_path, overrides=UNDER_LOAD) as subject:
+        async with load(subject) as clients:
+            for victim in VICTIMS:
+                await clients.reach(clients.answered + 10)
+                await kill(subject, victim)
+        await is_quiet_and_whole(subject)
+        requests = (await subject.status())["requests"]
+        assert requests["ok"] == requests["total"] == clients.answered
+        prompt = make_prompt(random.Random(2), 300)
+        assert (await ask(subject, prompt, 8))["cached"] == 0
+        assert (await ask(subject, prompt, 8))["cached"] == 256, "the cache is as good as new"
+
+
+async def test_a_stream_goes_on_elsewhere_when_its_decoder_dies_in_mid_answer(tmp_path: Path) -> None:
+    prompt = make_prompt(random.Random(3), 200)
+    async with cluster(tmp_path, overrides=("engine.inter_token_s=0.05",)) as subject:
+        task = asyncio.create_task(ask(subject, prompt, 60))
+
+        async def in_mid_answer() -> dict[str, Any] | None:
+            records = (await subject._json(f"{subject.url}/v1/requests"))["requests"]
+            return records[0] if records and records[0]["ttft_s"] is not None else None
+
+        record = await subject.until(in_mid_answer, 10)
+        assert record is not None
+        pid = subject.launcher.pids[record["route"]["decoder"]]
+        os.kill(pid, signal.SIGKILL)
+        told = await subject.explain((await task)["id"])
+        assert [leg["kind"] for leg in told["legs"]].count("decode") == 2
+        assert told["retries"] == 1 and told["legs"][-1]["node"] != record["route"]["decoder"]
+        assert told["legs"][-1]["cached_tokens"] == 0 or told["legs"][-1]["moved"], "its KV went with its segment"
+        await subject.launcher.wait_restarted(record["route"]["decoder"], pid, RESTART_S)
+        await is_quiet_and_whole(subject)
+
+
+async def test_without_the_metadata_server_requests_are_served_without_cache(tmp_path: Path) -> None:
+    prompt = make_prompt(random.Random(4), 300)
+    async with cluster(tmp_path, without=("metadata-server",)) as subject:
+        assert (await ask(subject, prompt, 8))["cached"] == 0
+        config_file = tmp_path / "cluster.yaml"
+        plan = next(plan for plan in plan_processes(subject.config, config_file) if plan.name == "metadata-server")
+        server = await ChildProcess.start(plan.command, on_line=print)
+        try:
+
+            async def joined() -> bool:
+                return len((await subject.stats()).nodes) == 4 and (await subject.status())["metadata_connected"]
+
+            await subject.until(joined, RESTART_S)
+            prompt = make_prompt(random.Random(5), 300)
+            assert (await ask(subject, prompt, 8))["cached"] == 0
+            assert (await ask(subject, prompt, 8))["cached"] == 256
+        finally:
+            server.kill()
+            await server.wait()
+        async with asyncio.timeout(10):  # a dead server costs nobody its deadline of 2 s
+            await asyncio.gather(*(ask(subject, [*prompt, number], 8) for number in range(1, 41)))
+        for name in subject.nodes:
+            report = await subject.node_info(name)
+            assert report.stats is not None and report.stats.used_blocks == 0
+        assert (await subject.status())["requests"]["failed"] == 0
+
+
+async def test_a_metadata_server_that_hangs_holds_nobody_up(tmp_path: Path) -> None:
+    draw = random.Random(6)
+    async with cluster(tmp_path, overrides=("metadata_server.timeout_s=0.5",)) as subject:
+        pid = subject.launcher.pids["metadata-server"]
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            async with asyncio.timeout(15):
+                for _ in range(2):
+                    await asyncio.gather(*(ask(subject, make_prompt(draw, 200), 8) for _ in range(STREAMS)))
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        await is_quiet_and_whole(subject)
+
+
+async def test_without_prefillers_the_decoders_do_it_all(tmp_path: Path) -> None:
+    prompt = make_prompt(random.Random(7), 300)
+    async with cluster(tmp_path, without=("prefill-0", "prefill-1")) as subject:
+        told = await subject.explain((await ask(subject, prompt, 8))["id"])
+        assert told["route"]["prefiller"] is None
+        assert [leg["kind"] for leg in told["legs"]] == ["decode"]
+        await is_quiet_and_whole(subject)
+
+
+async def test_without_decoders_it_is_said_at_once_and_clearly(tmp_path: Path) -> None:
+    async with cluster(tmp_path, without=("decode-0", "decode-1")) as subject:
+        for path, body in (
+            ("/v1/completions", {"prompt": "hello"}),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hello"}], "stream": True}),
+        ):
+            async with asyncio.timeout(2):
+                status, headers, reply = await subject.post(path, {"model": "sim", **body})
+            assert status == 503 and int(headers["Retry-After"]) >= 1
+            error = reply["error"]
+            assert error["code"] == "node_unavailable"
+            assert "decode-0" in error["message"] and "decode-1" in error["message"]
+        async with subject.session.get(f"{subject.url}/health") as reply:
+            assert reply.status == 503
+
+
+@pytest.mark.parametrize(
+    ("when", "length", "max_tokens", "victim"),
+    [
+        ("in mid-stream", 70, 400, "decode-0"),
+        ("during prefill", 1000, 8, "prefill-0"),
+        ("while the decoder waits", 1000, 8, "decode-0"),
+    ],
+)
+async def test_a_client_that_leaves_frees_the_engines_promptly(
+    tmp_path: Path, when: str, length: int, max_tokens: int, victim: str
+) -> None:
+    async with cluster(tmp_path, overrides=SLOW, prefillers=1, decoders=1) as subject:
+        body = {"model": "sim", "prompt": make_prompt(random.Random(8), length), "max_tokens": max_tokens}
+        events = subject.events("/v1/completions", {**body, "ignore_eos": True})
+        first = asyncio.create_task(anext(events))
+        await subject.until(lambda: busy(subject, victim), 10)
+        if when == "in mid-stream":
+            await first
+            await events.aclose()
+        else:
+            first.cancel()  # the request would go on for five seconds
+            await asyncio.wait({first})
+        await subject.until(lambda: quiet(subject), 1.5)
+        assert (await subject.status())["requests"]["cancelled"] == 1
