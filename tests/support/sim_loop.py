@@ -83,9 +83,17 @@ class SimLoop(asyncio.SelectorEventLoop):
         super()._run_once()  # type: ignore[misc]
 
 
-def run_sim(main: Callable[[], Coroutine[Any, Any, T]], *, seed: int | None = None, limit_s: float = float("inf")) -> T:
-    """Run `main()` under virtual time; afterwards no task may be left. Fails on a deadlock and past `limit_s`."""
-    loop = SimLoop(seed, limit_s)
+def run_sim(
+    main: Callable[[], Coroutine[Any, Any, T]],
+    *,
+    seed: int | None = None,
+    limit_s: float = float("inf"),
+    loop: SimLoop | None = None,
+) -> T:
+    """Run `main()` under virtual time; afterwards no task may be left. Fails on a deadlock and past `limit_s`.
+
+    `loop`: one made by the caller, instead of one of `seed` and `limit_s`; it is closed at the end."""
+    loop = loop or SimLoop(seed, limit_s)
     errors: list[dict[str, Any]] = []
     loop.set_exception_handler(lambda _, context: errors.append(context))
     try:

@@ -1,0 +1,103 @@
+"""The production cluster under faults, seed by seed, in virtual time. `python -m tests.sim.run SEED` replays one."""
+
+import logging
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import msgspec
+import pytest
+from support.sim_cluster import Mutant, run_seed
+from support.sim_nodes import DataFaults
+
+from metadata_server.state import MetadataState
+from router import dispatch as router_dispatch
+
+BLOCKS, PER_BLOCK = 10, 20
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.fixture(scope="module")
+def totals():
+    """What happened in all seeds that ran in this process."""
+    return Counter()
+
+
+def simulate(seed: int, mutant: Mutant | None = None):
+    """As `run_seed`; whatever is wrong fails the test and names the seed."""
+    try:
+        outcome = run_seed(seed, mutant)
+    except Exception as error:
+        error.add_note(f"replay it: python -m tests.sim.run {seed}")
+        raise
+    assert not outcome.problems, f"replay it: python -m tests.sim.run {seed}\n" + "\n".join(outcome.problems)
+    return outcome
+
+
+@pytest.mark.parametrize("block", range(BLOCKS))
+def test_no_answer_is_wrong_and_nothing_is_left_over(block, totals):
+    for seed in range(block * PER_BLOCK, (block + 1) * PER_BLOCK):
+        totals.update(simulate(seed).counts)
+
+
+def test_faults_did_happen_and_were_survived(totals):
+    if totals["accepted"] < BLOCKS * PER_BLOCK * 10:
+        pytest.skip("needs all blocks in the same process")
+    happened = [
+        *("kill_node", "kill_engine", "kill_metadata", "cut", "lost", "late", "reset", "repeated", "retries"),
+        *("data_failed", "data_torn", "data_late", "data_flipped", "data_cut"),
+        *("chunks_loaded", "chunk_miss_absent", "chunk_miss_checksum", "chunk_miss_unreachable", "writes_failed"),
+        *("quarantined_checksum", "quarantined_unreachable", "at_rest_ok", "at_rest_checksum", "imported"),
+        *("evicted", "expired", "leases_expired", "declined_full", "commit_refused", "preemptions", "index_resets"),
+    ]
+    assert not [name for name in happened if not totals[name]], totals
+    assert totals["failed"] <= totals["accepted"] // 100, "requests are saved from faults, but for very few"
+
+
+def test_a_seed_is_the_same_each_time_and_in_each_process():
+    first, again = simulate(7), simulate(7)
+    assert first.lines == again.lines
+    assert first.digest == again.digest
+    command = [sys.executable, "-m", "tests.sim.run", "7", "-q"]
+    env = {"PYTHONHASHSEED": "12345", "PATH": ""}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=True)
+    assert first.digest in done.stdout
+    assert simulate(8).digest != first.digest
+
+
+def problems(seeds: range, mutant: Mutant | None = None) -> list[str]:
+    """All that is wrong with any of the seeds."""
+    return [problem for seed in seeds for problem in run_seed(seed, mutant).problems]
+
+
+def test_it_finds_a_store_that_does_not_verify():
+    broken = Mutant(verify=False, data=DataFaults(flip=0.5))
+    assert any("is wrong" in problem for problem in problems(range(5), broken))
+
+
+def test_it_finds_a_router_that_forgets_what_was_sent(monkeypatch):
+    whole = router_dispatch.RequestRun._generate_request
+
+    def forgetful(self, action):
+        return msgspec.structs.replace(whole(self, action), output_token_ids=[])
+
+    monkeypatch.setattr(router_dispatch.RequestRun, "_generate_request", forgetful)
+    assert any("is wrong" in problem for problem in problems(range(12)))
+
+
+def test_it_finds_leases_that_never_end(monkeypatch):
+    monkeypatch.setattr(MetadataState, "release", lambda *_: None)
+    monkeypatch.setattr(MetadataState, "_grant", _never_ends)
+    assert any("read_leases" in problem for problem in problems(range(2)))
+
+
+def _never_ends(state, replicas, until, node_id, incarnation):
+    return state._leases.grant(replicas, None)

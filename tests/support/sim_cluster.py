@@ -1,0 +1,397 @@
+"""A whole cluster in one process and virtual time, its clients, and what must hold at the end.
+
+All parts but network, clients and the machines' deaths are production code. One seed decides everything.
+"""
+
+import asyncio
+import hashlib
+import random
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from unittest.mock import patch
+
+from support.sim_loop import LoopClock, run_sim
+from support.sim_network import Rates, SimNetwork, SimProcess, SimSeedLoop, Trace
+from support.sim_nodes import MODEL, DataFaults, SimMetadata, SimNode, SimSetup
+from support.sim_plan import Plan, Wanted, make_plan
+from support.sim_ways import SimEventSource, SimNodeClient
+
+import router.dispatch
+from engines.sim.arithmetic import Arithmetic
+from engines.sim.reference import expected_tokens
+from engines.sim.runner import sim_spec
+from kvcore.chunk_keys import chunk_keys, root_key
+from kvcore.config import ClusterConfig, ModelConfig, NodeConfig, RouterConfig
+from kvcore.errors import KVFerryError, NodeUnavailableError, OverloadedError
+from kvcore.types import Role
+from kvstore.types import GetOutcome
+from metadata_server.subscription import IndexSubscription
+from router.cluster import Cluster
+from router.dispatch import Dispatcher, RequestSpec
+from router.ledger import RequestMachine
+from router.policy import make_policy
+from router.records import RequestLog
+
+LIMIT_S = 600.0
+SETTLED_S = 60.0
+ROUTER = RouterConfig(
+    min_prefill_tokens=8, request_timeout_s=60.0, prefill_timeout_s=4.0, connect_timeout_s=1.0, attempts=10
+)
+_METADATA_TURNS, _ENGINE_TURNS = 64, 32
+
+
+@dataclass
+class Outcome:
+    """What a seed came to. `digest` is of the whole trace."""
+
+    seed: int
+    counts: Counter[str]
+    digest: str
+    lines: list[str]
+    problems: list[str]
+
+
+@dataclass
+class _Answer:
+    """What one client saw. `error`: how an accepted request failed."""
+
+    wanted: Wanted
+    tokens: list[list[int]]
+    finished: list[bool]
+    accepted: bool = False
+    left: bool = False
+    error: KVFerryError | None = None
+
+
+class _CheckedMachine(RequestMachine):
+    def handle(self, event):  # type: ignore[no-untyped-def]
+        actions = super().handle(event)
+        self.check_invariants()
+        return actions
+
+
+@dataclass
+class Mutant:
+    """What to break on purpose, to see that it is found."""
+
+    verify: bool = True
+    data: DataFaults = field(default_factory=DataFaults)
+
+
+def run_seed(seed: int, mutant: Mutant | None = None) -> Outcome:
+    """Simulate one seed. `problems` is empty unless something is wrong; a broken invariant raises."""
+    loop = SimSeedLoop(seed, LIMIT_S)
+    outcome: list[Outcome] = []
+
+    async def main() -> None:
+        outcome.append(await SimCluster(seed, loop, mutant or Mutant()).run())
+
+    with patch.object(router.dispatch, "RequestMachine", _CheckedMachine):
+        run_sim(main, loop=loop)
+    return outcome[0]
+
+
+class SimCluster:
+    """One run."""
+
+    def __init__(self, seed: int, loop: SimSeedLoop, mutant: Mutant) -> None:
+        self.seed = seed
+        self.plan: Plan = make_plan(seed)
+        self.trace = Trace()
+        self.clock = LoopClock(loop)
+        self.network = SimNetwork(seed, self.trace, Rates())
+        plan = self.plan
+        self.setup = SimSetup(
+            network=self.network,
+            clock=self.clock,
+            engine=plan.engine,
+            store=plan.store,
+            chunk_tokens=plan.chunk_tokens,
+            segment_bytes=plan.segment_bytes,
+            node_ttl_s=plan.node_ttl_s,
+            data=replace(mutant.data),
+            verify=mutant.verify,
+        )
+        self.metadata = SimMetadata(self.setup)
+        self.nodes = {
+            name: SimNode(self.setup, self.metadata, name, Role.PREFILLER if name[0] == "p" else Role.DECODER)
+            for name in ("p1", "p2", "d1", "d2")
+        }
+        self.router = SimProcess("router")
+        self.network.hosts["router"] = self.router
+        self.client = SimNodeClient(self.network, self.router, dict(self.nodes))
+        config = ClusterConfig(
+            cluster="sim",
+            model=ModelConfig(path=MODEL, name=MODEL),
+            engine=plan.engine,
+            nodes={
+                name: NodeConfig(role=Role.PREFILLER if name[0] == "p" else Role.DECODER, host=name, port=1)
+                for name in self.nodes
+            },
+            router=ROUTER,
+        )
+        self.cluster = Cluster(config, self.client, self.clock)
+        source = SimEventSource(self.network, self.router, lambda: self.metadata.core)
+        self.subscription = IndexSubscription(source, self.cluster, self.clock)
+        self.log = RequestLog()
+        self.dispatcher = Dispatcher(
+            config=ROUTER,
+            cluster=self.cluster,
+            policy=make_policy(ROUTER.policy),
+            client=self.client,
+            clock=self.clock,
+            log=self.log,
+        )
+        self.dice = random.Random(seed + 1)
+        self.problems: list[str] = []
+        self.answers: list[_Answer] = []
+        self._loop = loop
+
+    async def run(self) -> Outcome:
+        """Load and faults, then peace, then the accounts."""
+        self._loop.after_turn = self._check_turn
+        self.metadata.start()
+        for node in self.nodes.values():
+            node.start()
+        self.router.spawn(self.cluster.run())
+        self.router.spawn(self.subscription.run())
+        await asyncio.sleep(0.5)
+        faults = asyncio.create_task(self._faults())
+        await asyncio.gather(*(self._client(wanted) for wanted in self.plan.requests))
+        await faults
+        self._make_peace()
+        self.trace("peace")
+        await self._settle()
+        await self._check_accounts()
+        await self._check_stored()
+        for answer in self.answers:
+            self._check_answer(answer)
+        await self._stop()
+        self._count()
+        digest = hashlib.sha256("\n".join(self.trace.lines).encode()).hexdigest()
+        return Outcome(self.seed, self.trace.counts, digest, self.trace.lines, self.problems)
+
+    # --- faults ---
+
+    async def _faults(self) -> None:
+        for fault in self.plan.faults:
+            await asyncio.sleep(max(0.0, fault.at_s - self.clock.now()))
+            self.trace(fault.kind, *fault.where)
+            getattr(self, f"_do_{fault.kind}")(*fault.where)
+
+    def _do_kill_node(self, name: str) -> None:
+        if self.nodes[name].service.alive:
+            self.nodes[name].kill()
+
+    def _do_start_node(self, name: str) -> None:
+        if not self.nodes[name].service.alive:
+            self.nodes[name].start()
+
+    def _do_kill_engine(self, name: str) -> None:
+        node = self.nodes[name]
+        if node.service.alive and node.engine_process.alive:
+            node.kill_engine()
+
+    def _do_start_engine(self, name: str) -> None:
+        node = self.nodes[name]
+        if node.service.alive and not node.engine_process.alive:
+            node.start_engine()
+
+    def _do_kill_metadata(self) -> None:
+        if self.metadata.alive:
+            self.metadata.kill()
+
+    def _do_start_metadata(self) -> None:
+        if not self.metadata.alive:
+            self.metadata.start()
+
+    def _do_cut(self, source: str, target: str) -> None:
+        self.network.cut(source, target)
+
+    def _do_heal(self, source: str, target: str) -> None:
+        self.network.heal(source, target)
+
+    def _make_peace(self) -> None:
+        self.network.calm()
+        self.setup.data = DataFaults(0, 0, 0, 0, 0)
+        self._do_start_metadata()
+        for name in self.nodes:
+            self._do_start_node(name)
+            self._do_start_engine(name)
+
+    # --- clients ---
+
+    async def _client(self, wanted: Wanted) -> None:
+        n = wanted.sampling.n
+        answer = _Answer(wanted, [[] for _ in range(n)], [False] * n)
+        self.answers.append(answer)
+        await asyncio.sleep(max(0.0, wanted.at_s - self.clock.now()))
+        spec = RequestSpec(wanted.id, wanted.prompt, wanted.sampling)
+        while not answer.accepted:
+            try:
+                run = self.dispatcher.open(spec)
+            except (NodeUnavailableError, OverloadedError) as error:
+                self.trace("refused", wanted.id, error.code)
+                await asyncio.sleep(0.5)
+                continue
+            answer.accepted = True
+            self.trace("accepted", wanted.id)
+            async with run:
+                await self._read(answer, run)
+        self.trace("ended", wanted.id, answer.error.code if answer.error else "", *map(len, answer.tokens))
+
+    async def _read(self, answer: _Answer, run: "router.dispatch.RequestRun") -> None:
+        left = answer.wanted.leaves_after
+        try:
+            async with aclosing(run.__aiter__()) as emits:
+                async for emit in emits:
+                    answer.tokens[emit.index] += emit.token_ids
+                    self.trace("emit", answer.wanted.id, emit.index, *emit.token_ids)
+                    if answer.finished[emit.index]:
+                        self.problems.append(f"{answer.wanted.id} emits after its end")
+                    answer.finished[emit.index] = emit.finish_reason is not None
+                    if left is not None and sum(map(len, answer.tokens)) >= left:
+                        answer.left = True
+                        return
+        except KVFerryError as error:
+            answer.error = error
+
+    # --- what must hold ---
+
+    def _check_turn(self, turn: int) -> None:
+        if turn % _METADATA_TURNS == 0:
+            self.metadata.check()
+        if turn % _ENGINE_TURNS == 0:
+            for node in self.nodes.values():
+                node.check()
+
+    def _check_answer(self, answer: _Answer) -> None:
+        wanted = answer.wanted
+        expected = expected_tokens(self.plan.engine, wanted.prompt, wanted.sampling)
+        for index, tokens in enumerate(answer.tokens):
+            whole = not (answer.left or answer.error)
+            if whole and not answer.finished[index]:
+                self.problems.append(f"{wanted.id}[{index}] has no end")
+            if not self._right(wanted, index, tokens, expected[index], whole=whole):
+                self.problems.append(f"{wanted.id}[{index}] is wrong: {tokens}, not {expected[index]}")
+        if answer.error is not None:
+            self.trace("failed", wanted.id, answer.error.code)
+            if not answer.error.retryable:
+                self.problems.append(f"{wanted.id} failed for good: {answer.error.message}")
+
+    def _right(self, wanted: Wanted, index: int, tokens: list[int], expected: list[int], *, whole: bool) -> bool:
+        """Equal, or (several completions of one request, after a failure) gone on with a seed of its own."""
+        if tokens == (expected if whole else expected[: len(tokens)]):
+            return True
+        for name, leg in self.client.legs.items():
+            done = leg.output_token_ids
+            if name.startswith(f"{wanted.id}.d") and leg.sampling.n < wanted.sampling.n and done == tokens[: len(done)]:
+                (other,) = expected_tokens(self.plan.engine, wanted.prompt, leg.sampling, output=done)
+                if done == expected[: len(done)] and tokens == (other if whole else other[: len(tokens)]):
+                    self.trace.counts["reseeded"] += 1
+                    return True
+        return False
+
+    async def _settle(self) -> None:
+        """Until nothing is held anywhere."""
+        started = self.clock.now()
+        while (held := await self._held()) or not self.subscription.connected:
+            if self.clock.now() - started > SETTLED_S:
+                self.problems.append(f"still held after {SETTLED_S} s: {held}")
+                return
+            await asyncio.sleep(0.5)
+
+    async def _held(self) -> dict[str, object]:
+        stats = self.metadata.core.state.stats(self.clock.now(), self.metadata.core.num_waiters)
+        held: dict[str, object] = {
+            "reservations": stats.reservations,
+            "read_leases": stats.read_leases,
+            "waiters": stats.waiters,
+            "retiring": sum(segment.retiring_bytes for segment in stats.segments),
+            "nodes": len(stats.nodes) - len(self.nodes),
+            "in_flight": self.log.in_flight,
+            "control": len(self.dispatcher._control),
+            "sequences": sum(node.sequences + node.prefill_tokens for node in self.cluster.nodes.values()),
+        }
+        for name, node in self.nodes.items():
+            if node.engine is None:
+                held[name] = "no engine"
+                continue
+            engine = await node.engine.stats()
+            held[name] = engine.running + engine.waiting + engine.loading + engine.used_blocks + engine.pending_saves
+        return {name: what for name, what in held.items() if what}
+
+    async def _check_accounts(self) -> None:
+        self.metadata.check()
+        state = self.metadata.core.state
+        for node in self.nodes.values():
+            node.check()
+        await asyncio.sleep(2.5)  # a keep-alive later the router knows what the metadata server knows
+        stored = {key for batch in state.snapshot(self.clock.now()) for event in batch.events for key in event.keys}
+        if set(self.cluster.index._masks) != stored:
+            self.problems.append(f"the router knows {len(self.cluster.index)} keys, the metadata server {len(stored)}")
+        lost = [name for name, node in self.cluster.nodes.items() if not node.registered or node.problem]
+        if lost:
+            self.problems.append(f"not in use after peace: {lost}")
+
+    async def _check_stored(self) -> None:
+        """Every chunk that is listed verifies and holds the right bytes, or is refused."""
+        node = self.nodes["p1"]
+        store, keys = node.store(node.service), self._known_chunks()
+        stored = [event.keys for batch in self.metadata.core.snapshot() for event in batch.events if event.keys]
+        buffer = memoryview(bytearray(self.plan.chunk_tokens * self.plan.engine.bytes_per_token))
+        for key in sorted({key for batch in stored for key in batch}):
+            match = await store.match([key], timeout_s=5.0)
+            if match.num_chunks:
+                result = await store.get_into(match, 0, [[buffer]], timeout_s=5.0)
+                await store.release(match)
+                self.trace(f"at_rest_{result.outcomes[0]}")
+                if result.outcomes[0] is GetOutcome.OK and bytes(buffer) != keys.get(key):
+                    self.problems.append(f"chunk {key.hex()} holds wrong bytes")
+        await store.aclose()
+
+    def _known_chunks(self) -> dict[bytes, bytes]:
+        """What each chunk must hold, from tokens alone."""
+        engine, size = self.plan.engine, self.plan.chunk_tokens
+        arithmetic = Arithmetic(engine.weights_version, engine.bytes_per_token, engine.vocab_size)
+        root = root_key(sim_spec(engine, MODEL, size).fingerprint, b"")
+        known: dict[bytes, bytes] = {}
+        for tokens in self._token_lists():
+            record, records = b"", []
+            for at, token in enumerate(tokens):
+                record = arithmetic.record(record, token, at)
+                records.append(record)
+            for chunk, key in enumerate(chunk_keys(root, tokens, size)):
+                known[key] = b"".join(records[chunk * size : (chunk + 1) * size])
+        return known
+
+    def _token_lists(self) -> Iterator[list[int]]:
+        for answer in self.answers:
+            wanted = answer.wanted
+            for tokens in expected_tokens(self.plan.engine, wanted.prompt, wanted.sampling):
+                yield [*wanted.prompt, *tokens]
+        for leg in self.client.legs.values():
+            if leg.output_token_ids:
+                (tokens,) = expected_tokens(
+                    self.plan.engine, leg.prompt_token_ids, leg.sampling, output=leg.output_token_ids
+                )
+                yield [*leg.prompt_token_ids, *tokens]
+
+    async def _stop(self) -> None:
+        await self.dispatcher.aclose()
+        self.metadata.core.stop()
+        for node in self.nodes.values():
+            await node.stop()
+        self.metadata.kill()
+        self.router.kill()
+        await self.router.gone()
+        await self.metadata.process.gone()
+
+    def _count(self) -> None:
+        counts = self.trace.counts
+        for name, count in sorted((self.setup.store_counts + self.setup.engine_counts + self.metadata.counts).items()):
+            counts[name] += count
+        counts["retries"] = sum(len(record.retried_legs) for record in self.log.newest())
+        counts["index_resets"] = self.subscription.resets

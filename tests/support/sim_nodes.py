@@ -1,0 +1,334 @@
+"""Simulated machines: the metadata server and nodes, made of production parts, to be killed and started again.
+
+Owns segment memory and process lives. A node's segment outlives its engine and dies with the node.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+
+from support.sim_loop import LoopClock
+from support.sim_network import SimNetwork, SimProcess
+from support.sim_ways import METADATA, NodeService, SimMetadataTransport
+
+from engines.base import GenerateRequest, NodeReport, PrefillRequest, PrefillResult, TokenDelta
+from engines.paged.loop import EngineLoop
+from engines.sim.build import build_sim_engine
+from engines.sim.runner import sim_spec
+from kvcore.config import SimEngineConfig, StoreConfig
+from kvcore.errors import (
+    EngineDiedError,
+    KVFerryError,
+    NodeUnavailableError,
+    PeerUnreachableError,
+    TransferError,
+    TransferTimeoutError,
+)
+from kvcore.types import NodeInfo, Role, Segment
+from kvnode.membership import Membership
+from kvstore.chunk_format import HEADER_BYTES
+from kvstore.manifest import scan
+from kvstore.store import KVStore
+from kvstore.types import run_inline
+from metadata_server.client import MetadataClient
+from metadata_server.core import MetadataCore
+from metadata_server.messages import SegmentManifest
+from metadata_server.state import MetadataState
+from transfer.base import Direction, TransferOp
+from transfer.inproc import InprocFault, InprocTransfer
+
+MODEL = "m"
+CALL_S = 1.0
+
+
+@dataclass(slots=True)
+class DataFaults:
+    """How often what happens to one transfer op, or to what it wrote."""
+
+    fail: float = 0.02
+    torn: float = 0.02
+    late: float = 0.02
+    flip: float = 0.03
+    """A byte of what was written changes later."""
+    slow: float = 0.05
+
+
+@dataclass
+class SimSetup:
+    """What all simulated machines share. `verify` False: a mutant without checksums."""
+
+    network: SimNetwork
+    clock: LoopClock
+    engine: SimEngineConfig
+    store: StoreConfig
+    chunk_tokens: int
+    segment_bytes: int
+    node_ttl_s: float
+    data: DataFaults
+    verify: bool = True
+    memory: dict[str, memoryview] = field(default_factory=dict)
+    store_counts: Counter[str] = field(default_factory=Counter)
+    """Of all stores that were closed."""
+    engine_counts: Counter[str] = field(default_factory=Counter)
+
+
+class SimMetadata:
+    """The metadata server. A restart forgets everything."""
+
+    def __init__(self, setup: SimSetup) -> None:
+        self._setup = setup
+        self.lives = 0
+        self.process = SimProcess(METADATA)
+        self.process.alive = False
+        self.counts: Counter[str] = Counter()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it answers."""
+        return self.process.alive
+
+    def start(self) -> None:
+        """A new life."""
+        setup = self._setup
+        self.lives += 1
+        wall_ms = int(setup.clock.wall() * 1000)
+        state = MetadataState(setup.store, setup.node_ttl_s, f"e{self.lives}", wall_ms << 20, event_log=256)
+        self.core = MetadataCore(state, setup.clock)
+        self.process = SimProcess(METADATA)
+        setup.network.hosts[METADATA] = self.process
+        self.process.spawn(self.core.run())
+
+    def kill(self) -> None:
+        """State lost."""
+        self.counts += self.core.state.counters
+        self.process.kill()
+
+    def check(self) -> None:
+        """Every invariant of the state."""
+        if self.alive:
+            self.core.state.check_invariants(self._setup.clock.now())
+
+
+class SimNode(NodeService):
+    """One node: its service process with membership and segment, and its engine's process."""
+
+    def __init__(self, setup: SimSetup, metadata: SimMetadata, name: str, role: Role) -> None:
+        self.name = name
+        self._setup = setup
+        self._metadata = metadata
+        self._role = role
+        self._restarts = 0
+        self.engine: EngineLoop | None = None
+        self.service = self.engine_process = _dead(name)
+        self._graves: list[SimProcess] = []
+
+    @property
+    def ready(self) -> bool:
+        """Whether its engine serves."""
+        return self.service.alive and self.engine is not None
+
+    def start(self) -> None:
+        """A new incarnation with an empty segment."""
+        setup = self._setup
+        self.service = SimProcess(self.name)
+        setup.network.hosts[self.name] = self.service
+        incarnation = int(setup.clock.wall() * 1000)
+        segment_id = f"{self.name}.{incarnation:x}"
+        self.segment = Segment(
+            id=segment_id,
+            node_id=self.name,
+            size_bytes=setup.segment_bytes,
+            host_id=self.name,
+            addresses={"inproc": self.name},
+        )
+        memory = setup.memory[segment_id] = memoryview(bytearray(setup.segment_bytes))
+
+        async def manifests() -> list[SegmentManifest]:
+            return [SegmentManifest(segment=self.segment, entries=scan(memory))]
+
+        self.membership = Membership(
+            self._client(self.service),
+            NodeInfo(id=self.name, role=self._role, control_url=f"http://{self.name}:1", incarnation=incarnation),
+            manifests,
+            ttl_s=setup.node_ttl_s,
+            draw=lambda: 0.5,
+        )
+        self.service.spawn(self.membership.run())
+        self.start_engine()
+
+    def start_engine(self) -> None:
+        """A new engine process on the same segment."""
+        self.engine_process = SimProcess(self.name)
+        self.engine_process.spawn(self._engine_life(self.engine_process))
+
+    def kill_engine(self) -> None:
+        """The engine's process dies; what it had reserved is given back by the service."""
+        self._restarts += 1
+        self.engine = None
+        self._bury(self.engine_process)
+        self.service.spawn(self.membership.release_writer())
+
+    def kill(self) -> None:
+        """The whole node dies, segment and all."""
+        self.engine = None
+        self._bury(self.engine_process)
+        self._bury(self.service)
+        del self._setup.memory[self.segment.id]
+
+    async def stop(self) -> None:
+        """For good; and wait for all that was killed before."""
+        self.engine_process.kill()
+        self.service.kill()
+        for process in [*self._graves, self.engine_process, self.service]:
+            await process.gone()
+
+    def check(self) -> None:
+        """Every invariant of the engine of now."""
+        if self.engine is not None:
+            self.engine.check()
+
+    def store(self, process: SimProcess) -> KVStore:
+        """A store for a process of this node."""
+        setup = self._setup
+        return KVStore(
+            spec=sim_spec(setup.engine, MODEL, setup.chunk_tokens),
+            node_id=self.name,
+            incarnation=self.membership.node.incarnation,
+            metadata=self._client(process),
+            transfer=InprocTransfer(setup.memory, _Faults(setup, process)),
+            host_id=self.name,
+            clock=setup.clock,
+            config=setup.store,
+            verify=setup.verify,
+            run_blocking=run_inline,
+        )
+
+    # --- the control API ---
+
+    async def prefill(self, request: PrefillRequest) -> PrefillResult:
+        """See NodeService."""
+        process = self.engine_process
+        try:
+            return await self._engine().prefill(request)
+        except KVFerryError as error:
+            raise (error if process.alive else EngineDiedError("the engine's process ended")) from error
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta, None]:
+        """See NodeService."""
+        process, stream = self.engine_process, self._engine().generate(request)
+        try:
+            async for delta in stream:
+                if not process.alive:
+                    raise EngineDiedError("the engine's process ended")
+                yield delta
+        finally:
+            await stream.aclose()
+
+    async def end_handoff(self, request_id: str) -> None:
+        """See NodeService."""
+        await self._engine().end_handoff(request_id)
+
+    async def abort(self, request_id: str) -> None:
+        """See NodeService."""
+        await self._engine().abort(request_id)
+
+    async def report(self) -> NodeReport:
+        """See NodeService."""
+        engine = self.engine
+        return NodeReport(
+            node=self.membership.node,
+            engine=engine.info if engine else None,
+            stats=await engine.stats() if engine else None,
+            segments=[self.segment],
+            engine_restarts=self._restarts,
+        )
+
+    def _engine(self) -> EngineLoop:
+        if self.engine is None:
+            raise NodeUnavailableError("the node's engine is starting")
+        return self.engine
+
+    def _client(self, process: SimProcess) -> MetadataClient:
+        way = SimMetadataTransport(self._setup.network, process, lambda: self._metadata.core)
+        return MetadataClient(way, self._setup.clock, CALL_S)
+
+    async def _engine_life(self, process: SimProcess) -> None:
+        setup, store = self._setup, self.store(process)
+        engine = build_sim_engine(setup.engine, MODEL, setup.chunk_tokens, store, setup.clock)
+        try:
+            async with engine:
+                self.engine = engine
+                self.membership.announce(engine.info.kv_spec.fingerprint)
+                await setup.network.loop.create_future()
+        finally:
+            await store.aclose()
+            setup.store_counts.update(store.counters())
+            setup.engine_counts.update((await engine.stats()).counters)
+
+    def _bury(self, process: SimProcess) -> None:
+        process.kill()
+        self._graves.append(process)
+
+
+def _dead(name: str) -> SimProcess:
+    process = SimProcess(name)
+    process.alive = False
+    return process
+
+
+class _Faults:
+    """The fault hook of one process's transfers."""
+
+    def __init__(self, setup: SimSetup, process: SimProcess) -> None:
+        self._setup = setup
+        self._process = process
+
+    async def __call__(self, direction: Direction, op: TransferOp) -> InprocFault | None:
+        network, data = self._setup.network, self._setup.data
+        dice, trace, here, there = network.dice, network.trace, self._process.name, op.segment.node_id
+        if not self._process.alive:
+            return InprocFault(PeerUnreachableError("dead"))
+        if network.is_cut(here, there) or network.is_cut(there, here):
+            await asyncio.sleep(0.3)
+            trace("data_cut", here, there)
+            return InprocFault(TransferTimeoutError("cut off"))
+        if dice.random() < data.slow:
+            await asyncio.sleep(dice.uniform(0, 0.2))
+        else:
+            await asyncio.sleep(0.0001)
+        if not self._process.alive:  # it may have died in the middle of its copy
+            return InprocFault(PeerUnreachableError("dead"), copied_bytes=dice.randrange(op.num_bytes))
+        drawn = dice.random()
+        if drawn < data.fail:
+            trace("data_failed", direction, op.segment.id)
+            return InprocFault(PeerUnreachableError("refused"))
+        drawn -= data.fail
+        if drawn < data.torn:
+            trace("data_torn", direction, op.segment.id)
+            return InprocFault(TransferError("broke off"), copied_bytes=dice.randrange(op.num_bytes))
+        if direction == "read":
+            return None
+        drawn -= data.torn
+        if drawn < data.late:
+            trace("data_late", op.segment.id, op.offset)
+            late = b"".join(op.buffers)
+            network.loop.call_later(dice.uniform(0.01, 1.5), self._land, op, late)
+            return InprocFault(TransferTimeoutError("no answer"))
+        drawn -= data.late
+        if drawn < data.flip:
+            network.loop.call_later(dice.uniform(0, 0.3), self._flip, op)
+        return None
+
+    def _land(self, op: TransferOp, what: bytes) -> None:
+        memory = self._setup.memory.get(op.segment.id)
+        if memory is not None:
+            length = self._setup.network.dice.choice([len(what), len(what), len(what) // 2])
+            memory[op.offset : op.offset + length] = what[:length]
+
+    def _flip(self, op: TransferOp) -> None:
+        memory = self._setup.memory.get(op.segment.id)
+        if memory is not None:
+            network = self._setup.network
+            network.trace("data_flipped", op.segment.id, op.offset)
+            memory[op.offset + network.dice.randrange(HEADER_BYTES, op.num_bytes)] ^= 1
