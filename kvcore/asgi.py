@@ -12,6 +12,7 @@ from typing import Any
 
 import uvicorn
 
+from kvcore.http_protocol import BoundedHttp
 from kvcore.ports import listen
 from kvcore.telemetry import log_fields
 
@@ -74,7 +75,7 @@ class AsgiServer:
             self._app,
             log_config=None,
             access_log=False,
-            http="httptools",
+            http=BoundedHttp,
             ws="none",
             lifespan="auto",
             date_header=False,

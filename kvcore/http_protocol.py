@@ -1,0 +1,122 @@
+"""uvicorn's HTTP/1.1, bounded: a request's head has a size and a time, and what is not HTTP gets a proper error body.
+
+Owns what happens before an application sees a request. Invariant: a connection that has sent no whole head is closed
+after HEAD_S; nothing is written into the middle of an answer.
+"""
+
+import asyncio
+import http
+import logging
+
+import httptools
+import msgspec
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from kvcore.telemetry import log_fields
+
+MAX_HEAD_BYTES = 64 << 10
+HEAD_S = 30.0
+
+_logger = logging.getLogger("kvcore.asgi")
+
+
+class BoundedHttp(HttpToolsProtocol):
+    """One connection. Answers in OpenAI's error form, which the metadata server's is too."""
+
+    head_s = HEAD_S
+    _head_timer: asyncio.TimerHandle | None = None
+    _head_bytes = 0
+    _in_head = False
+    _in_message = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        """A client is there: its first head is awaited."""
+        super().connection_made(transport)
+        self._head_timer = self.loop.call_later(self.head_s, self._head_late)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """No timer outlives the connection."""
+        self._head_is_over()
+        super().connection_lost(exc)
+
+    def on_message_begin(self) -> None:
+        """The first byte of a request."""
+        super().on_message_begin()
+        self._in_head = self._in_message = True
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(self.head_s, self._head_late)
+
+    def on_headers_complete(self) -> None:
+        """From here on the application bounds the request."""
+        self._head_is_over()
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """The last byte of a request."""
+        self._in_message = False
+        super().on_message_complete()
+
+    def data_received(self, data: bytes) -> None:
+        """As uvicorn's; a wish to upgrade to something else is not heeded, as HTTP allows."""
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            return
+        except httptools.HttpParserError:
+            self._refuse(400, "this is not an HTTP/1.1 request")
+            return
+        if self._in_head:
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self._refuse(431, f"the request's head is over the bound of {MAX_HEAD_BYTES} bytes")
+
+    def eof_received(self) -> None:
+        """The client sends no more. In mid-request it is told so, in case it still reads; then the transport closes."""
+        if self._in_message:
+            self._refuse(400, "the request was cut short")
+
+    def _head_is_over(self) -> None:
+        self._in_head, self._head_bytes = False, 0
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _head_late(self) -> None:
+        self._head_timer = None
+        if self._in_head:
+            self._refuse(408, f"the request's head did not arrive within {self.head_s:g} s")
+        else:
+            self.transport.close()
+
+    def _refuse(self, status: int, message: str) -> None:
+        """Answer, unless an answer is being written, and close."""
+        if self.transport.is_closing():
+            return
+        peer = f"{self.client[0]}:{self.client[1]}" if self.client else None
+        log_fields(_logger, logging.INFO, "refused", status=status, reason=message, peer=peer)
+        if self._may_answer():
+            self.transport.write(_answer(status, message))
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True  # the application must not answer a second time
+            self.cycle.message_event.set()
+        self.transport.close()
+
+    def _may_answer(self) -> bool:
+        cycle = self.cycle
+        if cycle is None:
+            return True
+        if self._in_message and not self._in_head:  # the cycle's own body is still coming
+            return not cycle.response_started and not self.pipeline
+        return cycle.response_complete
+
+
+def _answer(status: int, message: str) -> bytes:
+    phrase = http.HTTPStatus(status).phrase
+    error = {"message": message, "type": "invalid_request_error", "param": None, "code": "malformed_http"}
+    body = msgspec.json.encode({"error": error})
+    head = (
+        f"HTTP/1.1 {status} {phrase}\r\ncontent-type: application/json\r\n"
+        f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+    )
+    return head.encode() + body
