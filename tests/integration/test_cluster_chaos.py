@@ -254,8 +254,8 @@ async def test_without_decoders_it_is_said_at_once_and_clearly(tmp_path: Path) -
             error = reply["error"]
             assert error["code"] == "node_unavailable"
             assert "decode-0" in error["message"] and "decode-1" in error["message"]
-        async with subject.session.get(f"{subject.url}/health") as reply:
-            assert reply.status == 503
+        async with subject.session.get(f"{subject.url}/health") as health:
+            assert health.status == 503
 
 
 @pytest.mark.parametrize(
