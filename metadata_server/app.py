@@ -6,14 +6,14 @@ answer of status 400 and above is an ErrorBody; a request's failure never become
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
-from starlette.types import Message, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from kvcore.clock import Clock
 from kvcore.errors import KVFerryError, MetadataProtocolError, PayloadTooLargeError
@@ -33,11 +33,12 @@ _Handler = Callable[[Request], Awaitable[Response]]
 
 def create_app(core: MetadataCore, clock: Clock, metrics: Metrics, max_body_bytes: int) -> FastAPI:
     """The application. `core.run` and its end are the caller's."""
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url="/openapi.json", redirect_slashes=False)
-    app.openapi = document  # type: ignore[method-assign]
     observe = own_metrics.register(core, clock, metrics)
-    for path in POSTS:
-        app.router.add_route(path, _post(core, path, max_body_bytes, clock, observe(path)), methods=["POST"])
+    calls = {path: _post(core, path, max_body_bytes, clock, observe(path)) for path in POSTS}
+    app = _App(calls)
+    app.openapi = document  # type: ignore[method-assign]
+    for path, post in calls.items():  # for what is wrong with the method; the calls themselves never get here
+        app.router.add_route(path, post, methods=["POST"])
     for path, get in _gets(core, metrics).items():
         app.router.add_route(path, get, methods=["GET"])
     app.add_exception_handler(KVFerryError, _on_error)
@@ -45,6 +46,33 @@ def create_app(core: MetadataCore, clock: Clock, metrics: Metrics, max_body_byte
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_exception_handler(Exception, _on_failure)
     return app
+
+
+class _App(FastAPI):
+    """FastAPI with a short way for the calls: its stack costs a third of a call's time and does nothing for them."""
+
+    def __init__(self, calls: Mapping[str, _Handler]) -> None:
+        super().__init__(docs_url=None, redoc_url=None, openapi_url="/openapi.json", redirect_slashes=False)
+        self._calls = calls
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI entry."""
+        post = self._calls.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if post is None:
+            await super().__call__(scope, receive, send)
+            return
+        request = Request(scope, receive)
+        try:
+            response = await post(request)
+        except KVFerryError as error:
+            response = await _on_error(request, error)
+        except HTTPException as error:
+            response = await _on_http_error(request, error)
+        except ClientDisconnect as error:
+            response = await _on_disconnect(request, error)
+        except Exception as error:  # request boundary
+            response = await _on_failure(request, error)
+        await response(scope, receive, send)
 
 
 def _post(
