@@ -55,12 +55,14 @@ class HttpResponse:
 
     async def read(self, limit_bytes: int) -> bytes:
         """The rest of it. Raises HttpError where it is longer than `limit_bytes` or broken off."""
-        whole = b""
+        parts: list[bytes] = []
+        size = 0
         while part := await self.read_some():
-            whole = whole + part if whole else part
-            if len(whole) > limit_bytes:
+            parts.append(part)
+            size += len(part)
+            if size > limit_bytes:
                 raise HttpError(f"the answer has more than {limit_bytes} bytes")
-        return whole
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     async def head(self) -> None:
         """Until the status is known."""
