@@ -64,6 +64,13 @@ class PayloadTooLargeError(InvalidRequestError):
     code = "payload_too_large"
 
 
+class BodyLateError(InvalidRequestError):
+    """The client did not send its whole request in time."""
+
+    http_status = 408
+    code = "body_late"
+
+
 # --- the state of the system -----------------------------------------------------------------------------------
 
 

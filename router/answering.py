@@ -220,6 +220,10 @@ class Answerer:
                 param=param,
             )
         vocab_size = self._cluster.vocab_size()
-        biggest = max((max(prompt), *sampling.stop_token_ids, *sampling.logit_bias))
-        if vocab_size is not None and biggest >= vocab_size:
-            raise InvalidRequestError(f"token id {biggest} is outside of the vocabulary of {vocab_size}", param=param)
+        if vocab_size is None:
+            return
+        given = {param: prompt, "stop_token_ids": sampling.stop_token_ids, "logit_bias": sampling.logit_bias}
+        for name, ids in given.items():
+            if (biggest := max(ids, default=0)) >= vocab_size:
+                text = f"{name}: token id {biggest} is outside of the vocabulary of {vocab_size}"
+                raise InvalidRequestError(text, param=name)

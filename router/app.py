@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kvcore.errors import DeadlineExceededError, InvalidRequestError, KVFerryError, PayloadTooLargeError
+from kvcore.errors import BodyLateError, InvalidRequestError, KVFerryError, PayloadTooLargeError
 from kvcore.telemetry import METRICS_CONTENT_TYPE
 from router import openapi
 from router.answering import Answer, Answerer
@@ -84,7 +84,7 @@ async def read_body(request: Request, limit: int) -> bytes:
                 if len(body) > limit:
                     raise too_large
     except TimeoutError as error:
-        raise DeadlineExceededError(f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s") from error
+        raise BodyLateError(f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s") from error
     except ClientDisconnect as error:
         raise InvalidRequestError("the body was cut short") from error
     return bytes(body)

@@ -94,7 +94,7 @@ class Cluster:
             node.report = report
             node.problem = _problem(node, report)
         if before != node.problem:
-            level = logging.INFO if node.problem is None else logging.WARNING
+            level = logging.WARNING if before is None else logging.INFO  # one that is still starting is no alarm
             log_fields(_log, level, "node", node=node.id, role=node.role, usable=node.problem is None, why=node.problem)
 
     # --- what the dispatcher tells ---

@@ -37,4 +37,4 @@ def headers_of(status: int) -> dict[str, str]:
     """Retry-After where trying again can help; a body that was not read to its end ends the connection."""
     if status in (429, 503):
         return {"Retry-After": str(RETRY_AFTER_S)}
-    return {"Connection": "close"} if status == 413 else {}
+    return {"Connection": "close"} if status in (408, 413) else {}

@@ -106,8 +106,8 @@ def parse(raw: bytes, kind: type[_Body]) -> _Body:
     except msgspec.ValidationError as error:
         text, _, path = str(error).partition(" - at `")
         param = path.rstrip("`").removeprefix("$").lstrip(".") or None
-        if param is None and "missing required field `" in text:
-            param = text.split("`")[1]
+        if "missing required field `" in text:
+            param = ".".join(filter(None, (param, text.split("`")[1])))
         raise InvalidRequestError(text + (f" (in {param})" if param else ""), param=param) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequestError(f"the body is not valid JSON: {error}") from error
@@ -190,7 +190,7 @@ def _max_tokens(request: AnyRequest, prompt_tokens: int, max_context: int) -> tu
     if given is None:
         room = max(1, max_context - prompt_tokens)
         return (room if isinstance(request, ChatRequest) else min(room, DEFAULT_COMPLETION_TOKENS)), named
-    _require(1 <= given < _INT64, named, "must be at least 1")
+    _require(given >= 1, named, "must be at least 1")
     return given, named
 
 

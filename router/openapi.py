@@ -10,6 +10,7 @@ from router.http_errors import ErrorReply
 _REFUSALS = {
     400: "The request is wrong; `param` names the field",
     404: "There is no such model",
+    408: "The body did not arrive in time",
     413: "The body is over the bound",
     503: "Overloaded, or no decoder is ready: try again after Retry-After seconds",
     504: "The request's time ran out",

@@ -14,7 +14,7 @@ from engines.base import FinishReason, TokenDelta
 from kvcore.asgi import AsgiServer
 from kvcore.errors import NodeUnavailableError
 from kvcore.types import Role
-from router import ledger
+from router import app, ledger
 
 ASK = {"model": "fake-model", "prompt": "hello" * 20, "max_tokens": 4}
 CHAT = {"model": "fake-model", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
@@ -52,6 +52,7 @@ BAD = [
     ({"prompt": [100_000]}, 400, "prompt", None),
     ({"prompt": "x" * 3000}, 400, "prompt", "context_length_exceeded"),
     ({"max_tokens": 5000}, 400, "prompt", "context_length_exceeded"),
+    ({"max_tokens": 2**70}, 400, "prompt", "context_length_exceeded"),
     ({"max_tokens": -1}, 400, "max_tokens", None),
     ({"max_tokens": 0}, 400, "max_tokens", None),
     ({"max_tokens": "4"}, 400, "max_tokens", None),
@@ -70,6 +71,8 @@ BAD = [
     ({"logprobs": 21}, 400, "logprobs", None),
     ({"logit_bias": {"x": 1}}, 400, "logit_bias", None),
     ({"logit_bias": {"1": 101}}, 400, "logit_bias", None),
+    ({"logit_bias": {"99999": 1}}, 400, "logit_bias", None),
+    ({"stop_token_ids": [99_999]}, 400, "stop_token_ids", None),
     ({"presence_penalty": 3}, 400, "presence_penalty", None),
     ({"repetition_penalty": 0}, 400, "repetition_penalty", None),
     ({"echo": True}, 400, "echo", None),
@@ -97,6 +100,7 @@ async def test_bad_fields_are_named(
     [
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
         ({"tools": [{"type": "function"}]}, "tools"),
@@ -135,6 +139,20 @@ async def test_other_failures_have_the_same_body(rig: Rig, http: httpx.AsyncClie
         assert reply.headers["retry-after"] == "1"
     wrong = await http.post("/v1/completions", json={**ASK, "max_tokens": -1})
     assert wrong.status_code == 400
+
+
+async def test_a_body_that_does_not_come_is_the_clients_fault(
+    http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "BODY_TIMEOUT_S", 0.01)
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield b'{"model": '
+        await asyncio.Event().wait()
+
+    reply = await http.post("/v1/completions", content=slow())
+    assert (reply.status_code, error_of(reply)["code"]) == (408, "body_late")
+    assert error_of(reply)["type"] == "invalid_request_error" and reply.headers["connection"] == "close"
 
 
 async def test_a_body_that_never_stops_is_cut_at_the_bound(http: httpx.AsyncClient) -> None:
