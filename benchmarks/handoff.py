@@ -25,6 +25,7 @@ import numpy as np
 from benchmarks.children import child
 from kvcore.clock import SystemClock
 from kvcore.config import TransportConfig
+from kvcore.service import loop_factory
 from kvcore.types import ChunkKey, KVSpec, NodeInfo, Role, Segment
 from kvstore.chunk_format import checksum
 from kvstore.store import KVStore
@@ -184,7 +185,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--own-segment", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    asyncio.run(own_segment() if arguments.own_segment else run(arguments.rounds))
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:  # the loop that engines have
+        runner.run(own_segment() if arguments.own_segment else run(arguments.rounds))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from kvcore.clock import SystemClock
 from kvcore.config import ClusterConfig, TransportConfig
 from kvcore.config_file import node_config
 from kvcore.errors import ConfigError
+from kvcore.service import loop_factory
 from kvcore.telemetry import configure_logging
 from kvcore.types import KVSpec
 from kvstore.store import KVStore
@@ -80,7 +81,9 @@ def main() -> None:
     parser.add_argument("--fd", type=int, required=True)
     sock = socket.socket(fileno=parser.parse_args().fd)
     configure_logging("engine")
-    sys.exit(asyncio.run(serve(sock, open_engine)))
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        status = runner.run(serve(sock, open_engine))
+    sys.exit(status)
 
 
 if __name__ == "__main__":
