@@ -1,7 +1,6 @@
-"""The metadata client's and the subscription's way over HTTP: connections, deadlines, frames.
+"""The metadata client's and the subscription's way over HTTP (aiohttp): sessions, deadlines, frames.
 
-Calls go by our own small client (they are every handoff's latency), the event stream by aiohttp. Both are made on the
-first call, inside the caller's loop; their errors are translated here and nowhere else.
+Sessions are made on the first call, inside the caller's loop. aiohttp's errors are translated here and nowhere else.
 """
 
 import asyncio
@@ -11,13 +10,10 @@ import aiohttp
 import msgspec
 
 from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
-from kvcore.http_client import HttpClient
 
 _MSGPACK = {"Content-Type": "application/msgpack", "Accept": "application/msgpack"}
 _MAX_CONNECTIONS = 256
 _KEEP_ALIVE_S = 3.0  # shorter than the server's, so that a request does not meet a closing connection
-_CONNECT_S = 5.0
-_MAX_REPLY_BYTES = 64 << 20
 _MAX_FRAME_BYTES = 64 << 20
 _SILENCE_S = 5.0  # five keep-alives
 
@@ -27,31 +23,33 @@ class HttpMetadataTransport:
 
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/")
-        self._client: HttpClient | None = None
+        self._session: aiohttp.ClientSession | None = None
 
     async def call(self, path: str, body: bytes, timeout_s: float) -> bytes:
         """See `MetadataTransport.call`."""
-        if self._client is None:
-            self._client = HttpClient(
-                max_connections=_MAX_CONNECTIONS, connect_timeout_s=_CONNECT_S, idle_s=_KEEP_ALIVE_S
-            )
+        if self._session is None:
+            self._session = _new_session()
         method = "POST" if body else "GET"
         try:
-            async with asyncio.timeout(timeout_s), self._client.request(method, self._url, path, body) as response:
-                reply = await response.read(_MAX_REPLY_BYTES)
+            async with (
+                asyncio.timeout(timeout_s),
+                self._session.request(method, self._url + path, data=body or None, headers=_MSGPACK) as response,
+            ):
+                reply = await response.read()
+                status = response.status
         except TimeoutError as error:
             raise MetadataUnavailableError(f"{self._url}{path} did not answer within {timeout_s:.3g} s") from error
-        except OSError as error:
+        except (aiohttp.ClientError, OSError) as error:
             raise MetadataUnavailableError(f"{self._url}{path}: {error or type(error).__name__}") from error
-        if response.status >= 300:
-            raise _error_of(f"{self._url}{path}", response.status, reply)
+        if status >= 400:
+            raise _error_of(f"{self._url}{path}", status, reply)
         return reply
 
     async def aclose(self) -> None:
         """Close the connections. Idempotent."""
-        client, self._client = self._client, None
-        if client is not None:
-            await client.aclose()
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
 
 
 class HttpEventSource:
