@@ -77,7 +77,7 @@ def make_plan(seed: int) -> Plan:
 
 def _requests(dice: random.Random) -> list[Wanted]:
     prefixes = [[dice.randrange(1, 300) for _ in range(CHUNK * dice.choice([1, 2, 3, 4]))] for _ in range(3)]
-    return [_request(dice, f"r{number}", dice.choice(prefixes)) for number in range(dice.randrange(15, 21))]
+    return [_request(dice, f"r{number}", dice.choice(prefixes)) for number in range(dice.randrange(15, 20))]
 
 
 def _request(dice: random.Random, name: str, prefix: list[int]) -> Wanted:
@@ -88,7 +88,7 @@ def _request(dice: random.Random, name: str, prefix: list[int]) -> Wanted:
     sampling = SamplingParams(
         temperature=dice.choice([0.0, 1.0]),
         seed=dice.randrange(1 << 40),
-        max_tokens=dice.randrange(1, 40),
+        max_tokens=dice.randrange(1, 32),
         n=n,
         ignore_eos=dice.random() < 0.5,
         stop_token_ids=[7] if dice.random() < 0.2 else [],
@@ -103,7 +103,7 @@ def _faults(dice: random.Random) -> list[Fault]:
     for _ in range(dice.randrange(2, 7)):
         at_s = FIRST_S + dice.random() * LOAD_S
         end_s = at_s + dice.choice([0.05, 0.3, 1.0, 3.0])
-        match dice.choice(["node", "engine", "metadata", "cut", "cut", "part"]):
+        match dice.choice(["node", "engine", "metadata", "cut", "cut", "part", "scribble"]):
             case "node":
                 where = (dice.choice(_NODES),)
                 faults += [Fault(at_s, "kill_node", where), Fault(end_s, "start_node", where)]
@@ -112,6 +112,8 @@ def _faults(dice: random.Random) -> list[Fault]:
                 faults += [Fault(at_s, "kill_engine", where), Fault(end_s, "start_engine", where)]
             case "metadata":
                 faults += [Fault(at_s, "kill_metadata"), Fault(end_s, "start_metadata")]
+            case "scribble":
+                faults += [Fault(at_s + 0.1 * again, "scribble", (dice.choice(_NODES),)) for again in range(8)]
             case "cut":  # one way
                 pair = tuple(dice.sample(_PEERS, 2))
                 faults += [Fault(at_s, "cut", pair), Fault(end_s, "heal", pair)]
