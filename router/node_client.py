@@ -5,9 +5,10 @@ Owns the connections and the translation of every failure into kvcore.errors. De
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from typing import TypeVar
 
+import aiohttp
 import msgspec
 
 from engines.base import (
@@ -20,12 +21,11 @@ from engines.base import (
     TokenDelta,
 )
 from kvcore.errors import DeadlineExceededError, EngineError, KVFerryError, NodeUnavailableError, error_from_code
-from kvcore.http_client import HttpClient, HttpError, HttpResponse
 
 MAX_FRAME_BYTES = 4 << 20
 MAX_REPLY_BYTES = 16 << 20
 MAX_ERROR_BYTES = 64 << 10
-_KEEP_ALIVE_S = 15.0  # a fifth of the nodes' own, so that a request does not meet a closing connection
+_MSGPACK = {"Content-Type": "application/msgpack", "Accept": "application/msgpack"}
 _Reply = TypeVar("_Reply")
 
 
@@ -40,28 +40,28 @@ class _ErrorBody(msgspec.Struct):
 
 
 class HttpNodeClient:
-    """NodeClient over kept-alive connections. Entered and left on one event loop."""
+    """NodeClient over aiohttp with kept-alive connections. Entered and left on one event loop."""
 
     def __init__(self, *, connect_timeout_s: float, max_connections: int) -> None:
         self._connect_timeout_s = connect_timeout_s
         self._max_connections = max_connections
-        self._http: HttpClient | None = None
+        self._session: aiohttp.ClientSession | None = None
         self._encoder = msgspec.msgpack.Encoder()
         self._frames = msgspec.msgpack.Decoder(StreamFrame)
 
     async def prefill(self, url: str, request: PrefillRequest, *, timeout_s: float) -> PrefillResult:
         """See NodeClient."""
-        reply = await self._whole("POST", url, "/v1/prefill", self._encoder.encode(request), timeout_s)
+        reply = await self._whole("POST", f"{url}/v1/prefill", self._encoder.encode(request), timeout_s)
         return _decode(reply, PrefillResult, url)
 
     async def generate(self, url: str, request: GenerateRequest, *, timeout_s: float) -> AsyncGenerator[TokenDelta]:
         """See NodeClient."""
         body = self._encoder.encode(request)
-        async with self._open("POST", url, "/v1/generate", body, timeout_s) as response:
+        async with self._open("POST", f"{url}/v1/generate", body, timeout_s) as response:
             buffer = bytearray()
             while True:
                 async with _deadline(url, timeout_s):
-                    data = await response.read_some()
+                    data = await response.content.readany()
                 if not data:
                     if buffer:
                         raise NodeUnavailableError(f"{url} broke off inside a frame")
@@ -74,21 +74,21 @@ class HttpNodeClient:
 
     async def end_handoff(self, url: str, request_id: str, *, timeout_s: float) -> None:
         """See NodeClient."""
-        await self._whole("POST", url, f"/v1/requests/{request_id}/end_handoff", b"", timeout_s)
+        await self._whole("POST", f"{url}/v1/requests/{request_id}/end_handoff", b"", timeout_s)
 
     async def abort(self, url: str, request_id: str, *, timeout_s: float) -> None:
         """See NodeClient."""
-        await self._whole("DELETE", url, f"/v1/requests/{request_id}", b"", timeout_s)
+        await self._whole("DELETE", f"{url}/v1/requests/{request_id}", b"", timeout_s)
 
     async def info(self, url: str, *, timeout_s: float) -> NodeReport:
         """See NodeClient."""
-        return _decode(await self._whole("GET", url, "/v1/info", b"", timeout_s), NodeReport, url)
+        return _decode(await self._whole("GET", f"{url}/v1/info", b"", timeout_s), NodeReport, url)
 
     async def aclose(self) -> None:
         """See NodeClient."""
-        http, self._http = self._http, None
-        if http is not None:
-            await http.aclose()
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
 
     def _split(self, buffer: bytearray, url: str) -> list[TokenDelta | StreamError]:
         frames: list[TokenDelta | StreamError] = []
@@ -107,30 +107,35 @@ class HttpNodeClient:
         del buffer[:start]
         return frames
 
-    async def _whole(self, method: str, url: str, path: str, body: bytes, timeout_s: float) -> bytes:
-        async with _deadline(url, timeout_s), self._open(method, url, path, body, timeout_s) as response:
-            return await response.read(MAX_REPLY_BYTES)
+    async def _whole(self, method: str, url: str, body: bytes, timeout_s: float) -> bytes:
+        async with _deadline(url, timeout_s), self._open(method, url, body, timeout_s) as response:
+            reply = bytearray()
+            async for data in response.content.iter_any():
+                reply += data
+                if len(reply) > MAX_REPLY_BYTES:
+                    raise NodeUnavailableError(f"{url} answered more than {MAX_REPLY_BYTES} bytes")
+            return bytes(reply)
 
     @asynccontextmanager
     async def _open(
-        self, method: str, url: str, path: str, body: bytes, timeout_s: float
-    ) -> AsyncIterator[HttpResponse]:
+        self, method: str, url: str, body: bytes, timeout_s: float
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
         """An answer with status 200; every other outcome, also while the caller reads, is an error of ours."""
-        if self._http is None:
-            self._http = HttpClient(
-                max_connections=self._max_connections,
-                connect_timeout_s=self._connect_timeout_s,
-                idle_s=_KEEP_ALIVE_S,
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=self._max_connections),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._connect_timeout_s),
+                auto_decompress=False,
             )
         try:
-            async with AsyncExitStack() as stack:
-                async with _deadline(url, timeout_s):
-                    request = self._http.request(method, url, path, body)
-                    response = await stack.enter_async_context(request)
-                if response.status >= 300:
+            async with _deadline(url, timeout_s):
+                response = await self._session.request(method, url, data=body or None, headers=_MSGPACK)
+            async with response:
+                if response.status >= 400:
                     raise await _refusal(response, url, timeout_s)
                 yield response
-        except OSError as error:
+        except (aiohttp.ClientError, OSError) as error:
             text = str(error) or type(error).__name__
             raise NodeUnavailableError(f"{url} cannot be reached or broke off: {text}") from error
 
@@ -147,12 +152,9 @@ async def _deadline(url: str, timeout_s: float) -> AsyncIterator[None]:
         raise DeadlineExceededError(f"{url} did not answer within {timeout_s:.1f} s") from error
 
 
-async def _refusal(response: HttpResponse, url: str, timeout_s: float) -> KVFerryError:
-    try:
-        async with _deadline(url, timeout_s):
-            raw = await response.read(MAX_ERROR_BYTES)
-    except HttpError:
-        raw = b""
+async def _refusal(response: aiohttp.ClientResponse, url: str, timeout_s: float) -> KVFerryError:
+    async with _deadline(url, timeout_s):
+        raw = await response.content.read(MAX_ERROR_BYTES)
     for decode in (msgspec.json.decode, msgspec.msgpack.decode):
         try:
             detail = decode(raw, type=_ErrorBody).error
