@@ -20,6 +20,7 @@ from aiohttp.typedefs import Handler
 from engines.base import Engine, GenerateRequest, NodeReport, PrefillRequest, StreamError, TokenDelta
 from engines.frames import pack_frame
 from kvcore.errors import (
+    CancelledByPeerError,
     DeadlineExceededError,
     InvalidRequestError,
     KVFerryError,
@@ -199,8 +200,8 @@ async def _answer_errors(request: web.Request, handler: Handler) -> web.StreamRe
     except web.HTTPException as error:
         refused = InvalidRequestError(f"{request.method} {request.path}: {error.reason}")
         return _error(refused, status=error.status)
-    except ConnectionError:
-        raise  # the client has gone: nobody to answer
+    except ConnectionError:  # its writing fails too, which aiohttp takes quietly; what we raise it logs as an error
+        return _error(CancelledByPeerError("the client has gone"))
     except Exception:
         _logger.exception("control_request_failed method=%s path=%s", request.method, request.path)
         return _error(KVFerryError("internal error of the node; its log says more"))

@@ -1,13 +1,14 @@
 """The control API over real sockets with a fake engine: bad input, errors, streams, clients that leave, drain."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import aiohttp
 import msgspec
 import pytest
-from aiohttp import web
+from aiohttp import ClientConnectionResetError, web
 from support.fake_engine import FakeEngine, generate_request, prefill_request
 
 from engines.base import NodeReport, PrefillResult, SamplingParams, StreamError, StreamFrame, TokenDelta
@@ -237,6 +238,24 @@ async def test_client_that_leaves_mid_stream_ends_its_leg() -> None:
         response.close()
         await rig.until_idle()
         assert rig.engine.aborted == 1
+
+
+async def test_client_that_left_before_a_write_is_no_error_of_the_node(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving() as rig:
+        request = generate_request("slow", max_tokens=10_000)
+        async with rig.session.post(rig.url + "/v1/generate", data=msgspec.msgpack.encode(request)) as response:
+            await response.content.readany()
+
+            async def gone(self: web.StreamResponse, data: bytes) -> None:
+                response.close()
+                raise ClientConnectionResetError("Cannot write to closing transport")
+
+            monkeypatch.setattr(web.StreamResponse, "write", gone)
+            await rig.until_idle()
+        assert rig.api.ended["generate", "cancelled"] == 1
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING], caplog.text
 
 
 async def test_draining_refuses_new_legs_and_lets_running_ones_finish() -> None:
