@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+import pytest_asyncio
 from support.cluster import ClusterHandle, cluster
 
 from engines.base import SamplingParams
@@ -142,33 +143,43 @@ async def is_quiet_and_whole(subject: ClusterHandle) -> None:
     await subject.until(lambda: quiet(subject), QUIET_S)
 
 
-@pytest.mark.parametrize("victim", VICTIMS)
-async def test_killed_under_load(tmp_path: Path, victim: str) -> None:
-    async with cluster(tmp_path, overrides=UNDER_LOAD) as subject:
-        async with load(subject) as clients:
+@pytest_asyncio.fixture(scope="class", loop_scope="class")
+async def whole(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ClusterHandle]:
+    """Two prefillers, two decoders; each test leaves it as whole as it found it."""
+    async with cluster(tmp_path_factory.mktemp("whole"), overrides=UNDER_LOAD) as handle:
+        yield handle
+
+
+@pytest.mark.asyncio(loop_scope="class")
+class TestKilledUnderLoad:
+    """SIGKILL to one process of a cluster, or one after the other, while STREAMS clients ask."""
+
+    @pytest.mark.parametrize("victim", VICTIMS)
+    async def test_one(self, whole: ClusterHandle, victim: str) -> None:
+        before = (await whole.status())["requests"]
+        async with load(whole) as clients:
             await clients.reach(REQUESTS // 4)
-            await kill(subject, victim)
-        await is_quiet_and_whole(subject)
-        requests = (await subject.status())["requests"]
-        assert (requests["failed"], requests["cancelled"]) == (0, 0)
-        assert requests["ok"] == requests["total"] == clients.answered
+            await kill(whole, victim)
+        await is_quiet_and_whole(whole)
+        after = (await whole.status())["requests"]
+        assert (after["failed"], after["cancelled"]) == (0, 0)
+        assert after["ok"] - before["ok"] == after["total"] - before["total"] == clients.answered
         if victim != "metadata-server":
-            assert requests["retried"] > 0, "nobody was on the victim: the test shows nothing"
-        assert (await subject.status())["hit_rate"] > 0.2
+            assert after["retried"] > before["retried"], "nobody was on the victim: the test shows nothing"
+        assert (await whole.status())["hit_rate"] > 0.2
 
-
-async def test_everything_is_killed_in_turn_under_load(tmp_path: Path) -> None:
-    async with cluster(tmp_path, overrides=UNDER_LOAD) as subject:
-        async with load(subject) as clients:
+    async def test_all_in_turn(self, whole: ClusterHandle) -> None:
+        before = (await whole.status())["requests"]
+        async with load(whole) as clients:
             for victim in VICTIMS:
                 await clients.reach(clients.answered + 10)
-                await kill(subject, victim)
-        await is_quiet_and_whole(subject)
-        requests = (await subject.status())["requests"]
-        assert requests["ok"] == requests["total"] == clients.answered
+                await kill(whole, victim)
+        await is_quiet_and_whole(whole)
+        after = (await whole.status())["requests"]
+        assert after["ok"] - before["ok"] == after["total"] - before["total"] == clients.answered
         prompt = make_prompt(random.Random(2), 300)
-        assert (await ask(subject, prompt, 8))["cached"] == 0
-        assert (await ask(subject, prompt, 8))["cached"] == 256, "the cache is as good as new"
+        assert (await ask(whole, prompt, 8))["cached"] == 0
+        assert (await ask(whole, prompt, 8))["cached"] == 256, "the cache is as good as new"
 
 
 async def test_a_stream_goes_on_elsewhere_when_its_decoder_dies_in_mid_answer(tmp_path: Path) -> None:
@@ -258,27 +269,59 @@ async def test_without_decoders_it_is_said_at_once_and_clearly(tmp_path: Path) -
             assert health.status == 503
 
 
-@pytest.mark.parametrize(
-    ("when", "length", "max_tokens", "victim"),
-    [
-        ("in mid-stream", 70, 400, "decode-0"),
-        ("during prefill", 1000, 8, "prefill-0"),
-        ("while the decoder waits", 1000, 8, "decode-0"),
-    ],
-)
-async def test_a_client_that_leaves_frees_the_engines_promptly(
-    tmp_path: Path, when: str, length: int, max_tokens: int, victim: str
-) -> None:
-    async with cluster(tmp_path, overrides=SLOW, prefillers=1, decoders=1) as subject:
-        body = {"model": "sim", "prompt": make_prompt(random.Random(8), length), "max_tokens": max_tokens}
-        events = subject.events("/v1/completions", {**body, "ignore_eos": True})
+async def test_what_a_killed_engine_had_reserved_is_free_at_once(tmp_path: Path) -> None:
+    """Long before its time runs out, though the node goes on and the metadata server hears it."""
+    overrides = (*SLOW, "store.reserve_ttl_s=600", "store.read_lease_s=600")
+    async with cluster(tmp_path, overrides=overrides, prefillers=1, decoders=1) as subject:
+        prompt = make_prompt(random.Random(9), 700)
+        task = asyncio.create_task(ask(subject, prompt, 4))
+
+        async def reserved() -> bool:
+            return (await subject.stats()).reservations == 10
+
+        async def given_back() -> bool:
+            return (await subject.stats()).counters.get("writers_released") == 1
+
+        await subject.until(reserved, 10)
+        (engine,) = psutil.Process(subject.launcher.pids["prefill-0"]).children()
+        engine.kill()
+        await subject.until(given_back, 2)
+        told = await subject.explain((await task)["id"])
+        assert next(leg["error"] for leg in told["legs"] if leg["kind"] == "prefill").startswith("engine_died")
+        await is_quiet_and_whole(subject)  # of the ten that would have lasted ten minutes none is left
+
+
+@pytest_asyncio.fixture(scope="class", loop_scope="class")
+async def slow(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ClusterHandle]:
+    async with cluster(tmp_path_factory.mktemp("slow"), overrides=SLOW, prefillers=1, decoders=1) as handle:
+        yield handle
+
+
+@pytest.mark.asyncio(loop_scope="class")
+class TestClientLeaves:
+    """The engines drop the request promptly: it would go on for five seconds and more."""
+
+    @pytest.mark.parametrize(
+        ("when", "length", "max_tokens", "victim"),
+        [
+            ("in mid-stream", 70, 400, "decode-0"),
+            ("during prefill", 1000, 8, "prefill-0"),
+            ("while the decoder waits", 1000, 8, "decode-0"),
+        ],
+    )
+    async def test_frees_the_engines(
+        self, slow: ClusterHandle, when: str, length: int, max_tokens: int, victim: str
+    ) -> None:
+        cancelled = (await slow.status())["requests"]["cancelled"]
+        body = {"model": "sim", "prompt": make_prompt(random.Random(when), length), "max_tokens": max_tokens}
+        events = slow.events("/v1/completions", {**body, "ignore_eos": True})
         first = asyncio.create_task(anext(events))
-        await subject.until(lambda: busy(subject, victim), 10)
+        await slow.until(lambda: busy(slow, victim), 10)
         if when == "in mid-stream":
             await first
             await events.aclose()
         else:
-            first.cancel()  # the request would go on for five seconds
+            first.cancel()
             await asyncio.wait({first})
-        await subject.until(lambda: quiet(subject), 1.5)
-        assert (await subject.status())["requests"]["cancelled"] == 1
+        await slow.until(lambda: quiet(slow), 1.5)
+        assert (await slow.status())["requests"]["cancelled"] == cancelled + 1
