@@ -14,7 +14,7 @@ import yaml
 
 from kvcore.config import ClusterConfig, NodeConfig, TorchEngineConfig
 from kvcore.config_checks import check_cluster
-from kvcore.config_parse import InvalidValueError, parse
+from kvcore.config_parse import InvalidValueError, nearest, parse
 from kvcore.errors import ConfigError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9_-][\w.-]*/[\w.-]+")
@@ -46,9 +46,11 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> ClusterConfi
     file = Path(path).expanduser()
     raw = _read(file)
     _spell_out_transport(raw)
+    named = _node_names(raw)
     for override in overrides:
         _apply(raw, override)
     try:
+        _check_new_nodes(raw, named)
         config = parse(raw, ClusterConfig)
         problems = check_cluster(config)
     except InvalidValueError as error:
@@ -122,6 +124,19 @@ def _apply(raw: dict[str, object], override: str) -> None:
             raise ConfigError(f"--set {override}: {key} is not a section")
     assert isinstance(place, dict)
     place[keys[-1]] = value
+
+
+def _node_names(raw: dict[str, object]) -> list[str]:
+    nodes = raw.get("nodes")
+    return [str(name) for name in nodes] if isinstance(nodes, dict) else []
+
+
+def _check_new_nodes(raw: dict[str, object], named: list[str]) -> None:
+    """A node that only overrides speak of is a new one if they give its role; else its name is mistyped."""
+    nodes = raw.get("nodes")
+    for name, node in nodes.items() if isinstance(nodes, dict) else ():
+        if str(name) not in named and named and isinstance(node, dict) and "role" not in node:
+            raise InvalidValueError(f"nodes.{name}: no such node{nearest(str(name), named)}")
 
 
 def _resolve_model_path(config: ClusterConfig, folder: Path) -> ClusterConfig:

@@ -67,9 +67,9 @@ def _convert_struct(raw: object, kind: type[msgspec.Struct], path: str) -> msgsp
     tag_field = kind.__struct_config__.tag_field
     hints = get_type_hints(kind, include_extras=True)
     fields = {field.encode_name: field for field in msgspec.structs.fields(kind)}
-    for key in given:
+    for key, value in given.items():
         if key not in fields and key != tag_field:
-            raise InvalidValueError(f"{_join(path, str(key))}: unknown key{nearest(str(key), fields)}")
+            raise _wrong(_join(path, str(key)), value, f"unknown key{nearest(str(key), fields)}")
     for name, field in fields.items():
         if field.required and name not in given:
             raise InvalidValueError(f"{_join(path, name)}: missing")
