@@ -108,13 +108,14 @@ def _doctor(arguments: argparse.Namespace) -> int:
     try:
         config = load_config(arguments.config, arguments.overrides)
     except ConfigError as error:
-        findings = [Finding("config", False, error.message, "correct the file")]
+        findings = [Finding("config", False, error.message, "correct the file, or what --set gives")]
     else:
         findings += run_checks(Context(config), ALL_CHECKS)
     console = Console()
+    width = max(len(finding.subject) for finding in findings) + 2
     for finding in findings:
         mark = Text("ok    ", style="green") if finding.ok else Text("wrong ", style="bold red")
-        line = mark.append(Text(f"{finding.subject:<18}{finding.detail}", style="default"))
+        line = mark.append(Text(f"{finding.subject:<{width}}{finding.detail}", style="default"))
         console.print(line, soft_wrap=True)
         if not finding.ok:
             console.print(Text(f"      -> {finding.remedy}"), soft_wrap=True)

@@ -5,7 +5,6 @@ leave nothing behind.
 """
 
 import importlib.metadata
-import json
 import mmap
 import os
 import resource
@@ -121,29 +120,19 @@ def check_model(context: Context) -> list[Finding]:
         demo = "kvferry prepare-demo-model makes the demo model; " if "/.cache/kvferry/" in path else ""
         return [Finding("model", False, error.message, f"{demo}model.path is where it is looked for")]
     shown = f"{files.architecture}, {files.num_parameters / 1e6:.0f} M parameters, in {files.folder}"
-    return [Finding("model", True, shown), _check_tokenizer(files.tokenizer_file), _check_template(files.folder)]
+    return [Finding("model", True, shown), _check_tokenizer(files.folder)]
 
 
-def _check_tokenizer(file: Path) -> Finding:
-    from tokenizers import Tokenizer
+def _check_tokenizer(folder: Path) -> Finding:
+    """As the router will load it, chat template included."""
+    from router.text import FolderTokenizer
 
     try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises the bare class
-        return Finding("tokenizer", False, f"{file} does not load: {error}", "download or convert the model again")
-    return Finding("tokenizer", True, f"{tokenizer.get_vocab_size()} tokens")
-
-
-def _check_template(folder: Path) -> Finding:
-    config = folder / "tokenizer_config.json"
-    try:
-        inside = config.is_file() and "chat_template" in json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return Finding("chat template", False, f"{config} cannot be read: {error}", "download the model again")
-    if inside or (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
-        return Finding("chat template", True, "present")
-    remedy = "use an instruct model for /v1/chat/completions; /v1/completions works without"
-    return Finding("chat template", True, f"none: {remedy}")
+        tokenizer = FolderTokenizer(folder)
+    except ModelLoadError as error:
+        return Finding("tokenizer", False, error.message, "download or convert the model again")
+    chat = "a chat template" if tokenizer.has_chat_template else "no chat template: only /v1/completions will work"
+    return Finding("tokenizer", True, f"{tokenizer.vocab_size} tokens, {chat}")
 
 
 def check_memory(context: Context) -> list[Finding]:
@@ -164,8 +153,8 @@ def check_memory(context: Context) -> list[Finding]:
 def _engine_bytes(engine: EngineConfig, model_path: str) -> int:
     if not isinstance(engine, TorchEngineConfig):
         return engine.num_blocks * engine.block_size * engine.bytes_per_token
-    folder = Path(model_path)
-    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
+    files = Path(model_path).glob("*.safetensors")
+    weights = sum(file.stat().st_size for file in files if file.is_file())
     on_cpu = engine.device == "cpu"
     return _ENGINE_BYTES + ((weights + engine.kv_cache) if on_cpu else 0)
 

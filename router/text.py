@@ -15,6 +15,7 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
 
+from engines.torch.model_files import TOKENIZER_FILES, find_folder
 from kvcore.config import ClusterConfig, SimEngineConfig
 from kvcore.errors import InvalidRequestError, ModelLoadError
 
@@ -90,6 +91,17 @@ class FolderTokenizer:
         self._settings = _read_json(folder / "tokenizer_config.json")
         self._template = self._compile()
 
+    @property
+    def vocab_size(self) -> int:
+        """Tokens, added ones included."""
+        size: int = self._tokenizer.get_vocab_size()
+        return size
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `render_chat` works."""
+        return self._template is not None
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """See Tokenizer."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
@@ -126,7 +138,7 @@ class FolderTokenizer:
 
     def _compile(self) -> jinja2.Template | None:
         file = self._folder / "chat_template.jinja"
-        source: object = file.read_text(encoding="utf-8") if file.is_file() else self._settings.get("chat_template")
+        source: object = _read_text(file) if file.is_file() else self._settings.get("chat_template")
         if isinstance(source, list):  # several named templates
             named = {item.get("name"): item.get("template") for item in source if isinstance(item, dict)}
             source = named.get("default")
@@ -145,10 +157,10 @@ class FolderTokenizer:
 
 def make_tokenizer(config: ClusterConfig) -> Tokenizer:
     """The configured model's. Blocking. Raises ModelLoadError."""
-    folder = Path(config.model.path).expanduser()
-    if isinstance(config.engine, SimEngineConfig) and not folder.is_dir():
+    path = config.model.path
+    if isinstance(config.engine, SimEngineConfig) and not Path(path).expanduser().is_dir():
         return ByteTokenizer(config.engine.vocab_size)
-    return FolderTokenizer(folder)
+    return FolderTokenizer(find_folder(path, TOKENIZER_FILES))
 
 
 async def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool, run: "Runner[list[int]]") -> list[int]:
@@ -252,11 +264,18 @@ def finite(logprob: float) -> float:
     return logprob if math.isfinite(logprob) else -9999.0
 
 
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelLoadError(f"{file} cannot be read: {error}") from error
+
+
 def _read_json(file: Path) -> dict[str, object]:
     if not file.is_file():
         return {}
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(_read_text(file))
     except ValueError as error:
         raise ModelLoadError(f"{file} is not JSON: {error}") from error
     return value if isinstance(value, dict) else {}

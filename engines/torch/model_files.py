@@ -7,7 +7,7 @@ path and what to do. transformers loads leniently, so whatever is not refused he
 import json
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_HUB_FILES = ["*.safetensors", "*.json"]
+TOKENIZER_FILES = ("tokenizer*.json", "*.jinja")
+_HUB_FILES = ("*.safetensors", "*.json", "*.jinja")
 _AGAIN = "download or convert the model again"
 
 
@@ -61,8 +62,8 @@ def check_model_files(path: str) -> ModelFiles:
     return ModelFiles(folder, architecture, weight_files, num_parameters)
 
 
-def find_folder(path: str) -> Path:
-    """The local folder of `path`. Raises ModelLoadError."""
+def find_folder(path: str, hub_files: Sequence[str] = _HUB_FILES) -> Path:
+    """The local folder of `path`; of a model on the hub, the files of these patterns are had. Raises ModelLoadError."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
@@ -70,14 +71,19 @@ def find_folder(path: str) -> Path:
         raise ModelLoadError(f"the model path is not a folder: {folder}. Give the folder that holds its config.json")
     if not _HUB_ID.fullmatch(path):
         raise ModelLoadError(f"the model folder does not exist: {folder}. Correct model.path or put the model there")
-    return _download(path)
+    return _download(path, hub_files)
 
 
-def _download(hub_id: str) -> Path:
-    import huggingface_hub
-
+def _download(hub_id: str, files: Sequence[str]) -> Path:
     try:
-        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+        import huggingface_hub
+    except ImportError as error:
+        raise ModelLoadError(
+            f"there is no folder {hub_id!r} here, and without the package huggingface-hub it cannot be downloaded. "
+            "Correct model.path, or `pip install 'kvferry[torch]'`"
+        ) from error
+    try:
+        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(files)))
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         raise ModelLoadError(
             f"there is no folder {hub_id!r} here and it could not be had from the Hugging Face hub either: "

@@ -140,7 +140,7 @@ def test_the_short_form_of_transport_takes_devices_beside_it(load):
 
 
 def test_devices_in_two_places_are_refused(load):
-    with pytest.raises(ConfigError, match="devices: .*: unknown key"):
+    with pytest.raises(ConfigError, match=r"devices: .*: unknown key"):
         load(transport={"kind": "ucx", "devices": ["a"]}, devices=["b"])
 
 

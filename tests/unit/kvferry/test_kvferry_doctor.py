@@ -3,6 +3,7 @@ import struct
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models
 
 from kvcore.config import (
     ByteSize,
@@ -81,8 +82,24 @@ def test_a_broken_model_folder_is_told_file_by_file(tmp_path):
 
 def test_a_tokenizer_that_does_not_load_is_wrong(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
-    finding = doctor._check_tokenizer(tmp_path / "tokenizer.json")
-    assert not finding.ok and "does not load" in finding.detail
+    finding = doctor._check_tokenizer(tmp_path)
+    assert not finding.ok and "cannot be read" in finding.detail
+
+
+def test_a_chat_template_that_the_router_would_refuse_is_wrong(tmp_path):
+    Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
+    assert "1 tokens, no chat template" in doctor._check_tokenizer(tmp_path).detail
+    (tmp_path / "chat_template.jinja").write_text("{% for x in %}")
+    finding = doctor._check_tokenizer(tmp_path)
+    assert not finding.ok and "chat template" in finding.detail
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    assert doctor._check_tokenizer(tmp_path).detail == "1 tokens, a chat template"
+
+
+def test_a_weight_file_that_is_a_dead_link_is_told_not_raised(tmp_path):
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "gone")
+    findings = doctor.run_checks(Context(torch_cluster(tmp_path)), (check_model, check_memory))
+    assert not findings[0].ok and findings[0].subject == "model"
 
 
 def test_too_little_memory_says_how_much_and_what_to_lower(monkeypatch):

@@ -4,13 +4,16 @@ import json
 import random
 from pathlib import Path
 
+import msgspec
 import pytest
 from support.router_fakes import FakeNode, FakeNodes, cluster_config, spec, two_and_two
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models
 
+from engines.torch import model_files
 from kvcore.chunk_keys import chunk_keys, root_key
 from kvcore.clock import ManualClock
+from kvcore.config import ModelConfig, TorchEngineConfig
 from kvcore.errors import InvalidRequestError, ModelLoadError, NodeUnavailableError
 from kvcore.types import ChunkKey, NodeInfo, Role
 from metadata_server.messages import Event, EventKind
@@ -18,7 +21,7 @@ from router.cluster import Cluster
 from router.health import FIRST_PAUSE_S, Breaker, BreakerState
 from router.index import PrefixHits, PrefixIndex
 from router.policy import ClusterView, NodeView, PrefixAware, RoundRobin, RouteRequest
-from router.text import FolderTokenizer
+from router.text import FolderTokenizer, make_tokenizer
 
 KEYS = [ChunkKey(bytes([i]) * 16) for i in range(8)]
 F = b"f" * 16
@@ -218,3 +221,16 @@ def test_folders_that_cannot_work_are_said_by_name(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ModelLoadError):
         FolderTokenizer(tmp_path)
+
+
+def test_a_tokenizer_comes_from_the_hub_as_the_weights_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = model_folder(tmp_path, "{{ messages }}")
+    config = msgspec.structs.replace(
+        cluster_config([]), engine=TorchEngineConfig(), model=ModelConfig(path="owner/model", name="m")
+    )
+    monkeypatch.setattr(model_files, "_download", lambda hub_id, files: folder)
+    tokenizer = make_tokenizer(config)
+    assert isinstance(tokenizer, FolderTokenizer) and tokenizer.has_chat_template
+    missing = msgspec.structs.replace(config, model=ModelConfig(path=str(tmp_path / "gone"), name="m"))
+    with pytest.raises(ModelLoadError, match=r"does not exist: .*gone\. Correct model\.path"):
+        make_tokenizer(missing)
