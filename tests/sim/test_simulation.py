@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from support.sim_cluster import Mutant, run_seed
+from support.sim_cluster import Variant, run_seed
 from support.sim_nodes import DataFaults
 
 from metadata_server.state import MetadataState
@@ -31,10 +31,10 @@ def totals():
     return Counter()
 
 
-def simulate(seed: int, mutant: Mutant | None = None):
+def simulate(seed: int, variant: Variant | None = None):
     """As `run_seed`; whatever is wrong fails the test and names the seed."""
     try:
-        outcome = run_seed(seed, mutant)
+        outcome = run_seed(seed, variant)
     except Exception as error:
         error.add_note(f"replay it: python -m tests.sim.run {seed}")
         raise
@@ -62,6 +62,15 @@ def test_faults_did_happen_and_were_survived(totals):
     assert totals["failed"] <= totals["accepted"] // 100, "requests are saved from faults, but for very few"
 
 
+@pytest.mark.parametrize("seed", range(500, 506))
+def test_in_peace_nothing_is_tried_twice_or_waited_for(seed):
+    counts = simulate(seed, Variant(peaceful=True)).counts
+    happened = ["retries", "failed", "refused", "late", "silent", "lost", "reset", "save_failed", "at_rest_checksum"]
+    assert not [name for name in happened if counts[name]], counts
+    assert counts["chunks_loaded"] > 0
+    assert counts["slowest_ms"] < 3000, "nobody waits for a deadline"
+
+
 def test_a_seed_is_the_same_each_time_and_in_each_process():
     first, again = simulate(7), simulate(7)
     assert first.lines == again.lines
@@ -73,13 +82,13 @@ def test_a_seed_is_the_same_each_time_and_in_each_process():
     assert simulate(8).digest != first.digest
 
 
-def problems(seeds: range, mutant: Mutant | None = None) -> list[str]:
+def problems(seeds: range, variant: Variant | None = None) -> list[str]:
     """All that is wrong with any of the seeds."""
-    return [problem for seed in seeds for problem in run_seed(seed, mutant).problems]
+    return [problem for seed in seeds for problem in run_seed(seed, variant).problems]
 
 
 def test_it_finds_a_store_that_does_not_verify():
-    broken = Mutant(verify=False, data=DataFaults(flip=0.5))
+    broken = Variant(verify=False, data=DataFaults(flip=0.5))
     assert any("is wrong" in problem for problem in problems(range(5), broken))
 
 

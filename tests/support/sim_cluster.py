@@ -9,7 +9,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from unittest.mock import patch
 
 from support.sim_loop import LoopClock, run_sim
@@ -30,15 +30,13 @@ from kvstore.types import GetOutcome
 from metadata_server.subscription import IndexSubscription
 from router.cluster import Cluster
 from router.dispatch import Dispatcher, RequestSpec
-from router.ledger import RequestMachine
+from router.ledger import PATIENCE_S, RequestMachine
 from router.policy import make_policy
 from router.records import RequestLog
 
 LIMIT_S = 600.0
 SETTLED_S = 60.0
-ROUTER = RouterConfig(
-    min_prefill_tokens=8, request_timeout_s=60.0, prefill_timeout_s=4.0, connect_timeout_s=1.0, attempts=10
-)
+ROUTER = RouterConfig(min_prefill_tokens=8, request_timeout_s=60.0, prefill_timeout_s=4.0, connect_timeout_s=1.0)
 _METADATA_TURNS, _ENGINE_TURNS = 64, 128
 """Turns of the loop between two full checks."""
 
@@ -74,20 +72,22 @@ class _CheckedMachine(RequestMachine):
 
 
 @dataclass
-class Mutant:
-    """What to break on purpose, to see that it is found."""
+class Variant:
+    """How a run differs from the usual one. `verify` False: the stores check no payload, which is a bug to be found.
+    `peaceful`: nothing fails, of network, data and machines."""
 
     verify: bool = True
+    peaceful: bool = False
     data: DataFaults = field(default_factory=DataFaults)
 
 
-def run_seed(seed: int, mutant: Mutant | None = None) -> Outcome:
+def run_seed(seed: int, variant: Variant | None = None) -> Outcome:
     """Simulate one seed. `problems` is empty unless something is wrong; a broken invariant raises."""
     loop = SimSeedLoop(seed, LIMIT_S)
     outcome: list[Outcome] = []
 
     async def main() -> None:
-        outcome.append(await SimCluster(seed, loop, mutant or Mutant()).run())
+        outcome.append(await SimCluster(seed, loop, variant or Variant()).run())
 
     with patch.object(router.dispatch, "RequestMachine", _CheckedMachine):
         run_sim(main, loop=loop)
@@ -97,13 +97,13 @@ def run_seed(seed: int, mutant: Mutant | None = None) -> Outcome:
 class SimCluster:
     """One run."""
 
-    def __init__(self, seed: int, loop: SimSeedLoop, mutant: Mutant) -> None:
+    def __init__(self, seed: int, loop: SimSeedLoop, variant: Variant) -> None:
         self.seed = seed
         self.plan: Plan = make_plan(seed)
         self.trace = Trace()
         self.clock = LoopClock(loop)
-        self.network = SimNetwork(seed, self.trace, Rates())
         plan = self.plan
+        self.network = SimNetwork(seed, self.trace, Rates().times(0 if variant.peaceful else plan.weather))
         self.setup = SimSetup(
             network=self.network,
             clock=self.clock,
@@ -112,8 +112,8 @@ class SimCluster:
             chunk_tokens=plan.chunk_tokens,
             segment_bytes=plan.segment_bytes,
             node_ttl_s=plan.node_ttl_s,
-            data=replace(mutant.data),
-            verify=mutant.verify,
+            data=DataFaults(0, 0, 0, 0, 0) if variant.peaceful else variant.data,
+            verify=variant.verify,
         )
         self.metadata = SimMetadata(self.setup)
         self.nodes = {
@@ -145,6 +145,7 @@ class SimCluster:
             clock=self.clock,
             log=self.log,
         )
+        self._planned = [] if variant.peaceful else plan.faults
         self.dice = random.Random(seed + 1)
         self.problems: list[str] = []
         self.answers: list[_Answer] = []
@@ -177,7 +178,7 @@ class SimCluster:
     # --- faults ---
 
     async def _faults(self) -> None:
-        for fault in self.plan.faults:
+        for fault in self._planned:
             await asyncio.sleep(max(0.0, fault.at_s - self.clock.now()))
             self.trace(fault.kind, *fault.where)
             getattr(self, f"_do_{fault.kind}")(*fault.where)
@@ -285,9 +286,13 @@ class SimCluster:
             if not self._right(wanted, index, tokens, expected[index], whole=whole):
                 self.problems.append(f"{wanted.id}[{index}] is wrong: {tokens}, not {expected[index]}")
         if answer.error is not None:
-            self.trace("failed", wanted.id, answer.error.code)
+            record = self.log.find(wanted.id)
+            tries = [code for leg, code in record.retried_legs if leg == "decode"] if record else []
+            self.trace("failed", wanted.id, answer.error.code, record.total_s if record else 0, *tries)
             if not answer.error.retryable:
                 self.problems.append(f"{wanted.id} failed for good: {answer.error.message}")
+            if len(tries) < ROUTER.attempts and record and (record.total_s or 0.0) < PATIENCE_S:
+                self.problems.append(f"{wanted.id} failed before its time: {answer.error.message}")
 
     def _right(self, wanted: Wanted, index: int, tokens: list[int], expected: list[int], *, whole: bool) -> bool:
         """Equal, or (several completions of one request, after a failure) gone on with a seed of its own."""
@@ -402,5 +407,6 @@ class SimCluster:
         counts = self.trace.counts
         for name, count in sorted((self.setup.store_counts + self.setup.engine_counts + self.metadata.counts).items()):
             counts[name] += count
+        counts["slowest_ms"] = int(1000 * max(record.total_s or 0.0 for record in self.log.newest()))
         counts["retries"] = sum(len(record.retried_legs) for record in self.log.newest())
         counts["index_resets"] = self.subscription.resets

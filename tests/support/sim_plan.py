@@ -42,6 +42,8 @@ class Plan:
     segment_bytes: int
     requests: list[Wanted]
     faults: list[Fault]
+    weather: float
+    """How bad the network is: its usual rates of failure are multiplied by this."""
     chunk_tokens: int = CHUNK
     node_ttl_s: float = 2.0
 
@@ -66,12 +68,14 @@ def make_plan(seed: int) -> Plan:
         read_lease_s=dice.choice([0.5, 3.0]),
         retire_grace_s=0.5,
     )
+    requests = _requests(dice)
     return Plan(
         engine=engine,
         store=store,
         segment_bytes=4096 * dice.choice([8, 16, 40]),
-        requests=_requests(dice),
-        faults=sorted(_faults(dice), key=lambda fault: fault.at_s),
+        requests=requests,
+        faults=sorted(_faults(dice, requests), key=lambda fault: fault.at_s),
+        weather=dice.choice([0.3, 1.0, 1.0, 5.0]),
     )
 
 
@@ -98,10 +102,11 @@ def _request(dice: random.Random, name: str, prefix: list[int]) -> Wanted:
     return Wanted(name, FIRST_S + dice.random() * LOAD_S, prompt, sampling, leaves)
 
 
-def _faults(dice: random.Random) -> list[Fault]:
+def _faults(dice: random.Random, requests: list[Wanted]) -> list[Fault]:
+    """Most of them in the middle of a request's prefill or first tokens."""
     faults: list[Fault] = []
     for _ in range(dice.randrange(2, 7)):
-        at_s = FIRST_S + dice.random() * LOAD_S
+        at_s = dice.choice(requests).at_s + dice.choice([0.02, 0.1, 0.4]) * dice.random()
         end_s = at_s + dice.choice([0.05, 0.3, 1.0, 3.0])
         match dice.choice(["node", "engine", "metadata", "cut", "cut", "part", "scribble"]):
             case "node":
