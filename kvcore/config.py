@@ -97,6 +97,8 @@ class TransportConfig(_Section, frozen=True, kw_only=True):
     kind: TransportKind = "auto"
     devices: list[str] = []
     fallback: TransportKind | None = None
+    ucx_library: str | None = None
+    """The libucp to load, a path or a name; the system's libucp.so.0 if not given."""
     streams: Count = 2
     """TCP connections to one peer at most."""
     timeout_s: Seconds = 30.0

@@ -5,7 +5,7 @@ it; a read has filled its buffers likewise. After an error nothing may be assume
 deadline. Cancelling a call leaves the target range undefined and every resource released.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -22,11 +22,16 @@ class TransferOp:
 
     Buffers are local C-contiguous views of bytes (writable for a read) that the caller keeps alive and, for a write,
     unchanged until the call returns or was cancelled *and* awaited. An empty op succeeds without any I/O.
+
+    `on_part` of a read: a transport may show it what has arrived, part by part, each byte of the range once and in
+    order, while it is still in the processor's cache (a checksum then costs next to nothing). It is called from any
+    thread, one call at a time. A transport that shows only some of the bytes, or none, is as good.
     """
 
     segment: Segment
     offset: int
     buffers: Sequence[memoryview]
+    on_part: Callable[[memoryview], None] | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -69,6 +74,15 @@ class ChoosesTransport(Protocol):
 
     def transport_for(self, segment: Segment) -> str:
         """Kind of the transport that moves this segment's bytes."""
+        ...
+
+
+@runtime_checkable
+class DescribesItself(Protocol):
+    """An engine that can say more of how it reaches a segment than its kind."""
+
+    def describe(self, segment: Segment) -> str:
+        """Kind, and then the transports, devices and build in use."""
         ...
 
 

@@ -12,7 +12,7 @@ from kvcore.config import TransportConfig
 from kvcore.errors import ConfigError, PeerUnreachableError, TransferError
 from kvcore.telemetry import log_fields
 from kvcore.types import Segment
-from transfer.base import Direction, SegmentHost, TransferEngine, TransferOp
+from transfer.base import DescribesItself, Direction, SegmentHost, TransferEngine, TransferOp
 from transfer.memory import SegmentMemory
 from transfer.shm import ShmTransfer
 from transfer.tcp import TcpTransfer
@@ -30,7 +30,7 @@ class TransferSelector:
     def __init__(self, kind: str, engines: Sequence[TransferEngine]) -> None:
         self._kind = kind
         self._engines = tuple(engines)
-        self._choices: dict[str, TransferEngine] = {}
+        self._choices: dict[str, tuple[TransferEngine, Segment]] = {}
 
     @property
     def kind(self) -> str:
@@ -47,8 +47,11 @@ class TransferSelector:
         return self._kind if engine is None else engine.kind
 
     def choices(self) -> Mapping[str, str]:
-        """Segment id -> transport, for those decided so far."""
-        return {segment_id: engine.kind for segment_id, engine in self._choices.items()}
+        """Segment id -> transport, for those decided so far; where it can say more (devices, build), also that."""
+        return {
+            segment_id: engine.describe(segment) if isinstance(engine, DescribesItself) else engine.kind
+            for segment_id, (engine, segment) in self._choices.items()
+        }
 
     def register(self, region: memoryview) -> None:
         """With every transport."""
@@ -96,16 +99,17 @@ class TransferSelector:
         return results
 
     def _choose(self, segment: Segment) -> TransferEngine | None:
-        chosen = self._choices.get(segment.id)
-        if chosen is None:
-            chosen = next((engine for engine in self._engines if engine.reaches(segment)), None)
-            if chosen is not None:
-                if len(self._choices) >= _REMEMBERED:
-                    del self._choices[next(iter(self._choices))]
-                self._choices[segment.id] = chosen
-                log_fields(
-                    _LOG, logging.INFO, "transfer.chosen", segment=segment.id, transport=chosen.kind, asked=self._kind
-                )
+        known = self._choices.get(segment.id)
+        if known is not None:
+            return known[0]
+        chosen = next((engine for engine in self._engines if engine.reaches(segment)), None)
+        if chosen is not None:
+            if len(self._choices) >= _REMEMBERED:
+                del self._choices[next(iter(self._choices))]
+            self._choices[segment.id] = (chosen, segment)
+            log_fields(
+                _LOG, logging.INFO, "transfer.chosen", segment=segment.id, transport=chosen.kind, asked=self._kind
+            )
         return chosen
 
     def _unreachable(self, segment: Segment) -> TransferError:
@@ -119,34 +123,42 @@ def build_transfer(config: TransportConfig, host_id: str) -> TransferSelector:
     """The initiator's side for a configuration. Call it where an event loop runs.
 
     `host_id` is the node's (`NodeConfig.host_id` or `host_identity()`). Raises ConfigError for an unknown transport,
-    and for `ucx` without a fallback: it is not part of this build.
+    and where `ucx` cannot be used as configured, unless a fallback is written. With one, peers that had to fall back
+    are reached by it too.
     """
-    kind = effective_kind(config)
+    _check_kinds(config)
+    kinds: set[str | None] = {config.kind}
     engines: list[TransferEngine] = []
-    if kind in ("auto", "shm"):
+    if config.kind == "ucx":
+        from transfer.ucx import UcxTransfer  # loads libucp's binding, which only those who ask for it need
+
+        try:
+            engines.append(UcxTransfer(config))
+        except ConfigError as error:
+            _fall_back(config, error)
+        kinds = {config.fallback}
+    if kinds & {"auto", "shm"}:
         engines.append(ShmTransfer(host_id))
-    if kind in ("auto", "tcp"):
+    if kinds & {"auto", "tcp"}:
         engines.append(TcpTransfer(config.streams))
+    kind = engines[0].kind if len(engines) == 1 else config.kind
     return TransferSelector(kind, engines)
 
 
-def effective_kind(config: TransportConfig) -> str:
-    """`auto`, `shm` or `tcp`: the transport asked for, or its written fallback, with a warning. Raises ConfigError."""
-    known = ("auto", "shm", "tcp")
+def _check_kinds(config: TransportConfig) -> None:
+    known = ("auto", "shm", "tcp", "ucx")
     for field, value in (("kind", config.kind), ("fallback", config.fallback)):
-        if value is not None and value not in (*known, "ucx"):
+        if value is not None and value not in known:
             raise ConfigError(
-                f"transport.{field}: {value!r} is not one of {', '.join((*known, 'ucx'))}", param=f"transport.{field}"
+                f"transport.{field}: {value!r} is not one of {', '.join(known)}", param=f"transport.{field}"
             )
-    if config.kind != "ucx":
-        return config.kind
-    if config.fallback not in known:
-        raise ConfigError(
-            "transport.kind: 'ucx' is not in this build; use auto, shm or tcp, or name one as transport.fallback",
-            param="transport.kind",
-        )
-    log_fields(_LOG, logging.WARNING, "transfer.fallback", asked="ucx", used=config.fallback)
-    return config.fallback
+
+
+def _fall_back(config: TransportConfig, error: ConfigError) -> None:
+    """Go on with the written fallback, and say why; raise `error` if there is none."""
+    if config.fallback in (None, "ucx"):
+        raise error
+    log_fields(_LOG, logging.WARNING, "transfer.fallback", asked="ucx", used=config.fallback, reason=error.message)
 
 
 class SegmentHosts:
@@ -172,13 +184,31 @@ async def start_segment_hosts(
 ) -> SegmentHosts:
     """The target's side for a configuration: TCP unless shared memory was asked for by name; `shm` costs nothing.
 
-    `port` is `NodeConfig.transfer_port`. Raises ConfigError, also when `host` is a wildcard and `advertise_host` is not
-    given: peers would be told an address that they cannot connect to.
+    `port` is `NodeConfig.transfer_port`, of TCP; UCX takes ports of its own. Raises ConfigError, also when `host` is a
+    wildcard and `advertise_host` is not given where TCP is served: peers would be told an address that they cannot
+    connect to.
     """
-    if effective_kind(config) == "shm":
-        return SegmentHosts(memory, {})
-    if (advertise_host or host) in _WILDCARDS:
-        raise ConfigError(f"nodes.<n>.host: {host!r} cannot be announced to other nodes; give the address they use")
+    _check_kinds(config)
+    kinds: set[str | None] = {config.kind}
+    hosts: dict[str, SegmentHost] = {}
+    if config.kind == "ucx":
+        from transfer.ucx import UcxSegmentHost
+
+        ucx = UcxSegmentHost(memory.segment_id, memory.view, config)
+        try:
+            await ucx.start()
+            hosts["ucx"] = ucx
+        except ConfigError as error:
+            _fall_back(config, error)
+        kinds = {config.fallback}
+    if not kinds & {"auto", "tcp"}:
+        return SegmentHosts(memory, hosts)
     tcp = TcpSegmentHost(memory.segment_id, memory.view, host, port, advertise_host=advertise_host)
-    await tcp.start()
-    return SegmentHosts(memory, {"tcp": tcp})
+    try:
+        if (advertise_host or host) in _WILDCARDS:
+            raise ConfigError(f"nodes.<n>.host: {host!r} cannot be announced to other nodes; give the address they use")
+        await tcp.start()
+    except ConfigError:
+        await SegmentHosts(memory, hosts).aclose()
+        raise
+    return SegmentHosts(memory, {**hosts, "tcp": tcp})

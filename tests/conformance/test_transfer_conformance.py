@@ -7,16 +7,17 @@ from collections.abc import AsyncIterator
 
 import pytest
 from support.transfer_child import segment_process
-from support.transfer_rigs import SIZE_BYTES, Rig, renamed, resources
+from support.transfer_rigs import SIZE_BYTES, Rig, renamed, resources, transport_config
+from support.ucx import needs_ucx
 
-from kvcore.config import TransportConfig
 from kvcore.errors import PeerUnreachableError, SegmentUnknownError, TransferError, TransferTimeoutError
 from transfer.base import TransferOp
 from transfer.memory import host_identity
 from transfer.select import build_transfer
 
-KINDS = ["inproc", "shm", "tcp", "auto"]
-REMOTE = ["shm", "tcp"]
+UCX = pytest.param("ucx", marks=needs_ucx)
+KINDS = ["inproc", "shm", "tcp", "auto", UCX]
+REMOTE = ["shm", "tcp", UCX]
 
 
 @pytest.fixture(params=KINDS)
@@ -187,9 +188,9 @@ async def test_nothing_is_left_open(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", REMOTE)
 async def test_owner_killed_in_the_middle_is_an_error_soon(kind: str) -> None:
-    engine = build_transfer(TransportConfig(kind=kind), host_identity())
+    engine = build_transfer(transport_config(kind), host_identity())
     data = bytes(32 << 20)
-    with segment_process("child.1", len(data)) as child:
+    with segment_process("child.1", len(data), kind) as child:
         op = TransferOp(child.segment, 0, [memoryview(data)])
         warm = asyncio.Event()
 
@@ -212,8 +213,8 @@ async def test_owner_killed_in_the_middle_is_an_error_soon(kind: str) -> None:
 @pytest.mark.parametrize("kind", REMOTE)
 async def test_owner_killed_between_batches_is_an_error_and_its_memory_goes(kind: str) -> None:
     before = resources()
-    engine = build_transfer(TransportConfig(kind=kind), host_identity())
-    with segment_process("child.1", 1 << 20) as child:
+    engine = build_transfer(transport_config(kind), host_identity())
+    with segment_process("child.1", 1 << 20, kind) as child:
         op, back = (TransferOp(child.segment, 0, [memoryview(data)]) for data in (b"small", bytearray(5)))
         assert await engine.write([op], 10) == [None]
         child.kill()

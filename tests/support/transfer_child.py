@@ -1,14 +1,16 @@
-"""A real process that hosts a segment and can be killed: `python -m support.transfer_child <segment id> <size>`."""
+"""A real process that hosts a segment, to be killed: `python -m support.transfer_child <segment id> <size> <kind>`."""
 
 import asyncio
 import contextlib
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvcore.config import TransportConfig
+from support.transfer_rigs import transport_config
+
 from kvcore.types import Segment
 from transfer.memory import SegmentMemory, host_identity
 from transfer.select import start_segment_hosts
@@ -25,9 +27,9 @@ class SegmentProcess:
 
 
 @contextlib.contextmanager
-def segment_process(segment_id: str, size_bytes: int) -> Iterator[SegmentProcess]:
+def segment_process(segment_id: str, size_bytes: int, kind: str = "auto") -> Iterator[SegmentProcess]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "support.transfer_child", segment_id, str(size_bytes)],
+        [sys.executable, "-m", "support.transfer_child", segment_id, str(size_bytes), kind],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -35,7 +37,7 @@ def segment_process(segment_id: str, size_bytes: int) -> Iterator[SegmentProcess
     )
     assert process.stdout is not None and process.stdin is not None
     try:
-        shm, tcp = process.stdout.readline().split()
+        addresses = json.loads(process.stdout.readline())
         yield SegmentProcess(
             process,
             Segment(
@@ -43,7 +45,7 @@ def segment_process(segment_id: str, size_bytes: int) -> Iterator[SegmentProcess
                 node_id="child",
                 size_bytes=size_bytes,
                 host_id=host_identity(),
-                addresses={"shm": shm, "tcp": tcp},
+                addresses=addresses,
             ),
         )
     finally:
@@ -53,13 +55,13 @@ def segment_process(segment_id: str, size_bytes: int) -> Iterator[SegmentProcess
         process.stdin.close()
 
 
-async def _serve(segment_id: str, size_bytes: int) -> None:
+async def _serve(segment_id: str, size_bytes: int, kind: str) -> None:
     memory = SegmentMemory.create(segment_id, size_bytes)
-    hosts = await start_segment_hosts(TransportConfig(), memory, host="127.0.0.1")
-    sys.stdout.write(f"{hosts.addresses['shm']} {hosts.addresses['tcp']}\n")
+    hosts = await start_segment_hosts(transport_config(kind), memory, host="127.0.0.1")
+    sys.stdout.write(json.dumps(hosts.addresses) + "\n")
     sys.stdout.flush()
     await asyncio.Event().wait()
 
 
 if __name__ == "__main__":
-    asyncio.run(_serve(sys.argv[1], int(sys.argv[2])))
+    asyncio.run(_serve(sys.argv[1], int(sys.argv[2]), sys.argv[3]))

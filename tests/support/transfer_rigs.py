@@ -6,6 +6,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from support.ucx import LIBRARY
+
 from kvcore.config import TransportConfig
 from kvcore.types import Segment
 from transfer.base import TransferEngine, TransferOp
@@ -14,6 +16,13 @@ from transfer.memory import SegmentMemory, host_identity
 from transfer.select import SegmentHosts, build_transfer, start_segment_hosts
 
 SIZE_BYTES = 8 << 20
+
+
+def transport_config(kind: str) -> TransportConfig:
+    """As a cluster of one machine has it. UCX: over TCP on loopback."""
+    if kind == "ucx":
+        return TransportConfig(kind="ucx", devices=["lo"], ucx_library=LIBRARY)
+    return TransportConfig(kind=kind)
 
 
 class Rig:
@@ -33,7 +42,7 @@ class Rig:
         if self.kind == "inproc":
             self.engine = InprocTransfer(self._registry)
         else:
-            self.engine = build_transfer(TransportConfig(kind=self.kind), host_identity())
+            self.engine = build_transfer(transport_config(self.kind), host_identity())
         return self
 
     async def host(self) -> None:
@@ -43,7 +52,7 @@ class Rig:
         addresses = {"inproc": "here"}
         self._registry[segment_id] = self.memory.view
         if self.kind != "inproc":
-            self._hosts = await start_segment_hosts(TransportConfig(kind=self.kind), self.memory, host="127.0.0.1")
+            self._hosts = await start_segment_hosts(transport_config(self.kind), self.memory, host="127.0.0.1")
             addresses = self._hosts.addresses
         self.segment = Segment(
             id=segment_id, node_id="rig", size_bytes=SIZE_BYTES, host_id=host_identity(), addresses=addresses

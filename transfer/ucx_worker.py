@@ -1,0 +1,343 @@
+"""One UCX context and worker, and the one thread that owns them: it sleeps on UCX's event descriptor when idle.
+
+All of UCX is called from that thread, but for opening. Others hand it commands through a queue; it reports through
+callbacks. Before it ends, every endpoint, request, registration and descriptor is given back.
+"""
+
+import logging
+import os
+import select
+import struct
+import threading
+from collections import deque
+from collections.abc import Callable
+
+from kvcore.clock import SystemClock
+from kvcore.errors import ConfigError, PeerUnreachableError, SegmentUnknownError, TransferError
+from kvcore.telemetry import log_fields
+from transfer.ucx_binding import Pointer, UcxLibrary, ffi, open_context
+from transfer.ucx_descriptor import UcxDescriptor
+from transfer.ucx_devices import UcxPlan, check_opened
+from transfer.ucx_endpoint import Endpoint, Job
+
+_LOG = logging.getLogger("transfer")
+_FEATURES = 1 << 1 | 1 << 4 | 1 << 6  # RMA, wakeup, active messages
+_HELLO, _WELCOME = 1, 2
+_NONCE = struct.Struct("<Q")
+_GREETED = struct.Struct("<QB")
+_FLAGS_FIELD = 1 << 4
+_AM_REPLY = 1
+_AM_REPLY_EP_FIELD = 1
+_SPIN_S = 30e-6
+"""An answer over a fast network takes less than a sleep and a wake-up."""
+_STEPS = 16
+"""Turns of UCX between two looks at the batches."""
+_CLOSE_S = 2.0
+_DRAIN_S = 0.5
+"""To end what is under way in order before connections are cut: UCX 1.13 aborts the *target's* process when its peer
+goes in the middle of connecting."""
+_CONNECT_S = 5.0
+"""A connection that is older without an answer, and on which a batch ended, is given up for a fresh one."""
+_TICK_MS = 50
+"""While something must end by a time: how often to look."""
+
+
+class UcxWorker:
+    """Endpoints and batches of one process towards others, or (with `hosted`) the target of theirs.
+
+    Opening raises ConfigError. `start` starts the thread; without it, `close_unstarted` gives everything back.
+    """
+
+    def __init__(self, library: UcxLibrary, plan: UcxPlan, name: str, hosted: str | None = None) -> None:
+        self.library = library
+        self._lib = library.lib
+        self._clock = SystemClock()
+        self._hosted = None if hosted is None else hosted.encode()
+        self._commands: deque[Callable[[], None]] = deque()
+        self._endpoints: dict[str, Endpoint] = {}
+        self._leaving: list[Endpoint] = []
+        self._greetings: dict[int, Endpoint] = {}
+        self._jobs: list[Job] = []
+        self._sent: deque[tuple[Pointer, Pointer]] = deque()
+        self._mapped: list[Pointer] = []
+        self._next_nonce = 1
+        self._stopping = False
+        self._open = True
+        self._wake_lock = threading.Lock()
+        """The number of a closed descriptor may be another's at once: none is written to after it was closed."""
+        self._progressed_at = 0.0
+        self._param = ffi.new("ucp_request_param_t *")
+        self._callbacks = [
+            ffi.callback("void(void *, void *, ucs_status_t)", self._on_error),
+            ffi.callback("ucp_am_recv_callback_t", self._on_hello),
+            ffi.callback("ucp_am_recv_callback_t", self._on_welcome),
+        ]
+        self._context = open_context(library, plan.options(), _FEATURES)
+        try:
+            self.resources = self._read_resources()
+            check_opened(plan, self.resources, library.build)
+            self._worker = self._open_worker()
+        except ConfigError:
+            self._lib.ucp_cleanup(self._context)
+            raise
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    @property
+    def address(self) -> bytes:
+        """The worker's address, for a descriptor. Before `start` only."""
+        found, size = ffi.new("void **"), ffi.new("size_t *")
+        self.library.check(self._lib.ucp_worker_get_address(self._worker, found, size), "ucp_worker_get_address")
+        try:
+            return bytes(ffi.buffer(found[0], size[0]))
+        finally:
+            self._lib.ucp_worker_release_address(self._worker, found[0])
+
+    def map_memory(self, region: memoryview) -> tuple[Pointer, int]:
+        """Register (and for RDMA pin) memory until the end: handle and address. Before `start`, or in the thread."""
+        buffer = ffi.from_buffer(region, require_writable=not region.readonly)
+        params = ffi.new("ucp_mem_map_params_t *", {"field_mask": 0b11, "length": region.nbytes})
+        params.address = ffi.cast("void *", buffer)
+        handle = ffi.new("void **")
+        self.library.check(
+            self._lib.ucp_mem_map(self._context, params, handle),
+            f"cannot register {region.nbytes} bytes (RDMA pins them: see `ulimit -l`)",
+        )
+        self._mapped.append(handle[0])
+        return handle[0], int(ffi.cast("uintptr_t", buffer))
+
+    def pack_rkey(self, handle: Pointer) -> bytes:
+        """The remote key of registered memory."""
+        packed, size = ffi.new("void **"), ffi.new("size_t *")
+        self.library.check(self._lib.ucp_rkey_pack(self._context, handle, packed, size), "ucp_rkey_pack")
+        try:
+            return bytes(ffi.buffer(packed[0], size[0]))
+        finally:
+            self._lib.ucp_rkey_buffer_release(packed[0])
+
+    # --- from other threads ---
+
+    def start(self) -> None:
+        """From now on UCX belongs to the thread."""
+        self.thread.start()
+
+    def close_unstarted(self) -> None:
+        """Give everything back without a thread."""
+        self._shut_down()
+
+    def call(self, command: Callable[[], None]) -> None:
+        """Have the thread call `command`, soon. Dropped once the thread has ended."""
+        with self._wake_lock:
+            if self._open:
+                self._commands.append(command)
+                os.eventfd_write(self._wake_fd, 1)
+
+    def stop(self) -> None:
+        """End the thread within about two seconds; every batch ends before. Call once, then join `thread`."""
+        self.call(self._stop)
+
+    def lanes(self, segment_id: str) -> str:
+        """Transports and devices in use for a segment (`tcp/lo`), or empty before the first batch."""
+        return next((one.lanes for one in list(self._endpoints.values()) if one.segment_id == segment_id), "")
+
+    # --- in the thread ---
+
+    def add(self, job: Job, key: str) -> None:
+        """Begin a batch on the endpoint for `key`, which is made if need be."""
+        try:
+            if self._stopping:
+                raise PeerUnreachableError("the transport is closed")
+            job.endpoint = self._endpoint(job.descriptor, key)
+        except TransferError as error:
+            job.error = error
+            job.finish()
+            return
+        job.endpoint.jobs += 1
+        self._jobs.append(job)
+
+    def stop_job(self, job: Job, error: TransferError, grace_s: float) -> None:
+        """End a batch with `error`: in order if UCX lets go of it within `grace_s`, else with its connection."""
+        job.stop(error, self._clock.now() + grace_s)
+
+    def _endpoint(self, descriptor: UcxDescriptor, key: str) -> Endpoint:
+        found = self._endpoints.get(key)
+        if found is not None and found.error is None:
+            return found
+        if found is not None:
+            self._drop(key)
+        endpoint = Endpoint(self.library, self._worker, descriptor, self._callbacks[0], self._clock.now())
+        self._endpoints[key] = endpoint
+        if endpoint.error is None:
+            nonce, self._next_nonce = self._next_nonce, self._next_nonce + 1
+            self._greetings[nonce] = endpoint
+            self._send(endpoint.handle, _HELLO, _NONCE.pack(nonce) + descriptor.segment_id.encode(), _AM_REPLY)
+        return endpoint
+
+    def _run(self) -> None:
+        efd = ffi.new("int *")
+        poll = select.poll()
+        poll.register(self._wake_fd, select.POLLIN)
+        if self._lib.ucp_worker_get_efd(self._worker, efd) == 0:
+            poll.register(efd[0], select.POLLIN)
+        try:
+            while not self._stopping:
+                self._turn(poll)
+        finally:
+            self._shut_down()
+
+    def _turn(self, poll: "select.poll") -> None:
+        busy = self._run_commands()
+        for _ in range(_STEPS):
+            if not self._lib.ucp_worker_progress(self._worker):
+                break
+            busy = True
+        busy |= self._look_at_jobs()
+        self._look_at_endpoints()
+        now = self._clock.now()
+        if busy:
+            self._progressed_at = now
+        elif not self._jobs or now - self._progressed_at > _SPIN_S:
+            self._sleep(poll)
+
+    def _sleep(self, poll: "select.poll") -> None:
+        if self._lib.ucp_worker_arm(self._worker):  # UCS_ERR_BUSY: something has come meanwhile
+            return
+        watched = self._leaving or any(job.give_up_at is not None for job in self._jobs)
+        for fd, _ in poll.poll(_TICK_MS if watched else None):
+            if fd == self._wake_fd:
+                os.eventfd_read(self._wake_fd)
+
+    def _run_commands(self) -> bool:
+        busy = bool(self._commands)
+        while self._commands:
+            self._commands.popleft()()
+        return busy
+
+    def _look_at_jobs(self) -> bool:
+        """Move every batch on; True if one ended."""
+        over = []
+        for job in self._jobs:
+            if job.advance(self.library, self._param):
+                over.append(job)
+            elif job.give_up_at is not None and self._clock.now() >= job.give_up_at and job.endpoint is not None:
+                job.endpoint.fail(PeerUnreachableError(f"segment {job.endpoint.segment_id}: a batch did not end"))
+        for job in over:
+            self._jobs.remove(job)
+            job.finish()
+            if job.endpoint is not None:
+                job.endpoint.jobs -= 1
+                if not job.endpoint.welcome and self._clock.now() - job.endpoint.made_at > _CONNECT_S:
+                    job.endpoint.fail(PeerUnreachableError(f"segment {job.endpoint.segment_id}: no answer"))
+        return bool(over)
+
+    def _look_at_endpoints(self) -> None:
+        for key in [key for key, one in self._endpoints.items() if one.error is not None]:
+            self._drop(key)
+        for endpoint in [one for one in self._leaving if one.jobs == 0 and one.closed()]:
+            endpoint.release()
+            self._leaving.remove(endpoint)
+        while self._sent and self.library.status_of(self._sent[0][0]) is not None:
+            self.library.free(self._sent.popleft()[0])
+
+    def _drop(self, key: str) -> None:
+        endpoint = self._endpoints.pop(key)
+        endpoint.begin_close()
+        self._leaving.append(endpoint)
+        for nonce in [nonce for nonce, one in self._greetings.items() if one is endpoint]:
+            del self._greetings[nonce]
+
+    def _send(self, handle: Pointer, message: int, header: bytes, flags: int) -> None:
+        kept = ffi.from_buffer(header)
+        param = ffi.new("ucp_request_param_t *", {"op_attr_mask": _FLAGS_FIELD, "flags": flags})
+        request = self._lib.ucp_am_send_nbx(handle, message, kept, len(header), ffi.NULL, 0, param)
+        self._sent.append((request, kept))
+
+    # --- called by UCX, in the thread ---
+
+    def _on_error(self, _: Pointer, handle: Pointer, status: int) -> None:
+        for endpoint in self._endpoints.values():
+            if endpoint.handle == handle:
+                why = self.library.text(status)
+                endpoint.fail(PeerUnreachableError(f"segment {endpoint.segment_id}: the connection broke: {why}"))
+
+    def _on_hello(self, _: Pointer, header: Pointer, size: int, _data: Pointer, _size: int, param: Pointer) -> int:
+        said = bytes(ffi.buffer(header, size))
+        if size >= _NONCE.size and param.recv_attr & _AM_REPLY_EP_FIELD:
+            known = said[_NONCE.size :] == self._hosted
+            self._send(param.reply_ep, _WELCOME, said[: _NONCE.size] + bytes([known]), 0)
+        return 0
+
+    def _on_welcome(self, _: Pointer, header: Pointer, size: int, _data: Pointer, _size: int, _param: Pointer) -> int:
+        if size != _GREETED.size:
+            return 0
+        nonce, known = _GREETED.unpack(bytes(ffi.buffer(header, size)))
+        endpoint = self._greetings.pop(nonce, None)
+        if endpoint is None:
+            return 0
+        if not known:
+            endpoint.fail(SegmentUnknownError(f"segment {endpoint.segment_id} is not at its address any more"))
+            return 0
+        endpoint.welcome = True
+        endpoint.read_lanes()
+        log_fields(
+            _LOG,
+            logging.INFO,
+            "transfer.ucx_connected",
+            segment=endpoint.segment_id,
+            lanes=endpoint.lanes,
+            ucx=self.library.build,
+        )
+        return 0
+
+    # --- opening and closing ---
+
+    def _read_resources(self) -> tuple[str, ...]:
+        text = self.library.printed("ucp_context_print_info", self._context)
+        return tuple(line.rpartition("-- ")[2].strip() for line in text.splitlines() if " resource " in line)
+
+    def _open_worker(self) -> Pointer:
+        worker = ffi.new("void **")
+        params = ffi.new("ucp_worker_params_t *")  # thread mode SINGLE: one thread after the other
+        self.library.check(self._lib.ucp_worker_create(self._context, params, worker), "ucp_worker_create")
+        for message, callback in ((_HELLO, self._callbacks[1]), (_WELCOME, self._callbacks[2])):
+            handler = ffi.new("ucp_am_handler_param_t *", {"field_mask": 0b101, "id": message, "cb": callback})
+            self.library.check(self._lib.ucp_worker_set_am_recv_handler(worker[0], handler), "active messages")
+        return worker[0]
+
+    def _drive(self, unfinished: Callable[[], bool], until: float) -> None:
+        """Work on, until all is finished or it is too late."""
+        poll = select.poll()
+        while unfinished() and self._clock.now() < until:
+            while self._lib.ucp_worker_progress(self._worker):
+                pass
+            self._look_at_jobs()
+            self._look_at_endpoints()
+            poll.poll(1)
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    def _shut_down(self) -> None:
+        self._stopping = True
+        self._run_commands()
+        closed = PeerUnreachableError("the transport is closed")
+        now = self._clock.now()
+        for job in self._jobs:
+            job.stop(closed, now + _DRAIN_S)
+        self._drive(lambda: bool(self._jobs) or any(one.connecting for one in self._endpoints.values()), now + _DRAIN_S)
+        for endpoint in self._endpoints.values():
+            endpoint.fail(closed)
+        self._look_at_endpoints()
+        self._drive(lambda: bool(self._jobs or self._leaving), now + _CLOSE_S)
+        for job in self._jobs:
+            job.error = job.error or PeerUnreachableError("the transport is closed")
+            job.finish()
+        if self._jobs or self._leaving:
+            log_fields(_LOG, logging.ERROR, "transfer.ucx_close_late", batches=len(self._jobs))
+        self._lib.ucp_worker_destroy(self._worker)
+        for handle in self._mapped:
+            self._lib.ucp_mem_unmap(self._context, handle)
+        self._lib.ucp_cleanup(self._context)
+        with self._wake_lock:
+            self._open = False
+            os.close(self._wake_fd)
