@@ -60,6 +60,8 @@ class StorePort:
     counters: Counter[str]
     timeout_s: float
     """For one call of the store."""
+    freed: Callable[[], None]
+    """Called after blocks were given back: somebody may have starved for them."""
 
     def views(self, blocks: Sequence[int]) -> list[memoryview]:
         """The bytes of some blocks, in order."""
@@ -256,3 +258,4 @@ class SaveJob:
     def _let_go(self, offer: _Offer) -> None:
         self.num_pending -= 1
         self._port.blocks.release(offer.blocks)
+        self._port.freed()

@@ -84,16 +84,16 @@ class EngineLoop:
             frozenset(info.eos_token_ids), min(info.max_context, info.num_blocks * info.block_size)
         )
         self._counters: Counter[str] = Counter()
+        self._wake = asyncio.Event()
         self._port: StorePort | None = None
         if store is not None:
             self._port = StorePort(
-                store, self._blocks, runner.block_view, clock, self._counters, options.store_timeout_s
+                store, self._blocks, runner.block_view, clock, self._counters, options.store_timeout_s, self._wake.set
             )
         self._legs: dict[str, Leg] = {}
         self._saves: dict[asyncio.Task[None], SaveJob] = {}
         self._tasks = asyncio.TaskGroup()
         self._step_task: asyncio.Task[None] | None = None
-        self._wake = asyncio.Event()
         self._arrivals = 0
         self._closing = False
 

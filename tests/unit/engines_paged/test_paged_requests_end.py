@@ -204,3 +204,30 @@ def test_the_same_id_again_takes_the_older_ones_place():
             await idle(engine)
 
     run_sim(main)
+
+
+def test_blocks_that_a_save_gives_back_wake_the_one_who_starved_for_them():
+    """The younger gave way, but a save that has not begun holds its blocks; nothing else happens meanwhile."""
+
+    async def main():
+        config = msgspec.structs.replace(CONFIG, num_blocks=12)
+        cluster = Cluster(config)
+        async with cluster.engine("d") as engine:
+            gate = cluster.wires["d"].before["reserve"] = asyncio.Event()
+            older, younger = request("a", prompt_of(20), max_tokens=60), request("b", prompt_of(70, 1))
+            running = [asyncio.create_task(completions(engine, wanted)) for wanted in (older, younger)]
+
+            async def starved():
+                stats = await engine.stats()
+                return bool(stats.counters["preemptions"]) and stats.pending_saves == 2
+
+            await settle(starved)
+            await asyncio.sleep(2.0)
+            assert not any(task.done() for task in running)
+            gate.set()
+            for wanted, task in zip((older, younger), running, strict=True):
+                assert await task == expected_tokens(config, wanted.prompt_token_ids, wanted.sampling)
+            await idle(engine)
+        await cluster.aclose()
+
+    run_sim(main, limit_s=60)
