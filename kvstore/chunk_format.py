@@ -58,6 +58,29 @@ def checksum(payload: Sequence[memoryview]) -> int:
     return int(digest.intdigest())
 
 
+class RunningChecksum:
+    """`checksum` of a payload that passes part by part behind its header, as a transport shows it (`TransferOp`)."""
+
+    def __init__(self, payload_length: int) -> None:
+        self._digest = xxhash.xxh3_64()
+        self._skip = HEADER_BYTES
+        self._left = payload_length
+
+    def show(self, part: memoryview) -> None:
+        """The next bytes of header and payload."""
+        if self._skip:
+            skipped = min(self._skip, part.nbytes)
+            self._skip -= skipped
+            part = part[skipped:]
+        self._left -= part.nbytes
+        self._digest.update(part)
+
+    @property
+    def value(self) -> int | None:
+        """The checksum; None if not exactly the payload's bytes were shown."""
+        return None if self._skip or self._left else int(self._digest.intdigest())
+
+
 def pack(header: ChunkHeader) -> bytes:
     """The HEADER_BYTES that stand in front of the payload. Raises ValueError for a field that does not fit."""
     if len(header.key) != 16 or len(header.fingerprint) != 16:
@@ -95,10 +118,16 @@ def parse(raw: bytes | memoryview) -> ChunkHeader | None:
 
 
 def verify(
-    raw_header: bytes | memoryview, expected: Expected, payload: Sequence[memoryview], *, check_payload: bool = True
+    raw_header: bytes | memoryview,
+    expected: Expected,
+    payload: Sequence[memoryview],
+    *,
+    check_payload: bool = True,
+    known_checksum: int | None = None,
 ) -> GetOutcome:
     """Whether header and payload, both the reader's own copies, are the expected chunk. `check_payload` False leaves
-    the checksum out. Another fingerprint is FOREIGN; another key or generation STALE: the place was given away."""
+    the checksum out; `known_checksum` is the payload's, where it was computed on the way. Another fingerprint is
+    FOREIGN; another key or generation STALE: the place was given away."""
     header = parse(raw_header)
     if header is None:
         return GetOutcome.MALFORMED
@@ -108,7 +137,7 @@ def verify(
         return GetOutcome.STALE
     if header.payload_length != expected.payload_length or header.payload_length != _num_bytes(payload):
         return GetOutcome.MALFORMED
-    if check_payload and header.checksum != checksum(payload):
+    if check_payload and header.checksum != (checksum(payload) if known_checksum is None else known_checksum):
         return GetOutcome.CHECKSUM
     return GetOutcome.OK
 

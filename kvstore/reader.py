@@ -1,7 +1,7 @@
 """Reading chunks: choose replicas, move all of a batch at once, verify the copies, go on with the next replicas.
 
-Owns nothing between calls. Invariant: a chunk is OK only if its bytes in the caller's buffers were verified after the
-last transfer into them had ended.
+Owns nothing between calls. Invariant: a chunk is OK only if its bytes in the caller's buffers were hashed after they
+had been written there for the last time: while they arrived if the transport shows them, else once all have.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from kvcore.clock import Clock
 from kvcore.errors import SegmentUnknownError, TransferError
 from kvcore.types import ReplicaRef, Segment
 from kvstore.checksums import run_sized
-from kvstore.chunk_format import HEADER_BYTES, Expected, verify
+from kvstore.chunk_format import HEADER_BYTES, Expected, RunningChecksum, verify
 from kvstore.counters import Count, StoreCounters
 from kvstore.routes import Routes
 from kvstore.types import Direction, GetOutcome, GetResult, Match, MovedBytes, RunBlocking
@@ -37,6 +37,8 @@ class _Wanted:
     payload: Sequence[memoryview]
     num_bytes: int
     outcome: GetOutcome = GetOutcome.UNREACHABLE
+    passed: RunningChecksum | None = None
+    """Of the try under way."""
 
     @property
     def open(self) -> bool:
@@ -122,7 +124,7 @@ class ChunkReader:
     async def _batch(
         self, transport: str, batch: Sequence[tuple[_Wanted, _Way]], timeout_s: float, report: ReadReport
     ) -> None:
-        ops = [TransferOp(way.segment, way.replica.offset, [chunk.header, *chunk.payload]) for chunk, way in batch]
+        ops = [self._op(chunk, way) for chunk, way in batch]
         began = self._clock.now()
         errors = await self._transfer.read(ops, timeout_s)
         seconds = self._clock.now() - began
@@ -138,13 +140,18 @@ class ChunkReader:
             moved = MovedBytes(transport, Direction.GET, num_bytes, seconds)
             report.result.moved.append(moved)
             self._counters.add_moved(moved)
-            await self._verify(arrived, num_bytes, report)
+            await self._verify(arrived, report)
 
-    async def _verify(self, arrived: Sequence[tuple[_Wanted, _Way]], num_bytes: int, report: ReadReport) -> None:
+    def _op(self, chunk: _Wanted, way: _Way) -> TransferOp:
+        chunk.passed = RunningChecksum(chunk.num_bytes - HEADER_BYTES) if self._check_payload else None
+        show = chunk.passed.show if chunk.passed else None
+        return TransferOp(way.segment, way.replica.offset, [chunk.header, *chunk.payload], show)
+
+    async def _verify(self, arrived: Sequence[tuple[_Wanted, _Way]], report: ReadReport) -> None:
         def outcomes() -> list[GetOutcome]:
             return [self._outcome(chunk, way.replica) for chunk, way in arrived]
 
-        hashed = num_bytes if self._check_payload else 0
+        hashed = sum(chunk.num_bytes for chunk, _ in arrived if chunk.passed and chunk.passed.value is None)
         for (chunk, way), outcome in zip(arrived, await run_sized(self._run_blocking, hashed, outcomes), strict=True):
             if outcome is GetOutcome.OK:
                 chunk.outcome = outcome
@@ -153,7 +160,8 @@ class ChunkReader:
 
     def _outcome(self, chunk: _Wanted, replica: ReplicaRef) -> GetOutcome:
         expected = Expected(replica.key, self._fingerprint, replica.generation, chunk.num_bytes - HEADER_BYTES)
-        return verify(chunk.header, expected, chunk.payload, check_payload=self._check_payload)
+        known = chunk.passed.value if chunk.passed else None
+        return verify(chunk.header, expected, chunk.payload, check_payload=self._check_payload, known_checksum=known)
 
     def _not_read(self, chunk: _Wanted, way: _Way, error: TransferError, report: ReadReport) -> None:
         """Only a peer that says "I do not hold that" is told on: silence may be our own link's fault."""

@@ -21,6 +21,9 @@ _INLINE_BYTES = 256 << 10
 """Up to here a copy (6 to 25 us) is cheaper than the hop to a thread and back (60 to 100 us)."""
 _SLICE_BYTES = 4 << 20
 """A large copy looks at its stop flag this often: about 0.5 ms; slower in smaller slices, not faster in larger ones."""
+_SHOWN_BYTES = 1 << 20
+"""Slices of a copy whose reader looks at each at once. 64 MiB with a checksum: 5.9 ms; 6.9 in slices of 4 MiB, which
+have left the cache, and 7.5 with the checksum after the copy."""
 _SWEEP_S = 1.0
 
 
@@ -147,19 +150,21 @@ class _Batch:
             self.results[index] = outside
             return
         at = op.offset
+        show = op.on_part if self.direction == "read" else None
+        slice_bytes = _SLICE_BYTES if show is None else _SHOWN_BYTES
         for view in byte_views(op):
-            self._copy_view(view, memory[at : at + view.nbytes])
-            at += view.nbytes
+            for start in range(0, view.nbytes, slice_bytes):
+                part = view[start : start + slice_bytes]
+                self._copy_part(part, memory[at : at + part.nbytes])
+                at += part.nbytes
+                if show is not None:
+                    show(part)
 
-    def _copy_view(self, local: memoryview, remote: memoryview) -> None:
+    def _copy_part(self, local: memoryview, remote: memoryview) -> None:
         source, target = (local, remote) if self.direction == "write" else (remote, local)
         if self.stop.is_set():
             raise PeerUnreachableError("the transport was closed during the copy")
         if local.nbytes <= _INLINE_BYTES:
             target[:] = source
-            return
-        for start in range(0, local.nbytes, _SLICE_BYTES):  # numpy lets go of the interpreter lock, memoryview does not
-            if self.stop.is_set():
-                raise PeerUnreachableError("the transport was closed during the copy")
-            part = slice(start, start + _SLICE_BYTES)
-            np.copyto(np.frombuffer(target[part], np.uint8), np.frombuffer(source[part], np.uint8))
+        else:  # numpy lets go of the interpreter lock, memoryview does not
+            np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))

@@ -8,6 +8,7 @@ from kvstore.chunk_format import (
     HEADER_BYTES,
     ChunkHeader,
     Expected,
+    RunningChecksum,
     checksum,
     pack,
     parse,
@@ -46,6 +47,27 @@ def test_the_checksum_is_the_published_one_however_the_payload_is_cut():
     assert checksum([memoryview(PAYLOAD)]) == HEADER.checksum
     assert checksum(VIEWS) == HEADER.checksum
     assert checksum([]) == checksum([memoryview(b"")])
+
+
+@pytest.mark.parametrize("size", [1, 100, HEADER_BYTES, HEADER_BYTES + 256])
+def test_the_running_checksum_is_the_same_however_header_and_payload_pass(size):
+    running, whole = RunningChecksum(256), memoryview(pack(HEADER) + PAYLOAD)
+    for start in range(0, len(whole), size):
+        assert running.value is None, "not all has passed"
+        running.show(whole[start : start + size])
+    assert running.value == HEADER.checksum
+
+
+def test_a_running_checksum_that_saw_too_much_says_nothing():
+    running = RunningChecksum(256)
+    running.show(memoryview(bytes(HEADER_BYTES + 257)))
+    assert running.value is None
+
+
+def test_a_checksum_known_from_the_way_takes_the_place_of_the_payloads():
+    raw = memoryview(pack(HEADER))
+    assert verify(raw, EXPECTED, VIEWS, known_checksum=HEADER.checksum) is GetOutcome.OK
+    assert verify(raw, EXPECTED, VIEWS, known_checksum=HEADER.checksum ^ 1) is GetOutcome.CHECKSUM
 
 
 def test_every_flipped_bit_of_a_header_is_malformed():

@@ -1,4 +1,5 @@
 import asyncio
+import dataclasses
 
 import msgspec
 import pytest
@@ -11,6 +12,14 @@ from kvstore.types import Direction, GetOutcome, Match
 from transfer.inproc import InprocFault, InprocTransfer
 from transfer.select import TransferSelector
 
+
+class Silent(InprocTransfer):
+    """Shows nothing of what arrives, as most transports."""
+
+    async def read(self, ops, timeout_s):
+        return await super().read([dataclasses.replace(op, on_part=None) for op in ops], timeout_s)
+
+
 # --- damage ----------------------------------------------------------------------------------------------------
 
 
@@ -18,9 +27,10 @@ from transfer.select import TransferSelector
     ("at", "outcome"),
     [(0, GetOutcome.MALFORMED), (80, GetOutcome.MALFORMED), (HEADER_BYTES + 500, GetOutcome.CHECKSUM)],
 )
-async def test_a_flipped_byte_is_a_miss_of_that_chunk_alone_and_is_reported(world, at, outcome):
+@pytest.mark.parametrize("transport", [InprocTransfer, Silent])
+async def test_a_flipped_byte_is_a_miss_of_that_chunk_alone_and_is_reported(world, at, outcome, transport):
     world.add_node("a")
-    store, _ = world.store("a", InprocTransfer(world.memory))
+    store, _ = world.store("a", transport(world.memory))
     await put(store)
     bad = replica(world, 1)
     world.memory["a.1"][bad.offset + at] ^= 1
@@ -342,11 +352,11 @@ async def test_nothing_asked_is_nothing_done(world):
     assert wire.calls == []
 
 
-async def test_a_large_payload_is_hashed_off_the_loop_and_a_small_one_on_it(world, monkeypatch):
+async def test_a_large_payload_that_was_not_shown_is_hashed_off_the_loop_and_a_small_one_on_it(world, monkeypatch):
     monkeypatch.setattr("kvstore.checksums.INLINE_BYTES", 2 * CHUNK_BYTES)
     world.add_node("a")
     taken = []
-    store, _ = world.store("a", InprocTransfer(world.memory))
+    store, _ = world.store("a", Silent(world.memory))
 
     async def run(function):
         taken.append(function)

@@ -1,0 +1,51 @@
+"""What a read shows of the bytes that arrive: all of them once and in order, or fewer; never others."""
+
+import os
+
+import pytest
+from support.transfer_rigs import Rig
+
+from transfer.base import TransferOp
+
+SHOWING = ("inproc", "shm")
+
+
+@pytest.mark.parametrize("kind", SHOWING)
+@pytest.mark.parametrize("cuts", [[128, 300], [128, 3 << 20, 5, (2 << 20) + 1], [0, 128, 0, 1 << 20]])
+async def test_a_read_shows_each_byte_once_and_in_order(kind, cuts):
+    data = os.urandom(sum(cuts))
+    async with Rig(kind) as rig:
+        assert await rig.engine.write([rig.op(4096, data)], 5.0) == [None]
+        buffers = [memoryview(bytearray(cut)) for cut in cuts]
+        shown: list[bytes] = []
+        op = TransferOp(rig.segment, 4096, buffers, lambda part: shown.append(bytes(part)))
+        assert await rig.engine.read([op], 5.0) == [None]
+        assert b"".join(shown) == data == b"".join(buffers)
+
+
+@pytest.mark.parametrize("kind", (*SHOWING, "tcp"))
+async def test_each_op_of_a_batch_sees_its_own_bytes_or_none(kind):
+    async with Rig(kind) as rig:
+        data = [os.urandom(2 << 20) for _ in range(3)]
+        await rig.engine.write([rig.op(index << 21, part) for index, part in enumerate(data)], 5.0)
+        shown: list[list[bytes]] = [[], [], []]
+        ops = [
+            TransferOp(
+                rig.segment,
+                index << 21,
+                [memoryview(bytearray(2 << 20))],
+                lambda part, at=index: shown[at].append(bytes(part)),
+            )
+            for index in range(3)
+        ]
+        assert await rig.engine.read(ops, 5.0) == [None] * 3
+        assert [b"".join(parts) for parts in shown] == (data if kind in SHOWING else [b""] * 3)
+
+
+@pytest.mark.parametrize("kind", SHOWING)
+async def test_a_write_shows_nothing(kind):
+    async with Rig(kind) as rig:
+        shown: list[memoryview] = []
+        op = TransferOp(rig.segment, 0, [memoryview(bytes(2 << 20))], shown.append)
+        assert await rig.engine.write([op], 5.0) == [None]
+        assert not shown
