@@ -15,6 +15,10 @@ from engines.paged.runner import Sampled, SampleSpec
 from kvcore.errors import EngineError
 
 _WORD = (1 << 64) - 1
+_HUGE = 1e30
+_COLDEST = 1e-5
+"""Draws as greedy does. Together: whatever a request asks for, its row stays finite, as one that is not would fail all
+that share the step."""
 
 
 def uniform(seed: int, index: int, position: int) -> float:
@@ -28,10 +32,10 @@ def uniform(seed: int, index: int, position: int) -> float:
 def sample_rows(logits: torch.Tensor, specs: Sequence[SampleSpec], eos_token_ids: Sequence[int]) -> list[list[Sampled]]:
     """Draw for each row of `logits` ([number of specs, vocabulary], not changed) one token an index of its spec.
 
-    Raises EngineError if a row holds a NaN: its KV or the weights are broken.
+    Raises EngineError if a row holds a NaN or no finite maximum: its KV or the weights are broken.
     """
     best, best_ids = logits.max(dim=-1)
-    if bool(torch.isnan(best).any()):
+    if not bool(torch.isfinite(best).all()):
         raise EngineError("the model computed logits that are not numbers; a wider model.dtype may help")
     greedy = best_ids.tolist()
     return [
@@ -70,7 +74,7 @@ def _is_plain(spec: SampleSpec) -> bool:
 
 
 def adjust_logits(row: torch.Tensor, spec: SampleSpec, eos_token_ids: Sequence[int]) -> torch.Tensor:
-    """A copy of `row` ([vocabulary], float32) after bias, penalties and the mask of min_tokens."""
+    """A copy of `row` ([vocabulary], float32) after bias, penalties and the mask of min_tokens. All finite."""
     params = spec.params
     row = row.clone()
     if params.logit_bias:
@@ -86,8 +90,8 @@ def adjust_logits(row: torch.Tensor, spec: SampleSpec, eos_token_ids: Sequence[i
         row[torch.from_numpy(ids)] -= penalty.to(row.dtype)
     if len(spec.output) < params.min_tokens:
         ends = [*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)]
-        row[torch.tensor(ends, dtype=torch.int64)] = float("-inf")
-    return row
+        row[torch.tensor([end for end in ends if end < len(row)], dtype=torch.int64)] = -_HUGE
+    return row.nan_to_num_(nan=-_HUGE).clamp_(-_HUGE, _HUGE)
 
 
 def draw_tokens(row: torch.Tensor, spec: SampleSpec) -> list[int]:
@@ -108,7 +112,7 @@ def candidates(row: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor,
 
     As transformers' warpers in their order: temperature, top_k (ties with the k-th stay), top_p, min_p.
     """
-    scaled = row / params.temperature
+    scaled = row / max(params.temperature, _COLDEST)
     ids = torch.arange(len(row))
     if 0 < params.top_k < len(row):
         ids = (scaled >= scaled.topk(params.top_k).values[-1]).nonzero()[:, 0]

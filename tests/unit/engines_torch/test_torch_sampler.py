@@ -145,3 +145,27 @@ def test_frequencies_over_many_seeds_fit_the_distribution() -> None:
         counts[tokens(row, spec_of(temperature=0.7, seed=seed))[0][0]] += 1
     chi_square = float(((counts - expected) ** 2 / expected).sum())
     assert chi_square < 18.5  # 4 degrees of freedom, p = 0.001
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 0, "min_tokens": 5, "stop_token_ids": [VOCAB, 2**32 - 1]},
+        {"temperature": 1e-300, "min_p": 0.5},
+        {"temperature": 5e-324, "top_p": 0.5},
+        {"temperature": 1e-45, "top_k": 3, "min_p": 0.5},
+        {"temperature": 1.0, "repetition_penalty": 1e-300, "min_p": 0.5},
+        {"temperature": 1.0, "repetition_penalty": 1e300, "min_p": 0.5},
+        {"temperature": 0.7, "presence_penalty": 1e300, "min_p": 0.5},
+        {"temperature": 0.7, "frequency_penalty": -1e300, "min_p": 0.5},
+        {"temperature": 0.7, "logit_bias": {3: 1e300, 4: -1e300}, "min_p": 0.5},
+    ],
+)
+def test_parameters_that_no_arithmetic_survives_fail_nobody_else(params: dict[str, float]) -> None:
+    logits = logits_of(8, rows=2)
+    plain = spec_of(temperature=0)
+    (drawn,), (other,) = tokens(logits, spec_of(prompt=(3, 4), output=(5, 6), **params), plain)
+    assert 0 <= drawn < VOCAB
+    assert other == int(logits[1].argmax())
+    if params["temperature"] < 1e-6:
+        assert drawn == int(logits[0].argmax())
