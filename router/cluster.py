@@ -6,14 +6,14 @@ the metadata server away the static nodes go on being probed and used; only know
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from engines.base import NodeReport
 from kvcore.chunk_keys import chunk_keys, root_key, usable_chunks
 from kvcore.clock import Clock
 from kvcore.config import ClusterConfig
-from kvcore.errors import KVFerryError
+from kvcore.errors import DeadlineExceededError, KVFerryError, NodeUnavailableError
 from kvcore.telemetry import log_fields
 from kvcore.types import NodeInfo, Role
 from metadata_server.messages import Event, EventKind
@@ -22,6 +22,9 @@ from router.index import PrefixHits, PrefixIndex
 from router.nodes import NodeClient
 from router.policy import ClusterView, NodeView
 
+LOST_ROUNDS = 4
+"""Rounds of probes without an answer (12 s by default) after which legs on a node are given up. A process that dies
+breaks its connections and is noticed by them; a host that hangs or is cut off breaks none."""
 _log = logging.getLogger("router")
 
 
@@ -36,6 +39,8 @@ class KnownNode:
     registered: bool = False
     report: NodeReport | None = None
     problem: str | None = "not probed yet"
+    silent_since: float | None = None
+    """When the first of the probes was sent that have had no answer since the last one that had."""
     breaker: Breaker = field(default_factory=Breaker)
     sequences: int = 0
     prefill_tokens: int = 0
@@ -62,6 +67,9 @@ class Cluster:
         self._client = client
         self._clock = clock
         self._wake = asyncio.Event()
+        self._lost_after_s = LOST_ROUNDS * (config.router.probe_interval_s + config.router.connect_timeout_s)
+        self.on_lost: list[Callable[[str, KVFerryError], None]] = []
+        """Called with a node's id and why its legs are lost, at each probe for as long as it stays silent."""
         self.index = PrefixIndex()
         self.nodes: dict[str, KnownNode] = {}
         for name, node in config.nodes.items():
@@ -83,12 +91,15 @@ class Cluster:
         await asyncio.gather(*(self._probe(node) for node in list(self.nodes.values())))
 
     async def _probe(self, node: KnownNode) -> None:
-        before = node.problem
+        before, asked_at = node.problem, self._clock.now()
         try:
             report = await self._client.info(node.url, timeout_s=self._config.router.connect_timeout_s)
         except KVFerryError as error:
             node.problem = error.message
+            if isinstance(error, NodeUnavailableError | DeadlineExceededError):
+                self._unanswered(node, asked_at)
         else:
+            node.silent_since = None
             if node.report and report.node.incarnation != node.report.node.incarnation:
                 node.breaker = Breaker()
             node.report = report
@@ -96,6 +107,15 @@ class Cluster:
         if before != node.problem:
             level = logging.WARNING if before is None else logging.INFO  # one that is still starting is no alarm
             log_fields(_log, level, "node", node=node.id, role=node.role, usable=node.problem is None, why=node.problem)
+
+    def _unanswered(self, node: KnownNode, asked_at: float) -> None:
+        if node.silent_since is None:
+            node.silent_since = asked_at
+        silent_s = self._clock.now() - node.silent_since
+        if silent_s >= self._lost_after_s:
+            error = NodeUnavailableError(f"node {node.id} has answered nothing for {silent_s:.0f} s")
+            for tell in self.on_lost:
+                tell(node.id, error)
 
     # --- what the dispatcher tells ---
 

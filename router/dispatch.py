@@ -100,6 +100,9 @@ class Dispatcher:
         self.log = log
         self._turn = 0
         self._control: set[asyncio.Task[None]] = set()
+        self.running: set[RequestRun] = set()
+        """Entered and not left: they are told of nodes that are lost."""
+        cluster.on_lost.append(self._node_lost)
 
     def open(self, spec: RequestSpec) -> "RequestRun":
         """Route a request. `async with` the result starts its legs; iterating yields its outputs.
@@ -137,6 +140,10 @@ class Dispatcher:
             await asyncio.wait(self._control, timeout=CONTROL_TIMEOUT_S)
         for task in list(self._control):
             task.cancel()
+
+    def _node_lost(self, node: str, error: KVFerryError) -> None:
+        for run in list(self.running):
+            run.give_up(node, error)
 
 
 async def _quietly(call: Coroutine[object, object, None]) -> None:
@@ -190,6 +197,7 @@ class RequestRun:
 
     async def __aenter__(self) -> Self:
         self._dispatcher.log.open(self.record)
+        self._dispatcher.running.add(self)
         loop = asyncio.get_running_loop()
         timeout_s = self._dispatcher.config.request_timeout_s
         self._timers["deadline"] = loop.call_later(timeout_s, self._apply, Deadline())
@@ -200,6 +208,7 @@ class RequestRun:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._apply(ClientGone())
+        self._dispatcher.running.discard(self)
         if isinstance(self._end, Finish):
             self._dispatcher.adopt(self._tasks.values())
         elif self._tasks:
@@ -224,6 +233,16 @@ class RequestRun:
         """A stop string was found in this completion: it needs no more tokens, and yields none."""
         self._apply(StopHit(index))
         self._unread = deque(emit for emit in self._unread if emit.index != index)
+
+    def give_up(self, node: str, error: KVFerryError) -> None:
+        """This node is lost, and every leg on it, though nothing has broken off: go on elsewhere."""
+        for leg in [leg for leg in self.record.legs if leg.node == node]:
+            task = self._tasks.get(leg.id)
+            if task is None or task.cancelling():
+                continue
+            task.cancel()
+            leg.error = f"{error.code}: {error.message}"
+            self._apply(PrefillFailed(leg.id, error) if leg.kind == "prefill" else DecodeFailed(leg.id, error))
 
     # --- Picker ---
 

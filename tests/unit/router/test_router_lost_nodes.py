@@ -1,0 +1,112 @@
+"""A host that hangs breaks no connection: its legs are given up once it has answered no probe for long enough."""
+
+import asyncio
+
+import pytest
+from support.router_fakes import FakeNode, Rig, expected, make_rig, until
+
+from engines.base import SamplingParams
+from kvcore.clock import ManualClock
+from kvcore.errors import EngineError
+from router import cluster as cluster_module
+from router.dispatch import RequestRun, RequestSpec
+
+PROMPT = [i % 250 for i in range(100)]
+
+
+def open_run(rig: Rig) -> RequestRun:
+    sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    return rig.dispatcher.open(RequestSpec("r", PROMPT, sampling))
+
+
+async def tokens_of(run: RequestRun) -> list[int]:
+    async with run:
+        return [token async for emit in run for token in emit.token_ids]
+
+
+async def assert_quiet(rig: Rig) -> None:
+    await until(lambda: all(node.running == 0 for node in rig.nodes.nodes))
+    assert rig.log.in_flight == 0 and not rig.dispatcher.running
+
+
+@pytest.fixture
+async def rig(monkeypatch: pytest.MonkeyPatch) -> Rig:
+    """Lost with the first probe that has no answer."""
+    monkeypatch.setattr(cluster_module, "LOST_ROUNDS", 0)
+    return await make_rig()
+
+
+def hang(node: FakeNode) -> None:
+    """Legs and probes have no answer from here on; nothing breaks off."""
+    node.prefill_gate = node.generate_gate = asyncio.Event()
+    node.down = True
+
+
+async def test_a_prefill_on_a_node_that_hangs_is_done_by_another(rig: Rig) -> None:
+    for name in ("d0", "d1"):
+        rig.nodes[name].wait_for_handoff = True
+    run = open_run(rig)
+    first = run.record.route.prefiller if run.record.route else None
+    assert first is not None
+    node = rig.nodes[first]
+    node.prefill_gate = asyncio.Event()
+    task = asyncio.create_task(tokens_of(run))
+    await until(lambda: len(node.prefills) == 1)
+    hang(node)
+    await rig.cluster.probe()
+    assert await task == expected(PROMPT, 8)
+    assert run.record.retried_legs == [("prefill", "node_unavailable")]
+    legs = [leg for leg in run.record.legs if leg.kind == "prefill"]
+    assert [leg.node for leg in legs] == [first, *({"p0", "p1"} - {first})]
+    assert "answered nothing" in (legs[0].error or "")
+    await assert_quiet(rig)
+
+
+async def test_a_decode_on_a_node_that_hangs_goes_on_elsewhere(rig: Rig) -> None:
+    run = open_run(rig)
+    assert run.record.route is not None
+    node = rig.nodes[run.record.route.decoder]
+    node.generate_gate = asyncio.Event()
+    task = asyncio.create_task(tokens_of(run))
+    await until(lambda: len(node.generates) == 1)
+    hang(node)
+    for _ in range(3):  # it stays silent: said again, and nothing happens twice
+        await rig.cluster.probe()
+    assert await task == expected(PROMPT, 8)
+    assert run.record.retries == 1 and run.record.legs[-1].node != node.id
+    await assert_quiet(rig)
+
+
+async def test_a_node_that_answers_anything_in_time_is_not_lost() -> None:
+    rig = await make_rig()
+    clock, lost = ManualClock(), list[str]()
+    rig.cluster._clock = clock
+    rig.cluster.on_lost.append(lambda node, error: lost.append(node))
+    node = rig.nodes["d0"]
+
+    async def silent_for(seconds: float) -> None:
+        node.down = True
+        await rig.cluster.probe()
+        clock.advance(seconds)
+        await rig.cluster.probe()
+
+    await silent_for(11.9)
+    node.down = False
+    await rig.cluster.probe()
+    await silent_for(11.9)
+    assert lost == []
+    clock.advance(0.2)
+    await rig.cluster.probe()
+    assert lost == ["d0"]
+
+
+async def test_an_error_is_an_answer(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost: list[str] = []
+    rig.cluster.on_lost.append(lambda node, error: lost.append(node))
+
+    def refuse() -> None:
+        raise EngineError("no report today")
+
+    monkeypatch.setattr(rig.nodes["d0"], "_check", refuse)
+    await rig.cluster.probe()
+    assert lost == [] and rig.cluster.nodes["d0"].problem == "no report today"
