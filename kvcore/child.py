@@ -166,8 +166,10 @@ class ChildProcess:
         self._process.wait()  # it is a zombie: returns at once
         os.close(self._pidfd)
         del _running[self._process.pid]
-        for _ in range(_LAST_READS):  # a daemon that left the group may hold the pipe for ever: do not wait for it
-            if not self._read_output():
-                break
-        self._close_output()
-        self._exited.set()
+        try:
+            for _ in range(_LAST_READS):  # a daemon that left the group may hold the pipe for ever: do not wait for it
+                if not self._read_output():
+                    break
+            self._close_output()
+        finally:
+            self._exited.set()  # whatever `on_line` does: nobody waits for ever for a child that has ended

@@ -21,6 +21,8 @@ from kvferry.supervised import ProcessState, SupervisedProcess
 
 _HEALTH_TIMEOUT_S = 2.0
 _BACKOFF_S = (0.2, 5.0)
+_STEADY_S = 10.0
+"""One that ran for less than this is started again ever more slowly, even if it was ready."""
 _KILL_MARGIN_S = 5.0
 
 
@@ -166,16 +168,17 @@ class Launcher:
                 await self._session.close()
 
     async def _keep_up(self, process: SupervisedProcess) -> None:
-        pause_s = _BACKOFF_S[0]
+        pause_s, now = 0.0, asyncio.get_running_loop().time
         while not self._stopping:
+            started = now()
             how = await process.run_once()
             if self._stopping:
                 return
             if not process.was_ready:
                 process.set_state(ProcessState.FAILED, how)
                 raise ConfigError(process.explain(f"{how} before it was ready"))
-            served = process.state is ProcessState.READY
-            pause_s = _BACKOFF_S[0] if served else min(2 * pause_s, _BACKOFF_S[1])
+            steady = process.state is ProcessState.READY and now() - started >= _STEADY_S
+            pause_s = _BACKOFF_S[0] if steady else min(2 * pause_s or _BACKOFF_S[0], _BACKOFF_S[1])
             process.set_state(ProcessState.DIED, f"{how}; starting it again in {pause_s:g} s")
             await asyncio.sleep(pause_s)
             process.restarts += 1

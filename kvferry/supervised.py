@@ -100,7 +100,8 @@ class SupervisedProcess:
         if self._child is not None:
             self._child.kill()
             await self._child.wait()
-        self._log.close()
+        with suppress(OSError):  # what a full disk did not take
+            self._log.close()
 
     def explain(self, what: str) -> str:
         """`what` went wrong with it, and its last lines."""
@@ -131,7 +132,8 @@ class SupervisedProcess:
 
     def _take_line(self, line: str) -> None:
         self._last_lines.append(line)
-        self._log.write(line + "\n")
+        with suppress(OSError):  # a full disk: better no log than no cluster
+            self._log.write(line + "\n")
         if self._on_line is not None:
             self._on_line(self.name, line)
 

@@ -154,6 +154,20 @@ async def test_all_output_arrives_in_order_and_long_lines_are_cut():
     assert rest == ["errÿ", *map(str, range(5000)), "no newline"]
 
 
+async def test_a_reader_of_lines_that_fails_does_not_hide_that_the_child_has_ended():
+    """On `on_line` that raises in spite of its contract nobody may wait for ever, least of all who stops the child."""
+
+    def full(line: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda loop, context: None)
+    child = await ChildProcess.start(python("import sys; print('last words'); sys.exit(3)"), on_line=full)
+    assert child._output is not None
+    loop.remove_reader(child._output)  # as if it ended before its output was read
+    assert await asyncio.wait_for(child.wait(), 10) == 3
+
+
 async def test_a_command_that_does_not_exist_says_so():
     lines = Lines()
     child = await ChildProcess.start(["/no/such/program"], on_line=lines)

@@ -123,6 +123,29 @@ async def test_one_that_has_served_is_restarted_when_it_dies(make):
         assert died.name == "d" and "was ended by signal 9; starting it again in 0.2 s" in died.detail
 
 
+async def test_one_that_dies_soon_each_time_is_restarted_ever_more_slowly(make):
+    async with make(whole()) as launcher:
+        await launcher.wait_ready(20)
+        for _ in range(2):
+            old = launcher.pids["d"]
+            os.kill(old, signal.SIGKILL)
+            await launcher.wait_restarted("d", old, 20)
+        died = [event.detail for event in launcher.events if event.state is ProcessState.DIED]
+        assert [detail.rpartition(" in ")[2] for detail in died] == ["0.2 s", "0.4 s"]
+
+
+async def test_a_full_disk_costs_the_log_and_nothing_else(make):
+    lines: list[str] = []
+    async with make(whole(), on_line=lambda name, line: lines.append(line)) as launcher:
+        for process in launcher._processes.values():
+            process._log.close()
+            process._log = open("/dev/full", "w", buffering=1)  # noqa: ASYNC230, SIM115, PTH123 - closed by the launcher
+        await launcher.wait_ready(20)
+        async with asyncio.timeout(20):
+            await launcher.aclose()
+    assert "d bye" in lines
+
+
 async def test_stopping_goes_router_nodes_metadata_server_and_leaves_nothing(make):
     lines: list[tuple[str, str]] = []
     async with make(whole(), on_line=lambda name, line: lines.append((name, line))) as launcher:
