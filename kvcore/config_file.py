@@ -114,7 +114,8 @@ def _apply(raw: dict[str, object], override: str) -> None:
         raise ConfigError(f"--set {override}: the value is not valid YAML") from error
     if keys in (["transport"], ["devices"]):
         section = raw.setdefault("transport", {})
-        assert isinstance(section, dict)
+        if not isinstance(section, dict):
+            raise ConfigError(f"--set {override}: transport is not a section")
         keys, section_value = ["transport"], value
         value = {**section, "kind" if path.strip() == "transport" else "devices": section_value}
     place: object = raw

@@ -5,6 +5,7 @@ name the exact path, the value and the nearest valid key. Pure.
 """
 
 import difflib
+import math
 import re
 import types
 from collections.abc import Mapping
@@ -36,10 +37,10 @@ def parse_byte_size(raw: object) -> ByteSize:
     text = str(raw).strip() if isinstance(raw, int | str) and not isinstance(raw, bool) else ""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text)
     factor = _UNITS.get(match[2].upper()) if match else None
-    size = int(float(match[1]) * factor) if match and factor else 0
-    if size <= 0:
+    size = float(match[1]) * factor if match and factor else 0.0
+    if not 1 <= size < math.inf:
         raise ValueError("expected a positive number of bytes such as 512MiB, 2GB or 1048576")
-    return ByteSize(size)
+    return ByteSize(int(size))
 
 
 def _convert(raw: object, kind: object, path: str) -> object:
@@ -56,6 +57,8 @@ def _convert(raw: object, kind: object, path: str) -> object:
     if origin is dict:
         named = _mapping(raw, path)
         return {str(key): _convert(value, arguments[1], _join(path, str(key))) for key, value in named.items()}
+    if isinstance(raw, float) and not math.isfinite(raw):
+        raise _wrong(path, raw, "expected a finite number")
     try:
         return msgspec.convert(raw, type=kind)
     except msgspec.ValidationError as error:

@@ -41,6 +41,11 @@ def load(tmp_path):
         ("nodes.decode-0.role=decodr", r"nodes\.decode-0\.role: 'decodr': not valid \(did you mean decoder\?\)"),
         ("nodes.decode-0.port=70000", r"nodes\.decode-0\.port: 70000: expected int <= 65535"),
         ("nodes.decode-0.port='80'", r"nodes\.decode-0\.port: '80': expected int, got str"),
+        (
+            f"nodes.decode-0.segment={'9' * 400}",
+            r"nodes\.decode-0\.segment: 9+\.\.\.: expected a positive number of bytes",
+        ),
+        ("router.request_timeout_s=.inf", r"router\.request_timeout_s: inf: expected a finite number"),
         ("nodes.decode-0=5", r"nodes\.decode-0: 5: expected a section"),
         ("engine.kind=troch", r"engine\.kind: unknown kind 'troch' \(did you mean torch\?\)"),
         ("engine.threads=0", r"engine\.threads: 0: expected int >= 1"),
@@ -57,6 +62,7 @@ def load(tmp_path):
         ("nodes.router={role: store, port: 1}", r"nodes\.router: the name stands for the cluster's own router"),
         ("nodes.s={role: store, port: 1, engine: {kind: sim}}", r"nodes\.s\.engine: a store has no engine"),
         ("nodes.decode-0.engine={kind: sim, bytes_per_token: 24}", r"bytes_per_token: 24 is not a multiple of 16"),
+        ("nodes.decode-0.host=0.0.0.0", r"nodes\.decode-0\.host: 0\.0\.0\.0 is every interface; give the address"),
         ("nodes.d={role: decoder, port: 1, engine: {kind: sim}}", r"engine: the nodes' engines are of several kinds"),
     ],
 )
@@ -69,6 +75,15 @@ def test_a_wrong_value_is_named_with_file_path_value_and_remedy(load, override, 
 def test_a_malformed_override_is_named(load, override):
     with pytest.raises(ConfigError, match=r"--set "):
         load(override)
+
+
+@pytest.mark.parametrize("transport", [None, ["tcp"]])
+@pytest.mark.parametrize("override", ["transport=tcp", "devices=[mlx5_0]", "transport.kind=tcp"])
+def test_an_override_within_what_is_no_section_is_named(load, transport, override):
+    with pytest.raises(
+        ConfigError, match=f"--set {override.replace('[', '.').replace(']', '.')}: transport is not a section"
+    ):
+        load(override, transport=transport)
 
 
 def test_missing_keys_are_named(load):
