@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvcore.config import ClusterConfig, EngineConfig, TorchEngineConfig
+from kvcore.config import ClusterConfig, EngineConfig, TorchEngineConfig, TransportConfig
 from kvcore.config_checks import engine_of, ports_of
 from kvcore.errors import ConfigError, ModelLoadError
 from kvcore.ports import listen
@@ -169,9 +169,27 @@ def check_transports(context: Context) -> list[Finding]:
     if wanted & {"auto", "tcp"}:
         findings.append(_check_tcp())
     if "ucx" in wanted:
-        remedy = "set `transport: auto` (shared memory on one machine, TCP between machines) until it has"
-        findings += [Finding("transport ucx", False, "this build has no UCX transport yet", remedy), _check_memlock()]
+        findings += _check_ucx(context.config.transport)
     return findings
+
+
+def _check_ucx(transport: TransportConfig) -> list[Finding]:
+    from transfer.ucx_probe import probe_ucx  # loads the binding, which only those who ask for it need
+
+    try:
+        probe = probe_ucx(transport)
+    except ConfigError as error:
+        if transport.fallback not in (None, "ucx"):
+            return [Finding("transport ucx", True, f"{error.message}; {transport.fallback} is used instead")]
+        return [Finding("transport ucx", False, *_halves(error.message))]
+    verbs = "with verbs" if "ib" in probe.components else "without verbs"
+    found = Finding("transport ucx", True, f"{probe.build} {verbs} uses {', '.join(probe.resources)}")
+    return [found, _check_memlock()] if probe.rdma else [found]
+
+
+def _halves(message: str) -> tuple[str, str]:
+    wrong, _, remedy = message.rpartition("; ")
+    return (wrong, remedy) if wrong else (message, "see docs/rdma.md")
 
 
 def _check_shared_memory() -> Finding:

@@ -83,13 +83,24 @@ def plan_devices(devices: Sequence[str], root: Path = _SYS) -> UcxPlan:
             chosen.append(device)
     if wrong:
         raise ConfigError(
-            f"transport.devices: {'; '.join(wrong)}. HCA ports here: {_listed(ports)}; interfaces: "
-            f"{_listed(name for name, up in interfaces.items() if up)}",
+            f"transport.devices: {', '.join(wrong)} (HCA ports here: {_listed(ports)}; interfaces: "
+            f"{_listed(name for name, up in interfaces.items() if up)}); name one that is up",
             param="transport.devices",
         )
     kinds = (("ib", any(name in ports for name in chosen)), ("tcp", any(name not in ports for name in chosen)))
     tls = ",".join([name for name, used in kinds if used] + ["self"])
     return UcxPlan(tls, ",".join(chosen), tuple(chosen))
+
+
+def read_resources(context_info: str) -> tuple[str, ...]:
+    """`transport/device` of all that a context opened, from what `ucp_context_print_info` writes."""
+    return tuple(line.rpartition("-- ")[2].strip() for line in context_info.splitlines() if " resource " in line)
+
+
+def read_components(context_info: str) -> tuple[str, ...]:
+    """Names of the components that UCX has loaded, used or not."""
+    lines = (line.split() for line in context_info.splitlines())
+    return tuple(words[4] for words in lines if words[1:2] == ["component"] and len(words) == 5)
 
 
 def check_opened(plan: UcxPlan, resources: Iterable[str], build: str) -> None:

@@ -17,7 +17,7 @@ from kvcore.errors import ConfigError, PeerUnreachableError, SegmentUnknownError
 from kvcore.telemetry import log_fields
 from transfer.ucx_binding import Pointer, UcxLibrary, ffi, open_context
 from transfer.ucx_descriptor import UcxDescriptor
-from transfer.ucx_devices import UcxPlan, check_opened
+from transfer.ucx_devices import UcxPlan, check_opened, read_resources
 from transfer.ucx_endpoint import Endpoint, Job
 
 _LOG = logging.getLogger("transfer")
@@ -74,7 +74,7 @@ class UcxWorker:
         ]
         self._context = open_context(library, plan.options(), _FEATURES)
         try:
-            self.resources = self._read_resources()
+            self.resources = read_resources(library.printed("ucp_context_print_info", self._context))
             check_opened(plan, self.resources, library.build)
             self._worker = self._open_worker()
         except ConfigError:
@@ -290,10 +290,6 @@ class UcxWorker:
         return 0
 
     # --- opening and closing ---
-
-    def _read_resources(self) -> tuple[str, ...]:
-        text = self.library.printed("ucp_context_print_info", self._context)
-        return tuple(line.rpartition("-- ")[2].strip() for line in text.splitlines() if " resource " in line)
 
     def _open_worker(self) -> Pointer:
         worker = ffi.new("void **")

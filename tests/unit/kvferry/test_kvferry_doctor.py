@@ -3,6 +3,7 @@ import struct
 from pathlib import Path
 
 import pytest
+from support.ucx import LIBRARY, needs_ucx
 from tokenizers import Tokenizer, models
 
 from kvcore.config import (
@@ -112,10 +113,20 @@ def test_too_little_memory_says_how_much_and_what_to_lower(monkeypatch):
     )
 
 
-def test_ucx_is_refused_with_a_way_out_and_memlock_is_looked_at():
-    findings = check_transports(Context(cluster(transport=TransportConfig(kind="ucx"))))
-    assert [finding.subject for finding in findings] == ["transport ucx", "memlock"]
-    assert not findings[0].ok and "transport: auto" in findings[0].remedy
+def test_a_device_for_ucx_that_is_not_here_is_named_with_those_that_are():
+    (finding,) = check_transports(Context(cluster(transport=TransportConfig(kind="ucx", devices=["mlx5_77"]))))
+    assert finding.subject == "transport ucx" and not finding.ok
+    assert "mlx5_77 is not on this machine" in finding.detail and "name one that is up" in finding.remedy
+    fallback = TransportConfig(kind="ucx", devices=["mlx5_77"], fallback="tcp")
+    by_subject = {finding.subject: finding for finding in check_transports(Context(cluster(transport=fallback)))}
+    assert by_subject["transport ucx"].ok and "tcp is used instead" in by_subject["transport ucx"].detail
+
+
+@needs_ucx
+def test_what_ucx_would_use_is_shown_with_its_build():
+    transport = TransportConfig(kind="ucx", devices=["lo"], ucx_library=LIBRARY)
+    (finding,) = check_transports(Context(cluster(transport=transport)))
+    assert finding.ok and "UCX 1." in finding.detail and "tcp/lo" in finding.detail
 
 
 def test_shared_memory_and_tcp_work_here():
@@ -125,9 +136,9 @@ def test_shared_memory_and_tcp_work_here():
 
 def test_preflight_tells_all_that_is_wrong_at_once():
     with pytest.raises(ConfigError) as caught:
-        preflight(cluster(transport=TransportConfig(kind="ucx")))
+        preflight(cluster(transport=TransportConfig(kind="ucx", devices=["mlx5_77"])))
     lines = caught.value.message.splitlines()
-    assert lines[0].startswith("transport ucx: this build has no UCX transport yet; set")
+    assert lines[0].startswith("transport ucx: transport.devices: mlx5_77 is not on this machine")
     assert any(line.startswith("port router: router.port is 0; give it a number") for line in lines)
 
 
@@ -161,11 +172,12 @@ def test_the_command_exits_1_and_prints_the_remedy(tmp_path, capsys):
     file = tmp_path / "c.yaml"
     file.write_text(
         "{cluster: c, model: {path: sim, name: sim}, engine: {kind: sim, block_size: 16}, transport: ucx,"
-        " nodes: {d: {role: decoder, port: 0, segment: 1MiB}}, router: {port: 0}, metadata_server: {port: 0}}"
+        " devices: [mlx5_77], nodes: {d: {role: decoder, port: 0, segment: 1MiB}},"
+        " router: {port: 0}, metadata_server: {port: 0}}"
     )
     assert cli.main(["doctor", str(file)]) == 1
     out = capsys.readouterr().out
-    assert "ok    python" in out and "wrong transport ucx" in out and "-> set `transport: auto`" in out
-    assert cli.main(["doctor", str(file), "--set", "transport=auto"]) == 0
+    assert "ok    python" in out and "wrong transport ucx" in out and "-> name one that is up" in out
+    assert cli.main(["doctor", str(file), "--set", "transport=auto", "--set", "devices=[]"]) == 0
     assert cli.main(["doctor", str(file), "--set", "transprot=auto"]) == 1
     assert "did you mean transport?" in capsys.readouterr().out
