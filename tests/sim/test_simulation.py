@@ -68,7 +68,7 @@ def test_in_peace_nothing_is_tried_twice_or_waited_for(seed):
     happened = ["retries", "failed", "refused", "late", "silent", "lost", "reset", "save_failed", "at_rest_checksum"]
     assert not [name for name in happened if counts[name]], counts
     assert counts["chunks_loaded"] > 0
-    assert counts["slowest_ms"] < 3000, "nobody waits for a deadline"
+    assert counts["slowest_ms"] < 1500, "nobody waits for a deadline"
 
 
 def test_a_seed_is_the_same_each_time_and_in_each_process():

@@ -7,22 +7,18 @@ import asyncio
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from unittest.mock import patch
 
-from support.sim_loop import LoopClock, run_sim
-from support.sim_network import Rates, SimNetwork, SimProcess, SimSeedLoop, Trace
+from support.sim_loop import LoopClock, SimSeedLoop, run_sim
+from support.sim_network import Rates, SimNetwork, SimProcess, Trace
 from support.sim_nodes import MODEL, DataFaults, SimMetadata, SimNode, SimSetup
+from support.sim_oracle import Oracle
 from support.sim_plan import Plan, Wanted, make_plan
 from support.sim_ways import SimEventSource, SimNodeClient
 
 import router.dispatch
-from engines.sim.arithmetic import Arithmetic
-from engines.sim.reference import expected_tokens
-from engines.sim.runner import sim_spec
-from kvcore.chunk_keys import chunk_keys, root_key
 from kvcore.config import ClusterConfig, ModelConfig, NodeConfig, RouterConfig
 from kvcore.errors import KVFerryError, NodeUnavailableError, OverloadedError
 from kvcore.types import Role
@@ -53,7 +49,7 @@ class Outcome:
 
 
 @dataclass
-class _Answer:
+class Answer:
     """What one client saw. `error`: how an accepted request failed."""
 
     wanted: Wanted
@@ -145,10 +141,11 @@ class SimCluster:
             clock=self.clock,
             log=self.log,
         )
+        self.oracle = Oracle(plan, self.client.legs)
         self._planned = [] if variant.peaceful else plan.faults
         self.dice = random.Random(seed + 1)
         self.problems: list[str] = []
-        self.answers: list[_Answer] = []
+        self.answers: list[Answer] = []
         self._loop = loop
 
     async def run(self) -> Outcome:
@@ -234,7 +231,7 @@ class SimCluster:
 
     async def _client(self, wanted: Wanted) -> None:
         n = wanted.sampling.n
-        answer = _Answer(wanted, [[] for _ in range(n)], [False] * n)
+        answer = Answer(wanted, [[] for _ in range(n)], [False] * n)
         self.answers.append(answer)
         await asyncio.sleep(max(0.0, wanted.at_s - self.clock.now()))
         spec = RequestSpec(wanted.id, wanted.prompt, wanted.sampling)
@@ -251,7 +248,7 @@ class SimCluster:
                 await self._read(answer, run)
         self.trace("ended", wanted.id, answer.error.code if answer.error else "", *map(len, answer.tokens))
 
-    async def _read(self, answer: _Answer, run: "router.dispatch.RequestRun") -> None:
+    async def _read(self, answer: Answer, run: "router.dispatch.RequestRun") -> None:
         left = answer.wanted.leaves_after
         try:
             async with aclosing(run.__aiter__()) as emits:
@@ -276,14 +273,14 @@ class SimCluster:
             for node in self.nodes.values():
                 node.check()
 
-    def _check_answer(self, answer: _Answer) -> None:
+    def _check_answer(self, answer: Answer) -> None:
         wanted = answer.wanted
-        expected = expected_tokens(self.plan.engine, wanted.prompt, wanted.sampling)
+        expected = self.oracle.expected(wanted)
         for index, tokens in enumerate(answer.tokens):
             whole = not (answer.left or answer.error)
             if whole and not answer.finished[index]:
                 self.problems.append(f"{wanted.id}[{index}] has no end")
-            if not self._right(wanted, index, tokens, expected[index], whole=whole):
+            if not self.oracle.accepts(wanted, index, tokens, whole=whole):
                 self.problems.append(f"{wanted.id}[{index}] is wrong: {tokens}, not {expected[index]}")
         if answer.error is not None:
             record = self.log.find(wanted.id)
@@ -293,19 +290,6 @@ class SimCluster:
                 self.problems.append(f"{wanted.id} failed for good: {answer.error.message}")
             if len(tries) < ROUTER.attempts and record and (record.total_s or 0.0) < PATIENCE_S:
                 self.problems.append(f"{wanted.id} failed before its time: {answer.error.message}")
-
-    def _right(self, wanted: Wanted, index: int, tokens: list[int], expected: list[int], *, whole: bool) -> bool:
-        """Equal, or (several completions of one request, after a failure) gone on with a seed of its own."""
-        if tokens == (expected if whole else expected[: len(tokens)]):
-            return True
-        for name, leg in self.client.legs.items():
-            done = leg.output_token_ids
-            if name.startswith(f"{wanted.id}.d") and leg.sampling.n < wanted.sampling.n and done == tokens[: len(done)]:
-                (other,) = expected_tokens(self.plan.engine, wanted.prompt, leg.sampling, output=done)
-                if done == expected[: len(done)] and tokens == (other if whole else other[: len(tokens)]):
-                    self.trace.counts["reseeded"] += 1
-                    return True
-        return False
 
     async def _settle(self) -> None:
         """Until nothing is held anywhere."""
@@ -353,7 +337,7 @@ class SimCluster:
     async def _check_stored(self) -> None:
         """Every chunk that is listed verifies and holds the right bytes, or is refused."""
         node = self.nodes["p1"]
-        store, keys = node.store(node.service), self._known_chunks()
+        store, keys = node.store(node.service), self.oracle.chunks([answer.wanted for answer in self.answers])
         stored = [event.keys for batch in self.metadata.core.snapshot() for event in batch.events if event.keys]
         buffer = memoryview(bytearray(self.plan.chunk_tokens * self.plan.engine.bytes_per_token))
         for key in sorted({key for batch in stored for key in batch}):
@@ -365,33 +349,6 @@ class SimCluster:
                 if result.outcomes[0] is GetOutcome.OK and bytes(buffer) != keys.get(key):
                     self.problems.append(f"chunk {key.hex()} holds wrong bytes")
         await store.aclose()
-
-    def _known_chunks(self) -> dict[bytes, bytes]:
-        """What each chunk must hold, from tokens alone."""
-        engine, size = self.plan.engine, self.plan.chunk_tokens
-        arithmetic = Arithmetic(engine.weights_version, engine.bytes_per_token, engine.vocab_size)
-        root = root_key(sim_spec(engine, MODEL, size).fingerprint, b"")
-        known: dict[bytes, bytes] = {}
-        for tokens in self._token_lists():
-            record, records = b"", []
-            for at, token in enumerate(tokens):
-                record = arithmetic.record(record, token, at)
-                records.append(record)
-            for chunk, key in enumerate(chunk_keys(root, tokens, size)):
-                known[key] = b"".join(records[chunk * size : (chunk + 1) * size])
-        return known
-
-    def _token_lists(self) -> Iterator[list[int]]:
-        for answer in self.answers:
-            wanted = answer.wanted
-            for tokens in expected_tokens(self.plan.engine, wanted.prompt, wanted.sampling):
-                yield [*wanted.prompt, *tokens]
-        for leg in self.client.legs.values():
-            if leg.sampling.n == 1:  # a completion that went on alone may have had a seed of its own
-                (tokens,) = expected_tokens(
-                    self.plan.engine, leg.prompt_token_ids, leg.sampling, output=leg.output_token_ids
-                )
-                yield [*leg.prompt_token_ids, *tokens]
 
     async def _stop(self) -> None:
         await self.dispatcher.aclose()
@@ -407,6 +364,7 @@ class SimCluster:
         counts = self.trace.counts
         for name, count in sorted((self.setup.store_counts + self.setup.engine_counts + self.metadata.counts).items()):
             counts[name] += count
+        counts["reseeded"] = self.oracle.reseeded
         counts["slowest_ms"] = int(1000 * max(record.total_s or 0.0 for record in self.log.newest()))
         counts["retries"] = sum(len(record.retried_legs) for record in self.log.newest())
         counts["index_resets"] = self.subscription.resets

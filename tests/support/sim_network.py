@@ -12,8 +12,6 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from support.sim_loop import SimLoop
-
 from kvcore.errors import KVFerryError
 
 T = TypeVar("T")
@@ -27,42 +25,6 @@ class NetworkError(Exception):
 
 class LateError(NetworkError):
     """No answer in time."""
-
-
-class SimSeedLoop(SimLoop):
-    """Also the same between processes: tasks that became ready in one turn are ordered by their birth, then shuffled.
-
-    Without that, sets of tasks and of events would bring the order of their addresses in. `after_turn` is called after
-    each turn of the loop with its number.
-    """
-
-    def __init__(self, seed: int, limit_s: float) -> None:
-        super().__init__(seed, limit_s)
-        self._births = 0
-        self.turns = 0
-        self.after_turn: Callable[[int], None] = lambda _: None
-
-    def create_task(self, coro, *, name=None, context=None):  # type: ignore[no-untyped-def]
-        self._births += 1
-        return super().create_task(coro, name=f"{self._births:09d} {name or ''}", context=context)
-
-    def _run_once(self) -> None:
-        ready = self._ready  # type: ignore[attr-defined]
-        if len(ready) > 1:
-            handles = list(ready)
-            at, steps = [], []
-            for place, handle in enumerate(handles):
-                owner = getattr(handle._callback, "__self__", None)
-                if isinstance(owner, asyncio.Task):
-                    at.append(place)
-                    steps.append((owner.get_name(), place, handle))
-            for place, (_, _, handle) in zip(at, sorted(steps, key=lambda step: step[:2]), strict=True):
-                handles[place] = handle
-            ready.clear()
-            ready.extend(handles)
-        super()._run_once()
-        self.turns += 1
-        self.after_turn(self.turns)
 
 
 class Trace:
