@@ -136,6 +136,8 @@ class ControlApi:
             return await _bounded(http.read(), _BODY_S)
         except web.HTTPRequestEntityTooLarge as error:
             raise PayloadTooLargeError(f"the body has more than {self._max_body_bytes} bytes") from error
+        except web.RequestPayloadError as error:
+            raise InvalidRequestError("the body is not coded as its head says") from error
 
     @asynccontextmanager
     async def _leg(self, name: str) -> AsyncIterator["_Leg"]:
@@ -165,10 +167,24 @@ class _Leg:
 
 
 async def _stream(http: web.Request, deltas: AsyncGenerator[TokenDelta, None], leg: _Leg) -> web.StreamResponse:
-    """Errors before the first delta become the status; later ones the last frame."""
+    """Errors before the first delta become the status; later ones the last frame, or, where even that cannot be
+    written, the end of the connection: another answer would land in the middle of this one."""
     first = await anext(deltas, None)
     response = web.StreamResponse(headers={"Content-Type": MSGPACK})
     await response.prepare(http)
+    try:
+        await _write_frames(response, first, deltas, leg)
+        await response.write_eof()
+    except BaseException:
+        if http.transport is not None:
+            http.transport.abort()
+        raise
+    return response
+
+
+async def _write_frames(
+    response: web.StreamResponse, first: TokenDelta | None, deltas: AsyncGenerator[TokenDelta, None], leg: _Leg
+) -> None:
     try:
         if first is not None:
             await response.write(pack_frame(msgspec.msgpack.encode(first)))
@@ -178,8 +194,6 @@ async def _stream(http: web.Request, deltas: AsyncGenerator[TokenDelta, None], l
         leg.outcome = error.code
         last = StreamError(code=error.code, message=error.message, retryable=error.retryable)
         await response.write(pack_frame(msgspec.msgpack.encode(last)))
-    await response.write_eof()
-    return response
 
 
 async def _bounded(work: Awaitable[_T], seconds: float) -> _T:

@@ -288,3 +288,50 @@ async def test_deadline_of_a_leg_is_kept_by_the_api_too(monkeypatch: pytest.Monk
         status, answer = await rig.post("/v1/generate", generate_request("hang", deadline_s=0.05))
         assert (status, error_code(answer)) == (504, "deadline_exceeded")
         assert not rig.engine.active
+
+
+async def exchange(rig: Rig, request: bytes) -> bytes:
+    """All that comes back for raw bytes, until the node closes the connection."""
+    host, port = rig.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(request)
+    async with asyncio.timeout(5):
+        answer = await reader.read()
+    writer.close()
+    return answer
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        b"Transfer-Encoding: chunked\r\n\r\nzz\r\nhello\r\n0\r\n\r\n",
+        b"Content-Encoding: gzip\r\nContent-Length: 5\r\n\r\nhello",
+        b"Content-Encoding: deflate\r\nContent-Length: 5\r\n\r\nhello",
+    ],
+)
+async def test_a_body_that_cannot_be_unpacked_is_a_400(rest: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    async with serving() as rig:
+        head = b"POST /v1/prefill HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+        assert (await exchange(rig, head + rest)).partition(b"\r\n")[0].endswith(b" 400 Bad Request")
+    assert "control_request_failed" not in caplog.text
+
+
+@pytest.mark.parametrize("why", ["late", "bug"])
+async def test_a_stream_that_cannot_go_on_is_broken_off_not_answered_twice(
+    why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvnode.control_api._LATE_S", 0.0)
+    async with serving() as rig:
+
+        async def stuck(_: object) -> AsyncIterator[TokenDelta]:
+            yield TokenDelta(token_ids=[1])
+            if why == "bug":
+                raise ZeroDivisionError("not one of ours")
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(rig.engine, "generate", stuck)
+        body = msgspec.msgpack.encode(generate_request(deadline_s=0.2))
+        head = b"POST /v1/generate HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+        answer = await exchange(rig, head + body)
+        assert answer.count(b"HTTP/1.1") == 1
+        assert not answer.endswith(b"0\r\n\r\n")
