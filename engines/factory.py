@@ -13,6 +13,7 @@ from engines.sim.runner import sim_spec
 from kvcore.clock import Clock
 from kvcore.config import ClusterConfig, EngineConfig, SimEngineConfig
 from kvcore.config_file import node_config
+from kvcore.ports import base_url
 from kvcore.types import KVSpec
 from kvstore.store import KVStore
 from metadata_server.client import HttpMetadataTransport, MetadataClient
@@ -29,8 +30,8 @@ def engine_config(config: ClusterConfig, node_name: str) -> EngineConfig:
 def metadata_client(config: ClusterConfig, clock: Clock) -> MetadataClient:
     """A client of the cluster's metadata server, to be closed by the caller. Connects on its first call."""
     server = config.metadata_server
-    host = f"[{server.host}]" if ":" in server.host else server.host
-    return MetadataClient(HttpMetadataTransport(f"http://{host}:{server.port}"), clock, server.timeout_s)
+    transport = HttpMetadataTransport(base_url(server.host, server.port))
+    return MetadataClient(transport, clock, server.timeout_s)
 
 
 def build_engine(config: ClusterConfig, node_name: str, make_store: StoreFactory, clock: Clock) -> Engine:

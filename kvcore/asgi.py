@@ -13,7 +13,7 @@ from typing import Any
 import uvicorn
 
 from kvcore.http_protocol import BoundedHttp
-from kvcore.ports import listen
+from kvcore.ports import base_url, listen
 from kvcore.telemetry import log_fields
 
 _CLOSE_S = 2.0
@@ -63,7 +63,7 @@ class AsgiServer:
     @property
     def url(self) -> str:
         """`http://host:port`, after `start`."""
-        return f"http://{self._host}:{self._port}"
+        return base_url(self._host, self._port)
 
     async def start(self) -> None:
         """Bind, run the app's lifespan start-up and serve. Raises ConfigError (address in use, no such address) or

@@ -5,6 +5,9 @@ from collections.abc import Iterator
 from kvcore.config import ClusterConfig, EngineConfig, NodeConfig, SimEngineConfig
 from kvcore.types import Role
 
+_EVERY_INTERFACE = ("0.0.0.0", "::")
+_THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
+
 
 def check_cluster(config: ClusterConfig) -> list[str]:
     """What is wrong, as `path: explanation`; empty: nothing."""
@@ -42,6 +45,11 @@ def _check_nodes(config: ClusterConfig) -> Iterator[str]:
             yield f"nodes.{name}: the name stands for the cluster's own {name}; choose another"
         if node.role is Role.STORE and node.engine is not None:
             yield f"nodes.{name}.engine: a store has no engine"
+        if node.host in _EVERY_INTERFACE:
+            yield f"nodes.{name}.host: {node.host} is every interface; give the address by which the others reach it"
+    server = config.metadata_server.host
+    if server in _EVERY_INTERFACE and not all(node.host in _THIS_MACHINE for node in config.nodes.values()):
+        yield f"metadata_server.host: {server} is every interface; give the address by which the nodes reach it"
 
 
 def _check_ports(config: ClusterConfig) -> Iterator[str]:

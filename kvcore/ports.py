@@ -1,4 +1,4 @@
-"""TCP ports of this machine: bind one or say who holds it (from /proc, as far as we may look)."""
+"""TCP ports: bind one of this machine or say who holds it (from /proc, as far as we may look); an address as a URL."""
 
 import errno
 import os
@@ -9,6 +9,12 @@ from kvcore.errors import ConfigError
 
 _LISTENING = "0A"
 _BACKLOG = 2048
+
+
+def base_url(host: str, port: int) -> str:
+    """How to reach what listens on `host`; from this machine, if that is every interface."""
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{reachable}:{port}"
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -83,7 +83,7 @@ def _status(arguments: argparse.Namespace) -> int:
 
     from kvcore.config import MetadataServerConfig, RouterConfig
     from kvcore.config_file import load_config
-    from kvferry.processes import base_url
+    from kvcore.ports import base_url
     from kvferry.status import addresses, run_status
 
     router_url = base_url(RouterConfig().host, RouterConfig().port)

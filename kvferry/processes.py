@@ -7,6 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from kvcore.config import ClusterConfig
+from kvcore.ports import base_url
 from kvcore.types import Role
 
 
@@ -57,9 +58,3 @@ def plan_processes(config: ClusterConfig, config_file: Path, overrides: Sequence
         ),
         plan("router", Part.ROUTER, "router", router.host, router.port),
     ]
-
-
-def base_url(host: str, port: int) -> str:
-    """How to reach from this machine what listens on `host`."""
-    reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    return f"http://{reachable}:{port}"

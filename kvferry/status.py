@@ -15,8 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from kvcore.config import ClusterConfig
+from kvcore.ports import base_url
 from kvferry.machine import size_text
-from kvferry.processes import base_url
 from metadata_server.messages import Stats
 
 _TIMEOUT_S = 5.0

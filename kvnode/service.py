@@ -21,7 +21,7 @@ from kvcore.clock import Clock, SystemClock
 from kvcore.config import ClusterConfig, TransportConfig
 from kvcore.config_file import node_config
 from kvcore.errors import ConfigError, KVFerryError, NodeUnavailableError
-from kvcore.ports import listen
+from kvcore.ports import base_url, listen
 from kvcore.service import Lifecycle
 from kvcore.telemetry import Metrics, log_fields
 from kvcore.types import NodeInfo, Role
@@ -87,9 +87,7 @@ async def run_node(config: ClusterConfig, name: str, lifecycle: Lifecycle, clock
     listener = listen(settings.host, settings.port)  # first: a port in use is said before memory is faulted in
     stack.callback(listener.close)
     port = listener.getsockname()[1]
-    info = NodeInfo(
-        id=name, role=settings.role, control_url=f"http://{_url_host(settings.host)}:{port}", incarnation=incarnation
-    )
+    info = NodeInfo(id=name, role=settings.role, control_url=base_url(settings.host, port), incarnation=incarnation)
     owner = await stack.enter_async_context(SegmentOwner(name, incarnation, settings, _transport(config)))
     client = metadata_client(config, clock)
     stack.push_async_callback(client.aclose)
@@ -150,10 +148,6 @@ async def _cancelled(task: "asyncio.Task[None]") -> None:
     task.cancel()
     await asyncio.wait({task})
     log_fields(_logger, logging.DEBUG, "task_ended", name=task.get_name())
-
-
-def _url_host(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
 
 
 def _transport(config: ClusterConfig) -> TransportConfig:

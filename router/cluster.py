@@ -14,6 +14,7 @@ from kvcore.chunk_keys import chunk_keys, root_key, usable_chunks
 from kvcore.clock import Clock
 from kvcore.config import ClusterConfig
 from kvcore.errors import DeadlineExceededError, KVFerryError, NodeUnavailableError
+from kvcore.ports import base_url
 from kvcore.telemetry import log_fields
 from kvcore.types import NodeInfo, Role
 from metadata_server.messages import Event, EventKind
@@ -73,7 +74,7 @@ class Cluster:
         self.index = PrefixIndex()
         self.nodes: dict[str, KnownNode] = {}
         for name, node in config.nodes.items():
-            self.nodes[name] = KnownNode(name, node.role, f"http://{node.host}:{node.port}", static=True)
+            self.nodes[name] = KnownNode(name, node.role, base_url(node.host, node.port), static=True)
 
     async def run(self) -> None:
         """Probe every node each `probe_interval_s`, and at once when one appears. Runs until cancelled."""

@@ -7,6 +7,7 @@ from kvcore.asgi import AsgiServer
 from kvcore.clock import SystemClock
 from kvcore.config import ClusterConfig
 from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
+from kvcore.ports import base_url
 from kvcore.service import Lifecycle
 from kvcore.telemetry import log_fields
 from metadata_server.client import MetadataClient
@@ -47,7 +48,7 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
         config=bounds, cluster=cluster, policy=make_policy(bounds.policy), client=client, clock=clock, log=log
     )
     lifecycle.stack.push_async_callback(dispatcher.aclose)
-    metadata_url = f"http://{config.metadata_server.host}:{config.metadata_server.port}"
+    metadata_url = base_url(config.metadata_server.host, config.metadata_server.port)
     source = HttpEventSource(metadata_url)
     lifecycle.stack.push_async_callback(source.aclose)
     subscription = IndexSubscription(source, cluster, clock)

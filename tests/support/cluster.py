@@ -19,8 +19,9 @@ from support.ports import free_ports
 from engines.base import NodeReport
 from kvcore.config import ClusterConfig
 from kvcore.config_file import load_config
+from kvcore.ports import base_url
 from kvferry.launcher import Launcher
-from kvferry.processes import Part, ProcessPlan, base_url, plan_processes
+from kvferry.processes import Part, ProcessPlan, plan_processes
 from metadata_server.messages import Stats
 
 READY_S = 60.0

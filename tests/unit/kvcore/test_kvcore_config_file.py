@@ -192,3 +192,10 @@ def test_every_shipped_config_loads(file):
         assert isinstance(config.engine, SimEngineConfig)
     if file.name == "cluster.yaml":
         assert (config.transport.kind, config.transport.devices) == ("ucx", ["mlx5_0"])
+
+
+def test_a_metadata_server_on_every_interface_needs_nodes_on_this_machine(load):
+    everywhere = {"host": "0.0.0.0"}
+    assert load(metadata_server=everywhere, router=everywhere).router.host == "0.0.0.0"
+    with pytest.raises(ConfigError, match=r"metadata_server\.host: 0\.0\.0\.0 is every interface; give the address"):
+        load("nodes.decode-0.host=gpu-1", metadata_server=everywhere)

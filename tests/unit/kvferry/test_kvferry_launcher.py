@@ -16,9 +16,10 @@ from kvcore.config import (
     SimEngineConfig,
 )
 from kvcore.errors import ConfigError
+from kvcore.ports import base_url
 from kvcore.types import Role
 from kvferry.launcher import Launcher
-from kvferry.processes import Part, ProcessPlan, base_url, plan_processes
+from kvferry.processes import Part, ProcessPlan, plan_processes
 from kvferry.supervised import ProcessState
 
 SERVER = """
