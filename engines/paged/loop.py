@@ -318,6 +318,7 @@ class EngineLoop:
                     leg.end_handoff()
 
     async def _step(self, plan: Plan) -> None:
+        legs = [self._legs[item.sequence.request_id] for item in plan.work]
         try:
             output = await self._runner.execute([self._slice(item) for item in plan.work])
         except asyncio.CancelledError:
@@ -325,10 +326,10 @@ class EngineLoop:
             raise
         except Exception as error:  # the boundary of the requests in this step
             _log.exception("event=step_failed requests=%d", len(plan.work))
-            legs = [leg for item in plan.work if (leg := self._legs.get(item.sequence.request_id))]
             self._scheduler.fail(plan)
             for leg in legs:
-                self._fail(leg, EngineError(f"the model failed on a step: {error}"))
+                if self._legs.get(leg.request_id) is leg:  # else it ended meanwhile, and the id may be another's
+                    self._fail(leg, EngineError(f"the model failed on a step: {error}"))
             return
         self._apply(plan, output)
 

@@ -146,6 +146,23 @@ def test_a_failing_step_fails_its_requests_alone_and_the_loop_lives():
     run_sim(main)
 
 
+def test_a_failing_step_leaves_alone_who_took_the_id_meanwhile():
+    async def main():
+        runner = FailingRunner(CONFIG, "m", CHUNK)
+        options = EngineOptions(max_batch_tokens=100, max_sequences=4, max_waiting=8)
+        async with EngineLoop(runner, None, options, LoopClock(asyncio.get_running_loop())) as engine:
+            runner.failures = 1
+            older = asyncio.create_task(deltas(engine, request("r", prompt_of(50))))
+            await reach(engine, "running")
+            newer = request("r", prompt_of(21))
+            assert await completions(engine, newer) == expected_tokens(CONFIG, prompt_of(21), newer.sampling)
+            with pytest.raises(CancelledByPeerError):
+                await older
+            await idle(engine)
+
+    run_sim(main)
+
+
 def test_a_full_queue_refuses():
     async def main():
         config = msgspec.structs.replace(CONFIG, max_sequences=1, max_waiting=2)
