@@ -403,13 +403,13 @@ class RequestRun:
             self._apply(DecodeFailed(action.leg, failure))
 
     async def _read(self, action: StartDecode, request: GenerateRequest, leg: LegRecord) -> bool:
-        """Feed deltas until each index has its finish reason. False: the stream ended before."""
+        """Feed deltas until each index has its finish reason, or none is wanted. False: the stream ended before."""
         client = self._dispatcher.client
         patience_s = min(2 * self._dispatcher.config.prefill_timeout_s, self._remaining_s())
         missing = request.sampling.n
         first = client.generate(self._url(action.node), request, timeout_s=max(patience_s, STALL_S))
         async with aclosing(first) as deltas:
-            while missing:
+            while missing and self.machine.runs(action.leg):
                 try:
                     async with asyncio.timeout(STALL_S if leg.cached_tokens is not None else patience_s):
                         delta = await anext(deltas, None)

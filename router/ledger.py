@@ -294,6 +294,8 @@ class RequestMachine:
         leg = self._decodes.pop(name, None)
         if leg is None:
             return []
+        if isinstance(error, CancelledByPeerError):  # somebody did, but it was not us
+            error = NodeUnavailableError(f"node {leg.node} gave the request up: {error.message}")
         self._failed_decoders.add(leg.node)
         self.last_error = error
         actions: list[Action] = []

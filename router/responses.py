@@ -13,7 +13,7 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from kvcore.errors import CancelledByPeerError, EngineError, KVFerryError
+from kvcore.errors import EngineError, KVFerryError
 from router.answering import Answer, Piece
 from router.http_errors import headers_of, reply_of
 from router.replies import DONE, Format, sse
@@ -69,8 +69,6 @@ class AnswerResponse(Response):
                     return
                 gathered = [piece async for piece in pieces]
             reply: Response = Response(shape.whole(gathered), media_type="application/json")
-        except CancelledByPeerError:
-            return
         except KVFerryError as error:
             reply = error_response(error)
         except Exception:  # request boundary

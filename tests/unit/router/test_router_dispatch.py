@@ -1,12 +1,14 @@
 """Requests through the dispatcher over fake nodes: every failure first, then the plain case."""
 
 import asyncio
+from collections.abc import AsyncIterator
 
 import pytest
 from support.router_fakes import CHUNK_TOKENS, FakeNode, FakeNodes, Rig, expected, make_rig, two_and_two, until
 
-from engines.base import SamplingParams, TokenDelta
+from engines.base import FinishReason, GenerateRequest, LegInfo, SamplingParams, TokenDelta
 from kvcore.errors import (
+    CancelledByPeerError,
     DeadlineExceededError,
     EngineError,
     InvalidRequestError,
@@ -213,6 +215,39 @@ async def test_a_stop_ends_one_completion_and_the_last_one_the_request() -> None
     assert seen == [0, 1]
     assert run.record.state == "ok"
     await assert_quiet(rig)
+
+
+class StoppedInBetween(FakeNode):
+    """Its second completion ends after the client's stop of the first, which the abort that follows ends."""
+
+    async def _deltas(self, request: GenerateRequest) -> AsyncIterator[TokenDelta]:
+        yield TokenDelta(index=0, token_ids=[1], info=LegInfo(cached_tokens=0, computed_tokens=1))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        yield TokenDelta(index=1, token_ids=[2], finish_reason=FinishReason.LENGTH)
+        yield TokenDelta(index=0, finish_reason=FinishReason.ABORT)
+
+
+async def test_what_a_leg_says_once_we_ended_it_is_not_held_against_its_node() -> None:
+    rig = await make_rig(FakeNodes([StoppedInBetween("d0", Role.DECODER)]))
+    for number in range(4):
+        run = open_run(rig, n=2, name=f"r{number}")
+        async with run:
+            async for emit in run:
+                if emit.index == 0:
+                    run.stop(0)
+        await rig.dispatcher.aclose()
+        assert [leg.error for leg in run.record.legs] == [None]
+    assert rig.cluster.breaker_state(rig.cluster.nodes["d0"]) == "closed"
+    await assert_quiet(rig)
+
+
+async def test_a_node_that_cancels_what_we_want_is_replaced() -> None:
+    rig = await make_rig()
+    rig.nodes["d0"].generate_error = CancelledByPeerError("aborted by hand")
+    for number in range(2):
+        assert (await tokens_of(open_run(rig, name=f"r{number}")))[0] == expected(PROMPT, 8)
+    assert (rig.log.ok, rig.log.cancelled, rig.log.retried) == (2, 0, 1)
 
 
 async def test_more_requests_than_the_bound_are_refused() -> None:
