@@ -51,6 +51,12 @@ class KnownNode:
         """Its (first) segment, once known."""
         return self.report.segments[0].id if self.report and self.report.segments else None
 
+    @property
+    def is_gone(self) -> bool:
+        """Nobody speaks of it, not even itself, and no leg of ours is on it."""
+        idle = self.sequences == 0 and self.prefill_tokens == 0
+        return self.problem is not None and idle and not (self.static or self.registered)
+
     def reason(self, now: float) -> str | None:
         """Why it is not used; None: it is used."""
         if self.problem is not None:
@@ -105,6 +111,8 @@ class Cluster:
                 node.breaker = Breaker()
             node.report = report
             node.problem = _problem(node, report)
+        if node.is_gone and self.nodes.get(node.id) is node:
+            del self.nodes[node.id]
         if before != node.problem:
             level = logging.WARNING if before is None else logging.INFO  # one that is still starting is no alarm
             log_fields(_log, level, "node", node=node.id, role=node.role, usable=node.problem is None, why=node.problem)
@@ -168,7 +176,7 @@ class Cluster:
 
     def _node_up(self, info: NodeInfo) -> None:
         known = self.nodes.get(info.id)
-        if known is None or (known.url != info.control_url and not known.static):
+        if known is None or not (known.static or (known.url, known.role) == (info.control_url, info.role)):
             self.nodes[info.id] = known = KnownNode(info.id, info.role, info.control_url, static=False)
         known.registered = True
         self._wake.set()
@@ -180,7 +188,7 @@ class Cluster:
             return
         node.registered = False
         if not node.static:
-            del self.nodes[node_id]
+            node.problem = "the metadata server has given it up"
         self._wake.set()
 
     # --- what the others ask ---

@@ -171,6 +171,26 @@ async def test_events_feed_the_index_and_nodes_come_and_go() -> None:
     assert len(cluster.index) == 0
 
 
+async def test_who_came_by_events_and_is_gone_is_forgotten_but_not_before_its_legs_have_ended() -> None:
+    nodes = two_and_two()
+    cluster = await make_cluster(nodes)
+    fake = nodes.by_url["http://127.0.0.1:9"] = FakeNode("new", Role.DECODER)
+    info = NodeInfo(id="new", role=Role.DECODER, control_url="http://127.0.0.1:9", incarnation=1)
+    cluster.on_events([Event(seq=2, kind=EventKind.NODE_UP, node_id="new", node=info)])
+    await cluster.probe()
+    cluster.leg_started("new", sequences=1, prefill_tokens=0)
+    cluster.on_reset()
+    await cluster.probe()
+    assert [n.id for n in cluster.view().decoders] == ["d0", "d1", "new"], "not its own restart"
+    fake.down = True
+    cluster.on_events([Event(seq=3, kind=EventKind.NODE_DOWN, node_id="new")])
+    await cluster.probe()
+    assert "new" in cluster.nodes and "new" not in [n.id for n in cluster.view().decoders]
+    cluster.leg_ended("new", sequences=1, prefill_tokens=0, ok=False)
+    await cluster.probe()
+    assert "new" not in cluster.nodes
+
+
 async def test_a_restart_forgets_the_breaker_and_a_drain_takes_out() -> None:
     nodes = two_and_two()
     cluster = await make_cluster(nodes)
