@@ -104,7 +104,7 @@ class LoadJob:
                 try:
                     good = await self._read(match)
                 finally:
-                    await self._port.store.release(match)
+                    self._port.store.release_soon(match)
                 if not good:
                     return
             elif not final and self._may_wait:

@@ -87,6 +87,19 @@ def test_with_a_handoff_chunks_are_loaded_while_the_prefiller_still_runs():
     assert in_cluster(act, config=config) == EXPECTED
 
 
+def test_no_token_waits_for_a_lease_to_be_given_back():
+    async def act(cluster, prefiller, decoder):
+        await prefiller.prefill(prefill_request("p", PROMPT))
+        cluster.wires["d"].before["release"] = asyncio.Event()
+        stream = await deltas(decoder, WANTED)
+        assert stream[0].info.cached_tokens == 3 * CHUNK
+        assert cluster.world.stats().read_leases == 1
+        cluster.wires["d"].before["release"].set()
+        return tokens_of(stream)
+
+    assert in_cluster(act) == EXPECTED
+
+
 @pytest.mark.parametrize("before", [True, False])
 def test_end_handoff_takes_what_is_there(before):
     async def act(_, prefiller, decoder):
