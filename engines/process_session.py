@@ -5,6 +5,7 @@ Invariant: when the socket closes, every call is cancelled, the engine is left a
 """
 
 import asyncio
+import functools
 import logging
 import socket
 from collections.abc import Callable, Coroutine
@@ -144,7 +145,7 @@ class _Session:
                 work = self._sample(opened, frame)
         task = asyncio.create_task(self._answer(call_id, work), name=f"call-{call_id}")
         self._calls[call_id] = task
-        task.add_done_callback(lambda _: self._calls.pop(call_id, None))
+        task.add_done_callback(functools.partial(self._ended, call_id, work))
 
     async def _answer(self, call_id: int, work: Coroutine[None, None, m.FromChild]) -> None:
         """A call's boundary: whatever goes wrong inside it is answered, and ends this call only."""
@@ -152,12 +153,15 @@ class _Session:
             self._send(await work)
         except KVFerryError as error:
             self._send(m.Failure(id=call_id, code=error.code, message=error.message))
-        except asyncio.CancelledError:
-            self._send(m.Done(id=call_id))
-            raise
         except Exception as error:
             _logger.exception("engine_call_failed call=%d", call_id)
             self._send(m.Failure(id=call_id, code=EngineError.code, message=f"{type(error).__name__}: {error}"))
+
+    def _ended(self, call_id: int, work: Coroutine[None, None, m.FromChild], task: asyncio.Task[None]) -> None:
+        del self._calls[call_id]
+        if task.cancelled():
+            work.close()  # it may have been cancelled before it began
+            self._send(m.Done(id=call_id))
 
     def _send(self, frame: m.FromChild) -> None:
         self._channel.send(m.encode(frame))

@@ -1,12 +1,15 @@
 """EngineProcess against a real child process: death, stalls, garbage, cancellation, back-pressure, errors."""
 
 import asyncio
+import gc
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from contextlib import aclosing
 from pathlib import Path
 
@@ -14,8 +17,11 @@ import pytest
 from support import fake_engine
 from support.fake_engine import generate_request, hello, prefill_request
 
+from engines import process_messages as m
 from engines.base import FinishReason, TokenDelta
+from engines.channel import FrameChannel
 from engines.process import EngineProcess
+from engines.process_session import serve
 from kvcore.errors import ConfigError, DeadlineExceededError, EngineDiedError, EngineError, OverloadedError
 
 FAKE = (sys.executable, fake_engine.__file__)
@@ -216,3 +222,21 @@ async def test_request_too_large_for_the_link_fails_alone(monkeypatch: pytest.Mo
         with pytest.raises(EngineError, match="too large"):
             await engine.prefill(prefill_request(num_tokens=5000))
         assert (await engine.prefill(prefill_request(num_tokens=40))).stored_chunks == 2
+
+
+async def test_a_call_that_is_cancelled_in_the_same_breath_is_answered_and_nothing_of_it_stays() -> None:
+    ours, theirs = socket.socketpair()
+    child = asyncio.create_task(serve(theirs, fake_engine.open_fake))
+    channel = await FrameChannel.over(ours)
+    channel.send(m.encode(hello()))
+    assert isinstance(m.decode_from_child((await channel.receive())[0]), m.Ready)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        channel.send(m.encode(m.StartPrefill(id=1, request=prefill_request("hang"))))
+        channel.send(m.encode(m.Cancel(id=1)))
+        async with asyncio.timeout(5):
+            assert [m.decode_from_child(payload) for payload in await channel.receive()] == [m.Done(id=1)]
+        gc.collect()
+    assert not [warning for warning in caught if "never awaited" in str(warning.message)]
+    await channel.aclose()
+    assert await asyncio.wait_for(child, 5) == 0
