@@ -52,6 +52,7 @@ ROUTER_CACHED_TOKENS = _counter("router_cached_tokens_total", "Prompt tokens tha
 ROUTER_COMPLETION_TOKENS = _counter("router_completion_tokens_total", "Tokens sent to clients")
 ROUTER_RETRIES = _counter("router_retries_total", "Legs tried again, by leg and the code of the failure", "leg", "code")
 ROUTER_ROUTES = _counter("router_routes_total", "Routing decisions, by reason", "reason")
+ROUTER_FAILED = _counter("router_failed_total", "Requests taken in that ended in an error, by its code", "code")
 ROUTER_CANCELLED = _counter("router_cancelled_total", "Requests whose client left")
 ROUTER_NODES = _gauge("router_nodes", "Nodes known to the router", "role", "state")
 ROUTER_INDEX_CONNECTED = _gauge("router_index_connected", "1 while the event stream of the metadata server is up")

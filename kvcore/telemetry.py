@@ -9,7 +9,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -56,10 +56,11 @@ def configure_logging(process_name: str, level: str = "info") -> None:
 
 
 class Metrics:
-    """One process's (or, in tests, one component's) Prometheus registry."""
+    """One process's (or, in tests, one component's) Prometheus registry; memory, CPU and open files are in it."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
 
     def counter(self, metric: Metric) -> Counter:
         """A counter that the caller increments. Made once a metric; a second call raises ValueError."""

@@ -22,6 +22,7 @@ class RouterMetrics:
         self._completion_tokens = metrics.counter(names.ROUTER_COMPLETION_TOKENS)
         self._retries = metrics.counter(names.ROUTER_RETRIES)
         self._routes = metrics.counter(names.ROUTER_ROUTES)
+        self._failed = metrics.counter(names.ROUTER_FAILED)
         self._cancelled = metrics.counter(names.ROUTER_CANCELLED)
         metrics.sampled(names.ROUTER_ACTIVE, lambda: [((), log.in_flight)])
         metrics.sampled(names.ROUTER_INDEX_KEYS, lambda: [((), len(cluster.index))])
@@ -48,6 +49,8 @@ class RouterMetrics:
             self._cached_tokens.inc(record.cached_tokens)
         if record.state == "cancelled":
             self._cancelled.inc()
+        if record.state == "failed":
+            self._failed.labels((record.error or "").partition(":")[0]).inc()
 
     def _nodes(self) -> list[tuple[tuple[str, ...], float]]:
         counts: dict[tuple[str, ...], float] = {}

@@ -54,7 +54,8 @@ def test_registries_are_separate_and_render_what_was_counted():
     assert 'kvferry_router_requests_total{endpoint="/v1/models",status="200"} 1.0' in text
     assert 'kvferry_metadata_nodes{role="decoder"} 2.0' in text
     assert 'kvferry_router_ttft_seconds_bucket{le="0.25"} 1.0' in text
-    assert other.render() == b""
+    assert "kvferry" not in other.render().decode()
+    assert "process_resident_memory_bytes" in text and "process_open_fds" in text
 
 
 def test_sampled_metrics_are_read_when_rendered_and_not_before():

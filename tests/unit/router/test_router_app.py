@@ -328,6 +328,10 @@ async def test_status_and_metrics_tell_of_what_happened(rig: Rig, http: httpx.As
     text = (await http.get("/metrics")).text
     assert 'kvferry_router_requests_total{endpoint="/v1/completions",status="200"} 1.0' in text
     assert "kvferry_router_prompt_tokens_total 100.0" in text
+    for node in rig.nodes.nodes:
+        node.down = True
+    assert (await http.post("/v1/completions", json=ASK)).status_code == 503
+    assert 'kvferry_router_failed_total{code="node_unavailable"} 1.0' in (await http.get("/metrics")).text
 
 
 def test_the_router_loads_no_bytes_and_no_model_code() -> None:
