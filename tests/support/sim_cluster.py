@@ -33,6 +33,7 @@ from router.records import RequestLog
 LIMIT_S = 600.0
 SETTLED_S = 60.0
 ROUTER = RouterConfig(min_prefill_tokens=8, request_timeout_s=60.0, prefill_timeout_s=4.0, connect_timeout_s=1.0)
+_LAST_LINES = 40
 _METADATA_TURNS, _ENGINE_TURNS = 64, 128
 """Turns of the loop between two full checks."""
 
@@ -80,14 +81,19 @@ class Variant:
 def run_seed(seed: int, variant: Variant | None = None) -> Outcome:
     """Simulate one seed. `problems` is empty unless something is wrong; a broken invariant raises."""
     loop = SimSeedLoop(seed, LIMIT_S)
-    outcome: list[Outcome] = []
+    clusters: list[SimCluster] = []
 
-    async def main() -> None:
-        outcome.append(await SimCluster(seed, loop, variant or Variant()).run())
+    async def main() -> Outcome:
+        clusters.append(SimCluster(seed, loop, variant or Variant()))
+        return await clusters[0].run()
 
-    with patch.object(router.dispatch, "RequestMachine", _CheckedMachine):
-        run_sim(main, loop=loop)
-    return outcome[0]
+    try:
+        with patch.object(router.dispatch, "RequestMachine", _CheckedMachine):
+            return run_sim(main, loop=loop)
+    except Exception as error:
+        for cluster in clusters:
+            error.add_note("\n".join(["last of what happened:", *cluster.trace.lines[-_LAST_LINES:]]))
+        raise
 
 
 class SimCluster:
