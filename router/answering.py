@@ -6,7 +6,7 @@ Owns the join of several prompts' runs into one stream. Knows no HTTP.
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from engines.base import FinishReason, SamplingParams, TokenLogprob
 from kvcore.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError, NodeUnavailableError
@@ -14,9 +14,7 @@ from router import openai_schema as schema
 from router.cluster import Cluster
 from router.dispatch import Dispatcher, RequestRun, RequestSpec
 from router.openai_schema import AnyRequest, ChatRequest, CompletionRequest
-from router.request_events import (
-    Emit,
-)
+from router.request_events import Emit
 from router.text import Detokenizer, Runner, StopChecker, Tokenizer, encode
 
 MAX_QUEUED_PIECES = 64
@@ -38,7 +36,6 @@ class Piece:
 class _Choice:
     detokenizer: Detokenizer
     stops: StopChecker
-    held_logprobs: list[tuple[int, TokenLogprob]] = field(default_factory=list)
 
 
 class Answer:
@@ -207,7 +204,7 @@ class Answerer:
             )
         if sum(spec.sampling.n for spec in specs) > schema.MAX_N:
             raise InvalidRequestError(f"n times the prompts must not be over {schema.MAX_N}", param="n")
-        runs = [self._dispatcher.open(spec) for spec in specs]
+        runs = [self._dispatcher.open(spec, beside=number) for number, spec in enumerate(specs)]
         return Answer(self.tokenizer, runs, specs, stops, with_token_ids=bool(request.return_token_ids))
 
     def _check_fit(self, prompt: list[int], sampling: SamplingParams, max_context: int, param: str) -> None:

@@ -33,7 +33,7 @@ from kvcore.types import Route
 from router.cluster import Cluster
 from router.ledger import RequestMachine
 from router.nodes import NodeClient
-from router.policy import ClusterView, RoutePolicy, RouteRequest
+from router.policy import RoutePolicy, RouteRequest
 from router.records import LegRecord, RequestLog, RequestRecord, RouteRecord
 from router.request_events import (
     Action,
@@ -104,25 +104,36 @@ class Dispatcher:
         """Entered and not left: they are told of nodes that are lost."""
         cluster.on_lost.append(self._node_lost)
 
-    def open(self, spec: RequestSpec) -> "RequestRun":
+    def open(self, spec: RequestSpec, *, beside: int = 0) -> "RequestRun":
         """Route a request. `async with` the result starts its legs; iterating yields its outputs.
 
-        Raises OverloadedError at `max_requests`, NodeUnavailableError when no decoder is ready.
+        `beside`: how many others were opened that are not yet entered. Raises OverloadedError at `max_requests`,
+        NodeUnavailableError when no decoder is ready.
         """
-        if self.log.in_flight >= self.config.max_requests:
-            raise OverloadedError(f"{self.log.in_flight} requests are under way, as many as the router takes")
+        if self.log.in_flight + beside >= self.config.max_requests:
+            raise OverloadedError(f"{self.log.in_flight} requests are under way; the router takes no more at a time")
         self._turn += 1
-        view = self.cluster.view()
-        request = RouteRequest(
-            prompt_tokens=len(spec.prompt_token_ids),
-            min_prefill_tokens=self.config.min_prefill_tokens,
-            turn=self._turn,
-            hits=self.cluster.hits(view, spec.prompt_token_ids, spec.cache_salt),
-        )
-        route = self.policy.choose(request, view)
+        route = self.choose(spec, self._turn)
         if route is None:
             raise NodeUnavailableError(self.cluster.why_no_decoder())
         return RequestRun(self, spec, route, self._turn)
+
+    def choose(
+        self, spec: RequestSpec, turn: int, *, exclude: frozenset[str] = frozenset(), decoder: str | None = None
+    ) -> Route | None:
+        """What the policy chooses among the nodes of now. `decoder`: only another prefiller for it is wanted."""
+        view = self.cluster.view()
+        prompt = spec.prompt_token_ids
+        request = RouteRequest(
+            prompt_tokens=len(prompt),
+            completion_tokens=spec.sampling.max_tokens,
+            min_prefill_tokens=0 if decoder else self.config.min_prefill_tokens,
+            turn=turn,
+            hits=self.cluster.hits(view, prompt, spec.cache_salt),
+            exclude=exclude,
+            decoder=decoder,
+        )
+        return self.policy.choose(request, view)
 
     def control(self, call: Coroutine[object, object, None]) -> None:
         """Send an abort or the end of a handoff beside the requests; it has its own deadline and may fail."""
@@ -248,26 +259,13 @@ class RequestRun:
 
     def prefiller(self, decoder: str, exclude: frozenset[str]) -> str | None:
         """See ledger.Picker."""
-        route = self._choose(exclude, decoder)
+        route = self._dispatcher.choose(self._spec, self._turn, exclude=exclude, decoder=decoder)
         return route.prefiller if route else None
 
     def decoder(self, exclude: frozenset[str]) -> str | None:
         """See ledger.Picker."""
-        route = self._choose(exclude, None)
+        route = self._dispatcher.choose(self._spec, self._turn, exclude=exclude)
         return route.decoder if route else None
-
-    def _choose(self, exclude: frozenset[str], decoder: str | None) -> Route | None:
-        cluster, config = self._dispatcher.cluster, self._dispatcher.config
-        view: ClusterView = cluster.view()
-        request = RouteRequest(
-            prompt_tokens=len(self._spec.prompt_token_ids),
-            min_prefill_tokens=0 if decoder else config.min_prefill_tokens,
-            turn=self._turn,
-            hits=cluster.hits(view, self._spec.prompt_token_ids, self._spec.cache_salt),
-            exclude=exclude,
-            decoder=decoder,
-        )
-        return self._dispatcher.policy.choose(request, view)
 
     # --- events and actions ---
 

@@ -173,6 +173,8 @@ class RequestMachine:
             case ClientGone():
                 return self._fail(CancelledByPeerError("the client closed the connection"))
             case Deadline():
+                if self._all_finished():  # only the prefill's reply was still waited for
+                    return self._end(Finish())
                 return self._fail(DeadlineExceededError("the request's time ran out"))
 
     def check_invariants(self) -> None:

@@ -47,6 +47,7 @@ class RouteRequest:
 
     prompt_tokens: int
     min_prefill_tokens: int
+    completion_tokens: int = 1
     turn: int = 0
     hits: Mapping[bytes, PrefixHits] = field(default_factory=dict)
     exclude: frozenset[str] = frozenset()
@@ -104,7 +105,7 @@ def _route(
         [
             node
             for node in view.decoders
-            if node.max_context > request.prompt_tokens
+            if node.max_context >= request.prompt_tokens + request.completion_tokens
             and (node.id == request.decoder if request.decoder else node.id not in request.exclude)
         ],
         decoder_cost,
@@ -125,7 +126,9 @@ def _route(
             [
                 node
                 for node in view.prefillers
-                if node.fingerprint == decoder.fingerprint and node.id not in request.exclude
+                if node.fingerprint == decoder.fingerprint
+                and node.max_context >= request.prompt_tokens
+                and node.id not in request.exclude
             ],
             prefiller_cost,
             request.turn,

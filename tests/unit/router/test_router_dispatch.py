@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 
+import msgspec
 import pytest
 from support.router_fakes import CHUNK_TOKENS, FakeNode, FakeNodes, Rig, expected, make_rig, two_and_two, until
 
@@ -18,6 +19,7 @@ from kvcore.errors import (
 from kvcore.types import Role
 from router import ledger
 from router.dispatch import RequestRun, RequestSpec
+from router.openai_schema import CompletionRequest
 
 PROMPT = [i % 250 for i in range(100)]
 
@@ -255,6 +257,35 @@ async def test_more_requests_than_the_bound_are_refused() -> None:
     async with open_run(rig):
         with pytest.raises(OverloadedError):
             open_run(rig, name="r2")
+
+
+async def test_prompts_of_one_request_count_against_the_bound_together() -> None:
+    rig = await make_rig(max_requests=2)
+    body = CompletionRequest(model="fake-model", prompt=["a", "b", "c"])
+    with pytest.raises(OverloadedError):
+        await rig.answerer.complete(body, "r", "r")
+
+
+async def test_a_decoder_whose_context_is_too_short_for_prompt_and_completion_is_not_asked() -> None:
+    rig = await make_rig()
+    for name in ("d0", "p0"):
+        node = rig.cluster.nodes[name]
+        assert node.report is not None and node.report.engine is not None
+        engine = msgspec.structs.replace(node.report.engine, max_context=len(PROMPT) - 1 if name == "p0" else 107)
+        node.report = msgspec.structs.replace(node.report, engine=engine)
+    for number in range(4):
+        assert (await tokens_of(open_run(rig, name=f"r{number}")))[0] == expected(PROMPT, 8)
+    assert not rig.nodes["d0"].generates and not rig.nodes["p0"].prefills
+
+
+async def test_an_answer_that_is_whole_when_time_is_up_is_an_answer() -> None:
+    rig = await make_rig(request_timeout_s=0.2)
+    for name in ("p0", "p1"):
+        rig.nodes[name].prefill_gate = asyncio.Event()
+    run = open_run(rig)
+    assert (await tokens_of(run))[0] == expected(PROMPT, 8)
+    assert run.record.state == "ok"
+    await assert_quiet(rig)
 
 
 async def test_no_decoder_ready_says_why() -> None:
