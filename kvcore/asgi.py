@@ -88,6 +88,9 @@ class AsgiServer:
         try:
             await asyncio.wait({self._serving, up}, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
+            # Not cancelled in its midst: the lifespan would be left over, to be cut with a stack trace in the log.
+            server.stop.set()
+            await asyncio.wait({self._serving}, timeout=_CLOSE_S)
             self._serving.cancel()
             raise
         finally:

@@ -1,4 +1,5 @@
 import asyncio
+import logging
 import os
 import socket
 
@@ -9,7 +10,7 @@ from starlette.responses import StreamingResponse
 
 from kvcore.asgi import AsgiServer
 from kvcore.errors import ConfigError
-from kvcore.ports import listen, port_holder
+from kvcore.ports import listen, port_holder, why_unreachable
 
 
 def make_app(**gates: asyncio.Event) -> FastAPI:
@@ -113,3 +114,32 @@ async def test_a_stream_that_outlives_the_deadline_is_cut():
         with pytest.raises(aiohttp.ClientPayloadError):
             await reply.content.read()
     await asyncio.wait_for(closed.wait(), 5)
+
+
+@pytest.mark.parametrize("ticks", range(12))
+async def test_a_start_that_is_cancelled_ends_the_apps_lifespan_in_order(
+    ticks: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = asyncio.all_tasks()
+    subject = AsgiServer(FastAPI(), "127.0.0.1", 0)
+    starting = asyncio.create_task(subject.start())
+    for _ in range(ticks):
+        await asyncio.sleep(0)
+    starting.cancel()
+    await asyncio.wait({starting})
+    await subject.aclose()
+    assert asyncio.all_tasks() == before
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR], caplog.text
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (ConnectionRefusedError(111, "Connect call failed ('127.0.0.1', 18101)"), "Connection refused"),
+        (OSError("Multiple exceptions: ..."), "Multiple exceptions: ..."),
+        (socket.gaierror(-2, "Name or service not known"), "[Errno -2] Name or service not known"),
+        (TimeoutError(), "TimeoutError"),
+    ],
+)
+def test_a_failed_connection_is_told_in_the_systems_words(error, text):
+    assert why_unreachable(error) == text
