@@ -112,9 +112,11 @@ class _Common:
         return {"prompt_token_ids": self._answer.prompt_token_ids(index)} if self._answer.with_token_ids else {}
 
     def _gather(self, pieces: Sequence[Piece]) -> list[Piece]:
+        by_choice: list[list[Piece]] = [[] for _ in range(self._answer.num_choices)]
+        for piece in pieces:
+            by_choice[piece.index].append(piece)
         gathered: list[Piece] = []
-        for index in range(self._answer.num_choices):
-            own = [piece for piece in pieces if piece.index == index]
+        for index, own in enumerate(by_choice):
             logprobs = [entry for piece in own for entry in piece.logprobs]
             reason = next((piece.finish_reason for piece in own if piece.finish_reason), None)
             token_ids = [token_id for piece in own for token_id in piece.token_ids]
