@@ -1,7 +1,7 @@
 """One segment's replicas: where they lie, how much they take, which one goes first.
 
 Owns placement inside of the segment, accounting and LRU order; not the index of keys. Invariants: each replica holds
-exactly one extent; `lru` has the complete ones without a pin, oldest first; the byte counts are sums over replicas.
+exactly one extent; `lru` has the complete ones without a pin, oldest first; the counts are sums over replicas.
 """
 
 from dataclasses import dataclass
@@ -50,6 +50,7 @@ class SegmentRecord:
         self.replicas: dict[int, Replica] = {}
         self.lru: dict[int, Replica] = {}
         self.bytes_in = dict.fromkeys(ReplicaState, 0)
+        self.num_complete = 0
 
     def allocate(self, length: int, high: float) -> int | None:
         """Room that needs no eviction: the use stays at or under the share `high`. Offset or None."""
@@ -80,7 +81,7 @@ class SegmentRecord:
         self.replicas[replica.ref.id] = replica
         self.bytes_in[replica.state] += aligned(replica.ref.length)
         if replica.state is ReplicaState.COMPLETE:
-            self.lru[replica.ref.id] = replica
+            self._completed(replica)
 
     def turn(self, replica: Replica, state: ReplicaState) -> None:
         """Move a reserved replica on."""
@@ -89,13 +90,14 @@ class SegmentRecord:
         self.bytes_in[state] += size
         replica.state = state
         if state is ReplicaState.COMPLETE:
-            self.lru[replica.ref.id] = replica
+            self._completed(replica)
 
     def remove(self, replica: Replica) -> None:
         """Forget a replica and free its room. Leases on it stay valid to end, and protect nothing."""
         del self.replicas[replica.ref.id]
         self.lru.pop(replica.ref.id, None)
         self.bytes_in[replica.state] -= aligned(replica.ref.length)
+        self.num_complete -= replica.state is ReplicaState.COMPLETE
         self.allocator.release(replica.ref.offset)
 
     def touch(self, replica: Replica) -> None:
@@ -125,7 +127,7 @@ class SegmentRecord:
             used_bytes=self.allocator.used,
             reserved_bytes=self.bytes_in[ReplicaState.RESERVED],
             retiring_bytes=self.bytes_in[ReplicaState.RETIRING],
-            num_replicas=len(self.lying()),
+            num_replicas=self.num_complete,
         )
 
     def check(self) -> None:
@@ -134,10 +136,15 @@ class SegmentRecord:
         for state, total in self.bytes_in.items():
             assert total == sum(aligned(r.ref.length) for r in self.replicas.values() if r.state is state)
         assert self.allocator.used == sum(self.bytes_in.values())
+        assert self.num_complete == len(self.lying())
         for replica in self.replicas.values():
             evictable = replica.state is ReplicaState.COMPLETE and replica.pins == 0
             assert evictable == (replica.ref.id in self.lru)
         assert set(self.lru) <= set(self.replicas)
+
+    def _completed(self, replica: Replica) -> None:
+        self.lru[replica.ref.id] = replica
+        self.num_complete += 1
 
     def _evict_oldest(self) -> Replica:
         replica = next(iter(self.lru.values()))

@@ -288,7 +288,7 @@ class MetadataState:
         return NodesReply(epoch=self.epoch, nodes=[node.info for node in self._nodes.values()], segments=segments)
 
     def stats(self, now: float, waiters: int) -> Stats:
-        """What is held now. O(replicas)."""
+        """What is held now. O(nodes + segments): the router asks each second."""
         self.tick(now)
         return Stats(
             epoch=self.epoch,
