@@ -17,6 +17,13 @@ def base_url(host: str, port: int) -> str:
     return f"http://{reachable}:{port}"
 
 
+def why_unreachable(error: Exception) -> str:
+    """The system's word for a failed connection (`Connection refused`), else the error's own."""
+    if isinstance(error, OSError) and error.errno is not None and error.errno > 0:
+        return os.strerror(error.errno)
+    return str(error) or type(error).__name__
+
+
 def listen(host: str, port: int) -> socket.socket:
     """A listening, non-blocking socket on `host:port` (port 0: any free one); the caller closes it.
 

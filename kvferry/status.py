@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvcore.config import ClusterConfig
-from kvcore.ports import base_url
+from kvcore.ports import base_url, why_unreachable
 from kvferry.machine import size_text
 from metadata_server.messages import Stats
 
@@ -106,8 +106,10 @@ async def _ask(session: aiohttp.ClientSession, url: str, kind: type[T]) -> Answe
             if reply.status != 200:
                 return Answer(url, problem=f"HTTP {reply.status}: {body[:200].decode('utf-8', 'replace')}")
         return Answer(url, msgspec.json.decode(body), msgspec.json.decode(body, type=kind))
-    except (aiohttp.ClientError, TimeoutError, OSError) as error:
-        return Answer(url, problem=str(error) or "no answer in time")
+    except TimeoutError:
+        return Answer(url, problem="no answer in time")
+    except (aiohttp.ClientError, OSError) as error:
+        return Answer(url, problem=why_unreachable(error))
     except msgspec.DecodeError as error:
         return Answer(url, problem=f"an answer that this version does not understand: {error}")
 

@@ -15,6 +15,7 @@ import aiohttp
 
 from kvcore.child import ChildProcess
 from kvcore.errors import ConfigError
+from kvcore.ports import why_unreachable
 from kvferry.processes import ProcessPlan
 
 _POLL_S = 0.1
@@ -128,7 +129,7 @@ class SupervisedProcess:
                 body = await reply.content.read(300)
                 return "" if reply.status == 200 else f"HTTP {reply.status} {body.decode('utf-8', 'replace')}"
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            return str(error) or type(error).__name__
+            return why_unreachable(error)
 
     def _take_line(self, line: str) -> None:
         self._last_lines.append(line)

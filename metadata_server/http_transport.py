@@ -10,6 +10,7 @@ import aiohttp
 import msgspec
 
 from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
+from kvcore.ports import why_unreachable
 
 _MSGPACK = {"Content-Type": "application/msgpack", "Accept": "application/msgpack"}
 _MAX_CONNECTIONS = 256
@@ -40,7 +41,7 @@ class HttpMetadataTransport:
         except TimeoutError as error:
             raise MetadataUnavailableError(f"{self._url}{path} did not answer within {timeout_s:.3g} s") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise MetadataUnavailableError(f"{self._url}{path}: {error or type(error).__name__}") from error
+            raise MetadataUnavailableError(f"{self._url}{path}: {why_unreachable(error)}") from error
         if status >= 400:
             raise _error_of(f"{self._url}{path}", status, reply)
         return reply
@@ -80,7 +81,7 @@ class HttpEventSource:
         except TimeoutError as error:
             raise MetadataUnavailableError(f"{url} was silent for {_SILENCE_S} s") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise MetadataUnavailableError(f"{url}: {error or type(error).__name__}") from error
+            raise MetadataUnavailableError(f"{url}: {why_unreachable(error)}") from error
 
     async def aclose(self) -> None:
         """Close the connection. Idempotent."""

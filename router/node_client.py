@@ -21,6 +21,7 @@ from engines.base import (
     TokenDelta,
 )
 from kvcore.errors import DeadlineExceededError, EngineError, KVFerryError, NodeUnavailableError, error_from_code
+from kvcore.ports import why_unreachable
 
 MAX_FRAME_BYTES = 4 << 20
 MAX_REPLY_BYTES = 16 << 20
@@ -136,8 +137,7 @@ class HttpNodeClient:
                     raise await _refusal(response, url, timeout_s)
                 yield response
         except (aiohttp.ClientError, OSError) as error:
-            text = str(error) or type(error).__name__
-            raise NodeUnavailableError(f"{url} cannot be reached or broke off: {text}") from error
+            raise NodeUnavailableError(f"{url} cannot be reached or broke off: {why_unreachable(error)}") from error
 
 
 @asynccontextmanager
