@@ -66,6 +66,10 @@ class PagedKV:
         size = self.geometry.block_bytes
         return self._bytes[block_id * size : (block_id + 1) * size]
 
+    def clear_block(self, block_id: int) -> None:
+        """Zero all its rows."""
+        self.blocks[block_id].zero_()
+
     def copy_block(self, source: int, target: int) -> None:
         """Overwrite `target` with `source`."""
         self.block_view(target)[:] = self.block_view(source)

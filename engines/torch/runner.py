@@ -58,6 +58,7 @@ class TorchRunner:
     def _step(self, slices: Sequence[StepSlice]) -> StepOutput:
         specs = [part.sample for part in slices if part.sample is not None]
         with torch.inference_mode():
+            self._clear_fresh_pages(slices)
             batch = StepBatch(slices, self._kv)
             logits = self._model(
                 input_ids=batch.token_ids,
@@ -68,6 +69,14 @@ class TorchRunner:
             ).logits[0]
             drawn = iter(sample_rows(logits, specs, self._info.eos_token_ids) if specs else [])
         return StepOutput([next(drawn) if part.sample is not None else [] for part in slices])
+
+    def _clear_fresh_pages(self, slices: Sequence[StepSlice]) -> None:
+        """Decodes read whole pages, masked: a NaN behind a sequence's end (of a refused chunk, of a failed step) would
+        still reach its sums, as 0 times NaN is NaN."""
+        for part in slices:
+            page, used = divmod(part.start + len(part.token_ids), self._info.block_size)
+            if used and part.start <= page * self._info.block_size:
+                self._kv.clear_block(part.block_table[page])
 
     def block_view(self, block_id: int) -> memoryview:
         """See `ModelRunner`."""

@@ -79,3 +79,20 @@ async def test_only_slices_that_ask_for_samples_get_them(folder: Path) -> None:
     with pytest.raises(IndexError):
         runner.block_view(8)
     await runner.aclose()
+
+
+@pytest.mark.parametrize("length", [5, 20])
+async def test_what_a_refused_chunk_left_in_a_block_does_not_reach_who_gets_the_block_next(
+    folder: Path, length: int
+) -> None:
+    """A load whose bytes fail verification leaves them in its blocks: 0xff is a NaN in every dtype."""
+    clean, dirty = make_runner(folder), make_runner(folder)
+    for block in range(8):
+        dirty.block_view(block)[:] = b"\xff" * dirty.block_view(block).nbytes
+    outputs = []
+    for runner in (clean, dirty):
+        await runner.execute([StepSlice(PROMPT[:length], 0, [0, 1]), StepSlice(PROMPT[:31], 0, [2, 3])])
+        both = [StepSlice([7], length, [0, 1], GREEDY), StepSlice([8], 31, [2, 3], GREEDY)]
+        outputs.append(await runner.execute(both))
+        await runner.aclose()
+    assert outputs[0] == outputs[1]
