@@ -244,6 +244,34 @@ async def test_a_metadata_server_that_hangs_holds_nobody_up(tmp_path: Path) -> N
         await is_quiet_and_whole(subject)
 
 
+async def test_a_node_that_hangs_holds_its_requests_up_for_a_bounded_time(tmp_path: Path) -> None:
+    """Stopped, not killed: no connection breaks. Four rounds of probes are two seconds here."""
+    draw = random.Random(10)
+    overrides = (*SLOW, "router.connect_timeout_s=0.4", "router.probe_interval_s=0.1")
+    async with cluster(tmp_path, overrides=overrides) as subject:
+        for role, length, max_tokens in (("prefiller", 200, 8), ("decoder", 70, 40)):
+            prompt = make_prompt(draw, length)
+            task = asyncio.create_task(ask(subject, prompt, max_tokens))
+
+            async def routed() -> dict[str, Any]:
+                records = (await subject._json(f"{subject.url}/v1/requests"))["requests"]
+                route: dict[str, Any] = records[0]["route"] if records else {}
+                return route if route and await busy(subject, route[role]) else {}  # noqa: B023 - of this round
+
+            node = psutil.Process(subject.launcher.pids[(await subject.until(routed, 10))[role]])
+            host = [node, *node.children()]
+            for process in host:
+                process.suspend()
+            try:
+                async with asyncio.timeout(12):
+                    told = await subject.explain((await task)["id"])
+            finally:
+                for process in host:
+                    process.resume()
+            assert told["retried_legs"] == [["prefill" if role == "prefiller" else "decode", "node_unavailable"]]
+            await is_quiet_and_whole(subject)
+
+
 async def test_without_prefillers_the_decoders_do_it_all(tmp_path: Path) -> None:
     prompt = make_prompt(random.Random(7), 300)
     async with cluster(tmp_path, without=("prefill-0", "prefill-1")) as subject:
