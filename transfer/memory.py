@@ -172,6 +172,8 @@ def _open_checked(segment: Segment, link: str, target: str) -> int:
         raise SegmentUnknownError(f"segment {segment.id}: {link} is {found!r}, not {target!r}")
     fd = os.open(link, os.O_RDWR | os.O_CLOEXEC)
     try:
+        if os.readlink(f"/proc/self/fd/{fd}") != target:  # noqa: PTH115
+            raise SegmentUnknownError(f"segment {segment.id}: {link} became another file while it was opened")
         size_bytes, seals = os.fstat(fd).st_size, fcntl.fcntl(fd, fcntl.F_GET_SEALS)
         if size_bytes != segment.size_bytes or seals & _SEALS != _SEALS:
             raise SegmentUnknownError(

@@ -64,6 +64,18 @@ def test_attach_checks_name_size_and_address() -> None:
                 attach(wrong)
 
 
+def test_attach_looks_at_what_it_has_opened_not_at_what_the_address_was_a_moment_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A segment that ends between look and open, its descriptor's number taken by the next of the same size."""
+    with SegmentMemory.create("n.2", 4096) as memory:
+        link, readlink = f"/proc/{os.getpid()}/fd/{memory.shm_address.partition(':')[2]}", os.readlink
+        was = "/memfd:kvferry-n.1 (deleted)"
+        monkeypatch.setattr(os, "readlink", lambda path: was if path == link else readlink(path))
+        with pytest.raises(SegmentUnknownError):
+            attach(segment(memory, id="n.1"))
+
+
 def test_attach_refuses_memory_that_its_owner_could_shrink_under_us() -> None:
     fd = os.memfd_create("kvferry-n.1", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(fd, 4096)
