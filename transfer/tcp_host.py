@@ -107,16 +107,25 @@ class TcpSegmentHost:
                 if not self._closing.wait(_ACCEPT_PAUSE_S):  # out of descriptors, say: try again soon
                     log_fields(_LOG, logging.WARNING, "transfer.accept_failed", error=str(error))
                 continue
-            thread = threading.Thread(target=self._serve, args=(sock,), name="kvferry-tcp-serve", daemon=True)
-            with self._lock:
-                full = len(self._connections) >= self._max_connections
-                if not full and not self._closing.is_set():
-                    self._connections[sock] = thread
-                    thread.start()
-                    continue
-            sock.close()
-            if full:
-                log_fields(_LOG, logging.WARNING, "transfer.connection_refused", max_connections=self._max_connections)
+            if refused := self._take_on(sock):
+                sock.close()
+                log_fields(_LOG, logging.WARNING, "transfer.connection_refused", reason=refused)
+
+    def _take_on(self, sock: socket.socket) -> str | None:
+        """Serve it in a thread of its own, or say why not."""
+        thread = threading.Thread(target=self._serve, args=(sock,), name="kvferry-tcp-serve", daemon=True)
+        with self._lock:
+            if self._closing.is_set():
+                return "closing"
+            if len(self._connections) >= self._max_connections:
+                return f"{self._max_connections} are open"
+            self._connections[sock] = thread
+            try:
+                thread.start()
+            except RuntimeError as error:  # the machine gives no more threads; it may later
+                del self._connections[sock]
+                return str(error)
+        return None
 
     def _serve(self, sock: socket.socket) -> None:
         """One connection, to its end."""

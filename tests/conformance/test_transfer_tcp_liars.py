@@ -110,6 +110,25 @@ async def test_hello_for_another_segment_is_refused() -> None:
         assert isinstance(error_in(said), SegmentUnknownError)
 
 
+async def test_a_machine_out_of_threads_refuses_and_serves_again_when_it_has_some(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with hosted() as (host, _):
+        start = threading.Thread.start
+
+        def refuse(thread: threading.Thread) -> None:
+            if thread.name != "kvferry-tcp-serve":
+                return start(thread)
+            monkeypatch.setattr(threading.Thread, "start", start)
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        assert await asyncio.to_thread(answer_to, host, wire.pack_hello(ID), greet=False) == b""
+        assert host.num_connections == 0
+        said = await asyncio.to_thread(answer_to, host, wire.pack_hello(ID), greet=False)
+        assert said == wire.pack_welcome(ID, SIZE)
+
+
 async def test_request_before_hello_is_refused() -> None:
     async with hosted() as (host, memory):
         raw = request(wire.FrameKind.WRITE, (0, 4)) + b"evil"
