@@ -3,32 +3,28 @@
 Owns arguments and the choice of the node; `kvnode.service` runs it.
 """
 
-import argparse
-import sys
 from collections.abc import Sequence
 
+from kvcore.command import config_parser, run_configured
 from kvcore.config import ClusterConfig
-from kvcore.config_file import load_config, node_config
+from kvcore.config_file import node_config
 from kvcore.errors import ConfigError
-from kvcore.service import EXIT_CONFIG, run_process
+from kvcore.service import Main
 from kvcore.types import Role
 from kvnode.service import run_node
 
 
 def main(role: Role, program: str, arguments: Sequence[str] | None = None) -> int:
     """Run one node of `role` until it is told to stop; returns the exit code (2: ConfigError, said on stderr)."""
-    parser = argparse.ArgumentParser(prog=program, description=f"One {role} node of a kvferry cluster.")
-    parser.add_argument("--config", required=True, metavar="FILE", help="the cluster's YAML file")
+    parser = config_parser(program, f"One {role} node of a kvferry cluster.")
     parser.add_argument("--node", metavar="NAME", help=f"its name under `nodes`; not needed if only one is a {role}")
-    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="overrides")
     options = parser.parse_args(arguments)
-    try:
-        config = load_config(options.config, options.overrides)
+
+    def choose(config: ClusterConfig) -> tuple[str, Main]:
         name = choose_node(config, role, options.node)
-    except ConfigError as error:
-        sys.stderr.write(f"{program}: error: {error}\n")
-        return EXIT_CONFIG
-    return run_process(name, lambda lifecycle: run_node(config, name, lifecycle), log_level=config.service.log_level)
+        return name, lambda lifecycle: run_node(config, name, lifecycle)
+
+    return run_configured(program, options, choose)
 
 
 def choose_node(config: ClusterConfig, role: Role, name: str | None) -> str:

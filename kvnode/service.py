@@ -18,9 +18,9 @@ from engines.factory import metadata_client
 from engines.process import EngineProcess
 from engines.process_messages import Hello, Sample
 from kvcore.clock import Clock, SystemClock
-from kvcore.config import ClusterConfig, TransportConfig
+from kvcore.config import ClusterConfig
 from kvcore.config_file import node_config
-from kvcore.errors import ConfigError, KVFerryError, NodeUnavailableError
+from kvcore.errors import KVFerryError, NodeUnavailableError
 from kvcore.ports import base_url, listen
 from kvcore.service import Lifecycle
 from kvcore.telemetry import Metrics, log_fields
@@ -88,7 +88,7 @@ async def run_node(config: ClusterConfig, name: str, lifecycle: Lifecycle, clock
     stack.callback(listener.close)
     port = listener.getsockname()[1]
     info = NodeInfo(id=name, role=settings.role, control_url=base_url(settings.host, port), incarnation=incarnation)
-    owner = await stack.enter_async_context(SegmentOwner(name, incarnation, settings, _transport(config)))
+    owner = await stack.enter_async_context(SegmentOwner(name, incarnation, settings, config.transport))
     client = metadata_client(config, clock)
     stack.push_async_callback(client.aclose)
     membership = Membership(client, info, owner.manifests, ttl_s=config.metadata_server.node_ttl_s)
@@ -148,9 +148,3 @@ async def _cancelled(task: "asyncio.Task[None]") -> None:
     task.cancel()
     await asyncio.wait({task})
     log_fields(_logger, logging.DEBUG, "task_ended", name=task.get_name())
-
-
-def _transport(config: ClusterConfig) -> TransportConfig:
-    if isinstance(config.transport, TransportConfig):
-        return config.transport
-    raise ConfigError(f"transport: {config.transport!r} was not spelled out")

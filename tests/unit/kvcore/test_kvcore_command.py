@@ -1,0 +1,41 @@
+"""The programs of a cluster tell a bad command line in the same way: one line, exit code 2."""
+
+from pathlib import Path
+
+import pytest
+
+from kvcore.types import Role
+from kvnode import command
+from metadata_server import __main__ as metadata_server
+from router import __main__ as router
+
+PROGRAMS = {
+    "router": router.main,
+    "metadata-server": metadata_server.main,
+    "decoder": lambda arguments: command.main(Role.DECODER, "decoder", arguments),
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_bad_file_is_one_line_and_exit_code_2(program: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert PROGRAMS[program](["--config", str(tmp_path / "gone.yaml"), "--set", "router.port=1"]) == 2
+    assert capsys.readouterr().err == f"{program}: error: {tmp_path / 'gone.yaml'}: no such file\n"
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_tells_of_overrides(program: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        PROGRAMS[program](["--help"])
+    assert "e.g. router.port=8001" in capsys.readouterr().out
+
+
+def test_a_node_of_another_role_is_refused_with_those_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "cluster: c\nmodel: {path: sim, name: sim}\nengine: {kind: sim}\nkv: {chunk_tokens: 64}\n"
+        "nodes: {d: {role: decoder, port: 1}, e: {role: decoder, port: 2}}\n"
+    )
+    assert command.main(Role.PREFILLER, "prefiller", ["--config", str(file), "--node", "d"]) == 2
+    assert "--node d: it is a decoder, not a prefiller" in capsys.readouterr().err
+    assert PROGRAMS["decoder"](["--config", str(file)]) == 2
+    assert "--node is missing; nodes of role decoder: d, e" in capsys.readouterr().err
