@@ -168,10 +168,13 @@ class Answerer:
     async def complete(self, request: CompletionRequest, request_id: str, client_request_id: str) -> Answer:
         """As `chat`."""
         self._check_model(request.model)
+        given = schema.prompts_of(request)
+        chars = sum(len(prompt) for prompt in given if isinstance(prompt, str))
         prompts: list[list[int]] = []
-        for prompt in schema.prompts_of(request):
+        for prompt in given:
             if isinstance(prompt, str):
-                prompts.append(await encode(self.tokenizer, prompt, add_special_tokens=True, run=self._run))
+                ids = await encode(self.tokenizer, prompt, add_special_tokens=True, run=self._run, chars=chars)
+                prompts.append(ids)
             else:
                 prompts.append(prompt)
         return self._answer(request, prompts, request_id, client_request_id, "prompt")

@@ -163,9 +163,11 @@ def make_tokenizer(config: ClusterConfig) -> Tokenizer:
     return FolderTokenizer(find_folder(path, TOKENIZER_FILES))
 
 
-async def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool, run: "Runner[list[int]]") -> list[int]:
-    """Encode without holding up the loop: long texts go through `run`."""
-    if len(text) <= INLINE_CHARS:
+async def encode(
+    tokenizer: Tokenizer, text: str, *, add_special_tokens: bool, run: "Runner[list[int]]", chars: int = 0
+) -> list[int]:
+    """Encode without holding up the loop: long texts, and those of many with `chars` together, go through `run`."""
+    if max(len(text), chars) <= INLINE_CHARS:
         return tokenizer.encode(text, add_special_tokens=add_special_tokens)
     return await run(lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
@@ -252,11 +254,6 @@ class StopChecker:
 
     def _may_begin(self, tail: str) -> bool:
         return any(stop.startswith(tail) for stop in self.stops)
-
-
-def token_text(tokenizer: Tokenizer, token_id: int) -> str:
-    """One token by itself, for logprobs."""
-    return tokenizer.decode([token_id])
 
 
 def finite(logprob: float) -> float:

@@ -4,7 +4,7 @@ import asyncio
 import json
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import httpx
 import pytest
@@ -281,6 +281,22 @@ async def test_several_prompts_and_n_give_choices_in_order(http: httpx.AsyncClie
     logprobs = body["choices"][3]["logprobs"]
     assert logprobs["text_offset"] == [0, 1, 2, 3] and "".join(logprobs["tokens"]) == body["choices"][3]["text"]
     assert body["usage"]["prompt_tokens"] == 5 and body["usage"]["completion_tokens"] == 16
+
+
+async def test_many_short_prompts_are_encoded_beside_the_loop_as_a_long_one_is(
+    rig: Rig, http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside: list[list[int]] = []
+
+    async def run(work: Callable[[], list[int]]) -> list[int]:
+        beside.append(work())
+        return beside[-1]
+
+    monkeypatch.setattr(rig.answerer, "_run", run)
+    for prompts, count in ((["x" * 1000] * 9, 9), (["x" * 1000] * 2, 0)):
+        reply = await http.post("/v1/completions", json={"model": "fake-model", "prompt": prompts, "max_tokens": 1})
+        assert (reply.status_code, len(beside)) == (200, count)
+        beside.clear()
 
 
 async def test_chat_logprobs(http: httpx.AsyncClient) -> None:
