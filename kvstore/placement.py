@@ -36,6 +36,8 @@ from metadata_server.messages import (
 _log = logging.getLogger(__name__)
 _WRITABLE_SHARE = 0.9
 """Of a reservation's life: no byte is written after it, so that clocks and wires may be late by the rest."""
+_LONGEST_WAIT_S = 60.0
+"""Of one long poll: a server takes no arbitrary ones."""
 _RETRY_PAUSES_S = (0.25, 0.5, 1.0, 2.0)
 """Longer than the client's own pause after a failure; give-backs are idempotent, and a place or a lease that stays
 taken until it expires is missed by others."""
@@ -85,11 +87,11 @@ class Placement:
         return self._matched(keys, await self._value(self._metadata.match(request, timeout_s=timeout_s)))
 
     async def wait(self, keys: Sequence[ChunkKey], more_than: int, timeout_s: float) -> Match:
-        """As match, once there is more or time is up."""
+        """As match, once there is more or time is up, or _LONGEST_WAIT_S."""
         request = WaitRequest(
             keys=list(keys),
             more_than=more_than,
-            timeout_s=timeout_s,
+            timeout_s=min(max(0.0, timeout_s), _LONGEST_WAIT_S),
             lease_s=self._config.read_lease_s,
             node_id=self._node_id,
             incarnation=self._incarnation,

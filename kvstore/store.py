@@ -95,8 +95,9 @@ class KVStore:
         return await self._background.finish(self._placement.match(keys, timeout_s), self._placement.release)
 
     async def wait(self, keys: Sequence[ChunkKey], *, more_than: int, timeout_s: float) -> Match:
-        """As `match`, answered once more than `more_than` leading keys are complete or time is up (then: whatever is
-        complete, perhaps not more). Metadata server away: an empty Match at once; the caller paces its retries.
+        """As `match`, answered once more than `more_than` leading keys are complete or time, a minute at most, is up
+        (then: whatever is complete, perhaps not more). Metadata server away: an empty Match at once; the caller paces
+        its retries.
 
         Cancellation ends the wait at once; a lease granted in that very moment ends by its expiry.
         """

@@ -311,6 +311,22 @@ async def test_a_cancelled_wait_leaves_no_waiter_and_no_lease(world):
     assert (world.stats().waiters, world.stats().read_leases) == (0, 0)
 
 
+@pytest.mark.parametrize("timeout_s", [86_400.0, -0.001])
+async def test_a_wait_of_any_length_is_one_that_the_server_takes(world, timeout_s):
+    world.add_node("a")
+    store, wire = world.store("a", InprocTransfer(world.memory))
+    waiting = asyncio.create_task(store.wait(KEYS, more_than=0, timeout_s=timeout_s))
+    await wire.arrived["wait"].wait()
+    await asyncio.sleep(0)
+    if timeout_s > 0:
+        assert not waiting.done()
+        await put(store)
+    match = await waiting
+    assert match.num_chunks == (len(KEYS) if timeout_s > 0 else 0)
+    await store.release(match)
+    assert store.counters()["metadata_protocol"] == 0
+
+
 # --- what works --------------------------------------------------------------------------------------------------
 
 
