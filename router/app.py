@@ -7,7 +7,8 @@ import asyncio
 import re
 import time
 import uuid
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 import msgspec
 from fastapi import FastAPI, Request
@@ -22,7 +23,7 @@ from router import openapi
 from router.answering import Answer, Answerer
 from router.http_errors import error_reply, headers_of
 from router.metrics import RouterMetrics
-from router.openai_schema import ChatRequest, CompletionRequest, parse
+from router.openai_schema import AnyRequest, ChatRequest, CompletionRequest, parse
 from router.records import RequestLog
 from router.replies import ChatFormat, CompletionFormat, Format
 from router.responses import AnswerResponse, JsonReply, error_response
@@ -121,7 +122,7 @@ def _add_openai(app: FastAPI, answerer: Answerer, max_body_bytes: int) -> None:
 
         async def start() -> tuple[Answer, Format]:
             answer = await answerer.chat(body, request_id, request.scope["request_id"])
-            usage = bool(body.stream and body.stream_options and body.stream_options.include_usage)
+            usage = _wants_usage(body)
             return answer, ChatFormat(answer, body.model, int(time.time()), answerer.tokenizer, usage=usage)
 
         return _respond(start, body)
@@ -133,7 +134,7 @@ def _add_openai(app: FastAPI, answerer: Answerer, max_body_bytes: int) -> None:
 
         async def start() -> tuple[Answer, Format]:
             answer = await answerer.complete(body, request_id, request.scope["request_id"])
-            usage = bool(body.stream and body.stream_options and body.stream_options.include_usage)
+            usage = _wants_usage(body)
             return answer, CompletionFormat(answer, body.model, int(time.time()), answerer.tokenizer, usage=usage)
 
         return _respond(start, body)
@@ -153,9 +154,12 @@ def _add_openai(app: FastAPI, answerer: Answerer, max_body_bytes: int) -> None:
         return JsonReply({"id": answerer.model, "object": "model", "created": created, "owned_by": "kvferry"})
 
 
-def _respond(start: Any, body: ChatRequest | CompletionRequest) -> Response:
-    usage = bool(body.stream and body.stream_options and body.stream_options.include_usage)
-    return AnswerResponse(start, stream=bool(body.stream), usage=usage)
+def _respond(start: Callable[[], Awaitable[tuple[Answer, Format]]], body: AnyRequest) -> Response:
+    return AnswerResponse(start, stream=bool(body.stream), usage=_wants_usage(body))
+
+
+def _wants_usage(body: AnyRequest) -> bool:
+    return bool(body.stream and body.stream_options and body.stream_options.include_usage)
 
 
 def _add_status(app: FastAPI, model: str, log: RequestLog, status: StatusView, metrics: RouterMetrics) -> None:

@@ -9,7 +9,7 @@ from router.records import RequestLog, RequestRecord
 
 
 class RouterMetrics:
-    """Made once a process. `connected` and `lag` tell of the event stream."""
+    """Made once a process. `connected`: whether the event stream of the metadata server is up."""
 
     def __init__(self, cluster: Cluster, log: RequestLog, connected: Callable[[], bool]) -> None:
         self.metrics = metrics = Metrics()
