@@ -4,16 +4,23 @@ Owns memory and hosts. Knows nothing of who writes there. Invariant: hosts are c
 """
 
 import asyncio
+import logging
 from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Self
 
 from kvcore.config import NodeConfig, TransportConfig
+from kvcore.telemetry import log_fields
 from kvcore.types import Segment
 from kvstore.manifest import scan
 from metadata_server.messages import SegmentManifest
 from transfer.memory import SegmentMemory, host_identity
 from transfer.select import start_segment_hosts
+
+MAX_LISTED = 65_536
+"""Chunks in one manifest: 4 MB and about 1 s of the metadata server's time. It refuses longer bodies and its clients do
+not wait longer; what is not listed is free room."""
+_logger = logging.getLogger("kvnode")
 
 
 class SegmentOwner:
@@ -60,7 +67,10 @@ class SegmentOwner:
         return self._segment
 
     async def manifests(self) -> list[SegmentManifest]:
-        """What lies in the segment now, by its chunk headers. Scans on a thread, about 0.1 s a 10 GiB."""
+        """What lies in the segment now, by its chunk headers; the newest MAX_LISTED. Scans on a thread, about 0.1 s a
+        10 GiB."""
         assert self._memory is not None, "the segment was not entered"
         entries = await asyncio.to_thread(scan, self._memory.view)
-        return [SegmentManifest(segment=self.segment, entries=entries)]
+        if len(entries) > MAX_LISTED:
+            log_fields(_logger, logging.WARNING, "manifest_cut", chunks=len(entries), listed=MAX_LISTED)
+        return [SegmentManifest(segment=self.segment, entries=entries[:MAX_LISTED])]

@@ -1,0 +1,30 @@
+"""What a node says of its segment."""
+
+import pytest
+
+from kvcore.chunk_keys import KEY_BYTES
+from kvcore.config import NodeConfig, TransportConfig
+from kvcore.types import ChunkKey, Role
+from kvnode import segment_owner
+from kvnode.segment_owner import SegmentOwner
+from kvstore.chunk_format import ALIGNMENT, ChunkHeader, pack
+from metadata_server.protocol import MAX_ITEMS
+
+
+def header(generation: int) -> bytes:
+    key = ChunkKey(generation.to_bytes(KEY_BYTES, "little"))
+    return pack(ChunkHeader(key, b"f" * 16, token_count=1, payload_length=64, checksum=0, generation=generation))
+
+
+async def test_of_more_chunks_than_one_message_takes_the_newest_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list over the server's bounds would be refused each time: the node could never join again."""
+    assert segment_owner.MAX_LISTED <= MAX_ITEMS
+    monkeypatch.setattr(segment_owner, "MAX_LISTED", 3)
+    node = NodeConfig(role=Role.STORE, port=0, segment=1 << 20)  # type: ignore[arg-type]
+    async with SegmentOwner("s0", 1, node, TransportConfig(kind="shm")) as owner:
+        assert owner._memory is not None
+        for place, generation in enumerate((4, 1, 5, 2, 3)):
+            raw = header(generation)
+            owner._memory.view[place * ALIGNMENT : place * ALIGNMENT + len(raw)] = raw
+        (manifest,) = await owner.manifests()
+    assert [entry.generation for entry in manifest.entries] == [5, 4, 3]
