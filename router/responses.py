@@ -11,15 +11,21 @@ from contextlib import aclosing
 
 import msgspec
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from kvcore.errors import EngineError, KVFerryError
 from router.answering import Answer, Piece
 from router.http_errors import headers_of, reply_of
 from router.replies import DONE, Format, sse
 
+SEND_S = 30.0
+"""A client that takes nothing for so long is gone: it would hold its place on a node until the request's time is up."""
 _log = logging.getLogger("router")
 _SSE = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+
+
+class _ClientGoneError(Exception):
+    """The client took no more."""
 
 
 class JsonReply(Response):
@@ -48,7 +54,15 @@ class AnswerResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry: ends when the answer has been sent, or the client has left and every leg is cancelled."""
-        work = asyncio.create_task(self._answer(scope, receive, send))
+
+        async def send_in_time(message: Message) -> None:
+            try:
+                async with asyncio.timeout(SEND_S):
+                    await send(message)
+            except OSError as error:  # of which a TimeoutError is one
+                raise _ClientGoneError from error
+
+        work = asyncio.create_task(self._answer(scope, receive, send_in_time))
         gone = asyncio.create_task(_until_gone(receive))
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -57,7 +71,8 @@ class AnswerResponse(Response):
             if not work.done():
                 work.cancel()
             await asyncio.gather(work, gone, return_exceptions=True)
-        if not work.cancelled() and (error := work.exception()) is not None and not isinstance(error, OSError):
+        error = None if work.cancelled() else work.exception()
+        if error is not None and not isinstance(error, _ClientGoneError):
             raise error  # of ASGI's send: a bug of ours; what the work itself raised has been answered
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -71,6 +86,8 @@ class AnswerResponse(Response):
             reply: Response = Response(shape.whole(gathered), media_type="application/json")
         except KVFerryError as error:
             reply = error_response(error)
+        except _ClientGoneError:
+            raise
         except Exception:  # request boundary
             _log.exception("request_failed")
             reply = error_response(EngineError("internal error"))
@@ -87,6 +104,8 @@ class AnswerResponse(Response):
             last = (shape.usage_chunk() if self._usage else b"") + DONE
         except KVFerryError as error:
             last = sse(reply_of(error))
+        except _ClientGoneError:
+            raise
         except Exception:  # request boundary; the status is out already
             _log.exception("stream_failed")
             last = sse(reply_of(EngineError("internal error")))

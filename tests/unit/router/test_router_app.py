@@ -8,13 +8,14 @@ from collections.abc import AsyncIterator, Callable
 
 import httpx
 import pytest
+from starlette.types import Message
 from support.router_fakes import FakeNode, Rig, make_rig, next_token, two_and_two, until
 
 from engines.base import FinishReason, TokenDelta
 from kvcore.asgi import AsgiServer
 from kvcore.errors import NodeUnavailableError
 from kvcore.types import Role
-from router import app, ledger
+from router import app, ledger, responses
 
 ASK = {"model": "fake-model", "prompt": "hello" * 20, "max_tokens": 4}
 CHAT = {"model": "fake-model", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
@@ -332,6 +333,31 @@ async def test_a_client_that_leaves_frees_every_node(stream: bool) -> None:
         await until(lambda: sum(len(node.aborted) for node in nodes.nodes) == 2)
     assert rig.log.cancelled == 1 and rig.log.in_flight == 0
     await server.aclose()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_that_reads_no_more_frees_every_node(
+    rig: Rig, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(responses, "SEND_S", 0.05)
+    body = json.dumps({**ASK, "stream": stream, "max_tokens": 1000}).encode()
+    arrived = iter([{"type": "http.request", "body": body, "more_body": False}])
+    sent: list[str] = []
+
+    async def receive() -> Message:
+        return next(arrived, None) or await asyncio.Future()
+
+    async def send(message: Message) -> None:
+        sent.append(message["type"])
+        if message["type"] == "http.response.body":
+            await asyncio.Future()
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+    async with asyncio.timeout(5):
+        await rig.app(scope, receive, send)  # type: ignore[operator]
+    assert sent == ["http.response.start", "http.response.body"]
+    await until(lambda: not any(node.running for node in rig.nodes.nodes))
+    assert rig.log.in_flight == 0 and rig.log.cancelled == stream
 
 
 async def test_status_and_metrics_tell_of_what_happened(rig: Rig, http: httpx.AsyncClient) -> None:
