@@ -26,7 +26,7 @@ lint: $(VENV)/.installed
 	$(BIN)/lint-imports --no-cache
 
 unit: $(VENV)/.installed
-	$(PYTEST) tests -m "not slow and not gpu"
+	$(PYTEST) tests -m "not slow and not gpu" -n 2 --dist loadfile
 
 bench: $(VENV)/.demo-model   ## every benchmark; each ends in a line `RESULT {json}`
 	@for b in chunk_keys index handoff router; do echo "== benchmarks/$$b.py"; $(BIN)/python -m benchmarks.$$b || exit 1; done
