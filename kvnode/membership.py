@@ -158,15 +158,19 @@ class Membership:
             if step is Step.REGISTER:
                 await self._register()
             else:
-                heartbeat = HeartbeatRequest(node_id=self._node.id, incarnation=self._node.incarnation)
-                self._lease.on_heartbeat(await self._client.heartbeat(heartbeat))
+                self._lease.on_heartbeat(await self._heartbeat())
         except (MetadataUnavailableError, MetadataProtocolError) as error:
             if self._lease.failures == 0:  # once an outage
                 log_fields(_logger, logging.WARNING, f"{step}_failed", node=self._node.id, reason=error.message)
             self._lease.on_failure()
             self.heartbeat_failures += 1
 
+    async def _heartbeat(self) -> HeartbeatReply:
+        return await self._client.heartbeat(HeartbeatRequest(node_id=self._node.id, incarnation=self._node.incarnation))
+
     async def _register(self) -> None:
+        if self._lease.failures:  # first see that it is back: a large segment takes seconds to scan
+            await self._heartbeat()
         node = self._node
         segments = await self._scan()
         reply = await self._client.register(RegisterRequest(node=node, segments=segments, ttl_s=self._ttl_s))
