@@ -17,7 +17,8 @@ from kvcore.config import ClusterConfig, EngineConfig, TorchEngineConfig, Transp
 from kvcore.config_checks import engine_of, ports_of
 from kvcore.errors import ConfigError, ModelLoadError
 from kvcore.ports import listen
-from kvferry.machine import available_memory, is_local, size_text
+from kvferry.machine import is_local, size_text
+from transfer.available import available_memory
 
 _BASE_PACKAGES = ("msgspec", "uvicorn", "fastapi", "aiohttp", "tokenizers", "xxhash", "numpy")
 _TORCH_PACKAGES = ("torch", "transformers", "safetensors")
@@ -142,12 +143,13 @@ def check_memory(context: Context) -> list[Finding]:
     segments = sum(node.segment for node in here)
     engines = sum(_engine_bytes(engine, config.model.path) for engine in context.local_engines())
     needed = segments + engines + _NODE_BYTES * (len(here) + 2)
-    available, limited_by = available_memory()
-    shown = f"{size_text(needed)} needed ({size_text(segments)} of it segments), {size_text(available)} available"
-    if needed <= available:
-        return [Finding("memory", True, f"{shown} ({limited_by})")]
+    left = available_memory()
+    parts = f"{size_text(needed)} needed ({size_text(segments)} of it segments)"
+    shown = f"{parts}, {size_text(left.size_bytes)} available ({left.source})"
+    if needed <= left.size_bytes:
+        return [Finding("memory", True, shown)]
     remedy = "lower nodes.*.segment or engine.kv_cache, or start fewer nodes here"
-    return [Finding("memory", False, f"{shown} ({limited_by})", remedy)]
+    return [Finding("memory", False, shown, remedy)]
 
 
 def _engine_bytes(engine: EngineConfig, model_path: str) -> int:

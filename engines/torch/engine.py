@@ -6,11 +6,8 @@ Owns the order of start and stop. Nothing is loaded before the engine is entered
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack
-from pathlib import Path
 from types import TracebackType
 from typing import Self
-
-import psutil
 
 from engines.base import (
     Engine,
@@ -31,10 +28,10 @@ from kvcore.config import ModelConfig, TorchEngineConfig
 from kvcore.errors import ConfigError
 from kvcore.types import KVSpec
 from kvstore.store import KVStore
+from transfer.available import available_memory
 
 StoreFactory = Callable[[KVSpec], KVStore | None]
 """Makes the store's client once the KV's provenance is known; None: an engine without a store. The caller closes it."""
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 def build_torch_engine(
@@ -94,7 +91,7 @@ class TorchEngine:
     def _load(self) -> TorchRunner:
         files = check_model_files(self._model.path)
         dtype = model_dtype(self._model.dtype)
-        check_memory(files, int(dtype.itemsize), self._engine.kv_cache, available_memory())
+        check_memory(files, int(dtype.itemsize), self._engine.kv_cache, available_memory().size_bytes)
         loaded = load_checked(files, self._model, self._engine, dtype)
         num_blocks = count_blocks(loaded, self._engine.kv_cache, self._chunk_tokens)
         spec = build_kv_spec(loaded, self._model.name, self._chunk_tokens)
@@ -149,17 +146,6 @@ def check_memory(files: ModelFiles, bytes_per_parameter: int, kv_cache: int, ava
             f"{kv_cache >> 20} MiB, {available >> 20} MiB are available. Lower engine.kv_cache, or take bfloat16 as "
             "model.dtype"
         )
-
-
-def available_memory() -> int:
-    """Bytes that this process may still take: the machine's, or its control group's where that is less."""
-    available: int = psutil.virtual_memory().available
-    try:
-        limit = (_CGROUP / "memory.max").read_text().strip()
-        used = (_CGROUP / "memory.current").read_text().strip()
-        return available if limit == "max" else max(0, min(available, int(limit) - int(used)))
-    except (OSError, ValueError):  # no control group of version 2
-        return available
 
 
 def count_blocks(loaded: LoadedModel, kv_cache: int, chunk_tokens: int) -> int:

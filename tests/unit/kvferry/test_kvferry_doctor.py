@@ -22,7 +22,8 @@ from kvcore.ports import listen
 from kvcore.types import Role
 from kvferry import cli, doctor
 from kvferry.doctor import Context, check_memory, check_model, check_ports, check_transports, preflight
-from kvferry.machine import cgroup_memory_left, is_local, size_text
+from kvferry.machine import is_local, size_text
+from transfer.available import AvailableMemory
 
 
 def cluster(**changes: object) -> ClusterConfig:
@@ -104,7 +105,7 @@ def test_a_weight_file_that_is_a_dead_link_is_told_not_raised(tmp_path):
 
 
 def test_too_little_memory_says_how_much_and_what_to_lower(monkeypatch):
-    monkeypatch.setattr(doctor, "available_memory", lambda: (200 << 20, "limit of the container"))
+    monkeypatch.setattr(doctor, "available_memory", lambda: AvailableMemory(200 << 20, "limit of the container"))
     nodes = {"d": NodeConfig(role=Role.DECODER, port=0, segment=ByteSize(1 << 30))}
     (finding,) = check_memory(Context(cluster(nodes=nodes)))
     assert not finding.ok and "segment" in finding.remedy
@@ -140,23 +141,6 @@ def test_preflight_tells_all_that_is_wrong_at_once():
     lines = caught.value.message.splitlines()
     assert lines[0].startswith("transport ucx: transport.devices: mlx5_77 is not on this machine")
     assert any(line.startswith("port router: router.port is 0; give it a number") for line in lines)
-
-
-@pytest.mark.parametrize(
-    ("files", "left"),
-    [
-        ({"memory.max": "max", "memory.current": "5"}, None),
-        ({"memory.max": "100", "memory.current": "30"}, 70),
-        ({"memory/memory.limit_in_bytes": "100", "memory/memory.usage_in_bytes": "130"}, 0),
-        ({"memory/memory.limit_in_bytes": str(2**63 - 4096), "memory/memory.usage_in_bytes": "1"}, None),
-        ({}, None),
-    ],
-)
-def test_a_container_limits_memory(tmp_path, files, left):
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text + "\n")
-    assert cgroup_memory_left(tmp_path) == left
 
 
 def test_this_machine_is_told_from_others():
