@@ -342,18 +342,22 @@ class EngineLoop:
         return StepSlice(sequence.tokens[start:end], start, sequence.block_table, sample)
 
     def _apply(self, plan: Plan, output: StepOutput) -> None:
-        alive = set(self._scheduler.complete(plan))
+        self._scheduler.complete(plan)
         for item, samples in zip(plan.work, output.samples, strict=True):
             self._counters["prefill_tokens"] += item.num_tokens - bool(samples)
             self._counters["decode_tokens"] += len(samples)
-            if item.sequence not in alive:
+            if item.sequence.status is Status.FINISHED:
                 continue
             leg = self._legs[item.sequence.request_id]
             self._offer_chunks(leg, item.sequence)
             if samples:
                 self._emit(leg, item.sequence, samples)
-            elif item.sequence.sampling is None and item.sequence.num_left == 0:
+            elif item.sequence.num_left:
+                continue
+            elif item.sequence.sampling is None:
                 self._end_prefill(leg)
+            else:
+                self._fail(leg, EngineError("the model's logits are not numbers; a wider model.dtype may help"))
 
     def _emit(self, leg: Leg, sequence: TokenSequence, samples: list[Sampled]) -> None:
         now = self._clock.now()

@@ -39,7 +39,8 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """`samples[i]`: one a requested index of slice i's SampleSpec, in order; empty where it had none."""
+    """`samples[i]`: one a requested index of slice i's SampleSpec, in order; empty where it had none, and where the
+    model's logits for it were not numbers."""
 
     samples: list[list[Sampled]] = field(default_factory=list)
 

@@ -12,7 +12,6 @@ import torch
 
 from engines.base import SamplingParams, TokenLogprob
 from engines.paged.runner import Sampled, SampleSpec
-from kvcore.errors import EngineError
 
 _WORD = (1 << 64) - 1
 _HUGE = 1e30
@@ -32,15 +31,11 @@ def uniform(seed: int, index: int, position: int) -> float:
 def sample_rows(logits: torch.Tensor, specs: Sequence[SampleSpec], eos_token_ids: Sequence[int]) -> list[list[Sampled]]:
     """Draw for each row of `logits` ([number of specs, vocabulary], not changed) one token an index of its spec.
 
-    Raises EngineError if a row holds a NaN or no finite maximum: its KV or the weights are broken.
+    Nothing for a row that has a NaN or no finite maximum: its KV or the weights are broken.
     """
     best, best_ids = logits.max(dim=-1)
-    if not bool(torch.isfinite(best).all()):
-        raise EngineError("the model computed logits that are not numbers; a wider model.dtype may help")
-    greedy = best_ids.tolist()
-    return [
-        _sample_row(row, spec, eos_token_ids, argmax) for row, spec, argmax in zip(logits, specs, greedy, strict=True)
-    ]
+    rows = zip(logits, specs, best_ids.tolist(), torch.isfinite(best).tolist(), strict=True)
+    return [_sample_row(row, spec, eos_token_ids, argmax) if finite else [] for row, spec, argmax, finite in rows]
 
 
 def _sample_row(row: torch.Tensor, spec: SampleSpec, eos_token_ids: Sequence[int], argmax: int) -> list[Sampled]:

@@ -23,7 +23,9 @@ from support.sim_loop import LoopClock, run_sim
 from engines.base import FinishReason, Handoff
 from engines.paged.leg import MAX_UNREAD
 from engines.paged.loop import EngineLoop, EngineOptions
+from engines.paged.runner import StepOutput
 from engines.sim.reference import expected_tokens
+from engines.sim.runner import SimRunner
 from kvcore.errors import (
     CancelledByPeerError,
     DeadlineExceededError,
@@ -158,6 +160,32 @@ def test_a_failing_step_leaves_alone_who_took_the_id_meanwhile():
             assert await completions(engine, newer) == expected_tokens(CONFIG, prompt_of(21), newer.sampling)
             with pytest.raises(CancelledByPeerError):
                 await older
+            await idle(engine)
+
+    run_sim(main)
+
+
+class NoNumbers(SimRunner):
+    """Has no numbers for one prompt."""
+
+    async def execute(self, slices):
+        output = await super().execute(slices)
+        cursed = [item.sample is not None and item.sample.prompt[0] == 77 for item in slices]
+        return StepOutput([[] if bad else samples for bad, samples in zip(cursed, output.samples, strict=True)])
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_request_that_the_model_has_no_numbers_for_fails_alone(n):
+    async def main():
+        options = EngineOptions(max_batch_tokens=100, max_sequences=4, max_waiting=8)
+        runner = NoNumbers(CONFIG, "m", CHUNK)
+        async with EngineLoop(runner, None, options, LoopClock(asyncio.get_running_loop())) as engine:
+            wanted = request("r", prompt_of(50))
+            right = asyncio.create_task(completions(engine, wanted))
+            await reach(engine, "running")
+            with pytest.raises(EngineError, match="not numbers"):
+                await deltas(engine, request("cursed", [77, *prompt_of(20, 1)], n=n))
+            assert await right == expected_tokens(CONFIG, prompt_of(50), wanted.sampling)
             await idle(engine)
 
     run_sim(main)

@@ -7,7 +7,6 @@ import transformers
 from engines.base import SamplingParams
 from engines.paged.runner import SampleSpec
 from engines.torch.sampler import adjust_logits, candidates, sample_rows, uniform
-from kvcore.errors import EngineError
 
 VOCAB = 3000
 EOS = (7,)
@@ -27,11 +26,13 @@ def tokens(logits: torch.Tensor, *specs: SampleSpec) -> list[list[int]]:
     return [[sampled.token_id for sampled in row] for row in sample_rows(logits, specs, EOS)]
 
 
-def test_logits_that_are_not_numbers_are_an_error() -> None:
-    logits = logits_of(0)
-    logits[0, 5] = float("nan")
-    with pytest.raises(EngineError, match="not numbers"):
-        sample_rows(logits, [spec_of(temperature=0)], EOS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_row_that_is_not_numbers_has_no_samples_and_spoils_no_other(value: float) -> None:
+    logits = logits_of(0, rows=3)
+    logits[0, 5] = value
+    logits[2] = float("-inf")
+    specs = [spec_of(temperature=0), spec_of(temperature=0), spec_of(temperature=0.7, min_p=0.1)]
+    assert tokens(logits, *specs) == [[], [int(logits[1].argmax())], []]
 
 
 @pytest.mark.parametrize(
