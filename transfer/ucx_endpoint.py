@@ -8,31 +8,20 @@ several, for it finds no way to answer the second. Seen in a quarter of such dea
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 from kvcore.errors import PeerUnreachableError, TransferError
 from transfer.base import Direction
 from transfer.ucx_binding import Pointer, UcxLibrary, ffi
 from transfer.ucx_descriptor import UcxDescriptor
+from transfer.ucx_pieces import Piece, cut
 
-_PIECE_BYTES = 4 << 20
 _WINDOW_BYTES = 32 << 20
 _WINDOW_REQUESTS = 256
 """Of one batch, in UCX's hands at once: what a batch that must end waits for."""
-_MESSAGE_BYTES = (1 << 20) - 4096
-"""Fits a TCP segment (ucx_devices) with its headers, so that a put is one message."""
 _FLAGS_FIELD = 1 << 4
 _CLOSE_FORCE = 1
 _ADDRESS_ERRMODE_HANDLER = 0b111
 _ERRMODE_PEER = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A local buffer (flat, not empty) and its distance from the segment's start."""
-
-    offset: int
-    view: memoryview
 
 
 class Endpoint:
@@ -128,7 +117,7 @@ class Job:
         self._uncut = pieces
         self._pieces: Iterator[Piece] | None = None
         self._issued_all = False
-        self._held: deque[tuple[Pointer, int]] = deque()
+        self._held: deque[tuple[Pointer, Piece | None]] = deque()
         self._held_bytes = 0
         self._flush: Pointer | None = None
 
@@ -164,22 +153,19 @@ class Job:
         move = lib.ucp_get_nbx if self._reading else lib.ucp_put_nbx
         single = endpoint.one_at_a_time
         if self._pieces is None:
-            self._pieces = _cut(self._uncut, _MESSAGE_BYTES if single and not self._reading else _PIECE_BYTES)
+            self._pieces = cut(self._uncut, reading=self._reading, one_at_a_time=single)
         while self._may_issue(endpoint):
             piece = next(self._pieces, None)
             if piece is None:
                 self._issued_all = True
                 return
-            size = piece.view.nbytes
             local = ffi.from_buffer(piece.view, require_writable=self._reading)
-            request = move(handle, local, size, base + piece.offset, rkey, param)
-            if single and not self._reading:
-                library.free(request)  # the flush ends after it, and with its error
-                request = lib.ucp_ep_flush_nbx(handle, param)
-            if request != ffi.NULL:
+            self._held.append((move(handle, local, piece.view.nbytes, base + piece.offset, rkey, param), piece))
+            self._held_bytes += piece.view.nbytes
+            if single:
                 endpoint.turn = self
-                self._held.append((request, size))
-                self._held_bytes += size
+                if not self._reading:
+                    self._held.append((lib.ucp_ep_flush_nbx(handle, param), None))
 
     def _may_issue(self, endpoint: Endpoint) -> bool:
         if endpoint.one_at_a_time:
@@ -189,16 +175,19 @@ class Job:
     def _collect(self, library: UcxLibrary) -> None:
         """Requests of one endpoint end about in order, so only the oldest is asked."""
         while self._held:
-            request, size = self._held[0]
+            request, piece = self._held[0]
             status = library.status_of(request)
             if status is None:
                 return
             self._held.popleft()
-            self._held_bytes -= size
             library.free(request)
             self._note(library, status)
-            if self.endpoint is not None and self.endpoint.turn is self:
-                self.endpoint.turn = None
+            if piece is not None:
+                self._held_bytes -= piece.view.nbytes
+                if status == 0:
+                    piece.scatter()
+        if self.endpoint is not None and self.endpoint.turn is self:
+            self.endpoint.turn = None
 
     def _flushed(self, library: UcxLibrary, endpoint: Endpoint) -> bool:
         status = library.status_of(self._flush)
@@ -212,9 +201,3 @@ class Job:
     def _note(self, library: UcxLibrary, status: int) -> None:
         if status and self.endpoint is not None:
             self.endpoint.fail(PeerUnreachableError(f"segment {self.endpoint.segment_id}: {library.text(status)}"))
-
-
-def _cut(pieces: Sequence[Piece], size_bytes: int) -> Iterator[Piece]:
-    for piece in pieces:
-        for start in range(0, piece.view.nbytes, size_bytes):
-            yield Piece(piece.offset + start, piece.view[start : start + size_bytes])

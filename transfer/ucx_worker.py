@@ -34,8 +34,9 @@ _STEPS = 16
 """Turns of UCX between two looks at the batches."""
 _CLOSE_S = 2.0
 _DRAIN_S = 0.5
-"""To end what is under way in order before connections are cut: UCX 1.13 aborts the *target's* process when its peer
-goes in the middle of connecting."""
+"""For batches to end in order before connections are cut."""
+_SETTLE_S = 2.0
+"""For connections to be made before they are cut: UCX 1.13 aborts the *target's* process when its peer goes first."""
 _CONNECT_S = 5.0
 """A connection that is older without an answer, and on which a batch ended, is given up for a fresh one."""
 _TICK_MS = 50
@@ -58,7 +59,9 @@ class UcxWorker:
         self._leaving: list[Endpoint] = []
         self._greetings: dict[int, Endpoint] = {}
         self._jobs: list[Job] = []
-        self._sent: deque[tuple[Pointer, Pointer]] = deque()
+        self._sent: list[tuple[Pointer, Pointer]] = []
+        self._abandoned: list[Job] = []
+        """UCX did not let go of these even with their connection: their buffers are kept alive, their callers told."""
         self._mapped: list[Pointer] = []
         self._next_nonce = 1
         self._stopping = False
@@ -125,15 +128,16 @@ class UcxWorker:
         """Give everything back without a thread."""
         self._shut_down()
 
-    def call(self, command: Callable[[], None]) -> None:
-        """Have the thread call `command`, soon. Dropped once the thread has ended."""
+    def call(self, command: Callable[[], None]) -> bool:
+        """Have the thread call `command`, soon. False once the thread has ended: then nothing is called."""
         with self._wake_lock:
             if self._open:
                 self._commands.append(command)
                 os.eventfd_write(self._wake_fd, 1)
+            return self._open
 
     def stop(self) -> None:
-        """End the thread within about two seconds; every batch ends before. Call once, then join `thread`."""
+        """End the thread soon, within four seconds; every batch ends before. Call once, then join `thread`."""
         self.call(self._stop)
 
     def lanes(self, segment_id: str) -> str:
@@ -219,8 +223,12 @@ class UcxWorker:
         for job in self._jobs:
             if job.advance(self.library, self._param):
                 over.append(job)
-            elif job.give_up_at is not None and self._clock.now() >= job.give_up_at and job.endpoint is not None:
+            elif job.give_up_at is not None and self._clock.now() >= job.give_up_at:
+                assert job.endpoint is not None, "a batch needs an endpoint"
                 job.endpoint.fail(PeerUnreachableError(f"segment {job.endpoint.segment_id}: a batch did not end"))
+                if self._clock.now() >= job.give_up_at + _CLOSE_S:
+                    self._abandoned.append(job)
+                    over.append(job)
         for job in over:
             self._jobs.remove(job)
             job.finish()
@@ -236,8 +244,9 @@ class UcxWorker:
         for endpoint in [one for one in self._leaving if one.jobs == 0 and one.closed()]:
             endpoint.release()
             self._leaving.remove(endpoint)
-        while self._sent and self.library.status_of(self._sent[0][0]) is not None:
-            self.library.free(self._sent.popleft()[0])
+        for sent in [sent for sent in self._sent if self.library.status_of(sent[0]) is not None]:
+            self.library.free(sent[0])
+            self._sent.remove(sent)
 
     def _drop(self, key: str) -> None:
         endpoint = self._endpoints.pop(key)
@@ -320,11 +329,13 @@ class UcxWorker:
         now = self._clock.now()
         for job in self._jobs:
             job.stop(closed, now + _DRAIN_S)
-        self._drive(lambda: bool(self._jobs) or any(one.connecting for one in self._endpoints.values()), now + _DRAIN_S)
+        self._drive(
+            lambda: bool(self._jobs) or any(one.connecting for one in self._endpoints.values()), now + _SETTLE_S
+        )
         for endpoint in self._endpoints.values():
             endpoint.fail(closed)
         self._look_at_endpoints()
-        self._drive(lambda: bool(self._jobs or self._leaving), now + _CLOSE_S)
+        self._drive(lambda: bool(self._jobs or self._leaving), self._clock.now() + _CLOSE_S)
         for job in self._jobs:
             job.error = job.error or PeerUnreachableError("the transport is closed")
             job.finish()
