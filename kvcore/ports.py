@@ -65,7 +65,10 @@ def port_holder(port: int) -> str | None:
     inodes = {f"socket:[{inode}]" for inode in _listening_inodes(port)}
     for process in Path("/proc").iterdir() if inodes else ():
         if process.name.isdigit() and any(link in inodes for link in _open_files(process)):
-            words = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace").strip()
+            try:
+                words = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace").strip()
+            except OSError:  # it has just ended
+                return None
             return f"pid {process.name} ({words[:80]})"
     return None
 

@@ -2,6 +2,7 @@ import asyncio
 import logging
 import os
 import socket
+from pathlib import Path
 
 import aiohttp
 import pytest
@@ -46,6 +47,20 @@ def test_a_port_in_use_names_address_and_holder():
         with pytest.raises(ConfigError, match=rf"127\.0\.0\.1:{port} is in use by pid {os.getpid()} \(.+\); stop it"):
             listen("127.0.0.1", port)
     assert port_holder(port) is None
+
+
+def test_the_holder_of_a_port_may_end_while_it_is_looked_for(monkeypatch):
+    with listen("127.0.0.1", 0) as bound:
+        read_bytes = Path.read_bytes
+
+        def gone(path: Path) -> bytes:
+            if path.name == "cmdline":
+                raise ProcessLookupError(3, "No such process")
+            return read_bytes(path)
+
+        monkeypatch.setattr(Path, "read_bytes", gone)
+        with pytest.raises(ConfigError, match="is in use by another process"):
+            listen("127.0.0.1", bound.getsockname()[1])
 
 
 def test_an_address_of_another_machine_is_refused_by_name():
