@@ -60,11 +60,10 @@ class Breaker:
         self._failures, self._open_until, self._pause_s, self._probing = 0, None, FIRST_PAUSE_S, False
 
     def failed(self, now: float) -> None:
-        """A leg failed by this node's fault. Legs that fail while it is open already do not lengthen the pause."""
+        """A leg failed by this node's fault. Legs of before, which fail once it is open, do not lengthen the pause."""
         self._failures += 1
-        state = self.state(now)
-        self._probing = False
-        if state is BreakerState.HALF_OPEN:
+        state, probing, self._probing = self.state(now), self._probing, False
+        if state is BreakerState.HALF_OPEN and probing:
             self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
             self._open_until = now + self._pause_s
         elif state is BreakerState.CLOSED and self._failures >= FAILURES_TO_OPEN:

@@ -142,6 +142,14 @@ def test_the_breaker_opens_probes_once_and_closes() -> None:
     assert breaker.state(later) is BreakerState.CLOSED
 
 
+def test_legs_of_before_that_fail_late_do_not_keep_a_breaker_open() -> None:
+    breaker = Breaker()
+    for _ in range(3):
+        breaker.failed(0.0)
+    breaker.failed(FIRST_PAUSE_S)
+    assert breaker.allows(FIRST_PAUSE_S), "it was not a probe that failed"
+
+
 async def make_cluster(nodes: FakeNodes) -> Cluster:
     cluster = Cluster(cluster_config(nodes.nodes), nodes, ManualClock())
     await cluster.probe()
