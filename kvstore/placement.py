@@ -46,12 +46,14 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class Reserved:
-    """What a reserve gave. Writes into `granted` must have ended at `write_by` (Clock.now)."""
+    """What a reserve gave. Writes into `granted` must have ended at `write_by` (Clock.now). `answered` False: nothing,
+    as the server was away."""
 
     granted: Mapping[ChunkKey, ReplicaRef] = field(default_factory=dict)
     complete: frozenset[ChunkKey] = frozenset()
     segments: Mapping[str, Segment] = field(default_factory=dict)
     write_by: float = 0.0
+    answered: bool = True
 
 
 class Placement:
@@ -117,7 +119,7 @@ class Placement:
             ttl_s=self._config.reserve_ttl_s,
         )
         reply = await self._value(self._metadata.reserve(request, timeout_s=timeout_s))
-        return Reserved() if reply is None else self._reserved(keys, length, reply, write_by)
+        return Reserved(answered=False) if reply is None else self._reserved(keys, length, reply, write_by)
 
     async def commit(self, replica_ids: Sequence[int], timeout_s: float) -> list[bool] | None:
         """One answer an id; None: not known, ask again."""

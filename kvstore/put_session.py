@@ -82,6 +82,11 @@ class PutSession:
         return grant is not None and grant.state is _State.GRANTED and not self._closed and not self._late
 
     @property
+    def answered(self) -> bool:
+        """Whether the metadata server was there: if not, another session may get what this one did not."""
+        return self._reserved.answered
+
+    @property
     def complete(self) -> frozenset[ChunkKey]:
         """Keys that the store had already when the session began."""
         return self._reserved.complete

@@ -163,6 +163,22 @@ def test_a_metadata_server_that_is_away_fails_nothing():
     assert in_cluster(act) == EXPECTED
 
 
+def test_a_metadata_server_away_for_a_moment_costs_a_prefill_no_chunk():
+    config = msgspec.structs.replace(CONFIG, prefill_tokens_per_s=CHUNK, max_batch_tokens=CHUNK)  # a chunk a second
+
+    async def act(cluster, prefiller, _):
+        wire = cluster.wires["p"]
+        wire.down.add("reserve")
+        prefill = asyncio.create_task(prefiller.prefill(prefill_request("p", PROMPT)))
+        await wire.arrived["reserve"].wait()
+        await asyncio.sleep(0.5)
+        wire.down.clear()
+        assert (await prefill).stored_chunks == 3
+        assert wire.calls.count("reserve") == 2
+
+    in_cluster(act, config=config)
+
+
 def test_a_prefill_stores_again_what_the_store_has_lost():
     async def act(cluster, prefiller, _):
         await prefiller.prefill(prefill_request("p", PROMPT))
