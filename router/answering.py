@@ -12,7 +12,8 @@ from engines.base import FinishReason, SamplingParams, TokenLogprob
 from kvcore.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError, NodeUnavailableError
 from router import openai_schema as schema
 from router.cluster import Cluster
-from router.dispatch import Dispatcher, RequestRun, RequestSpec
+from router.dispatch import Dispatcher, RequestRun
+from router.leg_requests import RequestSpec
 from router.openai_schema import AnyRequest, ChatRequest, CompletionRequest
 from router.request_events import Emit
 from router.text import Detokenizer, Runner, StopChecker, Tokenizer, encode

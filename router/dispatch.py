@@ -9,21 +9,10 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Coroutine, Iterable
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-import msgspec
-
-from engines.base import (
-    FinishReason,
-    GenerateRequest,
-    Handoff,
-    LegInfo,
-    PrefillRequest,
-    SamplingParams,
-    TokenDelta,
-)
+from engines.base import FinishReason, GenerateRequest, Handoff, LegInfo, TokenDelta
 from kvcore.chunk_keys import usable_chunks
 from kvcore.clock import Clock
 from kvcore.config import RouterConfig
@@ -32,6 +21,7 @@ from kvcore.telemetry import log_fields
 from kvcore.types import Route
 from router.cluster import Cluster
 from router.ledger import RequestMachine
+from router.leg_requests import RequestSpec, generate_request, prefill_request
 from router.nodes import NodeClient
 from router.policy import RoutePolicy, RouteRequest
 from router.records import LegRecord, RequestLog, RequestRecord, RouteRecord
@@ -64,19 +54,7 @@ TAIL_S = 0.5
 """How long the end of a stream may take after its last finish reason."""
 MAX_UNREAD = 256
 """Deltas that wait for a slow client before the node is read no further."""
-_SEED_STEP = 0x9E3779B97F4A7C15
 _log = logging.getLogger("router")
-
-
-@dataclass(frozen=True, slots=True)
-class RequestSpec:
-    """A validated request in tokens. `request_id` is unique; `client_request_id` is the client's own name for it."""
-
-    request_id: str
-    prompt_token_ids: list[int]
-    sampling: SamplingParams
-    cache_salt: bytes = b""
-    client_request_id: str | None = None
 
 
 class Dispatcher:
@@ -355,13 +333,7 @@ class RequestRun:
         tokens = len(spec.prompt_token_ids) - self._route.expected_cached_tokens
         decoder = dispatcher.cluster.nodes.get(action.decoder)
         timeout_s = min(dispatcher.config.prefill_timeout_s, self._remaining_s())
-        request = PrefillRequest(
-            request_id=action.leg,
-            prompt_token_ids=spec.prompt_token_ids,
-            cache_salt=spec.cache_salt,
-            prefer_segment=decoder.segment_id if decoder else None,
-            deadline_s=timeout_s,
-        )
+        request = prefill_request(spec, action, decoder.segment_id if decoder else None, timeout_s)
         dispatcher.cluster.leg_started(action.node, sequences=0, prefill_tokens=tokens)
         ok, failure = False, None
         try:
@@ -438,27 +410,11 @@ class RequestRun:
             leg.moved, leg.timings = info.moved, info.timings
 
     def _generate_request(self, action: StartDecode) -> GenerateRequest:
-        spec = self._spec
-        sampling = spec.sampling
-        # A completion that goes on alone is index 0 of its own leg. Its seed must differ from its sisters', or all of
-        # them would draw the same; greedy completions and n = 1 are continued exactly.
-        if action.index is not None:
-            seed = (sampling.seed + _SEED_STEP * action.index) % (1 << 63)
-            sampling = msgspec.structs.replace(sampling, seed=seed, n=1)
-        remaining_s = self._remaining_s()
-        handoff = None
+        remaining_s, handoff = self._remaining_s(), None
         if action.handoff:
             wait_s = min(self._dispatcher.config.prefill_timeout_s, remaining_s)
             handoff = Handoff(num_chunks=self._num_chunks(action.node), wait_s=wait_s)
-        return GenerateRequest(
-            request_id=action.leg,
-            prompt_token_ids=spec.prompt_token_ids,
-            output_token_ids=list(action.output_token_ids),
-            sampling=sampling,
-            cache_salt=spec.cache_salt,
-            handoff=handoff,
-            deadline_s=remaining_s,
-        )
+        return generate_request(self._spec, action, handoff, remaining_s)
 
     def _num_chunks(self, decoder: str) -> int:
         node = self._dispatcher.cluster.nodes.get(decoder)

@@ -25,8 +25,9 @@ from kvcore.types import Role
 from kvstore.types import GetOutcome
 from metadata_server.subscription import IndexSubscription
 from router.cluster import Cluster
-from router.dispatch import Dispatcher, RequestSpec
+from router.dispatch import Dispatcher
 from router.ledger import PATIENCE_S, RequestMachine
+from router.leg_requests import RequestSpec
 from router.policy import make_policy
 from router.records import RequestLog
 

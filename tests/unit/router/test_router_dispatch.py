@@ -18,7 +18,8 @@ from kvcore.errors import (
 )
 from kvcore.types import Role
 from router import ledger
-from router.dispatch import RequestRun, RequestSpec
+from router.dispatch import RequestRun
+from router.leg_requests import RequestSpec
 from router.openai_schema import CompletionRequest
 
 PROMPT = [i % 250 for i in range(100)]

@@ -9,7 +9,8 @@ from engines.base import SamplingParams
 from kvcore.clock import ManualClock
 from kvcore.errors import EngineError
 from router import cluster as cluster_module
-from router.dispatch import RequestRun, RequestSpec
+from router.dispatch import RequestRun
+from router.leg_requests import RequestSpec
 
 PROMPT = [i % 250 for i in range(100)]
 
