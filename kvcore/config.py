@@ -100,7 +100,7 @@ class TransportConfig(_Section, frozen=True, kw_only=True):
     ucx_library: str | None = None
     """The libucp to load, a path or a name; the system's libucp.so.0 if not given."""
     streams: Count = 2
-    """TCP connections to one peer at most."""
+    """Connections to one segment at most, of `tcp` and of `ucx`."""
     timeout_s: Seconds = 30.0
     """For one batch."""
 

@@ -16,7 +16,8 @@ from kvcore.telemetry import log_fields
 from kvcore.types import Segment
 from transfer.base import Direction, TransferOp
 from transfer.blocking import Deadline
-from transfer.ranges import byte_views, check_batch
+from transfer.ranges import check_batch
+from transfer.stripes import Part, stripe
 from transfer.ucx_binding import load_library
 from transfer.ucx_descriptor import UcxDescriptor, descriptor_of, pack_descriptor
 from transfer.ucx_devices import plan_devices
@@ -27,6 +28,7 @@ from transfer.ucx_worker import UcxWorker
 _LOG = logging.getLogger("transfer")
 _JOBS = 64
 """Batches in the worker's hands at once; more wait in line, within their deadlines."""
+_STRIPE_BYTES = 2 << 20
 _GRACE_S = 0.25
 """What a late or cancelled batch may still take to end in order, before its connection is cut for all."""
 _REGISTER_S = 120.0
@@ -35,13 +37,17 @@ _DESCRIPTORS = 1024
 
 
 class UcxTransfer:
-    """TransferEngine over UCX: one endpoint a segment, made when it is first used. Raises ConfigError (see `_open`)."""
+    """TransferEngine over UCX: at most `streams` endpoints a segment, made when first used.
+
+    Raises ConfigError (see `_open`).
+    """
 
     kind = "ucx"
 
     def __init__(self, config: TransportConfig) -> None:
         self._worker = _open(config, "kvferry-ucx", None)
         self._worker.start()
+        self._streams = config.streams
         self._ucx = self._worker.library.version[:2]
         self._slots = asyncio.Semaphore(_JOBS)
         self._descriptors: dict[tuple[str, str, int], UcxDescriptor] = {}
@@ -115,15 +121,26 @@ class UcxTransfer:
     async def _run(
         self, direction: Direction, key: tuple[str, str, int], ops: list[TransferOp], deadline: Deadline
     ) -> TransferError | None:
-        """One batch on one segment."""
+        """One batch on one segment, striped if it is large: while one endpoint sends, another's target copies."""
         try:
             descriptor = self._descriptor(key, ops[0].segment)
-            pieces = []
-            for op in ops:
-                at = op.offset
-                for view in byte_views(op):
-                    pieces.append(Piece(at, view))
-                    at += view.nbytes
+        except TransferError as error:
+            return error
+        stripes = stripe(list(enumerate(ops)), self._streams, _STRIPE_BYTES)
+        jobs = [
+            self._run_stripe(direction, descriptor, _pieces(parts), f"{number}:{key[0]}", deadline)
+            for number, parts in enumerate(stripes)
+        ]
+        if len(jobs) == 1:
+            return await jobs[0]
+        async with asyncio.TaskGroup() as tasks:
+            running = [tasks.create_task(job) for job in jobs]
+        return next((result for task in running if (result := task.result()) is not None), None)
+
+    async def _run_stripe(
+        self, direction: Direction, descriptor: UcxDescriptor, pieces: list[Piece], key: str, deadline: Deadline
+    ) -> TransferError | None:
+        try:
             async with asyncio.timeout(deadline.remaining()):
                 await self._slots.acquire()
         except TimeoutError:
@@ -131,7 +148,7 @@ class UcxTransfer:
         except TransferError as error:
             return error
         try:
-            return await self._hand_over(direction, descriptor, pieces, key[0], deadline)
+            return await self._hand_over(direction, descriptor, pieces, key, deadline)
         except TransferError as error:
             return error
         finally:
@@ -243,6 +260,16 @@ def _open(config: TransportConfig, name: str, hosted: str | None) -> UcxWorker:
         rdma=plan.rdma,
     )
     return worker
+
+
+def _pieces(parts: Sequence[Part]) -> list[Piece]:
+    pieces = []
+    for part in parts:
+        at = part.offset
+        for view in part.views:
+            pieces.append(Piece(at, view))
+            at += view.nbytes
+    return pieces
 
 
 async def _end(worker: UcxWorker) -> None:
