@@ -72,6 +72,7 @@ class PutSession:
         self._reserved = reserved
         self._grants = {key: _Grant(replica) for key, replica in reserved.granted.items()}
         self._closed = False
+        self._refused = False
         self._busy = 0
         self._quiet = asyncio.Event()
         self._quiet.set()
@@ -82,9 +83,10 @@ class PutSession:
         return grant is not None and grant.state is _State.GRANTED and not self._closed and not self._late
 
     @property
-    def answered(self) -> bool:
-        """Whether the metadata server was there: if not, another session may get what this one did not."""
-        return self._reserved.answered
+    def stale(self) -> bool:
+        """Whether another session may get what this one did not: the metadata server was away when it began, or has
+        refused a commit, as it does with all reservations after it has started again."""
+        return self._refused or not self._reserved.answered
 
     @property
     def complete(self) -> frozenset[ChunkKey]:
@@ -135,6 +137,7 @@ class PutSession:
                     self._set(grant, _State.COMMITTED if answers[index] else _State.GONE)
         visible = [key for key, grant in batch if grant.state is _State.COMMITTED]
         if answers is not None:
+            self._refused |= not all(answers)
             self._context.counters.add(Count.CHUNKS_PUT, len(visible))
             self._context.counters.add(Count.COMMITS_REFUSED, len(batch) - len(visible))
         return visible

@@ -217,7 +217,7 @@ class SaveJob:
 
     async def _save(self, batch: Sequence[_Offer]) -> None:
         session = self._session
-        fresh = session is None or not session.answered or any(offer.key not in self._covered for offer in batch)
+        fresh = session is None or session.stale or any(offer.key not in self._covered for offer in batch)
         if session is not None and self._port.clock.now() - self._reserved_at > _RESERVE_AGAIN_S:
             fresh |= not all(session.wants(offer.key) or offer.key in self.stored for offer in batch)
         if fresh:

@@ -179,6 +179,21 @@ def test_a_metadata_server_away_for_a_moment_costs_a_prefill_no_chunk():
     in_cluster(act, config=config)
 
 
+def test_a_metadata_server_that_starts_again_costs_a_prefill_one_batch_of_chunks():
+    config = msgspec.structs.replace(CONFIG, prefill_tokens_per_s=CHUNK, max_batch_tokens=CHUNK)  # a chunk a second
+    prompt = prompt_of(6 * CHUNK)
+
+    async def act(cluster, prefiller, _):
+        prefill = asyncio.create_task(prefiller.prefill(prefill_request("p", prompt)))
+        await cluster.wires["p"].arrived["commit"].wait()
+        await asyncio.sleep(0.5)
+        cluster.forget_chunks()
+        await prefill
+        assert cluster.num_stored == 3  # of five: the first was forgotten, the second refused
+
+    in_cluster(act, config=config)
+
+
 def test_a_prefill_stores_again_what_the_store_has_lost():
     async def act(cluster, prefiller, _):
         await prefiller.prefill(prefill_request("p", PROMPT))
