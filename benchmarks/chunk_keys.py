@@ -1,7 +1,7 @@
 """Time to derive the chunk keys of a long prompt: 32,768 tokens in chunks of 256, from a list[int].
 
 Estimate: 128 KiB through SHA-256 at about 1.5 GB/s is 0.09 ms; packing 32,768 Python ints is about 0.2 ms.
-Run: python benchmarks/chunk_keys.py [--rounds 300]
+Run: python -m benchmarks.chunk_keys [--rounds 300]
 """
 
 import argparse

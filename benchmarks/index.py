@@ -1,6 +1,6 @@
 """The router's prefix index: blocks stored a second, and microseconds to find a prefix of 32 blocks.
 
-    python benchmarks/index.py
+    python -m benchmarks.index
 
 Target: 2 M blocks/s stored, 15 us to find 32 blocks held by several nodes. The keys are made before the clock starts.
 """
