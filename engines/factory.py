@@ -36,10 +36,11 @@ def metadata_client(config: ClusterConfig, clock: Clock) -> MetadataClient:
 
 def build_engine(config: ClusterConfig, node_name: str, make_store: StoreFactory, clock: Clock) -> Engine:
     """The engine of a node, to be entered. Raises ConfigError for what this build or machine cannot run."""
-    engine = engine_config(config, node_name)
+    engine, chunk_tokens = engine_config(config, node_name), config.kv.chunk_tokens
+    timeout_s = config.transport.timeout_s
     if isinstance(engine, SimEngineConfig):
-        store = make_store(sim_spec(engine, config.model.name, config.kv.chunk_tokens))
-        return build_sim_engine(engine, config.model.name, config.kv.chunk_tokens, store, clock)
+        store = make_store(sim_spec(engine, config.model.name, chunk_tokens))
+        return build_sim_engine(engine, config.model.name, chunk_tokens, store, clock, store_timeout_s=timeout_s)
     from engines.torch.engine import build_torch_engine
 
-    return build_torch_engine(config.model, engine, config.kv.chunk_tokens, make_store, clock)
+    return build_torch_engine(config.model, engine, chunk_tokens, make_store, clock, store_timeout_s=timeout_s)

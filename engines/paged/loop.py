@@ -30,6 +30,7 @@ from engines.paged.scheduler import Plan, Scheduler, Work
 from engines.paged.sequence import Status, TokenSequence
 from kvcore.chunk_keys import root_key, usable_chunks
 from kvcore.clock import Clock
+from kvcore.config import EngineConfig
 from kvcore.errors import (
     CancelledByPeerError,
     ContextLengthError,
@@ -57,6 +58,17 @@ class EngineOptions:
     """For one call of the store."""
     close_s: float = 5.0
     """Saves under way have this long at the end."""
+
+    @classmethod
+    def of(cls, config: EngineConfig, store_timeout_s: float) -> Self:
+        """Those of an engine's configuration."""
+        return cls(
+            max_batch_tokens=config.max_batch_tokens,
+            max_sequences=config.max_sequences,
+            max_waiting=config.max_waiting,
+            save_output=config.save_output,
+            store_timeout_s=store_timeout_s,
+        )
 
 
 class EngineLoop:

@@ -40,9 +40,12 @@ def build_torch_engine(
     chunk_tokens: int,
     store_factory: StoreFactory,
     clock: Clock | None = None,
+    *,
+    store_timeout_s: float = 30.0,
 ) -> Engine:
     """An engine that loads on entering, off the loop. Entering raises ModelLoadError and ConfigError."""
-    return TorchEngine(model, engine, chunk_tokens, store_factory, clock or SystemClock())
+    options = EngineOptions.of(engine, store_timeout_s)
+    return TorchEngine(model, engine, options, chunk_tokens, store_factory, clock=clock or SystemClock())
 
 
 class TorchEngine:
@@ -52,13 +55,16 @@ class TorchEngine:
         self,
         model: ModelConfig,
         engine: TorchEngineConfig,
+        options: EngineOptions,
         chunk_tokens: int,
         store_factory: StoreFactory,
+        *,
         clock: Clock,
     ) -> None:
         _check_config(engine, chunk_tokens)
         self._model = model
         self._engine = engine
+        self._options = options
         self._chunk_tokens = chunk_tokens
         self._store_factory = store_factory
         self._clock = clock
@@ -69,7 +75,7 @@ class TorchEngine:
         async with AsyncExitStack() as stack:
             runner = await asyncio.to_thread(self._load)
             stack.push_async_callback(runner.aclose)
-            loop = EngineLoop(runner, self._store_factory(runner.info.kv_spec), self._options(), self._clock)
+            loop = EngineLoop(runner, self._store_factory(runner.info.kv_spec), self._options, self._clock)
             self._entered = await stack.enter_async_context(loop)
             self._stack = stack.pop_all()
         return self
@@ -78,15 +84,6 @@ class TorchEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._stack.__aexit__(kind, error, trace)
-
-    def _options(self) -> EngineOptions:
-        engine = self._engine
-        return EngineOptions(
-            max_batch_tokens=engine.max_batch_tokens,
-            max_sequences=engine.max_sequences,
-            max_waiting=engine.max_waiting,
-            save_output=engine.save_output,
-        )
 
     def _load(self) -> TorchRunner:
         files = check_model_files(self._model.path)

@@ -1,0 +1,25 @@
+"""What a cluster file says reaches the engine."""
+
+import msgspec
+from support.fake_engine import cluster_config
+from support.sim_loop import run_sim
+from support.store_fakes import World
+
+from engines.factory import build_engine
+from engines.paged.loop import EngineLoop
+from kvcore.clock import SystemClock
+from kvcore.config import TransportConfig
+from transfer.inproc import InprocTransfer
+
+
+def test_the_transports_time_for_a_batch_bounds_the_engines_calls_of_the_store() -> None:
+    async def main() -> None:
+        config = msgspec.structs.replace(cluster_config(), transport=TransportConfig(timeout_s=3.5))
+        world = World()
+        store, _ = world.store("d0", InprocTransfer(world.memory))
+        engine = build_engine(config, "d0", lambda _: store, SystemClock())
+        assert isinstance(engine, EngineLoop)
+        assert engine._port is not None
+        assert engine._port.timeout_s == 3.5
+
+    run_sim(main)
