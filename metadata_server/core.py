@@ -33,6 +33,9 @@ MAX_WAITERS = 4096
 MAX_SUBSCRIBERS = 256
 KEEP_ALIVE_S = 1.0
 _SHORTEST_SLEEP_S = 0.01
+_PULSE_S = 1.0
+_STALL_S = 1.0
+"""`run` ticks at least once a pulse; so much later than that means that this process was stopped."""
 _EMPTY: dict[str, str] = {}
 
 
@@ -49,6 +52,7 @@ class MetadataCore:
         self._news = asyncio.Event()  # replaced each time it is set: whoever holds it has missed nothing
         self._sooner = asyncio.Event()
         self._planned = float("inf")
+        self._pulse_at: float | None = None
         self._stopping = False
         self._posts: dict[str, tuple[Decoder, Callable[[Request, float], object]]] = {
             path: (Decoder(kind), cast(Callable[[Request, float], object], handle))
@@ -82,7 +86,7 @@ class MetadataCore:
     def answer(self, path: str, body: bytes, *, json: bool = False, reply_json: bool | None = None) -> bytes:
         """As `dispatch`, for every endpoint but the long poll, without suspending."""
         post = self._posts.get(path)
-        now, json_out = self._clock.now(), json if reply_json is None else reply_json
+        now, json_out = self._now(), json if reply_json is None else reply_json
         if post is not None:
             decoder, handle = post
             reply = handle(decoder.decode(body, json=json), now)
@@ -103,7 +107,7 @@ class MetadataCore:
 
     def snapshot(self) -> list[EventBatch]:
         """The whole index as batches, the first a reset, the last one empty."""
-        batches = list(self.state.snapshot(self._clock.now()))
+        batches = list(self.state.snapshot(self._now()))
         self._after_change()
         return batches
 
@@ -140,18 +144,24 @@ class MetadataCore:
         self._news.set()
 
     async def run(self) -> None:
-        """Tick until cancelled, sleeping exactly until something runs out."""
+        """Tick until cancelled, sleeping exactly until something runs out, at most a pulse."""
         while True:
-            now = self._clock.now()
+            self._pulse_at = now = self._now()
             self.state.tick(now)
             self._after_change()
             deadline = self.state.next_deadline()
             self._planned = float("inf") if deadline is None else deadline
             self._sooner.clear()
-            if deadline is None:
-                await self._sooner.wait()
-            else:
-                await _wait_for(self._sooner, max(_SHORTEST_SLEEP_S, deadline - now))
+            until = min(self._planned, now + _PULSE_S)
+            await _wait_for(self._sooner, max(_SHORTEST_SLEEP_S, until - now))
+
+    def _now(self) -> float:
+        """The time. If this process stood still until a moment ago, its nodes are given time to be heard again."""
+        now = self._clock.now()
+        if self._pulse_at is not None and now - self._pulse_at > _PULSE_S + _STALL_S:
+            self._pulse_at = now
+            self.state.spare_nodes(now)
+        return now
 
     def _handlers(self) -> list[tuple[str, type[Request], object]]:
         state = self.state
@@ -183,9 +193,9 @@ class MetadataCore:
     async def _wait(self, request: WaitRequest) -> MatchReply:
         keys = request.keys
         wanted = min(request.more_than + 1, len(keys))  # all of them: nothing more can come
-        deadline = self._clock.now() + request.timeout_s
+        deadline = self._now() + request.timeout_s
         while True:
-            now = self._clock.now()
+            now = self._now()
             have = self.state.complete_prefix(keys, now)
             full = have < wanted and self._num_waiters >= MAX_WAITERS
             self.state.counters["waits_cut"] += full

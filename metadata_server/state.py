@@ -117,6 +117,12 @@ class MetadataState:
                 self._index.remove(self._index.replicas[what])
         self._index.publish()
 
+    def spare_nodes(self, now: float) -> None:
+        """The server stood still: every node's lease begins anew, as what they said meanwhile has not been read yet."""
+        for name, node in self._nodes.items():
+            self._deadlines.set((Timer.NODE, name), now + node.ttl_s)
+        self.counters["stalls"] += 1
+
     # --- nodes ---------------------------------------------------------------------------------------------------
 
     def register(self, request: RegisterRequest, now: float) -> RegisterReply:

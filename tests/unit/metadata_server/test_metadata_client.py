@@ -5,7 +5,7 @@ import asyncio
 import msgspec
 import pytest
 from support.metadata_rigs import DirectEventSource, end, until
-from support.metadata_words import keys, new_state, put, registration
+from support.metadata_words import TTL_S, keys, new_state, put, registration
 
 from kvcore.clock import ManualClock, SystemClock
 from kvcore.errors import MetadataProtocolError, MetadataUnavailableError, OverloadedError
@@ -212,6 +212,25 @@ async def test_the_ticking_task_ends_a_lease_without_being_asked():
     await core.dispatch("/v1/nodes/register", body)
     await until(lambda: core.state.counters["nodes_expired"] == 1)
     await end(ticking)
+
+
+async def test_a_server_that_stood_still_does_not_take_its_nodes_for_dead():
+    """Stopped for half a minute (a debugger, a machine that was moved): what the nodes said meanwhile is unread yet."""
+    clock = ManualClock()
+    core = MetadataCore(new_state(), clock)
+    ticking = asyncio.create_task(core.run())
+    await core.dispatch("/v1/nodes/register", msgspec.msgpack.encode(registration("a")))
+    put(core.state, "a", [1], clock.now())
+    await asyncio.sleep(0)
+    clock.advance(30.0)
+    beat = await core.dispatch("/v1/nodes/heartbeat", msgspec.msgpack.encode(BEAT))
+    assert msgspec.msgpack.decode(beat, type=HeartbeatReply).known and core.state.num_objects == 1
+    assert core.state.counters["stalls"] == 1
+    await end(ticking)
+    core.state.tick(clock.now() + TTL_S - 0.1)
+    assert core.state.counters["nodes_expired"] == 0
+    core.state.tick(clock.now() + TTL_S)
+    assert core.state.counters["nodes_expired"] == 1, "one that is silent from here on is dead"
 
 
 # --- subscriptions -----------------------------------------------------------------------------------------------
