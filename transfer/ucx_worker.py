@@ -37,6 +37,8 @@ _DRAIN_S = 0.5
 """For batches to end in order before connections are cut."""
 _SETTLE_S = 2.0
 """For connections to be made before they are cut: UCX 1.13 aborts the *target's* process when its peer goes first."""
+_QUIET_S = 0.03
+"""A host that hears nothing for so long is closed."""
 _CONNECT_S = 5.0
 """A connection that is older without an answer, and on which a batch ended, is given up for a fresh one."""
 _TICK_MS = 50
@@ -319,6 +321,18 @@ class UcxWorker:
             self._look_at_endpoints()
             poll.poll(1)
 
+    def _quieten(self) -> None:
+        """Let peers that are just connecting have their answers: UCX 1.13 aborts when it is closed with one unsent."""
+        poll = select.poll()
+        now = moved_at = self._clock.now()
+        until = now + _SETTLE_S
+        while now < until and now - moved_at < _QUIET_S:
+            if self._lib.ucp_worker_progress(self._worker):
+                moved_at = now
+            else:
+                poll.poll(1)
+            now = self._clock.now()
+
     def _stop(self) -> None:
         self._stopping = True
 
@@ -341,6 +355,8 @@ class UcxWorker:
             job.finish()
         if self._jobs or self._leaving:
             log_fields(_LOG, logging.ERROR, "transfer.ucx_close_late", batches=len(self._jobs))
+        if self._hosted is not None:
+            self._quieten()
         self._lib.ucp_worker_destroy(self._worker)
         for handle in self._mapped:
             self._lib.ucp_mem_unmap(self._context, handle)
