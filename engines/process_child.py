@@ -15,9 +15,7 @@ from engines import process_messages as m
 from engines.factory import build_engine, metadata_client
 from engines.process_session import OpenedEngine, serve
 from kvcore.clock import SystemClock
-from kvcore.config import ClusterConfig, TransportConfig
 from kvcore.config_file import node_config
-from kvcore.errors import ConfigError
 from kvcore.service import loop_factory
 from kvcore.telemetry import configure_logging
 from kvcore.types import KVSpec
@@ -35,7 +33,7 @@ async def open_engine(hello: m.Hello) -> AsyncIterator[OpenedEngine]:
         metadata = metadata_client(config, clock)
         stack.push_async_callback(metadata.aclose)
         host_id = node_config(config, hello.node_name).host_id or host_identity()
-        transfer = build_transfer(_transport(config), host_id)
+        transfer = build_transfer(config.transport, host_id)
         stack.push_async_callback(transfer.aclose)
         stores: list[KVStore] = []
 
@@ -58,12 +56,6 @@ async def open_engine(hello: m.Hello) -> AsyncIterator[OpenedEngine]:
         engine = build_engine(config, hello.node_name, make_store, clock)
         async with engine:  # left before the store, the transports and the client are closed
             yield OpenedEngine(engine, lambda: _store_counters(stores[0]), lambda: dict(transfer.choices()))
-
-
-def _transport(config: ClusterConfig) -> TransportConfig:
-    if isinstance(config.transport, TransportConfig):
-        return config.transport
-    raise ConfigError(f"transport: {config.transport!r} was not spelled out")
 
 
 def _store_counters(store: KVStore) -> dict[str, int]:

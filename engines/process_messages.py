@@ -8,7 +8,6 @@ import msgspec
 
 from engines.base import EngineInfo, EngineStats, GenerateRequest, PrefillRequest, PrefillResult, TokenDelta
 from kvcore.config import ByteSize, ClusterConfig
-from kvcore.types import Segment
 
 PROTOCOL_VERSION = 1
 STREAM_WINDOW = 256
@@ -25,8 +24,6 @@ class Hello(_Frame, frozen=True, kw_only=True, tag="hello"):
     config: ClusterConfig
     node_name: str
     incarnation: int
-    segments: list[Segment]
-    """The node's own."""
 
 
 class StartPrefill(_Frame, frozen=True, kw_only=True, tag="prefill"):

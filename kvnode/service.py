@@ -92,7 +92,7 @@ async def run_node(config: ClusterConfig, name: str, lifecycle: Lifecycle, clock
     client = metadata_client(config, clock)
     stack.push_async_callback(client.aclose)
     membership = Membership(client, info, owner.manifests, ttl_s=config.metadata_server.node_ttl_s)
-    node = _Node(owner, membership, _supervisor(config, owner, membership, clock))
+    node = _Node(owner, membership, _supervisor(config, membership, clock))
     if node.supervisor is not None:
         engine = lifecycle.tasks.create_task(node.supervisor.run(), name="engine")
         stack.push_async_callback(_cancelled, engine)
@@ -113,13 +113,11 @@ async def run_node(config: ClusterConfig, name: str, lifecycle: Lifecycle, clock
     await node.api.drain(config.service.drain_s)
 
 
-def _supervisor(
-    config: ClusterConfig, owner: SegmentOwner, membership: Membership, clock: Clock
-) -> EngineSupervisor | None:
+def _supervisor(config: ClusterConfig, membership: Membership, clock: Clock) -> EngineSupervisor | None:
     node = membership.node
     if node.role is Role.STORE:
         return None
-    hello = Hello(config=config, node_name=node.id, incarnation=node.incarnation, segments=[owner.segment])
+    hello = Hello(config=config, node_name=node.id, incarnation=node.incarnation)
 
     def make() -> EngineProcess:
         return EngineProcess(hello, start_s=config.service.start_s, on_line=_pass_on)

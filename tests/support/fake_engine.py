@@ -65,7 +65,7 @@ def cluster_config(model_path: str = "fake") -> ClusterConfig:
 
 
 def hello(model_path: str = "fake") -> m.Hello:
-    return m.Hello(config=cluster_config(model_path), node_name="p0", incarnation=1, segments=[])
+    return m.Hello(config=cluster_config(model_path), node_name="p0", incarnation=1)
 
 
 def prefill_request(request_id: str = "count", deadline_s: float = 10.0, num_tokens: int = 33) -> PrefillRequest:
