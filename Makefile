@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 BIN   := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: demo test check lint unit bench clean help
+.PHONY: demo test check lint unit ucx bench clean help
 
 help:            ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -14,8 +14,13 @@ help:            ## show the targets
 demo: $(VENV)/.demo-model   ## bring a whole cluster up on a real model and serve two requests (ONCE=1: then end)
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/kvferry demo configs/laptop.yaml $(if $(ONCE),--once)
 
-test: check $(VENV)/.demo-model   ## everything: `check`, then the tests that need the demo model or whole clusters
-	$(PYTEST) tests -m slow
+test: check ucx $(VENV)/.demo-model   ## everything: `check`, UCX, then the tests that need the demo model or whole clusters
+	$(PYTEST) tests -m "slow and not ucx"
+
+# UCX 1.13 now and then aborts its process when a peer is killed while it connects (docs/rdma.md). Three tries tell that
+# from a fault of ours, which fails each of them.
+ucx: $(VENV)/.installed   ## the UCX transport, over TCP; skipped where there is no libucp
+	for try in 1 2 3; do $(PYTEST) tests -m ucx && exit 0; done; exit 1
 
 check: lint unit   ## under two minutes: ruff, mypy, import-linter, unit, property, conformance, simulation, arch tests
 
@@ -26,7 +31,7 @@ lint: $(VENV)/.installed
 	$(BIN)/lint-imports --no-cache
 
 unit: $(VENV)/.installed
-	$(PYTEST) tests -m "not slow and not gpu" -n 2 --dist loadfile
+	$(PYTEST) tests -m "not slow and not gpu and not ucx" -n 2 --dist loadfile
 
 bench: $(VENV)/.demo-model   ## every benchmark; each ends in a line `RESULT {json}`
 	@for b in chunk_keys index handoff router engine; do echo "== benchmarks/$$b.py"; $(BIN)/python -m benchmarks.$$b || exit 1; done

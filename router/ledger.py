@@ -268,6 +268,7 @@ class RequestMachine:
         actions: list[Action] = []
         if completion.finished is None and (delta.token_ids or reason):
             completion.tokens += delta.token_ids
+            completion.tries = 1  # of what is left: a long answer on a bad network goes on as long as it gets anywhere
             completion.finished = reason
             actions.append(Emit(index, delta.token_ids, delta.logprobs, reason, delta.stop_token_id))
         if delta.finish_reason is FinishReason.ABORT:

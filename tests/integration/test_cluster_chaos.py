@@ -1,6 +1,7 @@
 """Kill anything under load: every request is answered with exactly the right tokens, and nothing leaks."""
 
 import asyncio
+import itertools
 import os
 import random
 import signal
@@ -31,6 +32,8 @@ QUIET_S = 12.0
 UNDER_LOAD = ("engine.inter_token_s=0.03", "engine.prefill_tokens_per_s=4000")
 SLOW = ("engine.inter_token_s=0.05", "engine.prefill_tokens_per_s=200", "engine.max_batch_tokens=64")
 VICTIMS = ("prefill-0", "decode-0", "prefill-1 engine", "decode-1 engine", "metadata-server")
+_seeds = itertools.count(1)
+"""Each load has prompts of its own: what a cluster has cached already would leave its prefillers idle."""
 
 
 def make_prompt(draw: random.Random, length: int) -> list[int]:
@@ -62,7 +65,7 @@ class Load:
 
     def __init__(self, subject: ClusterHandle) -> None:
         self.subject = subject
-        self.draw = random.Random(1)
+        self.draw = random.Random(next(_seeds))
         self.prefixes = [make_prompt(self.draw, length) for length in (64, 200, 320, 512, 700, 1000)]
         self.answered = 0
         self.stopping = False

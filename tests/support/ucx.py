@@ -20,4 +20,7 @@ def missing_ucx() -> str:
     return ""
 
 
-needs_ucx = pytest.mark.skipif(bool(missing_ucx()) and not os.environ.get("CI"), reason=missing_ucx() or "UCX is here")
+_missing = missing_ucx()
+_skip = pytest.mark.skipif(bool(_missing) and not os.environ.get("CI"), reason=_missing or "UCX is here")
+needs_ucx = (pytest.mark.ucx, _skip)
+"""Marks of a test that opens UCX; `make test` runs these by themselves."""

@@ -123,7 +123,8 @@ def test_a_device_for_ucx_that_is_not_here_is_named_with_those_that_are():
     assert by_subject["transport ucx"].ok and "tcp is used instead" in by_subject["transport ucx"].detail
 
 
-@needs_ucx
+@pytest.mark.ucx
+@needs_ucx[1]
 def test_what_ucx_would_use_is_shown_with_its_build():
     transport = TransportConfig(kind="ucx", devices=["lo"], ucx_library=LIBRARY)
     (finding,) = check_transports(Context(cluster(transport=transport)))

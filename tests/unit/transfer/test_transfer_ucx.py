@@ -166,7 +166,8 @@ async def test_a_device_that_is_not_here_stops_both_sides_unless_a_fallback_is_w
         await hosts.aclose()
 
 
-@needs_ucx
+@pytest.mark.ucx
+@needs_ucx[1]
 async def test_with_a_fallback_peers_that_fell_back_are_reached_too() -> None:
     config = transport_config("ucx")
     both = TransportConfig(kind="ucx", devices=config.devices, ucx_library=config.ucx_library, fallback="tcp")

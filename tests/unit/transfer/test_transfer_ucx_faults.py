@@ -22,7 +22,7 @@ from transfer.select import build_transfer
 from transfer.ucx import UcxTransfer
 from transfer.ucx_descriptor import UcxDescriptor, pack_descriptor, parse_descriptor
 
-pytestmark = needs_ucx
+pytestmark = list(needs_ucx)
 
 
 @pytest.fixture
