@@ -51,6 +51,7 @@ class KVStore:
         config = config or StoreConfig()
         self._counters = StoreCounters()
         self._background = Background()
+        self._reports: set[asyncio.Task[None]] = set()
         self._spec = spec
         self._placement = Placement(
             metadata,
@@ -119,7 +120,9 @@ class KVStore:
             if self._background.full:
                 self._counters.add(Count.REPORTS_DROPPED, len(report.refused))
             else:
-                self._background.spawn(self._placement.quarantine(report.refused))
+                told = self._background.spawn(self._placement.quarantine(report.refused))
+                self._reports.add(told)
+                told.add_done_callback(self._reports.discard)
         return report.result
 
     async def release(self, match: Match) -> None:
@@ -144,6 +147,8 @@ class KVStore:
         distinct = list(dict.fromkeys(keys))
         if not distinct:
             return PutSession(self._put_context, Reserved())
+        if self._reports:  # else what was just refused still counts as there, and is not written again
+            await asyncio.wait(self._reports, timeout=timeout_s)
         length = HEADER_BYTES + self._spec.chunk_bytes
         reserved = await self._background.finish(
             self._placement.reserve(distinct, length, prefer_segment, timeout_s), self._give_back

@@ -28,7 +28,7 @@ def commands(kind: str) -> list[str]:
 async def run(command: str, timeout_s: float) -> str:
     """Output of a command that must succeed."""
     process = await asyncio.create_subprocess_shell(
-        f"export PATH={shlex.quote(str(BIN))}:$PATH; {command}",
+        f"unset MAKEFLAGS MAKELEVEL; export PATH={shlex.quote(str(BIN))}:$PATH; {command}",
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
         cwd=ROOT,

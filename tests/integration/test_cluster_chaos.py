@@ -32,7 +32,7 @@ QUIET_S = 12.0
 UNDER_LOAD = ("engine.inter_token_s=0.03", "engine.prefill_tokens_per_s=4000")
 SLOW = ("engine.inter_token_s=0.05", "engine.prefill_tokens_per_s=200", "engine.max_batch_tokens=64")
 VICTIMS = ("prefill-0", "decode-0", "prefill-1 engine", "decode-1 engine", "metadata-server")
-_seeds = itertools.count(1)
+_seeds = itertools.count(100)
 """Each load has prompts of its own: what a cluster has cached already would leave its prefillers idle."""
 
 
