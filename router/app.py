@@ -23,7 +23,7 @@ from router import openapi
 from router.answering import Answer, Answerer
 from router.http_errors import error_reply, headers_of
 from router.metrics import RouterMetrics
-from router.openai_schema import AnyRequest, ChatRequest, CompletionRequest, parse
+from router.openai_schema import ChatRequest, CompletionRequest, parse
 from router.records import RequestLog
 from router.replies import ChatFormat, CompletionFormat, Format
 from router.responses import AnswerResponse, JsonReply, error_response
@@ -32,6 +32,7 @@ from router.status import StatusView
 BODY_TIMEOUT_S = 30.0
 _GOOD_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 _Body = TypeVar("_Body", ChatRequest, CompletionRequest)
+_Shape = type[ChatFormat] | type[CompletionFormat]
 
 
 def make_app(
@@ -112,33 +113,36 @@ def _add_errors(app: FastAPI) -> None:
 
 
 def _add_openai(app: FastAPI, answerer: Answerer, max_body_bytes: int) -> None:
-    async def body_of(request: Request, kind: type[_Body]) -> _Body:
-        return parse(await read_body(request, max_body_bytes), kind)
+    def generates(
+        name: str,
+        path: str,
+        kind: type[_Body],
+        *,
+        id_prefix: str,
+        run: Callable[[_Body, str, str], Awaitable[Answer]],
+        shape: _Shape,
+    ) -> None:
+        @app.post(path, name=name, **openapi.answers(kind))
+        async def endpoint(request: Request) -> Response:
+            body = parse(await read_body(request, max_body_bytes), kind)
+            usage = bool(body.stream and body.stream_options and body.stream_options.include_usage)
+            request_id = f"{id_prefix}-{uuid.uuid4().hex}"
 
-    @app.post("/v1/chat/completions", **openapi.answers(ChatRequest))
-    async def chat(request: Request) -> Response:
-        body = await body_of(request, ChatRequest)
-        request_id = f"chatcmpl-{uuid.uuid4().hex}"
+            async def start() -> tuple[Answer, Format]:
+                answer = await run(body, request_id, request.scope["request_id"])
+                return answer, shape(answer, body.model, int(time.time()), answerer.tokenizer, usage=usage)
 
-        async def start() -> tuple[Answer, Format]:
-            answer = await answerer.chat(body, request_id, request.scope["request_id"])
-            usage = _wants_usage(body)
-            return answer, ChatFormat(answer, body.model, int(time.time()), answerer.tokenizer, usage=usage)
+            return AnswerResponse(start, stream=bool(body.stream), usage=usage)
 
-        return _respond(start, body)
-
-    @app.post("/v1/completions", **openapi.answers(CompletionRequest))
-    async def completions(request: Request) -> Response:
-        body = await body_of(request, CompletionRequest)
-        request_id = f"cmpl-{uuid.uuid4().hex}"
-
-        async def start() -> tuple[Answer, Format]:
-            answer = await answerer.complete(body, request_id, request.scope["request_id"])
-            usage = _wants_usage(body)
-            return answer, CompletionFormat(answer, body.model, int(time.time()), answerer.tokenizer, usage=usage)
-
-        return _respond(start, body)
-
+    generates("chat", "/v1/chat/completions", ChatRequest, id_prefix="chatcmpl", run=answerer.chat, shape=ChatFormat)
+    generates(
+        "completions",
+        "/v1/completions",
+        CompletionRequest,
+        id_prefix="cmpl",
+        run=answerer.complete,
+        shape=CompletionFormat,
+    )
     created = int(time.time())
 
     @app.get("/v1/models", **openapi.plain("The model that is served"))
@@ -152,14 +156,6 @@ def _add_openai(app: FastAPI, answerer: Answerer, max_body_bytes: int) -> None:
             text = f"the model {name!r} does not exist here; there is {answerer.model!r}"
             return JsonReply(error_reply(404, text, param="model", code="model_not_found"), 404)
         return JsonReply({"id": answerer.model, "object": "model", "created": created, "owned_by": "kvferry"})
-
-
-def _respond(start: Callable[[], Awaitable[tuple[Answer, Format]]], body: AnyRequest) -> Response:
-    return AnswerResponse(start, stream=bool(body.stream), usage=_wants_usage(body))
-
-
-def _wants_usage(body: AnyRequest) -> bool:
-    return bool(body.stream and body.stream_options and body.stream_options.include_usage)
 
 
 def _add_status(app: FastAPI, model: str, log: RequestLog, status: StatusView, metrics: RouterMetrics) -> None:
