@@ -41,10 +41,8 @@ def create_app(core: MetadataCore, clock: Clock, metrics: Metrics, max_body_byte
         app.router.add_route(path, post, methods=["POST"])
     for path, get in _gets(core, metrics).items():
         app.router.add_route(path, get, methods=["GET"])
-    app.add_exception_handler(KVFerryError, _on_error)
-    app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(ClientDisconnect, _on_disconnect)
-    app.add_exception_handler(Exception, _on_failure)
+    for kind, handler in _ON_ERROR.items():
+        app.add_exception_handler(kind, handler)
     return app
 
 
@@ -64,14 +62,9 @@ class _App(FastAPI):
         request = Request(scope, receive)
         try:
             response = await post(request)
-        except KVFerryError as error:
-            response = await _on_error(request, error)
-        except HTTPException as error:
-            response = await _on_http_error(request, error)
-        except ClientDisconnect as error:
-            response = await _on_disconnect(request, error)
         except Exception as error:  # request boundary
-            response = await _on_failure(request, error)
+            handler = next(handler for kind, handler in _ON_ERROR.items() if isinstance(error, kind))
+            response = await handler(request, error)
         await response(scope, receive, send)
 
 
@@ -256,3 +249,12 @@ async def _on_failure(request: Request, error: Exception) -> Response:
     log_fields(_logger, logging.ERROR, "request_failed", path=request.url.path, error=repr(error))
     detail = ErrorDetail(message="internal error; see the log", type="server_error", param=None, code="internal_error")
     return _error(request, 500, detail)
+
+
+_ON_ERROR: dict[type[Exception], Callable[[Request, Exception], Awaitable[Response]]] = {
+    KVFerryError: _on_error,
+    HTTPException: _on_http_error,
+    ClientDisconnect: _on_disconnect,
+    Exception: _on_failure,
+}
+"""Who answers for what: the framework asks it, and the short way; the first that fits, the general one last."""
