@@ -142,6 +142,7 @@ class KVStore:
     async def begin_put(self, keys: Sequence[ChunkKey], *, prefer_segment: str | None, timeout_s: float) -> PutSession:
         """Reserve room for all `keys` in one batch. Metadata away or store full: a session that accepts nothing.
 
+        Reports of refused chunks that are under way go first (bounded as any call): their keys must not count as there.
         The caller must `aclose` the session. A cancelled call leaves no reservation behind.
         """
         distinct = list(dict.fromkeys(keys))

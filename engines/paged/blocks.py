@@ -86,10 +86,6 @@ class BlockManager:
             if self._references[block] == 0:
                 self._drop_last_reference(block)
 
-    def has_chunk(self, key: ChunkKey) -> bool:
-        """Whether `take_chunk(key)` would find something."""
-        return key in self._by_key
-
     def take_chunk(self, key: ChunkKey) -> tuple[int, ...] | None:
         """The blocks sealed under `key`, with one more reference each, or None."""
         chunk = self._by_key.get(key)

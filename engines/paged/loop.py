@@ -80,7 +80,6 @@ class EngineLoop:
     def __init__(self, runner: ModelRunner, store: KVStore | None, options: EngineOptions, clock: Clock) -> None:
         info = runner.info
         self._runner = runner
-        self._store = store
         self._options = options
         self._clock = clock
         self._chunk_tokens = info.kv_spec.chunk_tokens
