@@ -49,6 +49,21 @@ def chunk_keys(root: ChunkKey, token_ids: Sequence[int], chunk_tokens: int) -> l
     return keys
 
 
+def next_key(parent: ChunkKey, token_ids: Sequence[int]) -> ChunkKey:
+    """The key of one more chunk behind `parent`, of any length from one token on: a prompt's rest can be a chunk too."""
+    return chunk_keys(parent, token_ids, len(token_ids))[0]
+
+
+def rank_key(key: ChunkKey, rank: int) -> ChunkKey:
+    """The key of one tensor-parallel rank's part: `key` itself for rank 0, else SHA256(key || u32le(rank))[:16].
+
+    `key` is of the chain whose root has rank 0's fingerprint; each rank's header has its own.
+    """
+    if rank == 0:
+        return key
+    return ChunkKey(sha256(key + rank.to_bytes(4, "little")).digest()[:KEY_BYTES])
+
+
 def usable_chunks(num_tokens: int, chunk_tokens: int) -> int:
     """How many leading chunks of a prompt a cache may serve: at least one token is left to compute, for its logits."""
     return max(0, num_tokens - 1) // chunk_tokens
