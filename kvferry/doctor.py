@@ -110,7 +110,7 @@ def check_model(context: Context) -> list[Finding]:
     """The model folder is complete and of an architecture that the engine knows. Reads headers, not weights."""
     if not context.uses_torch:
         return [Finding("model", True, "the simulated engine needs none")]
-    from engines.torch.model_files import check_model_files
+    from engines.model_files import check_model_files
 
     path = context.config.model.path
     if not Path(path).is_absolute():

@@ -15,7 +15,7 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
 
-from engines.torch.model_files import TOKENIZER_FILES, find_folder
+from engines.model_files import TOKENIZER_FILES, find_folder
 from kvcore.config import ClusterConfig, SimEngineConfig
 from kvcore.errors import InvalidRequestError, ModelLoadError
 

@@ -18,9 +18,9 @@ from engines.base import (
     PrefillResult,
     TokenDelta,
 )
+from engines.model_files import ModelFiles, check_model_files
 from engines.paged.loop import EngineLoop, EngineOptions
 from engines.torch.model import LoadedModel, load_checked, model_dtype
-from engines.torch.model_files import ModelFiles, check_model_files
 from engines.torch.runner import TorchRunner
 from engines.torch.spec import build_kv_spec
 from kvcore.clock import Clock, SystemClock

@@ -12,9 +12,9 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
+from engines.model_files import ModelFiles, check_model_files, read_json
 from engines.torch.attention import ATTENTION_NAME, register_attention
 from engines.torch.kv_cache import KVGeometry
-from engines.torch.model_files import ModelFiles, check_model_files, read_json
 from kvcore.config import ModelConfig, TorchEngineConfig
 from kvcore.errors import ConfigError, ModelLoadError
 

@@ -9,7 +9,7 @@ EXTRA_CONFIG_NAME = "kvferry"
 
 
 class Provenance(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is known of the KV before vLLM runs (see KVSpec); dtype, layout and sizes are measured by the worker half."""
+    """What is known of the KV before vLLM runs (see KVSpec); the worker half measures dtype, layout and sizes."""
 
     model_id: str
     weights_digest: str

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from engines.torch.model_files import check_model_files
+from engines.model_files import check_model_files
 from kvcore.errors import ConfigError
 from kvferry import demo_model
 

@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.tiny_models import make_tiny_model
 
+from engines.model_files import ModelFiles, check_model_files
+from engines.provenance import weights_digest
 from engines.torch.engine import build_torch_engine, check_memory, count_blocks
 from engines.torch.model import LoadedModel, load_model
-from engines.torch.model_files import ModelFiles, check_model_files
-from engines.torch.spec import attention_text, build_kv_spec, weights_digest
+from engines.torch.spec import attention_text, build_kv_spec
 from kvcore.config import ModelConfig, TorchEngineConfig
 from kvcore.errors import ConfigError, ModelLoadError
 

@@ -1,0 +1,80 @@
+"""Digests of what a model's KV depends on: its weight files and its tokenizer, and the cache of those digests.
+
+Invariant: a cached digest is used only while the file's path, size, modification time and inode are what they were; a
+damaged cache costs time, never a wrong digest.
+"""
+
+import hashlib
+import logging
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from kvcore.errors import ModelLoadError
+
+_log = logging.getLogger(__name__)
+
+DIGEST_CACHE = Path("~/.cache/kvferry/digests.json")
+
+
+class _Entry(msgspec.Struct, frozen=True):
+    """A file's digest, valid while these are."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+    sha256: str
+
+
+def weights_digest(weight_files: Sequence[Path], digest_cache: Path | None) -> str:
+    """Hex SHA-256 over the files' names, sizes and contents' digests, whatever folder they are in."""
+    cache_file = digest_cache.expanduser() if digest_cache is not None else None
+    known = _read_cache(cache_file) if cache_file is not None else {}
+    fresh: dict[str, _Entry] = {}
+    total = hashlib.sha256(b"kvferry.weights.v1")
+    for file in weight_files:
+        real = file.resolve()
+        status = real.stat()
+        entry = known.get(str(real))
+        if entry is None or (entry.size, entry.mtime_ns, entry.inode) != (
+            status.st_size,
+            status.st_mtime_ns,
+            status.st_ino,
+        ):
+            entry = _Entry(status.st_size, status.st_mtime_ns, status.st_ino, file_digest(real))
+            fresh[str(real)] = entry
+        total.update(f"{file.name}\0{entry.size}\0{entry.sha256}\n".encode())
+    if cache_file is not None and fresh:
+        _write_cache(cache_file, known | fresh)
+    return total.hexdigest()
+
+
+def file_digest(file: Path) -> str:
+    """Hex SHA-256 of a file's contents. Raises ModelLoadError."""
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise ModelLoadError(f"{file.name} cannot be read: {file}: {error}. Download the model again") from error
+
+
+def _read_cache(cache_file: Path) -> dict[str, _Entry]:
+    try:
+        return msgspec.json.decode(cache_file.read_bytes(), type=dict[str, _Entry])
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return {}
+
+
+def _write_cache(cache_file: Path, entries: dict[str, _Entry]) -> None:
+    """Replaced as a whole, so two engines that start at once lose an entry at worst."""
+    try:
+        cache_file.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=cache_file.parent, prefix=cache_file.name)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(msgspec.json.encode(entries))
+        Path(temporary).replace(cache_file)
+    except OSError as error:
+        _log.warning("digest cache not written: path=%s error=%s", cache_file, error)
