@@ -1,0 +1,317 @@
+"""vLLM behind our Engine protocol: an AsyncLLM in this process, its core and its workers in processes of their own.
+
+Owns vLLM's life and the legs under way. Tokens go in and come out; KV is the connector's. When vLLM's core dies this
+process ends at once, and whoever supervises it starts another.
+"""
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import AsyncExitStack, aclosing, contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+from vllm import SamplingParams
+from vllm.exceptions import VLLMClientError
+from vllm.inputs import TokensPrompt
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+from engines.base import (
+    EngineInfo,
+    EngineStats,
+    GenerateRequest,
+    LegInfo,
+    PrefillRequest,
+    PrefillResult,
+    Timings,
+    TokenDelta,
+)
+from engines.vllm.bus import Bus, LegReports
+from engines.vllm.orders import PARAMS_NAME, LegParams, LegResult
+from engines.vllm.sampling import extra_args, finish, sampling_arguments, token_logprobs
+from engines.vllm.start import VllmStart, start_vllm
+from engines.vllm.stats import VllmStats
+from kvcore.chunk_keys import usable_chunks
+from kvcore.errors import (
+    ContextLengthError,
+    DeadlineExceededError,
+    EngineDiedError,
+    EngineError,
+    InvalidRequestError,
+    OverloadedError,
+)
+from kvcore.telemetry import log_fields
+from kvcore.types import KVSpec
+
+EXIT_CORE_DIED = 70
+_WORKERS_S = 60.0
+_SAMPLE_S = 1.0
+_SAVE_GRACE_S = 5.0
+"""Beyond the store's own time for one call: a worker half that says nothing for so long will not say it."""
+_logger = logging.getLogger("engines.vllm")
+
+
+class VllmEngine:
+    """`Engine` over vLLM. Entering starts vLLM, which takes from 10 seconds to minutes and holds the event loop."""
+
+    def __init__(self, start: VllmStart) -> None:
+        self._start = start
+        self._stack = AsyncExitStack()
+        self._bus = Bus()
+        self._stats = VllmStats()
+        self._llm: AsyncLLM | None = None
+        self._info: EngineInfo | None = None
+        self._legs = 0
+
+    async def __aenter__(self) -> Self:
+        """Raises ConfigError for arguments and models that vLLM refuses, EngineError when it fails to start."""
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(self._bus)
+            self._llm = await start_vllm(self._start, self._bus.path, self._stats)
+            stack.callback(self._llm.shutdown)
+            self._info = _info(self._llm, await self._bus.wait_workers(self._num_ranks, _WORKERS_S))
+            watch = asyncio.create_task(self._watch(), name="vllm-watch")
+            stack.callback(watch.cancel)
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stack.__aexit__(kind, error, trace)
+
+    @property
+    def info(self) -> EngineInfo:
+        """See `Engine`."""
+        assert self._info is not None, "the engine is used before it was entered"
+        return self._info
+
+    async def prefill(self, request: PrefillRequest) -> PrefillResult:
+        """See `Engine`. Computes one token as well, as vLLM cannot do without."""
+        started, prompt = time.monotonic(), request.prompt_token_ids
+        leg = LegParams(
+            leg=request.request_id, salt=request.cache_salt.hex(), prefer_segment=request.prefer_segment, tail=True
+        )
+        sampling = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args=extra_args(leg),
+        )
+        with self._leg(leg.leg, len(prompt)) as reports:
+            async with aclosing(
+                self._outputs(leg.leg, prompt, request.cache_salt, sampling, request.deadline_s)
+            ) as outputs:
+                output = await anext(outputs)
+            result = _leg_result(output)
+            left_s = request.deadline_s - (time.monotonic() - started)
+            if result.saving:
+                await self._wait_saved(reports, left_s)
+            cached = _cached_tokens(output, reports, len(prompt))
+            saves = list(reports.saves.values())
+            stored = min((save.num_chunks for save in saves), default=result.stored_chunks)
+            full_chunks = len(prompt) // self.info.kv_spec.chunk_tokens
+            return PrefillResult(
+                request_id=request.request_id,
+                cached_tokens=cached,
+                computed_tokens=len(prompt) - cached,
+                stored_chunks=min(stored, full_chunks),
+                moved=[move for report in (*reports.loads.values(), *saves) for move in report.moved],
+                timings=_timings(output, reports, time.monotonic() - started),
+            )
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta, None]:
+        """See `Engine`. With temperature, a continuation is not the draw that the first engine would have made."""
+        started = time.monotonic()
+        prompt = [*request.prompt_token_ids, *request.output_token_ids]
+        leg = self._decode_leg(request)
+        sampling = SamplingParams(output_kind=RequestOutputKind.DELTA, **sampling_arguments(request, leg))
+        first = True
+        with self._leg(leg.leg, len(prompt)) as reports:
+            async with aclosing(
+                self._outputs(leg.leg, prompt, request.cache_salt, sampling, request.deadline_s)
+            ) as outputs:
+                async for output in outputs:
+                    for completion in output.outputs:
+                        info = None
+                        if first:
+                            first = False
+                            info = _leg_info(output, reports, request, time.monotonic() - started)
+                        yield _delta(completion, info, request.sampling.logprobs)
+
+    async def end_handoff(self, request_id: str) -> None:
+        """See `Engine`."""
+        self._bus.end_handoff(request_id)
+
+    async def abort(self, request_id: str) -> None:
+        """See `Engine`."""
+        await self._vllm.abort(request_id)
+
+    async def stats(self) -> EngineStats:
+        """See `Engine`: vLLM's own gauges, and what the worker halves say."""
+        self._stats.samples = await self._bus.samples(_SAMPLE_S)
+        return self._stats.engine_stats(self.info.num_blocks)
+
+    def store_counters(self) -> dict[str, int]:
+        """Totals of the workers' stores, as of the last `stats`."""
+        return self._stats.store_counters()
+
+    def transports(self) -> dict[str, str]:
+        """Segment id of a peer -> transport, as of the last `stats`."""
+        return self._stats.transports()
+
+    # ---------------------------------------------------------------------------------------------------------------
+
+    @property
+    def _vllm(self) -> AsyncLLM:
+        assert self._llm is not None, "the engine is used before it was entered"
+        return self._llm
+
+    @property
+    def _num_ranks(self) -> int:
+        return int(self._vllm.vllm_config.parallel_config.tensor_parallel_size)
+
+    def _decode_leg(self, request: GenerateRequest) -> LegParams:
+        handoff = request.handoff
+        if handoff is None:
+            return LegParams(leg=request.request_id, salt=request.cache_salt.hex())
+        chunks = usable_chunks(len(request.prompt_token_ids), self.info.kv_spec.chunk_tokens)
+        return LegParams(
+            leg=request.request_id,
+            salt=request.cache_salt.hex(),
+            handoff_chunks=min(handoff.num_chunks, chunks),
+            wait_until=time.monotonic() + handoff.wait_s,
+            tail=handoff.num_chunks >= chunks and not request.output_token_ids,
+        )
+
+    @contextmanager
+    def _leg(self, leg: str, num_tokens: int) -> Iterator[LegReports]:
+        """Room for one more leg. Raises OverloadedError, ContextLengthError."""
+        if num_tokens >= self.info.max_context:
+            raise ContextLengthError(
+                f"the prompt has {num_tokens} tokens; with one to generate, {self.info.max_context} is the most"
+            )
+        if self._legs >= self._start.max_legs:
+            raise OverloadedError(f"{self._legs} requests are running or waiting, which is the bound")
+        self._legs += 1
+        try:
+            with self._bus.leg(leg) as reports:
+                yield reports
+        finally:
+            self._legs -= 1
+
+    async def _outputs(
+        self, leg: str, prompt: list[int], salt: bytes, sampling: SamplingParams, deadline_s: float
+    ) -> AsyncGenerator[Any, None]:
+        """vLLM's outputs of one request until the deadline, with its errors as ours. Closing it aborts the request."""
+        tokens = TokensPrompt(prompt_token_ids=prompt)
+        if salt:
+            tokens["cache_salt"] = salt.hex()
+        deadline = asyncio.get_running_loop().time() + deadline_s
+        try:
+            async with aclosing(self._vllm.generate(tokens, sampling, leg)) as outputs:
+                while True:
+                    async with asyncio.timeout_at(deadline):
+                        output = await anext(outputs, None)
+                    if output is None:
+                        return
+                    yield output
+        except TimeoutError as error:
+            raise DeadlineExceededError("vLLM did not finish the request in time") from error
+        except EngineDeadError as error:
+            raise EngineDiedError("vLLM's engine core has died") from error
+        except VLLMClientError as error:
+            raise InvalidRequestError(f"vLLM refuses the request: {error}") from error
+        except (EngineGenerateError, ValueError) as error:
+            raise EngineError(f"vLLM failed: {error.__cause__ or error}") from error
+
+    async def _wait_saved(self, reports: LegReports, left_s: float) -> None:
+        bound_s = max(0.0, min(left_s, self._start.store_timeout_s + _SAVE_GRACE_S))
+        try:
+            async with asyncio.timeout(bound_s):
+                await reports.wait_saved(self._num_ranks)
+        except TimeoutError:
+            log_fields(_logger, logging.WARNING, "saves_not_reported", waited_s=bound_s)
+
+    async def _watch(self) -> None:
+        """vLLM's core cannot come back to life in this process: without it the process is of no use."""
+        assert self._vllm.output_handler is not None
+        await asyncio.wait({self._vllm.output_handler})
+        log_fields(_logger, logging.ERROR, "vllm_core_died", exit=EXIT_CORE_DIED)
+        logging.shutdown()
+        os._exit(EXIT_CORE_DIED)
+
+
+def _info(llm: AsyncLLM, spec: KVSpec) -> EngineInfo:
+    config = llm.vllm_config
+    model = config.model_config
+    eos = model.try_get_generation_config().get("eos_token_id") or model.hf_config.eos_token_id
+    eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    return EngineInfo(
+        kind="vllm",
+        kv_spec=spec,
+        max_context=int(model.max_model_len),
+        vocab_size=int(model.get_vocab_size()),
+        eos_token_ids=[int(token) for token in eos_ids],
+        block_size=int(config.cache_config.block_size),
+        num_blocks=int(config.cache_config.num_gpu_blocks or 0),
+    )
+
+
+def _leg_result(output: Any) -> LegResult:
+    params = (output.kv_transfer_params or {}).get(PARAMS_NAME)
+    if params is None:
+        raise EngineError("vLLM's answer says nothing of the KV it saved: the connector is not in place")
+    return msgspec.convert(params, LegResult)
+
+
+def _cached_tokens(output: Any, reports: LegReports, num_prompt: int) -> int:
+    """Leading prompt tokens that were not computed: vLLM counts a load as a hit before it knows what comes of it."""
+    cached = output.num_cached_tokens or 0
+    loaded = [load.num_tokens for load in reports.loads.values()]
+    return max(0, min(cached, num_prompt - 1, *loaded))
+
+
+def _timings(output: Any, reports: LegReports, total_s: float) -> Timings:
+    wait_s = max((load.wait_s for load in reports.loads.values()), default=0.0)
+    load_s = max((load.load_s for load in reports.loads.values()), default=0.0)
+    save_s = max((save.save_s for save in reports.saves.values()), default=0.0)
+    stamps = output.metrics
+    queue_s = compute_s = 0.0
+    if stamps is not None and stamps.scheduled_ts:
+        queue_s = max(0.0, stamps.scheduled_ts - stamps.queued_ts - wait_s - load_s)
+        compute_s = max(0.0, stamps.first_token_ts - stamps.scheduled_ts)
+    return Timings(queue_s=queue_s, wait_s=wait_s, load_s=load_s, compute_s=compute_s, save_s=save_s, total_s=total_s)
+
+
+def _leg_info(output: Any, reports: LegReports, request: GenerateRequest, total_s: float) -> LegInfo:
+    num_prompt = len(request.prompt_token_ids)
+    cached = _cached_tokens(output, reports, num_prompt)
+    return LegInfo(
+        cached_tokens=cached,
+        computed_tokens=num_prompt - cached,
+        moved=[move for load in reports.loads.values() for move in load.moved],
+        timings=_timings(output, reports, total_s),
+    )
+
+
+def _delta(completion: Any, info: LegInfo | None, logprobs: int | None) -> TokenDelta:
+    token_ids = list(completion.token_ids)
+    reason = stop_token = None
+    if completion.finish_reason is not None:
+        reason, stop_token = finish(completion.finish_reason, completion.stop_reason, token_ids)
+    return TokenDelta(
+        index=completion.index,
+        token_ids=token_ids,
+        logprobs=token_logprobs(token_ids, completion.logprobs, logprobs) if token_ids else None,
+        finish_reason=reason,
+        stop_token_id=stop_token,
+        info=info,
+    )

@@ -1,0 +1,94 @@
+"""Between our words and vLLM's: what to ask for, and what came. Values only, so that no vLLM is needed to test it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import msgspec
+
+from engines.base import FinishReason, GenerateRequest, TokenLogprob
+from engines.vllm.orders import PARAMS_NAME, LegParams
+from kvcore.errors import EngineError
+
+
+class VllmLogprob(Protocol):
+    """vllm.logprobs.Logprob, as far as we read it. `rank` 1: the likeliest."""
+
+    logprob: float
+    rank: int | None
+
+
+def sampling_arguments(request: GenerateRequest, leg: LegParams) -> dict[str, object]:
+    """Keyword arguments of vLLM's SamplingParams for the tokens that are still to come.
+
+    A continued request is a prompt to vLLM: its limits are lowered by what was emitted. Presence and frequency
+    penalties count, in vLLM, what this engine generates; a continuation counts anew.
+    """
+    sampling, emitted = request.sampling, len(request.output_token_ids)
+    return {
+        "n": sampling.n,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "seed": _seed(sampling.seed, emitted) if sampling.temperature > 0 else None,
+        "presence_penalty": sampling.presence_penalty,
+        "frequency_penalty": sampling.frequency_penalty,
+        "repetition_penalty": sampling.repetition_penalty,
+        "logit_bias": dict(sampling.logit_bias) or None,
+        "max_tokens": sampling.max_tokens - emitted,
+        "min_tokens": max(0, sampling.min_tokens - emitted),
+        "stop_token_ids": list(sampling.stop_token_ids),
+        "ignore_eos": sampling.ignore_eos,
+        "logprobs": sampling.logprobs,
+        "detokenize": False,
+        "extra_args": extra_args(leg),
+    }
+
+
+def extra_args(leg: LegParams) -> dict[str, object]:
+    """SamplingParams' `extra_args`: our entry in the request's kv_transfer_params."""
+    return {"kv_transfer_params": {PARAMS_NAME: msgspec.to_builtins(leg)}}
+
+
+def _seed(seed: int, emitted: int) -> int:
+    """vLLM draws from a generator seeded once a request: a continuation must not draw the first draws again."""
+    return (seed + emitted * 0x9E3779B97F4A7C15) % (1 << 63)
+
+
+def token_logprobs(
+    token_ids: Sequence[int], positions: Sequence[Mapping[int, VllmLogprob]] | None, count: int | None
+) -> list[TokenLogprob] | None:
+    """vLLM's logprobs of the tokens of one delta, as ours: of the emitted token, and of the `count` likeliest.
+
+    Raises EngineError if vLLM left one out.
+    """
+    if count is None:
+        return None
+    if positions is None or len(positions) != len(token_ids):
+        raise EngineError(f"vLLM gave logprobs of {len(positions or ())} positions for {len(token_ids)} tokens")
+    return [
+        TokenLogprob(
+            logprob=position[token].logprob,
+            top=sorted(
+                ((other, entry.logprob) for other, entry in position.items() if (entry.rank or 0) <= count),
+                key=lambda pair: -pair[1],
+            )[:count],
+        )
+        for token, position in zip(token_ids, positions, strict=True)
+    ]
+
+
+def finish(
+    reason: str | None, stop_reason: int | str | None, token_ids: Sequence[int]
+) -> tuple[FinishReason, int | None]:
+    """vLLM's finish reason as ours, with the token that stopped it. Raises EngineError for a failure inside vLLM."""
+    match reason:
+        case "stop":
+            last = token_ids[-1] if token_ids else None
+            return FinishReason.STOP, stop_reason if isinstance(stop_reason, int) else last
+        case "length":
+            return FinishReason.LENGTH, None
+        case "abort":
+            return FinishReason.ABORT, None
+        case _:
+            raise EngineError(f"vLLM ended the request with {reason!r}: see its log")

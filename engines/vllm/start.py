@@ -1,0 +1,159 @@
+"""Starts vLLM as the cluster file wants it, with our connector in place. The only place that makes vLLM's configs."""
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pydantic import ValidationError
+from vllm.config import KVTransferConfig, VllmConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import VLLMError
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+from engines.model_files import find_folder
+from engines.provenance import DIGEST_CACHE, file_digest, weights_digest
+from engines.vllm.arguments import command_line
+from engines.vllm.settings import ConnectorSettings, Provenance, to_extra_config
+from engines.vllm.stats import VllmStats
+from kvcore.config import ClusterConfig, VllmEngineConfig
+from kvcore.errors import ConfigError, EngineError, ModelLoadError
+from kvcore.ports import base_url
+
+_WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
+_HUB_FILES = (*_WEIGHT_PATTERNS[:1], "*.json", "*.jinja", "*.model", "*.txt")
+_NOT_PROVENANCE = ("_name_or_path", "transformers_version")
+
+
+@dataclass(frozen=True, slots=True)
+class VllmStart:
+    """Which engine of which node this is."""
+
+    config: ClusterConfig
+    engine: VllmEngineConfig
+    node_id: str
+    incarnation: int
+    host_id: str
+
+    @property
+    def max_legs(self) -> int:
+        """Requests running or waiting at once."""
+        return self.engine.max_requests
+
+    @property
+    def store_timeout_s(self) -> float:
+        """Of one call of the store."""
+        return self.config.transport.timeout_s
+
+
+async def start_vllm(start: VllmStart, bus_path: str, stats: VllmStats) -> AsyncLLM:
+    """A running AsyncLLM, to be shut down by the caller. Holds the event loop while vLLM starts.
+
+    Raises ConfigError, ModelLoadError for what vLLM refuses, EngineError when it dies at its start.
+    """
+    model = start.config.model
+    folder = await asyncio.to_thread(find_folder, model.path, _HUB_FILES)
+    vllm_config = engine_config(command_line(start.engine.args, model, str(folder)))
+    provenance = await asyncio.to_thread(measure_provenance, folder, model.name, vllm_config.model_config)
+    settings = connector_settings(start, provenance, bus_path)
+    vllm_config.kv_transfer_config.kv_connector_extra_config.update(to_extra_config(settings))
+    try:
+        return AsyncLLM.from_vllm_config(vllm_config, stat_loggers=[_logger_class(stats)])
+    except (RuntimeError, ValueError, VLLMError) as error:
+        raise EngineError(f"vLLM did not start: {error}. Its own log, above, has the cause") from error
+
+
+def engine_config(words: Sequence[str]) -> VllmConfig:
+    """vLLM's configuration for a command line, with our connector. Raises ConfigError in vLLM's own words."""
+    parser = AsyncEngineArgs.add_cli_args(_Parser(prog="engine.args", add_help=False))
+    args = AsyncEngineArgs.from_cli_args(parser.parse_args(list(words)))
+    args.kv_transfer_config = connector_config()
+    try:
+        return args.create_engine_config()
+    except (ValidationError, ValueError, VLLMError) as error:
+        raise ConfigError(f"engine.args: vLLM refuses them: {error}") from error
+
+
+def connector_config(extra: dict[str, Any] | None = None) -> KVTransferConfig:
+    """What puts KVFerryConnector under vLLM."""
+    return KVTransferConfig(
+        kv_connector="KVFerryConnector",
+        kv_connector_module_path="engines.vllm.connector",
+        kv_role="kv_both",
+        kv_load_failure_policy="recompute",
+        kv_connector_extra_config=extra or {},
+    )
+
+
+def connector_settings(start: VllmStart, provenance: Provenance, bus_path: str | None) -> ConnectorSettings:
+    """The cluster file, as far as the connector needs it."""
+    config, server = start.config, start.config.metadata_server
+    return ConnectorSettings(
+        node_id=start.node_id,
+        incarnation=start.incarnation,
+        host_id=start.host_id,
+        metadata_url=base_url(server.host, server.port),
+        metadata_timeout_s=server.timeout_s,
+        transport=config.transport,
+        store=config.store,
+        chunk_tokens=config.kv.chunk_tokens,
+        verify=config.kv.verify,
+        save_output=start.engine.save_output,
+        provenance=provenance,
+        bus=bus_path,
+    )
+
+
+def measure_provenance(folder: Path, model_id: str, model_config: Any) -> Provenance:
+    """What K and V depend on: weight files, tokenizer, and the model's configuration as vLLM understood it.
+
+    Reads all weights unless their digests are cached. Raises ModelLoadError.
+    """
+    weights = next((files for pattern in _WEIGHT_PATTERNS if (files := sorted(folder.glob(pattern)))), None)
+    tokenizer = next((file for name in _TOKENIZER_FILES if (file := folder / name).is_file()), None)
+    if weights is None or tokenizer is None:
+        missing = f"weights ({', '.join(_WEIGHT_PATTERNS)})" if weights is None else "a tokenizer"
+        raise ModelLoadError(f"the model folder has no {missing}: {folder}. Download the model again")
+    settings = {
+        "hf": {k: v for k, v in model_config.hf_config.to_dict().items() if k not in _NOT_PROVENANCE},
+        "dtype": str(model_config.dtype),
+        "quantization": model_config.quantization,
+    }
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return Provenance(
+        model_id=model_id,
+        weights_digest=weights_digest(weights, DIGEST_CACHE),
+        tokenizer_digest=file_digest(tokenizer),
+        attention=f"vllm.sha256:{hashlib.sha256(text.encode()).hexdigest()}",
+    )
+
+
+class _Parser(FlexibleArgumentParser):  # type: ignore[misc]
+    """vLLM's parser, which says what is wrong instead of ending the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"engine.args: {message}. Names and values are those of `vllm serve --help=all`")
+
+
+def _logger_class(stats: VllmStats) -> type[StatLoggerBase]:
+    """vLLM makes its stat loggers itself, from a class."""
+
+    class Recorder(StatLoggerBase):  # type: ignore[misc]
+        def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+            """vLLM's signature."""
+
+        def record(
+            self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
+        ) -> None:
+            stats.record(scheduler_stats, iteration_stats)
+
+        def log_engine_initialized(self) -> None:
+            """Nothing to log."""
+
+    return Recorder

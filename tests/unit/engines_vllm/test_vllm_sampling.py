@@ -1,0 +1,99 @@
+"""What vLLM is asked for, and how its answers are read."""
+
+from dataclasses import dataclass
+
+import msgspec
+import pytest
+
+from engines.base import FinishReason, GenerateRequest, SamplingParams
+from engines.vllm.arguments import command_line
+from engines.vllm.orders import LegParams
+from engines.vllm.sampling import finish, sampling_arguments, token_logprobs
+from kvcore.config import ModelConfig
+from kvcore.errors import EngineError
+
+
+@dataclass
+class _Entry:
+    logprob: float
+    rank: int | None
+
+
+def _request(output: list[int], **sampling: object) -> GenerateRequest:
+    return GenerateRequest(
+        request_id="r",
+        prompt_token_ids=[1, 2, 3],
+        output_token_ids=output,
+        sampling=SamplingParams(max_tokens=10, **sampling),
+        deadline_s=1.0,
+    )
+
+
+def test_a_continued_request_asks_for_what_is_left() -> None:
+    arguments = sampling_arguments(_request([7, 8], min_tokens=5), LegParams(leg="r"))
+    assert (arguments["max_tokens"], arguments["min_tokens"]) == (8, 3)
+
+
+def test_min_tokens_are_never_negative_once_enough_were_sent() -> None:
+    assert sampling_arguments(_request([7, 8], min_tokens=1), LegParams(leg="r"))["min_tokens"] == 0
+
+
+def test_greedy_needs_no_seed_and_a_continuation_does_not_draw_the_first_draws_again() -> None:
+    leg = LegParams(leg="r")
+    assert sampling_arguments(_request([], temperature=0.0, seed=5), leg)["seed"] is None
+    fresh = sampling_arguments(_request([], seed=5), leg)["seed"]
+    continued = sampling_arguments(_request([7], seed=5), leg)["seed"]
+    assert fresh == 5 and continued not in (None, 5)
+
+
+def test_the_leg_travels_in_the_extra_arguments() -> None:
+    leg = LegParams(leg="r", salt="00ff", handoff_chunks=0, wait_until=2.5, tail=True)
+    extra = sampling_arguments(_request([]), leg)["extra_args"]
+    assert isinstance(extra, dict)
+    assert msgspec.convert(extra["kv_transfer_params"]["kvferry"], LegParams) == leg
+
+
+def test_logprobs_are_the_tokens_own_and_the_likeliest_in_order() -> None:
+    position = {5: _Entry(-2.0, 3), 1: _Entry(-0.5, 1), 2: _Entry(-1.0, 2)}
+    (entry,) = token_logprobs([5], [position], 2) or []
+    assert entry.logprob == -2.0
+    assert entry.top == [(1, -0.5), (2, -1.0)]
+
+
+def test_no_alternatives_are_given_where_none_were_asked_for() -> None:
+    assert token_logprobs([5], [{5: _Entry(-2.0, 1)}], None) is None
+    (entry,) = token_logprobs([5], [{5: _Entry(-2.0, 1)}], 0) or []
+    assert entry.top == []
+
+
+def test_a_missing_logprob_is_an_error_not_a_guess() -> None:
+    with pytest.raises(EngineError, match="0 positions for 1 tokens"):
+        token_logprobs([5], None, 1)
+
+
+@pytest.mark.parametrize(
+    ("reason", "stop", "expected"),
+    [
+        ("stop", None, (FinishReason.STOP, 9)),
+        ("stop", 4, (FinishReason.STOP, 4)),
+        ("length", None, (FinishReason.LENGTH, None)),
+        ("abort", None, (FinishReason.ABORT, None)),
+    ],
+)
+def test_finish_reasons(reason: str, stop: int | None, expected: tuple[FinishReason, int | None]) -> None:
+    assert finish(reason, stop, [8, 9]) == expected
+
+
+def test_a_failure_inside_vllm_is_told() -> None:
+    with pytest.raises(EngineError, match="'error'"):
+        finish("error", None, [])
+
+
+def test_arguments_become_a_command_line_and_ours_come_last() -> None:
+    args = {"max_num_seqs": 4, "enforce-eager": True, "enable-prefix-caching": False, "seed": None, "x": {"a": 1}}
+    words = command_line(args, ModelConfig(path="m", name="n", dtype="bfloat16", max_context=64), "/models/m")
+    assert words[:6] == ["--max-num-seqs", "4", "--enforce-eager", "--no-enable-prefix-caching", "--x", '{"a": 1}']
+    assert words[6:] == [
+        *("--model", "/models/m", "--served-model-name", "n", "--dtype", "bfloat16", "--max-model-len", "64"),
+        "--disable-hybrid-kv-cache-manager",
+    ]
