@@ -123,7 +123,10 @@ class VllmEngine:
                 cached_tokens=cached,
                 computed_tokens=len(prompt) - cached,
                 stored_chunks=min(stored, full_chunks),
-                moved=[move for report in (*reports.loads.values(), *saves) for move in report.moved],
+                moved=[
+                    *(move for load in reports.loads.values() for move in load.moved),
+                    *(move for save in saves for move in save.moved),
+                ],
                 timings=_timings(output, reports, time.monotonic() - started),
             )
 

@@ -109,4 +109,4 @@ async def test_leaving_removes_the_socket() -> None:
     async with Bus() as bus:
         path = Path(bus.path)
         assert path.is_socket()  # noqa: ASYNC240 - a test
-    assert not path.parent.exists()  # noqa: ASYNC240
+    assert not path.parent.exists()
