@@ -65,6 +65,11 @@ class KVFerryConnector(KVConnectorBase_V1):  # type: ignore[misc]
         """False: this is a cache. A save that preemption cut short is a miss, and the decoder computes."""
         return False
 
+    @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:
+        """False (asked by vLLM 0.33): our transports hold the addresses of the KV memory."""
+        return False
+
     # --- worker ------------------------------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
