@@ -5,6 +5,7 @@ Requests go through the router as any client's would; a test kills processes by 
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from kvferry.launcher import Launcher
 from kvferry.processes import Part, ProcessPlan, plan_processes
 from metadata_server.messages import Stats
 
-READY_S = 60.0
+READY_S = {"sim": 60.0, "torch": 60.0, "vllm": 180.0}
 POLL_S = 0.02
 SIM_ENGINE = {
     "kind": "sim",
@@ -35,6 +36,13 @@ SIM_ENGINE = {
     "inter_token_s": 0.005,
 }
 TORCH_ENGINE = {"kind": "torch", "block_size": 16, "kv_cache": "64MiB", "max_batch_tokens": 256}
+VLLM_ENGINE = {
+    "kind": "vllm",
+    "args": {"enforce-eager": True, "kv-cache-memory-bytes": "64M", "max-num-seqs": 16, "block-size": 128},
+}
+"""Each of these nodes takes a core of its own, as far as there are."""
+ENGINES = {"sim": SIM_ENGINE, "torch": TORCH_ENGINE, "vllm": VLLM_ENGINE}
+EngineKind = Literal["sim", "torch", "vllm"]
 Prompt = str | list[int]
 T = TypeVar("T")
 
@@ -211,7 +219,7 @@ class ClusterHandle:
 def write_config(
     folder: Path,
     *,
-    engine: Literal["sim", "torch"] = "sim",
+    engine: EngineKind = "sim",
     model: Path | None = None,
     name: str | None = None,
     prefillers: int = 2,
@@ -226,17 +234,20 @@ def write_config(
         node: {"role": role, "port": port, "segment": "16MiB"}
         for node, role, port in zip(names, roles, node_ports, strict=True)
     }
+    if engine == "vllm":
+        for index, node in enumerate(nodes.values()):
+            node["engine"] = {"kind": "vllm", "env": {"VLLM_CPU_OMP_THREADS_BIND": str(index % (os.cpu_count() or 1))}}
     config = {
         "cluster": folder.name[:40] or "test",
         "model": {"path": str(model) if model else "sim", "name": name or (model.name if model else "sim")},
-        "engine": TORCH_ENGINE if engine == "torch" else SIM_ENGINE,
-        "kv": {"chunk_tokens": 64},
+        "engine": ENGINES[engine],
+        "kv": {"chunk_tokens": 128 if engine == "vllm" else 64},
         "nodes": nodes,
         "transport": transport,
         "store": {"reserve_ttl_s": 5.0, "read_lease_s": 5.0, "retire_grace_s": 0.5},
         "metadata_server": {"port": metadata_port, "node_ttl_s": 2.0},
         "router": {"port": router_port, "probe_interval_s": 0.25},
-        "service": {"drain_s": 3.0},
+        "service": {"drain_s": 3.0, "start_s": READY_S[engine]},
     }
     file = folder / "cluster.yaml"
     file.write_text(yaml.safe_dump(config))
@@ -247,7 +258,7 @@ def write_config(
 async def cluster(
     tmp_path: Path,
     *,
-    engine: Literal["sim", "torch"] = "sim",
+    engine: EngineKind = "sim",
     model: Path | None = None,
     name: str | None = None,
     prefillers: int = 2,
@@ -278,6 +289,6 @@ async def cluster(
         await stack.enter_async_context(launcher)
         handle = ClusterHandle(config, plans, launcher, session)
         if any(plan.name.startswith("decode") for plan in plans):  # the router is not healthy without a decoder
-            await launcher.wait_ready(READY_S)
-        await handle.until(handle.all_ready, READY_S)
+            await launcher.wait_ready(READY_S[engine])
+        await handle.until(handle.all_ready, READY_S[engine])
         yield handle

@@ -30,32 +30,34 @@ _SHAPE = {
 }
 
 
-def make_tiny_model(kind: str, folder: Path, *, seed: int = 0) -> Path:
+def make_tiny_model(
+    kind: str, folder: Path, *, seed: int = 0, max_context: int = MAX_CONTEXT, head_dim: int = 16
+) -> Path:
     """Write a checkpoint of `kind` (one of KINDS) into `folder` and return it. Equal arguments give equal bytes."""
-    config = _config(kind)
+    config = _config(kind, _SHAPE | {"max_position_embeddings": max_context, "head_dim": head_dim})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = getattr(transformers, config.architectures[0])(config)
     model.save_pretrained(folder)
-    _tokenizer().save_pretrained(folder)
+    _tokenizer(max_context).save_pretrained(folder)
     return folder
 
 
-def _config(kind: str) -> transformers.PreTrainedConfig:
+def _config(kind: str, shape: dict[str, object]) -> transformers.PreTrainedConfig:
     if kind == "llama":
-        return transformers.LlamaConfig(**_SHAPE, architectures=["LlamaForCausalLM"])
+        return transformers.LlamaConfig(**shape, architectures=["LlamaForCausalLM"])
     if kind == "mistral":
-        return transformers.MistralConfig(**_SHAPE, sliding_window=None, architectures=["MistralForCausalLM"])
+        return transformers.MistralConfig(**shape, sliding_window=None, architectures=["MistralForCausalLM"])
     if kind == "mistral_sliding":
-        return transformers.MistralConfig(**_SHAPE, sliding_window=48, architectures=["MistralForCausalLM"])
+        return transformers.MistralConfig(**shape, sliding_window=48, architectures=["MistralForCausalLM"])
     if kind == "qwen2":
-        return transformers.Qwen2Config(**_SHAPE, architectures=["Qwen2ForCausalLM"])
+        return transformers.Qwen2Config(**shape, architectures=["Qwen2ForCausalLM"])
     if kind == "qwen3":
-        return transformers.Qwen3Config(**_SHAPE, architectures=["Qwen3ForCausalLM"])
+        return transformers.Qwen3Config(**shape, architectures=["Qwen3ForCausalLM"])
     raise ValueError(f"no tiny model of kind {kind!r}")
 
 
-def _tokenizer() -> transformers.PreTrainedTokenizerFast:
+def _tokenizer(max_context: int) -> transformers.PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -73,7 +75,7 @@ def _tokenizer() -> transformers.PreTrainedTokenizerFast:
         bos_token="<|endoftext|>",
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        model_max_length=MAX_CONTEXT,
+        model_max_length=max_context,
     )
     fast.chat_template = _CHAT_TEMPLATE
     return fast
