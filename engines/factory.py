@@ -24,7 +24,9 @@ StoreFactory = Callable[[KVSpec], KVStore]
 
 def engine_config(config: ClusterConfig, node_name: str) -> EngineConfig:
     """The node's own engine section, else the cluster's. Raises ConfigError for an unknown node."""
-    return node_config(config, node_name).engine or config.engine
+    engine = node_config(config, node_name).engine or config.engine
+    assert engine is not None, "only a cluster of servers that are not ours has none"
+    return engine
 
 
 def metadata_client(config: ClusterConfig, clock: Clock) -> MetadataClient:

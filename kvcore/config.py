@@ -133,6 +133,17 @@ class MetadataServerConfig(_Section, frozen=True, kw_only=True):
     """Events kept for replay."""
 
 
+class HandoffKind(StrEnum):
+    """How KV gets from a prefiller to a decoder."""
+
+    KVFERRY = "kvferry"
+    """Through our store; the nodes are ours."""
+    NIXL = "nixl"
+    """By vLLM's NixlConnector; the nodes are vLLM servers that run already."""
+    MOONCAKE = "mooncake"
+    """By vLLM's MooncakeConnector; likewise."""
+
+
 class RoutingPolicy(StrEnum):
     """How the router chooses."""
 
@@ -160,11 +171,16 @@ class RouterConfig(_Section, frozen=True, kw_only=True):
 
 
 class NodeConfig(_Section, frozen=True, kw_only=True):
-    """One machine's process of one role."""
+    """One machine's process of one role; or, with `url`, a vLLM server that runs already and is only driven."""
 
     role: Role
     host: str = "127.0.0.1"
-    port: Port
+    port: Port = 0
+    """Must be given, except beside `url`."""
+    url: str | None = None
+    """Where the vLLM server's OpenAI API is. Beside it only `role` and `bootstrap_port` mean anything."""
+    bootstrap_port: Port | None = None
+    """Of a prefiller with handoff mooncake: VLLM_MOONCAKE_BOOTSTRAP_PORT there; 8998 if not given."""
     transfer_port: Port = 0
     """For tcp; 0: any free one."""
     segment: ByteSize = ByteSize(512 << 20)
@@ -187,8 +203,10 @@ class ClusterConfig(_Section, frozen=True, kw_only=True):
     """A whole cluster file."""
 
     cluster: Text
+    handoff: HandoffKind = HandoffKind.KVFERRY
     model: ModelConfig
-    engine: EngineConfig
+    engine: EngineConfig | None = None
+    """Must be given with handoff kvferry and only there: the engines are ours then."""
     nodes: dict[str, NodeConfig]
     kv: KVConfig = KVConfig()
     transport: TransportConfig = TransportConfig()

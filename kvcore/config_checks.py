@@ -1,8 +1,11 @@
 """Rules of a cluster file that take more than one field. Pure; the bounds of a single field are in its type."""
 
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
-from kvcore.config import ClusterConfig, EngineConfig, NodeConfig, SimEngineConfig
+import msgspec
+
+from kvcore.config import ClusterConfig, EngineConfig, HandoffKind, NodeConfig, SimEngineConfig
 from kvcore.types import Role
 
 _EVERY_INTERFACE = ("0.0.0.0", "::")
@@ -11,7 +14,8 @@ _THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
 
 def check_cluster(config: ClusterConfig) -> list[str]:
     """What is wrong, as `path: explanation`; empty: nothing."""
-    return [*_check_engines(config), *_check_nodes(config), *_check_ports(config), *_check_bounds(config)]
+    ours = _check_engines(config) if config.handoff is HandoffKind.KVFERRY else _check_servers(config)
+    return [*ours, *_check_nodes(config), *_check_ports(config), *_check_bounds(config)]
 
 
 def engine_of(config: ClusterConfig, node: NodeConfig) -> EngineConfig | None:
@@ -20,7 +24,10 @@ def engine_of(config: ClusterConfig, node: NodeConfig) -> EngineConfig | None:
 
 
 def _check_engines(config: ClusterConfig) -> Iterator[str]:
-    engines = {"engine": config.engine}
+    if config.engine is None:
+        yield "engine: missing (only the servers that handoff nixl and mooncake drive bring their own)"
+        return
+    engines: dict[str, EngineConfig] = {"engine": config.engine}
     engines |= {f"nodes.{name}.engine": node.engine for name, node in config.nodes.items() if node.engine is not None}
     for path, engine in engines.items():
         if config.kv.chunk_tokens % engine.block_size:
@@ -33,6 +40,48 @@ def _check_engines(config: ClusterConfig) -> Iterator[str]:
     kinds = {type(engine_of(config, node)) for node in config.nodes.values()} - {type(None)}
     if len(kinds) > 1:
         yield "engine: the nodes' engines are of several kinds; they could not share KV"
+    for name, node in config.nodes.items():
+        if node.url is not None:
+            yield f"nodes.{name}.url: only handoff nixl and mooncake drive servers that are not ours; set handoff"
+        elif node.port == 0:
+            yield f"nodes.{name}.port: missing"
+
+
+def _check_servers(config: ClusterConfig) -> Iterator[str]:
+    """With the handoff of others, every node is a vLLM server that runs already."""
+    if config.engine is not None:
+        yield f"engine: nothing is started with handoff {config.handoff}, the servers run already; take it out"
+    defaults = {field.name: field.default for field in msgspec.structs.fields(NodeConfig)}
+    owners: dict[str, str] = {}
+    for name, node in config.nodes.items():
+        if node.role is Role.STORE:
+            yield f"nodes.{name}.role: with handoff {config.handoff} there is no store; prefiller or decoder"
+        if node.url is None:
+            yield f"nodes.{name}.url: missing; with handoff {config.handoff} every node is a server that runs already"
+            continue
+        if problem := _url_problem(node.url):
+            yield f"nodes.{name}.url: {node.url!r}: {problem}"
+        if (owner := owners.setdefault(node.url.rstrip("/"), name)) != name:
+            yield f"nodes.{name}.url: {node.url} is {owner} already; one server has one role"
+        for field in ("host", "port", "transfer_port", "segment", "engine", "host_id"):
+            if getattr(node, field) != defaults[field]:
+                yield f"nodes.{name}.{field}: means nothing beside url; take it out"
+        meets = config.handoff is HandoffKind.MOONCAKE and node.role is Role.PREFILLER
+        if node.bootstrap_port is not None and not meets:
+            yield f"nodes.{name}.bootstrap_port: only prefillers with handoff mooncake have one"
+
+
+def _url_problem(url: str) -> str | None:
+    try:
+        parts = urlsplit(url)
+        fits = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, a bracket that is not closed
+        fits = False
+    if not fits or parts.query or parts.fragment or parts.username:
+        return "expected http://HOST:PORT, where the server's /v1 is"
+    if parts.path.rstrip("/").endswith("/v1"):
+        return "leave out the /v1"
+    return None
 
 
 def _check_nodes(config: ClusterConfig) -> Iterator[str]:
@@ -63,9 +112,11 @@ def _check_ports(config: ClusterConfig) -> Iterator[str]:
 
 
 def ports_of(config: ClusterConfig) -> Iterator[tuple[str, str, int]]:
-    """(path, host, port) of everything that listens; port 0 is any free one."""
-    yield "metadata_server.port", config.metadata_server.host, config.metadata_server.port
+    """(path, host, port) of everything of ours that listens; port 0 is any free one."""
     yield "router.port", config.router.host, config.router.port
+    if config.handoff is not HandoffKind.KVFERRY:
+        return
+    yield "metadata_server.port", config.metadata_server.host, config.metadata_server.port
     for name, node in config.nodes.items():
         yield f"nodes.{name}.port", node.host, node.port
         yield f"nodes.{name}.transfer_port", node.host, node.transfer_port

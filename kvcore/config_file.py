@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import yaml
 
-from kvcore.config import ClusterConfig, NodeConfig, TorchEngineConfig
+from kvcore.config import ClusterConfig, HandoffKind, NodeConfig, TorchEngineConfig
 from kvcore.config_checks import check_cluster
 from kvcore.config_parse import InvalidValueError, nearest, parse
 from kvcore.errors import ConfigError
@@ -61,12 +61,15 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> ClusterConfi
 
 
 def node_config(config: ClusterConfig, name: str) -> NodeConfig:
-    """The node called `name`; raises ConfigError that lists the names there are."""
+    """The node called `name`, to be run here; raises ConfigError that lists the names there are."""
     if name not in config.nodes:
         near = difflib.get_close_matches(name, config.nodes, 1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ConfigError(f"no node {name!r} in cluster {config.cluster!r}: {hint}it has {', '.join(config.nodes)}")
-    return config.nodes[name]
+    node = config.nodes[name]
+    if node.url is not None:
+        raise ConfigError(f"node {name!r} is the vLLM server at {node.url}, which runs already: start the router only")
+    return node
 
 
 def _read(file: Path) -> dict[str, object]:
@@ -142,9 +145,9 @@ def _check_new_nodes(raw: dict[str, object], named: list[str]) -> None:
 
 def _resolve_model_path(config: ClusterConfig, folder: Path) -> ClusterConfig:
     kinds = [config.engine, *(node.engine for node in config.nodes.values())]
-    if not any(isinstance(kind, TorchEngineConfig) for kind in kinds):
+    if config.handoff is HandoffKind.KVFERRY and not any(isinstance(kind, TorchEngineConfig) for kind in kinds):
         return config  # to the simulated engine it is a name
     absolute = str(folder / Path(config.model.path).expanduser())
     if _HUB_ID.fullmatch(config.model.path) and not Path(absolute).exists():
-        return config  # the torch engine looks it up on the hub
+        return config  # it is looked up on the hub
     return msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, path=absolute))

@@ -3,6 +3,7 @@ import struct
 from pathlib import Path
 
 import pytest
+from support.ports import free_ports
 from support.ucx import LIBRARY, needs_ucx
 from tokenizers import Tokenizer, models
 
@@ -157,7 +158,7 @@ def test_the_command_exits_1_and_prints_the_remedy(tmp_path, capsys):
     file = tmp_path / "c.yaml"
     file.write_text(
         "{cluster: c, model: {path: sim, name: sim}, engine: {kind: sim, block_size: 16}, transport: ucx,"
-        " devices: [mlx5_77], nodes: {d: {role: decoder, port: 0, segment: 1MiB}},"
+        f" devices: [mlx5_77], nodes: {{d: {{role: decoder, port: {free_ports(1)[0]}, segment: 1MiB}}}},"
         " router: {port: 0}, metadata_server: {port: 0}}"
     )
     assert cli.main(["doctor", str(file)]) == 1
