@@ -1,18 +1,33 @@
-"""These tests run in vLLM's environment (`make vllm`). Elsewhere this folder is passed over."""
+"""One cluster of vLLM engines for all tests of this folder: it takes a minute to come up.
 
-import importlib.metadata
+A tiny Qwen3, one prefiller and two decoders in turn, each bound to a core as far as there are. `tiny` is its model.
+"""
+
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
+from support.cluster import ClusterHandle, cluster
+from support.tiny_models import make_tiny_model
 
-try:
-    importlib.metadata.version("vllm")  # not find_spec: this folder itself would do as a package of that name
-except importlib.metadata.PackageNotFoundError:
-    collect_ignore_glob = ["*.py"]
+CONTEXT = 4224
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what lies here; the hook is called with the tests of all folders."""
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.vllm)
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model's folder."""
+    return make_tiny_model("qwen3", tmp_path_factory.mktemp("model") / "qwen3", max_context=CONTEXT, head_dim=64)
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def subject(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ClusterHandle]:
+    """The cluster. Tests leave it as whole as they found it."""
+    overrides = [
+        "router.policy=round_robin",
+        "router.min_prefill_tokens=0",
+        *(f"nodes.{node}.segment=64MiB" for node in ("prefill-0", "decode-0", "decode-1")),
+    ]
+    folder = tmp_path_factory.mktemp("vllm-cluster")
+    async with cluster(folder, engine="vllm", model=tiny, prefillers=1, decoders=2, overrides=overrides) as handle:
+        yield handle

@@ -3,59 +3,63 @@
 import asyncio
 
 import pytest
-from support.cluster import ClusterHandle, cluster
-from support.tiny_models import VOCAB_SIZE, make_tiny_model
-from support.vllm_reference import vllm_reference
+from support.cluster import ClusterHandle
+from support.vllm_questions import BLOCK, NEW_TOKENS, Questions, computed_tokens, greedy, prompt_of
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600), pytest.mark.asyncio(loop_scope="session")]
 
-BLOCK = 128
-NEW_TOKENS = 8
 LENGTHS = (1, 50, 127, 128, 129, 500, 2000, 4097)
-CONTEXT = 4224
-GREEDY = {"temperature": 0, "max_tokens": NEW_TOKENS, "ignore_eos": True, "return_token_ids": True}
-COMPUTED = 'vllm:prompt_tokens_by_source_total{engine="0",model_name="%s",node="%s",source="local_compute"}'
+PROMPTS = [prompt_of(length, seed) for seed, length in enumerate(LENGTHS)]
+CROWD = [prompt_of(40 + 53 * i, 100 + i) for i in range(12)]
+PREEMPTED = [prompt_of(900 + 17 * i, 200 + i) for i in range(12)]
+"""Together more than an engine's KV memory holds."""
 
 
-def prompt_of(length: int, seed: int) -> list[int]:
-    """Token ids that look random, none of them special, the same on every run."""
-    return [3 + (seed * 7919 + i * i * 31 + i * 17) % (VOCAB_SIZE - 3) for i in range(length)]
+@pytest.fixture(scope="module")
+def questions(tiny) -> Questions:
+    return Questions(tiny, [*PROMPTS, *CROWD, *PREEMPTED], NEW_TOKENS, 4224)
 
 
-async def computed_by(handle: ClusterHandle, node: str) -> float:
-    """Prompt tokens that vLLM itself says it computed."""
-    metrics = await handle.metrics(handle.node_url(node))
-    return sum(
-        value
-        for name, value in metrics.items()
-        if name.startswith("vllm:prompt_tokens_by_source_total") and 'source="local_compute"' in name
-    )
+@pytest.mark.parametrize("prompt", PROMPTS, ids=LENGTHS)
+async def test_one_prompt_of_each_length(subject: ClusterHandle, questions: Questions, prompt: list[int]) -> None:
+    decoders = ("decode-0", "decode-1")
+    before = {node: await computed_tokens(subject, node) for node in decoders}
+    answer = await questions.ask(subject, prompt)
+    computed = sum([await computed_tokens(subject, node) - before[node] for node in decoders])
+    assert computed <= BLOCK, await subject.explain(answer.id)
+    assert answer.usage["prompt_tokens"] == len(prompt)
 
 
-async def test_a_vllm_cluster_answers_as_one_vllm_does(tmp_path):
-    """Every length alone, streamed; then twelve at once; then as chat; then what is cached from another node."""
-    folder = make_tiny_model("qwen3", tmp_path / "qwen3", max_context=CONTEXT, head_dim=64)
-    prompts = [prompt_of(length, seed) for seed, length in enumerate(LENGTHS)]
-    crowd = [prompt_of(40 + 53 * i, 100 + i) for i in range(12)]
-    references = vllm_reference(folder, [*prompts, *crowd], NEW_TOKENS, max_model_len=CONTEXT)
-    overrides = ["nodes.decode-0.segment=64MiB", "router.min_prefill_tokens=0"]
-    async with cluster(tmp_path, engine="vllm", model=folder, prefillers=1, decoders=1, overrides=overrides) as handle:
-        for prompt, reference in zip(prompts, references, strict=False):
-            before = await computed_by(handle, "decode-0")
-            answer = await handle.stream(prompt, **GREEDY)
-            reference.check(answer.token_ids, f"prompt of {len(prompt)}")
-            assert await computed_by(handle, "decode-0") - before <= BLOCK, await handle.explain(answer.id)
-            assert answer.usage["prompt_tokens"] == len(prompt)
-        bodies = await asyncio.gather(*(handle.complete(prompt, **GREEDY) for prompt in crowd))
-        for prompt, body, reference in zip(crowd, bodies, references[len(prompts) :], strict=True):
-            reference.check(body["choices"][0]["token_ids"], f"one of twelve, of {len(prompt)}")
-        again = await handle.stream(prompts[-1], **GREEDY)
-        references[len(prompts) - 1].check(again.token_ids, "the longest once more")
-        assert again.usage["prompt_tokens_details"]["cached_tokens"] >= 4096 - BLOCK
-        assert_quiet(await handle.node_info("prefill-0"))
-        assert_quiet(await handle.node_info("decode-0"))
+async def test_a_chat_is_answered_alike_streamed_or_not(subject: ClusterHandle) -> None:
+    messages = [{"role": "user", "content": "tell me of the quick brown fox " * 20}]
+    whole = await subject.chat(messages, temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+    streamed = await subject.stream_chat(messages, temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+    assert streamed.text == whole["choices"][0]["message"]["content"]
+    assert streamed.usage["prompt_tokens"] == whole["usage"]["prompt_tokens"]
 
 
-def assert_quiet(report):
-    assert report.stats is not None
-    assert (report.stats.running, report.stats.waiting, report.stats.loading, report.stats.pending_saves) == (0,) * 4
+async def test_twelve_at_once(subject: ClusterHandle, questions: Questions) -> None:
+    bodies = await asyncio.gather(*(subject.complete(prompt, **greedy()) for prompt in CROWD))
+    for prompt, body in zip(CROWD, bodies, strict=True):
+        questions.reference(prompt).check(body["choices"][0]["token_ids"], f"one of twelve, of {len(prompt)}")
+
+
+async def test_more_at_once_than_the_kv_memory_holds(subject: ClusterHandle, questions: Questions) -> None:
+    answers = await asyncio.gather(*(questions.ask(subject, prompt) for prompt in PREEMPTED))
+    assert all(answer.finish_reason == "length" for answer in answers)
+
+
+async def test_another_node_has_what_one_has_computed(subject: ClusterHandle, questions: Questions) -> None:
+    longest = PROMPTS[-1]
+    answers = [await questions.ask(subject, longest) for _ in range(2)]  # each decoder once
+    for answer in answers:
+        assert answer.usage["prompt_tokens_details"]["cached_tokens"] >= len(longest) - BLOCK
+
+
+async def test_several_completions_and_their_logprobs(subject: ClusterHandle, questions: Questions) -> None:
+    prompt = PROMPTS[5]
+    body = await subject.complete(prompt, n=2, logprobs=2, **greedy())
+    for choice in body["choices"]:
+        questions.reference(prompt).check(choice["token_ids"], "one of n")
+        assert len(choice["logprobs"]["token_logprobs"]) == NEW_TOKENS
+        assert all(len(top) >= 1 for top in choice["logprobs"]["top_logprobs"])

@@ -1,0 +1,54 @@
+"""Prompts for the cluster of vLLM engines, asked with what a single vLLM answers at hand."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from support.cluster import ClusterHandle, Streamed
+from support.tiny_models import VOCAB_SIZE
+from support.vllm_reference import Reference, vllm_reference
+
+BLOCK = 128
+NEW_TOKENS = 8
+
+
+def greedy(max_tokens: int = NEW_TOKENS) -> dict[str, Any]:
+    """Fields of a request whose tokens have one right answer."""
+    return {"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True, "return_token_ids": True}
+
+
+def prompt_of(length: int, seed: int) -> list[int]:
+    """Token ids that look random, none of them special, the same on every run."""
+    return [3 + (seed * 7919 + i * i * 31 + i * 17) % (VOCAB_SIZE - 3) for i in range(length)]
+
+
+class Questions:
+    """Prompts by name, each with its reference; all references are computed in one go."""
+
+    def __init__(self, model: Path, prompts: Sequence[Sequence[int]], max_tokens: int, context: int) -> None:
+        self._max_tokens = max_tokens
+        answers = vllm_reference(model, prompts, max_tokens, max_model_len=context)
+        self._references = {tuple(prompt): answer for prompt, answer in zip(prompts, answers, strict=True)}
+
+    def reference(self, prompt: Sequence[int]) -> Reference:
+        """What one vLLM answers."""
+        return self._references[tuple(prompt)]
+
+    async def ask(self, subject: ClusterHandle, prompt: list[int]) -> Streamed:
+        """Stream an answer and hold it against the reference."""
+        answer = await subject.stream(prompt, **greedy(self._max_tokens))
+        self.reference(prompt).check(answer.token_ids, await subject.explain(answer.id))
+        return answer
+
+
+async def vllm_metric(subject: ClusterHandle, node: str, name: str, *labels: str) -> float:
+    """The sum of a counter that vLLM itself keeps, over the series that have all of `labels` (`key="value"`)."""
+    samples = await subject.metrics(subject.node_url(node))
+    return sum(
+        v for series, v in samples.items() if series.startswith(name) and all(label in series for label in labels)
+    )
+
+
+async def computed_tokens(subject: ClusterHandle, node: str) -> float:
+    """Prompt tokens that vLLM says it computed."""
+    return await vllm_metric(subject, node, "vllm:prompt_tokens_by_source_total", 'source="local_compute"')

@@ -1,0 +1,122 @@
+"""A vLLM worker, a node service or the metadata server is killed under load: every request is answered, and rightly."""
+
+import asyncio
+import itertools
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import psutil
+import pytest
+from support.cluster import ClusterHandle
+from support.vllm_questions import Questions, prompt_of
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600), pytest.mark.asyncio(loop_scope="session")]
+
+CLIENTS = 4
+NEW_TOKENS = 24
+RESTART_S = 180.0
+QUIET_S = 15.0
+PROMPTS = [prompt_of(100 + 91 * i, 300 + i) for i in range(10)]
+
+
+@pytest.fixture(scope="module")
+def questions(tiny) -> Questions:
+    return Questions(tiny, PROMPTS, NEW_TOKENS, 4224)
+
+
+@asynccontextmanager
+async def load(subject: ClusterHandle, questions: Questions) -> AsyncIterator[None]:
+    """CLIENTS that ask without pause while inside, and each at least twice after it; any wrong answer raises."""
+    turns, stopping = itertools.cycle(PROMPTS), asyncio.Event()
+
+    async def client() -> None:
+        after = 0
+        while after < 2:
+            await questions.ask(subject, next(turns))
+            after += stopping.is_set()
+
+    async with asyncio.TaskGroup() as clients:
+        for _ in range(CLIENTS):
+            clients.create_task(client())
+        yield
+        stopping.set()
+
+
+def tree(subject: ClusterHandle, node: str) -> list[psutil.Process]:
+    """Every process below a node's service."""
+    return psutil.Process(subject.launcher.pids[node]).children(recursive=True)
+
+
+def worker_of(subject: ClusterHandle, node: str) -> psutil.Process:
+    """The process that holds the node's KV: the innermost one, as vLLM nests them."""
+    return max(tree(subject, node), key=lambda process: (len(process.parents()), process.memory_info().rss))
+
+
+async def busy(subject: ClusterHandle, node: str) -> bool:
+    stats = (await subject.node_info(node)).stats
+    return stats is not None and bool(stats.running or stats.waiting or stats.loading)
+
+
+async def quiet(subject: ClusterHandle) -> bool:
+    stats = await subject.stats()
+    assert (stats.reservations, stats.read_leases, stats.waiters) == (0, 0, 0), stats
+    for node in subject.nodes:
+        engine = (await subject.node_info(node)).stats
+        assert engine is not None
+        assert [engine.running, engine.waiting, engine.loading, engine.pending_saves] == [0] * 4, (node, engine)
+    return True
+
+
+@pytest.mark.parametrize("victim", ["prefill-0", "decode-1"])
+async def test_a_killed_worker_costs_no_request(subject: ClusterHandle, questions: Questions, victim: str) -> None:
+    before = (await subject.node_info(victim)).engine_restarts
+    async with load(subject, questions):
+        await subject.until(lambda: busy(subject, victim), 60)
+        old = tree(subject, victim)
+        worker_of(subject, victim).kill()
+
+        async def is_back() -> bool:
+            report = await subject.node_info(victim)
+            return report.engine_restarts > before and report.engine is not None
+
+        await subject.until(is_back, RESTART_S)
+    assert not [process for process in old if process.is_running()], "nothing of the engine's old life is left"
+    await subject.until(subject.all_ready, RESTART_S)
+    await subject.until(lambda: quiet(subject), QUIET_S)
+    assert (await subject.status())["requests"]["failed"] == 0
+
+
+async def test_after_a_restart_of_vllm_the_kv_in_its_segment_still_hits(
+    subject: ClusterHandle, questions: Questions
+) -> None:
+    prompt = PROMPTS[-1]
+    await questions.ask(subject, prompt)
+    incarnations = {node: (await subject.node_info(node)).node.incarnation for node in subject.nodes}
+    for node in subject.nodes:
+        worker_of(subject, node).kill()
+
+    async def all_down() -> bool:
+        return all([(await subject.node_info(node)).engine is None for node in subject.nodes])
+
+    await subject.until(all_down, 30)
+    await subject.until(subject.all_ready, RESTART_S)
+    assert incarnations == {node: (await subject.node_info(node)).node.incarnation for node in subject.nodes}
+    answer = await questions.ask(subject, prompt)
+    assert answer.usage["prompt_tokens_details"]["cached_tokens"] >= len(prompt) // 128 * 128
+
+
+@pytest.mark.parametrize("victim", ["decode-0", "metadata-server"])
+async def test_a_killed_service_costs_no_request(subject: ClusterHandle, questions: Questions, victim: str) -> None:
+    async with load(subject, questions):
+        if victim != "metadata-server":
+            await subject.until(lambda: busy(subject, victim), 60)
+        old = tree(subject, victim)
+        pid = subject.launcher.pids[victim]
+        os.kill(pid, signal.SIGKILL)
+        await subject.launcher.wait_restarted(victim, pid, RESTART_S)
+    await subject.until(subject.all_ready, RESTART_S)
+    assert not [process for process in old if process.is_running()], "vLLM died with its node"
+    await subject.until(lambda: quiet(subject), QUIET_S)
+    assert (await subject.status())["requests"]["failed"] == 0
