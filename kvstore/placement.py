@@ -106,20 +106,18 @@ class Placement:
             request = ReleaseRequest(lease_ids=[match.lease_id])
             await self._insist(lambda: self._metadata.release(request), 1)
 
-    async def reserve(
-        self, keys: Sequence[ChunkKey], length: int, prefer_segment: str | None, timeout_s: float
-    ) -> Reserved:
-        """Room for one chunk of `length` bytes (header included) a key; `keys` are distinct."""
+    async def reserve(self, lengths: Mapping[ChunkKey, int], prefer_segment: str | None, timeout_s: float) -> Reserved:
+        """Room for one chunk a key, of so many bytes (header included), in this order."""
         write_by = self._clock.now() + _WRITABLE_SHARE * self._config.reserve_ttl_s
         request = ReserveRequest(
             node_id=self._node_id,
             incarnation=self._incarnation,
-            items=[ReserveItem(key=key, length=length) for key in keys],
+            items=[ReserveItem(key=key, length=length) for key, length in lengths.items()],
             prefer_segment=prefer_segment,
             ttl_s=self._config.reserve_ttl_s,
         )
         reply = await self._value(self._metadata.reserve(request, timeout_s=timeout_s))
-        return Reserved(answered=False) if reply is None else self._reserved(keys, length, reply, write_by)
+        return Reserved(answered=False) if reply is None else self._reserved(lengths, reply, write_by)
 
     async def commit(self, replica_ids: Sequence[int], timeout_s: float) -> list[bool] | None:
         """One answer an id; None: not known, ask again."""
@@ -157,11 +155,11 @@ class Placement:
         self._counters.add(Count.MATCHED_CHUNKS, len(replicas))
         return Match(tuple(replicas), reply.lease_id, segments)
 
-    def _reserved(self, keys: Sequence[ChunkKey], length: int, reply: ReserveReply, write_by: float) -> Reserved:
+    def _reserved(self, lengths: Mapping[ChunkKey, int], reply: ReserveReply, write_by: float) -> Reserved:
         segments = {segment.id: segment for segment in reply.segments}
         granted: dict[ChunkKey, ReplicaRef] = {}
         complete: set[ChunkKey] = set()
-        for key, outcome in zip(keys, reply.outcomes, strict=False):
+        for (key, length), outcome in zip(lengths.items(), reply.outcomes, strict=False):
             replica = outcome.replica
             match outcome.status:
                 case ReserveStatus.GRANTED:

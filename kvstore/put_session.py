@@ -12,10 +12,10 @@ from types import TracebackType
 from typing import Self
 
 from kvcore.clock import Clock
-from kvcore.types import ChunkKey, KVSpec, ReplicaRef
+from kvcore.types import ChunkKey, ReplicaRef
 from kvstore.background import Background
 from kvstore.checksums import run_sized
-from kvstore.chunk_format import ChunkHeader, checksum, pack
+from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, checksum, pack
 from kvstore.counters import Count, StoreCounters
 from kvstore.placement import Placement, Reserved
 from kvstore.routes import Routes
@@ -49,7 +49,6 @@ class _Grant:
 class PutContext:
     """What every session of a store shares."""
 
-    spec: KVSpec
     fingerprint: bytes
     placement: Placement
     transfer: TransferEngine
@@ -94,17 +93,18 @@ class PutSession:
         return self._reserved.complete
 
     async def write(self, key: ChunkKey, token_count: int, payload: Sequence[memoryview], *, timeout_s: float) -> bool:
-        """Write header and payload (`spec.chunk_bytes` gathered from C-contiguous views, unchanged until this returns).
+        """Write header and payload (of the size that was reserved, gathered from C-contiguous views, unchanged until
+        this returns). Raises ValueError for another size.
 
         False: not wanted, out of time, or the transfer failed (the reservation is given back then). Never raises
         TransferError. The chunk becomes visible by `commit`. A cancelled write gives its reservation back too.
         """
-        num_bytes = sum(view.nbytes for view in payload)
-        if num_bytes != self._context.spec.chunk_bytes:
-            raise ValueError(f"a chunk has {self._context.spec.chunk_bytes} bytes, got {num_bytes}")
         grant = self._grants.get(key)
         if grant is None or grant.state is not _State.GRANTED or self._closed:
             return False
+        num_bytes, wanted = sum(view.nbytes for view in payload), grant.replica.length - HEADER_BYTES
+        if num_bytes != wanted:
+            raise ValueError(f"room for a chunk of {wanted} bytes was reserved, got {num_bytes}")
         self._set(grant, _State.WRITING)
         written = False
         try:
@@ -166,7 +166,7 @@ class PutSession:
         deadline = context.clock.now() + timeout_s
         segment = self._reserved.segments[replica.segment_id]
         header = await run_sized(
-            context.run_blocking, context.spec.chunk_bytes, lambda: self._header(replica, token_count, payload)
+            context.run_blocking, replica.length - HEADER_BYTES, lambda: self._header(replica, token_count, payload)
         )
         began = context.clock.now()
         if self._late:
@@ -193,7 +193,7 @@ class PutSession:
                 key=replica.key,
                 fingerprint=self._context.fingerprint,
                 token_count=token_count,
-                payload_length=self._context.spec.chunk_bytes,
+                payload_length=replica.length - HEADER_BYTES,
                 checksum=checksum(payload),
                 generation=replica.generation,
             )

@@ -5,7 +5,7 @@ decides correctness: whatever is missing, late, damaged or unreachable is a valu
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from kvcore.clock import Clock
 from kvcore.config import StoreConfig
@@ -29,7 +29,7 @@ class KVStore:
 
     `node_id` and `incarnation` name the node that the process belongs to: its reservations die with it, and its own
     segment is read first, then those on the same `host_id` (None: not known). `spec.chunk_bytes` is the payload of
-    every chunk. `run_blocking` runs checksums over large payloads (default: in a thread); a simulation passes
+    every full chunk. `run_blocking` runs checksums over large payloads (default: in a thread); a simulation passes
     `run_inline`.
     """
 
@@ -74,7 +74,6 @@ class KVStore:
             run_blocking=run,
         )
         self._put_context = PutContext(
-            spec=spec,
             fingerprint=spec.fingerprint,
             placement=self._placement,
             transfer=transfer,
@@ -108,7 +107,7 @@ class KVStore:
         self, match: Match, start: int, buffers: Sequence[Sequence[memoryview]], *, timeout_s: float
     ) -> GetResult:
         """Read chunks `start .. start + len(buffers)` of the match, each scattered over the views `buffers[i]` (payload
-        only, `spec.chunk_bytes` together, writable, C-contiguous; not to be read before the call has returned).
+        only, together exactly the chunk's size, writable, C-contiguous; not to be read before the call has returned).
 
         Every chunk is verified on the caller's copy; one that fails is read from its next replica while time is left,
         and what was wrong is reported to the metadata server in the background. Never raises for a chunk's sake.
@@ -139,8 +138,18 @@ class KVStore:
         else:
             self._background.spawn(self._placement.release(match))
 
-    async def begin_put(self, keys: Sequence[ChunkKey], *, prefer_segment: str | None, timeout_s: float) -> PutSession:
+    async def begin_put(
+        self,
+        keys: Sequence[ChunkKey],
+        *,
+        prefer_segment: str | None,
+        timeout_s: float,
+        sizes: Mapping[ChunkKey, int] | None = None,
+    ) -> PutSession:
         """Reserve room for all `keys` in one batch. Metadata away or store full: a session that accepts nothing.
+
+        `sizes`: payload bytes of those that are shorter than `spec.chunk_bytes`, as a prompt's tail is; others of its
+        entries are ignored. Raises ValueError for a size that no chunk has.
 
         Reports of refused chunks that are under way go first (bounded as any call): their keys must not count as there.
         The caller must `aclose` the session. A cancelled call leaves no reservation behind.
@@ -150,9 +159,9 @@ class KVStore:
             return PutSession(self._put_context, Reserved())
         if self._reports:  # else what was just refused still counts as there, and is not written again
             await asyncio.wait(self._reports, timeout=timeout_s)
-        length = HEADER_BYTES + self._spec.chunk_bytes
+        lengths = {key: HEADER_BYTES + self._payload_bytes(key, sizes or {}) for key in distinct}
         reserved = await self._background.finish(
-            self._placement.reserve(distinct, length, prefer_segment, timeout_s), self._give_back
+            self._placement.reserve(lengths, prefer_segment, timeout_s), self._give_back
         )
         return PutSession(self._put_context, reserved)
 
@@ -167,6 +176,12 @@ class KVStore:
     async def aclose(self) -> None:
         """End background reports and give-backs, bounded. Idempotent. Sessions must be closed before."""
         await self._background.aclose(_CLOSE_S)
+
+    def _payload_bytes(self, key: ChunkKey, sizes: Mapping[ChunkKey, int]) -> int:
+        size, full = sizes.get(key, self._spec.chunk_bytes), self._spec.chunk_bytes
+        if not 0 < size <= full:
+            raise ValueError(f"a chunk's payload has 1 to {full} bytes, not {size}")
+        return size
 
     async def _give_back(self, reserved: Reserved) -> None:
         await self._placement.abort([replica.id for replica in reserved.granted.values()])

@@ -6,6 +6,7 @@ from support.store_fakes import KEYS, SPEC, get, payload, put, views
 from kvcore.clock import ManualClock
 from kvcore.config import StoreConfig
 from kvcore.errors import SegmentUnknownError
+from kvstore.chunk_format import HEADER_BYTES, parse
 from kvstore.manifest import scan
 from kvstore.types import GetOutcome
 from metadata_server.messages import ReplicaIds
@@ -174,6 +175,70 @@ async def test_a_payload_of_another_size_is_the_callers_error(world):
     async with await store.begin_put(KEYS, prefer_segment=None, timeout_s=5) as session:
         with pytest.raises(ValueError, match="1000"):
             await session.write(KEYS[0], 4, views(0)[:1], timeout_s=5)
+
+
+@pytest.mark.parametrize("size", [0, SPEC.chunk_bytes + 1])
+async def test_no_chunk_is_empty_or_longer_than_a_full_one(world, size):
+    world.add_node("a")
+    store, wire = world.store("a", InprocTransfer(world.memory))
+    with pytest.raises(ValueError, match=f"1 to 1000 bytes, not {size}"):
+        await store.begin_put(KEYS, prefer_segment=None, timeout_s=5, sizes={KEYS[2]: size})
+    assert not wire.calls
+
+
+async def test_a_short_chunk_takes_a_payload_of_its_own_size_and_no_other(world):
+    world.add_node("a")
+    store, _ = world.store("a", InprocTransfer(world.memory))
+    sizes = {KEYS[1]: 300, KEYS[2]: 5}  # the last is not asked for
+    async with await store.begin_put(KEYS[:2], prefer_segment=None, timeout_s=5, sizes=sizes) as session:
+        with pytest.raises(ValueError, match="300"):
+            await session.write(KEYS[1], 2, views(1), timeout_s=5)
+        with pytest.raises(ValueError, match="1000"):
+            await session.write(KEYS[0], 4, views(0)[:1], timeout_s=5)
+
+
+async def test_a_prompts_tail_goes_beside_its_full_chunks_and_comes_back(world):
+    world.add_node("a")
+    store, _ = world.store("a", InprocTransfer(world.memory))
+    async with await store.begin_put(KEYS[:2], prefer_segment=None, timeout_s=5, sizes={KEYS[1]: 300}) as session:
+        assert await session.write(KEYS[0], 4, views(0), timeout_s=5)
+        assert await session.write(KEYS[1], 1, views(1)[:1], timeout_s=5)
+        assert await session.commit(timeout_s=5) == KEYS[:2]
+    assert [move.num_bytes for move in session.moved] == [HEADER_BYTES + 1000, HEADER_BYTES + 300]
+    match = await store.match(KEYS, timeout_s=5)
+    into = [[memoryview(bytearray(1000))], [memoryview(bytearray(100)), memoryview(bytearray(200))]]
+    result = await store.get_into(match, 0, into, timeout_s=5)
+    await store.release(match)
+    assert result.outcomes == [GetOutcome.OK] * 2
+    assert [b"".join(chunk) for chunk in into] == [payload(0), payload(1)[:300]]
+    ref = world.replicas(KEYS[1])[0].ref
+    header = parse(world.memory["a.1"][ref.offset :])
+    assert header is not None and (header.token_count, header.payload_length) == (1, 300)
+
+
+async def test_a_short_chunk_is_found_again_in_the_segment(world):
+    segment = world.add_node("a")
+    store, _ = world.store("a", InprocTransfer(world.memory))
+    async with await store.begin_put(KEYS[:2], prefer_segment=None, timeout_s=5, sizes={KEYS[0]: 300}) as session:
+        assert await session.write(KEYS[0], 1, views(0)[:1], timeout_s=5)
+        assert await session.write(KEYS[1], 4, views(1), timeout_s=5)
+        await session.commit(timeout_s=5)
+    world.restart_metadata(epoch="2", first_generation=2 << 20)
+    entries = scan(world.memory["a.1"], SPEC.fingerprint, verify_payload=True)
+    assert {entry.key: entry.length - HEADER_BYTES for entry in entries} == {KEYS[0]: 300, KEYS[1]: 1000}
+    world.register(segment, entries)
+    match = await store.match(KEYS[:2], timeout_s=5)
+    await store.release(match)
+    assert match.num_chunks == 2
+
+
+async def test_buffers_of_another_size_than_the_chunks_are_a_miss(world):
+    world.add_node("a")
+    store, _ = world.store("a", InprocTransfer(world.memory))
+    async with await store.begin_put(KEYS[:1], prefer_segment=None, timeout_s=5, sizes={KEYS[0]: 300}) as session:
+        assert await session.write(KEYS[0], 1, views(0)[:1], timeout_s=5)
+        await session.commit(timeout_s=5)
+    assert (await get(store, KEYS[:1]))[0] == [GetOutcome.MALFORMED]
 
 
 async def test_a_metadata_server_that_began_anew_refuses_old_reservations_and_learns_what_is_there(world):
