@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from engines.vllm.orders import ChunkPlace
-from kvcore.chunk_keys import chunk_keys, next_key
+from engines.vllm.orders import ChunkPlace, LegParams
+from kvcore.chunk_keys import chunk_keys, next_key, usable_chunks
 from kvcore.types import ChunkKey
 
 
@@ -57,3 +57,13 @@ class RequestChunks:
     def _span(self, index: int, end_token: int) -> tuple[int, int]:
         start = index * self.chunk_tokens
         return start, min(end_token, start + self.chunk_tokens)
+
+
+def handed_off_tokens(params: LegParams, num_prompt_tokens: int, chunk_tokens: int) -> int:
+    """How many leading tokens of the prompt come from a prefiller: all of them, if its tail does."""
+    if params.handoff_chunks is None:
+        return 0
+    usable = usable_chunks(num_prompt_tokens, chunk_tokens)
+    if params.tail and params.handoff_chunks >= usable:
+        return num_prompt_tokens
+    return min(params.handoff_chunks, usable) * chunk_tokens

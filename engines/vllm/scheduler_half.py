@@ -1,9 +1,9 @@
 """The connector's scheduler half: which chunks are loaded and saved, and when. Pure: no vLLM, no bytes, no clock.
 
-Owns what is known of each live request, and orders for the worker halves. vLLM's scheduler calls it in its own order:
-`arrived`; `matched` until blocks are there, then `allocated`; `build` ends each step; `finished` once. What vLLM does not
-tell follows from that order: `matched` after a load was ordered means that nothing of it came, `matched` while it runs
-that it was preempted between two steps, and a load that fell short shows in where its request goes on computing.
+Owns what is known of each live request, and the orders for the worker halves. vLLM's order of calls is `arrived`;
+`matched` until there are blocks, then `allocated`; `build` ends each step; `finished` once. What vLLM does not tell
+follows from it: `matched` after a load was ordered means that nothing of it came; `matched` of a running request, that
+it was preempted between two steps; and how far a load came shows in where its request goes on computing.
 """
 
 import enum
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from engines.vllm.orders import LegParams, LegResult, LoadOrder, SaveOrder, StepOrders
-from engines.vllm.request_chunks import RequestChunks
+from engines.vllm.request_chunks import RequestChunks, handed_off_tokens
 from kvcore.chunk_keys import usable_chunks
 from kvcore.errors import ConfigError
 from kvcore.types import ChunkKey
@@ -29,7 +29,7 @@ class Lookup(Protocol):
         """So many leading chunks are complete. None: not known yet. May block for `wait_s` seconds; 0: not at all."""
 
     def forget(self, request_id: str) -> None:
-        """Nobody asks for this request's answer any more."""
+        """Nobody asks for this request's answer any more. Nothing happens if nobody ever did."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +66,12 @@ class _Phase(enum.Enum):
 
 @dataclass(slots=True)
 class _Request:
+    """`handoff`: one is open, as no blocks were given yet. `may_load`: not after a load failed."""
+
     view: RequestView
     chunks: RequestChunks
     may_load: bool
-    """Not after a load failed."""
     handoff: bool
-    """A handoff is open: until the first blocks were given."""
     phase: _Phase = _Phase.WAITING
     asked: bool = False
     num_asked: int = 0
@@ -120,8 +120,8 @@ class SchedulerHalf:
         lookup: Lookup,
         first_wait_s: float = 0.002,
     ) -> None:
-        """`root_of`: a tenant's salt -> the root of its keys. `first_wait_s`: an answer is worth that long a wait of the
-        whole engine, once a request and once a step.
+        """`root_of`: a tenant's salt -> the root of its keys. `first_wait_s`: the whole engine waits that long for an
+        answer, once a request at most, and once a step.
 
         Raises ConfigError when a chunk is not a whole number of blocks.
         """
@@ -153,8 +153,8 @@ class SchedulerHalf:
             self._ask(request)
 
     def matched(self, request_id: str, num_local_tokens: int) -> tuple[int | None, bool]:
-        """How many tokens behind the local prefix hit can be loaded, and whether asynchronously. (None, False): ask again
-        in a later step. Answers stay the same until blocks are given."""
+        """How many tokens behind the local prefix hit can be loaded, and whether asynchronously. (None, False): ask
+        again in a later step. Answers stay the same until blocks are given."""
         request = self._requests[request_id]
         if request.phase is _Phase.LOADING:
             request.load_ended(0)
@@ -171,9 +171,9 @@ class SchedulerHalf:
         return end - num_local_tokens, True
 
     def allocated(self, request_id: str, block_ids: Sequence[int], num_external_tokens: int) -> None:
-        """The request has blocks. `num_external_tokens` > 0: these are to be loaded, behind what `matched` was last told
-        is local; a LoadOrder goes out with the next `build`, whatever becomes of the request until then, as vLLM keeps
-        the blocks until that load is reported. 0: the request is computed from where it stands."""
+        """The request has blocks. `num_external_tokens` > 0: these are to be loaded, behind what `matched` was last
+        told is local; the LoadOrder goes out with the next `build`, whatever becomes of the request until then, as vLLM
+        keeps the blocks until that load is reported. 0: the request is computed from where it stands."""
         request = self._requests[request_id]
         handoff, request.handoff = request.handoff, False
         if not num_external_tokens:
@@ -208,18 +208,17 @@ class SchedulerHalf:
         return StepOrders(loads=tuple(loads), saves=tuple(saves), preempted=tuple(preempted))
 
     def finished(self, request_id: str, *, holds_blocks: bool = True) -> tuple[bool, LegResult]:
-        """The request has ended, in whatever state: forget it. True: its blocks must stay until it is reported as sent.
+        """The request has ended, in whatever state: forget it. True: its blocks stay until it is reported as sent.
 
-        `holds_blocks`: False when vLLM names no blocks of it, so nothing is to be kept. That alone tells of a request that
-        was preempted and aborted between two steps, whose saves the worker halves will cancel without a report.
+        `holds_blocks`: False when vLLM names no blocks of it, so that nothing is to be kept. That alone tells of a
+        request that was preempted and aborted between two steps; the worker halves cancel its saves without a report.
 
-        Never True while a load is under way: vLLM itself keeps the blocks then until the load is reported, and would
-        free the request a second time on a report as sent. Saves begin only when a load has ended, and the preemption
-        without which no new load begins cancels them.
+        Never True while a load is under way: vLLM keeps the blocks itself until that load is reported, and a report as
+        sent would free the request twice. There is no such state: saves begin when the load has ended, and the
+        preemption that comes before another load cancels them.
         """
         request = self._requests.pop(request_id)
-        if request.asked:
-            self._lookup.forget(request_id)
+        self._lookup.forget(request_id)
         assert not (request.saving and request.phase is _Phase.LOADING)
         saving = request.saving and holds_blocks
         return saving, LegResult(saving=saving, stored_chunks=request.num_stored, ordered_chunks=request.num_offered)
@@ -227,17 +226,18 @@ class SchedulerHalf:
     # --- loads -------------------------------------------------------------------------------------------------
 
     def _ask(self, request: _Request) -> None:
+        request.asked = True
         request.num_asked = usable_chunks(len(request.view.token_ids), self._chunk_tokens)
         request.answered = not request.num_asked
         if request.num_asked:
-            request.asked = True
             self._lookup.ask(request.view.request_id, request.chunks.keys(request.num_asked))
 
     def _num_loadable(self, request: _Request) -> int | None:
         """Leading tokens whose KV the store has, or will have. None: not known yet."""
         if request.handoff:
-            return self._num_handed_off(request.view)
-        if not request.asked and not request.answered:
+            assert request.view.params is not None
+            return handed_off_tokens(request.view.params, request.view.num_prompt_tokens, self._chunk_tokens)
+        if not request.asked:
             self._ask(request)
         if not request.answered:
             wait_s = 0.0
@@ -249,13 +249,6 @@ class SchedulerHalf:
             request.answered = True
             request.num_stored = request.num_offered = min(answer, request.num_asked)
         return request.num_stored * self._chunk_tokens
-
-    def _num_handed_off(self, view: RequestView) -> int:
-        assert view.params is not None and view.params.handoff_chunks is not None
-        usable = usable_chunks(view.num_prompt_tokens, self._chunk_tokens)
-        if view.params.tail and view.params.handoff_chunks >= usable:
-            return view.num_prompt_tokens
-        return min(view.params.handoff_chunks, usable) * self._chunk_tokens
 
     # --- saves -------------------------------------------------------------------------------------------------
 
