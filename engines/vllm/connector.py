@@ -163,7 +163,7 @@ class KVFerryConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Whether the blocks must stay, and what the engine's front wants to know."""
-        return self._side.finished(request.request_id)
+        return self._side.finished(request.request_id, holds_blocks=bool(block_ids))
 
     @property
     def _side(self) -> "_SchedulerSide":
@@ -226,9 +226,9 @@ class _SchedulerSide:
         ]
         return self.half.build(scheduled, tuple(output.preempted_req_ids or ()))
 
-    def finished(self, request_id: str) -> tuple[bool, dict[str, Any] | None]:
+    def finished(self, request_id: str, *, holds_blocks: bool) -> tuple[bool, dict[str, Any] | None]:
         self._tables.pop(request_id, None)
-        delay, result = self.half.finished(request_id)
+        delay, result = self.half.finished(request_id, holds_blocks=holds_blocks)
         return delay, {PARAMS_NAME: msgspec.to_builtins(result)}
 
     def close(self) -> None:
