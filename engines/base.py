@@ -85,6 +85,8 @@ class PrefillResult(_Message, frozen=True, kw_only=True):
     stored_chunks: int
     moved: list[Moved] = []
     timings: Timings = Timings()
+    handoff_params: bytes = b""
+    """JSON object that a decode leg must carry to get this KV from the prefiller itself. Empty: it lies in the store."""
 
 
 class Handoff(_Message, frozen=True, kw_only=True):
@@ -104,6 +106,8 @@ class GenerateRequest(_Message, frozen=True, kw_only=True):
     sampling: SamplingParams
     cache_salt: bytes = b""
     handoff: Handoff | None = None
+    handoff_params: bytes = b""
+    """JSON object, for engines that fetch KV from each other (vLLM's `kv_transfer_params`); ours meet in the store."""
     deadline_s: float
 
 
@@ -123,7 +127,7 @@ class FinishReason(StrEnum):
 
 
 class LegInfo(_Message, frozen=True, kw_only=True):
-    """What the decode leg did before its first token; comes once, with the first delta."""
+    """What the decode leg did before its first token; comes once, with the first delta (of vLLM servers the last)."""
 
     cached_tokens: int
     """Leading prompt tokens that this leg did not compute."""
@@ -166,6 +170,8 @@ class EngineInfo(_Message, frozen=True, kw_only=True):
     eos_token_ids: list[int]
     block_size: int
     num_blocks: int
+    kv_peer: dict[str, str] = {}
+    """What an engine that fetches KV from this one by itself must know of it, by vLLM's names. Empty: nothing."""
 
 
 class EngineStats(_Message, frozen=True, kw_only=True):

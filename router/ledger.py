@@ -12,13 +12,18 @@
     ClientGone, Deadline      CancelLeg all, Fail
     TimerFired(RETRY)         no decoder was there: look again, failed ones included, until patience is at its end
 
+Where vLLM's connectors hand the KV over (`handoff`), one sequence of one decode leg fetches it from the prefiller,
+once, and cannot be told that it will not come. So there the first index goes ahead and the others follow it into the
+decoder's own prefix cache; a leg that is tried again computes by itself; nixl's decode legs start when the prefill has
+ended, with what it answered; mooncake's start at the same time, and anew when it fails.
+
 Invariants (check_invariants): a request ends once; after that no leg runs; every token was emitted once, in order.
 """
 
-from dataclasses import dataclass, field
 from typing import Protocol
 
 from engines.base import FinishReason, LegInfo, PrefillResult, TokenDelta
+from kvcore.config import HandoffKind
 from kvcore.errors import (
     CancelledByPeerError,
     DeadlineExceededError,
@@ -28,6 +33,7 @@ from kvcore.errors import (
     OverloadedError,
 )
 from kvcore.types import Route
+from router.completions import Completion, DecodeLeg
 from router.request_events import (
     Action,
     CancelLeg,
@@ -40,6 +46,7 @@ from router.request_events import (
     Event,
     Fail,
     Finish,
+    KVSource,
     PrefillDone,
     PrefillFailed,
     StartDecode,
@@ -72,22 +79,6 @@ class Picker(Protocol):
         ...
 
 
-@dataclass(slots=True)
-class _DecodeLeg:
-    node: str
-    index: int | None
-    open: set[int]
-    handoff: bool
-    started: bool = False
-
-
-@dataclass(slots=True)
-class _Completion:
-    tokens: list[int] = field(default_factory=list)
-    finished: FinishReason | None = None
-    tries: int = 0
-
-
 class RequestMachine:
     """One request. Every method returns the actions to carry out, in order, before the next event."""
 
@@ -103,7 +94,9 @@ class RequestMachine:
         end_token_ids: frozenset[int] = frozenset(),
         min_tokens: int = 0,
         logprobs: bool = False,
+        handoff: HandoffKind = HandoffKind.KVFERRY,
     ) -> None:
+        self._kind = handoff
         self._id = request_id
         self._picker = picker
         self._max_tokens = max_tokens
@@ -112,10 +105,12 @@ class RequestMachine:
         self._logprobs = logprobs
         self._attempts = attempts
         self._num_chunks = num_chunks
-        self._completions = [_Completion() for _ in range(n)]
-        self._decodes: dict[str, _DecodeLeg] = {}
+        self._completions = [Completion() for _ in range(n)]
+        self._decodes: dict[str, DecodeLeg] = {}
         self._prefill: tuple[str, str] | None = None
         self._prefill_tries = 0
+        self._held: str | None = None
+        """The decoder, while no decode leg starts before the prefill leg has ended."""
         self._legs = 0
         self._failed_prefillers: set[str] = set()
         self._failed_decoders: set[str] = set()
@@ -132,9 +127,9 @@ class RequestMachine:
     @property
     def cached_tokens(self) -> int:
         """Prompt tokens that nobody had to compute: the lesser of both legs' counts, as a decoder also counts as cached
-        what the prefiller had just computed for it."""
-        decode = self.decode_info.cached_tokens if self.decode_info else 0
-        return min(decode, self.prefill_result.cached_tokens) if self.prefill_result else decode
+        what the prefiller had just computed for it. What a leg does not say does not count."""
+        told = [leg.cached_tokens for leg in (self.prefill_result, self.decode_info) if leg is not None]
+        return min(told, default=0)
 
     @property
     def completion_tokens(self) -> int:
@@ -148,10 +143,13 @@ class RequestMachine:
     def start(self, route: Route) -> list[Action]:
         """The first actions. Called once."""
         assert self._legs == 0, "a request starts once"
-        actions: list[Action] = []
-        if route.prefiller is not None:
-            actions += self._start_prefill(route.prefiller, route.decoder)
-        return actions + self._start_decodes(route.decoder, set(range(len(self._completions))))
+        if route.prefiller is None:
+            return self._start_decodes(route.decoder, self._unfinished())
+        actions = self._start_prefill(route.prefiller, route.decoder)
+        if self._kind is HandoffKind.NIXL:
+            self._held = route.decoder
+            return actions
+        return actions + self._start_decodes(route.decoder, self._unfinished(), self._running_source())
 
     def handle(self, event: Event) -> list[Action]:
         """The actions that follow. Events of legs that have ended, and after the end, are ignored."""
@@ -180,13 +178,17 @@ class RequestMachine:
     def check_invariants(self) -> None:
         """Assert what must hold between any two events."""
         if self.ended:
-            assert not self._decodes and self._prefill is None and not self._homeless
+            assert not self._decodes and self._prefill is None and not self._homeless and self._held is None
             return
-        served = [index for leg in self._decodes.values() for index in leg.open]
+        if self._held is not None:
+            assert not self._decodes and not self._homeless and self._prefill is not None, "held for a prefill leg"
+            return
+        served = [index for leg in self._decodes.values() for index in leg.open | leg.followers]
         assert len(served) == len(set(served)), "an index is served by one leg"
         assert self._homeless.isdisjoint(served)
-        unfinished = {i for i, completion in enumerate(self._completions) if completion.finished is None}
-        assert unfinished <= self._homeless | set(served), "an unfinished index is served or waits for a decoder"
+        assert self._unfinished() <= self._homeless | set(served), (
+            "an unfinished index is served or waits for a decoder"
+        )
         assert all(len(completion.tokens) <= self._max_tokens for completion in self._completions)
 
     # --- prefill ---
@@ -194,15 +196,25 @@ class RequestMachine:
     def _start_prefill(self, node: str, decoder: str) -> list[Action]:
         self._prefill_tries += 1
         self._prefill = (self._next_leg("p"), node)
-        return [StartPrefill(self._prefill[0], node, decoder)]
+        return [StartPrefill(*self._prefill, decoder)]
+
+    def _running_source(self) -> KVSource | None:
+        """The running prefill leg, where a decode leg is told of it."""
+        return KVSource(*self._prefill) if self._prefill and self._kind is HandoffKind.MOONCAKE else None
 
     def _prefill_done(self, event: PrefillDone) -> list[Action]:
         if self._prefill is None or self._prefill[0] != event.leg:
             return []
+        leg, node = self._prefill
         self._prefill = None
         self.prefill_result = event.result
         if self._all_finished():
             return self._finish()
+        if self._held is not None:
+            params = event.result.handoff_params
+            return self._release(KVSource(leg, node, params) if params else None)
+        if self._kind is HandoffKind.MOONCAKE:
+            return []
         if event.result.stored_chunks < self._num_chunks:
             return self._end_handoffs()
         return [StartTimer(Timer.HANDOFF, HANDOFF_GRACE_S)] if self._waiting_legs() else []
@@ -214,17 +226,37 @@ class RequestMachine:
         self._prefill = None
         if self._all_finished():
             return self._finish()
-        waiting = self._waiting_legs()
-        if waiting and event.error.retryable and self._prefill_tries < self._attempts:
-            decoder = waiting[0][1].node
+        decoder = self._held or next((leg.node for _, leg in self._waiting_legs()), None)
+        again: list[Action] = []
+        if decoder is not None and event.error.retryable and self._prefill_tries < self._attempts:
             node = self._picker.prefiller(decoder, frozenset(self._failed_prefillers))
             if node is not None:
                 self.retries.append(("prefill", event.error.code))
-                return self._start_prefill(node, decoder)
-        return self._end_handoffs()
+                again = self._start_prefill(node, decoder)
+        if self._kind is HandoffKind.MOONCAKE:
+            return again + self._start_anew()
+        if again:
+            return again
+        return self._end_handoffs() if self._held is None else self._release(None)
 
-    def _waiting_legs(self) -> list[tuple[str, _DecodeLeg]]:
-        return [(name, leg) for name, leg in self._decodes.items() if leg.handoff and not leg.started]
+    def _release(self, source: KVSource | None) -> list[Action]:
+        node, self._held = self._held, None
+        assert node is not None
+        return self._start_decodes(node, self._unfinished(), source)
+
+    def _start_anew(self) -> list[Action]:
+        """The legs that would wait for KV of a prefill leg that failed, with that of the next, or without."""
+        actions: list[Action] = []
+        for name, leg in self._waiting_legs():
+            del self._decodes[name]
+            for index in leg.open:
+                self._completions[index].tries -= 1  # it did not fail
+            actions.append(CancelLeg(name, leg.node))
+            actions += self._start_decodes(leg.node, leg.open | leg.followers, self._running_source())
+        return actions
+
+    def _waiting_legs(self) -> list[tuple[str, DecodeLeg]]:
+        return [(name, leg) for name, leg in self._decodes.items() if leg.waits]
 
     def _end_handoffs(self) -> list[Action]:
         """Said again until the leg speaks: the word may reach a node before the leg itself, which ignores it then."""
@@ -236,21 +268,26 @@ class RequestMachine:
 
     # --- decode ---
 
-    def _start_decodes(self, node: str, indices: set[int]) -> list[Action]:
-        for index in indices:
-            self._completions[index].tries += 1
-        handoff = self._prefill is not None
+    def _start_decodes(self, node: str, indices: set[int], source: KVSource | None = None) -> list[Action]:
         everything = len(indices) == len(self._completions)
-        if everything and (len(indices) == 1 or not self.completion_tokens):
-            leg = self._next_leg("d")
-            self._decodes[leg] = _DecodeLeg(node, None, set(indices), handoff)
-            return [StartDecode(leg, node, handoff, None, tuple(self._completions[0].tokens))]
-        actions: list[Action] = []
-        for index in sorted(indices):
-            leg = self._next_leg("d")
-            self._decodes[leg] = _DecodeLeg(node, index, {index}, handoff)
-            actions.append(StartDecode(leg, node, handoff, index, tuple(self._completions[index].tokens)))
-        return actions
+        if everything and (len(indices) == 1 or not (self.completion_tokens or source)):
+            return [self._start_decode(node, None, indices, source)]
+        first, *others = sorted(indices)
+        if source is None:
+            return [self._start_decode(node, index, {index}) for index in (first, *others)]
+        start = self._start_decode(node, first, {first}, source)
+        self._decodes[start.leg].followers.update(others)
+        return [start]
+
+    def _start_decode(
+        self, node: str, index: int | None, indices: set[int], source: KVSource | None = None
+    ) -> StartDecode:
+        for each in indices:
+            self._completions[each].tries += 1
+        leg = self._next_leg("d")
+        handoff = self._prefill is not None and self._kind is HandoffKind.KVFERRY
+        self._decodes[leg] = DecodeLeg(node, index, set(indices), handoff, source)
+        return StartDecode(leg, node, handoff, index, tuple(self._completions[index or 0].tokens), source)
 
     def _delta(self, event: Delta) -> list[Action]:
         leg, delta = self._decodes.get(event.leg), event.delta
@@ -274,6 +311,9 @@ class RequestMachine:
         if delta.finish_reason is FinishReason.ABORT:
             gone = NodeUnavailableError(f"node {leg.node} gave the request up")
             return [*actions, CancelLeg(event.leg, leg.node), *self._decode_failed(event.leg, gone)]
+        if leg.followers:
+            actions += self._start_decodes(leg.node, leg.followers)
+            leg.followers = set()
         if reason is not None:
             leg.open.discard(index)
             if not leg.open:
@@ -282,7 +322,7 @@ class RequestMachine:
                 actions += self._finish()
         return actions
 
-    def _lie(self, leg: _DecodeLeg, delta: TokenDelta) -> str | None:
+    def _lie(self, leg: DecodeLeg, delta: TokenDelta) -> str | None:
         if delta.index not in (leg.open if leg.index is None else {0}):
             return f"a delta for index {delta.index}, which is not running"
         index = delta.index if leg.index is None else leg.index
@@ -299,15 +339,17 @@ class RequestMachine:
             return []
         if isinstance(error, CancelledByPeerError):  # somebody did, but it was not us
             error = NodeUnavailableError(f"node {leg.node} gave the request up: {error.message}")
-        self._failed_decoders.add(leg.node)
+        if not (leg.fetches and isinstance(error, EngineError)):  # else it may be its prefiller's doing
+            self._failed_decoders.add(leg.node)
         self.last_error = error
         actions: list[Action] = []
         lost: set[int] = set()
-        for index in sorted(leg.open):
+        for index in sorted(leg.open | leg.followers):
             completion = self._completions[index]
-            if completion.finished is None and (reason := self._end_reached(completion.tokens)):
-                completion.finished = reason
-                actions.append(Emit(index, (), () if self._logprobs else None, reason))
+            reached = completion.end_reached(self._max_tokens, self._min_tokens, self._end_token_ids)
+            if completion.finished is None and reached:
+                completion.finished = reached
+                actions.append(Emit(index, (), () if self._logprobs else None, reached))
             if completion.finished is None:
                 lost.add(index)
         if not lost:
@@ -315,13 +357,10 @@ class RequestMachine:
         if not error.retryable:
             return actions + self._fail(error)
         self.retries.append(("decode", error.code))
+        if leg.fetches and self._prefill is not None:  # for this leg alone
+            actions.append(CancelLeg(*self._prefill))
+            self._prefill = None
         return actions + self._place(lost)
-
-    def _end_reached(self, tokens: list[int]) -> FinishReason | None:
-        """How a sequence would have ended whose leg died between its last token and its finish reason."""
-        if tokens and tokens[-1] in self._end_token_ids and len(tokens) > self._min_tokens:
-            return FinishReason.STOP
-        return FinishReason.LENGTH if len(tokens) >= self._max_tokens else None
 
     def _place(self, indices: set[int]) -> list[Action]:
         if any(self._completions[index].tries >= self._attempts for index in indices):
@@ -347,9 +386,12 @@ class RequestMachine:
         self._homeless.discard(index)
         actions: list[Action] = []
         for name, leg in list(self._decodes.items()):
+            leg.followers.discard(index)
             if index in leg.open and all(self._completions[i].finished is not None for i in leg.open):
                 del self._decodes[name]
                 actions.append(CancelLeg(name, leg.node))
+                if leg.followers:
+                    actions += self._start_decodes(leg.node, leg.followers)
         return actions + (self._finish() if self._all_finished() else [])
 
     # --- ends ---
@@ -365,8 +407,11 @@ class RequestMachine:
         self._failed_decoders.clear()
         return self._place(homeless)
 
+    def _unfinished(self) -> set[int]:
+        return {index for index, completion in enumerate(self._completions) if completion.finished is None}
+
     def _all_finished(self) -> bool:
-        return all(completion.finished is not None for completion in self._completions)
+        return not self._unfinished()
 
     def _finish(self) -> list[Action]:
         if self._prefill is not None:
@@ -382,7 +427,7 @@ class RequestMachine:
             actions.append(CancelLeg(*self._prefill))
         self._decodes.clear()
         self._homeless.clear()
-        self._prefill = None
+        self._prefill = self._held = None
         self.ended = True
         return [*actions, last]
 

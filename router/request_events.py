@@ -85,14 +85,28 @@ class StartPrefill:
 
 
 @dataclass(frozen=True, slots=True)
+class KVSource:
+    """The prefill leg (and its node) whose KV one decode leg fetches from the prefiller itself. `params`: what the
+    prefill leg answered for it; empty while it runs."""
+
+    leg: str
+    node: str
+    params: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
 class StartDecode:
-    """Send a decode leg. `index` None: all completions from the start; else that one, after `output_token_ids`."""
+    """Send a decode leg. `index` None: all completions from the start; else that one, after `output_token_ids`.
+
+    `handoff`: a prefill leg is computing its chunks now, into the store. `source`: it fetches its KV itself.
+    """
 
     leg: str
     node: str
     handoff: bool
     index: int | None = None
     output_token_ids: tuple[int, ...] = ()
+    source: KVSource | None = None
 
 
 @dataclass(frozen=True, slots=True)

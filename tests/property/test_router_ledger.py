@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engines.base import FinishReason, LegInfo, PrefillResult, TokenDelta
+from kvcore.config import HandoffKind
 from kvcore.errors import EngineError, InvalidRequestError, NodeUnavailableError, OverloadedError
 from kvcore.types import Route
 from router.ledger import RequestMachine
@@ -40,6 +41,7 @@ class World:
 
     draw: st.DrawFn
     n: int
+    kind: HandoffKind = HandoffKind.KVFERRY
     machine: RequestMachine = field(init=False)
     prefills: dict[str, str] = field(default_factory=dict)
     decodes: dict[str, tuple[StartDecode, dict[int, int]]] = field(default_factory=dict)
@@ -49,10 +51,14 @@ class World:
     finished: dict[int, FinishReason] = field(default_factory=dict)
     ends: list[Finish | Fail] = field(default_factory=list)
     stopped: set[int] = field(default_factory=set)
+    fetched: set[str] = field(default_factory=set)
+    """Prefill legs whose KV a decode leg was sent for."""
 
     def __post_init__(self) -> None:
         self.emitted = [[] for _ in range(self.n)]
-        self.machine = RequestMachine("r", self, n=self.n, max_tokens=MAX_TOKENS, attempts=3, num_chunks=2)
+        self.machine = RequestMachine(
+            "r", self, n=self.n, max_tokens=MAX_TOKENS, attempts=3, num_chunks=2, handoff=self.kind
+        )
 
     def prefiller(self, decoder: str, exclude: frozenset[str]) -> str | None:
         return self.draw(st.sampled_from([None, *[p for p in ("p0", "p1") if p not in exclude]]))
@@ -67,6 +73,7 @@ class World:
                 case StartPrefill():
                     self.prefills[action.leg] = action.node
                 case StartDecode():
+                    self._check_source(action)
                     indices = range(self.n) if action.index is None else [action.index]
                     assert action.index is None or list(action.output_token_ids) == self.emitted[action.index]
                     assert action.index is not None or self.n > 1 or list(action.output_token_ids) == self.emitted[0]
@@ -87,6 +94,17 @@ class World:
                 case Finish() | Fail():
                     self.ends.append(action)
         self.machine.check_invariants()
+
+    def _check_source(self, start: StartDecode) -> None:
+        assert not start.handoff or (self.kind is HandoffKind.KVFERRY and start.source is None)
+        if self.kind is HandoffKind.NIXL:
+            assert not self.prefills, "no decode leg beside a prefill leg"
+        if (source := start.source) is not None:
+            assert source.leg not in self.fetched, "KV is fetched once"
+            assert start.index is not None or self.n == 1, "by one sequence"
+            assert not start.output_token_ids
+            self.fetched.add(source.leg)
+            assert source.params == (b"" if self.prefills.get(source.leg) else source.leg.encode())
 
     def step(self) -> None:
         choices = ["stop"] if not self.decodes else ["delta"] * 6 + ["decode_failed", "stop", "lie", "abort"]
@@ -136,7 +154,10 @@ class World:
     def _prefill_done(self) -> None:
         leg, _ = self.prefills.popitem()
         stored = self.draw(st.integers(0, 2))
-        result = PrefillResult(request_id=leg, cached_tokens=4, computed_tokens=28, stored_chunks=stored)
+        params = leg.encode() if self.kind is HandoffKind.NIXL and self.draw(st.booleans()) else b""
+        result = PrefillResult(
+            request_id=leg, cached_tokens=4, computed_tokens=28, stored_chunks=stored, handoff_params=params
+        )
         self.carry_out(self.machine.handle(PrefillDone(leg, result)))
 
     def _prefill_failed(self) -> None:
@@ -169,10 +190,12 @@ class World:
         self.carry_out(self.machine.handle(Deadline()))
 
 
-@settings(max_examples=250, deadline=None)
-@given(st.data(), st.integers(1, 3), st.sampled_from([None, "p0"]))
-def test_every_request_ends_once_with_exact_tokens_and_no_leg_left(data: st.DataObject, n: int, prefiller: str) -> None:
-    world = World(data.draw, n)
+@settings(max_examples=500, deadline=None)
+@given(st.data(), st.integers(1, 3), st.sampled_from([None, "p0"]), st.sampled_from(HandoffKind))
+def test_every_request_ends_once_with_exact_tokens_and_no_leg_left(
+    data: st.DataObject, n: int, prefiller: str, kind: HandoffKind
+) -> None:
+    world = World(data.draw, n, kind)
     route = Route(prefiller=prefiller, decoder="d0", expected_cached_tokens=0, reason="x")
     world.carry_out(world.machine.start(route))
     for _ in range(80):
