@@ -11,7 +11,7 @@ from engines.base import Engine
 from engines.sim.build import build_sim_engine
 from engines.sim.runner import sim_spec
 from kvcore.clock import Clock
-from kvcore.config import ClusterConfig, EngineConfig, SimEngineConfig
+from kvcore.config import ClusterConfig, EngineConfig, SimEngineConfig, TorchEngineConfig
 from kvcore.config_file import node_config
 from kvcore.ports import base_url
 from kvcore.types import KVSpec
@@ -43,6 +43,7 @@ def build_engine(config: ClusterConfig, node_name: str, make_store: StoreFactory
     if isinstance(engine, SimEngineConfig):
         store = make_store(sim_spec(engine, config.model.name, chunk_tokens))
         return build_sim_engine(engine, config.model.name, chunk_tokens, store, clock, store_timeout_s=timeout_s)
+    assert isinstance(engine, TorchEngineConfig), "vLLM has stores of its own: see engines.process_child"
     from engines.torch.engine import build_torch_engine
 
     return build_torch_engine(config.model, engine, chunk_tokens, make_store, clock, store_timeout_s=timeout_s)

@@ -4,7 +4,7 @@ Every field has its unit in its name. Nothing writes back into a config.
 """
 
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -88,7 +88,22 @@ class SimEngineConfig(_Section, frozen=True, kw_only=True, tag_field="kind", tag
     save_output: bool = True
 
 
-EngineConfig = TorchEngineConfig | SimEngineConfig
+class VllmEngineConfig(_Section, frozen=True, kw_only=True, tag_field="kind", tag="vllm"):
+    """vLLM. A node's section is laid over the cluster's: see `kvcore.vllm_options`."""
+
+    args: dict[str, Any] = {}
+    """Any of vLLM's engine arguments, named as on its command line, with `-` or `_`; not those that kvferry sets."""
+    env: dict[str, str] = {}
+    """Environment of the engine's processes, e.g. CUDA_VISIBLE_DEVICES or VLLM_CPU_OMP_THREADS_BIND."""
+    max_requests: Count = 1024
+    """Running or waiting at once; more are refused as overloaded."""
+    save_output: bool = True
+    """Store full chunks of generated tokens too, so that the next turn hits on any node."""
+
+
+PagedEngineConfig = TorchEngineConfig | SimEngineConfig
+"""Engines over our own serving loop, `engines.paged`."""
+EngineConfig = PagedEngineConfig | VllmEngineConfig
 
 
 class TransportConfig(_Section, frozen=True, kw_only=True):

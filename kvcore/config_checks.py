@@ -5,8 +5,9 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from kvcore.config import ClusterConfig, EngineConfig, HandoffKind, NodeConfig, SimEngineConfig
+from kvcore.config import ClusterConfig, EngineConfig, HandoffKind, NodeConfig, SimEngineConfig, VllmEngineConfig
 from kvcore.types import Role
+from kvcore.vllm_options import argument, check_arguments
 
 _EVERY_INTERFACE = ("0.0.0.0", "::")
 _THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
@@ -30,9 +31,14 @@ def _check_engines(config: ClusterConfig) -> Iterator[str]:
     engines: dict[str, EngineConfig] = {"engine": config.engine}
     engines |= {f"nodes.{name}.engine": node.engine for name, node in config.nodes.items() if node.engine is not None}
     for path, engine in engines.items():
-        if config.kv.chunk_tokens % engine.block_size:
+        if isinstance(engine, VllmEngineConfig):
+            yield from _check_vllm(path, engine, config.engine)
+            block_path, block_size = f"{path}.args.block-size", argument(engine.args, "block-size")
+        else:
+            block_path, block_size = f"{path}.block_size", engine.block_size
+        if isinstance(block_size, int) and block_size > 0 and config.kv.chunk_tokens % block_size:
             yield (
-                f"{path}.block_size: {engine.block_size} does not divide kv.chunk_tokens {config.kv.chunk_tokens};"
+                f"{block_path}: {block_size} does not divide kv.chunk_tokens {config.kv.chunk_tokens};"
                 " a chunk is a whole number of blocks"
             )
         if isinstance(engine, SimEngineConfig) and engine.bytes_per_token % 16:
@@ -45,6 +51,17 @@ def _check_engines(config: ClusterConfig) -> Iterator[str]:
             yield f"nodes.{name}.url: only handoff nixl and mooncake drive servers that are not ours; set handoff"
         elif node.port == 0:
             yield f"nodes.{name}.port: missing"
+
+
+def _check_vllm(path: str, engine: VllmEngineConfig, whole: EngineConfig) -> Iterator[str]:
+    """What a node has from the cluster's section is told there."""
+    told = whole.args if isinstance(whole, VllmEngineConfig) and whole is not engine else {}
+    for name, problem in check_arguments(engine.args):
+        if name not in told or told[name] != engine.args[name]:
+            yield f"{path}.args.{name}: {engine.args[name]!r}: {problem}"
+    for name in engine.env:
+        if not name or "=" in name or "\0" in name + engine.env[name]:
+            yield f"{path}.env.{name}: not a variable that a process can have"
 
 
 def _check_servers(config: ClusterConfig) -> Iterator[str]:

@@ -12,10 +12,11 @@ from pathlib import Path
 import msgspec
 import yaml
 
-from kvcore.config import ClusterConfig, HandoffKind, NodeConfig, TorchEngineConfig
+from kvcore.config import ClusterConfig, HandoffKind, NodeConfig, SimEngineConfig
 from kvcore.config_checks import check_cluster
 from kvcore.config_parse import InvalidValueError, nearest, parse
 from kvcore.errors import ConfigError
+from kvcore.vllm_options import spell_out_engines
 
 _HUB_ID = re.compile(r"[A-Za-z0-9_-][\w.-]*/[\w.-]+")
 
@@ -41,7 +42,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> ClusterConfi
     """Read, override, convert and check. `overrides` are `a.b=value`, the value in YAML. Blocking.
 
     `transport` is always a TransportConfig afterwards; `model.path` is absolute for
-    the torch engine, unless it is a hub id (`owner/name`) and no folder.
+    the torch engine and vLLM, unless it is a hub id (`owner/name`) and no folder.
     """
     file = Path(path).expanduser()
     raw = _read(file)
@@ -49,6 +50,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> ClusterConfi
     named = _node_names(raw)
     for override in overrides:
         _apply(raw, override)
+    spell_out_engines(raw)
     try:
         _check_new_nodes(raw, named)
         config = parse(raw, ClusterConfig)
@@ -144,8 +146,7 @@ def _check_new_nodes(raw: dict[str, object], named: list[str]) -> None:
 
 
 def _resolve_model_path(config: ClusterConfig, folder: Path) -> ClusterConfig:
-    kinds = [config.engine, *(node.engine for node in config.nodes.values())]
-    if config.handoff is HandoffKind.KVFERRY and not any(isinstance(kind, TorchEngineConfig) for kind in kinds):
+    if config.handoff is HandoffKind.KVFERRY and isinstance(config.engine, SimEngineConfig):
         return config  # to the simulated engine it is a name
     absolute = str(folder / Path(config.model.path).expanduser())
     if _HUB_ID.fullmatch(config.model.path) and not Path(absolute).exists():

@@ -30,7 +30,7 @@ from engines.paged.scheduler import Plan, Scheduler, Work
 from engines.paged.sequence import Status, TokenSequence
 from kvcore.chunk_keys import root_key, usable_chunks
 from kvcore.clock import Clock
-from kvcore.config import EngineConfig
+from kvcore.config import PagedEngineConfig
 from kvcore.errors import (
     CancelledByPeerError,
     ContextLengthError,
@@ -60,7 +60,7 @@ class EngineOptions:
     """Saves under way have this long at the end."""
 
     @classmethod
-    def of(cls, config: EngineConfig, store_timeout_s: float) -> Self:
+    def of(cls, config: PagedEngineConfig, store_timeout_s: float) -> Self:
         """Those of an engine's configuration."""
         return cls(
             max_batch_tokens=config.max_batch_tokens,

@@ -89,7 +89,7 @@ def test_an_override_within_what_is_no_section_is_named(load, transport, overrid
 def test_missing_keys_are_named(load):
     with pytest.raises(ConfigError, match=r"nodes\.d\.port: missing"):
         load(nodes={"d": {"role": "decoder"}})
-    with pytest.raises(ConfigError, match=r"engine\.kind: missing \(one of torch, sim\)"):
+    with pytest.raises(ConfigError, match=r"engine\.kind: missing \(one of torch, sim, vllm\)"):
         load(engine={"threads": 1})
 
 
