@@ -12,9 +12,10 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from engines import process_messages as m
-from engines.factory import build_engine, metadata_client
+from engines.factory import build_engine, engine_config, metadata_client
 from engines.process_session import OpenedEngine, serve
 from kvcore.clock import SystemClock
+from kvcore.config import VllmEngineConfig
 from kvcore.config_file import node_config
 from kvcore.service import loop_factory
 from kvcore.telemetry import configure_logging
@@ -29,10 +30,19 @@ async def open_engine(hello: m.Hello) -> AsyncIterator[OpenedEngine]:
     """The node's engine with its own way to the store. Raises ConfigError, ModelLoadError."""
     config, clock = hello.config, SystemClock()
     configure_logging(f"{hello.node_name}.engine", config.service.log_level)
+    host_id = node_config(config, hello.node_name).host_id or host_identity()
+    section = engine_config(config, hello.node_name)
+    if isinstance(section, VllmEngineConfig):  # its stores live where its KV does, in vLLM's workers
+        from engines.vllm.engine import VllmEngine
+        from engines.vllm.start import VllmStart
+
+        start = VllmStart(config, section, hello.node_name, hello.incarnation, host_id)
+        async with VllmEngine(start) as vllm:
+            yield OpenedEngine(vllm, vllm.store_counters, vllm.transports)
+        return
     async with AsyncExitStack() as stack:
         metadata = metadata_client(config, clock)
         stack.push_async_callback(metadata.aclose)
-        host_id = node_config(config, hello.node_name).host_id or host_identity()
         transfer = build_transfer(config.transport, host_id)
         stack.push_async_callback(transfer.aclose)
         stores: list[KVStore] = []
