@@ -80,7 +80,8 @@ class Cluster:
         self.index = PrefixIndex()
         self.nodes: dict[str, KnownNode] = {}
         for name, node in config.nodes.items():
-            self.nodes[name] = KnownNode(name, node.role, base_url(node.host, node.port), static=True)
+            url = base_url(node.host, node.port) if node.url is None else node.url.rstrip("/")
+            self.nodes[name] = KnownNode(name, node.role, url, static=True)
 
     async def run(self) -> None:
         """Probe every node each `probe_interval_s`, and at once when one appears. Runs until cancelled."""

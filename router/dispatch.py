@@ -15,7 +15,7 @@ from typing import Self
 from engines.base import FinishReason, GenerateRequest, Handoff, LegInfo, TokenDelta
 from kvcore.chunk_keys import usable_chunks
 from kvcore.clock import Clock
-from kvcore.config import RouterConfig
+from kvcore.config import HandoffKind, RouterConfig
 from kvcore.errors import CancelledByPeerError, EngineError, KVFerryError, NodeUnavailableError, OverloadedError
 from kvcore.telemetry import log_fields
 from kvcore.types import Route
@@ -37,6 +37,7 @@ from router.request_events import (
     Event,
     Fail,
     Finish,
+    KVSource,
     PrefillDone,
     PrefillFailed,
     StartDecode,
@@ -46,6 +47,7 @@ from router.request_events import (
     Timer,
     TimerFired,
 )
+from router.vllm_requests import mooncake_decode_params
 
 STALL_S = 30.0
 """A stream that has begun and then says nothing for this long is dead (an engine's step takes far less)."""
@@ -69,8 +71,10 @@ class Dispatcher:
         client: NodeClient,
         clock: Clock,
         log: RequestLog,
+        handoff: HandoffKind = HandoffKind.KVFERRY,
     ) -> None:
         self.config = config
+        self.handoff = handoff
         self.cluster = cluster
         self.policy = policy
         self.client = client
@@ -168,6 +172,7 @@ class RequestRun:
             num_chunks=self._num_chunks(route.decoder),
             end_token_ids=ends,
             logprobs=sampling.logprobs is not None,
+            handoff=dispatcher.handoff,
         )
         self.record = RequestRecord(
             id=spec.request_id,
@@ -367,7 +372,9 @@ class RequestRun:
         except KVFerryError as error:
             failure = error
         finally:
-            cluster.leg_ended(action.node, sequences=sequences, prefill_tokens=0, ok=ok, error=failure)
+            in_vain = isinstance(failure, EngineError) and self.machine.fetches(action.leg)
+            blame = None if in_vain else failure  # its prefiller may have wronged it, nobody here can tell
+            cluster.leg_ended(action.node, sequences=sequences, prefill_tokens=0, ok=ok, error=blame)
         if failure is not None:
             leg.error = f"{failure.code}: {failure.message}"
             self._apply(DecodeFailed(action.leg, failure))
@@ -378,15 +385,17 @@ class RequestRun:
         patience_s = min(2 * self._dispatcher.config.prefill_timeout_s, self._remaining_s())
         missing = request.sampling.n
         first = client.generate(self._url(action.node), request, timeout_s=max(patience_s, STALL_S))
+        begun = False
         async with aclosing(first) as deltas:
             while missing and self.machine.runs(action.leg):
                 try:
-                    async with asyncio.timeout(STALL_S if leg.cached_tokens is not None else patience_s):
+                    async with asyncio.timeout(STALL_S if begun else patience_s):
                         delta = await anext(deltas, None)
                 except TimeoutError as error:
                     raise NodeUnavailableError(f"node {action.node} has gone silent") from error
                 if delta is None:
                     return False
+                begun = True
                 missing -= delta.finish_reason is not None
                 self._note(leg, delta.info)
                 await self._take(action, delta)
@@ -414,7 +423,16 @@ class RequestRun:
         if action.handoff:
             wait_s = min(self._dispatcher.config.prefill_timeout_s, remaining_s)
             handoff = Handoff(num_chunks=self._num_chunks(action.node), wait_s=wait_s)
-        return generate_request(self._spec, action, handoff, remaining_s)
+        return generate_request(self._spec, action, handoff, remaining_s, self._handoff_params(action.source))
+
+    def _handoff_params(self, source: KVSource | None) -> bytes:
+        """What nixl's prefill leg answered; mooncake's decode leg is told of the prefill leg that runs beside it. Empty
+        if its prefiller is no longer known: the decoder computes then."""
+        if source is None or source.params:
+            return source.params if source else b""
+        node = self._dispatcher.cluster.nodes.get(source.node)
+        peer = node.report.engine.kv_peer if node and node.report and node.report.engine else {}
+        return mooncake_decode_params(peer, source.leg) if peer else b""
 
     def _num_chunks(self, decoder: str) -> int:
         node = self._dispatcher.cluster.nodes.get(decoder)

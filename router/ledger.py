@@ -140,6 +140,10 @@ class RequestMachine:
         """Whether events of this decode leg still matter."""
         return leg in self._decodes
 
+    def fetches(self, leg: str) -> bool:
+        """Whether this decode leg may still be waiting for KV from its prefiller."""
+        return leg in self._decodes and self._decodes[leg].fetches
+
     def start(self, route: Route) -> list[Action]:
         """The first actions. Called once."""
         assert self._legs == 0, "a request starts once"

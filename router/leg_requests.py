@@ -35,7 +35,7 @@ def prefill_request(
 
 
 def generate_request(
-    spec: RequestSpec, action: StartDecode, handoff: Handoff | None, deadline_s: float
+    spec: RequestSpec, action: StartDecode, handoff: Handoff | None, deadline_s: float, handoff_params: bytes = b""
 ) -> GenerateRequest:
     """A decode leg's: of the whole request, or of one completion that goes on alone.
 
@@ -53,5 +53,6 @@ def generate_request(
         sampling=sampling,
         cache_salt=spec.cache_salt,
         handoff=handoff,
+        handoff_params=handoff_params,
         deadline_s=deadline_s,
     )

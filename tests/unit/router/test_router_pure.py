@@ -10,7 +10,7 @@ from support.router_fakes import FakeNode, FakeNodes, cluster_config, spec, two_
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models
 
-from engines.torch import model_files
+from engines import model_files
 from kvcore.chunk_keys import chunk_keys, root_key
 from kvcore.clock import ManualClock
 from kvcore.config import ModelConfig, TorchEngineConfig
