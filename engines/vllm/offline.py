@@ -1,0 +1,113 @@
+"""vLLM in the caller's own process, `vllm.LLM`, with our connector in place: for kvferry.LLM.
+
+Owns planning (which KV it will be, before anything is started), start and end. The store's processes are kvferry's.
+"""
+
+import logging
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from vllm import LLM, envs
+from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown, has_kv_transfer_group
+from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMError
+from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
+
+from engines.base import NodeReport
+from engines.model_files import find_folder
+from engines.vllm.settings import Provenance, to_extra_config
+from engines.vllm.start import _HUB_FILES, VllmStart, connector_config, connector_settings, measure_provenance
+from kvcore.config import ClusterConfig, VllmEngineConfig
+from kvcore.errors import ConfigError, EngineError
+
+_NOT_KV = ("chat_template", "compilation_config", "structured_outputs_config", "profiler_config")
+"""What vllm.LLM takes in more forms than EngineArgs does, and no KV depends on."""
+_STOP_S = 10
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LLMPlan:
+    """A vllm.LLM that is not started yet."""
+
+    folder: Path
+    arguments: Mapping[str, Any]
+    """Of vllm.LLM, without ours."""
+    provenance: Provenance
+    block_size: int
+    kv_bytes_per_token: int
+    """On one rank, without padding."""
+
+
+def plan_llm(model: str, model_id: str, arguments: Mapping[str, Any]) -> LLMPlan:
+    """Ask vLLM what the arguments mean, and measure the files of `model`, a folder or hub id.
+
+    Reads all weights unless their digests are cached. Raises ConfigError in vLLM's words, ModelLoadError.
+    """
+    _check_alone()
+    folder = find_folder(model, _HUB_FILES)
+    relevant = {name: value for name, value in arguments.items() if name not in _NOT_KV and value is not None}
+    try:
+        args = EngineArgs(model=str(folder), **relevant, **_ours())
+        config = args.create_engine_config()
+    except (TypeError, ValidationError, ValueError, VLLMError) as error:
+        raise ConfigError(f"vLLM refuses the arguments: {error}") from error
+    return LLMPlan(
+        folder=folder,
+        arguments=dict(arguments),
+        provenance=measure_provenance(folder, model_id, config.model_config),
+        block_size=config.cache_config.block_size,
+        kv_bytes_per_token=_kv_bytes_per_token(config),
+    )
+
+
+def start_llm(plan: LLMPlan, config: ClusterConfig, node: NodeReport, *, save_output: bool) -> LLM:
+    """With the store of `config`, of which `node` is a node on this machine. To be ended by `stop_llm`.
+
+    Raises ConfigError, EngineError when vLLM dies at its start.
+    """
+    engine = VllmEngineConfig(save_output=save_output)
+    start = VllmStart(config, engine, node.node.id, node.node.incarnation, host_id=node.segments[0].host_id)
+    settings = connector_settings(start, plan.provenance, None)
+    try:
+        with ExitStack() as stack:
+            stack.callback(ensure_kv_transfer_shutdown)  # vLLM leaves a connector that lives in this process
+            llm = LLM(model=str(plan.folder), **plan.arguments, **_ours(to_extra_config(settings)))
+            stack.pop_all()
+            return llm
+    except (TypeError, ValidationError, ValueError, RuntimeError, VLLMError) as error:
+        raise EngineError(f"vLLM did not start: {error}. Its own log, above, has the cause") from error
+
+
+def stop_llm(llm: LLM) -> None:
+    """End its workers, and with them the connector. What goes wrong is logged."""
+    try:
+        llm.llm_engine.engine_core.shutdown(timeout=_STOP_S)
+    except (OSError, RuntimeError, VLLMError):  # its processes died before
+        _logger.exception("vllm_stop_failed")
+
+
+def _ours(extra: dict[str, str] | None = None) -> dict[str, Any]:
+    return {"kv_transfer_config": connector_config(extra), "disable_hybrid_kv_cache_manager": True}
+
+
+def _check_alone() -> None:
+    """vLLM keeps one worker-side connector a process: a second engine there would load into the first one's KV."""
+    if not envs.VLLM_ENABLE_V1_MULTIPROCESSING and has_kv_transfer_group():
+        raise ConfigError(
+            "with VLLM_ENABLE_V1_MULTIPROCESSING=0 a process has one LLM with a store at a time: close the other one "
+            "first, or set the variable to 1"
+        )
+
+
+def _kv_bytes_per_token(config: VllmConfig) -> int:
+    model, cache = config.model_config, config.cache_config
+    dtype = STR_DTYPE_TO_TORCH_DTYPE.get(cache.cache_dtype, model.dtype)
+    planes = 1 if model.use_mla else 2
+    heads, layers = model.get_num_kv_heads(config.parallel_config), model.get_num_layers(config.parallel_config)
+    return int(planes * heads * layers * model.get_head_size() * dtype.itemsize)
