@@ -1,16 +1,18 @@
 """`EngineProcess`: an Engine that lives in a child process, behind frames on a Unix socket.
 
 Owns the child, the socket and the calls under way. Does not restart anything: see kvnode.supervisor.
-Invariants: every call ends when the child does; what its caller no longer waits for is cancelled in the child.
+Invariants: every call ends when the child does; what its caller no longer waits for is cancelled in the child; whatever
+processes the child starts, none outlives it or us (`kvcore.child`, guard).
 """
 
 import asyncio
 import itertools
 import logging
+import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
@@ -79,13 +81,16 @@ class EngineProcess:
         start_s: float,
         command: Sequence[str] = CHILD_COMMAND,
         on_line: Callable[[str], None] | None = None,
+        env: Mapping[str, str] | None = None,
         stall_s: float = 15.0,
         stop_s: float = 5.0,
     ) -> None:
-        """`stall_s`: a child whose loop has not turned for this long is killed, whatever it was doing."""
+        """`env` is laid over our own environment. `stall_s`: a child whose loop has not turned for this long is killed,
+        whatever it was doing."""
         self._hello = hello
         self._command = command
         self._on_line = on_line
+        self._env = dict(env or {})
         self._start_s = start_s
         self._stall_s = stall_s
         self._stop_s = stop_s
@@ -167,10 +172,10 @@ class EngineProcess:
         """See `Engine`."""
         return (await self.sample()).stats
 
-    async def sample(self) -> m.Sample:
-        """The engine's stats together with what the child's store counted."""
+    async def sample(self, *, exposition: bool = False) -> m.Sample:
+        """The engine's stats together with what the child's store counted, and the engine's own metrics if wanted."""
         with self._call() as call:
-            answer = await self._simple(call, m.AskStats(id=call.id))
+            answer = await self._simple(call, m.AskStats(id=call.id, exposition=exposition))
         if not isinstance(answer, m.Sample):
             raise EngineError(f"the engine answered a question for stats with {type(answer).__name__}")
         return answer
@@ -225,7 +230,11 @@ class EngineProcess:
                 ours.close()
                 raise
             self._child = await ChildProcess.start(
-                [*self._command, "--fd", str(theirs.fileno())], on_line=self._on_line, pass_fds=(theirs.fileno(),)
+                [*self._command, "--fd", str(theirs.fileno())],
+                on_line=self._on_line,
+                pass_fds=(theirs.fileno(),),
+                env=os.environ | self._env,
+                guard=True,
             )
         self._channel.send(m.encode(self._hello))
         try:

@@ -11,6 +11,8 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
+from prometheus_client import REGISTRY
+
 from engines import process_messages as m
 from engines.factory import build_engine, engine_config, metadata_client
 from engines.process_session import OpenedEngine, serve
@@ -18,11 +20,13 @@ from kvcore.clock import SystemClock
 from kvcore.config import VllmEngineConfig
 from kvcore.config_file import node_config
 from kvcore.service import loop_factory
-from kvcore.telemetry import configure_logging
+from kvcore.telemetry import configure_logging, exposition
 from kvcore.types import KVSpec
 from kvstore.store import KVStore
 from transfer.memory import host_identity
 from transfer.select import build_transfer
+
+MAX_EXPOSITION_BYTES = 1 << 20
 
 
 @asynccontextmanager
@@ -38,7 +42,14 @@ async def open_engine(hello: m.Hello) -> AsyncIterator[OpenedEngine]:
 
         start = VllmStart(config, section, hello.node_name, hello.incarnation, host_id)
         async with VllmEngine(start) as vllm:
-            yield OpenedEngine(vllm, vllm.store_counters, vllm.transports)
+            yield OpenedEngine(
+                vllm,
+                vllm.store_counters,
+                vllm.transports,
+                lambda: exposition(
+                    REGISTRY, prefix="vllm:", labels={"node": hello.node_name}, max_bytes=MAX_EXPOSITION_BYTES
+                ),
+            )
         return
     async with AsyncExitStack() as stack:
         metadata = metadata_client(config, clock)

@@ -58,6 +58,8 @@ class AskStats(_Frame, frozen=True, kw_only=True, tag="ask_stats"):
     """Answered by Sample or Failure."""
 
     id: int
+    exposition: bool = False
+    """Whether `Sample.exposition` is wanted."""
 
 
 class Ping(_Frame, frozen=True, kw_only=True, tag="ping"):
@@ -137,6 +139,8 @@ class Sample(_Frame, frozen=True, kw_only=True, tag="sample"):
     """Totals that the child's KVStore counts."""
     transports: dict[str, str] = {}
     """Segment id of a peer -> transport that its last transfer took."""
+    exposition: bytes = b""
+    """Metrics that the engine itself keeps (vLLM's), as Prometheus text, labelled with the node."""
 
 
 class Pong(_Frame, frozen=True, kw_only=True, tag="pong"):

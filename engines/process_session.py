@@ -35,6 +35,7 @@ class OpenedEngine:
     engine: Engine
     store_counters: Callable[[], dict[str, int]] = dict
     transports: Callable[[], dict[str, str]] = dict
+    exposition: Callable[[], bytes] = bytes
 
 
 EngineOpener = Callable[[m.Hello], AbstractAsyncContextManager[OpenedEngine]]
@@ -190,4 +191,10 @@ class _Session:
 
     async def _sample(self, opened: OpenedEngine, frame: m.AskStats) -> m.FromChild:
         stats = await opened.engine.stats()
-        return m.Sample(id=frame.id, stats=stats, store=opened.store_counters(), transports=opened.transports())
+        return m.Sample(
+            id=frame.id,
+            stats=stats,
+            store=opened.store_counters(),
+            transports=opened.transports(),
+            exposition=opened.exposition() if frame.exposition else b"",
+        )

@@ -2,12 +2,14 @@
 
 Each child has its own session (a terminal's Ctrl-C reaches us alone, who then stop the children in order) and is
 killed by the kernel when the thread that started it ends (`kvcore.child_exec`): start children on the main thread.
-What the child leaves in its process group is killed when the child ends.
+What the child leaves in its process group is killed when the child ends. A child that has children of its own is
+started with `guard=True`: then the whole group dies with us too, whichever single process of it all is killed.
 """
 
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -30,10 +32,17 @@ def kill_all_children() -> None:
 
 
 class ChildProcess:
-    """One run of a command. Made by `start`; owns a pidfd and a pipe until the child has ended."""
+    """One run of a command. Made by `start`; owns a pidfd, a pipe and the guard's link until the child has ended."""
 
-    def __init__(self, process: subprocess.Popen[bytes], output: int, on_line: Callable[[str], None] | None) -> None:
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        output: int,
+        on_line: Callable[[str], None] | None,
+        guard: socket.socket | None,
+    ) -> None:
         self._process = process
+        self._guard = guard
         self._loop = asyncio.get_running_loop()
         self._exited = asyncio.Event()
         self._output: int | None = output
@@ -44,6 +53,8 @@ class ChildProcess:
         _running[process.pid] = self
         self._loop.add_reader(output, self._read_output)
         self._loop.add_reader(self._pidfd, self._reap)
+        if guard is not None:
+            self._loop.add_reader(guard, self._guard_lost)
 
     @classmethod
     async def start(
@@ -54,13 +65,19 @@ class ChildProcess:
         pass_fds: Sequence[int] = (),
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
+        guard: bool = False,
     ) -> Self:
         """Start `command`. `on_line` gets each line of stdout and stderr, in order, without its newline; it must not
         raise or block. `pass_fds` keep their numbers in the child; the caller closes its own copies afterwards.
+        `guard`: one more, tiny process in the child's group, which kills it all when we are gone.
 
         A command that cannot be run ends with 127 and says so in its output.
         """
         trampoline = [sys.executable, "-I", "-S", str(Path(child_exec.__file__)), str(os.getpid())]
+        link, guards_side = socket.socketpair() if guard else (None, None)
+        if guards_side is not None:
+            trampoline += ["--guard", str(guards_side.fileno())]
+            pass_fds = [*pass_fds, guards_side.fileno()]
         output, child_side = os.pipe()
         try:
             process = subprocess.Popen(  # noqa: ASYNC220 - a few ms; asyncio's own watchers differ by version and loop
@@ -78,8 +95,10 @@ class ChildProcess:
             raise
         finally:
             os.close(child_side)
+            if guards_side is not None:
+                guards_side.close()
         try:
-            return cls(process, output, on_line)
+            return cls(process, output, on_line, link)
         except BaseException:
             process.kill()
             process.wait()
@@ -127,6 +146,12 @@ class ChildProcess:
         except (ProcessLookupError, PermissionError):
             os.kill(self._process.pid, signal.SIGKILL)  # caught before its setsid
 
+    def _guard_lost(self) -> None:
+        """Either the whole group has just been killed, or the guard alone was: then nothing would be safe any more."""
+        assert self._guard is not None
+        self._loop.remove_reader(self._guard)
+        self.kill()
+
     def _read_output(self) -> bool:
         """Pass on what is there; False: nothing more for now, or ever."""
         if self._output is None:
@@ -165,6 +190,9 @@ class ChildProcess:
         self._kill_group()
         self._process.wait()  # it is a zombie: returns at once
         os.close(self._pidfd)
+        if self._guard is not None:
+            self._loop.remove_reader(self._guard)
+            self._guard.close()
         del _running[self._process.pid]
         try:
             for _ in range(_LAST_READS):  # a daemon that left the group may hold the pipe for ever: do not wait for it

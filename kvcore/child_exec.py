@@ -1,16 +1,19 @@
-"""Become another program that dies with its parent: `python -I -S child_exec.py PARENT_PID COMMAND...`.
+"""Become another program that dies with its parent: `python -I -S child_exec.py PARENT_PID [--guard FD] COMMAND...`.
 
 Run by path in a bare interpreter (about 15 ms), so it imports the standard library only. Why a trampoline: a
 preexec_fn may deadlock in a process with threads, and a child that asked for the signal itself, after its imports,
-would be an orphan if the parent died before that. PR_SET_PDEATHSIG survives the exec.
+would be an orphan if the parent died before that. PR_SET_PDEATHSIG survives the exec; the command's own children do not
+inherit it, so `--guard` leaves a guard in the process group: see `watch`.
 """
 
 import ctypes
 import os
+import select
 import signal
 import sys
 
 _PR_SET_PDEATHSIG = 1
+_GUARD, _WATCH = "--guard", "--watch"
 
 
 def set_parent_death_signal(parent_pid: int, signal_number: int = signal.SIGKILL) -> None:
@@ -26,9 +29,12 @@ def set_parent_death_signal(parent_pid: int, signal_number: int = signal.SIGKILL
 
 
 def main() -> None:
-    """Arm the signal, give the interpreter's ignored signals back their defaults, exec."""
+    """Arm the signal, leave a guard if asked to, give the interpreter's ignored signals back their defaults, exec."""
     parent_pid, command = int(sys.argv[1]), sys.argv[2:]
     set_parent_death_signal(parent_pid)
+    if command[0] == _GUARD:
+        _fork_guard(int(command[1]))
+        command = command[2:]
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     try:
@@ -38,5 +44,39 @@ def main() -> None:
         os._exit(127)
 
 
+def _fork_guard(link: int) -> None:
+    """From here on the group is watched: what the guard misses while it starts it finds afterwards."""
+    leader = os.getpid()
+    if os.fork():
+        os.close(link)
+        return
+    silent = os.open(os.devnull, os.O_RDWR)
+    for number in range(3):
+        os.dup2(silent, number)
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - pathlib takes 10 ms to import
+        if int(name) > 2 and int(name) != link:  # above all the command's own links: their end must be seen
+            os.closerange(int(name), int(name) + 1)  # does not mind that the listing's own is closed already
+    os.execv(sys.executable, [sys.executable, "-I", "-S", __file__, _WATCH, str(link), str(leader)])
+
+
+def watch(link: int, leader: int) -> None:
+    """The guard: SIGKILL our own process group, ourselves with it, once the other end of `link` is closed (the parent
+    is gone) or `leader`, our parent, has ended. Who holds the other end sees the end of `link` if the guard is killed.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_IGN)  # a request to the group to end in order is not for us
+    try:
+        ended = os.pidfd_open(leader)
+        if os.getppid() == leader:
+            poll = select.poll()
+            poll.register(link, select.POLLIN)
+            poll.register(ended, select.POLLIN)
+            poll.poll()
+    finally:
+        os.kill(0, signal.SIGKILL)
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == _WATCH:
+        watch(int(sys.argv[2]), int(sys.argv[3]))
     main()

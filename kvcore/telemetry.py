@@ -7,9 +7,10 @@ process makes one `Metrics` and passes it on.
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client import Metric as Family
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -85,6 +86,37 @@ class Metrics:
     def render(self) -> bytes:
         """The text exposition format, `METRICS_CONTENT_TYPE`."""
         return generate_latest(self.registry)
+
+
+def exposition(registry: Collector, *, prefix: str, labels: Mapping[str, str], max_bytes: int) -> bytes:
+    """The families of a registry of somebody else's whose names begin with `prefix`, with `labels` on every sample.
+
+    Text as `Metrics.render` has it. A label that a sample has already stays as `exported_NAME`, as Prometheus would do
+    it. Families that would make the text longer than `max_bytes` are left out, whole.
+    """
+    text = b""
+    for family in registry.collect():
+        if family.name.startswith(prefix):
+            part = generate_latest(_Only(_labelled(family, labels)))
+            text += part if len(text) + len(part) <= max_bytes else b""
+    return text
+
+
+def _labelled(family: Family, labels: Mapping[str, str]) -> Family:
+    copy = Family(family.name, family.documentation, family.type, family.unit)
+    for sample in family.samples:
+        own = {f"exported_{name}" if name in labels else name: value for name, value in sample.labels.items()}
+        copy.samples.append(sample._replace(labels={**own, **labels}))
+    return copy
+
+
+class _Only(Collector):
+    def __init__(self, family: Family) -> None:
+        self._family = family
+
+    def collect(self) -> Iterable[Family]:
+        """The one."""
+        return [self._family]
 
 
 class _Sampled(Collector):

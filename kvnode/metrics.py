@@ -1,4 +1,5 @@
-"""The node's /metrics: its own state, the engine's and its store's totals. Names are in kvcore.metric_names.
+"""The node's /metrics: its own state, the engine's and its store's totals. Names are in kvcore.metric_names. What the
+engine keeps of metrics itself (vLLM's) follows as it says it.
 
 Owns no state: everything is sampled when asked for.
 """
@@ -49,7 +50,7 @@ class NodeMetrics:
         """The text of /metrics, with a fresh sample of the engine if it answers."""
         self._api = api
         self._sample = await sample()
-        return self._metrics.render()
+        return self._metrics.render() + (self._sample.exposition if self._sample is not None else b"")
 
     def _ready(self) -> bool:
         supervisor = self._supervisor()

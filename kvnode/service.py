@@ -14,17 +14,18 @@ from dataclasses import dataclass
 from aiohttp import web
 
 from engines.base import EngineStats, NodeReport
-from engines.factory import metadata_client
+from engines.factory import engine_config, metadata_client
 from engines.process import EngineProcess
 from engines.process_messages import Hello, Sample
 from kvcore.clock import Clock, SystemClock
-from kvcore.config import ClusterConfig
+from kvcore.config import ClusterConfig, VllmEngineConfig
 from kvcore.config_file import node_config
 from kvcore.errors import KVFerryError, NodeUnavailableError
 from kvcore.ports import base_url, listen
 from kvcore.service import Lifecycle
 from kvcore.telemetry import Metrics, log_fields
 from kvcore.types import NodeInfo, Role
+from kvcore.vllm_options import engine_environment
 from kvnode.control_api import ControlApi
 from kvnode.membership import Membership
 from kvnode.metrics import NodeMetrics
@@ -56,10 +57,10 @@ class _Node:
             return None
         return "the node's engine is starting"
 
-    async def sample(self) -> Sample | None:
+    async def sample(self, *, exposition: bool = False) -> Sample | None:
         """None while there is no engine, or it is too busy to say."""
         try:
-            return await self.engine().sample()
+            return await self.engine().sample(exposition=exposition)
         except KVFerryError:
             return None
 
@@ -102,7 +103,7 @@ async def run_node(config: ClusterConfig, name: str, lifecycle: Lifecycle, clock
     node.api = ControlApi(
         engine=node.engine,
         report=node.report,
-        metrics=lambda: metrics.render(node.api, node.sample),
+        metrics=lambda: metrics.render(node.api, lambda: node.sample(exposition=True)),
         health=node.health,
     )
     await _serve(node.api, listener, stack)
@@ -118,9 +119,12 @@ def _supervisor(config: ClusterConfig, membership: Membership, clock: Clock) -> 
     if node.role is Role.STORE:
         return None
     hello = Hello(config=config, node_name=node.id, incarnation=node.incarnation)
+    engine, host, env = engine_config(config, node.id), config.nodes[node.id].host, {}
+    if isinstance(engine, VllmEngineConfig):
+        env = engine_environment(engine, config.model, host)
 
     def make() -> EngineProcess:
-        return EngineProcess(hello, start_s=config.service.start_s, on_line=_pass_on)
+        return EngineProcess(hello, start_s=config.service.start_s, on_line=_pass_on, env=env)
 
     return EngineSupervisor(
         make,

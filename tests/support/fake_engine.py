@@ -164,7 +164,8 @@ async def open_fake(hello: m.Hello) -> AsyncIterator[OpenedEngine]:
     if hello.config.model.path == "crash":
         sys.exit(3)
     async with FakeEngine() as engine:
-        yield OpenedEngine(engine, lambda: {"reads_ok": 7}, lambda: {"d0.1": "shm"})
+        said = os.environ.get("FAKE_ENGINE_EXPOSITION", "").encode()
+        yield OpenedEngine(engine, lambda: {"reads_ok": 7}, lambda: {"d0.1": "shm"}, lambda: said)
 
 
 def main() -> None:

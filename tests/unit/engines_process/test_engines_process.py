@@ -28,8 +28,8 @@ FAKE = (sys.executable, fake_engine.__file__)
 ROGUE = (sys.executable, str(Path(fake_engine.__file__).with_name("rogue_engine.py")))
 
 
-def fake(model_path: str = "fake", **options: float) -> EngineProcess:
-    return EngineProcess(hello(model_path), command=FAKE, start_s=20.0, on_line=print, **options)
+def fake(model_path: str = "fake", env: dict[str, str] | None = None, **options: float) -> EngineProcess:
+    return EngineProcess(hello(model_path), command=FAKE, start_s=20.0, on_line=print, env=env, **options)
 
 
 def rogue(mode: str, **options: float) -> EngineProcess:
@@ -155,6 +155,13 @@ async def test_calls_are_answered_side_by_side() -> None:
         assert (sample.store, sample.transports) == ({"reads_ok": 7}, {"d0.1": "shm"})
         assert engine.info == fake_engine.INFO
     assert open_fds() == before
+
+
+async def test_the_engines_environment_and_its_own_metrics_cross_the_link_when_they_are_asked_for() -> None:
+    async with fake(env={"FAKE_ENGINE_EXPOSITION": "fake_total 1\n"}) as engine:
+        assert (await engine.sample()).exposition == b""
+        assert (await engine.sample(exposition=True)).exposition == b"fake_total 1\n"
+    assert "FAKE_ENGINE_EXPOSITION" not in os.environ
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,136 @@ async def test_a_child_dies_with_a_parent_that_was_killed():
     await gone(grandchild)
 
 
+TREE = """
+    import multiprocessing, os, signal, sys, time
+
+    def inner(link):
+        link.send(os.getpid())
+        time.sleep(60)
+
+    def core(link):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        ours, theirs = multiprocessing.Pipe()
+        worker = multiprocessing.get_context("spawn").Process(target=inner, args=(theirs,))
+        worker.start()
+        link.send([os.getpid(), ours.recv()])
+        time.sleep(60)
+
+    if __name__ == "__main__":
+        ours, theirs = multiprocessing.Pipe()
+        multiprocessing.get_context("spawn").Process(target=core, args=(theirs,)).start()
+        print(os.getpid(), *ours.recv(), flush=True)
+        time.sleep(60)
+"""
+"""As vLLM's: a front, a core spawned by it, a worker spawned by the core. Prints the three pids."""
+
+PARENT = """
+    import asyncio, os, signal, sys
+    from kvcore.child import ChildProcess
+
+    async def main():
+        command = [sys.executable, sys.argv[1]]
+        tree = await ChildProcess.start(command, on_line=lambda line: print(line, flush=True), guard=True)
+        print(tree.pid, flush=True)
+        if sys.argv[2] == "at once":
+            os.kill(os.getpid(), signal.SIGKILL)
+        await tree.wait()
+
+    asyncio.run(main())
+"""
+
+
+def alive_in_group(group: int) -> list[int]:
+    """Processes of a group, without zombies."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, in_group = stat.read_text().rpartition(")")[2].split()[:3]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(in_group) == group and state not in "ZX":
+            found.append(int(stat.parent.name))
+    return found
+
+
+async def group_gone(group: int) -> None:
+    async with asyncio.timeout(10):
+        while pids := alive_in_group(group):
+            for pid in pids:
+                await gone(pid)
+
+
+def guard_of(leader: int) -> int:
+    """The one child of `leader` that watches."""
+    children = map(int, Path(f"/proc/{leader}/task/{leader}/children").read_text().split())
+    (guard,) = (pid for pid in children if b"--watch" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    return guard
+
+
+@pytest.fixture
+def tree(tmp_path) -> list[str]:
+    file = tmp_path / "tree.py"
+    file.write_text(textwrap.dedent(TREE))
+    return [sys.executable, str(file)]
+
+
+async def test_a_guarded_tree_dies_with_a_parent_that_was_killed(tree):
+    lines = Lines()
+    parent = await ChildProcess.start([*python(PARENT), tree[1], "later"], on_line=lines)
+    leader, pids = int((await lines.until(2))[0]), [int(pid) for pid in lines.seen[1].split()]
+    assert pids[0] == leader and set(pids) <= set(alive_in_group(leader))
+    os.kill(parent.pid, signal.SIGKILL)
+    await group_gone(leader)
+
+
+async def test_a_guarded_tree_dies_with_a_parent_that_was_killed_while_the_tree_was_starting(tree):
+    lines = Lines()
+    parents = [await ChildProcess.start([*python(PARENT), tree[1], "at once"], on_line=lines) for _ in range(3)]
+    for parent in parents:
+        assert await asyncio.wait_for(parent.wait(), 10) == -signal.SIGKILL
+    for leader in await lines.until(3):
+        await group_gone(int(leader))
+
+
+@pytest.mark.parametrize("victim", ["front", "core and front", "guard"])
+async def test_a_guarded_tree_dies_whole_when_one_of_it_is_killed(tree, victim):
+    lines = Lines()
+    child = await ChildProcess.start(tree, on_line=lines, guard=True)
+    front, core, _ = (int(pid) for pid in (await lines.until(1))[0].split())
+    victims = {"front": [front], "core and front": [core, front], "guard": [guard_of(front)]}[victim]
+    for pid in victims:
+        os.kill(pid, signal.SIGKILL)
+    assert await asyncio.wait_for(child.wait(), 10) == -signal.SIGKILL
+    await group_gone(front)
+
+
+async def test_a_guard_outlives_a_polite_end_of_the_group_and_goes_with_the_command(tree):
+    lines = Lines()
+    code = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(5)); " + SLEEPER
+    child = await ChildProcess.start(python(code), on_line=lines, guard=True)
+    await lines.until(1)
+    os.killpg(child.pid, signal.SIGTERM)
+    assert await asyncio.wait_for(child.wait(), 10) == 5
+    await group_gone(child.pid)
+
+
+async def test_a_guard_holds_nothing_of_the_commands():
+    ours, theirs = socket.socketpair()
+    with ours:
+        ours.setblocking(False)
+        with theirs:
+            code = f"import os; os.close({theirs.fileno()}); " + SLEEPER
+            lines = Lines()
+            child = await ChildProcess.start(python(code), on_line=lines, pass_fds=[theirs.fileno()], guard=True)
+        try:
+            await lines.until(1)
+            loop = asyncio.get_running_loop()
+            assert await asyncio.wait_for(loop.sock_recv(ours, 1), 10) == b""
+        finally:
+            child.kill()
+            await child.wait()
+
+
 def test_a_child_whose_parent_is_gone_already_does_not_start():
     run = subprocess.run(
         [sys.executable, "-I", "-S", child_module.child_exec.__file__, "1", "echo", "started"],
@@ -189,9 +319,9 @@ async def test_nothing_is_left_open_after_a_child_has_ended():
     def open_files() -> int:
         return len(list(Path("/proc/self/fd").iterdir()))
 
-    await (await ChildProcess.start(["true"])).wait()
+    await (await ChildProcess.start(["true"], guard=True)).wait()
     before = open_files()
-    await (await ChildProcess.start(["true"])).wait()
+    await (await ChildProcess.start(["true"], guard=True)).wait()
     assert open_files() == before and not child_module._running
 
 

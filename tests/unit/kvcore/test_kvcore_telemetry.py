@@ -1,10 +1,12 @@
 import logging
 
 import pytest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.parser import text_string_to_metric_families
 
 from kvcore import metric_names
 from kvcore.metric_names import ENGINE_TOTALS, METADATA_NODES, ROUTER_REQUESTS, ROUTER_TTFT, Metric, MetricKind
-from kvcore.telemetry import Metrics, configure_logging, log_fields
+from kvcore.telemetry import Metrics, configure_logging, exposition, log_fields
 
 
 @pytest.fixture
@@ -78,3 +80,43 @@ def test_every_metric_has_a_name_a_help_and_makes():
     for metric in listed:
         assert metric.help and (metric.kind is not MetricKind.COUNTER or metric.name.endswith("_total"))
         make[metric.kind](metric)
+
+
+def exposed(registry: CollectorRegistry, labels: dict[str, str], max_bytes: int = 1 << 20) -> dict:
+    """(sample name, labels) -> value, as a scraper reads it."""
+    text = exposition(registry, prefix="vllm:", labels=labels, max_bytes=max_bytes).decode()
+    families = text_string_to_metric_families(text)
+    return {(s.name, frozenset(s.labels.items())): s.value for family in families for s in family.samples}
+
+
+def test_somebody_elses_metrics_pass_through_with_a_label_more():
+    registry = CollectorRegistry()
+    odd = 'a\\b"c\nd'
+    Gauge("vllm:num_requests_running", "How many.", ["model_name"], registry=registry).labels(odd).set(3)
+    Counter("vllm:prompt_tokens", "Prompts.", registry=registry).inc(7)
+    Histogram("vllm:ttft_seconds", "First.", ["engine"], buckets=[1.0], registry=registry).labels("0").observe(0.5)
+    Gauge("python_gc", "Not asked for.", registry=registry).set(1)
+    found = exposed(registry, {"node": 'd"0'})
+    node = ("node", 'd"0')
+    assert found["vllm:num_requests_running", frozenset({("model_name", odd), node})] == 3
+    assert found["vllm:prompt_tokens_total", frozenset({node})] == 7
+    assert found["vllm:ttft_seconds_bucket", frozenset({("engine", "0"), ("le", "1.0"), node})] == 1
+    assert not [name for name, _ in found if name.startswith("python")]
+
+
+def test_a_label_that_a_metric_has_already_is_kept_under_another_name():
+    registry = CollectorRegistry()
+    Gauge("vllm:x", "X.", ["node"], registry=registry).labels("theirs").set(1)
+    assert exposed(registry, {"node": "ours"}) == {
+        ("vllm:x", frozenset({("exported_node", "theirs"), ("node", "ours")})): 1
+    }
+
+
+def test_somebody_elses_metrics_are_bounded_and_never_cut_within_a_family():
+    registry = CollectorRegistry()
+    for name, count in (("vllm:a", 1), ("vllm:b", 200), ("vllm:c", 1)):
+        gauge = Gauge(name, "G.", ["i"], registry=registry)
+        for i in range(count):
+            gauge.labels(str(i)).set(i)
+    found = exposed(registry, {"node": "d0"}, max_bytes=1000)
+    assert {name for name, _ in found} == {"vllm:a", "vllm:c"}
