@@ -3,8 +3,8 @@
 import asyncio
 import re
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,9 +25,14 @@ class Child:
         )
 
 
-@asynccontextmanager
-async def child(command: list[str], wanted: str) -> AsyncIterator[Child]:
+def child(command: list[str], wanted: str) -> AbstractAsyncContextManager[Child]:
     """`python *command`, once it has written a line that matches `wanted`. RuntimeError with its output if it ends."""
+    return program([sys.executable, *command], wanted)
+
+
+@asynccontextmanager
+async def program(command: Sequence[str], wanted: str, pass_fds: Sequence[int] = ()) -> AsyncIterator[Child]:
+    """As `child`, for any command; the child inherits `pass_fds`."""
     found: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     lines: list[str] = []
 
@@ -40,7 +45,7 @@ async def child(command: list[str], wanted: str) -> AsyncIterator[Child]:
         if not found.done():
             found.set_exception(RuntimeError("\n".join([f"{' '.join(command)} ended:", *lines])))
 
-    process = await ChildProcess.start([sys.executable, *command], on_line=on_line)
+    process = await ChildProcess.start(command, on_line=on_line, pass_fds=pass_fds)
     ended = asyncio.ensure_future(process.wait())
     ended.add_done_callback(on_end)
     try:
