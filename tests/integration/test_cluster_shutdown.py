@@ -124,7 +124,7 @@ async def serving(tmp_path: Path, *overrides: str) -> AsyncIterator[Up]:
     async with kvferry_up(config_file, overrides) as subject:
         await subject.until_said("ready: http", READY_S)
         subject.know_family()
-        assert len(subject.family) == 6, "metadata server, router, two nodes, two engines"
+        assert len(subject.family) == 8, "metadata server, router, two nodes, two engines, their guards"
         yield subject
 
 
