@@ -34,10 +34,11 @@ _LOOPBACK = "127.0.0.1"
 class LLM:
     """vllm.LLM with a store under it: a prompt whose beginning was computed before starts where that ends.
 
-    `store` is a size, of a store that lives and dies with this object, or the file of a running cluster, whose KV is
-    then reused here and whose nodes reuse what is computed here, as long as this object lives (`segment` is the room
-    for that, on this machine). `chunk_tokens` must be a multiple of vLLM's block size: by default the smallest from 128
-    on, or the cluster's. Everything else is vllm.LLM's. What was reused is in the outputs' `num_cached_tokens`.
+    `store` is a size, of a store that lives and dies with this object, or the file of a running cluster: then KV of the
+    cluster is reused here, and what is computed here there. It goes into a segment on this machine, of size `segment`,
+    that is the cluster's while this object lives; with `segment=None` it goes into the cluster's own nodes and stays.
+    `chunk_tokens` must be a multiple of vLLM's block size: by default the smallest from 128 on, or the cluster's.
+    Everything else is vllm.LLM's. What was reused is in the outputs' `num_cached_tokens`.
 
     Use it as a context manager, or call `close`. Raises ConfigError, ModelLoadError, EngineError. Not for several
     threads at once. If the store dies, answers are computed without it.
@@ -48,7 +49,7 @@ class LLM:
         model: str | Path,
         *,
         store: str | int | Path | ClusterConfig = "1GiB",
-        segment: str | int = "256MiB",
+        segment: str | int | None = "256MiB",
         chunk_tokens: int | None = None,
         save_output: bool = True,
         **vllm_arguments: Any,
@@ -118,14 +119,14 @@ def check_vllm() -> None:
         )
 
 
-def _read_segment(segment: str | int) -> ByteSize:
+def _read_segment(segment: str | int | None) -> ByteSize | None:
     try:
-        return parse_byte_size(segment)
+        return parse_byte_size(segment) if segment is not None else None
     except ValueError as error:
         raise ConfigError(f"segment: {segment!r}: {error}") from error
 
 
-def _join(config: ClusterConfig, segment: ByteSize) -> StoreCluster:
+def _join(config: ClusterConfig, segment: ByteSize | None) -> StoreCluster:
     host = own_address(config.metadata_server)
     (port,) = free_ports(host, 1)
     # Process ids alone meet: every container has a process 1, and two nodes of one name would each end the other's KV.

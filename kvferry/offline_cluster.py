@@ -36,6 +36,7 @@ _PRIVATE_NODE = "store"
 _PRIVATE_TTL_S = 15.0
 """A private node's lease: vLLM may take every core of this machine for seconds, and nobody else is to be told."""
 _SHORTEST_CHUNK = 128
+_NO_ROOM = ByteSize(ALIGNMENT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +100,9 @@ PRIVATE_PORTS = 4
 """How many `private_cluster` takes."""
 
 
-def joined_cluster(config: ClusterConfig, name: str, host: str, port: int, segment: ByteSize) -> StoreCluster:
-    """`config` with one more store node, called `name`, at `host:port`."""
-    node = NodeConfig(role=Role.STORE, host=host, port=port, segment=segment)
+def joined_cluster(config: ClusterConfig, name: str, host: str, port: int, segment: ByteSize | None) -> StoreCluster:
+    """`config` with one more store node, called `name`, at `host:port`. Segment None: one too small for any chunk."""
+    node = NodeConfig(role=Role.STORE, host=host, port=port, segment=segment or _NO_ROOM)
     service = msgspec.structs.replace(config.service, drain_s=0.5)  # a node that answers no requests has none to end
     merged = msgspec.structs.replace(config, nodes={**config.nodes, name: node}, service=service)
     return StoreCluster(merged, name, frozenset({name}))
@@ -170,7 +171,9 @@ def choose_chunk_tokens(asked: int | None, block_size: int, joined: ClusterConfi
 
 
 def check_room(cluster: StoreCluster, kv_bytes_per_token: int) -> None:
-    """Raises ConfigError for a segment without room for one chunk."""
+    """Raises ConfigError for a segment without room for one chunk, unless it is to have none."""
+    if cluster.joined and cluster.segment_bytes == _NO_ROOM:
+        return
     tokens = cluster.config.kv.chunk_tokens
     chunk = -(-(HEADER_BYTES + tokens * kv_bytes_per_token) // ALIGNMENT) * ALIGNMENT
     if cluster.segment_bytes < chunk:

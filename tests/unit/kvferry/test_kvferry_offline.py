@@ -185,9 +185,10 @@ def test_a_store_without_room_for_one_chunk_is_refused():
     check_room(private(segment=132 << 10), 1024)
     with pytest.raises(ConfigError, match=r"store: 128.0 KiB has no room for one chunk: 128 tokens .* 132.0 KiB"):
         check_room(private(segment=128 << 10), 1024)
-    joined = joined_cluster(CLUSTER, "llm-1", "127.0.0.1", 9002, ByteSize(4096))
-    with pytest.raises(ConfigError, match=r"segment: 4.0 KiB has no room"):
+    joined = joined_cluster(CLUSTER, "llm-1", "127.0.0.1", 9002, ByteSize(8192))
+    with pytest.raises(ConfigError, match=r"segment: 8.0 KiB has no room"):
         check_room(joined, 1024)
+    check_room(joined_cluster(CLUSTER, "llm-1", "127.0.0.1", 9002, None), 1024)
 
 
 # --- cluster files -----------------------------------------------------------------------------------------------
@@ -280,7 +281,7 @@ async def test_it_joins_a_cluster_for_as_long_as_it_lives():
     try:
         await asyncio.to_thread(running.start)
         (port,) = free_ports(1)
-        joined = OfflineStore(joined_cluster(cluster.config, "llm-1", "127.0.0.1", port, ByteSize(MIB)))
+        joined = OfflineStore(joined_cluster(cluster.config, "llm-1", "127.0.0.1", port, None))
         await asyncio.to_thread(joined.start)
         assert await nodes_at(url_of(cluster.config)) == {cluster.node_name, "llm-1"}
         await asyncio.to_thread(joined.close)
