@@ -1,4 +1,4 @@
-"""Between blocks and the store: what to load and save (pure functions), and `store_jobs` over this engine's blocks.
+"""Between blocks and the store: what to load and save (pure functions), and the jobs over this engine's blocks.
 
 Blocks being read into belong to a busy sequence; blocks being written out are held by one reference a chunk.
 """
@@ -9,11 +9,12 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from engines import store_jobs
+from engines import load_job, save_job
 from engines.base import Handoff
+from engines.load_job import JobContext
 from engines.paged.blocks import BlockManager
 from engines.paged.sequence import TokenSequence
-from engines.store_jobs import JobContext, Offer
+from engines.save_job import Offer
 from kvcore.clock import Clock
 from kvcore.types import ChunkKey
 from kvstore.store import KVStore
@@ -59,7 +60,7 @@ class StorePort:
         yield self.views(blocks)
 
 
-class LoadJob(store_jobs.LoadJob):
+class LoadJob(load_job.LoadJob):
     """Reads chunks of one busy sequence into its blocks."""
 
     def __init__(self, port: StorePort, sequence: TokenSequence, handoff: Handoff | None) -> None:
@@ -82,7 +83,7 @@ class LoadJob(store_jobs.LoadJob):
         )
 
 
-class SaveJob(store_jobs.SaveJob):
+class SaveJob(save_job.SaveJob):
     """Writes the chunks of one leg."""
 
     def __init__(self, port: StorePort, prefer_segment: str | None, reserve: Sequence[ChunkKey]) -> None:

@@ -16,9 +16,9 @@ from engines.base import (
     Timings,
     TokenDelta,
 )
+from engines.load_job import as_moved
 from engines.paged.connector import LoadJob, SaveJob
 from engines.paged.sequence import Status, TokenSequence
-from engines.store_jobs import as_moved
 from kvcore.errors import KVFerryError
 
 MAX_UNREAD = 256
