@@ -9,9 +9,9 @@ from router.records import RequestLog, RequestRecord
 
 
 class RouterMetrics:
-    """Made once a process. `connected`: whether the event stream of the metadata server is up."""
+    """Made once a process. `connected`: whether the event stream of the metadata server is up; None: there is none."""
 
-    def __init__(self, cluster: Cluster, log: RequestLog, connected: Callable[[], bool]) -> None:
+    def __init__(self, cluster: Cluster, log: RequestLog, connected: Callable[[], bool] | None) -> None:
         self.metrics = metrics = Metrics()
         self._cluster = cluster
         self._requests = metrics.counter(names.ROUTER_REQUESTS)
@@ -26,7 +26,8 @@ class RouterMetrics:
         self._cancelled = metrics.counter(names.ROUTER_CANCELLED)
         metrics.sampled(names.ROUTER_ACTIVE, lambda: [((), log.in_flight)])
         metrics.sampled(names.ROUTER_INDEX_KEYS, lambda: [((), len(cluster.index))])
-        metrics.sampled(names.ROUTER_INDEX_CONNECTED, lambda: [((), float(connected()))])
+        if connected is not None:
+            metrics.sampled(names.ROUTER_INDEX_CONNECTED, lambda: [((), float(connected()))])
         metrics.sampled(names.ROUTER_NODES, self._nodes)
         log.observers.append(self._ended)
 

@@ -2,10 +2,11 @@
 
 import asyncio
 import logging
+import os
 
 from kvcore.asgi import AsgiServer
 from kvcore.clock import SystemClock
-from kvcore.config import ClusterConfig
+from kvcore.config import ClusterConfig, HandoffKind
 from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
 from kvcore.ports import base_url
 from kvcore.service import Lifecycle
@@ -19,10 +20,13 @@ from router.cluster import Cluster
 from router.dispatch import Dispatcher
 from router.metrics import RouterMetrics
 from router.node_client import HttpNodeClient
+from router.nodes import NodeClient
 from router.policy import make_policy
 from router.records import RequestLog
 from router.status import StatusView
 from router.text import make_tokenizer, run_in_thread
+from router.vllm_client import VllmClient
+from router.vllm_model import read_model_facts
 
 STATS_INTERVAL_S = 1.0
 LEGS_PER_REQUEST = 3
@@ -37,40 +41,64 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
     """
     tokenizer = await asyncio.to_thread(make_tokenizer, config)
     clock, bounds = SystemClock(), config.router
-    client = HttpNodeClient(
-        connect_timeout_s=bounds.connect_timeout_s,
-        max_connections=LEGS_PER_REQUEST * bounds.max_requests + len(config.nodes),
-    )
+    client = await _make_client(config)
     lifecycle.stack.push_async_callback(client.aclose)
     cluster = Cluster(config, client, clock)
     log = RequestLog()
     dispatcher = Dispatcher(
-        config=bounds, cluster=cluster, policy=make_policy(bounds.policy), client=client, clock=clock, log=log
+        config=bounds,
+        cluster=cluster,
+        policy=make_policy(bounds.policy),
+        client=client,
+        clock=clock,
+        log=log,
+        handoff=config.handoff,
     )
     lifecycle.stack.push_async_callback(dispatcher.aclose)
-    metadata_url = base_url(config.metadata_server.host, config.metadata_server.port)
-    source = HttpEventSource(metadata_url)
-    lifecycle.stack.push_async_callback(source.aclose)
-    subscription = IndexSubscription(source, cluster, clock)
-    transport = HttpMetadataTransport(metadata_url)
-    lifecycle.stack.push_async_callback(transport.aclose)
-    metadata = MetadataClient(transport, clock, config.metadata_server.timeout_s)
-    status = StatusView(config, cluster, log, clock, lambda: subscription.connected)
-    metrics = RouterMetrics(cluster, log, lambda: subscription.connected)
+    subscription = _make_subscription(config, cluster, lifecycle)
+    connected = None if subscription is None else lambda: subscription.connected
+    status = StatusView(config, cluster, log, clock, connected)
+    metrics = RouterMetrics(cluster, log, connected)
     answerer = Answerer(
         model=config.model.name, tokenizer=tokenizer, dispatcher=dispatcher, cluster=cluster, run=run_in_thread
     )
     app = make_app(answerer, log, status, metrics, max_body_bytes=bounds.max_body)
     server = AsgiServer(app, bounds.host, bounds.port)
-    lifecycle.tasks.create_task(subscription.run(), name="index subscription")
     lifecycle.tasks.create_task(cluster.run(), name="node probes")
-    lifecycle.tasks.create_task(_follow_stats(metadata, status), name="segment use")
+    if subscription is not None:
+        lifecycle.tasks.create_task(subscription.run(), name="index subscription")
+        lifecycle.tasks.create_task(_follow_stats(_make_metadata(config, lifecycle), status), name="segment use")
     await server.start()
     lifecycle.stack.push_async_callback(server.aclose)
     lifecycle.tasks.create_task(server.wait_failed(), name="http server")
-    lifecycle.ready(url=server.url, policy=bounds.policy, nodes=len(config.nodes))
+    lifecycle.ready(url=server.url, policy=bounds.policy, nodes=len(config.nodes), handoff=config.handoff)
     await lifecycle.stopping.wait()
     await server.drain(config.service.drain_s)
+
+
+async def _make_client(config: ClusterConfig) -> NodeClient:
+    max_connections = LEGS_PER_REQUEST * config.router.max_requests + len(config.nodes)
+    if config.handoff is HandoffKind.KVFERRY:
+        return HttpNodeClient(connect_timeout_s=config.router.connect_timeout_s, max_connections=max_connections)
+    facts = await asyncio.to_thread(read_model_facts, config)
+    api_key = os.environ.get("VLLM_API_KEY")  # as the servers themselves read it
+    return VllmClient(config, facts, max_connections=max_connections, api_key=api_key)
+
+
+def _make_subscription(config: ClusterConfig, cluster: Cluster, lifecycle: Lifecycle) -> IndexSubscription | None:
+    """None where no metadata server is: servers that are not ours keep no store."""
+    if config.handoff is not HandoffKind.KVFERRY:
+        return None
+    source = HttpEventSource(base_url(config.metadata_server.host, config.metadata_server.port))
+    lifecycle.stack.push_async_callback(source.aclose)
+    return IndexSubscription(source, cluster, SystemClock())
+
+
+def _make_metadata(config: ClusterConfig, lifecycle: Lifecycle) -> MetadataClient:
+    server = config.metadata_server
+    transport = HttpMetadataTransport(base_url(server.host, server.port))
+    lifecycle.stack.push_async_callback(transport.aclose)
+    return MetadataClient(transport, SystemClock(), server.timeout_s)
 
 
 async def _follow_stats(metadata: MetadataClient, status: StatusView) -> None:

@@ -56,7 +56,9 @@ class ClusterStatus(msgspec.Struct, kw_only=True):
     nodes: list[NodeStatus]
     requests: RequestTotals
     hit_rate: float
-    metadata_connected: bool
+    handoff: str
+    metadata_connected: bool | None
+    """None: a cluster of servers that are not ours has no metadata server."""
     index_blocks: int
 
 
@@ -64,7 +66,12 @@ class StatusView:
     """Puts the status together when asked."""
 
     def __init__(
-        self, config: ClusterConfig, cluster: Cluster, log: RequestLog, clock: Clock, connected: Callable[[], bool]
+        self,
+        config: ClusterConfig,
+        cluster: Cluster,
+        log: RequestLog,
+        clock: Clock,
+        connected: Callable[[], bool] | None,
     ) -> None:
         self._config = config
         self._cluster = cluster
@@ -97,7 +104,8 @@ class StatusView:
                 retried=log.retried,
             ),
             hit_rate=log.hit_rate,
-            metadata_connected=self._connected(),
+            handoff=self._config.handoff.value,
+            metadata_connected=self._connected() if self._connected else None,
             index_blocks=len(self._cluster.index),
         )
 
