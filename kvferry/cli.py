@@ -87,13 +87,14 @@ def _status(arguments: argparse.Namespace) -> int:
     from kvferry.status import addresses, run_status
 
     router_url = base_url(RouterConfig().host, RouterConfig().port)
-    metadata_url = base_url(MetadataServerConfig().host, MetadataServerConfig().port)
+    metadata_url: str | None = base_url(MetadataServerConfig().host, MetadataServerConfig().port)
     config_file = arguments.config or (DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None)
     if config_file is not None:
         router_url, metadata_url = addresses(load_config(config_file))
     router_url, metadata_url = arguments.router or router_url, arguments.metadata or metadata_url
     console = Console(width=None if sys.stdout.isatty() else 160)  # a pipe has no width: tables stay on one line
-    work = run_status(router_url.rstrip("/"), metadata_url.rstrip("/"), as_json=arguments.json, console=console)
+    metadata_url = metadata_url.rstrip("/") if metadata_url else None
+    work = run_status(router_url.rstrip("/"), metadata_url, as_json=arguments.json, console=console)
     return asyncio.run(work)
 
 
@@ -102,7 +103,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from rich.text import Text
 
     from kvcore.config_file import load_config
-    from kvferry.doctor import ALL_CHECKS, Context, Finding, run_checks
+    from kvferry.doctor import ALL_CHECKS, run_checks
+    from kvferry.findings import Context, Finding
 
     findings = [Finding("config", True, str(arguments.config))]
     try:

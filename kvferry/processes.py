@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from kvcore.config import ClusterConfig
+from kvcore.config import ClusterConfig, HandoffKind
 from kvcore.ports import base_url
 from kvcore.types import Role
 
@@ -41,7 +41,7 @@ class ProcessPlan:
 
 
 def plan_processes(config: ClusterConfig, config_file: Path, overrides: Sequence[str] = ()) -> list[ProcessPlan]:
-    """Metadata server, nodes in the file's order, router."""
+    """Metadata server, nodes in the file's order, router. In front of servers that run already: the router alone."""
     options = ["--config", str(config_file.resolve()), *(word for item in overrides for word in ("--set", item))]
 
     def plan(name: str, part: Part, module: str, host: str, port: int, *more: str) -> ProcessPlan:
@@ -50,11 +50,14 @@ def plan_processes(config: ClusterConfig, config_file: Path, overrides: Sequence
         return ProcessPlan(name, part, command, base_url(host, port))
 
     server, router = config.metadata_server, config.router
+    router_plan = plan("router", Part.ROUTER, "router", router.host, router.port)
+    if config.handoff is not HandoffKind.KVFERRY:
+        return [router_plan]
     return [
         plan("metadata-server", Part.METADATA_SERVER, "metadata_server", server.host, server.port),
         *(
             plan(name, Part.NODE, _MODULES[node.role], node.host, node.port, "--node", name)
             for name, node in config.nodes.items()
         ),
-        plan("router", Part.ROUTER, "router", router.host, router.port),
+        router_plan,
     ]

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kvcore.config import ClusterConfig
+from kvcore.config import ClusterConfig, HandoffKind
 from kvcore.ports import base_url, why_unreachable
 from kvferry.machine import size_text
 from metadata_server.messages import Stats
@@ -64,6 +64,7 @@ class ClusterAnswer(msgspec.Struct, frozen=True, kw_only=True):
     nodes: list[NodeLine] = []
     requests: RequestCounts = RequestCounts()
     hit_rate: float | None = None
+    handoff: str = HandoffKind.KVFERRY
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,23 +81,30 @@ class Answer(Generic[T]):
         return {"url": self.url, "problem": self.problem, "answer": self.raw}
 
 
-def addresses(config: ClusterConfig) -> tuple[str, str]:
-    """URLs of router and metadata server."""
+def addresses(config: ClusterConfig) -> tuple[str, str | None]:
+    """URLs of router and metadata server; None: servers that are not ours have no metadata server."""
     router, server = config.router, config.metadata_server
-    return base_url(router.host, router.port), base_url(server.host, server.port)
+    has_store = config.handoff is HandoffKind.KVFERRY
+    return base_url(router.host, router.port), base_url(server.host, server.port) if has_store else None
 
 
-async def run_status(router_url: str, metadata_url: str, *, as_json: bool, console: Console) -> int:
-    """Ask, print; 0 if both answered, 1 otherwise."""
+async def run_status(router_url: str, metadata_url: str | None, *, as_json: bool, console: Console) -> int:
+    """Ask, print; 0 if all that there should be answered, 1 otherwise."""
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_TIMEOUT_S)) as session:
         cluster, stats = await asyncio.gather(
-            _ask(session, f"{router_url}/v1/cluster", ClusterAnswer), _ask(session, f"{metadata_url}/v1/stats", Stats)
+            _ask(session, f"{router_url}/v1/cluster", ClusterAnswer), _ask_metadata(session, metadata_url)
         )
+    if cluster.value is not None and cluster.value.handoff != HandoffKind.KVFERRY:
+        stats = None
     if as_json:
-        print(json.dumps({"router": cluster.plain(), "metadata_server": stats.plain()}))
+        print(json.dumps({"router": cluster.plain(), "metadata_server": stats.plain() if stats else None}))
     else:
         _show(console, cluster, stats)
-    return 0 if cluster.problem is None and stats.problem is None else 1
+    return 0 if cluster.problem is None and (stats is None or stats.problem is None) else 1
+
+
+async def _ask_metadata(session: aiohttp.ClientSession, url: str | None) -> Answer[Stats] | None:
+    return None if url is None else await _ask(session, f"{url}/v1/stats", Stats)
 
 
 async def _ask(session: aiohttp.ClientSession, url: str, kind: type[T]) -> Answer[T]:
@@ -114,15 +122,18 @@ async def _ask(session: aiohttp.ClientSession, url: str, kind: type[T]) -> Answe
         return Answer(url, problem=f"an answer that this version does not understand: {error}")
 
 
-def _show(console: Console, cluster: Answer[ClusterAnswer], stats: Answer[Stats]) -> None:
-    for name, answer in (("router", cluster), ("metadata server", stats)):
+def _show(console: Console, cluster: Answer[ClusterAnswer], stats: Answer[Stats] | None) -> None:
+    asked: list[tuple[str, Answer[ClusterAnswer] | Answer[Stats]]] = [("router", cluster)]
+    if stats is not None:
+        asked.append(("metadata server", stats))
+    for name, answer in asked:
         if answer.problem is not None:
             console.print(
                 f"{name} is not there: {answer.problem} ({answer.url})", style="red", markup=False, soft_wrap=True
             )
     if cluster.value is not None:
         _show_nodes(console, cluster.value)
-    if stats.value is not None:
+    if stats is not None and stats.value is not None:
         _show_segments(console, stats.value)
 
 
@@ -138,6 +149,8 @@ def _show_nodes(console: Console, cluster: ClusterAnswer) -> None:
         f"requests: {counts.total} ({counts.ok} ok, {counts.failed} failed, {counts.cancelled} cancelled, "
         f"{counts.retried} retried), {counts.in_flight} in flight{hit_rate}"
     )
+    if cluster.handoff != HandoffKind.KVFERRY:
+        console.print(f"handoff: {cluster.handoff}, by vLLM servers that run by themselves; there is no store")
 
 
 def _show_segments(console: Console, stats: Stats) -> None:

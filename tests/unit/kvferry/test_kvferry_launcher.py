@@ -15,6 +15,7 @@ from kvcore.config import (
     ServiceConfig,
     SimEngineConfig,
 )
+from kvcore.config_file import load_config
 from kvcore.errors import ConfigError
 from kvcore.ports import base_url
 from kvcore.types import Role
@@ -253,3 +254,12 @@ def test_plans_name_every_process_with_its_command(tmp_path):
 )
 def test_an_address_that_stands_for_all_is_reached_by_loopback(host, url):
     assert base_url(host, 1) == url
+
+
+def test_in_front_of_servers_that_run_already_only_the_router_is_started(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "{cluster: c, handoff: nixl, model: {path: m, name: m}, nodes: {d: {role: decoder, url: 'http://h:1'}}}"
+    )
+    (plan,) = plan_processes(load_config(file), file)
+    assert plan.part is Part.ROUTER and plan.health_url == "http://127.0.0.1:8000/health"

@@ -69,7 +69,7 @@ async def serve():
         await server.close()
 
 
-async def show(router: str, metadata: str, *, as_json: bool = False) -> tuple[int, str]:
+async def show(router: str, metadata: str | None, *, as_json: bool = False) -> tuple[int, str]:
     out = io.StringIO()
     code = await run_status(router, metadata, as_json=as_json, console=Console(file=out, width=160))
     return code, out.getvalue()
@@ -109,3 +109,10 @@ async def test_json_holds_both_answers_whole(serve, capsys):
     said = json.loads(capsys.readouterr().out)
     assert code == 1 and said["router"]["answer"] == CLUSTER
     assert said["metadata_server"]["answer"] is None and "Connection refused" in said["metadata_server"]["problem"]
+
+
+async def test_a_cluster_of_others_servers_misses_no_metadata_server(serve):
+    router = await serve("/v1/cluster", json.dumps(CLUSTER | {"handoff": "nixl"}).encode())
+    for metadata in (None, "http://127.0.0.1:9"):
+        code, out = await show(router, metadata)
+        assert code == 0 and "2 running" in out and "handoff: nixl" in out and "metadata" not in out
