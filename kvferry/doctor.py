@@ -9,55 +9,23 @@ import mmap
 import os
 import resource
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
-from kvcore.config import ClusterConfig, EngineConfig, TorchEngineConfig, TransportConfig
-from kvcore.config_checks import engine_of, ports_of
+from kvcore.config import ClusterConfig, EngineConfig, ModelConfig, SimEngineConfig, TransportConfig, VllmEngineConfig
+from kvcore.config_checks import ports_of
 from kvcore.errors import ConfigError, ModelLoadError
 from kvcore.ports import listen
+from kvferry.doctor_vllm import check_cores, check_vllm, host_bytes, weight_bytes
+from kvferry.findings import Check, Context, Finding
 from kvferry.machine import is_local, size_text
+from kvferry.vllm_here import installed_vllm
 from transfer.available import available_memory
 
 _BASE_PACKAGES = ("msgspec", "uvicorn", "fastapi", "aiohttp", "tokenizers", "xxhash", "numpy")
 _TORCH_PACKAGES = ("torch", "transformers", "safetensors")
 _ENGINE_BYTES = 400 << 20  # measured: interpreter, torch and transformers, without weights
 _NODE_BYTES = 60 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the report. `remedy` is set iff `ok` is False."""
-
-    subject: str
-    ok: bool
-    detail: str
-    remedy: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Context:
-    """What the checks look at. `all_here`: every process is to run on this machine (`kvferry up`)."""
-
-    config: ClusterConfig
-    all_here: bool = False
-
-    def local_engines(self) -> Iterator[EngineConfig]:
-        """Engines of the nodes that belong on this machine."""
-        for node in self.config.nodes.values():
-            engine = engine_of(self.config, node)
-            if engine is not None and (self.all_here or is_local(node.host)):
-                yield engine
-
-    @property
-    def uses_torch(self) -> bool:
-        """Whether any node of the cluster runs the torch engine."""
-        nodes = self.config.nodes.values()
-        return any(isinstance(engine_of(self.config, node), TorchEngineConfig) for node in nodes)
-
-
-Check = Callable[[Context], Sequence[Finding]]
 
 
 def check_python(_: Context) -> list[Finding]:
@@ -70,7 +38,7 @@ def check_python(_: Context) -> list[Finding]:
 
 def check_packages(context: Context) -> list[Finding]:
     """What must be installed, with versions."""
-    names = _BASE_PACKAGES + (_TORCH_PACKAGES if context.uses_torch else ())
+    names = _BASE_PACKAGES + (_TORCH_PACKAGES if context.uses_torch else ())  # vLLM: see doctor_vllm
     found: dict[str, str] = {}
     missing: list[str] = []
     for name in names:
@@ -108,20 +76,34 @@ def check_ports(context: Context) -> list[Finding]:
 
 def check_model(context: Context) -> list[Finding]:
     """The model folder is complete and of an architecture that the engine knows. Reads headers, not weights."""
-    if not context.uses_torch:
+    if isinstance(context.config.engine, SimEngineConfig):
         return [Finding("model", True, "the simulated engine needs none")]
-    from engines.model_files import check_model_files
-
     path = context.config.model.path
     if not Path(path).is_absolute():
         return [Finding("model", True, f"{path} is no folder here: it is looked up on the Hugging Face hub at start")]
     try:
-        files = check_model_files(path)
+        shown, folder = _torch_model(path) if context.uses_torch else _any_model(path)
     except ModelLoadError as error:
         demo = "kvferry prepare-demo-model makes the demo model; " if "/.cache/kvferry/" in path else ""
         return [Finding("model", False, error.message, f"{demo}model.path is where it is looked for")]
-    shown = f"{files.architecture}, {files.num_parameters / 1e6:.0f} M parameters, in {files.folder}"
-    return [Finding("model", True, shown), _check_tokenizer(files.folder)]
+    return [Finding("model", True, f"{shown}, in {folder}"), _check_tokenizer(folder)]
+
+
+def _torch_model(path: str) -> tuple[str, Path]:
+    from engines.model_files import check_model_files
+
+    files = check_model_files(path)
+    return f"{files.architecture}, {files.num_parameters / 1e6:.0f} M parameters", files.folder
+
+
+def _any_model(path: str) -> tuple[str, Path]:
+    """vLLM knows many architectures and formats of weights, and judges them when it starts."""
+    from engines.model_files import find_folder, read_json
+
+    folder = find_folder(path)
+    config = read_json(folder / "config.json", "it describes the architecture")
+    read_json(folder / "tokenizer.json", "the router tokenizes with it")
+    return ", ".join(map(str, config.get("architectures") or ["of an unnamed architecture"])), folder
 
 
 def _check_tokenizer(folder: Path) -> Finding:
@@ -139,26 +121,28 @@ def _check_tokenizer(folder: Path) -> Finding:
 def check_memory(context: Context) -> list[Finding]:
     """The segments (memfd: plain memory, /dev/shm's size does not matter) and engines of this machine fit."""
     config = context.config
-    here = [node for node in config.nodes.values() if context.all_here or is_local(node.host)]
+    ours = [node for node in config.nodes.values() if node.url is None]
+    here = [node for node in ours if context.all_here or is_local(node.host)]
     segments = sum(node.segment for node in here)
-    engines = sum(_engine_bytes(engine, config.model.path) for engine in context.local_engines())
+    engines = sum(_engine_bytes(engine, config.model) for _, engine in context.local_engines())
     needed = segments + engines + _NODE_BYTES * (len(here) + 2)
     left = available_memory()
     parts = f"{size_text(needed)} needed ({size_text(segments)} of it segments)"
     shown = f"{parts}, {size_text(left.size_bytes)} available ({left.source})"
     if needed <= left.size_bytes:
         return [Finding("memory", True, shown)]
-    remedy = "lower nodes.*.segment or engine.kv_cache, or start fewer nodes here"
+    kv = "engine.args.kv-cache-memory-bytes" if context.local_vllm else "engine.kv_cache"
+    remedy = f"lower nodes.*.segment or {kv}, or start fewer nodes here"
     return [Finding("memory", False, shown, remedy)]
 
 
-def _engine_bytes(engine: EngineConfig, model_path: str) -> int:
-    if not isinstance(engine, TorchEngineConfig):
+def _engine_bytes(engine: EngineConfig, model: ModelConfig) -> int:
+    if isinstance(engine, SimEngineConfig):
         return engine.num_blocks * engine.block_size * engine.bytes_per_token
-    files = Path(model_path).glob("*.safetensors")
-    weights = sum(file.stat().st_size for file in files if file.is_file())
+    if isinstance(engine, VllmEngineConfig):
+        return host_bytes(engine, model, installed_vllm())
     on_cpu = engine.device == "cpu"
-    return _ENGINE_BYTES + ((weights + engine.kv_cache) if on_cpu else 0)
+    return _ENGINE_BYTES + ((weight_bytes(model) + engine.kv_cache) if on_cpu else 0)
 
 
 def check_transports(context: Context) -> list[Finding]:
@@ -232,8 +216,8 @@ def _check_memlock() -> Finding:
     return Finding("memlock", False, f"at most {size_text(soft)} may be pinned", remedy)
 
 
-PREFLIGHT: tuple[Check, ...] = (check_transports, check_ports, check_model, check_memory)
-ALL_CHECKS: tuple[Check, ...] = (check_python, check_packages, *PREFLIGHT)
+PREFLIGHT: tuple[Check, ...] = (check_transports, check_ports, check_model, check_vllm, check_memory)
+ALL_CHECKS: tuple[Check, ...] = (check_python, check_packages, *PREFLIGHT, check_cores)
 
 
 def run_checks(context: Context, checks: Sequence[Check]) -> list[Finding]:

@@ -22,7 +22,8 @@ from kvcore.errors import ConfigError
 from kvcore.ports import listen
 from kvcore.types import Role
 from kvferry import cli, doctor
-from kvferry.doctor import Context, check_memory, check_model, check_ports, check_transports, preflight
+from kvferry.doctor import check_memory, check_model, check_ports, check_transports, preflight
+from kvferry.findings import Context
 from kvferry.machine import is_local, size_text
 from transfer.available import AvailableMemory
 
