@@ -146,16 +146,30 @@ def test_a_request_without_blocks_is_not_kept_for_saves_that_will_be_cancelled()
 
 
 def test_a_request_preempted_between_two_steps_may_load_before_the_step_that_says_so():
-    tokens = list(range(20))
+    rig = early_preempted_rig()
+    orders = rig.half.build([], ["r"])
+    assert orders.preempted == ("r",) and [load.request_id for load in orders.loads] == ["r"]
+    assert rig.half.finished("r")[0] is False  # loading: vLLM waits for the report of the load alone
+
+
+def test_a_failure_of_such_a_load_is_one_like_any_other():
+    rig = early_preempted_rig()
+    rig.half.build([], ["r"])
+    assert rig.half.matched("r", 0) == (0, False)
+    (save,) = rig.run(0, 20, admit=True).saves
+    assert save.first_chunk == 0
+
+
+def early_preempted_rig():
+    """Saved two chunks, was preempted between two steps, and loads them."""
     rig = Rig()
-    rig.arrive(20)
+    tokens = rig.arrive(20)
+    assert rig.half.matched("r", 0) == (0, False)
     rig.run(0, 20, admit=True)
     rig.lookup.stored |= set(keys_of(tokens))
     assert rig.half.matched("r", 0) == (16, True)
     rig.half.allocated("r", BLOCKS[:4], 16)
-    orders = rig.half.build([], ["r"])
-    assert orders.preempted == ("r",) and [load.request_id for load in orders.loads] == ["r"]
-    assert rig.half.finished("r")[0] is False  # loading: vLLM waits for the report of the load alone
+    return rig
 
 
 def test_a_request_preempted_between_two_steps_may_run_in_the_step_that_says_so():
@@ -248,6 +262,31 @@ def test_after_the_tail_the_chunk_that_grows_out_of_it_is_saved_too():
         tokens.append(5)
     (save,) = rig.run(20, 4).saves
     assert [place.key for place in save.chunks] == keys_of(tokens)[2:]
+
+
+def test_after_a_preemption_the_tail_is_saved_again_before_the_output_behind_it():
+    rig = Rig()
+    tokens = rig.arrive(20, params=LegParams(leg="leg", tail=True))
+    rig.run(0, 20, admit=True)
+    tokens += [5] * 13
+    rig.half.build([], ["r"])
+    rig.half.matched("r", 0)
+    (save,) = rig.run(0, 33, admit=True).saves
+    assert [place.num_tokens for place in save.chunks] == [8, 8, 4]
+    (save,) = rig.run(33, 1).saves
+    assert (save.first_chunk, [place.key for place in save.chunks]) == (2, keys_of(tokens)[2:])
+
+
+def test_a_tail_inside_a_chunk_that_the_store_has_holds_up_no_save():
+    rig = Rig()
+    tokens = rig.arrive(20, params=LegParams(leg="leg", tail=True))
+    rig.run(0, 20, admit=True)
+    tokens += [5] * 13
+    rig.half.build([], ["r"])
+    rig.lookup.stored |= set(keys_of(tokens)[:3])
+    rig.load()
+    (save,) = rig.run(24, 9, admit=True).saves
+    assert [place.key for place in save.chunks] == keys_of(tokens)[3:]
 
 
 def test_without_save_output_no_chunk_with_a_generated_token_is_saved():
