@@ -16,7 +16,7 @@ Seconds = Annotated[float, msgspec.Meta(gt=0)]
 Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Text = Annotated[str, msgspec.Meta(min_length=1)]
-TransportKind = Literal["auto", "shm", "tcp", "ucx"]
+TransportKind = Literal["auto", "shm", "tcp", "ucx", "nixl"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 

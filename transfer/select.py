@@ -20,6 +20,8 @@ from transfer.tcp_host import TcpSegmentHost
 
 _LOG = logging.getLogger("transfer")
 _WILDCARDS = ("", "0.0.0.0", "::")
+_LIBRARIES = ("ucx", "nixl")
+"""Kinds that need devices and a library, and are nobody's fallback."""
 _REMEMBERED = 1024
 """Choices kept; the oldest go first."""
 
@@ -123,17 +125,15 @@ def build_transfer(config: TransportConfig, host_id: str) -> TransferSelector:
     """The initiator's side for a configuration. Call it where an event loop runs.
 
     `host_id` is the node's (`NodeConfig.host_id` or `host_identity()`). Raises ConfigError for an unknown transport,
-    and where `ucx` cannot be used as configured, unless a fallback is written. With one, peers that had to fall back
+    and where `ucx` or `nixl` cannot be used as configured, unless a fallback is written. With one, peers that had to fall back
     are reached by it too.
     """
     _check_kinds(config)
     kinds: set[str | None] = {config.kind}
     engines: list[TransferEngine] = []
-    if config.kind == "ucx":
-        from transfer.ucx import UcxTransfer  # loads libucp's binding, which only those who ask for it need
-
+    if config.kind in _LIBRARIES:
         try:
-            engines.append(UcxTransfer(config))
+            engines.append(_library_transfer(config))
         except ConfigError as error:
             _fall_back(config, error)
         kinds = {config.fallback}
@@ -146,7 +146,7 @@ def build_transfer(config: TransportConfig, host_id: str) -> TransferSelector:
 
 
 def _check_kinds(config: TransportConfig) -> None:
-    known = ("auto", "shm", "tcp", "ucx")
+    known = ("auto", "shm", "tcp", *_LIBRARIES)
     for field, value in (("kind", config.kind), ("fallback", config.fallback)):
         if value is not None and value not in known:
             raise ConfigError(
@@ -156,9 +156,36 @@ def _check_kinds(config: TransportConfig) -> None:
 
 def _fall_back(config: TransportConfig, error: ConfigError) -> None:
     """Go on with the written fallback, and say why; raise `error` if there is none."""
-    if config.fallback in (None, "ucx"):
+    if config.fallback is None or config.fallback in _LIBRARIES:
         raise error
-    log_fields(_LOG, logging.WARNING, "transfer.fallback", asked="ucx", used=config.fallback, reason=error.message)
+    log_fields(
+        _LOG, logging.WARNING, "transfer.fallback", asked=config.kind, used=config.fallback, reason=error.message
+    )
+
+
+def _library_transfer(config: TransportConfig) -> TransferEngine:
+    """One that needs a library, which only those who ask for it load."""
+    if config.kind == "nixl":
+        from transfer.nixl import NixlTransfer
+
+        return NixlTransfer(config)
+    from transfer.ucx import UcxTransfer
+
+    return UcxTransfer(config)
+
+
+async def _start_library_host(config: TransportConfig, memory: SegmentMemory) -> SegmentHost:
+    host: SegmentHost
+    if config.kind == "nixl":
+        from transfer.nixl_host import NixlSegmentHost
+
+        host = NixlSegmentHost(memory.segment_id, memory.view, config)
+    else:
+        from transfer.ucx import UcxSegmentHost
+
+        host = UcxSegmentHost(memory.segment_id, memory.view, config)
+    await host.start()
+    return host
 
 
 class SegmentHosts:
@@ -184,20 +211,16 @@ async def start_segment_hosts(
 ) -> SegmentHosts:
     """The target's side for a configuration: TCP unless shared memory was asked for by name; `shm` costs nothing.
 
-    `port` is `NodeConfig.transfer_port`, of TCP; UCX takes ports of its own. Raises ConfigError, also when `host` is a
+    `port` is `NodeConfig.transfer_port`, of TCP; UCX and NIXL take ports of their own. Raises ConfigError, also when `host` is a
     wildcard and `advertise_host` is not given where TCP is served: peers would be told an address that they cannot
     connect to.
     """
     _check_kinds(config)
     kinds: set[str | None] = {config.kind}
     hosts: dict[str, SegmentHost] = {}
-    if config.kind == "ucx":
-        from transfer.ucx import UcxSegmentHost
-
-        ucx = UcxSegmentHost(memory.segment_id, memory.view, config)
+    if config.kind in _LIBRARIES:
         try:
-            await ucx.start()
-            hosts["ucx"] = ucx
+            hosts[config.kind] = await _start_library_host(config, memory)
         except ConfigError as error:
             _fall_back(config, error)
         kinds = {config.fallback}

@@ -6,6 +6,7 @@ import random
 from collections.abc import AsyncIterator
 
 import pytest
+from support.nixl import needs_nixl
 from support.transfer_child import segment_process
 from support.transfer_rigs import SIZE_BYTES, Rig, renamed, resources, transport_config
 from support.ucx import needs_ucx
@@ -16,8 +17,9 @@ from transfer.memory import host_identity
 from transfer.select import build_transfer
 
 UCX = pytest.param("ucx", marks=needs_ucx)
-KINDS = ["inproc", "shm", "tcp", "auto", UCX]
-REMOTE = ["shm", "tcp", UCX]
+NIXL = pytest.param("nixl", marks=needs_nixl)
+KINDS = ["inproc", "shm", "tcp", "auto", UCX, NIXL]
+REMOTE = ["shm", "tcp", UCX, NIXL]
 
 
 @pytest.fixture(params=KINDS)

@@ -19,9 +19,11 @@ SIZE_BYTES = 8 << 20
 
 
 def transport_config(kind: str) -> TransportConfig:
-    """As a cluster of one machine has it. UCX: over TCP on loopback."""
+    """As a cluster of one machine has it. UCX and NIXL: over TCP on loopback."""
     if kind == "ucx":
         return TransportConfig(kind="ucx", devices=["lo"], ucx_library=LIBRARY)
+    if kind == "nixl":
+        return TransportConfig(kind="nixl", devices=["lo"])
     return TransportConfig(kind=kind)
 
 

@@ -1,0 +1,183 @@
+"""`Segment.addresses["nixl"]`, and the greeting of a new connection (docs/wire-formats.md). Pure.
+
+NIXL trusts the metadata that it is given, so nothing of a descriptor or a greeting reaches it before all of it was
+checked.
+"""
+
+import base64
+import binascii
+import itertools
+import struct
+import zlib
+from dataclasses import dataclass
+from enum import IntEnum
+
+from kvcore.errors import SegmentUnknownError, TransferProtocolError
+from kvcore.types import Segment
+
+_DESCRIPTOR, _HELLO, _WELCOME = b"KVFN", b"KVFH", b"KVFW"
+_VERSION = 1
+_HEAD = struct.Struct("<4sH3B2BxQQHH")
+_HELLO_HEAD = struct.Struct("<4sHQHH")
+_WELCOME_BODY = struct.Struct("<4sHQB")
+_CRC = struct.Struct("<I")
+MAX_TEXT = 16384
+"""Longest descriptor that is looked at; those of NIXL 1.5 with one device have about 500 characters."""
+MAX_HELLO = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Versions:
+    """NIXL's (major, minor, patch) and that of the UCX inside of it (major, minor)."""
+
+    nixl: tuple[int, int, int]
+    ucx: tuple[int, int]
+
+    def __str__(self) -> str:
+        return f"NIXL {'.'.join(map(str, self.nixl))} with UCX {'.'.join(map(str, self.ucx))}"
+
+    def understands(self, other: "Versions") -> bool:
+        """Whether both read each other's metadata: patches of one NIXL do, worker addresses of two UCX do not."""
+        return (self.nixl[:2], self.ucx) == (other.nixl[:2], other.ucx)
+
+
+@dataclass(frozen=True, slots=True)
+class NixlDescriptor:
+    """One segment: its owner's versions, memory, and its agent's metadata (addresses and remote keys)."""
+
+    versions: Versions
+    segment_id: str
+    size_bytes: int
+    base: int
+    metadata: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """An initiator asks whether a segment is here; `metadata` of its agent, without memory, is for the answer."""
+
+    nonce: int
+    segment_id: str
+    metadata: bytes
+
+
+class Answer(IntEnum):
+    """What a host says to a Hello."""
+
+    UNKNOWN = 0
+    WELCOME = 1
+    FULL = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """The answer to the Hello with the same nonce."""
+
+    nonce: int
+    answer: Answer
+
+
+def pack_descriptor(descriptor: NixlDescriptor) -> str:
+    """As text for `Segment.addresses`."""
+    name = descriptor.segment_id.encode()
+    head = _HEAD.pack(
+        _DESCRIPTOR,
+        _VERSION,
+        *descriptor.versions.nixl,
+        *descriptor.versions.ucx,
+        descriptor.size_bytes,
+        descriptor.base,
+        len(name),
+        len(descriptor.metadata),
+    )
+    return base64.b64encode(_sealed(head + name + descriptor.metadata)).decode()
+
+
+def parse_descriptor(text: str) -> NixlDescriptor:
+    """Raises TransferProtocolError for anything but a whole descriptor of this version."""
+    if len(text) > MAX_TEXT:
+        raise TransferProtocolError(f"a nixl descriptor of {len(text)} characters, at most {MAX_TEXT} are expected")
+    try:
+        raw = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise TransferProtocolError(f"a nixl descriptor that is not base64: {error}") from error
+    head, name, metadata = _opened(raw, _HEAD, _DESCRIPTOR, "nixl descriptor")
+    *versions, size_bytes, base = head
+    return NixlDescriptor(
+        Versions((versions[0], versions[1], versions[2]), (versions[3], versions[4])),
+        name.decode(errors="replace"),
+        size_bytes,
+        base,
+        metadata,
+    )
+
+
+def descriptor_of(segment: Segment, versions: Versions) -> NixlDescriptor:
+    """The segment's descriptor, checked against what else is known of it and against our own versions."""
+    found = parse_descriptor(segment.addresses.get("nixl", ""))
+    if (found.segment_id, found.size_bytes) != (segment.id, segment.size_bytes):
+        raise SegmentUnknownError(
+            f"wanted segment {segment.id} of {segment.size_bytes} bytes, its descriptor is for {found.segment_id} "
+            f"of {found.size_bytes}"
+        )
+    if not versions.understands(found.versions):
+        raise TransferProtocolError(
+            f"segment {segment.id}: its node runs {found.versions}, this one {versions}; give all nodes the same"
+        )
+    return found
+
+
+def pack_hello(hello: Hello) -> bytes:
+    """As a notification's payload."""
+    name = hello.segment_id.encode()
+    head = _HELLO_HEAD.pack(_HELLO, _VERSION, hello.nonce, len(name), len(hello.metadata))
+    return _sealed(head + name + hello.metadata)
+
+
+def parse_hello(raw: bytes) -> Hello:
+    """Raises TransferProtocolError."""
+    if len(raw) > MAX_HELLO:
+        raise TransferProtocolError(f"a greeting of {len(raw)} bytes, at most {MAX_HELLO} are expected")
+    (nonce,), name, metadata = _opened(raw, _HELLO_HEAD, _HELLO, "greeting")
+    return Hello(nonce, name.decode(errors="replace"), metadata)
+
+
+def pack_welcome(welcome: Welcome) -> bytes:
+    """As a notification's payload."""
+    return _sealed(_WELCOME_BODY.pack(_WELCOME, _VERSION, welcome.nonce, welcome.answer))
+
+
+def parse_welcome(raw: bytes) -> Welcome:
+    """Raises TransferProtocolError."""
+    if len(raw) != _WELCOME_BODY.size + _CRC.size:
+        raise TransferProtocolError(f"an answer to a greeting of {len(raw)} bytes")
+    body = _unsealed(raw, "answer to a greeting")
+    magic, version, nonce, answer = _WELCOME_BODY.unpack(body)
+    if (magic, version) != (_WELCOME, _VERSION) or answer not in list(Answer):
+        raise TransferProtocolError(f"an answer to a greeting that is {magic!r} {version} {answer}")
+    return Welcome(nonce, Answer(answer))
+
+
+def _sealed(body: bytes) -> bytes:
+    return body + _CRC.pack(zlib.crc32(body))
+
+
+def _unsealed(raw: bytes, what: str) -> bytes:
+    body, crc = raw[: -_CRC.size], _CRC.unpack(raw[-_CRC.size :])[0]
+    if zlib.crc32(body) != crc:
+        raise TransferProtocolError(f"a {what} with a wrong checksum")
+    return body
+
+
+def _opened(raw: bytes, head: struct.Struct, magic: bytes, what: str) -> tuple[list[int], bytes, bytes]:
+    """A struct that ends in two lengths, and the two parts that follow. Checks everything but the fields between."""
+    if len(raw) < head.size + _CRC.size:
+        raise TransferProtocolError(f"a {what} of {len(raw)} bytes is too short")
+    found, version, *fields, first, second = head.unpack_from(raw)
+    if (found, version) != (magic, _VERSION):
+        raise TransferProtocolError(f"a {what} of version {found!r} {version}, known is {magic!r} {_VERSION}")
+    body = _unsealed(raw, what)
+    ends = list(itertools.accumulate((head.size, first, second)))
+    if len(body) != ends[-1]:
+        raise TransferProtocolError(f"a {what} with a wrong length")
+    return fields, body[ends[0] : ends[1]], body[ends[1] : ends[2]]

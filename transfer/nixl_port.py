@@ -1,0 +1,237 @@
+"""One NIXL agent of an initiator, the peers that it is connected to and the requests that it has under way.
+
+A peer carries no batch before it has said that it holds the segment: over TCP UCX writes wherever it is told to, in
+whatever process listens at the address by then. NIXL cannot take a single request back: one that a silent peer holds
+may still write into its buffer, whatever NIXL says, until the whole agent is closed. So that is what is done.
+"""
+
+import logging
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from kvcore.errors import ConfigError, PeerUnreachableError, SegmentUnknownError, TransferError, TransferProtocolError
+from kvcore.telemetry import log_fields
+from transfer.base import Direction
+from transfer.nixl_binding import NixlAgent, NixlLibrary, address_of
+from transfer.nixl_descriptor import Answer, Hello, NixlDescriptor, pack_hello, parse_welcome
+from transfer.nixl_memory import Claim, Registrations
+from transfer.ucx_pieces import Piece
+
+_LOG = logging.getLogger("transfer")
+MAX_PEERS = 256
+"""Connections of one process; the one that was longest idle goes first."""
+WINDOW_BYTES = 256 << 20
+WINDOW_REQUESTS = 64
+"""In NIXL's hands at once, of all batches."""
+REQUEST_BYTES = 32 << 20
+REQUEST_PIECES = 256
+_REQUESTS_A_BATCH = 2
+"""The next is handed over while one moves."""
+_AGAIN_S = 0.1
+"""A greeting is said again until it was answered: saying it is also how a dead peer shows."""
+
+
+@dataclass(eq=False, slots=True)
+class Peer:
+    """A connection to one segment. `error` is set once it is of no further use. `turn`: over TCP, who may send."""
+
+    key: str
+    descriptor: NixlDescriptor
+    name: str
+    nonce: int
+    made_at: float
+    greeted_at: float = 0.0
+    used_at: float = 0.0
+    welcome: bool = False
+    jobs: int = 0
+    error: TransferError | None = None
+    turn: object | None = None
+
+    def fail(self, error: TransferError) -> None:
+        """Give it up. The first reason stays."""
+        self.error = self.error or error
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """What NIXL was handed at once: the pieces and the registrations that they need."""
+
+    handle: int
+    pieces: Sequence[Piece]
+    claims: Sequence[Claim]
+    num_bytes: int
+
+
+class Port:
+    """All of it runs in the worker's thread, or before it starts. Opening raises ConfigError.
+
+    `one_at_a_time`: a peer has one request at a time on its way. Over TCP, UCX (1.13 to 1.23) aborts the *target's*
+    process when an initiator dies with several reads on their way: in 8 of 105 such deaths; with one at a time in none
+    of 210.
+    """
+
+    def __init__(
+        self, library: NixlLibrary, options: Mapping[str, str], regions: Sequence[memoryview], *, one_at_a_time: bool
+    ) -> None:
+        self.one_at_a_time = one_at_a_time
+        self.close_by: float | None = None
+        """Set when it takes no new batches any more."""
+        self._agent = NixlAgent(library, f"kvferry.{secrets.token_hex(8)}", options, progress=False)
+        self._hello = self._agent.metadata()
+        self._registrations = Registrations(self._agent)
+        self._peers: dict[str, Peer] = {}
+        self._requests: set[Request] = set()
+        self._num_bytes = 0
+        try:
+            for region in regions:
+                self.register(region)
+        except ConfigError:
+            self.close()
+            raise
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a peer has still to answer."""
+        return any(not peer.welcome and peer.error is None for peer in self._peers.values())
+
+    def register(self, region: memoryview) -> None:
+        """Register memory for good. Raises ConfigError."""
+        self._registrations.add(address_of(region), region.nbytes)
+
+    def peer(self, key: str, descriptor: NixlDescriptor, now: float) -> Peer:
+        """The connection to a segment, made if need be. Raises PeerUnreachableError."""
+        found = self._peers.get(key)
+        if found is not None and found.error is None:
+            found.used_at = now
+            return found
+        if found is not None and found.jobs:
+            raise found.error or PeerUnreachableError(f"segment {descriptor.segment_id}: the connection broke")
+        if found is not None:
+            self._drop(found)
+        if len(self._peers) >= MAX_PEERS:
+            self._make_room()
+        name = self._agent.load(descriptor.metadata)
+        peer = Peer(key, descriptor, name, secrets.randbits(63), made_at=now, used_at=now)
+        self._peers[key] = peer
+        self._greet(peer, now)
+        return peer
+
+    def may_post(self, peer: Peer, under_way: int) -> bool:
+        """Whether a batch with `under_way` requests on their way may hand over another."""
+        if self.one_at_a_time:
+            return peer.turn is None
+        room = self._num_bytes < WINDOW_BYTES and len(self._requests) < WINDOW_REQUESTS
+        return room and under_way < _REQUESTS_A_BATCH
+
+    def post(self, direction: Direction, peer: Peer, pieces: Sequence[Piece]) -> Request:
+        """Hand pieces to NIXL. Raises TransferError."""
+        claims: list[Claim] = []
+        local: list[tuple[int, int]] = []
+        used: list[Piece] = []
+        try:
+            for piece in pieces:
+                taken, claim = self._claim(direction, piece)
+                claims.append(claim)
+                used.append(taken)
+                local.append((address_of(taken.view), taken.view.nbytes))
+            remote = [(peer.descriptor.base + piece.offset, piece.view.nbytes) for piece in pieces]
+            handle = self._agent.post(direction, local, remote, peer.name)
+        except TransferError:
+            for claim in claims:
+                self._registrations.give(claim)
+            raise
+        request = Request(handle, used, claims, sum(size for _, size in local))
+        self._requests.add(request)
+        self._num_bytes += request.num_bytes
+        return request
+
+    def over(self, request: Request) -> bool:
+        """Whether a request has ended; if so it is released. Raises PeerUnreachableError if it failed, released too."""
+        try:
+            if not self._agent.finished(request.handle):
+                return False
+        except PeerUnreachableError:
+            self._release(request)
+            raise
+        self._release(request)
+        return True
+
+    def listen(self, now: float) -> None:
+        """Hear answers, greet again who has not answered, let go of broken connections. Moves the agent on."""
+        for sender, messages in self._agent.messages().items():
+            for message in messages:
+                self._hear(sender, message)
+        for peer in list(self._peers.values()):
+            if not peer.welcome and peer.error is None and now - peer.greeted_at >= _AGAIN_S:
+                self._greet(peer, now)
+            if peer.error is not None and not peer.jobs:
+                self._drop(peer)
+
+    def close(self) -> None:
+        """Cut everything off. Requests under way are over: nothing touches their memory any more."""
+        for request in self._requests:
+            self._agent.release(request.handle)
+        self._requests.clear()
+        self._agent.close()
+
+    def _claim(self, direction: Direction, piece: Piece) -> tuple[Piece, Claim]:
+        """Registered memory for a piece: its own, or a copy where another batch's overlaps it."""
+        try:
+            claim = self._registrations.take(address_of(piece.view), piece.view.nbytes)
+            if claim is None:
+                copied = bytearray(piece.view.nbytes) if direction == "read" else bytearray(piece.view)
+                piece = Piece(piece.offset, memoryview(copied), piece.parts or (piece.view,))
+                claim = self._registrations.take(address_of(piece.view), piece.view.nbytes)
+        except ConfigError as error:
+            raise TransferError(error.message) from error
+        assert claim is not None, "fresh memory overlaps nothing"
+        return piece, claim
+
+    def _release(self, request: Request) -> None:
+        self._requests.discard(request)
+        self._num_bytes -= request.num_bytes
+        self._agent.release(request.handle)
+        for claim in request.claims:
+            self._registrations.give(claim)
+
+    def _greet(self, peer: Peer, now: float) -> None:
+        peer.greeted_at = now
+        hello = Hello(peer.nonce, peer.descriptor.segment_id, self._hello)
+        try:
+            self._agent.send(peer.name, pack_hello(hello))
+        except PeerUnreachableError as error:
+            peer.fail(PeerUnreachableError(f"segment {peer.descriptor.segment_id}: {error.message}"))
+
+    def _hear(self, sender: str, message: bytes) -> None:
+        if not message:  # a host asking whether we are still here
+            return
+        try:
+            said = parse_welcome(message)
+        except TransferProtocolError as error:
+            log_fields(_LOG, logging.WARNING, "transfer.peer_broke_protocol", peer=sender, error=error.message)
+            return
+        for peer in self._peers.values():
+            if (peer.name, peer.nonce) == (sender, said.nonce) and peer.error is None:
+                self._answered(peer, said.answer)
+
+    def _answered(self, peer: Peer, answer: Answer) -> None:
+        segment = peer.descriptor.segment_id
+        if answer is Answer.UNKNOWN:
+            peer.fail(SegmentUnknownError(f"segment {segment} is not at its address any more"))
+        elif answer is Answer.FULL:
+            peer.fail(PeerUnreachableError(f"segment {segment}: its node takes no more connections"))
+        elif not peer.welcome:
+            peer.welcome = True
+            log_fields(_LOG, logging.INFO, "transfer.nixl_connected", segment=segment)
+
+    def _make_room(self) -> None:
+        idle = [peer for peer in self._peers.values() if not peer.jobs]
+        if not idle:
+            raise PeerUnreachableError(f"{MAX_PEERS} connections are in use, and none is left for another segment")
+        self._drop(min(idle, key=lambda peer: peer.used_at))
+
+    def _drop(self, peer: Peer) -> None:
+        del self._peers[peer.key]
+        if not any(other.name == peer.name for other in self._peers.values()):
+            self._agent.drop(peer.name)
