@@ -32,6 +32,7 @@ RESERVED: Mapping[str, str] = {
     "kv-offloading-size": "the store is that cache; give nodes.NAME.segment",
     "kv-offloading-backend": "the store is that cache; give nodes.NAME.segment",
     "disable-hybrid-kv-cache-manager": "the store keeps KV of one kind of block",
+    "enable-sleep-mode": "the store's transports hold the addresses of the KV memory",
     "disable-log-stats": "the node's /metrics needs them",
     "data-parallel-": "one engine a node; add nodes",
     "nnodes": _ONE_MACHINE,
@@ -63,6 +64,8 @@ def check_arguments(args: Mapping[str, object]) -> Iterator[tuple[str, str]]:
             yield given, "not the name of an argument"
         elif (instead := _reserved(name)) is not None:
             yield given, f"kvferry sets this itself; {instead}"
+        elif name == "load-format" and args[given] == "dummy":
+            yield given, "the store tells KV apart by the weight files, and these are not their weights"
         elif (first := seen.setdefault(name, given)) != given:
             yield given, f"given twice, as {first} too"
 

@@ -5,9 +5,13 @@ import asyncio
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvcore.errors import ConfigError
 from kvcore.service import EXIT_CONFIG
+
+if TYPE_CHECKING:
+    from kvcore.config import ByteSize
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -33,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     up.add_argument("config", type=Path)
     _add_set(up)
     up.add_argument("--log-dir", type=Path, help="default: ~/.local/state/kvferry/CLUSTER")
+    _add_serve(_command(commands, "serve", _serve, "serve one model on this machine until Ctrl-C, without a file"))
     status = _command(commands, "status", _status, "show nodes, segments, requests and hit rate of a running cluster")
     status.add_argument(
         "--config", type=Path, help=f"where the addresses are (default: {DEFAULT_CONFIG}, if it exists)"
@@ -64,6 +69,49 @@ def _add_set(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], dest="overrides", metavar="PATH=VALUE", help="override one config value"
     )
+
+
+def _add_serve(serve: argparse.ArgumentParser) -> None:
+    serve.add_argument("model", help="a folder in Hugging Face format, or a hub id such as Qwen/Qwen3-8B")
+    serve.add_argument("--colocated", action="store_true", help="one engine with the cache, not prefiller and decoder")
+    serve.add_argument("--port", type=int, default=8000, help="of the OpenAI API (default: 8000)")
+    serve.add_argument("--engine", choices=("vllm", "torch"), help="default: vllm if it can run here")
+    serve.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: by the hardware")
+    serve.add_argument("--max-context", type=int, metavar="TOKENS", help="lower than the model's own, to save memory")
+    serve.add_argument("--kv-cache", type=_size, metavar="SIZE", help="KV of running requests, of each engine")
+    serve.add_argument("--segment", type=_size, metavar="SIZE", help="each node's share of the store")
+    serve.add_argument(
+        "--arg", action="append", default=[], metavar="NAME=VALUE", help="one of vLLM's own arguments; repeat it"
+    )
+    _add_set(serve)
+
+
+def _size(text: str) -> "ByteSize":
+    from kvcore.config_parse import parse_byte_size
+
+    try:
+        return parse_byte_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from kvferry.serve import Wish, node_ports, parse_arguments, run_serve
+
+    wish = Wish(
+        folder=arguments.model,
+        name=arguments.model,
+        dtype=arguments.dtype,
+        max_context=arguments.max_context,
+        colocated=arguments.colocated,
+        engine=arguments.engine,
+        port=arguments.port,
+        node_ports=node_ports(),
+        kv_cache=arguments.kv_cache,
+        segment=arguments.segment,
+        args=parse_arguments(arguments.arg),
+    )
+    return run_serve(wish, arguments.overrides)
 
 
 def _up(arguments: argparse.Namespace) -> int:

@@ -1,0 +1,42 @@
+"""A cluster's configuration as the YAML that it could have been read from, without what is by default. Pure."""
+
+from enum import Enum
+
+import msgspec
+import yaml
+
+from kvcore.config import ByteSize, ClusterConfig
+
+_SIZES = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
+
+
+def cluster_text(config: ClusterConfig) -> str:
+    """`load_config` of it gives an equal configuration."""
+    return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _plain(value: object) -> object:
+    match value:
+        case msgspec.Struct():
+            return _section(value)
+        case dict():
+            return {key: _plain(item) for key, item in value.items()}
+        case list():
+            return [_plain(item) for item in value]
+        case Enum():
+            return value.value
+        case ByteSize():
+            return next((f"{value // unit}{name}" for unit, name in _SIZES if value % unit == 0), int(value))
+        case _:
+            return value
+
+
+def _section(section: msgspec.Struct) -> dict[str, object]:
+    kind = section.__struct_config__
+    plain: dict[str, object] = {} if kind.tag_field is None else {kind.tag_field: kind.tag}
+    for field in msgspec.structs.fields(section):
+        value = getattr(section, field.name)
+        default = field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()
+        if value != default:
+            plain[field.encode_name] = _plain(value)
+    return plain
