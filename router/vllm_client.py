@@ -20,7 +20,7 @@ from kvcore.types import NodeInfo, Role
 from router.http_calls import HttpCalls, deadline
 from router.vllm_model import ModelFacts
 from router.vllm_replies import CompletionStream, prefill_result, refusal
-from router.vllm_requests import decode_body, prefill_body
+from router.vllm_requests import decode_body, num_sequences, prefill_body
 
 KEEPALIVE_S = 3.0
 """vLLM closes idle connections after 5 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE); a request must not meet that."""
@@ -80,7 +80,9 @@ class VllmClient:
         """See NodeClient. What was cached is said with the last delta, where the server says it."""
         body = decode_body(self._model, request)
         where, headers = f"{url}/v1/completions", {"X-Request-Id": request.request_id}
-        stream = CompletionStream(n=request.sampling.n, logprobs=request.sampling.logprobs, url=url)
+        sequences = num_sequences(request.sampling)
+        copies = range(request.sampling.n if sequences == 1 else 1)
+        stream = CompletionStream(n=sequences, logprobs=request.sampling.logprobs, url=url)
         async with self._calls.open("POST", where, body, timeout_s, headers) as response:
             while not stream.ended:
                 try:
@@ -91,7 +93,8 @@ class VllmClient:
                         raise
                     data = b""
                 for delta in stream.feed(data) if data else stream.flush():
-                    yield delta
+                    for copy in copies:
+                        yield msgspec.structs.replace(delta, index=copy) if copy else delta
                 if not data:
                     return
             with suppress(DeadlineExceededError):  # the body's end, which [DONE] announced: the connection is kept

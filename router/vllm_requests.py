@@ -19,6 +19,8 @@ _NIXL_PREFILL: dict[str, object] = {
     "remote_host": None,
     "remote_port": None,
 }
+_GREEDY_BELOW = 1e-5
+"""A temperature that vLLM takes for 0 (`sampling_params.py`)."""
 _SEED_STEP = 0x9E3779B97F4A7C15
 _encoder = msgspec.json.Encoder()
 
@@ -56,6 +58,11 @@ def decode_body(model: str, request: GenerateRequest) -> bytes:
     return _encoder.encode(body)
 
 
+def num_sequences(sampling: SamplingParams) -> int:
+    """How many of the n are asked for: of greedy ones, which are all the same, vLLM computes one only."""
+    return 1 if sampling.temperature < _GREEDY_BELOW else sampling.n
+
+
 def mooncake_decode_params(peer: Mapping[str, str], prefill_leg: str) -> bytes:
     """What the decode leg beside `prefill_leg` must carry; `peer` is the prefiller's `EngineInfo.kv_peer`."""
     flags = {"do_remote_prefill": True, "do_remote_decode": False}
@@ -73,7 +80,7 @@ def _transfer_id(prefill_leg: str) -> str:
 def _sampling(sampling: SamplingParams, done: int) -> dict[str, object]:
     """All of it: what is left out is taken from the model's generation_config there. `done`: tokens emitted before."""
     body: dict[str, object] = {
-        "n": sampling.n,
+        "n": num_sequences(sampling),
         "max_tokens": sampling.max_tokens - done,
         "min_tokens": max(0, sampling.min_tokens - done),
         "temperature": sampling.temperature,
@@ -90,7 +97,7 @@ def _sampling(sampling: SamplingParams, done: int) -> dict[str, object]:
         body["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias.items()}
     if sampling.logprobs is not None:
         body |= {"logprobs": sampling.logprobs, "return_tokens_as_token_ids": True}
-    if sampling.temperature > 0:
+    if sampling.temperature >= _GREEDY_BELOW:
         # Its random numbers begin anew with each request, so a continued one must not draw the first ones again.
         body["seed"] = (sampling.seed + _SEED_STEP * done) % (1 << 63)
     return body

@@ -210,6 +210,7 @@ class FakeVllm:
         _must(body["max_tokens"] >= 1 and 0 <= body["min_tokens"] <= body["max_tokens"], "max_tokens")
         _must(len(body["prompt"]) + body["max_tokens"] <= MAX_MODEL_LEN, "too long")
         _must("logprobs" not in body or body.get("return_tokens_as_token_ids") is True, "logprobs of texts")
+        _must(body["n"] == 1 or body["temperature"] > 0, "n must be 1 when using greedy sampling")
         _must((body["temperature"] == 0) is ("seed" not in body), "a seed goes with a temperature")
         params = body.get("kv_transfer_params")
         if params is None:

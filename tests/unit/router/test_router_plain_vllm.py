@@ -308,6 +308,8 @@ async def test_one_of_several_sequences_fetches_and_the_others_follow(kind: Hand
         assert len({tuple(ids(answer, index)) for index in range(3)}) == 3, "each draws by its own seed"
         events = await stream(session, n=2)
         assert streamed_ids(events, 0) == streamed_ids(events, 1) == ANSWER, "greedy ones are equal"
+        answer = await ask(session, n=2, prompt=PROMPT[:5])  # without a prefiller: one leg for both
+        assert ids(answer, 0) == ids(answer, 1) == expected(PROMPT[:5], 8) and fakes["d0"].generates[-1]["n"] == 1
 
 
 @BOTH
