@@ -264,7 +264,8 @@ class SchedulerModel:
         self.finished_recving.remove(request.request_id)
         if request.request_id in self.failed_recving:
             self.failed_recving.remove(request.request_id)
-            self.load_failed.add(request.request_id)
+            if request.num_computed < len(request.tokens) - 1:  # else all that is left is computed after any load
+                self.load_failed.add(request.request_id)
             if request.num_computed:
                 self._cache(request, request.num_computed)
             else:
