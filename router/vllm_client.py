@@ -53,6 +53,8 @@ class VllmClient:
         self._model = config.model.name
         self._facts = facts
         self._nodes = {node_url(node): (name, node) for name, node in config.nodes.items()}
+        self._known: dict[str, tuple[int, dict[str, str]]] = {}
+        """Context and `kv_peer` of each server, for as long as it answers its probes: they change with a restart."""
         self._without_params: set[str] = set()
         """Prefillers that were reported for it."""
         authorization = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -110,11 +112,11 @@ class VllmClient:
     async def info(self, url: str, *, timeout_s: float) -> NodeReport:
         """See NodeClient. Raises NodeUnavailableError as well for a server of another model."""
         name, node = self._nodes[url]
+        known = self._known.pop(url, None)
         async with deadline(url, timeout_s):
             await self._calls.whole("GET", f"{url}/health", b"", timeout_s)
-            max_context = await self._max_context(url, timeout_s)
-            meets = self._kind is HandoffKind.MOONCAKE and node.role is Role.PREFILLER
-            peer = await self._mooncake_peer(url, node, timeout_s) if meets else {}
+            max_context, peer = known or await self._ask(url, node, timeout_s)
+        self._known[url] = max_context, peer
         spec = self._facts.kv_spec
         return NodeReport(
             node=NodeInfo(id=name, role=node.role, control_url=url, incarnation=0, fingerprint=spec.fingerprint),
@@ -133,6 +135,11 @@ class VllmClient:
     async def aclose(self) -> None:
         """See NodeClient."""
         await self._calls.aclose()
+
+    async def _ask(self, url: str, node: NodeConfig, timeout_s: float) -> tuple[int, dict[str, str]]:
+        meets = self._kind is HandoffKind.MOONCAKE and node.role is Role.PREFILLER
+        max_context = await self._max_context(url, timeout_s)
+        return max_context, await self._mooncake_peer(url, node, timeout_s) if meets else {}
 
     async def _max_context(self, url: str, timeout_s: float) -> int:
         raw = await self._calls.whole("GET", f"{url}/v1/models", b"", timeout_s)

@@ -193,6 +193,28 @@ async def test_the_servers_key_goes_with_every_call(client_of) -> None:
     assert seen == ["Bearer secret"] * 2 + [None] * 2
 
 
+async def test_what_does_not_change_while_a_server_lives_is_asked_once(client_of) -> None:
+    asked: list[str] = []
+    health = 200
+
+    async def answers(request: web.Request) -> web.Response:
+        asked.append(request.path)
+        if request.path == "/health":
+            return web.Response(status=health)
+        return web.json_response({"data": [{"id": MODEL, "max_model_len": 7 + len(asked)}]})
+
+    async with serve(app_that(answers)) as url:
+        client = client_of(url)
+        reports = [await client.info(url, timeout_s=2) for _ in range(2)]
+        assert reports[0] == reports[1] and asked == ["/health", "/v1/models", "/health"]
+        health = 503
+        with pytest.raises(OverloadedError):
+            await client.info(url, timeout_s=2)
+        health = 200
+        again = await client.info(url, timeout_s=2)
+        assert again.engine != reports[0].engine, "it may have been restarted with other arguments"
+
+
 def test_a_model_folder_that_says_too_little_is_refused(tmp_path: Path) -> None:
     folder = write_model_folder(tmp_path)
     config = plain_config({"d0": FakeVllm("d0", Role.DECODER, World(HandoffKind.NIXL), url=URL)}, folder)
