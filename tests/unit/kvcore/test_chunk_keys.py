@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcore.chunk_keys import chunk_keys, root_key, usable_chunks
+from kvcore.chunk_keys import chunk_keys, next_key, rank_key, root_key, usable_chunks
 
 FINGERPRINT = bytes(range(16))
 TOKENS = [0, 1, 2, 3, 255, 256, 65_535, 49_151, 4_294_967_295, 7, 7, 7, 42]
@@ -15,6 +15,10 @@ TOKENS = [0, 1, 2, 3, 255, 256, 65_535, 49_151, 4_294_967_295, 7, 7, 7, 42]
 ROOT_HEX = "e252009752e9cb542461db7f1aec6171"
 SALTED_ROOT_HEX = "6714d4906cac65fa44aa5db691349505"
 KEYS_HEX = ["797603167f3a0d8fe3e4c59f978fc51e", "0a5a69c0ea1306314cc7d3fa15ba928e", "97d114d699e40710663d4adccb544f9d"]
+
+# Those of next_key and rank_key stand beside the example of the text.
+DOC_KEYS_HEX = ["918c53c01a759ed397bdfebaf00dceab", "ae60fbe3a0a66ce413c547d8e6682e12"]
+REST_HEX, RANK_1_HEX = "0c6a7df5392caafed2cd336aaab31487", "cbab67e89035fd25f8967150b3181453"
 
 tokens = st.lists(st.integers(0, 2**32 - 1), max_size=60)
 sizes = st.integers(1, 16)
@@ -67,6 +71,42 @@ def test_salts_and_fingerprints_separate_tenants_and_weights(left, right):
 def test_equal_chunks_at_different_places_have_different_keys():
     first, second = chunk_keys(root_key(FINGERPRINT), [5, 5, 5, 5], 2)
     assert first != second
+
+
+def test_the_published_vectors_of_a_rest_and_of_a_rank():
+    first, second = chunk_keys(root_key(FINGERPRINT, b"tenant"), range(1, 9), 4)
+    assert [first.hex(), second.hex()] == DOC_KEYS_HEX
+    assert next_key(second, [9, 10]).hex() == REST_HEX
+    assert rank_key(second, 1).hex() == RANK_1_HEX
+    assert rank_key(second, 0) == second
+
+
+def test_the_vectors_of_a_rest_and_of_a_rank_follow_from_the_written_definition():
+    second = bytes.fromhex(DOC_KEYS_HEX[1])
+    rest = sha256(second + (9).to_bytes(4, "little") + (10).to_bytes(4, "little")).digest()[:16]
+    rank = sha256(second + (1).to_bytes(4, "little")).digest()[:16]
+    assert (rest.hex(), rank.hex()) == (REST_HEX, RANK_1_HEX)
+
+
+@given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=60), sizes)
+def test_the_key_of_one_more_chunk_is_the_chains_own_if_it_is_full(token_ids, size):
+    root = root_key(FINGERPRINT)
+    keys = chunk_keys(root, token_ids, size)
+    rest = token_ids[len(keys) * size :]
+    parents = [root, *keys]
+    assert [next_key(parents[n], token_ids[n * size : (n + 1) * size]) for n in range(len(keys))] == keys
+    if rest:
+        assert next_key(parents[-1], rest) not in keys
+
+
+def test_each_length_of_a_rest_has_a_key_of_its_own():
+    root = root_key(FINGERPRINT)
+    assert len({next_key(root, TOKENS[:count]) for count in range(1, len(TOKENS) + 1)}) == len(TOKENS)
+
+
+def test_ranks_have_different_keys():
+    (key,) = chunk_keys(root_key(FINGERPRINT), [1, 2], 2)
+    assert len({rank_key(key, rank) for rank in range(300)}) == 300
 
 
 @pytest.mark.parametrize("token", [-1, 2**32])
