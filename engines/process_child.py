@@ -27,6 +27,7 @@ from transfer.memory import host_identity
 from transfer.select import build_transfer
 
 MAX_EXPOSITION_BYTES = 1 << 20
+"""vLLM 0.32 has 73 families, 51 KB."""
 
 
 @asynccontextmanager
