@@ -29,7 +29,9 @@ _PREFAULT_THREADS = 4
 _SPARE_BYTES = 64 << 20
 """Left for the process itself when a segment's size is checked against what is available."""
 _ATTACH_POPULATE_BYTES = 1 << 30
-"""Page tables of a mapping are filled up to here at once (0.1 to 0.2 s), beyond it as pages are touched."""
+"""Page tables of a mapping are filled up to here at once (0.1 to 0.2 s), beyond it by `populate_rest`."""
+_POPULATE_STEP_BYTES = 32 << 20
+"""About 8 ms."""
 
 
 def host_identity() -> str:
@@ -122,7 +124,22 @@ class AttachedSegment:
         self._link = link
         self._target = target
         self._mapping = mapping
+        self._closed = False
         self.view = memoryview(mapping)
+
+    @property
+    def unpopulated_bytes(self) -> int:
+        """How much of it has no page tables yet after `attach`."""
+        return max(0, len(self._mapping) - _ATTACH_POPULATE_BYTES)
+
+    def populate_rest(self) -> None:
+        """Fill the page tables of what `attach` left out; 0.24 s a GB, in a thread. Ends soon after `close` and after
+        the owner's death. Without it the first copy to each page runs at 2 GB/s instead of 8."""
+        for start in range(_ATTACH_POPULATE_BYTES, len(self._mapping), _POPULATE_STEP_BYTES):
+            if self._closed or not self.alive:
+                return
+            with contextlib.suppress(OSError, ValueError):  # it only saves faults; closed meanwhile
+                _populate(self._mapping, start, min(_POPULATE_STEP_BYTES, len(self._mapping) - start))
 
     @property
     def alive(self) -> bool:
@@ -137,6 +154,7 @@ class AttachedSegment:
 
     def close(self) -> None:
         """Unmap, unless someone still holds a slice: then with the last slice. Idempotent."""
+        self._closed = True
         _unmap(self.view, self._mapping)
 
 

@@ -1,19 +1,26 @@
-"""Whole messages over blocking sockets, straight from and into the caller's memory.
+"""Whole messages over sockets, straight from and into the caller's memory, in few and large system calls.
 
-Owns no socket. `budget` gives the seconds that the next system call may take, or raises. Runs in threads.
+Owns no socket. The `*_now` functions never wait, and run on an event loop. The others want a blocking socket and run in
+threads: whoever starts them ends them by `shut_down` or has set `limit_waits`. `check` is called before
+each system call and raises when there is no time left.
 """
 
 import contextlib
 import socket
+import struct
 from collections.abc import Callable, Sequence
 
 from kvcore.errors import ConfigError, PeerUnreachableError
 
-Budget = Callable[[], float]
+Check = Callable[[], object]
 _IOV_MAX = 1024
 _KEEPALIVE_IDLE_S, _KEEPALIVE_INTERVAL_S, _KEEPALIVE_PROBES = 15, 5, 3
 _UNACKNOWLEDGED_MS = 30_000
 _MAX_PORT = 65_535
+_TIMEVAL = struct.Struct("@ll")
+_WAKE_BYTES = 1 << 20
+"""A thread that waits for much is woken each so many bytes, not by each packet: a sixth to a quarter less processor
+time for 64 MiB over loopback, and the sender is not put off its core as often."""
 
 
 def tune(sock: socket.socket) -> None:
@@ -21,6 +28,7 @@ def tune(sock: socket.socket) -> None:
 
     Buffer sizes are left to the kernel: it grows them to 4 to 6 MB, SO_RCVBUF stops at net.core.rmem_max (208 KiB).
     """
+    sock.setblocking(True)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE_S)
@@ -29,32 +37,104 @@ def tune(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNACKNOWLEDGED_MS)
 
 
-def send_views(sock: socket.socket, views: Sequence[memoryview | bytes], budget: Budget) -> None:
-    """Send all of them, in order. Raises TimeoutError or OSError; then the connection is of no further use."""
-    rest = [memoryview(view) for view in views if len(view)]
-    first = 0
-    while first < len(rest):
-        sock.settimeout(budget())
-        first = _advance(rest, first, sock.sendmsg(rest[first : first + _IOV_MAX]))
+def limit_waits(sock: socket.socket, *, receive_s: float | None = None, send_s: float | None = None) -> None:
+    """From now on a system call that moves nothing for so long raises BlockingIOError. These are the kernel's timeouts:
+    unlike `settimeout`, they cost no further system call each time."""
+    for option, seconds in ((socket.SO_RCVTIMEO, receive_s), (socket.SO_SNDTIMEO, send_s)):
+        if seconds is not None:
+            whole = int(seconds)
+            sock.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(whole, max(1, int((seconds - whole) * 1e6))))
 
 
-def recv_views(sock: socket.socket, views: Sequence[memoryview | bytearray], budget: Budget) -> None:
-    """Fill all of them, in order. Raises PeerUnreachableError at the end of the stream, TimeoutError or OSError."""
-    rest = [memoryview(view) for view in views if len(view)]
-    first = 0
-    while first < len(rest):
-        sock.settimeout(budget())
-        moved = sock.recvmsg_into(rest[first : first + _IOV_MAX])[0]
-        if moved == 0:
-            raise PeerUnreachableError("the peer closed the connection in the middle of a message")
-        first = _advance(rest, first, moved)
+def send_views(sock: socket.socket, views: Sequence[memoryview | bytes], check: Check) -> None:
+    """Send all of them, in order. Raises what `check` does or OSError; then the connection is of no further use."""
+    rest = not_empty(views)
+    while rest:
+        check()
+        _advance(rest, sock.sendmsg(rest[:_IOV_MAX]))
 
 
-def recv_bytes(sock: socket.socket, num_bytes: int, budget: Budget) -> bytearray:
+def send_now(sock: socket.socket, rest: list[memoryview]) -> bool:
+    """Send what the kernel takes at once off the front of `rest`; whether that was all. Raises OSError."""
+    while rest:
+        try:
+            _advance(rest, sock.sendmsg(rest[:_IOV_MAX], (), socket.MSG_DONTWAIT))
+        except BlockingIOError:
+            return False
+    return True
+
+
+def recv_views(sock: socket.socket, views: Sequence[memoryview | bytearray], check: Check) -> None:
+    """Fill all of them, in order. Raises PeerUnreachableError at the stream's end, what `check` does, or OSError."""
+    rest = not_empty(views)
+    left = sum(view.nbytes for view in rest)
+    wake_bytes = 1
+    try:
+        while rest:
+            if wake_bytes != (wanted := _WAKE_BYTES if left >= 2 * _WAKE_BYTES else 1):
+                wake_bytes = wanted
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wake_bytes)
+            check()
+            # What is asked for leaves at least _WAKE_BYTES behind: less would wake nobody.
+            moved = _recv(sock, _front(rest, left - wake_bytes) if wake_bytes > 1 else rest, socket.MSG_WAITALL)
+            left -= moved
+            _advance(rest, moved)
+    finally:
+        if wake_bytes != 1:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+
+
+def recv_now(sock: socket.socket, rest: list[memoryview]) -> bool:
+    """Receive what is there into the front of `rest`; whether that was all. Errors as of `recv_views`."""
+    while rest:
+        try:
+            _advance(rest, _recv(sock, rest, socket.MSG_DONTWAIT))
+        except BlockingIOError:
+            return False
+    return True
+
+
+def recv_bytes(sock: socket.socket, num_bytes: int, check: Check) -> bytearray:
     """Receive exactly `num_bytes`; errors as of `recv_views`. The caller has bounded `num_bytes`."""
     buffer = bytearray(num_bytes)
-    recv_views(sock, [buffer], budget)
+    recv_views(sock, [buffer], check)
     return buffer
+
+
+class Inbox:
+    """The receiving side of a connection, which reads ahead a little: a small message is then one system call."""
+
+    def __init__(self, sock: socket.socket, ahead_bytes: int) -> None:
+        self._sock = sock
+        self._buffer = memoryview(bytearray(ahead_bytes))
+        self._start = self._end = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Read ahead and not taken yet."""
+        return self._end - self._start
+
+    def wait(self) -> bool:
+        """Wait for the first bytes of a message, unless there are some. False at the end of the stream."""
+        if not self.num_bytes:
+            self._start, self._end = 0, self._sock.recv_into(self._buffer)
+        return self.num_bytes > 0
+
+    def fill(self, views: Sequence[memoryview | bytearray], check: Check) -> None:
+        """As `recv_views`, beginning with what was read ahead."""
+        rest = not_empty(views)
+        while rest and self.num_bytes:
+            moved = min(self.num_bytes, rest[0].nbytes)
+            rest[0][:moved] = self._buffer[self._start : self._start + moved]
+            self._start += moved
+            _advance(rest, moved)
+        recv_views(self._sock, rest, check)
+
+    def take(self, num_bytes: int, check: Check) -> bytearray:
+        """As `recv_bytes`, beginning with what was read ahead."""
+        buffer = bytearray(num_bytes)
+        self.fill([buffer], check)
+        return buffer
 
 
 def shut_down(sock: socket.socket) -> None:
@@ -76,11 +156,36 @@ def join_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _advance(views: list[memoryview], first: int, moved: int) -> int:
-    """Take `moved` bytes off the front of `views[first:]`; the index of the first view that has bytes left."""
-    while first < len(views) and moved >= views[first].nbytes:
-        moved -= views[first].nbytes
-        first += 1
+def not_empty(views: Sequence[memoryview | bytes | bytearray]) -> list[memoryview]:
+    """Those that have bytes, as a list for `send_now` and `recv_now` to use up."""
+    return [memoryview(view) for view in views if len(view)]
+
+
+def _recv(sock: socket.socket, views: list[memoryview], flags: int) -> int:
+    one = len(views) == 1
+    moved = sock.recv_into(views[0], 0, flags) if one else sock.recvmsg_into(views[:_IOV_MAX], 0, flags)[0]
+    if moved == 0:
+        raise PeerUnreachableError("the peer closed the connection in the middle of a message")
+    return moved
+
+
+def _front(views: list[memoryview], num_bytes: int) -> list[memoryview]:
+    """The first `num_bytes` of `views`, more than 0, as views; less, if they are more views than one call takes."""
+    front = []
+    for view in views[:_IOV_MAX]:
+        front.append(view[:num_bytes])
+        num_bytes -= front[-1].nbytes
+        if not num_bytes:
+            break
+    return front
+
+
+def _advance(views: list[memoryview], moved: int) -> None:
+    """Take `moved` bytes off the front."""
+    whole = 0
+    while whole < len(views) and moved >= views[whole].nbytes:
+        moved -= views[whole].nbytes
+        whole += 1
+    del views[:whole]
     if moved:
-        views[first] = views[first][moved:]
-    return first
+        views[0] = views[0][moved:]

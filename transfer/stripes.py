@@ -1,6 +1,6 @@
 """How a batch is laid out over connections and frames. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from transfer.base import TransferOp
@@ -15,6 +15,8 @@ class Part:
     offset: int
     views: list[memoryview]
     num_bytes: int
+    show: Callable[[memoryview], None] | None = None
+    """The op's `on_part`, where this is all of it: slices on several connections arrive in no order."""
 
 
 def stripe(ops: Sequence[tuple[int, TransferOp]], max_stripes: int, min_bytes: int) -> list[list[Part]]:
@@ -33,11 +35,30 @@ def stripe(ops: Sequence[tuple[int, TransferOp]], max_stripes: int, min_bytes: i
             if room == 0:
                 stripes.append([])
                 room = share
-            taken, views = _take(views, min(rest, room))
             length = min(rest, room)
-            stripes[-1].append(Part(index, offset, taken, length))
+            taken, views = _take(views, length)
+            show = op.on_part if length == op.num_bytes else None
+            stripes[-1].append(Part(index, offset, taken, length, show))
             offset, rest, room = offset + length, rest - length, room - length
     return stripes
+
+
+def shown_groups(parts: Sequence[Part], max_bytes: int) -> Iterator[list[tuple[memoryview, Part]]]:
+    """The parts' views cut into groups of `max_bytes` (the last is smaller), in order, each view beside its part."""
+    group: list[tuple[memoryview, Part]] = []
+    room = max_bytes
+    for part in parts:
+        for view in part.views:
+            start = 0
+            while start < view.nbytes:
+                piece = view[start : start + room]
+                group.append((piece, part))
+                start, room = start + piece.nbytes, room - piece.nbytes
+                if not room:
+                    yield group
+                    group, room = [], max_bytes
+    if group:
+        yield group
 
 
 def _take(views: list[memoryview], num_bytes: int) -> tuple[list[memoryview], list[memoryview]]:

@@ -13,7 +13,7 @@ from kvcore.errors import ConfigError, SegmentUnknownError, TransferError, Trans
 from kvcore.telemetry import log_fields
 from transfer import wire
 from transfer.blocking import Deadline
-from transfer.sockets import join_address, recv_bytes, recv_views, send_views, shut_down, tune
+from transfer.sockets import Inbox, join_address, limit_waits, send_views, shut_down, tune
 
 _LOG = logging.getLogger("transfer")
 _BACKLOG = 128
@@ -21,6 +21,8 @@ _CLOSE_TIMEOUT_S = 5.0
 _GOODBYE_S = 1.0
 _GOODBYE_BYTES = 64 << 10
 _ACCEPT_PAUSE_S = 0.1
+_AHEAD_BYTES = 16 << 10
+"""Received with a request's header. A small write is one system call; of a large one that much is copied twice."""
 
 
 class TcpSegmentHost:
@@ -131,8 +133,10 @@ class TcpSegmentHost:
         """One connection, to its end."""
         try:
             tune(sock)
-            self._greet(sock)
-            while self._answer(sock):
+            limit_waits(sock, receive_s=self._message_timeout_s, send_s=self._message_timeout_s)
+            inbox = Inbox(sock, _AHEAD_BYTES)
+            self._greet(sock, inbox)
+            while self._answer(sock, inbox):
                 pass
         except TransferProtocolError as error:
             log_fields(_LOG, logging.WARNING, "transfer.peer_broke_protocol", error=error.message)
@@ -146,52 +150,60 @@ class TcpSegmentHost:
                 self._connections.pop(sock, None)
             sock.close()
 
-    def _greet(self, sock: socket.socket) -> None:
+    def _greet(self, sock: socket.socket, inbox: Inbox) -> None:
         deadline = Deadline(self._message_timeout_s)
-        header = wire.parse_header(recv_bytes(sock, wire.HEADER_BYTES, deadline.remaining))
+        header = wire.parse_header(inbox.take(wire.HEADER_BYTES, deadline.remaining))
         wire.check_text(header, wire.FrameKind.HELLO)
-        wanted = recv_bytes(sock, header.payload_bytes, deadline.remaining).decode(errors="replace")
+        wanted = inbox.take(header.payload_bytes, deadline.remaining).decode(errors="replace")
         if wanted != self._segment_id:
             raise SegmentUnknownError(f"segment {wanted} is not here, this is {self._segment_id}")
         send_views(sock, [wire.pack_welcome(self._segment_id, self._memory.nbytes)], deadline.remaining)
+        limit_waits(sock, receive_s=self._idle_timeout_s)
 
-    def _answer(self, sock: socket.socket) -> bool:
+    def _answer(self, sock: socket.socket, inbox: Inbox) -> bool:
         """Serve one request; False when the peer closed the connection instead of sending one."""
-        raw = bytearray(wire.HEADER_BYTES)
-        sock.settimeout(self._idle_timeout_s)
-        received = sock.recv_into(raw)
-        if received == 0:
+        if not inbox.wait():
             return False
         deadline = Deadline(self._message_timeout_s)
-        recv_views(sock, [memoryview(raw)[received:]], deadline.remaining)
-        header = wire.parse_header(raw)
+        whole = inbox.num_bytes >= wire.HEADER_BYTES
+        if not whole:
+            limit_waits(sock, receive_s=self._message_timeout_s)
+        header = wire.parse_header(inbox.take(wire.HEADER_BYTES, deadline.remaining))
         wire.check_request(header)
-        table = recv_bytes(sock, header.count * wire.ENTRY_BYTES, deadline.remaining)
+        writing = header.kind is wire.FrameKind.WRITE
+        missing = header.count * wire.ENTRY_BYTES + (header.payload_bytes if writing else 0) > inbox.num_bytes
+        if missing and whole:
+            limit_waits(sock, receive_s=self._message_timeout_s)
+        table = inbox.take(header.count * wire.ENTRY_BYTES, deadline.remaining)
         ranges = wire.parse_table(header, table, self._memory.nbytes)
         views = [self._memory[offset : offset + length] for offset, length in ranges]
-        if header.kind is wire.FrameKind.WRITE:
-            recv_views(sock, views, self._step_budget)
+        if writing:
+            inbox.fill(views, _no_check)
             reply = wire.Header(wire.FrameKind.WRITTEN, header.count, request_id=header.request_id)
-            send_views(sock, [wire.pack_header(reply)], self._step_budget)
+            send_views(sock, [wire.pack_header(reply)], _no_check)
         else:
             reply = wire.Header(wire.FrameKind.DATA, header.count, 0, header.payload_bytes, header.request_id)
-            send_views(sock, [wire.pack_header(reply), *views], self._step_budget)
+            send_views(sock, [wire.pack_header(reply), *views], _no_check)
+        if missing or not whole:
+            limit_waits(sock, receive_s=self._idle_timeout_s)
         return True
 
-    def _step_budget(self) -> float:
-        return self._message_timeout_s
+
+def _no_check() -> None:
+    """Each step of a payload has the connection's own time limit."""
 
 
 def _say(sock: socket.socket, error: TransferError) -> None:
     """Tell the peer why, then read on for a moment: closing with bytes unread would reset it before it has heard."""
     deadline = Deadline(_GOODBYE_S)
     try:
+        limit_waits(sock, receive_s=_GOODBYE_S, send_s=_GOODBYE_S)
         send_views(sock, [wire.pack_error(error)], deadline.remaining)
         sock.shutdown(socket.SHUT_WR)
         scratch = bytearray(_GOODBYE_BYTES)
         drained = 0
         while drained < _GOODBYE_BYTES:
-            sock.settimeout(deadline.remaining())
+            deadline.remaining()
             received = sock.recv_into(scratch)
             if received == 0:
                 return
