@@ -39,9 +39,7 @@ def _check_kv_size(context: Context) -> list[Finding]:
     silent = [name for name, engine in context.local_vllm.items() if kv_bytes(engine) is None]
     if not silent or len(context.local_vllm) == 1:
         return []
-    detail = (
-        f"{', '.join(silent)}: nothing says how much memory KV may take, and vLLM then takes nearly all there is"
-    )
+    detail = f"{', '.join(silent)}: nothing says how much memory KV may take, and vLLM then takes nearly all there is"
     return [Finding("vllm memory", False, detail, "set engine.args.kv-cache-memory-bytes, e.g. 1G")]
 
 

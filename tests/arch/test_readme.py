@@ -12,6 +12,7 @@ import aiohttp
 import pytest
 
 from kvcore.config_file import load_config
+from kvferry.cli import build_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r"(?:<!-- runs: (\w+) -->\n)?```bash\n(.*?)```", re.S)
@@ -20,8 +21,8 @@ BIN = Path(sys.executable).parent
 
 
 def commands(kind: str) -> list[str]:
-    """Of all blocks of a kind, one line each; the environment is the test's own."""
-    text = "".join(block for runs, block in BLOCKS if runs == kind).replace("\\\n", " ")
+    """Of all blocks of a kind, one command each; the environment is the test's own."""
+    text = "".join(block for runs, block in BLOCKS if runs == kind).replace("\\\n", " ").replace(" && ", "\n")
     return [line for line in text.splitlines() if line and not line.startswith("source ")]
 
 
@@ -43,10 +44,17 @@ def test_every_block_says_how_it_is_run():
     assert {runs for runs, _ in BLOCKS} == {"make", "up", "client", "parse"}
 
 
-def test_the_commands_of_several_machines_name_real_programs_and_nodes():
+def test_commands_that_cannot_run_here_name_real_programs_targets_files_and_nodes():
     for line in commands("parse"):
-        program, *arguments = shlex.split(line)
+        program, *arguments = shlex.split(line, comments=True)
+        if program == "make":
+            assert re.search(rf"^{arguments[0]}:", (ROOT / "Makefile").read_text(), re.M), line
+            continue
         assert (BIN / program).exists(), program
+        if program == "kvferry":
+            parsed = build_parser().parse_args(arguments)
+            assert arguments[0] != "up" or load_config(ROOT / parsed.config).nodes
+            continue
         config = load_config(ROOT / arguments[arguments.index("--config") + 1])
         if "--node" in arguments:
             assert config.nodes[arguments[arguments.index("--node") + 1]].role == program

@@ -1,0 +1,65 @@
+"""What the rest of kvferry believes of vLLM without importing it, held against the vLLM that is here."""
+
+from pathlib import Path
+
+import pytest
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from engines.vllm.arguments import command_line
+from kvcore.config import VllmEngineConfig
+from kvcore.config_checks import engine_of
+from kvcore.config_file import load_config
+from kvcore.vllm_options import RESERVED, argument_name, check_arguments
+from kvferry.vllm_here import installed_vllm, parse_size
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+NOT_ARGUMENTS = {  # of the server, or of the connector's section: refused because people write them
+    "host",
+    "port",
+    "headless",
+    "kv-connector",
+    "kv-connector-module-path",
+    "kv-connector-extra-config",
+    "kv-role",
+    "kv-load-failure-policy",
+}
+
+
+@pytest.fixture(scope="module")
+def parser() -> FlexibleArgumentParser:
+    return AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(add_help=False))
+
+
+@pytest.fixture(scope="module")
+def names(parser) -> set[str]:
+    return {argument_name(text) for action in parser._actions for text in action.option_strings if text[:2] == "--"}
+
+
+def test_every_reserved_name_is_an_argument_of_vllms(names):
+    unknown = {name for name in RESERVED if not any(known == name or known.startswith(name) for known in names)}
+    assert unknown == NOT_ARGUMENTS
+
+
+def test_no_argument_is_refused_that_kvferry_has_nothing_to_do_with(names):
+    """A reserved name's beginnings are refused too, as vLLM's parser would take them for it."""
+    refused = {name for name in names if list(check_arguments({name: "x"}))}
+    known = {name for name in RESERVED if name in names} | {name for name in names if name.startswith("data-parallel-")}
+    assert {name.removeprefix("no-") for name in refused} == known
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
+def test_vllm_understands_the_arguments_of_the_shipped_configurations(file, parser):
+    config = load_config(file)
+    for node in config.nodes.values():
+        engine = engine_of(config, node)
+        if isinstance(engine, VllmEngineConfig):
+            args = AsyncEngineArgs.from_cli_args(parser.parse_args(command_line(engine.args, config.model, "/m")))
+            assert args.max_model_len == config.model.max_context
+            size = engine.args.get("kv-cache-memory-bytes")
+            assert args.kv_cache_memory_bytes == (None if size is None else parse_size(size))
+
+
+def test_the_build_is_told_without_importing_it():
+    build = installed_vllm()
+    assert build is not None and build.supported and build.platform == "cpu"
