@@ -26,6 +26,7 @@ async def subject(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Async
     overrides = [
         "router.policy=round_robin",
         "router.min_prefill_tokens=0",
+        "engine.args.kv-cache-memory-bytes=14M",  # 35 blocks: one prompt of CONTEXT tokens, or little more
         *(f"nodes.{node}.segment=64MiB" for node in ("prefill-0", "decode-0", "decode-1")),
     ]
     folder = tmp_path_factory.mktemp("vllm-cluster")

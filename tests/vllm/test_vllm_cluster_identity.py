@@ -4,20 +4,33 @@ import asyncio
 
 import pytest
 from support.cluster import ClusterHandle
-from support.vllm_questions import BLOCK, NEW_TOKENS, Questions, computed_tokens, greedy, prompt_of
+from support.vllm_questions import (
+    BLOCK,
+    NEW_TOKENS,
+    Questions,
+    computed_tokens,
+    greedy,
+    prompt_of,
+    vllm_metric,
+)
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600), pytest.mark.asyncio(loop_scope="session")]
 
 LENGTHS = (1, 50, 127, 128, 129, 500, 2000, 4097)
 PROMPTS = [prompt_of(length, seed) for seed, length in enumerate(LENGTHS)]
 CROWD = [prompt_of(40 + 53 * i, 100 + i) for i in range(12)]
-PREEMPTED = [prompt_of(900 + 17 * i, 200 + i) for i in range(12)]
-"""Together more than an engine's KV memory holds."""
+PREEMPTED = [prompt_of(8 * BLOCK - 4, 200 + i) for i in range(10)]
+"""Four of them fill an engine's KV memory, and each wants one more block after a few tokens."""
 
 
 @pytest.fixture(scope="module")
 def questions(tiny) -> Questions:
     return Questions(tiny, [*PROMPTS, *CROWD, *PREEMPTED], NEW_TOKENS, 4224)
+
+
+async def preemptions(subject: ClusterHandle) -> float:
+    """Of both decoders, by vLLM's own count."""
+    return sum([await vllm_metric(subject, node, "vllm:num_preemptions_total") for node in ("decode-0", "decode-1")])
 
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=LENGTHS)
@@ -45,8 +58,10 @@ async def test_twelve_at_once(subject: ClusterHandle, questions: Questions) -> N
 
 
 async def test_more_at_once_than_the_kv_memory_holds(subject: ClusterHandle, questions: Questions) -> None:
+    before = await preemptions(subject)
     answers = await asyncio.gather(*(questions.ask(subject, prompt) for prompt in PREEMPTED))
     assert all(answer.finish_reason == "length" for answer in answers)
+    assert await preemptions(subject) > before, "nobody was preempted: the test shows nothing"
 
 
 async def test_another_node_has_what_one_has_computed(subject: ClusterHandle, questions: Questions) -> None:
