@@ -12,10 +12,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvcore.config import ClusterConfig, EngineConfig, ModelConfig, SimEngineConfig, TransportConfig, VllmEngineConfig
+from kvcore.config import (
+    ClusterConfig,
+    EngineConfig,
+    HandoffKind,
+    ModelConfig,
+    SimEngineConfig,
+    TransportConfig,
+    VllmEngineConfig,
+)
 from kvcore.config_checks import ports_of
 from kvcore.errors import ConfigError, ModelLoadError
 from kvcore.ports import listen
+from kvferry.doctor_servers import check_servers
+from kvferry.doctor_memory import check_segment_pages, nodes_here, reserved_bytes
 from kvferry.doctor_vllm import check_cores, check_vllm, host_bytes, weight_bytes
 from kvferry.findings import Check, Context, Finding
 from kvferry.machine import is_local, size_text
@@ -121,9 +131,8 @@ def _check_tokenizer(folder: Path) -> Finding:
 def check_memory(context: Context) -> list[Finding]:
     """The segments (memfd: plain memory, /dev/shm's size does not matter) and engines of this machine fit."""
     config = context.config
-    ours = [node for node in config.nodes.values() if node.url is None]
-    here = [node for node in ours if context.all_here or is_local(node.host)]
-    segments = sum(node.segment for node in here)
+    here = nodes_here(context)
+    segments = sum(node.segment for node in here) - reserved_bytes(context)
     engines = sum(_engine_bytes(engine, config.model) for _, engine in context.local_engines())
     needed = segments + engines + _NODE_BYTES * (len(here) + 2)
     left = available_memory()
@@ -147,6 +156,9 @@ def _engine_bytes(engine: EngineConfig, model: ModelConfig) -> int:
 
 def check_transports(context: Context) -> list[Finding]:
     """What the config asks for works here."""
+    handoff = context.config.handoff
+    if handoff is not HandoffKind.KVFERRY:
+        return [Finding("transport", True, f"none of ours: {handoff} moves the KV, between the servers")]
     kind, fallback = context.config.transport.kind, context.config.transport.fallback
     wanted = {kind, fallback} - {None}
     findings = []
@@ -216,8 +228,8 @@ def _check_memlock() -> Finding:
     return Finding("memlock", False, f"at most {size_text(soft)} may be pinned", remedy)
 
 
-PREFLIGHT: tuple[Check, ...] = (check_transports, check_ports, check_model, check_vllm, check_memory)
-ALL_CHECKS: tuple[Check, ...] = (check_python, check_packages, *PREFLIGHT, check_cores)
+PREFLIGHT: tuple[Check, ...] = (check_transports, check_ports, check_model, check_vllm, check_segment_pages, check_memory)
+ALL_CHECKS: tuple[Check, ...] = (check_python, check_packages, *PREFLIGHT, check_cores, check_servers)
 
 
 def run_checks(context: Context, checks: Sequence[Check]) -> list[Finding]:

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import os
 
 from kvcore.asgi import AsgiServer
 from kvcore.clock import SystemClock
@@ -25,7 +24,7 @@ from router.policy import make_policy
 from router.records import RequestLog
 from router.status import StatusView
 from router.text import make_tokenizer, run_in_thread
-from router.vllm_client import VllmClient
+from router.vllm_client import VllmClient, server_key
 from router.vllm_model import read_model_facts
 
 STATS_INTERVAL_S = 1.0
@@ -81,8 +80,7 @@ async def _make_client(config: ClusterConfig) -> NodeClient:
     if config.handoff is HandoffKind.KVFERRY:
         return HttpNodeClient(connect_timeout_s=config.router.connect_timeout_s, max_connections=max_connections)
     facts = await asyncio.to_thread(read_model_facts, config)
-    api_key = os.environ.get("VLLM_API_KEY")  # as the servers themselves read it
-    return VllmClient(config, facts, max_connections=max_connections, api_key=api_key)
+    return VllmClient(config, facts, max_connections=max_connections, api_key=server_key())
 
 
 def _make_subscription(config: ClusterConfig, cluster: Cluster, lifecycle: Lifecycle) -> IndexSubscription | None:

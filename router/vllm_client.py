@@ -5,6 +5,7 @@ its connection, upon which vLLM aborts the request.
 """
 
 import logging
+import os
 from collections.abc import AsyncGenerator
 from contextlib import suppress
 from urllib.parse import urlsplit
@@ -172,6 +173,11 @@ class VllmClient:
             )
         (entry,) = entries.values()
         return {"remote_bootstrap_addr": bootstrap, "remote_engine_id": entry.engine_id}
+
+
+def server_key() -> str | None:
+    """The servers' key, from the variable that they read themselves (`--api-key` there)."""
+    return os.environ.get("VLLM_API_KEY")
 
 
 def node_url(node: NodeConfig) -> str:
