@@ -200,7 +200,7 @@ class NodeConfig(_Section, frozen=True, kw_only=True):
     """For tcp; 0: any free one."""
     segment: ByteSize = ByteSize(512 << 20)
     hugepages: bool = False
-    """Huge pages for the segment: reserved ones, else transparent ones; the node does not start if it can have neither."""
+    """Huge pages for the segment: reserved ones, else transparent ones; it is an error if there are neither."""
     numa_node: Annotated[int, msgspec.Meta(ge=0)] | None = None
     """Where the segment's memory is to lie; anywhere if not given."""
     engine: EngineConfig | None = None

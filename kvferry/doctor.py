@@ -24,8 +24,8 @@ from kvcore.config import (
 from kvcore.config_checks import ports_of
 from kvcore.errors import ConfigError, ModelLoadError
 from kvcore.ports import listen
-from kvferry.doctor_servers import check_servers
 from kvferry.doctor_memory import check_segment_pages, nodes_here, reserved_bytes
+from kvferry.doctor_servers import check_servers
 from kvferry.doctor_vllm import check_cores, check_vllm, host_bytes, weight_bytes
 from kvferry.findings import Check, Context, Finding
 from kvferry.machine import is_local, size_text
@@ -228,7 +228,14 @@ def _check_memlock() -> Finding:
     return Finding("memlock", False, f"at most {size_text(soft)} may be pinned", remedy)
 
 
-PREFLIGHT: tuple[Check, ...] = (check_transports, check_ports, check_model, check_vllm, check_segment_pages, check_memory)
+PREFLIGHT: tuple[Check, ...] = (
+    check_transports,
+    check_ports,
+    check_model,
+    check_vllm,
+    check_segment_pages,
+    check_memory,
+)
 ALL_CHECKS: tuple[Check, ...] = (check_python, check_packages, *PREFLIGHT, check_cores, check_servers)
 
 

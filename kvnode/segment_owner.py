@@ -36,9 +36,15 @@ class SegmentOwner:
         self._segment: Segment | None = None
 
     async def __aenter__(self) -> Self:
-        """Raises ConfigError: too little memory, address in use, unknown transport."""
+        """Raises ConfigError: too little memory, no such huge pages or NUMA node, address in use, unknown transport."""
         async with AsyncExitStack() as stack:
-            memory = await asyncio.to_thread(SegmentMemory.create, self._segment_id, int(self._node.segment))
+            memory = await asyncio.to_thread(
+                SegmentMemory.create,
+                self._segment_id,
+                int(self._node.segment),
+                hugepages=self._node.hugepages,
+                numa_node=self._node.numa_node,
+            )
             stack.callback(memory.close)
             hosts = await start_segment_hosts(
                 self._transport, memory, host=self._node.host, port=self._node.transfer_port

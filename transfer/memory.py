@@ -21,11 +21,14 @@ import numpy as np
 from kvcore.errors import ConfigError, PeerUnreachableError, SegmentUnknownError
 from kvcore.types import Segment
 from transfer.available import available_memory
+from transfer.pages import Pages, bind_to_node, choose_pages, default_hugepage_bytes, usable_cpus
 
 _MADV_POPULATE_WRITE = 23
 """Linux 5.14; not in Python's mmap module."""
+_MADV_HUGEPAGE = 14
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
-_PREFAULT_THREADS = 4
+_PREFAULT_THREADS = 16
+"""At most, and never more than there are processors."""
 _SPARE_BYTES = 64 << 20
 """Left for the process itself when a segment's size is checked against what is available."""
 _ATTACH_POPULATE_BYTES = 1 << 30
@@ -54,21 +57,30 @@ class SegmentMemory:
         self._view = memoryview(mapping)
 
     @classmethod
-    def create(cls, segment_id: str, size_bytes: int) -> Self:
+    def create(cls, segment_id: str, size_bytes: int, *, hugepages: bool = False, numa_node: int | None = None) -> Self:
         """Allocate and fault in `size_bytes` of zeros; about 1 s a GB, so call it before the loop serves anything.
 
-        Raises ConfigError, before anything is faulted in, when the machine or a cgroup has too little memory.
+        Raises ConfigError, before anything is faulted in, when the machine or a cgroup has too little memory, or no
+        huge pages or NUMA node as asked for.
         """
-        key = f"nodes.{segment_id.rpartition('.')[0] or segment_id}.segment"
+        node = f"nodes.{segment_id.rpartition('.')[0] or segment_id}"
+        key = f"{node}.segment"
         if size_bytes <= 0:
             raise ConfigError(f"{key}: a segment needs at least one byte, got {size_bytes}", param=key)
-        _check_available(key, size_bytes)
-        fd = os.memfd_create(_memfd_name(segment_id), os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            pages = choose_pages(size_bytes, hugepages=hugepages, numa_node=numa_node)
+        except ConfigError as error:
+            raise ConfigError(f"{node}.{error.message}", param=node) from error
+        if pages is not Pages.RESERVED:
+            _check_available(key, size_bytes)
+        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | (os.MFD_HUGETLB if pages is Pages.RESERVED else 0)
+        fd = os.memfd_create(_memfd_name(segment_id), flags)
         try:
             os.ftruncate(fd, size_bytes)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
             mapping = mmap.mmap(fd, size_bytes, mmap.MAP_SHARED)
             try:
+                _place(mapping, pages, numa_node)
                 _prefault(mapping)
             except BaseException:
                 _unmap(memoryview(mapping), mapping)
@@ -124,22 +136,23 @@ class AttachedSegment:
         self._link = link
         self._target = target
         self._mapping = mapping
+        self._size_bytes = len(mapping)
         self._closed = False
         self.view = memoryview(mapping)
 
     @property
     def unpopulated_bytes(self) -> int:
         """How much of it has no page tables yet after `attach`."""
-        return max(0, len(self._mapping) - _ATTACH_POPULATE_BYTES)
+        return max(0, self._size_bytes - _ATTACH_POPULATE_BYTES)
 
     def populate_rest(self) -> None:
         """Fill the page tables of what `attach` left out; 0.24 s a GB, in a thread. Ends soon after `close` and after
         the owner's death. Without it the first copy to each page runs at 2 GB/s instead of 8."""
-        for start in range(_ATTACH_POPULATE_BYTES, len(self._mapping), _POPULATE_STEP_BYTES):
+        for start in range(_ATTACH_POPULATE_BYTES, self._size_bytes, _POPULATE_STEP_BYTES):
             if self._closed or not self.alive:
                 return
             with contextlib.suppress(OSError, ValueError):  # it only saves faults; closed meanwhile
-                _populate(self._mapping, start, min(_POPULATE_STEP_BYTES, len(self._mapping) - start))
+                _populate(self._mapping, start, min(_POPULATE_STEP_BYTES, self._size_bytes - start))
 
     @property
     def alive(self) -> bool:
@@ -218,11 +231,20 @@ def _check_available(key: str, size_bytes: int) -> None:
         )
 
 
+def _place(mapping: mmap.mmap, pages: Pages, numa_node: int | None) -> None:
+    """Say where its pages come from, before there are any."""
+    region = np.frombuffer(mapping, np.uint8)
+    if numa_node is not None:
+        bind_to_node(region.ctypes.data, len(mapping), numa_node)
+    if pages is Pages.TRANSPARENT:
+        _advise(region.ctypes.data, len(mapping), _MADV_HUGEPAGE)
+
+
 def _prefault(mapping: mmap.mmap) -> None:
     """Fault in every page, in parallel: zeroing fresh pages is bound by a core, at 1 to 1.5 GB/s."""
-    threads = min(_PREFAULT_THREADS, os.cpu_count() or 1)
+    threads = min(_PREFAULT_THREADS, usable_cpus())
     step = -(-len(mapping) // threads)
-    step += -step % mmap.PAGESIZE
+    step += -step % default_hugepage_bytes()
     with ThreadPoolExecutor(threads, thread_name_prefix="kvferry-prefault") as pool:
         starts = range(0, len(mapping), step)
         list(pool.map(lambda start: _populate(mapping, start, min(step, len(mapping) - start)), starts))
@@ -231,14 +253,20 @@ def _prefault(mapping: mmap.mmap) -> None:
 def _populate(mapping: mmap.mmap, start: int, length: int) -> None:
     """madvise through ctypes lets go of the interpreter lock, mmap.madvise does not. Before Linux 5.14: touch."""
     region = np.frombuffer(mapping, np.uint8)
-    code = _libc_madvise()(region.ctypes.data + start, length, _MADV_POPULATE_WRITE)
-    if code == 0:
+    try:
+        _advise(region.ctypes.data + start, length, _MADV_POPULATE_WRITE)
         return
-    error = ctypes.get_errno()
-    if error != errno.EINVAL:
-        raise OSError(error, os.strerror(error))
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
     pages = region[start : start + length : mmap.PAGESIZE]
     np.bitwise_or(pages, 0, out=pages)  # a write that keeps what is there
+
+
+def _advise(address: int, length: int, advice: int) -> None:
+    if _libc_madvise()(address, length, advice) != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
 
 
 @functools.cache

@@ -5,7 +5,6 @@ the caller's buffers and the socket.
 """
 
 import asyncio
-import os
 import socket
 from collections.abc import Sequence
 
@@ -13,6 +12,7 @@ from kvcore.errors import ConfigError, PeerUnreachableError, TransferError, Tran
 from kvcore.types import Segment
 from transfer.base import Direction, TransferOp
 from transfer.blocking import BlockingPool, Deadline
+from transfer.pages import usable_cpus
 from transfer.ranges import check_batch
 from transfer.sockets import shut_down, split_address, tune
 from transfer.stripes import Part, stripe
@@ -52,7 +52,7 @@ class TcpTransfer:
 
     def __init__(self, streams: int = 2) -> None:
         self._streams = streams
-        self._stripes = max(1, min(streams, (os.cpu_count() or 1) // _CORES_A_STREAM))
+        self._stripes = max(1, min(streams, usable_cpus() // _CORES_A_STREAM))
         self._pool = BlockingPool("kvferry-tcp", _THREADS)
         self._peers: dict[tuple[str, str], _Peer] = {}
         self._on_loop: set[Connection] = set()
