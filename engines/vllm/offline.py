@@ -1,9 +1,14 @@
 """vLLM in the caller's own process, `vllm.LLM`, with our connector in place: for kvferry.LLM.
 
-Owns planning (which KV it will be, before anything is started), start and end. The store's processes are kvferry's.
+Owns planning (which KV it will be, before anything is started), start and end, also the end of vLLM's processes when
+the program is killed. The store's processes are kvferry's.
 """
 
 import logging
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,12 +19,14 @@ from pydantic import ValidationError
 from vllm import LLM, envs
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown, has_kv_transfer_group
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMError
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 
 from engines.base import NodeReport
 from engines.model_files import find_folder
+from engines.vllm.connector import KVFerryConnector
 from engines.vllm.settings import Provenance, to_extra_config
 from engines.vllm.start import _HUB_FILES, VllmStart, connector_config, connector_settings, measure_provenance
 from kvcore.config import ClusterConfig, VllmEngineConfig
@@ -92,8 +99,38 @@ def stop_llm(llm: LLM) -> None:
         _logger.exception("vllm_stop_failed")
 
 
+class OfflineConnector(KVFerryConnector):
+    """KVFerryConnector in a program that is not ours."""
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        """See KVFerryConnector."""
+        root = logging.getLogger()
+        handlers, level = root.handlers[:], root.level
+        super().__init__(vllm_config, role, kv_cache_config)
+        if not envs.VLLM_ENABLE_V1_MULTIPROCESSING:  # the program's own process: so is its logging
+            root.handlers[:] = handlers
+            root.setLevel(level)
+        else:
+            _end_with_parent()
+
+
+def _end_with_parent() -> None:
+    """We are in vLLM's core, which waits for work for ever when its program is killed, or in a worker of the core."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="kvferry-parent", daemon=True).start()
+
+
 def _ours(extra: dict[str, str] | None = None) -> dict[str, Any]:
-    return {"kv_transfer_config": connector_config(extra), "disable_hybrid_kv_cache_manager": True}
+    transfer = connector_config(extra)
+    transfer.kv_connector, transfer.kv_connector_module_path = OfflineConnector.__name__, __name__
+    return {"kv_transfer_config": transfer, "disable_hybrid_kv_cache_manager": True}
 
 
 def _check_alone() -> None:

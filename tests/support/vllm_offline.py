@@ -1,0 +1,106 @@
+"""Runs a function that uses kvferry.LLM in a process of its own, which must end well. And what such functions need.
+
+Tiny memory, float32, eager. vLLM's own prefix cache is off, so that every hit is the store's.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+_MARK = "RETURNED "
+_TIMEOUT_S = 500.0
+_ENV = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_CPU_OMP_THREADS_BIND": str((os.cpu_count() or 1) - 1),
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+Answers = list[tuple[list[int], int]]
+"""(tokens, num_cached_tokens) of each prompt; from another process each pair is a list."""
+
+
+def run_offline(function: Callable[..., Any], *arguments: Any, processes: bool = False) -> Any:
+    """What `function` of a test module returns in a process of its own; all values as JSON, paths as text.
+
+    `processes`: vLLM's engine in processes of its own.
+    """
+    done = subprocess.run(
+        command_of(function, *arguments),
+        capture_output=True,
+        text=True,
+        timeout=_TIMEOUT_S,
+        env=environment(processes=processes),
+    )
+    print(done.stdout[-20_000:], done.stderr[-20_000:])
+    assert done.returncode == 0, f"{function.__name__} ended with {done.returncode}"
+    line = next(line for line in reversed(done.stdout.splitlines()) if line.startswith(_MARK))
+    return json.loads(line.removeprefix(_MARK))
+
+
+def command_of(function: Callable[..., Any], *arguments: Any) -> list[str]:
+    """The program that calls `function` and prints what it returns."""
+    asked = {"module": function.__module__, "function": function.__name__, "arguments": arguments, "path": sys.path}
+    return [sys.executable, __file__, json.dumps(asked, default=str)]
+
+
+def environment(*, processes: bool) -> dict[str, str]:
+    """Of such a program."""
+    return os.environ | _ENV | {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(processes))}
+
+
+def open_llm(model: str, **arguments: Any) -> Any:
+    """A kvferry.LLM as small as can be."""
+    from kvferry import LLM
+
+    small = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": 64 << 20,
+        "enable_prefix_caching": False,
+        "max_model_len": 2048,
+        "store": "64MiB",
+    }
+    return LLM(model, **(small | arguments))
+
+
+def ask(llm: Any, prompts: Sequence[Sequence[int]], max_tokens: int) -> Answers:
+    """All at once, greedy."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+    return [(list(output.outputs[0].token_ids), output.num_cached_tokens) for output in outputs]
+
+
+def child_pids(module: str) -> list[int]:
+    """Of our own children, those that run `module`: `metadata_server`, `kvnode`."""
+    return [pid for pid in _children(os.getpid()) if module in Path(f"/proc/{pid}/cmdline").read_text().split("\0")]
+
+
+def descendants(pid: int) -> list[int]:
+    """Its children, theirs, and so on."""
+    return [found for child in _children(pid) for found in (child, *descendants(child))]
+
+
+def _children(pid: int) -> list[int]:
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+
+
+def main() -> None:
+    """The process."""
+    asked = json.loads(sys.argv[1])
+    sys.path[:] = asked["path"]
+    function = getattr(importlib.import_module(asked["module"]), asked["function"])
+    print(_MARK + json.dumps(function(*asked["arguments"])), flush=True)
+
+
+if __name__ == "__main__":
+    main()

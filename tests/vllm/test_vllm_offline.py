@@ -1,0 +1,211 @@
+"""kvferry.LLM on real vLLM: tokens are those of vLLM alone, and what was computed before is not computed again.
+
+Each scenario is a function that runs in a process of its own (support.vllm_offline).
+"""
+
+import asyncio
+import os
+import select
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.cluster import ClusterHandle
+from support.ports import free_ports
+from support.tiny_models import make_tiny_model
+from support.vllm_offline import (
+    Answers,
+    ask,
+    child_pids,
+    command_of,
+    descendants,
+    environment,
+    open_llm,
+    run_offline,
+)
+from support.vllm_questions import BLOCK, NEW_TOKENS, Questions, prompt_of
+
+from kvcore.config import ByteSize, ModelConfig
+from kvferry.offline_cluster import PRIVATE_PORTS, private_cluster, write_cluster
+from kvferry.offline_store import OfflineStore
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+
+LENGTHS = (1, 127, 128, 129, 300, 1000)
+PROMPTS = [prompt_of(length, 500 + seed) for seed, length in enumerate(LENGTHS)]
+FROM_THE_CLUSTER, TO_THE_CLUSTER = prompt_of(700, 520), prompt_of(701, 521)
+ALL = [*PROMPTS, FROM_THE_CLUSTER, TO_THE_CLUSTER]
+CONTEXT = 2048
+
+
+@pytest.fixture(scope="module")
+def questions(tiny: Path) -> Questions:
+    return Questions(tiny, ALL, NEW_TOKENS, CONTEXT)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model with other weights."""
+    folder = tmp_path_factory.mktemp("other") / "qwen3"
+    return make_tiny_model("qwen3", folder, seed=1, max_context=4224, head_dim=64)
+
+
+def check(questions: Questions, prompts: list[list[int]], answers: Answers, what: str) -> None:
+    for prompt, (tokens, _) in zip(prompts, answers, strict=True):
+        questions.reference(prompt).check(tokens, f"{what}, prompt of {len(prompt)}")
+
+
+def cached(answers: Answers) -> list[int]:
+    return [num_cached for _, num_cached in answers]
+
+
+def is_full(num_cached: int, length: int) -> bool:
+    """Whether all was had that can be had: full chunks, or the prompt but for a token that has to be computed."""
+    return length - BLOCK <= num_cached < max(length, 1) or num_cached == length // BLOCK * BLOCK
+
+
+# --- a store of its own ------------------------------------------------------------------------------------------
+
+
+def twice_and_then_without_its_store(model: str) -> dict[str, Any]:
+    from kvferry import LLM
+
+    with open_llm(model) as llm:
+        assert isinstance(llm, LLM)
+        cold, warm = ask(llm, PROMPTS, NEW_TOKENS), ask(llm, PROMPTS, NEW_TOKENS)
+        (said,) = llm.chat([{"role": "user", "content": "tell me of the quick brown fox"}], use_tqdm=False)
+        (server,) = child_pids("metadata_server")
+        os.kill(server, signal.SIGKILL)
+        without_server = ask(llm, PROMPTS, NEW_TOKENS)
+        (node,) = child_pids("kvnode")
+        os.kill(node, signal.SIGKILL)
+        without_node = ask(llm, PROMPTS, NEW_TOKENS)
+    left = child_pids("metadata_server") + child_pids("kvnode")
+    with open_llm(model) as llm:
+        anew = ask(llm, PROMPTS[-1:], NEW_TOKENS)
+    return {
+        "cold": cold,
+        "warm": warm,
+        "chat": said.outputs[0].text,
+        "without_server": without_server,
+        "without_node": without_node,
+        "left": left,
+        "anew": anew,
+    }
+
+
+@pytest.mark.parametrize("processes", [False, True], ids=["in_one_process", "in_several"])
+def test_answers_are_vllms_with_a_warm_store_and_with_one_that_is_killed(tiny, questions, processes):
+    shown = run_offline(twice_and_then_without_its_store, tiny, processes=processes)
+    for what in ("cold", "warm", "without_server", "without_node"):
+        check(questions, PROMPTS, shown[what], what)
+    assert cached(shown["cold"]) == [0] * len(PROMPTS)
+    assert all(is_full(*pair) for pair in zip(cached(shown["warm"]), LENGTHS, strict=True)), shown["warm"]
+    assert shown["chat"]
+    assert shown["left"] == []
+    check(questions, PROMPTS[-1:], shown["anew"], "another one, afterwards")
+    assert cached(shown["anew"]) == [0]
+
+
+def until_it_is_killed(model: str) -> None:
+    with open_llm(model):
+        print("PIDS", *descendants(os.getpid()), flush=True)
+        threading.Event().wait()
+
+
+async def test_kill_minus_9_of_the_program_leaves_no_process(tiny):
+    program = await asyncio.create_subprocess_exec(
+        *command_of(until_it_is_killed, tiny), env=environment(processes=True), stdout=asyncio.subprocess.PIPE
+    )
+    assert program.stdout is not None
+    async for line in program.stdout:
+        if line.startswith(b"PIDS"):
+            break
+    pids = [int(pid) for pid in line.split()[1:]]
+    assert len(pids) >= 4  # metadata server, node, vLLM's core and worker
+    ended = [os.pidfd_open(pid) for pid in pids]
+    program.kill()
+    await program.wait()
+    async with asyncio.timeout(30):
+        for descriptor in ended:
+            await asyncio.to_thread(select.select, [descriptor], [], [], 30)
+            os.close(descriptor)
+
+
+def what_is_refused(model: str) -> list[str]:
+    from kvcore.errors import ConfigError
+
+    said = []
+    for arguments in ({"store": "64KiB"}, {"chunk_tokens": 100}, {"no_such_argument": 1}, {"max_model_len": 10**6}):
+        try:
+            open_llm(model, **arguments)
+        except ConfigError as error:
+            said.append(error.message)
+    with open_llm(model):
+        try:
+            open_llm(model)
+        except ConfigError as error:
+            said.append(error.message)
+    return said
+
+
+def test_what_cannot_be_is_refused_before_anything_is_started(tiny):
+    small, chunk, unknown, long, second = run_offline(what_is_refused, tiny)
+    assert small.startswith("store: 64.0 KiB has no room for one chunk: 128 tokens")
+    assert chunk.startswith("chunk_tokens: 100 is not a multiple of vLLM's block size 128")
+    assert "no_such_argument" in unknown
+    assert "max_model_len" in long
+    assert "one LLM with a store at a time" in second
+
+
+# --- the store of a cluster that runs -----------------------------------------------------------------------------
+
+
+def one_after_the_other(model: str, other: str, file: str) -> dict[str, Any]:
+    with open_llm(model, store=file, segment=None) as llm:
+        first = ask(llm, PROMPTS, NEW_TOKENS)
+    with open_llm(other, store=file, segment=None) as llm:
+        foreign = ask(llm, PROMPTS, NEW_TOKENS)
+    with open_llm(model, store=file) as llm:
+        second = ask(llm, PROMPTS, NEW_TOKENS)
+    return {"first": first, "foreign": foreign, "second": second}
+
+
+async def test_a_second_llm_finds_what_the_first_left_in_the_cluster(tiny, other, questions, tmp_path):
+    model = ModelConfig(path=str(tiny), name="tiny")
+    cluster = private_cluster(model, ByteSize(64 << 20), BLOCK, free_ports(PRIVATE_PORTS))
+    file = tmp_path / "cluster.yaml"
+    write_cluster(cluster.config, file)
+    store = OfflineStore(cluster)
+    try:
+        await asyncio.to_thread(store.start)
+        shown = await asyncio.to_thread(run_offline, one_after_the_other, tiny, other, file)
+    finally:
+        await asyncio.to_thread(store.close)
+    check(questions, PROMPTS, shown["first"], "first")
+    check(questions, PROMPTS, shown["second"], "second")
+    assert cached(shown["first"]) == cached(shown["foreign"]) == [0] * len(PROMPTS)
+    assert all(is_full(*pair) for pair in zip(cached(shown["second"]), LENGTHS, strict=True)), shown["second"]
+    check(Questions(other, PROMPTS, NEW_TOKENS, CONTEXT), PROMPTS, shown["foreign"], "other weights")
+
+
+def from_and_to_the_cluster(model: str, file: str) -> dict[str, Any]:
+    with open_llm(model, store=file, segment=None) as llm:
+        return {"had": ask(llm, [FROM_THE_CLUSTER], NEW_TOKENS), "gave": ask(llm, [TO_THE_CLUSTER], NEW_TOKENS)}
+
+
+@pytest.mark.asyncio(loop_scope="session")
+async def test_kv_goes_from_a_serving_cluster_to_the_program_and_back(
+    subject: ClusterHandle, tiny: Path, questions: Questions, tmp_path: Path
+):
+    await questions.ask(subject, FROM_THE_CLUSTER)
+    file = tmp_path / "cluster.yaml"
+    write_cluster(subject.config, file)
+    shown = await asyncio.to_thread(run_offline, from_and_to_the_cluster, tiny, file)
+    check(questions, [FROM_THE_CLUSTER], shown["had"], "from the cluster")
+    check(questions, [TO_THE_CLUSTER], shown["gave"], "to the cluster")
+    assert is_full(*cached(shown["had"]), len(FROM_THE_CLUSTER))
+    answer = await questions.ask(subject, TO_THE_CLUSTER)
+    assert answer.usage["prompt_tokens_details"]["cached_tokens"] >= len(TO_THE_CLUSTER) - BLOCK
