@@ -170,6 +170,7 @@ class WorkerJobs:
         saves = [save for ticket in tickets if (save := self._saves.get(ticket))]
         for save in saves:
             save.leg = None  # the saves that follow the preemption are the ones that count
+            save.job.abandon()
         loads = [load.task for load in self._loads if load.order.request_id in loading]
         for task in loads:
             task.cancel()

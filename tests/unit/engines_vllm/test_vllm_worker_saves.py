@@ -113,11 +113,19 @@ def test_a_preemption_before_room_was_given_writes_nothing(world, engine):
     engine.until(lambda: world.stats().reservations == 0)
 
 
-def test_when_our_thread_hangs_a_preemption_goes_on_and_the_save_is_void(world, rig):
+@pytest.mark.parametrize("writing", [True, False])
+def test_when_our_thread_hangs_a_preemption_goes_on_and_the_save_is_void(world, rig, writing):
     engine = rig[1]("a", cut_s=0.05)
     hanging = threading.Event()
+    if writing:
+        world.gate("write").close()
+        engine.save("p", *PLACES)
+        world.gate("write").wait_reached()
     engine.half._post(hanging.wait, LIMIT_S)
-    engine.save("p", *PLACES)
+    if writing:
+        world.gate("write").open()  # what will be copied when the thread goes on is not what was ordered
+    else:
+        engine.save("p", *PLACES)
     engine.half.preempted(["p"])
     assert engine.counters()["preempted_failed"] == 1
     engine.fill(*range(5), number=-3.0)
@@ -156,6 +164,23 @@ def test_a_request_that_runs_again_saves_again_and_is_sent_once(world, engine):
     engine.step()
     assert engine.sent == ["p"]
     assert stored(world, 1) == engine.content(2, 3)
+
+
+def test_the_end_of_a_cut_save_is_not_the_end_of_the_one_after_it(world, engine):
+    world.gate("commit").close()
+    engine.save("p", PLACES[0])
+    world.gate("commit").wait_reached()
+    engine.half.preempted(["p"])
+    world.gate("write").close()
+    engine.save("p", *PLACES[1:])
+    world.gate("write").wait_reached()
+    engine.step({"p"})
+    world.gate("commit").open()
+    engine.until(lambda: len(engine.half._jobs._saves) == 1)
+    engine.step()
+    assert engine.sent == []
+    world.gate("write").open()
+    engine.until(lambda: engine.sent == ["p"])
 
 
 def test_a_preempted_request_that_saves_no_more_is_not_sent(world, engine):
