@@ -33,7 +33,7 @@ from engines.base import (
 )
 from engines.vllm.bus import Bus, LegReports
 from engines.vllm.orders import PARAMS_NAME, LegParams, LegResult
-from engines.vllm.sampling import extra_args, finish, sampling_arguments, token_logprobs
+from engines.vllm.sampling import extra_args, finish, is_greedy, sampling_arguments, token_logprobs
 from engines.vllm.start import VllmStart, start_vllm
 from engines.vllm.stats import VllmStats
 from kvcore.chunk_keys import usable_chunks
@@ -136,7 +136,7 @@ class VllmEngine:
         prompt = [*request.prompt_token_ids, *request.output_token_ids]
         leg = self._decode_leg(request)
         sampling = SamplingParams(output_kind=RequestOutputKind.DELTA, **sampling_arguments(request, leg))
-        first = True
+        first, copies = True, request.sampling.n if is_greedy(request.sampling) else 1
         with self._leg(leg.leg, len(prompt)) as reports:
             async with aclosing(
                 self._outputs(leg.leg, prompt, request.cache_salt, sampling, request.deadline_s)
@@ -147,7 +147,10 @@ class VllmEngine:
                         if first:
                             first = False
                             info = _leg_info(output, reports, request, time.monotonic() - started)
-                        yield _delta(completion, info, request.sampling.logprobs)
+                        delta = _delta(completion, info, request.sampling.logprobs)
+                        yield delta
+                        for index in range(1, copies):
+                            yield msgspec.structs.replace(delta, index=index, info=None)
 
     async def end_handoff(self, request_id: str) -> None:
         """See `Engine`."""

@@ -5,7 +5,7 @@ from typing import Protocol
 
 import msgspec
 
-from engines.base import FinishReason, GenerateRequest, TokenLogprob
+from engines.base import FinishReason, GenerateRequest, SamplingParams, TokenLogprob
 from engines.vllm.orders import PARAMS_NAME, LegParams
 from kvcore.errors import EngineError
 
@@ -25,7 +25,7 @@ def sampling_arguments(request: GenerateRequest, leg: LegParams) -> dict[str, ob
     """
     sampling, emitted = request.sampling, len(request.output_token_ids)
     return {
-        "n": sampling.n,
+        "n": 1 if is_greedy(sampling) else sampling.n,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
@@ -43,6 +43,11 @@ def sampling_arguments(request: GenerateRequest, leg: LegParams) -> dict[str, ob
         "detokenize": False,
         "extra_args": extra_args(leg),
     }
+
+
+def is_greedy(sampling: SamplingParams) -> bool:
+    """All completions are the same then: vLLM refuses to compute more than one, and one is enough."""
+    return sampling.temperature == 0
 
 
 def extra_args(leg: LegParams) -> dict[str, object]:

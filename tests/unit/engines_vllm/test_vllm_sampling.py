@@ -46,6 +46,12 @@ def test_greedy_needs_no_seed_and_a_continuation_does_not_draw_the_first_draws_a
     assert fresh == 5 and continued not in (None, 5)
 
 
+def test_of_several_greedy_completions_one_is_computed() -> None:
+    leg = LegParams(leg="r")
+    assert sampling_arguments(_request([], temperature=0.0, n=3), leg)["n"] == 1
+    assert sampling_arguments(_request([], temperature=0.5, n=3), leg)["n"] == 3
+
+
 def test_the_leg_travels_in_the_extra_arguments() -> None:
     leg = LegParams(leg="r", salt="00ff", handoff_chunks=0, wait_until=2.5, tail=True)
     extra = sampling_arguments(_request([]), leg)["extra_args"]
