@@ -133,7 +133,7 @@ def test_blocks_hold_what_orders_say_and_all_ends(*, seed, num_blocks, per_chunk
     for _ in range(250):
         driver.turn()
         driver.check_saves()
-    for _ in range(6000):
+    for _ in range(40_000):
         if not driver.model.requests and not driver.model.unexecuted and not driver.model.in_flight:
             break
         driver.turn(arrivals=False)
