@@ -229,14 +229,16 @@ class RequestRun:
         self._unread = deque(emit for emit in self._unread if emit.index != index)
 
     def give_up(self, node: str, error: KVFerryError) -> None:
-        """This node is lost, and every leg on it, though nothing has broken off: go on elsewhere."""
-        for leg in [leg for leg in self.record.legs if leg.node == node]:
+        """This node is lost, and each leg on it or waiting for its KV, though nothing has broken off: go on elsewhere."""
+        starved: KVFerryError = EngineError(f"waited for KV of node {node}, which is lost: {error.message}")
+        for leg in list(self.record.legs):
+            failure = error if leg.node == node else starved if self.machine.fetches_from(leg.id) == node else None
             task = self._tasks.get(leg.id)
-            if task is None or task.cancelling():
+            if failure is None or task is None or task.cancelling():
                 continue
             task.cancel()
-            leg.error = f"{error.code}: {error.message}"
-            self._apply(PrefillFailed(leg.id, error) if leg.kind == "prefill" else DecodeFailed(leg.id, error))
+            leg.error = f"{failure.code}: {failure.message}"
+            self._apply(PrefillFailed(leg.id, failure) if leg.kind == "prefill" else DecodeFailed(leg.id, failure))
 
     # --- Picker ---
 
@@ -372,7 +374,7 @@ class RequestRun:
         except KVFerryError as error:
             failure = error
         finally:
-            in_vain = isinstance(failure, EngineError) and self.machine.fetches(action.leg)
+            in_vain = isinstance(failure, EngineError) and self.machine.fetches_from(action.leg) is not None
             blame = None if in_vain else failure  # its prefiller may have wronged it, nobody here can tell
             cluster.leg_ended(action.node, sequences=sequences, prefill_tokens=0, ok=ok, error=blame)
         if failure is not None:

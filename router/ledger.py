@@ -140,9 +140,10 @@ class RequestMachine:
         """Whether events of this decode leg still matter."""
         return leg in self._decodes
 
-    def fetches(self, leg: str) -> bool:
-        """Whether this decode leg may still be waiting for KV from its prefiller."""
-        return leg in self._decodes and self._decodes[leg].fetches
+    def fetches_from(self, leg: str) -> str | None:
+        """The prefiller whose KV this decode leg may still be waiting for."""
+        found = self._decodes.get(leg)
+        return found.source.node if found is not None and found.source is not None and found.fetches else None
 
     def start(self, route: Route) -> list[Action]:
         """The first actions. Called once."""

@@ -78,6 +78,8 @@ class FakeVllm:
     details: bool = True
     """Started with --enable-prompt-tokens-details."""
     connector: bool = True
+    sends: bool = True
+    """With mooncake: a prefill leg's KV goes out once it is computed."""
     cached_tokens: int = 0
     health: int = 200
     dead: bool = False
@@ -249,7 +251,7 @@ class FakeVllm:
                 "transfer_mode": "pull",
             }
             self.world.transfers[str(params["remote_request_id"])] = Transfer(prompt, params)
-        elif self.world.kind is HandoffKind.MOONCAKE:
+        elif self.world.kind is HandoffKind.MOONCAKE and self.sends:
             self.world.transfers[body["kv_transfer_params"]["transfer_id"]].ready.set()
         choice = {"index": 0, "text": "x", "logprobs": None, "finish_reason": "length", "stop_reason": None}
         answer = {"id": "cmpl-x", "object": "text_completion", "created": 1, "model": self.model, "choices": [choice]}

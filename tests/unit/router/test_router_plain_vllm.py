@@ -168,6 +168,19 @@ async def test_a_server_that_hangs_is_given_up_in_time(kind: HandoffKind, hangin
         assert fakes[hanging].dropped >= 1
 
 
+async def test_a_decoder_does_not_wait_for_the_kv_of_a_prefiller_that_is_lost(model: Path) -> None:
+    """Mooncake's prefiller answers before its KV goes out; if it dies then, the decoder would wait for nine minutes."""
+    fakes = servers(HandoffKind.MOONCAKE)
+    fakes["p0"].sends = False
+    async with routed(fakes, model, connect_timeout_s=0.2) as session:
+        asked = asyncio.create_task(ask(session))
+        await until(lambda: len(fakes["d0"].generates) == 1 and fakes["p0"].prefills != [] and not fakes["p0"].running)
+        fakes["p0"].dead = True
+        assert ids(await asked) == ANSWER and fakes["d0"].fetched == [True, False]
+        assert (await nodes(session))["d0"]["breaker"] == "closed"
+        assert (await record(session))["retried_legs"] == [["decode", "engine_error"]]
+
+
 async def test_a_decoder_that_cannot_fetch_computes_and_is_not_blamed(model: Path) -> None:
     """Its prefiller may have died after it had answered: with nixl the KV lies there."""
     fakes = servers(HandoffKind.NIXL)
