@@ -20,6 +20,7 @@ from kvcore.types import ChunkKey
 
 KEY_BYTES = 16
 _DOMAIN = b"kvferry.chunk.v1"
+_RANK_DOMAIN = b"kvferry.rank.v1"
 
 
 def root_key(fingerprint: bytes, salt: bytes = b"") -> ChunkKey:
@@ -55,13 +56,14 @@ def next_key(parent: ChunkKey, token_ids: Sequence[int]) -> ChunkKey:
 
 
 def rank_key(key: ChunkKey, rank: int) -> ChunkKey:
-    """The key of one tensor-parallel rank's part: `key` itself for rank 0, else SHA256(key || u32le(rank))[:16].
+    """The key of one tensor-parallel rank's part: `key` itself for rank 0, else
+    SHA256(b"kvferry.rank.v1" || key || u32le(rank))[:16]. The words in front tell it from the key of one more token.
 
     `key` is of the chain whose root has rank 0's fingerprint; each rank's header has its own.
     """
     if rank == 0:
         return key
-    return ChunkKey(sha256(key + rank.to_bytes(4, "little")).digest()[:KEY_BYTES])
+    return ChunkKey(sha256(_RANK_DOMAIN + key + rank.to_bytes(4, "little")).digest()[:KEY_BYTES])
 
 
 def usable_chunks(num_tokens: int, chunk_tokens: int) -> int:

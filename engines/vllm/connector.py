@@ -17,6 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorRole,
 )
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from engines.vllm.kv_blocks import build_blocks
 from engines.vllm.lookup import StoreLookup
@@ -258,6 +259,12 @@ def _check(vllm_config: Any, kv_cache_config: Any, settings: ConnectorSettings) 
         raise ConfigError(
             f"{vllm_config.model_config.model}: its KV is of {len(groups)} kinds ({', '.join(map(str, groups))}); "
             "kvferry stores models with one kind of attention KV. Serve it without kvferry, or another model"
+        )
+    (spec,) = {type(group.kv_cache_spec) for group in groups}
+    if not issubclass(spec, FullAttentionSpec):
+        raise ConfigError(
+            f"{vllm_config.model_config.model}: its KV is of the kind {spec.__name__}, which vLLM drops behind the "
+            "window; kvferry stores full attention's. Serve it without kvferry, or another model"
         )
     for name in ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name) != 1:

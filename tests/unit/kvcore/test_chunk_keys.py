@@ -18,7 +18,7 @@ KEYS_HEX = ["797603167f3a0d8fe3e4c59f978fc51e", "0a5a69c0ea1306314cc7d3fa15ba928
 
 # Those of next_key and rank_key stand beside the example of the text.
 DOC_KEYS_HEX = ["918c53c01a759ed397bdfebaf00dceab", "ae60fbe3a0a66ce413c547d8e6682e12"]
-REST_HEX, RANK_1_HEX = "0c6a7df5392caafed2cd336aaab31487", "cbab67e89035fd25f8967150b3181453"
+REST_HEX, RANK_1_HEX = "0c6a7df5392caafed2cd336aaab31487", "b8ca6bfcc3fb016fe98957702a00b3f2"
 
 tokens = st.lists(st.integers(0, 2**32 - 1), max_size=60)
 sizes = st.integers(1, 16)
@@ -84,7 +84,7 @@ def test_the_published_vectors_of_a_rest_and_of_a_rank():
 def test_the_vectors_of_a_rest_and_of_a_rank_follow_from_the_written_definition():
     second = bytes.fromhex(DOC_KEYS_HEX[1])
     rest = sha256(second + (9).to_bytes(4, "little") + (10).to_bytes(4, "little")).digest()[:16]
-    rank = sha256(second + (1).to_bytes(4, "little")).digest()[:16]
+    rank = sha256(b"kvferry.rank.v1" + second + (1).to_bytes(4, "little")).digest()[:16]
     assert (rest.hex(), rank.hex()) == (REST_HEX, RANK_1_HEX)
 
 
@@ -107,6 +107,7 @@ def test_each_length_of_a_rest_has_a_key_of_its_own():
 def test_ranks_have_different_keys():
     (key,) = chunk_keys(root_key(FINGERPRINT), [1, 2], 2)
     assert len({rank_key(key, rank) for rank in range(300)}) == 300
+    assert rank_key(key, 1) != next_key(key, [1]), "a rank is not a token"
 
 
 @pytest.mark.parametrize("token", [-1, 2**32])
