@@ -1,14 +1,13 @@
 """How a batch is laid out over connections and frames. Pure."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from transfer.base import TransferOp
 from transfer.ranges import byte_views
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """A contiguous piece of one op: all of it, or a slice where an op was cut between two connections."""
 
     op_index: int
@@ -26,6 +25,8 @@ def stripe(ops: Sequence[tuple[int, TransferOp]], max_stripes: int, min_bytes: i
     """
     total = sum(op.num_bytes for _, op in ops)
     count = max(1, min(max_stripes, total // min_bytes))
+    if count == 1:
+        return [[Part(index, op.offset, byte_views(op), op.num_bytes, op.on_part) for index, op in ops]]
     share = -(-total // count)
     stripes: list[list[Part]] = [[]]
     room = share

@@ -39,9 +39,9 @@ class _Peer:
         """An idle connection whose peer has not closed it meanwhile."""
         while self.idle:
             connection = self.idle.pop()
-            if _usable(connection.sock):
+            if connection.usable:
                 return connection
-            connection.sock.close()
+            connection.close()
         return None
 
 
@@ -83,7 +83,7 @@ class TcpTransfer:
             await self._loop_free.wait()
         for peer in self._peers.values():
             while peer.idle:
-                peer.idle.pop().sock.close()
+                peer.idle.pop().close()
 
     async def _transfer(
         self, direction: Direction, ops: Sequence[TransferOp], timeout_s: float
@@ -117,7 +117,7 @@ class TcpTransfer:
         self, direction: Direction, segment: Segment, parts: list[Part], deadline: Deadline
     ) -> TransferError | None:
         key = (segment.addresses.get(self.kind, ""), segment.id)
-        peer = self._peers.setdefault(key, _Peer(self._streams))
+        peer = self._peers.get(key) or self._peers.setdefault(key, _Peer(self._streams))
         peer.users += 1
         try:
             await _acquire(peer.free, deadline)
@@ -133,19 +133,20 @@ class TcpTransfer:
         return None
 
     async def _use(self, peer: _Peer, connection: Connection, exchange: Exchange, deadline: Deadline) -> None:
-        sock = connection.sock
         whole = False
         try:
             if connection.greeted and exchange.fits_the_loop(_LOOP_BYTES):
                 await self._use_on_loop(connection, exchange, deadline)
             else:
+                connection.unwatch()
+                sock = connection.sock
                 await self._pool.run(lambda: exchange.run(connection, deadline), lambda: shut_down(sock), deadline)
             whole = not self._pool.closed
         finally:
             if whole:
                 peer.idle.append(connection)
             else:
-                sock.close()
+                connection.close()
 
     async def _use_on_loop(self, connection: Connection, exchange: Exchange, deadline: Deadline) -> None:
         deadline.remaining()
@@ -186,23 +187,12 @@ class TcpTransfer:
     def _drop_unused(self) -> None:
         """Forget peers with no live connection, so that dead ones do not pile up. Called before each new connection."""
         for key, peer in list(self._peers.items()):
-            dead = [one for one in peer.idle if not _usable(one.sock)]
+            dead = [one for one in peer.idle if not one.usable]
             peer.idle = [one for one in peer.idle if one not in dead]
             for one in dead:
-                one.sock.close()
+                one.close()
             if not peer.users and not peer.idle:
                 del self._peers[key]
-
-
-def _usable(sock: socket.socket) -> bool:
-    """Whether an idle connection is still open, with nothing unasked-for in it."""
-    try:
-        sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 async def _acquire(free: asyncio.Semaphore, deadline: Deadline) -> None:

@@ -8,7 +8,6 @@ import asyncio
 import itertools
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from kvcore.errors import PeerUnreachableError, SegmentUnknownError, TransferError, TransferProtocolError
 from kvcore.types import Segment
@@ -24,13 +23,107 @@ _PACKET_BYTES = 16 << 10
 """An answer longer than this arrives in several packets: the loop is woken when it is all there."""
 
 
-@dataclass(eq=False, slots=True)
-class Connection:
-    """`greeted`: the peer has said that it holds the segment."""
+class _Answer:
+    """What is to arrive on a connection that the loop watches: `wanted`, and then its payload into `views`."""
 
-    sock: socket.socket
-    greeted: bool = False
-    request_ids: "itertools.count[int]" = field(default_factory=lambda: itertools.count(1))
+    __slots__ = ("_header", "_raw", "_rest", "_text", "_views", "_wanted", "future")
+
+    def __init__(self, wanted: wire.Header, views: list[memoryview], future: "asyncio.Future[None]") -> None:
+        self.future = future
+        self._wanted = wanted
+        self._views = views
+        self._raw = bytearray(wire.HEADER_BYTES)
+        self._rest = [memoryview(self._raw)]
+        self._header: wire.Header | None = None
+        self._text = bytearray()
+
+    def take(self, sock: socket.socket) -> bool:
+        """Receive what is there; whether that was all. Raises OSError, or TransferError for another answer."""
+        if not recv_now(sock, self._rest):
+            return False
+        if self._header is None:
+            self._header = header = wire.parse_header(self._raw)
+            if header.kind is wire.FrameKind.ERROR:
+                self._text = bytearray(_text_bytes(header))
+                self._rest = not_empty([self._text])
+            else:
+                _expect(header, self._wanted)
+                self._rest = self._views
+            if not recv_now(sock, self._rest):
+                return False
+        if self._header.kind is wire.FrameKind.ERROR:
+            raise wire.parse_error(self._header, self._text)
+        return True
+
+
+class Connection:
+    """A socket to a peer, used by one exchange at a time: by a thread, or by the loop, which then watches it."""
+
+    __slots__ = ("_answer", "_broken", "_loop", "greeted", "request_ids", "sock")
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.greeted = False
+        """The peer has said that it holds the segment."""
+        self.request_ids = itertools.count(1)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        """That which watches it."""
+        self._answer: _Answer | None = None
+        self._broken = False
+
+    @property
+    def usable(self) -> bool:
+        """Of an idle connection: whether it is still open, with nothing unasked-for in it."""
+        if self._loop is not None:
+            return True
+        if self._broken:
+            return False
+        try:
+            self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
+    def answer(self, wanted: wire.Header, views: list[memoryview]) -> "asyncio.Future[None]":
+        """Let the loop receive `wanted` and its payload; the future ends when it has, or with what is wrong."""
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+            self._loop.add_reader(self.sock, self._readable)
+        future = self._loop.create_future()
+        self._answer = _Answer(wanted, views, future)
+        return future
+
+    def unwatch(self) -> None:
+        """From now on it is a thread's."""
+        if self._loop is not None:
+            self._loop.remove_reader(self.sock)
+            self._loop = None
+
+    def close(self) -> None:
+        """Idempotent; no thread may be using it."""
+        self.unwatch()
+        self._answer = None
+        self.sock.close()
+
+    def _readable(self) -> None:
+        answer = self._answer
+        if answer is None:  # closed by the peer, or unasked-for
+            self._broken = True
+            self.unwatch()
+            return
+        try:
+            if not answer.take(self.sock):
+                return
+        except (OSError, TransferError) as error:
+            self.unwatch()
+            if not answer.future.done():
+                answer.future.set_exception(error)
+        else:
+            if not answer.future.done():
+                answer.future.set_result(None)
+        self._answer = None
 
 
 class Exchange:
@@ -64,35 +157,26 @@ class Exchange:
         sock = connection.sock
         request, wanted = self._request(connection, self._parts)
         views = [view for part in self._parts for view in part.views]
-        outgoing = not_empty([request, *views] if self._writing else [request])
-        raw = bytearray(wire.HEADER_BYTES)
-        incoming = [memoryview(raw)]
+        outgoing = [memoryview(request), *views] if self._writing else [memoryview(request)]
         answer_bytes = wire.HEADER_BYTES + wanted.payload_bytes
+        future = connection.answer(wanted, [] if self._writing else list(views))
+        timer = future.get_loop().call_later(deadline.remaining(), _late, future, deadline)
         try:
             while not send_now(sock, outgoing):
-                await _ready(sock, deadline, writing=True)
+                await _sendable(sock, future)
             if answer_bytes > _PACKET_BYTES:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, answer_bytes)
-            await _ready(sock, deadline)
-            while not recv_now(sock, incoming):
-                await _ready(sock, deadline)
+            await future
             if answer_bytes > _PACKET_BYTES:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
-            header = wire.parse_header(raw)
-            if header.kind is wire.FrameKind.ERROR:
-                text = bytearray(_text_bytes(header))
-                incoming = not_empty([text])
-                while not recv_now(sock, incoming):
-                    await _ready(sock, deadline)
-                raise wire.parse_error(header, text)
-            _expect(header, wanted)
-            if not self._writing:
-                incoming = list(views)
-                while not recv_now(sock, incoming):
-                    await _ready(sock, deadline)
-                _show(self._parts)
         except OSError as error:
             raise self._broke(error) from error
+        finally:
+            timer.cancel()
+            if future.done() and not future.cancelled():
+                future.exception()  # seen, if it was the sending that failed
+        if not self._writing:
+            _show(self._parts)
 
     def _request(self, connection: Connection, parts: Sequence[Part]) -> tuple[bytes, wire.Header]:
         """The next request's first bytes and the header that answers it."""
@@ -162,18 +246,18 @@ def _show(parts: Sequence[Part]) -> None:
                 part.show(view)
 
 
-async def _ready(sock: socket.socket, deadline: Deadline, *, writing: bool = False) -> None:
-    """Wait until the socket can be received from (or sent to), or raise TransferTimeoutError."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[None] = loop.create_future()
-    add, remove = (loop.add_writer, loop.remove_writer) if writing else (loop.add_reader, loop.remove_reader)
-    timer = loop.call_later(deadline.remaining(), _late, future, deadline)
-    add(sock, _wake, future)
+async def _sendable(sock: socket.socket, answer: "asyncio.Future[None]") -> None:
+    """Wait until the socket takes more, or raise what `answer` ended with meanwhile: an error, or too late."""
+    loop = answer.get_loop()
+    writable: asyncio.Future[None] = loop.create_future()
+    loop.add_writer(sock, _wake, writable)
     try:
-        await future
+        await asyncio.wait({writable, answer}, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        remove(sock)
-        timer.cancel()
+        loop.remove_writer(sock)
+    if answer.done():
+        answer.result()
+        raise TransferProtocolError("the peer answered before it was asked")
 
 
 def _wake(future: "asyncio.Future[None]") -> None:

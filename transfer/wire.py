@@ -5,9 +5,11 @@ A frame is a 32-byte header, `count` table entries of 16 bytes (WRITE and READ o
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import IntEnum
+from itertools import chain
 from zlib import crc32
+
+import msgspec
 
 from kvcore.errors import SegmentUnknownError, TransferError, TransferProtocolError
 
@@ -37,7 +39,7 @@ class FrameKind(IntEnum):
     ERROR = 7
 
 
-_KINDS = frozenset(map(int, FrameKind))
+_KINDS = {int(kind): kind for kind in FrameKind}
 
 
 class ErrorCode(IntEnum):
@@ -47,8 +49,7 @@ class ErrorCode(IntEnum):
     SEGMENT_UNKNOWN = 2
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(msgspec.Struct, frozen=True):
     """The fixed part of a frame."""
 
     kind: FrameKind
@@ -77,21 +78,22 @@ def parse_header(raw: bytes | bytearray) -> Header:
     """Raises TransferProtocolError for anything that `pack_header` does not make."""
     if len(raw) != HEADER_BYTES:
         raise TransferProtocolError(f"a frame header has {HEADER_BYTES} bytes, got {len(raw)}")
-    magic, version, kind, flags, count, table_crc, payload_bytes, request_id = _FIELDS.unpack_from(raw)
+    magic, version, number, flags, count, table_crc, payload_bytes, request_id = _FIELDS.unpack_from(raw)
     if magic != MAGIC:
         raise TransferProtocolError(f"not a kvferry transfer peer: it began with {bytes(magic)!r}")
     if version != VERSION:
         raise TransferProtocolError(f"the peer speaks version {version} of the transfer protocol, this is {VERSION}")
     if _CRC.unpack_from(raw, _FIELDS.size)[0] != crc32(raw[: _FIELDS.size]):
         raise TransferProtocolError("the frame header's checksum is wrong")
-    if flags != 0 or kind not in _KINDS:
-        raise TransferProtocolError(f"unknown frame kind {kind} or flags {flags:#x}")
-    return Header(FrameKind(kind), count, table_crc, payload_bytes, request_id)
+    kind = _KINDS.get(number)
+    if flags != 0 or kind is None:
+        raise TransferProtocolError(f"unknown frame kind {number} or flags {flags:#x}")
+    return Header(kind, count, table_crc, payload_bytes, request_id)
 
 
 def pack_request(kind: FrameKind, ranges: Sequence[tuple[int, int]], request_id: int) -> bytes:
     """Header and table of a WRITE or READ of `(offset, length)` ranges, at most MAX_OPS and each not empty."""
-    table = b"".join(_ENTRY.pack(offset, length) for offset, length in ranges)
+    table = struct.pack(f"<{2 * len(ranges)}Q", *chain.from_iterable(ranges))
     total = sum(length for _, length in ranges)
     return pack_header(Header(kind, len(ranges), crc32(table), total, request_id)) + table
 
