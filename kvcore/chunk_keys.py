@@ -51,7 +51,7 @@ def chunk_keys(root: ChunkKey, token_ids: Sequence[int], chunk_tokens: int) -> l
 
 
 def next_key(parent: ChunkKey, token_ids: Sequence[int]) -> ChunkKey:
-    """The key of one more chunk behind `parent`, of any length from one token on: a prompt's rest can be a chunk too."""
+    """The key of one more chunk behind `parent`, of any length from one token on: a prompt's rest can be one too."""
     return chunk_keys(parent, token_ids, len(token_ids))[0]
 
 
