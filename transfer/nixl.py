@@ -14,9 +14,10 @@ from kvcore.errors import ConfigError, PeerUnreachableError, TransferError
 from kvcore.types import Segment
 from transfer.base import Direction, TransferOp
 from transfer.blocking import Deadline
+from transfer.nixl_batch import Batch
 from transfer.nixl_descriptor import NixlDescriptor, descriptor_of
 from transfer.nixl_host import open_nixl
-from transfer.nixl_worker import Batch, NixlWorker
+from transfer.nixl_worker import NixlWorker
 from transfer.ranges import byte_views, check_batch
 from transfer.ucx_pieces import Piece
 

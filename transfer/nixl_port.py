@@ -1,8 +1,9 @@
 """One NIXL agent of an initiator, the peers that it is connected to and the requests that it has under way.
 
 A peer carries no batch before it has said that it holds the segment: over TCP UCX writes wherever it is told to, in
-whatever process listens at the address by then. NIXL cannot take a single request back: one that a silent peer holds
-may still write into its buffer, whatever NIXL says, until the whole agent is closed. So that is what is done.
+whatever process listens at the address by then. NIXL cannot take a request back: one that a silent peer holds may
+write into its buffer, whatever NIXL says, until the whole agent is closed. Over TCP bytes therefore go through memory
+of ours, which outlives whoever gave up waiting; over RDMA the agent is closed.
 """
 
 import logging
@@ -16,7 +17,7 @@ from transfer.base import Direction
 from transfer.nixl_binding import NixlAgent, NixlLibrary, address_of
 from transfer.nixl_descriptor import Answer, Hello, NixlDescriptor, pack_hello, parse_welcome
 from transfer.nixl_memory import Claim, Registrations
-from transfer.ucx_pieces import Piece
+from transfer.ucx_pieces import PIECE_BYTES, Piece
 
 _LOG = logging.getLogger("transfer")
 MAX_PEERS = 256
@@ -34,7 +35,7 @@ _AGAIN_S = 0.1
 
 @dataclass(eq=False, slots=True)
 class Peer:
-    """A connection to one segment. `error` is set once it is of no further use. `turn`: over TCP, who may send."""
+    """A connection to one segment. `error` is set once it is of no further use."""
 
     key: str
     descriptor: NixlDescriptor
@@ -45,8 +46,8 @@ class Peer:
     used_at: float = 0.0
     welcome: bool = False
     jobs: int = 0
+    num_requests: int = 0
     error: TransferError | None = None
-    turn: object | None = None
 
     def fail(self, error: TransferError) -> None:
         """Give it up. The first reason stays."""
@@ -55,20 +56,30 @@ class Peer:
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """What NIXL was handed at once: the pieces and the registrations that they need."""
+    """What NIXL was handed at once: pieces, and what they need. `slab`: memory of ours that stands for the piece."""
 
     handle: int
+    direction: Direction
+    peer: Peer
     pieces: Sequence[Piece]
-    claims: Sequence[Claim]
     num_bytes: int
+    claims: Sequence[Claim] = ()
+    slab: bytearray | None = None
+
+    def deliver(self) -> None:
+        """After a read: copy to where the bytes belong."""
+        for piece in self.pieces if self.direction == "read" else ():
+            if self.slab is not None:
+                piece.view[:] = memoryview(self.slab)[: piece.view.nbytes]
+            piece.scatter()
 
 
 class Port:
     """All of it runs in the worker's thread, or before it starts. Opening raises ConfigError.
 
-    `one_at_a_time`: a peer has one request at a time on its way. Over TCP, UCX (1.13 to 1.23) aborts the *target's*
-    process when an initiator dies with several reads on their way: in 8 of 105 such deaths; with one at a time in none
-    of 210.
+    `one_at_a_time`: a peer has one request at a time on its way, of one piece. Over TCP, UCX (1.13 to 1.23) aborts the
+    *target's* process when an initiator dies with several reads on their way: in 8 of 105 such deaths; with one at a
+    time in none of 210.
     """
 
     def __init__(
@@ -82,6 +93,8 @@ class Port:
         self._registrations = Registrations(self._agent)
         self._peers: dict[str, Peer] = {}
         self._requests: set[Request] = set()
+        self._abandoned: list[Request] = []
+        self._slabs: list[bytearray] = []
         self._num_bytes = 0
         try:
             for region in regions:
@@ -105,7 +118,7 @@ class Port:
         if found is not None and found.error is None:
             found.used_at = now
             return found
-        if found is not None and found.jobs:
+        if found is not None and (found.jobs or found.num_requests):
             raise found.error or PeerUnreachableError(f"segment {descriptor.segment_id}: the connection broke")
         if found is not None:
             self._drop(found)
@@ -120,12 +133,40 @@ class Port:
     def may_post(self, peer: Peer, under_way: int) -> bool:
         """Whether a batch with `under_way` requests on their way may hand over another."""
         if self.one_at_a_time:
-            return peer.turn is None
+            return not peer.num_requests
         room = self._num_bytes < WINDOW_BYTES and len(self._requests) < WINDOW_REQUESTS
         return room and under_way < _REQUESTS_A_BATCH
 
     def post(self, direction: Direction, peer: Peer, pieces: Sequence[Piece]) -> Request:
-        """Hand pieces to NIXL. Raises TransferError."""
+        """Hand pieces to NIXL; one piece, if one at a time. Raises TransferError."""
+        if self.one_at_a_time:
+            request = self._post_slab(direction, peer, pieces[0])
+        else:
+            request = self._post_claims(direction, peer, pieces)
+        self._requests.add(request)
+        self._num_bytes += request.num_bytes
+        peer.num_requests += 1
+        return request
+
+    def _post_slab(self, direction: Direction, peer: Peer, piece: Piece) -> Request:
+        size = piece.view.nbytes
+        slab = self._slabs.pop() if self._slabs else self._new_slab()
+        if direction == "write":
+            slab[:size] = piece.view
+        remote = [(peer.descriptor.base + piece.offset, size)]
+        try:
+            handle = self._agent.post(direction, [(address_of(memoryview(slab)), size)], remote, peer.name)
+        except TransferError:
+            self._slabs.append(slab)
+            raise
+        return Request(handle, direction, peer, [piece], size, slab=slab)
+
+    def _new_slab(self) -> bytearray:
+        slab = bytearray(PIECE_BYTES)
+        self._registrations.add(address_of(memoryview(slab)), len(slab))
+        return slab
+
+    def _post_claims(self, direction: Direction, peer: Peer, pieces: Sequence[Piece]) -> Request:
         claims: list[Claim] = []
         local: list[tuple[int, int]] = []
         used: list[Piece] = []
@@ -141,21 +182,39 @@ class Port:
             for claim in claims:
                 self._registrations.give(claim)
             raise
-        request = Request(handle, used, claims, sum(size for _, size in local))
-        self._requests.add(request)
-        self._num_bytes += request.num_bytes
-        return request
+        return Request(handle, direction, peer, used, sum(size for _, size in local), claims=claims)
 
     def over(self, request: Request) -> bool:
-        """Whether a request has ended; if so it is released. Raises PeerUnreachableError if it failed, released too."""
+        """Whether a request has ended; if so its bytes are where they belong, and it is released.
+
+        Raises PeerUnreachableError if it failed, released too.
+        """
         try:
             if not self._agent.finished(request.handle):
                 return False
+            request.deliver()
         except PeerUnreachableError:
             self._release(request)
             raise
         self._release(request)
         return True
+
+    def abandon(self, request: Request) -> bool:
+        """Have a request end without its caller, if it touches no memory of the caller's. Its peer waits for it."""
+        if request.slab is not None:
+            request.pieces = ()
+            self._abandoned.append(request)
+        return request.slab is not None
+
+    def reap(self) -> None:
+        """Release what was abandoned and has ended. Moves the agent on."""
+        for request in self._abandoned[:]:
+            try:
+                if not self.over(request):
+                    continue
+            except PeerUnreachableError as error:
+                request.peer.fail(error)
+            self._abandoned.remove(request)
 
     def listen(self, now: float) -> None:
         """Hear answers, greet again who has not answered, let go of broken connections. Moves the agent on."""
@@ -165,7 +224,7 @@ class Port:
         for peer in list(self._peers.values()):
             if not peer.welcome and peer.error is None and now - peer.greeted_at >= _AGAIN_S:
                 self._greet(peer, now)
-            if peer.error is not None and not peer.jobs:
+            if peer.error is not None and not peer.jobs and not peer.num_requests:
                 self._drop(peer)
 
     def close(self) -> None:
@@ -191,7 +250,10 @@ class Port:
     def _release(self, request: Request) -> None:
         self._requests.discard(request)
         self._num_bytes -= request.num_bytes
+        request.peer.num_requests -= 1
         self._agent.release(request.handle)
+        if request.slab is not None:
+            self._slabs.append(request.slab)
         for claim in request.claims:
             self._registrations.give(claim)
 
@@ -226,7 +288,7 @@ class Port:
             log_fields(_LOG, logging.INFO, "transfer.nixl_connected", segment=segment)
 
     def _make_room(self) -> None:
-        idle = [peer for peer in self._peers.values() if not peer.jobs]
+        idle = [peer for peer in self._peers.values() if not peer.jobs and not peer.num_requests]
         if not idle:
             raise PeerUnreachableError(f"{MAX_PEERS} connections are in use, and none is left for another segment")
         self._drop(min(idle, key=lambda peer: peer.used_at))

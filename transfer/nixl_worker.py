@@ -6,18 +6,15 @@ It sleeps while there is nothing to do, and naps between two looks while somethi
 import logging
 import queue
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 
 from kvcore.clock import SystemClock
 from kvcore.errors import ConfigError, PeerUnreachableError, TransferError
 from kvcore.telemetry import log_fields
-from transfer.base import Direction
+from transfer.nixl_batch import Batch
 from transfer.nixl_binding import NixlLibrary, has_nvidia_gpu, nixl_options
-from transfer.nixl_descriptor import NixlDescriptor
-from transfer.nixl_port import REQUEST_BYTES, REQUEST_PIECES, Peer, Port, Request
+from transfer.nixl_port import Peer, Port
 from transfer.ucx_devices import UcxPlan
-from transfer.ucx_pieces import Piece, cut
 
 _LOG = logging.getLogger("transfer")
 _SPIN_S = 50e-6
@@ -32,106 +29,6 @@ _OTHERS_S = 1.0
 _CONNECT_S = 5.0
 """A connection that is older without an answer, and on which a batch ended, is given up for a fresh one."""
 _MAX_RETIRING = 4
-
-
-class Batch:
-    """One batch on one segment, in one direction. `done` is called once, when NIXL has let go of every buffer."""
-
-    def __init__(
-        self,
-        direction: Direction,
-        descriptor: NixlDescriptor,
-        pieces: Sequence[Piece],
-        done: Callable[[TransferError | None], None],
-    ) -> None:
-        self.descriptor = descriptor
-        self.port: Port | None = None
-        self.peer: Peer | None = None
-        self.error: TransferError | None = None
-        self.give_up_at: float | None = None
-        self._direction = direction
-        self._done = done
-        self._uncut = pieces
-        self._pieces: Iterator[Piece] | None = None
-        self._next: Piece | None = None
-        self._issued_all = False
-        self._requests: deque[Request] = deque()
-
-    def stop(self, error: TransferError, give_up_at: float) -> None:
-        """Hand over nothing more and end with `error`; what NIXL still holds at `give_up_at` costs the agent."""
-        self.error = self.error or error
-        self.give_up_at = give_up_at if self.give_up_at is None else self.give_up_at
-
-    def finish(self) -> None:
-        """Tell the caller. The batch is over."""
-        self._done(self.error or (self.peer.error if self.peer else None))
-
-    def advance(self, port: Port, peer: Peer) -> tuple[bool, bool]:
-        """Collect what is done, hand over what has room: whether the batch is over, and whether anything moved."""
-        moved = self._collect(port, peer)
-        if self.error is not None or peer.error is not None:
-            self._issued_all = True
-        elif peer.welcome and not self._issued_all:
-            moved |= self._issue(port, peer)
-        return self._issued_all and not self._requests, moved
-
-    def _collect(self, port: Port, peer: Peer) -> bool:
-        """Requests of one peer end about in order, so only the oldest is asked."""
-        moved = False
-        while self._requests:
-            request = self._requests[0]
-            try:
-                if not port.over(request):
-                    return moved
-            except PeerUnreachableError as error:
-                peer.fail(PeerUnreachableError(f"segment {self.descriptor.segment_id}: {error.message}"))
-            else:
-                for piece in request.pieces if self._direction == "read" else ():
-                    piece.scatter()
-            self._requests.popleft()
-            moved = True
-            if peer.turn is self:
-                peer.turn = None
-        return moved
-
-    def _issue(self, port: Port, peer: Peer) -> bool:
-        moved = False
-        while not self._issued_all and port.may_post(peer, len(self._requests)):
-            pieces = self._take(1 if port.one_at_a_time else REQUEST_PIECES, port.one_at_a_time)
-            if not pieces:
-                self._issued_all = True
-                break
-            try:
-                self._requests.append(port.post(self._direction, peer, pieces))
-            except PeerUnreachableError as error:
-                peer.fail(error)
-                break
-            except TransferError as error:
-                self.error = self.error or error
-                self._issued_all = True
-                break
-            moved = True
-            if port.one_at_a_time:
-                peer.turn = self
-        return moved
-
-    def _take(self, most: int, one_at_a_time: bool) -> list[Piece]:
-        """The next pieces, as many as one request may have."""
-        if self._pieces is None:
-            self._pieces = cut(self._uncut, reading=self._direction == "read", one_at_a_time=one_at_a_time)
-        taken: list[Piece] = []
-        size = 0
-        while len(taken) < most:
-            piece = self._next or next(self._pieces, None)
-            self._next = None
-            if piece is None:
-                break
-            size += piece.view.nbytes
-            if taken and size > REQUEST_BYTES:
-                self._next = piece
-                break
-            taken.append(piece)
-        return taken
 
 
 class NixlWorker:
@@ -248,6 +145,8 @@ class NixlWorker:
             self._listened_at = now
             for port in ports:
                 port.listen(now)
+        for port in ports:
+            port.reap()
         if self._look_at_batches(now):
             self._moved_at = now
         for port in self._retiring[:]:

@@ -125,8 +125,8 @@ def build_transfer(config: TransportConfig, host_id: str) -> TransferSelector:
     """The initiator's side for a configuration. Call it where an event loop runs.
 
     `host_id` is the node's (`NodeConfig.host_id` or `host_identity()`). Raises ConfigError for an unknown transport,
-    and where `ucx` or `nixl` cannot be used as configured, unless a fallback is written. With one, peers that had to fall back
-    are reached by it too.
+    and where `ucx` or `nixl` cannot be used as configured, unless a fallback is written. With one, peers that had to
+    fall back are reached by it too.
     """
     _check_kinds(config)
     kinds: set[str | None] = {config.kind}
@@ -211,9 +211,9 @@ async def start_segment_hosts(
 ) -> SegmentHosts:
     """The target's side for a configuration: TCP unless shared memory was asked for by name; `shm` costs nothing.
 
-    `port` is `NodeConfig.transfer_port`, of TCP; UCX and NIXL take ports of their own. Raises ConfigError, also when `host` is a
-    wildcard and `advertise_host` is not given where TCP is served: peers would be told an address that they cannot
-    connect to.
+    `port` is `NodeConfig.transfer_port`, of TCP; UCX and NIXL take ports of their own. Raises ConfigError, also when
+    `host` is a wildcard and `advertise_host` is not given where TCP is served: peers would be told an address that
+    they cannot connect to.
     """
     _check_kinds(config)
     kinds: set[str | None] = {config.kind}

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-_PIECE_BYTES = 4 << 20
+PIECE_BYTES = 4 << 20
 MESSAGE_BYTES = (1 << 20) - 4096
 """Fits a TCP segment (ucx_devices) with its headers, so that a put is one message."""
 _SMALL_BYTES = 64 << 10
@@ -32,7 +32,7 @@ class Piece:
 def cut(pieces: Sequence[Piece], *, reading: bool, one_at_a_time: bool) -> Iterator[Piece]:
     """What is to be put or got, covering each piece once and in order. Gathers lazily, as it is taken."""
     joined = _join(pieces, reading) if one_at_a_time else iter(pieces)
-    limit = MESSAGE_BYTES if one_at_a_time and not reading else _PIECE_BYTES
+    limit = MESSAGE_BYTES if one_at_a_time and not reading else PIECE_BYTES
     for piece in joined:
         if piece.view.nbytes <= limit:
             yield piece

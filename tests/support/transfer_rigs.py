@@ -36,13 +36,13 @@ class Rig:
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self._incarnation = 0
-        self._registry: dict[str, memoryview] = {}
+        self.registry: dict[str, memoryview] = {}
         self._hosts: SegmentHosts | None = None
 
     async def __aenter__(self) -> Self:
         await self.host()
         if self.kind == "inproc":
-            self.engine = InprocTransfer(self._registry)
+            self.engine = InprocTransfer(self.registry)
         else:
             self.engine = build_transfer(transport_config(self.kind), host_identity())
         return self
@@ -52,7 +52,7 @@ class Rig:
         segment_id = f"rig.{self._incarnation:x}"
         self.memory = SegmentMemory.create(segment_id, SIZE_BYTES)
         addresses = {"inproc": "here"}
-        self._registry[segment_id] = self.memory.view
+        self.registry[segment_id] = self.memory.view
         if self.kind != "inproc":
             self._hosts = await start_segment_hosts(transport_config(self.kind), self.memory, host="127.0.0.1")
             addresses = self._hosts.addresses
@@ -63,7 +63,7 @@ class Rig:
     async def close_host(self) -> None:
         if self._hosts is not None:
             await self._hosts.aclose()
-        self._registry.clear()
+        self.registry.clear()
         self.memory.close()
 
     async def __aexit__(
