@@ -229,7 +229,7 @@ class RequestRun:
         self._unread = deque(emit for emit in self._unread if emit.index != index)
 
     def give_up(self, node: str, error: KVFerryError) -> None:
-        """This node is lost, and each leg on it or waiting for its KV, though nothing has broken off: go on elsewhere."""
+        """This node is lost, and each leg on it or waiting for its KV, though nothing broke off: go on elsewhere."""
         starved: KVFerryError = EngineError(f"waited for KV of node {node}, which is lost: {error.message}")
         for leg in list(self.record.legs):
             failure = error if leg.node == node else starved if self.machine.fetches_from(leg.id) == node else None
