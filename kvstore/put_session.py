@@ -14,13 +14,10 @@ from typing import Self
 from kvcore.clock import Clock
 from kvcore.types import ChunkKey, ReplicaRef
 from kvstore.background import Background
-from kvstore.checksums import run_sized
-from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, checksum, pack
 from kvstore.counters import Count, StoreCounters
 from kvstore.placement import Placement, Reserved
-from kvstore.routes import Routes
-from kvstore.types import Direction, MovedBytes, RunBlocking
-from transfer.base import TransferEngine, TransferOp
+from kvstore.types import MovedBytes
+from kvstore.writer import ChunkWriter, Outgoing
 
 _CLOSE_S = 2.0
 """Writes still under way have this long to end when the session closes."""
@@ -49,20 +46,28 @@ class _Grant:
 class PutContext:
     """What every session of a store shares."""
 
-    fingerprint: bytes
     placement: Placement
-    transfer: TransferEngine
-    routes: Routes
+    writer: ChunkWriter
     background: Background
     clock: Clock
     counters: StoreCounters
-    run_blocking: RunBlocking
+
+
+@dataclass(frozen=True, slots=True)
+class PutChunk:
+    """A chunk for `PutSession.write_batch`: `payload` is of the size that was reserved, gathered from C-contiguous
+    views that stay unchanged until the call returns."""
+
+    key: ChunkKey
+    token_count: int
+    payload: Sequence[memoryview]
 
 
 class PutSession:
     """Made by `KVStore.begin_put`; use it as an async context manager or call `aclose`.
 
-    Writes of different keys may run at the same time, and while a commit runs. `moved` grows by one entry a write.
+    Writes of different keys may run at the same time, and while a commit runs. `moved` grows by one entry a write and
+    segment.
     """
 
     def __init__(self, context: PutContext, reserved: Reserved) -> None:
@@ -93,27 +98,47 @@ class PutSession:
         return self._reserved.complete
 
     async def write(self, key: ChunkKey, token_count: int, payload: Sequence[memoryview], *, timeout_s: float) -> bool:
-        """Write header and payload (of the size that was reserved, gathered from C-contiguous views, unchanged until
-        this returns). Raises ValueError for another size.
-
-        False: not wanted, out of time, or the transfer failed (the reservation is given back then). Never raises
-        TransferError. The chunk becomes visible by `commit`. A cancelled write gives its reservation back too.
-        """
-        grant = self._grants.get(key)
-        if grant is None or grant.state is not _State.GRANTED or self._closed:
-            return False
-        num_bytes, wanted = sum(view.nbytes for view in payload), grant.replica.length - HEADER_BYTES
-        if num_bytes != wanted:
-            raise ValueError(f"room for a chunk of {wanted} bytes was reserved, got {num_bytes}")
-        self._set(grant, _State.WRITING)
-        written = False
-        try:
-            written = await self._write(grant.replica, token_count, payload, timeout_s) and not self._closed
-        finally:
-            self._set(grant, _State.WRITTEN if written else _State.GONE)
-            if not written:
-                self._context.background.spawn(self._context.placement.abort([grant.replica.id]))
+        """As `write_batch`, for one chunk."""
+        (written,) = await self.write_batch([PutChunk(key, token_count, payload)], timeout_s=timeout_s)
         return written
+
+    async def write_batch(self, chunks: Sequence[PutChunk], *, timeout_s: float) -> list[bool]:
+        """Write header and payload of each, all at once. Raises ValueError, before it writes any, for a wrong size.
+
+        False for those that are not wanted, out of time, or whose transfer failed (the reservation is given back then).
+        Never raises TransferError. Chunks become visible by `commit`. A cancelled write gives its reservations back.
+        """
+        batch: dict[ChunkKey, tuple[_Grant, Outgoing]] = {}
+        for chunk in chunks:
+            grant = self._grants.get(chunk.key)
+            if grant is None or grant.state is not _State.GRANTED or self._closed:
+                continue
+            outgoing = Outgoing(grant.replica, chunk.token_count, chunk.payload)
+            num_bytes = sum(view.nbytes for view in chunk.payload)
+            if num_bytes != outgoing.payload_bytes:
+                raise ValueError(f"room for a chunk of {outgoing.payload_bytes} bytes was reserved, got {num_bytes}")
+            batch.setdefault(chunk.key, (grant, outgoing))
+        if not batch:
+            return [False] * len(chunks)
+        for grant, _ in batch.values():
+            self._set(grant, _State.WRITING)
+        ended = False
+        try:
+            places = [(self._reserved.segments[out.replica.segment_id], out) for _, out in batch.values()]
+            self.moved += await self._context.writer.write(
+                places, write_by=self._reserved.write_by, timeout_s=timeout_s
+            )
+            ended = not self._closed
+        finally:
+            lost = []
+            for grant, outgoing in batch.values():
+                whole = ended and outgoing.written
+                self._set(grant, _State.WRITTEN if whole else _State.GONE)
+                if not whole:
+                    lost.append(grant.replica.id)
+            if lost:
+                self._context.background.spawn(self._context.placement.abort(lost))
+        return [chunk.key in batch and batch[chunk.key][0].state is not _State.GONE for chunk in chunks]
 
     async def commit(self, *, timeout_s: float) -> list[ChunkKey]:
         """Commit all that was written and is not committed yet, in one batch; returns the keys that are visible by it.
@@ -158,46 +183,6 @@ class PutSession:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.aclose()
-
-    async def _write(
-        self, replica: ReplicaRef, token_count: int, payload: Sequence[memoryview], timeout_s: float
-    ) -> bool:
-        context = self._context
-        deadline = context.clock.now() + timeout_s
-        segment = self._reserved.segments[replica.segment_id]
-        header = await run_sized(
-            context.run_blocking, replica.length - HEADER_BYTES, lambda: self._header(replica, token_count, payload)
-        )
-        began = context.clock.now()
-        if self._late:
-            context.counters.add(Count.WRITES_EXPIRED)
-            return False
-        if began >= deadline or not context.routes.open(segment):
-            context.counters.add(Count.WRITES_FAILED)
-            return False
-        op = TransferOp(segment, replica.offset, [memoryview(header), *payload])
-        (error,) = await context.transfer.write([op], min(deadline, self._reserved.write_by) - began)
-        context.routes.report(segment, error)
-        if error is not None:
-            context.counters.add(Count.WRITES_FAILED)
-            return False
-        seconds = context.clock.now() - began
-        moved = MovedBytes(context.routes.transport(segment), Direction.PUT, replica.length, seconds)
-        self.moved.append(moved)
-        context.counters.add_moved(moved)
-        return True
-
-    def _header(self, replica: ReplicaRef, token_count: int, payload: Sequence[memoryview]) -> bytes:
-        return pack(
-            ChunkHeader(
-                key=replica.key,
-                fingerprint=self._context.fingerprint,
-                token_count=token_count,
-                payload_length=replica.length - HEADER_BYTES,
-                checksum=checksum(payload),
-                generation=replica.generation,
-            )
-        )
 
     async def _give_back(self) -> None:
         """Places with a write or commit still under way after _CLOSE_S are left to expire, and counted."""

@@ -18,6 +18,7 @@ from kvstore.put_session import PutContext, PutSession
 from kvstore.reader import ChunkReader
 from kvstore.routes import Routes
 from kvstore.types import GetResult, Match, MovedBytes, RunBlocking
+from kvstore.writer import ChunkWriter
 from metadata_server.client import MetadataClient
 from transfer.base import TransferEngine
 
@@ -74,14 +75,18 @@ class KVStore:
             run_blocking=run,
         )
         self._put_context = PutContext(
-            fingerprint=spec.fingerprint,
             placement=self._placement,
-            transfer=transfer,
-            routes=routes,
+            writer=ChunkWriter(
+                fingerprint=spec.fingerprint,
+                transfer=transfer,
+                routes=routes,
+                clock=clock,
+                counters=self._counters,
+                run_blocking=run,
+            ),
             background=self._background,
             clock=clock,
             counters=self._counters,
-            run_blocking=run,
         )
 
     async def match(self, keys: Sequence[ChunkKey], *, timeout_s: float) -> Match:

@@ -23,9 +23,9 @@ class TransferOp:
     Buffers are local C-contiguous views of bytes (writable for a read) that the caller keeps alive and, for a write,
     unchanged until the call returns or was cancelled *and* awaited. An empty op succeeds without any I/O.
 
-    `on_part` of a read: a transport may show it what has arrived, part by part, each byte of the range once and in
-    order, while it is still in the processor's cache (a checksum then costs next to nothing). It is called from any
-    thread, one call at a time. A transport that shows only some of the bytes, or none, is as good.
+    `on_part`: a transport may show it what has arrived, or in a write has been taken, part by part, each byte of the
+    buffers once and in order, while it is still in the processor's cache (a checksum then costs next to nothing). It is
+    called from any thread, one call at a time. A transport that shows only some of the bytes, or none, is as good.
     """
 
     segment: Segment

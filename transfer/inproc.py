@@ -94,6 +94,6 @@ def _copy(direction: Direction, op: TransferOp, memory: memoryview, num_bytes: i
             memory[at : at + length] = view[:length]
         else:
             view[:length] = memory[at : at + length]
-            if op.on_part is not None:
-                op.on_part(view[:length])
+        if op.on_part is not None:
+            op.on_part(view[:length])
         at += length

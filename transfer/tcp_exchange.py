@@ -7,7 +7,7 @@ KiB cost two system calls and one wake-up there (about 45 us), where a thread's 
 import asyncio
 import itertools
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from kvcore.errors import PeerUnreachableError, SegmentUnknownError, TransferError, TransferProtocolError
 from kvcore.types import Segment
@@ -18,7 +18,7 @@ from transfer.sockets import Check, not_empty, recv_bytes, recv_now, recv_views,
 from transfer.stripes import Part, shown_groups
 
 _SHOWN_BYTES = 1 << 20
-"""A read shows what has arrived this often, while it is still in the cache."""
+"""What has passed is shown this often, while it is still in the cache."""
 _PACKET_BYTES = 16 << 10
 """An answer longer than this arrives in several packets: the loop is woken when it is all there."""
 
@@ -175,8 +175,10 @@ class Exchange:
             timer.cancel()
             if future.done() and not future.cancelled():
                 future.exception()  # seen, if it was the sending that failed
-        if not self._writing:
-            _show(self._parts)
+        for part in self._parts:
+            if part.show is not None:
+                for view in part.views:
+                    part.show(view)
 
     def _request(self, connection: Connection, parts: Sequence[Part]) -> tuple[bytes, wire.Header]:
         """The next request's first bytes and the header that answers it."""
@@ -192,18 +194,20 @@ class Exchange:
         sock = connection.sock
         request, wanted = self._request(connection, parts)
         views = [view for part in parts for view in part.views]
-        send_views(sock, [request, *views] if self._writing else [request], check)
+        shown = any(part.show is not None for part in parts)
+        if self._writing and not shown:
+            send_views(sock, [request, *views], check)
+        else:
+            send_views(sock, [request], check)
+        if self._writing and shown:
+            _show_each(parts, lambda group: send_views(sock, group, check))
         _expect(_reply(sock, check), wanted)
         if self._writing:
             return
-        if all(part.show is None for part in parts):
+        if shown:
+            _show_each(parts, lambda group: recv_views(sock, group, check))
+        else:
             recv_views(sock, views, check)
-            return
-        for group in shown_groups(parts, _SHOWN_BYTES):
-            recv_views(sock, [view for view, _ in group], check)
-            for view, part in group:
-                if part.show is not None:
-                    part.show(view)
 
     def _greet(self, sock: socket.socket, check: Check) -> None:
         send_views(sock, [wire.pack_hello(self._segment.id)], check)
@@ -239,10 +243,12 @@ def _expect(header: wire.Header, wanted: wire.Header) -> None:
         raise TransferProtocolError(f"expected {wanted}, the peer sent {header}")
 
 
-def _show(parts: Sequence[Part]) -> None:
-    for part in parts:
-        if part.show is not None:
-            for view in part.views:
+def _show_each(parts: Sequence[Part], move: Callable[[list[memoryview]], None]) -> None:
+    """`move` a group of views, show it, and so on."""
+    for group in shown_groups(parts, _SHOWN_BYTES):
+        move([view for view, _ in group])
+        for view, part in group:
+            if part.show is not None:
                 part.show(view)
 
 

@@ -1,0 +1,177 @@
+"""Writing chunks: all of a batch at once, checksummed while the bytes pass.
+
+Owns nothing between calls. Invariants: no byte is written at or after `write_by`; a chunk that was written is whole.
+Its header goes first, with the checksum 0, and again with the true one when the payload has landed: who comes to read
+meanwhile what lay there before, or this, finds another chunk or a damaged one.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvcore.clock import Clock
+from kvcore.types import ReplicaRef, Segment
+from kvstore.checksums import run_sized
+from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, RunningChecksum, checksum, pack
+from kvstore.counters import Count, StoreCounters
+from kvstore.routes import Routes
+from kvstore.types import Direction, MovedBytes, RunBlocking
+from transfer.base import TransferEngine, TransferOp
+
+_HASH_FIRST_BYTES = 1 << 20
+"""Up to here a batch is hashed beforehand, in 30 us, and written in one round: the headers' own round costs more."""
+
+
+@dataclass(slots=True)
+class Outgoing:
+    """A chunk on its way to its place. `payload`: C-contiguous views, unchanged until the write has ended."""
+
+    replica: ReplicaRef
+    token_count: int
+    payload: Sequence[memoryview]
+    checksum: int = 0
+    written: bool = False
+
+    @property
+    def payload_bytes(self) -> int:
+        """As reserved."""
+        return self.replica.length - HEADER_BYTES
+
+
+@dataclass(slots=True)
+class _Batch:
+    """What goes to one segment, until when, and how long its transfers took so far."""
+
+    segment: Segment
+    write_by: float
+    deadline: float
+    chunks: list[Outgoing]
+    seconds: float = 0.0
+
+
+class ChunkWriter:
+    """Writes for one KVStore. Any number of writes may run at once, to different places."""
+
+    def __init__(
+        self,
+        *,
+        fingerprint: bytes,
+        transfer: TransferEngine,
+        routes: Routes,
+        clock: Clock,
+        counters: StoreCounters,
+        run_blocking: RunBlocking,
+    ) -> None:
+        self._fingerprint = fingerprint
+        self._transfer = transfer
+        self._routes = routes
+        self._clock = clock
+        self._counters = counters
+        self._run_blocking = run_blocking
+        self._silent: set[str] = set()
+        """Transports that have not shown what they wrote: it is hashed beside the transfer instead."""
+
+    async def write(
+        self, chunks: Sequence[tuple[Segment, Outgoing]], *, write_by: float, timeout_s: float
+    ) -> list[MovedBytes]:
+        """Write header and payload of each to its segment; sets `written`. Never raises TransferError.
+
+        Returns one entry a segment that got any. Segments do not wait for each other.
+        """
+        deadline = min(self._clock.now() + timeout_s, write_by)
+        batches: dict[str, _Batch] = {}
+        for segment, chunk in chunks:
+            batches.setdefault(segment.id, _Batch(segment, write_by, deadline, [])).chunks.append(chunk)
+        if len(batches) == 1:  # no task: a small batch is all latency
+            await self._write(*batches.values())
+        else:
+            async with asyncio.TaskGroup() as group:
+                for batch in batches.values():
+                    group.create_task(self._write(batch))
+        return [moved for batch in batches.values() if (moved := self._moved(batch))]
+
+    async def _write(self, batch: _Batch) -> None:
+        if sum(chunk.payload_bytes for chunk in batch.chunks) <= _HASH_FIRST_BYTES:
+            for chunk in batch.chunks:
+                chunk.checksum = checksum(chunk.payload)
+            there = await self._send(batch, batch.chunks, [self._op(batch, chunk) for chunk in batch.chunks])
+        else:
+            there = await self._send_and_hash(batch)
+            headers = [TransferOp(batch.segment, chunk.replica.offset, [self._header(chunk)]) for chunk in there]
+            there = await self._send(batch, there, headers)
+        for chunk in there:
+            chunk.written = True
+
+    async def _send_and_hash(self, batch: _Batch) -> list[Outgoing]:
+        """Those whose payload, and a header without checksum, are there; their checksums are known then."""
+        transport = self._routes.transport(batch.segment)
+        chunks = batch.chunks
+        if transport in self._silent:
+            ops = [self._op(batch, chunk) for chunk in chunks]
+            there, _ = await asyncio.gather(self._send(batch, chunks, ops), self._hash(chunks))
+            return there
+        passed = [RunningChecksum(chunk.payload_bytes) for chunk in chunks]
+        there = await self._send(
+            batch, chunks, [self._op(batch, chunk, running) for chunk, running in zip(chunks, passed, strict=True)]
+        )
+        unknown = []
+        for chunk, running in zip(chunks, passed, strict=True):
+            if (value := running.value) is not None:
+                chunk.checksum = value
+            elif chunk in there:
+                unknown.append(chunk)
+        if unknown:
+            if len(unknown) == len(there):
+                self._silent.add(transport)
+            await self._hash(unknown)
+        return there
+
+    async def _send(self, batch: _Batch, chunks: list[Outgoing], ops: list[TransferOp]) -> list[Outgoing]:
+        """One transfer; those of `chunks` whose op succeeded. The others are counted."""
+        now = self._clock.now()
+        if now >= batch.write_by:
+            self._counters.add(Count.WRITES_EXPIRED, len(chunks))
+            return []
+        if now >= batch.deadline or not self._routes.open(batch.segment):
+            self._counters.add(Count.WRITES_FAILED, len(chunks))
+            return []
+        errors = await self._transfer.write(ops, batch.deadline - now)
+        batch.seconds += self._clock.now() - now
+        for error in errors:
+            self._routes.report(batch.segment, error)
+        there = [chunk for chunk, error in zip(chunks, errors, strict=True) if error is None]
+        self._counters.add(Count.WRITES_FAILED, len(chunks) - len(there))
+        return there
+
+    async def _hash(self, chunks: Sequence[Outgoing]) -> None:
+        def work() -> None:
+            for chunk in chunks:
+                chunk.checksum = checksum(chunk.payload)
+
+        await run_sized(self._run_blocking, sum(chunk.payload_bytes for chunk in chunks), work)
+
+    def _op(self, batch: _Batch, chunk: Outgoing, running: RunningChecksum | None = None) -> TransferOp:
+        show = None if running is None else running.show
+        return TransferOp(batch.segment, chunk.replica.offset, [self._header(chunk), *chunk.payload], show)
+
+    def _header(self, chunk: Outgoing) -> memoryview:
+        return memoryview(
+            pack(
+                ChunkHeader(
+                    key=chunk.replica.key,
+                    fingerprint=self._fingerprint,
+                    token_count=chunk.token_count,
+                    payload_length=chunk.payload_bytes,
+                    checksum=chunk.checksum,
+                    generation=chunk.replica.generation,
+                )
+            )
+        )
+
+    def _moved(self, batch: _Batch) -> MovedBytes | None:
+        num_bytes = sum(chunk.replica.length for chunk in batch.chunks if chunk.written)
+        if not num_bytes:
+            return None
+        moved = MovedBytes(self._routes.transport(batch.segment), Direction.PUT, num_bytes, batch.seconds)
+        self._counters.add_moved(moved)
+        return moved
