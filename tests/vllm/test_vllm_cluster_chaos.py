@@ -93,16 +93,19 @@ async def test_after_a_restart_of_vllm_the_kv_in_its_segment_still_hits(
 ) -> None:
     prompt = PROMPTS[-1]
     await questions.ask(subject, prompt)
-    incarnations = {node: (await subject.node_info(node)).node.incarnation for node in subject.nodes}
+    before = {node: await subject.node_info(node) for node in subject.nodes}
     for node in subject.nodes:
         worker_of(subject, node).kill()
 
-    async def all_down() -> bool:
-        return all([(await subject.node_info(node)).engine is None for node in subject.nodes])
+    async def all_back() -> bool:
+        now = {node: await subject.node_info(node) for node in subject.nodes}
+        assert all(now[node].node.incarnation == before[node].node.incarnation for node in now), "the service lived on"
+        return all(report.engine_restarts > before[node].engine_restarts for node, report in now.items()) and all(
+            report.engine is not None for report in now.values()
+        )
 
-    await subject.until(all_down, 30)
+    await subject.until(all_back, RESTART_S)
     await subject.until(subject.all_ready, RESTART_S)
-    assert incarnations == {node: (await subject.node_info(node)).node.incarnation for node in subject.nodes}
     answer = await questions.ask(subject, prompt)
     assert answer.usage["prompt_tokens_details"]["cached_tokens"] >= len(prompt) // 128 * 128
 

@@ -20,9 +20,9 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600), pytest.mark.asyncio(lo
 LENGTHS = (1, 50, 127, 128, 129, 500, 2000, 4097)
 PROMPTS = [prompt_of(length, seed) for seed, length in enumerate(LENGTHS)]
 CROWD = [prompt_of(40 + 53 * i, 100 + i) for i in range(12)]
-PREEMPTED = [prompt_of(8 * BLOCK - 20, 200 + i) for i in range(10)]
+PREEMPTED = [prompt_of(4 * BLOCK - 20, 200 + i) for i in range(20)]
 LONGER = 60
-"""Four of these prompts fill an engine's KV memory, and each wants one more block after a third of that many tokens."""
+"""Eight of these prompts fill an engine's KV memory, and each wants one more block after a third of these tokens."""
 
 
 @pytest.fixture(scope="module")
