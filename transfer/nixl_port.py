@@ -95,13 +95,19 @@ class Port:
         self._requests: set[Request] = set()
         self._abandoned: list[Request] = []
         self._slabs: list[bytearray] = []
-        self._num_bytes = 0
+        self.num_bytes = 0
+        """Of the requests under way."""
         try:
             for region in regions:
                 self.register(region)
         except ConfigError:
             self.close()
             raise
+
+    @property
+    def num_requests(self) -> int:
+        """Under way, those included that were abandoned."""
+        return len(self._requests)
 
     @property
     def waiting(self) -> bool:
@@ -134,7 +140,7 @@ class Port:
         """Whether a batch with `under_way` requests on their way may hand over another."""
         if self.one_at_a_time:
             return not peer.num_requests
-        room = self._num_bytes < WINDOW_BYTES and len(self._requests) < WINDOW_REQUESTS
+        room = self.num_bytes < WINDOW_BYTES and self.num_requests < WINDOW_REQUESTS
         return room and under_way < _REQUESTS_A_BATCH
 
     def post(self, direction: Direction, peer: Peer, pieces: Sequence[Piece]) -> Request:
@@ -144,7 +150,7 @@ class Port:
         else:
             request = self._post_claims(direction, peer, pieces)
         self._requests.add(request)
-        self._num_bytes += request.num_bytes
+        self.num_bytes += request.num_bytes
         peer.num_requests += 1
         return request
 
@@ -249,7 +255,7 @@ class Port:
 
     def _release(self, request: Request) -> None:
         self._requests.discard(request)
-        self._num_bytes -= request.num_bytes
+        self.num_bytes -= request.num_bytes
         request.peer.num_requests -= 1
         self._agent.release(request.handle)
         if request.slab is not None:

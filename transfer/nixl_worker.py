@@ -40,7 +40,7 @@ class NixlWorker:
     def __init__(self, library: NixlLibrary, plan: UcxPlan, name: str) -> None:
         self.library = library
         self._options = nixl_options(plan.options(), has_nvidia_gpu())
-        self._one_at_a_time = "tcp" in plan.tls.split(",")
+        self._one_at_a_time = self._over_tcp(plan)
         self._clock = SystemClock()
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._regions: list[memoryview] = []
@@ -101,6 +101,11 @@ class NixlWorker:
     def stop_batch(self, batch: Batch, error: TransferError, grace_s: float) -> None:
         """End a batch with `error`: in order if its peer answers within `grace_s`, else with the agent."""
         batch.stop(error, self._clock.now() + grace_s)
+
+    @staticmethod
+    def _over_tcp(plan: UcxPlan) -> bool:
+        """Whether TCP may be what moves bytes: NIXL does not say."""
+        return "tcp" in plan.tls.split(",")
 
     def _open_port(self) -> Port:
         return Port(self.library, self._options, self._regions, one_at_a_time=self._one_at_a_time)

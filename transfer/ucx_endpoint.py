@@ -18,21 +18,50 @@ from transfer.ucx_pieces import Piece, cut
 _WINDOW_BYTES = 32 << 20
 _WINDOW_REQUESTS = 256
 """Of one batch, in UCX's hands at once: what a batch that must end waits for."""
+ALL_BYTES = 256 << 20
+ALL_REQUESTS = 4096
+"""Of all batches: what UCX may come to hold of this process's memory, and of its own for requests."""
 _FLAGS_FIELD = 1 << 4
 _CLOSE_FORCE = 1
 _ADDRESS_ERRMODE_HANDLER = 0b111
 _ERRMODE_PEER = 1
 
 
+class Window:
+    """What UCX has in its hands of all batches of a worker."""
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        self.num_requests = 0
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another piece may be handed over."""
+        return self.num_bytes < ALL_BYTES and self.num_requests < ALL_REQUESTS
+
+    def add(self, num_bytes: int, num_requests: int) -> None:
+        """Count what was handed over, or (negative) what UCX let go of."""
+        self.num_bytes += num_bytes
+        self.num_requests += num_requests
+
+
 class Endpoint:
     """A connection to one segment. `error` is set once it is of no further use."""
 
     def __init__(
-        self, library: UcxLibrary, worker: Pointer, descriptor: UcxDescriptor, on_error: Pointer, now: float
+        self,
+        library: UcxLibrary,
+        worker: Pointer,
+        descriptor: UcxDescriptor,
+        on_error: Pointer,
+        *,
+        now: float,
+        window: Window,
     ) -> None:
         """Connects, without waiting for it. Raises PeerUnreachableError."""
         self._library = library
-        self.made_at = now
+        self.made_at = self.used_at = now
+        self.window = window
         self.segment_id = descriptor.segment_id
         self.base = descriptor.base
         self.lanes = ""
@@ -130,6 +159,11 @@ class Job:
         """Tell the caller. The batch is over."""
         self._done(self.error or (self.endpoint.error if self.endpoint else None))
 
+    def abandon(self) -> None:
+        """UCX does not let go of it: count it no longer, or all others would wait for it."""
+        if self.endpoint is not None:
+            self.endpoint.window.add(-self._held_bytes, -len(self._held))
+
     def advance(self, library: UcxLibrary, param: Pointer) -> bool:
         """Collect what is done and issue what has room; True when UCX holds nothing of it any more."""
         endpoint = self.endpoint
@@ -162,15 +196,18 @@ class Job:
             local = ffi.from_buffer(piece.view, require_writable=self._reading)
             self._held.append((move(handle, local, piece.view.nbytes, base + piece.offset, rkey, param), piece))
             self._held_bytes += piece.view.nbytes
+            endpoint.window.add(piece.view.nbytes, 1)
             if single:
                 endpoint.turn = self
                 if not self._reading:
                     self._held.append((lib.ucp_ep_flush_nbx(handle, param), None))
+                    endpoint.window.add(0, 1)
 
     def _may_issue(self, endpoint: Endpoint) -> bool:
         if endpoint.one_at_a_time:
             return endpoint.turn is None
-        return self._held_bytes < _WINDOW_BYTES and len(self._held) < _WINDOW_REQUESTS
+        mine = self._held_bytes < _WINDOW_BYTES and len(self._held) < _WINDOW_REQUESTS
+        return mine and endpoint.window.has_room
 
     def _collect(self, library: UcxLibrary) -> None:
         """Requests of one endpoint end about in order, so only the oldest is asked."""
@@ -182,10 +219,12 @@ class Job:
             self._held.popleft()
             library.free(request)
             self._note(library, status)
-            if piece is not None:
-                self._held_bytes -= piece.view.nbytes
-                if status == 0:
-                    piece.scatter()
+            size = piece.view.nbytes if piece is not None else 0
+            self._held_bytes -= size
+            if self.endpoint is not None:
+                self.endpoint.window.add(-size, -1)
+            if piece is not None and status == 0:
+                piece.scatter()
         if self.endpoint is not None and self.endpoint.turn is self:
             self.endpoint.turn = None
 

@@ -18,7 +18,7 @@ from kvcore.telemetry import log_fields
 from transfer.ucx_binding import Pointer, UcxLibrary, ffi, open_context
 from transfer.ucx_descriptor import UcxDescriptor
 from transfer.ucx_devices import UcxPlan, check_opened, read_resources
-from transfer.ucx_endpoint import Endpoint, Job
+from transfer.ucx_endpoint import Endpoint, Job, Window
 
 _LOG = logging.getLogger("transfer")
 _FEATURES = 1 << 1 | 1 << 4 | 1 << 6  # RMA, wakeup, active messages
@@ -41,6 +41,10 @@ _QUIET_S = 0.03
 """A host that hears nothing for so long is closed."""
 _CONNECT_S = 5.0
 """A connection that is older without an answer, and on which a batch ended, is given up for a fresh one."""
+MAX_ENDPOINTS = 512
+"""Connections of one process; the one that was longest idle goes first."""
+MAX_ANSWERS = 1024
+"""To greetings, in UCX's hands at once; one more is not answered: who asks so fast does not read either."""
 _TICK_MS = 50
 """While something must end by a time: how often to look."""
 
@@ -61,6 +65,7 @@ class UcxWorker:
         self._leaving: list[Endpoint] = []
         self._greetings: dict[int, Endpoint] = {}
         self._jobs: list[Job] = []
+        self.window = Window()
         self._sent: list[tuple[Pointer, Pointer]] = []
         self._abandoned: list[Job] = []
         """UCX did not let go of these even with their connection: their buffers are kept alive, their callers told."""
@@ -167,17 +172,27 @@ class UcxWorker:
 
     def _endpoint(self, descriptor: UcxDescriptor, key: str) -> Endpoint:
         found = self._endpoints.get(key)
+        now = self._clock.now()
         if found is not None and found.error is None:
+            found.used_at = now
             return found
         if found is not None:
             self._drop(key)
-        endpoint = Endpoint(self.library, self._worker, descriptor, self._callbacks[0], self._clock.now())
+        if len(self._endpoints) >= MAX_ENDPOINTS:
+            self._make_room()
+        endpoint = Endpoint(self.library, self._worker, descriptor, self._callbacks[0], now=now, window=self.window)
         self._endpoints[key] = endpoint
         if endpoint.error is None:
             nonce, self._next_nonce = self._next_nonce, self._next_nonce + 1
             self._greetings[nonce] = endpoint
             self._send(endpoint.handle, _HELLO, _NONCE.pack(nonce) + descriptor.segment_id.encode(), _AM_REPLY)
         return endpoint
+
+    def _make_room(self) -> None:
+        idle = [key for key, one in self._endpoints.items() if not one.jobs]
+        if not idle:
+            raise PeerUnreachableError(f"{MAX_ENDPOINTS} connections are in use, and none is left for another segment")
+        self._drop(min(idle, key=lambda key: self._endpoints[key].used_at))
 
     def _run(self) -> None:
         efd = ffi.new("int *")
@@ -230,6 +245,7 @@ class UcxWorker:
                 job.endpoint.fail(PeerUnreachableError(f"segment {job.endpoint.segment_id}: a batch did not end"))
                 if self._clock.now() >= job.give_up_at + _CLOSE_S:
                     self._abandoned.append(job)
+                    job.abandon()
                     over.append(job)
         for job in over:
             self._jobs.remove(job)
@@ -273,7 +289,8 @@ class UcxWorker:
 
     def _on_hello(self, _: Pointer, header: Pointer, size: int, _data: Pointer, _size: int, param: Pointer) -> int:
         said = bytes(ffi.buffer(header, size))
-        if size >= _NONCE.size and param.recv_attr & _AM_REPLY_EP_FIELD:
+        answers = len(self._sent) < MAX_ANSWERS
+        if answers and size >= _NONCE.size and param.recv_attr & _AM_REPLY_EP_FIELD:
             known = said[_NONCE.size :] == self._hosted
             self._send(param.reply_ep, _WELCOME, said[: _NONCE.size] + bytes([known]), 0)
         return 0

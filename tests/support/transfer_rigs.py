@@ -33,8 +33,9 @@ class Rig:
     engine: TransferEngine
     segment: Segment
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, size_bytes: int = SIZE_BYTES) -> None:
         self.kind = kind
+        self._size_bytes = size_bytes
         self._incarnation = 0
         self.registry: dict[str, memoryview] = {}
         self._hosts: SegmentHosts | None = None
@@ -50,14 +51,14 @@ class Rig:
     async def host(self) -> None:
         self._incarnation += 1
         segment_id = f"rig.{self._incarnation:x}"
-        self.memory = SegmentMemory.create(segment_id, SIZE_BYTES)
+        self.memory = SegmentMemory.create(segment_id, self._size_bytes)
         addresses = {"inproc": "here"}
         self.registry[segment_id] = self.memory.view
         if self.kind != "inproc":
             self._hosts = await start_segment_hosts(transport_config(self.kind), self.memory, host="127.0.0.1")
             addresses = self._hosts.addresses
         self.segment = Segment(
-            id=segment_id, node_id="rig", size_bytes=SIZE_BYTES, host_id=host_identity(), addresses=addresses
+            id=segment_id, node_id="rig", size_bytes=self._size_bytes, host_id=host_identity(), addresses=addresses
         )
 
     async def close_host(self) -> None:
