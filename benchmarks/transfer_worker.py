@@ -24,6 +24,7 @@ from kvcore.config import TransportConfig, TransportKind
 from kvcore.errors import ConfigError, TransferError
 from kvcore.service import loop_factory
 from kvcore.types import ChunkKey, KVSpec, NodeInfo, Role, Segment
+from kvstore.put_session import PutChunk
 from kvstore.store import KVStore
 from kvstore.types import GetOutcome
 from metadata_server.client import HttpMetadataTransport, MetadataClient
@@ -158,9 +159,8 @@ class _StoreMove:
     async def _put(self, batch: int) -> None:
         keys = [ChunkKey(next(self._numbers).to_bytes(16, "big")) for _ in range(batch)]
         async with await self._store.begin_put(keys, prefer_segment="n0.1", timeout_s=CALL_S) as session:
-            async with asyncio.TaskGroup() as group:
-                for index, key in enumerate(keys):
-                    group.create_task(session.write(key, 1, [_object(self._source, index)], timeout_s=CALL_S))
+            chunks = [PutChunk(key, 1, [_object(self._source, index)]) for index, key in enumerate(keys)]
+            await session.write_batch(chunks, timeout_s=CALL_S)
             committed = await session.commit(timeout_s=CALL_S)
         if committed != keys:
             raise RuntimeError(f"the put failed: {self._store.counters()}")
