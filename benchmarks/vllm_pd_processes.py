@@ -14,7 +14,7 @@ import aiohttp
 from kvcore.child import ChildProcess
 from kvcore.ports import listen
 
-START_S = 300.0
+START_S = 600.0
 STOP_S = 30.0
 POLL_S = 0.1
 BLOCK = 128
