@@ -115,7 +115,7 @@ class TransportConfig(_Section, frozen=True, kw_only=True):
     ucx_library: str | None = None
     """The libucp to load, a path or a name; the system's libucp.so.0 if not given."""
     streams: Count = 2
-    """Connections to one segment at most, of `tcp` and of `ucx`."""
+    """Connections to one segment at most, of `tcp` and of `ucx`; `nixl` has one."""
     timeout_s: Seconds = 30.0
     """For one batch."""
 

@@ -57,7 +57,7 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True):
     host_id: str
     """Equal on two nodes iff they can map each other's memory."""
     addresses: dict[str, str]
-    """Transport name -> how to reach the segment by it (`shm`, `tcp`, `ucx`, `inproc`)."""
+    """Transport name -> how to reach the segment by it (`shm`, `tcp`, `ucx`, `nixl`, `inproc`)."""
 
 
 class NodeInfo(msgspec.Struct, frozen=True, kw_only=True):

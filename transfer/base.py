@@ -44,7 +44,7 @@ class TransferEngine(Protocol):
 
     @property
     def kind(self) -> str:
-        """`shm`, `tcp`, `inproc`, `ucx`."""
+        """`shm`, `tcp`, `inproc`, `ucx`, `nixl`."""
         ...
 
     def reaches(self, segment: Segment) -> bool:
