@@ -86,7 +86,7 @@ class PrefillResult(_Message, frozen=True, kw_only=True):
     moved: list[Moved] = []
     timings: Timings = Timings()
     handoff_params: bytes = b""
-    """JSON object that a decode leg must carry to get this KV from the prefiller itself. Empty: it lies in the store."""
+    """JSON object that a decode leg must carry to get this KV from the prefiller itself. Empty: it is in the store."""
 
 
 class Handoff(_Message, frozen=True, kw_only=True):

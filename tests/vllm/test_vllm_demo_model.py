@@ -1,0 +1,35 @@
+"""The demo model over a prefiller and a decoder of vLLM: tokens of one vLLM, as clients ask for them."""
+
+import asyncio
+
+import pytest
+from support.cluster import cluster
+from support.vllm_questions import BLOCK, NEW_TOKENS, Questions, computed_tokens
+
+from kvferry.demo_document import document
+from kvferry.demo_model import prepare_demo_model
+from router.text import FolderTokenizer
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+
+LENGTHS = (1, 50, 127, 128, 129, 500, 2000, 4097)
+CONTEXT = 4352
+
+
+async def test_tokens_at_every_length_are_those_of_one_vllm(tmp_path):
+    folder = prepare_demo_model()
+    words = FolderTokenizer(folder).encode(document())
+    prompts = [[seed + 100, *words, *words, *words][:length] for seed, length in enumerate(LENGTHS)]
+    questions = await asyncio.to_thread(Questions, folder, prompts, NEW_TOKENS, CONTEXT)
+    overrides = [
+        "router.min_prefill_tokens=0",
+        f"model.max_context={CONTEXT}",
+        "engine.args.kv-cache-memory-bytes=260M",
+        "nodes.decode-0.segment=512MiB",
+    ]
+    async with cluster(tmp_path, engine="vllm", model=folder, prefillers=1, decoders=1, overrides=overrides) as handle:
+        for prompt in prompts:
+            before = await computed_tokens(handle, "decode-0")
+            answer = await questions.ask(handle, prompt)
+            assert await computed_tokens(handle, "decode-0") - before <= BLOCK, await handle.explain(answer.id)
+            assert answer.usage["prompt_tokens"] == len(prompt)
