@@ -83,7 +83,7 @@ class EngineProcess:
         on_line: Callable[[str], None] | None = None,
         env: Mapping[str, str] | None = None,
         stall_s: float = 15.0,
-        stop_s: float = 5.0,
+        stop_s: float = 10.0,
     ) -> None:
         """`env` is laid over our own environment. `stall_s`: a child whose loop has not turned for this long is killed,
         whatever it was doing."""
@@ -313,7 +313,7 @@ class EngineProcess:
         assert self._child is not None
         try:
             async with asyncio.timeout(_EXIT_STATUS_S):
-                code = await self._child.wait()
+                code = await self._child.wait_ended()
         except TimeoutError:
             return "closed its connection"
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"

@@ -3,7 +3,8 @@
 Each child has its own session (a terminal's Ctrl-C reaches us alone, who then stop the children in order) and is
 killed by the kernel when the thread that started it ends (`kvcore.child_exec`): start children on the main thread.
 What the child leaves in its process group is killed when the child ends. A child that has children of its own is
-started with `guard=True`: then the whole group dies with us too, whichever single process of it all is killed.
+started with `guard=True`: then the whole group dies with us too, whichever single process of it all is killed, and a
+child counts as ended when all of its group has.
 """
 
 import asyncio
@@ -21,6 +22,8 @@ from kvcore import child_exec
 MAX_LINE_BYTES = 16_384
 _READ_BYTES = 65_536
 _LAST_READS = 32  # far more than a pipe holds
+_GUARD_S = 12.0
+"""A guard that takes longer than this to end its group, which bounds itself at 10 s, is of no more use."""
 
 _running: dict[int, "ChildProcess"] = {}  # as the kernel's own list of our children: one a process, by pid
 
@@ -44,7 +47,10 @@ class ChildProcess:
         self._process = process
         self._guard = guard
         self._loop = asyncio.get_running_loop()
+        self._returncode: int | None = None
+        self._ended = asyncio.Event()
         self._exited = asyncio.Event()
+        self._guard_late: asyncio.TimerHandle | None = None
         self._output: int | None = output
         self._rest = b""
         self._on_line = on_line
@@ -52,9 +58,9 @@ class ChildProcess:
         os.set_blocking(output, False)
         _running[process.pid] = self
         self._loop.add_reader(output, self._read_output)
-        self._loop.add_reader(self._pidfd, self._reap)
+        self._loop.add_reader(self._pidfd, self._child_ended)
         if guard is not None:
-            self._loop.add_reader(guard, self._guard_lost)
+            self._loop.add_reader(guard, self._guard_ended)
 
     @classmethod
     async def start(
@@ -112,17 +118,24 @@ class ChildProcess:
     @property
     def returncode(self) -> int | None:
         """None while it runs; the negative signal number if a signal ended it."""
-        return self._process.returncode
+        return self._returncode
 
     async def wait(self) -> int:
-        """The return code, once the child has ended and its output has been passed on. Cancelling changes nothing."""
+        """The return code, once the child has ended, its group with it, and its output has been passed on. Cancelling
+        changes nothing."""
         await self._exited.wait()
-        assert self._process.returncode is not None
-        return self._process.returncode
+        assert self._returncode is not None
+        return self._returncode
+
+    async def wait_ended(self) -> int:
+        """The return code, as soon as the child itself has ended: what it started and what it said may follow."""
+        await self._ended.wait()
+        assert self._returncode is not None
+        return self._returncode
 
     async def terminate(self, deadline_s: float) -> int:
         """SIGTERM; after `deadline_s`, or on cancellation, SIGKILL to the whole group. Returns the return code."""
-        if not self._exited.is_set():
+        if not self._ended.is_set():
             signal.pidfd_send_signal(self._pidfd, signal.SIGTERM)
         try:
             async with asyncio.timeout(deadline_s):
@@ -136,8 +149,12 @@ class ChildProcess:
 
     def kill(self) -> None:
         """SIGKILL the whole process group. Nothing happens if the child has ended."""
-        if not self._exited.is_set():
+        if self._ended.is_set():
+            return
+        if self._guard is None:
             self._kill_group()
+        else:
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)  # the guard sees to the rest
 
     def _kill_group(self) -> None:
         # Only while our child is running or a zombie: after that its number may belong to somebody else.
@@ -146,11 +163,29 @@ class ChildProcess:
         except (ProcessLookupError, PermissionError):
             os.kill(self._process.pid, signal.SIGKILL)  # caught before its setsid
 
-    def _guard_lost(self) -> None:
-        """Either the whole group has just been killed, or the guard alone was: then nothing would be safe any more."""
+    def _child_ended(self) -> None:
+        """It stays a zombie, so that its number stays its own, until its group is gone."""
+        self._loop.remove_reader(self._pidfd)
+        status = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+        assert status is not None
+        self._returncode = status.si_status if status.si_code == os.CLD_EXITED else -status.si_status
+        self._ended.set()
+        if self._guard is None:
+            self._reap()
+        else:
+            self._guard_late = self._loop.call_later(_GUARD_S, self._reap)
+
+    def _guard_ended(self) -> None:
+        """The group is gone, or the guard alone was killed: then nothing would be safe any more."""
         assert self._guard is not None
         self._loop.remove_reader(self._guard)
-        self.kill()
+        self._guard.close()
+        self._guard = None
+        if self._guard_late is None:
+            self._kill_group()
+        else:
+            self._guard_late.cancel()
+            self._reap()
 
     def _read_output(self) -> bool:
         """Pass on what is there; False: nothing more for now, or ever."""
@@ -186,7 +221,6 @@ class ChildProcess:
                 self._rest = b""
 
     def _reap(self) -> None:
-        self._loop.remove_reader(self._pidfd)
         self._kill_group()
         self._process.wait()  # it is a zombie: returns at once
         os.close(self._pidfd)

@@ -11,9 +11,14 @@ import os
 import select
 import signal
 import sys
+import time
 
 _PR_SET_PDEATHSIG = 1
 _GUARD, _WATCH = "--guard", "--watch"
+_POLITE = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+_END_S = 10.0
+_TRACKERS_S = 2.0
+_LOOK_S = 0.01
 
 
 def set_parent_death_signal(parent_pid: int, signal_number: int = signal.SIGKILL) -> None:
@@ -47,9 +52,14 @@ def main() -> None:
 def _fork_guard(link: int) -> None:
     """From here on the group is watched: what the guard misses while it starts it finds afterwards."""
     leader = os.getpid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, _POLITE)
     if os.fork():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _POLITE)
         os.close(link)
         return
+    for number in _POLITE:
+        signal.signal(number, signal.SIG_IGN)  # a request to the group to end in order is not for us; survives the exec
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _POLITE)
     silent = os.open(os.devnull, os.O_RDWR)
     for number in range(3):
         os.dup2(silent, number)
@@ -60,11 +70,10 @@ def _fork_guard(link: int) -> None:
 
 
 def watch(link: int, leader: int) -> None:
-    """The guard: SIGKILL our own process group, ourselves with it, once the other end of `link` is closed (the parent
-    is gone) or `leader`, our parent, has ended. Who holds the other end sees the end of `link` if the guard is killed.
+    """The guard: end our process group, ourselves last, once the other end of `link` is closed (the parent is gone) or
+    `leader`, our parent, has ended. Who holds the other end of `link` sees its end when nothing is left of the group,
+    or when the guard itself was killed.
     """
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
-        signal.signal(number, signal.SIG_IGN)  # a request to the group to end in order is not for us
     try:
         ended = os.pidfd_open(leader)
         if os.getppid() == leader:
@@ -73,7 +82,49 @@ def watch(link: int, leader: int) -> None:
             poll.register(ended, select.POLLIN)
             poll.poll()
     finally:
-        os.kill(0, signal.SIGKILL)
+        try:
+            _end_group()
+        finally:
+            os.kill(0, signal.SIGKILL)
+
+
+def _end_group() -> None:
+    """SIGKILL all but ourselves, until they are gone: a process with memory on a GPU takes seconds to go.
+
+    multiprocessing's resource trackers go by themselves once nobody is left whom they serve; before that they remove
+    what those had in /dev/shm.
+    """
+    start = time.monotonic()
+    while (passed := time.monotonic() - start) < _END_S:
+        others = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _is_in_group(pid)]  # noqa: PTH208
+        to_kill = [pid for pid in others if passed > _TRACKERS_S or not _is_tracker(pid)]
+        if not others:
+            return
+        for pid in to_kill:
+            try:  # noqa: SIM105 - contextlib is not loaded here
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        time.sleep(_LOOK_S)
+
+
+def _is_in_group(pid: int) -> bool:
+    """Whether `pid` is another process of our group, and no zombie."""
+    fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+    return pid != os.getpid() and len(fields) > 2 and fields[0] not in b"ZX" and int(fields[2]) == os.getpgrp()
+
+
+def _is_tracker(pid: int) -> bool:
+    return b"multiprocessing.resource_tracker" in _read(f"/proc/{pid}/cmdline")
+
+
+def _read(path: str) -> bytes:
+    """Empty: the process has gone."""
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123
+            return file.read()
+    except OSError:
+        return b""
 
 
 if __name__ == "__main__":

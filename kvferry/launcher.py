@@ -23,7 +23,8 @@ _HEALTH_TIMEOUT_S = 2.0
 _BACKOFF_S = (0.2, 5.0)
 _STEADY_S = 10.0
 """One that ran for less than this is started again ever more slowly, even if it was ready."""
-_KILL_MARGIN_S = 5.0
+_KILL_MARGIN_S = 15.0
+"""A node needs it to end its engine: vLLM takes five seconds and more."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -184,6 +184,57 @@ async def test_a_guard_outlives_a_polite_end_of_the_group_and_goes_with_the_comm
     await group_gone(child.pid)
 
 
+@pytest.mark.parametrize("how", ["killed", "killed with its parent", "in order"])
+async def test_a_guarded_tree_leaves_no_shared_memory_whichever_way_it_ends(tmp_path, how):
+    code = """
+        import multiprocessing, os, sys, time
+        from multiprocessing.shared_memory import SharedMemory
+
+        def hold(link):
+            link.send(SharedMemory(create=True, size=4096).name)
+            time.sleep(60)
+
+        if __name__ == "__main__":
+            ours, theirs = multiprocessing.Pipe()
+            process = multiprocessing.get_context("spawn").Process(target=hold, args=(theirs,))
+            process.start()
+            print(os.getpid(), ours.recv(), flush=True)
+            time.sleep(60 if sys.argv[1] != "in order" else 0)
+            process.kill()
+    """
+    file = tmp_path / "holder.py"
+    file.write_text(textwrap.dedent(code))
+    lines = Lines()
+    if how == "killed with its parent":
+        parent = await ChildProcess.start([*python(PARENT), str(file), "later"], on_line=lines)
+        leader, name = (await lines.until(2))[1].split()
+        os.kill(parent.pid, signal.SIGKILL)
+        await parent.wait()
+    else:
+        child = await ChildProcess.start([sys.executable, str(file), how], on_line=lines, guard=True)
+        leader, name = (await lines.until(1))[0].split()
+        if how == "killed":
+            child.kill()
+        await asyncio.wait_for(child.wait(), 10)
+    await group_gone(int(leader))
+    assert not (Path("/dev/shm") / name.lstrip("/")).exists()
+
+
+async def test_a_childs_own_end_is_known_before_its_group_is_gone(tree):
+    lines = Lines()
+    child = await ChildProcess.start(tree, on_line=lines, guard=True)
+    front, core, _ = (int(pid) for pid in (await lines.until(1))[0].split())
+    os.kill(guard_of(front), signal.SIGSTOP)  # it does nothing now
+    os.kill(front, signal.SIGKILL)
+    assert await asyncio.wait_for(child.wait_ended(), 10) == -signal.SIGKILL
+    assert core in alive_in_group(front) and not child._exited.is_set()
+    assert child._guard_late is not None
+    child._guard_late.cancel()
+    child._reap()  # as when the guard's time is up
+    assert await asyncio.wait_for(child.wait(), 10) == -signal.SIGKILL
+    await group_gone(front)
+
+
 async def test_a_guard_holds_nothing_of_the_commands():
     ours, theirs = socket.socketpair()
     with ours:
