@@ -1,8 +1,9 @@
-"""One cluster of vLLM engines for all tests of this folder: it takes a minute to come up.
+"""These tests run in vLLM's environment (`make vllm`); elsewhere this folder is passed over. One cluster serves them all.
 
-A tiny Qwen3, one prefiller and two decoders in turn, each bound to a core as far as there are. `tiny` is its model.
+It takes a minute to come up: a tiny Qwen3, one prefiller and two decoders in turn, each bound to a core as far as there are. `tiny` is its model.
 """
 
+import importlib.metadata
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -11,7 +12,19 @@ import pytest_asyncio
 from support.cluster import ClusterHandle, cluster
 from support.tiny_models import make_tiny_model
 
+try:
+    importlib.metadata.version("vllm")  # not find_spec: this folder itself would do as a package of that name
+except importlib.metadata.PackageNotFoundError:
+    collect_ignore_glob = ["*.py"]
+
 CONTEXT = 4224
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what lies here; the hook is called with the tests of all folders."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.vllm)
 
 
 @pytest.fixture(scope="session")

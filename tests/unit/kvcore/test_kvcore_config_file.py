@@ -58,7 +58,7 @@ def load(tmp_path):
         ("nodes.decode-0.role=prefiller", r"nodes: no node has role decoder"),
         ("router.port=8200", r"nodes\.decode-0\.port: 8200 on 127\.0\.0\.1 is router\.port already"),
         ("store.low_watermark=0.99", r"store\.low_watermark: 0\.99 is not below store\.high_watermark 0\.95"),
-        ("devices=[mlx5_0]", r"transport\.devices: only transport ucx uses devices, this is auto"),
+        ("devices=[mlx5_0]", r"transport\.devices: only transports ucx and nixl use devices, this is auto"),
         ("nodes.router={role: store, port: 1}", r"nodes\.router: the name stands for the cluster's own router"),
         ("nodes.s={role: store, port: 1, engine: {kind: sim}}", r"nodes\.s\.engine: a store has no engine"),
         ("nodes.decode-0.engine={kind: sim, bytes_per_token: 24}", r"bytes_per_token: 24 is not a multiple of 16"),
