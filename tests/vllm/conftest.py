@@ -1,6 +1,7 @@
-"""These tests run in vLLM's environment (`make vllm`); elsewhere this folder is passed over. One cluster serves them all.
+"""These tests run in vLLM's environment (`make vllm`); elsewhere this folder is passed over.
 
-It takes a minute to come up: a tiny Qwen3, one prefiller and two decoders in turn, each bound to a core as far as there are. `tiny` is its model.
+One cluster serves them all, as it takes a minute to come up: a tiny Qwen3 (`tiny` is its folder), one prefiller and two
+decoders in turn, each bound to a core as far as there are.
 """
 
 import importlib.metadata
