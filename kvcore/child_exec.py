@@ -61,8 +61,8 @@ def _fork_guard(link: int) -> None:
         signal.signal(number, signal.SIG_IGN)  # a request to the group to end in order is not for us; survives the exec
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _POLITE)
     silent = os.open(os.devnull, os.O_RDWR)
-    for number in range(3):
-        os.dup2(silent, number)
+    for standard in range(3):
+        os.dup2(silent, standard)
     for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - pathlib takes 10 ms to import
         if int(name) > 2 and int(name) != link:  # above all the command's own links: their end must be seen
             os.closerange(int(name), int(name) + 1)  # does not mind that the listing's own is closed already
