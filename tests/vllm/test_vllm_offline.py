@@ -7,7 +7,9 @@ import asyncio
 import os
 import select
 import signal
+import tempfile
 import threading
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -115,15 +117,21 @@ def until_it_is_killed(model: str) -> None:
         threading.Event().wait()
 
 
-async def test_kill_minus_9_of_the_program_leaves_no_process(tiny):
+@pytest.fixture
+def scratch() -> Iterator[str]:
+    """For what a killed program leaves. Not `tmp_path`: vLLM has sockets there, whose paths have to be short."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield folder
+
+
+async def test_kill_minus_9_of_the_program_leaves_no_process(tiny, scratch):
+    env = environment(processes=True) | {"TMPDIR": scratch}
     program = await asyncio.create_subprocess_exec(
-        *command_of(until_it_is_killed, tiny), env=environment(processes=True), stdout=asyncio.subprocess.PIPE
+        *command_of(until_it_is_killed, tiny), env=env, stdout=asyncio.subprocess.PIPE
     )
     assert program.stdout is not None
-    async for line in program.stdout:
-        if line.startswith(b"PIDS"):
-            break
-    pids = [int(pid) for pid in line.split()[1:]]
+    lines = [line.split() async for line in until(program.stdout, b"PIDS")]
+    pids = [int(pid) for pid in lines[-1][1:]]
     assert len(pids) >= 4  # metadata server, node, vLLM's core and worker
     ended = [os.pidfd_open(pid) for pid in pids]
     program.kill()
@@ -132,6 +140,15 @@ async def test_kill_minus_9_of_the_program_leaves_no_process(tiny):
         for descriptor in ended:
             await asyncio.to_thread(select.select, [descriptor], [], [], 30)
             os.close(descriptor)
+
+
+async def until(lines: asyncio.StreamReader, mark: bytes) -> AsyncIterator[bytes]:
+    """The lines up to the one that begins with `mark`."""
+    async for line in lines:
+        yield line
+        if line.startswith(mark):
+            return
+    raise AssertionError("the program ended")
 
 
 def what_is_refused(model: str) -> list[str]:
