@@ -25,7 +25,7 @@ from kvferry.launcher import Launcher
 from kvferry.processes import Part, ProcessPlan, plan_processes
 from metadata_server.messages import Stats
 
-READY_S = {"sim": 60.0, "torch": 60.0, "vllm": 180.0}
+READY_S = {"sim": 60.0, "torch": 60.0, "vllm": 400.0}
 POLL_S = 0.02
 SIM_ENGINE = {
     "kind": "sim",

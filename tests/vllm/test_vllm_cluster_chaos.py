@@ -12,11 +12,11 @@ import pytest
 from support.cluster import ClusterHandle
 from support.vllm_questions import Questions, prompt_of
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600), pytest.mark.asyncio(loop_scope="session")]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200), pytest.mark.asyncio(loop_scope="session")]
 
 CLIENTS = 4
 NEW_TOKENS = 24
-RESTART_S = 180.0
+RESTART_S = 400.0
 QUIET_S = 15.0
 PROMPTS = [prompt_of(100 + 91 * i, 300 + i) for i in range(10)]
 

@@ -15,7 +15,7 @@ from support.vllm_questions import (
     vllm_metric,
 )
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600), pytest.mark.asyncio(loop_scope="session")]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200), pytest.mark.asyncio(loop_scope="session")]
 
 LENGTHS = (1, 50, 127, 128, 129, 500, 2000, 4097)
 PROMPTS = [prompt_of(length, seed) for seed, length in enumerate(LENGTHS)]

@@ -6,7 +6,7 @@ import pytest
 from support.cluster import cluster
 from support.vllm_questions import BLOCK, NEW_TOKENS, Questions, computed_tokens, prompt_of
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]
 
 PROMPTS = [prompt_of(length, 500 + length) for length in (60, 300, 1000)]
 
