@@ -6,6 +6,8 @@ reached like any other, through the transports.
 
 import argparse
 import asyncio
+import logging
+import os
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -97,7 +99,9 @@ def main() -> None:
     configure_logging("engine")
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         status = runner.run(serve(sock, open_engine))
-    sys.exit(status)
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(status)  # torch and vLLM take seconds to take apart, for nothing; our group ends with us
 
 
 if __name__ == "__main__":
