@@ -64,10 +64,13 @@ def send_now(sock: socket.socket, rest: list[memoryview]) -> bool:
     return True
 
 
-def recv_views(sock: socket.socket, views: Sequence[memoryview | bytearray], check: Check) -> None:
-    """Fill all of them, in order. Raises PeerUnreachableError at the stream's end, what `check` does, or OSError."""
+def recv_views(sock: socket.socket, views: Sequence[memoryview | bytearray], check: Check, *, behind: int = 0) -> None:
+    """Fill all of them, in order. Raises PeerUnreachableError at the stream's end, what `check` does, or OSError.
+
+    `behind`: bytes of the same message that follow and are received by later calls.
+    """
     rest = not_empty(views)
-    left = sum(view.nbytes for view in rest)
+    left = sum(view.nbytes for view in rest) + behind
     wake_bytes = 1
     try:
         while rest:
@@ -75,7 +78,7 @@ def recv_views(sock: socket.socket, views: Sequence[memoryview | bytearray], che
                 wake_bytes = wanted
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wake_bytes)
             check()
-            # What is asked for leaves at least _WAKE_BYTES behind: less would wake nobody.
+            # What is asked for leaves at least `wake_bytes` to come: fewer would wake nobody.
             moved = _recv(sock, _front(rest, left - wake_bytes) if wake_bytes > 1 else rest, socket.MSG_WAITALL)
             left -= moved
             _advance(rest, moved)

@@ -200,12 +200,12 @@ class Exchange:
         else:
             send_views(sock, [request], check)
         if self._writing and shown:
-            _show_each(parts, lambda group: send_views(sock, group, check))
+            _show_each(parts, lambda group, _: send_views(sock, group, check))
         _expect(_reply(sock, check), wanted)
         if self._writing:
             return
         if shown:
-            _show_each(parts, lambda group: recv_views(sock, group, check))
+            _show_each(parts, lambda group, behind: recv_views(sock, group, check, behind=behind))
         else:
             recv_views(sock, views, check)
 
@@ -243,10 +243,12 @@ def _expect(header: wire.Header, wanted: wire.Header) -> None:
         raise TransferProtocolError(f"expected {wanted}, the peer sent {header}")
 
 
-def _show_each(parts: Sequence[Part], move: Callable[[list[memoryview]], None]) -> None:
-    """`move` a group of views, show it, and so on."""
+def _show_each(parts: Sequence[Part], move: Callable[[list[memoryview], int], None]) -> None:
+    """`move` a group of views, told how many bytes there are behind it, show it, and so on."""
+    behind = sum(part.num_bytes for part in parts)
     for group in shown_groups(parts, _SHOWN_BYTES):
-        move([view for view, _ in group])
+        behind -= sum(view.nbytes for view, _ in group)
+        move([view for view, _ in group], behind)
         for view, part in group:
             if part.show is not None:
                 part.show(view)
