@@ -2,7 +2,8 @@
 
 plain        one vLLM on one core
 bare         its KV comes by a bare copy of blocks in one process (vllm_pd_bare): the decoder's time at its least
-nixl         two vLLM with NixlConnector behind a proxy of two legs in sequence, as vLLM's toy_proxy (vllm_pd_proxy)
+nixl         two vLLM with NixlConnector behind a proxy of two legs in sequence, as vLLM's toy_proxy (vllm_pd_proxy);
+             its threads are put where the others' are, without which it is far slower (vllm_pd_threads)
 lmcache      two vLLM with LMCacheMPConnector, `lmcache server` as its documentation starts it, the same proxy
 lmcache_shm  the same with the server's memory shared with the nodes, which is an option of it
 kvferry      `kvferry up`: router, metadata server, a prefiller and a decoder

@@ -123,9 +123,9 @@ async def kvferry(setting: Setting, python: Path) -> AsyncIterator[KVFerry]:
     prefiller, decoder = (base_url("127.0.0.1", node["port"]) for node in config["nodes"].values())
     command = [str(python), "-m", "kvferry", "up", str(file), "--log-dir", str(setting.folder / "kvferry-logs")]
     client = HttpNodeClient(connect_timeout_s=5.0, max_connections=8)
-    async with process(setting, "kvferry-up", command, f"{router}/health"), aclosing(client):
+    async with process(setting, "kvferry-up", command, f"{router}/health") as group, aclosing(client):
         await until(lambda: _all_healthy(setting.session, router), START_S)
-        yield KVFerry(router, setting.session, client, prefiller, decoder)
+        yield KVFerry(router, setting.session, group, client, prefiller, decoder)
 
 
 async def _all_healthy(session: aiohttp.ClientSession, router: str) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import aiohttp
 
+from benchmarks.vllm_pd_threads import group_members
 from kvcore.child import ChildProcess
 from kvcore.ports import listen
 
@@ -70,8 +71,8 @@ async def until(check: Callable[[], Awaitable[bool]], timeout_s: float) -> None:
 @asynccontextmanager
 async def process(
     setting: Setting, name: str, command: Sequence[str], health: str, environment: Mapping[str, str] = {}
-) -> AsyncIterator[None]:
-    """A child process, once `health` answers 200; its output goes to NAME.log. RuntimeError with the end of it if it
+) -> AsyncIterator[int]:
+    """A child process, as its process group, once `health` answers 200; its output goes to NAME.log. RuntimeError with the end of it if it
     dies before that. All of its group has ended afterwards."""
     last: deque[str] = deque(maxlen=25)
     with (setting.folder / f"{name}.log").open("a", buffering=1) as log:
@@ -88,7 +89,7 @@ async def process(
         child = await ChildProcess.start(command, on_line=on_line, env={**os.environ, **_ENVIRONMENT, **environment})
         try:
             await until(up, START_S)
-            yield
+            yield child.pid
         finally:
             left = _shared_files(child.pid)
             await child.terminate(STOP_S)
@@ -99,13 +100,12 @@ async def process(
 def _shared_files(group: int) -> set[Path]:
     """What the processes of a group have mapped from /dev/shm: vLLM and LMCache leave it there when they are ended."""
     found: set[Path] = set()
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+    for pid in group_members(group):
         try:
-            if int(stat.read_text().rpartition(")")[2].split()[2]) == group:
-                maps = stat.with_name("maps").read_text()
-                found |= {Path(name) for name in re.findall(r"(/dev/shm/\S+)$", maps, re.MULTILINE)}
+            maps = Path(f"/proc/{pid}/maps").read_text()
         except (FileNotFoundError, ProcessLookupError):
             continue
+        found |= {Path(name) for name in re.findall(r"(/dev/shm/\S+)$", maps, re.MULTILINE)}
     return found
 
 

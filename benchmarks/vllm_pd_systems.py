@@ -18,6 +18,7 @@ import aiohttp
 
 from benchmarks.vllm_pd_client import MODEL_NAME, Measured, ask
 from benchmarks.vllm_pd_processes import Setting, free_port, process, until
+from benchmarks.vllm_pd_threads import place_threads
 from kvcore.ports import base_url
 
 SETTLE_S = 1.0
@@ -45,10 +46,11 @@ class System(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """One HTTP server."""
+    """One HTTP server. `group`: its process group."""
 
     url: str
     session: aiohttp.ClientSession
+    group: int
 
     async def ask(self, prompt: list[int]) -> Measured:
         """See System."""
@@ -83,8 +85,8 @@ async def vllm(
         command += ["--kv-transfer-config", json.dumps({"kv_role": "kv_both", **connector})]
     url = base_url("127.0.0.1", port)
     bound = {"VLLM_CPU_OMP_THREADS_BIND": str(core % (os.cpu_count() or 1)), **environment}
-    async with process(setting, name, command, f"{url}/health", bound):
-        yield Server(url, setting.session)
+    async with process(setting, name, command, f"{url}/health", bound) as group:
+        yield Server(url, setting.session, group)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,7 @@ async def bare_copy(setting: Setting, python: Path) -> AsyncIterator[Bare]:
     }
     words = ["--no-enable-prefix-caching"]
     async with vllm(setting, python, "bare", SECOND_CORE, words=words, connector=connector) as server:
-        yield Bare(server.url, server.session, file.with_suffix(".kept"))
+        yield Bare(server.url, server.session, server.group, file.with_suffix(".kept"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,13 +162,13 @@ async def pair(
         command = [sys.executable, "-m", "benchmarks.vllm_pd_proxy", "--port", str(port)]
         command += ["--prefiller", prefiller.url, "--decoder", decoder.url]
         url = base_url("127.0.0.1", port)
-        await stack.enter_async_context(process(setting, f"{name}-proxy", command, f"{url}/health"))
-        yield Pair(url, setting.session, prefiller, decoder, stores=name == "lmcache")
+        group = await stack.enter_async_context(process(setting, f"{name}-proxy", command, f"{url}/health"))
+        yield Pair(url, setting.session, group, prefiller, decoder, stores=name == "lmcache")
 
 
 @asynccontextmanager
 async def nixl(setting: Setting, python: Path) -> AsyncIterator[Pair]:
-    """NixlConnector over UCX's shared memory and TCP, both nodes on this machine."""
+    """NixlConnector over UCX's shared memory and TCP, both nodes on this machine, each on its core (vllm_pd_threads)."""
     environments = [
         {
             "UCX_NET_DEVICES": "lo",
@@ -178,6 +180,8 @@ async def nixl(setting: Setting, python: Path) -> AsyncIterator[Pair]:
     ]
     connector = {"kv_connector": "NixlConnector", "kv_buffer_device": "cpu"}
     async with pair(setting, python, "nixl", connector, environments) as nodes:
+        for node, core in ((nodes.prefiller, FIRST_CORE), (nodes.decoder, SECOND_CORE)):
+            await place_threads(node.group, core % (os.cpu_count() or 1))
         yield nodes
 
 
