@@ -91,6 +91,9 @@ class ChunkWriter:
         return [moved for batch in batches.values() if (moved := self._moved(batch))]
 
     async def _write(self, batch: _Batch) -> None:
+        if not self._routes.open(batch.segment):
+            self._counters.add(Count.WRITES_FAILED, len(batch.chunks))
+            return
         if sum(chunk.payload_bytes for chunk in batch.chunks) <= _HASH_FIRST_BYTES:
             for chunk in batch.chunks:
                 chunk.checksum = checksum(chunk.payload)
@@ -132,7 +135,7 @@ class ChunkWriter:
         if now >= batch.write_by:
             self._counters.add(Count.WRITES_EXPIRED, len(chunks))
             return []
-        if now >= batch.deadline or not self._routes.open(batch.segment):
+        if now >= batch.deadline:
             self._counters.add(Count.WRITES_FAILED, len(chunks))
             return []
         errors = await self._transfer.write(ops, batch.deadline - now)

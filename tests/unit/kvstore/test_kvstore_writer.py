@@ -64,6 +64,17 @@ async def test_a_chunk_whose_payload_did_not_land_gets_no_true_header_and_the_ot
     assert [entry.key for entry in scan(world.memory["a.1"], verify_payload=True)] == KEYS[:0:-1]
 
 
+async def test_a_failure_that_pauses_the_way_to_a_segment_does_not_fail_what_has_landed_there(world):
+    async def fail(direction, op):
+        return InprocFault(PeerUnreachableError("gone")) if op.offset == 0 else None
+
+    world.add_node("a")
+    store, _ = world.store("a", InprocTransfer(world.memory, fail))
+    async with await begin(store) as session:
+        assert await session.write_batch(ALL, timeout_s=5) == [False, True, True]
+        assert await session.commit(timeout_s=5) == KEYS[1:]
+
+
 async def test_a_header_that_did_not_land_is_a_write_that_failed(world):
     async def fail(direction, op):
         return InprocFault(PeerUnreachableError("gone")) if op.num_bytes == HEADER_BYTES else None
