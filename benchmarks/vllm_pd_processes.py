@@ -72,8 +72,8 @@ async def until(check: Callable[[], Awaitable[bool]], timeout_s: float) -> None:
 async def process(
     setting: Setting, name: str, command: Sequence[str], health: str, environment: Mapping[str, str] = {}
 ) -> AsyncIterator[int]:
-    """A child process, as its process group, once `health` answers 200; its output goes to NAME.log. RuntimeError with the end of it if it
-    dies before that. All of its group has ended afterwards."""
+    """A child process, once `health` answers 200; gives its process group. Its output goes to NAME.log. RuntimeError
+    with the end of it if it dies before that. All of its group has ended afterwards."""
     last: deque[str] = deque(maxlen=25)
     with (setting.folder / f"{name}.log").open("a", buffering=1) as log:
 

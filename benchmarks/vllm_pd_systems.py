@@ -168,7 +168,7 @@ async def pair(
 
 @asynccontextmanager
 async def nixl(setting: Setting, python: Path) -> AsyncIterator[Pair]:
-    """NixlConnector over UCX's shared memory and TCP, both nodes on this machine, each on its core (vllm_pd_threads)."""
+    """NixlConnector over UCX's shared memory and TCP; each node computes on its core (vllm_pd_threads)."""
     environments = [
         {
             "UCX_NET_DEVICES": "lo",
