@@ -3,8 +3,8 @@
 On a CPU, vLLM 0.32's NixlConnector moves the worker's main thread to the machine's last core, which is to be kept free
 for it; with one thread a node this is the thread that computes. And a thread of NIXL's own polls without end. On two
 cores both nodes then share one of them with two polling threads, and prefill takes several times as long. Where there
-are cores to spare that does not happen; so the computing thread is put back on the node's core here, and the polling one
-may run anywhere, at the lowest priority.
+are cores to spare that does not happen; so the computing thread is put back on the node's core here, and the polling
+one may run anywhere, at the lowest priority.
 """
 
 import asyncio
