@@ -21,7 +21,11 @@ echo pip > "$info/INSTALLER"
 : > "$info/RECORD"
 $pip install --no-build-isolation --constraint scripts/vllm_cpu_requirements.txt --editable .
 "$venv/bin/python" - <<'P'
-import importlib.metadata
+import ctypes, importlib.metadata, sys
+try:
+    ctypes.CDLL("libnuma.so.1")
+except OSError:
+    sys.exit("vLLM's kernels for a CPU need libnuma.so.1 (Debian: apt install libnuma1)")
 from vllm.platforms import current_platform
 assert current_platform.is_cpu(), current_platform
 print("vLLM", importlib.metadata.version("vllm"), "on", current_platform.device_name)
