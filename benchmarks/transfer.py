@@ -17,6 +17,7 @@ Run: python -m benchmarks.transfer [--rounds 7] [--paths tcp,ucx] [--mooncake-py
 import argparse
 import asyncio
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -51,14 +52,15 @@ metadata_server: {{host: "{host}", port: 0, node_ttl_s: 600}}
 
 @dataclass(slots=True)
 class _Contestant:
-    """A worker, the paths that it knows, and the processes whose time a move costs."""
+    """A worker, the paths that it knows, and the other processes whose time a move costs."""
 
     link: Link
     paths: Sequence[str]
     processes: Sequence[Child]
 
     def cpu_s(self) -> float:
-        return self.link.process.cpu_s() + sum(process.cpu_s() for process in self.processes)
+        """Of the other processes."""
+        return sum(process.cpu_s() for process in self.processes)
 
 
 @dataclass(slots=True)
@@ -128,7 +130,7 @@ async def _bring_up(place: Place, mooncake_python: Path | None) -> AsyncIterator
 async def _ask(one: _Contestant, path: str, case: Case) -> Sample:
     before = one.cpu_s()
     taken = await one.link.ask(path=path, size=case.size, batch=case.batch, repeats=case.repeats)
-    return Sample(taken["put"], taken["get"], one.cpu_s() - before)
+    return Sample(taken["put"], taken["get"], sum(taken["cpu"]) + one.cpu_s() - before)
 
 
 async def _iperf(place: Place, port: str) -> Sample:
@@ -176,6 +178,7 @@ async def run(rounds: int, mooncake_python: Path | None, wanted: Sequence[str]) 
                 for number in range(rounds + 1):
                     await _round(found, samples if number else None, wanted)
                 print_table(samples, place.name, found.missing)
+                print(f"runnable processes, one minute's average: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
     if why_not:
         print(f"two network namespaces: not run, {why_not}")
     print("RESULT " + json.dumps(result(samples)))

@@ -35,9 +35,10 @@ class Client:
         self._numbers = count()
 
     def pairs(self, size: int, batch: int, repeats: int) -> dict[str, list[float]]:
-        """Seconds of each put and of the get after it; what was put is removed."""
-        taken: dict[str, list[float]] = {"put": [], "get": []}
+        """Seconds of each put and of the get after it, and the processor's of both; what was put is removed."""
+        taken: dict[str, list[float]] = {"put": [], "get": [], "cpu": []}
         for index in range(repeats):
+            cpu_s = time.process_time()
             keys = [f"k{next(self._numbers)}" for _ in range(batch)]
             began = time.perf_counter()
             put = self._move("put", keys, size)
@@ -45,6 +46,7 @@ class Client:
             got = self._move("get", keys, size)
             taken["get"].append(time.perf_counter() - between)
             taken["put"].append(between - began)
+            taken["cpu"].append(time.process_time() - cpu_s)
             if put != [0] * batch or got != [size] * batch or (index == 0 and not self._arrived(size * batch)):
                 raise RuntimeError(f"put {put}, got {got}")
             for key in keys:

@@ -1,7 +1,8 @@
 """kvferry's ends of the transfer benchmark: the owner of a segment, and the initiator that answers questions.
 
 A question names a path (`memcpy`, a transport's kind, or `store-KIND`), a size, a batch and how often; the answer has
-the seconds of each put and of the get after it. The first pair of each question is checked byte by byte.
+the seconds of each put and of the get after it, and the processor's of all of them. The first pair of each question is
+checked byte by byte.
 """
 
 import argparse
@@ -112,14 +113,16 @@ class Initiator:
         return list(self._moves)
 
     async def pairs(self, path: str, size: int, batch: int, repeats: int) -> dict[str, list[float]]:
-        """Seconds of each put and of the get after it."""
+        """Seconds of each put and of the get after it, and the processor's of both."""
         move = self._moves[path]
-        taken: dict[str, list[float]] = {"put": [], "get": []}
+        taken: dict[str, list[float]] = {"put": [], "get": [], "cpu": []}
         for index in range(repeats):
+            cpu_s = time.process_time()
             for way in get_args(_Way):
                 began = time.perf_counter()
                 await move(way, size, batch)
                 taken[way].append(time.perf_counter() - began)
+            taken["cpu"].append(time.process_time() - cpu_s)
             total = size * batch
             if index == 0:
                 if self._source[:total] != self._target[:total]:
