@@ -197,7 +197,7 @@ async def lmcache(setting: Setting, python: Path, mode: str) -> AsyncIterator[Pa
     port, http_port, metrics_port = free_port(), free_port(), free_port()
     command = [str(python), "-m", "lmcache.cli.main", "server", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--http-host", "127.0.0.1", "--http-port", str(http_port), "--prometheus-port", str(metrics_port)]
-    command += ["--l1-size-gb", "4", "--eviction-policy", "LRU", *LMCACHE_WORDS[mode]]
+    command += ["--l1-size-gb", "2", "--eviction-policy", "LRU", *LMCACHE_WORDS[mode]]
     connector = {
         "kv_connector": "LMCacheMPConnector",
         "kv_connector_extra_config": {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": port},
