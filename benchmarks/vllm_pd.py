@@ -148,9 +148,14 @@ def find_model(arguments: argparse.Namespace, folder: Path) -> Path:
 
 async def run(arguments: argparse.Namespace) -> None:
     """Every system in turn, beside the plain vLLM; prints the tables and RESULT."""
-    this = asyncio.current_task()
+    this, loop = asyncio.current_task(), asyncio.get_running_loop()
     assert this is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)
+
+    def stop() -> None:
+        loop.add_signal_handler(signal.SIGTERM, lambda: None)  # `timeout` sends two: the second would cut the clean-up
+        this.cancel()
+
+    loop.add_signal_handler(signal.SIGTERM, stop)
     results: list[SystemResult] = []
     async with (
         prepared(arguments) as (setting, prompts),
