@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from kvcore.errors import PeerUnreachableError, TransferError
 from transfer.base import Direction
 from transfer.nixl_descriptor import NixlDescriptor
-from transfer.nixl_port import REQUEST_BYTES, REQUEST_PIECES, Peer, Port, Request
+from transfer.nixl_peer import Peer, Request
+from transfer.nixl_port import REQUEST_BYTES, REQUEST_PIECES, Port
 from transfer.ucx_pieces import Piece, cut
 
 

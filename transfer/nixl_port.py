@@ -9,7 +9,6 @@ of ours, which outlives whoever gave up waiting; over RDMA the agent is closed.
 import logging
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from kvcore.errors import ConfigError, PeerUnreachableError, SegmentUnknownError, TransferError, TransferProtocolError
 from kvcore.telemetry import log_fields
@@ -17,6 +16,7 @@ from transfer.base import Direction
 from transfer.nixl_binding import NixlAgent, NixlLibrary, address_of
 from transfer.nixl_descriptor import Answer, Hello, NixlDescriptor, pack_hello, parse_welcome
 from transfer.nixl_memory import Claim, Registrations
+from transfer.nixl_peer import Peer, Request
 from transfer.ucx_pieces import PIECE_BYTES, Piece
 
 _LOG = logging.getLogger("transfer")
@@ -31,47 +31,6 @@ _REQUESTS_A_BATCH = 2
 """The next is handed over while one moves."""
 _AGAIN_S = 0.1
 """A greeting is said again until it was answered: saying it is also how a dead peer shows."""
-
-
-@dataclass(eq=False, slots=True)
-class Peer:
-    """A connection to one segment. `error` is set once it is of no further use."""
-
-    key: str
-    descriptor: NixlDescriptor
-    name: str
-    nonce: int
-    made_at: float
-    greeted_at: float = 0.0
-    used_at: float = 0.0
-    welcome: bool = False
-    jobs: int = 0
-    num_requests: int = 0
-    error: TransferError | None = None
-
-    def fail(self, error: TransferError) -> None:
-        """Give it up. The first reason stays."""
-        self.error = self.error or error
-
-
-@dataclass(eq=False, slots=True)
-class Request:
-    """What NIXL was handed at once: pieces, and what they need. `slab`: memory of ours that stands for the piece."""
-
-    handle: int
-    direction: Direction
-    peer: Peer
-    pieces: Sequence[Piece]
-    num_bytes: int
-    claims: Sequence[Claim] = ()
-    slab: bytearray | None = None
-
-    def deliver(self) -> None:
-        """After a read: copy to where the bytes belong."""
-        for piece in self.pieces if self.direction == "read" else ():
-            if self.slab is not None:
-                piece.view[:] = memoryview(self.slab)[: piece.view.nbytes]
-            piece.scatter()
 
 
 class Port:

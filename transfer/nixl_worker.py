@@ -13,7 +13,8 @@ from kvcore.errors import ConfigError, PeerUnreachableError, TransferError
 from kvcore.telemetry import log_fields
 from transfer.nixl_batch import Batch
 from transfer.nixl_binding import NixlLibrary, has_nvidia_gpu, nixl_options
-from transfer.nixl_port import Peer, Port
+from transfer.nixl_peer import Peer
+from transfer.nixl_port import Port
 from transfer.ucx_devices import UcxPlan
 
 _LOG = logging.getLogger("transfer")

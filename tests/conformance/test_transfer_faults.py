@@ -10,7 +10,6 @@ import os
 import random
 import signal
 import socket
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -35,12 +34,6 @@ NETWORK = ["tcp", UCX, NIXL]
 
 _CONNECTS = {"inproc": 2000, "shm": 2000, "tcp": 2000, "ucx": 100, "nixl": 100}
 """A library's connection here is a context, a worker and an agent of its own: some 10 ms each."""
-
-
-@pytest.fixture(params=KINDS)
-async def rig(request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
-    async with Rig(request.param) as made:
-        yield made
 
 
 def engine_for(rig: Rig) -> TransferEngine:
@@ -165,16 +158,16 @@ async def test_a_peer_killed_at_a_random_moment_ends_every_batch_with_a_result(k
     await engine.aclose()
 
 
-async def test_a_host_outlives_initiators_that_are_killed_in_the_middle(rig: Rig) -> None:
-    if rig.kind == "inproc":
-        pytest.skip("lives in one process")
+@pytest.mark.parametrize("kind", REMOTE)
+async def test_a_host_outlives_initiators_that_are_killed_in_the_middle(kind: str) -> None:
     dice = random.Random(1)
-    for _ in range(3):
-        async with pump_process(rig.segment, rig.kind) as process:
-            await asyncio.sleep(dice.random() * 0.02)  # not to wait for something: to hit another moment
-            process.kill()
-    assert await rig.engine.write([rig.op(0, b"still here")], 5) == [None]
-    assert rig.memory.view[:10] == b"still here"
+    async with Rig(kind) as rig:
+        for _ in range(3):
+            async with pump_process(rig.segment, kind) as process:
+                await asyncio.sleep(dice.random() * 0.02)  # not to wait for something: to hit another moment
+                process.kill()
+        assert await rig.engine.write([rig.op(0, b"still here")], 5) == [None]
+        assert rig.memory.view[:10] == b"still here"
 
 
 @pytest.mark.parametrize("kind", NETWORK)

@@ -14,7 +14,7 @@ from support.transfer_rigs import SIZE_BYTES, Rig, resources, transport_config
 
 from kvcore.errors import ConfigError, PeerUnreachableError, SegmentUnknownError, TransferError, TransferTimeoutError
 from kvcore.types import Segment
-from transfer import nixl_port
+from transfer import nixl_peer, nixl_port
 from transfer.base import TransferOp
 from transfer.memory import SegmentMemory
 from transfer.nixl import NixlTransfer
@@ -222,7 +222,7 @@ async def test_what_is_in_the_hands_of_nixl_is_bounded(rig: Rig, monkeypatch: py
     most = {"bytes": 0, "requests": 0}
     post = nixl_port.Port.post
 
-    def watched(port: nixl_port.Port, *args: object) -> nixl_port.Request:
+    def watched(port: nixl_port.Port, *args: object) -> nixl_peer.Request:
         request = post(port, *args)  # type: ignore[arg-type]
         most["bytes"] = max(most["bytes"], port.num_bytes)
         most["requests"] = max(most["requests"], port.num_requests)
