@@ -3,7 +3,7 @@
 Two places: one host, and two network namespaces joined by veth (needs root). Each round asks each path for some pairs
 of a put and the get after it; figures are of all rounds but the first. A pair's rate counts its bytes both ways. The
 segment's owner, the metadata server, Mooncake's owner and its master are processes of their own at the target's end.
-`batched` is 16 operations in one call, or as many as 256 MiB take.
+`batched` is 16 operations in one call, or as many as 128 MiB take.
 
 Estimate: over shm each way is one memcpy (9 to 14 GB/s from memory). Over TCP the kernel copies twice, each on a core
 of its own: iperf3's rate at best, whose one megabyte never leaves the cache. 4 KiB cost a round trip (20 to 30 us) and
@@ -34,12 +34,12 @@ from benchmarks.transfer_report import LARGE, OBJECTS, Case, Sample, Samples, pr
 from kvcore.service import loop_factory
 
 CASES = tuple(
-    Case(size, min(batch, (256 << 20) // size), repeats)
+    Case(size, min(batch, (128 << 20) // size), repeats)
     for size, repeats in ((4 << 10, 40), (256 << 10, 20), (4 << 20, 4), (64 << 20, 1))
     for batch in (1, 16)
 )
-BUFFER_BYTES = 256 << 20
-SEGMENT_BYTES = 2 << 30
+BUFFER_BYTES = 128 << 20
+SEGMENT_BYTES = 1 << 30
 IPERF_BYTES = "1G"
 CONFIG = """
 cluster: transfer

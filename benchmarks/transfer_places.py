@@ -1,6 +1,6 @@
 """Where the transfer benchmark runs: on one host, or in two network namespaces joined by veth, as two machines.
 
-Needs root and `ip` for the namespaces. Owns them: nothing is left behind.
+Needs root and `ip` for the namespaces. Owns them; what a killed run left behind goes with the next.
 """
 
 import os
@@ -9,8 +9,10 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 _ADDRESSES = ("10.98.64.1", "10.98.64.2")
+_PREFIX = "kvbench"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,8 @@ def places() -> Iterator[tuple[list[Place], str]]:
     if reason:
         yield [Place("same host", (), (), "127.0.0.1", "127.0.0.1", "lo")], f"needs {reason}"
         return
-    names = [f"kvbench{os.getpid()}{side}" for side in "ab"]
+    _remove_left_behind()
+    names = [f"{_PREFIX}{os.getpid()}{side}" for side in "ab"]
     with ExitStack() as stack:
         for name in names:
             _ip("netns", "add", name)
@@ -70,6 +73,14 @@ def _no_namespaces() -> str:
     if os.geteuid() != 0:
         return "root"
     return "" if shutil.which("ip") else "ip (iproute2)"
+
+
+def _remove_left_behind() -> None:
+    """Namespaces of a run that was killed."""
+    for path in Path("/run/netns").glob(f"{_PREFIX}*"):
+        pid = path.name.removeprefix(_PREFIX)[:-1]
+        if pid.isdecimal() and not Path(f"/proc/{pid}").exists():
+            _ip("netns", "del", path.name)
 
 
 def _ip(*arguments: str) -> None:
