@@ -69,6 +69,8 @@ class Bus:
         self._legs: dict[str, LegReports] = {}
         self._joined = asyncio.Event()
         self._channels: set[FrameChannel] = set()
+        self._silent = False
+        """The last question had no answer of every rank in time; said once."""
 
     async def __aenter__(self) -> Self:
         """Raises OSError where no socket can be made."""
@@ -133,7 +135,13 @@ class Bus:
             async with asyncio.timeout(timeout_s):
                 await asyncio.gather(*(worker.sampled.wait() for worker in workers))
         except TimeoutError:
-            log_fields(_logger, logging.WARNING, "worker_half_silent", timeout_s=timeout_s)
+            if not self._silent:
+                log_fields(_logger, logging.WARNING, "worker_half_silent", timeout_s=timeout_s)
+            self._silent = True
+        else:
+            if self._silent:
+                log_fields(_logger, logging.INFO, "worker_half_answers_again")
+            self._silent = False
         return [worker.sample for worker in workers if worker.sample is not None]
 
     def _tell(self, frame: m.ToHalf) -> None:

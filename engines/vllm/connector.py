@@ -5,18 +5,21 @@ one in each worker's. Loads and saves are asynchronous; what fails to load is co
 """
 
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import torch
+from vllm.distributed.device_communicators import shm_broadcast
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorRole,
 )
+from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from engines.vllm.kv_blocks import build_blocks
@@ -31,6 +34,8 @@ from kvcore.telemetry import configure_logging
 from kvcore.types import ChunkKey, KVSpec
 
 _logger = logging.getLogger("engines.vllm")
+_POLL_S = 20e-6
+"""Between two looks at vLLM's queue; the kernel makes about 0.1 ms of it."""
 
 
 @dataclass
@@ -55,6 +60,8 @@ class KVFerryConnector(KVConnectorBase_V1):  # type: ignore[misc]
         super().__init__(vllm_config, role, kv_cache_config)
         self._settings = from_extra_config(vllm_config.kv_transfer_config.kv_connector_extra_config)
         _check(vllm_config, kv_cache_config, self._settings)
+        if current_platform.is_cpu():
+            poll_without_spinning()
         self._scheduler: _SchedulerSide | None = None
         self._worker: WorkerHalf | None = None
         self._spec: KVSpec | None = None
@@ -114,7 +121,7 @@ class KVFerryConnector(KVConnectorBase_V1):  # type: ignore[misc]
         """Saves and loads that have ended."""
         if self._worker is None:
             return None, None
-        sent, received = self._worker.finished(finished_req_ids)
+        sent, received = self._worker.finished(finished_req_ids, idle=self._orders().idle)
         return sent or None, received or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
@@ -251,6 +258,20 @@ def _leg_params(request: Any) -> LegParams | None:
         _logger.warning("kv_transfer_params_ignored request=%s error=%s", request.request_id, error)
         return None
     return leg
+
+
+def poll_without_spinning() -> None:
+    """On a CPU, let this process sleep between two looks at vLLM's queue, where vLLM calls sched_yield for a second.
+
+    There, engines share cores. Linux 6.18 was seen to keep a group of processes that spins so (a process group, a
+    container) on its core for minutes while another's computing threads stood ready; docs/vllm.md tells how that looks.
+    The name is that of vLLM 0.32 and 0.33; a test holds it against the one that is installed.
+    """
+    shm_broadcast.sched_yield = _nap
+
+
+def _nap() -> None:
+    time.sleep(_POLL_S)
 
 
 def _check(vllm_config: Any, kv_cache_config: Any, settings: ConnectorSettings) -> None:

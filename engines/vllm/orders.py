@@ -102,3 +102,5 @@ class StepOrders:
     loads: tuple[LoadOrder, ...] = ()
     saves: tuple[SaveOrder, ...] = ()
     preempted: tuple[str, ...] = field(default=())
+    idle: bool = False
+    """Nothing is computed in this step: it only asks whether loads and saves have ended."""

@@ -205,7 +205,7 @@ class SchedulerHalf:
             request.preempted_early = False
         saves = [order for part in scheduled if (order := self._save(part)) is not None]
         loads, self._loads = self._loads, []
-        return StepOrders(loads=tuple(loads), saves=tuple(saves), preempted=tuple(preempted))
+        return StepOrders(tuple(loads), tuple(saves), tuple(preempted), idle=not scheduled)
 
     def finished(self, request_id: str, *, holds_blocks: bool = True) -> tuple[bool, LegResult]:
         """The request has ended, in whatever state: forget it. True: its blocks stay until it is reported as sent.

@@ -31,6 +31,8 @@ _WRITE_ENDS_S = 5.0
 """A preempted request's writes under way have this long before they are cancelled."""
 _CUT_S = 10.0
 """A preemption waits no longer than this, whatever does not answer; then nothing more of its request is committed."""
+_IDLE_S = 0.005
+"""A new request waits for an idle step's end; a load that ends does not."""
 _SAVES_END_S = 3.0
 _CLOSE_S = 15.0
 _logger = logging.getLogger("engines.vllm")
@@ -108,10 +110,15 @@ class WorkerHalf:
                 self._drop(tickets)
                 raise
 
-    def finished(self, finished_ids: set[str]) -> tuple[set[str], set[str]]:
+    def finished(self, finished_ids: set[str], *, idle: bool = False) -> tuple[set[str], set[str]]:
         """(sent, received): those named here so far whose saves have all ended; those whose loads have. Each once.
 
-        A load of a finished request is cancelled, and received when it has let go of the blocks."""
+        A load of a finished request is cancelled, and received when it has let go of the blocks. After an `idle` step
+        that has nothing to tell, it waits a moment for something: vLLM would ask again at once, on a core that others
+        may compute on.
+        """
+        if idle and not finished_ids:
+            self._reports.wait_for_news(_IDLE_S)
         sent, received, busy = self._reports.report(finished_ids)
         if busy:
             with self._boundary("finished"):

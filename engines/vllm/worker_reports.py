@@ -32,10 +32,11 @@ class _Due:
 
 
 class TransferReports:
-    """See the module. Every method may be called from any thread and waits for nothing."""
+    """See the module. Every method may be called from any thread; but for `wait_for_news` none waits."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._news = threading.Condition(self._lock)
         self._saving: dict[str, SaveTicket] = {}
         self._loading: dict[str, list[LoadOrder]] = {}
         self._finished: set[str] = set()
@@ -73,6 +74,12 @@ class TransferReports:
             self._finished.difference_update(request_ids)
             loading = [request_id for request_id in request_ids if request_id in self._loading]
             return [ticket for ticket in tickets if not ticket.ended], loading
+
+    def wait_for_news(self, timeout_s: float) -> None:
+        """Until there is something to report, if anything is under way that may bring it; at most `timeout_s`."""
+        with self._lock:
+            if self._loading or self._finished:
+                self._news.wait_for(lambda: self._due.received or self._due.sent, timeout_s)
 
     def report(self, finished_ids: Collection[str]) -> tuple[set[str], set[str], list[str]]:
         """(sent, received, those of `finished_ids` that have jobs under way, which are to end now)."""
@@ -115,12 +122,14 @@ class TransferReports:
         if not orders:
             del self._loading[order.request_id]
         self._due.received.add(order.request_id)
+        self._news.notify_all()
         self._due.failed_blocks.update(failed_blocks(order, num_good))
 
     def _send(self, ticket: SaveTicket) -> None:
         del self._saving[ticket.request_id]
         self._finished.discard(ticket.request_id)
         self._due.sent.add(ticket.request_id)
+        self._news.notify_all()
 
 
 def failed_blocks(order: LoadOrder, num_good: int) -> list[int]:

@@ -1,12 +1,16 @@
 """What the rest of kvferry believes of vLLM without importing it, held against the vLLM that is here."""
 
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from vllm.distributed.device_communicators import shm_broadcast
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from engines.vllm.arguments import command_line
+from engines.vllm.connector import poll_without_spinning
 from kvcore.config import VllmEngineConfig
 from kvcore.config_checks import engine_of
 from kvcore.config_file import load_config
@@ -63,3 +67,13 @@ def test_vllm_understands_the_arguments_of_the_shipped_configurations(file, pars
 def test_the_build_is_told_without_importing_it():
     build = installed_vllm()
     assert build is not None and build.supported and build.platform == "cpu"
+
+
+def test_vllms_queue_waits_as_it_is_told(monkeypatch):
+    """vLLM calls the name that we replace, and only there is where it spins."""
+    monkeypatch.setattr(shm_broadcast, "sched_yield", shm_broadcast.sched_yield)
+    poll_without_spinning()
+    naps = []
+    monkeypatch.setattr("engines.vllm.connector.time.sleep", naps.append)
+    shm_broadcast.SpinCondition.wait(SimpleNamespace(is_reader=True, last_read=time.monotonic(), busy_loop_s=60))
+    assert len(naps) == 1 and 0 < naps[0] < 1e-3
