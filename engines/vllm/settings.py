@@ -34,6 +34,9 @@ class ConnectorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     provenance: Provenance
     bus: str | None = None
     """Path of the engine front's Unix socket; None: there is none, nobody is told and nobody ends a wait early."""
+    cpus: tuple[int, ...] = ()
+    """Where the worker halves' threads may run; empty: where they are started. On a CPU vLLM binds the thread that
+    starts them to one core, the one that computes."""
 
 
 def to_extra_config(settings: ConnectorSettings) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +108,7 @@ def connector_settings(start: VllmStart, provenance: Provenance, bus_path: str |
         save_output=start.engine.save_output,
         provenance=provenance,
         bus=bus_path,
+        cpus=tuple(sorted(os.sched_getaffinity(0))),
     )
 
 

@@ -7,6 +7,7 @@ Owns that thread and all on it: store, transports, bus, jobs. Every method is ca
 import asyncio
 import concurrent.futures
 import logging
+import os
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -173,6 +174,9 @@ class WorkerHalf:
 
     def _run(self) -> None:
         try:
+            if self._settings.cpus:
+                with suppress(OSError):  # a core that is gone: then as we were started
+                    os.sched_setaffinity(0, self._settings.cpus)
             with asyncio.Runner(loop_factory=loop_factory()) as runner:
                 runner.run(self._serve())
         except BaseException as error:  # the thread's boundary

@@ -135,6 +135,7 @@ class Engine:
         make_blocks: Callable = HostBlocks,
         wrap: Callable[[KVStore], KVStore] = lambda store: store,
         timeout_s: float = 5.0,
+        cpus: tuple[int, ...] = (),
         **half: float,
     ) -> None:
         self.world = world
@@ -158,6 +159,7 @@ class Engine:
             save_output=True,
             provenance=Provenance(model_id="m", weights_digest=weights, tokenizer_digest="t", attention="a"),
             bus=bus,
+            cpus=cpus,
         )
         self.half = WorkerHalf(settings, self.blocks, rank, tp_size, open_store=self._open, **half)
 

@@ -1,5 +1,6 @@
 """The worker half's own life: what it says over the bus, what nobody hears, and that nothing is left of it."""
 
+import os
 import threading
 import time
 from contextlib import contextmanager
@@ -319,3 +320,21 @@ def test_a_half_that_cannot_reach_its_store_does_not_start(rig):
     with pytest.raises(ConfigError, match="no such device"):
         Refusing(world, "a")
     assert threading.active_count() == threads
+
+
+def test_its_thread_runs_where_the_engine_may_not_where_vllm_computes(rig):
+    """As many cores as the process may use, though it is started on a thread that is bound to one."""
+    _, make = rig
+    allowed = tuple(sorted(os.sched_getaffinity(0)))
+    ran: list[set[int]] = []
+
+    def start_bound() -> None:
+        os.sched_setaffinity(0, allowed[:1])
+        make("a", cpus=allowed)
+        (thread,) = [t for t in threading.enumerate() if t.name == "kvferry-worker-0"]
+        ran.append(os.sched_getaffinity(thread.native_id))
+
+    bound = threading.Thread(target=start_bound)
+    bound.start()
+    bound.join(LIMIT_S)
+    assert ran == [set(allowed)]
