@@ -11,6 +11,7 @@ import resource
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvcore.config import (
     ClusterConfig,
@@ -31,6 +32,9 @@ from kvferry.findings import Check, Context, Finding
 from kvferry.machine import is_local, size_text
 from kvferry.vllm_here import installed_vllm
 from transfer.available import available_memory
+
+if TYPE_CHECKING:
+    from transfer.ucx_probe import UcxProbe
 
 _BASE_PACKAGES = ("msgspec", "uvicorn", "fastapi", "aiohttp", "tokenizers", "xxhash", "numpy")
 _TORCH_PACKAGES = ("torch", "transformers", "safetensors")
@@ -167,22 +171,38 @@ def check_transports(context: Context) -> list[Finding]:
     if wanted & {"auto", "tcp"}:
         findings.append(_check_tcp())
     if "ucx" in wanted:
-        findings += _check_ucx(context.config.transport)
+        findings += _check_library("ucx", context.config.transport)
+    if "nixl" in wanted:
+        findings += _check_library("nixl", context.config.transport)
     return findings
 
 
-def _check_ucx(transport: TransportConfig) -> list[Finding]:
+def _check_library(kind: str, transport: TransportConfig) -> list[Finding]:
+    """UCX, or NIXL with the UCX that it brings: builds, devices, memlock; or what is missing."""
+    subject = f"transport {kind}"
+    try:
+        build, probe = _open_nixl(transport) if kind == "nixl" else _open_ucx(transport)
+    except ConfigError as error:
+        if transport.fallback not in (None, "ucx", "nixl"):
+            return [Finding(subject, True, f"{error.message}; {transport.fallback} is used instead")]
+        return [Finding(subject, False, *_halves(error.message))]
+    verbs = "with verbs" if "ib" in probe.components else "without verbs"
+    found = Finding(subject, True, f"{build} {verbs} uses {', '.join(probe.resources)}")
+    return [found, _check_memlock()] if probe.rdma else [found]
+
+
+def _open_ucx(transport: TransportConfig) -> tuple[str, "UcxProbe"]:
     from transfer.ucx_probe import probe_ucx  # loads the binding, which only those who ask for it need
 
-    try:
-        probe = probe_ucx(transport)
-    except ConfigError as error:
-        if transport.fallback not in (None, "ucx"):
-            return [Finding("transport ucx", True, f"{error.message}; {transport.fallback} is used instead")]
-        return [Finding("transport ucx", False, *_halves(error.message))]
-    verbs = "with verbs" if "ib" in probe.components else "without verbs"
-    found = Finding("transport ucx", True, f"{probe.build} {verbs} uses {', '.join(probe.resources)}")
-    return [found, _check_memlock()] if probe.rdma else [found]
+    probe = probe_ucx(transport)
+    return probe.build, probe
+
+
+def _open_nixl(transport: TransportConfig) -> tuple[str, "UcxProbe"]:
+    from transfer.nixl_host import open_nixl
+
+    library, _, probe = open_nixl(transport, "doctor", None)
+    return library.build, probe
 
 
 def _halves(message: str) -> tuple[str, str]:

@@ -1,8 +1,11 @@
 import json
 import struct
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
+from support.nixl import needs_nixl
 from support.ports import free_ports
 from support.ucx import LIBRARY, needs_ucx
 from tokenizers import Tokenizer, models
@@ -23,9 +26,11 @@ from kvcore.ports import listen
 from kvcore.types import Role
 from kvferry import cli, doctor
 from kvferry.doctor import check_memory, check_model, check_ports, check_transports, preflight
-from kvferry.findings import Context
+from kvferry.findings import Context, Finding
 from kvferry.machine import is_local, size_text
+from transfer import nixl_host
 from transfer.available import AvailableMemory
+from transfer.ucx_probe import UcxProbe
 
 
 def cluster(**changes: object) -> ClusterConfig:
@@ -131,6 +136,50 @@ def test_what_ucx_would_use_is_shown_with_its_build():
     transport = TransportConfig(kind="ucx", devices=["lo"], ucx_library=LIBRARY)
     (finding,) = check_transports(Context(cluster(transport=transport)))
     assert finding.ok and "UCX 1." in finding.detail and "tcp/lo" in finding.detail
+
+
+def nixl_finding(**transport: object) -> Finding:
+    return next(
+        finding
+        for finding in check_transports(Context(cluster(transport=TransportConfig(kind="nixl", **transport))))
+        if finding.subject == "transport nixl"
+    )
+
+
+def without_wheel() -> NoReturn:
+    raise ConfigError("transport.kind: nixl needs the wheel nixl-cu12; install it with `pip install nixl-cu12`")
+
+
+def test_nixl_that_is_not_installed_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(nixl_host, "load_nixl", without_wheel)
+    finding = nixl_finding(devices=["lo"])
+    assert not finding.ok and "needs the wheel nixl-cu12" in finding.detail and "pip install" in finding.remedy
+    finding = nixl_finding(devices=["lo"], fallback="tcp")
+    assert finding.ok and "needs the wheel nixl-cu12" in finding.detail and "tcp is used instead" in finding.detail
+    assert not nixl_finding(devices=["lo"], fallback="ucx").ok, "no library is another's fallback"
+
+
+def test_a_device_for_nixl_that_is_not_here_is_named_with_those_that_are():
+    finding = nixl_finding(devices=["mlx5_77"])
+    assert not finding.ok and "mlx5_77 is not on this machine" in finding.detail
+    assert "name one that is up" in finding.remedy
+
+
+def test_nixl_over_an_hca_is_shown_with_both_builds_and_needs_memory_that_may_be_pinned(monkeypatch):
+    library = SimpleNamespace(build="NIXL 1.5.1 with UCX 1.23.0")
+    probe = UcxProbe("UCX 1.23.0", ("tcp", "ib"), ("rc_mlx5/mlx5_0:1",), rdma=True)
+    monkeypatch.setattr(nixl_host, "open_nixl", lambda *_: (library, None, probe))
+    monkeypatch.setattr(doctor.resource, "getrlimit", lambda _: (8 << 20, 8 << 20))
+    findings = check_transports(Context(cluster(transport=TransportConfig(kind="nixl", devices=["mlx5_0"]))))
+    assert findings[0].detail == "NIXL 1.5.1 with UCX 1.23.0 with verbs uses rc_mlx5/mlx5_0:1"
+    assert not findings[1].ok and findings[1].subject == "memlock" and "8.0 MiB" in findings[1].detail
+
+
+@needs_nixl[0]
+@needs_nixl[1]
+def test_what_nixl_would_use_is_shown_with_its_builds():
+    finding = nixl_finding(devices=["lo"])
+    assert finding.ok and "NIXL 1." in finding.detail and "UCX 1." in finding.detail and "tcp/lo" in finding.detail
 
 
 def test_shared_memory_and_tcp_work_here():
