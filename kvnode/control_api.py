@@ -28,6 +28,7 @@ from kvcore.errors import (
     PayloadTooLargeError,
 )
 from kvcore.telemetry import METRICS_CONTENT_TYPE, log_fields
+from kvnode.probe import ProbeReport, ProbeRequest
 from kvnode.request_check import parse_request
 
 MAX_BODY_BYTES = 16 << 20
@@ -40,8 +41,8 @@ _T = TypeVar("_T")
 
 
 class ControlApi:
-    """The application. `engine` gives the engine of now or raises NodeUnavailableError; `report` and `metrics` answer
-    /v1/info and /metrics; `health` is None when the node serves, else why it does not."""
+    """The application. `engine` gives the engine of now or raises NodeUnavailableError; `report`, `metrics` and `probe`
+    answer /v1/info, /metrics and /v1/probe; `health` is None when the node serves, else why it does not."""
 
     def __init__(
         self,
@@ -50,12 +51,14 @@ class ControlApi:
         report: Callable[[], Awaitable[NodeReport]],
         metrics: Callable[[], Awaitable[bytes]],
         health: Callable[[], str | None],
+        probe: Callable[[ProbeRequest], Awaitable[ProbeReport]],
         max_body_bytes: int = MAX_BODY_BYTES,
     ) -> None:
         self._engine = engine
         self._report = report
         self._metrics = metrics
         self._health = health
+        self._probe = probe
         self._max_body_bytes = max_body_bytes
         self._draining = False
         self._idle = asyncio.Event()
@@ -78,6 +81,7 @@ class ControlApi:
                 web.post("/v1/generate", self._generate),
                 web.post("/v1/requests/{id}/end_handoff", self._end_handoff),
                 web.delete("/v1/requests/{id}", self._abort),
+                web.post("/v1/probe", self._post_probe),
                 web.get("/v1/info", self._info),
                 web.get("/health", self._get_health),
                 web.get("/metrics", self._get_metrics),
@@ -115,6 +119,16 @@ class ControlApi:
     async def _abort(self, http: web.Request) -> web.StreamResponse:
         await self._engine().abort(http.match_info["id"])
         return web.Response(status=204)
+
+    async def _post_probe(self, http: web.Request) -> web.StreamResponse:
+        """No leg: it is not counted as one, and a drain does not wait for it."""
+        if self._draining:
+            raise NodeUnavailableError("the node is draining")
+        try:
+            request = msgspec.msgpack.decode(await self._read(http), type=ProbeRequest)
+        except msgspec.MsgspecError as error:
+            raise InvalidRequestError(f"the body is no ProbeRequest: {error}") from error
+        return _msgpack(await self._probe(request))
 
     async def _info(self, http: web.Request) -> web.StreamResponse:
         report = await self._report()

@@ -29,6 +29,7 @@ from kvcore.vllm_options import engine_environment
 from kvnode.control_api import ControlApi
 from kvnode.membership import Membership
 from kvnode.metrics import NodeMetrics
+from kvnode.probe import Prober
 from kvnode.segment_owner import SegmentOwner
 from kvnode.supervisor import EngineSupervisor
 
@@ -93,7 +94,15 @@ async def run_node(config: ClusterConfig, name: str, lifecycle: Lifecycle, clock
     client = metadata_client(config, clock)
     stack.push_async_callback(client.aclose)
     membership = Membership(client, info, owner.manifests, ttl_s=config.metadata_server.node_ttl_s)
-    node = _Node(owner, membership, _supervisor(config, membership, clock))
+    prober = Prober(
+        node=info,
+        host_id=owner.segment.host_id,
+        metadata=client,
+        transport=config.transport,
+        store=config.store,
+        clock=clock,
+    )
+    node = _Node(owner, membership, _supervisor(config, membership, prober, clock))
     if node.supervisor is not None:
         engine = lifecycle.tasks.create_task(node.supervisor.run(), name="engine")
         stack.push_async_callback(_cancelled, engine)
@@ -105,7 +114,9 @@ async def run_node(config: ClusterConfig, name: str, lifecycle: Lifecycle, clock
         report=node.report,
         metrics=lambda: metrics.render(node.api, lambda: node.sample(exposition=True)),
         health=node.health,
+        probe=prober.probe,
     )
+    stack.push_async_callback(prober.aclose)
     await _serve(node.api, listener, stack)
     if node.supervisor is not None:
         await node.supervisor.wait_ready()
@@ -114,7 +125,7 @@ async def run_node(config: ClusterConfig, name: str, lifecycle: Lifecycle, clock
     await node.api.drain(config.service.drain_s)
 
 
-def _supervisor(config: ClusterConfig, membership: Membership, clock: Clock) -> EngineSupervisor | None:
+def _supervisor(config: ClusterConfig, membership: Membership, prober: Prober, clock: Clock) -> EngineSupervisor | None:
     node = membership.node
     if node.role is Role.STORE:
         return None
@@ -126,11 +137,15 @@ def _supervisor(config: ClusterConfig, membership: Membership, clock: Clock) -> 
     def make() -> EngineProcess:
         return EngineProcess(hello, start_s=config.service.start_s, on_line=_pass_on, env=env)
 
+    async def ended() -> None:
+        async with prober.paused():  # it writes in the node's name too
+            await membership.release_writer()
+
     return EngineSupervisor(
         make,
         clock,
         on_ready=lambda engine: membership.announce(engine.info.kv_spec.fingerprint),
-        on_end=membership.release_writer,
+        on_end=ended,
     )
 
 

@@ -10,12 +10,14 @@ import msgspec
 import pytest
 from aiohttp import ClientConnectionResetError, web
 from support.fake_engine import FakeEngine, generate_request, prefill_request
+from support.probe import probe_report
 
 from engines.base import NodeReport, PrefillResult, SamplingParams, StreamError, StreamFrame, TokenDelta
 from engines.frames import FrameDecoder
-from kvcore.errors import NodeUnavailableError
+from kvcore.errors import NodeUnavailableError, OverloadedError
 from kvcore.types import NodeInfo, Role
 from kvnode.control_api import ControlApi
+from kvnode.probe import ProbeReport, ProbeRequest
 
 INFO = NodeInfo(id="p0", role=Role.PREFILLER, control_url="http://x", incarnation=1)
 
@@ -57,11 +59,17 @@ async def serving(max_body_bytes: int = 1 << 20) -> AsyncIterator[Rig]:
     async def metrics() -> bytes:
         return b"kvferry_node_ready 1\n"
 
+    async def probe(request: ProbeRequest) -> ProbeReport:
+        if request.peer == "busy":
+            raise OverloadedError("node p0 is measuring already; ask again when that is over")
+        return probe_report(peer=request.peer)
+
     api = ControlApi(
         engine=current,
         report=report,
         metrics=metrics,
         health=lambda: "starting" if rig.down else None,
+        probe=probe,
         max_body_bytes=max_body_bytes,
     )
     runner = web.AppRunner(api.application(), handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
@@ -335,3 +343,22 @@ async def test_a_stream_that_cannot_go_on_is_broken_off_not_answered_twice(
         answer = await exchange(rig, head + body)
         assert answer.count(b"HTTP/1.1") == 1
         assert not answer.endswith(b"0\r\n\r\n")
+
+
+async def test_a_measurement_is_answered_refused_when_one_runs_and_is_no_leg() -> None:
+    async with serving() as rig:
+        status, body = await rig.post("/v1/probe", ProbeRequest(peer="d0", timeout_s=5.0))
+        assert status == 200 and msgspec.msgpack.decode(body, type=ProbeReport) == probe_report(peer="d0")
+        status, body = await rig.post("/v1/probe", ProbeRequest(peer="busy", timeout_s=5.0))
+        assert status == 503 and error_code(body) == "overloaded"
+        for wrong in (b"", b"\xc1", msgspec.msgpack.encode({"peer": "d0"})):
+            status, body = await rig.post("/v1/probe", wrong)
+            assert status == 400 and error_code(body) == "invalid_request_error"
+        assert not rig.api.ended and not rig.api.active
+
+
+async def test_a_draining_node_measures_nothing() -> None:
+    async with serving() as rig:
+        await rig.api.drain(0.1)
+        status, body = await rig.post("/v1/probe", ProbeRequest(peer="d0", timeout_s=5.0))
+        assert status == 503 and error_code(body) == "node_unavailable"

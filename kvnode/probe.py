@@ -1,0 +1,239 @@
+"""How fast this node reaches another: one measurement at a time, in room of the peer's segment reserved for it.
+
+Owns the reservations and, for so long, a transport of its own, built as the engine's is: what it moves is in no metric
+of KV. Invariant: nothing is written outside of the reservations, nor after the first of deadline, pause and
+`write_by`; they are given back when no write is under way, and never committed.
+"""
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+
+import msgspec
+
+from kvcore.clock import Clock
+from kvcore.config import StoreConfig, TransportConfig
+from kvcore.errors import (
+    DeadlineExceededError,
+    InvalidRequestError,
+    NodeUnavailableError,
+    OverloadedError,
+)
+from kvcore.types import ChunkKey, NodeInfo, ReplicaRef, Segment
+from kvstore.background import Background
+from kvstore.counters import StoreCounters
+from kvstore.placement import Placement, Reserved
+from metadata_server.client import MetadataClient
+from metadata_server.messages import SegmentStats
+from transfer.links import link_of
+from transfer.measure import SMALL_BYTES, measure
+from transfer.select import TransferSelector, build_transfer
+
+LONGEST_S = 60.0
+_PIECE_BYTES = 4 << 20
+_PIECES = 16
+_LEAST_BYTES = 64 << 10
+_CLOSE_S = 2.0
+
+
+class ProbeRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Body of `POST /v1/probe`: the node to measure the way to, and the time there is (LONGEST_S at most)."""
+
+    peer: str
+    timeout_s: float
+
+
+class ProbeReport(msgspec.Struct, frozen=True, kw_only=True):
+    """Its answer. Rates are bytes/s of batches of `num_bytes`, `latency_s` the median of gets of 4 KiB.
+
+    `copy_rate`: of a copy in this node's own memory. `link_rate`: what `devices` should give together; None where the
+    kernel states none.
+    """
+
+    node: str
+    peer: str
+    asked: str
+    """`transport.kind`."""
+    transport: str
+    shown: str
+    """The transport with its devices and build, as far as it says (`ucx:rc_mlx5/mlx5_0@1.13.1`)."""
+    devices: list[str]
+    link_rate: float | None
+    latency_s: float
+    put_rate: float
+    get_rate: float
+    copy_rate: float
+    num_bytes: int
+    seconds: float
+
+
+class Prober:
+    """Measures for one node. `node` and the client stay the caller's; `host_id` is that of the node's segment."""
+
+    def __init__(
+        self,
+        *,
+        node: NodeInfo,
+        host_id: str,
+        metadata: MetadataClient,
+        transport: TransportConfig,
+        store: StoreConfig,
+        clock: Clock,
+        open_transfer: Callable[[TransportConfig, str], TransferSelector] = build_transfer,
+    ) -> None:
+        self._node = node
+        self._host_id = host_id
+        self._metadata = metadata
+        self._transport = transport
+        self._store = store
+        self._clock = clock
+        self._open_transfer = open_transfer
+        self._background = Background()
+        self._running: asyncio.Task[ProbeReport] | None = None
+        self._paused = False
+
+    async def probe(self, request: ProbeRequest) -> ProbeReport:
+        """Raises OverloadedError while one runs or the peer's segment has no free room, NodeUnavailableError for a peer
+        that is not there, TransferError for what happened on the way, DeadlineExceededError, MetadataUnavailableError,
+        ConfigError. Cancelled: nothing is left, but give-backs that end by themselves."""
+        name = self._node.id
+        if not 0 < request.timeout_s <= LONGEST_S:
+            raise InvalidRequestError(f"timeout_s is above 0 and at most {LONGEST_S:g}", param="timeout_s")
+        if request.peer == name:
+            raise InvalidRequestError(f"{name} is this node itself: name another", param="peer")
+        if self._paused:
+            raise NodeUnavailableError(f"the engine of node {name} has just ended; ask again")
+        if self._running is not None:
+            raise OverloadedError(f"node {name} is measuring already; ask again when that is over")
+        self._running = task = asyncio.create_task(self._run(request))
+        try:
+            return await task
+        except asyncio.CancelledError:
+            current = asyncio.current_task()
+            if current is not None and current.cancelling():
+                raise
+            raise NodeUnavailableError(f"node {name} gave the measurement up: its engine ended") from None
+        finally:
+            self._running = None
+
+    @asynccontextmanager
+    async def paused(self) -> AsyncIterator[None]:
+        """Nothing is written inside of it: all that is reserved in the node's name may be given back."""
+        self._paused = True
+        try:
+            await self._stop()
+            yield
+        finally:
+            self._paused = False
+
+    async def aclose(self) -> None:
+        """End what is under way, and wait for give-backs, bounded."""
+        await self._stop()
+        await self._background.aclose(_CLOSE_S)
+
+    async def _stop(self) -> None:
+        if self._running is not None:
+            self._running.cancel()
+            await asyncio.wait({self._running})
+
+    async def _run(self, request: ProbeRequest) -> ProbeReport:
+        began = self._clock.now()
+        try:
+            async with asyncio.timeout(request.timeout_s):
+                target = await self._target(request.peer)
+                async with self._scratch(target, request.timeout_s) as (places, write_by):
+                    left_s = min(began + request.timeout_s, write_by) - self._clock.now()
+                    return await self._measure(request.peer, target.segment, places, began, left_s)
+        except TimeoutError:
+            raise DeadlineExceededError(
+                f"measuring from {self._node.id} to {request.peer} did not end within {request.timeout_s:g} s"
+            ) from None
+
+    async def _target(self, peer: str) -> SegmentStats:
+        """The peer's largest segment."""
+        stats = await self._metadata.stats()
+        found = [line for line in stats.segments if line.segment.node_id == peer]
+        if not found:
+            raise NodeUnavailableError(f"the metadata server knows no segment of node {peer}: it is down or was silent")
+        return max(found, key=lambda line: line.segment.size_bytes)
+
+    async def _measure(
+        self, peer: str, segment: Segment, places: list[tuple[int, int]], began: float, left_s: float
+    ) -> ProbeReport:
+        transfer = self._open_transfer(self._transport, self._host_id)
+        try:
+            timeout_s = min(left_s, self._transport.timeout_s)
+            found = await measure(transfer, segment, places, clock=self._clock, timeout_s=timeout_s)
+            shown = transfer.choices()[segment.id]
+            kind = transfer.transport_for(segment)
+        finally:
+            await transfer.aclose()
+        link = await asyncio.to_thread(link_of, shown, segment)
+        return ProbeReport(
+            node=self._node.id,
+            peer=peer,
+            asked=self._transport.kind,
+            transport=kind,
+            shown=shown,
+            devices=list(link.devices),
+            link_rate=link.bytes_per_s,
+            latency_s=found.latency_s,
+            put_rate=found.put_rate,
+            get_rate=found.get_rate,
+            copy_rate=found.copy_rate,
+            num_bytes=found.num_bytes,
+            seconds=self._clock.now() - began,
+        )
+
+    @asynccontextmanager
+    async def _scratch(
+        self, target: SegmentStats, timeout_s: float
+    ) -> AsyncIterator[tuple[list[tuple[int, int]], float]]:
+        """(offset, length) of each piece of room that is ours in the segment, and until when it may be written."""
+        placement = self._placement(timeout_s)
+        lengths = {ChunkKey(secrets.token_bytes(16)): size for size in self._sizes(target)}
+
+        def give_back(reserved: Reserved) -> Awaitable[None]:
+            ids = [replica.id for replica in reserved.granted.values()]
+            return asyncio.shield(self._background.spawn(placement.abort(ids)))
+
+        work = placement.reserve(lengths, target.segment.id, timeout_s)
+        reserved = await self._background.finish(work, give_back)
+        try:
+            ours = _inside(reserved.granted, target.segment)
+            if not ours:
+                raise OverloadedError(f"no room was given in segment {target.segment.id}; ask again in some seconds")
+            yield [(replica.offset, replica.length) for replica in ours], reserved.write_by
+        finally:
+            await give_back(reserved)
+
+    def _placement(self, timeout_s: float) -> Placement:
+        """Reservations last little longer than the measurement, whatever becomes of us; its counters are nobody's."""
+        return Placement(
+            self._metadata,
+            node_id=self._node.id,
+            incarnation=self._node.incarnation,
+            clock=self._clock,
+            config=msgspec.structs.replace(self._store, reserve_ttl_s=2 * timeout_s),
+            counters=StoreCounters(),
+            background=self._background,
+        )
+
+    def _sizes(self, target: SegmentStats) -> list[int]:
+        """Half of what is free at most, so that nothing is evicted and others find room meanwhile."""
+        free = int(self._store.high_watermark * target.segment.size_bytes) - target.used_bytes
+        room = free // 2
+        if room < _LEAST_BYTES:
+            raise OverloadedError(
+                f"segment {target.segment.id} is full ({max(0, free)} bytes are free without an eviction); "
+                "ask again when it is less full"
+            )
+        if room < _PIECE_BYTES:
+            return [room // SMALL_BYTES * SMALL_BYTES]
+        return [_PIECE_BYTES] * min(_PIECES, room // _PIECE_BYTES)
+
+
+def _inside(granted: Mapping[ChunkKey, ReplicaRef], segment: Segment) -> list[ReplicaRef]:
+    """Reservations in `segment`; others, which the server may give where it has no room there, are not written."""
+    return [replica for replica in granted.values() if replica.segment_id == segment.id]
