@@ -11,7 +11,7 @@ from kvcore.errors import ConfigError
 from kvcore.service import EXIT_CONFIG
 
 if TYPE_CHECKING:
-    from kvcore.config import ByteSize
+    from kvcore.config import ByteSize, ClusterConfig
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -48,6 +48,9 @@ def build_parser() -> argparse.ArgumentParser:
     doctor = _command(commands, "doctor", _doctor, "say what would keep a cluster from running on this machine")
     doctor.add_argument("config", type=Path)
     _add_set(doctor)
+    doctor.add_argument(
+        "--probe", action="store_true", help="instead: measure latency and bandwidth between the nodes that run now"
+    )
     _command(commands, "prepare-demo-model", _prepare, "make the demo model's folder, once")
     demo = _command(commands, "demo", _demo, "bring a cluster up and chat with it over a long document, twice")
     demo.add_argument("config", type=Path, nargs="?", default=DEFAULT_CONFIG)
@@ -160,6 +163,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
     except ConfigError as error:
         findings = [Finding("config", False, error.message, "correct the file, or what --set gives")]
     else:
+        if arguments.probe:
+            return _probe(config)
         findings += run_checks(Context(config), ALL_CHECKS)
     console = Console()
     width = max(len(finding.subject) for finding in findings) + 2
@@ -170,6 +175,14 @@ def _doctor(arguments: argparse.Namespace) -> int:
         if not finding.ok:
             console.print(Text(f"      -> {finding.remedy}"), soft_wrap=True)
     return 0 if all(finding.ok for finding in findings) else 1
+
+
+def _probe(config: "ClusterConfig") -> int:
+    from rich.console import Console
+
+    from kvferry.doctor_probe import run_probe
+
+    return asyncio.run(run_probe(config, Console(width=None if sys.stdout.isatty() else 160)))
 
 
 def _prepare(_: argparse.Namespace) -> int:
