@@ -1,7 +1,8 @@
 """What a measured pair of nodes is worth: fine, slower than its link, on another transport than asked for. Pure.
 
-Latencies are held against what 4 KiB gets take here on two busy cores (docs/benchmarks.md: shm 13 us, tcp 117, ucx over
-tcp 168), ten times that: a machine that is doing something else does not warn, a wrong route or a sleeping core does.
+Latencies are held against ten times what 4 KiB gets take on two busy cores (docs/benchmarks.md: shm 13 us, tcp 117, ucx
+over tcp 168; nixl over tcp 350, by this probe): a machine that does something else gives no warning, a wrong route or a
+sleeping core does. RDMA has not been measured: its own time is small beside ours.
 """
 
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from enum import StrEnum
 
 from kvnode.probe import ProbeReport
 
-_LATE_S = {"shm": 130e-6, "tcp": 1.2e-3, "ucx": 1.7e-3, "nixl": 1.7e-3}
+_LATE_S = {"shm": 130e-6, "tcp": 1.2e-3, "ucx": 1.7e-3, "nixl": 3.5e-3}
 _SHARE = 0.5
 """Of what the link should give; below it is worth a warning."""
 _SHM_SHARE = 0.7

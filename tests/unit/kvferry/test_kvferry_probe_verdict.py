@@ -57,7 +57,7 @@ def test_rates_of_a_small_batch_are_not_judged():
     assert verdict.level is Level.OK and "too few to judge" in verdict.detail
 
 
-@pytest.mark.parametrize(("transport", "late_s"), [("shm", 140e-6), ("tcp", 1.3e-3), ("ucx", 2e-3), ("nixl", 2e-3)])
+@pytest.mark.parametrize(("transport", "late_s"), [("shm", 140e-6), ("tcp", 1.3e-3), ("ucx", 2e-3), ("nixl", 4e-3)])
 def test_a_latency_far_above_the_transports_is_worth_a_warning(transport, late_s):
     fields = {"transport": transport, "asked": transport, "copy_rate": 1e9}
     verdict = only(**fields, latency_s=late_s)
