@@ -266,9 +266,11 @@ async def cluster(
     transport: str = "auto",
     overrides: Sequence[str] = (),
     without: Collection[str] = (),
+    place: Callable[[ProcessPlan], ProcessPlan] = lambda plan: plan,
 ) -> AsyncIterator[ClusterHandle]:
     """A cluster that serves; every process of it has ended afterwards. `overrides`: as after `--set`. `without`: names
-    of processes that the config has but that are not there (the launcher would start them again)."""
+    of processes that the config has but that are not there (the launcher would start them again). `place` may have a
+    process run elsewhere than here."""
     file = write_config(
         tmp_path,
         engine=engine,
@@ -279,7 +281,7 @@ async def cluster(
         transport=transport,
     )
     config = load_config(file, overrides)
-    plans = [plan for plan in plan_processes(config, file, overrides) if plan.name not in without]
+    plans = [place(plan) for plan in plan_processes(config, file, overrides) if plan.name not in without]
     launcher = Launcher(
         config, file, log_dir=tmp_path / "logs", plans=plans, on_line=lambda who, line: print(f"{who}: {line}")
     )
