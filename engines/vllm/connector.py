@@ -61,7 +61,7 @@ class KVFerryConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._settings = from_extra_config(vllm_config.kv_transfer_config.kv_connector_extra_config)
         _check(vllm_config, kv_cache_config, self._settings)
         if current_platform.is_cpu():
-            poll_without_spinning()
+            wait_without_spinning()
         self._scheduler: _SchedulerSide | None = None
         self._worker: WorkerHalf | None = None
         self._spec: KVSpec | None = None
@@ -260,14 +260,19 @@ def _leg_params(request: Any) -> LegParams | None:
     return leg
 
 
-def poll_without_spinning() -> None:
-    """On a CPU, let this process sleep between two looks at vLLM's queue, where vLLM calls sched_yield for a second.
+def wait_without_spinning() -> None:
+    """On a CPU, let this process sleep until vLLM's queue notifies it, where vLLM calls sched_yield for a second first.
 
     There, engines share cores. Linux 6.18 was seen to keep a group of processes that spins so (a process group, a
     container) on its core for minutes while another's computing threads stood ready; docs/vllm.md tells how that looks.
-    The name is that of vLLM 0.32 and 0.33; a test holds it against the one that is installed.
+    The names are those of vLLM 0.32 and 0.33; a test holds them against the one that is installed.
     """
-    shm_broadcast.sched_yield = _nap
+    shm_broadcast.SpinCondition.record_read = _forget_read
+    shm_broadcast.sched_yield = _nap  # in a reader's first second, and in a writer whose ring is full
+
+
+def _forget_read(_: shm_broadcast.SpinCondition) -> None:
+    """A reader spins while its last read is fresh."""
 
 
 def _nap() -> None:

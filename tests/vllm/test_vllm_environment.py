@@ -1,8 +1,8 @@
 """What the rest of kvferry believes of vLLM without importing it, held against the vLLM that is here."""
 
+import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from vllm.distributed.device_communicators import shm_broadcast
@@ -10,7 +10,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from engines.vllm.arguments import command_line
-from engines.vllm.connector import poll_without_spinning
+from engines.vllm.connector import wait_without_spinning
 from kvcore.config import VllmEngineConfig
 from kvcore.config_checks import engine_of
 from kvcore.config_file import load_config
@@ -69,11 +69,24 @@ def test_the_build_is_told_without_importing_it():
     assert build is not None and build.supported and build.platform == "cpu"
 
 
-def test_vllms_queue_waits_as_it_is_told(monkeypatch):
-    """vLLM calls the name that we replace, and only there is where it spins."""
+def test_a_reader_of_vllms_queue_waits_for_its_notification_and_does_not_spin(monkeypatch):
+    """vLLM uses the names that we replace, and only there is where it spins."""
     monkeypatch.setattr(shm_broadcast, "sched_yield", shm_broadcast.sched_yield)
-    poll_without_spinning()
-    naps = []
-    monkeypatch.setattr("engines.vllm.connector.time.sleep", naps.append)
-    shm_broadcast.SpinCondition.wait(SimpleNamespace(is_reader=True, last_read=time.monotonic(), busy_loop_s=60))
-    assert len(naps) == 1 and 0 < naps[0] < 1e-3
+    monkeypatch.setattr(shm_broadcast.SpinCondition, "record_read", shm_broadcast.SpinCondition.record_read)
+    wait_without_spinning()
+    spins: list[float] = []
+    monkeypatch.setattr("engines.vllm.connector.time.sleep", spins.append)
+    queue = shm_broadcast.MessageQueue(1, 1)
+    reader = shm_broadcast.MessageQueue.create_from_handle(queue.export_handle(), 0)
+    condition = reader._spin_condition
+    condition.last_read = old = time.monotonic() - condition.busy_loop_s - 1  # its first second is over
+    for number in range(3):
+        sender = threading.Thread(target=queue.enqueue, args=(number,))
+        sender.start()
+        assert reader.dequeue(timeout=30) == number
+        sender.join()
+        assert condition.last_read == old
+    assert spins == []
+    condition.last_read = time.monotonic()
+    condition.wait(timeout_ms=1)
+    assert len(spins) == 1 and 0 < spins[0] < 1e-3, "the one place where it spins"
