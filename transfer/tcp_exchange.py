@@ -115,6 +115,9 @@ class Connection:
             return
         try:
             if not answer.take(self.sock):
+                # The kernel woke us for less than was waited for (a small buffer, loss on the way): the rest may be
+                # less than that too, and would wake nobody.
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
                 return
         except (OSError, TransferError) as error:
             self.unwatch()

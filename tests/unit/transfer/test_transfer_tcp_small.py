@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import fcntl
 import itertools
 import os
 import socket
+import termios
 import threading
 from collections.abc import Callable, Iterator
 
@@ -22,6 +24,7 @@ from kvcore.service import loop_factory
 from kvcore.types import Segment
 from transfer import wire
 from transfer.base import TransferOp
+from transfer.sockets import tune
 from transfer.tcp import TcpTransfer
 
 SIZE = 1 << 20
@@ -185,3 +188,34 @@ async def test_a_request_in_many_small_pieces_is_served_and_the_next_one_too() -
                 return sock.recv(32 + len(payload), socket.MSG_WAITALL)[32:]
 
         assert await asyncio.to_thread(drip) == payload
+
+
+async def test_an_answer_that_the_kernel_hands_over_in_parts_is_not_waited_for_as_a_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Loss on the way, or a small receive buffer, wakes the reader early. What is left is then less than it waits for."""
+
+    def small_buffer(sock: socket.socket) -> None:
+        tune(sock)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32 << 10)
+
+    released = threading.Event()
+
+    def answers_slowly(sock: socket.socket) -> None:
+        sock.recv(wire.HEADER_BYTES + wire.ENTRY_BYTES, socket.MSG_WAITALL)
+        reply = data(100_000, 2) + bytes(range(250)) * 400
+        sock.sendall(reply[:-1000])
+        while fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)) != bytes(4):
+            released.wait(0.001)
+        sock.sendall(reply[-1000:])
+        released.wait(10)  # an open connection: its end would wake the reader
+
+    monkeypatch.setattr("transfer.tcp.tune", small_buffer)
+    transfer = TcpTransfer()
+    with server(answers_slowly) as segment:
+        assert await transfer.read([read(segment, 16)], 5) == [None]
+        op = read(segment, 100_000)
+        assert await transfer.read([op], 2) == [None]
+        released.set()
+        assert bytes(op.buffers[0]) == bytes(range(250)) * 400
+        await transfer.aclose()
