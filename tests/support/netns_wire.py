@@ -1,6 +1,6 @@
 """The wire between two network namespaces, in user space: `python netns_wire.py FD FD SEED`, two taps by descriptor.
 
-It does what `tc netem` would, on any kernel that has /dev/net/tun; what is lost is drawn from the seed. A line on stdin,
+It does what `tc netem` would, on any kernel with /dev/net/tun; what is lost is drawn from the seed. A line on stdin,
 `DELAY_S LOSS`, sets what holds from then on (loss 1: the wire is cut) and is answered by a line. Ends with stdin.
 """
 
