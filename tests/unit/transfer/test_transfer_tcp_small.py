@@ -193,7 +193,7 @@ async def test_a_request_in_many_small_pieces_is_served_and_the_next_one_too() -
 async def test_an_answer_that_the_kernel_hands_over_in_parts_is_not_waited_for_as_a_whole(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Loss on the way, or a small receive buffer, wakes the reader early. What is left is then less than it waits for."""
+    """Loss on the way, or a small receive buffer, wakes the reader early. The rest is then less than it waits for."""
 
     def small_buffer(sock: socket.socket) -> None:
         tune(sock)
