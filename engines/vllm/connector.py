@@ -34,8 +34,9 @@ from kvcore.telemetry import configure_logging
 from kvcore.types import ChunkKey, KVSpec
 
 _logger = logging.getLogger("engines.vllm")
-_POLL_S = 20e-6
-"""Between two looks at vLLM's queue; the kernel makes about 0.1 ms of it."""
+_SHORTEST_NAP_S = 20e-6  # the kernel makes about 0.1 ms of it
+_LONGEST_NAP_S = 500e-6
+_vllms_wait = shm_broadcast.SpinCondition.wait
 
 
 @dataclass
@@ -261,22 +262,30 @@ def _leg_params(request: Any) -> LegParams | None:
 
 
 def wait_without_spinning() -> None:
-    """On a CPU, let this process sleep until vLLM's queue notifies it, where vLLM calls sched_yield for a second first.
+    """On a CPU, let this process sleep between two looks at vLLM's queue, where vLLM calls sched_yield for a second.
 
     There, engines share cores. Linux 6.18 was seen to keep a group of processes that spins so (a process group, a
     container) on its core for minutes while another's computing threads stood ready; docs/vllm.md tells how that looks.
     The names are those of vLLM 0.32 and 0.33; a test holds them against the one that is installed.
+
+    It does not wait for the queue's notification instead, as vLLM does after a second: one that follows another within
+    a millisecond may be lost (its socket has room for one, and learns late that it was read), and costs five seconds.
     """
-    shm_broadcast.SpinCondition.record_read = _forget_read
-    shm_broadcast.sched_yield = _nap  # in a reader's first second, and in a writer whose ring is full
+    shm_broadcast.SpinCondition.wait = _wait
+    shm_broadcast.sched_yield = _nap  # a writer's, while its ring is full
 
 
-def _forget_read(_: shm_broadcast.SpinCondition) -> None:
-    """A reader spins while its last read is fresh."""
+def _wait(condition: shm_broadcast.SpinCondition, timeout_ms: int | None = None) -> None:
+    """The longer the last message is ago, the longer the sleep, so that little of a wait is added to it."""
+    idle_s = time.monotonic() - condition.last_read
+    if idle_s <= condition.busy_loop_s:
+        time.sleep(min(max(idle_s / 32, _SHORTEST_NAP_S), _LONGEST_NAP_S))
+    else:
+        _vllms_wait(condition, timeout_ms)
 
 
 def _nap() -> None:
-    time.sleep(_POLL_S)
+    time.sleep(_SHORTEST_NAP_S)
 
 
 def _check(vllm_config: Any, kv_cache_config: Any, settings: ConnectorSettings) -> None:
