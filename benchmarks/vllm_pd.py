@@ -54,6 +54,8 @@ SUFFIX = 32
 LONGEST_PREFIX = (MAX_CONTEXT - SUFFIX - NEW_TOKENS) // PREFIX_STEP * PREFIX_STEP
 FIRST_TOKEN_ID = 3
 """Below it are the special tokens of most models."""
+SPIN_S = 1.5
+"""vLLM's processes spin for a second after each message. Plain and prefiller share a core: each is to have it whole."""
 _FAILURES = (RuntimeError, TimeoutError, OSError, aiohttp.ClientError, KVFerryError)
 
 
@@ -78,7 +80,9 @@ class Prompts:
 async def one_round(system: System, plain: Server, prompts: Prompts, tokens: int) -> Round:
     """All that is measured of one system at one length, once."""
     prompt = prompts.fresh(tokens)
+    await asyncio.sleep(SPIN_S)
     beside = await plain.ask(prompt)
+    await asyncio.sleep(SPIN_S)
     whole = await system.ask(prompt)
     decoder_ttft_s = whole.decoder_ttft_s or await system.decode(prompts.fresh(tokens))
     prefix = prompts.fresh(min(max(round(tokens / PREFIX_STEP), 1) * PREFIX_STEP, LONGEST_PREFIX))
