@@ -60,9 +60,9 @@ def plan_devices(devices: Sequence[str], root: Path = _SYS) -> UcxPlan:
         active = [name for name, state in ports.items() if state == "ACTIVE"]
         if not active:
             raise ConfigError(
-                "transport.kind: ucx finds no HCA with an active port here (HCA ports: "
+                "transport.kind: no HCA with an active port is here (HCA ports: "
                 f"{_listed(f'{name} is {state}' for name, state in ports.items())}); name a network interface in "
-                "transport.devices to run UCX over TCP, or use transport tcp",
+                "transport.devices to run it over TCP, or use transport tcp",
                 param="transport.kind",
             )
         return UcxPlan("ib,self", ",".join(active), ())
