@@ -1,7 +1,8 @@
 """The connector's worker half: takes orders on vLLM's worker thread, carries them out on a thread and loop of its own.
 
 Owns that thread and all on it: store, transports, bus, jobs. Every method is called from vLLM's thread, returns fast
-(`preempted` waits, bounded) and never raises: what fails is a load that did not come or a save that was left out.
+(`preempted` and an idle step's `finished` wait, bounded) and never raises: what fails is a load that did not come or a
+save that was left out.
 """
 
 import asyncio
