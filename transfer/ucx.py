@@ -8,6 +8,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import logging
+import threading
 from collections.abc import Sequence
 
 from kvcore.config import TransportConfig
@@ -29,6 +30,8 @@ _LOG = logging.getLogger("transfer")
 _JOBS = 64
 """Batches in the worker's hands at once; more wait in line, within their deadlines."""
 _STRIPE_BYTES = 2 << 20
+_AT_ONCE_BYTES = 64 << 10
+"""Up to here a batch moves in the loop's thread, if it can: two hand-overs between threads take longer than it."""
 _GRACE_S = 0.25
 """What a late or cancelled batch may still take to end in order, before its connection is cut for all."""
 _REGISTER_S = 120.0
@@ -141,8 +144,11 @@ class UcxTransfer:
         self, direction: Direction, descriptor: UcxDescriptor, pieces: list[Piece], key: str, deadline: Deadline
     ) -> TransferError | None:
         try:
-            async with asyncio.timeout(deadline.remaining()):
-                await self._slots.acquire()
+            if self._slots.locked():
+                async with asyncio.timeout(deadline.remaining()):
+                    await self._slots.acquire()
+            else:
+                await self._slots.acquire()  # at once
         except TimeoutError:
             return deadline.error()
         except TransferError as error:
@@ -160,18 +166,24 @@ class UcxTransfer:
         """Give a batch to the worker and wait until the worker is done with it, whatever happens here meanwhile."""
         if self._closed:
             raise PeerUnreachableError("the transport is closed")
-        loop = asyncio.get_running_loop()
+        loop, here = asyncio.get_running_loop(), threading.get_ident()
         over: asyncio.Future[TransferError | None] = loop.create_future()
 
         def done(error: TransferError | None) -> None:
+            if threading.get_ident() == here:
+                over.set_result(error)
+                return
             with contextlib.suppress(RuntimeError):  # the loop was closed without waiting
                 loop.call_soon_threadsafe(over.set_result, error)
 
         job = Job(direction, descriptor, pieces, done)
         worker = self._worker
         timeout_s = deadline.remaining()
-        if not worker.call(lambda: worker.add(job, key)):
+        small = sum(piece.view.nbytes for piece in pieces) <= _AT_ONCE_BYTES
+        if not (small and worker.move_now(job, key)) and not worker.call(lambda: worker.add(job, key)):
             raise PeerUnreachableError("the transport's thread has ended")
+        if over.done():
+            return over.result()
         cancelled: asyncio.CancelledError | None = None
         try:
             await asyncio.wait({over}, timeout=timeout_s)

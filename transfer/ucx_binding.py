@@ -173,13 +173,19 @@ def load_library(path: str | None = None) -> UcxLibrary:
 
 
 def open_context(library: UcxLibrary, options: dict[str, str], features: int) -> Pointer:
-    """ucp_init with `options` (names without UCX_) over what the environment says. Raises ConfigError."""
+    """ucp_init with `options` (names without UCX_) over what the environment says. Raises ConfigError.
+
+    UCX 1.13 takes a transport's option under its full name (`TCP_TX_SEG_SIZE`) and ignores it: it looks for the name
+    without the transport. UCX 1.23 knows the full name alone.
+    """
     lib = library.lib
     config = ffi.new("void **")
     library.check(lib.ucp_config_read(ffi.NULL, ffi.NULL, config), "ucp_config_read")
     try:
         for name, value in options.items():
             library.check(lib.ucp_config_modify(config[0], name.encode(), value.encode()), f"option {name}={value}")
+            if name.startswith("TCP_"):
+                lib.ucp_config_modify(config[0], name.removeprefix("TCP_").encode(), value.encode())
         params = ffi.new("ucp_params_t *", {"field_mask": 1, "features": features})
         context = ffi.new("void **")
         library.check(lib.ucp_init_version(*_REQUESTED_API, params, config[0], context), f"ucp_init with {options}")

@@ -28,9 +28,9 @@ class UcxPlan:
         return "ib" in self.tls.split(",")
 
     def options(self) -> dict[str, str]:
-        """For ucp_config_modify. Never posix, sysv or cma: a dead peer aborts or hangs its reader there.
+        """For `open_context`. Never posix, sysv or cma: a dead peer aborts or hangs its reader there.
 
-        With small segments, TCP in the error mode that reports dead peers moves a quarter as much.
+        TCP has segments of 8 KiB unless told otherwise, and moves a quarter as much with them.
         """
         return {
             "TLS": self.tls,

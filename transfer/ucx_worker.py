@@ -1,7 +1,8 @@
 """One UCX context and worker, and the one thread that owns them: it sleeps on UCX's event descriptor when idle.
 
-All of UCX is called from that thread, but for opening. Others hand it commands through a queue; it reports through
-callbacks. Before it ends, every endpoint, request, registration and descriptor is given back.
+All of UCX is called from that thread, but for opening, and for small batches while it sleeps (`move_now`). Others hand
+it commands through a queue; it reports through callbacks. Before it ends, every endpoint, request, registration and
+descriptor is given back.
 """
 
 import logging
@@ -22,14 +23,19 @@ from transfer.ucx_endpoint import Endpoint, Job, Window
 
 _LOG = logging.getLogger("transfer")
 _FEATURES = 1 << 1 | 1 << 4 | 1 << 6  # RMA, wakeup, active messages
+_THREAD_MODE_SERIALIZED = 1
 _HELLO, _WELCOME = 1, 2
 _NONCE = struct.Struct("<Q")
 _GREETED = struct.Struct("<QB")
 _FLAGS_FIELD = 1 << 4
 _AM_REPLY = 1
 _AM_REPLY_EP_FIELD = 1
-_SPIN_S = 30e-6
-"""An answer over a fast network takes less than a sleep and a wake-up."""
+_SPIN_S = 60e-6
+"""An answer, or a peer's next message, takes less than a sleep and a wake-up where batches are small."""
+_SPIN_AGAIN = 8
+"""Where nothing came in that time: so many sleeps before another try."""
+_NOW_S = 200e-6
+"""What a small batch may take of its caller's thread, before the worker's goes on with it."""
 _STEPS = 16
 """Turns of UCX between two looks at the batches."""
 _CLOSE_S = 2.0
@@ -45,7 +51,7 @@ MAX_ENDPOINTS = 512
 """Connections of one process; the one that was longest idle goes first."""
 MAX_ANSWERS = 1024
 """To greetings, in UCX's hands at once; one more is not answered: who asks so fast does not read either."""
-_TICK_MS = 50
+_TICK_S = 0.05
 """While something must end by a time: how often to look."""
 
 
@@ -75,7 +81,10 @@ class UcxWorker:
         self._open = True
         self._wake_lock = threading.Lock()
         """The number of a closed descriptor may be another's at once: none is written to after it was closed."""
+        self._turn_lock = threading.Lock()
+        """Held by whoever calls UCX, but for opening: the thread, or a caller with a small batch."""
         self._progressed_at = 0.0
+        self._sleeps_to_spin = 0
         self._param = ffi.new("ucp_request_param_t *")
         self._callbacks = [
             ffi.callback("void(void *, void *, ucs_status_t)", self._on_error),
@@ -87,10 +96,16 @@ class UcxWorker:
             self.resources = read_resources(library.printed("ucp_context_print_info", self._context))
             check_opened(plan, self.resources, library.build)
             self._worker = self._open_worker()
+            efd = ffi.new("int *")
+            library.check(self._lib.ucp_worker_get_efd(self._worker, efd), "ucp_worker_get_efd")
         except ConfigError:
             self._lib.ucp_cleanup(self._context)
             raise
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._poll = select.epoll()
+        self._event_fd = efd[0]
+        for descriptor in (self._wake_fd, self._event_fd):
+            self._poll.register(descriptor, select.EPOLLIN)
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     @property
@@ -142,6 +157,33 @@ class UcxWorker:
                 self._commands.append(command)
                 os.eventfd_write(self._wake_fd, 1)
             return self._open
+
+    def move_now(self, job: Job, key: str) -> bool:
+        """Move a small batch in the caller's thread, if the worker's sleeps and the endpoint for `key` is up.
+
+        False: it was not begun. True: its `done` was called, or will be by the worker's thread. Takes at most about
+        `_NOW_S`.
+        """
+        if not self._turn_lock.acquire(blocking=False):
+            return False
+        try:
+            endpoint = self._endpoints.get(key)
+            up = endpoint is not None and endpoint.welcome and endpoint.error is None
+            if self._stopping or self._jobs or self._commands or not up:
+                return False
+            self._poll.modify(self._event_fd, 0)  # the thread sleeps on
+            self.add(job, key)
+            self._look_at_jobs()
+            until = self._clock.now() + _NOW_S
+            while self._jobs and self._clock.now() < until:
+                if self._lib.ucp_worker_progress(self._worker):
+                    self._look_at_jobs()
+            self._poll.modify(self._event_fd, select.EPOLLIN)
+        finally:
+            self._turn_lock.release()
+        if self._jobs:
+            self.call(lambda: None)
+        return True
 
     def stop(self) -> None:
         """End the thread soon, within four seconds; every batch ends before. Call once, then join `thread`."""
@@ -195,18 +237,18 @@ class UcxWorker:
         self._drop(min(idle, key=lambda key: self._endpoints[key].used_at))
 
     def _run(self) -> None:
-        efd = ffi.new("int *")
-        poll = select.poll()
-        poll.register(self._wake_fd, select.POLLIN)
-        if self._lib.ucp_worker_get_efd(self._worker, efd) == 0:
-            poll.register(efd[0], select.POLLIN)
         try:
             while not self._stopping:
-                self._turn(poll)
+                with self._turn_lock:
+                    sleep_s = self._turn()
+                if sleep_s:
+                    self._sleep(sleep_s)
         finally:
-            self._shut_down()
+            with self._turn_lock:
+                self._shut_down()
 
-    def _turn(self, poll: "select.poll") -> None:
+    def _turn(self) -> float | None:
+        """Do all that can be done at once; for how long there is nothing to do then (-1: until something comes)."""
         busy = self._run_commands()
         for _ in range(_STEPS):
             if not self._lib.ucp_worker_progress(self._worker):
@@ -217,14 +259,18 @@ class UcxWorker:
         now = self._clock.now()
         if busy:
             self._progressed_at = now
-        elif not self._jobs or now - self._progressed_at > _SPIN_S:
-            self._sleep(poll)
-
-    def _sleep(self, poll: "select.poll") -> None:
+            return None
+        expecting = self._jobs or self._hosted is not None
+        if expecting and not self._sleeps_to_spin and now - self._progressed_at <= _SPIN_S:
+            return None
         if self._lib.ucp_worker_arm(self._worker):  # UCS_ERR_BUSY: something has come meanwhile
-            return
+            return None
         watched = self._leaving or any(job.give_up_at is not None for job in self._jobs)
-        for fd, _ in poll.poll(_TICK_MS if watched else None):
+        return _TICK_S if watched else -1
+
+    def _sleep(self, at_most_s: float) -> None:
+        self._sleeps_to_spin = (self._sleeps_to_spin or _SPIN_AGAIN) - 1
+        for fd, _ in self._poll.poll(at_most_s):
             if fd == self._wake_fd:
                 os.eventfd_read(self._wake_fd)
 
@@ -321,7 +367,7 @@ class UcxWorker:
 
     def _open_worker(self) -> Pointer:
         worker = ffi.new("void **")
-        params = ffi.new("ucp_worker_params_t *")  # thread mode SINGLE: one thread after the other
+        params = ffi.new("ucp_worker_params_t *", {"field_mask": 1, "thread_mode": _THREAD_MODE_SERIALIZED})
         self.library.check(self._lib.ucp_worker_create(self._context, params, worker), "ucp_worker_create")
         for message, callback in ((_HELLO, self._callbacks[1]), (_WELCOME, self._callbacks[2])):
             handler = ffi.new("ucp_am_handler_param_t *", {"field_mask": 0b101, "id": message, "cb": callback})
@@ -381,3 +427,4 @@ class UcxWorker:
         with self._wake_lock:
             self._open = False
             os.close(self._wake_fd)
+            self._poll.close()

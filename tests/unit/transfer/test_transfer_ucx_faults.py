@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import re
+import threading
 from collections.abc import AsyncIterator
 
 import pytest
@@ -12,7 +14,10 @@ from kvcore.errors import ConfigError, SegmentUnknownError, TransferTimeoutError
 from kvcore.types import Segment
 from transfer import ucx_endpoint, ucx_worker
 from transfer.base import TransferOp
+from transfer.ucx_binding import Pointer, UcxLibrary
 from transfer.ucx_descriptor import UcxDescriptor, pack_descriptor, parse_descriptor
+from transfer.ucx_endpoint import Job
+from transfer.ucx_worker import UcxWorker
 
 pytestmark = list(needs_ucx)
 
@@ -56,6 +61,52 @@ async def test_what_moves_the_bytes_is_shown_with_its_build(rig: Rig, caplog: py
     (shown,) = rig.engine.choices().values()  # type: ignore[attr-defined]
     assert shown.startswith("ucx:tcp/lo@1.")
     assert any("transfer.ucx_connected" in record.message for record in caplog.records)
+
+
+async def test_tcp_takes_segments_of_a_megabyte(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """UCX ignores an option's name that it does not know, and then moves a quarter as much in segments of 8 KiB."""
+    printed = UcxLibrary.printed
+    said: list[str] = []
+
+    def listen(library: UcxLibrary, function: str, handle: Pointer) -> str:
+        said.append(printed(library, function, handle))
+        return said[-1]
+
+    monkeypatch.setattr(UcxLibrary, "printed", listen)
+    assert await rig.engine.write([rig.op(0, b"x")], 5) == [None]
+    (endpoint,) = (text for text in said if "UCP endpoint" in text)
+    eager = re.search(r"am_send: 0\.\.<egr/short>\.\.(\d+)|0\.\.(\d+) \| short", endpoint)  # UCX 1.13; 1.23
+    assert eager is not None
+    assert int(eager[1] or eager[2]) > 200_000
+
+
+@pytest.mark.parametrize("now_s", [5.0, 0.0])
+async def test_small_batches_need_no_other_thread(rig: Rig, monkeypatch: pytest.MonkeyPatch, now_s: float) -> None:
+    """With no time at all in the caller's thread, the worker's ends what was begun there."""
+    monkeypatch.setattr(ucx_worker, "_NOW_S", now_s)
+    move_now, threads, begun = UcxWorker.move_now, set[int](), 0
+    done = Job.finish
+
+    def finish(job: Job) -> None:
+        threads.add(threading.get_ident())
+        done(job)
+
+    def counted(worker: UcxWorker, job: Job, key: str) -> bool:
+        nonlocal begun
+        threads.clear()
+        moved = move_now(worker, job, key)
+        begun += moved
+        return moved
+
+    monkeypatch.setattr(UcxWorker, "move_now", counted)
+    monkeypatch.setattr(Job, "finish", finish)
+    at = 0
+    while not begun:  # the worker's thread has to have gone to sleep
+        at += 1
+        assert at < 1000
+        assert await rig.engine.write([rig.op(64 * at, at.to_bytes(64, "big"))], 5) == [None]
+        assert rig.memory.view[64 * at : 64 * at + 64] == at.to_bytes(64, "big")
+    assert threads == {threading.get_ident()} or not now_s
 
 
 async def test_an_initiator_lets_go_of_the_connection_that_was_idle_longest(
