@@ -17,6 +17,8 @@ from kvstore.types import MovedBytes
 
 _RESERVE_AGAIN_S = 20.0
 """A reservation that is no longer good may have run out, if its session is older than this: ask once more."""
+_COMMIT_CHUNKS = 4
+"""Chunks are committed as soon as so many are written, and read by others while the next ones are."""
 _CANCEL_S = 2.0
 """A write that was cancelled lets go of its memory within this, else it is left behind; it is never committed."""
 
@@ -34,11 +36,13 @@ class Offer:
 
 
 class SaveJob:
-    """Writes the chunks of one request into the store, in the order they are offered, and commits them in batches.
+    """Writes the chunks of one request into the store, in the order they are offered, and commits them in batches, each
+    while the next one is written.
 
     `reserve`: room for these is asked for in one batch at the start, before they are computed; others get theirs batch
     by batch. `sizes`: payload bytes of short chunks, may grow before they are offered. `parallel`: writes at a time.
-    `void`: once it says so, from whatever thread, nothing more is committed. `committed`: called after each batch.
+    `void`: once it says so, from whatever thread, nothing more is committed. `committed`: called when all that was
+    offered so far is.
     `stored`: keys known to be complete.
     """
 
@@ -66,6 +70,7 @@ class SaveJob:
         self._wake = asyncio.Event()
         self._closed = False
         self._session: PutSession | None = None
+        self._committing: asyncio.Task[None] | None = None
         self._covered: set[ChunkKey] = set()
         self._reserved_at = 0.0
         self._moved: list[MovedBytes] = []
@@ -105,9 +110,14 @@ class SaveJob:
                 began = self._context.clock.now()
                 await self._save(batch)
                 self.save_s += self._context.clock.now() - began
-                self._committed()
+                if not self._offers:
+                    self._committed()
+            await self._commit_ended()
         finally:
             self.abandon()
+            if self._committing is not None:
+                self._committing.cancel()
+                await asyncio.wait({self._committing})
             await self._end_session()
 
     def abandon(self) -> None:
@@ -133,15 +143,25 @@ class SaveJob:
         while not self._offers and not self._closed:
             self._wake.clear()
             await self._wake.wait()
-        batch = list(self._offers)
-        self._offers.clear()
-        return batch
+        return [self._offers.popleft() for _ in range(min(len(self._offers), _COMMIT_CHUNKS))]
 
     async def _save(self, batch: Sequence[Offer]) -> None:
-        session = await self._session_for([offer.key for offer in batch])
+        """Ends with the last write, or with its commit where nothing more is to be written now."""
+        session = await self._session_for([offer.key for offer in [*batch, *self._offers]])
         async with asyncio.TaskGroup() as group:
             for offer in batch:
                 group.create_task(self._write(session, offer))
+        await self._commit_ended()
+        self._committing = asyncio.create_task(self._commit(session))
+        if not self._offers:
+            await self._commit_ended()
+
+    async def _commit_ended(self) -> None:
+        if self._committing is not None:
+            await self._committing
+            self._committing = None
+
+    async def _commit(self, session: PutSession) -> None:
         if not self._void():
             committed = await session.commit(timeout_s=self._context.timeout_s)
             self.stored.update(committed)
@@ -179,6 +199,7 @@ class SaveJob:
                 self._let_go(offer)
 
     async def _begin(self, keys: Sequence[ChunkKey]) -> PutSession:
+        await self._commit_ended()
         await self._end_session()
         keys = list(dict.fromkeys(keys))
         self._session = session = await self._context.store.begin_put(

@@ -59,7 +59,9 @@ def test_candidates_equal_those_of_transformers(params: dict[str, float], temper
     if "min_p" in params:
         scores = transformers.MinPLogitsWarper(params["min_p"])(None, scores)
     ids, weights = candidates(row[0], spec_of(temperature=temperature, **params).params)
-    assert ids.tolist() == torch.isfinite(scores[0]).nonzero()[:, 0].tolist()
+    differing = set(ids.tolist()) ^ set(torch.isfinite(scores[0]).nonzero()[:, 0].tolist())
+    # Which of the unlikeliest are within top_p is a matter of rounding, and of the processor's way of summing.
+    assert torch.softmax(row[0] / temperature, -1)[list(differing)].sum() < (1e-6 if "top_p" in params else 1e-30)
     torch.testing.assert_close(weights / weights.sum(), torch.softmax(scores[0], -1)[ids])
 
 

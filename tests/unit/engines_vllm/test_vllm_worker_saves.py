@@ -216,6 +216,28 @@ def test_a_store_that_is_full_takes_what_fits_and_the_request_is_sent():
         assert world.state.num_objects == 4
 
 
+def test_the_first_chunks_are_to_be_had_while_the_last_are_written(world, engine, monkeypatch):
+    places = [place(number, 2 * number, 2 * number + 1) for number in range(7)]
+    written = 0
+
+    async def fault(direction, op):
+        nonlocal written
+        if direction == "write":
+            if written == 4:
+                await world.gate("fifth").passed()
+            written += 1
+
+    monkeypatch.setattr(world, "fault", fault)
+    world.gate("fifth").close()
+    engine.save("p", *places)
+    engine.until(lambda: all(world.replicas(one.key) for one in places[:4]))
+    assert not any(world.replicas(one.key) for one in places[4:])
+    engine.step({"p"})
+    world.gate("fifth").open()
+    idle(engine)
+    assert all(world.replicas(one.key) for one in places)
+
+
 @pytest.mark.parametrize("what", ["", "reserve", "commit"])
 def test_without_a_metadata_server_nothing_is_stored_and_the_request_is_sent(world, engine, what):
     world.down.add(what)
