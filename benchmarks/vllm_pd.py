@@ -15,8 +15,9 @@ taken there. Prefiller and plain vLLM compute on the first core, the decoder on 
 and this client go where the kernel puts them. Prompts are fresh random token ids. Every answer is held against the
 plain one's. The first prompts of a system, one each of the shortest and the longest length, are not counted.
 
-`ttft`, `total`: as the client sees them, through the router or proxy. `decoder`: until the decoder's first token came,
-with all KV stored before it was asked: at the proxy for nixl and lmcache, at the node's own API for kvferry and bare.
+`ttft`, `total`: as the client sees them, through the router or proxy; `token`: each token after the first.
+`decoder`: until the decoder's first token came, with all KV stored before it was asked: at the proxy for nixl and
+lmcache, at the node's own API for kvferry and bare.
 `reuse`: one node has computed a prefix (the tokens rounded to a multiple of 256) and 32 tokens more; a second later
 another prompt with that prefix and 32 other tokens is asked of the other node: LMCache's directly, kvferry's through
 its router.

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from benchmarks.vllm_pd_client import Measured
+from benchmarks.vllm_pd_client import NEW_TOKENS, Measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,11 @@ def of(result: SystemResult, tokens: int, value: Callable[[Round], float | None]
     return median(value(one) for one in result.rounds.get(tokens, []))
 
 
+def token_s(measured: Measured) -> float:
+    """Seconds a token, of those after the first."""
+    return (measured.total_s - measured.ttft_s) / (NEW_TOKENS - 1)
+
+
 def row(results: list[SystemResult], tokens: int) -> dict[str, float | int | None]:
     """One row of RESULT. `same_tokens`: the share of answers that equal the plain vLLM's to the last token."""
     rounds = [one for result in results for one in result.rounds.get(tokens, [])]
@@ -52,6 +57,9 @@ def row(results: list[SystemResult], tokens: int) -> dict[str, float | int | Non
             continue
         figures[f"{result.name}_ttft_s"] = of(result, tokens, lambda one: one.whole.ttft_s)
         figures[f"{result.name}_total_s"] = of(result, tokens, lambda one: one.whole.total_s)
+        figures[f"{result.name}_token_of_plain"] = of(
+            result, tokens, lambda one: token_s(one.whole) / token_s(one.plain)
+        )
         figures[f"{result.name}_decoder_ttft_s"] = of(result, tokens, lambda one: one.decoder_ttft_s)
         if result.name != "nixl":
             figures[f"{result.name}_reuse_ttft_s"] = of(
@@ -69,7 +77,7 @@ def print_system(result: SystemResult) -> None:
         print(f"not measured: {result.problem}")
     if not result.rounds:
         return
-    names = ("tokens", "plain", "ttft", "of plain", "total", "decoder", "reuse", "same")
+    names = ("tokens", "plain", "ttft", "of plain", "total", "token", "of plain", "decoder", "reuse", "same")
     print("".join(f"{name:>10}" for name in names))
     for tokens, rounds in result.rounds.items():
         plain = of(result, tokens, lambda one: one.plain.ttft_s) or 0.0
@@ -80,6 +88,8 @@ def print_system(result: SystemResult) -> None:
             f"{ttft:.3f}",
             f"{ttft / plain:.3f}",
             _cell(of(result, tokens, lambda one: one.whole.total_s)),
+            _cell(of(result, tokens, lambda one: token_s(one.whole))),
+            _cell(of(result, tokens, lambda one: token_s(one.whole) / token_s(one.plain))),
             _cell(of(result, tokens, lambda one: one.decoder_ttft_s)),
             _cell(of(result, tokens, lambda one: one.reuse.ttft_s if one.reuse else None)),
             f"{sum(one.plain.token_ids == one.whole.token_ids for one in rounds)}/{len(rounds)}",
