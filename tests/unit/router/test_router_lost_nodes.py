@@ -87,6 +87,26 @@ async def test_a_decode_on_a_node_that_hangs_goes_on_elsewhere(rig: Rig) -> None
     await assert_quiet(rig)
 
 
+async def test_a_prefill_into_a_node_that_hangs_is_not_waited_for(rig: Rig) -> None:
+    for name in ("d0", "d1"):
+        rig.nodes[name].wait_for_handoff = True
+    run = open_run(rig)
+    route = run.record.route
+    assert route is not None and route.prefiller is not None
+    prefiller, decoder = rig.nodes[route.prefiller], rig.nodes[route.decoder]
+    prefiller.prefill_gate = asyncio.Event()  # it would write until its transport gives up
+    task = asyncio.create_task(tokens_of(run))
+    await until(lambda: len(prefiller.prefills) == len(decoder.generates) == 1)
+    hang(decoder)
+    await rig.cluster.probe()
+    assert await task == expected(PROMPT, 8)
+    assert run.record.retried_legs == [("decode", "node_unavailable"), ("prefill", "engine_error")]
+    (other,) = {"d0", "d1"} - {decoder.id}
+    (again,) = rig.nodes[next(iter({"p0", "p1"} - {prefiller.id}))].prefills
+    assert again.prefer_segment == f"{other}.1"
+    await assert_quiet(rig)
+
+
 async def test_a_node_that_answers_anything_in_time_is_not_lost() -> None:
     rig = await make_rig()
     clock, lost = ManualClock(), list[str]()
@@ -110,16 +130,6 @@ async def test_a_node_that_answers_anything_in_time_is_not_lost() -> None:
     assert lost == ["d0"]
 
 
-async def test_an_error_is_an_answer(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    lost: list[str] = []
-    rig.cluster.on_lost.append(lambda node, error: lost.append(node))
-
-    def refuse() -> None:
-        raise EngineError("no report today")
-
-    monkeypatch.setattr(rig.nodes["d0"], "_check", refuse)
-    await rig.cluster.probe()
-    assert lost == [] and rig.cluster.nodes["d0"].problem == "no report today"
 class Watched:
     """A cluster whose clock we turn, and whom it has given up."""
 
@@ -170,3 +180,13 @@ async def test_a_silent_node_of_whose_lease_nothing_is_known_is_lost_later(heard
     assert watched.lost == ["d0: node d0 has answered nothing for 12 s"]
 
 
+async def test_an_error_is_an_answer(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost: list[str] = []
+    rig.cluster.on_lost.append(lambda node, error: lost.append(node))
+
+    def refuse() -> None:
+        raise EngineError("no report today")
+
+    monkeypatch.setattr(rig.nodes["d0"], "_check", refuse)
+    await rig.cluster.probe()
+    assert lost == [] and rig.cluster.nodes["d0"].problem == "no report today"
