@@ -17,6 +17,7 @@ Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Text = Annotated[str, msgspec.Meta(min_length=1)]
 TransportKind = Literal["auto", "shm", "tcp", "ucx", "nixl"]
+FallbackKind = Literal["auto", "shm", "tcp"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -111,7 +112,9 @@ class TransportConfig(_Section, frozen=True, kw_only=True):
 
     kind: TransportKind = "auto"
     devices: list[str] = []
-    fallback: TransportKind | None = None
+    fallback: FallbackKind | None = None
+    """What is used, with a warning, where `ucx` or `nixl` cannot be: one that needs no library and no device. Refused
+    beside the other kinds, which would never use it."""
     ucx_library: str | None = None
     """The libucp to load, a path or a name; the system's libucp.so.0 if not given."""
     streams: Count = 2

@@ -146,7 +146,10 @@ def _check_bounds(config: ClusterConfig) -> Iterator[str]:
             f"store.low_watermark: {store.low_watermark} is not below store.high_watermark {store.high_watermark};"
             " eviction starts at the high and ends at the low one"
         )
-    if config.transport.devices and config.transport.kind not in ("ucx", "nixl"):
-        yield f"transport.devices: only transports ucx and nixl use devices, this is {config.transport.kind}"
-    if config.transport.fallback == config.transport.kind:
-        yield f"transport.fallback: {config.transport.fallback} is the transport itself"
+    kind = config.transport.kind
+    if kind in ("ucx", "nixl"):
+        return
+    if config.transport.devices:
+        yield f"transport.devices: only transports ucx and nixl use devices, this is {kind}"
+    if config.transport.fallback is not None:
+        yield f"transport.fallback: only transports ucx and nixl ever use one, this is {kind}; take it out"

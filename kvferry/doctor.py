@@ -183,7 +183,7 @@ def _check_library(kind: str, transport: TransportConfig) -> list[Finding]:
     try:
         build, probe = _open_nixl(transport) if kind == "nixl" else _open_ucx(transport)
     except ConfigError as error:
-        if transport.fallback not in (None, "ucx", "nixl"):
+        if transport.fallback is not None:
             return [Finding(subject, True, f"{error.message}; {transport.fallback} is used instead")]
         return [Finding(subject, False, *_halves(error.message))]
     verbs = "with verbs" if "ib" in probe.components else "without verbs"

@@ -30,8 +30,8 @@ class KVStore:
 
     `node_id` and `incarnation` name the node that the process belongs to: its reservations die with it, and its own
     segment is read first, then those on the same `host_id` (None: not known). `spec.chunk_bytes` is the payload of
-    every full chunk. `run_blocking` runs checksums over large payloads (default: in a thread); a simulation passes
-    `run_inline`.
+    every full chunk. `run_blocking` runs checksums over large payloads and `register` (default: in a thread); a
+    simulation passes `run_inline`.
     """
 
     def __init__(
@@ -64,7 +64,8 @@ class KVStore:
             background=self._background,
         )
         routes = Routes(transfer, node_id, host_id, clock)
-        run = run_blocking or asyncio.to_thread
+        self._transfer = transfer
+        self._run_blocking = run = run_blocking or asyncio.to_thread
         self._reader = ChunkReader(
             fingerprint=spec.fingerprint,
             transfer=transfer,
@@ -88,6 +89,11 @@ class KVStore:
             clock=clock,
             counters=self._counters,
         )
+
+    async def register(self, region: memoryview) -> None:
+        """Make local memory that chunks are read into and written from known to the transports: once, before its first
+        use, and it lives until they are closed. Off the loop: RDMA pins it. Raises ConfigError if it cannot be."""
+        await self._run_blocking(lambda: self._transfer.register(region))
 
     async def match(self, keys: Sequence[ChunkKey], *, timeout_s: float) -> Match:
         """Longest prefix of `keys` that is complete. Metadata server away: an empty Match, counted, never an error.

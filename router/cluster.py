@@ -26,6 +26,9 @@ from router.policy import ClusterView, NodeView
 LOST_ROUNDS = 4
 """Rounds of probes without an answer (12 s by default) after which legs on a node are given up. A process that dies
 breaks its connections and is noticed by them; a host that hangs or is cut off breaks none."""
+LOST_ROUNDS_LAPSED = 1
+"""As many do (3 s by default: two probes, as one is not waited for so long) once the metadata server, which hears
+nothing of the node either, has said that its lease has ended."""
 _log = logging.getLogger("router")
 
 
@@ -38,6 +41,8 @@ class KnownNode:
     url: str
     static: bool
     registered: bool = False
+    lapsed: bool = False
+    """The metadata server has said that it is gone, and not that it is back. False while that has said nothing."""
     report: NodeReport | None = None
     problem: str | None = "not probed yet"
     silent_since: float | None = None
@@ -74,7 +79,7 @@ class Cluster:
         self._client = client
         self._clock = clock
         self._wake = asyncio.Event()
-        self._lost_after_s = LOST_ROUNDS * (config.router.probe_interval_s + config.router.connect_timeout_s)
+        self._round_s = config.router.probe_interval_s + config.router.connect_timeout_s
         self.on_lost: list[Callable[[str, KVFerryError], None]] = []
         """Called with a node's id and why its legs are lost, at each probe for as long as it stays silent."""
         self.index = PrefixIndex()
@@ -122,8 +127,9 @@ class Cluster:
         if node.silent_since is None:
             node.silent_since = asked_at
         silent_s = self._clock.now() - node.silent_since
-        if silent_s >= self._lost_after_s:
-            error = NodeUnavailableError(f"node {node.id} has answered nothing for {silent_s:.0f} s")
+        if silent_s >= self._round_s * (LOST_ROUNDS_LAPSED if node.lapsed else LOST_ROUNDS):
+            without = ", its lease has ended" if node.lapsed else ""
+            error = NodeUnavailableError(f"node {node.id} has answered nothing for {silent_s:.0f} s{without}")
             for tell in self.on_lost:
                 tell(node.id, error)
 
@@ -160,7 +166,7 @@ class Cluster:
         """Forget what was learnt from events; a snapshot follows."""
         self.index.reset()
         for node in self.nodes.values():
-            node.registered = False
+            node.registered = node.lapsed = False
 
     def on_events(self, events: Sequence[Event]) -> None:
         """Apply changes in order."""
@@ -179,7 +185,7 @@ class Cluster:
         known = self.nodes.get(info.id)
         if known is None or not (known.static or (known.url, known.role) == (info.control_url, info.role)):
             self.nodes[info.id] = known = KnownNode(info.id, info.role, info.control_url, static=False)
-        known.registered = True
+        known.registered, known.lapsed = True, False
         self._wake.set()
 
     def _node_down(self, node_id: str) -> None:
@@ -187,7 +193,7 @@ class Cluster:
         node = self.nodes.get(node_id)
         if node is None:
             return
-        node.registered = False
+        node.registered, node.lapsed = False, True
         if not node.static:
             node.problem = "the metadata server has given it up"
         self._wake.set()

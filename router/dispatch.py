@@ -229,10 +229,18 @@ class RequestRun:
         self._unread = deque(emit for emit in self._unread if emit.index != index)
 
     def give_up(self, node: str, error: KVFerryError) -> None:
-        """This node is lost, and each leg on it or waiting for its KV, though nothing broke off: go on elsewhere."""
+        """This node is lost, and each leg on it, waiting for its KV or writing KV into it, though nothing broke off: go
+        on elsewhere. The writing one is the last: by then its successor knows the next decoder."""
         starved: KVFerryError = EngineError(f"waited for KV of node {node}, which is lost: {error.message}")
-        for leg in list(self.record.legs):
-            failure = error if leg.node == node else starved if self.machine.fetches_from(leg.id) == node else None
+        stuck: KVFerryError = EngineError(f"wrote KV into node {node}, which is lost: {error.message}")
+        for leg in sorted(self.record.legs, key=lambda leg: self.machine.saves_for(leg.id) == node):
+            failure: KVFerryError | None = None
+            if leg.node == node:
+                failure = error
+            elif self.machine.fetches_from(leg.id) == node:
+                failure = starved
+            elif self.machine.saves_for(leg.id) == node:
+                failure = stuck
             task = self._tasks.get(leg.id)
             if failure is None or task is None or task.cancelling():
                 continue

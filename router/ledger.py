@@ -108,6 +108,8 @@ class RequestMachine:
         self._completions = [Completion() for _ in range(n)]
         self._decodes: dict[str, DecodeLeg] = {}
         self._prefill: tuple[str, str] | None = None
+        self._prefill_for = ""
+        """The decoder that the last prefill leg was started for."""
         self._prefill_tries = 0
         self._held: str | None = None
         """The decoder, while no decode leg starts before the prefill leg has ended."""
@@ -144,6 +146,11 @@ class RequestMachine:
         """The prefiller whose KV this decode leg may still be waiting for."""
         found = self._decodes.get(leg)
         return found.source.node if found is not None and found.source is not None and found.fetches else None
+
+    def saves_for(self, leg: str) -> str | None:
+        """The decoder into whose segment this prefill leg writes first, while it runs."""
+        running = self._prefill is not None and self._prefill[0] == leg and self._kind is HandoffKind.KVFERRY
+        return self._prefill_for if running else None
 
     def start(self, route: Route) -> list[Action]:
         """The first actions. Called once."""
@@ -200,7 +207,7 @@ class RequestMachine:
 
     def _start_prefill(self, node: str, decoder: str) -> list[Action]:
         self._prefill_tries += 1
-        self._prefill = (self._next_leg("p"), node)
+        self._prefill, self._prefill_for = (self._next_leg("p"), node), decoder
         return [StartPrefill(*self._prefill, decoder)]
 
     def _running_source(self) -> KVSource | None:

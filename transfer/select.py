@@ -7,8 +7,9 @@ fallback.
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
+from typing import get_args
 
-from kvcore.config import TransportConfig
+from kvcore.config import FallbackKind, TransportConfig, TransportKind
 from kvcore.errors import ConfigError, PeerUnreachableError, TransferError
 from kvcore.telemetry import log_fields
 from kvcore.types import Segment
@@ -146,8 +147,11 @@ def build_transfer(config: TransportConfig, host_id: str) -> TransferSelector:
 
 
 def _check_kinds(config: TransportConfig) -> None:
-    known = ("auto", "shm", "tcp", *_LIBRARIES)
-    for field, value in (("kind", config.kind), ("fallback", config.fallback)):
+    """For configurations that no file was read for."""
+    for field, value, known in (
+        ("kind", config.kind, get_args(TransportKind)),
+        ("fallback", config.fallback, get_args(FallbackKind)),
+    ):
         if value is not None and value not in known:
             raise ConfigError(
                 f"transport.{field}: {value!r} is not one of {', '.join(known)}", param=f"transport.{field}"
@@ -156,7 +160,7 @@ def _check_kinds(config: TransportConfig) -> None:
 
 def _fall_back(config: TransportConfig, error: ConfigError) -> None:
     """Go on with the written fallback, and say why; raise `error` if there is none."""
-    if config.fallback is None or config.fallback in _LIBRARIES:
+    if config.fallback is None:
         raise error
     log_fields(
         _LOG, logging.WARNING, "transfer.fallback", asked=config.kind, used=config.fallback, reason=error.message

@@ -109,6 +109,13 @@ class EngineLoop:
         self._closing = False
 
     async def __aenter__(self) -> Self:
+        """Raises ConfigError where the store's transports cannot have the KV memory (RDMA pins it)."""
+        if self._port is not None:
+            try:
+                await self._port.store.register(self._runner.memory)
+            except BaseException:
+                await self._runner.aclose()
+                raise
         await self._tasks.__aenter__()
         self._step_task = self._tasks.create_task(self._run(), name="engine-steps")
         return self

@@ -53,6 +53,11 @@ class ModelRunner(Protocol):
         """Never changes."""
         ...
 
+    @property
+    def memory(self) -> memoryview:
+        """All that `block_view` shows, and no more; stays where it is for as long as the runner lives."""
+        ...
+
     async def execute(self, slices: Sequence[StepSlice]) -> StepOutput:
         """Run one step: at least one slice, each with at least one token. Writes the slices' KV into their blocks."""
         ...

@@ -59,6 +59,11 @@ class SimRunner:
         """Made from the configuration."""
         return self._info
 
+    @property
+    def memory(self) -> memoryview:
+        """See `ModelRunner.memory`."""
+        return self._memory
+
     async def execute(self, slices: Sequence[StepSlice]) -> StepOutput:
         """See `ModelRunner.execute`. Cancelled while it sleeps, it has written nothing."""
         await asyncio.sleep(self.step_seconds(slices))

@@ -57,14 +57,15 @@ class PagedKV:
         ]
         self.pages = [(pages[2 * layer :], pages[2 * layer + 1 :]) for layer in range(g.num_layers)]
         # numpy knows no bfloat16, so the bytes are shown as bytes.
-        self._bytes = memoryview(self.blocks.view(-1).view(torch.uint8).numpy())
+        self.memory = memoryview(self.blocks.view(-1).view(torch.uint8).numpy())
+        """The bytes of all blocks."""
 
     def block_view(self, block_id: int) -> memoryview:
         """The bytes of one block, writable; the same address each time. Raises IndexError for an unknown block."""
         if not 0 <= block_id < self.num_blocks:
             raise IndexError(f"block {block_id} of {self.num_blocks}")
         size = self.geometry.block_bytes
-        return self._bytes[block_id * size : (block_id + 1) * size]
+        return self.memory[block_id * size : (block_id + 1) * size]
 
     def clear_block(self, block_id: int) -> None:
         """Zero all its rows."""

@@ -44,6 +44,11 @@ class TorchRunner:
         """What never changes; `max_context` is also bounded by what all blocks together hold."""
         return self._info
 
+    @property
+    def memory(self) -> memoryview:
+        """See `ModelRunner.memory`."""
+        return self._kv.memory
+
     async def execute(self, slices: Sequence[StepSlice]) -> StepOutput:
         """One forward and its draws, off the loop. Raises EngineError. A cancelled step runs to its end first."""
         step = asyncio.get_running_loop().run_in_executor(self._worker, self._step, slices)

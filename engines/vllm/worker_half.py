@@ -193,7 +193,7 @@ class WorkerHalf:
             stack.push_async_callback(self._blocks.aclose)
             opened = await stack.enter_async_context(self._open_store(self._settings, self.spec))
             for region in self._blocks.start(self.spec.chunk_bytes // self._blocks.block_bytes):
-                opened.register(region)
+                await opened.store.register(region)
             running = await stack.enter_async_context(self._start(opened))
             self._started.set_result(running)
             await running.stopping.wait()

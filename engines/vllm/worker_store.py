@@ -14,10 +14,9 @@ from transfer.select import build_transfer
 
 @dataclass(frozen=True, slots=True)
 class OpenedStore:
-    """A store; `register` makes local memory known to its transports; `transports` as WorkerSample.transports."""
+    """A store; `transports` as WorkerSample.transports."""
 
     store: KVStore
-    register: Callable[[memoryview], None] = lambda region: None
     transports: Callable[[], dict[str, str]] = dict
 
     def totals(self) -> dict[str, int]:
@@ -55,4 +54,4 @@ async def open_store(settings: ConnectorSettings, spec: KVSpec) -> AsyncIterator
             verify=settings.verify,
         )
         stack.push_async_callback(store.aclose)
-        yield OpenedStore(store, transfer.register, lambda: dict(transfer.choices()))
+        yield OpenedStore(store, lambda: dict(transfer.choices()))

@@ -57,6 +57,7 @@ def test_faults_did_happen_and_were_survived(totals):
         *("chunks_loaded", "chunk_miss_absent", "chunk_miss_checksum", "chunk_miss_unreachable", "writes_failed"),
         *("quarantined_checksum", "quarantined_unreachable", "at_rest_ok", "at_rest_checksum", "imported"),
         *("evicted", "expired", "leases_expired", "declined_full", "commit_refused", "preemptions", "index_resets"),
+        "given_up",
     ]
     assert not [name for name in happened if not totals[name]], totals
     assert totals["failed"] <= totals["accepted"] // 100, "requests are saved from faults, but for very few"

@@ -1,13 +1,12 @@
 """Two machines on one: network namespaces joined by a veth pair, or by a wire that delays, loses and can be cut.
 
-`tc netem` is not in every kernel; `support.netns_wire` does the same in user space. Owns the namespaces, the interfaces
-and the wire's process; all of them are gone afterwards. What a killed run left behind goes with the next.
+`tc netem` is not in every kernel; `support.netns_wire` does the same in user space. Owns the interfaces and the wire's
+process; all of them are gone afterwards.
 """
 
 import ctypes
 import fcntl
 import os
-import shutil
 import struct
 import subprocess
 import sys
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Literal
 
 from support import netns_wire
+
+from benchmarks.namespaces import bring_up, ip, namespaces_need, two_namespaces
 
 DEVICE = "kv0"
 """The interface between the two, on either side."""
@@ -50,14 +51,14 @@ class TwoMachines:
         """A wire loses everything from now on, without a word to either side; of a veth pair the far end goes down,
         and the near one loses its carrier."""
         if self._wire is None:
-            _ip("-n", self._names[1], "link", "set", DEVICE, "down")
+            ip("-n", self._names[1], "link", "set", DEVICE, "down")
         else:
             self.shape(loss=1.0)
 
     def mend(self) -> None:
         """The link is as it was at first."""
         if self._wire is None:
-            _ip("-n", self._names[1], "link", "set", DEVICE, "up")
+            ip("-n", self._names[1], "link", "set", DEVICE, "up")
         else:
             self.shape()
 
@@ -81,38 +82,28 @@ class TwoMachines:
 
 def missing_namespaces() -> str:
     """Why there can be no two machines here; empty: there can."""
-    if os.geteuid() != 0:
-        return "network namespaces need root"
-    if shutil.which("ip") is None:
-        return "network namespaces need `ip` (iproute2)"
+    if missing := namespaces_need():
+        return f"network namespaces need {missing}"
     name = f"{_PREFIX}{os.getpid()}p"
     try:
-        _ip("netns", "add", name)
+        ip("netns", "add", name)
     except RuntimeError as error:
         return f"no network namespace can be made: {error}"
-    _ip("netns", "del", name)
+    ip("netns", "del", name)
     return "" if Path("/dev/net/tun").exists() else "the wire needs /dev/net/tun"
 
 
 @contextmanager
 def two_machines(link: LinkKind, *, seed: int = 1) -> Iterator[TwoMachines]:
     """Both have `DEVICE` with one of `ADDRESSES`, and their own loopback; nothing else."""
-    _remove_left_behind()
-    first, second = (f"{_PREFIX}{os.getpid()}{side}" for side in "ab")
-    with ExitStack() as stack:
-        for name in (first, second):
-            _ip("netns", "add", name)
-            stack.callback(_ip, "netns", "del", name)
+    with two_namespaces(_PREFIX) as names, ExitStack() as stack:
         wire = None
         if link == "veth":
-            _ip("link", "add", DEVICE, "netns", first, "type", "veth", "peer", "name", DEVICE, "netns", second)
+            ip("link", "add", DEVICE, "netns", names[0], "type", "veth", "peer", "name", DEVICE, "netns", names[1])
         else:
-            wire = stack.enter_context(_wire((first, second), seed))
-        for name, address in zip((first, second), ADDRESSES, strict=True):
-            _ip("-n", name, "addr", "add", f"{address}/30", "dev", DEVICE)
-            _ip("-n", name, "link", "set", "lo", "up")
-            _ip("-n", name, "link", "set", DEVICE, "up")
-        yield TwoMachines((first, second), wire)
+            wire = stack.enter_context(_wire(names, seed))
+        bring_up(names, DEVICE, ADDRESSES)
+        yield TwoMachines(names, wire)
 
 
 @contextmanager
@@ -123,7 +114,7 @@ def _wire(names: tuple[str, str], seed: int) -> "Iterator[subprocess.Popen[str]]
         for name in names:
             taps.append(os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC))
             fcntl.ioctl(taps[-1], _TUNSETIFF, struct.pack("16sH22x", name.encode(), _IFF_TAP_NO_PI))
-            _ip("link", "set", name, "netns", name, "name", DEVICE)
+            ip("link", "set", name, "netns", name, "name", DEVICE)
         command = [sys.executable, "-I", "-S", netns_wire.__file__, *map(str, taps), str(seed)]
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, pass_fds=taps, start_new_session=True
@@ -148,16 +139,3 @@ def _set_namespace(descriptor: int) -> None:
     if libc.setns(descriptor, _CLONE_NEWNET) != 0:
         error = ctypes.get_errno()
         raise OSError(error, f"setns: {os.strerror(error)}")
-
-
-def _remove_left_behind() -> None:
-    for path in Path("/run/netns").glob(f"{_PREFIX}*"):
-        pid = path.name.removeprefix(_PREFIX)[:-1]
-        if pid.isdecimal() and not Path(f"/proc/{pid}").exists():
-            _ip("netns", "del", path.name)
-
-
-def _ip(*arguments: str) -> None:
-    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")

@@ -137,6 +137,7 @@ class SimCluster:
             router=ROUTER,
         )
         self.cluster = Cluster(config, self.client, self.clock)
+        self.cluster.on_lost.append(lambda name, error: self.trace("given_up", name, error.message))
         source = SimEventSource(self.network, self.router, lambda: self.metadata.core)
         self.subscription = IndexSubscription(source, self.cluster, self.clock)
         self.log = RequestLog()

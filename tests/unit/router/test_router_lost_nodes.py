@@ -8,11 +8,20 @@ from support.router_fakes import FakeNode, Rig, expected, make_rig, until
 from engines.base import SamplingParams
 from kvcore.clock import ManualClock
 from kvcore.errors import EngineError
+from kvcore.types import NodeInfo, Role
+from metadata_server.messages import Event, EventKind
 from router import cluster as cluster_module
 from router.dispatch import RequestRun
 from router.leg_requests import RequestSpec
 
 PROMPT = [i % 250 for i in range(100)]
+UP = Event(
+    seq=1,
+    kind=EventKind.NODE_UP,
+    node_id="d0",
+    node=NodeInfo(id="d0", role=Role.DECODER, control_url="", incarnation=1),
+)
+DOWN = Event(seq=2, kind=EventKind.NODE_DOWN, node_id="d0")
 
 
 def open_run(rig: Rig) -> RequestRun:
@@ -78,6 +87,26 @@ async def test_a_decode_on_a_node_that_hangs_goes_on_elsewhere(rig: Rig) -> None
     await assert_quiet(rig)
 
 
+async def test_a_prefill_into_a_node_that_hangs_is_not_waited_for(rig: Rig) -> None:
+    for name in ("d0", "d1"):
+        rig.nodes[name].wait_for_handoff = True
+    run = open_run(rig)
+    route = run.record.route
+    assert route is not None and route.prefiller is not None
+    prefiller, decoder = rig.nodes[route.prefiller], rig.nodes[route.decoder]
+    prefiller.prefill_gate = asyncio.Event()  # it would write until its transport gives up
+    task = asyncio.create_task(tokens_of(run))
+    await until(lambda: len(prefiller.prefills) == len(decoder.generates) == 1)
+    hang(decoder)
+    await rig.cluster.probe()
+    assert await task == expected(PROMPT, 8)
+    assert run.record.retried_legs == [("decode", "node_unavailable"), ("prefill", "engine_error")]
+    (other,) = {"d0", "d1"} - {decoder.id}
+    (again,) = rig.nodes[next(iter({"p0", "p1"} - {prefiller.id}))].prefills
+    assert again.prefer_segment == f"{other}.1"
+    await assert_quiet(rig)
+
+
 async def test_a_node_that_answers_anything_in_time_is_not_lost() -> None:
     rig = await make_rig()
     clock, lost = ManualClock(), list[str]()
@@ -99,6 +128,56 @@ async def test_a_node_that_answers_anything_in_time_is_not_lost() -> None:
     clock.advance(0.2)
     await rig.cluster.probe()
     assert lost == ["d0"]
+
+
+class Watched:
+    """A cluster whose clock we turn, and whom it has given up."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.cluster, self.node = rig.cluster, rig.nodes["d0"]
+        self.clock = self.cluster._clock = ManualClock()
+        self.lost: list[str] = []
+        self.cluster.on_lost.append(lambda node, error: self.lost.append(f"{node}: {error.message}"))
+
+    async def later(self, seconds: float) -> None:
+        self.clock.advance(seconds)
+        await self.cluster.probe()
+
+
+async def test_a_silent_node_whose_lease_has_ended_is_lost_sooner() -> None:
+    watched = Watched(await make_rig())
+    watched.cluster.on_events([UP, DOWN])
+    watched.node.down = True
+    await watched.cluster.probe()
+    await watched.later(2.9)
+    assert watched.lost == []
+    await watched.later(0.2)
+    assert watched.lost == ["d0: node d0 has answered nothing for 3 s, its lease has ended"]
+
+
+async def test_a_node_that_answers_is_not_lost_whatever_its_lease() -> None:
+    watched = Watched(await make_rig())
+    watched.cluster.on_events([UP, DOWN])
+    for _ in range(10):  # one probe of two is lost on its way
+        watched.node.down = not watched.node.down
+        await watched.later(2.9)
+    assert watched.lost == []
+
+
+@pytest.mark.parametrize("heard", ["nothing", "up", "down, up", "down, reset"])
+async def test_a_silent_node_of_whose_lease_nothing_is_known_is_lost_later(heard: str) -> None:
+    watched = Watched(await make_rig())
+    for word in heard.split(", "):
+        if word == "reset":  # another life of the metadata server, which knows nobody yet
+            watched.cluster.on_reset()
+        elif word != "nothing":
+            watched.cluster.on_events([UP if word == "up" else DOWN])
+    watched.node.down = True
+    await watched.cluster.probe()
+    await watched.later(11.9)
+    assert watched.lost == []
+    await watched.later(0.2)
+    assert watched.lost == ["d0: node d0 has answered nothing for 12 s"]
 
 
 async def test_an_error_is_an_answer(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

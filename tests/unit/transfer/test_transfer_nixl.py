@@ -185,8 +185,6 @@ async def test_a_device_that_is_not_here_stops_it_unless_a_fallback_is_written(
 ) -> None:
     with pytest.raises(ConfigError, match="mlx5_77"):
         build_transfer(TransportConfig(kind="nixl", devices=["mlx5_77"]), "here")
-    with pytest.raises(ConfigError, match="mlx5_77"):
-        build_transfer(TransportConfig(kind="nixl", devices=["mlx5_77"], fallback="ucx"), "here")
     engine = build_transfer(TransportConfig(kind="nixl", devices=["mlx5_77"], fallback="tcp"), "here")
     assert engine.kind == "tcp"
     assert "asked=nixl" in caplog.text and "mlx5_77 is not on this machine" in caplog.text
