@@ -1,12 +1,11 @@
 """Prompts for the cluster of vLLM engines, asked with what a single vLLM answers at hand."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from support.cluster import ClusterHandle, Streamed
 from support.tiny_models import VOCAB_SIZE
-from support.vllm_reference import Reference, vllm_reference
+from support.vllm_reference import Reference, SingleVllm
 
 BLOCK = 128
 NEW_TOKENS = 8
@@ -25,9 +24,9 @@ def prompt_of(length: int, seed: int) -> list[int]:
 class Questions:
     """Prompts by name, each with its reference; all references are computed in one go."""
 
-    def __init__(self, model: Path, prompts: Sequence[Sequence[int]], max_tokens: int, context: int) -> None:
+    def __init__(self, single: SingleVllm, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
         self._max_tokens = max_tokens
-        answers = vllm_reference(model, prompts, max_tokens, max_model_len=context)
+        answers = single.answers(prompts, max_tokens)
         self._references = {tuple(prompt): answer for prompt, answer in zip(prompts, answers, strict=True)}
 
     def reference(self, prompt: Sequence[int]) -> Reference:

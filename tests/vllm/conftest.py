@@ -5,13 +5,15 @@ decoders in turn, each bound to a core as far as there are.
 """
 
 import importlib.metadata
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 from support.cluster import ClusterHandle, cluster
 from support.tiny_models import make_tiny_model
+from support.vllm_reference import SingleVllm
 
 try:
     importlib.metadata.version("vllm")  # not find_spec: this folder itself would do as a package of that name
@@ -32,6 +34,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model's folder."""
     return make_tiny_model("qwen3", tmp_path_factory.mktemp("model") / "qwen3", max_context=CONTEXT, head_dim=64)
+
+
+@pytest.fixture(scope="session")
+def single(tiny: Path) -> Iterator[SingleVllm]:
+    """One vLLM without kvferry that has the model."""
+    with closing(SingleVllm(tiny, max_model_len=CONTEXT)) as single:
+        yield single
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

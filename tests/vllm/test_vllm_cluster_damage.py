@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from support.cluster import ClusterHandle
 from support.vllm_questions import BLOCK, NEW_TOKENS, Questions, prompt_of
+from support.vllm_reference import SingleVllm
 
 from kvcore.chunk_keys import chunk_keys, root_key
 from kvcore.clock import SystemClock
@@ -56,8 +57,8 @@ def header_of(extent: memoryview) -> ChunkHeader:
 
 
 @pytest.fixture(scope="module")
-def questions(tiny) -> Questions:
-    return Questions(tiny, list(PROMPTS.values()), NEW_TOKENS, 4224)
+def questions(single: SingleVllm) -> Questions:
+    return Questions(single, list(PROMPTS.values()), NEW_TOKENS)
 
 
 async def lookup(subject: ClusterHandle, prompt: list[int]) -> MatchReply:

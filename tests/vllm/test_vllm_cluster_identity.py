@@ -1,7 +1,6 @@
 """Tokens that come out of a cluster of vLLM engines are those of one vLLM, and the decoder computes next to none."""
 
 import asyncio
-from pathlib import Path
 
 import pytest
 from support.cluster import ClusterHandle
@@ -14,6 +13,7 @@ from support.vllm_questions import (
     prompt_of,
     vllm_metric,
 )
+from support.vllm_reference import SingleVllm
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200), pytest.mark.asyncio(loop_scope="session")]
 
@@ -26,8 +26,8 @@ LONGER = 60
 
 
 @pytest.fixture(scope="module")
-def questions(tiny) -> Questions:
-    return Questions(tiny, [*PROMPTS, *CROWD], NEW_TOKENS, 4224)
+def questions(single: SingleVllm) -> Questions:
+    return Questions(single, [*PROMPTS, *CROWD], NEW_TOKENS)
 
 
 async def preemptions(subject: ClusterHandle) -> float:
@@ -59,9 +59,9 @@ async def test_twelve_at_once(subject: ClusterHandle, questions: Questions) -> N
         questions.reference(prompt).check(body["choices"][0]["token_ids"], f"one of twelve, of {len(prompt)}")
 
 
-async def test_more_at_once_than_the_kv_memory_holds(subject: ClusterHandle, tiny: Path) -> None:
+async def test_more_at_once_than_the_kv_memory_holds(subject: ClusterHandle, single: SingleVllm) -> None:
     """Twice: prefills come one after the other, but once all is in the store they all generate at once."""
-    questions = await asyncio.to_thread(Questions, tiny, PREEMPTED, LONGER, 4224)
+    questions = await asyncio.to_thread(Questions, single, PREEMPTED, LONGER)
     before = await preemptions(subject)
     for _ in range(2):
         answers = await asyncio.gather(*(questions.ask(subject, prompt) for prompt in PREEMPTED))

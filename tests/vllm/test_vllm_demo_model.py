@@ -1,10 +1,12 @@
 """The demo model over a prefiller and a decoder of vLLM: tokens of one vLLM, as clients ask for them."""
 
 import asyncio
+from contextlib import closing
 
 import pytest
 from support.cluster import cluster
 from support.vllm_questions import BLOCK, NEW_TOKENS, Questions, computed_tokens
+from support.vllm_reference import SingleVllm
 
 from kvferry.demo_document import document
 from kvferry.demo_model import prepare_demo_model
@@ -20,16 +22,20 @@ async def test_tokens_at_every_length_are_those_of_one_vllm(tmp_path):
     folder = prepare_demo_model()
     words = FolderTokenizer(folder).encode(document())
     prompts = [[seed + 100, *words, *words, *words][:length] for seed, length in enumerate(LENGTHS)]
-    questions = await asyncio.to_thread(Questions, folder, prompts, NEW_TOKENS, CONTEXT)
     overrides = [
         "router.min_prefill_tokens=0",
         f"model.max_context={CONTEXT}",
         "engine.args.kv-cache-memory-bytes=260M",
         "nodes.decode-0.segment=512MiB",
     ]
-    async with cluster(tmp_path, engine="vllm", model=folder, prefillers=1, decoders=1, overrides=overrides) as handle:
-        for prompt in prompts:
-            before = await computed_tokens(handle, "decode-0")
-            answer = await questions.ask(handle, prompt)
-            assert await computed_tokens(handle, "decode-0") - before <= BLOCK, await handle.explain(answer.id)
-            assert answer.usage["prompt_tokens"] == len(prompt)
+    with closing(SingleVllm(folder, max_model_len=CONTEXT)) as single:
+        computing = asyncio.create_task(asyncio.to_thread(Questions, single, prompts, NEW_TOKENS))
+        async with cluster(
+            tmp_path, engine="vllm", model=folder, prefillers=1, decoders=1, overrides=overrides
+        ) as handle:
+            questions = await computing
+            for prompt in prompts:
+                before = await computed_tokens(handle, "decode-0")
+                answer = await questions.ask(handle, prompt)
+                assert await computed_tokens(handle, "decode-0") - before <= BLOCK, await handle.explain(answer.id)
+                assert answer.usage["prompt_tokens"] == len(prompt)

@@ -10,6 +10,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from support.vllm_offline import (
     run_offline,
 )
 from support.vllm_questions import BLOCK, NEW_TOKENS, Questions, prompt_of
+from support.vllm_reference import SingleVllm
 
 from kvcore.config import ByteSize, ModelConfig
 from kvferry.offline_cluster import PRIVATE_PORTS, private_cluster, write_cluster
@@ -43,8 +45,8 @@ CONTEXT = 2048
 
 
 @pytest.fixture(scope="module")
-def questions(tiny: Path) -> Questions:
-    return Questions(tiny, ALL, NEW_TOKENS, CONTEXT)
+def questions(single: SingleVllm) -> Questions:
+    return Questions(single, ALL, NEW_TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +207,8 @@ async def test_a_second_llm_finds_what_the_first_left_in_the_cluster(tiny, other
     check(questions, PROMPTS, shown["second"], "second")
     assert cached(shown["first"]) == cached(shown["foreign"]) == [0] * len(PROMPTS)
     assert all(is_full(*pair) for pair in zip(cached(shown["second"]), LENGTHS, strict=True)), shown["second"]
-    check(Questions(other, PROMPTS, NEW_TOKENS, CONTEXT), PROMPTS, shown["foreign"], "other weights")
+    with closing(SingleVllm(other, max_model_len=CONTEXT)) as single:
+        check(Questions(single, PROMPTS, NEW_TOKENS), PROMPTS, shown["foreign"], "other weights")
 
 
 def from_and_to_the_cluster(model: str, file: str) -> dict[str, Any]:

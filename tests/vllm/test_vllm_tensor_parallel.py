@@ -11,8 +11,8 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]
 PROMPTS = [prompt_of(length, 500 + length) for length in (60, 300, 1000)]
 
 
-async def test_tokens_are_those_of_one_vllm_and_each_rank_moves_its_part(tiny, tmp_path):
-    questions = await asyncio.to_thread(Questions, tiny, PROMPTS, NEW_TOKENS, 4224)
+async def test_tokens_are_those_of_one_vllm_and_each_rank_moves_its_part(tiny, single, tmp_path):
+    questions = await asyncio.to_thread(Questions, single, PROMPTS, NEW_TOKENS)
     overrides = [
         "router.min_prefill_tokens=0",
         "engine.args.tensor-parallel-size=2",
