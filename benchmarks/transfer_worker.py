@@ -41,7 +41,8 @@ _Way = Literal["put", "get"]
 _Move = Callable[[_Way, int, int], Awaitable[None]]
 
 
-def _config(kind: str, device: str) -> TransportConfig:
+def transport_config(kind: str, device: str) -> TransportConfig:
+    """`device`: the network interface that UCX and NIXL use."""
     return TransportConfig(kind=kind, devices=[device] if kind in ("ucx", "nixl") else [])  # type: ignore[arg-type]
 
 
@@ -54,7 +55,7 @@ async def own_segment(size_bytes: int, host: str, device: str) -> None:
         memory = stack.enter_context(SegmentMemory.create("n0.1", size_bytes))
         for kind in KINDS:
             try:
-                hosts = await start_segment_hosts(_config(kind, device), memory, host=host)
+                hosts = await start_segment_hosts(transport_config(kind, device), memory, host=host)
             except ConfigError:  # the initiator says why
                 continue
             stack.push_async_callback(hosts.aclose)
@@ -80,7 +81,7 @@ class Initiator:
         """Make whatever works; `stack` closes it."""
         for kind in KINDS:
             try:
-                engine = build_transfer(_config(kind, device), host_identity())
+                engine = build_transfer(transport_config(kind, device), host_identity())
             except ConfigError as error:
                 self.reasons[kind] = error.message
                 continue

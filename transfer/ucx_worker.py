@@ -168,20 +168,24 @@ class UcxWorker:
             return False
         try:
             endpoint = self._endpoints.get(key)
-            up = endpoint is not None and endpoint.welcome and endpoint.error is None
-            if self._stopping or self._jobs or self._commands or not up:
+            if self._stopping or self._jobs or self._commands:
+                return False
+            if endpoint is None or not endpoint.welcome or endpoint.error is not None:
                 return False
             self._poll.modify(self._event_fd, 0)  # the thread sleeps on
-            self.add(job, key)
-            self._look_at_jobs()
-            until = self._clock.now() + _NOW_S
-            while self._jobs and self._clock.now() < until:
-                if self._lib.ucp_worker_progress(self._worker):
-                    self._look_at_jobs()
-            self._poll.modify(self._event_fd, select.EPOLLIN)
+            try:
+                self.add(job, key)
+                self._look_at_jobs()
+                until = self._clock.now() + _NOW_S
+                while self._jobs and self._clock.now() < until:
+                    if self._lib.ucp_worker_progress(self._worker):
+                        self._look_at_jobs()
+            finally:
+                self._poll.modify(self._event_fd, select.EPOLLIN)
+            unfinished = bool(self._jobs) or endpoint.error is not None
         finally:
             self._turn_lock.release()
-        if self._jobs:
+        if unfinished:
             self.call(lambda: None)
         return True
 
