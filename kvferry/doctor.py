@@ -244,7 +244,7 @@ def _check_memlock() -> Finding:
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if soft == resource.RLIM_INFINITY:
         return Finding("memlock", True, "unlimited")
-    remedy = "set `ulimit -l unlimited` (limits.conf, or LimitMEMLOCK=infinity): RDMA pins the segments"
+    remedy = "set `ulimit -l unlimited` (limits.conf, or LimitMEMLOCK=infinity): RDMA pins segments and KV memory"
     return Finding("memlock", False, f"at most {size_text(soft)} may be pinned", remedy)
 
 
