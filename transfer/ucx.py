@@ -30,6 +30,8 @@ _LOG = logging.getLogger("transfer")
 _JOBS = 64
 """Batches in the worker's hands at once; more wait in line, within their deadlines."""
 _STRIPE_BYTES = 2 << 20
+_ENDPOINTS_A_STREAM = 2
+"""Over TCP an endpoint has one message on its way: while its target copies one, another endpoint's is sent."""
 _AT_ONCE_BYTES = 64 << 10
 """Up to here a batch moves in the loop's thread, if it can: two hand-overs between threads take longer than it."""
 _GRACE_S = 0.25
@@ -40,7 +42,7 @@ _DESCRIPTORS = 1024
 
 
 class UcxTransfer:
-    """TransferEngine over UCX: at most `streams` endpoints a segment, made when first used.
+    """TransferEngine over UCX: at most twice `streams` endpoints a segment, made when first used.
 
     Raises ConfigError (see `_open`).
     """
@@ -50,7 +52,7 @@ class UcxTransfer:
     def __init__(self, config: TransportConfig) -> None:
         self._worker = _open(config, "kvferry-ucx", None)
         self._worker.start()
-        self._streams = config.streams
+        self._endpoints = _ENDPOINTS_A_STREAM * config.streams
         self._ucx = self._worker.library.version[:2]
         self._slots = asyncio.Semaphore(_JOBS)
         self._descriptors: dict[tuple[str, str, int], UcxDescriptor] = {}
@@ -124,12 +126,12 @@ class UcxTransfer:
     async def _run(
         self, direction: Direction, key: tuple[str, str, int], ops: list[TransferOp], deadline: Deadline
     ) -> TransferError | None:
-        """One batch on one segment, striped if it is large: while one endpoint sends, another's target copies."""
+        """One batch on one segment, striped over endpoints if it is large."""
         try:
             descriptor = self._descriptor(key, ops[0].segment)
         except TransferError as error:
             return error
-        stripes = stripe(list(enumerate(ops)), self._streams, _STRIPE_BYTES)
+        stripes = stripe(list(enumerate(ops)), self._endpoints, _STRIPE_BYTES)
         jobs = [
             self._run_stripe(direction, descriptor, _pieces(parts), f"{number}:{key[0]}", deadline)
             for number, parts in enumerate(stripes)
