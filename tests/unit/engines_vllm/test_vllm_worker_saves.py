@@ -216,7 +216,7 @@ def test_a_store_that_is_full_takes_what_fits_and_the_request_is_sent():
         assert world.state.num_objects == 4
 
 
-def test_the_first_chunks_are_to_be_had_while_the_last_are_written(world, engine, monkeypatch):
+def test_the_first_chunks_are_to_be_had_while_the_last_are_written(world, rig, monkeypatch):
     places = [place(number, 2 * number, 2 * number + 1) for number in range(7)]
     written = 0
 
@@ -227,8 +227,9 @@ def test_the_first_chunks_are_to_be_had_while_the_last_are_written(world, engine
                 await world.gate("fifth").passed()
             written += 1
 
-    monkeypatch.setattr(world, "fault", fault)
+    monkeypatch.setattr(world, "fault", fault)  # before an engine takes it
     world.gate("fifth").close()
+    engine = rig[1]("a")
     engine.save("p", *places)
     engine.until(lambda: all(world.replicas(one.key) for one in places[:4]))
     assert not any(world.replicas(one.key) for one in places[4:])
