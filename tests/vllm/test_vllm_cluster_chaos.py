@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import psutil
 import pytest
 from support.cluster import ClusterHandle, Streamed
-from support.vllm_questions import Questions, prompt_of
+from support.vllm_questions import BLOCK, Questions, prompt_of
 from support.vllm_reference import SingleVllm
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200), pytest.mark.asyncio(loop_scope="session")]
@@ -109,7 +109,7 @@ async def test_a_killed_worker_costs_no_request_and_no_kv(
     assert await num_held(subject, victim) >= held
     for answer in await ask_known(subject, questions):  # of vLLM's own cache the new life has nothing
         usage = answer.usage
-        assert usage["prompt_tokens_details"]["cached_tokens"] >= (usage["prompt_tokens"] - 1) // 128 * 128
+        assert usage["prompt_tokens_details"]["cached_tokens"] >= (usage["prompt_tokens"] - 1) // BLOCK * BLOCK
     await subject.until(lambda: quiet(subject), QUIET_S)
     assert (await subject.status())["requests"]["failed"] == 0
 
