@@ -8,6 +8,7 @@ checked byte by byte.
 import argparse
 import asyncio
 import json
+import mmap
 import os
 import signal
 import socket
@@ -70,8 +71,9 @@ class Initiator:
 
     def __init__(self, segment: Segment, buffer_bytes: int) -> None:
         self._segment = segment
-        self._source = memoryview(bytearray(os.urandom(1 << 20) * (buffer_bytes >> 20)))
-        self._target = memoryview(bytearray(b"\x01" * buffer_bytes))
+        self._source, self._target = (memoryview(mmap.mmap(-1, buffer_bytes)) for _ in range(2))  # as Mooncake's
+        self._source[:] = os.urandom(1 << 20) * (buffer_bytes >> 20)
+        self._target[:] = b"\x01" * buffer_bytes
         self._numbers = count(1)
         self._moves: dict[str, _Move] = {"memcpy": self._memcpy}
         self.reasons: dict[str, str] = {}

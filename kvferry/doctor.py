@@ -32,6 +32,7 @@ from kvferry.findings import Check, Context, Finding
 from kvferry.machine import is_local, size_text
 from kvferry.vllm_here import installed_vllm
 from transfer.available import available_memory
+from transfer.copying import PACKAGE, streaming_copy
 
 if TYPE_CHECKING:
     from transfer.ucx_probe import UcxProbe
@@ -229,7 +230,8 @@ def _check_shared_memory() -> Finding:
         remedy = "allow memfd_create and /proc/<pid>/fd (seccomp, hidepid), or set `transport: tcp`"
         return Finding("transport shm", False, f"no shared anonymous memory: {error}", remedy)
     assert shared, "two mappings of one memfd differ"
-    return Finding("transport shm", True, "memfd and /proc/<pid>/fd work")
+    past = "past the cache" if streaming_copy() else f"through the cache, a third slower ({PACKAGE} is not installed)"
+    return Finding("transport shm", True, f"memfd and /proc/<pid>/fd work; large writes go {past}")
 
 
 def _check_tcp() -> Finding:

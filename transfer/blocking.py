@@ -39,6 +39,7 @@ class BlockingPool:
     """At most `threads` jobs at once; more wait in line, within their deadlines."""
 
     def __init__(self, name: str, threads: int) -> None:
+        self._threads = threads
         self._pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix=name)
         self._running: dict[asyncio.Future[Any], Callable[[], None]] = {}
         self._closed = False
@@ -47,6 +48,16 @@ class BlockingPool:
     def closed(self) -> bool:
         """Whether `aclose` was called."""
         return self._closed
+
+    @property
+    def idle(self) -> int:
+        """How many jobs more would begin at once, one at least."""
+        return max(1, self._threads - len(self._running))
+
+    @property
+    def crowded(self) -> bool:
+        """Whether jobs wait in line. May be asked from any thread."""
+        return len(self._running) > self._threads
 
     async def run(self, job: Callable[[], _Result], stop: Callable[[], None], deadline: Deadline) -> _Result:
         """The job's result, or what it raises; TransferTimeoutError when it is late.
