@@ -104,6 +104,7 @@ class Membership:
         self._draw = draw
         self._lease = LeaseKeeper(ttl_s)
         self._changed = asyncio.Event()
+        self._changes = 0
         self.registrations = 0
         self.heartbeat_failures = 0
 
@@ -121,8 +122,13 @@ class Membership:
         """The engine is there and its KV is of this kind: tell, as soon as can be."""
         if fingerprint != self._node.fingerprint:
             self._node = msgspec.structs.replace(self._node, fingerprint=fingerprint)
-            self._lease.on_change()
-            self._changed.set()
+            self.announce_again()
+
+    def announce_again(self) -> None:
+        """What `scan` says of the segments has changed: tell, as soon as can be."""
+        self._changes += 1
+        self._lease.on_change()
+        self._changed.set()
 
     async def run(self) -> None:
         """Until cancelled. Does not leave: call `leave` after that."""
@@ -171,11 +177,11 @@ class Membership:
     async def _register(self) -> None:
         if self._lease.failures:  # first see that it is back: a large segment takes seconds to scan
             await self._heartbeat()
-        node = self._node
+        node, changes = self._node, self._changes
         segments = await self._scan()
         reply = await self._client.register(RegisterRequest(node=node, segments=segments, ttl_s=self._ttl_s))
         self.registrations += 1
-        if node is self._node:  # else `announce` came meanwhile: once more
+        if changes == self._changes:  # else something came meanwhile: once more
             self._lease.on_registered(reply)
         log_fields(
             _logger, logging.INFO, "registered", node=node.id, epoch=reply.epoch, imported=reply.imported,

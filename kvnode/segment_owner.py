@@ -5,6 +5,7 @@ Owns memory and hosts. Knows nothing of who writes there. Invariant: hosts are c
 
 import asyncio
 import logging
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Self
@@ -15,7 +16,7 @@ from kvcore.types import Segment
 from kvstore.manifest import scan
 from metadata_server.messages import SegmentManifest
 from transfer.memory import SegmentMemory, host_identity
-from transfer.select import start_segment_hosts
+from transfer.select import SegmentHosts, start_segment_hosts
 
 MAX_LISTED = 65_536
 """Chunks in one manifest: 4 MB and about 1 s of the metadata server's time. It refuses longer bodies and its clients do
@@ -33,7 +34,10 @@ class SegmentOwner:
         self._transport = transport
         self._stack = AsyncExitStack()
         self._memory: SegmentMemory | None = None
-        self._segment: Segment | None = None
+        self._hosts: SegmentHosts | None = None
+        self._host_id = node.host_id or host_identity()
+        self.on_change: Callable[[], None] = lambda: None
+        """Called when `segment` has other addresses than before."""
 
     async def __aenter__(self) -> Self:
         """Raises ConfigError: too little memory, no such huge pages or NUMA node, address in use, unknown transport."""
@@ -47,17 +51,14 @@ class SegmentOwner:
             )
             stack.callback(memory.close)
             hosts = await start_segment_hosts(
-                self._transport, memory, host=self._node.host, port=self._node.transfer_port
+                self._transport,
+                memory,
+                host=self._node.host,
+                port=self._node.transfer_port,
+                on_change=self._changed,
             )
             stack.push_async_callback(hosts.aclose)
-            self._memory = memory
-            self._segment = Segment(
-                id=self._segment_id,
-                node_id=self._node_id,
-                size_bytes=memory.size_bytes,
-                host_id=self._node.host_id or host_identity(),
-                addresses=hosts.addresses,
-            )
+            self._memory, self._hosts = memory, hosts
             self._stack = stack.pop_all()
         return self
 
@@ -68,9 +69,18 @@ class SegmentOwner:
 
     @property
     def segment(self) -> Segment:
-        """As peers are told of it; never changes."""
-        assert self._segment is not None, "the segment was not entered"
-        return self._segment
+        """As peers are to be told of it now."""
+        assert self._memory is not None and self._hosts is not None, "the segment was not entered"
+        return Segment(
+            id=self._segment_id,
+            node_id=self._node_id,
+            size_bytes=self._memory.size_bytes,
+            host_id=self._host_id,
+            addresses=self._hosts.addresses,
+        )
+
+    def _changed(self) -> None:
+        self.on_change()  # whoever asks for it does so after we were entered
 
     async def manifests(self) -> list[SegmentManifest]:
         """What lies in the segment now, by its chunk headers; the newest MAX_LISTED. Scans on a thread, about 0.1 s a

@@ -102,6 +102,7 @@ async def run_node(config: ClusterConfig, name: str, lifecycle: Lifecycle, clock
         store=config.store,
         clock=clock,
     )
+    owner.on_change = membership.announce_again
     node = _Node(owner, membership, _supervisor(config, membership, prober, clock))
     if node.supervisor is not None:
         engine = lifecycle.tasks.create_task(node.supervisor.run(), name="engine")

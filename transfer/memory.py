@@ -109,6 +109,11 @@ class SegmentMemory:
         assert self._fd is not None, "the segment is closed"
         return f"{os.getpid()}:{self._fd}"
 
+    def fileno(self) -> int:
+        """The memfd, for a child process to inherit."""
+        assert self._fd is not None, "the segment is closed"
+        return self._fd
+
     def close(self) -> None:
         """Close the descriptor, so that peers refuse the segment, and unmap unless someone still holds a slice.
 

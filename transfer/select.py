@@ -6,7 +6,7 @@ fallback.
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import get_args
 
 from kvcore.config import FallbackKind, TransportConfig, TransportKind
@@ -14,6 +14,7 @@ from kvcore.errors import ConfigError, PeerUnreachableError, TransferError
 from kvcore.telemetry import log_fields
 from kvcore.types import Segment
 from transfer.base import DescribesItself, Direction, SegmentHost, TransferEngine, TransferOp
+from transfer.host_process import ProcessSegmentHost
 from transfer.memory import SegmentMemory
 from transfer.shm import ShmTransfer
 from transfer.tcp import TcpTransfer
@@ -178,30 +179,17 @@ def _library_transfer(config: TransportConfig) -> TransferEngine:
     return UcxTransfer(config)
 
 
-async def _start_library_host(config: TransportConfig, memory: SegmentMemory) -> SegmentHost:
-    host: SegmentHost
-    if config.kind == "nixl":
-        from transfer.nixl_host import NixlSegmentHost
-
-        host = NixlSegmentHost(memory.segment_id, memory.view, config)
-    else:
-        from transfer.ucx import UcxSegmentHost
-
-        host = UcxSegmentHost(memory.segment_id, memory.view, config)
-    await host.start()
-    return host
-
-
 class SegmentHosts:
     """What serves one node's segment to its peers. Made by `start_segment_hosts`; close it before the memory."""
 
     def __init__(self, memory: SegmentMemory, hosts: Mapping[str, SegmentHost]) -> None:
+        self._memory = memory
         self._hosts = hosts
-        self.addresses: dict[str, str] = {
-            "shm": memory.shm_address,
-            **{kind: host.address for kind, host in hosts.items()},
-        }
-        """For `Segment.addresses`."""
+
+    @property
+    def addresses(self) -> dict[str, str]:
+        """For `Segment.addresses`, as they are now."""
+        return {"shm": self._memory.shm_address, **{kind: host.address for kind, host in self._hosts.items()}}
 
     async def aclose(self) -> None:
         """As SegmentHost.aclose, for all of them."""
@@ -211,9 +199,18 @@ class SegmentHosts:
 
 
 async def start_segment_hosts(
-    config: TransportConfig, memory: SegmentMemory, *, host: str, port: int = 0, advertise_host: str | None = None
+    config: TransportConfig,
+    memory: SegmentMemory,
+    *,
+    host: str,
+    port: int = 0,
+    advertise_host: str | None = None,
+    on_change: Callable[[], None] = lambda: None,
 ) -> SegmentHosts:
     """The target's side for a configuration: TCP unless shared memory was asked for by name; `shm` costs nothing.
+
+    UCX and NIXL serve from a process of their own, which may have to be started again: `on_change` is called when
+    `addresses` are no longer what they were.
 
     `port` is `NodeConfig.transfer_port`, of TCP; UCX and NIXL take ports of their own. Raises ConfigError, also when
     `host` is a wildcard and `advertise_host` is not given where TCP is served: peers would be told an address that
@@ -223,8 +220,10 @@ async def start_segment_hosts(
     kinds: set[str | None] = {config.kind}
     hosts: dict[str, SegmentHost] = {}
     if config.kind in _LIBRARIES:
+        library_host = ProcessSegmentHost(config.kind, memory, config, on_change)
         try:
-            hosts[config.kind] = await _start_library_host(config, memory)
+            await library_host.start()
+            hosts[config.kind] = library_host
         except ConfigError as error:
             _fall_back(config, error)
         kinds = {config.fallback}

@@ -181,15 +181,15 @@ async def test_a_stopped_owner_is_a_timeout_soon_after_the_deadline_and_all_is_w
         op = TransferOp(child.segment, 0, [memoryview(data)])
         assert await engine.write([op], 10) == [None]
         for move in (engine.write, engine.read):
-            os.kill(child.process.pid, signal.SIGSTOP)
+            child.signal(signal.SIGSTOP)
             start = loop.time()
             (error,) = await move([op], 0.1)
             assert isinstance(error, TransferTimeoutError) and loop.time() - start < 2
             data[:] = b"\x05" * len(data)
-            os.kill(child.process.pid, signal.SIGCONT)
+            child.signal(signal.SIGCONT)
             assert await engine.write([op], 10) == [None]
             assert data.count(5) == len(data), "a read that was given up has touched its buffer"
-        os.kill(child.process.pid, signal.SIGSTOP)
+        child.signal(signal.SIGSTOP)
         task = asyncio.create_task(engine.write([op], 30))
         await asyncio.sleep(0.02)
         start = loop.time()
@@ -212,11 +212,11 @@ async def test_a_slow_owner_gets_every_byte_in_its_own_time_and_others_do_not_wa
             task = asyncio.create_task(engine.write([slow], 30))
             served = 0
             while not task.done():
-                os.kill(child.process.pid, signal.SIGSTOP)
+                child.signal(signal.SIGSTOP)
                 for _ in range(3):
                     assert await engine.write([other.op(0, data[:4096])], 5) == [None]
                     served += 1
-                os.kill(child.process.pid, signal.SIGCONT)
+                child.signal(signal.SIGCONT)
                 await asyncio.sleep(dice.random() * 0.005)
             assert await task == [None] and served
             assert await engine.read([TransferOp(child.segment, 0, [memoryview(back)])], 10) == [None]
@@ -241,7 +241,8 @@ async def test_strangers_who_say_nothing_or_nonsense_or_close_at_once_hinder_nob
     dice = random.Random(seed)
     engine = build_transfer(transport_config(kind), host_identity())
     with segment_process("child.1", 1 << 20, kind) as child, contextlib.ExitStack() as strangers:
-        ports = listening_ports(child.process.pid)
+        pids = child.pids
+        ports = [port for pid in pids for port in listening_ports(pid)]
         assert ports
         op = TransferOp(child.segment, 0, [memoryview(b"served")])
         for port in ports * 30:
@@ -251,7 +252,7 @@ async def test_strangers_who_say_nothing_or_nonsense_or_close_at_once_hinder_nob
             if dice.random() < 0.5:
                 stranger.close()
             assert await engine.write([op], 10) == [None]
-        assert child.process.poll() is None
+        assert child.process.poll() is None and child.pids == pids
     await engine.aclose()
 
 

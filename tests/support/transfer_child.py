@@ -3,12 +3,14 @@
 import asyncio
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from support.process_tree import descendants
 from support.transfer_rigs import transport_config
 
 from kvcore.types import Segment
@@ -20,6 +22,15 @@ from transfer.select import start_segment_hosts
 class SegmentProcess:
     process: "subprocess.Popen[str]"
     segment: Segment
+
+    @property
+    def pids(self) -> list[int]:
+        """The owner, and the process that serves the segment where that is another."""
+        return [self.process.pid, *descendants(self.process.pid)]
+
+    def signal(self, number: int) -> None:
+        for pid in self.pids:
+            os.kill(pid, number)
 
     def kill(self) -> None:
         self.process.kill()

@@ -81,17 +81,9 @@ def ask(llm: Any, prompts: Sequence[Sequence[int]], max_tokens: int) -> Answers:
 
 def child_pids(module: str) -> list[int]:
     """Of our own children, those that run `module`: `metadata_server`, `kvnode`."""
-    return [pid for pid in _children(os.getpid()) if module in Path(f"/proc/{pid}/cmdline").read_text().split("\0")]
+    from support.process_tree import children  # this module runs as a file too, before it has the tests' path
 
-
-def descendants(pid: int) -> list[int]:
-    """Its children, theirs, and so on."""
-    return [found for child in _children(pid) for found in (child, *descendants(child))]
-
-
-def _children(pid: int) -> list[int]:
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+    return [pid for pid in children(os.getpid()) if module in Path(f"/proc/{pid}/cmdline").read_text().split("\0")]
 
 
 def main() -> None:

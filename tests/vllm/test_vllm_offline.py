@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 from support.cluster import ClusterHandle
 from support.ports import free_ports
+from support.process_tree import descendants
 from support.tiny_models import make_tiny_model
 from support.vllm_offline import (
     Answers,
     ask,
     child_pids,
     command_of,
-    descendants,
     environment,
     open_llm,
     run_offline,
