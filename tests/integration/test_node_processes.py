@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.processes import Cluster, cluster
+from support.ucx import needs_ucx
 
 from engines.base import GenerateRequest, Handoff, PrefillRequest, SamplingParams, StreamError, TokenDelta
 from engines.sim.reference import expected_tokens
@@ -127,6 +128,28 @@ async def test_killed_engine_comes_back_and_finds_the_kv_in_the_segment(tmp_path
         assert [tokens] == expected_tokens(engine_config(subject), PROMPT, SAMPLING)
         assert cached == 192
         assert (await subject.report("d0")).engine_restarts == 1
+
+
+@needs_ucx[0]
+@needs_ucx[1]
+async def test_a_node_whose_serving_process_was_killed_is_read_again_under_its_new_address(tmp_path: Path) -> None:
+    async with cluster(tmp_path, transport={"kind": "ucx", "devices": ["lo"]}) as subject:
+        await subject.start("metadata", "p0", "d0", "s0")
+        await subject.joined("p0", "d0", "s0")
+        store = (await subject.report("s0")).segments[0]
+        await subject.prefill("p0", prefill_request(prefer_segment=store.id))
+        (serving,) = engine_pids(subject.children["s0"].pid)
+        os.kill(serving, signal.SIGKILL)
+
+        async def announced() -> bool:
+            known = {one.segment.id: one.segment for one in (await subject.stats()).segments}
+            return known[store.id].addresses != store.addresses
+
+        await until(announced)
+        tokens, cached = await generated(subject, "d0", generate_request())
+        assert [tokens] == expected_tokens(engine_config(subject), PROMPT, SAMPLING)
+        assert cached == 192
+        assert subject.children["s0"].returncode is None
 
 
 async def test_new_metadata_server_learns_from_the_nodes_what_they_hold(tmp_path: Path) -> None:

@@ -21,10 +21,14 @@ T = TypeVar("T")
 START_S = 30.0
 
 
+Transport = str | dict[str, object]
+"""As a cluster file has it."""
+
+
 class Cluster:
     """Nodes `p0`, `d0` and `s0` with sim engines and a metadata server, none of them started yet."""
 
-    def __init__(self, folder: Path, session: aiohttp.ClientSession, *, transport: str = "auto") -> None:
+    def __init__(self, folder: Path, session: aiohttp.ClientSession, *, transport: Transport = "auto") -> None:
         self.session = session
         self.file = folder / "cluster.yaml"
         self.ports = dict(zip(("p0", "d0", "s0", "metadata"), free_ports(4), strict=True))
@@ -122,7 +126,7 @@ class Cluster:
 
 
 @asynccontextmanager
-async def cluster(folder: Path, *, transport: str = "auto") -> AsyncIterator[Cluster]:
+async def cluster(folder: Path, *, transport: Transport = "auto") -> AsyncIterator[Cluster]:
     async with aiohttp.ClientSession() as session:
         subject = Cluster(folder, session, transport=transport)
         try:

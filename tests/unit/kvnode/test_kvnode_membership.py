@@ -141,6 +141,23 @@ async def test_fingerprint_is_announced_at_once() -> None:
         assert rig.server.registered[-1].node.incarnation == 1
 
 
+async def test_segments_that_change_are_announced_at_once_also_while_they_are_being_announced() -> None:
+    async with Rig() as rig:
+        await rig.server.until(lambda: rig.server.heard("heartbeat"))
+        scan = rig.scan
+
+        async def scan_and_change() -> list[SegmentManifest]:
+            if rig.scans == 1:
+                rig.membership.announce_again()  # what is being scanned is out of date
+            return await scan()
+
+        rig.membership._scan = scan_and_change
+        rig.membership.announce_again()
+        await rig.server.until(lambda: len(rig.server.registered) == 3)
+        await rig.server.until(lambda: rig.server.heard("heartbeat"))
+        assert (rig.scans, len(rig.server.registered)) == (3, 3)
+
+
 async def test_leave_names_the_incarnation_and_never_raises() -> None:
     rig = Rig()
     await rig.membership.leave()

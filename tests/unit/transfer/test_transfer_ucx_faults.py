@@ -7,13 +7,14 @@ import threading
 from collections.abc import AsyncIterator
 
 import pytest
-from support.transfer_rigs import SIZE_BYTES, Rig
+from support.transfer_rigs import SIZE_BYTES, Rig, transport_config
 from support.ucx import needs_ucx
 
 from kvcore.errors import ConfigError, SegmentUnknownError, TransferTimeoutError
 from kvcore.types import Segment
 from transfer import ucx_endpoint, ucx_worker
 from transfer.base import TransferOp
+from transfer.ucx import UcxSegmentHost
 from transfer.ucx_binding import Pointer, UcxLibrary
 from transfer.ucx_descriptor import UcxDescriptor, pack_descriptor, parse_descriptor
 from transfer.ucx_endpoint import Job
@@ -122,10 +123,13 @@ async def test_an_initiator_lets_go_of_the_connection_that_was_idle_longest(
 async def test_more_greetings_than_can_be_answered_are_not(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     assert await rig.engine.write([rig.op(0, b"one")], 5) == [None]
     monkeypatch.setattr(ucx_worker, "MAX_ANSWERS", 0)
-    async with Rig("ucx") as other:
-        (error,) = await rig.engine.write([other.op(0, b"none")], 0.2)
-        assert isinstance(error, TransferTimeoutError)
-        assert await rig.engine.write([rig.op(0, b"one")], 5) == [None]
+    host = UcxSegmentHost("rig.deaf", rig.memory.view, transport_config("ucx"))  # in this process
+    await host.start()
+    deaf = Segment(id="rig.deaf", node_id="rig", size_bytes=SIZE_BYTES, host_id="h", addresses={"ucx": host.address})
+    (error,) = await rig.engine.write([TransferOp(deaf, 0, [memoryview(b"none")])], 0.2)
+    assert isinstance(error, TransferTimeoutError)
+    assert await rig.engine.write([rig.op(0, b"one")], 5) == [None]
+    await host.aclose()
 
 
 async def test_what_is_in_the_hands_of_ucx_is_bounded_over_all_batches(

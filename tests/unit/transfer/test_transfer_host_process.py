@@ -1,0 +1,110 @@
+"""A segment served from a process of its own: what its end costs, and what is said when there is none."""
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+import sys
+
+import msgspec
+import pytest
+from support.process_tree import children
+from support.transfer_rigs import transport_config
+from support.ucx import needs_ucx
+
+from kvcore.config import TransportConfig
+from kvcore.errors import ConfigError
+from kvcore.types import Segment
+from transfer.base import TransferOp
+from transfer.host_process import ProcessSegmentHost
+from transfer.memory import SegmentMemory, host_identity
+from transfer.select import SegmentHosts, build_transfer, start_segment_hosts
+
+pytestmark = list(needs_ucx)
+
+SIZE = 1 << 20
+
+
+def segment_of(memory: SegmentMemory, hosts: SegmentHosts) -> Segment:
+    return Segment(id="n.1", node_id="n", size_bytes=SIZE, host_id=host_identity(), addresses=hosts.addresses)
+
+
+async def test_a_process_that_ends_without_a_word_is_a_config_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transfer.host_process.sys.executable", "/bin/false")
+    with SegmentMemory.create("n.1", SIZE) as memory:
+        host = ProcessSegmentHost("ucx", memory, TransportConfig(kind="ucx", devices=["lo"]), lambda: None)
+        with pytest.raises(ConfigError, match=r"serves segment n\.1 ended with 1"):
+            await host.start()
+        await host.aclose()
+    assert children(os.getpid()) == []
+
+
+async def test_a_killed_process_is_started_again_and_the_segment_keeps_what_lies_in_it() -> None:
+    changed = asyncio.Event()
+    with SegmentMemory.create("n.1", SIZE) as memory:
+        hosts = await start_segment_hosts(transport_config("ucx"), memory, host="127.0.0.1", on_change=changed.set)
+        engine = build_transfer(transport_config("ucx"), host_identity())
+        first = segment_of(memory, hosts)
+        assert await engine.write([TransferOp(first, 5, [memoryview(b"kept")])], 10) == [None]
+        for _ in range(2):
+            before, (serving,) = segment_of(memory, hosts), children(os.getpid())
+            os.kill(serving, signal.SIGKILL)
+            (error,) = await engine.write([TransferOp(before, 0, [memoryview(b"lost?")])], 10)
+            assert error is not None
+            async with asyncio.timeout(20):
+                await changed.wait()
+            changed.clear()
+            back = bytearray(4)
+            after = segment_of(memory, hosts)
+            assert after.addresses["ucx"] != before.addresses["ucx"]
+            assert await engine.read([TransferOp(after, 5, [memoryview(back)])], 10) == [None]
+            assert back == b"kept"
+        await engine.aclose()
+        await hosts.aclose()
+    assert children(os.getpid()) == []
+
+
+CONNECT = """
+import asyncio, sys, msgspec
+from kvcore.config import TransportConfig
+from kvcore.types import Segment
+from transfer.base import TransferOp
+from transfer.select import build_transfer
+async def main():
+    segment = msgspec.json.decode(sys.argv[1], type=Segment)
+    engine = build_transfer(msgspec.json.decode(sys.argv[2], type=TransportConfig), "elsewhere")
+    data = memoryview(bytes(1 << 19))
+    print("go", flush=True)
+    while True:
+        await engine.write([TransferOp(segment, 1 << 19, [data])], 10)
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("seed", range(2))
+async def test_initiators_that_die_as_they_connect_cost_a_segment_at_most_its_process(seed: int) -> None:
+    """UCX 1.13 ends the target's process over some of these deaths."""
+    dice = random.Random(seed)
+    with SegmentMemory.create("n.1", SIZE) as memory:
+        hosts = await start_segment_hosts(transport_config("ucx"), memory, host="127.0.0.1")
+        memory.view[:4] = b"kept"
+        for _ in range(4):
+            asked = [msgspec.json.encode(one).decode() for one in (segment_of(memory, hosts), transport_config("ucx"))]
+            process = subprocess.Popen(  # noqa: ASYNC220
+                [sys.executable, "-c", CONNECT, *asked], stdout=subprocess.PIPE, text=True
+            )
+            assert process.stdout is not None and process.stdout.readline() == "go\n"
+            await asyncio.sleep(dice.random() * 0.01)
+            process.kill()
+            process.wait()
+            process.stdout.close()
+        engine, back = build_transfer(transport_config("ucx"), host_identity()), bytearray(4)
+        async with asyncio.timeout(30):
+            while True:  # until the process is there again, if it had gone
+                op = TransferOp(segment_of(memory, hosts), 0, [memoryview(back)])
+                if await engine.read([op], 2) == [None]:
+                    break
+        assert back == b"kept"
+        await engine.aclose()
+        await hosts.aclose()
