@@ -75,6 +75,9 @@ NODE_READY = _gauge("node_ready", "1 while the node serves")
 NODE_ACTIVE = _gauge("node_active_requests", "Legs under way", "leg")
 NODE_LEGS = _counter("node_legs_total", "Legs ended, by outcome code (`ok` or an error's)", "leg", "outcome")
 NODE_ENGINE_RESTARTS = _counter("node_engine_restarts_total", "Engine processes that died and were started again")
+NODE_HOST_RESTARTS = _counter(
+    "node_host_restarts_total", "Processes serving the segment by ucx or nixl that ended and were started again"
+)
 NODE_REGISTRATIONS = _counter("node_registrations_total", "Times the node joined the metadata server")
 NODE_HEARTBEAT_FAILURES = _counter("node_heartbeat_failures_total", "Heartbeats that got no answer")
 NODE_SEGMENT_BYTES = _gauge("node_segment_bytes", "Size of the node's segment")

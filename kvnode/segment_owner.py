@@ -38,6 +38,8 @@ class SegmentOwner:
         self._host_id = node.host_id or host_identity()
         self.on_change: Callable[[], None] = lambda: None
         """Called when `segment` has other addresses than before."""
+        self.host_restarts = 0
+        """How often the process that serves the segment ended and was started again."""
 
     async def __aenter__(self) -> Self:
         """Raises ConfigError: too little memory, no such huge pages or NUMA node, address in use, unknown transport."""
@@ -80,7 +82,8 @@ class SegmentOwner:
         )
 
     def _changed(self) -> None:
-        self.on_change()  # whoever asks for it does so after we were entered
+        self.host_restarts += 1
+        self.on_change()
 
     async def manifests(self) -> list[SegmentManifest]:
         """What lies in the segment now, by its chunk headers; the newest MAX_LISTED. Scans on a thread, about 0.1 s a

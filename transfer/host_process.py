@@ -110,8 +110,8 @@ class ProcessSegmentHost:
                 delay_s = min(2 * delay_s, _LONGEST_DELAY_S)
                 try:
                     await self._launch()
-                except ConfigError as error:
-                    self._say("transfer.host_not_started", reason=error.message)
+                except (ConfigError, OSError) as error:  # OSError: no process or descriptor to be had
+                    self._say("transfer.host_not_started", reason=error)
                 else:
                     break
             self._on_change()

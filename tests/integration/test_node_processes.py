@@ -150,6 +150,8 @@ async def test_a_node_whose_serving_process_was_killed_is_read_again_under_its_n
         assert [tokens] == expected_tokens(engine_config(subject), PROMPT, SAMPLING)
         assert cached == 192
         assert subject.children["s0"].returncode is None
+        async with subject.session.get(subject.url("s0") + "/metrics") as response:
+            assert "kvferry_node_host_restarts_total 1.0" in await response.text()
 
 
 async def test_new_metadata_server_learns_from_the_nodes_what_they_hold(tmp_path: Path) -> None:
