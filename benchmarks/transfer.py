@@ -5,9 +5,9 @@ of a put and the get after it; figures are of all rounds but the first. A pair's
 segment's owner, the metadata server, Mooncake's owner and its master are processes of their own at the target's end.
 `batched` is 16 operations in one call, or as many as 128 MiB take.
 
-Estimate: over shm each way is one memcpy (9 to 14 GB/s from memory). Over TCP the kernel copies twice, each on a core
-of its own: iperf3's rate at best, whose one megabyte never leaves the cache. 4 KiB cost a round trip (20 to 30 us) and
-two wake-ups.
+Estimate: over shm each way is one copy: memcpy's rate by one thread (6 to 14 GB/s from memory), up to 1.5 times that by
+two that write past the cache. Over TCP the kernel copies twice, each on a core of its own: iperf3's rate at best, whose
+one megabyte never leaves the cache. 4 KiB cost a round trip (20 to 30 us) and two wake-ups.
 
 Mooncake: `python3.11 -m venv .venv-mooncake && .venv-mooncake/bin/pip install mooncake-transfer-engine-non-cuda`. Its
 clients refuse a host that has loopback alone, so it runs where there are namespaces.
