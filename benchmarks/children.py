@@ -19,10 +19,14 @@ class Child:
     said: str
 
     def cpu_s(self) -> float:
-        """Processor time of all its threads so far."""
-        return (
-            sum(int(path.read_text().split()[0]) for path in Path(f"/proc/{self.pid}/task").glob("*/schedstat")) / 1e9
-        )
+        """Processor time so far of all its threads, and of those of its children (what serves by UCX is one)."""
+        return _cpu_s(self.pid)
+
+
+def _cpu_s(pid: int) -> float:
+    tasks = list(Path(f"/proc/{pid}/task").iterdir())
+    own = sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+    return own + sum(_cpu_s(int(child)) for task in tasks for child in (task / "children").read_text().split())
 
 
 def child(command: list[str], wanted: str) -> AbstractAsyncContextManager[Child]:
