@@ -15,7 +15,7 @@ OWN = b'# HELP vllm:x X.\n# TYPE vllm:x gauge\nvllm:x{node="d0"} 5.0\n'
 
 async def rendered(sample: Sample | None) -> dict[str, float]:
     membership = SimpleNamespace(registrations=1, heartbeat_failures=0)
-    owner = SimpleNamespace(segment=SimpleNamespace(size_bytes=64))
+    owner = SimpleNamespace(segment=SimpleNamespace(size_bytes=64), host_restarts=0)
 
     async def ask() -> Sample | None:
         return sample
