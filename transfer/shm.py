@@ -91,6 +91,8 @@ class ShmTransfer:
                 batch.copy_pieces()
             else:
                 await self._copy_in_threads(batch, deadline)
+            if batch.stopped:
+                raise PeerUnreachableError("the transport was closed during the copy")
             self._see_owners(batch)
         except TransferError as error:
             batch.fail_rest(error)
@@ -115,8 +117,6 @@ class ShmTransfer:
         for failed in await asyncio.gather(*runs, return_exceptions=True):
             if failed is not None:
                 raise failed
-        if batch.stopped:
-            raise PeerUnreachableError("the transport was closed during the copy")
 
     def _see_owners(self, batch: "_Batch") -> None:
         """Settle what was copied. Looking once, after a write, tells more than before it."""

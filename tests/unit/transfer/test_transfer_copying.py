@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from kvcore.errors import PeerUnreachableError
 from kvcore.types import Segment
 from transfer import copying, shm
 from transfer.base import TransferOp
 from transfer.copying import copy, copy_holding_lock, streaming_copy, streams_above_bytes
-from transfer.memory import SegmentMemory, host_identity
+from transfer.memory import AttachedSegment, SegmentMemory, host_identity
 from transfer.shm import ShmTransfer
 
 SIZE = 96 << 20
@@ -128,3 +129,25 @@ async def test_threads_that_help_a_large_batch_leave_it_for_a_batch_that_waits(
     counts = sorted(copied_by.count(thread) for thread in set(copied_by))
     assert counts == [1, 11], "the helper copied one piece of 4 MiB and left; the first did the others"
     await engine.aclose()
+
+
+async def test_a_small_batch_that_is_stopped_while_its_segment_is_mapped_has_not_succeeded(
+    memory: SegmentMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, segment = ShmTransfer(host_identity()), segment_of(memory)
+    attach, begun, gate = shm.attach, threading.Event(), threading.Event()
+
+    def slow(wanted: Segment) -> AttachedSegment:
+        begun.set()
+        gate.wait(10)
+        return attach(wanted)
+
+    monkeypatch.setattr(shm, "attach", slow)
+    reading = asyncio.create_task(engine.read([TransferOp(segment, 0, [memoryview(bytearray(4096))])], 10))
+    await asyncio.to_thread(begun.wait, 10)
+    closing = asyncio.create_task(engine.aclose())
+    await asyncio.sleep(0)
+    gate.set()
+    (error,) = await reading
+    assert isinstance(error, PeerUnreachableError)
+    await closing
