@@ -104,7 +104,7 @@ class Membership:
         self._draw = draw
         self._lease = LeaseKeeper(ttl_s)
         self._changed = asyncio.Event()
-        self._changes = 0
+        """Something is to be told that the step under way, or the last one, did not tell."""
         self.registrations = 0
         self.heartbeat_failures = 0
 
@@ -126,15 +126,14 @@ class Membership:
 
     def announce_again(self) -> None:
         """What `scan` says of the segments has changed: tell, as soon as can be."""
-        self._changes += 1
         self._lease.on_change()
         self._changed.set()
 
     async def run(self) -> None:
         """Until cancelled. Does not leave: call `leave` after that."""
         while True:
-            await self._take_step()
             self._changed.clear()
+            await self._take_step()
             try:
                 async with asyncio.timeout(self._lease.delay_s(self._draw())):
                     await self._changed.wait()
@@ -177,11 +176,11 @@ class Membership:
     async def _register(self) -> None:
         if self._lease.failures:  # first see that it is back: a large segment takes seconds to scan
             await self._heartbeat()
-        node, changes = self._node, self._changes
+        node = self._node
         segments = await self._scan()
         reply = await self._client.register(RegisterRequest(node=node, segments=segments, ttl_s=self._ttl_s))
         self.registrations += 1
-        if changes == self._changes:  # else something came meanwhile: once more
+        if not self._changed.is_set():  # else something came meanwhile: once more
             self._lease.on_registered(reply)
         log_fields(
             _logger, logging.INFO, "registered", node=node.id, epoch=reply.epoch, imported=reply.imported,
