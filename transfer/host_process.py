@@ -6,7 +6,6 @@ its segment: the process is started again and the segment announced under its ne
 """
 
 import asyncio
-import contextlib
 import logging
 import mmap
 import os
@@ -75,12 +74,6 @@ class ProcessSegmentHost:
     def address(self) -> str:
         """As SegmentHost.address, of the process that serves now, or (while there is none) of the one before."""
         return self._address
-
-    @property
-    def pid(self) -> int:
-        """Of the process that serves now."""
-        assert self._child is not None, "start it first"
-        return self._child.pid
 
     async def start(self) -> None:
         """As SegmentHost.start. On the main thread: the child ends with the thread that started it."""
@@ -192,8 +185,7 @@ def main() -> None:
     """The process: serve until SIGTERM."""
     question = msgspec.json.decode(sys.argv[1], type=_Question)
     configure_logging(f"{question.segment_id}.{question.kind}", question.log_level)
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(_serve(question))
+    asyncio.run(_serve(question))
 
 
 if __name__ == "__main__":
