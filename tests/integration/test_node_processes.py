@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
+from support.process_tree import children
 from support.processes import Cluster, cluster
 from support.ucx import needs_ucx
 
@@ -49,10 +50,6 @@ async def generated(subject: Cluster, name: str, request: GenerateRequest) -> tu
         tokens += frame.token_ids
         cached = frame.info.cached_tokens if frame.info is not None else cached
     return tokens, cached
-
-
-def engine_pids(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def runs(pid: int) -> bool:
@@ -99,7 +96,7 @@ async def test_killed_node_takes_its_replicas_and_its_engine_with_it(tmp_path: P
         await subject.joined("p0")
         await subject.prefill("p0", prefill_request())
         assert (await subject.stats()).objects == 3
-        (engine,) = engine_pids(subject.children["p0"].pid)
+        (engine,) = children(subject.children["p0"].pid)
         os.kill(subject.children["p0"].pid, signal.SIGKILL)
         await gone(engine)
         await subject.joined()
@@ -112,7 +109,7 @@ async def test_killed_engine_comes_back_and_finds_the_kv_in_the_segment(tmp_path
         await subject.start("metadata", "d0")
         await subject.joined("d0")
         await subject.prefill("d0", prefill_request())
-        (engine,) = engine_pids(subject.children["d0"].pid)
+        (engine,) = children(subject.children["d0"].pid)
         stream = subject.generate("d0", generate_request("long", max_tokens=5000))
         assert isinstance(await anext(stream), TokenDelta)
         os.kill(engine, signal.SIGKILL)
@@ -138,7 +135,7 @@ async def test_a_node_whose_serving_process_was_killed_is_read_again_under_its_n
         await subject.joined("p0", "d0", "s0")
         store = (await subject.report("s0")).segments[0]
         await subject.prefill("p0", prefill_request(prefer_segment=store.id))
-        (serving,) = engine_pids(subject.children["s0"].pid)
+        (serving,) = children(subject.children["s0"].pid)
         os.kill(serving, signal.SIGKILL)
 
         async def announced() -> bool:
@@ -174,7 +171,7 @@ async def test_sigterm_drains_leaves_and_leaves_nothing_behind(tmp_path: Path) -
         await subject.start("metadata", "p0")
         await subject.joined("p0")
         child = subject.children["p0"]
-        (engine,) = engine_pids(child.pid)
+        (engine,) = children(child.pid)
         stream = subject.generate("p0", generate_request("long", max_tokens=300))
         tokens = (await anext(stream)).token_ids  # type: ignore[union-attr]
         os.kill(child.pid, signal.SIGTERM)

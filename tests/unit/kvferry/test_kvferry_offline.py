@@ -14,6 +14,7 @@ import aiohttp
 import msgspec
 import pytest
 from support.ports import free_ports
+from support.process_tree import children
 
 from kvcore.config import (
     ByteSize,
@@ -96,12 +97,6 @@ async def ended(pid: int) -> None:
     finally:
         loop.remove_reader(descriptor)
         os.close(descriptor)
-
-
-def children_of(pid: int) -> list[int]:
-    """Of all its threads."""
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
 
 
 # --- what is refused ---------------------------------------------------------------------------------------------
@@ -266,7 +261,7 @@ async def test_it_serves_until_it_is_closed_and_leaves_nothing(scratch):
         report = await asyncio.to_thread(store.start)
         assert report.node.id == cluster.node_name and report.segments[0].size_bytes == 4 * MIB
         assert await nodes_at(url_of(cluster.config)) == {cluster.node_name}
-        pids = children_of(os.getpid())
+        pids = children(os.getpid())
         assert len(list(scratch.iterdir())) == 1 and len(pids) >= 2
     finally:
         await asyncio.to_thread(store.close)
@@ -316,9 +311,9 @@ async def test_kill_minus_9_of_the_program_leaves_no_process():
     code = f"""
         import sys, time
         sys.path[:0] = {sys.path!r}
-        from test_kvferry_offline import OfflineStore, children_of, os, private
+        from test_kvferry_offline import OfflineStore, children, os, private
         OfflineStore(private()).start()
-        print(*children_of(os.getpid()), flush=True)
+        print(*children(os.getpid()), flush=True)
         sys.stdin.read()
     """
     program = await asyncio.create_subprocess_exec(
