@@ -1,6 +1,7 @@
 """Child processes of a benchmark: started until they say what was waited for, ended with it, their CPU time read."""
 
 import asyncio
+import contextlib
 import re
 import sys
 from collections.abc import AsyncIterator, Sequence
@@ -24,9 +25,13 @@ class Child:
 
 
 def _cpu_s(pid: int) -> float:
-    tasks = list(Path(f"/proc/{pid}/task").iterdir())
-    own = sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
-    return own + sum(_cpu_s(int(child)) for task in tasks for child in (task / "children").read_text().split())
+    """What a thread that ends meanwhile has used is not counted, as that of those before it."""
+    seconds = 0.0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):
+            seconds += int((task / "schedstat").read_text().split()[0]) / 1e9
+            seconds += sum(_cpu_s(int(child)) for child in (task / "children").read_text().split())
+    return seconds
 
 
 def child(command: list[str], wanted: str) -> AbstractAsyncContextManager[Child]:

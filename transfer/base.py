@@ -1,8 +1,9 @@
 """What every transport is: batches of one-sided reads and writes on the segments of other processes.
 
 The target's program is not asked. A write has landed in the target's memory when `write` returns without an error for
-it; a read has filled its buffers likewise. After an error nothing may be assumed about the range. Every call has a
-deadline. Cancelling a call leaves the target range undefined and every resource released.
+it; a read has filled its buffers likewise. Every call has a deadline. After an error or a cancellation all resources
+are released, nothing may be assumed about a write's range, and bytes on their way may still land in it: the metadata
+server lets the room of such a write rest (`StoreConfig.retire_grace_s`). A read's buffers are left alone from then on.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,14 +1,13 @@
-"""Who has started whom, from /proc."""
+"""Who has started whom."""
 
-from pathlib import Path
+import psutil
 
 
 def children(pid: int) -> list[int]:
     """Of all its threads."""
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+    return [process.pid for process in psutil.Process(pid).children()]
 
 
 def descendants(pid: int) -> list[int]:
     """Its children, theirs, and so on."""
-    return [found for child in children(pid) for found in (child, *descendants(child))]
+    return [process.pid for process in psutil.Process(pid).children(recursive=True)]
