@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,9 +38,12 @@ class SegmentProcess:
 
 
 @contextlib.contextmanager
-def segment_process(segment_id: str, size_bytes: int, kind: str = "auto") -> Iterator[SegmentProcess]:
+def segment_process(
+    segment_id: str, size_bytes: int, kind: str = "auto", *, inside: Sequence[str] = (), host: str = "127.0.0.1"
+) -> Iterator[SegmentProcess]:
+    """`inside` goes in front of its command; it listens on `host`."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "support.transfer_child", segment_id, str(size_bytes), kind],
+        [*inside, sys.executable, "-m", "support.transfer_child", segment_id, str(size_bytes), kind, host],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -66,13 +69,13 @@ def segment_process(segment_id: str, size_bytes: int, kind: str = "auto") -> Ite
         process.stdin.close()
 
 
-async def _serve(segment_id: str, size_bytes: int, kind: str) -> None:
+async def _serve(segment_id: str, size_bytes: int, kind: str, host: str) -> None:
     memory = SegmentMemory.create(segment_id, size_bytes)
-    hosts = await start_segment_hosts(transport_config(kind), memory, host="127.0.0.1")
+    hosts = await start_segment_hosts(transport_config(kind), memory, host=host)
     sys.stdout.write(json.dumps(hosts.addresses) + "\n")
     sys.stdout.flush()
     await asyncio.Event().wait()
 
 
 if __name__ == "__main__":
-    asyncio.run(_serve(sys.argv[1], int(sys.argv[2]), sys.argv[3]))
+    asyncio.run(_serve(sys.argv[1], int(sys.argv[2]), *sys.argv[3:]))
