@@ -4,8 +4,10 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,13 +30,30 @@ class SegmentProcess:
         """The owner, and the process that serves the segment where that is another."""
         return [self.process.pid, *descendants(self.process.pid)]
 
-    def signal(self, number: int) -> None:
+    def stop(self) -> None:
+        """SIGSTOP, until each thread has obeyed: one that has a core runs on until another of them takes the signal."""
+        deadline = time.monotonic() + 10
         for pid in self.pids:
-            os.kill(pid, number)
+            os.kill(pid, signal.SIGSTOP)
+            while not _stopped(pid):
+                assert time.monotonic() < deadline, f"process {pid} runs on"
+                os.sched_yield()
+
+    def go_on(self) -> None:
+        for pid in self.pids:
+            os.kill(pid, signal.SIGCONT)
 
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
+
+
+def _stopped(pid: int) -> bool:
+    try:
+        stats = [(task / "stat").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
+    except FileNotFoundError:  # a thread that ended meanwhile
+        return False
+    return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
 
 
 @contextlib.contextmanager

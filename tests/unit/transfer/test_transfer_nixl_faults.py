@@ -3,7 +3,6 @@
 import asyncio
 import os
 import random
-import signal
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
@@ -203,7 +202,7 @@ async def test_a_silent_peer_costs_the_agent_and_the_others_only_a_new_connectio
     loop = asyncio.get_running_loop()
     with segment_process("child.1", len(region), "nixl") as child:
         assert await engine.write([TransferOp(child.segment, 0, [region])], 10) == [None]
-        child.signal(signal.SIGSTOP)
+        child.stop()
         start = loop.time()
         silent = asyncio.create_task(engine.read([TransferOp(child.segment, 0, [region])], 0.2))
         while not silent.done():
