@@ -207,19 +207,33 @@ class Detokenizer:
     def _one(self, token_id: int) -> str:
         self._window.append(token_id)
         text = self._tokenizer.decode(self._window)
-        held = len(self._window) - self._clean
-        if text.endswith(_REPLACEMENT) and held < MAX_HELD_TOKENS:
-            return ""
+        held: list[int] = []
+        if text.endswith(_REPLACEMENT):
+            if len(self._window) - self._clean < MAX_HELD_TOKENS:
+                return ""
+            held = self._unfinished(text)
+            text = self._tokenizer.decode(self._window[: len(self._window) - len(held)])
         if text.startswith(self._sent):
             piece = text[len(self._sent) :]
         else:  # invalid bytes changed how earlier ones read: the new tokens speak for themselves
-            piece = self._tokenizer.decode(self._window[self._clean :])
+            piece = self._tokenizer.decode(self._window[self._clean : len(self._window) - len(held)])
+        if text.endswith(_REPLACEMENT):
+            self._window, self._sent, self._clean = held, "", 0
+            return piece
         if piece or len(self._window) > MAX_WINDOW_TOKENS:
             # The window starts again at the piece just sent: it is the context of the next, and stays short.
-            self._window = [] if text.endswith(_REPLACEMENT) else self._window[self._clean :]
+            self._window = self._window[self._clean :]
             text = self._tokenizer.decode(self._window) if self._window else ""
         self._sent, self._clean = text, len(self._window)
         return piece
+
+    def _unfinished(self, text: str) -> list[int]:
+        """Of a window with invalid bytes, whose text this is: the last tokens, which may begin a character."""
+        for count in (3, 2, 1):  # bytes of a character that lacks one
+            done, rest = self._window[:-count], self._window[-count:]
+            if self._tokenizer.decode(done) + self._tokenizer.decode(rest) == text:
+                return rest
+        return []
 
 
 @dataclass(slots=True)

@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
@@ -66,8 +66,14 @@ def test_pieces_together_are_the_text_and_none_ends_inside_a_character(
     assert "".join(pieces) in ({text} if prompt else {text, text.removeprefix(" ")})
 
 
+broken = st.sampled_from([0x41, 0x80, 0x82, 0x9F, 0xAC, 0xC2, 0xE2, 0xF0, 0xFF])
+"""Bytes of which some make characters of two to four bytes, and most nothing."""
+
+
 @settings(max_examples=150, deadline=None)
-@given(ids=st.lists(st.integers(0, 255), max_size=40))
+@given(ids=st.lists(broken | st.integers(0, 255), max_size=40))
+@example(ids=[0x80] * 7 + [0xC2, 0x80])
+@example(ids=[0x80] * 5 + [0xF0, 0x9F, 0x92, 0xA9])
 def test_any_ids_give_some_text_and_an_incomplete_character_only_at_the_end(
     tokenizer: Tokenizer, ids: list[int]
 ) -> None:
