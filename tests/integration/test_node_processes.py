@@ -16,6 +16,7 @@ from engines.sim.reference import expected_tokens
 from kvcore.config import SimEngineConfig
 from kvcore.config_file import load_config
 
+pytestmark = pytest.mark.slow
 PROMPT = [7 + (3 * i) % 40_000 for i in range(64 * 3 + 7)]
 SAMPLING = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
 

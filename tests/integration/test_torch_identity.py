@@ -26,7 +26,14 @@ LENGTHS = (1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7, MAX_CONTEXT - NEW_TOKE
 GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
 
 
-@pytest.fixture(scope="module", params=KINDS)
+QUICK_KINDS = ("llama", "mistral_sliding", "qwen3")
+"""Of the models' kinds: those of `make check`. The others differ from them by less."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[kind if kind in QUICK_KINDS else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS],
+)
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(request.param, tmp_path_factory.mktemp(request.param))
 
