@@ -23,11 +23,11 @@ test: check ucx nixl $(VENV)/.demo-model   ## everything: `check`, UCX, NIXL, th
 # UCX 1.13 now and then aborts its process when a peer is killed while it connects (docs/rdma.md). Three tries tell that
 # from a fault of ours, which fails each of them.
 ucx: $(VENV)/.installed   ## the UCX transport, over TCP; skipped where there is no libucp
-	for try in 1 2 3; do $(PYTEST) tests -m ucx -k "not nixl" && exit 0; done; exit 1
+	for try in 1 2 3; do $(PYTEST) tests -m ucx -k "not nixl" -n 2 && exit 0; done; exit 1
 
 # In a folder of its own: 65 MB to load, 220 MB on the disk, and it asks for torch, which it does not need.
 nixl: $(VENV)/nixl/.installed   ## the NIXL transport, over TCP
-	for try in 1 2 3; do PYTHONPATH=$(abspath $(VENV)/nixl) NIXL_TESTS=1 $(PYTEST) tests -m ucx -k nixl && exit 0; done; exit 1
+	for try in 1 2 3; do PYTHONPATH=$(abspath $(VENV)/nixl) NIXL_TESTS=1 $(PYTEST) tests -m ucx -k nixl -n 2 && exit 0; done; exit 1
 
 $(VENV)/nixl/.installed: $(VENV)/.installed
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/nixl nixl-cu12==1.5.1
