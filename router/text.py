@@ -207,19 +207,14 @@ class Detokenizer:
     def _one(self, token_id: int) -> str:
         self._window.append(token_id)
         text = self._tokenizer.decode(self._window)
-        held: list[int] = []
         if text.endswith(_REPLACEMENT):
             if len(self._window) - self._clean < MAX_HELD_TOKENS:
                 return ""
-            held = self._unfinished(text)
-            text = self._tokenizer.decode(self._window[: len(self._window) - len(held)])
-        if text.startswith(self._sent):
-            piece = text[len(self._sent) :]
-        else:  # invalid bytes changed how earlier ones read: the new tokens speak for themselves
-            piece = self._tokenizer.decode(self._window[self._clean : len(self._window) - len(held)])
-        if text.endswith(_REPLACEMENT):
+            done, text, held = self._split(text)
+            piece = self._piece(done, text)
             self._window, self._sent, self._clean = held, "", 0
             return piece
+        piece = self._piece(self._window, text)
         if piece or len(self._window) > MAX_WINDOW_TOKENS:
             # The window starts again at the piece just sent: it is the context of the next, and stays short.
             self._window = self._window[self._clean :]
@@ -227,13 +222,22 @@ class Detokenizer:
         self._sent, self._clean = text, len(self._window)
         return piece
 
-    def _unfinished(self, text: str) -> list[int]:
-        """Of a window with invalid bytes, whose text this is: the last tokens, which may begin a character."""
+    def _piece(self, token_ids: list[int], text: str) -> str:
+        """What these tokens of the window, whose text this is, add to what was sent."""
+        if text.startswith(self._sent):
+            return text[len(self._sent) :]
+        # Invalid bytes changed how earlier ones read: the new tokens speak for themselves.
+        return self._tokenizer.decode(token_ids[self._clean :])
+
+    def _split(self, text: str) -> tuple[list[int], str, list[int]]:
+        """Of a window with invalid bytes, whose text this is: what is done, its text, and the last tokens, which may
+        begin a character."""
         for count in (3, 2, 1):  # bytes of a character that lacks one
-            done, rest = self._window[:-count], self._window[-count:]
-            if self._tokenizer.decode(done) + self._tokenizer.decode(rest) == text:
-                return rest
-        return []
+            done, held = self._window[:-count], self._window[-count:]
+            done_text = self._tokenizer.decode(done)
+            if done_text + self._tokenizer.decode(held) == text:
+                return done, done_text, held
+        return self._window, text, []
 
 
 @dataclass(slots=True)
