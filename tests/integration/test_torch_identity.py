@@ -10,6 +10,7 @@ import torch
 import transformers
 from support.generate_reference import PROMPTS, assert_identical, load_reference
 from support.runner_driver import Driver, Sequence_
+from support.slow import slow_but
 from support.tiny_models import KINDS, MAX_CONTEXT, VOCAB_SIZE, make_tiny_model
 
 from engines.base import GenerateRequest, SamplingParams
@@ -24,16 +25,11 @@ CHUNK = 64
 NEW_TOKENS = 16
 LENGTHS = (1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7, MAX_CONTEXT - NEW_TOKENS)
 GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
-
-
 QUICK_KINDS = ("llama", "mistral_sliding", "qwen3")
 """Of the models' kinds: those of `make check`. The others differ from them by less."""
 
 
-@pytest.fixture(
-    scope="module",
-    params=[kind if kind in QUICK_KINDS else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS],
-)
+@pytest.fixture(scope="module", params=slow_but(QUICK_KINDS, KINDS))
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(request.param, tmp_path_factory.mktemp(request.param))
 

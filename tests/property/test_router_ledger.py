@@ -190,7 +190,7 @@ class World:
         self.carry_out(self.machine.handle(Deadline()))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(st.data(), st.integers(1, 3), st.sampled_from([None, "p0"]), st.sampled_from(HandoffKind))
 def test_every_request_ends_once_with_exact_tokens_and_no_leg_left(
     data: st.DataObject, n: int, prefiller: str, kind: HandoffKind

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 from support.sim_cluster import Variant, run_seed
 from support.sim_nodes import DataFaults
+from support.slow import slow_but
 
 from metadata_server.state import MetadataState
 from router import dispatch as router_dispatch
@@ -44,18 +45,16 @@ def simulate(seed: int, variant: Variant | None = None):
     return outcome
 
 
-@pytest.mark.parametrize(
-    "block",
-    [*range(QUICK_BLOCKS), *(pytest.param(block, marks=pytest.mark.slow) for block in range(QUICK_BLOCKS, BLOCKS))],
-)
+@pytest.mark.parametrize("block", slow_but(range(QUICK_BLOCKS), range(BLOCKS)))
 def test_no_answer_is_wrong_and_nothing_is_left_over(block, totals):
     for seed in range(block * PER_BLOCK, (block + 1) * PER_BLOCK):
         totals.update(simulate(seed).counts)
 
 
-def test_faults_did_happen_and_were_survived(totals):
-    if totals["accepted"] < QUICK_BLOCKS * PER_BLOCK * 10:
-        pytest.skip("needs the quick blocks in the same process")
+@pytest.mark.parametrize("blocks", slow_but([QUICK_BLOCKS], [QUICK_BLOCKS, BLOCKS - QUICK_BLOCKS]))
+def test_faults_did_happen_and_were_survived(blocks, totals):
+    if totals["accepted"] < blocks * PER_BLOCK * 10:
+        pytest.skip(f"needs all {blocks} blocks, the quick or the slow ones, in the same process")
     happened = [
         *("kill_node", "kill_engine", "kill_metadata", "cut", "lost", "late", "reset", "repeated", "retries"),
         *("data_failed", "data_torn", "data_late", "data_flipped", "data_cut"),

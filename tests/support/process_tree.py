@@ -4,7 +4,7 @@ import psutil
 
 
 def children(pid: int) -> list[int]:
-    """Of all its threads."""
+    """Those that it has started itself."""
     return [process.pid for process in psutil.Process(pid).children()]
 
 
