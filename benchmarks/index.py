@@ -10,7 +10,7 @@ import os
 import time
 
 from kvcore.types import ChunkKey
-from router.index import PrefixIndex
+from router.routing.index import PrefixIndex
 
 BLOCKS = 1_000_000
 BATCH = 32

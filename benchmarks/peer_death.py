@@ -24,10 +24,10 @@ import msgspec
 from benchmarks.children import Child, program
 from benchmarks.transfer_worker import KINDS, transport_config
 from kvcore.errors import ConfigError, TransferError
-from kvcore.service import loop_factory
+from kvcore.process.service import loop_factory
 from kvcore.types import Segment
 from transfer.base import TransferEngine, TransferOp
-from transfer.memory import host_identity
+from transfer.memory.segment import host_identity
 from transfer.select import build_transfer
 
 SIZES = (64 << 20, 64 << 20, 4 << 10)

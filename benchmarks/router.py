@@ -23,7 +23,11 @@ import uvloop
 from aiohttp import web
 
 from benchmarks.children import Child, child
-from engines.base import (
+from kvcore.chunk_keys import usable_chunks
+from kvcore.types import KVSpec, NodeInfo, Role, Segment
+from nodeapi.client import HttpNodeClient
+from nodeapi.frames import pack_frame
+from nodeapi.messages import (
     EngineInfo,
     EngineStats,
     FinishReason,
@@ -35,10 +39,6 @@ from engines.base import (
     SamplingParams,
     TokenDelta,
 )
-from engines.frames import pack_frame
-from kvcore.chunk_keys import usable_chunks
-from kvcore.types import KVSpec, NodeInfo, Role, Segment
-from router.node_client import HttpNodeClient
 
 PROMPT_TOKENS = 1900
 CHUNK_TOKENS = 256

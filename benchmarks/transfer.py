@@ -31,7 +31,7 @@ from benchmarks.children import Child, program
 from benchmarks.transfer_link import Link, worker
 from benchmarks.transfer_places import Place, places
 from benchmarks.transfer_report import LARGE, OBJECTS, Case, Sample, Samples, print_table, result
-from kvcore.service import loop_factory
+from kvcore.process.service import loop_factory
 
 CASES = tuple(
     Case(size, min(batch, (128 << 20) // size), repeats)

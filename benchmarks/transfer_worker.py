@@ -22,9 +22,9 @@ import msgspec
 import numpy as np
 
 from kvcore.clock import SystemClock
-from kvcore.config import TransportConfig, TransportKind
+from kvcore.config.schema import TransportConfig, TransportKind
 from kvcore.errors import ConfigError, TransferError
-from kvcore.service import loop_factory
+from kvcore.process.service import loop_factory
 from kvcore.types import ChunkKey, KVSpec, NodeInfo, Role, Segment
 from kvstore.put_session import PutChunk
 from kvstore.store import KVStore
@@ -32,7 +32,7 @@ from kvstore.types import GetOutcome
 from metadata_server.client import HttpMetadataTransport, MetadataClient
 from metadata_server.messages import RegisterRequest, SegmentManifest
 from transfer.base import TransferEngine, TransferOp
-from transfer.memory import SegmentMemory, host_identity
+from transfer.memory.segment import SegmentMemory, host_identity
 from transfer.select import build_transfer, start_segment_hosts
 
 KINDS: tuple[str, ...] = tuple(kind for kind in ("shm", "tcp", "ucx", "nixl") if kind in get_args(TransportKind))

@@ -16,10 +16,10 @@ import yaml
 from benchmarks.vllm_pd_client import ASK_S, MODEL_NAME, NEW_TOKENS, Measured, ask
 from benchmarks.vllm_pd_processes import BLOCK, MAX_CONTEXT, START_S, Setting, free_port, process, until
 from benchmarks.vllm_pd_systems import FIRST_CORE, SECOND_CORE, SETTLE_S, Server
-from engines.base import GenerateRequest, Handoff, PrefillRequest, SamplingParams
 from kvcore.chunk_keys import usable_chunks
 from kvcore.ports import base_url
-from router.node_client import HttpNodeClient
+from nodeapi.client import HttpNodeClient
+from nodeapi.messages import GenerateRequest, Handoff, PrefillRequest, SamplingParams
 
 SEGMENT_CONTEXTS = 6
 """A node's segment holds so many of the longest prompts: nothing is evicted that is still to be measured."""

@@ -12,8 +12,8 @@ from pathlib import Path
 import aiohttp
 
 from benchmarks.vllm_pd_threads import group_members
-from kvcore.child import ChildProcess
 from kvcore.ports import listen
+from kvcore.process.child import ChildProcess
 
 START_S = 600.0
 STOP_S = 30.0

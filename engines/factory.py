@@ -11,12 +11,10 @@ from engines.base import Engine
 from engines.sim.build import build_sim_engine
 from engines.sim.runner import sim_spec
 from kvcore.clock import Clock
-from kvcore.config import ClusterConfig, EngineConfig, SimEngineConfig, TorchEngineConfig
-from kvcore.config_file import node_config
-from kvcore.ports import base_url
+from kvcore.config.file import node_config
+from kvcore.config.schema import ClusterConfig, EngineConfig, SimEngineConfig, TorchEngineConfig
 from kvcore.types import KVSpec
 from kvstore.store import KVStore
-from metadata_server.client import HttpMetadataTransport, MetadataClient
 
 StoreFactory = Callable[[KVSpec], KVStore]
 """Makes the store's client once the KV's provenance is known. Who gave it closes what it made, after the engine."""
@@ -29,13 +27,6 @@ def engine_config(config: ClusterConfig, node_name: str) -> EngineConfig:
     return engine
 
 
-def metadata_client(config: ClusterConfig, clock: Clock) -> MetadataClient:
-    """A client of the cluster's metadata server, to be closed by the caller. Connects on its first call."""
-    server = config.metadata_server
-    transport = HttpMetadataTransport(base_url(server.host, server.port))
-    return MetadataClient(transport, clock, server.timeout_s)
-
-
 def build_engine(config: ClusterConfig, node_name: str, make_store: StoreFactory, clock: Clock) -> Engine:
     """The engine of a node, to be entered. Raises ConfigError for what this build or machine cannot run."""
     engine, chunk_tokens = engine_config(config, node_name), config.kv.chunk_tokens
@@ -43,7 +34,7 @@ def build_engine(config: ClusterConfig, node_name: str, make_store: StoreFactory
     if isinstance(engine, SimEngineConfig):
         store = make_store(sim_spec(engine, config.model.name, chunk_tokens))
         return build_sim_engine(engine, config.model.name, chunk_tokens, store, clock, store_timeout_s=timeout_s)
-    assert isinstance(engine, TorchEngineConfig), "vLLM has stores of its own: see engines.process_child"
+    assert isinstance(engine, TorchEngineConfig), "vLLM has stores of its own: see engines.process.child"
     from engines.torch.engine import build_torch_engine
 
     return build_torch_engine(config.model, engine, chunk_tokens, make_store, clock, store_timeout_s=timeout_s)

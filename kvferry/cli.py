@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvcore.errors import ConfigError
-from kvcore.service import EXIT_CONFIG
+from kvcore.process.service import EXIT_CONFIG
 
 if TYPE_CHECKING:
-    from kvcore.config import ByteSize, ClusterConfig
+    from kvcore.config.schema import ByteSize, ClusterConfig
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -90,7 +90,7 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
 
 
 def _size(text: str) -> "ByteSize":
-    from kvcore.config_parse import parse_byte_size
+    from kvcore.config.parse import parse_byte_size
 
     try:
         return parse_byte_size(text)
@@ -118,13 +118,13 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _up(arguments: argparse.Namespace) -> int:
-    from kvferry.up import run_up
+    from kvferry.launch.up import run_up
 
     return run_up(arguments.config, arguments.overrides, arguments.log_dir)
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from kvferry.demo import run_demo
+    from kvferry.demo.run import run_demo
 
     return run_demo(arguments.config, arguments.overrides, arguments.log_dir, once=arguments.once)
 
@@ -132,8 +132,8 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _status(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from kvcore.config import MetadataServerConfig, RouterConfig
-    from kvcore.config_file import load_config
+    from kvcore.config.file import load_config
+    from kvcore.config.schema import MetadataServerConfig, RouterConfig
     from kvcore.ports import base_url
     from kvferry.status import addresses, run_status
 
@@ -153,9 +153,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.text import Text
 
-    from kvcore.config_file import load_config
-    from kvferry.doctor import ALL_CHECKS, run_checks
-    from kvferry.findings import Context, Finding
+    from kvcore.config.file import load_config
+    from kvferry.doctor.checks import ALL_CHECKS, run_checks
+    from kvferry.doctor.findings import Context, Finding
 
     findings = [Finding("config", True, str(arguments.config))]
     try:
@@ -180,13 +180,13 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _probe(config: "ClusterConfig") -> int:
     from rich.console import Console
 
-    from kvferry.doctor_probe import run_probe
+    from kvferry.doctor.probe import run_probe
 
     return asyncio.run(run_probe(config, Console(width=None if sys.stdout.isatty() else 160)))
 
 
 def _prepare(_: argparse.Namespace) -> int:
-    from kvferry.demo_model import prepare_demo_model
+    from kvferry.demo.model import prepare_demo_model
 
     print(prepare_demo_model())
     return 0

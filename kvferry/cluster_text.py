@@ -5,7 +5,7 @@ from enum import Enum
 import msgspec
 import yaml
 
-from kvcore.config import ByteSize, ClusterConfig
+from kvcore.config.schema import ByteSize, ClusterConfig
 
 _SIZES = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 

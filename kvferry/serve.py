@@ -13,7 +13,8 @@ from typing import Literal
 
 import yaml
 
-from kvcore.config import (
+from kvcore.config.file import load_config
+from kvcore.config.schema import (
     ByteSize,
     ClusterConfig,
     EngineConfig,
@@ -26,11 +27,10 @@ from kvcore.config import (
     TorchEngineConfig,
     VllmEngineConfig,
 )
-from kvcore.config_file import load_config
+from kvcore.config.vllm_options import argument, argument_name, check_arguments
 from kvcore.errors import ConfigError
 from kvcore.ports import listen
 from kvcore.types import Role
-from kvcore.vllm_options import argument, argument_name, check_arguments
 from kvferry.vllm_here import VllmBuild, cores, cuda_devices, installed_vllm, parse_size, split_cores
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -200,7 +200,7 @@ def cluster_name(model: str) -> str:
 
 def this_machine() -> Machine:
     """What this process finds. Blocking, a second at most."""
-    from transfer.available import available_memory
+    from transfer.memory.available import available_memory
 
     has_torch = all(importlib.util.find_spec(name) is not None for name in ("torch", "transformers"))
     return Machine(cores(), cuda_devices(), available_memory().size_bytes, installed_vllm(), has_torch)
@@ -209,7 +209,7 @@ def this_machine() -> Machine:
 def find_model(model: str) -> tuple[str, str]:
     """(folder, name that clients use). A model on the hub is downloaded now, once for all processes, which then need no
     network. Raises ConfigError."""
-    from engines.model_files import find_folder
+    from kvcore.model_folder import find_folder
 
     folder = Path(model).expanduser()
     if folder.is_dir():
@@ -251,8 +251,8 @@ def parse_arguments(given: Sequence[str]) -> dict[str, object]:
 def run_serve(wish: Wish, overrides: Sequence[str]) -> int:
     """Until a signal; the exit code is `run_up`'s. `wish.folder` may be a hub id here. Raises ConfigError."""
     from kvferry.cluster_text import cluster_text
-    from kvferry.doctor import preflight
-    from kvferry.up import default_log_dir, run_up
+    from kvferry.doctor.checks import preflight
+    from kvferry.launch.up import default_log_dir, run_up
 
     machine = this_machine()
     plan_cluster(wish, machine)  # refuse what cannot be before a model is downloaded

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kvcore.config import ClusterConfig, HandoffKind
+from kvcore.config.schema import ClusterConfig, HandoffKind
 from kvcore.ports import base_url, why_unreachable
 from kvferry.machine import size_text
 from metadata_server.messages import Stats

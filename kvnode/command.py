@@ -5,11 +5,11 @@ Owns arguments and the choice of the node; `kvnode.service` runs it.
 
 from collections.abc import Sequence
 
-from kvcore.command import config_parser, run_configured
-from kvcore.config import ClusterConfig
-from kvcore.config_file import node_config
+from kvcore.config.file import node_config
+from kvcore.config.schema import ClusterConfig
 from kvcore.errors import ConfigError
-from kvcore.service import Main
+from kvcore.process.command import config_parser, run_configured
+from kvcore.process.service import Main
 from kvcore.types import Role
 from kvnode.service import run_node
 

@@ -17,8 +17,7 @@ import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from engines.base import Engine, GenerateRequest, NodeReport, PrefillRequest, StreamError, TokenDelta
-from engines.frames import pack_frame
+from engines.base import Engine
 from kvcore.errors import (
     CancelledByPeerError,
     DeadlineExceededError,
@@ -28,8 +27,17 @@ from kvcore.errors import (
     PayloadTooLargeError,
 )
 from kvcore.telemetry import METRICS_CONTENT_TYPE, log_fields
-from kvnode.probe import ProbeReport, ProbeRequest
 from kvnode.request_check import parse_request
+from nodeapi.frames import pack_frame
+from nodeapi.messages import (
+    GenerateRequest,
+    NodeReport,
+    PrefillRequest,
+    ProbeReport,
+    ProbeRequest,
+    StreamError,
+    TokenDelta,
+)
 
 MAX_BODY_BYTES = 16 << 20
 MSGPACK = "application/msgpack"

@@ -6,7 +6,7 @@ Owns no state: everything is sampled when asked for.
 
 from collections.abc import Awaitable, Callable, Iterable
 
-from engines.process_messages import Sample as EngineSample
+from engines.process.messages import Sample as EngineSample
 from kvcore import metric_names as names
 from kvcore.telemetry import Metrics, Sample
 from kvnode.control_api import ControlApi

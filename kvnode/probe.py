@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 import msgspec
 
 from kvcore.clock import Clock
-from kvcore.config import StoreConfig, TransportConfig
+from kvcore.config.schema import StoreConfig, TransportConfig
 from kvcore.errors import (
     DeadlineExceededError,
     InvalidRequestError,
@@ -26,6 +26,7 @@ from kvstore.counters import StoreCounters
 from kvstore.placement import Placement, Reserved
 from metadata_server.client import MetadataClient
 from metadata_server.messages import SegmentStats
+from nodeapi.messages import ProbeReport, ProbeRequest
 from transfer.links import link_of
 from transfer.measure import SMALL_BYTES, measure
 from transfer.select import TransferSelector, build_transfer
@@ -35,37 +36,6 @@ _PIECE_BYTES = 4 << 20
 _PIECES = 16
 _LEAST_BYTES = 64 << 10
 _CLOSE_S = 2.0
-
-
-class ProbeRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Body of `POST /v1/probe`: the node to measure the way to, and the time there is (LONGEST_S at most)."""
-
-    peer: str
-    timeout_s: float
-
-
-class ProbeReport(msgspec.Struct, frozen=True, kw_only=True):
-    """Its answer. Rates are bytes/s of batches of `num_bytes`, `latency_s` the median of gets of 4 KiB.
-
-    `copy_rate`: of a copy in this node's own memory. `link_rate`: what `devices` should give together; None where the
-    kernel states none.
-    """
-
-    node: str
-    peer: str
-    asked: str
-    """`transport.kind`."""
-    transport: str
-    shown: str
-    """The transport with its devices and build, as far as it says (`ucx:rc_mlx5/mlx5_0@1.13.1`)."""
-    devices: list[str]
-    link_rate: float | None
-    latency_s: float
-    put_rate: float
-    get_rate: float
-    copy_rate: float
-    num_bytes: int
-    seconds: float
 
 
 class Prober:

@@ -8,8 +8,8 @@ from typing import TypeVar
 
 import msgspec
 
-from engines.base import EngineInfo, GenerateRequest, PrefillRequest, SamplingParams
 from kvcore.errors import InvalidRequestError
+from nodeapi.messages import EngineInfo, GenerateRequest, PrefillRequest, SamplingParams
 
 MAX_DEADLINE_S = 86_400.0
 MAX_ID_CHARS = 256

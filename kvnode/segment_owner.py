@@ -10,12 +10,12 @@ from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Self
 
-from kvcore.config import NodeConfig, TransportConfig
+from kvcore.config.schema import NodeConfig, TransportConfig
 from kvcore.telemetry import log_fields
 from kvcore.types import Segment
 from kvstore.manifest import scan
 from metadata_server.messages import SegmentManifest
-from transfer.memory import SegmentMemory, host_identity
+from transfer.memory.segment import SegmentMemory, host_identity
 from transfer.select import SegmentHosts, start_segment_hosts
 
 MAX_LISTED = 65_536

@@ -13,25 +13,26 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
-from engines.base import EngineStats, NodeReport
-from engines.factory import engine_config, metadata_client
-from engines.process import EngineProcess
-from engines.process_messages import Hello, Sample
+from engines.factory import engine_config
+from engines.process.messages import Hello, Sample
+from engines.process.parent import EngineProcess
 from kvcore.clock import Clock, SystemClock
-from kvcore.config import ClusterConfig, VllmEngineConfig
-from kvcore.config_file import node_config
+from kvcore.config.file import node_config
+from kvcore.config.schema import ClusterConfig, VllmEngineConfig
+from kvcore.config.vllm_options import engine_environment
 from kvcore.errors import KVFerryError, NodeUnavailableError
 from kvcore.ports import base_url, listen
-from kvcore.service import Lifecycle
+from kvcore.process.service import Lifecycle
 from kvcore.telemetry import Metrics, log_fields
 from kvcore.types import NodeInfo, Role
-from kvcore.vllm_options import engine_environment
 from kvnode.control_api import ControlApi
 from kvnode.membership import Membership
 from kvnode.metrics import NodeMetrics
 from kvnode.probe import Prober
 from kvnode.segment_owner import SegmentOwner
 from kvnode.supervisor import EngineSupervisor
+from metadata_server.connect import metadata_client
+from nodeapi.messages import EngineStats, NodeReport
 
 _CLOSE_S = 2.0
 _logger = logging.getLogger("kvnode")

@@ -8,7 +8,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
-from engines.process import EngineProcess
+from engines.process.parent import EngineProcess
 from kvcore.clock import Clock
 from kvcore.errors import ConfigError, KVFerryError, NodeUnavailableError
 from kvcore.telemetry import log_fields

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from kvcore.clock import Clock
-from kvcore.config import StoreConfig
+from kvcore.config.schema import StoreConfig
 from kvcore.errors import KVFerryError, MetadataProtocolError, MetadataUnavailableError
 from kvcore.telemetry import log_fields
 from kvcore.types import ChunkKey, ReplicaRef, Segment

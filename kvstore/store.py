@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 
 from kvcore.clock import Clock
-from kvcore.config import StoreConfig
+from kvcore.config.schema import StoreConfig
 from kvcore.types import ChunkKey, KVSpec
 from kvstore.background import Background
 from kvstore.chunk_format import HEADER_BYTES

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-from kvcore.command import config_parser, run_configured
+from kvcore.process.command import config_parser, run_configured
 from metadata_server.service import main as serve
 
 _NAME = "metadata-server"

@@ -11,6 +11,7 @@ from typing import cast
 from kvcore.clock import Clock
 from kvcore.errors import MetadataProtocolError, OverloadedError
 from kvcore.types import ChunkKey
+from metadata_server.index.state import MetadataState
 from metadata_server.messages import (
     EventBatch,
     EventKind,
@@ -27,7 +28,6 @@ from metadata_server.messages import (
     WaitRequest,
 )
 from metadata_server.protocol import Decoder, Request, encode
-from metadata_server.state import MetadataState
 
 MAX_WAITERS = 4096
 MAX_SUBSCRIBERS = 256

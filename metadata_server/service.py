@@ -2,14 +2,14 @@
 
 import secrets
 
-from kvcore.asgi import AsgiServer
 from kvcore.clock import Clock, SystemClock
-from kvcore.config import ClusterConfig
-from kvcore.service import Lifecycle
+from kvcore.config.schema import ClusterConfig
+from kvcore.process.asgi import AsgiServer
+from kvcore.process.service import Lifecycle
 from kvcore.telemetry import Metrics
 from metadata_server.app import create_app
 from metadata_server.core import MetadataCore
-from metadata_server.state import MetadataState
+from metadata_server.index.state import MetadataState
 
 _GENERATION_BITS = 20
 

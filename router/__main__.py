@@ -2,7 +2,7 @@
 
 import sys
 
-from kvcore.command import config_parser, run_configured
+from kvcore.process.command import config_parser, run_configured
 from router.service import run_router
 
 

@@ -8,15 +8,16 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from engines.base import FinishReason, SamplingParams, TokenLogprob
 from kvcore.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError, NodeUnavailableError
-from router import openai_schema as schema
-from router.cluster import Cluster
-from router.dispatch import Dispatcher, RequestRun
-from router.leg_requests import RequestSpec
-from router.openai_schema import AnyRequest, ChatRequest, CompletionRequest
-from router.request_events import Emit
-from router.text import Detokenizer, Runner, StopChecker, Tokenizer, encode
+from nodeapi.messages import FinishReason, SamplingParams, TokenLogprob
+from router.api import openai_schema as schema
+from router.api.openai_schema import AnyRequest, ChatRequest, CompletionRequest
+from router.nodes.cluster import Cluster
+from router.requests.dispatch import Dispatcher, RequestRun
+from router.requests.events import Emit
+from router.requests.leg_requests import RequestSpec
+from router.text.detokenizer import Detokenizer, StopChecker
+from router.text.tokenizer import Runner, Tokenizer, encode
 
 MAX_QUEUED_PIECES = 64
 

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from kvcore import metric_names as names
 from kvcore.telemetry import Metrics
-from router.cluster import Cluster
-from router.records import RequestLog, RequestRecord
+from router.nodes.cluster import Cluster
+from router.requests.records import RequestLog, RequestRecord
 
 
 class RouterMetrics:

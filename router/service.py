@@ -3,29 +3,29 @@
 import asyncio
 import logging
 
-from kvcore.asgi import AsgiServer
 from kvcore.clock import SystemClock
-from kvcore.config import ClusterConfig, HandoffKind
+from kvcore.config.schema import ClusterConfig, HandoffKind
 from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
 from kvcore.ports import base_url
-from kvcore.service import Lifecycle
+from kvcore.process.asgi import AsgiServer
+from kvcore.process.service import Lifecycle
 from kvcore.telemetry import log_fields
 from metadata_server.client import MetadataClient
 from metadata_server.http_transport import HttpEventSource, HttpMetadataTransport
 from metadata_server.subscription import IndexSubscription
+from nodeapi.client import HttpNodeClient
+from nodeapi.protocol import NodeClient
 from router.answering import Answerer
-from router.app import make_app
-from router.cluster import Cluster
-from router.dispatch import Dispatcher
+from router.api.app import make_app
 from router.metrics import RouterMetrics
-from router.node_client import HttpNodeClient
-from router.nodes import NodeClient
-from router.policy import make_policy
-from router.records import RequestLog
+from router.nodes.cluster import Cluster
+from router.nodes.vllm_client import VllmClient, server_key
+from router.nodes.vllm_model import read_model_facts
+from router.requests.dispatch import Dispatcher
+from router.requests.records import RequestLog
+from router.routing.policy import make_policy
 from router.status import StatusView
-from router.text import make_tokenizer, run_in_thread
-from router.vllm_client import VllmClient, server_key
-from router.vllm_model import read_model_facts
+from router.text.tokenizer import make_tokenizer, run_in_thread
 
 STATS_INTERVAL_S = 1.0
 LEGS_PER_REQUEST = 3

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import msgspec
 
 from kvcore.clock import Clock
-from kvcore.config import ClusterConfig
-from router.cluster import Cluster, KnownNode
-from router.records import RequestLog
+from kvcore.config.schema import ClusterConfig
+from router.nodes.cluster import Cluster, KnownNode
+from router.requests.records import RequestLog
 
 
 class SegmentStatus(msgspec.Struct):

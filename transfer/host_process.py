@@ -16,13 +16,13 @@ from typing import Any
 
 import msgspec
 
-from kvcore.child import ChildProcess
 from kvcore.clock import SystemClock
-from kvcore.config import TransportConfig
+from kvcore.config.schema import TransportConfig
 from kvcore.errors import ConfigError
+from kvcore.process.child import ChildProcess
 from kvcore.telemetry import configure_logging, log_fields
 from transfer.base import SegmentHost
-from transfer.memory import SegmentMemory
+from transfer.memory.segment import SegmentMemory
 
 _LOG = logging.getLogger("transfer")
 _ANSWER = "host-process: "
@@ -152,10 +152,10 @@ class ProcessSegmentHost:
 def _host(question: _Question, memory: memoryview) -> SegmentHost:
     """Loads the library."""
     if question.kind == "nixl":
-        from transfer.nixl_host import NixlSegmentHost
+        from transfer.nixl.host import NixlSegmentHost
 
         return NixlSegmentHost(question.segment_id, memory, question.config)
-    from transfer.ucx import UcxSegmentHost
+    from transfer.ucx.transport import UcxSegmentHost
 
     return UcxSegmentHost(question.segment_id, memory, question.config)
 

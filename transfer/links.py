@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kvcore.errors import ConfigError
 from kvcore.types import Segment
-from transfer.sockets import split_address
+from transfer.tcp.sockets import split_address
 
 _SYS = Path("/sys/class")
 _SIOCGIFADDR = 0x8915

@@ -9,16 +9,16 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import get_args
 
-from kvcore.config import FallbackKind, TransportConfig, TransportKind
+from kvcore.config.schema import FallbackKind, TransportConfig, TransportKind
 from kvcore.errors import ConfigError, PeerUnreachableError, TransferError
 from kvcore.telemetry import log_fields
 from kvcore.types import Segment
 from transfer.base import DescribesItself, Direction, SegmentHost, TransferEngine, TransferOp
 from transfer.host_process import ProcessSegmentHost
-from transfer.memory import SegmentMemory
+from transfer.memory.segment import SegmentMemory
 from transfer.shm import ShmTransfer
-from transfer.tcp import TcpTransfer
-from transfer.tcp_host import TcpSegmentHost
+from transfer.tcp.host import TcpSegmentHost
+from transfer.tcp.transport import TcpTransfer
 
 _LOG = logging.getLogger("transfer")
 _WILDCARDS = ("", "0.0.0.0", "::")
@@ -171,10 +171,10 @@ def _fall_back(config: TransportConfig, error: ConfigError) -> None:
 def _library_transfer(config: TransportConfig) -> TransferEngine:
     """One that needs a library, which only those who ask for it load."""
     if config.kind == "nixl":
-        from transfer.nixl import NixlTransfer
+        from transfer.nixl.transport import NixlTransfer
 
         return NixlTransfer(config)
-    from transfer.ucx import UcxTransfer
+    from transfer.ucx.transport import UcxTransfer
 
     return UcxTransfer(config)
 

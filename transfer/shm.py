@@ -16,9 +16,9 @@ from kvcore.errors import PeerUnreachableError, TransferError
 from kvcore.types import Segment
 from transfer.base import Direction, TransferOp
 from transfer.blocking import BlockingPool, Deadline
-from transfer.copying import Copy, copy, copy_holding_lock, streaming_copy, streams_above_bytes
-from transfer.memory import AttachedSegment, attach
-from transfer.pages import usable_cpus
+from transfer.memory.copying import Copy, copy, copy_holding_lock, streaming_copy, streams_above_bytes
+from transfer.memory.pages import usable_cpus
+from transfer.memory.segment import AttachedSegment, attach
 from transfer.ranges import byte_views, check_batch, range_error
 
 _INLINE_BYTES = 1 << 20

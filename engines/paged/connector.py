@@ -9,15 +9,16 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from engines import load_job, save_job
-from engines.base import Handoff
-from engines.load_job import JobContext
+from engines.jobs import load as load_job
+from engines.jobs import save as save_job
+from engines.jobs.load import JobContext
+from engines.jobs.save import Offer
 from engines.paged.blocks import BlockManager
 from engines.paged.sequence import TokenSequence
-from engines.save_job import Offer
 from kvcore.clock import Clock
 from kvcore.types import ChunkKey
 from kvstore.store import KVStore
+from nodeapi.messages import Handoff
 
 
 def chunks_to_load(sequence: TokenSequence) -> range:

@@ -7,19 +7,11 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from engines.base import (
-    FinishReason,
-    Handoff,
-    LegInfo,
-    Moved,
-    SamplingParams,
-    Timings,
-    TokenDelta,
-)
-from engines.load_job import as_moved
+from engines.jobs.load import as_moved
 from engines.paged.connector import LoadJob, SaveJob
 from engines.paged.sequence import Status, TokenSequence
 from kvcore.errors import KVFerryError
+from nodeapi.messages import FinishReason, Handoff, LegInfo, Moved, SamplingParams, Timings, TokenDelta
 
 MAX_UNREAD = 256
 """Deltas that a slow reader may leave unread before its sequences are left out of steps."""

@@ -13,15 +13,6 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from engines.base import (
-    EngineInfo,
-    EngineStats,
-    FinishReason,
-    GenerateRequest,
-    PrefillRequest,
-    PrefillResult,
-    TokenDelta,
-)
 from engines.paged.blocks import BlockManager
 from engines.paged.connector import LoadJob, SaveJob, StorePort, chunks_to_save
 from engines.paged.leg import Leg, StopRule, leading
@@ -30,7 +21,7 @@ from engines.paged.scheduler import Plan, Scheduler, Work
 from engines.paged.sequence import Status, TokenSequence
 from kvcore.chunk_keys import root_key, usable_chunks
 from kvcore.clock import Clock
-from kvcore.config import PagedEngineConfig
+from kvcore.config.schema import PagedEngineConfig
 from kvcore.errors import (
     CancelledByPeerError,
     ContextLengthError,
@@ -42,6 +33,15 @@ from kvcore.errors import (
     NodeUnavailableError,
 )
 from kvstore.store import KVStore
+from nodeapi.messages import (
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    GenerateRequest,
+    PrefillRequest,
+    PrefillResult,
+    TokenDelta,
+)
 
 _log = logging.getLogger("engines")
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from engines.base import EngineInfo, SamplingParams, TokenLogprob
+from nodeapi.messages import EngineInfo, SamplingParams, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from engines.base import SamplingParams
 from kvcore.chunk_keys import chunk_keys, usable_chunks
 from kvcore.types import ChunkKey
+from nodeapi.messages import SamplingParams
 
 
 class Status(Enum):

@@ -5,7 +5,7 @@ One wrong byte anywhere in a sequence's KV changes every record after it and the
 
 import xxhash
 
-from engines.base import SamplingParams, TokenLogprob
+from nodeapi.messages import SamplingParams, TokenLogprob
 
 RECORD_UNIT = 16
 _VARIANTS = 1 << 16

@@ -3,7 +3,7 @@
 from engines.paged.loop import EngineLoop, EngineOptions
 from engines.sim.runner import SimRunner
 from kvcore.clock import Clock, SystemClock
-from kvcore.config import SimEngineConfig
+from kvcore.config.schema import SimEngineConfig
 from kvstore.store import KVStore
 
 

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import xxhash
 
-from engines.base import SamplingParams
 from engines.sim.arithmetic import Arithmetic
 from engines.sim.runner import EOS_TOKEN
-from kvcore.config import SimEngineConfig
+from kvcore.config.schema import SimEngineConfig
+from nodeapi.messages import SamplingParams
 
 
 def expected_tokens(

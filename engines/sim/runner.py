@@ -10,11 +10,11 @@ from hashlib import sha256
 
 import xxhash
 
-from engines.base import EngineInfo
 from engines.paged.runner import Sampled, StepOutput, StepSlice
 from engines.sim.arithmetic import Arithmetic
-from kvcore.config import SimEngineConfig
+from kvcore.config.schema import SimEngineConfig
 from kvcore.types import KVSpec
+from nodeapi.messages import EngineInfo
 
 EOS_TOKEN = 0
 

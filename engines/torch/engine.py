@@ -9,26 +9,19 @@ from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Self
 
-from engines.base import (
-    Engine,
-    EngineInfo,
-    EngineStats,
-    GenerateRequest,
-    PrefillRequest,
-    PrefillResult,
-    TokenDelta,
-)
+from engines.base import Engine
 from engines.model_files import ModelFiles, check_model_files
 from engines.paged.loop import EngineLoop, EngineOptions
 from engines.torch.model import LoadedModel, load_checked, model_dtype
 from engines.torch.runner import TorchRunner
 from engines.torch.spec import build_kv_spec
 from kvcore.clock import Clock, SystemClock
-from kvcore.config import ModelConfig, TorchEngineConfig
+from kvcore.config.schema import ModelConfig, TorchEngineConfig
 from kvcore.errors import ConfigError
 from kvcore.types import KVSpec
 from kvstore.store import KVStore
-from transfer.available import available_memory
+from nodeapi.messages import EngineInfo, EngineStats, GenerateRequest, PrefillRequest, PrefillResult, TokenDelta
+from transfer.memory.available import available_memory
 
 StoreFactory = Callable[[KVSpec], KVStore | None]
 """Makes the store's client once the KV's provenance is known; None: an engine without a store. The caller closes it."""

@@ -12,11 +12,12 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from engines.model_files import ModelFiles, check_model_files, read_json
+from engines.model_files import ModelFiles, check_model_files
 from engines.torch.attention import ATTENTION_NAME, register_attention
 from engines.torch.kv_cache import KVGeometry
-from kvcore.config import ModelConfig, TorchEngineConfig
+from kvcore.config.schema import ModelConfig, TorchEngineConfig
 from kvcore.errors import ConfigError, ModelLoadError
+from kvcore.model_folder import read_json
 
 _AGAIN = "Download or convert the model again"
 _DTYPES: dict[str, torch.dtype] = {

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from engines.base import EngineInfo
 from engines.paged.runner import StepOutput, StepSlice
 from engines.torch.kv_cache import PagedKV
 from engines.torch.model import LoadedModel
@@ -18,6 +17,7 @@ from engines.torch.sampler import sample_rows
 from engines.torch.step_batch import StepBatch
 from kvcore.errors import EngineError
 from kvcore.types import KVSpec
+from nodeapi.messages import EngineInfo
 
 
 class TorchRunner:

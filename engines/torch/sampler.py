@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from engines.base import SamplingParams, TokenLogprob
 from engines.paged.runner import Sampled, SampleSpec
+from nodeapi.messages import SamplingParams, TokenLogprob
 
 _WORD = (1 << 64) - 1
 _HUGE = 1e30

@@ -3,11 +3,11 @@
 import json
 from collections.abc import Mapping
 
-from kvcore.config import ModelConfig
+from kvcore.config.schema import ModelConfig
 
 
 def command_line(args: Mapping[str, object], model: ModelConfig, folder: str) -> list[str]:
-    """vLLM's arguments: those of the file, then those that kvferry sets (kvcore.config_checks keeps them apart).
+    """vLLM's arguments: those of the file, then those that kvferry sets (kvcore.config.checks keeps them apart).
 
     `true` is a flag, `false` its `--no-` form, null leaves the argument out, a list gives words, a mapping JSON.
     """

@@ -17,12 +17,12 @@ from typing import Self
 
 import msgspec
 
-from engines.channel import FrameChannel
-from engines.frames import FrameError
-from engines.vllm import bus_messages as m
+from engines.process.channel import FrameChannel
+from engines.vllm.connector import bus_messages as m
 from kvcore.errors import EngineError
 from kvcore.telemetry import log_fields
 from kvcore.types import KVSpec
+from nodeapi.frames import FrameError
 
 MAX_WORKERS = 1024
 _logger = logging.getLogger(__name__)

@@ -21,18 +21,8 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-from engines.base import (
-    EngineInfo,
-    EngineStats,
-    GenerateRequest,
-    LegInfo,
-    PrefillRequest,
-    PrefillResult,
-    Timings,
-    TokenDelta,
-)
 from engines.vllm.bus import Bus, LegReports
-from engines.vllm.orders import PARAMS_NAME, LegParams, LegResult
+from engines.vllm.connector.orders import PARAMS_NAME, LegParams, LegResult
 from engines.vllm.sampling import extra_args, finish, is_greedy, sampling_arguments, token_logprobs
 from engines.vllm.start import VllmStart, start_vllm
 from engines.vllm.stats import VllmStats
@@ -47,6 +37,16 @@ from kvcore.errors import (
 )
 from kvcore.telemetry import log_fields
 from kvcore.types import KVSpec
+from nodeapi.messages import (
+    EngineInfo,
+    EngineStats,
+    GenerateRequest,
+    LegInfo,
+    PrefillRequest,
+    PrefillResult,
+    Timings,
+    TokenDelta,
+)
 
 EXIT_CORE_DIED = 70
 _WORKERS_S = 60.0

@@ -24,13 +24,13 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMError
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 
-from engines.base import NodeReport
-from engines.model_files import find_folder
-from engines.vllm.connector import KVFerryConnector
-from engines.vllm.settings import Provenance, to_extra_config
+from engines.vllm.connector.connector import KVFerryConnector
+from engines.vllm.connector.settings import Provenance, to_extra_config
 from engines.vllm.start import _HUB_FILES, VllmStart, connector_config, connector_settings, measure_provenance
-from kvcore.config import ClusterConfig, VllmEngineConfig
+from kvcore.config.schema import ClusterConfig, VllmEngineConfig
 from kvcore.errors import ConfigError, EngineError
+from kvcore.model_folder import find_folder
+from nodeapi.messages import NodeReport
 
 _NOT_KV = ("chat_template", "compilation_config", "structured_outputs_config", "profiler_config")
 """What vllm.LLM takes in more forms than EngineArgs does, and no KV depends on."""

@@ -5,9 +5,9 @@ from typing import Protocol
 
 import msgspec
 
-from engines.base import FinishReason, GenerateRequest, SamplingParams, TokenLogprob
-from engines.vllm.orders import PARAMS_NAME, LegParams
+from engines.vllm.connector.orders import PARAMS_NAME, LegParams
 from kvcore.errors import EngineError
+from nodeapi.messages import FinishReason, GenerateRequest, SamplingParams, TokenLogprob
 
 
 class VllmLogprob(Protocol):

@@ -17,13 +17,13 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from engines.model_files import find_folder
 from engines.provenance import DIGEST_CACHE, file_digest, weights_digest
 from engines.vllm.arguments import command_line
-from engines.vllm.settings import ConnectorSettings, Provenance, to_extra_config
+from engines.vllm.connector.settings import ConnectorSettings, Provenance, to_extra_config
 from engines.vllm.stats import VllmStats
-from kvcore.config import ClusterConfig, VllmEngineConfig
+from kvcore.config.schema import ClusterConfig, VllmEngineConfig
 from kvcore.errors import ConfigError, EngineError, ModelLoadError
+from kvcore.model_folder import find_folder
 from kvcore.ports import base_url
 
 _WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
@@ -85,7 +85,7 @@ def connector_config(extra: dict[str, Any] | None = None) -> KVTransferConfig:
     """What puts KVFerryConnector under vLLM."""
     return KVTransferConfig(
         kv_connector="KVFerryConnector",
-        kv_connector_module_path="engines.vllm.connector",
+        kv_connector_module_path="engines.vllm.connector.connector",
         kv_role="kv_both",
         kv_load_failure_policy="recompute",
         kv_connector_extra_config=extra or {},

@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from engines.base import EngineStats
-from engines.vllm.bus_messages import WorkerSample
+from engines.vllm.connector.bus_messages import WorkerSample
+from nodeapi.messages import EngineStats
 
 
 class VllmStats:

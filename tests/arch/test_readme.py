@@ -11,7 +11,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from kvcore.config_file import load_config
+from kvcore.config.file import load_config
 from kvferry.cli import build_parser
 
 ROOT = Path(__file__).resolve().parents[2]

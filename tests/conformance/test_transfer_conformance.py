@@ -13,7 +13,7 @@ from support.ucx import needs_ucx
 
 from kvcore.errors import PeerUnreachableError, SegmentUnknownError, TransferError, TransferTimeoutError
 from transfer.base import TransferOp
-from transfer.memory import host_identity
+from transfer.memory.segment import host_identity
 from transfer.select import build_transfer
 
 UCX = pytest.param("ucx", marks=needs_ucx)

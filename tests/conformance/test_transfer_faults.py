@@ -22,7 +22,7 @@ from support.ucx import needs_ucx
 from kvcore.errors import PeerUnreachableError, SegmentUnknownError, TransferError, TransferTimeoutError
 from transfer.base import TransferEngine, TransferOp
 from transfer.inproc import InprocTransfer
-from transfer.memory import host_identity
+from transfer.memory.segment import host_identity
 from transfer.select import build_transfer
 
 UCX = pytest.param("ucx", marks=needs_ucx)

@@ -19,11 +19,11 @@ from kvcore.errors import (
     TransferTimeoutError,
 )
 from kvcore.types import Segment
-from transfer import wire
 from transfer.base import TransferOp
-from transfer.sockets import split_address
-from transfer.tcp import TcpTransfer
-from transfer.tcp_host import TcpSegmentHost
+from transfer.tcp import wire
+from transfer.tcp.host import TcpSegmentHost
+from transfer.tcp.sockets import split_address
+from transfer.tcp.transport import TcpTransfer
 
 SIZE = 1 << 16
 ID = "liars.1"

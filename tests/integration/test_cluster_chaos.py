@@ -15,12 +15,12 @@ import pytest
 import pytest_asyncio
 from support.cluster import ClusterHandle, cluster
 
-from engines.base import SamplingParams
 from engines.sim.reference import expected_tokens
-from kvcore.child import ChildProcess
-from kvcore.config import SimEngineConfig
-from kvferry.processes import plan_processes
-from router.text import ByteTokenizer
+from kvcore.config.schema import SimEngineConfig
+from kvcore.process.child import ChildProcess
+from kvferry.launch.processes import plan_processes
+from nodeapi.messages import SamplingParams
+from router.text.tokenizer import ByteTokenizer
 
 pytestmark = pytest.mark.slow
 

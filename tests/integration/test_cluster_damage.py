@@ -11,18 +11,18 @@ import pytest
 import pytest_asyncio
 from support.cluster import ClusterHandle, cluster
 
-from engines.base import SamplingParams
 from engines.sim.arithmetic import Arithmetic
 from engines.sim.reference import expected_tokens
 from engines.sim.runner import sim_spec
 from kvcore.chunk_keys import chunk_keys, root_key
 from kvcore.clock import SystemClock
-from kvcore.config import SimEngineConfig
+from kvcore.config.schema import SimEngineConfig
 from kvcore.types import ReplicaRef
 from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, checksum, pack, parse
 from metadata_server.client import HttpMetadataTransport, MetadataClient
 from metadata_server.messages import MatchReply, MatchRequest
-from transfer.memory import attach
+from nodeapi.messages import SamplingParams
+from transfer.memory.segment import attach
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 

@@ -11,8 +11,8 @@ from support.cluster import ClusterHandle, cluster
 from support.generate_reference import PROMPTS, assert_identical, load_reference
 from support.tiny_models import MAX_CONTEXT, VOCAB_SIZE, make_tiny_model
 
-from kvferry.demo_document import document
-from kvferry.demo_model import prepare_demo_model
+from kvferry.demo.document import document
+from kvferry.demo.model import prepare_demo_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

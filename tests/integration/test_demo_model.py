@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from engines.model_files import check_model_files
 from kvcore.errors import ConfigError
-from kvferry import demo_model
+from kvferry.demo import model as demo_model
 
 
 def test_missing_wheel_is_refused_with_the_command_that_helps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,10 +11,10 @@ from support.process_tree import children
 from support.processes import Cluster, cluster
 from support.ucx import needs_ucx
 
-from engines.base import GenerateRequest, Handoff, PrefillRequest, SamplingParams, StreamError, TokenDelta
 from engines.sim.reference import expected_tokens
-from kvcore.config import SimEngineConfig
-from kvcore.config_file import load_config
+from kvcore.config.file import load_config
+from kvcore.config.schema import SimEngineConfig
+from nodeapi.messages import GenerateRequest, Handoff, PrefillRequest, SamplingParams, StreamError, TokenDelta
 
 pytestmark = pytest.mark.slow
 PROMPT = [7 + (3 * i) % 40_000 for i in range(64 * 3 + 7)]

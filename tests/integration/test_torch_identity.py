@@ -13,13 +13,13 @@ from support.runner_driver import Driver, Sequence_
 from support.slow import slow_but
 from support.tiny_models import KINDS, MAX_CONTEXT, VOCAB_SIZE, make_tiny_model
 
-from engines.base import GenerateRequest, SamplingParams
 from engines.torch.engine import build_torch_engine
 from engines.torch.model import load_model
 from engines.torch.runner import TorchRunner
 from engines.torch.spec import build_kv_spec
-from kvcore.config import ByteSize, ModelConfig, TorchEngineConfig
-from kvferry.demo_model import prepare_demo_model
+from kvcore.config.schema import ByteSize, ModelConfig, TorchEngineConfig
+from kvferry.demo.model import prepare_demo_model
+from nodeapi.messages import GenerateRequest, SamplingParams
 
 CHUNK = 64
 NEW_TOKENS = 16

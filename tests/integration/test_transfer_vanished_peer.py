@@ -9,14 +9,14 @@ from support.transfer_rigs import transport_config
 
 from kvcore.errors import PeerUnreachableError
 from transfer.base import TransferOp
-from transfer.memory import host_identity
+from transfer.memory.segment import host_identity
 from transfer.select import build_transfer
 
 _missing = missing_namespaces()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(_missing), reason=_missing)]
 SIZE_BYTES = 64 << 20
 NOTICED_S = 10.0
-"""`transfer.sockets` says 6."""
+"""`transfer.tcp.sockets` says 6."""
 
 
 @pytest.mark.parametrize("direction", ["write", "read"])

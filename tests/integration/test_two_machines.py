@@ -21,7 +21,7 @@ from support.netns import ADDRESSES, DEVICE, LinkKind, TwoMachines, missing_name
 from support.tiny_models import VOCAB_SIZE, make_tiny_model
 from support.ucx import needs_ucx
 
-from kvferry.processes import ProcessPlan
+from kvferry.launch.processes import ProcessPlan
 
 _missing = missing_namespaces()
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400), pytest.mark.skipif(bool(_missing), reason=_missing)]

@@ -6,7 +6,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from support.metadata_words import UNIT, granted, ids, key, keys, new_state, registration, reservation
 
 from kvcore.errors import MetadataProtocolError
-from metadata_server.allocator import ExtentAllocator
+from metadata_server.index.allocator import ExtentAllocator
 from metadata_server.messages import (
     EventKind,
     HeartbeatRequest,

@@ -10,8 +10,8 @@ import pytest
 from support.engine_fakes import CHUNK, CONFIG, Cluster, completions, idle, prefill_request, prompt_of, request
 from support.sim_loop import run_sim
 
-from engines.base import Handoff
 from engines.sim.reference import expected_tokens
+from nodeapi.messages import Handoff
 
 CLIENTS = 15
 

@@ -5,12 +5,12 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engines.base import SamplingParams
 from engines.paged.blocks import BlockManager
 from engines.paged.scheduler import Scheduler
 from engines.paged.sequence import Status, TokenSequence
 from kvcore.chunk_keys import root_key
 from kvcore.errors import OverloadedError
+from nodeapi.messages import SamplingParams
 
 BLOCK, PER_CHUNK = 4, 2
 CHUNK = BLOCK * PER_CHUNK

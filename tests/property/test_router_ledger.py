@@ -6,12 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engines.base import FinishReason, LegInfo, PrefillResult, TokenDelta
-from kvcore.config import HandoffKind
+from kvcore.config.schema import HandoffKind
 from kvcore.errors import EngineError, InvalidRequestError, NodeUnavailableError, OverloadedError
 from kvcore.types import Route
-from router.ledger import RequestMachine
-from router.request_events import (
+from nodeapi.messages import FinishReason, LegInfo, PrefillResult, TokenDelta
+from router.requests.events import (
     Action,
     CancelLeg,
     ClientGone,
@@ -31,6 +30,7 @@ from router.request_events import (
     Timer,
     TimerFired,
 )
+from router.requests.ledger import RequestMachine
 
 MAX_TOKENS = 4
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
-from router.text import ByteTokenizer, Detokenizer, FolderTokenizer, StopChecker, Tokenizer
+from router.text.detokenizer import Detokenizer, StopChecker
+from router.text.tokenizer import ByteTokenizer, FolderTokenizer, Tokenizer
 
 
 def byte_level(tmp: str) -> FastTokenizer:

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from support.vllm_scheduler_model import Request, SchedulerModel, next_token
 from support.vllm_worker_model import FakeLookup, Memory, WorkerModel
 
-from engines.vllm.orders import LegParams
-from engines.vllm.scheduler_half import SchedulerHalf
+from engines.vllm.connector.orders import LegParams
+from engines.vllm.connector.scheduler_half import SchedulerHalf
 from kvcore.chunk_keys import chunk_keys, next_key, root_key, usable_chunks
 
 BLOCK = 4

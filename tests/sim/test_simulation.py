@@ -12,8 +12,8 @@ from support.sim_cluster import Variant, run_seed
 from support.sim_nodes import DataFaults
 from support.slow import slow_but
 
-from metadata_server.state import MetadataState
-from router import dispatch as router_dispatch
+from metadata_server.index.state import MetadataState
+from router.requests import dispatch as router_dispatch
 
 BLOCKS, PER_BLOCK = 10, 20
 QUICK_BLOCKS = 3

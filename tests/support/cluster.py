@@ -17,13 +17,13 @@ import msgspec
 import yaml
 from support.ports import free_ports
 
-from engines.base import NodeReport
-from kvcore.config import ClusterConfig
-from kvcore.config_file import load_config
+from kvcore.config.file import load_config
+from kvcore.config.schema import ClusterConfig
 from kvcore.ports import base_url
-from kvferry.launcher import Launcher
-from kvferry.processes import Part, ProcessPlan, plan_processes
+from kvferry.launch.launcher import Launcher
+from kvferry.launch.processes import Part, ProcessPlan, plan_processes
 from metadata_server.messages import Stats
+from nodeapi.messages import NodeReport
 
 READY_S = {"sim": 60.0, "torch": 60.0, "vllm": 400.0}
 POLL_S = 0.02

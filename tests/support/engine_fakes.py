@@ -8,12 +8,12 @@ import msgspec
 from support.sim_loop import LoopClock
 from support.store_fakes import Wire, World
 
-from engines.base import EngineStats, GenerateRequest, Handoff, PrefillRequest, SamplingParams, TokenDelta
 from engines.paged.loop import EngineLoop
 from engines.paged.runner import StepOutput, StepSlice
 from engines.sim.build import build_sim_engine
 from engines.sim.runner import SimRunner, sim_spec
-from kvcore.config import SimEngineConfig
+from kvcore.config.schema import SimEngineConfig
+from nodeapi.messages import EngineStats, GenerateRequest, Handoff, PrefillRequest, SamplingParams, TokenDelta
 from transfer.inproc import FaultHook, InprocTransfer
 
 CHUNK = 32

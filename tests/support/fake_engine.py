@@ -15,8 +15,12 @@ from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Self
 
-from engines import process_messages as m
-from engines.base import (
+from engines.process import messages as m
+from engines.process.session import OpenedEngine, serve
+from kvcore.config.schema import ClusterConfig, ModelConfig, NodeConfig, SimEngineConfig
+from kvcore.errors import ConfigError, error_from_code
+from kvcore.types import KVSpec, Role
+from nodeapi.messages import (
     EngineInfo,
     EngineStats,
     FinishReason,
@@ -27,10 +31,6 @@ from engines.base import (
     SamplingParams,
     TokenDelta,
 )
-from engines.process_session import OpenedEngine, serve
-from kvcore.config import ClusterConfig, ModelConfig, NodeConfig, SimEngineConfig
-from kvcore.errors import ConfigError, error_from_code
-from kvcore.types import KVSpec, Role
 
 SPEC = KVSpec(
     model_id="fake",

@@ -6,9 +6,9 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 from support.metadata_words import new_state
 
-from kvcore.asgi import AsgiServer
 from kvcore.clock import Clock, SystemClock
 from kvcore.errors import MetadataUnavailableError, OverloadedError
+from kvcore.process.asgi import AsgiServer
 from kvcore.telemetry import Metrics
 from metadata_server.app import create_app
 from metadata_server.client import HttpEventSource, HttpMetadataTransport, MetadataClient

@@ -1,7 +1,8 @@
 """Short ways to say what tests tell a metadata state or client."""
 
-from kvcore.config import StoreConfig
+from kvcore.config.schema import StoreConfig
 from kvcore.types import ChunkKey, NodeInfo, ReplicaRef, Role, Segment
+from metadata_server.index.state import MetadataState
 from metadata_server.messages import (
     ManifestEntry,
     RegisterRequest,
@@ -11,7 +12,6 @@ from metadata_server.messages import (
     ReserveRequest,
     SegmentManifest,
 )
-from metadata_server.state import MetadataState
 
 UNIT = 4096
 TTL_S = 5.0

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from kvcore.errors import ConfigError
-from transfer.nixl_binding import load_nixl
+from transfer.nixl.binding import load_nixl
 
 
 def missing_nixl() -> str:

@@ -11,8 +11,8 @@ from support.fake_vllm_server import MODEL, FakeVllm
 from support.ports import free_ports
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from kvcore.config import ClusterConfig, ModelConfig, NodeConfig, RouterConfig, ServiceConfig
-from kvcore.service import Lifecycle
+from kvcore.config.schema import ClusterConfig, ModelConfig, NodeConfig, RouterConfig, ServiceConfig
+from kvcore.process.service import Lifecycle
 from kvcore.types import Role
 from router.service import run_router
 

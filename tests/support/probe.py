@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from kvnode.probe import ProbeReport
+from nodeapi.messages import ProbeReport
 
 
 def probe_report(**fields: Any) -> ProbeReport:

@@ -12,10 +12,10 @@ import msgspec
 import yaml
 from support.ports import free_ports
 
-from engines.base import GenerateRequest, NodeReport, PrefillRequest, PrefillResult, StreamFrame
-from engines.frames import FrameDecoder
-from kvcore.child import ChildProcess
+from kvcore.process.child import ChildProcess
 from metadata_server.messages import Stats
+from nodeapi.frames import FrameDecoder
+from nodeapi.messages import GenerateRequest, NodeReport, PrefillRequest, PrefillResult, StreamFrame
 
 T = TypeVar("T")
 START_S = 30.0

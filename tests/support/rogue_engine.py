@@ -8,9 +8,9 @@ sys.path.insert(0, str(__import__("pathlib").Path(__file__).parents[1]))
 
 from support.fake_engine import INFO
 
-from engines import process_messages as m
-from engines.base import TokenDelta
-from engines.frames import pack_frame
+from engines.process import messages as m
+from nodeapi.frames import pack_frame
+from nodeapi.messages import TokenDelta
 
 mode, sock = sys.argv[1], socket.socket(fileno=int(sys.argv[3]))
 sock.recv(1 << 20)

@@ -11,7 +11,11 @@ from dataclasses import dataclass, field
 import msgspec
 from aiohttp import web
 
-from engines.base import (
+from kvcore.clock import SystemClock
+from kvcore.config.schema import ClusterConfig, ModelConfig, NodeConfig, RouterConfig, SimEngineConfig
+from kvcore.errors import KVFerryError, NodeUnavailableError
+from kvcore.types import KVSpec, NodeInfo, Role, Segment
+from nodeapi.messages import (
     EngineInfo,
     EngineStats,
     FinishReason,
@@ -25,19 +29,15 @@ from engines.base import (
     TokenDelta,
     TokenLogprob,
 )
-from kvcore.clock import SystemClock
-from kvcore.config import ClusterConfig, ModelConfig, NodeConfig, RouterConfig, SimEngineConfig
-from kvcore.errors import KVFerryError, NodeUnavailableError
-from kvcore.types import KVSpec, NodeInfo, Role, Segment
 from router.answering import Answerer
-from router.app import make_app
-from router.cluster import Cluster
-from router.dispatch import Dispatcher
+from router.api.app import make_app
 from router.metrics import RouterMetrics
-from router.policy import make_policy
-from router.records import RequestLog
+from router.nodes.cluster import Cluster
+from router.requests.dispatch import Dispatcher
+from router.requests.records import RequestLog
+from router.routing.policy import make_policy
 from router.status import StatusView
-from router.text import ByteTokenizer, Tokenizer
+from router.text.tokenizer import ByteTokenizer, Tokenizer
 
 CHUNK_TOKENS = 16
 VOCAB = 512

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from engines.base import SamplingParams
 from engines.paged.runner import ModelRunner, Sampled, SampleSpec, StepSlice
+from nodeapi.messages import SamplingParams
 
 
 @dataclass

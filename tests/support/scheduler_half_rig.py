@@ -2,8 +2,8 @@
 
 from support.vllm_worker_model import FakeLookup
 
-from engines.vllm.orders import LegParams
-from engines.vllm.scheduler_half import RequestView, ScheduledRequest, SchedulerHalf
+from engines.vllm.connector.orders import LegParams
+from engines.vllm.connector.scheduler_half import RequestView, ScheduledRequest, SchedulerHalf
 from kvcore.chunk_keys import chunk_keys, root_key
 
 CHUNK, BLOCK = 8, 4

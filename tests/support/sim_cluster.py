@@ -18,18 +18,18 @@ from support.sim_oracle import Oracle
 from support.sim_plan import Plan, Wanted, make_plan
 from support.sim_ways import SimEventSource, SimNodeClient
 
-import router.dispatch
-from kvcore.config import ClusterConfig, ModelConfig, NodeConfig, RouterConfig
+import router.requests.dispatch
+from kvcore.config.schema import ClusterConfig, ModelConfig, NodeConfig, RouterConfig
 from kvcore.errors import KVFerryError, NodeUnavailableError, OverloadedError
 from kvcore.types import Role
 from kvstore.types import GetOutcome
 from metadata_server.subscription import IndexSubscription
-from router.cluster import Cluster
-from router.dispatch import Dispatcher
-from router.ledger import PATIENCE_S, RequestMachine
-from router.leg_requests import RequestSpec
-from router.policy import make_policy
-from router.records import RequestLog
+from router.nodes.cluster import Cluster
+from router.requests.dispatch import Dispatcher
+from router.requests.ledger import PATIENCE_S, RequestMachine
+from router.requests.leg_requests import RequestSpec
+from router.requests.records import RequestLog
+from router.routing.policy import make_policy
 
 LIMIT_S = 600.0
 SETTLED_S = 60.0
@@ -89,7 +89,7 @@ def run_seed(seed: int, variant: Variant | None = None) -> Outcome:
         return await clusters[0].run()
 
     try:
-        with patch.object(router.dispatch, "RequestMachine", _CheckedMachine):
+        with patch.object(router.requests.dispatch, "RequestMachine", _CheckedMachine):
             return run_sim(main, loop=loop)
     except Exception as error:
         for cluster in clusters:
@@ -256,7 +256,7 @@ class SimCluster:
                 await self._read(answer, run)
         self.trace("ended", wanted.id, answer.error.code if answer.error else "", *map(len, answer.tokens))
 
-    async def _read(self, answer: Answer, run: "router.dispatch.RequestRun") -> None:
+    async def _read(self, answer: Answer, run: "router.requests.dispatch.RequestRun") -> None:
         left = answer.wanted.leaves_after
         try:
             async with aclosing(run.__aiter__()) as emits:

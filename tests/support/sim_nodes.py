@@ -12,11 +12,10 @@ from support.sim_loop import LoopClock
 from support.sim_network import SimNetwork, SimProcess
 from support.sim_ways import METADATA, NodeService, SimMetadataTransport
 
-from engines.base import GenerateRequest, NodeReport, PrefillRequest, PrefillResult, TokenDelta
 from engines.paged.loop import EngineLoop
 from engines.sim.build import build_sim_engine
 from engines.sim.runner import sim_spec
-from kvcore.config import SimEngineConfig, StoreConfig
+from kvcore.config.schema import SimEngineConfig, StoreConfig
 from kvcore.errors import (
     EngineDiedError,
     KVFerryError,
@@ -33,8 +32,9 @@ from kvstore.store import KVStore
 from kvstore.types import run_inline
 from metadata_server.client import MetadataClient
 from metadata_server.core import MetadataCore
+from metadata_server.index.state import MetadataState
 from metadata_server.messages import SegmentManifest
-from metadata_server.state import MetadataState
+from nodeapi.messages import GenerateRequest, NodeReport, PrefillRequest, PrefillResult, TokenDelta
 from transfer.base import Direction, TransferOp
 from transfer.inproc import InprocFault, InprocTransfer
 

@@ -5,11 +5,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from support.sim_nodes import MODEL
 from support.sim_plan import Plan, Wanted
 
-from engines.base import GenerateRequest
 from engines.sim.arithmetic import Arithmetic
 from engines.sim.reference import expected_tokens
 from engines.sim.runner import sim_spec
 from kvcore.chunk_keys import chunk_keys, root_key
+from nodeapi.messages import GenerateRequest
 
 
 class Oracle:

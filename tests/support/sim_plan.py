@@ -3,8 +3,8 @@
 import random
 from dataclasses import dataclass
 
-from engines.base import SamplingParams
-from kvcore.config import SimEngineConfig, StoreConfig
+from kvcore.config.schema import SimEngineConfig, StoreConfig
+from nodeapi.messages import SamplingParams
 
 CHUNK, BLOCK = 32, 8
 LOAD_S = 2.5

@@ -5,7 +5,6 @@ from typing import TypeVar
 
 from support.sim_network import LateError, NetworkError, SimNetwork, SimProcess
 
-from engines.base import GenerateRequest, NodeReport, PrefillRequest, PrefillResult, TokenDelta
 from kvcore.errors import (
     DeadlineExceededError,
     KVFerryError,
@@ -15,6 +14,7 @@ from kvcore.errors import (
     error_from_code,
 )
 from metadata_server.core import MetadataCore
+from nodeapi.messages import GenerateRequest, NodeReport, PrefillRequest, PrefillResult, TokenDelta
 
 T = TypeVar("T")
 METADATA = "metadata"

@@ -7,13 +7,15 @@ from collections.abc import Awaitable, Callable, Sequence
 import msgspec
 
 from kvcore.clock import Clock, SystemClock
-from kvcore.config import StoreConfig
+from kvcore.config.schema import StoreConfig
 from kvcore.errors import MetadataUnavailableError, OverloadedError
 from kvcore.types import ChunkKey, KVSpec, NodeInfo, Role, Segment
 from kvstore.store import KVStore
 from kvstore.types import GetOutcome, run_inline
 from metadata_server.client import MetadataClient
 from metadata_server.core import MetadataCore
+from metadata_server.index.segments import Replica
+from metadata_server.index.state import MetadataState
 from metadata_server.messages import (
     ManifestEntry,
     QuarantineItem,
@@ -22,8 +24,6 @@ from metadata_server.messages import (
     SegmentManifest,
     Stats,
 )
-from metadata_server.segments import Replica
-from metadata_server.state import MetadataState
 from transfer.base import TransferEngine
 
 CHUNK_BYTES = 1000

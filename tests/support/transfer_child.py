@@ -16,7 +16,7 @@ from support.process_tree import descendants
 from support.transfer_rigs import transport_config
 
 from kvcore.types import Segment
-from transfer.memory import SegmentMemory, host_identity
+from transfer.memory.segment import SegmentMemory, host_identity
 from transfer.select import start_segment_hosts
 
 

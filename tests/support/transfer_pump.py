@@ -12,7 +12,7 @@ from support.transfer_rigs import transport_config
 
 from kvcore.types import Segment
 from transfer.base import TransferOp
-from transfer.memory import host_identity
+from transfer.memory.segment import host_identity
 from transfer.select import build_transfer
 
 

@@ -8,11 +8,11 @@ from typing import Self
 
 from support.ucx import LIBRARY
 
-from kvcore.config import TransportConfig
+from kvcore.config.schema import TransportConfig
 from kvcore.types import Segment
 from transfer.base import TransferEngine, TransferOp
 from transfer.inproc import InprocTransfer
-from transfer.memory import SegmentMemory, host_identity
+from transfer.memory.segment import SegmentMemory, host_identity
 from transfer.select import SegmentHosts, build_transfer, start_segment_hosts
 
 SIZE_BYTES = 8 << 20

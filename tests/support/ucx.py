@@ -5,7 +5,7 @@ import os
 import pytest
 
 from kvcore.errors import ConfigError
-from transfer.ucx_binding import load_library
+from transfer.ucx.binding import load_library
 
 LIBRARY = os.environ.get("UCX_UNDER_TEST")
 """Path of another libucp than the system's, to hold several UCX to the same tests."""

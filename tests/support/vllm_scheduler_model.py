@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 from support.vllm_worker_model import Memory, WorkerModel
 
-from engines.vllm.orders import LegParams, LegResult, StepOrders
-from engines.vllm.scheduler_half import RequestView, ScheduledRequest, SchedulerHalf
+from engines.vllm.connector.orders import LegParams, LegResult, StepOrders
+from engines.vllm.connector.scheduler_half import RequestView, ScheduledRequest, SchedulerHalf
 
 
 @dataclass(eq=False)

@@ -10,14 +10,14 @@ import torch
 from support.store_fakes import World
 from support.vllm_kv import BLOCK, kv_caches
 
-from engines.vllm.block_layout import measure
-from engines.vllm.kv_blocks import HostBlocks
-from engines.vllm.orders import ChunkPlace, LoadOrder, SaveOrder
-from engines.vllm.settings import ConnectorSettings, Provenance
-from engines.vllm.worker_half import WorkerHalf
-from engines.vllm.worker_store import OpenedStore
+from engines.vllm.connector.block_layout import measure
+from engines.vllm.connector.kv_blocks import HostBlocks
+from engines.vllm.connector.orders import ChunkPlace, LoadOrder, SaveOrder
+from engines.vllm.connector.settings import ConnectorSettings, Provenance
+from engines.vllm.connector.worker_half import WorkerHalf
+from engines.vllm.connector.worker_store import OpenedStore
 from kvcore.clock import SystemClock
-from kvcore.config import StoreConfig, TransportConfig
+from kvcore.config.schema import StoreConfig, TransportConfig
 from kvcore.errors import MetadataUnavailableError
 from kvcore.types import ChunkKey
 from kvstore.store import KVStore

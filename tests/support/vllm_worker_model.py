@@ -6,7 +6,7 @@ Instead of KV, a slot of a block holds the salt and all tokens up to its own: KV
 import random
 from collections.abc import Sequence
 
-from engines.vllm.orders import ChunkPlace, LoadOrder, SaveOrder, StepOrders
+from engines.vllm.connector.orders import ChunkPlace, LoadOrder, SaveOrder, StepOrders
 from kvcore.types import ChunkKey
 
 Slot = tuple[str, tuple[int, ...]] | None

@@ -15,7 +15,7 @@ from kvcore.types import ChunkKey
 from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, pack, parse
 from metadata_server.client import HttpMetadataTransport, MetadataClient
 from metadata_server.messages import MatchReply, MatchRequest
-from transfer.memory import attach
+from transfer.memory.segment import attach
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300), pytest.mark.asyncio(loop_scope="session")]
 

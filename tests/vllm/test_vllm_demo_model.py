@@ -8,9 +8,9 @@ from support.cluster import cluster
 from support.vllm_questions import BLOCK, NEW_TOKENS, Questions, computed_tokens
 from support.vllm_reference import SingleVllm
 
-from kvferry.demo_document import document
-from kvferry.demo_model import prepare_demo_model
-from router.text import FolderTokenizer
+from kvferry.demo.document import document
+from kvferry.demo.model import prepare_demo_model
+from router.text.tokenizer import FolderTokenizer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 

@@ -31,9 +31,9 @@ from support.vllm_offline import (
 from support.vllm_questions import BLOCK, NEW_TOKENS, Questions, prompt_of
 from support.vllm_reference import SingleVllm
 
-from kvcore.config import ByteSize, ModelConfig
-from kvferry.offline_cluster import PRIVATE_PORTS, private_cluster, write_cluster
-from kvferry.offline_store import OfflineStore
+from kvcore.config.schema import ByteSize, ModelConfig
+from kvferry.offline.cluster import PRIVATE_PORTS, private_cluster, write_cluster
+from kvferry.offline.store import OfflineStore
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 

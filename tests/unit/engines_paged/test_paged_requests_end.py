@@ -20,7 +20,6 @@ from support.engine_fakes import (
 )
 from support.sim_loop import LoopClock, run_sim
 
-from engines.base import FinishReason, Handoff
 from engines.paged.leg import MAX_UNREAD
 from engines.paged.loop import EngineLoop, EngineOptions
 from engines.paged.runner import StepOutput
@@ -33,6 +32,7 @@ from kvcore.errors import (
     NodeUnavailableError,
     OverloadedError,
 )
+from nodeapi.messages import FinishReason, Handoff
 
 STAGES = ["waiting", "loading", "running", "decoding"]
 

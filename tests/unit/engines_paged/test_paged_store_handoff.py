@@ -18,8 +18,8 @@ from support.engine_fakes import (
 )
 from support.sim_loop import run_sim
 
-from engines.base import Handoff
 from engines.sim.reference import expected_tokens
+from nodeapi.messages import Handoff
 
 PROMPT = prompt_of(3 * CHUNK + 7)
 WANTED = request("d", PROMPT)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.frames import FrameDecoder, FrameError, pack_frame
+from nodeapi.frames import FrameDecoder, FrameError, pack_frame
 
 
 @given(st.lists(st.binary(min_size=1, max_size=50), max_size=8), st.lists(st.integers(1, 20), max_size=40))

@@ -17,12 +17,12 @@ import pytest
 from support import fake_engine
 from support.fake_engine import generate_request, hello, prefill_request
 
-from engines import process_messages as m
-from engines.base import FinishReason, TokenDelta
-from engines.channel import FrameChannel
-from engines.process import EngineProcess
-from engines.process_session import serve
+from engines.process import messages as m
+from engines.process.channel import FrameChannel
+from engines.process.parent import EngineProcess
+from engines.process.session import serve
 from kvcore.errors import ConfigError, DeadlineExceededError, EngineDiedError, EngineError, OverloadedError
+from nodeapi.messages import FinishReason, TokenDelta
 
 FAKE = (sys.executable, fake_engine.__file__)
 ROGUE = (sys.executable, str(Path(fake_engine.__file__).with_name("rogue_engine.py")))
@@ -76,7 +76,7 @@ async def test_child_goes_when_its_parent_is_killed(tmp_path: Path) -> None:
             import asyncio, sys
             sys.path.insert(0, sys.argv[1])
             from support.fake_engine import hello, __file__ as fake
-            from engines.process import EngineProcess
+            from engines.process.parent import EngineProcess
 
             async def main():
                 async with EngineProcess(hello(), command=[sys.executable, fake], start_s=20.0) as engine:
@@ -196,7 +196,7 @@ async def test_cancelled_prefill_is_cancelled_in_the_child() -> None:
 
 
 async def test_deadline_is_kept_even_if_the_engine_forgets_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engines.process._LATE_S", 0.0)
+    monkeypatch.setattr("engines.process.parent._LATE_S", 0.0)
     async with fake() as engine:
         with pytest.raises(DeadlineExceededError):
             await engine.prefill(prefill_request("hang", deadline_s=0.05))
@@ -225,7 +225,7 @@ async def test_leaving_with_calls_under_way_ends_them() -> None:
 
 async def test_request_too_large_for_the_link_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     async with fake() as engine:
-        monkeypatch.setattr("engines.channel.pack_frame.__defaults__", (1000,))
+        monkeypatch.setattr("engines.process.channel.pack_frame.__defaults__", (1000,))
         with pytest.raises(EngineError, match="too large"):
             await engine.prefill(prefill_request(num_tokens=5000))
         assert (await engine.prefill(prefill_request(num_tokens=40))).stored_chunks == 2

@@ -8,7 +8,7 @@ from support.store_fakes import World
 from engines.factory import build_engine
 from engines.paged.loop import EngineLoop
 from kvcore.clock import SystemClock
-from kvcore.config import TransportConfig
+from kvcore.config.schema import TransportConfig
 from transfer.inproc import InprocTransfer
 
 

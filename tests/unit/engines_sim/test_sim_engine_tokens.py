@@ -17,11 +17,11 @@ from support.engine_fakes import (
 )
 from support.sim_loop import run_sim
 
-from engines.base import FinishReason
 from engines.sim.arithmetic import Arithmetic
 from engines.sim.reference import expected_tokens
 from engines.sim.runner import SimRunner
 from kvcore.errors import ContextLengthError, InvalidRequestError
+from nodeapi.messages import FinishReason
 
 LENGTHS = [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7, CONFIG.max_context - 5]
 

@@ -7,12 +7,12 @@ import pytest
 from support.store_fakes import World
 from support.tiny_models import make_tiny_model
 
-from engines.base import PrefillRequest
 from engines.torch import engine as engine_module
 from engines.torch.engine import build_torch_engine
 from engines.torch.runner import TorchRunner
-from kvcore.config import ByteSize, ModelConfig, TorchEngineConfig
+from kvcore.config.schema import ByteSize, ModelConfig, TorchEngineConfig
 from kvcore.errors import ConfigError
+from nodeapi.messages import PrefillRequest
 from transfer.base import TransferOp
 from transfer.inproc import InprocTransfer
 

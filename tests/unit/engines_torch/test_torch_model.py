@@ -15,7 +15,7 @@ from engines.provenance import weights_digest
 from engines.torch.engine import build_torch_engine, check_memory, count_blocks
 from engines.torch.model import LoadedModel, load_model
 from engines.torch.spec import attention_text, build_kv_spec
-from kvcore.config import ModelConfig, TorchEngineConfig
+from kvcore.config.schema import ModelConfig, TorchEngineConfig
 from kvcore.errors import ConfigError, ModelLoadError
 
 ENGINE = TorchEngineConfig(block_size=16)

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from support.tiny_models import make_tiny_model
 
-from engines.base import SamplingParams
 from engines.paged.runner import SampleSpec, StepSlice
 from engines.torch.model import load_model
 from engines.torch.runner import TorchRunner
 from engines.torch.spec import build_kv_spec
-from kvcore.config import ModelConfig, TorchEngineConfig
+from kvcore.config.schema import ModelConfig, TorchEngineConfig
 from kvcore.errors import EngineError
+from nodeapi.messages import SamplingParams
 
 BLOCK = 16
 PROMPT = list(range(10, 50))

@@ -4,9 +4,9 @@ import pytest
 import torch
 import transformers
 
-from engines.base import SamplingParams
 from engines.paged.runner import SampleSpec
 from engines.torch.sampler import adjust_logits, candidates, sample_rows, uniform
+from nodeapi.messages import SamplingParams
 
 VOCAB = 3000
 EOS = (7,)

@@ -8,9 +8,9 @@ import msgspec
 import pytest
 from support.store_fakes import SPEC
 
-from engines.channel import FrameChannel
-from engines.vllm import bus_messages as m
+from engines.process.channel import FrameChannel
 from engines.vllm.bus import Bus
+from engines.vllm.connector import bus_messages as m
 from kvcore.errors import EngineError
 
 

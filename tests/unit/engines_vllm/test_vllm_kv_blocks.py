@@ -6,10 +6,10 @@ import pytest
 import torch
 from support.vllm_kv import BLOCK, HEAD_DIM, HEADS, LAYERS, LAYOUTS, CheckedStreams, block_bytes, kv_caches
 
-from engines.vllm.block_layout import measure
-from engines.vllm.device_blocks import DeviceBlocks
-from engines.vllm.kv_blocks import HostBlocks, build_blocks
-from engines.vllm.settings import Provenance
+from engines.vllm.connector.block_layout import measure
+from engines.vllm.connector.device_blocks import DeviceBlocks
+from engines.vllm.connector.kv_blocks import HostBlocks, build_blocks
+from engines.vllm.connector.settings import Provenance
 from kvcore.errors import ConfigError
 
 NUM_BLOCKS = 7

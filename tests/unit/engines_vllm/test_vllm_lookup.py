@@ -6,9 +6,9 @@ import threading
 from support.metadata_rigs import metadata_rig
 from support.store_fakes import SPEC, key
 
-from engines.vllm.lookup import StoreLookup
-from engines.vllm.settings import ConnectorSettings, Provenance
-from kvcore.config import StoreConfig, TransportConfig
+from engines.vllm.connector.lookup import StoreLookup
+from engines.vllm.connector.settings import ConnectorSettings, Provenance
+from kvcore.config.schema import StoreConfig, TransportConfig
 
 
 def settings(url: str) -> ConnectorSettings:

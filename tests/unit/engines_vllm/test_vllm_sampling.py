@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import msgspec
 import pytest
 
-from engines.base import FinishReason, GenerateRequest, SamplingParams
 from engines.vllm.arguments import command_line
-from engines.vllm.orders import LegParams
+from engines.vllm.connector.orders import LegParams
 from engines.vllm.sampling import finish, sampling_arguments, token_logprobs
-from kvcore.config import ModelConfig
+from kvcore.config.schema import ModelConfig
 from kvcore.errors import EngineError
+from nodeapi.messages import FinishReason, GenerateRequest, SamplingParams
 
 
 @dataclass

@@ -7,9 +7,9 @@ import pytest
 from support.scheduler_half_rig import BLOCK, BLOCKS, CHUNK, Rig, decode, keys_of, root_of
 from support.vllm_worker_model import FakeLookup
 
-from engines.vllm.orders import LegParams
-from engines.vllm.request_chunks import RequestChunks
-from engines.vllm.scheduler_half import ScheduledRequest, SchedulerHalf
+from engines.vllm.connector.orders import LegParams
+from engines.vllm.connector.request_chunks import RequestChunks
+from engines.vllm.connector.scheduler_half import ScheduledRequest, SchedulerHalf
 from kvcore.chunk_keys import next_key
 from kvcore.errors import ConfigError
 

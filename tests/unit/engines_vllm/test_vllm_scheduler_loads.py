@@ -3,8 +3,8 @@
 import pytest
 from support.scheduler_half_rig import BLOCKS, CHUNK, Rig, decode, keys_of
 
-from engines.vllm.orders import LegParams
-from engines.vllm.request_chunks import handed_off_tokens
+from engines.vllm.connector.orders import LegParams
+from engines.vllm.connector.request_chunks import handed_off_tokens
 from kvcore.chunk_keys import next_key
 
 # --- lookups

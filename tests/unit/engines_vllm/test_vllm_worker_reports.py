@@ -4,8 +4,8 @@ import threading
 
 import pytest
 
-from engines.vllm.orders import LoadOrder
-from engines.vllm.worker_reports import TransferReports
+from engines.vllm.connector.orders import LoadOrder
+from engines.vllm.connector.worker_reports import TransferReports
 
 LIMIT_S = 60.0
 

@@ -6,7 +6,7 @@ import pytest
 from support.vllm_kv import CheckedStreams
 from support.vllm_worker import CHUNK, LIMIT_S, NUM_BLOCKS, place, shared_world
 
-from engines.vllm.device_blocks import DeviceBlocks
+from engines.vllm.connector.device_blocks import DeviceBlocks
 from kvcore.chunk_keys import rank_key
 from kvstore.chunk_format import HEADER_BYTES, parse
 

@@ -9,9 +9,9 @@ import pytest
 from fastapi import FastAPI
 from starlette.responses import StreamingResponse
 
-from kvcore.asgi import AsgiServer
 from kvcore.errors import ConfigError
 from kvcore.ports import listen, port_holder, why_unreachable
+from kvcore.process.asgi import AsgiServer
 
 
 def make_app(**gates: asyncio.Event) -> FastAPI:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from kvcore import child as child_module
-from kvcore.child import MAX_LINE_BYTES, ChildProcess, kill_all_children
+from kvcore.process import child as child_module
+from kvcore.process.child import MAX_LINE_BYTES, ChildProcess, kill_all_children
 
 SLEEPER = "import time; print('up', flush=True); time.sleep(60)"
 
@@ -56,7 +56,7 @@ async def test_a_child_dies_with_a_parent_that_was_killed():
     """The launcher's worst case: kill -9 on it, and neither child nor grandchild may live on."""
     code = f"""
         import asyncio, sys
-        from kvcore.child import ChildProcess
+        from kvcore.process.child import ChildProcess
         async def main():
             inner = await ChildProcess.start([sys.executable, "-c", {SLEEPER!r}], on_line=lambda line: None)
             print(inner.pid, flush=True)
@@ -96,7 +96,7 @@ TREE = """
 
 PARENT = """
     import asyncio, os, signal, sys
-    from kvcore.child import ChildProcess
+    from kvcore.process.child import ChildProcess
 
     async def main():
         command = [sys.executable, sys.argv[1]]

@@ -3,10 +3,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kvcore.config import ByteSize, ClusterConfig, RoutingPolicy, SimEngineConfig, TorchEngineConfig
-from kvcore.config_checks import engine_of
-from kvcore.config_file import load_config, node_config
-from kvcore.config_parse import parse_byte_size
+from kvcore.config.checks import engine_of
+from kvcore.config.file import load_config, node_config
+from kvcore.config.parse import parse_byte_size
+from kvcore.config.schema import ByteSize, ClusterConfig, RoutingPolicy, SimEngineConfig, TorchEngineConfig
 from kvcore.errors import ConfigError
 from kvcore.types import Role
 

@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
-from kvcore.config import ClusterConfig, HandoffKind
-from kvcore.config_checks import ports_of
-from kvcore.config_file import load_config, node_config
+from kvcore.config.checks import ports_of
+from kvcore.config.file import load_config, node_config
+from kvcore.config.schema import ClusterConfig, HandoffKind
 from kvcore.errors import ConfigError
 
 BASE = {

@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from kvcore.asgi import AsgiServer
-from kvcore.http_protocol import MAX_HEAD_BYTES, BoundedHttp
+from kvcore.process.asgi import AsgiServer
+from kvcore.process.http_protocol import MAX_HEAD_BYTES, BoundedHttp
 
 POST = b"POST / HTTP/1.1\r\nHost: x\r\n"
 

@@ -7,9 +7,9 @@ import pytest
 
 HEAD = """
 import asyncio, os, signal, sys
-from kvcore.child import ChildProcess
+from kvcore.process.child import ChildProcess
 from kvcore.errors import ConfigError
-from kvcore.service import run_process
+from kvcore.process.service import run_process
 
 def say(text):
     print(text, flush=True)

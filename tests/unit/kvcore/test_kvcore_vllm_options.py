@@ -3,11 +3,11 @@
 import pytest
 import yaml
 
-from kvcore.config import ClusterConfig, ModelConfig, VllmEngineConfig
-from kvcore.config_checks import engine_of
-from kvcore.config_file import load_config
+from kvcore.config.checks import engine_of
+from kvcore.config.file import load_config
+from kvcore.config.schema import ClusterConfig, ModelConfig, VllmEngineConfig
+from kvcore.config.vllm_options import RESERVED, argument, check_arguments, engine_environment
 from kvcore.errors import ConfigError
-from kvcore.vllm_options import RESERVED, argument, check_arguments, engine_environment
 
 BASE = {
     "cluster": "c",

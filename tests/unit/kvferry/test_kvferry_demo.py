@@ -6,15 +6,15 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from rich.console import Console
 
-from engines.base import Moved
 from kvcore.errors import KVFerryError
 from kvferry import cli
-from kvferry.demo import describe, sum_moved, summarise
-from kvferry.demo_client import ChatResult, DemoClient
-from kvferry.demo_document import document
-from kvferry.display import Display
-from kvferry.launcher import LauncherEvent
-from kvferry.supervised import ProcessState
+from kvferry.demo.client import ChatResult, DemoClient
+from kvferry.demo.document import document
+from kvferry.demo.run import describe, sum_moved, summarise
+from kvferry.launch.display import Display
+from kvferry.launch.launcher import LauncherEvent
+from kvferry.launch.supervised import ProcessState
+from nodeapi.messages import Moved
 
 MOVED = [
     Moved(transport="shm", direction="put", num_bytes=1000, seconds=0.5),

@@ -10,7 +10,7 @@ from support.ports import free_ports
 from support.ucx import LIBRARY, needs_ucx
 from tokenizers import Tokenizer, models
 
-from kvcore.config import (
+from kvcore.config.schema import (
     ByteSize,
     ClusterConfig,
     MetadataServerConfig,
@@ -24,13 +24,14 @@ from kvcore.config import (
 from kvcore.errors import ConfigError
 from kvcore.ports import listen
 from kvcore.types import Role
-from kvferry import cli, doctor
-from kvferry.doctor import check_memory, check_model, check_ports, check_transports, preflight
-from kvferry.findings import Context, Finding
+from kvferry import cli
+from kvferry.doctor import checks as doctor
+from kvferry.doctor.checks import check_memory, check_model, check_ports, check_transports, preflight
+from kvferry.doctor.findings import Context, Finding
 from kvferry.machine import is_local, size_text
-from transfer import nixl_host
-from transfer.available import AvailableMemory
-from transfer.ucx_probe import UcxProbe
+from transfer.memory.available import AvailableMemory
+from transfer.nixl import host as nixl_host
+from transfer.ucx.probe import UcxProbe
 
 
 def cluster(**changes: object) -> ClusterConfig:

@@ -1,6 +1,6 @@
 import pytest
 
-from kvcore.config import (
+from kvcore.config.schema import (
     ByteSize,
     ClusterConfig,
     MetadataServerConfig,
@@ -11,11 +11,11 @@ from kvcore.config import (
 )
 from kvcore.errors import ConfigError
 from kvcore.types import Role
-from kvferry import doctor_memory
-from kvferry.doctor import check_memory
-from kvferry.doctor_memory import check_segment_pages
-from kvferry.findings import Context
-from transfer.pages import Pages
+from kvferry.doctor import memory as doctor_memory
+from kvferry.doctor.checks import check_memory
+from kvferry.doctor.findings import Context
+from kvferry.doctor.memory import check_segment_pages
+from transfer.memory.pages import Pages
 
 
 def context(*nodes: NodeConfig) -> Context:

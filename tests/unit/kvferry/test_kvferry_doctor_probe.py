@@ -13,13 +13,20 @@ from rich.console import Console
 from support.ports import free_ports
 from support.probe import probe_report
 
-from kvcore.config import ClusterConfig, HandoffKind, MetadataServerConfig, ModelConfig, NodeConfig, SimEngineConfig
+from kvcore.config.schema import (
+    ClusterConfig,
+    HandoffKind,
+    MetadataServerConfig,
+    ModelConfig,
+    NodeConfig,
+    SimEngineConfig,
+)
 from kvcore.errors import ConfigError
 from kvcore.types import NodeInfo, Role
-from kvferry import doctor_probe
-from kvferry.doctor_probe import run_probe
-from kvnode.probe import ProbeRequest
+from kvferry.doctor import probe as doctor_probe
+from kvferry.doctor.probe import run_probe
 from metadata_server.messages import NodesReply
+from nodeapi.messages import ProbeRequest
 
 Handler = Callable[[web.Request], Awaitable[web.Response]]
 

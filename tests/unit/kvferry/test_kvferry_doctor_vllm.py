@@ -4,11 +4,13 @@ import json
 
 import pytest
 
-from kvcore.config import ByteSize, ClusterConfig, ModelConfig, NodeConfig, TorchEngineConfig, VllmEngineConfig
+from kvcore.config.schema import ByteSize, ClusterConfig, ModelConfig, NodeConfig, TorchEngineConfig, VllmEngineConfig
 from kvcore.types import Role
-from kvferry import doctor, doctor_vllm, vllm_here
-from kvferry.doctor_vllm import check_cores, check_vllm, host_bytes
-from kvferry.findings import Context
+from kvferry import vllm_here
+from kvferry.doctor import checks as doctor
+from kvferry.doctor import vllm as doctor_vllm
+from kvferry.doctor.findings import Context
+from kvferry.doctor.vllm import check_cores, check_vllm, host_bytes
 from kvferry.vllm_here import VllmBuild, core_list, cuda_devices, parse_cores, parse_size, split_cores
 
 CPU, GPU = VllmBuild("0.32.0+cpu", "cpu"), VllmBuild("0.33.0", "gpu")

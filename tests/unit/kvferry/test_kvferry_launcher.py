@@ -7,21 +7,21 @@ import textwrap
 
 import pytest
 
-from kvcore.child import ChildProcess
-from kvcore.config import (
+from kvcore.config.file import load_config
+from kvcore.config.schema import (
     ClusterConfig,
     ModelConfig,
     NodeConfig,
     ServiceConfig,
     SimEngineConfig,
 )
-from kvcore.config_file import load_config
 from kvcore.errors import ConfigError
 from kvcore.ports import base_url
+from kvcore.process.child import ChildProcess
 from kvcore.types import Role
-from kvferry.launcher import Launcher
-from kvferry.processes import Part, ProcessPlan, plan_processes
-from kvferry.supervised import ProcessState
+from kvferry.launch.launcher import Launcher
+from kvferry.launch.processes import Part, ProcessPlan, plan_processes
+from kvferry.launch.supervised import ProcessState
 
 SERVER = """
 import http.server, signal, sys
@@ -205,7 +205,7 @@ async def test_kill_minus_9_of_the_launcher_leaves_no_child(tmp_path):
         from pathlib import Path
         sys.path[:0] = {sys.path!r}
         from test_kvferry_launcher import CONFIG, whole
-        from kvferry.launcher import Launcher
+        from kvferry.launch.launcher import Launcher
         async def main():
             async with Launcher(CONFIG, Path("c.yaml"), log_dir=Path({str(tmp_path)!r}), plans=whole()) as launcher:
                 await launcher.wait_ready(20)

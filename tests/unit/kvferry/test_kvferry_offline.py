@@ -16,7 +16,8 @@ import pytest
 from support.ports import free_ports
 from support.process_tree import children
 
-from kvcore.config import (
+from kvcore.config.file import load_config
+from kvcore.config.schema import (
     ByteSize,
     ClusterConfig,
     HandoffKind,
@@ -28,13 +29,11 @@ from kvcore.config import (
     TorchEngineConfig,
     VllmEngineConfig,
 )
-from kvcore.config_file import load_config
 from kvcore.errors import ConfigError
 from kvcore.ports import base_url
 from kvcore.types import Role
-from kvferry import offline_store
-from kvferry.offline import LLM
-from kvferry.offline_cluster import (
+from kvferry.offline import store as offline_store
+from kvferry.offline.cluster import (
     PRIVATE_PORTS,
     StoreCluster,
     check_arguments,
@@ -46,7 +45,8 @@ from kvferry.offline_cluster import (
     read_store,
     write_cluster,
 )
-from kvferry.offline_store import OfflineStore
+from kvferry.offline.llm import LLM
+from kvferry.offline.store import OfflineStore
 from metadata_server.messages import NodesReply
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -335,7 +335,7 @@ def test_the_package_imports_nothing_heavy_until_llm_is_asked_for():
         "from kvferry import LLM; print(LLM.__module__, 'vllm' in sys.modules, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout.splitlines() == ["[]", "kvferry.offline False False"]
+    assert done.stdout.splitlines() == ["[]", "kvferry.offline.llm False False"]
 
 
 def test_a_name_that_the_package_has_not_is_an_attribute_error():

@@ -10,11 +10,11 @@ from support.fake_vllm_server import FakeVllm, World, servers, serving
 from support.plain_vllm import plain_config, running_router, write_model_folder
 from support.ports import free_ports
 
-from kvcore.config import ClusterConfig, HandoffKind
+from kvcore.config.schema import ClusterConfig, HandoffKind
 from kvcore.types import Role
-from kvferry.doctor import ALL_CHECKS, preflight, run_checks
-from kvferry.doctor_servers import check_servers
-from kvferry.findings import Context
+from kvferry.doctor.checks import ALL_CHECKS, preflight, run_checks
+from kvferry.doctor.findings import Context
+from kvferry.doctor.servers import check_servers
 from kvferry.status import addresses, run_status
 
 

@@ -3,7 +3,7 @@
 import pytest
 from support.probe import probe_report
 
-from kvferry.probe_verdict import Level, Outcome, Problem, Verdict, judge
+from kvferry.doctor.verdict import Level, Outcome, Problem, Verdict, judge
 
 
 def verdicts(**fields: object) -> list[Verdict]:

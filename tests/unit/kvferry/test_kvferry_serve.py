@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from kvcore.config import ByteSize, ClusterConfig, TorchEngineConfig, VllmEngineConfig
-from kvcore.config_checks import check_cluster, engine_of
-from kvcore.config_file import load_config
+from kvcore.config.checks import check_cluster, engine_of
+from kvcore.config.file import load_config
+from kvcore.config.schema import ByteSize, ClusterConfig, TorchEngineConfig, VllmEngineConfig
 from kvcore.errors import ConfigError
 from kvcore.ports import listen
 from kvferry import cli, serve
@@ -189,8 +189,8 @@ def test_the_command_writes_the_file_says_where_and_runs_it(tmp_path, monkeypatc
     runs = []
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     monkeypatch.setattr(serve, "this_machine", machine)
-    monkeypatch.setattr("kvferry.doctor.preflight", lambda config: None)
-    monkeypatch.setattr("kvferry.up.run_up", lambda *given: runs.append(given) or 0)
+    monkeypatch.setattr("kvferry.doctor.checks.preflight", lambda config: None)
+    monkeypatch.setattr("kvferry.launch.up.run_up", lambda *given: runs.append(given) or 0)
     model = tmp_path / "Tiny Model"
     model.mkdir()
     assert cli.main(["serve", str(model), "--set", "router.port=9000", "--arg", "seed=1", "--segment", "1MiB"]) == 0

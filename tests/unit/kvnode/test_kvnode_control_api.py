@@ -12,12 +12,20 @@ from aiohttp import ClientConnectionResetError, web
 from support.fake_engine import FakeEngine, generate_request, prefill_request
 from support.probe import probe_report
 
-from engines.base import NodeReport, PrefillResult, SamplingParams, StreamError, StreamFrame, TokenDelta
-from engines.frames import FrameDecoder
 from kvcore.errors import NodeUnavailableError, OverloadedError
 from kvcore.types import NodeInfo, Role
 from kvnode.control_api import ControlApi
-from kvnode.probe import ProbeReport, ProbeRequest
+from nodeapi.frames import FrameDecoder
+from nodeapi.messages import (
+    NodeReport,
+    PrefillResult,
+    ProbeReport,
+    ProbeRequest,
+    SamplingParams,
+    StreamError,
+    StreamFrame,
+    TokenDelta,
+)
 
 INFO = NodeInfo(id="p0", role=Role.PREFILLER, control_url="http://x", incarnation=1)
 

@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from engines.base import EngineStats
-from engines.process_messages import Sample
+from engines.process.messages import Sample
 from kvcore.telemetry import Metrics
 from kvnode.metrics import NodeMetrics
+from nodeapi.messages import EngineStats
 
 STATS = EngineStats(running=2, waiting=0, loading=0, used_blocks=3, total_blocks=8, pending_saves=0)
 OWN = b'# HELP vllm:x X.\n# TYPE vllm:x gauge\nvllm:x{node="d0"} 5.0\n'

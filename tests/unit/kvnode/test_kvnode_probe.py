@@ -9,7 +9,7 @@ import pytest
 from support.metadata_rigs import Rig, metadata_rig
 
 from kvcore.clock import SystemClock
-from kvcore.config import ByteSize, NodeConfig, StoreConfig, TransportConfig
+from kvcore.config.schema import ByteSize, NodeConfig, StoreConfig, TransportConfig
 from kvcore.errors import (
     DeadlineExceededError,
     InvalidRequestError,
@@ -22,10 +22,11 @@ from kvcore.errors import (
 )
 from kvcore.types import ChunkKey, NodeInfo, Role
 from kvnode.membership import Membership
-from kvnode.probe import Prober, ProbeRequest
+from kvnode.probe import Prober
 from kvnode.segment_owner import SegmentOwner
 from kvstore.chunk_format import ALIGNMENT
 from metadata_server.messages import CommitReply, ReplicaIds, ReserveItem, ReserveRequest
+from nodeapi.messages import ProbeRequest
 from transfer.base import TransferOp
 from transfer.select import TransferSelector, build_transfer
 

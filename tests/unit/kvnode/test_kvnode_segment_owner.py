@@ -3,7 +3,7 @@
 import pytest
 
 from kvcore.chunk_keys import KEY_BYTES
-from kvcore.config import NodeConfig, TransportConfig
+from kvcore.config.schema import NodeConfig, TransportConfig
 from kvcore.types import ChunkKey, Role
 from kvnode import segment_owner
 from kvnode.segment_owner import SegmentOwner

@@ -10,9 +10,9 @@ import pytest
 from support import fake_engine
 from support.fake_engine import generate_request, hello, prefill_request
 
-from engines.process import EngineProcess
+from engines.process.parent import EngineProcess
 from kvcore.clock import SystemClock
-from kvcore.config import NodeConfig, TransportConfig
+from kvcore.config.schema import NodeConfig, TransportConfig
 from kvcore.errors import ConfigError, EngineDiedError, NodeUnavailableError
 from kvcore.types import Role
 from kvnode.segment_owner import SegmentOwner

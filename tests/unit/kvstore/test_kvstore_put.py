@@ -4,7 +4,7 @@ import pytest
 from support.store_fakes import KEYS, SPEC, get, payload, put, views
 
 from kvcore.clock import ManualClock
-from kvcore.config import StoreConfig
+from kvcore.config.schema import StoreConfig
 from kvcore.errors import SegmentUnknownError
 from kvstore.chunk_format import HEADER_BYTES, parse
 from kvstore.manifest import scan

@@ -7,7 +7,7 @@ import pytest
 from support.store_fakes import KEYS, get, payload, views
 
 from kvcore.clock import ManualClock
-from kvcore.config import StoreConfig
+from kvcore.config.schema import StoreConfig
 from kvcore.errors import PeerUnreachableError, SegmentUnknownError
 from kvstore import writer
 from kvstore.chunk_format import HEADER_BYTES, checksum, parse

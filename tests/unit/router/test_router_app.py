@@ -11,11 +11,13 @@ import pytest
 from starlette.types import Message
 from support.router_fakes import FakeNode, Rig, make_rig, next_token, two_and_two, until
 
-from engines.base import FinishReason, TokenDelta
-from kvcore.asgi import AsgiServer
 from kvcore.errors import NodeUnavailableError
+from kvcore.process import http_body
+from kvcore.process.asgi import AsgiServer
 from kvcore.types import Role
-from router import app, ledger, responses
+from nodeapi.messages import FinishReason, TokenDelta
+from router.api import responses
+from router.requests import ledger
 
 ASK = {"model": "fake-model", "prompt": "hello" * 20, "max_tokens": 4}
 CHAT = {"model": "fake-model", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
@@ -145,7 +147,7 @@ async def test_other_failures_have_the_same_body(rig: Rig, http: httpx.AsyncClie
 async def test_a_body_that_does_not_come_is_the_clients_fault(
     http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app, "BODY_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(http_body, "BODY_TIMEOUT_S", 0.01)
 
     async def slow() -> AsyncIterator[bytes]:
         yield b'{"model": '

@@ -7,7 +7,6 @@ import msgspec
 import pytest
 from support.router_fakes import CHUNK_TOKENS, FakeNode, FakeNodes, Rig, expected, make_rig, two_and_two, until
 
-from engines.base import FinishReason, GenerateRequest, LegInfo, SamplingParams, TokenDelta
 from kvcore.errors import (
     CancelledByPeerError,
     DeadlineExceededError,
@@ -17,10 +16,11 @@ from kvcore.errors import (
     OverloadedError,
 )
 from kvcore.types import Role
-from router import ledger
-from router.dispatch import RequestRun
-from router.leg_requests import RequestSpec
-from router.openai_schema import CompletionRequest
+from nodeapi.messages import FinishReason, GenerateRequest, LegInfo, SamplingParams, TokenDelta
+from router.api.openai_schema import CompletionRequest
+from router.requests import ledger
+from router.requests.dispatch import RequestRun
+from router.requests.leg_requests import RequestSpec
 
 PROMPT = [i % 250 for i in range(100)]
 

@@ -1,11 +1,10 @@
 """The life of a request whose KV vLLM's own connectors hand over: who is started when, and with what."""
 
-from engines.base import FinishReason, LegInfo, PrefillResult, TokenDelta
-from kvcore.config import HandoffKind
+from kvcore.config.schema import HandoffKind
 from kvcore.errors import EngineError, NodeUnavailableError
 from kvcore.types import Route
-from router.ledger import RequestMachine
-from router.request_events import (
+from nodeapi.messages import FinishReason, LegInfo, PrefillResult, TokenDelta
+from router.requests.events import (
     CancelLeg,
     ClientGone,
     DecodeFailed,
@@ -20,6 +19,7 @@ from router.request_events import (
     Timer,
     TimerFired,
 )
+from router.requests.ledger import RequestMachine
 
 GONE = NodeUnavailableError("gone")
 ROUTE = Route(prefiller="p0", decoder="d0", expected_cached_tokens=0, reason="x")

@@ -5,14 +5,14 @@ import asyncio
 import pytest
 from support.router_fakes import FakeNode, Rig, expected, make_rig, until
 
-from engines.base import SamplingParams
 from kvcore.clock import ManualClock
 from kvcore.errors import EngineError
 from kvcore.types import NodeInfo, Role
 from metadata_server.messages import Event, EventKind
-from router import cluster as cluster_module
-from router.dispatch import RequestRun
-from router.leg_requests import RequestSpec
+from nodeapi.messages import SamplingParams
+from router.nodes import cluster as cluster_module
+from router.requests.dispatch import RequestRun
+from router.requests.leg_requests import RequestSpec
 
 PROMPT = [i % 250 for i in range(100)]
 UP = Event(

@@ -7,10 +7,10 @@ import pytest
 from aiohttp import web
 from support.router_fakes import FakeNode, expected, node_app, serve, until
 
-from engines.base import GenerateRequest, PrefillRequest, SamplingParams, TokenDelta
 from kvcore.errors import DeadlineExceededError, EngineError, KVFerryError, NodeUnavailableError, OverloadedError
 from kvcore.types import Role
-from router.node_client import HttpNodeClient
+from nodeapi.client import HttpNodeClient
+from nodeapi.messages import GenerateRequest, PrefillRequest, SamplingParams, TokenDelta
 
 PREFILL = PrefillRequest(request_id="a", prompt_token_ids=[1, 2, 3], deadline_s=5)
 GENERATE = GenerateRequest(

@@ -10,18 +10,18 @@ from support.router_fakes import FakeNode, FakeNodes, cluster_config, spec, two_
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models
 
-from engines import model_files
+from kvcore import model_folder as folders
 from kvcore.chunk_keys import chunk_keys, root_key
 from kvcore.clock import ManualClock
-from kvcore.config import ModelConfig, TorchEngineConfig
+from kvcore.config.schema import ModelConfig, TorchEngineConfig
 from kvcore.errors import InvalidRequestError, ModelLoadError, NodeUnavailableError
 from kvcore.types import ChunkKey, NodeInfo, Role
 from metadata_server.messages import Event, EventKind
-from router.cluster import Cluster
-from router.health import FIRST_PAUSE_S, Breaker, BreakerState
-from router.index import PrefixHits, PrefixIndex
-from router.policy import ClusterView, NodeView, PrefixAware, RoundRobin, RouteRequest
-from router.text import FolderTokenizer, make_tokenizer
+from router.nodes.cluster import Cluster
+from router.nodes.health import FIRST_PAUSE_S, Breaker, BreakerState
+from router.routing.index import PrefixHits, PrefixIndex
+from router.routing.policy import ClusterView, NodeView, PrefixAware, RoundRobin, RouteRequest
+from router.text.tokenizer import FolderTokenizer, make_tokenizer
 
 KEYS = [ChunkKey(bytes([i]) * 16) for i in range(8)]
 F = b"f" * 16
@@ -256,7 +256,7 @@ def test_a_tokenizer_comes_from_the_hub_as_the_weights_do(tmp_path: Path, monkey
     config = msgspec.structs.replace(
         cluster_config([]), engine=TorchEngineConfig(), model=ModelConfig(path="owner/model", name="m")
     )
-    monkeypatch.setattr(model_files, "_download", lambda hub_id, files: folder)
+    monkeypatch.setattr(folders, "_download", lambda hub_id, files: folder)
     tokenizer = make_tokenizer(config)
     assert isinstance(tokenizer, FolderTokenizer) and tokenizer.has_chat_template
     missing = msgspec.structs.replace(config, model=ModelConfig(path=str(tmp_path / "gone"), name="m"))

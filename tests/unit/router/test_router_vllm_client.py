@@ -12,8 +12,7 @@ from support.fake_vllm_server import MODEL, FakeVllm, World
 from support.plain_vllm import plain_config, write_model_folder
 from support.router_fakes import serve
 
-from engines.base import FinishReason, GenerateRequest, PrefillRequest, SamplingParams, TokenDelta
-from kvcore.config import HandoffKind
+from kvcore.config.schema import HandoffKind
 from kvcore.errors import (
     ContextLengthError,
     DeadlineExceededError,
@@ -27,10 +26,11 @@ from kvcore.errors import (
     PayloadTooLargeError,
 )
 from kvcore.types import Role
-from router.vllm_client import VllmClient
-from router.vllm_model import read_model_facts
-from router.vllm_replies import MAX_EVENT_BYTES, CompletionStream, prefill_result, refusal
-from router.vllm_requests import decode_body, mooncake_decode_params, prefill_body
+from nodeapi.messages import FinishReason, GenerateRequest, PrefillRequest, SamplingParams, TokenDelta
+from router.nodes.vllm_client import VllmClient
+from router.nodes.vllm_model import read_model_facts
+from router.nodes.vllm_replies import MAX_EVENT_BYTES, CompletionStream, prefill_result, refusal
+from router.nodes.vllm_requests import decode_body, mooncake_decode_params, prefill_body
 
 PREFILL = PrefillRequest(request_id="r.p1", prompt_token_ids=[1, 2, 3], deadline_s=5)
 GENERATE = GenerateRequest(

@@ -10,10 +10,11 @@ import pytest
 
 from kvcore.errors import PeerUnreachableError
 from kvcore.types import Segment
-from transfer import copying, shm
+from transfer import shm
 from transfer.base import TransferOp
-from transfer.copying import copy, copy_holding_lock, streaming_copy, streams_above_bytes
-from transfer.memory import AttachedSegment, SegmentMemory, host_identity
+from transfer.memory import copying
+from transfer.memory.copying import copy, copy_holding_lock, streaming_copy, streams_above_bytes
+from transfer.memory.segment import AttachedSegment, SegmentMemory, host_identity
 from transfer.shm import ShmTransfer
 
 SIZE = 96 << 20

@@ -13,12 +13,12 @@ from support.process_tree import children
 from support.transfer_rigs import transport_config
 from support.ucx import needs_ucx
 
-from kvcore.config import TransportConfig
+from kvcore.config.schema import TransportConfig
 from kvcore.errors import ConfigError
 from kvcore.types import Segment
 from transfer.base import TransferOp
 from transfer.host_process import ProcessSegmentHost
-from transfer.memory import SegmentMemory, host_identity
+from transfer.memory.segment import SegmentMemory, host_identity
 from transfer.select import SegmentHosts, build_transfer, start_segment_hosts
 
 pytestmark = list(needs_ucx)
@@ -67,7 +67,7 @@ async def test_a_killed_process_is_started_again_and_the_segment_keeps_what_lies
 
 CONNECT = """
 import asyncio, sys, msgspec
-from kvcore.config import TransportConfig
+from kvcore.config.schema import TransportConfig
 from kvcore.types import Segment
 from transfer.base import TransferOp
 from transfer.select import build_transfer

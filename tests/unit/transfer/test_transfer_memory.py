@@ -6,8 +6,8 @@ import pytest
 
 from kvcore.errors import ConfigError, PeerUnreachableError, SegmentUnknownError
 from kvcore.types import Segment
-from transfer.available import available_memory
-from transfer.memory import SegmentMemory, attach, host_identity
+from transfer.memory.available import available_memory
+from transfer.memory.segment import SegmentMemory, attach, host_identity
 
 
 def segment(memory: SegmentMemory, **changes: object) -> Segment:

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.transfer_rigs import renamed
 
-from kvcore.config import TransportConfig
+from kvcore.config.schema import TransportConfig
 from kvcore.errors import ConfigError, SegmentUnknownError, TransferProtocolError
 from kvcore.types import Segment
-from transfer.nixl_binding import has_nvidia_gpu, nixl_options
-from transfer.nixl_descriptor import (
+from transfer.nixl.binding import has_nvidia_gpu, nixl_options
+from transfer.nixl.descriptor import (
     MAX_HELLO,
     MAX_TEXT,
     Answer,
@@ -30,7 +30,7 @@ from transfer.nixl_descriptor import (
     parse_hello,
     parse_welcome,
 )
-from transfer.nixl_memory import Claim, Registrations
+from transfer.nixl.registrations import Claim, Registrations
 from transfer.select import build_transfer
 
 VERSIONS = Versions((1, 5, 1), (1, 23))

@@ -13,14 +13,15 @@ from support.transfer_rigs import SIZE_BYTES, Rig, resources, transport_config
 
 from kvcore.errors import ConfigError, PeerUnreachableError, SegmentUnknownError, TransferError, TransferTimeoutError
 from kvcore.types import Segment
-from transfer import nixl_peer, nixl_port
 from transfer.base import TransferOp
-from transfer.memory import SegmentMemory
-from transfer.nixl import NixlTransfer
-from transfer.nixl_binding import NixlAgent, load_nixl
-from transfer.nixl_descriptor import Hello, NixlDescriptor, pack_descriptor, pack_hello, parse_descriptor
-from transfer.nixl_host import NixlSegmentHost
-from transfer.ucx_devices import plan_devices
+from transfer.memory.segment import SegmentMemory
+from transfer.nixl import peer as nixl_peer
+from transfer.nixl import port as nixl_port
+from transfer.nixl.binding import NixlAgent, load_nixl
+from transfer.nixl.descriptor import Hello, NixlDescriptor, pack_descriptor, pack_hello, parse_descriptor
+from transfer.nixl.host import NixlSegmentHost
+from transfer.nixl.transport import NixlTransfer
+from transfer.ucx.devices import plan_devices
 
 pytestmark = list(needs_nixl)
 CONFIG = transport_config("nixl")
@@ -35,7 +36,7 @@ async def rig() -> AsyncIterator[Rig]:
 @pytest.fixture
 def as_rdma(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many requests on their way, straight between the callers' buffers: as over RDMA, but over TCP."""
-    monkeypatch.setattr("transfer.nixl_worker.NixlWorker._over_tcp", staticmethod(lambda plan: False))
+    monkeypatch.setattr("transfer.nixl.worker.NixlWorker._over_tcp", staticmethod(lambda plan: False))
 
 
 def described(rig: Rig, **changes: object) -> Segment:

@@ -5,9 +5,9 @@ import pytest
 
 from kvcore.errors import ConfigError
 from kvcore.types import Segment
-from transfer import memory as memory_module
-from transfer.memory import SegmentMemory, attach
-from transfer.pages import Pages, choose_pages, default_hugepage_bytes
+from transfer.memory import segment as memory_module
+from transfer.memory.pages import Pages, choose_pages, default_hugepage_bytes
+from transfer.memory.segment import SegmentMemory, attach
 
 PAGE = default_hugepage_bytes()
 

@@ -2,12 +2,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcore.config import TransportConfig
+from kvcore.config.schema import TransportConfig
 from kvcore.errors import ConfigError, PeerUnreachableError, TransferTimeoutError
 from kvcore.types import Segment
 from transfer.base import TransferOp, transport_for
 from transfer.inproc import InprocFault, InprocTransfer
-from transfer.memory import SegmentMemory
+from transfer.memory.segment import SegmentMemory
 from transfer.select import TransferSelector, build_transfer, start_segment_hosts
 from transfer.stripes import stripe
 

@@ -20,12 +20,12 @@ from kvcore.errors import (
     TransferProtocolError,
     TransferTimeoutError,
 )
-from kvcore.service import loop_factory
+from kvcore.process.service import loop_factory
 from kvcore.types import Segment
-from transfer import wire
 from transfer.base import TransferOp
-from transfer.sockets import tune
-from transfer.tcp import TcpTransfer
+from transfer.tcp import wire
+from transfer.tcp.sockets import tune
+from transfer.tcp.transport import TcpTransfer
 
 SIZE = 1 << 20
 ID = "small.1"
@@ -210,7 +210,7 @@ async def test_an_answer_that_the_kernel_hands_over_in_parts_is_not_waited_for_a
         sock.sendall(reply[-1000:])
         released.wait(10)  # an open connection: its end would wake the reader
 
-    monkeypatch.setattr("transfer.tcp.tune", small_buffer)
+    monkeypatch.setattr("transfer.tcp.transport.tune", small_buffer)
     transfer = TcpTransfer()
     with server(answers_slowly) as segment:
         assert await transfer.read([read(segment, 16)], 5) == [None]

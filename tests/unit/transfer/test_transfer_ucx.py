@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from support.transfer_rigs import renamed, transport_config
 from support.ucx import needs_ucx
 
-from kvcore.config import TransportConfig
+from kvcore.config.schema import TransportConfig
 from kvcore.errors import ConfigError, SegmentUnknownError, TransferProtocolError
 from kvcore.types import Segment
-from transfer.memory import SegmentMemory
+from transfer.memory.segment import SegmentMemory
 from transfer.select import build_transfer, start_segment_hosts
-from transfer.ucx_binding import load_library
-from transfer.ucx_descriptor import MAX_TEXT, UcxDescriptor, descriptor_of, pack_descriptor, parse_descriptor
-from transfer.ucx_devices import check_opened, plan_devices, read_components, read_resources
+from transfer.ucx.binding import load_library
+from transfer.ucx.descriptor import MAX_TEXT, UcxDescriptor, descriptor_of, pack_descriptor, parse_descriptor
+from transfer.ucx.devices import check_opened, plan_devices, read_components, read_resources
 
 DESCRIPTOR = UcxDescriptor((1, 13), "node-a.18f", 1 << 33, 0x7F0123456000, bytes(range(79)), b"rkey bytes")
 ABSENT = TransportConfig(kind="ucx", devices=["mlx5_77"])

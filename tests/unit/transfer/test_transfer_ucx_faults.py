@@ -12,13 +12,14 @@ from support.ucx import needs_ucx
 
 from kvcore.errors import ConfigError, SegmentUnknownError, TransferTimeoutError
 from kvcore.types import Segment
-from transfer import ucx_endpoint, ucx_worker
 from transfer.base import TransferOp
-from transfer.ucx import UcxSegmentHost
-from transfer.ucx_binding import Pointer, UcxLibrary
-from transfer.ucx_descriptor import UcxDescriptor, pack_descriptor, parse_descriptor
-from transfer.ucx_endpoint import Job
-from transfer.ucx_worker import UcxWorker
+from transfer.ucx import endpoint as ucx_endpoint
+from transfer.ucx import worker as ucx_worker
+from transfer.ucx.binding import Pointer, UcxLibrary
+from transfer.ucx.descriptor import UcxDescriptor, pack_descriptor, parse_descriptor
+from transfer.ucx.endpoint import Job
+from transfer.ucx.transport import UcxSegmentHost
+from transfer.ucx.worker import UcxWorker
 
 pytestmark = list(needs_ucx)
 

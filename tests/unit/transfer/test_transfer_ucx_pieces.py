@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transfer.ucx_pieces import MESSAGE_BYTES, Piece, cut
+from transfer.pieces import MESSAGE_BYTES, Piece, cut
 
 SIZES = st.one_of(st.integers(1, 300), st.sampled_from([64 << 10, (64 << 10) + 1, MESSAGE_BYTES, MESSAGE_BYTES + 1]))
 

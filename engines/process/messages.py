@@ -1,0 +1,182 @@
+"""What a node and its engine's process say to each other, version 1. Tagged msgpack structs, one a frame.
+
+The node speaks first (Hello); the child answers Ready or Refused. After that calls are multiplexed by `id`, which the
+node counts up and never uses twice. A stream's child sends at most STREAM_WINDOW deltas that the node has not taken.
+"""
+
+import msgspec
+
+from kvcore.config.schema import ByteSize, ClusterConfig
+from nodeapi.messages import EngineInfo, EngineStats, GenerateRequest, PrefillRequest, PrefillResult, TokenDelta
+
+PROTOCOL_VERSION = 1
+STREAM_WINDOW = 256
+
+
+class _Frame(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    pass
+
+
+class Hello(_Frame, frozen=True, kw_only=True, tag="hello"):
+    """All that the child needs to build its engine and its own access to the store."""
+
+    version: int = PROTOCOL_VERSION
+    config: ClusterConfig
+    node_name: str
+    incarnation: int
+
+
+class StartPrefill(_Frame, frozen=True, kw_only=True, tag="prefill"):
+    """Answered by Prefilled or Failure."""
+
+    id: int
+    request: PrefillRequest
+
+
+class StartGenerate(_Frame, frozen=True, kw_only=True, tag="generate"):
+    """Answered by Delta frames, then Done or Failure."""
+
+    id: int
+    request: GenerateRequest
+
+
+class EndHandoff(_Frame, frozen=True, kw_only=True, tag="end_handoff"):
+    """Answered by Done or Failure."""
+
+    id: int
+    request_id: str
+
+
+class AbortRequest(_Frame, frozen=True, kw_only=True, tag="abort"):
+    """Answered by Done or Failure. Names a request as its client does, not a call."""
+
+    id: int
+    request_id: str
+
+
+class AskStats(_Frame, frozen=True, kw_only=True, tag="ask_stats"):
+    """Answered by Sample or Failure."""
+
+    id: int
+    exposition: bool = False
+    """Whether `Sample.exposition` is wanted."""
+
+
+class Ping(_Frame, frozen=True, kw_only=True, tag="ping"):
+    """Answered by Pong, at once, whatever else is going on."""
+
+
+class Cancel(_Frame, frozen=True, kw_only=True, tag="cancel"):
+    """Nobody waits for call `id` any more. Answered by that call's Done or Failure, if it had not ended already."""
+
+    id: int
+
+
+class Credit(_Frame, frozen=True, kw_only=True, tag="credit"):
+    """`count` more deltas of stream `id` were taken."""
+
+    id: int
+    count: int
+
+
+class Shutdown(_Frame, frozen=True, kw_only=True, tag="shutdown"):
+    """Leave the engine in good order and exit with status 0."""
+
+
+ToChild = (
+    Hello | StartPrefill | StartGenerate | EndHandoff | AbortRequest | AskStats | Ping | Cancel | Credit | Shutdown
+)
+
+
+class Ready(_Frame, frozen=True, kw_only=True, tag="ready"):
+    """The engine is entered: calls may come."""
+
+    version: int = PROTOCOL_VERSION
+    info: EngineInfo
+
+
+class Refused(_Frame, frozen=True, kw_only=True, tag="refused"):
+    """The engine cannot start; the child exits. `code` names a class of kvcore.errors."""
+
+    code: str
+    message: str
+
+
+class Prefilled(_Frame, frozen=True, kw_only=True, tag="prefilled"):
+    """Ends a StartPrefill."""
+
+    id: int
+    result: PrefillResult
+
+
+class Delta(_Frame, frozen=True, kw_only=True, tag="delta"):
+    """One more delta of a stream."""
+
+    id: int
+    delta: TokenDelta
+
+
+class Done(_Frame, frozen=True, kw_only=True, tag="done"):
+    """Ends a call that has no other result."""
+
+    id: int
+
+
+class Failure(_Frame, frozen=True, kw_only=True, tag="failure"):
+    """Ends a call. `code` names a class of kvcore.errors."""
+
+    id: int
+    code: str
+    message: str
+
+
+class Sample(_Frame, frozen=True, kw_only=True, tag="sample"):
+    """Ends an AskStats."""
+
+    id: int
+    stats: EngineStats
+    store: dict[str, int] = {}
+    """Totals that the child's KVStore counts."""
+    transports: dict[str, str] = {}
+    """Segment id of a peer -> transport that its last transfer took."""
+    exposition: bytes = b""
+    """Metrics that the engine itself keeps (vLLM's), as Prometheus text, labelled with the node."""
+
+
+class Pong(_Frame, frozen=True, kw_only=True, tag="pong"):
+    """The child's loop turns."""
+
+
+FromChild = Ready | Refused | Prefilled | Delta | Done | Failure | Sample | Pong
+
+
+def _encode_custom(value: object) -> int:
+    if isinstance(value, ByteSize):
+        return int(value)
+    raise NotImplementedError(f"{type(value).__name__} does not go on the wire")
+
+
+def _decode_custom(kind: type, value: object) -> object:
+    if kind is ByteSize and isinstance(value, int):
+        return ByteSize(value)
+    raise NotImplementedError(f"{kind.__name__} does not come from the wire")
+
+
+_encoder = msgspec.msgpack.Encoder(enc_hook=_encode_custom)
+_to_child: msgspec.msgpack.Decoder[ToChild] = msgspec.msgpack.Decoder(ToChild, dec_hook=_decode_custom)
+_from_child: msgspec.msgpack.Decoder[FromChild] = msgspec.msgpack.Decoder(FromChild)
+
+
+def encode(frame: ToChild | FromChild) -> bytes:
+    """The frame's payload."""
+    return _encoder.encode(frame)
+
+
+def decode_to_child(payload: bytes) -> ToChild:
+    """Raises msgspec.ValidationError or msgspec.DecodeError."""
+    return _to_child.decode(payload)
+
+
+def decode_from_child(payload: bytes) -> FromChild:
+    """Raises msgspec.ValidationError or msgspec.DecodeError."""
+    return _from_child.decode(payload)

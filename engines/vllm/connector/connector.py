@@ -1,0 +1,313 @@
+"""`KVFerryConnector`: kvferry's store under vLLM, as a KVConnectorBase_V1 of vLLM 0.32 and 0.33.
+
+A shell: vLLM's objects become plain values, the halves decide and act. vLLM makes one in its scheduler's process and
+one in each worker's. Loads and saves are asynchronous; what fails to load is computed (kv_load_failure_policy).
+"""
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import torch
+from vllm.distributed.device_communicators import shm_broadcast
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorRole,
+)
+from vllm.platforms import current_platform
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from engines.vllm.connector.kv_blocks import build_blocks
+from engines.vllm.connector.lookup import StoreLookup
+from engines.vllm.connector.orders import PARAMS_NAME, LegParams, StepOrders
+from engines.vllm.connector.scheduler_half import RequestView, ScheduledRequest, SchedulerHalf
+from engines.vllm.connector.settings import ConnectorSettings, from_extra_config
+from engines.vllm.connector.worker_half import WorkerHalf
+from kvcore.chunk_keys import root_key
+from kvcore.errors import ConfigError
+from kvcore.telemetry import configure_logging
+from kvcore.types import ChunkKey, KVSpec
+
+_logger = logging.getLogger("engines.vllm")
+_SHORTEST_NAP_S = 20e-6  # the kernel makes about 0.1 ms of it
+_LONGEST_NAP_S = 500e-6
+_vllms_wait = shm_broadcast.SpinCondition.wait
+
+
+@dataclass
+class OrdersMetadata(KVConnectorMetadata):  # type: ignore[misc]
+    """One step's orders, on their way from the scheduler half to the worker halves."""
+
+    orders: StepOrders
+
+
+@dataclass
+class SpecMetadata(KVConnectorHandshakeMetadata):  # type: ignore[misc]
+    """What a worker half measured: its KVSpec as JSON."""
+
+    spec: bytes
+
+
+class KVFerryConnector(KVConnectorBase_V1):  # type: ignore[misc]
+    """See KVConnectorBase_V1 for each method's contract. Worker-side methods never raise."""
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        """Raises ConfigError for what this connector does not serve."""
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._settings = from_extra_config(vllm_config.kv_transfer_config.kv_connector_extra_config)
+        _check(vllm_config, kv_cache_config, self._settings)
+        if current_platform.is_cpu():
+            wait_without_spinning()
+        self._scheduler: _SchedulerSide | None = None
+        self._worker: WorkerHalf | None = None
+        self._spec: KVSpec | None = None
+        side = "scheduler" if role == KVConnectorRole.SCHEDULER else f"worker{vllm_config.parallel_config.rank}"
+        configure_logging(f"{self._settings.node_id}.{side}")
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """False: this is a cache. A save that preemption cut short is a miss, and the decoder computes."""
+        return False
+
+    @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:
+        """False (asked by vLLM 0.33): our transports hold the addresses of the KV memory."""
+        return False
+
+    # --- worker ------------------------------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Measure the KV and start the worker half. Raises ConfigError for tensors it does not know."""
+        parallel = self._vllm_config.parallel_config
+        blocks = build_blocks(
+            kv_caches,
+            num_blocks=self._kv_cache_config.num_blocks,
+            block_size=self._vllm_config.cache_config.block_size,
+        )
+        rank, size = parallel.rank % parallel.tensor_parallel_size, parallel.tensor_parallel_size
+        self._worker = WorkerHalf(self._settings, blocks, rank, size)
+        self._spec = blocks.build_spec(self._settings.provenance, self._settings.chunk_tokens, rank, size)
+
+    def get_handshake_metadata(self) -> SpecMetadata | None:
+        """To the scheduler half: which KV it is."""
+        return SpecMetadata(msgspec.json.encode(self._spec)) if self._spec is not None else None
+
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        """Before this step's blocks are overwritten."""
+        if self._worker is not None and isinstance(kv_connector_metadata, OrdersMetadata):
+            self._worker.preempted(kv_connector_metadata.orders.preempted)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """All our loads are asynchronous."""
+        if self._worker is not None:
+            self._worker.start_loads(self._orders().loads)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing is loaded under a running forward pass."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
+        """Chunks are saved whole, after the pass that fills them."""
+
+    def wait_for_save(self) -> None:
+        """Does not wait: hands the chunks that are full now to the background."""
+        if self._worker is not None:
+            self._worker.offer_saves(self._orders().saves)
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """Saves and loads that have ended."""
+        if self._worker is None:
+            return None, None
+        sent, received = self._worker.finished(finished_req_ids, idle=self._orders().idle)
+        return sent or None, received or None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Blocks that a load left without their KV."""
+        return self._worker.failed_blocks() if self._worker is not None else set()
+
+    def shutdown(self) -> None:
+        """End the threads, bounded."""
+        if self._worker is not None:
+            self._worker.close()
+        if self._scheduler is not None:
+            self._scheduler.close()
+
+    def _orders(self) -> StepOrders:
+        metadata = self._connector_metadata
+        return metadata.orders if isinstance(metadata, OrdersMetadata) else StepOrders()
+
+    # --- scheduler ---------------------------------------------------------------------------------------------
+
+    def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
+        """From the workers, once, before any request. Raises ConfigError when ranks hold different kinds of KV."""
+        specs = {
+            rank: msgspec.json.decode(said.spec, type=KVSpec)
+            for rank, said in metadata.items()
+            if isinstance(said, SpecMetadata)
+        }
+        if len({msgspec.structs.replace(spec, tp_rank=0) for spec in specs.values()}) != 1:
+            raise ConfigError(f"the ranks of this engine hold different kinds of KV: {specs}")
+        block_size = self._vllm_config.cache_config.block_size
+        self._scheduler = _SchedulerSide(self._settings, specs[0], block_size)
+
+    def on_new_request(self, request: Any) -> None:
+        """The lookup begins now, not when the request is scheduled."""
+        self._side.arrived(request)
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """What the store, or a prefiller that is at it, has beyond the local prefix."""
+        return self._side.half.matched(request.request_id, num_computed_tokens)
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        """Blocks for what is to be loaded."""
+        self._side.half.allocated(request.request_id, blocks.get_block_ids()[0], num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: Any) -> OrdersMetadata:
+        """This step's orders."""
+        return OrdersMetadata(self._side.build(scheduler_output))
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """Whether the blocks must stay, and what the engine's front wants to know."""
+        return self._side.finished(request.request_id, holds_blocks=bool(block_ids))
+
+    @property
+    def _side(self) -> "_SchedulerSide":
+        assert self._scheduler is not None, "vLLM asked the scheduler half before its workers had said what they hold"
+        return self._scheduler
+
+
+class _SchedulerSide:
+    """The scheduler half with what it needs of vLLM's objects: block tables, and views of requests."""
+
+    def __init__(self, settings: ConnectorSettings, spec: KVSpec, block_size: int) -> None:
+        self._tables: dict[str, list[int]] = {}
+        self._lookup = StoreLookup(settings, spec.tp_size)
+        self._fingerprint = spec.fingerprint
+        self.half = SchedulerHalf(
+            root_of=self._root,
+            chunk_tokens=settings.chunk_tokens,
+            block_size=block_size,
+            save_output=settings.save_output,
+            lookup=self._lookup,
+        )
+
+    def arrived(self, request: Any) -> None:
+        params = _leg_params(request)
+        plain = request.lora_request is None and not request.mm_features and request.prompt_embeds is None
+        salt = bytes.fromhex(params.salt) if params is not None else (request.cache_salt or "").encode()
+        self.half.arrived(
+            RequestView(
+                request_id=request.request_id,
+                token_ids=request.all_token_ids,
+                num_prompt_tokens=request.num_prompt_tokens,
+                params=params,
+                salt=salt,
+                cacheable=plain and request.sampling_params is not None and not request.skip_reading_prefix_cache,
+            )
+        )
+
+    def build(self, output: Any) -> StepOrders:
+        for new in output.scheduled_new_reqs:
+            self._tables[new.req_id] = list(new.block_ids[0])
+        computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
+        cached = output.scheduled_cached_reqs
+        for request_id, blocks, num_computed in zip(
+            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+        ):
+            computed[request_id] = num_computed
+            new_blocks = list(blocks[0]) if blocks is not None else []
+            if request_id in cached.resumed_req_ids:
+                self._tables[request_id] = new_blocks
+            else:
+                self._tables[request_id] += new_blocks
+        scheduled = [
+            ScheduledRequest(
+                request_id=request_id,
+                num_computed_tokens=num_computed,
+                num_scheduled_tokens=output.num_scheduled_tokens[request_id],
+                block_ids=self._tables[request_id],
+            )
+            for request_id, num_computed in computed.items()
+        ]
+        return self.half.build(scheduled, tuple(output.preempted_req_ids or ()))
+
+    def finished(self, request_id: str, *, holds_blocks: bool) -> tuple[bool, dict[str, Any] | None]:
+        self._tables.pop(request_id, None)
+        delay, result = self.half.finished(request_id, holds_blocks=holds_blocks)
+        return delay, {PARAMS_NAME: msgspec.to_builtins(result)}
+
+    def close(self) -> None:
+        self._lookup.close()
+
+    def _root(self, salt: bytes) -> ChunkKey:
+        return root_key(self._fingerprint, salt)
+
+
+def _leg_params(request: Any) -> LegParams | None:
+    """The request's own words to us; what is not ours is left alone, what is wrong is told and ignored."""
+    params = request.kv_transfer_params
+    if not isinstance(params, Mapping) or PARAMS_NAME not in params:
+        return None
+    try:
+        leg = msgspec.convert(params[PARAMS_NAME], LegParams)
+        bytes.fromhex(leg.salt)
+    except (msgspec.ValidationError, ValueError) as error:
+        _logger.warning("kv_transfer_params_ignored request=%s error=%s", request.request_id, error)
+        return None
+    return leg
+
+
+def wait_without_spinning() -> None:
+    """On a CPU, let this process sleep between two looks at vLLM's queue, where vLLM calls sched_yield for a second.
+
+    There, engines share cores. Linux 6.18 was seen to keep a group of processes that spins so (a process group, a
+    container) on its core for minutes while another's computing threads stood ready; docs/vllm.md tells how that looks.
+    The names are those of vLLM 0.32 and 0.33; a test holds them against the one that is installed.
+
+    It does not wait for the queue's notification instead, as vLLM does after a second: one that follows another within
+    a millisecond may be lost (its socket has room for one, and learns late that it was read), and costs five seconds.
+    """
+    shm_broadcast.SpinCondition.wait = _wait
+    shm_broadcast.sched_yield = _nap  # a writer's, while its ring is full
+
+
+def _wait(condition: shm_broadcast.SpinCondition, timeout_ms: int | None = None) -> None:
+    """The longer the last message is ago, the longer the sleep, so that little of a wait is added to it."""
+    idle_s = time.monotonic() - condition.last_read
+    if idle_s <= condition.busy_loop_s:
+        time.sleep(min(max(idle_s / 32, _SHORTEST_NAP_S), _LONGEST_NAP_S))
+    else:
+        _vllms_wait(condition, timeout_ms)
+
+
+def _nap() -> None:
+    time.sleep(_SHORTEST_NAP_S)
+
+
+def _check(vllm_config: Any, kv_cache_config: Any, settings: ConnectorSettings) -> None:
+    parallel, groups = vllm_config.parallel_config, kv_cache_config.kv_cache_groups
+    if len(groups) != 1:
+        raise ConfigError(
+            f"{vllm_config.model_config.model}: its KV is of {len(groups)} kinds ({', '.join(map(str, groups))}); "
+            "kvferry stores models with one kind of attention KV. Serve it without kvferry, or another model"
+        )
+    (spec,) = {type(group.kv_cache_spec) for group in groups}
+    if not issubclass(spec, FullAttentionSpec):
+        raise ConfigError(
+            f"{vllm_config.model_config.model}: its KV is of the kind {spec.__name__}, which vLLM drops behind the "
+            "window; kvferry stores full attention's. Serve it without kvferry, or another model"
+        )
+    for name in ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, name) != 1:
+            raise ConfigError(
+                f"engine.args.{name}: {getattr(parallel, name)} is not supported, only 1: use tensor parallelism"
+            )
+    if settings.chunk_tokens % vllm_config.cache_config.block_size:
+        raise ConfigError(
+            f"kv.chunk_tokens: {settings.chunk_tokens} is not a multiple of vLLM's block size, "
+            f"{vllm_config.cache_config.block_size}. Correct it, or set engine.args.block-size"
+        )

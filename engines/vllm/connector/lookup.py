@@ -1,0 +1,108 @@
+"""The scheduler half's way to the store's index: questions go to a thread of its own, the scheduler never waits long.
+
+Owns the thread, its loop and its metadata client. What cannot be known (metadata server away) is "nothing is there".
+"""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Coroutine, Sequence
+from typing import Any
+
+from engines.vllm.connector.settings import ConnectorSettings
+from kvcore.chunk_keys import rank_key
+from kvcore.clock import SystemClock
+from kvcore.types import ChunkKey
+from kvstore.background import Background
+from kvstore.counters import StoreCounters
+from kvstore.placement import Placement
+from metadata_server.client import HttpMetadataTransport, MetadataClient
+
+_START_S = 10.0
+_CLOSE_S = 3.0
+_logger = logging.getLogger(__name__)
+
+
+class StoreLookup:
+    """`Lookup` of `scheduler_half` over the metadata server. Called from one thread, vLLM's scheduler's."""
+
+    def __init__(self, settings: ConnectorSettings, num_ranks: int) -> None:
+        self._settings = settings
+        self._num_ranks = num_ranks
+        self._answers: dict[str, int | None] = {}
+        self._changed = threading.Condition()
+        self._loop = asyncio.new_event_loop()
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="kvferry-lookup", daemon=True)
+        self._thread.start()
+        if not self._started.wait(_START_S):
+            raise RuntimeError(f"the thread that looks chunks up did not start within {_START_S:g} s")
+
+    def ask(self, request_id: str, keys: Sequence[ChunkKey]) -> None:
+        """Start to find out; an answer to an earlier question of this request is dropped."""
+        with self._changed:
+            self._answers[request_id] = None if keys else 0
+        if keys:
+            self._submit(self._find(request_id, list(keys)))
+
+    def answer(self, request_id: str, *, wait_s: float) -> int | None:
+        """How many leading keys are complete on all ranks; None: not known within `wait_s`."""
+        with self._changed:
+            if wait_s > 0 and self._answers.get(request_id, 0) is None:
+                self._changed.wait_for(lambda: self._answers.get(request_id, 0) is not None, wait_s)
+            return self._answers.get(request_id, 0)
+
+    def forget(self, request_id: str) -> None:
+        """Nobody asks for this request's answer any more."""
+        with self._changed:
+            self._answers.pop(request_id, None)
+
+    def close(self) -> None:
+        """End the thread, bounded. Idempotent."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(_CLOSE_S)
+
+    def _submit(self, work: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        transport = HttpMetadataTransport(self._settings.metadata_url)
+        client = MetadataClient(transport, SystemClock(), self._settings.metadata_timeout_s)
+        background = self._background = Background()
+        self._placement = Placement(
+            client,
+            node_id=self._settings.node_id,
+            incarnation=self._settings.incarnation,
+            clock=SystemClock(),
+            config=self._settings.store,
+            counters=StoreCounters(),
+            background=background,
+        )
+        self._started.set()
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.run_until_complete(background.aclose(1.0))
+            self._loop.run_until_complete(client.aclose())
+            self._loop.close()
+
+    async def _find(self, request_id: str, keys: list[ChunkKey]) -> None:
+        """The boundary of one question: whatever goes wrong, it is answered."""
+        found = 0
+        try:
+            found = min(await asyncio.gather(*(self._match(keys, rank) for rank in range(self._num_ranks))))
+        except Exception:
+            _logger.exception("lookup_failed request=%s", request_id)
+        finally:
+            with self._changed:
+                if request_id in self._answers:
+                    self._answers[request_id] = found
+                    self._changed.notify_all()
+
+    async def _match(self, keys: list[ChunkKey], rank: int) -> int:
+        timeout_s = self._settings.metadata_timeout_s
+        match = await self._placement.match([rank_key(key, rank) for key in keys], timeout_s)
+        self._background.spawn(self._placement.release(match))  # what is loaded is leased, and verified, anew
+        return match.num_chunks

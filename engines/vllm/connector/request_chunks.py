@@ -1,0 +1,69 @@
+"""One request's tokens as chunks: their keys, and their places in its block table. Pure."""
+
+from collections.abc import Sequence
+
+from engines.vllm.connector.orders import ChunkPlace, LegParams
+from kvcore.chunk_keys import chunk_keys, next_key, usable_chunks
+from kvcore.types import ChunkKey
+
+
+class RequestChunks:
+    """Keys are computed once, when they are asked for. `token_ids` may grow meanwhile; what was there stays."""
+
+    def __init__(self, root: ChunkKey, token_ids: Sequence[int], *, chunk_tokens: int, block_size: int) -> None:
+        self._root = root
+        self._token_ids = token_ids
+        self.chunk_tokens = chunk_tokens
+        self._block_size = block_size
+        self._keys: list[ChunkKey] = []
+
+    def keys(self, count: int) -> list[ChunkKey]:
+        """Of the first `count` full chunks. Their tokens must be known."""
+        if (have := len(self._keys)) < count:
+            tokens = self._token_ids[have * self.chunk_tokens : count * self.chunk_tokens]
+            self._keys += chunk_keys(self._parent(have), tokens, self.chunk_tokens)
+            assert len(self._keys) == count, "a key was asked for before its chunk's tokens are known"
+        return self._keys[:count]
+
+    def key(self, index: int, end_token: int) -> ChunkKey:
+        """Of chunk `index`, which ends at `end_token` if that comes before it is full."""
+        start, stop = self._span(index, end_token)
+        if stop - start == self.chunk_tokens:
+            self.keys(index + 1)
+            return self._keys[index]
+        self.keys(index)
+        return next_key(self._parent(index), self._token_ids[start:stop])
+
+    def num_blocks(self, index: int, end_token: int) -> int:
+        """How many blocks the chunk's tokens take, the last one perhaps in part."""
+        start, stop = self._span(index, end_token)
+        return -(-(stop - start) // self._block_size)
+
+    def places(self, first: int, end_token: int, block_ids: Sequence[int]) -> tuple[ChunkPlace, ...]:
+        """All chunks from `first` on that hold tokens before `end_token`; the last one may be short of a full chunk."""
+        per_chunk = self.chunk_tokens // self._block_size
+        places = []
+        for index in range(first, -(-end_token // self.chunk_tokens)):
+            start, stop = self._span(index, end_token)
+            count = self.num_blocks(index, end_token)
+            blocks = tuple(block_ids[index * per_chunk : index * per_chunk + count])
+            assert len(blocks) == count, f"chunk {index} needs {count} blocks, the block table ends after {len(blocks)}"
+            places.append(ChunkPlace(key=self.key(index, end_token), num_tokens=stop - start, block_ids=blocks))
+        return tuple(places)
+
+    def _parent(self, index: int) -> ChunkKey:
+        return self._keys[index - 1] if index else self._root
+
+    def _span(self, index: int, end_token: int) -> tuple[int, int]:
+        start = index * self.chunk_tokens
+        return start, min(end_token, start + self.chunk_tokens)
+
+
+def handed_off_tokens(params: LegParams, num_prompt_tokens: int, chunk_tokens: int) -> int:
+    """How many leading tokens of the prompt come from a prefiller: all of them, if its tail does."""
+    if params.handoff_chunks is None:
+        return 0
+    usable = usable_chunks(num_prompt_tokens, chunk_tokens)
+    if params.tail and params.handoff_chunks >= usable:
+        return num_prompt_tokens
+    return min(params.handoff_chunks, usable) * chunk_tokens

@@ -1,0 +1,155 @@
+"""Rules of a cluster file that take more than one field. Pure; the bounds of a single field are in its type."""
+
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+import msgspec
+
+from kvcore.config.schema import ClusterConfig, EngineConfig, HandoffKind, NodeConfig, SimEngineConfig, VllmEngineConfig
+from kvcore.config.vllm_options import argument, check_arguments
+from kvcore.types import Role
+
+_EVERY_INTERFACE = ("0.0.0.0", "::")
+_THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
+
+
+def check_cluster(config: ClusterConfig) -> list[str]:
+    """What is wrong, as `path: explanation`; empty: nothing."""
+    ours = _check_engines(config) if config.handoff is HandoffKind.KVFERRY else _check_servers(config)
+    return [*ours, *_check_nodes(config), *_check_ports(config), *_check_bounds(config)]
+
+
+def engine_of(config: ClusterConfig, node: NodeConfig) -> EngineConfig | None:
+    """The engine that `node` runs: its own, else the cluster's; None for a store."""
+    return None if node.role is Role.STORE else node.engine or config.engine
+
+
+def _check_engines(config: ClusterConfig) -> Iterator[str]:
+    if config.engine is None:
+        yield "engine: missing (only the servers that handoff nixl and mooncake drive bring their own)"
+        return
+    engines: dict[str, EngineConfig] = {"engine": config.engine}
+    engines |= {f"nodes.{name}.engine": node.engine for name, node in config.nodes.items() if node.engine is not None}
+    for path, engine in engines.items():
+        if isinstance(engine, VllmEngineConfig):
+            yield from _check_vllm(path, engine, config.engine)
+            block_path, block_size = f"{path}.args.block-size", argument(engine.args, "block-size")
+        else:
+            block_path, block_size = f"{path}.block_size", engine.block_size
+        if isinstance(block_size, int) and block_size > 0 and config.kv.chunk_tokens % block_size:
+            yield (
+                f"{block_path}: {block_size} does not divide kv.chunk_tokens {config.kv.chunk_tokens};"
+                " a chunk is a whole number of blocks"
+            )
+        if isinstance(engine, SimEngineConfig) and engine.bytes_per_token % 16:
+            yield f"{path}.bytes_per_token: {engine.bytes_per_token} is not a multiple of 16"
+    kinds = {type(engine_of(config, node)) for node in config.nodes.values()} - {type(None)}
+    if len(kinds) > 1:
+        yield "engine: the nodes' engines are of several kinds; they could not share KV"
+    for name, node in config.nodes.items():
+        if node.url is not None:
+            yield f"nodes.{name}.url: only handoff nixl and mooncake drive servers that are not ours; set handoff"
+        elif node.port == 0:
+            yield f"nodes.{name}.port: missing"
+
+
+def _check_vllm(path: str, engine: VllmEngineConfig, whole: EngineConfig) -> Iterator[str]:
+    """What a node has from the cluster's section is told there."""
+    told = whole.args if isinstance(whole, VllmEngineConfig) and whole is not engine else {}
+    for name, problem in check_arguments(engine.args):
+        if name not in told or told[name] != engine.args[name]:
+            yield f"{path}.args.{name}: {engine.args[name]!r}: {problem}"
+    for name in engine.env:
+        if not name or "=" in name or "\0" in name + engine.env[name]:
+            yield f"{path}.env.{name}: not a variable that a process can have"
+
+
+def _check_servers(config: ClusterConfig) -> Iterator[str]:
+    """With the handoff of others, every node is a vLLM server that runs already."""
+    if config.engine is not None:
+        yield f"engine: nothing is started with handoff {config.handoff}, the servers run already; take it out"
+    defaults = {field.name: field.default for field in msgspec.structs.fields(NodeConfig)}
+    owners: dict[str, str] = {}
+    for name, node in config.nodes.items():
+        if node.role is Role.STORE:
+            yield f"nodes.{name}.role: with handoff {config.handoff} there is no store; prefiller or decoder"
+        if node.url is None:
+            yield f"nodes.{name}.url: missing; with handoff {config.handoff} every node is a server that runs already"
+            continue
+        if problem := _url_problem(node.url):
+            yield f"nodes.{name}.url: {node.url!r}: {problem}"
+        if (owner := owners.setdefault(node.url.rstrip("/"), name)) != name:
+            yield f"nodes.{name}.url: {node.url} is {owner} already; one server has one role"
+        for field in ("host", "port", "transfer_port", "segment", "engine", "host_id"):
+            if getattr(node, field) != defaults[field]:
+                yield f"nodes.{name}.{field}: means nothing beside url; take it out"
+        meets = config.handoff is HandoffKind.MOONCAKE and node.role is Role.PREFILLER
+        if node.bootstrap_port is not None and not meets:
+            yield f"nodes.{name}.bootstrap_port: only prefillers with handoff mooncake have one"
+
+
+def _url_problem(url: str) -> str | None:
+    try:
+        parts = urlsplit(url)
+        fits = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, a bracket that is not closed
+        fits = False
+    if not fits or parts.query or parts.fragment or parts.username:
+        return "expected http://HOST:PORT, where the server's /v1 is"
+    if parts.path.rstrip("/").endswith("/v1"):
+        return "leave out the /v1"
+    return None
+
+
+def _check_nodes(config: ClusterConfig) -> Iterator[str]:
+    if not any(node.role is Role.DECODER for node in config.nodes.values()):
+        yield "nodes: no node has role decoder; a cluster needs at least one (prefillers are optional)"
+    for name, node in config.nodes.items():
+        if not name or not all(character.isalnum() or character in "-_" for character in name):
+            yield f"nodes.{name}: a node's name consists of letters, digits, - and _"
+        if name in ("router", "metadata-server"):
+            yield f"nodes.{name}: the name stands for the cluster's own {name}; choose another"
+        if node.role is Role.STORE and node.engine is not None:
+            yield f"nodes.{name}.engine: a store has no engine"
+        if node.host in _EVERY_INTERFACE:
+            yield f"nodes.{name}.host: {node.host} is every interface; give the address by which the others reach it"
+    server = config.metadata_server.host
+    if server in _EVERY_INTERFACE and not all(node.host in _THIS_MACHINE for node in config.nodes.values()):
+        yield f"metadata_server.host: {server} is every interface; give the address by which the nodes reach it"
+
+
+def _check_ports(config: ClusterConfig) -> Iterator[str]:
+    taken: dict[tuple[str, int], str] = {}
+    for path, host, port in ports_of(config):
+        if port == 0:
+            continue
+        owner = taken.setdefault((host, port), path)
+        if owner != path:
+            yield f"{path}: {port} on {host} is {owner} already"
+
+
+def ports_of(config: ClusterConfig) -> Iterator[tuple[str, str, int]]:
+    """(path, host, port) of everything of ours that listens; port 0 is any free one."""
+    yield "router.port", config.router.host, config.router.port
+    if config.handoff is not HandoffKind.KVFERRY:
+        return
+    yield "metadata_server.port", config.metadata_server.host, config.metadata_server.port
+    for name, node in config.nodes.items():
+        yield f"nodes.{name}.port", node.host, node.port
+        yield f"nodes.{name}.transfer_port", node.host, node.transfer_port
+
+
+def _check_bounds(config: ClusterConfig) -> Iterator[str]:
+    store = config.store
+    if store.low_watermark >= store.high_watermark:
+        yield (
+            f"store.low_watermark: {store.low_watermark} is not below store.high_watermark {store.high_watermark};"
+            " eviction starts at the high and ends at the low one"
+        )
+    kind = config.transport.kind
+    if kind in ("ucx", "nixl"):
+        return
+    if config.transport.devices:
+        yield f"transport.devices: only transports ucx and nixl use devices, this is {kind}"
+    if config.transport.fallback is not None:
+        yield f"transport.fallback: only transports ucx and nixl ever use one, this is {kind}; take it out"

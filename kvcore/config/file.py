@@ -1,0 +1,155 @@
+"""Read a cluster file: YAML plus `--set` overrides -> a checked, frozen `ClusterConfig`, or a ConfigError.
+
+Every error names the file, the path in it (`nodes.decode-0.segment`), the value and what would be right. The types
+come from `kvcore.config.schema`, the conversion is `kvcore.config.parse`'s, rules across fields are in
+`kvcore.config.checks`.
+"""
+
+import difflib
+import re
+from collections.abc import Hashable, Iterable, Sequence
+from pathlib import Path
+
+import msgspec
+import yaml
+
+from kvcore.config.checks import check_cluster
+from kvcore.config.parse import InvalidValueError, nearest, parse
+from kvcore.config.schema import ClusterConfig, HandoffKind, NodeConfig, SimEngineConfig
+from kvcore.config.vllm_options import spell_out_engines
+from kvcore.errors import ConfigError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9_-][\w.-]*/[\w.-]+")
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice: YAML's silent last-one-wins would lose a node."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
+        """As SafeLoader's; raises ConstructorError for a duplicate key."""
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                continue  # SafeLoader says what is wrong with it
+            if key_node.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key_node.value} given twice", key_node.start_mark
+                )
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> ClusterConfig:
+    """Read, override, convert and check. `overrides` are `a.b=value`, the value in YAML. Blocking.
+
+    `transport` is always a TransportConfig afterwards; `model.path` is absolute for
+    the torch engine and vLLM, unless it is a hub id (`owner/name`) and no folder.
+    """
+    file = Path(path).expanduser()
+    raw = _read(file)
+    _spell_out_transport(raw)
+    named = _node_names(raw)
+    for override in overrides:
+        _apply(raw, override)
+    spell_out_engines(raw)
+    try:
+        _check_new_nodes(raw, named)
+        config = parse(raw, ClusterConfig)
+        problems = check_cluster(config)
+    except InvalidValueError as error:
+        raise ConfigError(f"{file}: {error}") from error
+    if problems:
+        raise ConfigError("\n".join(f"{file}: {problem}" for problem in problems))
+    return _resolve_model_path(config, file.resolve().parent)
+
+
+def node_config(config: ClusterConfig, name: str) -> NodeConfig:
+    """The node called `name`, to be run here; raises ConfigError that lists the names there are."""
+    if name not in config.nodes:
+        near = difflib.get_close_matches(name, config.nodes, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(f"no node {name!r} in cluster {config.cluster!r}: {hint}it has {', '.join(config.nodes)}")
+    node = config.nodes[name]
+    if node.url is not None:
+        raise ConfigError(f"node {name!r} is the vLLM server at {node.url}, which runs already: start the router only")
+    return node
+
+
+def _read(file: Path) -> dict[str, object]:
+    try:
+        raw = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{file}: no such file{_similar_file(file)}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read: {error}") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+        raise ConfigError(f"{file}: not valid YAML{where}: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{file}: expected a mapping with `cluster`, `model`, `engine` and `nodes`")
+    return raw
+
+
+def _similar_file(file: Path) -> str:
+    names: Iterable[str] = (other.name for other in file.parent.glob("*.yaml")) if file.parent.is_dir() else ()
+    near = difflib.get_close_matches(file.name, list(names), 1)
+    return f" (did you mean {file.parent / near[0]}?)" if near else ""
+
+
+def _spell_out_transport(raw: dict[str, object]) -> None:
+    """`transport: tcp` and `devices: [..]` beside it -> the section. Anything else is left for `parse` to judge."""
+    short = raw.get("transport")
+    section: object = {"kind": short} if isinstance(short, str) else short
+    if "devices" in raw and (section is None or (isinstance(section, dict) and "devices" not in section)):
+        section = {**(section or {}), "devices": raw.pop("devices")}
+    if section is not None:
+        raw["transport"] = section
+
+
+def _apply(raw: dict[str, object], override: str) -> None:
+    path, separator, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not separator or not all(keys):
+        raise ConfigError(f"--set {override}: expected path=value, e.g. --set router.port=8001")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not valid YAML") from error
+    if keys in (["transport"], ["devices"]):
+        section = raw.setdefault("transport", {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"--set {override}: transport is not a section")
+        keys, section_value = ["transport"], value
+        value = {**section, "kind" if path.strip() == "transport" else "devices": section_value}
+    place: object = raw
+    for key in keys[:-1]:
+        place = place.setdefault(key, {}) if isinstance(place, dict) else None
+        if not isinstance(place, dict):
+            raise ConfigError(f"--set {override}: {key} is not a section")
+    assert isinstance(place, dict)
+    place[keys[-1]] = value
+
+
+def _node_names(raw: dict[str, object]) -> list[str]:
+    nodes = raw.get("nodes")
+    return [str(name) for name in nodes] if isinstance(nodes, dict) else []
+
+
+def _check_new_nodes(raw: dict[str, object], named: list[str]) -> None:
+    """A node that only overrides speak of is a new one if they give its role; else its name is mistyped."""
+    nodes = raw.get("nodes")
+    for name, node in nodes.items() if isinstance(nodes, dict) else ():
+        if str(name) not in named and named and isinstance(node, dict) and "role" not in node:
+            raise InvalidValueError(f"nodes.{name}: no such node{nearest(str(name), named)}")
+
+
+def _resolve_model_path(config: ClusterConfig, folder: Path) -> ClusterConfig:
+    if config.handoff is HandoffKind.KVFERRY and isinstance(config.engine, SimEngineConfig):
+        return config  # to the simulated engine it is a name
+    absolute = str(folder / Path(config.model.path).expanduser())
+    if _HUB_ID.fullmatch(config.model.path) and not Path(absolute).exists():
+        return config  # it is looked up on the hub
+    return msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, path=absolute))

@@ -1,0 +1,145 @@
+"""Serve an ASGI app with uvicorn inside a loop that runs already; signals and logs stay ours.
+
+Invariant: once `drain` or `aclose` has returned, the port is free and no connection of the app is open.
+"""
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Generator
+from typing import Any
+
+import uvicorn
+
+from kvcore.ports import base_url, listen
+from kvcore.process.http_protocol import BoundedHttp
+from kvcore.telemetry import log_fields
+
+_CLOSE_S = 2.0
+
+_logger = logging.getLogger("kvcore.asgi")
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server without its signal handlers, and waiting on an event instead of ten ticks a second."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.up = asyncio.Event()
+        self.stop = asyncio.Event()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.up.set()
+
+    async def main_loop(self) -> None:
+        await self.on_tick(0)
+        await self.stop.wait()
+
+
+class AsgiServer:
+    """One app on one address. `start`, then `drain` or `aclose`; not restartable.
+
+    `app` is an ASGI application (FastAPI, Starlette): its own type is the framework's and untyped.
+    """
+
+    def __init__(self, app: Any, host: str, port: int) -> None:
+        self._app = app
+        self._host = host
+        self._port = port
+        self._server: _Server | None = None
+        self._serving: asyncio.Task[None] | None = None
+
+    @property
+    def port(self) -> int:
+        """The bound port; known after `start`."""
+        return self._port
+
+    @property
+    def url(self) -> str:
+        """`http://host:port`, after `start`."""
+        return base_url(self._host, self._port)
+
+    async def start(self) -> None:
+        """Bind, run the app's lifespan start-up and serve. Raises ConfigError (address in use, no such address) or
+        RuntimeError if the app's start-up failed."""
+        assert self._serving is None, "started before"
+        bound = listen(self._host, self._port)
+        self._port = int(bound.getsockname()[1])
+        config = uvicorn.Config(
+            self._app,
+            log_config=None,
+            access_log=False,
+            http=BoundedHttp,
+            ws="none",
+            lifespan="auto",
+            date_header=False,
+            server_header=False,
+            timeout_keep_alive=75,
+        )
+        self._server = server = _Server(config)
+        self._serving = asyncio.create_task(self._serve(server, bound), name=f"asgi {self._host}:{self._port}")
+        up = asyncio.create_task(server.up.wait())
+        try:
+            await asyncio.wait({self._serving, up}, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            # Not cancelled in its midst: the lifespan would be left over, to be cut with a stack trace in the log.
+            server.stop.set()
+            await asyncio.wait({self._serving}, timeout=_CLOSE_S)
+            self._serving.cancel()
+            raise
+        finally:
+            up.cancel()
+        if not server.up.is_set():
+            await self._serving  # raises what ended it
+            raise RuntimeError(f"the app for {self._host}:{self._port} did not start")
+
+    @staticmethod
+    async def _serve(server: _Server, bound: socket.socket) -> None:
+        try:
+            await server.serve(sockets=[bound])
+        except SystemExit as error:  # uvicorn's way to say that the lifespan start-up failed; it has logged why
+            raise RuntimeError("the app's start-up failed") from error
+        finally:
+            bound.close()
+
+    async def wait_failed(self) -> None:
+        """Return or raise when the server ends; for a TaskGroup that should go down with it."""
+        assert self._serving is not None
+        await asyncio.shield(self._serving)
+
+    async def drain(self, deadline_s: float) -> None:
+        """Refuse new connections, let requests under way end, at the deadline cut the rest. Idempotent; a second call
+        with a shorter deadline cuts earlier."""
+        server, serving = self._server, self._serving
+        if server is None or serving is None or serving.done():
+            return
+        server.stop.set()
+        await asyncio.wait({serving}, timeout=deadline_s)
+        if not serving.done():
+            self._cut(server)
+            await asyncio.wait({serving}, timeout=_CLOSE_S)
+        if not serving.done():
+            serving.cancel()
+            await asyncio.wait({serving})
+        if not serving.cancelled() and (error := serving.exception()) is not None:
+            raise error
+
+    def _cut(self, server: _Server) -> None:
+        connections = list(server.server_state.connections)
+        log_fields(_logger, logging.WARNING, "connections_cut", num=len(connections), port=self._port)
+        for request in list(server.server_state.tasks):
+            request.cancel()
+        for connection in connections:
+            transport = getattr(connection, "transport", None)  # both of uvicorn's protocols have one
+            if transport is not None:
+                transport.abort()
+
+    async def aclose(self) -> None:
+        """End now, cutting whatever is under way. Idempotent."""
+        await self.drain(0.0)

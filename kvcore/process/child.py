@@ -1,0 +1,237 @@
+"""A child process that cannot outlive us, with its output as lines.
+
+Each child has its own session (a terminal's Ctrl-C reaches us alone, who then stop the children in order) and is
+killed by the kernel when the thread that started it ends (`kvcore.process.child_exec`): start children on the main
+thread. What the child leaves in its process group is killed when the child ends. A child that has children of its own
+is started with `guard=True`: then the whole group dies with us too, whichever single process of it all is killed, and a
+child counts as ended when all of its group has.
+"""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+from kvcore.process import child_exec
+
+MAX_LINE_BYTES = 16_384
+_READ_BYTES = 65_536
+_LAST_READS = 32  # far more than a pipe holds
+_GUARD_S = 12.0
+"""A guard that takes longer than this to end its group, which bounds itself at 10 s, is of no more use."""
+
+_running: dict[int, "ChildProcess"] = {}  # as the kernel's own list of our children: one a process, by pid
+
+
+def kill_all_children() -> None:
+    """SIGKILL the group of every running child of this process. For a second SIGTERM; does not wait."""
+    for child in list(_running.values()):
+        child.kill()
+
+
+class ChildProcess:
+    """One run of a command. Made by `start`; owns a pidfd, a pipe and the guard's link until the child has ended."""
+
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        output: int,
+        on_line: Callable[[str], None] | None,
+        guard: socket.socket | None,
+    ) -> None:
+        self._process = process
+        self._guard = guard
+        self._loop = asyncio.get_running_loop()
+        self._returncode: int | None = None
+        self._ended = asyncio.Event()
+        self._exited = asyncio.Event()
+        self._guard_late: asyncio.TimerHandle | None = None
+        self._output: int | None = output
+        self._rest = b""
+        self._on_line = on_line
+        self._pidfd = os.pidfd_open(process.pid)
+        os.set_blocking(output, False)
+        _running[process.pid] = self
+        self._loop.add_reader(output, self._read_output)
+        self._loop.add_reader(self._pidfd, self._child_ended)
+        if guard is not None:
+            self._loop.add_reader(guard, self._guard_ended)
+
+    @classmethod
+    async def start(
+        cls,
+        command: Sequence[str],
+        *,
+        on_line: Callable[[str], None] | None = None,
+        pass_fds: Sequence[int] = (),
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        guard: bool = False,
+    ) -> Self:
+        """Start `command`. `on_line` gets each line of stdout and stderr, in order, without its newline; it must not
+        raise or block. `pass_fds` keep their numbers in the child; the caller closes its own copies afterwards.
+        `guard`: one more, tiny process in the child's group, which kills it all when we are gone.
+
+        A command that cannot be run ends with 127 and says so in its output.
+        """
+        trampoline = [sys.executable, "-I", "-S", str(Path(child_exec.__file__)), str(os.getpid())]
+        link, guards_side = socket.socketpair() if guard else (None, None)
+        if guards_side is not None:
+            trampoline += ["--guard", str(guards_side.fileno())]
+            pass_fds = [*pass_fds, guards_side.fileno()]
+        output, child_side = os.pipe()
+        try:
+            process = subprocess.Popen(  # noqa: ASYNC220 - a few ms; asyncio's own watchers differ by version and loop
+                [*trampoline, *command],
+                stdin=subprocess.DEVNULL,
+                stdout=child_side,
+                stderr=child_side,
+                pass_fds=tuple(pass_fds),
+                cwd=cwd,
+                env=env,
+                start_new_session=True,
+            )
+        except BaseException:
+            os.close(output)
+            raise
+        finally:
+            os.close(child_side)
+            if guards_side is not None:
+                guards_side.close()
+        try:
+            return cls(process, output, on_line, link)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+
+    @property
+    def pid(self) -> int:
+        """Of the command itself (the trampoline became it)."""
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """None while it runs; the negative signal number if a signal ended it."""
+        return self._returncode
+
+    async def wait(self) -> int:
+        """The return code, once the child has ended, its group with it, and its output has been passed on. Cancelling
+        changes nothing."""
+        await self._exited.wait()
+        assert self._returncode is not None
+        return self._returncode
+
+    async def wait_ended(self) -> int:
+        """The return code, as soon as the child itself has ended: what it started and what it said may follow."""
+        await self._ended.wait()
+        assert self._returncode is not None
+        return self._returncode
+
+    async def terminate(self, deadline_s: float) -> int:
+        """SIGTERM; after `deadline_s`, or on cancellation, SIGKILL to the whole group. Returns the return code."""
+        if not self._ended.is_set():
+            signal.pidfd_send_signal(self._pidfd, signal.SIGTERM)
+        try:
+            async with asyncio.timeout(deadline_s):
+                return await self.wait()
+        except TimeoutError:
+            self.kill()
+            return await self.wait()
+        except asyncio.CancelledError:
+            self.kill()
+            raise
+
+    def kill(self) -> None:
+        """SIGKILL the whole process group. Nothing happens if the child has ended."""
+        if self._ended.is_set():
+            return
+        if self._guard is None:
+            self._kill_group()
+        else:
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)  # the guard sees to the rest
+
+    def _kill_group(self) -> None:
+        # Only while our child is running or a zombie: after that its number may belong to somebody else.
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            os.kill(self._process.pid, signal.SIGKILL)  # caught before its setsid
+
+    def _child_ended(self) -> None:
+        """It stays a zombie, so that its number stays its own, until its group is gone."""
+        self._loop.remove_reader(self._pidfd)
+        status = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+        assert status is not None
+        self._returncode = status.si_status if status.si_code == os.CLD_EXITED else -status.si_status
+        self._ended.set()
+        if self._guard is None:
+            self._reap()
+        else:
+            self._guard_late = self._loop.call_later(_GUARD_S, self._reap)
+
+    def _guard_ended(self) -> None:
+        """The group is gone, or the guard alone was killed: then nothing would be safe any more."""
+        assert self._guard is not None
+        self._loop.remove_reader(self._guard)
+        self._guard.close()
+        self._guard = None
+        if self._guard_late is None:
+            self._kill_group()
+        else:
+            self._guard_late.cancel()
+            self._reap()
+
+    def _read_output(self) -> bool:
+        """Pass on what is there; False: nothing more for now, or ever."""
+        if self._output is None:
+            return False
+        try:
+            data = os.read(self._output, _READ_BYTES)
+        except BlockingIOError:
+            return False
+        if not data:
+            self._close_output()
+            return False
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            self._emit(line)
+        while len(self._rest) > MAX_LINE_BYTES:
+            self._emit(self._rest[:MAX_LINE_BYTES])
+            self._rest = self._rest[MAX_LINE_BYTES:]
+        return True
+
+    def _emit(self, line: bytes) -> None:
+        if self._on_line is not None:
+            for start in range(0, max(1, len(line)), MAX_LINE_BYTES):
+                self._on_line(line[start : start + MAX_LINE_BYTES].decode("utf-8", "replace").rstrip("\r"))
+
+    def _close_output(self) -> None:
+        if self._output is not None:
+            self._loop.remove_reader(self._output)
+            os.close(self._output)
+            self._output = None
+            if self._rest:
+                self._emit(self._rest)
+                self._rest = b""
+
+    def _reap(self) -> None:
+        self._kill_group()
+        self._process.wait()  # it is a zombie: returns at once
+        os.close(self._pidfd)
+        if self._guard is not None:
+            self._loop.remove_reader(self._guard)
+            self._guard.close()
+        del _running[self._process.pid]
+        try:
+            for _ in range(_LAST_READS):  # a daemon that left the group may hold the pipe for ever: do not wait for it
+                if not self._read_output():
+                    break
+            self._close_output()
+        finally:
+            self._exited.set()  # whatever `on_line` does: nobody waits for ever for a child that has ended

@@ -1,0 +1,41 @@
+"""The command line that every process of a cluster has: which file, what to override, and how a bad one is told."""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from kvcore.config.file import load_config
+from kvcore.config.schema import ClusterConfig
+from kvcore.errors import ConfigError
+from kvcore.process.service import EXIT_CONFIG, Main, run_process
+
+
+def config_parser(program: str, description: str) -> argparse.ArgumentParser:
+    """A parser with `--config` and `--set`; the caller adds what is its own."""
+    parser = argparse.ArgumentParser(prog=program, description=description)
+    parser.add_argument("--config", required=True, metavar="FILE", help="the cluster's YAML file")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        dest="overrides",
+        help="override one value of the file, e.g. router.port=8001; may be given again",
+    )
+    return parser
+
+
+def run_configured(
+    program: str, options: argparse.Namespace, choose: Callable[[ClusterConfig], tuple[str, Main]]
+) -> int:
+    """Run what `choose` makes of the configuration (a process's name and its main) to its end; returns the exit code.
+
+    A ConfigError of the file or of `choose` is one line on stderr and code 2.
+    """
+    try:
+        config = load_config(options.config, options.overrides)
+        name, main = choose(config)
+    except ConfigError as error:
+        sys.stderr.write(f"{program}: error: {error}\n")
+        return EXIT_CONFIG
+    return run_process(name, main, log_level=config.service.log_level)

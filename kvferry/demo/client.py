@@ -1,0 +1,170 @@
+"""A client of the router's public API, as the demo needs it: one streamed chat, and what became of it.
+
+Owns an HTTP session. Knows nothing of nodes but what `/v1/requests/{id}` tells.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import aiohttp
+import msgspec
+
+from kvcore.errors import KVFerryError
+from nodeapi.messages import Moved
+
+_RECORD_S = 3.0
+_RECORD_POLL_S = 0.05
+
+
+class _Leg(msgspec.Struct, kw_only=True):
+    moved: list[Moved] = []
+
+
+class _Route(msgspec.Struct, kw_only=True):
+    prefiller: str | None = None
+    decoder: str = ""
+
+
+class _Record(msgspec.Struct, kw_only=True):
+    state: str
+    route: _Route | None = None
+    legs: list[_Leg] = []
+
+
+class _Delta(msgspec.Struct, kw_only=True):
+    content: str | None = None
+
+
+class _Choice(msgspec.Struct, kw_only=True):
+    delta: _Delta
+
+
+class _CachedTokens(msgspec.Struct, kw_only=True):
+    cached_tokens: int = 0
+
+
+class _Usage(msgspec.Struct, kw_only=True):
+    prompt_tokens: int
+    completion_tokens: int = 0
+    prompt_tokens_details: _CachedTokens | None = None
+
+
+class _ErrorBody(msgspec.Struct, kw_only=True):
+    message: str
+
+
+class _Event(msgspec.Struct, kw_only=True):
+    id: str = ""
+    choices: list[_Choice] = []
+    usage: _Usage | None = None
+    error: _ErrorBody | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChatResult:
+    """One answered chat. Times are the client's own; routes and moves are the router's word."""
+
+    text: str
+    ttft_s: float
+    total_s: float
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    prefiller: str | None
+    decoder: str
+    moved: list[Moved]
+
+
+class DemoClient:
+    """Talks to one router; an async context manager."""
+
+    def __init__(self, router_url: str, model: str, timeout_s: float) -> None:
+        self._url = router_url
+        self._model = model
+        self._timeout = aiohttp.ClientTimeout(total=timeout_s)
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        self._session = aiohttp.ClientSession(timeout=self._timeout)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._session is not None
+        await self._session.close()
+
+    async def chat(self, system: str, question: str, *, max_tokens: int, on_text: Callable[[str], None]) -> ChatResult:
+        """Ask greedily; `on_text` gets the answer's pieces as they come. Raises KVFerryError if it is not answered."""
+        body = {
+            "model": self._model,
+            "messages": [{"role": "system", "content": system}, {"role": "user", "content": question}],
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        ttft_s: float | None = None
+        pieces: list[str] = []
+        request_id, usage = "", None
+        async for event in self._events(body):
+            request_id, usage = event.id or request_id, event.usage or usage
+            for piece in (choice.delta.content for choice in event.choices):
+                if piece:
+                    ttft_s = ttft_s or loop.time() - began
+                    pieces.append(piece)
+                    on_text(piece)
+        if usage is None:
+            raise KVFerryError("the router's stream ended without a usage")
+        record = await self._record(request_id)
+        route = record.route or _Route()
+        return ChatResult(
+            text="".join(pieces),
+            ttft_s=ttft_s or 0.0,
+            total_s=loop.time() - began,
+            prompt_tokens=usage.prompt_tokens,
+            cached_tokens=usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else 0,
+            completion_tokens=usage.completion_tokens,
+            prefiller=route.prefiller,
+            decoder=route.decoder,
+            moved=[moved for leg in record.legs for moved in leg.moved],
+        )
+
+    async def _events(self, body: dict[str, object]) -> AsyncIterator[_Event]:
+        assert self._session is not None
+        try:
+            async with self._session.post(f"{self._url}/v1/chat/completions", json=body) as reply:
+                if reply.status != 200:
+                    raise KVFerryError(f"the router answered HTTP {reply.status}: {(await reply.text())[:500]}")
+                async for line in reply.content:
+                    data = line.strip().removeprefix(b"data:").strip()
+                    if not line.startswith(b"data:") or data == b"[DONE]":
+                        continue
+                    event = msgspec.json.decode(data, type=_Event)
+                    if event.error is not None:
+                        raise KVFerryError(f"the router broke off: {event.error.message}")
+                    yield event
+        except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError) as error:
+            raise KVFerryError(f"the router did not answer: {error or 'no answer in time'}") from error
+
+    async def _record(self, request_id: str) -> _Record:
+        """What the router wrote down; waits a moment for a leg that ends after the stream."""
+        assert self._session is not None
+        url = f"{self._url}/v1/requests/{request_id}"
+        try:
+            async with asyncio.timeout(_RECORD_S):
+                while True:
+                    async with self._session.get(url) as reply:
+                        if reply.status != 200:
+                            raise KVFerryError(f"{url}: HTTP {reply.status}")
+                        record = msgspec.json.decode(await reply.read(), type=_Record)
+                    if record.state != "running":
+                        return record
+                    await asyncio.sleep(_RECORD_POLL_S)
+        except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError) as error:
+            raise KVFerryError(f"{url}: {error or 'still running'}") from error

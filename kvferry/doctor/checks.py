@@ -1,0 +1,273 @@
+"""What can be known before anything is started: each check says ok, or what is wrong and what to do.
+
+Checks are functions of a `Context`; the launcher runs `preflight`, `kvferry doctor` runs all. They start nothing and
+leave nothing behind.
+"""
+
+import importlib.metadata
+import mmap
+import os
+import resource
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvcore.config.checks import ports_of
+from kvcore.config.schema import (
+    ClusterConfig,
+    EngineConfig,
+    HandoffKind,
+    ModelConfig,
+    SimEngineConfig,
+    TransportConfig,
+    VllmEngineConfig,
+)
+from kvcore.errors import ConfigError, ModelLoadError
+from kvcore.ports import listen
+from kvferry.doctor.findings import Check, Context, Finding
+from kvferry.doctor.memory import check_segment_pages, nodes_here, reserved_bytes
+from kvferry.doctor.servers import check_servers
+from kvferry.doctor.vllm import check_cores, check_vllm, host_bytes, weight_bytes
+from kvferry.machine import is_local, size_text
+from kvferry.vllm_here import installed_vllm
+from transfer.memory.available import available_memory
+from transfer.memory.copying import PACKAGE, streaming_copy
+
+if TYPE_CHECKING:
+    from transfer.ucx.probe import UcxProbe
+
+_BASE_PACKAGES = ("msgspec", "uvicorn", "fastapi", "aiohttp", "tokenizers", "xxhash", "numpy")
+_TORCH_PACKAGES = ("torch", "transformers", "safetensors")
+_ENGINE_BYTES = 400 << 20  # measured: interpreter, torch and transformers, without weights
+_NODE_BYTES = 60 << 20
+
+
+def check_python(_: Context) -> list[Finding]:
+    """The interpreter's version, and Linux."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    ok = (3, 11) <= sys.version_info[:2] <= (3, 13) and sys.platform == "linux"
+    remedy = "" if ok else "use Python 3.11, 3.12 or 3.13 on Linux"
+    return [Finding("python", ok, f"{version} on {sys.platform}", remedy)]
+
+
+def check_packages(context: Context) -> list[Finding]:
+    """What must be installed, with versions."""
+    names = _BASE_PACKAGES + (_TORCH_PACKAGES if context.uses_torch else ())  # vLLM: see doctor_vllm
+    found: dict[str, str] = {}
+    missing: list[str] = []
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(name)
+    if not missing:
+        return [Finding("packages", True, ", ".join(f"{name} {version}" for name, version in found.items()))]
+    extra = "'kvferry[torch]'" if set(missing) & set(_TORCH_PACKAGES) else "kvferry"
+    return [Finding("packages", False, f"not installed: {', '.join(missing)}", f"pip install {extra}")]
+
+
+def check_ports(context: Context) -> list[Finding]:
+    """Each port that a process of this machine will listen on can be bound."""
+    findings = []
+    for path, host, port in ports_of(context.config):
+        name = path.removesuffix(".port").removeprefix("nodes.")
+        if port == 0:
+            if context.all_here and not path.endswith("transfer_port"):
+                findings.append(Finding(f"port {name}", False, f"{path} is 0", "give it a number: others must know it"))
+            continue
+        if not context.all_here and not is_local(host):
+            findings.append(Finding(f"port {name}", True, f"{host}:{port} is another machine's"))
+            continue
+        try:
+            listen(host, port).close()
+        except ConfigError as error:
+            wrong, _, remedy = error.message.partition("; ")
+            findings.append(Finding(f"port {name}", False, wrong, f"{remedy or 'set another port'} ({path})"))
+        else:
+            findings.append(Finding(f"port {name}", True, f"{host}:{port} is free"))
+    return findings
+
+
+def check_model(context: Context) -> list[Finding]:
+    """The model folder is complete and of an architecture that the engine knows. Reads headers, not weights."""
+    if isinstance(context.config.engine, SimEngineConfig):
+        return [Finding("model", True, "the simulated engine needs none")]
+    path = context.config.model.path
+    if not Path(path).is_absolute():
+        return [Finding("model", True, f"{path} is no folder here: it is looked up on the Hugging Face hub at start")]
+    try:
+        shown, folder = _torch_model(path) if context.uses_torch else _any_model(path)
+    except ModelLoadError as error:
+        demo = "kvferry prepare-demo-model makes the demo model; " if "/.cache/kvferry/" in path else ""
+        return [Finding("model", False, error.message, f"{demo}model.path is where it is looked for")]
+    return [Finding("model", True, f"{shown}, in {folder}"), _check_tokenizer(folder)]
+
+
+def _torch_model(path: str) -> tuple[str, Path]:
+    from engines.model_files import check_model_files
+
+    files = check_model_files(path)
+    return f"{files.architecture}, {files.num_parameters / 1e6:.0f} M parameters", files.folder
+
+
+def _any_model(path: str) -> tuple[str, Path]:
+    """vLLM knows many architectures and formats of weights, and judges them when it starts."""
+    from kvcore.model_folder import find_folder, read_json
+
+    folder = find_folder(path)
+    config = read_json(folder / "config.json", "it describes the architecture")
+    read_json(folder / "tokenizer.json", "the router tokenizes with it")
+    return ", ".join(map(str, config.get("architectures") or ["of an unnamed architecture"])), folder
+
+
+def _check_tokenizer(folder: Path) -> Finding:
+    """As the router will load it, chat template included."""
+    from router.text.tokenizer import FolderTokenizer
+
+    try:
+        tokenizer = FolderTokenizer(folder)
+    except ModelLoadError as error:
+        return Finding("tokenizer", False, error.message, "download or convert the model again")
+    chat = "a chat template" if tokenizer.has_chat_template else "no chat template: only /v1/completions will work"
+    return Finding("tokenizer", True, f"{tokenizer.vocab_size} tokens, {chat}")
+
+
+def check_memory(context: Context) -> list[Finding]:
+    """The segments (memfd: plain memory, /dev/shm's size does not matter) and engines of this machine fit."""
+    config = context.config
+    here = nodes_here(context)
+    segments = sum(node.segment for node in here) - reserved_bytes(context)
+    engines = sum(_engine_bytes(engine, config.model) for _, engine in context.local_engines())
+    needed = segments + engines + _NODE_BYTES * (len(here) + 2)
+    left = available_memory()
+    parts = f"{size_text(needed)} needed ({size_text(segments)} of it segments)"
+    shown = f"{parts}, {size_text(left.size_bytes)} available ({left.source})"
+    if needed <= left.size_bytes:
+        return [Finding("memory", True, shown)]
+    kv = "engine.args.kv-cache-memory-bytes" if context.local_vllm else "engine.kv_cache"
+    remedy = f"lower nodes.*.segment or {kv}, or start fewer nodes here"
+    return [Finding("memory", False, shown, remedy)]
+
+
+def _engine_bytes(engine: EngineConfig, model: ModelConfig) -> int:
+    if isinstance(engine, SimEngineConfig):
+        return engine.num_blocks * engine.block_size * engine.bytes_per_token
+    if isinstance(engine, VllmEngineConfig):
+        return host_bytes(engine, model, installed_vllm())
+    on_cpu = engine.device == "cpu"
+    return _ENGINE_BYTES + ((weight_bytes(model) + engine.kv_cache) if on_cpu else 0)
+
+
+def check_transports(context: Context) -> list[Finding]:
+    """What the config asks for works here."""
+    handoff = context.config.handoff
+    if handoff is not HandoffKind.KVFERRY:
+        return [Finding("transport", True, f"none of ours: {handoff} moves the KV, between the servers")]
+    kind, fallback = context.config.transport.kind, context.config.transport.fallback
+    wanted = {kind, fallback} - {None}
+    findings = []
+    if wanted & {"auto", "shm"}:
+        findings.append(_check_shared_memory())
+    if wanted & {"auto", "tcp"}:
+        findings.append(_check_tcp())
+    if "ucx" in wanted:
+        findings += _check_library("ucx", context.config.transport)
+    if "nixl" in wanted:
+        findings += _check_library("nixl", context.config.transport)
+    return findings
+
+
+def _check_library(kind: str, transport: TransportConfig) -> list[Finding]:
+    """UCX, or NIXL with the UCX that it brings: builds, devices, memlock; or what is missing."""
+    subject = f"transport {kind}"
+    try:
+        build, probe = _open_nixl(transport) if kind == "nixl" else _open_ucx(transport)
+    except ConfigError as error:
+        if transport.fallback is not None:
+            return [Finding(subject, True, f"{error.message}; {transport.fallback} is used instead")]
+        return [Finding(subject, False, *_halves(error.message))]
+    verbs = "with verbs" if "ib" in probe.components else "without verbs"
+    found = Finding(subject, True, f"{build} {verbs} uses {', '.join(probe.resources)}")
+    return [found, _check_memlock()] if probe.rdma else [found]
+
+
+def _open_ucx(transport: TransportConfig) -> tuple[str, "UcxProbe"]:
+    from transfer.ucx.probe import probe_ucx  # loads the binding, which only those who ask for it need
+
+    probe = probe_ucx(transport)
+    return probe.build, probe
+
+
+def _open_nixl(transport: TransportConfig) -> tuple[str, "UcxProbe"]:
+    from transfer.nixl.host import open_nixl
+
+    library, _, probe = open_nixl(transport, "doctor", None)
+    return library.build, probe
+
+
+def _halves(message: str) -> tuple[str, str]:
+    wrong, _, remedy = message.rpartition("; ")
+    return (wrong, remedy) if wrong else (message, "see docs/rdma.md")
+
+
+def _check_shared_memory() -> Finding:
+    page = mmap.PAGESIZE
+    try:
+        fd = os.memfd_create("kvferry-doctor")
+        try:
+            os.ftruncate(fd, page)
+            peer = os.open(f"/proc/{os.getpid()}/fd/{fd}", os.O_RDWR)
+            try:
+                with mmap.mmap(fd, page) as ours, mmap.mmap(peer, page) as theirs:
+                    ours[:4] = b"seen"
+                    shared = theirs[:4] == b"seen"
+            finally:
+                os.close(peer)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        remedy = "allow memfd_create and /proc/<pid>/fd (seccomp, hidepid), or set `transport: tcp`"
+        return Finding("transport shm", False, f"no shared anonymous memory: {error}", remedy)
+    assert shared, "two mappings of one memfd differ"
+    past = "past the cache" if streaming_copy() else f"through the cache, a third slower ({PACKAGE} is not installed)"
+    return Finding("transport shm", True, f"memfd and /proc/<pid>/fd work; large writes go {past}")
+
+
+def _check_tcp() -> Finding:
+    try:
+        listen("127.0.0.1", 0).close()
+    except ConfigError as error:
+        return Finding("transport tcp", False, error.message, "allow TCP sockets, or set `transport: shm`")
+    return Finding("transport tcp", True, "sockets bind")
+
+
+def _check_memlock() -> Finding:
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if soft == resource.RLIM_INFINITY:
+        return Finding("memlock", True, "unlimited")
+    remedy = "set `ulimit -l unlimited` (limits.conf, or LimitMEMLOCK=infinity): RDMA pins segments and KV memory"
+    return Finding("memlock", False, f"at most {size_text(soft)} may be pinned", remedy)
+
+
+PREFLIGHT: tuple[Check, ...] = (
+    check_transports,
+    check_ports,
+    check_model,
+    check_vllm,
+    check_segment_pages,
+    check_memory,
+)
+ALL_CHECKS: tuple[Check, ...] = (check_python, check_packages, *PREFLIGHT, check_cores, check_servers)
+
+
+def run_checks(context: Context, checks: Sequence[Check]) -> list[Finding]:
+    """The findings of all `checks`, in order. Blocking, short of a second."""
+    return [finding for check in checks for finding in check(context)]
+
+
+def preflight(config: ClusterConfig) -> None:
+    """Raise ConfigError with all that would keep this cluster from running on this machine."""
+    wrong = [finding for finding in run_checks(Context(config, all_here=True), PREFLIGHT) if not finding.ok]
+    if wrong:
+        raise ConfigError("\n".join(f"{finding.subject}: {finding.detail}; {finding.remedy}" for finding in wrong))

@@ -1,0 +1,113 @@
+"""Checks of this machine for the vLLM engines that belong on it: the installation, the cores. Nothing is imported."""
+
+import json
+from pathlib import Path
+
+from kvcore.config.schema import ModelConfig, VllmEngineConfig
+from kvcore.config.vllm_options import argument
+from kvferry.doctor.findings import Context, Finding
+from kvferry.vllm_here import OLDEST, TOO_NEW, VllmBuild, cores, cuda_devices, installed_vllm, parse_cores, parse_size
+
+_PROCESSES_BYTES = 1_700 << 20
+"""Measured on a CPU: the engine's front, vLLM's core and one worker, without weights and KV."""
+_RANK_BYTES = 500 << 20
+_INSTALL = "`pip install 'kvferry[vllm]'` (GPUs) or `make venv-vllm` (CPU), and run kvferry from there"
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def check_vllm(context: Context) -> list[Finding]:
+    """vLLM is installed, of a version that the connector knows, and for the hardware that is here."""
+    if not context.local_vllm:
+        return []
+    build = installed_vllm()
+    if build is None:
+        return [Finding("vllm", False, "vLLM is not installed here", _INSTALL)]
+    if not build.supported:
+        wanted = f">={OLDEST[0]}.{OLDEST[1]},<{TOO_NEW[0]}.{TOO_NEW[1]}"
+        detail = f"vLLM {build.version} is here, kvferry's connector is for {wanted}"
+        return [Finding("vllm", False, detail, f"`pip install 'vllm{wanted}'`")]
+    if build.platform == "cpu":
+        return [Finding("vllm", True, f"{build.version}, for the CPU"), *_check_kv_size(context)]
+    devices = cuda_devices()
+    if not devices:
+        return [Finding("vllm", False, f"vLLM {build.version} needs a GPU, and this machine has none", _INSTALL)]
+    return [Finding("vllm", True, f"{build.version}, GPUs: {', '.join(devices)}")]
+
+
+def _check_kv_size(context: Context) -> list[Finding]:
+    """On a CPU vLLM takes nearly all memory for KV unless it is told how much; two that do so do not fit."""
+    silent = [name for name, engine in context.local_vllm.items() if kv_bytes(engine) is None]
+    if not silent or len(context.local_vllm) == 1:
+        return []
+    detail = f"{', '.join(silent)}: nothing says how much memory KV may take, and vLLM then takes nearly all there is"
+    return [Finding("vllm memory", False, detail, "set engine.args.kv-cache-memory-bytes, e.g. 1G")]
+
+
+def check_cores(context: Context) -> list[Finding]:
+    """Each engine on the CPU has cores of its own, which exist."""
+    build = installed_vllm()
+    if build is None or build.platform != "cpu" or not context.local_vllm:
+        return []
+    bound: dict[str, set[int] | None] = {}
+    for name, engine in context.local_vllm.items():
+        try:
+            bound[name] = parse_cores(engine.env.get("VLLM_CPU_OMP_THREADS_BIND", "auto"))
+        except ValueError as error:
+            return [_wrong_cores(f"{name}: {error}")]
+    wrong = _first_clash(bound)
+    if wrong is not None:
+        return [_wrong_cores(wrong)]
+    shown = ", ".join(f"{name}: {_listed(numbers)}" for name, numbers in bound.items())
+    return [Finding("cores", True, shown)]
+
+
+def _first_clash(bound: dict[str, set[int] | None]) -> str | None:
+    here, owners = set(cores()), dict[int, str]()
+    if len(bound) > 1 and None in bound.values():
+        unbound = next(name for name, numbers in bound.items() if numbers is None)
+        return f"{unbound} is not bound to cores of its own, so that the engines here get into each other's way"
+    for name, numbers in bound.items():
+        for core in sorted(numbers or ()):
+            if core not in here:
+                return f"{name}: this machine gives us no core {core}, only {_listed(here)}"
+            if owners.setdefault(core, name) != name:
+                return f"core {core} is {owners[core]}'s and {name}'s"
+    return None
+
+
+def _listed(numbers: set[int] | None) -> str:
+    return "chosen by vLLM" if numbers is None else ",".join(map(str, sorted(numbers)))
+
+
+def _wrong_cores(detail: str) -> Finding:
+    remedy = "set nodes.NAME.engine.env.VLLM_CPU_OMP_THREADS_BIND, e.g. 0-3 for one and 4-7 for another"
+    return Finding("cores", False, detail, remedy)
+
+
+def kv_bytes(engine: VllmEngineConfig) -> int | None:
+    """What the file says that each rank's KV takes; None: nothing."""
+    space = engine.env.get("VLLM_CPU_KVCACHE_SPACE", "")
+    if space.isdigit() and int(space):
+        return int(space) << 30
+    return parse_size(argument(engine.args, "kv-cache-memory-bytes"))
+
+
+def host_bytes(engine: VllmEngineConfig, model: ModelConfig, build: VllmBuild | None) -> int:
+    """Main memory that an engine takes. On a GPU weights and KV lie elsewhere."""
+    ranks = parse_size(argument(engine.args, "tensor-parallel-size")) or 1
+    processes = _PROCESSES_BYTES + _RANK_BYTES * (ranks - 1)
+    if build is not None and build.platform != "cpu":
+        return processes
+    return processes + weight_bytes(model) + ranks * (kv_bytes(engine) or 0)
+
+
+def weight_bytes(model: ModelConfig) -> int:
+    """Of the model's weights once they are loaded; 0: not here yet."""
+    folder = Path(model.path)
+    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors") if file.is_file())
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return stored
+    dtype = (config.get("dtype") or config.get("torch_dtype")) if isinstance(config, dict) else None
+    return stored * _DTYPE_BYTES[model.dtype] // _DTYPE_BYTES.get(str(dtype), _DTYPE_BYTES[model.dtype])

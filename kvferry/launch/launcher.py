@@ -1,0 +1,211 @@
+"""Bring a whole cluster up on this machine and keep it up: one child process for each of its parts.
+
+Owns the processes, their order and their restarts. One that ends before it was ever ready fails the launch, with its
+last lines; one that has served is restarted with backoff. Whatever happens to us, no child outlives us.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import aiohttp
+
+from kvcore.config.schema import ClusterConfig
+from kvcore.errors import ConfigError
+from kvferry.launch.processes import STOP_ORDER, Part, ProcessPlan, plan_processes
+from kvferry.launch.supervised import ProcessState, SupervisedProcess
+
+_HEALTH_TIMEOUT_S = 2.0
+_BACKOFF_S = (0.2, 5.0)
+_STEADY_S = 10.0
+"""One that ran for less than this is started again ever more slowly, even if it was ready."""
+_KILL_MARGIN_S = 15.0
+"""A node needs it to end its engine: vLLM takes five seconds and more."""
+
+
+@dataclass(frozen=True, slots=True)
+class LauncherEvent:
+    """One process changed its state. `after_s` since the launch began."""
+
+    name: str
+    state: ProcessState
+    pid: int | None
+    after_s: float
+    detail: str = ""
+
+
+class Launcher:
+    """A cluster on this machine. Use it as an async context manager, or call `start` and `aclose`.
+
+    `on_line(name, line)` gets every line of output, `on_event` every change of state; both on the loop, neither may
+    block or raise. `plans` replaces the processes that the config stands for.
+    """
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        config_file: Path,
+        *,
+        log_dir: Path,
+        overrides: Sequence[str] = (),
+        on_line: Callable[[str, str], None] | None = None,
+        on_event: Callable[[LauncherEvent], None] | None = None,
+        plans: Sequence[ProcessPlan] | None = None,
+    ) -> None:
+        self._stop_s = config.service.drain_s + _KILL_MARGIN_S
+        self._plans = list(plans) if plans is not None else plan_processes(config, config_file, overrides)
+        self._log_dir = log_dir
+        self._on_line = on_line
+        self._on_event = on_event
+        self._processes: dict[str, SupervisedProcess] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._session: aiohttp.ClientSession | None = None
+        self._stopping = False
+        self._changed = asyncio.Event()
+        self._failure: BaseException | None = None
+        self._began = 0.0
+        self.events: deque[LauncherEvent] = deque(maxlen=1000)
+        """The last changes of state, oldest first."""
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.start()
+        except BaseException:
+            await self.aclose()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    @property
+    def router_url(self) -> str:
+        """Where clients go."""
+        return next(plan.url for plan in self._plans if plan.part is Part.ROUTER)
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """Of the processes that run now, by name: `metadata-server`, `router` and the nodes' names."""
+        found = {name: process.pid for name, process in self._processes.items()}
+        return {name: pid for name, pid in found.items() if pid is not None}
+
+    @property
+    def states(self) -> dict[str, ProcessState]:
+        """Of every process, by name."""
+        return {name: process.state for name, process in self._processes.items()}
+
+    @property
+    def restarts(self) -> dict[str, int]:
+        """How often each was started again."""
+        return {name: process.restarts for name, process in self._processes.items()}
+
+    def log_file(self, name: str) -> Path:
+        """Where the output of `name` goes; that of the launch before is beside it, with `.1` at the end."""
+        return self._log_dir / f"{name}.log"
+
+    async def start(self) -> None:
+        """Start all processes, at the same time. Returns at once; see `wait_ready`.
+
+        Raises ConfigError if the log folder cannot be written.
+        """
+        assert self._session is None, "started before"
+        self._began = asyncio.get_running_loop().time()
+        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_HEALTH_TIMEOUT_S))
+        for plan in self._plans:
+            log_file = self.log_file(plan.name)
+            process = SupervisedProcess(plan, log_file, self._session, self._on_line, self._process_changed)
+            self._processes[plan.name] = process
+        for process in self._processes.values():
+            task = asyncio.create_task(self._keep_up(process), name=f"keep up {process.name}")
+            task.add_done_callback(self._task_done)
+            self._tasks.append(task)
+
+    async def wait_ready(self, timeout_s: float) -> None:
+        """Until every process serves. Raises ConfigError with the last lines of the one that ended or is not ready."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._wait_until(lambda: all(state is ProcessState.READY for state in self.states.values()))
+        except TimeoutError:
+            late = next(p for p in self._processes.values() if p.state is not ProcessState.READY)
+            raise ConfigError(late.explain_late(timeout_s)) from None
+
+    async def wait_restarted(self, name: str, old_pid: int, timeout_s: float) -> int:
+        """Until `name` serves again under another pid than `old_pid`, which is returned. Raises TimeoutError."""
+        process = self._processes[name]
+
+        def is_back() -> bool:
+            return process.state is ProcessState.READY and process.pid not in (None, old_pid)
+
+        async with asyncio.timeout(timeout_s):
+            await self._wait_until(is_back)
+        return self.pids[name]
+
+    async def watch(self) -> None:
+        """Runs until the launcher fails, which it raises; for a TaskGroup that should go down with it."""
+        await self._wait_until(lambda: False)
+
+    async def aclose(self) -> None:
+        """Stop all in order: router, nodes, metadata server; what does not end in time is killed. Idempotent.
+
+        On cancellation everything is killed at once, and awaited.
+        """
+        self._stopping = True
+        try:
+            for parts in STOP_ORDER:
+                leaving = [process for process in self._processes.values() if process.plan.part in parts]
+                await asyncio.gather(*(process.stop(self._stop_s) for process in leaving))
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)  # told by `_task_done`
+            await asyncio.gather(*(process.close() for process in self._processes.values()))
+            if self._session is not None:
+                await self._session.close()
+
+    async def _keep_up(self, process: SupervisedProcess) -> None:
+        pause_s, now = 0.0, asyncio.get_running_loop().time
+        while not self._stopping:
+            started = now()
+            how = await process.run_once()
+            if self._stopping:
+                return
+            if not process.was_ready:
+                process.set_state(ProcessState.FAILED, how)
+                raise ConfigError(process.explain(f"{how} before it was ready"))
+            steady = process.state is ProcessState.READY and now() - started >= _STEADY_S
+            pause_s = _BACKOFF_S[0] if steady else min(2 * pause_s or _BACKOFF_S[0], _BACKOFF_S[1])
+            process.set_state(ProcessState.DIED, f"{how}; starting it again in {pause_s:g} s")
+            await asyncio.sleep(pause_s)
+            process.restarts += 1
+
+    def _process_changed(self, process: SupervisedProcess, detail: str) -> None:
+        after_s = asyncio.get_running_loop().time() - self._began
+        event = LauncherEvent(process.name, process.state, process.pid, after_s, detail)
+        self.events.append(event)
+        if self._on_event is not None:
+            self._on_event(event)
+        self._wake()
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self._failure = self._failure or error
+            self._wake()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _wait_until(self, is_true: Callable[[], bool]) -> None:
+        while True:
+            if self._failure is not None:
+                raise self._failure
+            if is_true():
+                return
+            await self._changed.wait()

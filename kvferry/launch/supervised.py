@@ -1,0 +1,149 @@
+"""One process of a cluster on this machine: its present child, its log, what it said last, whether it is healthy.
+
+Decides nothing about restarts; `kvferry.launch.launcher` does.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from enum import StrEnum
+from pathlib import Path
+from typing import TextIO
+
+import aiohttp
+
+from kvcore.errors import ConfigError
+from kvcore.ports import why_unreachable
+from kvcore.process.child import ChildProcess
+from kvferry.launch.processes import ProcessPlan
+
+_POLL_S = 0.1
+_LAST_LINES = 30
+
+
+class ProcessState(StrEnum):
+    """Where one process of the cluster is."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DIED = "died"
+    """Ended by itself; it is started again after a pause."""
+    FAILED = "failed"
+    """Never became ready: the launch fails."""
+    STOPPED = "stopped"
+
+
+class SupervisedProcess:
+    """Opens its log file when made (ConfigError if that fails) and keeps it until `close`.
+
+    `on_line(name, line)` and `on_change(process, detail)` are called on the loop.
+    """
+
+    def __init__(
+        self,
+        plan: ProcessPlan,
+        log_file: Path,
+        session: aiohttp.ClientSession,
+        on_line: Callable[[str, str], None] | None,
+        on_change: Callable[["SupervisedProcess", str], None],
+    ) -> None:
+        self.plan = plan
+        self.log_file = log_file
+        self.state = ProcessState.STARTING
+        self.was_ready = False
+        self.restarts = 0
+        self._log = _open_log(log_file)
+        self._session = session
+        self._on_line = on_line
+        self._on_change = on_change
+        self._child: ChildProcess | None = None
+        self._problem = "not asked yet"
+        self._last_lines: deque[str] = deque(maxlen=_LAST_LINES)
+
+    @property
+    def name(self) -> str:
+        """As in logs and in the config."""
+        return self.plan.name
+
+    @property
+    def pid(self) -> int | None:
+        """Of the child, while it runs."""
+        return self._child.pid if self._child is not None and self._child.returncode is None else None
+
+    async def run_once(self) -> str:
+        """Start it and wait for it to end; returns how it ended. Its state is READY then iff it had served."""
+        self._child = await ChildProcess.start(self.plan.command, on_line=self._take_line)
+        self.set_state(ProcessState.STARTING)
+        polling = asyncio.create_task(self._poll_health())
+        try:
+            returncode = await self._child.wait()
+        finally:
+            polling.cancel()
+            with suppress(asyncio.CancelledError):
+                await polling
+        return f"was ended by signal {-returncode}" if returncode < 0 else f"ended with exit code {returncode}"
+
+    def set_state(self, state: ProcessState, detail: str = "") -> None:
+        """Change the state and tell."""
+        self.state = state
+        self._on_change(self, detail)
+
+    async def stop(self, deadline_s: float) -> None:
+        """SIGTERM, at the deadline SIGKILL; afterwards it is STOPPED."""
+        if self._child is not None:
+            await self._child.terminate(deadline_s)
+        if self.state is not ProcessState.STOPPED:
+            self.set_state(ProcessState.STOPPED)
+
+    async def close(self) -> None:
+        """Kill it if it runs, wait for that, close the log. Idempotent."""
+        if self._child is not None:
+            self._child.kill()
+            await self._child.wait()
+        with suppress(OSError):  # what a full disk did not take
+            self._log.close()
+
+    def explain(self, what: str) -> str:
+        """`what` went wrong with it, and its last lines."""
+        lines = "\n".join(f"  | {line}" for line in self._last_lines) or "  | (it said nothing)"
+        return f"{self.name} {what}; its last lines (all: {self.log_file}):\n{lines}"
+
+    def explain_late(self, timeout_s: float) -> str:
+        """That it was not ready in time, and why."""
+        return self.explain(f"was not ready after {timeout_s:g} s ({self._problem})")
+
+    async def _poll_health(self) -> None:
+        while self._problem:
+            self._problem = await self._ask_health()
+            if self._problem:
+                await asyncio.sleep(_POLL_S)
+        self._problem = "it has ended since"
+        self.was_ready = True
+        self.set_state(ProcessState.READY)
+
+    async def _ask_health(self) -> str:
+        """Empty: healthy."""
+        try:
+            async with self._session.get(self.plan.health_url) as reply:
+                body = await reply.content.read(300)
+                return "" if reply.status == 200 else f"HTTP {reply.status} {body.decode('utf-8', 'replace')}"
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            return why_unreachable(error)
+
+    def _take_line(self, line: str) -> None:
+        self._last_lines.append(line)
+        with suppress(OSError):  # a full disk: better no log than no cluster
+            self._log.write(line + "\n")
+        if self._on_line is not None:
+            self._on_line(self.name, line)
+
+
+def _open_log(file: Path) -> TextIO:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.exists():
+            file.replace(file.with_name(f"{file.name}.1"))
+        return file.open("w", encoding="utf-8", errors="replace", buffering=1)
+    except OSError as error:
+        raise ConfigError(f"cannot write the log {file}: {error.strerror}; give another folder by --log-dir") from error

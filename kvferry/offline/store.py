@@ -1,0 +1,198 @@
+"""The processes of an offline LLM's store, kept up by a launcher on a loop in a thread of its own.
+
+The thread lives until `close`, and the children no longer than it: the kernel kills them when it ends, also by kill -9
+of the whole process (kvcore.process.child).
+"""
+
+import asyncio
+import logging
+import shutil
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from kvcore.config.schema import MetadataServerConfig
+from kvcore.errors import ConfigError, DeadlineExceededError, MetadataProtocolError, MetadataUnavailableError
+from kvcore.ports import base_url, listen
+from kvcore.telemetry import log_fields
+from kvcore.types import NodeInfo
+from kvferry.launch.launcher import Launcher, LauncherEvent
+from kvferry.launch.processes import plan_processes
+from kvferry.launch.supervised import ProcessState
+from kvferry.machine import is_local
+from kvferry.offline.cluster import StoreCluster, write_cluster
+from metadata_server.client import HttpMetadataTransport
+from metadata_server.messages import NodesReply
+from nodeapi.client import HttpNodeClient
+from nodeapi.messages import NodeReport
+
+REACH_S = 10.0
+"""A cluster that is joined must answer within this."""
+_POLL_S = 0.05
+_MARGIN_S = 10.0
+_logger = logging.getLogger("kvferry.offline")
+
+
+class OfflineStore:
+    """Of one LLM; used once. `start` and `close` block their caller, bounded."""
+
+    def __init__(self, cluster: StoreCluster) -> None:
+        self._cluster = cluster
+        self._server_url = base_url(cluster.config.metadata_server.host, cluster.config.metadata_server.port)
+        self._folder: Path | None = None
+        self._loop = asyncio.new_event_loop()
+        self._closing = asyncio.Event()
+        self._ready: Future[NodeReport] = Future()
+        self._thread = threading.Thread(target=self._run, name="kvferry-store", daemon=True)
+
+    def start(self) -> NodeReport:
+        """Start the processes; the report of the LLM's node, once the metadata server knows it.
+
+        Raises ConfigError with what went wrong, and has closed itself then.
+        """
+        try:
+            self._folder = Path(tempfile.mkdtemp(prefix="kvferry-llm-"))
+        except OSError as error:
+            raise ConfigError(f"store: no temporary folder: {error}. Set TMPDIR to one that can be written") from error
+        self._thread.start()
+        try:
+            return self._ready.result(REACH_S + 2 * self._cluster.config.service.start_s + _MARGIN_S)
+        except FutureTimeoutError:
+            raise DeadlineExceededError("the processes of the store did not start in time") from None
+        finally:
+            if not self._ready.done() or self._ready.exception() is not None:
+                self.close()
+
+    def close(self) -> None:
+        """Stop the processes, the node first. Idempotent."""
+        if not self._thread.is_alive():
+            return
+        with suppress(RuntimeError):  # the loop has been closed meanwhile
+            self._loop.call_soon_threadsafe(self._closing.set)
+        if threading.current_thread() is not self._thread:  # it may be: wherever garbage is collected
+            self._thread.join(3 * _MARGIN_S)
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.run(self._serve())
+
+    async def _serve(self) -> None:
+        """The boundary of the thread: what goes wrong is raised by `start`, or logged once it has returned."""
+        assert self._folder is not None, "the thread runs before start"
+        work = asyncio.create_task(self._keep_up(self._folder))
+        work.add_done_callback(lambda _: self._closing.set())
+        await self._closing.wait()
+        work.cancel()
+        (error,) = await asyncio.gather(work, return_exceptions=True)
+        if not self._ready.done():
+            cancelled = isinstance(error, asyncio.CancelledError)
+            self._ready.set_exception(ConfigError("the store was closed while it started") if cancelled else error)
+            if any(self._folder.glob("*.log")):
+                return  # the error names them
+        elif not isinstance(error, asyncio.CancelledError):
+            _logger.error("offline_store_failed", exc_info=error)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def _keep_up(self, folder: Path) -> None:
+        """Until cancelled."""
+        config, file = self._cluster.config, folder / "cluster.yaml"
+        server = HttpMetadataTransport(self._server_url)
+        try:
+            if self._cluster.joined:
+                await self._until(server, lambda _: True, REACH_S, "cannot be reached; start it, or correct its file")
+            write_cluster(config, file)
+            plans = [plan for plan in plan_processes(config, file) if plan.name in self._cluster.started]
+            async with Launcher(config, file, log_dir=folder, plans=plans, on_event=self._changed) as launcher:
+                await launcher.wait_ready(config.service.start_s)
+                report = await self._ask_node()
+                await self._until(
+                    server,
+                    lambda nodes: report.node in nodes,
+                    config.service.start_s,
+                    f"does not know the LLM's node {self._cluster.node_name}",
+                )
+                self._ready.set_result(report)
+                await launcher.watch()
+        finally:
+            await server.aclose()
+
+    async def _ask_node(self) -> NodeReport:
+        node = self._cluster.config.nodes[self._cluster.node_name]
+        client = HttpNodeClient(connect_timeout_s=_MARGIN_S, max_connections=1)
+        try:
+            return await client.info(base_url(node.host, node.port), timeout_s=_MARGIN_S)
+        finally:
+            await client.aclose()
+
+    async def _until(
+        self,
+        server: HttpMetadataTransport,
+        enough: Callable[[Sequence[NodeInfo]], bool],
+        timeout_s: float,
+        problem: str,
+    ) -> None:
+        """Ask the metadata server for its nodes until they are enough. Raises ConfigError with the last answer."""
+        config, last = self._cluster.config, "no answer"
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    try:
+                        reply = await server.call("/v1/nodes", b"", config.metadata_server.timeout_s)
+                        nodes = msgspec.msgpack.decode(reply, type=NodesReply).nodes
+                        if enough(nodes):
+                            return
+                        last = f"it knows {', '.join(node.id for node in nodes) or 'no node'}"
+                    except MetadataUnavailableError as error:
+                        last = error.message
+                    await asyncio.sleep(_POLL_S)
+        except TimeoutError:
+            raise ConfigError(
+                f"store: the metadata server of cluster {config.cluster!r} at {self._server_url} {problem} "
+                f"(waited {timeout_s:g} s; {last})"
+            ) from None
+        except (MetadataProtocolError, msgspec.MsgspecError) as error:
+            raise ConfigError(f"store: what answers at {self._server_url} is no metadata server: {error}") from error
+
+    def _changed(self, event: LauncherEvent) -> None:
+        if event.state is not ProcessState.DIED:
+            return
+        log_fields(_logger, logging.WARNING, "store_process_died", process=event.name, detail=event.detail)
+        if event.name == self._cluster.node_name:
+            _logger.warning("store_lost nothing more is saved; make the LLM anew to have a store again")
+
+
+def own_address(server: MetadataServerConfig) -> str:
+    """The address by which the cluster of `server` reaches this machine. Raises ConfigError for an unknown host."""
+    if is_local(server.host):
+        return "127.0.0.1" if server.host in ("0.0.0.0", "::", "localhost") else server.host
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(server.host, server.port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)  # sends nothing: asks for the route
+            return str(probe.getsockname()[0])
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(
+            f"store: no way to the metadata server's host {server.host}: {error}. Correct metadata_server.host"
+        ) from error
+
+
+def free_ports(host: str, count: int) -> list[int]:
+    """TCP ports of `host` that are free now, all different; nothing keeps others from them until they are bound.
+
+    Raises ConfigError for a host that is not this machine's.
+    """
+    held: list[socket.socket] = []
+    try:
+        for _ in range(count):
+            held.append(listen(host, 0))
+        return [probe.getsockname()[1] for probe in held]
+    finally:
+        for probe in held:
+            probe.close()

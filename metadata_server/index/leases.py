@@ -1,0 +1,123 @@
+"""Time in the metadata state: deadlines that can be moved or dropped, and read leases.
+
+Both are pure: `now` is passed in. Invariant: `Deadlines.next` is exact, dropped deadlines never fire.
+"""
+
+import heapq
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+
+from metadata_server.index.segments import Replica
+
+
+class Timer(IntEnum):
+    """What runs out."""
+
+    NODE = 0
+    RESERVATION = 1
+    RETIRED = 2
+    READ_LEASE = 3
+
+
+TimerKey = tuple[Timer, int | str]
+
+
+class Deadlines:
+    """At most one deadline a key."""
+
+    def __init__(self) -> None:
+        self._at: dict[TimerKey, float] = {}
+        self._heap: list[tuple[float, int, TimerKey]] = []
+        self._count = 0
+
+    def set(self, key: TimerKey, at: float) -> None:
+        """Set or move."""
+        self._at[key] = at
+        self._count += 1
+        heapq.heappush(self._heap, (at, self._count, key))
+        if len(self._heap) > 64 + 2 * len(self._at):  # most are moved or dropped ones: a busy server would pile them up
+            self._heap = [entry for entry in self._heap if self._at.get(entry[2]) == entry[0]]
+            heapq.heapify(self._heap)
+
+    def drop(self, key: TimerKey) -> None:
+        """Forget; unknown is fine."""
+        self._at.pop(key, None)
+
+    def __contains__(self, key: TimerKey) -> bool:
+        return key in self._at
+
+    @property
+    def next(self) -> float | None:
+        """The earliest."""
+        while self._heap and self._at.get(self._heap[0][2]) != self._heap[0][0]:
+            heapq.heappop(self._heap)
+        return self._heap[0][0] if self._heap else None
+
+    def pop_due(self, now: float) -> Iterator[TimerKey]:
+        """Take out what is due at `now`, earliest first; what is set meanwhile and due comes too."""
+        while (at := self.next) is not None and at <= now:
+            key = heapq.heappop(self._heap)[2]
+            del self._at[key]
+            yield key
+
+
+@dataclass(frozen=True, slots=True)
+class ReadLease:
+    """Pins replicas; `holder` is a live node's id or None."""
+
+    replicas: tuple[Replica, ...]
+    holder: str | None
+
+
+class ReadLeases:
+    """Who may read what undisturbed. Pins and unpins replicas; deadlines are its caller's. Ids are above `last_id`."""
+
+    def __init__(self, last_id: int = 0) -> None:
+        self._leases: dict[int, ReadLease] = {}
+        self._by_holder: dict[str, set[int]] = {}
+        self._last_id = last_id
+
+    def __len__(self) -> int:
+        return len(self._leases)
+
+    def grant(self, replicas: Iterable[Replica], holder: str | None) -> int:
+        """Pin `replicas`, each of them complete; returns the lease's id, > 0."""
+        lease = ReadLease(tuple(replicas), holder)
+        for replica in lease.replicas:
+            replica.home.pin(replica)
+        self._last_id += 1
+        self._leases[self._last_id] = lease
+        if holder is not None:
+            self._by_holder.setdefault(holder, set()).add(self._last_id)
+        return self._last_id
+
+    def end(self, lease_id: int) -> bool:
+        """Unpin, last chunk first, so that of one prefix the tail is evicted first. False: unknown."""
+        lease = self._leases.pop(lease_id, None)
+        if lease is None:
+            return False
+        for replica in reversed(lease.replicas):
+            replica.home.unpin(replica)
+        if lease.holder is not None:
+            held = self._by_holder[lease.holder]
+            held.discard(lease_id)
+            if not held:
+                del self._by_holder[lease.holder]
+        return True
+
+    def of_holder(self, holder: str) -> list[int]:
+        """Ids of the leases of one node."""
+        return sorted(self._by_holder.get(holder, ()))
+
+    def holders(self) -> set[str]:
+        """Every node that holds one."""
+        return set(self._by_holder)
+
+    def pins(self) -> dict[int, int]:
+        """Replica id -> number of leases on it, for checks."""
+        counts: dict[int, int] = {}
+        for lease in self._leases.values():
+            for replica in lease.replicas:
+                counts[replica.ref.id] = counts.get(replica.ref.id, 0) + 1
+        return counts

@@ -1,0 +1,129 @@
+"""Which replicas there are and by which key they are found; every change of what is complete becomes an event.
+
+Owns replica ids, generations and the moves RESERVED -> COMPLETE | RETIRING -> gone. Knows nothing of time and nodes.
+Invariants: `complete` and `writing` hold exactly the replicas in that state; a key has one in a segment at most.
+"""
+
+from collections.abc import Iterable, Iterator
+
+from kvcore.types import ChunkKey, ReplicaRef, Segment
+from metadata_server.index.event_log import EventLog
+from metadata_server.index.segments import Replica, ReplicaState, SegmentRecord, Writer
+from metadata_server.messages import EventKind, ManifestEntry
+
+
+class ReplicaIndex:
+    """Mutated by MetadataState only. Events wait until `publish`, so that one call's changes share events."""
+
+    def __init__(self, log: EventLog, first_generation: int) -> None:
+        self.complete: dict[ChunkKey, list[Replica]] = {}
+        self.writing: dict[ChunkKey, list[Replica]] = {}
+        self.replicas: dict[int, Replica] = {}
+        self._log = log
+        self._generation = first_generation
+        self._last_id = first_generation
+        self._changes: list[tuple[EventKind, SegmentRecord, list[ChunkKey]]] = []
+
+    def reserve(self, key: ChunkKey, length: int, home: SegmentRecord, offset: int, writer: Writer) -> Replica:
+        """A new reservation on room that is allocated already."""
+        self._generation += 1
+        replica = Replica(self._ref(key, length, home, offset, self._generation), home, ReplicaState.RESERVED, writer)
+        self.writing.setdefault(key, []).append(replica)
+        self.replicas[replica.ref.id] = replica
+        home.add(replica)
+        return replica
+
+    def take_in(self, entry: ManifestEntry, home: SegmentRecord) -> None:
+        """A complete replica that was found in its segment. Later reservations get generations above its own."""
+        self._generation = max(self._generation, entry.generation)
+        ref = self._ref(entry.key, entry.length, home, entry.offset, entry.generation)
+        replica = Replica(ref, home, ReplicaState.COMPLETE, None)
+        self.replicas[ref.id] = replica
+        home.add(replica)
+        self._list_complete(replica)
+
+    def commit(self, reserved: list[Replica]) -> None:
+        """Make reserved replicas, in the order of their prefix, visible; its tail will be evicted first."""
+        for replica in reserved:
+            _unlist(self.writing, replica)
+            self._list_complete(replica)
+        for replica in reversed(reserved):
+            replica.home.turn(replica, ReplicaState.COMPLETE)
+
+    def retire(self, replica: Replica) -> None:
+        """End a reservation that was not committed; its room stays taken until `remove`."""
+        _unlist(self.writing, replica)
+        replica.home.turn(replica, ReplicaState.RETIRING)
+
+    def remove(self, replica: Replica) -> None:
+        """Forget a replica in any state and free its room."""
+        replica.home.remove(replica)
+        self.forget([replica])
+
+    def forget(self, removed: Iterable[Replica], *, say: bool = True) -> None:
+        """Forget replicas whose segment has given them up. `say` false: another event tells of it."""
+        for replica in removed:
+            del self.replicas[replica.ref.id]
+            if replica.state is ReplicaState.COMPLETE:
+                _unlist(self.complete, replica)
+                if say:
+                    self._note(EventKind.REMOVED, replica)
+            elif replica.state is ReplicaState.RESERVED:
+                _unlist(self.writing, replica)
+
+    def publish(self) -> None:
+        """Put what has changed into the event log."""
+        for kind, home, keys in self._changes:
+            self._log.append(kind, home.segment.node_id, home.segment.id, keys)
+        self._changes.clear()
+
+    def check(self, homes: Iterable[SegmentRecord]) -> None:
+        """Assert every invariant. For tests."""
+        assert not self._changes, "unpublished changes"
+        assert self.replicas == {number: r for home in homes for number, r in home.replicas.items()}
+        for listing, state in ((self.complete, ReplicaState.COMPLETE), (self.writing, ReplicaState.RESERVED)):
+            listed = [(key, r) for key, replicas in listing.items() for r in replicas]
+            assert all(listing.values()) and all(r.ref.key == key and r.state is state for key, r in listed)
+            assert {r.ref.id for _, r in listed} == {n for n, r in self.replicas.items() if r.state is state}
+        for key in self.complete.keys() | self.writing.keys():
+            where = [r.ref.segment_id for r in (*self.complete.get(key, ()), *self.writing.get(key, ()))]
+            assert len(where) == len(set(where)), f"{key.hex()} twice in one segment"
+        assert all(r.ref.generation <= self._generation for r in self.replicas.values())
+
+    def _ref(self, key: ChunkKey, length: int, home: SegmentRecord, offset: int, generation: int) -> ReplicaRef:
+        self._last_id += 1
+        return ReplicaRef(
+            id=self._last_id, key=key, segment_id=home.segment.id, offset=offset, length=length, generation=generation
+        )
+
+    def _list_complete(self, replica: Replica) -> None:
+        self.complete.setdefault(replica.ref.key, []).append(replica)
+        self._note(EventKind.STORED, replica)
+
+    def _note(self, kind: EventKind, replica: Replica) -> None:
+        last = self._changes[-1] if self._changes else None
+        if last is not None and last[0] is kind and last[1] is replica.home:
+            last[2].append(replica.ref.key)
+        else:
+            self._changes.append((kind, replica.home, [replica.ref.key]))
+
+
+def _unlist(listing: dict[ChunkKey, list[Replica]], replica: Replica) -> None:
+    replicas = listing[replica.ref.key]
+    replicas.remove(replica)
+    if not replicas:
+        del listing[replica.ref.key]
+
+
+def homes(replicas: Iterable[Replica]) -> list[Segment]:
+    """The segments that replicas lie in, each once."""
+    found: dict[str, Segment] = {}
+    for replica in replicas:
+        found[replica.ref.segment_id] = replica.home.segment
+    return list(found.values())
+
+
+def without(records: Iterable[SegmentRecord], key_holders: Iterable[Replica]) -> Iterator[SegmentRecord]:
+    """Segments, in order, in which none of the replicas lies."""
+    taken = {replica.ref.segment_id for replica in key_holders}
+    return (record for record in records if record.segment.id not in taken)

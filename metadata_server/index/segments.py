@@ -1,0 +1,171 @@
+"""One segment's replicas: where they lie, how much they take, which one goes first.
+
+Owns placement inside of the segment, accounting and LRU order; not the index of keys. Invariants: each replica holds
+exactly one extent; `lru` has the complete ones without a pin, oldest first; the counts are sums over replicas.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from kvcore.types import ReplicaRef, Segment
+from metadata_server.index.allocator import ALIGNMENT, ExtentAllocator, aligned
+from metadata_server.messages import ManifestEntry, SegmentStats
+
+
+class ReplicaState(StrEnum):
+    """RESERVED -> COMPLETE or RETIRING -> gone; COMPLETE -> gone."""
+
+    RESERVED = "reserved"
+    COMPLETE = "complete"
+    RETIRING = "retiring"
+    """Its writer may still be writing: nobody else may use the room yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """The node process that reserved a replica."""
+
+    node_id: str
+    incarnation: int
+
+
+@dataclass(slots=True, eq=False)
+class Replica:
+    """One extent and what is in it. `writer` None: found by its header."""
+
+    ref: ReplicaRef
+    home: "SegmentRecord"
+    state: ReplicaState
+    writer: Writer | None
+    pins: int = 0
+
+
+class SegmentRecord:
+    """A live node's segment."""
+
+    def __init__(self, segment: Segment, taken: list[ManifestEntry]) -> None:
+        """`taken` as `acceptable` gave them; each is then to be added by `add`."""
+        self.segment = segment
+        self.allocator = ExtentAllocator(segment.size_bytes, [(entry.offset, entry.length) for entry in taken])
+        self.replicas: dict[int, Replica] = {}
+        self.lru: dict[int, Replica] = {}
+        self.bytes_in = dict.fromkeys(ReplicaState, 0)
+        self.num_complete = 0
+
+    def allocate(self, length: int, high: float) -> int | None:
+        """Room that needs no eviction: the use stays at or under the share `high`. Offset or None."""
+        if self.allocator.used + aligned(length) > high * self.allocator.capacity:
+            return None
+        return self.allocator.allocate(length)
+
+    def allocate_evicting(self, length: int, high: float, low: float) -> tuple[int | None, list[Replica]]:
+        """Room, after eviction down to the share `low` if the use would pass `high`; with what was evicted.
+
+        Also evicts against fragmentation, but no more bytes than that than twice what is asked.
+        """
+        size, space = aligned(length), self.allocator
+        if size > space.capacity:
+            return None, []
+        evicted: list[Replica] = []
+        if space.used + size > high * space.capacity:
+            while self.lru and space.used + size > low * space.capacity:
+                evicted.append(self._evict_oldest())
+        spent = 0
+        while self.lru and space.largest_free < size and spent < 2 * size:
+            evicted.append(self._evict_oldest())
+            spent += aligned(evicted[-1].ref.length)
+        return space.allocate(length), evicted
+
+    def add(self, replica: Replica) -> None:
+        """Take in a replica whose extent is allocated already."""
+        self.replicas[replica.ref.id] = replica
+        self.bytes_in[replica.state] += aligned(replica.ref.length)
+        if replica.state is ReplicaState.COMPLETE:
+            self._completed(replica)
+
+    def turn(self, replica: Replica, state: ReplicaState) -> None:
+        """Move a reserved replica on."""
+        size = aligned(replica.ref.length)
+        self.bytes_in[replica.state] -= size
+        self.bytes_in[state] += size
+        replica.state = state
+        if state is ReplicaState.COMPLETE:
+            self._completed(replica)
+
+    def remove(self, replica: Replica) -> None:
+        """Forget a replica and free its room. Leases on it stay valid to end, and protect nothing."""
+        del self.replicas[replica.ref.id]
+        self.lru.pop(replica.ref.id, None)
+        self.bytes_in[replica.state] -= aligned(replica.ref.length)
+        self.num_complete -= replica.state is ReplicaState.COMPLETE
+        self.allocator.release(replica.ref.offset)
+
+    def touch(self, replica: Replica) -> None:
+        """Make a complete replica the last to go."""
+        if replica.pins == 0:
+            self.lru[replica.ref.id] = self.lru.pop(replica.ref.id)
+
+    def pin(self, replica: Replica) -> None:
+        """Keep a complete replica from eviction."""
+        replica.pins += 1
+        self.lru.pop(replica.ref.id, None)
+
+    def unpin(self, replica: Replica) -> None:
+        """Undo one `pin`; with the last one it may be evicted again, as the last to go."""
+        replica.pins -= 1
+        if replica.pins == 0 and self.replicas.get(replica.ref.id) is replica:
+            self.lru[replica.ref.id] = replica
+
+    def lying(self) -> list[Replica]:
+        """The complete replicas."""
+        return [replica for replica in self.replicas.values() if replica.state is ReplicaState.COMPLETE]
+
+    def stats(self) -> SegmentStats:
+        """Use of the segment."""
+        return SegmentStats(
+            segment=self.segment,
+            used_bytes=self.allocator.used,
+            reserved_bytes=self.bytes_in[ReplicaState.RESERVED],
+            retiring_bytes=self.bytes_in[ReplicaState.RETIRING],
+            num_replicas=self.num_complete,
+        )
+
+    def check(self) -> None:
+        """Assert every invariant. For tests."""
+        self.allocator.check()
+        for state, total in self.bytes_in.items():
+            assert total == sum(aligned(r.ref.length) for r in self.replicas.values() if r.state is state)
+        assert self.allocator.used == sum(self.bytes_in.values())
+        assert self.num_complete == len(self.lying())
+        for replica in self.replicas.values():
+            evictable = replica.state is ReplicaState.COMPLETE and replica.pins == 0
+            assert evictable == (replica.ref.id in self.lru)
+        assert set(self.lru) <= set(self.replicas)
+
+    def _completed(self, replica: Replica) -> None:
+        self.lru[replica.ref.id] = replica
+        self.num_complete += 1
+
+    def _evict_oldest(self) -> Replica:
+        replica = next(iter(self.lru.values()))
+        self.remove(replica)
+        return replica
+
+
+def acceptable(segment: Segment, entries: list[ManifestEntry]) -> list[ManifestEntry]:
+    """Entries that may be taken in, newest generation first: inside, aligned, disjoint, one a key."""
+    capacity = segment.size_bytes // ALIGNMENT * ALIGNMENT
+    taken = bytearray(capacity // ALIGNMENT)  # a byte a unit: overlap is one memchr
+    keys: set[bytes] = set()
+    accepted: list[ManifestEntry] = []
+    for entry in sorted(entries, key=lambda e: (-e.generation, e.offset)):
+        end = entry.offset + aligned(entry.length)
+        if entry.offset % ALIGNMENT or end > capacity or entry.key in keys:
+            continue
+        first, last = entry.offset // ALIGNMENT, end // ALIGNMENT
+        if taken.find(1, first, last) >= 0:
+            continue
+        taken[first:last] = b"\x01" * (last - first)
+        keys.add(entry.key)
+        accepted.append(entry)
+    return accepted

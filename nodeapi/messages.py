@@ -1,0 +1,230 @@
+"""Messages of the API between router and nodes: what a leg is asked, what it answers, what a node says of itself."""
+
+from enum import StrEnum
+
+import msgspec
+
+from kvcore.types import KVSpec, NodeInfo, Segment
+
+
+class _Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    pass
+
+
+class SamplingParams(_Message, frozen=True, kw_only=True):
+    """How to pick tokens. `temperature` 0 is greedy. Random numbers are a function of (seed, index, position) alone, so
+    another engine can continue a sequence and draw what this one would have drawn."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: all."""
+    min_p: float = 0.0
+    seed: int = 0
+    """The router draws one where the client gave none."""
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    max_tokens: int
+    """Of the whole completion, tokens already emitted included."""
+    min_tokens: int = 0
+    stop_token_ids: list[int] = []
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """None: none; k: the sampled token's and those of the k likeliest, after no temperature, as OpenAI's."""
+    n: int = 1
+
+
+class PrefillRequest(_Message, frozen=True, kw_only=True):
+    """Compute the KV of the prompt's full chunks that are nowhere yet and store them."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    cache_salt: bytes = b""
+    prefer_segment: str | None = None
+    """Where the decoder would like the chunks."""
+    deadline_s: float
+    """Seconds left, at the moment of sending."""
+
+
+class Timings(_Message, frozen=True, kw_only=True):
+    """Where a leg's time went, seconds. `queue` until first scheduled, `wait` for another node's chunks."""
+
+    queue_s: float = 0.0
+    wait_s: float = 0.0
+    load_s: float = 0.0
+    compute_s: float = 0.0
+    save_s: float = 0.0
+    total_s: float = 0.0
+
+
+class Moved(_Message, frozen=True, kw_only=True):
+    """Payload and header bytes that crossed one transport in one direction, and the time the calls took."""
+
+    transport: str
+    direction: str
+    """`put` or `get`."""
+    num_bytes: int
+    seconds: float
+
+
+class PrefillResult(_Message, frozen=True, kw_only=True):
+    """What the prefill leg did. `stored_chunks`: that many leading chunks were complete in the store when it ended."""
+
+    request_id: str
+    cached_tokens: int
+    """Prompt tokens it did not have to compute."""
+    computed_tokens: int
+    stored_chunks: int
+    moved: list[Moved] = []
+    timings: Timings = Timings()
+    handoff_params: bytes = b""
+    """JSON object that a decode leg must carry to get this KV from the prefiller itself. Empty: it is in the store."""
+
+
+class Handoff(_Message, frozen=True, kw_only=True):
+    """A prefiller is computing the first `num_chunks` chunks now: wait for them up to `wait_s`, then do without."""
+
+    num_chunks: int
+    wait_s: float
+
+
+class GenerateRequest(_Message, frozen=True, kw_only=True):
+    """Continue `prompt_token_ids + output_token_ids`. A fresh request has no output tokens; a continued one has those
+    that were already sent to the client (n must be 1 then) and the engine goes on after them."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    output_token_ids: list[int] = []
+    sampling: SamplingParams
+    cache_salt: bytes = b""
+    handoff: Handoff | None = None
+    handoff_params: bytes = b""
+    """JSON object, for engines that fetch KV from each other (vLLM's `kv_transfer_params`); ours meet in the store."""
+    deadline_s: float
+
+
+class TokenLogprob(_Message, frozen=True, kw_only=True):
+    """Natural logarithm of the probability of one emitted token, and the likeliest alternatives as (id, logprob)."""
+
+    logprob: float
+    top: list[tuple[int, float]] = []
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+class LegInfo(_Message, frozen=True, kw_only=True):
+    """What the decode leg did before its first token; comes once, with the first delta (of vLLM servers the last)."""
+
+    cached_tokens: int
+    """Leading prompt tokens that this leg did not compute."""
+    computed_tokens: int
+    moved: list[Moved] = []
+    timings: Timings = Timings()
+
+
+class TokenDelta(_Message, frozen=True, kw_only=True, tag="delta"):
+    """New tokens of completion `index`. `finish_reason` is set in the last delta of each index, which may be empty."""
+
+    index: int = 0
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    """The stop or end-of-sequence token that ended it (also the last of `token_ids`)."""
+    info: LegInfo | None = None
+
+
+class StreamError(_Message, frozen=True, kw_only=True, tag="error"):
+    """Ends a stream of deltas. `code` names a class of kvcore.errors."""
+
+    code: str
+    message: str
+    retryable: bool
+
+
+StreamFrame = TokenDelta | StreamError
+"""On the wire: u32le length, then msgpack. A stream that ends without a finish reason for each index died."""
+
+
+class EngineInfo(_Message, frozen=True, kw_only=True):
+    """What never changes while an engine lives."""
+
+    kind: str
+    kv_spec: KVSpec
+    max_context: int
+    vocab_size: int
+    eos_token_ids: list[int]
+    block_size: int
+    num_blocks: int
+    kv_peer: dict[str, str] = {}
+    """What an engine that fetches KV from this one by itself must know of it, by vLLM's names. Empty: nothing."""
+
+
+class EngineStats(_Message, frozen=True, kw_only=True):
+    """A sample of the engine's state. At rest every gauge but `cached_blocks` is 0."""
+
+    running: int = 0
+    waiting: int = 0
+    loading: int = 0
+    used_blocks: int = 0
+    """Referenced by a request or a save under way."""
+    cached_blocks: int = 0
+    """Free for reuse, still holding a known prefix."""
+    total_blocks: int = 0
+    pending_saves: int = 0
+    counters: dict[str, int] = {}
+    """Totals: prefill_tokens, decode_tokens, cached_tokens, preemptions, aborted, chunks_stored, chunks_loaded,
+    chunk_miss_<reason>, ..."""
+
+
+class NodeReport(_Message, frozen=True, kw_only=True):
+    """Answer of `GET /v1/info` on a node's control API. `engine` and `stats` are None for a node without an engine, and
+    while the engine is starting or restarting."""
+
+    node: NodeInfo
+    engine: EngineInfo | None = None
+    stats: EngineStats | None = None
+    segments: list[Segment] = []
+    transports: dict[str, str] = {}
+    """Segment id of a peer -> the transport that was last used to reach it."""
+    draining: bool = False
+    engine_restarts: int = 0
+
+
+class ProbeRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Body of `POST /v1/probe`: the node to measure the way to, and the time there is (LONGEST_S at most)."""
+
+    peer: str
+    timeout_s: float
+
+
+class ProbeReport(msgspec.Struct, frozen=True, kw_only=True):
+    """Its answer. Rates are bytes/s of batches of `num_bytes`, `latency_s` the median of gets of 4 KiB.
+
+    `copy_rate`: of a copy in this node's own memory. `link_rate`: what `devices` should give together; None where the
+    kernel states none.
+    """
+
+    node: str
+    peer: str
+    asked: str
+    """`transport.kind`."""
+    transport: str
+    shown: str
+    """The transport with its devices and build, as far as it says (`ucx:rc_mlx5/mlx5_0@1.13.1`)."""
+    devices: list[str]
+    link_rate: float | None
+    latency_s: float
+    put_rate: float
+    get_rate: float
+    copy_rate: float
+    num_bytes: int
+    seconds: float

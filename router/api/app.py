@@ -1,0 +1,164 @@
+"""The router's HTTP surface: OpenAI's endpoints, and what the router says about itself. A thin shell.
+
+Owns routes, body limits, request ids and the OpenAPI document. Bodies are decoded by msgspec, not by the framework.
+"""
+
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import msgspec
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from kvcore.errors import KVFerryError
+from kvcore.process.http_body import read_body
+from kvcore.telemetry import METRICS_CONTENT_TYPE
+from router.answering import Answer, Answerer
+from router.api import openapi
+from router.api.http_errors import error_reply, headers_of
+from router.api.openai_schema import ChatRequest, CompletionRequest, parse
+from router.api.replies import ChatFormat, CompletionFormat, Format
+from router.api.responses import AnswerResponse, JsonReply, error_response
+from router.metrics import RouterMetrics
+from router.requests.records import RequestLog
+from router.status import StatusView
+
+_GOOD_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
+_Body = TypeVar("_Body", ChatRequest, CompletionRequest)
+_Shape = type[ChatFormat] | type[CompletionFormat]
+
+
+def make_app(
+    answerer: Answerer, log: RequestLog, status: StatusView, metrics: RouterMetrics, *, max_body_bytes: int
+) -> ASGIApp:
+    """The ASGI application. Its OpenAPI document is at /openapi.json."""
+    app = FastAPI(title="kvferry router", version="1", docs_url=None, redoc_url=None, redirect_slashes=False)
+    _add_errors(app)
+    _add_openai(app, answerer, max_body_bytes)
+    _add_status(app, answerer.model, log, status, metrics)
+    return RequestIds(app, metrics)
+
+
+class RequestIds:
+    """Gives each request an id (the client's X-Request-Id where it is a sane one), echoes it, counts the answer."""
+
+    def __init__(self, app: ASGIApp, metrics: RouterMetrics) -> None:
+        self.app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI entry."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
+        request_id = given if _GOOD_ID.fullmatch(given) else uuid.uuid4().hex
+        scope["request_id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+                route = scope.get("route")
+                self._metrics.answered(getattr(route, "path", "other"), message["status"])
+            await send(message)
+
+        await self.app(scope, receive, send_with_id)
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(KVFerryError)
+    async def ours(request: Request, error: Exception) -> Response:
+        assert isinstance(error, KVFerryError)
+        return error_response(error)
+
+    @app.exception_handler(HTTPException)
+    async def theirs(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        status = error.status_code
+        code = {404: "unknown_route", 405: "method_not_allowed"}.get(status)
+        text = f"{request.method} {request.url.path}: {error.detail}"
+        headers = {**(error.headers or {}), **headers_of(status)}
+        return JsonReply(error_reply(status, text, code=code), status, headers)
+
+    @app.exception_handler(Exception)
+    async def bug(request: Request, error: Exception) -> Response:
+        return JsonReply(error_reply(500, "internal error", code="internal_error"), 500)
+
+
+def _add_openai(app: FastAPI, answerer: Answerer, max_body_bytes: int) -> None:
+    def generates(
+        name: str,
+        path: str,
+        kind: type[_Body],
+        *,
+        id_prefix: str,
+        run: Callable[[_Body, str, str], Awaitable[Answer]],
+        shape: _Shape,
+    ) -> None:
+        @app.post(path, name=name, **openapi.answers(kind))
+        async def endpoint(request: Request) -> Response:
+            body = parse(await read_body(request, max_body_bytes), kind)
+            usage = bool(body.stream and body.stream_options and body.stream_options.include_usage)
+            request_id = f"{id_prefix}-{uuid.uuid4().hex}"
+
+            async def start() -> tuple[Answer, Format]:
+                answer = await run(body, request_id, request.scope["request_id"])
+                return answer, shape(answer, body.model, int(time.time()), answerer.tokenizer, usage=usage)
+
+            return AnswerResponse(start, stream=bool(body.stream), usage=usage)
+
+    generates("chat", "/v1/chat/completions", ChatRequest, id_prefix="chatcmpl", run=answerer.chat, shape=ChatFormat)
+    generates(
+        "completions",
+        "/v1/completions",
+        CompletionRequest,
+        id_prefix="cmpl",
+        run=answerer.complete,
+        shape=CompletionFormat,
+    )
+    created = int(time.time())
+
+    @app.get("/v1/models", **openapi.plain("The model that is served"))
+    async def models() -> Response:
+        model = {"id": answerer.model, "object": "model", "created": created, "owned_by": "kvferry"}
+        return JsonReply({"object": "list", "data": [model]})
+
+    @app.get("/v1/models/{name:path}", **openapi.plain("One model", not_found=True))
+    async def model(name: str) -> Response:
+        if name != answerer.model:
+            text = f"the model {name!r} does not exist here; there is {answerer.model!r}"
+            return JsonReply(error_reply(404, text, param="model", code="model_not_found"), 404)
+        return JsonReply({"id": answerer.model, "object": "model", "created": created, "owned_by": "kvferry"})
+
+
+def _add_status(app: FastAPI, model: str, log: RequestLog, status: StatusView, metrics: RouterMetrics) -> None:
+    @app.get("/health", **openapi.plain("Whether a request can be served now", unavailable=True))
+    async def health() -> Response:
+        problem = status.problem()
+        if problem is None:
+            return JsonReply({"status": "ok"})
+        return JsonReply(error_reply(503, problem, code="node_unavailable"), 503, headers_of(503))
+
+    @app.get("/metrics", include_in_schema=False)
+    async def prometheus() -> Response:
+        return Response(metrics.metrics.render(), media_type=METRICS_CONTENT_TYPE)
+
+    @app.get("/v1/cluster", **openapi.plain("Nodes, requests, hit rate"))
+    async def cluster() -> Response:
+        return JsonReply(status.status())
+
+    @app.get("/v1/requests", **openapi.plain("The last requests, newest first"))
+    async def requests() -> Response:
+        return JsonReply({"requests": log.newest()})
+
+    @app.get("/v1/requests/{request_id}", **openapi.plain("One request: where it went and why", not_found=True))
+    async def one(request_id: str) -> Response:
+        record = log.find(request_id)
+        if record is None:
+            return JsonReply(error_reply(404, f"no request {request_id!r} among the last", code="unknown_request"), 404)
+        return JsonReply(msgspec.to_builtins(record))

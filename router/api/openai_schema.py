@@ -1,0 +1,274 @@
+"""What clients may send to the OpenAI endpoints, and its translation into sampling parameters.
+
+Owns the checks of every field and their messages. Unknown fields are tolerated as other servers do; fields that would
+change the answer and are not supported are refused by name, never ignored.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+from typing import TypeVar
+
+import msgspec
+
+from kvcore.errors import InvalidRequestError
+from nodeapi.messages import SamplingParams
+
+MAX_N = 128
+MAX_PROMPTS = 128
+MAX_STOPS = 16
+MAX_STOP_CHARS = 1000
+MAX_LOGPROBS = 20
+DEFAULT_COMPLETION_TOKENS = 16
+MAX_TOKEN_ID = (1 << 32) - 1
+_INT64 = 1 << 63
+
+
+class StreamOptions(msgspec.Struct, frozen=True):
+    """`include_usage`: one more chunk at the end, with usage and no choices."""
+
+    include_usage: bool = False
+
+
+class ContentPart(msgspec.Struct, frozen=True):
+    """A part of a message; only type `text` is supported."""
+
+    type: str
+    text: str | None = None
+
+
+class ChatMessage(msgspec.Struct, frozen=True):
+    """One turn."""
+
+    role: str
+    content: str | list[ContentPart] | None = None
+    tool_calls: list[object] | None = None
+
+
+class _Request(msgspec.Struct, frozen=True, kw_only=True):
+    """The fields of both endpoints."""
+
+    model: str
+    n: int | None = 1
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = 0
+    temperature: float | None = 1.0
+    top_p: float | None = 1.0
+    top_k: int | None = 0
+    min_p: float | None = 0.0
+    presence_penalty: float | None = 0.0
+    frequency_penalty: float | None = 0.0
+    repetition_penalty: float | None = 1.0
+    logit_bias: dict[str, float] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = False
+    cache_salt: str | None = None
+    return_token_ids: bool | None = False
+    user: str | None = None
+
+
+class ChatRequest(_Request, frozen=True, kw_only=True):
+    """Body of POST /v1/chat/completions."""
+
+    messages: list[ChatMessage]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = False
+    top_logprobs: int | None = None
+    tools: list[object] | None = None
+    tool_choice: str | dict[str, object] | None = None
+    functions: list[object] | None = None
+    response_format: dict[str, object] | None = None
+
+
+class CompletionRequest(_Request, frozen=True, kw_only=True):
+    """Body of POST /v1/completions."""
+
+    prompt: str | list[str | int | list[int]]
+    logprobs: int | None = None
+    echo: bool | None = False
+    best_of: int | None = None
+    suffix: str | None = None
+    response_format: dict[str, object] | None = None
+
+
+AnyRequest = ChatRequest | CompletionRequest
+_Body = TypeVar("_Body", ChatRequest, CompletionRequest)
+
+
+def parse(raw: bytes, kind: type[_Body]) -> _Body:
+    """Decode and check the types. Raises InvalidRequestError with `param`."""
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except msgspec.ValidationError as error:
+        text, _, path = str(error).partition(" - at `")
+        param = path.rstrip("`").removeprefix("$").lstrip(".") or None
+        if "missing required field `" in text:
+            param = ".".join(filter(None, (param, text.split("`")[1])))
+        raise InvalidRequestError(text + (f" (in {param})" if param else ""), param=param) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidRequestError(f"the body is not valid JSON: {error}") from error
+
+
+def stops_of(request: AnyRequest) -> list[str]:
+    """The stop strings, checked."""
+    stops = [request.stop] if isinstance(request.stop, str) else list(request.stop or ())
+    _require(len(stops) <= MAX_STOPS, "stop", f"has at most {MAX_STOPS} strings")
+    _require(
+        all(0 < len(stop) <= MAX_STOP_CHARS for stop in stops), "stop", f"has 1 to {MAX_STOP_CHARS} characters each"
+    )
+    return stops
+
+
+def messages_of(request: ChatRequest) -> list[dict[str, str]]:
+    """Role and plain text of each message. Raises for all that is not text."""
+    _refuse("tools", bool(request.tools) or bool(request.functions))
+    _refuse("tool_choice", request.tool_choice not in (None, "none", "auto"))
+    _check_response_format(request.response_format)
+    _require(len(request.messages) > 0, "messages", "must not be empty")
+    return [_message(number, message) for number, message in enumerate(request.messages)]
+
+
+def prompts_of(request: CompletionRequest) -> list[str | list[int]]:
+    """One entry a prompt: text or token ids."""
+    _check_response_format(request.response_format)
+    _refuse("echo", bool(request.echo))
+    _refuse("suffix", bool(request.suffix))
+    n = 1 if request.n is None else request.n
+    _refuse("best_of", request.best_of is not None and request.best_of != n)
+    prompt = request.prompt
+    if isinstance(prompt, str):
+        return [prompt]
+    _require(len(prompt) > 0, "prompt", "must not be empty")
+    if all(isinstance(item, int) for item in prompt):
+        return [_token_ids([item for item in prompt if isinstance(item, int)])]
+    _require(not any(isinstance(item, int) for item in prompt), "prompt", "mixes token ids with other prompts")
+    _require(len(prompt) <= MAX_PROMPTS, "prompt", f"has at most {MAX_PROMPTS} prompts")
+    return [item if isinstance(item, str) else _token_ids(item) for item in prompt if not isinstance(item, int)]
+
+
+def sampling_of(request: AnyRequest, prompt_tokens: int, max_context: int) -> SamplingParams:
+    """The engine's parameters, all checked; draws a seed where there is none.
+
+    Without max_tokens a chat may fill the context and a completion has 16 tokens. Raises InvalidRequestError.
+    """
+    max_tokens, named = _max_tokens(request, prompt_tokens, max_context)
+    min_tokens = request.min_tokens or 0
+    _require(0 <= min_tokens <= max_tokens, "min_tokens", f"must lie between 0 and {named} ({max_tokens})")
+    n = 1 if request.n is None else request.n
+    _require(1 <= n <= MAX_N, "n", f"must lie between 1 and {MAX_N}")
+    if request.stream_options is not None:
+        _require(bool(request.stream), "stream_options", "is only allowed when stream is true")
+    seed = random.getrandbits(63) if request.seed is None else request.seed
+    _require(-_INT64 <= seed < _INT64, "seed", "must be a 64-bit integer")
+    return SamplingParams(
+        temperature=_number(request.temperature, 1.0, "temperature", 0.0, 2.0),
+        top_p=_top_p(request.top_p),
+        top_k=_top_k(request.top_k),
+        min_p=_number(request.min_p, 0.0, "min_p", 0.0, 1.0),
+        seed=seed % _INT64,
+        presence_penalty=_number(request.presence_penalty, 0.0, "presence_penalty", -2.0, 2.0),
+        frequency_penalty=_number(request.frequency_penalty, 0.0, "frequency_penalty", -2.0, 2.0),
+        repetition_penalty=_repetition_penalty(request.repetition_penalty),
+        logit_bias=_logit_bias(request.logit_bias or {}),
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        stop_token_ids=_token_ids(request.stop_token_ids or [], "stop_token_ids", may_be_empty=True),
+        ignore_eos=bool(request.ignore_eos),
+        logprobs=_logprobs(request),
+        n=n,
+    )
+
+
+def _max_tokens(request: AnyRequest, prompt_tokens: int, max_context: int) -> tuple[int, str]:
+    named, given = "max_tokens", request.max_tokens
+    if isinstance(request, ChatRequest) and request.max_completion_tokens is not None:
+        named, given = "max_completion_tokens", request.max_completion_tokens
+    if given is None:
+        room = max(1, max_context - prompt_tokens)
+        return (room if isinstance(request, ChatRequest) else min(room, DEFAULT_COMPLETION_TOKENS)), named
+    _require(given >= 1, named, "must be at least 1")
+    return given, named
+
+
+def _logprobs(request: AnyRequest) -> int | None:
+    if isinstance(request, CompletionRequest):
+        if request.logprobs is not None:
+            _require(0 <= request.logprobs <= MAX_LOGPROBS, "logprobs", f"must lie between 0 and {MAX_LOGPROBS}")
+        return request.logprobs
+    if request.top_logprobs is not None:
+        _require(bool(request.logprobs), "top_logprobs", "needs logprobs to be true")
+        _require(0 <= request.top_logprobs <= MAX_LOGPROBS, "top_logprobs", f"must lie between 0 and {MAX_LOGPROBS}")
+    return (request.top_logprobs or 0) if request.logprobs else None
+
+
+def _message(number: int, message: ChatMessage) -> dict[str, str]:
+    where = f"messages[{number}]"
+    _require(bool(message.role), f"{where}.role", "must not be empty")
+    _refuse(f"{where}.tool_calls", bool(message.tool_calls))
+    _require(message.role not in ("tool", "function"), f"{where}.role", "is not supported: tools are not")
+    content = message.content
+    if isinstance(content, list):
+        for part in content:
+            _require(
+                part.type == "text", f"{where}.content", f"parts of type {part.type!r} are not supported, only text"
+            )
+            _require(part.text is not None, f"{where}.content", "parts of type text need a text")
+        content = "".join(part.text or "" for part in content)
+    _require(content is not None, f"{where}.content", "is missing")
+    return {"role": message.role, "content": content or ""}
+
+
+def _check_response_format(value: dict[str, object] | None) -> None:
+    _refuse("response_format", value is not None and value.get("type") != "text")
+
+
+def _token_ids(ids: Sequence[int], param: str = "prompt", *, may_be_empty: bool = False) -> list[int]:
+    _require(may_be_empty or len(ids) > 0, param, "must not be empty")
+    _require(all(0 <= token_id <= MAX_TOKEN_ID for token_id in ids), param, "has token ids that no vocabulary has")
+    return list(ids)
+
+
+def _number(value: float | None, default: float, param: str, low: float, high: float) -> float:
+    if value is None:
+        return default
+    _require(math.isfinite(value) and low <= value <= high, param, f"must lie between {low:g} and {high:g}")
+    return value
+
+
+def _top_p(value: float | None) -> float:
+    _require(value is None or 0.0 < value <= 1.0, "top_p", "must be above 0 and at most 1")
+    return 1.0 if value is None else value
+
+
+def _top_k(value: int | None) -> int:
+    _require(value is None or -1 <= value < _INT64, "top_k", "must be at least 1, or 0 or -1 for all")
+    return max(0, value or 0)
+
+
+def _repetition_penalty(value: float | None) -> float:
+    _require(value is None or (value > 0 and math.isfinite(value)), "repetition_penalty", "must be above 0")
+    return 1.0 if value is None else value
+
+
+def _logit_bias(value: dict[str, float]) -> dict[int, float]:
+    biases: dict[int, float] = {}
+    for token, bias in value.items():
+        _require(token.isascii() and token.isdigit() and len(token) <= 10, "logit_bias", "has token ids as keys")
+        _require(-100 <= bias <= 100, "logit_bias", "has values between -100 and 100")
+        _require(int(token) <= MAX_TOKEN_ID, "logit_bias", "has token ids that no vocabulary has")
+        biases[int(token)] = bias
+    return biases
+
+
+def _require(holds: bool, param: str, rule: str) -> None:
+    if not holds:
+        raise InvalidRequestError(f"{param} {rule}", param=param)
+
+
+def _refuse(param: str, is_given: bool) -> None:
+    if is_given:
+        raise InvalidRequestError(f"{param} is not supported by this server", param=param)

@@ -1,0 +1,69 @@
+"""The parts of the OpenAPI document that the framework cannot see, as bodies are decoded by msgspec."""
+
+from functools import cache
+from typing import Any
+
+import msgspec
+
+from router.api.http_errors import ErrorReply
+
+_REFUSALS = {
+    400: "The request is wrong; `param` names the field",
+    404: "There is no such model",
+    408: "The body did not arrive in time",
+    413: "The body is over the bound",
+    503: "Overloaded, or no decoder is ready: try again after Retry-After seconds",
+    504: "The request's time ran out",
+}
+
+
+@cache
+def _schemas(*kinds: type) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    own, shared = msgspec.json.schema_components(
+        kinds, schema_hook=lambda kind: {"description": "any JSON value"}, ref_template="#/components/schemas/{name}"
+    )
+    return list(own), shared
+
+
+def _inline(schema: Any, shared: dict[str, Any]) -> Any:
+    """`schema` with its references replaced: the document's components are the framework's."""
+    if isinstance(schema, list):
+        return [_inline(item, shared) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _inline(shared[schema["$ref"].rpartition("/")[2]], shared)
+    return {key: _inline(value, shared) for key, value in schema.items()}
+
+
+def _schema(kind: type) -> Any:
+    (own,), shared = _schemas(kind)
+    return _inline(own, shared)
+
+
+def _json(kind: type | None) -> dict[str, Any]:
+    return {"application/json": {"schema": _schema(kind) if kind else {"type": "object"}}}
+
+
+def answers(kind: type) -> dict[str, Any]:
+    """Keyword arguments of a route whose body is `kind` and which answers with JSON or a stream."""
+    responses: dict[int | str, dict[str, Any]] = {
+        200: {
+            "description": "The answer; with `stream` server-sent events that end with `[DONE]`",
+            "content": {**_json(None), "text/event-stream": {"schema": {"type": "string"}}},
+        }
+    }
+    for status, text in _REFUSALS.items():
+        responses[status] = {"description": text, "content": _json(ErrorReply)}
+    body = {"required": True, "content": _json(kind)}
+    return {"responses": responses, "openapi_extra": {"requestBody": body}, "response_model": None}
+
+
+def plain(summary: str, *, not_found: bool = False, unavailable: bool = False) -> dict[str, Any]:
+    """Keyword arguments of a GET route that answers with JSON."""
+    responses: dict[int | str, dict[str, Any]] = {200: {"description": summary, "content": _json(None)}}
+    if not_found:
+        responses[404] = {"description": "There is none", "content": _json(ErrorReply)}
+    if unavailable:
+        responses[503] = {"description": "Not now; the message says why", "content": _json(ErrorReply)}
+    return {"summary": summary, "responses": responses, "response_model": None}

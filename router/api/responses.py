@@ -1,0 +1,125 @@
+"""Answers as ASGI responses: a body or a stream of server-sent events, cancelled at once when the client leaves.
+
+Owns the race between the work and the client's disconnect, and the form of an error at each stage. Invariant: no work
+of a request outlives its response.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+
+import msgspec
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from kvcore.errors import EngineError, KVFerryError
+from router.answering import Answer, Piece
+from router.api.http_errors import headers_of, reply_of
+from router.api.replies import DONE, Format, sse
+
+SEND_S = 30.0
+"""A client that takes nothing for so long is gone: it would hold its place on a node until the request's time is up."""
+_log = logging.getLogger("router")
+_SSE = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+
+
+class _ClientGoneError(Exception):
+    """The client took no more."""
+
+
+class JsonReply(Response):
+    """A msgspec value as JSON."""
+
+    media_type = "application/json"
+
+    def __init__(self, body: object, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        super().__init__(msgspec.json.encode(body), status_code=status, headers=headers)
+
+
+def error_response(error: KVFerryError) -> JsonReply:
+    """OpenAI's body for one of our errors."""
+    return JsonReply(reply_of(error), error.http_status, headers_of(error.http_status))
+
+
+class AnswerResponse(Response):
+    """Runs the work when it is sent. The status is decided by the first piece: an error before it is an HTTP error,
+    one after it an SSE event that ends the stream without `[DONE]`."""
+
+    def __init__(self, start: Callable[[], Awaitable[tuple[Answer, Format]]], *, stream: bool, usage: bool) -> None:
+        super().__init__()
+        self._start = start
+        self._stream = stream
+        self._usage = usage
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI entry: ends when the answer has been sent, or the client has left and every leg is cancelled."""
+
+        async def send_in_time(message: Message) -> None:
+            try:
+                async with asyncio.timeout(SEND_S):
+                    await send(message)
+            except OSError as error:  # of which a TimeoutError is one
+                raise _ClientGoneError from error
+
+        work = asyncio.create_task(self._answer(scope, receive, send_in_time))
+        gone = asyncio.create_task(_until_gone(receive))
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gone.cancel()
+            if not work.done():
+                work.cancel()
+            await asyncio.gather(work, gone, return_exceptions=True)
+        error = None if work.cancelled() else work.exception()
+        if error is not None and not isinstance(error, _ClientGoneError):
+            raise error  # of ASGI's send: a bug of ours; what the work itself raised has been answered
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            answer, shape = await self._start()
+            async with aclosing(answer.pieces()) as pieces:
+                if self._stream:
+                    await self._send_stream(pieces, shape, send)
+                    return
+                gathered = [piece async for piece in pieces]
+            reply: Response = Response(shape.whole(gathered), media_type="application/json")
+        except KVFerryError as error:
+            reply = error_response(error)
+        except _ClientGoneError:
+            raise
+        except Exception:  # request boundary
+            _log.exception("request_failed")
+            reply = error_response(EngineError("internal error"))
+        await reply(scope, receive, send)
+
+    async def _send_stream(self, pieces: AsyncGenerator[Piece], shape: Format, send: Send) -> None:
+        first = await anext(pieces, None)
+        await send({"type": "http.response.start", "status": 200, "headers": [*_SSE, *self._extra_headers()]})
+        body = b"".join(shape.opening()) + (shape.chunk(first) if first else b"")
+        await _write(send, body)
+        try:
+            async for piece in pieces:
+                await _write(send, shape.chunk(piece))
+            last = (shape.usage_chunk() if self._usage else b"") + DONE
+        except KVFerryError as error:
+            last = sse(reply_of(error))
+        except _ClientGoneError:
+            raise
+        except Exception:  # request boundary; the status is out already
+            _log.exception("stream_failed")
+            last = sse(reply_of(EngineError("internal error")))
+        await send({"type": "http.response.body", "body": last, "more_body": False})
+
+    def _extra_headers(self) -> list[tuple[bytes, bytes]]:
+        return [(name, value) for name, value in self.raw_headers if name not in (b"content-length", b"content-type")]
+
+
+async def _write(send: Send, body: bytes) -> None:
+    if body:
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,284 @@
+"""The nodes that the router knows: from the config, from the metadata server's events, and what they say of themselves.
+
+Owns probing, breakers, the count of this router's own legs on each node, and the prefix index. Chooses nothing. With
+the metadata server away the static nodes go on being probed and used; only knowledge of cache hits is lost.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from kvcore.chunk_keys import chunk_keys, root_key, usable_chunks
+from kvcore.clock import Clock
+from kvcore.config.schema import ClusterConfig
+from kvcore.errors import DeadlineExceededError, KVFerryError, NodeUnavailableError
+from kvcore.ports import base_url
+from kvcore.telemetry import log_fields
+from kvcore.types import NodeInfo, Role
+from metadata_server.messages import Event, EventKind
+from nodeapi.messages import NodeReport
+from nodeapi.protocol import NodeClient
+from router.nodes.health import Breaker, BreakerState, is_nodes_fault
+from router.routing.index import PrefixHits, PrefixIndex
+from router.routing.policy import ClusterView, NodeView
+
+LOST_ROUNDS = 4
+"""Rounds of probes without an answer (12 s by default) after which legs on a node are given up. A process that dies
+breaks its connections and is noticed by them; a host that hangs or is cut off breaks none."""
+LOST_ROUNDS_LAPSED = 1
+"""As many do (3 s by default: two probes, as one is not waited for so long) once the metadata server, which hears
+nothing of the node either, has said that its lease has ended."""
+_log = logging.getLogger("router")
+
+
+@dataclass(slots=True)
+class KnownNode:
+    """One node. `problem` None: it answers its probes and is what it should be."""
+
+    id: str
+    role: Role
+    url: str
+    static: bool
+    registered: bool = False
+    lapsed: bool = False
+    """The metadata server has said that it is gone, and not that it is back. False while that has said nothing."""
+    report: NodeReport | None = None
+    problem: str | None = "not probed yet"
+    silent_since: float | None = None
+    """When the first of the probes was sent that have had no answer since the last one that had."""
+    breaker: Breaker = field(default_factory=Breaker)
+    sequences: int = 0
+    prefill_tokens: int = 0
+
+    @property
+    def segment_id(self) -> str | None:
+        """Its (first) segment, once known."""
+        return self.report.segments[0].id if self.report and self.report.segments else None
+
+    @property
+    def is_gone(self) -> bool:
+        """Nobody speaks of it, not even itself, and no leg of ours is on it."""
+        idle = self.sequences == 0 and self.prefill_tokens == 0
+        return self.problem is not None and idle and not (self.static or self.registered)
+
+    def reason(self, now: float) -> str | None:
+        """Why it is not used; None: it is used."""
+        if self.problem is not None:
+            return self.problem
+        if not self.breaker.allows(now):
+            return f"breaker {self.breaker.state(now)}"
+        return None
+
+
+class Cluster:
+    """Nodes, loads and index. Also the sink of the metadata server's event stream (`on_reset`, `on_events`)."""
+
+    def __init__(self, config: ClusterConfig, client: NodeClient, clock: Clock) -> None:
+        self._config = config
+        self._client = client
+        self._clock = clock
+        self._wake = asyncio.Event()
+        self._round_s = config.router.probe_interval_s + config.router.connect_timeout_s
+        self.on_lost: list[Callable[[str, KVFerryError], None]] = []
+        """Called with a node's id and why its legs are lost, at each probe for as long as it stays silent."""
+        self.index = PrefixIndex()
+        self.nodes: dict[str, KnownNode] = {}
+        for name, node in config.nodes.items():
+            url = base_url(node.host, node.port) if node.url is None else node.url.rstrip("/")
+            self.nodes[name] = KnownNode(name, node.role, url, static=True)
+
+    async def run(self) -> None:
+        """Probe every node each `probe_interval_s`, and at once when one appears. Runs until cancelled."""
+        while True:
+            await self.probe()
+            try:
+                async with asyncio.timeout(self._config.router.probe_interval_s):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+            self._wake.clear()
+
+    async def probe(self) -> None:
+        """Ask all nodes for their report, at the same time; bounded by the connect timeout."""
+        await asyncio.gather(*(self._probe(node) for node in list(self.nodes.values())))
+
+    async def _probe(self, node: KnownNode) -> None:
+        before, asked_at = node.problem, self._clock.now()
+        try:
+            report = await self._client.info(node.url, timeout_s=self._config.router.connect_timeout_s)
+        except KVFerryError as error:
+            node.problem = error.message
+            if isinstance(error, NodeUnavailableError | DeadlineExceededError):
+                self._unanswered(node, asked_at)
+        else:
+            node.silent_since = None
+            if node.report and report.node.incarnation != node.report.node.incarnation:
+                node.breaker = Breaker()
+            node.report = report
+            node.problem = _problem(node, report)
+        if node.is_gone and self.nodes.get(node.id) is node:
+            del self.nodes[node.id]
+        if before != node.problem:
+            level = logging.WARNING if before is None else logging.INFO  # one that is still starting is no alarm
+            log_fields(_log, level, "node", node=node.id, role=node.role, usable=node.problem is None, why=node.problem)
+
+    def _unanswered(self, node: KnownNode, asked_at: float) -> None:
+        if node.silent_since is None:
+            node.silent_since = asked_at
+        silent_s = self._clock.now() - node.silent_since
+        if silent_s >= self._round_s * (LOST_ROUNDS_LAPSED if node.lapsed else LOST_ROUNDS):
+            without = ", its lease has ended" if node.lapsed else ""
+            error = NodeUnavailableError(f"node {node.id} has answered nothing for {silent_s:.0f} s{without}")
+            for tell in self.on_lost:
+                tell(node.id, error)
+
+    # --- what the dispatcher tells ---
+
+    def leg_started(self, node_id: str, *, sequences: int, prefill_tokens: int) -> None:
+        """A leg of this router starts on the node."""
+        node = self.nodes.get(node_id)
+        if node is not None:
+            node.breaker.started(self._clock.now())
+            node.sequences += sequences
+            node.prefill_tokens += prefill_tokens
+
+    def leg_ended(
+        self, node_id: str, *, sequences: int, prefill_tokens: int, ok: bool, error: KVFerryError | None = None
+    ) -> None:
+        """It ended: well (`ok`), by `error`, or (neither) by our own hand."""
+        node = self.nodes.get(node_id)
+        if node is None:
+            return
+        node.sequences = max(0, node.sequences - sequences)
+        node.prefill_tokens = max(0, node.prefill_tokens - prefill_tokens)
+        if ok:
+            node.breaker.succeeded()
+        elif error is not None and is_nodes_fault(error):
+            node.breaker.failed(self._clock.now())
+            self._wake.set()
+        else:
+            node.breaker.undecided()
+
+    # --- what the metadata server tells ---
+
+    def on_reset(self) -> None:
+        """Forget what was learnt from events; a snapshot follows."""
+        self.index.reset()
+        for node in self.nodes.values():
+            node.registered = node.lapsed = False
+
+    def on_events(self, events: Sequence[Event]) -> None:
+        """Apply changes in order."""
+        for event in events:
+            match event.kind:
+                case EventKind.STORED:
+                    self.index.store(event.node_id, event.keys, event.segment_id)
+                case EventKind.REMOVED:
+                    self.index.remove(event.node_id, event.keys, event.segment_id)
+                case EventKind.NODE_UP if event.node is not None:
+                    self._node_up(event.node)
+                case EventKind.NODE_DOWN:
+                    self._node_down(event.node_id)
+
+    def _node_up(self, info: NodeInfo) -> None:
+        known = self.nodes.get(info.id)
+        if known is None or not (known.static or (known.url, known.role) == (info.control_url, info.role)):
+            self.nodes[info.id] = known = KnownNode(info.id, info.role, info.control_url, static=False)
+        known.registered, known.lapsed = True, False
+        self._wake.set()
+
+    def _node_down(self, node_id: str) -> None:
+        self.index.drop_node(node_id)
+        node = self.nodes.get(node_id)
+        if node is None:
+            return
+        node.registered, node.lapsed = False, True
+        if not node.static:
+            node.problem = "the metadata server has given it up"
+        self._wake.set()
+
+    # --- what the others ask ---
+
+    def view(self) -> ClusterView:
+        """The usable nodes with an engine, as of now."""
+        now = self._clock.now()
+        usable = [node for node in self.nodes.values() if node.reason(now) is None and node.role is not Role.STORE]
+        views = [(node.role, _view(node)) for node in usable]
+        return ClusterView(
+            prefillers=tuple(view for role, view in views if role is Role.PREFILLER),
+            decoders=tuple(view for role, view in views if role is Role.DECODER),
+        )
+
+    def hits(self, view: ClusterView, prompt_token_ids: Sequence[int], salt: bytes) -> dict[bytes, PrefixHits]:
+        """Where the prompt's usable chunks are, for each kind of KV among the decoders."""
+        found: dict[bytes, PrefixHits] = {}
+        for node in view.decoders:
+            if node.fingerprint not in found and len(self.index):
+                count = usable_chunks(len(prompt_token_ids), node.chunk_tokens)
+                keys = chunk_keys(root_key(node.fingerprint, salt), prompt_token_ids, node.chunk_tokens)
+                found[node.fingerprint] = self.index.find(keys[:count])
+        return found
+
+    def why_no_decoder(self) -> str:
+        """One sentence for an error: what is wrong with each decoder."""
+        now = self._clock.now()
+        wrong = [
+            f"{n.id}: {n.reason(now) or 'too short a context'}" for n in self.nodes.values() if n.role is Role.DECODER
+        ]
+        return "no decoder is ready (" + ("; ".join(wrong) or "none is known") + ")"
+
+    def max_context(self) -> int | None:
+        """The longest context among the decoders that ever reported, capped by the config; None: none has."""
+        known = [n.report.engine.max_context for n in self._reported_decoders() if n.report and n.report.engine]
+        limit = self._config.model.max_context
+        return min(max(known), limit or max(known)) if known else None
+
+    def vocab_size(self) -> int | None:
+        """Of the decoders; None while none has reported."""
+        return next(
+            (n.report.engine.vocab_size for n in self._reported_decoders() if n.report and n.report.engine), None
+        )
+
+    def eos_token_ids(self, node_id: str) -> frozenset[int]:
+        """Of this node's model; empty while unknown."""
+        node = self.nodes.get(node_id)
+        return (
+            frozenset(node.report.engine.eos_token_ids) if node and node.report and node.report.engine else frozenset()
+        )
+
+    def breaker_state(self, node: KnownNode) -> BreakerState:
+        """As of now."""
+        return node.breaker.state(self._clock.now())
+
+    def why_unused(self, node: KnownNode) -> str | None:
+        """As of now; None: it is used."""
+        return node.reason(self._clock.now())
+
+    def _reported_decoders(self) -> list[KnownNode]:
+        return [node for node in self.nodes.values() if node.role is Role.DECODER and node.report is not None]
+
+
+def _problem(node: KnownNode, report: NodeReport) -> str | None:
+    if report.node.id != node.id or report.node.role is not node.role:
+        return f"{node.url} is {report.node.role} {report.node.id}, not {node.role} {node.id}"
+    if report.draining:
+        return "draining"
+    if report.engine is None and node.role is not Role.STORE:
+        return "its engine is not running"
+    return None
+
+
+def _view(node: KnownNode) -> NodeView:
+    assert node.report is not None and node.report.engine is not None, "a node without problem has reported"
+    engine, stats = node.report.engine, node.report.stats
+    reported = stats.running + stats.waiting if stats else 0
+    return NodeView(
+        id=node.id,
+        role=node.role,
+        fingerprint=engine.kv_spec.fingerprint,
+        chunk_tokens=engine.kv_spec.chunk_tokens,
+        max_context=engine.max_context,
+        sequences=max(node.sequences, reported),
+        prefill_tokens=node.prefill_tokens,
+    )

@@ -1,0 +1,186 @@
+"""NodeClient over vLLM's OpenAI API: servers that run already and hand KV over by their own connectors.
+
+Owns the calls; what is sent and what it means is in `vllm_requests` and `vllm_replies`. A leg is cancelled by dropping
+its connection, upon which vLLM aborts the request.
+"""
+
+import logging
+import os
+from collections.abc import AsyncGenerator
+from contextlib import suppress
+from urllib.parse import urlsplit
+
+import msgspec
+
+from kvcore.config.schema import ClusterConfig, HandoffKind, NodeConfig
+from kvcore.errors import DeadlineExceededError, NodeUnavailableError
+from kvcore.ports import base_url
+from kvcore.telemetry import log_fields
+from kvcore.types import NodeInfo, Role
+from nodeapi.http_calls import HttpCalls, deadline
+from nodeapi.messages import EngineInfo, GenerateRequest, NodeReport, PrefillRequest, PrefillResult, TokenDelta
+from router.nodes.vllm_model import ModelFacts
+from router.nodes.vllm_replies import CompletionStream, prefill_result, refusal
+from router.nodes.vllm_requests import decode_body, num_sequences, prefill_body
+
+KEEPALIVE_S = 3.0
+"""vLLM closes idle connections after 5 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE); a request must not meet that."""
+USAGE_S = 0.5
+"""How long a stream's last token may be held back for the usage behind it."""
+BOOTSTRAP_PORT = 8998
+_log = logging.getLogger("router")
+
+
+class _Model(msgspec.Struct):
+    id: str
+    max_model_len: int | None = None
+
+
+class _Models(msgspec.Struct):
+    data: list[_Model]
+
+
+class _BootstrapEntry(msgspec.Struct):
+    engine_id: str
+
+
+class VllmClient:
+    """NodeClient for the servers of one cluster file, known by their URLs. `api_key`: theirs, if they want one."""
+
+    def __init__(
+        self, config: ClusterConfig, facts: ModelFacts, *, max_connections: int, api_key: str | None = None
+    ) -> None:
+        self._kind = config.handoff
+        self._model = config.model.name
+        self._facts = facts
+        self._nodes = {node_url(node): (name, node) for name, node in config.nodes.items()}
+        self._known: dict[str, tuple[int, dict[str, str]]] = {}
+        """Context and `kv_peer` of each server, for as long as it answers its probes: they change with a restart."""
+        self._without_params: set[str] = set()
+        """Prefillers that were reported for it."""
+        authorization = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._calls = HttpCalls(
+            refusal,
+            connect_timeout_s=config.router.connect_timeout_s,
+            max_connections=max_connections,
+            headers={"Content-Type": "application/json"} | authorization,
+            keepalive_s=KEEPALIVE_S,
+        )
+
+    async def prefill(self, url: str, request: PrefillRequest, *, timeout_s: float) -> PrefillResult:
+        """See NodeClient."""
+        body = prefill_body(self._model, self._kind, request)
+        where, headers = f"{url}/v1/completions", {"X-Request-Id": request.request_id}
+        result = prefill_result(
+            await self._calls.whole("POST", where, body, timeout_s, headers), request.request_id, url
+        )
+        if self._kind is HandoffKind.NIXL and not result.handoff_params and url not in self._without_params:
+            self._without_params.add(url)
+            log_fields(_log, logging.WARNING, "prefiller_hands_nothing_over", url=url, why="no NixlConnector there?")
+        return result
+
+    async def generate(self, url: str, request: GenerateRequest, *, timeout_s: float) -> AsyncGenerator[TokenDelta]:
+        """See NodeClient. What was cached is said with the last delta, where the server says it."""
+        body = decode_body(self._model, request)
+        where, headers = f"{url}/v1/completions", {"X-Request-Id": request.request_id}
+        sequences = num_sequences(request.sampling)
+        copies = range(request.sampling.n if sequences == 1 else 1)
+        stream = CompletionStream(n=sequences, logprobs=request.sampling.logprobs, url=url)
+        async with self._calls.open("POST", where, body, timeout_s, headers) as response:
+            while not stream.ended:
+                try:
+                    async with deadline(url, USAGE_S if stream.holds else timeout_s):
+                        data = await response.content.readany()
+                except DeadlineExceededError:
+                    if not stream.holds:
+                        raise
+                    data = b""
+                for delta in stream.feed(data) if data else stream.flush():
+                    for copy in copies:
+                        yield msgspec.structs.replace(delta, index=copy) if copy else delta
+                if not data:
+                    return
+            with suppress(DeadlineExceededError):  # the body's end, which [DONE] announced: the connection is kept
+                async with deadline(url, USAGE_S):
+                    await response.content.readany()
+
+    async def end_handoff(self, url: str, request_id: str, *, timeout_s: float) -> None:
+        """Nothing: these engines cannot be told, and the ledger does not ask for it."""
+
+    async def abort(self, url: str, request_id: str, *, timeout_s: float) -> None:
+        """Nothing: the connection was dropped, which is how vLLM is told."""
+
+    async def info(self, url: str, *, timeout_s: float) -> NodeReport:
+        """See NodeClient. Raises NodeUnavailableError as well for a server of another model."""
+        name, node = self._nodes[url]
+        known = self._known.pop(url, None)
+        async with deadline(url, timeout_s):
+            await self._calls.whole("GET", f"{url}/health", b"", timeout_s)
+            max_context, peer = known or await self._ask(url, node, timeout_s)
+        self._known[url] = max_context, peer
+        spec = self._facts.kv_spec
+        return NodeReport(
+            node=NodeInfo(id=name, role=node.role, control_url=url, incarnation=0, fingerprint=spec.fingerprint),
+            engine=EngineInfo(
+                kind="vllm",
+                kv_spec=spec,
+                max_context=max_context,
+                vocab_size=self._facts.vocab_size,
+                eos_token_ids=list(self._facts.eos_token_ids),
+                block_size=spec.chunk_tokens,
+                num_blocks=0,
+                kv_peer=peer,
+            ),
+        )
+
+    async def aclose(self) -> None:
+        """See NodeClient."""
+        await self._calls.aclose()
+
+    async def _ask(self, url: str, node: NodeConfig, timeout_s: float) -> tuple[int, dict[str, str]]:
+        meets = self._kind is HandoffKind.MOONCAKE and node.role is Role.PREFILLER
+        max_context = await self._max_context(url, timeout_s)
+        return max_context, await self._mooncake_peer(url, node, timeout_s) if meets else {}
+
+    async def _max_context(self, url: str, timeout_s: float) -> int:
+        raw = await self._calls.whole("GET", f"{url}/v1/models", b"", timeout_s)
+        try:
+            models = msgspec.json.decode(raw, type=_Models).data
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise NodeUnavailableError(f"{url}/v1/models is not what vLLM answers: {error}") from error
+        model = next((model for model in models if model.id == self._model), None)
+        if model is None:
+            served = ", ".join(model.id for model in models) or "none"
+            raise NodeUnavailableError(
+                f"{url} serves {served}, not {self._model}: model.name must be its --served-model-name"
+            )
+        if model.max_model_len is None:
+            raise NodeUnavailableError(f"{url}/v1/models gives no max_model_len: is it vLLM?")
+        return model.max_model_len
+
+    async def _mooncake_peer(self, url: str, node: NodeConfig, timeout_s: float) -> dict[str, str]:
+        """From the prefiller's bootstrap server, which its workers have registered with (mooncake_utils.py)."""
+        host = urlsplit(url).hostname or ""
+        bootstrap = base_url(host, node.bootstrap_port or BOOTSTRAP_PORT)
+        raw = await self._calls.whole("GET", f"{bootstrap}/query", b"", timeout_s)
+        try:
+            entries = msgspec.json.decode(raw, type=dict[str, _BootstrapEntry])
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise NodeUnavailableError(f"{bootstrap}/query is not what vLLM answers: {error}") from error
+        if len(entries) != 1:
+            raise NodeUnavailableError(
+                f"{bootstrap} knows {len(entries)} engines, not one: each data-parallel rank needs a URL of its own"
+            )
+        (entry,) = entries.values()
+        return {"remote_bootstrap_addr": bootstrap, "remote_engine_id": entry.engine_id}
+
+
+def server_key() -> str | None:
+    """The servers' key, from the variable that they read themselves (`--api-key` there)."""
+    return os.environ.get("VLLM_API_KEY")
+
+
+def node_url(node: NodeConfig) -> str:
+    """Where a server's API is, without `/v1`."""
+    assert node.url is not None, "config_checks wants one with this handoff"
+    return node.url.rstrip("/")

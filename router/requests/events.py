@@ -1,0 +1,159 @@
+"""The words of a request's life: what happens to it (events) and what is to be done (actions). Values only."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from kvcore.errors import KVFerryError
+from nodeapi.messages import FinishReason, PrefillResult, TokenDelta, TokenLogprob
+
+
+class Timer(StrEnum):
+    """What a StartTimer is for; one of each may run."""
+
+    HANDOFF = "handoff"
+    SETTLE = "settle"
+    RETRY = "retry"
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillDone:
+    """The prefill leg replied."""
+
+    leg: str
+    result: PrefillResult
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillFailed:
+    """The prefill leg ended without result."""
+
+    leg: str
+    error: KVFerryError
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """A decode leg sent something."""
+
+    leg: str
+    delta: TokenDelta
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeFailed:
+    """A decode leg broke off, or ended with indices unfinished."""
+
+    leg: str
+    error: KVFerryError
+
+
+@dataclass(frozen=True, slots=True)
+class StopHit:
+    """A stop string was found in the text of this index."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClientGone:
+    """Nobody reads the answer any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """The request's time is up."""
+
+
+@dataclass(frozen=True, slots=True)
+class TimerFired:
+    """A StartTimer ran out."""
+
+    timer: Timer
+
+
+Event = PrefillDone | PrefillFailed | Delta | DecodeFailed | StopHit | ClientGone | Deadline | TimerFired
+
+
+@dataclass(frozen=True, slots=True)
+class StartPrefill:
+    """Send the prefill leg to `node`; the chunks should lie with `decoder`."""
+
+    leg: str
+    node: str
+    decoder: str
+
+
+@dataclass(frozen=True, slots=True)
+class KVSource:
+    """The prefill leg (and its node) whose KV one decode leg fetches from the prefiller itself. `params`: what the
+    prefill leg answered for it; empty while it runs."""
+
+    leg: str
+    node: str
+    params: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class StartDecode:
+    """Send a decode leg. `index` None: all completions from the start; else that one, after `output_token_ids`.
+
+    `handoff`: a prefill leg is computing its chunks now, into the store. `source`: it fetches its KV itself.
+    """
+
+    leg: str
+    node: str
+    handoff: bool
+    index: int | None = None
+    output_token_ids: tuple[int, ...] = ()
+    source: KVSource | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EndHandoff:
+    """Tell this decode leg that no more chunks will come."""
+
+    leg: str
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class CancelLeg:
+    """Drop the leg's connection and abort it on its node. No event of this leg matters any more."""
+
+    leg: str
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class Emit:
+    """Tokens for the client. `finish_reason` ends the index."""
+
+    index: int
+    token_ids: Sequence[int]
+    logprobs: Sequence[TokenLogprob] | None = None
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StartTimer:
+    """Report TimerFired after `after_s`."""
+
+    timer: Timer
+    after_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """All indices ended: the answer is complete."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    """The answer will not be completed."""
+
+    error: KVFerryError
+
+
+Action = StartPrefill | StartDecode | EndHandoff | CancelLeg | Emit | StartTimer | Finish | Fail

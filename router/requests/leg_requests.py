@@ -1,0 +1,58 @@
+"""A client's request in tokens, and what the nodes are asked for it: one message a leg. Pure."""
+
+from dataclasses import dataclass
+
+import msgspec
+
+from nodeapi.messages import GenerateRequest, Handoff, PrefillRequest, SamplingParams
+from router.requests.events import StartDecode, StartPrefill
+
+_SEED_STEP = 0x9E3779B97F4A7C15
+
+
+@dataclass(frozen=True, slots=True)
+class RequestSpec:
+    """A validated request in tokens. `request_id` is unique; `client_request_id` is the client's own name for it."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    cache_salt: bytes = b""
+    client_request_id: str | None = None
+
+
+def prefill_request(
+    spec: RequestSpec, action: StartPrefill, prefer_segment: str | None, deadline_s: float
+) -> PrefillRequest:
+    """The prefill leg's; its chunks had best go to `prefer_segment`, the decoder's."""
+    return PrefillRequest(
+        request_id=action.leg,
+        prompt_token_ids=spec.prompt_token_ids,
+        cache_salt=spec.cache_salt,
+        prefer_segment=prefer_segment,
+        deadline_s=deadline_s,
+    )
+
+
+def generate_request(
+    spec: RequestSpec, action: StartDecode, handoff: Handoff | None, deadline_s: float, handoff_params: bytes = b""
+) -> GenerateRequest:
+    """A decode leg's: of the whole request, or of one completion that goes on alone.
+
+    That one is index 0 of its leg. Its seed must differ from its sisters', or all of them would draw the same; greedy
+    completions and n = 1 are continued exactly.
+    """
+    sampling = spec.sampling
+    if action.index is not None:
+        seed = (sampling.seed + _SEED_STEP * action.index) % (1 << 63)
+        sampling = msgspec.structs.replace(sampling, seed=seed, n=1)
+    return GenerateRequest(
+        request_id=action.leg,
+        prompt_token_ids=spec.prompt_token_ids,
+        output_token_ids=list(action.output_token_ids),
+        sampling=sampling,
+        cache_salt=spec.cache_salt,
+        handoff=handoff,
+        handoff_params=handoff_params,
+        deadline_s=deadline_s,
+    )

@@ -1,0 +1,139 @@
+"""What became of each request: a ring of the last ones, for people, and totals. Also the one log line a request."""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+
+import msgspec
+
+from kvcore.telemetry import log_fields
+from nodeapi.messages import Moved, Timings
+
+RING = 1000
+_log = logging.getLogger("router.request")
+
+
+class LegRecord(msgspec.Struct, kw_only=True):
+    """One leg. `error`: code and message of its failure."""
+
+    id: str
+    node: str
+    kind: str
+    cached_tokens: int | None = None
+    computed_tokens: int | None = None
+    moved: list[Moved] = []
+    timings: Timings | None = None
+    error: str | None = None
+
+
+class RouteRecord(msgspec.Struct, kw_only=True):
+    """Where it went and why."""
+
+    prefiller: str | None
+    decoder: str
+    reason: str
+
+
+class RequestRecord(msgspec.Struct, kw_only=True):
+    """One request; mutable while `state` is `running`, then `ok`, `failed` or `cancelled`."""
+
+    id: str
+    client_request_id: str | None = None
+    state: str = "running"
+    prompt_tokens: int
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    ttft_s: float | None = None
+    total_s: float | None = None
+    route: RouteRecord | None = None
+    legs: list[LegRecord] = []
+    retries: int = 0
+    retried_legs: list[tuple[str, str]] = []
+    """(`prefill` or `decode`, code of the failure)."""
+    error: str | None = None
+
+
+class RequestLog:
+    """The ring and the totals. In-flight requests are in it too."""
+
+    def __init__(self) -> None:
+        self._ring: OrderedDict[str, RequestRecord] = OrderedDict()
+        self.observers: list[Callable[[RequestRecord], None]] = []
+        """Called with each record when it is closed."""
+        self.in_flight = 0
+        self.total = 0
+        self.ok = 0
+        self.failed = 0
+        self.cancelled = 0
+        self.retried = 0
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
+
+    @property
+    def hit_rate(self) -> float:
+        """Cached share of the prompt tokens of answered requests."""
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+    def open(self, record: RequestRecord) -> None:
+        """A request begins."""
+        self.in_flight += 1
+        self.total += 1
+        self._ring[record.id] = record
+        while len(self._ring) > RING:
+            self._ring.popitem(last=False)
+
+    def close(self, record: RequestRecord) -> None:
+        """It ended, with its final state set. Logs it."""
+        self.in_flight -= 1
+        self.retried += bool(record.retries)
+        if record.state == "ok":
+            self.ok += 1
+            self.prompt_tokens += record.prompt_tokens
+            self.cached_tokens += record.cached_tokens
+        elif record.state == "cancelled":
+            self.cancelled += 1
+        else:
+            self.failed += 1
+        self._write(record)
+        for observe in self.observers:
+            observe(record)
+
+    def newest(self) -> list[RequestRecord]:
+        """All in the ring, newest first."""
+        return list(reversed(self._ring.values()))
+
+    def find(self, request_id: str) -> RequestRecord | None:
+        """By the id of the answer, or by the client's own X-Request-Id (the newest with it)."""
+        record = self._ring.get(request_id)
+        return record or next((r for r in reversed(self._ring.values()) if r.client_request_id == request_id), None)
+
+    def _write(self, record: RequestRecord) -> None:
+        level = logging.WARNING if record.state == "failed" else logging.INFO
+        facts: dict[str, object] = {}
+        for leg in record.legs:
+            if leg.timings is not None:
+                spent = leg.timings
+                facts[f"{leg.kind}_{leg.id.rpartition('.')[2]}"] = (
+                    f"node:{leg.node},queue:{spent.queue_s:.3f},wait:{spent.wait_s:.3f},load:{spent.load_s:.3f},"
+                    f"compute:{spent.compute_s:.3f},save:{spent.save_s:.3f},moved:{sum(m.num_bytes for m in leg.moved)}"
+                )
+        route = record.route
+        log_fields(
+            _log,
+            level,
+            "request",
+            id=record.id,
+            client_id=record.client_request_id,
+            state=record.state,
+            prompt_tokens=record.prompt_tokens,
+            cached_tokens=record.cached_tokens,
+            completion_tokens=record.completion_tokens,
+            ttft_s=record.ttft_s,
+            total_s=record.total_s,
+            prefiller=route.prefiller if route else None,
+            decoder=route.decoder if route else None,
+            reason=route.reason if route else None,
+            retries=record.retries or None,
+            error=record.error,
+            **facts,
+        )

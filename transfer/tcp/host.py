@@ -1,0 +1,212 @@
+"""The target's side of the TCP transport: serves one segment to whoever speaks the protocol (docs/wire-formats.md).
+
+Owns the listening socket and one thread a connection, bounded; bytes go straight between socket and segment.
+Nothing is written into the segment before a request's whole header and table were checked.
+"""
+
+import asyncio
+import logging
+import socket
+import threading
+
+from kvcore.errors import ConfigError, SegmentUnknownError, TransferError, TransferProtocolError
+from kvcore.telemetry import log_fields
+from transfer.blocking import Deadline
+from transfer.tcp import wire
+from transfer.tcp.sockets import Inbox, join_address, limit_waits, send_views, shut_down, tune
+
+_LOG = logging.getLogger("transfer")
+_BACKLOG = 128
+_CLOSE_TIMEOUT_S = 5.0
+_GOODBYE_S = 1.0
+_GOODBYE_BYTES = 64 << 10
+_ACCEPT_PAUSE_S = 0.1
+_AHEAD_BYTES = 16 << 10
+"""Received with a request's header. A small write is one system call; of a large one that much is copied twice."""
+
+
+class TcpSegmentHost:
+    """SegmentHost over TCP.
+
+    `memory` is the whole segment; it must outlive this host's `aclose`. `advertise_host` is what peers are told, where
+    it differs from what is bound. A connection may be idle for `idle_timeout_s`; once a message began, each step of it
+    has `message_timeout_s`. Connections beyond `max_connections` are closed at once.
+    """
+
+    def __init__(
+        self,
+        segment_id: str,
+        memory: memoryview,
+        host: str,
+        port: int = 0,
+        *,
+        advertise_host: str | None = None,
+        max_connections: int = 256,
+        idle_timeout_s: float = 600.0,
+        message_timeout_s: float = 30.0,
+    ) -> None:
+        self._segment_id = segment_id
+        self._memory = memory
+        self._bind = (host, port)
+        self._advertise_host = advertise_host or host
+        self._max_connections = max_connections
+        self._idle_timeout_s = idle_timeout_s
+        self._message_timeout_s = message_timeout_s
+        self._listener: socket.socket | None = None
+        self._acceptor: threading.Thread | None = None
+        self._closing = threading.Event()
+        self._lock = threading.Lock()
+        self._connections: dict[socket.socket, threading.Thread] = {}
+        self._port = port
+
+    @property
+    def address(self) -> str:
+        """As SegmentHost.address."""
+        return join_address(self._advertise_host, self._port)
+
+    @property
+    def num_connections(self) -> int:
+        """Connections open now."""
+        return len(self._connections)
+
+    async def start(self) -> None:
+        """As SegmentHost.start."""
+        host, port = self._bind
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            self._listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen for transfers on {join_address(host, port)}: {error.strerror or error}; "
+                "give the node another host or transfer_port, or 0 for any free port"
+            ) from error
+        self._port = self._listener.getsockname()[1]
+        self._acceptor = threading.Thread(
+            target=self._accept, args=(self._listener,), name="kvferry-tcp-accept", daemon=True
+        )
+        self._acceptor.start()
+
+    async def aclose(self) -> None:
+        """As SegmentHost.aclose. Peers in the middle of a batch see their connection break."""
+        self._closing.set()
+        if self._listener is None or self._acceptor is None:
+            return
+        shut_down(self._listener)
+        with self._lock:
+            threads = [self._acceptor, *self._connections.values()]
+            for sock in self._connections:
+                shut_down(sock)
+        self._listener.close()
+        async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+            while any(thread.is_alive() for thread in threads):  # noqa: ASYNC110  (threads set no asyncio.Event)
+                await asyncio.sleep(0.001)
+
+    def _accept(self, listener: socket.socket) -> None:
+        while not self._closing.is_set():
+            try:
+                sock, _ = listener.accept()
+            except OSError as error:
+                if not self._closing.wait(_ACCEPT_PAUSE_S):  # out of descriptors, say: try again soon
+                    log_fields(_LOG, logging.WARNING, "transfer.accept_failed", error=str(error))
+                continue
+            if refused := self._take_on(sock):
+                sock.close()
+                log_fields(_LOG, logging.WARNING, "transfer.connection_refused", reason=refused)
+
+    def _take_on(self, sock: socket.socket) -> str | None:
+        """Serve it in a thread of its own, or say why not."""
+        thread = threading.Thread(target=self._serve, args=(sock,), name="kvferry-tcp-serve", daemon=True)
+        with self._lock:
+            if self._closing.is_set():
+                return "closing"
+            if len(self._connections) >= self._max_connections:
+                return f"{self._max_connections} are open"
+            self._connections[sock] = thread
+            try:
+                thread.start()
+            except RuntimeError as error:  # the machine gives no more threads; it may later
+                del self._connections[sock]
+                return str(error)
+        return None
+
+    def _serve(self, sock: socket.socket) -> None:
+        """One connection, to its end."""
+        try:
+            tune(sock)
+            limit_waits(sock, receive_s=self._message_timeout_s, send_s=self._message_timeout_s)
+            inbox = Inbox(sock, _AHEAD_BYTES)
+            self._greet(sock, inbox)
+            while self._answer(sock, inbox):
+                pass
+        except TransferProtocolError as error:
+            log_fields(_LOG, logging.WARNING, "transfer.peer_broke_protocol", error=error.message)
+            _say(sock, error)
+        except SegmentUnknownError as error:
+            _say(sock, error)
+        except (TransferError, OSError) as error:  # OSError: timeouts too
+            log_fields(_LOG, logging.DEBUG, "transfer.connection_ended", error=str(error))
+        finally:
+            with self._lock:
+                self._connections.pop(sock, None)
+            sock.close()
+
+    def _greet(self, sock: socket.socket, inbox: Inbox) -> None:
+        deadline = Deadline(self._message_timeout_s)
+        header = wire.parse_header(inbox.take(wire.HEADER_BYTES, deadline.remaining))
+        wire.check_text(header, wire.FrameKind.HELLO)
+        wanted = inbox.take(header.payload_bytes, deadline.remaining).decode(errors="replace")
+        if wanted != self._segment_id:
+            raise SegmentUnknownError(f"segment {wanted} is not here, this is {self._segment_id}")
+        send_views(sock, [wire.pack_welcome(self._segment_id, self._memory.nbytes)], deadline.remaining)
+        limit_waits(sock, receive_s=self._idle_timeout_s)
+
+    def _answer(self, sock: socket.socket, inbox: Inbox) -> bool:
+        """Serve one request; False when the peer closed the connection instead of sending one."""
+        if not inbox.wait():
+            return False
+        deadline = Deadline(self._message_timeout_s)
+        whole = inbox.num_bytes >= wire.HEADER_BYTES
+        if not whole:
+            limit_waits(sock, receive_s=self._message_timeout_s)
+        header = wire.parse_header(inbox.take(wire.HEADER_BYTES, deadline.remaining))
+        wire.check_request(header)
+        writing = header.kind is wire.FrameKind.WRITE
+        missing = header.count * wire.ENTRY_BYTES + (header.payload_bytes if writing else 0) > inbox.num_bytes
+        if missing and whole:
+            limit_waits(sock, receive_s=self._message_timeout_s)
+        table = inbox.take(header.count * wire.ENTRY_BYTES, deadline.remaining)
+        ranges = wire.parse_table(header, table, self._memory.nbytes)
+        views = [self._memory[offset : offset + length] for offset, length in ranges]
+        if writing:
+            inbox.fill(views, _no_check)
+            reply = wire.Header(wire.FrameKind.WRITTEN, header.count, request_id=header.request_id)
+            send_views(sock, [wire.pack_header(reply)], _no_check)
+        else:
+            reply = wire.Header(wire.FrameKind.DATA, header.count, 0, header.payload_bytes, header.request_id)
+            send_views(sock, [wire.pack_header(reply), *views], _no_check)
+        if missing or not whole:
+            limit_waits(sock, receive_s=self._idle_timeout_s)
+        return True
+
+
+def _no_check() -> None:
+    """Each step of a payload has the connection's own time limit."""
+
+
+def _say(sock: socket.socket, error: TransferError) -> None:
+    """Tell the peer why, then read on for a moment: closing with bytes unread would reset it before it has heard."""
+    deadline = Deadline(_GOODBYE_S)
+    try:
+        limit_waits(sock, receive_s=_GOODBYE_S, send_s=_GOODBYE_S)
+        send_views(sock, [wire.pack_error(error)], deadline.remaining)
+        sock.shutdown(socket.SHUT_WR)
+        scratch = bytearray(_GOODBYE_BYTES)
+        drained = 0
+        while drained < _GOODBYE_BYTES:
+            deadline.remaining()
+            received = sock.recv_into(scratch)
+            if received == 0:
+                return
+            drained += received
+    except (TransferError, OSError) as gone:
+        log_fields(_LOG, logging.DEBUG, "transfer.goodbye_failed", error=str(gone))
