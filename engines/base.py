@@ -1,4 +1,7 @@
-"""The protocol between a node and its engine. Tokens in, tokens out: text is the router's, messages are `nodeapi.messages`."""
+"""The protocol between a node and its engine. Tokens in, tokens out: text is the router's.
+
+The messages are `nodeapi.messages`.
+"""
 
 from collections.abc import AsyncGenerator
 from types import TracebackType
