@@ -8,7 +8,7 @@ BIN   := $(VENV)/bin
 # What pytest compiles is kept, whatever the environment says: five runs of it in `make test` save 5 s each.
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: demo test check lint unit ucx nixl vllm venv-vllm bench clean help
+.PHONY: demo test check lint unit coverage ucx nixl vllm venv-vllm bench clean help
 
 help:            ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -48,6 +48,9 @@ lint: $(VENV)/.installed
 
 unit: $(VENV)/.installed
 	$(PYTEST) tests -m "not slow and not gpu and not ucx and not vllm" -n 2 --dist loadfile --no-loadscope-reorder
+
+coverage: $(VENV)/.installed   ## which lines the quick tests reach: a table here, pages in build/coverage
+	$(PYTEST) tests -m "not slow and not gpu and not ucx and not vllm" -n 2 -q --cov --cov-report=term --cov-report=html
 
 bench: $(VENV)/.demo-model   ## every benchmark; each ends in a line `RESULT {json}`
 	@for b in chunk_keys index transfer peer_death handoff router engine; do echo "== benchmarks/$$b.py"; $(BIN)/python -m benchmarks.$$b || exit 1; done
