@@ -108,6 +108,14 @@ class Membership:
         self.registrations = 0
         self.heartbeat_failures = 0
 
+    def __repr__(self) -> str:
+        lease, node = self._lease, self._node
+        known = f"known to epoch {lease.epoch}" if lease.epoch is not None else "known to no server"
+        return (
+            f"<Membership {node.role} {node.id}.{node.incarnation:x}, {known}, {lease.failures} failures in a row, "
+            f"{self.registrations} registrations>"
+        )
+
     @property
     def node(self) -> NodeInfo:
         """As it is announced."""

@@ -63,6 +63,10 @@ class Prober:
         self._running: asyncio.Task[ProbeReport] | None = None
         self._paused = False
 
+    def __repr__(self) -> str:
+        state = "paused" if self._paused else "idle" if self._running is None else "measuring"
+        return f"<Prober of {self._node.id}, {state}>"
+
     async def probe(self, request: ProbeRequest) -> ProbeReport:
         """Raises OverloadedError while one runs or the peer's segment has no free room, NodeUnavailableError for a peer
         that is not there, TransferError for what happened on the way, DeadlineExceededError, MetadataUnavailableError,

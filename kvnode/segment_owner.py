@@ -69,6 +69,15 @@ class SegmentOwner:
     ) -> None:
         await self._stack.aclose()
 
+    def __repr__(self) -> str:
+        if self._memory is None or self._hosts is None:
+            return f"<SegmentOwner {self._segment_id}, not entered>"
+        served = ", ".join(sorted(self._hosts.addresses)) or "no transport"
+        return (
+            f"<SegmentOwner {self._segment_id}, {self._memory.size_bytes} bytes, served by {served}, "
+            f"{self.host_restarts} host restarts>"
+        )
+
     @property
     def segment(self) -> Segment:
         """As peers are to be told of it now."""

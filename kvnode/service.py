@@ -105,6 +105,7 @@ async def run_node(config: ClusterConfig, name: str, lifecycle: Lifecycle, clock
     )
     owner.on_change = membership.announce_again
     node = _Node(owner, membership, _supervisor(config, membership, prober, clock))
+    lifecycle.describe.append(lambda: map(repr, (membership, node.supervisor, owner, prober)))
     if node.supervisor is not None:
         engine = lifecycle.tasks.create_task(node.supervisor.run(), name="engine")
         stack.push_async_callback(_cancelled, engine)

@@ -42,6 +42,10 @@ class EngineSupervisor:
         self._ready = asyncio.Event()
         self.restarts = 0
 
+    def __repr__(self) -> str:
+        state = "no engine is ready" if self._engine is None else f"engine of pid {self._engine.pid}"
+        return f"<EngineSupervisor {state}, {self.restarts} restarts>"
+
     @property
     def ready(self) -> bool:
         """Whether an engine serves now."""

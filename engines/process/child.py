@@ -22,6 +22,7 @@ from kvcore.clock import SystemClock
 from kvcore.config.file import node_config
 from kvcore.config.schema import VllmEngineConfig
 from kvcore.process.service import loop_factory
+from kvcore.process.state_dump import dump_on_signal
 from kvcore.telemetry import configure_logging, exposition
 from kvcore.types import KVSpec
 from kvstore.store import KVStore
@@ -99,10 +100,15 @@ def main() -> None:
     sock = socket.socket(fileno=parser.parse_args().fd)
     configure_logging("engine")
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
-        status = runner.run(serve(sock, open_engine))
+        status = runner.run(_serve(sock))
     logging.shutdown()
     sys.stdout.flush()
     os._exit(status)  # torch and vLLM take seconds to take apart, for nothing; our group ends with us
+
+
+async def _serve(sock: socket.socket) -> int:
+    with dump_on_signal():
+        return await serve(sock, open_engine)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Run one process: logging, event loop, signals, one TaskGroup, one AsyncExitStack.
 
 First SIGTERM or SIGINT: `Lifecycle.stopping` is set (before `ready` the start-up is cancelled). The second ends the
-process at once. A background task that fails takes the process down. The stack unwinds before the tasks are cancelled.
+process at once. SIGUSR1 writes a dump into the log (`kvcore.process.state_dump`). A background task that fails takes
+the process down. The stack unwinds before the tasks are cancelled.
 """
 
 import asyncio
@@ -14,6 +15,7 @@ from contextlib import AsyncExitStack
 
 from kvcore.errors import ConfigError
 from kvcore.process.child import kill_all_children
+from kvcore.process.state_dump import Describe, dump_on_signal
 from kvcore.telemetry import configure_logging, log_fields
 
 EXIT_FAILED = 1
@@ -34,6 +36,12 @@ class Lifecycle:
         self.stopping = asyncio.Event()
         """Set by the first signal, or by whoever wants the process to end in order."""
         self.is_ready = False
+        self.describe: list[Describe] = []
+        """What SIGUSR1 writes into the log beside the tasks: add a function that gives one line a part."""
+
+    def __repr__(self) -> str:
+        state = "stopping" if self.stopping.is_set() else "ready" if self.is_ready else "starting"
+        return f"<Lifecycle {state}>"
 
     def ready(self, **fields: object) -> None:
         """Say that the process serves. From here on a signal sets `stopping` and cancels nothing."""
@@ -79,6 +87,7 @@ async def _supervise(main: Main) -> None:
             async with AsyncExitStack() as stack:
                 lifecycle = Lifecycle(stack, tasks)
                 outer.callback(_handle_signals(lifecycle))
+                outer.enter_context(dump_on_signal(lifecycle.describe))
                 try:
                     await main(lifecycle)
                 except asyncio.CancelledError:

@@ -1,3 +1,4 @@
+import re
 import signal
 import subprocess
 import sys
@@ -126,3 +127,37 @@ def test_the_second_signal_ends_at_once_and_kills_the_children():
     assert process.stdout.readline() == "draining\n"
     process.send_signal(signal.SIGTERM)
     assert finish(process)[0] == 130
+
+
+def test_sigusr1_writes_where_tasks_stand_and_what_parts_say_and_no_value_and_ends_nothing():
+    code = """
+        async def numbers(prompt):
+            await asyncio.Event().wait()
+            yield prompt
+        async def reads(prompt):
+            async for _ in numbers(prompt):
+                pass
+        def broken():
+            raise ValueError("secret")
+        async def main(lifecycle):
+            lifecycle.tasks.create_task(reads("secret"), name="reader")
+            lifecycle.describe += [lambda: ["<Part one>", "<Part two>"], broken]
+            await asyncio.sleep(0)
+            lifecycle.ready()
+            say("up")
+            await lifecycle.stopping.wait()
+    """
+    process = start(code)
+    assert process.stdout.readline() == "up\n"
+    process.send_signal(signal.SIGUSR1)
+    log = []
+    while not log or " dump_end" not in log[-1]:
+        log.append(process.stderr.readline())
+    process.send_signal(signal.SIGTERM)
+    assert finish(process)[0] == 0
+    text = "".join(log)
+    # one line a task: its name, its coroutine and the innermost frame, seen through an asynchronous generator
+    (reader,) = [line for line in log if " dump_task name=reader " in line]
+    assert re.search(r'runs=reads at=".*locks.py:\d+ wait"', reader), reader
+    assert 'of="<Part one>"' in text and 'of="<Part two>"' in text and "ValueError" in text
+    assert "secret" not in text

@@ -191,3 +191,13 @@ async def test_a_dead_engines_holdings_are_given_back_if_the_server_is_there(awa
     await rig.membership.release_writer()
     assert rig.server.paths == ["/v1/nodes/release_writer"]
     assert rig.server.released == ([] if away else [ReleaseWriterRequest(node_id="p0", incarnation=1)])
+
+
+async def test_membership_says_who_it_is_and_who_knows_it() -> None:
+    rig = Rig()
+    assert repr(rig.membership) == (
+        "<Membership prefiller p0.1, known to no server, 0 failures in a row, 0 registrations>"
+    )
+    async with rig:
+        await rig.server.until(lambda: rig.server.heard("heartbeat"))
+        assert "known to epoch a, 0 failures in a row, 1 registrations>" in repr(rig.membership)

@@ -109,3 +109,18 @@ async def test_failure_at_a_restart_is_tried_again() -> None:
     assert subject.ready
     task.cancel()
     await asyncio.wait({task})
+
+
+async def test_what_a_node_is_made_of_says_what_it_is_and_holds() -> None:
+    subject, ready = supervisor("fake")
+    assert repr(subject) == "<EngineSupervisor no engine is ready, 0 restarts>"
+    task = asyncio.create_task(subject.run())
+    first = await asyncio.wait_for(ready.get(), 20)
+    assert repr(subject) == f"<EngineSupervisor engine of pid {first.pid}, 0 restarts>"
+    task.cancel()
+    await asyncio.wait({task})
+    node = NodeConfig(role=Role.STORE, port=0, segment=1 << 20)  # type: ignore[arg-type]
+    owner = SegmentOwner("s0", 1, node, TransportConfig(kind="shm"))
+    assert repr(owner) == "<SegmentOwner s0.1, not entered>"
+    async with owner:
+        assert repr(owner) == "<SegmentOwner s0.1, 1048576 bytes, served by shm, 0 host restarts>"
