@@ -5,7 +5,7 @@ from typing import Any
 
 from support.cluster import ClusterHandle, Streamed
 from support.tiny_models import VOCAB_SIZE
-from support.vllm_reference import Reference, SingleVllm
+from support.vllm_reference import Reference, References
 
 BLOCK = 128
 NEW_TOKENS = 8
@@ -24,7 +24,7 @@ def prompt_of(length: int, seed: int) -> list[int]:
 class Questions:
     """Prompts by name, each with its reference; all references are computed in one go."""
 
-    def __init__(self, single: SingleVllm, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
+    def __init__(self, single: References, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
         self._max_tokens = max_tokens
         answers = single.answers(prompts, max_tokens)
         self._references = {tuple(prompt): answer for prompt, answer in zip(prompts, answers, strict=True)}

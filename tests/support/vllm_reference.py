@@ -1,19 +1,30 @@
-"""What a single vLLM, without kvferry, answers greedily: run in a process of its own.
+"""What a single vLLM, without kvferry, answers greedily: as it was recorded, or else computed in a process of its own.
 
 A divergence is accepted only where that vLLM is itself at a tie: the two tokens' logprobs lie closer than TIE.
+`RECORDED` has the answers of one version of vLLM and of what makes the models. With another, and for prompts that are
+not in it, a vLLM is started and computes them.
+Record again after a change of version, or with new prompts (some minutes):
+
+    KVFERRY_RECORD=1 .venv-vllm/bin/python -m pytest tests/vllm
 """
 
+import hashlib
+import importlib.metadata
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 TIE = 2e-4
+RECORDED = Path(__file__).with_name("vllm_reference.json")
+_WORTH_RECORDING = 100 * TIE
 _ENV = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
@@ -42,6 +53,77 @@ class Reference:
                     f"expected {self.token_ids}"
                 )
                 return
+
+    def to_json(self) -> dict[str, Any]:
+        """Without the gaps that are too large to matter."""
+        ties = {
+            n: {t: round(gap, 7) for t, gap in gaps.items() if gap < _WORTH_RECORDING and t != self.token_ids[n]}
+            for n, gaps in enumerate(self.gaps)
+        }
+        return {"tokens": self.token_ids, "ties": {str(n): found for n, found in ties.items() if found}}
+
+    @classmethod
+    def from_json(cls, answer: dict[str, Any]) -> "Reference":
+        """As `to_json` gives it, before or after it was written."""
+        ties = {int(n): {int(t): gap for t, gap in found.items()} for n, found in answer["ties"].items()}
+        return cls(answer["tokens"], [ties.get(n, {}) for n in range(len(answer["tokens"]))])
+
+
+class References:
+    """Answers of a vLLM without kvferry. `model`: its name in RECORDED, `folder`: where it is; `args`: of vllm.LLM."""
+
+    def __init__(self, model: str, folder: Path, **args: object) -> None:
+        self._model = model
+        self._folder = folder
+        self._args = args
+        self._single: SingleVllm | None = None
+        self._recorded: dict[str, Any] = _read_recorded().get(model, {})
+        self._computed: dict[str, Any] = {}
+
+    def answers(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Reference]:
+        """One a prompt. From any one thread at a time."""
+        names = [_name(prompt, max_tokens) for prompt in prompts]
+        missing = [n for n, name in enumerate(names) if name not in self._recorded or os.environ.get("KVFERRY_RECORD")]
+        if missing:
+            warnings.warn(f"{self._model}: {len(missing)} answers are not recorded, a vLLM computes them", stacklevel=2)
+            self._single = self._single or SingleVllm(self._folder, **self._args)
+            for n, answer in zip(missing, self._single.answers([prompts[n] for n in missing], max_tokens), strict=True):
+                self._computed[names[n]] = answer.to_json()
+        return [Reference.from_json((self._recorded | self._computed)[name]) for name in names]
+
+    def close(self) -> None:
+        """End the vLLM, if there is one, and record what it computed if that is wanted."""
+        if self._single is not None:
+            self._single.close()
+        if os.environ.get("KVFERRY_RECORD") and self._computed:
+            answers = _read_recorded()
+            answers[self._model] = answers.get(self._model, {}) | self._computed
+            _write_recorded(answers)
+
+
+def _read_recorded() -> dict[str, Any]:
+    """Model -> name of a prompt -> answer. Empty if other versions gave them."""
+    recorded: dict[str, Any] = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
+    return recorded["answers"] if recorded.items() >= _versions().items() else {}
+
+
+def _write_recorded(answers: dict[str, Any]) -> None:
+    """One line an answer."""
+    models = [
+        f'"{model}": {{\n' + ",\n".join(f'"{name}": {json.dumps(of[name])}' for name in sorted(of)) + "\n}"
+        for model, of in sorted(answers.items())
+    ]
+    versions = [f'"{name}": "{version}"' for name, version in _versions().items()]
+    RECORDED.write_text("{\n" + ",\n".join([*versions, '"answers": {\n' + ",\n".join(models) + "\n}"]) + "\n}\n")
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("vllm", "torch", "transformers")}
+
+
+def _name(prompt: Sequence[int], max_tokens: int) -> str:
+    digest = hashlib.sha256(json.dumps(list(prompt)).encode()).hexdigest()
+    return f"{len(prompt)}+{max_tokens}.{digest[:16]}"
 
 
 class SingleVllm:

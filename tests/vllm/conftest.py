@@ -1,7 +1,8 @@
 """These tests run in vLLM's environment (`make vllm`); elsewhere this folder is passed over.
 
-One cluster serves them all, as it takes a minute to come up: a tiny Qwen3 (`tiny` is its folder), one prefiller and two
-decoders in turn, each bound to a core as far as there are.
+A start of vLLM is 20 s of one core, most of it imports, so starts are few and two run at a time (xdist). One cluster
+serves all tests that ask for `subject`, which therefore run in one process: a tiny Qwen3 (`tiny` is its folder), one
+prefiller and two decoders in turn, each bound to a core as far as there are.
 """
 
 import importlib.metadata
@@ -13,7 +14,7 @@ import pytest
 import pytest_asyncio
 from support.cluster import ClusterHandle, cluster
 from support.tiny_models import make_tiny_model
-from support.vllm_reference import SingleVllm
+from support.vllm_reference import References
 
 try:
     importlib.metadata.version("vllm")  # not find_spec: this folder itself would do as a package of that name
@@ -23,11 +24,14 @@ except importlib.metadata.PackageNotFoundError:
 CONTEXT = 4224
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what lies here; the hook is called with the tests of all folders."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.vllm)
+            if "subject" in item.fixturenames:
+                item.add_marker(pytest.mark.xdist_group("cluster"))
 
 
 @pytest.fixture(scope="session")
@@ -37,9 +41,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def single(tiny: Path) -> Iterator[SingleVllm]:
-    """One vLLM without kvferry that has the model."""
-    with closing(SingleVllm(tiny, max_model_len=CONTEXT)) as single:
+def single(tiny: Path) -> Iterator[References]:
+    """What one vLLM without kvferry answers that has the model."""
+    with closing(References("tiny", tiny, max_model_len=CONTEXT)) as single:
         yield single
 
 

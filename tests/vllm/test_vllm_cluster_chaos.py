@@ -11,7 +11,7 @@ import psutil
 import pytest
 from support.cluster import ClusterHandle, Streamed
 from support.vllm_questions import BLOCK, Questions, prompt_of
-from support.vllm_reference import SingleVllm
+from support.vllm_reference import References
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200), pytest.mark.asyncio(loop_scope="session")]
 
@@ -25,7 +25,7 @@ KNOWN = PROMPTS[6:]
 
 
 @pytest.fixture(scope="module")
-def questions(single: SingleVllm) -> Questions:
+def questions(single: References) -> Questions:
     return Questions(single, PROMPTS, NEW_TOKENS)
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from support.cluster import ClusterHandle
 from support.vllm_questions import BLOCK, NEW_TOKENS, Questions, prompt_of
-from support.vllm_reference import SingleVllm
+from support.vllm_reference import References
 
 from kvcore.chunk_keys import chunk_keys, root_key
 from kvcore.clock import SystemClock
@@ -57,7 +57,7 @@ def header_of(extent: memoryview) -> ChunkHeader:
 
 
 @pytest.fixture(scope="module")
-def questions(single: SingleVllm) -> Questions:
+def questions(single: References) -> Questions:
     return Questions(single, list(PROMPTS.values()), NEW_TOKENS)
 
 

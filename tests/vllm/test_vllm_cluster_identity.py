@@ -13,7 +13,7 @@ from support.vllm_questions import (
     prompt_of,
     vllm_metric,
 )
-from support.vllm_reference import SingleVllm
+from support.vllm_reference import References
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200), pytest.mark.asyncio(loop_scope="session")]
 
@@ -26,7 +26,7 @@ LONGER = 60
 
 
 @pytest.fixture(scope="module")
-def questions(single: SingleVllm) -> Questions:
+def questions(single: References) -> Questions:
     return Questions(single, [*PROMPTS, *CROWD], NEW_TOKENS)
 
 
@@ -59,7 +59,7 @@ async def test_twelve_at_once(subject: ClusterHandle, questions: Questions) -> N
         questions.reference(prompt).check(body["choices"][0]["token_ids"], f"one of twelve, of {len(prompt)}")
 
 
-async def test_more_at_once_than_the_kv_memory_holds(subject: ClusterHandle, single: SingleVllm) -> None:
+async def test_more_at_once_than_the_kv_memory_holds(subject: ClusterHandle, single: References) -> None:
     """Twice: prefills come one after the other, but once all is in the store they all generate at once."""
     questions = await asyncio.to_thread(Questions, single, PREEMPTED, LONGER)
     before = await preemptions(subject)

@@ -6,7 +6,7 @@ from contextlib import closing
 import pytest
 from support.cluster import cluster
 from support.vllm_questions import BLOCK, NEW_TOKENS, Questions, computed_tokens
-from support.vllm_reference import SingleVllm
+from support.vllm_reference import References
 
 from kvferry.demo.document import document
 from kvferry.demo.model import prepare_demo_model
@@ -28,7 +28,7 @@ async def test_tokens_at_every_length_are_those_of_one_vllm(tmp_path):
         "engine.args.kv-cache-memory-bytes=260M",
         "nodes.decode-0.segment=512MiB",
     ]
-    with closing(SingleVllm(folder, max_model_len=CONTEXT)) as single:
+    with closing(References("demo", folder, max_model_len=CONTEXT)) as single:
         computing = asyncio.create_task(asyncio.to_thread(Questions, single, prompts, NEW_TOKENS))
         async with cluster(
             tmp_path, engine="vllm", model=folder, prefillers=1, decoders=1, overrides=overrides

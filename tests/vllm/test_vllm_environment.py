@@ -10,12 +10,14 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from engines.vllm.arguments import command_line
-from engines.vllm.connector.connector import wait_without_spinning
+from engines.vllm.connector.queue_naps import wait_without_spinning
 from kvcore.config.checks import engine_of
 from kvcore.config.file import load_config
 from kvcore.config.schema import VllmEngineConfig
 from kvcore.config.vllm_options import RESERVED, argument_name, check_arguments
 from kvferry.vllm_here import installed_vllm, parse_size
+
+pytestmark = pytest.mark.xdist_group("environment")
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 NOT_ARGUMENTS = {  # of the server, or of the connector's section: refused because people write them
@@ -86,7 +88,7 @@ def test_vllms_queue_sleeps_where_it_would_spin_and_else_waits_as_before(monkeyp
         sender.join()
 
     naps: list[float] = []
-    monkeypatch.setattr("engines.vllm.connector.connector.time.sleep", naps.append)
+    monkeypatch.setattr("engines.vllm.connector.queue_naps.time.sleep", naps.append)
     for idle_s in (0.0, 0.008, 0.5):
         condition.last_read = time.monotonic() - idle_s
         condition.wait(timeout_ms=1)

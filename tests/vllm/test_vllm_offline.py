@@ -29,7 +29,7 @@ from support.vllm_offline import (
     run_offline,
 )
 from support.vllm_questions import BLOCK, NEW_TOKENS, Questions, prompt_of
-from support.vllm_reference import SingleVllm
+from support.vllm_reference import References
 
 from kvcore.config.schema import ByteSize, ModelConfig
 from kvferry.offline.cluster import PRIVATE_PORTS, private_cluster, write_cluster
@@ -45,7 +45,7 @@ CONTEXT = 2048
 
 
 @pytest.fixture(scope="module")
-def questions(single: SingleVllm) -> Questions:
+def questions(single: References) -> Questions:
     return Questions(single, ALL, NEW_TOKENS)
 
 
@@ -207,7 +207,7 @@ async def test_a_second_llm_finds_what_the_first_left_in_the_cluster(tiny, other
     check(questions, PROMPTS, shown["second"], "second")
     assert cached(shown["first"]) == cached(shown["foreign"]) == [0] * len(PROMPTS)
     assert all(is_full(*pair) for pair in zip(cached(shown["second"]), LENGTHS, strict=True)), shown["second"]
-    with closing(SingleVllm(other, max_model_len=CONTEXT)) as single:
+    with closing(References("other", other, max_model_len=CONTEXT)) as single:
         check(Questions(single, PROMPTS, NEW_TOKENS), PROMPTS, shown["foreign"], "other weights")
 
 
