@@ -1,7 +1,7 @@
-"""The engine front's end of the bus: a Unix socket at which the connector's worker halves report, and are told.
+"""The engine front's end of the bus: a Unix socket at which the connector's worker halves report and take orders.
 
-Owns the socket and what was reported of legs under way. Nothing of a request's correctness depends on it: a worker half
-that is late or gone costs a leg its numbers, or the time it waits for them.
+Owns the socket and what was reported of legs under way. No request's correctness depends on it: if a worker half is
+late or gone, a leg lacks its numbers, or waits for them until its bound.
 """
 
 import asyncio
@@ -30,14 +30,14 @@ _logger = logging.getLogger(__name__)
 
 @dataclass
 class LegReports:
-    """What the ranks said of one leg so far. With n > 1 each completion may load: the best of a rank's loads counts."""
+    """What the ranks reported of one leg so far. With n > 1 each completion may load: a rank's best load counts."""
 
     loads: dict[int, m.LoadEnded] = field(default_factory=dict)
     saves: dict[int, m.SaveEnded] = field(default_factory=dict)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def add(self, report: m.LoadEnded | m.SaveEnded) -> None:
-        """Take one report in."""
+        """Note one report."""
         if isinstance(report, m.SaveEnded):
             self.saves[report.rank] = report
         elif report.rank not in self.loads or self.loads[report.rank].num_tokens < report.num_tokens:
@@ -52,11 +52,15 @@ class LegReports:
 
 
 @dataclass
-class _Worker:
+class _WorkerSession:
     channel: FrameChannel
     spec: KVSpec
     sample: m.WorkerSample | None = None
     sampled: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __repr__(self) -> str:
+        known = "no sample" if self.sample is None else f"{self.sample.loading} loading"
+        return f"<_WorkerSession rank {self.spec.tp_rank} of {self.spec.tp_size}, {known}>"
 
 
 class Bus:
@@ -65,12 +69,17 @@ class Bus:
     def __init__(self) -> None:
         self._folder: Path | None = None
         self._server: asyncio.Server | None = None
-        self._workers: dict[int, _Worker] = {}
+        self._workers: dict[int, _WorkerSession] = {}
         self._legs: dict[str, LegReports] = {}
         self._joined = asyncio.Event()
         self._channels: set[FrameChannel] = set()
-        self._silent = False
-        """The last question had no answer of every rank in time; said once."""
+        self._refused: str | None = None
+        """Why a worker half was sent away."""
+        self._warned_silent = False
+        """The last AskSample was not answered by every rank in time. This is logged once."""
+
+    def __repr__(self) -> str:
+        return f"<Bus ranks {sorted(self._workers)}, {len(self._legs)} legs>"
 
     async def __aenter__(self) -> Self:
         """Raises OSError where no socket can be made."""
@@ -94,11 +103,11 @@ class Bus:
         return str(self._folder / "bus.sock")
 
     async def wait_workers(self, num_ranks: int, timeout_s: float) -> KVSpec:
-        """Until all ranks have said hello; returns rank 0's spec. Raises EngineError after `timeout_s`, or when ranks
-        disagree on what KV it is."""
+        """Until all ranks have said hello; returns rank 0's spec. Raises EngineError after `timeout_s`, when ranks
+        disagree on what KV it is, or when one speaks another protocol."""
         try:
             async with asyncio.timeout(timeout_s):
-                while len(self._workers) < num_ranks:
+                while len(self._workers) < num_ranks and self._refused is None:
                     self._joined.clear()
                     await self._joined.wait()
         except TimeoutError:
@@ -106,6 +115,8 @@ class Bus:
             raise EngineError(
                 f"vLLM is up, but the KV connector of rank {missing} did not report within {timeout_s:g} s: see its log"
             ) from None
+        if self._refused is not None:
+            raise EngineError(self._refused)
         specs = {msgspec.structs.replace(worker.spec, tp_rank=0) for worker in self._workers.values()}
         if len(specs) != 1:
             raise EngineError(f"the ranks of this engine hold different kinds of KV: {sorted(map(repr, specs))}")
@@ -122,42 +133,42 @@ class Bus:
                 del self._legs[leg]
 
     def end_handoff(self, leg: str) -> None:
-        """Tell every rank. Never waits."""
-        self._tell(m.EndHandoff(leg=leg))
+        """Send it to every rank. Never waits."""
+        self._send_to_all(m.BusEndHandoff(leg=leg))
 
     async def samples(self, timeout_s: float) -> list[m.WorkerSample]:
         """A fresh sample of each rank; the last one known, or none, of those that do not answer in time."""
         workers = list(self._workers.values())
         for worker in workers:
             worker.sampled.clear()
-        self._tell(m.AskSample())
+        self._send_to_all(m.AskSample())
         try:
             async with asyncio.timeout(timeout_s):
                 await asyncio.gather(*(worker.sampled.wait() for worker in workers))
         except TimeoutError:
-            if not self._silent:
+            if not self._warned_silent:
                 log_fields(_logger, logging.WARNING, "worker_half_silent", timeout_s=timeout_s)
-            self._silent = True
+            self._warned_silent = True
         else:
-            if self._silent:
+            if self._warned_silent:
                 log_fields(_logger, logging.INFO, "worker_half_answers_again")
-            self._silent = False
+            self._warned_silent = False
         return [worker.sample for worker in workers if worker.sample is not None]
 
-    def _tell(self, frame: m.ToHalf) -> None:
+    def _send_to_all(self, frame: m.ToWorker) -> None:
         payload = msgspec.msgpack.encode(frame)
         for worker in self._workers.values():
             worker.channel.send(payload)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One worker half's connection: its boundary. What it breaks is its own connection."""
+        """Serve one worker half's connection. An error in it ends this connection and nothing else."""
         channel = FrameChannel(reader, writer)
         self._channels.add(channel)
         rank: int | None = None
         try:
             while frames := await channel.receive():
                 for payload in frames:
-                    rank = self._take(channel, rank, msgspec.msgpack.decode(payload, type=m.FromHalf))
+                    rank = self._handle(channel, rank, msgspec.msgpack.decode(payload, type=m.FromWorker))
         except (FrameError, msgspec.MsgspecError, EngineError) as error:
             log_fields(_logger, logging.ERROR, "bus_broken", rank=rank, error=str(error))
         finally:
@@ -166,19 +177,33 @@ class Bus:
             self._channels.discard(channel)
             await channel.aclose()
 
-    def _take(self, channel: FrameChannel, rank: int | None, frame: m.FromHalf) -> int:
+    def _handle(self, channel: FrameChannel, rank: int | None, frame: m.FromWorker) -> int:
+        """One frame of the connection's. Returns the rank, which is None until the hello has come."""
         match frame:
-            case m.WorkerHello(version=m.BUS_VERSION, spec=spec) if rank is None and 0 <= spec.tp_rank < MAX_WORKERS:
-                self._workers[spec.tp_rank] = _Worker(channel, spec)
-                self._joined.set()
-                return spec.tp_rank
+            case m.WorkerHello() if rank is None:
+                return self._welcome(channel, frame)
             case _ if rank is None or frame.__class__ is m.WorkerHello:
-                raise EngineError(f"a connection that did not begin with a hello of version {m.BUS_VERSION}")
+                raise EngineError("a connection of the bus begins with one WorkerHello, and has no other")
             case m.LoadEnded(leg=leg) | m.SaveEnded(leg=leg):
-                if leg in self._legs:  # else nobody waits any more
+                if leg in self._legs:  # otherwise the leg has ended
                     self._legs[leg].add(frame)
             case m.WorkerSample():
                 worker = self._workers[rank]
                 worker.sample = frame
                 worker.sampled.set()
+        return rank
+
+    def _welcome(self, channel: FrameChannel, hello: m.WorkerHello) -> int:
+        rank = hello.spec.tp_rank
+        if hello.protocol != m.BUS_PROTOCOL:
+            self._refused = (
+                f"the KV connector of rank {rank} speaks protocol {hello.protocol} of the bus, this engine protocol "
+                f"{m.BUS_PROTOCOL}: vLLM's workers run another kvferry than their engine. Install one version"
+            )
+            self._joined.set()
+            raise EngineError(self._refused)
+        if not 0 <= rank < MAX_WORKERS:
+            raise EngineError(f"a worker half says that it is rank {rank}")
+        self._workers[rank] = _WorkerSession(channel, hello.spec)
+        self._joined.set()
         return rank

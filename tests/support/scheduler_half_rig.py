@@ -3,7 +3,8 @@
 from support.vllm_worker_model import FakeLookup
 
 from engines.vllm.connector.orders import LegParams
-from engines.vllm.connector.scheduler_half import RequestView, ScheduledRequest, SchedulerHalf
+from engines.vllm.connector.scheduler_half import SchedulerHalf
+from engines.vllm.connector.scheduler_requests import RequestView, ScheduledRequest
 from kvcore.chunk_keys import chunk_keys, root_key
 
 CHUNK, BLOCK = 8, 4

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from support.vllm_worker_model import Memory, WorkerModel
 
 from engines.vllm.connector.orders import LegParams, LegResult, StepOrders
-from engines.vllm.connector.scheduler_half import RequestView, ScheduledRequest, SchedulerHalf
+from engines.vllm.connector.scheduler_half import SchedulerHalf
+from engines.vllm.connector.scheduler_requests import RequestView, ScheduledRequest
 
 
 @dataclass(eq=False)

@@ -12,6 +12,7 @@ from support.vllm_kv import BLOCK, kv_caches
 
 from engines.vllm.connector.block_layout import measure
 from engines.vllm.connector.kv_blocks import HostBlocks
+from engines.vllm.connector.limits import ConnectorLimits
 from engines.vllm.connector.orders import ChunkPlace, LoadOrder, SaveOrder
 from engines.vllm.connector.settings import ConnectorSettings, Provenance
 from engines.vllm.connector.worker_half import WorkerHalf
@@ -136,7 +137,7 @@ class Engine:
         wrap: Callable[[KVStore], KVStore] = lambda store: store,
         timeout_s: float = 5.0,
         cpus: tuple[int, ...] = (),
-        **half: float,
+        limits: ConnectorLimits = ConnectorLimits(),
     ) -> None:
         self.world = world
         self.caches = kv_caches(NUM_BLOCKS)
@@ -161,7 +162,7 @@ class Engine:
             bus=bus,
             cpus=cpus,
         )
-        self.half = WorkerHalf(settings, self.blocks, rank, tp_size, open_store=self._open, **half)
+        self.half = WorkerHalf(settings, self.blocks, rank, tp_size, open_store=self._open, limits=limits)
 
     @asynccontextmanager
     async def _open(self, settings, spec):

@@ -1,6 +1,7 @@
-"""What the engine's front and the connector's halves say to each other over the engine's Unix socket, version 1.
+"""What the engine's front and the connector's worker halves send each other over the engine's Unix socket.
 
-Tagged msgpack structs, one a frame (`nodeapi.frames`). A worker half speaks first (WorkerHello).
+Tagged msgpack structs, one a frame (`nodeapi.frames`). A worker half speaks first (WorkerHello). Its frames may have
+fields that the front does not know; the front's orders may not.
 """
 
 import msgspec
@@ -8,22 +9,26 @@ import msgspec
 from kvcore.types import KVSpec
 from nodeapi.messages import Moved
 
-BUS_VERSION = 1
+BUS_PROTOCOL = 1
 
 
-class _Frame(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class _Report(msgspec.Struct, frozen=True, kw_only=True):
     pass
 
 
-class WorkerHello(_Frame, frozen=True, kw_only=True, tag="hello"):
+class _Order(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    pass
+
+
+class WorkerHello(_Report, frozen=True, kw_only=True, tag="hello"):
     """A worker half is ready: its rank, and the provenance of its KV as it was measured."""
 
-    version: int = BUS_VERSION
+    protocol: int = BUS_PROTOCOL
     spec: KVSpec
     """`tp_rank` and `tp_size` say which of how many."""
 
 
-class LoadEnded(_Frame, frozen=True, kw_only=True, tag="load_ended"):
+class LoadEnded(_Report, frozen=True, kw_only=True, tag="load_ended"):
     """A leg's LoadOrder ended, on one rank. `num_chunks`: leading chunks of the prompt that are good now."""
 
     leg: str
@@ -37,7 +42,7 @@ class LoadEnded(_Frame, frozen=True, kw_only=True, tag="load_ended"):
     moved: list[Moved] = []
 
 
-class SaveEnded(_Frame, frozen=True, kw_only=True, tag="save_ended"):
+class SaveEnded(_Report, frozen=True, kw_only=True, tag="save_ended"):
     """All saves of a leg ended, on one rank: committed or declined. `num_chunks`: leading chunks of the prompt that are
     complete in the store, as far as this leg knows."""
 
@@ -48,7 +53,7 @@ class SaveEnded(_Frame, frozen=True, kw_only=True, tag="save_ended"):
     moved: list[Moved] = []
 
 
-class WorkerSample(_Frame, frozen=True, kw_only=True, tag="sample"):
+class WorkerSample(_Report, frozen=True, kw_only=True, tag="sample"):
     """One rank's totals and gauges, sent on AskSample."""
 
     rank: int
@@ -61,17 +66,17 @@ class WorkerSample(_Frame, frozen=True, kw_only=True, tag="sample"):
     transports: dict[str, str] = {}
 
 
-FromHalf = WorkerHello | LoadEnded | SaveEnded | WorkerSample
+FromWorker = WorkerHello | LoadEnded | SaveEnded | WorkerSample
 
 
-class EndHandoff(_Frame, frozen=True, kw_only=True, tag="end_handoff"):
+class BusEndHandoff(_Order, frozen=True, kw_only=True, tag="end_handoff"):
     """The leg's prefill has ended: take what is in the store now and stop waiting. Also for a leg not seen yet."""
 
     leg: str
 
 
-class AskSample(_Frame, frozen=True, kw_only=True, tag="ask_sample"):
+class AskSample(_Order, frozen=True, kw_only=True, tag="ask_sample"):
     """Answered by WorkerSample."""
 
 
-ToHalf = EndHandoff | AskSample
+ToWorker = BusEndHandoff | AskSample

@@ -1,18 +1,14 @@
 """`KVFerryConnector`: kvferry's store under vLLM, as a KVConnectorBase_V1 of vLLM 0.32 and 0.33.
 
-A shell: vLLM's objects become plain values, the halves decide and act. vLLM makes one in its scheduler's process and
-one in each worker's. Loads and saves are asynchronous; what fails to load is computed (kv_load_failure_policy).
+A shell: it turns vLLM's objects into plain values, the halves decide and act. vLLM makes one in its scheduler's process
+and one in each worker's. Loads and saves are asynchronous; what fails to load is computed (kv_load_failure_policy).
 """
 
-import logging
-import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import torch
-from vllm.distributed.device_communicators import shm_broadcast
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
@@ -23,20 +19,15 @@ from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from engines.vllm.connector.kv_blocks import build_blocks
-from engines.vllm.connector.lookup import StoreLookup
-from engines.vllm.connector.orders import PARAMS_NAME, LegParams, StepOrders
-from engines.vllm.connector.scheduler_half import RequestView, ScheduledRequest, SchedulerHalf
+from engines.vllm.connector.limits import ConnectorLimits
+from engines.vllm.connector.orders import StepOrders
+from engines.vllm.connector.queue_naps import wait_without_spinning
+from engines.vllm.connector.scheduler_side import SchedulerSide
 from engines.vllm.connector.settings import ConnectorSettings, from_extra_config
 from engines.vllm.connector.worker_half import WorkerHalf
-from kvcore.chunk_keys import root_key
 from kvcore.errors import ConfigError
 from kvcore.telemetry import configure_logging
-from kvcore.types import ChunkKey, KVSpec
-
-_logger = logging.getLogger("engines.vllm")
-_SHORTEST_NAP_S = 20e-6  # the kernel makes about 0.1 ms of it
-_LONGEST_NAP_S = 500e-6
-_vllms_wait = shm_broadcast.SpinCondition.wait
+from kvcore.types import KVSpec
 
 
 @dataclass
@@ -60,10 +51,11 @@ class KVFerryConnector(KVConnectorBase_V1):  # type: ignore[misc]
         """Raises ConfigError for what this connector does not serve."""
         super().__init__(vllm_config, role, kv_cache_config)
         self._settings = from_extra_config(vllm_config.kv_transfer_config.kv_connector_extra_config)
-        _check(vllm_config, kv_cache_config, self._settings)
+        _check_supported(vllm_config, kv_cache_config, self._settings)
         if current_platform.is_cpu():
             wait_without_spinning()
-        self._scheduler: _SchedulerSide | None = None
+        self._limits = ConnectorLimits()
+        self._scheduler: SchedulerSide | None = None
         self._worker: WorkerHalf | None = None
         self._spec: KVSpec | None = None
         side = "scheduler" if role == KVConnectorRole.SCHEDULER else f"worker{vllm_config.parallel_config.rank}"
@@ -82,7 +74,7 @@ class KVFerryConnector(KVConnectorBase_V1):  # type: ignore[misc]
     # --- worker ------------------------------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """Measure the KV and start the worker half. Raises ConfigError for tensors it does not know."""
+        """Measure the KV and start the worker half. Raises ConfigError for tensors that it does not know."""
         parallel = self._vllm_config.parallel_config
         blocks = build_blocks(
             kv_caches,
@@ -90,7 +82,7 @@ class KVFerryConnector(KVConnectorBase_V1):  # type: ignore[misc]
             block_size=self._vllm_config.cache_config.block_size,
         )
         rank, size = parallel.rank % parallel.tensor_parallel_size, parallel.tensor_parallel_size
-        self._worker = WorkerHalf(self._settings, blocks, rank, size)
+        self._worker = WorkerHalf(self._settings, blocks, rank, size, limits=self._limits)
         self._spec = blocks.build_spec(self._settings.provenance, self._settings.chunk_tokens, rank, size)
 
     def get_handshake_metadata(self) -> SpecMetadata | None:
@@ -145,14 +137,14 @@ class KVFerryConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
         """From the workers, once, before any request. Raises ConfigError when ranks hold different kinds of KV."""
         specs = {
-            rank: msgspec.json.decode(said.spec, type=KVSpec)
-            for rank, said in metadata.items()
-            if isinstance(said, SpecMetadata)
+            rank: msgspec.json.decode(handshake.spec, type=KVSpec)
+            for rank, handshake in metadata.items()
+            if isinstance(handshake, SpecMetadata)
         }
         if len({msgspec.structs.replace(spec, tp_rank=0) for spec in specs.values()}) != 1:
             raise ConfigError(f"the ranks of this engine hold different kinds of KV: {specs}")
         block_size = self._vllm_config.cache_config.block_size
-        self._scheduler = _SchedulerSide(self._settings, specs[0], block_size)
+        self._scheduler = SchedulerSide(self._settings, specs[0], block_size, self._limits)
 
     def on_new_request(self, request: Any) -> None:
         """The lookup begins now, not when the request is scheduled."""
@@ -175,120 +167,12 @@ class KVFerryConnector(KVConnectorBase_V1):  # type: ignore[misc]
         return self._side.finished(request.request_id, holds_blocks=bool(block_ids))
 
     @property
-    def _side(self) -> "_SchedulerSide":
-        assert self._scheduler is not None, "vLLM asked the scheduler half before its workers had said what they hold"
+    def _side(self) -> SchedulerSide:
+        assert self._scheduler is not None, "vLLM used the scheduler half before its workers had sent their specs"
         return self._scheduler
 
 
-class _SchedulerSide:
-    """The scheduler half with what it needs of vLLM's objects: block tables, and views of requests."""
-
-    def __init__(self, settings: ConnectorSettings, spec: KVSpec, block_size: int) -> None:
-        self._tables: dict[str, list[int]] = {}
-        self._lookup = StoreLookup(settings, spec.tp_size)
-        self._fingerprint = spec.fingerprint
-        self.half = SchedulerHalf(
-            root_of=self._root,
-            chunk_tokens=settings.chunk_tokens,
-            block_size=block_size,
-            save_output=settings.save_output,
-            lookup=self._lookup,
-        )
-
-    def arrived(self, request: Any) -> None:
-        params = _leg_params(request)
-        plain = request.lora_request is None and not request.mm_features and request.prompt_embeds is None
-        salt = bytes.fromhex(params.salt) if params is not None else (request.cache_salt or "").encode()
-        self.half.arrived(
-            RequestView(
-                request_id=request.request_id,
-                token_ids=request.all_token_ids,
-                num_prompt_tokens=request.num_prompt_tokens,
-                params=params,
-                salt=salt,
-                cacheable=plain and request.sampling_params is not None and not request.skip_reading_prefix_cache,
-            )
-        )
-
-    def build(self, output: Any) -> StepOrders:
-        for new in output.scheduled_new_reqs:
-            self._tables[new.req_id] = list(new.block_ids[0])
-        computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
-        cached = output.scheduled_cached_reqs
-        for request_id, blocks, num_computed in zip(
-            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
-        ):
-            computed[request_id] = num_computed
-            new_blocks = list(blocks[0]) if blocks is not None else []
-            if request_id in cached.resumed_req_ids:
-                self._tables[request_id] = new_blocks
-            else:
-                self._tables[request_id] += new_blocks
-        scheduled = [
-            ScheduledRequest(
-                request_id=request_id,
-                num_computed_tokens=num_computed,
-                num_scheduled_tokens=output.num_scheduled_tokens[request_id],
-                block_ids=self._tables[request_id],
-            )
-            for request_id, num_computed in computed.items()
-        ]
-        return self.half.build(scheduled, tuple(output.preempted_req_ids or ()))
-
-    def finished(self, request_id: str, *, holds_blocks: bool) -> tuple[bool, dict[str, Any] | None]:
-        self._tables.pop(request_id, None)
-        delay, result = self.half.finished(request_id, holds_blocks=holds_blocks)
-        return delay, {PARAMS_NAME: msgspec.to_builtins(result)}
-
-    def close(self) -> None:
-        self._lookup.close()
-
-    def _root(self, salt: bytes) -> ChunkKey:
-        return root_key(self._fingerprint, salt)
-
-
-def _leg_params(request: Any) -> LegParams | None:
-    """The request's own words to us; what is not ours is left alone, what is wrong is told and ignored."""
-    params = request.kv_transfer_params
-    if not isinstance(params, Mapping) or PARAMS_NAME not in params:
-        return None
-    try:
-        leg = msgspec.convert(params[PARAMS_NAME], LegParams)
-        bytes.fromhex(leg.salt)
-    except (msgspec.ValidationError, ValueError) as error:
-        _logger.warning("kv_transfer_params_ignored request=%s error=%s", request.request_id, error)
-        return None
-    return leg
-
-
-def wait_without_spinning() -> None:
-    """On a CPU, let this process sleep between two looks at vLLM's queue, where vLLM calls sched_yield for a second.
-
-    There, engines share cores. Linux 6.18 was seen to keep a group of processes that spins so (a process group, a
-    container) on its core for minutes while another's computing threads stood ready; docs/vllm.md tells how that looks.
-    The names are those of vLLM 0.32 and 0.33; a test holds them against the one that is installed.
-
-    It does not wait for the queue's notification instead, as vLLM does after a second: one that follows another within
-    a millisecond may be lost (its socket has room for one, and learns late that it was read), and costs five seconds.
-    """
-    shm_broadcast.SpinCondition.wait = _wait
-    shm_broadcast.sched_yield = _nap  # a writer's, while its ring is full
-
-
-def _wait(condition: shm_broadcast.SpinCondition, timeout_ms: int | None = None) -> None:
-    """The longer the last message is ago, the longer the sleep, so that little of a wait is added to it."""
-    idle_s = time.monotonic() - condition.last_read
-    if idle_s <= condition.busy_loop_s:
-        time.sleep(min(max(idle_s / 32, _SHORTEST_NAP_S), _LONGEST_NAP_S))
-    else:
-        _vllms_wait(condition, timeout_ms)
-
-
-def _nap() -> None:
-    time.sleep(_SHORTEST_NAP_S)
-
-
-def _check(vllm_config: Any, kv_cache_config: Any, settings: ConnectorSettings) -> None:
+def _check_supported(vllm_config: Any, kv_cache_config: Any, settings: ConnectorSettings) -> None:
     parallel, groups = vllm_config.parallel_config, kv_cache_config.kv_cache_groups
     if len(groups) != 1:
         raise ConfigError(

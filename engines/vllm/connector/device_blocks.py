@@ -18,18 +18,17 @@ from typing import Any, Protocol
 import torch
 
 from engines.vllm.connector.block_layout import BlockLayout
+from engines.vllm.connector.limits import ConnectorLimits
 from transfer.blocking import BlockingPool, Deadline
 
 _SLOTS = 8
 """Chunks on their way between GPU and store at once; each has pinned memory of its own."""
-_COPY_S = 60.0
-"""One batch's copies take milliseconds; a device that takes this long is lost."""
 
 Copy = tuple[torch.Tensor, torch.Tensor]
 """(target, source), flat, of equal size."""
 
 
-class Event(Protocol):
+class DeviceEvent(Protocol):
     """A point in a stream's work."""
 
     def synchronize(self) -> None:
@@ -40,7 +39,7 @@ class Event(Protocol):
 class CopyStream(Protocol):
     """Copies in order, beside the compute stream. Used from any thread."""
 
-    def wait(self, event: Event) -> None:
+    def wait(self, event: DeviceEvent) -> None:
         """What is queued from now on begins after `event`. Does not block."""
         ...
 
@@ -48,7 +47,7 @@ class CopyStream(Protocol):
         """Queue these copies. Does not wait for them."""
         ...
 
-    def record(self) -> Event:
+    def record(self) -> DeviceEvent:
         """The end of all that is queued."""
         ...
 
@@ -56,7 +55,7 @@ class CopyStream(Protocol):
 class DeviceStreams(Protocol):
     """What DeviceBlocks needs of a device."""
 
-    def mark(self) -> Event:
+    def mark(self) -> DeviceEvent:
         """The end of what the calling thread has queued on the compute stream."""
         ...
 
@@ -72,10 +71,17 @@ class DeviceStreams(Protocol):
 class DeviceBlocks:
     """`KVBlocks` over tensors of a device, through `slots` chunks of staging memory."""
 
-    def __init__(self, layout: BlockLayout, streams: DeviceStreams, slots: int = _SLOTS) -> None:
+    def __init__(
+        self,
+        layout: BlockLayout,
+        streams: DeviceStreams,
+        slots: int = _SLOTS,
+        limits: ConnectorLimits = ConnectorLimits(),
+    ) -> None:
         self._layout = layout
         self._streams = streams
         self._num_slots = slots
+        self._limits = limits
         self._slots: _SlotPool | None = None
         self._gathering = streams.copy_stream()
         self._scattering = streams.copy_stream()
@@ -90,25 +96,26 @@ class DeviceBlocks:
         """The staging memory."""
         slots = [self._streams.staging(chunk_blocks * self.block_bytes) for _ in range(self._num_slots)]
         self._slots = _SlotPool(slots)
-        return [_shown(slot) for slot in slots]
+        return [_bytes_of(slot) for slot in slots]
 
     @asynccontextmanager
-    async def reading(self, block_ids: Sequence[int], after: Event | None) -> AsyncIterator[Sequence[memoryview]]:
+    async def reading(self, block_ids: Sequence[int], after: DeviceEvent | None) -> AsyncIterator[Sequence[memoryview]]:
         """As KVBlocks.reading: a copy of the blocks, in a slot."""
         assert self._slots is not None and after is not None
         async with self._slots.take(1) as (slot,):
             copies = list(self._copies(slot, block_ids))
             await self._run(lambda: _copy(self._gathering, copies, after))
-            yield [_shown(slot)[: len(block_ids) * self.block_bytes]]
+            yield [_bytes_of(slot)[: len(block_ids) * self.block_bytes]]
 
     @asynccontextmanager
     async def writing(
-        self, chunks: Sequence[Sequence[int]], keep_blocks: int, after: Event | None
+        self, chunks: Sequence[Sequence[int]], keep_blocks: int, after: DeviceEvent | None
     ) -> AsyncIterator[Sequence[Sequence[memoryview]]]:
         """As KVBlocks.writing: slots, scattered at the end. `chunks` are no more than there are slots."""
         assert self._slots is not None and after is not None
         async with self._slots.take(len(chunks)) as slots:
-            yield [[_shown(slot)[: len(blocks) * self.block_bytes]] for slot, blocks in zip(slots, chunks, strict=True)]
+            views = zip(slots, chunks, strict=True)
+            yield [[_bytes_of(slot)[: len(block_ids) * self.block_bytes]] for slot, block_ids in views]
             copies: list[Copy] = []
             for slot, block_ids in zip(slots, chunks, strict=True):
                 kept = min(keep_blocks, len(block_ids))
@@ -122,8 +129,8 @@ class DeviceBlocks:
         await self._pool.aclose()
 
     async def _run(self, work: Callable[[], None]) -> None:
-        """In a thread. A cancelled caller goes on once the copies have ended: they cannot be called back."""
-        await self._pool.run(work, lambda: None, Deadline(_COPY_S))
+        """In a thread. A cancelled caller waits until the copies have ended, as they cannot be stopped."""
+        await self._pool.run(work, lambda: None, Deadline(self._limits.device_copy_s))
 
     def _copies(self, slot: torch.Tensor, block_ids: Sequence[int]) -> list[Copy]:
         """(place in the slot, place on the device) of all ranges of these blocks."""
@@ -135,40 +142,40 @@ class DeviceBlocks:
         return copies
 
 
-def _copy(stream: CopyStream, copies: Sequence[Copy], after: Event) -> None:
-    """Blocks until they are done."""
+def _copy(stream: CopyStream, copies: Sequence[Copy], after: DeviceEvent) -> None:
+    """Run the copies, after that event. Blocks until they are done."""
     stream.wait(after)
     stream.copy(copies)
     stream.record().synchronize()
 
 
-def _shown(slot: torch.Tensor) -> memoryview:
+def _bytes_of(slot: torch.Tensor) -> memoryview:
     return memoryview(slot.numpy())
 
 
 class _SlotPool:
-    """Slots, all of a taker's at once and one taker after the other, so that no two wait for each other's."""
+    """Gives a taker all of its slots at once, and serves one taker after the other, so that no two takers deadlock."""
 
     def __init__(self, slots: Sequence[torch.Tensor]) -> None:
         self._total = len(slots)
         self._free = list(slots)
-        self._turn = asyncio.Lock()
-        self._given_back = asyncio.Event()
+        self._order = asyncio.Lock()
+        self._returned = asyncio.Event()
 
     @asynccontextmanager
     async def take(self, count: int) -> AsyncIterator[list[torch.Tensor]]:
         """`count` slots."""
         assert count <= self._total, f"{count} of {self._total} staging slots"
-        async with self._turn:
+        async with self._order:
             while len(self._free) < count:
-                self._given_back.clear()
-                await self._given_back.wait()
+                self._returned.clear()
+                await self._returned.wait()
             taken = [self._free.pop() for _ in range(count)]
         try:
             yield taken
         finally:
             self._free += taken
-            self._given_back.set()
+            self._returned.set()
 
 
 class CudaStreams:
@@ -177,7 +184,7 @@ class CudaStreams:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def mark(self) -> Event:
+    def mark(self) -> DeviceEvent:
         """An event on the stream that is current in the calling thread: vLLM's compute stream in vLLM's own."""
         return _recorded(torch.cuda.current_stream(self._device))
 
@@ -195,7 +202,7 @@ class _CudaCopyStream:
     def __init__(self, stream: Any) -> None:
         self._stream = stream
 
-    def wait(self, event: Event) -> None:
+    def wait(self, event: DeviceEvent) -> None:
         self._stream.wait_event(event)
 
     def copy(self, copies: Sequence[Copy]) -> None:
@@ -203,11 +210,11 @@ class _CudaCopyStream:
             for target, source in copies:
                 target.copy_(source, non_blocking=True)
 
-    def record(self) -> Event:
+    def record(self) -> DeviceEvent:
         return _recorded(self._stream)
 
 
-def _recorded(stream: Any) -> Event:
-    event: Event = torch.cuda.Event()
+def _recorded(stream: Any) -> DeviceEvent:
+    event: DeviceEvent = torch.cuda.Event()
     stream.record_event(event)
     return event

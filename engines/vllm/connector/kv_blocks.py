@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from engines.vllm.connector.block_layout import BlockLayout, measure
-from engines.vllm.connector.device_blocks import CudaStreams, DeviceBlocks, Event
+from engines.vllm.connector.device_blocks import CudaStreams, DeviceBlocks, DeviceEvent
 from engines.vllm.connector.settings import Provenance
 from kvcore.errors import ConfigError
 from kvcore.types import KVSpec
@@ -39,22 +39,22 @@ class KVBlocks(Protocol):
         ...
 
     def start(self, chunk_blocks: int) -> Sequence[memoryview]:
-        """Make what copying takes, for chunks of at most so many blocks. Returns the memory that `reading` and
-        `writing` show, to be registered with the transports."""
+        """Allocate what copying takes, for chunks of at most `chunk_blocks` blocks. Returns the memory that `reading`
+        and `writing` show parts of, to be registered with the transports."""
         ...
 
-    def mark(self) -> Event | None:
-        """The end of all that the engine was told to do so far. Does not wait."""
+    def mark(self) -> DeviceEvent | None:
+        """An event at the end of all work that the engine was given so far. Does not wait."""
         ...
 
     def reading(
-        self, block_ids: Sequence[int], after: Event | None
+        self, block_ids: Sequence[int], after: DeviceEvent | None
     ) -> AbstractAsyncContextManager[Sequence[memoryview]]:
         """One chunk's payload as it was at `after` or later; the views hold still inside of the context."""
         ...
 
     def writing(
-        self, chunks: Sequence[Sequence[int]], keep_blocks: int, after: Event | None
+        self, chunks: Sequence[Sequence[int]], keep_blocks: int, after: DeviceEvent | None
     ) -> AbstractAsyncContextManager[Sequence[Sequence[memoryview]]]:
         """Memory for these chunks' payloads, views a chunk. What was written there is in the blocks once the context is
         left without an error, not before `after`; the first `keep_blocks` blocks of all stay as they are. A cancelled
@@ -85,22 +85,22 @@ class HostBlocks:
         """A forward pass on a CPU has ended when it returns."""
 
     @asynccontextmanager
-    async def reading(self, block_ids: Sequence[int], after: Event | None) -> AsyncIterator[Sequence[memoryview]]:
+    async def reading(self, block_ids: Sequence[int], after: DeviceEvent | None) -> AsyncIterator[Sequence[memoryview]]:
         """As KVBlocks.reading."""
         yield self._views(block_ids)
 
     @asynccontextmanager
     async def writing(
-        self, chunks: Sequence[Sequence[int]], keep_blocks: int, after: Event | None
+        self, chunks: Sequence[Sequence[int]], keep_blocks: int, after: DeviceEvent | None
     ) -> AsyncIterator[Sequence[Sequence[memoryview]]]:
         """As KVBlocks.writing; bytes are in the blocks as they come."""
-        shown = []
+        buffers = []
         for block_ids in chunks:
             kept = min(keep_blocks, len(block_ids))
             keep_blocks -= kept
             scratch = [memoryview(bytearray(kept * self.block_bytes))] if kept else []
-            shown.append([*scratch, *self._views(block_ids[kept:])])
-        yield shown
+            buffers.append([*scratch, *self._views(block_ids[kept:])])
+        yield buffers
 
     async def aclose(self) -> None:
         """Nothing to do."""

@@ -1,6 +1,6 @@
-"""The scheduler half's way to the store's index: questions go to a thread of its own, the scheduler never waits long.
+"""The scheduler half's way to the store's index: lookups run on a thread of their own, the scheduler never waits long.
 
-Owns the thread, its loop and its metadata client. What cannot be known (metadata server away) is "nothing is there".
+Owns the thread, its loop and its metadata client. If the metadata server is away, the answer is that nothing is there.
 """
 
 import asyncio
@@ -9,6 +9,7 @@ import threading
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
+from engines.vllm.connector.limits import ConnectorLimits
 from engines.vllm.connector.settings import ConnectorSettings
 from kvcore.chunk_keys import rank_key
 from kvcore.clock import SystemClock
@@ -18,28 +19,35 @@ from kvstore.counters import StoreCounters
 from kvstore.placement import Placement
 from metadata_server.client import HttpMetadataTransport, MetadataClient
 
-_START_S = 10.0
-_CLOSE_S = 3.0
 _logger = logging.getLogger(__name__)
 
 
 class StoreLookup:
     """`Lookup` of `scheduler_half` over the metadata server. Called from one thread, vLLM's scheduler's."""
 
-    def __init__(self, settings: ConnectorSettings, num_ranks: int) -> None:
+    def __init__(
+        self, settings: ConnectorSettings, num_ranks: int, limits: ConnectorLimits = ConnectorLimits()
+    ) -> None:
         self._settings = settings
         self._num_ranks = num_ranks
+        self._limits = limits
         self._answers: dict[str, int | None] = {}
         self._changed = threading.Condition()
         self._loop = asyncio.new_event_loop()
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvferry-lookup", daemon=True)
         self._thread.start()
-        if not self._started.wait(_START_S):
-            raise RuntimeError(f"the thread that looks chunks up did not start within {_START_S:g} s")
+        if not self._started.wait(limits.lookup_start_s):
+            raise RuntimeError(f"the thread that looks chunks up did not start within {limits.lookup_start_s:g} s")
+
+    def __repr__(self) -> str:
+        with self._changed:
+            pending = sum(answer is None for answer in self._answers.values())
+            total = len(self._answers)
+        return f"<StoreLookup of {self._num_ranks} ranks, {total} requests, {pending} without an answer>"
 
     def ask(self, request_id: str, keys: Sequence[ChunkKey]) -> None:
-        """Start to find out; an answer to an earlier question of this request is dropped."""
+        """Start a lookup. The answer to an earlier one of this request is dropped."""
         with self._changed:
             self._answers[request_id] = None if keys else 0
         if keys:
@@ -53,7 +61,7 @@ class StoreLookup:
             return self._answers.get(request_id, 0)
 
     def forget(self, request_id: str) -> None:
-        """Nobody asks for this request's answer any more."""
+        """The request has ended: drop its answer."""
         with self._changed:
             self._answers.pop(request_id, None)
 
@@ -61,7 +69,7 @@ class StoreLookup:
         """End the thread, bounded. Idempotent."""
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(_CLOSE_S)
+            self._thread.join(self._limits.lookup_close_s)
 
     def _submit(self, work: Coroutine[Any, Any, None]) -> None:
         asyncio.run_coroutine_threadsafe(work, self._loop)
@@ -89,7 +97,7 @@ class StoreLookup:
             self._loop.close()
 
     async def _find(self, request_id: str, keys: list[ChunkKey]) -> None:
-        """The boundary of one question: whatever goes wrong, it is answered."""
+        """One lookup. It has an answer in any case, 0 if it fails."""
         found = 0
         try:
             found = min(await asyncio.gather(*(self._match(keys, rank) for rank in range(self._num_ranks))))

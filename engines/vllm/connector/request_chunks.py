@@ -8,7 +8,7 @@ from kvcore.types import ChunkKey
 
 
 class RequestChunks:
-    """Keys are computed once, when they are asked for. `token_ids` may grow meanwhile; what was there stays."""
+    """Keys are computed once, when they are asked for. `token_ids` may grow meanwhile, but keeps what it has."""
 
     def __init__(self, root: ChunkKey, token_ids: Sequence[int], *, chunk_tokens: int, block_size: int) -> None:
         self._root = root

@@ -1,110 +1,40 @@
 """The connector's scheduler half: which chunks are loaded and saved, and when. Pure: no vLLM, no bytes, no clock.
 
 Owns what is known of each live request, and the orders for the worker halves. vLLM's order of calls is `arrived`;
-`matched` until there are blocks, then `allocated`; `build` ends each step; `finished` once. What vLLM does not tell
-follows from it: `matched` after a load was ordered means that nothing of it came; `matched` of a running request, that
-it was preempted between two steps; and how far a load came shows in where its request goes on computing.
+`matched` until there are blocks, then `allocated`; `build` ends each step; `finished` once. vLLM does not say how loads
+end, nor that a request was preempted between two steps: both are inferred from these calls (`scheduler_requests`).
 """
 
-import enum
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
-from engines.vllm.connector.orders import LegParams, LegResult, LoadOrder, SaveOrder, StepOrders
+from engines.vllm.connector.limits import ConnectorLimits
+from engines.vllm.connector.orders import LegResult, LoadOrder, SaveOrder, StepOrders
 from engines.vllm.connector.request_chunks import RequestChunks, handed_off_tokens
+from engines.vllm.connector.scheduler_requests import (
+    LiveRequest,
+    LoadPhase,
+    RequestView,
+    ScheduledRequest,
+    SchedulerCall,
+)
 from kvcore.chunk_keys import usable_chunks
 from kvcore.errors import ConfigError
 from kvcore.types import ChunkKey
 
 
 class Lookup(Protocol):
-    """The store's index as seen from here. Whatever goes wrong behind it, each question is answered in bounded time."""
+    """The store's index as seen from here. Each lookup has an answer in bounded time, whatever fails behind it."""
 
     def ask(self, request_id: str, keys: Sequence[ChunkKey]) -> None:
-        """Find out how many leading chunks are complete on all ranks; `keys` are rank 0's. Does not block. An answer to
-        an earlier question of this request is dropped."""
+        """Look up how many leading chunks are complete on all ranks; `keys` are rank 0's. Does not block. The answer to
+        an earlier lookup of this request is dropped."""
 
     def answer(self, request_id: str, *, wait_s: float) -> int | None:
-        """So many leading chunks are complete. None: not known yet. May block for `wait_s` seconds; 0: not at all."""
+        """How many leading chunks are complete; None while that is not known. Blocks for at most `wait_s` seconds."""
 
     def forget(self, request_id: str) -> None:
-        """Nobody asks for this request's answer any more. Nothing happens if nobody ever did."""
-
-
-@dataclass(frozen=True, slots=True)
-class RequestView:
-    """What the half knows of a request of vLLM's."""
-
-    request_id: str
-    token_ids: Sequence[int]
-    """Prompt and output so far: vLLM's own list, which grows. Tokens that are not sampled yet are not in it."""
-    num_prompt_tokens: int
-    params: LegParams | None
-    salt: bytes
-    cacheable: bool
-    """False: its KV depends on more than its tokens (LoRA, images, prompt embeddings, ...). Never loaded nor saved."""
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledRequest:
-    """A request's part in the step that is about to run."""
-
-    request_id: str
-    num_computed_tokens: int
-    """Before the step."""
-    num_scheduled_tokens: int
-    block_ids: Sequence[int]
-    """Its whole block table."""
-
-
-class _Phase(enum.Enum):
-    WAITING = enum.auto()
-    LOADING = enum.auto()
-    RUNNING = enum.auto()
-
-
-@dataclass(slots=True)
-class _Request:
-    """`handoff`: one is open, as no blocks were given yet. `may_load`: not after a load failed."""
-
-    view: RequestView
-    chunks: RequestChunks
-    may_load: bool
-    handoff: bool
-    phase: _Phase = _Phase.WAITING
-    asked: bool = False
-    num_asked: int = 0
-    waited: bool = False
-    answered: bool = False
-    num_local: int = 0
-    """As vLLM last said in `matched`, in tokens."""
-    load_end: int = 0
-    """Tokens that will be good if the load under way succeeds. 0: none is, or its end was seen."""
-    num_stored: int = 0
-    """Leading chunks that are complete in the store without a save of this request."""
-    num_offered: int = 0
-    """Leading chunks that are stored or ordered to be saved."""
-    tail_offered: bool = False
-    saving: bool = False
-    """A SaveOrder was given to the worker halves since the last preemption."""
-    preempted_early: bool = False
-    """`matched` told of a preemption that `build` is still to list."""
-
-    def load_ended(self, num_tokens: int) -> None:
-        """So many leading tokens are good now."""
-        failed = num_tokens < min(self.load_end, len(self.view.token_ids) - 1)  # the last one is computed in any case
-        if failed:
-            self.may_load = False
-        self.num_stored = self.num_offered = (num_tokens if failed else self.load_end) // self.chunks.chunk_tokens
-        self.load_end = 0
-
-    def restart(self) -> None:
-        """It lost its blocks. Its chunks may be in the store by now; saves of them may have been cancelled."""
-        self.phase = _Phase.WAITING
-        self.asked = self.answered = self.waited = False
-        self.load_end = self.num_stored = self.num_offered = 0
-        self.tail_offered = self.saving = False
+        """The request has ended: drop its answer, if it has one."""
 
 
 class SchedulerHalf:
@@ -118,10 +48,9 @@ class SchedulerHalf:
         block_size: int,
         save_output: bool,
         lookup: Lookup,
-        first_wait_s: float = 0.002,
+        limits: ConnectorLimits = ConnectorLimits(),
     ) -> None:
-        """`root_of`: a tenant's salt -> the root of its keys. `first_wait_s`: the whole engine waits that long for an
-        answer, once a request at most, and once a step.
+        """`root_of`: a tenant's salt -> the root of its keys.
 
         Raises ConfigError when a chunk is not a whole number of blocks.
         """
@@ -135,10 +64,18 @@ class SchedulerHalf:
         self._block_size = block_size
         self._save_output = save_output
         self._lookup = lookup
-        self._first_wait_s = first_wait_s
+        self._limits = limits
         self._may_wait = True
-        self._requests: dict[str, _Request] = {}
+        """No lookup was waited for in this step yet."""
+        self._requests: dict[str, LiveRequest] = {}
         self._loads: list[LoadOrder] = []
+
+    def __repr__(self) -> str:
+        phases = ", ".join(
+            f"{sum(request.phase is phase for request in self._requests.values())} {phase.value.lower()}"
+            for phase in LoadPhase
+        )
+        return f"<SchedulerHalf {phases}>"
 
     def arrived(self, view: RequestView) -> None:
         """A new request: looks its chunks up at once, unless a prefiller is at them."""
@@ -147,7 +84,7 @@ class SchedulerHalf:
             self._root_of(view.salt), view.token_ids, chunk_tokens=self._chunk_tokens, block_size=self._block_size
         )
         handoff = view.cacheable and view.params is not None and view.params.handoff_chunks is not None
-        request = _Request(view, chunks, may_load=view.cacheable, handoff=handoff)
+        request = LiveRequest(view, chunks, may_load=view.cacheable, handoff=handoff)
         self._requests[view.request_id] = request
         if request.may_load and not handoff:
             self._ask(request)
@@ -156,17 +93,27 @@ class SchedulerHalf:
         """How many tokens behind the local prefix hit can be loaded, and whether asynchronously. (None, False): ask
         again in a later step. Answers stay the same until blocks are given."""
         request = self._requests[request_id]
-        if request.phase is _Phase.LOADING:
+        # vLLM calls this for a request that has computed nothing and holds no blocks. How it came to that:
+        # 1. It has not had blocks so far, or `build` has listed its preemption: it is WAITING, and all is known.
+        # 2. It was LOADING. The load has ended, and not one token of it came; else vLLM would go on behind them.
+        # 3. It was RUNNING. It was preempted between two steps (a reset of the prefix cache), and the next `build` will
+        #    list that. By then the request may be loading again, which must not be undone: it is noted here.
+        if request.phase is LoadPhase.LOADING:
             request.load_ended(0)
-            request.phase = _Phase.WAITING
-        elif request.phase is _Phase.RUNNING:
-            request.restart()
+        elif request.phase is LoadPhase.RUNNING:
+            request.lose_blocks()
             request.preempted_early = True
+        request.enter(SchedulerCall.MATCHED)
         request.num_local = num_local_tokens
+        # The answers, in tokens of the prompt:
+        # 1. Nothing may be loaded: the request is not cacheable, or a load of it has failed.
+        # 2. The lookup has no answer yet. vLLM leaves the request in its queue and asks again.
+        # 3. There is nothing behind the local hit but perhaps the last token, which is computed in any case.
+        # 4. What is behind the local hit is loaded, asynchronously. A prefiller's chunks may not be there yet.
         end = self._num_loadable(request) if request.may_load else 0
         if end is None:
             return None, False
-        if min(end, len(request.view.token_ids) - 1) <= num_local_tokens:  # the last one is computed in any case
+        if min(end, len(request.view.token_ids) - 1) <= num_local_tokens:
             return 0, False
         return end - num_local_tokens, True
 
@@ -177,9 +124,9 @@ class SchedulerHalf:
         request = self._requests[request_id]
         handoff, request.handoff = request.handoff, False
         if not num_external_tokens:
-            request.phase = _Phase.RUNNING
+            request.enter(SchedulerCall.ALLOCATED_TO_COMPUTE)
             return
-        request.phase = _Phase.LOADING
+        request.enter(SchedulerCall.ALLOCATED_TO_LOAD)
         request.load_end = request.num_local + num_external_tokens
         first, params = request.num_local // self._chunk_tokens, request.view.params
         self._loads.append(
@@ -201,39 +148,47 @@ class SchedulerHalf:
             if request is None:
                 continue
             if not request.preempted_early:
-                request.restart()
+                request.enter(SchedulerCall.PREEMPTED)
+                request.lose_blocks()
             request.preempted_early = False
         saves = [order for part in scheduled if (order := self._save(part)) is not None]
         loads, self._loads = self._loads, []
         return StepOrders(tuple(loads), tuple(saves), tuple(preempted), idle=not scheduled)
 
     def finished(self, request_id: str, *, holds_blocks: bool = True) -> tuple[bool, LegResult]:
-        """The request has ended, in whatever state: forget it. True: its blocks stay until it is reported as sent.
+        """The request has ended: forget it. True: vLLM keeps its blocks until it is reported as sent.
 
-        `holds_blocks`: False when vLLM names no blocks of it, so that nothing is to be kept. That alone tells of a
-        request that was preempted and aborted between two steps; the worker halves cancel its saves without a report.
-
-        Never True while a load is under way: vLLM keeps the blocks itself until that load is reported, and a report as
-        sent would free the request twice. There is no such state: saves begin when the load has ended, and the
-        preemption that comes before another load cancels them.
+        1. No save was ordered since its last preemption. Nothing reads the blocks: False.
+        2. Saves were ordered, and it holds its blocks. The worker halves report it once the saves have ended: True.
+        3. Saves were ordered, but vLLM names no blocks of it (`holds_blocks` is False). It was preempted and aborted
+           between two steps, which nothing else shows. The worker halves cancel its saves and report nothing: False.
+        4. A load is under way. vLLM keeps the blocks by itself until that load is reported, and a report as sent would
+           free the request a second time. Case 2 never meets this: saves begin when the load has ended, and the
+           preemption that comes before another load cancels them. So: False.
         """
         request = self._requests.pop(request_id)
         self._lookup.forget(request_id)
-        assert not (request.saving and request.phase is _Phase.LOADING)
+        assert not (request.saving and request.phase is LoadPhase.LOADING)
         saving = request.saving and holds_blocks
         return saving, LegResult(saving=saving, stored_chunks=request.num_stored, ordered_chunks=request.num_offered)
 
     # --- loads -------------------------------------------------------------------------------------------------
 
-    def _ask(self, request: _Request) -> None:
+    def _ask(self, request: LiveRequest) -> None:
         request.asked = True
         request.num_asked = usable_chunks(len(request.view.token_ids), self._chunk_tokens)
         request.answered = not request.num_asked
         if request.num_asked:
             self._lookup.ask(request.view.request_id, request.chunks.keys(request.num_asked))
 
-    def _num_loadable(self, request: _Request) -> int | None:
-        """Leading tokens whose KV the store has, or will have. None: not known yet."""
+    def _num_loadable(self, request: LiveRequest) -> int | None:
+        """Leading tokens whose KV the store has, or will have. None: not known yet.
+
+        1. A prefiller is computing them: as many as its handoff says. The store is not asked.
+        2. The lookup was answered: as many as it found. That stays so until the request is preempted.
+        3. The lookup is under way: it is waited for `limits.first_wait_s` if neither this request nor this step has
+           waited yet, otherwise not at all.
+        """
         if request.handoff:
             assert request.view.params is not None
             return handed_off_tokens(request.view.params, request.view.num_prompt_tokens, self._chunk_tokens)
@@ -242,7 +197,7 @@ class SchedulerHalf:
         if not request.answered:
             wait_s = 0.0
             if self._may_wait and not request.waited:
-                self._may_wait, request.waited, wait_s = False, True, self._first_wait_s
+                self._may_wait, request.waited, wait_s = False, True, self._limits.first_wait_s
             answer = self._lookup.answer(request.view.request_id, wait_s=wait_s)
             if answer is None:
                 return None
@@ -253,14 +208,19 @@ class SchedulerHalf:
     # --- saves -------------------------------------------------------------------------------------------------
 
     def _save(self, part: ScheduledRequest) -> SaveOrder | None:
-        """What is full after this step and was not offered yet."""
+        """What is full after this step and was not offered yet.
+
+        1. It ends at the last full chunk of what is computed by then and known: drafts that may be rejected, and tokens
+           that are not sampled yet, count as scheduled but are not in `token_ids`.
+        2. A prefill leg's last step: it ends with the prompt, whose rest is one more, short chunk.
+        3. Generated tokens are not to be saved: it ends with the prompt's last full chunk.
+        """
         request = self._requests[part.request_id]
         if request.load_end:
             request.load_ended(part.num_computed_tokens)
         view, params = request.view, request.view.params
         if not view.cacheable:
             return None
-        # Drafts that may be rejected and tokens that are not sampled yet count as scheduled, but are not in token_ids.
         end = min(part.num_computed_tokens + part.num_scheduled_tokens, len(view.token_ids))
         tail = self._saves_tail(request) and end >= view.num_prompt_tokens
         if tail or not self._save_output:
@@ -282,14 +242,15 @@ class SchedulerHalf:
             reserve=reserve,
         )
 
-    def _saves_tail(self, request: _Request) -> bool:
+    def _saves_tail(self, request: LiveRequest) -> bool:
         """The prompt ends within a chunk, and a prefill leg is to save what is there of it."""
         params = request.view.params
         full, rest = divmod(request.view.num_prompt_tokens, self._chunk_tokens)
         wanted = params is not None and params.tail and params.handoff_chunks is None
         return wanted and rest > 0 and request.num_offered <= full and not request.tail_offered
 
-    def _reserve(self, request: _Request, first: int, end: int) -> tuple[tuple[ChunkKey, int], ...]:
+    def _reserve(self, request: LiveRequest, first: int, end: int) -> tuple[tuple[ChunkKey, int], ...]:
+        """As SaveOrder.reserve, for a first order of chunks from `first` up to token `end`."""
         prompt = request.view.num_prompt_tokens
         if not self._saves_tail(request):
             prompt -= prompt % self._chunk_tokens

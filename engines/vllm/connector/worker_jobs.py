@@ -1,6 +1,6 @@
 """The loads and saves of one worker half: orders become jobs, jobs that end become reports. Lives on one event loop.
 
-Owns the jobs' tasks. Moves no bytes (`load_job`, `save_job`, `kv_blocks`) and knows no vLLM.
+Owns the jobs' tasks. Moves no bytes (`engines.jobs` and `kv_blocks` do) and knows no vLLM.
 Invariant: an end is reported once nothing reads or writes the request's blocks any more, whatever came of the job.
 """
 
@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 
 from engines.jobs.load import JobContext, LoadJob, as_moved
 from engines.jobs.save import Offer, SaveJob
-from engines.vllm.connector.bus_messages import FromHalf, LoadEnded, SaveEnded
-from engines.vllm.connector.device_blocks import Event
+from engines.vllm.connector.bus_messages import FromWorker, LoadEnded, SaveEnded
+from engines.vllm.connector.device_blocks import DeviceEvent
 from engines.vllm.connector.kv_blocks import KVBlocks
+from engines.vllm.connector.limits import ConnectorLimits
 from engines.vllm.connector.orders import LoadOrder, SaveOrder
 from engines.vllm.connector.worker_reports import SaveTicket, TransferReports
 from kvcore.chunk_keys import rank_key
@@ -27,21 +28,20 @@ _LOAD_BATCH = 4
 """Chunks of one get: fewer than there are staging slots, so that saves go on beside loads."""
 _PARALLEL_WRITES = 2
 """Of one request: one is copied or hashed while the other is on its way."""
-_REMEMBERED_LEGS = 4096
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False, slots=True)
-class _Load:
+class _RunningLoad:
     order: LoadOrder
     job: LoadJob
     task: asyncio.Task[None]
 
 
 @dataclass(eq=False, slots=True)
-class _Save:
+class _RunningSave:
     """`first`: index of the first chunk in the prompt. `keys`: of the chunks ordered so far, from there on.
-    `reserve`: what the first order announced. `told`: of so many keys the leg's end was told."""
+    `reserve`: what the first order announced. `num_reported`: so many keys were in the last SaveEnded of the leg."""
 
     ticket: SaveTicket
     leg: str | None
@@ -51,7 +51,7 @@ class _Save:
     sizes: dict[ChunkKey, int]
     reserve: Sequence[ChunkKey]
     keys: list[ChunkKey] = field(default_factory=list)
-    told: int = 0
+    num_reported: int = 0
 
 
 class WorkerJobs:
@@ -63,16 +63,22 @@ class WorkerJobs:
         blocks: KVBlocks,
         spec: KVSpec,
         reports: TransferReports,
-        tell: Callable[[FromHalf], None],
+        *,
+        send: Callable[[FromWorker], None],
+        limits: ConnectorLimits,
     ) -> None:
         self._context = context
         self._blocks = blocks
         self._spec = spec
         self._reports = reports
-        self._tell = tell
-        self._loads: set[_Load] = set()
-        self._saves: dict[SaveTicket, _Save] = {}
+        self._send = send
+        self._limits = limits
+        self._loads: set[_RunningLoad] = set()
+        self._saves: dict[SaveTicket, _RunningSave] = {}
         self._ended_handoffs: OrderedDict[str, None] = OrderedDict()
+
+    def __repr__(self) -> str:
+        return f"<WorkerJobs {len(self._loads)} loads, {len(self._saves)} saves with {self.num_pending_saves} chunks>"
 
     @property
     def num_loading(self) -> int:
@@ -86,8 +92,13 @@ class WorkerJobs:
 
     # --- loads -------------------------------------------------------------------------------------------------
 
-    def load(self, order: LoadOrder, after: Event | None) -> None:
-        """Begin. It was noted in the reports, and ends there."""
+    def load(self, order: LoadOrder, after: DeviceEvent | None) -> None:
+        """Begin an order that the reports know; its end goes there. Waiting for chunks that are not in the store yet:
+
+        1. No prefiller is computing them (`wait_until` is None). The load takes what is there.
+        2. One is, and its handoff has not ended. The load waits for all chunks of the order, until `wait_until`.
+        3. One was, but the word that its handoff has ended came before this order. As in case 1.
+        """
         waits = order.wait_until is not None and order.leg not in self._ended_handoffs
         job = LoadJob(
             self._context,
@@ -98,26 +109,26 @@ class WorkerJobs:
             deadline=order.wait_until or 0.0,
             batch=_LOAD_BATCH,
         )
-        load = _Load(order, job, asyncio.create_task(self._guard(job.run, "load"), name="kv-load"))
+        load = _RunningLoad(order, job, asyncio.create_task(self._guard(job.run, "load"), name="kv-load"))
         self._loads.add(load)
         load.task.add_done_callback(functools.partial(self._load_ended, load))
 
     def end_handoff(self, leg: str) -> None:
         """Of loads under way, and of those to come."""
         self._ended_handoffs[leg] = None
-        while len(self._ended_handoffs) > _REMEMBERED_LEGS:
+        while len(self._ended_handoffs) > self._limits.remembered_handoffs:
             self._ended_handoffs.popitem(last=False)
         for load in self._loads:
             if load.order.leg == leg:
                 load.job.stop_waiting()
 
     def _destination(
-        self, order: LoadOrder, after: Event | None, first: int, count: int
+        self, order: LoadOrder, after: DeviceEvent | None, first: int, count: int
     ) -> AbstractAsyncContextManager[Sequence[Sequence[memoryview]]]:
         chunks = [place.block_ids for place in order.chunks[first : first + count]]
         return self._blocks.writing(chunks, order.keep_blocks if first == 0 else 0, after)
 
-    def _load_ended(self, load: _Load, _task: asyncio.Task[None]) -> None:
+    def _load_ended(self, load: _RunningLoad, _task: asyncio.Task[None]) -> None:
         self._loads.discard(load)
         order, job = load.order, load.job
         num_good = job.num_loaded - order.first_chunk
@@ -125,7 +136,7 @@ class WorkerJobs:
         if order.leg is not None:
             kept = order.keep_blocks * self._spec.chunk_tokens * self._blocks.block_bytes // self._spec.chunk_bytes
             good = sum(place.num_tokens for place in order.chunks[:num_good])
-            self._tell(
+            self._send(
                 LoadEnded(
                     leg=order.leg,
                     rank=self._spec.tp_rank,
@@ -140,9 +151,9 @@ class WorkerJobs:
 
     # --- saves -------------------------------------------------------------------------------------------------
 
-    def save(self, order: SaveOrder, ticket: SaveTicket, after: Event | None) -> None:
+    def save(self, order: SaveOrder, ticket: SaveTicket, after: DeviceEvent | None) -> None:
         """One more order of the ticket's. The first one begins its job."""
-        if ticket.ended:  # its job has failed
+        if ticket.ended:  # its job failed, or never began: see WorkerHalf.offer_saves
             return
         save = self._saves.get(ticket) or self._begin(order, ticket)
         for place in order.chunks:
@@ -156,7 +167,7 @@ class WorkerJobs:
         return ticket in self._saves
 
     def finish(self, request_ids: Sequence[str]) -> None:
-        """These requests have ended: so do their saves once what was ordered is done, and their loads now."""
+        """These requests have ended. Their saves end once all that was ordered is done; their loads are cancelled."""
         for save in self._saves.values():
             if save.ticket.request_id in request_ids:
                 save.job.close()
@@ -164,17 +175,19 @@ class WorkerJobs:
             if load.order.request_id in request_ids:
                 load.task.cancel()
 
-    def cut(self, tickets: Sequence[SaveTicket], loading: Sequence[str], timeout_s: float) -> asyncio.Task[None]:
-        """The blocks of these are about to be given to others. The task ends once nothing reads or writes them: writes
-        under way have `timeout_s` to end."""
+    def end_preempted(
+        self, tickets: Sequence[SaveTicket], loading: Sequence[str], timeout_s: float
+    ) -> asyncio.Task[None]:
+        """The blocks of these requests are about to be given to others. The task ends once nothing reads or writes
+        them; writes under way have `timeout_s` to end."""
         saves = [save for ticket in tickets if (save := self._saves.get(ticket))]
         for save in saves:
-            save.leg = None  # the saves that follow the preemption are the ones that count
+            save.leg = None  # the leg reports the saves that follow the preemption, not these
             save.job.abandon()
         loads = [load.task for load in self._loads if load.order.request_id in loading]
         for task in loads:
             task.cancel()
-        return asyncio.create_task(self._cut(saves, loads, timeout_s), name="kv-cut")
+        return asyncio.create_task(self._wait_ended(saves, loads, timeout_s), name="kv-preemption")
 
     async def aclose(self, timeout_s: float) -> None:
         """Let saves under way end (bounded), then cancel all that is left."""
@@ -190,12 +203,14 @@ class WorkerJobs:
             task.cancel()
         await asyncio.gather(*left, return_exceptions=True)
 
-    async def _cut(self, saves: Sequence[_Save], loads: Sequence[asyncio.Task[None]], timeout_s: float) -> None:
+    async def _wait_ended(
+        self, saves: Sequence[_RunningSave], loads: Sequence[asyncio.Task[None]], timeout_s: float
+    ) -> None:
         await asyncio.gather(*(save.job.cut(timeout_s) for save in saves))
         if loads:
             await asyncio.wait(loads)
 
-    def _begin(self, order: SaveOrder, ticket: SaveTicket) -> _Save:
+    def _begin(self, order: SaveOrder, ticket: SaveTicket) -> _RunningSave:
         rank, size = self._spec.tp_rank, self._blocks.block_bytes
         sizes = {rank_key(key, rank): num_blocks * size for key, num_blocks in order.reserve}
         job = SaveJob(
@@ -204,32 +219,32 @@ class WorkerJobs:
             list(sizes),
             sizes=sizes,
             parallel=_PARALLEL_WRITES,
-            void=lambda: ticket.void,
+            void=lambda: ticket.revoked,
             committed=lambda: self._committed(save),
         )
         task = asyncio.create_task(self._guard(job.run, "save"), name="kv-save")
-        save = _Save(ticket, order.leg, order.first_chunk, job, task, sizes, list(sizes))
+        save = _RunningSave(ticket, order.leg, order.first_chunk, job, task, sizes, list(sizes))
         task.add_done_callback(functools.partial(self._save_ended, save))
         self._saves[ticket] = save
         return save
 
-    def _committed(self, save: _Save) -> None:
-        """A prefill leg's end: its prompt is saved. vLLM says that a request has finished one step later only."""
+    def _committed(self, save: _RunningSave) -> None:
+        """Report the end of a prefill leg as soon as its prompt is saved. vLLM tells a request's end one step later."""
         if not save.job.num_pending and set(save.keys).issuperset(save.reserve):
-            self._tell_saved(save)
+            self._report_saved(save)
 
-    def _save_ended(self, save: _Save, _task: asyncio.Task[None]) -> None:
+    def _save_ended(self, save: _RunningSave, _task: asyncio.Task[None]) -> None:
         save.job.abandon()
         del self._saves[save.ticket]
         self._reports.save_ended(save.ticket)
-        self._tell_saved(save)
+        self._report_saved(save)
 
-    def _tell_saved(self, save: _Save) -> None:
-        if save.leg is None or save.told == len(save.keys):
+    def _report_saved(self, save: _RunningSave) -> None:
+        if save.leg is None or save.num_reported == len(save.keys):
             return
-        save.told = len(save.keys)
+        save.num_reported = len(save.keys)
         leading = itertools.takewhile(save.job.stored.__contains__, save.keys)
-        self._tell(
+        self._send(
             SaveEnded(
                 leg=save.leg,
                 rank=self._spec.tp_rank,
@@ -240,7 +255,7 @@ class WorkerJobs:
         )
 
     async def _guard(self, run: Callable[[], Awaitable[None]], what: str) -> None:
-        """Run a job. What it has not done when it fails, the request goes without."""
+        """Run a job. If it fails, the request goes on without what the job has not done."""
         try:
             await run()
         except Exception:  # the boundary of a request with the store: never the request's failure

@@ -1,6 +1,6 @@
-"""What vLLM is to be told of its requests: saves and loads that ended, blocks without their KV. Shared by two threads.
+"""What vLLM is to learn of its requests: saves and loads that ended, blocks without their KV. Shared by two threads.
 
-Orders are noted on vLLM's thread before the jobs hear of them, so an end can never come before its begin.
+Orders are noted on vLLM's thread before the jobs get them, so an end can never come before its begin.
 Invariant: a request is sent at most once, and only for saves ordered after its last preemption; each load is received
 once, and its failed blocks not later.
 """
@@ -14,17 +14,17 @@ from engines.vllm.connector.orders import LoadOrder
 
 @dataclass(eq=False, slots=True)
 class SaveTicket:
-    """The saves of one request between two preemptions. `void`: their blocks may be another's by now, so that nothing
-    more may be committed."""
+    """The saves of one request between two preemptions. `revoked`: their blocks may belong to another request by now,
+    so nothing more may be committed."""
 
     request_id: str
     ended: bool = False
-    void: bool = False
+    revoked: bool = False
 
 
 @dataclass(slots=True)
-class _Due:
-    """What the next report says."""
+class _NextReport:
+    """What `report` will return."""
 
     sent: set[str] = field(default_factory=set)
     received: set[str] = field(default_factory=set)
@@ -32,16 +32,16 @@ class _Due:
 
 
 class TransferReports:
-    """See the module. Every method may be called from any thread; but for `wait_for_news` none waits."""
+    """See the module. Every method may be called from any thread; only `wait_for_report` waits."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._news = threading.Condition(self._lock)
+        self._report_ready = threading.Condition(self._lock)
         self._saving: dict[str, SaveTicket] = {}
         self._loading: dict[str, list[LoadOrder]] = {}
         self._finished: set[str] = set()
         """Requests of vLLM's that have ended, while their saves go on."""
-        self._due = _Due()
+        self._next = _NextReport()
         self._failed_blocks: set[int] = set()
         """Reported as received with the last report, not yet asked for."""
 
@@ -75,11 +75,11 @@ class TransferReports:
             loading = [request_id for request_id in request_ids if request_id in self._loading]
             return [ticket for ticket in tickets if not ticket.ended], loading
 
-    def wait_for_news(self, timeout_s: float) -> None:
+    def wait_for_report(self, timeout_s: float) -> None:
         """Until there is something to report, if anything is under way that may bring it; at most `timeout_s`."""
         with self._lock:
             if self._loading or self._finished:
-                self._news.wait_for(lambda: self._due.received or self._due.sent, timeout_s)
+                self._report_ready.wait_for(lambda: self._next.received or self._next.sent, timeout_s)
 
     def report(self, finished_ids: Collection[str]) -> tuple[set[str], set[str], list[str]]:
         """(sent, received, those of `finished_ids` that have jobs under way, which are to end now)."""
@@ -93,9 +93,9 @@ class TransferReports:
                     self._finished.add(request_id)
                 if request_id in self._loading or request_id in self._saving:
                     busy.append(request_id)
-            due, self._due = self._due, _Due()
-            self._failed_blocks |= due.failed_blocks
-            return due.sent, due.received, busy
+            report, self._next = self._next, _NextReport()
+            self._failed_blocks |= report.failed_blocks
+            return report.sent, report.received, busy
 
     def failed_blocks(self) -> set[int]:
         """Those of loads that were reported as received, each once."""
@@ -121,15 +121,15 @@ class TransferReports:
         orders.remove(order)
         if not orders:
             del self._loading[order.request_id]
-        self._due.received.add(order.request_id)
-        self._news.notify_all()
-        self._due.failed_blocks.update(failed_blocks(order, num_good))
+        self._next.received.add(order.request_id)
+        self._report_ready.notify_all()
+        self._next.failed_blocks.update(failed_blocks(order, num_good))
 
     def _send(self, ticket: SaveTicket) -> None:
         del self._saving[ticket.request_id]
         self._finished.discard(ticket.request_id)
-        self._due.sent.add(ticket.request_id)
-        self._news.notify_all()
+        self._next.sent.add(ticket.request_id)
+        self._report_ready.notify_all()
 
 
 def failed_blocks(order: LoadOrder, num_good: int) -> list[int]:

@@ -21,7 +21,7 @@ async def _connect(bus: Bus) -> FrameChannel:
     return await FrameChannel.over(sock)
 
 
-def _say(channel: FrameChannel, frame: m.FromHalf) -> None:
+def _say(channel: FrameChannel, frame: m.FromWorker) -> None:
     channel.send(msgspec.msgpack.encode(frame))
 
 
@@ -51,6 +51,28 @@ async def test_ranks_that_hold_different_kv_are_refused() -> None:
             await bus.wait_workers(2, 5.0)
         for channel in channels:
             await channel.aclose()
+
+
+async def test_a_worker_half_of_another_protocol_is_refused_by_name() -> None:
+    async with Bus() as bus:
+        channel = await _connect(bus)
+        _say(channel, m.WorkerHello(protocol=m.BUS_PROTOCOL + 1, spec=msgspec.structs.replace(SPEC, tp_rank=3)))
+        with pytest.raises(EngineError, match=r"rank 3 speaks protocol 2 of the bus, this engine protocol 1"):
+            await bus.wait_workers(1, 5.0)
+        assert await asyncio.wait_for(channel.receive(), 5.0) == []
+        await channel.aclose()
+
+
+async def test_a_report_may_have_fields_that_the_front_does_not_know() -> None:
+    async with Bus() as bus:
+        channel = await _hello(bus)
+        await bus.wait_workers(1, 5.0)
+        assert repr(bus) == "<Bus ranks [0], 0 legs>"
+        assert repr(bus._workers[0]) == "<_WorkerSession rank 0 of 1, no sample>"
+        with bus.leg("r") as reports:
+            channel.send(msgspec.msgpack.encode({**msgspec.to_builtins(_saved("r", 0)), "weather": "fine"}))
+            await asyncio.wait_for(reports.wait_saved(1), 5.0)
+        await channel.aclose()
 
 
 async def test_a_connection_without_a_hello_is_closed_and_harms_nobody() -> None:
@@ -87,10 +109,10 @@ async def test_workers_are_told_that_a_handoff_ended_and_are_asked_for_samples()
         await bus.wait_workers(1, 5.0)
         bus.end_handoff("r")
         (told,) = await asyncio.wait_for(channel.receive(), 5.0)
-        assert msgspec.msgpack.decode(told, type=m.ToHalf) == m.EndHandoff(leg="r")
+        assert msgspec.msgpack.decode(told, type=m.ToWorker) == m.BusEndHandoff(leg="r")
         asking = asyncio.create_task(bus.samples(5.0))
         (asked,) = await asyncio.wait_for(channel.receive(), 5.0)
-        assert msgspec.msgpack.decode(asked, type=m.ToHalf) == m.AskSample()
+        assert msgspec.msgpack.decode(asked, type=m.ToWorker) == m.AskSample()
         sample = m.WorkerSample(rank=0, loading=1, pending_saves=2)
         _say(channel, sample)
         assert await asking == [sample]

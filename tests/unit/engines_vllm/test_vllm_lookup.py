@@ -46,6 +46,7 @@ def test_a_request_without_keys_is_answered_at_once_and_one_forgotten_has_nothin
     try:
         lookup.ask("r", [])
         assert lookup.answer("r", wait_s=0.0) == 0
+        assert repr(lookup) == "<StoreLookup of 1 ranks, 1 requests, 0 without an answer>"
         lookup.forget("r")
         lookup.forget("never asked")
         assert lookup.answer("r", wait_s=0.0) == 0

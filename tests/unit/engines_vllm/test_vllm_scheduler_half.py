@@ -9,7 +9,8 @@ from support.vllm_worker_model import FakeLookup
 
 from engines.vllm.connector.orders import LegParams
 from engines.vllm.connector.request_chunks import RequestChunks
-from engines.vllm.connector.scheduler_half import ScheduledRequest, SchedulerHalf
+from engines.vllm.connector.scheduler_half import SchedulerHalf
+from engines.vllm.connector.scheduler_requests import ScheduledRequest
 from kvcore.chunk_keys import next_key
 from kvcore.errors import ConfigError
 

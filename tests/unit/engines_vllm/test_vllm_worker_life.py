@@ -27,15 +27,15 @@ class Front:
 
     def __init__(self, world) -> None:
         self.world = world
-        self.said: list[m.FromHalf] = []
+        self.said: list[m.FromWorker] = []
         self.bus = Bus()
-        take = self.bus._take
+        handle = self.bus._handle
 
         def noting(channel, rank, frame):
             self.said.append(frame)
-            return take(channel, rank, frame)
+            return handle(channel, rank, frame)
 
-        self.bus._take = noting
+        self.bus._handle = noting
         world.at_home(self.bus.__aenter__())
 
     @property
@@ -85,6 +85,15 @@ def test_the_first_word_is_what_kv_it_is(rig, front):
     hello = front.wait(m.WorkerHello)
     assert hello.spec == engine.half.spec
     assert (hello.spec.chunk_tokens, hello.spec.chunk_bytes) == (CHUNK, 2 * engine.blocks.block_bytes)
+
+
+def test_a_half_shows_its_rank_and_its_jobs(rig):
+    world, make = rig
+    engine = make("a")
+    world.gate("write").close()
+    engine.save("p", *PLACES)
+    world.gate("write").wait_reached()
+    assert repr(engine.half) == "<WorkerHalf rank 0 of 1, open, <WorkerJobs 0 loads, 1 saves with 3 chunks>>"
 
 
 def test_the_end_of_a_prompts_saves_is_told_before_its_request_has_finished(rig, front):

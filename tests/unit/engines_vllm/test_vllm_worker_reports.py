@@ -16,7 +16,7 @@ def reports():
 
 
 def waiting(reports: TransferReports) -> threading.Thread:
-    thread = threading.Thread(target=reports.wait_for_news, args=(LIMIT_S,), daemon=True)
+    thread = threading.Thread(target=reports.wait_for_report, args=(LIMIT_S,), daemon=True)
     thread.start()
     return thread
 
@@ -68,5 +68,5 @@ def test_news_from_before_is_not_waited_for_again(reports):
 
 def test_it_waits_no_longer_than_it_is_told(reports):
     reports.load_ordered(order("r"))
-    reports.wait_for_news(0.001)
+    reports.wait_for_report(0.001)
     assert reports.report(())[1] == set()

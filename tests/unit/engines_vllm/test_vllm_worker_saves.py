@@ -7,6 +7,7 @@ from support.vllm_kv import CheckedStreams
 from support.vllm_worker import CHUNK, LIMIT_S, NUM_BLOCKS, place, shared_world
 
 from engines.vllm.connector.device_blocks import DeviceBlocks
+from engines.vllm.connector.limits import ConnectorLimits
 from kvcore.chunk_keys import rank_key
 from kvstore.chunk_format import HEADER_BYTES, parse
 
@@ -77,7 +78,7 @@ def test_preempted_waits_for_the_write_under_way_and_cancels_the_rest(world, eng
 
 
 def test_a_write_that_does_not_end_is_given_up_and_never_committed(world, rig):
-    engine = rig[1]("a", write_ends_s=0.05)
+    engine = rig[1]("a", limits=ConnectorLimits(write_ends_s=0.05))
     world.gate("write").close()
     engine.save("p", *PLACES)
     world.gate("write").wait_reached()
@@ -115,7 +116,7 @@ def test_a_preemption_before_room_was_given_writes_nothing(world, engine):
 
 @pytest.mark.parametrize("writing", [True, False])
 def test_when_our_thread_hangs_a_preemption_goes_on_and_the_save_is_void(world, rig, writing):
-    engine = rig[1]("a", cut_s=0.05)
+    engine = rig[1]("a", limits=ConnectorLimits(preemption_s=0.05))
     hanging = threading.Event()
     if writing:
         world.gate("write").close()
