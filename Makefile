@@ -17,7 +17,7 @@ demo: $(VENV)/.demo-model   ## bring a whole cluster up on a real model and serv
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/kvferry demo configs/laptop.yaml $(if $(ONCE),--once)
 
 test: check ucx nixl $(VENV)/.demo-model   ## everything: `check`, UCX, NIXL, the tests that need the demo model or whole clusters, vLLM
-	$(PYTEST) tests -m "slow and not ucx and not vllm"
+	$(PYTEST) tests -m "slow and not ucx and not vllm" -n 2 --dist loadfile --no-loadscope-reorder
 	$(MAKE) vllm
 
 # UCX 1.13 now and then aborts its process when a peer is killed while it connects (docs/rdma.md). Three tries tell that
