@@ -105,6 +105,13 @@ class NodeUnavailableError(KVFerryError):
     code = "node_unavailable"
 
 
+class NodeVersionError(KVFerryError):
+    """A node speaks a version of the nodes' API that the router does not: it is there, but cannot be used."""
+
+    http_status = 503
+    code = "node_version"
+
+
 class EngineDiedError(NodeUnavailableError):
     """The engine's process ended while it held the request."""
 

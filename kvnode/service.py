@@ -32,7 +32,7 @@ from kvnode.probe import Prober
 from kvnode.segment_owner import SegmentOwner
 from kvnode.supervisor import EngineSupervisor
 from metadata_server.connect import metadata_client
-from nodeapi.messages import EngineStats, NodeReport
+from nodeapi.messages import PROTOCOL, EngineStats, NodeReport
 
 _CLOSE_S = 2.0
 _logger = logging.getLogger("kvnode")
@@ -72,6 +72,7 @@ class _Node:
         ready = self.supervisor is not None and self.supervisor.ready
         stats: EngineStats | None = sample.stats if sample is not None else None
         return NodeReport(
+            protocol=PROTOCOL,
             node=self.membership.node,
             engine=self.engine().info if ready else None,
             stats=stats if ready else None,

@@ -8,10 +8,14 @@ from typing import TypeVar
 
 import msgspec
 
-from kvcore.errors import EngineError, KVFerryError, NodeUnavailableError, error_from_code
+from kvcore.errors import EngineError, KVFerryError, NodeUnavailableError, NodeVersionError, error_from_code
+from nodeapi.frames import FrameDecoder, FrameError
 from nodeapi.http_calls import HttpCalls, deadline
 from nodeapi.messages import (
+    OLDEST_PROTOCOL,
+    PROTOCOL,
     GenerateRequest,
+    Greeting,
     NodeReport,
     PrefillRequest,
     PrefillResult,
@@ -25,14 +29,14 @@ _MSGPACK = {"Content-Type": "application/msgpack", "Accept": "application/msgpac
 _Reply = TypeVar("_Reply")
 
 
-class _ErrorDetail(msgspec.Struct):
+class _NodeError(msgspec.Struct):
     code: str = "engine_error"
     message: str = ""
     retryable: bool = False
 
 
-class _ErrorBody(msgspec.Struct):
-    error: _ErrorDetail
+class _NodeErrorBody(msgspec.Struct):
+    error: _NodeError
 
 
 class HttpNodeClient:
@@ -54,16 +58,15 @@ class HttpNodeClient:
         """See NodeClient."""
         body = self._encoder.encode(request)
         async with self._calls.open("POST", f"{url}/v1/generate", body, timeout_s) as response:
-            buffer = bytearray()
+            cutter = FrameDecoder(MAX_FRAME_BYTES)
             while True:
                 async with deadline(url, timeout_s):
                     data = await response.content.readany()
                 if not data:
-                    if buffer:
+                    if not cutter.at_boundary:
                         raise NodeUnavailableError(f"{url} broke off inside a frame")
                     return
-                buffer += data
-                for frame in self._split(buffer, url):
+                for frame in self._frames_in(data, cutter, url):
                     if isinstance(frame, StreamError):
                         raise error_from_code(frame.code, frame.message)
                     yield frame
@@ -78,34 +81,31 @@ class HttpNodeClient:
 
     async def info(self, url: str, *, timeout_s: float) -> NodeReport:
         """See NodeClient."""
-        return _decode(await self._calls.whole("GET", f"{url}/v1/info", b"", timeout_s), NodeReport, url)
+        reply = await self._calls.whole("GET", f"{url}/v1/info", b"", timeout_s)
+        spoken = _decode(reply, Greeting, url).protocol
+        if not OLDEST_PROTOCOL <= spoken <= PROTOCOL:
+            older = "the node" if spoken < OLDEST_PROTOCOL else "the router"
+            raise NodeVersionError(
+                f"{url} speaks version {spoken} of the nodes' API, this router {OLDEST_PROTOCOL} to {PROTOCOL}: "
+                f"upgrade {older}"
+            )
+        return _decode(reply, NodeReport, url)
 
     async def aclose(self) -> None:
         """See NodeClient."""
         await self._calls.aclose()
 
-    def _split(self, buffer: bytearray, url: str) -> list[TokenDelta | StreamError]:
-        frames: list[TokenDelta | StreamError] = []
-        start = 0
-        while len(buffer) - start >= 4:
-            size = int.from_bytes(buffer[start : start + 4], "little")
-            if size > MAX_FRAME_BYTES:
-                raise NodeUnavailableError(f"{url} announced a frame of {size} bytes, over {MAX_FRAME_BYTES}")
-            if len(buffer) - start - 4 < size:
-                break
-            try:
-                frames.append(self._frames.decode(buffer[start + 4 : start + 4 + size]))
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                raise NodeUnavailableError(f"{url} sent a frame that cannot be read: {error}") from error
-            start += 4 + size
-        del buffer[:start]
-        return frames
+    def _frames_in(self, data: bytes, cutter: FrameDecoder, url: str) -> list[TokenDelta | StreamError]:
+        try:
+            return [self._frames.decode(payload) for payload in cutter.feed(data)]
+        except (FrameError, msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise NodeUnavailableError(f"{url} sent a frame that cannot be read: {error}") from error
 
 
 def _refusal(status: int, raw: bytes, url: str) -> KVFerryError:
     for decode in (msgspec.json.decode, msgspec.msgpack.decode):
         try:
-            detail = decode(raw, type=_ErrorBody).error
+            detail = decode(raw, type=_NodeErrorBody).error
         except (msgspec.DecodeError, UnicodeDecodeError):
             continue
         return error_from_code(detail.code, detail.message)

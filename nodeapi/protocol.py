@@ -28,7 +28,7 @@ class NodeClient(Protocol):
         ...
 
     async def info(self, url: str, *, timeout_s: float) -> NodeReport:
-        """The node's report."""
+        """The node's report. NodeVersionError where it speaks a protocol that we do not."""
         ...
 
     async def aclose(self) -> None:

@@ -18,7 +18,15 @@ from kvcore.ports import base_url
 from kvcore.telemetry import log_fields
 from kvcore.types import NodeInfo, Role
 from nodeapi.http_calls import HttpCalls, deadline
-from nodeapi.messages import EngineInfo, GenerateRequest, NodeReport, PrefillRequest, PrefillResult, TokenDelta
+from nodeapi.messages import (
+    PROTOCOL,
+    EngineInfo,
+    GenerateRequest,
+    NodeReport,
+    PrefillRequest,
+    PrefillResult,
+    TokenDelta,
+)
 from router.nodes.vllm_model import ModelFacts
 from router.nodes.vllm_replies import CompletionStream, prefill_result, refusal
 from router.nodes.vllm_requests import decode_body, num_sequences, prefill_body
@@ -120,6 +128,7 @@ class VllmClient:
         self._known[url] = max_context, peer
         spec = self._facts.kv_spec
         return NodeReport(
+            protocol=PROTOCOL,
             node=NodeInfo(id=name, role=node.role, control_url=url, incarnation=0, fingerprint=spec.fingerprint),
             engine=EngineInfo(
                 kind="vllm",
