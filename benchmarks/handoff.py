@@ -30,7 +30,7 @@ from kvcore.types import ChunkKey, KVSpec, NodeInfo, Role, Segment
 from kvstore.chunk_format import checksum
 from kvstore.store import KVStore
 from kvstore.types import GetOutcome
-from metadata_server.client import HttpMetadataTransport, MetadataClient
+from metadata_server.connect import MetadataEndpoints, connect_client
 from metadata_server.messages import RegisterRequest, SegmentManifest
 from transfer.memory.segment import SegmentMemory, host_identity
 from transfer.select import build_transfer, start_segment_hosts
@@ -132,7 +132,7 @@ async def one_round(store: KVStore, payload: Payload, number: int) -> dict[str, 
 async def measure(url: str, segment: Segment, rounds: int) -> dict[str, float]:
     """Print the table; returns the RESULT."""
     clock = SystemClock()
-    client = MetadataClient(HttpMetadataTransport(url), clock, CALL_S)
+    client = connect_client(MetadataEndpoints(urls=(url,), timeout_s=CALL_S), clock)
     node = NodeInfo(id="n0", role=Role.STORE, control_url="http://127.0.0.1:1", incarnation=1)
     await client.register(RegisterRequest(node=node, segments=[SegmentManifest(segment=segment)], ttl_s=600))
     print(

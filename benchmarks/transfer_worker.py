@@ -29,7 +29,8 @@ from kvcore.types import ChunkKey, KVSpec, NodeInfo, Role, Segment
 from kvstore.put_session import PutChunk
 from kvstore.store import KVStore
 from kvstore.types import GetOutcome
-from metadata_server.client import HttpMetadataTransport, MetadataClient
+from metadata_server.client import MetadataClient
+from metadata_server.connect import MetadataEndpoints, connect_client
 from metadata_server.messages import RegisterRequest, SegmentManifest
 from transfer.base import TransferEngine, TransferOp
 from transfer.memory.segment import SegmentMemory, host_identity
@@ -209,7 +210,7 @@ async def answer_questions(fd: int) -> None:
     segment = msgspec.json.decode(setup["segment"], type=Segment)
     initiator = Initiator(segment, setup["buffer"])
     async with AsyncExitStack() as stack:
-        metadata = MetadataClient(HttpMetadataTransport(setup["metadata"]), SystemClock(), CALL_S)
+        metadata = connect_client(MetadataEndpoints(urls=(setup["metadata"],), timeout_s=CALL_S), SystemClock())
         stack.push_async_callback(metadata.aclose)
         node = NodeInfo(id="n0", role=Role.STORE, control_url="http://127.0.0.1:1", incarnation=1)
         await metadata.register(RegisterRequest(node=node, segments=[SegmentManifest(segment=segment)], ttl_s=600))

@@ -7,10 +7,8 @@ of KV. Invariant: nothing is written outside of the reservations, nor after the 
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-
-import msgspec
 
 from kvcore.clock import Clock
 from kvcore.config.schema import StoreConfig, TransportConfig
@@ -21,9 +19,7 @@ from kvcore.errors import (
     OverloadedError,
 )
 from kvcore.types import ChunkKey, NodeInfo, ReplicaRef, Segment
-from kvstore.background import Background
-from kvstore.counters import StoreCounters
-from kvstore.placement import Placement, Reserved
+from kvstore.placement import Placement
 from metadata_server.client import MetadataClient
 from metadata_server.messages import SegmentStats
 from nodeapi.messages import ProbeReport, ProbeRequest
@@ -59,7 +55,7 @@ class Prober:
         self._store = store
         self._clock = clock
         self._open_transfer = open_transfer
-        self._background = Background()
+        self._placement = Placement(metadata, node_id=node.id, incarnation=node.incarnation, clock=clock, config=store)
         self._running: asyncio.Task[ProbeReport] | None = None
         self._paused = False
 
@@ -104,7 +100,7 @@ class Prober:
     async def aclose(self) -> None:
         """End what is under way, and wait for give-backs, bounded."""
         await self._stop()
-        await self._background.aclose(_CLOSE_S)
+        await self._placement.aclose(_CLOSE_S)
 
     async def _stop(self) -> None:
         if self._running is not None:
@@ -164,35 +160,19 @@ class Prober:
     async def _scratch(
         self, target: SegmentStats, timeout_s: float
     ) -> AsyncIterator[tuple[list[tuple[int, int]], float]]:
-        """(offset, length) of each piece of room that is ours in the segment, and until when it may be written."""
-        placement = self._placement(timeout_s)
+        """(offset, length) of each piece of room that is ours in the segment, and until when it may be written.
+
+        Reservations last little longer than the measurement, whatever becomes of us.
+        """
         lengths = {ChunkKey(secrets.token_bytes(16)): size for size in self._sizes(target)}
-
-        def give_back(reserved: Reserved) -> Awaitable[None]:
-            ids = [replica.id for replica in reserved.granted.values()]
-            return asyncio.shield(self._background.spawn(placement.abort(ids)))
-
-        work = placement.reserve(lengths, target.segment.id, timeout_s)
-        reserved = await self._background.finish(work, give_back)
+        reserved = await self._placement.reserve(lengths, target.segment.id, timeout_s, ttl_s=2 * timeout_s)
         try:
             ours = _inside(reserved.granted, target.segment)
             if not ours:
                 raise OverloadedError(f"no room was given in segment {target.segment.id}; ask again in some seconds")
             yield [(replica.offset, replica.length) for replica in ours], reserved.write_by
         finally:
-            await give_back(reserved)
-
-    def _placement(self, timeout_s: float) -> Placement:
-        """Reservations last little longer than the measurement, whatever becomes of us; its counters are nobody's."""
-        return Placement(
-            self._metadata,
-            node_id=self._node.id,
-            incarnation=self._node.incarnation,
-            clock=self._clock,
-            config=msgspec.structs.replace(self._store, reserve_ttl_s=2 * timeout_s),
-            counters=StoreCounters(),
-            background=self._background,
-        )
+            await self._placement.give_back(reserved)
 
     def _sizes(self, target: SegmentStats) -> list[int]:
         """Half of what is free at most, so that nothing is evicted and others find room meanwhile."""

@@ -31,7 +31,7 @@ from kvnode.metrics import NodeMetrics
 from kvnode.probe import Prober
 from kvnode.segment_owner import SegmentOwner
 from kvnode.supervisor import EngineSupervisor
-from metadata_server.connect import metadata_client
+from metadata_server.connect import connect_client, endpoints_of
 from nodeapi.messages import PROTOCOL, EngineStats, NodeReport
 
 _CLOSE_S = 2.0
@@ -93,7 +93,7 @@ async def run_node(config: ClusterConfig, name: str, lifecycle: Lifecycle, clock
     port = listener.getsockname()[1]
     info = NodeInfo(id=name, role=settings.role, control_url=base_url(settings.host, port), incarnation=incarnation)
     owner = await stack.enter_async_context(SegmentOwner(name, incarnation, settings, config.transport))
-    client = metadata_client(config, clock)
+    client = connect_client(endpoints_of(config.metadata_server), clock)
     stack.push_async_callback(client.aclose)
     membership = Membership(client, info, owner.manifests, ttl_s=config.metadata_server.node_ttl_s)
     prober = Prober(

@@ -67,19 +67,23 @@ class Placement:
         incarnation: int,
         clock: Clock,
         config: StoreConfig,
-        counters: StoreCounters,
-        background: Background,
+        counters: StoreCounters | None = None,
+        background: Background | None = None,
     ) -> None:
+        """`counters` and `background` are a KVStore's; without them it has its own, as one that moves no bytes does."""
         self._metadata = metadata
         self._node_id = node_id
         self._incarnation = incarnation
         self._clock = clock
         self._config = config
-        self._counters = counters
-        self._background = background
+        self._counters = counters or StoreCounters()
+        self._background = background or Background()
 
     async def match(self, keys: Sequence[ChunkKey], timeout_s: float) -> Match:
-        """Longest complete prefix, leased."""
+        """Longest complete prefix, leased. A cancelled call leaves no lease behind."""
+        return await self._background.finish(self._match(keys, timeout_s), self.release)
+
+    async def _match(self, keys: Sequence[ChunkKey], timeout_s: float) -> Match:
         request = MatchRequest(
             keys=list(keys),
             lease_s=self._config.read_lease_s,
@@ -106,15 +110,47 @@ class Placement:
             request = ReleaseRequest(lease_ids=[match.lease_id])
             await self._insist(lambda: self._metadata.release(request), 1)
 
-    async def reserve(self, lengths: Mapping[ChunkKey, int], prefer_segment: str | None, timeout_s: float) -> Reserved:
-        """Room for one chunk a key, of so many bytes (header included), in this order."""
-        write_by = self._clock.now() + _WRITABLE_SHARE * self._config.reserve_ttl_s
+    def release_soon(self, match: Match) -> None:
+        """As `release`, without waiting for it. With too much under way the lease is left to expire, and counted."""
+        if not match.lease_id:
+            return
+        if self._background.full:
+            self._counters.add(Count.LEFT_TO_EXPIRE)
+        else:
+            self._background.spawn(self.release(match))
+
+    async def reserve(
+        self,
+        lengths: Mapping[ChunkKey, int],
+        prefer_segment: str | None,
+        timeout_s: float,
+        *,
+        ttl_s: float | None = None,
+    ) -> Reserved:
+        """Room for one chunk a key, of so many bytes (header included), in this order; for `ttl_s` (default: the
+        configuration's). A cancelled call leaves no reservation behind."""
+        ttl_s = self._config.reserve_ttl_s if ttl_s is None else ttl_s
+        return await self._background.finish(self._reserve(lengths, prefer_segment, timeout_s, ttl_s), self.give_back)
+
+    async def give_back(self, reserved: Reserved) -> None:
+        """Abort all that was granted. The work survives the caller's cancellation."""
+        ids = [replica.id for replica in reserved.granted.values()]
+        await asyncio.shield(self._background.spawn(self.abort(ids)))
+
+    async def aclose(self, timeout_s: float) -> None:
+        """End give-backs and reports under way, after `timeout_s` by cancellation. Idempotent."""
+        await self._background.aclose(timeout_s)
+
+    async def _reserve(
+        self, lengths: Mapping[ChunkKey, int], prefer_segment: str | None, timeout_s: float, ttl_s: float
+    ) -> Reserved:
+        write_by = self._clock.now() + _WRITABLE_SHARE * ttl_s
         request = ReserveRequest(
             node_id=self._node_id,
             incarnation=self._incarnation,
             items=[ReserveItem(key=key, length=length) for key, length in lengths.items()],
             prefer_segment=prefer_segment,
-            ttl_s=self._config.reserve_ttl_s,
+            ttl_s=ttl_s,
         )
         reply = await self._value(self._metadata.reserve(request, timeout_s=timeout_s))
         return Reserved(answered=False) if reply is None else self._reserved(lengths, reply, write_by)

@@ -103,7 +103,7 @@ class KVStore:
         """
         if not keys:
             return Match()
-        return await self._background.finish(self._placement.match(keys, timeout_s), self._placement.release)
+        return await self._placement.match(keys, timeout_s)
 
     async def wait(self, keys: Sequence[ChunkKey], *, more_than: int, timeout_s: float) -> Match:
         """As `match`, answered once more than `more_than` leading keys are complete or time, a minute at most, is up
@@ -142,12 +142,7 @@ class KVStore:
 
     def release_soon(self, match: Match) -> None:
         """As `release`, behind the caller's back: a call to the metadata server that nothing has to wait for."""
-        if not match.lease_id:
-            return
-        if self._background.full:
-            self._counters.add(Count.LEFT_TO_EXPIRE)
-        else:
-            self._background.spawn(self._placement.release(match))
+        self._placement.release_soon(match)
 
     async def begin_put(
         self,
@@ -171,10 +166,7 @@ class KVStore:
         if self._reports:  # else what was just refused still counts as there, and is not written again
             await asyncio.wait(self._reports, timeout=timeout_s)
         lengths = {key: HEADER_BYTES + self._payload_bytes(key, sizes or {}) for key in distinct}
-        reserved = await self._background.finish(
-            self._placement.reserve(lengths, prefer_segment, timeout_s), self._give_back
-        )
-        return PutSession(self._put_context, reserved)
+        return PutSession(self._put_context, await self._placement.reserve(lengths, prefer_segment, timeout_s))
 
     def counters(self) -> dict[str, int]:
         """A copy of the totals since start; names in `kvstore.counters`."""
@@ -193,6 +185,3 @@ class KVStore:
         if not 0 < size <= full:
             raise ValueError(f"a chunk's payload has 1 to {full} bytes, not {size}")
         return size
-
-    async def _give_back(self, reserved: Reserved) -> None:
-        await self._placement.abort([replica.id for replica in reserved.granted.values()])

@@ -12,7 +12,6 @@ import msgspec
 
 from kvcore.clock import Clock
 from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
-from metadata_server.http_transport import HttpEventSource, HttpMetadataTransport
 from metadata_server.messages import (
     CommitReply,
     HeartbeatReply,
@@ -32,17 +31,6 @@ from metadata_server.messages import (
     Stats,
     WaitRequest,
 )
-from metadata_server.subscription import EventSource, IndexSink, IndexSubscription
-
-__all__ = [
-    "EventSource",
-    "HttpEventSource",
-    "HttpMetadataTransport",
-    "IndexSink",
-    "IndexSubscription",
-    "MetadataClient",
-    "MetadataTransport",
-]
 
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 1.0

@@ -1,13 +1,33 @@
-"""From a cluster file to a client of its metadata server. The one place where a client is made."""
+"""The one place where clients of a metadata server are made: of its calls, and of its event stream."""
+
+import msgspec
 
 from kvcore.clock import Clock
-from kvcore.config.schema import ClusterConfig
+from kvcore.config.schema import MetadataServerConfig
 from kvcore.ports import base_url
-from metadata_server.client import HttpMetadataTransport, MetadataClient
+from metadata_server.client import MetadataClient
+from metadata_server.http_transport import HttpEventSource, HttpMetadataTransport
+from metadata_server.subscription import IndexSink, IndexSubscription
 
 
-def metadata_client(config: ClusterConfig, clock: Clock) -> MetadataClient:
-    """A client of the cluster's metadata server, to be closed by the caller. Connects on its first call."""
-    server = config.metadata_server
-    transport = HttpMetadataTransport(base_url(server.host, server.port))
-    return MetadataClient(transport, clock, server.timeout_s)
+class MetadataEndpoints(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where a cluster's metadata servers are asked, and how long one call may take."""
+
+    urls: tuple[str, ...]
+    """http://host:port of each, at least one. Only the first is asked today."""
+    timeout_s: float
+
+
+def endpoints_of(server: MetadataServerConfig) -> MetadataEndpoints:
+    """What a cluster file says of its metadata server."""
+    return MetadataEndpoints(urls=(base_url(server.host, server.port),), timeout_s=server.timeout_s)
+
+
+def connect_client(endpoints: MetadataEndpoints, clock: Clock) -> MetadataClient:
+    """Typed calls over HTTP. Opens no connection yet; close it with `aclose`."""
+    return MetadataClient(HttpMetadataTransport(endpoints.urls[0]), clock, endpoints.timeout_s)
+
+
+def connect_subscription(endpoints: MetadataEndpoints, sink: IndexSink, clock: Clock) -> IndexSubscription:
+    """Follows the event stream over HTTP once its `run` is awaited; close it with `aclose` after that has ended."""
+    return IndexSubscription(HttpEventSource(endpoints.urls[0]), sink, clock)

@@ -84,6 +84,10 @@ class IndexSubscription:
         """The life of the server that the sink's state belongs to; empty: none."""
         return self._epoch
 
+    async def aclose(self) -> None:
+        """Release the source's connection; `run` must have ended. Idempotent."""
+        await self._source.aclose()
+
     async def run(self) -> None:
         """Follow until cancelled; reconnects by itself, pausing 0.1 s to 1 s between failures."""
         backoff_s = _FIRST_BACKOFF_S

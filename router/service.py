@@ -6,13 +6,11 @@ import logging
 from kvcore.clock import SystemClock
 from kvcore.config.schema import ClusterConfig, HandoffKind
 from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
-from kvcore.ports import base_url
 from kvcore.process.asgi import AsgiServer
 from kvcore.process.service import Lifecycle
 from kvcore.telemetry import log_fields
 from metadata_server.client import MetadataClient
-from metadata_server.http_transport import HttpEventSource, HttpMetadataTransport
-from metadata_server.subscription import IndexSubscription
+from metadata_server.connect import connect_client, connect_subscription, endpoints_of
 from nodeapi.client import HttpNodeClient
 from nodeapi.protocol import NodeClient
 from router.answering import Answerer
@@ -54,7 +52,9 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
         handoff=config.handoff,
     )
     lifecycle.stack.push_async_callback(dispatcher.aclose)
-    subscription = _make_subscription(config, cluster, lifecycle)
+    endpoints = endpoints_of(config.metadata_server)
+    keeps_store = config.handoff is HandoffKind.KVFERRY  # servers that are not ours keep none
+    subscription = connect_subscription(endpoints, cluster, clock) if keeps_store else None
     connected = None if subscription is None else lambda: subscription.connected
     status = StatusView(config, cluster, log, clock, connected)
     metrics = RouterMetrics(cluster, log, connected)
@@ -65,8 +65,11 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
     server = AsgiServer(app, bounds.host, bounds.port)
     lifecycle.tasks.create_task(cluster.run(), name="node probes")
     if subscription is not None:
+        metadata = connect_client(endpoints, clock)
+        lifecycle.stack.push_async_callback(subscription.aclose)
+        lifecycle.stack.push_async_callback(metadata.aclose)
         lifecycle.tasks.create_task(subscription.run(), name="index subscription")
-        lifecycle.tasks.create_task(_follow_stats(_make_metadata(config, lifecycle), status), name="segment use")
+        lifecycle.tasks.create_task(_follow_stats(metadata, status), name="segment use")
     await server.start()
     lifecycle.stack.push_async_callback(server.aclose)
     lifecycle.tasks.create_task(server.wait_failed(), name="http server")
@@ -81,22 +84,6 @@ async def _make_client(config: ClusterConfig) -> NodeClient:
         return HttpNodeClient(connect_timeout_s=config.router.connect_timeout_s, max_connections=max_connections)
     facts = await asyncio.to_thread(read_model_facts, config)
     return VllmClient(config, facts, max_connections=max_connections, api_key=server_key())
-
-
-def _make_subscription(config: ClusterConfig, cluster: Cluster, lifecycle: Lifecycle) -> IndexSubscription | None:
-    """None where no metadata server is: servers that are not ours keep no store."""
-    if config.handoff is not HandoffKind.KVFERRY:
-        return None
-    source = HttpEventSource(base_url(config.metadata_server.host, config.metadata_server.port))
-    lifecycle.stack.push_async_callback(source.aclose)
-    return IndexSubscription(source, cluster, SystemClock())
-
-
-def _make_metadata(config: ClusterConfig, lifecycle: Lifecycle) -> MetadataClient:
-    server = config.metadata_server
-    transport = HttpMetadataTransport(base_url(server.host, server.port))
-    lifecycle.stack.push_async_callback(transport.aclose)
-    return MetadataClient(transport, SystemClock(), server.timeout_s)
 
 
 async def _follow_stats(metadata: MetadataClient, status: StatusView) -> None:

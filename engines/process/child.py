@@ -1,7 +1,7 @@
 """The program of an engine's process: `python -m engines.process.child --fd N`, started by `engines.process.parent`.
 
-Wires what the engine needs of its own: metadata client, transports, store. Owns nothing else; the node's segment is
-reached like any other, through the transports.
+Wires the engine with a store of its own (`kvstore.wiring`). Owns nothing else; the node's segment is reached like any
+other, through the transports.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 
 from prometheus_client import REGISTRY
 
@@ -25,10 +25,10 @@ from kvcore.process.service import loop_factory
 from kvcore.process.state_dump import dump_on_signal
 from kvcore.telemetry import configure_logging, exposition
 from kvcore.types import KVSpec
+from kvstore.settings import store_settings
 from kvstore.store import KVStore
-from metadata_server.connect import metadata_client
+from kvstore.wiring import OpenedStore, open_wiring
 from transfer.memory.segment import host_identity
-from transfer.select import build_transfer
 
 MAX_EXPOSITION_BYTES = 1 << 20
 """vLLM 0.32 has 73 families, 51 KB."""
@@ -56,41 +56,17 @@ async def open_engine(hello: m.Hello) -> AsyncIterator[OpenedEngine]:
                 ),
             )
         return
-    async with AsyncExitStack() as stack:
-        metadata = metadata_client(config, clock)
-        stack.push_async_callback(metadata.aclose)
-        transfer = build_transfer(config.transport, host_id)
-        stack.push_async_callback(transfer.aclose)
-        stores: list[KVStore] = []
+    settings = store_settings(config, node_id=hello.node_name, incarnation=hello.incarnation, host_id=host_id)
+    async with open_wiring(settings, clock) as wiring:
+        opened: list[OpenedStore] = []
 
         def make_store(spec: KVSpec) -> KVStore:
-            store = KVStore(
-                spec=spec,
-                node_id=hello.node_name,
-                incarnation=hello.incarnation,
-                metadata=metadata,
-                transfer=transfer,
-                clock=clock,
-                host_id=host_id,
-                config=config.store,
-                verify=config.kv.verify,
-            )
-            stack.push_async_callback(store.aclose)
-            stores.append(store)
-            return store
+            opened.append(wiring.open_store(spec))
+            return opened[-1].store
 
         engine = build_engine(config, hello.node_name, make_store, clock)
         async with engine:  # left before the store, the transports and the client are closed
-            yield OpenedEngine(engine, lambda: _store_counters(stores[0]), lambda: dict(transfer.choices()))
-
-
-def _store_counters(store: KVStore) -> dict[str, int]:
-    moved = {
-        f"moved.{move.transport}.{move.direction}.{unit}": value
-        for move in store.moved()
-        for unit, value in (("bytes", move.num_bytes), ("us", int(move.seconds * 1e6)))
-    }
-    return store.counters() | moved
+            yield OpenedEngine(engine, opened[0].totals, opened[0].transports)
 
 
 def main() -> None:

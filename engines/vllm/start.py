@@ -24,7 +24,7 @@ from engines.vllm.stats import VllmStats
 from kvcore.config.schema import ClusterConfig, VllmEngineConfig
 from kvcore.errors import ConfigError, EngineError, ModelLoadError
 from kvcore.model_folder import find_folder
-from kvcore.ports import base_url
+from kvstore.settings import store_settings
 
 _WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
@@ -94,17 +94,10 @@ def connector_config(extra: dict[str, Any] | None = None) -> KVTransferConfig:
 
 def connector_settings(start: VllmStart, provenance: Provenance, bus_path: str | None) -> ConnectorSettings:
     """The cluster file, as far as the connector needs it."""
-    config, server = start.config, start.config.metadata_server
+    config = start.config
     return ConnectorSettings(
-        node_id=start.node_id,
-        incarnation=start.incarnation,
-        host_id=start.host_id,
-        metadata_url=base_url(server.host, server.port),
-        metadata_timeout_s=server.timeout_s,
-        transport=config.transport,
-        store=config.store,
+        store=store_settings(config, node_id=start.node_id, incarnation=start.incarnation, host_id=start.host_id),
         chunk_tokens=config.kv.chunk_tokens,
-        verify=config.kv.verify,
         save_output=start.engine.save_output,
         provenance=provenance,
         bus=bus_path,

@@ -19,7 +19,7 @@ from kvcore.ports import base_url, why_unreachable
 from kvcore.types import NodeInfo, Role
 from kvferry.doctor.verdict import Level, Outcome, Problem, Verdict, gigabytes, judge, wrong
 from kvferry.machine import size_text
-from metadata_server.connect import metadata_client
+from metadata_server.connect import connect_client, endpoints_of
 from nodeapi.messages import ProbeReport, ProbeRequest
 
 _PAIR_S = 15.0
@@ -43,7 +43,7 @@ async def run_probe(config: ClusterConfig, console: Console, *, pair_s: float = 
     of ours moves the KV."""
     if config.handoff is not HandoffKind.KVFERRY:
         raise ConfigError(f"handoff: {config.handoff} moves the KV between the servers: nothing of ours to probe")
-    client = metadata_client(config, SystemClock())
+    client = connect_client(endpoints_of(config.metadata_server), SystemClock())
     try:
         alive = (await client.nodes()).nodes
     except (MetadataUnavailableError, MetadataProtocolError) as error:

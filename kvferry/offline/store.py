@@ -16,8 +16,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
 from pathlib import Path
 
-import msgspec
-
+from kvcore.clock import SystemClock
 from kvcore.config.schema import MetadataServerConfig
 from kvcore.errors import ConfigError, DeadlineExceededError, MetadataProtocolError, MetadataUnavailableError
 from kvcore.ports import base_url, listen
@@ -28,8 +27,8 @@ from kvferry.launch.processes import plan_processes
 from kvferry.launch.supervised import ProcessState
 from kvferry.machine import is_local
 from kvferry.offline.cluster import StoreCluster, write_cluster
-from metadata_server.client import HttpMetadataTransport
-from metadata_server.messages import NodesReply
+from metadata_server.client import MetadataClient
+from metadata_server.connect import connect_client, endpoints_of
 from nodeapi.client import HttpNodeClient
 from nodeapi.messages import NodeReport
 
@@ -103,7 +102,7 @@ class OfflineStore:
     async def _keep_up(self, folder: Path) -> None:
         """Until cancelled."""
         config, file = self._cluster.config, folder / "cluster.yaml"
-        server = HttpMetadataTransport(self._server_url)
+        server = connect_client(endpoints_of(config.metadata_server), SystemClock())
         try:
             if self._cluster.joined:
                 await self._until(server, lambda _: True, REACH_S, "cannot be reached; start it, or correct its file")
@@ -133,7 +132,7 @@ class OfflineStore:
 
     async def _until(
         self,
-        server: HttpMetadataTransport,
+        server: MetadataClient,
         enough: Callable[[Sequence[NodeInfo]], bool],
         timeout_s: float,
         problem: str,
@@ -143,21 +142,21 @@ class OfflineStore:
         try:
             async with asyncio.timeout(timeout_s):
                 while True:
-                    try:
-                        reply = await server.call("/v1/nodes", b"", config.metadata_server.timeout_s)
-                        nodes = msgspec.msgpack.decode(reply, type=NodesReply).nodes
-                        if enough(nodes):
-                            return
-                        last = f"it knows {', '.join(node.id for node in nodes) or 'no node'}"
-                    except MetadataUnavailableError as error:
-                        last = error.message
+                    if server.available:
+                        try:
+                            nodes = (await server.nodes()).nodes
+                            if enough(nodes):
+                                return
+                            last = f"it knows {', '.join(node.id for node in nodes) or 'no node'}"
+                        except MetadataUnavailableError as error:
+                            last = error.message
                     await asyncio.sleep(_POLL_S)
         except TimeoutError:
             raise ConfigError(
                 f"store: the metadata server of cluster {config.cluster!r} at {self._server_url} {problem} "
                 f"(waited {timeout_s:g} s; {last})"
             ) from None
-        except (MetadataProtocolError, msgspec.MsgspecError) as error:
+        except MetadataProtocolError as error:
             raise ConfigError(f"store: what answers at {self._server_url} is no metadata server: {error}") from error
 
     def _changed(self, event: LauncherEvent) -> None:

@@ -7,7 +7,6 @@ from support.metadata_rigs import end, metadata_rig, until
 from support.metadata_words import granted, ids, key, keys, registration, reservation
 
 from kvcore.errors import MetadataProtocolError
-from metadata_server.client import IndexSubscription
 from metadata_server.messages import (
     Event,
     EventKind,
@@ -21,6 +20,7 @@ from metadata_server.messages import (
     ReplicaIds,
     WaitRequest,
 )
+from metadata_server.subscription import IndexSubscription
 
 
 @pytest.fixture(params=["direct", "http"])

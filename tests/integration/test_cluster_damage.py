@@ -19,7 +19,7 @@ from kvcore.clock import SystemClock
 from kvcore.config.schema import SimEngineConfig
 from kvcore.types import ReplicaRef
 from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, checksum, pack, parse
-from metadata_server.client import HttpMetadataTransport, MetadataClient
+from metadata_server.connect import MetadataEndpoints, connect_client
 from metadata_server.messages import MatchReply, MatchRequest
 from nodeapi.messages import SamplingParams
 from transfer.memory.segment import attach
@@ -59,7 +59,7 @@ async def ask(subject: ClusterHandle, prompt: list[int]) -> dict[str, Any]:
 
 async def lookup(subject: ClusterHandle, prompt: list[int]) -> MatchReply:
     spec = sim_spec(sim_config(subject), subject.config.model.name, CHUNK)
-    client = MetadataClient(HttpMetadataTransport(subject.metadata_url), SystemClock(), 5.0)
+    client = connect_client(MetadataEndpoints(urls=(subject.metadata_url,), timeout_s=5.0), SystemClock())
     try:
         return await client.match(MatchRequest(keys=chunk_keys(root_key(spec.fingerprint), prompt, CHUNK)[:CHUNKS]))
     finally:

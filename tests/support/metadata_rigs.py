@@ -11,8 +11,9 @@ from kvcore.errors import MetadataUnavailableError, OverloadedError
 from kvcore.process.asgi import AsgiServer
 from kvcore.telemetry import Metrics
 from metadata_server.app import create_app
-from metadata_server.client import HttpEventSource, HttpMetadataTransport, MetadataClient
+from metadata_server.client import MetadataClient
 from metadata_server.core import MetadataCore
+from metadata_server.http_transport import HttpEventSource, HttpMetadataTransport
 
 MAX_BODY = 1 << 20
 

@@ -16,13 +16,15 @@ from engines.vllm.connector.limits import ConnectorLimits
 from engines.vllm.connector.orders import ChunkPlace, LoadOrder, SaveOrder
 from engines.vllm.connector.settings import ConnectorSettings, Provenance
 from engines.vllm.connector.worker_half import WorkerHalf
-from engines.vllm.connector.worker_store import OpenedStore
 from kvcore.clock import SystemClock
 from kvcore.config.schema import StoreConfig, TransportConfig
 from kvcore.errors import MetadataUnavailableError
 from kvcore.types import ChunkKey
+from kvstore.settings import KVStoreSettings
 from kvstore.store import KVStore
+from kvstore.wiring import OpenedStore
 from metadata_server.client import MetadataClient
+from metadata_server.connect import MetadataEndpoints
 from transfer.inproc import InprocTransfer
 
 CHUNK = 2 * BLOCK
@@ -148,15 +150,15 @@ class Engine:
         self.failed: list[int] = []
         self._wrap = wrap
         settings = ConnectorSettings(
-            node_id=node,
-            incarnation=1,
-            host_id="h",
-            metadata_url="http://nowhere",
-            metadata_timeout_s=5.0,
-            transport=TransportConfig(timeout_s=timeout_s),
-            store=StoreConfig(),
+            store=KVStoreSettings(
+                node_id=node,
+                incarnation=1,
+                host_id="h",
+                metadata=MetadataEndpoints(urls=("http://nowhere",), timeout_s=5.0),
+                transport=TransportConfig(timeout_s=timeout_s),
+                store=StoreConfig(),
+            ),
             chunk_tokens=CHUNK,
-            verify=True,
             save_output=True,
             provenance=Provenance(model_id="m", weights_digest=weights, tokenizer_digest="t", attention="a"),
             bus=bus,

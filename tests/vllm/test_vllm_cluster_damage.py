@@ -13,7 +13,7 @@ from kvcore.chunk_keys import chunk_keys, root_key
 from kvcore.clock import SystemClock
 from kvcore.types import ChunkKey
 from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, pack, parse
-from metadata_server.client import HttpMetadataTransport, MetadataClient
+from metadata_server.connect import MetadataEndpoints, connect_client
 from metadata_server.messages import MatchReply, MatchRequest
 from transfer.memory.segment import attach
 
@@ -65,7 +65,7 @@ async def lookup(subject: ClusterHandle, prompt: list[int]) -> MatchReply:
     report = await subject.node_info("prefill-0")
     assert report.engine is not None
     keys = chunk_keys(root_key(report.engine.kv_spec.fingerprint), prompt, BLOCK)
-    client = MetadataClient(HttpMetadataTransport(subject.metadata_url), SystemClock(), 5.0)
+    client = connect_client(MetadataEndpoints(urls=(subject.metadata_url,), timeout_s=5.0), SystemClock())
     try:
         return await client.match(MatchRequest(keys=keys))
     finally:

@@ -59,7 +59,7 @@ class KVFerryConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._worker: WorkerHalf | None = None
         self._spec: KVSpec | None = None
         side = "scheduler" if role == KVConnectorRole.SCHEDULER else f"worker{vllm_config.parallel_config.rank}"
-        configure_logging(f"{self._settings.node_id}.{side}")
+        configure_logging(f"{self._settings.store.node_id}.{side}")
 
     @property
     def requires_kv_delivery(self) -> bool:

@@ -7,17 +7,14 @@ import asyncio
 import logging
 import threading
 from collections.abc import Coroutine, Sequence
+from contextlib import AsyncExitStack
 from typing import Any
 
 from engines.vllm.connector.limits import ConnectorLimits
 from engines.vllm.connector.settings import ConnectorSettings
 from kvcore.chunk_keys import rank_key
-from kvcore.clock import SystemClock
 from kvcore.types import ChunkKey
-from kvstore.background import Background
-from kvstore.counters import StoreCounters
-from kvstore.placement import Placement
-from metadata_server.client import HttpMetadataTransport, MetadataClient
+from kvstore.wiring import open_placement
 
 _logger = logging.getLogger(__name__)
 
@@ -76,24 +73,14 @@ class StoreLookup:
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
-        transport = HttpMetadataTransport(self._settings.metadata_url)
-        client = MetadataClient(transport, SystemClock(), self._settings.metadata_timeout_s)
-        background = self._background = Background()
-        self._placement = Placement(
-            client,
-            node_id=self._settings.node_id,
-            incarnation=self._settings.incarnation,
-            clock=SystemClock(),
-            config=self._settings.store,
-            counters=StoreCounters(),
-            background=background,
-        )
+        opened = AsyncExitStack()
+        entering = opened.enter_async_context(open_placement(self._settings.store))
+        self._placement = self._loop.run_until_complete(entering)
         self._started.set()
         try:
             self._loop.run_forever()
         finally:
-            self._loop.run_until_complete(background.aclose(1.0))
-            self._loop.run_until_complete(client.aclose())
+            self._loop.run_until_complete(opened.aclose())
             self._loop.close()
 
     async def _find(self, request_id: str, keys: list[ChunkKey]) -> None:
@@ -110,7 +97,7 @@ class StoreLookup:
                     self._changed.notify_all()
 
     async def _match(self, keys: list[ChunkKey], rank: int) -> int:
-        timeout_s = self._settings.metadata_timeout_s
+        timeout_s = self._settings.store.metadata.timeout_s
         match = await self._placement.match([rank_key(key, rank) for key in keys], timeout_s)
-        self._background.spawn(self._placement.release(match))  # what is loaded is leased, and verified, anew
+        self._placement.release_soon(match)  # what is loaded is leased, and verified, anew
         return match.num_chunks

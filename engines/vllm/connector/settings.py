@@ -2,8 +2,9 @@
 
 import msgspec
 
-from kvcore.config.schema import ByteSize, StoreConfig, TransportConfig
+from kvcore.config.schema import ByteSize
 from kvcore.errors import ConfigError
+from kvstore.settings import KVStoreSettings
 
 EXTRA_CONFIG_NAME = "kvferry"
 
@@ -20,15 +21,8 @@ class Provenance(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 class ConnectorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One engine's. Every part is what the cluster file says."""
 
-    node_id: str
-    incarnation: int
-    host_id: str
-    metadata_url: str
-    metadata_timeout_s: float
-    transport: TransportConfig
-    store: StoreConfig
+    store: KVStoreSettings
     chunk_tokens: int
-    verify: bool
     save_output: bool
     """Save full chunks of generated tokens too."""
     provenance: Provenance

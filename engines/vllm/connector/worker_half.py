@@ -31,9 +31,9 @@ from engines.vllm.connector.settings import ConnectorSettings
 from engines.vllm.connector.worker_bus import WorkerBus
 from engines.vllm.connector.worker_jobs import WorkerJobs
 from engines.vllm.connector.worker_reports import SaveTicket, TransferReports
-from engines.vllm.connector.worker_store import OpenedStore, StoreOpener, open_store
 from kvcore.clock import SystemClock
 from kvcore.process.service import loop_factory
+from kvstore.wiring import OpenedStore, StoreOpener, open_store
 
 _logger = logging.getLogger("engines.vllm")
 
@@ -212,7 +212,7 @@ class WorkerHalf:
     async def _serve(self) -> None:
         async with AsyncExitStack() as stack:
             stack.push_async_callback(self._blocks.aclose)
-            opened = await stack.enter_async_context(self._open_store(self._settings, self.spec))
+            opened = await stack.enter_async_context(self._open_store(self._settings.store, self.spec))
             for region in self._blocks.start(self.spec.chunk_bytes // self._blocks.block_bytes):
                 await opened.store.register(region)
             running = await stack.enter_async_context(self._start(opened))
@@ -221,7 +221,7 @@ class WorkerHalf:
 
     @asynccontextmanager
     async def _start(self, opened: OpenedStore) -> AsyncIterator["_Running"]:
-        context = JobContext(opened.store, SystemClock(), self._counters, self._settings.transport.timeout_s)
+        context = JobContext(opened.store, SystemClock(), self._counters, self._settings.store.transport.timeout_s)
         bus: WorkerBus | None = None
 
         def send(frame: FromWorker) -> None:

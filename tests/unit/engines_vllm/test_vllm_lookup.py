@@ -9,19 +9,21 @@ from support.store_fakes import SPEC, key
 from engines.vllm.connector.lookup import StoreLookup
 from engines.vllm.connector.settings import ConnectorSettings, Provenance
 from kvcore.config.schema import StoreConfig, TransportConfig
+from kvstore.settings import KVStoreSettings
+from metadata_server.connect import MetadataEndpoints
 
 
 def settings(url: str) -> ConnectorSettings:
     return ConnectorSettings(
-        node_id="d",
-        incarnation=1,
-        host_id="h",
-        metadata_url=url,
-        metadata_timeout_s=1.0,
-        transport=TransportConfig(),
-        store=StoreConfig(),
+        store=KVStoreSettings(
+            node_id="d",
+            incarnation=1,
+            host_id="h",
+            metadata=MetadataEndpoints(urls=(url,), timeout_s=1.0),
+            transport=TransportConfig(),
+            store=StoreConfig(),
+        ),
         chunk_tokens=SPEC.chunk_tokens,
-        verify=True,
         save_output=True,
         provenance=Provenance(model_id="m", weights_digest="w", tokenizer_digest="t", attention="a"),
     )

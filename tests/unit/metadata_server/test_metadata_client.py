@@ -10,8 +10,9 @@ from support.metadata_words import TTL_S, keys, new_state, put, registration
 from kvcore.clock import ManualClock, SystemClock
 from kvcore.errors import MetadataProtocolError, MetadataUnavailableError, OverloadedError
 from metadata_server import core as core_module
-from metadata_server.client import HttpMetadataTransport, IndexSubscription, MetadataClient
+from metadata_server.client import MetadataClient
 from metadata_server.core import MetadataCore
+from metadata_server.http_transport import HttpMetadataTransport
 from metadata_server.messages import (
     Event,
     EventBatch,
@@ -22,6 +23,7 @@ from metadata_server.messages import (
     MatchRequest,
     WaitRequest,
 )
+from metadata_server.subscription import IndexSubscription
 
 BEAT = HeartbeatRequest(node_id="a", incarnation=1)
 OK = msgspec.msgpack.encode(HeartbeatReply(epoch="e", known=True))

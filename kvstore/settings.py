@@ -1,0 +1,34 @@
+"""All that a process needs to know to use the store: what the cluster file says, and whose process it is."""
+
+import msgspec
+
+from kvcore.config.schema import ClusterConfig, StoreConfig, TransportConfig
+from metadata_server.connect import MetadataEndpoints, endpoints_of
+
+
+class KVStoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One process's. Serialisable: an engine's process may be told it in a message."""
+
+    node_id: str
+    """The node that the process belongs to: its reservations die with it, and its segment is read first."""
+    incarnation: int
+    host_id: str
+    """Segments of the same host are read before others."""
+    metadata: MetadataEndpoints
+    transport: TransportConfig
+    store: StoreConfig
+    verify: bool = True
+    """False leaves payload checksums out of reads, not the header."""
+
+
+def store_settings(config: ClusterConfig, *, node_id: str, incarnation: int, host_id: str) -> KVStoreSettings:
+    """What a cluster file says to the processes of one node."""
+    return KVStoreSettings(
+        node_id=node_id,
+        incarnation=incarnation,
+        host_id=host_id,
+        metadata=endpoints_of(config.metadata_server),
+        transport=config.transport,
+        store=config.store,
+        verify=config.kv.verify,
+    )
