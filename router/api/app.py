@@ -154,7 +154,7 @@ def _add_status(app: FastAPI, model: str, log: RequestLog, status: StatusView, m
 
     @app.get("/v1/requests", **openapi.plain("The last requests, newest first"))
     async def requests() -> Response:
-        return JsonReply({"requests": log.newest()})
+        return JsonReply({"requests": [record.brief() for record in log.newest()]})
 
     @app.get("/v1/requests/{request_id}", **openapi.plain("One request: where it went and why", not_found=True))
     async def one(request_id: str) -> Response:

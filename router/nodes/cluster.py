@@ -20,8 +20,9 @@ from metadata_server.messages import Event, EventKind
 from nodeapi.messages import NodeReport
 from nodeapi.protocol import NodeClient
 from router.nodes.health import Breaker, BreakerState, is_nodes_fault
+from router.routing.decision import why_no_decoder
 from router.routing.index import PrefixHits, PrefixIndex
-from router.routing.policy import ClusterView, NodeView
+from router.routing.views import ClusterView, LeftOut, NodeView
 
 LOST_ROUNDS = 4
 """Rounds of probes without an answer (12 s by default) after which legs on a node are given up. A process that dies
@@ -201,14 +202,18 @@ class Cluster:
     # --- what the others ask ---
 
     def view(self) -> ClusterView:
-        """The usable nodes with an engine, as of now."""
+        """The nodes with an engine as of now: the usable ones, and why the others are not."""
         now = self._clock.now()
-        usable = [node for node in self.nodes.values() if node.reason(now) is None and node.role is not Role.STORE]
-        views = [(node.role, _view(node)) for node in usable]
-        return ClusterView(
-            prefillers=tuple(view for role, view in views if role is Role.PREFILLER),
-            decoders=tuple(view for role, view in views if role is Role.DECODER),
-        )
+        usable: dict[Role, list[NodeView]] = {Role.PREFILLER: [], Role.DECODER: []}
+        unusable: list[LeftOut] = []
+        for node in self.nodes.values():
+            if node.role is Role.STORE:
+                continue
+            if (reason := node.reason(now)) is None:
+                usable[node.role].append(_view(node))
+            else:
+                unusable.append(LeftOut(node.id, node.role, reason))
+        return ClusterView(tuple(usable[Role.PREFILLER]), tuple(usable[Role.DECODER]), tuple(unusable))
 
     def hits(self, view: ClusterView, prompt_token_ids: Sequence[int], salt: bytes) -> dict[bytes, PrefixHits]:
         """Where the prompt's usable chunks are, for each kind of KV among the decoders."""
@@ -221,12 +226,8 @@ class Cluster:
         return found
 
     def why_no_decoder(self) -> str:
-        """One sentence for an error: what is wrong with each decoder."""
-        now = self._clock.now()
-        wrong = [
-            f"{n.id}: {n.reason(now) or 'too short a context'}" for n in self.nodes.values() if n.role is Role.DECODER
-        ]
-        return "no decoder is ready (" + ("; ".join(wrong) or "none is known") + ")"
+        """One sentence for an error: what is wrong with each decoder that is not usable."""
+        return why_no_decoder(self.view().unusable)
 
     def max_context(self) -> int | None:
         """The longest context among the decoders that ever reported, capped by the config; None: none has."""

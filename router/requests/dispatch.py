@@ -17,7 +17,6 @@ from kvcore.clock import Clock
 from kvcore.config.schema import HandoffKind, RouterConfig
 from kvcore.errors import CancelledByPeerError, EngineError, KVFerryError, NodeUnavailableError, OverloadedError
 from kvcore.telemetry import log_fields
-from kvcore.types import Route
 from nodeapi.messages import FinishReason, GenerateRequest, Handoff, LegInfo, TokenDelta
 from nodeapi.protocol import NodeClient
 from router.nodes.cluster import Cluster
@@ -46,8 +45,10 @@ from router.requests.events import (
 )
 from router.requests.ledger import RequestMachine
 from router.requests.leg_requests import RequestSpec, generate_request, prefill_request
-from router.requests.records import LegRecord, RequestLog, RequestRecord, RouteRecord
-from router.routing.policy import RoutePolicy, RouteRequest
+from router.requests.records import LegRecord, RequestLog, RequestRecord, route_record
+from router.routing.decision import Decision
+from router.routing.policy import RoutePolicy
+from router.routing.views import RouteRequest
 
 STALL_S = 30.0
 """A stream that has begun and then says nothing for this long is dead (an engine's step takes far less)."""
@@ -95,14 +96,14 @@ class Dispatcher:
         if self.log.in_flight + beside >= self.config.max_requests:
             raise OverloadedError(f"{self.log.in_flight} requests are under way; the router takes no more at a time")
         self._turn += 1
-        route = self.choose(spec, self._turn)
-        if route is None:
-            raise NodeUnavailableError(self.cluster.why_no_decoder())
-        return RequestRun(self, spec, route, self._turn)
+        decision = self.choose(spec, self._turn)
+        if decision.route is None:
+            raise NodeUnavailableError(decision.why_no_decoder())
+        return RequestRun(self, spec, decision, self._turn)
 
     def choose(
         self, spec: RequestSpec, turn: int, *, exclude: frozenset[str] = frozenset(), decoder: str | None = None
-    ) -> Route | None:
+    ) -> Decision:
         """What the policy chooses among the nodes of now. `decoder`: only another prefiller for it is wanted."""
         view = self.cluster.view()
         prompt = spec.prompt_token_ids
@@ -152,7 +153,9 @@ class RequestRun:
     Leaving the `async with` before the end means that the client has gone: every leg is cancelled and awaited.
     """
 
-    def __init__(self, dispatcher: Dispatcher, spec: RequestSpec, route: Route, turn: int) -> None:
+    def __init__(self, dispatcher: Dispatcher, spec: RequestSpec, decision: Decision, turn: int) -> None:
+        route = decision.route
+        assert route is not None, "a run has a route"
         self._dispatcher = dispatcher
         self._spec = spec
         self._route = route
@@ -178,7 +181,7 @@ class RequestRun:
             id=spec.request_id,
             client_request_id=spec.client_request_id,
             prompt_tokens=len(spec.prompt_token_ids),
-            route=RouteRecord(prefiller=route.prefiller, decoder=route.decoder, reason=route.reason),
+            route=route_record(decision),
             legs=[],
         )
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -252,12 +255,12 @@ class RequestRun:
 
     def prefiller(self, decoder: str, exclude: frozenset[str]) -> str | None:
         """See ledger.Picker."""
-        route = self._dispatcher.choose(self._spec, self._turn, exclude=exclude, decoder=decoder)
+        route = self._dispatcher.choose(self._spec, self._turn, exclude=exclude, decoder=decoder).route
         return route.prefiller if route else None
 
     def decoder(self, exclude: frozenset[str]) -> str | None:
         """See ledger.Picker."""
-        route = self._dispatcher.choose(self._spec, self._turn, exclude=exclude)
+        route = self._dispatcher.choose(self._spec, self._turn, exclude=exclude).route
         return route.decoder if route else None
 
     # --- events and actions ---

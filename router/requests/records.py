@@ -8,6 +8,8 @@ import msgspec
 
 from kvcore.telemetry import log_fields
 from nodeapi.messages import Moved, Timings
+from router.routing.decision import Candidate, Decision
+from router.routing.views import LeftOut
 
 RING = 1000
 _log = logging.getLogger("router.request")
@@ -27,11 +29,27 @@ class LegRecord(msgspec.Struct, kw_only=True):
 
 
 class RouteRecord(msgspec.Struct, kw_only=True):
-    """Where it went and why."""
+    """Where it went and why: the choice at its start. `candidates`: of each role the best first, at most
+    `decision.MAX_EXPLAINED`; so with `left_out`."""
 
     prefiller: str | None
     decoder: str
     reason: str
+    candidates: list[Candidate] = []
+    left_out: list[LeftOut] = []
+
+
+def route_record(decision: Decision) -> RouteRecord:
+    """Of a decision with a route."""
+    route = decision.route
+    assert route is not None
+    return RouteRecord(
+        prefiller=route.prefiller,
+        decoder=route.decoder,
+        reason=route.reason,
+        candidates=decision.candidates(),
+        left_out=decision.left_out(),
+    )
 
 
 class RequestRecord(msgspec.Struct, kw_only=True):
@@ -51,6 +69,12 @@ class RequestRecord(msgspec.Struct, kw_only=True):
     retried_legs: list[tuple[str, str]] = []
     """(`prefill` or `decode`, code of the failure)."""
     error: str | None = None
+
+    def brief(self) -> "RequestRecord":
+        """Without the explanation of its route: for lists of many."""
+        if self.route is None:
+            return self
+        return msgspec.structs.replace(self, route=msgspec.structs.replace(self.route, candidates=[], left_out=[]))
 
 
 class RequestLog:

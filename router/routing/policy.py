@@ -1,151 +1,190 @@
-"""Which prefiller and which decoder, chosen together. Pure: a request and a frozen view in, a route out.
+"""Which prefiller and which decoder, chosen together. Pure: a request and a frozen view in, a Decision out.
 
-Owns the cost model; knows no clock, no socket. Nodes whose KV is not interchangeable are never paired.
+A policy is a row of filters, of weighted scorers and a picker for each role (docs/how-to/policy.md); each of them looks
+at all nodes at once, as a call a node would cost more than what it computes. Owns what holds under every policy: whom
+a request can never use, and when it needs no prefiller. Knows no clock, no socket.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import add
 from typing import Protocol
 
 from kvcore.chunk_keys import usable_chunks
 from kvcore.config.schema import RoutingPolicy
 from kvcore.types import Role, Route
-from router.routing.index import PrefixHits
-
-SEQUENCE_COST_TOKENS = 64
-"""One more running sequence on a decoder weighs as much as this many tokens to bring over."""
-REMOTE_TOKEN_COST = 0.25
-"""A cached token on another node costs this share of computing it (loading measured at 4 to 10 times faster)."""
-NO_HITS = PrefixHits()
-
-
-@dataclass(frozen=True, slots=True)
-class NodeView:
-    """What a policy sees of a node that may be used now. `sequences` and `prefill_tokens` are outstanding work."""
-
-    id: str
-    role: Role
-    fingerprint: bytes
-    chunk_tokens: int
-    max_context: int
-    sequences: int = 0
-    prefill_tokens: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class ClusterView:
-    """The usable nodes at one moment, in a stable order."""
-
-    prefillers: tuple[NodeView, ...] = ()
-    decoders: tuple[NodeView, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class RouteRequest:
-    """What a choice depends on. `hits[fingerprint]`: where the prompt's chunks are. `turn` counts requests: it breaks
-    ties and is round robin's memory. `decoder`: already chosen, only a prefiller is wanted."""
-
-    prompt_tokens: int
-    min_prefill_tokens: int
-    completion_tokens: int = 1
-    turn: int = 0
-    hits: Mapping[bytes, PrefixHits] = field(default_factory=dict)
-    exclude: frozenset[str] = frozenset()
-    decoder: str | None = None
+from router.routing.decision import Cut, Decision, Ranking
+from router.routing.views import ClusterView, NodeView, RouteRequest
 
 
 class RoutePolicy(Protocol):
     """How a route is chosen."""
 
-    def choose(self, request: RouteRequest, view: ClusterView) -> Route | None:
-        """None: no decoder can take it. A route without prefiller: the decoder computes all that is not cached."""
+    def choose(self, request: RouteRequest, view: ClusterView) -> Decision:
+        """Without route: no decoder can take it. A route without prefiller: the decoder computes all that is not
+        cached."""
         ...
 
 
-class PrefixAware:
-    """Cheapest first: outstanding work plus what would have to be brought over from other nodes."""
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Leaves nodes out. `keep(request, nodes, decoder)`: those that stay, in their order. `reason`: why the others do
+    not, in a few words for people. `decoder`: the one that was chosen, when a prefiller for it is wanted."""
 
-    def choose(self, request: RouteRequest, view: ClusterView) -> Route | None:
+    reason: str
+    keep: Callable[[RouteRequest, Sequence[NodeView], NodeView | None], Sequence[NodeView]]
+
+
+@dataclass(frozen=True, slots=True)
+class Scorer:
+    """A number for each node: `score(request, nodes, decoder)`, in their order; the lower the better. `decoder`: as for
+    a Filter."""
+
+    name: str
+    score: Callable[[RouteRequest, Sequence[NodeView], NodeView | None], Sequence[float]]
+
+
+def cheapest(totals: Sequence[float], turn: int) -> int:
+    """The place of the least total; of several equal ones the next in turn."""
+    least = min(totals)
+    count = totals.count(least)
+    place = totals.index(least)
+    for _ in range(turn % count):
+        place = totals.index(least, place + 1)
+    return place
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How a node of one role is chosen.
+
+    `filters` are preferences: one that would leave nobody is passed over. `scorers`: with the weight of each; the
+    weighted sum is a node's total. `pick(totals, turn)`: the place of the chosen one among one total or more.
+    """
+
+    scorers: tuple[tuple[Scorer, float], ...] = ()
+    filters: tuple[Filter, ...] = ()
+    pick: Callable[[Sequence[float], int], int] = cheapest
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A RoutePolicy made of rules: the decoder is chosen first, then a prefiller for it."""
+
+    decoder: Rules
+    prefiller: Rules
+
+    def choose(self, request: RouteRequest, view: ClusterView) -> Decision:
         """See RoutePolicy."""
-
-        def decoder_cost(node: NodeView) -> float:
-            return node.sequences * SEQUENCE_COST_TOKENS + _remote_cost(request, node)
-
-        def prefiller_cost(node: NodeView) -> float:
-            return node.prefill_tokens + _remote_cost(request, node)
-
-        return _route(request, view, decoder_cost, prefiller_cost)
-
-
-class RoundRobin:
-    """Each in turn, whatever is cached where."""
-
-    def choose(self, request: RouteRequest, view: ClusterView) -> Route | None:
-        """See RoutePolicy."""
-        return _route(request, view, lambda node: 0.0, lambda node: 0.0)
-
-
-def make_policy(kind: RoutingPolicy) -> RoutePolicy:
-    """The configured one."""
-    return RoundRobin() if kind is RoutingPolicy.ROUND_ROBIN else PrefixAware()
-
-
-def _remote_cost(request: RouteRequest, node: NodeView) -> float:
-    hits = request.hits.get(node.fingerprint, NO_HITS)
-    return (hits.longest - hits.by_node.get(node.id, 0)) * node.chunk_tokens * REMOTE_TOKEN_COST
-
-
-def _route(
-    request: RouteRequest,
-    view: ClusterView,
-    decoder_cost: Callable[[NodeView], float],
-    prefiller_cost: Callable[[NodeView], float],
-) -> Route | None:
-    decoder = _cheapest(
-        [
-            node
-            for node in view.decoders
-            if node.max_context >= request.prompt_tokens + request.completion_tokens
-            and (node.id == request.decoder if request.decoder else node.id not in request.exclude)
-        ],
-        decoder_cost,
-        request.turn,
-    )
-    if decoder is None:
-        return None
-    longest = request.hits.get(decoder.fingerprint, NO_HITS).longest
-    full_chunks = usable_chunks(request.prompt_tokens, decoder.chunk_tokens)
-    cached = min(longest, full_chunks) * decoder.chunk_tokens
-    prefiller = None
-    if full_chunks * decoder.chunk_tokens <= cached:
-        reason = "all_chunks_cached" if full_chunks else "no_full_chunk"
-    elif request.prompt_tokens - cached < request.min_prefill_tokens:
-        reason = "short_rest"
-    else:
-        prefiller = _cheapest(
-            [
-                node
-                for node in view.prefillers
-                if node.fingerprint == decoder.fingerprint
-                and node.max_context >= request.prompt_tokens
-                and node.id not in request.exclude
-            ],
-            prefiller_cost,
-            request.turn,
+        decoders = _rank(Role.DECODER, DECODER_FILTERS, self.decoder, request, view.decoders, decoder=None)
+        decoder = decoders.node
+        if decoder is None:
+            return Decision(None, decoders, None, view.unusable)
+        prefillers, prefiller = None, None
+        cached, reason = _prefiller_unneeded(request, decoder)
+        if reason is None:
+            rules = self.prefiller
+            prefillers = _rank(Role.PREFILLER, PREFILLER_FILTERS, rules, request, view.prefillers, decoder=decoder)
+            prefiller = prefillers.node
+            reason = ("prefix_hit" if cached else "no_prefix") if prefiller else "no_prefiller"
+        route = Route(
+            prefiller=prefiller.id if prefiller else None,
+            decoder=decoder.id,
+            expected_cached_tokens=cached,
+            reason=reason,
         )
-        reason = ("prefix_hit" if cached else "no_prefix") if prefiller else "no_prefiller"
-    return Route(
-        prefiller=prefiller.id if prefiller else None,
-        decoder=decoder.id,
-        expected_cached_tokens=cached,
-        reason=reason,
-    )
+        return Decision(route, decoders, prefillers, view.unusable)
 
 
-def _cheapest(nodes: Sequence[NodeView], cost: Callable[[NodeView], float], turn: int) -> NodeView | None:
+def make_policy(name: RoutingPolicy) -> RoutePolicy:
+    """The configured one: `make()` of the module of this name in `router.routing.policies`."""
+    policy: RoutePolicy = importlib.import_module(f"router.routing.policies.{name.value}").make()
+    return policy
+
+
+# --- what holds under every policy -----------------------------------------------------------------------------------
+
+
+def _decoders_that_fit(request: RouteRequest, nodes: Sequence[NodeView], _: NodeView | None) -> Sequence[NodeView]:
+    needed = request.prompt_tokens + request.completion_tokens
+    return [node for node in nodes if node.max_context >= needed]
+
+
+def _prefillers_that_fit(request: RouteRequest, nodes: Sequence[NodeView], _: NodeView | None) -> Sequence[NodeView]:
+    return [node for node in nodes if node.max_context >= request.prompt_tokens]
+
+
+def _not_excluded(request: RouteRequest, nodes: Sequence[NodeView], _: NodeView | None) -> Sequence[NodeView]:
+    exclude = request.exclude
+    return [node for node in nodes if node.id not in exclude] if exclude else nodes
+
+
+def _decoders_wanted(request: RouteRequest, nodes: Sequence[NodeView], _: NodeView | None) -> Sequence[NodeView]:
+    if request.decoder:
+        return [node for node in nodes if node.id == request.decoder]
+    return _not_excluded(request, nodes, None)
+
+
+def _of_the_decoders_kv(
+    request: RouteRequest, nodes: Sequence[NodeView], decoder: NodeView | None
+) -> Sequence[NodeView]:
+    assert decoder is not None, "the decoder is chosen first"
+    fingerprint = decoder.fingerprint
+    return [node for node in nodes if node.fingerprint == fingerprint]
+
+
+DECODER_FILTERS = (
+    Filter("too short a context", _decoders_that_fit),
+    Filter("tried before, or another one was wanted", _decoders_wanted),
+)
+PREFILLER_FILTERS = (
+    Filter("its KV is not what the decoder reads", _of_the_decoders_kv),
+    Filter("too short a context", _prefillers_that_fit),
+    Filter("tried before", _not_excluded),
+)
+
+
+def _prefiller_unneeded(request: RouteRequest, decoder: NodeView) -> tuple[int, str | None]:
+    """(Prompt tokens cached somewhere, why the decoder computes the rest itself; None: it needs a prefiller.)"""
+    chunk_tokens = decoder.chunk_tokens
+    full_chunks = usable_chunks(request.prompt_tokens, chunk_tokens)
+    cached = min(request.hits_for(decoder).longest, full_chunks) * chunk_tokens
+    if full_chunks * chunk_tokens <= cached:
+        return cached, "all_chunks_cached" if full_chunks else "no_full_chunk"
+    return cached, "short_rest" if request.prompt_tokens - cached < request.min_prefill_tokens else None
+
+
+def _rank(
+    role: Role,
+    required: tuple[Filter, ...],
+    rules: Rules,
+    request: RouteRequest,
+    nodes: Sequence[NodeView],
+    *,
+    decoder: NodeView | None,
+) -> Ranking:
+    """Filter, score and pick the nodes of one role."""
+    cuts: tuple[Cut, ...] = ()
+    for rule in required:
+        kept = rule.keep(request, nodes, decoder)
+        if len(kept) != len(nodes):
+            cuts += (Cut(rule.reason, nodes, kept),)
+            nodes = kept
+    for rule in rules.filters:
+        kept = rule.keep(request, nodes, decoder)
+        if kept and len(kept) != len(nodes):
+            cuts += (Cut(rule.reason, nodes, kept),)
+            nodes = kept
+    names = tuple([scorer.name for scorer, _ in rules.scorers])
     if not nodes:
-        return None
-    costs = [cost(node) for node in nodes]
-    least = min(costs)
-    best = [node for node, its in zip(nodes, costs, strict=True) if its == least]
-    return best[turn % len(best)]
+        return Ranking(role, (), (), names, ((),) * len(names), cuts, None)
+    columns = tuple([_weighted(scorer.score(request, nodes, decoder), weight) for scorer, weight in rules.scorers])
+    totals: Sequence[float] = columns[0] if columns else (0.0,) * len(nodes)
+    for column in columns[1:]:
+        totals = list(map(add, totals, column))
+    return Ranking(role, nodes, totals, names, columns, cuts, rules.pick(totals, request.turn))
+
+
+def _weighted(scores: Sequence[float], weight: float) -> Sequence[float]:
+    return scores if weight == 1.0 else [weight * score for score in scores]

@@ -19,8 +19,11 @@ from kvcore.types import ChunkKey, NodeInfo, Role
 from metadata_server.messages import Event, EventKind
 from router.nodes.cluster import Cluster
 from router.nodes.health import FIRST_PAUSE_S, Breaker, BreakerState
+from router.routing.decision import MAX_EXPLAINED, Candidate
 from router.routing.index import PrefixHits, PrefixIndex
-from router.routing.policy import ClusterView, NodeView, PrefixAware, RoundRobin, RouteRequest
+from router.routing.policies import prefix_aware, round_robin
+from router.routing.policy import Filter, Policy, RoutePolicy, Rules
+from router.routing.views import ClusterView, LeftOut, NodeView, RouteRequest
 from router.text.tokenizer import FolderTokenizer, make_tokenizer
 
 KEYS = [ChunkKey(bytes([i]) * 16) for i in range(8)]
@@ -38,6 +41,7 @@ def view(*nodes: NodeView) -> ClusterView:
 
 P0, P1 = node("p0", Role.PREFILLER), node("p1", Role.PREFILLER)
 D0, D1 = node("d0", Role.DECODER), node("d1", Role.DECODER)
+AWARE, ROBIN = prefix_aware.make(), round_robin.make()
 
 
 def test_the_index_agrees_with_sets() -> None:
@@ -68,13 +72,13 @@ def test_the_index_agrees_with_sets() -> None:
     assert index.find(KEYS) == PrefixHits()
 
 
-@pytest.mark.parametrize("policy", [PrefixAware(), RoundRobin()])
-def test_no_route_is_better_than_a_wrong_one(policy: PrefixAware | RoundRobin) -> None:
-    assert policy.choose(RouteRequest(500, 64), view(P0, P1)) is None
-    assert policy.choose(RouteRequest(5000, 64), view(P0, D0)) is None
-    assert policy.choose(RouteRequest(500, 64, exclude=frozenset(["d0"])), view(P0, D0)) is None
+@pytest.mark.parametrize("policy", [AWARE, ROBIN], ids=["prefix_aware", "round_robin"])
+def test_no_route_is_better_than_a_wrong_one(policy: RoutePolicy) -> None:
+    assert policy.choose(RouteRequest(500, 64), view(P0, P1)).route is None
+    assert policy.choose(RouteRequest(5000, 64), view(P0, D0)).route is None
+    assert policy.choose(RouteRequest(500, 64, exclude=frozenset(["d0"])), view(P0, D0)).route is None
     foreign = node("p9", Role.PREFILLER, fingerprint=b"g" * 16)
-    route = policy.choose(RouteRequest(500, 64), view(foreign, D0))
+    route = policy.choose(RouteRequest(500, 64), view(foreign, D0)).route
     assert route is not None and (route.prefiller, route.reason) == (None, "no_prefiller")
 
 
@@ -90,36 +94,77 @@ def test_no_route_is_better_than_a_wrong_one(policy: PrefixAware | RoundRobin) -
 def test_a_prefiller_only_where_it_has_something_to_do(
     prompt: int, chunks: int, prefiller: str | None, reason: str
 ) -> None:
-    route = PrefixAware().choose(RouteRequest(prompt, 64, hits={F: PrefixHits(chunks, {})}), view(P0, D0))
+    route = AWARE.choose(RouteRequest(prompt, 64, hits={F: PrefixHits(chunks, {})}), view(P0, D0)).route
     assert route is not None and (route.prefiller, route.reason) == (prefiller, reason)
     assert route.expected_cached_tokens == chunks * 100
 
 
 def test_a_short_rest_is_left_to_the_decoder() -> None:
-    route = PrefixAware().choose(RouteRequest(210, 150, hits={F: PrefixHits(1, {})}), view(P0, D0))
+    route = AWARE.choose(RouteRequest(210, 150, hits={F: PrefixHits(1, {})}), view(P0, D0)).route
     assert route is not None and (route.prefiller, route.reason) == (None, "short_rest")
 
 
 def test_affinity_until_the_holder_is_too_busy() -> None:
     hits = {F: PrefixHits(8, {"d1": 8})}
     for turn in (0, 1):
-        route = PrefixAware().choose(RouteRequest(1001, 64, turn=turn, hits=hits), view(D0, D1))
+        route = AWARE.choose(RouteRequest(1001, 64, turn=turn, hits=hits), view(D0, D1)).route
         assert route is not None and route.decoder == "d1"
     busy = node("d1", Role.DECODER, sequences=10)
-    route = PrefixAware().choose(RouteRequest(1001, 64, hits=hits), view(D0, busy))
+    route = AWARE.choose(RouteRequest(1001, 64, hits=hits), view(D0, busy)).route
     assert route is not None and route.decoder == "d0"
 
 
 def test_the_prefiller_with_less_outstanding_work_is_taken() -> None:
     busy = node("p0", Role.PREFILLER, prefill_tokens=4000)
     for turn in range(3):
-        route = PrefixAware().choose(RouteRequest(1001, 64, turn=turn), view(busy, P1, D0))
+        route = AWARE.choose(RouteRequest(1001, 64, turn=turn), view(busy, P1, D0)).route
         assert route is not None and route.prefiller == "p1"
 
 
 def test_round_robin_takes_each_in_turn() -> None:
-    routes = [RoundRobin().choose(RouteRequest(1001, 64, turn=turn), view(P0, P1, D0, D1)) for turn in range(4)]
+    routes = [ROBIN.choose(RouteRequest(1001, 64, turn=turn), view(P0, P1, D0, D1)).route for turn in range(4)]
     assert [(r.prefiller, r.decoder) for r in routes if r] == [("p0", "d0"), ("p1", "d1")] * 2
+
+
+def test_a_decision_says_what_each_node_scored_and_who_was_left_out_and_why() -> None:
+    hits = {F: PrefixHits(5, {"d1": 4, "p0": 5})}
+    small = NodeView("d2", Role.DECODER, F, 100, 1000)
+    foreign = node("p2", Role.PREFILLER, fingerprint=b"g" * 16)
+    seen = view(P0, P1, foreign, node("d0", Role.DECODER, sequences=2), D1, small)
+    seen = ClusterView(seen.prefillers, seen.decoders, (LeftOut("d3", Role.DECODER, "draining"),))
+    decision = AWARE.choose(RouteRequest(1001, 64, hits=hits, exclude=frozenset(["p1"])), seen)
+    assert decision.candidates() == [
+        Candidate("d1", Role.DECODER, 25.0, {"sequences": 0.0, "remote_tokens": 25.0}),
+        Candidate("d0", Role.DECODER, 253.0, {"sequences": 128.0, "remote_tokens": 125.0}),
+        Candidate("p0", Role.PREFILLER, 0.0, {"prefill_tokens": 0.0, "remote_tokens": 0.0}),
+    ]
+    assert decision.left_out() == [
+        LeftOut("d3", Role.DECODER, "draining"),
+        LeftOut("d2", Role.DECODER, "too short a context"),
+        LeftOut("p2", Role.PREFILLER, "its KV is not what the decoder reads"),
+        LeftOut("p1", Role.PREFILLER, "tried before"),
+    ]
+    nobody = AWARE.choose(RouteRequest(1001, 64), ClusterView((), (small,), seen.unusable))
+    assert nobody.why_no_decoder() == "no decoder is ready (d3: draining; d2: too short a context)"
+
+
+def test_an_explanation_is_bounded_and_begins_with_the_chosen_one() -> None:
+    seen = ClusterView((), tuple(node(f"d{i:02}", Role.DECODER, sequences=100 - i) for i in range(100)))
+    decision = AWARE.choose(RouteRequest(50, 64), seen)
+    assert [item.node for item in decision.candidates()] == [f"d{i}" for i in range(99, 99 - MAX_EXPLAINED, -1)]
+    by_turn = ROBIN.choose(RouteRequest(50, 64, turn=77), seen)
+    assert len(by_turn.candidates()) == MAX_EXPLAINED and by_turn.candidates()[0].node == "d77"
+
+
+def test_a_preference_that_would_leave_nobody_is_passed_over() -> None:
+    idle = Filter("busy", lambda request, nodes, decoder: [node for node in nodes if not node.sequences])
+    policy = Policy(decoder=Rules(filters=(idle,)), prefiller=Rules())
+    busy = node("d0", Role.DECODER, sequences=1)
+    decision = policy.choose(RouteRequest(50, 64), view(busy, D1))
+    assert decision.route is not None and decision.route.decoder == "d1"
+    assert decision.left_out() == [LeftOut("d0", Role.DECODER, "busy")]
+    alone = policy.choose(RouteRequest(50, 64), view(busy))
+    assert alone.route is not None and alone.route.decoder == "d0" and alone.left_out() == []
 
 
 def test_the_breaker_opens_probes_once_and_closes() -> None:

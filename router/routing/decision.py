@@ -1,0 +1,109 @@
+"""What was decided and why: the route, each candidate's scores, and who was left out. Values only.
+
+Owns the explanation of a choice, worked out when it is asked for: a choice itself only keeps what it has computed.
+"""
+
+from collections.abc import Iterable, Sequence
+from heapq import nsmallest
+
+import msgspec
+
+from kvcore.types import Role, Route
+from router.routing.views import LeftOut, NodeView
+
+MAX_EXPLAINED = 16
+"""Candidates, and nodes left out, of each role in a record: with many nodes the others explain nothing more."""
+
+
+class Candidate(msgspec.Struct, frozen=True):
+    """A node that could have been chosen. `scores`: what each scorer gave it, weighted; `total` is their sum. The lower
+    the better."""
+
+    node: str
+    role: Role
+    total: float
+    scores: dict[str, float]
+
+
+class Cut(msgspec.Struct, frozen=True):
+    """A filter that left nodes out: those before it, and those that it kept."""
+
+    reason: str
+    before: Sequence[NodeView]
+    kept: Sequence[NodeView]
+
+
+class Ranking(msgspec.Struct, frozen=True):
+    """How one role's node was chosen. `columns[s][i]`: the weighted score that scorer `scorers[s]` gave `nodes[i]`;
+    `totals[i]`: their sum. `chosen`: the place of the chosen one in `nodes`; None where there are none."""
+
+    role: Role
+    nodes: Sequence[NodeView]
+    totals: Sequence[float]
+    scorers: tuple[str, ...]
+    columns: tuple[Sequence[float], ...]
+    cuts: tuple[Cut, ...]
+    chosen: int | None
+
+    @property
+    def node(self) -> NodeView | None:
+        """The chosen one."""
+        return None if self.chosen is None else self.nodes[self.chosen]
+
+    def candidates(self, limit: int) -> list[Candidate]:
+        """The chosen one first, then the others, best first; at most `limit`."""
+        if self.chosen is None:
+            return []
+        best = nsmallest(limit, range(len(self.nodes)), key=self.totals.__getitem__)
+        order = [self.chosen, *[place for place in best if place != self.chosen]][:limit]
+        named = list(zip(self.scorers, self.columns, strict=True))
+        return [
+            Candidate(
+                self.nodes[place].id, self.role, self.totals[place], {name: column[place] for name, column in named}
+            )
+            for place in order
+        ]
+
+    def left_out(self) -> list[LeftOut]:
+        """Whom the filters left out, each with the reason of the first that did."""
+        return [
+            LeftOut(node.id, self.role, cut.reason)
+            for cut in self.cuts
+            for kept in [{node.id for node in cut.kept}]
+            for node in cut.before
+            if node.id not in kept
+        ]
+
+
+class Decision(msgspec.Struct, frozen=True):
+    """`route` None: no decoder can take the request. `prefillers` None: none was wanted (`route.reason` says why).
+    `unusable`: nodes that no request could have used."""
+
+    route: Route | None
+    decoders: Ranking
+    prefillers: Ranking | None
+    unusable: tuple[LeftOut, ...]
+
+    def candidates(self, limit: int = MAX_EXPLAINED) -> list[Candidate]:
+        """Decoders, then prefillers if one was wanted; at most `limit` of each, best first."""
+        return [candidate for ranking in self._rankings() for candidate in ranking.candidates(limit)]
+
+    def left_out(self, limit: int = MAX_EXPLAINED) -> list[LeftOut]:
+        """Who could not be chosen and why, at most `limit` of each role that was chosen from."""
+        return [item for ranking in self._rankings() for item in self._left_out(ranking)[:limit]]
+
+    def why_no_decoder(self) -> str:
+        """See the function of this name."""
+        return why_no_decoder(self._left_out(self.decoders))
+
+    def _rankings(self) -> list[Ranking]:
+        return [self.decoders] if self.prefillers is None else [self.decoders, self.prefillers]
+
+    def _left_out(self, ranking: Ranking) -> list[LeftOut]:
+        return [item for item in self.unusable if item.role is ranking.role] + ranking.left_out()
+
+
+def why_no_decoder(left_out: Iterable[LeftOut]) -> str:
+    """One sentence for an error: what is wrong with each decoder."""
+    wrong = [f"{item.node}: {item.reason}" for item in left_out if item.role is Role.DECODER]
+    return "no decoder is ready (" + ("; ".join(wrong) or "none is known") + ")"

@@ -1,0 +1,36 @@
+"""What nodes are scored by: outstanding work, and what would have to be brought over. Pure; the lower the better."""
+
+from collections.abc import Sequence
+
+from router.routing.policy import Scorer
+from router.routing.views import NodeView, RouteRequest
+
+
+def _sequences(request: RouteRequest, nodes: Sequence[NodeView], decoder: NodeView | None) -> Sequence[float]:
+    return [node.sequences for node in nodes]
+
+
+def _prefill_tokens(request: RouteRequest, nodes: Sequence[NodeView], decoder: NodeView | None) -> Sequence[float]:
+    return [node.prefill_tokens for node in nodes]
+
+
+def _remote_tokens(request: RouteRequest, nodes: Sequence[NodeView], decoder: NodeView | None) -> Sequence[float]:
+    if not any(hits.longest for hits in request.hits.values()):
+        return [0] * len(nodes)
+    if len({node.fingerprint for node in nodes}) > 1:
+        hits = [request.hits_for(node) for node in nodes]
+        return [
+            (found.longest - found.by_node.get(node.id, 0)) * node.chunk_tokens
+            for node, found in zip(nodes, hits, strict=True)
+        ]
+    found = request.hits_for(nodes[0])
+    longest, held = found.longest, found.by_node.get
+    return [(longest - held(node.id, 0)) * node.chunk_tokens for node in nodes]
+
+
+SEQUENCES = Scorer("sequences", _sequences)
+"""Requests that run or wait on the node."""
+PREFILL_TOKENS = Scorer("prefill_tokens", _prefill_tokens)
+"""Tokens of prompts that this router has sent the node and that it has not yet answered."""
+REMOTE_TOKENS = Scorer("remote_tokens", _remote_tokens)
+"""Cached tokens of the prompt that lie on other nodes: the node would have to bring them over."""

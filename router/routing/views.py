@@ -1,0 +1,59 @@
+"""What a policy sees: the request, the usable nodes at one moment, and why the others are not. Values only."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import msgspec
+
+from kvcore.types import Role
+from router.routing.index import PrefixHits
+
+NO_HITS = PrefixHits()
+
+
+@dataclass(frozen=True, slots=True)
+class NodeView:
+    """A node that may be used now. `sequences` and `prefill_tokens` are outstanding work."""
+
+    id: str
+    role: Role
+    fingerprint: bytes
+    chunk_tokens: int
+    max_context: int
+    sequences: int = 0
+    prefill_tokens: int = 0
+
+
+class LeftOut(msgspec.Struct, frozen=True):
+    """A node that was not considered, and why, in words for people."""
+
+    node: str
+    role: Role
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterView:
+    """The usable nodes at one moment, in a stable order, and the nodes with an engine that cannot be used."""
+
+    prefillers: tuple[NodeView, ...] = ()
+    decoders: tuple[NodeView, ...] = ()
+    unusable: tuple[LeftOut, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RouteRequest:
+    """What a choice depends on. `hits[fingerprint]`: where the prompt's chunks are. `turn` counts requests: it breaks
+    ties and is round robin's memory. `decoder`: already chosen, only a prefiller is wanted."""
+
+    prompt_tokens: int
+    min_prefill_tokens: int
+    completion_tokens: int = 1
+    turn: int = 0
+    hits: Mapping[bytes, PrefixHits] = field(default_factory=dict)
+    exclude: frozenset[str] = frozenset()
+    decoder: str | None = None
+
+    def hits_for(self, node: NodeView) -> PrefixHits:
+        """Where the prompt's chunks of this node's kind of KV are."""
+        return self.hits.get(node.fingerprint, NO_HITS)
