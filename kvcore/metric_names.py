@@ -52,9 +52,9 @@ ROUTER_CACHED_TOKENS = _counter("router_cached_tokens_total", "Prompt tokens tha
 ROUTER_COMPLETION_TOKENS = _counter("router_completion_tokens_total", "Tokens sent to clients")
 ROUTER_RETRIES = _counter("router_retries_total", "Legs tried again, by leg and the code of the failure", "leg", "code")
 ROUTER_ROUTES = _counter("router_routes_total", "Routing decisions, by reason", "reason")
-ROUTER_FAILED = _counter("router_failed_total", "Requests taken in that ended in an error, by its code", "code")
+ROUTER_FAILED = _counter("router_failed_total", "Accepted requests that ended in an error, by its code", "code")
 ROUTER_CANCELLED = _counter("router_cancelled_total", "Requests whose client left")
-ROUTER_NODES = _gauge("router_nodes", "Nodes known to the router", "role", "state")
+ROUTER_NODES = _gauge("router_nodes", "Nodes known to the router; state is usable or unusable", "role", "state")
 ROUTER_INDEX_CONNECTED = _gauge("router_index_connected", "1 while the event stream of the metadata server is up")
 ROUTER_INDEX_KEYS = _gauge("router_index_keys", "Chunk keys in the router's index")
 
@@ -67,7 +67,7 @@ METADATA_WAITERS = _gauge("metadata_waiters", "Long polls under way")
 METADATA_SUBSCRIBERS = _gauge("metadata_subscribers", "Open event streams")
 METADATA_SEGMENT_BYTES = _gauge("metadata_segment_bytes", "Bytes of segments, by state", "segment", "state")
 METADATA_EVENTS = _counter("metadata_events_total", "Index events published")
-METADATA_TOTALS = _counter("metadata_totals_total", "The state's own counters, by name", "name")
+METADATA_TOTALS = _counter("metadata_totals_total", "Counters of the index, by name", "name")
 METADATA_CALL_SECONDS = _seconds("metadata_call_seconds", "Time to answer one call", "endpoint")
 
 # --- nodes: service, engine, store -----------------------------------------------------------------------------
@@ -81,13 +81,13 @@ NODE_HOST_RESTARTS = _counter(
 NODE_REGISTRATIONS = _counter("node_registrations_total", "Times the node joined the metadata server")
 NODE_HEARTBEAT_FAILURES = _counter("node_heartbeat_failures_total", "Heartbeats that got no answer")
 NODE_SEGMENT_BYTES = _gauge("node_segment_bytes", "Size of the node's segment")
-NODE_PEER_TRANSPORT = _gauge("node_peer_transport", "1: how a peer's segment is reached", "segment", "transport")
+NODE_PEER_TRANSPORT = _gauge("node_peer_transport", "Always 1; the labels say by which transport a peer's segment is reached", "segment", "transport")
 ENGINE_STATE = _gauge(
     "engine_state", "Sample of the engine: running, waiting, loading, used_blocks, cached_blocks, ...", "field"
 )
-ENGINE_TOTALS = _counter("engine_totals_total", "The engine's own counters, by name", "name")
+ENGINE_TOTALS = _counter("engine_totals_total", "Counters of the engine, by name", "name")
 STORE_MOVED_BYTES = _counter("store_moved_bytes_total", "KV bytes moved", "transport", "direction")
 STORE_MOVED_SECONDS = _counter(
-    "store_moved_seconds_total", "Time of the calls that moved them", "transport", "direction"
+    "store_moved_seconds_total", "Time of the calls that moved KV", "transport", "direction"
 )
-STORE_TOTALS = _counter("store_totals_total", "The store's own counters, by name", "name")
+STORE_TOTALS = _counter("store_totals_total", "Counters of the store as the engine uses it, by name", "name")

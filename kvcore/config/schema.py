@@ -39,6 +39,7 @@ class ModelConfig(_Section, frozen=True, kw_only=True):
     name: Text
     """What clients send as `model`."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """The numbers that the engine computes with. KV of different types is never shared."""
     max_context: Count | None = None
     """Lower than the model's own, to save memory."""
 
@@ -47,6 +48,7 @@ class KVConfig(_Section, frozen=True, kw_only=True):
     """How KV is cut and checked."""
 
     chunk_tokens: Count = 256
+    """Tokens of one chunk: what is stored, found and moved at once. All nodes of a cluster have the same."""
     verify: bool = True
     """Checksum every chunk on read. Header fields are always checked."""
 
@@ -55,15 +57,19 @@ class TorchEngineConfig(_Section, frozen=True, kw_only=True, tag_field="kind", t
     """The embedded engine."""
 
     threads: Count = 1
+    """Threads that compute. Two engines on one machine share its cores."""
     block_size: Count = 64
     """Tokens a block; divides kv.chunk_tokens."""
     kv_cache: ByteSize = ByteSize(512 << 20)
+    """Memory for the KV of requests that run, beside the node's segment. A request needs all of its tokens here."""
     max_batch_tokens: Count = 512
     """Tokens computed in one step at most (chunked prefill)."""
     max_sequences: Count = 32
+    """Sequences in one step at most; a request has one for each of its completions (`n`)."""
     max_waiting: Count = 512
     """Requests queued at most; more are refused as overloaded."""
     device: str = "cpu"
+    """Only `cpu` is supported."""
     save_output: bool = True
     """Store full chunks of generated tokens too, so that the next turn hits on any node."""
 
@@ -72,25 +78,35 @@ class SimEngineConfig(_Section, frozen=True, kw_only=True, tag_field="kind", tag
     """No model: a timing model, and real bytes derived from the tokens."""
 
     block_size: Count = 16
+    """Tokens a block; divides kv.chunk_tokens."""
     num_blocks: Count = 4096
+    """Blocks for the KV of requests that run."""
     bytes_per_token: Count = 64
     """Multiple of 16."""
     max_context: Count = 8192
+    """Prompt and completion together, in tokens."""
     vocab_size: Count = 50_000
+    """Tokens that there are."""
     prefill_tokens_per_s: Rate = 20_000.0
+    """How fast it pretends to read a prompt."""
     inter_token_s: Annotated[float, msgspec.Meta(ge=0)] = 0.01
+    """How long it pretends to take for one more token."""
     batch_slowdown: Annotated[float, msgspec.Meta(ge=0)] = 0.02
     """Each further sequence in a step makes it longer by this share."""
     max_batch_tokens: Count = 2048
+    """Tokens computed in one step at most."""
     max_sequences: Count = 64
+    """Sequences in one step at most."""
     max_waiting: Count = 1024
+    """Requests queued at most; more are refused as overloaded."""
     weights_version: str = "v1"
     """Stands for the weights: other versions give other KV and other tokens."""
     save_output: bool = True
+    """Store full chunks of generated tokens too."""
 
 
 class VllmEngineConfig(_Section, frozen=True, kw_only=True, tag_field="kind", tag="vllm"):
-    """vLLM. A node's section is laid over the cluster's: see `kvcore.config.vllm_options`."""
+    """vLLM. A node's section is laid over the cluster's, `args` and `env` name by name: see docs/vllm.md."""
 
     args: dict[str, Any] = {}
     """Any of vLLM's engine arguments, named as on its command line, with `-` or `_`; not those that kvferry sets."""
@@ -111,7 +127,10 @@ class TransportConfig(_Section, frozen=True, kw_only=True):
     """How bytes move. `auto`: shared memory on one host, else `tcp`. A named transport is used or start-up fails."""
 
     kind: TransportKind = "auto"
+    """How the bytes of a segment reach another process. The same on all nodes that are to reach each other."""
     devices: list[str] = []
+    """For `ucx` and `nixl`: the devices to use, as `ucx_info -d` names them. Empty: every HCA with an active port; it
+    is an error if there is none."""
     fallback: FallbackKind | None = None
     """What is used, with a warning, where `ucx` or `nixl` cannot be: one that needs no library and no device. Refused
     beside the other kinds, which would never use it."""
@@ -131,8 +150,11 @@ class StoreConfig(_Section, frozen=True, kw_only=True):
     low_watermark: Share = 0.85
     """... down to this."""
     max_replicas: Count = 2
+    """Copies of one chunk that are being written or are complete, at most."""
     reserve_ttl_s: Seconds = 60.0
+    """A reservation that is not committed within this time expires; its writer stops before that."""
     read_lease_s: Seconds = 30.0
+    """A reader's claim on chunks, which keeps them from eviction, lasts this long unless it is given back."""
     retire_grace_s: Annotated[float, msgspec.Meta(ge=0)] = 2.0
     """Room of an expired reservation is not given out again before this: its writer may still be writing."""
 
@@ -141,12 +163,15 @@ class MetadataServerConfig(_Section, frozen=True, kw_only=True):
     """Where the metadata server listens, and its bounds."""
 
     host: str = "127.0.0.1"
+    """What it listens on, and the address that all nodes and the router use."""
     port: Port = 8700
+    """Of its HTTP API and its `/metrics`."""
     node_ttl_s: Seconds = 5.0
     """A node that does not renew its lease for this long is dead."""
     timeout_s: Seconds = 2.0
     """For one call, on the callers' side."""
     max_body: ByteSize = ByteSize(16 << 20)
+    """Longest body of a call; a longer one is refused with 413."""
     event_log: Count = 65_536
     """Events kept for replay."""
 
@@ -166,24 +191,34 @@ class RoutingPolicy(StrEnum):
     """How the router chooses."""
 
     PREFIX_AWARE = "prefix_aware"
+    """Least outstanding work plus what would have to be brought over from other nodes."""
     ROUND_ROBIN = "round_robin"
+    """Each node in turn, whatever is cached where."""
 
 
 class RouterConfig(_Section, frozen=True, kw_only=True):
     """Where the router listens, how it chooses, its bounds."""
 
     host: str = "127.0.0.1"
+    """What it listens on. There is no authentication: let only those reach it who may use it."""
     port: Port = 8000
+    """Of the OpenAI API, `/metrics` and `/v1/requests`."""
     policy: RoutingPolicy = RoutingPolicy.PREFIX_AWARE
+    """How nodes are chosen for a request."""
     min_prefill_tokens: Annotated[int, msgspec.Meta(ge=0)] = 64
     """An uncached rest shorter than this is left to the decoder."""
     request_timeout_s: Seconds = 600.0
+    """For one request, from its arrival to its last token; then it ends with `deadline_exceeded`."""
     prefill_timeout_s: Seconds = 120.0
+    """For one try of a prefill leg. The decoder waits no longer than this for chunks, then it computes."""
     connect_timeout_s: Seconds = 2.0
+    """For a connection to a node, and for the answer to a probe."""
     attempts: Count = 4
     """Tries of one leg, over all nodes."""
     probe_interval_s: Seconds = 1.0
+    """Pause between two looks at each node's `/v1/info`."""
     max_body: ByteSize = ByteSize(8 << 20)
+    """Longest body of a client's request; a longer one is refused with 413."""
     max_requests: Count = 1024
     """In flight at once; more get 503 with Retry-After."""
 
@@ -192,7 +227,9 @@ class NodeConfig(_Section, frozen=True, kw_only=True):
     """One machine's process of one role; or, with `url`, a vLLM server that runs already and is only driven."""
 
     role: Role
+    """What the node does."""
     host: str = "127.0.0.1"
+    """What it listens on, and the address by which the others reach it; never every interface."""
     port: Port = 0
     """Must be given, except beside `url`."""
     url: str | None = None
@@ -200,8 +237,9 @@ class NodeConfig(_Section, frozen=True, kw_only=True):
     bootstrap_port: Port | None = None
     """Of a prefiller with handoff mooncake: VLLM_MOONCAKE_BOOTSTRAP_PORT there; 8998 if not given."""
     transfer_port: Port = 0
-    """For tcp; 0: any free one."""
+    """Where the segment is served over tcp; 0: any free one, which a firewall cannot know."""
     segment: ByteSize = ByteSize(512 << 20)
+    """The node's share of the store, in main memory. It is all taken at start."""
     hugepages: bool = False
     """Huge pages for the segment: reserved ones, else transparent ones; it is an error if there are neither."""
     numa_node: Annotated[int, msgspec.Meta(ge=0)] | None = None
@@ -213,27 +251,38 @@ class NodeConfig(_Section, frozen=True, kw_only=True):
 
 
 class ServiceConfig(_Section, frozen=True, kw_only=True):
-    """Of every process."""
+    """What holds for every process."""
 
     drain_s: Annotated[float, msgspec.Meta(ge=0)] = 10.0
     """Requests under way have this long after the first SIGTERM."""
     start_s: Seconds = 120.0
+    """An engine that is not ready after this long counts as failed. vLLM may need half an hour."""
     log_level: LogLevel = "info"
+    """Of our own lines; libraries speak from warning up."""
 
 
 class ClusterConfig(_Section, frozen=True, kw_only=True):
     """A whole cluster file."""
 
     cluster: Text
+    """Its name, in logs, in status, and in the folder of the logs."""
     handoff: HandoffKind = HandoffKind.KVFERRY
+    """How KV gets from a prefiller to a decoder, and whether the nodes are ours."""
     model: ModelConfig
+    """The model that is served; one a cluster."""
     engine: EngineConfig | None = None
     """Must be given with handoff kvferry and only there: the engines are ours then."""
     nodes: dict[str, NodeConfig]
+    """By name, which `--node NAME` takes. At least one decoder; prefillers and stores are optional."""
     kv: KVConfig = KVConfig()
+    """How KV is cut and checked."""
     transport: TransportConfig = TransportConfig()
     """Short form in YAML: `transport: tcp`, with `devices: [...]` beside it."""
     store: StoreConfig = StoreConfig()
+    """Allocation and leases."""
     metadata_server: MetadataServerConfig = MetadataServerConfig()
+    """Where it listens, and its bounds."""
     router: RouterConfig = RouterConfig()
+    """Where it listens, how it chooses, its bounds."""
     service: ServiceConfig = ServiceConfig()
+    """What holds for every process."""

@@ -1,0 +1,213 @@
+"""Writes docs/config.md from the schema of a cluster file and docs/metrics.md from kvcore/metric_names.py:
+`python scripts/write_reference.py`.
+
+`tests/arch/test_reference.py` holds the pages against what this makes, so a line is changed where the code says it.
+"""
+
+import ast
+import itertools
+import re
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import msgspec
+
+from kvcore import metric_names
+from kvcore.config import schema
+from kvcore.metric_names import Metric
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG_PAGE = ROOT / "docs/config.md"
+METRICS_PAGE = ROOT / "docs/metrics.md"
+
+_UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20))
+_PROCESSES = {
+    "the router": "router",
+    "the metadata server": "metadata_server",
+    "each node": "kvnode",
+}
+"""Who exposes metrics, and the package that fills them."""
+
+_CONFIG_HEAD = """# The cluster file
+
+<!-- Made by scripts/write_reference.py from kvcore/config/schema.py: change it there. -->
+
+Every key of a cluster file. One YAML file describes the whole cluster, and every process reads the same one. `--set
+PATH=VALUE` overrides a key for one process (`--set router.port=9000`). An unknown key, a key given twice and a
+value out of its bounds are errors that name the path.
+
+A *size* is a number of bytes, or text such as `512MiB`, `40GiB` or `2GB`. A key without a default must be given.
+*none* as a default: the key is not set.
+"""
+
+_METRICS_HEAD = """# Metrics
+
+<!-- Made by scripts/write_reference.py from kvcore/metric_names.py: change it there. -->
+
+Every process answers `GET /metrics` on its HTTP port in Prometheus' text format. Beside what is below each has the
+`process_` metrics of Prometheus' client (memory, processor time, open files, start time). A node whose engine is
+vLLM also passes on all that vLLM keeps itself: every family that begins with `vllm:`, under vLLM's names, with the
+label `node` added. They are described in vLLM's own documentation.
+
+A histogram has the series `NAME_bucket`, `NAME_sum` and `NAME_count`. What the values of the labels `name`, `code`,
+`outcome` and `reason` mean is in [troubleshoot.md](troubleshoot.md).
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One key of a section."""
+
+    path: str
+    kind: str
+    default: str
+    meaning: str
+
+
+def config_sections() -> Iterator[tuple[str, str, list[Key]]]:
+    """(path of the section, what it is, its keys), for the whole file first."""
+    top = schema.ClusterConfig
+    yield "", _text(top.__doc__), list(_keys(top, ""))
+    engines = [_described(kind, "engine.") for kind in get_args(schema.EngineConfig)]
+    for name in ("model", "engine", "nodes", "kv", "transport", "store", "metadata_server", "router", "service"):
+        if name == "engine":
+            yield from engines
+        else:
+            kind = schema.NodeConfig if name == "nodes" else get_type_hints(top)[name]
+            path = "nodes.NAME." if name == "nodes" else f"{name}."
+            yield path, _text(kind.__doc__), list(_keys(kind, path))
+
+
+def config_page() -> str:
+    """The text of docs/config.md."""
+    parts = [_CONFIG_HEAD]
+    for path, about, keys in config_sections():
+        parts.append(f"\n## {path.rstrip('.') or 'The whole file'}\n\n{about}\n")
+        parts.append("\n| key | type | default | |\n|---|---|---|---|\n")
+        parts += [f"| `{key.path}` | {key.kind} | {key.default} | {key.meaning} |\n" for key in keys]
+    return "".join(parts)
+
+
+def metrics() -> dict[str, Metric]:
+    """Every metric, by the name that the code calls it."""
+    return {name: value for name, value in vars(metric_names).items() if isinstance(value, Metric)}
+
+
+def metrics_by_process() -> dict[str, list[Metric]]:
+    """The metrics that each process fills, as its package's sources name them."""
+    found = {}
+    for process, package in _PROCESSES.items():
+        code = "\n".join(path.read_text() for path in sorted((ROOT / package).rglob("*.py")))
+        named = set(re.findall(r"\bnames\.([A-Z_]+)", code))
+        found[process] = [metric for name, metric in metrics().items() if name in named]
+    return found
+
+
+def metrics_page() -> str:
+    """The text of docs/metrics.md."""
+    parts = [_METRICS_HEAD]
+    for process, exposed in metrics_by_process().items():
+        parts.append(f"\n## Of {process}\n\n| metric | type | labels | |\n|---|---|---|---|\n")
+        for metric in exposed:
+            labels = ", ".join(f"`{label}`" for label in metric.labels)
+            parts.append(f"| `{metric.name}` | {metric.kind.value} | {labels} | {_cell(metric.help)} |\n")
+    return "".join(parts)
+
+
+def _described(kind: type[msgspec.Struct], path: str) -> tuple[str, str, list[Key]]:
+    """An engine's section: it is told from the others by its `kind`."""
+    tag = str(kind.__struct_config__.tag)
+    keys = [Key(f"{path}kind", f"`{tag}`", "must be given", "Which engine this is."), *_keys(kind, path)]
+    return f"engine, kind {tag}", _text(kind.__doc__), keys
+
+
+def _keys(kind: type[msgspec.Struct], path: str) -> Iterator[Key]:
+    docs, hints = _field_docs(kind.__name__), get_type_hints(kind, include_extras=True)
+    for field in msgspec.structs.fields(kind):
+        hint = hints[field.name]
+        meaning = [docs.get(field.name, ""), *_choices(hint)]
+        yield Key(path + field.name, _kind(hint), _default(field), _cell(" ".join(filter(None, meaning))))
+
+
+def _field_docs(name: str) -> dict[str, str]:
+    """The docstring below each field or member of the class `name`."""
+    tree = ast.parse(Path(schema.__file__).read_text() + "\n" + (ROOT / "kvcore/types.py").read_text())
+    (body,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+    found = {}
+    for field, text in itertools.pairwise(body):
+        target = field.target if isinstance(field, ast.AnnAssign) else getattr(field, "targets", [None])[0]
+        if isinstance(target, ast.Name) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+            found[target.id] = _text(str(text.value.value))
+    return found
+
+
+def _kind(hint: Any) -> str:
+    """The type in words, with its bounds."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _kind(arguments[0]) + _bounds(arguments[1])
+    if origin in (Union, types.UnionType):
+        structs = [kind for kind in arguments if isinstance(kind, type) and issubclass(kind, msgspec.Struct)]
+        return "section" if structs else _kind(next(kind for kind in arguments if kind is not type(None)))
+    if origin is Literal:
+        return " \\| ".join(f"`{choice}`" for choice in arguments)
+    if origin in (list, dict):
+        return "list of text" if origin is list else "mapping"
+    if issubclass(hint, StrEnum):
+        return " \\| ".join(f"`{member}`" for member in hint)
+    if issubclass(hint, msgspec.Struct):
+        return "section"
+    return {bool: "true or false", int: "whole number", float: "number", str: "text", schema.ByteSize: "size"}[hint]
+
+
+def _bounds(meta: msgspec.Meta) -> str:
+    signs = (("from", meta.ge), ("more than", meta.gt), ("to", meta.le), ("of length from", meta.min_length))
+    return "".join(f" {word} {bound:g}" for word, bound in signs if bound is not None)
+
+
+def _choices(hint: Any) -> Iterator[str]:
+    """What each member of an enumeration means."""
+    if isinstance(hint, type) and issubclass(hint, StrEnum):
+        docs = _field_docs(hint.__name__)
+        yield from (f"`{member}`: {docs[member.name]}" for member in hint if member.name in docs)
+
+
+def _default(field: Any) -> str:
+    if field.default is None:
+        return "none"
+    if field.default_factory is not msgspec.NODEFAULT:
+        return f"`{field.default_factory()}`"
+    if field.default is msgspec.NODEFAULT:
+        return "must be given"
+    if isinstance(field.default, msgspec.Struct):
+        return "all defaults"
+    if isinstance(field.default, schema.ByteSize):
+        return f"`{_size(field.default)}`"
+    return f"`{str(field.default).lower() if isinstance(field.default, bool) else field.default}`"
+
+
+def _size(size_bytes: int) -> str:
+    unit, factor = next((unit, factor) for unit, factor in _UNITS if size_bytes % factor == 0)
+    return f"{size_bytes // factor}{unit}"
+
+
+def _text(docstring: str | None) -> str:
+    return " ".join((docstring or "").split())
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def main() -> None:
+    """Write both pages."""
+    CONFIG_PAGE.write_text(config_page())
+    METRICS_PAGE.write_text(metrics_page())
+
+
+if __name__ == "__main__":
+    main()
