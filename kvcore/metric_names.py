@@ -81,13 +81,13 @@ NODE_HOST_RESTARTS = _counter(
 NODE_REGISTRATIONS = _counter("node_registrations_total", "Times the node joined the metadata server")
 NODE_HEARTBEAT_FAILURES = _counter("node_heartbeat_failures_total", "Heartbeats that got no answer")
 NODE_SEGMENT_BYTES = _gauge("node_segment_bytes", "Size of the node's segment")
-NODE_PEER_TRANSPORT = _gauge("node_peer_transport", "Always 1; the labels say by which transport a peer's segment is reached", "segment", "transport")
+NODE_PEER_TRANSPORT = _gauge(
+    "node_peer_transport", "Always 1: this transport reaches this segment of a peer", "segment", "transport"
+)
 ENGINE_STATE = _gauge(
     "engine_state", "Sample of the engine: running, waiting, loading, used_blocks, cached_blocks, ...", "field"
 )
 ENGINE_TOTALS = _counter("engine_totals_total", "Counters of the engine, by name", "name")
 STORE_MOVED_BYTES = _counter("store_moved_bytes_total", "KV bytes moved", "transport", "direction")
-STORE_MOVED_SECONDS = _counter(
-    "store_moved_seconds_total", "Time of the calls that moved KV", "transport", "direction"
-)
+STORE_MOVED_SECONDS = _counter("store_moved_seconds_total", "Time of the calls that moved KV", "transport", "direction")
 STORE_TOTALS = _counter("store_totals_total", "Counters of the store as the engine uses it, by name", "name")
