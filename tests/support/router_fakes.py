@@ -35,7 +35,7 @@ from router.metrics import RouterMetrics
 from router.nodes.cluster import Cluster
 from router.requests.dispatch import Dispatcher
 from router.requests.records import RequestLog
-from router.routing.policy import make_policy
+from router.routing.policy import RoutePolicy, make_policy
 from router.status import StatusView
 from router.text.tokenizer import ByteTokenizer, Tokenizer
 
@@ -248,7 +248,12 @@ class Rig:
     metrics: RouterMetrics
 
 
-async def make_rig(nodes: FakeNodes | None = None, tokenizer: Tokenizer | None = None, **router: object) -> Rig:
+async def make_rig(
+    nodes: FakeNodes | None = None,
+    tokenizer: Tokenizer | None = None,
+    policy: RoutePolicy | None = None,
+    **router: object,
+) -> Rig:
     """Probed once."""
     nodes = nodes or two_and_two()
     config = cluster_config(nodes.nodes, None, **router)
@@ -258,7 +263,7 @@ async def make_rig(nodes: FakeNodes | None = None, tokenizer: Tokenizer | None =
     dispatcher = Dispatcher(
         config=config.router,
         cluster=cluster,
-        policy=make_policy(config.router.policy),
+        policy=policy or make_policy(config.router.policy),
         client=nodes,
         clock=clock,
         log=log,
