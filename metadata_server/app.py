@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -20,7 +21,8 @@ from kvcore.errors import KVFerryError, MetadataProtocolError, PayloadTooLargeEr
 from kvcore.telemetry import METRICS_CONTENT_TYPE, Metrics, log_fields
 from metadata_server import metrics as own_metrics
 from metadata_server.core import MetadataCore
-from metadata_server.openapi import FRAMES, JSON, MSGPACK, POSTS, ErrorBody, ErrorDetail, Health, document
+from metadata_server.endpoints import ENDPOINTS, Endpoint
+from metadata_server.openapi import FRAMES, JSON, MSGPACK, ErrorBody, Fault, Health, document
 from metadata_server.protocol import encode
 
 _BINARY = frozenset({"", MSGPACK, "application/x-msgpack", "application/vnd.msgpack", "application/octet-stream"})
@@ -34,7 +36,11 @@ _Handler = Callable[[Request], Awaitable[Response]]
 def create_app(core: MetadataCore, clock: Clock, metrics: Metrics, max_body_bytes: int) -> FastAPI:
     """The application. `core.run` and its end are the caller's."""
     observe = own_metrics.register(core, clock, metrics)
-    calls = {path: _post(core, path, max_body_bytes, clock, observe(path)) for path in POSTS}
+    calls = {
+        endpoint.path: _post(core, endpoint, max_body_bytes, clock, observe(endpoint.path))
+        for endpoint in ENDPOINTS
+        if endpoint.request is not None
+    }
     app = _App(calls)
     app.openapi = document  # type: ignore[method-assign]
     for path, post in calls.items():  # for what is wrong with the method; the calls themselves never get here
@@ -69,9 +75,13 @@ class _App(FastAPI):
 
 
 def _post(
-    core: MetadataCore, path: str, max_body_bytes: int, clock: Clock, observe: Callable[[float], None]
+    core: MetadataCore,
+    endpoint: Endpoint[Any, Any],
+    max_body_bytes: int,
+    clock: Clock,
+    observe: Callable[[float], None],
 ) -> _Handler:
-    waits = path == "/v1/objects/wait"
+    path, waits = endpoint.path, endpoint.waits
 
     async def handle(request: Request) -> Response:
         json_in = _is_json(request)
@@ -90,7 +100,7 @@ def _gets(core: MetadataCore, metrics: Metrics) -> dict[str, _Handler]:
     def plain(path: str) -> _Handler:
         async def handle(request: Request) -> Response:
             json = _wants_json(request, True)
-            return Response(core.answer(path, b"", json=json), media_type=JSON if json else MSGPACK)
+            return Response(await core.dispatch(path, b"", json=json), media_type=JSON if json else MSGPACK)
 
         return handle
 
@@ -115,8 +125,7 @@ def _gets(core: MetadataCore, metrics: Metrics) -> dict[str, _Handler]:
         return Response(metrics.render(), headers={"Content-Type": METRICS_CONTENT_TYPE})
 
     return {
-        "/v1/nodes": plain("/v1/nodes"),
-        "/v1/stats": plain("/v1/stats"),
+        **{endpoint.path: plain(endpoint.path) for endpoint in ENDPOINTS if endpoint.request is None},
         "/v1/events": events,
         "/v1/replay": replay,
         "/v1/snapshot": snapshot,
@@ -220,7 +229,7 @@ class _Frames(StreamingResponse):
 # --- errors ------------------------------------------------------------------------------------------------------
 
 
-def _error(request: Request, status: int, detail: ErrorDetail, headers: dict[str, str] | None = None) -> Response:
+def _error(request: Request, status: int, detail: Fault, headers: dict[str, str] | None = None) -> Response:
     json = _wants_json(request, "msgpack" not in request.headers.get("content-type", ""))
     body = encode(ErrorBody(error=detail), json=json)
     return Response(body, status, headers=headers, media_type=JSON if json else MSGPACK)
@@ -229,7 +238,7 @@ def _error(request: Request, status: int, detail: ErrorDetail, headers: dict[str
 async def _on_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, KVFerryError)
     kind = "invalid_request_error" if error.http_status < 500 else "server_error"
-    detail = ErrorDetail(message=error.message, type=kind, param=error.param, code=error.code)
+    detail = Fault(message=error.message, type=kind, param=error.param, code=error.code)
     return _error(request, error.http_status, detail)
 
 
@@ -237,7 +246,7 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = _CODES.get(error.status_code, "invalid_request")
     text = f"{request.method} {request.url.path[:200]}: {error.detail}"
-    detail = ErrorDetail(message=text, type="invalid_request_error", param=None, code=code)
+    detail = Fault(message=text, type="invalid_request_error", param=None, code=code)
     return _error(request, error.status_code, detail, dict(error.headers or {}))
 
 
@@ -247,7 +256,7 @@ async def _on_disconnect(request: Request, _: Exception) -> Response:
 
 async def _on_failure(request: Request, error: Exception) -> Response:
     log_fields(_logger, logging.ERROR, "request_failed", path=request.url.path, error=repr(error))
-    detail = ErrorDetail(message="internal error; see the log", type="server_error", param=None, code="internal_error")
+    detail = Fault(message="internal error; see the log", type="server_error", param=None, code="internal_error")
     return _error(request, 500, detail)
 
 

@@ -6,12 +6,14 @@ Every method raises MetadataUnavailableError (go on without the cache) or Metada
 """
 
 import asyncio
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import msgspec
 
 from kvcore.clock import Clock
 from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
+from metadata_server import endpoints
+from metadata_server.endpoints import Endpoint, Rep, Req
 from metadata_server.messages import (
     CommitReply,
     HeartbeatReply,
@@ -34,7 +36,6 @@ from metadata_server.messages import (
 
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 1.0
-_T = TypeVar("_T")
 
 
 class MetadataTransport(Protocol):
@@ -75,84 +76,69 @@ class MetadataClient:
 
     async def register(self, request: RegisterRequest, *, timeout_s: float | None = None) -> RegisterReply:
         """Join, or join again with what lies in the segments. Raises MetadataProtocolError for an older incarnation."""
-        return await self._ask("/v1/nodes/register", request, RegisterReply, timeout_s)
+        return await self._call(endpoints.REGISTER, request, timeout_s)
 
     async def heartbeat(self, request: HeartbeatRequest, *, timeout_s: float | None = None) -> HeartbeatReply:
         """Renew the node's lease. `known` false: register again, with manifests."""
-        return await self._ask("/v1/nodes/heartbeat", request, HeartbeatReply, timeout_s)
+        return await self._call(endpoints.HEARTBEAT, request, timeout_s)
 
     async def leave(self, request: LeaveRequest, *, timeout_s: float | None = None) -> None:
         """Drop the node and all that it holds at once. Idempotent."""
-        await self._send("/v1/nodes/leave", request, timeout_s)
+        await self._call(endpoints.LEAVE, request, timeout_s)
 
     async def release_writer(self, request: ReleaseWriterRequest, *, timeout_s: float | None = None) -> None:
         """Give back all that the node has reserved and leased: its engine has died. Idempotent; must be over before
         the next engine's first call."""
-        await self._send("/v1/nodes/release_writer", request, timeout_s)
+        await self._call(endpoints.RELEASE_WRITER, request, timeout_s)
 
     async def match(self, request: MatchRequest, *, timeout_s: float | None = None) -> MatchReply:
         """Longest complete prefix. A lease is to be given back by `release`."""
-        return await self._ask("/v1/objects/match", request, MatchReply, timeout_s)
+        return await self._call(endpoints.MATCH, request, timeout_s)
 
     async def wait(self, request: WaitRequest, *, timeout_s: float | None = None) -> MatchReply:
         """As match, once there is more or `request.timeout_s` is up; that time is added to the call's own deadline."""
-        return await self._ask("/v1/objects/wait", request, MatchReply, timeout_s, poll_s=request.timeout_s)
+        return await self._call(endpoints.WAIT, request, timeout_s, poll_s=request.timeout_s)
 
     async def release(self, request: ReleaseRequest, *, timeout_s: float | None = None) -> None:
         """Give read leases back. Idempotent."""
-        await self._send("/v1/leases/release", request, timeout_s)
+        await self._call(endpoints.RELEASE, request, timeout_s)
 
     async def reserve(self, request: ReserveRequest, *, timeout_s: float | None = None) -> ReserveReply:
         """Room for chunks. Not idempotent: a lost answer's reservations expire by themselves."""
-        return await self._ask("/v1/objects/reserve", request, ReserveReply, timeout_s)
+        return await self._call(endpoints.RESERVE, request, timeout_s)
 
     async def commit(self, request: ReplicaIds, *, timeout_s: float | None = None) -> CommitReply:
         """Make reserved replicas visible, each by itself. Idempotent for the same writer."""
-        return await self._ask("/v1/objects/commit", request, CommitReply, timeout_s)
+        return await self._call(endpoints.COMMIT, request, timeout_s)
 
     async def abort(self, request: ReplicaIds, *, timeout_s: float | None = None) -> None:
         """Give reservations back. Idempotent."""
-        await self._send("/v1/objects/abort", request, timeout_s)
+        await self._call(endpoints.ABORT, request, timeout_s)
 
     async def quarantine(self, request: QuarantineRequest, *, timeout_s: float | None = None) -> None:
         """Drop replicas that a reader refused, if they still are of that generation. Idempotent."""
-        await self._send("/v1/objects/quarantine", request, timeout_s)
+        await self._call(endpoints.QUARANTINE, request, timeout_s)
 
     async def nodes(self, *, timeout_s: float | None = None) -> NodesReply:
         """Live nodes and their segments, with the addresses to reach them by."""
-        return await self._ask("/v1/nodes", None, NodesReply, timeout_s)
+        return await self._call(endpoints.NODES, None, timeout_s)
 
     async def stats(self, *, timeout_s: float | None = None) -> Stats:
         """What the server holds now, and its counters."""
-        return await self._ask("/v1/stats", None, Stats, timeout_s)
+        return await self._call(endpoints.STATS, None, timeout_s)
 
     async def aclose(self) -> None:
         """Release the transport. Idempotent."""
         await self._transport.aclose()
 
-    async def _ask(
-        self,
-        path: str,
-        request: msgspec.Struct | None,
-        reply_type: type[_T],
-        timeout_s: float | None,
-        *,
-        poll_s: float = 0.0,
-    ) -> _T:
-        reply = await self._send(path, request, timeout_s, poll_s=poll_s)
-        try:
-            return msgspec.msgpack.decode(reply, type=reply_type)
-        except msgspec.MsgspecError as error:
-            raise MetadataProtocolError(f"metadata server's answer to {path} is malformed: {error}") from error
-
-    async def _send(
-        self, path: str, request: msgspec.Struct | None, timeout_s: float | None, *, poll_s: float = 0.0
-    ) -> bytes:
+    async def _call(
+        self, endpoint: Endpoint[Req, Rep], request: Req, timeout_s: float | None, *, poll_s: float = 0.0
+    ) -> Rep:
         body = b"" if request is None else msgspec.msgpack.encode(request)
         limit_s = poll_s + (self._timeout_s if timeout_s is None else min(timeout_s, self._timeout_s))
         probing = self._enter(limit_s)
         try:
-            reply = await self._transport.call(path, body, limit_s)
+            reply = await self._transport.call(endpoint.path, body, limit_s)
         except MetadataUnavailableError:
             self._pause_s = min(_LONGEST_PAUSE_S, self._pause_s * 2 or _FIRST_PAUSE_S)
             self._closed_until = self._clock.now() + self._pause_s
@@ -165,7 +151,10 @@ class MetadataClient:
                 self._closed_until = self._clock.now()
             raise
         self._pause_s = 0.0
-        return reply
+        try:
+            return msgspec.msgpack.decode(reply, type=endpoint.reply)
+        except msgspec.MsgspecError as error:
+            raise MetadataProtocolError(f"metadata server's answer to {endpoint.path} is malformed: {error}") from error
 
     def _enter(self, limit_s: float) -> bool:
         """Whether this call probes a server that failed last. Raises MetadataUnavailableError during the pause."""

@@ -6,28 +6,26 @@ else. Invariants: a waiter is in `_waiting` only while its call is under way; a 
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
-from typing import cast
+from dataclasses import dataclass
+from typing import Any
 
 from kvcore.clock import Clock
 from kvcore.errors import MetadataProtocolError, OverloadedError
 from kvcore.types import ChunkKey
+from metadata_server.endpoints import ENDPOINTS
 from metadata_server.index.state import MetadataState
 from metadata_server.messages import (
     EventBatch,
     EventKind,
-    HeartbeatRequest,
-    LeaveRequest,
     MatchReply,
     MatchRequest,
-    QuarantineRequest,
-    RegisterRequest,
+    NodesReply,
+    Nothing,
     ReleaseRequest,
-    ReleaseWriterRequest,
-    ReplicaIds,
-    ReserveRequest,
+    Stats,
     WaitRequest,
 )
-from metadata_server.protocol import Decoder, Request, encode
+from metadata_server.protocol import RequestDecoder, encode
 
 MAX_WAITERS = 4096
 MAX_SUBSCRIBERS = 256
@@ -36,11 +34,26 @@ _SHORTEST_SLEEP_S = 0.01
 _PULSE_S = 1.0
 _STALL_S = 1.0
 """`run` ticks at least once a pulse; so much later than that means that this process was stopped."""
-_EMPTY: dict[str, str] = {}
+_DONE = Nothing()
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A row of the table, bound to one core."""
+
+    handle: Callable[[Any, float], Any]
+    decode: Callable[..., Any]
+    waits: bool
+
+
+def _no_body(body: bytes, *, json: bool) -> None:
+    """The request of a GET."""
 
 
 class MetadataCore:
     """Answers calls on one event loop. `run` must be running, else nothing runs out unless it is asked for."""
+
+    state: MetadataState
 
     def __init__(self, state: MetadataState, clock: Clock) -> None:
         self.state = state
@@ -54,11 +67,10 @@ class MetadataCore:
         self._planned = float("inf")
         self._pulse_at: float | None = None
         self._stopping = False
-        self._posts: dict[str, tuple[Decoder, Callable[[Request, float], object]]] = {
-            path: (Decoder(kind), cast(Callable[[Request, float], object], handle))
-            for path, kind, handle in self._handlers()
+        self._calls = {
+            row.path: _Call(row.handler(self), RequestDecoder(row).decode if row.request else _no_body, row.waits)
+            for row in ENDPOINTS
         }
-        self._wait_decoder = Decoder(WaitRequest)
 
     @property
     def num_waiters(self) -> int:
@@ -71,32 +83,59 @@ class MetadataCore:
         return self._num_subscribers
 
     async def dispatch(self, path: str, body: bytes, *, json: bool = False, reply_json: bool | None = None) -> bytes:
-        """Answer one call; the GET endpoints that are no streams have empty bodies. The reply is in the body's format,
-        unless `reply_json` says otherwise.
+        """Answer one call; the GET endpoints have empty bodies. The reply is in the body's format, unless `reply_json`
+        says otherwise.
 
-        Raises MetadataProtocolError (unknown path, malformed or out of bounds). Only /v1/objects/wait suspends;
+        Raises MetadataProtocolError (unknown path, malformed or out of bounds). Only an endpoint that waits suspends;
         cancelling it leaves nothing behind. With too many waiting it answers at once with what there is.
         """
-        if path == "/v1/objects/wait":
-            request = self._wait_decoder.decode(body, json=json)
-            assert isinstance(request, WaitRequest)
-            return encode(await self._wait(request), json=json if reply_json is None else reply_json)
-        return self.answer(path, body, json=json, reply_json=reply_json)
+        call = self._calls.get(path)
+        if call is None:
+            raise MetadataProtocolError(f"no such endpoint: {path}")
+        now = self._now()
+        reply = call.handle(call.decode(body, json=json), now)
+        if call.waits:
+            reply = await reply
+        self._after_change()
+        return encode(_DONE if reply is None else reply, json=json if reply_json is None else reply_json)
 
-    def answer(self, path: str, body: bytes, *, json: bool = False, reply_json: bool | None = None) -> bytes:
-        """As `dispatch`, for every endpoint but the long poll, without suspending."""
-        post = self._posts.get(path)
-        now, json_out = self._now(), json if reply_json is None else reply_json
-        if post is not None:
-            decoder, handle = post
-            reply = handle(decoder.decode(body, json=json), now)
-            self._after_change()
-            return encode(_EMPTY if reply is None else reply, json=json_out)
-        if path == "/v1/nodes":
-            return encode(self.state.nodes(now), json=json_out)
-        if path == "/v1/stats":
-            return encode(self.state.stats(now, self._num_waiters), json=json_out)
-        raise MetadataProtocolError(f"no such endpoint: {path}")
+    # --- handlers of the table's calls that are not the state's own --------------------------------------------------
+
+    def match(self, request: MatchRequest | WaitRequest, now: float) -> MatchReply:
+        """See MetadataState.match."""
+        return self.state.match(
+            request.keys,
+            now,
+            lease_s=request.lease_s,
+            node_id=request.node_id,
+            incarnation=request.incarnation,
+        )
+
+    def release(self, request: ReleaseRequest, now: float) -> None:
+        """See MetadataState.release."""
+        self.state.release(request.lease_ids, now)
+
+    def nodes(self, _: object, now: float) -> NodesReply:
+        """See MetadataState.nodes."""
+        return self.state.nodes(now)
+
+    def stats(self, _: object, now: float) -> Stats:
+        """See MetadataState.stats."""
+        return self.state.stats(now, self._num_waiters)
+
+    async def wait(self, request: WaitRequest, now: float) -> MatchReply:
+        """As `match`, once more than `more_than` leading keys are complete, time is up, or too many wait."""
+        keys = request.keys
+        wanted = min(request.more_than + 1, len(keys))  # all of them: nothing more can come
+        deadline = now + request.timeout_s
+        while True:
+            have = self.state.complete_prefix(keys, now)
+            full = have < wanted and self._num_waiters >= MAX_WAITERS
+            self.state.counters["waits_cut"] += full
+            if have >= wanted or now >= deadline or self._stopping or full:
+                return self.match(request, now)
+            await self._until_stored(keys[have], deadline - now)
+            now = self._now()
 
     def replay(self, from_seq: int) -> EventBatch:
         """Events from `from_seq` on, one batch; a reset without events where the log no longer has them."""
@@ -162,48 +201,6 @@ class MetadataCore:
             self._pulse_at = now
             self.state.spare_nodes(now)
         return now
-
-    def _handlers(self) -> list[tuple[str, type[Request], object]]:
-        state = self.state
-        return [
-            ("/v1/nodes/register", RegisterRequest, state.register),
-            ("/v1/nodes/heartbeat", HeartbeatRequest, state.heartbeat),
-            ("/v1/nodes/leave", LeaveRequest, state.leave),
-            ("/v1/nodes/release_writer", ReleaseWriterRequest, state.release_writer),
-            ("/v1/objects/match", MatchRequest, self._match),
-            ("/v1/objects/reserve", ReserveRequest, state.reserve),
-            ("/v1/objects/commit", ReplicaIds, state.commit),
-            ("/v1/objects/abort", ReplicaIds, state.abort),
-            ("/v1/objects/quarantine", QuarantineRequest, state.quarantine),
-            ("/v1/leases/release", ReleaseRequest, self._release),
-        ]
-
-    def _match(self, request: MatchRequest | WaitRequest, now: float) -> MatchReply:
-        return self.state.match(
-            request.keys,
-            now,
-            lease_s=request.lease_s,
-            node_id=request.node_id,
-            incarnation=request.incarnation,
-        )
-
-    def _release(self, request: ReleaseRequest, now: float) -> None:
-        self.state.release(request.lease_ids, now)
-
-    async def _wait(self, request: WaitRequest) -> MatchReply:
-        keys = request.keys
-        wanted = min(request.more_than + 1, len(keys))  # all of them: nothing more can come
-        deadline = self._now() + request.timeout_s
-        while True:
-            now = self._now()
-            have = self.state.complete_prefix(keys, now)
-            full = have < wanted and self._num_waiters >= MAX_WAITERS
-            self.state.counters["waits_cut"] += full
-            if have >= wanted or now >= deadline or self._stopping or full:
-                reply = self._match(request, now)
-                self._after_change()
-                return reply
-            await self._until_stored(keys[have], deadline - now)
 
     async def _until_stored(self, key: ChunkKey, timeout_s: float) -> None:
         """Return when `key` may have become complete, or after `timeout_s`."""

@@ -15,6 +15,10 @@ class _Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     pass
 
 
+class Nothing(_Message, frozen=True, kw_only=True):
+    """A reply that says only: done."""
+
+
 class ManifestEntry(_Message, frozen=True, kw_only=True):
     """A chunk that a node found in its own segment by its header (see `kvstore.manifest`)."""
 

@@ -8,7 +8,7 @@ from kvcore.types import ChunkKey, Role
 from kvnode import segment_owner
 from kvnode.segment_owner import SegmentOwner
 from kvstore.chunk_format import ALIGNMENT, ChunkHeader, pack
-from metadata_server.protocol import MAX_ITEMS
+from metadata_server.bounds import MAX_ITEMS
 
 
 def header(generation: int) -> bytes:

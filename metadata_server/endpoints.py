@@ -1,0 +1,226 @@
+"""The table of the metadata server's calls. Client, dispatch, routes, OpenAPI and metric labels are made from it.
+
+A new call is: its messages, a method of the state, a row here with its bounds, and a typed method of the client. The
+event stream and what only operators ask (`/health`, `/metrics`, replay, snapshot) are not calls: see `app`, `openapi`.
+"""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import msgspec
+
+from metadata_server import messages as m
+from metadata_server.bounds import (
+    MAX_ADDRESSES,
+    MAX_BYTES,
+    MAX_NAME,
+    MAX_WAIT_S,
+    check_extent,
+    check_incarnation,
+    check_items,
+    check_key,
+    check_keys,
+    check_name,
+    check_seconds,
+    check_text,
+    require,
+)
+
+if TYPE_CHECKING:  # clients know the table without the server's code
+    from metadata_server.core import MetadataCore
+
+Req = TypeVar("Req")
+Rep = TypeVar("Rep", bound=msgspec.Struct)
+
+
+def _check_node(request: m.HeartbeatRequest | m.LeaveRequest | m.ReleaseWriterRequest) -> None:
+    check_name(request.node_id, "node_id")
+    check_incarnation(request.incarnation, "incarnation")
+
+
+def _check_register(request: m.RegisterRequest) -> None:
+    node = request.node
+    check_name(node.id, "node.id")
+    check_incarnation(node.incarnation, "node.incarnation")
+    check_text(node.control_url, "node.control_url")
+    require(len(node.fingerprint) in (0, 16), "node.fingerprint", "has 16 bytes or none")
+    check_seconds(request.ttl_s, "ttl_s")
+    require(len(request.segments) <= MAX_NAME, "segments", "too many")
+    for at, manifest in enumerate(request.segments):
+        segment, path = manifest.segment, f"segments[{at}]"
+        check_name(segment.id, f"{path}.segment.id")
+        check_name(segment.host_id, f"{path}.segment.host_id", empty=True)
+        require(0 < segment.size_bytes < MAX_BYTES, f"{path}.segment.size_bytes", "out of range")
+        require(len(segment.addresses) <= MAX_ADDRESSES, f"{path}.segment.addresses", "too many")
+        for transport, address in segment.addresses.items():
+            check_name(transport, f"{path}.segment.addresses")
+            check_text(address, f"{path}.segment.addresses")
+        for index, entry in enumerate(manifest.entries):
+            check_extent(entry, f"{path}.entries[{index}]")
+
+
+def _check_match(request: m.MatchRequest | m.WaitRequest) -> None:
+    check_keys(request.keys)
+    check_seconds(request.lease_s, "lease_s", zero=True)
+    check_name(request.node_id, "node_id", empty=True)
+    check_incarnation(request.incarnation, "incarnation")
+
+
+def _check_wait(request: m.WaitRequest) -> None:
+    _check_match(request)
+    require(request.more_than >= 0, "more_than", "negative")
+    check_seconds(request.timeout_s, "timeout_s", zero=True, most=MAX_WAIT_S)
+
+
+def _check_release(request: m.ReleaseRequest) -> None:
+    check_items(request.lease_ids, "lease_ids")
+
+
+def _check_reserve(request: m.ReserveRequest) -> None:
+    check_name(request.node_id, "node_id")
+    check_incarnation(request.incarnation, "incarnation")
+    check_seconds(request.ttl_s, "ttl_s")
+    check_name(request.prefer_segment or "", "prefer_segment", empty=True)
+    check_items(request.items, "items")
+    for at, item in enumerate(request.items):
+        check_key(item.key, f"items[{at}].key")
+        require(0 < item.length < MAX_BYTES, f"items[{at}].length", "out of range")
+
+
+def _check_replica_ids(request: m.ReplicaIds) -> None:
+    check_name(request.node_id, "node_id")
+    check_incarnation(request.incarnation, "incarnation")
+    check_items(request.replica_ids, "replica_ids")
+
+
+def _check_quarantine(request: m.QuarantineRequest) -> None:
+    check_items(request.items, "items")
+    for at, item in enumerate(request.items):
+        check_extent(item.replica, f"items[{at}].replica")
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint(Generic[Req, Rep]):
+    """One call: a request goes in, a reply comes out; both are bodies."""
+
+    path: str
+    request: type[Req] | None
+    """None: a GET without a body."""
+    reply: type[Rep]
+    handler: Callable[["MetadataCore"], Callable[[Req, float], Rep | Awaitable[Rep] | None]]
+    """The method that answers at a time `now`; a reply of None stands for `Nothing`."""
+    summary: str
+    check: Callable[[Req], None] = lambda _: None
+    """Raises MetadataProtocolError for a request out of bounds."""
+    waits: bool = False
+    """A long poll: its handler is async and ends when its client leaves."""
+
+
+REGISTER = Endpoint(
+    "/v1/nodes/register",
+    m.RegisterRequest,
+    m.RegisterReply,
+    lambda core: core.state.register,
+    "Join, or join again with manifests",
+    _check_register,
+)
+HEARTBEAT = Endpoint(
+    "/v1/nodes/heartbeat",
+    m.HeartbeatRequest,
+    m.HeartbeatReply,
+    lambda core: core.state.heartbeat,
+    "Renew a node's lease",
+    _check_node,
+)
+LEAVE = Endpoint(
+    "/v1/nodes/leave",
+    m.LeaveRequest,
+    m.Nothing,
+    lambda core: core.state.leave,
+    "Leave in good order",
+    _check_node,
+)
+RELEASE_WRITER = Endpoint(
+    "/v1/nodes/release_writer",
+    m.ReleaseWriterRequest,
+    m.Nothing,
+    lambda core: core.state.release_writer,
+    "Give back what a node's dead engine held",
+    _check_node,
+)
+MATCH = Endpoint(
+    "/v1/objects/match",
+    m.MatchRequest,
+    m.MatchReply,
+    lambda core: core.match,
+    "Longest complete prefix",
+    _check_match,
+)
+WAIT = Endpoint(
+    "/v1/objects/wait",
+    m.WaitRequest,
+    m.MatchReply,
+    lambda core: core.wait,
+    "Longest complete prefix, once it has grown",
+    _check_wait,
+    waits=True,
+)
+RESERVE = Endpoint(
+    "/v1/objects/reserve",
+    m.ReserveRequest,
+    m.ReserveReply,
+    lambda core: core.state.reserve,
+    "Room for chunks to be written",
+    _check_reserve,
+)
+COMMIT = Endpoint(
+    "/v1/objects/commit",
+    m.ReplicaIds,
+    m.CommitReply,
+    lambda core: core.state.commit,
+    "Make written chunks visible",
+    _check_replica_ids,
+)
+ABORT = Endpoint(
+    "/v1/objects/abort",
+    m.ReplicaIds,
+    m.Nothing,
+    lambda core: core.state.abort,
+    "Give reservations back",
+    _check_replica_ids,
+)
+QUARANTINE = Endpoint(
+    "/v1/objects/quarantine",
+    m.QuarantineRequest,
+    m.Nothing,
+    lambda core: core.state.quarantine,
+    "Drop replicas that failed verification",
+    _check_quarantine,
+)
+RELEASE = Endpoint(
+    "/v1/leases/release",
+    m.ReleaseRequest,
+    m.Nothing,
+    lambda core: core.release,
+    "End read leases",
+    _check_release,
+)
+NODES = Endpoint("/v1/nodes", None, m.NodesReply, lambda core: core.nodes, "Live nodes and segments")
+STATS = Endpoint("/v1/stats", None, m.Stats, lambda core: core.stats, "What is held, and counters")
+
+ENDPOINTS: tuple[Endpoint[Any, Any], ...] = (
+    REGISTER,
+    HEARTBEAT,
+    LEAVE,
+    RELEASE_WRITER,
+    MATCH,
+    WAIT,
+    RESERVE,
+    COMMIT,
+    ABORT,
+    QUARANTINE,
+    RELEASE,
+    NODES,
+    STATS,
+)
