@@ -13,9 +13,10 @@ from nodeapi.messages import FinishReason, SamplingParams, TokenLogprob
 from router.api import openai_schema as schema
 from router.api.openai_schema import AnyRequest, ChatRequest, CompletionRequest
 from router.nodes.cluster import Cluster
-from router.requests.dispatch import Dispatcher, RequestRun
+from router.requests.dispatch import Dispatcher
 from router.requests.events import Emit
 from router.requests.leg_requests import RequestSpec
+from router.requests.run import RequestRun
 from router.text.detokenizer import Detokenizer, StopChecker
 from router.text.tokenizer import Runner, Tokenizer, encode
 

@@ -21,6 +21,7 @@ from router.nodes.vllm_client import VllmClient, server_key
 from router.nodes.vllm_model import read_model_facts
 from router.requests.dispatch import Dispatcher
 from router.requests.records import RequestLog
+from router.requests.services import RequestServices
 from router.routing.policy import make_policy
 from router.status import StatusView
 from router.text.tokenizer import make_tokenizer, run_in_thread
@@ -42,15 +43,8 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
     lifecycle.stack.push_async_callback(client.aclose)
     cluster = Cluster(config, client, clock)
     log = RequestLog()
-    dispatcher = Dispatcher(
-        config=bounds,
-        cluster=cluster,
-        policy=make_policy(bounds.policy),
-        client=client,
-        clock=clock,
-        log=log,
-        handoff=config.handoff,
-    )
+    services = RequestServices(bounds, cluster, client, clock, log, handoff=config.handoff)
+    dispatcher = Dispatcher(services, make_policy(bounds.policy))
     lifecycle.stack.push_async_callback(dispatcher.aclose)
     endpoints = endpoints_of(config.metadata_server)
     keeps_store = config.handoff is HandoffKind.KVFERRY  # servers that are not ours keep none

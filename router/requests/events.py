@@ -8,7 +8,7 @@ from kvcore.errors import KVFerryError
 from nodeapi.messages import FinishReason, PrefillResult, TokenDelta, TokenLogprob
 
 
-class Timer(StrEnum):
+class RequestTimer(StrEnum):
     """What a StartTimer is for; one of each may run."""
 
     HANDOFF = "handoff"
@@ -33,7 +33,7 @@ class PrefillFailed:
 
 
 @dataclass(frozen=True, slots=True)
-class Delta:
+class DeltaReceived:
     """A decode leg sent something."""
 
     leg: str
@@ -61,7 +61,7 @@ class ClientGone:
 
 
 @dataclass(frozen=True, slots=True)
-class Deadline:
+class DeadlinePassed:
     """The request's time is up."""
 
 
@@ -69,10 +69,11 @@ class Deadline:
 class TimerFired:
     """A StartTimer ran out."""
 
-    timer: Timer
+    timer: RequestTimer
 
 
-Event = PrefillDone | PrefillFailed | Delta | DecodeFailed | StopHit | ClientGone | Deadline | TimerFired
+LegEvent = PrefillDone | PrefillFailed | DeltaReceived | DecodeFailed
+RequestEvent = LegEvent | StopHit | ClientGone | DeadlinePassed | TimerFired
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +141,7 @@ class Emit:
 class StartTimer:
     """Report TimerFired after `after_s`."""
 
-    timer: Timer
+    timer: RequestTimer
     after_s: float
 
 

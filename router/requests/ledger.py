@@ -4,12 +4,12 @@
     start(route)              StartPrefill if the route has one, StartDecode at the same time
     PrefillDone               legs not yet decoding: EndHandoff at once if chunks were declined, else after a moment
     PrefillFailed             another prefiller while a decode leg waits; none left: EndHandoff, the decoder computes
-    Delta                     Emit; the last index's end: Finish (after PrefillDone or a moment: honest usage)
+    DeltaReceived             Emit; the last index's end: Finish (after PrefillDone or a moment: honest usage)
     DecodeFailed, T = 0       another decoder, the whole request anew (its prefill goes on; its chunks are in the store)
     DecodeFailed, T > 0       another decoder continues each unfinished index after its T tokens, by a leg of its own
     DecodeFailed for good     CancelLeg all, Fail
     StopHit                   the index has ended; its leg is cancelled once none of its indices is left
-    ClientGone, Deadline      CancelLeg all, Fail
+    ClientGone, DeadlinePassed  CancelLeg all, Fail
     TimerFired(RETRY)         no decoder was there: look again, failed ones included, until patience is at its end
 
 Where vLLM's connectors hand the KV over (`handoff`), one sequence of one decode leg fetches it from the prefiller,
@@ -38,33 +38,25 @@ from router.requests.events import (
     Action,
     CancelLeg,
     ClientGone,
-    Deadline,
+    DeadlinePassed,
     DecodeFailed,
-    Delta,
+    DeltaReceived,
     Emit,
     EndHandoff,
-    Event,
     Fail,
     Finish,
     KVSource,
     PrefillDone,
     PrefillFailed,
+    RequestEvent,
+    RequestTimer,
     StartDecode,
     StartPrefill,
     StartTimer,
     StopHit,
-    Timer,
     TimerFired,
 )
-
-HANDOFF_GRACE_S = 0.25
-"""After a prefill that stored everything, a decoder should find it by itself; else it is told to stop waiting."""
-HANDOFF_LONGEST_S = 2.0
-SETTLE_S = 1.0
-"""How long the end of a request waits for the reply of a prefill that its decoder overtook."""
-RETRY_PAUSE_S = 0.25
-PATIENCE_S = 15.0
-"""How long a request that was accepted waits for some decoder to come back."""
+from router.requests.limits import RequestLimits
 
 
 class Picker(Protocol):
@@ -95,8 +87,10 @@ class RequestMachine:
         min_tokens: int = 0,
         logprobs: bool = False,
         handoff: HandoffKind = HandoffKind.KVFERRY,
+        limits: RequestLimits = RequestLimits(),
     ) -> None:
         self._kind = handoff
+        self._limits = limits
         self._id = request_id
         self._picker = picker
         self._max_tokens = max_tokens
@@ -118,7 +112,7 @@ class RequestMachine:
         self._failed_decoders: set[str] = set()
         self._homeless: set[int] = set()
         self._waited_s = 0.0
-        self._handoff_pause_s = HANDOFF_GRACE_S
+        self._handoff_pause_s = limits.handoff_grace_s
         self.last_error: KVFerryError = NodeUnavailableError("no decoder is ready")
         self.prefill_result: PrefillResult | None = None
         self.decode_info: LegInfo | None = None
@@ -163,7 +157,7 @@ class RequestMachine:
             return actions
         return actions + self._start_decodes(route.decoder, self._unfinished(), self._running_source())
 
-    def handle(self, event: Event) -> list[Action]:
+    def handle(self, event: RequestEvent) -> list[Action]:
         """The actions that follow. Events of legs that have ended, and after the end, are ignored."""
         if self.ended:
             return []
@@ -172,7 +166,7 @@ class RequestMachine:
                 return self._prefill_done(event)
             case PrefillFailed():
                 return self._prefill_failed(event)
-            case Delta():
+            case DeltaReceived():
                 return self._delta(event)
             case DecodeFailed():
                 return self._decode_failed(event.leg, event.error)
@@ -182,7 +176,7 @@ class RequestMachine:
                 return self._timer_fired(event.timer)
             case ClientGone():
                 return self._fail(CancelledByPeerError("the client closed the connection"))
-            case Deadline():
+            case DeadlinePassed():
                 if self._all_finished():  # only the prefill's reply was still waited for
                     return self._end(Finish())
                 return self._fail(DeadlineExceededError("the request's time ran out"))
@@ -229,7 +223,7 @@ class RequestMachine:
             return []
         if event.result.stored_chunks < self._num_chunks:
             return self._end_handoffs()
-        return [StartTimer(Timer.HANDOFF, HANDOFF_GRACE_S)] if self._waiting_legs() else []
+        return [StartTimer(RequestTimer.HANDOFF, self._limits.handoff_grace_s)] if self._waiting_legs() else []
 
     def _prefill_failed(self, event: PrefillFailed) -> list[Action]:
         if self._prefill is None or self._prefill[0] != event.leg:
@@ -274,8 +268,8 @@ class RequestMachine:
         """Said again until the leg speaks: the word may reach a node before the leg itself, which ignores it then."""
         actions: list[Action] = [EndHandoff(name, leg.node) for name, leg in self._waiting_legs()]
         if actions:
-            actions.append(StartTimer(Timer.HANDOFF, self._handoff_pause_s))
-            self._handoff_pause_s = min(2 * self._handoff_pause_s, HANDOFF_LONGEST_S)
+            actions.append(StartTimer(RequestTimer.HANDOFF, self._handoff_pause_s))
+            self._handoff_pause_s = min(2 * self._handoff_pause_s, self._limits.handoff_longest_s)
         return actions
 
     # --- decode ---
@@ -301,7 +295,7 @@ class RequestMachine:
         self._decodes[leg] = DecodeLeg(node, index, set(indices), handoff, source)
         return StartDecode(leg, node, handoff, index, tuple(self._completions[index or 0].tokens), source)
 
-    def _delta(self, event: Delta) -> list[Action]:
+    def _delta(self, event: DeltaReceived) -> list[Action]:
         leg, delta = self._decodes.get(event.leg), event.delta
         if leg is None:
             return []
@@ -381,14 +375,14 @@ class RequestMachine:
         if node is not None:
             return self._start_decodes(node, indices)
         shed = isinstance(self.last_error, OverloadedError) and not self.completion_tokens
-        if shed or self._waited_s >= PATIENCE_S:
+        if shed or self._waited_s >= self._limits.patience_s:
             return self._fail(self.last_error)
         running = bool(self._homeless)
         self._homeless |= indices
         if running:
             return []
-        self._waited_s += RETRY_PAUSE_S
-        return [StartTimer(Timer.RETRY, RETRY_PAUSE_S)]
+        self._waited_s += self._limits.retry_pause_s
+        return [StartTimer(RequestTimer.RETRY, self._limits.retry_pause_s)]
 
     def _stop_hit(self, index: int) -> list[Action]:
         completion = self._completions[index]
@@ -408,10 +402,10 @@ class RequestMachine:
 
     # --- ends ---
 
-    def _timer_fired(self, timer: Timer) -> list[Action]:
-        if timer is Timer.HANDOFF:
+    def _timer_fired(self, timer: RequestTimer) -> list[Action]:
+        if timer is RequestTimer.HANDOFF:
             return self._end_handoffs() if self._prefill is None else []
-        if timer is Timer.SETTLE:
+        if timer is RequestTimer.SETTLE:
             return self._end(Finish()) if self._all_finished() else []
         homeless, self._homeless = self._homeless, set()
         if not homeless:
@@ -427,7 +421,7 @@ class RequestMachine:
 
     def _finish(self) -> list[Action]:
         if self._prefill is not None:
-            return [StartTimer(Timer.SETTLE, SETTLE_S)]
+            return [StartTimer(RequestTimer.SETTLE, self._limits.settle_s)]
         return self._end(Finish())
 
     def _fail(self, error: KVFerryError) -> list[Action]:

@@ -14,20 +14,20 @@ from router.requests.events import (
     Action,
     CancelLeg,
     ClientGone,
-    Deadline,
+    DeadlinePassed,
     DecodeFailed,
-    Delta,
+    DeltaReceived,
     Emit,
     EndHandoff,
     Fail,
     Finish,
     PrefillDone,
     PrefillFailed,
+    RequestTimer,
     StartDecode,
     StartPrefill,
     StartTimer,
     StopHit,
-    Timer,
     TimerFired,
 )
 from router.requests.ledger import RequestMachine
@@ -46,7 +46,7 @@ class World:
     prefills: dict[str, str] = field(default_factory=dict)
     decodes: dict[str, tuple[StartDecode, dict[int, int]]] = field(default_factory=dict)
     """Leg -> its start, and how many tokens each of its open indices has."""
-    timers: set[Timer] = field(default_factory=set)
+    timers: set[RequestTimer] = field(default_factory=set)
     emitted: list[list[int]] = field(init=False)
     finished: dict[int, FinishReason] = field(default_factory=dict)
     ends: list[Finish | Fail] = field(default_factory=list)
@@ -129,21 +129,21 @@ class World:
         wire_index = index if start.index is None else 0
         info = LegInfo(cached_tokens=8, computed_tokens=1)
         delta = TokenDelta(index=wire_index, token_ids=tokens, finish_reason=reason, info=info)
-        self.carry_out(self.machine.handle(Delta(leg, delta)))
+        self.carry_out(self.machine.handle(DeltaReceived(leg, delta)))
 
     def _lie(self) -> None:
         leg = self.draw(st.sampled_from(sorted(self.decodes)))
         lies = [TokenDelta(index=7, token_ids=[1])]
         if not self.stopped:
             lies.append(TokenDelta(index=0, token_ids=[1] * (MAX_TOKENS + 1)))
-        self.carry_out(self.machine.handle(Delta(leg, self.draw(st.sampled_from(lies)))))
+        self.carry_out(self.machine.handle(DeltaReceived(leg, self.draw(st.sampled_from(lies)))))
         assert leg not in self.decodes, "a liar is cancelled"
 
     def _abort(self) -> None:
         leg = self.draw(st.sampled_from(sorted(self.decodes)))
         index = 0 if self.decodes[leg][0].index is not None else sorted(self.decodes[leg][1])[0]
         delta = TokenDelta(index=index, finish_reason=FinishReason.ABORT)
-        self.carry_out(self.machine.handle(Delta(leg, delta)))
+        self.carry_out(self.machine.handle(DeltaReceived(leg, delta)))
 
     def _decode_failed(self) -> None:
         leg = self.draw(st.sampled_from(sorted(self.decodes)))
@@ -178,7 +178,7 @@ class World:
 
     def _stale(self) -> None:
         before = [list(tokens) for tokens in self.emitted]
-        self.carry_out(self.machine.handle(Delta("r.d99", TokenDelta(token_ids=[1]))))
+        self.carry_out(self.machine.handle(DeltaReceived("r.d99", TokenDelta(token_ids=[1]))))
         self.carry_out(self.machine.handle(PrefillFailed("r.p99", NodeUnavailableError("late"))))
         self.carry_out(self.machine.handle(DecodeFailed("r.d99", NodeUnavailableError("late"))))
         assert self.emitted == before
@@ -187,7 +187,7 @@ class World:
         self.carry_out(self.machine.handle(ClientGone()))
 
     def _deadline(self) -> None:
-        self.carry_out(self.machine.handle(Deadline()))
+        self.carry_out(self.machine.handle(DeadlinePassed()))
 
 
 @settings(max_examples=500, deadline=None)
@@ -204,7 +204,7 @@ def test_every_request_ends_once_with_exact_tokens_and_no_leg_left(
         assert world.decodes or world.timers or world.prefills, "a request that has not ended has something to wait for"
         world.step()
     if not world.ends:
-        world.carry_out(world.machine.handle(Deadline()))
+        world.carry_out(world.machine.handle(DeadlinePassed()))
     assert len(world.ends) == 1
     assert not world.prefills and not world.decodes, "no leg left uncancelled"
     for index, tokens in enumerate(world.emitted):
@@ -222,5 +222,5 @@ def test_cached_tokens_is_the_lesser_of_both_legs(prefill: int, expected: int) -
         PrefillDone("r.p1", PrefillResult(request_id="r.p1", cached_tokens=prefill, computed_tokens=1, stored_chunks=9))
     )
     info = LegInfo(cached_tokens=8, computed_tokens=1)
-    machine.handle(Delta("r.d2", TokenDelta(token_ids=[5], finish_reason=FinishReason.LENGTH, info=info)))
+    machine.handle(DeltaReceived("r.d2", TokenDelta(token_ids=[5], finish_reason=FinishReason.LENGTH, info=info)))
     assert machine.ended and machine.cached_tokens == expected

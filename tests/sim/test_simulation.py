@@ -13,7 +13,7 @@ from support.sim_nodes import DataFaults
 from support.slow import slow_but
 
 from metadata_server.index.state import MetadataState
-from router.requests import dispatch as router_dispatch
+from router.requests import legs as router_legs
 
 BLOCKS, PER_BLOCK = 10, 20
 QUICK_BLOCKS = 3
@@ -98,12 +98,12 @@ def test_it_finds_a_store_that_does_not_verify():
 
 
 def test_it_finds_a_router_that_forgets_what_was_sent(monkeypatch):
-    whole = router_dispatch.RequestRun._generate_request
+    whole = router_legs.RequestLegs._generate_request
 
     def forgetful(self, action):
         return msgspec.structs.replace(whole(self, action), output_token_ids=[])
 
-    monkeypatch.setattr(router_dispatch.RequestRun, "_generate_request", forgetful)
+    monkeypatch.setattr(router_legs.RequestLegs, "_generate_request", forgetful)
     assert any("is wrong" in problem for problem in problems(range(12)))
 
 

@@ -34,7 +34,9 @@ from router.api.app import make_app
 from router.metrics import RouterMetrics
 from router.nodes.cluster import Cluster
 from router.requests.dispatch import Dispatcher
+from router.requests.limits import RequestLimits
 from router.requests.records import RequestLog
+from router.requests.services import RequestServices
 from router.routing.policy import RoutePolicy, make_policy
 from router.status import StatusView
 from router.text.tokenizer import ByteTokenizer, Tokenizer
@@ -242,6 +244,7 @@ class Rig:
     nodes: FakeNodes
     cluster: Cluster
     dispatcher: Dispatcher
+    services: RequestServices
     log: RequestLog
     answerer: Answerer
     app: web.Application | object
@@ -252,6 +255,7 @@ async def make_rig(
     nodes: FakeNodes | None = None,
     tokenizer: Tokenizer | None = None,
     policy: RoutePolicy | None = None,
+    limits: RequestLimits = RequestLimits(),
     **router: object,
 ) -> Rig:
     """Probed once."""
@@ -260,14 +264,8 @@ async def make_rig(
     clock, log = SystemClock(), RequestLog()
     cluster = Cluster(config, nodes, clock)
     await cluster.probe()
-    dispatcher = Dispatcher(
-        config=config.router,
-        cluster=cluster,
-        policy=policy or make_policy(config.router.policy),
-        client=nodes,
-        clock=clock,
-        log=log,
-    )
+    services = RequestServices(config.router, cluster, nodes, clock, log, limits=limits)
+    dispatcher = Dispatcher(services, policy or make_policy(config.router.policy))
 
     async def run(work: Callable[[], list[int]]) -> list[int]:
         return work()
@@ -278,7 +276,7 @@ async def make_rig(
     metrics = RouterMetrics(cluster, log, lambda: True)
     status = StatusView(config, cluster, log, clock, lambda: True)
     app = make_app(answerer, log, status, metrics, max_body_bytes=config.router.max_body)
-    return Rig(nodes, cluster, dispatcher, log, answerer, app, metrics)
+    return Rig(nodes, cluster, dispatcher, services, log, answerer, app, metrics)
 
 
 async def until(condition: Callable[[], bool], limit_s: float = 5.0) -> None:

@@ -18,7 +18,7 @@ from support.sim_oracle import Oracle
 from support.sim_plan import Plan, Wanted, make_plan
 from support.sim_ways import SimEventSource, SimNodeClient
 
-import router.requests.dispatch
+import router.requests.run
 from kvcore.config.schema import ClusterConfig, ModelConfig, NodeConfig, RouterConfig
 from kvcore.errors import KVFerryError, NodeUnavailableError, OverloadedError
 from kvcore.types import Role
@@ -26,9 +26,11 @@ from kvstore.types import GetOutcome
 from metadata_server.subscription import IndexSubscription
 from router.nodes.cluster import Cluster
 from router.requests.dispatch import Dispatcher
-from router.requests.ledger import PATIENCE_S, RequestMachine
+from router.requests.ledger import RequestMachine
 from router.requests.leg_requests import RequestSpec
 from router.requests.records import RequestLog
+from router.requests.run import RequestRun
+from router.requests.services import RequestServices
 from router.routing.policy import make_policy
 
 LIMIT_S = 600.0
@@ -89,7 +91,7 @@ def run_seed(seed: int, variant: Variant | None = None) -> Outcome:
         return await clusters[0].run()
 
     try:
-        with patch.object(router.requests.dispatch, "RequestMachine", _CheckedMachine):
+        with patch.object(router.requests.run, "RequestMachine", _CheckedMachine):
             return run_sim(main, loop=loop)
     except Exception as error:
         for cluster in clusters:
@@ -141,14 +143,8 @@ class SimCluster:
         source = SimEventSource(self.network, self.router, lambda: self.metadata.core)
         self.subscription = IndexSubscription(source, self.cluster, self.clock)
         self.log = RequestLog()
-        self.dispatcher = Dispatcher(
-            config=ROUTER,
-            cluster=self.cluster,
-            policy=make_policy(ROUTER.policy),
-            client=self.client,
-            clock=self.clock,
-            log=self.log,
-        )
+        self.services = RequestServices(ROUTER, self.cluster, self.client, self.clock, self.log)
+        self.dispatcher = Dispatcher(self.services, make_policy(ROUTER.policy))
         self.oracle = Oracle(plan, self.client.legs)
         self._planned = [] if variant.peaceful else plan.faults
         self.dice = random.Random(seed + 1)
@@ -256,7 +252,7 @@ class SimCluster:
                 await self._read(answer, run)
         self.trace("ended", wanted.id, answer.error.code if answer.error else "", *map(len, answer.tokens))
 
-    async def _read(self, answer: Answer, run: "router.requests.dispatch.RequestRun") -> None:
+    async def _read(self, answer: Answer, run: RequestRun) -> None:
         left = answer.wanted.leaves_after
         try:
             async with aclosing(run.__aiter__()) as emits:
@@ -296,7 +292,7 @@ class SimCluster:
             self.trace("failed", wanted.id, answer.error.code, record.total_s if record else 0, *tries)
             if not answer.error.retryable:
                 self.problems.append(f"{wanted.id} failed for good: {answer.error.message}")
-            if len(tries) < ROUTER.attempts and record and (record.total_s or 0.0) < PATIENCE_S:
+            if len(tries) < ROUTER.attempts and record and (record.total_s or 0.0) < self.services.limits.patience_s:
                 self.problems.append(f"{wanted.id} failed before its time: {answer.error.message}")
 
     async def _settle(self) -> None:
@@ -318,7 +314,7 @@ class SimCluster:
             "nodes": len(stats.nodes) - len(self.nodes),
             "index": self.subscription.epoch != stats.epoch or not self.subscription.connected,
             "in_flight": self.log.in_flight,
-            "control": len(self.dispatcher._control),
+            "control": len(self.services.control),
             "sequences": sum(node.sequences + node.prefill_tokens for node in self.cluster.nodes.values()),
         }
         for name, node in self.nodes.items():

@@ -17,17 +17,16 @@ from kvcore.process.asgi import AsgiServer
 from kvcore.types import Role
 from nodeapi.messages import FinishReason, TokenDelta
 from router.api import responses
-from router.requests import ledger
+from router.requests.limits import RequestLimits
 
+IMPATIENT = RequestLimits(patience_s=0.0, retry_pause_s=0.01)
 ASK = {"model": "fake-model", "prompt": "hello" * 20, "max_tokens": 4}
 CHAT = {"model": "fake-model", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
 
 
 @pytest.fixture
-async def rig(monkeypatch: pytest.MonkeyPatch) -> Rig:
-    monkeypatch.setattr(ledger, "PATIENCE_S", 0.0)
-    monkeypatch.setattr(ledger, "RETRY_PAUSE_S", 0.01)
-    return await make_rig(max_body=20_000)
+async def rig() -> Rig:
+    return await make_rig(limits=IMPATIENT, max_body=20_000)
 
 
 @pytest.fixture

@@ -18,11 +18,12 @@ from kvcore.errors import (
 from kvcore.types import Role
 from nodeapi.messages import FinishReason, GenerateRequest, LegInfo, SamplingParams, TokenDelta
 from router.api.openai_schema import CompletionRequest
-from router.requests import ledger
-from router.requests.dispatch import RequestRun
 from router.requests.leg_requests import RequestSpec
+from router.requests.limits import RequestLimits
+from router.requests.run import RequestRun
 
 PROMPT = [i % 250 for i in range(100)]
+IMPATIENT = RequestLimits(patience_s=0.05, retry_pause_s=0.02)
 
 
 def open_run(
@@ -48,7 +49,7 @@ async def assert_quiet(rig: Rig) -> None:
 
 
 async def test_a_prefiller_that_answers_500_is_replaced_and_only_it_is_charged() -> None:
-    rig = await make_rig()
+    rig = await make_rig(limits=IMPATIENT)
     rig.nodes["p0"].prefill_error = rig.nodes["p1"].prefill_error = EngineError("broken")
     for number in range(6):
         run = open_run(rig, name=f"r{number}")
@@ -59,7 +60,7 @@ async def test_a_prefiller_that_answers_500_is_replaced_and_only_it_is_charged()
 
 
 async def test_a_decoder_that_answers_500_never_opens_a_prefillers_breaker() -> None:
-    rig = await make_rig()
+    rig = await make_rig(limits=IMPATIENT)
     rig.nodes["d0"].generate_error = EngineError("broken")
     for number in range(8):
         assert (await tokens_of(open_run(rig, name=f"r{number}")))[0] == expected(PROMPT, 8)
@@ -70,7 +71,7 @@ async def test_a_decoder_that_answers_500_never_opens_a_prefillers_breaker() -> 
 
 
 async def test_without_prefillers_left_the_decoder_is_told_to_compute() -> None:
-    rig = await make_rig()
+    rig = await make_rig(limits=IMPATIENT)
     for name in ("p0", "p1"):
         rig.nodes[name].prefill_error = NodeUnavailableError("killed")
     for name in ("d0", "d1"):
@@ -82,9 +83,8 @@ async def test_without_prefillers_left_the_decoder_is_told_to_compute() -> None:
     assert [leg.error is not None for leg in run.record.legs if leg.kind == "prefill"] == [True, True]
 
 
-async def test_the_end_of_a_handoff_that_overtakes_its_leg_is_said_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger, "HANDOFF_GRACE_S", 0.01)
-    rig = await make_rig()
+async def test_the_end_of_a_handoff_that_overtakes_its_leg_is_said_again() -> None:
+    rig = await make_rig(limits=RequestLimits(handoff_grace_s=0.01))
     for node in rig.nodes.nodes:
         node.prefill_error = NodeUnavailableError("killed")
         node.wait_for_handoff, node.deaf_to_handoffs = True, 2
@@ -94,7 +94,7 @@ async def test_the_end_of_a_handoff_that_overtakes_its_leg_is_said_again(monkeyp
 
 @pytest.mark.parametrize("die_after", [0, 1, 5])
 async def test_a_dying_decoder_is_continued_elsewhere_without_gap_or_repeat(die_after: int) -> None:
-    rig = await make_rig()
+    rig = await make_rig(limits=IMPATIENT)
     rig.nodes["d0"].die_after = die_after
     for number in range(2):
         run = open_run(rig, name=f"r{number}")
@@ -105,7 +105,7 @@ async def test_a_dying_decoder_is_continued_elsewhere_without_gap_or_repeat(die_
 
 
 async def test_three_completions_are_each_continued_by_their_own_leg() -> None:
-    rig = await make_rig()
+    rig = await make_rig(limits=IMPATIENT)
     rig.nodes["d0"].die_after = 4
     rig.nodes["d0"].tokens = rig.nodes["d1"].tokens = lambda tokens, index: 97 + len(tokens) % 26  # as greedy: the same
     rig.nodes["d1"].down = True
@@ -121,10 +121,9 @@ async def test_three_completions_are_each_continued_by_their_own_leg() -> None:
     await assert_quiet(rig)
 
 
-async def test_a_request_waits_for_its_only_decoder_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger, "RETRY_PAUSE_S", 0.01)
+async def test_a_request_waits_for_its_only_decoder_to_come_back() -> None:
     nodes = FakeNodes([FakeNode("d0", Role.DECODER)])
-    rig = await make_rig(nodes)
+    rig = await make_rig(nodes, limits=RequestLimits(patience_s=0.05, retry_pause_s=0.01))
     node = nodes["d0"]
     node.die_after = 3
     run = open_run(rig)
@@ -150,7 +149,7 @@ async def test_a_request_waits_for_its_only_decoder_to_come_back(monkeypatch: py
     ids=["unknown index", "over max_tokens", "ends early", "empty"],
 )
 async def test_a_lying_decoder_is_an_error_not_a_hang(script: list[TokenDelta]) -> None:
-    rig = await make_rig()
+    rig = await make_rig(limits=IMPATIENT)
     rig.nodes["d0"].script = rig.nodes["d1"].script = script
     with pytest.raises((EngineError, NodeUnavailableError)):
         async with asyncio.timeout(5):
@@ -159,14 +158,8 @@ async def test_a_lying_decoder_is_an_error_not_a_hang(script: list[TokenDelta]) 
     await assert_quiet(rig)
 
 
-@pytest.fixture(autouse=True)
-def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger, "PATIENCE_S", 0.05)
-    monkeypatch.setattr(ledger, "RETRY_PAUSE_S", 0.02)
-
-
 async def test_a_request_that_is_wrong_is_not_tried_again() -> None:
-    rig = await make_rig()
+    rig = await make_rig(limits=IMPATIENT)
     rig.nodes["d0"].generate_error = rig.nodes["d1"].generate_error = InvalidRequestError("no")
     with pytest.raises(InvalidRequestError):
         await tokens_of(open_run(rig))
@@ -174,7 +167,7 @@ async def test_a_request_that_is_wrong_is_not_tried_again() -> None:
 
 
 async def test_all_decoders_full_is_said_at_once() -> None:
-    rig = await make_rig()
+    rig = await make_rig(limits=IMPATIENT)
     rig.nodes["d0"].generate_error = rig.nodes["d1"].generate_error = OverloadedError("full")
     with pytest.raises(OverloadedError):
         await tokens_of(open_run(rig))
@@ -182,7 +175,7 @@ async def test_all_decoders_full_is_said_at_once() -> None:
 
 
 async def test_the_deadline_cancels_both_legs() -> None:
-    rig = await make_rig(request_timeout_s=0.05)
+    rig = await make_rig(request_timeout_s=0.05, limits=IMPATIENT)
     for node in rig.nodes.nodes:
         node.prefill_gate = node.generate_gate = asyncio.Event()
     run = open_run(rig)
@@ -194,7 +187,7 @@ async def test_the_deadline_cancels_both_legs() -> None:
 
 
 async def test_a_client_that_leaves_cancels_both_legs_at_once() -> None:
-    rig = await make_rig()
+    rig = await make_rig(limits=IMPATIENT)
     for node in rig.nodes.nodes:
         node.prefill_gate = asyncio.Event()
     run = open_run(rig, max_tokens=200)
@@ -208,7 +201,7 @@ async def test_a_client_that_leaves_cancels_both_legs_at_once() -> None:
 
 
 async def test_a_stop_ends_one_completion_and_the_last_one_the_request() -> None:
-    rig = await make_rig()
+    rig = await make_rig(limits=IMPATIENT)
     run = open_run(rig, n=2, max_tokens=50)
     seen: list[int] = []
     async with run:
@@ -232,7 +225,7 @@ class StoppedInBetween(FakeNode):
 
 
 async def test_what_a_leg_says_once_we_ended_it_is_not_held_against_its_node() -> None:
-    rig = await make_rig(FakeNodes([StoppedInBetween("d0", Role.DECODER)]))
+    rig = await make_rig(FakeNodes([StoppedInBetween("d0", Role.DECODER)]), limits=IMPATIENT)
     for number in range(4):
         run = open_run(rig, n=2, name=f"r{number}")
         async with run:
@@ -246,7 +239,7 @@ async def test_what_a_leg_says_once_we_ended_it_is_not_held_against_its_node() -
 
 
 async def test_a_node_that_cancels_what_we_want_is_replaced() -> None:
-    rig = await make_rig()
+    rig = await make_rig(limits=IMPATIENT)
     rig.nodes["d0"].generate_error = CancelledByPeerError("aborted by hand")
     for number in range(2):
         assert (await tokens_of(open_run(rig, name=f"r{number}")))[0] == expected(PROMPT, 8)
@@ -254,21 +247,21 @@ async def test_a_node_that_cancels_what_we_want_is_replaced() -> None:
 
 
 async def test_more_requests_than_the_bound_are_refused() -> None:
-    rig = await make_rig(max_requests=1)
+    rig = await make_rig(max_requests=1, limits=IMPATIENT)
     async with open_run(rig):
         with pytest.raises(OverloadedError):
             open_run(rig, name="r2")
 
 
 async def test_prompts_of_one_request_count_against_the_bound_together() -> None:
-    rig = await make_rig(max_requests=2)
+    rig = await make_rig(max_requests=2, limits=IMPATIENT)
     body = CompletionRequest(model="fake-model", prompt=["a", "b", "c"])
     with pytest.raises(OverloadedError):
         await rig.answerer.complete(body, "r", "r")
 
 
 async def test_a_decoder_whose_context_is_too_short_for_prompt_and_completion_is_not_asked() -> None:
-    rig = await make_rig()
+    rig = await make_rig(limits=IMPATIENT)
     for name in ("d0", "p0"):
         node = rig.cluster.nodes[name]
         assert node.report is not None and node.report.engine is not None
@@ -280,7 +273,7 @@ async def test_a_decoder_whose_context_is_too_short_for_prompt_and_completion_is
 
 
 async def test_an_answer_that_is_whole_when_time_is_up_is_an_answer() -> None:
-    rig = await make_rig(request_timeout_s=0.2)
+    rig = await make_rig(request_timeout_s=0.2, limits=IMPATIENT)
     for name in ("p0", "p1"):
         rig.nodes[name].prefill_gate = asyncio.Event()
     run = open_run(rig)
@@ -293,7 +286,7 @@ async def test_no_decoder_ready_says_why() -> None:
     nodes = two_and_two()
     for node in nodes.nodes:
         node.down = True
-    rig = await make_rig(nodes)
+    rig = await make_rig(nodes, limits=IMPATIENT)
     with pytest.raises(NodeUnavailableError, match="d0: d0 refused the connection"):
         open_run(rig)
 
@@ -302,14 +295,14 @@ async def test_nodes_of_other_weights_are_never_paired() -> None:
     nodes = two_and_two()
     for name in ("p0", "p1"):
         nodes[name].weights = "other"
-    rig = await make_rig(nodes)
+    rig = await make_rig(nodes, limits=IMPATIENT)
     run = open_run(rig)
     await tokens_of(run)
     assert run.record.route is not None and run.record.route.reason == "no_prefiller"
 
 
 async def test_both_legs_start_together_and_cached_tokens_is_the_prefillers_truth() -> None:
-    rig = await make_rig()
+    rig = await make_rig(limits=IMPATIENT)
     for name, cached in (("p0", 64), ("p1", 64), ("d0", 96), ("d1", 96)):
         rig.nodes[name].cached_tokens = cached
     run = open_run(rig)
@@ -323,7 +316,7 @@ async def test_both_legs_start_together_and_cached_tokens_is_the_prefillers_trut
 
 
 async def test_a_slow_client_holds_its_node_back_and_loses_nothing() -> None:
-    rig = await make_rig()
+    rig = await make_rig(limits=IMPATIENT)
     run = open_run(rig, max_tokens=1000)
     tokens: list[int] = []
     async with run:

@@ -8,15 +8,15 @@ from router.requests.events import (
     CancelLeg,
     ClientGone,
     DecodeFailed,
-    Delta,
+    DeltaReceived,
     Fail,
     Finish,
     KVSource,
     PrefillDone,
     PrefillFailed,
+    RequestTimer,
     StartDecode,
     StartPrefill,
-    Timer,
     TimerFired,
 )
 from router.requests.ledger import RequestMachine
@@ -47,9 +47,9 @@ def answered(leg: str, params: bytes = b"{}", cached: int = 7) -> PrefillDone:
     return PrefillDone(leg, result)
 
 
-def token(leg: str, *, last: bool = False, info: LegInfo | None = None) -> Delta:
+def token(leg: str, *, last: bool = False, info: LegInfo | None = None) -> DeltaReceived:
     reason = FinishReason.LENGTH if last else None
-    return Delta(leg, TokenDelta(token_ids=[5], finish_reason=reason, info=info))
+    return DeltaReceived(leg, TokenDelta(token_ids=[5], finish_reason=reason, info=info))
 
 
 def test_nixl_decodes_after_the_prefill_with_what_it_answered():
@@ -156,4 +156,4 @@ def test_a_fetching_leg_that_has_no_other_decoder_waits_for_one():
     machine.start(ROUTE)
     machine.handle(answered("r.p1"))
     (timer,) = machine.handle(DecodeFailed("r.d2", GONE))
-    assert machine.handle(TimerFired(Timer.RETRY)) == [StartDecode("r.d3", "d0", False)], timer
+    assert machine.handle(TimerFired(RequestTimer.RETRY)) == [StartDecode("r.d3", "d0", False)], timer

@@ -1,0 +1,199 @@
+"""The legs of one request as coroutines: each asks its node, and tells the request what came of it.
+
+Owns the calls of a leg, its record and what it does to its node's load and breaker. Decides nothing about the request.
+"""
+
+import asyncio
+from contextlib import aclosing, suppress
+from typing import Protocol
+
+from kvcore.chunk_keys import usable_chunks
+from kvcore.errors import EngineError, KVFerryError, NodeUnavailableError
+from nodeapi.messages import EngineInfo, FinishReason, GenerateRequest, Handoff, LegInfo, TokenDelta
+from router.nodes.vllm_requests import mooncake_decode_params
+from router.requests.events import (
+    DecodeFailed,
+    DeltaReceived,
+    KVSource,
+    LegEvent,
+    PrefillDone,
+    PrefillFailed,
+    StartDecode,
+    StartPrefill,
+)
+from router.requests.leg_requests import RequestSpec, generate_request, prefill_request
+from router.requests.records import LegRecord
+from router.requests.services import RequestServices
+
+
+class LegListener(Protocol):
+    """The request, as its legs see it."""
+
+    @property
+    def last_error(self) -> KVFerryError:
+        """Why the last decode leg was given up."""
+        ...
+
+    def tell(self, event: LegEvent) -> None:
+        """Something happened to a leg."""
+        ...
+
+    def wants(self, leg: str) -> bool:
+        """Whether what this decode leg says still matters."""
+        ...
+
+    def fetches_from(self, leg: str) -> str | None:
+        """The prefiller whose KV this decode leg may still be waiting for."""
+        ...
+
+    async def drained(self) -> None:
+        """Wait until the client has read enough of what was told."""
+        ...
+
+
+class RequestLegs:
+    """Runs the legs of one request. `records`: where each leg's record is added as it begins."""
+
+    def __init__(
+        self,
+        services: RequestServices,
+        spec: RequestSpec,
+        listener: LegListener,
+        records: list[LegRecord],
+        *,
+        started_at: float,
+        prefill_tokens: int,
+    ) -> None:
+        self._services = services
+        self._spec = spec
+        self._listener = listener
+        self._records = records
+        self._started_at = started_at
+        self._prefill_tokens = prefill_tokens
+        """What a prefill leg is expected to compute: it counts as load of its node."""
+
+    async def prefill(self, action: StartPrefill) -> None:
+        """From its start to PrefillDone or PrefillFailed. Cancelled: nothing is told."""
+        services, spec, tokens = self._services, self._spec, self._prefill_tokens
+        leg = self._record(action, "prefill")
+        timeout_s = min(services.config.prefill_timeout_s, self._remaining_s())
+        decoder = services.cluster.nodes.get(action.decoder)
+        request = prefill_request(spec, action, decoder.segment_id if decoder else None, timeout_s)
+        services.cluster.leg_started(action.node, sequences=0, prefill_tokens=tokens)
+        ok, failure = False, None
+        try:
+            result = await services.client.prefill(self.url(action.node), request, timeout_s=timeout_s)
+            ok = True
+        except KVFerryError as error:
+            failure = error
+        finally:
+            services.cluster.leg_ended(action.node, sequences=0, prefill_tokens=tokens, ok=ok, error=failure)
+        if failure is not None:
+            leg.error = f"{failure.code}: {failure.message}"
+            self._listener.tell(PrefillFailed(action.leg, failure))
+            return
+        leg.cached_tokens, leg.computed_tokens = result.cached_tokens, result.computed_tokens
+        leg.moved, leg.timings = result.moved, result.timings
+        self._listener.tell(PrefillDone(action.leg, result))
+
+    async def decode(self, action: StartDecode) -> None:
+        """From its start to the last delta, or to DecodeFailed. Cancelled: nothing is told."""
+        cluster = self._services.cluster
+        leg = self._record(action, "decode")
+        request = self._generate_request(action)
+        sequences = request.sampling.n
+        cluster.leg_started(action.node, sequences=sequences, prefill_tokens=0)
+        ok = False
+        failure: KVFerryError | None = None
+        try:
+            ok = await self._read(action, request, leg)
+            if not ok:
+                failure = NodeUnavailableError(f"node {action.node} ended its stream without a finish reason")
+        except KVFerryError as error:
+            failure = error
+        finally:
+            in_vain = isinstance(failure, EngineError) and self._listener.fetches_from(action.leg) is not None
+            blame = None if in_vain else failure  # its prefiller may have wronged it, nobody here can tell
+            cluster.leg_ended(action.node, sequences=sequences, prefill_tokens=0, ok=ok, error=blame)
+        if failure is not None:
+            leg.error = f"{failure.code}: {failure.message}"
+            self._listener.tell(DecodeFailed(action.leg, failure))
+
+    def num_chunks(self, decoder: str) -> int:
+        """How many full chunks of the prompt this decoder could be handed; 0 while nothing is known of it."""
+        engine = self._engine(decoder)
+        return usable_chunks(len(self._spec.prompt_token_ids), engine.kv_spec.chunk_tokens) if engine else 0
+
+    def url(self, node_id: str) -> str:
+        """Where the node is; an address that refuses every call if it is no longer known."""
+        node = self._services.cluster.nodes.get(node_id)
+        return node.url if node else "http://127.0.0.1:9"
+
+    async def _read(self, action: StartDecode, request: GenerateRequest, leg: LegRecord) -> bool:
+        """Feed deltas until each index has its finish reason, or none is wanted. False: the stream ended before."""
+        services, limits = self._services, self._services.limits
+        patience_s = min(2 * services.config.prefill_timeout_s, self._remaining_s())
+        missing = request.sampling.n
+        stream = services.client.generate(self.url(action.node), request, timeout_s=max(patience_s, limits.stall_s))
+        begun = False
+        async with aclosing(stream) as deltas:
+            while missing and self._listener.wants(action.leg):
+                try:
+                    async with asyncio.timeout(limits.stall_s if begun else patience_s):
+                        delta = await anext(deltas, None)
+                except TimeoutError as error:
+                    raise NodeUnavailableError(f"node {action.node} has gone silent") from error
+                if delta is None:
+                    return False
+                begun = True
+                missing -= delta.finish_reason is not None
+                if delta.info is not None:
+                    _note(leg, delta.info)
+                await self._take(action, delta)
+            # Read on to the stream's end, so that its connection is kept: a new one costs as much as the request.
+            with suppress(TimeoutError, KVFerryError):
+                async with asyncio.timeout(limits.tail_s):
+                    await anext(deltas, None)
+        return True
+
+    async def _take(self, action: StartDecode, delta: TokenDelta) -> None:
+        listener = self._listener
+        if delta.finish_reason is FinishReason.ABORT:
+            raise NodeUnavailableError(f"node {action.node} gave the request up")
+        listener.tell(DeltaReceived(action.leg, delta))
+        if not listener.wants(action.leg) and delta.finish_reason is None:  # it broke the protocol
+            raise EngineError(listener.last_error.message)
+        await listener.drained()
+
+    def _generate_request(self, action: StartDecode) -> GenerateRequest:
+        remaining_s, handoff = self._remaining_s(), None
+        if action.handoff:
+            wait_s = min(self._services.config.prefill_timeout_s, remaining_s)
+            handoff = Handoff(num_chunks=self.num_chunks(action.node), wait_s=wait_s)
+        return generate_request(self._spec, action, handoff, remaining_s, self._handoff_params(action.source))
+
+    def _handoff_params(self, source: KVSource | None) -> bytes:
+        """What nixl's prefill leg answered; mooncake's decode leg is told of the prefill leg that runs beside it. Empty
+        if its prefiller is no longer known: the decoder computes then."""
+        if source is None or source.params:
+            return source.params if source else b""
+        engine = self._engine(source.node)
+        return mooncake_decode_params(engine.kv_peer, source.leg) if engine and engine.kv_peer else b""
+
+    def _engine(self, node_id: str) -> EngineInfo | None:
+        node = self._services.cluster.nodes.get(node_id)
+        return node.report.engine if node and node.report else None
+
+    def _record(self, action: StartPrefill | StartDecode, kind: str) -> LegRecord:
+        leg = LegRecord(id=action.leg, node=action.node, kind=kind)
+        self._records.append(leg)
+        return leg
+
+    def _remaining_s(self) -> float:
+        spent_s = self._services.clock.now() - self._started_at
+        return max(0.001, self._services.config.request_timeout_s - spent_s)
+
+
+def _note(leg: LegRecord, info: LegInfo) -> None:
+    leg.cached_tokens, leg.computed_tokens = info.cached_tokens, info.computed_tokens
+    leg.moved, leg.timings = info.moved, info.timings

@@ -1,0 +1,27 @@
+"""The limits and pauses of a request's life, in one struct that tests may change. Values only."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class RequestLimits:
+    """Seconds, and one count. What an operator sets (timeouts of a request, of a prefill) is in RouterConfig."""
+
+    stall_s: float = 30.0
+    """A stream that has begun and then says nothing for this long is dead (an engine's step takes far less)."""
+    tail_s: float = 0.5
+    """How long the end of a stream may take after its last finish reason."""
+    control_timeout_s: float = 2.0
+    """Of an abort, or of the word that ends a handoff."""
+    max_unread: int = 256
+    """Deltas that wait for a slow client before the node is read no further."""
+    handoff_grace_s: float = 0.25
+    """After a prefill that stored everything, a decoder should find it by itself; else it is told to stop waiting."""
+    handoff_longest_s: float = 2.0
+    """The pause between two such words doubles up to this."""
+    settle_s: float = 1.0
+    """How long the end of a request waits for the reply of a prefill that its decoder overtook."""
+    retry_pause_s: float = 0.25
+    """Between two looks for a decoder while there is none."""
+    patience_s: float = 15.0
+    """How long a request that was accepted waits for some decoder to come back."""

@@ -1,0 +1,306 @@
+"""One request under way: carries out what the ledger decides, with legs as tasks, timers, and outputs in order.
+
+Owns every task of a request from `async with` to its end. Decides nothing that the ledger decides.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Coroutine
+from types import TracebackType
+from typing import Protocol, Self
+
+from kvcore.errors import CancelledByPeerError, EngineError, KVFerryError
+from router.requests.events import (
+    Action,
+    CancelLeg,
+    ClientGone,
+    DeadlinePassed,
+    DecodeFailed,
+    Emit,
+    EndHandoff,
+    Fail,
+    Finish,
+    PrefillFailed,
+    RequestEvent,
+    RequestTimer,
+    StartDecode,
+    StartPrefill,
+    StartTimer,
+    StopHit,
+    TimerFired,
+)
+from router.requests.ledger import RequestMachine
+from router.requests.leg_requests import RequestSpec
+from router.requests.legs import RequestLegs
+from router.requests.records import LegRecord, RequestRecord, route_record
+from router.requests.services import RequestServices
+from router.routing.decision import Decision
+
+_log = logging.getLogger("router")
+
+
+class ChooseRoute(Protocol):
+    """What the policy chooses for one request among the nodes of now."""
+
+    def __call__(self, *, exclude: frozenset[str], decoder: str | None = None) -> Decision:
+        """`decoder`: only another prefiller for it is wanted."""
+        ...
+
+
+class RequestRun:
+    """One request under way: the ledger's Picker, its legs' LegListener, and the executor of the ledger's actions.
+
+    `running`: where it is kept between entering and leaving. Leaving the `async with` before the end means that the
+    client has gone: every leg is cancelled and awaited.
+    """
+
+    def __init__(
+        self,
+        services: RequestServices,
+        spec: RequestSpec,
+        decision: Decision,
+        choose: ChooseRoute,
+        running: "set[RequestRun]",
+    ) -> None:
+        route = decision.route
+        assert route is not None, "a run has a route"
+        self._services = services
+        self._route = route
+        self._choose = choose
+        self._running = running
+        self._started_at = services.clock.now()
+        self.record = RequestRecord(
+            id=spec.request_id,
+            client_request_id=spec.client_request_id,
+            prompt_tokens=len(spec.prompt_token_ids),
+            route=route_record(decision),
+            legs=[],
+        )
+        self._legs = RequestLegs(
+            services,
+            spec,
+            self,
+            self.record.legs,
+            started_at=self._started_at,
+            prefill_tokens=len(spec.prompt_token_ids) - route.expected_cached_tokens,
+        )
+        sampling = spec.sampling
+        ends = frozenset(sampling.stop_token_ids)
+        if not sampling.ignore_eos:
+            ends |= services.cluster.eos_token_ids(route.decoder)
+        self.machine = RequestMachine(
+            spec.request_id,
+            self,
+            n=sampling.n,
+            max_tokens=sampling.max_tokens,
+            min_tokens=sampling.min_tokens,
+            attempts=services.config.attempts,
+            num_chunks=self._legs.num_chunks(route.decoder),
+            end_token_ids=ends,
+            logprobs=sampling.logprobs is not None,
+            handoff=services.handoff,
+            limits=services.limits,
+        )
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._unread: deque[Emit] = deque()
+        self._changed = asyncio.Event()
+        self._drained = asyncio.Event()
+        self._drained.set()
+        self._end: Finish | Fail | None = None
+
+    def __repr__(self) -> str:
+        record, route = self.record, self._route
+        legs = " ".join(sorted(self._tasks)) or "none"
+        return (
+            f"<RequestRun {record.id} {record.state} {route.prefiller or '-'}>{route.decoder}, legs: {legs}, "
+            f"{self.machine.completion_tokens} tokens, {len(self._unread)} unread>"
+        )
+
+    async def __aenter__(self) -> Self:
+        self._services.log.open(self.record)
+        self._running.add(self)
+        loop = asyncio.get_running_loop()
+        timeout_s = self._services.config.request_timeout_s
+        self._timers["deadline"] = loop.call_later(timeout_s, self.tell, DeadlinePassed())
+        self._carry_out(self.machine.start(self._route))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.tell(ClientGone())
+        self._running.discard(self)
+        if isinstance(self._end, Finish):
+            self._services.control.adopt(self._tasks.values())
+        elif self._tasks:
+            await asyncio.wait(list(self._tasks.values()), timeout=self._services.limits.control_timeout_s)
+
+    async def __aiter__(self) -> AsyncIterator[Emit]:
+        """Outputs in order; ends when the request is complete, raises its error when it fails."""
+        while True:
+            while self._unread:
+                emit = self._unread.popleft()
+                if len(self._unread) < self._services.limits.max_unread:
+                    self._drained.set()
+                yield emit
+            if self._end is not None:
+                if isinstance(self._end, Fail):
+                    raise self._end.error
+                return
+            self._changed.clear()
+            await self._changed.wait()
+
+    def stop(self, index: int) -> None:
+        """A stop string was found in this completion: it needs no more tokens, and yields none."""
+        self.tell(StopHit(index))
+        self._unread = deque(emit for emit in self._unread if emit.index != index)
+
+    def give_up(self, node: str, error: KVFerryError) -> None:
+        """This node is lost, though no connection to it broke: fail every leg that needs it, so that each goes on
+        elsewhere. A leg needs the node in one of three ways:
+
+        1. It runs there: it fails by `error`.
+        2. It is a decode leg elsewhere that waits for KV of this node.
+        3. It is a prefill leg elsewhere that writes KV into this node. Such a leg fails last, when the ledger has
+           already put the decode leg elsewhere, so that the next prefill leg writes for that decoder.
+
+        Called again at each probe that the node does not answer: a leg that was given up before is left alone.
+        """
+        machine = self.machine
+        for leg in sorted(self.record.legs, key=lambda leg: machine.saves_for(leg.id) == node):
+            if leg.node == node:
+                failure = error
+            elif machine.fetches_from(leg.id) == node:
+                failure = EngineError(f"waited for KV of node {node}, which is lost: {error.message}")
+            elif machine.saves_for(leg.id) == node:
+                failure = EngineError(f"wrote KV into node {node}, which is lost: {error.message}")
+            else:
+                continue
+            task = self._tasks.get(leg.id)
+            if task is None or task.cancelling():
+                continue
+            task.cancel()
+            self._leg_failed(leg, failure)
+
+    # --- Picker ---
+
+    def prefiller(self, decoder: str, exclude: frozenset[str]) -> str | None:
+        """See ledger.Picker."""
+        route = self._choose(exclude=exclude, decoder=decoder).route
+        return route.prefiller if route else None
+
+    def decoder(self, exclude: frozenset[str]) -> str | None:
+        """See ledger.Picker."""
+        route = self._choose(exclude=exclude).route
+        return route.decoder if route else None
+
+    # --- LegListener ---
+
+    @property
+    def last_error(self) -> KVFerryError:
+        """See LegListener."""
+        return self.machine.last_error
+
+    def tell(self, event: RequestEvent) -> None:
+        """An event happened: carry out what the ledger makes of it."""
+        self._carry_out(self.machine.handle(event))
+
+    def wants(self, leg: str) -> bool:
+        """See LegListener."""
+        return self.machine.runs(leg)
+
+    def fetches_from(self, leg: str) -> str | None:
+        """See LegListener."""
+        return self.machine.fetches_from(leg)
+
+    async def drained(self) -> None:
+        """See LegListener."""
+        await self._drained.wait()
+
+    # --- actions ---
+
+    def _carry_out(self, actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case Emit():
+                    self._emit(action)
+                case StartPrefill():
+                    self._spawn(action.leg, self._legs.prefill(action))
+                case StartDecode():
+                    self._spawn(action.leg, self._legs.decode(action))
+                case EndHandoff():
+                    self._end_handoff(action)
+                case CancelLeg():
+                    self._cancel(action)
+                case StartTimer():
+                    self._start_timer(action)
+                case Finish() | Fail():
+                    self._close(action)
+
+    def _start_timer(self, action: StartTimer) -> None:
+        if (running := self._timers.get(action.timer)) is not None:
+            running.cancel()
+        loop = asyncio.get_running_loop()
+        self._timers[action.timer] = loop.call_later(action.after_s, self._timer_fired, action.timer)
+
+    def _timer_fired(self, timer: RequestTimer) -> None:
+        self.tell(TimerFired(timer))
+
+    def _spawn(self, leg: str, body: Coroutine[object, object, None]) -> None:
+        task = asyncio.create_task(body)
+        self._tasks[leg] = task
+        task.add_done_callback(lambda done: self._leg_task_ended(leg, done))
+
+    def _leg_task_ended(self, leg: str, task: asyncio.Task[None]) -> None:
+        """A leg that failed by a bug of ours is a failed leg, logged as an error, not a request that hangs."""
+        self._tasks.pop(leg, None)
+        if task.cancelled() or (bug := task.exception()) is None:
+            return
+        _log.error("leg_crashed id=%s", leg, exc_info=bug)
+        error = EngineError(f"internal error in leg {leg}")
+        self.tell(PrefillFailed(leg, error))
+        self.tell(DecodeFailed(leg, error))
+
+    def _leg_failed(self, leg: LegRecord, failure: KVFerryError) -> None:
+        leg.error = f"{failure.code}: {failure.message}"
+        self.tell(PrefillFailed(leg.id, failure) if leg.kind == "prefill" else DecodeFailed(leg.id, failure))
+
+    def _end_handoff(self, action: EndHandoff) -> None:
+        services, url = self._services, self._legs.url(action.node)
+        timeout_s = services.limits.control_timeout_s
+        services.control.send(services.client.end_handoff(url, action.leg, timeout_s=timeout_s))
+
+    def _cancel(self, action: CancelLeg) -> None:
+        task = self._tasks.get(action.leg)
+        if task is not None and task is not asyncio.current_task():
+            task.cancel()
+        services, url = self._services, self._legs.url(action.node)
+        services.control.send(services.client.abort(url, action.leg, timeout_s=services.limits.control_timeout_s))
+
+    def _emit(self, emit: Emit) -> None:
+        if self.record.ttft_s is None and emit.token_ids:
+            self.record.ttft_s = self._services.clock.now() - self._started_at
+        self._unread.append(emit)
+        if len(self._unread) >= self._services.limits.max_unread:
+            self._drained.clear()
+        self._changed.set()
+
+    def _close(self, end: Finish | Fail) -> None:
+        self._end = end
+        record = self.record
+        for timer in self._timers.values():
+            timer.cancel()
+        record.total_s = self._services.clock.now() - self._started_at
+        record.cached_tokens = self.machine.cached_tokens
+        record.completion_tokens = self.machine.completion_tokens
+        record.retries, record.retried_legs = len(self.machine.retries), self.machine.retries
+        if isinstance(end, Finish):
+            record.state = "ok"
+        else:
+            record.state = "cancelled" if isinstance(end.error, CancelledByPeerError) else "failed"
+            record.error = f"{end.error.code}: {end.error.message}"
+        self._services.log.close(record)
+        self._changed.set()
+        self._drained.set()

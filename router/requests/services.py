@@ -1,0 +1,25 @@
+"""What every request of a router is given. Values only."""
+
+from dataclasses import dataclass, field
+
+from kvcore.clock import Clock
+from kvcore.config.schema import HandoffKind, RouterConfig
+from nodeapi.protocol import NodeClient
+from router.nodes.cluster import Cluster
+from router.requests.control import ControlCalls
+from router.requests.limits import RequestLimits
+from router.requests.records import RequestLog
+
+
+@dataclass(frozen=True, slots=True)
+class RequestServices:
+    """Shared by all requests; a request changes no field of it."""
+
+    config: RouterConfig
+    cluster: Cluster
+    client: NodeClient
+    clock: Clock
+    log: RequestLog
+    handoff: HandoffKind = HandoffKind.KVFERRY
+    limits: RequestLimits = RequestLimits()
+    control: ControlCalls = field(default_factory=ControlCalls)
