@@ -1,0 +1,137 @@
+"""The pages in docs/ keep what they promise: files load, commands are commands, what is shown as run runs.
+
+`<!-- file: NAME -->` before a YAML block is a whole cluster file; `<!-- runs: up | client | parse -->` before a block
+of commands says how a test takes them, as in README.
+"""
+
+import asyncio
+import json
+import re
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvcore.config.file import load_config
+from kvferry.cli import build_parser
+from tests.support.ports import free_ports
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+BIN = Path(sys.executable).parent
+FILE = re.compile(r"<!-- file: (\S+) -->\n```yaml\n(.*?)```", re.S)
+BLOCK = re.compile(r"<!-- runs: (\w+) -->\n```bash\n(.*?)```", re.S)
+PAGES_WITH_COMMANDS = ["start.md"]
+SHELL = {"curl", "kill", "pkill", "cd", "sudo"}
+ROLES = {"prefiller": "prefiller", "decoder": "decoder", "kvnode": "store"}
+
+
+def pages() -> list[Path]:
+    return [path for path in sorted(DOCS.rglob("*.md")) if path.name in PAGES_WITH_COMMANDS]
+
+
+def commands(page: str, kind: str) -> list[str]:
+    blocks = BLOCK.findall((DOCS / page).read_text())
+    text = "".join(block for runs, block in blocks if runs == kind).replace("\\\n", " ")
+    return [line for line in text.splitlines() if line]
+
+
+def write_files(page: str, folder: Path) -> dict[str, Path]:
+    """The page's cluster files, and those that the project ships."""
+    found = {f"configs/{path.name}": path for path in (ROOT / "configs").glob("*.yaml")}
+    for name, text in FILE.findall((DOCS / "start.md").read_text()) + FILE.findall((DOCS / page).read_text()):
+        found[name] = folder / name
+        found[name].write_text(text)
+    return found
+
+
+def check_command(line: str, files: dict[str, Path]) -> None:
+    """A program of ours with arguments that it takes, a file that loads and a node that it has."""
+    words = shlex.split(line, comments=True)
+    if words[:2] == ["python", "-m"]:
+        words = words[2:]
+        assert (ROOT / words[0] / "__main__.py").exists(), line
+    elif words[0] not in SHELL:
+        assert (BIN / words[0]).exists(), line
+    program, *arguments = words
+    if program == "kvferry":
+        parsed = build_parser().parse_args(arguments)
+        if getattr(parsed, "config", None) is not None:
+            load_config(files[str(parsed.config)], getattr(parsed, "overrides", []))
+    elif "--config" in arguments:
+        config = load_config(files[arguments[arguments.index("--config") + 1]])
+        if "--node" in arguments:
+            name = arguments[arguments.index("--node") + 1]
+            assert config.nodes[name].role == ROLES[program] if name != "NAME" else program in ROLES, line
+
+
+@pytest.mark.parametrize("page", PAGES_WITH_COMMANDS)
+def test_files_load_and_commands_are_ones_that_we_have(page, tmp_path):
+    files = write_files(page, tmp_path)
+    for name, path in files.items():
+        assert load_config(path).nodes, name
+    for kind in ("up", "client", "parse"):
+        for line in commands(page, kind):
+            check_command(line, files)
+
+
+def test_every_block_of_commands_says_how_it_is_run():
+    for page in pages():
+        assert page.read_text().count("```bash\n") == len(BLOCK.findall(page.read_text())), page.name
+
+
+def test_links_lead_somewhere():
+    for page in [*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "ARCHITECTURE.md"]:
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+            assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+async def test_the_first_cluster_comes_up_and_answers_as_the_page_says(tmp_path):
+    """On ports of its own: those of the page may be taken."""
+    (tmp_path / "mine.yaml").write_text(FILE.findall((DOCS / "start.md").read_text())[0][1])
+    router, server, *nodes = free_ports(4)
+    moved = [f"router.port={router}", f"metadata_server.port={server}"]
+    moved += [
+        f"nodes.{name}.{key}"
+        for name, port in zip(("p0", "d0"), nodes, strict=True)
+        for key in (f"port={port}", "segment=64MiB")
+    ]
+    overrides = " ".join(f"--set {item}" for item in moved)
+
+    async def run(command: str) -> str:
+        process = await asyncio.create_subprocess_shell(
+            f"export PATH={shlex.quote(str(BIN))}:$PATH; {command}", stdout=asyncio.subprocess.PIPE, cwd=tmp_path
+        )
+        output, _ = await asyncio.wait_for(process.communicate(), 30)
+        assert process.returncode == 0, f"{command}\n{output.decode()}"
+        return output.decode()
+
+    doctor, up = commands("start.md", "up")
+    assert "wrong" not in await run(f"{doctor} {overrides}")
+    words = shlex.split(f"{up} {overrides} --log-dir logs")
+    process = await asyncio.create_subprocess_exec(
+        BIN / words[0], *words[1:], cwd=tmp_path, stdout=asyncio.subprocess.PIPE
+    )
+    try:
+        async with asyncio.timeout(60):
+            while b"ready: http" not in (line := await process.stdout.readline()):
+                assert line, "kvferry up has ended"
+        reading = asyncio.create_task(process.stdout.read())
+        status, answer, record = [await run(_moved_to(line, router, server)) for line in commands("start.md", "client")]
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert await asyncio.wait_for(process.wait(), 30) == 0
+        await reading
+    assert "p0" in status and "d0" in status
+    assert json.loads(answer)["usage"]["completion_tokens"] == 8
+    assert json.loads(record)["state"] == "ok"
+
+
+def _moved_to(command: str, router: int, server: int) -> str:
+    if command.startswith("kvferry status"):
+        return f"{command} --router http://127.0.0.1:{router} --metadata http://127.0.0.1:{server}"
+    return command.replace("127.0.0.1:8000", f"127.0.0.1:{router}")
