@@ -27,6 +27,7 @@ from kvcore.errors import (
     PayloadTooLargeError,
 )
 from kvcore.telemetry import METRICS_CONTENT_TYPE, log_fields
+from kvnode.limits import NodeLimits
 from kvnode.request_check import parse_request
 from nodeapi.frames import pack_frame
 from nodeapi.messages import (
@@ -41,9 +42,6 @@ from nodeapi.messages import (
 
 MAX_BODY_BYTES = 16 << 20
 MSGPACK = "application/msgpack"
-_BODY_S = 30.0
-_LATE_S = 5.0
-"""Beyond the request's own deadline: for an engine that forgot it, or a client that does not read."""
 _logger = logging.getLogger("kvnode")
 _T = TypeVar("_T")
 
@@ -61,6 +59,7 @@ class ControlApi:
         health: Callable[[], str | None],
         probe: Callable[[ProbeRequest], Awaitable[ProbeReport]],
         max_body_bytes: int = MAX_BODY_BYTES,
+        limits: NodeLimits = NodeLimits(),
     ) -> None:
         self._engine = engine
         self._report = report
@@ -68,6 +67,7 @@ class ControlApi:
         self._health = health
         self._probe = probe
         self._max_body_bytes = max_body_bytes
+        self._limits = limits
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -109,16 +109,16 @@ class ControlApi:
     async def _prefill(self, http: web.Request) -> web.StreamResponse:
         async with self._leg("prefill"):
             engine = self._engine()
-            request = parse_request(await self._read(http), PrefillRequest, engine.info)
-            result = await _bounded(engine.prefill(request), request.deadline_s + _LATE_S)
+            request = parse_request(await self._read(http), PrefillRequest, engine.info, self._limits)
+            result = await _bounded(engine.prefill(request), request.deadline_s + self._limits.late_s)
         return _msgpack(result)
 
     async def _generate(self, http: web.Request) -> web.StreamResponse:
         async with self._leg("generate") as leg:
             engine = self._engine()
-            request = parse_request(await self._read(http), GenerateRequest, engine.info)
+            request = parse_request(await self._read(http), GenerateRequest, engine.info, self._limits)
             async with aclosing(engine.generate(request)) as deltas:
-                return await _bounded(_stream(http, deltas, leg), request.deadline_s + _LATE_S)
+                return await _bounded(_stream(http, deltas, leg), request.deadline_s + self._limits.late_s)
 
     async def _end_handoff(self, http: web.Request) -> web.StreamResponse:
         await self._engine().end_handoff(http.match_info["id"])
@@ -155,7 +155,7 @@ class ControlApi:
 
     async def _read(self, http: web.Request) -> bytes:
         try:
-            return await _bounded(http.read(), _BODY_S)
+            return await _bounded(http.read(), self._limits.body_s)
         except web.HTTPRequestEntityTooLarge as error:
             raise PayloadTooLargeError(f"the body has more than {self._max_body_bytes} bytes") from error
         except web.RequestPayloadError as error:

@@ -16,6 +16,7 @@ import msgspec
 from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
 from kvcore.telemetry import log_fields
 from kvcore.types import NodeInfo
+from kvnode.limits import NodeLimits
 from metadata_server.client import MetadataClient
 from metadata_server.messages import (
     HeartbeatReply,
@@ -27,9 +28,7 @@ from metadata_server.messages import (
     SegmentManifest,
 )
 
-_FIRST_BACKOFF_S = 0.1
 _JITTER = 0.1
-_GIVE_BACK_S = 1.0
 _logger = logging.getLogger("kvnode")
 
 
@@ -45,6 +44,7 @@ class LeaseKeeper:
     """What we know of our lease. `on_...` takes an answer in; `step` and `delay_s` say what comes next and when."""
 
     ttl_s: float
+    first_backoff_s: float
     epoch: str | None = None
     """Of the metadata server that knows us; None: none does."""
     failures: int = 0
@@ -78,7 +78,7 @@ class LeaseKeeper:
         """Until the next step; `draw` is uniform in [0, 1), so that nodes do not march in step."""
         period_s = self.ttl_s / 3
         if self.failures:
-            period_s = min(_FIRST_BACKOFF_S * 2.0 ** min(self.failures - 1, 16), period_s)
+            period_s = min(self.first_backoff_s * 2.0 ** min(self.failures - 1, 16), period_s)
         elif self.epoch is None:
             return 0.0
         return period_s * (1 - _JITTER + 2 * _JITTER * draw)
@@ -95,6 +95,7 @@ class Membership:
         *,
         ttl_s: float,
         draw: Callable[[], float] = random.random,
+        limits: NodeLimits = NodeLimits(),
     ) -> None:
         """The client stays the caller's."""
         self._client = client
@@ -102,7 +103,8 @@ class Membership:
         self._scan = scan
         self._ttl_s = ttl_s
         self._draw = draw
-        self._lease = LeaseKeeper(ttl_s)
+        self._give_back_s = limits.give_back_s
+        self._lease = LeaseKeeper(ttl_s, limits.lease_first_backoff_s)
         self._changed = asyncio.Event()
         """Something is to be told that the step under way, or the last one, did not tell."""
         self.registrations = 0
@@ -152,7 +154,7 @@ class Membership:
         """Give the lease up, so that nobody is sent here any more. Bounded; a server that is away lets it expire."""
         request = LeaveRequest(node_id=self._node.id, incarnation=self._node.incarnation)
         try:
-            await self._client.leave(request, timeout_s=_GIVE_BACK_S)
+            await self._client.leave(request, timeout_s=self._give_back_s)
         except (MetadataUnavailableError, MetadataProtocolError) as error:
             log_fields(_logger, logging.WARNING, "leave_failed", node=self._node.id, reason=error.message)
 
@@ -161,7 +163,7 @@ class Membership:
         expires there."""
         request = ReleaseWriterRequest(node_id=self._node.id, incarnation=self._node.incarnation)
         try:
-            await self._client.release_writer(request, timeout_s=_GIVE_BACK_S)
+            await self._client.release_writer(request, timeout_s=self._give_back_s)
         except (MetadataUnavailableError, MetadataProtocolError) as error:
             log_fields(_logger, logging.WARNING, "release_failed", node=self._node.id, reason=error.message)
 

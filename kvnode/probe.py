@@ -19,6 +19,7 @@ from kvcore.errors import (
     OverloadedError,
 )
 from kvcore.types import ChunkKey, NodeInfo, ReplicaRef, Segment
+from kvnode.limits import NodeLimits
 from kvstore.placement import Placement
 from metadata_server.client import MetadataClient
 from metadata_server.messages import SegmentStats
@@ -27,11 +28,9 @@ from transfer.links import link_of
 from transfer.measure import SMALL_BYTES, measure
 from transfer.select import TransferSelector, build_transfer
 
-LONGEST_S = 60.0
 _PIECE_BYTES = 4 << 20
 _PIECES = 16
 _LEAST_BYTES = 64 << 10
-_CLOSE_S = 2.0
 
 
 class Prober:
@@ -47,6 +46,7 @@ class Prober:
         store: StoreConfig,
         clock: Clock,
         open_transfer: Callable[[TransportConfig, str], TransferSelector] = build_transfer,
+        limits: NodeLimits = NodeLimits(),
     ) -> None:
         self._node = node
         self._host_id = host_id
@@ -55,6 +55,7 @@ class Prober:
         self._store = store
         self._clock = clock
         self._open_transfer = open_transfer
+        self._limits = limits
         self._placement = Placement(metadata, node_id=node.id, incarnation=node.incarnation, clock=clock, config=store)
         self._running: asyncio.Task[ProbeReport] | None = None
         self._paused = False
@@ -68,8 +69,9 @@ class Prober:
         that is not there, TransferError for what happened on the way, DeadlineExceededError, MetadataUnavailableError,
         ConfigError. Cancelled: nothing is left, but give-backs that end by themselves."""
         name = self._node.id
-        if not 0 < request.timeout_s <= LONGEST_S:
-            raise InvalidRequestError(f"timeout_s is above 0 and at most {LONGEST_S:g}", param="timeout_s")
+        longest_s = self._limits.longest_probe_s
+        if not 0 < request.timeout_s <= longest_s:
+            raise InvalidRequestError(f"timeout_s is above 0 and at most {longest_s:g}", param="timeout_s")
         if request.peer == name:
             raise InvalidRequestError(f"{name} is this node itself: name another", param="peer")
         if self._paused:
@@ -100,7 +102,7 @@ class Prober:
     async def aclose(self) -> None:
         """End what is under way, and wait for give-backs, bounded."""
         await self._stop()
-        await self._placement.aclose(_CLOSE_S)
+        await self._placement.aclose(self._limits.close_s)
 
     async def _stop(self) -> None:
         if self._running is not None:

@@ -9,9 +9,9 @@ from typing import TypeVar
 import msgspec
 
 from kvcore.errors import InvalidRequestError
+from kvnode.limits import NodeLimits
 from nodeapi.messages import EngineInfo, GenerateRequest, PrefillRequest, SamplingParams
 
-MAX_DEADLINE_S = 86_400.0
 MAX_ID_CHARS = 256
 MAX_SALT_BYTES = 4096
 MAX_COMPLETIONS = 128
@@ -20,7 +20,7 @@ MAX_LOGPROBS = 128
 _Request = TypeVar("_Request", PrefillRequest, GenerateRequest)
 
 
-def parse_request(body: bytes, kind: type[_Request], info: EngineInfo) -> _Request:
+def parse_request(body: bytes, kind: type[_Request], info: EngineInfo, limits: NodeLimits = NodeLimits()) -> _Request:
     """The request in a msgpack body. Raises InvalidRequestError naming the field."""
     try:
         request = msgspec.msgpack.decode(body, type=kind)
@@ -28,20 +28,21 @@ def parse_request(body: bytes, kind: type[_Request], info: EngineInfo) -> _Reque
         raise InvalidRequestError(f"the body is not a {kind.__name__}: {error}") from error
     _require(0 < len(request.request_id) <= MAX_ID_CHARS, "request_id", f"must have 1 to {MAX_ID_CHARS} characters")
     _require(len(request.cache_salt) <= MAX_SALT_BYTES, "cache_salt", f"must have at most {MAX_SALT_BYTES} bytes")
-    _require(0 < request.deadline_s <= MAX_DEADLINE_S, "deadline_s", f"must lie in (0, {MAX_DEADLINE_S:g}]")
+    longest_s = limits.longest_deadline_s
+    _require(0 < request.deadline_s <= longest_s, "deadline_s", f"must lie in (0, {longest_s:g}]")
     _require(len(request.prompt_token_ids) > 0, "prompt_token_ids", "must not be empty")
     _check_tokens(request.prompt_token_ids, "prompt_token_ids", info)
     if isinstance(request, GenerateRequest):
-        _check_generate(request, info)
+        _check_generate(request, info, longest_s)
     return request
 
 
-def _check_generate(request: GenerateRequest, info: EngineInfo) -> None:
+def _check_generate(request: GenerateRequest, info: EngineInfo, longest_s: float) -> None:
     _check_tokens(request.output_token_ids, "output_token_ids", info)
     _require(request.sampling.n == 1 or not request.output_token_ids, "output_token_ids", "needs sampling.n = 1")
     if request.handoff is not None:
         _require(request.handoff.num_chunks >= 0, "handoff.num_chunks", "must not be negative")
-        _require(0 <= request.handoff.wait_s <= MAX_DEADLINE_S, "handoff.wait_s", f"must be 0 to {MAX_DEADLINE_S:g}")
+        _require(0 <= request.handoff.wait_s <= longest_s, "handoff.wait_s", f"must be 0 to {longest_s:g}")
     _check_sampling(request.sampling, info)
 
 

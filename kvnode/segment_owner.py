@@ -13,21 +13,28 @@ from typing import Self
 from kvcore.config.schema import NodeConfig, TransportConfig
 from kvcore.telemetry import log_fields
 from kvcore.types import Segment
+from kvnode.limits import NodeLimits
 from kvstore.manifest import scan
 from metadata_server.messages import SegmentManifest
 from transfer.memory.segment import SegmentMemory, host_identity
 from transfer.select import SegmentHosts, start_segment_hosts
 
-MAX_LISTED = 65_536
-"""Chunks in one manifest: 4 MB and about 1 s of the metadata server's time. It refuses longer bodies and its clients do
-not wait longer; what is not listed is free room."""
 _logger = logging.getLogger("kvnode")
 
 
 class SegmentOwner:
     """Entering it allocates and faults in the memory (about 1 s a GB, on a thread) and binds the transports."""
 
-    def __init__(self, node_id: str, incarnation: int, node: NodeConfig, transport: TransportConfig) -> None:
+    def __init__(
+        self,
+        node_id: str,
+        incarnation: int,
+        node: NodeConfig,
+        transport: TransportConfig,
+        *,
+        limits: NodeLimits = NodeLimits(),
+    ) -> None:
+        self._max_listed = limits.max_listed
         self._node_id = node_id
         self._segment_id = f"{node_id}.{incarnation:x}"
         self._node = node
@@ -95,10 +102,10 @@ class SegmentOwner:
         self.on_change()
 
     async def manifests(self) -> list[SegmentManifest]:
-        """What lies in the segment now, by its chunk headers; the newest MAX_LISTED. Scans on a thread, about 0.1 s a
+        """What lies in the segment now, by its chunk headers; the newest `max_listed`. Scans on a thread, about 0.1 s a
         10 GiB."""
         assert self._memory is not None, "the segment was not entered"
         entries = await asyncio.to_thread(scan, self._memory.view)
-        if len(entries) > MAX_LISTED:
-            log_fields(_logger, logging.WARNING, "manifest_cut", chunks=len(entries), listed=MAX_LISTED)
-        return [SegmentManifest(segment=self.segment, entries=entries[:MAX_LISTED])]
+        if len(entries) > self._max_listed:
+            log_fields(_logger, logging.WARNING, "manifest_cut", chunks=len(entries), listed=self._max_listed)
+        return [SegmentManifest(segment=self.segment, entries=entries[: self._max_listed])]

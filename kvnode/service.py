@@ -26,6 +26,7 @@ from kvcore.process.service import Lifecycle
 from kvcore.telemetry import Metrics, log_fields
 from kvcore.types import NodeInfo, Role
 from kvnode.control_api import ControlApi
+from kvnode.limits import NodeLimits
 from kvnode.membership import Membership
 from kvnode.metrics import NodeMetrics
 from kvnode.probe import Prober
@@ -34,7 +35,6 @@ from kvnode.supervisor import EngineSupervisor
 from metadata_server.connect import connect_client, endpoints_of
 from nodeapi.messages import PROTOCOL, EngineStats, NodeReport
 
-_CLOSE_S = 2.0
 _logger = logging.getLogger("kvnode")
 
 
@@ -83,7 +83,13 @@ class _Node:
         )
 
 
-async def run_node(config: ClusterConfig, name: str, lifecycle: Lifecycle, clock: Clock | None = None) -> None:
+async def run_node(
+    config: ClusterConfig,
+    name: str,
+    lifecycle: Lifecycle,
+    clock: Clock | None = None,
+    limits: NodeLimits = NodeLimits(),
+) -> None:
     """Run node `name` until `lifecycle.stopping`, then stop in order. Raises ConfigError for what cannot be run."""
     clock = clock or SystemClock()
     settings, stack = node_config(config, name), lifecycle.stack
@@ -92,10 +98,10 @@ async def run_node(config: ClusterConfig, name: str, lifecycle: Lifecycle, clock
     stack.callback(listener.close)
     port = listener.getsockname()[1]
     info = NodeInfo(id=name, role=settings.role, control_url=base_url(settings.host, port), incarnation=incarnation)
-    owner = await stack.enter_async_context(SegmentOwner(name, incarnation, settings, config.transport))
+    owner = await stack.enter_async_context(SegmentOwner(name, incarnation, settings, config.transport, limits=limits))
     client = connect_client(endpoints_of(config.metadata_server), clock)
     stack.push_async_callback(client.aclose)
-    membership = Membership(client, info, owner.manifests, ttl_s=config.metadata_server.node_ttl_s)
+    membership = Membership(client, info, owner.manifests, ttl_s=config.metadata_server.node_ttl_s, limits=limits)
     prober = Prober(
         node=info,
         host_id=owner.segment.host_id,
@@ -103,9 +109,10 @@ async def run_node(config: ClusterConfig, name: str, lifecycle: Lifecycle, clock
         transport=config.transport,
         store=config.store,
         clock=clock,
+        limits=limits,
     )
     owner.on_change = membership.announce_again
-    node = _Node(owner, membership, _supervisor(config, membership, prober, clock))
+    node = _Node(owner, membership, _supervisor(config, membership, prober, clock, limits))
     lifecycle.describe.append(lambda: map(repr, (membership, node.supervisor, owner, prober)))
     if node.supervisor is not None:
         engine = lifecycle.tasks.create_task(node.supervisor.run(), name="engine")
@@ -119,9 +126,10 @@ async def run_node(config: ClusterConfig, name: str, lifecycle: Lifecycle, clock
         metrics=lambda: metrics.render(node.api, lambda: node.sample(exposition=True)),
         health=node.health,
         probe=prober.probe,
+        limits=limits,
     )
     stack.push_async_callback(prober.aclose)
-    await _serve(node.api, listener, stack)
+    await _serve(node.api, listener, stack, limits)
     if node.supervisor is not None:
         await node.supervisor.wait_ready()
     lifecycle.ready(node=name, role=settings.role, url=info.control_url, segment=owner.segment.id)
@@ -129,7 +137,9 @@ async def run_node(config: ClusterConfig, name: str, lifecycle: Lifecycle, clock
     await node.api.drain(config.service.drain_s)
 
 
-def _supervisor(config: ClusterConfig, membership: Membership, prober: Prober, clock: Clock) -> EngineSupervisor | None:
+def _supervisor(
+    config: ClusterConfig, membership: Membership, prober: Prober, clock: Clock, limits: NodeLimits
+) -> EngineSupervisor | None:
     node = membership.node
     if node.role is Role.STORE:
         return None
@@ -150,6 +160,7 @@ def _supervisor(config: ClusterConfig, membership: Membership, prober: Prober, c
         clock,
         on_ready=lambda engine: membership.announce(engine.info.kv_spec.fingerprint),
         on_end=ended,
+        limits=limits,
     )
 
 
@@ -158,8 +169,10 @@ def _pass_on(line: str) -> None:
     sys.stderr.write(line + "\n")
 
 
-async def _serve(api: ControlApi, listener: socket.socket, stack: AsyncExitStack) -> None:
-    runner = web.AppRunner(api.application(), handler_cancellation=True, access_log=None, shutdown_timeout=_CLOSE_S)
+async def _serve(api: ControlApi, listener: socket.socket, stack: AsyncExitStack, limits: NodeLimits) -> None:
+    runner = web.AppRunner(
+        api.application(), handler_cancellation=True, access_log=None, shutdown_timeout=limits.close_s
+    )
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
     await web.SockSite(runner, listener).start()

@@ -12,11 +12,8 @@ from engines.process.parent import EngineProcess
 from kvcore.clock import Clock
 from kvcore.errors import ConfigError, KVFerryError, NodeUnavailableError
 from kvcore.telemetry import log_fields
+from kvnode.limits import NodeLimits
 
-_FIRST_BACKOFF_S = 0.2
-_LONGEST_BACKOFF_S = 5.0
-_HEALTHY_S = 30.0
-"""An engine that lived this long starts again without a pause that grew before."""
 _logger = logging.getLogger("kvnode")
 
 
@@ -32,12 +29,14 @@ class EngineSupervisor:
         start_attempts: int = 3,
         on_ready: Callable[[EngineProcess], None] = lambda _: None,
         on_end: Callable[[], Awaitable[None]] | None = None,
+        limits: NodeLimits = NodeLimits(),
     ) -> None:
         self._make = make
         self._clock = clock
         self._start_attempts = start_attempts
         self._on_ready = on_ready
         self._on_end = on_end
+        self._limits = limits
         self._engine: EngineProcess | None = None
         self._ready = asyncio.Event()
         self.restarts = 0
@@ -65,7 +64,7 @@ class EngineSupervisor:
         """Until cancelled; then the engine is left. Raises the reason when it gives up before any engine was ready:
         a ConfigError at once, another failure at the last of `start_attempts`."""
         failures = 0
-        backoff_s = _FIRST_BACKOFF_S
+        backoff_s = self._limits.engine_first_backoff_s
         while True:
             started_at = self._clock.now()
             try:
@@ -76,13 +75,13 @@ class EngineSupervisor:
                 if not self._ready.is_set() and (isinstance(error, ConfigError) or failures >= self._start_attempts):
                     raise
                 reason = error.message
-            if self._clock.now() - started_at >= _HEALTHY_S:
-                backoff_s = _FIRST_BACKOFF_S
+            if self._clock.now() - started_at >= self._limits.engine_healthy_s:
+                backoff_s = self._limits.engine_first_backoff_s
             log_fields(_logger, logging.ERROR, "engine_down", reason=reason, restarts=self.restarts, retry_s=backoff_s)
             if self._on_end is not None:
                 await self._on_end()
             await asyncio.sleep(backoff_s)
-            backoff_s = min(_LONGEST_BACKOFF_S, backoff_s * 2)
+            backoff_s = min(self._limits.engine_longest_backoff_s, backoff_s * 2)
 
     async def _one_life(self) -> str:
         async with self._make() as engine:

@@ -220,7 +220,7 @@ class NodeReport(Greeting, frozen=True, kw_only=True):
 
 
 class ProbeRequest(_Request, frozen=True, kw_only=True):
-    """Body of `POST /v1/probe`: the node to measure the way to, and the time there is (LONGEST_S at most)."""
+    """Body of `POST /v1/probe`: the node to measure the way to, and the time there is (60 s at most)."""
 
     peer: str
     timeout_s: float

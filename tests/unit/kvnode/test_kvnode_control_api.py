@@ -15,6 +15,7 @@ from support.probe import probe_report
 from kvcore.errors import NodeUnavailableError, OverloadedError
 from kvcore.types import NodeInfo, Role
 from kvnode.control_api import ControlApi
+from kvnode.limits import NodeLimits
 from nodeapi.frames import FrameDecoder
 from nodeapi.messages import (
     NodeReport,
@@ -52,7 +53,7 @@ class Rig:
 
 
 @asynccontextmanager
-async def serving(max_body_bytes: int = 1 << 20) -> AsyncIterator[Rig]:
+async def serving(max_body_bytes: int = 1 << 20, limits: NodeLimits = NodeLimits()) -> AsyncIterator[Rig]:
     engine = FakeEngine()
     rig: Rig
 
@@ -79,6 +80,7 @@ async def serving(max_body_bytes: int = 1 << 20) -> AsyncIterator[Rig]:
         health=lambda: "starting" if rig.down else None,
         probe=probe,
         max_body_bytes=max_body_bytes,
+        limits=limits,
     )
     runner = web.AppRunner(api.application(), handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
     await runner.setup()
@@ -298,9 +300,8 @@ async def test_drain_is_bounded() -> None:
         await rig.until_idle()
 
 
-async def test_deadline_of_a_leg_is_kept_by_the_api_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvnode.control_api._LATE_S", 0.0)
-    async with serving() as rig:
+async def test_deadline_of_a_leg_is_kept_by_the_api_too() -> None:
+    async with serving(limits=NodeLimits(late_s=0.0)) as rig:
         status, answer = await rig.post("/v1/generate", generate_request("hang", deadline_s=0.05))
         assert (status, error_code(answer)) == (504, "deadline_exceeded")
         assert not rig.engine.active
@@ -336,8 +337,7 @@ async def test_a_body_that_cannot_be_unpacked_is_a_400(rest: bytes, caplog: pyte
 async def test_a_stream_that_cannot_go_on_is_broken_off_not_answered_twice(
     why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvnode.control_api._LATE_S", 0.0)
-    async with serving() as rig:
+    async with serving(limits=NodeLimits(late_s=0.0)) as rig:
 
         async def stuck(_: object) -> AsyncIterator[TokenDelta]:
             yield TokenDelta(token_ids=[1])

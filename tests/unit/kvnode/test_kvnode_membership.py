@@ -167,7 +167,7 @@ async def test_leave_names_the_incarnation_and_never_raises() -> None:
 
 
 def test_heartbeats_come_every_third_of_the_ttl_with_jitter() -> None:
-    lease = LeaseKeeper(6.0)
+    lease = LeaseKeeper(6.0, 0.1)
     assert (lease.step, lease.delay_s(0.0)) == (Step.REGISTER, 0.0)
     lease.on_registered(RegisterReply(epoch="a", imported=0, refused=0))
     assert lease.step is Step.HEARTBEAT
@@ -175,13 +175,13 @@ def test_heartbeats_come_every_third_of_the_ttl_with_jitter() -> None:
 
 
 def test_pauses_after_failures_grow_to_the_heartbeat_period() -> None:
-    lease = LeaseKeeper(6.0)
+    lease = LeaseKeeper(6.0, 0.1)
     pauses = []
     for _ in range(8):
         lease.on_failure()
         pauses.append(lease.delay_s(0.5))
     assert pauses == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0, 2.0])
-    assert LeaseKeeper(6.0, failures=10_000).delay_s(0.5) == pytest.approx(2.0)
+    assert LeaseKeeper(6.0, 0.1, failures=10_000).delay_s(0.5) == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize("away", [False, True])

@@ -15,13 +15,11 @@ from kvcore.clock import SystemClock
 from kvcore.config.schema import NodeConfig, TransportConfig
 from kvcore.errors import ConfigError, EngineDiedError, NodeUnavailableError
 from kvcore.types import Role
+from kvnode.limits import NodeLimits
 from kvnode.segment_owner import SegmentOwner
 from kvnode.supervisor import EngineSupervisor
 
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvnode.supervisor._FIRST_BACKOFF_S", 0.02)
+QUICK = NodeLimits(engine_first_backoff_s=0.02)
 
 
 def supervisor(
@@ -35,7 +33,7 @@ def supervisor(
         path = paths.pop(0) if len(paths) > 1 else paths[0]
         return EngineProcess(hello(path), command=(sys.executable, fake_engine.__file__), start_s=20.0, on_line=print)
 
-    return EngineSupervisor(make, SystemClock(), on_ready=ready.put_nowait, on_end=on_end), ready
+    return EngineSupervisor(make, SystemClock(), on_ready=ready.put_nowait, on_end=on_end, limits=QUICK), ready
 
 
 async def test_killed_engine_is_started_again_and_the_segment_keeps_its_bytes() -> None:

@@ -1,0 +1,30 @@
+"""Bounds and pauses of a node that are no matter of a cluster file. Values; tests pass changed ones."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class NodeLimits:
+    """Times in seconds."""
+
+    body_s: float = 30.0
+    """A request's body arrives within this."""
+    late_s: float = 5.0
+    """Beyond the request's own deadline: for an engine that forgot it, or a client that does not read."""
+    longest_deadline_s: float = 86_400.0
+    """A leg may ask for no more."""
+    longest_probe_s: float = 60.0
+    """Nor a measurement."""
+    close_s: float = 2.0
+    """Connections of the control API that still have an answer under way, and room that a measurement gives back."""
+    lease_first_backoff_s: float = 0.1
+    """After the first failure of a heartbeat; each one doubles it, up to a heartbeat's period."""
+    give_back_s: float = 1.0
+    """What is given back to the metadata server is told it for this long; then it expires there."""
+    engine_first_backoff_s: float = 0.2
+    engine_longest_backoff_s: float = 5.0
+    engine_healthy_s: float = 30.0
+    """An engine that lived this long starts again without a pause that grew before."""
+    max_listed: int = 65_536
+    """Chunks in one manifest: 4 MB and about 1 s of the metadata server's time, which refuses longer bodies and whose
+    clients do not wait longer. What is not listed is free room."""
