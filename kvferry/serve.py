@@ -41,8 +41,6 @@ _HUB_ID = re.compile(r"[A-Za-z0-9_-][\w.-]*/[\w.-]+")
 _GIB = 1 << 30
 _CHUNK_TOKENS = {"cpu": 128, "gpu": 256}
 """vLLM's blocks have 128 tokens on a CPU and 16 on a GPU by default."""
-_START_S = 1800.0
-"""vLLM on a GPU loads, compiles and captures graphs for minutes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +103,7 @@ def plan_cluster(wish: Wish, machine: Machine) -> tuple[ClusterConfig, list[str]
         },
         metadata_server=MetadataServerConfig(port=metadata_port),
         router=RouterConfig(port=wish.port),
-        service=ServiceConfig(start_s=_START_S),
+        service=ServiceConfig(start_s=1800.0),  # vLLM on a GPU loads, compiles and captures graphs for minutes
     )
     what = "one engine with the cache" if wish.colocated else "a prefiller and a decoder"
     return config, [f"engine: {kind}, {why}", f"{what}: {how}"]

@@ -19,7 +19,6 @@ from kvcore.ports import base_url, why_unreachable
 from kvferry.machine import size_text
 from metadata_server.messages import Stats
 
-_TIMEOUT_S = 5.0
 T = TypeVar("T")
 
 
@@ -88,9 +87,11 @@ def addresses(config: ClusterConfig) -> tuple[str, str | None]:
     return base_url(router.host, router.port), base_url(server.host, server.port) if has_store else None
 
 
-async def run_status(router_url: str, metadata_url: str | None, *, as_json: bool, console: Console) -> int:
+async def run_status(
+    router_url: str, metadata_url: str | None, *, as_json: bool, console: Console, timeout_s: float = 5.0
+) -> int:
     """Ask, print; 0 if all that there should be answered, 1 otherwise."""
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_TIMEOUT_S)) as session:
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=timeout_s)) as session:
         cluster, stats = await asyncio.gather(
             _ask(session, f"{router_url}/v1/cluster", ClusterAnswer), _ask_metadata(session, metadata_url)
         )

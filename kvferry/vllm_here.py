@@ -15,7 +15,6 @@ from typing import Literal
 OLDEST, TOO_NEW = (0, 32), (0, 34)
 """Versions that the connector was written against: OLDEST <= version < TOO_NEW."""
 _PROC_GPUS = Path("/proc/driver/nvidia/gpus")
-_SMI_S = 10.0
 _UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -54,13 +53,13 @@ def cuda_devices(proc_gpus: Path = _PROC_GPUS) -> tuple[str, ...]:
     return tuple(str(index) for index in range(count))
 
 
-def _count_by_smi() -> int | None:
+def _count_by_smi(timeout_s: float = 10.0) -> int | None:
     """None: nvidia-smi does not say."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return None
     try:
-        said = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=_SMI_S, check=True).stdout
+        said = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=timeout_s, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return None
     return sum(line.startswith("GPU ") for line in said.splitlines())

@@ -5,6 +5,7 @@ Invariant: once `drain` or `aclose` has returned, the port is free and no connec
 
 import asyncio
 import contextlib
+import functools
 import logging
 import socket
 from collections.abc import Generator
@@ -14,9 +15,8 @@ import uvicorn
 
 from kvcore.ports import base_url, listen
 from kvcore.process.http_protocol import BoundedHttp
+from kvcore.process.limits import HttpLimits
 from kvcore.telemetry import log_fields
-
-_CLOSE_S = 2.0
 
 _logger = logging.getLogger("kvcore.asgi")
 
@@ -48,12 +48,17 @@ class AsgiServer:
     `app` is an ASGI application (FastAPI, Starlette): its own type is the framework's and untyped.
     """
 
-    def __init__(self, app: Any, host: str, port: int) -> None:
+    def __init__(self, app: Any, host: str, port: int, *, limits: HttpLimits = HttpLimits()) -> None:
         self._app = app
         self._host = host
         self._port = port
+        self._limits = limits
         self._server: _Server | None = None
         self._serving: asyncio.Task[None] | None = None
+
+    def __repr__(self) -> str:
+        state = "not started" if self._serving is None else "ended" if self._serving.done() else "serving"
+        return f"<AsgiServer {self._host}:{self._port}, {state}>"
 
     @property
     def port(self) -> int:
@@ -75,7 +80,7 @@ class AsgiServer:
             self._app,
             log_config=None,
             access_log=False,
-            http=BoundedHttp,
+            http=functools.partial(BoundedHttp, limits=self._limits),  # type: ignore[arg-type]  # it makes them
             ws="none",
             lifespan="auto",
             date_header=False,
@@ -90,7 +95,7 @@ class AsgiServer:
         except asyncio.CancelledError:
             # Not cancelled in its midst: the lifespan would be left over, to be cut with a stack trace in the log.
             server.stop.set()
-            await asyncio.wait({self._serving}, timeout=_CLOSE_S)
+            await asyncio.wait({self._serving}, timeout=self._limits.close_s)
             self._serving.cancel()
             raise
         finally:
@@ -123,7 +128,7 @@ class AsgiServer:
         await asyncio.wait({serving}, timeout=deadline_s)
         if not serving.done():
             self._cut(server)
-            await asyncio.wait({serving}, timeout=_CLOSE_S)
+            await asyncio.wait({serving}, timeout=self._limits.close_s)
         if not serving.done():
             serving.cancel()
             await asyncio.wait({serving})

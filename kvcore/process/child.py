@@ -22,8 +22,6 @@ from kvcore.process import child_exec
 MAX_LINE_BYTES = 16_384
 _READ_BYTES = 65_536
 _LAST_READS = 32  # far more than a pipe holds
-_GUARD_S = 12.0
-"""A guard that takes longer than this to end its group, which bounds itself at 10 s, is of no more use."""
 
 _running: dict[int, "ChildProcess"] = {}  # as the kernel's own list of our children: one a process, by pid
 
@@ -43,9 +41,11 @@ class ChildProcess:
         output: int,
         on_line: Callable[[str], None] | None,
         guard: socket.socket | None,
+        guard_s: float,
     ) -> None:
         self._process = process
         self._guard = guard
+        self._guard_s = guard_s
         self._loop = asyncio.get_running_loop()
         self._returncode: int | None = None
         self._ended = asyncio.Event()
@@ -72,10 +72,12 @@ class ChildProcess:
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
         guard: bool = False,
+        guard_s: float = 12.0,
     ) -> Self:
         """Start `command`. `on_line` gets each line of stdout and stderr, in order, without its newline; it must not
         raise or block. `pass_fds` keep their numbers in the child; the caller closes its own copies afterwards.
-        `guard`: one more, tiny process in the child's group, which kills it all when we are gone.
+        `guard`: one more, tiny process in the child's group, which kills it all when we are gone. It gives up after 10
+        s; one that has not ended its group within `guard_s` is of no more use.
 
         A command that cannot be run ends with 127 and says so in its output.
         """
@@ -104,11 +106,15 @@ class ChildProcess:
             if guards_side is not None:
                 guards_side.close()
         try:
-            return cls(process, output, on_line, link)
+            return cls(process, output, on_line, link, guard_s)
         except BaseException:
             process.kill()
             process.wait()
             raise
+
+    def __repr__(self) -> str:
+        state = "running" if self._returncode is None else f"ended with {self._returncode}"
+        return f"<ChildProcess {self.pid}, {state}{', guarded' if self._guard is not None else ''}>"
 
     @property
     def pid(self) -> int:
@@ -173,7 +179,7 @@ class ChildProcess:
         if self._guard is None:
             self._reap()
         else:
-            self._guard_late = self._loop.call_later(_GUARD_S, self._reap)
+            self._guard_late = self._loop.call_later(self._guard_s, self._reap)
 
     def _guard_ended(self) -> None:
         """The group is gone, or the guard alone was killed: then nothing would be safe any more."""

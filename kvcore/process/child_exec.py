@@ -16,9 +16,6 @@ import time
 _PR_SET_PDEATHSIG = 1
 _GUARD, _WATCH = "--guard", "--watch"
 _POLITE = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-_END_S = 10.0
-_TRACKERS_S = 2.0
-_LOOK_S = 0.01
 
 
 def set_parent_death_signal(parent_pid: int, signal_number: int = signal.SIGKILL) -> None:
@@ -88,16 +85,16 @@ def watch(link: int, leader: int) -> None:
             os.kill(0, signal.SIGKILL)
 
 
-def _end_group() -> None:
-    """SIGKILL all but ourselves, until they are gone: a process with memory on a GPU takes seconds to go.
+def _end_group(end_s: float = 10.0, trackers_s: float = 2.0, look_s: float = 0.01) -> None:
+    """SIGKILL all but ourselves, until they are gone or `end_s` has passed: memory on a GPU takes seconds to go.
 
-    multiprocessing's resource trackers go by themselves once nobody is left whom they serve; before that they remove
-    what those had in /dev/shm.
+    multiprocessing's resource trackers have `trackers_s` to go by themselves, which they do once nobody is left whom
+    they serve: before that they remove what those had in /dev/shm.
     """
     start = time.monotonic()
-    while (passed := time.monotonic() - start) < _END_S:
+    while (passed := time.monotonic() - start) < end_s:
         others = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _is_in_group(pid)]  # noqa: PTH208
-        to_kill = [pid for pid in others if passed > _TRACKERS_S or not _is_tracker(pid)]
+        to_kill = [pid for pid in others if passed > trackers_s or not _is_tracker(pid)]
         if not others:
             return
         for pid in to_kill:
@@ -105,7 +102,7 @@ def _end_group() -> None:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 pass
-        time.sleep(_LOOK_S)
+        time.sleep(look_s)
 
 
 def _is_in_group(pid: int) -> bool:

@@ -1,21 +1,22 @@
 """uvicorn's HTTP/1.1, bounded: a request's head has a size and a time, and what is not HTTP gets a proper error body.
 
 Owns what happens before an application sees a request. Invariant: a connection that has sent no whole head is closed
-after HEAD_S; nothing is written into the middle of an answer.
+after `head_s`; nothing is written into the middle of an answer.
 """
 
 import asyncio
 import http
 import logging
+from typing import Any
 
 import httptools
 import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from kvcore.process.limits import HttpLimits
 from kvcore.telemetry import log_fields
 
 MAX_HEAD_BYTES = 64 << 10
-HEAD_S = 30.0
 
 _logger = logging.getLogger("kvcore.asgi")
 
@@ -23,16 +24,18 @@ _logger = logging.getLogger("kvcore.asgi")
 class BoundedHttp(HttpToolsProtocol):
     """One connection. Answers in OpenAI's error form, which the metadata server's is too."""
 
-    head_s = HEAD_S
-    _head_timer: asyncio.TimerHandle | None = None
-    _head_bytes = 0
-    _in_head = False
-    _in_message = False
+    def __init__(self, *uvicorns: Any, limits: HttpLimits = HttpLimits(), **own: Any) -> None:
+        super().__init__(*uvicorns, **own)
+        self._head_s = limits.head_s
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._head_bytes = 0
+        self._in_head = False
+        self._in_message = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """A client is there: its first head is awaited."""
         super().connection_made(transport)
-        self._head_timer = self.loop.call_later(self.head_s, self._head_late)
+        self._head_timer = self.loop.call_later(self._head_s, self._head_late)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """No timer outlives the connection."""
@@ -44,7 +47,7 @@ class BoundedHttp(HttpToolsProtocol):
         super().on_message_begin()
         self._in_head = self._in_message = True
         if self._head_timer is None:
-            self._head_timer = self.loop.call_later(self.head_s, self._head_late)
+            self._head_timer = self.loop.call_later(self._head_s, self._head_late)
 
     def on_headers_complete(self) -> None:
         """From here on the application bounds the request."""
@@ -85,7 +88,7 @@ class BoundedHttp(HttpToolsProtocol):
     def _head_late(self) -> None:
         self._head_timer = None
         if self._in_head:
-            self._refuse(408, f"the request's head did not arrive within {self.head_s:g} s")
+            self._refuse(408, f"the request's head did not arrive within {self._head_s:g} s")
         else:
             self.transport.close()
 

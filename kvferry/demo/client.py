@@ -15,9 +15,6 @@ import msgspec
 from kvcore.errors import KVFerryError
 from nodeapi.messages import Moved
 
-_RECORD_S = 3.0
-_RECORD_POLL_S = 0.05
-
 
 class _Leg(msgspec.Struct, kw_only=True):
     moved: list[Moved] = []
@@ -81,7 +78,11 @@ class ChatResult:
 class DemoClient:
     """Talks to one router; an async context manager."""
 
-    def __init__(self, router_url: str, model: str, timeout_s: float) -> None:
+    def __init__(
+        self, router_url: str, model: str, timeout_s: float, *, record_s: float = 3.0, poll_s: float = 0.05
+    ) -> None:
+        """`timeout_s` is that of a chat, `record_s` that of its record, which may be written after the stream's end."""
+        self._record_s, self._poll_s = record_s, poll_s
         self._url = router_url
         self._model = model
         self._timeout = aiohttp.ClientTimeout(total=timeout_s)
@@ -157,7 +158,7 @@ class DemoClient:
         assert self._session is not None
         url = f"{self._url}/v1/requests/{request_id}"
         try:
-            async with asyncio.timeout(_RECORD_S):
+            async with asyncio.timeout(self._record_s):
                 while True:
                     async with self._session.get(url) as reply:
                         if reply.status != 200:
@@ -165,6 +166,6 @@ class DemoClient:
                         record = msgspec.json.decode(await reply.read(), type=_Record)
                     if record.state != "running":
                         return record
-                    await asyncio.sleep(_RECORD_POLL_S)
+                    await asyncio.sleep(self._poll_s)
         except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError) as error:
             raise KVFerryError(f"{url}: {error or 'still running'}") from error

@@ -22,9 +22,6 @@ from kvferry.machine import size_text
 from metadata_server.connect import connect_client, endpoints_of
 from nodeapi.messages import ProbeReport, ProbeRequest
 
-_PAIR_S = 15.0
-_LATE_S = 10.0
-"""Beyond a pair's time: for a transport that is closed and room that is given back."""
 _SILENT = "silent"
 _STYLES = {Level.OK: "green", Level.WARN: "yellow", Level.WRONG: "bold red"}
 
@@ -38,9 +35,9 @@ class _ErrorBody(msgspec.Struct, frozen=True):
     error: _ErrorDetail
 
 
-async def run_probe(config: ClusterConfig, console: Console, *, pair_s: float = _PAIR_S) -> int:
+async def run_probe(config: ClusterConfig, console: Console, *, pair_s: float = 15.0, late_s: float = 10.0) -> int:
     """Measure, print; 0 if every pair could be measured (slow or not), 1 otherwise. Raises ConfigError where no store
-    of ours moves the KV."""
+    of ours moves the KV. A node has `late_s` beyond a pair's time to close its transport and give back room."""
     if config.handoff is not HandoffKind.KVFERRY:
         raise ConfigError(f"handoff: {config.handoff} moves the KV between the servers: nothing of ours to probe")
     client = connect_client(endpoints_of(config.metadata_server), SystemClock())
@@ -58,7 +55,7 @@ async def run_probe(config: ClusterConfig, console: Console, *, pair_s: float = 
         for name in config.nodes
         if name not in names
     ]
-    outcomes = await _measure_all(alive, console, pair_s)
+    outcomes = await _measure_all(alive, console, pair_s, late_s)
     if outcomes:
         console.print(_table(outcomes))
     elif not missing:
@@ -66,9 +63,9 @@ async def run_probe(config: ClusterConfig, console: Console, *, pair_s: float = 
     return _show_verdicts(console, [*missing, *(verdict for outcome in outcomes for verdict in judge(outcome))])
 
 
-async def _measure_all(nodes: Sequence[NodeInfo], console: Console, pair_s: float) -> list[Outcome]:
+async def _measure_all(nodes: Sequence[NodeInfo], console: Console, pair_s: float, late_s: float) -> list[Outcome]:
     outcomes: list[Outcome] = []
-    timeout = aiohttp.ClientTimeout(total=pair_s + _LATE_S)
+    timeout = aiohttp.ClientTimeout(total=pair_s + late_s)
     async with aiohttp.ClientSession(timeout=timeout) as session:
         for source in nodes:
             silent = source.role is Role.STORE
@@ -80,14 +77,14 @@ async def _measure_all(nodes: Sequence[NodeInfo], console: Console, pair_s: floa
                     result = Problem(_SILENT, f"not asked: {source.id} did not answer before")
                 else:
                     with console.status(f"measuring {source.id} -> {target.id}"):
-                        result = await _ask(session, source, target, pair_s)
+                        result = await _ask(session, source, target, pair_s, late_s)
                 silent = isinstance(result, Problem) and result.code == _SILENT
                 outcomes.append(Outcome(source.id, target.id, result))
     return outcomes
 
 
 async def _ask(
-    session: aiohttp.ClientSession, source: NodeInfo, target: NodeInfo, pair_s: float
+    session: aiohttp.ClientSession, source: NodeInfo, target: NodeInfo, pair_s: float, late_s: float
 ) -> ProbeReport | Problem:
     body = msgspec.msgpack.encode(ProbeRequest(peer=target.id, timeout_s=pair_s))
     try:
@@ -98,7 +95,7 @@ async def _ask(
             refused = msgspec.msgpack.decode(answer, type=_ErrorBody).error
             return Problem(refused.code, refused.message)
     except TimeoutError:
-        return Problem(_SILENT, f"{source.id} did not answer within {pair_s + _LATE_S:g} s ({source.control_url})")
+        return Problem(_SILENT, f"{source.id} did not answer within {pair_s + late_s:g} s ({source.control_url})")
     except (aiohttp.ClientError, OSError) as error:
         return Problem(_SILENT, f"{source.id} is not there: {why_unreachable(error)} ({source.control_url})")
     except msgspec.MsgspecError as error:

@@ -16,15 +16,9 @@ import aiohttp
 
 from kvcore.config.schema import ClusterConfig
 from kvcore.errors import ConfigError
+from kvferry.launch.limits import LaunchLimits
 from kvferry.launch.processes import STOP_ORDER, Part, ProcessPlan, plan_processes
 from kvferry.launch.supervised import ProcessState, SupervisedProcess
-
-_HEALTH_TIMEOUT_S = 2.0
-_BACKOFF_S = (0.2, 5.0)
-_STEADY_S = 10.0
-"""One that ran for less than this is started again ever more slowly, even if it was ready."""
-_KILL_MARGIN_S = 15.0
-"""A node needs it to end its engine: vLLM takes five seconds and more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +49,10 @@ class Launcher:
         on_line: Callable[[str, str], None] | None = None,
         on_event: Callable[[LauncherEvent], None] | None = None,
         plans: Sequence[ProcessPlan] | None = None,
+        limits: LaunchLimits = LaunchLimits(),
     ) -> None:
-        self._stop_s = config.service.drain_s + _KILL_MARGIN_S
+        self._limits = limits
+        self._stop_s = config.service.drain_s + limits.kill_margin_s
         self._plans = list(plans) if plans is not None else plan_processes(config, config_file, overrides)
         self._log_dir = log_dir
         self._on_line = on_line
@@ -116,10 +112,17 @@ class Launcher:
         """
         assert self._session is None, "started before"
         self._began = asyncio.get_running_loop().time()
-        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_HEALTH_TIMEOUT_S))
+        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=self._limits.health_timeout_s))
         for plan in self._plans:
             log_file = self.log_file(plan.name)
-            process = SupervisedProcess(plan, log_file, self._session, self._on_line, self._process_changed)
+            process = SupervisedProcess(
+                plan,
+                log_file,
+                self._session,
+                on_line=self._on_line,
+                on_change=self._process_changed,
+                limits=self._limits,
+            )
             self._processes[plan.name] = process
         for process in self._processes.values():
             task = asyncio.create_task(self._keep_up(process), name=f"keep up {process.name}")
@@ -169,7 +172,7 @@ class Launcher:
                 await self._session.close()
 
     async def _keep_up(self, process: SupervisedProcess) -> None:
-        pause_s, now = 0.0, asyncio.get_running_loop().time
+        pause_s, now, limits = 0.0, asyncio.get_running_loop().time, self._limits
         while not self._stopping:
             started = now()
             how = await process.run_once()
@@ -178,8 +181,9 @@ class Launcher:
             if not process.was_ready:
                 process.set_state(ProcessState.FAILED, how)
                 raise ConfigError(process.explain(f"{how} before it was ready"))
-            steady = process.state is ProcessState.READY and now() - started >= _STEADY_S
-            pause_s = _BACKOFF_S[0] if steady else min(2 * pause_s or _BACKOFF_S[0], _BACKOFF_S[1])
+            steady = process.state is ProcessState.READY and now() - started >= limits.steady_s
+            first_s = limits.first_backoff_s
+            pause_s = first_s if steady else min(2 * pause_s or first_s, limits.longest_backoff_s)
             process.set_state(ProcessState.DIED, f"{how}; starting it again in {pause_s:g} s")
             await asyncio.sleep(pause_s)
             process.restarts += 1

@@ -16,9 +16,9 @@ import aiohttp
 from kvcore.errors import ConfigError
 from kvcore.ports import why_unreachable
 from kvcore.process.child import ChildProcess
+from kvferry.launch.limits import LaunchLimits
 from kvferry.launch.processes import ProcessPlan
 
-_POLL_S = 0.1
 _LAST_LINES = 30
 
 
@@ -45,8 +45,10 @@ class SupervisedProcess:
         plan: ProcessPlan,
         log_file: Path,
         session: aiohttp.ClientSession,
+        *,
         on_line: Callable[[str, str], None] | None,
         on_change: Callable[["SupervisedProcess", str], None],
+        limits: LaunchLimits,
     ) -> None:
         self.plan = plan
         self.log_file = log_file
@@ -57,6 +59,7 @@ class SupervisedProcess:
         self._session = session
         self._on_line = on_line
         self._on_change = on_change
+        self._poll_s = limits.poll_s
         self._child: ChildProcess | None = None
         self._problem = "not asked yet"
         self._last_lines: deque[str] = deque(maxlen=_LAST_LINES)
@@ -117,7 +120,7 @@ class SupervisedProcess:
         while self._problem:
             self._problem = await self._ask_health()
             if self._problem:
-                await asyncio.sleep(_POLL_S)
+                await asyncio.sleep(self._poll_s)
         self._problem = "it has ended since"
         self.was_ready = True
         self.set_state(ProcessState.READY)

@@ -33,8 +33,6 @@ from kvstore.chunk_format import ALIGNMENT, HEADER_BYTES
 
 METADATA_SERVER = "metadata-server"
 _PRIVATE_NODE = "store"
-_PRIVATE_TTL_S = 15.0
-"""A private node's lease: vLLM may take every core of this machine for seconds, and nobody else is to be told."""
 _SHORTEST_CHUNK = 128
 _NO_ROOM = ByteSize(ALIGNMENT)
 
@@ -89,7 +87,8 @@ def private_cluster(model: ModelConfig, segment: ByteSize, chunk_tokens: int, po
         },
         kv=KVConfig(chunk_tokens=chunk_tokens),
         transport=TransportConfig(kind="shm"),
-        metadata_server=MetadataServerConfig(port=metadata_port, node_ttl_s=_PRIVATE_TTL_S),
+        # vLLM may take every core of this machine for seconds, and nobody else is to be told of the node
+        metadata_server=MetadataServerConfig(port=metadata_port, node_ttl_s=15.0),
         router=RouterConfig(port=router_port),
         service=ServiceConfig(drain_s=0.5, start_s=60.0),
     )

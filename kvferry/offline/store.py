@@ -32,17 +32,18 @@ from metadata_server.connect import connect_client, endpoints_of
 from nodeapi.client import HttpNodeClient
 from nodeapi.messages import NodeReport
 
-REACH_S = 10.0
-"""A cluster that is joined must answer within this."""
-_POLL_S = 0.05
-_MARGIN_S = 10.0
 _logger = logging.getLogger("kvferry.offline")
 
 
 class OfflineStore:
     """Of one LLM; used once. `start` and `close` block their caller, bounded."""
 
-    def __init__(self, cluster: StoreCluster) -> None:
+    def __init__(
+        self, cluster: StoreCluster, *, reach_s: float = 10.0, poll_s: float = 0.05, margin_s: float = 10.0
+    ) -> None:
+        """A cluster that is joined must answer within `reach_s`. `margin_s`: what a thread or a node may take beyond
+        the bounds that it has of its own."""
+        self._reach_s, self._poll_s, self._margin_s = reach_s, poll_s, margin_s
         self._cluster = cluster
         self._server_url = base_url(cluster.config.metadata_server.host, cluster.config.metadata_server.port)
         self._folder: Path | None = None
@@ -62,7 +63,7 @@ class OfflineStore:
             raise ConfigError(f"store: no temporary folder: {error}. Set TMPDIR to one that can be written") from error
         self._thread.start()
         try:
-            return self._ready.result(REACH_S + 2 * self._cluster.config.service.start_s + _MARGIN_S)
+            return self._ready.result(self._reach_s + 2 * self._cluster.config.service.start_s + self._margin_s)
         except FutureTimeoutError:
             raise DeadlineExceededError("the processes of the store did not start in time") from None
         finally:
@@ -76,7 +77,7 @@ class OfflineStore:
         with suppress(RuntimeError):  # the loop has been closed meanwhile
             self._loop.call_soon_threadsafe(self._closing.set)
         if threading.current_thread() is not self._thread:  # it may be: wherever garbage is collected
-            self._thread.join(3 * _MARGIN_S)
+            self._thread.join(3 * self._margin_s)
 
     def _run(self) -> None:
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
@@ -105,7 +106,9 @@ class OfflineStore:
         server = connect_client(endpoints_of(config.metadata_server), SystemClock())
         try:
             if self._cluster.joined:
-                await self._until(server, lambda _: True, REACH_S, "cannot be reached; start it, or correct its file")
+                await self._until(
+                    server, lambda _: True, self._reach_s, "cannot be reached; start it, or correct its file"
+                )
             write_cluster(config, file)
             plans = [plan for plan in plan_processes(config, file) if plan.name in self._cluster.started]
             async with Launcher(config, file, log_dir=folder, plans=plans, on_event=self._changed) as launcher:
@@ -124,9 +127,9 @@ class OfflineStore:
 
     async def _ask_node(self) -> NodeReport:
         node = self._cluster.config.nodes[self._cluster.node_name]
-        client = HttpNodeClient(connect_timeout_s=_MARGIN_S, max_connections=1)
+        client = HttpNodeClient(connect_timeout_s=self._margin_s, max_connections=1)
         try:
-            return await client.info(base_url(node.host, node.port), timeout_s=_MARGIN_S)
+            return await client.info(base_url(node.host, node.port), timeout_s=self._margin_s)
         finally:
             await client.aclose()
 
@@ -150,7 +153,7 @@ class OfflineStore:
                             last = f"it knows {', '.join(node.id for node in nodes) or 'no node'}"
                         except MetadataUnavailableError as error:
                             last = error.message
-                    await asyncio.sleep(_POLL_S)
+                    await asyncio.sleep(self._poll_s)
         except TimeoutError:
             raise ConfigError(
                 f"store: the metadata server of cluster {config.cluster!r} at {self._server_url} {problem} "

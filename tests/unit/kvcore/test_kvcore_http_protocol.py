@@ -3,12 +3,14 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 from starlette.types import Receive, Scope, Send
 
 from kvcore.process.asgi import AsgiServer
-from kvcore.process.http_protocol import MAX_HEAD_BYTES, BoundedHttp
+from kvcore.process.http_protocol import MAX_HEAD_BYTES
+from kvcore.process.limits import HttpLimits
 
 POST = b"POST / HTTP/1.1\r\nHost: x\r\n"
 
@@ -34,7 +36,13 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
 
 @pytest.fixture
 async def port() -> AsyncIterator[int]:
-    server = AsgiServer(echo, "127.0.0.1", 0)
+    async with serving(HttpLimits()) as port:
+        yield port
+
+
+@asynccontextmanager
+async def serving(limits: HttpLimits) -> AsyncIterator[int]:
+    server = AsgiServer(echo, "127.0.0.1", 0, limits=limits)
     await server.start()
     yield server.port
     await server.aclose()
@@ -94,15 +102,15 @@ async def test_a_head_without_end_is_refused_at_its_bound(port: int):
     assert str(MAX_HEAD_BYTES) in error["message"]
 
 
-async def test_a_head_that_never_ends_is_given_up(port: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(BoundedHttp, "head_s", 0.05)
-    assert "0.05 s" in error_of(await talk(port, b"GET / HT"), 408)["message"]
-    assert await talk(port) == b"", "a client that never speaks is closed without a word"
+async def test_a_head_that_never_ends_is_given_up():
+    async with serving(HttpLimits(head_s=0.05)) as port:
+        assert "0.05 s" in error_of(await talk(port, b"GET / HT"), 408)["message"]
+        assert await talk(port) == b"", "a client that never speaks is closed without a word"
 
 
-async def test_a_second_head_is_bounded_as_the_first(port: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(BoundedHttp, "head_s", 0.05)
-    answer = await talk(port, b"GET / HTTP/1.1\r\nHost: x\r\n\r\nGET / HT")
+async def test_a_second_head_is_bounded_as_the_first():
+    async with serving(HttpLimits(head_s=0.05)) as port:
+        answer = await talk(port, b"GET / HTTP/1.1\r\nHost: x\r\n\r\nGET / HT")
     first, _, rest = answer.partition(b"done\r\n0\r\n\r\n")
     assert first.startswith(b"HTTP/1.1 200 ")
     error_of(rest, 408)

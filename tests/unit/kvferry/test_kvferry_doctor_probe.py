@@ -23,7 +23,6 @@ from kvcore.config.schema import (
 )
 from kvcore.errors import ConfigError
 from kvcore.types import NodeInfo, Role
-from kvferry.doctor import probe as doctor_probe
 from kvferry.doctor.probe import run_probe
 from metadata_server.messages import NodesReply
 from nodeapi.messages import ProbeRequest
@@ -39,6 +38,7 @@ class Cluster:
         self.nodes: list[NodeInfo] = []
         self.asked: list[tuple[str, str]] = []
         self.port = 0
+        self.late_s = 10.0
 
     async def node(self, name: str, role: Role, answer: Handler | None = None) -> None:
         async def probe(http: web.Request) -> web.Response:
@@ -69,7 +69,7 @@ class Cluster:
 
     async def probe(self, *names: str) -> tuple[int, str]:
         out = io.StringIO()
-        code = await run_probe(self.config(*names), Console(file=out, width=160), pair_s=0.05)
+        code = await run_probe(self.config(*names), Console(file=out, width=160), pair_s=0.05, late_s=self.late_s)
         return code, out.getvalue()
 
     async def _serve(self, method: str, path: str, handler: Handler) -> str:
@@ -132,8 +132,8 @@ async def test_a_warning_is_no_failure(cluster):
     assert code == 0 and "warn  p0 -> s0  put 0.00 GB/s, below half of 3.12 GB/s, the rate of eth0" in out
 
 
-async def test_a_node_that_does_not_answer_is_asked_once(cluster, monkeypatch):
-    monkeypatch.setattr(doctor_probe, "_LATE_S", 0.05)
+async def test_a_node_that_does_not_answer_is_asked_once(cluster):
+    cluster.late_s = 0.05
     await cluster.node("p0", Role.PREFILLER, never)
     for name in ("d0", "d1"):
         await cluster.node(name, Role.DECODER)

@@ -32,7 +32,6 @@ from kvcore.config.schema import (
 from kvcore.errors import ConfigError
 from kvcore.ports import base_url
 from kvcore.types import Role
-from kvferry.offline import store as offline_store
 from kvferry.offline.cluster import (
     PRIVATE_PORTS,
     StoreCluster,
@@ -221,11 +220,10 @@ def test_what_the_clusters_kv_depends_on_is_taken_from_its_file():
 # --- processes ---------------------------------------------------------------------------------------------------
 
 
-async def test_a_cluster_that_does_not_run_is_named_with_where_and_how_long(scratch, monkeypatch):
-    monkeypatch.setattr(offline_store, "REACH_S", 0.3)
+async def test_a_cluster_that_does_not_run_is_named_with_where_and_how_long(scratch):
     (port,) = free_ports(1)
     config = msgspec.structs.replace(CLUSTER, metadata_server=MetadataServerConfig(port=port))
-    store = OfflineStore(joined_cluster(config, "llm-1", "127.0.0.1", 9, ByteSize(MIB)))
+    store = OfflineStore(joined_cluster(config, "llm-1", "127.0.0.1", 9, ByteSize(MIB)), reach_s=0.3)
     words = rf"cluster 'c' at http://127.0.0.1:{port} cannot be reached; .*waited 0.3 s; .*Connect"
     with pytest.raises(ConfigError, match=words):
         await asyncio.to_thread(store.start)

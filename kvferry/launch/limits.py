@@ -1,0 +1,18 @@
+"""Bounds and pauses of the launcher. Values; tests pass changed ones."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchLimits:
+    """Times in seconds."""
+
+    health_timeout_s: float = 2.0
+    poll_s: float = 0.1
+    """Between two questions to a process that is not healthy yet."""
+    first_backoff_s: float = 0.2
+    longest_backoff_s: float = 5.0
+    steady_s: float = 10.0
+    """A process that ran for less than this is started again ever more slowly, even if it was ready."""
+    kill_margin_s: float = 15.0
+    """Beyond the time for draining. A node needs it to end its engine: vLLM takes five seconds and more."""
