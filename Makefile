@@ -34,7 +34,7 @@ $(VENV)/nixl/.installed: $(VENV)/.installed
 	@touch $@
 
 vllm: $(VENV_VLLM)/.installed $(VENV)/.demo-model   ## the tests that need vLLM, on the CPU, in an environment of their own
-	TOKENIZERS_PARALLELISM=false $(VENV_VLLM)/bin/python -m pytest tests/vllm -n 2 --dist loadgroup
+	TOKENIZERS_PARALLELISM=false $(VENV_VLLM)/bin/python -m pytest tests/vllm -n 2
 
 venv-vllm: $(VENV_VLLM)/.installed   ## that environment: vLLM for the CPU (2.5 GB, about two minutes)
 

@@ -10,7 +10,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # this module runs as a file too, before it has the tests' path
+    from support.vllm_questions import Questions
 
 _MARK = "RETURNED "
 _TIMEOUT_S = 500.0
@@ -77,6 +80,22 @@ def ask(llm: Any, prompts: Sequence[Sequence[int]], max_tokens: int) -> Answers:
     sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
     return [(list(output.outputs[0].token_ids), output.num_cached_tokens) for output in outputs]
+
+
+def check_answers(questions: "Questions", prompts: Sequence[Sequence[int]], answers: Answers, what: str) -> None:
+    """Raises AssertionError unless they are the references' tokens."""
+    for prompt, (tokens, _) in zip(prompts, answers, strict=True):
+        questions.reference(prompt).check(tokens, f"{what}, prompt of {len(prompt)}")
+
+
+def cached(answers: Answers) -> list[int]:
+    """num_cached_tokens of each."""
+    return [num_cached for _, num_cached in answers]
+
+
+def is_full(num_cached: int, length: int, block_size: int = 128) -> bool:
+    """Whether all was had that can be had: full chunks, or the prompt but for a token that has to be computed."""
+    return length - block_size <= num_cached < max(length, 1) or num_cached == length // block_size * block_size
 
 
 def child_pids(module: str) -> list[int]:

@@ -1,14 +1,15 @@
 """These tests run in vLLM's environment (`make vllm`); elsewhere this folder is passed over.
 
-A start of vLLM is 20 s of one core, most of it imports, so starts are few and two run at a time (xdist). One cluster
-serves all tests that ask for `subject`, which therefore run in one process: a tiny Qwen3 (`tiny` is its folder), one
-prefiller and two decoders in turn, each bound to a core as far as there are.
+A start of vLLM is 20 s of one core, most of it imports, so starts are few and two tests run at a time. One cluster
+serves all of test_vllm_cluster_*: a tiny Qwen3 (`tiny` is its folder), one prefiller and two decoders in turn, each
+bound to a core as far as there are.
 """
 
 import importlib.metadata
 from collections.abc import AsyncIterator, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -24,14 +25,26 @@ except importlib.metadata.PackageNotFoundError:
 CONTEXT = 4224
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what lies here; the hook is called with the tests of all folders."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.vllm)
-            if "subject" in item.fixturenames:
-                item.add_marker(pytest.mark.xdist_group("cluster"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Where two tests run at a time: all that use the cluster in one process, the others one by one."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneCluster(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            if Path(file).name.startswith("test_vllm_cluster_"):
+                return "cluster"
+            return file if file.endswith("test_vllm_environment.py") else nodeid
+
+    return OneCluster(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -11,13 +11,13 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from engines.vllm.arguments import command_line
 from engines.vllm.connector.queue_naps import wait_without_spinning
+from engines.vllm.engine import VllmEngine
+from engines.vllm.start import VllmStart
 from kvcore.config.checks import engine_of
 from kvcore.config.file import load_config
 from kvcore.config.schema import VllmEngineConfig
 from kvcore.config.vllm_options import RESERVED, argument_name, check_arguments
 from kvferry.vllm_here import installed_vllm, parse_size
-
-pytestmark = pytest.mark.xdist_group("environment")
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 NOT_ARGUMENTS = {  # of the server, or of the connector's section: refused because people write them
@@ -64,6 +64,12 @@ def test_vllm_understands_the_arguments_of_the_shipped_configurations(file, pars
             assert args.max_model_len == config.model.max_context
             size = engine.args.get("kv-cache-memory-bytes")
             assert args.kv_cache_memory_bytes == (None if size is None else parse_size(size))
+
+
+def test_an_engine_shows_its_node_and_its_legs():
+    config = load_config(Path(__file__).parents[2] / "configs" / "vllm-cpu.yaml")
+    start = VllmStart(config, VllmEngineConfig(max_requests=8), "decode-0", 1, "host")
+    assert repr(VllmEngine(start)) == "<VllmEngine of decode-0, not started, 0 of 8 legs>"
 
 
 def test_the_build_is_told_without_importing_it():

@@ -15,16 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.cluster import ClusterHandle
 from support.ports import free_ports
 from support.process_tree import descendants
 from support.tiny_models import make_tiny_model
 from support.vllm_offline import (
-    Answers,
     ask,
+    cached,
+    check_answers,
     child_pids,
     command_of,
     environment,
+    is_full,
     open_llm,
     run_offline,
 )
@@ -39,14 +40,12 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 LENGTHS = (1, 127, 128, 129, 300, 1000)
 PROMPTS = [prompt_of(length, 500 + seed) for seed, length in enumerate(LENGTHS)]
-FROM_THE_CLUSTER, TO_THE_CLUSTER = prompt_of(700, 520), prompt_of(701, 521)
-ALL = [*PROMPTS, FROM_THE_CLUSTER, TO_THE_CLUSTER]
 CONTEXT = 2048
 
 
 @pytest.fixture(scope="module")
 def questions(single: References) -> Questions:
-    return Questions(single, ALL, NEW_TOKENS)
+    return Questions(single, PROMPTS, NEW_TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -54,20 +53,6 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model with other weights."""
     folder = tmp_path_factory.mktemp("other") / "qwen3"
     return make_tiny_model("qwen3", folder, seed=1, max_context=4224, head_dim=64)
-
-
-def check(questions: Questions, prompts: list[list[int]], answers: Answers, what: str) -> None:
-    for prompt, (tokens, _) in zip(prompts, answers, strict=True):
-        questions.reference(prompt).check(tokens, f"{what}, prompt of {len(prompt)}")
-
-
-def cached(answers: Answers) -> list[int]:
-    return [num_cached for _, num_cached in answers]
-
-
-def is_full(num_cached: int, length: int) -> bool:
-    """Whether all was had that can be had: full chunks, or the prompt but for a token that has to be computed."""
-    return length - BLOCK <= num_cached < max(length, 1) or num_cached == length // BLOCK * BLOCK
 
 
 # --- a store of its own ------------------------------------------------------------------------------------------
@@ -104,12 +89,12 @@ def twice_and_then_without_its_store(model: str) -> dict[str, Any]:
 def test_answers_are_vllms_with_a_warm_store_and_with_one_that_is_killed(tiny, questions, processes):
     shown = run_offline(twice_and_then_without_its_store, tiny, processes=processes)
     for what in ("cold", "warm", "without_server", "without_node"):
-        check(questions, PROMPTS, shown[what], what)
+        check_answers(questions, PROMPTS, shown[what], what)
     assert cached(shown["cold"]) == [0] * len(PROMPTS)
     assert all(is_full(*pair) for pair in zip(cached(shown["warm"]), LENGTHS, strict=True)), shown["warm"]
     assert shown["chat"]
     assert shown["left"] == []
-    check(questions, PROMPTS[-1:], shown["anew"], "another one, afterwards")
+    check_answers(questions, PROMPTS[-1:], shown["anew"], "another one, afterwards")
     assert cached(shown["anew"]) == [0]
 
 
@@ -203,29 +188,9 @@ async def test_a_second_llm_finds_what_the_first_left_in_the_cluster(tiny, other
         shown = await asyncio.to_thread(run_offline, one_after_the_other, tiny, other, file)
     finally:
         await asyncio.to_thread(store.close)
-    check(questions, PROMPTS, shown["first"], "first")
-    check(questions, PROMPTS, shown["second"], "second")
+    check_answers(questions, PROMPTS, shown["first"], "first")
+    check_answers(questions, PROMPTS, shown["second"], "second")
     assert cached(shown["first"]) == cached(shown["foreign"]) == [0] * len(PROMPTS)
     assert all(is_full(*pair) for pair in zip(cached(shown["second"]), LENGTHS, strict=True)), shown["second"]
     with closing(References("other", other, max_model_len=CONTEXT)) as single:
-        check(Questions(single, PROMPTS, NEW_TOKENS), PROMPTS, shown["foreign"], "other weights")
-
-
-def from_and_to_the_cluster(model: str, file: str) -> dict[str, Any]:
-    with open_llm(model, store=file, segment=None) as llm:
-        return {"had": ask(llm, [FROM_THE_CLUSTER], NEW_TOKENS), "gave": ask(llm, [TO_THE_CLUSTER], NEW_TOKENS)}
-
-
-@pytest.mark.asyncio(loop_scope="session")
-async def test_kv_goes_from_a_serving_cluster_to_the_program_and_back(
-    subject: ClusterHandle, tiny: Path, questions: Questions, tmp_path: Path
-):
-    await questions.ask(subject, FROM_THE_CLUSTER)
-    file = tmp_path / "cluster.yaml"
-    write_cluster(subject.config, file)
-    shown = await asyncio.to_thread(run_offline, from_and_to_the_cluster, tiny, file)
-    check(questions, [FROM_THE_CLUSTER], shown["had"], "from the cluster")
-    check(questions, [TO_THE_CLUSTER], shown["gave"], "to the cluster")
-    assert is_full(*cached(shown["had"]), len(FROM_THE_CLUSTER))
-    answer = await questions.ask(subject, TO_THE_CLUSTER)
-    assert answer.usage["prompt_tokens_details"]["cached_tokens"] >= len(TO_THE_CLUSTER) - BLOCK
+        check_answers(Questions(single, PROMPTS, NEW_TOKENS), PROMPTS, shown["foreign"], "other weights")
