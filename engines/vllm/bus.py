@@ -203,7 +203,7 @@ class Bus:
             self._joined.set()
             raise EngineError(self._refused)
         if not 0 <= rank < MAX_WORKERS:
-            raise EngineError(f"a worker half says that it is rank {rank}")
+            raise EngineError(f"a worker half has rank {rank}, which no engine has")
         self._workers[rank] = _WorkerSession(channel, hello.spec)
         self._joined.set()
         return rank

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import AsyncExitStack, aclosing, contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -22,8 +23,9 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from engines.vllm.bus import Bus, LegReports
-from engines.vllm.connector.orders import PARAMS_NAME, LegParams, LegResult
-from engines.vllm.sampling import extra_args, finish, is_greedy, sampling_arguments, token_logprobs
+from engines.vllm.connector.orders import LegParams
+from engines.vllm.outputs import leg_info, leg_result, prefill_result, token_delta
+from engines.vllm.sampling import extra_args, is_greedy, sampling_arguments
 from engines.vllm.start import VllmStart, start_vllm
 from engines.vllm.stats import VllmStats
 from kvcore.chunk_keys import usable_chunks
@@ -41,26 +43,32 @@ from nodeapi.messages import (
     EngineInfo,
     EngineStats,
     GenerateRequest,
-    LegInfo,
     PrefillRequest,
     PrefillResult,
-    Timings,
     TokenDelta,
 )
 
 EXIT_CORE_DIED = 70
-_WORKERS_S = 60.0
-_SAMPLE_S = 1.0
-_SAVE_GRACE_S = 5.0
-"""Beyond the store's own time for one call: a worker half that says nothing for so long will not say it."""
 _logger = logging.getLogger("engines.vllm")
+
+
+@dataclass(frozen=True, slots=True)
+class VllmLimits:
+    """How long the engine's front waits for the worker halves, in seconds."""
+
+    workers_s: float = 60.0
+    """For their hellos, once vLLM is up."""
+    sample_s: float = 1.0
+    save_grace_s: float = 5.0
+    """For the report of a leg's saves, beyond the store's own time for one call."""
 
 
 class VllmEngine:
     """`Engine` over vLLM. Entering starts vLLM, which takes from 10 seconds to minutes and holds the event loop."""
 
-    def __init__(self, start: VllmStart) -> None:
+    def __init__(self, start: VllmStart, limits: VllmLimits = VllmLimits()) -> None:
         self._start = start
+        self._limits = limits
         self._stack = AsyncExitStack()
         self._bus = Bus()
         self._stats = VllmStats()
@@ -68,13 +76,17 @@ class VllmEngine:
         self._info: EngineInfo | None = None
         self._legs = 0
 
+    def __repr__(self) -> str:
+        state = "running" if self._info is not None else "not started"
+        return f"<VllmEngine of {self._start.node_id}, {state}, {self._legs} of {self._start.max_legs} legs>"
+
     async def __aenter__(self) -> Self:
         """Raises ConfigError for arguments and models that vLLM refuses, EngineError when it fails to start."""
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self._bus)
             self._llm = await start_vllm(self._start, self._bus.path, self._stats)
             stack.callback(self._llm.shutdown)
-            self._info = _info(self._llm, await self._bus.wait_workers(self._num_ranks, _WORKERS_S))
+            self._info = _info(self._llm, await self._bus.wait_workers(self._num_ranks, self._limits.workers_s))
             watch = asyncio.create_task(self._watch(), name="vllm-watch")
             stack.callback(watch.cancel)
             self._stack = stack.pop_all()
@@ -110,25 +122,12 @@ class VllmEngine:
                 self._outputs(leg.leg, prompt, request.cache_salt, sampling, request.deadline_s)
             ) as outputs:
                 output = await anext(outputs)
-            result = _leg_result(output)
+            result = leg_result(output)
             left_s = request.deadline_s - (time.monotonic() - started)
             if result.saving:
                 await self._wait_saved(reports, left_s)
-            cached = _cached_tokens(output, reports, len(prompt))
-            saves = list(reports.saves.values())
-            stored = min((save.num_chunks for save in saves), default=result.stored_chunks)
-            full_chunks = len(prompt) // self.info.kv_spec.chunk_tokens
-            return PrefillResult(
-                request_id=request.request_id,
-                cached_tokens=cached,
-                computed_tokens=len(prompt) - cached,
-                stored_chunks=min(stored, full_chunks),
-                moved=[
-                    *(move for load in reports.loads.values() for move in load.moved),
-                    *(move for save in saves for move in save.moved),
-                ],
-                timings=_timings(output, reports, time.monotonic() - started),
-            )
+            total_s, chunk_tokens = time.monotonic() - started, self.info.kv_spec.chunk_tokens
+            return prefill_result(request, output, reports, chunk_tokens=chunk_tokens, total_s=total_s)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta, None]:
         """See `Engine`. With temperature, a continuation is not the draw that the first engine would have made."""
@@ -146,8 +145,8 @@ class VllmEngine:
                         info = None
                         if first:
                             first = False
-                            info = _leg_info(output, reports, request, time.monotonic() - started)
-                        delta = _delta(completion, info, request.sampling.logprobs)
+                            info = leg_info(output, reports, request, time.monotonic() - started)
+                        delta = token_delta(completion, info, request.sampling.logprobs)
                         yield delta
                         for index in range(1, copies):
                             yield msgspec.structs.replace(delta, index=index, info=None)
@@ -161,8 +160,8 @@ class VllmEngine:
         await self._vllm.abort(request_id)
 
     async def stats(self) -> EngineStats:
-        """See `Engine`: vLLM's own gauges, and what the worker halves say."""
-        self._stats.samples = await self._bus.samples(_SAMPLE_S)
+        """See `Engine`: vLLM's own gauges, and the worker halves' samples."""
+        self._stats.samples = await self._bus.samples(self._limits.sample_s)
         return self._stats.engine_stats(self.info.num_blocks)
 
     def store_counters(self) -> dict[str, int]:
@@ -216,7 +215,7 @@ class VllmEngine:
     async def _outputs(
         self, leg: str, prompt: list[int], salt: bytes, sampling: SamplingParams, deadline_s: float
     ) -> AsyncGenerator[Any, None]:
-        """vLLM's outputs of one request until the deadline, with its errors as ours. Closing it aborts the request."""
+        """vLLM's outputs of one request until the deadline; its errors become ours. Closing it aborts the request."""
         tokens = TokensPrompt(prompt_token_ids=prompt)
         if salt:
             tokens["cache_salt"] = salt.hex()
@@ -239,7 +238,7 @@ class VllmEngine:
             raise EngineError(f"vLLM failed: {error.__cause__ or error}") from error
 
     async def _wait_saved(self, reports: LegReports, left_s: float) -> None:
-        bound_s = max(0.0, min(left_s, self._start.store_timeout_s + _SAVE_GRACE_S))
+        bound_s = max(0.0, min(left_s, self._start.store_timeout_s + self._limits.save_grace_s))
         try:
             async with asyncio.timeout(bound_s):
                 await reports.wait_saved(self._num_ranks)
@@ -247,7 +246,7 @@ class VllmEngine:
             log_fields(_logger, logging.WARNING, "saves_not_reported", waited_s=bound_s)
 
     async def _watch(self) -> None:
-        """vLLM's core cannot come back to life in this process: without it the process is of no use."""
+        """End this process when vLLM's core has died, as vLLM cannot start another one in it."""
         assert self._vllm.output_handler is not None
         await asyncio.wait({self._vllm.output_handler})
         log_fields(_logger, logging.ERROR, "vllm_core_died", exit=EXIT_CORE_DIED)
@@ -268,56 +267,4 @@ def _info(llm: AsyncLLM, spec: KVSpec) -> EngineInfo:
         eos_token_ids=[int(token) for token in eos_ids],
         block_size=int(config.cache_config.block_size),
         num_blocks=int(config.cache_config.num_gpu_blocks or 0),
-    )
-
-
-def _leg_result(output: Any) -> LegResult:
-    params = (output.kv_transfer_params or {}).get(PARAMS_NAME)
-    if params is None:
-        raise EngineError("vLLM's answer says nothing of the KV it saved: the connector is not in place")
-    return msgspec.convert(params, LegResult)
-
-
-def _cached_tokens(output: Any, reports: LegReports, num_prompt: int) -> int:
-    """Leading prompt tokens that were not computed: vLLM counts a load as a hit before it knows what comes of it."""
-    cached = output.num_cached_tokens or 0
-    loaded = [load.num_tokens for load in reports.loads.values()]
-    return max(0, min(cached, num_prompt - 1, *loaded))
-
-
-def _timings(output: Any, reports: LegReports, total_s: float) -> Timings:
-    wait_s = max((load.wait_s for load in reports.loads.values()), default=0.0)
-    load_s = max((load.load_s for load in reports.loads.values()), default=0.0)
-    save_s = max((save.save_s for save in reports.saves.values()), default=0.0)
-    stamps = output.metrics
-    queue_s = compute_s = 0.0
-    if stamps is not None and stamps.scheduled_ts:
-        queue_s = max(0.0, stamps.scheduled_ts - stamps.queued_ts - wait_s - load_s)
-        compute_s = max(0.0, stamps.first_token_ts - stamps.scheduled_ts)
-    return Timings(queue_s=queue_s, wait_s=wait_s, load_s=load_s, compute_s=compute_s, save_s=save_s, total_s=total_s)
-
-
-def _leg_info(output: Any, reports: LegReports, request: GenerateRequest, total_s: float) -> LegInfo:
-    num_prompt = len(request.prompt_token_ids)
-    cached = _cached_tokens(output, reports, num_prompt)
-    return LegInfo(
-        cached_tokens=cached,
-        computed_tokens=num_prompt - cached,
-        moved=[move for load in reports.loads.values() for move in load.moved],
-        timings=_timings(output, reports, total_s),
-    )
-
-
-def _delta(completion: Any, info: LegInfo | None, logprobs: int | None) -> TokenDelta:
-    token_ids = list(completion.token_ids)
-    reason = stop_token = None
-    if completion.finish_reason is not None:
-        reason, stop_token = finish(completion.finish_reason, completion.stop_reason, token_ids)
-    return TokenDelta(
-        index=completion.index,
-        token_ids=token_ids,
-        logprobs=token_logprobs(token_ids, completion.logprobs, logprobs) if token_ids else None,
-        finish_reason=reason,
-        stop_token_id=stop_token,
-        info=info,
     )

@@ -26,15 +26,14 @@ from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 
 from engines.vllm.connector.connector import KVFerryConnector
 from engines.vllm.connector.settings import Provenance, to_extra_config
-from engines.vllm.start import _HUB_FILES, VllmStart, connector_config, connector_settings, measure_provenance
+from engines.vllm.start import HUB_FILES, VllmStart, connector_config, connector_settings, measure_provenance
 from kvcore.config.schema import ClusterConfig, VllmEngineConfig
 from kvcore.errors import ConfigError, EngineError
 from kvcore.model_folder import find_folder
 from nodeapi.messages import NodeReport
 
 _NOT_KV = ("chat_template", "compilation_config", "structured_outputs_config", "profiler_config")
-"""What vllm.LLM takes in more forms than EngineArgs does, and no KV depends on."""
-_STOP_S = 10
+"""Arguments that vllm.LLM takes in more forms than EngineArgs does. No KV depends on them."""
 _logger = logging.getLogger(__name__)
 
 
@@ -56,11 +55,11 @@ def plan_llm(model: str, model_id: str, arguments: Mapping[str, Any]) -> LLMPlan
 
     Reads all weights unless their digests are cached. Raises ConfigError in vLLM's words, ModelLoadError.
     """
-    _check_alone()
-    folder = find_folder(model, _HUB_FILES)
+    _check_single_store()
+    folder = find_folder(model, HUB_FILES)
     relevant = {name: value for name, value in arguments.items() if name not in _NOT_KV and value is not None}
     try:
-        args = EngineArgs(model=str(folder), **relevant, **_ours())
+        args = EngineArgs(model=str(folder), **relevant, **_our_arguments())
         config = args.create_engine_config()
     except (TypeError, ValidationError, ValueError, VLLMError) as error:
         raise ConfigError(f"vLLM refuses the arguments: {error}") from error
@@ -84,17 +83,17 @@ def start_llm(plan: LLMPlan, config: ClusterConfig, node: NodeReport, *, save_ou
     try:
         with ExitStack() as stack:
             stack.callback(ensure_kv_transfer_shutdown)  # vLLM leaves a connector that lives in this process
-            llm = LLM(model=str(plan.folder), **plan.arguments, **_ours(to_extra_config(settings)))
+            llm = LLM(model=str(plan.folder), **plan.arguments, **_our_arguments(to_extra_config(settings)))
             stack.pop_all()
             return llm
     except (TypeError, ValidationError, ValueError, RuntimeError, VLLMError) as error:
         raise EngineError(f"vLLM did not start: {error}. Its own log, above, has the cause") from error
 
 
-def stop_llm(llm: LLM) -> None:
-    """End its workers, and with them the connector. What goes wrong is logged."""
+def stop_llm(llm: LLM, timeout_s: int = 10) -> None:
+    """End its workers, and with them the connector, within `timeout_s`. What fails is logged."""
     try:
-        llm.llm_engine.engine_core.shutdown(timeout=_STOP_S)
+        llm.llm_engine.engine_core.shutdown(timeout=timeout_s)
     except (OSError, RuntimeError, VLLMError):  # its processes died before
         _logger.exception("vllm_stop_failed")
 
@@ -111,11 +110,11 @@ class OfflineConnector(KVFerryConnector):
             root.handlers[:] = handlers
             root.setLevel(level)
         else:
-            _end_with_parent()
+            _die_with_parent()
 
 
-def _end_with_parent() -> None:
-    """We are in vLLM's core, which waits for work for ever when its program is killed, or in a worker of the core."""
+def _die_with_parent() -> None:
+    """Kill this process once its parent has ended. vLLM's core, and a worker of it, would wait for work for ever."""
     parent = multiprocessing.parent_process()
     if parent is None:
         return
@@ -127,13 +126,13 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, name="kvferry-parent", daemon=True).start()
 
 
-def _ours(extra: dict[str, str] | None = None) -> dict[str, Any]:
+def _our_arguments(extra: dict[str, str] | None = None) -> dict[str, Any]:
     transfer = connector_config(extra)
     transfer.kv_connector, transfer.kv_connector_module_path = OfflineConnector.__name__, __name__
     return {"kv_transfer_config": transfer, "disable_hybrid_kv_cache_manager": True}
 
 
-def _check_alone() -> None:
+def _check_single_store() -> None:
     """vLLM keeps one worker-side connector a process: a second engine there would load into the first one's KV."""
     if not envs.VLLM_ENABLE_V1_MULTIPROCESSING and has_kv_transfer_group():
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Between our words and vLLM's: what to ask for, and what came. Values only, so that no vLLM is needed to test it."""
+"""Our sampling parameters as vLLM's, and vLLM's logprobs and finish reasons as ours. Values only: needs no vLLM."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -46,7 +46,7 @@ def sampling_arguments(request: GenerateRequest, leg: LegParams) -> dict[str, ob
 
 
 def is_greedy(sampling: SamplingParams) -> bool:
-    """All completions are the same then: vLLM refuses to compute more than one, and one is enough."""
+    """Whether all completions are the same. vLLM refuses to compute more than one of them, and one is enough."""
     return sampling.temperature == 0
 
 

@@ -28,7 +28,7 @@ from kvstore.settings import store_settings
 
 _WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
-_HUB_FILES = (*_WEIGHT_PATTERNS[:1], "*.json", "*.jinja", "*.model", "*.txt")
+HUB_FILES = (*_WEIGHT_PATTERNS[:1], "*.json", "*.jinja", "*.model", "*.txt")
 _NOT_PROVENANCE = ("_name_or_path", "transformers_version")
 
 
@@ -59,7 +59,7 @@ async def start_vllm(start: VllmStart, bus_path: str, stats: VllmStats) -> Async
     Raises ConfigError, ModelLoadError for what vLLM refuses, EngineError when it dies at its start.
     """
     model = start.config.model
-    folder = await asyncio.to_thread(find_folder, model.path, _HUB_FILES)
+    folder = await asyncio.to_thread(find_folder, model.path, HUB_FILES)
     vllm_config = engine_config(command_line(start.engine.args, model, str(folder)))
     provenance = await asyncio.to_thread(measure_provenance, folder, model.name, vllm_config.model_config)
     settings = connector_settings(start, provenance, bus_path)
@@ -130,7 +130,7 @@ def measure_provenance(folder: Path, model_id: str, model_config: Any) -> Proven
 
 
 class _Parser(FlexibleArgumentParser):  # type: ignore[misc]
-    """vLLM's parser, which says what is wrong instead of ending the process."""
+    """vLLM's parser. It raises ConfigError where vLLM's would end the process."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"engine.args: {message}. Names and values are those of `vllm serve --help=all`")

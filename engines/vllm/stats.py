@@ -1,4 +1,4 @@
-"""What a vLLM engine counts: vLLM's own statistics as they pass, and the worker halves' samples. No vLLM here."""
+"""A vLLM engine's statistics: those that vLLM gives to a stat logger, and the worker halves' samples. Needs no vLLM."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from nodeapi.messages import EngineStats
 
 
 class VllmStats:
-    """Fed by `record`, as a stat logger of vLLM's is, and with `samples`."""
+    """`record` is called as a stat logger of vLLM's is; `samples` are set before the totals are read."""
 
     def __init__(self) -> None:
         self.samples: Sequence[WorkerSample] = ()
@@ -47,7 +47,7 @@ class VllmStats:
         )
 
     def store_counters(self) -> dict[str, int]:
-        """Of all ranks together."""
+        """Totals of all ranks together."""
         total: Counter[str] = Counter()
         for sample in self.samples:
             total.update(sample.store)

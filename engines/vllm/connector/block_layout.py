@@ -1,4 +1,4 @@
-"""Where the bytes of a block lie in vLLM's KV tensors, and the name of their order. Measured once, from the tensors.
+"""Where the bytes of a block lie in vLLM's KV tensors, and a name for their order. Measured once, from the tensors.
 
 vLLM shows each layer as [num_blocks, kv_heads, block_size, K and V], with the strides of its cache layout (older ones:
 K and V apart, [2, num_blocks, ...]). Invariant: a payload is a block's bytes, layer by layer, within a layer in the
@@ -20,12 +20,12 @@ from kvcore.errors import ConfigError
 from kvcore.types import KVSpec
 
 _MAX_RANGES = 128
-"""Of one layer's block. vLLM's LHBNC has two a KV head; more than this are no blocks but scattered rows."""
+"""Of one layer's block. vLLM's LHBNC has two a KV head. A layout with more than this has scattered rows, not blocks."""
 
 
 @dataclass(frozen=True, slots=True)
 class ByteRange:
-    """Bytes of every block: block b's begin at `offset + b * stride` of storage number `storage`."""
+    """`length` bytes of every block: those of block b begin at `offset + b * stride` of storage number `storage`."""
 
     storage: int
     offset: int
@@ -35,11 +35,11 @@ class ByteRange:
 
 @dataclass(frozen=True, slots=True)
 class BlockLayout:
-    """One engine's. `storages`: flat uint8 tensors over all that the layers' tensors lie in."""
+    """One engine's. `storages`: flat uint8 tensors over the memory that holds the layers' tensors."""
 
     storages: tuple[torch.Tensor, ...]
     ranges: tuple[ByteRange, ...]
-    """Of a block, in the payload's order."""
+    """The ranges of a block, in the payload's order."""
     num_blocks: int
     block_size: int
     num_layers: int
@@ -50,12 +50,12 @@ class BlockLayout:
 
     @property
     def block_bytes(self) -> int:
-        """Payload of one block."""
+        """Size of one block's payload."""
         return sum(part.length for part in self.ranges)
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors are."""
+        """The device that holds the tensors."""
         return self.storages[0].device
 
     def spans(self, block_id: int) -> list[tuple[int, int, int]]:
@@ -66,7 +66,7 @@ class BlockLayout:
         return [(part.storage, start, start + part.length) for part, start in starts]
 
     def build_spec(self, provenance: Provenance, chunk_tokens: int, rank: int, size: int) -> KVSpec:
-        """The KV's provenance, this rank's. Raises ConfigError unless a chunk is whole blocks."""
+        """This rank's KVSpec. Raises ConfigError unless a chunk is a whole number of blocks."""
         if chunk_tokens % self.block_size:
             raise ConfigError(
                 f"kv.chunk_tokens: {chunk_tokens} is not a multiple of vLLM's block size, {self.block_size}. "
@@ -90,10 +90,10 @@ class BlockLayout:
 
 
 def measure(kv_caches: Mapping[str, torch.Tensor], *, num_blocks: int, block_size: int) -> BlockLayout:
-    """The layout of what vLLM's register_kv_caches hands over. Layers go by their index, which their names contain.
+    """The layout of the tensors that vLLM passes to register_kv_caches. Layers are ordered by the index in their names.
 
-    A layer that shows the very tensor of another one (cross-layer sharing) adds nothing. Raises ConfigError that names
-    the layer for tensors whose blocks are not ranges of bytes of their own.
+    A layer that shares the tensor of another one (cross-layer sharing) adds nothing. Raises ConfigError that names the
+    layer if a block's bytes are not ranges that belong to this block alone.
     """
     layers: list[_Layer] = []
     for name in sorted(kv_caches, key=_layer_order):
@@ -105,7 +105,7 @@ def measure(kv_caches: Mapping[str, torch.Tensor], *, num_blocks: int, block_siz
     first = layers[0]
     for layer in layers[1:]:
         if layer.kind != first.kind:
-            raise _refused(layer.name, layer.tensor, f"unlike {first.name}'s: all layers' KV must be of one shape")
+            raise _unsupported(layer.name, layer.tensor, f"unlike {first.name}'s: all layers' KV must be of one shape")
     storages: dict[int, torch.Tensor] = {}
     ranges: list[ByteRange] = []
     for layer in layers:
@@ -114,7 +114,7 @@ def measure(kv_caches: Mapping[str, torch.Tensor], *, num_blocks: int, block_siz
             flat = torch.empty(0, dtype=torch.uint8, device=layer.tensor.device)
             storages[storage.data_ptr()] = flat.set_(storage)
         ranges += layer.ranges(list(storages).index(storage.data_ptr()))
-    _check_apart(ranges, num_blocks)
+    _check_disjoint(ranges, num_blocks)
     return BlockLayout(
         storages=tuple(storages.values()),
         ranges=tuple(_merged(ranges)),
@@ -130,8 +130,11 @@ def measure(kv_caches: Mapping[str, torch.Tensor], *, num_blocks: int, block_siz
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """One layer's tensor. `shape`: without the blocks' dimension. `axes`: (extent, stride in bytes) of its dimensions,
-    outermost in memory first, extents of 1 left out; `order`: their places in `shape`."""
+    """One layer's tensor.
+
+    `shape`: without the dimension that counts blocks. `axes`: (extent, stride in bytes) of those dimensions, the outermost
+    in memory first, without extents of 1. `order`: the position of each axis in `shape`.
+    """
 
     name: str
     tensor: torch.Tensor
@@ -146,24 +149,25 @@ class _Layer:
         if not isinstance(found, torch.Tensor):
             raise ConfigError(f"layer {name}: its KV is a {type(found).__name__}, not a tensor of blocks; {_ADVICE}")
         tensor = found
-        together = tensor.dim() == 4  # K and V
-        if together and tensor.shape[0] != num_blocks and tensor.shape[0] % num_blocks == 0:
-            tensor = tensor.unflatten(0, (num_blocks, -1))  # kernels may have several blocks a block: group them
-        places = [dim for dim in range(1 if together else 2) if tensor.shape[dim : dim + 1] == (num_blocks,)]
-        if len(places) != 1 or found.dim() not in (4, 5):
-            raise _refused(name, found, f"without one dimension of {num_blocks} blocks in the place where vLLM has it")
+        fused = tensor.dim() == 4  # K and V in one row
+        if fused and tensor.shape[0] != num_blocks and tensor.shape[0] % num_blocks == 0:
+            tensor = tensor.unflatten(0, (num_blocks, -1))  # kernels may split a block into several: group them
+        block_dims = [dim for dim in range(1 if fused else 2) if tensor.shape[dim : dim + 1] == (num_blocks,)]
+        if len(block_dims) != 1 or found.dim() not in (4, 5):
+            why = f"without one dimension of {num_blocks} blocks in the place where vLLM has it"
+            raise _unsupported(name, found, why)
         itemsize = int(tensor.element_size())
         strides = [int(stride) * itemsize for stride in tensor.stride()]
-        rest = [dim for dim in range(tensor.dim()) if dim != places[0]]
+        rest = [dim for dim in range(tensor.dim()) if dim != block_dims[0]]
         order = sorted((n for n, dim in enumerate(rest) if tensor.shape[dim] > 1), key=lambda n: -strides[rest[n]])
         return cls(
             name=name,
             tensor=tensor,
-            block_stride=strides[places[0]],
+            block_stride=strides[block_dims[0]],
             shape=tuple(int(tensor.shape[dim]) for dim in rest),
             axes=tuple((int(tensor.shape[rest[n]]), strides[rest[n]]) for n in order),
             order=tuple(order),
-            head_dim=int(tensor.shape[-1]) // (2 if together else 1),
+            head_dim=int(tensor.shape[-1]) // (2 if fused else 1),
         )
 
     @property
@@ -172,12 +176,12 @@ class _Layer:
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """What all layers have in common."""
+        """What must be equal in all layers."""
         return self.dtype, self.shape, self.axes, self.block_stride, self.tensor.device
 
     @property
     def shape_text(self) -> str:
-        """The shape of a block; then, unless they are in this order, its dimensions from the outermost in memory."""
+        """The block's shape, followed by the order of its dimensions in memory if that is another one."""
         in_order = self.order == tuple(sorted(self.order))
         return "x".join(map(str, self.shape)) + ("" if in_order else ".o" + "".join(map(str, self.order)))
 
@@ -185,21 +189,21 @@ class _Layer:
         return self.tensor.data_ptr() == other.tensor.data_ptr() and self.kind == other.kind
 
     def num_kv_heads(self, block_size: int) -> int:
-        """K and V being of one size."""
+        """Computed from the block's size, as K and V have the same."""
         return math.prod(self.shape) // (2 * block_size * max(1, self.head_dim))
 
     def ranges(self, storage: int) -> list[ByteRange]:
-        """Of block 0 and all others, in the order of memory."""
+        """The layer's ranges, in the order of memory. Raises ConfigError for scattered or overlapping rows."""
         length, outer = int(self.tensor.element_size()), list(self.axes)
         while outer and outer[-1][1] == length:
             length *= outer.pop()[0]
         count = math.prod(extent for extent, _ in outer)
         row = self.shape[-1] * int(self.tensor.element_size())
         if count > _MAX_RANGES or length < row or any(stride < length for _, stride in outer):
-            raise _refused(self.name, self.tensor, f"whose blocks are {count} pieces of {length} bytes")
+            raise _unsupported(self.name, self.tensor, f"whose blocks are {count} pieces of {length} bytes")
         start = int(self.tensor.storage_offset() * self.tensor.element_size())
-        places = itertools.product(*(range(0, extent * stride, stride) for extent, stride in outer))
-        return [ByteRange(storage, start + sum(place), self.block_stride, length) for place in places]
+        offsets = itertools.product(*(range(0, extent * stride, stride) for extent, stride in outer))
+        return [ByteRange(storage, start + sum(parts), self.block_stride, length) for parts in offsets]
 
 
 _ADVICE = (
@@ -208,20 +212,20 @@ _ADVICE = (
 )
 
 
-def _refused(name: str, tensor: torch.Tensor, why: str) -> ConfigError:
+def _unsupported(name: str, tensor: torch.Tensor, why: str) -> ConfigError:
     return ConfigError(
         f"layer {name}: a KV tensor of shape {list(tensor.shape)}, strides {list(tensor.stride())}, {why}; {_ADVICE}"
     )
 
 
 def _layer_order(name: str) -> tuple[int, str]:
-    """By the first number among the name's parts, as in `model.layers.7.self_attn.attn`."""
+    """Sorts by the first number among the name's parts, as in `model.layers.7.self_attn.attn`."""
     number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
     return int(number[1]) if number else -1, name
 
 
 def _merged(ranges: Sequence[ByteRange]) -> list[ByteRange]:
-    """Neighbours in memory as one."""
+    """Join ranges that are neighbours in memory."""
     merged: list[ByteRange] = []
     for part in ranges:
         last = merged[-1] if merged else None
@@ -236,8 +240,8 @@ def _merged(ranges: Sequence[ByteRange]) -> list[ByteRange]:
     return merged
 
 
-def _check_apart(ranges: Sequence[ByteRange], num_blocks: int) -> None:
-    """Raise ConfigError unless every byte belongs to one range of one block. The ranges' strides are equal."""
+def _check_disjoint(ranges: Sequence[ByteRange], num_blocks: int) -> None:
+    """Raise ConfigError if a byte belongs to two ranges or two blocks. All ranges have the same stride."""
     stride = ranges[0].stride
     storage = np.array([part.storage for part in ranges])
     start = np.array([part.offset for part in ranges], dtype=np.int64)
@@ -255,7 +259,7 @@ def _check_apart(ranges: Sequence[ByteRange], num_blocks: int) -> None:
 
 
 def _packing(tensor: torch.Tensor) -> str:
-    """Who has put K and V into a block's bytes. vLLM's CPU kernels pack them as the processor likes it."""
+    """The kernels that arrange K and V within a block. How vLLM's CPU kernels do it depends on the processor."""
     if tensor.device.type != "cpu":
         return str(tensor.device.type)
     amx = tensor.dtype.itemsize < 4 and torch.cpu._is_amx_tile_supported()

@@ -1,4 +1,4 @@
-"""What the connector's scheduler half tells its worker half, step by step, and what a request may say about itself.
+"""The scheduler half's orders to the worker halves, step by step, and the parameters and results of a request.
 
 Values only; no vLLM, no torch. Chunk keys are those of rank 0 (`kvcore.chunk_keys.rank_key` gives the other ranks').
 """
@@ -10,21 +10,21 @@ import msgspec
 from kvcore.types import ChunkKey
 
 PARAMS_NAME = "kvferry"
-"""Of our entry in vLLM's `kv_transfer_params`, in requests and in results."""
+"""Our entry in vLLM's `kv_transfer_params`, in requests and in results."""
 
 
 class LegParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`kv_transfer_params["kvferry"]` of a request. A request without it looks its chunks up, loads what there is and
-    saves what it computes; nobody is told."""
+    """`kv_transfer_params["kvferry"]` of a request. For a request without it, chunks are looked up, loaded and saved as
+    well, but nothing is reported over the bus."""
 
     leg: str
-    """Under this name the worker halves report to the engine's front (`engines.vllm.bus`)."""
+    """The name under which the worker halves report to the engine's front (`engines.vllm.bus`)."""
     salt: str = ""
-    """Hex. The tenant's, in the chunk keys."""
+    """Of the tenant, in the chunk keys. Hex."""
     prefer_segment: str | None = None
     handoff_chunks: int | None = None
-    """A prefiller is computing that many leading chunks now (perhaps none but the tail): load them as they come.
-    None: nobody is; look up what there is."""
+    """A prefiller is computing that many leading chunks now (0: only the tail); they are loaded as they come. None:
+    no prefiller is, and the chunks are looked up."""
     wait_until: float = 0.0
     """`time.monotonic()` of this machine at which the wait for those ends."""
     tail: bool = False
@@ -45,7 +45,7 @@ class LegResult(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class ChunkPlace:
-    """One chunk in the engine's blocks. A tail's `num_tokens` is less than a full chunk's, and so may its blocks be."""
+    """One chunk in the engine's blocks. A tail has fewer tokens than a full chunk, and may have fewer blocks."""
 
     key: ChunkKey
     num_tokens: int
@@ -68,8 +68,8 @@ class LoadOrder:
     """Index of `chunks[0]` in the prompt."""
     chunks: tuple[ChunkPlace, ...]
     keep_blocks: int = 0
-    """So many leading blocks of `chunks[0]` hold that KV already and may be shared with other requests: their share of
-    the payload goes to scratch memory."""
+    """So many leading blocks of `chunks[0]` hold their KV already and may be shared with other requests. They are not
+    written: their part of the payload goes to scratch memory."""
     wait_until: float | None = None
     """Chunks that are not in the store yet are waited for until then (`time.monotonic()`). None: not at all."""
 
@@ -94,13 +94,14 @@ class SaveOrder:
 
 @dataclass(frozen=True, slots=True)
 class StepOrders:
-    """One step's. `preempted`: these requests' blocks are about to be given to others: end or cancel their saves now.
+    """Of one step, carried out in this order: `preempted` before anything overwrites blocks, `loads`, and `saves` once
+    the forward pass was started.
 
-    `order`: on_preempted, then loads (any time), then saves after the forward pass.
+    `preempted`: these requests' blocks are about to be given to others. Their jobs end now.
     """
 
     loads: tuple[LoadOrder, ...] = ()
     saves: tuple[SaveOrder, ...] = ()
     preempted: tuple[str, ...] = field(default=())
     idle: bool = False
-    """Nothing is computed in this step: it only asks whether loads and saves have ended."""
+    """Nothing is computed in this step. vLLM makes it to learn whether loads and saves have ended."""

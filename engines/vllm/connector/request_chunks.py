@@ -18,7 +18,7 @@ class RequestChunks:
         self._keys: list[ChunkKey] = []
 
     def keys(self, count: int) -> list[ChunkKey]:
-        """Of the first `count` full chunks. Their tokens must be known."""
+        """The keys of the first `count` full chunks. Their tokens must be known."""
         if (have := len(self._keys)) < count:
             tokens = self._token_ids[have * self.chunk_tokens : count * self.chunk_tokens]
             self._keys += chunk_keys(self._parent(have), tokens, self.chunk_tokens)
@@ -26,7 +26,7 @@ class RequestChunks:
         return self._keys[:count]
 
     def key(self, index: int, end_token: int) -> ChunkKey:
-        """Of chunk `index`, which ends at `end_token` if that comes before it is full."""
+        """The key of chunk `index`, which ends at `end_token` if that comes before it is full."""
         start, stop = self._span(index, end_token)
         if stop - start == self.chunk_tokens:
             self.keys(index + 1)
@@ -35,7 +35,7 @@ class RequestChunks:
         return next_key(self._parent(index), self._token_ids[start:stop])
 
     def num_blocks(self, index: int, end_token: int) -> int:
-        """How many blocks the chunk's tokens take, the last one perhaps in part."""
+        """How many blocks the chunk's tokens take; the last one may be filled in part."""
         start, stop = self._span(index, end_token)
         return -(-(stop - start) // self._block_size)
 
@@ -60,7 +60,7 @@ class RequestChunks:
 
 
 def handed_off_tokens(params: LegParams, num_prompt_tokens: int, chunk_tokens: int) -> int:
-    """How many leading tokens of the prompt come from a prefiller: all of them, if its tail does."""
+    """How many leading tokens of the prompt a prefiller computes: all of them if the tail is among them."""
     if params.handoff_chunks is None:
         return 0
     usable = usable_chunks(num_prompt_tokens, chunk_tokens)

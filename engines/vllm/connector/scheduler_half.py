@@ -118,9 +118,12 @@ class SchedulerHalf:
         return end - num_local_tokens, True
 
     def allocated(self, request_id: str, block_ids: Sequence[int], num_external_tokens: int) -> None:
-        """The request has blocks. `num_external_tokens` > 0: these are to be loaded, behind what `matched` was last
-        told is local; the LoadOrder goes out with the next `build`, whatever becomes of the request until then, as vLLM
-        keeps the blocks until that load is reported. 0: the request is computed from where it stands."""
+        """The request has blocks.
+
+        1. `num_external_tokens` is 0: the request is computed, behind what is local or loaded already.
+        2. It is more: so many tokens are loaded, behind the local ones of the last `matched`. The LoadOrder goes out
+           with the next `build` even if the request ends before, as vLLM keeps the blocks until the load is reported.
+        """
         request = self._requests[request_id]
         handoff, request.handoff = request.handoff, False
         if not num_external_tokens:

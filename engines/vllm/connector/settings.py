@@ -19,7 +19,7 @@ class Provenance(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class ConnectorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One engine's. Every part is what the cluster file says."""
+    """Of one engine. Every part is what the cluster file says."""
 
     store: KVStoreSettings
     chunk_tokens: int
@@ -27,10 +27,10 @@ class ConnectorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     """Save full chunks of generated tokens too."""
     provenance: Provenance
     bus: str | None = None
-    """Path of the engine front's Unix socket; None: there is none, nobody is told and nobody ends a wait early."""
+    """Path of the engine front's Unix socket. None: nothing is reported, and no wait for a handoff is ended early."""
     cpus: tuple[int, ...] = ()
-    """Where the worker halves' threads may run; empty: where they are started. On a CPU vLLM binds the thread that
-    starts them to one core, the one that computes."""
+    """Cores for the worker halves' threads; empty: those of the thread that starts them. On a CPU vLLM binds that
+    thread to the core that computes."""
 
 
 def to_extra_config(settings: ConnectorSettings) -> dict[str, str]:

@@ -116,7 +116,7 @@ class WorkerHalf:
                 raise
 
     def offer_saves(self, orders: Sequence[SaveOrder]) -> None:
-        """After the forward pass that fills these chunks was told to run. Each ticket ends once, whatever happens:
+        """After the forward pass that fills these chunks was started. Each ticket ends once, whatever happens:
 
         1. The loop takes the orders. The first order of a ticket begins its job, later ones are added to it, and the
            job's end is the ticket's.
