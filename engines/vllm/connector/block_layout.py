@@ -132,8 +132,8 @@ def measure(kv_caches: Mapping[str, torch.Tensor], *, num_blocks: int, block_siz
 class _Layer:
     """One layer's tensor.
 
-    `shape`: without the dimension that counts blocks. `axes`: (extent, stride in bytes) of those dimensions, the outermost
-    in memory first, without extents of 1. `order`: the position of each axis in `shape`.
+    `shape`: without the dimension that counts blocks. `axes`: (extent, stride in bytes) of those dimensions, the
+    outermost in memory first, without extents of 1. `order`: the position of each axis in `shape`.
     """
 
     name: str
