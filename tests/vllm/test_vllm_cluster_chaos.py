@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import psutil
@@ -22,11 +22,13 @@ QUIET_S = 15.0
 PROMPTS = [prompt_of(100 + 91 * i, 300 + i) for i in range(10)]
 KNOWN = PROMPTS[6:]
 """Asked before anything is killed."""
+FRESH = [prompt_of(900 + 13 * i, 600 + i) for i in range(12)]
+"""Asked once, at the begin of the load on a prefiller: it has nothing to do any more once all is in the store."""
 
 
 @pytest.fixture(scope="module")
 def questions(single: References) -> Questions:
-    return Questions(single, PROMPTS, NEW_TOKENS)
+    return Questions(single, [*PROMPTS, *FRESH], NEW_TOKENS)
 
 
 async def num_held(subject: ClusterHandle, node: str) -> int:
@@ -36,9 +38,9 @@ async def num_held(subject: ClusterHandle, node: str) -> int:
 
 
 @asynccontextmanager
-async def load(subject: ClusterHandle, questions: Questions) -> AsyncIterator[None]:
+async def load(subject: ClusterHandle, questions: Questions, first: Sequence[list[int]] = ()) -> AsyncIterator[None]:
     """CLIENTS that ask without pause while inside, and each at least twice after it; any wrong answer raises."""
-    turns, stopping = itertools.cycle(PROMPTS), asyncio.Event()
+    turns, stopping = itertools.chain(first, itertools.cycle(PROMPTS)), asyncio.Event()
 
     async def client() -> None:
         after = 0
@@ -89,7 +91,7 @@ async def test_a_killed_worker_costs_no_request_and_no_kv(
 ) -> None:
     await ask_known(subject, questions)
     before = await subject.node_info(victim)
-    async with load(subject, questions):
+    async with load(subject, questions, FRESH if victim == "prefill-0" else ()):
         await subject.until(lambda: busy(subject, victim), 60)
         old = tree(subject, victim)
         held = await num_held(subject, victim)
