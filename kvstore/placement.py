@@ -208,7 +208,7 @@ class Placement:
                     self._counters.add(Count.CHUNKS_EXISTED)
                 case ReserveStatus.BUSY:
                     self._counters.add(Count.DECLINED_BUSY)
-                case ReserveStatus.FULL:
+                case ReserveStatus.FULL | ReserveStatus.UNKNOWN:
                     self._counters.add(Count.DECLINED_FULL)
         return Reserved(granted, frozenset(complete), segments, write_by)
 

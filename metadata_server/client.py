@@ -6,7 +6,7 @@ Every method raises MetadataUnavailableError (go on without the cache) or Metada
 """
 
 import asyncio
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import msgspec
 
@@ -33,7 +33,9 @@ from metadata_server.messages import (
     Stats,
     WaitRequest,
 )
+from metadata_server.versions import SPOKEN, Greeting, Protocols
 
+_G = TypeVar("_G", bound=Greeting)
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 1.0
 
@@ -62,12 +64,16 @@ class MetadataClient:
     probes: a dead server costs one caller its deadline, not all.
     """
 
-    def __init__(self, call: MetadataTransport, clock: Clock, timeout_s: float) -> None:
+    def __init__(self, call: MetadataTransport, clock: Clock, timeout_s: float, *, speaks: Protocols = SPOKEN) -> None:
         self._transport = call
         self._clock = clock
         self._timeout_s = timeout_s
         self._pause_s = 0.0
         self._closed_until = 0.0
+        self._speaks = speaks
+        self.protocol = 1
+        """The newest version that both sides speak, once `register` or `nodes` was answered; else the first. A field
+        of a later version is sent to no server of an earlier one, which would refuse it."""
 
     @property
     def available(self) -> bool:
@@ -75,8 +81,9 @@ class MetadataClient:
         return self._pause_s == 0.0 or self._clock.now() >= self._closed_until
 
     async def register(self, request: RegisterRequest, *, timeout_s: float | None = None) -> RegisterReply:
-        """Join, or join again with what lies in the segments. Raises MetadataProtocolError for an older incarnation."""
-        return await self._call(endpoints.REGISTER, request, timeout_s)
+        """Join, or join again with what lies in the segments. Raises MetadataProtocolError for an older incarnation,
+        or if server and client have no version of the protocol in common."""
+        return self._greeted(await self._call(endpoints.REGISTER, self._speaks.greet(request), timeout_s))
 
     async def heartbeat(self, request: HeartbeatRequest, *, timeout_s: float | None = None) -> HeartbeatReply:
         """Renew the node's lease. `known` false: register again, with manifests."""
@@ -121,7 +128,7 @@ class MetadataClient:
 
     async def nodes(self, *, timeout_s: float | None = None) -> NodesReply:
         """Live nodes and their segments, with the addresses to reach them by."""
-        return await self._call(endpoints.NODES, None, timeout_s)
+        return self._greeted(await self._call(endpoints.NODES, None, timeout_s))
 
     async def stats(self, *, timeout_s: float | None = None) -> Stats:
         """What the server holds now, and its counters."""
@@ -130,6 +137,10 @@ class MetadataClient:
     async def aclose(self) -> None:
         """Release the transport. Idempotent."""
         await self._transport.aclose()
+
+    def _greeted(self, reply: _G) -> _G:
+        self.protocol = self._speaks.common(reply.spoken, us="this client", them="the metadata server")
+        return reply
 
     async def _call(
         self, endpoint: Endpoint[Req, Rep], request: Req, timeout_s: float | None, *, poll_s: float = 0.0

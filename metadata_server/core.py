@@ -46,6 +46,11 @@ class _Call:
     waits: bool
 
 
+def _said(batch: EventBatch) -> EventBatch:
+    """Of a stream's later batches: what the server speaks was said with the first."""
+    return batch
+
+
 def _no_body(body: bytes, *, json: bool) -> None:
     """The request of a GET."""
 
@@ -117,7 +122,7 @@ class MetadataCore:
 
     def nodes(self, _: object, now: float) -> NodesReply:
         """See MetadataState.nodes."""
-        return self.state.nodes(now)
+        return self.state.speaks.greet(self.state.nodes(now))
 
     def stats(self, _: object, now: float) -> Stats:
         """See MetadataState.stats."""
@@ -160,17 +165,20 @@ class MetadataCore:
         self._num_subscribers += 1
         try:
             log, position = self.state.log, from_seq
+            greet: Callable[[EventBatch], EventBatch] = self.state.speaks.greet
             while not self._stopping:
                 news = self._news
                 if not log.has(epoch, position):
                     epoch, position = log.epoch, 0
                     for batch in self.snapshot():
                         position = batch.next_seq
-                        yield encode(batch, json=False)
+                        yield encode(greet(batch), json=False)
+                        greet = _said
                     continue
                 batch = log.replay(position)
                 position = batch.next_seq
-                yield encode(batch, json=False)
+                yield encode(greet(batch), json=False)
+                greet = _said
                 if position == log.next_seq:
                     await _wait_for(news, KEEP_ALIVE_S)
         finally:

@@ -14,6 +14,7 @@ from metadata_server import messages as m
 from metadata_server.bounds import (
     MAX_ADDRESSES,
     MAX_BYTES,
+    MAX_ITEMS,
     MAX_NAME,
     MAX_WAIT_S,
     check_extent,
@@ -40,7 +41,8 @@ def _check_node(request: m.HeartbeatRequest | m.LeaveRequest | m.ReleaseWriterRe
 
 
 def _check_register(request: m.RegisterRequest) -> None:
-    node = request.node
+    node, spoken = request.node, request.spoken
+    require(1 <= spoken.oldest <= spoken.newest < MAX_ITEMS, "protocol", "not a range of versions")
     check_name(node.id, "node.id")
     check_incarnation(node.incarnation, "node.incarnation")
     check_text(node.control_url, "node.control_url")

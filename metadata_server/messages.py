@@ -1,7 +1,8 @@
-"""Wire messages of the metadata server, protocol version 1 (docs/wire-formats.md).
+"""Wire messages of the metadata server (docs/wire-formats.md).
 
 Every body is msgpack (`application/msgpack`) or the same structure as JSON (`application/json`, keys base64). All
-endpoints are batched and answer per item: an expected outcome is a value.
+endpoints are batched and answer per item: an expected outcome is a value. Requests with unknown fields are refused;
+unknown fields of replies and events are ignored, as they are a newer server's.
 """
 
 from enum import StrEnum
@@ -9,17 +10,22 @@ from enum import StrEnum
 import msgspec
 
 from kvcore.types import ChunkKey, NodeInfo, ReplicaRef, Segment
+from metadata_server.versions import Greeting
 
 
-class _Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class _Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     pass
 
 
-class Nothing(_Message, frozen=True, kw_only=True):
+class _Reply(msgspec.Struct, frozen=True, kw_only=True):
+    pass
+
+
+class Nothing(_Reply, frozen=True, kw_only=True):
     """A reply that says only: done."""
 
 
-class ManifestEntry(_Message, frozen=True, kw_only=True):
+class ManifestEntry(_Request, frozen=True, kw_only=True):
     """A chunk that a node found in its own segment by its header (see `kvstore.manifest`)."""
 
     key: ChunkKey
@@ -28,14 +34,14 @@ class ManifestEntry(_Message, frozen=True, kw_only=True):
     generation: int
 
 
-class SegmentManifest(_Message, frozen=True, kw_only=True):
+class SegmentManifest(_Request, frozen=True, kw_only=True):
     """A segment and what lies in it, newest generation first; entries that overlap a newer one are refused."""
 
     segment: Segment
     entries: list[ManifestEntry] = []
 
 
-class RegisterRequest(_Message, frozen=True, kw_only=True):
+class RegisterRequest(Greeting, _Request, frozen=True, kw_only=True):
     """A node joins, or re-joins with the same incarnation after the metadata server lost it."""
 
     node: NodeInfo
@@ -43,7 +49,7 @@ class RegisterRequest(_Message, frozen=True, kw_only=True):
     ttl_s: float
 
 
-class RegisterReply(_Message, frozen=True, kw_only=True):
+class RegisterReply(Greeting, _Reply, frozen=True, kw_only=True):
     """`epoch` identifies this life of the metadata server."""
 
     epoch: str
@@ -51,28 +57,28 @@ class RegisterReply(_Message, frozen=True, kw_only=True):
     refused: int
 
 
-class HeartbeatRequest(_Message, frozen=True, kw_only=True):
+class HeartbeatRequest(_Request, frozen=True, kw_only=True):
     """Renews the node's lease."""
 
     node_id: str
     incarnation: int
 
 
-class HeartbeatReply(_Message, frozen=True, kw_only=True):
+class HeartbeatReply(_Reply, frozen=True, kw_only=True):
     """`known` false: register again, with manifests."""
 
     epoch: str
     known: bool
 
 
-class LeaveRequest(_Message, frozen=True, kw_only=True):
+class LeaveRequest(_Request, frozen=True, kw_only=True):
     """A node goes in good order: its replicas and reservations are dropped at once."""
 
     node_id: str
     incarnation: int
 
 
-class ReleaseWriterRequest(_Message, frozen=True, kw_only=True):
+class ReleaseWriterRequest(_Request, frozen=True, kw_only=True):
     """The node lives but its engine has died: all that is reserved or leased in its name is given back. Its replicas
     stay."""
 
@@ -80,7 +86,7 @@ class ReleaseWriterRequest(_Message, frozen=True, kw_only=True):
     incarnation: int
 
 
-class MatchRequest(_Message, frozen=True, kw_only=True):
+class MatchRequest(_Request, frozen=True, kw_only=True):
     """Longest prefix of `keys` with a complete replica each. `lease_s` > 0 protects them from eviction meanwhile."""
 
     keys: list[ChunkKey]
@@ -90,7 +96,7 @@ class MatchRequest(_Message, frozen=True, kw_only=True):
     incarnation: int = 0
 
 
-class WaitRequest(_Message, frozen=True, kw_only=True):
+class WaitRequest(_Request, frozen=True, kw_only=True):
     """As MatchRequest, but answered only when more than `more_than` leading keys are complete, or after `timeout_s`."""
 
     keys: list[ChunkKey]
@@ -102,7 +108,7 @@ class WaitRequest(_Message, frozen=True, kw_only=True):
     incarnation: int = 0
 
 
-class MatchReply(_Message, frozen=True, kw_only=True):
+class MatchReply(_Reply, frozen=True, kw_only=True):
     """`replicas[i]`: the complete replicas of `keys[i]`, for the longest prefix that has any. `lease_id` 0: none."""
 
     replicas: list[list[ReplicaRef]]
@@ -111,20 +117,20 @@ class MatchReply(_Message, frozen=True, kw_only=True):
     """Every segment that the reply names, each once: the reader needs its addresses. The server always fills it."""
 
 
-class ReleaseRequest(_Message, frozen=True, kw_only=True):
+class ReleaseRequest(_Request, frozen=True, kw_only=True):
     """Give read leases back. Unknown ids are ignored: they have expired."""
 
     lease_ids: list[int]
 
 
-class ReserveItem(_Message, frozen=True, kw_only=True):
+class ReserveItem(_Request, frozen=True, kw_only=True):
     """A chunk that the writer is about to write; `length` with its header."""
 
     key: ChunkKey
     length: int
 
 
-class ReserveRequest(_Message, frozen=True, kw_only=True):
+class ReserveRequest(_Request, frozen=True, kw_only=True):
     """Room for chunks. A reservation dies with its writer, or after `ttl_s`, unless committed."""
 
     node_id: str
@@ -145,16 +151,22 @@ class ReserveStatus(StrEnum):
     """As many writers as are allowed are writing it now."""
     FULL = "full"
     """No segment has room, even after eviction: do without."""
+    UNKNOWN = "unknown"
+    """What a newer server says, as it is read here: do without."""
+
+    @classmethod
+    def _missing_(cls, value: object) -> "ReserveStatus":
+        return cls.UNKNOWN
 
 
-class ReserveOutcome(_Message, frozen=True, kw_only=True):
+class ReserveOutcome(_Reply, frozen=True, kw_only=True):
     """`replica` is set iff `status` is GRANTED."""
 
     status: ReserveStatus
     replica: ReplicaRef | None = None
 
 
-class ReserveReply(_Message, frozen=True, kw_only=True):
+class ReserveReply(_Reply, frozen=True, kw_only=True):
     """One outcome an item, in order."""
 
     outcomes: list[ReserveOutcome]
@@ -162,7 +174,7 @@ class ReserveReply(_Message, frozen=True, kw_only=True):
     """Every segment that the reply names, each once: the writer needs its addresses. The server always fills it."""
 
 
-class ReplicaIds(_Message, frozen=True, kw_only=True):
+class ReplicaIds(_Request, frozen=True, kw_only=True):
     """Body of commit and abort: ids from a ReserveReply."""
 
     node_id: str
@@ -170,7 +182,7 @@ class ReplicaIds(_Message, frozen=True, kw_only=True):
     replica_ids: list[int]
 
 
-class CommitReply(_Message, frozen=True, kw_only=True):
+class CommitReply(_Reply, frozen=True, kw_only=True):
     """`committed[i]` false: the reservation had expired or its segment is gone; what was written is not a chunk."""
 
     committed: list[bool]
@@ -186,14 +198,14 @@ class QuarantineReason(StrEnum):
     UNREACHABLE = "unreachable"
 
 
-class QuarantineItem(_Message, frozen=True, kw_only=True):
+class QuarantineItem(_Request, frozen=True, kw_only=True):
     """A replica that a reader refused. It is dropped if it still has this generation."""
 
     replica: ReplicaRef
     reason: QuarantineReason
 
 
-class QuarantineRequest(_Message, frozen=True, kw_only=True):
+class QuarantineRequest(_Request, frozen=True, kw_only=True):
     """Body of /v1/objects/quarantine."""
 
     items: list[QuarantineItem]
@@ -206,9 +218,15 @@ class EventKind(StrEnum):
     REMOVED = "removed"
     NODE_UP = "node_up"
     NODE_DOWN = "node_down"
+    UNKNOWN = "unknown"
+    """Of a newer server, as it is read here. Subscriptions leave it out."""
+
+    @classmethod
+    def _missing_(cls, value: object) -> "EventKind":
+        return cls.UNKNOWN
 
 
-class Event(_Message, frozen=True, kw_only=True):
+class Event(_Reply, frozen=True, kw_only=True):
     """One change of the index. `seq` grows by one each; a gap means loss. Keys are batched per segment."""
 
     seq: int
@@ -220,12 +238,12 @@ class Event(_Message, frozen=True, kw_only=True):
     """With NODE_UP."""
 
 
-class EventBatch(_Message, frozen=True, kw_only=True):
+class EventBatch(Greeting, _Reply, frozen=True, kw_only=True):
     """A frame of the event stream, or the answer to a replay. `reset`: forget all, a snapshot follows as events.
 
     A batch without events is a keep-alive; `next_seq` is the seq of the event after this batch. Snapshot events all
     have seq `next_seq - 1`; a snapshot may take several batches (only the first says `reset`) and is complete with the
-    first batch without events or with a later `next_seq`.
+    first batch without events or with a later `next_seq`. The first batch of a stream says what the server speaks.
     """
 
     epoch: str
@@ -234,7 +252,7 @@ class EventBatch(_Message, frozen=True, kw_only=True):
     events: list[Event] = []
 
 
-class NodesReply(_Message, frozen=True, kw_only=True):
+class NodesReply(Greeting, _Reply, frozen=True, kw_only=True):
     """Who is alive, and every segment that a ReplicaRef may name now."""
 
     epoch: str
@@ -242,7 +260,7 @@ class NodesReply(_Message, frozen=True, kw_only=True):
     segments: list[Segment]
 
 
-class SegmentStats(_Message, frozen=True, kw_only=True):
+class SegmentStats(_Reply, frozen=True, kw_only=True):
     """Use of one segment, bytes."""
 
     segment: Segment
@@ -252,7 +270,7 @@ class SegmentStats(_Message, frozen=True, kw_only=True):
     num_replicas: int
 
 
-class Stats(_Message, frozen=True, kw_only=True):
+class Stats(_Reply, frozen=True, kw_only=True):
     """What /v1/stats shows. After a drained load `reservations` and `read_leases` are 0."""
 
     epoch: str

@@ -14,7 +14,8 @@ import msgspec
 
 from kvcore.clock import Clock
 from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
-from metadata_server.messages import Event, EventBatch
+from metadata_server.messages import Event, EventBatch, EventKind
+from metadata_server.versions import SPOKEN, Protocols
 
 _FIRST_BACKOFF_S = 0.1
 _LONGEST_BACKOFF_S = 1.0
@@ -56,10 +57,11 @@ class _GapError(Exception):
 class IndexSubscription:
     """One subscriber. `run` it in a task; cancel the task to end it."""
 
-    def __init__(self, source: EventSource, sink: IndexSink, clock: Clock) -> None:
+    def __init__(self, source: EventSource, sink: IndexSink, clock: Clock, *, speaks: Protocols = SPOKEN) -> None:
         self._source = source
         self._sink = sink
         self._clock = clock
+        self._speaks = speaks
         self._epoch = ""
         self._next_seq = 0
         self._in_snapshot = False
@@ -68,6 +70,8 @@ class IndexSubscription:
         self.resets = 0
         self.gaps = 0
         self.reconnects = 0
+        self.unknown_events = 0
+        """Left out: of kinds that only a newer server knows."""
 
     @property
     def connected(self) -> bool:
@@ -93,9 +97,14 @@ class IndexSubscription:
         backoff_s = _FIRST_BACKOFF_S
         while True:
             try:
+                greeted = False
                 async with aclosing(self._source.batches(self._epoch, self._next_seq)) as batches:
                     async for raw in batches:
-                        self._apply(msgspec.msgpack.decode(raw, type=EventBatch))
+                        batch = msgspec.msgpack.decode(raw, type=EventBatch)
+                        if not greeted:
+                            self._speaks.common(batch.spoken, us="this subscriber", them="the metadata server")
+                            greeted = True
+                        self._apply(batch)
                         backoff_s = _FIRST_BACKOFF_S
                 reason = "the stream ended"
             except (MetadataUnavailableError, MetadataProtocolError) as error:
@@ -127,8 +136,10 @@ class IndexSubscription:
             self._check_order(batch)
             self._next_seq = batch.next_seq
             self._connected = True
-        if batch.events:
-            self._sink.on_events(batch.events)
+        known = [event for event in batch.events if event.kind is not EventKind.UNKNOWN]
+        self.unknown_events += len(batch.events) - len(known)
+        if known:
+            self._sink.on_events(known)
 
     def _check_order(self, batch: EventBatch) -> None:
         expected = self._next_seq

@@ -38,6 +38,7 @@ from metadata_server.messages import (
     SegmentManifest,
     Stats,
 )
+from metadata_server.versions import SPOKEN, Protocols
 
 MAX_READ_LEASES = 65_536
 _TOMBSTONE_TTLS = 12
@@ -60,11 +61,19 @@ class MetadataState:
     """The whole of it. Not thread-safe; every method leaves it consistent, also when it raises."""
 
     def __init__(
-        self, config: StoreConfig, node_ttl_s: float, epoch: str, first_generation: int, event_log: int = 65_536
+        self,
+        config: StoreConfig,
+        node_ttl_s: float,
+        epoch: str,
+        first_generation: int,
+        *,
+        event_log: int = 65_536,
+        speaks: Protocols = SPOKEN,
     ) -> None:
         """`node_ttl_s` bounds what nodes may ask for; `first_generation` is above all that an earlier life gave out:
         generations, and ids of replicas and leases, so that what was granted in that life is unknown in this one."""
         self.log = EventLog(epoch, event_log)
+        self.speaks = speaks
         self.counters: Counter[str] = Counter()
         self._config = config
         self._node_ttl_s = node_ttl_s
@@ -128,11 +137,12 @@ class MetadataState:
     def register(self, request: RegisterRequest, now: float) -> RegisterReply:
         """Join or join again. The request's segments are all that the node has: others of its segments are dropped.
 
-        Raises MetadataProtocolError for an incarnation older than the last one seen, or a segment that is another
-        node's or has changed its size.
+        Raises MetadataProtocolError for an incarnation older than the last one seen, a segment that is another node's
+        or has changed its size, or a node that has no version of the protocol in common with the server.
         """
         self.tick(now)
         info = request.node
+        self.speaks.common(request.spoken, us="the metadata server", them=f"node {info.id}")
         node = self._nodes.get(info.id)
         self._check_incarnation(info, node)
         self._check_segments(info, request.segments)
@@ -154,7 +164,7 @@ class MetadataState:
         self.counters["imported"] += imported
         self.counters["import_refused"] += refused
         self._index.publish()
-        return RegisterReply(epoch=self.epoch, imported=imported, refused=refused)
+        return self.speaks.greet(RegisterReply(epoch=self.epoch, imported=imported, refused=refused))
 
     def heartbeat(self, request: HeartbeatRequest, now: float) -> HeartbeatReply:
         """Renew a lease; another incarnation than the registered one is not known."""

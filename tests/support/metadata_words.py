@@ -12,6 +12,7 @@ from metadata_server.messages import (
     ReserveRequest,
     SegmentManifest,
 )
+from metadata_server.versions import SPOKEN, Protocols
 
 UNIT = 4096
 TTL_S = 5.0
@@ -66,10 +67,14 @@ def ids(node_id: str, replicas: list[ReplicaRef], incarnation: int = 1) -> Repli
 
 
 def new_state(
-    event_log: int = 1024, epoch: str = "e1", first_generation: int = FIRST_GENERATION, **settings: float
+    event_log: int = 1024,
+    epoch: str = "e1",
+    first_generation: int = FIRST_GENERATION,
+    speaks: Protocols = SPOKEN,
+    **settings: float,
 ) -> MetadataState:
     config = StoreConfig(**{"high_watermark": 1.0, "low_watermark": 0.5, "retire_grace_s": 2.0, **settings})
-    return MetadataState(config, TTL_S, epoch, first_generation, event_log)
+    return MetadataState(config, TTL_S, epoch, first_generation, event_log=event_log, speaks=speaks)
 
 
 def put(state: MetadataState, node_id: str, numbers: list[int], now: float, **how) -> list[ReplicaRef]:
