@@ -4,7 +4,8 @@ import random
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.vllm_scheduler_model import Request, SchedulerModel, next_token
+from support.vllm_scheduler_model import SchedulerModel, next_token
+from support.vllm_scheduler_parts import Request
 from support.vllm_worker_model import FakeLookup, Memory, WorkerModel
 
 from engines.vllm.connector.orders import LegParams

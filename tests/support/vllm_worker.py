@@ -20,6 +20,7 @@ from kvcore.clock import SystemClock
 from kvcore.config.schema import StoreConfig, TransportConfig
 from kvcore.errors import MetadataUnavailableError
 from kvcore.types import ChunkKey
+from kvstore.chunk_format import HEADER_BYTES
 from kvstore.settings import KVStoreSettings
 from kvstore.store import KVStore
 from kvstore.wiring import OpenedStore
@@ -253,6 +254,24 @@ def place(number: int, *block_ids: int, num_tokens: int | None = None) -> ChunkP
     return ChunkPlace(
         key=key, num_tokens=len(block_ids) * BLOCK if num_tokens is None else num_tokens, block_ids=block_ids
     )
+
+
+PLACES = [place(1, 0, 1), place(2, 2, 3), place(3, 4, num_tokens=3)]
+"""A prompt: two full chunks and a tail."""
+
+
+def stored(world: SharedWorld, number: int) -> bytes | None:
+    """The payload of the complete chunk with the key of PLACES[number]."""
+    found = world.replicas(PLACES[number].key)
+    if not found:
+        return None
+    ref = found[0].ref
+    return bytes(world.memory[ref.segment_id][ref.offset + HEADER_BYTES : ref.offset + ref.length])
+
+
+def idle(engine: Engine) -> None:
+    """Until no save is under way."""
+    engine.until(lambda: engine.half._jobs.num_pending_saves == 0 and not engine.half._jobs._saves)
 
 
 @contextmanager

@@ -7,13 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from support.vllm_worker import BLOCK, CHUNK, LIMIT_S, Engine, place, shared_world
+from support.vllm_worker import BLOCK, CHUNK, LIMIT_S, PLACES, Engine, place, shared_world
 
 from engines.vllm.bus import Bus
 from engines.vllm.connector import bus_messages as m
 from kvcore.errors import ConfigError
-
-PLACES = [place(1, 0, 1), place(2, 2, 3), place(3, 4, num_tokens=3)]
 
 
 @pytest.fixture
