@@ -6,6 +6,7 @@ returns or raises: it is told to stop and then waited for.
 
 import asyncio
 import concurrent.futures
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ from kvcore.errors import PeerUnreachableError, TransferTimeoutError
 _Result = TypeVar("_Result")
 
 
-class Deadline:
+class BatchDeadline:
     """The end of one batch's time, usable from threads (hence the machine's clock: sockets know no other)."""
 
     def __init__(self, timeout_s: float) -> None:
@@ -59,7 +60,7 @@ class BlockingPool:
         """Whether jobs wait in line. May be asked from any thread."""
         return len(self._running) > self._threads
 
-    async def run(self, job: Callable[[], _Result], stop: Callable[[], None], deadline: Deadline) -> _Result:
+    async def run(self, job: Callable[[], _Result], stop: Callable[[], None], deadline: BatchDeadline) -> _Result:
         """The job's result, or what it raises; TransferTimeoutError when it is late.
 
         `stop` is called from the loop's thread, perhaps more than once, and makes a running job end soon.
@@ -108,3 +109,9 @@ async def _stopped(
             future.exception()  # seen: the caller gets the reason for stopping instead
     if cancelled is not None:
         raise cancelled
+
+
+async def ended(*threads: threading.Thread) -> None:
+    """Wait until all of them have ended, without blocking the loop. Has no deadline of its own."""
+    while any(thread.is_alive() for thread in threads):  # noqa: ASYNC110  (threads set no asyncio.Event)
+        await asyncio.sleep(0.001)

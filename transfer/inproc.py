@@ -39,6 +39,9 @@ class InprocTransfer:
         self._fault = fault
         self._closed = False
 
+    def __repr__(self) -> str:
+        return f"<InprocTransfer {'closed' if self._closed else 'open'} segments={len(self._segments)}>"
+
     def reaches(self, segment: Segment) -> bool:
         """Whether the segment has an `inproc` address (its text does not matter)."""
         return self.kind in segment.addresses

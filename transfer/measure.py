@@ -17,13 +17,19 @@ from kvcore.types import Segment
 from transfer.base import Direction, TransferEngine, TransferOp
 
 SMALL_BYTES = 4096
-_SMALL_GETS = 200
-_SMALL_S, _LARGE_S = 0.5, 0.75
-"""How long each kind of transfer is repeated at most."""
-_ROUNDS = 4
-_ROUND_S = 0.4
-"""A batch is cut down to what should take so long, so that a slow link is not asked for 64 MiB each time."""
 _WORDS_AT_ONCE = 1 << 17
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureLimits:
+    """How often and how long each kind of transfer is repeated at most."""
+
+    small_gets: int = 200
+    small_s: float = 0.5
+    large_rounds: int = 4
+    large_s: float = 0.75
+    round_s: float = 0.4
+    """A batch is cut down to what should take so long, so that a slow link is not asked for 64 MiB each time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +45,13 @@ class Measured:
 
 
 async def measure(
-    engine: TransferEngine, segment: Segment, places: Sequence[tuple[int, int]], *, clock: Clock, timeout_s: float
+    engine: TransferEngine,
+    segment: Segment,
+    places: Sequence[tuple[int, int]],
+    *,
+    clock: Clock,
+    timeout_s: float,
+    limits: MeasureLimits = MeasureLimits(),
 ) -> Measured:
     """Write and read `places` of the segment, (offset, length) each, multiples of SMALL_BYTES; about 3 s.
 
@@ -51,11 +63,11 @@ async def measure(
     engine.register(bench.words.data.cast("B"))
     first = bench.ops[:1]
     await bench.move("write", first)  # connects
-    bench.shorten(await bench.move("write", first))
-    latencies = await bench.repeat("read", bench.small, _SMALL_GETS, _SMALL_S)
-    puts = await bench.repeat("write", bench.ops, _ROUNDS, _LARGE_S)
+    bench.shorten(await bench.move("write", first), limits.round_s)
+    latencies = await bench.repeat("read", bench.small, limits.small_gets, limits.small_s)
+    puts = await bench.repeat("write", bench.ops, limits.large_rounds, limits.large_s)
     await asyncio.to_thread(bench.clear)
-    gets = await bench.repeat("read", bench.ops, _ROUNDS, _LARGE_S)
+    gets = await bench.repeat("read", bench.ops, limits.large_rounds, limits.large_s)
     if not await asyncio.to_thread(bench.intact):
         raise TransferProtocolError(f"segment {segment.id}: what was read is not what had been written")
     size = bench.num_bytes
@@ -104,9 +116,9 @@ class _Bench:
             took.append(await self.move(direction, ops))
         return took
 
-    def shorten(self, seconds: float) -> None:
-        """Keep as many ops as should take _ROUND_S, when the first takes `seconds`."""
-        del self.ops[max(1, int(_ROUND_S / seconds)) :]
+    def shorten(self, seconds: float, round_s: float) -> None:
+        """Keep as many ops as should take `round_s`, when the first takes `seconds`."""
+        del self.ops[max(1, int(round_s / seconds)) :]
 
     def prepare(self) -> float:
         """Fault the buffer in, measure a copy inside of it, fill it. In a thread."""

@@ -15,6 +15,7 @@ from kvcore.telemetry import log_fields
 from kvcore.types import Segment
 from transfer.base import DescribesItself, Direction, SegmentHost, TransferEngine, TransferOp
 from transfer.host_process import ProcessSegmentHost
+from transfer.limits import TransferLimits
 from transfer.memory.segment import SegmentMemory
 from transfer.shm import ShmTransfer
 from transfer.tcp.host import TcpSegmentHost
@@ -24,8 +25,8 @@ _LOG = logging.getLogger("transfer")
 _WILDCARDS = ("", "0.0.0.0", "::")
 _LIBRARIES = ("ucx", "nixl")
 """Kinds that need devices and a library, and are nobody's fallback."""
-_REMEMBERED = 1024
-"""Choices kept; the oldest go first."""
+_MAX_CHOICES = 1024
+"""Kept; the oldest go first."""
 
 
 class TransferSelector:
@@ -35,6 +36,10 @@ class TransferSelector:
         self._kind = kind
         self._engines = tuple(engines)
         self._choices: dict[str, tuple[TransferEngine, Segment]] = {}
+
+    def __repr__(self) -> str:
+        engines = ", ".join(map(repr, self._engines))
+        return f"<TransferSelector {self._kind} choices={len(self._choices)} engines=[{engines}]>"
 
     @property
     def kind(self) -> str:
@@ -108,7 +113,7 @@ class TransferSelector:
             return known[0]
         chosen = next((engine for engine in self._engines if engine.reaches(segment)), None)
         if chosen is not None:
-            if len(self._choices) >= _REMEMBERED:
+            if len(self._choices) >= _MAX_CHOICES:
                 del self._choices[next(iter(self._choices))]
             self._choices[segment.id] = (chosen, segment)
             log_fields(
@@ -123,7 +128,9 @@ class TransferSelector:
         )
 
 
-def build_transfer(config: TransportConfig, host_id: str) -> TransferSelector:
+def build_transfer(
+    config: TransportConfig, host_id: str, limits: TransferLimits = TransferLimits()
+) -> TransferSelector:
     """The initiator's side for a configuration. Call it where an event loop runs.
 
     `host_id` is the node's (`NodeConfig.host_id` or `host_identity()`). Raises ConfigError for an unknown transport,
@@ -135,14 +142,14 @@ def build_transfer(config: TransportConfig, host_id: str) -> TransferSelector:
     engines: list[TransferEngine] = []
     if config.kind in _LIBRARIES:
         try:
-            engines.append(_library_transfer(config))
+            engines.append(_library_transfer(config, limits))
         except ConfigError as error:
             _fall_back(config, error)
         kinds = {config.fallback}
     if kinds & {"auto", "shm"}:
         engines.append(ShmTransfer(host_id))
     if kinds & {"auto", "tcp"}:
-        engines.append(TcpTransfer(config.streams))
+        engines.append(TcpTransfer(config.streams, limits.tcp))
     kind = engines[0].kind if len(engines) == 1 else config.kind
     return TransferSelector(kind, engines)
 
@@ -168,15 +175,15 @@ def _fall_back(config: TransportConfig, error: ConfigError) -> None:
     )
 
 
-def _library_transfer(config: TransportConfig) -> TransferEngine:
+def _library_transfer(config: TransportConfig, limits: TransferLimits) -> TransferEngine:
     """One that needs a library, which only those who ask for it load."""
     if config.kind == "nixl":
         from transfer.nixl.transport import NixlTransfer
 
-        return NixlTransfer(config)
+        return NixlTransfer(config, limits.nixl)
     from transfer.ucx.transport import UcxTransfer
 
-    return UcxTransfer(config)
+    return UcxTransfer(config, limits.ucx)
 
 
 class SegmentHosts:
@@ -185,6 +192,9 @@ class SegmentHosts:
     def __init__(self, memory: SegmentMemory, hosts: Mapping[str, SegmentHost]) -> None:
         self._memory = memory
         self._hosts = hosts
+
+    def __repr__(self) -> str:
+        return f"<SegmentHosts {self._memory.segment_id} {list(self._hosts.values())!r}>"
 
     @property
     def addresses(self) -> dict[str, str]:
@@ -206,6 +216,7 @@ async def start_segment_hosts(
     port: int = 0,
     advertise_host: str | None = None,
     on_change: Callable[[], None] = lambda: None,
+    limits: TransferLimits = TransferLimits(),
 ) -> SegmentHosts:
     """The target's side for a configuration: TCP unless shared memory was asked for by name; `shm` costs nothing.
 
@@ -220,7 +231,7 @@ async def start_segment_hosts(
     kinds: set[str | None] = {config.kind}
     hosts: dict[str, SegmentHost] = {}
     if config.kind in _LIBRARIES:
-        library_host = ProcessSegmentHost(config.kind, memory, config, on_change)
+        library_host = ProcessSegmentHost(config.kind, memory, config, on_change, limits)
         try:
             await library_host.start()
             hosts[config.kind] = library_host
@@ -229,7 +240,7 @@ async def start_segment_hosts(
         kinds = {config.fallback}
     if not kinds & {"auto", "tcp"}:
         return SegmentHosts(memory, hosts)
-    tcp = TcpSegmentHost(memory.segment_id, memory.view, host, port, advertise_host=advertise_host)
+    tcp = TcpSegmentHost(memory.segment_id, memory.view, host, port, advertise_host=advertise_host, limits=limits.tcp)
     try:
         if (advertise_host or host) in _WILDCARDS:
             raise ConfigError(f"nodes.<n>.host: {host!r} cannot be announced to other nodes; give the address they use")

@@ -15,7 +15,7 @@ from kvcore.clock import SystemClock
 from kvcore.errors import PeerUnreachableError, TransferError
 from kvcore.types import Segment
 from transfer.base import Direction, TransferOp
-from transfer.blocking import BlockingPool, Deadline
+from transfer.blocking import BatchDeadline, BlockingPool
 from transfer.memory.copying import Copy, copy, copy_holding_lock, streaming_copy, streams_above_bytes
 from transfer.memory.pages import usable_cpus
 from transfer.memory.segment import AttachedSegment, attach
@@ -28,7 +28,6 @@ _SLICE_BYTES = 4 << 20
 _SHOWN_BYTES = 1 << 20
 """Slices of a copy whose caller looks at each at once. 64 MiB with a checksum: 5.9 ms; 6.9 in slices of 4 MiB, which
 have left the cache, and 7.5 with the checksum after the copy."""
-_SWEEP_S = 1.0
 _BYTES_A_THREAD = 8 << 20
 """What lies in the cache one thread copies sooner alone: 4 MiB in 0.5 ms against 0.7 by two."""
 _MOST_THREADS = 4
@@ -40,8 +39,10 @@ class ShmTransfer:
 
     kind = "shm"
 
-    def __init__(self, host_id: str, threads: int | None = None) -> None:
-        """`threads` copy, of all batches together; by default as many as the cores suggest."""
+    def __init__(self, host_id: str, threads: int | None = None, *, sweep_s: float = 1.0) -> None:
+        """`threads` copy, of all batches together; by default as many as the cores suggest. Mappings of dead owners
+        are looked for at most once in `sweep_s`."""
+        self._sweep_s = sweep_s
         self._host_id = host_id
         self._clock = SystemClock()
         self._mapped: dict[str, AttachedSegment] = {}
@@ -49,6 +50,10 @@ class ShmTransfer:
         threads = threads or max(2, min(_MOST_THREADS, usable_cpus() // 2))
         self._pool = BlockingPool("kvferry-shm", threads)
         self._populating: list[threading.Thread] = []
+
+    def __repr__(self) -> str:
+        state = "closed" if self._pool.closed else "open"
+        return f"<ShmTransfer {state} host={self._host_id} mapped={len(self._mapped)}>"
 
     def reaches(self, segment: Segment) -> bool:
         """Whether the segment is on our host and has an `shm` address."""
@@ -78,7 +83,7 @@ class ShmTransfer:
     ) -> list[TransferError | None]:
         batch = _Batch(direction, ops)
         try:
-            deadline = Deadline(timeout_s)
+            deadline = BatchDeadline(timeout_s)
             deadline.remaining()
             if self._pool.closed:
                 raise PeerUnreachableError("the transport is closed")
@@ -108,7 +113,7 @@ class ShmTransfer:
             else:
                 batch.plan(indices, attached.view)
 
-    async def _copy_in_threads(self, batch: "_Batch", deadline: Deadline) -> None:
+    async def _copy_in_threads(self, batch: "_Batch", deadline: BatchDeadline) -> None:
         """With all threads that nobody else needs; those but the first leave when somebody comes who does."""
         threads = min(self._pool.idle, len(batch.pieces), max(1, batch.num_bytes // _BYTES_A_THREAD))
         copies: list[Callable[[], None]] = [batch.copy_pieces]
@@ -147,7 +152,7 @@ class ShmTransfer:
         Mappings are dropped, not closed: a thread may be copying from one, and it goes when that thread is done.
         """
         now = self._clock.now()
-        if now - self._swept_at < _SWEEP_S:
+        if now - self._swept_at < self._sweep_s:
             return
         self._swept_at = now
         self._populating = [thread for thread in self._populating if thread.is_alive()]

@@ -7,7 +7,7 @@ from transfer.base import TransferOp
 from transfer.ranges import byte_views
 
 
-class Part(NamedTuple):
+class OpSlice(NamedTuple):
     """A contiguous piece of one op: all of it, or a slice where an op was cut between two connections."""
 
     op_index: int
@@ -18,7 +18,7 @@ class Part(NamedTuple):
     """The op's `on_part`, where this is all of it: slices on several connections arrive in no order."""
 
 
-def stripe(ops: Sequence[tuple[int, TransferOp]], max_stripes: int, min_bytes: int) -> list[list[Part]]:
+def stripe(ops: Sequence[tuple[int, TransferOp]], max_stripes: int, min_bytes: int) -> list[list[OpSlice]]:
     """Cut `(index, op)` pairs into at most `max_stripes` lists of about equal bytes, none far below `min_bytes`.
 
     No op is empty. The parts cover each op exactly once, in order.
@@ -26,9 +26,9 @@ def stripe(ops: Sequence[tuple[int, TransferOp]], max_stripes: int, min_bytes: i
     total = sum(op.num_bytes for _, op in ops)
     count = max(1, min(max_stripes, total // min_bytes))
     if count == 1:
-        return [[Part(index, op.offset, byte_views(op), op.num_bytes, op.on_part) for index, op in ops]]
+        return [[OpSlice(index, op.offset, byte_views(op), op.num_bytes, op.on_part) for index, op in ops]]
     share = -(-total // count)
-    stripes: list[list[Part]] = [[]]
+    stripes: list[list[OpSlice]] = [[]]
     room = share
     for index, op in ops:
         offset, views, rest = op.offset, byte_views(op), op.num_bytes
@@ -39,14 +39,14 @@ def stripe(ops: Sequence[tuple[int, TransferOp]], max_stripes: int, min_bytes: i
             length = min(rest, room)
             taken, views = _take(views, length)
             show = op.on_part if length == op.num_bytes else None
-            stripes[-1].append(Part(index, offset, taken, length, show))
+            stripes[-1].append(OpSlice(index, offset, taken, length, show))
             offset, rest, room = offset + length, rest - length, room - length
     return stripes
 
 
-def shown_groups(parts: Sequence[Part], max_bytes: int) -> Iterator[list[tuple[memoryview, Part]]]:
+def shown_groups(parts: Sequence[OpSlice], max_bytes: int) -> Iterator[list[tuple[memoryview, OpSlice]]]:
     """The parts' views cut into groups of `max_bytes` (the last is smaller), in order, each view beside its part."""
-    group: list[tuple[memoryview, Part]] = []
+    group: list[tuple[memoryview, OpSlice]] = []
     room = max_bytes
     for part in parts:
         for view in part.views:

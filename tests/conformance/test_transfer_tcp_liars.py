@@ -22,6 +22,7 @@ from kvcore.types import Segment
 from transfer.base import TransferOp
 from transfer.tcp import wire
 from transfer.tcp.host import TcpSegmentHost
+from transfer.tcp.limits import TcpLimits
 from transfer.tcp.sockets import split_address
 from transfer.tcp.transport import TcpTransfer
 
@@ -31,9 +32,9 @@ MARK = b"\x5a"
 
 
 @contextlib.asynccontextmanager
-async def hosted(**settings_: float) -> AsyncIterator[tuple[TcpSegmentHost, bytearray]]:
+async def hosted(**limits: float) -> AsyncIterator[tuple[TcpSegmentHost, bytearray]]:
     memory = bytearray(MARK * SIZE)
-    host = TcpSegmentHost(ID, memoryview(memory), "127.0.0.1", **settings_)  # type: ignore[arg-type]
+    host = TcpSegmentHost(ID, memoryview(memory), "127.0.0.1", limits=TcpLimits(**limits))  # type: ignore[arg-type]
     await host.start()
     try:
         yield host, memory

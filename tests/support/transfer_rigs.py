@@ -12,6 +12,7 @@ from kvcore.config.schema import TransportConfig
 from kvcore.types import Segment
 from transfer.base import TransferEngine, TransferOp
 from transfer.inproc import InprocTransfer
+from transfer.limits import TransferLimits
 from transfer.memory.segment import SegmentMemory, host_identity
 from transfer.select import SegmentHosts, build_transfer, start_segment_hosts
 
@@ -33,8 +34,9 @@ class Rig:
     engine: TransferEngine
     segment: Segment
 
-    def __init__(self, kind: str, size_bytes: int = SIZE_BYTES) -> None:
+    def __init__(self, kind: str, size_bytes: int = SIZE_BYTES, limits: TransferLimits = TransferLimits()) -> None:
         self.kind = kind
+        self.limits = limits
         self._size_bytes = size_bytes
         self._incarnation = 0
         self.registry: dict[str, memoryview] = {}
@@ -45,7 +47,7 @@ class Rig:
         if self.kind == "inproc":
             self.engine = InprocTransfer(self.registry)
         else:
-            self.engine = build_transfer(transport_config(self.kind), host_identity())
+            self.engine = build_transfer(transport_config(self.kind), host_identity(), self.limits)
         return self
 
     async def host(self) -> None:
@@ -55,7 +57,9 @@ class Rig:
         addresses = {"inproc": "here"}
         self.registry[segment_id] = self.memory.view
         if self.kind != "inproc":
-            self._hosts = await start_segment_hosts(transport_config(self.kind), self.memory, host="127.0.0.1")
+            self._hosts = await start_segment_hosts(
+                transport_config(self.kind), self.memory, host="127.0.0.1", limits=self.limits
+            )
             addresses = self._hosts.addresses
         self.segment = Segment(
             id=segment_id, node_id="rig", size_bytes=self._size_bytes, host_id=host_identity(), addresses=addresses

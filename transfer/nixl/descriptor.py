@@ -53,7 +53,7 @@ class NixlDescriptor:
 
 
 @dataclass(frozen=True, slots=True)
-class Hello:
+class NixlHello:
     """An initiator asks whether a segment is here; `metadata` of its agent, without memory, is for the answer."""
 
     nonce: int
@@ -61,8 +61,8 @@ class Hello:
     metadata: bytes
 
 
-class Answer(IntEnum):
-    """What a host says to a Hello."""
+class HelloAnswer(IntEnum):
+    """What a host says to a hello."""
 
     UNKNOWN = 0
     WELCOME = 1
@@ -70,11 +70,11 @@ class Answer(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Welcome:
-    """The answer to the Hello with the same nonce."""
+class NixlWelcome:
+    """The answer to the hello with the same nonce."""
 
     nonce: int
-    answer: Answer
+    answer: HelloAnswer
 
 
 def pack_descriptor(descriptor: NixlDescriptor) -> str:
@@ -127,35 +127,35 @@ def descriptor_of(segment: Segment, versions: Versions) -> NixlDescriptor:
     return found
 
 
-def pack_hello(hello: Hello) -> bytes:
+def pack_hello(hello: NixlHello) -> bytes:
     """As a notification's payload."""
     name = hello.segment_id.encode()
     head = _HELLO_HEAD.pack(_HELLO, _VERSION, hello.nonce, len(name), len(hello.metadata))
     return _sealed(head + name + hello.metadata)
 
 
-def parse_hello(raw: bytes) -> Hello:
+def parse_hello(raw: bytes) -> NixlHello:
     """Raises TransferProtocolError."""
     if len(raw) > MAX_HELLO:
         raise TransferProtocolError(f"a greeting of {len(raw)} bytes, at most {MAX_HELLO} are expected")
     (nonce,), name, metadata = _opened(raw, _HELLO_HEAD, _HELLO, "greeting")
-    return Hello(nonce, name.decode(errors="replace"), metadata)
+    return NixlHello(nonce, name.decode(errors="replace"), metadata)
 
 
-def pack_welcome(welcome: Welcome) -> bytes:
+def pack_welcome(welcome: NixlWelcome) -> bytes:
     """As a notification's payload."""
     return _sealed(_WELCOME_BODY.pack(_WELCOME, _VERSION, welcome.nonce, welcome.answer))
 
 
-def parse_welcome(raw: bytes) -> Welcome:
+def parse_welcome(raw: bytes) -> NixlWelcome:
     """Raises TransferProtocolError."""
     if len(raw) != _WELCOME_BODY.size + _CRC.size:
         raise TransferProtocolError(f"an answer to a greeting of {len(raw)} bytes")
     body = _unsealed(raw, "answer to a greeting")
     magic, version, nonce, answer = _WELCOME_BODY.unpack(body)
-    if (magic, version) != (_WELCOME, _VERSION) or answer not in list(Answer):
+    if (magic, version) != (_WELCOME, _VERSION) or answer not in list(HelloAnswer):
         raise TransferProtocolError(f"an answer to a greeting that is {magic!r} {version} {answer}")
-    return Welcome(nonce, Answer(answer))
+    return NixlWelcome(nonce, HelloAnswer(answer))
 
 
 def _sealed(body: bytes) -> bytes:

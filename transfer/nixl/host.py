@@ -13,31 +13,28 @@ from kvcore.clock import SystemClock
 from kvcore.config.schema import TransportConfig
 from kvcore.errors import ConfigError, PeerUnreachableError, TransferProtocolError
 from kvcore.telemetry import log_fields
+from transfer.blocking import ended
 from transfer.nixl.binding import NixlAgent, NixlLibrary, address_of, has_nvidia_gpu, load_nixl, nixl_options
 from transfer.nixl.descriptor import (
-    Answer,
-    Hello,
+    HelloAnswer,
     NixlDescriptor,
-    Welcome,
+    NixlHello,
+    NixlWelcome,
     pack_descriptor,
     pack_welcome,
     parse_hello,
 )
+from transfer.nixl.limits import NixlLimits
 from transfer.ucx.devices import UcxPlan, plan_devices
 from transfer.ucx.probe import UcxProbe, probe_ucx
 
 _LOG = logging.getLogger("transfer")
-MAX_CONNECTIONS = 256
-_LOOK_S = 0.02
-"""What a greeting may wait: NIXL has nothing that could wake us. An idle host costs 0.9 % of a (busy) processor."""
-_SWEEP_S = 1.0
-_CLOSE_TIMEOUT_S = 10.0
 
 
-class Guests:
+class ConnectedAgents:
     """Who is connected to a segment: agents by name. Not thread-safe."""
 
-    def __init__(self, agent: NixlAgent, segment_id: str, max_connections: int = MAX_CONNECTIONS) -> None:
+    def __init__(self, agent: NixlAgent, segment_id: str, max_connections: int) -> None:
         self._agent = agent
         self._segment_id = segment_id
         self._max_connections = max_connections
@@ -46,7 +43,10 @@ class Guests:
     def __len__(self) -> int:
         return len(self._names)
 
-    def answer(self) -> None:
+    def __repr__(self) -> str:
+        return f"<ConnectedAgents {self._segment_id} {len(self)}/{self._max_connections}>"
+
+    def answer_greetings(self) -> None:
         """Answer every greeting that has come."""
         for sender, messages in self._agent.messages().items():
             for message in messages:
@@ -55,18 +55,18 @@ class Guests:
                 except (TransferProtocolError, PeerUnreachableError) as error:
                     log_fields(_LOG, logging.WARNING, "transfer.greeting_failed", peer=sender, error=error.message)
 
-    def sweep(self) -> None:
-        """Let go of those whose connection is broken: an empty message finds out."""
+    def drop_broken(self) -> None:
+        """Drop those whose connection is broken: an empty message finds out."""
         for name in list(self._names):
             try:
                 self._agent.send(name, b"")
             except PeerUnreachableError:
                 self._forget(name)
 
-    def _greeted(self, sender: str, hello: Hello) -> None:
+    def _greeted(self, sender: str, hello: NixlHello) -> None:
         known = sender in self._names
         if not known and len(self._names) >= self._max_connections:
-            self.sweep()
+            self.drop_broken()
         full = not known and len(self._names) >= self._max_connections
         if not known:
             name = self._agent.load(hello.metadata)
@@ -74,14 +74,14 @@ class Guests:
             if name != sender:
                 self._forget(name)
                 raise TransferProtocolError(f"{sender} greets as {name}")
-        answer = Answer.WELCOME if hello.segment_id == self._segment_id else Answer.UNKNOWN
-        answer = Answer.FULL if full else answer
+        answer = HelloAnswer.WELCOME if hello.segment_id == self._segment_id else HelloAnswer.UNKNOWN
+        answer = HelloAnswer.FULL if full else answer
         try:
-            self._agent.send(sender, pack_welcome(Welcome(hello.nonce, answer)))
+            self._agent.send(sender, pack_welcome(NixlWelcome(hello.nonce, answer)))
         except PeerUnreachableError:
             self._forget(sender)
             raise
-        if answer is not Answer.WELCOME:
+        if answer is not HelloAnswer.WELCOME:
             self._forget(sender)
         elif not known:
             log_fields(_LOG, logging.INFO, "transfer.nixl_guest", segment=self._segment_id, connections=len(self))
@@ -99,17 +99,19 @@ class NixlSegmentHost:
         segment_id: str,
         memory: memoryview,
         config: TransportConfig,
-        *,
-        max_connections: int = MAX_CONNECTIONS,
+        limits: NixlLimits = NixlLimits(),
     ) -> None:
         self._segment_id = segment_id
         self._memory = memory
         self._config = config
-        self._max_connections = max_connections
-        self._guests: Guests | None = None
+        self._limits = limits
+        self._agents: ConnectedAgents | None = None
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
         self._address = ""
+
+    def __repr__(self) -> str:
+        return f"<NixlSegmentHost {self._segment_id} bytes={self._memory.nbytes} connections={self.num_connections}>"
 
     @property
     def address(self) -> str:
@@ -119,24 +121,24 @@ class NixlSegmentHost:
     @property
     def num_connections(self) -> int:
         """Agents connected now, those included that were not missed yet."""
-        return len(self._guests) if self._guests is not None else 0
+        return len(self._agents) if self._agents is not None else 0
 
     async def start(self) -> None:
         """As SegmentHost.start. Registers the memory: for RDMA that pins it."""
         with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="kvferry-nixl-open") as pool:
             agent = await asyncio.get_running_loop().run_in_executor(pool, self._open)
-        self._guests = Guests(agent, self._segment_id, self._max_connections)
+        self._agents = ConnectedAgents(agent, self._segment_id, self._limits.max_connections)
         self._thread = threading.Thread(
-            target=self._serve, args=(agent, self._guests), name="kvferry-nixl-host", daemon=True
+            target=self._serve, args=(agent, self._agents), name="kvferry-nixl-host", daemon=True
         )
         self._thread.start()
 
     async def aclose(self) -> None:
         """As SegmentHost.aclose. Batches under way break."""
         self._closing.set()
-        async with asyncio.timeout(_CLOSE_TIMEOUT_S):
-            while self._thread is not None and self._thread.is_alive():  # noqa: ASYNC110  (threads set no asyncio.Event)
-                await asyncio.sleep(0.001)
+        if self._thread is not None:
+            async with asyncio.timeout(self._limits.close_s):
+                await ended(self._thread)
 
     def _open(self) -> NixlAgent:
         library, plan, _ = open_nixl(self._config, "host", self._segment_id)
@@ -152,14 +154,14 @@ class NixlSegmentHost:
         self._address = pack_descriptor(descriptor)
         return agent
 
-    def _serve(self, agent: NixlAgent, guests: Guests) -> None:
+    def _serve(self, agent: NixlAgent, agents: ConnectedAgents) -> None:
         clock = SystemClock()
         swept_at = clock.now()
         try:
-            while not self._closing.wait(_LOOK_S):
-                guests.answer()
-                if clock.now() - swept_at >= _SWEEP_S:
-                    guests.sweep()
+            while not self._closing.wait(self._limits.look_s):
+                agents.answer_greetings()
+                if clock.now() - swept_at >= self._limits.sweep_s:
+                    agents.drop_broken()
                     swept_at = clock.now()
         finally:
             agent.close()

@@ -2,8 +2,8 @@
 
 A peer carries no batch before it has said that it holds the segment: over TCP UCX writes wherever it is told to, in
 whatever process listens at the address by then. NIXL cannot take a request back: one that a silent peer holds may
-write into its buffer, whatever NIXL says, until the whole agent is closed. Over TCP bytes therefore go through memory
-of ours, which outlives whoever gave up waiting; over RDMA the agent is closed.
+write into its buffer, whatever NIXL says, until the whole agent is closed. Over TCP bytes therefore go through bounce
+buffers of the port, which outlive a caller that gave up waiting; over RDMA the agent is closed.
 """
 
 import logging
@@ -13,37 +13,37 @@ from collections.abc import Mapping, Sequence
 from kvcore.errors import ConfigError, PeerUnreachableError, SegmentUnknownError, TransferError, TransferProtocolError
 from kvcore.telemetry import log_fields
 from transfer.base import Direction
+from transfer.fragments import FRAGMENT_BYTES, Fragment
 from transfer.nixl.binding import NixlAgent, NixlLibrary, address_of
-from transfer.nixl.descriptor import Answer, Hello, NixlDescriptor, pack_hello, parse_welcome
+from transfer.nixl.descriptor import HelloAnswer, NixlDescriptor, NixlHello, pack_hello, parse_welcome
+from transfer.nixl.limits import NixlLimits
 from transfer.nixl.peer import Peer, Request
-from transfer.nixl.registrations import Claim, Registrations
-from transfer.pieces import PIECE_BYTES, Piece
+from transfer.nixl.registrations import RegisteredRange, Registrations
 
 _LOG = logging.getLogger("transfer")
-MAX_PEERS = 256
-"""Connections of one process; the one that was longest idle goes first."""
-WINDOW_BYTES = 256 << 20
-WINDOW_REQUESTS = 64
-"""In NIXL's hands at once, of all batches."""
 REQUEST_BYTES = 32 << 20
-REQUEST_PIECES = 256
-_REQUESTS_A_BATCH = 2
-"""The next is handed over while one moves."""
-_AGAIN_S = 0.1
-"""A greeting is said again until it was answered: saying it is also how a dead peer shows."""
+REQUEST_FRAGMENTS = 256
+"""Of one request at most."""
 
 
 class Port:
     """All of it runs in the worker's thread, or before it starts. Opening raises ConfigError.
 
-    `one_at_a_time`: a peer has one request at a time on its way, of one piece. Over TCP, UCX (1.13 to 1.23) aborts the
-    *target's* process when an initiator dies with several reads on their way: in 8 of 105 such deaths; with one at a
-    time in none of 210.
+    `one_at_a_time`: a peer has one request at a time on its way, of one fragment. Over TCP, UCX (1.13 to 1.23) aborts
+    the *target's* process when an initiator dies with several reads on their way: in 8 of 105 such deaths; with one at
+    a time in none of 210.
     """
 
     def __init__(
-        self, library: NixlLibrary, options: Mapping[str, str], regions: Sequence[memoryview], *, one_at_a_time: bool
+        self,
+        library: NixlLibrary,
+        options: Mapping[str, str],
+        regions: Sequence[memoryview],
+        *,
+        one_at_a_time: bool,
+        limits: NixlLimits,
     ) -> None:
+        self._limits = limits
         self.one_at_a_time = one_at_a_time
         self.close_by: float | None = None
         """Set when it takes no new batches any more."""
@@ -53,7 +53,7 @@ class Port:
         self._peers: dict[str, Peer] = {}
         self._requests: set[Request] = set()
         self._abandoned: list[Request] = []
-        self._slabs: list[bytearray] = []
+        self._bounces: list[bytearray] = []
         self.num_bytes = 0
         """Of the requests under way."""
         try:
@@ -63,6 +63,13 @@ class Port:
             self.close()
             raise
 
+    def __repr__(self) -> str:
+        state = "open" if self.close_by is None else "retiring"
+        return (
+            f"<Port {self._agent.name} {state} peers={len(self._peers)} requests={self.num_requests} "
+            f"abandoned={len(self._abandoned)} bytes={self.num_bytes}>"
+        )
+
     @property
     def num_requests(self) -> int:
         """Under way, those included that were abandoned."""
@@ -71,23 +78,31 @@ class Port:
     @property
     def waiting(self) -> bool:
         """Whether a peer has still to answer."""
-        return any(not peer.welcome and peer.error is None for peer in self._peers.values())
+        return any(not peer.confirmed and peer.error is None for peer in self._peers.values())
 
     def register(self, region: memoryview) -> None:
         """Register memory for good. Raises ConfigError."""
         self._registrations.add(address_of(region), region.nbytes)
 
     def peer(self, key: str, descriptor: NixlDescriptor, now: float) -> Peer:
-        """The connection to a segment, made if need be. Raises PeerUnreachableError."""
+        """The connection to a segment, made if need be. Raises PeerUnreachableError.
+
+        Four cases:
+        1. there is one, and nothing is wrong with it: it is used;
+        2. it failed, and batches or requests are still on it: NIXL would free those a second time if it were dropped,
+           so the new batch fails as they do;
+        3. it failed, and nothing is on it: it is dropped, and another is made;
+        4. there is none: one is made, for which the one that was idle longest may have to go.
+        """
         found = self._peers.get(key)
-        if found is not None and found.error is None:
+        if found is not None and found.error is None:  # case 1
             found.used_at = now
             return found
-        if found is not None and (found.jobs or found.num_requests):
+        if found is not None and (found.num_batches or found.num_requests):  # case 2
             raise found.error or PeerUnreachableError(f"segment {descriptor.segment_id}: the connection broke")
-        if found is not None:
+        if found is not None:  # case 3
             self._drop(found)
-        if len(self._peers) >= MAX_PEERS:
+        if len(self._peers) >= self._limits.max_peers:
             self._make_room()
         name = self._agent.load(descriptor.metadata)
         peer = Peer(key, descriptor, name, secrets.randbits(63), made_at=now, used_at=now)
@@ -99,55 +114,60 @@ class Port:
         """Whether a batch with `under_way` requests on their way may hand over another."""
         if self.one_at_a_time:
             return not peer.num_requests
-        room = self.num_bytes < WINDOW_BYTES and self.num_requests < WINDOW_REQUESTS
-        return room and under_way < _REQUESTS_A_BATCH
+        limits = self._limits
+        room = self.num_bytes < limits.window_bytes and self.num_requests < limits.window_requests
+        return room and under_way < limits.batch_requests
 
-    def post(self, direction: Direction, peer: Peer, pieces: Sequence[Piece]) -> Request:
-        """Hand pieces to NIXL; one piece, if one at a time. Raises TransferError."""
+    def post(self, direction: Direction, peer: Peer, fragments: Sequence[Fragment]) -> Request:
+        """Hand fragments to NIXL; one of them, if one at a time. Raises TransferError, and then nothing is held.
+
+        Over TCP the fragment goes through a bounce buffer, registered for good; over RDMA NIXL reads and writes the
+        caller's buffers, registered for as long as the request lasts.
+        """
         if self.one_at_a_time:
-            request = self._post_slab(direction, peer, pieces[0])
+            request = self._post_bounced(direction, peer, fragments[0])
         else:
-            request = self._post_claims(direction, peer, pieces)
+            request = self._post_in_place(direction, peer, fragments)
         self._requests.add(request)
         self.num_bytes += request.num_bytes
         peer.num_requests += 1
         return request
 
-    def _post_slab(self, direction: Direction, peer: Peer, piece: Piece) -> Request:
-        size = piece.view.nbytes
-        slab = self._slabs.pop() if self._slabs else self._new_slab()
+    def _post_bounced(self, direction: Direction, peer: Peer, fragment: Fragment) -> Request:
+        size = fragment.view.nbytes
+        bounce = self._bounces.pop() if self._bounces else self._new_bounce()
         if direction == "write":
-            slab[:size] = piece.view
-        remote = [(peer.descriptor.base + piece.offset, size)]
+            bounce[:size] = fragment.view
+        remote = [(peer.descriptor.base + fragment.offset, size)]
         try:
-            handle = self._agent.post(direction, [(address_of(memoryview(slab)), size)], remote, peer.name)
+            handle = self._agent.post(direction, [(address_of(memoryview(bounce)), size)], remote, peer.name)
         except TransferError:
-            self._slabs.append(slab)
+            self._bounces.append(bounce)
             raise
-        return Request(handle, direction, peer, [piece], size, slab=slab)
+        return Request(handle, direction, peer, [fragment], size, bounce=bounce)
 
-    def _new_slab(self) -> bytearray:
-        slab = bytearray(PIECE_BYTES)
-        self._registrations.add(address_of(memoryview(slab)), len(slab))
-        return slab
+    def _new_bounce(self) -> bytearray:
+        bounce = bytearray(FRAGMENT_BYTES)
+        self._registrations.add(address_of(memoryview(bounce)), len(bounce))
+        return bounce
 
-    def _post_claims(self, direction: Direction, peer: Peer, pieces: Sequence[Piece]) -> Request:
-        claims: list[Claim] = []
+    def _post_in_place(self, direction: Direction, peer: Peer, fragments: Sequence[Fragment]) -> Request:
+        ranges: list[RegisteredRange] = []
         local: list[tuple[int, int]] = []
-        used: list[Piece] = []
+        used: list[Fragment] = []
         try:
-            for piece in pieces:
-                taken, claim = self._claim(direction, piece)
-                claims.append(claim)
-                used.append(taken)
-                local.append((address_of(taken.view), taken.view.nbytes))
-            remote = [(peer.descriptor.base + piece.offset, piece.view.nbytes) for piece in pieces]
+            for fragment in fragments:
+                registered, found = self._registered(direction, fragment)
+                ranges.append(found)
+                used.append(registered)
+                local.append((address_of(registered.view), registered.view.nbytes))
+            remote = [(peer.descriptor.base + fragment.offset, fragment.view.nbytes) for fragment in fragments]
             handle = self._agent.post(direction, local, remote, peer.name)
         except TransferError:
-            for claim in claims:
-                self._registrations.give(claim)
+            for one in ranges:
+                self._registrations.release(one)
             raise
-        return Request(handle, direction, peer, used, sum(size for _, size in local), claims=claims)
+        return Request(handle, direction, peer, used, sum(size for _, size in local), ranges=ranges)
 
     def over(self, request: Request) -> bool:
         """Whether a request has ended; if so its bytes are where they belong, and it is released.
@@ -166,10 +186,10 @@ class Port:
 
     def abandon(self, request: Request) -> bool:
         """Have a request end without its caller, if it touches no memory of the caller's. Its peer waits for it."""
-        if request.slab is not None:
-            request.pieces = ()
+        if request.bounce is not None:
+            request.fragments = ()
             self._abandoned.append(request)
-        return request.slab is not None
+        return request.bounce is not None
 
     def reap(self) -> None:
         """Release what was abandoned and has ended. Moves the agent on."""
@@ -182,14 +202,18 @@ class Port:
             self._abandoned.remove(request)
 
     def listen(self, now: float) -> None:
-        """Hear answers, greet again who has not answered, let go of broken connections. Moves the agent on."""
+        """Collect answers, greet again who has not answered, drop failed connections that nothing is on.
+
+        Moves the agent on.
+        """
         for sender, messages in self._agent.messages().items():
             for message in messages:
-                self._hear(sender, message)
+                self._receive(sender, message)
         for peer in list(self._peers.values()):
-            if not peer.welcome and peer.error is None and now - peer.greeted_at >= _AGAIN_S:
+            unanswered = not peer.confirmed and peer.error is None
+            if unanswered and now - peer.greeted_at >= self._limits.greet_again_s:
                 self._greet(peer, now)
-            if peer.error is not None and not peer.jobs and not peer.num_requests:
+            if peer.error is not None and not peer.num_batches and not peer.num_requests:
                 self._drop(peer)
 
     def close(self) -> None:
@@ -199,63 +223,65 @@ class Port:
         self._requests.clear()
         self._agent.close()
 
-    def _claim(self, direction: Direction, piece: Piece) -> tuple[Piece, Claim]:
-        """Registered memory for a piece: its own, or a copy where another batch's overlaps it."""
+    def _registered(self, direction: Direction, fragment: Fragment) -> tuple[Fragment, RegisteredRange]:
+        """The fragment with registered memory: its own, or a copy where another batch's overlaps it."""
         try:
-            claim = self._registrations.take(address_of(piece.view), piece.view.nbytes)
-            if claim is None:
-                copied = bytearray(piece.view.nbytes) if direction == "read" else bytearray(piece.view)
-                piece = Piece(piece.offset, memoryview(copied), piece.parts or (piece.view,))
-                claim = self._registrations.take(address_of(piece.view), piece.view.nbytes)
+            found = self._registrations.acquire(address_of(fragment.view), fragment.view.nbytes)
+            if found is None:
+                copied = bytearray(fragment.view.nbytes) if direction == "read" else bytearray(fragment.view)
+                fragment = Fragment(fragment.offset, memoryview(copied), fragment.parts or (fragment.view,))
+                found = self._registrations.acquire(address_of(fragment.view), fragment.view.nbytes)
         except ConfigError as error:
             raise TransferError(error.message) from error
-        assert claim is not None, "fresh memory overlaps nothing"
-        return piece, claim
+        assert found is not None, "fresh memory overlaps nothing"
+        return fragment, found
 
     def _release(self, request: Request) -> None:
         self._requests.discard(request)
         self.num_bytes -= request.num_bytes
         request.peer.num_requests -= 1
         self._agent.release(request.handle)
-        if request.slab is not None:
-            self._slabs.append(request.slab)
-        for claim in request.claims:
-            self._registrations.give(claim)
+        if request.bounce is not None:
+            self._bounces.append(request.bounce)
+        for found in request.ranges:
+            self._registrations.release(found)
 
     def _greet(self, peer: Peer, now: float) -> None:
         peer.greeted_at = now
-        hello = Hello(peer.nonce, peer.descriptor.segment_id, self._hello)
+        hello = NixlHello(peer.nonce, peer.descriptor.segment_id, self._hello)
         try:
             self._agent.send(peer.name, pack_hello(hello))
         except PeerUnreachableError as error:
             peer.fail(PeerUnreachableError(f"segment {peer.descriptor.segment_id}: {error.message}"))
 
-    def _hear(self, sender: str, message: bytes) -> None:
+    def _receive(self, sender: str, message: bytes) -> None:
         if not message:  # a host asking whether we are still here
             return
         try:
-            said = parse_welcome(message)
+            welcome = parse_welcome(message)
         except TransferProtocolError as error:
             log_fields(_LOG, logging.WARNING, "transfer.peer_broke_protocol", peer=sender, error=error.message)
             return
         for peer in self._peers.values():
-            if (peer.name, peer.nonce) == (sender, said.nonce) and peer.error is None:
-                self._answered(peer, said.answer)
+            if (peer.name, peer.nonce) == (sender, welcome.nonce) and peer.error is None:
+                self._answered(peer, welcome.answer)
 
-    def _answered(self, peer: Peer, answer: Answer) -> None:
+    def _answered(self, peer: Peer, answer: HelloAnswer) -> None:
         segment = peer.descriptor.segment_id
-        if answer is Answer.UNKNOWN:
+        if answer is HelloAnswer.UNKNOWN:
             peer.fail(SegmentUnknownError(f"segment {segment} is not at its address any more"))
-        elif answer is Answer.FULL:
+        elif answer is HelloAnswer.FULL:
             peer.fail(PeerUnreachableError(f"segment {segment}: its node takes no more connections"))
-        elif not peer.welcome:
-            peer.welcome = True
+        elif not peer.confirmed:
+            peer.confirmed = True
             log_fields(_LOG, logging.INFO, "transfer.nixl_connected", segment=segment)
 
     def _make_room(self) -> None:
-        idle = [peer for peer in self._peers.values() if not peer.jobs and not peer.num_requests]
+        idle = [peer for peer in self._peers.values() if not peer.num_batches and not peer.num_requests]
         if not idle:
-            raise PeerUnreachableError(f"{MAX_PEERS} connections are in use, and none is left for another segment")
+            raise PeerUnreachableError(
+                f"{self._limits.max_peers} connections are in use, and none is left for another segment"
+            )
         self._drop(min(idle, key=lambda peer: peer.used_at))
 
     def _drop(self, peer: Peer) -> None:

@@ -24,13 +24,13 @@ class Registrar(Protocol):
 
 
 @dataclass(eq=False, slots=True)
-class Claim:
-    """One registered range `[start, end)` and how many use it; one that is `lasting` stays without users."""
+class RegisteredRange:
+    """`[start, end)` and how many batches use it; one that is `permanent` stays without users."""
 
     start: int
     end: int
     registered: Any
-    lasting: bool
+    permanent: bool
     users: int = 0
 
 
@@ -39,53 +39,53 @@ class Registrations:
 
     def __init__(self, registrar: Registrar) -> None:
         self._registrar = registrar
-        self._claims: list[Claim] = []
+        self._ranges: list[RegisteredRange] = []
 
     def __len__(self) -> int:
-        return len(self._claims)
+        return len(self._ranges)
 
     def add(self, address: int, size: int) -> None:
         """Register a region for good. Raises ConfigError, also if part of it is in use by a batch or a region."""
-        claim = self._covering(address, size)
-        if claim is None:
-            claim = self._register(address, size)
-        if claim is None:
+        found = self._covering(address, size)
+        if found is None:
+            found = self._register(address, size)
+        if found is None:
             raise ConfigError(f"a region of {size} bytes overlaps memory that is registered already")
-        claim.lasting = True
+        found.permanent = True
 
-    def take(self, address: int, size: int) -> Claim | None:
-        """Have a range registered until `give`; None if it overlaps one that does not hold all of it."""
-        claim = self._covering(address, size) or self._register(address, size)
-        if claim is not None:
-            claim.users += 1
-        return claim
+    def acquire(self, address: int, size: int) -> RegisteredRange | None:
+        """Have a range registered until `release`; None if it overlaps one that does not hold all of it."""
+        found = self._covering(address, size) or self._register(address, size)
+        if found is not None:
+            found.users += 1
+        return found
 
-    def give(self, claim: Claim) -> None:
-        """The end of one `take`."""
-        claim.users -= 1
-        if claim.users == 0 and not claim.lasting:
-            del self._claims[self._after(claim.start) - 1]
-            self._registrar.deregister(claim.registered)
+    def release(self, found: RegisteredRange) -> None:
+        """The end of one `acquire`."""
+        found.users -= 1
+        if found.users == 0 and not found.permanent:
+            del self._ranges[self._after(found.start) - 1]
+            self._registrar.deregister(found.registered)
 
     def _after(self, address: int) -> int:
         """Index of the first range that starts behind `address`."""
-        return bisect.bisect_right(self._claims, address, key=_start)
+        return bisect.bisect_right(self._ranges, address, key=_start)
 
-    def _covering(self, address: int, size: int) -> Claim | None:
+    def _covering(self, address: int, size: int) -> RegisteredRange | None:
         index = self._after(address)
-        before = self._claims[index - 1] if index else None
+        before = self._ranges[index - 1] if index else None
         return before if before is not None and before.end >= address + size else None
 
-    def _register(self, address: int, size: int) -> Claim | None:
+    def _register(self, address: int, size: int) -> RegisteredRange | None:
         index = self._after(address)
-        if index and self._claims[index - 1].end > address:
+        if index and self._ranges[index - 1].end > address:
             return None
-        if index < len(self._claims) and self._claims[index].start < address + size:
+        if index < len(self._ranges) and self._ranges[index].start < address + size:
             return None
-        claim = Claim(address, address + size, self._registrar.register([(address, size)]), lasting=False)
-        self._claims.insert(index, claim)
-        return claim
+        found = RegisteredRange(address, address + size, self._registrar.register([(address, size)]), permanent=False)
+        self._ranges.insert(index, found)
+        return found
 
 
-def _start(claim: Claim) -> int:
-    return claim.start
+def _start(found: RegisteredRange) -> int:
+    return found.start

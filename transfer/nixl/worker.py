@@ -11,41 +11,31 @@ from collections.abc import Callable
 from kvcore.clock import SystemClock
 from kvcore.errors import ConfigError, PeerUnreachableError, TransferError
 from kvcore.telemetry import log_fields
-from transfer.nixl.batch import Batch
+from transfer.nixl.batch import NixlBatch
 from transfer.nixl.binding import NixlLibrary, has_nvidia_gpu, nixl_options
+from transfer.nixl.limits import NixlLimits
 from transfer.nixl.peer import Peer
 from transfer.nixl.port import Port
 from transfer.ucx.devices import UcxPlan
 
 _LOG = logging.getLogger("transfer")
-_SPIN_S = 50e-6
-"""An answer over a fast network takes less than a nap."""
-_NAP_S = 30e-6
-_IDLE_S = 0.5
-_LISTEN_S = 0.2
-_DRAIN_S = 0.5
-"""For batches to end in order before everything is cut."""
-_OTHERS_S = 1.0
-"""What the other batches of an agent that must be closed may still take."""
-_CONNECT_S = 5.0
-"""A connection that is older without an answer, and on which a batch ended, is given up for a fresh one."""
-_MAX_RETIRING = 4
 
 
 class NixlWorker:
-    """Batches of one process towards others.
+    """BatchWorker of one process towards others.
 
     Opening raises ConfigError. `start` starts the thread; without it, `close_unstarted` gives everything back.
     """
 
-    def __init__(self, library: NixlLibrary, plan: UcxPlan, name: str) -> None:
+    def __init__(self, library: NixlLibrary, plan: UcxPlan, name: str, limits: NixlLimits = NixlLimits()) -> None:
         self.library = library
+        self._limits = limits
         self._options = nixl_options(plan.options(), has_nvidia_gpu())
         self._one_at_a_time = self._over_tcp(plan)
         self._clock = SystemClock()
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._regions: list[memoryview] = []
-        self._batches: list[Batch] = []
+        self._batches: list[NixlBatch] = []
         self._retiring: list[Port] = []
         self._stopping = False
         self._open = True
@@ -54,6 +44,11 @@ class NixlWorker:
         self._moved_at = self._listened_at = 0.0
         self._port: Port | None = self._open_port()
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def __repr__(self) -> str:
+        state = "stopping" if self._stopping else "open" if self._open else "closed"
+        ports = [*self._retiring, *([self._port] if self._port is not None else [])]
+        return f"<NixlWorker {self.thread.name} {state} batches={len(self._batches)} ports={ports}>"
 
     # --- from other threads ---
 
@@ -66,26 +61,26 @@ class NixlWorker:
         self._shut_down()
 
     def call(self, command: Callable[[], None]) -> bool:
-        """Have the thread call `command`, soon. False once the thread has ended: then nothing is called."""
+        """As BatchWorker.call."""
         with self._lock:
             if self._open:
                 self._commands.put(command)
             return self._open
 
     def stop(self) -> None:
-        """End the thread soon, within a second; every batch ends before. Call once, then join `thread`."""
+        """As BatchWorker.stop: within a second."""
         self.call(self._stop)
 
     # --- in the thread ---
 
     def register(self, region: memoryview) -> None:
-        """Register memory until the end. Raises ConfigError."""
+        """As BatchWorker.register."""
         if self._port is not None:
             self._port.register(region)
         self._regions.append(region)
 
-    def add(self, batch: Batch, key: str) -> None:
-        """Begin a batch on the segment with the address `key`."""
+    def add(self, batch: NixlBatch, key: str) -> None:
+        """As BatchWorker.add."""
         try:
             if self._stopping:
                 raise PeerUnreachableError("the transport is closed")
@@ -96,11 +91,11 @@ class NixlWorker:
             batch.finish()
             return
         batch.port, batch.peer = port, peer
-        peer.jobs += 1
+        peer.num_batches += 1
         self._batches.append(batch)
 
-    def stop_batch(self, batch: Batch, error: TransferError, grace_s: float) -> None:
-        """End a batch with `error`: in order if its peer answers within `grace_s`, else with the agent."""
+    def stop_batch(self, batch: NixlBatch, error: TransferError, grace_s: float) -> None:
+        """As BatchWorker.stop_batch: in order if its peer answers within `grace_s`, else with the agent."""
         batch.stop(error, self._clock.now() + grace_s)
 
     @staticmethod
@@ -109,11 +104,11 @@ class NixlWorker:
         return "tcp" in plan.tls.split(",")
 
     def _open_port(self) -> Port:
-        return Port(self.library, self._options, self._regions, one_at_a_time=self._one_at_a_time)
+        return Port(self.library, self._options, self._regions, one_at_a_time=self._one_at_a_time, limits=self._limits)
 
     def _current_port(self) -> Port:
         if self._port is None:
-            while len(self._retiring) >= _MAX_RETIRING:
+            while len(self._retiring) >= self._limits.max_retiring:
                 self._close(self._retiring[0])
             try:
                 self._port = self._open_port()
@@ -124,16 +119,16 @@ class NixlWorker:
     def _run(self) -> None:
         try:
             while not self._stopping:
-                self._run_commands(self._rest())
-                self._turn()
+                self._run_commands(self._wait_s())
+                self._step()
         finally:
             self._shut_down()
 
-    def _rest(self) -> float:
+    def _wait_s(self) -> float:
         """How long to wait for a command."""
         if not self._batches:
-            return _IDLE_S
-        return 0.0 if self._clock.now() - self._moved_at < _SPIN_S else _NAP_S
+            return self._limits.idle_s
+        return 0.0 if self._clock.now() - self._moved_at < self._limits.spin_s else self._limits.nap_s
 
     def _run_commands(self, wait_s: float) -> None:
         try:
@@ -144,23 +139,23 @@ class NixlWorker:
         except queue.Empty:
             return
 
-    def _turn(self) -> None:
+    def _step(self) -> None:
         now = self._clock.now()
         ports = [*self._retiring, *([self._port] if self._port is not None else [])]
-        if now - self._listened_at > _LISTEN_S or any(port.waiting for port in ports):
+        if now - self._listened_at > self._limits.listen_s or any(port.waiting for port in ports):
             self._listened_at = now
             for port in ports:
                 port.listen(now)
         for port in ports:
             port.reap()
-        if self._look_at_batches(now):
+        if self._advance_batches(now):
             self._moved_at = now
         for port in self._retiring[:]:
             others = [batch for batch in self._batches if batch.port is port and not _late(batch, now)]
             if not others or (port.close_by is not None and now >= port.close_by):
                 self._close(port)
 
-    def _look_at_batches(self, now: float) -> bool:
+    def _advance_batches(self, now: float) -> bool:
         """Move every batch on; True if something moved."""
         moved_any = False
         for batch in self._batches[:]:
@@ -173,17 +168,17 @@ class NixlWorker:
                 self._retire(batch.port, now)
         return moved_any
 
-    def _end(self, batch: Batch, peer: Peer, now: float) -> None:
+    def _end(self, batch: NixlBatch, peer: Peer, now: float) -> None:
         self._batches.remove(batch)
         batch.finish()
-        peer.jobs -= 1
-        if not peer.welcome and now - peer.made_at > _CONNECT_S:
+        peer.num_batches -= 1
+        if not peer.confirmed and now - peer.made_at > self._limits.connect_s:
             peer.fail(PeerUnreachableError(f"segment {peer.descriptor.segment_id}: no answer"))
 
     def _retire(self, port: Port, now: float) -> None:
-        """Give an agent no new batches; `_turn` closes it, as soon as only late ones are left on it."""
+        """Give an agent no new batches; `_step` closes it, as soon as only late ones are left on it."""
         if port.close_by is None:
-            port.close_by = now + _OTHERS_S
+            port.close_by = now + self._limits.others_s
             self._retiring.append(port)
             self._port = None
             log_fields(_LOG, logging.WARNING, "transfer.nixl_cut", reason="a peer does not answer")
@@ -206,12 +201,12 @@ class NixlWorker:
             self._open = False
         self._run_commands(0)
         closed = PeerUnreachableError("the transport is closed")
-        until = self._clock.now() + _DRAIN_S
+        until = self._clock.now() + self._limits.drain_s
         for batch in self._batches:
             batch.stop(closed, until)
         while self._batches and self._clock.now() < until:
-            self._look_at_batches(self._clock.now())
-            self._run_commands(_NAP_S)
+            self._advance_batches(self._clock.now())
+            self._run_commands(self._limits.nap_s)
         if self._port is not None:
             self._retiring.append(self._port)
             self._port = None
@@ -219,5 +214,5 @@ class NixlWorker:
             self._close(port)
 
 
-def _late(batch: Batch, now: float) -> bool:
+def _late(batch: NixlBatch, now: float) -> bool:
     return batch.give_up_at is not None and now >= batch.give_up_at

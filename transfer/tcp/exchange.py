@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from kvcore.errors import PeerUnreachableError, SegmentUnknownError, TransferError, TransferProtocolError
 from kvcore.types import Segment
 from transfer.base import Direction
-from transfer.blocking import Deadline
-from transfer.stripes import Part, shown_groups
+from transfer.blocking import BatchDeadline
+from transfer.stripes import OpSlice, shown_groups
 from transfer.tcp import wire
 from transfer.tcp.sockets import Check, not_empty, recv_bytes, recv_now, recv_views, send_now, send_views
 
@@ -70,6 +70,11 @@ class Connection:
         """That which watches it."""
         self._answer: _Answer | None = None
         self._broken = False
+
+    def __repr__(self) -> str:
+        watched = "loop" if self._loop is not None else "thread"
+        state = "broken" if self._broken else "waiting" if self._answer is not None else "idle"
+        return f"<Connection fd={self.sock.fileno()} greeted={self.greeted} by={watched} {state}>"
 
     @property
     def usable(self) -> bool:
@@ -132,7 +137,7 @@ class Connection:
 class Exchange:
     """Moves `parts` to or from `segment`. One use."""
 
-    def __init__(self, direction: Direction, segment: Segment, parts: list[Part]) -> None:
+    def __init__(self, direction: Direction, segment: Segment, parts: list[OpSlice]) -> None:
         self._writing = direction == "write"
         self._segment = segment
         self._parts = parts
@@ -142,7 +147,7 @@ class Exchange:
         """Whether it is one frame of at most `max_bytes`."""
         return self._num_bytes <= max_bytes and len(self._parts) <= wire.MAX_OPS
 
-    def run(self, connection: Connection, deadline: Deadline) -> None:
+    def run(self, connection: Connection, deadline: BatchDeadline) -> None:
         """Blocks; whoever is late or cancelled shuts the socket down. Raises TransferError."""
         check = deadline.remaining
         try:
@@ -155,7 +160,7 @@ class Exchange:
         except OSError as error:
             raise self._broke(error) from error
 
-    async def run_on_loop(self, connection: Connection, deadline: Deadline) -> None:
+    async def run_on_loop(self, connection: Connection, deadline: BatchDeadline) -> None:
         """For an exchange that `fits_the_loop`, on a connection that was greeted. Raises TransferError."""
         sock = connection.sock
         request, wanted = self._request(connection, self._parts)
@@ -183,7 +188,7 @@ class Exchange:
                 for view in part.views:
                     part.show(view)
 
-    def _request(self, connection: Connection, parts: Sequence[Part]) -> tuple[bytes, wire.Header]:
+    def _request(self, connection: Connection, parts: Sequence[OpSlice]) -> tuple[bytes, wire.Header]:
         """The next request's first bytes and the header that answers it."""
         request_id = next(connection.request_ids)
         kind = wire.FrameKind.WRITE if self._writing else wire.FrameKind.READ
@@ -193,7 +198,7 @@ class Exchange:
         total = sum(part.num_bytes for part in parts)
         return request, wire.Header(wire.FrameKind.DATA, len(parts), payload_bytes=total, request_id=request_id)
 
-    def _frame(self, connection: Connection, parts: Sequence[Part], check: Check) -> None:
+    def _frame(self, connection: Connection, parts: Sequence[OpSlice], check: Check) -> None:
         sock = connection.sock
         request, wanted = self._request(connection, parts)
         views = [view for part in parts for view in part.views]
@@ -246,7 +251,7 @@ def _expect(header: wire.Header, wanted: wire.Header) -> None:
         raise TransferProtocolError(f"expected {wanted}, the peer sent {header}")
 
 
-def _show_each(parts: Sequence[Part], move: Callable[[list[memoryview], int], None]) -> None:
+def _show_each(parts: Sequence[OpSlice], move: Callable[[list[memoryview], int], None]) -> None:
     """`move` a group of views, told how many bytes there are behind it, show it, and so on."""
     behind = sum(part.num_bytes for part in parts)
     for group in shown_groups(parts, _SHOWN_BYTES):
@@ -276,6 +281,6 @@ def _wake(future: "asyncio.Future[None]") -> None:
         future.set_result(None)
 
 
-def _late(future: "asyncio.Future[None]", deadline: Deadline) -> None:
+def _late(future: "asyncio.Future[None]", deadline: BatchDeadline) -> None:
     if not future.done():
         future.set_exception(deadline.error())

@@ -11,16 +11,14 @@ import threading
 
 from kvcore.errors import ConfigError, SegmentUnknownError, TransferError, TransferProtocolError
 from kvcore.telemetry import log_fields
-from transfer.blocking import Deadline
+from transfer.blocking import BatchDeadline, ended
 from transfer.tcp import wire
+from transfer.tcp.limits import TcpLimits
 from transfer.tcp.sockets import Inbox, join_address, limit_waits, send_views, shut_down, tune
 
 _LOG = logging.getLogger("transfer")
 _BACKLOG = 128
-_CLOSE_TIMEOUT_S = 5.0
-_GOODBYE_S = 1.0
 _GOODBYE_BYTES = 64 << 10
-_ACCEPT_PAUSE_S = 0.1
 _AHEAD_BYTES = 16 << 10
 """Received with a request's header. A small write is one system call; of a large one that much is copied twice."""
 
@@ -29,8 +27,7 @@ class TcpSegmentHost:
     """SegmentHost over TCP.
 
     `memory` is the whole segment; it must outlive this host's `aclose`. `advertise_host` is what peers are told, where
-    it differs from what is bound. A connection may be idle for `idle_timeout_s`; once a message began, each step of it
-    has `message_timeout_s`. Connections beyond `max_connections` are closed at once.
+    it differs from what is bound.
     """
 
     def __init__(
@@ -41,23 +38,24 @@ class TcpSegmentHost:
         port: int = 0,
         *,
         advertise_host: str | None = None,
-        max_connections: int = 256,
-        idle_timeout_s: float = 600.0,
-        message_timeout_s: float = 30.0,
+        limits: TcpLimits = TcpLimits(),
     ) -> None:
         self._segment_id = segment_id
         self._memory = memory
         self._bind = (host, port)
         self._advertise_host = advertise_host or host
-        self._max_connections = max_connections
-        self._idle_timeout_s = idle_timeout_s
-        self._message_timeout_s = message_timeout_s
+        self._limits = limits
         self._listener: socket.socket | None = None
         self._acceptor: threading.Thread | None = None
         self._closing = threading.Event()
         self._lock = threading.Lock()
         self._connections: dict[socket.socket, threading.Thread] = {}
         self._port = port
+
+    def __repr__(self) -> str:
+        state = "closing" if self._closing.is_set() else "serving" if self._listener is not None else "not started"
+        connections = f"{len(self._connections)}/{self._limits.max_connections}"
+        return f"<TcpSegmentHost {self._segment_id} {self.address} {state} connections={connections}>"
 
     @property
     def address(self) -> str:
@@ -97,30 +95,29 @@ class TcpSegmentHost:
             for sock in self._connections:
                 shut_down(sock)
         self._listener.close()
-        async with asyncio.timeout(_CLOSE_TIMEOUT_S):
-            while any(thread.is_alive() for thread in threads):  # noqa: ASYNC110  (threads set no asyncio.Event)
-                await asyncio.sleep(0.001)
+        async with asyncio.timeout(self._limits.close_s):
+            await ended(*threads)
 
     def _accept(self, listener: socket.socket) -> None:
         while not self._closing.is_set():
             try:
                 sock, _ = listener.accept()
             except OSError as error:
-                if not self._closing.wait(_ACCEPT_PAUSE_S):  # out of descriptors, say: try again soon
+                if not self._closing.wait(self._limits.accept_pause_s):  # out of descriptors, say: try again soon
                     log_fields(_LOG, logging.WARNING, "transfer.accept_failed", error=str(error))
                 continue
-            if refused := self._take_on(sock):
+            if refused := self._start_serving(sock):
                 sock.close()
                 log_fields(_LOG, logging.WARNING, "transfer.connection_refused", reason=refused)
 
-    def _take_on(self, sock: socket.socket) -> str | None:
+    def _start_serving(self, sock: socket.socket) -> str | None:
         """Serve it in a thread of its own, or say why not."""
         thread = threading.Thread(target=self._serve, args=(sock,), name="kvferry-tcp-serve", daemon=True)
         with self._lock:
             if self._closing.is_set():
                 return "closing"
-            if len(self._connections) >= self._max_connections:
-                return f"{self._max_connections} are open"
+            if len(self._connections) >= self._limits.max_connections:
+                return f"{self._limits.max_connections} are open"
             self._connections[sock] = thread
             try:
                 thread.start()
@@ -132,17 +129,17 @@ class TcpSegmentHost:
     def _serve(self, sock: socket.socket) -> None:
         """One connection, to its end."""
         try:
-            tune(sock)
-            limit_waits(sock, receive_s=self._message_timeout_s, send_s=self._message_timeout_s)
+            tune(sock, self._limits)
+            limit_waits(sock, receive_s=self._limits.message_timeout_s, send_s=self._limits.message_timeout_s)
             inbox = Inbox(sock, _AHEAD_BYTES)
             self._greet(sock, inbox)
             while self._answer(sock, inbox):
                 pass
         except TransferProtocolError as error:
             log_fields(_LOG, logging.WARNING, "transfer.peer_broke_protocol", error=error.message)
-            _say(sock, error)
+            _send_error(sock, error, self._limits.goodbye_s)
         except SegmentUnknownError as error:
-            _say(sock, error)
+            _send_error(sock, error, self._limits.goodbye_s)
         except (TransferError, OSError) as error:  # OSError: timeouts too
             log_fields(_LOG, logging.DEBUG, "transfer.connection_ended", error=str(error))
         finally:
@@ -151,29 +148,29 @@ class TcpSegmentHost:
             sock.close()
 
     def _greet(self, sock: socket.socket, inbox: Inbox) -> None:
-        deadline = Deadline(self._message_timeout_s)
+        deadline = BatchDeadline(self._limits.message_timeout_s)
         header = wire.parse_header(inbox.take(wire.HEADER_BYTES, deadline.remaining))
         wire.check_text(header, wire.FrameKind.HELLO)
         wanted = inbox.take(header.payload_bytes, deadline.remaining).decode(errors="replace")
         if wanted != self._segment_id:
             raise SegmentUnknownError(f"segment {wanted} is not here, this is {self._segment_id}")
         send_views(sock, [wire.pack_welcome(self._segment_id, self._memory.nbytes)], deadline.remaining)
-        limit_waits(sock, receive_s=self._idle_timeout_s)
+        limit_waits(sock, receive_s=self._limits.idle_timeout_s)
 
     def _answer(self, sock: socket.socket, inbox: Inbox) -> bool:
         """Serve one request; False when the peer closed the connection instead of sending one."""
         if not inbox.wait():
             return False
-        deadline = Deadline(self._message_timeout_s)
+        deadline = BatchDeadline(self._limits.message_timeout_s)
         whole = inbox.num_bytes >= wire.HEADER_BYTES
         if not whole:
-            limit_waits(sock, receive_s=self._message_timeout_s)
+            limit_waits(sock, receive_s=self._limits.message_timeout_s)
         header = wire.parse_header(inbox.take(wire.HEADER_BYTES, deadline.remaining))
         wire.check_request(header)
         writing = header.kind is wire.FrameKind.WRITE
         missing = header.count * wire.ENTRY_BYTES + (header.payload_bytes if writing else 0) > inbox.num_bytes
         if missing and whole:
-            limit_waits(sock, receive_s=self._message_timeout_s)
+            limit_waits(sock, receive_s=self._limits.message_timeout_s)
         table = inbox.take(header.count * wire.ENTRY_BYTES, deadline.remaining)
         ranges = wire.parse_table(header, table, self._memory.nbytes)
         views = [self._memory[offset : offset + length] for offset, length in ranges]
@@ -185,7 +182,7 @@ class TcpSegmentHost:
             reply = wire.Header(wire.FrameKind.DATA, header.count, 0, header.payload_bytes, header.request_id)
             send_views(sock, [wire.pack_header(reply), *views], _no_check)
         if missing or not whole:
-            limit_waits(sock, receive_s=self._idle_timeout_s)
+            limit_waits(sock, receive_s=self._limits.idle_timeout_s)
         return True
 
 
@@ -193,11 +190,12 @@ def _no_check() -> None:
     """Each step of a payload has the connection's own time limit."""
 
 
-def _say(sock: socket.socket, error: TransferError) -> None:
-    """Tell the peer why, then read on for a moment: closing with bytes unread would reset it before it has heard."""
-    deadline = Deadline(_GOODBYE_S)
+def _send_error(sock: socket.socket, error: TransferError, goodbye_s: float) -> None:
+    """Tell the peer why, then read on for at most `goodbye_s`: closing with bytes unread would reset the connection
+    before the peer has read the error."""
+    deadline = BatchDeadline(goodbye_s)
     try:
-        limit_waits(sock, receive_s=_GOODBYE_S, send_s=_GOODBYE_S)
+        limit_waits(sock, receive_s=goodbye_s, send_s=goodbye_s)
         send_views(sock, [wire.pack_error(error)], deadline.remaining)
         sock.shutdown(socket.SHUT_WR)
         scratch = bytearray(_GOODBYE_BYTES)

@@ -11,12 +11,10 @@ import struct
 from collections.abc import Callable, Sequence
 
 from kvcore.errors import ConfigError, PeerUnreachableError
+from transfer.tcp.limits import TcpLimits
 
 Check = Callable[[], object]
 _IOV_MAX = 1024
-_KEEPALIVE_IDLE_S, _KEEPALIVE_INTERVAL_S, _KEEPALIVE_PROBES = 3, 1, 3
-_UNACKNOWLEDGED_MS = 6_000
-"""Longer than five losses of the same packet one after the other take."""
 _MAX_PORT = 65_535
 _TIMEVAL = struct.Struct("@ll")
 _WAKE_BYTES = 1 << 20
@@ -24,18 +22,19 @@ _WAKE_BYTES = 1 << 20
 time for 64 MiB over loopback, and the sender is not put off its core as often."""
 
 
-def tune(sock: socket.socket) -> None:
-    """No delay, and a peer that vanished without a word, or takes nothing for so long, is noticed within 6 seconds.
+def tune(sock: socket.socket, limits: TcpLimits) -> None:
+    """No delay, and a peer that vanished without a word, or takes nothing for so long, is noticed within 6 seconds
+    (`limits.unacknowledged_s`).
 
     Buffer sizes are left to the kernel: it grows them to 4 to 6 MB, SO_RCVBUF stops at net.core.rmem_max (208 KiB).
     """
     sock.setblocking(True)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE_S)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_INTERVAL_S)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNACKNOWLEDGED_MS)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, limits.keepalive_idle_s)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, limits.keepalive_interval_s)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, limits.keepalive_probes)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(limits.unacknowledged_s * 1000))
 
 
 def limit_waits(sock: socket.socket, *, receive_s: float | None = None, send_s: float | None = None) -> None:

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from kvcore.errors import ConfigError, PeerUnreachableError, TransferError, TransferTimeoutError
 from kvcore.types import Segment
 from transfer.base import Direction, TransferOp
-from transfer.blocking import BlockingPool, Deadline
+from transfer.blocking import BatchDeadline, BlockingPool
 from transfer.memory.pages import usable_cpus
 from transfer.ranges import check_batch
-from transfer.stripes import Part, stripe
+from transfer.stripes import OpSlice, stripe
 from transfer.tcp.exchange import Connection, Exchange
+from transfer.tcp.limits import TcpLimits
 from transfer.tcp.sockets import shut_down, split_address, tune
 
 _STRIPE_BYTES = 8 << 20
@@ -35,6 +36,9 @@ class _Peer:
         self.idle: list[Connection] = []
         self.users = 0
 
+    def __repr__(self) -> str:
+        return f"<_Peer idle={len(self.idle)} users={self.users}>"
+
     def take_idle(self) -> Connection | None:
         """An idle connection whose peer has not closed it meanwhile."""
         while self.idle:
@@ -50,13 +54,20 @@ class TcpTransfer:
 
     kind = "tcp"
 
-    def __init__(self, streams: int = 2) -> None:
+    def __init__(self, streams: int = 2, limits: TcpLimits = TcpLimits()) -> None:
+        self._limits = limits
         self._streams = streams
         self._stripes = max(1, min(streams, usable_cpus() // _CORES_A_STREAM))
         self._pool = BlockingPool("kvferry-tcp", _THREADS)
         self._peers: dict[tuple[str, str], _Peer] = {}
         self._on_loop: set[Connection] = set()
         self._loop_free = asyncio.Event()
+
+    def __repr__(self) -> str:
+        idle = sum(len(peer.idle) for peer in self._peers.values())
+        users = sum(peer.users for peer in self._peers.values())
+        state = "closed" if self._pool.closed else "open"
+        return f"<TcpTransfer {state} peers={len(self._peers)} idle={idle} users={users}>"
 
     def reaches(self, segment: Segment) -> bool:
         """Whether the segment has a `tcp` address."""
@@ -89,7 +100,7 @@ class TcpTransfer:
         self, direction: Direction, ops: Sequence[TransferOp], timeout_s: float
     ) -> list[TransferError | None]:
         results = check_batch(direction, ops)
-        deadline = Deadline(timeout_s)
+        deadline = BatchDeadline(timeout_s)
         groups: dict[tuple[str, str], list[tuple[int, TransferOp]]] = {}
         for index, op in enumerate(ops):
             if results[index] is None and op.num_bytes:
@@ -100,7 +111,7 @@ class TcpTransfer:
             for parts in stripe(group, self._stripes, _STRIPE_BYTES)
         ]
 
-        async def run(segment: Segment, parts: list[Part]) -> None:
+        async def run(segment: Segment, parts: list[OpSlice]) -> None:
             error = await self._run_stripe(direction, segment, parts, deadline)
             for part in parts:
                 results[part.op_index] = results[part.op_index] or error
@@ -114,7 +125,7 @@ class TcpTransfer:
         return results
 
     async def _run_stripe(
-        self, direction: Direction, segment: Segment, parts: list[Part], deadline: Deadline
+        self, direction: Direction, segment: Segment, parts: list[OpSlice], deadline: BatchDeadline
     ) -> TransferError | None:
         key = (segment.addresses.get(self.kind, ""), segment.id)
         peer = self._peers.get(key) or self._peers.setdefault(key, _Peer(self._streams))
@@ -132,7 +143,7 @@ class TcpTransfer:
             peer.users -= 1
         return None
 
-    async def _use(self, peer: _Peer, connection: Connection, exchange: Exchange, deadline: Deadline) -> None:
+    async def _use(self, peer: _Peer, connection: Connection, exchange: Exchange, deadline: BatchDeadline) -> None:
         whole = False
         try:
             if connection.greeted and exchange.fits_the_loop(_LOOP_BYTES):
@@ -148,7 +159,7 @@ class TcpTransfer:
             else:
                 connection.close()
 
-    async def _use_on_loop(self, connection: Connection, exchange: Exchange, deadline: Deadline) -> None:
+    async def _use_on_loop(self, connection: Connection, exchange: Exchange, deadline: BatchDeadline) -> None:
         deadline.remaining()
         if self._pool.closed:
             raise PeerUnreachableError("the transport is closed")
@@ -159,7 +170,7 @@ class TcpTransfer:
             self._on_loop.discard(connection)
             self._loop_free.set()
 
-    async def _connect(self, address: str, deadline: Deadline) -> Connection:
+    async def _connect(self, address: str, deadline: BatchDeadline) -> Connection:
         self._drop_unused()
         if self._pool.closed:
             raise PeerUnreachableError("the transport is closed")
@@ -172,7 +183,7 @@ class TcpTransfer:
             sock.setblocking(False)
             async with asyncio.timeout(deadline.remaining()):
                 await asyncio.get_running_loop().sock_connect(sock, (host, port))
-            tune(sock)
+            tune(sock, self._limits)
         except TimeoutError as error:
             sock.close()
             raise TransferTimeoutError(f"connecting to {address} took too long") from error
@@ -195,7 +206,7 @@ class TcpTransfer:
                 del self._peers[key]
 
 
-async def _acquire(free: asyncio.Semaphore, deadline: Deadline) -> None:
+async def _acquire(free: asyncio.Semaphore, deadline: BatchDeadline) -> None:
     if not free.locked():  # at once: a timer would be a tenth of a small batch's time
         await free.acquire()
         return

@@ -6,39 +6,29 @@ Owns a worker (one thread) on either side. A write is reported once it was flush
 
 import asyncio
 import concurrent.futures
-import contextlib
 import logging
-import threading
 from collections.abc import Sequence
 
 from kvcore.config.schema import TransportConfig
-from kvcore.errors import ConfigError, PeerUnreachableError, TransferError
+from kvcore.errors import ConfigError, TransferError
 from kvcore.telemetry import log_fields
 from kvcore.types import Segment
-from transfer.base import Direction, TransferOp
-from transfer.blocking import Deadline
-from transfer.pieces import Piece
-from transfer.ranges import check_batch
-from transfer.stripes import Part, stripe
+from transfer.base import TransferOp
+from transfer.blocking import ended
+from transfer.fragments import Fragment
+from transfer.handover import Handover
+from transfer.stripes import stripe
+from transfer.ucx.batch import UcxBatch
 from transfer.ucx.binding import load_library
 from transfer.ucx.descriptor import UcxDescriptor, descriptor_of, pack_descriptor
 from transfer.ucx.devices import plan_devices
-from transfer.ucx.endpoint import Job
+from transfer.ucx.limits import UcxLimits
 from transfer.ucx.worker import UcxWorker
 
 _LOG = logging.getLogger("transfer")
-_JOBS = 64
-"""Batches in the worker's hands at once; more wait in line, within their deadlines."""
 _STRIPE_BYTES = 2 << 20
 _ENDPOINTS_A_STREAM = 2
 """Over TCP an endpoint has one message on its way: while its target copies one, another endpoint's is sent."""
-_AT_ONCE_BYTES = 64 << 10
-"""Up to here a batch moves in the loop's thread, if it can: two hand-overs between threads take longer than it."""
-_GRACE_S = 0.25
-"""What a late or cancelled batch may still take to end in order, before its connection is cut for all."""
-_REGISTER_S = 120.0
-_DESCRIPTORS = 1024
-"""Parsed ones kept; the oldest go first."""
 
 
 class UcxTransfer:
@@ -49,14 +39,24 @@ class UcxTransfer:
 
     kind = "ucx"
 
-    def __init__(self, config: TransportConfig) -> None:
-        self._worker = _open(config, "kvferry-ucx", None)
-        self._worker.start()
-        self._endpoints = _ENDPOINTS_A_STREAM * config.streams
-        self._ucx = self._worker.library.version[:2]
-        self._slots = asyncio.Semaphore(_JOBS)
-        self._descriptors: dict[tuple[str, str, int], UcxDescriptor] = {}
-        self._closed = False
+    def __init__(self, config: TransportConfig, limits: UcxLimits = UcxLimits()) -> None:
+        self._worker = worker = _open(config, "kvferry-ucx", None, limits)
+        worker.start()
+        version = worker.library.version[:2]
+        self._max_stripes = _ENDPOINTS_A_STREAM * config.streams
+        self._move_now_bytes = limits.move_now_bytes
+        self._handover = Handover(
+            self.kind,
+            worker,
+            parse=lambda segment: descriptor_of(segment, version),
+            split=self._split,
+            make=UcxBatch,
+            move_now=self._move_now,
+            limits=limits.handover,
+        )
+
+    def __repr__(self) -> str:
+        return f"<UcxTransfer {self._handover!r} {self._worker!r}>"
 
     def reaches(self, segment: Segment) -> bool:
         """Whether the segment has a `ucx` address."""
@@ -69,159 +69,44 @@ class UcxTransfer:
 
     def register(self, region: memoryview) -> None:
         """As TransferEngine.register. Blocks while the memory is pinned (RDMA); raises ConfigError if it cannot be."""
-        if self._closed:
-            raise ConfigError("the transport is closed")
-        done: concurrent.futures.Future[None] = concurrent.futures.Future()
-
-        def map_it() -> None:
-            try:
-                self._worker.map_memory(region)
-            except ConfigError as error:
-                done.set_exception(error)
-            else:
-                done.set_result(None)
-
-        if not self._worker.call(map_it):
-            raise ConfigError("the transport's thread has ended")
-        done.result(_REGISTER_S)
+        self._handover.register(region)
 
     async def write(self, ops: Sequence[TransferOp], timeout_s: float) -> list[TransferError | None]:
         """As TransferEngine.write."""
-        return await self._transfer("write", ops, timeout_s)
+        return await self._handover.transfer("write", ops, timeout_s)
 
     async def read(self, ops: Sequence[TransferOp], timeout_s: float) -> list[TransferError | None]:
         """As TransferEngine.read."""
-        return await self._transfer("read", ops, timeout_s)
+        return await self._handover.transfer("read", ops, timeout_s)
 
     async def aclose(self) -> None:
         """As TransferEngine.aclose. Takes at most about four seconds, and some ms if nothing hinders it."""
-        self._closed = True
-        await _end(self._worker)
+        await self._handover.aclose()
 
-    async def _transfer(
-        self, direction: Direction, ops: Sequence[TransferOp], timeout_s: float
-    ) -> list[TransferError | None]:
-        results = check_batch(direction, ops)
-        deadline = Deadline(timeout_s)
-        groups: dict[tuple[str, str, int], list[int]] = {}
-        for index, op in enumerate(ops):
-            if results[index] is None and op.num_bytes:
-                key = (op.segment.addresses.get(self.kind, ""), op.segment.id, op.segment.size_bytes)
-                groups.setdefault(key, []).append(index)
+    def _split(self, ops: Sequence[TransferOp]) -> list[list[Fragment]]:
+        """Striped over endpoints if it is much."""
+        stripes = stripe(list(enumerate(ops)), self._max_stripes, _STRIPE_BYTES)
+        return [[one for part in parts for one in Fragment.of(part.offset, part.views)] for parts in stripes]
 
-        async def run(key: tuple[str, str, int], indices: list[int]) -> None:
-            part = [ops[index] for index in indices]
-            error = await self._run(direction, key, part, deadline)
-            for index in indices:
-                results[index] = error
-
-        if len(groups) == 1:  # no task: a small batch is all latency
-            await run(*groups.popitem())
-        else:
-            async with asyncio.TaskGroup() as tasks:
-                for key, indices in groups.items():
-                    tasks.create_task(run(key, indices))
-        return results
-
-    async def _run(
-        self, direction: Direction, key: tuple[str, str, int], ops: list[TransferOp], deadline: Deadline
-    ) -> TransferError | None:
-        """One batch on one segment, striped over endpoints if it is large."""
-        try:
-            descriptor = self._descriptor(key, ops[0].segment)
-        except TransferError as error:
-            return error
-        stripes = stripe(list(enumerate(ops)), self._endpoints, _STRIPE_BYTES)
-        jobs = [
-            self._run_stripe(direction, descriptor, _pieces(parts), f"{number}:{key[0]}", deadline)
-            for number, parts in enumerate(stripes)
-        ]
-        if len(jobs) == 1:
-            return await jobs[0]
-        async with asyncio.TaskGroup() as tasks:
-            running = [tasks.create_task(job) for job in jobs]
-        return next((result for task in running if (result := task.result()) is not None), None)
-
-    async def _run_stripe(
-        self, direction: Direction, descriptor: UcxDescriptor, pieces: list[Piece], key: str, deadline: Deadline
-    ) -> TransferError | None:
-        try:
-            if self._slots.locked():
-                async with asyncio.timeout(deadline.remaining()):
-                    await self._slots.acquire()
-            else:
-                await self._slots.acquire()  # at once
-        except TimeoutError:
-            return deadline.error()
-        except TransferError as error:
-            return error
-        try:
-            return await self._hand_over(direction, descriptor, pieces, key, deadline)
-        except TransferError as error:
-            return error
-        finally:
-            self._slots.release()
-
-    async def _hand_over(
-        self, direction: Direction, descriptor: UcxDescriptor, pieces: list[Piece], key: str, deadline: Deadline
-    ) -> TransferError | None:
-        """Give a batch to the worker and wait until the worker is done with it, whatever happens here meanwhile."""
-        if self._closed:
-            raise PeerUnreachableError("the transport is closed")
-        loop, here = asyncio.get_running_loop(), threading.get_ident()
-        over: asyncio.Future[TransferError | None] = loop.create_future()
-
-        def done(error: TransferError | None) -> None:
-            if threading.get_ident() == here:
-                over.set_result(error)
-                return
-            with contextlib.suppress(RuntimeError):  # the loop was closed without waiting
-                loop.call_soon_threadsafe(over.set_result, error)
-
-        job = Job(direction, descriptor, pieces, done)
-        worker = self._worker
-        timeout_s = deadline.remaining()
-        small = sum(piece.view.nbytes for piece in pieces) <= _AT_ONCE_BYTES
-        if not (small and worker.move_now(job, key)) and not worker.call(lambda: worker.add(job, key)):
-            raise PeerUnreachableError("the transport's thread has ended")
-        if over.done():
-            return over.result()
-        cancelled: asyncio.CancelledError | None = None
-        try:
-            await asyncio.wait({over}, timeout=timeout_s)
-        except asyncio.CancelledError as error:
-            cancelled = error
-        if not over.done():
-            reason = deadline.error() if cancelled is None else PeerUnreachableError("the batch was cancelled")
-            worker.call(lambda: worker.stop_job(job, reason, _GRACE_S))
-        while not over.done():
-            try:
-                await asyncio.wait({over})
-            except asyncio.CancelledError as error:
-                cancelled = error
-        if cancelled is not None:
-            raise cancelled
-        return over.result()
-
-    def _descriptor(self, key: tuple[str, str, int], segment: Segment) -> UcxDescriptor:
-        found = self._descriptors.get(key)
-        if found is None:
-            found = descriptor_of(segment, self._ucx)
-            if len(self._descriptors) >= _DESCRIPTORS:
-                del self._descriptors[next(iter(self._descriptors))]
-            self._descriptors[key] = found
-        return found
+    def _move_now(self, batch: UcxBatch, key: str) -> bool:
+        return batch.num_bytes <= self._move_now_bytes and self._worker.move_now(batch, key)
 
 
 class UcxSegmentHost:
     """SegmentHost over UCX. `memory` is the whole segment; it must outlive this host's `aclose`."""
 
-    def __init__(self, segment_id: str, memory: memoryview, config: TransportConfig) -> None:
+    def __init__(
+        self, segment_id: str, memory: memoryview, config: TransportConfig, limits: UcxLimits = UcxLimits()
+    ) -> None:
         self._segment_id = segment_id
         self._memory = memory
         self._config = config
+        self._limits = limits
         self._worker: UcxWorker | None = None
         self._address = ""
+
+    def __repr__(self) -> str:
+        return f"<UcxSegmentHost {self._segment_id} bytes={self._memory.nbytes} {self._worker!r}>"
 
     @property
     def address(self) -> str:
@@ -238,19 +123,20 @@ class UcxSegmentHost:
     async def aclose(self) -> None:
         """As SegmentHost.aclose. Batches under way break."""
         if self._worker is not None:
-            await _end(self._worker)
+            self._worker.stop()
+            await ended(self._worker.thread)
 
     def _open(self) -> UcxWorker:
-        worker = _open(self._config, "kvferry-ucx-host", self._segment_id)
+        worker = _open(self._config, "kvferry-ucx-host", self._segment_id, self._limits)
         try:
-            handle, base = worker.map_memory(self._memory)
+            handle, base = worker.context.map_memory(self._memory)
             descriptor = UcxDescriptor(
                 worker.library.version[:2],
                 self._segment_id,
                 self._memory.nbytes,
                 base,
-                worker.address,
-                worker.pack_rkey(handle),
+                worker.context.address,
+                worker.context.pack_rkey(handle),
             )
         except ConfigError:
             worker.close_unstarted()
@@ -259,10 +145,10 @@ class UcxSegmentHost:
         return worker
 
 
-def _open(config: TransportConfig, name: str, hosted: str | None) -> UcxWorker:
+def _open(config: TransportConfig, name: str, hosted: str | None, limits: UcxLimits) -> UcxWorker:
     """A worker for a configuration. ConfigError names the device, library or transport that is missing."""
     plan = plan_devices(config.devices)
-    worker = UcxWorker(load_library(config.ucx_library), plan, name, hosted)
+    worker = UcxWorker(load_library(config.ucx_library), plan, name, hosted, limits)
     log_fields(
         _LOG,
         logging.INFO,
@@ -270,24 +156,7 @@ def _open(config: TransportConfig, name: str, hosted: str | None) -> UcxWorker:
         role="initiator" if hosted is None else "host",
         segment=hosted,
         ucx=worker.library.build,
-        resources=",".join(worker.resources),
+        resources=",".join(worker.context.resources),
         rdma=plan.rdma,
     )
     return worker
-
-
-def _pieces(parts: Sequence[Part]) -> list[Piece]:
-    pieces = []
-    for part in parts:
-        at = part.offset
-        for view in part.views:
-            pieces.append(Piece(at, view))
-            at += view.nbytes
-    return pieces
-
-
-async def _end(worker: UcxWorker) -> None:
-    """Stop a worker's thread and wait for it; it takes about four seconds at most."""
-    worker.stop()
-    while worker.thread.is_alive():  # noqa: ASYNC110  (threads set no asyncio.Event)
-        await asyncio.sleep(0.001)

@@ -19,7 +19,7 @@ import torch
 
 from engines.vllm.connector.block_layout import BlockLayout
 from engines.vllm.connector.limits import ConnectorLimits
-from transfer.blocking import BlockingPool, Deadline
+from transfer.blocking import BatchDeadline, BlockingPool
 
 _SLOTS = 8
 """Chunks on their way between GPU and store at once; each has pinned memory of its own."""
@@ -130,7 +130,7 @@ class DeviceBlocks:
 
     async def _run(self, work: Callable[[], None]) -> None:
         """In a thread. A cancelled caller waits until the copies have ended, as they cannot be stopped."""
-        await self._pool.run(work, lambda: None, Deadline(self._limits.device_copy_s))
+        await self._pool.run(work, lambda: None, BatchDeadline(self._limits.device_copy_s))
 
     def _copies(self, slot: torch.Tensor, block_ids: Sequence[int]) -> list[Copy]:
         """(place in the slot, place on the device) of all ranges of these blocks."""

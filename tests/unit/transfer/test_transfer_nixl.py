@@ -17,11 +17,11 @@ from transfer.nixl.binding import has_nvidia_gpu, nixl_options
 from transfer.nixl.descriptor import (
     MAX_HELLO,
     MAX_TEXT,
-    Answer,
-    Hello,
+    HelloAnswer,
     NixlDescriptor,
+    NixlHello,
+    NixlWelcome,
     Versions,
-    Welcome,
     descriptor_of,
     pack_descriptor,
     pack_hello,
@@ -30,13 +30,13 @@ from transfer.nixl.descriptor import (
     parse_hello,
     parse_welcome,
 )
-from transfer.nixl.registrations import Claim, Registrations
+from transfer.nixl.registrations import RegisteredRange, Registrations
 from transfer.select import build_transfer
 
 VERSIONS = Versions((1, 5, 1), (1, 23))
 DESCRIPTOR = NixlDescriptor(VERSIONS, "node-a.18f", 1 << 33, 0x7F0123456000, bytes(range(200)))
-HELLO = Hello(1 << 60, "node-a.18f", bytes(range(100)))
-WELCOME = Welcome(1 << 60, Answer.WELCOME)
+HELLO = NixlHello(1 << 60, "node-a.18f", bytes(range(100)))
+WELCOME = NixlWelcome(1 << 60, HelloAnswer.WELCOME)
 
 Parser = Callable[[bytes], object]
 MESSAGES: dict[str, tuple[bytes, Parser]] = {
@@ -95,7 +95,7 @@ def test_endless_ones_are_not_even_looked_at() -> None:
         with pytest.raises(TransferProtocolError):
             parse_descriptor(text)
     with pytest.raises(TransferProtocolError, match="at most"):
-        parse_hello(pack_hello(Hello(1, "n.1", bytes(MAX_HELLO))))
+        parse_hello(pack_hello(NixlHello(1, "n.1", bytes(MAX_HELLO))))
 
 
 def test_a_descriptor_for_another_segment_size_or_version_is_refused() -> None:
@@ -137,13 +137,13 @@ def test_registrations_never_overlap_cover_their_users_and_go_with_the_last(seed
     recorder = Recorder()
     registrations = Registrations(recorder)
     registrations.add(1000, 200)
-    taken: list[Claim] = []
+    taken: list[RegisteredRange] = []
     for _ in range(400):
         if taken and dice.random() < 0.5:
-            registrations.give(taken.pop(dice.randrange(len(taken))))
+            registrations.release(taken.pop(dice.randrange(len(taken))))
             continue
         at, size = dice.randrange(2000), dice.choice([1, 8, 64, 300])
-        claim = registrations.take(at, size)
+        claim = registrations.acquire(at, size)
         if claim is not None:
             assert any(start <= at and at + size <= start + length for start, length in recorder.ranges)
             taken.append(claim)
@@ -151,17 +151,17 @@ def test_registrations_never_overlap_cover_their_users_and_go_with_the_last(seed
             touching = [one for one in recorder.ranges if one[0] < at + size and at < sum(one)]
             assert touching and not any(start <= at and at + size <= start + length for start, length in touching)
     for claim in taken:
-        registrations.give(claim)
+        registrations.release(claim)
     assert recorder.ranges == [(1000, 200)] and len(registrations) == 1
 
 
 def test_a_region_over_memory_in_use_is_refused_and_one_inside_of_another_needs_nothing() -> None:
     registrations = Registrations(Recorder())
-    claim = registrations.take(100, 50)
+    claim = registrations.acquire(100, 50)
     assert claim is not None
     with pytest.raises(ConfigError, match="overlaps"):
         registrations.add(120, 100)
-    registrations.give(claim)
+    registrations.release(claim)
     registrations.add(120, 100)
     registrations.add(150, 10)
     assert len(registrations) == 1

@@ -14,12 +14,14 @@ from support.transfer_rigs import SIZE_BYTES, Rig, resources, transport_config
 from kvcore.errors import ConfigError, PeerUnreachableError, SegmentUnknownError, TransferError, TransferTimeoutError
 from kvcore.types import Segment
 from transfer.base import TransferOp
+from transfer.limits import TransferLimits
 from transfer.memory.segment import SegmentMemory
 from transfer.nixl import peer as nixl_peer
 from transfer.nixl import port as nixl_port
 from transfer.nixl.binding import NixlAgent, load_nixl
-from transfer.nixl.descriptor import Hello, NixlDescriptor, pack_descriptor, pack_hello, parse_descriptor
+from transfer.nixl.descriptor import NixlDescriptor, NixlHello, pack_descriptor, pack_hello, parse_descriptor
 from transfer.nixl.host import NixlSegmentHost
+from transfer.nixl.limits import NixlLimits
 from transfer.nixl.transport import NixlTransfer
 from transfer.ucx.devices import plan_devices
 
@@ -89,10 +91,10 @@ def stranger(descriptor: NixlDescriptor) -> tuple[NixlAgent, str]:
 async def test_greetings_that_lie_are_answered_by_nobody_and_hinder_nobody(rig: Rig) -> None:
     descriptor = parse_descriptor(rig.segment.addresses["nixl"])
     agent, host = stranger(descriptor)
-    good = pack_hello(Hello(7, rig.segment.id, agent.metadata()))
+    good = pack_hello(NixlHello(7, rig.segment.id, agent.metadata()))
     lies = [b"x", b"GET / HTTP/1.1\r\n\r\n", good[:-1], good + b"x", bytes(100_000)]
     lies += [bytes([*good[:at], good[at] ^ 1, *good[at + 1 :]]) for at in range(0, len(good), 17)]
-    lies += [pack_hello(Hello(7, rig.segment.id, garbage)) for garbage in (b"", b"garbage", agent.metadata()[:50])]
+    lies += [pack_hello(NixlHello(7, rig.segment.id, garbage)) for garbage in (b"", b"garbage", agent.metadata()[:50])]
     for lie in lies:
         agent.send(host, lie)
     agent.send(host, good)
@@ -108,7 +110,7 @@ async def test_greetings_that_lie_are_answered_by_nobody_and_hinder_nobody(rig: 
 
 async def test_connections_over_the_bound_are_refused_and_the_places_of_the_dead_are_given_again() -> None:
     with SegmentMemory.create("n.1", 4096) as memory:
-        host = NixlSegmentHost("n.1", memory.view, CONFIG, max_connections=2)
+        host = NixlSegmentHost("n.1", memory.view, CONFIG, NixlLimits(max_connections=2))
         await host.start()
         segment = Segment(id="n.1", node_id="n", size_bytes=4096, host_id="h", addresses={"nixl": host.address})
         engines = [NixlTransfer(CONFIG) for _ in range(3)]
@@ -133,11 +135,9 @@ async def test_connections_over_the_bound_are_refused_and_the_places_of_the_dead
         await host.aclose()
 
 
-async def test_an_initiator_lets_go_of_the_connection_that_was_idle_longest(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(nixl_port, "MAX_PEERS", 2)
-    async with Rig("nixl") as second, Rig("nixl") as third:
+async def test_an_initiator_lets_go_of_the_connection_that_was_idle_longest() -> None:
+    limits = TransferLimits(nixl=NixlLimits(max_peers=2))
+    async with Rig("nixl", limits=limits) as rig, Rig("nixl") as second, Rig("nixl") as third:
         for one in (rig, second, third, rig, second, third):
             assert await rig.engine.write([one.op(0, b"turn")], 5) == [None]
             assert one.memory.view[:4] == b"turn"
@@ -218,7 +218,7 @@ async def test_a_silent_peer_costs_the_agent_and_the_others_only_a_new_connectio
 
 
 @pytest.mark.usefixtures("as_rdma")
-async def test_what_is_in_the_hands_of_nixl_is_bounded(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_is_in_the_hands_of_nixl_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     most = {"bytes": 0, "requests": 0}
     post = nixl_port.Port.post
 
@@ -229,9 +229,9 @@ async def test_what_is_in_the_hands_of_nixl_is_bounded(rig: Rig, monkeypatch: py
         return request
 
     monkeypatch.setattr(nixl_port.Port, "post", watched)
-    monkeypatch.setattr(nixl_port, "WINDOW_BYTES", 4 << 20)
-    monkeypatch.setattr(nixl_port, "WINDOW_REQUESTS", 3)
     data = bytes(SIZE_BYTES)
-    results = await asyncio.gather(*(rig.engine.write([rig.op(0, data)], 30) for _ in range(6)))
+    limits = TransferLimits(nixl=NixlLimits(window_bytes=4 << 20, window_requests=3))
+    async with Rig("nixl", limits=limits) as rig:
+        results = await asyncio.gather(*(rig.engine.write([rig.op(0, data)], 30) for _ in range(6)))
     assert results == [[None]] * 6
     assert most["requests"] <= 3 and most["bytes"] <= (4 << 20) + SIZE_BYTES

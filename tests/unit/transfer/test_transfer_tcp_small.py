@@ -24,6 +24,7 @@ from kvcore.process.service import loop_factory
 from kvcore.types import Segment
 from transfer.base import TransferOp
 from transfer.tcp import wire
+from transfer.tcp.limits import TcpLimits
 from transfer.tcp.sockets import tune
 from transfer.tcp.transport import TcpTransfer
 
@@ -195,8 +196,8 @@ async def test_an_answer_that_the_kernel_hands_over_in_parts_is_not_waited_for_a
 ) -> None:
     """Loss on the way, or a small receive buffer, wakes the reader early. The rest is then less than it waits for."""
 
-    def small_buffer(sock: socket.socket) -> None:
-        tune(sock)
+    def small_buffer(sock: socket.socket, limits: TcpLimits) -> None:
+        tune(sock, limits)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32 << 10)
 
     released = threading.Event()

@@ -13,11 +13,12 @@ from support.ucx import needs_ucx
 from kvcore.errors import ConfigError, SegmentUnknownError, TransferTimeoutError
 from kvcore.types import Segment
 from transfer.base import TransferOp
+from transfer.limits import TransferLimits
 from transfer.ucx import endpoint as ucx_endpoint
-from transfer.ucx import worker as ucx_worker
+from transfer.ucx.batch import UcxBatch
 from transfer.ucx.binding import Pointer, UcxLibrary
 from transfer.ucx.descriptor import UcxDescriptor, pack_descriptor, parse_descriptor
-from transfer.ucx.endpoint import Job
+from transfer.ucx.limits import UcxLimits
 from transfer.ucx.transport import UcxSegmentHost
 from transfer.ucx.worker import UcxWorker
 
@@ -28,6 +29,10 @@ pytestmark = list(needs_ucx)
 async def rig() -> AsyncIterator[Rig]:
     async with Rig("ucx") as made:
         yield made
+
+
+def limited(**changed: float) -> TransferLimits:
+    return TransferLimits(ucx=UcxLimits(**changed))  # type: ignore[arg-type]
 
 
 async def test_a_foreign_segment_at_the_address_is_never_written(rig: Rig) -> None:
@@ -83,48 +88,44 @@ async def test_tcp_takes_segments_of_a_megabyte(rig: Rig, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("now_s", [5.0, 0.0])
-async def test_small_batches_need_no_other_thread(rig: Rig, monkeypatch: pytest.MonkeyPatch, now_s: float) -> None:
+async def test_small_batches_need_no_other_thread(monkeypatch: pytest.MonkeyPatch, now_s: float) -> None:
     """With no time at all in the caller's thread, the worker's ends what was begun there."""
-    monkeypatch.setattr(ucx_worker, "_NOW_S", now_s)
     move_now, threads, begun = UcxWorker.move_now, set[int](), 0
-    done = Job.finish
+    done = UcxBatch.finish
 
-    def finish(job: Job) -> None:
+    def finish(batch: UcxBatch) -> None:
         threads.add(threading.get_ident())
-        done(job)
+        done(batch)
 
-    def counted(worker: UcxWorker, job: Job, key: str) -> bool:
+    def counted(worker: UcxWorker, batch: UcxBatch, key: str) -> bool:
         nonlocal begun
         threads.clear()
-        moved = move_now(worker, job, key)
+        moved = move_now(worker, batch, key)
         begun += moved
         return moved
 
     monkeypatch.setattr(UcxWorker, "move_now", counted)
-    monkeypatch.setattr(Job, "finish", finish)
+    monkeypatch.setattr(UcxBatch, "finish", finish)
     at = 0
-    while not begun:  # the worker's thread has to have gone to sleep
-        at += 1
-        assert at < 1000
-        assert await rig.engine.write([rig.op(64 * at, at.to_bytes(64, "big"))], 5) == [None]
-        assert rig.memory.view[64 * at : 64 * at + 64] == at.to_bytes(64, "big")
+    async with Rig("ucx", limits=limited(move_now_s=now_s)) as rig:
+        while not begun:  # the worker's thread has to have gone to sleep
+            at += 1
+            assert at < 1000
+            assert await rig.engine.write([rig.op(64 * at, at.to_bytes(64, "big"))], 5) == [None]
+            assert rig.memory.view[64 * at : 64 * at + 64] == at.to_bytes(64, "big")
     assert threads == {threading.get_ident()} or not now_s
 
 
-async def test_an_initiator_lets_go_of_the_connection_that_was_idle_longest(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ucx_worker, "MAX_ENDPOINTS", 2)
-    async with Rig("ucx") as second, Rig("ucx") as third:
+async def test_an_initiator_lets_go_of_the_connection_that_was_idle_longest() -> None:
+    async with Rig("ucx", limits=limited(max_endpoints=2)) as rig, Rig("ucx") as second, Rig("ucx") as third:
         for one in (rig, second, third, rig, second, third):
             assert await rig.engine.write([one.op(0, b"turn")], 5) == [None]
             assert one.memory.view[:4] == b"turn"
 
 
-async def test_more_greetings_than_can_be_answered_are_not(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_more_greetings_than_can_be_answered_are_not(rig: Rig) -> None:
     assert await rig.engine.write([rig.op(0, b"one")], 5) == [None]
-    monkeypatch.setattr(ucx_worker, "MAX_ANSWERS", 0)
-    host = UcxSegmentHost("rig.deaf", rig.memory.view, transport_config("ucx"))  # in this process
+    host = UcxSegmentHost("rig.deaf", rig.memory.view, transport_config("ucx"), UcxLimits(max_answers=0))
     await host.start()
     deaf = Segment(id="rig.deaf", node_id="rig", size_bytes=SIZE_BYTES, host_id="h", addresses={"ucx": host.address})
     (error,) = await rig.engine.write([TransferOp(deaf, 0, [memoryview(b"none")])], 0.2)
@@ -133,9 +134,7 @@ async def test_more_greetings_than_can_be_answered_are_not(rig: Rig, monkeypatch
     await host.aclose()
 
 
-async def test_what_is_in_the_hands_of_ucx_is_bounded_over_all_batches(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_what_is_in_the_hands_of_ucx_is_bounded_over_all_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """As over RDMA, where many pieces of many batches are on their way at once."""
     most = {"bytes": 0, "requests": 0}
     add = ucx_endpoint.Window.add
@@ -148,10 +147,10 @@ async def test_what_is_in_the_hands_of_ucx_is_bounded_over_all_batches(
 
     monkeypatch.setattr(ucx_endpoint.Window, "add", watched)
     monkeypatch.setattr(ucx_endpoint.Endpoint, "read_lanes", lambda endpoint: setattr(endpoint, "one_at_a_time", False))
-    monkeypatch.setattr(ucx_endpoint, "ALL_BYTES", 8 << 20)
-    monkeypatch.setattr(ucx_endpoint, "ALL_REQUESTS", 20)
     data = bytes(SIZE_BYTES)
-    small = [rig.op(at, data[:64]) for at in range(0, SIZE_BYTES, 1 << 16)]
-    jobs = [rig.engine.write([rig.op(0, data)], 30) for _ in range(6)] + [rig.engine.write(small, 30) for _ in range(3)]
-    assert all(error is None for results in await asyncio.gather(*jobs) for error in results)
+    async with Rig("ucx", limits=limited(all_bytes=8 << 20, all_requests=20)) as rig:
+        small = [rig.op(at, data[:64]) for at in range(0, SIZE_BYTES, 1 << 16)]
+        batches = [rig.engine.write([rig.op(0, data)], 30) for _ in range(6)]
+        batches += [rig.engine.write(small, 30) for _ in range(3)]
+        assert all(error is None for results in await asyncio.gather(*batches) for error in results)
     assert 0 < most["requests"] <= 20 and most["bytes"] <= (8 << 20) + (4 << 20)

@@ -1,21 +1,21 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transfer.pieces import MESSAGE_BYTES, Piece, cut
+from transfer.fragments import MESSAGE_BYTES, Fragment, cut
 
 SIZES = st.one_of(st.integers(1, 300), st.sampled_from([64 << 10, (64 << 10) + 1, MESSAGE_BYTES, MESSAGE_BYTES + 1]))
 
 
 @given(st.lists(st.tuples(SIZES, st.sampled_from([0, 0, 1])), max_size=12), st.booleans())
 def test_a_write_covers_every_byte_once_in_messages_that_fit(plan: list[tuple[int, int]], one_at_a_time: bool) -> None:
-    pieces, at = [], 0
+    fragments, at = [], 0
     for number, (size, gap) in enumerate(plan):
-        pieces.append(Piece(at + gap, memoryview(bytes([number + 1]) * size)))
+        fragments.append(Fragment(at + gap, memoryview(bytes([number + 1]) * size)))
         at += gap + size
     wanted, found = bytearray(at), bytearray(at)
-    for piece in pieces:
-        wanted[piece.offset : piece.offset + piece.view.nbytes] = piece.view
-    messages = list(cut(pieces, reading=False, one_at_a_time=one_at_a_time))
+    for fragment in fragments:
+        wanted[fragment.offset : fragment.offset + fragment.view.nbytes] = fragment.view
+    messages = list(cut(fragments, reading=False, one_at_a_time=one_at_a_time))
     for message in messages:
         assert not any(found[message.offset : message.offset + message.view.nbytes])
         found[message.offset : message.offset + message.view.nbytes] = message.view
@@ -26,14 +26,14 @@ def test_a_write_covers_every_byte_once_in_messages_that_fit(plan: list[tuple[in
 @given(st.lists(st.tuples(st.integers(1, 300), st.sampled_from([0, 0, 1])), min_size=1, max_size=12))
 def test_a_read_of_small_neighbours_is_one_message_and_reaches_each_buffer(plan: list[tuple[int, int]]) -> None:
     source = bytes(range(256)) * 20
-    pieces, at = [], 0
+    fragments, at = [], 0
     for size, gap in plan:
-        pieces.append(Piece(at + gap, memoryview(bytearray(size))))
+        fragments.append(Fragment(at + gap, memoryview(bytearray(size))))
         at += gap + size
-    messages = list(cut(pieces, reading=True, one_at_a_time=True))
+    messages = list(cut(fragments, reading=True, one_at_a_time=True))
     assert len(messages) == 1 + sum(gap for _, gap in plan[1:])
     for message in messages:
         message.view[:] = source[message.offset : message.offset + message.view.nbytes]
         message.scatter()
-    for piece in pieces:
-        assert piece.view == source[piece.offset : piece.offset + piece.view.nbytes]
+    for fragment in fragments:
+        assert fragment.view == source[fragment.offset : fragment.offset + fragment.view.nbytes]

@@ -1,0 +1,33 @@
+"""Bounds and pauses of every transport, and of the process that serves a segment for some. Whoever makes transports
+passes one `TransferLimits` in."""
+
+from dataclasses import dataclass
+
+from transfer.nixl.limits import NixlLimits
+from transfer.tcp.limits import TcpLimits
+from transfer.ucx.limits import UcxLimits
+
+
+@dataclass(frozen=True, slots=True)
+class HostProcessLimits:
+    """Of the child process that serves a segment."""
+
+    start_s: float = 300.0
+    """Page tables (0.24 s a GB) and registration, which for RDMA pins as much."""
+    close_s: float = 15.0
+    """More than the hosts take for closing in order."""
+    first_delay_s: float = 0.1
+    longest_delay_s: float = 5.0
+    """Before it is started again: the first time, doubled each time after, and at most."""
+    steady_s: float = 10.0
+    """A process that lived so long is started again without the delay that its predecessors had earned."""
+
+
+@dataclass(frozen=True, slots=True)
+class TransferLimits:
+    """Of all transports of one process."""
+
+    tcp: TcpLimits = TcpLimits()
+    ucx: UcxLimits = UcxLimits()
+    nixl: NixlLimits = NixlLimits()
+    host_process: HostProcessLimits = HostProcessLimits()

@@ -1,0 +1,28 @@
+"""Bounds and pauses of the TCP transport."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class TcpLimits:
+    """Of one host, and of the sockets at both ends."""
+
+    max_connections: int = 256
+    """To one host; more are closed at once."""
+    idle_timeout_s: float = 600.0
+    """Between two requests on one connection."""
+    message_timeout_s: float = 30.0
+    """For each step of a message that began."""
+    goodbye_s: float = 1.0
+    """For telling a peer why its connection is closed."""
+    accept_pause_s: float = 0.1
+    """Before another try, where no connection could be accepted (out of descriptors, say)."""
+    close_s: float = 5.0
+    """For a host's threads to end."""
+    keepalive_idle_s: int = 3
+    keepalive_interval_s: int = 1
+    keepalive_probes: int = 3
+    """A connection without traffic whose peer answers none of these probes is broken."""
+    unacknowledged_s: float = 6.0
+    """Bytes that the peer has not acknowledged for so long break the connection. Longer than five losses of the same
+    packet one after the other take."""
