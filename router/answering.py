@@ -1,6 +1,6 @@
-"""From validated requests to pieces of text: prompts to tokens, runs of the dispatcher, detokenizing, stop strings.
+"""From neutral requests to pieces of text: prompts to tokens, runs of the dispatcher, detokenizing, stop strings.
 
-Owns the join of several prompts' runs into one stream. Knows no HTTP.
+Owns the join of several prompts' runs into one stream. Knows no HTTP and no surface's field names.
 """
 
 import asyncio
@@ -9,22 +9,29 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from kvcore.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError, NodeUnavailableError
-from nodeapi.messages import FinishReason, SamplingParams, TokenLogprob
-from router.api import openai_schema as schema
-from router.api.openai_schema import AnyRequest, ChatRequest, CompletionRequest
+from nodeapi.messages import FinishReason, TokenLogprob
 from router.nodes.cluster import Cluster
 from router.requests.dispatch import Dispatcher
 from router.requests.events import Emit
-from router.requests.leg_requests import RequestSpec
 from router.requests.run import RequestRun
+from router.requests.spec import AnswerRequest, ChatPrompt, FieldNames, Prompt, RequestSpec, TextPrompt
 from router.text.detokenizer import Detokenizer, StopChecker
-from router.text.tokenizer import Runner, Tokenizer, encode
-
-MAX_QUEUED_PIECES = 64
+from router.text.tokenizer import Runner, Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class AnswerLimits:
+    """Bounds of one answer."""
+
+    inline_chars: int = 8 << 10
+    """Longer texts, all prompts of a request together, are encoded beside the event loop (100 kB take about 50 ms)."""
+    max_choices: int = 128
+    max_queued_pieces: int = 64
+    """Pieces of several runs that wait for a slow client before the runs are read no further."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextPiece:
     """New text of one choice. `logprobs`: (token id, its logprob) of the tokens of this piece. `token_ids`: as the
     engine gave them, a final stop token included; empty unless the client asked for them."""
 
@@ -41,24 +48,24 @@ class _Choice:
     stops: StopChecker
 
 
-class Answer:
+class ClientAnswer:
     """The choices of one client's request under way: one run a prompt. Iterate `pieces` once, to its end or not."""
 
     def __init__(
-        self,
-        tokenizer: Tokenizer,
-        runs: Sequence[RequestRun],
-        specs: Sequence[RequestSpec],
-        stops: list[str],
-        *,
-        with_token_ids: bool = False,
+        self, tokenizer: Tokenizer, runs: Sequence[RequestRun], request: AnswerRequest, limits: AnswerLimits
     ) -> None:
         self._tokenizer = tokenizer
         self._runs = runs
-        self._specs = specs
-        self._stops = stops
-        self.with_token_ids = with_token_ids
-        """Whether the client asked for the tokens beside the text."""
+        self._specs = request.specs
+        self._stops = request.stops
+        self._limits = limits
+        self.shown = request.shown
+
+    def __repr__(self) -> str:
+        return (
+            f"<ClientAnswer {self.id} prompts={len(self._specs)} choices={self.num_choices}"
+            f" prompt_tokens={self.prompt_tokens} completion_tokens={self.completion_tokens}>"
+        )
 
     @property
     def id(self) -> str:
@@ -89,22 +96,30 @@ class Answer:
         """Over all choices; final once `pieces` has ended."""
         return sum(run.machine.completion_tokens for run in self._runs)
 
-    async def pieces(self) -> AsyncGenerator[Piece]:
+    async def pieces(self) -> AsyncGenerator[TextPiece]:
         """Text as it comes, choices interleaved. Closing it early cancels every leg. Raises what a run raises."""
         if len(self._runs) == 1:
-            async with aclosing(self._of_run(0)) as pieces:
+            async with aclosing(self._pieces_of_run(0)) as pieces:
                 async for piece in pieces:
                     yield piece
             return
-        queue: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue(MAX_QUEUED_PIECES)
-        tasks = [asyncio.create_task(self._pump(number, queue)) for number in range(len(self._runs))]
+        # Several runs: a task each reads its run into one bounded queue. The queue has, per run, pieces and then
+        # exactly one last item:
+        #   1. a piece: it is yielded. Pieces of one run keep their order; those of different runs interleave.
+        #   2. None: that run has ended well. The answer ends with the last of them.
+        #   3. an error: that run has failed, and the answer with it; the other runs are cancelled.
+        # The reader may also stop in the middle (the client has left): closing this generator raises GeneratorExit at
+        # the `yield`. In each case `finally` cancels the tasks, which may be waiting for room in the queue, and waits
+        # until they have left their runs, so that no leg outlives the answer.
+        queue: asyncio.Queue[TextPiece | Exception | None] = asyncio.Queue(self._limits.max_queued_pieces)
+        tasks = [asyncio.create_task(self._read_run(number, queue)) for number in range(len(self._runs))]
         try:
-            left = len(tasks)
-            while left:
+            running = len(tasks)
+            while running:
                 item = await queue.get()
                 if item is None:
-                    left -= 1
-                elif isinstance(item, Piece):
+                    running -= 1
+                elif isinstance(item, TextPiece):
                     yield item
                 else:
                     raise item
@@ -113,16 +128,16 @@ class Answer:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _pump(self, number: int, queue: "asyncio.Queue[Piece | BaseException | None]") -> None:
+    async def _read_run(self, number: int, queue: "asyncio.Queue[TextPiece | Exception | None]") -> None:
         try:
-            async with aclosing(self._of_run(number)) as pieces:
+            async with aclosing(self._pieces_of_run(number)) as pieces:
                 async for piece in pieces:
                     await queue.put(piece)
             await queue.put(None)
         except Exception as error:  # handed to the reader of the queue, which raises it
             await queue.put(error)
 
-    async def _of_run(self, number: int) -> AsyncGenerator[Piece]:
+    async def _pieces_of_run(self, number: int) -> AsyncGenerator[TextPiece]:
         run, spec = self._runs[number], self._specs[number]
         first = sum(before.sampling.n for before in self._specs[:number])
         choices = [
@@ -131,101 +146,115 @@ class Answer:
         ]
         async with run:
             async for emit in run:
-                piece, hit = self._piece(first, choices[emit.index], emit)
-                if hit:
+                piece, stop_found = self._piece(first, choices[emit.index], emit)
+                if stop_found:
                     run.stop(emit.index)
                 if piece.text or piece.finish_reason or piece.logprobs or piece.token_ids:
                     yield piece
 
-    def _piece(self, first: int, choice: _Choice, emit: Emit) -> tuple[Piece, bool]:
-        shown = emit.token_ids if emit.stop_token_id is None else emit.token_ids[:-1]
-        logprobs = list(zip(shown, emit.logprobs, strict=False)) if emit.logprobs else []
-        text, hit = choice.stops.feed(choice.detokenizer.feed(shown))
-        if emit.finish_reason is not None and not hit:
-            more, hit = choice.stops.feed(choice.detokenizer.flush())
-            text += more if hit else more + choice.stops.flush()
-        reason = FinishReason.STOP if hit else emit.finish_reason
-        ids = emit.token_ids if self.with_token_ids else ()
-        return Piece(first + emit.index, text, logprobs, reason.value if reason else None, ids), hit
+    def _piece(self, first: int, choice: _Choice, emit: Emit) -> tuple[TextPiece, bool]:
+        """(what this output adds to its choice, whether a stop string was found in it)."""
+        visible = emit.token_ids if emit.stop_token_id is None else emit.token_ids[:-1]
+        logprobs = list(zip(visible, emit.logprobs, strict=False)) if emit.logprobs else []
+        text, stop_found = choice.stops.feed(choice.detokenizer.feed(visible))
+        if emit.finish_reason is not None and not stop_found:
+            # The last output of this choice. Two things may still be held back: an incomplete character, whose text
+            # can complete a stop string, and then the beginning of a stop string that will not be completed.
+            rest, stop_found = choice.stops.feed(choice.detokenizer.flush())
+            text += rest if stop_found else rest + choice.stops.flush()
+        reason = FinishReason.STOP if stop_found else emit.finish_reason
+        ids = emit.token_ids if self.shown.token_ids else ()
+        return TextPiece(first + emit.index, text, logprobs, reason.value if reason else None, ids), stop_found
 
 
 class Answerer:
-    """Starts answers. One a router."""
+    """Starts answers. One a router. A surface calls, in this order: `check_model`, `encode`, `start`."""
 
     def __init__(
-        self, *, model: str, tokenizer: Tokenizer, dispatcher: Dispatcher, cluster: Cluster, run: "Runner[list[int]]"
+        self,
+        *,
+        model: str,
+        tokenizer: Tokenizer,
+        dispatcher: Dispatcher,
+        cluster: Cluster,
+        run: "Runner[list[int]]",
+        limits: AnswerLimits = AnswerLimits(),
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self._dispatcher = dispatcher
         self._cluster = cluster
         self._run = run
+        self._limits = limits
 
-    async def chat(self, request: ChatRequest, request_id: str, client_request_id: str) -> Answer:
-        """Raises InvalidRequestError and its kin, OverloadedError, NodeUnavailableError."""
-        self._check_model(request.model)
-        text = self.tokenizer.render_chat(schema.messages_of(request))
-        ids = await encode(self.tokenizer, text, add_special_tokens=False, run=self._run)
-        return self._answer(request, [ids], request_id, client_request_id, "messages")
+    @property
+    def max_context(self) -> int | None:
+        """Tokens that a prompt and its completion may have together; None: no decoder has ever reported."""
+        return self._cluster.max_context()
 
-    async def complete(self, request: CompletionRequest, request_id: str, client_request_id: str) -> Answer:
-        """As `chat`."""
-        self._check_model(request.model)
-        given = schema.prompts_of(request)
-        chars = sum(len(prompt) for prompt in given if isinstance(prompt, str))
-        prompts: list[list[int]] = []
-        for prompt in given:
-            if isinstance(prompt, str):
-                ids = await encode(self.tokenizer, prompt, add_special_tokens=True, run=self._run, chars=chars)
-                prompts.append(ids)
-            else:
-                prompts.append(prompt)
-        return self._answer(request, prompts, request_id, client_request_id, "prompt")
-
-    def _check_model(self, name: str) -> None:
+    def check_model(self, name: str) -> None:
+        """Raises ModelNotFoundError."""
         if name != self.model:
             raise ModelNotFoundError(f"the model {name!r} does not exist here; there is {self.model!r}", param="model")
 
-    def _answer(
-        self, request: AnyRequest, prompts: list[list[int]], request_id: str, client_request_id: str, param: str
-    ) -> Answer:
-        stops = schema.stops_of(request)
-        max_context = self._cluster.max_context()
-        if max_context is None:
-            # The checks that need no node come first: a wrong request is wrong at any time.
-            schema.sampling_of(request, 0, 1 << 31)
-            raise NodeUnavailableError(self._cluster.why_no_decoder())
-        specs: list[RequestSpec] = []
-        for number, prompt in enumerate(prompts):
-            sampling = schema.sampling_of(request, len(prompt), max_context)
-            self._check_fit(prompt, sampling, max_context, param)
-            specs.append(
-                RequestSpec(
-                    request_id=request_id if number == 0 else f"{request_id}-{number}",
-                    prompt_token_ids=prompt,
-                    sampling=sampling,
-                    cache_salt=(request.cache_salt or "").encode(),
-                    client_request_id=client_request_id,
-                )
-            )
-        if sum(spec.sampling.n for spec in specs) > schema.MAX_N:
-            raise InvalidRequestError(f"n times the prompts must not be over {schema.MAX_N}", param="n")
-        runs = [self._dispatcher.open(spec, beside=number) for number, spec in enumerate(specs)]
-        return Answer(self.tokenizer, runs, specs, stops, with_token_ids=bool(request.return_token_ids))
+    async def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """The tokens of each prompt. Raises InvalidRequestError where the chat template refuses the messages."""
+        texts = [self._text(prompt) for prompt in prompts]
+        inline = sum(len(text) for text in texts if text is not None) <= self._limits.inline_chars
+        encoded: list[list[int]] = []
+        for prompt, text in zip(prompts, texts, strict=True):
+            if text is None:
+                assert not isinstance(prompt, TextPrompt | ChatPrompt)
+                encoded.append(prompt.token_ids)
+            else:
+                # A rendered template has its special tokens in it.
+                encoded.append(await self._encode(text, inline, special_tokens=isinstance(prompt, TextPrompt)))
+        return encoded
 
-    def _check_fit(self, prompt: list[int], sampling: SamplingParams, max_context: int, param: str) -> None:
+    def start(self, request: AnswerRequest) -> ClientAnswer:
+        """Route the prompts; iterating the answer's pieces runs them.
+
+        Raises NodeUnavailableError, InvalidRequestError, ContextLengthError, OverloadedError.
+        """
+        max_context = self.max_context
+        if max_context is None:
+            raise NodeUnavailableError(self._cluster.why_no_decoder())
+        for spec in request.specs:
+            self._check_fit(spec, max_context, request.names)
+        if sum(spec.sampling.n for spec in request.specs) > self._limits.max_choices:
+            text = f"{request.names.n} times the prompts must not be over {self._limits.max_choices}"
+            raise InvalidRequestError(text, param=request.names.n)
+        runs = [self._dispatcher.open(spec, beside=number) for number, spec in enumerate(request.specs)]
+        return ClientAnswer(self.tokenizer, runs, request, self._limits)
+
+    def _text(self, prompt: Prompt) -> str | None:
+        if isinstance(prompt, ChatPrompt):
+            return self.tokenizer.render_chat(prompt.messages)
+        return prompt.text if isinstance(prompt, TextPrompt) else None
+
+    async def _encode(self, text: str, inline: bool, *, special_tokens: bool) -> list[int]:
+        if inline:
+            return self.tokenizer.encode(text, add_special_tokens=special_tokens)
+        return await self._run(lambda: self.tokenizer.encode(text, add_special_tokens=special_tokens))
+
+    def _check_fit(self, spec: RequestSpec, max_context: int, names: FieldNames) -> None:
+        prompt, sampling = spec.prompt_token_ids, spec.sampling
         if not prompt:
-            raise InvalidRequestError(f"{param} has no tokens", param=param)
+            raise InvalidRequestError(f"{names.prompt} has no tokens", param=names.prompt)
         if len(prompt) + sampling.max_tokens > max_context:
             raise ContextLengthError(
                 f"this model's context is {max_context} tokens, but {len(prompt) + sampling.max_tokens} were requested "
-                f"({len(prompt)} in the {param}, {sampling.max_tokens} for the completion)",
-                param=param,
+                f"({len(prompt)} in the {names.prompt}, {sampling.max_tokens} for the completion)",
+                param=names.prompt,
             )
         vocab_size = self._cluster.vocab_size()
         if vocab_size is None:
             return
-        given = {param: prompt, "stop_token_ids": sampling.stop_token_ids, "logit_bias": sampling.logit_bias}
+        given = {
+            names.prompt: prompt,
+            names.stop_token_ids: sampling.stop_token_ids,
+            names.logit_bias: sampling.logit_bias,
+        }
         for name, ids in given.items():
             if (biggest := max(ids, default=0)) >= vocab_size:
                 text = f"{name}: token id {biggest} is outside of the vocabulary of {vocab_size}"

@@ -6,7 +6,6 @@ Owns routes, body limits, request ids and the OpenAPI document. Bodies are decod
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 import msgspec
@@ -18,11 +17,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from kvcore.errors import KVFerryError
 from kvcore.process.http_body import read_body
 from kvcore.telemetry import METRICS_CONTENT_TYPE
-from router.answering import Answer, Answerer
+from router.answering import Answerer, ClientAnswer
 from router.api import openapi
 from router.api.http_errors import error_reply, headers_of
-from router.api.openai_schema import ChatRequest, CompletionRequest, parse
-from router.api.replies import ChatFormat, CompletionFormat, Format
+from router.api.limits import ApiLimits
+from router.api.openai_schema import ChatRequest, CompletionRequest, answer_request, parse, prompts_of
+from router.api.replies import ChatFormatter, CompletionFormatter, Formatter
 from router.api.responses import AnswerResponse, JsonReply, error_response
 from router.metrics import RouterMetrics
 from router.requests.records import RequestLog
@@ -30,16 +30,21 @@ from router.status import StatusView
 
 _GOOD_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 _Body = TypeVar("_Body", ChatRequest, CompletionRequest)
-_Shape = type[ChatFormat] | type[CompletionFormat]
 
 
 def make_app(
-    answerer: Answerer, log: RequestLog, status: StatusView, metrics: RouterMetrics, *, max_body_bytes: int
+    answerer: Answerer,
+    log: RequestLog,
+    status: StatusView,
+    metrics: RouterMetrics,
+    *,
+    max_body_bytes: int,
+    limits: ApiLimits = ApiLimits(),
 ) -> ASGIApp:
     """The ASGI application. Its OpenAPI document is at /openapi.json."""
     app = FastAPI(title="kvferry router", version="1", docs_url=None, redoc_url=None, redirect_slashes=False)
     _add_errors(app)
-    _add_openai(app, answerer, max_body_bytes)
+    _add_openai(app, answerer, max_body_bytes, limits)
     _add_status(app, answerer.model, log, status, metrics)
     return RequestIds(app, metrics)
 
@@ -90,37 +95,38 @@ def _add_errors(app: FastAPI) -> None:
         return JsonReply(error_reply(500, "internal error", code="internal_error"), 500)
 
 
-def _add_openai(app: FastAPI, answerer: Answerer, max_body_bytes: int) -> None:
+def _add_openai(app: FastAPI, answerer: Answerer, max_body_bytes: int, limits: ApiLimits) -> None:
     def generates(
         name: str,
         path: str,
         kind: type[_Body],
         *,
         id_prefix: str,
-        run: Callable[[_Body, str, str], Awaitable[Answer]],
-        shape: _Shape,
+        formatter: type[ChatFormatter] | type[CompletionFormatter],
     ) -> None:
         @app.post(path, name=name, **openapi.answers(kind))
         async def endpoint(request: Request) -> Response:
-            body = parse(await read_body(request, max_body_bytes), kind)
-            usage = bool(body.stream and body.stream_options and body.stream_options.include_usage)
+            body = parse(await read_body(request, max_body_bytes, timeout_s=limits.body_timeout_s), kind)
             request_id = f"{id_prefix}-{uuid.uuid4().hex}"
 
-            async def start() -> tuple[Answer, Format]:
-                answer = await run(body, request_id, request.scope["request_id"])
-                return answer, shape(answer, body.model, int(time.time()), answerer.tokenizer, usage=usage)
+            async def start() -> tuple[ClientAnswer, Formatter]:
+                answerer.check_model(body.model)
+                prompts = await answerer.encode(prompts_of(body, limits))
+                wanted = answer_request(
+                    body,
+                    prompts,
+                    max_context=answerer.max_context,
+                    request_id=request_id,
+                    client_request_id=request.scope["request_id"],
+                    limits=limits,
+                )
+                answer = answerer.start(wanted)
+                return answer, formatter(answer, body.model, int(time.time()), answerer.tokenizer)
 
-            return AnswerResponse(start, stream=bool(body.stream), usage=usage)
+            return AnswerResponse(start, stream=bool(body.stream), send_timeout_s=limits.send_timeout_s)
 
-    generates("chat", "/v1/chat/completions", ChatRequest, id_prefix="chatcmpl", run=answerer.chat, shape=ChatFormat)
-    generates(
-        "completions",
-        "/v1/completions",
-        CompletionRequest,
-        id_prefix="cmpl",
-        run=answerer.complete,
-        shape=CompletionFormat,
-    )
+    generates("chat", "/v1/chat/completions", ChatRequest, id_prefix="chatcmpl", formatter=ChatFormatter)
+    generates("completions", "/v1/completions", CompletionRequest, id_prefix="cmpl", formatter=CompletionFormatter)
     created = int(time.time())
 
     @app.get("/v1/models", **openapi.plain("The model that is served"))

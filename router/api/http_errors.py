@@ -4,8 +4,6 @@ import msgspec
 
 from kvcore.errors import KVFerryError
 
-RETRY_AFTER_S = 1
-
 
 class ErrorDetail(msgspec.Struct):
     """`type`: `invalid_request_error` (the client's fault) or `server_error`."""
@@ -33,8 +31,8 @@ def reply_of(error: KVFerryError) -> ErrorReply:
     return error_reply(error.http_status, error.message, param=error.param, code=error.code)
 
 
-def headers_of(status: int) -> dict[str, str]:
+def headers_of(status: int, *, retry_after_s: int = 1) -> dict[str, str]:
     """Retry-After where trying again can help; a body that was not read to its end ends the connection."""
     if status in (429, 503):
-        return {"Retry-After": str(RETRY_AFTER_S)}
+        return {"Retry-After": str(retry_after_s)}
     return {"Connection": "close"} if status in (408, 413) else {}

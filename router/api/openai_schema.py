@@ -1,7 +1,7 @@
-"""What clients may send to the OpenAI endpoints, and its translation into sampling parameters.
+"""What clients may send to the OpenAI endpoints, and its translation into the router's own words (`requests.spec`).
 
-Owns the checks of every field and their messages. Unknown fields are tolerated as other servers do; fields that would
-change the answer and are not supported are refused by name, never ignored.
+Owns the names of the fields, the checks of each and their messages. Unknown fields are tolerated as other servers do;
+fields that would change the answer and are not supported are refused by name, never ignored.
 """
 
 import math
@@ -13,15 +13,22 @@ import msgspec
 
 from kvcore.errors import InvalidRequestError
 from nodeapi.messages import SamplingParams
+from router.api.limits import ApiLimits
+from router.requests.spec import (
+    AnswerRequest,
+    ChatPrompt,
+    FieldNames,
+    Prompt,
+    RequestSpec,
+    ShownFields,
+    TextPrompt,
+    TokenPrompt,
+)
 
-MAX_N = 128
-MAX_PROMPTS = 128
-MAX_STOPS = 16
-MAX_STOP_CHARS = 1000
-MAX_LOGPROBS = 20
 DEFAULT_COMPLETION_TOKENS = 16
 MAX_TOKEN_ID = (1 << 32) - 1
 _INT64 = 1 << 63
+_ANY_CONTEXT = 1 << 31
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -113,17 +120,59 @@ def parse(raw: bytes, kind: type[_Body]) -> _Body:
         raise InvalidRequestError(f"the body is not valid JSON: {error}") from error
 
 
-def stops_of(request: AnyRequest) -> list[str]:
-    """The stop strings, checked."""
-    stops = [request.stop] if isinstance(request.stop, str) else list(request.stop or ())
-    _require(len(stops) <= MAX_STOPS, "stop", f"has at most {MAX_STOPS} strings")
-    _require(
-        all(0 < len(stop) <= MAX_STOP_CHARS for stop in stops), "stop", f"has 1 to {MAX_STOP_CHARS} characters each"
+def prompts_of(request: AnyRequest, limits: ApiLimits) -> list[Prompt]:
+    """A chat's messages, or the prompts of a completion; what changes the answer and is not supported is refused."""
+    if isinstance(request, ChatRequest):
+        return [ChatPrompt(_messages(request))]
+    return _prompts(request, limits)
+
+
+def answer_request(
+    request: AnyRequest,
+    prompts: Sequence[list[int]],
+    *,
+    max_context: int | None,
+    request_id: str,
+    client_request_id: str,
+    limits: ApiLimits,
+) -> AnswerRequest:
+    """All of `request` but its prompts, which are tokens by now: a spec for each, all fields checked.
+
+    `max_context` None: not known as no node is up; a wrong request is wrong at any time, so the fields are checked all
+    the same. Raises InvalidRequestError.
+    """
+    stops = _stops(request, limits)
+    specs = [
+        RequestSpec(
+            request_id=request_id if number == 0 else f"{request_id}-{number}",
+            prompt_token_ids=prompt,
+            sampling=_sampling(request, len(prompt), _ANY_CONTEXT if max_context is None else max_context, limits),
+            cache_salt=(request.cache_salt or "").encode(),
+            client_request_id=client_request_id,
+        )
+        for number, prompt in enumerate(prompts)
+    ]
+    return AnswerRequest(
+        specs,
+        stops=stops,
+        shown=ShownFields(token_ids=bool(request.return_token_ids), usage=_shows_usage(request)),
+        names=FieldNames(prompt="messages" if isinstance(request, ChatRequest) else "prompt"),
     )
+
+
+def _shows_usage(request: AnyRequest) -> bool:
+    return bool(request.stream and request.stream_options and request.stream_options.include_usage)
+
+
+def _stops(request: AnyRequest, limits: ApiLimits) -> list[str]:
+    stops = [request.stop] if isinstance(request.stop, str) else list(request.stop or ())
+    _require(len(stops) <= limits.max_stops, "stop", f"has at most {limits.max_stops} strings")
+    longest = limits.max_stop_chars
+    _require(all(0 < len(stop) <= longest for stop in stops), "stop", f"has 1 to {longest} characters each")
     return stops
 
 
-def messages_of(request: ChatRequest) -> list[dict[str, str]]:
+def _messages(request: ChatRequest) -> list[dict[str, str]]:
     """Role and plain text of each message. Raises for all that is not text."""
     _refuse("tools", bool(request.tools) or bool(request.functions))
     _refuse("tool_choice", request.tool_choice not in (None, "none", "auto"))
@@ -132,8 +181,7 @@ def messages_of(request: ChatRequest) -> list[dict[str, str]]:
     return [_message(number, message) for number, message in enumerate(request.messages)]
 
 
-def prompts_of(request: CompletionRequest) -> list[str | list[int]]:
-    """One entry a prompt: text or token ids."""
+def _prompts(request: CompletionRequest, limits: ApiLimits) -> list[Prompt]:
     _check_response_format(request.response_format)
     _refuse("echo", bool(request.echo))
     _refuse("suffix", bool(request.suffix))
@@ -141,16 +189,20 @@ def prompts_of(request: CompletionRequest) -> list[str | list[int]]:
     _refuse("best_of", request.best_of is not None and request.best_of != n)
     prompt = request.prompt
     if isinstance(prompt, str):
-        return [prompt]
+        return [TextPrompt(prompt)]
     _require(len(prompt) > 0, "prompt", "must not be empty")
     if all(isinstance(item, int) for item in prompt):
-        return [_token_ids([item for item in prompt if isinstance(item, int)])]
+        return [TokenPrompt(_token_ids([item for item in prompt if isinstance(item, int)]))]
     _require(not any(isinstance(item, int) for item in prompt), "prompt", "mixes token ids with other prompts")
-    _require(len(prompt) <= MAX_PROMPTS, "prompt", f"has at most {MAX_PROMPTS} prompts")
-    return [item if isinstance(item, str) else _token_ids(item) for item in prompt if not isinstance(item, int)]
+    _require(len(prompt) <= limits.max_prompts, "prompt", f"has at most {limits.max_prompts} prompts")
+    return [
+        TextPrompt(item) if isinstance(item, str) else TokenPrompt(_token_ids(item))
+        for item in prompt
+        if not isinstance(item, int)
+    ]
 
 
-def sampling_of(request: AnyRequest, prompt_tokens: int, max_context: int) -> SamplingParams:
+def _sampling(request: AnyRequest, prompt_tokens: int, max_context: int, limits: ApiLimits) -> SamplingParams:
     """The engine's parameters, all checked; draws a seed where there is none.
 
     Without max_tokens a chat may fill the context and a completion has 16 tokens. Raises InvalidRequestError.
@@ -159,7 +211,7 @@ def sampling_of(request: AnyRequest, prompt_tokens: int, max_context: int) -> Sa
     min_tokens = request.min_tokens or 0
     _require(0 <= min_tokens <= max_tokens, "min_tokens", f"must lie between 0 and {named} ({max_tokens})")
     n = 1 if request.n is None else request.n
-    _require(1 <= n <= MAX_N, "n", f"must lie between 1 and {MAX_N}")
+    _require(1 <= n <= limits.max_n, "n", f"must lie between 1 and {limits.max_n}")
     if request.stream_options is not None:
         _require(bool(request.stream), "stream_options", "is only allowed when stream is true")
     seed = random.getrandbits(63) if request.seed is None else request.seed
@@ -178,7 +230,7 @@ def sampling_of(request: AnyRequest, prompt_tokens: int, max_context: int) -> Sa
         min_tokens=min_tokens,
         stop_token_ids=_token_ids(request.stop_token_ids or [], "stop_token_ids", may_be_empty=True),
         ignore_eos=bool(request.ignore_eos),
-        logprobs=_logprobs(request),
+        logprobs=_logprobs(request, limits.max_logprobs),
         n=n,
     )
 
@@ -194,14 +246,14 @@ def _max_tokens(request: AnyRequest, prompt_tokens: int, max_context: int) -> tu
     return given, named
 
 
-def _logprobs(request: AnyRequest) -> int | None:
+def _logprobs(request: AnyRequest, most: int) -> int | None:
     if isinstance(request, CompletionRequest):
         if request.logprobs is not None:
-            _require(0 <= request.logprobs <= MAX_LOGPROBS, "logprobs", f"must lie between 0 and {MAX_LOGPROBS}")
+            _require(0 <= request.logprobs <= most, "logprobs", f"must lie between 0 and {most}")
         return request.logprobs
     if request.top_logprobs is not None:
         _require(bool(request.logprobs), "top_logprobs", "needs logprobs to be true")
-        _require(0 <= request.top_logprobs <= MAX_LOGPROBS, "top_logprobs", f"must lie between 0 and {MAX_LOGPROBS}")
+        _require(0 <= request.top_logprobs <= most, "top_logprobs", f"must lie between 0 and {most}")
     return (request.top_logprobs or 0) if request.logprobs else None
 
 

@@ -1,6 +1,6 @@
 """The bodies and stream chunks of the OpenAI endpoints, from pieces of text.
 
-Owns their exact shape. A format has state for one answer; it does no I/O.
+Owns their exact form. A formatter has state for one answer; it does no I/O.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from typing import Protocol
 import msgspec
 
 from nodeapi.messages import TokenLogprob
-from router.answering import Answer, Piece
+from router.answering import ClientAnswer, TextPiece
 from router.text.tokenizer import Tokenizer, finite
 
 DONE = b"data: [DONE]\n\n"
@@ -32,7 +32,7 @@ class Usage(msgspec.Struct):
     prompt_tokens_details: PromptTokensDetails
 
 
-def usage_of(answer: Answer) -> Usage:
+def usage_of(answer: ClientAnswer) -> Usage:
     """Final once the answer's pieces have ended."""
     prompt, completion = answer.prompt_tokens, answer.completion_tokens
     return Usage(prompt, completion, prompt + completion, PromptTokensDetails(answer.cached_tokens))
@@ -43,33 +43,32 @@ def sse(body: object) -> bytes:
     return b"data: " + _encoder.encode(body) + b"\n\n"
 
 
-class Format(Protocol):
-    """How one endpoint shapes its answer."""
+class Formatter(Protocol):
+    """Makes the bodies and stream chunks of one answer, as its endpoint has them."""
 
     def opening(self) -> list[bytes]:
         """Events before the first piece."""
         ...
 
-    def chunk(self, piece: Piece) -> bytes:
+    def chunk(self, piece: TextPiece) -> bytes:
         """The event of one piece."""
         ...
 
-    def usage_chunk(self) -> bytes:
-        """The event with usage and no choices."""
+    def closing(self) -> bytes:
+        """Events after the last piece: usage, if the client asked for it, and the mark of the end."""
         ...
 
-    def whole(self, pieces: Sequence[Piece]) -> bytes:
+    def body(self, pieces: Sequence[TextPiece]) -> bytes:
         """The body of an answer that is not streamed."""
         ...
 
 
 class _Common:
-    def __init__(self, answer: Answer, model: str, created: int, tokenizer: Tokenizer, *, usage: bool) -> None:
+    def __init__(self, answer: ClientAnswer, model: str, created: int, tokenizer: Tokenizer) -> None:
         self._answer = answer
         self._model = model
         self._created = created
         self._tokenizer = tokenizer
-        self._usage = usage
 
     def _event(
         self,
@@ -86,9 +85,12 @@ class _Common:
             "choices": choices,
             **more,
         }
-        if self._usage:
+        if self._answer.shown.usage:
             body["usage"] = usage
         return sse(body)
+
+    def _closing(self, kind: str) -> bytes:
+        return (self._event(kind, [], usage_of(self._answer)) if self._answer.shown.usage else b"") + DONE
 
     def _body(
         self, kind: str, choices: list[dict[str, object]], more: Mapping[str, object] = MappingProxyType({})
@@ -105,26 +107,26 @@ class _Common:
             }
         )
 
-    def _token_ids(self, piece: Piece) -> dict[str, object]:
-        return {"token_ids": list(piece.token_ids)} if self._answer.with_token_ids else {}
+    def _token_ids(self, piece: TextPiece) -> dict[str, object]:
+        return {"token_ids": list(piece.token_ids)} if self._answer.shown.token_ids else {}
 
     def _prompt_token_ids(self, index: int) -> dict[str, object]:
-        return {"prompt_token_ids": self._answer.prompt_token_ids(index)} if self._answer.with_token_ids else {}
+        return {"prompt_token_ids": self._answer.prompt_token_ids(index)} if self._answer.shown.token_ids else {}
 
-    def _gather(self, pieces: Sequence[Piece]) -> list[Piece]:
-        by_choice: list[list[Piece]] = [[] for _ in range(self._answer.num_choices)]
+    def _gather(self, pieces: Sequence[TextPiece]) -> list[TextPiece]:
+        by_choice: list[list[TextPiece]] = [[] for _ in range(self._answer.num_choices)]
         for piece in pieces:
             by_choice[piece.index].append(piece)
-        gathered: list[Piece] = []
+        gathered: list[TextPiece] = []
         for index, own in enumerate(by_choice):
             logprobs = [entry for piece in own for entry in piece.logprobs]
             reason = next((piece.finish_reason for piece in own if piece.finish_reason), None)
             token_ids = [token_id for piece in own for token_id in piece.token_ids]
-            gathered.append(Piece(index, "".join(piece.text for piece in own), logprobs, reason, token_ids))
+            gathered.append(TextPiece(index, "".join(piece.text for piece in own), logprobs, reason, token_ids))
         return gathered
 
 
-class ChatFormat(_Common):
+class ChatFormatter(_Common):
     """/v1/chat/completions."""
 
     def opening(self) -> list[bytes]:
@@ -139,8 +141,8 @@ class ChatFormat(_Common):
             for index in range(self._answer.num_choices)
         ]
 
-    def chunk(self, piece: Piece) -> bytes:
-        """See Format."""
+    def chunk(self, piece: TextPiece) -> bytes:
+        """See Formatter."""
         choice: dict[str, object] = {
             "index": piece.index,
             "delta": {"content": piece.text} if piece.text else {},
@@ -150,12 +152,12 @@ class ChatFormat(_Common):
         }
         return self._event("chat.completion.chunk", [choice])
 
-    def usage_chunk(self) -> bytes:
-        """See Format."""
-        return self._event("chat.completion.chunk", [], usage_of(self._answer))
+    def closing(self) -> bytes:
+        """See Formatter."""
+        return self._closing("chat.completion.chunk")
 
-    def whole(self, pieces: Sequence[Piece]) -> bytes:
-        """See Format."""
+    def body(self, pieces: Sequence[TextPiece]) -> bytes:
+        """See Formatter."""
         choices: list[dict[str, object]] = [
             {
                 "index": piece.index,
@@ -168,13 +170,13 @@ class ChatFormat(_Common):
         ]
         return self._body("chat.completion", choices, self._prompt_token_ids(0))
 
-    def _logprobs(self, piece: Piece) -> dict[str, object] | None:
+    def _logprobs(self, piece: TextPiece) -> dict[str, object] | None:
         if not piece.logprobs:
             return None
         return {"content": [self._token(token_id, logprob) for token_id, logprob in piece.logprobs], "refusal": None}
 
     def _token(self, token_id: int, logprob: TokenLogprob) -> dict[str, object]:
-        top = [self._entry(other, its) for other, its in logprob.top]
+        top = [self._entry(other, value) for other, value in logprob.top]
         return {**self._entry(token_id, logprob.logprob), "top_logprobs": top}
 
     def _entry(self, token_id: int, logprob: float) -> dict[str, object]:
@@ -182,11 +184,11 @@ class ChatFormat(_Common):
         return {"token": text, "logprob": finite(logprob), "bytes": list(text.encode())}
 
 
-class CompletionFormat(_Common):
+class CompletionFormatter(_Common):
     """/v1/completions."""
 
-    def __init__(self, answer: Answer, model: str, created: int, tokenizer: Tokenizer, *, usage: bool) -> None:
-        super().__init__(answer, model, created, tokenizer, usage=usage)
+    def __init__(self, answer: ClientAnswer, model: str, created: int, tokenizer: Tokenizer) -> None:
+        super().__init__(answer, model, created, tokenizer)
         self._offsets = [0] * answer.num_choices
         self._begun: set[int] = set()
         """Choices that have said something."""
@@ -195,19 +197,19 @@ class CompletionFormat(_Common):
         """Nothing."""
         return []
 
-    def chunk(self, piece: Piece) -> bytes:
-        """See Format."""
+    def chunk(self, piece: TextPiece) -> bytes:
+        """See Formatter."""
         return self._event("text_completion", [self._choice(piece)])
 
-    def usage_chunk(self) -> bytes:
-        """See Format."""
-        return self._event("text_completion", [], usage_of(self._answer))
+    def closing(self) -> bytes:
+        """See Formatter."""
+        return self._closing("text_completion")
 
-    def whole(self, pieces: Sequence[Piece]) -> bytes:
-        """See Format."""
+    def body(self, pieces: Sequence[TextPiece]) -> bytes:
+        """See Formatter."""
         return self._body("text_completion", [self._choice(piece) for piece in self._gather(pieces)])
 
-    def _choice(self, piece: Piece) -> dict[str, object]:
+    def _choice(self, piece: TextPiece) -> dict[str, object]:
         first = piece.index not in self._begun
         self._begun.add(piece.index)
         return {
@@ -219,7 +221,7 @@ class CompletionFormat(_Common):
             **(self._prompt_token_ids(piece.index) if first else {}),
         }
 
-    def _logprobs(self, piece: Piece) -> dict[str, object] | None:
+    def _logprobs(self, piece: TextPiece) -> dict[str, object] | None:
         if not piece.logprobs:
             return None
         tokens = [self._tokenizer.decode([token_id]) for token_id, _ in piece.logprobs]
@@ -231,7 +233,7 @@ class CompletionFormat(_Common):
             "tokens": tokens,
             "token_logprobs": [finite(logprob.logprob) for _, logprob in piece.logprobs],
             "top_logprobs": [
-                {self._tokenizer.decode([other]): finite(its) for other, its in logprob.top}
+                {self._tokenizer.decode([other]): finite(value) for other, value in logprob.top}
                 for _, logprob in piece.logprobs
             ],
             "text_offset": offsets,

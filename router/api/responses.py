@@ -14,12 +14,10 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from kvcore.errors import EngineError, KVFerryError
-from router.answering import Answer, Piece
+from router.answering import ClientAnswer, TextPiece
 from router.api.http_errors import headers_of, reply_of
-from router.api.replies import DONE, Format, sse
+from router.api.replies import Formatter, sse
 
-SEND_S = 30.0
-"""A client that takes nothing for so long is gone: it would hold its place on a node until the request's time is up."""
 _log = logging.getLogger("router")
 _SSE = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 
@@ -44,20 +42,35 @@ def error_response(error: KVFerryError) -> JsonReply:
 
 class AnswerResponse(Response):
     """Runs the work when it is sent. The status is decided by the first piece: an error before it is an HTTP error,
-    one after it an SSE event that ends the stream without `[DONE]`."""
+    one after it an SSE event that ends the stream without `[DONE]`.
 
-    def __init__(self, start: Callable[[], Awaitable[tuple[Answer, Format]]], *, stream: bool, usage: bool) -> None:
+    `start`: makes the answer and its formatter. `send_timeout_s`: a client that takes nothing for so long is gone.
+    """
+
+    def __init__(
+        self,
+        start: Callable[[], Awaitable[tuple[ClientAnswer, Formatter]]],
+        *,
+        stream: bool,
+        send_timeout_s: float,
+    ) -> None:
         super().__init__()
         self._start = start
         self._stream = stream
-        self._usage = usage
+        self._send_timeout_s = send_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry: ends when the answer has been sent, or the client has left and every leg is cancelled."""
 
+        # Two tasks race: `work` makes and sends the answer, `gone` waits for the client's disconnect.
+        #   1. `work` ends first: the answer is out, or its error has been answered, or the client took no more
+        #      (_ClientGoneError). What else it raises came of ASGI's send: a bug of ours, raised below.
+        #   2. `gone` ends first: the client has left. `work` is cancelled, and with it every leg.
+        #   3. This call is cancelled (the server stops): both are.
+        # In each case both tasks have ended before this returns, so no work outlives its response.
         async def send_in_time(message: Message) -> None:
             try:
-                async with asyncio.timeout(SEND_S):
+                async with asyncio.timeout(self._send_timeout_s):
                     await send(message)
             except OSError as error:  # of which a TimeoutError is one
                 raise _ClientGoneError from error
@@ -77,13 +90,13 @@ class AnswerResponse(Response):
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            answer, shape = await self._start()
+            answer, formatter = await self._start()
             async with aclosing(answer.pieces()) as pieces:
                 if self._stream:
-                    await self._send_stream(pieces, shape, send)
+                    await self._send_stream(pieces, formatter, send)
                     return
                 gathered = [piece async for piece in pieces]
-            reply: Response = Response(shape.whole(gathered), media_type="application/json")
+            reply: Response = Response(formatter.body(gathered), media_type="application/json")
         except KVFerryError as error:
             reply = error_response(error)
         except _ClientGoneError:
@@ -93,15 +106,19 @@ class AnswerResponse(Response):
             reply = error_response(EngineError("internal error"))
         await reply(scope, receive, send)
 
-    async def _send_stream(self, pieces: AsyncGenerator[Piece], shape: Format, send: Send) -> None:
+    async def _send_stream(self, pieces: AsyncGenerator[TextPiece], formatter: Formatter, send: Send) -> None:
+        # Where a stream can be cut:
+        #   1. before its first piece: the error goes on to `_answer`, which answers it with a status of its own;
+        #   2. after it: the status is out, so the error is the last event, and `[DONE]` does not follow;
+        #   3. by the client, at any send: nothing can be said to it any more.
         first = await anext(pieces, None)
         await send({"type": "http.response.start", "status": 200, "headers": [*_SSE, *self._extra_headers()]})
-        body = b"".join(shape.opening()) + (shape.chunk(first) if first else b"")
+        body = b"".join(formatter.opening()) + (formatter.chunk(first) if first else b"")
         await _write(send, body)
         try:
             async for piece in pieces:
-                await _write(send, shape.chunk(piece))
-            last = (shape.usage_chunk() if self._usage else b"") + DONE
+                await _write(send, formatter.chunk(piece))
+            last = formatter.closing()
         except KVFerryError as error:
             last = sse(reply_of(error))
         except _ClientGoneError:

@@ -7,9 +7,9 @@ it in virtual time.
 from functools import partial
 
 from kvcore.errors import KVFerryError, NodeUnavailableError, OverloadedError
-from router.requests.leg_requests import RequestSpec
 from router.requests.run import RequestRun
 from router.requests.services import RequestServices
+from router.requests.spec import RequestSpec
 from router.routing.decision import Decision
 from router.routing.policy import RoutePolicy
 from router.routing.views import RouteRequest

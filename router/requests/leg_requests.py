@@ -1,24 +1,12 @@
-"""A client's request in tokens, and what the nodes are asked for it: one message a leg. Pure."""
-
-from dataclasses import dataclass
+"""What the nodes are asked for a request: one message a leg. Pure."""
 
 import msgspec
 
-from nodeapi.messages import GenerateRequest, Handoff, PrefillRequest, SamplingParams
+from nodeapi.messages import GenerateRequest, Handoff, PrefillRequest
 from router.requests.events import StartDecode, StartPrefill
+from router.requests.spec import RequestSpec
 
 _SEED_STEP = 0x9E3779B97F4A7C15
-
-
-@dataclass(frozen=True, slots=True)
-class RequestSpec:
-    """A validated request in tokens. `request_id` is unique; `client_request_id` is the client's own name for it."""
-
-    request_id: str
-    prompt_token_ids: list[int]
-    sampling: SamplingParams
-    cache_salt: bytes = b""
-    client_request_id: str | None = None
 
 
 def prefill_request(

@@ -21,9 +21,10 @@ from router.requests.events import (
     StartDecode,
     StartPrefill,
 )
-from router.requests.leg_requests import RequestSpec, generate_request, prefill_request
+from router.requests.leg_requests import generate_request, prefill_request
 from router.requests.records import LegRecord
 from router.requests.services import RequestServices
+from router.requests.spec import RequestSpec
 
 
 class LegListener(Protocol):

@@ -31,10 +31,10 @@ from router.requests.events import (
     TimerFired,
 )
 from router.requests.ledger import RequestMachine
-from router.requests.leg_requests import RequestSpec
 from router.requests.legs import RequestLegs
 from router.requests.records import LegRecord, RequestRecord, route_record
 from router.requests.services import RequestServices
+from router.requests.spec import RequestSpec
 from router.routing.decision import Decision
 
 _log = logging.getLogger("router")

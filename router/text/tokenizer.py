@@ -18,8 +18,6 @@ from kvcore.config.schema import ClusterConfig, SimEngineConfig
 from kvcore.errors import InvalidRequestError, ModelLoadError
 from kvcore.model_folder import TOKENIZER_FILES, find_folder
 
-INLINE_CHARS = 8 << 10
-"""Longer texts are encoded beside the event loop (a 100 kB prompt takes about 50 ms)."""
 _T = TypeVar("_T")
 Runner = Callable[[Callable[[], _T]], Awaitable[_T]]
 """Runs blocking work beside the loop."""
@@ -154,15 +152,6 @@ def make_tokenizer(config: ClusterConfig) -> Tokenizer:
     if isinstance(config.engine, SimEngineConfig) and not Path(path).expanduser().is_dir():
         return ByteTokenizer(config.engine.vocab_size)
     return FolderTokenizer(find_folder(path, TOKENIZER_FILES))
-
-
-async def encode(
-    tokenizer: Tokenizer, text: str, *, add_special_tokens: bool, run: "Runner[list[int]]", chars: int = 0
-) -> list[int]:
-    """Encode without holding up the loop: long texts, and those of many with `chars` together, go through `run`."""
-    if max(len(text), chars) <= INLINE_CHARS:
-        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
-    return await run(lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
 
 def finite(logprob: float) -> float:

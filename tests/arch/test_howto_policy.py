@@ -11,7 +11,7 @@ from support.policy_conformance import CHECKS
 from support.router_fakes import expected, make_rig
 
 from nodeapi.messages import SamplingParams
-from router.requests.leg_requests import RequestSpec
+from router.requests.spec import RequestSpec
 from router.routing.policy import RoutePolicy
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/how-to/policy.md"

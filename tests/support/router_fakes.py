@@ -31,6 +31,7 @@ from nodeapi.messages import (
 )
 from router.answering import Answerer
 from router.api.app import make_app
+from router.api.limits import ApiLimits
 from router.metrics import RouterMetrics
 from router.nodes.cluster import Cluster
 from router.requests.dispatch import Dispatcher
@@ -256,6 +257,7 @@ async def make_rig(
     tokenizer: Tokenizer | None = None,
     policy: RoutePolicy | None = None,
     limits: RequestLimits = RequestLimits(),
+    api_limits: ApiLimits = ApiLimits(),
     **router: object,
 ) -> Rig:
     """Probed once."""
@@ -275,7 +277,7 @@ async def make_rig(
     )
     metrics = RouterMetrics(cluster, log, lambda: True)
     status = StatusView(config, cluster, log, clock, lambda: True)
-    app = make_app(answerer, log, status, metrics, max_body_bytes=config.router.max_body)
+    app = make_app(answerer, log, status, metrics, max_body_bytes=config.router.max_body, limits=api_limits)
     return Rig(nodes, cluster, dispatcher, services, log, answerer, app, metrics)
 
 

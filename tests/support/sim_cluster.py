@@ -27,10 +27,10 @@ from metadata_server.subscription import IndexSubscription
 from router.nodes.cluster import Cluster
 from router.requests.dispatch import Dispatcher
 from router.requests.ledger import RequestMachine
-from router.requests.leg_requests import RequestSpec
 from router.requests.records import RequestLog
 from router.requests.run import RequestRun
 from router.requests.services import RequestServices
+from router.requests.spec import RequestSpec
 from router.routing.policy import make_policy
 
 LIMIT_S = 600.0

@@ -12,11 +12,10 @@ from starlette.types import Message
 from support.router_fakes import FakeNode, Rig, make_rig, next_token, two_and_two, until
 
 from kvcore.errors import NodeUnavailableError
-from kvcore.process import http_body
 from kvcore.process.asgi import AsgiServer
 from kvcore.types import Role
 from nodeapi.messages import FinishReason, TokenDelta
-from router.api import responses
+from router.api.limits import ApiLimits
 from router.requests.limits import RequestLimits
 
 IMPATIENT = RequestLimits(patience_s=0.0, retry_pause_s=0.01)
@@ -143,16 +142,16 @@ async def test_other_failures_have_the_same_body(rig: Rig, http: httpx.AsyncClie
     assert wrong.status_code == 400
 
 
-async def test_a_body_that_does_not_come_is_the_clients_fault(
-    http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(http_body, "BODY_TIMEOUT_S", 0.01)
+async def test_a_body_that_does_not_come_is_the_clients_fault() -> None:
+    rig = await make_rig(api_limits=ApiLimits(body_timeout_s=0.01))
 
     async def slow() -> AsyncIterator[bytes]:
         yield b'{"model": '
         await asyncio.Event().wait()
 
-    reply = await http.post("/v1/completions", content=slow())
+    transport = httpx.ASGITransport(app=rig.app)  # type: ignore[arg-type]
+    async with httpx.AsyncClient(transport=transport, base_url="http://router") as http:
+        reply = await http.post("/v1/completions", content=slow())
     assert (reply.status_code, error_of(reply)["code"]) == (408, "body_late")
     assert error_of(reply)["type"] == "invalid_request_error" and reply.headers["connection"] == "close"
 
@@ -342,10 +341,8 @@ async def test_a_client_that_leaves_frees_every_node(stream: bool) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_a_client_that_reads_no_more_frees_every_node(
-    rig: Rig, stream: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(responses, "SEND_S", 0.05)
+async def test_a_client_that_reads_no_more_frees_every_node(stream: bool) -> None:
+    rig = await make_rig(max_body=20_000, api_limits=ApiLimits(send_timeout_s=0.05))
     body = json.dumps({**ASK, "stream": stream, "max_tokens": 1000}).encode()
     arrived = iter([{"type": "http.request", "body": body, "more_body": False}])
     sent: list[str] = []

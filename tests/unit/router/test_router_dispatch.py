@@ -17,10 +17,9 @@ from kvcore.errors import (
 )
 from kvcore.types import Role
 from nodeapi.messages import FinishReason, GenerateRequest, LegInfo, SamplingParams, TokenDelta
-from router.api.openai_schema import CompletionRequest
-from router.requests.leg_requests import RequestSpec
 from router.requests.limits import RequestLimits
 from router.requests.run import RequestRun
+from router.requests.spec import AnswerRequest, RequestSpec
 
 PROMPT = [i % 250 for i in range(100)]
 IMPATIENT = RequestLimits(patience_s=0.05, retry_pause_s=0.02)
@@ -255,9 +254,9 @@ async def test_more_requests_than_the_bound_are_refused() -> None:
 
 async def test_prompts_of_one_request_count_against_the_bound_together() -> None:
     rig = await make_rig(max_requests=2, limits=IMPATIENT)
-    body = CompletionRequest(model="fake-model", prompt=["a", "b", "c"])
+    specs = [RequestSpec(f"r-{number}", [97], SamplingParams(max_tokens=4)) for number in range(3)]
     with pytest.raises(OverloadedError):
-        await rig.answerer.complete(body, "r", "r")
+        rig.answerer.start(AnswerRequest(specs))
 
 
 async def test_a_decoder_whose_context_is_too_short_for_prompt_and_completion_is_not_asked() -> None:

@@ -11,8 +11,8 @@ from kvcore.types import NodeInfo, Role
 from metadata_server.messages import Event, EventKind
 from nodeapi.messages import SamplingParams
 from router.nodes import cluster as cluster_module
-from router.requests.leg_requests import RequestSpec
 from router.requests.run import RequestRun
+from router.requests.spec import RequestSpec
 
 PROMPT = [i % 250 for i in range(100)]
 UP = Event(

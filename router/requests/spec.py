@@ -1,0 +1,78 @@
+"""A client's request in the router's own words, whatever surface it came by. Values only.
+
+`router.api` translates each surface's bodies into these and is the only place that knows the fields' names there; what
+answers them (`router.answering`, `router.requests`) knows these alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nodeapi.messages import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class TextPrompt:
+    """Text to go on from; special tokens, as the tokenizer adds them, come first."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPrompt:
+    """Token ids, taken as they are."""
+
+    token_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """Role and content of each message; the model's chat template makes the prompt of them."""
+
+    messages: list[dict[str, str]]
+
+
+Prompt = TextPrompt | TokenPrompt | ChatPrompt
+
+
+@dataclass(frozen=True, slots=True)
+class FieldNames:
+    """What the client calls its fields, for the messages and the `param` of errors."""
+
+    prompt: str = "prompt"
+    n: str = "n"
+    stop_token_ids: str = "stop_token_ids"
+    logit_bias: str = "logit_bias"
+
+
+@dataclass(frozen=True, slots=True)
+class ShownFields:
+    """What the client wants to see beside the text. Logprobs are asked of the engine: `SamplingParams.logprobs`."""
+
+    token_ids: bool = False
+    usage: bool = False
+    """Usage at the end of a stream; an answer in one body always has it."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestSpec:
+    """One prompt in tokens, validated. `request_id` is unique; `client_request_id` is the client's own name for it."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    cache_salt: bytes = b""
+    client_request_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerRequest:
+    """All that one answer is made of: a RequestSpec a prompt, each with its own seed and its own room for tokens.
+
+    `stops`: strings that end a completion and are not shown. Invariant: at least one spec; the first one's id is the
+    answer's.
+    """
+
+    specs: Sequence[RequestSpec]
+    stops: Sequence[str] = ()
+    shown: ShownFields = ShownFields()
+    names: FieldNames = FieldNames()
