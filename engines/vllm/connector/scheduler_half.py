@@ -146,6 +146,10 @@ class SchedulerHalf:
     def build(self, scheduled: Sequence[ScheduledRequest], preempted: Sequence[str]) -> StepOrders:
         """The orders of the step that is about to run. A request may be in both: it was preempted between two steps."""
         self._may_wait = True
+        # A request that is listed as preempted:
+        # 1. It has finished since, and is known no more. The worker halves still have to end its jobs.
+        # 2. `matched` has seen the preemption, and the request has gone on from there.
+        # 3. It loses its blocks now.
         for request_id in preempted:
             request = self._requests.get(request_id)
             if request is None:

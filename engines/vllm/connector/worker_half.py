@@ -67,8 +67,11 @@ class WorkerHalf:
         self._running = self._started.result(limits.worker_start_s)
 
     def __repr__(self) -> str:
+        rank = f"rank {self.spec.tp_rank} of {self.spec.tp_size}"
+        if not self._started.done() or self._started.exception() is not None:
+            return f"<WorkerHalf {rank}, not started>"
         state = "open" if self._thread.is_alive() else "closed"
-        return f"<WorkerHalf rank {self.spec.tp_rank} of {self.spec.tp_size}, {state}, {self._jobs!r}>"
+        return f"<WorkerHalf {rank}, {state}, {self._started.result().jobs!r}>"
 
     # --- vLLM's thread -------------------------------------------------------------------------------------------
 
