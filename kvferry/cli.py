@@ -99,9 +99,10 @@ def _size(text: str) -> "ByteSize":
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from kvferry.serve import Wish, node_ports, parse_arguments, run_serve
+    from kvferry.serve import node_ports, parse_arguments, run_serve
+    from kvferry.serve_plan import ServeOptions
 
-    wish = Wish(
+    options = ServeOptions(
         folder=arguments.model,
         name=arguments.model,
         dtype=arguments.dtype,
@@ -114,7 +115,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         segment=arguments.segment,
         args=parse_arguments(arguments.arg),
     )
-    return run_serve(wish, arguments.overrides)
+    return run_serve(options, arguments.overrides)
 
 
 def _up(arguments: argparse.Namespace) -> int:

@@ -1,199 +1,25 @@
-"""`kvferry serve MODEL`: a cluster for one model on this machine, without a file: which engine, GPUs, cores, memory.
+"""`kvferry serve MODEL`: a cluster for one model on this machine, without a file.
 
-`plan_cluster` decides, purely; the rest looks at the machine, writes the cluster file down and runs it as `up` does.
+Looks at the machine, writes down the cluster that `kvferry.serve_plan` decides on and runs it as `up` does.
 """
 
 import importlib.util
 import re
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import yaml
 
 from kvcore.config.file import load_config
-from kvcore.config.schema import (
-    ByteSize,
-    ClusterConfig,
-    EngineConfig,
-    KVConfig,
-    MetadataServerConfig,
-    ModelConfig,
-    NodeConfig,
-    RouterConfig,
-    ServiceConfig,
-    TorchEngineConfig,
-    VllmEngineConfig,
-)
-from kvcore.config.vllm_options import argument, argument_name, check_arguments
 from kvcore.errors import ConfigError
 from kvcore.ports import listen
-from kvcore.types import Role
-from kvferry.vllm_here import VllmBuild, cores, cuda_devices, installed_vllm, parse_size, split_cores
+from kvferry.serve_plan import USUAL_PORTS, Machine, ServeOptions, plan_cluster
+from kvferry.vllm_here import cores, cuda_devices, installed_vllm
 
-Dtype = Literal["float32", "bfloat16", "float16"]
-PREFILLER, DECODER = "prefill-0", "decode-0"
-USUAL_PORTS = (8100, 8200, 8700)
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 _HUB_ID = re.compile(r"[A-Za-z0-9_-][\w.-]*/[\w.-]+")
-_GIB = 1 << 30
-_CHUNK_TOKENS = {"cpu": 128, "gpu": 256}
-"""vLLM's blocks have 128 tokens on a CPU and 16 on a GPU by default."""
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """What there is to share out."""
-
-    cores: tuple[int, ...]
-    gpus: tuple[str, ...]
-    memory_bytes: int
-    vllm: VllmBuild | None
-    has_torch: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """What the command line asks for; None: choose."""
-
-    folder: str
-    """Of the model."""
-    name: str
-    """What clients send as `model`."""
-    dtype: Dtype | None = None
-    max_context: int | None = None
-    colocated: bool = False
-    engine: Literal["vllm", "torch"] | None = None
-    port: int = 8000
-    node_ports: tuple[int, int, int] = USUAL_PORTS
-    """Of prefiller, decoder and metadata server."""
-    kv_cache: ByteSize | None = None
-    segment: ByteSize | None = None
-    args: Mapping[str, object] = field(default_factory=dict)
-
-
-def plan_cluster(wish: Wish, machine: Machine) -> tuple[ClusterConfig, list[str]]:
-    """The cluster, as its file has it, and what was decided, in words. Raises ConfigError for what cannot be."""
-    kind, why = choose_engine(wish.engine, machine)
-    if wish.args and kind != "vllm":
-        raise ConfigError(f"--arg {next(iter(wish.args))}: only vLLM has arguments, and the engine is {kind} ({why})")
-    platform = machine.vllm.platform if kind == "vllm" and machine.vllm is not None else "cpu"
-    roles = {DECODER: Role.DECODER} if wish.colocated else {PREFILLER: Role.PREFILLER, DECODER: Role.DECODER}
-    share = _memory_share(machine, len(roles), platform)
-    engine: EngineConfig
-    own: dict[str, EngineConfig] = {}
-    if kind == "vllm":
-        engine, own, how = _vllm_engines(wish, machine, platform, list(roles), share)
-    else:
-        threads = max(1, len(machine.cores) // len(roles))
-        engine, how = TorchEngineConfig(threads=threads, kv_cache=wish.kv_cache or share), f"{threads} threads each"
-    prefill_port, decode_port, metadata_port = wish.node_ports
-    ports = {PREFILLER: prefill_port, DECODER: decode_port}
-    dtype = wish.dtype or ("bfloat16" if platform == "gpu" else "float32")
-    config = ClusterConfig(
-        cluster=cluster_name(wish.name),
-        model=ModelConfig(path=wish.folder, name=wish.name, dtype=dtype, max_context=wish.max_context),
-        engine=engine,
-        kv=KVConfig(chunk_tokens=_chunk_tokens(engine, platform)),
-        nodes={
-            name: NodeConfig(role=role, port=ports[name], segment=wish.segment or share, engine=own.get(name))
-            for name, role in roles.items()
-        },
-        metadata_server=MetadataServerConfig(port=metadata_port),
-        router=RouterConfig(port=wish.port),
-        service=ServiceConfig(start_s=1800.0),  # vLLM on a GPU loads, compiles and captures graphs for minutes
-    )
-    what = "one engine with the cache" if wish.colocated else "a prefiller and a decoder"
-    return config, [f"engine: {kind}, {why}", f"{what}: {how}"]
-
-
-def choose_engine(asked: Literal["vllm", "torch"] | None, machine: Machine) -> tuple[Literal["vllm", "torch"], str]:
-    """Which and why. Raises ConfigError if the one asked for, or any, is missing."""
-    trouble = _vllm_trouble(machine)
-    if asked != "torch" and trouble is None:
-        assert machine.vllm is not None
-        return "vllm", f"{machine.vllm.version} is installed"
-    if asked == "vllm":
-        raise ConfigError(f"--engine vllm: {trouble}")
-    if not machine.has_torch:
-        reason = "torch and transformers are not installed here"
-        raise ConfigError(f"no engine: {reason}" if asked else f"no engine: {trouble}; and {reason}")
-    return "torch", "as asked" if asked else f"since {trouble}"
-
-
-def _vllm_trouble(machine: Machine) -> str | None:
-    build = machine.vllm
-    if build is None:
-        return "vLLM is not installed here (`pip install 'kvferry[vllm]'` for GPUs, `make venv-vllm` for a CPU)"
-    if not build.supported:
-        return f"the vLLM that is installed here, {build.version}, is of another version than kvferry is for"
-    if build.platform == "gpu" and not machine.gpus:
-        return f"vLLM {build.version} needs a GPU and this machine has none"
-    return None
-
-
-def _vllm_engines(
-    wish: Wish, machine: Machine, platform: str, names: Sequence[str], share: ByteSize
-) -> tuple[VllmEngineConfig, dict[str, EngineConfig], str]:
-    """The cluster's section, each node's own, and the division of the machine in words."""
-    for name, problem in check_arguments(wish.args):
-        raise ConfigError(f"--arg {name}: {problem}")
-    ranks = parse_size(argument(wish.args, "tensor-parallel-size")) or 1
-    args: dict[str, object] = {}
-    if platform == "cpu":
-        args = {"enforce-eager": True, "kv-cache-memory-bytes": int(wish.kv_cache or share)}
-        variable, parts = "VLLM_CPU_OMP_THREADS_BIND", split_cores(machine.cores, len(names), ranks)
-    else:
-        if wish.kv_cache is not None:
-            args = {"kv-cache-memory-bytes": int(wish.kv_cache)}
-        variable, parts = "CUDA_VISIBLE_DEVICES", _split_gpus(machine.gpus, len(names), ranks, wish.args)
-    given = {argument_name(name): value for name, value in wish.args.items()}
-    own: dict[str, EngineConfig] = {
-        name: VllmEngineConfig(env={variable: part}) for name, part in zip(names, parts, strict=True)
-    }
-    word = "cores" if platform == "cpu" else "GPU"
-    how = ", ".join(f"{name} on {word} {part}" for name, part in zip(names, parts, strict=True))
-    return VllmEngineConfig(args={**args, **given}), own, how
-
-
-def _split_gpus(gpus: Sequence[str], engines: int, ranks: int, args: Mapping[str, object]) -> list[str]:
-    """CUDA_VISIBLE_DEVICES of each engine. Two engines share GPUs only if told how much of them each may take."""
-    if len(gpus) >= engines * ranks:
-        return [",".join(gpus[engine * ranks : (engine + 1) * ranks]) for engine in range(engines)]
-    if len(gpus) < ranks:
-        raise ConfigError(f"--arg tensor-parallel-size={ranks}: this machine has {len(gpus)} GPUs")
-    part = argument(args, "gpu-memory-utilization")
-    if not isinstance(part, int | float) or part > 1 / engines:
-        raise ConfigError(
-            f"a prefiller and a decoder need {engines * ranks} GPUs, this machine has {len(gpus)}: run one engine with "
-            "the cache (--colocated), or have both on the same (--arg gpu-memory-utilization=0.45)"
-        )
-    return [",".join(gpus[:ranks])] * engines
-
-
-def _memory_share(machine: Machine, nodes: int, platform: str) -> ByteSize:
-    """Of each node's segment, and on a CPU of each engine's KV as well: an eighth of what is free for both together on
-    a CPU, where weights need room too; up to 32 GiB from a quarter beside a GPU."""
-    part, most = (4, 32 * _GIB) if platform == "gpu" else (8, 8 * _GIB)
-    share = min(most, machine.memory_bytes // (part * nodes))
-    return ByteSize(max(64 << 20, share >> 20 << 20))
-
-
-def _chunk_tokens(engine: EngineConfig, platform: str) -> int:
-    """The platform's, up to a whole number of the blocks that were asked for."""
-    wanted = _CHUNK_TOKENS[platform]
-    block = argument(engine.args, "block-size") if isinstance(engine, VllmEngineConfig) else None
-    return -(-wanted // block) * block if isinstance(block, int) and block > 0 else wanted
-
-
-def cluster_name(model: str) -> str:
-    """A name that may be a folder's."""
-    return "serve-" + (re.sub(r"[^a-z0-9._-]+", "-", model.lower()).strip("-.") or "model")
-
-
-# --- the machine, the file, the run ---------------------------------------------------------------------------------
 
 
 def this_machine() -> Machine:
@@ -246,16 +72,16 @@ def parse_arguments(given: Sequence[str]) -> dict[str, object]:
     return args
 
 
-def run_serve(wish: Wish, overrides: Sequence[str]) -> int:
-    """Until a signal; the exit code is `run_up`'s. `wish.folder` may be a hub id here. Raises ConfigError."""
+def run_serve(options: ServeOptions, overrides: Sequence[str]) -> int:
+    """Until a signal; the exit code is `run_up`'s. `options.folder` may be a hub id here. Raises ConfigError."""
     from kvferry.cluster_text import cluster_text
     from kvferry.doctor.checks import preflight
     from kvferry.launch.up import default_log_dir, run_up
 
     machine = this_machine()
-    plan_cluster(wish, machine)  # refuse what cannot be before a model is downloaded
-    folder, name = find_model(wish.folder)
-    planned, said = plan_cluster(replace(wish, folder=folder, name=name), machine)
+    plan_cluster(options, machine)  # refuse what cannot be before a model is downloaded
+    folder, name = find_model(options.folder)
+    planned, said = plan_cluster(replace(options, folder=folder, name=name), machine)
     file = default_log_dir(planned.cluster) / "cluster.yaml"
     draft = file.with_suffix(".new.yaml")
     try:

@@ -19,7 +19,7 @@ from kvcore.ports import base_url, why_unreachable
 from kvferry.machine import size_text
 from metadata_server.messages import Stats
 
-T = TypeVar("T")
+_Value = TypeVar("_Value")
 
 
 class NodeLine(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,12 +67,12 @@ class ClusterAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True, slots=True)
-class Answer(Generic[T]):
+class ServerAnswer(Generic[_Value]):
     """What one server said, or why it did not."""
 
     url: str
     raw: object = None
-    value: T | None = None
+    value: _Value | None = None
     problem: str | None = None
 
     def plain(self) -> dict[str, object]:
@@ -104,27 +104,27 @@ async def run_status(
     return 0 if cluster.problem is None and (stats is None or stats.problem is None) else 1
 
 
-async def _ask_metadata(session: aiohttp.ClientSession, url: str | None) -> Answer[Stats] | None:
+async def _ask_metadata(session: aiohttp.ClientSession, url: str | None) -> ServerAnswer[Stats] | None:
     return None if url is None else await _ask(session, f"{url}/v1/stats", Stats)
 
 
-async def _ask(session: aiohttp.ClientSession, url: str, kind: type[T]) -> Answer[T]:
+async def _ask(session: aiohttp.ClientSession, url: str, kind: type[_Value]) -> ServerAnswer[_Value]:
     try:
         async with session.get(url, headers={"Accept": "application/json"}) as reply:
             body = await reply.read()
             if reply.status != 200:
-                return Answer(url, problem=f"HTTP {reply.status}: {body[:200].decode('utf-8', 'replace')}")
-        return Answer(url, msgspec.json.decode(body), msgspec.json.decode(body, type=kind))
+                return ServerAnswer(url, problem=f"HTTP {reply.status}: {body[:200].decode('utf-8', 'replace')}")
+        return ServerAnswer(url, msgspec.json.decode(body), msgspec.json.decode(body, type=kind))
     except TimeoutError:
-        return Answer(url, problem="no answer in time")
+        return ServerAnswer(url, problem="no answer in time")
     except (aiohttp.ClientError, OSError) as error:
-        return Answer(url, problem=why_unreachable(error))
+        return ServerAnswer(url, problem=why_unreachable(error))
     except msgspec.DecodeError as error:
-        return Answer(url, problem=f"an answer that this version does not understand: {error}")
+        return ServerAnswer(url, problem=f"an answer that this version does not understand: {error}")
 
 
-def _show(console: Console, cluster: Answer[ClusterAnswer], stats: Answer[Stats] | None) -> None:
-    asked: list[tuple[str, Answer[ClusterAnswer] | Answer[Stats]]] = [("router", cluster)]
+def _show(console: Console, cluster: ServerAnswer[ClusterAnswer], stats: ServerAnswer[Stats] | None) -> None:
+    asked: list[tuple[str, ServerAnswer[ClusterAnswer] | ServerAnswer[Stats]]] = [("router", cluster)]
     if stats is not None:
         asked.append(("metadata server", stats))
     for name, answer in asked:

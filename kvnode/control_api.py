@@ -162,13 +162,13 @@ class ControlApi:
             raise InvalidRequestError("the body is not coded as its head says") from error
 
     @asynccontextmanager
-    async def _leg(self, name: str) -> AsyncIterator["_Leg"]:
+    async def _leg(self, name: str) -> AsyncIterator["_ActiveLeg"]:
         """Counts a leg in and out. Raises NodeUnavailableError while draining."""
         if self._draining:
             raise NodeUnavailableError("the node is draining")
         self.active[name] += 1
         self._idle.clear()
-        leg = _Leg()
+        leg = _ActiveLeg()
         try:
             yield leg
             leg.outcome = leg.outcome or "ok"
@@ -183,12 +183,12 @@ class ControlApi:
 
 
 @dataclass
-class _Leg:
+class _ActiveLeg:
     outcome: str | None = None
     """`ok` or an error's code; None while it runs."""
 
 
-async def _stream(http: web.Request, deltas: AsyncGenerator[TokenDelta, None], leg: _Leg) -> web.StreamResponse:
+async def _stream(http: web.Request, deltas: AsyncGenerator[TokenDelta, None], leg: _ActiveLeg) -> web.StreamResponse:
     """Errors before the first delta become the status; later ones the last frame, or, where even that cannot be
     written, the end of the connection: another answer would land in the middle of this one."""
     first = await anext(deltas, None)
@@ -205,7 +205,7 @@ async def _stream(http: web.Request, deltas: AsyncGenerator[TokenDelta, None], l
 
 
 async def _write_frames(
-    response: web.StreamResponse, first: TokenDelta | None, deltas: AsyncGenerator[TokenDelta, None], leg: _Leg
+    response: web.StreamResponse, first: TokenDelta | None, deltas: AsyncGenerator[TokenDelta, None], leg: _ActiveLeg
 ) -> None:
     try:
         if first is not None:

@@ -39,7 +39,7 @@ _logger = logging.getLogger("kvnode")
 
 
 @dataclass
-class _Node:
+class _RunningNode:
     """What the control API reports on."""
 
     owner: SegmentOwner
@@ -112,7 +112,7 @@ async def run_node(
         limits=limits,
     )
     owner.on_change = membership.announce_again
-    node = _Node(owner, membership, _supervisor(config, membership, prober, clock, limits))
+    node = _RunningNode(owner, membership, _supervisor(config, membership, prober, clock, limits))
     lifecycle.describe.append(lambda: map(repr, (membership, node.supervisor, owner, prober)))
     if node.supervisor is not None:
         engine = lifecycle.tasks.create_task(node.supervisor.run(), name="engine")

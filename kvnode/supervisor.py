@@ -1,12 +1,13 @@
 """Keeps an engine's process running: starts it, starts it again when it ends, gives up when it never could.
 
-Owns the engine. The node's segment is not the engine's and outlives it, KV and all. Invariant: while no engine is
-ready, whoever asks for it is told so at once.
+Owns the engine. The node's segment is not the engine's and outlives it, KV and all.
+Invariant: while no engine is ready, whoever asks for it is told so at once.
 """
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from enum import StrEnum
 
 from engines.process.parent import EngineProcess
 from kvcore.clock import Clock
@@ -15,6 +16,37 @@ from kvcore.telemetry import log_fields
 from kvnode.limits import NodeLimits
 
 _logger = logging.getLogger("kvnode")
+
+
+class EngineState(StrEnum):
+    """Where the node's engine is. Begins as `starting`:
+
+    starting -> ready: its process has loaded the model and answers
+    starting -> pausing: it did not become ready, and another start may help
+    starting -> given_up: it did not become ready, no engine of this node ever has, and another start would not help
+    ready -> pausing: its process ended
+    pausing -> starting: the pause is over
+    starting -> stopped: the node stops
+    ready -> stopped: the node stops
+    pausing -> stopped: the node stops
+    """
+
+    STARTING = "starting"
+    READY = "ready"
+    PAUSING = "pausing"
+    GIVEN_UP = "given_up"
+    STOPPED = "stopped"
+
+
+_S = EngineState
+TRANSITIONS: Mapping[EngineState, frozenset[EngineState]] = {
+    _S.STARTING: frozenset({_S.READY, _S.PAUSING, _S.GIVEN_UP, _S.STOPPED}),
+    _S.READY: frozenset({_S.PAUSING, _S.STOPPED}),
+    _S.PAUSING: frozenset({_S.STARTING, _S.STOPPED}),
+    _S.GIVEN_UP: frozenset(),
+    _S.STOPPED: frozenset(),
+}
+"""The same as data: `EngineSupervisor` asserts on it."""
 
 
 class EngineSupervisor:
@@ -39,11 +71,12 @@ class EngineSupervisor:
         self._limits = limits
         self._engine: EngineProcess | None = None
         self._ready = asyncio.Event()
+        self._state = EngineState.STARTING
         self.restarts = 0
 
     def __repr__(self) -> str:
-        state = "no engine is ready" if self._engine is None else f"engine of pid {self._engine.pid}"
-        return f"<EngineSupervisor {state}, {self.restarts} restarts>"
+        pid = "" if self._engine is None else f" with pid {self._engine.pid}"
+        return f"<EngineSupervisor {self._state}{pid}, {self.restarts} restarts>"
 
     @property
     def ready(self) -> bool:
@@ -63,32 +96,60 @@ class EngineSupervisor:
     async def run(self) -> None:
         """Until cancelled; then the engine is left. Raises the reason when it gives up before any engine was ready:
         a ConfigError at once, another failure at the last of `start_attempts`."""
-        failures = 0
-        backoff_s = self._limits.engine_first_backoff_s
+        try:
+            await self._keep_up()
+        except asyncio.CancelledError:
+            self._set_state(EngineState.STOPPED)
+            raise
+        except KVFerryError:
+            self._set_state(EngineState.GIVEN_UP)
+            raise
+
+    async def _keep_up(self) -> None:
+        """One run of an engine after another. When one is over there are three cases:
+
+        1. It was ready and its process ended: it is started again.
+        2. It was not ready, and either an engine of this node has been before, or this is not the last attempt at a
+           first one and the configuration is not at fault: it is tried again.
+        3. It was not ready and nothing says that it ever will be: the reason is raised, and the node ends.
+
+        What is tried again first gives back what the dead one held, then pauses; pauses double up to a bound, and start
+        anew after an engine that lived long.
+        """
+        failures, limits = 0, self._limits
+        backoff_s = limits.engine_first_backoff_s
         while True:
             started_at = self._clock.now()
             try:
-                reason = await self._one_life()
+                reason = await self._run_engine_once()
                 self.restarts += 1
             except KVFerryError as error:
                 failures += 1
                 if not self._ready.is_set() and (isinstance(error, ConfigError) or failures >= self._start_attempts):
                     raise
                 reason = error.message
-            if self._clock.now() - started_at >= self._limits.engine_healthy_s:
-                backoff_s = self._limits.engine_first_backoff_s
+            self._set_state(EngineState.PAUSING)
+            if self._clock.now() - started_at >= limits.engine_healthy_s:
+                backoff_s = limits.engine_first_backoff_s
             log_fields(_logger, logging.ERROR, "engine_down", reason=reason, restarts=self.restarts, retry_s=backoff_s)
             if self._on_end is not None:
                 await self._on_end()
             await asyncio.sleep(backoff_s)
-            backoff_s = min(self._limits.engine_longest_backoff_s, backoff_s * 2)
+            backoff_s = min(limits.engine_longest_backoff_s, backoff_s * 2)
+            self._set_state(EngineState.STARTING)
 
-    async def _one_life(self) -> str:
+    async def _run_engine_once(self) -> str:
+        """Returns why the process of an engine that was ready ended. Raises why it did not become ready."""
         async with self._make() as engine:
             self._engine = engine
             try:
+                self._set_state(EngineState.READY)
                 self._on_ready(engine)
                 self._ready.set()
                 return await engine.wait_ended()
             finally:
                 self._engine = None
+
+    def _set_state(self, state: EngineState) -> None:
+        assert state in TRANSITIONS[self._state], f"engine: {self._state} -> {state}"
+        self._state = state

@@ -51,7 +51,7 @@ class HttpNodeClient:
 
     async def prefill(self, url: str, request: PrefillRequest, *, timeout_s: float) -> PrefillResult:
         """See NodeClient."""
-        reply = await self._calls.whole("POST", f"{url}/v1/prefill", self._encoder.encode(request), timeout_s)
+        reply = await self._calls.fetch("POST", f"{url}/v1/prefill", self._encoder.encode(request), timeout_s)
         return _decode(reply, PrefillResult, url)
 
     async def generate(self, url: str, request: GenerateRequest, *, timeout_s: float) -> AsyncGenerator[TokenDelta]:
@@ -73,15 +73,15 @@ class HttpNodeClient:
 
     async def end_handoff(self, url: str, request_id: str, *, timeout_s: float) -> None:
         """See NodeClient."""
-        await self._calls.whole("POST", f"{url}/v1/requests/{request_id}/end_handoff", b"", timeout_s)
+        await self._calls.fetch("POST", f"{url}/v1/requests/{request_id}/end_handoff", b"", timeout_s)
 
     async def abort(self, url: str, request_id: str, *, timeout_s: float) -> None:
         """See NodeClient."""
-        await self._calls.whole("DELETE", f"{url}/v1/requests/{request_id}", b"", timeout_s)
+        await self._calls.fetch("DELETE", f"{url}/v1/requests/{request_id}", b"", timeout_s)
 
     async def info(self, url: str, *, timeout_s: float) -> NodeReport:
         """See NodeClient."""
-        reply = await self._calls.whole("GET", f"{url}/v1/info", b"", timeout_s)
+        reply = await self._calls.fetch("GET", f"{url}/v1/info", b"", timeout_s)
         spoken = _decode(reply, Greeting, url).protocol
         if not OLDEST_PROTOCOL <= spoken <= PROTOCOL:
             older = "the node" if spoken < OLDEST_PROTOCOL else "the router"

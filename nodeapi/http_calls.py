@@ -37,7 +37,7 @@ class HttpCalls:
         self._keepalive_s = keepalive_s
         self._session: aiohttp.ClientSession | None = None
 
-    async def whole(
+    async def fetch(
         self, method: str, url: str, body: bytes, timeout_s: float, headers: Mapping[str, str] | None = None
     ) -> bytes:
         """The body of an answer, all of it within `timeout_s`."""

@@ -16,15 +16,15 @@ OLDEST_PROTOCOL = 1
 """The router refuses nodes of an older one, and of a newer one than PROTOCOL."""
 
 
-class _Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class _StrictMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a node does not know it could not do: it must not answer as if it had."""
 
 
-class _Reply(msgspec.Struct, frozen=True, kw_only=True):
+class _TolerantMessage(msgspec.Struct, frozen=True, kw_only=True):
     """What is only told may be more than the reader knows."""
 
 
-class SamplingParams(_Request, frozen=True, kw_only=True):
+class SamplingParams(_StrictMessage, frozen=True, kw_only=True):
     """How to pick tokens. `temperature` 0 is greedy. Random numbers are a function of (seed, index, position) alone, so
     another engine can continue a sequence and draw what this one would have drawn."""
 
@@ -49,7 +49,7 @@ class SamplingParams(_Request, frozen=True, kw_only=True):
     n: int = 1
 
 
-class PrefillRequest(_Request, frozen=True, kw_only=True):
+class PrefillRequest(_StrictMessage, frozen=True, kw_only=True):
     """Compute the KV of the prompt's full chunks that are nowhere yet and store them."""
 
     request_id: str
@@ -61,7 +61,7 @@ class PrefillRequest(_Request, frozen=True, kw_only=True):
     """Seconds left, at the moment of sending."""
 
 
-class Timings(_Reply, frozen=True, kw_only=True):
+class Timings(_TolerantMessage, frozen=True, kw_only=True):
     """Where a leg's time went, seconds. `queue` until first scheduled, `wait` for another node's chunks."""
 
     queue_s: float = 0.0
@@ -72,7 +72,7 @@ class Timings(_Reply, frozen=True, kw_only=True):
     total_s: float = 0.0
 
 
-class Moved(_Reply, frozen=True, kw_only=True):
+class Moved(_TolerantMessage, frozen=True, kw_only=True):
     """Payload and header bytes that crossed one transport in one direction, and the time the calls took."""
 
     transport: str
@@ -82,7 +82,7 @@ class Moved(_Reply, frozen=True, kw_only=True):
     seconds: float
 
 
-class PrefillResult(_Reply, frozen=True, kw_only=True):
+class PrefillResult(_TolerantMessage, frozen=True, kw_only=True):
     """What the prefill leg did. `stored_chunks`: that many leading chunks were complete in the store when it ended."""
 
     request_id: str
@@ -96,14 +96,14 @@ class PrefillResult(_Reply, frozen=True, kw_only=True):
     """JSON object that a decode leg must carry to get this KV from the prefiller itself. Empty: it is in the store."""
 
 
-class Handoff(_Request, frozen=True, kw_only=True):
+class Handoff(_StrictMessage, frozen=True, kw_only=True):
     """A prefiller is computing the first `num_chunks` chunks now: wait for them up to `wait_s`, then do without."""
 
     num_chunks: int
     wait_s: float
 
 
-class GenerateRequest(_Request, frozen=True, kw_only=True):
+class GenerateRequest(_StrictMessage, frozen=True, kw_only=True):
     """Continue `prompt_token_ids + output_token_ids`. A fresh request has no output tokens; a continued one has those
     that were already sent to the client (n must be 1 then) and the engine goes on after them."""
 
@@ -118,7 +118,7 @@ class GenerateRequest(_Request, frozen=True, kw_only=True):
     deadline_s: float
 
 
-class TokenLogprob(_Reply, frozen=True, kw_only=True):
+class TokenLogprob(_TolerantMessage, frozen=True, kw_only=True):
     """Natural logarithm of the probability of one emitted token, and the likeliest alternatives as (id, logprob)."""
 
     logprob: float
@@ -133,7 +133,7 @@ class FinishReason(StrEnum):
     ABORT = "abort"
 
 
-class LegInfo(_Reply, frozen=True, kw_only=True):
+class LegInfo(_TolerantMessage, frozen=True, kw_only=True):
     """What the decode leg did before its first token; comes once, with the first delta (of vLLM servers the last)."""
 
     cached_tokens: int
@@ -143,7 +143,7 @@ class LegInfo(_Reply, frozen=True, kw_only=True):
     timings: Timings = Timings()
 
 
-class TokenDelta(_Reply, frozen=True, kw_only=True, tag="delta"):
+class TokenDelta(_TolerantMessage, frozen=True, kw_only=True, tag="delta"):
     """New tokens of completion `index`. `finish_reason` is set in the last delta of each index, which may be empty."""
 
     index: int = 0
@@ -155,7 +155,7 @@ class TokenDelta(_Reply, frozen=True, kw_only=True, tag="delta"):
     info: LegInfo | None = None
 
 
-class StreamError(_Reply, frozen=True, kw_only=True, tag="error"):
+class StreamError(_TolerantMessage, frozen=True, kw_only=True, tag="error"):
     """Ends a stream of deltas. `code` names a class of kvcore.errors."""
 
     code: str
@@ -167,7 +167,7 @@ StreamFrame = TokenDelta | StreamError
 """On the wire: u32le length, then msgpack. A stream that ends without a finish reason for each index died."""
 
 
-class EngineInfo(_Reply, frozen=True, kw_only=True):
+class EngineInfo(_TolerantMessage, frozen=True, kw_only=True):
     """What never changes while an engine lives."""
 
     kind: str
@@ -181,7 +181,7 @@ class EngineInfo(_Reply, frozen=True, kw_only=True):
     """What an engine that fetches KV from this one by itself must know of it, by vLLM's names. Empty: nothing."""
 
 
-class EngineStats(_Reply, frozen=True, kw_only=True):
+class EngineStats(_TolerantMessage, frozen=True, kw_only=True):
     """A sample of the engine's state. At rest every gauge but `cached_blocks` is 0."""
 
     running: int = 0
@@ -198,7 +198,7 @@ class EngineStats(_Reply, frozen=True, kw_only=True):
     chunk_miss_<reason>, ..."""
 
 
-class Greeting(_Reply, frozen=True, kw_only=True):
+class Greeting(_TolerantMessage, frozen=True, kw_only=True):
     """The one part of a NodeReport that every version can read: decode it first, then the rest."""
 
     protocol: int = 1
@@ -219,14 +219,14 @@ class NodeReport(Greeting, frozen=True, kw_only=True):
     engine_restarts: int = 0
 
 
-class ProbeRequest(_Request, frozen=True, kw_only=True):
+class ProbeRequest(_StrictMessage, frozen=True, kw_only=True):
     """Body of `POST /v1/probe`: the node to measure the way to, and the time there is (60 s at most)."""
 
     peer: str
     timeout_s: float
 
 
-class ProbeReport(_Reply, frozen=True, kw_only=True):
+class ProbeReport(_TolerantMessage, frozen=True, kw_only=True):
     """Its answer. Rates are bytes/s of batches of `num_bytes`, `latency_s` the median of gets of 4 KiB.
 
     `copy_rate`: of a copy in this node's own memory. `link_rate`: what `devices` should give together; None where the

@@ -127,7 +127,7 @@ class AsgiServer:
         server.stop.set()
         await asyncio.wait({serving}, timeout=deadline_s)
         if not serving.done():
-            self._cut(server)
+            self._abort_connections(server)
             await asyncio.wait({serving}, timeout=self._limits.close_s)
         if not serving.done():
             serving.cancel()
@@ -135,7 +135,7 @@ class AsgiServer:
         if not serving.cancelled() and (error := serving.exception()) is not None:
             raise error
 
-    def _cut(self, server: _Server) -> None:
+    def _abort_connections(self, server: _Server) -> None:
         connections = list(server.server_state.connections)
         log_fields(_logger, logging.WARNING, "connections_cut", num=len(connections), port=self._port)
         for request in list(server.server_state.tasks):

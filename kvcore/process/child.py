@@ -49,10 +49,10 @@ class ChildProcess:
         self._loop = asyncio.get_running_loop()
         self._returncode: int | None = None
         self._ended = asyncio.Event()
-        self._exited = asyncio.Event()
-        self._guard_late: asyncio.TimerHandle | None = None
+        self._reaped = asyncio.Event()
+        self._guard_timer: asyncio.TimerHandle | None = None
         self._output: int | None = output
-        self._rest = b""
+        self._partial_line = b""
         self._on_line = on_line
         self._pidfd = os.pidfd_open(process.pid)
         os.set_blocking(output, False)
@@ -129,7 +129,7 @@ class ChildProcess:
     async def wait(self) -> int:
         """The return code, once the child has ended, its group with it, and its output has been passed on. Cancelling
         changes nothing."""
-        await self._exited.wait()
+        await self._reaped.wait()
         assert self._returncode is not None
         return self._returncode
 
@@ -179,7 +179,7 @@ class ChildProcess:
         if self._guard is None:
             self._reap()
         else:
-            self._guard_late = self._loop.call_later(self._guard_s, self._reap)
+            self._guard_timer = self._loop.call_later(self._guard_s, self._reap)
 
     def _guard_ended(self) -> None:
         """The group is gone, or the guard alone was killed: then nothing would be safe any more."""
@@ -187,10 +187,10 @@ class ChildProcess:
         self._loop.remove_reader(self._guard)
         self._guard.close()
         self._guard = None
-        if self._guard_late is None:
+        if self._guard_timer is None:
             self._kill_group()
         else:
-            self._guard_late.cancel()
+            self._guard_timer.cancel()
             self._reap()
 
     def _read_output(self) -> bool:
@@ -204,12 +204,12 @@ class ChildProcess:
         if not data:
             self._close_output()
             return False
-        *lines, self._rest = (self._rest + data).split(b"\n")
+        *lines, self._partial_line = (self._partial_line + data).split(b"\n")
         for line in lines:
             self._emit(line)
-        while len(self._rest) > MAX_LINE_BYTES:
-            self._emit(self._rest[:MAX_LINE_BYTES])
-            self._rest = self._rest[MAX_LINE_BYTES:]
+        while len(self._partial_line) > MAX_LINE_BYTES:
+            self._emit(self._partial_line[:MAX_LINE_BYTES])
+            self._partial_line = self._partial_line[MAX_LINE_BYTES:]
         return True
 
     def _emit(self, line: bytes) -> None:
@@ -222,9 +222,9 @@ class ChildProcess:
             self._loop.remove_reader(self._output)
             os.close(self._output)
             self._output = None
-            if self._rest:
-                self._emit(self._rest)
-                self._rest = b""
+            if self._partial_line:
+                self._emit(self._partial_line)
+                self._partial_line = b""
 
     def _reap(self) -> None:
         self._kill_group()
@@ -240,4 +240,4 @@ class ChildProcess:
                     break
             self._close_output()
         finally:
-            self._exited.set()  # whatever `on_line` does: nobody waits for ever for a child that has ended
+            self._reaped.set()  # whatever `on_line` does: nobody waits for ever for a child that has ended

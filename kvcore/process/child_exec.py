@@ -15,7 +15,7 @@ import time
 
 _PR_SET_PDEATHSIG = 1
 _GUARD, _WATCH = "--guard", "--watch"
-_POLITE = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 def set_parent_death_signal(parent_pid: int, signal_number: int = signal.SIGKILL) -> None:
@@ -49,14 +49,14 @@ def main() -> None:
 def _fork_guard(link: int) -> None:
     """From here on the group is watched: what the guard misses while it starts it finds afterwards."""
     leader = os.getpid()
-    signal.pthread_sigmask(signal.SIG_BLOCK, _POLITE)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     if os.fork():
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _POLITE)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
         os.close(link)
         return
-    for number in _POLITE:
+    for number in _STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # a request to the group to end in order is not for us; survives the exec
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _POLITE)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
     silent = os.open(os.devnull, os.O_RDWR)
     for standard in range(3):
         os.dup2(silent, standard)

@@ -135,12 +135,12 @@ def _report(name: str, group: BaseExceptionGroup[BaseException]) -> int:
     if failures is not None:
         _logger.critical("process_failed", exc_info=failures)
         return EXIT_FAILED
-    for error in _leaves(config_errors):
+    for error in _leaf_errors(config_errors):
         sys.stderr.write(f"{name}: error: {error}\n")
     return EXIT_CONFIG
 
 
-def _leaves(error: BaseException | None) -> list[BaseException]:
+def _leaf_errors(error: BaseException | None) -> list[BaseException]:
     if isinstance(error, BaseExceptionGroup):
-        return [leaf for inner in error.exceptions for leaf in _leaves(inner)]
+        return [leaf for inner in error.exceptions for leaf in _leaf_errors(inner)]
     return [] if error is None else [error]

@@ -16,48 +16,48 @@ from kvcore.errors import KVFerryError
 from nodeapi.messages import Moved
 
 
-class _Leg(msgspec.Struct, kw_only=True):
+class _RecordLeg(msgspec.Struct, kw_only=True):
     moved: list[Moved] = []
 
 
-class _Route(msgspec.Struct, kw_only=True):
+class _RecordRoute(msgspec.Struct, kw_only=True):
     prefiller: str | None = None
     decoder: str = ""
 
 
 class _Record(msgspec.Struct, kw_only=True):
     state: str
-    route: _Route | None = None
-    legs: list[_Leg] = []
+    route: _RecordRoute | None = None
+    legs: list[_RecordLeg] = []
 
 
-class _Delta(msgspec.Struct, kw_only=True):
+class _ChatDelta(msgspec.Struct, kw_only=True):
     content: str | None = None
 
 
-class _Choice(msgspec.Struct, kw_only=True):
-    delta: _Delta
+class _ChatChoice(msgspec.Struct, kw_only=True):
+    delta: _ChatDelta
 
 
 class _CachedTokens(msgspec.Struct, kw_only=True):
     cached_tokens: int = 0
 
 
-class _Usage(msgspec.Struct, kw_only=True):
+class _ChatUsage(msgspec.Struct, kw_only=True):
     prompt_tokens: int
     completion_tokens: int = 0
     prompt_tokens_details: _CachedTokens | None = None
 
 
-class _ErrorBody(msgspec.Struct, kw_only=True):
+class _ChatError(msgspec.Struct, kw_only=True):
     message: str
 
 
-class _Event(msgspec.Struct, kw_only=True):
+class _ChatEvent(msgspec.Struct, kw_only=True):
     id: str = ""
-    choices: list[_Choice] = []
-    usage: _Usage | None = None
-    error: _ErrorBody | None = None
+    choices: list[_ChatChoice] = []
+    usage: _ChatUsage | None = None
+    error: _ChatError | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ class DemoClient:
         if usage is None:
             raise KVFerryError("the router's stream ended without a usage")
         record = await self._record(request_id)
-        route = record.route or _Route()
+        route = record.route or _RecordRoute()
         return ChatResult(
             text="".join(pieces),
             ttft_s=ttft_s or 0.0,
@@ -136,7 +136,7 @@ class DemoClient:
             moved=[moved for leg in record.legs for moved in leg.moved],
         )
 
-    async def _events(self, body: dict[str, object]) -> AsyncIterator[_Event]:
+    async def _events(self, body: dict[str, object]) -> AsyncIterator[_ChatEvent]:
         assert self._session is not None
         try:
             async with self._session.post(f"{self._url}/v1/chat/completions", json=body) as reply:
@@ -146,7 +146,7 @@ class DemoClient:
                     data = line.strip().removeprefix(b"data:").strip()
                     if not line.startswith(b"data:") or data == b"[DONE]":
                         continue
-                    event = msgspec.json.decode(data, type=_Event)
+                    event = msgspec.json.decode(data, type=_ChatEvent)
                     if event.error is not None:
                         raise KVFerryError(f"the router broke off: {event.error.message}")
                     yield event

@@ -26,13 +26,13 @@ _SILENT = "silent"
 _STYLES = {Level.OK: "green", Level.WARN: "yellow", Level.WRONG: "bold red"}
 
 
-class _ErrorDetail(msgspec.Struct, frozen=True):
+class _ProbeError(msgspec.Struct, frozen=True):
     code: str
     message: str
 
 
-class _ErrorBody(msgspec.Struct, frozen=True):
-    error: _ErrorDetail
+class _ProbeErrorBody(msgspec.Struct, frozen=True):
+    error: _ProbeError
 
 
 async def run_probe(config: ClusterConfig, console: Console, *, pair_s: float = 15.0, late_s: float = 10.0) -> int:
@@ -92,7 +92,7 @@ async def _ask(
             answer = await reply.read()
             if reply.status == 200:
                 return msgspec.msgpack.decode(answer, type=ProbeReport)
-            refused = msgspec.msgpack.decode(answer, type=_ErrorBody).error
+            refused = msgspec.msgpack.decode(answer, type=_ProbeErrorBody).error
             return Problem(refused.code, refused.message)
     except TimeoutError:
         return Problem(_SILENT, f"{source.id} did not answer within {pair_s + late_s:g} s ({source.control_url})")

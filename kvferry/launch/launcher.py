@@ -17,7 +17,7 @@ import aiohttp
 from kvcore.config.schema import ClusterConfig
 from kvcore.errors import ConfigError
 from kvferry.launch.limits import LaunchLimits
-from kvferry.launch.processes import STOP_ORDER, Part, ProcessPlan, plan_processes
+from kvferry.launch.processes import STOP_ORDER, ProcessKind, ProcessPlan, plan_processes
 from kvferry.launch.supervised import ProcessState, SupervisedProcess
 
 
@@ -80,10 +80,14 @@ class Launcher:
     ) -> None:
         await self.aclose()
 
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name} {state}" for name, state in self.states.items()) or "not started"
+        return f"<Launcher {shown}>"
+
     @property
     def router_url(self) -> str:
         """Where clients go."""
-        return next(plan.url for plan in self._plans if plan.part is Part.ROUTER)
+        return next(plan.url for plan in self._plans if plan.kind is ProcessKind.ROUTER)
 
     @property
     def pids(self) -> dict[str, int]:
@@ -157,11 +161,15 @@ class Launcher:
         """Stop all in order: router, nodes, metadata server; what does not end in time is killed. Idempotent.
 
         On cancellation everything is killed at once, and awaited.
+
+        The order matters: a router whose nodes go first would answer with errors, and nodes tell the metadata server
+        that they leave. Only then are the tasks cancelled that would start a process again; `_stopping` keeps them
+        from it meanwhile. What is still alive after all of that, because we were cancelled, is killed by `close`.
         """
         self._stopping = True
         try:
-            for parts in STOP_ORDER:
-                leaving = [process for process in self._processes.values() if process.plan.part in parts]
+            for kinds in STOP_ORDER:
+                leaving = [process for process in self._processes.values() if process.plan.kind in kinds]
                 await asyncio.gather(*(process.stop(self._stop_s) for process in leaving))
         finally:
             for task in self._tasks:
@@ -172,6 +180,14 @@ class Launcher:
                 await self._session.close()
 
     async def _keep_up(self, process: SupervisedProcess) -> None:
+        """Run one process again and again. When a run of it has ended there are four cases:
+
+        1. We are stopping: it was told to, and nothing follows.
+        2. It never served, in this run or an earlier one: the configuration or the machine is at fault, starting it
+           again would not help, and the launch fails with its last lines.
+        3. It served for a while: it is started again after the shortest pause.
+        4. It served before, but not now or not for long: each pause is twice the one before, up to a bound.
+        """
         pause_s, now, limits = 0.0, asyncio.get_running_loop().time, self._limits
         while not self._stopping:
             started = now()

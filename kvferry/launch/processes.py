@@ -11,7 +11,7 @@ from kvcore.ports import base_url
 from kvcore.types import Role
 
 
-class Part(StrEnum):
+class ProcessKind(StrEnum):
     """What a process is in the cluster."""
 
     METADATA_SERVER = "metadata-server"
@@ -19,7 +19,7 @@ class Part(StrEnum):
     ROUTER = "router"
 
 
-STOP_ORDER = ((Part.ROUTER,), (Part.NODE,), (Part.METADATA_SERVER,))
+STOP_ORDER = ((ProcessKind.ROUTER,), (ProcessKind.NODE,), (ProcessKind.METADATA_SERVER,))
 """First who takes requests, then who answers them, last who is told that nodes leave."""
 
 _MODULES = {Role.PREFILLER: "prefiller", Role.DECODER: "decoder", Role.STORE: "kvnode"}
@@ -30,7 +30,7 @@ class ProcessPlan:
     """One process: its name in logs, the command, and where it answers."""
 
     name: str
-    part: Part
+    kind: ProcessKind
     command: tuple[str, ...]
     url: str
 
@@ -44,19 +44,19 @@ def plan_processes(config: ClusterConfig, config_file: Path, overrides: Sequence
     """Metadata server, nodes in the file's order, router. In front of servers that run already: the router alone."""
     options = ["--config", str(config_file.resolve()), *(word for item in overrides for word in ("--set", item))]
 
-    def plan(name: str, part: Part, module: str, host: str, port: int, *more: str) -> ProcessPlan:
+    def plan(name: str, kind: ProcessKind, module: str, host: str, port: int, *more: str) -> ProcessPlan:
         # -P: a folder called `router` where the user stands must not be taken for ours
         command = (sys.executable, "-P", "-m", module, *options, *more)
-        return ProcessPlan(name, part, command, base_url(host, port))
+        return ProcessPlan(name, kind, command, base_url(host, port))
 
     server, router = config.metadata_server, config.router
-    router_plan = plan("router", Part.ROUTER, "router", router.host, router.port)
+    router_plan = plan("router", ProcessKind.ROUTER, "router", router.host, router.port)
     if config.handoff is not HandoffKind.KVFERRY:
         return [router_plan]
     return [
-        plan("metadata-server", Part.METADATA_SERVER, "metadata_server", server.host, server.port),
+        plan("metadata-server", ProcessKind.METADATA_SERVER, "metadata_server", server.host, server.port),
         *(
-            plan(name, Part.NODE, _MODULES[node.role], node.host, node.port, "--node", name)
+            plan(name, ProcessKind.NODE, _MODULES[node.role], node.host, node.port, "--node", name)
             for name, node in config.nodes.items()
         ),
         router_plan,

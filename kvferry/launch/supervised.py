@@ -5,7 +5,7 @@ Decides nothing about restarts; `kvferry.launch.launcher` does.
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
@@ -23,15 +23,36 @@ _LAST_LINES = 30
 
 
 class ProcessState(StrEnum):
-    """Where one process of the cluster is."""
+    """Where one process of the cluster is. Made as `starting`; the order of a life:
+
+    starting -> starting: its first child has been started
+    starting -> ready: its health was asked for and is good
+    starting -> failed: it ended and had never been ready, so the launch fails
+    starting -> died: it ended; it had been ready in an earlier child
+    ready -> died: it ended by itself
+    died -> starting: the pause is over, a new child has been started
+    starting -> stopped: it was told to stop
+    ready -> stopped: it was told to stop
+    died -> stopped: it was told to stop in the pause
+    failed -> stopped: the others are told to stop, and so is what is left of it
+    """
 
     STARTING = "starting"
     READY = "ready"
     DIED = "died"
-    """Ended by itself; it is started again after a pause."""
     FAILED = "failed"
-    """Never became ready: the launch fails."""
     STOPPED = "stopped"
+
+
+_S = ProcessState
+TRANSITIONS: Mapping[ProcessState, frozenset[ProcessState]] = {
+    _S.STARTING: frozenset({_S.STARTING, _S.READY, _S.FAILED, _S.DIED, _S.STOPPED}),
+    _S.READY: frozenset({_S.DIED, _S.STOPPED}),
+    _S.DIED: frozenset({_S.STARTING, _S.STOPPED}),
+    _S.FAILED: frozenset({_S.STOPPED}),
+    _S.STOPPED: frozenset(),
+}
+"""The same as data: `SupervisedProcess.set_state` asserts on it."""
 
 
 class SupervisedProcess:
@@ -64,6 +85,9 @@ class SupervisedProcess:
         self._problem = "not asked yet"
         self._last_lines: deque[str] = deque(maxlen=_LAST_LINES)
 
+    def __repr__(self) -> str:
+        return f"<SupervisedProcess {self.name}, {self.state}, pid {self.pid}, {self.restarts} restarts>"
+
     @property
     def name(self) -> str:
         """As in logs and in the config."""
@@ -88,7 +112,8 @@ class SupervisedProcess:
         return f"was ended by signal {-returncode}" if returncode < 0 else f"ended with exit code {returncode}"
 
     def set_state(self, state: ProcessState, detail: str = "") -> None:
-        """Change the state and tell."""
+        """Change the state and tell. The step is one of TRANSITIONS."""
+        assert state in TRANSITIONS[self.state], f"{self.name}: {self.state} -> {state}"
         self.state = state
         self._on_change(self, detail)
 
@@ -123,7 +148,8 @@ class SupervisedProcess:
                 await asyncio.sleep(self._poll_s)
         self._problem = "it has ended since"
         self.was_ready = True
-        self.set_state(ProcessState.READY)
+        if self.state is ProcessState.STARTING:  # not stopped while the answer was on its way
+            self.set_state(ProcessState.READY)
 
     async def _ask_health(self) -> str:
         """Empty: healthy."""

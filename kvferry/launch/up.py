@@ -29,6 +29,7 @@ def run_up(config_file: Path, overrides: Sequence[str], log_dir: Path | None) ->
                 display.end_progress()
                 display.say(f"ready: {launcher.router_url}\n{curl_line(launcher.router_url, config.model.name)}")
                 lifecycle.tasks.create_task(launcher.watch())
+                lifecycle.describe.append(lambda: [repr(launcher)])
                 lifecycle.ready(router=launcher.router_url)
                 await lifecycle.stopping.wait()
                 display.say("stopping (once more: at once)")

@@ -80,7 +80,7 @@ class VllmClient:
         body = prefill_body(self._model, self._kind, request)
         where, headers = f"{url}/v1/completions", {"X-Request-Id": request.request_id}
         result = prefill_result(
-            await self._calls.whole("POST", where, body, timeout_s, headers), request.request_id, url
+            await self._calls.fetch("POST", where, body, timeout_s, headers), request.request_id, url
         )
         if self._kind is HandoffKind.NIXL and not result.handoff_params and url not in self._without_params:
             self._without_params.add(url)
@@ -123,7 +123,7 @@ class VllmClient:
         name, node = self._nodes[url]
         known = self._known.pop(url, None)
         async with deadline(url, timeout_s):
-            await self._calls.whole("GET", f"{url}/health", b"", timeout_s)
+            await self._calls.fetch("GET", f"{url}/health", b"", timeout_s)
             max_context, peer = known or await self._ask(url, node, timeout_s)
         self._known[url] = max_context, peer
         spec = self._facts.kv_spec
@@ -152,7 +152,7 @@ class VllmClient:
         return max_context, await self._mooncake_peer(url, node, timeout_s) if meets else {}
 
     async def _max_context(self, url: str, timeout_s: float) -> int:
-        raw = await self._calls.whole("GET", f"{url}/v1/models", b"", timeout_s)
+        raw = await self._calls.fetch("GET", f"{url}/v1/models", b"", timeout_s)
         try:
             models = msgspec.json.decode(raw, type=_Models).data
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -171,7 +171,7 @@ class VllmClient:
         """From the prefiller's bootstrap server, which its workers have registered with (mooncake_utils.py)."""
         host = urlsplit(url).hostname or ""
         bootstrap = base_url(host, node.bootstrap_port or BOOTSTRAP_PORT)
-        raw = await self._calls.whole("GET", f"{bootstrap}/query", b"", timeout_s)
+        raw = await self._calls.fetch("GET", f"{bootstrap}/query", b"", timeout_s)
         try:
             entries = msgspec.json.decode(raw, type=dict[str, _BootstrapEntry])
         except (msgspec.DecodeError, UnicodeDecodeError) as error:

@@ -21,7 +21,7 @@ from kvcore.config.file import load_config
 from kvcore.config.schema import ClusterConfig
 from kvcore.ports import base_url
 from kvferry.launch.launcher import Launcher
-from kvferry.launch.processes import Part, ProcessPlan, plan_processes
+from kvferry.launch.processes import ProcessKind, ProcessPlan, plan_processes
 from metadata_server.messages import Stats
 from nodeapi.messages import NodeReport
 
@@ -168,7 +168,7 @@ class ClusterHandle:
     @property
     def nodes(self) -> list[str]:
         """Names of the nodes that are kept up."""
-        return [plan.name for plan in self.plans.values() if plan.part is Part.NODE]
+        return [plan.name for plan in self.plans.values() if plan.kind is ProcessKind.NODE]
 
     async def all_ready(self) -> bool:
         """Whether router and metadata server know every node that is kept up, with its engine."""

@@ -227,9 +227,10 @@ async def test_a_childs_own_end_is_known_before_its_group_is_gone(tree):
     os.kill(guard_of(front), signal.SIGSTOP)  # it does nothing now
     os.kill(front, signal.SIGKILL)
     assert await asyncio.wait_for(child.wait_ended(), 10) == -signal.SIGKILL
-    assert core in alive_in_group(front) and not child._exited.is_set()
-    assert child._guard_late is not None
-    child._guard_late.cancel()
+    assert core in alive_in_group(front) and not child._reaped.is_set()
+    assert repr(child) == f"<ChildProcess {front}, ended with -9, guarded>"
+    assert child._guard_timer is not None
+    child._guard_timer.cancel()
     child._reap()  # as when the guard's time is up
     assert await asyncio.wait_for(child.wait(), 10) == -signal.SIGKILL
     await group_gone(front)

@@ -1,4 +1,5 @@
 import json
+import resource
 import struct
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,8 +27,9 @@ from kvcore.ports import listen
 from kvcore.types import Role
 from kvferry import cli
 from kvferry.doctor import checks as doctor
-from kvferry.doctor.checks import check_memory, check_model, check_ports, check_transports, preflight
+from kvferry.doctor.checks import check_memory, check_model, check_ports, preflight
 from kvferry.doctor.findings import Context, Finding
+from kvferry.doctor.transports import check_transports
 from kvferry.machine import is_local, size_text
 from transfer.memory.available import AvailableMemory
 from transfer.nixl import host as nixl_host
@@ -169,7 +171,7 @@ def test_nixl_over_an_hca_is_shown_with_both_builds_and_needs_memory_that_may_be
     library = SimpleNamespace(build="NIXL 1.5.1 with UCX 1.23.0")
     probe = UcxProbe("UCX 1.23.0", ("tcp", "ib"), ("rc_mlx5/mlx5_0:1",), rdma=True)
     monkeypatch.setattr(nixl_host, "open_nixl", lambda *_: (library, None, probe))
-    monkeypatch.setattr(doctor.resource, "getrlimit", lambda _: (8 << 20, 8 << 20))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (8 << 20, 8 << 20))
     findings = check_transports(Context(cluster(transport=TransportConfig(kind="nixl", devices=["mlx5_0"]))))
     assert findings[0].detail == "NIXL 1.5.1 with UCX 1.23.0 with verbs uses rc_mlx5/mlx5_0:1"
     assert not findings[1].ok and findings[1].subject == "memlock" and "8.0 MiB" in findings[1].detail

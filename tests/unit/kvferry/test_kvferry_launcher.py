@@ -6,6 +6,7 @@ import sys
 import textwrap
 
 import pytest
+from support.transitions import in_prose, in_table
 
 from kvcore.config.file import load_config
 from kvcore.config.schema import (
@@ -20,8 +21,8 @@ from kvcore.ports import base_url
 from kvcore.process.child import ChildProcess
 from kvcore.types import Role
 from kvferry.launch.launcher import Launcher
-from kvferry.launch.processes import Part, ProcessPlan, plan_processes
-from kvferry.launch.supervised import ProcessState
+from kvferry.launch.processes import ProcessKind, ProcessPlan, plan_processes
+from kvferry.launch.supervised import TRANSITIONS, ProcessState
 
 SERVER = """
 import http.server, signal, sys
@@ -54,21 +55,21 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def serving(name: str, part: Part) -> ProcessPlan:
+def serving(name: str, kind: ProcessKind) -> ProcessPlan:
     port = free_port()
-    return ProcessPlan(name, part, (sys.executable, "-c", SERVER, str(port), name), f"http://127.0.0.1:{port}")
+    return ProcessPlan(name, kind, (sys.executable, "-c", SERVER, str(port), name), f"http://127.0.0.1:{port}")
 
 
 def running(name: str, code: str) -> ProcessPlan:
     command = (sys.executable, "-c", textwrap.dedent(code))
-    return ProcessPlan(name, Part.NODE, command, f"http://127.0.0.1:{free_port()}")
+    return ProcessPlan(name, ProcessKind.NODE, command, f"http://127.0.0.1:{free_port()}")
 
 
 def whole() -> list[ProcessPlan]:
     return [
-        serving("metadata-server", Part.METADATA_SERVER),
-        serving("d", Part.NODE),
-        serving("router", Part.ROUTER),
+        serving("metadata-server", ProcessKind.METADATA_SERVER),
+        serving("d", ProcessKind.NODE),
+        serving("router", ProcessKind.ROUTER),
     ]
 
 
@@ -90,7 +91,9 @@ def is_running(pid: int) -> bool:
 
 async def test_a_process_that_ends_before_it_was_ready_fails_the_launch_and_ends_the_rest(make):
     broken = running("d", "print('model folder is corrupt', flush=True); raise SystemExit(2)")
-    launcher = make([serving("metadata-server", Part.METADATA_SERVER), broken, serving("router", Part.ROUTER)])
+    launcher = make(
+        [serving("metadata-server", ProcessKind.METADATA_SERVER), broken, serving("router", ProcessKind.ROUTER)]
+    )
     pids = []
     with pytest.raises(ConfigError) as caught:
         async with launcher:
@@ -194,7 +197,7 @@ async def test_a_log_folder_that_cannot_be_made_is_named(tmp_path):
 
 async def test_the_output_of_the_launch_before_is_kept(make):
     for _ in range(2):
-        async with make([serving("d", Part.NODE)]) as launcher:
+        async with make([serving("d", ProcessKind.NODE)]) as launcher:
             await launcher.wait_ready(20)
     assert launcher.log_file("d").with_name("d.log.1").read_text() == "d up\nd bye\n"
 
@@ -234,11 +237,11 @@ def test_plans_name_every_process_with_its_command(tmp_path):
     file = tmp_path / "c.yaml"
     plans = plan_processes(CONFIG, file, ["router.port=1"])
     options = ("--config", str(file), "--set", "router.port=1")
-    assert [(plan.name, plan.part, plan.command[1:]) for plan in plans] == [
-        ("metadata-server", Part.METADATA_SERVER, ("-P", "-m", "metadata_server", *options)),
-        ("p", Part.NODE, ("-P", "-m", "prefiller", *options, "--node", "p")),
-        ("d", Part.NODE, ("-P", "-m", "decoder", *options, "--node", "d")),
-        ("router", Part.ROUTER, ("-P", "-m", "router", *options)),
+    assert [(plan.name, plan.kind, plan.command[1:]) for plan in plans] == [
+        ("metadata-server", ProcessKind.METADATA_SERVER, ("-P", "-m", "metadata_server", *options)),
+        ("p", ProcessKind.NODE, ("-P", "-m", "prefiller", *options, "--node", "p")),
+        ("d", ProcessKind.NODE, ("-P", "-m", "decoder", *options, "--node", "d")),
+        ("router", ProcessKind.ROUTER, ("-P", "-m", "router", *options)),
     ]
     assert plans[-1].health_url == "http://127.0.0.1:8000/health"
 
@@ -262,4 +265,19 @@ def test_in_front_of_servers_that_run_already_only_the_router_is_started(tmp_pat
         "{cluster: c, handoff: nixl, model: {path: m, name: m}, nodes: {d: {role: decoder, url: 'http://h:1'}}}"
     )
     (plan,) = plan_processes(load_config(file), file)
-    assert plan.part is Part.ROUTER and plan.health_url == "http://127.0.0.1:8000/health"
+    assert plan.kind is ProcessKind.ROUTER and plan.health_url == "http://127.0.0.1:8000/health"
+
+
+def test_the_prose_of_a_processs_states_is_the_table_that_is_asserted_on():
+    assert set(TRANSITIONS) == set(ProcessState)
+    assert in_prose(ProcessState) == in_table(TRANSITIONS)
+
+
+async def test_a_launcher_says_what_it_keeps_up(make):
+    launcher = make([serving("d", ProcessKind.NODE)])
+    assert repr(launcher) == "<Launcher not started>"
+    async with launcher:
+        await launcher.wait_ready(20)
+        assert repr(launcher) == "<Launcher d ready>"
+        assert repr(launcher._processes["d"]) == f"<SupervisedProcess d, ready, pid {launcher.pids['d']}, 0 restarts>"
+    assert repr(launcher) == "<Launcher d stopped>"

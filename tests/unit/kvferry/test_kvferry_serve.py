@@ -11,7 +11,8 @@ from kvcore.errors import ConfigError
 from kvcore.ports import listen
 from kvferry import cli, serve
 from kvferry.cluster_text import cluster_text
-from kvferry.serve import Machine, Wish, choose_engine, cluster_name, find_model, parse_arguments, plan_cluster
+from kvferry.serve import find_model, parse_arguments
+from kvferry.serve_plan import Machine, ServeOptions, choose_engine, cluster_name, plan_cluster
 from kvferry.vllm_here import VllmBuild
 
 CPU, GPU = VllmBuild("0.32.0+cpu", "cpu"), VllmBuild("0.33.0", "gpu")
@@ -24,13 +25,13 @@ def machine(**changes: object) -> Machine:
     return Machine(**{**base, **changes})
 
 
-def wish(**changes: object) -> Wish:
-    return Wish(**{"folder": "/m", "name": "Qwen/Qwen3-8B", **changes})
+def options(**changes: object) -> ServeOptions:
+    return ServeOptions(**{"folder": "/m", "name": "Qwen/Qwen3-8B", **changes})
 
 
-def plan(wanted: Wish, on: Machine) -> ClusterConfig:
+def plan(options: ServeOptions, on: Machine) -> ClusterConfig:
     """As the nodes read it: through its text."""
-    config, _ = plan_cluster(wanted, on)
+    config, _ = plan_cluster(options, on)
     assert check_cluster(config) == []
     return config
 
@@ -51,25 +52,29 @@ def env_of(config: ClusterConfig, name: str) -> dict[str, str]:
     ("wanted", "on", "message"),
     [
         (
-            wish(),
+            options(),
             machine(vllm=None, has_torch=False),
             "no engine: vLLM is not installed here .*make venv-vllm.* and torch",
         ),
-        (wish(engine="vllm"), machine(vllm=None), "--engine vllm: vLLM is not installed here"),
-        (wish(engine="vllm"), machine(vllm=GPU), "--engine vllm: vLLM 0.33.0 needs a GPU and this machine has none"),
-        (wish(engine="vllm"), machine(vllm=VllmBuild("0.30.0", "gpu")), "0.30.0, is of another version"),
-        (wish(engine="torch"), machine(has_torch=False), "no engine: torch and transformers are not installed here"),
+        (options(engine="vllm"), machine(vllm=None), "--engine vllm: vLLM is not installed here"),
+        (options(engine="vllm"), machine(vllm=GPU), "--engine vllm: vLLM 0.33.0 needs a GPU and this machine has none"),
+        (options(engine="vllm"), machine(vllm=VllmBuild("0.30.0", "gpu")), "0.30.0, is of another version"),
+        (options(engine="torch"), machine(has_torch=False), "no engine: torch and transformers are not installed here"),
         (
-            wish(engine="torch", args={"seed": 1}),
+            options(engine="torch", args={"seed": 1}),
             machine(),
             "--arg seed: only vLLM has arguments, and the engine is torch",
         ),
-        (wish(args={"max_model_len": 5}), machine(), "--arg max_model_len: kvferry sets this itself"),
-        (wish(), machine(vllm=GPU, gpus=("0",)), "need 2 GPUs, this machine has 1: run one engine .*--colocated"),
-        (wish(args={"gpu-memory-utilization": 0.9}), machine(vllm=GPU, gpus=("0",)), "gpu-memory-utilization=0.45"),
-        (wish(args={"tensor-parallel-size": 2}), machine(vllm=GPU, gpus=("0", "1")), "need 4 GPUs, this machine has 2"),
+        (options(args={"max_model_len": 5}), machine(), "--arg max_model_len: kvferry sets this itself"),
+        (options(), machine(vllm=GPU, gpus=("0",)), "need 2 GPUs, this machine has 1: run one engine .*--colocated"),
+        (options(args={"gpu-memory-utilization": 0.9}), machine(vllm=GPU, gpus=("0",)), "gpu-memory-utilization=0.45"),
         (
-            wish(args={"tensor-parallel-size": 4}, colocated=True),
+            options(args={"tensor-parallel-size": 2}),
+            machine(vllm=GPU, gpus=("0", "1")),
+            "need 4 GPUs, this machine has 2",
+        ),
+        (
+            options(args={"tensor-parallel-size": 4}, colocated=True),
             machine(vllm=GPU, gpus=("0",)),
             "this machine has 1 GPUs",
         ),
@@ -85,12 +90,12 @@ def test_vllm_is_taken_where_it_can_run_and_torch_otherwise_and_the_reason_is_sa
     assert choose_engine("torch", machine()) == ("torch", "as asked")
     kind, why = choose_engine(None, machine(vllm=GPU))
     assert kind == "torch" and why == "since vLLM 0.33.0 needs a GPU and this machine has none"
-    _, said = plan_cluster(wish(), machine(vllm=None))
+    _, said = plan_cluster(options(), machine(vllm=None))
     assert said[0].startswith("engine: torch, since vLLM is not installed here")
 
 
 def test_on_a_cpu_each_engine_has_cores_and_a_bounded_kv_of_its_own(tmp_path):
-    config = loaded(plan(wish(), machine(cores=(0, 1, 2, 3))), tmp_path)
+    config = loaded(plan(options(), machine(cores=(0, 1, 2, 3))), tmp_path)
     assert [(name, node.role, node.port) for name, node in config.nodes.items()] == [
         ("prefill-0", "prefiller", 8100),
         ("decode-0", "decoder", 8200),
@@ -106,13 +111,13 @@ def test_on_a_cpu_each_engine_has_cores_and_a_bounded_kv_of_its_own(tmp_path):
 
 
 def test_one_engine_with_the_cache_has_all_cores(tmp_path):
-    config = loaded(plan(wish(colocated=True), machine()), tmp_path)
+    config = loaded(plan(options(colocated=True), machine()), tmp_path)
     assert list(config.nodes) == ["decode-0"]
     assert env_of(config, "decode-0") == {"VLLM_CPU_OMP_THREADS_BIND": "0-1"}
 
 
 def test_on_gpus_each_engine_has_its_own(tmp_path):
-    config = loaded(plan(wish(), machine(vllm=GPU, gpus=("0", "3"), memory_bytes=512 * GIB)), tmp_path)
+    config = loaded(plan(options(), machine(vllm=GPU, gpus=("0", "3"), memory_bytes=512 * GIB)), tmp_path)
     assert env_of(config, "prefill-0") == {"CUDA_VISIBLE_DEVICES": "0"}
     assert env_of(config, "decode-0") == {"CUDA_VISIBLE_DEVICES": "3"}
     assert (config.model.dtype, config.kv.chunk_tokens) == ("bfloat16", 256)
@@ -123,21 +128,21 @@ def test_on_gpus_each_engine_has_its_own(tmp_path):
 
 def test_tensor_parallel_engines_have_several_gpus_or_cores_each(tmp_path):
     args = {"tensor_parallel_size": 2}
-    config = loaded(plan(wish(args=args), machine(vllm=GPU, gpus=tuple("0123"))), tmp_path)
+    config = loaded(plan(options(args=args), machine(vllm=GPU, gpus=tuple("0123"))), tmp_path)
     assert env_of(config, "decode-0") == {"CUDA_VISIBLE_DEVICES": "2,3"}
-    config = loaded(plan(wish(args=args), machine(cores=(0, 1, 2, 3))), tmp_path)
+    config = loaded(plan(options(args=args), machine(cores=(0, 1, 2, 3))), tmp_path)
     assert env_of(config, "decode-0") == {"VLLM_CPU_OMP_THREADS_BIND": "2|3"}
 
 
 def test_two_engines_share_a_gpu_when_told_how_much_each_may_take(tmp_path):
     args = {"gpu-memory-utilization": 0.45}
-    config = loaded(plan(wish(args=args), machine(vllm=GPU, gpus=("0",))), tmp_path)
+    config = loaded(plan(options(args=args), machine(vllm=GPU, gpus=("0",))), tmp_path)
     assert env_of(config, "prefill-0") == env_of(config, "decode-0") == {"CUDA_VISIBLE_DEVICES": "0"}
 
 
 def test_what_is_asked_for_wins_over_what_would_be_chosen(tmp_path):
     args = {"enforce_eager": False, "block-size": 96}
-    asked = wish(
+    asked = options(
         args=args, kv_cache=ByteSize(5 << 20), segment=ByteSize(7 << 20), dtype="bfloat16", max_context=99, port=1234
     )
     config = loaded(plan(asked, machine()), tmp_path, "router.host=0.0.0.0")
@@ -146,7 +151,7 @@ def test_what_is_asked_for_wins_over_what_would_be_chosen(tmp_path):
     assert engine.args == {"enforce-eager": False, "kv-cache-memory-bytes": 5 << 20, "block-size": 96}
     assert (config.kv.chunk_tokens, config.model.dtype, config.model.max_context) == (192, "bfloat16", 99)
     assert (config.nodes["decode-0"].segment, config.router.port, config.router.host) == (7 << 20, 1234, "0.0.0.0")
-    torch = plan(wish(engine="torch", kv_cache=ByteSize(5 << 20)), machine(cores=tuple(range(6)))).engine
+    torch = plan(options(engine="torch", kv_cache=ByteSize(5 << 20)), machine(cores=tuple(range(6)))).engine
     assert torch == TorchEngineConfig(threads=3, kv_cache=ByteSize(5 << 20))
 
 

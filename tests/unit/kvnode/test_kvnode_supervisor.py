@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 from support import fake_engine
 from support.fake_engine import generate_request, hello, prefill_request
+from support.transitions import in_prose, in_table
 
 from engines.process.parent import EngineProcess
 from kvcore.clock import SystemClock
@@ -17,7 +18,7 @@ from kvcore.errors import ConfigError, EngineDiedError, NodeUnavailableError
 from kvcore.types import Role
 from kvnode.limits import NodeLimits
 from kvnode.segment_owner import SegmentOwner
-from kvnode.supervisor import EngineSupervisor
+from kvnode.supervisor import TRANSITIONS, EngineState, EngineSupervisor
 
 QUICK = NodeLimits(engine_first_backoff_s=0.02)
 
@@ -111,14 +112,20 @@ async def test_failure_at_a_restart_is_tried_again() -> None:
 
 async def test_what_a_node_is_made_of_says_what_it_is_and_holds() -> None:
     subject, ready = supervisor("fake")
-    assert repr(subject) == "<EngineSupervisor no engine is ready, 0 restarts>"
+    assert repr(subject) == "<EngineSupervisor starting, 0 restarts>"
     task = asyncio.create_task(subject.run())
     first = await asyncio.wait_for(ready.get(), 20)
-    assert repr(subject) == f"<EngineSupervisor engine of pid {first.pid}, 0 restarts>"
+    assert repr(subject) == f"<EngineSupervisor ready with pid {first.pid}, 0 restarts>"
     task.cancel()
     await asyncio.wait({task})
+    assert repr(subject) == "<EngineSupervisor stopped, 0 restarts>"
     node = NodeConfig(role=Role.STORE, port=0, segment=1 << 20)  # type: ignore[arg-type]
     owner = SegmentOwner("s0", 1, node, TransportConfig(kind="shm"))
     assert repr(owner) == "<SegmentOwner s0.1, not entered>"
     async with owner:
         assert repr(owner) == "<SegmentOwner s0.1, 1048576 bytes, served by shm, 0 host restarts>"
+
+
+def test_the_prose_of_the_engines_states_is_the_table_that_is_asserted_on() -> None:
+    assert set(TRANSITIONS) == set(EngineState)
+    assert in_prose(EngineState) == in_table(TRANSITIONS)
