@@ -46,6 +46,11 @@ def test_the_wheel_holds_exactly_the_listed_packages(wheel):
     assert not [n for n in names if n.split("/")[0] in ("tests", "configs", "benchmarks")]
 
 
+def test_each_top_level_package_says_that_it_is_typed(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {f"{package.split('.')[0]}/py.typed" for package in PACKAGES} <= names
+
+
 def test_our_names_belong_to_us_alone(wheel, tmp_path):
     """In a venv that sees our dependencies, each of our import names comes from exactly one distribution."""
     venv.create(tmp_path / "venv", with_pip=False)
