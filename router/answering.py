@@ -187,6 +187,9 @@ class Answerer:
         self._run = run
         self._limits = limits
 
+    def __repr__(self) -> str:
+        return f"<Answerer of {self.model!r}>"
+
     @property
     def max_context(self) -> int | None:
         """Tokens that a prompt and its completion may have together; None: no decoder has ever reported."""

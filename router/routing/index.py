@@ -30,6 +30,9 @@ class PrefixIndex:
     def __len__(self) -> int:
         return len(self._masks)
 
+    def __repr__(self) -> str:
+        return f"<PrefixIndex {len(self._masks)} chunks on {len(self._bits)} segments>"
+
     def store(self, node_id: str, keys: Sequence[ChunkKey], segment_id: str = "") -> None:
         """`segment_id` of the node holds `keys` now."""
         mask = self._bit((node_id, segment_id))
@@ -66,25 +69,27 @@ class PrefixIndex:
 
     def find(self, keys: Sequence[ChunkKey]) -> PrefixHits:
         """How much of the prefix `keys` is where. Stops at the first key that nobody holds."""
+        # `unbroken`: the segments that hold every chunk so far. One that lacks a chunk leaves it, and its node's count
+        # is the number of chunks before that one.
         by_node: dict[str, int] = {}
         masks = self._masks
-        alive = -1
+        unbroken = 0
         longest = 0
         for key in keys:
             mask = masks.get(key, 0)
             if not mask:
                 break
             if longest == 0:
-                alive = mask
-            elif lost := alive & ~mask:
-                self._credit(by_node, lost, longest)
-                alive &= mask
+                unbroken = mask
+            elif broken := unbroken & ~mask:
+                self._set_count(by_node, broken, longest)
+                unbroken &= mask
             longest += 1
         if longest:
-            self._credit(by_node, alive, longest)
+            self._set_count(by_node, unbroken, longest)
         return PrefixHits(longest, by_node)
 
-    def _credit(self, by_node: dict[str, int], bits: int, chunks: int) -> None:
+    def _set_count(self, by_node: dict[str, int], bits: int, chunks: int) -> None:
         while bits:
             bit = bits & -bits
             owner = self._owners[bit]

@@ -7,40 +7,43 @@ from router.text.tokenizer import Tokenizer
 
 CONTEXT_TOKENS = 6
 """Tokens of the prompt that the first piece is decoded after, so that it keeps its leading space."""
-
-
 MAX_HELD_TOKENS = 8
-"""Longer than any character's bytes: what is still no character then is none."""
-
-
+"""Longer than any character's bytes: what is no character by then will never be one."""
 MAX_WINDOW_TOKENS = 64
-
-
+"""Tokens without any text (special ones) may make the window grow; then it starts again."""
 _REPLACEMENT = "\ufffd"
 
 
 class Detokenizer:
     """Text of one completion, piece by piece. A piece never ends inside a character; the pieces together are the text
-    of all tokens, as it reads after the prompt."""
+    of all tokens, as it reads after the prompt.
+
+    A token has no text of its own: how it reads depends on those before it (a leading space, the first bytes of a
+    character). So the last few tokens are kept as a window, and a token's piece is what the window's text gains by it.
+    """
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._window = self._context(prompt_token_ids)
-        self._sent = tokenizer.decode(self._window) if self._window else ""
-        self._clean = len(self._window)
-        """Tokens of the window whose text is out completely."""
+        self._sent_text = tokenizer.decode(self._window) if self._window else ""
+        """The text of the window that has been given out."""
+        self._num_sent = len(self._window)
+        """Tokens of the window whose text has been given out completely; those after them are held back."""
+
+    def __repr__(self) -> str:
+        return f"<Detokenizer window={len(self._window)} held={len(self._window) - self._num_sent} tokens>"
 
     def feed(self, token_ids: Sequence[int]) -> str:
         """The text that these tokens complete; what is not yet a whole character is held back."""
-        return "".join([self._one(token_id) for token_id in token_ids])
+        return "".join([self._feed_one(token_id) for token_id in token_ids])
 
     def flush(self) -> str:
         """What is still held, at the end: an incomplete character reads U+FFFD."""
-        if len(self._window) == self._clean:
+        if len(self._window) == self._num_sent:
             return ""
         text = self._tokenizer.decode(self._window)
-        piece = text[len(self._sent) :] if text.startswith(self._sent) else ""
-        self._sent, self._clean = text, len(self._window)
+        piece = text[len(self._sent_text) :] if text.startswith(self._sent_text) else ""
+        self._sent_text, self._num_sent = text, len(self._window)
         return piece
 
     def _context(self, prompt_token_ids: Sequence[int]) -> list[int]:
@@ -51,39 +54,45 @@ class Detokenizer:
                 return window
         return []
 
-    def _one(self, token_id: int) -> str:
+    def _feed_one(self, token_id: int) -> str:
+        # Four cases, by how the window reads with the new token:
+        #   1. It ends in U+FFFD, and few tokens are held: the token may have begun a character. Hold it back.
+        #   2. It ends in U+FFFD, and many are held: these bytes are no character and never will be. Give them out as
+        #      they read, but for the last ones that may begin a character after all; those are the new window.
+        #   3. It has gained text: give it out. The window starts again at the tokens of this piece, which are the
+        #      context of the next one, and so stays short.
+        #   4. It has gained none (a special token): keep the token as context, until the window is too long.
         self._window.append(token_id)
         text = self._tokenizer.decode(self._window)
         if text.endswith(_REPLACEMENT):
-            if len(self._window) - self._clean < MAX_HELD_TOKENS:
+            if len(self._window) - self._num_sent < MAX_HELD_TOKENS:
                 return ""
-            done, text, held = self._split(text)
-            piece = self._piece(done, text)
-            self._window, self._sent, self._clean = held, "", 0
+            done, text, begun = self._split(text)
+            piece = self._gain(done, text)
+            self._window, self._sent_text, self._num_sent = begun, "", 0
             return piece
-        piece = self._piece(self._window, text)
+        piece = self._gain(self._window, text)
         if piece or len(self._window) > MAX_WINDOW_TOKENS:
-            # The window starts again at the piece just sent: it is the context of the next, and stays short.
-            self._window = self._window[self._clean :]
+            self._window = self._window[self._num_sent :]
             text = self._tokenizer.decode(self._window) if self._window else ""
-        self._sent, self._clean = text, len(self._window)
+        self._sent_text, self._num_sent = text, len(self._window)
         return piece
 
-    def _piece(self, token_ids: list[int], text: str) -> str:
-        """What these tokens of the window, whose text this is, add to what was sent."""
-        if text.startswith(self._sent):
-            return text[len(self._sent) :]
-        # Invalid bytes changed how earlier ones read: the new tokens speak for themselves.
-        return self._tokenizer.decode(token_ids[self._clean :])
+    def _gain(self, token_ids: list[int], text: str) -> str:
+        """What these tokens of the window, whose text this is, add to what has been given out."""
+        if text.startswith(self._sent_text):
+            return text[len(self._sent_text) :]
+        # Invalid bytes changed how earlier ones read, and those are out: the new tokens are decoded by themselves.
+        return self._tokenizer.decode(token_ids[self._num_sent :])
 
     def _split(self, text: str) -> tuple[list[int], str, list[int]]:
-        """Of a window with invalid bytes, whose text this is: what is done, its text, and the last tokens, which may
-        begin a character."""
+        """Of a window with invalid bytes, whose text this is: (the tokens that are complete, their text, the last
+        tokens, which may begin a character)."""
         for count in (3, 2, 1):  # bytes of a character that lacks one
-            done, held = self._window[:-count], self._window[-count:]
+            done, begun = self._window[:-count], self._window[-count:]
             done_text = self._tokenizer.decode(done)
-            if done_text + self._tokenizer.decode(held) == text:
-                return done, done_text, held
+            if done_text + self._tokenizer.decode(begun) == text:
+                return done, done_text, begun
         return self._window, text, []
 
 
@@ -100,14 +109,23 @@ class StopChecker:
         self._longest = max(map(len, self.stops), default=0)
 
     def feed(self, piece: str) -> tuple[str, bool]:
-        """(text that is out now, whether a stop string was found; it and what follows are never out)."""
+        """(the text to give out now, whether a stop string was found). Neither the stop string nor what follows it is
+        ever given out."""
+        # Four cases, by what has been held back and the new piece together:
+        #   1. There are no stop strings: everything passes.
+        #   2. One or more are complete. The one that ends first counts, as it would have been found first had the text
+        #      come character by character; of several that end there the one that begins first, as it is the longest.
+        #   3. A stop string may begin at the end of the text: its longest such end is held back, the rest passes. No
+        #      end as long as the longest stop string need be tried: it would be complete.
+        #   4. None may: everything passes.
         if not self.stops:
             return piece, False
         text = self._held + piece
         matches = [(at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0]
         if matches:
             self._held = ""
-            return text[: min(matches)[1]], True
+            _, begins_at = min(matches)
+            return text[:begins_at], True
         keep = next((n for n in range(min(self._longest - 1, len(text)), 0, -1) if self._may_begin(text[-n:])), 0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False

@@ -1,4 +1,4 @@
-"""Text to tokens and back: the model folder's tokenizer, chat template, detokenizing by pieces, stop strings.
+"""Text to tokens and back: the model folder's tokenizer and its chat template.
 
 Owns every conversion between text and token ids in the cluster. `ByteTokenizer` serves where the engine is simulated.
 """
@@ -51,6 +51,9 @@ class ByteTokenizer:
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
 
+    def __repr__(self) -> str:
+        return f"<ByteTokenizer vocab_size={self._vocab_size}>"
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """See Tokenizer."""
         raw = text.encode("utf-8", "replace")
@@ -81,6 +84,10 @@ class FolderTokenizer:
             raise ModelLoadError(f"{file} cannot be read: {error}") from error
         self._settings = _read_json(folder / "tokenizer_config.json")
         self._template = self._compile()
+
+    def __repr__(self) -> str:
+        template = "chat template" if self.has_chat_template else "no chat template"
+        return f"<FolderTokenizer {self._folder} vocab_size={self.vocab_size}, {template}>"
 
     @property
     def vocab_size(self) -> int:
