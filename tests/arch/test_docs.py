@@ -13,18 +13,25 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from support.ports import free_ports
 
+from engines.torch.kv_cache import KVGeometry
 from kvcore.config.file import load_config
+from kvcore.config.schema import StoreConfig
+from kvcore.types import Segment
 from kvferry.cli import build_parser
-from tests.support.ports import free_ports
+from kvstore.chunk_format import HEADER_BYTES
+from metadata_server.index.allocator import aligned
+from metadata_server.index.segments import SegmentRecord
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 BIN = Path(sys.executable).parent
 FILE = re.compile(r"<!-- file: (\S+) -->\n```yaml\n(.*?)```", re.S)
 BLOCK = re.compile(r"<!-- runs: (\w+) -->\n```bash\n(.*?)```", re.S)
-PAGES_WITH_COMMANDS = ["start.md"]
-SHELL = {"curl", "kill", "pkill", "cd", "sudo"}
+PAGES_WITH_COMMANDS = ["start.md", "gateway.md"]
+SHELL = {"curl", "kill", "sudo"}
 ROLES = {"prefiller": "prefiller", "decoder": "decoder", "kvnode": "store"}
 
 
@@ -86,6 +93,24 @@ def test_links_lead_somewhere():
     for page in [*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "ARCHITECTURE.md"]:
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
             assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_worked_example_of_sizes_is_what_the_code_computes():
+    kv = KVGeometry(num_layers=36, block_size=64, num_kv_heads=8, head_dim=128, dtype=torch.bfloat16)
+    chunk_tokens = 256
+    length = aligned(HEADER_BYTES + chunk_tokens * kv.token_bytes)
+    segment = SegmentRecord(Segment(id="s", node_id="n", size_bytes=64 << 30, host_id="h", addresses={}), [])
+    chunks = 0
+    while segment.allocate(length, StoreConfig().high_watermark) is not None:
+        chunks += 1
+    page = (DOCS / "operations.md").read_text()
+    for what, number in {
+        "bytes a token": kv.token_bytes,
+        "bytes a chunk": length,
+        "chunks in the segment": chunks,
+        "tokens in the segment": chunks * chunk_tokens,
+    }.items():
+        assert f"| {what} | {number:,} |" in page
 
 
 @pytest.mark.slow
