@@ -54,7 +54,7 @@ vLLM also passes on all that vLLM keeps itself: every family that begins with `v
 label `node` added. They are described in vLLM's own documentation.
 
 A histogram has the series `NAME_bucket`, `NAME_sum` and `NAME_count`. What the values of the labels `name`, `code`,
-`outcome` and `reason` mean is in the code that fills them.
+`outcome` and `reason` mean is in [troubleshoot.md](troubleshoot.md).
 """
 
 
