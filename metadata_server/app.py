@@ -21,7 +21,7 @@ from kvcore.errors import KVFerryError, MetadataProtocolError, PayloadTooLargeEr
 from kvcore.telemetry import METRICS_CONTENT_TYPE, Metrics, log_fields
 from metadata_server import metrics as own_metrics
 from metadata_server.core import MetadataCore
-from metadata_server.endpoints import ENDPOINTS, Endpoint
+from metadata_server.endpoints import ENDPOINTS, EndpointSpec
 from metadata_server.openapi import FRAMES, JSON, MSGPACK, ErrorBody, Fault, Health, document
 from metadata_server.protocol import encode
 
@@ -76,7 +76,7 @@ class _App(FastAPI):
 
 def _post(
     core: MetadataCore,
-    endpoint: Endpoint[Any, Any],
+    endpoint: EndpointSpec[Any, Any],
     max_body_bytes: int,
     clock: Clock,
     observe: Callable[[float], None],

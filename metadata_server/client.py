@@ -13,7 +13,7 @@ import msgspec
 from kvcore.clock import Clock
 from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
 from metadata_server import endpoints
-from metadata_server.endpoints import Endpoint, Rep, Req
+from metadata_server.endpoints import EndpointSpec, Rep, Req
 from metadata_server.messages import (
     CommitReply,
     HeartbeatReply,
@@ -33,9 +33,9 @@ from metadata_server.messages import (
     Stats,
     WaitRequest,
 )
-from metadata_server.versions import SPOKEN, Greeting, Protocols
+from metadata_server.versions import SPOKEN, Protocols, VersionedMessage
 
-_G = TypeVar("_G", bound=Greeting)
+_G = TypeVar("_G", bound=VersionedMessage)
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 1.0
 
@@ -143,7 +143,7 @@ class MetadataClient:
         return reply
 
     async def _call(
-        self, endpoint: Endpoint[Req, Rep], request: Req, timeout_s: float | None, *, poll_s: float = 0.0
+        self, endpoint: EndpointSpec[Req, Rep], request: Req, timeout_s: float | None, *, poll_s: float = 0.0
     ) -> Rep:
         body = b"" if request is None else msgspec.msgpack.encode(request)
         limit_s = poll_s + (self._timeout_s if timeout_s is None else min(timeout_s, self._timeout_s))

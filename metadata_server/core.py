@@ -38,7 +38,7 @@ _DONE = Nothing()
 
 
 @dataclass(frozen=True, slots=True)
-class _Call:
+class _Row:
     """A row of the table, bound to one core."""
 
     handle: Callable[[Any, float], Any]
@@ -73,7 +73,7 @@ class MetadataCore:
         self._pulse_at: float | None = None
         self._stopping = False
         self._calls = {
-            row.path: _Call(row.handler(self), RequestDecoder(row).decode if row.request else _no_body, row.waits)
+            row.path: _Row(row.handler(self), RequestDecoder(row).decode if row.request else _no_body, row.waits)
             for row in ENDPOINTS
         }
 
@@ -207,7 +207,7 @@ class MetadataCore:
         now = self._clock.now()
         if self._pulse_at is not None and now - self._pulse_at > _PULSE_S + _STALL_S:
             self._pulse_at = now
-            self.state.spare_nodes(now)
+            self.state.renew_all_nodes(now)
         return now
 
     async def _until_stored(self, key: ChunkKey, timeout_s: float) -> None:

@@ -103,7 +103,7 @@ def _check_quarantine(request: m.QuarantineRequest) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Endpoint(Generic[Req, Rep]):
+class EndpointSpec(Generic[Req, Rep]):
     """One call: a request goes in, a reply comes out; both are bodies."""
 
     path: str
@@ -119,7 +119,7 @@ class Endpoint(Generic[Req, Rep]):
     """A long poll: its handler is async and ends when its client leaves."""
 
 
-REGISTER = Endpoint(
+REGISTER = EndpointSpec(
     "/v1/nodes/register",
     m.RegisterRequest,
     m.RegisterReply,
@@ -127,7 +127,7 @@ REGISTER = Endpoint(
     "Join, or join again with manifests",
     _check_register,
 )
-HEARTBEAT = Endpoint(
+HEARTBEAT = EndpointSpec(
     "/v1/nodes/heartbeat",
     m.HeartbeatRequest,
     m.HeartbeatReply,
@@ -135,7 +135,7 @@ HEARTBEAT = Endpoint(
     "Renew a node's lease",
     _check_node,
 )
-LEAVE = Endpoint(
+LEAVE = EndpointSpec(
     "/v1/nodes/leave",
     m.LeaveRequest,
     m.Nothing,
@@ -143,7 +143,7 @@ LEAVE = Endpoint(
     "Leave in good order",
     _check_node,
 )
-RELEASE_WRITER = Endpoint(
+RELEASE_WRITER = EndpointSpec(
     "/v1/nodes/release_writer",
     m.ReleaseWriterRequest,
     m.Nothing,
@@ -151,7 +151,7 @@ RELEASE_WRITER = Endpoint(
     "Give back what a node's dead engine held",
     _check_node,
 )
-MATCH = Endpoint(
+MATCH = EndpointSpec(
     "/v1/objects/match",
     m.MatchRequest,
     m.MatchReply,
@@ -159,7 +159,7 @@ MATCH = Endpoint(
     "Longest complete prefix",
     _check_match,
 )
-WAIT = Endpoint(
+WAIT = EndpointSpec(
     "/v1/objects/wait",
     m.WaitRequest,
     m.MatchReply,
@@ -168,7 +168,7 @@ WAIT = Endpoint(
     _check_wait,
     waits=True,
 )
-RESERVE = Endpoint(
+RESERVE = EndpointSpec(
     "/v1/objects/reserve",
     m.ReserveRequest,
     m.ReserveReply,
@@ -176,7 +176,7 @@ RESERVE = Endpoint(
     "Room for chunks to be written",
     _check_reserve,
 )
-COMMIT = Endpoint(
+COMMIT = EndpointSpec(
     "/v1/objects/commit",
     m.ReplicaIds,
     m.CommitReply,
@@ -184,7 +184,7 @@ COMMIT = Endpoint(
     "Make written chunks visible",
     _check_replica_ids,
 )
-ABORT = Endpoint(
+ABORT = EndpointSpec(
     "/v1/objects/abort",
     m.ReplicaIds,
     m.Nothing,
@@ -192,7 +192,7 @@ ABORT = Endpoint(
     "Give reservations back",
     _check_replica_ids,
 )
-QUARANTINE = Endpoint(
+QUARANTINE = EndpointSpec(
     "/v1/objects/quarantine",
     m.QuarantineRequest,
     m.Nothing,
@@ -200,7 +200,7 @@ QUARANTINE = Endpoint(
     "Drop replicas that failed verification",
     _check_quarantine,
 )
-RELEASE = Endpoint(
+RELEASE = EndpointSpec(
     "/v1/leases/release",
     m.ReleaseRequest,
     m.Nothing,
@@ -208,10 +208,10 @@ RELEASE = Endpoint(
     "End read leases",
     _check_release,
 )
-NODES = Endpoint("/v1/nodes", None, m.NodesReply, lambda core: core.nodes, "Live nodes and segments")
-STATS = Endpoint("/v1/stats", None, m.Stats, lambda core: core.stats, "What is held, and counters")
+NODES = EndpointSpec("/v1/nodes", None, m.NodesReply, lambda core: core.nodes, "Live nodes and segments")
+STATS = EndpointSpec("/v1/stats", None, m.Stats, lambda core: core.stats, "What is held, and counters")
 
-ENDPOINTS: tuple[Endpoint[Any, Any], ...] = (
+ENDPOINTS: tuple[EndpointSpec[Any, Any], ...] = (
     REGISTER,
     HEARTBEAT,
     LEAVE,

@@ -10,7 +10,7 @@ from enum import StrEnum
 import msgspec
 
 from kvcore.types import ChunkKey, NodeInfo, ReplicaRef, Segment
-from metadata_server.versions import Greeting
+from metadata_server.versions import VersionedMessage
 
 
 class _Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -41,7 +41,7 @@ class SegmentManifest(_Request, frozen=True, kw_only=True):
     entries: list[ManifestEntry] = []
 
 
-class RegisterRequest(Greeting, _Request, frozen=True, kw_only=True):
+class RegisterRequest(VersionedMessage, _Request, frozen=True, kw_only=True):
     """A node joins, or re-joins with the same incarnation after the metadata server lost it."""
 
     node: NodeInfo
@@ -49,7 +49,7 @@ class RegisterRequest(Greeting, _Request, frozen=True, kw_only=True):
     ttl_s: float
 
 
-class RegisterReply(Greeting, _Reply, frozen=True, kw_only=True):
+class RegisterReply(VersionedMessage, _Reply, frozen=True, kw_only=True):
     """`epoch` identifies this life of the metadata server."""
 
     epoch: str
@@ -238,7 +238,7 @@ class Event(_Reply, frozen=True, kw_only=True):
     """With NODE_UP."""
 
 
-class EventBatch(Greeting, _Reply, frozen=True, kw_only=True):
+class EventBatch(VersionedMessage, _Reply, frozen=True, kw_only=True):
     """A frame of the event stream, or the answer to a replay. `reset`: forget all, a snapshot follows as events.
 
     A batch without events is a keep-alive; `next_seq` is the seq of the event after this batch. Snapshot events all
@@ -252,7 +252,7 @@ class EventBatch(Greeting, _Reply, frozen=True, kw_only=True):
     events: list[Event] = []
 
 
-class NodesReply(Greeting, _Reply, frozen=True, kw_only=True):
+class NodesReply(VersionedMessage, _Reply, frozen=True, kw_only=True):
     """Who is alive, and every segment that a ReplicaRef may name now."""
 
     epoch: str

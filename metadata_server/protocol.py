@@ -6,7 +6,7 @@ from typing import Generic
 import msgspec
 
 from kvcore.errors import MetadataProtocolError
-from metadata_server.endpoints import Endpoint, Rep, Req
+from metadata_server.endpoints import EndpointSpec, Rep, Req
 
 _FIELD = re.compile(r" - at `\$\.?([^`]*)`$")
 
@@ -14,7 +14,7 @@ _FIELD = re.compile(r" - at `\$\.?([^`]*)`$")
 class RequestDecoder(Generic[Req]):
     """Bodies of one endpoint that has a request, in either format."""
 
-    def __init__(self, endpoint: Endpoint[Req, Rep]) -> None:
+    def __init__(self, endpoint: EndpointSpec[Req, Rep]) -> None:
         assert endpoint.request is not None, f"{endpoint.path} takes no body"
         self._msgpack = msgspec.msgpack.Decoder(endpoint.request)
         self._json = msgspec.json.Decoder(endpoint.request)

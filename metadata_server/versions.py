@@ -43,7 +43,7 @@ SPOKEN = Protocols(oldest=1, newest=1)
 """By this program."""
 
 
-class Greeting(msgspec.Struct, frozen=True, kw_only=True):
+class VersionedMessage(msgspec.Struct, frozen=True, kw_only=True):
     """Fields of the messages that say what their sender speaks."""
 
     protocol: int | msgspec.UnsetType = msgspec.UNSET
@@ -58,4 +58,4 @@ class Greeting(msgspec.Struct, frozen=True, kw_only=True):
         return Protocols(oldest=oldest, newest=self.protocol if isinstance(self.protocol, int) else 1)
 
 
-_G = TypeVar("_G", bound=Greeting)
+_G = TypeVar("_G", bound=VersionedMessage)

@@ -11,7 +11,7 @@ from enum import IntEnum
 from metadata_server.index.segments import Replica
 
 
-class Timer(IntEnum):
+class Expiry(IntEnum):
     """What runs out."""
 
     NODE = 0
@@ -20,18 +20,21 @@ class Timer(IntEnum):
     READ_LEASE = 3
 
 
-TimerKey = tuple[Timer, int | str]
+ExpiryKey = tuple[Expiry, int | str]
 
 
 class Deadlines:
     """At most one deadline a key."""
 
     def __init__(self) -> None:
-        self._at: dict[TimerKey, float] = {}
-        self._heap: list[tuple[float, int, TimerKey]] = []
+        self._at: dict[ExpiryKey, float] = {}
+        self._heap: list[tuple[float, int, ExpiryKey]] = []
         self._count = 0
 
-    def set(self, key: TimerKey, at: float) -> None:
+    def __repr__(self) -> str:
+        return f"<Deadlines {len(self._at)}, next {self.next}>"
+
+    def set(self, key: ExpiryKey, at: float) -> None:
         """Set or move."""
         self._at[key] = at
         self._count += 1
@@ -40,11 +43,11 @@ class Deadlines:
             self._heap = [entry for entry in self._heap if self._at.get(entry[2]) == entry[0]]
             heapq.heapify(self._heap)
 
-    def drop(self, key: TimerKey) -> None:
+    def drop(self, key: ExpiryKey) -> None:
         """Forget; unknown is fine."""
         self._at.pop(key, None)
 
-    def __contains__(self, key: TimerKey) -> bool:
+    def __contains__(self, key: ExpiryKey) -> bool:
         return key in self._at
 
     @property
@@ -54,7 +57,7 @@ class Deadlines:
             heapq.heappop(self._heap)
         return self._heap[0][0] if self._heap else None
 
-    def pop_due(self, now: float) -> Iterator[TimerKey]:
+    def pop_due(self, now: float) -> Iterator[ExpiryKey]:
         """Take out what is due at `now`, earliest first; what is set meanwhile and due comes too."""
         while (at := self.next) is not None and at <= now:
             key = heapq.heappop(self._heap)[2]
@@ -81,11 +84,14 @@ class ReadLeases:
     def __len__(self) -> int:
         return len(self._leases)
 
+    def __repr__(self) -> str:
+        return f"<ReadLeases {len(self._leases)} held, by {len(self._by_holder)} nodes>"
+
     def grant(self, replicas: Iterable[Replica], holder: str | None) -> int:
         """Pin `replicas`, each of them complete; returns the lease's id, > 0."""
         lease = ReadLease(tuple(replicas), holder)
         for replica in lease.replicas:
-            replica.home.pin(replica)
+            replica.record.pin(replica)
         self._last_id += 1
         self._leases[self._last_id] = lease
         if holder is not None:
@@ -98,7 +104,7 @@ class ReadLeases:
         if lease is None:
             return False
         for replica in reversed(lease.replicas):
-            replica.home.unpin(replica)
+            replica.record.unpin(replica)
         if lease.holder is not None:
             held = self._by_holder[lease.holder]
             held.discard(lease_id)

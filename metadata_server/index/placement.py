@@ -15,7 +15,7 @@ from metadata_server.index.segments import Replica, SegmentRecord
 class Place:
     """Allocated room."""
 
-    home: SegmentRecord
+    record: SegmentRecord
     offset: int
 
 

@@ -24,22 +24,27 @@ class ReplicaIndex:
         self._last_id = first_generation
         self._changes: list[tuple[EventKind, SegmentRecord, list[ChunkKey]]] = []
 
-    def reserve(self, key: ChunkKey, length: int, home: SegmentRecord, offset: int, writer: Writer) -> Replica:
+    def __repr__(self) -> str:
+        counts = f"{len(self.complete)} keys complete, {len(self.writing)} being written"
+        return f"<ReplicaIndex {counts}, {len(self.replicas)} replicas>"
+
+    def reserve(self, key: ChunkKey, length: int, record: SegmentRecord, offset: int, writer: Writer) -> Replica:
         """A new reservation on room that is allocated already."""
         self._generation += 1
-        replica = Replica(self._ref(key, length, home, offset, self._generation), home, ReplicaState.RESERVED, writer)
+        ref = self._ref(key, length, record, offset, self._generation)
+        replica = Replica(ref, record, ReplicaState.RESERVED, writer)
         self.writing.setdefault(key, []).append(replica)
         self.replicas[replica.ref.id] = replica
-        home.add(replica)
+        record.add(replica)
         return replica
 
-    def take_in(self, entry: ManifestEntry, home: SegmentRecord) -> None:
+    def adopt(self, entry: ManifestEntry, record: SegmentRecord) -> None:
         """A complete replica that was found in its segment. Later reservations get generations above its own."""
         self._generation = max(self._generation, entry.generation)
-        ref = self._ref(entry.key, entry.length, home, entry.offset, entry.generation)
-        replica = Replica(ref, home, ReplicaState.COMPLETE, None)
+        ref = self._ref(entry.key, entry.length, record, entry.offset, entry.generation)
+        replica = Replica(ref, record, ReplicaState.COMPLETE, None)
         self.replicas[ref.id] = replica
-        home.add(replica)
+        record.add(replica)
         self._list_complete(replica)
 
     def commit(self, reserved: list[Replica]) -> None:
@@ -48,39 +53,39 @@ class ReplicaIndex:
             _unlist(self.writing, replica)
             self._list_complete(replica)
         for replica in reversed(reserved):
-            replica.home.turn(replica, ReplicaState.COMPLETE)
+            replica.record.set_state(replica, ReplicaState.COMPLETE)
 
     def retire(self, replica: Replica) -> None:
         """End a reservation that was not committed; its room stays taken until `remove`."""
         _unlist(self.writing, replica)
-        replica.home.turn(replica, ReplicaState.RETIRING)
+        replica.record.set_state(replica, ReplicaState.RETIRING)
 
     def remove(self, replica: Replica) -> None:
         """Forget a replica in any state and free its room."""
-        replica.home.remove(replica)
+        replica.record.remove(replica)
         self.forget([replica])
 
-    def forget(self, removed: Iterable[Replica], *, say: bool = True) -> None:
-        """Forget replicas whose segment has given them up. `say` false: another event tells of it."""
+    def forget(self, removed: Iterable[Replica], *, emit_event: bool = True) -> None:
+        """Forget replicas whose segment has given them up. `emit_event` false: another event tells of it."""
         for replica in removed:
             del self.replicas[replica.ref.id]
             if replica.state is ReplicaState.COMPLETE:
                 _unlist(self.complete, replica)
-                if say:
+                if emit_event:
                     self._note(EventKind.REMOVED, replica)
             elif replica.state is ReplicaState.RESERVED:
                 _unlist(self.writing, replica)
 
     def publish(self) -> None:
         """Put what has changed into the event log."""
-        for kind, home, keys in self._changes:
-            self._log.append(kind, home.segment.node_id, home.segment.id, keys)
+        for kind, record, keys in self._changes:
+            self._log.append(kind, record.segment.node_id, record.segment.id, keys)
         self._changes.clear()
 
-    def check(self, homes: Iterable[SegmentRecord]) -> None:
+    def check(self, records: Iterable[SegmentRecord]) -> None:
         """Assert every invariant. For tests."""
         assert not self._changes, "unpublished changes"
-        assert self.replicas == {number: r for home in homes for number, r in home.replicas.items()}
+        assert self.replicas == {number: r for record in records for number, r in record.replicas.items()}
         for listing, state in ((self.complete, ReplicaState.COMPLETE), (self.writing, ReplicaState.RESERVED)):
             listed = [(key, r) for key, replicas in listing.items() for r in replicas]
             assert all(listing.values()) and all(r.ref.key == key and r.state is state for key, r in listed)
@@ -90,10 +95,10 @@ class ReplicaIndex:
             assert len(where) == len(set(where)), f"{key.hex()} twice in one segment"
         assert all(r.ref.generation <= self._generation for r in self.replicas.values())
 
-    def _ref(self, key: ChunkKey, length: int, home: SegmentRecord, offset: int, generation: int) -> ReplicaRef:
+    def _ref(self, key: ChunkKey, length: int, record: SegmentRecord, offset: int, generation: int) -> ReplicaRef:
         self._last_id += 1
         return ReplicaRef(
-            id=self._last_id, key=key, segment_id=home.segment.id, offset=offset, length=length, generation=generation
+            id=self._last_id, key=key, segment_id=record.segment.id, offset=offset, length=length, generation=generation
         )
 
     def _list_complete(self, replica: Replica) -> None:
@@ -102,10 +107,10 @@ class ReplicaIndex:
 
     def _note(self, kind: EventKind, replica: Replica) -> None:
         last = self._changes[-1] if self._changes else None
-        if last is not None and last[0] is kind and last[1] is replica.home:
+        if last is not None and last[0] is kind and last[1] is replica.record:
             last[2].append(replica.ref.key)
         else:
-            self._changes.append((kind, replica.home, [replica.ref.key]))
+            self._changes.append((kind, replica.record, [replica.ref.key]))
 
 
 def _unlist(listing: dict[ChunkKey, list[Replica]], replica: Replica) -> None:
@@ -115,15 +120,15 @@ def _unlist(listing: dict[ChunkKey, list[Replica]], replica: Replica) -> None:
         del listing[replica.ref.key]
 
 
-def homes(replicas: Iterable[Replica]) -> list[Segment]:
+def segments_of(replicas: Iterable[Replica]) -> list[Segment]:
     """The segments that replicas lie in, each once."""
     found: dict[str, Segment] = {}
     for replica in replicas:
-        found[replica.ref.segment_id] = replica.home.segment
+        found[replica.ref.segment_id] = replica.record.segment
     return list(found.values())
 
 
-def without(records: Iterable[SegmentRecord], key_holders: Iterable[Replica]) -> Iterator[SegmentRecord]:
+def segments_without(records: Iterable[SegmentRecord], key_holders: Iterable[Replica]) -> Iterator[SegmentRecord]:
     """Segments, in order, in which none of the replicas lies."""
     taken = {replica.ref.segment_id for replica in key_holders}
     return (record for record in records if record.segment.id not in taken)

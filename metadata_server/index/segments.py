@@ -13,12 +13,32 @@ from metadata_server.messages import ManifestEntry, SegmentStats
 
 
 class ReplicaState(StrEnum):
-    """RESERVED -> COMPLETE or RETIRING -> gone; COMPLETE -> gone."""
+    """The life of one replica:
+
+    | from | to | when |
+    |---|---|---|
+    | new | reserved | room is given to a writer |
+    | new | complete | found by its header, in a manifest |
+    | reserved | complete | commit |
+    | reserved | retiring | abort; its time is up; its writer died |
+    | reserved | gone | its segment was dropped |
+    | retiring | gone | the grace time is over; its segment was dropped |
+    | complete | gone | evicted; quarantined; its segment was dropped |
+    """
 
     RESERVED = "reserved"
     COMPLETE = "complete"
     RETIRING = "retiring"
     """Its writer may still be writing: nobody else may use the room yet."""
+
+
+TRANSITIONS: dict[ReplicaState | None, frozenset[ReplicaState | None]] = {
+    None: frozenset({ReplicaState.RESERVED, ReplicaState.COMPLETE}),
+    ReplicaState.RESERVED: frozenset({ReplicaState.COMPLETE, ReplicaState.RETIRING, None}),
+    ReplicaState.RETIRING: frozenset({None}),
+    ReplicaState.COMPLETE: frozenset({None}),
+}
+"""State -> the states that may follow; None: not there yet, or no longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +54,14 @@ class Replica:
     """One extent and what is in it. `writer` None: found by its header."""
 
     ref: ReplicaRef
-    home: "SegmentRecord"
+    record: "SegmentRecord"
     state: ReplicaState
     writer: Writer | None
     pins: int = 0
+
+    def __repr__(self) -> str:
+        ref = self.ref
+        return f"<Replica {ref.id} of {ref.key.hex()} {self.state.value} in {ref.segment_id}, {self.pins} pins>"
 
 
 class SegmentRecord:
@@ -51,6 +75,10 @@ class SegmentRecord:
         self.lru: dict[int, Replica] = {}
         self.bytes_in = dict.fromkeys(ReplicaState, 0)
         self.num_complete = 0
+
+    def __repr__(self) -> str:
+        use = f"{self.allocator.used} of {self.allocator.capacity} bytes"
+        return f"<SegmentRecord {self.segment.id}: {use}, {len(self.replicas)} replicas, {len(self.lru)} evictable>"
 
     def allocate(self, length: int, high: float) -> int | None:
         """Room that needs no eviction: the use stays at or under the share `high`. Offset or None."""
@@ -77,14 +105,16 @@ class SegmentRecord:
         return space.allocate(length), evicted
 
     def add(self, replica: Replica) -> None:
-        """Take in a replica whose extent is allocated already."""
+        """Add a replica whose extent is allocated already."""
+        assert replica.state in TRANSITIONS[None]
         self.replicas[replica.ref.id] = replica
         self.bytes_in[replica.state] += aligned(replica.ref.length)
         if replica.state is ReplicaState.COMPLETE:
             self._completed(replica)
 
-    def turn(self, replica: Replica, state: ReplicaState) -> None:
+    def set_state(self, replica: Replica, state: ReplicaState) -> None:
         """Move a reserved replica on."""
+        assert state in TRANSITIONS[replica.state], f"{replica} cannot become {state}"
         size = aligned(replica.ref.length)
         self.bytes_in[replica.state] -= size
         self.bytes_in[state] += size
@@ -99,6 +129,11 @@ class SegmentRecord:
         self.bytes_in[replica.state] -= aligned(replica.ref.length)
         self.num_complete -= replica.state is ReplicaState.COMPLETE
         self.allocator.release(replica.ref.offset)
+
+    def clear(self) -> None:
+        """Forget all: the segment is no longer a live node's. Leases on its replicas stay valid to end."""
+        self.replicas = {}
+        self.lru = {}
 
     def touch(self, replica: Replica) -> None:
         """Make a complete replica the last to go."""
@@ -116,7 +151,7 @@ class SegmentRecord:
         if replica.pins == 0 and self.replicas.get(replica.ref.id) is replica:
             self.lru[replica.ref.id] = replica
 
-    def lying(self) -> list[Replica]:
+    def complete_replicas(self) -> list[Replica]:
         """The complete replicas."""
         return [replica for replica in self.replicas.values() if replica.state is ReplicaState.COMPLETE]
 
@@ -136,7 +171,7 @@ class SegmentRecord:
         for state, total in self.bytes_in.items():
             assert total == sum(aligned(r.ref.length) for r in self.replicas.values() if r.state is state)
         assert self.allocator.used == sum(self.bytes_in.values())
-        assert self.num_complete == len(self.lying())
+        assert self.num_complete == len(self.complete_replicas())
         for replica in self.replicas.values():
             evictable = replica.state is ReplicaState.COMPLETE and replica.pins == 0
             assert evictable == (replica.ref.id in self.lru)
@@ -153,7 +188,7 @@ class SegmentRecord:
 
 
 def acceptable(segment: Segment, entries: list[ManifestEntry]) -> list[ManifestEntry]:
-    """Entries that may be taken in, newest generation first: inside, aligned, disjoint, one a key."""
+    """Entries that may be adopted, newest generation first: inside, aligned, disjoint, one a key."""
     capacity = segment.size_bytes // ALIGNMENT * ALIGNMENT
     taken = bytearray(capacity // ALIGNMENT)  # a byte a unit: overlap is one memchr
     keys: set[bytes] = set()

@@ -12,6 +12,7 @@ from support.sim_cluster import Variant, run_seed
 from support.sim_nodes import DataFaults
 from support.slow import slow_but
 
+from metadata_server.index.reading import Reading
 from metadata_server.index.state import MetadataState
 from router.requests import legs as router_legs
 
@@ -109,9 +110,9 @@ def test_it_finds_a_router_that_forgets_what_was_sent(monkeypatch):
 
 def test_it_finds_leases_that_never_end(monkeypatch):
     monkeypatch.setattr(MetadataState, "release", lambda *_: None)
-    monkeypatch.setattr(MetadataState, "_grant", _never_ends)
+    monkeypatch.setattr(Reading, "_grant", _never_ends)
     assert any("read_leases" in problem for problem in problems(range(2)))
 
 
-def _never_ends(state, replicas, until, node_id, incarnation):
-    return state._leases.grant(replicas, None)
+def _never_ends(reading, replicas, until, node_id, incarnation):
+    return reading.leases.grant(replicas, None)

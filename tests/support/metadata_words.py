@@ -2,6 +2,7 @@
 
 from kvcore.config.schema import StoreConfig
 from kvcore.types import ChunkKey, NodeInfo, ReplicaRef, Role, Segment
+from metadata_server.index.limits import IndexLimits
 from metadata_server.index.state import MetadataState
 from metadata_server.messages import (
     ManifestEntry,
@@ -71,10 +72,11 @@ def new_state(
     epoch: str = "e1",
     first_generation: int = FIRST_GENERATION,
     speaks: Protocols = SPOKEN,
+    limits: IndexLimits = IndexLimits(),
     **settings: float,
 ) -> MetadataState:
     config = StoreConfig(**{"high_watermark": 1.0, "low_watermark": 0.5, "retire_grace_s": 2.0, **settings})
-    return MetadataState(config, TTL_S, epoch, first_generation, event_log=event_log, speaks=speaks)
+    return MetadataState(config, TTL_S, epoch, first_generation, event_log=event_log, speaks=speaks, limits=limits)
 
 
 def put(state: MetadataState, node_id: str, numbers: list[int], now: float, **how) -> list[ReplicaRef]:

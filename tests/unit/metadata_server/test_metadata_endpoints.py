@@ -13,7 +13,7 @@ from metadata_server import app, core, openapi
 from metadata_server.app import create_app
 from metadata_server.client import MetadataClient
 from metadata_server.core import MetadataCore
-from metadata_server.endpoints import ENDPOINTS, Endpoint
+from metadata_server.endpoints import ENDPOINTS, EndpointSpec
 
 
 class EchoRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -25,7 +25,7 @@ class EchoReply(msgspec.Struct, frozen=True, kw_only=True):
     number: int
 
 
-ECHO = Endpoint(
+ECHO = EndpointSpec(
     "/v1/echo",
     EchoRequest,
     EchoReply,

@@ -6,7 +6,7 @@ from support.metadata_words import UNIT, key
 from kvcore.types import ChunkKey
 from metadata_server.index.allocator import ExtentAllocator
 from metadata_server.index.event_log import MAX_BATCH_KEYS, MAX_EVENT_KEYS, EventLog
-from metadata_server.index.leases import Deadlines, Timer
+from metadata_server.index.leases import Deadlines, Expiry
 from metadata_server.messages import EventKind
 
 
@@ -50,24 +50,24 @@ def test_freeing_what_is_not_taken_is_a_bug():
 def test_a_moved_or_dropped_deadline_never_fires_and_the_heap_stays_small():
     deadlines = Deadlines()
     for at in range(10_000):
-        deadlines.set((Timer.NODE, "a"), float(at))
-        deadlines.set((Timer.READ_LEASE, at), 1.0)
-        deadlines.drop((Timer.READ_LEASE, at))
+        deadlines.set((Expiry.NODE, "a"), float(at))
+        deadlines.set((Expiry.READ_LEASE, at), 1.0)
+        deadlines.drop((Expiry.READ_LEASE, at))
     assert deadlines.next == 9999.0 and len(deadlines._heap) < 300
     assert list(deadlines.pop_due(9998.0)) == []
-    assert list(deadlines.pop_due(9999.0)) == [(Timer.NODE, "a")]
+    assert list(deadlines.pop_due(9999.0)) == [(Expiry.NODE, "a")]
     assert deadlines.next is None
 
 
 def test_what_falls_due_while_popping_is_popped_too():
     deadlines = Deadlines()
-    deadlines.set((Timer.RESERVATION, 1), 1.0)
+    deadlines.set((Expiry.RESERVATION, 1), 1.0)
     seen = []
     for timer, what in deadlines.pop_due(2.0):
         seen.append((timer, what))
-        if timer is Timer.RESERVATION:
-            deadlines.set((Timer.RETIRED, what), 2.0)
-    assert seen == [(Timer.RESERVATION, 1), (Timer.RETIRED, 1)]
+        if timer is Expiry.RESERVATION:
+            deadlines.set((Expiry.RETIRED, what), 2.0)
+    assert seen == [(Expiry.RESERVATION, 1), (Expiry.RETIRED, 1)]
 
 
 def test_the_ring_forgets_the_oldest_and_says_so():

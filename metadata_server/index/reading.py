@@ -1,0 +1,90 @@
+"""What readers ask of the index: the longest complete prefix, leases on it, and that wrong replicas go.
+
+Owns the read leases with their deadlines. Invariants: a lease's holder is a live node, or nobody; a lease ends with its
+deadline, its holder, or when it is given back.
+"""
+
+from collections import Counter
+
+from kvcore.types import ChunkKey
+from metadata_server.index.leases import Deadlines, Expiry, ReadLeases
+from metadata_server.index.nodes import LiveNode, NodeRegistry
+from metadata_server.index.replicas import ReplicaIndex, segments_of
+from metadata_server.index.segments import Replica
+from metadata_server.messages import MatchReply, QuarantineRequest
+
+
+class Reading:
+    """Mutated by MetadataState only, which lets run out what is due before each call."""
+
+    def __init__(
+        self,
+        nodes: NodeRegistry,
+        index: ReplicaIndex,
+        deadlines: Deadlines,
+        counts: Counter[str],
+        *,
+        first_lease: int,
+        max_leases: int,
+    ) -> None:
+        """Ids of leases are above `first_lease`; at most `max_leases` are held at a time."""
+        self.leases = ReadLeases(first_lease)
+        self._nodes = nodes
+        self._index = index
+        self._deadlines = deadlines
+        self._counts = counts
+        self._max_leases = max_leases
+
+    def __repr__(self) -> str:
+        return f"<Reading {len(self.leases)} leases>"
+
+    def match(self, keys: list[ChunkKey], until: float | None, node_id: str, incarnation: int) -> MatchReply:
+        """See MetadataState.match; a lease is granted until `until`, None: no lease."""
+        found: list[list[Replica]] = []
+        for key in keys:
+            replicas = self._index.complete.get(key)
+            if replicas is None:
+                break
+            found.append(replicas)
+        flat = [replica for replicas in found for replica in replicas]
+        for replica in reversed(flat):  # the first chunk is touched last: without it the others are of no use
+            replica.record.touch(replica)
+        self._counts["lookups"] += len(keys)
+        self._counts["hits"] += len(found)
+        lease_id = self._grant(flat, until, node_id, incarnation) if until is not None and flat else 0
+        refs = [[replica.ref for replica in replicas] for replicas in found]
+        return MatchReply(replicas=refs, lease_id=lease_id, segments=segments_of(flat))
+
+    def release(self, lease_ids: list[int]) -> None:
+        """End leases; unknown ones have run out."""
+        for lease_id in lease_ids:
+            self.leases.end(lease_id)
+            self._deadlines.drop((Expiry.READ_LEASE, lease_id))
+
+    def end_all_of(self, node: LiveNode) -> None:
+        """End the leases that the node holds."""
+        self.release(self.leases.of_holder(node.info.id))
+
+    def quarantine(self, request: QuarantineRequest) -> None:
+        """See MetadataState.quarantine."""
+        for item in request.items:
+            bad = item.replica
+            for replica in list(self._index.complete.get(bad.key, ())):
+                if replica.ref.segment_id == bad.segment_id and replica.ref.generation == bad.generation:
+                    self._index.remove(replica)
+                    self._counts[f"quarantined_{item.reason.value}"] += 1
+
+    def check(self) -> None:
+        """Assert every invariant. For tests."""
+        pins = self.leases.pins()
+        assert all(replica.pins == pins.get(number, 0) for number, replica in self._index.replicas.items())
+        assert all(holder in self._nodes for holder in self.leases.holders())
+
+    def _grant(self, replicas: list[Replica], until: float, node_id: str, incarnation: int) -> int:
+        if len(self.leases) >= self._max_leases:
+            self._counts["leases_refused"] += 1
+            return 0
+        holder = self._nodes.get(node_id, incarnation)
+        lease_id = self.leases.grant(replicas, holder.info.id if holder else None)
+        self._deadlines.set((Expiry.READ_LEASE, lease_id), until)
+        return lease_id

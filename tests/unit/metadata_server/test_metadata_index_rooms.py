@@ -1,0 +1,48 @@
+"""The states of a replica as prose and as data, bounds that are passed in, and what objects say of themselves."""
+
+import re
+
+from support.metadata_words import keys, new_state, put, registration, reservation
+
+from metadata_server.index.limits import IndexLimits
+from metadata_server.index.segments import TRANSITIONS, ReplicaState
+from metadata_server.messages import LeaveRequest
+
+
+def test_the_table_in_the_docstring_is_the_one_that_the_code_asserts() -> None:
+    rows = re.findall(r"^\s*\| (\w+) \| (\w+) \| .+ \|$", ReplicaState.__doc__ or "", re.MULTILINE)
+    named = {"new": None, "gone": None, **{state.value: state for state in ReplicaState}}
+    said = {(named[before], named[after]) for before, after in rows if before != "from"}
+    assert said == {(before, after) for before, states in TRANSITIONS.items() for after in states}
+
+
+def test_objects_say_what_they_are_and_hold() -> None:
+    state = new_state()
+    state.register(registration("a"), 0.0)
+    put(state, "a", [1], 0.0)
+    state.reserve(reservation("a", [2]), 0.0)
+    state.match(keys(1), 0.0, lease_s=60.0, node_id="a", incarnation=1)
+    assert repr(state) == (
+        "<MetadataState epoch e1: 1 objects, 1 reservations, 1 read leases; <NodeRegistry 1 live, 0 gone, 1 segments>>"
+    )
+    node = state._nodes["a"]
+    assert repr(node) == "<LiveNode a incarnation 1: 1 segments, 1 reservations>"
+    assert repr(node.segments["a.1"]) == "<SegmentRecord a.1: 8192 of 65536 bytes, 2 replicas, 0 evictable>"
+    (replica,) = state._index.complete[keys(1)[0]]
+    assert repr(replica) == f"<Replica {replica.ref.id} of {keys(1)[0].hex()} complete in a.1, 1 pins>"
+    assert repr(state._index) == "<ReplicaIndex 1 keys complete, 1 being written, 2 replicas>"
+    assert (repr(state._reservations), repr(state._reading)) == ("<Reservations 1 open>", "<Reading 1 leases>")
+    assert repr(state._reading.leases) == "<ReadLeases 1 held, by 1 nodes>"
+    assert repr(state._deadlines) == "<Deadlines 3, next 5.0>"
+
+
+def test_leases_are_bounded_and_tombstones_end() -> None:
+    state = new_state(limits=IndexLimits(max_read_leases=1, tombstone_ttls=1))
+    state.register(registration("a"), 0.0)
+    put(state, "a", [1], 0.0)
+    assert [state.match(keys(1), 0.0, lease_s=9.0).lease_id > 0 for _ in range(2)] == [True, False]
+    assert state.counters["leases_refused"] == 1
+    state.leave(LeaveRequest(node_id="a", incarnation=1), 0.0)
+    state.register(registration("b"), 5.0)
+    state.leave(LeaveRequest(node_id="b", incarnation=1), 5.0)
+    assert repr(state._nodes) == "<NodeRegistry 0 live, 1 gone, 0 segments>"
