@@ -1,8 +1,9 @@
 """A metadata server in the test's own loop, behind HTTP or called directly: what conformance suites run over."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from typing import Any
 
 from support.metadata_words import new_state
 
@@ -11,9 +12,10 @@ from kvcore.errors import MetadataUnavailableError, OverloadedError
 from kvcore.process.asgi import AsgiServer
 from kvcore.telemetry import Metrics
 from metadata_server.app import create_app
-from metadata_server.client import MetadataClient
+from metadata_server.client import MetadataClient, MetadataTransport
 from metadata_server.core import MetadataCore
 from metadata_server.http_transport import HttpEventSource, HttpMetadataTransport
+from metadata_server.subscription import EventSource
 
 MAX_BODY = 1 << 20
 
@@ -56,15 +58,20 @@ class DirectEventSource:
 class Rig:
     """`core`, a `client` of it, and `source` for an IndexSubscription."""
 
-    def __init__(self, core: MetadataCore, client: MetadataClient, source, url: str | None, clock: Clock) -> None:
+    def __init__(
+        self, core: MetadataCore, client: MetadataClient, source: EventSource, url: str | None, clock: Clock
+    ) -> None:
         self.core, self.client, self.source, self.url, self.clock = core, client, source, url, clock
 
 
 @asynccontextmanager
-async def metadata_rig(over: str, **state_settings):
+async def metadata_rig(over: str, **state_settings: Any) -> AsyncIterator[Rig]:
     """`over`: `http` or `direct`."""
     clock = SystemClock()
     core = MetadataCore(new_state(**state_settings), clock)
+    transport: MetadataTransport
+    source: EventSource
+    url: str | None = None
     async with AsyncExitStack() as stack:
         ticking = asyncio.create_task(core.run())
         stack.push_async_callback(end, ticking)
@@ -74,21 +81,21 @@ async def metadata_rig(over: str, **state_settings):
             stack.push_async_callback(server.aclose)
             transport, source, url = HttpMetadataTransport(server.url), HttpEventSource(server.url), server.url
         else:
-            transport, source, url = DirectTransport(core), DirectEventSource(core), None
+            transport, source = DirectTransport(core), DirectEventSource(core)
         stack.callback(core.stop)
         stack.push_async_callback(source.aclose)
         stack.push_async_callback(transport.aclose)
         yield Rig(core, MetadataClient(transport, clock, 5.0), source, url, clock)
 
 
-async def end(task: asyncio.Task) -> None:
+async def end(task: "asyncio.Task[None]") -> None:
     """Cancel and await."""
     task.cancel()
     with suppress(asyncio.CancelledError):
         await task
 
 
-async def until(condition, timeout_s: float = 5.0) -> None:
+async def until(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
     """Let the loop run until `condition()` holds; it is looked at after each turn of the loop."""
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110 - any expression: nobody could set an event for it

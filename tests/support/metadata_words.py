@@ -1,5 +1,7 @@
 """Short ways to say what tests tell a metadata state or client."""
 
+from typing import Any
+
 from kvcore.config.schema import StoreConfig
 from kvcore.types import ChunkKey, NodeInfo, ReplicaRef, Role, Segment
 from metadata_server.index.limits import IndexLimits
@@ -73,13 +75,13 @@ def new_state(
     first_generation: int = FIRST_GENERATION,
     speaks: Protocols = SPOKEN,
     limits: IndexLimits = IndexLimits(),
-    **settings: float,
+    **settings: Any,
 ) -> MetadataState:
     config = StoreConfig(**{"high_watermark": 1.0, "low_watermark": 0.5, "retire_grace_s": 2.0, **settings})
     return MetadataState(config, TTL_S, epoch, first_generation, event_log=event_log, speaks=speaks, limits=limits)
 
 
-def put(state: MetadataState, node_id: str, numbers: list[int], now: float, **how) -> list[ReplicaRef]:
+def put(state: MetadataState, node_id: str, numbers: list[int], now: float, **how: Any) -> list[ReplicaRef]:
     """Reserve and commit what is granted."""
     replicas = granted(state.reserve(reservation(node_id, numbers, **how), now))
     assert all(state.commit(ids(node_id, replicas, how.get("incarnation", 1)), now).committed)

@@ -255,7 +255,7 @@ class SimCluster:
     async def _read(self, answer: Answer, run: RequestRun) -> None:
         left = answer.wanted.leaves_after
         try:
-            async with aclosing(run.__aiter__()) as emits:
+            async with aclosing(run.__aiter__()) as emits:  # type: ignore[type-var]  # a generator
                 async for emit in emits:
                     answer.tokens[emit.index] += emit.token_ids
                     self.trace("emit", answer.wanted.id, emit.index, *emit.token_ids)

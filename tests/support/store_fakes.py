@@ -9,7 +9,7 @@ import msgspec
 from kvcore.clock import Clock, SystemClock
 from kvcore.config.schema import StoreConfig
 from kvcore.errors import MetadataUnavailableError, OverloadedError
-from kvcore.types import ChunkKey, KVSpec, NodeInfo, Role, Segment
+from kvcore.types import ChunkKey, KVSpec, NodeInfo, ReplicaRef, Role, Segment
 from kvstore.store import KVStore
 from kvstore.types import GetOutcome, run_inline
 from metadata_server.client import MetadataClient
@@ -179,14 +179,16 @@ def buffers(count: int) -> list[list[memoryview]]:
     return [[memoryview(bytearray(700)), memoryview(bytearray(300))] for _ in range(count)]
 
 
-async def put(store: KVStore, keys=KEYS, prefer: str | None = None) -> list[bytes]:
+async def put(store: KVStore, keys: Sequence[ChunkKey] = KEYS, prefer: str | None = None) -> list[ChunkKey]:
     async with await store.begin_put(keys, prefer_segment=prefer, timeout_s=5) as session:
         for number, wanted in enumerate(keys):
             await session.write(wanted, 4, views(number), timeout_s=5)
         return await session.commit(timeout_s=5)
 
 
-async def get(store: KVStore, keys=KEYS, timeout_s: float = 5) -> tuple[list[GetOutcome], list[bytes]]:
+async def get(
+    store: KVStore, keys: Sequence[ChunkKey] = KEYS, timeout_s: float = 5
+) -> tuple[list[GetOutcome], list[bytes]]:
     match = await store.match(keys, timeout_s=5)
     into = buffers(match.num_chunks)
     result = await store.get_into(match, 0, into, timeout_s=timeout_s)
@@ -194,11 +196,11 @@ async def get(store: KVStore, keys=KEYS, timeout_s: float = 5) -> tuple[list[Get
     return result.outcomes, [b"".join(chunk) for chunk in into]
 
 
-def replica(world: World, number: int = 0, which: int = 0):
+def replica(world: World, number: int = 0, which: int = 0) -> ReplicaRef:
     return world.replicas(KEYS[number])[which].ref
 
 
-def lie(world: World, number: int = 0, **changes) -> None:
+def lie(world: World, number: int = 0, **changes: object) -> None:
     """From now on the metadata server says this of the chunk's only replica."""
     (record,) = world.replicas(KEYS[number])
     record.ref = msgspec.structs.replace(record.ref, **changes)

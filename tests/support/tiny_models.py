@@ -1,5 +1,6 @@
 """Tiny seeded random checkpoints in Hugging Face format, with a real tokenizer, made when a test asks for them."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -43,7 +44,7 @@ def make_tiny_model(
     return folder
 
 
-def _config(kind: str, shape: dict[str, object]) -> transformers.PreTrainedConfig:
+def _config(kind: str, shape: Mapping[str, object]) -> transformers.PreTrainedConfig:
     if kind == "llama":
         return transformers.LlamaConfig(**shape, architectures=["LlamaForCausalLM"])
     if kind == "mistral":

@@ -2,6 +2,7 @@
 
 import math
 import threading
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -16,7 +17,9 @@ LAYOUTS = {  # axes of [layers, blocks, heads, tokens, content], outermost in me
 }
 
 
-def kv_caches(num_blocks: int, layout: str = "LBHNC", dtype: torch.dtype = torch.float32, layers: int = LAYERS):
+def kv_caches(
+    num_blocks: int, layout: str = "LBHNC", dtype: torch.dtype = torch.float32, layers: int = LAYERS
+) -> dict[str, torch.Tensor]:
     """One allocation for all layers, as vLLM makes it, filled with bytes that differ everywhere."""
     shape = (layers, num_blocks, HEADS, BLOCK, 2 * HEAD_DIM)
     order = LAYOUTS[layout]
@@ -29,14 +32,14 @@ def kv_caches(num_blocks: int, layout: str = "LBHNC", dtype: torch.dtype = torch
     return dict(zip(names, whole, strict=True))
 
 
-def block_bytes(caches, block_id: int) -> list[bytes]:
+def block_bytes(caches: Mapping[str, torch.Tensor], block_id: int) -> list[bytes]:
     """A block's content, layer by layer, in the logical order whatever the layout."""
     layers = sorted(caches, key=lambda name: int(name.split(".")[2]))
     return [bytes(caches[name][block_id].contiguous().view(torch.uint8).flatten().tolist()) for name in layers]
 
 
 class CheckedEvent:
-    def __init__(self, streams: "CheckedStreams", work) -> None:
+    def __init__(self, streams: "CheckedStreams", work: list[Callable[[], object]]) -> None:
         self._streams = streams
         self._work = work
         self.done = False
@@ -54,7 +57,7 @@ class CheckedStreams:
 
     def __init__(self) -> None:
         self.loop_thread = threading.get_ident()
-        self.computing: list = []
+        self.computing: list[Callable[[], object]] = []
         self.copied: list[int] = []
         self.hold = threading.Event()
         self.hold.set()
@@ -73,14 +76,14 @@ class CheckedStreams:
 class CheckedCopyStream:
     def __init__(self, streams: CheckedStreams) -> None:
         self._streams = streams
-        self._queued: list = []
+        self._queued: list[Callable[[], object]] = []
         self._waited: set[CheckedEvent] = set()
 
     def wait(self, event: CheckedEvent) -> None:
         self._waited.add(event)
         self._queued.append(event.synchronize)
 
-    def copy(self, copies) -> None:
+    def copy(self, copies: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
         assert self._waited, "copies that wait for nothing"
 
         def act() -> None:

@@ -62,7 +62,7 @@ def open_llm(model: str, **arguments: Any) -> Any:
     """A kvferry.LLM as small as can be."""
     from kvferry import LLM
 
-    small = {
+    small: dict[str, Any] = {
         "dtype": "float32",
         "enforce_eager": True,
         "kv_cache_memory_bytes": 64 << 20,

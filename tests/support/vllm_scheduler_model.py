@@ -14,11 +14,16 @@ from engines.vllm.connector.orders import LegResult
 from engines.vllm.connector.scheduler_half import SchedulerHalf
 from engines.vllm.connector.scheduler_requests import RequestView, ScheduledRequest
 
+Work = dict[Request, tuple[int, int, int, list[int]]]
+"""(first token, tokens, drafts among them, blocks) of each request in a step."""
+
 
 class SchedulerModel:
     """One engine: this scheduler, a scheduler half, a worker. `depth`: steps in flight (2: async scheduling)."""
 
-    def __init__(self, half: SchedulerHalf, worker: WorkerModel, memory: Memory, dice: random.Random, *, depth, budget):
+    def __init__(
+        self, half: SchedulerHalf, worker: WorkerModel, memory: Memory, dice: random.Random, *, depth: int, budget: int
+    ):
         self.half, self.worker, self.memory, self.dice = half, worker, memory, dice
         self.depth, self.budget, self.block_size = depth, budget, memory.block_size
         self.pool = BlockPool(len(memory.slots))
@@ -83,7 +88,7 @@ class SchedulerModel:
         """False when nothing may be put in flight any more."""
         if len(self.in_flight) + len(self.unexecuted) >= self.depth:
             return False
-        budget, work = self.budget, {}
+        budget, work = self.budget, Work()
         preempted = self._schedule_running(work, budget)
         budget -= sum(part[1] for part in work.values())
         if not preempted:
@@ -104,7 +109,7 @@ class SchedulerModel:
         self.finished_ids, self.preempted_ids = set(), []
         return True
 
-    def _schedule_running(self, work, budget) -> bool:
+    def _schedule_running(self, work: Work, budget: int) -> bool:
         preempted, index = False, 0
         while index < len(self.running) and budget > 0:
             request = self.running[index]
@@ -133,7 +138,7 @@ class SchedulerModel:
             index += 1
         return preempted
 
-    def _schedule_waiting(self, work, budget) -> None:
+    def _schedule_waiting(self, work: Work, budget: int) -> None:
         for request in [*self.holding, *self.waiting]:
             if budget <= 0 or len(self.running) >= 4:
                 break

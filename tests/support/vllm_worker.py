@@ -3,14 +3,15 @@
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Set
 from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import Any, TypeVar
 
 import torch
 from support.store_fakes import World
 from support.vllm_kv import BLOCK, kv_caches
 
-from engines.vllm.connector.block_layout import measure
+from engines.vllm.connector.block_layout import BlockLayout, measure
 from engines.vllm.connector.kv_blocks import HostBlocks
 from engines.vllm.connector.limits import ConnectorLimits
 from engines.vllm.connector.orders import ChunkPlace, LoadOrder, SaveOrder
@@ -19,7 +20,7 @@ from engines.vllm.connector.worker_half import WorkerHalf
 from kvcore.clock import SystemClock
 from kvcore.config.schema import StoreConfig, TransportConfig
 from kvcore.errors import MetadataUnavailableError
-from kvcore.types import ChunkKey
+from kvcore.types import ChunkKey, KVSpec
 from kvstore.chunk_format import HEADER_BYTES
 from kvstore.settings import KVStoreSettings
 from kvstore.store import KVStore
@@ -31,6 +32,7 @@ from transfer.inproc import InprocTransfer
 CHUNK = 2 * BLOCK
 NUM_BLOCKS = 16
 LIMIT_S = 10.0
+_Result = TypeVar("_Result")
 
 
 class Gate:
@@ -39,7 +41,7 @@ class Gate:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._closed = False
-        self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Future]] = []
+        self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
         self.reached = threading.Event()
 
     def close(self) -> None:
@@ -53,7 +55,7 @@ class Gate:
             waiting, self._waiting = self._waiting, []
         for loop, future in waiting:
             with suppress(RuntimeError):  # that loop is closed: nobody waits
-                loop.call_soon_threadsafe(lambda future=future: future.done() or future.set_result(None))
+                loop.call_soon_threadsafe(_let_pass, future)
 
     async def passed(self) -> None:
         with self._lock:
@@ -67,6 +69,11 @@ class Gate:
 
     def wait_reached(self) -> None:
         assert self.reached.wait(LIMIT_S), "nobody came to the gate"
+
+
+def _let_pass(future: "asyncio.Future[None]") -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 class SharedWorld(World):
@@ -88,7 +95,7 @@ class SharedWorld(World):
     def gate(self, name: str) -> Gate:
         return self.gates.setdefault(name, Gate())
 
-    def at_home(self, coroutine):
+    def at_home(self, coroutine: Coroutine[Any, Any, _Result]) -> _Result:
         """Run it on the metadata server's loop."""
         return asyncio.run_coroutine_threadsafe(coroutine, self.home).result(LIMIT_S)
 
@@ -106,7 +113,7 @@ class SharedWorld(World):
         except TimeoutError as error:
             raise MetadataUnavailableError("too late") from error
 
-    async def fault(self, direction: str, op) -> None:
+    async def fault(self, direction: str, op: object) -> None:
         if direction in self.gates:
             await self.gates[direction].passed()
 
@@ -136,7 +143,7 @@ class Engine:
         tp_size: int = 1,
         weights: str = "w",
         bus: str | None = None,
-        make_blocks: Callable = HostBlocks,
+        make_blocks: Callable[[BlockLayout], HostBlocks] = HostBlocks,
         wrap: Callable[[KVStore], KVStore] = lambda store: store,
         timeout_s: float = 5.0,
         cpus: tuple[int, ...] = (),
@@ -168,7 +175,7 @@ class Engine:
         self.half = WorkerHalf(settings, self.blocks, rank, tp_size, open_store=self._open, limits=limits)
 
     @asynccontextmanager
-    async def _open(self, settings, spec):
+    async def _open(self, settings: KVStoreSettings, spec: KVSpec) -> AsyncIterator[OpenedStore]:
         store = KVStore(
             spec=spec,
             node_id=settings.node_id,
@@ -186,7 +193,7 @@ class Engine:
 
     # --- what vLLM does ------------------------------------------------------------------------------------------
 
-    def step(self, finished: set[str] = frozenset()) -> None:
+    def step(self, finished: Set[str] = frozenset()) -> None:
         """The end of one of vLLM's steps."""
         sent, received = self.half.finished(set(finished))
         self.sent += sent
@@ -201,25 +208,25 @@ class Engine:
             self.step()
             threading.Event().wait(0.001)
 
-    def load(self, request_id: str, *places: ChunkPlace, **order) -> None:
+    def load(self, request_id: str, *places: ChunkPlace, **order: Any) -> None:
         """Order a load."""
         order = {"leg": None, "first_chunk": 0, **order}
         self.half.start_loads([LoadOrder(request_id=request_id, chunks=places, **order)])
 
-    def loaded(self, request_id: str, *places: ChunkPlace, **order) -> list[int]:
+    def loaded(self, request_id: str, *places: ChunkPlace, **order: Any) -> list[int]:
         """Order a load, and what failed when it was received."""
         self.load(request_id, *places, **order)
         self.until(lambda: request_id in self.received)
         failed, self.failed = self.failed, []
         return failed
 
-    def save(self, request_id: str, *places: ChunkPlace, **order) -> None:
+    def save(self, request_id: str, *places: ChunkPlace, **order: Any) -> None:
         """Order a save, whose first order says all."""
         reserve = tuple((place.key, len(place.block_ids)) for place in places)
         order = {"leg": None, "first_chunk": 0, "reserve": reserve, **order}
         self.half.offer_saves([SaveOrder(request_id=request_id, chunks=places, **order)])
 
-    def saved(self, request_id: str, *places: ChunkPlace, **order) -> None:
+    def saved(self, request_id: str, *places: ChunkPlace, **order: Any) -> None:
         """Save, and finish the request."""
         self.save(request_id, *places, **order)
         self.step({request_id})
@@ -275,12 +282,12 @@ def idle(engine: Engine) -> None:
 
 
 @contextmanager
-def shared_world(segment_bytes: int = 1 << 20):
+def shared_world(segment_bytes: int = 1 << 20) -> Iterator[tuple[SharedWorld, Callable[..., Engine]]]:
     """Nodes `a` and `b`, and a function that makes engines, which are closed in the end."""
     world = SharedWorld()
     engines: list[Engine] = []
 
-    def make(node: str, **settings) -> Engine:
+    def make(node: str, **settings: Any) -> Engine:
         engine = Engine(world, node, **settings)
         engines.append(engine)
         return engine

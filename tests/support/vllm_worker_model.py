@@ -4,7 +4,7 @@ Instead of KV, a slot of a block holds the salt and all tokens up to its own: KV
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
 
 from engines.vllm.connector.orders import ChunkPlace, LoadOrder, SaveOrder, StepOrders
 from kvcore.types import ChunkKey
@@ -15,23 +15,23 @@ Slot = tuple[str, tuple[int, ...]] | None
 class FakeLookup:
     """Answers from a store's keys after as many questions as it is told to."""
 
-    def __init__(self, stored=(), delay=lambda: 0):
+    def __init__(self, stored: Container[ChunkKey] = (), delay: Callable[[], int] = lambda: 0) -> None:
         self.stored = stored
         self.delay = delay
-        self.questions: dict[str, list] = {}
+        self.questions: dict[str, tuple[int, list[ChunkKey]]] = {}
         self.waits: list[float] = []
         self.forgotten: list[str] = []
 
     def ask(self, request_id: str, keys: Sequence[ChunkKey]) -> None:
-        self.questions[request_id] = [self.delay(), list(keys)]
+        self.questions[request_id] = (self.delay(), list(keys))
 
     def answer(self, request_id: str, *, wait_s: float) -> int | None:
         self.waits.append(wait_s)
-        question = self.questions[request_id]
-        if question[0] > 0:
-            question[0] -= 1
+        delay, keys = self.questions[request_id]
+        if delay > 0:
+            self.questions[request_id] = (delay - 1, keys)
             return None
-        return next((n for n, key in enumerate(question[1]) if key not in self.stored), len(question[1]))
+        return next((n for n, key in enumerate(keys) if key not in self.stored), len(keys))
 
     def forget(self, request_id: str) -> None:
         self.questions.pop(request_id, None)
@@ -101,7 +101,7 @@ class WorkerModel:
         self.received, self.failed = set(), set()
         return told
 
-    def go_on(self, owned) -> None:
+    def go_on(self, owned: Callable[[str], set[int]]) -> None:
         """Some of the work in the background. `owned(request_id)`: the blocks that are its own and nobody else's."""
         if self.coming and self.dice.random() < 0.5:
             key, slots = self.coming.pop(self.dice.randrange(len(self.coming)))
@@ -118,7 +118,7 @@ class WorkerModel:
         if self.loads:
             self._load_one(owned)
 
-    def _load_one(self, owned) -> None:
+    def _load_one(self, owned: Callable[[str], set[int]]) -> None:
         at = self.dice.randrange(len(self.loads))
         load, done = self.loads[at]
         place = load.chunks[done]
