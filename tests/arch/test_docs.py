@@ -90,7 +90,7 @@ def test_every_block_of_commands_says_how_it_is_run():
 
 
 def test_links_lead_somewhere():
-    for page in [*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "ARCHITECTURE.md"]:
+    for page in [*DOCS.rglob("*.md"), *ROOT.glob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
             assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
 
@@ -111,6 +111,18 @@ def test_the_worked_example_of_sizes_is_what_the_code_computes():
         "tokens in the segment": chunks * chunk_tokens,
     }.items():
         assert f"| {what} | {number:,} |" in page
+
+
+def test_lines_fit_a_screen():
+    """Rows of tables cannot be broken."""
+    for page in [*DOCS.rglob("*.md"), *ROOT.glob("*.md")]:
+        long = [n for n, line in enumerate(page.read_text().splitlines(), 1) if len(line) >= 160 and line[0] != "|"]
+        assert not long or page.name == "CHANGELOG.md", f"{page}: lines {long}"
+
+
+def test_readme_leads_to_every_page():
+    text = (ROOT / "README.md").read_text()
+    assert not [page.name for page in DOCS.glob("*.md") if f"docs/{page.name}" not in text]
 
 
 @pytest.mark.slow
