@@ -7,6 +7,7 @@ fallback.
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import get_args
 
 from kvcore.config.schema import FallbackKind, TransportConfig, TransportKind
@@ -23,8 +24,6 @@ from transfer.tcp.transport import TcpTransfer
 
 _LOG = logging.getLogger("transfer")
 _WILDCARDS = ("", "0.0.0.0", "::")
-_LIBRARIES = ("ucx", "nixl")
-"""Kinds that need devices and a library, and are nobody's fallback."""
 _MAX_CHOICES = 1024
 """Kept; the oldest go first."""
 
@@ -138,20 +137,22 @@ def build_transfer(
     fall back are reached by it too.
     """
     _check_kinds(config)
-    kinds: set[str | None] = {config.kind}
     engines: list[TransferEngine] = []
-    if config.kind in _LIBRARIES:
+    for kind in _kinds(config):
         try:
-            engines.append(_library_transfer(config, limits))
+            engines.append(_TRANSPORTS[kind].engine(config, host_id, limits))
         except ConfigError as error:
-            _fall_back(config, error)
-        kinds = {config.fallback}
-    if kinds & {"auto", "shm"}:
-        engines.append(ShmTransfer(host_id))
-    if kinds & {"auto", "tcp"}:
-        engines.append(TcpTransfer(config.streams, limits.tcp))
+            _fall_back(config, kind, error)
     kind = engines[0].kind if len(engines) == 1 else config.kind
     return TransferSelector(kind, engines)
+
+
+def _kinds(config: TransportConfig) -> list[str]:
+    """The transports of a configuration, the preferred one first."""
+    named = _AUTO if config.kind == "auto" else (config.kind,)
+    if not _TRANSPORTS[named[0]].may_be_missing or config.fallback is None:
+        return list(named)
+    return [*named, *(_AUTO if config.fallback == "auto" else (config.fallback,))]
 
 
 def _check_kinds(config: TransportConfig) -> None:
@@ -166,24 +167,13 @@ def _check_kinds(config: TransportConfig) -> None:
             )
 
 
-def _fall_back(config: TransportConfig, error: ConfigError) -> None:
-    """Go on with the written fallback, and say why; raise `error` if there is none."""
-    if config.fallback is None:
+def _fall_back(config: TransportConfig, kind: str, error: ConfigError) -> None:
+    """Go on with the written fallback, and say why; raise `error` if there is none for `kind`."""
+    if config.fallback is None or not _TRANSPORTS[kind].may_be_missing:
         raise error
     log_fields(
         _LOG, logging.WARNING, "transfer.fallback", asked=config.kind, used=config.fallback, reason=error.message
     )
-
-
-def _library_transfer(config: TransportConfig, limits: TransferLimits) -> TransferEngine:
-    """One that needs a library, which only those who ask for it load."""
-    if config.kind == "nixl":
-        from transfer.nixl.transport import NixlTransfer
-
-        return NixlTransfer(config, limits.nixl)
-    from transfer.ucx.transport import UcxTransfer
-
-    return UcxTransfer(config, limits.ucx)
 
 
 class SegmentHosts:
@@ -228,24 +218,85 @@ async def start_segment_hosts(
     they cannot connect to.
     """
     _check_kinds(config)
-    kinds: set[str | None] = {config.kind}
+    plan = HostPlan(config, memory, host, port, advertise_host, on_change, limits)
     hosts: dict[str, SegmentHost] = {}
-    if config.kind in _LIBRARIES:
-        library_host = ProcessSegmentHost(config.kind, memory, config, on_change, limits)
+    for kind in _kinds(config):
         try:
-            await library_host.start()
-            hosts[config.kind] = library_host
+            if (made := _TRANSPORTS[kind].host(plan)) is not None:
+                await made.start()
+                hosts[kind] = made
         except ConfigError as error:
-            _fall_back(config, error)
-        kinds = {config.fallback}
-    if not kinds & {"auto", "tcp"}:
-        return SegmentHosts(memory, hosts)
-    tcp = TcpSegmentHost(memory.segment_id, memory.view, host, port, advertise_host=advertise_host, limits=limits.tcp)
-    try:
-        if (advertise_host or host) in _WILDCARDS:
-            raise ConfigError(f"nodes.<n>.host: {host!r} cannot be announced to other nodes; give the address they use")
-        await tcp.start()
-    except ConfigError:
-        await SegmentHosts(memory, hosts).aclose()
-        raise
-    return SegmentHosts(memory, {**hosts, "tcp": tcp})
+            try:
+                _fall_back(config, kind, error)
+            except ConfigError:
+                await SegmentHosts(memory, hosts).aclose()
+                raise
+    return SegmentHosts(memory, hosts)
+
+
+@dataclass(frozen=True, slots=True)
+class HostPlan:
+    """What a host is made of: as the arguments of `start_segment_hosts`."""
+
+    config: TransportConfig
+    memory: SegmentMemory
+    host: str
+    port: int
+    advertise_host: str | None
+    on_change: Callable[[], None]
+    limits: TransferLimits
+
+
+@dataclass(frozen=True, slots=True)
+class Transport:
+    """One kind: how its two sides are made, either of which may raise ConfigError.
+
+    `host` returns None where peers need nobody to serve them. `may_be_missing`: it needs a library and devices, so a
+    configuration may name a fallback for it.
+    """
+
+    engine: Callable[[TransportConfig, str, TransferLimits], TransferEngine]
+    host: Callable[[HostPlan], SegmentHost | None] = lambda plan: None
+    may_be_missing: bool = False
+
+
+def _ucx(config: TransportConfig, host_id: str, limits: TransferLimits) -> TransferEngine:
+    from transfer.ucx.transport import UcxTransfer  # needs a library, which only those who ask for it load
+
+    return UcxTransfer(config, limits.ucx)
+
+
+def _nixl(config: TransportConfig, host_id: str, limits: TransferLimits) -> TransferEngine:
+    from transfer.nixl.transport import NixlTransfer  # as above
+
+    return NixlTransfer(config, limits.nixl)
+
+
+def _tcp_host(plan: HostPlan) -> SegmentHost:
+    if (plan.advertise_host or plan.host) in _WILDCARDS:
+        raise ConfigError(
+            f"nodes.<n>.host: {plan.host!r} cannot be announced to other nodes; give the address they use"
+        )
+    memory = plan.memory
+    return TcpSegmentHost(
+        memory.segment_id,
+        memory.view,
+        plan.host,
+        plan.port,
+        advertise_host=plan.advertise_host,
+        limits=plan.limits.tcp,
+    )
+
+
+def _process_host(plan: HostPlan) -> SegmentHost:
+    return ProcessSegmentHost(plan.config.kind, plan.memory, plan.config, plan.on_change, plan.limits)
+
+
+_TRANSPORTS: Mapping[str, Transport] = {
+    "shm": Transport(lambda config, host_id, limits: ShmTransfer(host_id)),
+    "tcp": Transport(lambda config, host_id, limits: TcpTransfer(config.streams, limits.tcp), _tcp_host),
+    "ucx": Transport(_ucx, _process_host, may_be_missing=True),
+    "nixl": Transport(_nixl, _process_host, may_be_missing=True),
+}
+_AUTO = ("shm", "tcp")
+"""What `auto` stands for, the preferred one first."""

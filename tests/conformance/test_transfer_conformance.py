@@ -6,23 +6,18 @@ import random
 from collections.abc import AsyncIterator
 
 import pytest
-from support.nixl import needs_nixl
 from support.transfer_child import segment_process
-from support.transfer_rigs import SIZE_BYTES, Rig, renamed, resources, transport_config
-from support.ucx import needs_ucx
+from support.transfer_rigs import KINDS, REMOTE, SIZE_BYTES, Rig, renamed, resources, transport_config
 
 from kvcore.errors import PeerUnreachableError, SegmentUnknownError, TransferError, TransferTimeoutError
 from transfer.base import TransferOp
 from transfer.memory.segment import host_identity
 from transfer.select import build_transfer
 
-UCX = pytest.param("ucx", marks=needs_ucx)
-NIXL = pytest.param("nixl", marks=needs_nixl)
-KINDS = ["inproc", "shm", "tcp", "auto", UCX, NIXL]
-REMOTE = ["shm", "tcp", UCX, NIXL]
+CHOICES = [*KINDS, "auto"]
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=CHOICES)
 async def rig(request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
     async with Rig(request.param) as made:
         yield made
@@ -180,7 +175,7 @@ async def use_and_abuse(kind: str) -> None:
     await task
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CHOICES)
 async def test_nothing_is_left_open(kind: str) -> None:
     before = resources()
     for _ in range(2):

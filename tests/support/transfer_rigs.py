@@ -6,7 +6,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from support.ucx import LIBRARY
+import pytest
+from support.nixl import needs_nixl
+from support.ucx import LIBRARY, needs_ucx
 
 from kvcore.config.schema import TransportConfig
 from kvcore.types import Segment
@@ -17,6 +19,11 @@ from transfer.memory.segment import SegmentMemory, host_identity
 from transfer.select import SegmentHosts, build_transfer, start_segment_hosts
 
 SIZE_BYTES = 8 << 20
+UCX = pytest.param("ucx", marks=needs_ucx)
+NIXL = pytest.param("nixl", marks=needs_nixl)
+REMOTE = ["shm", "tcp", UCX, NIXL]
+"""Transports that reach another process: each is held to all that the suites say."""
+KINDS = ["inproc", *REMOTE]
 
 
 def transport_config(kind: str) -> TransportConfig:
