@@ -18,12 +18,15 @@ from support.ports import free_ports
 
 from engines.torch.kv_cache import KVGeometry
 from kvcore.config.file import load_config
-from kvcore.config.schema import StoreConfig
+from kvcore.config.schema import MetadataServerConfig, StoreConfig
+from kvcore.process.service import EXIT_CONFIG, EXIT_FAILED, EXIT_FORCED
 from kvcore.types import Segment
 from kvferry.cli import build_parser
+from kvnode.limits import NodeLimits
 from kvstore.chunk_format import HEADER_BYTES
 from metadata_server.index.allocator import aligned
 from metadata_server.index.segments import SegmentRecord
+from router.requests.limits import RequestLimits
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -111,6 +114,28 @@ def test_the_worked_example_of_sizes_is_what_the_code_computes():
         "tokens in the segment": chunks * chunk_tokens,
     }.items():
         assert f"| {what} | {number:,} |" in page
+
+
+def test_commands_within_sentences_are_ones_that_we_have(capsys):
+    for page in [*DOCS.rglob("*.md"), ROOT / "README.md"]:
+        for command in re.findall(r"`kvferry ([^`]+)`", page.read_text()):
+            words = shlex.split(command)
+            try:
+                build_parser().parse_args(words if len(words) > 1 else [*words, "--help"])
+            except SystemExit as ended:
+                assert ended.code == 0, f"{page.name}: kvferry {command}\n{capsys.readouterr().err}"
+
+
+def test_the_numbers_that_operators_are_told_are_the_codes():
+    page, limits = (DOCS / "operations.md").read_text(), RequestLimits()
+    assert f"stand still for {limits.patience_s:.0f} s at most" in page
+    server = MetadataServerConfig()
+    assert f"after `node_ttl_s` ({server.node_ttl_s:g} s)" in page
+    node = NodeLimits()
+    pauses = f"{node.engine_first_backoff_s:g} s, ever more slowly up to {node.engine_longest_backoff_s:g} s"
+    assert f"starts it again after {pauses}" in page
+    codes = f"{EXIT_FAILED} failed, {EXIT_CONFIG} the configuration or the machine is not fit"
+    assert codes in page and f"{EXIT_FORCED} ended at once" in page
 
 
 def test_lines_fit_a_screen():
