@@ -10,19 +10,19 @@ from typing import TypeVar
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
-_MAX_TASKS = 64
 
 
 class Background:
     """Tasks of one store, at most one loop's. The work given must bound itself and must not raise."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_tasks: int) -> None:
+        self._max_tasks = max_tasks
         self._tasks: set[asyncio.Task[object]] = set()
 
     @property
     def full(self) -> bool:
         """Whether so much is under way that work which may be left out should be."""
-        return len(self._tasks) >= _MAX_TASKS
+        return len(self._tasks) >= self._max_tasks
 
     def spawn(self, work: Coroutine[object, object, _T]) -> asyncio.Task[_T]:
         """Begin `work`; the task is kept until it ends."""

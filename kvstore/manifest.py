@@ -13,19 +13,21 @@ from metadata_server.messages import ManifestEntry
 
 _MAGIC_WORD = int.from_bytes(MAGIC, "little")
 _WORDS_A_STEP = ALIGNMENT // 8
-_SCAN_BYTES = 1 << 30
-"""Looked at in one vectorised step: 256 Ki candidate places, 256 KiB of comparison results."""
 
 
-def scan(view: memoryview, fingerprint: bytes | None = None, *, verify_payload: bool = False) -> list[ManifestEntry]:
+def scan(
+    view: memoryview, fingerprint: bytes | None = None, *, verify_payload: bool = False, step_bytes: int = 1 << 30
+) -> list[ManifestEntry]:
     """Chunks in the segment `view`, newest generation first, overlapping older ones left out.
 
     `fingerprint`: list only chunks of that KVSpec; a newer chunk of another one still hides what it overwrote.
     `verify_payload` also drops chunks whose payload is damaged; without it every page is touched once (about 0.1 s a
-    10 GiB), with it every byte. Blocks: run it on a thread. Never raises for what the segment holds.
+    10 GiB), with it every byte. `step_bytes` are looked at in one vectorised step: 1 GiB has 256 Ki candidate
+    places, which give 256 KiB of comparison results. Blocks: run it on a thread. Never raises for what the segment
+    holds.
     """
     found: list[tuple[int, ChunkHeader]] = []
-    for offset in _candidates(view):
+    for offset in _candidates(view, step_bytes):
         header = parse(view[offset : offset + HEADER_BYTES])
         if header is not None and offset + HEADER_BYTES + header.payload_length <= view.nbytes:
             found.append((offset, header))
@@ -45,11 +47,11 @@ def scan(view: memoryview, fingerprint: bytes | None = None, *, verify_payload: 
     return entries
 
 
-def _candidates(view: memoryview) -> list[int]:
+def _candidates(view: memoryview, step_bytes: int) -> list[int]:
     """Offsets at ALIGNMENT where the magic stands and a header fits."""
     usable = view.nbytes - view.nbytes % 8
     words = np.frombuffer(view[:usable], dtype="<u8")[::_WORDS_A_STEP]
-    step = _SCAN_BYTES // ALIGNMENT
+    step = step_bytes // ALIGNMENT
     offsets: list[int] = []
     for start in range(0, len(words), step):
         hits = np.flatnonzero(words[start : start + step] == _MAGIC_WORD)

@@ -17,6 +17,7 @@ from kvcore.telemetry import log_fields
 from kvcore.types import ChunkKey, ReplicaRef, Segment
 from kvstore.background import Background
 from kvstore.counters import Count, StoreCounters
+from kvstore.limits import StoreLimits
 from kvstore.types import Match
 from metadata_server.client import MetadataClient
 from metadata_server.messages import (
@@ -34,13 +35,6 @@ from metadata_server.messages import (
 )
 
 _log = logging.getLogger(__name__)
-_WRITABLE_SHARE = 0.9
-"""Of a reservation's life: no byte is written after it, so that clocks and wires may be late by the rest."""
-_LONGEST_WAIT_S = 60.0
-"""Of one long poll: a server takes no arbitrary ones."""
-_RETRY_PAUSES_S = (0.25, 0.5, 1.0, 2.0)
-"""Longer than the client's own pause after a failure; give-backs are idempotent, and a place or a lease that stays
-taken until it expires is missed by others."""
 _T = TypeVar("_T")
 
 
@@ -57,7 +51,7 @@ class Reserved:
 
 
 class Placement:
-    """The calls of one node's writer and readers."""
+    """The calls of one node's writer and readers. Close it with `aclose`, or its owner's `background`."""
 
     def __init__(
         self,
@@ -69,6 +63,7 @@ class Placement:
         config: StoreConfig,
         counters: StoreCounters | None = None,
         background: Background | None = None,
+        limits: StoreLimits = StoreLimits(),
     ) -> None:
         """`counters` and `background` are a KVStore's; without them it has its own, as one that moves no bytes does."""
         self._metadata = metadata
@@ -77,7 +72,11 @@ class Placement:
         self._clock = clock
         self._config = config
         self._counters = counters or StoreCounters()
-        self._background = background or Background()
+        self._background = background or Background(limits.max_background_tasks)
+        self._limits = limits
+
+    def __repr__(self) -> str:
+        return f"<Placement of {self._node_id} incarnation {self._incarnation}, {self._metadata}>"
 
     async def match(self, keys: Sequence[ChunkKey], timeout_s: float) -> Match:
         """Longest complete prefix, leased. A cancelled call leaves no lease behind."""
@@ -93,11 +92,11 @@ class Placement:
         return self._matched(keys, await self._value(self._metadata.match(request, timeout_s=timeout_s)))
 
     async def wait(self, keys: Sequence[ChunkKey], more_than: int, timeout_s: float) -> Match:
-        """As match, once there is more or time is up, or _LONGEST_WAIT_S."""
+        """As match, once there is more or time is up, `limits.longest_wait_s`."""
         request = WaitRequest(
             keys=list(keys),
             more_than=more_than,
-            timeout_s=min(max(0.0, timeout_s), _LONGEST_WAIT_S),
+            timeout_s=min(max(0.0, timeout_s), self._limits.longest_wait_s),
             lease_s=self._config.read_lease_s,
             node_id=self._node_id,
             incarnation=self._incarnation,
@@ -108,7 +107,7 @@ class Placement:
         """Give the lease back. Server away: tried again in the background for some seconds, then left to expire."""
         if match.lease_id:
             request = ReleaseRequest(lease_ids=[match.lease_id])
-            await self._insist(lambda: self._metadata.release(request), 1)
+            await self._retry_in_background(lambda: self._metadata.release(request), 1)
 
     def release_soon(self, match: Match) -> None:
         """As `release`, without waiting for it. With too much under way the lease is left to expire, and counted."""
@@ -144,7 +143,7 @@ class Placement:
     async def _reserve(
         self, lengths: Mapping[ChunkKey, int], prefer_segment: str | None, timeout_s: float, ttl_s: float
     ) -> Reserved:
-        write_by = self._clock.now() + _WRITABLE_SHARE * ttl_s
+        write_by = self._clock.now() + self._limits.writable_share * ttl_s
         request = ReserveRequest(
             node_id=self._node_id,
             incarnation=self._incarnation,
@@ -169,7 +168,7 @@ class Placement:
         """Give reservations back. Server away: tried again in the background for some seconds, then left to expire."""
         if replica_ids:
             request = self._ids(replica_ids)
-            await self._insist(lambda: self._metadata.abort(request), len(replica_ids))
+            await self._retry_in_background(lambda: self._metadata.abort(request), len(replica_ids))
 
     async def quarantine(self, items: Sequence[QuarantineItem]) -> None:
         """Report replicas that were wrong; if the server is away the next reader will."""
@@ -215,8 +214,8 @@ class Placement:
     def _ids(self, replica_ids: Sequence[int]) -> ReplicaIds:
         return ReplicaIds(node_id=self._node_id, incarnation=self._incarnation, replica_ids=list(replica_ids))
 
-    async def _insist(self, call: Callable[[], Awaitable[None]], count: int) -> None:
-        """Call once now; the tries after a failure go on behind the caller's back."""
+    async def _retry_in_background(self, call: Callable[[], Awaitable[None]], count: int) -> None:
+        """Call once now; after a failure the caller goes on, and the call is repeated in the background."""
         if await self._value(self._done(call())) is None:
             if self._background.full:
                 self._counters.add(Count.LEFT_TO_EXPIRE, count)
@@ -224,7 +223,7 @@ class Placement:
                 self._background.spawn(self._try_again(call, count))
 
     async def _try_again(self, call: Callable[[], Awaitable[None]], count: int) -> None:
-        for pause_s in _RETRY_PAUSES_S:
+        for pause_s in self._limits.retry_pauses_s:
             await asyncio.sleep(pause_s)
             if await self._value(self._done(call())):
                 return

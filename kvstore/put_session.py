@@ -5,6 +5,7 @@ Owns the reservations from the server's grant on. Invariants: at most one write 
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -19,11 +20,23 @@ from kvstore.placement import Placement, Reserved
 from kvstore.types import MovedBytes
 from kvstore.writer import ChunkWriter, Outgoing
 
-_CLOSE_S = 2.0
-"""Writes still under way have this long to end when the session closes."""
-
 
 class _State(StrEnum):
+    """Of one reservation:
+
+    | from | to | when |
+    |---|---|---|
+    | granted | writing | `write_batch` begins |
+    | granted | gone | the session closes: given back |
+    | writing | written | all bytes are in their place |
+    | writing | gone | the transfer failed or was cancelled, or the session closed meanwhile: given back |
+    | written | committing | `commit` begins |
+    | written | gone | the session closes: given back |
+    | committing | committed | the server says so |
+    | committing | written | the server was away: asked again, or given back at the end |
+    | committing | gone | the server refused it |
+    """
+
     GRANTED = "granted"
     WRITING = "writing"
     WRITTEN = "written"
@@ -33,6 +46,14 @@ class _State(StrEnum):
     """Given back, or lost."""
 
 
+TRANSITIONS: dict[_State, frozenset[_State]] = {
+    _State.GRANTED: frozenset({_State.WRITING, _State.GONE}),
+    _State.WRITING: frozenset({_State.WRITTEN, _State.GONE}),
+    _State.WRITTEN: frozenset({_State.COMMITTING, _State.GONE}),
+    _State.COMMITTING: frozenset({_State.COMMITTED, _State.WRITTEN, _State.GONE}),
+    _State.COMMITTED: frozenset(),
+    _State.GONE: frozenset(),
+}
 _BUSY = frozenset({_State.WRITING, _State.COMMITTING})
 
 
@@ -51,6 +72,8 @@ class PutContext:
     background: Background
     clock: Clock
     counters: StoreCounters
+    close_s: float
+    """Writes still under way have this long to end when a session closes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +101,13 @@ class PutSession:
         self._closed = False
         self._refused = False
         self._busy = 0
-        self._quiet = asyncio.Event()
-        self._quiet.set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def __repr__(self) -> str:
+        counts = Counter(grant.state.value for grant in self._grants.values())
+        held = ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) or "nothing granted"
+        return f"<PutSession {'closed' if self._closed else 'open'}: {held}>"
 
     def wants(self, key: ChunkKey) -> bool:
         """Whether `key` was granted and not yet written, failed or run out: its payload should be written."""
@@ -108,6 +136,10 @@ class PutSession:
         False for those that are not wanted, out of time, or whose transfer failed (the reservation is given back then).
         Never raises TransferError. Chunks become visible by `commit`. A cancelled write gives its reservations back.
         """
+        # Each chunk is one of three:
+        # 1. not granted, written or given back already, or the session is closed: left out, False;
+        # 2. of a wrong size: the caller's mistake, and nothing of the whole batch is written;
+        # 3. granted: written. A key that is named twice is written once, and both are answered alike.
         batch: dict[ChunkKey, tuple[_Grant, Outgoing]] = {}
         for chunk in chunks:
             grant = self._grants.get(chunk.key)
@@ -129,12 +161,12 @@ class PutSession:
                 places, write_by=self._reserved.write_by, timeout_s=timeout_s
             )
             ended = not self._closed
-        finally:
+        finally:  # also when cancelled: what may be half written is given back, and its room rests before it is reused
             lost = []
             for grant, outgoing in batch.values():
-                whole = ended and outgoing.written
-                self._set(grant, _State.WRITTEN if whole else _State.GONE)
-                if not whole:
+                complete = ended and outgoing.written
+                self._set(grant, _State.WRITTEN if complete else _State.GONE)
+                if not complete:
                     lost.append(grant.replica.id)
             if lost:
                 self._context.background.spawn(self._context.placement.abort(lost))
@@ -185,10 +217,10 @@ class PutSession:
         await self.aclose()
 
     async def _give_back(self) -> None:
-        """Places with a write or commit still under way after _CLOSE_S are left to expire, and counted."""
+        """Places with a write or commit still under way after `close_s` are left to expire, and counted."""
         try:
-            async with asyncio.timeout(_CLOSE_S):
-                await self._quiet.wait()
+            async with asyncio.timeout(self._context.close_s):
+                await self._idle.wait()
         except TimeoutError:
             self._context.counters.add(Count.LEFT_TO_EXPIRE, self._busy)
         unused = [grant for grant in self._grants.values() if grant.state in {_State.GRANTED, _State.WRITTEN}]
@@ -201,9 +233,10 @@ class PutSession:
         return self._context.clock.now() >= self._reserved.write_by
 
     def _set(self, grant: _Grant, state: _State) -> None:
+        assert state in TRANSITIONS[grant.state], f"{grant} cannot become {state}"
         self._busy += (state in _BUSY) - (grant.state in _BUSY)
         grant.state = state
         if self._busy:
-            self._quiet.clear()
+            self._idle.clear()
         else:
-            self._quiet.set()
+            self._idle.set()

@@ -14,6 +14,7 @@ from kvcore.types import ReplicaRef, Segment
 from kvstore.checksums import run_sized
 from kvstore.chunk_format import HEADER_BYTES, Expected, RunningChecksum, verify
 from kvstore.counters import Count, StoreCounters
+from kvstore.limits import StoreLimits
 from kvstore.routes import Routes
 from kvstore.types import Direction, GetOutcome, GetResult, Match, MovedBytes, RunBlocking
 from metadata_server.messages import QuarantineItem, QuarantineReason
@@ -21,8 +22,8 @@ from transfer.base import TransferEngine, TransferOp
 
 
 @dataclass(frozen=True, slots=True)
-class _Way:
-    """One try: this replica, in this segment."""
+class _Attempt:
+    """One attempt: this replica, in this segment."""
 
     replica: ReplicaRef
     segment: Segment
@@ -30,19 +31,19 @@ class _Way:
 
 @dataclass(slots=True)
 class _Wanted:
-    """A chunk under way. `ways` are those not yet tried, best first."""
+    """A chunk under way. `attempts` are those not yet tried, best first."""
 
-    ways: list[_Way]
+    attempts: list[_Attempt]
     header: memoryview
     payload: Sequence[memoryview]
     num_bytes: int
     outcome: GetOutcome = GetOutcome.UNREACHABLE
     passed: RunningChecksum | None = None
-    """Of the try under way."""
+    """Of the attempt under way."""
 
     @property
     def open(self) -> bool:
-        return self.outcome is not GetOutcome.OK and bool(self.ways)
+        return self.outcome is not GetOutcome.OK and bool(self.attempts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,7 @@ class ChunkReader:
         counters: StoreCounters,
         check_payload: bool,
         run_blocking: RunBlocking,
+        limits: StoreLimits,
     ) -> None:
         self._fingerprint = fingerprint
         self._transfer = transfer
@@ -74,6 +76,7 @@ class ChunkReader:
         self._counters = counters
         self._check_payload = check_payload
         self._run_blocking = run_blocking
+        self._inline_bytes = limits.inline_hash_bytes
 
     async def read(
         self, match: Match, start: int, buffers: Sequence[Sequence[memoryview]], timeout_s: float
@@ -86,7 +89,7 @@ class ChunkReader:
             left_s = deadline - self._clock.now()
             if left_s <= 0:
                 break
-            await self._round(pending, left_s / max(len(chunk.ways) for chunk in pending), report)
+            await self._round(pending, left_s / max(len(chunk.attempts) for chunk in pending), report)
         for chunk in wanted:
             report.result.outcomes.append(chunk.outcome)
             ok = chunk.outcome is GetOutcome.OK
@@ -96,6 +99,10 @@ class ChunkReader:
     def _plan(
         self, match: Match, start: int, buffers: Sequence[Sequence[memoryview]], report: ReadReport
     ) -> list[_Wanted]:
+        # Each replica that the index names is one of three:
+        # 1. of another length than the caller's buffers: not the chunk that is wanted; reported, never read;
+        # 2. in a segment that no transport reaches, or that failed a moment ago: left out, nothing is said of it;
+        # 3. an attempt. The nearest segment comes first: the own node's, then the own host's, then any other.
         headers = memoryview(bytearray(HEADER_BYTES * len(buffers)))
         wanted = []
         for index, payload in enumerate(buffers):
@@ -106,35 +113,35 @@ class ChunkReader:
                 if replica.length != num_bytes:
                     self._refuse(chunk, replica, GetOutcome.MALFORMED, report)
                 elif self._routes.open(segment := match.segments[replica.segment_id]):
-                    chunk.ways.append(_Way(replica, segment))
-            chunk.ways.sort(key=lambda way: self._routes.distance(way.segment))
+                    chunk.attempts.append(_Attempt(replica, segment))
+            chunk.attempts.sort(key=lambda attempt: self._routes.distance(attempt.segment))
             wanted.append(chunk)
         return wanted
 
     async def _round(self, pending: Sequence[_Wanted], timeout_s: float, report: ReadReport) -> None:
-        """Try each pending chunk's next way: one batch a transport, all at the same time."""
-        batches: dict[str, list[tuple[_Wanted, _Way]]] = {}
+        """Try each pending chunk's next attempt: one batch a transport, all at the same time."""
+        batches: dict[str, list[tuple[_Wanted, _Attempt]]] = {}
         for chunk in pending:
-            way = chunk.ways.pop(0)
-            batches.setdefault(self._routes.transport(way.segment), []).append((chunk, way))
+            attempt = chunk.attempts.pop(0)
+            batches.setdefault(self._routes.transport(attempt.segment), []).append((chunk, attempt))
         async with asyncio.TaskGroup() as group:
             for transport, batch in batches.items():
                 group.create_task(self._batch(transport, batch, timeout_s, report))
 
     async def _batch(
-        self, transport: str, batch: Sequence[tuple[_Wanted, _Way]], timeout_s: float, report: ReadReport
+        self, transport: str, batch: Sequence[tuple[_Wanted, _Attempt]], timeout_s: float, report: ReadReport
     ) -> None:
-        ops = [self._op(chunk, way) for chunk, way in batch]
+        ops = [self._op(chunk, attempt) for chunk, attempt in batch]
         began = self._clock.now()
         errors = await self._transfer.read(ops, timeout_s)
         seconds = self._clock.now() - began
-        arrived: list[tuple[_Wanted, _Way]] = []
-        for (chunk, way), error in zip(batch, errors, strict=True):
-            self._routes.report(way.segment, error)
+        arrived: list[tuple[_Wanted, _Attempt]] = []
+        for (chunk, attempt), error in zip(batch, errors, strict=True):
+            self._routes.report(attempt.segment, error)
             if error is None:
-                arrived.append((chunk, way))
+                arrived.append((chunk, attempt))
             else:
-                self._not_read(chunk, way, error, report)
+                self._not_read(chunk, attempt, error, report)
         if arrived:
             num_bytes = sum(chunk.num_bytes for chunk, _ in arrived)
             moved = MovedBytes(transport, Direction.GET, num_bytes, seconds)
@@ -142,37 +149,38 @@ class ChunkReader:
             self._counters.add_moved(moved)
             await self._verify(arrived, report)
 
-    def _op(self, chunk: _Wanted, way: _Way) -> TransferOp:
+    def _op(self, chunk: _Wanted, attempt: _Attempt) -> TransferOp:
         chunk.passed = RunningChecksum(chunk.num_bytes - HEADER_BYTES) if self._check_payload else None
         show = chunk.passed.show if chunk.passed else None
-        return TransferOp(way.segment, way.replica.offset, [chunk.header, *chunk.payload], show)
+        return TransferOp(attempt.segment, attempt.replica.offset, [chunk.header, *chunk.payload], show)
 
-    async def _verify(self, arrived: Sequence[tuple[_Wanted, _Way]], report: ReadReport) -> None:
+    async def _verify(self, arrived: Sequence[tuple[_Wanted, _Attempt]], report: ReadReport) -> None:
         def outcomes() -> list[GetOutcome]:
-            return [self._outcome(chunk, way.replica) for chunk, way in arrived]
+            return [self._outcome(chunk, attempt.replica) for chunk, attempt in arrived]
 
         hashed = sum(chunk.num_bytes for chunk, _ in arrived if chunk.passed and chunk.passed.value is None)
-        for (chunk, way), outcome in zip(arrived, await run_sized(self._run_blocking, hashed, outcomes), strict=True):
+        found = await run_sized(self._run_blocking, hashed, outcomes, inline_bytes=self._inline_bytes)
+        for (chunk, attempt), outcome in zip(arrived, found, strict=True):
             if outcome is GetOutcome.OK:
                 chunk.outcome = outcome
             else:
-                self._refuse(chunk, way.replica, outcome, report)
+                self._refuse(chunk, attempt.replica, outcome, report)
 
     def _outcome(self, chunk: _Wanted, replica: ReplicaRef) -> GetOutcome:
         expected = Expected(replica.key, self._fingerprint, replica.generation, chunk.num_bytes - HEADER_BYTES)
         known = chunk.passed.value if chunk.passed else None
         return verify(chunk.header, expected, chunk.payload, check_payload=self._check_payload, known_checksum=known)
 
-    def _not_read(self, chunk: _Wanted, way: _Way, error: TransferError, report: ReadReport) -> None:
-        """Only a peer that says "I do not hold that" is told on: silence may be our own link's fault."""
+    def _not_read(self, chunk: _Wanted, attempt: _Attempt, error: TransferError, report: ReadReport) -> None:
+        """Only a peer that says "I do not hold that" is reported: silence may be our own link's fault."""
         if isinstance(error, SegmentUnknownError):
-            self._refuse(chunk, way.replica, GetOutcome.UNREACHABLE, report)
+            self._refuse(chunk, attempt.replica, GetOutcome.UNREACHABLE, report)
             return
         chunk.outcome = GetOutcome.UNREACHABLE
         self._counters.add("replica_unreachable")
 
     def _refuse(self, chunk: _Wanted, replica: ReplicaRef, outcome: GetOutcome, report: ReadReport) -> None:
-        """Tell on the replica; the chunk goes on with the others."""
+        """Report the replica; the chunk goes on with its other replicas."""
         chunk.outcome = outcome
         self._counters.add(f"replica_{outcome}")
         report.refused.append(QuarantineItem(replica=replica, reason=QuarantineReason(outcome)))

@@ -7,21 +7,21 @@ while it goes on failing, so that a dead peer costs one caller its deadline and 
 from kvcore.clock import Clock
 from kvcore.errors import PeerUnreachableError, TransferError, TransferTimeoutError
 from kvcore.types import Segment
+from kvstore.limits import StoreLimits
 from transfer.base import TransferEngine, transport_for
-
-_FIRST_PAUSE_S = 0.1
-_LONGEST_PAUSE_S = 2.0
-_MAX_PAUSES = 1024
 
 
 class Routes:
     """`node_id`'s own segment is the nearest of all, then those of `host_id` (None: not known)."""
 
-    def __init__(self, transfer: TransferEngine, node_id: str, host_id: str | None, clock: Clock) -> None:
+    def __init__(
+        self, transfer: TransferEngine, node_id: str, host_id: str | None, clock: Clock, limits: StoreLimits
+    ) -> None:
         self._transfer = transfer
         self._node_id = node_id
         self._host_id = host_id
         self._clock = clock
+        self._limits = limits
         self._pauses: dict[str, tuple[float, float]] = {}
         """Segment id -> (end, length) of the pause."""
 
@@ -48,8 +48,8 @@ class Routes:
         end, length = self._pauses.pop(segment.id, (0.0, 0.0))
         now = self._clock.now()
         if now >= end:  # several operations of one batch count once
-            length = min(_LONGEST_PAUSE_S, length * 2 or _FIRST_PAUSE_S)
+            length = min(self._limits.longest_pause_s, length * 2 or self._limits.first_pause_s)
             end = now + length
-        while len(self._pauses) >= _MAX_PAUSES:
+        while len(self._pauses) >= self._limits.max_paused_segments:
             del self._pauses[next(iter(self._pauses))]
         self._pauses[segment.id] = (end, length)

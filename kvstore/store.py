@@ -13,6 +13,7 @@ from kvcore.types import ChunkKey, KVSpec
 from kvstore.background import Background
 from kvstore.chunk_format import HEADER_BYTES
 from kvstore.counters import Count, StoreCounters
+from kvstore.limits import StoreLimits
 from kvstore.placement import Placement, Reserved
 from kvstore.put_session import PutContext, PutSession
 from kvstore.reader import ChunkReader
@@ -21,8 +22,6 @@ from kvstore.types import GetResult, Match, MovedBytes, RunBlocking
 from kvstore.writer import ChunkWriter
 from metadata_server.client import MetadataClient
 from transfer.base import TransferEngine
-
-_CLOSE_S = 2.0
 
 
 class KVStore:
@@ -47,13 +46,16 @@ class KVStore:
         config: StoreConfig | None = None,
         verify: bool = True,
         run_blocking: RunBlocking | None = None,
+        limits: StoreLimits = StoreLimits(),
     ) -> None:
         """Default `config`: StoreConfig(). `verify` False leaves payload checksums out of reads, not the header."""
         config = config or StoreConfig()
         self._counters = StoreCounters()
-        self._background = Background()
+        self._background = Background(limits.max_background_tasks)
         self._reports: set[asyncio.Task[None]] = set()
         self._spec = spec
+        self._node_id = node_id
+        self._limits = limits
         self._placement = Placement(
             metadata,
             node_id=node_id,
@@ -62,8 +64,9 @@ class KVStore:
             config=config,
             counters=self._counters,
             background=self._background,
+            limits=limits,
         )
-        routes = Routes(transfer, node_id, host_id, clock)
+        routes = Routes(transfer, node_id, host_id, clock, limits)
         self._transfer = transfer
         self._run_blocking = run = run_blocking or asyncio.to_thread
         self._reader = ChunkReader(
@@ -74,6 +77,7 @@ class KVStore:
             counters=self._counters,
             check_payload=verify,
             run_blocking=run,
+            limits=limits,
         )
         self._put_context = PutContext(
             placement=self._placement,
@@ -84,11 +88,16 @@ class KVStore:
                 clock=clock,
                 counters=self._counters,
                 run_blocking=run,
+                limits=limits,
             ),
             background=self._background,
             clock=clock,
             counters=self._counters,
+            close_s=limits.close_s,
         )
+
+    def __repr__(self) -> str:
+        return f"<KVStore of node {self._node_id} for {self._spec.model_id}: {self._placement}>"
 
     async def register(self, region: memoryview) -> None:
         """Make local memory that chunks are read into and written from known to the transports: once, before its first
@@ -130,9 +139,9 @@ class KVStore:
             if self._background.full:
                 self._counters.add(Count.REPORTS_DROPPED, len(report.refused))
             else:
-                told = self._background.spawn(self._placement.quarantine(report.refused))
-                self._reports.add(told)
-                told.add_done_callback(self._reports.discard)
+                reporting = self._background.spawn(self._placement.quarantine(report.refused))
+                self._reports.add(reporting)
+                reporting.add_done_callback(self._reports.discard)
         return report.result
 
     async def release(self, match: Match) -> None:
@@ -141,7 +150,7 @@ class KVStore:
             await asyncio.shield(self._background.spawn(self._placement.release(match)))
 
     def release_soon(self, match: Match) -> None:
-        """As `release`, behind the caller's back: a call to the metadata server that nothing has to wait for."""
+        """As `release`, in the background: a call to the metadata server that nothing has to wait for."""
         self._placement.release_soon(match)
 
     async def begin_put(
@@ -178,7 +187,7 @@ class KVStore:
 
     async def aclose(self) -> None:
         """End background reports and give-backs, bounded. Idempotent. Sessions must be closed before."""
-        await self._background.aclose(_CLOSE_S)
+        await self._background.aclose(self._limits.close_s)
 
     def _payload_bytes(self, key: ChunkKey, sizes: Mapping[ChunkKey, int]) -> int:
         size, full = sizes.get(key, self._spec.chunk_bytes), self._spec.chunk_bytes

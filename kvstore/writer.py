@@ -14,12 +14,10 @@ from kvcore.types import ReplicaRef, Segment
 from kvstore.checksums import run_sized
 from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, RunningChecksum, checksum, pack
 from kvstore.counters import Count, StoreCounters
+from kvstore.limits import StoreLimits
 from kvstore.routes import Routes
 from kvstore.types import Direction, MovedBytes, RunBlocking
 from transfer.base import TransferEngine, TransferOp
-
-_HASH_FIRST_BYTES = 1 << 20
-"""Up to here a batch is hashed beforehand, in 30 us, and written in one round: the headers' own round costs more."""
 
 
 @dataclass(slots=True)
@@ -61,6 +59,7 @@ class ChunkWriter:
         clock: Clock,
         counters: StoreCounters,
         run_blocking: RunBlocking,
+        limits: StoreLimits,
     ) -> None:
         self._fingerprint = fingerprint
         self._transfer = transfer
@@ -68,6 +67,7 @@ class ChunkWriter:
         self._clock = clock
         self._counters = counters
         self._run_blocking = run_blocking
+        self._limits = limits
         self._silent: set[str] = set()
         """Transports that have not shown what they wrote: it is hashed beside the transfer instead."""
 
@@ -94,7 +94,7 @@ class ChunkWriter:
         if not self._routes.open(batch.segment):
             self._counters.add(Count.WRITES_FAILED, len(batch.chunks))
             return
-        if sum(chunk.payload_bytes for chunk in batch.chunks) <= _HASH_FIRST_BYTES:
+        if sum(chunk.payload_bytes for chunk in batch.chunks) <= self._limits.hash_first_bytes:
             for chunk in batch.chunks:
                 chunk.checksum = checksum(chunk.payload)
             there = await self._send(batch, batch.chunks, [self._op(batch, chunk) for chunk in batch.chunks])
@@ -151,7 +151,8 @@ class ChunkWriter:
             for chunk in chunks:
                 chunk.checksum = checksum(chunk.payload)
 
-        await run_sized(self._run_blocking, sum(chunk.payload_bytes for chunk in chunks), work)
+        num_bytes = sum(chunk.payload_bytes for chunk in chunks)
+        await run_sized(self._run_blocking, num_bytes, work, inline_bytes=self._limits.inline_hash_bytes)
 
     def _op(self, batch: _Batch, chunk: Outgoing, running: RunningChecksum | None = None) -> TransferOp:
         show = None if running is None else running.show

@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -22,22 +23,24 @@ from kvcore.telemetry import METRICS_CONTENT_TYPE, Metrics, log_fields
 from metadata_server import metrics as own_metrics
 from metadata_server.core import MetadataCore
 from metadata_server.endpoints import ENDPOINTS, EndpointSpec
+from metadata_server.limits import ServerLimits
 from metadata_server.openapi import FRAMES, JSON, MSGPACK, ErrorBody, Fault, Health, document
 from metadata_server.protocol import encode
 
 _BINARY = frozenset({"", MSGPACK, "application/x-msgpack", "application/vnd.msgpack", "application/octet-stream"})
-_BODY_S = 30.0
-_SEND_S = 10.0
 _CODES = {404: "not_found", 405: "method_not_allowed", 415: "unsupported_media_type"}
 _logger = logging.getLogger("metadata_server")
 _Handler = Callable[[Request], Awaitable[Response]]
 
 
-def create_app(core: MetadataCore, clock: Clock, metrics: Metrics, max_body_bytes: int) -> FastAPI:
+def create_app(
+    core: MetadataCore, clock: Clock, metrics: Metrics, max_body_bytes: int, limits: ServerLimits = ServerLimits()
+) -> FastAPI:
     """The application. `core.run` and its end are the caller's."""
+    read = partial(_read, max_body_bytes=max_body_bytes, body_s=limits.body_s)
     observe = own_metrics.register(core, clock, metrics)
     calls = {
-        endpoint.path: _post(core, endpoint, max_body_bytes, clock, observe(endpoint.path))
+        endpoint.path: _post(core, endpoint, read, clock, observe(endpoint.path))
         for endpoint in ENDPOINTS
         if endpoint.request is not None
     }
@@ -45,7 +48,7 @@ def create_app(core: MetadataCore, clock: Clock, metrics: Metrics, max_body_byte
     app.openapi = document  # type: ignore[method-assign]
     for path, post in calls.items():  # for what is wrong with the method; the calls themselves never get here
         app.router.add_route(path, post, methods=["POST"])
-    for path, get in _gets(core, metrics).items():
+    for path, get in _gets(core, metrics, limits.send_s).items():
         app.router.add_route(path, get, methods=["GET"])
     for kind, handler in _ON_ERROR.items():
         app.add_exception_handler(kind, handler)
@@ -77,7 +80,7 @@ class _App(FastAPI):
 def _post(
     core: MetadataCore,
     endpoint: EndpointSpec[Any, Any],
-    max_body_bytes: int,
+    read: Callable[[Request], Awaitable[bytes]],
     clock: Clock,
     observe: Callable[[float], None],
 ) -> _Handler:
@@ -86,7 +89,7 @@ def _post(
     async def handle(request: Request) -> Response:
         json_in = _is_json(request)
         json_out = _wants_json(request, json_in)
-        body = await _read(request, max_body_bytes)
+        body = await read(request)
         started = clock.now()
         call = core.dispatch(path, body, json=json_in, reply_json=json_out)
         reply = await (_unless_gone(request, call) if waits else call)
@@ -96,7 +99,7 @@ def _post(
     return handle
 
 
-def _gets(core: MetadataCore, metrics: Metrics) -> dict[str, _Handler]:
+def _gets(core: MetadataCore, metrics: Metrics, send_s: float) -> dict[str, _Handler]:
     def plain(path: str) -> _Handler:
         async def handle(request: Request) -> Response:
             json = _wants_json(request, True)
@@ -107,7 +110,7 @@ def _gets(core: MetadataCore, metrics: Metrics) -> dict[str, _Handler]:
     async def events(request: Request) -> Response:
         epoch, from_seq = request.query_params.get("epoch", ""), _from_seq(request, default=0)
         source = core.events(epoch, from_seq)
-        return _Frames(source, await anext(source, None))
+        return _Frames(source, await anext(source, None), send_s)
 
     async def replay(request: Request) -> Response:
         json = _wants_json(request, True)
@@ -152,21 +155,21 @@ def _wants_json(request: Request, default: bool) -> bool:
     return default if json == binary else json
 
 
-async def _read(request: Request, max_body_bytes: int) -> bytes:
+async def _read(request: Request, *, max_body_bytes: int, body_s: float) -> bytes:
     """The whole body. Raises PayloadTooLargeError as soon as it is known to be too long."""
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared[:20]) > max_body_bytes:
         raise PayloadTooLargeError(f"the body has {declared[:20]} bytes; at most {max_body_bytes} are read")
     parts, size = [], 0
     try:
-        async with asyncio.timeout(_BODY_S):
+        async with asyncio.timeout(body_s):
             async for part in request.stream():
                 size += len(part)
                 if size > max_body_bytes:
                     raise PayloadTooLargeError(f"the body has more than {max_body_bytes} bytes")
                 parts.append(part)
     except TimeoutError as error:
-        raise MetadataProtocolError(f"the body did not arrive within {_BODY_S:g} s") from error
+        raise MetadataProtocolError(f"the body did not arrive within {body_s:g} s") from error
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
@@ -201,9 +204,10 @@ async def _unless_gone(request: Request, call: Awaitable[bytes]) -> bytes:
 class _Frames(StreamingResponse):
     """u32le length and batch, each sent within a deadline; whatever ends it ends the source too."""
 
-    def __init__(self, source: AsyncGenerator[bytes, None], first: bytes | None) -> None:
+    def __init__(self, source: AsyncGenerator[bytes, None], first: bytes | None, send_s: float) -> None:
         super().__init__(self._frames(first), media_type=FRAMES)
         self._source = source
+        self._send_s = send_s
 
     async def _frames(self, first: bytes | None) -> AsyncGenerator[bytes, None]:
         if first is not None:
@@ -215,14 +219,14 @@ class _Frames(StreamingResponse):
         """Send until the source ends, the client leaves or stops reading."""
 
         async def send_in_time(message: Message) -> None:
-            async with asyncio.timeout(_SEND_S):
+            async with asyncio.timeout(self._send_s):
                 await send(message)
 
         async with aclosing(self._source):
             try:
                 await super().stream_response(send_in_time)
             except TimeoutError:
-                log_fields(_logger, logging.WARNING, "subscriber_cut", stalled_s=_SEND_S)
+                log_fields(_logger, logging.WARNING, "subscriber_cut", stalled_s=self._send_s)
                 raise ClientDisconnect from None
 
 

@@ -14,6 +14,7 @@ from kvcore.clock import Clock
 from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
 from metadata_server import endpoints
 from metadata_server.endpoints import EndpointSpec, Rep, Req
+from metadata_server.limits import ClientLimits
 from metadata_server.messages import (
     CommitReply,
     HeartbeatReply,
@@ -36,8 +37,6 @@ from metadata_server.messages import (
 from metadata_server.versions import SPOKEN, Protocols, VersionedMessage
 
 _G = TypeVar("_G", bound=VersionedMessage)
-_FIRST_PAUSE_S = 0.1
-_LONGEST_PAUSE_S = 1.0
 
 
 class MetadataTransport(Protocol):
@@ -60,20 +59,33 @@ class MetadataClient:
     """Typed calls with a deadline each: `timeout_s`, which a call's own can only shorten, as callers who have much time
     for their bytes should not spend it on a server that hangs. Bound to one event loop; any number may be under way.
 
-    After a failure every call fails at once for a pause that grows from 0.1 s to 1 s, and then one call at a time
-    probes: a dead server costs one caller its deadline, not all.
+    After a failure every call fails at once for a pause that grows (`limits`), and then one call at a time probes: a
+    dead server costs one caller its deadline, not all.
     """
 
-    def __init__(self, call: MetadataTransport, clock: Clock, timeout_s: float, *, speaks: Protocols = SPOKEN) -> None:
+    def __init__(
+        self,
+        call: MetadataTransport,
+        clock: Clock,
+        timeout_s: float,
+        *,
+        speaks: Protocols = SPOKEN,
+        limits: ClientLimits = ClientLimits(),
+    ) -> None:
         self._transport = call
         self._clock = clock
         self._timeout_s = timeout_s
+        self._limits = limits
         self._pause_s = 0.0
         self._closed_until = 0.0
         self._speaks = speaks
         self.protocol = 1
         """The newest version that both sides speak, once `register` or `nodes` was answered; else the first. A field
         of a later version is sent to no server of an earlier one, which would refuse it."""
+
+    def __repr__(self) -> str:
+        way = "available" if self.available else f"not tried for {self._closed_until - self._clock.now():.2f} s"
+        return f"<MetadataClient protocol {self.protocol}, {way}>"
 
     @property
     def available(self) -> bool:
@@ -151,7 +163,7 @@ class MetadataClient:
         try:
             reply = await self._transport.call(endpoint.path, body, limit_s)
         except MetadataUnavailableError:
-            self._pause_s = min(_LONGEST_PAUSE_S, self._pause_s * 2 or _FIRST_PAUSE_S)
+            self._pause_s = min(self._limits.longest_pause_s, self._pause_s * 2 or self._limits.first_pause_s)
             self._closed_until = self._clock.now() + self._pause_s
             raise
         except MetadataProtocolError:
@@ -169,6 +181,10 @@ class MetadataClient:
 
     def _enter(self, limit_s: float) -> bool:
         """Whether this call probes a server that failed last. Raises MetadataUnavailableError during the pause."""
+        # Three cases:
+        # 1. the last call was answered: go on;
+        # 2. it failed, and the pause (or another call's probe) is not over: fail;
+        # 3. it failed and the pause is over: probe, and hold the others up for as long as that may take.
         if self._pause_s == 0.0:
             return False
         now = self._clock.now()

@@ -14,6 +14,7 @@ from kvcore.errors import MetadataProtocolError, OverloadedError
 from kvcore.types import ChunkKey
 from metadata_server.endpoints import ENDPOINTS
 from metadata_server.index.state import MetadataState
+from metadata_server.limits import ServerLimits
 from metadata_server.messages import (
     EventBatch,
     EventKind,
@@ -27,13 +28,6 @@ from metadata_server.messages import (
 )
 from metadata_server.protocol import RequestDecoder, encode
 
-MAX_WAITERS = 4096
-MAX_SUBSCRIBERS = 256
-KEEP_ALIVE_S = 1.0
-_SHORTEST_SLEEP_S = 0.01
-_PULSE_S = 1.0
-_STALL_S = 1.0
-"""`run` ticks at least once a pulse; so much later than that means that this process was stopped."""
 _DONE = Nothing()
 
 
@@ -60,9 +54,10 @@ class MetadataCore:
 
     state: MetadataState
 
-    def __init__(self, state: MetadataState, clock: Clock) -> None:
+    def __init__(self, state: MetadataState, clock: Clock, limits: ServerLimits = ServerLimits()) -> None:
         self.state = state
         self._clock = clock
+        self._limits = limits
         self._waiting: dict[ChunkKey, set[asyncio.Event]] = {}
         self._num_waiters = 0
         self._num_subscribers = 0
@@ -135,7 +130,7 @@ class MetadataCore:
         deadline = now + request.timeout_s
         while True:
             have = self.state.complete_prefix(keys, now)
-            full = have < wanted and self._num_waiters >= MAX_WAITERS
+            full = have < wanted and self._num_waiters >= self._limits.max_waiters
             self.state.counters["waits_cut"] += full
             if have >= wanted or now >= deadline or self._stopping or full:
                 return self.match(request, now)
@@ -160,8 +155,8 @@ class MetadataCore:
 
         A subscriber too slow for the ring gets a reset. Raises OverloadedError at the first step if too many are there.
         """
-        if self._num_subscribers >= MAX_SUBSCRIBERS:
-            raise OverloadedError(f"{MAX_SUBSCRIBERS} event streams are open")
+        if self._num_subscribers >= self._limits.max_subscribers:
+            raise OverloadedError(f"{self._limits.max_subscribers} event streams are open")
         self._num_subscribers += 1
         try:
             log, position = self.state.log, from_seq
@@ -180,7 +175,7 @@ class MetadataCore:
                 yield encode(greet(batch), json=False)
                 greet = _said
                 if position == log.next_seq:
-                    await _wait_for(news, KEEP_ALIVE_S)
+                    await _wait_for(news, self._limits.keep_alive_s)
         finally:
             self._num_subscribers -= 1
 
@@ -199,13 +194,13 @@ class MetadataCore:
             deadline = self.state.next_deadline()
             self._planned = float("inf") if deadline is None else deadline
             self._sooner.clear()
-            until = min(self._planned, now + _PULSE_S)
-            await _wait_for(self._sooner, max(_SHORTEST_SLEEP_S, until - now))
+            until = min(self._planned, now + self._limits.pulse_s)
+            await _wait_for(self._sooner, max(self._limits.shortest_sleep_s, until - now))
 
     def _now(self) -> float:
         """The time. If this process stood still until a moment ago, its nodes are given time to be heard again."""
         now = self._clock.now()
-        if self._pulse_at is not None and now - self._pulse_at > _PULSE_S + _STALL_S:
+        if self._pulse_at is not None and now - self._pulse_at > self._limits.pulse_s + self._limits.stall_s:
             self._pulse_at = now
             self.state.renew_all_nodes(now)
         return now

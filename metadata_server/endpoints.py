@@ -16,7 +16,7 @@ from metadata_server.bounds import (
     MAX_BYTES,
     MAX_ITEMS,
     MAX_NAME,
-    MAX_WAIT_S,
+    MAX_WAIT_SECONDS,
     check_extent,
     check_incarnation,
     check_items,
@@ -72,7 +72,7 @@ def _check_match(request: m.MatchRequest | m.WaitRequest) -> None:
 def _check_wait(request: m.WaitRequest) -> None:
     _check_match(request)
     require(request.more_than >= 0, "more_than", "negative")
-    check_seconds(request.timeout_s, "timeout_s", zero=True, most=MAX_WAIT_S)
+    check_seconds(request.timeout_s, "timeout_s", zero=True, most=MAX_WAIT_SECONDS)
 
 
 def _check_release(request: m.ReleaseRequest) -> None:

@@ -11,25 +11,23 @@ import msgspec
 
 from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
 from kvcore.ports import why_unreachable
+from metadata_server.limits import ClientLimits
 
 _MSGPACK = {"Content-Type": "application/msgpack", "Accept": "application/msgpack"}
-_MAX_CONNECTIONS = 256
-_KEEP_ALIVE_S = 3.0  # shorter than the server's, so that a request does not meet a closing connection
-_MAX_FRAME_BYTES = 64 << 20
-_SILENCE_S = 5.0  # five keep-alives
 
 
 class HttpMetadataTransport:
-    """`MetadataTransport` to `url` (http://host:port) over kept-alive connections, at most 256 at once."""
+    """`MetadataTransport` to `url` (http://host:port) over kept-alive connections."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, limits: ClientLimits = ClientLimits()) -> None:
         self._url = url.rstrip("/")
+        self._limits = limits
         self._session: aiohttp.ClientSession | None = None
 
     async def call(self, path: str, body: bytes, timeout_s: float) -> bytes:
         """See `MetadataTransport.call`."""
         if self._session is None:
-            self._session = _new_session()
+            self._session = _new_session(self._limits)
         method = "POST" if body else "GET"
         try:
             async with (
@@ -56,15 +54,16 @@ class HttpMetadataTransport:
 class HttpEventSource:
     """`EventSource` over GET /v1/events of `url`."""
 
-    def __init__(self, url: str, *, connect_timeout_s: float = 2.0) -> None:
+    def __init__(self, url: str, *, connect_timeout_s: float = 2.0, limits: ClientLimits = ClientLimits()) -> None:
         self._url = url.rstrip("/")
-        self._timeout = aiohttp.ClientTimeout(total=None, connect=connect_timeout_s, sock_read=_SILENCE_S)
+        self._limits = limits
+        self._timeout = aiohttp.ClientTimeout(total=None, connect=connect_timeout_s, sock_read=limits.silence_s)
         self._session: aiohttp.ClientSession | None = None
 
     async def batches(self, epoch: str, from_seq: int) -> AsyncGenerator[bytes, None]:
         """See `EventSource.batches`."""
         if self._session is None:
-            self._session = _new_session()
+            self._session = _new_session(self._limits)
         url = self._url + "/v1/events"
         params = {"epoch": epoch, "from_seq": str(from_seq)}
         try:
@@ -73,13 +72,13 @@ class HttpEventSource:
                     raise _error_of(url, response.status, await response.read())
                 while True:
                     size = int.from_bytes(await response.content.readexactly(4), "little")
-                    if size > _MAX_FRAME_BYTES:
+                    if size > self._limits.max_frame_bytes:
                         raise MetadataProtocolError(f"{url} sent a frame of {size} bytes")
                     yield await response.content.readexactly(size)
         except asyncio.IncompleteReadError as error:
             raise MetadataUnavailableError(f"{url} ended") from error
         except TimeoutError as error:
-            raise MetadataUnavailableError(f"{url} was silent for {_SILENCE_S} s") from error
+            raise MetadataUnavailableError(f"{url} was silent for {self._limits.silence_s} s") from error
         except (aiohttp.ClientError, OSError) as error:
             raise MetadataUnavailableError(f"{url}: {why_unreachable(error)}") from error
 
@@ -90,16 +89,16 @@ class HttpEventSource:
             await session.close()
 
 
-class _ErrorDetail(msgspec.Struct):
+class _FaultText(msgspec.Struct):
     message: str
 
 
-class _ErrorBody(msgspec.Struct):
-    error: _ErrorDetail
+class _FaultBody(msgspec.Struct):
+    error: _FaultText
 
 
-def _new_session() -> aiohttp.ClientSession:
-    connector = aiohttp.TCPConnector(limit=_MAX_CONNECTIONS, keepalive_timeout=_KEEP_ALIVE_S)
+def _new_session(limits: ClientLimits) -> aiohttp.ClientSession:
+    connector = aiohttp.TCPConnector(limit=limits.max_connections, keepalive_timeout=limits.idle_connection_s)
     return aiohttp.ClientSession(
         connector=connector, timeout=aiohttp.ClientTimeout(total=None), cookie_jar=aiohttp.DummyCookieJar()
     )
@@ -107,7 +106,7 @@ def _new_session() -> aiohttp.ClientSession:
 
 def _error_of(what: str, status: int, body: bytes) -> MetadataUnavailableError | MetadataProtocolError:
     try:
-        message = msgspec.msgpack.decode(body, type=_ErrorBody).error.message
+        message = msgspec.msgpack.decode(body, type=_FaultBody).error.message
     except msgspec.MsgspecError:
         message = body[:200].decode("utf-8", "replace")
     text = f"{what} answered {status}: {message}"

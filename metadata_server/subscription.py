@@ -14,11 +14,10 @@ import msgspec
 
 from kvcore.clock import Clock
 from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
+from metadata_server.limits import ClientLimits
 from metadata_server.messages import Event, EventBatch, EventKind
 from metadata_server.versions import SPOKEN, Protocols
 
-_FIRST_BACKOFF_S = 0.1
-_LONGEST_BACKOFF_S = 1.0
 _logger = logging.getLogger("metadata_server")
 
 
@@ -57,11 +56,20 @@ class _GapError(Exception):
 class IndexSubscription:
     """One subscriber. `run` it in a task; cancel the task to end it."""
 
-    def __init__(self, source: EventSource, sink: IndexSink, clock: Clock, *, speaks: Protocols = SPOKEN) -> None:
+    def __init__(
+        self,
+        source: EventSource,
+        sink: IndexSink,
+        clock: Clock,
+        *,
+        speaks: Protocols = SPOKEN,
+        limits: ClientLimits = ClientLimits(),
+    ) -> None:
         self._source = source
         self._sink = sink
         self._clock = clock
         self._speaks = speaks
+        self._limits = limits
         self._epoch = ""
         self._next_seq = 0
         self._in_snapshot = False
@@ -72,6 +80,10 @@ class IndexSubscription:
         self.reconnects = 0
         self.unknown_events = 0
         """Left out: of kinds that only a newer server knows."""
+
+    def __repr__(self) -> str:
+        state = "connected" if self._connected else "in a snapshot" if self._in_snapshot else "not connected"
+        return f"<IndexSubscription epoch {self._epoch or 'none'}, next {self._next_seq}, {state}>"
 
     @property
     def connected(self) -> bool:
@@ -93,8 +105,8 @@ class IndexSubscription:
         await self._source.aclose()
 
     async def run(self) -> None:
-        """Follow until cancelled; reconnects by itself, pausing 0.1 s to 1 s between failures."""
-        backoff_s = _FIRST_BACKOFF_S
+        """Follow until cancelled; reconnects by itself, pausing between failures (`limits`)."""
+        pause_s = self._limits.first_pause_s
         while True:
             try:
                 greeted = False
@@ -105,7 +117,7 @@ class IndexSubscription:
                             self._speaks.common(batch.spoken, us="this subscriber", them="the metadata server")
                             greeted = True
                         self._apply(batch)
-                        backoff_s = _FIRST_BACKOFF_S
+                        pause_s = self._limits.first_pause_s
                 reason = "the stream ended"
             except (MetadataUnavailableError, MetadataProtocolError) as error:
                 reason = error.message
@@ -119,11 +131,16 @@ class IndexSubscription:
             if self._in_snapshot:  # half a snapshot is no state to go on from
                 self._epoch, self._next_seq = "", 0
             self.reconnects += 1
-            _logger.info("event=index_stream_lost reason=%r retry_s=%.1f", reason, backoff_s)
-            await asyncio.sleep(backoff_s)
-            backoff_s = min(_LONGEST_BACKOFF_S, backoff_s * 2)
+            _logger.info("event=index_stream_lost reason=%r retry_s=%.1f", reason, pause_s)
+            await asyncio.sleep(pause_s)
+            pause_s = min(self._limits.longest_pause_s, pause_s * 2)
 
     def _apply(self, batch: EventBatch) -> None:
+        # Four cases:
+        # 1. a reset: the sink forgets all, and a snapshot begins, whose batches all have the same next_seq;
+        # 2. another life of the server without a reset: nothing that was applied holds any more. A gap;
+        # 3. inside a snapshot, its next part: events without an order of their own, and no new position;
+        # 4. else, the snapshot's end (no events, or a later next_seq) included: events must follow the last one seen.
         self._heard_at = self._clock.now()
         if batch.reset:
             self.resets += 1

@@ -10,6 +10,7 @@ from kvcore.clock import Clock, SystemClock
 from kvcore.config.schema import StoreConfig
 from kvcore.errors import MetadataUnavailableError, OverloadedError
 from kvcore.types import ChunkKey, KVSpec, NodeInfo, ReplicaRef, Role, Segment
+from kvstore.limits import StoreLimits
 from kvstore.store import KVStore
 from kvstore.types import GetOutcome, run_inline
 from metadata_server.client import MetadataClient
@@ -90,6 +91,7 @@ class World:
 
     def __init__(self) -> None:
         self.clock: Clock = SystemClock()
+        self.limits = StoreLimits()
         self.memory: dict[str, memoryview] = {}
         self.segments: list[Segment] = []
         self.stores: list[KVStore] = []
@@ -153,6 +155,7 @@ class World:
             config=config,
             verify=verify,
             run_blocking=run_inline,
+            limits=self.limits,
         )
         self.stores.append(store)
         return store, wire

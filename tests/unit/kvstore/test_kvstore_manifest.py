@@ -72,9 +72,8 @@ def test_segments_without_room_for_a_header_hold_nothing():
     assert scan(memoryview(bytes(ALIGNMENT + 8))) == []
 
 
-def test_more_chunks_than_one_vectorised_step_looks_at(monkeypatch):
-    monkeypatch.setattr("kvstore.manifest._SCAN_BYTES", 2 * ALIGNMENT)
+def test_more_chunks_than_one_vectorised_step_looks_at():
     segment = bytearray(9 * ALIGNMENT)
     for page in (0, 1, 2, 5, 8):
         put(segment, page, page + 1)
-    assert sorted(found(segment)) == [(0, 1), (1, 2), (2, 3), (5, 6), (8, 9)]
+    assert sorted(found(segment, step_bytes=2 * ALIGNMENT)) == [(0, 1), (1, 2), (2, 3), (5, 6), (8, 9)]

@@ -8,6 +8,7 @@ from support.store_fakes import CHUNK_BYTES, KEYS, SPEC, buffers, get, key, lie,
 from kvcore.clock import ManualClock
 from kvcore.errors import PeerUnreachableError, TransferTimeoutError
 from kvstore.chunk_format import HEADER_BYTES
+from kvstore.limits import StoreLimits
 from kvstore.types import Direction, GetOutcome, Match
 from transfer.inproc import InprocFault, InprocTransfer
 from transfer.select import TransferSelector
@@ -242,8 +243,8 @@ async def test_a_commit_that_could_not_be_asked_is_asked_again(world):
     await session.aclose()
 
 
-async def test_what_cannot_be_given_back_is_tried_again_without_anybody_waiting(world, monkeypatch):
-    monkeypatch.setattr("kvstore.placement._RETRY_PAUSES_S", (0.0,) * 50)
+async def test_what_cannot_be_given_back_is_tried_again_without_anybody_waiting(world):
+    world.limits = StoreLimits(retry_pauses_s=(0.0,) * 50)
     world.use(ManualClock())
     world.add_node("a")
     store, wire = world.store("a", InprocTransfer(world.memory))
@@ -260,8 +261,8 @@ async def test_what_cannot_be_given_back_is_tried_again_without_anybody_waiting(
     assert store.counters()["left_to_expire"] == 0
 
 
-async def test_reports_and_give_backs_that_never_arrive_fail_nobody_and_are_counted(world, monkeypatch):
-    monkeypatch.setattr("kvstore.placement._RETRY_PAUSES_S", (0.0, 0.0, 0.0))
+async def test_reports_and_give_backs_that_never_arrive_fail_nobody_and_are_counted(world):
+    world.limits = StoreLimits(retry_pauses_s=(0.0, 0.0, 0.0))
     world.add_node("a")
     store, wire = world.store("a", InprocTransfer(world.memory))
     await put(store)
@@ -368,8 +369,8 @@ async def test_nothing_asked_is_nothing_done(world):
     assert wire.calls == []
 
 
-async def test_a_large_payload_that_was_not_shown_is_hashed_off_the_loop_and_a_small_one_on_it(world, monkeypatch):
-    monkeypatch.setattr("kvstore.checksums.INLINE_BYTES", 2 * CHUNK_BYTES)
+async def test_a_large_payload_that_was_not_shown_is_hashed_off_the_loop_and_a_small_one_on_it(world):
+    world.limits = StoreLimits(inline_hash_bytes=2 * CHUNK_BYTES)
     world.add_node("a")
     taken = []
     store, _ = world.store("a", Silent(world.memory))

@@ -9,8 +9,8 @@ from support.store_fakes import KEYS, get, payload, views
 from kvcore.clock import ManualClock
 from kvcore.config.schema import StoreConfig
 from kvcore.errors import PeerUnreachableError, SegmentUnknownError
-from kvstore import writer
 from kvstore.chunk_format import HEADER_BYTES, checksum, parse
+from kvstore.limits import StoreLimits
 from kvstore.manifest import scan
 from kvstore.put_session import PutChunk, PutSession
 from kvstore.types import GetOutcome
@@ -35,8 +35,8 @@ class Half(InprocTransfer):
 
 
 @pytest.fixture(autouse=True)
-def any_batch_is_large(monkeypatch):
-    monkeypatch.setattr(writer, "_HASH_FIRST_BYTES", 0)
+def any_batch_is_large(world):
+    world.limits = StoreLimits(hash_first_bytes=0)
 
 
 async def begin(store, prefer: str | None = None) -> PutSession:

@@ -9,10 +9,10 @@ from support.metadata_words import TTL_S, keys, new_state, put, registration
 
 from kvcore.clock import ManualClock, SystemClock
 from kvcore.errors import MetadataProtocolError, MetadataUnavailableError, OverloadedError
-from metadata_server import core as core_module
 from metadata_server.client import MetadataClient
 from metadata_server.core import MetadataCore
 from metadata_server.http_transport import HttpMetadataTransport
+from metadata_server.limits import ServerLimits
 from metadata_server.messages import (
     Event,
     EventBatch,
@@ -167,10 +167,8 @@ async def test_a_refused_connection_and_a_silent_server_are_unavailable():
 # --- bounds of the core ------------------------------------------------------------------------------------------
 
 
-async def test_waiters_and_subscribers_are_bounded(monkeypatch):
-    monkeypatch.setattr(core_module, "MAX_WAITERS", 1)
-    monkeypatch.setattr(core_module, "MAX_SUBSCRIBERS", 1)
-    core = MetadataCore(new_state(), SystemClock())
+async def test_waiters_and_subscribers_are_bounded():
+    core = MetadataCore(new_state(), SystemClock(), ServerLimits(max_waiters=1, max_subscribers=1))
     body = msgspec.msgpack.encode(WaitRequest(keys=keys(1), timeout_s=30.0))
     waiting = asyncio.create_task(core.dispatch("/v1/objects/wait", body))
     await until(lambda: core.num_waiters == 1)

@@ -1,0 +1,38 @@
+"""Bounds and pauses of the metadata server and of its clients. What is in the cluster file is not here."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ServerLimits:
+    """Of MetadataCore and its HTTP shell."""
+
+    max_waiters: int = 4096
+    max_subscribers: int = 256
+    keep_alive_s: float = 1.0
+    """A subscriber hears something at least so often."""
+    shortest_sleep_s: float = 0.01
+    pulse_s: float = 1.0
+    """The ticking task runs at least so often …"""
+    stall_s: float = 1.0
+    """… and so much later than that means that this process was stopped."""
+    body_s: float = 30.0
+    """For a request's body to arrive."""
+    send_s: float = 10.0
+    """For a subscriber to take one batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClientLimits:
+    """Of MetadataClient, IndexSubscription and their ways over HTTP."""
+
+    first_pause_s: float = 0.1
+    """After a failure nothing is tried for so long; it doubles with each further failure …"""
+    longest_pause_s: float = 1.0
+    """… up to this."""
+    max_connections: int = 256
+    idle_connection_s: float = 3.0
+    """Shorter than the server's, so that a request does not meet a closing connection."""
+    max_frame_bytes: int = 64 << 20
+    silence_s: float = 5.0
+    """Of an event stream: five keep-alives."""
