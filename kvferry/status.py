@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kvcore.config.schema import ClusterConfig, HandoffKind
+from kvcore.config.schema import ClusterConfig
+from kvcore.handoff import HandoffKind, has_store
 from kvcore.ports import base_url, why_unreachable
 from kvferry.machine import size_text
 from metadata_server.messages import Stats
@@ -83,8 +84,8 @@ class ServerAnswer(Generic[_Value]):
 def addresses(config: ClusterConfig) -> tuple[str, str | None]:
     """URLs of router and metadata server; None: servers that are not ours have no metadata server."""
     router, server = config.router, config.metadata_server
-    has_store = config.handoff is HandoffKind.KVFERRY
-    return base_url(router.host, router.port), base_url(server.host, server.port) if has_store else None
+    metadata_url = base_url(server.host, server.port) if config.handoff.traits.has_store else None
+    return base_url(router.host, router.port), metadata_url
 
 
 async def run_status(
@@ -95,7 +96,7 @@ async def run_status(
         cluster, stats = await asyncio.gather(
             _ask(session, f"{router_url}/v1/cluster", ClusterAnswer), _ask_metadata(session, metadata_url)
         )
-    if cluster.value is not None and cluster.value.handoff != HandoffKind.KVFERRY:
+    if cluster.value is not None and not has_store(cluster.value.handoff):
         stats = None
     if as_json:
         print(json.dumps({"router": cluster.plain(), "metadata_server": stats.plain() if stats else None}))
@@ -150,7 +151,7 @@ def _show_nodes(console: Console, cluster: ClusterAnswer) -> None:
         f"requests: {counts.total} ({counts.ok} ok, {counts.failed} failed, {counts.cancelled} cancelled, "
         f"{counts.retried} retried), {counts.in_flight} in flight{hit_rate}"
     )
-    if cluster.handoff != HandoffKind.KVFERRY:
+    if not has_store(cluster.handoff):
         console.print(f"handoff: {cluster.handoff}, by vLLM servers that run by themselves; there is no store")
 
 

@@ -4,7 +4,7 @@ import asyncio
 import logging
 
 from kvcore.clock import SystemClock
-from kvcore.config.schema import ClusterConfig, HandoffKind
+from kvcore.config.schema import ClusterConfig
 from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
 from kvcore.process.asgi import AsgiServer
 from kvcore.process.service import Lifecycle
@@ -47,7 +47,7 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
     dispatcher = Dispatcher(services, make_policy(bounds.policy))
     lifecycle.stack.push_async_callback(dispatcher.aclose)
     endpoints = endpoints_of(config.metadata_server)
-    keeps_store = config.handoff is HandoffKind.KVFERRY  # servers that are not ours keep none
+    keeps_store = config.handoff.traits.has_store  # servers that are not ours keep none
     subscription = connect_subscription(endpoints, cluster, clock) if keeps_store else None
     connected = None if subscription is None else lambda: subscription.connected
     status = StatusView(config, cluster, log, clock, connected)
@@ -74,7 +74,7 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
 
 async def _make_client(config: ClusterConfig) -> NodeClient:
     max_connections = LEGS_PER_REQUEST * config.router.max_requests + len(config.nodes)
-    if config.handoff is HandoffKind.KVFERRY:
+    if config.handoff.traits.has_store:
         return HttpNodeClient(connect_timeout_s=config.router.connect_timeout_s, max_connections=max_connections)
     facts = await asyncio.to_thread(read_model_facts, config)
     return VllmClient(config, facts, max_connections=max_connections, api_key=server_key())

@@ -5,6 +5,7 @@
 """
 
 import ast
+import inspect
 import itertools
 import re
 import types
@@ -126,17 +127,17 @@ def _described(kind: type[msgspec.Struct], path: str) -> tuple[str, str, list[Ke
 
 
 def _keys(kind: type[msgspec.Struct], path: str) -> Iterator[Key]:
-    docs, hints = _field_docs(kind.__name__), get_type_hints(kind, include_extras=True)
+    docs, hints = _field_docs(kind), get_type_hints(kind, include_extras=True)
     for field in msgspec.structs.fields(kind):
         hint = hints[field.name]
         meaning = [docs.get(field.name, ""), *_choices(hint)]
         yield Key(path + field.name, _kind(hint), _default(field), _cell(" ".join(filter(None, meaning))))
 
 
-def _field_docs(name: str) -> dict[str, str]:
-    """The docstring below each field or member of the class `name`."""
-    tree = ast.parse(Path(schema.__file__).read_text() + "\n" + (ROOT / "kvcore/types.py").read_text())
-    (body,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+def _field_docs(kind: type) -> dict[str, str]:
+    """The docstring below each field or member of a class."""
+    tree = ast.parse(Path(inspect.getfile(kind)).read_text())
+    (body,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == kind.__name__)
     found = {}
     for field, text in itertools.pairwise(body):
         target = field.target if isinstance(field, ast.AnnAssign) else getattr(field, "targets", [None])[0]
@@ -172,7 +173,7 @@ def _bounds(meta: msgspec.Meta) -> str:
 def _choices(hint: Any) -> Iterator[str]:
     """What each member of an enumeration means."""
     if isinstance(hint, type) and issubclass(hint, StrEnum):
-        docs = _field_docs(hint.__name__)
+        docs = _field_docs(hint)
         yield from (f"`{member}`: {docs[member.name]}" for member in hint if member.name in docs)
 
 

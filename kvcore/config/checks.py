@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from kvcore.config.schema import ClusterConfig, EngineConfig, HandoffKind, NodeConfig, SimEngineConfig, VllmEngineConfig
+from kvcore.config.schema import ClusterConfig, EngineConfig, NodeConfig, SimEngineConfig, VllmEngineConfig
 from kvcore.config.vllm_options import argument, check_arguments
 from kvcore.types import Role
 
@@ -15,7 +15,7 @@ _THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
 
 def check_cluster(config: ClusterConfig) -> list[str]:
     """What is wrong, as `path: explanation`; empty: nothing."""
-    ours = _check_engines(config) if config.handoff is HandoffKind.KVFERRY else _check_servers(config)
+    ours = _check_engines(config) if config.handoff.traits.has_store else _check_servers(config)
     return [*ours, *_check_nodes(config), *_check_ports(config), *_check_bounds(config)]
 
 
@@ -83,7 +83,7 @@ def _check_servers(config: ClusterConfig) -> Iterator[str]:
         for field in ("host", "port", "transfer_port", "segment", "engine", "host_id"):
             if getattr(node, field) != defaults[field]:
                 yield f"nodes.{name}.{field}: means nothing beside url; take it out"
-        meets = config.handoff is HandoffKind.MOONCAKE and node.role is Role.PREFILLER
+        meets = config.handoff.traits.bootstrap_server and node.role is Role.PREFILLER
         if node.bootstrap_port is not None and not meets:
             yield f"nodes.{name}.bootstrap_port: only prefillers with handoff mooncake have one"
 
@@ -131,7 +131,7 @@ def _check_ports(config: ClusterConfig) -> Iterator[str]:
 def ports_of(config: ClusterConfig) -> Iterator[tuple[str, str, int]]:
     """(path, host, port) of everything of ours that listens; port 0 is any free one."""
     yield "router.port", config.router.host, config.router.port
-    if config.handoff is not HandoffKind.KVFERRY:
+    if not config.handoff.traits.has_store:
         return
     yield "metadata_server.port", config.metadata_server.host, config.metadata_server.port
     for name, node in config.nodes.items():

@@ -15,7 +15,7 @@ import yaml
 
 from kvcore.config.checks import check_cluster
 from kvcore.config.parse import InvalidValueError, nearest, parse
-from kvcore.config.schema import ClusterConfig, HandoffKind, NodeConfig, SimEngineConfig
+from kvcore.config.schema import ClusterConfig, NodeConfig, SimEngineConfig
 from kvcore.config.vllm_options import spell_out_engines
 from kvcore.errors import ConfigError
 
@@ -147,7 +147,7 @@ def _check_new_nodes(raw: dict[str, object], named: list[str]) -> None:
 
 
 def _resolve_model_path(config: ClusterConfig, folder: Path) -> ClusterConfig:
-    if config.handoff is HandoffKind.KVFERRY and isinstance(config.engine, SimEngineConfig):
+    if config.handoff.traits.has_store and isinstance(config.engine, SimEngineConfig):
         return config  # to the simulated engine it is a name
     absolute = str(folder / Path(config.model.path).expanduser())
     if _HUB_ID.fullmatch(config.model.path) and not Path(absolute).exists():

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from kvcore.handoff import HandoffKind
 from kvcore.types import Role
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
@@ -174,17 +175,6 @@ class MetadataServerConfig(_Section, frozen=True, kw_only=True):
     """Longest body of a call; a longer one is refused with 413."""
     event_log: Count = 65_536
     """Events kept for replay."""
-
-
-class HandoffKind(StrEnum):
-    """How KV gets from a prefiller to a decoder."""
-
-    KVFERRY = "kvferry"
-    """Through our store; the nodes are ours."""
-    NIXL = "nixl"
-    """By vLLM's NixlConnector; the nodes are vLLM servers that run already."""
-    MOONCAKE = "mooncake"
-    """By vLLM's MooncakeConnector; likewise."""
 
 
 class RoutingPolicy(StrEnum):

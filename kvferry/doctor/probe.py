@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvcore.clock import SystemClock
-from kvcore.config.schema import ClusterConfig, HandoffKind
+from kvcore.config.schema import ClusterConfig
 from kvcore.errors import ConfigError, MetadataProtocolError, MetadataUnavailableError
 from kvcore.ports import base_url, why_unreachable
 from kvcore.types import NodeInfo, Role
@@ -38,7 +38,7 @@ class _ProbeErrorBody(msgspec.Struct, frozen=True):
 async def run_probe(config: ClusterConfig, console: Console, *, pair_s: float = 15.0, late_s: float = 10.0) -> int:
     """Measure, print; 0 if every pair could be measured (slow or not), 1 otherwise. Raises ConfigError where no store
     of ours moves the KV. A node has `late_s` beyond a pair's time to close its transport and give back room."""
-    if config.handoff is not HandoffKind.KVFERRY:
+    if not config.handoff.traits.has_store:
         raise ConfigError(f"handoff: {config.handoff} moves the KV between the servers: nothing of ours to probe")
     client = connect_client(endpoints_of(config.metadata_server), SystemClock())
     try:

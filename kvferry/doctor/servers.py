@@ -2,7 +2,7 @@
 
 import asyncio
 
-from kvcore.config.schema import ClusterConfig, HandoffKind, NodeConfig
+from kvcore.config.schema import ClusterConfig, NodeConfig
 from kvcore.errors import KVFerryError, ModelLoadError
 from kvferry.doctor.findings import Context, Finding
 from router.nodes.vllm_client import VllmClient, node_url, server_key
@@ -14,7 +14,7 @@ _START_IT = "start it with NixlConnector or MooncakeConnector (docs/plain-vllm.m
 def check_servers(context: Context) -> list[Finding]:
     """Ask each as the router will. Blocking, as long as `router.connect_timeout_s` at most."""
     config = context.config
-    if config.handoff is HandoffKind.KVFERRY:
+    if config.handoff.traits.has_store:
         return []
     try:
         facts = read_model_facts(config)

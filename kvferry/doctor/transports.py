@@ -5,7 +5,7 @@ import os
 import resource
 from typing import TYPE_CHECKING
 
-from kvcore.config.schema import HandoffKind, TransportConfig
+from kvcore.config.schema import TransportConfig
 from kvcore.errors import ConfigError
 from kvcore.ports import listen
 from kvferry.doctor.findings import Context, Finding
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def check_transports(context: Context) -> list[Finding]:
     """What the config asks for works here."""
     handoff = context.config.handoff
-    if handoff is not HandoffKind.KVFERRY:
+    if not handoff.traits.has_store:
         return [Finding("transport", True, f"none of ours: {handoff} moves the KV, between the servers")]
     kind, fallback = context.config.transport.kind, context.config.transport.fallback
     wanted = {kind, fallback} - {None}

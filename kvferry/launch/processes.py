@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from kvcore.config.schema import ClusterConfig, HandoffKind
+from kvcore.config.schema import ClusterConfig
 from kvcore.ports import base_url
 from kvcore.types import Role
 
@@ -51,7 +51,7 @@ def plan_processes(config: ClusterConfig, config_file: Path, overrides: Sequence
 
     server, router = config.metadata_server, config.router
     router_plan = plan("router", ProcessKind.ROUTER, "router", router.host, router.port)
-    if config.handoff is not HandoffKind.KVFERRY:
+    if not config.handoff.traits.has_store:
         return [router_plan]
     return [
         plan("metadata-server", ProcessKind.METADATA_SERVER, "metadata_server", server.host, server.port),

@@ -15,7 +15,6 @@ from kvcore.config.parse import parse_byte_size
 from kvcore.config.schema import (
     ByteSize,
     ClusterConfig,
-    HandoffKind,
     KVConfig,
     MetadataServerConfig,
     ModelConfig,
@@ -69,7 +68,7 @@ def read_store(store: str | int | Path | ClusterConfig) -> ByteSize | ClusterCon
                     f"store: {store!r} is neither a size such as 2GiB nor the file of a running cluster"
                 ) from error
     config = store if isinstance(store, ClusterConfig) else load_config(store)
-    if config.handoff is not HandoffKind.KVFERRY:
+    if not config.handoff.traits.has_store:
         raise ConfigError(f"store: the cluster {config.cluster!r} has no store: its handoff is {config.handoff}")
     return config
 

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from kvcore.config.schema import ClusterConfig, HandoffKind, NodeConfig
+from kvcore.config.schema import ClusterConfig, NodeConfig
 from kvcore.errors import DeadlineExceededError, NodeUnavailableError
 from kvcore.ports import base_url
 from kvcore.telemetry import log_fields
@@ -82,7 +82,7 @@ class VllmClient:
         result = prefill_result(
             await self._calls.fetch("POST", where, body, timeout_s, headers), request.request_id, url
         )
-        if self._kind is HandoffKind.NIXL and not result.handoff_params and url not in self._without_params:
+        if self._kind.traits.decode_after_prefill and not result.handoff_params and url not in self._without_params:
             self._without_params.add(url)
             log_fields(_log, logging.WARNING, "prefiller_hands_nothing_over", url=url, why="no NixlConnector there?")
         return result
@@ -147,7 +147,7 @@ class VllmClient:
         await self._calls.aclose()
 
     async def _ask(self, url: str, node: NodeConfig, timeout_s: float) -> tuple[int, dict[str, str]]:
-        meets = self._kind is HandoffKind.MOONCAKE and node.role is Role.PREFILLER
+        meets = self._kind.traits.bootstrap_server and node.role is Role.PREFILLER
         max_context = await self._max_context(url, timeout_s)
         return max_context, await self._mooncake_peer(url, node, timeout_s) if meets else {}
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from kvcore.config.schema import HandoffKind
+from kvcore.handoff import HandoffKind
 from nodeapi.messages import GenerateRequest, PrefillRequest, SamplingParams
 
 _NIXL_PREFILL: dict[str, object] = {
@@ -28,7 +28,7 @@ _encoder = msgspec.json.Encoder()
 def prefill_body(model: str, kind: HandoffKind, request: PrefillRequest) -> bytes:
     """A prefill leg's: one token, which nobody reads, and not streamed, as only whole answers carry what nixl's decode
     leg needs. It must not end by a stop token: mooncake would take that for an abort and send no KV."""
-    params = _NIXL_PREFILL if kind is HandoffKind.NIXL else _mooncake_prefill(request.request_id)
+    params = _PREFILL_PARAMS[kind](request.request_id)
     body = {
         "model": model,
         "prompt": request.prompt_token_ids,
@@ -69,8 +69,16 @@ def mooncake_decode_params(peer: Mapping[str, str], prefill_leg: str) -> bytes:
     return _encoder.encode({**flags, **peer, "transfer_id": _transfer_id(prefill_leg)})
 
 
+def _nixl_prefill(_: str) -> dict[str, object]:
+    return _NIXL_PREFILL
+
+
 def _mooncake_prefill(leg: str) -> dict[str, object]:
     return {"do_remote_decode": True, "do_remote_prefill": False, "transfer_id": _transfer_id(leg)}
+
+
+_PREFILL_PARAMS = {HandoffKind.NIXL: _nixl_prefill, HandoffKind.MOONCAKE: _mooncake_prefill}
+"""`kv_transfer_params` of a prefill leg, by its id."""
 
 
 def _transfer_id(prefill_leg: str) -> str:

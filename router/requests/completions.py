@@ -1,10 +1,9 @@
-"""What the ledger keeps of each completion and of each decode leg that serves some of them. State and what follows
-from it alone; `router.requests.ledger` changes it."""
+"""The n answers of one request: their tokens so far, and how each ends. State and what follows from it alone."""
 
 from dataclasses import dataclass, field
 
-from nodeapi.messages import FinishReason
-from router.requests.events import KVSource
+from nodeapi.messages import FinishReason, TokenDelta
+from router.requests.events import Emit
 
 
 @dataclass(slots=True)
@@ -15,34 +14,76 @@ class Completion:
     finished: FinishReason | None = None
     tries: int = 0
 
-    def end_reached(self, max_tokens: int, min_tokens: int, end_token_ids: frozenset[int]) -> FinishReason | None:
-        """How it would have ended if its leg died between its last token and its finish reason."""
-        if self.tokens and self.tokens[-1] in end_token_ids and len(self.tokens) > min_tokens:
-            return FinishReason.STOP
-        return FinishReason.LENGTH if len(self.tokens) >= max_tokens else None
 
+class Completions:
+    """All of them, by index."""
 
-@dataclass(slots=True)
-class DecodeLeg:
-    """A decode leg under way. `index` None: it serves all completions; else that one, as its index 0. `open`: those
-    that it has not ended yet."""
+    def __init__(
+        self, n: int, max_tokens: int, min_tokens: int, end_token_ids: frozenset[int], *, logprobs: bool
+    ) -> None:
+        self._all = [Completion() for _ in range(n)]
+        self._max_tokens = max_tokens
+        self._min_tokens = min_tokens
+        self._end_token_ids = end_token_ids
+        self._logprobs = logprobs
 
-    node: str
-    index: int | None
-    open: set[int]
-    handoff: bool
-    source: KVSource | None
-    started: bool = False
-    """It has spoken."""
-    followers: set[int] = field(default_factory=set)
-    """Indices whose legs start once this one has spoken."""
+    def __getitem__(self, index: int) -> Completion:
+        return self._all[index]
+
+    def __len__(self) -> int:
+        return len(self._all)
 
     @property
-    def fetches(self) -> bool:
-        """Whether it may still be waiting for KV from its prefiller."""
-        return self.source is not None and not self.started
+    def num_tokens(self) -> int:
+        """Emitted, over all."""
+        return sum(len(completion.tokens) for completion in self._all)
 
     @property
-    def waits(self) -> bool:
-        """Whether it may still be waiting for what a prefill leg computes."""
-        return not self.started and (self.handoff or self.source is not None)
+    def unfinished(self) -> set[int]:
+        """Indices that have not ended."""
+        return {index for index, completion in enumerate(self._all) if completion.finished is None}
+
+    @property
+    def all_finished(self) -> bool:
+        """Whether each has ended."""
+        return all(completion.finished is not None for completion in self._all)
+
+    def protocol_violation(self, index: int, delta: TokenDelta) -> str | None:
+        """What is wrong with these tokens for this completion; None: nothing."""
+        completion = self._all[index]
+        if completion.finished is None and len(delta.token_ids) > self._max_tokens - len(completion.tokens):
+            return "more than max_tokens tokens"
+        if self._logprobs and len(delta.logprobs or ()) != len(delta.token_ids):
+            return "not one logprob a token"
+        return None
+
+    def append(self, index: int, delta: TokenDelta, reason: FinishReason | None) -> list[Emit]:
+        """Add its tokens, and its end if `reason`. Nothing to emit where it has ended already, or the delta is empty.
+
+        Tokens set `tries` back: a long answer on a bad network goes on as long as it gets anywhere.
+        """
+        completion = self._all[index]
+        if completion.finished is not None or not (delta.token_ids or reason):
+            return []
+        completion.tokens += delta.token_ids
+        completion.tries = 1
+        completion.finished = reason
+        return [Emit(index, delta.token_ids, delta.logprobs, reason, delta.stop_token_id)]
+
+    def finish_if_complete(self, index: int) -> list[Emit]:
+        """End a completion whose leg died between its last token and its finish reason."""
+        completion = self._all[index]
+        tokens = completion.tokens
+        if completion.finished is not None:
+            return []
+        if tokens and tokens[-1] in self._end_token_ids and len(tokens) > self._min_tokens:
+            completion.finished = FinishReason.STOP
+        elif len(tokens) >= self._max_tokens:
+            completion.finished = FinishReason.LENGTH
+        else:
+            return []
+        return [Emit(index, (), () if self._logprobs else None, completion.finished)]
+
+    def check_invariants(self) -> None:
+        """Assert what must hold between any two events."""
+        assert all(len(completion.tokens) <= self._max_tokens for completion in self._all)

@@ -27,7 +27,8 @@ class Dispatcher:
         services.cluster.on_lost.append(self._node_lost)
 
     def __repr__(self) -> str:
-        return f"<Dispatcher {len(self.running)} running, {self._turn} opened, {len(self._services.control)} calls>"
+        calls = len(self._services.control)
+        return f"<Dispatcher {len(self.running)} running, {self._turn} opened, {calls} control calls>"
 
     def open(self, spec: RequestSpec, *, beside: int = 0) -> RequestRun:
         """Route a request. `async with` the result starts its legs; iterating yields its outputs.

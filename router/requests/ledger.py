@@ -1,28 +1,24 @@
 """The life of one request as a state machine: events in, actions out. No await, no clock, no socket, no text.
 
-    event                     what comes of it (T: tokens so far)
-    start(route)              StartPrefill if the route has one, StartDecode at the same time
-    PrefillDone               legs not yet decoding: EndHandoff at once if chunks were declined, else after a moment
-    PrefillFailed             another prefiller while a decode leg waits; none left: EndHandoff, the decoder computes
-    DeltaReceived             Emit; the last index's end: Finish (after PrefillDone or a moment: honest usage)
-    DecodeFailed, T = 0       another decoder, the whole request anew (its prefill goes on; its chunks are in the store)
-    DecodeFailed, T > 0       another decoder continues each unfinished index after its T tokens, by a leg of its own
-    DecodeFailed for good     CancelLeg all, Fail
-    StopHit                   the index has ended; its leg is cancelled once none of its indices is left
+    event                       what comes of it (T: tokens so far)
+    start(route)                StartPrefill if the route has one, StartDecode at the same time
+    PrefillDone                 legs not yet decoding: EndHandoff at once if chunks were declined, else after a moment
+    PrefillFailed               another prefiller while a decode leg waits; none left: EndHandoff, the decoder computes
+    DeltaReceived               Emit; the last index's end: Finish (after PrefillDone or a moment: honest usage)
+    DecodeFailed, T = 0         another decoder, the whole request anew (its prefill goes on; its chunks are stored)
+    DecodeFailed, T > 0         another decoder continues each unfinished index after its T tokens, by a leg of its own
+    DecodeFailed for good       CancelLeg all, Fail
+    StopHit                     the index has ended; its leg is cancelled once none of its indices is left
     ClientGone, DeadlinePassed  CancelLeg all, Fail
-    TimerFired(RETRY)         no decoder was there: look again, failed ones included, until patience is at its end
+    TimerFired(RETRY)           look again for a decoder, failed ones included, until patience is at its end
 
-Where vLLM's connectors hand the KV over (`handoff`), one sequence of one decode leg fetches it from the prefiller,
-once, and cannot be told that it will not come. So there the first index goes ahead and the others follow it into the
-decoder's own prefix cache; a leg that is tried again computes by itself; nixl's decode legs start when the prefill has
-ended, with what it answered; mooncake's start at the same time, and anew when it fails.
+Where the decode leg fetches from the prefiller (`HandoffTraits`), it does so once, for one sequence, and cannot be told
+that nothing will come. So there the first index goes ahead and the others follow it into the decoder's own prefix
+cache; a leg that is tried again computes by itself. Which states there are, and what leads to which, is in `states`.
 
 Invariants (check_invariants): a request ends once; after that no leg runs; every token was emitted once, in order.
 """
 
-from typing import Protocol
-
-from kvcore.config.schema import HandoffKind
 from kvcore.errors import (
     CancelledByPeerError,
     DeadlineExceededError,
@@ -31,9 +27,11 @@ from kvcore.errors import (
     NodeUnavailableError,
     OverloadedError,
 )
+from kvcore.handoff import HandoffKind
 from kvcore.types import Route
-from nodeapi.messages import FinishReason, LegInfo, PrefillResult, TokenDelta
-from router.requests.completions import Completion, DecodeLeg
+from nodeapi.messages import FinishReason, LegInfo
+from router.requests.completions import Completions
+from router.requests.decode_legs import DecodeLeg, DecodeLegs
 from router.requests.events import (
     Action,
     CancelLeg,
@@ -41,8 +39,6 @@ from router.requests.events import (
     DeadlinePassed,
     DecodeFailed,
     DeltaReceived,
-    Emit,
-    EndHandoff,
     Fail,
     Finish,
     KVSource,
@@ -50,25 +46,14 @@ from router.requests.events import (
     PrefillFailed,
     RequestEvent,
     RequestTimer,
-    StartDecode,
-    StartPrefill,
     StartTimer,
     StopHit,
     TimerFired,
 )
 from router.requests.limits import RequestLimits
-
-
-class Picker(Protocol):
-    """Chooses replacements among the nodes usable at this moment. Pure as far as the machine is concerned."""
-
-    def prefiller(self, decoder: str, exclude: frozenset[str]) -> str | None:
-        """Another prefiller for this decoder."""
-        ...
-
-    def decoder(self, exclude: frozenset[str]) -> str | None:
-        """Another decoder."""
-        ...
+from router.requests.placement import Placement
+from router.requests.prefill_half import Picker, PrefillHalf
+from router.requests.states import LegState, RequestState, check_transition
 
 
 class RequestMachine:
@@ -89,52 +74,66 @@ class RequestMachine:
         handoff: HandoffKind = HandoffKind.KVFERRY,
         limits: RequestLimits = RequestLimits(),
     ) -> None:
-        self._kind = handoff
         self._limits = limits
         self._id = request_id
-        self._picker = picker
-        self._max_tokens = max_tokens
-        self._min_tokens = min_tokens
-        self._end_token_ids = end_token_ids
-        self._logprobs = logprobs
         self._attempts = attempts
-        self._num_chunks = num_chunks
-        self._completions = [Completion() for _ in range(n)]
-        self._decodes: dict[str, DecodeLeg] = {}
-        self._prefill: tuple[str, str] | None = None
-        self._prefill_for = ""
-        """The decoder that the last prefill leg was started for."""
-        self._prefill_tries = 0
-        self._held: str | None = None
-        """The decoder, while no decode leg starts before the prefill leg has ended."""
-        self._legs = 0
-        self._failed_prefillers: set[str] = set()
-        self._failed_decoders: set[str] = set()
-        self._homeless: set[int] = set()
-        self._waited_s = 0.0
-        self._handoff_pause_s = limits.handoff_grace_s
-        self.last_error: KVFerryError = NodeUnavailableError("no decoder is ready")
-        self.prefill_result: PrefillResult | None = None
-        self.decode_info: LegInfo | None = None
+        self._completions = Completions(n, max_tokens, min_tokens, end_token_ids, logprobs=logprobs)
+        self._decodes = DecodeLegs(self._completions, lambda: self._next_leg("d"))
         self.retries: list[tuple[str, str]] = []
         """(`prefill` or `decode`, code of the failure) of each leg that was tried again."""
+        self._prefill = PrefillHalf(
+            self._completions,
+            self._decodes,
+            picker,
+            lambda: self._next_leg("p"),
+            self.retries,
+            attempts=attempts,
+            num_chunks=num_chunks,
+            handoff=handoff.traits,
+            limits=limits,
+        )
+        self._legs = 0
+        self._placement = Placement(picker, limits)
+        self.last_error: KVFerryError = NodeUnavailableError("no decoder is ready")
+        self.decode_info: LegInfo | None = None
         self.ended = False
+
+    def __repr__(self) -> str:
+        leg = self._prefill.running
+        prefill = f"prefill {leg.id} on {leg.node}" if leg else "no prefill"
+        return (
+            f"<RequestMachine {self._id} {self.state}: {prefill}, {len(self._decodes)} decode legs, "
+            f"{self.completion_tokens} tokens, {len(self.retries)} retries>"
+        )
+
+    @property
+    def state(self) -> RequestState:
+        """Where it is; follows from what it holds."""
+        if self.ended:
+            return RequestState.ENDED
+        if self._placement.unplaced:
+            return RequestState.UNPLACED
+        if self._legs == 0:
+            return RequestState.NEW
+        if self._completions.all_finished:
+            return RequestState.SETTLING
+        return RequestState.AWAITING_PREFILL if self._prefill.awaited_by is not None else RequestState.DECODING
 
     @property
     def cached_tokens(self) -> int:
         """Prompt tokens that nobody had to compute: the lesser of both legs' counts, as a decoder also counts as cached
-        what the prefiller had just computed for it. What a leg does not say does not count."""
-        told = [leg.cached_tokens for leg in (self.prefill_result, self.decode_info) if leg is not None]
-        return min(told, default=0)
+        what the prefiller had just computed for it. A leg without a count is left out."""
+        counts = [leg.cached_tokens for leg in (self._prefill.result, self.decode_info) if leg is not None]
+        return min(counts, default=0)
 
     @property
     def completion_tokens(self) -> int:
         """Tokens emitted, over all indices."""
-        return sum(len(completion.tokens) for completion in self._completions)
+        return self._completions.num_tokens
 
     def runs(self, leg: str) -> bool:
         """Whether events of this decode leg still matter."""
-        return leg in self._decodes
+        return self._decodes.get(leg) is not None
 
     def fetches_from(self, leg: str) -> str | None:
         """The prefiller whose KV this decode leg may still be waiting for."""
@@ -143,299 +142,211 @@ class RequestMachine:
 
     def saves_for(self, leg: str) -> str | None:
         """The decoder into whose segment this prefill leg writes first, while it runs."""
-        running = self._prefill is not None and self._prefill[0] == leg and self._kind is HandoffKind.KVFERRY
-        return self._prefill_for if running else None
+        running = self._prefill.running
+        return running.decoder if running is not None and running.id == leg and self._prefill.saves else None
 
     def start(self, route: Route) -> list[Action]:
         """The first actions. Called once."""
         assert self._legs == 0, "a request starts once"
-        if route.prefiller is None:
-            return self._start_decodes(route.decoder, self._unfinished())
-        actions = self._start_prefill(route.prefiller, route.decoder)
-        if self._kind is HandoffKind.NIXL:
-            self._held = route.decoder
-            return actions
-        return actions + self._start_decodes(route.decoder, self._unfinished(), self._running_source())
+        actions: list[Action] = []
+        if route.prefiller is not None:
+            actions += self._prefill.start(route.prefiller, route.decoder)
+        if self._prefill.awaited_by is None:
+            actions += self._start_decodes(route.decoder, self._completions.unfinished, self._prefill.source)
+        check_transition(RequestState.NEW, route, self.state)
+        return actions
 
     def handle(self, event: RequestEvent) -> list[Action]:
         """The actions that follow. Events of legs that have ended, and after the end, are ignored."""
         if self.ended:
             return []
+        before = self.state
+        actions = self._actions_of(event)
+        check_transition(before, event, self.state)
+        return actions
+
+    def check_invariants(self) -> None:
+        """Assert what must hold between any two events."""
+        unplaced = self._placement.unplaced
+        if self.ended:
+            assert not self._decodes and self._prefill.running is None and not unplaced
+            assert self._prefill.awaited_by is None
+            return
+        if self._prefill.awaited_by is not None:
+            assert not self._decodes and not unplaced and self._prefill.running, "awaits its prefill leg"
+            return
+        served = self._decodes.check_invariants()
+        assert unplaced.isdisjoint(served)
+        assert self._completions.unfinished <= unplaced | served, "an unfinished index is served or unplaced"
+        self._completions.check_invariants()
+
+    def _actions_of(self, event: RequestEvent) -> list[Action]:
         match event:
+            case DeltaReceived():
+                return self._delta_received(event)
             case PrefillDone():
                 return self._prefill_done(event)
             case PrefillFailed():
                 return self._prefill_failed(event)
-            case DeltaReceived():
-                return self._delta(event)
             case DecodeFailed():
-                return self._decode_failed(event.leg, event.error)
+                leg = self._decodes.get(event.leg)
+                return self._decode_failed(leg, event.error) if leg is not None else []
             case StopHit():
                 return self._stop_hit(event.index)
             case TimerFired():
                 return self._timer_fired(event.timer)
             case ClientGone():
-                return self._fail(CancelledByPeerError("the client closed the connection"))
+                return self._end(Fail(CancelledByPeerError("the client closed the connection")))
             case DeadlinePassed():
-                if self._all_finished():  # only the prefill's reply was still waited for
+                if self._completions.all_finished:  # only the prefill's reply was still waited for
                     return self._end(Finish())
-                return self._fail(DeadlineExceededError("the request's time ran out"))
-
-    def check_invariants(self) -> None:
-        """Assert what must hold between any two events."""
-        if self.ended:
-            assert not self._decodes and self._prefill is None and not self._homeless and self._held is None
-            return
-        if self._held is not None:
-            assert not self._decodes and not self._homeless and self._prefill is not None, "held for a prefill leg"
-            return
-        served = [index for leg in self._decodes.values() for index in leg.open | leg.followers]
-        assert len(served) == len(set(served)), "an index is served by one leg"
-        assert self._homeless.isdisjoint(served)
-        assert self._unfinished() <= self._homeless | set(served), (
-            "an unfinished index is served or waits for a decoder"
-        )
-        assert all(len(completion.tokens) <= self._max_tokens for completion in self._completions)
+                return self._end(Fail(DeadlineExceededError("the request's time ran out")))
 
     # --- prefill ---
 
-    def _start_prefill(self, node: str, decoder: str) -> list[Action]:
-        self._prefill_tries += 1
-        self._prefill, self._prefill_for = (self._next_leg("p"), node), decoder
-        return [StartPrefill(*self._prefill, decoder)]
-
-    def _running_source(self) -> KVSource | None:
-        """The running prefill leg, where a decode leg is told of it."""
-        return KVSource(*self._prefill) if self._prefill and self._kind is HandoffKind.MOONCAKE else None
-
     def _prefill_done(self, event: PrefillDone) -> list[Action]:
-        if self._prefill is None or self._prefill[0] != event.leg:
+        if (leg := self._prefill.running) is None or leg.id != event.leg:
             return []
-        leg, node = self._prefill
-        self._prefill = None
-        self.prefill_result = event.result
-        if self._all_finished():
-            return self._finish()
-        if self._held is not None:
-            params = event.result.handoff_params
-            return self._release(KVSource(leg, node, params) if params else None)
-        if self._kind is HandoffKind.MOONCAKE:
-            return []
-        if event.result.stored_chunks < self._num_chunks:
-            return self._end_handoffs()
-        return [StartTimer(RequestTimer.HANDOFF, self._limits.handoff_grace_s)] if self._waiting_legs() else []
+        return self._prefill.done(event.result) + self._finish_if_complete()
 
     def _prefill_failed(self, event: PrefillFailed) -> list[Action]:
-        if self._prefill is None or self._prefill[0] != event.leg:
+        if (leg := self._prefill.running) is None or leg.id != event.leg:
             return []
-        self._failed_prefillers.add(self._prefill[1])
-        self._prefill = None
-        if self._all_finished():
-            return self._finish()
-        decoder = self._held or next((leg.node for _, leg in self._waiting_legs()), None)
-        again: list[Action] = []
-        if decoder is not None and event.error.retryable and self._prefill_tries < self._attempts:
-            node = self._picker.prefiller(decoder, frozenset(self._failed_prefillers))
-            if node is not None:
-                self.retries.append(("prefill", event.error.code))
-                again = self._start_prefill(node, decoder)
-        if self._kind is HandoffKind.MOONCAKE:
-            return again + self._start_anew()
-        if again:
-            return again
-        return self._end_handoffs() if self._held is None else self._release(None)
-
-    def _release(self, source: KVSource | None) -> list[Action]:
-        node, self._held = self._held, None
-        assert node is not None
-        return self._start_decodes(node, self._unfinished(), source)
-
-    def _start_anew(self) -> list[Action]:
-        """The legs that would wait for KV of a prefill leg that failed, with that of the next, or without."""
-        actions: list[Action] = []
-        for name, leg in self._waiting_legs():
-            del self._decodes[name]
-            for index in leg.open:
-                self._completions[index].tries -= 1  # it did not fail
-            actions.append(CancelLeg(name, leg.node))
-            actions += self._start_decodes(leg.node, leg.open | leg.followers, self._running_source())
-        return actions
-
-    def _waiting_legs(self) -> list[tuple[str, DecodeLeg]]:
-        return [(name, leg) for name, leg in self._decodes.items() if leg.waits]
-
-    def _end_handoffs(self) -> list[Action]:
-        """Said again until the leg speaks: the word may reach a node before the leg itself, which ignores it then."""
-        actions: list[Action] = [EndHandoff(name, leg.node) for name, leg in self._waiting_legs()]
-        if actions:
-            actions.append(StartTimer(RequestTimer.HANDOFF, self._handoff_pause_s))
-            self._handoff_pause_s = min(2 * self._handoff_pause_s, self._limits.handoff_longest_s)
-        return actions
+        return self._prefill.failed(event.error) + self._finish_if_complete()
 
     # --- decode ---
 
     def _start_decodes(self, node: str, indices: set[int], source: KVSource | None = None) -> list[Action]:
-        everything = len(indices) == len(self._completions)
-        if everything and (len(indices) == 1 or not (self.completion_tokens or source)):
-            return [self._start_decode(node, None, indices, source)]
-        first, *others = sorted(indices)
-        if source is None:
-            return [self._start_decode(node, index, {index}) for index in (first, *others)]
-        start = self._start_decode(node, first, {first}, source)
-        self._decodes[start.leg].followers.update(others)
-        return [start]
+        return list(self._decodes.start(node, indices, source=source, handoff=self._prefill.saves))
 
-    def _start_decode(
-        self, node: str, index: int | None, indices: set[int], source: KVSource | None = None
-    ) -> StartDecode:
-        for each in indices:
-            self._completions[each].tries += 1
-        leg = self._next_leg("d")
-        handoff = self._prefill is not None and self._kind is HandoffKind.KVFERRY
-        self._decodes[leg] = DecodeLeg(node, index, set(indices), handoff, source)
-        return StartDecode(leg, node, handoff, index, tuple(self._completions[index or 0].tokens), source)
+    def _delta_received(self, event: DeltaReceived) -> list[Action]:
+        """Five cases:
 
-    def _delta(self, event: DeltaReceived) -> list[Action]:
-        leg, delta = self._decodes.get(event.leg), event.delta
+        1. Its leg has ended: ignored.
+        2. It breaks the protocol: nothing of it counts, and its leg fails.
+        3. It says that the node gave up: its tokens count, and its leg fails.
+        4. It is the first of a leg that others follow: their legs start.
+        5. It ends an index: with the last of its leg the leg ends, with the last of all the request.
+
+        Tokens of an index that a stop string has ended are dropped (`Completions.append`).
+        """
+        delta, leg = event.delta, self._decodes.get(event.leg)
         if leg is None:
             return []
-        if lie := self._lie(leg, delta):
-            error = EngineError(f"node {leg.node} broke the protocol: {lie}")
-            return [CancelLeg(event.leg, leg.node), *self._decode_failed(event.leg, error)]
-        leg.started = True
-        if delta.info is not None and self.decode_info is None:
-            self.decode_info = delta.info
+        if violation := self._decodes.protocol_violation(leg, delta):
+            return self._cancel_failed(leg, EngineError(f"node {leg.node} broke the protocol: {violation}"))
+        gave_up = delta.finish_reason is FinishReason.ABORT
+        reason = None if gave_up else delta.finish_reason
         index = delta.index if leg.index is None else leg.index
-        completion = self._completions[index]
-        reason = None if delta.finish_reason is FinishReason.ABORT else delta.finish_reason
-        actions: list[Action] = []
-        if completion.finished is None and (delta.token_ids or reason):
-            completion.tokens += delta.token_ids
-            completion.tries = 1  # of what is left: a long answer on a bad network goes on as long as it gets anywhere
-            completion.finished = reason
-            actions.append(Emit(index, delta.token_ids, delta.logprobs, reason, delta.stop_token_id))
-        if delta.finish_reason is FinishReason.ABORT:
-            gone = NodeUnavailableError(f"node {leg.node} gave the request up")
-            return [*actions, CancelLeg(event.leg, leg.node), *self._decode_failed(event.leg, gone)]
+        leg.set_state(LegState.STREAMING)
+        if self.decode_info is None:
+            self.decode_info = delta.info
+        actions: list[Action] = list(self._completions.append(index, delta, reason))
+        if gave_up:
+            return actions + self._cancel_failed(leg, NodeUnavailableError(f"node {leg.node} gave the request up"))
         if leg.followers:
             actions += self._start_decodes(leg.node, leg.followers)
             leg.followers = set()
         if reason is not None:
             leg.open.discard(index)
             if not leg.open:
-                del self._decodes[event.leg]
-            if self._all_finished():
-                actions += self._finish()
+                self._decodes.remove(leg)
+            actions += self._finish_if_complete()
         return actions
 
-    def _lie(self, leg: DecodeLeg, delta: TokenDelta) -> str | None:
-        if delta.index not in (leg.open if leg.index is None else {0}):
-            return f"a delta for index {delta.index}, which is not running"
-        index = delta.index if leg.index is None else leg.index
-        room = self._max_tokens - len(self._completions[index].tokens)
-        if self._completions[index].finished is None and len(delta.token_ids) > room:
-            return "more than max_tokens tokens"
-        if self._logprobs and len(delta.logprobs or ()) != len(delta.token_ids):
-            return "not one logprob a token"
-        return None
+    def _cancel_failed(self, leg: DecodeLeg, error: KVFerryError) -> list[Action]:
+        return [CancelLeg(leg.id, leg.node), *self._decode_failed(leg, error)]
 
-    def _decode_failed(self, name: str, error: KVFerryError) -> list[Action]:
-        leg = self._decodes.pop(name, None)
-        if leg is None:
-            return []
-        if isinstance(error, CancelledByPeerError):  # somebody did, but it was not us
+    def _decode_failed(self, leg: DecodeLeg, error: KVFerryError) -> list[Action]:
+        """What becomes of the completions that the leg served:
+
+        1. Some had all their tokens, and lacked only the finish reason: they end.
+        2. None is left unfinished: the request ends with the last.
+        3. The failure is the request's own fault: the request fails.
+        4. Else they are placed anew. A prefill leg whose KV only this leg would have fetched is cancelled.
+
+        The node is avoided from here on, unless it may be innocent: an engine that could not fetch its KV may have been
+        wronged by its prefiller.
+        """
+        fetching = leg.fetches
+        self._decodes.remove(leg)
+        if isinstance(error, CancelledByPeerError):  # somebody did, but not this router
             error = NodeUnavailableError(f"node {leg.node} gave the request up: {error.message}")
-        if not (leg.fetches and isinstance(error, EngineError)):  # else it may be its prefiller's doing
-            self._failed_decoders.add(leg.node)
+        if not (fetching and isinstance(error, EngineError)):
+            self._placement.avoid(leg.node)
         self.last_error = error
         actions: list[Action] = []
-        lost: set[int] = set()
-        for index in sorted(leg.open | leg.followers):
-            completion = self._completions[index]
-            reached = completion.end_reached(self._max_tokens, self._min_tokens, self._end_token_ids)
-            if completion.finished is None and reached:
-                completion.finished = reached
-                actions.append(Emit(index, (), () if self._logprobs else None, reached))
-            if completion.finished is None:
-                lost.add(index)
-        if not lost:
-            return actions + (self._finish() if self._all_finished() else [])
+        for index in sorted(leg.indices):
+            actions += self._completions.finish_if_complete(index)
+        unfinished = leg.indices & self._completions.unfinished
+        if not unfinished:
+            return actions + self._finish_if_complete()
         if not error.retryable:
-            return actions + self._fail(error)
+            return actions + self._end(Fail(error))
         self.retries.append(("decode", error.code))
-        if leg.fetches and self._prefill is not None:  # for this leg alone
-            actions.append(CancelLeg(*self._prefill))
-            self._prefill = None
-        return actions + self._place(lost)
+        if fetching:
+            actions += self._prefill.cancel()
+        return actions + self._place(unfinished)
 
     def _place(self, indices: set[int]) -> list[Action]:
+        """Find a decoder for completions that lost theirs:
+
+        1. One of them was tried too often without getting anywhere: the request fails.
+        2. There is a decoder: it continues them.
+        3. There is none, because all are full and nothing was emitted, or there has been none for too long: it fails.
+        4. Else they wait.
+        """
         if any(self._completions[index].tries >= self._attempts for index in indices):
-            return self._fail(self.last_error)
-        node = self._picker.decoder(frozenset(self._failed_decoders))
+            return self._end(Fail(self.last_error))
+        node = self._placement.decoder()
         if node is not None:
             return self._start_decodes(node, indices)
         shed = isinstance(self.last_error, OverloadedError) and not self.completion_tokens
-        if shed or self._waited_s >= self._limits.patience_s:
-            return self._fail(self.last_error)
-        running = bool(self._homeless)
-        self._homeless |= indices
-        if running:
-            return []
-        self._waited_s += self._limits.retry_pause_s
-        return [StartTimer(RequestTimer.RETRY, self._limits.retry_pause_s)]
+        if shed or self._placement.out_of_patience:
+            return self._end(Fail(self.last_error))
+        return list(self._placement.wait(indices))
 
     def _stop_hit(self, index: int) -> list[Action]:
         completion = self._completions[index]
         if completion.finished is not None:
             return []
         completion.finished = FinishReason.STOP
-        self._homeless.discard(index)
+        self._placement.unplaced.discard(index)
         actions: list[Action] = []
-        for name, leg in list(self._decodes.items()):
+        for leg in self._decodes.served_by(index):
             leg.followers.discard(index)
-            if index in leg.open and all(self._completions[i].finished is not None for i in leg.open):
-                del self._decodes[name]
-                actions.append(CancelLeg(name, leg.node))
+            if index in leg.open and leg.open.isdisjoint(self._completions.unfinished):
+                actions.append(self._decodes.cancel(leg))
                 if leg.followers:
                     actions += self._start_decodes(leg.node, leg.followers)
-        return actions + (self._finish() if self._all_finished() else [])
+        return actions + self._finish_if_complete()
 
-    # --- ends ---
+    # --- timers and ends ---
 
     def _timer_fired(self, timer: RequestTimer) -> list[Action]:
-        if timer is RequestTimer.HANDOFF:
-            return self._end_handoffs() if self._prefill is None else []
-        if timer is RequestTimer.SETTLE:
-            return self._end(Finish()) if self._all_finished() else []
-        homeless, self._homeless = self._homeless, set()
-        if not homeless:
-            return []
-        self._failed_decoders.clear()
-        return self._place(homeless)
+        match timer:
+            case RequestTimer.HANDOFF:
+                return self._prefill.end_handoffs() if self._prefill.running is None else []
+            case RequestTimer.SETTLE:
+                return self._end(Finish()) if self._completions.all_finished else []
+            case RequestTimer.RETRY:
+                unplaced = self._placement.take_unplaced()
+                return self._place(unplaced) if unplaced else []
 
-    def _unfinished(self) -> set[int]:
-        return {index for index, completion in enumerate(self._completions) if completion.finished is None}
-
-    def _all_finished(self) -> bool:
-        return not self._unfinished()
+    def _finish_if_complete(self) -> list[Action]:
+        return self._finish() if self._completions.all_finished else []
 
     def _finish(self) -> list[Action]:
-        if self._prefill is not None:
+        """End, or wait a moment for what a prefill leg under way has to say of its cached tokens."""
+        if self._prefill.running is not None:
             return [StartTimer(RequestTimer.SETTLE, self._limits.settle_s)]
         return self._end(Finish())
 
-    def _fail(self, error: KVFerryError) -> list[Action]:
-        return self._end(Fail(error))
-
     def _end(self, last: Finish | Fail) -> list[Action]:
-        actions: list[Action] = [CancelLeg(name, leg.node) for name, leg in self._decodes.items()]
-        if self._prefill is not None:
-            actions.append(CancelLeg(*self._prefill))
-        self._decodes.clear()
-        self._homeless.clear()
-        self._prefill = self._held = None
+        actions = [*self._decodes.cancel_all(), *self._prefill.cancel(), last]
+        self._placement.unplaced.clear()
         self.ended = True
-        return [*actions, last]
+        return actions
 
     def _next_leg(self, kind: str) -> str:
         self._legs += 1

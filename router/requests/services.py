@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 
 from kvcore.clock import Clock
-from kvcore.config.schema import HandoffKind, RouterConfig
+from kvcore.config.schema import RouterConfig
+from kvcore.handoff import HandoffKind
 from nodeapi.protocol import NodeClient
 from router.nodes.cluster import Cluster
 from router.requests.control import ControlCalls

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcore.config.schema import HandoffKind
 from kvcore.errors import EngineError, InvalidRequestError, NodeUnavailableError, OverloadedError
+from kvcore.handoff import HandoffKind
 from kvcore.types import Route
 from nodeapi.messages import FinishReason, LegInfo, PrefillResult, TokenDelta
 from router.requests.events import (

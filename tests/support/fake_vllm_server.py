@@ -14,7 +14,7 @@ from typing import Any
 from aiohttp import web
 from support.router_fakes import next_token, serve
 
-from kvcore.config.schema import HandoffKind
+from kvcore.handoff import HandoffKind
 from kvcore.types import Role
 
 MODEL = "fake-model"

@@ -5,8 +5,9 @@ import yaml
 
 from kvcore.config.checks import ports_of
 from kvcore.config.file import load_config, node_config
-from kvcore.config.schema import ClusterConfig, HandoffKind
+from kvcore.config.schema import ClusterConfig
 from kvcore.errors import ConfigError
+from kvcore.handoff import HandoffKind
 
 BASE = {
     "cluster": "plain",

@@ -15,13 +15,13 @@ from support.probe import probe_report
 
 from kvcore.config.schema import (
     ClusterConfig,
-    HandoffKind,
     MetadataServerConfig,
     ModelConfig,
     NodeConfig,
     SimEngineConfig,
 )
 from kvcore.errors import ConfigError
+from kvcore.handoff import HandoffKind
 from kvcore.types import NodeInfo, Role
 from kvferry.doctor.probe import run_probe
 from metadata_server.messages import NodesReply

@@ -20,7 +20,6 @@ from kvcore.config.file import load_config
 from kvcore.config.schema import (
     ByteSize,
     ClusterConfig,
-    HandoffKind,
     KVConfig,
     MetadataServerConfig,
     ModelConfig,
@@ -30,6 +29,7 @@ from kvcore.config.schema import (
     VllmEngineConfig,
 )
 from kvcore.errors import ConfigError
+from kvcore.handoff import HandoffKind
 from kvcore.ports import base_url
 from kvcore.types import Role
 from kvferry.offline.cluster import (

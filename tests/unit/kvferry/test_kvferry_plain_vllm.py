@@ -10,7 +10,8 @@ from support.fake_vllm_server import FakeVllm, World, servers, serving
 from support.plain_vllm import plain_config, running_router, write_model_folder
 from support.ports import free_ports
 
-from kvcore.config.schema import ClusterConfig, HandoffKind
+from kvcore.config.schema import ClusterConfig
+from kvcore.handoff import HandoffKind
 from kvcore.types import Role
 from kvferry.doctor.checks import ALL_CHECKS, preflight, run_checks
 from kvferry.doctor.findings import Context

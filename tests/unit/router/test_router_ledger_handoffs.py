@@ -1,7 +1,7 @@
 """The life of a request whose KV vLLM's own connectors hand over: who is started when, and with what."""
 
-from kvcore.config.schema import HandoffKind
 from kvcore.errors import EngineError, NodeUnavailableError
+from kvcore.handoff import HandoffKind
 from kvcore.types import Route
 from nodeapi.messages import FinishReason, LegInfo, PrefillResult, TokenDelta
 from router.requests.events import (

@@ -16,7 +16,7 @@ from support.plain_vllm import nodes, plain_config, record, running_router, writ
 from support.ports import free_ports
 from support.router_fakes import expected, until
 
-from kvcore.config.schema import HandoffKind
+from kvcore.handoff import HandoffKind
 
 PROMPT = list(range(97, 117))
 ANSWER = expected(PROMPT, 8)

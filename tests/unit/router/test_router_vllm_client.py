@@ -12,7 +12,6 @@ from support.fake_vllm_server import MODEL, FakeVllm, World
 from support.plain_vllm import plain_config, write_model_folder
 from support.router_fakes import serve
 
-from kvcore.config.schema import HandoffKind
 from kvcore.errors import (
     ContextLengthError,
     DeadlineExceededError,
@@ -25,6 +24,7 @@ from kvcore.errors import (
     OverloadedError,
     PayloadTooLargeError,
 )
+from kvcore.handoff import HandoffKind
 from kvcore.types import Role
 from nodeapi.messages import FinishReason, GenerateRequest, PrefillRequest, SamplingParams, TokenDelta
 from router.nodes.vllm_client import VllmClient

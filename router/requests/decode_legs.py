@@ -1,0 +1,129 @@
+"""The decode legs of one request that are under way: which completions each serves, and what it may be waiting for.
+
+State and what follows from it alone; `router.requests.ledger` decides when one starts and what its failure means.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from nodeapi.messages import TokenDelta
+from router.requests.completions import Completions
+from router.requests.events import CancelLeg, KVSource, StartDecode
+from router.requests.states import LEG_TRANSITIONS, LegState
+
+
+@dataclass(slots=True)
+class DecodeLeg:
+    """A decode leg under way. `index` None: it serves all completions; else that one, as its index 0. `open`: those
+    that it has not ended yet. `source`: the prefill leg whose KV it fetches itself."""
+
+    id: str
+    node: str
+    index: int | None
+    open: set[int]
+    source: KVSource | None
+    state: LegState
+    followers: set[int] = field(default_factory=set)
+    """Indices whose legs start once this one has spoken."""
+
+    @property
+    def indices(self) -> set[int]:
+        """The completions that depend on it."""
+        return self.open | self.followers
+
+    @property
+    def awaits_kv(self) -> bool:
+        """Whether it may still be waiting for what a prefill leg computes."""
+        return self.state is LegState.AWAITING_KV
+
+    @property
+    def fetches(self) -> bool:
+        """Whether it may still be waiting for KV from its prefiller."""
+        return self.source is not None and self.awaits_kv
+
+    def set_state(self, state: LegState) -> None:
+        """Streaming stays streaming; any other change must be in the table."""
+        assert state is self.state or state in LEG_TRANSITIONS[self.state], f"{self.id}: {self.state} to {state}"
+        self.state = state
+
+
+class DecodeLegs:
+    """By leg id. `next_leg`: a new id."""
+
+    def __init__(self, completions: Completions, next_leg: Callable[[], str]) -> None:
+        self._completions = completions
+        self._next_leg = next_leg
+        self._legs: dict[str, DecodeLeg] = {}
+
+    def __len__(self) -> int:
+        return len(self._legs)
+
+    def get(self, leg: str) -> DecodeLeg | None:
+        """None: it has ended, or never was."""
+        return self._legs.get(leg)
+
+    def remove(self, leg: DecodeLeg) -> None:
+        """It has ended."""
+        leg.set_state(LegState.ENDED)
+        del self._legs[leg.id]
+
+    def cancel(self, leg: DecodeLeg) -> CancelLeg:
+        """End it by our own hand."""
+        self.remove(leg)
+        return CancelLeg(leg.id, leg.node)
+
+    def cancel_all(self) -> list[CancelLeg]:
+        """End each."""
+        return [self.cancel(leg) for leg in list(self._legs.values())]
+
+    @property
+    def awaiting_kv(self) -> list[DecodeLeg]:
+        """Those that may still be waiting for what a prefill leg computes."""
+        return [leg for leg in self._legs.values() if leg.awaits_kv]
+
+    def start(
+        self, node: str, indices: set[int], *, source: KVSource | None = None, handoff: bool = False
+    ) -> list[StartDecode]:
+        """Start what serves these completions on `node`. There are three ways:
+
+        1. One leg for all, where none has a token yet. A fetched KV serves one sequence only, so that then n must be 1.
+        2. Without a source, one leg each, as each continues after tokens of its own.
+        3. With a source, one leg for the first, which fetches. The others start when it has spoken: they find its KV in
+           the decoder's own prefix cache.
+        """
+        everything = len(indices) == len(self._completions)
+        if everything and (len(indices) == 1 or not (self._completions.num_tokens or source)):
+            return [self._start(node, None, indices, source, handoff)]
+        first, *others = sorted(indices)
+        if source is None:
+            return [self._start(node, index, {index}, None, handoff) for index in (first, *others)]
+        start = self._start(node, first, {first}, source, handoff)
+        self._legs[start.leg].followers.update(others)
+        return [start]
+
+    def protocol_violation(self, leg: DecodeLeg, delta: TokenDelta) -> str | None:
+        """What is wrong with a delta of this leg; None: nothing."""
+        if delta.index not in (leg.open if leg.index is None else {0}):
+            return f"a delta for index {delta.index}, which is not running"
+        return self._completions.protocol_violation(delta.index if leg.index is None else leg.index, delta)
+
+    def served_by(self, index: int) -> list[DecodeLeg]:
+        """The legs that this completion depends on: one, or none."""
+        return [leg for leg in self._legs.values() if index in leg.indices]
+
+    def check_invariants(self) -> set[int]:
+        """Assert that a completion is served by one leg; returns those that are."""
+        served = [index for leg in self._legs.values() for index in leg.indices]
+        assert len(served) == len(set(served)), "an index is served by one leg"
+        return set(served)
+
+    def _start(
+        self, node: str, index: int | None, indices: Iterable[int], source: KVSource | None, handoff: bool
+    ) -> StartDecode:
+        for each in indices:
+            self._completions[each].tries += 1
+        waits = handoff or source is not None
+        state = LegState.AWAITING_KV if waits else LegState.COMPUTING
+        leg = DecodeLeg(self._next_leg(), node, index, set(indices), source, state)
+        self._legs[leg.id] = leg
+        return StartDecode(leg.id, node, handoff, index, tuple(self._completions[index or 0].tokens), source)

@@ -1,0 +1,174 @@
+"""The prefill half of a request's ledger: its prefill leg, and what its end or failure means for decode legs that wait.
+
+Pure, as the ledger is. Decode legs are started here only where they wait for a prefill leg; the ledger does the rest.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvcore.errors import KVFerryError
+from kvcore.handoff import HandoffTraits
+from nodeapi.messages import PrefillResult
+from router.requests.completions import Completions
+from router.requests.decode_legs import DecodeLegs
+from router.requests.events import Action, CancelLeg, EndHandoff, KVSource, RequestTimer, StartPrefill, StartTimer
+from router.requests.limits import RequestLimits
+
+
+class Picker(Protocol):
+    """Chooses replacements among the nodes usable at this moment. Pure as far as the ledger is concerned."""
+
+    def prefiller(self, decoder: str, exclude: frozenset[str]) -> str | None:
+        """Another prefiller for this decoder."""
+        ...
+
+    def decoder(self, exclude: frozenset[str]) -> str | None:
+        """Another decoder."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillLeg:
+    """The prefill leg under way. `decoder`: whom it was started for."""
+
+    id: str
+    node: str
+    decoder: str
+
+
+class PrefillHalf:
+    """At most one prefill leg at a time. `retries`: where a leg that is tried again is noted."""
+
+    def __init__(
+        self,
+        completions: Completions,
+        decodes: DecodeLegs,
+        picker: Picker,
+        next_leg: Callable[[], str],
+        retries: list[tuple[str, str]],
+        *,
+        attempts: int,
+        num_chunks: int,
+        handoff: HandoffTraits,
+        limits: RequestLimits,
+    ) -> None:
+        self._completions = completions
+        self._decodes = decodes
+        self._picker = picker
+        self._next_leg = next_leg
+        self._retries = retries
+        self._attempts = attempts
+        self._num_chunks = num_chunks
+        self._handoff = handoff
+        self._limits = limits
+        self._tries = 0
+        self._failed: set[str] = set()
+        self._pause_s = limits.handoff_grace_s
+        self.running: PrefillLeg | None = None
+        self.awaited_by: str | None = None
+        """The decoder, while no decode leg starts before the prefill leg has ended."""
+        self.result: PrefillResult | None = None
+
+    @property
+    def saves(self) -> bool:
+        """Whether a leg under way saves chunks for which a decode leg may wait in the store."""
+        return self.running is not None and self._handoff.waits_in_store
+
+    @property
+    def source(self) -> KVSource | None:
+        """The leg under way, where a decode leg beside it is told of it."""
+        leg = self.running
+        return KVSource(leg.id, leg.node) if leg is not None and self._handoff.decode_beside_prefill else None
+
+    def start(self, node: str, decoder: str) -> list[Action]:
+        """The first leg."""
+        if self._handoff.decode_after_prefill:
+            self.awaited_by = decoder
+        return self._start(node, decoder)
+
+    def cancel(self) -> list[Action]:
+        """End the leg under way by our own hand; nobody awaits it any more."""
+        leg, self.running, self.awaited_by = self.running, None, None
+        return [CancelLeg(leg.id, leg.node)] if leg is not None else []
+
+    def done(self, result: PrefillResult) -> list[Action]:
+        """The leg under way ended. Four cases, while some completion is unfinished:
+
+        1. No decode leg has started yet: they start, with what it answered.
+        2. They fetch beside it: nothing is to be done.
+        3. It stored less than there is to hand over: decode legs that wait need not wait for the rest.
+        4. It stored everything: a decode leg that still waits after a moment is told so.
+        """
+        leg, self.running, self.result = self.running, None, result
+        assert leg is not None
+        if self._completions.all_finished:
+            return []
+        if self.awaited_by is not None:
+            params = result.handoff_params
+            return self._start_awaiting(KVSource(leg.id, leg.node, params) if params else None)
+        if not self._handoff.waits_in_store:
+            return []
+        if result.stored_chunks < self._num_chunks:
+            return self.end_handoffs()
+        if not self._decodes.awaiting_kv:
+            return []
+        return [StartTimer(RequestTimer.HANDOFF, self._limits.handoff_grace_s)]
+
+    def failed(self, error: KVFerryError) -> list[Action]:
+        """The leg under way failed. A new one starts if a decode leg would wait for it, the request is not to blame,
+        and tries and a prefiller are left. Three cases, while some completion is unfinished:
+
+        1. Decode legs fetch beside it: they start anew, with the new leg's KV or without.
+        2. There is a new leg: decode legs wait for it, or start when it has ended.
+        3. There is none: decode legs that wait are told to compute; those that have not started compute.
+        """
+        leg, self.running = self.running, None
+        assert leg is not None
+        if self._completions.all_finished:
+            return []
+        self._failed.add(leg.node)
+        again = self._retry(error)
+        if self._handoff.decode_beside_prefill:
+            return again + self._restart_fetching()
+        if again:
+            return again
+        return self.end_handoffs() if self.awaited_by is None else self._start_awaiting(None)
+
+    def end_handoffs(self) -> list[Action]:
+        """Tell the legs that wait to stop waiting. This is repeated until they stream: the call may reach a node before
+        the leg itself, and is ignored then."""
+        actions: list[Action] = [EndHandoff(leg.id, leg.node) for leg in self._decodes.awaiting_kv]
+        if actions:
+            actions.append(StartTimer(RequestTimer.HANDOFF, self._pause_s))
+            self._pause_s = min(2 * self._pause_s, self._limits.handoff_longest_s)
+        return actions
+
+    def _start(self, node: str, decoder: str) -> list[Action]:
+        self._tries += 1
+        self.running = leg = PrefillLeg(self._next_leg(), node, decoder)
+        return [StartPrefill(leg.id, node, decoder)]
+
+    def _retry(self, error: KVFerryError) -> list[Action]:
+        decoder = self.awaited_by or next((leg.node for leg in self._decodes.awaiting_kv), None)
+        if decoder is None or not error.retryable or self._tries >= self._attempts:
+            return []
+        node = self._picker.prefiller(decoder, frozenset(self._failed))
+        if node is None:
+            return []
+        self._retries.append(("prefill", error.code))
+        return self._start(node, decoder)
+
+    def _start_awaiting(self, source: KVSource | None) -> list[Action]:
+        node, self.awaited_by = self.awaited_by, None
+        assert node is not None
+        return list(self._decodes.start(node, self._completions.unfinished, source=source))
+
+    def _restart_fetching(self) -> list[Action]:
+        actions: list[Action] = []
+        for leg in self._decodes.awaiting_kv:
+            for index in leg.open:
+                self._completions[index].tries -= 1  # it did not fail
+            actions.append(self._decodes.cancel(leg))
+            actions += self._decodes.start(leg.node, leg.indices, source=self.source)
+        return actions

@@ -1,0 +1,52 @@
+"""The tables of states are what their docstring says, and what the ledger does."""
+
+import re
+
+import pytest
+from support.router_fakes import make_rig
+
+from kvcore.errors import EngineError
+from kvcore.types import Route
+from router.requests import states
+from router.requests.events import ClientGone, DecodeFailed, PrefillDone
+from router.requests.ledger import RequestMachine
+from router.requests.states import LEG_TRANSITIONS, REQUEST_TRANSITIONS, LegState, RequestState, check_transition
+
+
+def test_the_request_table_is_what_its_prose_says() -> None:
+    prose: dict[tuple[RequestState, str], set[RequestState]] = {}
+    for state, event, after in re.findall(r"^    (\w+) +([A-Z]\w+) +([a-z_ ]+)$", states.__doc__ or "", re.M):
+        for each in RequestState if state == "any" else [RequestState(state)]:
+            prose[each, event] = {RequestState(name) for name in after.split()}
+    assert prose == {(state, event.__name__): after for (state, event), after in REQUEST_TRANSITIONS.items()}
+
+
+def test_the_leg_table_is_what_its_prose_says() -> None:
+    rows = re.findall(r"^    (\w+) +[^;\n]*; then ([a-z ]+)$", states.__doc__ or "", re.M)
+    prose = {LegState(state): {LegState(name) for name in after.split(" or ")} for state, after in rows}
+    assert prose == LEG_TRANSITIONS
+
+
+def test_what_the_table_does_not_know_is_a_bug() -> None:
+    check_transition(RequestState.DECODING, ClientGone(), RequestState.ENDED)
+    with pytest.raises(AssertionError, match="decoding by PrefillDone to settling"):
+        check_transition(RequestState.DECODING, PrefillDone.__new__(PrefillDone), RequestState.SETTLING)
+
+
+async def test_a_machine_says_what_it_is() -> None:
+    rig = await make_rig()
+
+    class Nobody:
+        def prefiller(self, decoder: str, exclude: frozenset[str]) -> str | None:
+            return None
+
+        def decoder(self, exclude: frozenset[str]) -> str | None:
+            return None
+
+    machine = RequestMachine("r", Nobody(), n=1, max_tokens=2, attempts=4)
+    assert machine.state is RequestState.NEW
+    machine.start(Route(prefiller="p0", decoder="d0", expected_cached_tokens=0, reason="x"))
+    assert repr(machine) == "<RequestMachine r decoding: prefill r.p1 on p0, 1 decode legs, 0 tokens, 0 retries>"
+    machine.handle(DecodeFailed("r.d2", EngineError("no")))
+    assert machine.state is RequestState.UNPLACED
+    assert repr(rig.dispatcher) == "<Dispatcher 0 running, 0 opened, 0 control calls>"
