@@ -51,7 +51,7 @@ def fields(kind: type[msgspec.Struct], path: str = "") -> Iterator[str]:
 
 def counted(folder: str) -> set[str]:
     code = "\n".join(path.read_text() for path in sorted((ROOT / folder).rglob("*.py")))
-    return set(re.findall(r'(?:counters|_totals)\[f?"([^"]+)"\]', code))
+    return set(re.findall(r'(?:counters|counts|totals)\[f?"([^"]+)"\]', code))
 
 
 def test_every_error_code_is_explained_with_its_status_and_whether_it_is_tried_elsewhere():
