@@ -19,10 +19,12 @@ from kvcore.process.http_body import read_body
 from kvcore.telemetry import METRICS_CONTENT_TYPE
 from router.answering import Answerer, ClientAnswer
 from router.api import openapi
+from router.api.chat_format import ChatFormatter
+from router.api.completion_format import CompletionFormatter
+from router.api.formatter import Formatter
 from router.api.http_errors import error_reply, headers_of
 from router.api.limits import ApiLimits
 from router.api.openai_schema import ChatRequest, CompletionRequest, answer_request, parse, prompts_of
-from router.api.replies import ChatFormatter, CompletionFormatter, Formatter
 from router.api.responses import AnswerResponse, JsonReply, error_response
 from router.metrics import RouterMetrics
 from router.requests.records import RequestLog
@@ -77,12 +79,12 @@ class RequestIds:
 
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(KVFerryError)
-    async def ours(request: Request, error: Exception) -> Response:
+    async def own_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, KVFerryError)
         return error_response(error)
 
     @app.exception_handler(HTTPException)
-    async def theirs(request: Request, error: Exception) -> Response:
+    async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         status = error.status_code
         code = {404: "unknown_route", 405: "method_not_allowed"}.get(status)
@@ -91,7 +93,7 @@ def _add_errors(app: FastAPI) -> None:
         return JsonReply(error_reply(status, text, code=code), status, headers)
 
     @app.exception_handler(Exception)
-    async def bug(request: Request, error: Exception) -> Response:
+    async def unexpected_error(request: Request, error: Exception) -> Response:
         return JsonReply(error_reply(500, "internal error", code="internal_error"), 500)
 
 

@@ -15,8 +15,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from kvcore.errors import EngineError, KVFerryError
 from router.answering import ClientAnswer, TextPiece
+from router.api.formatter import Formatter, sse
 from router.api.http_errors import headers_of, reply_of
-from router.api.replies import Formatter, sse
 
 _log = logging.getLogger("router")
 _SSE = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]

@@ -1,22 +1,20 @@
-"""Text to tokens and back: the model folder's tokenizer and its chat template.
+"""Text to tokens and back: the tokenizer of the model's folder.
 
 Owns every conversion between text and token ids in the cluster. `ByteTokenizer` serves where the engine is simulated.
 """
 
 import asyncio
 import json
-import math
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
 
 from kvcore.config.schema import ClusterConfig, SimEngineConfig
 from kvcore.errors import InvalidRequestError, ModelLoadError
 from kvcore.model_folder import TOKENIZER_FILES, find_folder
+from router.text.chat_template import make_chat_template
 
 _T = TypeVar("_T")
 Runner = Callable[[Callable[[], _T]], Awaitable[_T]]
@@ -82,8 +80,10 @@ class FolderTokenizer:
             self._tokenizer = FastTokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exceptions
             raise ModelLoadError(f"{file} cannot be read: {error}") from error
-        self._settings = _read_json(folder / "tokenizer_config.json")
-        self._template = self._compile()
+        settings = _read_json(folder / "tokenizer_config.json")
+        own = folder / "chat_template.jinja"
+        source = _read_text(own) if own.is_file() else settings.get("chat_template")
+        self._template = make_chat_template(source, settings, folder)
 
     def __repr__(self) -> str:
         template = "chat template" if self.has_chat_template else "no chat template"
@@ -114,43 +114,7 @@ class FolderTokenizer:
         """See Tokenizer."""
         if self._template is None:
             raise InvalidRequestError("this model has no chat template: use /v1/completions", param="messages")
-        try:
-            return self._template.render(
-                messages=list(messages),
-                add_generation_prompt=True,
-                tools=None,
-                documents=None,
-                bos_token=self._special("bos_token"),
-                eos_token=self._special("eos_token"),
-                pad_token=self._special("pad_token"),
-                unk_token=self._special("unk_token"),
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
-            raise InvalidRequestError(f"the model's chat template refused it: {error}", param="messages") from error
-
-    def _special(self, name: str) -> str:
-        value = self._settings.get(name)
-        if isinstance(value, dict):
-            value = value.get("content")
-        return value if isinstance(value, str) else ""
-
-    def _compile(self) -> jinja2.Template | None:
-        file = self._folder / "chat_template.jinja"
-        source: object = _read_text(file) if file.is_file() else self._settings.get("chat_template")
-        if isinstance(source, list):  # several named templates
-            named = {item.get("name"): item.get("template") for item in source if isinstance(item, dict)}
-            source = named.get("default")
-        if not isinstance(source, str):
-            return None
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _tojson
-        environment.globals["raise_exception"] = _raise_exception
-        try:
-            return environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise ModelLoadError(f"the chat template of {self._folder} cannot be read: {error}") from error
+        return self._template.render(messages)
 
 
 def make_tokenizer(config: ClusterConfig) -> Tokenizer:
@@ -159,11 +123,6 @@ def make_tokenizer(config: ClusterConfig) -> Tokenizer:
     if isinstance(config.engine, SimEngineConfig) and not Path(path).expanduser().is_dir():
         return ByteTokenizer(config.engine.vocab_size)
     return FolderTokenizer(find_folder(path, TOKENIZER_FILES))
-
-
-def finite(logprob: float) -> float:
-    """JSON has no infinity; OpenAI says -9999 for impossible."""
-    return logprob if math.isfinite(logprob) else -9999.0
 
 
 def _read_text(file: Path) -> str:
@@ -181,11 +140,3 @@ def _read_json(file: Path) -> dict[str, object]:
     except ValueError as error:
         raise ModelLoadError(f"{file} is not JSON: {error}") from error
     return value if isinstance(value, dict) else {}
-
-
-def _tojson(value: object, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)

@@ -25,6 +25,7 @@ from router.requests.spec import (
     TokenPrompt,
 )
 from router.routing.index import PrefixIndex
+from router.text.chat_template import make_chat_template
 from router.text.detokenizer import Detokenizer
 from router.text.tokenizer import ByteTokenizer, FolderTokenizer, run_in_thread
 
@@ -117,6 +118,9 @@ async def test_prompts_beyond_the_bound_of_an_answer_are_refused_by_the_clients_
 async def test_what_one_meets_in_a_debugger_says_what_it_holds(tmp_path: Path) -> None:
     FastTokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>")).save(str(tmp_path / "tokenizer.json"))
     assert repr(FolderTokenizer(tmp_path)) == f"<FolderTokenizer {tmp_path} vocab_size=1, no chat template>"
+    template = make_chat_template("{{ messages }}", {"bos_token": {"content": "<s>"}, "eos_token": "</s>"}, tmp_path)
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "", "unk_token": ""}
+    assert repr(template) == f"<ChatTemplate with {special}>"
     tokenizer = ByteTokenizer(VOCAB)
     assert repr(tokenizer) == "<ByteTokenizer vocab_size=512>"
     detokenizer = Detokenizer(tokenizer, [97])

@@ -1,0 +1,134 @@
+"""What a formatter is, and what those of OpenAI's endpoints share: from pieces of text to bodies and stream chunks.
+
+A formatter has state for one answer; it does no I/O. `chat_format` and `completion_format` own their endpoint's form.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Protocol
+
+import msgspec
+
+from router.answering import ClientAnswer, TextPiece
+from router.text.tokenizer import Tokenizer
+
+DONE = b"data: [DONE]\n\n"
+_encoder = msgspec.json.Encoder()
+
+
+class PromptTokensDetails(msgspec.Struct):
+    """`cached_tokens`: prompt tokens that no node computed for this request."""
+
+    cached_tokens: int
+
+
+class Usage(msgspec.Struct):
+    """Of one answer, over all its choices."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+def usage_of(answer: ClientAnswer) -> Usage:
+    """Final once the answer's pieces have ended."""
+    prompt, completion = answer.prompt_tokens, answer.completion_tokens
+    return Usage(prompt, completion, prompt + completion, PromptTokensDetails(answer.cached_tokens))
+
+
+def sse(body: object) -> bytes:
+    """One server-sent event."""
+    return b"data: " + _encoder.encode(body) + b"\n\n"
+
+
+def finite(logprob: float) -> float:
+    """JSON has no infinity; OpenAI says -9999 for impossible."""
+    return logprob if math.isfinite(logprob) else -9999.0
+
+
+class Formatter(Protocol):
+    """Makes the bodies and stream chunks of one answer, as its endpoint has them."""
+
+    def opening(self) -> list[bytes]:
+        """Events before the first piece."""
+        ...
+
+    def chunk(self, piece: TextPiece) -> bytes:
+        """The event of one piece."""
+        ...
+
+    def closing(self) -> bytes:
+        """Events after the last piece: usage, if the client asked for it, and the mark of the end."""
+        ...
+
+    def body(self, pieces: Sequence[TextPiece]) -> bytes:
+        """The body of an answer that is not streamed."""
+        ...
+
+
+class OpenAIFormatter:
+    """The fields that OpenAI's answers have in common; a subclass makes their choices."""
+
+    def __init__(self, answer: ClientAnswer, model: str, created: int, tokenizer: Tokenizer) -> None:
+        self._answer = answer
+        self._model = model
+        self._created = created
+        self._tokenizer = tokenizer
+
+    def _event(
+        self,
+        kind: str,
+        choices: list[dict[str, object]],
+        usage: Usage | None = None,
+        more: Mapping[str, object] = MappingProxyType({}),
+    ) -> bytes:
+        body: dict[str, object] = {
+            "id": self._answer.id,
+            "object": kind,
+            "created": self._created,
+            "model": self._model,
+            "choices": choices,
+            **more,
+        }
+        if self._answer.shown.usage:
+            body["usage"] = usage
+        return sse(body)
+
+    def _closing(self, kind: str) -> bytes:
+        return (self._event(kind, [], usage_of(self._answer)) if self._answer.shown.usage else b"") + DONE
+
+    def _body(
+        self, kind: str, choices: list[dict[str, object]], more: Mapping[str, object] = MappingProxyType({})
+    ) -> bytes:
+        return _encoder.encode(
+            {
+                "id": self._answer.id,
+                "object": kind,
+                "created": self._created,
+                "model": self._model,
+                "choices": choices,
+                "usage": usage_of(self._answer),
+                **more,
+            }
+        )
+
+    def _token_ids(self, piece: TextPiece) -> dict[str, object]:
+        return {"token_ids": list(piece.token_ids)} if self._answer.shown.token_ids else {}
+
+    def _prompt_token_ids(self, index: int) -> dict[str, object]:
+        return {"prompt_token_ids": self._answer.prompt_token_ids(index)} if self._answer.shown.token_ids else {}
+
+    def _one_per_choice(self, pieces: Sequence[TextPiece]) -> list[TextPiece]:
+        """The pieces of each choice put together."""
+        by_choice: list[list[TextPiece]] = [[] for _ in range(self._answer.num_choices)]
+        for piece in pieces:
+            by_choice[piece.index].append(piece)
+        gathered: list[TextPiece] = []
+        for index, own in enumerate(by_choice):
+            logprobs = [entry for piece in own for entry in piece.logprobs]
+            reason = next((piece.finish_reason for piece in own if piece.finish_reason), None)
+            token_ids = [token_id for piece in own for token_id in piece.token_ids]
+            gathered.append(TextPiece(index, "".join(piece.text for piece in own), logprobs, reason, token_ids))
+        return gathered
