@@ -21,7 +21,7 @@ _AGAIN = "download or convert the model again"
 
 
 def find_folder(path: str, hub_files: Sequence[str] = _HUB_FILES) -> Path:
-    """The local folder of `path`; of a model on the hub, the files of these patterns are had. Raises ModelLoadError."""
+    """The local folder of `path`. A model on the hub is downloaded: files of these patterns. Raises ModelLoadError."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The whole grammar, for `main` and for tests of the documentation."""
+    """The parser of all commands, for `main` and for tests of the documentation."""
     parser = argparse.ArgumentParser(prog="kvferry", description="Prefill and decode on separate machines, one cache.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     up = _command(commands, "up", _up, "run a whole cluster on this machine until Ctrl-C")

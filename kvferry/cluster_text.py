@@ -1,4 +1,4 @@
-"""A cluster's configuration as the YAML that it could have been read from, without what is by default. Pure."""
+"""A cluster's configuration as YAML from which it can be read again, without the values that are defaults. Pure."""
 
 from enum import Enum
 

@@ -23,7 +23,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9_-][\w.-]*/[\w.-]+")
 
 
 def this_machine() -> Machine:
-    """What this process finds. Blocking, a second at most."""
+    """The cores, GPUs, memory and engines that this process finds. Blocks for a second at most."""
     from transfer.memory.available import available_memory
 
     has_torch = all(importlib.util.find_spec(name) is not None for name in ("torch", "transformers"))
@@ -73,7 +73,7 @@ def parse_arguments(given: Sequence[str]) -> dict[str, object]:
 
 
 def run_serve(options: ServeOptions, overrides: Sequence[str]) -> int:
-    """Until a signal; the exit code is `run_up`'s. `options.folder` may be a hub id here. Raises ConfigError."""
+    """Runs until a signal; returns the exit code of `run_up`. `options.folder` may be a hub id. Raises ConfigError."""
     from kvferry.cluster_text import cluster_text
     from kvferry.doctor.checks import preflight
     from kvferry.launch.up import default_log_dir, run_up

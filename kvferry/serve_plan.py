@@ -36,7 +36,7 @@ _CHUNK_TOKENS = {"cpu": 128, "gpu": 256}
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What there is to share out."""
+    """What a machine has for engines and segments."""
 
     cores: tuple[int, ...]
     gpus: tuple[str, ...]
@@ -66,7 +66,7 @@ class ServeOptions:
 
 
 def plan_cluster(options: ServeOptions, machine: Machine) -> tuple[ClusterConfig, list[str]]:
-    """The cluster, as its file has it, and what was decided, in words. Raises ConfigError for what cannot be."""
+    """The cluster, as its file has it, and what was decided, in words. Raises ConfigError where it cannot run."""
     kind, why = choose_engine(options.engine, machine)
     if options.args and kind != "vllm":
         raise ConfigError(
@@ -103,7 +103,7 @@ def plan_cluster(options: ServeOptions, machine: Machine) -> tuple[ClusterConfig
 
 
 def choose_engine(asked: Literal["vllm", "torch"] | None, machine: Machine) -> tuple[Literal["vllm", "torch"], str]:
-    """Which and why. Raises ConfigError if the one asked for, or any, is missing."""
+    """The engine and the reason for it. Raises ConfigError if the one asked for, or any, is missing."""
     trouble = _vllm_trouble(machine)
     if asked != "torch" and trouble is None:
         assert machine.vllm is not None
@@ -182,5 +182,5 @@ def _chunk_tokens(engine: EngineConfig, platform: str) -> int:
 
 
 def cluster_name(model: str) -> str:
-    """A name that may be a folder's."""
+    """The cluster's name for a model: it can be the name of a folder."""
     return "serve-" + (re.sub(r"[^a-z0-9._-]+", "-", model.lower()).strip("-.") or "model")

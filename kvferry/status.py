@@ -39,7 +39,7 @@ class NodeLine(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def load(self) -> str:
-        """In words; empty while it has not reported."""
+        """The load in words; empty while the node has not reported."""
         if self.running is None:
             return ""
         blocks = f", {self.used_blocks}/{self.total_blocks} blocks" if self.total_blocks else ""
@@ -69,7 +69,7 @@ class ClusterAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class ServerAnswer(Generic[_Value]):
-    """What one server said, or why it did not."""
+    """What one server answered, or why it did not."""
 
     url: str
     raw: object = None
@@ -77,7 +77,7 @@ class ServerAnswer(Generic[_Value]):
     problem: str | None = None
 
     def plain(self) -> dict[str, object]:
-        """For JSON: what it said, whole."""
+        """The whole answer, for JSON."""
         return {"url": self.url, "problem": self.problem, "answer": self.raw}
 
 
@@ -91,7 +91,7 @@ def addresses(config: ClusterConfig) -> tuple[str, str | None]:
 async def run_status(
     router_url: str, metadata_url: str | None, *, as_json: bool, console: Console, timeout_s: float = 5.0
 ) -> int:
-    """Ask, print; 0 if all that there should be answered, 1 otherwise."""
+    """Ask and print. Returns 0 if every server that the cluster has answered, 1 otherwise."""
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=timeout_s)) as session:
         cluster, stats = await asyncio.gather(
             _ask(session, f"{router_url}/v1/cluster", ClusterAnswer), _ask_metadata(session, metadata_url)

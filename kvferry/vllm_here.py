@@ -34,7 +34,7 @@ class VllmBuild:
 
 
 def installed_vllm() -> VllmBuild | None:
-    """None: there is none."""
+    """The vLLM that is installed; None where there is none."""
     try:
         version = importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:
@@ -54,7 +54,7 @@ def cuda_devices(proc_gpus: Path = _PROC_GPUS) -> tuple[str, ...]:
 
 
 def _count_by_smi(timeout_s: float = 10.0) -> int | None:
-    """None: nvidia-smi does not say."""
+    """How many GPUs nvidia-smi lists; None where it cannot be asked."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return None
@@ -66,7 +66,7 @@ def _count_by_smi(timeout_s: float = 10.0) -> int | None:
 
 
 def cores() -> tuple[int, ...]:
-    """Those that this process may run on."""
+    """The cores that this process may run on."""
     return tuple(sorted(os.sched_getaffinity(0)))
 
 

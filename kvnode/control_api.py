@@ -1,7 +1,8 @@
 """The node's control API: an engine's protocol over HTTP, msgpack in and out, for the router.
 
 aiohttp rather than FastAPI: a delta goes out in one write without a task or a queue in between, a client that leaves
-cancels its handler at once, and it needs no schema (its only clients are ours). Owns no engine: asks for it a request.
+cancels its handler at once, and it needs no schema (its only clients are ours). Owns no engine: asks for the present
+one at each request.
 Invariant: every request ends with an answer or with its client gone; nothing it started is left.
 """
 
@@ -129,7 +130,7 @@ class ControlApi:
         return web.Response(status=204)
 
     async def _post_probe(self, http: web.Request) -> web.StreamResponse:
-        """No leg: it is not counted as one, and a drain does not wait for it."""
+        """A probe is no leg: it is not counted as one, and a drain does not wait for it."""
         if self._draining:
             raise NodeUnavailableError("the node is draining")
         try:

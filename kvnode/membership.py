@@ -56,22 +56,22 @@ class LeaseKeeper:
         return Step.REGISTER if self.epoch is None else Step.HEARTBEAT
 
     def on_registered(self, reply: RegisterReply) -> None:
-        """We are known to this life of the server."""
+        """The server knows us, as long as its epoch stays this one."""
         self.epoch = reply.epoch
         self.failures = 0
 
     def on_heartbeat(self, reply: HeartbeatReply) -> None:
-        """Forgotten, or another life of the server: register again, at once."""
+        """Where the server has forgotten us or was started again, the next step is to register, at once."""
         self.failures = 0
         if not reply.known or reply.epoch != self.epoch:
             self.epoch = None
 
     def on_failure(self) -> None:
-        """No answer. Our lease may have run out meanwhile: the next heartbeat that is answered tells."""
+        """No answer. Our lease may have ended meanwhile: the next heartbeat that is answered says so."""
         self.failures += 1
 
     def on_change(self) -> None:
-        """What we announced is no longer true: register again."""
+        """What we registered is out of date: register again."""
         self.epoch = None
 
     def delay_s(self, draw: float) -> float:
@@ -106,7 +106,7 @@ class Membership:
         self._give_back_s = limits.give_back_s
         self._lease = LeaseKeeper(ttl_s, limits.lease_first_backoff_s)
         self._changed = asyncio.Event()
-        """Something is to be told that the step under way, or the last one, did not tell."""
+        """Something has changed that the step under way, or the last one, did not tell the server."""
         self.registrations = 0
         self.heartbeat_failures = 0
 
@@ -120,7 +120,7 @@ class Membership:
 
     @property
     def node(self) -> NodeInfo:
-        """As it is announced."""
+        """The node as it registers."""
         return self._node
 
     @property
@@ -129,13 +129,13 @@ class Membership:
         return self._lease.epoch is not None and self._lease.failures == 0
 
     def announce(self, fingerprint: bytes) -> None:
-        """The engine is there and its KV is of this kind: tell, as soon as can be."""
+        """An engine is ready whose KV has this fingerprint: the node registers with it at once."""
         if fingerprint != self._node.fingerprint:
             self._node = msgspec.structs.replace(self._node, fingerprint=fingerprint)
             self.announce_again()
 
     def announce_again(self) -> None:
-        """What `scan` says of the segments has changed: tell, as soon as can be."""
+        """What `scan` says of the segments has changed: the node registers again at once."""
         self._lease.on_change()
         self._changed.set()
 
@@ -168,6 +168,14 @@ class Membership:
             log_fields(_logger, logging.WARNING, "release_failed", node=self._node.id, reason=error.message)
 
     async def _take_step(self) -> None:
+        """One call to the metadata server, or two. Four cases:
+
+        1. It does not know us and answers: we are registered, with all that lies in our segments.
+        2. It knows us and answers: our lease is longer, or we learn that it has forgotten us and register next.
+        3. It does not answer: we try again, ever more slowly. It is logged once an outage, and we keep the epoch that
+           we had: an outage shorter than the lease costs no registration.
+        4. What we told changed while we were telling it: the answer is thrown away and we register once more.
+        """
         step = self._lease.step
         try:
             if step is Step.REGISTER:
@@ -190,7 +198,7 @@ class Membership:
         segments = await self._scan()
         reply = await self._client.register(RegisterRequest(node=node, segments=segments, ttl_s=self._ttl_s))
         self.registrations += 1
-        if not self._changed.is_set():  # else something came meanwhile: once more
+        if not self._changed.is_set():  # case 4: register once more
             self._lease.on_registered(reply)
         log_fields(
             _logger, logging.INFO, "registered", node=node.id, epoch=reply.epoch, imported=reply.imported,

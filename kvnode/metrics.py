@@ -1,5 +1,5 @@
-"""The node's /metrics: its own state, the engine's and its store's totals. Names are in kvcore.metric_names. What the
-engine keeps of metrics itself (vLLM's) follows as it says it.
+"""The node's /metrics: its own state, the engine's and its store's totals. Names are in kvcore.metric_names. Metrics
+that the engine keeps by itself (vLLM's) follow unchanged.
 
 Owns no state: everything is sampled when asked for.
 """

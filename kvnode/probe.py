@@ -1,8 +1,9 @@
 """How fast this node reaches another: one measurement at a time, in room of the peer's segment reserved for it.
 
-Owns the reservations and, for so long, a transport of its own, built as the engine's is: what it moves is in no metric
-of KV. Invariant: nothing is written outside of the reservations, nor after the first of deadline, pause and
-`write_by`; they are given back when no write is under way, and never committed.
+Owns the reservations and, while it measures, a transport of its own, built as the engine's is: the metrics of KV do
+not count what it moves.
+Invariant: nothing is written outside of the reservations, nor after the first of deadline, pause and `write_by`; they
+are given back when no write is under way, and never committed.
 """
 
 import asyncio
@@ -91,7 +92,7 @@ class Prober:
 
     @asynccontextmanager
     async def paused(self) -> AsyncIterator[None]:
-        """Nothing is written inside of it: all that is reserved in the node's name may be given back."""
+        """While it is entered nothing is written, so all that is reserved in the node's name may be given back."""
         self._paused = True
         try:
             await self._stop()

@@ -1,6 +1,6 @@
-"""Bounds of what the control API takes in: a body becomes a request that an engine can run, or InvalidRequestError.
+"""Bounds of what the control API accepts: a body becomes a request that an engine can run, or InvalidRequestError.
 
-Pure. The router has checked what its clients may send; this holds whoever else speaks to a node to the same.
+Pure. The router checks what its own clients send; here every other caller of a node is held to the same bounds.
 """
 
 import math

@@ -87,7 +87,7 @@ class SegmentOwner:
 
     @property
     def segment(self) -> Segment:
-        """As peers are to be told of it now."""
+        """The segment as peers must know it now: its addresses change when its host is restarted."""
         assert self._memory is not None and self._hosts is not None, "the segment was not entered"
         return Segment(
             id=self._segment_id,

@@ -48,26 +48,26 @@ class _RunningNode:
     api: ControlApi | None = None
 
     def engine(self) -> EngineProcess:
-        """The engine of now. Raises NodeUnavailableError."""
+        """The present engine. Raises NodeUnavailableError while there is none."""
         if self.supervisor is None:
             raise NodeUnavailableError("this node has no engine: its role is store")
         return self.supervisor.engine()
 
     def health(self) -> str | None:
-        """None: it serves."""
+        """Why the node does not serve; None: it does."""
         if self.supervisor is None or self.supervisor.ready:
             return None
         return "the node's engine is starting"
 
     async def sample(self, *, exposition: bool = False) -> Sample | None:
-        """None while there is no engine, or it is too busy to say."""
+        """None while there is no engine, or where it is too busy to answer."""
         try:
             return await self.engine().sample(exposition=exposition)
         except KVFerryError:
             return None
 
     async def report(self) -> NodeReport:
-        """For /v1/info."""
+        """The answer of /v1/info."""
         sample = await self.sample()
         ready = self.supervisor is not None and self.supervisor.ready
         stats: EngineStats | None = sample.stats if sample is not None else None
@@ -165,7 +165,7 @@ def _supervisor(
 
 
 def _pass_on(line: str) -> None:
-    """The engine's log lines are ours."""
+    """Put a log line of the engine's process into our own log."""
     sys.stderr.write(line + "\n")
 
 

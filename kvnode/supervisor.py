@@ -50,8 +50,8 @@ TRANSITIONS: Mapping[EngineState, frozenset[EngineState]] = {
 
 
 class EngineSupervisor:
-    """Run it in a task. `make` makes one life of the engine, not yet entered; `on_ready` is told of each that is.
-    Between two lives `on_end` is awaited: it bounds itself and does not raise."""
+    """Run it in a task. `make` gives an engine's process, not yet entered; `on_ready` is called with each once it is
+    ready. After each process's end `on_end` is awaited: it bounds itself and does not raise."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class EngineSupervisor:
         return self._engine is not None
 
     def engine(self) -> EngineProcess:
-        """The engine of now. Raises NodeUnavailableError, at once, while there is none."""
+        """The present engine. Raises NodeUnavailableError, at once, while there is none."""
         if self._engine is None:
             raise NodeUnavailableError("the node's engine is starting" + (" again" if self.restarts else ""))
         return self._engine

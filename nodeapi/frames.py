@@ -9,7 +9,7 @@ MAX_FRAME_BYTES = 64 << 20
 
 
 class FrameError(ValueError):
-    """A length that cannot be. The stream is of no more use: nobody can tell where the next frame begins."""
+    """An impossible length. The stream is useless from here on: nobody can tell where the next frame begins."""
 
 
 def pack_frame(payload: bytes, max_bytes: int = MAX_FRAME_BYTES) -> bytes:
@@ -27,7 +27,7 @@ class FrameDecoder:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> list[bytes]:
-        """Take in bytes; returns the payloads that are complete now, in order. Raises FrameError."""
+        """Add bytes; returns the payloads that are complete now, in order. Raises FrameError."""
         self._buffer += data
         payloads: list[bytes] = []
         start = 0
@@ -45,5 +45,5 @@ class FrameDecoder:
 
     @property
     def at_boundary(self) -> bool:
-        """Whether no frame is half-received: an end of the stream now cuts nothing."""
+        """Whether no frame is half-received, so that the stream may end here."""
         return not self._buffer

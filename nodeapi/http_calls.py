@@ -1,6 +1,6 @@
 """Calls to nodes over HTTP with kept-alive connections: deadlines, bounds, and every failure as one of kvcore.errors.
 
-Owns the connections. What a refusal means is the caller's to say; decides nothing and retries nothing.
+Owns the connections. The caller says what a refusal means. Decides nothing and retries nothing.
 """
 
 import asyncio
@@ -53,8 +53,8 @@ class HttpCalls:
     async def open(
         self, method: str, url: str, body: bytes, timeout_s: float, headers: Mapping[str, str] | None = None
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """An answer with status 200, its head within `timeout_s`; every other outcome, also while the caller reads, is
-        an error of ours."""
+        """An answer with status 200, whose head came within `timeout_s`. Every other outcome raises an error of
+        kvcore.errors, also one that comes while the caller reads the body."""
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=self._max_connections, keepalive_timeout=self._keepalive_s),

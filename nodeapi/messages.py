@@ -17,11 +17,11 @@ OLDEST_PROTOCOL = 1
 
 
 class _StrictMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a node does not know it could not do: it must not answer as if it had."""
+    """A request. A node refuses one with a field it does not know: it could not do what that field asks."""
 
 
 class _TolerantMessage(msgspec.Struct, frozen=True, kw_only=True):
-    """What is only told may be more than the reader knows."""
+    """A reply. A reader ignores the fields it does not know."""
 
 
 class SamplingParams(_StrictMessage, frozen=True, kw_only=True):
@@ -45,7 +45,7 @@ class SamplingParams(_StrictMessage, frozen=True, kw_only=True):
     stop_token_ids: list[int] = []
     ignore_eos: bool = False
     logprobs: int | None = None
-    """None: none; k: the sampled token's and those of the k likeliest, after no temperature, as OpenAI's."""
+    """None: no logprobs. k: of the sampled token and of the k likeliest ones, before temperature, as OpenAI has it."""
     n: int = 1
 
 
@@ -227,7 +227,7 @@ class ProbeRequest(_StrictMessage, frozen=True, kw_only=True):
 
 
 class ProbeReport(_TolerantMessage, frozen=True, kw_only=True):
-    """Its answer. Rates are bytes/s of batches of `num_bytes`, `latency_s` the median of gets of 4 KiB.
+    """Answer of `POST /v1/probe`. Rates are bytes/s of batches of `num_bytes`, `latency_s` the median of gets of 4 KiB.
 
     `copy_rate`: of a copy in this node's own memory. `link_rate`: what `devices` should give together; None where the
     kernel states none.

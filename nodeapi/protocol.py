@@ -1,4 +1,4 @@
-"""A node as the router sees it: the calls it makes. `node_client` makes them over HTTP, a simulation by itself."""
+"""The calls that a router makes to a node. `nodeapi.client` makes them over HTTP, the simulation without."""
 
 from collections.abc import AsyncGenerator
 from typing import Protocol
@@ -15,8 +15,8 @@ class NodeClient(Protocol):
         ...
 
     def generate(self, url: str, request: GenerateRequest, *, timeout_s: float) -> AsyncGenerator[TokenDelta]:
-        """Run a decode leg. Ends normally only after the node ended its stream; the caller counts finish reasons. No
-        single delta may take longer than `timeout_s`, else DeadlineExceededError."""
+        """Run a decode leg. Ends normally when the node has ended its stream; the caller counts finish reasons.
+        DeadlineExceededError when a single delta takes longer than `timeout_s`."""
         ...
 
     async def end_handoff(self, url: str, request_id: str, *, timeout_s: float) -> None:

@@ -83,7 +83,7 @@ def spell_out_engines(raw: dict[str, object]) -> None:
     """Change a cluster file, as read: lay each node's vllm section over the cluster's, when that is vllm too.
 
     The rule: what the node gives replaces what the cluster gives, `args` and `env` name by name, and `kind` may be left
-    out. Numbers in `env` become text. Whatever is not as it should be is left for the parser to judge.
+    out. Numbers in `env` become text. What is of a wrong type is left for the parser to refuse.
     """
     whole, nodes = raw.get("engine"), raw.get("nodes")
     _env_to_text(whole)

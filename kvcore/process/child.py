@@ -118,12 +118,12 @@ class ChildProcess:
 
     @property
     def pid(self) -> int:
-        """Of the command itself (the trampoline became it)."""
+        """The process id of the command itself (the trampoline became it)."""
         return self._process.pid
 
     @property
     def returncode(self) -> int | None:
-        """None while it runs; the negative signal number if a signal ended it."""
+        """Its exit code; None while it runs, the negative signal number if a signal ended it."""
         return self._returncode
 
     async def wait(self) -> int:
@@ -170,7 +170,12 @@ class ChildProcess:
             os.kill(self._process.pid, signal.SIGKILL)  # caught before its setsid
 
     def _child_ended(self) -> None:
-        """It stays a zombie, so that its number stays its own, until its group is gone."""
+        """The child itself has ended. It stays a zombie until its group is gone, so that its pid stays its own.
+
+        1. Without a guard: what is left of the group is killed and all is over.
+        2. With one: the guard, which watches the child too, ends the group; `_guard_ended` follows. If it has not after
+           `guard_s`, it is stuck or stopped: the group is killed without it.
+        """
         self._loop.remove_reader(self._pidfd)
         status = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
         assert status is not None
@@ -182,7 +187,12 @@ class ChildProcess:
             self._guard_timer = self._loop.call_later(self._guard_s, self._reap)
 
     def _guard_ended(self) -> None:
-        """The group is gone, or the guard alone was killed: then nothing would be safe any more."""
+        """The guard's end of the link is closed: the guard has ended.
+
+        1. The child runs: somebody killed the guard alone. Nobody would end the group after our death any more, so the
+           group is killed now; `_child_ended` follows and finds no guard.
+        2. The child has ended: the guard has ended all of the group, itself last. All is over.
+        """
         assert self._guard is not None
         self._loop.remove_reader(self._guard)
         self._guard.close()
@@ -194,7 +204,7 @@ class ChildProcess:
             self._reap()
 
     def _read_output(self) -> bool:
-        """Pass on what is there; False: nothing more for now, or ever."""
+        """Pass on the output that is there; False where there is none for now, or no more."""
         if self._output is None:
             return False
         try:
@@ -227,6 +237,7 @@ class ChildProcess:
                 self._partial_line = b""
 
     def _reap(self) -> None:
+        """All is over: free the pid, the descriptors and what was still in the pipe."""
         self._kill_group()
         self._process.wait()  # it is a zombie: returns at once
         os.close(self._pidfd)

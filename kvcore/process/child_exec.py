@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def _fork_guard(link: int) -> None:
-    """From here on the group is watched: what the guard misses while it starts it finds afterwards."""
+    """Start the guard in our process group. What happens while it starts it finds when it first looks."""
     leader = os.getpid()
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     if os.fork():
@@ -67,9 +67,13 @@ def _fork_guard(link: int) -> None:
 
 
 def watch(link: int, leader: int) -> None:
-    """The guard: end our process group, ourselves last, once the other end of `link` is closed (the parent is gone) or
-    `leader`, our parent, has ended. Who holds the other end of `link` sees its end when nothing is left of the group,
-    or when the guard itself was killed.
+    """The guard: end our process group, ourselves last. It waits for the first of three:
+
+    1. The other end of `link` is closed: who started the command is gone, however it ended.
+    2. `leader`, the command and our parent, has ended: what it started must not outlive it.
+    3. `leader` had ended before we looked: our parent is another process already, and there is nothing to wait for.
+
+    Our own end closes `link`, which tells its other end that nothing is left of the group, or that we were killed.
     """
     try:
         ended = os.pidfd_open(leader)
@@ -116,7 +120,7 @@ def _is_tracker(pid: int) -> bool:
 
 
 def _read(path: str) -> bytes:
-    """Empty: the process has gone."""
+    """The file's bytes; empty when the process has gone."""
     try:
         with open(path, "rb") as file:  # noqa: PTH123
             return file.read()

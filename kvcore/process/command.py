@@ -1,4 +1,4 @@
-"""The command line that every process of a cluster has: which file, what to override, and how a bad one is told."""
+"""The command line that every process of a cluster has: which file, what to override, and how a bad file is told."""
 
 import argparse
 import sys

@@ -33,7 +33,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._in_message = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
-        """A client is there: its first head is awaited."""
+        """A client has connected: its first head must come in time."""
         super().connection_made(transport)
         self._head_timer = self.loop.call_later(self._head_s, self._head_late)
 
@@ -60,7 +60,7 @@ class BoundedHttp(HttpToolsProtocol):
         super().on_message_complete()
 
     def data_received(self, data: bytes) -> None:
-        """As uvicorn's; a wish to upgrade to something else is not heeded, as HTTP allows."""
+        """As uvicorn's. A request to upgrade the protocol is ignored, as HTTP allows."""
         self._unset_keepalive_if_required()
         try:
             self.parser.feed_data(data)
@@ -75,7 +75,7 @@ class BoundedHttp(HttpToolsProtocol):
                 self._refuse(431, f"the request's head is over the bound of {MAX_HEAD_BYTES} bytes")
 
     def eof_received(self) -> None:
-        """The client sends no more. In mid-request it is told so, in case it still reads; then the transport closes."""
+        """The client sends no more. If that cuts a request short it gets an error, in case it still reads."""
         if self._in_message:
             self._refuse(400, "the request was cut short")
 

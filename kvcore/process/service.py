@@ -44,7 +44,7 @@ class Lifecycle:
         return f"<Lifecycle {state}>"
 
     def ready(self, **fields: object) -> None:
-        """Say that the process serves. From here on a signal sets `stopping` and cancels nothing."""
+        """Log that the process serves. From here on a signal sets `stopping` and cancels nothing."""
         self.is_ready = True
         log_fields(_logger, logging.INFO, "ready", pid=os.getpid(), **fields)
 
@@ -102,7 +102,7 @@ async def _supervise(main: Main) -> None:
 
 
 def _handle_signals(lifecycle: Lifecycle) -> Callable[[], None]:
-    """Take SIGTERM and SIGINT; returns what gives them back."""
+    """Handle SIGTERM and SIGINT; returns a function that ends this."""
     loop, main_task = asyncio.get_running_loop(), asyncio.current_task()
     assert main_task is not None
     seen = 0

@@ -1,4 +1,4 @@
-"""A client of the router's public API, as the demo needs it: one streamed chat, and what became of it.
+"""A client of the router's public API, as the demo needs it: one streamed chat and its record.
 
 Owns an HTTP session. Knows nothing of nodes but what `/v1/requests/{id}` tells.
 """
@@ -62,7 +62,7 @@ class _ChatEvent(msgspec.Struct, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class ChatResult:
-    """One answered chat. Times are the client's own; routes and moves are the router's word."""
+    """One answered chat. Times are measured by the client; routes and moves are what the router recorded."""
 
     text: str
     ttft_s: float
@@ -154,7 +154,7 @@ class DemoClient:
             raise KVFerryError(f"the router did not answer: {error or 'no answer in time'}") from error
 
     async def _record(self, request_id: str) -> _Record:
-        """What the router wrote down; waits a moment for a leg that ends after the stream."""
+        """The router's record of the request; waits a moment for a leg that ends after the stream."""
         assert self._session is not None
         url = f"{self._url}/v1/requests/{request_id}"
         try:

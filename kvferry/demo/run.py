@@ -25,7 +25,7 @@ _MAX_TOKENS = 64
 
 
 def run_demo(config_file: Path, overrides: Sequence[str], log_dir: Path | None, *, once: bool) -> int:
-    """Returns the exit code. `once`: ends by itself, the last line is `RESULT {json}`; else it ends with a signal."""
+    """Returns the exit code. With `once` it ends by itself with a line `RESULT {json}`, else at a signal."""
     config = load_config(config_file, overrides)
     results: list[dict[str, object]] = []
 
@@ -88,7 +88,7 @@ async def _ask_all(config: ClusterConfig, url: str, display: Display) -> list[Ch
 
 
 def describe(answer: ChatResult) -> str:
-    """What one request cost, for people: two lines or more."""
+    """What one request took, for people: two lines or more."""
     computed = answer.prompt_tokens - answer.cached_tokens
     speed = f"{answer.completion_tokens} tokens in {answer.total_s:.1f} s"
     route = f"prefilled on {answer.prefiller}" if answer.prefiller else "no prefiller"

@@ -86,18 +86,18 @@ class Launcher:
 
     @property
     def router_url(self) -> str:
-        """Where clients go."""
+        """The URL of the OpenAI API."""
         return next(plan.url for plan in self._plans if plan.kind is ProcessKind.ROUTER)
 
     @property
     def pids(self) -> dict[str, int]:
-        """Of the processes that run now, by name: `metadata-server`, `router` and the nodes' names."""
+        """The pids of the processes that run now, by name: `metadata-server`, `router` and the nodes' names."""
         found = {name: process.pid for name, process in self._processes.items()}
         return {name: pid for name, pid in found.items() if pid is not None}
 
     @property
     def states(self) -> dict[str, ProcessState]:
-        """Of every process, by name."""
+        """The state of every process, by name."""
         return {name: process.state for name, process in self._processes.items()}
 
     @property
@@ -106,7 +106,7 @@ class Launcher:
         return {name: process.restarts for name, process in self._processes.items()}
 
     def log_file(self, name: str) -> Path:
-        """Where the output of `name` goes; that of the launch before is beside it, with `.1` at the end."""
+        """The file with the output of `name`; that of the launch before is beside it, with `.1` at the end."""
         return self._log_dir / f"{name}.log"
 
     async def start(self) -> None:
@@ -134,7 +134,7 @@ class Launcher:
             self._tasks.append(task)
 
     async def wait_ready(self, timeout_s: float) -> None:
-        """Until every process serves. Raises ConfigError with the last lines of the one that ended or is not ready."""
+        """Wait until every process serves. Raises ConfigError with the last lines of one that ended or is not ready."""
         try:
             async with asyncio.timeout(timeout_s):
                 await self._wait_until(lambda: all(state is ProcessState.READY for state in self.states.values()))
@@ -143,7 +143,7 @@ class Launcher:
             raise ConfigError(late.explain_late(timeout_s)) from None
 
     async def wait_restarted(self, name: str, old_pid: int, timeout_s: float) -> int:
-        """Until `name` serves again under another pid than `old_pid`, which is returned. Raises TimeoutError."""
+        """Waits until `name` serves again under another pid than `old_pid`, which is returned. Raises TimeoutError."""
         process = self._processes[name]
 
         def is_back() -> bool:

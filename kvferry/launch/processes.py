@@ -36,7 +36,7 @@ class ProcessPlan:
 
     @property
     def health_url(self) -> str:
-        """200 once it serves."""
+        """Answers 200 once the process serves."""
         return f"{self.url}/health"
 
 

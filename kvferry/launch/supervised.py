@@ -1,4 +1,4 @@
-"""One process of a cluster on this machine: its present child, its log, what it said last, whether it is healthy.
+"""One process of a cluster on this machine: its present child, its log and last lines, its health.
 
 Decides nothing about restarts; `kvferry.launch.launcher` does.
 """
@@ -95,7 +95,7 @@ class SupervisedProcess:
 
     @property
     def pid(self) -> int | None:
-        """Of the child, while it runs."""
+        """The pid of the child; None while none runs."""
         return self._child.pid if self._child is not None and self._child.returncode is None else None
 
     async def run_once(self) -> str:
@@ -152,7 +152,7 @@ class SupervisedProcess:
             self.set_state(ProcessState.READY)
 
     async def _ask_health(self) -> str:
-        """Empty: healthy."""
+        """Why it is not healthy; empty where it is."""
         try:
             async with self._session.get(self.plan.health_url) as reply:
                 body = await reply.content.read(300)

@@ -1,4 +1,4 @@
-"""`kvferry up`: the launcher with a face. Also what the demo shares with it: bringing a cluster up and saying where."""
+"""`kvferry up`: the launcher on a terminal. `launched`, `default_log_dir` and `curl_line` are the demo's too."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from kvferry.launch.launcher import Launcher
 
 
 def run_up(config_file: Path, overrides: Sequence[str], log_dir: Path | None) -> int:
-    """Until a signal; returns the exit code: 0 stopped in order, 2 the machine is not fit.
+    """Runs until a signal. Returns the exit code: 0 stopped in order, 2 the machine is not fit.
 
     Raises ConfigError for the file itself.
     """
@@ -58,12 +58,12 @@ async def launched(
 
 
 def default_log_dir(cluster: str) -> Path:
-    """Under the user's state folder (XDG)."""
+    """The folder of the logs: under the user's state folder (XDG)."""
     state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
     return Path(state).expanduser() / "kvferry" / cluster
 
 
 def curl_line(router_url: str, model: str) -> str:
-    """To talk to the cluster from a shell."""
+    """A command that talks to the cluster from a shell."""
     body = {"model": model, "stream": True, "messages": [{"role": "user", "content": "Tell me about rivers."}]}
     return f"curl -N {router_url}/v1/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'"

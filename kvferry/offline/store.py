@@ -36,7 +36,7 @@ _logger = logging.getLogger("kvferry.offline")
 
 
 class OfflineStore:
-    """Of one LLM; used once. `start` and `close` block their caller, bounded."""
+    """The store's processes of one LLM; used once. `start` and `close` block their caller, for a bounded time."""
 
     def __init__(
         self, cluster: StoreCluster, *, reach_s: float = 10.0, poll_s: float = 0.05, margin_s: float = 10.0
@@ -53,9 +53,9 @@ class OfflineStore:
         self._thread = threading.Thread(target=self._run, name="kvferry-store", daemon=True)
 
     def start(self) -> NodeReport:
-        """Start the processes; the report of the LLM's node, once the metadata server knows it.
+        """Start the processes. Returns the report of the LLM's node, once the metadata server knows it.
 
-        Raises ConfigError with what went wrong, and has closed itself then.
+        Raises ConfigError with what went wrong, after it has closed itself.
         """
         try:
             self._folder = Path(tempfile.mkdtemp(prefix="kvferry-llm-"))
@@ -140,7 +140,7 @@ class OfflineStore:
         timeout_s: float,
         problem: str,
     ) -> None:
-        """Ask the metadata server for its nodes until they are enough. Raises ConfigError with the last answer."""
+        """Ask the metadata server for its nodes until they are `enough`. Raises ConfigError with the last answer."""
         config, last = self._cluster.config, "no answer"
         try:
             async with asyncio.timeout(timeout_s):

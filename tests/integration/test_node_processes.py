@@ -185,3 +185,25 @@ async def test_sigterm_drains_leaves_and_leaves_nothing_behind(tmp_path: Path) -
         stats = await subject.stats()
         assert (stats.nodes, stats.reservations, stats.read_leases) == ([], 0, 0)
         assert stats.counters["nodes_left"] == 1
+
+
+async def test_every_process_dumps_its_tasks_on_sigusr1_and_serves_on(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as subject:
+        await subject.start("metadata", "d0")
+        await subject.joined("d0")
+        node = subject.children["d0"].pid
+        (engine,) = children(node)
+        for pid in (node, engine, subject.children["metadata"].pid):
+            os.kill(pid, signal.SIGUSR1)
+
+        async def dumped() -> bool:
+            lines = [*subject.lines["d0"], *subject.lines["metadata"]]
+            return sum(" dump_end" in line for line in lines) == 3
+
+        await until(dumped)
+        log = "\n".join(subject.lines["d0"])
+        for line in ("dump_task name=membership ", "<Membership decoder d0.", "<EngineSupervisor ready with pid "):
+            assert line in log
+        assert "<SegmentOwner d0." in log and " d0.engine kvcore.dump dump_task " in log
+        tokens, _ = await generated(subject, "d0", generate_request())
+        assert [tokens] == expected_tokens(engine_config(subject), PROMPT, SAMPLING)
