@@ -60,27 +60,17 @@ class ClientAnswer:
         self._stops = request.stops
         self._limits = limits
         self.shown = request.shown
+        self.id = request.specs[0].request_id
+        """Of the answer, and of its (first) request."""
+        self.num_choices = sum(spec.sampling.n for spec in request.specs)
+        """Over all prompts; so with `prompt_tokens`."""
+        self.prompt_tokens = sum(len(spec.prompt_token_ids) for spec in request.specs)
 
     def __repr__(self) -> str:
         return (
             f"<ClientAnswer {self.id} prompts={len(self._specs)} choices={self.num_choices}"
             f" prompt_tokens={self.prompt_tokens} completion_tokens={self.completion_tokens}>"
         )
-
-    @property
-    def id(self) -> str:
-        """Of the answer, and of its (first) request."""
-        return self._specs[0].request_id
-
-    @property
-    def num_choices(self) -> int:
-        """Over all prompts."""
-        return sum(spec.sampling.n for spec in self._specs)
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Over all prompts."""
-        return sum(len(spec.prompt_token_ids) for spec in self._specs)
 
     def prompt_token_ids(self, index: int) -> list[int]:
         """The prompt of choice `index`."""
