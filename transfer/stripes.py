@@ -21,7 +21,12 @@ class OpSlice(NamedTuple):
 def stripe(ops: Sequence[tuple[int, TransferOp]], max_stripes: int, min_bytes: int) -> list[list[OpSlice]]:
     """Cut `(index, op)` pairs into at most `max_stripes` lists of about equal bytes, none far below `min_bytes`.
 
-    No op is empty. The parts cover each op exactly once, in order.
+    No op is empty. The slices cover each op exactly once, in order. Each list but the last has `share` bytes, so an op
+    is in one of three cases:
+    1. it fits into what the current list has room for: one slice, all of it;
+    2. it is longer: a slice fills the current list, and the rest goes on in the next, or in several;
+    3. the current list was filled exactly by what came before: it begins the next list, then as case 1 or 2.
+    Only in case 1 are its bytes shown: slices on several connections arrive in no order.
     """
     total = sum(op.num_bytes for _, op in ops)
     count = max(1, min(max_stripes, total // min_bytes))
@@ -33,12 +38,12 @@ def stripe(ops: Sequence[tuple[int, TransferOp]], max_stripes: int, min_bytes: i
     for index, op in ops:
         offset, views, rest = op.offset, byte_views(op), op.num_bytes
         while rest:
-            if room == 0:
+            if room == 0:  # case 3, or the rest of case 2
                 stripes.append([])
                 room = share
             length = min(rest, room)
             taken, views = _take(views, length)
-            show = op.on_part if length == op.num_bytes else None
+            show = op.on_part if length == op.num_bytes else None  # case 1
             stripes[-1].append(OpSlice(index, offset, taken, length, show))
             offset, rest, room = offset + length, rest - length, room - length
     return stripes

@@ -1,7 +1,7 @@
 """One stripe's round trips on one connection of the TCP transport: in a thread, or, if it is small, on the event loop.
 
-Owns no connection. After an error or a cancellation the connection is of no further use. On the loop nothing blocks: 4
-KiB cost two system calls and one wake-up there (about 45 us), where a thread's hand-over and back took 0.2 ms more.
+Owns no connection. After an error or a cancellation the connection must be closed. On the loop nothing blocks: 4 KiB
+cost two system calls and one wake-up there (about 45 us), where a thread's hand-over and back took 0.2 ms more.
 """
 
 import asyncio
@@ -18,12 +18,12 @@ from transfer.tcp import wire
 from transfer.tcp.sockets import Check, not_empty, recv_bytes, recv_now, recv_views, send_now, send_views
 
 _SHOWN_BYTES = 1 << 20
-"""What has passed is shown this often, while it is still in the cache."""
+"""What has been moved is shown this often, while it is still in the cache."""
 _PACKET_BYTES = 16 << 10
 """An answer longer than this arrives in several packets: the loop is woken when it is all there."""
 
 
-class _Answer:
+class _PendingReply:
     """What is to arrive on a connection that the loop watches: `wanted`, and then its payload into `views`."""
 
     __slots__ = ("_header", "_raw", "_rest", "_text", "_views", "_wanted", "future")
@@ -37,11 +37,15 @@ class _Answer:
         self._header: wire.Header | None = None
         self._text = bytearray()
 
-    def take(self, sock: socket.socket) -> bool:
-        """Receive what is there; whether that was all. Raises OSError, or TransferError for another answer."""
+    def receive(self, sock: socket.socket) -> bool:
+        """Receive what is there; whether that was all. Raises OSError, or TransferError for another reply.
+
+        `_rest` is what is still to be filled: first the header; then, told by the header, the payload or an error's
+        text. Each time that it is full, the next begins at once: it may have come in the same packet.
+        """
         if not recv_now(sock, self._rest):
             return False
-        if self._header is None:
+        if self._header is None:  # the header is complete
             self._header = header = wire.parse_header(self._raw)
             if header.kind is wire.FrameKind.ERROR:
                 self._text = bytearray(_text_bytes(header))
@@ -57,9 +61,12 @@ class _Answer:
 
 
 class Connection:
-    """A socket to a peer, used by one exchange at a time: by a thread, or by the loop, which then watches it."""
+    """A socket to a peer, used by one exchange at a time: by a thread, or by the loop, which then watches it.
 
-    __slots__ = ("_answer", "_broken", "_loop", "greeted", "request_ids", "sock")
+    Between exchanges the loop may go on watching: closing by the peer is then noticed at once (`usable`).
+    """
+
+    __slots__ = ("_broken", "_loop", "_reply", "greeted", "request_ids", "sock")
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -68,17 +75,21 @@ class Connection:
         self.request_ids = itertools.count(1)
         self._loop: asyncio.AbstractEventLoop | None = None
         """That which watches it."""
-        self._answer: _Answer | None = None
+        self._reply: _PendingReply | None = None
         self._broken = False
 
     def __repr__(self) -> str:
         watched = "loop" if self._loop is not None else "thread"
-        state = "broken" if self._broken else "waiting" if self._answer is not None else "idle"
+        state = "broken" if self._broken else "waiting" if self._reply is not None else "idle"
         return f"<Connection fd={self.sock.fileno()} greeted={self.greeted} by={watched} {state}>"
 
     @property
     def usable(self) -> bool:
-        """Of an idle connection: whether it is still open, with nothing unasked-for in it."""
+        """Of an idle connection: whether it is still open, with nothing in it that nobody asked for.
+
+        Three cases: the loop watches it, and would have stopped if anything had come; the loop has stopped for that
+        reason; nobody watches it, so the kernel is asked.
+        """
         if self._loop is not None:
             return True
         if self._broken:
@@ -91,17 +102,17 @@ class Connection:
             return False
         return False
 
-    def answer(self, wanted: wire.Header, views: list[memoryview]) -> "asyncio.Future[None]":
+    def expect(self, wanted: wire.Header, views: list[memoryview]) -> "asyncio.Future[None]":
         """Let the loop receive `wanted` and its payload; the future ends when it has, or with what is wrong."""
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
             self._loop.add_reader(self.sock, self._readable)
         future = self._loop.create_future()
-        self._answer = _Answer(wanted, views, future)
+        self._reply = _PendingReply(wanted, views, future)
         return future
 
     def unwatch(self) -> None:
-        """From now on it is a thread's."""
+        """The loop watches it no longer: a thread may use it."""
         if self._loop is not None:
             self._loop.remove_reader(self.sock)
             self._loop = None
@@ -109,29 +120,36 @@ class Connection:
     def close(self) -> None:
         """Idempotent; no thread may be using it."""
         self.unwatch()
-        self._answer = None
+        self._reply = None
         self.sock.close()
 
     def _readable(self) -> None:
-        answer = self._answer
-        if answer is None:  # closed by the peer, or unasked-for
+        """Called by the loop. Four cases:
+        1. nobody waits for anything: the peer closed the connection, or sent what nobody asked for: it is broken;
+        2. part of the reply has come: wait for the rest;
+        3. the peer broke the protocol, sent an error, or the connection broke: the waiting exchange gets the error;
+        4. all of it has come: the waiting exchange goes on.
+        In cases 3 and 4 the exchange may have been cancelled or late meanwhile: then its future is done already.
+        """
+        reply = self._reply
+        if reply is None:  # case 1
             self._broken = True
             self.unwatch()
             return
         try:
-            if not answer.take(self.sock):
+            if not reply.receive(self.sock):  # case 2
                 # The kernel woke us for less than was waited for (a small buffer, loss on the way): the rest may be
                 # less than that too, and would wake nobody.
                 self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
                 return
-        except (OSError, TransferError) as error:
+        except (OSError, TransferError) as error:  # case 3
             self.unwatch()
-            if not answer.future.done():
-                answer.future.set_exception(error)
-        else:
-            if not answer.future.done():
-                answer.future.set_result(None)
-        self._answer = None
+            if not reply.future.done():
+                reply.future.set_exception(error)
+        else:  # case 4
+            if not reply.future.done():
+                reply.future.set_result(None)
+        self._reply = None
 
 
 class Exchange:
@@ -143,12 +161,17 @@ class Exchange:
         self._parts = parts
         self._num_bytes = sum(part.num_bytes for part in parts)
 
+    def __repr__(self) -> str:
+        direction = "write" if self._writing else "read"
+        return f"<Exchange {direction} {self._segment.id} parts={len(self._parts)} bytes={self._num_bytes}>"
+
     def fits_the_loop(self, max_bytes: int) -> bool:
         """Whether it is one frame of at most `max_bytes`."""
         return self._num_bytes <= max_bytes and len(self._parts) <= wire.MAX_OPS
 
     def run(self, connection: Connection, deadline: BatchDeadline) -> None:
-        """Blocks; whoever is late or cancelled shuts the socket down. Raises TransferError."""
+        """In a thread: blocks. A caller that is late or cancelled shuts the socket down, which ends it. Raises
+        TransferError."""
         check = deadline.remaining
         try:
             connection.sock.setblocking(True)  # libuv makes what it has watched non-blocking
@@ -161,13 +184,21 @@ class Exchange:
             raise self._broke(error) from error
 
     async def run_on_loop(self, connection: Connection, deadline: BatchDeadline) -> None:
-        """For an exchange that `fits_the_loop`, on a connection that was greeted. Raises TransferError."""
+        """For an exchange that `fits_the_loop`, on a connection that was greeted. Raises TransferError.
+
+        One future stands for the reply. It ends in one of four ways, and whatever waits here ends with it:
+        1. the reply has come (`Connection._readable`);
+        2. the peer sent something else, or the connection broke while receiving (likewise);
+        3. the timer ended it with the deadline's error;
+        4. this task was cancelled while it waited for the reply: asyncio cancels the future.
+        Sending waits for room in the socket or for that future, so that a reply that comes too early ends it too.
+        """
         sock = connection.sock
         request, wanted = self._request(connection, self._parts)
         views = [view for part in self._parts for view in part.views]
         outgoing = [memoryview(request), *views] if self._writing else [memoryview(request)]
         answer_bytes = wire.HEADER_BYTES + wanted.payload_bytes
-        future = connection.answer(wanted, [] if self._writing else list(views))
+        future = connection.expect(wanted, [] if self._writing else list(views))
         timer = future.get_loop().call_later(deadline.remaining(), _late, future, deadline)
         try:
             while not send_now(sock, outgoing):
@@ -199,23 +230,29 @@ class Exchange:
         return request, wire.Header(wire.FrameKind.DATA, len(parts), payload_bytes=total, request_id=request_id)
 
     def _frame(self, connection: Connection, parts: Sequence[OpSlice], check: Check) -> None:
+        """One request and its reply. Four cases:
+        1. a write that nobody looks at: request and bytes in the same system calls;
+        2. a write that is looked at: the request, then group by group, each shown after it was sent;
+        3. a read that is looked at: after the reply's header group by group, each shown after it was received;
+        4. a read that nobody looks at: all at once after the header.
+        """
         sock = connection.sock
         request, wanted = self._request(connection, parts)
         views = [view for part in parts for view in part.views]
         shown = any(part.show is not None for part in parts)
         if self._writing and not shown:
-            send_views(sock, [request, *views], check)
+            send_views(sock, [request, *views], check)  # case 1
         else:
             send_views(sock, [request], check)
         if self._writing and shown:
-            _show_each(parts, lambda group, _: send_views(sock, group, check))
+            _show_each(parts, lambda group, _: send_views(sock, group, check))  # case 2
         _expect(_reply(sock, check), wanted)
         if self._writing:
             return
         if shown:
-            _show_each(parts, lambda group, behind: recv_views(sock, group, check, behind=behind))
+            _show_each(parts, lambda group, behind: recv_views(sock, group, check, behind=behind))  # case 3
         else:
-            recv_views(sock, views, check)
+            recv_views(sock, views, check)  # case 4
 
     def _greet(self, sock: socket.socket, check: Check) -> None:
         send_views(sock, [wire.pack_hello(self._segment.id)], check)
@@ -252,7 +289,7 @@ def _expect(header: wire.Header, wanted: wire.Header) -> None:
 
 
 def _show_each(parts: Sequence[OpSlice], move: Callable[[list[memoryview], int], None]) -> None:
-    """`move` a group of views, told how many bytes there are behind it, show it, and so on."""
+    """Call `move` for a group of views and the number of bytes that follow it, then show the group; and so on."""
     behind = sum(part.num_bytes for part in parts)
     for group in shown_groups(parts, _SHOWN_BYTES):
         behind -= sum(view.nbytes for view, _ in group)
@@ -262,17 +299,17 @@ def _show_each(parts: Sequence[OpSlice], move: Callable[[list[memoryview], int],
                 part.show(view)
 
 
-async def _sendable(sock: socket.socket, answer: "asyncio.Future[None]") -> None:
-    """Wait until the socket takes more, or raise what `answer` ended with meanwhile: an error, or too late."""
-    loop = answer.get_loop()
+async def _sendable(sock: socket.socket, reply: "asyncio.Future[None]") -> None:
+    """Wait until the socket takes more, or raise what `reply` ended with meanwhile: an error, or too late."""
+    loop = reply.get_loop()
     writable: asyncio.Future[None] = loop.create_future()
     loop.add_writer(sock, _wake, writable)
     try:
-        await asyncio.wait({writable, answer}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({writable, reply}, return_when=asyncio.FIRST_COMPLETED)
     finally:
         loop.remove_writer(sock)
-    if answer.done():
-        answer.result()
+    if reply.done():
+        reply.result()
         raise TransferProtocolError("the peer answered before it was asked")
 
 

@@ -13,7 +13,7 @@ from transfer.base import Direction
 from transfer.fragments import Fragment, cut
 from transfer.ucx.binding import Pointer, UcxLibrary, ffi
 from transfer.ucx.descriptor import UcxDescriptor
-from transfer.ucx.endpoint import Endpoint
+from transfer.ucx.endpoint import UcxEndpoint
 
 
 class UcxBatch:
@@ -28,7 +28,7 @@ class UcxBatch:
     ) -> None:
         self.descriptor = descriptor
         self.num_bytes = sum(fragment.view.nbytes for fragment in fragments)
-        self.endpoint: Endpoint | None = None
+        self.endpoint: UcxEndpoint | None = None
         self.error: TransferError | None = None
         self.give_up_at: float | None = None
         self._reading = direction == "read"
@@ -93,7 +93,7 @@ class UcxBatch:
             self._last_flush = library.lib.ucp_ep_flush_nbx(endpoint.handle, param)
         return self._flushed(library, endpoint)
 
-    def _issue(self, library: UcxLibrary, endpoint: Endpoint, param: Pointer) -> None:
+    def _issue(self, library: UcxLibrary, endpoint: UcxEndpoint, param: Pointer) -> None:
         """Hand over fragments while there is room. Over TCP that is one, for a write with the flush that ends it."""
         lib, handle, base, rkey = library.lib, endpoint.handle, endpoint.base, endpoint.rkey
         move = lib.ucp_get_nbx if self._reading else lib.ucp_put_nbx
@@ -116,7 +116,7 @@ class UcxBatch:
                     self._requests.append((lib.ucp_ep_flush_nbx(handle, param), None))
                     endpoint.window.add(0, 1)
 
-    def _may_issue(self, endpoint: Endpoint) -> bool:
+    def _may_issue(self, endpoint: UcxEndpoint) -> bool:
         if endpoint.one_at_a_time:
             return endpoint.sender is None
         limits = endpoint.window.limits
@@ -142,7 +142,7 @@ class UcxBatch:
         if self.endpoint is not None and self.endpoint.sender is self:
             self.endpoint.sender = None
 
-    def _flushed(self, library: UcxLibrary, endpoint: Endpoint) -> bool:
+    def _flushed(self, library: UcxLibrary, endpoint: UcxEndpoint) -> bool:
         status = library.status_of(self._last_flush)
         if status is None:
             return False

@@ -15,7 +15,7 @@ from kvcore.telemetry import log_fields
 from transfer.ucx.binding import Pointer, ffi
 from transfer.ucx.context import UcxContext
 from transfer.ucx.descriptor import UcxDescriptor
-from transfer.ucx.endpoint import Endpoint, Window
+from transfer.ucx.endpoint import UcxEndpoint, Window
 from transfer.ucx.limits import UcxLimits
 
 _LOG = logging.getLogger("transfer")
@@ -40,9 +40,9 @@ class Connections:
         self._clock = clock
         self._limits = limits
         self.window = Window(limits)
-        self._endpoints: dict[str, Endpoint] = {}
-        self._closing: list[Endpoint] = []
-        self._greetings: dict[int, Endpoint] = {}
+        self._endpoints: dict[str, UcxEndpoint] = {}
+        self._closing: list[UcxEndpoint] = []
+        self._greetings: dict[int, UcxEndpoint] = {}
         """Endpoints whose peer has still to answer, by the nonce that they sent."""
         self._next_nonce = 1
         self._sent: list[tuple[Pointer, Pointer]] = []
@@ -75,12 +75,12 @@ class Connections:
         """Transports and devices in use for a segment (`tcp/lo`), or empty before the first batch. From any thread."""
         return next((one.lanes for one in list(self._endpoints.values()) if one.segment_id == segment_id), "")
 
-    def ready(self, key: str) -> Endpoint | None:
+    def ready(self, key: str) -> UcxEndpoint | None:
         """The endpoint for `key`, if its peer has confirmed the segment and nothing is wrong with it."""
         found = self._endpoints.get(key)
         return found if found is not None and found.confirmed and found.error is None else None
 
-    def get(self, descriptor: UcxDescriptor, key: str) -> Endpoint:
+    def get(self, descriptor: UcxDescriptor, key: str) -> UcxEndpoint:
         """The endpoint for `key`, made and greeted if need be. Raises PeerUnreachableError."""
         found = self._endpoints.get(key)
         now = self._clock.now()
@@ -91,7 +91,7 @@ class Connections:
             self._drop(key)
         if len(self._endpoints) >= self._limits.max_endpoints:
             self._make_room()
-        endpoint = Endpoint(self._context, descriptor, self._on_error_callback, now=now, window=self.window)
+        endpoint = UcxEndpoint(self._context, descriptor, self._on_error_callback, now=now, window=self.window)
         self._endpoints[key] = endpoint
         if endpoint.error is None:
             nonce, self._next_nonce = self._next_nonce, self._next_nonce + 1

@@ -38,7 +38,7 @@ class Window:
         self.num_requests += num_requests
 
 
-class Endpoint:
+class UcxEndpoint:
     """A connection to one segment. `error` is set once it is of no further use."""
 
     def __init__(
@@ -84,7 +84,7 @@ class Endpoint:
     def __repr__(self) -> str:
         state = f"failed: {self.error.message}" if self.error else "confirmed" if self.confirmed else "connecting"
         state = "closing" if self.closing is not None else state
-        return f"<Endpoint {self.segment_id} lanes={self.lanes or 'unknown'} batches={self.num_batches} {state}>"
+        return f"<UcxEndpoint {self.segment_id} lanes={self.lanes or 'unknown'} batches={self.num_batches} {state}>"
 
     @property
     def connecting(self) -> bool:

@@ -235,3 +235,15 @@ async def test_what_is_in_the_hands_of_nixl_is_bounded(monkeypatch: pytest.Monke
         results = await asyncio.gather(*(rig.engine.write([rig.op(0, data)], 30) for _ in range(6)))
     assert results == [[None]] * 6
     assert most["requests"] <= 3 and most["bytes"] <= (4 << 20) + SIZE_BYTES
+
+
+async def test_workers_ports_and_peers_show_what_they_hold(rig: Rig) -> None:
+    (engine,) = rig.engine._engines  # type: ignore[attr-defined]
+    assert await rig.engine.write([rig.op(0, b"x")], 5) == [None]
+    port = engine._worker._port
+    (peer,) = port._peers.values()
+    assert repr(peer) == f"<Peer {rig.segment.id} agent={peer.name} batches=0 requests=0 confirmed>"
+    state = "open peers=1 requests=0 abandoned=0 bytes=0"
+    assert repr(port) == f"<Port {port._agent.name} {state}>"
+    assert repr(engine._worker) == f"<NixlWorker kvferry-nixl open batches=0 ports=[{port!r}]>"
+    assert repr(engine).startswith("<NixlTransfer nixl:lo@1.5.1 <Handover nixl open batches=0/64> <NixlWorker ")

@@ -146,7 +146,9 @@ async def test_what_is_in_the_hands_of_ucx_is_bounded_over_all_batches(monkeypat
         assert window.num_bytes >= 0 and window.num_requests >= 0
 
     monkeypatch.setattr(ucx_endpoint.Window, "add", watched)
-    monkeypatch.setattr(ucx_endpoint.Endpoint, "read_lanes", lambda endpoint: setattr(endpoint, "one_at_a_time", False))
+    monkeypatch.setattr(
+        ucx_endpoint.UcxEndpoint, "read_lanes", lambda endpoint: setattr(endpoint, "one_at_a_time", False)
+    )
     data = bytes(SIZE_BYTES)
     async with Rig("ucx", limits=limited(all_bytes=8 << 20, all_requests=20)) as rig:
         small = [rig.op(at, data[:64]) for at in range(0, SIZE_BYTES, 1 << 16)]
@@ -154,3 +156,15 @@ async def test_what_is_in_the_hands_of_ucx_is_bounded_over_all_batches(monkeypat
         batches += [rig.engine.write(small, 30) for _ in range(3)]
         assert all(error is None for results in await asyncio.gather(*batches) for error in results)
     assert 0 < most["requests"] <= 20 and most["bytes"] <= (8 << 20) + (4 << 20)
+
+
+async def test_workers_connections_and_endpoints_show_what_they_hold(rig: Rig) -> None:
+    (engine,) = rig.engine._engines  # type: ignore[attr-defined]
+    opened = "<UcxTransfer <Handover ucx open batches=0/64> <UcxWorker kvferry-ucx open batches=0 <Connections "
+    assert repr(engine) == opened + "endpoints=0 greeting=0 closing=0 sent=0>>>"
+    assert await rig.engine.write([rig.op(0, b"x")], 5) == [None]
+    (endpoint,) = engine._worker._connections._endpoints.values()
+    assert repr(endpoint) == f"<UcxEndpoint {rig.segment.id} lanes=tcp/lo batches=0 confirmed>"
+    assert "resources=" in repr(engine._worker.context) and "tcp/lo" in repr(engine._worker.context)
+    hosts = repr(rig._hosts)
+    assert hosts.startswith(f"<SegmentHosts {rig.segment.id} [<ProcessSegmentHost ucx {rig.segment.id} pid=")
