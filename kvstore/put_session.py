@@ -15,6 +15,7 @@ from typing import Self
 from kvcore.clock import Clock
 from kvcore.types import ChunkKey, ReplicaRef
 from kvstore.background import Background
+from kvstore.chunk_format import HEADER_BYTES
 from kvstore.counters import Count, StoreCounters
 from kvstore.placement import Placement, Reserved
 from kvstore.types import MovedBytes
@@ -145,11 +146,11 @@ class PutSession:
             grant = self._grants.get(chunk.key)
             if grant is None or grant.state is not _State.GRANTED or self._closed:
                 continue
-            outgoing = Outgoing(grant.replica, chunk.token_count, chunk.payload)
+            reserved = grant.replica.length - HEADER_BYTES
             num_bytes = sum(view.nbytes for view in chunk.payload)
-            if num_bytes != outgoing.payload_bytes:
-                raise ValueError(f"room for a chunk of {outgoing.payload_bytes} bytes was reserved, got {num_bytes}")
-            batch.setdefault(chunk.key, (grant, outgoing))
+            if num_bytes != reserved:
+                raise ValueError(f"room for a chunk of {reserved} bytes was reserved, got {num_bytes}")
+            batch.setdefault(chunk.key, (grant, Outgoing(grant.replica, chunk.token_count, chunk.payload)))
         if not batch:
             return [False] * len(chunks)
         for grant, _ in batch.values():

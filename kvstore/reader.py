@@ -105,6 +105,7 @@ class ChunkReader:
         # 3. an attempt. The nearest segment comes first: the own node's, then the own host's, then any other.
         headers = memoryview(bytearray(HEADER_BYTES * len(buffers)))
         wanted = []
+        ranks: dict[str, int | None] = {}  # each segment is looked at once, however many chunks lie there
         for index, payload in enumerate(buffers):
             header = headers[index * HEADER_BYTES : (index + 1) * HEADER_BYTES]
             num_bytes = HEADER_BYTES + sum(view.nbytes for view in payload)
@@ -112,18 +113,26 @@ class ChunkReader:
             for replica in match.replicas[start + index]:
                 if replica.length != num_bytes:
                     self._refuse(chunk, replica, GetOutcome.MALFORMED, report)
-                elif self._routes.open(segment := match.segments[replica.segment_id]):
+                    continue
+                segment = match.segments[replica.segment_id]
+                if segment.id not in ranks:
+                    ranks[segment.id] = self._routes.rank(segment)
+                if ranks[segment.id] is not None:
                     chunk.attempts.append(_Attempt(replica, segment))
-            chunk.attempts.sort(key=lambda attempt: self._routes.distance(attempt.segment))
+            chunk.attempts.sort(key=lambda attempt: ranks[attempt.segment.id] or 0)
             wanted.append(chunk)
         return wanted
 
     async def _round(self, pending: Sequence[_Wanted], timeout_s: float, report: ReadReport) -> None:
         """Try each pending chunk's next attempt: one batch a transport, all at the same time."""
         batches: dict[str, list[tuple[_Wanted, _Attempt]]] = {}
+        transports: dict[str, str] = {}
         for chunk in pending:
             attempt = chunk.attempts.pop(0)
-            batches.setdefault(self._routes.transport(attempt.segment), []).append((chunk, attempt))
+            segment = attempt.segment
+            if segment.id not in transports:
+                transports[segment.id] = self._routes.transport(segment)
+            batches.setdefault(transports[segment.id], []).append((chunk, attempt))
         async with asyncio.TaskGroup() as group:
             for transport, batch in batches.items():
                 group.create_task(self._batch(transport, batch, timeout_s, report))
@@ -131,7 +140,11 @@ class ChunkReader:
     async def _batch(
         self, transport: str, batch: Sequence[tuple[_Wanted, _Attempt]], timeout_s: float, report: ReadReport
     ) -> None:
-        ops = [self._op(chunk, attempt) for chunk, attempt in batch]
+        ops: list[TransferOp] = []
+        for chunk, attempt in batch:
+            chunk.passed = RunningChecksum(chunk.num_bytes - HEADER_BYTES) if self._check_payload else None
+            show = chunk.passed.show if chunk.passed else None
+            ops.append(TransferOp(attempt.segment, attempt.replica.offset, [chunk.header, *chunk.payload], show))
         began = self._clock.now()
         errors = await self._transfer.read(ops, timeout_s)
         seconds = self._clock.now() - began
@@ -149,14 +162,22 @@ class ChunkReader:
             self._counters.add_moved(moved)
             await self._verify(arrived, report)
 
-    def _op(self, chunk: _Wanted, attempt: _Attempt) -> TransferOp:
-        chunk.passed = RunningChecksum(chunk.num_bytes - HEADER_BYTES) if self._check_payload else None
-        show = chunk.passed.show if chunk.passed else None
-        return TransferOp(attempt.segment, attempt.replica.offset, [chunk.header, *chunk.payload], show)
-
     async def _verify(self, arrived: Sequence[tuple[_Wanted, _Attempt]], report: ReadReport) -> None:
         def outcomes() -> list[GetOutcome]:
-            return [self._outcome(chunk, attempt.replica) for chunk, attempt in arrived]
+            found = []
+            for chunk, attempt in arrived:
+                replica, payload_bytes = attempt.replica, chunk.num_bytes - HEADER_BYTES
+                expected = Expected(replica.key, self._fingerprint, replica.generation, payload_bytes)
+                found.append(
+                    verify(
+                        chunk.header,
+                        expected,
+                        chunk.payload,
+                        check_payload=self._check_payload,
+                        known_checksum=chunk.passed.value if chunk.passed else None,
+                    )
+                )
+            return found
 
         hashed = sum(chunk.num_bytes for chunk, _ in arrived if chunk.passed and chunk.passed.value is None)
         found = await run_sized(self._run_blocking, hashed, outcomes, inline_bytes=self._inline_bytes)
@@ -165,11 +186,6 @@ class ChunkReader:
                 chunk.outcome = outcome
             else:
                 self._refuse(chunk, attempt.replica, outcome, report)
-
-    def _outcome(self, chunk: _Wanted, replica: ReplicaRef) -> GetOutcome:
-        expected = Expected(replica.key, self._fingerprint, replica.generation, chunk.num_bytes - HEADER_BYTES)
-        known = chunk.passed.value if chunk.passed else None
-        return verify(chunk.header, expected, chunk.payload, check_payload=self._check_payload, known_checksum=known)
 
     def _not_read(self, chunk: _Wanted, attempt: _Attempt, error: TransferError, report: ReadReport) -> None:
         """Only a peer that says "I do not hold that" is reported: silence may be our own link's fault."""

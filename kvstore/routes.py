@@ -27,12 +27,16 @@ class Routes:
 
     def open(self, segment: Segment) -> bool:
         """Whether to try the segment now."""
-        end, _ = self._pauses.get(segment.id, (0.0, 0.0))
-        return end <= self._clock.now() and self._transfer.reaches(segment)
+        pause = self._pauses.get(segment.id)
+        return (pause is None or pause[0] <= self._clock.now()) and self._transfer.reaches(segment)
 
     def transport(self, segment: Segment) -> str:
         """The name under which bytes to or from the segment are counted."""
         return transport_for(self._transfer, segment)
+
+    def rank(self, segment: Segment) -> int | None:
+        """The segment's `distance` if it is `open` for reading now, else None."""
+        return self.distance(segment) if self.open(segment) else None
 
     def distance(self, segment: Segment) -> int:
         """0 the own node, 1 the own host, 2 elsewhere."""

@@ -95,39 +95,38 @@ class ChunkWriter:
             self._counters.add(Count.WRITES_FAILED, len(batch.chunks))
             return
         if sum(chunk.payload_bytes for chunk in batch.chunks) <= self._limits.hash_first_bytes:
-            for chunk in batch.chunks:
-                chunk.checksum = checksum(chunk.payload)
-            there = await self._send(batch, batch.chunks, [self._op(batch, chunk) for chunk in batch.chunks])
+            ops = [self._op(batch, chunk, hash_now=True) for chunk in batch.chunks]
+            landed = await self._send(batch, batch.chunks, ops)
         else:
-            there = await self._send_and_hash(batch)
-            headers = [TransferOp(batch.segment, chunk.replica.offset, [self._header(chunk)]) for chunk in there]
-            there = await self._send(batch, there, headers)
-        for chunk in there:
+            landed = await self._send_and_hash(batch)
+            headers = [TransferOp(batch.segment, chunk.replica.offset, [self._header(chunk)]) for chunk in landed]
+            landed = await self._send(batch, landed, headers)
+        for chunk in landed:
             chunk.written = True
 
     async def _send_and_hash(self, batch: _Batch) -> list[Outgoing]:
-        """Those whose payload, and a header without checksum, are there; their checksums are known then."""
+        """Those whose payload, and a header without checksum, have landed; their checksums are known then."""
         transport = self._routes.transport(batch.segment)
         chunks = batch.chunks
         if transport in self._silent:
             ops = [self._op(batch, chunk) for chunk in chunks]
-            there, _ = await asyncio.gather(self._send(batch, chunks, ops), self._hash(chunks))
-            return there
+            landed, _ = await asyncio.gather(self._send(batch, chunks, ops), self._hash(chunks))
+            return landed
         passed = [RunningChecksum(chunk.payload_bytes) for chunk in chunks]
-        there = await self._send(
+        landed = await self._send(
             batch, chunks, [self._op(batch, chunk, running) for chunk, running in zip(chunks, passed, strict=True)]
         )
         unknown = []
         for chunk, running in zip(chunks, passed, strict=True):
             if (value := running.value) is not None:
                 chunk.checksum = value
-            elif chunk in there:
+            elif chunk in landed:
                 unknown.append(chunk)
         if unknown:
-            if len(unknown) == len(there):
+            if len(unknown) == len(landed):
                 self._silent.add(transport)
             await self._hash(unknown)
-        return there
+        return landed
 
     async def _send(self, batch: _Batch, chunks: list[Outgoing], ops: list[TransferOp]) -> list[Outgoing]:
         """One transfer; those of `chunks` whose op succeeded. The others are counted."""
@@ -142,9 +141,10 @@ class ChunkWriter:
         batch.seconds += self._clock.now() - now
         for error in errors:
             self._routes.report(batch.segment, error)
-        there = [chunk for chunk, error in zip(chunks, errors, strict=True) if error is None]
-        self._counters.add(Count.WRITES_FAILED, len(chunks) - len(there))
-        return there
+        landed = [chunk for chunk, error in zip(chunks, errors, strict=True) if error is None]
+        if len(landed) < len(chunks):
+            self._counters.add(Count.WRITES_FAILED, len(chunks) - len(landed))
+        return landed
 
     async def _hash(self, chunks: Sequence[Outgoing]) -> None:
         def work() -> None:
@@ -154,7 +154,12 @@ class ChunkWriter:
         num_bytes = sum(chunk.payload_bytes for chunk in chunks)
         await run_sized(self._run_blocking, num_bytes, work, inline_bytes=self._limits.inline_hash_bytes)
 
-    def _op(self, batch: _Batch, chunk: Outgoing, running: RunningChecksum | None = None) -> TransferOp:
+    def _op(
+        self, batch: _Batch, chunk: Outgoing, running: RunningChecksum | None = None, *, hash_now: bool = False
+    ) -> TransferOp:
+        """Header and payload; `hash_now`: the header has its true checksum at once."""
+        if hash_now:
+            chunk.checksum = checksum(chunk.payload)
         show = None if running is None else running.show
         return TransferOp(batch.segment, chunk.replica.offset, [self._header(chunk), *chunk.payload], show)
 

@@ -81,10 +81,10 @@ class Reading:
         assert all(holder in self._nodes for holder in self.leases.holders())
 
     def _grant(self, replicas: list[Replica], until: float, node_id: str, incarnation: int) -> int:
+        holder = self._nodes.get(node_id, incarnation)
         if len(self.leases) >= self._max_leases:
             self._counts["leases_refused"] += 1
             return 0
-        holder = self._nodes.get(node_id, incarnation)
         lease_id = self.leases.grant(replicas, holder.info.id if holder else None)
         self._deadlines.set((Expiry.READ_LEASE, lease_id), until)
         return lease_id

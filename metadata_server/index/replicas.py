@@ -4,7 +4,7 @@ Owns replica ids, generations and the moves RESERVED -> COMPLETE | RETIRING -> g
 Invariants: `complete` and `writing` hold exactly the replicas in that state; a key has one in a segment at most.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from kvcore.types import ChunkKey, ReplicaRef, Segment
 from metadata_server.index.event_log import EventLog
@@ -128,7 +128,7 @@ def segments_of(replicas: Iterable[Replica]) -> list[Segment]:
     return list(found.values())
 
 
-def segments_without(records: Iterable[SegmentRecord], key_holders: Iterable[Replica]) -> Iterator[SegmentRecord]:
+def segments_without(records: Iterable[SegmentRecord], key_holders: Iterable[Replica]) -> list[SegmentRecord]:
     """Segments, in order, in which none of the replicas lies."""
     taken = {replica.ref.segment_id for replica in key_holders}
-    return (record for record in records if record.segment.id not in taken)
+    return [record for record in records if record.segment.id not in taken]

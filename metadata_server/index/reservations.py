@@ -60,13 +60,14 @@ class Reservations:
         for item in request.items:
             result = self._reserve_one(item, node, prefer)
             if isinstance(result, Replica):
-                self._deadlines.set((Expiry.RESERVATION, result.ref.id), now + request.ttl_s)
                 granted.append(result)
                 outcomes.append(ReserveOutcome(status=ReserveStatus.GRANTED, replica=result.ref))
                 self._counts["reserved"] += 1
             else:
                 outcomes.append(result)
                 self._counts[f"declined_{result.status.value}"] += 1
+        for replica in granted:
+            self._deadlines.set((Expiry.RESERVATION, replica.ref.id), now + request.ttl_s)
         return ReserveReply(outcomes=outcomes, segments=segments_of(granted))
 
     def commit(self, request: ReplicaIds) -> CommitReply:
@@ -147,7 +148,9 @@ class Reservations:
         if item.key in self._index.complete:
             return _EXISTS
         writing = self._index.writing.get(item.key, [])
-        allowed = list(segments_without(self._nodes.segments.values(), writing))
+        allowed = list(self._nodes.segments.values())
+        if writing:
+            allowed = segments_without(allowed, writing)
         if len(writing) >= self._config.max_replicas or (writing and not allowed):
             return _BUSY
         found, evicted = place(item.length, self._config, prefer=prefer, own=node.segments.values(), allowed=allowed)

@@ -58,6 +58,8 @@ class Replica:
     state: ReplicaState
     writer: Writer | None
     pins: int = 0
+    room_bytes: int = 0
+    """Of its extent; set by `SegmentRecord.add`."""
 
     def __repr__(self) -> str:
         ref = self.ref
@@ -101,23 +103,23 @@ class SegmentRecord:
         spent = 0
         while self.lru and space.largest_free < size and spent < 2 * size:
             evicted.append(self._evict_oldest())
-            spent += aligned(evicted[-1].ref.length)
+            spent += evicted[-1].room_bytes
         return space.allocate(length), evicted
 
     def add(self, replica: Replica) -> None:
         """Add a replica whose extent is allocated already."""
         assert replica.state in TRANSITIONS[None]
         self.replicas[replica.ref.id] = replica
-        self.bytes_in[replica.state] += aligned(replica.ref.length)
+        replica.room_bytes = aligned(replica.ref.length)
+        self.bytes_in[replica.state] += replica.room_bytes
         if replica.state is ReplicaState.COMPLETE:
             self._completed(replica)
 
     def set_state(self, replica: Replica, state: ReplicaState) -> None:
         """Move a reserved replica on."""
         assert state in TRANSITIONS[replica.state], f"{replica} cannot become {state}"
-        size = aligned(replica.ref.length)
-        self.bytes_in[replica.state] -= size
-        self.bytes_in[state] += size
+        self.bytes_in[replica.state] -= replica.room_bytes
+        self.bytes_in[state] += replica.room_bytes
         replica.state = state
         if state is ReplicaState.COMPLETE:
             self._completed(replica)
@@ -126,7 +128,7 @@ class SegmentRecord:
         """Forget a replica and free its room. Leases on it stay valid to end, and protect nothing."""
         del self.replicas[replica.ref.id]
         self.lru.pop(replica.ref.id, None)
-        self.bytes_in[replica.state] -= aligned(replica.ref.length)
+        self.bytes_in[replica.state] -= replica.room_bytes
         self.num_complete -= replica.state is ReplicaState.COMPLETE
         self.allocator.release(replica.ref.offset)
 

@@ -99,6 +99,9 @@ class MetadataState:
 
     def tick(self, now: float) -> None:
         """Let run out what runs out by `now`. Every other method does so first, by itself."""
+        due = self._deadlines.next
+        if due is None or due > now:
+            return
         for expiry, what in self._deadlines.pop_due(now):
             if isinstance(what, str):
                 self._drop_node(self._nodes[what], now)
