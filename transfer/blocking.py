@@ -1,7 +1,7 @@
 """Blocking work in threads behind an async method, for transports that wait in system calls or copy much.
 
-Owns a bounded pool of threads. A job that was cancelled or is late has let go of its caller's buffers before `run`
-returns or raises: it is told to stop and then waited for.
+Owns a bounded pool of threads. Before `run` returns or raises, its job no longer uses the caller's buffers: one that is
+late or cancelled is told to stop, and then waited for.
 """
 
 import asyncio

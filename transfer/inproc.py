@@ -1,7 +1,7 @@
 """Transport between objects of one process, for tests and the simulation: no threads, no sockets, deterministic.
 
-Owns nothing but a view on a registry that its maker holds. Faults are injected by a hook, so that the same store code
-meets loss, delay and torn writes under virtual time.
+Owns nothing; the registry of segments is its maker's. A hook injects faults, so that the real store code meets loss,
+delay and torn writes under virtual time.
 """
 
 import asyncio

@@ -1,6 +1,6 @@
 """How fast a transport moves bytes between here and a segment: latency of small gets, rate of large puts and gets.
 
-Touches what it was given of the segment and nothing else. What it read is held against what it had written.
+Uses only the places of the segment that it was given. Checks that it reads back what it had written.
 """
 
 import asyncio
@@ -131,7 +131,7 @@ class _Bench:
         return half * 8 / best
 
     def clear(self) -> None:
-        """Before a read, that what it did not bring is seen. In a thread."""
+        """Zero the buffer before a read, so that bytes that the read did not bring are noticed. In a thread."""
         self.words.fill(0)
 
     def intact(self) -> bool:

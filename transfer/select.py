@@ -1,7 +1,7 @@
 """Which transport moves which segment's bytes, and the one place where a configuration becomes transports.
 
-Decides once a segment and says so once. A transport that was asked for by name is used or the op fails: no silent
-fallback.
+A segment's transport is chosen once, and logged once. A transport that the configuration names is used, or the op
+fails: no silent fallback.
 """
 
 import asyncio

@@ -1,8 +1,8 @@
 """Shared memory: segments of processes on the same host, mapped once and then copied to and from directly.
 
-Owns the mappings. Before each batch (and after each write) the owner is seen to still hold the segment, so a write to a
-dead owner's memory is an error; one that dies later is the reader's concern, as with every transport. A large batch is
-copied by several threads: one alone does not use the memory's whole rate, least of all if it computes checksums too.
+Owns the mappings. Before each read and after each write it checks that the owner still holds the segment, so a write
+to a dead owner's memory is an error; if the owner dies later, readers find out, as with every transport. Several
+threads copy a large batch: one alone does not use the memory's whole rate, least of all if it computes checksums too.
 """
 
 import asyncio
@@ -26,10 +26,10 @@ _INLINE_BYTES = 1 << 20
 _SLICE_BYTES = 4 << 20
 """A large copy looks at its stop flag this often: about 0.5 ms; slower in smaller slices, not faster in larger ones."""
 _SHOWN_BYTES = 1 << 20
-"""Slices of a copy whose caller looks at each at once. 64 MiB with a checksum: 5.9 ms; 6.9 in slices of 4 MiB, which
+"""Slices of a copy whose caller is shown each at once. 64 MiB with a checksum: 5.9 ms; 6.9 in slices of 4 MiB, which
 have left the cache, and 7.5 with the checksum after the copy."""
 _BYTES_A_THREAD = 8 << 20
-"""What lies in the cache one thread copies sooner alone: 4 MiB in 0.5 ms against 0.7 by two."""
+"""One thread alone is faster for what lies in the cache: 4 MiB in 0.5 ms, two threads take 0.7."""
 _MOST_THREADS = 4
 """Half of the cores at most, and two at least: a thread copies at 6 to 10 GB/s, two at 9 to 14."""
 
@@ -98,23 +98,24 @@ class ShmTransfer:
                 await self._copy_in_threads(batch, deadline)
             if batch.stopped:
                 raise PeerUnreachableError("the transport was closed during the copy")
-            self._see_owners(batch)
+            self._check_owners(batch)
         except TransferError as error:
             batch.fail_rest(error)
         return batch.results
 
     def _find_memory(self, batch: "_Batch") -> None:
-        """Plan the batch's copies; segments that cannot be had are settled. May map, and then belongs in a thread."""
+        """Plan the batch's copies; ops on segments that cannot be mapped get their error. May map: then call it in a
+        thread."""
         for segment_id, indices in list(batch.open.items()):
             try:
-                attached = self._attached(batch.ops[indices[0]].segment, look=batch.direction == "read")
+                attached = self._attached(batch.ops[indices[0]].segment, check_owner=batch.direction == "read")
             except TransferError as error:
                 batch.settle(segment_id, error)
             else:
                 batch.plan(indices, attached.view)
 
     async def _copy_in_threads(self, batch: "_Batch", deadline: BatchDeadline) -> None:
-        """With all threads that nobody else needs; those but the first leave when somebody comes who does."""
+        """Use all threads that are free; all but the first stop early when other batches wait for a thread."""
         threads = min(self._pool.idle, len(batch.pieces), max(1, batch.num_bytes // _BYTES_A_THREAD))
         copies: list[Callable[[], None]] = [batch.copy_pieces]
         copies += [lambda: batch.copy_pieces(lambda: self._pool.crowded)] * (threads - 1)
@@ -123,8 +124,8 @@ class ShmTransfer:
             if failed is not None:
                 raise failed
 
-    def _see_owners(self, batch: "_Batch") -> None:
-        """Settle what was copied. Looking once, after a write, tells more than before it."""
+    def _check_owners(self, batch: "_Batch") -> None:
+        """Give the copied ops their results. A write is checked afterwards: that says more than a check before it."""
         for segment_id in list(batch.open):
             gone = None
             if batch.direction == "write" and not ((found := self._mapped.get(segment_id)) and found.alive):
@@ -132,13 +133,13 @@ class ShmTransfer:
                 gone = PeerUnreachableError(f"segment {segment_id}: its owner went away")
             batch.settle(segment_id, gone)
 
-    def _attached(self, segment: Segment, *, look: bool) -> AttachedSegment:
-        """The mapping; `look`: made anew unless the owner is seen to hold the segment still."""
+    def _attached(self, segment: Segment, *, check_owner: bool) -> AttachedSegment:
+        """The mapping, made if need be; with `check_owner` also made anew if the owner holds the segment no longer."""
         found = self._mapped.get(segment.id)
-        if found is not None and not (look and not found.alive):
+        if found is not None and not (check_owner and not found.alive):
             return found
         self._mapped.pop(segment.id, None)
-        fresh = attach(segment)  # says what is wrong with it, if its owner is gone
+        fresh = attach(segment)  # raises what is wrong, if its owner is gone
         self._mapped[segment.id] = fresh
         if fresh.unpopulated_bytes:
             thread = threading.Thread(target=fresh.populate_rest, name="kvferry-populate", daemon=True)
@@ -147,7 +148,7 @@ class ShmTransfer:
         return fresh
 
     def _sweep(self) -> None:
-        """Let go of dead owners' segments: their memory is freed with the last mapping of it.
+        """Drop the mappings of dead owners' segments: memory is freed with its last mapping.
 
         Mappings are dropped, not closed: a thread may be copying from one, and it goes when that thread is done.
         """
@@ -162,7 +163,7 @@ class ShmTransfer:
 
 
 class _Piece(NamedTuple):
-    """Bytes that one thread copies: `local`, and their place in the segment. `show`: as TransferOp.on_part."""
+    """Bytes that one thread copies: local buffers, and their place in the segment. `show`: as TransferOp.on_part."""
 
     local: tuple[memoryview, ...]
     remote: memoryview
@@ -204,7 +205,8 @@ class _Batch:
             self.settle(segment_id, error)
 
     def plan(self, indices: Sequence[int], memory: memoryview) -> None:
-        """Make pieces of these ops, all of one segment: parts of an op, or whole ops where they are shown in order."""
+        """Cut these ops, all on one segment, into pieces: slices of an op, or a whole op where its bytes are shown in
+        order."""
         for index in indices:
             op = self.ops[index]
             if op.segment.size_bytes != memory.nbytes and (outside := range_error(op, memory.nbytes)):
@@ -248,7 +250,8 @@ class _Batch:
 
 
 def _copy_for(direction: Direction, num_bytes: int) -> Copy:
-    """What was written leaves the cache before it is read if there is much of it; what was read is wanted at once."""
+    """Which copy to use: a large write goes past the cache, for it would leave it before anybody reads it; what was
+    read is used at once."""
     if num_bytes <= _INLINE_BYTES:
         return copy_holding_lock
     if direction == "write" and num_bytes > streams_above_bytes():

@@ -1,6 +1,6 @@
 """What pages a segment's memory is made of and where they lie: huge pages, and one NUMA node.
 
-Owns no memory. What was asked for is there or it is a ConfigError that says what to do: never something less, silently.
+Owns no memory. A request that cannot be met is a ConfigError that says what to do: nothing less is given silently.
 """
 
 import ctypes

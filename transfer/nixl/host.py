@@ -1,6 +1,6 @@
 """The target's side of the NIXL transport: an agent that holds one segment's memory, and who is connected to it.
 
-NIXL's own thread moves the bytes. Ours answers greetings, and lets go of those that are gone: NIXL tells nobody.
+NIXL's own thread moves the bytes. Ours answers greetings, and drops peers that are gone: NIXL reports neither.
 """
 
 import asyncio

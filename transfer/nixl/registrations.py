@@ -1,7 +1,8 @@
-"""Local memory that NIXL was told of: regions for good, buffers of batches for as long as they are under way.
+"""Local memory that is registered with NIXL: regions for good, buffers of batches for as long as they are under way.
 
-NIXL finds no registration for a range that lies in two of them or across two, so they never overlap: a buffer inside of
-a registered range uses that one; one that only overlaps is refused, and its caller copies.
+NIXL finds no registration for a range that lies in two of them or across two, so they never overlap. Three cases: a
+buffer inside of a registered range uses that one; a buffer that only overlaps one is refused, and its caller copies;
+any other is registered.
 """
 
 import bisect

@@ -140,6 +140,11 @@ class NixlWorker:
             return
 
     def _step(self) -> None:
+        """Look at everything once: messages (now and then), abandoned requests, batches, agents to be closed.
+
+        A retiring agent is closed in one of two cases: nothing but late batches is left on it; or its time is up, and
+        then the other batches on it fail too.
+        """
         now = self._clock.now()
         ports = [*self._retiring, *([self._port] if self._port is not None else [])]
         if now - self._listened_at > self._limits.listen_s or any(port.waiting for port in ports):

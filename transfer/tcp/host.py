@@ -1,4 +1,4 @@
-"""The target's side of the TCP transport: serves one segment to whoever speaks the protocol (docs/wire-formats.md).
+"""The target's side of the TCP transport: serves one segment to peers (docs/wire-formats.md has the protocol).
 
 Owns the listening socket and one thread a connection, bounded; bytes go straight between socket and segment.
 Nothing is written into the segment before a request's whole header and table were checked.
@@ -111,7 +111,7 @@ class TcpSegmentHost:
                 log_fields(_LOG, logging.WARNING, "transfer.connection_refused", reason=refused)
 
     def _start_serving(self, sock: socket.socket) -> str | None:
-        """Serve it in a thread of its own, or say why not."""
+        """Serve a connection in a thread of its own; None, or the reason why it is refused."""
         thread = threading.Thread(target=self._serve, args=(sock,), name="kvferry-tcp-serve", daemon=True)
         with self._lock:
             if self._closing.is_set():
@@ -133,7 +133,7 @@ class TcpSegmentHost:
             limit_waits(sock, receive_s=self._limits.message_timeout_s, send_s=self._limits.message_timeout_s)
             inbox = Inbox(sock, _AHEAD_BYTES)
             self._greet(sock, inbox)
-            while self._answer(sock, inbox):
+            while self._serve_request(sock, inbox):
                 pass
         except TransferProtocolError as error:
             log_fields(_LOG, logging.WARNING, "transfer.peer_broke_protocol", error=error.message)
@@ -157,19 +157,27 @@ class TcpSegmentHost:
         send_views(sock, [wire.pack_welcome(self._segment_id, self._memory.nbytes)], deadline.remaining)
         limit_waits(sock, receive_s=self._limits.idle_timeout_s)
 
-    def _answer(self, sock: socket.socket, inbox: Inbox) -> bool:
-        """Serve one request; False when the peer closed the connection instead of sending one."""
+    def _serve_request(self, sock: socket.socket, inbox: Inbox) -> bool:
+        """Serve one request; False when the peer closed the connection instead of sending one.
+
+        The socket's receive timeout costs a system call each time that it changes. It is the idle timeout between
+        requests, and is shortened to the message timeout only where the rest of a request has still to come:
+        1. the header and all that follows were read ahead: never changed;
+        2. the header is complete, but not what follows: changed before the rest is received;
+        3. not even the header is complete: changed before it is received.
+        In cases 2 and 3 it is set back at the end.
+        """
         if not inbox.wait():
             return False
         deadline = BatchDeadline(self._limits.message_timeout_s)
         whole = inbox.num_bytes >= wire.HEADER_BYTES
-        if not whole:
+        if not whole:  # case 3
             limit_waits(sock, receive_s=self._limits.message_timeout_s)
         header = wire.parse_header(inbox.take(wire.HEADER_BYTES, deadline.remaining))
         wire.check_request(header)
         writing = header.kind is wire.FrameKind.WRITE
         missing = header.count * wire.ENTRY_BYTES + (header.payload_bytes if writing else 0) > inbox.num_bytes
-        if missing and whole:
+        if missing and whole:  # case 2
             limit_waits(sock, receive_s=self._limits.message_timeout_s)
         table = inbox.take(header.count * wire.ENTRY_BYTES, deadline.remaining)
         ranges = wire.parse_table(header, table, self._memory.nbytes)

@@ -1,8 +1,8 @@
 """Whole messages over sockets, straight from and into the caller's memory, in few and large system calls.
 
-Owns no socket. The `*_now` functions never wait, and run on an event loop. The others want a blocking socket and run in
-threads: whoever starts them ends them by `shut_down` or has set `limit_waits`. `check` is called before
-each system call and raises when there is no time left.
+Owns no socket. The `*_now` functions never wait, and run on an event loop. The others need a blocking socket and run in
+threads; their caller ends them by `shut_down`, or bounds them by `limit_waits`. `check` is called before each system
+call and raises when there is no time left.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ _IOV_MAX = 1024
 _MAX_PORT = 65_535
 _TIMEVAL = struct.Struct("@ll")
 _WAKE_BYTES = 1 << 20
-"""A thread that waits for much is woken each so many bytes, not by each packet: a sixth to a quarter less processor
-time for 64 MiB over loopback, and the sender is not put off its core as often."""
+"""A thread that waits for more than this is woken once for so many bytes, not by each packet: a sixth to a quarter less
+processor time for 64 MiB over loopback, and the sender loses its core less often."""
 
 
 def tune(sock: socket.socket, limits: TcpLimits) -> None:
@@ -38,7 +38,7 @@ def tune(sock: socket.socket, limits: TcpLimits) -> None:
 
 
 def limit_waits(sock: socket.socket, *, receive_s: float | None = None, send_s: float | None = None) -> None:
-    """From now on a system call that moves nothing for so long raises BlockingIOError. These are the kernel's timeouts:
+    """Make system calls raise BlockingIOError when they move nothing for so long. These are the kernel's timeouts:
     unlike `settimeout`, they cost no further system call each time."""
     for option, seconds in ((socket.SO_RCVTIMEO, receive_s), (socket.SO_SNDTIMEO, send_s)):
         if seconds is not None:
@@ -78,7 +78,7 @@ def recv_views(sock: socket.socket, views: Sequence[memoryview | bytearray], che
                 wake_bytes = wanted
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wake_bytes)
             check()
-            # What is asked for leaves at least `wake_bytes` to come: fewer would wake nobody.
+            # Each call leaves at least `wake_bytes` for the next: the kernel would not wake us for fewer.
             moved = _recv(sock, _front(rest, left - wake_bytes) if wake_bytes > 1 else rest, socket.MSG_WAITALL)
             left -= moved
             _advance(rest, moved)

@@ -24,7 +24,8 @@ _STRIPE_BYTES = 8 << 20
 _CORES_A_STREAM = 2
 """On 2 cores, two streams over loopback were 15 to 25 % slower than one: each keeps a core busy on either side."""
 _LOOP_BYTES = 256 << 10
-"""Up to here a batch moves on the loop, which it keeps busy for less than a thread's hand-over and back takes."""
+"""Up to here a batch moves on the loop: it keeps the loop busy for less time than handing it to a thread and back
+takes."""
 _THREADS = 16
 
 
@@ -50,7 +51,7 @@ class _Peer:
 
 
 class TcpTransfer:
-    """TransferEngine over TCP: at most `streams` connections a segment; a batch uses as many as pay for it."""
+    """TransferEngine over TCP: at most `streams` connections a segment; a batch uses one for each `_STRIPE_BYTES`."""
 
     kind = "tcp"
 
