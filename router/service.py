@@ -17,6 +17,7 @@ from router.answering import Answerer
 from router.api.app import make_app
 from router.metrics import RouterMetrics
 from router.nodes.cluster import Cluster
+from router.nodes.prober import Prober
 from router.nodes.vllm_client import VllmClient, server_key
 from router.nodes.vllm_model import read_model_facts
 from router.requests.dispatch import Dispatcher
@@ -26,7 +27,6 @@ from router.routing.policy import make_policy
 from router.status import StatusView
 from router.text.tokenizer import make_tokenizer, run_in_thread
 
-STATS_INTERVAL_S = 1.0
 LEGS_PER_REQUEST = 3
 """Connections of one request at most in the usual case: both legs and a control call."""
 _log = logging.getLogger("router")
@@ -41,11 +41,14 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
     clock, bounds = SystemClock(), config.router
     client = await _make_client(config)
     lifecycle.stack.push_async_callback(client.aclose)
-    cluster = Cluster(config, client, clock)
+    cluster = Cluster(config, clock)
+    prober = Prober(bounds, cluster, client, clock)
     log = RequestLog()
     services = RequestServices(bounds, cluster, client, clock, log, handoff=config.handoff)
     dispatcher = Dispatcher(services, make_policy(bounds.policy))
     lifecycle.stack.push_async_callback(dispatcher.aclose)
+    prober.on_lost.append(dispatcher.node_lost)
+    lifecycle.describe.append(dispatcher.describe)
     endpoints = endpoints_of(config.metadata_server)
     keeps_store = config.handoff.traits.has_store  # servers that are not ours keep none
     subscription = connect_subscription(endpoints, cluster, clock) if keeps_store else None
@@ -57,7 +60,7 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
     )
     app = make_app(answerer, log, status, metrics, max_body_bytes=bounds.max_body)
     server = AsgiServer(app, bounds.host, bounds.port)
-    lifecycle.tasks.create_task(cluster.run(), name="node probes")
+    lifecycle.tasks.create_task(prober.run(), name="node probes")
     if subscription is not None:
         metadata = connect_client(endpoints, clock)
         lifecycle.stack.push_async_callback(subscription.aclose)
@@ -80,7 +83,7 @@ async def _make_client(config: ClusterConfig) -> NodeClient:
     return VllmClient(config, facts, max_connections=max_connections, api_key=server_key())
 
 
-async def _follow_stats(metadata: MetadataClient, status: StatusView) -> None:
+async def _follow_stats(metadata: MetadataClient, status: StatusView, interval_s: float = 1.0) -> None:
     """Keep the segments' use at hand for /v1/cluster. Away: what was last known is forgotten."""
     while True:
         try:
@@ -89,4 +92,4 @@ async def _follow_stats(metadata: MetadataClient, status: StatusView) -> None:
         except (MetadataUnavailableError, MetadataProtocolError) as error:
             status.used_bytes = {}
             log_fields(_log, logging.DEBUG, "no_segment_stats", error=error.message)
-        await asyncio.sleep(STATS_INTERVAL_S)
+        await asyncio.sleep(interval_s)

@@ -1,39 +1,33 @@
 """The nodes that the router knows: from the config, from the metadata server's events, and what they say of themselves.
 
-Owns probing, breakers, the count of this router's own legs on each node, and the prefix index. Chooses nothing. With
+Owns breakers, the count of this router's own legs on each node, and the prefix index. Chooses nothing. With
 the metadata server away the static nodes go on being probed and used; only knowledge of cache hits is lost.
 """
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvcore.chunk_keys import chunk_keys, root_key, usable_chunks
 from kvcore.clock import Clock
 from kvcore.config.schema import ClusterConfig
-from kvcore.errors import DeadlineExceededError, KVFerryError, NodeUnavailableError
+from kvcore.errors import KVFerryError
 from kvcore.ports import base_url
 from kvcore.telemetry import log_fields
 from kvcore.types import NodeInfo, Role
 from metadata_server.messages import Event, EventKind
 from nodeapi.messages import NodeReport
-from nodeapi.protocol import NodeClient
 from router.nodes.health import Breaker, BreakerState, is_nodes_fault
+from router.nodes.limits import NodeLimits
 from router.routing.decision import why_no_decoder
 from router.routing.index import PrefixHits, PrefixIndex
 from router.routing.views import ClusterView, LeftOut, NodeView
 
-LOST_ROUNDS = 4
-"""Rounds of probes without an answer (12 s by default) after which legs on a node are given up. A process that dies
-breaks its connections and is noticed by them; a host that hangs or is cut off breaks none."""
-LOST_ROUNDS_LAPSED = 1
-"""As many do (3 s by default: two probes, as one is not waited for so long) once the metadata server, which hears
-nothing of the node either, has said that its lease has ended."""
 _log = logging.getLogger("router")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class KnownNode:
     """One node. `problem` None: it answers its probes and is what it should be."""
 
@@ -51,6 +45,10 @@ class KnownNode:
     breaker: Breaker = field(default_factory=Breaker)
     sequences: int = 0
     prefill_tokens: int = 0
+
+    def __repr__(self) -> str:
+        load = f"{self.sequences} sequences, {self.prefill_tokens} to prefill"
+        return f"<KnownNode {self.role} {self.id} {self.problem or 'usable'}: {load}>"
 
     @property
     def segment_id(self) -> str | None:
@@ -75,64 +73,39 @@ class KnownNode:
 class Cluster:
     """Nodes, loads and index. Also the sink of the metadata server's event stream (`on_reset`, `on_events`)."""
 
-    def __init__(self, config: ClusterConfig, client: NodeClient, clock: Clock) -> None:
+    def __init__(self, config: ClusterConfig, clock: Clock, limits: NodeLimits = NodeLimits()) -> None:
         self._config = config
-        self._client = client
         self._clock = clock
-        self._wake = asyncio.Event()
-        self._round_s = config.router.probe_interval_s + config.router.connect_timeout_s
-        self.on_lost: list[Callable[[str, KVFerryError], None]] = []
-        """Called with a node's id and why its legs are lost, at each probe for as long as it stays silent."""
+        self._limits = limits
+        self.probe_asked = asyncio.Event()
+        """Set when what is known of some node may be out of date."""
         self.index = PrefixIndex()
         self.nodes: dict[str, KnownNode] = {}
         for name, node in config.nodes.items():
             url = base_url(node.host, node.port) if node.url is None else node.url.rstrip("/")
-            self.nodes[name] = KnownNode(name, node.role, url, static=True)
+            self.nodes[name] = KnownNode(name, node.role, url, static=True, breaker=Breaker(limits))
 
-    async def run(self) -> None:
-        """Probe every node each `probe_interval_s`, and at once when one appears. Runs until cancelled."""
-        while True:
-            await self.probe()
-            try:
-                async with asyncio.timeout(self._config.router.probe_interval_s):
-                    await self._wake.wait()
-            except TimeoutError:
-                pass
-            self._wake.clear()
+    def __repr__(self) -> str:
+        usable = sum(self.why_unused(node) is None for node in self.nodes.values())
+        return f"<Cluster {usable} of {len(self.nodes)} nodes usable, {len(self.index)} keys>"
 
-    async def probe(self) -> None:
-        """Ask all nodes for their report, at the same time; bounded by the connect timeout."""
-        await asyncio.gather(*(self._probe(node) for node in list(self.nodes.values())))
+    # --- what the prober tells ---
 
-    async def _probe(self, node: KnownNode) -> None:
-        before, asked_at = node.problem, self._clock.now()
-        try:
-            report = await self._client.info(node.url, timeout_s=self._config.router.connect_timeout_s)
-        except KVFerryError as error:
-            node.problem = error.message
-            if isinstance(error, NodeUnavailableError | DeadlineExceededError):
-                self._unanswered(node, asked_at)
-        else:
-            node.silent_since = None
-            if node.report and report.node.incarnation != node.report.node.incarnation:
-                node.breaker = Breaker()
-            node.report = report
-            node.problem = _problem(node, report)
+    def reported(self, node: KnownNode, report: NodeReport) -> None:
+        """The node answered a probe. One that has started anew has a breaker as new."""
+        node.silent_since = None
+        if node.report and report.node.incarnation != node.report.node.incarnation:
+            node.breaker = Breaker(self._limits)
+        node.report = report
+        node.problem = _problem(node, report)
+
+    def probed(self, node: KnownNode, before: str | None) -> None:
+        """A probe has ended, one way or the other; `before`: the node's problem when it began."""
         if node.is_gone and self.nodes.get(node.id) is node:
             del self.nodes[node.id]
         if before != node.problem:
             level = logging.WARNING if before is None else logging.INFO  # one that is still starting is no alarm
             log_fields(_log, level, "node", node=node.id, role=node.role, usable=node.problem is None, why=node.problem)
-
-    def _unanswered(self, node: KnownNode, asked_at: float) -> None:
-        if node.silent_since is None:
-            node.silent_since = asked_at
-        silent_s = self._clock.now() - node.silent_since
-        if silent_s >= self._round_s * (LOST_ROUNDS_LAPSED if node.lapsed else LOST_ROUNDS):
-            without = ", its lease has ended" if node.lapsed else ""
-            error = NodeUnavailableError(f"node {node.id} has answered nothing for {silent_s:.0f} s{without}")
-            for tell in self.on_lost:
-                tell(node.id, error)
 
     # --- what the dispatcher tells ---
 
@@ -157,7 +130,7 @@ class Cluster:
             node.breaker.succeeded()
         elif error is not None and is_nodes_fault(error):
             node.breaker.failed(self._clock.now())
-            self._wake.set()
+            self.probe_asked.set()
         else:
             node.breaker.undecided()
 
@@ -185,9 +158,11 @@ class Cluster:
     def _node_up(self, info: NodeInfo) -> None:
         known = self.nodes.get(info.id)
         if known is None or not (known.static or (known.url, known.role) == (info.control_url, info.role)):
-            self.nodes[info.id] = known = KnownNode(info.id, info.role, info.control_url, static=False)
+            breaker = Breaker(self._limits)
+            known = KnownNode(info.id, info.role, info.control_url, static=False, breaker=breaker)
+            self.nodes[info.id] = known
         known.registered, known.lapsed = True, False
-        self._wake.set()
+        self.probe_asked.set()
 
     def _node_down(self, node_id: str) -> None:
         self.index.drop_node(node_id)
@@ -197,7 +172,7 @@ class Cluster:
         node.registered, node.lapsed = False, True
         if not node.static:
             node.problem = "the metadata server has given it up"
-        self._wake.set()
+        self.probe_asked.set()
 
     # --- what the others ask ---
 

@@ -27,14 +27,11 @@ from nodeapi.messages import (
     PrefillResult,
     TokenDelta,
 )
+from router.nodes.limits import NodeLimits
 from router.nodes.vllm_model import ModelFacts
 from router.nodes.vllm_replies import CompletionStream, prefill_result, refusal
 from router.nodes.vllm_requests import decode_body, num_sequences, prefill_body
 
-KEEPALIVE_S = 3.0
-"""vLLM closes idle connections after 5 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE); a request must not meet that."""
-USAGE_S = 0.5
-"""How long a stream's last token may be held back for the usage behind it."""
 BOOTSTRAP_PORT = 8998
 _log = logging.getLogger("router")
 
@@ -56,9 +53,16 @@ class VllmClient:
     """NodeClient for the servers of one cluster file, known by their URLs. `api_key`: theirs, if they want one."""
 
     def __init__(
-        self, config: ClusterConfig, facts: ModelFacts, *, max_connections: int, api_key: str | None = None
+        self,
+        config: ClusterConfig,
+        facts: ModelFacts,
+        *,
+        max_connections: int,
+        api_key: str | None = None,
+        limits: NodeLimits = NodeLimits(),
     ) -> None:
         self._kind = config.handoff
+        self._usage_s = limits.vllm_usage_s
         self._model = config.model.name
         self._facts = facts
         self._nodes = {node_url(node): (name, node) for name, node in config.nodes.items()}
@@ -72,7 +76,7 @@ class VllmClient:
             connect_timeout_s=config.router.connect_timeout_s,
             max_connections=max_connections,
             headers={"Content-Type": "application/json"} | authorization,
-            keepalive_s=KEEPALIVE_S,
+            keepalive_s=limits.vllm_keepalive_s,
         )
 
     async def prefill(self, url: str, request: PrefillRequest, *, timeout_s: float) -> PrefillResult:
@@ -97,7 +101,7 @@ class VllmClient:
         async with self._calls.open("POST", where, body, timeout_s, headers) as response:
             while not stream.ended:
                 try:
-                    async with deadline(url, USAGE_S if stream.holds else timeout_s):
+                    async with deadline(url, self._usage_s if stream.holds else timeout_s):
                         data = await response.content.readany()
                 except DeadlineExceededError:
                     if not stream.holds:
@@ -109,7 +113,7 @@ class VllmClient:
                 if not data:
                     return
             with suppress(DeadlineExceededError):  # the body's end, which [DONE] announced: the connection is kept
-                async with deadline(url, USAGE_S):
+                async with deadline(url, self._usage_s):
                     await response.content.readany()
 
     async def end_handoff(self, url: str, request_id: str, *, timeout_s: float) -> None:

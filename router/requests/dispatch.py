@@ -24,7 +24,6 @@ class Dispatcher:
         self._turn = 0
         self.running: set[RequestRun] = set()
         """Entered and not left: they are told of nodes that are lost."""
-        services.cluster.on_lost.append(self._node_lost)
 
     def __repr__(self) -> str:
         calls = len(self._services.control)
@@ -45,6 +44,11 @@ class Dispatcher:
         if decision.route is None:
             raise NodeUnavailableError(decision.why_no_decoder())
         return RequestRun(services, spec, decision, choose, self.running)
+
+    def describe(self) -> list[str]:
+        """One line a running request, for the dump of a process that is looked into."""
+        now = self._services.clock.now()
+        return [f"{now - run.started_at:.3f} s: {run!r} {run.machine!r}" for run in self.running]
 
     async def aclose(self) -> None:
         """Wait for control calls under way (each is bounded)."""
@@ -68,6 +72,7 @@ class Dispatcher:
         )
         return self._policy.choose(request, view)
 
-    def _node_lost(self, node: str, error: KVFerryError) -> None:
+    def node_lost(self, node: str, error: KVFerryError) -> None:
+        """A node is silent for good: legs that need it go on elsewhere. May be said again."""
         for run in list(self.running):
             run.give_up(node, error)

@@ -69,7 +69,7 @@ class RequestRun:
         self._route = route
         self._choose = choose
         self._running = running
-        self._started_at = services.clock.now()
+        self.started_at = services.clock.now()
         self.record = RequestRecord(
             id=spec.request_id,
             client_request_id=spec.client_request_id,
@@ -82,7 +82,7 @@ class RequestRun:
             spec,
             self,
             self.record.legs,
-            started_at=self._started_at,
+            started_at=self.started_at,
             prefill_tokens=len(spec.prompt_token_ids) - route.expected_cached_tokens,
         )
         sampling = spec.sampling
@@ -281,7 +281,7 @@ class RequestRun:
 
     def _emit(self, emit: Emit) -> None:
         if self.record.ttft_s is None and emit.token_ids:
-            self.record.ttft_s = self._services.clock.now() - self._started_at
+            self.record.ttft_s = self._services.clock.now() - self.started_at
         self._unread.append(emit)
         if len(self._unread) >= self._services.limits.max_unread:
             self._drained.clear()
@@ -292,7 +292,7 @@ class RequestRun:
         record = self.record
         for timer in self._timers.values():
             timer.cancel()
-        record.total_s = self._services.clock.now() - self._started_at
+        record.total_s = self._services.clock.now() - self.started_at
         record.cached_tokens = self.machine.cached_tokens
         record.completion_tokens = self.machine.completion_tokens
         record.retries, record.retried_legs = len(self.machine.retries), self.machine.retries

@@ -34,6 +34,8 @@ from router.api.app import make_app
 from router.api.limits import ApiLimits
 from router.metrics import RouterMetrics
 from router.nodes.cluster import Cluster
+from router.nodes.limits import NodeLimits
+from router.nodes.prober import Prober
 from router.requests.dispatch import Dispatcher
 from router.requests.limits import RequestLimits
 from router.requests.records import RequestLog
@@ -244,6 +246,7 @@ class Rig:
 
     nodes: FakeNodes
     cluster: Cluster
+    prober: Prober
     dispatcher: Dispatcher
     services: RequestServices
     log: RequestLog
@@ -256,7 +259,9 @@ async def make_rig(
     nodes: FakeNodes | None = None,
     tokenizer: Tokenizer | None = None,
     policy: RoutePolicy | None = None,
+    *,
     limits: RequestLimits = RequestLimits(),
+    node_limits: NodeLimits = NodeLimits(),
     api_limits: ApiLimits = ApiLimits(),
     **router: object,
 ) -> Rig:
@@ -264,10 +269,12 @@ async def make_rig(
     nodes = nodes or two_and_two()
     config = cluster_config(nodes.nodes, None, **router)
     clock, log = SystemClock(), RequestLog()
-    cluster = Cluster(config, nodes, clock)
-    await cluster.probe()
+    cluster = Cluster(config, clock)
+    prober = Prober(config.router, cluster, nodes, clock, node_limits)
+    await prober.probe()
     services = RequestServices(config.router, cluster, nodes, clock, log, limits=limits)
     dispatcher = Dispatcher(services, policy or make_policy(config.router.policy))
+    prober.on_lost.append(dispatcher.node_lost)
 
     async def run(work: Callable[[], list[int]]) -> list[int]:
         return work()
@@ -278,7 +285,7 @@ async def make_rig(
     metrics = RouterMetrics(cluster, log, lambda: True)
     status = StatusView(config, cluster, log, clock, lambda: True)
     app = make_app(answerer, log, status, metrics, max_body_bytes=config.router.max_body, limits=api_limits)
-    return Rig(nodes, cluster, dispatcher, services, log, answerer, app, metrics)
+    return Rig(nodes, cluster, prober, dispatcher, services, log, answerer, app, metrics)
 
 
 async def until(condition: Callable[[], bool], limit_s: float = 5.0) -> None:

@@ -25,6 +25,7 @@ from kvcore.types import Role
 from kvstore.types import GetOutcome
 from metadata_server.subscription import IndexSubscription
 from router.nodes.cluster import Cluster
+from router.nodes.prober import Prober
 from router.requests.dispatch import Dispatcher
 from router.requests.ledger import RequestMachine
 from router.requests.records import RequestLog
@@ -138,13 +139,15 @@ class SimCluster:
             },
             router=ROUTER,
         )
-        self.cluster = Cluster(config, self.client, self.clock)
-        self.cluster.on_lost.append(lambda name, error: self.trace("given_up", name, error.message))
+        self.cluster = Cluster(config, self.clock)
+        self.prober = Prober(ROUTER, self.cluster, self.client, self.clock)
+        self.prober.on_lost.append(lambda name, error: self.trace("given_up", name, error.message))
         source = SimEventSource(self.network, self.router, lambda: self.metadata.core)
         self.subscription = IndexSubscription(source, self.cluster, self.clock)
         self.log = RequestLog()
         self.services = RequestServices(ROUTER, self.cluster, self.client, self.clock, self.log)
         self.dispatcher = Dispatcher(self.services, make_policy(ROUTER.policy))
+        self.prober.on_lost.append(self.dispatcher.node_lost)
         self.oracle = Oracle(plan, self.client.legs)
         self._planned = [] if variant.peaceful else plan.faults
         self.dice = random.Random(seed + 1)
@@ -158,7 +161,7 @@ class SimCluster:
         self.metadata.start()
         for node in self.nodes.values():
             node.start()
-        self.router.spawn(self.cluster.run())
+        self.router.spawn(self.prober.run())
         self.router.spawn(self.subscription.run())
         await asyncio.sleep(0.5)
         faults = asyncio.create_task(self._faults())

@@ -15,6 +15,7 @@ from kvnode.request_check import parse_request
 from nodeapi import messages as m
 from nodeapi.client import HttpNodeClient
 from router.nodes.cluster import Cluster
+from router.nodes.prober import Prober
 
 LATER = "a_field_of_a_later_version"
 MOVED = m.Moved(transport="shm", direction="put", num_bytes=1, seconds=0.5)
@@ -145,8 +146,8 @@ async def test_a_node_of_a_protocol_that_the_router_does_not_speak_is_refused_by
             engine=SimEngineConfig(),
             nodes={"d0": NodeConfig(role=Role.DECODER, url=url)},
         )
-        cluster = Cluster(config, client, ManualClock())
-        await cluster.probe()
+        cluster = Cluster(config, ManualClock())
+        await Prober(config.router, cluster, client, ManualClock()).probe()
         node = cluster.nodes["d0"]
         assert node.problem is not None and f"{url} speaks version {protocol}" in node.problem
         assert node.silent_since is None

@@ -134,7 +134,7 @@ async def test_other_failures_have_the_same_body(rig: Rig, http: httpx.AsyncClie
     assert reply.status_code == 413 and error_of(reply)["code"] == "payload_too_large"
     for node in rig.nodes.nodes:
         node.down = True
-    await rig.cluster.probe()
+    await rig.prober.probe()
     for reply in (await http.post("/v1/completions", json=ASK), await http.get("/health")):
         assert reply.status_code == 503 and "d0" in str(error_of(reply)["message"])
         assert reply.headers["retry-after"] == "1"

@@ -108,10 +108,10 @@ async def test_three_completions_are_each_continued_by_their_own_leg() -> None:
     rig.nodes["d0"].die_after = 4
     rig.nodes["d0"].tokens = rig.nodes["d1"].tokens = lambda tokens, index: 97 + len(tokens) % 26  # as greedy: the same
     rig.nodes["d1"].down = True
-    await rig.cluster.probe()
+    await rig.prober.probe()
     run = open_run(rig, n=3, max_tokens=5)
     rig.nodes["d1"].down = False
-    await rig.cluster.probe()
+    await rig.prober.probe()
     tokens = await tokens_of(run)
     assert tokens == {i: [97 + (100 + k) % 26 for k in range(5)] for i in range(3)}
     seeds = [request.sampling.seed for request in rig.nodes["d1"].generates]

@@ -10,7 +10,7 @@ from kvcore.errors import EngineError
 from kvcore.types import NodeInfo, Role
 from metadata_server.messages import Event, EventKind
 from nodeapi.messages import SamplingParams
-from router.nodes import cluster as cluster_module
+from router.nodes.limits import NodeLimits
 from router.requests.run import RequestRun
 from router.requests.spec import RequestSpec
 
@@ -40,10 +40,9 @@ async def assert_quiet(rig: Rig) -> None:
 
 
 @pytest.fixture
-async def rig(monkeypatch: pytest.MonkeyPatch) -> Rig:
+async def rig() -> Rig:
     """Lost with the first probe that has no answer."""
-    monkeypatch.setattr(cluster_module, "LOST_ROUNDS", 0)
-    return await make_rig()
+    return await make_rig(node_limits=NodeLimits(lost_rounds=0))
 
 
 def hang(node: FakeNode) -> None:
@@ -63,7 +62,7 @@ async def test_a_prefill_on_a_node_that_hangs_is_done_by_another(rig: Rig) -> No
     task = asyncio.create_task(tokens_of(run))
     await until(lambda: len(node.prefills) == 1)
     hang(node)
-    await rig.cluster.probe()
+    await rig.prober.probe()
     assert await task == expected(PROMPT, 8)
     assert run.record.retried_legs == [("prefill", "node_unavailable")]
     legs = [leg for leg in run.record.legs if leg.kind == "prefill"]
@@ -81,7 +80,7 @@ async def test_a_decode_on_a_node_that_hangs_goes_on_elsewhere(rig: Rig) -> None
     await until(lambda: len(node.generates) == 1)
     hang(node)
     for _ in range(3):  # it stays silent: said again, and nothing happens twice
-        await rig.cluster.probe()
+        await rig.prober.probe()
     assert await task == expected(PROMPT, 8)
     assert run.record.retries == 1 and run.record.legs[-1].node != node.id
     await assert_quiet(rig)
@@ -98,7 +97,7 @@ async def test_a_prefill_into_a_node_that_hangs_is_not_waited_for(rig: Rig) -> N
     task = asyncio.create_task(tokens_of(run))
     await until(lambda: len(prefiller.prefills) == len(decoder.generates) == 1)
     hang(decoder)
-    await rig.cluster.probe()
+    await rig.prober.probe()
     assert await task == expected(PROMPT, 8)
     assert run.record.retried_legs == [("decode", "node_unavailable"), ("prefill", "engine_error")]
     (other,) = {"d0", "d1"} - {decoder.id}
@@ -110,23 +109,23 @@ async def test_a_prefill_into_a_node_that_hangs_is_not_waited_for(rig: Rig) -> N
 async def test_a_node_that_answers_anything_in_time_is_not_lost() -> None:
     rig = await make_rig()
     clock, lost = ManualClock(), list[str]()
-    rig.cluster._clock = clock
-    rig.cluster.on_lost.append(lambda node, error: lost.append(node))
+    rig.cluster._clock = rig.prober._clock = clock
+    rig.prober.on_lost.append(lambda node, error: lost.append(node))
     node = rig.nodes["d0"]
 
     async def silent_for(seconds: float) -> None:
         node.down = True
-        await rig.cluster.probe()
+        await rig.prober.probe()
         clock.advance(seconds)
-        await rig.cluster.probe()
+        await rig.prober.probe()
 
     await silent_for(11.9)
     node.down = False
-    await rig.cluster.probe()
+    await rig.prober.probe()
     await silent_for(11.9)
     assert lost == []
     clock.advance(0.2)
-    await rig.cluster.probe()
+    await rig.prober.probe()
     assert lost == ["d0"]
 
 
@@ -134,21 +133,21 @@ class Watched:
     """A cluster whose clock we turn, and whom it has given up."""
 
     def __init__(self, rig: Rig) -> None:
-        self.cluster, self.node = rig.cluster, rig.nodes["d0"]
-        self.clock = self.cluster._clock = ManualClock()
+        self.cluster, self.prober, self.node = rig.cluster, rig.prober, rig.nodes["d0"]
+        self.clock = self.cluster._clock = self.prober._clock = ManualClock()
         self.lost: list[str] = []
-        self.cluster.on_lost.append(lambda node, error: self.lost.append(f"{node}: {error.message}"))
+        self.prober.on_lost.append(lambda node, error: self.lost.append(f"{node}: {error.message}"))
 
     async def later(self, seconds: float) -> None:
         self.clock.advance(seconds)
-        await self.cluster.probe()
+        await self.prober.probe()
 
 
 async def test_a_silent_node_whose_lease_has_ended_is_lost_sooner() -> None:
     watched = Watched(await make_rig())
     watched.cluster.on_events([UP, DOWN])
     watched.node.down = True
-    await watched.cluster.probe()
+    await watched.prober.probe()
     await watched.later(2.9)
     assert watched.lost == []
     await watched.later(0.2)
@@ -173,7 +172,7 @@ async def test_a_silent_node_of_whose_lease_nothing_is_known_is_lost_later(heard
         elif word != "nothing":
             watched.cluster.on_events([UP if word == "up" else DOWN])
     watched.node.down = True
-    await watched.cluster.probe()
+    await watched.prober.probe()
     await watched.later(11.9)
     assert watched.lost == []
     await watched.later(0.2)
@@ -182,11 +181,11 @@ async def test_a_silent_node_of_whose_lease_nothing_is_known_is_lost_later(heard
 
 async def test_an_error_is_an_answer(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     lost: list[str] = []
-    rig.cluster.on_lost.append(lambda node, error: lost.append(node))
+    rig.prober.on_lost.append(lambda node, error: lost.append(node))
 
     def refuse() -> None:
         raise EngineError("no report today")
 
     monkeypatch.setattr(rig.nodes["d0"], "_check", refuse)
-    await rig.cluster.probe()
+    await rig.prober.probe()
     assert lost == [] and rig.cluster.nodes["d0"].problem == "no report today"

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from pathlib import Path
 
 import msgspec
@@ -17,8 +18,11 @@ from kvcore.config.schema import ModelConfig, TorchEngineConfig
 from kvcore.errors import InvalidRequestError, ModelLoadError, NodeUnavailableError
 from kvcore.types import ChunkKey, NodeInfo, Role
 from metadata_server.messages import Event, EventKind
+from router.nodes import health
 from router.nodes.cluster import Cluster
-from router.nodes.health import FIRST_PAUSE_S, Breaker, BreakerState
+from router.nodes.health import BREAKER_TRANSITIONS, Breaker, BreakerState
+from router.nodes.limits import NodeLimits
+from router.nodes.prober import Prober
 from router.routing.decision import MAX_EXPLAINED, Candidate
 from router.routing.index import PrefixHits, PrefixIndex
 from router.routing.policies import prefix_aware, round_robin
@@ -28,6 +32,7 @@ from router.text.tokenizer import FolderTokenizer, make_tokenizer
 
 KEYS = [ChunkKey(bytes([i]) * 16) for i in range(8)]
 F = b"f" * 16
+PAUSE_S = NodeLimits().first_pause_s
 
 
 def node(name: str, role: Role, *, fingerprint: bytes = F, sequences: int = 0, prefill_tokens: int = 0) -> NodeView:
@@ -173,7 +178,7 @@ def test_the_breaker_opens_probes_once_and_closes() -> None:
         assert breaker.allows(0.0)
         breaker.failed(0.0)
     assert breaker.state(0.1) is BreakerState.OPEN and not breaker.allows(0.1)
-    later = FIRST_PAUSE_S
+    later = PAUSE_S
     assert breaker.allows(later)
     breaker.started(later)
     assert not breaker.allows(later), "one probe at a time"
@@ -181,8 +186,8 @@ def test_the_breaker_opens_probes_once_and_closes() -> None:
     assert breaker.allows(later), "a cancelled probe frees its place"
     breaker.started(later)
     breaker.failed(later)
-    assert not breaker.allows(later + FIRST_PAUSE_S), "the pause has grown"
-    breaker.started(later + 2 * FIRST_PAUSE_S)
+    assert not breaker.allows(later + PAUSE_S), "the pause has grown"
+    breaker.started(later + 2 * PAUSE_S)
     breaker.succeeded()
     assert breaker.state(later) is BreakerState.CLOSED
 
@@ -191,19 +196,48 @@ def test_legs_of_before_that_fail_late_do_not_keep_a_breaker_open() -> None:
     breaker = Breaker()
     for _ in range(3):
         breaker.failed(0.0)
-    breaker.failed(FIRST_PAUSE_S)
-    assert breaker.allows(FIRST_PAUSE_S), "it was not a probe that failed"
+    breaker.failed(PAUSE_S)
+    assert breaker.allows(PAUSE_S), "it was not a probe that failed"
 
 
-async def make_cluster(nodes: FakeNodes) -> Cluster:
-    cluster = Cluster(cluster_config(nodes.nodes), nodes, ManualClock())
-    await cluster.probe()
-    return cluster
+def test_the_breakers_table_is_what_its_prose_says() -> None:
+    rows = re.findall(r"^    (closed|open|half_open) +(\w+) +([a-z_ ]+)$", health.__doc__ or "", re.M)
+    prose = {(BreakerState(state), event): {BreakerState(a) for a in after.split()} for state, event, after in rows}
+    assert prose == BREAKER_TRANSITIONS
+
+
+def test_a_breaker_keeps_to_its_table_and_reaches_all_of_it() -> None:
+    dice, seen = random.Random(7), set()
+    breaker, now = Breaker(), 0.0
+    for _ in range(5000):
+        event = dice.choice(["failed", "failed", "succeeded", "time", "time", "started", "undecided"])
+        before = breaker.state(now)
+        if event == "time":
+            now += dice.choice([0.1, 1.0, 20.0])
+        elif event in ("failed", "started"):
+            getattr(breaker, event)(now)
+        else:
+            getattr(breaker, event)()
+        after = breaker.state(now)
+        if event in ("started", "undecided"):
+            assert after is before
+        else:
+            assert after in BREAKER_TRANSITIONS[before, event]
+            seen.add((before, event, after))
+    assert seen == {(before, event, after) for (before, event), all_ in BREAKER_TRANSITIONS.items() for after in all_}
+
+
+async def make_cluster(nodes: FakeNodes) -> tuple[Cluster, Prober]:
+    config, clock = cluster_config(nodes.nodes), ManualClock()
+    cluster = Cluster(config, clock)
+    prober = Prober(config.router, cluster, nodes, clock)
+    await prober.probe()
+    return cluster, prober
 
 
 async def test_events_feed_the_index_and_nodes_come_and_go() -> None:
     nodes = two_and_two()
-    cluster = await make_cluster(nodes)
+    cluster, prober = await make_cluster(nodes)
     prompt = list(range(50))
     fingerprint = spec().fingerprint
     keys = chunk_keys(root_key(fingerprint), prompt, 16)
@@ -214,7 +248,7 @@ async def test_events_feed_the_index_and_nodes_come_and_go() -> None:
     nodes.by_url["http://127.0.0.1:9"] = FakeNode("new", Role.DECODER)
     info = NodeInfo(id="new", role=Role.DECODER, control_url="http://127.0.0.1:9", incarnation=1)
     cluster.on_events([Event(seq=2, kind=EventKind.NODE_UP, node_id="new", node=info)])
-    await cluster.probe()
+    await prober.probe()
     assert [n.id for n in cluster.view().decoders] == ["d0", "d1", "new"]
     cluster.on_events([Event(seq=3, kind=EventKind.NODE_DOWN, node_id=name) for name in ("new", "d0")])
     assert [n.id for n in cluster.view().decoders] == ["d0", "d1"], "a static node is judged by its probes"
@@ -226,34 +260,34 @@ async def test_events_feed_the_index_and_nodes_come_and_go() -> None:
 
 async def test_who_came_by_events_and_is_gone_is_forgotten_but_not_before_its_legs_have_ended() -> None:
     nodes = two_and_two()
-    cluster = await make_cluster(nodes)
+    cluster, prober = await make_cluster(nodes)
     fake = nodes.by_url["http://127.0.0.1:9"] = FakeNode("new", Role.DECODER)
     info = NodeInfo(id="new", role=Role.DECODER, control_url="http://127.0.0.1:9", incarnation=1)
     cluster.on_events([Event(seq=2, kind=EventKind.NODE_UP, node_id="new", node=info)])
-    await cluster.probe()
+    await prober.probe()
     cluster.leg_started("new", sequences=1, prefill_tokens=0)
     cluster.on_reset()
-    await cluster.probe()
+    await prober.probe()
     assert [n.id for n in cluster.view().decoders] == ["d0", "d1", "new"], "not its own restart"
     fake.down = True
     cluster.on_events([Event(seq=3, kind=EventKind.NODE_DOWN, node_id="new")])
-    await cluster.probe()
+    await prober.probe()
     assert "new" in cluster.nodes and "new" not in [n.id for n in cluster.view().decoders]
     cluster.leg_ended("new", sequences=1, prefill_tokens=0, ok=False)
-    await cluster.probe()
+    await prober.probe()
     assert "new" not in cluster.nodes
 
 
 async def test_a_restart_forgets_the_breaker_and_a_drain_takes_out() -> None:
     nodes = two_and_two()
-    cluster = await make_cluster(nodes)
+    cluster, prober = await make_cluster(nodes)
     for _ in range(3):
         cluster.leg_started("d0", sequences=1, prefill_tokens=0)
         cluster.leg_ended("d0", sequences=1, prefill_tokens=0, ok=False, error=NodeUnavailableError("x"))
     assert [n.id for n in cluster.view().decoders] == ["d1"]
     nodes["d0"].incarnation += 1
     nodes["d1"].draining = True
-    await cluster.probe()
+    await prober.probe()
     assert [n.id for n in cluster.view().decoders] == ["d0"]
     assert "d1: draining" in cluster.why_no_decoder()
 

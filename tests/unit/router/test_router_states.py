@@ -1,5 +1,6 @@
 """The tables of states are what their docstring says, and what the ledger does."""
 
+import asyncio
 import re
 
 import pytest
@@ -7,9 +8,11 @@ from support.router_fakes import make_rig
 
 from kvcore.errors import EngineError
 from kvcore.types import Route
+from nodeapi.messages import SamplingParams
 from router.requests import states
 from router.requests.events import ClientGone, DecodeFailed, PrefillDone
 from router.requests.ledger import RequestMachine
+from router.requests.leg_requests import RequestSpec
 from router.requests.states import LEG_TRANSITIONS, REQUEST_TRANSITIONS, LegState, RequestState, check_transition
 
 
@@ -49,4 +52,19 @@ async def test_a_machine_says_what_it_is() -> None:
     assert repr(machine) == "<RequestMachine r decoding: prefill r.p1 on p0, 1 decode legs, 0 tokens, 0 retries>"
     machine.handle(DecodeFailed("r.d2", EngineError("no")))
     assert machine.state is RequestState.UNPLACED
+    assert repr(rig.cluster) == "<Cluster 4 of 4 nodes usable, 0 keys>"
+    assert repr(rig.cluster.nodes["d0"]) == "<KnownNode decoder d0 usable: 0 sequences, 0 to prefill>"
     assert repr(rig.dispatcher) == "<Dispatcher 0 running, 0 opened, 0 control calls>"
+
+
+async def test_running_requests_are_described_by_a_line_each() -> None:
+    rig = await make_rig()
+    for node in rig.nodes.nodes:
+        node.prefill_gate = node.generate_gate = asyncio.Event()
+    run = rig.dispatcher.open(RequestSpec("r", list(range(100)), SamplingParams(max_tokens=2)))
+    assert rig.dispatcher.describe() == []
+    async with run:
+        (line,) = rig.dispatcher.describe()
+        assert "<RequestRun r running p1>d1, legs: r.d2 r.p1, 0 tokens, 0 unread>" in line
+        assert "<RequestMachine r decoding: prefill r.p1 on p1, 1 decode legs" in line
+    await rig.dispatcher.aclose()

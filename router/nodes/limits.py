@@ -1,0 +1,25 @@
+"""The limits and pauses around nodes, in one struct that tests may change. Values only."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class NodeLimits:
+    """What an operator sets (interval and timeout of probes) is in RouterConfig."""
+
+    lost_rounds: int = 4
+    """Rounds of probes without an answer (12 s by default) after which legs on a node are given up. A process that dies
+    breaks its connections and is noticed by them; a host that hangs or is cut off breaks none."""
+    lost_rounds_lapsed: int = 1
+    """As many do (3 s by default: two probes, as one is not waited for so long) once the metadata server, which hears
+    nothing of the node either, has said that its lease has ended."""
+    failures_to_open: int = 3
+    """Legs in a row that fail by their node's fault until its breaker opens."""
+    first_pause_s: float = 0.5
+    """How long a breaker stays open at first; each failed try doubles it ..."""
+    longest_pause_s: float = 15.0
+    """... up to this."""
+    vllm_keepalive_s: float = 3.0
+    """vLLM closes idle connections after 5 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE); a request must not meet that."""
+    vllm_usage_s: float = 0.5
+    """How long a stream's last token may be held back for the usage behind it."""

@@ -1,0 +1,75 @@
+"""Asks every node for its report, in rounds, and says which nodes are lost: silent for so long that legs must move.
+
+Owns the rounds. What a report means is the cluster's.
+"""
+
+import asyncio
+from collections.abc import Callable
+
+from kvcore.clock import Clock
+from kvcore.config.schema import RouterConfig
+from kvcore.errors import DeadlineExceededError, KVFerryError, NodeUnavailableError
+from nodeapi.protocol import NodeClient
+from router.nodes.cluster import Cluster, KnownNode
+from router.nodes.limits import NodeLimits
+
+
+class Prober:
+    """One a router."""
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        cluster: Cluster,
+        client: NodeClient,
+        clock: Clock,
+        limits: NodeLimits = NodeLimits(),
+    ) -> None:
+        self._config = config
+        self._cluster = cluster
+        self._client = client
+        self._clock = clock
+        self._limits = limits
+        self._round_s = config.probe_interval_s + config.connect_timeout_s
+        self.on_lost: list[Callable[[str, KVFerryError], None]] = []
+        """Called with a node's id and why its legs are lost, at each probe for as long as it stays silent."""
+
+    async def run(self) -> None:
+        """Probe every node each `probe_interval_s`, and at once when the cluster asks for it. Runs until cancelled."""
+        asked = self._cluster.probe_asked
+        while True:
+            await self.probe()
+            try:
+                async with asyncio.timeout(self._config.probe_interval_s):
+                    await asked.wait()
+            except TimeoutError:
+                pass
+            asked.clear()
+
+    async def probe(self) -> None:
+        """Ask all nodes for their report, at the same time; bounded by the connect timeout."""
+        await asyncio.gather(*(self._probe(node) for node in list(self._cluster.nodes.values())))
+
+    async def _probe(self, node: KnownNode) -> None:
+        asked_at = self._clock.now()
+        before = node.problem
+        try:
+            report = await self._client.info(node.url, timeout_s=self._config.connect_timeout_s)
+        except KVFerryError as error:
+            node.problem = error.message
+            if isinstance(error, NodeUnavailableError | DeadlineExceededError):
+                self._unanswered(node, asked_at)
+        else:
+            self._cluster.reported(node, report)
+        self._cluster.probed(node, before)
+
+    def _unanswered(self, node: KnownNode, asked_at: float) -> None:
+        if node.silent_since is None:
+            node.silent_since = asked_at
+        silent_s = self._clock.now() - node.silent_since
+        rounds = self._limits.lost_rounds_lapsed if node.lapsed else self._limits.lost_rounds
+        if silent_s >= self._round_s * rounds:
+            without = ", its lease has ended" if node.lapsed else ""
+            error = NodeUnavailableError(f"node {node.id} has answered nothing for {silent_s:.0f} s{without}")
+            for tell in self.on_lost:
+                tell(node.id, error)
