@@ -106,7 +106,7 @@ class NodeUnavailableError(KVFerryError):
 
 
 class NodeVersionError(KVFerryError):
-    """A node speaks a version of the nodes' API that the router does not: it is there, but cannot be used."""
+    """A node speaks no version of the nodes' API that the router does: it is there, but cannot be used."""
 
     http_status = 503
     code = "node_version"

@@ -33,7 +33,7 @@ from kvnode.probe import Prober
 from kvnode.segment_owner import SegmentOwner
 from kvnode.supervisor import EngineSupervisor
 from metadata_server.connect import connect_client, endpoints_of
-from nodeapi.messages import PROTOCOL, EngineStats, NodeReport
+from nodeapi.messages import OLDEST_PROTOCOL, PROTOCOL, EngineStats, NodeReport
 
 _logger = logging.getLogger("kvnode")
 
@@ -73,6 +73,7 @@ class _RunningNode:
         stats: EngineStats | None = sample.stats if sample is not None else None
         return NodeReport(
             protocol=PROTOCOL,
+            oldest_protocol=OLDEST_PROTOCOL,
             node=self.membership.node,
             engine=self.engine().info if ready else None,
             stats=stats if ready else None,

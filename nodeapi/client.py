@@ -82,13 +82,7 @@ class HttpNodeClient:
     async def info(self, url: str, *, timeout_s: float) -> NodeReport:
         """See NodeClient."""
         reply = await self._calls.fetch("GET", f"{url}/v1/info", b"", timeout_s)
-        spoken = _decode(reply, Greeting, url).protocol
-        if not OLDEST_PROTOCOL <= spoken <= PROTOCOL:
-            older = "the node" if spoken < OLDEST_PROTOCOL else "the router"
-            raise NodeVersionError(
-                f"{url} speaks version {spoken} of the nodes' API, this router {OLDEST_PROTOCOL} to {PROTOCOL}: "
-                f"upgrade {older}"
-            )
+        _check_common_version(_decode(reply, Greeting, url), url)
         return _decode(reply, NodeReport, url)
 
     async def aclose(self) -> None:
@@ -100,6 +94,14 @@ class HttpNodeClient:
             return [self._frames.decode(payload) for payload in cutter.feed(data)]
         except (FrameError, msgspec.DecodeError, UnicodeDecodeError) as error:
             raise NodeUnavailableError(f"{url} sent a frame that cannot be read: {error}") from error
+
+
+def _check_common_version(node: Greeting, url: str) -> None:
+    if min(PROTOCOL, node.protocol) < max(OLDEST_PROTOCOL, node.oldest_protocol):
+        raise NodeVersionError(
+            f"{url} speaks versions {node.oldest_protocol} to {node.protocol} of the nodes' API, this router "
+            f"{OLDEST_PROTOCOL} to {PROTOCOL}: upgrade {'the node' if node.protocol < PROTOCOL else 'the router'}"
+        )
 
 
 def _refusal(status: int, raw: bytes, url: str) -> KVFerryError:

@@ -10,10 +10,9 @@ import msgspec
 
 from kvcore.types import KVSpec, NodeInfo, Segment
 
-PROTOCOL = 1
-"""Of this program. Grows when a request gets a field, or a field of any message another meaning."""
-OLDEST_PROTOCOL = 1
-"""The router refuses nodes of an older one, and of a newer one than PROTOCOL."""
+PROTOCOL, OLDEST_PROTOCOL = 1, 1
+"""The newest and the oldest version that this program speaks. The newest grows when a request gets a field, or when a
+field of any message gets another meaning (docs/wire-formats.md, "Versions" of the nodes' API)."""
 
 
 class _StrictMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -202,7 +201,9 @@ class Greeting(_TolerantMessage, frozen=True, kw_only=True):
     """The one part of a NodeReport that every version can read: decode it first, then the rest."""
 
     protocol: int = 1
-    """Of the node's program. Nodes that are older than this field speak 1."""
+    """The newest version that the node speaks. Nodes that are older than this field speak 1."""
+    oldest_protocol: int = 1
+    """The oldest one."""
 
 
 class NodeReport(Greeting, frozen=True, kw_only=True):

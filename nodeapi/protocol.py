@@ -28,7 +28,7 @@ class NodeClient(Protocol):
         ...
 
     async def info(self, url: str, *, timeout_s: float) -> NodeReport:
-        """The node's report. NodeVersionError where it speaks a protocol that we do not."""
+        """The node's report. NodeVersionError where the node speaks no version that we do."""
         ...
 
     async def aclose(self) -> None:

@@ -132,7 +132,7 @@ class VllmClient:
         self._known[url] = max_context, peer
         spec = self._facts.kv_spec
         return NodeReport(
-            protocol=PROTOCOL,
+            protocol=PROTOCOL,  # what it is asked, this program translates
             node=NodeInfo(id=name, role=node.role, control_url=url, incarnation=0, fingerprint=spec.fingerprint),
             engine=EngineInfo(
                 kind="vllm",

@@ -127,18 +127,30 @@ def test_a_node_without_a_protocol_in_its_greeting_speaks_the_first() -> None:
     assert msgspec.msgpack.decode(b"\x80", type=m.Greeting).protocol == 1
 
 
-@names("protocol", [0, m.PROTOCOL + 1])
-async def test_a_node_of_a_protocol_that_the_router_does_not_speak_is_refused_by_name(protocol: int) -> None:
-    """Also where nothing else of its report can be read; and it is no node that is silent."""
-
+def greeting_app(**greeting: object) -> web.Application:
     async def info(_: web.Request) -> web.Response:
-        return web.Response(body=msgspec.msgpack.encode({"protocol": protocol, "node": "of another shape"}))
+        return web.Response(body=msgspec.msgpack.encode(greeting))
 
     app = web.Application()
     app.router.add_get("/v1/info", info)
+    return app
+
+
+async def test_a_newer_node_that_speaks_the_routers_version_too_is_used() -> None:
+    report = msgspec.structs.replace(FakeNode("d0", Role.DECODER).report(), protocol=m.PROTOCOL + 1)
     client = HttpNodeClient(connect_timeout_s=1, max_connections=10)
-    async with serve(app) as url:
-        with pytest.raises(NodeVersionError, match=f"speaks version {protocol} .* this router 1 to 1: upgrade"):
+    async with serve(greeting_app(**msgspec.to_builtins(report, builtin_types=(bytes,)))) as url:
+        assert await client.info(url, timeout_s=1) == report
+    await client.aclose()
+
+
+@names(("protocol", "older"), [(0, "the node"), (m.PROTOCOL + 1, "the router")])
+async def test_a_node_without_a_version_that_the_router_speaks_is_refused_by_name(protocol: int, older: str) -> None:
+    """Also where nothing else of its report can be read; and it is no node that is silent."""
+    client = HttpNodeClient(connect_timeout_s=1, max_connections=10)
+    said = f"speaks versions {protocol} to {protocol} "
+    async with serve(greeting_app(protocol=protocol, oldest_protocol=protocol, node="of another shape")) as url:
+        with pytest.raises(NodeVersionError, match=f"{said}.* this router 1 to 1: upgrade {older}"):
             await client.info(url, timeout_s=1)
         config = ClusterConfig(
             cluster="c",
@@ -149,8 +161,8 @@ async def test_a_node_of_a_protocol_that_the_router_does_not_speak_is_refused_by
         cluster = Cluster(config, ManualClock())
         await Prober(config.router, cluster, client, ManualClock()).probe()
         node = cluster.nodes["d0"]
-        assert node.problem is not None and f"{url} speaks version {protocol}" in node.problem
+        assert node.problem is not None and f"{url} {said}" in node.problem
         assert node.silent_since is None
         assert not cluster.view().decoders
-        assert f"d0: {url} speaks version {protocol}" in cluster.why_no_decoder()
+        assert f"d0: {url} {said}" in cluster.why_no_decoder()
     await client.aclose()
