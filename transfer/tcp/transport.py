@@ -15,7 +15,8 @@ from transfer.blocking import BatchDeadline, BlockingPool
 from transfer.memory.pages import usable_cpus
 from transfer.ranges import check_batch
 from transfer.stripes import OpSlice, stripe
-from transfer.tcp.exchange import Connection, Exchange
+from transfer.tcp.connection import Connection
+from transfer.tcp.exchange import Exchange
 from transfer.tcp.limits import TcpLimits
 from transfer.tcp.sockets import shut_down, split_address, tune
 

@@ -141,6 +141,18 @@ def check_text(header: Header, kind: FrameKind) -> None:
         )
 
 
+def error_text_bytes(header: Header) -> int:
+    """Length of the text that follows an ERROR frame's header. Raises TransferProtocolError unless it is one."""
+    check_text(header, FrameKind.ERROR)
+    return header.payload_bytes
+
+
+def check_reply(header: Header, wanted: Header) -> None:
+    """Raises TransferProtocolError unless the frame is the one that answers a request."""
+    if header != wanted:
+        raise TransferProtocolError(f"expected {wanted}, the peer sent {header}")
+
+
 def pack_error(error: TransferError) -> bytes:
     """What a target says before it closes the connection."""
     unknown = isinstance(error, SegmentUnknownError)
