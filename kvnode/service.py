@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from aiohttp import web
 
 from engines.factory import engine_config
-from engines.process.messages import Hello, Sample
+from engines.process.messages import EngineHello, Sample
 from engines.process.parent import EngineProcess
 from kvcore.clock import Clock, SystemClock
 from kvcore.config.file import node_config
@@ -144,7 +144,7 @@ def _supervisor(
     node = membership.node
     if node.role is Role.STORE:
         return None
-    hello = Hello(config=config, node_name=node.id, incarnation=node.incarnation)
+    hello = EngineHello(config=config, node_name=node.id, incarnation=node.incarnation)
     engine, host, env = engine_config(config, node.id), config.nodes[node.id].host, {}
     if isinstance(engine, VllmEngineConfig):
         env = engine_environment(engine, config.model, host)

@@ -35,7 +35,7 @@ MAX_EXPOSITION_BYTES = 1 << 20
 
 
 @asynccontextmanager
-async def open_engine(hello: m.Hello) -> AsyncIterator[OpenedEngine]:
+async def open_engine(hello: m.EngineHello) -> AsyncIterator[OpenedEngine]:
     """The node's engine with its own way to the store. Raises ConfigError, ModelLoadError."""
     config, clock = hello.config, SystemClock()
     configure_logging(f"{hello.node_name}.engine", config.service.log_level)

@@ -1,7 +1,8 @@
 """What a node and its engine's process say to each other, version 1. Tagged msgpack structs, one a frame.
 
-The node speaks first (Hello); the child answers Ready or Refused. After that calls are multiplexed by `id`, which the
-node counts up and never uses twice. A stream's child sends at most STREAM_WINDOW deltas that the node has not taken.
+The node speaks first (EngineHello); the child answers Ready or Refused. After that calls are multiplexed by `id`, which
+the node counts up and never uses twice. A stream's child sends at most STREAM_WINDOW deltas that the node has not
+taken.
 """
 
 import msgspec
@@ -14,10 +15,14 @@ STREAM_WINDOW = 256
 
 
 class _Frame(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    pass
+    """To the child: it refuses what it does not know."""
 
 
-class Hello(_Frame, frozen=True, kw_only=True, tag="hello"):
+class _Reply(msgspec.Struct, frozen=True, kw_only=True):
+    """From the child: the node ignores fields that it does not know."""
+
+
+class EngineHello(_Frame, frozen=True, kw_only=True, tag="hello"):
     """All that the child needs to build its engine and its own access to the store."""
 
     version: int = PROTOCOL_VERSION
@@ -26,35 +31,35 @@ class Hello(_Frame, frozen=True, kw_only=True, tag="hello"):
     incarnation: int
 
 
-class StartPrefill(_Frame, frozen=True, kw_only=True, tag="prefill"):
+class PrefillCall(_Frame, frozen=True, kw_only=True, tag="prefill"):
     """Answered by Prefilled or Failure."""
 
     id: int
     request: PrefillRequest
 
 
-class StartGenerate(_Frame, frozen=True, kw_only=True, tag="generate"):
-    """Answered by Delta frames, then Done or Failure."""
+class GenerateCall(_Frame, frozen=True, kw_only=True, tag="generate"):
+    """Answered by StreamedDelta frames, then Done or Failure."""
 
     id: int
     request: GenerateRequest
 
 
-class EndHandoff(_Frame, frozen=True, kw_only=True, tag="end_handoff"):
+class EndHandoffCall(_Frame, frozen=True, kw_only=True, tag="end_handoff"):
     """Answered by Done or Failure."""
 
     id: int
     request_id: str
 
 
-class AbortRequest(_Frame, frozen=True, kw_only=True, tag="abort"):
+class AbortCall(_Frame, frozen=True, kw_only=True, tag="abort"):
     """Answered by Done or Failure. Names a request as its client does, not a call."""
 
     id: int
     request_id: str
 
 
-class AskStats(_Frame, frozen=True, kw_only=True, tag="ask_stats"):
+class StatsCall(_Frame, frozen=True, kw_only=True, tag="ask_stats"):
     """Answered by Sample or Failure."""
 
     id: int
@@ -84,45 +89,54 @@ class Shutdown(_Frame, frozen=True, kw_only=True, tag="shutdown"):
 
 
 ToChild = (
-    Hello | StartPrefill | StartGenerate | EndHandoff | AbortRequest | AskStats | Ping | Cancel | Credit | Shutdown
+    EngineHello
+    | PrefillCall
+    | GenerateCall
+    | EndHandoffCall
+    | AbortCall
+    | StatsCall
+    | Ping
+    | Cancel
+    | Credit
+    | Shutdown
 )
 
 
-class Ready(_Frame, frozen=True, kw_only=True, tag="ready"):
+class Ready(_Reply, frozen=True, kw_only=True, tag="ready"):
     """The engine is entered: calls may come."""
 
     version: int = PROTOCOL_VERSION
     info: EngineInfo
 
 
-class Refused(_Frame, frozen=True, kw_only=True, tag="refused"):
+class Refused(_Reply, frozen=True, kw_only=True, tag="refused"):
     """The engine cannot start; the child exits. `code` names a class of kvcore.errors."""
 
     code: str
     message: str
 
 
-class Prefilled(_Frame, frozen=True, kw_only=True, tag="prefilled"):
-    """Ends a StartPrefill."""
+class Prefilled(_Reply, frozen=True, kw_only=True, tag="prefilled"):
+    """Ends a PrefillCall."""
 
     id: int
     result: PrefillResult
 
 
-class Delta(_Frame, frozen=True, kw_only=True, tag="delta"):
+class StreamedDelta(_Reply, frozen=True, kw_only=True, tag="delta"):
     """One more delta of a stream."""
 
     id: int
     delta: TokenDelta
 
 
-class Done(_Frame, frozen=True, kw_only=True, tag="done"):
+class Done(_Reply, frozen=True, kw_only=True, tag="done"):
     """Ends a call that has no other result."""
 
     id: int
 
 
-class Failure(_Frame, frozen=True, kw_only=True, tag="failure"):
+class Failure(_Reply, frozen=True, kw_only=True, tag="failure"):
     """Ends a call. `code` names a class of kvcore.errors."""
 
     id: int
@@ -130,8 +144,8 @@ class Failure(_Frame, frozen=True, kw_only=True, tag="failure"):
     message: str
 
 
-class Sample(_Frame, frozen=True, kw_only=True, tag="sample"):
-    """Ends an AskStats."""
+class Sample(_Reply, frozen=True, kw_only=True, tag="sample"):
+    """Ends an StatsCall."""
 
     id: int
     stats: EngineStats
@@ -143,11 +157,11 @@ class Sample(_Frame, frozen=True, kw_only=True, tag="sample"):
     """Metrics that the engine itself keeps (vLLM's), as Prometheus text, labelled with the node."""
 
 
-class Pong(_Frame, frozen=True, kw_only=True, tag="pong"):
+class Pong(_Reply, frozen=True, kw_only=True, tag="pong"):
     """The child's loop turns."""
 
 
-FromChild = Ready | Refused | Prefilled | Delta | Done | Failure | Sample | Pong
+FromChild = Ready | Refused | Prefilled | StreamedDelta | Done | Failure | Sample | Pong
 
 
 def _encode_custom(value: object) -> int:

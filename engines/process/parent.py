@@ -14,6 +14,7 @@ import socket
 import sys
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -28,15 +29,28 @@ from nodeapi.frames import FrameError
 from nodeapi.messages import EngineInfo, EngineStats, GenerateRequest, PrefillRequest, PrefillResult, TokenDelta
 
 CHILD_COMMAND = (sys.executable, "-m", "engines.process.child")
-_CALL_S = 5.0
-"""For calls that the child's loop answers by itself."""
-_LATE_S = 2.0
-"""The engine watches a request's deadline; we step in when it is this late."""
-_PINGS_UNANSWERED = 4
-_EXIT_STATUS_S = 0.25
 _logger = logging.getLogger("engines")
 
-_CallFrame = m.Prefilled | m.Delta | m.Done | m.Failure | m.Sample
+
+@dataclass(frozen=True, slots=True)
+class EngineProcessLimits:
+    """How long a child may take."""
+
+    call_s: float = 5.0
+    """For calls that the child's loop answers by itself."""
+    late_s: float = 2.0
+    """The engine watches a request's deadline; we step in when it is this late."""
+    stall_s: float = 15.0
+    """A child whose loop has not turned for this long is killed, whatever it was doing."""
+    pings: int = 4
+    """So many pings are sent within `stall_s`."""
+    stop_s: float = 10.0
+    """For an end in good order."""
+    exit_status_s: float = 0.25
+    """Between the end of the link and the end of the process, whose status is then known."""
+
+
+_CallFrame = m.Prefilled | m.StreamedDelta | m.Done | m.Failure | m.Sample
 
 
 class _Call:
@@ -49,10 +63,10 @@ class _Call:
 
     def put(self, item: _CallFrame | EngineDiedError) -> None:
         """Raises asyncio.QueueFull if the child sent more than it was allowed."""
-        if isinstance(item, m.Delta) and self._arrived.qsize() >= m.STREAM_WINDOW:
+        if isinstance(item, m.StreamedDelta) and self._arrived.qsize() >= m.STREAM_WINDOW:
             raise asyncio.QueueFull
         self._arrived.put_nowait(item)
-        self.ended = not isinstance(item, m.Delta)
+        self.ended = not isinstance(item, m.StreamedDelta)
 
     async def next(self, deadline: float) -> _CallFrame:
         """The next frame, in order. Raises what the child reports, EngineDiedError, DeadlineExceededError."""
@@ -77,14 +91,13 @@ class EngineProcess:
 
     def __init__(
         self,
-        hello: m.Hello,
+        hello: m.EngineHello,
         *,
         start_s: float,
         command: Sequence[str] = CHILD_COMMAND,
         on_line: Callable[[str], None] | None = None,
         env: Mapping[str, str] | None = None,
-        stall_s: float = 15.0,
-        stop_s: float = 10.0,
+        limits: EngineProcessLimits = EngineProcessLimits(),
     ) -> None:
         """`env` is laid over our own environment. `stall_s`: a child whose loop has not turned for this long is killed,
         whatever it was doing."""
@@ -93,8 +106,7 @@ class EngineProcess:
         self._on_line = on_line
         self._env = dict(env or {})
         self._start_s = start_s
-        self._stall_s = stall_s
-        self._stop_s = stop_s
+        self._limits = limits
         self._ids = itertools.count(1)
         self._calls: dict[int, _Call] = {}
         self._died: str | None = None
@@ -119,6 +131,11 @@ class EngineProcess:
     ) -> None:
         await self._stop(graceful=self._died is None)
 
+    def __repr__(self) -> str:
+        life = self._died or ("running" if self._info is not None else "starting")
+        child = f" pid {self._child.pid}" if self._child is not None else ""
+        return f"<EngineProcess {self._hello.node_name}{child}: {life}, {len(self._calls)} calls under way>"
+
     @property
     def info(self) -> EngineInfo:
         """What the child said when it was ready."""
@@ -138,9 +155,9 @@ class EngineProcess:
 
     async def prefill(self, request: PrefillRequest) -> PrefillResult:
         """See `Engine`. EngineDiedError when the child ends first."""
-        deadline = self._deadline(request.deadline_s + _LATE_S)
+        deadline = self._deadline(request.deadline_s + self._limits.late_s)
         with self._call() as call:
-            await self._send(m.StartPrefill(id=call.id, request=request), deadline)
+            await self._send(m.PrefillCall(id=call.id, request=request), deadline)
             answer = await call.next(deadline)
         if not isinstance(answer, m.Prefilled):
             raise EngineError(f"the engine answered a prefill with {type(answer).__name__}")
@@ -148,11 +165,11 @@ class EngineProcess:
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta, None]:
         """See `Engine`. Deltas that arrived before the child died are still given out before EngineDiedError."""
-        deadline = self._deadline(request.deadline_s + _LATE_S)
+        deadline = self._deadline(request.deadline_s + self._limits.late_s)
         with self._call() as call:
-            await self._send(m.StartGenerate(id=call.id, request=request), deadline)
+            await self._send(m.GenerateCall(id=call.id, request=request), deadline)
             taken = 0
-            while isinstance(answer := await call.next(deadline), m.Delta):
+            while isinstance(answer := await call.next(deadline), m.StreamedDelta):
                 taken += 1
                 if taken == m.STREAM_WINDOW // 2:
                     self._post(m.Credit(id=call.id, count=taken))
@@ -162,12 +179,12 @@ class EngineProcess:
     async def end_handoff(self, request_id: str) -> None:
         """See `Engine`."""
         with self._call() as call:
-            await self._simple(call, m.EndHandoff(id=call.id, request_id=request_id))
+            await self._simple(call, m.EndHandoffCall(id=call.id, request_id=request_id))
 
     async def abort(self, request_id: str) -> None:
         """See `Engine`."""
         with self._call() as call:
-            await self._simple(call, m.AbortRequest(id=call.id, request_id=request_id))
+            await self._simple(call, m.AbortCall(id=call.id, request_id=request_id))
 
     async def stats(self) -> EngineStats:
         """See `Engine`."""
@@ -176,7 +193,7 @@ class EngineProcess:
     async def sample(self, *, exposition: bool = False) -> m.Sample:
         """The engine's stats together with what the child's store counted, and the engine's own metrics if wanted."""
         with self._call() as call:
-            answer = await self._simple(call, m.AskStats(id=call.id, exposition=exposition))
+            answer = await self._simple(call, m.StatsCall(id=call.id, exposition=exposition))
         if not isinstance(answer, m.Sample):
             raise EngineError(f"the engine answered a question for stats with {type(answer).__name__}")
         return answer
@@ -197,7 +214,7 @@ class EngineProcess:
                 self._post(m.Cancel(id=call.id))
 
     async def _simple(self, call: _Call, frame: m.ToChild) -> _CallFrame:
-        deadline = self._deadline(_CALL_S)
+        deadline = self._deadline(self._limits.call_s)
         await self._send(frame, deadline)
         return await call.next(deadline)
 
@@ -288,11 +305,11 @@ class EngineProcess:
 
     async def _watch(self) -> None:
         """Ping; kill a child that stays silent. Counts our own turns: a pause of *this* process accuses nobody."""
-        while self._silent_ticks < _PINGS_UNANSWERED:
+        while self._silent_ticks < self._limits.pings:
             self._silent_ticks += 1
             self._post(m.Ping())
-            await asyncio.sleep(self._stall_s / _PINGS_UNANSWERED)
-        self._fail(f"it did not answer for {self._stall_s:g} s")
+            await asyncio.sleep(self._limits.stall_s / self._limits.pings)
+        self._fail(f"it did not answer for {self._limits.stall_s:g} s")
 
     def _fail(self, reason: str) -> None:
         """Every call ends now; the child, whatever state it is in, is killed."""
@@ -313,7 +330,7 @@ class EngineProcess:
     async def _exit_status(self) -> str:
         assert self._child is not None
         try:
-            async with asyncio.timeout(_EXIT_STATUS_S):
+            async with asyncio.timeout(self._limits.exit_status_s):
                 code = await self._child.wait_ended()
         except TimeoutError:
             return "closed its connection"
@@ -327,10 +344,10 @@ class EngineProcess:
         self._end_calls()
         try:
             if graceful and self._child is not None:
-                async with asyncio.timeout(self._stop_s):
+                async with asyncio.timeout(self._limits.stop_s):
                     await self._child.wait()
         except TimeoutError:
-            log_fields(_logger, logging.WARNING, "engine_process_killed", pid=self.pid, after_s=self._stop_s)
+            log_fields(_logger, logging.WARNING, "engine_process_killed", pid=self.pid, after_s=self._limits.stop_s)
         finally:
             await self._release()
 

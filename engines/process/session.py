@@ -24,7 +24,6 @@ from nodeapi.frames import FrameError
 EXIT_DONE = 0
 EXIT_REFUSED = 78
 EXIT_PROTOCOL = 76
-_HELLO_S = 30.0
 _logger = logging.getLogger("engines")
 
 
@@ -38,22 +37,29 @@ class OpenedEngine:
     exposition: Callable[[], bytes] = bytes
 
 
-EngineOpener = Callable[[m.Hello], AbstractAsyncContextManager[OpenedEngine]]
+EngineOpener = Callable[[m.EngineHello], AbstractAsyncContextManager[OpenedEngine]]
 """Entering it loads model, store and engine; raises ConfigError for what this machine cannot run."""
 
 
-async def serve(sock: socket.socket, open_engine: EngineOpener) -> int:
-    """Serve one node until it closes the socket or says Shutdown. Returns the exit status of the process."""
+async def serve(sock: socket.socket, open_engine: EngineOpener, *, hello_s: float = 30.0) -> int:
+    """Serve one node until it closes the socket or says Shutdown. Returns the exit status of the process.
+
+    `hello_s`: the node says within this what it wants.
+    """
     sock.set_inheritable(False)  # a compiler started by the engine must not keep the link open after us
     channel = await FrameChannel.over(sock)
     try:
-        async with asyncio.timeout(_HELLO_S):
+        async with asyncio.timeout(hello_s):
             payloads = await channel.receive()
         if len(payloads) != 1:
             return EXIT_PROTOCOL
         hello = m.decode_to_child(payloads[0])
-        if not isinstance(hello, m.Hello) or hello.version != m.PROTOCOL_VERSION:
-            raise ConfigError("node and engine are of different versions of kvferry: install one on both sides")
+        if not isinstance(hello, m.EngineHello) or hello.version != m.PROTOCOL_VERSION:
+            spoken = getattr(hello, "version", "none")
+            raise ConfigError(
+                f"the node speaks protocol {spoken} to its engine, which speaks {m.PROTOCOL_VERSION}: "
+                "install one version of kvferry on both sides"
+            )
         session = _Session(channel)
         return await _until_gone(channel, session, open_engine(hello))
     except KVFerryError as error:
@@ -124,25 +130,25 @@ class _Session:
                 for _ in range(min(count, m.STREAM_WINDOW) if credit is not None else 0):
                     assert credit is not None
                     credit.release()
-            case m.StartPrefill() | m.StartGenerate() | m.EndHandoff() | m.AbortRequest() | m.AskStats():
+            case m.PrefillCall() | m.GenerateCall() | m.EndHandoffCall() | m.AbortCall() | m.StatsCall():
                 self._start(frame)
             case _:
                 raise FrameError(f"{type(frame).__name__} is not expected here")
 
-    def _start(self, frame: m.StartPrefill | m.StartGenerate | m.EndHandoff | m.AbortRequest | m.AskStats) -> None:
+    def _start(self, frame: m.PrefillCall | m.GenerateCall | m.EndHandoffCall | m.AbortCall | m.StatsCall) -> None:
         if self._opened is None or frame.id in self._calls:
             raise FrameError("a call before Ready, or under a number that is in use")
         call_id, opened = frame.id, self._opened
         match frame:
-            case m.StartPrefill():
+            case m.PrefillCall():
                 work = self._prefill(opened.engine, frame)
-            case m.StartGenerate():
+            case m.GenerateCall():
                 work = self._generate(opened.engine, frame)
-            case m.EndHandoff():
+            case m.EndHandoffCall():
                 work = self._end_handoff(opened.engine, frame)
-            case m.AbortRequest():
+            case m.AbortCall():
                 work = self._abort(opened.engine, frame)
-            case m.AskStats():
+            case m.StatsCall():
                 work = self._sample(opened, frame)
         task = asyncio.create_task(self._answer(call_id, work), name=f"call-{call_id}")
         self._calls[call_id] = task
@@ -167,29 +173,29 @@ class _Session:
     def _send(self, frame: m.FromChild) -> None:
         self._channel.send(m.encode(frame))
 
-    async def _prefill(self, engine: Engine, frame: m.StartPrefill) -> m.FromChild:
+    async def _prefill(self, engine: Engine, frame: m.PrefillCall) -> m.FromChild:
         return m.Prefilled(id=frame.id, result=await engine.prefill(frame.request))
 
-    async def _generate(self, engine: Engine, frame: m.StartGenerate) -> m.FromChild:
+    async def _generate(self, engine: Engine, frame: m.GenerateCall) -> m.FromChild:
         credit = self._credits[frame.id] = asyncio.Semaphore(m.STREAM_WINDOW)
         try:
             async with aclosing(engine.generate(frame.request)) as deltas:
                 async for delta in deltas:
                     await credit.acquire()
-                    self._send(m.Delta(id=frame.id, delta=delta))
+                    self._send(m.StreamedDelta(id=frame.id, delta=delta))
         finally:
             del self._credits[frame.id]
         return m.Done(id=frame.id)
 
-    async def _end_handoff(self, engine: Engine, frame: m.EndHandoff) -> m.FromChild:
+    async def _end_handoff(self, engine: Engine, frame: m.EndHandoffCall) -> m.FromChild:
         await engine.end_handoff(frame.request_id)
         return m.Done(id=frame.id)
 
-    async def _abort(self, engine: Engine, frame: m.AbortRequest) -> m.FromChild:
+    async def _abort(self, engine: Engine, frame: m.AbortCall) -> m.FromChild:
         await engine.abort(frame.request_id)
         return m.Done(id=frame.id)
 
-    async def _sample(self, opened: OpenedEngine, frame: m.AskStats) -> m.FromChild:
+    async def _sample(self, opened: OpenedEngine, frame: m.StatsCall) -> m.FromChild:
         stats = await opened.engine.stats()
         return m.Sample(
             id=frame.id,

@@ -64,8 +64,8 @@ def cluster_config(model_path: str = "fake") -> ClusterConfig:
     )
 
 
-def hello(model_path: str = "fake") -> m.Hello:
-    return m.Hello(config=cluster_config(model_path), node_name="p0", incarnation=1)
+def hello(model_path: str = "fake") -> m.EngineHello:
+    return m.EngineHello(config=cluster_config(model_path), node_name="p0", incarnation=1)
 
 
 def prefill_request(request_id: str = "count", deadline_s: float = 10.0, num_tokens: int = 33) -> PrefillRequest:
@@ -158,7 +158,7 @@ class FakeEngine:
 
 
 @asynccontextmanager
-async def open_fake(hello: m.Hello) -> AsyncIterator[OpenedEngine]:
+async def open_fake(hello: m.EngineHello) -> AsyncIterator[OpenedEngine]:
     if hello.config.model.path == "missing":
         raise ConfigError("model.path: missing: there is no such folder")
     if hello.config.model.path == "crash":

@@ -25,7 +25,7 @@ while data := sock.recv(1 << 20):
     elif mode == "huge":
         sock.sendall((1 << 31).to_bytes(4, "little") + b"x" * 100)
     elif mode == "flood":
-        sock.sendall(pack_frame(m.encode(m.Delta(id=1, delta=TokenDelta(token_ids=[1])))) * 400)
+        sock.sendall(pack_frame(m.encode(m.StreamedDelta(id=1, delta=TokenDelta(token_ids=[1])))) * 400)
     elif mode == "close":
         sock.shutdown(socket.SHUT_RDWR)
         signal.pause()

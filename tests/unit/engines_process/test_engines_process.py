@@ -19,7 +19,7 @@ from support.fake_engine import generate_request, hello, prefill_request
 
 from engines.process import messages as m
 from engines.process.channel import FrameChannel
-from engines.process.parent import EngineProcess
+from engines.process.parent import EngineProcess, EngineProcessLimits
 from engines.process.session import serve
 from kvcore.errors import ConfigError, DeadlineExceededError, EngineDiedError, EngineError, OverloadedError
 from nodeapi.messages import FinishReason, TokenDelta
@@ -28,11 +28,11 @@ FAKE = (sys.executable, fake_engine.__file__)
 ROGUE = (sys.executable, str(Path(fake_engine.__file__).with_name("rogue_engine.py")))
 
 
-def fake(model_path: str = "fake", env: dict[str, str] | None = None, **options: float) -> EngineProcess:
+def fake(model_path: str = "fake", env: dict[str, str] | None = None, **options: EngineProcessLimits) -> EngineProcess:
     return EngineProcess(hello(model_path), command=FAKE, start_s=20.0, on_line=print, env=env, **options)
 
 
-def rogue(mode: str, **options: float) -> EngineProcess:
+def rogue(mode: str, **options: EngineProcessLimits) -> EngineProcess:
     return EngineProcess(hello(), command=[*ROGUE, mode], start_s=20.0, on_line=print, **options)
 
 
@@ -76,7 +76,7 @@ async def test_child_goes_when_its_parent_is_killed(tmp_path: Path) -> None:
             import asyncio, sys
             sys.path.insert(0, sys.argv[1])
             from support.fake_engine import hello, __file__ as fake
-            from engines.process.parent import EngineProcess
+            from engines.process.parent import EngineProcess, EngineProcessLimits
 
             async def main():
                 async with EngineProcess(hello(), command=[sys.executable, fake], start_s=20.0) as engine:
@@ -129,13 +129,13 @@ async def test_child_that_breaks_the_protocol_is_killed(mode: str) -> None:
 
 
 async def test_child_that_does_not_answer_pings_is_killed() -> None:
-    async with rogue("silent", stall_s=0.2) as engine:
+    async with rogue("silent", limits=EngineProcessLimits(stall_s=0.2)) as engine:
         with pytest.raises(EngineDiedError, match="did not answer"):
             await engine.prefill(prefill_request())
 
 
 async def test_stopped_child_is_killed_on_leaving() -> None:
-    async with fake(stop_s=0.1) as engine:
+    async with fake(limits=EngineProcessLimits(stop_s=0.1)) as engine:
         os.kill(engine.pid, signal.SIGSTOP)
     with pytest.raises(ProcessLookupError):
         os.kill(engine.pid, 0)
@@ -195,9 +195,8 @@ async def test_cancelled_prefill_is_cancelled_in_the_child() -> None:
         await until_counted(engine, "aborted", 1)
 
 
-async def test_deadline_is_kept_even_if_the_engine_forgets_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engines.process.parent._LATE_S", 0.0)
-    async with fake() as engine:
+async def test_deadline_is_kept_even_if_the_engine_forgets_it() -> None:
+    async with fake(limits=EngineProcessLimits(late_s=0.0)) as engine:
         with pytest.raises(DeadlineExceededError):
             await engine.prefill(prefill_request("hang", deadline_s=0.05))
         await until_counted(engine, "aborted", 1)
@@ -239,7 +238,7 @@ async def test_a_call_that_is_cancelled_in_the_same_breath_is_answered_and_nothi
     assert isinstance(m.decode_from_child((await channel.receive())[0]), m.Ready)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        channel.send(m.encode(m.StartPrefill(id=1, request=prefill_request("hang"))))
+        channel.send(m.encode(m.PrefillCall(id=1, request=prefill_request("hang"))))
         channel.send(m.encode(m.Cancel(id=1)))
         async with asyncio.timeout(5):
             assert [m.decode_from_child(payload) for payload in await channel.receive()] == [m.Done(id=1)]
