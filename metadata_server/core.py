@@ -72,6 +72,9 @@ class MetadataCore:
             for row in ENDPOINTS
         }
 
+    def __repr__(self) -> str:
+        return f"<MetadataCore {self._num_waiters} waiters, {self._num_subscribers} subscribers: {self.state}>"
+
     @property
     def num_waiters(self) -> int:
         """Long polls under way."""

@@ -4,6 +4,8 @@ import re
 
 from support.metadata_words import keys, new_state, put, registration, reservation
 
+from kvcore.clock import ManualClock
+from metadata_server.core import MetadataCore
 from metadata_server.index.limits import IndexLimits
 from metadata_server.index.segments import TRANSITIONS, ReplicaState
 from metadata_server.messages import LeaveRequest
@@ -25,6 +27,7 @@ def test_objects_say_what_they_are_and_hold() -> None:
     assert repr(state) == (
         "<MetadataState epoch e1: 1 objects, 1 reservations, 1 read leases; <NodeRegistry 1 live, 0 gone, 1 segments>>"
     )
+    assert repr(MetadataCore(state, ManualClock())) == f"<MetadataCore 0 waiters, 0 subscribers: {state}>"
     node = state._nodes["a"]
     assert repr(node) == "<LiveNode a incarnation 1: 1 segments, 1 reservations>"
     assert repr(node.segments["a.1"]) == "<SegmentRecord a.1: 8192 of 65536 bytes, 2 replicas, 0 evictable>"
