@@ -92,7 +92,7 @@ class Placement:
         return self._matched(keys, await self._value(self._metadata.match(request, timeout_s=timeout_s)))
 
     async def wait(self, keys: Sequence[ChunkKey], more_than: int, timeout_s: float) -> Match:
-        """As match, once there is more or time is up, `limits.longest_wait_s`."""
+        """As match, once there is more or time is up, at most `limits.longest_wait_s`."""
         request = WaitRequest(
             keys=list(keys),
             more_than=more_than,
@@ -110,12 +110,8 @@ class Placement:
             await self._retry_in_background(lambda: self._metadata.release(request), 1)
 
     def release_soon(self, match: Match) -> None:
-        """As `release`, without waiting for it. With too much under way the lease is left to expire, and counted."""
-        if not match.lease_id:
-            return
-        if self._background.full:
-            self._counters.add(Count.LEFT_TO_EXPIRE)
-        else:
+        """As `release`, without waiting for it. How many are under way is its caller's to bound."""
+        if match.lease_id:
             self._background.spawn(self.release(match))
 
     async def reserve(

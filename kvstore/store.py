@@ -151,7 +151,10 @@ class KVStore:
 
     def release_soon(self, match: Match) -> None:
         """As `release`, in the background: a call to the metadata server that nothing has to wait for."""
-        self._placement.release_soon(match)
+        if match.lease_id and self._background.full:
+            self._counters.add(Count.LEFT_TO_EXPIRE)
+        else:
+            self._placement.release_soon(match)
 
     async def begin_put(
         self,
