@@ -49,6 +49,9 @@ class HttpNodeClient:
         self._encoder = msgspec.msgpack.Encoder()
         self._frames = msgspec.msgpack.Decoder(StreamFrame)
 
+    def __repr__(self) -> str:
+        return f"<HttpNodeClient over {self._calls!r}>"
+
     async def prefill(self, url: str, request: PrefillRequest, *, timeout_s: float) -> PrefillResult:
         """See NodeClient."""
         reply = await self._calls.fetch("POST", f"{url}/v1/prefill", self._encoder.encode(request), timeout_s)

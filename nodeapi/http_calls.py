@@ -37,6 +37,10 @@ class HttpCalls:
         self._keepalive_s = keepalive_s
         self._session: aiohttp.ClientSession | None = None
 
+    def __repr__(self) -> str:
+        state = "not connected" if self._session is None else "connected"
+        return f"<HttpCalls {state}, at most {self._max_connections} connections>"
+
     async def fetch(
         self, method: str, url: str, body: bytes, timeout_s: float, headers: Mapping[str, str] | None = None
     ) -> bytes:

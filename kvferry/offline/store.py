@@ -52,6 +52,11 @@ class OfflineStore:
         self._ready: Future[NodeReport] = Future()
         self._thread = threading.Thread(target=self._run, name="kvferry-store", daemon=True)
 
+    def __repr__(self) -> str:
+        ready = self._ready.done() and self._ready.exception() is None
+        state = "ended" if self._closing.is_set() else "ready" if ready else "not ready"
+        return f"<OfflineStore {self._cluster.config.cluster}/{self._cluster.node_name}, {state}, {self._server_url}>"
+
     def start(self) -> NodeReport:
         """Start the processes. Returns the report of the LLM's node, once the metadata server knows it.
 

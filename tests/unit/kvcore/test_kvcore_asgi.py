@@ -158,3 +158,12 @@ async def test_a_start_that_is_cancelled_ends_the_apps_lifespan_in_order(
 )
 def test_a_failed_connection_is_told_in_the_systems_words(error, text):
     assert why_unreachable(error) == text
+
+
+async def test_a_server_says_where_it_is_and_whether_it_serves():
+    server = AsgiServer(make_app(), "127.0.0.1", 0)
+    assert repr(server) == "<AsgiServer 127.0.0.1:0, not started>"
+    await server.start()
+    assert repr(server) == f"<AsgiServer 127.0.0.1:{server.port}, serving>"
+    await server.aclose()
+    assert repr(server) == f"<AsgiServer 127.0.0.1:{server.port}, ended>"

@@ -85,16 +85,20 @@ def test_the_first_signal_stops_in_order_and_cancels_the_rest(number):
             lifecycle.stack.push_async_callback(close("a"))
             lifecycle.tasks.create_task(forever())
             await asyncio.sleep(0)
+            say(lifecycle)
             lifecycle.ready(port=1)
+            say(lifecycle)
             say("up")
             await lifecycle.stopping.wait()
+            say(lifecycle)
             say("drained")
     """
     process = start(code)
-    assert process.stdout.readline() == "up\n"
+    said = [process.stdout.readline() for _ in range(3)]
+    assert said == ["<Lifecycle starting>\n", "<Lifecycle ready>\n", "up\n"]
     process.send_signal(number)
     returncode, out, err = finish(process)
-    assert (returncode, out) == (0, "drained\nclosed a\ntask ended\n")
+    assert (returncode, out) == (0, "<Lifecycle stopping>\ndrained\nclosed a\ntask ended\n")
     assert " ready pid=" in err and "port=1" in err
 
 

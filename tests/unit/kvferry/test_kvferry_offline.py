@@ -256,7 +256,9 @@ async def test_it_serves_until_it_is_closed_and_leaves_nothing(scratch):
     cluster = private()
     store = OfflineStore(cluster)
     try:
+        assert repr(store) == f"<OfflineStore llm/store, not ready, {url_of(cluster.config)}>"
         report = await asyncio.to_thread(store.start)
+        assert repr(store) == f"<OfflineStore llm/store, ready, {url_of(cluster.config)}>"
         assert report.node.id == cluster.node_name and report.segments[0].size_bytes == 4 * MIB
         assert await nodes_at(url_of(cluster.config)) == {cluster.node_name}
         pids = children(os.getpid())

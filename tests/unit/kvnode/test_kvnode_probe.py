@@ -169,7 +169,9 @@ async def test_a_full_segment_is_not_measured_rather_than_emptied() -> None:
 async def test_in_little_room_little_is_moved() -> None:
     async with pair() as subject:
         await subject.store(14 << 20)
-        report = await subject.prober().probe(ask())
+        prober = subject.prober()
+        assert repr(prober) == "<Prober of a, idle>"
+        report = await prober.probe(ask())
         assert 64 << 10 <= report.num_bytes < 1 << 20 and report.num_bytes % ALIGNMENT == 0
 
 

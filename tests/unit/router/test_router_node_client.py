@@ -113,3 +113,11 @@ async def test_every_call_arrives_and_its_answer_comes_back(client: HttpNodeClie
         await client.abort(url, "b", timeout_s=2)
         assert (node.handoffs_ended, node.aborted) == (["b"], ["b"])
     await client.aclose()
+
+
+async def test_a_client_says_whether_it_is_connected(client: HttpNodeClient) -> None:
+    assert repr(client) == "<HttpNodeClient over <HttpCalls not connected, at most 10 connections>>"
+    async with serve(node_app(FakeNode("d0", Role.DECODER))) as url:
+        await client.info(url, timeout_s=2)
+        assert "<HttpCalls connected" in repr(client)
+    await client.aclose()
