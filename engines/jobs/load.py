@@ -1,49 +1,16 @@
-"""The job that loads chunks from the store into an engine's KV memory, and what all jobs share (see `save_job`).
+"""The job that loads chunks from the store into an engine's KV memory.
 
-Any engine's: a job knows keys and bytes only, and the engine says where they go (`Destination`).
+It serves any engine: it knows keys and bytes only, and the engine says where they go (`Destination`).
 A job never fails a request: what cannot be loaded is computed, and counted.
 """
 
 import asyncio
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
 
-from kvcore.clock import Clock
+from engines.jobs.context import JobContext
 from kvcore.types import ChunkKey
-from kvstore.store import KVStore
 from kvstore.types import GetOutcome, Match, MovedBytes
-from nodeapi.messages import Moved
-
-_READ_BATCH = 8
-"""Chunks of one get at most: loaded chunks count as soon as their batch is in."""
-_RETRY_S = 0.05
-"""Pause after a wait that ended at once with nothing: the metadata server is away."""
-
-
-def as_moved(moves: Sequence[MovedBytes]) -> list[Moved]:
-    """One entry a (transport, direction)."""
-    sums: dict[tuple[str, str], tuple[int, float]] = {}
-    for move in moves:
-        size, seconds = sums.get((move.transport, move.direction), (0, 0.0))
-        sums[move.transport, move.direction] = (size + move.num_bytes, seconds + move.seconds)
-    return [
-        Moved(transport=transport, direction=str(direction), num_bytes=size, seconds=seconds)
-        for (transport, direction), (size, seconds) in sums.items()
-    ]
-
-
-@dataclass(frozen=True, slots=True)
-class JobContext:
-    """What the jobs of one engine share."""
-
-    store: KVStore
-    clock: Clock
-    counters: Counter[str]
-    timeout_s: float
-    """For one call of the store."""
-
 
 Destination = Callable[[int, int], AbstractAsyncContextManager[Sequence[Sequence[memoryview]]]]
 """`(first, count)`, indices into a job's keys: memory for those chunks' payloads. Once the context is left without an
@@ -67,15 +34,16 @@ class LoadJob:
         first: int = 0,
         wait_chunks: int = 0,
         deadline: float = 0.0,
-        batch: int = _READ_BATCH,
+        batch: int | None = None,
     ) -> None:
+        """`batch`: chunks of one get at most, where the engine wants another number than the limits'."""
         self._context = context
         self._keys = keys
         self._into = into
         self._first = first
         self._wait_chunks = wait_chunks
         self._deadline = deadline
-        self._batch = batch
+        self._batch = context.limits.read_chunks if batch is None else batch
         self._may_wait = True
         self._waiting: asyncio.Timeout | None = None
         self.num_loaded = first
@@ -83,8 +51,12 @@ class LoadJob:
         self.wait_s = 0.0
         self.load_s = 0.0
 
+    def __repr__(self) -> str:
+        waiting = f", waiting until {self._deadline:.3f}" if self._waiting is not None else ""
+        return f"<LoadJob {self.num_loaded - self._first}/{len(self._keys)} chunks from {self._first} on{waiting}>"
+
     def stop_waiting(self) -> None:
-        """Take what is in the store now, then end."""
+        """Load what is in the store now, then end."""
         self._may_wait = False
         if self._waiting is not None and not self._waiting.expired():
             self._waiting.reschedule(asyncio.get_running_loop().time())
@@ -94,9 +66,15 @@ class LoadJob:
 
         Cancelled, it raises once nothing writes into the memory any more."""
         clock, stop = self._context.clock, self._first + len(self._keys)
+        # Each round asks the store for the chunks that are missing and reads those that it has. Whether the round is
+        # the last one is decided before the question: `stop_waiting` during it earns one more round, without a wait.
+        # 1. The store has some and all of them are good: read on, unless this was the last round.
+        # 2. The store has some and one is not good: the chunks behind it are of no use. End.
+        # 3. It has none and we may wait: the wait ended early (the metadata server is away). Pause, then ask again.
+        # 4. It has none, or not all, in the last round: the rest is absent, and the engine computes it. End.
         while self.num_loaded < stop:
             self._may_wait &= clock.now() < self._deadline and self.num_loaded < self._wait_chunks
-            final = not self._may_wait
+            last = not self._may_wait
             match = await self._find(self._keys[self.num_loaded - self._first :], self._deadline - clock.now())
             if match.num_chunks:
                 try:
@@ -105,13 +83,14 @@ class LoadJob:
                     self._context.store.release_soon(match)
                 if not good:
                     return
-            elif not final and self._may_wait:
-                await asyncio.sleep(min(_RETRY_S, max(0.0, self._deadline - clock.now())))
-            if final:
+            elif not last and self._may_wait:
+                await asyncio.sleep(min(self._context.limits.retry_s, max(0.0, self._deadline - clock.now())))
+            if last:
                 self._context.counters["chunk_miss_absent"] += stop - self.num_loaded
                 return
 
     async def _find(self, keys: Sequence[ChunkKey], left_s: float) -> Match:
+        """What the store has of `keys`: at once, or, while the job may wait, as soon as it has the first one."""
         store, timeout_s = self._context.store, self._context.timeout_s
         if not self._may_wait:
             return await store.match(keys, timeout_s=timeout_s)
@@ -126,6 +105,7 @@ class LoadJob:
             self.wait_s += self._context.clock.now() - started
 
     async def _read(self, match: Match) -> bool:
+        """Read all matched chunks, batch by batch. False at the first one that is not good."""
         for start in range(0, match.num_chunks, self._batch):
             count = min(self._batch, match.num_chunks - start)
             began = self._context.clock.now()

@@ -1,7 +1,7 @@
 """The job that saves chunks from an engine's KV memory into the store.
 
-Any engine's: it knows keys and bytes only. The engine says where they are (`Offer`) and holds that memory until the job
-lets go of it. A job never fails a request: what cannot be saved is left out, and counted.
+It serves any engine: it knows keys and bytes only. The engine says where they are (`SavableChunk`) and keeps it
+until the job releases it. A job never fails a request: what cannot be saved is left out, and counted.
 """
 
 import asyncio
@@ -10,40 +10,36 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 
-from engines.jobs.load import JobContext
+from engines.jobs.context import JobContext
 from kvcore.types import ChunkKey
 from kvstore.put_session import PutSession
 from kvstore.types import MovedBytes
 
-_RESERVE_AGAIN_S = 20.0
-"""A reservation that is no longer good may have run out, if its session is older than this: ask once more."""
-_COMMIT_CHUNKS = 4
-"""Chunks are committed as soon as so many are written, and read by others while the next ones are."""
-_CANCEL_S = 2.0
-"""A write that was cancelled lets go of its memory within this, else it is left behind; it is never committed."""
-
 
 @dataclass(eq=False, frozen=True, slots=True)
-class Offer:
+class SavableChunk:
     """A full chunk that lies in the engine's memory."""
 
     key: ChunkKey
     num_tokens: int
     reading: Callable[[], AbstractAsyncContextManager[Sequence[memoryview]]]
     """Its payload; the bytes stay as they are inside of the context."""
-    let_go: Callable[[], None] = field(default=lambda: None)
+    release: Callable[[], None] = field(default=lambda: None)
     """Called once: the job does not need the memory any more."""
 
 
 class SaveJob:
-    """Writes the chunks of one request into the store, in the order they are offered, and commits them in batches, each
+    """Writes the chunks of one request into the store, in the order they are added, and commits them in batches, each
     while the next one is written.
 
     `reserve`: room for these is asked for in one batch at the start, before they are computed; others get theirs batch
-    by batch. `sizes`: payload bytes of short chunks, may grow before they are offered. `parallel`: writes at a time.
+    by batch. `sizes`: payload bytes of short chunks, may grow before they are added. `parallel`: writes at a time.
     `void`: once it says so, from whatever thread, nothing more is committed. `committed`: called when all that was
-    offered so far is.
+    added so far is.
     `stored`: keys known to be complete.
+
+    A chunk that was added is unreleased until its memory is given back. It is queued first, then in a batch, then
+    being written (`_writing` has its task).
     """
 
     def __init__(
@@ -64,9 +60,9 @@ class SaveJob:
         self._void = void
         self._committed = committed
         self._gate = asyncio.Semaphore(parallel)
-        self._offers: deque[Offer] = deque()
-        self._held: set[Offer] = set()
-        self._writing: dict[Offer, asyncio.Task[None]] = {}
+        self._queued: deque[SavableChunk] = deque()
+        self._unreleased: set[SavableChunk] = set()
+        self._writing: dict[SavableChunk, asyncio.Task[None]] = {}
         self._wake = asyncio.Event()
         self._closed = False
         self._session: PutSession | None = None
@@ -77,6 +73,13 @@ class SaveJob:
         self.stored: set[ChunkKey] = set()
         self.save_s = 0.0
 
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "open"
+        return (
+            f"<SaveJob {state}, {len(self._queued)} chunks queued, {len(self._writing)} being written, "
+            f"{len(self.stored)} stored>"
+        )
+
     @property
     def moved(self) -> list[MovedBytes]:
         """So far, one entry a write."""
@@ -84,25 +87,30 @@ class SaveJob:
 
     @property
     def num_pending(self) -> int:
-        """Chunks that were offered and not let go of yet."""
-        return len(self._held)
+        """Chunks that were added and whose memory is not released yet."""
+        return len(self._unreleased)
 
-    def add(self, offer: Offer) -> None:
-        """One more offer. Its memory is held until it is written or declined. Let go of at once after `close`."""
+    def add(self, chunk: SavableChunk) -> None:
+        """One more chunk. Its memory is kept until it is written or declined. Released at once after `close`."""
         if self._closed:
-            offer.let_go()
+            chunk.release()
             return
-        self._offers.append(offer)
-        self._held.add(offer)
+        self._queued.append(chunk)
+        self._unreleased.add(chunk)
         self._wake.set()
 
     def close(self) -> None:
-        """Nothing more will be offered: `run` ends after what was."""
+        """Nothing more will be added: `run` ends after what was."""
         self._closed = True
         self._wake.set()
 
     async def run(self) -> None:
         """Ends when closed and all is committed or declined. Memory and reservations are given back in any case."""
+        # 1. Before anything is computed: reserve room for the whole prompt in one call.
+        # 2. Batch by batch, until closed and empty: write this batch while the one before it is committed.
+        # 3. At the end, wait for the last commit.
+        # However it ends (closed, cancelled, the store failed): memory first, then the commit under way, then the
+        # session, whose reservations nobody may write to after this.
         try:
             if self._reserve:
                 await self._begin(self._reserve)
@@ -110,7 +118,7 @@ class SaveJob:
                 began = self._context.clock.now()
                 await self._save(batch)
                 self.save_s += self._context.clock.now() - began
-                if not self._offers:
+                if not self._queued:
                     self._committed()
             await self._commit_ended()
         finally:
@@ -121,15 +129,15 @@ class SaveJob:
             await self._end_session()
 
     def abandon(self) -> None:
-        """Let go of what was offered and is not being written. `run` does it too, but a task may be cancelled before it
+        """Release what was added and is not being written. `run` does it too, but a task may be cancelled before it
         runs."""
         self.close()
-        self._offers.clear()
-        for offer in self._held - self._writing.keys():
-            self._let_go(offer)
+        self._queued.clear()
+        for chunk in self._unreleased - self._writing.keys():
+            self._release(chunk)
 
     async def cut(self, timeout_s: float) -> None:
-        """The memory is about to be given to others. What is not being written is let go of; writes under way may end
+        """The memory is about to be given to others. What is not being written is released; writes under way may end
         within `timeout_s`, then they are cancelled. What was written in whole is committed after this, by `run`."""
         self.abandon()
         if self._writing:
@@ -137,23 +145,25 @@ class SaveJob:
         if late := list(self._writing.values()):
             for task in late:
                 task.cancel()
-            await asyncio.wait(late, timeout=_CANCEL_S)
+            await asyncio.wait(late, timeout=self._context.limits.cancel_s)
 
-    async def _next_batch(self) -> list[Offer]:
-        while not self._offers and not self._closed:
+    async def _next_batch(self) -> list[SavableChunk]:
+        """The oldest queued chunks; empty once closed and nothing is queued."""
+        while not self._queued and not self._closed:
             self._wake.clear()
             await self._wake.wait()
-        return [self._offers.popleft() for _ in range(min(len(self._offers), _COMMIT_CHUNKS))]
+        count = min(len(self._queued), self._context.limits.commit_chunks)
+        return [self._queued.popleft() for _ in range(count)]
 
-    async def _save(self, batch: Sequence[Offer]) -> None:
+    async def _save(self, batch: Sequence[SavableChunk]) -> None:
         """Ends with the last write, or with its commit where nothing more is to be written now."""
-        session = await self._session_for([offer.key for offer in [*batch, *self._offers]])
+        session = await self._session_for([chunk.key for chunk in [*batch, *self._queued]])
         async with asyncio.TaskGroup() as group:
-            for offer in batch:
-                group.create_task(self._write(session, offer))
+            for chunk in batch:
+                group.create_task(self._write(session, chunk))
         await self._commit_ended()
         self._committing = asyncio.create_task(self._commit(session))
-        if not self._offers:
+        if not self._queued:
             await self._commit_ended()
 
     async def _commit_ended(self) -> None:
@@ -168,9 +178,16 @@ class SaveJob:
             self._context.counters["chunks_stored"] += len(committed)
 
     async def _session_for(self, keys: list[ChunkKey]) -> PutSession:
+        """The session to write `keys` in: the one under way, or a new one that reserves again.
+
+        1. There is none, it does not cover every key, or it is stale (the metadata server was away when it began, or
+           has refused a commit since): a new one.
+        2. It is old enough for reservations to have expired, and a key has neither a reservation nor a stored chunk:
+           a new one.
+        3. Else the one under way: a key without a reservation was declined, and would be again."""
         session = self._session
         fresh = session is None or session.stale or not self._covered.issuperset(keys)
-        if session is not None and self._context.clock.now() - self._reserved_at > _RESERVE_AGAIN_S:
+        if session is not None and self._context.clock.now() - self._reserved_at > self._context.limits.reserve_again_s:
             fresh |= not all(session.wants(key) or key in self.stored for key in keys)
         if not fresh:
             assert session is not None
@@ -178,27 +195,28 @@ class SaveJob:
         at = self._reserve.index(keys[-1]) + 1 if keys[-1] in self._reserve else len(self._reserve)
         return await self._begin(keys + self._reserve[at:])
 
-    async def _write(self, session: PutSession, offer: Offer) -> None:
+    async def _write(self, session: PutSession, chunk: SavableChunk) -> None:
         async with self._gate:
-            if offer not in self._held:  # cut meanwhile
+            if chunk not in self._unreleased:  # cut meanwhile
                 return
             task = asyncio.current_task()
             assert task is not None
-            self._writing[offer] = task
+            self._writing[chunk] = task
             try:
-                if session.wants(offer.key):
-                    async with offer.reading() as payload:
+                if session.wants(chunk.key):
+                    async with chunk.reading() as payload:
                         written = await session.write(
-                            offer.key, offer.num_tokens, payload, timeout_s=self._context.timeout_s
+                            chunk.key, chunk.num_tokens, payload, timeout_s=self._context.timeout_s
                         )
                     self._context.counters["save_failed"] += not written
-                elif offer.key not in self.stored:
+                elif chunk.key not in self.stored:
                     self._context.counters["save_declined"] += 1
             finally:
-                del self._writing[offer]
-                self._let_go(offer)
+                del self._writing[chunk]
+                self._release(chunk)
 
     async def _begin(self, keys: Sequence[ChunkKey]) -> PutSession:
+        """Close the session under way and reserve room for `keys` in a new one."""
         await self._commit_ended()
         await self._end_session()
         keys = list(dict.fromkeys(keys))
@@ -215,6 +233,6 @@ class SaveJob:
             self._moved += session.moved
             await session.aclose()
 
-    def _let_go(self, offer: Offer) -> None:
-        self._held.discard(offer)
-        offer.let_go()
+    def _release(self, chunk: SavableChunk) -> None:
+        self._unreleased.discard(chunk)
+        chunk.release()

@@ -1,7 +1,11 @@
 """Who holds which block of KV, and which sealed chunks can be found again. Pure: numbers, no bytes.
 
-A block is free, referenced, or cached. A chunk is `blocks_per_chunk` whole blocks sealed under one key, reused whole;
-once nobody references it, it stays findable and is evicted least recently used first. `check` holds the invariants.
+A chunk is `blocks_per_chunk` whole blocks sealed under one key; it is found, reused and evicted whole. A block is
+1. free: no reference, in no chunk, contents undefined; `allocate` takes these first;
+2. referenced: by sequences, or by a save that reads it; it may be in a sealed chunk at the same time;
+3. cached: no reference to any block of its chunk, and the chunk can still be found; evicted least recently used first;
+4. idle in a chunk of which other blocks are referenced: neither free nor to be evicted until those are given back.
+`check` asserts all of it.
 """
 
 from collections import OrderedDict, deque
@@ -15,8 +19,8 @@ from kvcore.types import ChunkKey
 class _SealedChunk:
     key: ChunkKey
     blocks: tuple[int, ...]
-    held: int
-    """How many of its blocks are referenced."""
+    num_referenced: int
+    """How many of its blocks are referenced; while it is 0, the chunk may be evicted."""
 
 
 class BlockManager:
@@ -32,6 +36,12 @@ class BlockManager:
         self._by_key: dict[ChunkKey, _SealedChunk] = {}
         self._by_block: dict[int, _SealedChunk] = {}
         self._unreferenced: OrderedDict[ChunkKey, _SealedChunk] = OrderedDict()
+
+    def __repr__(self) -> str:
+        return (
+            f"<BlockManager {self.used_blocks} of {self.num_blocks} blocks used, {self.cached_blocks} cached, "
+            f"{len(self._free)} free>"
+        )
 
     @property
     def chunk_tokens(self) -> int:
@@ -50,7 +60,7 @@ class BlockManager:
 
     @property
     def used_blocks(self) -> int:
-        """Blocks with a reference."""
+        """Blocks that cannot be allocated now: referenced, or in a chunk of which others are."""
         return self.num_blocks - self.available_blocks
 
     def blocks_for(self, num_tokens: int) -> int:
@@ -64,7 +74,7 @@ class BlockManager:
     def allocate(self, count: int) -> list[int]:
         """`count` blocks with one reference each and undefined contents. Evicts cached chunks where needed."""
         assert self.can_allocate(count), "ask can_allocate first"
-        while len(self._free) < count:
+        while len(self._free) < count:  # a chunk is evicted whole, so some of its blocks may stay free
             self._evict_oldest()
         blocks = [self._free.popleft() for _ in range(count)]
         for block in blocks:
@@ -86,15 +96,19 @@ class BlockManager:
             if self._references[block] == 0:
                 self._drop_last_reference(block)
 
-    def take_chunk(self, key: ChunkKey) -> tuple[int, ...] | None:
+    def reuse_chunk(self, key: ChunkKey) -> tuple[int, ...] | None:
         """The blocks sealed under `key`, with one more reference each, or None."""
+        # 1. Nothing is sealed under the key.
+        # 2. The chunk is cached: it leaves the queue of those that may be evicted, and every block gets its first
+        #    reference.
+        # 3. Some or all of its blocks are referenced: those get one more, the others their first.
         chunk = self._by_key.get(key)
         if chunk is None:
             return None
         self._unreferenced.pop(key, None)
         for block in chunk.blocks:
             if self._references[block] == 0:
-                chunk.held += 1
+                chunk.num_referenced += 1
             self._references[block] += 1
         return chunk.blocks
 
@@ -105,7 +119,7 @@ class BlockManager:
         if key in self._by_key or blocks[0] in self._by_block:
             return False
         assert all(self._references[block] > 0 and block not in self._by_block for block in blocks)
-        chunk = _SealedChunk(key, tuple(blocks), held=len(blocks))
+        chunk = _SealedChunk(key, tuple(blocks), num_referenced=len(blocks))
         self._by_key[key] = chunk
         self._by_block.update(dict.fromkeys(blocks, chunk))
         return True
@@ -119,23 +133,25 @@ class BlockManager:
             assert references >= 0
             idle = (block in free) + (block in cached)
             if block in self._by_block and block not in cached:
-                assert idle == 0, f"block {block} of a held chunk is free"
+                assert idle == 0, f"block {block} of a referenced chunk is free"
             else:
                 assert idle == (references == 0), f"block {block}: {references} references, idle {idle}"
         for key, chunk in self._by_key.items():
             assert chunk.key == key and len(chunk.blocks) == self.blocks_per_chunk
             assert all(self._by_block[block] is chunk for block in chunk.blocks)
-            assert chunk.held == sum(self._references[block] > 0 for block in chunk.blocks)
-            assert (chunk.held == 0) == (key in self._unreferenced)
+            assert chunk.num_referenced == sum(self._references[block] > 0 for block in chunk.blocks)
+            assert (chunk.num_referenced == 0) == (key in self._unreferenced)
         assert len(self._by_block) == len(self._by_key) * self.blocks_per_chunk
 
     def _drop_last_reference(self, block: int) -> None:
+        # 1. In no chunk: nobody can find its contents, it is free.
+        # 2. In a chunk: free only when the chunk is evicted, which may happen once the last of its blocks came here.
         chunk = self._by_block.get(block)
         if chunk is None:
             self._free.append(block)
             return
-        chunk.held -= 1
-        if chunk.held == 0:
+        chunk.num_referenced -= 1
+        if chunk.num_referenced == 0:
             self._unreferenced[chunk.key] = chunk
 
     def _evict_oldest(self) -> None:

@@ -1,20 +1,17 @@
-"""One request inside the engine: its sequences, its stream, its jobs, its times. And when a sequence is finished.
+"""One leg: a prefill or a generate request inside the engine, with its sequences, stream, jobs and times.
 
 Owns no decision about steps or blocks. Invariant: after `fail` or the last finish nothing is put into the stream.
 """
 
 import asyncio
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from engines.jobs.load import as_moved
-from engines.paged.connector import LoadJob, SaveJob
+from engines.jobs.context import as_moved
+from engines.jobs.load import LoadJob
+from engines.jobs.save import SaveJob
 from engines.paged.sequence import Status, TokenSequence
 from kvcore.errors import KVFerryError
-from nodeapi.messages import FinishReason, Handoff, LegInfo, Moved, SamplingParams, Timings, TokenDelta
-
-MAX_UNREAD = 256
-"""Deltas that a slow reader may leave unread before its sequences are left out of steps."""
+from nodeapi.messages import FinishReason, Handoff, LegInfo, Moved, PrefillResult, SamplingParams, Timings, TokenDelta
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,15 +21,19 @@ class StopRule:
     eos_token_ids: frozenset[int]
     max_tokens: int
 
+    def is_full(self, sequence: TokenSequence) -> bool:
+        """Whether `sequence` has all the tokens that it may have."""
+        assert sequence.sampling is not None
+        num_output = len(sequence.tokens) - sequence.num_prompt
+        return num_output >= sequence.sampling.max_tokens or len(sequence.tokens) >= self.max_tokens
+
     def reason(self, sequence: TokenSequence) -> FinishReason | None:
         """Why `sequence` is finished after its last token, or None."""
         params, num_output = sequence.sampling, len(sequence.tokens) - sequence.num_prompt
         assert params is not None
         if num_output > params.min_tokens and self.stops(params, sequence.tokens[-1]):
             return FinishReason.STOP
-        if num_output >= params.max_tokens or len(sequence.tokens) >= self.max_tokens:
-            return FinishReason.LENGTH
-        return None
+        return FinishReason.LENGTH if self.is_full(sequence) else None
 
     def stops(self, params: SamplingParams, token: int) -> bool:
         """Whether `token` ends a completion."""
@@ -51,20 +52,38 @@ class Leg:
     prefer_segment: str | None = None
     done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     stream: asyncio.Queue[TokenDelta | KVFerryError] = field(default_factory=asyncio.Queue)
-    timer: asyncio.TimerHandle | None = None
+    deadline_timer: asyncio.TimerHandle | None = None
     load: LoadJob | None = None
     load_task: asyncio.Task[None] | None = None
     save: SaveJob | None = None
     save_task: asyncio.Task[None] | None = None
     scheduled: float | None = None
+    """When its load or its first step was planned. Like the other times by Clock.now; None: not yet."""
     started: float | None = None
+    """When its first step began."""
     computed: float | None = None
+    """When the prompt was computed."""
     info_sent: bool = False
+
+    def __repr__(self) -> str:
+        kind = "prefill" if self.is_prefill else "decode"
+        jobs = ", ".join(repr(job) for job in (self.load, self.save) if job is not None)
+        return f"<Leg {kind} {self.request_id}: {self.sequences!r}{', ' * bool(jobs)}{jobs}>"
+
+    @property
+    def is_prefill(self) -> bool:
+        """Whether only the KV is wanted."""
+        return self.first.sampling is None
 
     @property
     def first(self) -> TokenSequence:
         """The sequence that computes the prompt."""
         return self.sequences[0]
+
+    @property
+    def unfinished_indices(self) -> list[int]:
+        """Which completions have not ended."""
+        return [index for s in self.sequences if s.status is not Status.FINISHED for index in s.indices]
 
     @property
     def finished(self) -> bool:
@@ -74,7 +93,7 @@ class Leg:
     @property
     def succeeded(self) -> bool:
         """Whether it ended as it should: a prefill with its chunks saved, a decode with each sequence finished."""
-        if self.first.sampling is None:
+        if self.is_prefill:
             return self.done.done() and not self.done.cancelled() and self.done.exception() is None
         return self.finished and not self.done.done()
 
@@ -84,11 +103,16 @@ class Leg:
         if self.load is not None:
             self.load.stop_waiting()
 
-    def set_paused(self) -> None:
-        """Leave its sequences out of steps while too much is unread."""
-        paused = self.stream.qsize() >= MAX_UNREAD
+    def update_paused(self, max_unread: int) -> None:
+        """Leave its sequences out of steps while `max_unread` deltas or more are unread."""
+        paused = self.stream.qsize() >= max_unread
         for sequence in self.sequences:
             sequence.paused = paused
+
+    def set_saved(self) -> None:
+        """A prefill's chunks are saved, or were declined. Nothing happens to one that has failed, or to a decode."""
+        if self.is_prefill and not self.done.done():
+            self.done.set_result(None)
 
     def fail(self, error: KVFerryError) -> None:
         """Tell the reader."""
@@ -96,6 +120,17 @@ class Leg:
             self.done.set_exception(error)
             self.done.exception()  # a decode leg's is never awaited
         self.stream.put_nowait(error)
+
+    def result(self, stored_chunks: int, now: float) -> PrefillResult:
+        """What a prefill did, once it has ended."""
+        return PrefillResult(
+            request_id=self.request_id,
+            cached_tokens=self.first.num_cached or 0,
+            computed_tokens=self.first.num_prompt_computed,
+            stored_chunks=stored_chunks,
+            moved=self.moved,
+            timings=self.timings(now),
+        )
 
     def info(self, now: float) -> LegInfo:
         """What it did before its first token."""
@@ -122,8 +157,3 @@ class Leg:
             save_s=self.save.save_s if self.save else 0.0,
             total_s=now - self.arrived,
         )
-
-
-def leading(keys: Sequence[bytes], stored: set[bytes]) -> int:
-    """How many leading keys are in `stored`."""
-    return next((index for index, key in enumerate(keys) if key not in stored), len(keys))

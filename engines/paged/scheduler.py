@@ -22,13 +22,13 @@ class Work:
 
 @dataclass(slots=True)
 class Plan:
-    """What to do now. `loads` have begun to load; `ready` have nothing left to compute; `starved`: a sequence cannot go
-    on until a load or a save gives blocks back."""
+    """What to do now. `loads` have become LOADING; `fully_cached` have nothing left to compute; `out_of_blocks`: a
+    sequence cannot go on until a load or a save gives blocks back."""
 
     work: list[Work] = field(default_factory=list)
     loads: list[TokenSequence] = field(default_factory=list)
-    ready: list[TokenSequence] = field(default_factory=list)
-    starved: bool = False
+    fully_cached: list[TokenSequence] = field(default_factory=list)
+    out_of_blocks: bool = False
 
 
 class Scheduler:
@@ -46,32 +46,45 @@ class Scheduler:
         self.loading: list[TokenSequence] = []
         self.preemptions = 0
 
+    def __repr__(self) -> str:
+        return (
+            f"<Scheduler {len(self.running)} running, {len(self.waiting)} waiting, {len(self.loading)} loading, "
+            f"{self.preemptions} preemptions, {self.blocks!r}>"
+        )
+
     def add(self, sequence: TokenSequence) -> None:
         """Queue a new sequence. Raises OverloadedError when `max_waiting` are queued."""
         if len(self.waiting) >= self.max_waiting:
             raise OverloadedError(f"{len(self.waiting)} requests are waiting for the engine already; retry later")
-        self._enqueue(sequence)
+        _insert(self.waiting, sequence)
 
     def schedule(self) -> Plan:
         """Plan the next step and take the blocks for it. Must not be called while a step is under way."""
+        # 1. Decodes (one token left), oldest first, while the budget of tokens lasts. Each needs a block for its token:
+        #    a. it has one, or one could be made free by preempting younger sequences: it is in the step;
+        #    b. it was the youngest holder of blocks itself: it was preempted and waits;
+        #    c. loads and saves hold all other blocks: it keeps its own and sits this step out (out_of_blocks).
+        #    One that got its block may still be preempted for an older one behind it, so its status is looked at again.
+        # 2. Waiting sequences are admitted: they load, run, or turn out to be in the cache.
+        # 3. Prompts, oldest first, share what is left of the budget. A prompt got all its blocks when it was admitted.
         plan = Plan()
         scheduled: list[TokenSequence] = []
         budget = self.max_batch_tokens
         for sequence in list(self.running):
             if budget and sequence.status is Status.RUNNING and sequence.num_left == 1 and not sequence.paused:
-                if self._grow(sequence):
+                if self._ensure_block(sequence):
                     scheduled.append(sequence)
                     budget -= 1
                 elif sequence.status is Status.RUNNING:
-                    plan.starved = True
+                    plan.out_of_blocks = True
         plan.work = [Work(sequence, 1) for sequence in scheduled if sequence.status is Status.RUNNING]
         self._admit(plan)
         for sequence in self.running:
-            if sequence in scheduled or sequence.paused or not sequence.num_left or not self._covered(sequence):
+            if sequence in scheduled or sequence.paused or not sequence.num_left or not self._has_blocks(sequence):
                 continue
             if not budget:
                 break
-            count = self._slice(sequence, budget)
+            count = self._slice_tokens(sequence, budget)
             plan.work.append(Work(sequence, count))
             budget -= count
         for item in plan.work:
@@ -87,14 +100,14 @@ class Scheduler:
             sequence.num_computed = before + item.num_tokens
             sequence.num_prompt_computed += max(0, min(sequence.num_computed, sequence.num_prompt) - before)
             self.seal(sequence, before // sequence.chunk_tokens)
-            if self.release_busy(sequence):
+            if self.clear_busy(sequence):
                 alive.append(sequence)
         return alive
 
     def fail(self, plan: Plan) -> None:
         """Close a step that failed: what it wrote is nobody's, and its sequences are removed."""
         for item in plan.work:
-            self.release_busy(item.sequence)
+            self.clear_busy(item.sequence)
             self.remove(item.sequence)
 
     def load_ended(self, sequence: TokenSequence, num_chunks: int) -> bool:
@@ -105,7 +118,7 @@ class Scheduler:
             self.seal(sequence, first)
             self.loading.remove(sequence)
             self._enqueue(sequence)
-        return self.release_busy(sequence)
+        return self.clear_busy(sequence)
 
     def seal(self, sequence: TokenSequence, first_chunk: int) -> None:
         """Make the full chunks from `first_chunk` on findable."""
@@ -124,7 +137,7 @@ class Scheduler:
             child, copy = sequence.fork(index), None
             forks.append((child, copy))
             if len(self.running) >= self.max_sequences or not self.blocks.can_allocate(1 if partial else 0):
-                self._enqueue(child)
+                _insert(self.waiting, child)
                 continue
             self.blocks.retain(sequence.block_table[:full])
             child.block_table = sequence.block_table[:full]
@@ -132,19 +145,21 @@ class Scheduler:
             if partial:
                 child.block_table += self.blocks.allocate(1)
                 forks[-1] = (child, (sequence.block_table[full], child.block_table[full]))
-            self._run(child)
+            self._start_running(child)
         return forks
 
     def remove(self, sequence: TokenSequence) -> None:
-        """Take it out of every queue and free its blocks: now, or when the step or load that writes them has ended."""
+        """Remove it from its queue and free its blocks: now, or when the step or load that writes them has ended.
+        Nothing happens to one that is finished already."""
+        if sequence.status is Status.FINISHED:
+            return
         queue = {Status.WAITING: self.waiting, Status.RUNNING: self.running, Status.LOADING: self.loading}
-        if sequence.status in queue:
-            queue[sequence.status].remove(sequence)
-        sequence.status = Status.FINISHED
+        queue[sequence.status].remove(sequence)
+        sequence.set_status(Status.FINISHED)
         if not sequence.busy:
             self._free(sequence)
 
-    def release_busy(self, sequence: TokenSequence) -> bool:
+    def clear_busy(self, sequence: TokenSequence) -> bool:
         """The step or load that wrote its blocks has ended. False: it was removed meanwhile, and is now freed."""
         sequence.busy = False
         if sequence.status is Status.FINISHED:
@@ -166,61 +181,75 @@ class Scheduler:
             assert len(sequence.block_table) * self.blocks.block_size >= sequence.num_computed
 
     def _admit(self, plan: Plan) -> None:
+        """Move waiting sequences on, oldest first, until one has no place or no blocks: nobody overtakes it."""
         while self.waiting:
+            # 1. It wants to load, and the cache here lacks chunks that the store may have: it loads, with a place in
+            #    `loading`, and comes back to `waiting` afterwards.
+            # 2. It wanted to load, and found all its chunks here: it needs a place in `running` instead. Is there none,
+            #    it stays the first in the queue, and keeps what it found.
+            # 3. It runs. Each time it begins, `num_cached` falls to what was found this time.
             sequence = self.waiting[0]
             queue = self.loading if sequence.wants_load else self.running
-            if len(queue) >= self.max_sequences or not self._take_blocks(sequence):
+            if len(queue) >= self.max_sequences or not self._reuse_and_allocate(sequence):
                 return
-            self.waiting.pop(0)
             if sequence.wants_load and sequence.num_computed < sequence.num_reusable_chunks * sequence.chunk_tokens:
-                sequence.wants_load, sequence.status, sequence.busy = False, Status.LOADING, True
-                insort(self.loading, sequence, key=lambda other: other.age)
+                self.waiting.remove(sequence)
+                sequence.wants_load, sequence.busy = False, True
+                sequence.set_status(Status.LOADING)
+                _insert(self.loading, sequence)
                 plan.loads.append(sequence)
                 continue
-            if len(self.running) >= self.max_sequences:  # it wanted to load, and found everything here
+            if len(self.running) >= self.max_sequences:
                 sequence.wants_load = False
-                self._enqueue(sequence)
                 return
+            self.waiting.remove(sequence)
             cached = min(sequence.num_computed, sequence.num_prompt)
             sequence.num_cached = cached if sequence.num_cached is None else min(sequence.num_cached, cached)
-            self._run(sequence)
+            self._start_running(sequence)
             if sequence.num_left == 0:
-                plan.ready.append(sequence)
+                plan.fully_cached.append(sequence)
 
-    def _take_blocks(self, sequence: TokenSequence) -> bool:
-        """Reuse what is found, allocate the rest for all its tokens. False: not enough blocks, nothing changed."""
+    def _reuse_and_allocate(self, sequence: TokenSequence) -> bool:
+        """Reuse what is found, allocate the rest for all its tokens. False: not enough blocks, it holds none now."""
         per_chunk, size = self.blocks.blocks_per_chunk, self.blocks.block_size
+        # Reuse: leading chunks, as far as they are found one after another behind those that it has (a load may have
+        # brought some). A found chunk takes the place of the blocks that it holds for it, if it holds any.
         limit = sequence.num_reusable_chunks
         found = sequence.num_computed // sequence.chunk_tokens
-        while found < limit and (blocks := self.blocks.take_chunk(sequence.key(found))):
+        while found < limit and (blocks := self.blocks.reuse_chunk(sequence.key(found))):
             start = found * per_chunk
             self.blocks.release(sequence.block_table[start : start + per_chunk])
             sequence.block_table[start : start + per_chunk] = blocks
             found += 1
         sequence.num_computed = max(sequence.num_computed, found * per_chunk * size)
+        # Allocate the rest:
+        # 1. there are enough blocks, by eviction too: done;
+        # 2. other waiting sequences hold blocks (they have loaded): the youngest gives its own up;
+        # 3. nobody who waits holds any: it gives up what it has, or it could block older ones for ever.
         missing = self.blocks.blocks_for(len(sequence.tokens)) - len(sequence.block_table)
         while not self.blocks.can_allocate(missing):
             younger = [other for other in self.waiting if other.block_table and other is not sequence]
-            if not younger:  # waiting ones that hold loaded blocks could otherwise block the oldest for ever
+            if not younger:
                 self._free(sequence)
                 return False
             self._preempt(younger[-1])
         sequence.block_table += self.blocks.allocate(max(0, missing))
         return True
 
-    def _covered(self, sequence: TokenSequence) -> bool:
+    def _has_blocks(self, sequence: TokenSequence) -> bool:
+        """Whether its blocks hold all its tokens."""
         return len(sequence.block_table) * self.blocks.block_size >= len(sequence.tokens)
 
-    def _grow(self, sequence: TokenSequence) -> bool:
-        """A block for its next token, by preemption of younger ones if need be. False: it gave way itself, or all other
-        blocks are held by loads and saves and it keeps its own."""
-        if self._covered(sequence):
+    def _ensure_block(self, sequence: TokenSequence) -> bool:
+        """A block for its next token, by preemption of younger ones if need be. False: it was preempted itself, or all
+        other blocks are held by loads and saves and it keeps its own."""
+        if self._has_blocks(sequence):
             return True
         while not self.blocks.can_allocate(1):
             holders = [other for other in [*self.waiting, *self.running] if other.block_table and other is not sequence]
             if not holders:
                 return False
-            victim = max([*holders, sequence], key=lambda other: other.age)
+            victim = max([*holders, sequence], key=_age)
             self._preempt(victim)
             if victim is sequence:
                 return False
@@ -228,13 +257,14 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: TokenSequence) -> None:
+        """Free its blocks. It computes its tokens again later, or loads them, or finds them in the cache."""
         self.preemptions += 1
         self._free(sequence)
         if sequence.status is Status.RUNNING:
             self.running.remove(sequence)
             self._enqueue(sequence)
 
-    def _slice(self, sequence: TokenSequence, budget: int) -> int:
+    def _slice_tokens(self, sequence: TokenSequence, budget: int) -> int:
         """All that is left, or what the budget allows, then up to a chunk's end: equal chunk grids give equal bits."""
         if sequence.num_left <= budget:
             return sequence.num_left
@@ -243,13 +273,22 @@ class Scheduler:
         return (aligned if aligned > sequence.num_computed else end) - sequence.num_computed
 
     def _enqueue(self, sequence: TokenSequence) -> None:
-        sequence.status = Status.WAITING
-        insort(self.waiting, sequence, key=lambda other: other.age)
+        sequence.set_status(Status.WAITING)
+        _insert(self.waiting, sequence)
 
-    def _run(self, sequence: TokenSequence) -> None:
-        sequence.status = Status.RUNNING
-        insort(self.running, sequence, key=lambda other: other.age)
+    def _start_running(self, sequence: TokenSequence) -> None:
+        sequence.set_status(Status.RUNNING)
+        _insert(self.running, sequence)
 
     def _free(self, sequence: TokenSequence) -> None:
         blocks, sequence.block_table, sequence.num_computed = sequence.block_table, [], 0
         self.blocks.release(blocks)
+
+
+def _age(sequence: TokenSequence) -> tuple[int, int]:
+    return sequence.age
+
+
+def _insert(queue: list[TokenSequence], sequence: TokenSequence) -> None:
+    """Queues are ordered by age, oldest first."""
+    insort(queue, sequence, key=_age)

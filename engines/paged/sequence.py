@@ -1,6 +1,7 @@
 """One sequence of tokens on its way through the engine. State only; `Scheduler` changes it.
 
-Invariants: `num_computed <= len(tokens)`; the block table covers at least `num_computed` tokens.
+Invariants: `num_computed <= len(tokens)`; the block table covers at least `num_computed` tokens; the status changes
+along `TRANSITIONS` only.
 """
 
 from collections.abc import Sequence
@@ -13,13 +14,30 @@ from nodeapi.messages import SamplingParams
 
 
 class Status(Enum):
-    """Where a sequence is."""
+    """Where a sequence is. It begins WAITING.
+
+    WAITING -> RUNNING: it has blocks for all its tokens and a place among those that run
+    WAITING -> LOADING: the store may have chunks of it, and they are being read into its blocks
+    LOADING -> WAITING: the load has ended, whatever it brought
+    RUNNING -> WAITING: it was preempted: its blocks were given to an older sequence
+    WAITING -> FINISHED: it was removed before it ran
+    LOADING -> FINISHED: it was removed while chunks were loaded; its blocks are freed when the load has ended
+    RUNNING -> FINISHED: its last token is there, or it was removed; if in a step, its blocks are freed after that
+    """
 
     WAITING = auto()
     LOADING = auto()
-    """Chunks are being read into its blocks."""
     RUNNING = auto()
     FINISHED = auto()
+
+
+TRANSITIONS: dict[Status, frozenset[Status]] = {
+    Status.WAITING: frozenset({Status.RUNNING, Status.LOADING, Status.FINISHED}),
+    Status.LOADING: frozenset({Status.WAITING, Status.FINISHED}),
+    Status.RUNNING: frozenset({Status.WAITING, Status.FINISHED}),
+    Status.FINISHED: frozenset(),
+}
+"""What may follow a status; the reasons are in `Status`."""
 
 
 @dataclass(eq=False, slots=True)
@@ -45,13 +63,25 @@ class TokenSequence:
     """Leading prompt tokens that were never computed for it; None before it ran."""
     num_prompt_computed: int = 0
     """Prompt tokens computed for it, again after a preemption included."""
-    num_offered: int = 0
-    """Leading chunks that were offered to the store, or came from there."""
+    num_submitted: int = 0
+    """Leading chunks that were given to the save job, or came from the store."""
     busy: bool = False
     """A step or a load is writing into its blocks: they are given back when that has ended."""
     paused: bool = False
     """Its reader is slow: leave it out of steps."""
     _keys: list[ChunkKey] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        marks = " busy" * self.busy + " paused" * self.paused
+        return (
+            f"<TokenSequence {self.request_id}/{self.indices[0]} {self.status.name}{marks}, "
+            f"{self.num_computed}/{len(self.tokens)} tokens computed, {len(self.block_table)} blocks>"
+        )
+
+    def set_status(self, status: Status) -> None:
+        """Move on to `status`, which `TRANSITIONS` must allow."""
+        assert status in TRANSITIONS[self.status], f"{self!r} cannot become {status.name}"
+        self.status = status
 
     @property
     def output(self) -> list[int]:
@@ -94,6 +124,6 @@ class TokenSequence:
             sampling=self.sampling,
             indices=(index,),
             num_cached=self.num_cached,
-            num_offered=self.num_offered,
+            num_submitted=self.num_submitted,
             _keys=list(self._keys),
         )

@@ -1,6 +1,7 @@
 """Wires a simulated engine from its configuration."""
 
-from engines.paged.loop import EngineLoop, EngineOptions
+from engines.paged.loop import EngineLoop
+from engines.paged.options import EngineOptions
 from engines.sim.runner import SimRunner
 from kvcore.clock import Clock, SystemClock
 from kvcore.config.schema import SimEngineConfig

@@ -11,7 +11,8 @@ from typing import Self
 
 from engines.base import Engine
 from engines.model_files import ModelFiles, check_model_files
-from engines.paged.loop import EngineLoop, EngineOptions
+from engines.paged.loop import EngineLoop
+from engines.paged.options import EngineOptions
 from engines.torch.model import LoadedModel, load_checked, model_dtype
 from engines.torch.runner import TorchRunner
 from engines.torch.spec import build_kv_spec

@@ -53,7 +53,7 @@ class Blocks(RuleBasedStateMachine):
     @rule(number=st.integers(0, 5))
     def take(self, number):
         key = ChunkKey(bytes([number]) * 16)
-        found = self.blocks.take_chunk(key)
+        found = self.blocks.reuse_chunk(key)
         assert found == self.sealed.get(key)
         if found:
             self.held.append(list(found))

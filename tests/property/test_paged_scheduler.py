@@ -61,7 +61,7 @@ class Driver:
         assert sum(item.num_tokens for item in plan.work) <= self.scheduler.max_batch_tokens
         assert len({id(item.sequence) for item in plan.work}) == len(plan.work)
         self.loads += plan.loads
-        for sequence in plan.ready:
+        for sequence in plan.fully_cached:
             self.finish(sequence)
         if self.dice.random() < 0.1:
             self.abort()

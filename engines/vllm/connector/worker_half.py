@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 
-from engines.jobs.load import JobContext
+from engines.jobs.context import JobContext
 from engines.vllm.connector.bus_messages import (
     AskSample,
     BusEndHandoff,

@@ -13,8 +13,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 
-from engines.jobs.load import JobContext, LoadJob, as_moved
-from engines.jobs.save import Offer, SaveJob
+from engines.jobs.context import JobContext, as_moved
+from engines.jobs.load import LoadJob
+from engines.jobs.save import SavableChunk, SaveJob
 from engines.vllm.connector.bus_messages import FromWorker, LoadEnded, SaveEnded
 from engines.vllm.connector.device_blocks import DeviceEvent
 from engines.vllm.connector.kv_blocks import KVBlocks
@@ -160,7 +161,8 @@ class WorkerJobs:
             key = rank_key(place.key, self._spec.tp_rank)
             save.sizes[key] = len(place.block_ids) * self._blocks.block_bytes
             save.keys.append(key)
-            save.job.add(Offer(key, place.num_tokens, functools.partial(self._blocks.reading, place.block_ids, after)))
+            reading = functools.partial(self._blocks.reading, place.block_ids, after)
+            save.job.add(SavableChunk(key, place.num_tokens, reading))
 
     def is_saving(self, ticket: SaveTicket) -> bool:
         """Whether the ticket's job is under way."""

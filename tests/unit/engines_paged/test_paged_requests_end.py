@@ -20,8 +20,8 @@ from support.engine_fakes import (
 )
 from support.sim_loop import LoopClock, run_sim
 
-from engines.paged.leg import MAX_UNREAD
-from engines.paged.loop import EngineLoop, EngineOptions
+from engines.paged.loop import EngineLoop
+from engines.paged.options import EngineOptions
 from engines.paged.runner import StepOutput
 from engines.sim.reference import expected_tokens
 from engines.sim.runner import SimRunner
@@ -205,16 +205,17 @@ def test_a_full_queue_refuses():
 
 def test_a_slow_reader_pauses_its_own_request_only():
     async def main():
-        config = msgspec.structs.replace(CONFIG, max_context=1024)
-        async with lone_engine(config) as engine:
+        options = EngineOptions(max_batch_tokens=2048, max_sequences=64, max_waiting=512, max_unread=64)
+        runner = SimRunner(CONFIG, "m", CHUNK)
+        async with EngineLoop(runner, None, options, LoopClock(asyncio.get_running_loop())) as engine:
             wanted = request("slow", prompt_of(20), max_tokens=600)
             stream = engine.generate(wanted)
             tokens = [*(await anext(stream)).token_ids]
             other = request("other", prompt_of(20, 1), max_tokens=900)
-            assert await completions(engine, other) == expected_tokens(config, prompt_of(20, 1), other.sampling)
-            assert (await engine.stats()).counters["decode_tokens"] <= 900 + MAX_UNREAD + 2
+            assert await completions(engine, other) == expected_tokens(CONFIG, prompt_of(20, 1), other.sampling)
+            assert (await engine.stats()).counters["decode_tokens"] <= 900 + options.max_unread + 2
             tokens += [token async for delta in stream for token in delta.token_ids]
-            assert [tokens] == expected_tokens(config, prompt_of(20), wanted.sampling)
+            assert [tokens] == expected_tokens(CONFIG, prompt_of(20), wanted.sampling)
             await idle(engine)
 
     run_sim(main)
@@ -251,7 +252,7 @@ def test_the_same_id_again_takes_the_older_ones_place():
     run_sim(main)
 
 
-def test_blocks_that_a_save_gives_back_wake_the_one_who_starved_for_them():
+def test_blocks_that_a_save_gives_back_wake_the_one_that_needs_them():
     """The younger gave way, but a save that has not begun holds its blocks; nothing else happens meanwhile."""
 
     async def main():
@@ -262,11 +263,11 @@ def test_blocks_that_a_save_gives_back_wake_the_one_who_starved_for_them():
             older, younger = request("a", prompt_of(20), max_tokens=60), request("b", prompt_of(70, 1))
             running = [asyncio.create_task(completions(engine, wanted)) for wanted in (older, younger)]
 
-            async def starved():
+            async def out_of_blocks():
                 stats = await engine.stats()
                 return bool(stats.counters["preemptions"]) and stats.pending_saves == 2
 
-            await settle(starved)
+            await settle(out_of_blocks)
             await asyncio.sleep(2.0)
             assert not any(task.done() for task in running)
             gate.set()

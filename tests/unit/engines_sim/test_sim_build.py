@@ -19,7 +19,8 @@ def test_the_transports_time_for_a_batch_bounds_the_engines_calls_of_the_store()
         store, _ = world.store("d0", InprocTransfer(world.memory))
         engine = build_engine(config, "d0", lambda _: store, SystemClock())
         assert isinstance(engine, EngineLoop)
-        assert engine._port is not None
-        assert engine._port.timeout_s == 3.5
+        context = engine._store_jobs._context
+        assert context is not None
+        assert context.timeout_s == 3.5
 
     run_sim(main)

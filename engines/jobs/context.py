@@ -1,0 +1,50 @@
+"""What the load and save jobs of one engine share: the store, the clock, the totals and the limits."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvcore.clock import Clock
+from kvstore.store import KVStore
+from kvstore.types import MovedBytes
+from nodeapi.messages import Moved
+
+
+@dataclass(frozen=True, slots=True)
+class JobLimits:
+    """Batch sizes and pauses of the jobs."""
+
+    read_chunks: int = 8
+    """Chunks of one get at most: loaded chunks count as soon as their batch is in."""
+    commit_chunks: int = 4
+    """Chunks are committed as soon as so many are written, and others read them while the next ones are written."""
+    retry_s: float = 0.05
+    """Pause after a wait that ended at once with nothing: the metadata server is away."""
+    reserve_again_s: float = 20.0
+    """A reservation that is no longer good may have expired if its session is older than this: ask once more."""
+    cancel_s: float = 2.0
+    """A cancelled write releases its memory within this, else it is left behind; it is never committed."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobContext:
+    """One for all jobs of an engine."""
+
+    store: KVStore
+    clock: Clock
+    counters: Counter[str]
+    timeout_s: float
+    """For one call of the store."""
+    limits: JobLimits = JobLimits()
+
+
+def as_moved(moves: Sequence[MovedBytes]) -> list[Moved]:
+    """One entry for each pair of transport and direction."""
+    sums: dict[tuple[str, str], tuple[int, float]] = {}
+    for move in moves:
+        size, seconds = sums.get((move.transport, move.direction), (0, 0.0))
+        sums[move.transport, move.direction] = (size + move.num_bytes, seconds + move.seconds)
+    return [
+        Moved(transport=transport, direction=str(direction), num_bytes=size, seconds=seconds)
+        for (transport, direction), (size, seconds) in sums.items()
+    ]

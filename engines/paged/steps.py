@@ -1,0 +1,155 @@
+"""One step: from the scheduler's plan to a call of the runner, and from its output to deltas, chunks and ends of legs.
+
+Owns no state but the order of these. A step that fails ends its legs, and nothing else.
+"""
+
+import asyncio
+import logging
+from collections import Counter
+
+from engines.paged.leg import Leg, StopRule
+from engines.paged.legs import LegTable
+from engines.paged.runner import ModelRunner, Sampled, SampleSpec, StepOutput, StepSlice
+from engines.paged.scheduler import Plan, Scheduler, Work
+from engines.paged.sequence import Status, TokenSequence
+from engines.paged.store_jobs import StoreJobs
+from kvcore.clock import Clock
+from kvcore.errors import EngineError
+from nodeapi.messages import FinishReason, TokenDelta
+
+_log = logging.getLogger("engines")
+
+
+class Stepper:
+    """`begin` a plan, then `run` it if it has work. Writes into the streams of legs, and closes those that end."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        scheduler: Scheduler,
+        legs: LegTable,
+        store_jobs: StoreJobs,
+        stop_rule: StopRule,
+        *,
+        clock: Clock,
+        counters: Counter[str],
+        max_unread: int,
+    ) -> None:
+        self._runner = runner
+        self._scheduler = scheduler
+        self._legs = legs
+        self._store_jobs = store_jobs
+        self._stop_rule = stop_rule
+        self._clock = clock
+        self._counters = counters
+        self._max_unread = max_unread
+
+    def begin(self, plan: Plan) -> None:
+        """Start what the plan says, beside the step itself."""
+        now = self._clock.now()
+        for sequence in plan.loads:
+            leg = self._legs[sequence.request_id]
+            leg.scheduled = now
+            self._store_jobs.start_load(leg, sequence)
+        for sequence in [*(item.sequence for item in plan.work), *plan.fully_cached]:
+            leg = self._legs[sequence.request_id]
+            if leg.started is None:
+                leg.started = now
+                leg.scheduled = now if leg.scheduled is None else leg.scheduled
+                self._counters["cached_tokens"] += sequence.num_cached or 0
+                self._store_jobs.start_save(leg, sequence)
+        for sequence in plan.fully_cached:
+            self._end_prefill(self._legs[sequence.request_id])
+        if plan.out_of_blocks:  # a load that waits for another node may hold the blocks that are missing here
+            for leg in self._legs:
+                if leg.load is not None:
+                    leg.end_handoff()
+
+    async def run(self, plan: Plan) -> None:
+        """Run the step. Cancelled, it is closed and its sequences are removed, but their legs are not."""
+        legs = [self._legs[item.sequence.request_id] for item in plan.work]
+        try:
+            output = await self._runner.execute([step_slice(item) for item in plan.work])
+        except asyncio.CancelledError:
+            self._scheduler.fail(plan)
+            raise
+        except Exception as error:  # the boundary of the requests in this step
+            _log.exception("event=step_failed requests=%d", len(plan.work))
+            self._scheduler.fail(plan)
+            for leg in legs:
+                if self._legs.get(leg.request_id) is leg:  # else it ended meanwhile, and the id may be another's
+                    self._legs.fail(leg, EngineError(f"the model failed on a step: {error}"))
+            return
+        self._apply(plan, output)
+
+    def _apply(self, plan: Plan, output: StepOutput) -> None:
+        self._scheduler.complete(plan)
+        for item, samples in zip(plan.work, output.samples, strict=True):
+            self._counters["prefill_tokens"] += item.num_tokens - bool(samples)
+            self._counters["decode_tokens"] += len(samples)
+            # 1. Removed while the step ran: its samples are nobody's.
+            # 2. It has drawn tokens: they go to the reader.
+            # 3. A part of a prompt: there is more to compute.
+            # 4. A prefill leg's last part: it ends when its chunks are saved.
+            # 5. All is computed and tokens are wanted, but none was drawn: the logits were not numbers.
+            if item.sequence.status is Status.FINISHED:
+                continue
+            leg = self._legs[item.sequence.request_id]
+            self._store_jobs.save_full_chunks(leg, item.sequence)
+            if samples:
+                self._emit(leg, item.sequence, samples)
+            elif item.sequence.num_left:
+                continue
+            elif leg.is_prefill:
+                self._end_prefill(leg)
+            else:
+                error = EngineError("the model's logits are not numbers; a wider model.dtype may help")
+                self._legs.fail(leg, error)
+
+    def _emit(self, leg: Leg, sequence: TokenSequence, samples: list[Sampled]) -> None:
+        """Append the drawn tokens and tell the reader. Several samples: the prompt's end, where completions fork."""
+        now = self._clock.now()
+        leg.computed = now if leg.computed is None else leg.computed
+        sequences = [sequence]
+        for child, copy in self._scheduler.fork(sequence) if len(samples) > 1 else []:
+            if copy is not None:
+                self._runner.copy_block(*copy)
+            sequences.append(child)
+            leg.sequences.append(child)
+        for drawing, sampled in zip(sequences, samples, strict=True):
+            drawing.tokens.append(sampled.token_id)
+            reason = self._stop_rule.reason(drawing)
+            delta = TokenDelta(
+                index=drawing.indices[0],
+                token_ids=[sampled.token_id],
+                logprobs=None if sampled.logprob is None else [sampled.logprob],
+                finish_reason=reason,
+                stop_token_id=sampled.token_id if reason is FinishReason.STOP else None,
+                info=None if leg.info_sent else leg.info(now),
+            )
+            leg.info_sent = True
+            leg.stream.put_nowait(delta)
+            if reason is not None:
+                self._scheduler.remove(drawing)
+        leg.update_paused(self._max_unread)
+        if leg.finished:
+            self._legs.close(leg)
+
+    def _end_prefill(self, leg: Leg) -> None:
+        """All is computed; the leg ends when its chunks are saved."""
+        leg.computed = self._clock.now()
+        self._scheduler.remove(leg.first)
+        if leg.save is not None:
+            leg.save.close()
+        else:
+            leg.set_saved()
+
+
+def step_slice(item: Work) -> StepSlice:
+    """What the runner is to compute, and what to draw if these are the last tokens of a sequence that wants any."""
+    sequence, start, end = item.sequence, item.sequence.num_computed, item.sequence.num_computed + item.num_tokens
+    sample = None
+    if sequence.sampling is not None and end == len(sequence.tokens):
+        prompt = sequence.tokens[: sequence.num_prompt]
+        sample = SampleSpec(sequence.sampling, sequence.indices, prompt, sequence.output)
+    return StepSlice(sequence.tokens[start:end], start, sequence.block_table, sample)

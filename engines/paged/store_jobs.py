@@ -1,0 +1,174 @@
+"""Between the legs and the store: which chunks to load and save (pure functions), and the tasks that do it.
+
+Owns the running jobs. A job that fails costs its request the chunks that it did not move, never an error.
+Invariants: blocks that are read into belong to a busy sequence; blocks that are written out hold a reference.
+"""
+
+import asyncio
+import functools
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+
+from engines.jobs.context import JobContext
+from engines.jobs.load import LoadJob
+from engines.jobs.save import SavableChunk, SaveJob
+from engines.paged.blocks import BlockManager
+from engines.paged.leg import Leg
+from engines.paged.sequence import TokenSequence
+
+_log = logging.getLogger("engines")
+
+
+def chunks_to_load(sequence: TokenSequence) -> range:
+    """Which chunks to ask the store for: those that are not here and may be reused."""
+    return range(sequence.num_computed // sequence.chunk_tokens, sequence.num_reusable_chunks)
+
+
+def chunks_to_save(sequence: TokenSequence, *, save_output: bool) -> range:
+    """Which chunks are full now and were not submitted yet. Chunks with generated tokens only if `save_output`."""
+    end = sequence.num_computed if save_output else min(sequence.num_computed, sequence.num_prompt)
+    return range(sequence.num_submitted, max(sequence.num_submitted, end // sequence.chunk_tokens))
+
+
+class StoreJobs:
+    """Loads and saves of an engine's legs, each a task of `tasks`. Without a `context` there is no store: nothing is
+    saved, and no load may be started.
+
+    `load_ended(sequence, num_chunks)` is called when a load has ended in whatever way; `wake` whenever blocks were
+    given back or a leg may go on.
+    """
+
+    def __init__(
+        self,
+        context: JobContext | None,
+        blocks: BlockManager,
+        block_view: Callable[[int], memoryview],
+        tasks: asyncio.TaskGroup,
+        *,
+        save_output: bool,
+        load_ended: Callable[[TokenSequence, int], object],
+        wake: Callable[[], None],
+    ) -> None:
+        self._context = context
+        self._blocks = blocks
+        self._block_view = block_view
+        self._tasks = tasks
+        self._save_output = save_output
+        self._load_ended = load_ended
+        self._wake = wake
+        self._saves: dict[asyncio.Task[None], SaveJob] = {}
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a store."""
+        return self._context is not None
+
+    @property
+    def num_pending(self) -> int:
+        """Chunks that wait to be saved, or are being saved."""
+        return sum(save.num_pending for save in self._saves.values())
+
+    async def register(self, memory: memoryview) -> None:
+        """Tell the store where blocks lie. Raises ConfigError where its transports cannot have that memory."""
+        if self._context is not None:
+            await self._context.store.register(memory)
+
+    def start_load(self, leg: Leg, sequence: TokenSequence) -> None:
+        """Load what the store has of a sequence's missing chunks, and wait for those of its handoff."""
+        assert self._context is not None
+        chunks, handoff = chunks_to_load(sequence), leg.handoff
+        leg.load = job = LoadJob(
+            self._context,
+            sequence.keys(chunks.stop)[chunks.start :],
+            functools.partial(self._destination, sequence, chunks.start),
+            first=chunks.start,
+            wait_chunks=handoff.num_chunks if handoff is not None else 0,
+            deadline=self._context.clock.now() + (handoff.wait_s if handoff is not None else 0.0),
+        )
+        leg.load_task = self._tasks.create_task(self._guard(job.run, "load"), name="engine-load")
+        leg.load_task.add_done_callback(lambda _: self._end_load(sequence, job))
+
+    def start_save(self, leg: Leg, sequence: TokenSequence) -> None:
+        """Reserve room for the prompt's chunks and save those that are here. A prefill leg saves all its chunks, those
+        found here too: the store may have lost them."""
+        if self._context is None:
+            return
+        first = 0 if leg.is_prefill else sequence.num_computed // sequence.chunk_tokens
+        sequence.num_submitted = first
+        prompt_chunks = sequence.num_prompt // sequence.chunk_tokens
+        leg.save = job = SaveJob(self._context, leg.prefer_segment, sequence.keys(prompt_chunks)[first:])
+        leg.save_task = self._tasks.create_task(self._guard(job.run, "save"), name="engine-save")
+        leg.save_task.add_done_callback(functools.partial(self._end_save, leg, job))
+        self._saves[leg.save_task] = job
+        self.save_full_chunks(leg, sequence)
+
+    def save_full_chunks(self, leg: Leg, sequence: TokenSequence) -> None:
+        """Submit the chunks that have become full. Their blocks are referenced until they are written or declined."""
+        if leg.save is None:
+            return
+        per_chunk = self._blocks.blocks_per_chunk
+        for chunk in chunks_to_save(sequence, save_output=self._save_output):
+            blocks = tuple(sequence.block_table[chunk * per_chunk : (chunk + 1) * per_chunk])
+            self._blocks.retain(blocks)
+            reading, release = functools.partial(self._reading, blocks), functools.partial(self._release, blocks)
+            leg.save.add(SavableChunk(sequence.key(chunk), sequence.chunk_tokens, reading, release))
+            sequence.num_submitted = chunk + 1
+
+    async def count_stored(self, leg: Leg) -> int:
+        """Leading chunks of a prefill that are complete in the store: ours, or another writer's of the same prefix."""
+        if self._context is None or leg.save is None:
+            return 0
+        keys = leg.first.keys(leg.first.num_prompt // leg.first.chunk_tokens)
+        if leg.save.stored.issuperset(keys):
+            return len(keys)
+        match = await self._context.store.match(keys, timeout_s=self._context.timeout_s)
+        await self._context.store.release(match)
+        return match.num_chunks
+
+    async def finish(self, timeout_s: float) -> None:
+        """Let saves under way end, for `timeout_s` at most."""
+        if self._saves:
+            await asyncio.wait(self._saves, timeout=timeout_s)
+
+    def cancel(self) -> None:
+        """Cancel the saves under way. Loads are cancelled with their legs."""
+        for task in self._saves:
+            task.cancel()
+
+    def _end_load(self, sequence: TokenSequence, job: LoadJob) -> None:
+        self._load_ended(sequence, job.num_loaded)
+        self._wake()
+
+    def _end_save(self, leg: Leg, job: SaveJob, task: asyncio.Task[None]) -> None:
+        job.abandon()
+        del self._saves[task]
+        leg.set_saved()
+        self._wake()
+
+    async def _guard(self, run: Callable[[], Awaitable[None]], what: str) -> None:
+        """Run a job. What it has not done when it fails, the request goes without."""
+        try:
+            await run()
+        except Exception:  # the boundary of a request with the store: never the request's failure
+            if self._context is not None:
+                self._context.counters[f"{what}_failed"] += 1
+            _log.exception("event=%s_failed", what)
+
+    @asynccontextmanager
+    async def _destination(
+        self, sequence: TokenSequence, first_chunk: int, first: int, count: int
+    ) -> AsyncIterator[list[list[memoryview]]]:
+        """The `Destination` of a sequence's load, which begins with its chunk `first_chunk`."""
+        per_chunk, table = self._blocks.blocks_per_chunk, sequence.block_table
+        starts = range((first_chunk + first) * per_chunk, (first_chunk + first + count) * per_chunk, per_chunk)
+        yield [[self._block_view(block) for block in table[start : start + per_chunk]] for start in starts]
+
+    @asynccontextmanager
+    async def _reading(self, blocks: Sequence[int]) -> AsyncIterator[list[memoryview]]:
+        """The bytes of referenced blocks: nobody writes into full ones."""
+        yield [self._block_view(block) for block in blocks]
+
+    def _release(self, blocks: Sequence[int]) -> None:
+        self._blocks.release(blocks)
+        self._wake()
