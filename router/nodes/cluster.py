@@ -39,6 +39,8 @@ class KnownNode:
     lapsed: bool = False
     """The metadata server has said that it is gone, and not that it is back. False while that has said nothing."""
     report: NodeReport | None = None
+    fingerprint: bytes = b""
+    """Of its engine's KV, as last reported."""
     problem: str | None = "not probed yet"
     silent_since: float | None = None
     """When the first of the probes was sent that have had no answer since the last one that had."""
@@ -65,7 +67,7 @@ class KnownNode:
         """Why it is not used; None: it is used."""
         if self.problem is not None:
             return self.problem
-        if not self.breaker.allows(now):
+        if self.breaker.open_until is not None and not self.breaker.allows(now):
             return f"breaker {self.breaker.state(now)}"
         return None
 
@@ -97,6 +99,7 @@ class Cluster:
         if node.report and report.node.incarnation != node.report.node.incarnation:
             node.breaker = Breaker(self._limits)
         node.report = report
+        node.fingerprint = report.engine.kv_spec.fingerprint if report.engine is not None else b""
         node.problem = _problem(node, report)
 
     def probed(self, node: KnownNode, before: str | None) -> None:
@@ -252,7 +255,7 @@ def _view(node: KnownNode) -> NodeView:
     return NodeView(
         id=node.id,
         role=node.role,
-        fingerprint=engine.kv_spec.fingerprint,
+        fingerprint=node.fingerprint,
         chunk_tokens=engine.kv_spec.chunk_tokens,
         max_context=engine.max_context,
         sequences=max(node.sequences, reported),

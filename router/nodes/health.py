@@ -62,17 +62,18 @@ class Breaker:
     """Invariant: `_trying` only while half open. Times are the caller's `now`."""
 
     limits: NodeLimits = NodeLimits()
+    open_until: float | None = None
+    """None: closed. Else the end of the pause."""
     _failures: int = 0
-    _open_until: float | None = None
     _pause_s: float | None = None
     """Of the last time that it opened since it was closed."""
     _trying: bool = False
 
     def state(self, now: float) -> BreakerState:
         """What it is at `now`."""
-        if self._open_until is None:
+        if self.open_until is None:
             return BreakerState.CLOSED
-        return BreakerState.OPEN if now < self._open_until else BreakerState.HALF_OPEN
+        return BreakerState.OPEN if now < self.open_until else BreakerState.HALF_OPEN
 
     def allows(self, now: float) -> bool:
         """Whether a leg may start; does not reserve the half-open probe."""
@@ -85,7 +86,7 @@ class Breaker:
 
     def succeeded(self) -> None:
         """A leg did what it should."""
-        self._failures, self._open_until, self._pause_s, self._trying = 0, None, None, False
+        self._failures, self.open_until, self._pause_s, self._trying = 0, None, None, False
 
     def failed(self, now: float) -> None:
         """A leg failed by this node's fault. Legs of before, which fail once it is open, do not lengthen the pause."""
@@ -102,4 +103,4 @@ class Breaker:
         self._trying = False
 
     def _open(self, now: float, pause_s: float) -> None:
-        self._pause_s, self._open_until = pause_s, now + pause_s
+        self._pause_s, self.open_until = pause_s, now + pause_s

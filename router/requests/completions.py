@@ -1,5 +1,6 @@
 """The n answers of one request: their tokens so far, and how each ends. State and what follows from it alone."""
 
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 from nodeapi.messages import FinishReason, TokenDelta
@@ -26,6 +27,8 @@ class Completions:
         self._min_tokens = min_tokens
         self._end_token_ids = end_token_ids
         self._logprobs = logprobs
+        self.unfinished = set(range(n))
+        """Indices that have not ended."""
 
     def __getitem__(self, index: int) -> Completion:
         return self._all[index]
@@ -38,18 +41,10 @@ class Completions:
         """Emitted, over all."""
         return sum(len(completion.tokens) for completion in self._all)
 
-    @property
-    def unfinished(self) -> set[int]:
-        """Indices that have not ended."""
-        return {index for index, completion in enumerate(self._all) if completion.finished is None}
-
-    @property
-    def all_finished(self) -> bool:
-        """Whether each has ended."""
-        return all(completion.finished is not None for completion in self._all)
-
-    def protocol_violation(self, index: int, delta: TokenDelta) -> str | None:
-        """What is wrong with these tokens for this completion; None: nothing."""
+    def protocol_violation(self, delta: TokenDelta, index: int, expected: Container[int]) -> str | None:
+        """What is wrong with a delta for completion `index`, of a leg with these `expected`; None: nothing."""
+        if delta.index not in expected:
+            return f"a delta for index {delta.index}, which is not running"
         completion = self._all[index]
         if completion.finished is None and len(delta.token_ids) > self._max_tokens - len(completion.tokens):
             return "more than max_tokens tokens"
@@ -67,7 +62,8 @@ class Completions:
             return []
         completion.tokens += delta.token_ids
         completion.tries = 1
-        completion.finished = reason
+        if reason is not None:
+            self.finish(index, reason)
         return [Emit(index, delta.token_ids, delta.logprobs, reason, delta.stop_token_id)]
 
     def finish_if_complete(self, index: int) -> list[Emit]:
@@ -77,13 +73,20 @@ class Completions:
         if completion.finished is not None:
             return []
         if tokens and tokens[-1] in self._end_token_ids and len(tokens) > self._min_tokens:
-            completion.finished = FinishReason.STOP
+            reason = FinishReason.STOP
         elif len(tokens) >= self._max_tokens:
-            completion.finished = FinishReason.LENGTH
+            reason = FinishReason.LENGTH
         else:
             return []
-        return [Emit(index, (), () if self._logprobs else None, completion.finished)]
+        self.finish(index, reason)
+        return [Emit(index, (), () if self._logprobs else None, reason)]
+
+    def finish(self, index: int, reason: FinishReason) -> None:
+        """It has ended."""
+        self._all[index].finished = reason
+        self.unfinished.discard(index)
 
     def check_invariants(self) -> None:
         """Assert what must hold between any two events."""
         assert all(len(completion.tokens) <= self._max_tokens for completion in self._all)
+        assert self.unfinished == {index for index, each in enumerate(self._all) if each.finished is None}

@@ -6,7 +6,6 @@ State and what follows from it alone; `router.requests.ledger` decides when one 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from nodeapi.messages import TokenDelta
 from router.requests.completions import Completions
 from router.requests.events import CancelLeg, KVSource, StartDecode
 from router.requests.states import LEG_TRANSITIONS, LegState
@@ -48,24 +47,18 @@ class DecodeLeg:
 
 
 class DecodeLegs:
-    """By leg id. `next_leg`: a new id."""
+    """All of one request. `next_leg`: a new id."""
 
     def __init__(self, completions: Completions, next_leg: Callable[[], str]) -> None:
         self._completions = completions
         self._next_leg = next_leg
-        self._legs: dict[str, DecodeLeg] = {}
-
-    def __len__(self) -> int:
-        return len(self._legs)
-
-    def get(self, leg: str) -> DecodeLeg | None:
-        """None: it has ended, or never was."""
-        return self._legs.get(leg)
+        self.running: dict[str, DecodeLeg] = {}
+        """By leg id."""
 
     def remove(self, leg: DecodeLeg) -> None:
         """It has ended."""
         leg.set_state(LegState.ENDED)
-        del self._legs[leg.id]
+        del self.running[leg.id]
 
     def cancel(self, leg: DecodeLeg) -> CancelLeg:
         """End it by our own hand."""
@@ -74,12 +67,12 @@ class DecodeLegs:
 
     def cancel_all(self) -> list[CancelLeg]:
         """End each."""
-        return [self.cancel(leg) for leg in list(self._legs.values())]
+        return [self.cancel(leg) for leg in list(self.running.values())]
 
     @property
     def awaiting_kv(self) -> list[DecodeLeg]:
         """Those that may still be waiting for what a prefill leg computes."""
-        return [leg for leg in self._legs.values() if leg.awaits_kv]
+        return [leg for leg in self.running.values() if leg.awaits_kv]
 
     def start(
         self, node: str, indices: set[int], *, source: KVSource | None = None, handoff: bool = False
@@ -98,22 +91,16 @@ class DecodeLegs:
         if source is None:
             return [self._start(node, index, {index}, None, handoff) for index in (first, *others)]
         start = self._start(node, first, {first}, source, handoff)
-        self._legs[start.leg].followers.update(others)
+        self.running[start.leg].followers.update(others)
         return [start]
-
-    def protocol_violation(self, leg: DecodeLeg, delta: TokenDelta) -> str | None:
-        """What is wrong with a delta of this leg; None: nothing."""
-        if delta.index not in (leg.open if leg.index is None else {0}):
-            return f"a delta for index {delta.index}, which is not running"
-        return self._completions.protocol_violation(delta.index if leg.index is None else leg.index, delta)
 
     def served_by(self, index: int) -> list[DecodeLeg]:
         """The legs that this completion depends on: one, or none."""
-        return [leg for leg in self._legs.values() if index in leg.indices]
+        return [leg for leg in self.running.values() if index in leg.indices]
 
     def check_invariants(self) -> set[int]:
         """Assert that a completion is served by one leg; returns those that are."""
-        served = [index for leg in self._legs.values() for index in leg.indices]
+        served = [index for leg in self.running.values() for index in leg.indices]
         assert len(served) == len(set(served)), "an index is served by one leg"
         return set(served)
 
@@ -125,5 +112,5 @@ class DecodeLegs:
         waits = handoff or source is not None
         state = LegState.AWAITING_KV if waits else LegState.COMPUTING
         leg = DecodeLeg(self._next_leg(), node, index, set(indices), source, state)
-        self._legs[leg.id] = leg
+        self.running[leg.id] = leg
         return StartDecode(leg.id, node, handoff, index, tuple(self._completions[index or 0].tokens), source)

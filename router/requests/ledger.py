@@ -16,8 +16,10 @@ Where the decode leg fetches from the prefiller (`HandoffTraits`), it does so on
 that nothing will come. So there the first index goes ahead and the others follow it into the decoder's own prefix
 cache; a leg that is tried again computes by itself. Which states there are, and what leads to which, is in `states`.
 
-Invariants (check_invariants): a request ends once; after that no leg runs; every token was emitted once, in order.
+Invariants: a request ends once; after that no leg runs; every token was emitted once, in order.
 """
+
+from itertools import count
 
 from kvcore.errors import (
     CancelledByPeerError,
@@ -39,6 +41,7 @@ from router.requests.events import (
     DeadlinePassed,
     DecodeFailed,
     DeltaReceived,
+    Emit,
     Fail,
     Finish,
     KVSource,
@@ -92,32 +95,18 @@ class RequestMachine:
             handoff=handoff.traits,
             limits=limits,
         )
-        self._legs = 0
+        self._leg_numbers = count(1)
         self._placement = Placement(picker, limits)
         self.last_error: KVFerryError = NodeUnavailableError("no decoder is ready")
         self.decode_info: LegInfo | None = None
+        self.state = RequestState.NEW
         self.ended = False
 
     def __repr__(self) -> str:
         leg = self._prefill.running
         prefill = f"prefill {leg.id} on {leg.node}" if leg else "no prefill"
-        return (
-            f"<RequestMachine {self._id} {self.state}: {prefill}, {len(self._decodes)} decode legs, "
-            f"{self.completion_tokens} tokens, {len(self.retries)} retries>"
-        )
-
-    @property
-    def state(self) -> RequestState:
-        """Where it is; follows from what it holds."""
-        if self.ended:
-            return RequestState.ENDED
-        if self._placement.unplaced:
-            return RequestState.UNPLACED
-        if self._legs == 0:
-            return RequestState.NEW
-        if self._completions.all_finished:
-            return RequestState.SETTLING
-        return RequestState.AWAITING_PREFILL if self._prefill.awaited_by is not None else RequestState.DECODING
+        done = f"{self.completion_tokens} tokens, {len(self.retries)} retries"
+        return f"<RequestMachine {self._id} {self.state}: {prefill}, {len(self._decodes.running)} decode legs, {done}>"
 
     @property
     def cached_tokens(self) -> int:
@@ -133,11 +122,11 @@ class RequestMachine:
 
     def runs(self, leg: str) -> bool:
         """Whether events of this decode leg still matter."""
-        return self._decodes.get(leg) is not None
+        return leg in self._decodes.running
 
     def fetches_from(self, leg: str) -> str | None:
         """The prefiller whose KV this decode leg may still be waiting for."""
-        found = self._decodes.get(leg)
+        found = self._decodes.running.get(leg)
         return found.source.node if found is not None and found.source is not None and found.fetches else None
 
     def saves_for(self, leg: str) -> str | None:
@@ -147,33 +136,34 @@ class RequestMachine:
 
     def start(self, route: Route) -> list[Action]:
         """The first actions. Called once."""
-        assert self._legs == 0, "a request starts once"
+        assert self.state is RequestState.NEW, "a request starts once"
         actions: list[Action] = []
         if route.prefiller is not None:
             actions += self._prefill.start(route.prefiller, route.decoder)
         if self._prefill.awaited_by is None:
             actions += self._start_decodes(route.decoder, self._completions.unfinished, self._prefill.source)
-        check_transition(RequestState.NEW, route, self.state)
+        self._set_state(route)
         return actions
 
     def handle(self, event: RequestEvent) -> list[Action]:
         """The actions that follow. Events of legs that have ended, and after the end, are ignored."""
         if self.ended:
             return []
-        before = self.state
         actions = self._actions_of(event)
-        check_transition(before, event, self.state)
+        tokens_only = all(type(action) is Emit and action.finish_reason is None for action in actions)
+        if not (tokens_only and type(event) is DeltaReceived):  # a delta that only adds tokens changes no state
+            self._set_state(event)
         return actions
 
     def check_invariants(self) -> None:
         """Assert what must hold between any two events."""
-        unplaced = self._placement.unplaced
+        unplaced, prefill = self._placement.unplaced, self._prefill
+        assert self.state is self._state_of_now()
         if self.ended:
-            assert not self._decodes and self._prefill.running is None and not unplaced
-            assert self._prefill.awaited_by is None
+            assert not (self._decodes.running or prefill.running or prefill.awaited_by or unplaced)
             return
-        if self._prefill.awaited_by is not None:
-            assert not self._decodes and not unplaced and self._prefill.running, "awaits its prefill leg"
+        if prefill.awaited_by is not None:
+            assert prefill.running and not (self._decodes.running or unplaced), "awaits its prefill leg"
             return
         served = self._decodes.check_invariants()
         assert unplaced.isdisjoint(served)
@@ -184,12 +174,10 @@ class RequestMachine:
         match event:
             case DeltaReceived():
                 return self._delta_received(event)
-            case PrefillDone():
-                return self._prefill_done(event)
-            case PrefillFailed():
-                return self._prefill_failed(event)
+            case PrefillDone() | PrefillFailed():
+                return self._prefill_ended(event)
             case DecodeFailed():
-                leg = self._decodes.get(event.leg)
+                leg = self._decodes.running.get(event.leg)
                 return self._decode_failed(leg, event.error) if leg is not None else []
             case StopHit():
                 return self._stop_hit(event.index)
@@ -198,20 +186,29 @@ class RequestMachine:
             case ClientGone():
                 return self._end(Fail(CancelledByPeerError("the client closed the connection")))
             case DeadlinePassed():
-                if self._completions.all_finished:  # only the prefill's reply was still waited for
-                    return self._end(Finish())
-                return self._end(Fail(DeadlineExceededError("the request's time ran out")))
+                late = bool(self._completions.unfinished)  # else only the prefill's reply was still waited for
+                return self._end(Fail(DeadlineExceededError("the request's time ran out")) if late else Finish())
+
+    def _set_state(self, event: RequestEvent | Route) -> None:
+        before, self.state = self.state, self._state_of_now()
+        check_transition(before, event, self.state)
+
+    def _state_of_now(self) -> RequestState:
+        if self.ended:
+            return RequestState.ENDED
+        if self._placement.unplaced:
+            return RequestState.UNPLACED
+        if not self._completions.unfinished:
+            return RequestState.SETTLING
+        return RequestState.AWAITING_PREFILL if self._prefill.awaited_by is not None else RequestState.DECODING
 
     # --- prefill ---
 
-    def _prefill_done(self, event: PrefillDone) -> list[Action]:
+    def _prefill_ended(self, event: PrefillDone | PrefillFailed) -> list[Action]:
         if (leg := self._prefill.running) is None or leg.id != event.leg:
             return []
-        return self._prefill.done(event.result) + self._finish_if_complete()
-
-    def _prefill_failed(self, event: PrefillFailed) -> list[Action]:
-        if (leg := self._prefill.running) is None or leg.id != event.leg:
-            return []
+        if isinstance(event, PrefillDone):
+            return self._prefill.done(event.result) + self._finish_if_complete()
         return self._prefill.failed(event.error) + self._finish_if_complete()
 
     # --- decode ---
@@ -230,15 +227,17 @@ class RequestMachine:
 
         Tokens of an index that a stop string has ended are dropped (`Completions.append`).
         """
-        delta, leg = event.delta, self._decodes.get(event.leg)
+        delta, leg = event.delta, self._decodes.running.get(event.leg)
         if leg is None:
             return []
-        if violation := self._decodes.protocol_violation(leg, delta):
+        index = delta.index if leg.index is None else leg.index
+        expected = leg.open if leg.index is None else {0}
+        if (violation := self._completions.protocol_violation(delta, index, expected)) is not None:
             return self._cancel_failed(leg, EngineError(f"node {leg.node} broke the protocol: {violation}"))
+        if leg.state is not LegState.STREAMING:
+            leg.set_state(LegState.STREAMING)
         gave_up = delta.finish_reason is FinishReason.ABORT
         reason = None if gave_up else delta.finish_reason
-        index = delta.index if leg.index is None else leg.index
-        leg.set_state(LegState.STREAMING)
         if self.decode_info is None:
             self.decode_info = delta.info
         actions: list[Action] = list(self._completions.append(index, delta, reason))
@@ -307,10 +306,9 @@ class RequestMachine:
         return list(self._placement.wait(indices))
 
     def _stop_hit(self, index: int) -> list[Action]:
-        completion = self._completions[index]
-        if completion.finished is not None:
+        if index not in self._completions.unfinished:
             return []
-        completion.finished = FinishReason.STOP
+        self._completions.finish(index, FinishReason.STOP)
         self._placement.unplaced.discard(index)
         actions: list[Action] = []
         for leg in self._decodes.served_by(index):
@@ -328,16 +326,15 @@ class RequestMachine:
             case RequestTimer.HANDOFF:
                 return self._prefill.end_handoffs() if self._prefill.running is None else []
             case RequestTimer.SETTLE:
-                return self._end(Finish()) if self._completions.all_finished else []
+                return self._end(Finish()) if not self._completions.unfinished else []
             case RequestTimer.RETRY:
                 unplaced = self._placement.take_unplaced()
                 return self._place(unplaced) if unplaced else []
 
     def _finish_if_complete(self) -> list[Action]:
-        return self._finish() if self._completions.all_finished else []
-
-    def _finish(self) -> list[Action]:
-        """End, or wait a moment for what a prefill leg under way has to say of its cached tokens."""
+        """End with the last completion, or wait a moment for what a prefill leg under way says of cached tokens."""
+        if self._completions.unfinished:
+            return []
         if self._prefill.running is not None:
             return [StartTimer(RequestTimer.SETTLE, self._limits.settle_s)]
         return self._end(Finish())
@@ -349,5 +346,4 @@ class RequestMachine:
         return actions
 
     def _next_leg(self, kind: str) -> str:
-        self._legs += 1
-        return f"{self._id}.{kind}{self._legs}"
+        return f"{self._id}.{kind}{next(self._leg_numbers)}"

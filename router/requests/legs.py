@@ -13,7 +13,6 @@ from nodeapi.messages import EngineInfo, FinishReason, GenerateRequest, Handoff,
 from router.nodes.vllm_requests import mooncake_decode_params
 from router.requests.events import (
     DecodeFailed,
-    DeltaReceived,
     KVSource,
     LegEvent,
     PrefillDone,
@@ -39,21 +38,18 @@ class LegListener(Protocol):
         """Something happened to a leg."""
         ...
 
-    def wants(self, leg: str) -> bool:
-        """Whether what this decode leg says still matters."""
+    def take(self, leg: str, delta: TokenDelta) -> bool:
+        """A decode leg sent something. Whether more of it is wanted."""
         ...
 
     def fetches_from(self, leg: str) -> str | None:
         """The prefiller whose KV this decode leg may still be waiting for."""
         ...
 
-    async def drained(self) -> None:
-        """Wait until the client has read enough of what was told."""
-        ...
-
 
 class RequestLegs:
-    """Runs the legs of one request. `records`: where each leg's record is added as it begins."""
+    """Runs the legs of one request. `records`: where each leg's record is added as it begins. `drained`: set while the
+    client has read enough of what was told, so that more may be read from nodes."""
 
     def __init__(
         self,
@@ -61,6 +57,7 @@ class RequestLegs:
         spec: RequestSpec,
         listener: LegListener,
         records: list[LegRecord],
+        drained: asyncio.Event,
         *,
         started_at: float,
         prefill_tokens: int,
@@ -69,6 +66,7 @@ class RequestLegs:
         self._spec = spec
         self._listener = listener
         self._records = records
+        self._drained = drained
         self._started_at = started_at
         self._prefill_tokens = prefill_tokens
         """What a prefill leg is expected to compute: it counts as load of its node."""
@@ -101,13 +99,14 @@ class RequestLegs:
         """From its start to the last delta, or to DecodeFailed. Cancelled: nothing is told."""
         cluster = self._services.cluster
         leg = self._record(action, "decode")
-        request = self._generate_request(action)
+        remaining_s = self._remaining_s()
+        request = self._generate_request(action, remaining_s)
         sequences = request.sampling.n
         cluster.leg_started(action.node, sequences=sequences, prefill_tokens=0)
         ok = False
         failure: KVFerryError | None = None
         try:
-            ok = await self._read(action, request, leg)
+            ok = await self._read(action, request, leg, remaining_s)
             if not ok:
                 failure = NodeUnavailableError(f"node {action.node} ended its stream without a finish reason")
         except KVFerryError as error:
@@ -130,15 +129,15 @@ class RequestLegs:
         node = self._services.cluster.nodes.get(node_id)
         return node.url if node else "http://127.0.0.1:9"
 
-    async def _read(self, action: StartDecode, request: GenerateRequest, leg: LegRecord) -> bool:
+    async def _read(self, action: StartDecode, request: GenerateRequest, leg: LegRecord, remaining_s: float) -> bool:
         """Feed deltas until each index has its finish reason, or none is wanted. False: the stream ended before."""
         services, limits = self._services, self._services.limits
-        patience_s = min(2 * services.config.prefill_timeout_s, self._remaining_s())
+        patience_s = min(2 * services.config.prefill_timeout_s, remaining_s)
         missing = request.sampling.n
         stream = services.client.generate(self.url(action.node), request, timeout_s=max(patience_s, limits.stall_s))
-        begun = False
+        begun, wanted = False, True
         async with aclosing(stream) as deltas:
-            while missing and self._listener.wants(action.leg):
+            while missing and wanted:
                 try:
                     async with asyncio.timeout(limits.stall_s if begun else patience_s):
                         delta = await anext(deltas, None)
@@ -150,24 +149,24 @@ class RequestLegs:
                 missing -= delta.finish_reason is not None
                 if delta.info is not None:
                     _note(leg, delta.info)
-                await self._take(action, delta)
+                wanted = self._take(action, delta)
+                await self._drained.wait()
             # Read on to the stream's end, so that its connection is kept: a new one costs as much as the request.
             with suppress(TimeoutError, KVFerryError):
                 async with asyncio.timeout(limits.tail_s):
                     await anext(deltas, None)
         return True
 
-    async def _take(self, action: StartDecode, delta: TokenDelta) -> None:
-        listener = self._listener
+    def _take(self, action: StartDecode, delta: TokenDelta) -> bool:
         if delta.finish_reason is FinishReason.ABORT:
             raise NodeUnavailableError(f"node {action.node} gave the request up")
-        listener.tell(DeltaReceived(action.leg, delta))
-        if not listener.wants(action.leg) and delta.finish_reason is None:  # it broke the protocol
-            raise EngineError(listener.last_error.message)
-        await listener.drained()
+        wanted = self._listener.take(action.leg, delta)
+        if not wanted and delta.finish_reason is None:  # it broke the protocol
+            raise EngineError(self._listener.last_error.message)
+        return wanted
 
-    def _generate_request(self, action: StartDecode) -> GenerateRequest:
-        remaining_s, handoff = self._remaining_s(), None
+    def _generate_request(self, action: StartDecode, remaining_s: float) -> GenerateRequest:
+        handoff = None
         if action.handoff:
             wait_s = min(self._services.config.prefill_timeout_s, remaining_s)
             handoff = Handoff(num_chunks=self.num_chunks(action.node), wait_s=wait_s)

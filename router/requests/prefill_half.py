@@ -102,7 +102,7 @@ class PrefillHalf:
         """
         leg, self.running, self.result = self.running, None, result
         assert leg is not None
-        if self._completions.all_finished:
+        if not self._completions.unfinished:
             return []
         if self.awaited_by is not None:
             params = result.handoff_params
@@ -125,7 +125,7 @@ class PrefillHalf:
         """
         leg, self.running = self.running, None
         assert leg is not None
-        if self._completions.all_finished:
+        if not self._completions.unfinished:
             return []
         self._failed.add(leg.node)
         again = self._retry(error)

@@ -11,12 +11,14 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from kvcore.errors import CancelledByPeerError, EngineError, KVFerryError
+from nodeapi.messages import TokenDelta
 from router.requests.events import (
     Action,
     CancelLeg,
     ClientGone,
     DeadlinePassed,
     DecodeFailed,
+    DeltaReceived,
     Emit,
     EndHandoff,
     Fail,
@@ -77,11 +79,14 @@ class RequestRun:
             route=route_record(decision),
             legs=[],
         )
+        self._drained = asyncio.Event()
+        self._drained.set()
         self._legs = RequestLegs(
             services,
             spec,
             self,
             self.record.legs,
+            self._drained,
             started_at=self.started_at,
             prefill_tokens=len(spec.prompt_token_ids) - route.expected_cached_tokens,
         )
@@ -106,8 +111,6 @@ class RequestRun:
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._unread: deque[Emit] = deque()
         self._changed = asyncio.Event()
-        self._drained = asyncio.Event()
-        self._drained.set()
         self._end: Finish | Fail | None = None
 
     def __repr__(self) -> str:
@@ -207,17 +210,14 @@ class RequestRun:
         """An event happened: carry out what the ledger makes of it."""
         self._carry_out(self.machine.handle(event))
 
-    def wants(self, leg: str) -> bool:
+    def take(self, leg: str, delta: TokenDelta) -> bool:
         """See LegListener."""
+        self._carry_out(self.machine.handle(DeltaReceived(leg, delta)))
         return self.machine.runs(leg)
 
     def fetches_from(self, leg: str) -> str | None:
         """See LegListener."""
         return self.machine.fetches_from(leg)
-
-    async def drained(self) -> None:
-        """See LegListener."""
-        await self._drained.wait()
 
     # --- actions ---
 
