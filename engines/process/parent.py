@@ -14,13 +14,13 @@ import socket
 import sys
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 import msgspec
 
 from engines.process import messages as m
+from engines.process.calls import Call, CallFrame, EngineProcessLimits
 from engines.process.channel import FrameChannel
 from kvcore.errors import DeadlineExceededError, EngineDiedError, EngineError, error_from_code
 from kvcore.process.child import ChildProcess
@@ -30,56 +30,6 @@ from nodeapi.messages import EngineInfo, EngineStats, GenerateRequest, PrefillRe
 
 CHILD_COMMAND = (sys.executable, "-m", "engines.process.child")
 _logger = logging.getLogger("engines")
-
-
-@dataclass(frozen=True, slots=True)
-class EngineProcessLimits:
-    """How long a child may take."""
-
-    call_s: float = 5.0
-    """For calls that the child's loop answers by itself."""
-    late_s: float = 2.0
-    """The engine watches a request's deadline; we step in when it is this late."""
-    stall_s: float = 15.0
-    """A child whose loop has not turned for this long is killed, whatever it was doing."""
-    pings: int = 4
-    """So many pings are sent within `stall_s`."""
-    stop_s: float = 10.0
-    """For an end in good order."""
-    exit_status_s: float = 0.25
-    """Between the end of the link and the end of the process, whose status is then known."""
-
-
-_CallFrame = m.Prefilled | m.StreamedDelta | m.Done | m.Failure | m.Sample
-
-
-class _Call:
-    """What the child said about one call, until its caller has taken it. Holds at most a window and the end."""
-
-    def __init__(self, call_id: int) -> None:
-        self.id = call_id
-        self.ended = False
-        self._arrived: asyncio.Queue[_CallFrame | EngineDiedError] = asyncio.Queue(m.STREAM_WINDOW + 1)
-
-    def put(self, item: _CallFrame | EngineDiedError) -> None:
-        """Raises asyncio.QueueFull if the child sent more than it was allowed."""
-        if isinstance(item, m.StreamedDelta) and self._arrived.qsize() >= m.STREAM_WINDOW:
-            raise asyncio.QueueFull
-        self._arrived.put_nowait(item)
-        self.ended = not isinstance(item, m.StreamedDelta)
-
-    async def next(self, deadline: float) -> _CallFrame:
-        """The next frame, in order. Raises what the child reports, EngineDiedError, DeadlineExceededError."""
-        try:
-            async with asyncio.timeout_at(deadline):
-                item = await self._arrived.get()
-        except TimeoutError as error:
-            raise DeadlineExceededError("the engine did not answer in time") from error
-        if isinstance(item, EngineDiedError):
-            raise item
-        if isinstance(item, m.Failure):
-            raise error_from_code(item.code, item.message)
-        return item
 
 
 class EngineProcess:
@@ -108,7 +58,7 @@ class EngineProcess:
         self._start_s = start_s
         self._limits = limits
         self._ids = itertools.count(1)
-        self._calls: dict[int, _Call] = {}
+        self._calls: dict[int, Call] = {}
         self._died: str | None = None
         self._ended = asyncio.Event()
         self._silent_ticks = 0
@@ -179,12 +129,12 @@ class EngineProcess:
     async def end_handoff(self, request_id: str) -> None:
         """See `Engine`."""
         with self._call() as call:
-            await self._simple(call, m.EndHandoffCall(id=call.id, request_id=request_id))
+            await self._ask(call, m.EndHandoffCall(id=call.id, request_id=request_id))
 
     async def abort(self, request_id: str) -> None:
         """See `Engine`."""
         with self._call() as call:
-            await self._simple(call, m.AbortCall(id=call.id, request_id=request_id))
+            await self._ask(call, m.AbortCall(id=call.id, request_id=request_id))
 
     async def stats(self) -> EngineStats:
         """See `Engine`."""
@@ -193,7 +143,7 @@ class EngineProcess:
     async def sample(self, *, exposition: bool = False) -> m.Sample:
         """The engine's stats together with what the child's store counted, and the engine's own metrics if wanted."""
         with self._call() as call:
-            answer = await self._simple(call, m.StatsCall(id=call.id, exposition=exposition))
+            answer = await self._ask(call, m.StatsCall(id=call.id, exposition=exposition))
         if not isinstance(answer, m.Sample):
             raise EngineError(f"the engine answered a question for stats with {type(answer).__name__}")
         return answer
@@ -201,10 +151,10 @@ class EngineProcess:
     # --- calls -------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _call(self) -> Generator[_Call]:
+    def _call(self) -> Generator[Call]:
         if self._died is not None or self._channel is None:
             raise EngineDiedError(f"the engine's process is gone: {self._died or 'it was not started'}")
-        call = _Call(next(self._ids))
+        call = Call(next(self._ids))
         self._calls[call.id] = call
         try:
             yield call
@@ -213,7 +163,7 @@ class EngineProcess:
             if not call.ended:
                 self._post(m.Cancel(id=call.id))
 
-    async def _simple(self, call: _Call, frame: m.ToChild) -> _CallFrame:
+    async def _ask(self, call: Call, frame: m.ToChild) -> CallFrame:
         deadline = self._deadline(self._limits.call_s)
         await self._send(frame, deadline)
         return await call.next(deadline)

@@ -10,8 +10,8 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from engines.vllm.arguments import command_line
-from engines.vllm.connector.queue_naps import wait_without_spinning
 from engines.vllm.engine import VllmEngine
+from engines.vllm.queue_naps import wait_without_spinning
 from engines.vllm.start import VllmStart
 from kvcore.config.checks import engine_of
 from kvcore.config.file import load_config
@@ -94,7 +94,7 @@ def test_vllms_queue_sleeps_where_it_would_spin_and_else_waits_as_before(monkeyp
         sender.join()
 
     naps: list[float] = []
-    monkeypatch.setattr("engines.vllm.connector.queue_naps.time.sleep", naps.append)
+    monkeypatch.setattr("engines.vllm.queue_naps.time.sleep", naps.append)
     for idle_s in (0.0, 0.008, 0.5):
         condition.last_read = time.monotonic() - idle_s
         condition.wait(timeout_ms=1)

@@ -18,8 +18,9 @@ from support import fake_engine
 from support.fake_engine import generate_request, hello, prefill_request
 
 from engines.process import messages as m
+from engines.process.calls import EngineProcessLimits
 from engines.process.channel import FrameChannel
-from engines.process.parent import EngineProcess, EngineProcessLimits
+from engines.process.parent import EngineProcess
 from engines.process.session import serve
 from kvcore.errors import ConfigError, DeadlineExceededError, EngineDiedError, EngineError, OverloadedError
 from nodeapi.messages import FinishReason, TokenDelta
@@ -76,7 +77,7 @@ async def test_child_goes_when_its_parent_is_killed(tmp_path: Path) -> None:
             import asyncio, sys
             sys.path.insert(0, sys.argv[1])
             from support.fake_engine import hello, __file__ as fake
-            from engines.process.parent import EngineProcess, EngineProcessLimits
+            from engines.process.parent import EngineProcess
 
             async def main():
                 async with EngineProcess(hello(), command=[sys.executable, fake], start_s=20.0) as engine:
