@@ -183,7 +183,7 @@ class CompletionStream:
         logprobs: list[TokenLogprob] = []
         for logprob, others in zip(given.token_logprobs, given.top_logprobs, strict=False):
             likeliest = sorted((others or {}).items(), key=lambda pair: -pair[1])
-            top = [(self._token_id(name), its) for name, its in likeliest]
+            top = [(self._token_id(name), value) for name, value in likeliest]
             logprobs.append(TokenLogprob(logprob=-9999.0 if logprob is None else logprob, top=top[:wanted]))
         return logprobs
 

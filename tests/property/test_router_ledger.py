@@ -107,7 +107,7 @@ class World:
             assert source.params == (b"" if self.prefills.get(source.leg) else source.leg.encode())
 
     def step(self) -> None:
-        choices = ["stop"] if not self.decodes else ["delta"] * 6 + ["decode_failed", "stop", "lie", "abort"]
+        choices = ["stop"] if not self.decodes else ["delta"] * 6 + ["decode_failed", "stop", "violate", "abort"]
         if self.prefills:
             choices += ["prefill_done", "prefill_failed"]
         choices += ["timer"] * bool(self.timers) + ["stale"]
@@ -131,13 +131,13 @@ class World:
         delta = TokenDelta(index=wire_index, token_ids=tokens, finish_reason=reason, info=info)
         self.carry_out(self.machine.handle(DeltaReceived(leg, delta)))
 
-    def _lie(self) -> None:
+    def _violate(self) -> None:
         leg = self.draw(st.sampled_from(sorted(self.decodes)))
-        lies = [TokenDelta(index=7, token_ids=[1])]
+        violations = [TokenDelta(index=7, token_ids=[1])]
         if not self.stopped:
-            lies.append(TokenDelta(index=0, token_ids=[1] * (MAX_TOKENS + 1)))
-        self.carry_out(self.machine.handle(DeltaReceived(leg, self.draw(st.sampled_from(lies)))))
-        assert leg not in self.decodes, "a liar is cancelled"
+            violations.append(TokenDelta(index=0, token_ids=[1] * (MAX_TOKENS + 1)))
+        self.carry_out(self.machine.handle(DeltaReceived(leg, self.draw(st.sampled_from(violations)))))
+        assert leg not in self.decodes, "its leg is cancelled"
 
     def _abort(self) -> None:
         leg = self.draw(st.sampled_from(sorted(self.decodes)))

@@ -147,7 +147,7 @@ async def test_a_request_waits_for_its_only_decoder_to_come_back() -> None:
     ],
     ids=["unknown index", "over max_tokens", "ends early", "empty"],
 )
-async def test_a_lying_decoder_is_an_error_not_a_hang(script: list[TokenDelta]) -> None:
+async def test_a_decoder_that_breaks_the_protocol_is_an_error_not_a_hang(script: list[TokenDelta]) -> None:
     rig = await make_rig(limits=IMPATIENT)
     rig.nodes["d0"].script = rig.nodes["d1"].script = script
     with pytest.raises((EngineError, NodeUnavailableError)):
