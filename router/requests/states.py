@@ -11,7 +11,7 @@ A request (tests hold this table to REQUEST_TRANSITIONS; an event that is not li
     decoding          DecodeFailed    decoding unplaced settling ended
     decoding          StopHit         decoding settling ended
     unplaced          DeltaReceived   unplaced ended
-    unplaced          DecodeFailed    unplaced decoding ended
+    unplaced          DecodeFailed    unplaced ended
     unplaced          StopHit         unplaced decoding settling ended
     unplaced          TimerFired      unplaced decoding ended
     settling          PrefillDone     ended
@@ -80,7 +80,7 @@ _NEXT: dict[tuple[RequestState, type], set[RequestState]] = {
     (_S.DECODING, DecodeFailed): {_S.DECODING, _S.UNPLACED, _S.SETTLING, _S.ENDED},
     (_S.DECODING, StopHit): {_S.DECODING, _S.SETTLING, _S.ENDED},
     (_S.UNPLACED, DeltaReceived): {_S.UNPLACED, _S.ENDED},
-    (_S.UNPLACED, DecodeFailed): {_S.UNPLACED, _S.DECODING, _S.ENDED},
+    (_S.UNPLACED, DecodeFailed): {_S.UNPLACED, _S.ENDED},
     (_S.UNPLACED, StopHit): {_S.UNPLACED, _S.DECODING, _S.SETTLING, _S.ENDED},
     (_S.UNPLACED, TimerFired): {_S.UNPLACED, _S.DECODING, _S.ENDED},
     (_S.SETTLING, PrefillDone): {_S.ENDED},
