@@ -34,7 +34,7 @@ _PIECES = 16
 _LEAST_BYTES = 64 << 10
 
 
-class Prober:
+class PeerProber:
     """Measures for one node. `node` and the client stay the caller's; `host_id` is that of the node's segment."""
 
     def __init__(
@@ -63,7 +63,7 @@ class Prober:
 
     def __repr__(self) -> str:
         state = "paused" if self._paused else "idle" if self._running is None else "measuring"
-        return f"<Prober of {self._node.id}, {state}>"
+        return f"<PeerProber of {self._node.id}, {state}>"
 
     async def probe(self, request: ProbeRequest) -> ProbeReport:
         """Raises OverloadedError while one runs or the peer's segment has no free room, NodeUnavailableError for a peer

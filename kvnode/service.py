@@ -29,7 +29,7 @@ from kvnode.control_api import ControlApi
 from kvnode.limits import NodeLimits
 from kvnode.membership import Membership
 from kvnode.metrics import NodeMetrics
-from kvnode.probe import Prober
+from kvnode.probe import PeerProber
 from kvnode.segment_owner import SegmentOwner
 from kvnode.supervisor import EngineSupervisor
 from metadata_server.connect import connect_client, endpoints_of
@@ -103,7 +103,7 @@ async def run_node(
     client = connect_client(endpoints_of(config.metadata_server), clock)
     stack.push_async_callback(client.aclose)
     membership = Membership(client, info, owner.manifests, ttl_s=config.metadata_server.node_ttl_s, limits=limits)
-    prober = Prober(
+    prober = PeerProber(
         node=info,
         host_id=owner.segment.host_id,
         metadata=client,
@@ -139,7 +139,7 @@ async def run_node(
 
 
 def _supervisor(
-    config: ClusterConfig, membership: Membership, prober: Prober, clock: Clock, limits: NodeLimits
+    config: ClusterConfig, membership: Membership, prober: PeerProber, clock: Clock, limits: NodeLimits
 ) -> EngineSupervisor | None:
     node = membership.node
     if node.role is Role.STORE:

@@ -43,7 +43,7 @@ class TextPiece:
 
 
 @dataclass(slots=True)
-class _Choice:
+class _TextChoice:
     detokenizer: Detokenizer
     stops: StopChecker
 
@@ -131,7 +131,7 @@ class ClientAnswer:
         run, spec = self._runs[number], self._specs[number]
         first = sum(before.sampling.n for before in self._specs[:number])
         choices = [
-            _Choice(Detokenizer(self._tokenizer, spec.prompt_token_ids), StopChecker(self._stops))
+            _TextChoice(Detokenizer(self._tokenizer, spec.prompt_token_ids), StopChecker(self._stops))
             for _ in range(spec.sampling.n)
         ]
         async with run:
@@ -142,7 +142,7 @@ class ClientAnswer:
                 if piece.text or piece.finish_reason or piece.logprobs or piece.token_ids:
                     yield piece
 
-    def _piece(self, first: int, choice: _Choice, emit: Emit) -> tuple[TextPiece, bool]:
+    def _piece(self, first: int, choice: _TextChoice, emit: Emit) -> tuple[TextPiece, bool]:
         """(what this output adds to its choice, whether a stop string was found in it)."""
         visible = emit.token_ids if emit.stop_token_id is None else emit.token_ids[:-1]
         logprobs = list(zip(visible, emit.logprobs, strict=False)) if emit.logprobs else []

@@ -81,7 +81,7 @@ class ShmTransfer:
     async def _transfer(
         self, direction: Direction, ops: Sequence[TransferOp], timeout_s: float
     ) -> list[TransferError | None]:
-        batch = _Batch(direction, ops)
+        batch = _CopyBatch(direction, ops)
         try:
             deadline = BatchDeadline(timeout_s)
             deadline.remaining()
@@ -103,7 +103,7 @@ class ShmTransfer:
             batch.fail_rest(error)
         return batch.results
 
-    def _find_memory(self, batch: "_Batch") -> None:
+    def _find_memory(self, batch: "_CopyBatch") -> None:
         """Plan the batch's copies; ops on segments that cannot be mapped get their error. May map: then call it in a
         thread."""
         for segment_id, indices in list(batch.open.items()):
@@ -114,7 +114,7 @@ class ShmTransfer:
             else:
                 batch.plan(indices, attached.view)
 
-    async def _copy_in_threads(self, batch: "_Batch", deadline: BatchDeadline) -> None:
+    async def _copy_in_threads(self, batch: "_CopyBatch", deadline: BatchDeadline) -> None:
         """Use all threads that are free; all but the first stop early when other batches wait for a thread."""
         threads = min(self._pool.idle, len(batch.pieces), max(1, batch.num_bytes // _BYTES_A_THREAD))
         copies: list[Callable[[], None]] = [batch.copy_pieces]
@@ -124,7 +124,7 @@ class ShmTransfer:
             if failed is not None:
                 raise failed
 
-    def _check_owners(self, batch: "_Batch") -> None:
+    def _check_owners(self, batch: "_CopyBatch") -> None:
         """Give the copied ops their results. A write is checked afterwards: that says more than a check before it."""
         for segment_id in list(batch.open):
             gone = None
@@ -170,7 +170,7 @@ class _Piece(NamedTuple):
     show: Callable[[memoryview], None] | None
 
 
-class _Batch:
+class _CopyBatch:
     """Ops of one call and their results so far. `open`: the ops that have none yet, by segment."""
 
     __slots__ = ("_copy", "direction", "num_bytes", "open", "ops", "pieces", "results", "stopped")

@@ -18,7 +18,7 @@ class _Frame(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """To the child: it refuses what it does not know."""
 
 
-class _Reply(msgspec.Struct, frozen=True, kw_only=True):
+class _FromChild(msgspec.Struct, frozen=True, kw_only=True):
     """From the child: the node ignores fields that it does not know."""
 
 
@@ -102,41 +102,41 @@ ToChild = (
 )
 
 
-class Ready(_Reply, frozen=True, kw_only=True, tag="ready"):
+class Ready(_FromChild, frozen=True, kw_only=True, tag="ready"):
     """The engine is entered: calls may come."""
 
     version: int = PROTOCOL_VERSION
     info: EngineInfo
 
 
-class Refused(_Reply, frozen=True, kw_only=True, tag="refused"):
+class Refused(_FromChild, frozen=True, kw_only=True, tag="refused"):
     """The engine cannot start; the child exits. `code` names a class of kvcore.errors."""
 
     code: str
     message: str
 
 
-class Prefilled(_Reply, frozen=True, kw_only=True, tag="prefilled"):
+class Prefilled(_FromChild, frozen=True, kw_only=True, tag="prefilled"):
     """Ends a PrefillCall."""
 
     id: int
     result: PrefillResult
 
 
-class StreamedDelta(_Reply, frozen=True, kw_only=True, tag="delta"):
+class StreamedDelta(_FromChild, frozen=True, kw_only=True, tag="delta"):
     """One more delta of a stream."""
 
     id: int
     delta: TokenDelta
 
 
-class Done(_Reply, frozen=True, kw_only=True, tag="done"):
+class Done(_FromChild, frozen=True, kw_only=True, tag="done"):
     """Ends a call that has no other result."""
 
     id: int
 
 
-class Failure(_Reply, frozen=True, kw_only=True, tag="failure"):
+class Failure(_FromChild, frozen=True, kw_only=True, tag="failure"):
     """Ends a call. `code` names a class of kvcore.errors."""
 
     id: int
@@ -144,7 +144,7 @@ class Failure(_Reply, frozen=True, kw_only=True, tag="failure"):
     message: str
 
 
-class Sample(_Reply, frozen=True, kw_only=True, tag="sample"):
+class Sample(_FromChild, frozen=True, kw_only=True, tag="sample"):
     """Ends an StatsCall."""
 
     id: int
@@ -157,7 +157,7 @@ class Sample(_Reply, frozen=True, kw_only=True, tag="sample"):
     """Metrics that the engine itself keeps (vLLM's), as Prometheus text, labelled with the node."""
 
 
-class Pong(_Reply, frozen=True, kw_only=True, tag="pong"):
+class Pong(_FromChild, frozen=True, kw_only=True, tag="pong"):
     """The child's loop turns."""
 
 

@@ -52,7 +52,7 @@ class ChatMessage(msgspec.Struct, frozen=True):
     tool_calls: list[object] | None = None
 
 
-class _Request(msgspec.Struct, frozen=True, kw_only=True):
+class _CommonFields(msgspec.Struct, frozen=True, kw_only=True):
     """The fields of both endpoints."""
 
     model: str
@@ -78,7 +78,7 @@ class _Request(msgspec.Struct, frozen=True, kw_only=True):
     user: str | None = None
 
 
-class ChatRequest(_Request, frozen=True, kw_only=True):
+class ChatRequest(_CommonFields, frozen=True, kw_only=True):
     """Body of POST /v1/chat/completions."""
 
     messages: list[ChatMessage]
@@ -91,7 +91,7 @@ class ChatRequest(_Request, frozen=True, kw_only=True):
     response_format: dict[str, object] | None = None
 
 
-class CompletionRequest(_Request, frozen=True, kw_only=True):
+class CompletionRequest(_CommonFields, frozen=True, kw_only=True):
     """Body of POST /v1/completions."""
 
     prompt: str | list[str | int | list[int]]

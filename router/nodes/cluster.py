@@ -19,7 +19,7 @@ from kvcore.types import NodeInfo, Role
 from metadata_server.messages import Event, EventKind
 from nodeapi.messages import NodeReport
 from router.nodes.health import Breaker, BreakerState, is_nodes_fault
-from router.nodes.limits import NodeLimits
+from router.nodes.limits import NodeHealthLimits
 from router.routing.decision import why_no_decoder
 from router.routing.index import PrefixHits, PrefixIndex
 from router.routing.views import ClusterView, LeftOut, NodeView
@@ -75,7 +75,7 @@ class KnownNode:
 class Cluster:
     """Nodes, loads and index. Also the sink of the metadata server's event stream (`on_reset`, `on_events`)."""
 
-    def __init__(self, config: ClusterConfig, clock: Clock, limits: NodeLimits = NodeLimits()) -> None:
+    def __init__(self, config: ClusterConfig, clock: Clock, limits: NodeHealthLimits = NodeHealthLimits()) -> None:
         self._config = config
         self._clock = clock
         self._limits = limits

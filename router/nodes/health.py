@@ -27,7 +27,7 @@ from kvcore.errors import (
     KVFerryError,
     NodeUnavailableError,
 )
-from router.nodes.limits import NodeLimits
+from router.nodes.limits import NodeHealthLimits
 
 
 def is_nodes_fault(error: KVFerryError) -> bool:
@@ -61,7 +61,7 @@ BREAKER_TRANSITIONS: dict[tuple[BreakerState, str], set[BreakerState]] = {
 class Breaker:
     """Invariant: `_trying` only while half open. Times are the caller's `now`."""
 
-    limits: NodeLimits = NodeLimits()
+    limits: NodeHealthLimits = NodeHealthLimits()
     open_until: float | None = None
     """None: closed. Else the end of the pause."""
     _failures: int = 0

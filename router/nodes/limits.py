@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class NodeLimits:
+class NodeHealthLimits:
     """What an operator sets (interval and timeout of probes) is in RouterConfig."""
 
     lost_rounds: int = 4

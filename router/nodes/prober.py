@@ -11,7 +11,7 @@ from kvcore.config.schema import RouterConfig
 from kvcore.errors import DeadlineExceededError, KVFerryError, NodeUnavailableError
 from nodeapi.protocol import NodeClient
 from router.nodes.cluster import Cluster, KnownNode
-from router.nodes.limits import NodeLimits
+from router.nodes.limits import NodeHealthLimits
 
 
 class Prober:
@@ -23,7 +23,7 @@ class Prober:
         cluster: Cluster,
         client: NodeClient,
         clock: Clock,
-        limits: NodeLimits = NodeLimits(),
+        limits: NodeHealthLimits = NodeHealthLimits(),
     ) -> None:
         self._config = config
         self._cluster = cluster

@@ -27,7 +27,7 @@ from nodeapi.messages import (
     PrefillResult,
     TokenDelta,
 )
-from router.nodes.limits import NodeLimits
+from router.nodes.limits import NodeHealthLimits
 from router.nodes.vllm_model import ModelFacts
 from router.nodes.vllm_replies import CompletionStream, prefill_result, refusal
 from router.nodes.vllm_requests import decode_body, num_sequences, prefill_body
@@ -59,7 +59,7 @@ class VllmClient:
         *,
         max_connections: int,
         api_key: str | None = None,
-        limits: NodeLimits = NodeLimits(),
+        limits: NodeHealthLimits = NodeHealthLimits(),
     ) -> None:
         self._kind = config.handoff
         self._usage_s = limits.vllm_usage_s

@@ -54,7 +54,7 @@ from router.requests.events import (
     TimerFired,
 )
 from router.requests.limits import RequestLimits
-from router.requests.placement import Placement
+from router.requests.placement import DecoderPlacement
 from router.requests.prefill_half import Picker, PrefillHalf
 from router.requests.states import LegState, RequestState, check_transition
 
@@ -96,7 +96,7 @@ class RequestMachine:
             limits=limits,
         )
         self._leg_numbers = count(1)
-        self._placement = Placement(picker, limits)
+        self._placement = DecoderPlacement(picker, limits)
         self.last_error: KVFerryError = NodeUnavailableError("no decoder is ready")
         self.decode_info: LegInfo | None = None
         self.state = RequestState.NEW

@@ -5,7 +5,7 @@ from router.requests.limits import RequestLimits
 from router.requests.prefill_half import Picker
 
 
-class Placement:
+class DecoderPlacement:
     """Of one request. Pure, as the ledger is."""
 
     def __init__(self, picker: Picker, limits: RequestLimits) -> None:

@@ -34,7 +34,7 @@ from router.api.app import make_app
 from router.api.limits import ApiLimits
 from router.metrics import RouterMetrics
 from router.nodes.cluster import Cluster
-from router.nodes.limits import NodeLimits
+from router.nodes.limits import NodeHealthLimits
 from router.nodes.prober import Prober
 from router.requests.dispatch import Dispatcher
 from router.requests.limits import RequestLimits
@@ -261,7 +261,7 @@ async def make_rig(
     policy: RoutePolicy | None = None,
     *,
     limits: RequestLimits = RequestLimits(),
-    node_limits: NodeLimits = NodeLimits(),
+    node_limits: NodeHealthLimits = NodeHealthLimits(),
     api_limits: ApiLimits = ApiLimits(),
     **router: object,
 ) -> Rig:

@@ -1,8 +1,8 @@
 """What a single vLLM, without kvferry, answers greedily: as it was recorded, or else computed in a process of its own.
 
 A divergence is accepted only where that vLLM is itself at a tie: the two tokens' logprobs lie closer than TIE.
-`RECORDED` has the answers of one version of vLLM and of what makes the models. With another, and for prompts that are
-not in it, a vLLM is started and computes them.
+`RECORDED` has the answers of one version of vLLM and of what makes the models, on one kind of processor. With others,
+and for prompts that are not in it, a vLLM is started and computes them.
 Record again after a change of version, or with new prompts (some minutes):
 
     KVFERRY_RECORD=1 .venv-vllm/bin/python -m pytest tests/vllm
@@ -33,6 +33,7 @@ _ENV = {
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
 _MARK = "REFERENCE "
+_KERNELS = frozenset({"avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "bf16"})
 _ANSWER_S = 600.0
 
 
@@ -118,7 +119,10 @@ def _write_recorded(answers: dict[str, Any]) -> None:
 
 
 def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("vllm", "torch", "transformers")}
+    """Of all that logits depend on. Kernels for other instructions round in another way, so a processor counts too."""
+    versions = {name: importlib.metadata.version(name) for name in ("vllm", "torch", "transformers")}
+    flags = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
+    return versions | {"processor": " ".join(sorted(_KERNELS.intersection(flags)))}
 
 
 def _name(prompt: Sequence[int], max_tokens: int) -> str:

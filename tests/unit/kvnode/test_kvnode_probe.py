@@ -22,7 +22,7 @@ from kvcore.errors import (
 )
 from kvcore.types import ChunkKey, NodeInfo, Role
 from kvnode.membership import Membership
-from kvnode.probe import Prober
+from kvnode.probe import PeerProber
 from kvnode.segment_owner import SegmentOwner
 from kvstore.chunk_format import ALIGNMENT
 from metadata_server.messages import CommitReply, ReplicaIds, ReserveItem, ReserveRequest
@@ -69,14 +69,14 @@ class Pair:
     def __init__(self, rig: Rig, infos: dict[str, NodeInfo], owners: dict[str, SegmentOwner], kind: str) -> None:
         self.rig, self.infos, self.owners = rig, infos, owners
         self.transport = TransportConfig(kind=kind)
-        self.probers: list[Prober] = []
+        self.probers: list[PeerProber] = []
 
-    def prober(self, broken: Broken | None = None) -> Prober:
+    def prober(self, broken: Broken | None = None) -> PeerProber:
         def open_broken(config: TransportConfig, _: str) -> TransferSelector:
             assert broken is not None
             return TransferSelector(config.kind, [broken])
 
-        made = Prober(
+        made = PeerProber(
             node=self.infos["a"],
             host_id=self.owners["a"].segment.host_id,
             metadata=self.rig.client,
@@ -170,7 +170,7 @@ async def test_in_little_room_little_is_moved() -> None:
     async with pair() as subject:
         await subject.store(14 << 20)
         prober = subject.prober()
-        assert repr(prober) == "<Prober of a, idle>"
+        assert repr(prober) == "<PeerProber of a, idle>"
         report = await prober.probe(ask())
         assert 64 << 10 <= report.num_bytes < 1 << 20 and report.num_bytes % ALIGNMENT == 0
 

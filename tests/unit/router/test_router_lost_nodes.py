@@ -10,7 +10,7 @@ from kvcore.errors import EngineError
 from kvcore.types import NodeInfo, Role
 from metadata_server.messages import Event, EventKind
 from nodeapi.messages import SamplingParams
-from router.nodes.limits import NodeLimits
+from router.nodes.limits import NodeHealthLimits
 from router.requests.run import RequestRun
 from router.requests.spec import RequestSpec
 
@@ -42,7 +42,7 @@ async def assert_quiet(rig: Rig) -> None:
 @pytest.fixture
 async def rig() -> Rig:
     """Lost with the first probe that has no answer."""
-    return await make_rig(node_limits=NodeLimits(lost_rounds=0))
+    return await make_rig(node_limits=NodeHealthLimits(lost_rounds=0))
 
 
 def hang(node: FakeNode) -> None:

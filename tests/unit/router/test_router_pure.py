@@ -21,7 +21,7 @@ from metadata_server.messages import Event, EventKind
 from router.nodes import health
 from router.nodes.cluster import Cluster
 from router.nodes.health import BREAKER_TRANSITIONS, Breaker, BreakerState
-from router.nodes.limits import NodeLimits
+from router.nodes.limits import NodeHealthLimits
 from router.nodes.prober import Prober
 from router.routing.decision import MAX_EXPLAINED, Candidate
 from router.routing.index import PrefixHits, PrefixIndex
@@ -32,7 +32,7 @@ from router.text.tokenizer import FolderTokenizer, make_tokenizer
 
 KEYS = [ChunkKey(bytes([i]) * 16) for i in range(8)]
 F = b"f" * 16
-PAUSE_S = NodeLimits().first_pause_s
+PAUSE_S = NodeHealthLimits().first_pause_s
 
 
 def node(name: str, role: Role, *, fingerprint: bytes = F, sequences: int = 0, prefill_tokens: int = 0) -> NodeView:
