@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from kvcore.errors import EngineError, KVFerryError
+from kvcore.step_timeout import StepTimeout
 from router.answering import ClientAnswer, TextPiece
 from router.api.formatter import Formatter, sse
 from router.api.http_errors import headers_of, reply_of
@@ -68,14 +69,7 @@ class AnswerResponse(Response):
         #   2. `gone` ends first: the client has left. `work` is cancelled, and with it every leg.
         #   3. This call is cancelled (the server stops): both are.
         # In each case both tasks have ended before this returns, so no work outlives its response.
-        async def send_in_time(message: Message) -> None:
-            try:
-                async with asyncio.timeout(self._send_timeout_s):
-                    await send(message)
-            except OSError as error:  # of which a TimeoutError is one
-                raise _ClientGoneError from error
-
-        work = asyncio.create_task(self._answer(scope, receive, send_in_time))
+        work = asyncio.create_task(self._answer_in_time(scope, receive, send))
         gone = asyncio.create_task(_until_gone(receive))
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -87,6 +81,23 @@ class AnswerResponse(Response):
         error = None if work.cancelled() else work.exception()
         if error is not None and not isinstance(error, _ClientGoneError):
             raise error  # of ASGI's send: a bug of ours; what the work itself raised has been answered
+
+    async def _answer_in_time(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, with a limit for each send."""
+        try:
+            async with StepTimeout() as sending:
+
+                async def send_in_time(message: Message) -> None:
+                    sending.start(self._send_timeout_s)
+                    try:
+                        await send(message)
+                    except OSError as error:
+                        raise _ClientGoneError from error
+                    sending.stop()
+
+                await self._answer(scope, receive, send_in_time)
+        except TimeoutError as error:  # of a send
+            raise _ClientGoneError from error
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

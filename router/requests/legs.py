@@ -9,6 +9,7 @@ from typing import Protocol
 
 from kvcore.chunk_keys import usable_chunks
 from kvcore.errors import EngineError, KVFerryError, NodeUnavailableError
+from kvcore.step_timeout import StepTimeout
 from nodeapi.messages import EngineInfo, FinishReason, GenerateRequest, Handoff, LegInfo, TokenDelta
 from router.nodes.vllm_requests import mooncake_decode_params
 from router.requests.events import (
@@ -137,20 +138,22 @@ class RequestLegs:
         stream = services.client.generate(self.url(action.node), request, timeout_s=max(patience_s, limits.stall_s))
         begun, wanted = False, True
         async with aclosing(stream) as deltas:
-            while missing and wanted:
-                try:
-                    async with asyncio.timeout(limits.stall_s if begun else patience_s):
+            try:
+                async with StepTimeout() as silence:
+                    while missing and wanted:
+                        silence.start(limits.stall_s if begun else patience_s)
                         delta = await anext(deltas, None)
-                except TimeoutError as error:
-                    raise NodeUnavailableError(f"node {action.node} has gone silent") from error
-                if delta is None:
-                    return False
-                begun = True
-                missing -= delta.finish_reason is not None
-                if delta.info is not None:
-                    _note(leg, delta.info)
-                wanted = self._take(action, delta)
-                await self._drained.wait()
+                        silence.stop()
+                        if delta is None:
+                            return False
+                        begun = True
+                        missing -= delta.finish_reason is not None
+                        if delta.info is not None:
+                            _note(leg, delta.info)
+                        wanted = self._take(action, delta)
+                        await self._drained.wait()
+            except TimeoutError as error:
+                raise NodeUnavailableError(f"node {action.node} has gone silent") from error
             # Read on to the stream's end, so that its connection is kept: a new one costs as much as the request.
             with suppress(TimeoutError, KVFerryError):
                 async with asyncio.timeout(limits.tail_s):
