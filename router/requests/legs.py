@@ -107,7 +107,7 @@ class RequestLegs:
         ok = False
         failure: KVFerryError | None = None
         try:
-            ok = await self._read(action, request, leg, remaining_s)
+            ok = await self._read(action, request, leg)
             if not ok:
                 failure = NodeUnavailableError(f"node {action.node} ended its stream without a finish reason")
         except KVFerryError as error:
@@ -130,10 +130,10 @@ class RequestLegs:
         node = self._services.cluster.nodes.get(node_id)
         return node.url if node else "http://127.0.0.1:9"
 
-    async def _read(self, action: StartDecode, request: GenerateRequest, leg: LegRecord, remaining_s: float) -> bool:
+    async def _read(self, action: StartDecode, request: GenerateRequest, leg: LegRecord) -> bool:
         """Feed deltas until each index has its finish reason, or none is wanted. False: the stream ended before."""
         services, limits = self._services, self._services.limits
-        patience_s = min(2 * services.config.prefill_timeout_s, remaining_s)
+        patience_s = 2 * services.config.prefill_timeout_s  # if the request's deadline is sooner, it cancels this leg
         missing = request.sampling.n
         stream = services.client.generate(self.url(action.node), request, timeout_s=max(patience_s, limits.stall_s))
         begun, wanted = False, True

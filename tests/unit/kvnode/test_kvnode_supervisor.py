@@ -11,6 +11,7 @@ from support import fake_engine
 from support.fake_engine import generate_request, hello, prefill_request
 from support.transitions import in_prose, in_table
 
+from engines.process.calls import EngineProcessLimits
 from engines.process.parent import EngineProcess
 from kvcore.clock import SystemClock
 from kvcore.config.schema import NodeConfig, TransportConfig
@@ -21,6 +22,8 @@ from kvnode.segment_owner import SegmentOwner
 from kvnode.supervisor import TRANSITIONS, EngineState, EngineSupervisor
 
 QUICK = NodeLimits(engine_first_backoff_s=0.02)
+PATIENT = EngineProcessLimits(exit_status_s=20.0)
+"""A process may take longer to end than its link, on a busy machine."""
 
 
 def supervisor(
@@ -32,7 +35,8 @@ def supervisor(
 
     def make() -> EngineProcess:
         path = paths.pop(0) if len(paths) > 1 else paths[0]
-        return EngineProcess(hello(path), command=(sys.executable, fake_engine.__file__), start_s=20.0, on_line=print)
+        command = (sys.executable, fake_engine.__file__)
+        return EngineProcess(hello(path), command=command, start_s=20.0, on_line=print, limits=PATIENT)
 
     return EngineSupervisor(make, SystemClock(), on_ready=ready.put_nowait, on_end=on_end, limits=QUICK), ready
 

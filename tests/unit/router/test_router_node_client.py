@@ -20,7 +20,7 @@ GENERATE = GenerateRequest(
 
 @pytest.fixture
 async def client() -> HttpNodeClient:
-    return HttpNodeClient(connect_timeout_s=1, max_connections=10)
+    return HttpNodeClient(connect_timeout_s=10, max_connections=10)
 
 
 async def read(client: HttpNodeClient, url: str) -> list[TokenDelta]:
