@@ -18,7 +18,7 @@ from support.ports import free_ports
 
 from engines.torch.kv_cache import KVGeometry
 from kvcore.config.file import load_config
-from kvcore.config.schema import MetadataServerConfig, StoreConfig
+from kvcore.config.schema import MetadataServerConfig, RouterConfig, StoreConfig
 from kvcore.process.service import EXIT_CONFIG, EXIT_FAILED, EXIT_FORCED
 from kvcore.types import Segment
 from kvferry.cli import build_parser
@@ -26,6 +26,7 @@ from kvnode.limits import NodeLimits
 from kvstore.chunk_format import HEADER_BYTES
 from metadata_server.index.allocator import aligned
 from metadata_server.index.segments import SegmentRecord
+from router.nodes.limits import NodeHealthLimits
 from router.requests.limits import RequestLimits
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,6 +135,11 @@ def test_the_numbers_that_operators_are_told_are_the_codes():
     node = NodeLimits()
     pauses = f"{node.engine_first_backoff_s:g} s, ever more slowly up to {node.engine_longest_backoff_s:g} s"
     assert f"starts it again after {pauses}" in page
+    health, router = NodeHealthLimits(), RouterConfig()
+    round_s = router.probe_interval_s + router.connect_timeout_s
+    assert f"without the metadata server's word after {health.lost_rounds * round_s:g} s" in page
+    breaker = f"none for {health.first_pause_s:g} s, ever longer up to {health.longest_pause_s:g} s"
+    assert health.failures_to_open == 3 and breaker in (DOCS / "troubleshoot.md").read_text()
     codes = f"{EXIT_FAILED} failed, {EXIT_CONFIG} the configuration or the machine is not fit"
     assert codes in page and f"{EXIT_FORCED} ended at once" in page
 
