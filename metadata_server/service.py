@@ -35,6 +35,7 @@ async def main(config: ClusterConfig, lifecycle: Lifecycle) -> None:
     shell = AsgiServer(create_app(core, clock, Metrics(), server.max_body), server.host, server.port)
     lifecycle.stack.push_async_callback(shell.aclose)
     await shell.start()
+    lifecycle.describe.append(lambda: [repr(core)])
     lifecycle.tasks.create_task(core.run(), name="metadata ticks")
     lifecycle.tasks.create_task(shell.wait_failed(), name="metadata http")
     lifecycle.ready(url=shell.url, epoch=core.state.epoch)

@@ -205,5 +205,6 @@ async def test_every_process_dumps_its_tasks_on_sigusr1_and_serves_on(tmp_path: 
         for line in ("dump_task name=membership ", "<Membership decoder d0.", "<EngineSupervisor ready with pid "):
             assert line in log
         assert "<SegmentOwner d0." in log and " d0.engine kvcore.dump dump_task " in log
+        assert "<MetadataCore 0 waiters" in "\n".join(subject.lines["metadata"])
         tokens, _ = await generated(subject, "d0", generate_request())
         assert [tokens] == expected_tokens(engine_config(subject), PROMPT, SAMPLING)
