@@ -5,7 +5,7 @@ Owns the join of several prompts' runs into one stream. Knows no HTTP and no sur
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 
 from kvcore.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError, NodeUnavailableError
@@ -49,7 +49,8 @@ class _TextChoice:
 
 
 class ClientAnswer:
-    """The choices of one client's request under way: one run a prompt. Iterate `pieces` once, to its end or not."""
+    """The choices of one client's request under way: one run a prompt. Iterate `pieces` once, to its end or not; call
+    `close` where that may not come to pass."""
 
     def __init__(
         self, tokenizer: Tokenizer, runs: Sequence[RequestRun], request: AnswerRequest, limits: AnswerLimits
@@ -86,6 +87,11 @@ class ClientAnswer:
         """Over all choices; final once `pieces` has ended."""
         return sum(run.machine.completion_tokens for run in self._runs)
 
+    def close(self) -> None:
+        """Runs that have not begun never will."""
+        for run in self._runs:
+            run.drop()
+
     async def pieces(self) -> AsyncGenerator[TextPiece]:
         """Text as it comes, choices interleaved. Closing it early cancels every leg. Raises what a run raises."""
         if len(self._runs) == 1:
@@ -117,6 +123,7 @@ class ClientAnswer:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            self.close()  # a task that was cancelled before its first step has not entered its run
 
     async def _read_run(self, number: int, queue: "asyncio.Queue[TextPiece | Exception | None]") -> None:
         try:
@@ -207,7 +214,7 @@ class Answerer:
     def start(self, request: AnswerRequest) -> ClientAnswer:
         """Route the prompts; iterating the answer's pieces runs them.
 
-        Raises NodeUnavailableError, InvalidRequestError, ContextLengthError, OverloadedError.
+        Raises NodeUnavailableError, InvalidRequestError, ContextLengthError, OverloadedError: of none is anything left.
         """
         max_context = self.max_context
         if max_context is None:
@@ -217,7 +224,12 @@ class Answerer:
         if sum(spec.sampling.n for spec in request.specs) > self._limits.max_choices:
             text = f"{request.names.n} times the prompts must not be over {self._limits.max_choices}"
             raise InvalidRequestError(text, param=request.names.n)
-        runs = [self._dispatcher.open(spec, beside=number) for number, spec in enumerate(request.specs)]
+        with ExitStack() as opened:
+            runs: list[RequestRun] = []
+            for spec in request.specs:
+                runs.append(self._dispatcher.open(spec))
+                opened.callback(runs[-1].drop)
+            opened.pop_all()
         return ClientAnswer(self.tokenizer, runs, request, self._limits)
 
     def _text(self, prompt: Prompt) -> str | None:

@@ -6,6 +6,7 @@ Owns routes, body limits, request ids and the OpenAPI document. Bodies are decod
 import re
 import time
 import uuid
+from contextlib import ExitStack
 from typing import TypeVar
 
 import msgspec
@@ -123,7 +124,11 @@ def _add_openai(app: FastAPI, answerer: Answerer, max_body_bytes: int, limits: A
                     limits=limits,
                 )
                 answer = answerer.start(wanted)
-                return answer, formatter(answer, body.model, int(time.time()), answerer.tokenizer)
+                with ExitStack() as failing:
+                    failing.callback(answer.close)
+                    made = formatter(answer, body.model, int(time.time()), answerer.tokenizer)
+                    failing.pop_all()
+                return answer, made
 
             return AnswerResponse(start, stream=bool(body.stream), send_timeout_s=limits.send_timeout_s)
 

@@ -1,6 +1,6 @@
 """The nodes that the router knows: from the config, from the metadata server's events, and what they say of themselves.
 
-Owns breakers, the count of this router's own legs on each node, and the prefix index. Chooses nothing. With
+Owns breakers, the count of this router's own work on each node, and the prefix index. Chooses nothing. With
 the metadata server away the static nodes go on being probed and used; only knowledge of cache hits is lost.
 """
 
@@ -47,6 +47,8 @@ class KnownNode:
     breaker: Breaker = field(default_factory=Breaker)
     sequences: int = 0
     prefill_tokens: int = 0
+    others_sequences: int = 0
+    """What it reported beyond ours: of other routers."""
 
     def __repr__(self) -> str:
         load = f"{self.sequences} sequences, {self.prefill_tokens} to prefill"
@@ -70,6 +72,17 @@ class KnownNode:
         if self.breaker.open_until is not None and not self.breaker.allows(now):
             return f"breaker {self.breaker.state(now)}"
         return None
+
+
+@dataclass(slots=True, eq=False)
+class NodeWork:
+    """Work of this router that a node was chosen for: part of the node's load from then on, until it has ended or will
+    not be done. `node` None: it was no longer known."""
+
+    node: KnownNode | None
+    sequences: int = 0
+    prefill_tokens: int = 0
+    begun: bool = False
 
 
 class Cluster:
@@ -100,6 +113,8 @@ class Cluster:
             node.breaker = Breaker(self._limits)
         node.report = report
         node.fingerprint = report.engine.kv_spec.fingerprint if report.engine is not None else b""
+        stats = report.stats
+        node.others_sequences = max(0, stats.running + stats.waiting - node.sequences) if stats else 0
         node.problem = _problem(node, report)
 
     def probed(self, node: KnownNode, before: str | None) -> None:
@@ -112,23 +127,31 @@ class Cluster:
 
     # --- what the dispatcher tells ---
 
-    def leg_started(self, node_id: str, *, sequences: int, prefill_tokens: int) -> None:
-        """A leg of this router starts on the node."""
-        node = self.nodes.get(node_id)
-        if node is not None:
-            node.breaker.started(self._clock.now())
-            node.sequences += sequences
-            node.prefill_tokens += prefill_tokens
+    def work_chosen(self, node_id: str, *, sequences: int, prefill_tokens: int) -> NodeWork:
+        """The node was chosen for this: whoever is routed next sees it. Hand the result back: `leg_ended`."""
+        work = NodeWork(self.nodes.get(node_id))
+        self._count(work, sequences, prefill_tokens)
+        return work
 
-    def leg_ended(
-        self, node_id: str, *, sequences: int, prefill_tokens: int, ok: bool, error: KVFerryError | None = None
-    ) -> None:
-        """It ended: well (`ok`), by `error`, or (neither) by our own hand."""
-        node = self.nodes.get(node_id)
-        if node is None:
+    def leg_started(self, work: NodeWork, *, sequences: int) -> NodeWork:
+        """A leg of this router starts on the chosen node. Returns what it takes of the work, at most `sequences`."""
+        assert not work.begun, "what a leg took is its own"
+        taken = NodeWork(work.node, begun=True)
+        sequences, tokens = min(sequences, work.sequences), work.prefill_tokens
+        self._count(work, -sequences, -tokens)
+        self._count(taken, sequences, tokens)
+        if work.node is not None:
+            work.node.breaker.started(self._clock.now())
+        return taken
+
+    def leg_ended(self, work: NodeWork, *, ok: bool = False, error: KVFerryError | None = None) -> None:
+        """It ended: well (`ok`), by `error`, or (neither) by our own hand, also before a leg took it. Only the first
+        end of a work counts."""
+        begun, work.begun = work.begun, False
+        self._count(work, -work.sequences, -work.prefill_tokens)
+        node = work.node
+        if node is None or not begun:
             return
-        node.sequences = max(0, node.sequences - sequences)
-        node.prefill_tokens = max(0, node.prefill_tokens - prefill_tokens)
         if ok:
             node.breaker.succeeded()
         elif error is not None and is_nodes_fault(error):
@@ -136,6 +159,13 @@ class Cluster:
             self.probe_asked.set()
         else:
             node.breaker.undecided()
+
+    def _count(self, work: NodeWork, sequences: int, prefill_tokens: int) -> None:
+        work.sequences += sequences
+        work.prefill_tokens += prefill_tokens
+        if work.node is not None:
+            work.node.sequences += sequences
+            work.node.prefill_tokens += prefill_tokens
 
     # --- what the metadata server tells ---
 
@@ -250,14 +280,13 @@ def _problem(node: KnownNode, report: NodeReport) -> str | None:
 
 def _view(node: KnownNode) -> NodeView:
     assert node.report is not None and node.report.engine is not None, "a node without problem has reported"
-    engine, stats = node.report.engine, node.report.stats
-    reported = stats.running + stats.waiting if stats else 0
+    engine = node.report.engine
     return NodeView(
         id=node.id,
         role=node.role,
         fingerprint=node.fingerprint,
         chunk_tokens=engine.kv_spec.chunk_tokens,
         max_context=engine.max_context,
-        sequences=max(node.sequences, reported),
+        sequences=node.sequences + node.others_sequences,
         prefill_tokens=node.prefill_tokens,
     )

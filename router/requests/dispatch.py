@@ -22,6 +22,7 @@ class Dispatcher:
         self._services = services
         self._policy = policy
         self._turn = 0
+        self._opened: set[RequestRun] = set()
         self.running: set[RequestRun] = set()
         """Entered and not left: they are told of nodes that are lost."""
 
@@ -29,21 +30,21 @@ class Dispatcher:
         calls = len(self._services.control)
         return f"<Dispatcher {len(self.running)} running, {self._turn} opened, {calls} control calls>"
 
-    def open(self, spec: RequestSpec, *, beside: int = 0) -> RequestRun:
-        """Route a request. `async with` the result starts its legs; iterating yields its outputs.
+    def open(self, spec: RequestSpec) -> RequestRun:
+        """Route a request. It is load of the chosen nodes from here on. `async with` the result starts its legs,
+        iterating yields its outputs. One that is not entered must be dropped.
 
-        `beside`: how many others were opened that are not yet entered. Raises OverloadedError at `max_requests`,
-        NodeUnavailableError when no decoder is ready.
+        Raises OverloadedError at `max_requests`, NodeUnavailableError when no decoder is ready.
         """
-        services, in_flight = self._services, self._services.log.in_flight
-        if in_flight + beside >= services.config.max_requests:
+        services, in_flight = self._services, self._services.log.in_flight + len(self._opened)
+        if in_flight >= services.config.max_requests:
             raise OverloadedError(f"{in_flight} requests are under way; the router takes no more at a time")
         self._turn += 1
         choose = partial(self._choose, spec, self._turn)
         decision = choose()
         if decision.route is None:
             raise NodeUnavailableError(decision.why_no_decoder())
-        return RequestRun(services, spec, decision, choose, self.running)
+        return RequestRun(services, spec, decision, choose, opened=self._opened, running=self.running)
 
     def describe(self) -> list[str]:
         """One line a running request, for the dump of a process that is looked into."""

@@ -4,13 +4,16 @@ Owns the calls of a leg, its record and what it does to its node's load and brea
 """
 
 import asyncio
+from collections.abc import Coroutine
 from contextlib import aclosing, suppress
 from typing import Protocol
 
 from kvcore.chunk_keys import usable_chunks
 from kvcore.errors import EngineError, KVFerryError, NodeUnavailableError
 from kvcore.step_timeout import StepTimeout
+from kvcore.types import Route
 from nodeapi.messages import EngineInfo, FinishReason, GenerateRequest, Handoff, LegInfo, TokenDelta
+from router.nodes.cluster import NodeWork
 from router.nodes.vllm_requests import mooncake_decode_params
 from router.requests.events import (
     DecodeFailed,
@@ -50,7 +53,12 @@ class LegListener(Protocol):
 
 class RequestLegs:
     """Runs the legs of one request. `records`: where each leg's record is added as it begins. `drained`: set while the
-    client has read enough of what was told, so that more may be read from nodes."""
+    client has read enough of what was told, so that more may be read from nodes.
+
+    What a request asks of a node counts as the node's load from the moment the node is chosen: that of the route from
+    here on, that of another node from `start` on, which follows the choice at once. It ends with its leg, or by
+    `drop_chosen`.
+    """
 
     def __init__(
         self,
@@ -61,7 +69,7 @@ class RequestLegs:
         drained: asyncio.Event,
         *,
         started_at: float,
-        prefill_tokens: int,
+        route: Route,
     ) -> None:
         self._services = services
         self._spec = spec
@@ -69,17 +77,58 @@ class RequestLegs:
         self._records = records
         self._drained = drained
         self._started_at = started_at
-        self._prefill_tokens = prefill_tokens
+        self._prefill_tokens = len(spec.prompt_token_ids) - route.expected_cached_tokens
         """What a prefill leg is expected to compute: it counts as load of its node."""
+        self._chosen: dict[str, tuple[str, NodeWork]] = {}
+        """By kind of leg: (node, what no leg has taken yet)."""
+        self._work: dict[str, NodeWork] = {}
+        """By id of a leg under way."""
+        self._choose("decode", route.decoder, spec.sampling.n)
+        if route.prefiller is not None:
+            self._choose("prefill", route.prefiller, 0)
 
-    async def prefill(self, action: StartPrefill) -> None:
+    def start(self, action: StartPrefill | StartDecode) -> Coroutine[object, object, None]:
+        """The leg's body, to be run as a task. `let_go` when that has ended."""
+        kind = "prefill" if isinstance(action, StartPrefill) else "decode"
+        sequences = 0
+        if isinstance(action, StartDecode):
+            sequences = self._spec.sampling.n if action.index is None else 1
+        node, work = self._chosen.get(kind, ("", NodeWork(None)))
+        if node != action.node or work.sequences < sequences:
+            self._drop(kind)
+            work = self._choose(kind, action.node, sequences)
+        self._work[action.leg] = self._services.cluster.leg_started(work, sequences=sequences)
+        if not work.sequences:
+            del self._chosen[kind]
+        leg = LegRecord(id=action.leg, node=action.node, kind=kind)
+        self._records.append(leg)
+        return self._prefill(action, leg) if isinstance(action, StartPrefill) else self._decode(action, leg)
+
+    def let_go(self, leg: str) -> None:
+        """This leg's task has ended, perhaps before its first step."""
+        self._services.cluster.leg_ended(self._work.pop(leg))
+
+    def drop_chosen(self) -> None:
+        """No leg begins any more."""
+        for kind in list(self._chosen):
+            self._drop(kind)
+
+    def _choose(self, kind: str, node: str, sequences: int) -> NodeWork:
+        tokens = 0 if sequences else self._prefill_tokens
+        work = self._services.cluster.work_chosen(node, sequences=sequences, prefill_tokens=tokens)
+        self._chosen[kind] = node, work
+        return work
+
+    def _drop(self, kind: str) -> None:
+        if kind in self._chosen:
+            self._services.cluster.leg_ended(self._chosen.pop(kind)[1])
+
+    async def _prefill(self, action: StartPrefill, leg: LegRecord) -> None:
         """From its start to PrefillDone or PrefillFailed. Cancelled: nothing is told."""
-        services, spec, tokens = self._services, self._spec, self._prefill_tokens
-        leg = self._record(action, "prefill")
+        services, spec = self._services, self._spec
         timeout_s = min(services.config.prefill_timeout_s, self._remaining_s())
         decoder = services.cluster.nodes.get(action.decoder)
         request = prefill_request(spec, action, decoder.segment_id if decoder else None, timeout_s)
-        services.cluster.leg_started(action.node, sequences=0, prefill_tokens=tokens)
         ok, failure = False, None
         try:
             result = await services.client.prefill(self.url(action.node), request, timeout_s=timeout_s)
@@ -87,7 +136,7 @@ class RequestLegs:
         except KVFerryError as error:
             failure = error
         finally:
-            services.cluster.leg_ended(action.node, sequences=0, prefill_tokens=tokens, ok=ok, error=failure)
+            services.cluster.leg_ended(self._work[action.leg], ok=ok, error=failure)
         if failure is not None:
             leg.error = f"{failure.code}: {failure.message}"
             self._listener.tell(PrefillFailed(action.leg, failure))
@@ -96,14 +145,10 @@ class RequestLegs:
         leg.moved, leg.timings = result.moved, result.timings
         self._listener.tell(PrefillDone(action.leg, result))
 
-    async def decode(self, action: StartDecode) -> None:
+    async def _decode(self, action: StartDecode, leg: LegRecord) -> None:
         """From its start to the last delta, or to DecodeFailed. Cancelled: nothing is told."""
-        cluster = self._services.cluster
-        leg = self._record(action, "decode")
         remaining_s = self._remaining_s()
         request = self._generate_request(action, remaining_s)
-        sequences = request.sampling.n
-        cluster.leg_started(action.node, sequences=sequences, prefill_tokens=0)
         ok = False
         failure: KVFerryError | None = None
         try:
@@ -115,7 +160,7 @@ class RequestLegs:
         finally:
             in_vain = isinstance(failure, EngineError) and self._listener.fetches_from(action.leg) is not None
             blame = None if in_vain else failure  # its prefiller may have wronged it, nobody here can tell
-            cluster.leg_ended(action.node, sequences=sequences, prefill_tokens=0, ok=ok, error=blame)
+            self._services.cluster.leg_ended(self._work[action.leg], ok=ok, error=blame)
         if failure is not None:
             leg.error = f"{failure.code}: {failure.message}"
             self._listener.tell(DecodeFailed(action.leg, failure))
@@ -186,11 +231,6 @@ class RequestLegs:
     def _engine(self, node_id: str) -> EngineInfo | None:
         node = self._services.cluster.nodes.get(node_id)
         return node.report.engine if node and node.report else None
-
-    def _record(self, action: StartPrefill | StartDecode, kind: str) -> LegRecord:
-        leg = LegRecord(id=action.leg, node=action.node, kind=kind)
-        self._records.append(leg)
-        return leg
 
     def _remaining_s(self) -> float:
         spent_s = self._services.clock.now() - self._started_at

@@ -6,7 +6,7 @@ Owns every task of a request from `async with` to its end. Decides nothing that 
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -53,6 +53,7 @@ class ChooseRoute(Protocol):
 class RequestRun:
     """One request under way: the ledger's Picker, its legs' LegListener, and the executor of the ledger's actions.
 
+    `opened`: where it is kept until it is entered; one that never is must be dropped, or its nodes keep its load.
     `running`: where it is kept between entering and leaving. Leaving the `async with` before the end means that the
     client has gone: every leg is cancelled and awaited.
     """
@@ -63,6 +64,8 @@ class RequestRun:
         spec: RequestSpec,
         decision: Decision,
         choose: ChooseRoute,
+        *,
+        opened: "set[RequestRun]",
         running: "set[RequestRun]",
     ) -> None:
         route = decision.route
@@ -70,6 +73,7 @@ class RequestRun:
         self._services = services
         self._route = route
         self._choose = choose
+        self._opened = opened
         self._running = running
         self.started_at = services.clock.now()
         self.record = RequestRecord(
@@ -88,7 +92,7 @@ class RequestRun:
             self.record.legs,
             self._drained,
             started_at=self.started_at,
-            prefill_tokens=len(spec.prompt_token_ids) - route.expected_cached_tokens,
+            route=route,
         )
         sampling = spec.sampling
         ends = frozenset(sampling.stop_token_ids)
@@ -112,6 +116,7 @@ class RequestRun:
         self._unread: deque[Emit] = deque()
         self._changed = asyncio.Event()
         self._end: Finish | Fail | None = None
+        opened.add(self)
 
     def __repr__(self) -> str:
         record, route = self.record, self._route
@@ -121,7 +126,14 @@ class RequestRun:
             f"{self.machine.completion_tokens} tokens, {len(self._unread)} unread>"
         )
 
+    def drop(self) -> None:
+        """It will not be entered. Nothing comes of this if it was."""
+        if self in self._opened:
+            self._opened.discard(self)
+            self._legs.drop_chosen()
+
     async def __aenter__(self) -> Self:
+        self._opened.remove(self)
         self._services.log.open(self.record)
         self._running.add(self)
         loop = asyncio.get_running_loop()
@@ -226,10 +238,8 @@ class RequestRun:
             match action:
                 case Emit():
                     self._emit(action)
-                case StartPrefill():
-                    self._spawn(action.leg, self._legs.prefill(action))
-                case StartDecode():
-                    self._spawn(action.leg, self._legs.decode(action))
+                case StartPrefill() | StartDecode():
+                    self._spawn(action)
                 case EndHandoff():
                     self._end_handoff(action)
                 case CancelLeg():
@@ -248,14 +258,15 @@ class RequestRun:
     def _timer_fired(self, timer: RequestTimer) -> None:
         self.tell(TimerFired(timer))
 
-    def _spawn(self, leg: str, body: Coroutine[object, object, None]) -> None:
-        task = asyncio.create_task(body)
-        self._tasks[leg] = task
+    def _spawn(self, action: StartPrefill | StartDecode) -> None:
+        leg = action.leg
+        self._tasks[leg] = task = asyncio.create_task(self._legs.start(action))
         task.add_done_callback(lambda done: self._leg_task_ended(leg, done))
 
     def _leg_task_ended(self, leg: str, task: asyncio.Task[None]) -> None:
         """A leg that failed by a bug of ours is a failed leg, logged as an error, not a request that hangs."""
         self._tasks.pop(leg, None)
+        self._legs.let_go(leg)
         if task.cancelled() or (bug := task.exception()) is None:
             return
         _log.error("leg_crashed id=%s", leg, exc_info=bug)
@@ -289,6 +300,7 @@ class RequestRun:
 
     def _close(self, end: Finish | Fail) -> None:
         self._end = end
+        self._legs.drop_chosen()
         record = self.record
         for timer in self._timers.values():
             timer.cancel()

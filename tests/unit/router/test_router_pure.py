@@ -265,7 +265,7 @@ async def test_who_came_by_events_and_is_gone_is_forgotten_but_not_before_its_le
     info = NodeInfo(id="new", role=Role.DECODER, control_url="http://127.0.0.1:9", incarnation=1)
     cluster.on_events([Event(seq=2, kind=EventKind.NODE_UP, node_id="new", node=info)])
     await prober.probe()
-    cluster.leg_started("new", sequences=1, prefill_tokens=0)
+    work = cluster.work_chosen("new", sequences=1, prefill_tokens=0)
     cluster.on_reset()
     await prober.probe()
     assert [n.id for n in cluster.view().decoders] == ["d0", "d1", "new"], "not its own restart"
@@ -273,7 +273,7 @@ async def test_who_came_by_events_and_is_gone_is_forgotten_but_not_before_its_le
     cluster.on_events([Event(seq=3, kind=EventKind.NODE_DOWN, node_id="new")])
     await prober.probe()
     assert "new" in cluster.nodes and "new" not in [n.id for n in cluster.view().decoders]
-    cluster.leg_ended("new", sequences=1, prefill_tokens=0, ok=False)
+    cluster.leg_ended(work)
     await prober.probe()
     assert "new" not in cluster.nodes
 
@@ -282,8 +282,8 @@ async def test_a_restart_forgets_the_breaker_and_a_drain_takes_out() -> None:
     nodes = two_and_two()
     cluster, prober = await make_cluster(nodes)
     for _ in range(3):
-        cluster.leg_started("d0", sequences=1, prefill_tokens=0)
-        cluster.leg_ended("d0", sequences=1, prefill_tokens=0, ok=False, error=NodeUnavailableError("x"))
+        leg = cluster.leg_started(cluster.work_chosen("d0", sequences=1, prefill_tokens=0), sequences=1)
+        cluster.leg_ended(leg, error=NodeUnavailableError("x"))
     assert [n.id for n in cluster.view().decoders] == ["d1"]
     nodes["d0"].incarnation += 1
     nodes["d1"].draining = True
