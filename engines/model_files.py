@@ -12,9 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from kvcore.errors import ModelLoadError
-from kvcore.model_folder import _AGAIN, find_folder, read_json
+from kvcore.model_folder import DOWNLOAD_AGAIN, find_folder, read_json
 
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+MODEL_TYPES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+"""The architectures that are served, each with the `model_type` of its config.json."""
 # Their frequencies depend on the sequence's length, so cached K would be wrong once a sequence grows.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 _INDEX = "model.safetensors.index.json"
@@ -61,10 +67,10 @@ def check_model_files(path: str) -> ModelFiles:
 def _check_architecture(file: Path, config: dict[str, Any]) -> str:
     named = config.get("architectures")
     architecture = named[0] if isinstance(named, list) and named else None
-    if architecture not in SUPPORTED_ARCHITECTURES:
-        raise ModelLoadError(
-            f"unsupported architecture {architecture!r} in {file}. Supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
-        )
+    if architecture not in MODEL_TYPES:
+        supported = ", ".join(MODEL_TYPES)
+        raise ModelLoadError(f"unsupported architecture {architecture!r} in {file}. Supported: {supported}")
+    _check_read_as_meant(file, config, architecture)
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, dict) else None
     if kind in _LENGTH_DEPENDENT_ROPE:
@@ -75,17 +81,39 @@ def _check_architecture(file: Path, config: dict[str, Any]) -> str:
     return str(architecture)
 
 
+def _check_read_as_meant(file: Path, config: dict[str, Any], architecture: str) -> None:
+    """Refuse what the architecture's code would leave out in silence, or fail on after minutes of loading."""
+    expected, given = MODEL_TYPES[architecture], config.get("model_type", "missing")
+    if given != expected:
+        raise ModelLoadError(
+            f"{file} contradicts itself: architectures says {architecture}, whose model_type is {expected!r}, but "
+            f"model_type is {given!r}. {DOWNLOAD_AGAIN.capitalize()}, or correct what is wrong of the two"
+        )
+    if architecture == "LlamaForCausalLM" and config.get("sliding_window") is not None:
+        raise ModelLoadError(
+            f"{file} has a sliding_window, which {architecture} ignores: answers beyond the window would be wrong. "
+            "Correct architectures and model_type, or remove sliding_window"
+        )
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise ModelLoadError(
+            f"{file} says that the weights are quantized ({method or 'by an unnamed method'}): the torch engine does "
+            "not serve quantized weights. Serve the folder with engine.kind vllm, or use unquantized weights"
+        )
+
+
 def _find_weights(folder: Path) -> tuple[Path, ...]:
     index = folder / _INDEX
     if index.is_file():
         weight_map = read_json(index, "it names the weight files").get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise ModelLoadError(f"{_INDEX} is corrupt: {index} has no weight_map of file names. {_AGAIN}")
+            raise ModelLoadError(f"{_INDEX} is corrupt: {index} has no weight_map of file names. {DOWNLOAD_AGAIN}")
         files = tuple(folder / name for name in sorted(set(weight_map.values())))
         for file in files:
             if file.parent != folder or not file.is_file():
                 raise ModelLoadError(
-                    f"weight file {file.name} is missing: {index} names it, {file} is not there. {_AGAIN}"
+                    f"weight file {file.name} is missing: {index} names it, {file} is not there. {DOWNLOAD_AGAIN}"
                 )
         if files:
             return files
@@ -97,7 +125,7 @@ def _find_weights(folder: Path) -> tuple[Path, ...]:
             f"{_SINGLE} is missing: {single}. The folder has weights in PyTorch's pickle format, which is not loaded "
             "because it can run code; convert it with `model.save_pretrained(folder)` of transformers"
         )
-    raise ModelLoadError(f"the weights are missing: neither {single} nor {_INDEX} is there. {_AGAIN}")
+    raise ModelLoadError(f"the weights are missing: neither {single} nor {_INDEX} is there. {DOWNLOAD_AGAIN}")
 
 
 def _count_parameters(file: Path) -> int:
@@ -124,4 +152,6 @@ def _tensor_sizes(file: Path) -> Iterator[int]:
                 elements *= extent
             yield elements
     except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ModelLoadError(f"weight file {file.name} is truncated or corrupt: {file}: {error}. {_AGAIN}") from error
+        raise ModelLoadError(
+            f"weight file {file.name} is truncated or corrupt: {file}: {error}. {DOWNLOAD_AGAIN}"
+        ) from error

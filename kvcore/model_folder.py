@@ -17,7 +17,7 @@ TOKENIZER_FILES = ("tokenizer*.json", "*.jinja")
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja")
 
 
-_AGAIN = "download or convert the model again"
+DOWNLOAD_AGAIN = "download or convert the model again"
 
 
 def find_folder(path: str, hub_files: Sequence[str] = _HUB_FILES) -> Path:
@@ -55,12 +55,13 @@ def read_json(file: Path, purpose: str) -> dict[str, Any]:
         content = json.loads(file.read_bytes())
     except FileNotFoundError:
         raise ModelLoadError(
-            f"{file.name} is missing: {file} ({purpose}). Is this a model folder in Hugging Face format? {_AGAIN}"
+            f"{file.name} is missing: {file} ({purpose}). Is this a model folder in Hugging Face format? "
+            f"{DOWNLOAD_AGAIN}"
         ) from None
     except OSError as error:
         raise ModelLoadError(f"{file.name} cannot be read: {file}: {error}. Correct its permissions") from error
     except ValueError as error:  # broken JSON and broken UTF-8
-        raise ModelLoadError(f"{file.name} is corrupt: {file}: {error} ({purpose}). {_AGAIN}") from error
+        raise ModelLoadError(f"{file.name} is corrupt: {file}: {error} ({purpose}). {DOWNLOAD_AGAIN}") from error
     if not isinstance(content, dict):
-        raise ModelLoadError(f"{file.name} is corrupt: {file} holds no JSON object ({purpose}). {_AGAIN}")
+        raise ModelLoadError(f"{file.name} is corrupt: {file} holds no JSON object ({purpose}). {DOWNLOAD_AGAIN}")
     return content

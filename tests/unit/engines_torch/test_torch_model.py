@@ -54,6 +54,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "broken config": (lambda f: truncate(f / "config.json"), r"config\.json is corrupt"),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "no JSON object"),
     "architecture": (lambda f: edit_config(f, architectures=["GPT2LMHeadModel"]), "GPT2LMHeadModel.*LlamaForCausalLM"),
+    "another model's type": (lambda f: edit_config(f, model_type="mistral"), "contradicts itself.*'llama'.*'mistral'"),
+    "another architecture": (
+        lambda f: edit_config(f, architectures=["MistralForCausalLM"]),
+        "contradicts itself.*'mistral'.*'llama'",
+    ),
+    "no type": (lambda f: edit_config(f, model_type=None), "contradicts itself"),
+    "a window that Llama's code ignores": (lambda f: edit_config(f, sliding_window=48), "sliding_window"),
+    "quantized": (lambda f: edit_config(f, quantization_config={"quant_method": "awq"}), r"quantized \(awq\).*vllm"),
     "dynamic rope": (
         lambda f: edit_config(f, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
         "'dynamic'",
