@@ -82,6 +82,12 @@ class OverloadedError(KVFerryError):
     code = "overloaded"
 
 
+class NoDescriptorsError(OverloadedError):
+    """This process itself has no file descriptor left for a connection: nothing is known of the other side."""
+
+    code = "no_descriptors"
+
+
 class DeadlineExceededError(KVFerryError):
     """The time that the caller gave ran out."""
 

@@ -9,8 +9,9 @@ from contextlib import asynccontextmanager
 
 import aiohttp
 
-from kvcore.errors import DeadlineExceededError, KVFerryError, NodeUnavailableError
+from kvcore.errors import DeadlineExceededError, KVFerryError, NoDescriptorsError, NodeUnavailableError
 from kvcore.ports import why_unreachable
+from kvcore.process.descriptors import are_exhausted, soft_limit
 
 MAX_REPLY_BYTES = 16 << 20
 MAX_ERROR_BYTES = 64 << 10
@@ -77,6 +78,11 @@ class HttpCalls:
                     raise self._refusal(response.status, raw, url)
                 yield response
         except (aiohttp.ClientError, OSError) as error:
+            if are_exhausted(error):
+                raise NoDescriptorsError(
+                    f"no file descriptor is left for a connection to {url}: this process may have {soft_limit()}; "
+                    "raise its limit (ulimit -Hn, LimitNOFILE=) or lower router.max_requests"
+                ) from error
             raise NodeUnavailableError(f"{url} cannot be reached or broke off: {why_unreachable(error)}") from error
 
     async def aclose(self) -> None:

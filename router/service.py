@@ -7,6 +7,8 @@ from kvcore.clock import SystemClock
 from kvcore.config.schema import ClusterConfig
 from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
 from kvcore.process.asgi import AsgiServer
+from kvcore.process.descriptors import soft_limit
+from kvcore.process.limits import HttpLimits
 from kvcore.process.service import Lifecycle
 from kvcore.telemetry import log_fields
 from metadata_server.client import MetadataClient
@@ -15,6 +17,7 @@ from nodeapi.client import HttpNodeClient
 from nodeapi.protocol import NodeClient
 from router.answering import Answerer
 from router.api.app import make_app
+from router.descriptors import LEGS_PER_REQUEST, clients_at_most, descriptors_needed
 from router.metrics import RouterMetrics
 from router.nodes.cluster import Cluster
 from router.nodes.prober import Prober
@@ -27,8 +30,6 @@ from router.routing.policy import make_policy
 from router.status import StatusView
 from router.text.tokenizer import make_tokenizer, run_in_thread
 
-LEGS_PER_REQUEST = 3
-"""Connections of one request at most in the usual case: both legs and a control call."""
 _log = logging.getLogger("router")
 
 
@@ -59,7 +60,7 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
         model=config.model.name, tokenizer=tokenizer, dispatcher=dispatcher, cluster=cluster, run=run_in_thread
     )
     app = make_app(answerer, log, status, metrics, max_body_bytes=bounds.max_body)
-    server = AsgiServer(app, bounds.host, bounds.port)
+    server = AsgiServer(app, bounds.host, bounds.port, limits=_connection_limits(config))
     lifecycle.tasks.create_task(prober.run(), name="node probes")
     if subscription is not None:
         metadata = connect_client(endpoints, clock)
@@ -73,6 +74,14 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
     lifecycle.ready(url=server.url, policy=bounds.policy, nodes=len(config.nodes), handoff=config.handoff)
     await lifecycle.stopping.wait()
     await server.drain(config.service.drain_s)
+
+
+def _connection_limits(config: ClusterConfig) -> HttpLimits:
+    limit, num_nodes = soft_limit(), len(config.nodes)
+    needed = descriptors_needed(config.router.max_requests, num_nodes)
+    if limit < needed:
+        log_fields(_log, logging.WARNING, "few_descriptors", limit=limit, needed=needed, see="kvferry doctor")
+    return HttpLimits(max_connections=clients_at_most(limit, num_nodes))
 
 
 async def _make_client(config: ClusterConfig) -> NodeClient:

@@ -11,8 +11,10 @@ from typing import Any
 
 import httptools
 import msgspec
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from kvcore.process.descriptors import RESERVED, soft_limit
 from kvcore.process.limits import HttpLimits
 from kvcore.telemetry import log_fields
 
@@ -27,14 +29,17 @@ class BoundedHttp(HttpToolsProtocol):
     def __init__(self, *uvicorns: Any, limits: HttpLimits = HttpLimits(), **own: Any) -> None:
         super().__init__(*uvicorns, **own)
         self._head_s = limits.head_s
+        self._max_connections = limits.max_connections or max(1, soft_limit() - RESERVED)
         self._head_timer: asyncio.TimerHandle | None = None
         self._head_bytes = 0
         self._in_head = False
         self._in_message = False
+        self._too_many = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """A client has connected: its first head must come in time."""
         super().connection_made(transport)
+        self._too_many = len(self.connections) > self._max_connections  # those before it are served all the same
         self._head_timer = self.loop.call_later(self._head_s, self._head_late)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -52,7 +57,11 @@ class BoundedHttp(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """From here on the application bounds the request."""
         self._head_is_over()
+        app = self.app
+        if self._too_many:
+            self.app = self._overloaded  # its body is read as any other's
         super().on_headers_complete()
+        self.app = app
 
     def on_message_complete(self) -> None:
         """The last byte of a request."""
@@ -78,6 +87,17 @@ class BoundedHttp(HttpToolsProtocol):
         """The client sends no more. If that cuts a request short it gets an error, in case it still reads."""
         if self._in_message:
             self._refuse(400, "the request was cut short")
+
+    async def _overloaded(self, scope: Scope, receive: Receive, send: Send) -> None:
+        peer = f"{self.client[0]}:{self.client[1]}" if self.client else None
+        reason = f"this process takes {self._max_connections} connections at a time"
+        log_fields(_logger, logging.WARNING, "refused", status=503, reason=reason, peer=peer)
+        error = {"message": f"{reason}; come back later", "type": "server_error", "param": None, "code": "overloaded"}
+        headers = [(b"content-type", b"application/json"), (b"retry-after", b"1"), (b"connection", b"close")]
+        body = msgspec.json.encode({"error": error})
+        headers.append((b"content-length", str(len(body)).encode()))
+        await send({"type": "http.response.start", "status": 503, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
 
     def _head_is_over(self) -> None:
         self._in_head, self._head_bytes = False, 0

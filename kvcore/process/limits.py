@@ -1,4 +1,4 @@
-"""Bounds in time of every HTTP server of ours. Values; tests pass changed ones."""
+"""Bounds of every HTTP server of ours. Values; tests pass changed ones."""
 
 from dataclasses import dataclass
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 class HttpLimits:
     """Times in seconds."""
 
+    max_connections: int | None = None
+    """Requests on connections beyond are refused, before the descriptors are used up. None: as many as those allow."""
     head_s: float = 30.0
     """A connection that has sent no whole head of a request by then is closed."""
     close_s: float = 2.0

@@ -1,5 +1,6 @@
 """Run one process: logging, event loop, signals, one TaskGroup, one AsyncExitStack.
 
+The soft limit of descriptors is raised to the hard one.
 First SIGTERM or SIGINT: `Lifecycle.stopping` is set (before `ready` the start-up is cancelled). The second ends the
 process at once. SIGUSR1 writes a dump into the log (`kvcore.process.state_dump`). A background task that fails takes
 the process down. The stack unwinds before the tasks are cancelled.
@@ -15,6 +16,7 @@ from contextlib import AsyncExitStack
 
 from kvcore.errors import ConfigError
 from kvcore.process.child import kill_all_children
+from kvcore.process.descriptors import raise_limit
 from kvcore.process.state_dump import Describe, dump_on_signal
 from kvcore.telemetry import configure_logging, log_fields
 
@@ -63,6 +65,7 @@ def run_process(name: str, main: Main, *, log_level: str = "info") -> int:
     `lifecycle.stopping`, draining, and returning.
     """
     configure_logging(name, log_level)
+    raise_limit()
     try:
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
             runner.run(_supervise(main))

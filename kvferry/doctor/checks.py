@@ -19,6 +19,7 @@ from kvcore.config.schema import (
 )
 from kvcore.errors import ConfigError, ModelLoadError
 from kvcore.ports import listen
+from kvcore.process.descriptors import hard_limit
 from kvferry.doctor.findings import Check, Context, Finding
 from kvferry.doctor.memory import check_segment_pages, nodes_here, reserved_bytes
 from kvferry.doctor.servers import check_servers
@@ -26,6 +27,7 @@ from kvferry.doctor.transports import check_transports
 from kvferry.doctor.vllm import check_cores, check_vllm, host_bytes, weight_bytes
 from kvferry.machine import is_local, size_text
 from kvferry.vllm_here import installed_vllm
+from router.descriptors import descriptors_needed
 from transfer.memory.available import available_memory
 
 _BASE_PACKAGES = ("msgspec", "uvicorn", "fastapi", "aiohttp", "tokenizers", "xxhash", "numpy")
@@ -124,6 +126,21 @@ def _check_tokenizer(folder: Path) -> Finding:
     return Finding("tokenizer", True, f"{tokenizer.vocab_size} tokens, {chat}")
 
 
+def check_descriptors(context: Context) -> list[Finding]:
+    """Each process raises its soft limit to the hard one: that must do for `router.max_requests`."""
+    router, num_nodes = context.config.router, len(context.config.nodes)
+    if not context.all_here and not is_local(router.host):
+        return []
+    limit, needed = hard_limit(), descriptors_needed(router.max_requests, num_nodes)
+    shown = f"{limit:,} allowed (ulimit -Hn), {needed:,} needed for router.max_requests {router.max_requests:,}"
+    if limit >= needed:
+        return [Finding("descriptors", True, shown)]
+    how = "raise the hard limit (limits.conf, a unit's LimitNOFILE=, docker run --ulimit nofile=)"
+    fitting = (limit - descriptors_needed(0, num_nodes)) // (descriptors_needed(1, 0) - descriptors_needed(0, 0))
+    lower = f", or lower router.max_requests to {fitting:,}" if fitting > 0 else ""
+    return [Finding("descriptors", False, shown, how + lower)]
+
+
 def check_memory(context: Context) -> list[Finding]:
     """The segments (memfd: plain memory, /dev/shm's size does not matter) and engines of this machine fit."""
     config = context.config
@@ -158,7 +175,14 @@ PREFLIGHT: tuple[Check, ...] = (
     check_segment_pages,
     check_memory,
 )
-ALL_CHECKS: tuple[Check, ...] = (check_python, check_packages, *PREFLIGHT, check_cores, check_servers)
+ALL_CHECKS: tuple[Check, ...] = (
+    check_python,
+    check_packages,
+    *PREFLIGHT,
+    check_cores,
+    check_descriptors,
+    check_servers,
+)
 
 
 def run_checks(context: Context, checks: Sequence[Check]) -> list[Finding]:

@@ -4,14 +4,18 @@ Owns the rounds. What a report means is the cluster's.
 """
 
 import asyncio
+import logging
 from collections.abc import Callable
 
 from kvcore.clock import Clock
 from kvcore.config.schema import RouterConfig
-from kvcore.errors import DeadlineExceededError, KVFerryError, NodeUnavailableError
+from kvcore.errors import DeadlineExceededError, KVFerryError, NoDescriptorsError, NodeUnavailableError
+from kvcore.telemetry import log_fields
 from nodeapi.protocol import NodeClient
 from router.nodes.cluster import Cluster, KnownNode
 from router.nodes.limits import NodeHealthLimits
+
+_log = logging.getLogger("router")
 
 
 class Prober:
@@ -31,6 +35,7 @@ class Prober:
         self._clock = clock
         self._limits = limits
         self._round_s = config.probe_interval_s + config.connect_timeout_s
+        self._could_not_ask = False
         self.on_lost: list[Callable[[str, KVFerryError], None]] = []
         """Called with a node's id and why its legs are lost, at each probe for as long as it stays silent."""
 
@@ -55,13 +60,24 @@ class Prober:
         before = node.problem
         try:
             report = await self._client.info(node.url, timeout_s=self._config.connect_timeout_s)
+        except NoDescriptorsError as error:
+            self._not_asked(node, error)
         except KVFerryError as error:
             node.problem = error.message
             if isinstance(error, NodeUnavailableError | DeadlineExceededError):
                 self._unanswered(node, asked_at)
         else:
+            self._could_not_ask = False
             self._cluster.reported(node, report)
         self._cluster.probed(node, before)
+
+    def _not_asked(self, node: KnownNode, error: NoDescriptorsError) -> None:
+        """By our own fault: what is known of the node stays. Said once, until one can be asked again."""
+        if node.report is None:
+            node.problem = error.message
+        if not self._could_not_ask:
+            log_fields(_log, logging.WARNING, "no_descriptors", node=node.id, why=error.message)
+        self._could_not_ask = True
 
     def _unanswered(self, node: KnownNode, asked_at: float) -> None:
         if node.silent_since is None:

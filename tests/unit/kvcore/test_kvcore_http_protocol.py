@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -63,12 +64,12 @@ async def talk(port: int, *parts: bytes, half_close: bool = False) -> bytes:
         writer.close()
 
 
-def error_of(answer: bytes, status: int) -> dict[str, str]:
+def error_of(answer: bytes, status: int, kind: str = "invalid_request_error") -> dict[str, str]:
     head, _, body = answer.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 %d " % status), answer
     assert b"connection: close" in head and b"application/json" in head
     error: dict[str, str] = json.loads(body)["error"]
-    assert error["type"] == "invalid_request_error" and error["message"]
+    assert error["type"] == kind and error["message"]
     return error
 
 
@@ -133,3 +134,26 @@ async def test_a_wish_to_upgrade_is_served_as_plain_http(port: int):
     async with asyncio.timeout(5):
         assert (await reader.readuntil(b"done")).startswith(b"HTTP/1.1 200 ")
     writer.close()
+
+
+async def test_connections_over_the_bound_are_answered_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    get = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+    async with serving(HttpLimits(max_connections=2)) as port:
+        held = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
+        for reader, writer in held:
+            writer.write(get)
+            assert (await reader.readuntil(b"0\r\n\r\n")).startswith(b"HTTP/1.1 200")
+        with caplog.at_level(logging.WARNING):
+            answer = await talk(port, POST + b"Content-Length: 3\r\n\r\n", b"abc")
+        error = error_of(answer, 503, "server_error")
+        assert error["code"] == "overloaded" and "takes 2 connections" in error["message"]
+        assert b"retry-after: 1" in answer
+        assert sum("refused status=503" in line for line in caplog.messages) == 1
+        held[1][1].write(get)
+        assert (await held[1][0].readuntil(b"0\r\n\r\n")).startswith(b"HTTP/1.1 200"), "who came before is served"
+        held[0][1].close()
+        await held[0][1].wait_closed()
+        async with asyncio.timeout(5):
+            while b" 200 " not in await talk(port, get.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")):
+                pass
+        held[1][1].close()

@@ -165,3 +165,14 @@ def test_sigusr1_writes_where_tasks_stand_and_what_parts_say_and_no_value_and_en
     assert re.search(r'runs=reads at=".*locks.py:\d+ wait"', reader), reader
     assert 'of="<Part one>"' in text and 'of="<Part two>"' in text and "ValueError" in text
     assert "secret" not in text
+
+
+def test_the_soft_limit_of_descriptors_is_raised_to_the_hard_one_for_it_and_its_children():
+    code = """
+        import resource, subprocess
+        async def main(lifecycle):
+            say(resource.getrlimit(resource.RLIMIT_NOFILE))
+            say(subprocess.run(["sh", "-c", "ulimit -Sn"], capture_output=True, text=True).stdout.strip())
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, 300))
+    """
+    assert finish(start(code))[:2] == (0, "(300, 300)\n300\n")

@@ -27,7 +27,7 @@ from kvcore.ports import listen
 from kvcore.types import Role
 from kvferry import cli
 from kvferry.doctor import checks as doctor
-from kvferry.doctor.checks import check_memory, check_model, check_ports, preflight
+from kvferry.doctor.checks import check_descriptors, check_memory, check_model, check_ports, preflight
 from kvferry.doctor.findings import Context, Finding
 from kvferry.doctor.transports import check_transports
 from kvferry.machine import is_local, size_text
@@ -219,3 +219,20 @@ def test_the_command_exits_1_and_prints_the_remedy(tmp_path, capsys):
     assert cli.main(["doctor", str(file), "--set", "transport=auto", "--set", "devices=[]"]) == 0
     assert cli.main(["doctor", str(file), "--set", "transprot=auto"]) == 1
     assert "did you mean transport?" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("limit", "ok"), [(4096, False), (5000, True)])
+def test_descriptors_must_do_for_the_requests_that_are_allowed(monkeypatch, limit, ok):
+    monkeypatch.setattr(doctor, "hard_limit", lambda: limit)
+    (finding,) = check_descriptors(Context(cluster(router=RouterConfig(port=0, max_requests=1024))))
+    assert finding.ok == ok and finding.detail.startswith(f"{limit:,} allowed (ulimit -Hn), 4,161 needed")
+    if ok:
+        return
+    assert "LimitNOFILE=" in finding.remedy and finding.remedy.endswith("or lower router.max_requests to 1,007")
+    lower = cluster(router=RouterConfig(port=0, max_requests=1007))
+    assert check_descriptors(Context(lower))[0].ok
+    assert not check_descriptors(Context(cluster(router=RouterConfig(port=0, max_requests=1008))))[0].ok
+
+
+def test_descriptors_of_a_router_elsewhere_are_not_this_machines():
+    assert not check_descriptors(Context(cluster(router=RouterConfig(host="192.0.2.1", port=1))))
