@@ -49,6 +49,7 @@ class KnownNode:
     prefill_tokens: int = 0
     others_sequences: int = 0
     """What it reported beyond ours: of other routers."""
+    _viewed: tuple[NodeReport, NodeView] | None = None
 
     def __repr__(self) -> str:
         load = f"{self.sequences} sequences, {self.prefill_tokens} to prefill"
@@ -64,6 +65,27 @@ class KnownNode:
         """Nobody speaks of it, not even itself, and no leg of ours is on it."""
         idle = self.sequences == 0 and self.prefill_tokens == 0
         return self.problem is not None and idle and not (self.static or self.registered)
+
+    def view(self) -> NodeView:
+        """What policies see of it, while it is without problem. The same one until something of it changes: with many
+        nodes, making all of them anew for each request costs more than the choice."""
+        report, sequences = self.report, self.sequences + self.others_sequences
+        assert report is not None and report.engine is not None, "a node without problem has reported"
+        if self._viewed is not None and self._viewed[0] is report:
+            view = self._viewed[1]
+            if view.sequences == sequences and view.prefill_tokens == self.prefill_tokens:
+                return view
+        view = NodeView(
+            id=self.id,
+            role=self.role,
+            fingerprint=self.fingerprint,
+            chunk_tokens=report.engine.kv_spec.chunk_tokens,
+            max_context=report.engine.max_context,
+            sequences=sequences,
+            prefill_tokens=self.prefill_tokens,
+        )
+        self._viewed = report, view
+        return view
 
     def reason(self, now: float) -> str | None:
         """Why it is not used; None: it is used."""
@@ -218,7 +240,7 @@ class Cluster:
             if node.role is Role.STORE:
                 continue
             if (reason := node.reason(now)) is None:
-                usable[node.role].append(_view(node))
+                usable[node.role].append(node.view())
             else:
                 unusable.append(LeftOut(node.id, node.role, reason))
         return ClusterView(tuple(usable[Role.PREFILLER]), tuple(usable[Role.DECODER]), tuple(unusable))
@@ -276,17 +298,3 @@ def _problem(node: KnownNode, report: NodeReport) -> str | None:
     if report.engine is None and node.role is not Role.STORE:
         return "its engine is not running"
     return None
-
-
-def _view(node: KnownNode) -> NodeView:
-    assert node.report is not None and node.report.engine is not None, "a node without problem has reported"
-    engine = node.report.engine
-    return NodeView(
-        id=node.id,
-        role=node.role,
-        fingerprint=node.fingerprint,
-        chunk_tokens=engine.kv_spec.chunk_tokens,
-        max_context=engine.max_context,
-        sequences=node.sequences + node.others_sequences,
-        prefill_tokens=node.prefill_tokens,
-    )

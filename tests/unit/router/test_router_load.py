@@ -1,6 +1,7 @@
 """A node's load counts from the moment it is chosen: who is routed next sees it, and nothing of it is left behind."""
 
 import asyncio
+import random
 from dataclasses import replace
 
 import msgspec
@@ -12,6 +13,7 @@ from kvcore.handoff import HandoffKind
 from kvcore.types import Role
 from nodeapi.messages import EngineStats, SamplingParams
 from router.answering import ClientAnswer
+from router.nodes.cluster import NodeWork
 from router.requests.dispatch import Dispatcher
 from router.requests.limits import RequestLimits
 from router.requests.run import RequestRun
@@ -238,3 +240,46 @@ async def test_a_decoder_that_waits_for_its_prefiller_is_loaded_all_the_time(kin
     assert all(isinstance(result, KVFerryError if fails else int) for result in results)
     await dispatcher.aclose()
     await assert_no_load(rig)
+
+
+# --- what policies see -----
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_a_view_that_is_kept_is_the_one_that_would_be_made_anew(seed: int) -> None:
+    """Whatever changes, in whatever order: reports, loads, ends of legs, breakers, restarts."""
+    rig, dice = await make_rig(), random.Random(seed)
+    works: list[NodeWork] = []
+    for _ in range(200):
+        node = dice.choice(list(rig.cluster.nodes.values()))
+        fake = rig.nodes[node.id]
+        match dice.randrange(6):
+            case 0:
+                chosen = rig.cluster.work_chosen(node.id, sequences=dice.randrange(3), prefill_tokens=dice.randrange(2))
+                works.append(chosen)
+            case 1 if works:
+                rig.cluster.leg_ended(works.pop(dice.randrange(len(works))))
+            case 2 if works:
+                works.append(rig.cluster.leg_started(works.pop(0), sequences=1))
+                rig.cluster.leg_ended(works.pop(), error=dice.choice([None, EngineError("broken")]))
+            case 3:
+                fake.running, fake.weights = dice.randrange(4), dice.choice(["w1", "w2"])
+                fake.draining, fake.incarnation = dice.random() < 0.2, dice.randrange(3)
+                await rig.prober.probe()
+            case 4:
+                node.report = msgspec.structs.replace(fake.report())
+        kept = rig.cluster.view()
+        for node in rig.cluster.nodes.values():
+            node._viewed = None
+        assert rig.cluster.view() == kept
+
+
+async def test_a_node_of_which_nothing_changed_is_not_looked_at_anew() -> None:
+    rig = await make_rig()
+    before = rig.cluster.view()
+    work = rig.cluster.work_chosen("d0", sequences=1, prefill_tokens=0)
+    during = rig.cluster.view()
+    assert during.decoders[0].sequences == 1 and during.decoders[0] is not before.decoders[0]
+    assert during.decoders[1] is before.decoders[1] and during.prefillers[0] is before.prefillers[0]
+    rig.cluster.leg_ended(work)
+    assert rig.cluster.view() == before
