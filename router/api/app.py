@@ -3,14 +3,17 @@
 Owns routes, body limits, request ids and the OpenAPI document. Bodies are decoded by msgspec, not by the framework.
 """
 
+import logging
 import re
 import time
 import uuid
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import ExitStack
 from typing import TypeVar
 
 import msgspec
 from fastapi import FastAPI, Request
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -31,6 +34,8 @@ from router.metrics import RouterMetrics
 from router.requests.records import RequestLog
 from router.status import StatusView
 
+Endpoint = Callable[[Request], Awaitable[Response]]
+_log = logging.getLogger("router")
 _GOOD_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 _Body = TypeVar("_Body", ChatRequest, CompletionRequest)
 
@@ -47,9 +52,9 @@ def make_app(
     """The ASGI application. Its OpenAPI document is at /openapi.json."""
     app = FastAPI(title="kvferry router", version="1", docs_url=None, redoc_url=None, redirect_slashes=False)
     _add_errors(app)
-    _add_openai(app, answerer, max_body_bytes, limits)
+    endpoints = _add_openai(app, answerer, max_body_bytes, limits)
     _add_status(app, answerer.model, log, status, metrics)
-    return RequestIds(app, metrics)
+    return RequestIds(ShortWay(app, endpoints), metrics)
 
 
 class RequestIds:
@@ -78,6 +83,36 @@ class RequestIds:
         await self.app(scope, receive, send_with_id)
 
 
+class ShortWay:
+    """Sends posts of the token routes straight to their endpoints: FastAPI's stack takes a sixth of a short request's
+    time and does nothing for them. The routes stay in FastAPI, for wrong methods and for the OpenAPI document."""
+
+    def __init__(self, app: FastAPI, endpoints: Mapping[str, Endpoint]) -> None:
+        self._app = app
+        self._endpoints = endpoints
+        self._routes = {route.path: route for route in app.routes if isinstance(route, APIRoute)}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI entry."""
+        endpoint = self._endpoints.get(scope["path"]) if scope["type"] == "http" else None
+        if endpoint is None or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        scope["route"] = self._routes[scope["path"]]
+        try:
+            response = await endpoint(Request(scope, receive))
+        except KVFerryError as error:
+            response = error_response(error)
+        except Exception:  # request boundary
+            _log.exception("request_failed")
+            response = _internal_error()
+        await response(scope, receive, send)
+
+
+def _internal_error() -> Response:
+    return JsonReply(error_reply(500, "internal error", code="internal_error"), 500)
+
+
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(KVFerryError)
     async def own_error(request: Request, error: Exception) -> Response:
@@ -95,10 +130,13 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def unexpected_error(request: Request, error: Exception) -> Response:
-        return JsonReply(error_reply(500, "internal error", code="internal_error"), 500)
+        return _internal_error()
 
 
-def _add_openai(app: FastAPI, answerer: Answerer, max_body_bytes: int, limits: ApiLimits) -> None:
+def _add_openai(app: FastAPI, answerer: Answerer, max_body_bytes: int, limits: ApiLimits) -> dict[str, Endpoint]:
+    """Returns the endpoints of the token routes, by path."""
+    endpoints: dict[str, Endpoint] = {}
+
     def generates(
         name: str,
         path: str,
@@ -132,6 +170,8 @@ def _add_openai(app: FastAPI, answerer: Answerer, max_body_bytes: int, limits: A
 
             return AnswerResponse(start, stream=bool(body.stream), send_timeout_s=limits.send_timeout_s)
 
+        endpoints[path] = endpoint
+
     generates("chat", "/v1/chat/completions", ChatRequest, id_prefix="chatcmpl", formatter=ChatFormatter)
     generates("completions", "/v1/completions", CompletionRequest, id_prefix="cmpl", formatter=CompletionFormatter)
     created = int(time.time())
@@ -147,6 +187,8 @@ def _add_openai(app: FastAPI, answerer: Answerer, max_body_bytes: int, limits: A
             text = f"the model {name!r} does not exist here; there is {answerer.model!r}"
             return JsonReply(error_reply(404, text, param="model", code="model_not_found"), 404)
         return JsonReply({"id": answerer.model, "object": "model", "created": created, "owned_by": "kvferry"})
+
+    return endpoints
 
 
 def _add_status(app: FastAPI, model: str, log: RequestLog, status: StatusView, metrics: RouterMetrics) -> None:

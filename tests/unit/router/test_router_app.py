@@ -15,6 +15,7 @@ from kvcore.errors import NodeUnavailableError
 from kvcore.process.asgi import AsgiServer
 from kvcore.types import Role
 from nodeapi.messages import FinishReason, TokenDelta
+from router.api import app
 from router.api.limits import ApiLimits
 from router.requests.limits import RequestLimits
 
@@ -391,3 +392,16 @@ async def test_a_node_that_says_it_is_another_is_not_used() -> None:
     nodes.by_url["http://127.0.0.1:3"] = FakeNode("somebody", Role.DECODER)
     rig = await make_rig(nodes)
     assert "somebody" in str(rig.cluster.nodes["d0"].problem)
+
+
+async def test_a_bug_before_the_answer_is_a_500_in_our_form(
+    http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(raw: bytes, kind: type) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(app, "parse", broken)
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        reply = await http.post(path, json=ASK)
+        assert (reply.status_code, error_of(reply)["code"]) == (500, "internal_error")
+        assert reply.headers["x-request-id"] and "a bug" not in reply.text
