@@ -14,7 +14,7 @@ from router.nodes.cluster import Cluster
 from router.requests.dispatch import Dispatcher
 from router.requests.events import Emit
 from router.requests.run import RequestRun
-from router.requests.spec import AnswerRequest, ChatPrompt, FieldNames, Prompt, RequestSpec, TextPrompt
+from router.requests.spec import AnswerRequest, ChatPrompt, FieldNames, Prompt, RequestSpec, TextPrompt, TokenPrompt
 from router.text.detokenizer import Detokenizer, StopChecker
 from router.text.tokenizer import Runner, Tokenizer
 
@@ -203,12 +203,11 @@ class Answerer:
         inline = sum(len(text) for text in texts if text is not None) <= self._limits.inline_chars
         encoded: list[list[int]] = []
         for prompt, text in zip(prompts, texts, strict=True):
-            if text is None:
-                assert not isinstance(prompt, TextPrompt | ChatPrompt)
+            if text is None or isinstance(prompt, TokenPrompt):
+                assert isinstance(prompt, TokenPrompt)
                 encoded.append(prompt.token_ids)
             else:
-                # A rendered template has its special tokens in it.
-                encoded.append(await self._encode(text, inline, special_tokens=isinstance(prompt, TextPrompt)))
+                encoded.append(await self._encode(text, inline, special_tokens=prompt.add_special_tokens))
         return encoded
 
     def start(self, request: AnswerRequest) -> ClientAnswer:
@@ -234,7 +233,7 @@ class Answerer:
 
     def _text(self, prompt: Prompt) -> str | None:
         if isinstance(prompt, ChatPrompt):
-            return self.tokenizer.render_chat(prompt.messages)
+            return self.tokenizer.render_chat(prompt)
         return prompt.text if isinstance(prompt, TextPrompt) else None
 
     async def _encode(self, text: str, inline: bool, *, special_tokens: bool) -> list[int]:

@@ -28,7 +28,7 @@ from router.requests.records import RequestLog
 from router.requests.services import RequestServices
 from router.routing.policy import make_policy
 from router.status import StatusView
-from router.text.tokenizer import make_tokenizer, run_in_thread
+from router.text.tokenizer import FolderTokenizer, make_tokenizer, run_in_thread
 
 _log = logging.getLogger("router")
 
@@ -39,6 +39,8 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
     Raises ModelLoadError (no tokenizer) or ConfigError (the port is in use).
     """
     tokenizer = await asyncio.to_thread(make_tokenizer, config)
+    if isinstance(tokenizer, FolderTokenizer) and tokenizer.template_problem is not None:
+        log_fields(_log, logging.WARNING, "no_chats", problem=tokenizer.template_problem)
     clock, bounds = SystemClock(), config.router
     client = await _make_client(config)
     lifecycle.stack.push_async_callback(client.aclose)

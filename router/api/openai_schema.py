@@ -13,6 +13,8 @@ import msgspec
 
 from kvcore.errors import InvalidRequestError
 from nodeapi.messages import SamplingParams
+from router.api.chat_messages import ChatMessage, message_of, template_values
+from router.api.checks import refuse, require
 from router.api.limits import ApiLimits
 from router.requests.spec import (
     AnswerRequest,
@@ -35,21 +37,6 @@ class StreamOptions(msgspec.Struct, frozen=True):
     """`include_usage`: one more chunk at the end, with usage and no choices."""
 
     include_usage: bool = False
-
-
-class ContentPart(msgspec.Struct, frozen=True):
-    """A part of a message; only type `text` is supported."""
-
-    type: str
-    text: str | None = None
-
-
-class ChatMessage(msgspec.Struct, frozen=True):
-    """One turn."""
-
-    role: str
-    content: str | list[ContentPart] | None = None
-    tool_calls: list[object] | None = None
 
 
 class _CommonFields(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,6 +69,13 @@ class ChatRequest(_CommonFields, frozen=True, kw_only=True):
     """Body of POST /v1/chat/completions."""
 
     messages: list[ChatMessage]
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = False
+    chat_template_kwargs: dict[str, object] | None = None
+    chat_template: str | None = None
+    documents: list[dict[str, object]] | None = None
+    reasoning_effort: str | None = None
+    add_special_tokens: bool | None = False
     max_completion_tokens: int | None = None
     logprobs: bool | None = False
     top_logprobs: int | None = None
@@ -99,6 +93,7 @@ class CompletionRequest(_CommonFields, frozen=True, kw_only=True):
     echo: bool | None = False
     best_of: int | None = None
     suffix: str | None = None
+    add_special_tokens: bool | None = True
     response_format: dict[str, object] | None = None
 
 
@@ -123,7 +118,8 @@ def parse(raw: bytes, kind: type[_Body]) -> _Body:
 def prompts_of(request: AnyRequest, limits: ApiLimits) -> list[Prompt]:
     """A chat's messages, or the prompts of a completion; what changes the answer and is not supported is refused."""
     if isinstance(request, ChatRequest):
-        return [ChatPrompt(_messages(request))]
+        _check_chat(request)
+        return [_chat_prompt(request)]
     return _prompts(request, limits)
 
 
@@ -166,37 +162,57 @@ def _shows_usage(request: AnyRequest) -> bool:
 
 def _stops(request: AnyRequest, limits: ApiLimits) -> list[str]:
     stops = [request.stop] if isinstance(request.stop, str) else list(request.stop or ())
-    _require(len(stops) <= limits.max_stops, "stop", f"has at most {limits.max_stops} strings")
+    require(len(stops) <= limits.max_stops, "stop", f"has at most {limits.max_stops} strings")
     longest = limits.max_stop_chars
-    _require(all(0 < len(stop) <= longest for stop in stops), "stop", f"has 1 to {longest} characters each")
+    require(all(0 < len(stop) <= longest for stop in stops), "stop", f"has 1 to {longest} characters each")
     return stops
 
 
-def _messages(request: ChatRequest) -> list[dict[str, str]]:
-    """Role and plain text of each message. Raises for all that is not text."""
-    _refuse("tools", bool(request.tools) or bool(request.functions))
-    _refuse("tool_choice", request.tool_choice not in (None, "none", "auto"))
+def _chat_prompt(request: ChatRequest) -> ChatPrompt:
+    """The conversation for the template. Raises for all that is not text."""
+    require(len(request.messages) > 0, "messages", "must not be empty")
+    refuse("chat_template", request.chat_template is not None)
+    continues = bool(request.continue_final_message)
+    require(
+        not (continues and request.add_generation_prompt),
+        "continue_final_message",
+        "and add_generation_prompt must not both be true",
+    )
+    values = template_values(request.chat_template_kwargs)
+    if request.reasoning_effort is not None:
+        values["reasoning_effort"] = request.reasoning_effort
+    return ChatPrompt(
+        [message_of(number, message) for number, message in enumerate(request.messages)],
+        add_generation_prompt=not continues if request.add_generation_prompt is None else request.add_generation_prompt,
+        continue_final_message=continues,
+        template_values=values,
+        documents=request.documents,
+        add_special_tokens=bool(request.add_special_tokens),
+    )
+
+
+def _check_chat(request: ChatRequest) -> None:
+    refuse("tools", bool(request.tools) or bool(request.functions))
+    refuse("tool_choice", request.tool_choice not in (None, "none", "auto"))
     _check_response_format(request.response_format)
-    _require(len(request.messages) > 0, "messages", "must not be empty")
-    return [_message(number, message) for number, message in enumerate(request.messages)]
 
 
 def _prompts(request: CompletionRequest, limits: ApiLimits) -> list[Prompt]:
     _check_response_format(request.response_format)
-    _refuse("echo", bool(request.echo))
-    _refuse("suffix", bool(request.suffix))
+    refuse("echo", bool(request.echo))
+    refuse("suffix", bool(request.suffix))
     n = 1 if request.n is None else request.n
-    _refuse("best_of", request.best_of is not None and request.best_of != n)
-    prompt = request.prompt
+    refuse("best_of", request.best_of is not None and request.best_of != n)
+    prompt, special_tokens = request.prompt, request.add_special_tokens is not False
     if isinstance(prompt, str):
-        return [TextPrompt(prompt)]
-    _require(len(prompt) > 0, "prompt", "must not be empty")
+        return [TextPrompt(prompt, special_tokens)]
+    require(len(prompt) > 0, "prompt", "must not be empty")
     if all(isinstance(item, int) for item in prompt):
         return [TokenPrompt(_token_ids([item for item in prompt if isinstance(item, int)]))]
-    _require(not any(isinstance(item, int) for item in prompt), "prompt", "mixes token ids with other prompts")
-    _require(len(prompt) <= limits.max_prompts, "prompt", f"has at most {limits.max_prompts} prompts")
+    require(not any(isinstance(item, int) for item in prompt), "prompt", "mixes token ids with other prompts")
+    require(len(prompt) <= limits.max_prompts, "prompt", f"has at most {limits.max_prompts} prompts")
     return [
-        TextPrompt(item) if isinstance(item, str) else TokenPrompt(_token_ids(item))
+        TextPrompt(item, special_tokens) if isinstance(item, str) else TokenPrompt(_token_ids(item))
         for item in prompt
         if not isinstance(item, int)
     ]
@@ -209,13 +225,13 @@ def _sampling(request: AnyRequest, prompt_tokens: int, max_context: int, limits:
     """
     max_tokens, named = _max_tokens(request, prompt_tokens, max_context)
     min_tokens = request.min_tokens or 0
-    _require(0 <= min_tokens <= max_tokens, "min_tokens", f"must lie between 0 and {named} ({max_tokens})")
+    require(0 <= min_tokens <= max_tokens, "min_tokens", f"must lie between 0 and {named} ({max_tokens})")
     n = 1 if request.n is None else request.n
-    _require(1 <= n <= limits.max_n, "n", f"must lie between 1 and {limits.max_n}")
+    require(1 <= n <= limits.max_n, "n", f"must lie between 1 and {limits.max_n}")
     if request.stream_options is not None:
-        _require(bool(request.stream), "stream_options", "is only allowed when stream is true")
+        require(bool(request.stream), "stream_options", "is only allowed when stream is true")
     seed = random.getrandbits(63) if request.seed is None else request.seed
-    _require(-_INT64 <= seed < _INT64, "seed", "must be a 64-bit integer")
+    require(-_INT64 <= seed < _INT64, "seed", "must be a 64-bit integer")
     return SamplingParams(
         temperature=_number(request.temperature, 1.0, "temperature", 0.0, 2.0),
         top_p=_top_p(request.top_p),
@@ -242,85 +258,58 @@ def _max_tokens(request: AnyRequest, prompt_tokens: int, max_context: int) -> tu
     if given is None:
         room = max(1, max_context - prompt_tokens)
         return (room if isinstance(request, ChatRequest) else min(room, DEFAULT_COMPLETION_TOKENS)), named
-    _require(given >= 1, named, "must be at least 1")
+    require(given >= 1, named, "must be at least 1")
     return given, named
 
 
 def _logprobs(request: AnyRequest, most: int) -> int | None:
     if isinstance(request, CompletionRequest):
         if request.logprobs is not None:
-            _require(0 <= request.logprobs <= most, "logprobs", f"must lie between 0 and {most}")
+            require(0 <= request.logprobs <= most, "logprobs", f"must lie between 0 and {most}")
         return request.logprobs
     if request.top_logprobs is not None:
-        _require(bool(request.logprobs), "top_logprobs", "needs logprobs to be true")
-        _require(0 <= request.top_logprobs <= most, "top_logprobs", f"must lie between 0 and {most}")
+        require(bool(request.logprobs), "top_logprobs", "needs logprobs to be true")
+        require(0 <= request.top_logprobs <= most, "top_logprobs", f"must lie between 0 and {most}")
     return (request.top_logprobs or 0) if request.logprobs else None
 
 
-def _message(number: int, message: ChatMessage) -> dict[str, str]:
-    where = f"messages[{number}]"
-    _require(bool(message.role), f"{where}.role", "must not be empty")
-    _refuse(f"{where}.tool_calls", bool(message.tool_calls))
-    _require(message.role not in ("tool", "function"), f"{where}.role", "is not supported: tools are not")
-    content = message.content
-    if isinstance(content, list):
-        for part in content:
-            _require(
-                part.type == "text", f"{where}.content", f"parts of type {part.type!r} are not supported, only text"
-            )
-            _require(part.text is not None, f"{where}.content", "parts of type text need a text")
-        content = "".join(part.text or "" for part in content)
-    _require(content is not None, f"{where}.content", "is missing")
-    return {"role": message.role, "content": content or ""}
-
-
 def _check_response_format(value: dict[str, object] | None) -> None:
-    _refuse("response_format", value is not None and value.get("type") != "text")
+    refuse("response_format", value is not None and value.get("type") != "text")
 
 
 def _token_ids(ids: Sequence[int], param: str = "prompt", *, may_be_empty: bool = False) -> list[int]:
-    _require(may_be_empty or len(ids) > 0, param, "must not be empty")
-    _require(all(0 <= token_id <= MAX_TOKEN_ID for token_id in ids), param, "has token ids that no vocabulary has")
+    require(may_be_empty or len(ids) > 0, param, "must not be empty")
+    require(all(0 <= token_id <= MAX_TOKEN_ID for token_id in ids), param, "has token ids that no vocabulary has")
     return list(ids)
 
 
 def _number(value: float | None, default: float, param: str, low: float, high: float) -> float:
     if value is None:
         return default
-    _require(math.isfinite(value) and low <= value <= high, param, f"must lie between {low:g} and {high:g}")
+    require(math.isfinite(value) and low <= value <= high, param, f"must lie between {low:g} and {high:g}")
     return value
 
 
 def _top_p(value: float | None) -> float:
-    _require(value is None or 0.0 < value <= 1.0, "top_p", "must be above 0 and at most 1")
+    require(value is None or 0.0 < value <= 1.0, "top_p", "must be above 0 and at most 1")
     return 1.0 if value is None else value
 
 
 def _top_k(value: int | None) -> int:
-    _require(value is None or -1 <= value < _INT64, "top_k", "must be at least 1, or 0 or -1 for all")
+    require(value is None or -1 <= value < _INT64, "top_k", "must be at least 1, or 0 or -1 for all")
     return max(0, value or 0)
 
 
 def _repetition_penalty(value: float | None) -> float:
-    _require(value is None or (value > 0 and math.isfinite(value)), "repetition_penalty", "must be above 0")
+    require(value is None or (value > 0 and math.isfinite(value)), "repetition_penalty", "must be above 0")
     return 1.0 if value is None else value
 
 
 def _logit_bias(value: dict[str, float]) -> dict[int, float]:
     biases: dict[int, float] = {}
     for token, bias in value.items():
-        _require(token.isascii() and token.isdigit() and len(token) <= 10, "logit_bias", "has token ids as keys")
-        _require(-100 <= bias <= 100, "logit_bias", "has values between -100 and 100")
-        _require(int(token) <= MAX_TOKEN_ID, "logit_bias", "has token ids that no vocabulary has")
+        require(token.isascii() and token.isdigit() and len(token) <= 10, "logit_bias", "has token ids as keys")
+        require(-100 <= bias <= 100, "logit_bias", "has values between -100 and 100")
+        require(int(token) <= MAX_TOKEN_ID, "logit_bias", "has token ids that no vocabulary has")
         biases[int(token)] = bias
     return biases
-
-
-def _require(holds: bool, param: str, rule: str) -> None:
-    if not holds:
-        raise InvalidRequestError(f"{param} {rule}", param=param)
-
-
-def _refuse(param: str, is_given: bool) -> None:
-    if is_given:
-        raise InvalidRequestError(f"{param} is not supported by this server", param=param)

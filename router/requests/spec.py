@@ -4,17 +4,18 @@
 answers them (`router.answering`, `router.requests`) knows these alone.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from nodeapi.messages import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
 class TextPrompt:
-    """Text to go on from; special tokens, as the tokenizer adds them, come first."""
+    """Text to go on from; special tokens, as the tokenizer adds them, come first unless the client wants none."""
 
     text: str
+    add_special_tokens: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +27,19 @@ class TokenPrompt:
 
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    """Role and content of each message; the model's chat template makes the prompt of them."""
+    """What the model's chat template makes the prompt of."""
 
-    messages: list[dict[str, str]]
+    messages: Sequence[Mapping[str, object]]
+    """Each has `role` and `content` (a string or a list of text parts) and may have `name` and `reasoning_content`."""
+    add_generation_prompt: bool = True
+    """Whether the prompt ends with what begins the assistant's next message."""
+    continue_final_message: bool = False
+    """Whether the prompt ends where the last message's text ends, for the model to go on with it."""
+    template_values: Mapping[str, object] = field(default_factory=dict)
+    """What the client gives the template beside the messages. They count before the special tokens of the same name."""
+    documents: Sequence[Mapping[str, object]] | None = None
+    add_special_tokens: bool = False
+    """A template writes special tokens itself, so that the tokenizer need not."""
 
 
 Prompt = TextPrompt | TokenPrompt | ChatPrompt

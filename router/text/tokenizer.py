@@ -14,7 +14,9 @@ from tokenizers import Tokenizer as FastTokenizer
 from kvcore.config.schema import ClusterConfig, SimEngineConfig
 from kvcore.errors import InvalidRequestError, ModelLoadError
 from kvcore.model_folder import TOKENIZER_FILES, find_folder
-from router.text.chat_template import make_chat_template
+from router.requests.spec import ChatPrompt
+from router.text.chat_template import ChatTemplate, compile_chat_template, default_template
+from router.text.message_content import join_parts
 
 _T = TypeVar("_T")
 Runner = Callable[[Callable[[], _T]], Awaitable[_T]]
@@ -37,7 +39,7 @@ class Tokenizer(Protocol):
         """Text of any ids, special tokens left out; incomplete characters become U+FFFD."""
         ...
 
-    def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
+    def render_chat(self, chat: ChatPrompt) -> str:
         """The prompt that asks for the assistant's next message. Raises InvalidRequestError."""
         ...
 
@@ -62,9 +64,12 @@ class ByteTokenizer:
         raw = b"".join(bytes((i,)) if i < 256 else b" <%d>" % i for i in token_ids)
         return raw.decode("utf-8", "replace")
 
-    def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
+    def render_chat(self, chat: ChatPrompt) -> str:
         """See Tokenizer."""
-        return "".join(f"<{m['role']}>{m['content']}\n" for m in messages) + "<assistant>"
+        text = "".join(f"<{m['role']}>{join_parts(m['content'])}\n" for m in chat.messages)
+        if chat.continue_final_message:
+            return text.removesuffix("\n")
+        return text + "<assistant>" if chat.add_generation_prompt else text
 
 
 class FolderTokenizer:
@@ -81,12 +86,16 @@ class FolderTokenizer:
         except Exception as error:  # the library raises bare Exceptions
             raise ModelLoadError(f"{file} cannot be read: {error}") from error
         settings = _read_json(folder / "tokenizer_config.json")
-        own = folder / "chat_template.jinja"
-        source = _read_text(own) if own.is_file() else settings.get("chat_template")
-        self._template = make_chat_template(source, settings, folder)
+        self._template: ChatTemplate | None = None
+        self.template_problem: str | None = None
+        """Why the folder's chat template cannot be used. It costs chats alone: prompts are served all the same."""
+        try:
+            self._template = _read_template(folder, settings)
+        except ValueError as error:  # of which a damaged encoding is one
+            self.template_problem = f"this model's chat template cannot be read ({error})"
 
     def __repr__(self) -> str:
-        template = "chat template" if self.has_chat_template else "no chat template"
+        template = "chat template" if self.has_chat_template else self.template_problem or "no chat template"
         return f"<FolderTokenizer {self._folder} vocab_size={self.vocab_size}, {template}>"
 
     @property
@@ -110,11 +119,12 @@ class FolderTokenizer:
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
         return text
 
-    def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
+    def render_chat(self, chat: ChatPrompt) -> str:
         """See Tokenizer."""
         if self._template is None:
-            raise InvalidRequestError("this model has no chat template: use /v1/completions", param="messages")
-        return self._template.render(messages)
+            problem = self.template_problem or "this model has no chat template"
+            raise InvalidRequestError(f"{problem}: use /v1/completions", param="messages")
+        return self._template.render(chat)
 
 
 def make_tokenizer(config: ClusterConfig) -> Tokenizer:
@@ -123,6 +133,18 @@ def make_tokenizer(config: ClusterConfig) -> Tokenizer:
     if isinstance(config.engine, SimEngineConfig) and not Path(path).expanduser().is_dir():
         return ByteTokenizer(config.engine.vocab_size)
     return FolderTokenizer(find_folder(path, TOKENIZER_FILES))
+
+
+def _read_template(folder: Path, settings: dict[str, object]) -> ChatTemplate | None:
+    """None where the folder has none. Raises ValueError where it has one that cannot be used."""
+    file = folder / "chat_template.jinja"
+    try:
+        source = file.read_text(encoding="utf-8") if file.is_file() else default_template(settings.get("chat_template"))
+    except OSError as error:
+        raise ValueError(str(error)) from error
+    if source is None:
+        return None
+    return compile_chat_template(source, {**_read_json(folder / "special_tokens_map.json"), **settings})
 
 
 def _read_text(file: Path) -> str:

@@ -316,7 +316,8 @@ async def test_chat_logprobs(http: httpx.AsyncClient) -> None:
 async def test_text_parts_and_unknown_fields_are_accepted(http: httpx.AsyncClient) -> None:
     parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
     ask = {**CHAT, "messages": [{"role": "user", "content": parts, "name": "x"}], "service_tier": "auto", "tools": []}
-    one, two = [(await http.post("/v1/chat/completions", json=body)).json() for body in (CHAT, ask)]
+    joined = {**CHAT, "messages": [{"role": "user", "content": "hel\nlo"}]}
+    one, two = [(await http.post("/v1/chat/completions", json=body)).json() for body in (joined, ask)]
     assert one["choices"] == two["choices"]
 
 

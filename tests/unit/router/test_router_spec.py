@@ -25,7 +25,7 @@ from router.requests.spec import (
     TokenPrompt,
 )
 from router.routing.index import PrefixIndex
-from router.text.chat_template import make_chat_template
+from router.text.chat_template import compile_chat_template
 from router.text.detokenizer import Detokenizer
 from router.text.tokenizer import ByteTokenizer, FolderTokenizer, run_in_thread
 
@@ -49,7 +49,7 @@ def test_a_chat_becomes_a_neutral_request() -> None:
         "max_completion_tokens": 5, "stop": "x", "seed": 3, "logprobs": true, "cache_salt": "s", "stream": true,
         "stream_options": {"include_usage": true}, "return_token_ids": true}"""
     body = parse(raw, ChatRequest)
-    assert prompts_of(body, LIMITS) == [ChatPrompt([{"role": "user", "content": "hi"}])]
+    assert prompts_of(body, LIMITS) == [ChatPrompt([{"role": "user", "content": [{"type": "text", "text": "hi"}]}])]
     request = answer_request(body, [[1, 2]], max_context=100, request_id="r", client_request_id="theirs", limits=LIMITS)
     sampling = SamplingParams(max_tokens=5, n=2, seed=3, logprobs=0)
     assert request == AnswerRequest(
@@ -118,8 +118,8 @@ async def test_prompts_beyond_the_bound_of_an_answer_are_refused_by_the_clients_
 async def test_what_one_meets_in_a_debugger_says_what_it_holds(tmp_path: Path) -> None:
     FastTokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>")).save(str(tmp_path / "tokenizer.json"))
     assert repr(FolderTokenizer(tmp_path)) == f"<FolderTokenizer {tmp_path} vocab_size=1, no chat template>"
-    template = make_chat_template("{{ messages }}", {"bos_token": {"content": "<s>"}, "eos_token": "</s>"}, tmp_path)
-    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "", "unk_token": ""}
+    template = compile_chat_template("{{ messages }}", {"bos_token": {"content": "<s>"}, "eos_token": "</s>"})
+    special = {"bos_token": "<s>", "eos_token": "</s>"}
     assert repr(template) == f"<ChatTemplate with {special}>"
     tokenizer = ByteTokenizer(VOCAB)
     assert repr(tokenizer) == "<ByteTokenizer vocab_size=512>"

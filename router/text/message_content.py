@@ -1,0 +1,71 @@
+"""A message's content in the form that a chat template reads: one string, or a list of parts. No I/O.
+
+Most templates take a string. Those of models that also see pictures loop over the parts of a message; they get parts.
+"""
+
+from collections.abc import Iterator
+
+from jinja2 import nodes
+
+
+def join_parts(content: object) -> str:
+    """One string; parts are joined by a newline, as vLLM's server joins them."""
+    return "\n".join(part["text"] for part in to_parts(content))
+
+
+def to_parts(content: object) -> list[dict[str, str]]:
+    """A list of parts, the caller's to change; a string is one part, and no content is none."""
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    return [dict(part) for part in content] if isinstance(content, list) else []
+
+
+def template_reads_parts(template: nodes.Template) -> bool:
+    """Whether it loops over a message's content.
+
+    Names are followed through assignments and loops, not through macros' parameters; a loop over the plain name
+    `content` counts, for templates that hand a message's content to a macro. (vLLM judges by the same signs.)
+    """
+    messages = _names_of(template, "messages")
+    loops = list(template.find_all(nodes.For))
+    items = {name for loop in loops if _source(loop.iter) in messages for name in _targets(loop.target)}
+    return any(_is_content_of(loop.iter, items) or _source(loop.iter) == "content" for loop in loops)
+
+
+def _names_of(template: nodes.Template, first: str) -> set[str]:
+    """`first` and the names that it is assigned to, through filters and slices."""
+    names: set[str] = {first}
+    assignments = list(template.find_all(nodes.Assign))
+    while True:
+        found = {name for one in assignments if _source(one.node) in names for name in _targets(one.target)}
+        if found <= names:
+            return names
+        names |= found
+
+
+def _is_content_of(node: nodes.Node, items: set[str]) -> bool:
+    node = _bare(node)
+    if isinstance(node, nodes.Getattr):
+        return node.attr == "content" and _source(node.node) in items
+    if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const):
+        return node.arg.value == "content" and _source(node.node) in items
+    return False
+
+
+def _source(node: nodes.Node) -> str | None:
+    node = _bare(node)
+    return node.name if isinstance(node, nodes.Name) else None
+
+
+def _bare(node: nodes.Node) -> nodes.Node:
+    """Without the filters and slices around it."""
+    if isinstance(node, nodes.Filter) and node.node is not None:
+        return _bare(node.node)
+    if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice):
+        return _bare(node.node)
+    return node
+
+
+def _targets(target: nodes.Node) -> Iterator[str]:
+    if isinstance(target, nodes.Name):
+        yield target.name

@@ -1,0 +1,231 @@
+"""Chat templates render as transformers renders them, of messages in the form that vLLM's server hands over."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import models, pre_tokenizers, processors
+
+from kvcore.errors import InvalidRequestError
+from kvferry.doctor import checks
+from router.api.limits import ApiLimits
+from router.api.openai_schema import ChatRequest, CompletionRequest, parse, prompts_of
+from router.requests.spec import ChatPrompt, TextPrompt
+from router.text.tokenizer import ByteTokenizer, FolderTokenizer
+
+TRIMMED = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</{{ m.role }}>{% endfor %}"
+CHATML = """{%- for m in messages %}
+{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}"""
+NAMES = """{% for m in messages %}{{ m.role }}{% if m.name is defined %} ({{ m.name }}){% endif %}: {{ m.content }}
+{% endfor %}"""
+THINKING = """{%- set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}
+{% set ns.last = loop.index0 %}
+{% endif %}{% endfor %}
+{%- for m in messages %}[{{ m.role }}]{% if m.reasoning_content is string and loop.index0 > ns.last %}<think>
+{{ m.reasoning_content.strip('\\n') }}</think>{% endif %}{{ m.content.split('</think>')[-1].lstrip() }}
+{% endfor %}{% if add_generation_prompt %}[assistant]{% if enable_thinking is defined and enable_thinking is false %}
+<think></think>{% endif %}{% endif %}"""
+OLD_THINKING = """{% for m in messages %}{{ m.thinking or '' }}|{{ m.content }};{% endfor %}
+{{ reasoning_effort | default('medium') }}"""
+DATED = "Today: {{ strftime_now('%Y-%m-%d') }}{% if strftime_now is defined %}!{% endif %}" + CHATML
+MARKED = """{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{% set x = 1 %}
+{{ m.content }}{{ eos_token }}
+{% endgeneration %}{{ x is defined }}{% else %}[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}"""
+JSON = """{# of each message the content, too #}
+{{ messages | tojson }}{{ messages | tojson(indent=2) }}{{ {'b': 'é<&>', 'a': 1} | tojson(sort_keys=true) }}
+{{ messages | tojson(separators=(',', ':'), ensure_ascii=true) }}{{ [1, 2] | tojson(false, 1) }}"""
+SPECIAL = """{{ bos_token }}{{ eos_token }}{% if pad_token is defined %}{{ pad_token }}{% else %}none{% endif %}
+{{ sep_token }}
+{% if unk_token is not defined %}no unk{% endif %}{{ tools is none }}{{ documents }}"""
+STRICT = """{{ bos_token }}{% if messages[0].role == 'system' %}{% set offset = 1 %}{% else %}
+{% set offset = 0 %}{% endif %}
+{% for m in messages[offset:] %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}
+{{ raise_exception('roles must alternate') }}{% endif %}{{ m.content | trim }}{% if loop.last %}{% break %}{% endif %}
+{% endfor %}"""
+SEEING = """{% for m in messages %}{{ m.role }}:{% for part in m['content'] %}{% if part.type == 'text' %}
+{{ part.text }}{% else %}<image>{% endif %}{% endfor %}
+{% endfor %}"""
+SEEING_MACRO = """{% macro show(content) %}{% if content is string %}{{ content }}{% else %}{% for item in content %}
+<{{ item.text }}>{% endfor %}{% endif %}{% endmacro %}{% for m in messages %}{{ show(m.content) }}{% endfor %}"""
+SHAPES = [CHATML, TRIMMED, NAMES, THINKING, OLD_THINKING, DATED, MARKED, JSON, SPECIAL, STRICT]
+SEEING_RENAMED = """{% set all = messages %}{% for m in all[1:] %}
+{% for c in m.content | list %}{{ c.text }}{% endfor %}
+{% endfor %}"""
+SEEING_SHAPES = [SEEING, SEEING_MACRO, SEEING_RENAMED]
+RECURSIVE = "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"
+ECHO_PARTS = "{% for m in messages %}{% for c in m.content %}{{ c }}{% endfor %}{% endfor %}"
+REASONED = {"role": "assistant", "content": "</think>4 ", "reasoning": "2+2\n", "reasoning_content": "2+2\n"}
+CHATS: list[list[dict[str, Any]]] = [
+    [{"role": "user", "content": "hi é<&>\n"}],
+    [{"role": "system", "content": " s "}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "One, "}],
+    [{"role": "user", "content": "2+2?", "name": "robert"}, REASONED],
+    [{"role": "assistant", "content": "x"}, {"role": "user", "content": "{{ y }} <|im_end|>"}],
+]
+WAYS: list[dict[str, Any]] = [
+    {"add_generation_prompt": True},
+    {"add_generation_prompt": False},
+    {"add_generation_prompt": False, "continue_final_message": True},
+    {"add_generation_prompt": True, "enable_thinking": False, "reasoning_effort": "high", "bos_token": "<own>"},
+]
+
+
+def folder(tmp_path: Path, template: object) -> Path:
+    words = FastTokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "hi": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    words.save(str(tmp_path / "tokenizer.json"))
+    start = {"__type": "AddedToken", "content": "<s>", "special": True}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": start, "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+    return tmp_path
+
+
+def asked(messages: list[dict[str, Any]], **fields: Any) -> ChatPrompt:
+    """Through the fields of a request, as a client sends it."""
+    body = parse(json.dumps({"model": "m", "messages": messages, **fields}).encode(), ChatRequest)
+    (prompt,) = prompts_of(body, ApiLimits())
+    assert isinstance(prompt, ChatPrompt)
+    return prompt
+
+
+def through_the_api(tokenizer: FolderTokenizer, messages: list[dict[str, Any]], way: dict[str, Any]) -> str | None:
+    own = {name: way[name] for name in way if name in ("add_generation_prompt", "continue_final_message")}
+    try:
+        return tokenizer.render_chat(
+            asked(messages, **own, chat_template_kwargs={name: way[name] for name in way if name not in own})
+        )
+    except InvalidRequestError:
+        return None
+
+
+def by_transformers(template: str, messages: list[dict[str, Any]], way: dict[str, Any]) -> str | None:
+    render = pytest.importorskip("transformers.utils.chat_template_utils").render_jinja_template
+    values = {"bos_token": "<s>", "eos_token": "</s>", **way}
+    try:
+        rendered, _ = render(conversations=[messages], chat_template=template, **values)
+    except Exception:
+        return None
+    return str(rendered[0])
+
+
+@pytest.mark.parametrize("template", SHAPES)
+def test_chat_templates_render_as_transformers_does(tmp_path: Path, template: str) -> None:
+    tokenizer = FolderTokenizer(folder(tmp_path, template))
+    for messages in CHATS:
+        for way in WAYS:
+            assert through_the_api(tokenizer, messages, way) == by_transformers(template, messages, way), way
+
+
+@pytest.mark.parametrize("template", SEEING_SHAPES)
+def test_a_template_that_loops_over_content_gets_parts(tmp_path: Path, template: str) -> None:
+    tokenizer = FolderTokenizer(folder(tmp_path, template))
+    for messages in CHATS:
+        in_parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+        for way in WAYS:
+            expected = by_transformers(template, in_parts, way)
+            assert through_the_api(tokenizer, messages, way) == through_the_api(tokenizer, in_parts, way) == expected
+
+
+def test_a_folder_renders_as_the_tokenizer_of_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    path = folder(tmp_path, [{"name": "tool_use", "template": "no"}, {"name": "default", "template": SPECIAL + CHATML}])
+    theirs = transformers.AutoTokenizer.from_pretrained(str(path))
+    for messages in CHATS:
+        expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert FolderTokenizer(path).render_chat(asked(messages)) == expected
+
+
+def test_text_parts_are_joined_by_a_newline(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": text} for text in ("rain", "bow")]
+    for tokenizer in (FolderTokenizer(folder(tmp_path, CHATML)), ByteTokenizer(256)):
+        as_parts = tokenizer.render_chat(asked([{"role": "user", "content": parts}]))
+        assert as_parts == tokenizer.render_chat(asked([{"role": "user", "content": "rain\nbow"}]))
+
+
+@pytest.mark.parametrize("field", ["reasoning", "reasoning_content"])
+def test_reasoning_reaches_every_name_that_templates_know(tmp_path: Path, field: str) -> None:
+    template = "{% for m in messages %}{{ m.reasoning }}{{ m.reasoning_content }}{{ m.thinking }}.{% endfor %}"
+    messages = [{"role": role, "content": "c", field: "r"} for role in ("assistant", "user")]
+    assert FolderTokenizer(folder(tmp_path, template)).render_chat(asked(messages)) == "rrr.."
+
+
+def test_fields_of_the_request_reach_the_template(tmp_path: Path) -> None:
+    template = "{{ reasoning_effort }} {{ documents[0].text }} {{ add_generation_prompt }}"
+    tokenizer = FolderTokenizer(folder(tmp_path, template))
+    fields = {"reasoning_effort": "low", "documents": [{"text": "d"}], "chat_template_kwargs": {"reasoning_effort": ""}}
+    assert tokenizer.render_chat(asked(CHATS[0], **fields)) == "low d True"
+    assert asked(CHATS[0], continue_final_message=True).add_generation_prompt is False
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"add_generation_prompt": True, "continue_final_message": True}, "continue_final_message"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
+        ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs.chat_template"),
+        ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs.tools"),
+        ({"chat_template": "{{ messages }}"}, "chat_template"),
+        ({"chat_template_kwargs": []}, "chat_template_kwargs"),
+    ],
+)
+def test_what_a_template_may_not_be_given_is_refused_by_name(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        asked(CHATS[0], **fields)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize("template", ["no messages", ECHO_PARTS])
+def test_a_message_that_cannot_be_continued_is_refused(tmp_path: Path, template: str) -> None:
+    tokenizer = FolderTokenizer(folder(tmp_path, template))
+    with pytest.raises(InvalidRequestError, match="continue_final_message") as caught:
+        tokenizer.render_chat(asked([{"role": "user", "content": []}], continue_final_message=True))
+    assert caught.value.param == "continue_final_message"
+
+
+BROKEN = ["{% for %}", "{% unknown_tag %}", "{{ x | no_such_filter }}", "{% if x %}" * 200 + "{% endif %}" * 200]
+
+
+@pytest.mark.parametrize("template", BROKEN)
+def test_a_template_that_cannot_be_read_costs_chats_alone(tmp_path: Path, template: str) -> None:
+    tokenizer = FolderTokenizer(folder(tmp_path, template))
+    assert tokenizer.encode("hi") == [1, 2] and "cannot be read" in repr(tokenizer)
+    with pytest.raises(InvalidRequestError, match=r"chat template cannot be read .*use /v1/completions") as caught:
+        tokenizer.render_chat(asked(CHATS[0]))
+    assert caught.value.param == "messages"
+    finding = checks._check_tokenizer(tmp_path)
+    assert finding.ok and "cannot be read" in finding.detail
+
+
+def test_a_template_file_in_no_encoding_costs_chats_alone(tmp_path: Path) -> None:
+    (folder(tmp_path, CHATML) / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(InvalidRequestError, match="chat template cannot be read"):
+        FolderTokenizer(tmp_path).render_chat(asked(CHATS[0]))
+
+
+@pytest.mark.parametrize("template", ["{{ messages[0].content + 1 }}", "{{ 1 / 0 }}", RECURSIVE])
+def test_a_template_that_fails_is_the_requests_400(tmp_path: Path, template: str) -> None:
+    with pytest.raises(InvalidRequestError, match="chat template refused it"):
+        FolderTokenizer(folder(tmp_path, template)).render_chat(asked(CHATS[0]))
+
+
+def test_special_tokens_of_the_map_file_count_where_the_settings_have_none(tmp_path: Path) -> None:
+    path = folder(tmp_path, "{{ bos_token }}{{ cls_token }}")
+    (path / "special_tokens_map.json").write_text(json.dumps({"bos_token": "other", "cls_token": {"content": "<cls>"}}))
+    assert FolderTokenizer(path).render_chat(asked(CHATS[0])) == "<s><cls>"
+
+
+def test_a_client_may_do_without_special_tokens_or_ask_for_them() -> None:
+    assert asked(CHATS[0]).add_special_tokens is False and asked(CHATS[0], add_special_tokens=True).add_special_tokens
+    raw = b'{"model": "m", "prompt": ["a"], "add_special_tokens": false}'
+    assert prompts_of(parse(raw, CompletionRequest), ApiLimits()) == [TextPrompt("a", add_special_tokens=False)]
+
+
+def test_the_simulated_engines_chats_end_as_they_are_asked_to() -> None:
+    tokenizer = ByteTokenizer(256)
+    ends = [{}, {"add_generation_prompt": False}, {"continue_final_message": True}]
+    shown = [tokenizer.render_chat(asked([{"role": "user", "content": "a"}], **end)) for end in ends]
+    assert shown == ["<user>a\n<assistant>", "<user>a\n", "<user>a"]
