@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import yaml
-
 from kvcore.config.file import load_config
+from kvcore.config.yaml_text import YAMLTextError, read_yaml
 from kvcore.errors import ConfigError
 from kvcore.ports import listen
 from kvferry.serve_plan import USUAL_PORTS, Machine, ServeOptions, plan_cluster
@@ -66,9 +65,9 @@ def parse_arguments(given: Sequence[str]) -> dict[str, object]:
     for text in given:
         name, separator, value = text.partition("=")
         try:
-            args[name.strip()] = yaml.safe_load(value) if separator else True
-        except yaml.YAMLError:
-            raise ConfigError(f"--arg {text}: the value is not valid YAML") from None
+            args[name.strip()] = read_yaml(value) if separator else True
+        except YAMLTextError as error:
+            raise ConfigError(f"--arg {name}: the value is not valid YAML{error}") from None
     return args
 
 

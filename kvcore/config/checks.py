@@ -1,5 +1,6 @@
 """Rules of a cluster file that take more than one field. Pure; the bounds of a single field are in its type."""
 
+import re
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
@@ -9,14 +10,22 @@ from kvcore.config.schema import ClusterConfig, EngineConfig, NodeConfig, SimEng
 from kvcore.config.vllm_options import argument, check_arguments
 from kvcore.types import Role
 
+_MAX_NAME_CHARS = 100
 _EVERY_INTERFACE = ("0.0.0.0", "::")
 _THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
 
 
 def check_cluster(config: ClusterConfig) -> list[str]:
     """What is wrong, as `path: explanation`; empty: nothing."""
+    named = _check_name(config.cluster)
     ours = _check_engines(config) if config.handoff.traits.has_store else _check_servers(config)
-    return [*ours, *_check_nodes(config), *_check_ports(config), *_check_bounds(config)]
+    return [*named, *ours, *_check_nodes(config), *_check_ports(config), *_check_bounds(config)]
+
+
+def _check_name(cluster: str) -> Iterator[str]:
+    """It names a folder of logs."""
+    if not re.fullmatch(r"[\w.-]*[\w-][\w.-]*", cluster) or len(cluster) > _MAX_NAME_CHARS:
+        yield f"cluster: {cluster!r}: a name of letters, digits, '-', '_' and '.', at most {_MAX_NAME_CHARS} long"
 
 
 def engine_of(config: ClusterConfig, node: NodeConfig) -> EngineConfig | None:

@@ -7,36 +7,20 @@ come from `kvcore.config.schema`, the conversion is `kvcore.config.parse`'s, rul
 
 import difflib
 import re
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import msgspec
-import yaml
 
 from kvcore.config.checks import check_cluster
 from kvcore.config.parse import InvalidValueError, nearest, parse
 from kvcore.config.schema import ClusterConfig, NodeConfig, SimEngineConfig
 from kvcore.config.vllm_options import spell_out_engines
+from kvcore.config.yaml_text import YAMLTextError, read_yaml
 from kvcore.errors import ConfigError
 
+_SHOWN_CHARS = 60
 _HUB_ID = re.compile(r"[A-Za-z0-9_-][\w.-]*/[\w.-]+")
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice: YAML's silent last-one-wins would lose a node."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
-        """As SafeLoader's; raises ConstructorError for a duplicate key."""
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                continue  # SafeLoader says what is wrong with it
-            if key_node.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key_node.value} given twice", key_node.start_mark
-                )
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> ClusterConfig:
@@ -77,17 +61,13 @@ def node_config(config: ClusterConfig, name: str) -> NodeConfig:
 
 def _read(file: Path) -> dict[str, object]:
     try:
-        raw = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+        raw = read_yaml(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"{file}: no such file{_similar_file(file)}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: cannot be read: {error}") from error
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
-        raise ConfigError(f"{file}: not valid YAML{where}: {error.problem}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file}: not valid YAML: {error}") from error
+    except YAMLTextError as error:
+        raise ConfigError(f"{file}: not valid YAML{error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{file}: expected a mapping with `cluster`, `model`, `engine` and `nodes`")
     return raw
@@ -115,10 +95,10 @@ def _apply(raw: dict[str, object], override: str) -> None:
     if not separator or not all(keys):
         raise ConfigError(f"--set {override}: expected path=value, e.g. --set router.port=8001")
     try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not valid YAML") from error
-    if keys in (["transport"], ["devices"]):
+        value = read_yaml(text)
+    except YAMLTextError as error:
+        raise ConfigError(f"--set {_shortened(override)}: the value is not valid YAML{error}") from error
+    if keys in (["transport"], ["devices"]) and not isinstance(value, dict):
         section = raw.setdefault("transport", {})
         if not isinstance(section, dict):
             raise ConfigError(f"--set {override}: transport is not a section")
@@ -131,6 +111,10 @@ def _apply(raw: dict[str, object], override: str) -> None:
             raise ConfigError(f"--set {override}: {key} is not a section")
     assert isinstance(place, dict)
     place[keys[-1]] = value
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + "..."
 
 
 def _node_names(raw: dict[str, object]) -> list[str]:

@@ -39,6 +39,9 @@ def load(tmp_path):
         ("nodes.decode-0.segment=8MeB", r"nodes\.decode-0\.segment: '8MeB': expected a positive number of bytes"),
         ("nodes.decode-0.segment=0", r"nodes\.decode-0\.segment: 0: expected a positive number of bytes"),
         ("nodes.decode-0.role=decodr", r"nodes\.decode-0\.role: 'decodr': not valid \(did you mean decoder\?\)"),
+        ("cluster=../../x", r"cluster: '\.\./\.\./x': a name of letters, digits"),
+        ("cluster=..", r"cluster: '\.\.': a name of letters, digits"),
+        ('cluster="a\\nb"', r"cluster: 'a\\nb': a name of letters, digits"),
         ("nodes.decode-0.port=70000", r"nodes\.decode-0\.port: 70000: expected int <= 65535"),
         ("nodes.decode-0.port='80'", r"nodes\.decode-0\.port: '80': expected int, got str"),
         (
@@ -106,6 +109,14 @@ def test_missing_keys_are_named(load):
         ("", "expected a mapping"),
         ("a: \x01", "not valid YAML"),
         ("!!python/object/apply:os.getcwd []", "not valid YAML at line 1"),
+        ("a: 010", "line 1, column 4: 010 is a number to base 8 in YAML; write it in decimal, or in quotes"),
+        ("a: -0_17", "-0_17 is a number to base 8"),
+        ("a: 22:16", "22:16 is a number to base 60"),
+        (f"a: {'9' * 5000}", "line 1, column 4: a whole number of 5000 digits"),
+        (f"a: 0x{'9' * 50000}", "a whole number of 50002 digits"),
+        (f"a: {'[' * 3000}", "its brackets are nested too deeply"),
+        (f"a: {'{b: ' * 3000}", "its brackets are nested too deeply"),
+        ("a: 2024-13-45", "not valid YAML: month must be in 1..12"),
     ],
 )
 def test_a_file_that_is_no_cluster_file_is_refused(load, text, message):
@@ -150,6 +161,21 @@ def test_overrides_parse_into_the_same_types(load):
     assert config.nodes["store-0"].role is Role.STORE
     assert (config.service.drain_s, config.kv.verify) == (3.0, False)
     assert (config.transport.kind, config.transport.streams) == ("tcp", 4)
+
+
+def test_whole_numbers_are_as_they_look(load):
+    for text, port in (("8201", 8201), ("0x1fa4", 8100), ("8_100", 8100), ("+8100", 8100)):
+        assert load(f"nodes.decode-0.port={text}").nodes["decode-0"].port == port
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, "[" * 3000, "017"])
+def test_an_override_that_cannot_be_read_is_named_in_one_short_line(load, value):
+    with pytest.raises(ConfigError, match=r"^--set router\.port=[^\n]{1,150}$"):
+        load(f"router.port={value}")
+
+
+def test_the_transport_can_be_overridden_as_a_section(load):
+    assert load("transport={kind: tcp, streams: 3}", transport="shm").transport.streams == 3
 
 
 def test_the_short_form_of_transport_takes_devices_beside_it(load):

@@ -176,7 +176,7 @@ def test_vllms_arguments_are_yaml_values():
         "a": [1, 2],
         "b": None,
     }
-    with pytest.raises(ConfigError, match=r"--arg a=\[: the value is not valid YAML"):
+    with pytest.raises(ConfigError, match=r"--arg a: the value is not valid YAML at line 1, column 2"):
         parse_arguments(["a=["])
 
 
