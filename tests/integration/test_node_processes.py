@@ -6,9 +6,11 @@ import signal
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 from support.process_tree import children
 from support.processes import Cluster, cluster
+from support.transfer_rigs import transport_config
 from support.ucx import needs_ucx
 
 from engines.sim.reference import expected_tokens
@@ -131,7 +133,7 @@ async def test_killed_engine_comes_back_and_finds_the_kv_in_the_segment(tmp_path
 @needs_ucx[0]
 @needs_ucx[1]
 async def test_a_node_whose_serving_process_was_killed_is_read_again_under_its_new_address(tmp_path: Path) -> None:
-    async with cluster(tmp_path, transport={"kind": "ucx", "devices": ["lo"]}) as subject:
+    async with cluster(tmp_path, transport=msgspec.to_builtins(transport_config("ucx"))) as subject:
         await subject.start("metadata", "p0", "d0", "s0")
         await subject.joined("p0", "d0", "s0")
         store = (await subject.report("s0")).segments[0]

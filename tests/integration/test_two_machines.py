@@ -19,7 +19,7 @@ from support.cluster import ClusterHandle, Streamed, cluster
 from support.generate_reference import assert_identical, load_reference
 from support.netns import ADDRESSES, DEVICE, LinkKind, TwoMachines, missing_namespaces, two_machines
 from support.tiny_models import VOCAB_SIZE, make_tiny_model
-from support.ucx import needs_ucx
+from support.ucx import LIBRARY, needs_ucx
 
 from kvferry.launch.processes import ProcessPlan
 
@@ -150,6 +150,7 @@ async def spread(link: LinkKind, transport: str, folder: Path) -> AsyncIterator[
             overrides=[
                 *overrides,
                 *([f"transport.devices=[{DEVICE}]"] if transport == "ucx" else []),
+                *([f"transport.ucx_library={LIBRARY}"] if transport == "ucx" and LIBRARY else []),
                 "router.policy=round_robin",
                 f"router.request_timeout_s={REQUEST_S}",
             ],

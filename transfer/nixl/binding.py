@@ -66,8 +66,6 @@ def load_nixl() -> NixlLibrary:
     if len(libraries) != 1 or len(numbers) != 3:
         raise ConfigError(f"{_DISTRIBUTION} {version} is another build than PyPI's: it brings {len(libraries)} libucp")
     ucx = load_library(str(libraries[0]))
-    # The wheel's EFA module loads the system's libibverbs beside the wheel's own; then the process crashes at its end.
-    ucx.lib.ucs_global_opts_set_value(b"MODULES", b"^efa")
     failures = tuple(
         found
         for name, found in vars(bindings).items()

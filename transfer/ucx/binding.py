@@ -6,6 +6,7 @@ packed one-byte enum, hence `signed char`.
 
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import cffi
@@ -166,6 +167,9 @@ def load_library(path: str | None = None) -> UcxLibrary:
             "ucx (Fedora, RHEL) or DOCA-OFED, or name the file in transport.ucx_library",
             param="transport.kind",
         ) from error
+    if Path(name).parent.name.endswith(".libs"):
+        # A wheel's EFA module loads the system's libibverbs beside its own, and the process crashes when it ends.
+        lib.ucs_global_opts_set_value(b"MODULES", b"^efa")
     library = UcxLibrary(lib, name, version)
     if version[:2] < OLDEST:
         raise ConfigError(f"{library.build} is older than {'.'.join(map(str, OLDEST))}", param="transport.kind")

@@ -13,7 +13,6 @@ from support.process_tree import children
 from support.transfer_rigs import transport_config
 from support.ucx import needs_ucx
 
-from kvcore.config.schema import TransportConfig
 from kvcore.errors import ConfigError
 from kvcore.types import Segment
 from transfer.base import TransferOp
@@ -33,7 +32,7 @@ def segment_of(memory: SegmentMemory, hosts: SegmentHosts) -> Segment:
 async def test_a_process_that_ends_without_a_word_is_a_config_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transfer.host_process.sys.executable", "/bin/false")
     with SegmentMemory.create("n.1", SIZE) as memory:
-        host = ProcessSegmentHost("ucx", memory, TransportConfig(kind="ucx", devices=["lo"]), lambda: None)
+        host = ProcessSegmentHost("ucx", memory, transport_config("ucx"), lambda: None)
         with pytest.raises(ConfigError, match=r"serves segment n\.1 ended with 1"):
             await host.start()
         await host.aclose()
