@@ -15,13 +15,19 @@ if TYPE_CHECKING:
 
 Command = Callable[[argparse.Namespace], int]
 
+EXAMPLES = Path(__file__).parent / "configs"
+"""The example cluster files of this installation, README's `configs/`."""
 DEFAULT_CONFIG = Path("configs/laptop.yaml")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. 2: the configuration or the machine is not fit (said on stderr)."""
-    arguments = build_parser().parse_args(argv)
-    command: Command = arguments.command
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    command: Command | None = arguments.command
+    if command is None:
+        parser.print_help()
+        return 0
     try:
         return command(arguments)
     except ConfigError as error:
@@ -32,32 +38,51 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands, for `main` and for tests of the documentation."""
     parser = argparse.ArgumentParser(prog="kvferry", description="Prefill and decode on separate machines, one cache.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=_version())
+    parser.set_defaults(command=None)
+    commands = parser.add_subparsers(metavar="COMMAND")
     up = _command(commands, "up", _up, "run a whole cluster on this machine until Ctrl-C")
-    up.add_argument("config", type=Path)
+    up.add_argument("config", type=cluster_file, metavar="CONFIG")
     _add_set(up)
     up.add_argument("--log-dir", type=Path, help="default: ~/.local/state/kvferry/CLUSTER")
     _add_serve(_command(commands, "serve", _serve, "serve one model on this machine until Ctrl-C, without a file"))
     status = _command(commands, "status", _status, "show nodes, segments, requests and hit rate of a running cluster")
     status.add_argument(
-        "--config", type=Path, help=f"where the addresses are (default: {DEFAULT_CONFIG}, if it exists)"
+        "--config", type=cluster_file, help=f"where the addresses are (default: {DEFAULT_CONFIG}, if it exists)"
     )
     status.add_argument("--router", metavar="URL", help="instead of the address in the config")
     status.add_argument("--metadata", metavar="URL", help="instead of the address in the config")
     status.add_argument("--json", action="store_true", help="one line of JSON")
     doctor = _command(commands, "doctor", _doctor, "say what would keep a cluster from running on this machine")
-    doctor.add_argument("config", type=Path)
+    doctor.add_argument("config", type=cluster_file, metavar="CONFIG")
     _add_set(doctor)
     doctor.add_argument(
         "--probe", action="store_true", help="instead: measure latency and bandwidth between the nodes that run now"
     )
     _command(commands, "prepare-demo-model", _prepare, "make the demo model's folder, once")
     demo = _command(commands, "demo", _demo, "bring a cluster up and chat with it over a long document, twice")
-    demo.add_argument("config", type=Path, nargs="?", default=DEFAULT_CONFIG)
+    demo.add_argument("config", type=cluster_file, nargs="?", default=str(DEFAULT_CONFIG), metavar="CONFIG")
     _add_set(demo)
     demo.add_argument("--log-dir", type=Path)
     demo.add_argument("--once", action="store_true", help="end afterwards, with a RESULT line")
     return parser
+
+
+def cluster_file(given: str) -> Path:
+    """The file that is meant. `configs/laptop.yaml`, where there is no such file, is the installation's example."""
+    file = Path(given)
+    shipped = EXAMPLES / file.name
+    is_example = file.parts == ("configs", file.name) and not file.exists() and shipped.is_file()
+    return shipped if is_example else file
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return f"kvferry {version('kvferry')}"
+    except PackageNotFoundError:
+        return "kvferry (not installed: run from its sources)"
 
 
 def _command(

@@ -109,12 +109,28 @@ async def _ask_metadata(session: aiohttp.ClientSession, url: str | None) -> Serv
     return None if url is None else await _ask(session, f"{url}/v1/stats", Stats)
 
 
+class _ErrorMessage(msgspec.Struct):
+    message: str
+
+
+class _ErrorReply(msgspec.Struct):
+    error: _ErrorMessage
+
+
+def _message(body: bytes) -> str:
+    """What an error body says; the first of its bytes where it is none of ours."""
+    try:
+        return msgspec.json.decode(body, type=_ErrorReply).error.message
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return body[:200].decode("utf-8", "replace")
+
+
 async def _ask(session: aiohttp.ClientSession, url: str, kind: type[_Value]) -> ServerAnswer[_Value]:
     try:
         async with session.get(url, headers={"Accept": "application/json"}) as reply:
             body = await reply.read()
             if reply.status != 200:
-                return ServerAnswer(url, problem=f"HTTP {reply.status}: {body[:200].decode('utf-8', 'replace')}")
+                return ServerAnswer(url, problem=f"HTTP {reply.status}: {_message(body)}")
         return ServerAnswer(url, msgspec.json.decode(body), msgspec.json.decode(body, type=kind))
     except TimeoutError:
         return ServerAnswer(url, problem="no answer in time")

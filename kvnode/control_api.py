@@ -145,10 +145,10 @@ class ControlApi:
             return web.Response(body=msgspec.json.encode(report), content_type="application/json")
         return _msgpack(report)
 
-    async def _get_health(self, _: web.Request) -> web.StreamResponse:
+    async def _get_health(self, http: web.Request) -> web.StreamResponse:
         reason = "draining" if self._draining else self._health()
         if reason is not None:
-            return _error(NodeUnavailableError(reason))
+            return _error(http, NodeUnavailableError(reason))
         return web.Response(text="ready\n")
 
     async def _get_metrics(self, _: web.Request) -> web.StreamResponse:
@@ -233,20 +233,26 @@ async def _answer_errors(request: web.Request, handler: Handler) -> web.StreamRe
     try:
         return await handler(request)
     except KVFerryError as error:
-        return _error(error)
+        return _error(request, error)
     except web.HTTPException as error:
         refused = InvalidRequestError(f"{request.method} {request.path}: {error.reason}")
-        return _error(refused, status=error.status)
+        return _error(request, refused, status=error.status)
     except ConnectionError:  # its writing fails too, which aiohttp takes quietly; what we raise it logs as an error
-        return _error(CancelledByPeerError("the client has gone"))
+        return _error(request, CancelledByPeerError("the client has gone"))
     except Exception:
         _logger.exception("control_request_failed method=%s path=%s", request.method, request.path)
-        return _error(KVFerryError("internal error of the node; its log says more"))
+        return _error(request, KVFerryError("internal error of the node; its log says more"))
 
 
-def _error(error: KVFerryError, status: int | None = None) -> web.Response:
+def _error(request: web.Request, error: KVFerryError, status: int | None = None) -> web.Response:
+    """In msgpack for our own clients, which ask for it; a person with curl or a browser reads JSON."""
     body = {"error": {"code": error.code, "message": error.message, "retryable": error.retryable}}
-    return web.Response(status=status or error.http_status, body=msgspec.msgpack.encode(body), content_type=MSGPACK)
+    ours = MSGPACK in request.headers.get("Accept", "")
+    return web.Response(
+        status=status or error.http_status,
+        body=msgspec.msgpack.encode(body) if ours else msgspec.json.encode(body),
+        content_type=MSGPACK if ours else "application/json",
+    )
 
 
 def _msgpack(value: msgspec.Struct) -> web.Response:

@@ -23,6 +23,7 @@ from metadata_server.connect import connect_client, endpoints_of
 from nodeapi.messages import ProbeReport, ProbeRequest
 
 _SILENT = "silent"
+_MSGPACK = {"Accept": "application/msgpack"}
 _STYLES = {Level.OK: "green", Level.WARN: "yellow", Level.WRONG: "bold red"}
 
 
@@ -88,7 +89,7 @@ async def _ask(
 ) -> ProbeReport | Problem:
     body = msgspec.msgpack.encode(ProbeRequest(peer=target.id, timeout_s=pair_s))
     try:
-        async with session.post(f"{source.control_url}/v1/probe", data=body) as reply:
+        async with session.post(f"{source.control_url}/v1/probe", data=body, headers=_MSGPACK) as reply:
             answer = await reply.read()
             if reply.status == 200:
                 return msgspec.msgpack.decode(answer, type=ProbeReport)

@@ -101,6 +101,8 @@ async def test_errors_and_nonsense_of_a_server_are_told(serve):
     metadata = await serve("/v1/stats", b"[1]")
     code, out = await show(router, metadata)
     assert code == 1 and "HTTP 500: nope" in out and "does not understand" in out
+    node = await serve("/v1/cluster", b'{"error": {"code": "invalid_request_error", "message": "Not Found"}}', 404)
+    assert "HTTP 404: Not Found" in (await show(node, metadata))[1]
 
 
 async def test_json_holds_both_answers_whole(serve, capsys):

@@ -14,7 +14,7 @@ from support.probe import probe_report
 
 from kvcore.errors import NodeUnavailableError, OverloadedError
 from kvcore.types import NodeInfo, Role
-from kvnode.control_api import ControlApi
+from kvnode.control_api import MSGPACK, ControlApi
 from kvnode.limits import NodeLimits
 from nodeapi.frames import FrameDecoder
 from nodeapi.messages import (
@@ -88,7 +88,7 @@ async def serving(max_body_bytes: int = 1 << 20, limits: NodeLimits = NodeLimits
     await site.start()
     port = runner.addresses[0][1]
     try:
-        async with aiohttp.ClientSession() as session:
+        async with aiohttp.ClientSession(headers={"Accept": MSGPACK}) as session:
             rig = Rig(session, api, engine, f"http://127.0.0.1:{port}")
             yield rig
     finally:
@@ -370,3 +370,12 @@ async def test_a_draining_node_measures_nothing() -> None:
         await rig.api.drain(0.1)
         status, body = await rig.post("/v1/probe", ProbeRequest(peer="d0", timeout_s=5.0))
         assert status == 503 and error_code(body) == "node_unavailable"
+
+
+async def test_a_person_reads_errors_in_json():
+    async with serving() as rig, aiohttp.ClientSession() as browser:
+        rig.down = True
+        for path, status, word in (("/health", 503, "starting"), ("/v1/nothing", 404, "GET /v1/nothing: Not Found")):
+            async with browser.get(rig.url + path) as reply:
+                assert (reply.status, reply.content_type) == (status, "application/json")
+                assert (await reply.json())["error"]["message"] == word
