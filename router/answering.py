@@ -44,8 +44,38 @@ class TextPiece:
 
 @dataclass(slots=True)
 class _TextChoice:
+    """One completion as it is read. `num_tokens` of it have been."""
+
     detokenizer: Detokenizer
     stops: StopChecker
+    min_tokens: int
+    num_tokens: int = 0
+
+    def read(self, token_ids: Sequence[int]) -> tuple[str, bool]:
+        """(the text that these tokens complete, whether a stop string was found). Tokens after the one that completes
+        the stop string are not read, so that what counts does not depend on how many came at once."""
+        if not self.stops.stops:
+            self.num_tokens += len(token_ids)
+            return self.detokenizer.feed(token_ids), False
+        pieces: list[str] = []
+        stop_found = False
+        for token_id in token_ids:
+            self.num_tokens += 1
+            text, stop_found = self.stops.feed(self.detokenizer.feed([token_id]), may_stop=self._may_stop)
+            pieces.append(text)
+            if stop_found:
+                break
+        return "".join(pieces), stop_found
+
+    def read_end(self) -> tuple[str, bool]:
+        """What is still held back after the last token: an incomplete character, whose text can complete a stop string,
+        and then the beginning of a stop string that will not be completed."""
+        text, stop_found = self.stops.feed(self.detokenizer.flush(), may_stop=self._may_stop)
+        return (text if stop_found else text + self.stops.flush()), stop_found
+
+    @property
+    def _may_stop(self) -> bool:
+        return self.num_tokens > self.min_tokens
 
 
 class ClientAnswer:
@@ -66,6 +96,8 @@ class ClientAnswer:
         self.num_choices = sum(spec.sampling.n for spec in request.specs)
         """Over all prompts; so with `prompt_tokens`."""
         self.prompt_tokens = sum(len(spec.prompt_token_ids) for spec in request.specs)
+        self.completion_tokens = 0
+        """Over all choices: of the pieces given out so far, those that end a choice unseen included."""
 
     def __repr__(self) -> str:
         return (
@@ -81,11 +113,6 @@ class ClientAnswer:
     def cached_tokens(self) -> int:
         """Over all prompts; final once `pieces` has ended."""
         return sum(run.machine.cached_tokens for run in self._runs)
-
-    @property
-    def completion_tokens(self) -> int:
-        """Over all choices; final once `pieces` has ended."""
-        return sum(run.machine.completion_tokens for run in self._runs)
 
     def close(self) -> None:
         """Runs that have not begun never will."""
@@ -138,29 +165,35 @@ class ClientAnswer:
         run, spec = self._runs[number], self._specs[number]
         first = sum(before.sampling.n for before in self._specs[:number])
         choices = [
-            _TextChoice(Detokenizer(self._tokenizer, spec.prompt_token_ids), StopChecker(self._stops))
+            _TextChoice(
+                Detokenizer(self._tokenizer, spec.prompt_token_ids), StopChecker(self._stops), spec.sampling.min_tokens
+            )
             for _ in range(spec.sampling.n)
         ]
         async with run:
             async for emit in run:
-                piece, stop_found = self._piece(first, choices[emit.index], emit)
+                choice = choices[emit.index]
+                piece, stop_found = self._piece(first, choice, emit)
                 if stop_found:
-                    run.stop(emit.index)
+                    run.stop(emit.index, choice.num_tokens)
                 if piece.text or piece.finish_reason or piece.logprobs or piece.token_ids:
                     yield piece
 
     def _piece(self, first: int, choice: _TextChoice, emit: Emit) -> tuple[TextPiece, bool]:
         """(what this output adds to its choice, whether a stop string was found in it)."""
+        before = choice.num_tokens
         visible = emit.token_ids if emit.stop_token_id is None else emit.token_ids[:-1]
-        logprobs = list(zip(visible, emit.logprobs, strict=False)) if emit.logprobs else []
-        text, stop_found = choice.stops.feed(choice.detokenizer.feed(visible))
+        text, stop_found = choice.read(visible)
         if emit.finish_reason is not None and not stop_found:
-            # The last output of this choice. Two things may still be held back: an incomplete character, whose text
-            # can complete a stop string, and then the beginning of a stop string that will not be completed.
-            rest, stop_found = choice.stops.feed(choice.detokenizer.flush())
-            text += rest if stop_found else rest + choice.stops.flush()
+            rest, stop_found = choice.read_end()
+            text += rest
+        if not stop_found:
+            choice.num_tokens = before + len(emit.token_ids)  # a stop token is counted though not read
+        count = choice.num_tokens - before
+        self.completion_tokens += count
+        logprobs = list(zip(visible[:count], emit.logprobs, strict=False)) if emit.logprobs else []
         reason = FinishReason.STOP if stop_found else emit.finish_reason
-        ids = emit.token_ids if self.shown.token_ids else ()
+        ids = emit.token_ids[:count] if self.shown.token_ids else ()
         return TextPiece(first + emit.index, text, logprobs, reason.value if reason else None, ids), stop_found
 
 

@@ -81,6 +81,14 @@ class Completions:
         self.finish(index, reason)
         return [Emit(index, (), () if self._logprobs else None, reason)]
 
+    def stop(self, index: int, num_tokens: int) -> bool:
+        """It ends after its first `num_tokens` tokens; those after them, which came before they were read, are dropped.
+        Returns whether it was unfinished."""
+        was_unfinished = index in self.unfinished
+        del self._all[index].tokens[num_tokens:]
+        self.finish(index, FinishReason.STOP)
+        return was_unfinished
+
     def finish(self, index: int, reason: FinishReason) -> None:
         """It has ended."""
         self._all[index].finished = reason

@@ -50,9 +50,10 @@ class DecodeFailed:
 
 @dataclass(frozen=True, slots=True)
 class StopHit:
-    """A stop string was found in the text of this index."""
+    """The text of this index's first `num_tokens` tokens has a stop string, and that of fewer has none."""
 
     index: int
+    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@
     DecodeFailed, T = 0         another decoder, the whole request anew (its prefill goes on; its chunks are stored)
     DecodeFailed, T > 0         another decoder continues each unfinished index after its T tokens, by a leg of its own
     DecodeFailed for good       CancelLeg all, Fail
-    StopHit                     the index has ended; its leg is cancelled once none of its indices is left
+    StopHit                     the index ends after these tokens; its leg is cancelled once none of its indices is left
     ClientGone, DeadlinePassed  CancelLeg all, Fail
     TimerFired(RETRY)           look again for a decoder, failed ones included, until patience is at its end
 
@@ -120,6 +120,11 @@ class RequestMachine:
         """Tokens emitted, over all indices."""
         return self._completions.num_tokens
 
+    @property
+    def complete(self) -> bool:
+        """Whether every index has ended."""
+        return not self._completions.unfinished
+
     def runs(self, leg: str) -> bool:
         """Whether events of this decode leg still matter."""
         return leg in self._decodes.running
@@ -146,8 +151,8 @@ class RequestMachine:
         return actions
 
     def handle(self, event: RequestEvent) -> list[Action]:
-        """The actions that follow. Events of legs that have ended, and after the end, are ignored."""
-        if self.ended:
+        """The actions that follow. Those of legs that have ended are ignored; after the end all but StopHit."""
+        if self.ended and type(event) is not StopHit:
             return []
         actions = self._actions_of(event)
         tokens_only = all(type(action) is Emit and action.finish_reason is None for action in actions)
@@ -180,7 +185,7 @@ class RequestMachine:
                 leg = self._decodes.running.get(event.leg)
                 return self._decode_failed(leg, event.error) if leg is not None else []
             case StopHit():
-                return self._stop_hit(event.index)
+                return self._stop_hit(event.index, event.num_tokens)
             case TimerFired():
                 return self._timer_fired(event.timer)
             case ClientGone():
@@ -277,8 +282,7 @@ class RequestMachine:
         actions: list[Action] = []
         for index in sorted(leg.indices):
             actions += self._completions.finish_if_complete(index)
-        unfinished = leg.indices & self._completions.unfinished
-        if not unfinished:
+        if not (unfinished := leg.indices & self._completions.unfinished):
             return actions + self._finish_if_complete()
         if not error.retryable:
             return actions + self._end(Fail(error))
@@ -297,18 +301,16 @@ class RequestMachine:
         """
         if any(self._completions[index].tries >= self._attempts for index in indices):
             return self._end(Fail(self.last_error))
-        node = self._placement.decoder()
-        if node is not None:
+        if (node := self._placement.decoder()) is not None:
             return self._start_decodes(node, indices)
         shed = isinstance(self.last_error, OverloadedError) and not self.completion_tokens
         if shed or self._placement.out_of_patience:
             return self._end(Fail(self.last_error))
         return list(self._placement.wait(indices))
 
-    def _stop_hit(self, index: int) -> list[Action]:
-        if index not in self._completions.unfinished:
+    def _stop_hit(self, index: int, num_tokens: int) -> list[Action]:
+        if not self._completions.stop(index, num_tokens) or self.ended:
             return []
-        self._completions.finish(index, FinishReason.STOP)
         self._placement.unplaced.discard(index)
         actions: list[Action] = []
         for leg in self._decodes.served_by(index):
@@ -328,8 +330,7 @@ class RequestMachine:
             case RequestTimer.SETTLE:
                 return self._end(Finish()) if not self._completions.unfinished else []
             case RequestTimer.RETRY:
-                unplaced = self._placement.take_unplaced()
-                return self._place(unplaced) if unplaced else []
+                return self._place(unplaced) if (unplaced := self._placement.take_unplaced()) else []
 
     def _finish_if_complete(self) -> list[Action]:
         """End with the last completion, or wait a moment for what a prefill leg under way says of cached tokens."""

@@ -146,6 +146,7 @@ class RequestRun:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.tell(ClientGone())
+        self._close_record()
         self._running.discard(self)
         if isinstance(self._end, Finish):
             self._services.control.adopt(self._tasks.values())
@@ -167,10 +168,13 @@ class RequestRun:
             self._changed.clear()
             await self._changed.wait()
 
-    def stop(self, index: int) -> None:
-        """A stop string was found in this completion: it needs no more tokens, and yields none."""
-        self.tell(StopHit(index))
+    def stop(self, index: int, num_tokens: int) -> None:
+        """A stop string was found in the text of this completion's first `num_tokens` tokens: it needs no more, and
+        yields none. What failed after the last completion's end, unread yet, does not matter any more."""
+        self.tell(StopHit(index, num_tokens))
         self._unread = deque(emit for emit in self._unread if emit.index != index)
+        if isinstance(self._end, Fail) and self.machine.complete:
+            self._end = Finish()
 
     def give_up(self, node: str, error: KVFerryError) -> None:
         """This node is lost, though no connection to it broke: fail every leg that needs it, so that each goes on
@@ -301,18 +305,21 @@ class RequestRun:
     def _close(self, end: Finish | Fail) -> None:
         self._end = end
         self._legs.drop_chosen()
-        record = self.record
         for timer in self._timers.values():
             timer.cancel()
-        record.total_s = self._services.clock.now() - self.started_at
-        record.cached_tokens = self.machine.cached_tokens
-        record.completion_tokens = self.machine.completion_tokens
-        record.retries, record.retried_legs = len(self.machine.retries), self.machine.retries
-        if isinstance(end, Finish):
-            record.state = "ok"
-        else:
-            record.state = "cancelled" if isinstance(end.error, CancelledByPeerError) else "failed"
-            record.error = f"{end.error.code}: {end.error.message}"
-        self._services.log.close(record)
+        self.record.total_s = self._services.clock.now() - self.started_at
         self._changed.set()
         self._drained.set()
+
+    def _close_record(self) -> None:
+        """With the last look at the outputs: until they have been read, a stop string may be found among them."""
+        record, machine, end = self.record, self.machine, self._end
+        record.cached_tokens = machine.cached_tokens
+        record.completion_tokens = machine.completion_tokens - sum(len(emit.token_ids) for emit in self._unread)
+        record.retries, record.retried_legs = len(machine.retries), machine.retries
+        if isinstance(end, Fail):
+            record.state = "cancelled" if isinstance(end.error, CancelledByPeerError) else "failed"
+            record.error = f"{end.error.code}: {end.error.message}"
+        else:
+            record.state = "ok"
+        self._services.log.close(record)

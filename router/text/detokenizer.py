@@ -108,9 +108,9 @@ class StopChecker:
     def __post_init__(self) -> None:
         self._longest = max(map(len, self.stops), default=0)
 
-    def feed(self, piece: str) -> tuple[str, bool]:
+    def feed(self, piece: str, *, may_stop: bool = True) -> tuple[str, bool]:
         """(the text to give out now, whether a stop string was found). Neither the stop string nor what follows it is
-        ever given out."""
+        ever given out. Without `may_stop` none is found that ends in this piece; it is text as any other."""
         # Four cases, by what has been held back and the new piece together:
         #   1. There are no stop strings: everything passes.
         #   2. One or more are complete. The one that ends first counts, as it would have been found first had the text
@@ -120,9 +120,9 @@ class StopChecker:
         #   4. None may: everything passes.
         if not self.stops:
             return piece, False
-        text = self._held + piece
-        matches = [(at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0]
-        if matches:
+        text, before = self._held + piece, len(self._held)
+        ends = [(stop, text.find(stop, max(0, before - len(stop) + 1))) for stop in self.stops if may_stop]
+        if matches := [(at + len(stop), at) for stop, at in ends if at >= 0]:
             self._held = ""
             _, begins_at = min(matches)
             return text[:begins_at], True

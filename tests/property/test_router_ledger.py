@@ -169,7 +169,13 @@ class World:
         index = self.draw(st.integers(0, self.n - 1))
         if index not in self.finished:
             self.stopped.add(index)
-        self.carry_out(self.machine.handle(StopHit(index)))
+        self.carry_out(self.machine.handle(StopHit(index, self.cut(index))))
+
+    def cut(self, index: int) -> int:
+        """Forget tokens after a stop string, which is found when they are read; returns how many are left."""
+        num_tokens = self.draw(st.integers(0, len(self.emitted[index])))
+        del self.emitted[index][num_tokens:]
+        return num_tokens
 
     def _timer(self) -> None:
         timer = self.draw(st.sampled_from(sorted(self.timers)))
@@ -210,7 +216,10 @@ def test_every_request_ends_once_with_exact_tokens_and_no_leg_left(
     for index, tokens in enumerate(world.emitted):
         assert tokens == [100 * index + i for i in range(len(tokens))], "once each, in order"
     if isinstance(world.ends[0], Finish):
-        assert set(world.finished) | world.stopped == set(range(n))
+        assert set(world.finished) | world.stopped == set(range(n)) and world.machine.complete
+    late = data.draw(st.integers(0, n - 1))
+    assert world.machine.handle(StopHit(late, world.cut(late))) == [], "the rest was read after the end"
+    assert world.machine.completion_tokens == sum(map(len, world.emitted))
     assert world.machine.handle(ClientGone()) == []
 
 

@@ -206,9 +206,9 @@ async def test_a_stop_ends_one_completion_and_the_last_one_the_request() -> None
     async with run:
         async for emit in run:
             seen.append(emit.index)
-            run.stop(emit.index)
+            run.stop(emit.index, 1)
     assert seen == [0, 1]
-    assert run.record.state == "ok"
+    assert (run.record.state, run.record.completion_tokens) == ("ok", 2)
     await assert_quiet(rig)
 
 
@@ -230,7 +230,7 @@ async def test_what_a_leg_says_once_we_ended_it_is_not_held_against_its_node() -
         async with run:
             async for emit in run:
                 if emit.index == 0:
-                    run.stop(0)
+                    run.stop(0, 1)
         await rig.dispatcher.aclose()
         assert [leg.error for leg in run.record.legs] == [None]
     assert rig.cluster.breaker_state(rig.cluster.nodes["d0"]) == "closed"
