@@ -96,6 +96,10 @@ class BlockManager:
             if self._references[block] == 0:
                 self._drop_last_reference(block)
 
+    def holds(self, key: ChunkKey) -> bool:
+        """Whether `reuse_chunk` would find it."""
+        return key in self._by_key
+
     def reuse_chunk(self, key: ChunkKey) -> tuple[int, ...] | None:
         """The blocks sealed under `key`, with one more reference each, or None."""
         # 1. Nothing is sealed under the key.

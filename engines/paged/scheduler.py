@@ -2,6 +2,7 @@
 
 Decodes first, then prompts, oldest first. A prompt gets all its blocks when it is admitted, so only decodes can run
 out; then the youngest holder gives its blocks up and is computed again later. The oldest never does: all move on.
+What one prompt computes no other does: it waits, without place and blocks, and takes the chunks when they are full.
 """
 
 from bisect import insort
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from engines.paged.blocks import BlockManager
 from engines.paged.sequence import Status, TokenSequence
 from kvcore.errors import OverloadedError
+from kvcore.types import ChunkKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,16 +183,23 @@ class Scheduler:
             assert len(sequence.block_table) * self.blocks.block_size >= sequence.num_computed
 
     def _admit(self, plan: Plan) -> None:
-        """Move waiting sequences on, oldest first, until one has no place or no blocks: nobody overtakes it."""
-        while self.waiting:
-            # 1. It wants to load, and the cache here lacks chunks that the store may have: it loads, with a place in
+        """Move waiting sequences on, oldest first, until one has no place or no blocks: nobody overtakes it. Those that
+        follow a running prompt are left where they are."""
+        computing = {key for sequence in self.running if (key := _chunk_in_hand(sequence)) is not None}
+        for sequence in list(self.waiting):
+            # 1. A running prompt computes the chunk that it needs next: it waits until that is found here, whatever
+            #    becomes of the other one.
+            # 2. It wants to load, and the cache here lacks chunks that the store may have: it loads, with a place in
             #    `loading`, and comes back to `waiting` afterwards.
-            # 2. It wanted to load, and found all its chunks here: it needs a place in `running` instead. Is there none,
+            # 3. It wanted to load, and found all its chunks here: it needs a place in `running` instead. Is there none,
             #    it stays the first in the queue, and keeps what it found.
-            # 3. It runs. Each time it begins, `num_cached` falls to what was found this time.
-            sequence = self.waiting[0]
+            # 4. It runs. Each time it begins, `num_cached` falls to what was found this time.
             queue = self.loading if sequence.wants_load else self.running
-            if len(queue) >= self.max_sequences or not self._reuse_and_allocate(sequence):
+            if len(queue) >= self.max_sequences:
+                return
+            if computing and self._next_missing(sequence) in computing:
+                continue
+            if not self._reuse_and_allocate(sequence):
                 return
             if sequence.wants_load and sequence.num_computed < sequence.num_reusable_chunks * sequence.chunk_tokens:
                 self.waiting.remove(sequence)
@@ -208,6 +217,15 @@ class Scheduler:
             self._start_running(sequence)
             if sequence.num_left == 0:
                 plan.fully_cached.append(sequence)
+            elif (key := _chunk_in_hand(sequence)) is not None:
+                computing.add(key)
+
+    def _next_missing(self, sequence: TokenSequence) -> ChunkKey | None:
+        """The first reusable chunk that it neither has nor would find here."""
+        chunk, limit = sequence.num_computed // sequence.chunk_tokens, sequence.num_reusable_chunks
+        while chunk < limit and self.blocks.holds(sequence.key(chunk)):
+            chunk += 1
+        return sequence.key(chunk) if chunk < limit else None
 
     def _reuse_and_allocate(self, sequence: TokenSequence) -> bool:
         """Reuse what is found, allocate the rest for all its tokens. False: not enough blocks, it holds none now."""
@@ -283,6 +301,14 @@ class Scheduler:
     def _free(self, sequence: TokenSequence) -> None:
         blocks, sequence.block_table, sequence.num_computed = sequence.block_table, [], 0
         self.blocks.release(blocks)
+
+
+def _chunk_in_hand(sequence: TokenSequence) -> ChunkKey | None:
+    """The full chunk of a prompt that its next step works on. None of one that has computed its prompt, or is paused:
+    nobody can rely on it."""
+    chunk = sequence.num_computed // sequence.chunk_tokens
+    full = (chunk + 1) * sequence.chunk_tokens <= sequence.num_prompt
+    return sequence.key(chunk) if full and not sequence.paused else None
 
 
 def _age(sequence: TokenSequence) -> tuple[int, int]:
