@@ -40,6 +40,9 @@ class KVSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Payload of one full chunk in bytes, without its header."""
     tp_rank: int = 0
     tp_size: int = 1
+    declared: tuple[tuple[str, str], ...] = ()
+    """(name, value) of what the engine interprets without its showing in the fields above, sorted. vLLM's names are its
+    arguments'. See `kvcore.kv_parts`, which compares specs by name."""
 
     @property
     def fingerprint(self) -> bytes:

@@ -115,11 +115,7 @@ def measure_provenance(folder: Path, model_id: str, model_config: Any) -> Proven
     if weights is None or tokenizer is None:
         missing = f"weights ({', '.join(_WEIGHT_PATTERNS)})" if weights is None else "a tokenizer"
         raise ModelLoadError(f"the model folder has no {missing}: {folder}. Download the model again")
-    settings = {
-        "hf": {k: v for k, v in model_config.hf_config.to_dict().items() if k not in _NOT_PROVENANCE},
-        "dtype": str(model_config.dtype),
-        "quantization": model_config.quantization,
-    }
+    settings = {k: v for k, v in model_config.hf_config.to_dict().items() if k not in _NOT_PROVENANCE}
     text = json.dumps(settings, sort_keys=True, default=str)
     return Provenance(
         model_id=model_id,

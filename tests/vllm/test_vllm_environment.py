@@ -3,13 +3,18 @@
 import threading
 import time
 from pathlib import Path
+from typing import get_args
+from unittest.mock import MagicMock
 
 import pytest
+from vllm.config.cache import CacheDType
 from vllm.distributed.device_communicators import shm_broadcast
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import compute_nixl_compatibility_hash
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from engines.vllm.arguments import command_line
+from engines.vllm.connector.kv_factors import KV_FACTORS, resolved_cache_dtype
 from engines.vllm.engine import VllmEngine
 from engines.vllm.queue_naps import wait_without_spinning
 from engines.vllm.start import VllmStart
@@ -99,3 +104,27 @@ def test_vllms_queue_sleeps_where_it_would_spin_and_else_waits_as_before(monkeyp
         condition.last_read = time.monotonic() - idle_s
         condition.wait(timeout_ms=1)
     assert naps == [pytest.approx(20e-6), pytest.approx(250e-6, rel=0.5), pytest.approx(500e-6)]
+
+
+def test_each_factor_of_nixls_compatibility_hash_is_declared_or_known_to_be_none_of_ours(monkeypatch):
+    hashed: dict[str, object] = {}
+    monkeypatch.setattr("vllm.config.utils.hash_factors", lambda factors: hashed.update(factors) or "")
+    compute_nixl_compatibility_hash(MagicMock(), "FLASH_ATTN")
+    ours = {
+        "vllm_version": "vllm",
+        "dtype": "dtype",
+        "attn_backend_name": "attention-backend",
+        "cache_dtype": "kv-cache-dtype",
+        "speculative_config": "speculative-config",
+    }
+    fields = {"model", "num_kv_heads", "head_size", "num_hidden_layers"}  # KVSpec's weights and shape
+    fixed = {"nixl_connector_version", "is_hma_enabled", "transfer_mode"}  # kvferry has one kind of each
+    assert hashed.keys() == ours.keys() | fields | fixed
+    assert set(ours.values()) <= KV_FACTORS.keys()
+
+
+def test_every_kind_of_kv_that_vllm_knows_is_told_from_every_other():
+    kinds = [resolved_cache_dtype(name, "bfloat16", "float8_e4m3fn") for name in get_args(CacheDType)]
+    same = {"auto": "bfloat16", "fp8": "fp8_e4m3"}
+    assert len(set(kinds)) == len(kinds) - len(same)
+    assert {name for name, kind in zip(get_args(CacheDType), kinds, strict=True) if kind != name} == same.keys()

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.ports import free_ports
 from support.process_tree import descendants
 from support.tiny_models import make_tiny_model
 from support.vllm_offline import (
+    Answers,
     ask,
     cached,
     check_answers,
@@ -177,20 +179,39 @@ def one_after_the_other(model: str, other: str, file: str) -> dict[str, Any]:
     return {"first": first, "foreign": foreign, "second": second}
 
 
-async def test_a_second_llm_finds_what_the_first_left_in_the_cluster(tiny, other, questions, tmp_path):
+@pytest.fixture
+def cluster_file(tiny: Path, tmp_path: Path) -> Iterator[Path]:
+    """Of a running store that any LLM may join."""
     model = ModelConfig(path=str(tiny), name="tiny")
     cluster = private_cluster(model, ByteSize(64 << 20), BLOCK, free_ports(PRIVATE_PORTS))
     file = tmp_path / "cluster.yaml"
     write_cluster(cluster.config, file)
-    store = OfflineStore(cluster)
-    try:
-        await asyncio.to_thread(store.start)
-        shown = await asyncio.to_thread(run_offline, one_after_the_other, tiny, other, file)
-    finally:
-        await asyncio.to_thread(store.close)
+    with closing(OfflineStore(cluster)) as store:
+        store.start()
+        yield file
+
+
+def test_a_second_llm_finds_what_the_first_left_in_the_cluster(tiny, other, questions, cluster_file):
+    shown = run_offline(one_after_the_other, tiny, other, cluster_file)
     check_answers(questions, PROMPTS, shown["first"], "first")
     check_answers(questions, PROMPTS, shown["second"], "second")
     assert cached(shown["first"]) == cached(shown["foreign"]) == [0] * len(PROMPTS)
     assert all(is_full(*pair) for pair in zip(cached(shown["second"]), LENGTHS, strict=True)), shown["second"]
     with closing(References("other", other, max_model_len=CONTEXT)) as single:
         check_answers(Questions(single, PROMPTS, NEW_TOKENS), PROMPTS, shown["foreign"], "other weights")
+
+
+def under_three_names(model: str, file: str) -> list[Answers]:
+    answers = []
+    for name in ("fp8", "fp8_e4m3", "fp8_e5m2"):
+        with open_llm(model, store=file, segment=None, dtype="bfloat16", kv_cache_dtype=name) as llm:
+            answers.append(ask(llm, PROMPTS[-1:], NEW_TOKENS))
+    return answers
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="fp8 KV on a CPU takes AVX-512")
+def test_two_kinds_of_fp8_never_share_kv_and_two_names_of_one_kind_do(tiny, cluster_file):
+    first, alias, other_kind = run_offline(under_three_names, tiny, cluster_file)
+    assert [cached(answers) for answers in (first, other_kind)] == [[0], [0]]
+    assert is_full(*cached(alias), LENGTHS[-1])
+    assert alias[0][0] == first[0][0]

@@ -86,6 +86,7 @@ class BlockLayout:
             chunk_bytes=chunk_tokens // self.block_size * self.block_bytes,
             tp_rank=rank,
             tp_size=size,
+            declared=provenance.declared,
         )
 
 

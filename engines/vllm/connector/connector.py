@@ -9,16 +9,20 @@ from typing import Any
 
 import msgspec
 import torch
+import vllm
+from vllm.config import get_layers_from_vllm_config
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorRole,
 )
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from engines.vllm.connector.kv_blocks import build_blocks
+from engines.vllm.connector.kv_factors import EngineFacts, LayerFacts, declared_factors
 from engines.vllm.connector.limits import ConnectorLimits
 from engines.vllm.connector.orders import StepOrders
 from engines.vllm.connector.scheduler_side import SchedulerSide
@@ -82,8 +86,11 @@ class KVFerryConnector(KVConnectorBase_V1):  # type: ignore[misc]
             block_size=self._vllm_config.cache_config.block_size,
         )
         rank, size = parallel.rank % parallel.tensor_parallel_size, parallel.tensor_parallel_size
+        declared = declared_factors(_facts(self._vllm_config, list(kv_caches)))
+        provenance = msgspec.structs.replace(self._settings.provenance, declared=declared)
+        self._settings = msgspec.structs.replace(self._settings, provenance=provenance)
         self._worker = WorkerHalf(self._settings, blocks, rank, size, limits=self._limits)
-        self._spec = blocks.build_spec(self._settings.provenance, self._settings.chunk_tokens, rank, size)
+        self._spec = self._worker.spec
 
     def get_handshake_metadata(self) -> SpecMetadata | None:
         """To the scheduler half: which KV it is."""
@@ -170,6 +177,20 @@ class KVFerryConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def _side(self) -> SchedulerSide:
         assert self._scheduler is not None, "vLLM used the scheduler half before its workers had sent their specs"
         return self._scheduler
+
+
+def _facts(vllm_config: Any, layer_names: list[str]) -> EngineFacts:
+    layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase, layer_names)
+    return EngineFacts(
+        config=vllm_config,
+        version=vllm.__version__,
+        platform=current_platform.device_name,
+        fp8=str(current_platform.fp8_dtype()).removeprefix("torch."),
+        layers=tuple(
+            LayerFacts(getattr(layer, "kv_cache_dtype", "auto"), layer.get_attn_backend().get_name())
+            for layer in layers.values()
+        ),
+    )
 
 
 def _check_supported(vllm_config: Any, kv_cache_config: Any, settings: ConnectorSettings) -> None:

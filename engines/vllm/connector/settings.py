@@ -10,12 +10,14 @@ EXTRA_CONFIG_NAME = "kvferry"
 
 
 class Provenance(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is known of the KV before vLLM runs (see KVSpec); the worker half measures dtype, layout and sizes."""
+    """What the KV comes from (see KVSpec); the worker half measures dtype, layout and sizes."""
 
     model_id: str
     weights_digest: str
     tokenizer_digest: str
     attention: str
+    declared: tuple[tuple[str, str], ...] = ()
+    """Empty before vLLM runs: what it declares is known once its model is loaded (`kv_factors`)."""
 
 
 class ConnectorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
