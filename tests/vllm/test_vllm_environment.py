@@ -14,8 +14,8 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from engines.vllm.arguments import command_line
-from engines.vllm.connector.kv_factors import KV_FACTORS, resolved_cache_dtype
 from engines.vllm.engine import VllmEngine
+from engines.vllm.kv_factors import KV_FACTORS, resolved_cache_dtype
 from engines.vllm.queue_naps import wait_without_spinning
 from engines.vllm.start import VllmStart
 from kvcore.config.checks import engine_of

@@ -22,12 +22,12 @@ from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from engines.vllm.connector.kv_blocks import build_blocks
-from engines.vllm.connector.kv_factors import EngineFacts, LayerFacts, declared_factors
 from engines.vllm.connector.limits import ConnectorLimits
 from engines.vllm.connector.orders import StepOrders
 from engines.vllm.connector.scheduler_side import SchedulerSide
 from engines.vllm.connector.settings import ConnectorSettings, from_extra_config
 from engines.vllm.connector.worker_half import WorkerHalf
+from engines.vllm.kv_factors import EngineFacts, LayerFacts, declared_factors
 from engines.vllm.queue_naps import wait_without_spinning
 from kvcore.errors import ConfigError
 from kvcore.telemetry import configure_logging

@@ -9,8 +9,8 @@ import pytest
 from support.vllm_kv import BLOCK, kv_caches
 
 from engines.vllm.connector.block_layout import measure
-from engines.vllm.connector.kv_factors import KV_FACTORS, EngineFacts, LayerFacts, declared_factors
 from engines.vllm.connector.settings import Provenance
+from engines.vllm.kv_factors import KV_FACTORS, EngineFacts, LayerFacts, declared_factors
 from kvcore.chunk_keys import root_key
 from kvcore.kv_parts import differing_parts
 from kvcore.types import KVSpec
