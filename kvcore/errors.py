@@ -147,6 +147,14 @@ class MetadataProtocolError(KVFerryError):
     code = "metadata_protocol_error"
 
 
+class NodeRefusedError(MetadataProtocolError):
+    """The metadata server does not take this node in: it is of another cluster or model, or another process lives under
+    its id."""
+
+    http_status = 409
+    code = "node_refused"
+
+
 # --- moving bytes ----------------------------------------------------------------------------------------------
 
 

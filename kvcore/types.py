@@ -64,14 +64,21 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NodeInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """A node as it announces itself. A restart has a higher `incarnation` and its old replicas are dead."""
+    """A node as it announces itself. What is empty is not known, or (but for `cluster`) the node has no engine."""
 
     id: str
     role: Role
     control_url: str
     incarnation: int
+    """Drawn anew at each start; it only tells one start from another. What an earlier one held is dead."""
     fingerprint: bytes = b""
-    """Of the engine's KVSpec; empty for a node without an engine."""
+    """Of the engine's KVSpec. Those of one cluster may differ: their KV is kept apart by its keys."""
+    cluster: str = ""
+    """Its name in the node's cluster file, and …"""
+    model: str = ""
+    """… `model.name` there."""
+    tokenizer_digest: str = ""
+    """Of the engine's KVSpec."""
 
 
 class ReplicaRef(msgspec.Struct, frozen=True, kw_only=True):

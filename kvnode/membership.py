@@ -15,7 +15,7 @@ import msgspec
 
 from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
 from kvcore.telemetry import log_fields
-from kvcore.types import NodeInfo
+from kvcore.types import KVSpec, NodeInfo
 from kvnode.limits import NodeLimits
 from metadata_server.client import MetadataClient
 from metadata_server.messages import (
@@ -107,12 +107,15 @@ class Membership:
         self._lease = LeaseKeeper(ttl_s, limits.lease_first_backoff_s)
         self._changed = asyncio.Event()
         """Something has changed that the step under way, or the last one, did not tell the server."""
+        self.refused = ""
+        """Why the metadata server does not take the node in; empty: it does, or has not said so."""
         self.registrations = 0
         self.heartbeat_failures = 0
 
     def __repr__(self) -> str:
         lease, node = self._lease, self._node
         known = f"known to epoch {lease.epoch}" if lease.epoch is not None else "known to no server"
+        known = f"refused: {self.refused}" if self.refused else known
         return (
             f"<Membership {node.role} {node.id}.{node.incarnation:x}, {known}, {lease.failures} failures in a row, "
             f"{self.registrations} registrations>"
@@ -128,10 +131,11 @@ class Membership:
         """Whether, as far as we know, the metadata server knows us."""
         return self._lease.epoch is not None and self._lease.failures == 0
 
-    def announce(self, fingerprint: bytes) -> None:
-        """An engine is ready whose KV has this fingerprint: the node registers with it at once."""
+    def announce(self, spec: KVSpec) -> None:
+        """An engine is ready whose KV is of this spec: the node registers with it at once."""
+        fingerprint, digest = spec.fingerprint, spec.tokenizer_digest
         if fingerprint != self._node.fingerprint:
-            self._node = msgspec.structs.replace(self._node, fingerprint=fingerprint)
+            self._node = msgspec.structs.replace(self._node, fingerprint=fingerprint, tokenizer_digest=digest)
             self.announce_again()
 
     def announce_again(self) -> None:
@@ -168,13 +172,15 @@ class Membership:
             log_fields(_logger, logging.WARNING, "release_failed", node=self._node.id, reason=error.message)
 
     async def _take_step(self) -> None:
-        """One call to the metadata server, or two. Four cases:
+        """One call to the metadata server, or two. Five cases:
 
         1. It does not know us and answers: we are registered, with all that lies in our segments.
         2. It knows us and answers: our lease is longer, or we learn that it has forgotten us and register next.
         3. It does not answer: we try again, ever more slowly. It is logged once an outage, and we keep the epoch that
            we had: an outage shorter than the lease costs no registration.
         4. What we told changed while we were telling it: the answer is thrown away and we register once more.
+        5. It does not take us in: we say why, wherever we are asked, and try again each period. It may be the server
+           that is to be corrected, or the lease of a process that died is to end first.
         """
         step = self._lease.step
         try:
@@ -183,10 +189,20 @@ class Membership:
             else:
                 self._lease.on_heartbeat(await self._heartbeat())
         except (MetadataUnavailableError, MetadataProtocolError) as error:
-            if self._lease.failures == 0:  # once an outage
+            if isinstance(error, MetadataProtocolError) and step is Step.REGISTER:
+                self._say_refused(error)
+            elif self._lease.failures == 0:  # once an outage
                 log_fields(_logger, logging.WARNING, f"{step}_failed", node=self._node.id, reason=error.message)
             self._lease.on_failure()
             self.heartbeat_failures += 1
+
+    def _say_refused(self, error: MetadataProtocolError) -> None:
+        if error.message != self.refused:
+            self.refused = error.message
+            log_fields(
+                _logger, logging.ERROR, "refused", node=self._node.id, reason=error.message,
+                effect="nothing that this node computes is stored; it tries again",
+            )  # fmt: skip
 
     async def _heartbeat(self) -> HeartbeatReply:
         return await self._client.heartbeat(HeartbeatRequest(node_id=self._node.id, incarnation=self._node.incarnation))
@@ -197,6 +213,7 @@ class Membership:
         node = self._node
         segments = await self._scan()
         reply = await self._client.register(RegisterRequest(node=node, segments=segments, ttl_s=self._ttl_s))
+        self.refused = ""
         self.registrations += 1
         if not self._changed.is_set():  # case 4: register once more
             self._lease.on_registered(reply)

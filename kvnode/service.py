@@ -6,6 +6,7 @@ segment go.
 
 import asyncio
 import logging
+import secrets
 import socket
 import sys
 from contextlib import AsyncExitStack
@@ -55,6 +56,8 @@ class _RunningNode:
 
     def health(self) -> str | None:
         """Why the node does not serve; None: it does."""
+        if self.membership.refused:
+            return f"the metadata server refuses this node: {self.membership.refused}"
         if self.supervisor is None or self.supervisor.ready:
             return None
         return "the node's engine is starting"
@@ -81,6 +84,7 @@ class _RunningNode:
             transports=sample.transports if sample is not None else {},
             draining=self.api is not None and self.api.draining,
             engine_restarts=self.supervisor.restarts if self.supervisor is not None else 0,
+            refused=self.membership.refused,
         )
 
 
@@ -94,11 +98,18 @@ async def run_node(
     """Run node `name` until `lifecycle.stopping`, then stop in order. Raises ConfigError for what cannot be run."""
     clock = clock or SystemClock()
     settings, stack = node_config(config, name), lifecycle.stack
-    incarnation = int(clock.wall() * 1000)
+    incarnation = draw_incarnation()
     listener = listen(settings.host, settings.port)  # first: a port in use is said before memory is faulted in
     stack.callback(listener.close)
     port = listener.getsockname()[1]
-    info = NodeInfo(id=name, role=settings.role, control_url=base_url(settings.host, port), incarnation=incarnation)
+    info = NodeInfo(
+        id=name,
+        role=settings.role,
+        control_url=base_url(settings.host, port),
+        incarnation=incarnation,
+        cluster=config.cluster,
+        model=config.model.name if settings.role is not Role.STORE else "",
+    )
     owner = await stack.enter_async_context(SegmentOwner(name, incarnation, settings, config.transport, limits=limits))
     client = connect_client(endpoints_of(config.metadata_server), clock)
     stack.push_async_callback(client.aclose)
@@ -138,6 +149,11 @@ async def run_node(
     await node.api.drain(config.service.drain_s)
 
 
+def draw_incarnation() -> int:
+    """Tells this start of the node from all others; no clock, which may step back. JSON's readers keep its 53 bits."""
+    return 1 + secrets.randbelow((1 << 53) - 1)
+
+
 def _supervisor(
     config: ClusterConfig, membership: Membership, prober: PeerProber, clock: Clock, limits: NodeLimits
 ) -> EngineSupervisor | None:
@@ -159,7 +175,7 @@ def _supervisor(
     return EngineSupervisor(
         make,
         clock,
-        on_ready=lambda engine: membership.announce(engine.info.kv_spec.fingerprint),
+        on_ready=lambda engine: membership.announce(engine.info.kv_spec),
         on_end=ended,
         limits=limits,
     )

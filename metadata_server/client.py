@@ -93,8 +93,8 @@ class MetadataClient:
         return self._pause_s == 0.0 or self._clock.now() >= self._closed_until
 
     async def register(self, request: RegisterRequest, *, timeout_s: float | None = None) -> RegisterReply:
-        """Join, or join again with what lies in the segments. Raises MetadataProtocolError for an older incarnation,
-        or if server and client have no version of the protocol in common."""
+        """Join, or join again with what lies in the segments. Raises NodeRefusedError if the server does not take this
+        node in, MetadataProtocolError if the two have no version of the protocol in common."""
         return self._greeted(await self._call(endpoints.REGISTER, self._speaks.greet(request), timeout_s))
 
     async def heartbeat(self, request: HeartbeatRequest, *, timeout_s: float | None = None) -> HeartbeatReply:

@@ -5,12 +5,16 @@ else. Invariants: a waiter is in `_waiting` only while its call is under way; a 
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from kvcore.clock import Clock
-from kvcore.errors import MetadataProtocolError, OverloadedError
+from kvcore.errors import MetadataProtocolError, NodeRefusedError, OverloadedError
+from kvcore.telemetry import log_fields
 from kvcore.types import ChunkKey
 from metadata_server.endpoints import ENDPOINTS
 from metadata_server.index.state import MetadataState
@@ -22,12 +26,16 @@ from metadata_server.messages import (
     MatchRequest,
     NodesReply,
     Nothing,
+    RegisterReply,
+    RegisterRequest,
     ReleaseRequest,
     Stats,
     WaitRequest,
 )
 from metadata_server.protocol import RequestDecoder, encode
+from metadata_server.refusals import Refusals
 
+_logger = logging.getLogger("metadata_server")
 _DONE = Nothing()
 
 
@@ -59,6 +67,7 @@ class MetadataCore:
         self._clock = clock
         self._limits = limits
         self._waiting: dict[ChunkKey, set[asyncio.Event]] = {}
+        self._refusals = Refusals(limits)
         self._num_waiters = 0
         self._num_subscribers = 0
         self._seen_seq = state.log.next_seq
@@ -104,6 +113,18 @@ class MetadataCore:
 
     # --- handlers of the table's calls that are not the state's own --------------------------------------------------
 
+    def register(self, request: RegisterRequest, now: float) -> RegisterReply:
+        """See MetadataState.register. A refusal is logged when it is news."""
+        node = request.node
+        try:
+            reply = self.state.register(request, now)
+        except NodeRefusedError as error:
+            if self._refusals.add(node, error.message, now):
+                log_fields(_logger, logging.WARNING, "node_refused", node=node.id, reason=error.message)
+            raise
+        self._refusals.taken_in(node)
+        return reply
+
     def match(self, request: MatchRequest | WaitRequest, now: float) -> MatchReply:
         """See MetadataState.match."""
         return self.state.match(
@@ -123,8 +144,9 @@ class MetadataCore:
         return self.state.speaks.greet(self.state.nodes(now))
 
     def stats(self, _: object, now: float) -> Stats:
-        """See MetadataState.stats."""
-        return self.state.stats(now, self._num_waiters)
+        """See MetadataState.stats; with who was refused lately."""
+        refused = self._refusals.listed(now)
+        return msgspec.structs.replace(self.state.stats(now, self._num_waiters), refused=refused)
 
     async def wait(self, request: WaitRequest, now: float) -> MatchReply:
         """As `match`, once more than `more_than` leading keys are complete, time is up, or too many wait."""

@@ -47,6 +47,9 @@ def _check_register(request: m.RegisterRequest) -> None:
     check_incarnation(node.incarnation, "node.incarnation")
     check_text(node.control_url, "node.control_url")
     require(len(node.fingerprint) in (0, 16), "node.fingerprint", "has 16 bytes or none")
+    check_text(node.cluster, "node.cluster")
+    check_text(node.model, "node.model")
+    check_name(node.tokenizer_digest, "node.tokenizer_digest", empty=True)
     check_seconds(request.ttl_s, "ttl_s")
     require(len(request.segments) <= MAX_NAME, "segments", "too many")
     for at, manifest in enumerate(request.segments):
@@ -117,15 +120,18 @@ class EndpointSpec(Generic[Req, Rep]):
     """Raises MetadataProtocolError for a request out of bounds."""
     waits: bool = False
     """A long poll: its handler is async and ends when its client leaves."""
+    statuses: tuple[int, ...] = (400, 413, 415, 503)
+    """Of its errors."""
 
 
 REGISTER = EndpointSpec(
     "/v1/nodes/register",
     m.RegisterRequest,
     m.RegisterReply,
-    lambda core: core.state.register,
+    lambda core: core.register,
     "Join, or join again with manifests",
     _check_register,
+    statuses=(400, 409, 413, 415, 503),
 )
 HEARTBEAT = EndpointSpec(
     "/v1/nodes/heartbeat",

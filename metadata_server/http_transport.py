@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator
 import aiohttp
 import msgspec
 
-from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
+from kvcore.errors import MetadataProtocolError, MetadataUnavailableError, NodeRefusedError
 from kvcore.ports import why_unreachable
 from metadata_server.limits import ClientLimits
 
@@ -91,6 +91,7 @@ class HttpEventSource:
 
 class _FaultText(msgspec.Struct):
     message: str
+    code: str = ""
 
 
 class _FaultBody(msgspec.Struct):
@@ -106,8 +107,10 @@ def _new_session(limits: ClientLimits) -> aiohttp.ClientSession:
 
 def _error_of(what: str, status: int, body: bytes) -> MetadataUnavailableError | MetadataProtocolError:
     try:
-        message = msgspec.msgpack.decode(body, type=_FaultBody).error.message
+        fault = msgspec.msgpack.decode(body, type=_FaultBody).error
     except msgspec.MsgspecError:
-        message = body[:200].decode("utf-8", "replace")
-    text = f"{what} answered {status}: {message}"
+        fault = _FaultText(body[:200].decode("utf-8", "replace"))
+    if fault.code == NodeRefusedError.code:
+        return NodeRefusedError(fault.message)
+    text = f"{what} answered {status}: {fault.message}"
     return MetadataUnavailableError(text) if status >= 500 else MetadataProtocolError(text)

@@ -20,6 +20,10 @@ class ServerLimits:
     """For a request's body to arrive."""
     send_s: float = 10.0
     """For a subscriber to take one batch."""
+    refused_s: float = 60.0
+    """A node that was refused is listed for so long after it last asked; of many, …"""
+    max_refused: int = 64
+    """… those that asked last."""
 
 
 @dataclass(frozen=True, slots=True)

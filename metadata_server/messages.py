@@ -42,7 +42,8 @@ class SegmentManifest(_Request, frozen=True, kw_only=True):
 
 
 class RegisterRequest(VersionedMessage, _Request, frozen=True, kw_only=True):
-    """A node joins, or re-joins with the same incarnation after the metadata server lost it."""
+    """A node joins, or re-joins with the same incarnation after the metadata server lost it. Refused with 409: a node
+    of another cluster or model, and one whose id is another living process's."""
 
     node: NodeInfo
     segments: list[SegmentManifest] = []
@@ -270,6 +271,13 @@ class SegmentStats(_Reply, frozen=True, kw_only=True):
     num_replicas: int
 
 
+class RefusedNode(_Reply, frozen=True, kw_only=True):
+    """A node that wants to join and is not taken in."""
+
+    node: NodeInfo
+    reason: str
+
+
 class Stats(_Reply, frozen=True, kw_only=True):
     """What /v1/stats shows. After a drained load `reservations` and `read_leases` are 0."""
 
@@ -283,3 +291,5 @@ class Stats(_Reply, frozen=True, kw_only=True):
     counters: dict[str, int]
     """Totals since start: lookups, hits, reserved, committed, aborted, expired, evicted, declined_full,
     quarantined_<reason>, ..."""
+    refused: list[RefusedNode] = []
+    """Those that asked within the last minute."""

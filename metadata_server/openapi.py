@@ -108,7 +108,7 @@ def document() -> _Schema:
             paths[endpoint.path] = {"get": {**operation, "responses": _answers(ok, ())}}
         else:
             body = {"required": True, "content": _content(_reference(endpoint.request.__name__))}
-            operation |= {"requestBody": body, "responses": _answers(ok, (400, 413, 415, 503))}
+            operation |= {"requestBody": body, "responses": _answers(ok, endpoint.statuses)}
             paths[endpoint.path] = {"post": operation}
     for path, query in _queries().items():
         paths[path] = {"get": {"operationId": path, **query}}

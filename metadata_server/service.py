@@ -4,6 +4,7 @@ import secrets
 
 from kvcore.clock import Clock, SystemClock
 from kvcore.config.schema import ClusterConfig
+from kvcore.identity import ClusterIdentity
 from kvcore.process.asgi import AsgiServer
 from kvcore.process.service import Lifecycle
 from kvcore.telemetry import Metrics
@@ -23,6 +24,7 @@ def create_core(config: ClusterConfig, clock: Clock) -> MetadataCore:
         server.node_ttl_s,
         epoch=f"{wall_ms:x}-{secrets.token_hex(4)}",
         first_generation=wall_ms << _GENERATION_BITS,
+        identity=ClusterIdentity(config.cluster, config.model.name),
         event_log=server.event_log,
     )
     return MetadataCore(state, clock)

@@ -218,6 +218,9 @@ class NodeReport(Greeting, frozen=True, kw_only=True):
     """Segment id of a peer -> the transport that was last used to reach it."""
     draining: bool = False
     engine_restarts: int = 0
+    refused: str = ""
+    """Why the metadata server does not take the node in: nothing that it computes can be stored. Empty: it does, or has
+    not been reached."""
 
 
 class ProbeRequest(_StrictMessage, frozen=True, kw_only=True):

@@ -121,7 +121,7 @@ class OfflineStore:
                 report = await self._ask_node()
                 await self._until(
                     server,
-                    lambda nodes: report.node in nodes,
+                    lambda nodes: any(_same_start(node, report.node) for node in nodes),
                     config.service.start_s,
                     f"does not know the LLM's node {self._cluster.node_name}",
                 )
@@ -173,6 +173,10 @@ class OfflineStore:
         log_fields(_logger, logging.WARNING, "store_process_died", process=event.name, detail=event.detail)
         if event.name == self._cluster.node_name:
             _logger.warning("store_lost nothing more is saved; make the LLM anew to have a store again")
+
+
+def _same_start(one: NodeInfo, other: NodeInfo) -> bool:
+    return (one.id, one.incarnation) == (other.id, other.incarnation)
 
 
 def own_address(server: MetadataServerConfig) -> str:

@@ -8,5 +8,5 @@ class IndexLimits:
     """What MetadataState holds at most, and for how long."""
 
     max_read_leases: int = 65_536
-    tombstone_ttls: int = 12
-    """The last incarnation of a node that has gone is known for so many of its longest leases."""
+    max_replaced: int = 64
+    """Earlier incarnations of a live node that are known, so that their late messages are refused."""

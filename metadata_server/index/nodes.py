@@ -1,12 +1,14 @@
-"""Which nodes live: their incarnations, their own leases, which segments they own, and who was here lately.
+"""Which nodes live: their incarnations, their own leases, which segments they own. Says who may take whose place.
 
-Owns the registry and the tombstones. Invariants: a live node has a deadline; every segment belongs to exactly one live
-node; a node that has gone cannot come back under an older incarnation while its tombstone lasts.
+Owns the registry. Invariants: a live node has a deadline; every segment belongs to exactly one live node; of one id one
+process is live (docs/adr/0012). Incarnations have no order: the one that registered last is the node's.
 """
 
+from collections import deque
 from collections.abc import Iterator
 
-from kvcore.errors import MetadataProtocolError
+from kvcore.errors import MetadataProtocolError, NodeRefusedError
+from kvcore.identity import ClusterIdentity
 from kvcore.types import NodeInfo
 from metadata_server.index.leases import Deadlines, Expiry
 from metadata_server.index.segments import Replica, SegmentRecord
@@ -14,10 +16,12 @@ from metadata_server.messages import RegisterRequest
 
 
 class LiveNode:
-    """A node as it registered, with its segments and the reservations that it has as a writer."""
+    """A node as it registered, with its segments and the reservations that it has as a writer. `replaced`: incarnations
+    whose place it took, the latest last."""
 
-    def __init__(self, info: NodeInfo) -> None:
+    def __init__(self, info: NodeInfo, replaced: deque[int]) -> None:
         self.info = info
+        self.replaced = replaced
         self.ttl_s = 0.0
         self.segments: dict[str, SegmentRecord] = {}
         self.reservations: dict[int, Replica] = {}
@@ -30,15 +34,17 @@ class LiveNode:
 class NodeRegistry:
     """Mutated by MetadataState only."""
 
-    def __init__(self, deadlines: Deadlines, longest_ttl_s: float, tombstone_ttls: int) -> None:
-        """A node's lease is at most `longest_ttl_s`; a tombstone lasts `tombstone_ttls` times as long."""
+    def __init__(
+        self, deadlines: Deadlines, longest_ttl_s: float, identity: ClusterIdentity, max_replaced: int
+    ) -> None:
+        """A node's lease is at most `longest_ttl_s`."""
         self.segments: dict[str, SegmentRecord] = {}
         """Of all live nodes, by id."""
         self._deadlines = deadlines
         self._longest_ttl_s = longest_ttl_s
-        self._tombstone_s = tombstone_ttls * longest_ttl_s
+        self._identity = identity
+        self._max_replaced = max_replaced
         self._live: dict[str, LiveNode] = {}
-        self._gone: dict[str, tuple[int, float]] = {}  # node id -> (last incarnation, when to forget it)
 
     def __iter__(self) -> Iterator[LiveNode]:
         return iter(self._live.values())
@@ -50,7 +56,7 @@ class NodeRegistry:
         return self._live[node_id]
 
     def __repr__(self) -> str:
-        return f"<NodeRegistry {len(self._live)} live, {len(self._gone)} gone, {len(self.segments)} segments>"
+        return f"<NodeRegistry {len(self._live)} live, {len(self.segments)} segments>"
 
     def get(self, node_id: str, incarnation: int) -> LiveNode | None:
         """The live node of exactly this incarnation."""
@@ -58,18 +64,17 @@ class NodeRegistry:
         return node if node is not None and node.info.incarnation == incarnation else None
 
     def check_request(self, request: RegisterRequest) -> LiveNode | None:
-        """The live node that registers again, of this incarnation or an older one; None: it is not known.
+        """The live node of this id: the same one, or one whose place is taken. None: no such node lives.
 
-        Raises MetadataProtocolError for an older incarnation than the last one seen, or for a segment that is another
-        node's, listed twice or of another size than before.
+        Raises NodeRefusedError for a node of another cluster or model, or whose id is another living process's;
+        MetadataProtocolError for a segment that is another node's, listed twice or of another size than before.
         """
         info, node = request.node, self._live.get(request.node.id)
-        last = node.info.incarnation if node else self._gone.get(info.id, (0, 0.0))[0]
-        if info.incarnation < last:
-            raise MetadataProtocolError(
-                f"node {info.id} registers with incarnation {info.incarnation}, but {last} has been seen",
-                param="node.incarnation",
-            )
+        foreign = self._identity.why_foreign(info)
+        if foreign is not None:
+            raise NodeRefusedError(foreign, param="node")
+        if node is not None and info.incarnation != node.info.incarnation:
+            _check_takes_place(info, node)
         seen: set[str] = set()
         for at, manifest in enumerate(request.segments):
             segment, known = manifest.segment, self.segments.get(manifest.segment.id)
@@ -85,11 +90,13 @@ class NodeRegistry:
             seen.add(segment.id)
         return node
 
-    def join(self, info: NodeInfo) -> LiveNode:
-        """The node, live under this info from now on. Its lease is to be set by `renew`."""
-        node = self._live.setdefault(info.id, LiveNode(info))
+    def join(self, info: NodeInfo, replaces: LiveNode | None = None) -> LiveNode:
+        """The node, live under this info from now on. Its lease is to be set by `renew`; `replaces` is gone already."""
+        replaced = deque(replaces.replaced if replaces is not None else (), maxlen=self._max_replaced)
+        if replaces is not None:
+            replaced.append(replaces.info.incarnation)
+        node = self._live.setdefault(info.id, LiveNode(info, replaced))
         node.info = info
-        self._gone.pop(info.id, None)
         return node
 
     def renew(self, node: LiveNode, now: float, ttl_s: float | None = None) -> None:
@@ -107,14 +114,32 @@ class NodeRegistry:
         del self.segments[segment_id]
         return node.segments.pop(segment_id)
 
-    def remove(self, node: LiveNode, now: float) -> None:
-        """The node, whose segments are removed already, is gone; its tombstone is set, old ones are cleared."""
+    def remove(self, node: LiveNode) -> None:
+        """The node, whose segments are removed already, is gone."""
         self._deadlines.drop((Expiry.NODE, node.info.id))
         del self._live[node.info.id]
-        self._gone = {name: (last, until) for name, (last, until) in self._gone.items() if until > now}
-        self._gone[node.info.id] = (node.info.incarnation, now + self._tombstone_s)
 
     def check(self) -> None:
         """Assert every invariant. For tests."""
         assert self.segments == {name: record for node in self for name, record in node.segments.items()}
         assert all((Expiry.NODE, name) in self._deadlines for name in self._live)
+
+
+def _check_takes_place(info: NodeInfo, live: LiveNode) -> None:
+    """Raises NodeRefusedError unless the process that registers is a later start of the live node."""
+    # Three cases:
+    # 1. at the live one's address, and not seen before: an address is one process's, so the live one's has ended;
+    # 2. one whose place the live one took: a late message of a process that has ended, or of one on another machine;
+    # 3. at another address: only the end of the live one's lease says that it is gone.
+    if info.incarnation in live.replaced:
+        raise NodeRefusedError(
+            f"node {info.id} at {info.control_url} was started again since: end this process, or give one of the two "
+            "another name",
+            param="node.incarnation",
+        )
+    if info.control_url != live.info.control_url:
+        raise NodeRefusedError(
+            f"node {info.id} is alive at {live.info.control_url}, and this one is at {info.control_url}: give one of "
+            "the two another name, or wait for the lease of the first to end",
+            param="node.id",
+        )

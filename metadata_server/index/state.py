@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Iterator
 
 from kvcore.config.schema import StoreConfig
+from kvcore.errors import NodeRefusedError
+from kvcore.identity import ClusterIdentity
 from kvcore.types import ChunkKey
 from metadata_server.index.event_log import EventLog
 from metadata_server.index.leases import Deadlines, Expiry
@@ -51,17 +53,19 @@ class MetadataState:
         first_generation: int,
         *,
         event_log: int = 65_536,
+        identity: ClusterIdentity = ClusterIdentity(),
         speaks: Protocols = SPOKEN,
         limits: IndexLimits = IndexLimits(),
     ) -> None:
         """`node_ttl_s` bounds what nodes may ask for; `first_generation` is above all that an earlier life gave out:
-        generations, and ids of replicas and leases, so that what was granted in that life is unknown in this one."""
+        generations, and ids of replicas and leases, so that what was granted in that life is unknown in this one.
+        `identity` is what nodes must be of."""
         self.log = EventLog(epoch, event_log)
         self.speaks = speaks
         self.counters: Counter[str] = Counter()
         self._deadlines = deadlines = Deadlines()
         self._index = index = ReplicaIndex(self.log, first_generation)
-        self._nodes = nodes = NodeRegistry(deadlines, node_ttl_s, limits.tombstone_ttls)
+        self._nodes = nodes = NodeRegistry(deadlines, node_ttl_s, identity, limits.max_replaced)
         self._reservations = Reservations(config, nodes, index, deadlines, self.counters)
         self._reading = Reading(
             nodes, index, deadlines, self.counters, first_lease=first_generation, max_leases=limits.max_read_leases
@@ -127,23 +131,28 @@ class MetadataState:
     def register(self, request: RegisterRequest, now: float) -> RegisterReply:
         """Join or join again. The request's segments are all that the node has: others of its segments are dropped.
 
-        Raises MetadataProtocolError for an incarnation older than the last one seen, a segment that is another node's
-        or has changed its size, or a node that has no version of the protocol in common with the server.
+        Raises NodeRefusedError for a node of another cluster or model, or whose id is another living process's;
+        MetadataProtocolError for a segment that is another node's or has changed its size, or a node that has no
+        version of the protocol in common with the server.
         """
         self.tick(now)
         info = request.node
         self.speaks.common(request.spoken, us="the metadata server", them=f"node {info.id}")
-        node = self._nodes.check_request(request)
+        try:
+            node = self._nodes.check_request(request)
+        except NodeRefusedError:
+            self.counters["nodes_refused"] += 1
+            raise
         # Nothing has changed so far; from here on nothing is refused. Who registers is one of four:
-        # 1. a new incarnation of a node that still counts as alive: the old one is dropped with all it held, then 2;
+        # 1. a later start of a node that still counts as alive: the old one is dropped with all it held, then 2;
         # 2. a node that is not alive: it joins, and an event says so;
         # 3. a known incarnation with another address or fingerprint: only its info changes, and an event says so;
         # 4. a known incarnation as it was, which was told to register again or wants to be sure: nobody is told.
-        if node is not None and info.incarnation > node.info.incarnation:
-            self._drop_node(node, now)
-            node = None
+        replaces = node if node is not None and node.info.incarnation != info.incarnation else None
+        if replaces is not None:
+            self._drop_node(replaces, now)
         if node is None or node.info != info:
-            node = self._nodes.join(info)
+            node = self._nodes.join(info, replaces)
             self.log.append(EventKind.NODE_UP, info.id, node=info)
         self._nodes.renew(node, now, request.ttl_s)
         for absent in node.segments.keys() - {manifest.segment.id for manifest in request.segments}:
@@ -301,6 +310,6 @@ class MetadataState:
         for segment_id in list(node.segments):
             self._drop_segment(node, segment_id, emit_event=False)
         self._give_back(node, now)
-        self._nodes.remove(node, now)
+        self._nodes.remove(node)
         self._index.publish()
         self.log.append(EventKind.NODE_DOWN, node.info.id)

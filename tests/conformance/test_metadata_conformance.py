@@ -80,7 +80,7 @@ class Index:
         ("leave", LeaveRequest(node_id="a", incarnation=-1), "incarnation"),
         ("release", ReleaseRequest(lease_ids=[0] * 65_537), "lease_ids"),
         ("commit", ReplicaIds(node_id="x" * 257, incarnation=1, replica_ids=[]), "node_id"),
-        ("register", registration("a", incarnation=0), "incarnation"),
+        ("register", registration("a", incarnation=1 << 63), "incarnation"),
         ("register", registration("b", ttl_s=float("inf")), "ttl_s"),
     ],
 )

@@ -1,11 +1,12 @@
 """The metadata state against a simple model, in random order, with every invariant checked after each step."""
 
+import msgspec
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from support.metadata_words import UNIT, granted, ids, key, keys, new_state, registration, reservation
 
-from kvcore.errors import MetadataProtocolError
+from kvcore.errors import NodeRefusedError
 from metadata_server.index.allocator import ExtentAllocator
 from metadata_server.messages import (
     EventKind,
@@ -32,7 +33,9 @@ class MetadataMachine(RuleBasedStateMachine):
         self.now = 0.0
         self.state = new_state(event_log=100_000, high_watermark=0.9, low_watermark=0.5)
         self.alive: dict[str, tuple[int, float]] = {}
-        self.incarnations = dict.fromkeys(NODES, 1)
+        self.incarnations = dict.fromkeys(NODES, 0)
+        self.replaced: dict[str, list[int]] = {node: [] for node in NODES}
+        self.starts = 0
         self.open: dict[int, tuple[str, int, float, object]] = {}
         self.leases: dict[int, tuple[frozenset, float, str | None]] = {}
         self.seen: list = []  # replicas ever granted
@@ -42,7 +45,6 @@ class MetadataMachine(RuleBasedStateMachine):
         self.up: set[str] = set()
         self.position = 1
         for node in NODES:
-            self.incarnations[node] = 0
             self.register(node, newer=True, units=4)
 
     def live(self, node):
@@ -51,7 +53,9 @@ class MetadataMachine(RuleBasedStateMachine):
     @rule(node=NODE, newer=st.sampled_from([False, False, False, True]), units=st.integers(1, 5))
     def register(self, node, newer, units):
         if newer or not self.live(node):
-            self.incarnations[node] += 1
+            self.starts += 1
+            self.replaced[node] = [*self.replaced[node], self.incarnations[node]] if self.live(node) else []
+            self.incarnations[node] = self.starts * 7919 % 104_729  # no two are the same, and they have no order
             self.lose(node)
             self.state.register(registration(node, units=units, incarnation=self.incarnations[node]), self.now)
         else:
@@ -62,14 +66,20 @@ class MetadataMachine(RuleBasedStateMachine):
             self.state.register(info, self.now)
         self.alive[node] = (self.incarnations[node], self.now + 5.0)
 
-    @rule(node=NODE)
-    def register_older(self, node):
-        if self.live(node):
-            try:
-                self.state.register(registration(node, incarnation=self.incarnations[node] - 1), self.now)
-            except MetadataProtocolError:
-                return
-            raise AssertionError("an older incarnation was let in")
+    @rule(node=NODE, late=st.booleans(), data=st.data())
+    def register_another(self, node, late, data):
+        """A late message of an earlier start, or another process of the same id."""
+        if not self.live(node) or (late and not self.replaced[node]):
+            return
+        request = registration(node, incarnation=data.draw(st.sampled_from(self.replaced[node])) if late else 1 << 20)
+        if not late:
+            info = msgspec.structs.replace(request.node, control_url="http://elsewhere")
+            request = msgspec.structs.replace(request, node=info)
+        try:
+            self.state.register(request, self.now)
+        except NodeRefusedError:
+            return
+        raise AssertionError("two processes of one id were let in")
 
     @rule(node=NODE)
     def heartbeat(self, node):

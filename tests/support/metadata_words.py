@@ -3,6 +3,7 @@
 from typing import Any
 
 from kvcore.config.schema import StoreConfig
+from kvcore.identity import ClusterIdentity
 from kvcore.types import ChunkKey, NodeInfo, ReplicaRef, Role, Segment
 from metadata_server.index.limits import IndexLimits
 from metadata_server.index.state import MetadataState
@@ -73,12 +74,23 @@ def new_state(
     event_log: int = 1024,
     epoch: str = "e1",
     first_generation: int = FIRST_GENERATION,
+    *,
     speaks: Protocols = SPOKEN,
     limits: IndexLimits = IndexLimits(),
+    identity: ClusterIdentity = ClusterIdentity(),
     **settings: Any,
 ) -> MetadataState:
     config = StoreConfig(**{"high_watermark": 1.0, "low_watermark": 0.5, "retire_grace_s": 2.0, **settings})
-    return MetadataState(config, TTL_S, epoch, first_generation, event_log=event_log, speaks=speaks, limits=limits)
+    return MetadataState(
+        config,
+        TTL_S,
+        epoch,
+        first_generation,
+        event_log=event_log,
+        identity=identity,
+        speaks=speaks,
+        limits=limits,
+    )
 
 
 def put(state: MetadataState, node_id: str, numbers: list[int], now: float, **how: Any) -> list[ReplicaRef]:

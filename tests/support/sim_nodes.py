@@ -133,7 +133,7 @@ class SimNode(NodeService):
         setup = self._setup
         self.service = SimProcess(self.name)
         setup.network.hosts[self.name] = self.service
-        incarnation = int(setup.clock.wall() * 1000)
+        incarnation = setup.network.dice.randrange(1, 1 << 53)
         segment_id = f"{self.name}.{incarnation:x}"
         self.segment = Segment(
             id=segment_id,
@@ -259,7 +259,7 @@ class SimNode(NodeService):
         try:
             async with engine:
                 self.engine = engine
-                self.membership.announce(engine.info.kv_spec.fingerprint)
+                self.membership.announce(engine.info.kv_spec)
                 await setup.network.loop.create_future()
         finally:
             await store.aclose()

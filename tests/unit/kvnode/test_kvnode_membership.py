@@ -5,9 +5,10 @@ from collections.abc import Callable
 
 import msgspec
 import pytest
+from support.router_fakes import spec
 
 from kvcore.clock import ManualClock
-from kvcore.errors import MetadataUnavailableError
+from kvcore.errors import MetadataUnavailableError, NodeRefusedError
 from kvcore.types import NodeInfo, Role, Segment
 from kvnode.membership import LeaseKeeper, Membership, Step
 from metadata_server.client import MetadataClient
@@ -21,6 +22,7 @@ from metadata_server.messages import (
 )
 
 TTL_S = 0.03  # heartbeats every 10 ms
+SPEC = spec()
 SEGMENT = Segment(id="p0.1", node_id="p0", size_bytes=4096, host_id="h", addresses={})
 
 
@@ -30,6 +32,7 @@ class FakeServer:
     def __init__(self) -> None:
         self.epoch = "a"
         self.away = False
+        self.refuses = ""
         self.known = False
         self.paths: list[str] = []
         self.registered: list[RegisterRequest] = []
@@ -44,6 +47,8 @@ class FakeServer:
         if self.away:
             raise MetadataUnavailableError("away")
         if path.endswith("register"):
+            if self.refuses:
+                raise NodeRefusedError(self.refuses)
             self.registered.append(msgspec.msgpack.decode(body, type=RegisterRequest))
             self.known = True
             return msgspec.msgpack.encode(RegisterReply(epoch=self.epoch, imported=0, refused=0))
@@ -107,6 +112,28 @@ async def test_away_at_start_is_not_fatal_and_the_node_joins_when_it_is_back() -
         assert rig.membership.registrations == 1
 
 
+async def test_a_node_that_is_refused_says_so_once_and_tries_until_it_is_taken_in(caplog) -> None:
+    rig = Rig()
+    rig.server.refuses = "node p0 is alive at http://y"
+    async with rig:
+        await rig.server.until(lambda: len(rig.server.paths) >= 9)
+        assert (rig.membership.joined, rig.membership.refused) == (False, "node p0 is alive at http://y")
+        assert "refused: node p0 is alive at http://y, " in repr(rig.membership)
+        said = [record for record in caplog.records if record.levelname == "ERROR"]
+        assert ["refused node=p0" in record.getMessage() for record in said] == [True]
+        rig.server.refuses = "node p0 is of cluster 'b', not 'a'"
+        seen = len(rig.server.paths)
+        await rig.server.until(lambda: len(rig.server.paths) >= seen + 4)
+        assert "of cluster" in rig.membership.refused
+        rig.server.away = True  # what it would say now nobody knows
+        seen = len(rig.server.paths)
+        await rig.server.until(lambda: len(rig.server.paths) >= seen + 2)
+        assert "of cluster" in rig.membership.refused
+        rig.server.away, rig.server.refuses = False, ""
+        await rig.server.until(lambda: rig.server.heard("heartbeat") and bool(rig.server.registered))
+        assert (rig.membership.joined, rig.membership.refused) == (True, "")
+
+
 @pytest.mark.parametrize("what", ["forgotten", "another life"])
 async def test_a_server_that_lost_us_gets_a_fresh_scan(what: str) -> None:
     async with Rig() as rig:
@@ -135,10 +162,11 @@ async def test_outage_shorter_than_the_lease_does_not_register_again() -> None:
 async def test_fingerprint_is_announced_at_once() -> None:
     async with Rig() as rig:
         await rig.server.until(lambda: rig.server.heard("heartbeat"))
-        rig.membership.announce(b"f" * 16)
+        rig.membership.announce(SPEC)
         await rig.server.until(lambda: len(rig.server.registered) == 2)
-        assert rig.server.registered[-1].node.fingerprint == b"f" * 16
-        assert rig.server.registered[-1].node.incarnation == 1
+        said = rig.server.registered[-1].node
+        assert (said.fingerprint, said.tokenizer_digest) == (SPEC.fingerprint, SPEC.tokenizer_digest)
+        assert said.incarnation == 1
 
 
 async def test_segments_that_change_are_announced_at_once_also_while_they_are_being_announced() -> None:

@@ -8,7 +8,6 @@ from kvcore.clock import ManualClock
 from metadata_server.core import MetadataCore
 from metadata_server.index.limits import IndexLimits
 from metadata_server.index.segments import TRANSITIONS, ReplicaState
-from metadata_server.messages import LeaveRequest
 
 
 def test_the_table_in_the_docstring_is_the_one_that_the_code_asserts() -> None:
@@ -25,7 +24,7 @@ def test_objects_say_what_they_are_and_hold() -> None:
     state.reserve(reservation("a", [2]), 0.0)
     state.match(keys(1), 0.0, lease_s=60.0, node_id="a", incarnation=1)
     assert repr(state) == (
-        "<MetadataState epoch e1: 1 objects, 1 reservations, 1 read leases; <NodeRegistry 1 live, 0 gone, 1 segments>>"
+        "<MetadataState epoch e1: 1 objects, 1 reservations, 1 read leases; <NodeRegistry 1 live, 1 segments>>"
     )
     assert repr(MetadataCore(state, ManualClock())) == f"<MetadataCore 0 waiters, 0 subscribers: {state}>"
     node = state._nodes["a"]
@@ -39,13 +38,9 @@ def test_objects_say_what_they_are_and_hold() -> None:
     assert repr(state._deadlines) == "<Deadlines 3, next 5.0>"
 
 
-def test_leases_are_bounded_and_tombstones_end() -> None:
-    state = new_state(limits=IndexLimits(max_read_leases=1, tombstone_ttls=1))
+def test_leases_are_bounded() -> None:
+    state = new_state(limits=IndexLimits(max_read_leases=1))
     state.register(registration("a"), 0.0)
     put(state, "a", [1], 0.0)
     assert [state.match(keys(1), 0.0, lease_s=9.0).lease_id > 0 for _ in range(2)] == [True, False]
     assert state.counters["leases_refused"] == 1
-    state.leave(LeaveRequest(node_id="a", incarnation=1), 0.0)
-    state.register(registration("b"), 5.0)
-    state.leave(LeaveRequest(node_id="b", incarnation=1), 5.0)
-    assert repr(state._nodes) == "<NodeRegistry 0 live, 1 gone, 0 segments>"

@@ -270,28 +270,6 @@ def test_an_expired_node_takes_its_segment_its_reservations_and_its_leases_along
     state.check_invariants(5.0)
 
 
-def test_a_higher_incarnation_kills_what_the_older_one_had_and_a_lower_one_is_refused():
-    state = new_state()
-    state.register(registration("a", incarnation=2), 0.0)
-    state.register(registration("b"), 0.0)
-    put(state, "a", [1], 0.0, incarnation=2)
-    other = granted(state.reserve(reservation("a", [2], prefer="b.1", incarnation=2), 0.0))
-    with pytest.raises(MetadataProtocolError, match="incarnation 1"):
-        state.register(registration("a", incarnation=1), 0.0)
-    assert stored(state, [1], 0.0) == [1]
-    state.register(registration("a", incarnation=3), 0.0)
-    assert stored(state, [1], 0.0) == [] and state.stats(0.0, 0).reservations == 0
-    assert state.commit(ids("a", other, incarnation=2), 0.0).committed == [False]
-    assert state.commit(ids("a", other, incarnation=3), 0.0).committed == [False]
-    state.leave(LeaveRequest(node_id="a", incarnation=2), 0.0)
-    alive_now = [n.incarnation for n in state.nodes(0.0).nodes if n.id == "a"]
-    assert alive_now == [3]
-    state.leave(LeaveRequest(node_id="a", incarnation=3), 0.0)
-    with pytest.raises(MetadataProtocolError):  # also when it is gone: a late message must not bring it back
-        state.register(registration("a", incarnation=2), 1.0)
-    state.check_invariants(1.0)
-
-
 def test_registering_again_with_the_same_incarnation_changes_nothing(state):
     replicas = put(state, "a", [1], 0.0)
     held = granted(state.reserve(reservation("a", [2]), 0.0))
