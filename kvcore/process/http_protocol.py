@@ -1,7 +1,8 @@
 """uvicorn's HTTP/1.1, bounded: a request's head has a size and a time, and what is not HTTP gets a proper error body.
 
 Owns what happens before an application sees a request. Invariant: a connection that has sent no whole head is closed
-after `head_s`; nothing is written into the middle of an answer.
+after `head_s`; nothing is written into the middle of an answer. A wish for another protocol (`Upgrade`, which Java's
+client sends with its requests) is ignored, as HTTP allows: the request is answered as any other.
 """
 
 import asyncio
@@ -64,17 +65,19 @@ class BoundedHttp(HttpToolsProtocol):
         self.app = app
 
     def on_message_complete(self) -> None:
-        """The last byte of a request."""
+        """The last byte of a request; but the parser stops at the head of one that wishes for another protocol."""
+        if self.parser.should_upgrade():
+            return
         self._in_message = False
         super().on_message_complete()
 
     def data_received(self, data: bytes) -> None:
-        """As uvicorn's. A request to upgrade the protocol is ignored, as HTTP allows."""
+        """As uvicorn's, but for the parser that stops after a head with `Upgrade`: another reads on from there."""
         self._unset_keepalive_if_required()
+        rest: bytes | None = data
         try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            return
+            while rest is not None:
+                rest = self._parse(rest)
         except httptools.HttpParserError:
             self._refuse(400, "this is not an HTTP/1.1 request")
             return
@@ -87,6 +90,17 @@ class BoundedHttp(HttpToolsProtocol):
         """The client sends no more. If that cuts a request short it gets an error, in case it still reads."""
         if self._in_message:
             self._refuse(400, "the request was cut short")
+
+    def _parse(self, data: bytes) -> bytes | None:
+        """What is left of it after a head with `Upgrade`; None: nothing."""
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as stopped:
+            self.parser = httptools.HttpRequestParser(_AfterHead(self))
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+            self.parser.feed_data(_framing(self.headers, self.scope.get("http_version", "1.1")))
+            return data[stopped.args[0] :]
+        return None
 
     async def _overloaded(self, scope: Scope, receive: Receive, send: Send) -> None:
         peer = f"{self.client[0]}:{self.client[1]}" if self.client else None
@@ -132,6 +146,41 @@ class BoundedHttp(HttpToolsProtocol):
         if self._in_message and not self._in_head:  # the cycle's own body is still coming
             return not cycle.response_started and not self.pipeline
         return cycle.response_complete
+
+
+class _AfterHead:
+    """What a connection hears of a parser that begins with a head which is known: nothing of that head."""
+
+    def __init__(self, connection: BoundedHttp) -> None:
+        self._connection = connection
+        self._known = True
+        self.on_body = connection.on_body
+        self.on_message_complete = connection.on_message_complete
+
+    def on_message_begin(self) -> None:
+        if not self._known:
+            self._connection.on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        if not self._known:
+            self._connection.on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._known:
+            self._connection.on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        if self._known:
+            self._known = False
+        else:
+            self._connection.on_headers_complete()
+
+
+def _framing(headers: list[tuple[bytes, bytes]], version: str) -> bytes:
+    """A head with which a parser finds the end of the message that these headers begin."""
+    lines = [b"POST / HTTP/%s" % version.encode()]
+    lines += [name + b": " + value for name, value in headers if name in (b"content-length", b"transfer-encoding")]
+    return b"\r\n".join([*lines, b"", b""])
 
 
 def _answer(status: int, message: str) -> bytes:
