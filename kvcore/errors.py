@@ -49,6 +49,11 @@ class ContextLengthError(InvalidRequestError):
 
     code = "context_length_exceeded"
 
+    @staticmethod
+    def says(max_context: int) -> str:
+        """How its message begins: OpenAI's and vLLM's own words, by which client libraries know it."""
+        return f"This model's maximum context length is {max_context} tokens"
+
 
 class ModelNotFoundError(InvalidRequestError):
     """The named model is not served here."""

@@ -280,8 +280,8 @@ class Answerer:
             raise InvalidRequestError(f"{names.prompt} has no tokens", param=names.prompt)
         if len(prompt) + sampling.max_tokens > max_context:
             raise ContextLengthError(
-                f"this model's context is {max_context} tokens, but {len(prompt) + sampling.max_tokens} were requested "
-                f"({len(prompt)} in the {names.prompt}, {sampling.max_tokens} for the completion)",
+                f"{ContextLengthError.says(max_context)}. However, you requested {len(prompt) + sampling.max_tokens} "
+                f"tokens ({len(prompt)} in the {names.prompt}, {sampling.max_tokens} for the completion)",
                 param=names.prompt,
             )
         vocab_size = self._cluster.vocab_size()

@@ -61,7 +61,7 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
     answerer = Answerer(
         model=config.model.name, tokenizer=tokenizer, dispatcher=dispatcher, cluster=cluster, run=run_in_thread
     )
-    app = make_app(answerer, log, status, metrics, max_body_bytes=bounds.max_body)
+    app = make_app(answerer, log, status, metrics, max_body_bytes=bounds.max_body, cors=bounds.cors)
     server = AsgiServer(app, bounds.host, bounds.port, limits=_connection_limits(config))
     lifecycle.tasks.create_task(prober.run(), name="node probes")
     if subscription is not None:

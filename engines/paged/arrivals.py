@@ -48,8 +48,8 @@ class Arrivals:
             raise InvalidRequestError("the prompt is empty", param="prompt")
         if len(tokens) > limit:
             raise ContextLengthError(
-                f"{len(tokens)} tokens; this engine's context is {info.max_context} and its KV cache holds "
-                f"{info.num_blocks * info.block_size}",
+                f"{ContextLengthError.says(info.max_context)}, and this node's KV cache holds "
+                f"{info.num_blocks * info.block_size}. However, you requested {len(tokens)} tokens",
                 param="prompt",
             )
         if min(tokens) < 0 or max(tokens) >= info.vocab_size:

@@ -201,7 +201,8 @@ class VllmEngine:
         """Room for one more leg. Raises OverloadedError, ContextLengthError."""
         if num_tokens >= self.info.max_context:
             raise ContextLengthError(
-                f"the prompt has {num_tokens} tokens; with one to generate, {self.info.max_context} is the most"
+                f"{ContextLengthError.says(self.info.max_context)}. However, your prompt contains {num_tokens} tokens, "
+                "and one more is to be generated"
             )
         if self._legs >= self._start.max_legs:
             raise OverloadedError(f"{self._legs} requests are running or waiting, which is the bound")

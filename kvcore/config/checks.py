@@ -19,7 +19,7 @@ def check_cluster(config: ClusterConfig) -> list[str]:
     """What is wrong, as `path: explanation`; empty: nothing."""
     named = _check_name(config.cluster)
     ours = _check_engines(config) if config.handoff.traits.has_store else _check_servers(config)
-    return [*named, *ours, *_check_nodes(config), *_check_ports(config), *_check_bounds(config)]
+    return [*named, *ours, *_check_nodes(config), *_check_ports(config), *_check_cors(config), *_check_bounds(config)]
 
 
 def _check_name(cluster: str) -> Iterator[str]:
@@ -146,6 +146,12 @@ def ports_of(config: ClusterConfig) -> Iterator[tuple[str, str, int]]:
     for name, node in config.nodes.items():
         yield f"nodes.{name}.port", node.host, node.port
         yield f"nodes.{name}.transfer_port", node.host, node.transfer_port
+
+
+def _check_cors(config: ClusterConfig) -> Iterator[str]:
+    for origin in config.router.cors:
+        if origin not in ("*", "loopback") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s@?#]+", origin):
+            yield f"router.cors: {origin!r}: expected http://HOST:PORT without a path, loopback or *"
 
 
 def _check_bounds(config: ClusterConfig) -> Iterator[str]:

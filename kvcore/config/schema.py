@@ -211,6 +211,10 @@ class RouterConfig(_Section, frozen=True, kw_only=True):
     """Longest body of a client's request; a longer one is refused with 413."""
     max_requests: Count = 1024
     """In flight at once; more get 503 with Retry-After."""
+    cors: list[Text] = msgspec.field(default_factory=lambda: ["loopback"])
+    """Origins of the web pages whose scripts may use the API: `http://HOST:PORT` each, `loopback` for every page of the
+    browser's own machine, `*` for every page (vLLM's default), `[]` for none. There is no authentication, so that with
+    `*` any site that a user looks at can use a router on that user's machine."""
 
 
 class NodeConfig(_Section, frozen=True, kw_only=True):

@@ -7,7 +7,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import ExitStack
 from typing import TypeVar
 
@@ -26,6 +26,7 @@ from router.api import openapi
 from router.api.chat_format import ChatFormatter
 from router.api.completion_format import CompletionFormatter
 from router.api.formatter import Formatter
+from router.api.front import Cors, PlainPaths
 from router.api.http_errors import error_reply, headers_of
 from router.api.limits import ApiLimits
 from router.api.openai_schema import ChatRequest, CompletionRequest, answer_request, parse, prompts_of
@@ -47,14 +48,15 @@ def make_app(
     metrics: RouterMetrics,
     *,
     max_body_bytes: int,
+    cors: Collection[str] = (),
     limits: ApiLimits = ApiLimits(),
 ) -> ASGIApp:
-    """The ASGI application. Its OpenAPI document is at /openapi.json."""
+    """The ASGI application. Its OpenAPI document is at /openapi.json. `cors`: as in the cluster file."""
     app = FastAPI(title="kvferry router", version="1", docs_url=None, redoc_url=None, redirect_slashes=False)
     _add_errors(app)
     endpoints = _add_openai(app, answerer, max_body_bytes, limits)
     _add_status(app, answerer.model, log, status, metrics)
-    return RequestIds(ShortWay(app, endpoints), metrics)
+    return PlainPaths(RequestIds(Cors(ShortWay(app, endpoints), cors), metrics))
 
 
 class RequestIds:

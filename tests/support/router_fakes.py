@@ -284,7 +284,8 @@ async def make_rig(
     )
     metrics = RouterMetrics(cluster, log, lambda: True)
     status = StatusView(config, cluster, log, clock, lambda: True)
-    app = make_app(answerer, log, status, metrics, max_body_bytes=config.router.max_body, limits=api_limits)
+    bounds = config.router
+    app = make_app(answerer, log, status, metrics, max_body_bytes=bounds.max_body, cors=bounds.cors, limits=api_limits)
     return Rig(nodes, cluster, prober, dispatcher, services, log, answerer, app, metrics)
 
 

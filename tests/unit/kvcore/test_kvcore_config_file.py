@@ -228,3 +228,15 @@ def test_a_metadata_server_on_every_interface_needs_nodes_on_this_machine(load):
     assert load(metadata_server=everywhere, router=everywhere).router.host == "0.0.0.0"
     with pytest.raises(ConfigError, match=r"metadata_server\.host: 0\.0\.0\.0 is every interface; give the address"):
         load("nodes.decode-0.host=gpu-1", metadata_server=everywhere)
+
+
+@pytest.mark.parametrize("origin", ["app.example", "http://app.example/", "http://", "ftp//x", "", "null"])
+def test_an_origin_is_no_address_of_a_page(load, origin: str) -> None:
+    with pytest.raises(ConfigError, match=r"router\.cors"):
+        load(router={"cors": [origin]})
+
+
+def test_pages_of_this_machine_alone_may_use_the_router_unless_others_are_named(load) -> None:
+    assert load().router.cors == ["loopback"]
+    named = ["*", "loopback", "http://app.example:3000", "https://[::1]:80", "vscode-webview://abc"]
+    assert load(router={"cors": named}).router.cors == named and load(router={"cors": []}).router.cors == []

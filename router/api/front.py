@@ -1,0 +1,77 @@
+"""What a request passes before its route: paths and methods as clients write them, and CORS for web pages."""
+
+import re
+from collections.abc import Collection
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_LOOPBACK = re.compile(r"https?://(localhost|[\w-]+\.localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?")
+_EXPOSED = b"X-Request-Id, Retry-After"
+_MAX_AGE = b"600"
+
+
+class PlainPaths:
+    """Serves a path with a slash at its end as the one without, and HEAD as GET without a body. A redirect instead
+    would cost a client its body, or name a host that it does not see."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI entry."""
+        if scope["type"] == "http":
+            path = scope["path"]
+            if len(path) > 1 and path.endswith("/"):
+                scope = {**scope, "path": path[:-1]}
+            if scope["method"] == "HEAD":  # of the copy alone: the server leaves the body out by its own
+                scope = {**scope, "method": "GET"}
+        await self._app(scope, receive, send)
+
+
+class Cors:
+    """Lets the scripts of web pages read answers, where the page's origin is one of `origins`.
+
+    An item of `origins` is an origin, or `loopback` for each page of the browser's own machine, or `*` for every page.
+    Any other page's browser gets answers without the headers, and keeps them from its scripts.
+    """
+
+    def __init__(self, app: ASGIApp, origins: Collection[str]) -> None:
+        self._app = app
+        self._origins = frozenset(origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI entry."""
+        sent = {name: value for name, value in scope["headers"] if name == b"origin"} if scope["type"] == "http" else {}
+        if not sent or not self._allows(origin := sent[b"origin"]):
+            await self._app(scope, receive, send)
+            return
+        own = [(b"access-control-allow-origin", b"*" if "*" in self._origins else origin), (b"vary", b"Origin")]
+        wanted = {name: value for name, value in scope["headers"] if name.startswith(b"access-control-request-")}
+        if scope["method"] == "OPTIONS" and b"access-control-request-method" in wanted:
+            await send({"type": "http.response.start", "status": 204, "headers": [*own, *_permissions(wanted)]})
+            await send({"type": "http.response.body", "body": b""})
+            return
+
+        async def send_with_cors(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                exposed = (b"access-control-expose-headers", _EXPOSED)
+                message["headers"] = [*message["headers"], *own, exposed]
+            await send(message)
+
+        await self._app(scope, receive, send_with_cors)
+
+    def _allows(self, origin: bytes) -> bool:
+        text = origin.decode("latin-1")
+        if "*" in self._origins or text in self._origins:
+            return True
+        return "loopback" in self._origins and _LOOPBACK.fullmatch(text) is not None
+
+
+def _permissions(wanted: dict[bytes, bytes]) -> list[tuple[bytes, bytes]]:
+    """The answer to a preflight: any header may be sent, `Authorization` included, which `*` would not cover."""
+    allowed = [(b"access-control-allow-methods", b"GET, HEAD, POST"), (b"access-control-max-age", _MAX_AGE)]
+    if headers := wanted.get(b"access-control-request-headers"):
+        allowed.append((b"access-control-allow-headers", headers))
+    if b"access-control-request-private-network" in wanted:  # browsers ask before a public page reaches a private one
+        allowed.append((b"access-control-allow-private-network", b"true"))
+    return allowed

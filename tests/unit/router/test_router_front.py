@@ -1,0 +1,126 @@
+"""Requests as clients and browsers write them: slashes at the end, HEAD, preflights; errors by which libraries know."""
+
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+from support.router_fakes import MAX_CONTEXT, Rig, make_rig
+
+from kvcore.process.asgi import AsgiServer
+from router.api.front import Cors
+
+ASK = {"model": "fake-model", "prompt": "hello" * 20, "max_tokens": 4}
+CHAT = {"model": "fake-model", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+PREFLIGHT = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+
+
+@pytest.fixture
+async def rig() -> Rig:
+    return await make_rig()
+
+
+def client(rig: Rig) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app=rig.app), base_url="http://router")  # type: ignore[arg-type]
+
+
+@pytest.fixture
+async def http(rig: Rig) -> AsyncIterator[httpx.AsyncClient]:
+    async with client(rig) as http:
+        yield http
+
+
+async def test_a_slash_at_the_end_changes_nothing(http: httpx.AsyncClient) -> None:
+    for path, body in (("/v1/completions/", ASK), ("/v1/chat/completions/", CHAT)):
+        reply = await http.post(path, json=body)
+        assert (reply.status_code, reply.json()["usage"]["completion_tokens"]) == (200, 4)
+    for path in ("/v1/models/", "/v1/models/fake-model/", "/health/", "/v1/cluster/", "/openapi.json/"):
+        assert (await http.get(path)).status_code == 200
+    metrics = (await http.get("/metrics/")).text
+    assert 'endpoint="/v1/completions",status="200"' in metrics, "and it is the same endpoint"
+    assert (await http.get("/")).status_code == (await http.get("/v1/")).status_code == 404
+
+
+async def test_head_is_get_without_the_body(rig: Rig) -> None:
+    server = AsgiServer(rig.app, "127.0.0.1", 0)
+    await server.start()
+    async with httpx.AsyncClient(base_url=server.url) as http:
+        for path in ("/health", "/v1/models", "/v1/models/fake-model", "/v1/cluster", "/v1/requests", "/openapi.json"):
+            head, get = await http.head(path), await http.get(path)
+            assert (head.status_code, head.content) == (get.status_code, b"") == (200, b""), path
+            assert head.headers["content-type"] == get.headers["content-type"]
+        assert (await http.head("/metrics")).status_code == 200
+        assert (await http.head("/v1/completions")).status_code == 405
+        assert (await http.head("/nowhere")).status_code == 404
+    await server.aclose()
+
+
+@pytest.mark.parametrize(
+    ("origin", "allowed"),
+    [
+        ("http://localhost:3000", True),
+        ("https://127.0.0.1", True),
+        ("http://127.8.9.1:80", True),
+        ("http://[::1]:5173", True),
+        ("http://app.localhost", True),
+        ("http://app.example", False),
+        ("http://localhost.app.example", False),
+        ("http://127.0.0.1.app.example:80", False),
+        ("http://localhost:3000/x", False),
+        ("null", False),
+    ],
+)
+async def test_pages_of_this_machine_may_read_answers_and_others_not(
+    http: httpx.AsyncClient, origin: str, allowed: bool
+) -> None:
+    preflight = await http.options("/v1/chat/completions", headers={"Origin": origin, **PREFLIGHT})
+    assert preflight.status_code == (204 if allowed else 405) and preflight.headers["x-request-id"]
+    reply = await http.post("/v1/completions", json=ASK, headers={"Origin": origin})
+    wrong = await http.post("/v1/completions", json={}, headers={"Origin": origin})
+    assert (reply.status_code, wrong.status_code) == (200, 400)
+    for answer in (preflight, reply, wrong):
+        assert answer.headers.get("access-control-allow-origin") == (origin if allowed else None)
+    if allowed:
+        assert preflight.headers["access-control-allow-headers"] == PREFLIGHT["Access-Control-Request-Headers"]
+        assert "POST" in preflight.headers["access-control-allow-methods"]
+        assert preflight.headers["vary"] == reply.headers["vary"] == "Origin"
+        assert "X-Request-Id" in reply.headers["access-control-expose-headers"]
+
+
+@pytest.mark.parametrize(
+    ("origins", "told"),
+    [(["*"], "*"), (["http://app.example"], "http://app.example"), (["http://other.example"], None), ([], None)],
+)
+async def test_who_may_is_set_in_the_cluster_file(origins: list[str], told: str | None) -> None:
+    async with client(await make_rig(cors=origins)) as http:
+        asked = {"Origin": "http://app.example", **PREFLIGHT, "Access-Control-Request-Private-Network": "true"}
+        preflight = await http.options("/v1/completions/", headers=asked)
+        reply = await http.post("/v1/completions", json={**ASK, "stream": True}, headers={"Origin": asked["Origin"]})
+        for answer in (preflight, reply):
+            assert answer.headers.get("access-control-allow-origin") == told
+        assert preflight.headers.get("access-control-allow-private-network") == ("true" if told else None)
+        assert "[DONE]" in reply.text
+        assert "access-control-allow-origin" not in (await http.get("/v1/models")).headers, "no page asked"
+        plain = await http.options("/v1/models", headers={"Origin": asked["Origin"]})
+        assert plain.status_code == 405, "no preflight"
+
+
+async def test_cors_leaves_other_scopes_alone() -> None:
+    seen: list[str] = []
+
+    async def app(scope: object, receive: object, send: object) -> None:
+        seen.append(scope["type"])  # type: ignore[index]
+
+    await Cors(app, ["*"])({"type": "lifespan"}, None, None)  # type: ignore[arg-type]
+    assert seen == ["lifespan"]
+
+
+@pytest.mark.parametrize("more", [{"prompt": "x" * (MAX_CONTEXT + 1)}, {"max_tokens": 100_000}])
+async def test_a_request_that_is_too_long_is_known_by_its_words_and_its_code(
+    http: httpx.AsyncClient, more: dict[str, object]
+) -> None:
+    """LiteLLM falls back to a model with more context by these words; openai's client shows the code."""
+    reply = await http.post("/v1/completions", json={**ASK, **more})
+    error = reply.json()["error"]
+    assert reply.status_code == 400
+    assert (error["code"], error["type"]) == ("context_length_exceeded", "invalid_request_error")
+    assert f"this model's maximum context length is {MAX_CONTEXT} tokens" in error["message"].lower()
