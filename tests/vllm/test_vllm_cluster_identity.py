@@ -76,6 +76,17 @@ async def test_another_node_has_what_one_has_computed(subject: ClusterHandle, qu
         assert answer.usage["prompt_tokens_details"]["cached_tokens"] >= len(longest) - BLOCK
 
 
+async def test_what_one_tenant_computed_no_other_reuses(subject: ClusterHandle) -> None:
+    prompt = [7 + token % 50 for token in range(6 * BLOCK + 3)]
+
+    async def cached(salt: str | None) -> int:
+        body = await subject.complete(prompt, cache_salt=salt, **greedy())
+        return int(body["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+    first, again, others, nobodys = [await cached(salt) for salt in ("a", "a", "b", None)]
+    assert first == others == nobodys == 0 and again >= len(prompt) - 2 * BLOCK
+
+
 async def test_several_completions_and_their_logprobs(subject: ClusterHandle, questions: Questions) -> None:
     prompt = PROMPTS[5]
     body = await subject.complete(prompt, n=2, logprobs=2, **greedy())

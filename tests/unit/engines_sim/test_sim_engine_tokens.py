@@ -161,6 +161,20 @@ def test_the_second_request_reuses_whole_chunks_and_says_so():
     assert (salted.cached_tokens, salted.computed_tokens) == (0, 100)
 
 
+def test_a_prefill_leg_keeps_to_its_tenants_chunks_too():
+    async def main():
+        async with lone_engine() as engine:
+            salts = (b"a", b"b", b"", b"a")
+            legs = [
+                msgspec.structs.replace(prefill_request(str(n), prompt_of(100)), cache_salt=salt)
+                for n, salt in enumerate(salts)
+            ]
+            return [(await engine.prefill(leg)).cached_tokens for leg in legs]
+
+    first, other, nobodys, again = run_sim(main)
+    assert (first, other, nobodys) == (0, 0, 0) and again > 0
+
+
 def test_other_weights_give_other_tokens():
     other = msgspec.structs.replace(CONFIG, weights_version="v2")
     sampling = request("r", prompt_of(9)).sampling
