@@ -33,7 +33,7 @@ class AnswerLimits:
 @dataclass(frozen=True, slots=True)
 class TextPiece:
     """New text of one choice. `logprobs`: (token id, its logprob) of the tokens of this piece. `token_ids`: as the
-    engine gave them, a final stop token included; empty unless the client asked for them."""
+    engine gave them; empty unless the client asked for them. Of both a final stop token is part."""
 
     index: int
     text: str
@@ -88,7 +88,7 @@ class ClientAnswer:
         self._tokenizer = tokenizer
         self._runs = runs
         self._specs = request.specs
-        self._stops = request.stops
+        self._stops, self._text = request.stops, request.text
         self._limits = limits
         self.shown = request.shown
         self.id = request.specs[0].request_id
@@ -166,7 +166,9 @@ class ClientAnswer:
         first = sum(before.sampling.n for before in self._specs[:number])
         choices = [
             _TextChoice(
-                Detokenizer(self._tokenizer, spec.prompt_token_ids), StopChecker(self._stops), spec.sampling.min_tokens
+                Detokenizer(self._tokenizer, spec.prompt_token_ids, self._text),
+                StopChecker(self._stops, self._text.include_stop),
+                spec.sampling.min_tokens,
             )
             for _ in range(spec.sampling.n)
         ]
@@ -182,7 +184,8 @@ class ClientAnswer:
     def _piece(self, first: int, choice: _TextChoice, emit: Emit) -> tuple[TextPiece, bool]:
         """(what this output adds to its choice, whether a stop string was found in it)."""
         before = choice.num_tokens
-        visible = emit.token_ids if emit.stop_token_id is None else emit.token_ids[:-1]
+        is_text = emit.stop_token_id is None or self._text.include_stop
+        visible = emit.token_ids if is_text else emit.token_ids[:-1]
         text, stop_found = choice.read(visible)
         if emit.finish_reason is not None and not stop_found:
             rest, stop_found = choice.read_end()
@@ -191,7 +194,7 @@ class ClientAnswer:
             choice.num_tokens = before + len(emit.token_ids)  # a stop token is counted though not read
         count = choice.num_tokens - before
         self.completion_tokens += count
-        logprobs = list(zip(visible[:count], emit.logprobs, strict=False)) if emit.logprobs else []
+        logprobs = list(zip(emit.token_ids[:count], emit.logprobs, strict=False)) if emit.logprobs else []
         reason = FinishReason.STOP if stop_found else emit.finish_reason
         ids = emit.token_ids[:count] if self.shown.token_ids else ()
         return TextPiece(first + emit.index, text, logprobs, reason.value if reason else None, ids), stop_found

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from nodeapi.messages import TokenLogprob
 from router.answering import TextPiece
-from router.api.formatter import OpenAIFormatter, finite
+from router.api.formatter import OpenAIFormatter
+from router.text.token_names import NamedToken
 
 
 class ChatFormatter(OpenAIFormatter):
@@ -54,12 +54,12 @@ class ChatFormatter(OpenAIFormatter):
     def _logprobs(self, piece: TextPiece) -> dict[str, object] | None:
         if not piece.logprobs:
             return None
-        return {"content": [self._token(token_id, logprob) for token_id, logprob in piece.logprobs], "refusal": None}
+        content = [
+            {**_entry(named.token, named.logprob), "top_logprobs": [_entry(*other) for other in named.top]}
+            for named in self._named(piece)
+        ]
+        return {"content": content, "refusal": None}
 
-    def _token(self, token_id: int, logprob: TokenLogprob) -> dict[str, object]:
-        top = [self._entry(other, value) for other, value in logprob.top]
-        return {**self._entry(token_id, logprob.logprob), "top_logprobs": top}
 
-    def _entry(self, token_id: int, logprob: float) -> dict[str, object]:
-        text = self._tokenizer.decode([token_id])
-        return {"token": text, "logprob": finite(logprob), "bytes": list(text.encode())}
+def _entry(token: NamedToken, logprob: float) -> dict[str, object]:
+    return {"token": token.text, "logprob": logprob, "bytes": list(token.raw)}

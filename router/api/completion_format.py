@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from router.answering import ClientAnswer, TextPiece
-from router.api.formatter import OpenAIFormatter, finite
+from router.api.formatter import NamedLogprob, OpenAIFormatter
 from router.text.tokenizer import Tokenizer
 
 
@@ -47,17 +47,22 @@ class CompletionFormatter(OpenAIFormatter):
     def _logprobs(self, piece: TextPiece) -> dict[str, object] | None:
         if not piece.logprobs:
             return None
-        tokens = [self._tokenizer.decode([token_id]) for token_id, _ in piece.logprobs]
+        entries = self._named(piece)
         offsets: list[int] = []
-        for token in tokens:
+        for named in entries:
             offsets.append(self._offsets[piece.index])
-            self._offsets[piece.index] += len(token)
+            self._offsets[piece.index] += len(named.token.text)
         return {
-            "tokens": tokens,
-            "token_logprobs": [finite(logprob.logprob) for _, logprob in piece.logprobs],
-            "top_logprobs": [
-                {self._tokenizer.decode([other]): finite(value) for other, value in logprob.top}
-                for _, logprob in piece.logprobs
-            ],
+            "tokens": [named.token.text for named in entries],
+            "token_logprobs": [named.logprob for named in entries],
+            "top_logprobs": [_by_text(named) for named in entries],
             "text_offset": offsets,
         }
+
+
+def _by_text(named: NamedLogprob) -> dict[str, float]:
+    """The token itself and the likeliest ones; of several that have the same text, the first."""
+    shown = {named.token.text: named.logprob}
+    for token, logprob in named.top:
+        shown.setdefault(token.text, logprob)
+    return shown

@@ -5,12 +5,14 @@ A formatter has state for one answer; it does no I/O. `chat_format` and `complet
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol
 
 import msgspec
 
 from router.answering import ClientAnswer, TextPiece
+from router.text.token_names import NamedToken, TokenNames
 from router.text.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
@@ -48,6 +50,15 @@ def finite(logprob: float) -> float:
     return logprob if math.isfinite(logprob) else -9999.0
 
 
+@dataclass(frozen=True, slots=True)
+class NamedLogprob:
+    """A token of an answer, its logprob, and those of the likeliest tokens in its place."""
+
+    token: NamedToken
+    logprob: float
+    top: Sequence[tuple[NamedToken, float]]
+
+
 class Formatter(Protocol):
     """Makes the bodies and stream chunks of one answer, as its endpoint has them."""
 
@@ -75,7 +86,7 @@ class OpenAIFormatter:
         self._answer = answer
         self._model = model
         self._created = created
-        self._tokenizer = tokenizer
+        self._names = [TokenNames(tokenizer) for _ in range(answer.num_choices)]
 
     def _event(
         self,
@@ -113,6 +124,15 @@ class OpenAIFormatter:
                 **more,
             }
         )
+
+    def _named(self, piece: TextPiece) -> list[NamedLogprob]:
+        """The tokens of the piece with their logprobs. Once a piece, in their order."""
+        names, named = self._names[piece.index], []
+        for token_id, logprob in piece.logprobs:
+            token, others = names.step(token_id, [other for other, _ in logprob.top])
+            values = [finite(value) for _, value in logprob.top]
+            named.append(NamedLogprob(token, finite(logprob.logprob), list(zip(others, values, strict=True))))
+        return named
 
     def _token_ids(self, piece: TextPiece) -> dict[str, object]:
         return {"token_ids": list(piece.token_ids)} if self._answer.shown.token_ids else {}

@@ -23,6 +23,7 @@ from router.requests.spec import (
     Prompt,
     RequestSpec,
     ShownFields,
+    TextOptions,
     TextPrompt,
     TokenPrompt,
 )
@@ -62,6 +63,9 @@ class _CommonFields(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool | None = False
     cache_salt: str | None = None
     return_token_ids: bool | None = False
+    include_stop_str_in_output: bool | None = False
+    skip_special_tokens: bool | None = True
+    spaces_between_special_tokens: bool | None = True
     user: str | None = None
 
 
@@ -151,8 +155,17 @@ def answer_request(
     return AnswerRequest(
         specs,
         stops=stops,
+        text=_text_options(request),
         shown=ShownFields(token_ids=bool(request.return_token_ids), usage=_shows_usage(request)),
         names=FieldNames(prompt="messages" if isinstance(request, ChatRequest) else "prompt"),
+    )
+
+
+def _text_options(request: AnyRequest) -> TextOptions:
+    return TextOptions(
+        skip_special_tokens=request.skip_special_tokens is not False,
+        spaces_between_special_tokens=request.spaces_between_special_tokens is not False,
+        include_stop=bool(request.include_stop_str_in_output),
     )
 
 

@@ -65,6 +65,17 @@ class ShownFields:
 
 
 @dataclass(frozen=True, slots=True)
+class TextOptions:
+    """How an answer's tokens become its text."""
+
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    """Matters only where they are shown, and to tokenizers that put a blank between two of them."""
+    include_stop: bool = False
+    """Whether what ends a completion, a stop string or a stop token, is part of its text."""
+
+
+@dataclass(frozen=True, slots=True)
 class RequestSpec:
     """One prompt in tokens, validated. `request_id` is unique; `client_request_id` is the client's own name for it."""
 
@@ -79,7 +90,7 @@ class RequestSpec:
 class AnswerRequest:
     """All that one answer is made of: a RequestSpec a prompt, each with its own seed and its own room for tokens.
 
-    `stops`: strings that end a completion and are not shown. Invariant: at least one spec; the first one's id is the
+    `stops`: strings that end a completion. Invariant: at least one spec; the first one's id is the
     answer's.
     """
 
@@ -87,3 +98,4 @@ class AnswerRequest:
     stops: Sequence[str] = ()
     shown: ShownFields = ShownFields()
     names: FieldNames = FieldNames()
+    text: TextOptions = TextOptions()

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from router.requests.spec import TextOptions
 from router.text.tokenizer import Tokenizer
 
 CONTEXT_TOKENS = 6
@@ -22,10 +23,15 @@ class Detokenizer:
     character). So the last few tokens are kept as a window, and a token's piece is what the window's text gains by it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], options: TextOptions = TextOptions()
+    ) -> None:
         self._tokenizer = tokenizer
+        self._skips_special = options.skip_special_tokens
+        self._joins_added = not options.skip_special_tokens and not options.spaces_between_special_tokens
+        self._last_was_added = False
         self._window = self._context(prompt_token_ids)
-        self._sent_text = tokenizer.decode(self._window) if self._window else ""
+        self._sent_text = self._decode(self._window) if self._window else ""
         """The text of the window that has been given out."""
         self._num_sent = len(self._window)
         """Tokens of the window whose text has been given out completely; those after them are held back."""
@@ -35,13 +41,14 @@ class Detokenizer:
 
     def feed(self, token_ids: Sequence[int]) -> str:
         """The text that these tokens complete; what is not yet a whole character is held back."""
-        return "".join([self._feed_one(token_id) for token_id in token_ids])
+        feed_one = self._feed_joined if self._joins_added else self._feed_one
+        return "".join([feed_one(token_id) for token_id in token_ids])
 
     def flush(self) -> str:
         """What is still held, at the end: an incomplete character reads U+FFFD."""
         if len(self._window) == self._num_sent:
             return ""
-        text = self._tokenizer.decode(self._window)
+        text = self._decode(self._window)
         piece = text[len(self._sent_text) :] if text.startswith(self._sent_text) else ""
         self._sent_text, self._num_sent = text, len(self._window)
         return piece
@@ -50,9 +57,18 @@ class Detokenizer:
         """The prompt's last few tokens, from a character's beginning to a character's end; else none."""
         for count in range(CONTEXT_TOKENS, CONTEXT_TOKENS + 4):  # a character has at most four bytes
             window = list(prompt_token_ids[-count:])
-            if _REPLACEMENT not in self._tokenizer.decode(window):
+            if _REPLACEMENT not in self._decode(window):
                 return window
         return []
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=self._skips_special)
+
+    def _feed_joined(self, token_id: int) -> str:
+        """As `_feed_one`, but of two special tokens in a row the second one has no blank before it."""
+        piece, text = self._feed_one(token_id), self._tokenizer.added_text(token_id)
+        joins, self._last_was_added = self._last_was_added and text is not None, text is not None
+        return text if joins and text is not None else piece
 
     def _feed_one(self, token_id: int) -> str:
         # Four cases, by how the window reads with the new token:
@@ -63,7 +79,7 @@ class Detokenizer:
         #      context of the next one, and so stays short.
         #   4. It has gained none (a special token): keep the token as context, until the window is too long.
         self._window.append(token_id)
-        text = self._tokenizer.decode(self._window)
+        text = self._decode(self._window)
         if text.endswith(_REPLACEMENT):
             if len(self._window) - self._num_sent < MAX_HELD_TOKENS:
                 return ""
@@ -74,7 +90,7 @@ class Detokenizer:
         piece = self._gain(self._window, text)
         if piece or len(self._window) > MAX_WINDOW_TOKENS:
             self._window = self._window[self._num_sent :]
-            text = self._tokenizer.decode(self._window) if self._window else ""
+            text = self._decode(self._window) if self._window else ""
         self._sent_text, self._num_sent = text, len(self._window)
         return piece
 
@@ -83,15 +99,15 @@ class Detokenizer:
         if text.startswith(self._sent_text):
             return text[len(self._sent_text) :]
         # Invalid bytes changed how earlier ones read, and those are out: the new tokens are decoded by themselves.
-        return self._tokenizer.decode(token_ids[self._num_sent :])
+        return self._decode(token_ids[self._num_sent :])
 
     def _split(self, text: str) -> tuple[list[int], str, list[int]]:
         """Of a window with invalid bytes, whose text this is: (the tokens that are complete, their text, the last
         tokens, which may begin a character)."""
         for count in (3, 2, 1):  # bytes of a character that lacks one
             done, begun = self._window[:-count], self._window[-count:]
-            done_text = self._tokenizer.decode(done)
-            if done_text + self._tokenizer.decode(begun) == text:
+            done_text = self._decode(done)
+            if done_text + self._decode(begun) == text:
                 return done, done_text, begun
         return self._window, text, []
 
@@ -102,6 +118,7 @@ class StopChecker:
     wins, of several the longest. Holds back only what may be the beginning of a stop string."""
 
     stops: Sequence[str]
+    shows_stop: bool = False
     _held: str = ""
     _longest: int = field(init=False)
 
@@ -109,8 +126,9 @@ class StopChecker:
         self._longest = max(map(len, self.stops), default=0)
 
     def feed(self, piece: str, *, may_stop: bool = True) -> tuple[str, bool]:
-        """(the text to give out now, whether a stop string was found). Neither the stop string nor what follows it is
-        ever given out. Without `may_stop` none is found that ends in this piece; it is text as any other."""
+        """(the text to give out now, whether a stop string was found). The stop string is given out only if
+        `shows_stop`, and what follows it never. Without `may_stop` none is found that ends in this piece; it is text as
+        any other."""
         # Four cases, by what has been held back and the new piece together:
         #   1. There are no stop strings: everything passes.
         #   2. One or more are complete. The one that ends first counts, as it would have been found first had the text
@@ -124,8 +142,8 @@ class StopChecker:
         ends = [(stop, text.find(stop, max(0, before - len(stop) + 1))) for stop in self.stops if may_stop]
         if matches := [(at + len(stop), at) for stop, at in ends if at >= 0]:
             self._held = ""
-            _, begins_at = min(matches)
-            return text[:begins_at], True
+            ends_at, begins_at = min(matches)
+            return text[: ends_at if self.shows_stop else begins_at], True
         keep = next((n for n in range(min(self._longest - 1, len(text)), 0, -1) if self._may_begin(text[-n:])), 0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False

@@ -17,6 +17,7 @@ from kvcore.model_folder import TOKENIZER_FILES, find_folder
 from router.requests.spec import ChatPrompt
 from router.text.chat_template import ChatTemplate, compile_chat_template, default_template
 from router.text.message_content import join_parts
+from router.text.piece_bytes import PieceBytes
 
 _T = TypeVar("_T")
 Runner = Callable[[Callable[[], _T]], Awaitable[_T]]
@@ -35,8 +36,16 @@ class Tokenizer(Protocol):
         """Token ids of any text. Blocking."""
         ...
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of any ids, special tokens left out; incomplete characters become U+FFFD."""
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of any ids, without that of special tokens unless it is wanted; incomplete characters become U+FFFD."""
+        ...
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What this token adds to a text, also where that is a part of a character; nothing for an unknown id."""
+        ...
+
+    def added_text(self, token_id: int) -> str | None:
+        """The text of a token that was added to the vocabulary by hand, as special ones are; None for any other."""
         ...
 
     def render_chat(self, chat: ChatPrompt) -> str:
@@ -59,10 +68,17 @@ class ByteTokenizer:
         raw = text.encode("utf-8", "replace")
         return list(raw) if self._vocab_size >= 256 else [byte % self._vocab_size for byte in raw]
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """See Tokenizer. There are no special tokens."""
+        return b"".join(map(self.token_bytes, token_ids)).decode("utf-8", "replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
         """See Tokenizer."""
-        raw = b"".join(bytes((i,)) if i < 256 else b" <%d>" % i for i in token_ids)
-        return raw.decode("utf-8", "replace")
+        return bytes((token_id,)) if token_id < 256 else b" <%d>" % token_id
+
+    def added_text(self, token_id: int) -> str | None:
+        """See Tokenizer. None is."""
+        return None
 
     def render_chat(self, chat: ChatPrompt) -> str:
         """See Tokenizer."""
@@ -85,6 +101,7 @@ class FolderTokenizer:
             self._tokenizer = FastTokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exceptions
             raise ModelLoadError(f"{file} cannot be read: {error}") from error
+        self._pieces = PieceBytes(self._tokenizer)
         settings = _read_json(folder / "tokenizer_config.json")
         self._template: ChatTemplate | None = None
         self.template_problem: str | None = None
@@ -111,13 +128,22 @@ class FolderTokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """See Tokenizer."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        # As a batch of one, as only batches let go of the interpreter's lock.
+        ids: list[int] = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
         return ids
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """See Tokenizer."""
-        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """See Tokenizer."""
+        return self._pieces.of(token_id)
+
+    def added_text(self, token_id: int) -> str | None:
+        """See Tokenizer."""
+        return self._pieces.added.get(token_id)
 
     def render_chat(self, chat: ChatPrompt) -> str:
         """See Tokenizer."""

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
 from router.text.detokenizer import Detokenizer, StopChecker
+from router.text.token_names import TokenNames
 from router.text.tokenizer import ByteTokenizer, FolderTokenizer, Tokenizer
 
 
@@ -67,6 +68,20 @@ def test_pieces_together_are_the_text_and_none_ends_inside_a_character(
     assert "".join(pieces) in ({text} if prompt else {text, text.removeprefix(" ")})
 
 
+@settings(max_examples=100, deadline=None)
+@given(prompt=texts, text=texts)
+def test_names_of_tokens_together_are_the_text_and_so_are_their_bytes(
+    tokenizer: Tokenizer, prompt: str, text: str
+) -> None:
+    ids = tokenizer.encode(f"b{prompt}b")  # no blank at the beginning that a decoder leaves out
+    before, names = len(ids), TokenNames(tokenizer)
+    if tokenizer.encode(f"b{prompt}b{text}")[:before] != ids:
+        return
+    named = [names.step(token_id, ())[0] for token_id in tokenizer.encode(f"b{prompt}b{text}")[before:]]
+    assert "".join(token.text for token in named) == text
+    assert b"".join(token.raw for token in named) == text.encode()
+
+
 broken = st.sampled_from([0x41, 0x80, 0x82, 0x9F, 0xAC, 0xC2, 0xE2, 0xF0, 0xFF])
 """Bytes of which some make characters of two to four bytes, and most nothing."""
 
@@ -90,11 +105,16 @@ def test_ids_beyond_bytes_have_a_text() -> None:
 
 
 @given(
-    text=st.text("abc", max_size=20), stops=st.lists(st.text("abc", min_size=1, max_size=4), max_size=4), data=st.data()
+    text=st.text("abc", max_size=20),
+    stops=st.lists(st.text("abc", min_size=1, max_size=4), max_size=4),
+    shown=st.booleans(),
+    data=st.data(),
 )
-def test_stops_are_found_wherever_the_text_is_cut(text: str, stops: list[str], data: st.DataObject) -> None:
+def test_stops_are_found_wherever_the_text_is_cut(
+    text: str, stops: list[str], shown: bool, data: st.DataObject
+) -> None:
     def run(pieces: list[str]) -> tuple[str, bool]:
-        checker, out = StopChecker(stops), ""
+        checker, out = StopChecker(stops, shown), ""
         for piece in pieces:
             more, hit = checker.feed(piece)
             out += more
@@ -110,4 +130,4 @@ def test_stops_are_found_wherever_the_text_is_cut(text: str, stops: list[str], d
     whole = run([text])
     assert run(pieces) == whole == run(list(text))
     ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
-    assert whole == ((text[: min(ends)[1]], True) if ends else (text, False))
+    assert whole == ((text[: min(ends)[0 if shown else 1]], True) if ends else (text, False))

@@ -347,8 +347,9 @@ async def test_logprobs_by_token_ids(model: Path) -> None:
         answer = await ask(session, logprobs=2)
         logprobs = answer["choices"][0]["logprobs"]
         assert logprobs["token_logprobs"] == [-5.0] * 8
-        assert [sorted(top.values()) for top in logprobs["top_logprobs"]] == [[-0.2, -0.1]] * 8
-        assert (await ask(session, logprobs=0))["choices"][0]["logprobs"]["top_logprobs"] == [{}] * 8
+        assert [sorted(top.values()) for top in logprobs["top_logprobs"]] == [[-5.0, -0.2, -0.1]] * 8
+        alone = (await ask(session, logprobs=0))["choices"][0]["logprobs"]["top_logprobs"]
+        assert alone == [{text: -5.0} for text in logprobs["tokens"]]
 
 
 async def test_a_stop_token_ends_the_text_before_it(model: Path) -> None:
