@@ -1,7 +1,7 @@
 """Stop strings in outputs however they arrive: text, tokens, logprobs and usage are those of the tokens one by one."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from itertools import pairwise
 from typing import Self
 
@@ -25,8 +25,8 @@ STOP_TOKEN = len(PIECES)
 class Pieces(ByteTokenizer):
     """Token `i` is `PIECES[i]`; the stop token has no text."""
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return b"".join(PIECES[i] for i in token_ids if i != STOP_TOKEN).decode("utf-8", "replace")
+    def token_bytes(self, token_id: int) -> bytes:
+        return b"" if token_id == STOP_TOKEN else PIECES[token_id]
 
 
 class Arrived(RequestRun):
@@ -123,9 +123,8 @@ def test_what_counts_does_not_depend_on_how_many_tokens_came_at_once(
         own = [piece for piece in pieces if piece.index == index]
         assert "".join(piece.text for piece in own) == text
         assert [token for piece in own for token in piece.token_ids] == expected
-        visible = [token for token in expected if token != STOP_TOKEN]
         entries = [(token, entry.logprob) for piece in own for token, entry in piece.logprobs]
-        assert entries == [(token, -float(at)) for at, token in enumerate(visible)]
+        assert entries == [(token, -float(at)) for at, token in enumerate(expected)]
         reasons = [piece.finish_reason for piece in own if piece.finish_reason]
         assert reasons == ["stop" if stop_token or stopped_at is not None else "length"]
         assert run.stops.get(index) == stopped_at
