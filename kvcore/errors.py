@@ -123,6 +123,14 @@ class NodeVersionError(KVFerryError):
     code = "node_version"
 
 
+class ModelChangedError(KVFerryError):
+    """An answer has begun, and no node is left with the weights and settings that it began with."""
+
+    retryable = True
+    http_status = 503
+    code = "model_changed"
+
+
 class EngineDiedError(NodeUnavailableError):
     """The engine's process ended while it held the request."""
 

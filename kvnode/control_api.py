@@ -119,7 +119,8 @@ class ControlApi:
             engine = self._engine()
             request = parse_request(await self._read(http), GenerateRequest, engine.info, self._limits)
             async with aclosing(engine.generate(request)) as deltas:
-                return await _bounded(_stream(http, deltas, leg), request.deadline_s + self._limits.late_s)
+                stream = _stream(http, deltas, leg, engine.info.kv_spec.fingerprint)
+                return await _bounded(stream, request.deadline_s + self._limits.late_s)
 
     async def _end_handoff(self, http: web.Request) -> web.StreamResponse:
         await self._engine().end_handoff(http.match_info["id"])
@@ -189,10 +190,22 @@ class _ActiveLeg:
     """`ok` or an error's code; None while it runs."""
 
 
-async def _stream(http: web.Request, deltas: AsyncGenerator[TokenDelta, None], leg: _ActiveLeg) -> web.StreamResponse:
+def said_by(delta: TokenDelta, fingerprint: bytes) -> TokenDelta:
+    """The delta with the engine's fingerprint in its info, if it has one. An engine may have been replaced by another
+    one since the node last reported: whoever puts streams together must know whose tokens these are."""
+    if delta.info is None:
+        return delta
+    return msgspec.structs.replace(delta, info=msgspec.structs.replace(delta.info, fingerprint=fingerprint))
+
+
+async def _stream(
+    http: web.Request, deltas: AsyncGenerator[TokenDelta, None], leg: _ActiveLeg, fingerprint: bytes
+) -> web.StreamResponse:
     """Errors before the first delta become the status; later ones the last frame, or, where even that cannot be
     written, the end of the connection: another answer would land in the middle of this one."""
     first = await anext(deltas, None)
+    if first is not None:
+        first = said_by(first, fingerprint)
     response = web.StreamResponse(headers={"Content-Type": MSGPACK})
     await response.prepare(http)
     try:

@@ -140,6 +140,8 @@ class LegInfo(_TolerantMessage, frozen=True, kw_only=True):
     computed_tokens: int
     moved: list[Moved] = []
     timings: Timings = Timings()
+    fingerprint: bytes = b""
+    """Of the KVSpec of the engine that runs the leg. Empty: not said; NodeReport has it."""
 
 
 class TokenDelta(_TolerantMessage, frozen=True, kw_only=True, tag="delta"):

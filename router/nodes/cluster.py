@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from kvcore.chunk_keys import chunk_keys, root_key, usable_chunks
 from kvcore.clock import Clock
 from kvcore.config.schema import ClusterConfig
-from kvcore.errors import KVFerryError
+from kvcore.errors import KVFerryError, ModelChangedError
 from kvcore.ports import base_url
 from kvcore.telemetry import log_fields
 from kvcore.types import NodeInfo, Role
@@ -181,6 +181,8 @@ class Cluster:
             self.probe_asked.set()
         else:
             node.breaker.undecided()
+            if isinstance(error, ModelChangedError):  # what the node last reported is out of date
+                self.probe_asked.set()
 
     def _count(self, work: NodeWork, sequences: int, prefill_tokens: int) -> None:
         work.sequences += sequences

@@ -6,6 +6,7 @@ State and what follows from it alone; `router.requests.ledger` decides when one 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from nodeapi.messages import LegInfo
 from router.requests.completions import Completions
 from router.requests.events import CancelLeg, KVSource, StartDecode
 from router.requests.states import LEG_TRANSITIONS, LegState
@@ -14,7 +15,8 @@ from router.requests.states import LEG_TRANSITIONS, LegState
 @dataclass(slots=True)
 class DecodeLeg:
     """A decode leg under way. `index` None: it serves all completions; else that one, as its index 0. `open`: those
-    that it has not ended yet. `source`: the prefill leg whose KV it fetches itself."""
+    that it has not ended yet. `source`: the prefill leg whose KV it fetches itself. `fingerprint`: of its engine, as
+    its node last reported or, once it has spoken, as it says itself."""
 
     id: str
     node: str
@@ -22,6 +24,7 @@ class DecodeLeg:
     open: set[int]
     source: KVSource | None
     state: LegState
+    fingerprint: bytes
     followers: set[int] = field(default_factory=set)
     """Indices whose legs start once this one has spoken."""
 
@@ -40,6 +43,13 @@ class DecodeLeg:
         """Whether it may still be waiting for KV from its prefiller."""
         return self.source is not None and self.awaits_kv
 
+    def speak(self, info: LegInfo | None) -> None:
+        """A delta has come, with this info: it streams."""
+        if self.state is not LegState.STREAMING:
+            self.set_state(LegState.STREAMING)
+        if info is not None and info.fingerprint:
+            self.fingerprint = info.fingerprint
+
     def set_state(self, state: LegState) -> None:
         """Streaming stays streaming; any other change must be in the table."""
         assert state is self.state or state in LEG_TRANSITIONS[self.state], f"{self.id}: {self.state} to {state}"
@@ -47,11 +57,14 @@ class DecodeLeg:
 
 
 class DecodeLegs:
-    """All of one request. `next_leg`: a new id."""
+    """All of one request. `next_leg`: a new id. `fingerprint_of`: of a node's engine, as last reported."""
 
-    def __init__(self, completions: Completions, next_leg: Callable[[], str]) -> None:
+    def __init__(
+        self, completions: Completions, next_leg: Callable[[], str], fingerprint_of: Callable[[str], bytes]
+    ) -> None:
         self._completions = completions
         self._next_leg = next_leg
+        self._fingerprint_of = fingerprint_of
         self.running: dict[str, DecodeLeg] = {}
         """By leg id."""
 
@@ -111,6 +124,6 @@ class DecodeLegs:
             self._completions[each].tries += 1
         waits = handoff or source is not None
         state = LegState.AWAITING_KV if waits else LegState.COMPUTING
-        leg = DecodeLeg(self._next_leg(), node, index, set(indices), source, state)
+        leg = DecodeLeg(self._next_leg(), node, index, set(indices), source, state, self._fingerprint_of(node))
         self.running[leg.id] = leg
         return StartDecode(leg.id, node, handoff, index, tuple(self._completions[index or 0].tokens), source)

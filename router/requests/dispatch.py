@@ -56,9 +56,15 @@ class Dispatcher:
         await self._services.control.aclose(self._services.limits.control_timeout_s)
 
     def _choose(
-        self, spec: RequestSpec, turn: int, *, exclude: frozenset[str] = frozenset(), decoder: str | None = None
+        self,
+        spec: RequestSpec,
+        turn: int,
+        *,
+        exclude: frozenset[str] = frozenset(),
+        decoder: str | None = None,
+        fingerprint: bytes = b"",
     ) -> Decision:
-        """What the policy chooses among the nodes of now. `decoder`: only another prefiller for it is wanted."""
+        """What the policy chooses among the nodes of now. See ChooseRoute."""
         cluster = self._services.cluster
         view = cluster.view()
         prompt = spec.prompt_token_ids
@@ -70,6 +76,7 @@ class Dispatcher:
             hits=cluster.hits(view, prompt, spec.cache_salt),
             exclude=exclude,
             decoder=decoder,
+            fingerprint=fingerprint,
         )
         return self._policy.choose(request, view)
 

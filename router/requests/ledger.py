@@ -56,7 +56,7 @@ from router.requests.events import (
 from router.requests.limits import RequestLimits
 from router.requests.placement import DecoderPlacement
 from router.requests.prefill_half import Picker, PrefillHalf
-from router.requests.states import LegState, RequestState, check_transition
+from router.requests.states import RequestState, check_transition
 
 
 class RequestMachine:
@@ -81,7 +81,7 @@ class RequestMachine:
         self._id = request_id
         self._attempts = attempts
         self._completions = Completions(n, max_tokens, min_tokens, end_token_ids, logprobs=logprobs)
-        self._decodes = DecodeLegs(self._completions, lambda: self._next_leg("d"))
+        self._decodes = DecodeLegs(self._completions, lambda: self._next_leg("d"), picker.fingerprint)
         self.retries: list[tuple[str, str]] = []
         """(`prefill` or `decode`, code of the failure) of each leg that was tried again."""
         self._prefill = PrefillHalf(
@@ -225,7 +225,7 @@ class RequestMachine:
         """Five cases:
 
         1. Its leg has ended: ignored.
-        2. It breaks the protocol: nothing of it counts, and its leg fails.
+        2. It breaks the protocol, or is of another model: nothing of it counts, and its leg fails.
         3. It says that the node gave up: its tokens count, and its leg fails.
         4. It is the first of a leg that others follow: their legs start.
         5. It ends an index: with the last of its leg the leg ends, with the last of all the request.
@@ -239,12 +239,12 @@ class RequestMachine:
         expected = leg.open if leg.index is None else {0}
         if (violation := self._completions.protocol_violation(delta, index, expected)) is not None:
             return self._cancel_failed(leg, EngineError(f"node {leg.node} broke the protocol: {violation}"))
-        if leg.state is not LegState.STREAMING:
-            leg.set_state(LegState.STREAMING)
+        leg.speak(delta.info)
+        if (changed := self._placement.model_changed(leg, delta)) is not None:
+            return self._cancel_failed(leg, changed)
         gave_up = delta.finish_reason is FinishReason.ABORT
         reason = None if gave_up else delta.finish_reason
-        if self.decode_info is None:
-            self.decode_info = delta.info
+        self.decode_info = self.decode_info or delta.info
         actions: list[Action] = list(self._completions.append(index, delta, reason))
         if gave_up:
             return actions + self._cancel_failed(leg, NodeUnavailableError(f"node {leg.node} gave the request up"))
@@ -305,7 +305,7 @@ class RequestMachine:
             return self._start_decodes(node, indices)
         shed = isinstance(self.last_error, OverloadedError) and not self.completion_tokens
         if shed or self._placement.out_of_patience:
-            return self._end(Fail(self.last_error))
+            return self._end(Fail(self._placement.why_none(self.last_error)))
         return list(self._placement.wait(indices))
 
     def _stop_hit(self, index: int, num_tokens: int) -> list[Action]:

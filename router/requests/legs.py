@@ -209,8 +209,8 @@ class RequestLegs:
         if delta.finish_reason is FinishReason.ABORT:
             raise NodeUnavailableError(f"node {action.node} gave the request up")
         wanted = self._listener.take(action.leg, delta)
-        if not wanted and delta.finish_reason is None:  # it broke the protocol
-            raise EngineError(self._listener.last_error.message)
+        if not wanted and delta.finish_reason is None:  # it broke the protocol, or is of another model
+            raise self._listener.last_error
         return wanted
 
     def _generate_request(self, action: StartDecode, remaining_s: float) -> GenerateRequest:

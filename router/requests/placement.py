@@ -1,18 +1,25 @@
-"""Completions that need another decoder: which decoders are avoided, and which completions wait for one to be there."""
+"""Completions that need another decoder: which decoders are avoided, which may go on with an answer that has begun, and
+which completions wait for one to be there.
+"""
 
+from kvcore.errors import KVFerryError, ModelChangedError
+from nodeapi.messages import TokenDelta
+from router.requests.decode_legs import DecodeLeg
 from router.requests.events import RequestTimer, StartTimer
 from router.requests.limits import RequestLimits
 from router.requests.prefill_half import Picker
 
 
 class DecoderPlacement:
-    """Of one request. Pure, as the ledger is."""
+    """Of one request. Pure, as the ledger is. Invariant: all tokens of an answer come from engines of one fingerprint,
+    that of the first; empty, it is not known, or there is no token yet."""
 
     def __init__(self, picker: Picker, limits: RequestLimits) -> None:
         self._picker = picker
         self._limits = limits
         self._failed: set[str] = set()
         self._waited_s = 0.0
+        self._fingerprint = b""
         self.unplaced: set[int] = set()
         """Indices of the completions that wait."""
 
@@ -26,8 +33,27 @@ class DecoderPlacement:
         self._failed.add(node)
 
     def decoder(self) -> str | None:
-        """One that is usable and not avoided."""
-        return self._picker.decoder(frozenset(self._failed))
+        """One that is usable, not avoided and of the model that the answer began with."""
+        return self._picker.decoder(frozenset(self._failed), self._fingerprint)
+
+    def model_changed(self, leg: DecodeLeg, delta: TokenDelta) -> ModelChangedError | None:
+        """Why this delta cannot be part of the answer; None: it can be, and from its first token on no other model."""
+        if leg.fingerprint and delta.token_ids:
+            self._fingerprint = self._fingerprint or leg.fingerprint
+        if leg.fingerprint in (b"", self._fingerprint) or not self._fingerprint:
+            return None
+        return ModelChangedError(f"node {leg.node} has other weights or settings than the answer began with")
+
+    def why_none(self, last_error: KVFerryError) -> KVFerryError:
+        """The failure of a request for which there was no decoder. `last_error`: how it lost its last one."""
+        of_the_model = self._picker.decoder(frozenset(), self._fingerprint)
+        other = self._picker.decoder(frozenset(), b"")
+        if of_the_model is not None or other is None or isinstance(last_error, ModelChangedError):
+            return last_error
+        return ModelChangedError(
+            f"{last_error.message}; no decoder has the weights and settings that the answer began with any more: node "
+            f"{other} has others"
+        )
 
     def wait(self, indices: set[int]) -> list[StartTimer]:
         """These completions wait. One timer is enough for all that do."""

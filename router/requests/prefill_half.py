@@ -23,8 +23,12 @@ class Picker(Protocol):
         """Another prefiller for this decoder."""
         ...
 
-    def decoder(self, exclude: frozenset[str]) -> str | None:
-        """Another decoder."""
+    def decoder(self, exclude: frozenset[str], fingerprint: bytes) -> str | None:
+        """Another decoder; one of this fingerprint, unless that is empty."""
+        ...
+
+    def fingerprint(self, node: str) -> bytes:
+        """Of the node's KV, as it last reported; empty: not known."""
         ...
 
 

@@ -45,8 +45,8 @@ _log = logging.getLogger("router")
 class ChooseRoute(Protocol):
     """What the policy chooses for one request among the nodes of now."""
 
-    def __call__(self, *, exclude: frozenset[str], decoder: str | None = None) -> Decision:
-        """`decoder`: only another prefiller for it is wanted."""
+    def __call__(self, *, exclude: frozenset[str], decoder: str | None = None, fingerprint: bytes = b"") -> Decision:
+        """`decoder`: only another prefiller for it is wanted. `fingerprint`: of the answer that is to go on."""
         ...
 
 
@@ -210,10 +210,15 @@ class RequestRun:
         route = self._choose(exclude=exclude, decoder=decoder).route
         return route.prefiller if route else None
 
-    def decoder(self, exclude: frozenset[str]) -> str | None:
+    def decoder(self, exclude: frozenset[str], fingerprint: bytes) -> str | None:
         """See ledger.Picker."""
-        route = self._choose(exclude=exclude).route
+        route = self._choose(exclude=exclude, fingerprint=fingerprint).route
         return route.decoder if route else None
+
+    def fingerprint(self, node: str) -> bytes:
+        """See ledger.Picker."""
+        known = self._services.cluster.nodes.get(node)
+        return known.fingerprint if known is not None else b""
 
     # --- LegListener ---
 

@@ -126,6 +126,11 @@ def _decoders_wanted(request: RouteRequest, nodes: Sequence[NodeView], _: NodeVi
     return _not_excluded(request, nodes, None)
 
 
+def _of_the_answers_model(request: RouteRequest, nodes: Sequence[NodeView], _: NodeView | None) -> Sequence[NodeView]:
+    fingerprint = request.fingerprint
+    return [node for node in nodes if node.fingerprint == fingerprint] if fingerprint else nodes
+
+
 def _of_the_decoders_kv(
     request: RouteRequest, nodes: Sequence[NodeView], decoder: NodeView | None
 ) -> Sequence[NodeView]:
@@ -137,6 +142,7 @@ def _of_the_decoders_kv(
 DECODER_FILTERS = (
     Filter("too short a context", _decoders_that_fit),
     Filter("tried before, or another one was wanted", _decoders_wanted),
+    Filter("other weights or settings than the answer began with", _of_the_answers_model),
 )
 PREFILLER_FILTERS = (
     Filter("its KV is not what the decoder reads", _of_the_decoders_kv),

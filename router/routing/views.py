@@ -44,7 +44,8 @@ class ClusterView:
 @dataclass(frozen=True, slots=True)
 class RouteRequest:
     """What a choice depends on. `hits[fingerprint]`: where the prompt's chunks are. `turn` counts requests: it breaks
-    ties and is round robin's memory. `decoder`: already chosen, only a prefiller is wanted."""
+    ties and is round robin's memory. `decoder`: already chosen, only a prefiller is wanted. `fingerprint`: of the KV of
+    the answer that is to go on; empty: none has begun."""
 
     prompt_tokens: int
     min_prefill_tokens: int
@@ -53,6 +54,7 @@ class RouteRequest:
     hits: Mapping[bytes, PrefixHits] = field(default_factory=dict)
     exclude: frozenset[str] = frozenset()
     decoder: str | None = None
+    fingerprint: bytes = b""
 
     def hits_for(self, node: NodeView) -> PrefixHits:
         """Where the prompt's chunks of this node's kind of KV are."""

@@ -53,6 +53,12 @@ class World:
     stopped: set[int] = field(default_factory=set)
     fetched: set[str] = field(default_factory=set)
     """Prefill legs whose KV a decode leg was sent for."""
+    models: dict[str, bytes] = field(default_factory=lambda: {"d0": b"A", "d1": b"A"})
+    """What each decoder's engine is now, and in `reported` what the router last heard of it."""
+    reported: dict[str, bytes] = field(default_factory=lambda: {"d0": b"A", "d1": b"A"})
+    leg_models: dict[str, bytes] = field(default_factory=dict)
+    model: bytes = b""
+    """Of the answer's first token."""
 
     def __post_init__(self) -> None:
         self.emitted = [[] for _ in range(self.n)]
@@ -63,8 +69,12 @@ class World:
     def prefiller(self, decoder: str, exclude: frozenset[str]) -> str | None:
         return self.draw(st.sampled_from([None, *[p for p in ("p0", "p1") if p not in exclude]]))
 
-    def decoder(self, exclude: frozenset[str]) -> str | None:
-        return self.draw(st.sampled_from([None, *[d for d in ("d0", "d1") if d not in exclude]]))
+    def decoder(self, exclude: frozenset[str], fingerprint: bytes) -> str | None:
+        fitting = [d for d in ("d0", "d1") if d not in exclude and fingerprint in (b"", self.reported[d])]
+        return self.draw(st.sampled_from([None, *fitting]))
+
+    def fingerprint(self, node: str) -> bytes:
+        return self.reported[node]
 
     def carry_out(self, actions: list[Action]) -> None:
         for action in actions:
@@ -74,6 +84,8 @@ class World:
                     self.prefills[action.leg] = action.node
                 case StartDecode():
                     self._check_source(action)
+                    self.leg_models[action.leg] = self.models[action.node]
+                    assert not self.model or self.reported[action.node] == self.model, "as far as the router can know"
                     indices = range(self.n) if action.index is None else [action.index]
                     assert action.index is None or list(action.output_token_ids) == self.emitted[action.index]
                     assert action.index is not None or self.n > 1 or list(action.output_token_ids) == self.emitted[0]
@@ -110,7 +122,7 @@ class World:
         choices = ["stop"] if not self.decodes else ["delta"] * 6 + ["decode_failed", "stop", "violate", "abort"]
         if self.prefills:
             choices += ["prefill_done", "prefill_failed"]
-        choices += ["timer"] * bool(self.timers) + ["stale"]
+        choices += ["timer"] * bool(self.timers) + ["stale", "upgrade", "report"]
         choices += ["gone", "deadline"] if self.draw(st.integers(0, 9)) == 0 else []
         getattr(self, "_" + self.draw(st.sampled_from(choices)))()
 
@@ -122,14 +134,28 @@ class World:
         tokens = [100 * index + at[index] + i for i in range(count)]
         at[index] += count
         reason = FinishReason.LENGTH if at[index] == MAX_TOKENS and self.draw(st.booleans()) else None
-        if reason:
+        model = self.leg_models[leg]
+        foreign = self.model not in (b"", model)
+        if reason and not foreign:
             del at[index]
         if not at:
             del self.decodes[leg]
         wire_index = index if start.index is None else 0
-        info = LegInfo(cached_tokens=8, computed_tokens=1)
+        info = LegInfo(cached_tokens=8, computed_tokens=1, fingerprint=model)
         delta = TokenDelta(index=wire_index, token_ids=tokens, finish_reason=reason, info=info)
+        if tokens:
+            self.model = self.model or model
+        before = [list(emitted) for emitted in self.emitted]
         self.carry_out(self.machine.handle(DeltaReceived(leg, delta)))
+        if foreign:
+            assert leg not in self.decodes and self.emitted == before, "one answer, one model"
+
+    def _upgrade(self) -> None:
+        """A decoder starts anew, with other weights or the same."""
+        self.models[self.draw(st.sampled_from(["d0", "d1"]))] = self.draw(st.sampled_from([b"A", b"B"]))
+
+    def _report(self) -> None:
+        self.reported = dict(self.models)
 
     def _violate(self) -> None:
         leg = self.draw(st.sampled_from(sorted(self.decodes)))
@@ -225,7 +251,7 @@ def test_every_request_ends_once_with_exact_tokens_and_no_leg_left(
 
 @pytest.mark.parametrize(("prefill", "expected"), [(4, 4), (30, 8)])
 def test_cached_tokens_is_the_lesser_of_both_legs(prefill: int, expected: int) -> None:
-    machine = RequestMachine("r", World.__new__(World), n=1, max_tokens=1, attempts=1)
+    machine = RequestMachine("r", World(lambda _: None, 1), n=1, max_tokens=1, attempts=1)
     machine.start(Route(prefiller="p0", decoder="d0", expected_cached_tokens=0, reason="x"))
     machine.handle(
         PrefillDone("r.p1", PrefillResult(request_id="r.p1", cached_tokens=prefill, computed_tokens=1, stored_chunks=9))

@@ -84,6 +84,9 @@ class FakeNode:
     id: str
     role: Role
     weights: str = "w1"
+    """As it reports them."""
+    weights_said: str | None = None
+    """As its legs say, which may know better; None: they say nothing."""
     incarnation: int = 1
     cached_tokens: int = 0
     down: bool = False
@@ -92,6 +95,8 @@ class FakeNode:
     generate_error: KVFerryError | None = None
     die_after: int | None = None
     """Tokens after which a stream breaks off."""
+    stays_dead: bool = False
+    """Then nobody can reach it any more."""
     prefill_gate: asyncio.Event | None = None
     generate_gate: asyncio.Event | None = None
     wait_for_handoff: bool = False
@@ -166,11 +171,13 @@ class FakeNode:
             return
         sampling = request.sampling
         outputs = [list(request.output_token_ids) for _ in range(sampling.n)]
-        info: LegInfo | None = LegInfo(cached_tokens=self.cached_tokens, computed_tokens=1)
+        said = spec(self.weights_said).fingerprint if self.weights_said is not None else b""
+        info: LegInfo | None = LegInfo(cached_tokens=self.cached_tokens, computed_tokens=1, fingerprint=said)
         sent = 0
         while len(outputs[0]) < sampling.max_tokens:
             for index, output in enumerate(outputs):
                 if self.die_after is not None and sent >= self.die_after:
+                    self.down = self.stays_dead
                     raise NodeUnavailableError(f"{self.id} died")
                 output.append(self.tokens(request.prompt_token_ids + output, index))
                 done = FinishReason.LENGTH if len(output) >= sampling.max_tokens else None

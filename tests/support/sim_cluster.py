@@ -15,7 +15,7 @@ from support.sim_loop import LoopClock, SimSeedLoop, run_sim
 from support.sim_network import Rates, SimNetwork, SimProcess, Trace
 from support.sim_nodes import MODEL, DataFaults, SimMetadata, SimNode, SimSetup
 from support.sim_oracle import Oracle
-from support.sim_plan import Plan, Wanted, make_plan
+from support.sim_plan import Plan, Wanted, decoder_restarts, make_plan
 from support.sim_ways import SimEventSource, SimNodeClient
 
 import router.requests.run
@@ -75,10 +75,12 @@ class _CheckedMachine(RequestMachine):
 @dataclass
 class Variant:
     """How a run differs from the usual one. `verify` False: the stores check no payload, which is a bug to be found.
-    `peaceful`: nothing fails, of network, data and machines."""
+    `peaceful`: nothing fails, of network, data and machines. `revisions`: of the weights; a node has one of them each
+    time that it starts, and decoders are killed more often."""
 
     verify: bool = True
     peaceful: bool = False
+    revisions: tuple[str, ...] = ()
     data: DataFaults = field(default_factory=DataFaults)
 
 
@@ -120,6 +122,7 @@ class SimCluster:
             node_ttl_s=plan.node_ttl_s,
             data=DataFaults(0, 0, 0, 0, 0) if variant.peaceful else variant.data,
             verify=variant.verify,
+            revisions=variant.revisions,
         )
         self.metadata = SimMetadata(self.setup)
         self.nodes = {
@@ -148,8 +151,10 @@ class SimCluster:
         self.services = RequestServices(ROUTER, self.cluster, self.client, self.clock, self.log)
         self.dispatcher = Dispatcher(self.services, make_policy(ROUTER.policy))
         self.prober.on_lost.append(self.dispatcher.node_lost)
-        self.oracle = Oracle(plan, self.client.legs)
+        self.oracle = Oracle(plan, self.client.legs, variant.revisions)
         self._planned = [] if variant.peaceful else plan.faults
+        if variant.revisions:
+            self._planned = sorted([*plan.faults, *decoder_restarts(plan)], key=lambda fault: fault.at_s)
         self.dice = random.Random(seed + 1)
         self.problems: list[str] = []
         self.answers: list[Answer] = []
@@ -282,17 +287,15 @@ class SimCluster:
 
     def _check_answer(self, answer: Answer) -> None:
         wanted = answer.wanted
-        expected = self.oracle.expected(wanted)
-        for index, tokens in enumerate(answer.tokens):
-            whole = not (answer.left or answer.error)
-            if whole and not answer.finished[index]:
-                self.problems.append(f"{wanted.id}[{index}] has no end")
-            if not self.oracle.accepts(wanted, index, tokens, whole=whole):
-                self.problems.append(f"{wanted.id}[{index}] is wrong: {tokens}, not {expected[index]}")
+        whole = not (answer.left or answer.error)
+        if whole and not all(answer.finished):
+            self.problems.append(f"{wanted.id} has no end: {answer.finished}")
+        self.problems += [f"is wrong: {what}" for what in self.oracle.wrong(wanted, answer.tokens, whole=whole)]
         if answer.error is not None:
             record = self.log.find(wanted.id)
             tries = [code for leg, code in record.retried_legs if leg == "decode"] if record else []
             self.trace("failed", wanted.id, answer.error.code, record.total_s if record else 0, *tries)
+            self.trace.counts[answer.error.code] += 1
             if not answer.error.retryable:
                 self.problems.append(f"{wanted.id} failed for good: {answer.error.message}")
             if len(tries) < ROUTER.attempts and record and (record.total_s or 0.0) < self.services.limits.patience_s:
@@ -372,6 +375,10 @@ class SimCluster:
         for name, count in sorted((self.setup.store_counts + self.setup.engine_counts + self.metadata.counts).items()):
             counts[name] += count
         counts["reseeded"] = self.oracle.reseeded
+        for revision, answers in self.oracle.revisions.items():
+            counts[f"answers_of_{revision}"] = answers
+        legs = [leg for record in self.log.newest() for leg in record.legs]
+        counts["legs_of_another_model"] = sum((leg.error or "").startswith("model_changed") for leg in legs)
         counts["slowest_ms"] = int(1000 * max(record.total_s or 0.0 for record in self.log.newest()))
         counts["retries"] = sum(len(record.retried_legs) for record in self.log.newest())
         counts["index_resets"] = self.subscription.resets

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
+import msgspec
 from support.sim_loop import LoopClock
 from support.sim_network import SimNetwork, SimProcess
 from support.sim_ways import METADATA, NodeService, SimMetadataTransport
@@ -25,6 +26,7 @@ from kvcore.errors import (
     TransferTimeoutError,
 )
 from kvcore.types import NodeInfo, Role, Segment
+from kvnode.control_api import said_by
 from kvnode.membership import Membership
 from kvstore.chunk_format import HEADER_BYTES
 from kvstore.manifest import scan
@@ -67,6 +69,8 @@ class SimSetup:
     node_ttl_s: float
     data: DataFaults
     verify: bool = True
+    revisions: tuple[str, ...] = ()
+    """Of the weights: nodes that start again have one of these. Empty: all have what `engine` says."""
     memory: dict[str, memoryview] = field(default_factory=dict)
     store_counts: Counter[str] = field(default_factory=Counter)
     """Of all stores that were closed."""
@@ -119,6 +123,7 @@ class SimNode(NodeService):
         self._metadata = metadata
         self._role = role
         self._restarts = 0
+        self._config = setup.engine
         self.engine: EngineLoop | None = None
         self.service = self.engine_process = _dead(name)
         self._graves: list[SimProcess] = []
@@ -131,6 +136,9 @@ class SimNode(NodeService):
     def start(self) -> None:
         """A new incarnation with an empty segment."""
         setup = self._setup
+        if setup.revisions:
+            revision = setup.network.dice.choice(setup.revisions)
+            self._config = msgspec.structs.replace(setup.engine, weights_version=revision)
         self.service = SimProcess(self.name)
         setup.network.hosts[self.name] = self.service
         incarnation = setup.network.dice.randrange(1, 1 << 53)
@@ -192,7 +200,7 @@ class SimNode(NodeService):
         """A store for a process of this node."""
         setup = self._setup
         return KVStore(
-            spec=sim_spec(setup.engine, MODEL, setup.chunk_tokens),
+            spec=sim_spec(self._config, MODEL, setup.chunk_tokens),
             node_id=self.name,
             incarnation=self.membership.node.incarnation,
             metadata=self._client(process),
@@ -216,12 +224,13 @@ class SimNode(NodeService):
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta, None]:
         """See NodeService."""
-        process, stream = self.engine_process, self._engine().generate(request)
+        process, engine = self.engine_process, self._engine()
+        stream, fingerprint = engine.generate(request), engine.info.kv_spec.fingerprint
         try:
             async for delta in stream:
                 if not process.alive:
                     raise EngineDiedError("the engine's process ended")
-                yield delta
+                yield said_by(delta, fingerprint)
         finally:
             await stream.aclose()
 
@@ -255,7 +264,7 @@ class SimNode(NodeService):
 
     async def _engine_life(self, process: SimProcess) -> None:
         setup, store = self._setup, self.store(process)
-        engine = build_sim_engine(setup.engine, MODEL, setup.chunk_tokens, store, setup.clock)
+        engine = build_sim_engine(self._config, MODEL, setup.chunk_tokens, store, setup.clock)
         try:
             async with engine:
                 self.engine = engine

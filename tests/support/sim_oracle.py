@@ -1,7 +1,9 @@
 """What a simulated cluster must answer and hold, from tokens alone. Knows nothing of how it came about."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
+from msgspec.structs import replace
 from support.sim_nodes import MODEL
 from support.sim_plan import Plan, Wanted
 
@@ -9,34 +11,51 @@ from engines.sim.arithmetic import Arithmetic
 from engines.sim.reference import expected_tokens
 from engines.sim.runner import sim_spec
 from kvcore.chunk_keys import chunk_keys, root_key
+from kvcore.config.schema import SimEngineConfig
 from nodeapi.messages import GenerateRequest
 
 
 class Oracle:
-    """`legs`: every decode leg that was sent, by its id; it may grow."""
+    """`legs`: every decode leg that was sent, by its id; it may grow. `revisions`: of the weights that nodes may have;
+    empty: one."""
 
-    def __init__(self, plan: Plan, legs: Mapping[str, GenerateRequest]) -> None:
-        self._plan = plan
+    def __init__(self, plan: Plan, legs: Mapping[str, GenerateRequest], revisions: Sequence[str] = ()) -> None:
         self._legs = legs
-        self._expected: dict[str, list[list[int]]] = {}
+        self._chunk_tokens = plan.chunk_tokens
+        self._engines = [replace(plan.engine, weights_version=name) for name in revisions] or [plan.engine]
+        self._expected: dict[tuple[str, str], list[list[int]]] = {}
         self.reseeded = 0
+        self.revisions: Counter[str] = Counter()
+        """How many answers with tokens were of each."""
 
-    def expected(self, wanted: Wanted) -> list[list[int]]:
+    def expected(self, wanted: Wanted, engine: SimEngineConfig) -> list[list[int]]:
         """Tokens of each completion, where nothing fails."""
-        if wanted.id not in self._expected:
-            self._expected[wanted.id] = expected_tokens(self._plan.engine, wanted.prompt, wanted.sampling)
-        return self._expected[wanted.id]
+        name = wanted.id, engine.weights_version
+        if name not in self._expected:
+            self._expected[name] = expected_tokens(engine, wanted.prompt, wanted.sampling)
+        return self._expected[name]
 
-    def accepts(self, wanted: Wanted, index: int, tokens: list[int], *, whole: bool) -> bool:
-        """Whether a completion may have these tokens (not `whole`: begin with them): those expected, or, where several
-        completions of one request had to go on alone after a failure, those that a seed of its own gives."""
-        expected = self.expected(wanted)[index]
+    def wrong(self, wanted: Wanted, outputs: list[list[int]], *, whole: bool) -> list[str]:
+        """What is wrong with an answer (not `whole`: with its beginning). All of it must be of one revision."""
+        found = []
+        for engine in self._engines:
+            bad = [at for at, tokens in enumerate(outputs) if not self._accepts(engine, wanted, at, tokens, whole)]
+            if not bad:
+                self.revisions[engine.weights_version] += any(outputs)
+                return []
+            found += [f"{wanted.id}[{at}]: {outputs[at]}, not {self.expected(wanted, engine)[at]}" for at in bad]
+        return found
+
+    def _accepts(self, engine: SimEngineConfig, wanted: Wanted, index: int, tokens: list[int], whole: bool) -> bool:
+        """Whether a completion may have these tokens: those expected, or, where several completions of one request had
+        to go on alone after a failure, those that a seed of its own gives."""
+        expected = self.expected(wanted, engine)[index]
         if tokens == (expected if whole else expected[: len(tokens)]):
             return True
         for name, leg in self._legs.items():
             done = leg.output_token_ids
             if name.startswith(f"{wanted.id}.d") and leg.sampling.n < wanted.sampling.n and done == tokens[: len(done)]:
-                (other,) = expected_tokens(self._plan.engine, wanted.prompt, leg.sampling, output=done)
+                (other,) = expected_tokens(engine, wanted.prompt, leg.sampling, output=done)
                 if done == expected[: len(done)] and tokens == (other if whole else other[: len(tokens)]):
                     self.reseeded += 1
                     return True
@@ -44,26 +63,28 @@ class Oracle:
 
     def chunks(self, requests: Sequence[Wanted]) -> dict[bytes, bytes]:
         """What each chunk must hold, from tokens alone."""
-        engine, size = self._plan.engine, self._plan.chunk_tokens
+        known: dict[bytes, bytes] = {}
+        for engine in self._engines:
+            self._add_chunks(known, engine, requests)
+        return known
+
+    def _add_chunks(self, known: dict[bytes, bytes], engine: SimEngineConfig, requests: Sequence[Wanted]) -> None:
+        size = self._chunk_tokens
         arithmetic = Arithmetic(engine.weights_version, engine.bytes_per_token, engine.vocab_size)
         root = root_key(sim_spec(engine, MODEL, size).fingerprint, b"")
-        known: dict[bytes, bytes] = {}
-        for tokens in self._token_lists(requests):
+        for tokens in self._token_lists(engine, requests):
             record, records = b"", []
             for at, token in enumerate(tokens):
                 record = arithmetic.record(record, token, at)
                 records.append(record)
             for chunk, key in enumerate(chunk_keys(root, tokens, size)):
                 known[key] = b"".join(records[chunk * size : (chunk + 1) * size])
-        return known
 
-    def _token_lists(self, requests: Sequence[Wanted]) -> Iterator[list[int]]:
+    def _token_lists(self, engine: SimEngineConfig, requests: Sequence[Wanted]) -> Iterator[list[int]]:
         for wanted in requests:
-            for tokens in self.expected(wanted):
+            for tokens in self.expected(wanted, engine):
                 yield [*wanted.prompt, *tokens]
         for leg in self._legs.values():
             if leg.sampling.n == 1:  # a completion that went on alone may have had a seed of its own
-                (tokens,) = expected_tokens(
-                    self._plan.engine, leg.prompt_token_ids, leg.sampling, output=leg.output_token_ids
-                )
+                (tokens,) = expected_tokens(engine, leg.prompt_token_ids, leg.sampling, output=leg.output_token_ids)
                 yield [*leg.prompt_token_ids, *tokens]

@@ -128,3 +128,15 @@ def _faults(dice: random.Random, requests: list[Wanted]) -> list[Fault]:
                 faults += [Fault(at_s, "cut", pair), Fault(at_s, "cut", back)]
                 faults += [Fault(end_s, "heal", pair), Fault(end_s, "heal", back)]
     return faults
+
+
+def decoder_restarts(plan: Plan) -> list[Fault]:
+    """Each decoder dies some times in the middle of an answer, and is back at once or after a while."""
+    dice = random.Random(repr(plan.requests[0]))
+    faults: list[Fault] = []
+    for _ in range(6):
+        at_s = dice.choice(plan.requests).at_s + 0.3 * dice.random()
+        where = (dice.choice(["d1", "d2"]),)
+        back_s = at_s + dice.choice([0.01, 0.05, 0.5])
+        faults += [Fault(at_s, "kill_node", where), Fault(back_s, "start_node", where)]
+    return faults

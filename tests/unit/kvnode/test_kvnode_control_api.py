@@ -224,6 +224,8 @@ async def test_prefill_stream_info_health_and_metrics_are_answered() -> None:
         status, body = await rig.post("/v1/generate", generate_request())
         deltas = frames(body)
         assert [t for d in deltas if isinstance(d, TokenDelta) for t in d.token_ids] == list(range(8))
+        said = [d.info.fingerprint for d in deltas if isinstance(d, TokenDelta) and d.info is not None]
+        assert said == [rig.engine.info.kv_spec.fingerprint], "a stream says which engine it comes from"
         async with rig.session.get(rig.url + "/v1/info") as response:
             assert msgspec.msgpack.decode(await response.read(), type=NodeReport).engine == rig.engine.info
         async with rig.session.get(rig.url + "/health") as response:

@@ -43,8 +43,11 @@ async def test_a_machine_says_what_it_is() -> None:
         def prefiller(self, decoder: str, exclude: frozenset[str]) -> str | None:
             return None
 
-        def decoder(self, exclude: frozenset[str]) -> str | None:
+        def decoder(self, exclude: frozenset[str], fingerprint: bytes) -> str | None:
             return None
+
+        def fingerprint(self, node: str) -> bytes:
+            return b""
 
     machine = RequestMachine("r", Nobody(), n=1, max_tokens=2, attempts=4)
     assert machine.state is RequestState.NEW
