@@ -83,7 +83,6 @@ KV_FACTORS: Mapping[str, Callable[[EngineFacts], object]] = {
     "disable-sliding-window": lambda facts: facts.config.model_config.disable_sliding_window,
     "dtype": _dtype,
     "kv-cache-dtype": _cache_dtype,
-    "load-format": lambda facts: "dummy" if facts.config.load_config.load_format == "dummy" else "files",
     "max-model-len": _long_rope,
     "model-impl": lambda facts: facts.config.model_config.architecture,
     "platform": lambda facts: facts.platform,

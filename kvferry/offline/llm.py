@@ -89,7 +89,9 @@ class LLM:
 
     @property
     def engine(self) -> Any:
-        """The vllm.LLM, for all else that it can do. The store does not notice weights that are changed through it."""
+        """The vllm.LLM, for all else that it can do. After its weights were changed in place, call its
+        `reset_prefix_cache(reset_connector=True)`: from then on it reads nothing that was stored before, and what it
+        stores is its own alone."""
         if self._llm is None:
             raise RuntimeError("this LLM was closed")
         return self._llm

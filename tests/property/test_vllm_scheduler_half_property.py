@@ -15,10 +15,6 @@ from kvcore.chunk_keys import chunk_keys, next_key, root_key, usable_chunks
 BLOCK = 4
 
 
-def root_of(salt):
-    return root_key(bytes(16), salt)
-
-
 class Driver:
     """Rolls the dice for everything that the model leaves open."""
 
@@ -30,7 +26,7 @@ class Driver:
         self.worker = WorkerModel(memory, self.dice, self.chunk)
         self.lookup = FakeLookup(self.worker.store, lambda: self.dice.choice([0, 0, 1, 3]))
         self.half = SchedulerHalf(
-            root_of=root_of,
+            root_of=self.root_of,
             chunk_tokens=self.chunk,
             block_size=BLOCK,
             save_output=save_output,
@@ -40,6 +36,9 @@ class Driver:
         self.texts = [[self.dice.randrange(3) for _ in range(self.limit)] for _ in range(2)]
         self.params: dict[str, Request] = {}
         self.arrived = 0
+
+    def root_of(self, salt):
+        return root_key(self.model.weights.to_bytes(16, "big"), salt)
 
     def arrive(self):
         self.arrived += 1
@@ -67,14 +66,14 @@ class Driver:
         self.model.add(request)
 
     def _prefill_elsewhere(self, request, chunks, tail):
-        root, tokens = root_of(request.salt.encode()), tuple(request.tokens)
+        root, tokens = self.root_of(request.salt.encode()), tuple(request.tokens)
         keys = chunk_keys(root, tokens, self.chunk)[:chunks]
         end = len(tokens) if tail else chunks * self.chunk
         if tail:
             keys.append(next_key(keys[-1] if keys else root, tokens[chunks * self.chunk :]))
         for index, key in enumerate(keys):
             span = range(index * self.chunk, min(end, (index + 1) * self.chunk))
-            self.worker.coming.append((key, [(request.salt, tokens[: n + 1]) for n in span]))
+            self.worker.coming.append((key, [(self.model.kind(request), tokens[: n + 1]) for n in span]))
 
     def turn(self, *, arrivals=True):
         roll = self.dice.random()
@@ -86,7 +85,7 @@ class Driver:
             if alive:
                 model.abort(self.dice.choice(alive))
         elif arrivals and roll < 0.23:
-            model.reset_prefix_cache()
+            model.reset_prefix_cache(new_weights=self.dice.random() < 0.5)
             lost = [request for request in model.waiting if request.request_id in model.preempted_ids]
             if lost and self.dice.random() < 0.3:
                 model.abort(self.dice.choice(lost))
@@ -108,7 +107,7 @@ class Driver:
             tokens = tuple(request.tokens[:end])
             while len(tokens) < end:
                 tokens = (*tokens, next_token(tokens))
-            root = root_of(request.salt.encode())
+            root = self.root_of(request.salt.encode())
             keys = chunk_keys(root, tokens, self.chunk)
             if place.num_tokens < self.chunk:
                 assert request.params.tail and end == request.num_prompt

@@ -12,6 +12,7 @@ from kvcore.types import ChunkKey
 
 CHUNK, BLOCK = 8, 4
 BLOCKS = tuple(range(100, 150))
+NEW = bytes(15) + b"n"
 
 
 def root_of(salt: bytes) -> ChunkKey:
@@ -25,8 +26,13 @@ def keys_of(tokens: Sequence[int], salt: bytes = b"") -> list[ChunkKey]:
 class Rig:
     def __init__(self, *, stored: Iterable[ChunkKey] = (), save_output: bool = True, delay: int = 0) -> None:
         self.lookup = FakeLookup(set(stored), lambda: delay)
+        self.identity = bytes(16)
         self.half = SchedulerHalf(
-            root_of=root_of, chunk_tokens=CHUNK, block_size=BLOCK, save_output=save_output, lookup=self.lookup
+            root_of=lambda salt: root_key(self.identity, salt),
+            chunk_tokens=CHUNK,
+            block_size=BLOCK,
+            save_output=save_output,
+            lookup=self.lookup,
         )
 
     def arrive(
@@ -66,6 +72,11 @@ class Rig:
         if admit:
             self.half.allocated(name, BLOCKS, 0)
         return self.half.build([ScheduledRequest(name, first, count, BLOCKS)], list(preempted))
+
+    def reset(self) -> None:
+        """With another identity from now on: `NEW`."""
+        self.identity = NEW
+        self.half.reset()
 
     def is_empty(self) -> bool:
         return not (self.half._requests or self.half._loads or self.lookup.questions)

@@ -41,7 +41,7 @@ class SchedulerModel:
         self.deferred: deque[tuple[int, list[int]]] = deque()
         self.results: dict[str, LegResult] = {}
         self.load_failed: set[str] = set()
-        self.num_preempted = self.num_resets = 0
+        self.num_preempted = self.num_resets = self.weights = 0
 
     # --- from outside
 
@@ -71,8 +71,13 @@ class SchedulerModel:
             self.failed_recving.discard(request.request_id)
         self._finish(request, delay)
 
-    def reset_prefix_cache(self) -> None:
-        """With reset_running_requests; vLLM refuses while somebody else holds blocks."""
+    def kind(self, request: Request) -> str:
+        """What its KV depends on beside its tokens."""
+        return f"{request.salt} of weights {self.weights}"
+
+    def reset_prefix_cache(self, *, new_weights: bool) -> None:
+        """With reset_running_requests; vLLM refuses while somebody else holds blocks. `new_weights`: the model's were
+        changed, and the connector is reset too."""
         if self.holding or any(r.status == "finished" for r in self.requests.values()) or self.deferred:
             return
         if any(request.last_seq > self.processed for request in self.running):
@@ -81,6 +86,9 @@ class SchedulerModel:
         while self.running:
             self._preempt(self.running.pop(), drop_stale=True)
         self.pool.reset()
+        if new_weights:
+            self.weights += 1
+            self.half.reset()
 
     # --- one step
 
@@ -218,18 +226,19 @@ class SchedulerModel:
 
     def _forward(self, request: Request, first: int, count: int, drafts: int, table: list[int]) -> list[int]:
         """The step's KV, from tokens that the blocks themselves must hold. Returns the tokens sampled."""
-        slot = self.memory.at(table, first - 1) if first else (request.salt, ())
-        assert slot is not None and slot[0] == request.salt
+        kind = self.kind(request)
+        slot = self.memory.at(table, first - 1) if first else (kind, ())
+        assert slot is not None and slot[0] == kind
         tokens = slot[1]
         assert tokens == tuple(request.tokens[:first])[: len(tokens)] or len(request.tokens) < first
         for position in range(first):
-            assert self.memory.at(table, position) == (request.salt, tokens[: position + 1]), "wrong KV before the step"
+            assert self.memory.at(table, position) == (kind, tokens[: position + 1]), "wrong KV before the step"
         if drafts:
             accepted = self.dice.randint(0, drafts)
         for position in range(first, first + count - drafts):
             token = request.tokens[position] if position < len(request.tokens) else next_token(tokens)
             tokens = (*tokens, token)
-            self.memory.put(table, position, (request.salt, tokens))
+            self.memory.put(table, position, (kind, tokens))
         if first + count - drafts < len(request.tokens):
             return []
         sampled, start = [], first + count - drafts
@@ -237,9 +246,9 @@ class SchedulerModel:
             if n < accepted:
                 tokens = (*tokens, next_token(tokens))
                 sampled.append(tokens[-1])
-                self.memory.put(table, start + n, (request.salt, tokens))
+                self.memory.put(table, start + n, (kind, tokens))
             else:
-                self.memory.put(table, start + n, (request.salt, (*tokens, 99)))
+                self.memory.put(table, start + n, (kind, (*tokens, 99)))
         return [*sampled, next_token(tokens)]
 
     def update_from_output(self) -> None:

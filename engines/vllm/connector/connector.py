@@ -4,6 +4,7 @@ A shell: it turns vLLM's objects into plain values, the halves decide and act. v
 and one in each worker's. Loads and saves are asynchronous; what fails to load is computed (kv_load_failure_policy).
 """
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,8 @@ from engines.vllm.queue_naps import wait_without_spinning
 from kvcore.errors import ConfigError
 from kvcore.telemetry import configure_logging
 from kvcore.types import KVSpec
+
+_logger = logging.getLogger("engines.vllm")
 
 
 @dataclass
@@ -173,6 +176,15 @@ class KVFerryConnector(KVConnectorBase_V1):  # type: ignore[misc]
         """Whether the blocks must stay, and what the engine's front wants to know."""
         return self._side.finished(request.request_id, holds_blocks=bool(block_ids))
 
+    def reset_cache(self) -> bool:
+        """vLLM's `reset_prefix_cache(reset_connector=True)`: nothing that was stored so far is read by this engine
+        again. False, and a line in the log, before its workers have said which KV it is."""
+        if self._scheduler is None:
+            _logger.error("kv_identity_not_reset reason=the workers have not reported yet")
+            return False
+        self._scheduler.reset()
+        return True
+
     @property
     def _side(self) -> SchedulerSide:
         assert self._scheduler is not None, "vLLM used the scheduler half before its workers had sent their specs"
@@ -194,7 +206,7 @@ def _facts(vllm_config: Any, layer_names: list[str]) -> EngineFacts:
 
 
 def _check_supported(vllm_config: Any, kv_cache_config: Any, settings: ConnectorSettings) -> None:
-    parallel, groups = vllm_config.parallel_config, kv_cache_config.kv_cache_groups
+    groups = kv_cache_config.kv_cache_groups
     if len(groups) != 1:
         raise ConfigError(
             f"{vllm_config.model_config.model}: its KV is of {len(groups)} kinds ({', '.join(map(str, groups))}); "
@@ -206,11 +218,6 @@ def _check_supported(vllm_config: Any, kv_cache_config: Any, settings: Connector
             f"{vllm_config.model_config.model}: its KV is of the kind {spec.__name__}, which vLLM drops behind the "
             "window; kvferry stores full attention's. Serve it without kvferry, or another model"
         )
-    for name in ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size"):
-        if getattr(parallel, name) != 1:
-            raise ConfigError(
-                f"engine.args.{name}: {getattr(parallel, name)} is not supported, only 1: use tensor parallelism"
-            )
     if settings.chunk_tokens % vllm_config.cache_config.block_size:
         raise ConfigError(
             f"kv.chunk_tokens: {settings.chunk_tokens} is not a multiple of vLLM's block size, "

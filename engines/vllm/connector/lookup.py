@@ -29,6 +29,9 @@ class StoreLookup:
         self._num_ranks = num_ranks
         self._limits = limits
         self._answers: dict[str, int | None] = {}
+        self._asked: dict[str, int] = {}
+        """Number of each request's latest lookup: an earlier one's answer is dropped."""
+        self._lookups = 0
         self._changed = threading.Condition()
         self._loop = asyncio.new_event_loop()
         self._started = threading.Event()
@@ -47,8 +50,10 @@ class StoreLookup:
         """Start a lookup. The answer to an earlier one of this request is dropped."""
         with self._changed:
             self._answers[request_id] = None if keys else 0
+            self._lookups += 1
+            number = self._asked[request_id] = self._lookups
         if keys:
-            self._submit(self._find(request_id, list(keys)))
+            self._submit(self._find(request_id, number, list(keys)))
 
     def answer(self, request_id: str, *, wait_s: float) -> int | None:
         """How many leading keys are complete on all ranks; None: not known within `wait_s`."""
@@ -61,6 +66,7 @@ class StoreLookup:
         """The request has ended: drop its answer."""
         with self._changed:
             self._answers.pop(request_id, None)
+            self._asked.pop(request_id, None)
 
     def close(self) -> None:
         """End the thread, bounded. Idempotent."""
@@ -83,7 +89,7 @@ class StoreLookup:
             self._loop.run_until_complete(opened.aclose())
             self._loop.close()
 
-    async def _find(self, request_id: str, keys: list[ChunkKey]) -> None:
+    async def _find(self, request_id: str, number: int, keys: list[ChunkKey]) -> None:
         """One lookup. It has an answer in any case, 0 if it fails."""
         found = 0
         try:
@@ -92,7 +98,7 @@ class StoreLookup:
             _logger.exception("lookup_failed request=%s", request_id)
         finally:
             with self._changed:
-                if request_id in self._answers:
+                if self._asked.get(request_id) == number:
                     self._answers[request_id] = found
                     self._changed.notify_all()
 

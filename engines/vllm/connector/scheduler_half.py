@@ -80,9 +80,7 @@ class SchedulerHalf:
     def arrived(self, view: RequestView) -> None:
         """A new request: looks its chunks up at once, unless a prefiller is at them."""
         assert view.request_id not in self._requests, f"request {view.request_id} arrived twice"
-        chunks = RequestChunks(
-            self._root_of(view.salt), view.token_ids, chunk_tokens=self._chunk_tokens, block_size=self._block_size
-        )
+        chunks = self._chunks_of(view)
         handoff = view.cacheable and view.params is not None and view.params.handoff_chunks is not None
         request = LiveRequest(view, chunks, may_load=view.cacheable, handoff=handoff)
         self._requests[view.request_id] = request
@@ -100,8 +98,9 @@ class SchedulerHalf:
         #    list that. By then the request may be loading again, which must not be undone: it is noted here.
         if request.phase is LoadPhase.LOADING:
             request.load_ended(0)
+            self._renew(request)
         elif request.phase is LoadPhase.RUNNING:
-            request.lose_blocks()
+            self._lose_blocks(request)
             request.preempted_early = True
         request.enter(SchedulerCall.MATCHED)
         request.num_local = num_local_tokens
@@ -156,7 +155,7 @@ class SchedulerHalf:
                 continue
             if not request.preempted_early:
                 request.enter(SchedulerCall.PREEMPTED)
-                request.lose_blocks()
+                self._lose_blocks(request)
             request.preempted_early = False
         saves = [order for part in scheduled if (order := self._save(part)) is not None]
         loads, self._loads = self._loads, []
@@ -178,6 +177,35 @@ class SchedulerHalf:
         assert not (request.saving and request.phase is LoadPhase.LOADING)
         saving = request.saving and holds_blocks
         return saving, LegResult(saving=saving, stored_chunks=request.num_stored, ordered_chunks=request.num_offered)
+
+    def reset(self) -> None:
+        """`root_of` gives other roots from now on: what was stored before is not loaded any more. A live request:
+
+        1. It has no blocks. It is looked up anew, under the new root; no prefiller's chunks are waited for.
+        2. It holds KV of before, or loads it. It goes on with that, as it does when vLLM's own cache is reset, but
+           saves nothing more, under either root, until it has lost its blocks. Saves that were ordered go on.
+        """
+        for request in self._requests.values():
+            request.outdated = True
+            if request.phase is LoadPhase.WAITING:
+                request.handoff = False
+                self._lose_blocks(request)
+
+    def _lose_blocks(self, request: LiveRequest) -> None:
+        request.lose_blocks()
+        self._renew(request)
+
+    def _renew(self, request: LiveRequest) -> None:
+        """It holds no KV: a reset that came before is over for it."""
+        if request.outdated:
+            request.outdated = request.asked = request.answered = request.waited = False
+            request.num_stored = request.num_offered = 0
+            request.chunks = self._chunks_of(request.view)
+
+    def _chunks_of(self, view: RequestView) -> RequestChunks:
+        return RequestChunks(
+            self._root_of(view.salt), view.token_ids, chunk_tokens=self._chunk_tokens, block_size=self._block_size
+        )
 
     # --- loads -------------------------------------------------------------------------------------------------
 
@@ -226,7 +254,7 @@ class SchedulerHalf:
         if request.load_end:
             request.load_ended(part.num_computed_tokens)
         view, params = request.view, request.view.params
-        if not view.cacheable:
+        if not view.cacheable or request.outdated:
             return None
         end = min(part.num_computed_tokens + part.num_scheduled_tokens, len(view.token_ids))
         tail = self._saves_tail(request) and end >= view.num_prompt_tokens

@@ -111,6 +111,8 @@ class LiveRequest:
     """A SaveOrder was given to the worker halves since the last preemption."""
     preempted_early: bool = False
     """`matched` has shown a preemption that `build` is still to list."""
+    outdated: bool = False
+    """It holds KV from before a reset: nothing of it is saved."""
 
     def __repr__(self) -> str:
         load = f", load to {self.load_end}" if self.load_end else ""

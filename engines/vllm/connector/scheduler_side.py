@@ -4,6 +4,7 @@ Owns the block tables of live requests, the scheduler half and its lookup.
 """
 
 import logging
+import secrets
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,7 @@ class SchedulerSide:
     def __init__(self, settings: ConnectorSettings, spec: KVSpec, block_size: int, limits: ConnectorLimits) -> None:
         self._tables: dict[str, list[int]] = {}
         self._lookup = StoreLookup(settings, spec.tp_size, limits)
+        self._spec = spec
         self._fingerprint = spec.fingerprint
         self.half = SchedulerHalf(
             root_of=self._root,
@@ -52,7 +54,7 @@ class SchedulerSide:
                 num_prompt_tokens=request.num_prompt_tokens,
                 params=params,
                 salt=salt,
-                cacheable=plain and request.sampling_params is not None and not request.skip_reading_prefix_cache,
+                cacheable=plain and request.sampling_params is not None,
             )
         )
 
@@ -95,6 +97,17 @@ class SchedulerSide:
         self._tables.pop(request_id, None)
         delay, result = self.half.finished(request_id, holds_blocks=holds_blocks)
         return delay, {PARAMS_NAME: msgspec.to_builtins(result)}
+
+    def reset(self) -> None:
+        """Take a KV identity that nobody else has, and that never was: what was stored so far is another's from now on.
+
+        A count would not do: two engines may have been reset as often, and hold different weights.
+        """
+        identity = secrets.token_hex(8)
+        spec = msgspec.structs.replace(self._spec, declared=(*self._spec.declared, ("reset", identity)))
+        self._fingerprint = spec.fingerprint
+        self.half.reset()
+        _logger.info("kv_identity_reset identity=%s %r", identity, self.half)
 
     def close(self) -> None:
         """End the lookup's thread."""

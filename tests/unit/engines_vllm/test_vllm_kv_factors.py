@@ -25,7 +25,6 @@ def engine(
     fp8: str = "float8_e4m3fn",
     layers: tuple[str, ...] = ("auto", "auto"),
     backends: tuple[str, ...] = ("FLASH_ATTN", "FLASH_ATTN"),
-    load_format: str = "auto",
     block_size: int = 16,
     rope: dict[str, Any] | None = None,
     draft: tuple[str, dict[str, Any] | None] | None = None,
@@ -49,7 +48,6 @@ def engine(
     config = SimpleNamespace(
         model_config=SimpleNamespace(**model),
         cache_config=SimpleNamespace(block_size=block_size),
-        load_config=SimpleNamespace(load_format=load_format),
         speculative_config=speculative,
     )
     return EngineFacts(config, version, platform, fp8, tuple(map(LayerFacts, layers, backends)))
@@ -84,7 +82,6 @@ TABLE: dict[str, list[list[dict[str, Any]]]] = {
         [both("fp8") | {"dtype": "torch.float16"}],
         [both("fp8") | {"dtype": "torch.float32"}],
     ],
-    "load-format": [[{}, {"load_format": "safetensors"}], [{"load_format": "dummy"}]],
     "max-model-len": [
         [{}, {"max_model_len": 8192}],
         [{"rope": LONG_ROPE}, {"rope": LONG_ROPE, "max_model_len": 100}],

@@ -74,3 +74,25 @@ async def test_a_running_server_is_asked_for_all_ranks() -> None:
             assert await asyncio.to_thread(lookup.answer, "r", wait_s=5.0) == 0
         finally:
             lookup.close()
+
+
+async def test_the_answer_to_an_earlier_lookup_of_a_request_is_dropped(monkeypatch) -> None:
+    lookup = StoreLookup(settings("http://127.0.0.1:9"), 1)
+    first_may_end, found = asyncio.Event(), {bytes(key(1)): 7, bytes(key(2)): 3}
+
+    async def match(keys, rank):
+        if keys == [key(1)]:
+            await first_may_end.wait()
+        return found[bytes(keys[0])]
+
+    monkeypatch.setattr(lookup, "_match", match)
+    try:
+        lookup.ask("r", [key(1)])
+        lookup.ask("r", [key(2)])
+        assert await asyncio.to_thread(lookup.answer, "r", wait_s=5.0) == 3
+        lookup._loop.call_soon_threadsafe(first_may_end.set)
+        lookup.ask("later", [key(2)])
+        assert await asyncio.to_thread(lookup.answer, "later", wait_s=5.0) == 3
+        assert lookup.answer("r", wait_s=0.0) == 3
+    finally:
+        lookup.close()

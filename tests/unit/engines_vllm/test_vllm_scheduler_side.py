@@ -113,10 +113,28 @@ def test_a_requests_parameters_are_ours_or_nobodys(side, params, understood):
         {"mm_features": [object()]},
         {"prompt_embeds": object()},
         {"sampling_params": None},
-        {"skip_reading_prefix_cache": True},
     ],
     ids=lambda field: next(iter(field)),
 )
 def test_kv_that_depends_on_more_than_tokens_is_not_cached(side, field):
     side.arrived(request(**field))
     assert not side.half._requests["r"].view.cacheable
+
+
+def test_kv_of_a_request_that_reads_no_cache_is_saved(side):
+    """One with prompt_logprobs, say. vLLM itself loads nothing for it, whatever it is told."""
+    side.arrived(request(skip_reading_prefix_cache=True))
+    assert side.half._requests["r"].view.cacheable
+
+
+def test_each_reset_takes_an_identity_that_nobody_else_has(side):
+    """Another engine that was reset as often may hold other weights."""
+    other = SchedulerSide(SETTINGS, SPEC, SPEC.chunk_tokens, ConnectorLimits())
+    roots = {side._root(b"")}
+    assert other._root(b"") in roots
+    for reset in (side, side, other, other):
+        reset.reset()
+        roots.add(reset._root(b""))
+    other.close()
+    assert len(roots) == 5
+    assert side._root(b"tenant") not in roots
