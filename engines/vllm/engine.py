@@ -16,15 +16,15 @@ from typing import Any, Self
 
 import msgspec
 from vllm import SamplingParams
-from vllm.exceptions import VLLMClientError
+from vllm.exceptions import VLLMClientError, VLLMError
 from vllm.inputs import TokensPrompt
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from engines.vllm.bus import Bus, LegReports
 from engines.vllm.connector.orders import LegParams
-from engines.vllm.outputs import leg_info, leg_result, prefill_result, token_delta
+from engines.vllm.outputs import failure_of, leg_info, leg_result, prefill_result, token_delta
 from engines.vllm.sampling import extra_args, is_greedy, sampling_arguments
 from engines.vllm.start import VllmStart, start_vllm
 from engines.vllm.stats import VllmStats
@@ -33,7 +33,6 @@ from kvcore.errors import (
     ContextLengthError,
     DeadlineExceededError,
     EngineDiedError,
-    EngineError,
     InvalidRequestError,
     OverloadedError,
 )
@@ -235,8 +234,8 @@ class VllmEngine:
             raise EngineDiedError("vLLM's engine core has died") from error
         except VLLMClientError as error:
             raise InvalidRequestError(f"vLLM refuses the request: {error}") from error
-        except (EngineGenerateError, ValueError) as error:
-            raise EngineError(f"vLLM failed: {error.__cause__ or error}") from error
+        except (VLLMError, ValueError) as error:
+            raise failure_of(error) from error
 
     async def _wait_saved(self, reports: LegReports, left_s: float) -> None:
         bound_s = max(0.0, min(left_s, self._start.store_timeout_s + self._limits.save_grace_s))

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,18 +24,36 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMError
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
+from vllm.v1.engine.core_client import InprocClient
 
 from engines.vllm.connector.connector import KVFerryConnector
 from engines.vllm.connector.settings import Provenance, to_extra_config
-from engines.vllm.start import HUB_FILES, VllmStart, connector_config, connector_settings, measure_provenance
+from engines.vllm.start import (
+    HUB_FILES,
+    VllmStart,
+    check_parallel,
+    connector_config,
+    connector_settings,
+    measure_provenance,
+    start_failure,
+)
 from kvcore.config.schema import ClusterConfig, VllmEngineConfig
-from kvcore.errors import ConfigError, EngineError
+from kvcore.errors import ConfigError
 from kvcore.model_folder import find_folder
 from nodeapi.messages import NodeReport
 
 _NOT_KV = ("chat_template", "compilation_config", "structured_outputs_config", "profiler_config")
 """Arguments that vllm.LLM takes in more forms than EngineArgs does. No KV depends on them."""
 _logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SaveWaits:
+    """How a reset of the prefix cache waits for saves under way, in seconds. `pause_s`: between two looks at a core in
+    another process."""
+
+    longest_s: float = 10.0
+    pause_s: float = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +82,7 @@ def plan_llm(model: str, model_id: str, arguments: Mapping[str, Any]) -> LLMPlan
         config = args.create_engine_config()
     except (TypeError, ValidationError, ValueError, VLLMError) as error:
         raise ConfigError(f"vLLM refuses the arguments: {error}") from error
+    check_parallel(config.parallel_config)
     return LLMPlan(
         folder=folder,
         arguments=dict(arguments),
@@ -84,10 +104,32 @@ def start_llm(plan: LLMPlan, config: ClusterConfig, node: NodeReport, *, save_ou
         with ExitStack() as stack:
             stack.callback(ensure_kv_transfer_shutdown)  # vLLM leaves a connector that lives in this process
             llm = LLM(model=str(plan.folder), **plan.arguments, **_our_arguments(to_extra_config(settings)))
+            _end_saves_before_resets(llm.llm_engine)
             stack.pop_all()
             return llm
-    except (TypeError, ValidationError, ValueError, RuntimeError, VLLMError) as error:
-        raise EngineError(f"vLLM did not start: {error}. Its own log, above, has the cause") from error
+    except Exception as error:  # of any kind: its parts raise whatever they like
+        raise start_failure(error) from error
+
+
+def _end_saves_before_resets(engine: Any, waits: SaveWaits = SaveWaits()) -> None:
+    """Let reset_prefix_cache succeed where no request is left: blocks of finished ones are free once their saves have
+    ended, which vLLM learns in a step, and a program that waits for no output makes none. Bounded."""
+    core = engine.engine_core
+    reset = core.reset_prefix_cache
+
+    def reset_once_saved(reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        end = time.monotonic() + waits.longest_s
+        if not engine.has_unfinished_requests():
+            if isinstance(core, InprocClient):
+                while core.engine_core.scheduler.has_finished_requests() and time.monotonic() < end:
+                    core.get_output()  # of nobody
+            else:
+                while not reset() and time.monotonic() < end:
+                    time.sleep(waits.pause_s)
+        done: bool = reset(reset_running_requests, reset_connector)
+        return done
+
+    core.reset_prefix_cache = reset_once_saved
 
 
 def stop_llm(llm: LLM, timeout_s: int = 10) -> None:

@@ -1,5 +1,6 @@
 """vLLM's outputs as our results, deltas and timings. Values only: needs no vLLM."""
 
+from http import HTTPStatus
 from typing import Any
 
 import msgspec
@@ -7,7 +8,7 @@ import msgspec
 from engines.vllm.bus import LegReports
 from engines.vllm.connector.orders import PARAMS_NAME, LegResult
 from engines.vllm.sampling import finish, token_logprobs
-from kvcore.errors import EngineError
+from kvcore.errors import EngineError, KVFerryError, OverloadedError
 from nodeapi.messages import (
     GenerateRequest,
     LegInfo,
@@ -91,3 +92,11 @@ def token_delta(completion: Any, info: LegInfo | None, logprobs: int | None) -> 
         stop_token_id=stop_token,
         info=info,
     )
+
+
+def failure_of(error: Exception) -> KVFerryError:
+    """A VLLMError that is neither the client's fault nor the engine's death: OverloadedError if vLLM would have it
+    tried again (its errors carry an HTTP status), else EngineError."""
+    status = getattr(error, "http_status", getattr(error, "status_code", None))
+    said = f"vLLM failed: {error.__cause__ or error}"
+    return OverloadedError(said) if status == HTTPStatus.SERVICE_UNAVAILABLE else EngineError(said)

@@ -22,7 +22,7 @@ from engines.vllm.arguments import command_line
 from engines.vllm.connector.settings import ConnectorSettings, Provenance, to_extra_config
 from engines.vllm.stats import VllmStats
 from kvcore.config.schema import ClusterConfig, VllmEngineConfig
-from kvcore.errors import ConfigError, EngineError, ModelLoadError
+from kvcore.errors import ConfigError, EngineError, KVFerryError, ModelLoadError
 from kvcore.model_folder import find_folder
 from kvstore.settings import store_settings
 
@@ -66,8 +66,8 @@ async def start_vllm(start: VllmStart, bus_path: str, stats: VllmStats) -> Async
     vllm_config.kv_transfer_config.kv_connector_extra_config.update(to_extra_config(settings))
     try:
         return AsyncLLM.from_vllm_config(vllm_config, stat_loggers=[_logger_class(stats)])
-    except (RuntimeError, ValueError, VLLMError) as error:
-        raise EngineError(f"vLLM did not start: {error}. Its own log, above, has the cause") from error
+    except Exception as error:  # of any kind: its parts raise whatever they like
+        raise start_failure(error) from error
 
 
 def engine_config(words: Sequence[str]) -> VllmConfig:
@@ -76,9 +76,26 @@ def engine_config(words: Sequence[str]) -> VllmConfig:
     args = AsyncEngineArgs.from_cli_args(parser.parse_args(list(words)))
     args.kv_transfer_config = connector_config()
     try:
-        return args.create_engine_config()
+        config = args.create_engine_config()
     except (ValidationError, ValueError, VLLMError) as error:
         raise ConfigError(f"engine.args: vLLM refuses them: {error}") from error
+    check_parallel(config.parallel_config, "engine.args.")
+    return config
+
+
+def check_parallel(parallel: Any, prefix: str = "") -> None:
+    """Raises ConfigError, by `prefix` and name, for a size in a ParallelConfig that the connector does not serve."""
+    for name in ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size"):
+        if (size := getattr(parallel, name)) != 1:
+            raise ConfigError(f"{prefix}{name}: {size} is not supported, only 1: use tensor parallelism")
+
+
+def start_failure(error: Exception) -> KVFerryError:
+    """What vLLM's start ended with, as ours. The connector's own errors are ours already."""
+    if isinstance(error, KVFerryError):
+        return error
+    said = str(error) or type(error).__name__
+    return EngineError(f"vLLM did not start: {said}. Its own log, above, has the cause")
 
 
 def connector_config(extra: dict[str, Any] | None = None) -> KVTransferConfig:

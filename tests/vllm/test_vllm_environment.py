@@ -2,7 +2,9 @@
 
 import threading
 import time
+from collections.abc import AsyncGenerator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 from unittest.mock import MagicMock
 
@@ -11,7 +13,9 @@ from vllm.config.cache import CacheDType
 from vllm.distributed.device_communicators import shm_broadcast
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import compute_nixl_compatibility_hash
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import GenerationError, RetryableRequestError, VLLMError, VLLMServerError, VLLMValidationError
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from engines.vllm.arguments import command_line
 from engines.vllm.engine import VllmEngine
@@ -22,6 +26,7 @@ from kvcore.config.checks import engine_of
 from kvcore.config.file import load_config
 from kvcore.config.schema import VllmEngineConfig
 from kvcore.config.vllm_options import RESERVED, argument_name, check_arguments
+from kvcore.errors import EngineDiedError, EngineError, InvalidRequestError, OverloadedError
 from kvferry.vllm_here import installed_vllm, parse_size
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -128,3 +133,30 @@ def test_every_kind_of_kv_that_vllm_knows_is_told_from_every_other():
     same = {"auto": "bfloat16", "fp8": "fp8_e4m3"}
     assert len(set(kinds)) == len(kinds) - len(same)
     assert {name for name, kind in zip(get_args(CacheDType), kinds, strict=True) if kind != name} == same.keys()
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (EngineDeadError(), EngineDiedError),
+        (VLLMValidationError("top_k"), InvalidRequestError),
+        (EngineGenerateError(), EngineError),
+        (GenerationError(), EngineError),
+        (RetryableRequestError(), OverloadedError),
+        (VLLMServerError("a later kind"), EngineError),
+        (VLLMError("a later kind"), EngineError),
+        (ValueError("out of range"), EngineError),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+async def test_every_error_of_vllms_becomes_one_of_ours(theirs, ours):
+    async def generate(*arguments: object) -> AsyncGenerator[object, None]:
+        raise theirs
+        yield
+
+    engine = VllmEngine(MagicMock())
+    engine._llm = SimpleNamespace(generate=generate)
+    with pytest.raises(ours) as caught:
+        async for _ in engine._outputs("leg", [1], b"", MagicMock(), 5.0):
+            pass
+    assert type(caught.value) is ours

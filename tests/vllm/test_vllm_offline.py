@@ -144,7 +144,13 @@ def what_is_refused(model: str) -> list[str]:
     from kvcore.errors import ConfigError
 
     said = []
-    for arguments in ({"store": "64KiB"}, {"chunk_tokens": 100}, {"no_such_argument": 1}, {"max_model_len": 10**6}):
+    for arguments in (
+        {"store": "64KiB"},
+        {"chunk_tokens": 100},
+        {"no_such_argument": 1},
+        {"max_model_len": 10**6},
+        {"pipeline_parallel_size": 2},
+    ):
         try:
             open_llm(model, **arguments)
         except ConfigError as error:
@@ -158,12 +164,61 @@ def what_is_refused(model: str) -> list[str]:
 
 
 def test_what_cannot_be_is_refused_before_anything_is_started(tiny):
-    small, chunk, unknown, long, second = run_offline(what_is_refused, tiny)
+    small, chunk, unknown, long, pipeline, second = run_offline(what_is_refused, tiny)
     assert small.startswith("store: 64.0 KiB has no room for one chunk: 128 tokens")
     assert chunk.startswith("chunk_tokens: 100 is not a multiple of vLLM's block size 128")
     assert "no_such_argument" in unknown
     assert "max_model_len" in long
+    assert pipeline == "pipeline_parallel_size: 2 is not supported, only 1: use tensor parallelism"
     assert "one LLM with a store at a time" in second
+
+
+def resets(model: str) -> dict[str, Any]:
+    def reset(**how: bool) -> bool:
+        return bool(llm.engine.reset_prefix_cache(**how))
+
+    prompt = PROMPTS[-1:]
+    with open_llm(model, enable_prefix_caching=True) as llm:
+        shown: dict[str, Any] = {"cold": ask(llm, prompt, NEW_TOKENS), "local": reset()}
+        shown["loaded"] = ask(llm, prompt, NEW_TOKENS)
+        shown["both"] = reset(reset_connector=True)
+        shown["anew"] = ask(llm, prompt, NEW_TOKENS)
+        shown["local_again"] = reset()
+        shown["loaded_again"] = ask(llm, prompt, NEW_TOKENS)
+    return shown
+
+
+@pytest.mark.parametrize("processes", [False, True], ids=["in_one_process", "in_several"])
+def test_a_reset_right_after_a_request_succeeds_and_with_the_connector_nothing_of_before_is_read(
+    tiny, questions, processes
+):
+    shown = run_offline(resets, tiny, processes=processes)
+    assert [shown[name] for name in ("local", "both", "local_again")] == [True, True, True]
+    assert cached(shown["cold"]) == cached(shown["anew"]) == [0]
+    for name in ("loaded", "loaded_again"):
+        assert is_full(*cached(shown[name]), LENGTHS[-1])
+        check_answers(questions, PROMPTS[-1:], shown[name], name)
+
+
+def with_logprobs_of_the_prompt(model: str) -> dict[str, Any]:
+    from vllm import SamplingParams
+
+    prompt, sampling = {"prompt_token_ids": PROMPTS[-1]}, SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+    with open_llm(model) as llm:
+        outputs = [llm.generate([prompt], sampling, use_tqdm=False)[0] for _ in range(2)]
+        logprobs = [[next(iter(each.values())).logprob for each in output.prompt_logprobs[1:]] for output in outputs]
+        return {
+            "cached": [output.num_cached_tokens for output in outputs],
+            "same": logprobs[0] == logprobs[1],
+            "after": ask(llm, PROMPTS[-1:], NEW_TOKENS),
+        }
+
+
+def test_a_prompt_whose_logprobs_are_asked_for_is_stored_and_not_loaded(tiny, questions):
+    shown = run_offline(with_logprobs_of_the_prompt, tiny)
+    assert shown["cached"] == [0, 0] and shown["same"]
+    assert is_full(*cached(shown["after"]), LENGTHS[-1])
+    check_answers(questions, PROMPTS[-1:], shown["after"], "after it")
 
 
 # --- the store of a cluster that runs -----------------------------------------------------------------------------
