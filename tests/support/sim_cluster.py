@@ -13,9 +13,10 @@ from unittest.mock import patch
 
 from support.sim_loop import LoopClock, SimSeedLoop, run_sim
 from support.sim_network import Rates, SimNetwork, SimProcess, Trace
-from support.sim_nodes import MODEL, DataFaults, SimMetadata, SimNode, SimSetup
+from support.sim_nodes import CLUSTER, MODEL, DataFaults, SimMetadata, SimNode, SimSetup
 from support.sim_oracle import Oracle
 from support.sim_plan import Plan, Wanted, decoder_restarts, make_plan
+from support.sim_strangers import Strangers, identity_faults
 from support.sim_ways import SimEventSource, SimNodeClient
 
 import router.requests.run
@@ -76,11 +77,12 @@ class _CheckedMachine(RequestMachine):
 class Variant:
     """How a run differs from the usual one. `verify` False: the stores check no payload, which is a bug to be found.
     `peaceful`: nothing fails, of network, data and machines. `revisions`: of the weights; a node has one of them each
-    time that it starts, and decoders are killed more often."""
+    time that it starts, and decoders are killed more often. `strangers`: faults of identity come to the others."""
 
     verify: bool = True
     peaceful: bool = False
     revisions: tuple[str, ...] = ()
+    strangers: bool = False
     data: DataFaults = field(default_factory=DataFaults)
 
 
@@ -133,7 +135,7 @@ class SimCluster:
         self.network.hosts["router"] = self.router
         self.client = SimNodeClient(self.network, self.router, dict(self.nodes))
         config = ClusterConfig(
-            cluster="sim",
+            cluster=CLUSTER,
             model=ModelConfig(path=MODEL, name=MODEL),
             engine=plan.engine,
             nodes={
@@ -155,6 +157,11 @@ class SimCluster:
         self._planned = [] if variant.peaceful else plan.faults
         if variant.revisions:
             self._planned = sorted([*plan.faults, *decoder_restarts(plan)], key=lambda fault: fault.at_s)
+        self.strangers: Strangers | None = None
+        if variant.strangers:
+            self.strangers = Strangers(self.setup, self.metadata, self.client, self.nodes, variant.peaceful)
+            faults = [*self._planned, *identity_faults(seed, plan.requests)]
+            self._planned = sorted(faults, key=lambda fault: fault.at_s)
         self.dice = random.Random(seed + 1)
         self.problems: list[str] = []
         self.answers: list[Answer] = []
@@ -179,6 +186,9 @@ class SimCluster:
         await self._check_stored()
         for answer in self.answers:
             self._check_answer(answer)
+        if self.strangers is not None:
+            self.problems += sorted(self.strangers.problems)
+            await self.strangers.stop()
         await self._stop()
         self._count()
         digest = hashlib.sha256("\n".join(self.trace.lines).encode()).hexdigest()
@@ -210,6 +220,25 @@ class SimCluster:
         if node.service.alive and not node.engine_process.alive:
             node.start_engine()
 
+    def _do_step_clock(self, name: str, seconds: str) -> None:
+        self.nodes[name].clock_off_s += float(seconds)
+
+    def _do_foreign(self, name: str, differs: str) -> None:
+        self._strange().join_foreign(name, differs)
+
+    def _do_foreign_ends(self, name: str) -> None:
+        self._strange().end_foreign(name)
+
+    def _do_twin(self, name: str) -> None:
+        self._strange().join_twin(name)
+
+    def _do_twin_ends(self, name: str) -> None:
+        self._strange().end_twin(name)
+
+    def _strange(self) -> Strangers:
+        assert self.strangers is not None, "faults of identity are planned with strangers only"
+        return self.strangers
+
     def _do_kill_metadata(self) -> None:
         if self.metadata.alive:
             self.metadata.kill()
@@ -234,6 +263,8 @@ class SimCluster:
     def _make_peace(self) -> None:
         self.network.calm()
         self.setup.data = DataFaults(0, 0, 0, 0, 0)
+        if self.strangers is not None:
+            self.strangers.end()
         self._do_start_metadata()
         for name in self.nodes:
             self._do_start_node(name)
@@ -281,6 +312,8 @@ class SimCluster:
     def _check_turn(self, turn: int) -> None:
         if turn % _METADATA_TURNS == 0:
             self.metadata.check()
+            if self.strangers is not None:
+                self.strangers.check()
         if turn % _ENGINE_TURNS == 0:
             for node in self.nodes.values():
                 node.check()

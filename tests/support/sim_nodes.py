@@ -25,6 +25,7 @@ from kvcore.errors import (
     TransferError,
     TransferTimeoutError,
 )
+from kvcore.identity import ClusterIdentity
 from kvcore.types import NodeInfo, Role, Segment
 from kvnode.control_api import said_by
 from kvnode.membership import Membership
@@ -40,7 +41,7 @@ from nodeapi.messages import GenerateRequest, NodeReport, PrefillRequest, Prefil
 from transfer.base import Direction, TransferOp
 from transfer.inproc import InprocFault, InprocTransfer
 
-MODEL = "m"
+CLUSTER, MODEL = "sim", "m"
 CALL_S = 1.0
 
 
@@ -97,7 +98,14 @@ class SimMetadata:
         setup = self._setup
         self.lives += 1
         wall_ms = int(setup.clock.wall() * 1000)
-        state = MetadataState(setup.store, setup.node_ttl_s, f"e{self.lives}", wall_ms << 20, event_log=256)
+        state = MetadataState(
+            setup.store,
+            setup.node_ttl_s,
+            f"e{self.lives}",
+            wall_ms << 20,
+            event_log=256,
+            identity=ClusterIdentity(CLUSTER, MODEL),
+        )
         self.core = MetadataCore(state, setup.clock)
         self.process = SimProcess(METADATA)
         setup.network.hosts[METADATA] = self.process
@@ -117,15 +125,33 @@ class SimMetadata:
 class SimNode(NodeService):
     """One node: its service process with membership and segment, and its engine's process."""
 
-    def __init__(self, setup: SimSetup, metadata: SimMetadata, name: str, role: Role) -> None:
+    def __init__(
+        self,
+        setup: SimSetup,
+        metadata: SimMetadata,
+        name: str,
+        role: Role,
+        *,
+        host: str = "",
+        engine: SimEngineConfig | None = None,
+        cluster: str = CLUSTER,
+        model: str = MODEL,
+    ) -> None:
+        """`name` is its id. Without `host` and `engine` it has a host of this name, and the cluster's engine."""
         self.name = name
+        self.host = host or name
+        self.clocked = False
+        """Of an earlier version: its incarnations are from its machine's clock, and it does not say what it is."""
+        self.clock_off_s = 0.0
+        self.legs = 0
+        self._config = engine or setup.engine
+        self._cluster, self._model = cluster, model
         self._setup = setup
         self._metadata = metadata
         self._role = role
         self._restarts = 0
-        self._config = setup.engine
         self.engine: EngineLoop | None = None
-        self.service = self.engine_process = _dead(name)
+        self.service = self.engine_process = _dead(self.host)
         self._graves: list[SimProcess] = []
 
     @property
@@ -138,17 +164,19 @@ class SimNode(NodeService):
         setup = self._setup
         if setup.revisions:
             revision = setup.network.dice.choice(setup.revisions)
-            self._config = msgspec.structs.replace(setup.engine, weights_version=revision)
-        self.service = SimProcess(self.name)
-        setup.network.hosts[self.name] = self.service
+            self._config = msgspec.structs.replace(self._config, weights_version=revision)
+        self.service = SimProcess(self.host)
+        setup.network.hosts[self.host] = self.service
         incarnation = setup.network.dice.randrange(1, 1 << 53)
+        if self.clocked:
+            incarnation = int((setup.clock.wall() + self.clock_off_s) * 1000)
         segment_id = f"{self.name}.{incarnation:x}"
         self.segment = Segment(
             id=segment_id,
             node_id=self.name,
             size_bytes=setup.segment_bytes,
-            host_id=self.name,
-            addresses={"inproc": self.name},
+            host_id=self.host,
+            addresses={"inproc": self.host},
         )
         memory = setup.memory[segment_id] = memoryview(bytearray(setup.segment_bytes))
 
@@ -157,7 +185,14 @@ class SimNode(NodeService):
 
         self.membership = Membership(
             self._client(self.service),
-            NodeInfo(id=self.name, role=self._role, control_url=f"http://{self.name}:1", incarnation=incarnation),
+            NodeInfo(
+                id=self.name,
+                role=self._role,
+                control_url=f"http://{self.host}:1",
+                incarnation=incarnation,
+                cluster="" if self.clocked else self._cluster,
+                model="" if self.clocked else self._model,
+            ),
             manifests,
             ttl_s=setup.node_ttl_s,
             draw=lambda: 0.5,
@@ -167,7 +202,7 @@ class SimNode(NodeService):
 
     def start_engine(self) -> None:
         """A new engine process on the same segment."""
-        self.engine_process = SimProcess(self.name)
+        self.engine_process = SimProcess(self.host)
         self.engine_process.spawn(self._engine_life(self.engine_process))
 
     def kill_engine(self) -> None:
@@ -205,7 +240,7 @@ class SimNode(NodeService):
             incarnation=self.membership.node.incarnation,
             metadata=self._client(process),
             transfer=InprocTransfer(setup.memory, _Faults(setup, process)),
-            host_id=self.name,
+            host_id=self.host,
             clock=setup.clock,
             config=setup.store,
             verify=setup.verify,
@@ -217,6 +252,7 @@ class SimNode(NodeService):
     async def prefill(self, request: PrefillRequest) -> PrefillResult:
         """See NodeService."""
         process = self.engine_process
+        self.legs += 1
         try:
             return await self._engine().prefill(request)
         except KVFerryError as error:
@@ -226,6 +262,7 @@ class SimNode(NodeService):
         """See NodeService."""
         process, engine = self.engine_process, self._engine()
         stream, fingerprint = engine.generate(request), engine.info.kv_spec.fingerprint
+        self.legs += 1
         try:
             async for delta in stream:
                 if not process.alive:
@@ -251,6 +288,7 @@ class SimNode(NodeService):
             stats=await engine.stats() if engine else None,
             segments=[self.segment],
             engine_restarts=self._restarts,
+            refused=self.membership.refused,
         )
 
     def _engine(self) -> EngineLoop:

@@ -119,7 +119,8 @@ class SimNodeClient:
     def __init__(self, network: SimNetwork, source: SimProcess, nodes: dict[str, NodeService]) -> None:
         self._network = network
         self._source = source
-        self._nodes = nodes
+        self.nodes = nodes
+        """By host."""
         self.legs: dict[str, GenerateRequest] = {}
 
     async def prefill(self, url: str, request: PrefillRequest, *, timeout_s: float) -> PrefillResult:
@@ -132,7 +133,7 @@ class SimNodeClient:
         """See NodeClient."""
         self.legs[request.request_id] = request
         name = _host(url)
-        stream = self._network.stream(self._source, name, lambda _: self._nodes[name].generate(request), timeout_s)
+        stream = self._network.stream(self._source, name, lambda _: self.nodes[name].generate(request), timeout_s)
         try:
             async for delta in stream:
                 yield delta
@@ -162,7 +163,7 @@ class SimNodeClient:
         name = _host(url)
         try:
             return await self._network.call(
-                self._source, name, lambda _: ask(self._nodes[name]), timeout_s=timeout_s, repeatable=repeatable
+                self._source, name, lambda _: ask(self.nodes[name]), timeout_s=timeout_s, repeatable=repeatable
             )
         except (NetworkError, KVFerryError) as error:
             raise _translated(error) from error
