@@ -4,9 +4,10 @@ Owns the join of several prompts' runs into one stream. Knows no HTTP and no sur
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
+from functools import partial
 
 from kvcore.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError, NodeUnavailableError
 from nodeapi.messages import FinishReason, TokenLogprob
@@ -24,7 +25,9 @@ class AnswerLimits:
     """Bounds of one answer."""
 
     inline_chars: int = 8 << 10
-    """Longer texts, all prompts of a request together, are encoded beside the event loop (100 kB take about 50 ms)."""
+    """Longer texts, all prompts of a request together, are rendered and encoded beside the event loop."""
+    text_threads: int = 4
+    """Texts that are so at the same time; others wait."""
     max_choices: int = 128
     max_queued_pieces: int = 64
     """Pieces of several runs that wait for a slow client before the runs are read no further."""
@@ -200,6 +203,25 @@ class ClientAnswer:
         return TextPiece(first + emit.index, text, logprobs, reason.value if reason else None, ids), stop_found
 
 
+def _num_chars(prompt: Prompt) -> int:
+    """Of all texts in it: how much work it is to make tokens of it."""
+    if isinstance(prompt, TokenPrompt):
+        return 0
+    if isinstance(prompt, TextPrompt):
+        return len(prompt.text)
+    count = 0
+    rest: list[object] = [prompt.messages, prompt.documents, prompt.template_values]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, str):
+            count += len(value)
+        elif isinstance(value, Mapping):
+            rest += [*value, *value.values()]
+        elif isinstance(value, list):
+            rest += value
+    return count
+
+
 class Answerer:
     """Starts answers. One a router. A surface calls, in this order: `check_model`, `encode`, `start`."""
 
@@ -235,16 +257,12 @@ class Answerer:
 
     async def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """The tokens of each prompt. Raises InvalidRequestError where the chat template refuses the messages."""
-        texts = [self._text(prompt) for prompt in prompts]
-        inline = sum(len(text) for text in texts if text is not None) <= self._limits.inline_chars
-        encoded: list[list[int]] = []
-        for prompt, text in zip(prompts, texts, strict=True):
-            if text is None or isinstance(prompt, TokenPrompt):
-                assert isinstance(prompt, TokenPrompt)
-                encoded.append(prompt.token_ids)
-            else:
-                encoded.append(await self._encode(text, inline, special_tokens=prompt.add_special_tokens))
-        return encoded
+        if sum(map(_num_chars, prompts)) <= self._limits.inline_chars:
+            return [self._tokens(prompt) for prompt in prompts]
+        return [
+            prompt.token_ids if isinstance(prompt, TokenPrompt) else await self._run(partial(self._tokens, prompt))
+            for prompt in prompts
+        ]
 
     def start(self, request: AnswerRequest) -> ClientAnswer:
         """Route the prompts; iterating the answer's pieces runs them.
@@ -267,15 +285,11 @@ class Answerer:
             opened.pop_all()
         return ClientAnswer(self.tokenizer, runs, request, self._limits)
 
-    def _text(self, prompt: Prompt) -> str | None:
-        if isinstance(prompt, ChatPrompt):
-            return self.tokenizer.render_chat(prompt)
-        return prompt.text if isinstance(prompt, TextPrompt) else None
-
-    async def _encode(self, text: str, inline: bool, *, special_tokens: bool) -> list[int]:
-        if inline:
-            return self.tokenizer.encode(text, add_special_tokens=special_tokens)
-        return await self._run(lambda: self.tokenizer.encode(text, add_special_tokens=special_tokens))
+    def _tokens(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, TokenPrompt):
+            return prompt.token_ids
+        text = self.tokenizer.render_chat(prompt) if isinstance(prompt, ChatPrompt) else prompt.text
+        return self.tokenizer.encode(text, add_special_tokens=prompt.add_special_tokens)
 
     def _check_fit(self, spec: RequestSpec, max_context: int, names: FieldNames) -> None:
         prompt, sampling = spec.prompt_token_ids, spec.sampling

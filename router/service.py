@@ -15,7 +15,7 @@ from metadata_server.client import MetadataClient
 from metadata_server.connect import connect_client, connect_subscription, endpoints_of
 from nodeapi.client import HttpNodeClient
 from nodeapi.protocol import NodeClient
-from router.answering import Answerer
+from router.answering import Answerer, AnswerLimits
 from router.api.app import make_app
 from router.descriptors import LEGS_PER_REQUEST, clients_at_most, descriptors_needed
 from router.metrics import RouterMetrics
@@ -28,7 +28,7 @@ from router.requests.records import RequestLog
 from router.requests.services import RequestServices
 from router.routing.policy import make_policy
 from router.status import StatusView
-from router.text.tokenizer import FolderTokenizer, make_tokenizer, run_in_thread
+from router.text.tokenizer import FolderTokenizer, TextThreads, make_tokenizer
 
 _log = logging.getLogger("router")
 
@@ -58,8 +58,10 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
     connected = None if subscription is None else lambda: subscription.connected
     status = StatusView(config, cluster, log, clock, connected)
     metrics = RouterMetrics(cluster, log, connected)
+    threads = TextThreads(AnswerLimits().text_threads)
+    lifecycle.stack.callback(threads.close)
     answerer = Answerer(
-        model=config.model.name, tokenizer=tokenizer, dispatcher=dispatcher, cluster=cluster, run=run_in_thread
+        model=config.model.name, tokenizer=tokenizer, dispatcher=dispatcher, cluster=cluster, run=threads.run
     )
     app = make_app(answerer, log, status, metrics, max_body_bytes=bounds.max_body, cors=bounds.cors)
     server = AsgiServer(app, bounds.host, bounds.port, limits=_connection_limits(config))

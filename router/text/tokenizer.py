@@ -6,6 +6,7 @@ Owns every conversion between text and token ids in the cluster. `ByteTokenizer`
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -24,9 +25,22 @@ Runner = Callable[[Callable[[], _T]], Awaitable[_T]]
 """Runs blocking work beside the loop."""
 
 
-async def run_in_thread(work: Callable[[], _T]) -> _T:
-    """The Runner of a real process."""
-    return await asyncio.to_thread(work)
+class TextThreads:
+    """The Runner of a real process: so many threads for long texts, and a queue. Close it in the end."""
+
+    def __init__(self, most: int) -> None:
+        self._pool = ThreadPoolExecutor(most, thread_name_prefix="text")
+
+    def __repr__(self) -> str:
+        return f"<TextThreads queued={self._pool._work_queue.qsize()}>"
+
+    async def run(self, work: Callable[[], _T]) -> _T:
+        """Its result, or what it raises. Cancelled while it is queued, it never runs."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    def close(self) -> None:
+        """Work that is queued never runs; what runs is not waited for."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 class Tokenizer(Protocol):
@@ -128,8 +142,8 @@ class FolderTokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """See Tokenizer."""
-        # As a batch of one, as only batches let go of the interpreter's lock.
-        ids: list[int] = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
+        # As a batch: for one all versions of the library let go of the interpreter's lock. Nobody asks for offsets.
+        ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         return ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

@@ -27,7 +27,7 @@ from router.requests.spec import (
 from router.routing.index import PrefixIndex
 from router.text.chat_template import compile_chat_template
 from router.text.detokenizer import Detokenizer
-from router.text.tokenizer import ByteTokenizer, FolderTokenizer, run_in_thread
+from router.text.tokenizer import ByteTokenizer, FolderTokenizer, TextThreads
 
 LIMITS = ApiLimits()
 
@@ -101,12 +101,13 @@ async def test_of_several_wrong_fields_the_first_in_a_fixed_order_is_named() -> 
 
 async def test_prompts_beyond_the_bound_of_an_answer_are_refused_by_the_clients_name_for_it() -> None:
     rig = await make_rig()
+    threads = TextThreads(1)
     answerer = Answerer(
         model="m",
         tokenizer=ByteTokenizer(VOCAB),
         dispatcher=rig.dispatcher,
         cluster=rig.cluster,
-        run=run_in_thread,
+        run=threads.run,
         limits=AnswerLimits(max_choices=1),
     )
     specs = [RequestSpec(f"r{number}", [97], SamplingParams(max_tokens=4)) for number in range(2)]
