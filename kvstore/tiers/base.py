@@ -1,0 +1,122 @@
+"""What a tier is: a place for whole chunks, header and payload as in a segment, that may lose or damage any of them.
+
+A tier needs honesty, not durability: what it does not have whole is MISSING. All failures are values; a tier raises for
+misuse only. `tests/conformance/test_tier_conformance.py` holds every kind to this page.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from kvcore.types import ChunkKey
+from kvstore.chunk_format import HEADER_BYTES
+
+
+class TierOutcome(StrEnum):
+    """What became of one chunk that was loaded or saved."""
+
+    OK = "ok"
+    MISSING = "missing"
+    """It is not there, or not whole."""
+    FULL = "full"
+    """No room, and none may be made: it was not saved."""
+    TOO_LARGE = "too_large"
+    """Saved: larger than the tier takes. Loaded: of another size than the memory that was given for it."""
+    UNAVAILABLE = "unavailable"
+    """The tier did not answer in time or cannot be reached. Nothing is known of the chunk."""
+    DAMAGED = "damaged"
+    """The tier itself found it damaged. The caller's own check finds more."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkName:
+    """What a chunk is called in a tier that several clusters, models and revisions of weights may share."""
+
+    fingerprint: bytes
+    """Of the KVSpec, 16 bytes."""
+    key: ChunkKey
+
+    @property
+    def text(self) -> str:
+        """`FINGERPRINT/KEY` in hex."""
+        return f"{self.fingerprint.hex()}/{self.key.hex()}"
+
+
+@dataclass(frozen=True, slots=True)
+class TierChunk:
+    """One chunk on its way. `memory`: its header and payload, one after the other; C-contiguous views, of a segment
+    usually one. `save` reads them, `load` fills all of them, writable then. Their contents are undefined after any
+    outcome of `load` but OK."""
+
+    name: ChunkName
+    memory: Sequence[memoryview]
+
+    @property
+    def num_bytes(self) -> int:
+        """Header and payload."""
+        return sum(view.nbytes for view in self.memory)
+
+    def header(self) -> bytes:
+        """A copy of the first HEADER_BYTES."""
+        raw = bytearray()
+        for view in self.memory:
+            raw += view[: HEADER_BYTES - len(raw)]
+        return bytes(raw)
+
+
+@dataclass(frozen=True, slots=True)
+class TierStats:
+    """What a tier knows of itself without asking anybody. None: it cannot know."""
+
+    num_chunks: int | None = None
+    used_bytes: int | None = None
+    capacity_bytes: int | None = None
+    evicted: int = 0
+    """Chunks that the tier itself gave up to make room, since start."""
+    problem: str | None = None
+    """What is wrong with it now, for people: `http://cache:6379 refused the connection`."""
+
+
+class Tier(Protocol):
+    """A place for chunks. All methods may be called at once, on one event loop.
+
+    Before a method returns or raises, by cancellation too, it has let go of the memory that it was given. Each call
+    ends within its `timeout_s`, plus what a system call under way takes to be given up.
+    """
+
+    name: str
+    """`disk`, `redis`, ...: in metrics, explain and the cluster file."""
+    shared: bool
+    """Whether what is saved here is seen by other nodes, and by other clusters."""
+    max_chunk_bytes: int
+    """Header and payload of the largest chunk that it takes."""
+
+    async def find(self, names: Sequence[ChunkName], *, timeout_s: float) -> list[bool]:
+        """Whether each is there now, as far as the tier can tell in time; False where it cannot."""
+        ...
+
+    async def load(self, chunks: Sequence[TierChunk], *, timeout_s: float) -> list[TierOutcome]:
+        """Fill each chunk's memory. OK: all of it, as it was saved. What one chunk meets does not spoil the others."""
+        ...
+
+    async def save(
+        self, chunks: Sequence[TierChunk], *, ttl_s: float | None = None, timeout_s: float
+    ) -> list[TierOutcome]:
+        """Keep a copy of each, for `ttl_s` at most where it is given. What is there already is OK, and counts as used.
+
+        Chunks are content-addressed: whoever saves a name saves the same bytes, but for the header's generation.
+        """
+        ...
+
+    async def remove(self, names: Sequence[ChunkName], *, timeout_s: float) -> None:
+        """Forget these, as far as the tier can be reached."""
+        ...
+
+    def stats(self) -> TierStats:
+        """No I/O."""
+        ...
+
+    async def aclose(self) -> None:
+        """End what is under way, and let go of everything. Idempotent. From then on all is UNAVAILABLE."""
+        ...

@@ -1,0 +1,185 @@
+"""A tier as its users have it: never asked while it is away, never given more at once than was agreed, and measured.
+
+Owns a breaker, a bound of bytes under way, and running estimates of its speed; no chunk.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+from kvcore.clock import Clock
+from kvstore.tiers.base import ChunkName, Tier, TierChunk, TierOutcome, TierStats
+from kvstore.tiers.limits import TierLimits
+
+_Result = TypeVar("_Result")
+_AWAY = TierOutcome.UNAVAILABLE
+
+
+class GuardedTier:
+    """A `Tier` over another, whose closing it takes over.
+
+    Breaker: after `limits.failures` calls in a row that were late or found the tier unavailable, calls are answered at
+    once, as unavailable, for a pause that doubles each time; the first call after a pause goes through alone, and its
+    outcome decides. `in_flight_bytes`: loads and saves wait, within their deadlines, while more are under way; one
+    that is larger by itself goes alone.
+    """
+
+    def __init__(self, tier: Tier, clock: Clock, *, in_flight_bytes: int, limits: TierLimits = TierLimits()) -> None:
+        self.name, self.shared, self.max_chunk_bytes = tier.name, tier.shared, tier.max_chunk_bytes
+        self.counts: Counter[tuple[str, TierOutcome]] = Counter()
+        """(`load` or `save`, outcome) -> chunks, since start."""
+        self.moved_bytes: Counter[str] = Counter()
+        """`load`, `save` -> bytes that arrived, since start."""
+        self._tier, self._clock, self._limits = tier, clock, limits
+        self._rates: dict[str, float] = {}
+        self._failures = 0
+        self._pause_s = limits.pause_s
+        self._closed_until = 0.0
+        self._trying = False
+        self._in_flight_bytes, self._under_way = in_flight_bytes, 0
+        self._room = asyncio.Condition()
+
+    def __repr__(self) -> str:
+        state = "away" if self.away else "in use"
+        return f"<GuardedTier {self.name}, {state}, {self._under_way} bytes under way>"
+
+    @property
+    def away(self) -> bool:
+        """Whether the tier is left alone now."""
+        return self._failures >= self._limits.failures and (self._trying or self._clock.now() < self._closed_until)
+
+    def rate(self, operation: str) -> float | None:
+        """Bytes a second of one `load` or `save` call, as a running estimate; None: not measured yet."""
+        return self._rates.get(operation)
+
+    async def find(self, names: Sequence[ChunkName], *, timeout_s: float) -> list[bool]:
+        """See `Tier`. What takes longer than `timeout_s` counts as a failure."""
+        found = [False] * len(names)
+        if not names or self.away:
+            return found
+        with self._attempt() as attempt:
+            answer = await _in_time(self._tier.find(names, timeout_s=timeout_s), timeout_s)
+            attempt.ok = answer is not None and self._tier.stats().problem is None
+        return answer or found
+
+    async def load(self, chunks: Sequence[TierChunk], *, timeout_s: float) -> list[TierOutcome]:
+        """See `Tier`."""
+        return await self._move("load", chunks, lambda left_s: self._tier.load(chunks, timeout_s=left_s), timeout_s)
+
+    async def save(
+        self, chunks: Sequence[TierChunk], *, ttl_s: float | None = None, timeout_s: float
+    ) -> list[TierOutcome]:
+        """See `Tier`."""
+        return await self._move(
+            "save", chunks, lambda left_s: self._tier.save(chunks, ttl_s=ttl_s, timeout_s=left_s), timeout_s
+        )
+
+    async def remove(self, names: Sequence[ChunkName], *, timeout_s: float) -> None:
+        """See `Tier`."""
+        if names and not self.away:
+            await _in_time(self._tier.remove(names, timeout_s=timeout_s), timeout_s)
+
+    def stats(self) -> TierStats:
+        """See `Tier`; while it is left alone its `problem` says so."""
+        stats = self._tier.stats()
+        if not self.away:
+            return stats
+        return replace(stats, problem=f"left alone for a while: {stats.problem or 'it did not answer in time'}")
+
+    async def aclose(self) -> None:
+        """See `Tier`."""
+        await self._tier.aclose()
+
+    async def _move(
+        self,
+        operation: str,
+        chunks: Sequence[TierChunk],
+        call: Callable[[float], Coroutine[object, object, list[TierOutcome]]],
+        timeout_s: float,
+    ) -> list[TierOutcome]:
+        if not chunks:
+            return []
+        num_bytes, began = sum(chunk.num_bytes for chunk in chunks), self._clock.now()
+        outcomes: list[TierOutcome] | None = None
+        if not self.away and await _in_time(self._enter(num_bytes), timeout_s):
+            try:
+                started = self._clock.now()
+                left_s = timeout_s - (started - began)
+                if left_s > 0 and not self.away:
+                    with self._attempt() as attempt:
+                        outcomes = await _in_time(call(left_s), left_s)
+                        attempt.ok = outcomes is not None and any(outcome is not _AWAY for outcome in outcomes)
+                    self._measure(operation, chunks, outcomes or [], self._clock.now() - started)
+            finally:
+                await asyncio.shield(self._leave(num_bytes))
+        outcomes = outcomes or [_AWAY] * len(chunks)
+        self.counts.update((operation, outcome) for outcome in outcomes)
+        return outcomes
+
+    def _measure(
+        self, operation: str, chunks: Sequence[TierChunk], outcomes: Sequence[TierOutcome], seconds: float
+    ) -> None:
+        arrived = sum(chunk.num_bytes for chunk, got in zip(chunks, outcomes, strict=False) if got is TierOutcome.OK)
+        if not arrived:
+            return
+        self.moved_bytes[operation] += arrived
+        rate, weight = arrived / max(seconds, 1e-6), self._limits.rate_weight
+        self._rates[operation] = self._rates.get(operation, rate) * (1 - weight) + rate * weight
+
+    async def _enter(self, num_bytes: int) -> bool:
+        async with self._room:
+            await self._room.wait_for(
+                lambda: not self._under_way or self._under_way + num_bytes <= self._in_flight_bytes
+            )
+            self._under_way += num_bytes
+        return True
+
+    async def _leave(self, num_bytes: int) -> None:
+        async with self._room:
+            self._under_way -= num_bytes
+            self._room.notify_all()
+
+    def _attempt(self) -> "_Attempt":
+        return _Attempt(self)
+
+    def _begin(self) -> None:
+        self._trying = self._failures >= self._limits.failures
+
+    def _end(self, ok: bool) -> None:
+        self._trying = False
+        if ok:
+            self._failures, self._pause_s = 0, self._limits.pause_s
+            return
+        self._failures += 1
+        if self._failures >= self._limits.failures:
+            self._closed_until = self._clock.now() + self._pause_s
+            self._pause_s = min(2 * self._pause_s, self._limits.longest_pause_s)
+
+
+class _Attempt:
+    """One call that the breaker learns from, unless it is cancelled by the caller."""
+
+    def __init__(self, guard: GuardedTier) -> None:
+        self.ok = False
+        self._guard = guard
+
+    def __enter__(self) -> "_Attempt":
+        self._guard._begin()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or not issubclass(kind, asyncio.CancelledError):
+            self._guard._end(self.ok)
+        else:
+            self._guard._trying = False
+
+
+async def _in_time(work: Coroutine[object, object, _Result], timeout_s: float) -> _Result | None:
+    """Its result; None when it takes longer. A tier gives up by itself: this is for one that does not."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await work
+    except TimeoutError:
+        return None

@@ -1,0 +1,101 @@
+"""Each kind of tier, empty and ready, for the conformance suite; and chunks to put into it."""
+
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
+
+import pytest
+
+from kvcore.clock import ManualClock
+from kvcore.types import ChunkKey
+from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, checksum, pack
+from kvstore.tiers.base import ChunkName, Tier, TierChunk
+from kvstore.tiers.memory import MemoryTier
+
+FINGERPRINT = bytes(range(16))
+CAPACITY_BYTES = 8 << 20
+
+
+@dataclass
+class TierRig:
+    """A tier of about CAPACITY_BYTES, and what a test may do to what lies behind it. None: this kind cannot."""
+
+    tier: Tier
+    advance: Callable[[float], None] | None = None
+    """Let seconds pass for the tier's TTLs."""
+    damage: Callable[[ChunkName], None] | None = None
+    """Flip a bit in the stored payload."""
+    tear: Callable[[ChunkName], None] | None = None
+    """Leave the stored chunk as a writer leaves it that is killed in the middle."""
+    stop: Callable[[], None] | None = None
+    """Kill the server."""
+    start: Callable[[], None] | None = None
+    """And start it again, empty or not."""
+    freeze: Callable[[], None] | None = None
+    """The server stands still: it accepts and answers nothing ..."""
+    thaw: Callable[[], None] | None = None
+    """... until now."""
+    reopen: Callable[[], AbstractAsyncContextManager[Tier]] | None = field(default=None)
+    """Another tier over the same place, as another process or the next start has it. The first one is closed before
+    where the place belongs to one process."""
+
+
+@asynccontextmanager
+async def memory_rig() -> AsyncIterator[TierRig]:
+    clock = ManualClock()
+    tier = MemoryTier(CAPACITY_BYTES, clock, max_chunk_bytes=CAPACITY_BYTES)
+
+    def damage(name: ChunkName) -> None:
+        value, end = tier.chunks[name]
+        tier.chunks[name] = (value[:-1] + bytes([value[-1] ^ 1]), end)
+
+    yield TierRig(tier, advance=clock.advance, damage=damage)
+    await tier.aclose()
+
+
+@dataclass(frozen=True)
+class RigKind:
+    """How a kind of tier is opened for a test, which of a rig's abilities it has, and the marks of its tests."""
+
+    open: Callable[[], AbstractAsyncContextManager[TierRig]]
+    abilities: frozenset[str]
+    marks: tuple[pytest.MarkDecorator, ...] = ()
+
+
+KINDS = {"memory": RigKind(memory_rig, frozenset({"bound", "advance", "damage"}))}
+"""A line a kind of tier. `bound`: it has a capacity of its own."""
+
+
+def kinds_with(*abilities: str) -> list[object]:
+    """For `pytest.mark.parametrize("rig", ..., indirect=True)`: the kinds with all of these."""
+    found = [(name, kind) for name, kind in KINDS.items() if kind.abilities.issuperset(abilities)]
+    return [pytest.param(name, marks=kind.marks) for name, kind in found]
+
+
+def name_of(number: int, fingerprint: bytes = FINGERPRINT) -> ChunkName:
+    return ChunkName(fingerprint, ChunkKey(number.to_bytes(16, "big")))
+
+
+def chunk_of(name: ChunkName, payload_bytes: int, *, parts: int = 1, generation: int = 1) -> TierChunk:
+    """A chunk with random payload that its name decides, in `parts` views of different lengths."""
+    dice = random.Random(name.key)
+    payload = dice.randbytes(payload_bytes)
+    header = ChunkHeader(name.key, name.fingerprint, 64, payload_bytes, checksum([memoryview(payload)]), generation)
+    whole = memoryview(bytearray(pack(header) + payload))
+    cuts = sorted(dice.sample(range(1, len(whole)), parts - 1))
+    return TierChunk(name, [whole[a:b] for a, b in zip([0, *cuts], [*cuts, len(whole)], strict=True)])
+
+
+def room_for(chunk: TierChunk, *, more_bytes: int = 0) -> TierChunk:
+    """Memory of the same shape, of other content."""
+    views = [memoryview(bytearray(b"\xaa" * view.nbytes)) for view in chunk.memory]
+    return TierChunk(chunk.name, [*views, memoryview(bytearray(more_bytes))] if more_bytes else views)
+
+
+def content(chunk: TierChunk) -> bytes:
+    return b"".join(chunk.memory)
+
+
+def payload_length(chunk: TierChunk) -> int:
+    return chunk.num_bytes - HEADER_BYTES

@@ -1,0 +1,154 @@
+"""The guard around a tier: breaker, bytes under way, measured rates, deadlines that the tier itself does not keep."""
+
+import asyncio
+from itertools import pairwise
+
+from support.sim_loop import run_sim
+from support.tier_rigs import chunk_of, name_of, room_for
+
+from kvcore.clock import Clock
+from kvstore.tiers.base import TierOutcome
+from kvstore.tiers.guarded import GuardedTier
+from kvstore.tiers.limits import TierLimits
+from kvstore.tiers.memory import MemoryTier
+
+OK, AWAY = TierOutcome.OK, TierOutcome.UNAVAILABLE
+MIB = 1 << 20
+
+
+class LoopClock:
+    def now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    def wall(self) -> float:
+        return self.now()
+
+
+class Server:
+    """What a memory tier asks first. It counts calls, and how many bytes could be under way."""
+
+    def __init__(self) -> None:
+        self.up, self.delay_s, self.calls, self.now, self.most = True, 0.0, 0, 0, 0
+
+    async def __call__(self, timeout_s: float) -> bool:
+        self.calls += 1
+        self.now += 1
+        self.most = max(self.most, self.now)
+        try:
+            await asyncio.sleep(self.delay_s)
+        finally:
+            self.now -= 1
+        return self.up
+
+
+def guarded(server: Server, in_flight_bytes: int = MIB, clock: Clock | None = None) -> GuardedTier:
+    clock = clock or LoopClock()
+    return GuardedTier(MemoryTier(64 * MIB, clock, before=server), clock, in_flight_bytes=in_flight_bytes)
+
+
+def test_a_dead_tier_costs_three_calls_and_then_nothing_for_a_while():
+    async def main():
+        server = Server()
+        tier, chunk = guarded(server), chunk_of(name_of(1), 1000)
+        assert await tier.save([chunk], timeout_s=1) == [OK]
+        server.up, server.calls = False, 0
+        for _ in range(50):
+            assert await tier.load([room_for(chunk)], timeout_s=1) == [AWAY]
+            assert not tier.away or await tier.find([chunk.name], timeout_s=1) == [False]
+        assert server.calls == TierLimits().failures and tier.away and "left alone" in str(tier.stats().problem)
+        server.up = True
+        await asyncio.sleep(TierLimits().longest_pause_s)
+        assert await tier.load([room_for(chunk)], timeout_s=1) == [OK] and not tier.away
+        assert tier.stats().problem is None
+        assert tier.counts["load", AWAY] == 50 and tier.counts["load", OK] == 1
+
+    run_sim(main)
+
+
+def test_pauses_double_up_to_a_bound_and_one_call_tries():
+    async def main():
+        server, limits = Server(), TierLimits()
+        tier, chunk = guarded(server), chunk_of(name_of(1), 1000)
+        server.up, server.delay_s = False, 0.1
+        loop = asyncio.get_running_loop()
+        tries = []
+        while loop.time() < 30:
+            before = server.calls
+            await asyncio.gather(*(tier.load([room_for(chunk)], timeout_s=1) for _ in range(3)))
+            if server.calls > before and len(tries) >= 1:
+                assert server.calls == before + 1, "one call tries, the others do not wait for it"
+            if server.calls > before:
+                tries.append(loop.time())
+            await asyncio.sleep(0.01)
+        gaps = [after - before for before, after in pairwise(tries)]
+        assert gaps[0] < gaps[1] < gaps[2] and max(gaps) < limits.longest_pause_s + 0.3
+
+    run_sim(main)
+
+
+def test_a_tier_that_hangs_is_left_at_the_deadline():
+    async def main():
+        server = Server()
+        tier, chunk = guarded(server), chunk_of(name_of(1), 1000)
+        server.delay_s = 1000
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        assert await tier.load([room_for(chunk)], timeout_s=0.5) == [AWAY]
+        assert await tier.find([chunk.name], timeout_s=0.5) == [False]
+        await tier.remove([chunk.name], timeout_s=0.5)
+        assert loop.time() - began < 1.6
+
+    run_sim(main)
+
+
+def test_no_more_bytes_are_under_way_than_agreed_and_a_large_one_goes_alone():
+    async def main():
+        server = Server()
+        tier = guarded(server, in_flight_bytes=3000)
+        server.delay_s = 0.1
+        small = [chunk_of(name_of(number), 1000) for number in range(20)]
+        assert await asyncio.gather(*(tier.save([one], timeout_s=60) for one in small)) == [[OK]] * 20
+        assert server.most == 2
+        server.most = 0
+        large = [chunk_of(name_of(100 + number), 9000) for number in range(3)]
+        assert await asyncio.gather(*(tier.save([one], timeout_s=60) for one in large)) == [[OK]] * 3
+        assert server.most == 1
+        late = await asyncio.gather(*(tier.save([chunk_of(name_of(1), 1000)], timeout_s=0.15) for _ in range(20)))
+        assert late.count([OK]) >= 2 and late.count([AWAY]) >= 10
+
+    run_sim(main)
+
+
+def test_rates_and_bytes_are_measured():
+    async def main():
+        server = Server()
+        tier, chunk = guarded(server), chunk_of(name_of(1), 100_000 - 128)
+        assert tier.rate("load") is None
+        server.delay_s = 0.1
+        await tier.save([chunk], timeout_s=1)
+        for _ in range(20):
+            await tier.load([room_for(chunk)], timeout_s=1)
+        assert 0.9e6 < (tier.rate("load") or 0) < 1.1e6 and tier.moved_bytes["load"] == 20 * 100_000
+        await tier.load([room_for(chunk_of(name_of(2), 1000))], timeout_s=1)
+        assert tier.moved_bytes["load"] == 20 * 100_000, "what is missing is not measured"
+
+    run_sim(main)
+
+
+def test_a_cancelled_try_leaves_the_breaker_able_to_try_again():
+    async def main():
+        server = Server()
+        tier, chunk = guarded(server), chunk_of(name_of(1), 1000)
+        server.up = False
+        for _ in range(3):
+            await tier.load([room_for(chunk)], timeout_s=1)
+        await asyncio.sleep(5)
+        server.up, server.delay_s = True, 10
+        task = asyncio.create_task(tier.load([room_for(chunk)], timeout_s=100))
+        await asyncio.sleep(1)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        server.delay_s = 0
+        assert await tier.save([chunk], timeout_s=1) == [OK] and not tier.away
+
+    run_sim(main)
