@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PUBLIC = {
     "metadata_server": {"client", "connect", "messages"},
-    "kvstore": {"store", "types", "settings", "wiring", "put_session", "placement", "manifest", "chunk_format"},
+    "kvstore": {"store", "types", "settings", "wiring", "put_session", "placement", "manifest", "chunk_format", "tiers"},
 }
 
 
