@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PUBLIC = {
     "metadata_server": {"client", "connect", "messages"},
-    "kvstore": {"chunk_format", "manifest", "placement", "put_session", "settings", "store", "tiers", "types", "wiring"},
+    "kvstore": set(["chunk_format", "manifest", "placement", "put_session", "settings", "store", "tiers", "types", "wiring"]),
 }
 
 
