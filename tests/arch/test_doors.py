@@ -8,7 +8,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PUBLIC = {
     "metadata_server": {"client", "connect", "messages"},
-    "kvstore": set(["chunk_format", "manifest", "placement", "put_session", "settings", "store", "tiers", "types", "wiring"]),
+    "kvstore": {
+        *("store", "types", "settings", "wiring", "put_session", "placement", "manifest", "chunk_format"),
+        "tiers",
+    },
 }
 
 
