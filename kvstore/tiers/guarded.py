@@ -141,8 +141,8 @@ class GuardedTier:
             self._under_way -= num_bytes
             self._room.notify_all()
 
-    def _attempt(self) -> "_Attempt":
-        return _Attempt(self)
+    def _attempt(self) -> "_BreakerTry":
+        return _BreakerTry(self)
 
     def _begin(self) -> None:
         self._trying = self._failures >= self._limits.failures
@@ -158,14 +158,14 @@ class GuardedTier:
             self._pause_s = min(2 * self._pause_s, self._limits.longest_pause_s)
 
 
-class _Attempt:
+class _BreakerTry:
     """One call that the breaker learns from, unless it is cancelled by the caller."""
 
     def __init__(self, guard: GuardedTier) -> None:
         self.ok = False
         self._guard = guard
 
-    def __enter__(self) -> "_Attempt":
+    def __enter__(self) -> "_BreakerTry":
         self._guard._begin()
         return self
 
