@@ -153,6 +153,8 @@ def _show(console: Console, cluster: ServerAnswer[ClusterAnswer], stats: ServerA
         _show_nodes(console, cluster.value)
     if stats is not None and stats.value is not None:
         _show_segments(console, stats.value)
+        for line in _identity_problems(cluster.value, stats.value):
+            console.print(line, style="red", markup=False, soft_wrap=True)
 
 
 def _show_nodes(console: Console, cluster: ClusterAnswer) -> None:
@@ -186,6 +188,19 @@ def _show_segments(console: Console, stats: Stats) -> None:
         f"store: {stats.objects} chunks, {stats.reservations} reservations, {stats.read_leases} read leases, "
         f"epoch {stats.epoch}"
     )
+
+
+def _identity_problems(cluster: ClusterAnswer | None, stats: Stats) -> list[str]:
+    """Nodes that are refused, and nodes that the router uses but that are not those that the metadata server knows."""
+    lines = [f"the metadata server refuses {refused.node.id}: {refused.reason}" for refused in stats.refused]
+    known = {node.id: node.control_url for node in stats.nodes}
+    for node in cluster.nodes if cluster is not None else ():
+        if node.healthy and known.get(node.id) != node.url:
+            there = "does not know it: nothing that it computes is stored"
+            if node.id in known:
+                there = f"knows it at {known[node.id]}: unless these are one, nothing that it computes is stored"
+            lines.append(f"the router uses {node.id} at {node.url}, the metadata server {there}")
+    return lines
 
 
 def _table(*headings: str) -> Table:

@@ -144,7 +144,8 @@ async def run_node(
     await _serve(node.api, listener, stack, limits)
     if node.supervisor is not None:
         await node.supervisor.wait_ready()
-    lifecycle.ready(node=name, role=settings.role, url=info.control_url, segment=owner.segment.id)
+    refused = {"refused": membership.refused} if membership.refused else {}
+    lifecycle.ready(node=name, role=settings.role, url=info.control_url, segment=owner.segment.id, **refused)
     await lifecycle.stopping.wait()
     await node.api.drain(config.service.drain_s)
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from kvcore.types import NodeInfo, Role, Segment
 from kvferry.status import run_status
-from metadata_server.messages import SegmentStats, Stats
+from metadata_server.messages import RefusedNode, SegmentStats, Stats
 
 CLUSTER = {
     "cluster": "c",
@@ -88,6 +88,28 @@ async def test_both_answers_are_shown(serve):
         "1.0 MiB (25%)",
     ):
         assert text in out
+
+
+@pytest.mark.parametrize(
+    ("known_at", "said"),
+    [("http://d:1", ""), ("http://e:1", "server knows it at http://e:1: unless"), (None, "does not know it: nothing")],
+)
+async def test_a_node_that_the_router_uses_and_the_metadata_server_does_not_know_is_a_problem(serve, known_at, said):
+    node = NodeInfo(id="d", role=Role.DECODER, control_url=known_at or "", incarnation=1)
+    stats = msgspec.structs.replace(STATS, nodes=[node] if known_at else [])
+    router = await serve("/v1/cluster", json.dumps(CLUSTER).encode())
+    code, out = await show(router, await serve("/v1/stats", msgspec.json.encode(stats)))
+    line = next((line for line in out.splitlines() if line.startswith("the router uses")), "")
+    assert code == 0 and ("the router uses d at http://d:1" in line and said in line if said else not line)
+    assert "uses p" not in out, "a node that is not used is one already"
+
+
+async def test_a_node_that_is_refused_is_named_with_the_reason(serve):
+    node = NodeInfo(id="x", role=Role.DECODER, control_url="http://x:1", incarnation=1)
+    refused = RefusedNode(node=node, reason="node x at http://x:1 is of cluster 'b', not 'a'")
+    stats = msgspec.structs.replace(STATS, refused=[refused])
+    _, out = await show("http://127.0.0.1:9", await serve("/v1/stats", msgspec.json.encode(stats)))
+    assert "the metadata server refuses x: node x at http://x:1 is of cluster 'b', not 'a'" in out
 
 
 async def test_a_router_that_is_down_does_not_hide_the_store(serve):
