@@ -1,5 +1,5 @@
-"""Writes docs/config.md from the schema of a cluster file and docs/metrics.md from kvcore/metric_names.py:
-`python scripts/write_reference.py`.
+"""Writes docs/config.md from the schema of a cluster file, docs/metrics.md from kvcore/metric_names.py and
+docs/openai.md from the router's schema of requests: `python scripts/write_reference.py`.
 
 `tests/arch/test_reference.py` holds the pages against what this makes, so a line is changed where the code says it.
 """
@@ -7,7 +7,9 @@
 import ast
 import inspect
 import itertools
+import json
 import re
+import textwrap
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,10 +22,13 @@ import msgspec
 from kvcore import metric_names
 from kvcore.config import schema
 from kvcore.metric_names import Metric
+from router.api.openai_schema import ChatRequest, CompletionRequest
+from router.api.other_fields import HARMLESS, REFUSED
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG_PAGE = ROOT / "docs/config.md"
 METRICS_PAGE = ROOT / "docs/metrics.md"
+OPENAI_PAGE = ROOT / "docs/openai.md"
 
 _UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20))
 _PROCESSES = {
@@ -56,6 +61,19 @@ label `node` added. They are described in vLLM's own documentation.
 
 A histogram has the series `NAME_bucket`, `NAME_sum` and `NAME_count`. What the values of the labels `name`, `code`,
 `outcome` and `reason` mean is in [troubleshoot.md](troubleshoot.md).
+"""
+
+
+_OPENAI_HEAD = """# The OpenAI API's fields
+
+<!-- Made by scripts/write_reference.py from router/api/openai_schema.py and other_fields.py: change it there. -->
+
+What `POST /v1/chat/completions` and `POST /v1/completions` take: every field of OpenAI's requests and of vLLM's. No
+field that would change the answer is ignored: it is obeyed, or refused with an error whose `param` is its name. A field
+that nobody knows, such as a slip of the pen, is refused, too. `null` asks for nothing, with any field of this page.
+
+Parts of messages are text; tools are not supported: `tools` may be `[]`, `tool_choice` `none` or `auto`, and
+`response_format` `{"type": "text"}`.
 """
 
 
@@ -116,6 +134,30 @@ def metrics_page() -> str:
         for metric in exposed:
             labels = ", ".join(f"`{label}`" for label in metric.labels)
             parts.append(f"| `{metric.name}` | {metric.kind.value} | {labels} | {_cell(metric.help)} |\n")
+    return "".join(parts)
+
+
+def openai_page() -> str:
+    """The text of docs/openai.md."""
+    chat, completions = ChatRequest.__struct_fields__, CompletionRequest.__struct_fields__
+    both = [name for name in completions if name in chat]
+    obeyed = (
+        ("Of both", both),
+        ("Of chats alone", [name for name in chat if name not in both]),
+        ("Of completions alone", [name for name in completions if name not in both]),
+    )
+    parts = [_OPENAI_HEAD, "\n## Obeyed\n\n"]
+    for whose, names in obeyed:
+        text = f"{whose}: {', '.join(f'`{name}`' for name in sorted(names))}."
+        parts.append("\n".join(textwrap.wrap(text, 120, break_on_hyphens=False)) + "\n\n")
+    parts.append("## Taken and without effect\n\n| field | why no answer depends on it |\n|---|---|\n")
+    parts += [f"| `{name}` | {why} |\n" for name, why in HARMLESS.items()]
+    parts.append("\n## Refused\n\n| field | values that are taken all the same | instead |\n|---|---|---|\n")
+    for name, refused in REFUSED.items():
+        taken = ", ".join(f"`{json.dumps(value)}`" for value in refused.neutral)
+        obeying = [where for where, names in (("chats", chat), ("completions", completions)) if name in names]
+        instead = refused.instead + "".join(f" ({where} have it)" for where in obeying)
+        parts.append(f"| `{name}` | {taken} | {instead} |\n")
     return "".join(parts)
 
 
@@ -205,9 +247,10 @@ def _cell(text: str) -> str:
 
 
 def main() -> None:
-    """Write both pages."""
+    """Write all pages."""
     CONFIG_PAGE.write_text(config_page())
     METRICS_PAGE.write_text(metrics_page())
+    OPENAI_PAGE.write_text(openai_page())
 
 
 if __name__ == "__main__":

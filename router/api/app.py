@@ -23,13 +23,14 @@ from kvcore.process.http_body import read_body
 from kvcore.telemetry import METRICS_CONTENT_TYPE
 from router.answering import Answerer, ClientAnswer
 from router.api import openapi
+from router.api.body import parse
 from router.api.chat_format import ChatFormatter
 from router.api.completion_format import CompletionFormatter
 from router.api.formatter import Formatter
 from router.api.front import Cors, PlainPaths
 from router.api.http_errors import error_reply, headers_of
 from router.api.limits import ApiLimits
-from router.api.openai_schema import ChatRequest, CompletionRequest, answer_request, parse, prompts_of
+from router.api.openai_schema import ChatRequest, CompletionRequest, answer_request, prompts_of
 from router.api.responses import AnswerResponse, JsonReply, error_response
 from router.metrics import RouterMetrics
 from router.requests.records import RequestLog
@@ -153,7 +154,8 @@ def _add_openai(app: FastAPI, answerer: Answerer, max_body_bytes: int, limits: A
             request_id = f"{id_prefix}-{uuid.uuid4().hex}"
 
             async def start() -> tuple[ClientAnswer, Formatter]:
-                answerer.check_model(body.model)
+                if body.model:
+                    answerer.check_model(body.model)
                 prompts = await answerer.encode(prompts_of(body, limits))
                 wanted = answer_request(
                     body,
@@ -166,7 +168,7 @@ def _add_openai(app: FastAPI, answerer: Answerer, max_body_bytes: int, limits: A
                 answer = answerer.start(wanted)
                 with ExitStack() as failing:
                     failing.callback(answer.close)
-                    made = formatter(answer, body.model, int(time.time()), answerer.tokenizer)
+                    made = formatter(answer, answerer.model, int(time.time()), answerer.tokenizer)
                     failing.pop_all()
                 return answer, made
 
@@ -178,17 +180,27 @@ def _add_openai(app: FastAPI, answerer: Answerer, max_body_bytes: int, limits: A
     generates("completions", "/v1/completions", CompletionRequest, id_prefix="cmpl", formatter=CompletionFormatter)
     created = int(time.time())
 
+    def served() -> dict[str, object]:
+        return {
+            "id": answerer.model,
+            "object": "model",
+            "created": created,
+            "owned_by": "kvferry",
+            "root": answerer.model,
+            "parent": None,
+            "max_model_len": answerer.max_context,
+        }
+
     @app.get("/v1/models", **openapi.plain("The model that is served"))
     async def models() -> Response:
-        model = {"id": answerer.model, "object": "model", "created": created, "owned_by": "kvferry"}
-        return JsonReply({"object": "list", "data": [model]})
+        return JsonReply({"object": "list", "data": [served()]})
 
     @app.get("/v1/models/{name:path}", **openapi.plain("One model", not_found=True))
     async def model(name: str) -> Response:
         if name != answerer.model:
             text = f"the model {name!r} does not exist here; there is {answerer.model!r}"
             return JsonReply(error_reply(404, text, param="model", code="model_not_found"), 404)
-        return JsonReply({"id": answerer.model, "object": "model", "created": created, "owned_by": "kvferry"})
+        return JsonReply(served())
 
     return endpoints
 

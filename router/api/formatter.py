@@ -104,7 +104,7 @@ class OpenAIFormatter:
             **more,
         }
         if self._answer.shown.usage:
-            body["usage"] = usage
+            body["usage"] = usage_of(self._answer) if self._answer.shown.usage_so_far else usage
         return sse(body)
 
     def _closing(self, kind: str) -> bytes:

@@ -1,17 +1,15 @@
 """What clients may send to the OpenAI endpoints, and its translation into the router's own words (`requests.spec`).
 
-Owns the names of the fields, the checks of each and their messages. Unknown fields are tolerated as other servers do;
-fields that would change the answer and are not supported are refused by name, never ignored.
+Owns the names of the fields that are obeyed, the checks of each and their messages. A field that is not obeyed is in
+`other_fields`, or refused as unknown: nothing that would change the answer is ignored.
 """
 
 import math
 import random
 from collections.abc import Sequence
-from typing import TypeVar
 
 import msgspec
 
-from kvcore.errors import InvalidRequestError
 from nodeapi.messages import SamplingParams
 from router.api.chat_messages import ChatMessage, message_of, template_values
 from router.api.checks import refuse, require
@@ -34,16 +32,19 @@ _INT64 = 1 << 63
 _ANY_CONTEXT = 1 << 31
 
 
-class StreamOptions(msgspec.Struct, frozen=True):
-    """`include_usage`: one more chunk at the end, with usage and no choices."""
+class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`include_usage`: one more chunk at the end, with usage and no choices. `continuous_usage_stats`, beside it: the
+    usage so far in every chunk. `include_obfuscation` is harmless: nothing is padded."""
 
-    include_usage: bool = False
+    include_usage: bool | None = False
+    continuous_usage_stats: bool | None = False
+    include_obfuscation: bool | None = False
 
 
 class _CommonFields(msgspec.Struct, frozen=True, kw_only=True):
     """The fields of both endpoints."""
 
-    model: str
+    model: str | None = None
     n: int | None = 1
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -66,7 +67,6 @@ class _CommonFields(msgspec.Struct, frozen=True, kw_only=True):
     include_stop_str_in_output: bool | None = False
     skip_special_tokens: bool | None = True
     spaces_between_special_tokens: bool | None = True
-    user: str | None = None
 
 
 class ChatRequest(_CommonFields, frozen=True, kw_only=True):
@@ -76,7 +76,6 @@ class ChatRequest(_CommonFields, frozen=True, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = False
     chat_template_kwargs: dict[str, object] | None = None
-    chat_template: str | None = None
     documents: list[dict[str, object]] | None = None
     reasoning_effort: str | None = None
     add_special_tokens: bool | None = False
@@ -85,7 +84,6 @@ class ChatRequest(_CommonFields, frozen=True, kw_only=True):
     top_logprobs: int | None = None
     tools: list[object] | None = None
     tool_choice: str | dict[str, object] | None = None
-    functions: list[object] | None = None
     response_format: dict[str, object] | None = None
 
 
@@ -94,29 +92,12 @@ class CompletionRequest(_CommonFields, frozen=True, kw_only=True):
 
     prompt: str | list[str | int | list[int]]
     logprobs: int | None = None
-    echo: bool | None = False
     best_of: int | None = None
-    suffix: str | None = None
     add_special_tokens: bool | None = True
     response_format: dict[str, object] | None = None
 
 
 AnyRequest = ChatRequest | CompletionRequest
-_Body = TypeVar("_Body", ChatRequest, CompletionRequest)
-
-
-def parse(raw: bytes, kind: type[_Body]) -> _Body:
-    """Decode and check the types. Raises InvalidRequestError with `param`."""
-    try:
-        return msgspec.json.decode(raw, type=kind)
-    except msgspec.ValidationError as error:
-        text, _, path = str(error).partition(" - at `")
-        param = path.rstrip("`").removeprefix("$").lstrip(".") or None
-        if "missing required field `" in text:
-            param = ".".join(filter(None, (param, text.split("`")[1])))
-        raise InvalidRequestError(text + (f" (in {param})" if param else ""), param=param) from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidRequestError(f"the body is not valid JSON: {error}") from error
 
 
 def prompts_of(request: AnyRequest, limits: ApiLimits) -> list[Prompt]:
@@ -156,7 +137,7 @@ def answer_request(
         specs,
         stops=stops,
         text=_text_options(request),
-        shown=ShownFields(token_ids=bool(request.return_token_ids), usage=_shows_usage(request)),
+        shown=_shown(request),
         names=FieldNames(prompt="messages" if isinstance(request, ChatRequest) else "prompt"),
     )
 
@@ -169,8 +150,11 @@ def _text_options(request: AnyRequest) -> TextOptions:
     )
 
 
-def _shows_usage(request: AnyRequest) -> bool:
-    return bool(request.stream and request.stream_options and request.stream_options.include_usage)
+def _shown(request: AnyRequest) -> ShownFields:
+    options = request.stream_options or StreamOptions()
+    usage = bool(request.stream and options.include_usage)
+    so_far = usage and bool(options.continuous_usage_stats)
+    return ShownFields(token_ids=bool(request.return_token_ids), usage=usage, usage_so_far=so_far)
 
 
 def _stops(request: AnyRequest, limits: ApiLimits) -> list[str]:
@@ -184,7 +168,6 @@ def _stops(request: AnyRequest, limits: ApiLimits) -> list[str]:
 def _chat_prompt(request: ChatRequest) -> ChatPrompt:
     """The conversation for the template. Raises for all that is not text."""
     require(len(request.messages) > 0, "messages", "must not be empty")
-    refuse("chat_template", request.chat_template is not None)
     continues = bool(request.continue_final_message)
     require(
         not (continues and request.add_generation_prompt),
@@ -205,15 +188,13 @@ def _chat_prompt(request: ChatRequest) -> ChatPrompt:
 
 
 def _check_chat(request: ChatRequest) -> None:
-    refuse("tools", bool(request.tools) or bool(request.functions))
+    refuse("tools", bool(request.tools))
     refuse("tool_choice", request.tool_choice not in (None, "none", "auto"))
     _check_response_format(request.response_format)
 
 
 def _prompts(request: CompletionRequest, limits: ApiLimits) -> list[Prompt]:
     _check_response_format(request.response_format)
-    refuse("echo", bool(request.echo))
-    refuse("suffix", bool(request.suffix))
     n = 1 if request.n is None else request.n
     refuse("best_of", request.best_of is not None and request.best_of != n)
     prompt, special_tokens = request.prompt, request.add_special_tokens is not False
@@ -272,7 +253,7 @@ def _max_tokens(request: AnyRequest, prompt_tokens: int, max_context: int) -> tu
         room = max(1, max_context - prompt_tokens)
         return (room if isinstance(request, ChatRequest) else min(room, DEFAULT_COMPLETION_TOKENS)), named
     require(given >= 1, named, "must be at least 1")
-    return given, named
+    return min(given, _INT64), named  # more is over any context, and may have too many digits to be printed
 
 
 def _logprobs(request: AnyRequest, most: int) -> int | None:
@@ -281,13 +262,13 @@ def _logprobs(request: AnyRequest, most: int) -> int | None:
             require(0 <= request.logprobs <= most, "logprobs", f"must lie between 0 and {most}")
         return request.logprobs
     if request.top_logprobs is not None:
-        require(bool(request.logprobs), "top_logprobs", "needs logprobs to be true")
+        require(bool(request.logprobs) or request.top_logprobs == 0, "top_logprobs", "needs logprobs to be true")
         require(0 <= request.top_logprobs <= most, "top_logprobs", f"must lie between 0 and {most}")
     return (request.top_logprobs or 0) if request.logprobs else None
 
 
 def _check_response_format(value: dict[str, object] | None) -> None:
-    refuse("response_format", value is not None and value.get("type") != "text")
+    refuse("response_format", value is not None and value != {"type": "text"})
 
 
 def _token_ids(ids: Sequence[int], param: str = "prompt", *, may_be_empty: bool = False) -> list[int]:

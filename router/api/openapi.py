@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 
+from router.api.body import documented_body
 from router.api.http_errors import ErrorReply
 
 _REFUSALS = {
@@ -45,7 +46,7 @@ def _json(kind: type | None) -> dict[str, Any]:
     return {"application/json": {"schema": _schema(kind) if kind else {"type": "object"}}}
 
 
-def answers(kind: type) -> dict[str, Any]:
+def answers(kind: type[msgspec.Struct]) -> dict[str, Any]:
     """Keyword arguments of a route whose body is `kind` and which answers with JSON or a stream."""
     responses: dict[int | str, dict[str, Any]] = {
         200: {
@@ -55,7 +56,7 @@ def answers(kind: type) -> dict[str, Any]:
     }
     for status, text in _REFUSALS.items():
         responses[status] = {"description": text, "content": _json(ErrorReply)}
-    body = {"required": True, "content": _json(kind)}
+    body = {"required": True, "content": _json(documented_body(kind))}
     return {"responses": responses, "openapi_extra": {"requestBody": body}, "response_model": None}
 
 

@@ -122,9 +122,10 @@ class AnswerResponse(Response):
         #   1. before its first piece: the error goes on to `_answer`, which answers it with a status of its own;
         #   2. after it: the status is out, so the error is the last event, and `[DONE]` does not follow;
         #   3. by the client, at any send: nothing can be said to it any more.
+        opening = b"".join(formatter.opening())
         first = await anext(pieces, None)
         await send({"type": "http.response.start", "status": 200, "headers": [*_SSE, *self._extra_headers()]})
-        body = b"".join(formatter.opening()) + (formatter.chunk(first) if first else b"")
+        body = opening + (formatter.chunk(first) if first else b"")
         await _write(send, body)
         try:
             async for piece in pieces:

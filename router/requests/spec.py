@@ -62,6 +62,8 @@ class ShownFields:
     token_ids: bool = False
     usage: bool = False
     """Usage at the end of a stream; an answer in one body always has it."""
+    usage_so_far: bool = False
+    """Usage in every chunk."""
 
 
 @dataclass(frozen=True, slots=True)

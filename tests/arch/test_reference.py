@@ -1,14 +1,16 @@
-"""docs/config.md and docs/metrics.md are what the code says: `python scripts/write_reference.py` writes them."""
+"""The pages docs/{config,metrics,openai}.md are what the code says: `scripts/write_reference.py` writes them."""
 
 from kvcore.config.file import load_config
 from scripts.write_reference import (
     CONFIG_PAGE,
     METRICS_PAGE,
+    OPENAI_PAGE,
     config_page,
     config_sections,
     metrics,
     metrics_by_process,
     metrics_page,
+    openai_page,
 )
 
 
@@ -18,6 +20,10 @@ def test_the_page_of_the_cluster_file_is_what_the_schema_says():
 
 def test_the_page_of_the_metrics_is_what_their_list_says():
     assert METRICS_PAGE.read_text() == metrics_page()
+
+
+def test_the_page_of_the_openai_api_is_what_its_schema_says():
+    assert OPENAI_PAGE.read_text() == openai_page()
 
 
 def test_every_key_of_the_schema_says_what_it_means():

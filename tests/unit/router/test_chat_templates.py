@@ -10,8 +10,9 @@ from tokenizers import models, pre_tokenizers, processors
 
 from kvcore.errors import InvalidRequestError
 from kvferry.doctor import checks
+from router.api.body import parse
 from router.api.limits import ApiLimits
-from router.api.openai_schema import ChatRequest, CompletionRequest, parse, prompts_of
+from router.api.openai_schema import ChatRequest, CompletionRequest, prompts_of
 from router.requests.spec import ChatPrompt, TextPrompt
 from router.text.tokenizer import ByteTokenizer, FolderTokenizer
 

@@ -12,8 +12,9 @@ from kvcore.errors import InvalidRequestError
 from kvcore.types import ChunkKey
 from nodeapi.messages import SamplingParams
 from router.answering import Answerer, AnswerLimits, ClientAnswer
+from router.api.body import parse
 from router.api.limits import ApiLimits
-from router.api.openai_schema import ChatRequest, CompletionRequest, answer_request, parse, prompts_of
+from router.api.openai_schema import ChatRequest, CompletionRequest, answer_request, prompts_of
 from router.requests.spec import (
     AnswerRequest,
     ChatPrompt,
@@ -74,9 +75,9 @@ def test_each_prompt_has_its_own_id_seed_and_room() -> None:
 async def test_of_several_wrong_fields_the_first_in_a_fixed_order_is_named() -> None:
     """The model, the prompt, stop strings, sampling, then what the nodes say."""
     wrong: list[tuple[dict[str, object], str]] = [
+        ({"echo": True}, "echo"),
         ({"model": "other"}, "model"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"echo": True}, "echo"),
         ({"stop": [""]}, "stop"),
         ({"min_tokens": 50}, "min_tokens"),
         ({"n": 0}, "n"),

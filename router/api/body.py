@@ -1,0 +1,100 @@
+"""From the bytes of a request's body to its fields: types, and no field that is not known.
+
+Owns how errors of form are said. What a field's value may be is its schema's.
+"""
+
+import difflib
+from functools import cache
+from typing import Annotated, TypeVar, cast
+
+import msgspec
+
+from kvcore.errors import InvalidRequestError
+from router.api.other_fields import HARMLESS, REFUSED
+
+_Kind = TypeVar("_Kind", bound=msgspec.Struct)
+
+
+def parse(raw: bytes, kind: type[_Kind]) -> _Kind:
+    """Decode and check the types. A field that is not obeyed is let pass if nothing depends on it or its value asks for
+    nothing. Raises InvalidRequestError with `param`."""
+    strict = strict_body(kind)
+    try:
+        try:
+            body: _Kind = msgspec.json.decode(raw, type=strict)
+        except msgspec.ValidationError as error:
+            if "got `float`" not in str(error):
+                raise
+            body = msgspec.convert(_whole_numbers(msgspec.json.decode(raw)), strict)
+    except msgspec.ValidationError as error:
+        raise _refusal(str(error), kind) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidRequestError(f"the body is not valid JSON: {error}") from error
+    _check_refused(body, kind)
+    return body
+
+
+@cache
+def strict_body(kind: type[_Kind]) -> type[_Kind]:
+    """`kind` with the fields that it does not obey, and no others allowed."""
+    return _extended(kind, (*HARMLESS, *REFUSED))
+
+
+@cache
+def documented_body(kind: type[_Kind]) -> type[_Kind]:
+    """`kind` with the harmless fields: what it makes sense to send."""
+    return _extended(kind, tuple(HARMLESS))
+
+
+def _extended(kind: type[_Kind], names: tuple[str, ...]) -> type[_Kind]:
+    described = {name: f"Ignored: {why}" for name, why in HARMLESS.items()}
+    fields = [
+        (name, Annotated[object, msgspec.Meta(description=described.get(name, "Refused"))], None)
+        for name in names
+        if name not in kind.__struct_fields__
+    ]
+    made = msgspec.defstruct(
+        kind.__name__, fields, bases=(kind,), module=__name__, forbid_unknown_fields=True, frozen=True, kw_only=True
+    )
+    return cast(type[_Kind], made)
+
+
+@cache
+def _refused_fields(kind: type[msgspec.Struct]) -> list[str]:
+    return [name for name in REFUSED if name not in kind.__struct_fields__]
+
+
+def _check_refused(body: msgspec.Struct, kind: type[msgspec.Struct]) -> None:
+    for name in _refused_fields(kind):
+        value = getattr(body, name)
+        if value is not None and value not in REFUSED[name].neutral:
+            text = f"{name} is not supported by this server: {REFUSED[name].instead}"
+            raise InvalidRequestError(text, param=name)
+
+
+def _whole_numbers(body: object) -> object:
+    """Numbers such as 3.0 as whole ones, which they are in JSON; not inside objects, whose meaning is another's."""
+    if isinstance(body, dict):
+        return {name: _whole_number(value) for name, value in body.items()}
+    return body
+
+
+def _whole_number(value: object) -> object:
+    if isinstance(value, list):
+        return [_whole_number(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _refusal(said: str, kind: type[msgspec.Struct]) -> InvalidRequestError:
+    """Of msgspec's words, the place of the field in a form that clients know."""
+    text, _, path = said.partition(" - at `")
+    where = path.rstrip("`").removeprefix("$").lstrip(".")
+    if (missing := "missing required field `" in text) or "unknown field `" in text:
+        name = text.split("`")[1]
+        param = f"{where}.{name}" if where else name
+        if missing:
+            return InvalidRequestError(f"{text} (in {param})", param=param)
+        near = [] if where else difflib.get_close_matches(name, kind.__struct_fields__, 1)
+        hint = f"did you mean {near[0]}?" if near else "leave it out"
+        return InvalidRequestError(f"{param} is no field that this server knows: {hint}", param=param)
+    return InvalidRequestError(f"{text} (in {where})" if where else text, param=where or None)

@@ -1,0 +1,86 @@
+"""Fields of OpenAI's and vLLM's requests that are not obeyed here: each is harmless, or refused by name.
+
+With the fields of the structs in `openai_schema` and `chat_messages` the table is closed: what is in none of them is
+refused too, never ignored. A field that begins to be obeyed goes from here to its struct, which counts first.
+"""
+
+from dataclasses import dataclass
+
+HARMLESS: dict[str, str] = {
+    "length_penalty": "counts with use_beam_search only, which is refused",
+    "media_io_kwargs": "is about images, sound and videos, which are refused",
+    "metadata": "nothing of an answer is kept",
+    "mm_payload": "is about images, sound and videos, which are refused",
+    "mm_processor_kwargs": "is about images, sound and videos, which are refused",
+    "parallel_tool_calls": "no tools are called",
+    "prediction": "makes an answer faster, not another one",
+    "prompt_cache_key": "the cache finds every prompt's prefix by itself; `cache_salt` keeps tenants apart",
+    "prompt_cache_options": "the cache finds every prompt's prefix by itself",
+    "prompt_cache_retention": "the cluster file says what the cache keeps",
+    "return_mm_kwargs": "is about images, sound and videos, which are refused",
+    "return_token_offsets": "counts on vLLM's render endpoints only",
+    "safety_identifier": "nobody is watched",
+    "service_tier": "there is one tier",
+    "session_id": "the cache finds what a session's requests share",
+    "store": "nothing of an answer is kept",
+    "stream_interval": "chunks come as the tokens do",
+    "truncation_side": "counts with truncate_prompt_tokens only, which is refused",
+    "user": "nobody is watched",
+}
+"""Name: why no answer depends on it."""
+
+
+@dataclass(frozen=True, slots=True)
+class RefusedField:
+    """`instead`: what a client can do. `neutral`: values beside null that ask for nothing, the field's defaults among
+    them; they are taken."""
+
+    instead: str
+    neutral: tuple[object, ...] = ()
+
+
+_NO_CONSTRAINTS = RefusedField("the form of an answer cannot be constrained; ask for it in the prompt")
+_NO_SOUND = RefusedField("answers are text; leave it out")
+
+REFUSED: dict[str, RefusedField] = {
+    "allowed_token_ids": RefusedField("use logit_bias"),
+    "audio": _NO_SOUND,
+    "bad_words": RefusedField("use logit_bias", ([],)),
+    "best_of": RefusedField("use n", (1,)),
+    "chat_template": RefusedField("the template is the model folder's"),
+    "ec_transfer_params": RefusedField("the nodes hand KV over by themselves", ({},)),
+    "echo": RefusedField("put the prompt before the answer yourself", (False,)),
+    "function_call": RefusedField("tools are not supported", ("none", "auto")),
+    "functions": RefusedField("tools are not supported", ([],)),
+    "guided_choice": _NO_CONSTRAINTS,
+    "guided_decoding_backend": _NO_CONSTRAINTS,
+    "guided_grammar": _NO_CONSTRAINTS,
+    "guided_json": _NO_CONSTRAINTS,
+    "guided_regex": _NO_CONSTRAINTS,
+    "guided_whitespace_pattern": _NO_CONSTRAINTS,
+    "include_reasoning": RefusedField("reasoning is not told apart from the answer", (True,)),
+    "kv_transfer_params": RefusedField("the nodes hand KV over by themselves", ({},)),
+    "logprob_token_ids": RefusedField("use top_logprobs"),
+    "max_completion_tokens": RefusedField("use max_tokens"),
+    "modalities": RefusedField("answers are text; leave it out", (["text"], [])),
+    "moderation": RefusedField("there is none; leave it out"),
+    "priority": RefusedField("requests are served as they come", (0,)),
+    "prompt_embeds": RefusedField("give the prompt as text or token ids"),
+    "prompt_logprobs": RefusedField("there are logprobs of the answer only"),
+    "repetition_detection": RefusedField("use repetition_penalty or frequency_penalty"),
+    "request_id": RefusedField("send the header X-Request-Id"),
+    "return_prompt_text": RefusedField("use return_token_ids", (False,)),
+    "return_tokens_as_token_ids": RefusedField("use return_token_ids", (False,)),
+    "routed_experts_prompt_start": RefusedField("no experts are returned", (0,)),
+    "structural_tag": _NO_CONSTRAINTS,
+    "structured_outputs": _NO_CONSTRAINTS,
+    "suffix": RefusedField("put what comes before and after into the prompt, in the model's own form", ("",)),
+    "thinking_token_budget": RefusedField("use max_tokens", (-1,)),
+    "truncate_prompt_tokens": RefusedField("shorten the prompt yourself"),
+    "use_beam_search": RefusedField("use n", (False,)),
+    "verbosity": RefusedField("ask for it in the prompt", ("medium",)),
+    "vllm_xargs": RefusedField("nothing here reads them", ({},)),
+    "watermarking": RefusedField("answers have no watermark", (False,)),
+    "web_search_options": RefusedField("the web is not searched; leave it out"),
+}
+"""By name."""
