@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from kvcore.errors import ModelLoadError
+from kvcore.model_folder import file_digest
 
 _log = logging.getLogger(__name__)
 
@@ -50,15 +50,6 @@ def weights_digest(weight_files: Sequence[Path], digest_cache: Path | None) -> s
     if cache_file is not None and fresh:
         _write_cache(cache_file, known | fresh)
     return total.hexdigest()
-
-
-def file_digest(file: Path) -> str:
-    """Hex SHA-256 of a file's contents. Raises ModelLoadError."""
-    try:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise ModelLoadError(f"{file.name} cannot be read: {file}: {error}. Download the model again") from error
 
 
 def _read_cache(cache_file: Path) -> dict[str, _Entry]:

@@ -1,5 +1,6 @@
 """A model's folder: found on the disk or fetched from the hub, and its JSON files read. Knows no architecture."""
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -30,6 +31,15 @@ def find_folder(path: str, hub_files: Sequence[str] = _HUB_FILES) -> Path:
     if not _HUB_ID.fullmatch(path):
         raise ModelLoadError(f"the model folder does not exist: {folder}. Correct model.path or put the model there")
     return _download(path, hub_files)
+
+
+def file_digest(file: Path) -> str:
+    """Hex SHA-256 of a file's contents. Raises ModelLoadError."""
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise ModelLoadError(f"{file.name} cannot be read: {file}: {error}. Download the model again") from error
 
 
 def _download(hub_id: str, files: Sequence[str]) -> Path:

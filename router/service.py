@@ -44,7 +44,7 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
     clock, bounds = SystemClock(), config.router
     client = await _make_client(config)
     lifecycle.stack.push_async_callback(client.aclose)
-    cluster = Cluster(config, clock)
+    cluster = Cluster(config, clock, tokenizer_digest=tokenizer.digest)
     prober = Prober(bounds, cluster, client, clock)
     log = RequestLog()
     services = RequestServices(bounds, cluster, client, clock, log, handoff=config.handoff)

@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
-from engines.provenance import DIGEST_CACHE, file_digest, weights_digest
+from engines.provenance import DIGEST_CACHE, weights_digest
 from engines.torch.model import LoadedModel
+from kvcore.model_folder import file_digest
 from kvcore.types import KVSpec
 
 # Of config.json, what K and V depend on beside the weights. Max positions do not matter: RoPE types that use them

@@ -17,13 +17,13 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from engines.provenance import DIGEST_CACHE, file_digest, weights_digest
+from engines.provenance import DIGEST_CACHE, weights_digest
 from engines.vllm.arguments import command_line
 from engines.vllm.connector.settings import ConnectorSettings, Provenance, to_extra_config
 from engines.vllm.stats import VllmStats
 from kvcore.config.schema import ClusterConfig, VllmEngineConfig
 from kvcore.errors import ConfigError, EngineError, KVFerryError, ModelLoadError
-from kvcore.model_folder import find_folder
+from kvcore.model_folder import file_digest, find_folder
 from kvstore.settings import store_settings
 
 _WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")

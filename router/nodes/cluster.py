@@ -13,11 +13,13 @@ from kvcore.chunk_keys import chunk_keys, root_key, usable_chunks
 from kvcore.clock import Clock
 from kvcore.config.schema import ClusterConfig
 from kvcore.errors import KVFerryError, ModelChangedError
+from kvcore.identity import ClusterIdentity
 from kvcore.ports import base_url
 from kvcore.telemetry import log_fields
 from kvcore.types import NodeInfo, Role
 from metadata_server.messages import Event, EventKind
 from nodeapi.messages import NodeReport
+from router.nodes.fit import RouterIdentity
 from router.nodes.health import Breaker, BreakerState, is_nodes_fault
 from router.nodes.limits import NodeHealthLimits
 from router.routing.decision import why_no_decoder
@@ -41,6 +43,8 @@ class KnownNode:
     report: NodeReport | None = None
     fingerprint: bytes = b""
     """Of its engine's KV, as last reported."""
+    unfit: str | None = None
+    """Why it is no node of this router's, as last reported; None: it is one."""
     problem: str | None = "not probed yet"
     silent_since: float | None = None
     """When the first of the probes was sent that have had no answer since the last one that had."""
@@ -110,8 +114,16 @@ class NodeWork:
 class Cluster:
     """Nodes, loads and index. Also the sink of the metadata server's event stream (`on_reset`, `on_events`)."""
 
-    def __init__(self, config: ClusterConfig, clock: Clock, limits: NodeHealthLimits = NodeHealthLimits()) -> None:
+    def __init__(
+        self,
+        config: ClusterConfig,
+        clock: Clock,
+        limits: NodeHealthLimits = NodeHealthLimits(),
+        *,
+        tokenizer_digest: str = "",
+    ) -> None:
         self._config = config
+        self._identity = RouterIdentity(ClusterIdentity(config.cluster, config.model.name), tokenizer_digest)
         self._clock = clock
         self._limits = limits
         self.probe_asked = asyncio.Event()
@@ -137,14 +149,17 @@ class Cluster:
         node.fingerprint = report.engine.kv_spec.fingerprint if report.engine is not None else b""
         stats = report.stats
         node.others_sequences = max(0, stats.running + stats.waiting - node.sequences) if stats else 0
+        node.unfit = self._identity.why_unfit(report)
         node.problem = _problem(node, report)
 
     def probed(self, node: KnownNode, before: str | None) -> None:
-        """A probe has ended, one way or the other; `before`: the node's problem when it began."""
+        """A probe has ended, one way or the other; `before`: the node's problem when it began. A node that is there and
+        cannot be used is told of as one that was lost."""
         if node.is_gone and self.nodes.get(node.id) is node:
             del self.nodes[node.id]
         if before != node.problem:
-            level = logging.WARNING if before is None else logging.INFO  # one that is still starting is no alarm
+            alarm = before is None or node.problem == node.unfit
+            level = logging.WARNING if alarm and node.problem else logging.INFO  # one that is still starting is none
             log_fields(_log, level, "node", node=node.id, role=node.role, usable=node.problem is None, why=node.problem)
 
     # --- what the dispatcher tells ---
@@ -262,13 +277,13 @@ class Cluster:
         return why_no_decoder(self.view().unusable)
 
     def max_context(self) -> int | None:
-        """The longest context among the decoders that ever reported, capped by the config; None: none has."""
+        """The longest context among the decoders that fit and ever reported, capped by the config; None: none has."""
         known = [n.report.engine.max_context for n in self._reported_decoders() if n.report and n.report.engine]
         limit = self._config.model.max_context
         return min(max(known), limit or max(known)) if known else None
 
     def vocab_size(self) -> int | None:
-        """Of the decoders; None while none has reported."""
+        """Of the decoders that fit; None while none has reported."""
         return next(
             (n.report.engine.vocab_size for n in self._reported_decoders() if n.report and n.report.engine), None
         )
@@ -289,12 +304,15 @@ class Cluster:
         return node.reason(self._clock.now())
 
     def _reported_decoders(self) -> list[KnownNode]:
-        return [node for node in self.nodes.values() if node.role is Role.DECODER and node.report is not None]
+        nodes = self.nodes.values()
+        return [node for node in nodes if node.role is Role.DECODER and node.report is not None and node.unfit is None]
 
 
 def _problem(node: KnownNode, report: NodeReport) -> str | None:
     if report.node.id != node.id or report.node.role is not node.role:
         return f"{node.url} is {report.node.role} {report.node.id}, not {node.role} {node.id}"
+    if node.unfit is not None:
+        return node.unfit
     if report.draining:
         return "draining"
     if report.engine is None and node.role is not Role.STORE:

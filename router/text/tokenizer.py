@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from kvcore.config.schema import ClusterConfig, SimEngineConfig
 from kvcore.errors import InvalidRequestError, ModelLoadError
-from kvcore.model_folder import TOKENIZER_FILES, find_folder
+from kvcore.model_folder import TOKENIZER_FILES, file_digest, find_folder
 from router.requests.spec import ChatPrompt
 from router.text.chat_template import ChatTemplate, compile_chat_template, default_template
 from router.text.message_content import join_parts
@@ -46,6 +46,11 @@ class TextThreads:
 class Tokenizer(Protocol):
     """What the router needs of one."""
 
+    @property
+    def digest(self) -> str:
+        """Hex SHA-256 of the file that it was made of, as a KVSpec has it; empty: it needs none."""
+        ...
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of any text. Blocking."""
         ...
@@ -73,6 +78,7 @@ class ByteTokenizer:
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
+        self.digest = ""
 
     def __repr__(self) -> str:
         return f"<ByteTokenizer vocab_size={self._vocab_size}>"
@@ -115,6 +121,7 @@ class FolderTokenizer:
             self._tokenizer = FastTokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exceptions
             raise ModelLoadError(f"{file} cannot be read: {error}") from error
+        self.digest = file_digest(file)
         self._pieces = PieceBytes(self._tokenizer)
         settings = _read_json(folder / "tokenizer_config.json")
         self._template: ChatTemplate | None = None

@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 from aiohttp import web
@@ -49,20 +50,21 @@ VOCAB = 512
 MAX_CONTEXT = 2048
 
 
-def spec(weights: str = "w1") -> KVSpec:
-    return KVSpec(
-        model_id="fake",
-        weights_digest=weights,
-        tokenizer_digest="t",
-        num_layers=1,
-        num_kv_heads=1,
-        head_dim=8,
-        dtype="float32",
-        attention="none",
-        layout_id="fake",
-        chunk_tokens=CHUNK_TOKENS,
-        chunk_bytes=1024,
-    )
+def spec(weights: str = "w1", *, tokenizer: str = "", model: str = "fake-model", **others: Any) -> KVSpec:
+    shape: dict[str, Any] = {
+        "model_id": model,
+        "weights_digest": weights,
+        "tokenizer_digest": tokenizer,
+        "num_layers": 1,
+        "num_kv_heads": 1,
+        "head_dim": 8,
+        "dtype": "float32",
+        "attention": "none",
+        "layout_id": "fake",
+        "chunk_tokens": CHUNK_TOKENS,
+        "chunk_bytes": 1024,
+    }
+    return KVSpec(**shape | others)
 
 
 def next_token(tokens: list[int], index: int) -> int:
@@ -87,6 +89,13 @@ class FakeNode:
     """As it reports them."""
     weights_said: str | None = None
     """As its legs say, which may know better; None: they say nothing."""
+    cluster: str = ""
+    model: str = "fake-model"
+    tokenizer: str = ""
+    """Digest of it; it says none by default."""
+    spec: dict[str, Any] = field(default_factory=dict)
+    """Further fields of its KVSpec."""
+    max_context: int = MAX_CONTEXT
     incarnation: int = 1
     cached_tokens: int = 0
     down: bool = False
@@ -111,14 +120,24 @@ class FakeNode:
     running: int = 0
     handoff_ends: dict[str, asyncio.Event] = field(default_factory=dict)
 
+    def kv_spec(self, weights: str) -> KVSpec:
+        return spec(weights, tokenizer=self.tokenizer, model=self.model, **self.spec)
+
     def report(self) -> NodeReport:
-        kv_spec = spec(self.weights)
+        kv_spec = self.kv_spec(self.weights)
         return NodeReport(
-            node=NodeInfo(id=self.id, role=self.role, control_url="", incarnation=self.incarnation),
+            node=NodeInfo(
+                id=self.id,
+                role=self.role,
+                control_url="http://there",
+                incarnation=self.incarnation,
+                cluster=self.cluster,
+                model=self.model if self.cluster else "",
+            ),
             engine=EngineInfo(
                 kind="fake",
                 kv_spec=kv_spec,
-                max_context=MAX_CONTEXT,
+                max_context=self.max_context,
                 vocab_size=VOCAB,
                 eos_token_ids=[0],
                 block_size=16,
@@ -171,7 +190,7 @@ class FakeNode:
             return
         sampling = request.sampling
         outputs = [list(request.output_token_ids) for _ in range(sampling.n)]
-        said = spec(self.weights_said).fingerprint if self.weights_said is not None else b""
+        said = self.kv_spec(self.weights_said).fingerprint if self.weights_said is not None else b""
         info: LegInfo | None = LegInfo(cached_tokens=self.cached_tokens, computed_tokens=1, fingerprint=said)
         sent = 0
         while len(outputs[0]) < sampling.max_tokens:
@@ -276,7 +295,7 @@ async def make_rig(
     nodes = nodes or two_and_two()
     config = cluster_config(nodes.nodes, None, **router)
     clock, log = SystemClock(), RequestLog()
-    cluster = Cluster(config, clock)
+    cluster = Cluster(config, clock, tokenizer_digest=tokenizer.digest if tokenizer else "")
     prober = Prober(config.router, cluster, nodes, clock, node_limits)
     await prober.probe()
     services = RequestServices(config.router, cluster, nodes, clock, log, limits=limits)
