@@ -3,7 +3,11 @@
 import re
 from collections.abc import Collection
 
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from router.api.http_errors import error_reply
+from router.api.responses import JsonReply
 
 _LOOPBACK = re.compile(r"https?://(localhost|[\w-]+\.localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?")
 _EXPOSED = b"X-Request-Id, Retry-After"
@@ -32,7 +36,8 @@ class Cors:
     """Lets the scripts of web pages read answers, where the page's origin is one of `origins`.
 
     An item of `origins` is an origin, or `loopback` for each page of the browser's own machine, or `*` for every page.
-    Any other page's browser gets answers without the headers, and keeps them from its scripts.
+    Any other page's browser gets answers without the headers, and keeps them from its scripts; where it asks first, the
+    refusal says which setting it is.
     """
 
     def __init__(self, app: ASGIApp, origins: Collection[str]) -> None:
@@ -42,14 +47,18 @@ class Cors:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry."""
         sent = {name: value for name, value in scope["headers"] if name == b"origin"} if scope["type"] == "http" else {}
-        if not sent or not self._allows(origin := sent[b"origin"]):
+        if not sent:
             await self._app(scope, receive, send)
             return
+        origin, allowed = sent[b"origin"], self._allows(sent[b"origin"])
         own = [(b"access-control-allow-origin", b"*" if "*" in self._origins else origin), (b"vary", b"Origin")]
         wanted = {name: value for name, value in scope["headers"] if name.startswith(b"access-control-request-")}
         if scope["method"] == "OPTIONS" and b"access-control-request-method" in wanted:
-            await send({"type": "http.response.start", "status": 204, "headers": [*own, *_permissions(wanted)]})
-            await send({"type": "http.response.body", "body": b""})
+            answer = _permission([*own, *_permitted(wanted)]) if allowed else _refusal(origin)
+            await answer(scope, receive, send)
+            return
+        if not allowed:
+            await self._app(scope, receive, send)
             return
 
         async def send_with_cors(message: Message) -> None:
@@ -67,7 +76,16 @@ class Cors:
         return "loopback" in self._origins and _LOOPBACK.fullmatch(text) is not None
 
 
-def _permissions(wanted: dict[bytes, bytes]) -> list[tuple[bytes, bytes]]:
+def _permission(headers: list[tuple[bytes, bytes]]) -> Response:
+    return Response(headers={name.decode("latin-1"): value.decode("latin-1") for name, value in headers})
+
+
+def _refusal(origin: bytes) -> Response:
+    text = f"router.cors of the cluster file does not allow pages of {origin.decode('latin-1')!r} to use this router"
+    return JsonReply(error_reply(403, text, code="origin_not_allowed"), 403)
+
+
+def _permitted(wanted: dict[bytes, bytes]) -> list[tuple[bytes, bytes]]:
     """The answer to a preflight: any header may be sent, `Authorization` included, which `*` would not cover."""
     allowed = [(b"access-control-allow-methods", b"GET, HEAD, POST"), (b"access-control-max-age", _MAX_AGE)]
     if headers := wanted.get(b"access-control-request-headers"):

@@ -1,4 +1,4 @@
-"""The table of request fields against vLLM's own classes: a field that a new vLLM brings is decided on, not forgotten."""
+"""The table of request fields against vLLM's own classes: what a new vLLM brings is decided on, not forgotten."""
 
 from typing import get_type_hints
 

@@ -73,13 +73,18 @@ async def test_pages_of_this_machine_may_read_answers_and_others_not(
     http: httpx.AsyncClient, origin: str, allowed: bool
 ) -> None:
     preflight = await http.options("/v1/chat/completions", headers={"Origin": origin, **PREFLIGHT})
-    assert preflight.status_code == (204 if allowed else 405) and preflight.headers["x-request-id"]
+    assert preflight.status_code == (200 if allowed else 403) and preflight.headers["x-request-id"]
     reply = await http.post("/v1/completions", json=ASK, headers={"Origin": origin})
     wrong = await http.post("/v1/completions", json={}, headers={"Origin": origin})
     assert (reply.status_code, wrong.status_code) == (200, 400)
     for answer in (preflight, reply, wrong):
         assert answer.headers.get("access-control-allow-origin") == (origin if allowed else None)
-    if allowed:
+    if not allowed:
+        error = preflight.json()["error"]
+        assert error["code"] == "origin_not_allowed"
+        assert "router.cors" in error["message"] and origin in error["message"]
+    else:
+        assert preflight.content == b""
         assert preflight.headers["access-control-allow-headers"] == PREFLIGHT["Access-Control-Request-Headers"]
         assert "POST" in preflight.headers["access-control-allow-methods"]
         assert preflight.headers["vary"] == reply.headers["vary"] == "Origin"
