@@ -11,7 +11,8 @@ from kvcore.errors import ConfigError
 from kvcore.process.service import EXIT_CONFIG
 
 if TYPE_CHECKING:
-    from kvcore.config.schema import ByteSize, ClusterConfig
+    from kvcore.config.fields import ByteSize
+    from kvcore.config.schema import ClusterConfig
 
 Command = Callable[[argparse.Namespace], int]
 

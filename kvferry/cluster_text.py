@@ -5,7 +5,8 @@ from enum import Enum
 import msgspec
 import yaml
 
-from kvcore.config.schema import ByteSize, ClusterConfig
+from kvcore.config.fields import ByteSize
+from kvcore.config.schema import ClusterConfig
 
 _SIZES = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from kvcore.config.fields import ByteSize
 from kvcore.config.schema import (
-    ByteSize,
     ClusterConfig,
     EngineConfig,
     KVConfig,

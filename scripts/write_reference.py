@@ -20,7 +20,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import msgspec
 
 from kvcore import metric_names
-from kvcore.config import schema
+from kvcore.config import fields, schema
+from kvcore.config.tiers import TierConfig
 from kvcore.metric_names import Metric
 from router.api.openai_schema import ChatRequest, CompletionRequest
 from router.api.other_fields import HARMLESS, REFUSED
@@ -92,9 +93,16 @@ def config_sections() -> Iterator[tuple[str, str, list[Key]]]:
     top = schema.ClusterConfig
     yield "", _text(top.__doc__), list(_keys(top, ""))
     engines = [_described(kind, "engine.") for kind in get_args(schema.EngineConfig)]
-    for name in ("model", "engine", "nodes", "kv", "transport", "store", "metadata_server", "router", "service"):
+    names = ("model", "engine", "nodes", "kv", "transport", "store", "tiers", "metadata_server", "router", "service")
+    for name in names:
         if name == "engine":
             yield from engines
+        elif name == "tiers":
+            yield name, _text(schema.TiersConfig.__doc__), list(_keys(schema.TiersConfig, "tiers."))
+            for tier, hint in get_type_hints(schema.TiersConfig).items():
+                for kind in get_args(hint):
+                    if isinstance(kind, type) and issubclass(kind, TierConfig):
+                        yield f"tiers.{tier}", _text(kind.__doc__), list(_keys(kind, f"tiers.{tier}."))
         else:
             kind = schema.NodeConfig if name == "nodes" else get_type_hints(top)[name]
             path = "nodes.NAME." if name == "nodes" else f"{name}."
@@ -177,10 +185,11 @@ def _keys(kind: type[msgspec.Struct], path: str) -> Iterator[Key]:
 
 
 def _field_docs(kind: type) -> dict[str, str]:
-    """The docstring below each field or member of a class."""
+    """The docstring below each field or member of a class, and of those that it inherits from a section."""
     tree = ast.parse(Path(inspect.getfile(kind)).read_text())
     (body,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == kind.__name__)
-    found = {}
+    inherited = [base for base in kind.__bases__ if base.__module__ == kind.__module__]
+    found = {name: text for base in inherited for name, text in _field_docs(base).items()}
     for field, text in itertools.pairwise(body):
         target = field.target if isinstance(field, ast.AnnAssign) else getattr(field, "targets", [None])[0]
         if isinstance(target, ast.Name) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
@@ -204,7 +213,7 @@ def _kind(hint: Any) -> str:
         return " \\| ".join(f"`{member}`" for member in hint)
     if issubclass(hint, msgspec.Struct):
         return "section"
-    return {bool: "true or false", int: "whole number", float: "number", str: "text", schema.ByteSize: "size"}[hint]
+    return {bool: "true or false", int: "whole number", float: "number", str: "text", fields.ByteSize: "size"}[hint]
 
 
 def _bounds(meta: msgspec.Meta) -> str:
@@ -228,7 +237,7 @@ def _default(field: Any) -> str:
         return "must be given"
     if isinstance(field.default, msgspec.Struct):
         return "all defaults"
-    if isinstance(field.default, schema.ByteSize):
+    if isinstance(field.default, fields.ByteSize):
         return f"`{_size(field.default)}`"
     return f"`{str(field.default).lower() if isinstance(field.default, bool) else field.default}`"
 

@@ -7,7 +7,8 @@ taken.
 
 import msgspec
 
-from kvcore.config.schema import ByteSize, ClusterConfig
+from kvcore.config.fields import ByteSize
+from kvcore.config.schema import ClusterConfig
 from nodeapi.messages import EngineInfo, EngineStats, GenerateRequest, PrefillRequest, PrefillResult, TokenDelta
 
 PROTOCOL_VERSION = 1

@@ -14,7 +14,7 @@ from typing import Annotated, Literal, TypeVar, Union, cast, get_args, get_origi
 
 import msgspec
 
-from kvcore.config.schema import ByteSize
+from kvcore.config.fields import ByteSize
 
 T = TypeVar("T")
 

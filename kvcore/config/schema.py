@@ -8,29 +8,17 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from kvcore.config.fields import ByteSize, Count, Port, Rate, Seconds, Section, Share, Text
+from kvcore.config.tiers import DiskTierConfig, TiersConfig
 from kvcore.handoff import HandoffKind
 from kvcore.types import Role
 
-Count = Annotated[int, msgspec.Meta(ge=1)]
-Rate = Annotated[float, msgspec.Meta(gt=0)]
-Seconds = Annotated[float, msgspec.Meta(gt=0)]
-Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
-Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
-Text = Annotated[str, msgspec.Meta(min_length=1)]
 TransportKind = Literal["auto", "shm", "tcp", "ucx", "nixl"]
 FallbackKind = Literal["auto", "shm", "tcp"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
-class ByteSize(int):
-    """A number of bytes; in YAML an integer or text such as `512MiB`, `40GiB`, `2GB`."""
-
-
-class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    pass
-
-
-class ModelConfig(_Section, frozen=True, kw_only=True):
+class ModelConfig(Section, frozen=True, kw_only=True):
     """The model that the cluster serves."""
 
     path: Text
@@ -45,7 +33,7 @@ class ModelConfig(_Section, frozen=True, kw_only=True):
     """Lower than the model's own, to save memory."""
 
 
-class KVConfig(_Section, frozen=True, kw_only=True):
+class KVConfig(Section, frozen=True, kw_only=True):
     """How KV is cut and checked."""
 
     chunk_tokens: Count = 256
@@ -54,7 +42,7 @@ class KVConfig(_Section, frozen=True, kw_only=True):
     """Checksum every chunk on read. Header fields are always checked."""
 
 
-class TorchEngineConfig(_Section, frozen=True, kw_only=True, tag_field="kind", tag="torch"):
+class TorchEngineConfig(Section, frozen=True, kw_only=True, tag_field="kind", tag="torch"):
     """The embedded engine."""
 
     threads: Count = 1
@@ -75,7 +63,7 @@ class TorchEngineConfig(_Section, frozen=True, kw_only=True, tag_field="kind", t
     """Store full chunks of generated tokens too, so that the next turn hits on any node."""
 
 
-class SimEngineConfig(_Section, frozen=True, kw_only=True, tag_field="kind", tag="sim"):
+class SimEngineConfig(Section, frozen=True, kw_only=True, tag_field="kind", tag="sim"):
     """No model: a timing model, and real bytes derived from the tokens."""
 
     block_size: Count = 16
@@ -106,12 +94,12 @@ class SimEngineConfig(_Section, frozen=True, kw_only=True, tag_field="kind", tag
     """Store full chunks of generated tokens too."""
 
 
-class VllmEngineConfig(_Section, frozen=True, kw_only=True, tag_field="kind", tag="vllm"):
+class VllmEngineConfig(Section, frozen=True, kw_only=True, tag_field="kind", tag="vllm"):
     """vLLM. A node's section is laid over the cluster's, `args` and `env` name by name: see docs/vllm.md."""
 
-    args: dict[str, Any] = {}
+    args: dict[str, Any] = msgspec.field(default_factory=dict)
     """Any of vLLM's engine arguments, named as on its command line, with `-` or `_`; not those that kvferry sets."""
-    env: dict[str, str] = {}
+    env: dict[str, str] = msgspec.field(default_factory=dict)
     """Environment of the engine's processes, e.g. CUDA_VISIBLE_DEVICES or VLLM_CPU_OMP_THREADS_BIND."""
     max_requests: Count = 1024
     """Running or waiting at once; more are refused as overloaded."""
@@ -124,12 +112,12 @@ PagedEngineConfig = TorchEngineConfig | SimEngineConfig
 EngineConfig = PagedEngineConfig | VllmEngineConfig
 
 
-class TransportConfig(_Section, frozen=True, kw_only=True):
+class TransportConfig(Section, frozen=True, kw_only=True):
     """How bytes move. `auto`: shared memory on one host, else `tcp`. A named transport is used or start-up fails."""
 
     kind: TransportKind = "auto"
     """How the bytes of a segment reach another process. The same on all nodes that are to reach each other."""
-    devices: list[str] = []
+    devices: list[str] = msgspec.field(default_factory=list)
     """For `ucx` and `nixl`: the devices to use, as `ucx_info -d` names them. Empty: every HCA with an active port; it
     is an error if there is none."""
     fallback: FallbackKind | None = None
@@ -143,7 +131,7 @@ class TransportConfig(_Section, frozen=True, kw_only=True):
     """For one batch."""
 
 
-class StoreConfig(_Section, frozen=True, kw_only=True):
+class StoreConfig(Section, frozen=True, kw_only=True):
     """Allocation and leases."""
 
     high_watermark: Share = 0.95
@@ -160,7 +148,7 @@ class StoreConfig(_Section, frozen=True, kw_only=True):
     """Room of an expired reservation is not given out again before this: its writer may still be writing."""
 
 
-class MetadataServerConfig(_Section, frozen=True, kw_only=True):
+class MetadataServerConfig(Section, frozen=True, kw_only=True):
     """Where the metadata server listens, and its bounds."""
 
     host: str = "127.0.0.1"
@@ -186,7 +174,7 @@ class RoutingPolicy(StrEnum):
     """Each node in turn, whatever is cached where."""
 
 
-class RouterConfig(_Section, frozen=True, kw_only=True):
+class RouterConfig(Section, frozen=True, kw_only=True):
     """Where the router listens, how it chooses, its bounds."""
 
     host: str = "127.0.0.1"
@@ -217,7 +205,7 @@ class RouterConfig(_Section, frozen=True, kw_only=True):
     `*` any site that a user looks at can use a router on that user's machine."""
 
 
-class NodeConfig(_Section, frozen=True, kw_only=True):
+class NodeConfig(Section, frozen=True, kw_only=True):
     """One machine's process of one role; or, with `url`, a vLLM server that runs already and is only driven."""
 
     role: Role
@@ -242,9 +230,11 @@ class NodeConfig(_Section, frozen=True, kw_only=True):
     """Overrides the cluster's."""
     host_id: str | None = None
     """Overrides how nodes tell whether they share memory (containers, tests)."""
+    disk: DiskTierConfig | None = None
+    """Overrides `tiers.disk`: where this machine's disk is."""
 
 
-class ServiceConfig(_Section, frozen=True, kw_only=True):
+class ServiceConfig(Section, frozen=True, kw_only=True):
     """What holds for every process."""
 
     drain_s: Annotated[float, msgspec.Meta(ge=0)] = 10.0
@@ -255,7 +245,7 @@ class ServiceConfig(_Section, frozen=True, kw_only=True):
     """Of our own lines; libraries speak from warning up."""
 
 
-class ClusterConfig(_Section, frozen=True, kw_only=True):
+class ClusterConfig(Section, frozen=True, kw_only=True):
     """A whole cluster file."""
 
     cluster: Text
@@ -274,6 +264,8 @@ class ClusterConfig(_Section, frozen=True, kw_only=True):
     """Short form in YAML: `transport: tcp`, with `devices: [...]` beside it."""
     store: StoreConfig = StoreConfig()
     """Allocation and leases."""
+    tiers: TiersConfig = TiersConfig()
+    """Where chunks are kept beyond the nodes' memory."""
     metadata_server: MetadataServerConfig = MetadataServerConfig()
     """Where it listens, and its bounds."""
     router: RouterConfig = RouterConfig()

@@ -10,10 +10,10 @@ from pathlib import Path
 import msgspec
 import yaml
 
+from kvcore.config.fields import ByteSize
 from kvcore.config.file import load_config
 from kvcore.config.parse import parse_byte_size
 from kvcore.config.schema import (
-    ByteSize,
     ClusterConfig,
     KVConfig,
     MetadataServerConfig,

@@ -12,8 +12,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from kvcore.config.fields import ByteSize
 from kvcore.config.parse import parse_byte_size
-from kvcore.config.schema import ByteSize, ClusterConfig, ModelConfig
+from kvcore.config.schema import ClusterConfig, ModelConfig
 from kvcore.errors import ConfigError
 from kvferry.offline.cluster import (
     PRIVATE_PORTS,

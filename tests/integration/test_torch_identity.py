@@ -17,7 +17,8 @@ from engines.torch.engine import build_torch_engine
 from engines.torch.model import load_model
 from engines.torch.runner import TorchRunner
 from engines.torch.spec import build_kv_spec
-from kvcore.config.schema import ByteSize, ModelConfig, TorchEngineConfig
+from kvcore.config.fields import ByteSize
+from kvcore.config.schema import ModelConfig, TorchEngineConfig
 from kvferry.demo.model import prepare_demo_model
 from nodeapi.messages import GenerateRequest, SamplingParams
 

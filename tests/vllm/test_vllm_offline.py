@@ -34,7 +34,8 @@ from support.vllm_offline import (
 from support.vllm_questions import BLOCK, NEW_TOKENS, Questions, prompt_of
 from support.vllm_reference import References
 
-from kvcore.config.schema import ByteSize, ModelConfig
+from kvcore.config.fields import ByteSize
+from kvcore.config.schema import ModelConfig
 from kvferry.offline.cluster import PRIVATE_PORTS, private_cluster, write_cluster
 from kvferry.offline.store import OfflineStore
 

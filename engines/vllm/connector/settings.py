@@ -2,7 +2,7 @@
 
 import msgspec
 
-from kvcore.config.schema import ByteSize
+from kvcore.config.fields import ByteSize
 from kvcore.errors import ConfigError
 from kvstore.settings import KVStoreSettings
 

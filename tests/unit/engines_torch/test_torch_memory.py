@@ -10,7 +10,8 @@ from support.tiny_models import make_tiny_model
 from engines.torch import engine as engine_module
 from engines.torch.engine import build_torch_engine
 from engines.torch.runner import TorchRunner
-from kvcore.config.schema import ByteSize, ModelConfig, TorchEngineConfig
+from kvcore.config.fields import ByteSize
+from kvcore.config.schema import ModelConfig, TorchEngineConfig
 from kvcore.errors import ConfigError
 from nodeapi.messages import PrefillRequest
 from transfer.base import TransferOp

@@ -11,8 +11,8 @@ from support.ports import free_ports
 from support.ucx import LIBRARY, needs_ucx
 from tokenizers import Tokenizer, models
 
+from kvcore.config.fields import ByteSize
 from kvcore.config.schema import (
-    ByteSize,
     ClusterConfig,
     MetadataServerConfig,
     ModelConfig,

@@ -1,7 +1,7 @@
 import pytest
 
+from kvcore.config.fields import ByteSize
 from kvcore.config.schema import (
-    ByteSize,
     ClusterConfig,
     MetadataServerConfig,
     ModelConfig,

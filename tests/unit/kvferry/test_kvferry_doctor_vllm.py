@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from kvcore.config.schema import ByteSize, ClusterConfig, ModelConfig, NodeConfig, TorchEngineConfig, VllmEngineConfig
+from kvcore.config.fields import ByteSize
+from kvcore.config.schema import ClusterConfig, ModelConfig, NodeConfig, TorchEngineConfig, VllmEngineConfig
 from kvcore.types import Role
 from kvferry import vllm_here
 from kvferry.doctor import checks as doctor

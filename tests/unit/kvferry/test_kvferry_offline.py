@@ -16,9 +16,9 @@ import pytest
 from support.ports import free_ports
 from support.process_tree import children
 
+from kvcore.config.fields import ByteSize
 from kvcore.config.file import load_config
 from kvcore.config.schema import (
-    ByteSize,
     ClusterConfig,
     KVConfig,
     MetadataServerConfig,

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from kvcore.config.checks import check_cluster, engine_of
+from kvcore.config.fields import ByteSize
 from kvcore.config.file import load_config
-from kvcore.config.schema import ByteSize, ClusterConfig, TorchEngineConfig, VllmEngineConfig
+from kvcore.config.schema import ClusterConfig, TorchEngineConfig, VllmEngineConfig
 from kvcore.errors import ConfigError
 from kvcore.ports import listen
 from kvferry import cli, serve

@@ -10,8 +10,8 @@ import msgspec
 import pytest
 from support.metadata_rigs import Rig, metadata_rig, until
 
+from kvcore.config.fields import ByteSize
 from kvcore.config.schema import (
-    ByteSize,
     ClusterConfig,
     MetadataServerConfig,
     ModelConfig,

@@ -9,7 +9,8 @@ import pytest
 from support.metadata_rigs import Rig, metadata_rig
 
 from kvcore.clock import SystemClock
-from kvcore.config.schema import ByteSize, NodeConfig, StoreConfig, TransportConfig
+from kvcore.config.fields import ByteSize
+from kvcore.config.schema import NodeConfig, StoreConfig, TransportConfig
 from kvcore.errors import (
     DeadlineExceededError,
     InvalidRequestError,

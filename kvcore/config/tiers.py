@@ -1,0 +1,89 @@
+"""The `tiers` of a cluster file: where chunks are kept beyond the nodes' segments. Values only."""
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from kvcore.config.fields import ByteSize, Count, Seconds, Section, Text
+
+Admission = Literal["always", "second_use"]
+
+
+class TierConfig(Section, frozen=True, kw_only=True):
+    """What every tier has."""
+
+    admission: Admission = "always"
+    """`always`: each chunk that is computed. `second_use`: those of prompts that come a second time."""
+    ttl_s: Seconds | None = None
+    """A chunk is forgotten so long after it was saved. Not set: it is kept until room is needed."""
+    timeout_s: Seconds = 2.0
+    """For one call; what a request waits for a tier is bounded by `tiers.wait_s` besides."""
+    in_flight: ByteSize = ByteSize(256 << 20)
+    """Bytes on their way to and from the tier at once, of one node."""
+
+
+class DiskTierConfig(TierConfig, frozen=True, kw_only=True):
+    """A file on a node's own disk, all taken at start. What lies there outlives the node's process."""
+
+    path: Text
+    """Folder of the file; `{node}` in it is the node's name. Nodes of one machine have files of their own."""
+    size: ByteSize
+    """Of the file of each node."""
+    buffered: bool = False
+    """Through the page cache instead of past it (O_DIRECT): faster where memory is left over, twice the bytes."""
+
+
+class RedisTierConfig(TierConfig, frozen=True, kw_only=True):
+    """A Redis or Valkey, shared by all nodes and by other clusters."""
+
+    url: Text
+    """`redis://[USER:PASSWORD@]HOST:PORT[/DB]`, or `rediss://` for TLS. A password may also be in the environment."""
+    connections: Count = 2
+    """That carry chunks, of one node."""
+
+
+class MooncakeTierConfig(TierConfig, frozen=True, kw_only=True):
+    """A Mooncake store, shared. Its clients keep memory of their own in this process."""
+
+    master: Text
+    """`HOST:PORT` of mooncake_master."""
+    metadata_server: Text = "P2PHANDSHAKE"
+    """As Mooncake's clients write it: an `http://.../metadata`, `etcd://...`, or its default."""
+    protocol: Literal["tcp", "rdma"] = "tcp"
+    """How its clients move bytes."""
+    devices: list[str] = msgspec.field(default_factory=list)
+    """RDMA devices, with protocol rdma."""
+    local_hostname: str | None = None
+    """The address by which other clients reach this one; the node's `host` if not set."""
+    segment: ByteSize = ByteSize(512 << 20)
+    """Memory that each node gives to the store."""
+    buffer: ByteSize = ByteSize(128 << 20)
+    """Memory of each node's client for what is not registered."""
+
+
+class ObjectTierConfig(TierConfig, frozen=True, kw_only=True):
+    """An object store: S3 and its like, Google's, Azure's, or a folder that machines share."""
+
+    url: Text
+    """`s3://BUCKET/PREFIX`, `gs://`, `az://`, `file:///FOLDER`."""
+    options: dict[str, str] = msgspec.field(default_factory=dict)
+    """Passed to the client as they are: endpoint, region, allow_http, ... Credentials come from the environment."""
+    timeout_s: Seconds = 10.0
+    """For one call."""
+
+
+class TiersConfig(Section, frozen=True, kw_only=True):
+    """Where chunks are kept beyond the nodes' memory. They are asked in the order of their measured speed."""
+
+    disk: DiskTierConfig | None = None
+    """On each node's own disk."""
+    redis: RedisTierConfig | None = None
+    """A Redis or Valkey server."""
+    mooncake: MooncakeTierConfig | None = None
+    """A Mooncake store."""
+    object: ObjectTierConfig | None = None
+    """An object store."""
+    wait_s: Seconds = 5.0
+    """A request waits at most so long for chunks from tiers; what has not come by then is computed."""
+    warm_up: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.5
+    """After a start, the share of a node's segment that is filled with what its disk's most used chunks are."""
