@@ -80,6 +80,8 @@ class ReadLeases:
         self._leases: dict[int, ReadLease] = {}
         self._by_holder: dict[str, set[int]] = {}
         self._last_id = last_id
+        self.nobodys_bytes = 0
+        """Pinned by leases without a holder; what several of them pin counts as often."""
 
     def __len__(self) -> int:
         return len(self._leases)
@@ -96,6 +98,8 @@ class ReadLeases:
         self._leases[self._last_id] = lease
         if holder is not None:
             self._by_holder.setdefault(holder, set()).add(self._last_id)
+        else:
+            self.nobodys_bytes += bytes_of(lease.replicas)
         return self._last_id
 
     def end(self, lease_id: int) -> bool:
@@ -110,6 +114,8 @@ class ReadLeases:
             held.discard(lease_id)
             if not held:
                 del self._by_holder[lease.holder]
+        else:
+            self.nobodys_bytes -= bytes_of(lease.replicas)
         return True
 
     def of_holder(self, holder: str) -> list[int]:
@@ -127,3 +133,8 @@ class ReadLeases:
             for replica in lease.replicas:
                 counts[replica.ref.id] = counts.get(replica.ref.id, 0) + 1
         return counts
+
+
+def bytes_of(replicas: Iterable[Replica]) -> int:
+    """What they take, headers included."""
+    return sum(replica.ref.length for replica in replicas)

@@ -8,5 +8,9 @@ class IndexLimits:
     """What MetadataState holds at most, and for how long."""
 
     max_read_leases: int = 65_536
+    nobodys_lease_s: float = 30.0
+    """Longest read lease of one who is no live node: nothing else than time ends it. All of these together pin …"""
+    nobodys_share: float = 0.25
+    """… at most this share of the cluster's room, so that nobody from outside keeps the cache from changing."""
     max_replaced: int = 64
     """Earlier incarnations of a live node that are known, so that their late messages are refused."""

@@ -7,7 +7,8 @@ deadline, its holder, or when it is given back.
 from collections import Counter
 
 from kvcore.types import ChunkKey
-from metadata_server.index.leases import Deadlines, Expiry, ReadLeases
+from metadata_server.index.leases import Deadlines, Expiry, ReadLeases, bytes_of
+from metadata_server.index.limits import IndexLimits
 from metadata_server.index.nodes import LiveNode, NodeRegistry
 from metadata_server.index.replicas import ReplicaIndex, segments_of
 from metadata_server.index.segments import Replica
@@ -25,15 +26,15 @@ class Reading:
         counts: Counter[str],
         *,
         first_lease: int,
-        max_leases: int,
+        limits: IndexLimits,
     ) -> None:
-        """Ids of leases are above `first_lease`; at most `max_leases` are held at a time."""
+        """Ids of leases are above `first_lease`."""
         self.leases = ReadLeases(first_lease)
         self._nodes = nodes
         self._index = index
         self._deadlines = deadlines
         self._counts = counts
-        self._max_leases = max_leases
+        self._limits = limits
 
     def __repr__(self) -> str:
         return f"<Reading {len(self.leases)} leases>"
@@ -82,9 +83,14 @@ class Reading:
 
     def _grant(self, replicas: list[Replica], until: float, node_id: str, incarnation: int) -> int:
         holder = self._nodes.get(node_id, incarnation)
-        if len(self.leases) >= self._max_leases:
+        full = len(self.leases) >= self._limits.max_read_leases
+        if full or (holder is None and not self._nobody_may_pin(bytes_of(replicas))):
             self._counts["leases_refused"] += 1
             return 0
         lease_id = self.leases.grant(replicas, holder.info.id if holder else None)
         self._deadlines.set((Expiry.READ_LEASE, lease_id), until)
         return lease_id
+
+    def _nobody_may_pin(self, num_bytes: int) -> bool:
+        room = sum(record.segment.size_bytes for record in self._nodes.segments.values())
+        return self.leases.nobodys_bytes + num_bytes <= self._limits.nobodys_share * room

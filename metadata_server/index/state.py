@@ -67,9 +67,8 @@ class MetadataState:
         self._index = index = ReplicaIndex(self.log, first_generation)
         self._nodes = nodes = NodeRegistry(deadlines, node_ttl_s, identity, limits.max_replaced)
         self._reservations = Reservations(config, nodes, index, deadlines, self.counters)
-        self._reading = Reading(
-            nodes, index, deadlines, self.counters, first_lease=first_generation, max_leases=limits.max_read_leases
-        )
+        self._reading = Reading(nodes, index, deadlines, self.counters, first_lease=first_generation, limits=limits)
+        self._nobodys_lease_s = limits.nobodys_lease_s
 
     def __repr__(self) -> str:
         held = f"{self.num_objects} objects, {self.num_reservations} reservations, {self.num_read_leases} read leases"
@@ -200,8 +199,11 @@ class MetadataState:
     def match(
         self, keys: list[ChunkKey], now: float, *, lease_s: float = 0.0, node_id: str = "", incarnation: int = 0
     ) -> MatchReply:
-        """Longest complete prefix; makes it the last to be evicted. `lease_s` > 0 grants a new lease, renews none."""
+        """Longest complete prefix; makes it the last to be evicted. `lease_s` > 0 grants a new lease, renews none; one
+        who is no live node gets less time, and none when such leases pin too much."""
         self.tick(now)
+        if self._nodes.get(node_id, incarnation) is None:
+            lease_s = min(lease_s, self._nobodys_lease_s)
         return self._reading.match(keys, now + lease_s if lease_s > 0 else None, node_id, incarnation)
 
     def release(self, lease_ids: list[int], now: float) -> None:

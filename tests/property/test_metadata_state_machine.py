@@ -8,6 +8,7 @@ from support.metadata_words import UNIT, granted, ids, key, keys, new_state, reg
 
 from kvcore.errors import NodeRefusedError
 from metadata_server.index.allocator import ExtentAllocator
+from metadata_server.index.limits import IndexLimits
 from metadata_server.messages import (
     EventKind,
     HeartbeatRequest,
@@ -22,6 +23,8 @@ NODES = ("a", "b", "c")
 KEYS = 20
 NUMBERS = st.lists(st.integers(0, KEYS - 1), min_size=1, max_size=5, unique=True)
 NODE = st.sampled_from(NODES)
+NOBODYS_SHARE, NOBODYS_LEASE_S = 0.4, 10.0
+LIMITS = IndexLimits(nobodys_share=NOBODYS_SHARE, nobodys_lease_s=NOBODYS_LEASE_S)
 
 
 class MetadataMachine(RuleBasedStateMachine):
@@ -31,11 +34,12 @@ class MetadataMachine(RuleBasedStateMachine):
     @initialize()
     def begin(self):
         self.now = 0.0
-        self.state = new_state(event_log=100_000, high_watermark=0.9, low_watermark=0.5)
+        self.state = new_state(event_log=100_000, high_watermark=0.9, low_watermark=0.5, limits=LIMITS)
         self.alive: dict[str, tuple[int, float]] = {}
         self.incarnations = dict.fromkeys(NODES, 0)
         self.replaced: dict[str, list[int]] = {node: [] for node in NODES}
         self.starts = 0
+        self.nobodys: dict[int, int] = {}
         self.open: dict[int, tuple[str, int, float, object]] = {}
         self.leases: dict[int, tuple[frozenset, float, str | None]] = {}
         self.seen: list = []  # replicas ever granted
@@ -183,10 +187,22 @@ class MetadataMachine(RuleBasedStateMachine):
         numbers = there[: len(numbers)] + numbers  # mostly what can be found
         reply = self.state.match(keys(*numbers), self.now, lease_s=lease_s, **who)
         assert all(refs and {r.key for r in refs} == {key(n)} for refs, n in zip(reply.replicas, numbers, strict=False))
-        assert bool(reply.lease_id) == bool(lease_s and reply.replicas)
+        pinned = sum(r.length for refs in reply.replicas for r in refs)
+        held_by = holder if holder and self.live(holder) else None
+        fits = held_by is not None or self.nobody_pins() + pinned <= NOBODYS_SHARE * self.room()
+        assert bool(reply.lease_id) == bool(lease_s and reply.replicas and fits)
         if reply.lease_id:
             held = frozenset(r for refs in reply.replicas for r in refs)
-            self.leases[reply.lease_id] = (held, self.now + lease_s, holder if holder and self.live(holder) else None)
+            until = self.now + (lease_s if held_by else min(lease_s, NOBODYS_LEASE_S))
+            self.leases[reply.lease_id] = (held, until, held_by)
+            if held_by is None:
+                self.nobodys[reply.lease_id] = pinned
+
+    def nobody_pins(self):
+        return sum(pinned for n, pinned in self.nobodys.items() if n in self.leases and self.leases[n][1] > self.now)
+
+    def room(self):
+        return sum(segment.size_bytes for segment in self.state.nodes(self.now).segments)
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data())

@@ -29,6 +29,8 @@ from metadata_server.messages import (
     SegmentManifest,
 )
 
+NODE_A = {"node_id": "a", "incarnation": 1}
+
 
 def statuses(reply):
     return [outcome.status.value for outcome in reply.outcomes]
@@ -189,7 +191,7 @@ def test_a_store_full_of_leased_and_reserved_chunks_declines_and_evicts_again_af
     state = new_state()
     state.register(registration("a", units=2), 0.0)
     put(state, "a", [1], 0.0)
-    lease = state.match(keys(1), 0.0, lease_s=3.0).lease_id
+    lease = state.match(keys(1), 0.0, lease_s=3.0, **NODE_A).lease_id
     reserved = granted(state.reserve(reservation("a", [2]), 0.0))
     assert statuses(state.reserve(reservation("a", [3]), 1.0)) == ["full"]
     assert stored(state, [1], 1.0) == [1]
@@ -218,7 +220,7 @@ def test_a_lease_ends_by_itself_and_a_probe_does_not_renew_it():
     state = new_state()
     state.register(registration("a", units=1), 0.0)
     put(state, "a", [1], 0.0)
-    assert state.match(keys(1), 0.0, lease_s=2.0).lease_id > 0
+    assert state.match(keys(1), 0.0, lease_s=2.0, **NODE_A).lease_id > 0
     assert state.match(keys(1), 1.9).lease_id == 0
     assert statuses(state.reserve(reservation("a", [2]), 1.9)) == ["full"]
     assert statuses(state.reserve(reservation("a", [2]), 2.0)) == ["granted"]
@@ -228,11 +230,27 @@ def test_a_lease_protects_until_the_last_of_several_ends():
     state = new_state()
     state.register(registration("a", units=1), 0.0)
     put(state, "a", [1], 0.0)
-    first = state.match(keys(1), 0.0, lease_s=3.0).lease_id
-    state.match(keys(1), 0.0, lease_s=2.0)
+    first = state.match(keys(1), 0.0, lease_s=3.0, **NODE_A).lease_id
+    state.match(keys(1), 0.0, lease_s=2.0, **NODE_A)
     state.release([first], 0.0)
     assert statuses(state.reserve(reservation("a", [2]), 1.0)) == ["full"]
     assert statuses(state.reserve(reservation("a", [2]), 2.0)) == ["granted"]
+
+
+@pytest.mark.parametrize("who", [{}, {"node_id": "a", "incarnation": 2}, {"node_id": "x", "incarnation": 1}])
+def test_one_who_is_no_node_cannot_keep_the_cache_from_changing(who):
+    state = new_state()
+    state.register(registration("a", units=8), 0.0)
+    put(state, "a", list(range(8)), 0.0)
+    granted_to = [number for number in range(8) if state.match(keys(number), 0.0, lease_s=60.0, **who).lease_id]
+    assert (granted_to, state.counters["leases_refused"]) == ([0, 1], 6)
+    assert state.match(keys(7), 0.0, lease_s=60.0, **NODE_A).lease_id, "a node's leases are its own"
+    assert statuses(state.reserve(reservation("a", list(range(10, 18))), 0.0)).count("granted") == 5
+    for now in range(4, 32, 4):
+        alive(state, "a", now=now)
+    assert state.stats(29.0, 0).read_leases == 3
+    assert state.match(keys(0), 30.0, lease_s=60.0, **who).lease_id, "the first ones have run out"
+    state.check_invariants(30.0)
 
 
 def test_no_lease_without_a_match(state):
