@@ -11,6 +11,7 @@ from support.vllm_worker_model import FakeLookup, Memory, WorkerModel
 from engines.vllm.connector.orders import LegParams
 from engines.vllm.connector.scheduler_half import SchedulerHalf
 from kvcore.chunk_keys import chunk_keys, next_key, root_key, usable_chunks
+from kvcore.clock import ManualClock
 
 BLOCK = 4
 
@@ -31,6 +32,7 @@ class Driver:
             block_size=BLOCK,
             save_output=save_output,
             lookup=self.lookup,
+            clock=ManualClock(),
         )
         self.model = SchedulerModel(self.half, self.worker, memory, self.dice, depth=depth, budget=budget)
         self.texts = [[self.dice.randrange(3) for _ in range(self.limit)] for _ in range(2)]

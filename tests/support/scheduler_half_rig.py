@@ -8,6 +8,7 @@ from engines.vllm.connector.orders import LegParams, LoadOrder, StepOrders
 from engines.vllm.connector.scheduler_half import SchedulerHalf
 from engines.vllm.connector.scheduler_requests import RequestView, ScheduledRequest
 from kvcore.chunk_keys import chunk_keys, root_key
+from kvcore.clock import ManualClock
 from kvcore.types import ChunkKey
 
 CHUNK, BLOCK = 8, 4
@@ -24,15 +25,25 @@ def keys_of(tokens: Sequence[int], salt: bytes = b"") -> list[ChunkKey]:
 
 
 class Rig:
-    def __init__(self, *, stored: Iterable[ChunkKey] = (), save_output: bool = True, delay: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        stored: Iterable[ChunkKey] = (),
+        save_output: bool = True,
+        delay: int = 0,
+        share_loads: bool = True,
+    ) -> None:
         self.lookup = FakeLookup(set(stored), lambda: delay)
         self.identity = bytes(16)
+        self.clock = ManualClock()
         self.half = SchedulerHalf(
             root_of=lambda salt: root_key(self.identity, salt),
             chunk_tokens=CHUNK,
             block_size=BLOCK,
             save_output=save_output,
             lookup=self.lookup,
+            clock=self.clock,
+            share_loads=share_loads,
         )
 
     def arrive(

@@ -201,6 +201,24 @@ def test_a_reset_right_after_a_request_succeeds_and_with_the_connector_nothing_o
         check_answers(questions, PROMPTS[-1:], shown[name], name)
 
 
+def a_crowd_on_one_stored_prompt(model: str) -> dict[str, Any]:
+    def loaded_tokens() -> int:
+        return sum(m.value for m in llm.engine.get_metrics() if m.name == "vllm:external_prefix_cache_hits")
+
+    with open_llm(model, enable_prefix_caching=True, disable_log_stats=False) as llm:
+        ask(llm, PROMPTS[-1:], NEW_TOKENS)
+        assert llm.engine.reset_prefix_cache() and loaded_tokens() == 0
+        return {"crowd": ask(llm, PROMPTS[-1:] * 16, NEW_TOKENS), "loaded": loaded_tokens()}
+
+
+def test_a_prompt_that_many_ask_at_once_is_loaded_once(tiny, questions):
+    shown = run_offline(a_crowd_on_one_stored_prompt, tiny)
+    stored = (LENGTHS[-1] - 1) // BLOCK * BLOCK
+    assert shown["loaded"] == stored
+    assert cached(shown["crowd"]) == [stored] * 16
+    check_answers(questions, PROMPTS[-1:] * 16, shown["crowd"], "one of the crowd")
+
+
 def with_logprobs_of_the_prompt(model: str) -> dict[str, Any]:
     from vllm import SamplingParams
 

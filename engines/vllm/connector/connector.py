@@ -153,8 +153,10 @@ class KVFerryConnector(KVConnectorBase_V1):  # type: ignore[misc]
         }
         if len({msgspec.structs.replace(spec, tp_rank=0) for spec in specs.values()}) != 1:
             raise ConfigError(f"the ranks of this engine hold different kinds of KV: {specs}")
-        block_size = self._vllm_config.cache_config.block_size
-        self._scheduler = SchedulerSide(self._settings, specs[0], block_size, self._limits)
+        cache = self._vllm_config.cache_config
+        self._scheduler = SchedulerSide(
+            self._settings, specs[0], cache.block_size, self._limits, share_loads=cache.enable_prefix_caching
+        )
 
     def on_new_request(self, request: Any) -> None:
         """The lookup begins now, not when the request is scheduled."""

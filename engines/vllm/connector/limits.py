@@ -11,6 +11,8 @@ class ConnectorLimits:
     lookup_close_s: float = 3.0
     first_wait_s: float = 0.002
     """vLLM's scheduler waits that long for a lookup's answer: once a request at most, and once a step."""
+    follow_s: float = 5.0
+    """A request waits no longer than this, in all, for loads of others that begin as it does."""
 
     worker_start_s: float = 60.0
     """Opening transports takes milliseconds; pinning an engine's KV memory for RDMA seconds."""

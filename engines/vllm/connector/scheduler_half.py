@@ -1,4 +1,4 @@
-"""The connector's scheduler half: which chunks are loaded and saved, and when. Pure: no vLLM, no bytes, no clock.
+"""The connector's scheduler half: which chunks are loaded and saved, and when. Pure: no vLLM, no bytes.
 
 Owns what is known of each live request, and the orders for the worker halves. vLLM's order of calls is `arrived`;
 `matched` until there are blocks, then `allocated`; `build` ends each step; `finished` once. vLLM does not say how loads
@@ -17,8 +17,10 @@ from engines.vllm.connector.scheduler_requests import (
     RequestView,
     ScheduledRequest,
     SchedulerCall,
+    SharedLoads,
 )
 from kvcore.chunk_keys import usable_chunks
+from kvcore.clock import Clock
 from kvcore.errors import ConfigError
 from kvcore.types import ChunkKey
 
@@ -48,9 +50,12 @@ class SchedulerHalf:
         block_size: int,
         save_output: bool,
         lookup: Lookup,
+        clock: Clock,
+        share_loads: bool = True,
         limits: ConnectorLimits = ConnectorLimits(),
     ) -> None:
-        """`root_of`: a tenant's salt -> the root of its keys.
+        """`root_of`: a tenant's salt -> the root of its keys. `share_loads`: what one request has loaded, others find
+        in vLLM's prefix cache.
 
         Raises ConfigError when a chunk is not a whole number of blocks.
         """
@@ -65,6 +70,8 @@ class SchedulerHalf:
         self._save_output = save_output
         self._lookup = lookup
         self._limits = limits
+        self._share_loads = share_loads
+        self._loaders = SharedLoads(limits, clock)
         self._may_wait = True
         """No lookup was waited for in this step yet."""
         self._requests: dict[str, LiveRequest] = {}
@@ -96,6 +103,7 @@ class SchedulerHalf:
         # 2. It was LOADING. The load has ended, and not one token of it came; else vLLM would go on behind them.
         # 3. It was RUNNING. It was preempted between two steps (a reset of the prefix cache), and the next `build` will
         #    list that. By then the request may be loading again, which must not be undone: it is noted here.
+        self._loaders.end(request)
         if request.phase is LoadPhase.LOADING:
             request.load_ended(0)
             self._renew(request)
@@ -108,12 +116,17 @@ class SchedulerHalf:
         # 1. Nothing may be loaded: the request is not cacheable, or a load of it has failed.
         # 2. The lookup has no answer yet. vLLM leaves the request in its queue and asks again.
         # 3. There is nothing behind the local hit but perhaps the last token, which is computed in any case.
-        # 4. What is behind the local hit is loaded, asynchronously. A prefiller's chunks may not be there yet.
+        # 4. Another request is loading what this one lacks, and it waits for that.
+        # 5. What is behind the local hit is loaded, asynchronously. A prefiller's chunks may not be there yet.
         end = self._num_loadable(request) if request.may_load else 0
         if end is None:
             return None, False
         if min(end, len(request.view.token_ids) - 1) <= num_local_tokens:
             return 0, False
+        if self._share_loads and self._loaders.must_wait(
+            request, *(request.chunks.key(at // self._chunk_tokens, end) for at in (num_local_tokens, end - 1))
+        ):
+            return None, False
         return end - num_local_tokens, True
 
     def allocated(self, request_id: str, block_ids: Sequence[int], num_external_tokens: int) -> None:
@@ -125,18 +138,21 @@ class SchedulerHalf:
         """
         request = self._requests[request_id]
         handoff, request.handoff = request.handoff, False
+        self._loaders.end(request)
         if not num_external_tokens:
             request.enter(SchedulerCall.ALLOCATED_TO_COMPUTE)
             return
         request.enter(SchedulerCall.ALLOCATED_TO_LOAD)
         request.load_end = request.num_local + num_external_tokens
         first, params = request.num_local // self._chunk_tokens, request.view.params
+        chunks = request.chunks.places(first, request.load_end, block_ids)
+        self._loaders.begin(request, [place.key for place in chunks], waits=handoff)
         self._loads.append(
             LoadOrder(
                 request_id=request_id,
                 leg=params.leg if params is not None else None,
                 first_chunk=first,
-                chunks=request.chunks.places(first, request.load_end, block_ids),
+                chunks=chunks,
                 keep_blocks=(request.num_local - first * self._chunk_tokens) // self._block_size,
                 wait_until=params.wait_until if handoff and params is not None else None,
             )
@@ -174,6 +190,7 @@ class SchedulerHalf:
         """
         request = self._requests.pop(request_id)
         self._lookup.forget(request_id)
+        self._loaders.give_up(request, self._requests.values())
         assert not (request.saving and request.phase is LoadPhase.LOADING)
         saving = request.saving and holds_blocks
         return saving, LegResult(saving=saving, stored_chunks=request.num_stored, ordered_chunks=request.num_offered)
@@ -192,6 +209,7 @@ class SchedulerHalf:
                 self._lose_blocks(request)
 
     def _lose_blocks(self, request: LiveRequest) -> None:
+        self._loaders.give_up(request, self._requests.values())
         request.lose_blocks()
         self._renew(request)
 

@@ -15,11 +15,14 @@
 """
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from engines.vllm.connector.limits import ConnectorLimits
 from engines.vllm.connector.orders import LegParams
 from engines.vllm.connector.request_chunks import RequestChunks
+from kvcore.clock import Clock
+from kvcore.types import ChunkKey
 
 
 class LoadPhase(enum.Enum):
@@ -113,6 +116,16 @@ class LiveRequest:
     """`matched` has shown a preemption that `build` is still to list."""
     outdated: bool = False
     """It holds KV from before a reset: nothing of it is saved."""
+    loading: Sequence[ChunkKey] = ()
+    """Chunks of the load under way."""
+    load_waits: bool = False
+    """That load waits for a prefiller."""
+    follows: str | None = None
+    """The request whose load it waits for, or waited for last."""
+    followed_at: int | None = None
+    """`num_local` when it began that wait."""
+    follow_until: float | None = None
+    """When it ceases to wait for loads of others, whatever comes of them."""
 
     def __repr__(self) -> str:
         load = f", load to {self.load_end}" if self.load_end else ""
@@ -140,3 +153,63 @@ class LiveRequest:
         self.asked = self.answered = self.waited = False
         self.load_end = self.num_stored = self.num_offered = 0
         self.tail_offered = self.saving = False
+
+
+class SharedLoads:
+    """Who loads which chunk, and who waits for that instead of loading it too. Of a vLLM with a prefix cache.
+
+    A request follows another one that loads the first chunk which it lacks. It holds no blocks meanwhile, so that no
+    two can wait for each other, and then finds the chunks in vLLM's own cache. It loads by itself instead:
+
+    1. The load has failed. What the request finds has not grown since it began to wait, and it does not wait again.
+    2. It has waited `limits.follow_s` in all.
+    3. The load waits for a prefiller, and does not end with the chunk that the request itself ends with: its own
+       chunks may come earlier.
+
+    Of a load that was given up (aborted, preempted) nothing is known: its followers may follow another one.
+    """
+
+    def __init__(self, limits: ConnectorLimits, clock: Clock) -> None:
+        self._limits = limits
+        self._clock = clock
+        self._leaders: dict[ChunkKey, LiveRequest] = {}
+
+    def __repr__(self) -> str:
+        return f"<SharedLoads of {len({id(leader) for leader in self._leaders.values()})} requests>"
+
+    def begin(self, leader: LiveRequest, keys: Sequence[ChunkKey], *, waits: bool) -> None:
+        """It loads these chunks from now on."""
+        leader.loading, leader.load_waits = keys, waits
+        self._leaders.update(dict.fromkeys(keys, leader))
+
+    def end(self, leader: LiveRequest) -> None:
+        """It loads no more, if it did."""
+        for key in leader.loading:
+            if self._leaders.get(key) is leader:
+                del self._leaders[key]
+        leader.loading = ()
+
+    def give_up(self, leader: LiveRequest, requests: Iterable[LiveRequest]) -> None:
+        """As `end`, of a load that came to no end. `requests`: all, its followers among them."""
+        if leader.loading:
+            self.end(leader)
+            for request in requests:
+                if request.follows == leader.view.request_id:
+                    request.follows = request.followed_at = None
+
+    def must_wait(self, request: LiveRequest, first: ChunkKey, last: ChunkKey) -> bool:
+        """Whether to wait for another one's load before loading `first` to `last`."""
+        leader = self._leaders.get(first)
+        if leader is None or (leader.load_waits and leader.loading[-1] != last):
+            return False
+        again = request.follows == leader.view.request_id
+        if not again and request.followed_at is not None and request.num_local <= request.followed_at:
+            return False
+        now = self._clock.now()
+        if request.follow_until is None:
+            request.follow_until = now + self._limits.follow_s
+        if now >= request.follow_until:
+            return False
+        if not again:
+            request.follows, request.followed_at = leader.view.request_id, request.num_local
+        return True

@@ -17,6 +17,7 @@ from engines.vllm.connector.scheduler_half import SchedulerHalf
 from engines.vllm.connector.scheduler_requests import RequestView, ScheduledRequest
 from engines.vllm.connector.settings import ConnectorSettings
 from kvcore.chunk_keys import root_key
+from kvcore.clock import SystemClock
 from kvcore.types import ChunkKey, KVSpec
 
 _logger = logging.getLogger("engines.vllm")
@@ -25,7 +26,9 @@ _logger = logging.getLogger("engines.vllm")
 class SchedulerSide:
     """One engine's. Every method is called from vLLM's scheduler thread."""
 
-    def __init__(self, settings: ConnectorSettings, spec: KVSpec, block_size: int, limits: ConnectorLimits) -> None:
+    def __init__(
+        self, settings: ConnectorSettings, spec: KVSpec, block_size: int, limits: ConnectorLimits, *, share_loads: bool
+    ) -> None:
         self._tables: dict[str, list[int]] = {}
         self._lookup = StoreLookup(settings, spec.tp_size, limits)
         self._spec = spec
@@ -36,6 +39,8 @@ class SchedulerSide:
             block_size=block_size,
             save_output=settings.save_output,
             lookup=self._lookup,
+            clock=SystemClock(),
+            share_loads=share_loads,
             limits=limits,
         )
 

@@ -12,6 +12,7 @@ from engines.vllm.connector.request_chunks import RequestChunks
 from engines.vllm.connector.scheduler_half import SchedulerHalf
 from engines.vllm.connector.scheduler_requests import ScheduledRequest
 from kvcore.chunk_keys import next_key
+from kvcore.clock import ManualClock
 from kvcore.errors import ConfigError
 
 # --- what goes wrong
@@ -26,6 +27,7 @@ def test_a_chunk_that_is_no_whole_number_of_blocks_is_refused(chunk_tokens, bloc
             block_size=block_size,
             save_output=True,
             lookup=FakeLookup(),
+            clock=ManualClock(),
         )
 
 

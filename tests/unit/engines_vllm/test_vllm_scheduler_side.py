@@ -30,7 +30,7 @@ SETTINGS = ConnectorSettings(
 
 @pytest.fixture
 def side():
-    side = SchedulerSide(SETTINGS, SPEC, SPEC.chunk_tokens, ConnectorLimits())
+    side = SchedulerSide(SETTINGS, SPEC, SPEC.chunk_tokens, ConnectorLimits(), share_loads=True)
     yield side
     side.close()
 
@@ -129,7 +129,7 @@ def test_kv_of_a_request_that_reads_no_cache_is_saved(side):
 
 def test_each_reset_takes_an_identity_that_nobody_else_has(side):
     """Another engine that was reset as often may hold other weights."""
-    other = SchedulerSide(SETTINGS, SPEC, SPEC.chunk_tokens, ConnectorLimits())
+    other = SchedulerSide(SETTINGS, SPEC, SPEC.chunk_tokens, ConnectorLimits(), share_loads=True)
     roots = {side._root(b"")}
     assert other._root(b"") in roots
     for reset in (side, side, other, other):
