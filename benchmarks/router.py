@@ -24,6 +24,7 @@ from aiohttp import web
 
 from benchmarks.children import Child, child
 from kvcore.chunk_keys import usable_chunks
+from kvcore.process.http_client import http_session
 from kvcore.types import KVSpec, NodeInfo, Role, Segment
 from nodeapi.client import HttpNodeClient
 from nodeapi.frames import pack_frame
@@ -151,7 +152,7 @@ def direct(ports: list[int]) -> tuple[HttpNodeClient, _Request]:
 
 def through(url: str) -> tuple[aiohttp.ClientSession, _Request]:
     """An OpenAI client."""
-    session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=256))
+    session = http_session(connector=aiohttp.TCPConnector(limit=256))
     body = json.dumps({"model": "mock", "prompt": "x" * PROMPT_TOKENS, "max_tokens": 1}).encode()
 
     async def send(_: int) -> None:

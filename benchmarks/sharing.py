@@ -32,6 +32,7 @@ import yaml
 
 from benchmarks.children import program
 from kvcore.ports import listen
+from kvcore.process.http_client import http_session
 from kvcore.process.service import loop_factory
 
 PROMPT = 2049
@@ -138,7 +139,7 @@ async def cluster(
         file.write_text(yaml.safe_dump(raw))
         up = [sys.executable, "-m", "kvferry", "up", str(file), "--log-dir", folder]
         timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
-        async with program(up, r"ready: (\S+)") as launcher, aiohttp.ClientSession(timeout=timeout) as session:
+        async with program(up, r"ready: (\S+)") as launcher, http_session(timeout=timeout) as session:
             yield Cluster(launcher.said, session), launcher.pid
 
 

@@ -47,6 +47,7 @@ from benchmarks.vllm_pd_processes import MAX_CONTEXT, REPOSITORY, Setting
 from benchmarks.vllm_pd_report import Round, SystemResult, print_system, row
 from benchmarks.vllm_pd_systems import FIRST_CORE, Server, System, bare_copy, lmcache, nixl, vllm
 from kvcore.errors import KVFerryError
+from kvcore.process.http_client import http_session
 
 LENGTHS = (500, 2000, 4000, 8000)
 SYSTEMS = ("bare", "nixl", "lmcache", "lmcache_shm", "kvferry")
@@ -137,7 +138,7 @@ async def prepared(arguments: argparse.Namespace) -> AsyncIterator[tuple[Setting
         model = await asyncio.to_thread(find_model, arguments, folder)
         prompts = Prompts(model)
         connector = aiohttp.TCPConnector(force_close=False, keepalive_timeout=600)
-        async with aiohttp.ClientSession(connector=connector) as session:
+        async with http_session(connector=connector) as session:
             yield Setting(model, folder, Path(shared), prompts.context_bytes(), session), prompts
 
 

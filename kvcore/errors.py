@@ -69,6 +69,13 @@ class PayloadTooLargeError(InvalidRequestError):
     code = "payload_too_large"
 
 
+class MediaTypeError(InvalidRequestError):
+    """The request's body is in a form that the server does not read."""
+
+    http_status = 415
+    code = "unsupported_media_type"
+
+
 class BodyLateError(InvalidRequestError):
     """The client did not send its whole request in time."""
 

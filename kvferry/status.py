@@ -17,6 +17,7 @@ from rich.text import Text
 from kvcore.config.schema import ClusterConfig
 from kvcore.handoff import HandoffKind, has_store
 from kvcore.ports import base_url, why_unreachable
+from kvcore.process.http_client import http_session
 from kvferry.machine import size_text
 from metadata_server.messages import Stats
 
@@ -92,7 +93,7 @@ async def run_status(
     router_url: str, metadata_url: str | None, *, as_json: bool, console: Console, timeout_s: float = 5.0
 ) -> int:
     """Ask and print. Returns 0 if every server that the cluster has answered, 1 otherwise."""
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=timeout_s)) as session:
+    async with http_session(timeout=aiohttp.ClientTimeout(total=timeout_s)) as session:
         cluster, stats = await asyncio.gather(
             _ask(session, f"{router_url}/v1/cluster", ClusterAnswer), _ask_metadata(session, metadata_url)
         )

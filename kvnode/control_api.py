@@ -27,6 +27,7 @@ from kvcore.errors import (
     NodeUnavailableError,
     PayloadTooLargeError,
 )
+from kvcore.process.http_body import check_encoding
 from kvcore.telemetry import METRICS_CONTENT_TYPE, log_fields
 from kvnode.limits import NodeLimits
 from kvnode.request_check import parse_request
@@ -81,8 +82,17 @@ class ControlApi:
         """Whether new legs are refused."""
         return self._draining
 
-    def application(self) -> web.Application:
-        """Serve it with `handler_cancellation=True`: a client that leaves must end its leg."""
+    def runner(self) -> web.AppRunner:
+        """What serves it: a client that leaves ends its leg, and no body is unpacked."""
+        return web.AppRunner(
+            self._application(),
+            handler_cancellation=True,
+            auto_decompress=False,
+            access_log=None,
+            shutdown_timeout=self._limits.close_s,
+        )
+
+    def _application(self) -> web.Application:
         app = web.Application(middlewares=[_answer_errors], client_max_size=self._max_body_bytes)
         app.add_routes(
             [
@@ -156,6 +166,7 @@ class ControlApi:
         return web.Response(body=await self._metrics(), headers={"Content-Type": METRICS_CONTENT_TYPE})
 
     async def _read(self, http: web.Request) -> bytes:
+        check_encoding(http.headers)
         try:
             return await _bounded(http.read(), self._limits.body_s)
         except web.HTTPRequestEntityTooLarge as error:

@@ -188,9 +188,7 @@ def _pass_on(line: str) -> None:
 
 
 async def _serve(api: ControlApi, listener: socket.socket, stack: AsyncExitStack, limits: NodeLimits) -> None:
-    runner = web.AppRunner(
-        api.application(), handler_cancellation=True, access_log=None, shutdown_timeout=limits.close_s
-    )
+    runner = api.runner()
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
     await web.SockSite(runner, listener).start()

@@ -19,6 +19,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from kvcore.clock import Clock
 from kvcore.errors import KVFerryError, MetadataProtocolError, PayloadTooLargeError
+from kvcore.process.http_body import check_encoding
 from kvcore.telemetry import METRICS_CONTENT_TYPE, Metrics, log_fields
 from metadata_server import metrics as own_metrics
 from metadata_server.core import MetadataCore
@@ -156,7 +157,8 @@ def _wants_json(request: Request, default: bool) -> bool:
 
 
 async def _read(request: Request, *, max_body_bytes: int, body_s: float) -> bytes:
-    """The whole body. Raises PayloadTooLargeError as soon as it is known to be too long."""
+    """The whole body. Raises MediaTypeError, and PayloadTooLargeError as soon as it is known to be too long."""
+    check_encoding(request.headers)
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared[:20]) > max_body_bytes:
         raise PayloadTooLargeError(f"the body has {declared[:20]} bytes; at most {max_body_bytes} are read")

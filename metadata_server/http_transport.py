@@ -11,6 +11,7 @@ import msgspec
 
 from kvcore.errors import MetadataProtocolError, MetadataUnavailableError, NodeRefusedError
 from kvcore.ports import why_unreachable
+from kvcore.process.http_client import http_session
 from metadata_server.limits import ClientLimits
 
 _MSGPACK = {"Content-Type": "application/msgpack", "Accept": "application/msgpack"}
@@ -100,7 +101,7 @@ class _FaultBody(msgspec.Struct):
 
 def _new_session(limits: ClientLimits) -> aiohttp.ClientSession:
     connector = aiohttp.TCPConnector(limit=limits.max_connections, keepalive_timeout=limits.idle_connection_s)
-    return aiohttp.ClientSession(
+    return http_session(
         connector=connector, timeout=aiohttp.ClientTimeout(total=None), cookie_jar=aiohttp.DummyCookieJar()
     )
 

@@ -12,6 +12,7 @@ import aiohttp
 from kvcore.errors import DeadlineExceededError, KVFerryError, NoDescriptorsError, NodeUnavailableError
 from kvcore.ports import why_unreachable
 from kvcore.process.descriptors import are_exhausted, soft_limit
+from kvcore.process.http_client import http_session
 
 MAX_REPLY_BYTES = 16 << 20
 MAX_ERROR_BYTES = 64 << 10
@@ -61,7 +62,7 @@ class HttpCalls:
         """An answer with status 200, whose head came within `timeout_s`. Every other outcome raises an error of
         kvcore.errors, also one that comes while the caller reads the body."""
         if self._session is None:
-            self._session = aiohttp.ClientSession(
+            self._session = http_session(
                 connector=aiohttp.TCPConnector(limit=self._max_connections, keepalive_timeout=self._keepalive_s),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 headers=self._headers,

@@ -1,17 +1,20 @@
-"""A request's body, read whole: bounded in size and in time, for every HTTP shell."""
+"""A request's body, read whole: bounded in size and in time, never packed, for every HTTP shell."""
 
 import asyncio
+from collections.abc import Mapping
 
 from starlette.requests import ClientDisconnect, Request
 
-from kvcore.errors import BodyLateError, InvalidRequestError, PayloadTooLargeError
+from kvcore.errors import BodyLateError, InvalidRequestError, MediaTypeError, PayloadTooLargeError
 
 
 async def read_body(request: Request, limit: int, *, timeout_s: float = 30.0) -> bytes:
     """The whole body, at most `limit` bytes, within `timeout_s`.
 
-    Raises PayloadTooLargeError, without reading on, BodyLateError, and InvalidRequestError if the client breaks off.
+    Raises PayloadTooLargeError and MediaTypeError, without reading on, BodyLateError, and InvalidRequestError if the
+    client breaks off.
     """
+    check_encoding(request.headers)
     too_large = PayloadTooLargeError(f"the body is over the bound of {limit} bytes")
     announced = request.headers.get("content-length", "0")
     if announced.isdigit() and int(announced) > limit:
@@ -28,3 +31,10 @@ async def read_body(request: Request, limit: int, *, timeout_s: float = 30.0) ->
     except ClientDisconnect as error:
         raise InvalidRequestError("the body was cut short") from error
     return bytes(body)
+
+
+def check_encoding(headers: Mapping[str, str]) -> None:
+    """Raises MediaTypeError where the body is packed: unpacked it could be of any size. `headers`: of any case."""
+    encoding = headers.get("content-encoding", "")
+    if encoding.strip().lower() not in ("", "identity"):
+        raise MediaTypeError(f"Content-Encoding {encoding[:100]!r} is not read here: send the body as it is")

@@ -13,6 +13,7 @@ import aiohttp
 import msgspec
 
 from kvcore.errors import KVFerryError
+from kvcore.process.http_client import http_session
 from nodeapi.messages import Moved
 
 
@@ -89,7 +90,7 @@ class DemoClient:
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
-        self._session = aiohttp.ClientSession(timeout=self._timeout)
+        self._session = http_session(timeout=self._timeout)
         return self
 
     async def __aexit__(

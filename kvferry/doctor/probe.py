@@ -16,6 +16,7 @@ from kvcore.clock import SystemClock
 from kvcore.config.schema import ClusterConfig
 from kvcore.errors import ConfigError, MetadataProtocolError, MetadataUnavailableError
 from kvcore.ports import base_url, why_unreachable
+from kvcore.process.http_client import http_session
 from kvcore.types import NodeInfo, Role
 from kvferry.doctor.verdict import Level, Outcome, Problem, Verdict, gigabytes, judge, wrong
 from kvferry.machine import size_text
@@ -67,7 +68,7 @@ async def run_probe(config: ClusterConfig, console: Console, *, pair_s: float = 
 async def _measure_all(nodes: Sequence[NodeInfo], console: Console, pair_s: float, late_s: float) -> list[Outcome]:
     outcomes: list[Outcome] = []
     timeout = aiohttp.ClientTimeout(total=pair_s + late_s)
-    async with aiohttp.ClientSession(timeout=timeout) as session:
+    async with http_session(timeout=timeout) as session:
         for source in nodes:
             silent = source.role is Role.STORE
             for target in () if silent else nodes:

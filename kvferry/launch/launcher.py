@@ -16,6 +16,7 @@ import aiohttp
 
 from kvcore.config.schema import ClusterConfig
 from kvcore.errors import ConfigError
+from kvcore.process.http_client import http_session
 from kvferry.launch.limits import LaunchLimits
 from kvferry.launch.processes import STOP_ORDER, ProcessKind, ProcessPlan, plan_processes
 from kvferry.launch.supervised import ProcessState, SupervisedProcess
@@ -116,7 +117,7 @@ class Launcher:
         """
         assert self._session is None, "started before"
         self._began = asyncio.get_running_loop().time()
-        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=self._limits.health_timeout_s))
+        self._session = http_session(timeout=aiohttp.ClientTimeout(total=self._limits.health_timeout_s))
         for plan in self._plans:
             log_file = self.log_file(plan.name)
             process = SupervisedProcess(

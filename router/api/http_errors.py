@@ -35,4 +35,4 @@ def headers_of(status: int, *, retry_after_s: int = 1) -> dict[str, str]:
     """Retry-After where trying again can help; a body that was not read to its end ends the connection."""
     if status in (429, 503):
         return {"Retry-After": str(retry_after_s)}
-    return {"Connection": "close"} if status in (408, 413) else {}
+    return {"Connection": "close"} if status in (408, 413, 415) else {}

@@ -1,6 +1,7 @@
 """The control API over real sockets with a fake engine: bad input, errors, streams, clients that leave, drain."""
 
 import asyncio
+import gzip
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -82,7 +83,7 @@ async def serving(max_body_bytes: int = 1 << 20, limits: NodeLimits = NodeLimits
         max_body_bytes=max_body_bytes,
         limits=limits,
     )
-    runner = web.AppRunner(api.application(), handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
+    runner = api.runner()
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
@@ -320,19 +321,41 @@ async def exchange(rig: Rig, request: bytes) -> bytes:
     return answer
 
 
-@pytest.mark.parametrize(
-    "rest",
-    [
-        b"Transfer-Encoding: chunked\r\n\r\nzz\r\nhello\r\n0\r\n\r\n",
-        b"Content-Encoding: gzip\r\nContent-Length: 5\r\n\r\nhello",
-        b"Content-Encoding: deflate\r\nContent-Length: 5\r\n\r\nhello",
-    ],
-)
-async def test_a_body_that_cannot_be_unpacked_is_a_400(rest: bytes, caplog: pytest.LogCaptureFixture) -> None:
+PREFILL = b"POST /v1/prefill HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+
+
+async def test_a_body_that_is_not_coded_as_its_head_says_is_a_400(caplog: pytest.LogCaptureFixture) -> None:
     async with serving() as rig:
-        head = b"POST /v1/prefill HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
-        assert (await exchange(rig, head + rest)).partition(b"\r\n")[0].endswith(b" 400 Bad Request")
+        rest = b"Transfer-Encoding: chunked\r\n\r\nzz\r\nhello\r\n0\r\n\r\n"
+        assert (await exchange(rig, PREFILL + rest)).partition(b"\r\n")[0].endswith(b" 400 Bad Request")
     assert "control_request_failed" not in caplog.text
+
+
+@pytest.mark.parametrize("coding", [b"gzip", b"deflate", b"br", b"zstd", b"Gzip, identity", b"x"])
+async def test_a_packed_body_is_refused_and_never_unpacked(coding: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    packed = gzip.compress(bytes(1 << 20))
+    rest = b"Accept: application/msgpack\r\nContent-Encoding: %s\r\nContent-Length: %d\r\n\r\n" % (coding, len(packed))
+    async with serving() as rig:
+        for path in (b"/v1/prefill", b"/v1/generate", b"/v1/probe"):
+            head = PREFILL.replace(b"/v1/prefill", path)
+            answer = await exchange(rig, head + rest + packed)
+            assert answer.startswith(b"HTTP/1.1 415 ") and b"unsupported_media_type" in answer and coding in answer
+        plain = await exchange(rig, PREFILL + b"Content-Encoding: identity\r\nContent-Length: 1\r\n\r\nx")
+        assert plain.startswith(b"HTTP/1.1 400 "), "read, and no msgpack"
+    assert "control_request_failed" not in caplog.text
+
+
+async def test_a_wish_for_another_protocol_leaves_the_body_as_it_is() -> None:
+    body = msgspec.msgpack.encode(generate_request())
+    wish = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMA\r\n"
+    raw = PREFILL.replace(b"prefill", b"generate").replace(b"Connection: close\r\n", wish)
+    async with serving() as rig:
+        host, port = rig.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(raw + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        async with asyncio.timeout(5):
+            assert (await reader.readline()).startswith(b"HTTP/1.1 200 ")
+        writer.close()
 
 
 @pytest.mark.parametrize("why", ["late", "bug"])

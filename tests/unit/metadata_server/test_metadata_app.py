@@ -50,6 +50,8 @@ async def error_of(response, status):
         ("GET", "/v1/objects/match", {}, b"", 405, "method_not_allowed"),
         ("POST", "/v1/stats", {}, b"", 405, "method_not_allowed"),
         ("POST", "/v1/objects/match", {"Content-Type": "text/xml"}, b"<a/>", 415, "unsupported_media_type"),
+        ("POST", "/v1/objects/match", {**JSON, "Content-Encoding": "br"}, b"x", 415, "unsupported_media_type"),
+        ("POST", "/v1/leases/release", {**MSGPACK, "Content-Encoding": "gzip"}, b"x", 415, "unsupported_media_type"),
         ("POST", "/v1/objects/match", JSON, b"", 400, "metadata_protocol_error"),
         ("POST", "/v1/objects/match", JSON, b'{"keys": [', 400, "metadata_protocol_error"),
         ("POST", "/v1/objects/match", JSON, b'{"keys": "x"}', 400, "metadata_protocol_error"),

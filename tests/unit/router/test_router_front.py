@@ -129,3 +129,12 @@ async def test_a_request_that_is_too_long_is_known_by_its_words_and_its_code(
     assert reply.status_code == 400
     assert (error["code"], error["type"]) == ("context_length_exceeded", "invalid_request_error")
     assert f"this model's maximum context length is {MAX_CONTEXT} tokens" in error["message"].lower()
+
+
+async def test_a_packed_body_is_refused_by_the_name_of_its_coding(http: httpx.AsyncClient) -> None:
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        reply = await http.post(path, content=b"x", headers={"Content-Encoding": "gzip"})
+        assert (reply.status_code, reply.json()["error"]["code"]) == (415, "unsupported_media_type")
+        assert "gzip" in reply.json()["error"]["message"] and reply.headers["connection"] == "close"
+    plain = await http.post("/v1/completions", json=ASK, headers={"Content-Encoding": "identity"})
+    assert plain.status_code == 200
