@@ -48,6 +48,10 @@ class Reserved:
     segments: Mapping[str, Segment] = field(default_factory=dict)
     write_by: float = 0.0
     answered: bool = True
+    writers: Mapping[ChunkKey, tuple[str, ...]] = field(default_factory=dict)
+    """Keys that were being written already, granted or not -> by which nodes, as in a Match."""
+    full: bool = False
+    """There is no room for any of the keys."""
 
 
 class Placement:
@@ -184,14 +188,18 @@ class Placement:
                 break
             replicas.append(right)
         self._counters.add(Count.MATCHED_CHUNKS, len(replicas))
-        return Match(tuple(replicas), reply.lease_id, segments)
+        writers = tuple(reply.writers) if len(replicas) == len(reply.replicas) else ()
+        return Match(tuple(replicas), reply.lease_id, segments, writers)
 
     def _reserved(self, lengths: Mapping[ChunkKey, int], reply: ReserveReply, write_by: float) -> Reserved:
         segments = {segment.id: segment for segment in reply.segments}
         granted: dict[ChunkKey, ReplicaRef] = {}
         complete: set[ChunkKey] = set()
+        writers: dict[ChunkKey, tuple[str, ...]] = {}
         for (key, length), outcome in zip(lengths.items(), reply.outcomes, strict=False):
             replica = outcome.replica
+            if outcome.writers:
+                writers[key] = tuple(outcome.writers)
             match outcome.status:
                 case ReserveStatus.GRANTED:
                     if replica and (replica.key, replica.length) == (key, length) and replica.segment_id in segments:
@@ -205,7 +213,8 @@ class Placement:
                     self._counters.add(Count.DECLINED_BUSY)
                 case ReserveStatus.FULL | ReserveStatus.UNKNOWN:
                     self._counters.add(Count.DECLINED_FULL)
-        return Reserved(granted, frozenset(complete), segments, write_by)
+        full = all(outcome.status is ReserveStatus.FULL for outcome in reply.outcomes)
+        return Reserved(granted, frozenset(complete), segments, write_by, writers=writers, full=full)
 
     def _ids(self, replica_ids: Sequence[int]) -> ReplicaIds:
         return ReplicaIds(node_id=self._node_id, incarnation=self._incarnation, replica_ids=list(replica_ids))

@@ -126,6 +126,15 @@ class PutSession:
         """Keys that the store had already when the session began."""
         return self._reserved.complete
 
+    @property
+    def full(self) -> bool:
+        """Whether the store had no room for any key, none was complete and none was being written."""
+        return self._reserved.full
+
+    def writers(self, key: ChunkKey) -> tuple[str, ...]:
+        """The nodes that were writing `key` when the session began, as in a Match."""
+        return self._reserved.writers.get(key, ())
+
     async def write(self, key: ChunkKey, token_count: int, payload: Sequence[memoryview], *, timeout_s: float) -> bool:
         """As `write_batch`, for one chunk."""
         (written,) = await self.write_batch([PutChunk(key, token_count, payload)], timeout_s=timeout_s)

@@ -54,7 +54,7 @@ class KVStore:
         self._background = Background(limits.max_background_tasks)
         self._reports: set[asyncio.Task[None]] = set()
         self._spec = spec
-        self._node_id = node_id
+        self.node_id = node_id
         self._limits = limits
         self._placement = Placement(
             metadata,
@@ -97,7 +97,7 @@ class KVStore:
         )
 
     def __repr__(self) -> str:
-        return f"<KVStore of node {self._node_id} for {self._spec.model_id}: {self._placement}>"
+        return f"<KVStore of node {self.node_id} for {self._spec.model_id}: {self._placement}>"
 
     async def register(self, region: memoryview) -> None:
         """Make local memory that chunks are read into and written from known to the transports: once, before its first

@@ -56,6 +56,8 @@ class Match:
     replicas: tuple[tuple[ReplicaRef, ...], ...] = ()
     lease_id: int = 0
     segments: Mapping[str, Segment] = field(default_factory=dict)
+    writers: tuple[str, ...] = ()
+    """The nodes that are writing the first key behind them, the one that has been at it for longest first."""
 
     @property
     def num_chunks(self) -> int:

@@ -116,6 +116,8 @@ class MatchReply(_Reply, frozen=True, kw_only=True):
     lease_id: int = 0
     segments: list[Segment] = []
     """Every segment that the reply names, each once: the reader needs its addresses. The server always fills it."""
+    writers: list[str] = []
+    """The nodes that are writing the first key behind that prefix, the one that has been at it for longest first."""
 
 
 class ReleaseRequest(_Request, frozen=True, kw_only=True):
@@ -165,6 +167,8 @@ class ReserveOutcome(_Reply, frozen=True, kw_only=True):
 
     status: ReserveStatus
     replica: ReplicaRef | None = None
+    writers: list[str] = []
+    """With GRANTED and BUSY: the nodes that were writing the chunk already, as in a MatchReply."""
 
 
 class ReserveReply(_Reply, frozen=True, kw_only=True):

@@ -22,6 +22,11 @@ class JobLimits:
     """Pause after a wait that ended at once with nothing: the metadata server is away."""
     reserve_again_s: float = 20.0
     """A reservation that is no longer good may have expired if its session is older than this: ask once more."""
+    follow_s: float = 1.0
+    """What another node is writing is waited for as long as one more chunk becomes complete within this time: longer
+    than a chunk takes, shorter than it takes the metadata server to give up a dead node."""
+    follow_poll_s: float = 0.25
+    """Meanwhile it is asked so often whether that node is still at it."""
     cancel_s: float = 2.0
     """A cancelled write releases its memory within this, else it is left behind; it is never committed."""
 

@@ -5,7 +5,7 @@ A job never fails a request: what cannot be loaded is computed, and counted.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence, Set
 from contextlib import AbstractAsyncContextManager
 
 from engines.jobs.context import JobContext
@@ -16,6 +16,10 @@ Destination = Callable[[int, int], AbstractAsyncContextManager[Sequence[Sequence
 """`(first, count)`, indices into a job's keys: memory for those chunks' payloads. Once the context is left without an
 error their bytes are where the engine looks for them."""
 
+Claim = Callable[[Set[str]], Awaitable[Sequence[str]]]
+"""Asks for room for the chunks that were not loaded, before they are computed, and says which nodes were writing the
+first of them already. Nothing is kept if one of them is another node, and not among those given."""
+
 
 class LoadJob:
     """Reads consecutive chunks into an engine's memory, as they appear if somebody is computing them.
@@ -23,6 +27,9 @@ class LoadJob:
     `first`: index of `keys[0]` among the request's chunks. Chunks before `wait_chunks` (likewise counted) are waited
     for until `deadline` (Clock.now). `num_loaded`: that many leading chunks of the request are good. It grows batch by
     batch and holds after a cancellation too.
+
+    With a `claim`, what the store lacks is to be computed here only if no other node does so: those that another one
+    writes are waited for while it goes on.
     """
 
     def __init__(
@@ -35,8 +42,11 @@ class LoadJob:
         wait_chunks: int = 0,
         deadline: float = 0.0,
         batch: int | None = None,
+        loaded: Callable[[int], None] = lambda _: None,
+        claim: Claim | None = None,
     ) -> None:
-        """`batch`: chunks of one get at most, where the engine wants another number than the limits'."""
+        """`batch`: chunks of one get at most, where the engine wants another number than the limits'. `loaded`: called
+        with each new `num_loaded`."""
         self._context = context
         self._keys = keys
         self._into = into
@@ -44,6 +54,11 @@ class LoadJob:
         self._wait_chunks = wait_chunks
         self._deadline = deadline
         self._batch = context.limits.read_chunks if batch is None else batch
+        self._loaded = loaded
+        self._claim = claim
+        self._followed: str | None = None
+        self._follow_until = 0.0
+        self._given_up: set[str] = set()
         self._may_wait = True
         self._waiting: asyncio.Timeout | None = None
         self.num_loaded = first
@@ -58,6 +73,7 @@ class LoadJob:
     def stop_waiting(self) -> None:
         """Load what is in the store now, then end."""
         self._may_wait = False
+        self._claim = None
         if self._waiting is not None and not self._waiting.expired():
             self._waiting.reschedule(asyncio.get_running_loop().time())
 
@@ -71,7 +87,8 @@ class LoadJob:
         # 1. The store has some and all of them are good: read on, unless this was the last round.
         # 2. The store has some and one is not good: the chunks behind it are of no use. End.
         # 3. It has none and we may wait: the wait ended early (the metadata server is away). Pause, then ask again.
-        # 4. It has none, or not all, in the last round: the rest is absent, and the engine computes it. End.
+        # 4. It has none, or not all, in the last round, and another node is writing the next one: wait for that one.
+        # 5. Nobody else is: the rest is absent, and the engine computes it. End.
         while self.num_loaded < stop:
             self._may_wait &= clock.now() < self._deadline and self.num_loaded < self._wait_chunks
             last = not self._may_wait
@@ -85,14 +102,16 @@ class LoadJob:
                     return
             elif not last and self._may_wait:
                 await asyncio.sleep(min(self._context.limits.retry_s, max(0.0, self._deadline - clock.now())))
-            if last:
+            if last and not await self._follows(match):
                 self._context.counters["chunk_miss_absent"] += stop - self.num_loaded
                 return
 
     async def _find(self, keys: Sequence[ChunkKey], left_s: float) -> Match:
-        """What the store has of `keys`: at once, or, while the job may wait, as soon as it has the first one."""
+        """What the store has of `keys`: at once, or, while the job waits or follows, as soon as it has the first."""
         store, timeout_s = self._context.store, self._context.timeout_s
-        if not self._may_wait:
+        if self._followed is not None:
+            left_s = min(self._context.limits.follow_poll_s, self._follow_until - self._context.clock.now())
+        elif not self._may_wait:
             return await store.match(keys, timeout_s=timeout_s)
         started = self._context.clock.now()
         try:
@@ -103,6 +122,31 @@ class LoadJob:
         finally:
             self._waiting = None
             self.wait_s += self._context.clock.now() - started
+
+    async def _follows(self, match: Match) -> bool:
+        """Whether another node is computing the chunk behind all that was loaded, and this job waits for it."""
+        # 1. There is no claim to be made, or all is loaded.
+        # 2. A node writes it, and has begun, or completed one, within the time that is given it: wait.
+        # 3. It has not: it may hang, or have more urgent things to do. From here on it counts for nothing.
+        # 4. Nobody else writes it: room is asked for. Another node may have been faster since, and 2 holds for it.
+        # 5. Nobody was, or this node is the writer: it is computed here.
+        if self._claim is None or self.num_loaded == self._first + len(self._keys):
+            return False
+        now = self._context.clock.now()
+        if match.num_chunks:
+            self._follow_until = now + self._context.limits.follow_s
+        elif self._followed is not None and now >= self._follow_until:
+            self._given_up.add(self._followed)
+            self._context.counters["follow_given_up"] += 1
+        writer = self._to_follow(match.writers) or self._to_follow(await self._claim(self._given_up))
+        if writer in (None, self._context.store.node_id):
+            return False
+        if writer != self._followed:
+            self._followed, self._follow_until = writer, now + self._context.limits.follow_s
+        return True
+
+    def _to_follow(self, writers: Sequence[str]) -> str | None:
+        return next((writer for writer in writers if writer not in self._given_up), None)
 
     async def _read(self, match: Match) -> bool:
         """Read all matched chunks, batch by batch. False at the first one that is not good."""
@@ -119,4 +163,5 @@ class LoadJob:
                     return False
                 self.num_loaded += 1
                 self._context.counters["chunks_loaded"] += 1
+            self._loaded(self.num_loaded)
         return True

@@ -70,6 +70,8 @@ class SaveJob:
         self._covered: set[ChunkKey] = set()
         self._reserved_at = 0.0
         self._moved: list[MovedBytes] = []
+        self.begun = asyncio.Event()
+        """Set when `reserve` was answered, or will not be."""
         self.stored: set[ChunkKey] = set()
         self.save_s = 0.0
 
@@ -89,6 +91,15 @@ class SaveJob:
     def num_pending(self) -> int:
         """Chunks that were added and whose memory is not released yet."""
         return len(self._unreleased)
+
+    @property
+    def full(self) -> bool:
+        """Whether the store has room for none of the chunks of the session under way, and has none of them."""
+        return self._session is not None and self._session.full
+
+    def writers(self, key: ChunkKey) -> tuple[str, ...]:
+        """The nodes that were writing `key` before the session under way asked for room, as in a Match."""
+        return self._session.writers(key) if self._session is not None else ()
 
     def add(self, chunk: SavableChunk) -> None:
         """One more chunk. Its memory is kept until it is written or declined. Released at once after `close`."""
@@ -114,6 +125,7 @@ class SaveJob:
         try:
             if self._reserve:
                 await self._begin(self._reserve)
+            self.begun.set()
             while batch := await self._next_batch():
                 began = self._context.clock.now()
                 await self._save(batch)
@@ -122,6 +134,7 @@ class SaveJob:
                     self._committed()
             await self._commit_ended()
         finally:
+            self.begun.set()
             self.abandon()
             if self._committing is not None:
                 self._committing.cancel()

@@ -40,6 +40,7 @@ class Arrivals:
         sequence = self._sequence(request, request.prompt_token_ids, output)
         sequence.sampling, sequence.indices = params, tuple(range(params.n))
         sequence.wants_load = self._load and sequence.num_reusable_chunks > 0
+        sequence.awaits_handoff = request.handoff is not None
         return Leg(request.request_id, self._clock.now(), [sequence], handoff=request.handoff)
 
     def _check(self, tokens: list[int], limit: int) -> None:

@@ -100,6 +100,7 @@ class Leg:
     def end_handoff(self) -> None:
         """Stop waiting for another node's chunks, now or before it began."""
         self.handoff = None
+        self.first.awaits_handoff = False
         if self.load is not None:
             self.load.stop_waiting()
 

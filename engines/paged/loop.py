@@ -71,6 +71,7 @@ class EngineLoop:
             runner.block_view,
             self._tasks,
             save_output=options.save_output,
+            loaded=self._scheduler.loaded,
             load_ended=self._scheduler.load_ended,
             wake=self._wake.set,
         )
@@ -163,6 +164,7 @@ class EngineLoop:
         """See `Engine.end_handoff`."""
         if leg := self._legs.get(request_id):
             leg.end_handoff()
+            self._wake.set()  # it may have waited for the load of another one
 
     async def abort(self, request_id: str) -> None:
         """See `Engine.abort`. A prefill raises CancelledByPeerError."""

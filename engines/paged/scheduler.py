@@ -2,7 +2,7 @@
 
 Decodes first, then prompts, oldest first. A prompt gets all its blocks when it is admitted, so only decodes can run
 out; then the youngest holder gives its blocks up and is computed again later. The oldest never does: all move on.
-What one prompt computes no other does: it waits, without place and blocks, and takes the chunks when they are full.
+What one prompt computes or loads no other does: it waits, without place and blocks, and takes the chunks that are full.
 """
 
 from bisect import insort
@@ -112,12 +112,17 @@ class Scheduler:
             self.clear_busy(item.sequence)
             self.remove(item.sequence)
 
-    def load_ended(self, sequence: TokenSequence, num_chunks: int) -> bool:
-        """The first `num_chunks` chunks of its blocks hold KV now. False: it was removed meanwhile."""
+    def loaded(self, sequence: TokenSequence, num_chunks: int) -> None:
+        """The first `num_chunks` chunks of its blocks hold KV now, while its load goes on."""
         if sequence.status is Status.LOADING:
             first = sequence.num_computed // sequence.chunk_tokens
             sequence.num_computed = num_chunks * sequence.chunk_tokens
             self.seal(sequence, first)
+
+    def load_ended(self, sequence: TokenSequence, num_chunks: int) -> bool:
+        """As `loaded`, and no more will be. False: it was removed meanwhile."""
+        self.loaded(sequence, num_chunks)
+        if sequence.status is Status.LOADING:
             self.loading.remove(sequence)
             self._enqueue(sequence)
         return self.clear_busy(sequence)
@@ -184,11 +189,12 @@ class Scheduler:
 
     def _admit(self, plan: Plan) -> None:
         """Move waiting sequences on, oldest first, until one has no place or no blocks: nobody overtakes it. Those that
-        follow a running prompt are left where they are."""
+        follow another one are left where they are."""
         computing = {key for sequence in self.running if (key := _chunk_in_hand(sequence)) is not None}
+        loading = {(s.awaits_handoff, key) for s in self.loading if (key := self._next_missing(s)) is not None}
         for sequence in list(self.waiting):
-            # 1. A running prompt computes the chunk that it needs next: it waits until that is found here, whatever
-            #    becomes of the other one.
+            # 1. A running prompt computes the chunk that it needs next, or another one that would wait for it in the
+            #    same way is loading it: it waits until that is found here, or the other one has ended.
             # 2. It wants to load, and the cache here lacks chunks that the store may have: it loads, with a place in
             #    `loading`, and comes back to `waiting` afterwards.
             # 3. It wanted to load, and found all its chunks here: it needs a place in `running` instead. Is there none,
@@ -197,8 +203,10 @@ class Scheduler:
             queue = self.loading if sequence.wants_load else self.running
             if len(queue) >= self.max_sequences:
                 return
-            if computing and self._next_missing(sequence) in computing:
-                continue
+            if computing or (loading and sequence.wants_load):
+                missing = self._next_missing(sequence)
+                if missing in computing or (sequence.wants_load and (sequence.awaits_handoff, missing) in loading):
+                    continue
             if not self._reuse_and_allocate(sequence):
                 return
             if sequence.wants_load and sequence.num_computed < sequence.num_reusable_chunks * sequence.chunk_tokens:
@@ -207,6 +215,7 @@ class Scheduler:
                 sequence.set_status(Status.LOADING)
                 _insert(self.loading, sequence)
                 plan.loads.append(sequence)
+                loading.add((sequence.awaits_handoff, sequence.key(sequence.num_computed // sequence.chunk_tokens)))
                 continue
             if len(self.running) >= self.max_sequences:
                 sequence.wants_load = False

@@ -56,6 +56,8 @@ class TokenSequence:
     """Which completions it stands for: several until it forks after the prompt."""
     wants_load: bool = False
     """Ask the store for chunks before running."""
+    awaits_handoff: bool = False
+    """Another node is said to compute its chunks, and it may wait for them as long as that takes."""
     status: Status = Status.WAITING
     block_table: list[int] = field(default_factory=list)
     num_computed: int = 0

@@ -7,7 +7,7 @@ Invariants: blocks that are read into belong to a busy sequence; blocks that are
 import asyncio
 import functools
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence, Set
 from contextlib import asynccontextmanager
 
 from engines.jobs.context import JobContext
@@ -35,8 +35,8 @@ class StoreJobs:
     """Loads and saves of an engine's legs, each a task of `tasks`. Without a `context` there is no store: nothing is
     saved, and no load may be started.
 
-    `load_ended(sequence, num_chunks)` is called when a load has ended in whatever way; `wake` whenever blocks were
-    given back or a leg may go on.
+    `loaded(sequence, num_chunks)` is called as a load goes on, `load_ended(sequence, num_chunks)` when it has ended in
+    whatever way; `wake` whenever blocks were given back or a leg may go on.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class StoreJobs:
         tasks: asyncio.TaskGroup,
         *,
         save_output: bool,
+        loaded: Callable[[TokenSequence, int], None],
         load_ended: Callable[[TokenSequence, int], object],
         wake: Callable[[], None],
     ) -> None:
@@ -55,6 +56,7 @@ class StoreJobs:
         self._block_view = block_view
         self._tasks = tasks
         self._save_output = save_output
+        self._loaded = loaded
         self._load_ended = load_ended
         self._wake = wake
         self._saves: dict[asyncio.Task[None], SaveJob] = {}
@@ -75,7 +77,8 @@ class StoreJobs:
             await self._context.store.register(memory)
 
     def start_load(self, leg: Leg, sequence: TokenSequence) -> None:
-        """Load what the store has of a sequence's missing chunks, and wait for those of its handoff."""
+        """Load what the store has of a sequence's missing chunks, and wait for those of its handoff, or for those that
+        another node is computing."""
         assert self._context is not None
         chunks, handoff = chunks_to_load(sequence), leg.handoff
         leg.load = job = LoadJob(
@@ -84,23 +87,24 @@ class StoreJobs:
             functools.partial(self._destination, sequence, chunks.start),
             first=chunks.start,
             wait_chunks=handoff.num_chunks if handoff is not None else 0,
-            deadline=self._context.clock.now() + (handoff.wait_s if handoff is not None else 0.0),
+            deadline=leg.arrived + (handoff.wait_s if handoff is not None else 0.0),
+            loaded=functools.partial(self._progress, sequence),
+            claim=functools.partial(self._claim, leg, sequence),
         )
         leg.load_task = self._tasks.create_task(self._guard(job.run, "load"), name="engine-load")
         leg.load_task.add_done_callback(lambda _: self._end_load(sequence, job))
 
     def start_save(self, leg: Leg, sequence: TokenSequence) -> None:
-        """Reserve room for the prompt's chunks and save those that are here. A prefill leg saves all its chunks, those
-        found here too: the store may have lost them."""
-        if self._context is None:
-            return
-        first = 0 if leg.is_prefill else sequence.num_computed // sequence.chunk_tokens
-        sequence.num_submitted = first
-        prompt_chunks = sequence.num_prompt // sequence.chunk_tokens
-        leg.save = job = SaveJob(self._context, leg.prefer_segment, sequence.keys(prompt_chunks)[first:])
-        leg.save_task = self._tasks.create_task(self._guard(job.run, "save"), name="engine-save")
-        leg.save_task.add_done_callback(functools.partial(self._end_save, leg, job))
-        self._saves[leg.save_task] = job
+        """Reserve room for the prompt's chunks and save those that are here, unless that has begun. A prefill leg saves
+        all its chunks, those found here too: the store may have lost them."""
+        if self._context is not None and leg.save is None:
+            first = 0 if leg.is_prefill else sequence.num_computed // sequence.chunk_tokens
+            sequence.num_submitted = first
+            prompt_chunks = sequence.num_prompt // sequence.chunk_tokens
+            leg.save = job = SaveJob(self._context, leg.prefer_segment, sequence.keys(prompt_chunks)[first:])
+            leg.save_task = self._tasks.create_task(self._guard(job.run, "save"), name="engine-save")
+            leg.save_task.add_done_callback(functools.partial(self._end_save, leg, job))
+            self._saves[leg.save_task] = job
         self.save_full_chunks(leg, sequence)
 
     def save_full_chunks(self, leg: Leg, sequence: TokenSequence) -> None:
@@ -116,14 +120,23 @@ class StoreJobs:
             sequence.num_submitted = chunk + 1
 
     async def count_stored(self, leg: Leg) -> int:
-        """Leading chunks of a prefill that are complete in the store: ours, or another writer's of the same prefix."""
+        """Leading chunks of a prefill that are complete in the store: ours, or another writer's of the same prefix, who
+        may still be at it."""
         if self._context is None or leg.save is None:
             return 0
         keys = leg.first.keys(leg.first.num_prompt // leg.first.chunk_tokens)
         if leg.save.stored.issuperset(keys):
             return len(keys)
-        match = await self._context.store.match(keys, timeout_s=self._context.timeout_s)
-        await self._context.store.release(match)
+        store, clock, limits = self._context.store, self._context.clock, self._context.limits
+        match = await store.match(keys, timeout_s=self._context.timeout_s)
+        until = clock.now() + limits.follow_s
+        while match.num_chunks < len(keys) and match.writers and clock.now() < until:
+            known = match.num_chunks
+            store.release_soon(match)
+            match = await store.wait(keys, more_than=known, timeout_s=limits.follow_poll_s)
+            if match.num_chunks > known:
+                until = clock.now() + limits.follow_s
+        await store.release(match)
         return match.num_chunks
 
     async def finish(self, timeout_s: float) -> None:
@@ -136,6 +149,24 @@ class StoreJobs:
         for task in self._saves:
             task.cancel()
 
+    async def _claim(self, leg: Leg, sequence: TokenSequence, given_up: Set[str]) -> Sequence[str]:
+        """See `Claim`."""
+        assert self._context is not None
+        self.start_save(leg, sequence)
+        save, task = leg.save, leg.save_task
+        assert save is not None and task is not None
+        await save.begun.wait()
+        writers = save.writers(sequence.key(sequence.num_computed // sequence.chunk_tokens))
+        if set(writers) - given_up - {self._context.store.node_id}:
+            leg.save = leg.save_task = None
+            task.cancel()
+            await asyncio.wait([task])
+        return writers
+
+    def _progress(self, sequence: TokenSequence, num_chunks: int) -> None:
+        self._loaded(sequence, num_chunks)
+        self._wake()
+
     def _end_load(self, sequence: TokenSequence, job: LoadJob) -> None:
         self._load_ended(sequence, job.num_loaded)
         self._wake()
@@ -143,7 +174,8 @@ class StoreJobs:
     def _end_save(self, leg: Leg, job: SaveJob, task: asyncio.Task[None]) -> None:
         job.abandon()
         del self._saves[task]
-        leg.set_saved()
+        if leg.save is job:  # else another node computes what it was for
+            leg.set_saved()
         self._wake()
 
     async def _guard(self, run: Callable[[], Awaitable[None]], what: str) -> None:

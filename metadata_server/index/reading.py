@@ -54,7 +54,8 @@ class Reading:
         self._counts["hits"] += len(found)
         lease_id = self._grant(flat, until, node_id, incarnation) if until is not None and flat else 0
         refs = [[replica.ref for replica in replicas] for replicas in found]
-        return MatchReply(replicas=refs, lease_id=lease_id, segments=segments_of(flat))
+        writers = self._index.writers(keys[len(found)]) if len(found) < len(keys) else []
+        return MatchReply(replicas=refs, lease_id=lease_id, segments=segments_of(flat), writers=writers)
 
     def release(self, lease_ids: list[int]) -> None:
         """End leases; unknown ones have run out."""

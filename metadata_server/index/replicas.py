@@ -28,6 +28,10 @@ class ReplicaIndex:
         counts = f"{len(self.complete)} keys complete, {len(self.writing)} being written"
         return f"<ReplicaIndex {counts}, {len(self.replicas)} replicas>"
 
+    def writers(self, key: ChunkKey) -> list[str]:
+        """The nodes with a reservation for the key, that with the oldest first."""
+        return [replica.writer.node_id for replica in self.writing.get(key, ()) if replica.writer is not None]
+
     def reserve(self, key: ChunkKey, length: int, record: SegmentRecord, offset: int, writer: Writer) -> Replica:
         """A new reservation on room that is allocated already."""
         self._generation += 1

@@ -23,7 +23,6 @@ from metadata_server.messages import (
     ReserveStatus,
 )
 
-_BUSY = ReserveOutcome(status=ReserveStatus.BUSY)
 _EXISTS = ReserveOutcome(status=ReserveStatus.EXISTS)
 _FULL = ReserveOutcome(status=ReserveStatus.FULL)
 
@@ -58,10 +57,11 @@ class Reservations:
                 replica.record.touch(replica)
         outcomes, granted = [], []
         for item in request.items:
+            writers = self._index.writers(item.key)
             result = self._reserve_one(item, node, prefer)
             if isinstance(result, Replica):
                 granted.append(result)
-                outcomes.append(ReserveOutcome(status=ReserveStatus.GRANTED, replica=result.ref))
+                outcomes.append(ReserveOutcome(status=ReserveStatus.GRANTED, replica=result.ref, writers=writers))
                 self._counts["reserved"] += 1
             else:
                 outcomes.append(result)
@@ -152,7 +152,7 @@ class Reservations:
         if writing:
             allowed = segments_without(allowed, writing)
         if len(writing) >= self._config.max_replicas or (writing and not allowed):
-            return _BUSY
+            return ReserveOutcome(status=ReserveStatus.BUSY, writers=self._index.writers(item.key))
         found, evicted = place(item.length, self._config, prefer=prefer, own=node.segments.values(), allowed=allowed)
         self._index.forget(evicted)
         self._counts["evicted"] += len(evicted)

@@ -76,7 +76,8 @@ class _CheckedMachine(RequestMachine):
 @dataclass
 class Variant:
     """How a run differs from the usual one. `verify` False: the stores check no payload, which is a bug to be found.
-    `peaceful`: nothing fails, of network, data and machines. `revisions`: of the weights; a node has one of them each
+    `peaceful`: nothing fails, of network, data and machines, but what a
+    `plan` of the caller's own says. `revisions`: of the weights; a node has one of them each
     time that it starts, and decoders are killed more often. `strangers`: faults of identity come to the others."""
 
     verify: bool = True
@@ -84,6 +85,8 @@ class Variant:
     revisions: tuple[str, ...] = ()
     strangers: bool = False
     data: DataFaults = field(default_factory=DataFaults)
+    plan: Plan | None = None
+    """Instead of the seed's."""
 
 
 def run_seed(seed: int, variant: Variant | None = None) -> Outcome:
@@ -109,7 +112,7 @@ class SimCluster:
 
     def __init__(self, seed: int, loop: SimSeedLoop, variant: Variant) -> None:
         self.seed = seed
-        self.plan: Plan = make_plan(seed)
+        self.plan: Plan = variant.plan or make_plan(seed)
         self.trace = Trace()
         self.clock = LoopClock(loop)
         plan = self.plan
@@ -129,7 +132,7 @@ class SimCluster:
         self.metadata = SimMetadata(self.setup)
         self.nodes = {
             name: SimNode(self.setup, self.metadata, name, Role.PREFILLER if name[0] == "p" else Role.DECODER)
-            for name in ("p1", "p2", "d1", "d2")
+            for name in plan.nodes
         }
         self.router = SimProcess("router")
         self.network.hosts["router"] = self.router
@@ -154,7 +157,7 @@ class SimCluster:
         self.dispatcher = Dispatcher(self.services, make_policy(ROUTER.policy))
         self.prober.on_lost.append(self.dispatcher.node_lost)
         self.oracle = Oracle(plan, self.client.legs, variant.revisions)
-        self._planned = [] if variant.peaceful else plan.faults
+        self._planned = [] if variant.peaceful and variant.plan is None else plan.faults
         if variant.revisions:
             self._planned = sorted([*plan.faults, *decoder_restarts(plan)], key=lambda fault: fault.at_s)
         self.strangers: Strangers | None = None
@@ -379,7 +382,7 @@ class SimCluster:
 
     async def _check_stored(self) -> None:
         """Every chunk that is listed verifies and holds the right bytes, or is refused."""
-        node = self.nodes["p1"]
+        node = next(iter(self.nodes.values()))
         store, keys = node.store(node.service), self.oracle.chunks([answer.wanted for answer in self.answers])
         stored = [event.keys for batch in self.metadata.core.snapshot() for event in batch.events if event.keys]
         buffer = memoryview(bytearray(self.plan.chunk_tokens * self.plan.engine.bytes_per_token))

@@ -46,6 +46,8 @@ class Plan:
     """How bad the network is: its usual rates of failure are multiplied by this."""
     chunk_tokens: int = CHUNK
     node_ttl_s: float = 2.0
+    nodes: tuple[str, ...] = _NODES
+    """Prefillers begin with p."""
 
 
 def make_plan(seed: int) -> Plan:

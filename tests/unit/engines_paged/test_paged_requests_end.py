@@ -253,13 +253,17 @@ def test_the_same_id_again_takes_the_older_ones_place():
 
 
 def test_blocks_that_a_save_gives_back_wake_the_one_that_needs_them():
-    """The younger gave way, but a save that has not begun holds its blocks; nothing else happens meanwhile."""
+    """The younger gave way, but a save that does not get on holds its blocks; nothing else happens meanwhile."""
 
     async def main():
+        gate = asyncio.Event()
+
+        async def hang(direction, op):
+            await gate.wait()
+
         config = msgspec.structs.replace(CONFIG, num_blocks=12)
-        cluster = Cluster(config)
+        cluster = Cluster(config, fault=hang)
         async with cluster.engine("d") as engine:
-            gate = cluster.wires["d"].before["reserve"] = asyncio.Event()
             older, younger = request("a", prompt_of(20), max_tokens=60), request("b", prompt_of(70, 1))
             running = [asyncio.create_task(completions(engine, wanted)) for wanted in (older, younger)]
 

@@ -108,6 +108,23 @@ def test_unknown_replica_ids_are_refused_item_by_item(state):
     assert state.commit(mixed, 0.0).committed == [False, True, False]
 
 
+def test_who_asks_is_told_who_is_writing_the_chunk_already(state):
+    asked = state.reserve(reservation("b", [1, 2]), 0.0)
+    assert [outcome.writers for outcome in asked.outcomes] == [[], []]
+    late = state.reserve(reservation("a", [1, 2, 3]), 0.0)
+    assert [outcome.writers for outcome in late.outcomes] == [["b"], ["b"], []]
+    last = state.reserve(reservation("a", [1]), 0.0)
+    assert statuses(last) == ["busy"] and last.outcomes[0].writers == ["b", "a"]
+    assert state.match(keys(1, 2), 0.0).writers == ["b", "a"]
+    state.commit(ids("b", granted(asked)[:1]), 0.0)
+    reply = state.match(keys(1, 2, 3), 0.0)
+    assert (len(reply.replicas), reply.writers) == (1, ["b", "a"]), "of the first chunk that is missing"
+    assert state.match(keys(1), 0.0).writers == state.match(keys(4), 0.0).writers == []
+    state.abort(ids("b", granted(asked)[1:]), 0.0)
+    state.leave(LeaveRequest(node_id="a", incarnation=1), 0.0)
+    assert state.match(keys(1, 2), 0.0).writers == [], "a writer that has given up or is gone writes nothing"
+
+
 def test_several_writers_up_to_the_bound_then_busy_never_twice_in_one_segment(state):
     first = granted(state.reserve(reservation("a", [1], prefer="b.1"), 0.0))
     second = granted(state.reserve(reservation("b", [1], prefer="b.1"), 0.0))

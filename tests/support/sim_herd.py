@@ -1,0 +1,65 @@
+"""Plans of a herd: many requests at once for one prompt, or for one long prefix; the computing node may be killed."""
+
+import random
+from dataclasses import dataclass
+
+from support.sim_plan import BLOCK, CHUNK, FIRST_S, Fault, Plan, Wanted
+
+from kvcore.config.schema import SimEngineConfig, StoreConfig
+from nodeapi.messages import SamplingParams
+
+RATE = 500.0
+"""Prompt tokens that an engine computes in a second."""
+COMPUTE_S = 16 * CHUNK / RATE
+"""For the prefix, alone."""
+
+
+@dataclass(frozen=True)
+class Herd:
+    """`count` requests within `spread_s` whose prompts begin with the same `prefix_tokens` and go on with `own_tokens`
+    of their own. `kills`: (seconds after the first request, node) of what dies, to be started again 3 s later."""
+
+    nodes: tuple[str, ...] = ("p1", "p2", "d1", "d2")
+    count: int = 8
+    prefix_tokens: int = 16 * CHUNK + 1
+    own_tokens: int = 0
+    spread_s: float = 0.0
+    kills: tuple[tuple[float, str], ...] = ()
+    engine_only: bool = False
+    """Kill the node's engine, not all of it."""
+
+    def plan(self, seed: int) -> Plan:
+        """Of this seed."""
+        dice = random.Random(seed)
+        prefix = [dice.randrange(1, 300) for _ in range(self.prefix_tokens)]
+        requests = [
+            Wanted(
+                f"r{number}",
+                FIRST_S + dice.random() * self.spread_s,
+                prefix + [dice.randrange(1, 300) for _ in range(self.own_tokens)],
+                SamplingParams(temperature=1.0, seed=number, max_tokens=4, ignore_eos=True),
+                None,
+            )
+            for number in range(self.count)
+        ]
+        what = "engine" if self.engine_only else "node"
+        faults = [Fault(FIRST_S + at_s, f"kill_{what}", (name,)) for at_s, name in self.kills]
+        faults += [Fault(FIRST_S + at_s + 3.0, f"start_{what}", (name,)) for at_s, name in self.kills]
+        return Plan(
+            engine=SimEngineConfig(
+                block_size=BLOCK,
+                num_blocks=2048,
+                bytes_per_token=16,
+                max_context=1024,
+                vocab_size=300,
+                prefill_tokens_per_s=RATE,
+                inter_token_s=0.005,
+                max_batch_tokens=4 * CHUNK,
+            ),
+            store=StoreConfig(retire_grace_s=0.5),
+            segment_bytes=4096 * 200,
+            requests=requests,
+            faults=sorted(faults, key=lambda fault: fault.at_s),
+            weather=1.0,
+            nodes=self.nodes,
+        )
