@@ -76,9 +76,9 @@ class _CheckedMachine(RequestMachine):
 @dataclass
 class Variant:
     """How a run differs from the usual one. `verify` False: the stores check no payload, which is a bug to be found.
-    `peaceful`: nothing fails, of network, data and machines, but what a
-    `plan` of the caller's own says. `revisions`: of the weights; a node has one of them each
-    time that it starts, and decoders are killed more often. `strangers`: faults of identity come to the others."""
+    `peaceful`: nothing fails, of network, data and machines, but what a `plan` of the caller's own says. `revisions`:
+    of the weights; a node has one of them each time that it starts, and decoders are killed more often. `strangers`:
+    faults of identity come to the others."""
 
     verify: bool = True
     peaceful: bool = False
