@@ -1,6 +1,6 @@
-"""The OpenAPI document of the HTTP shell, made from the table of endpoints and the message types.
+"""The OpenAPI document of the HTTP shell, made from the table of endpoints, the message types and their bounds.
 
-Pure. Owns the description of what is no call: streams, health, metrics.
+Pure. Owns the description of what is no call: streams, health, metrics; and the bounds of fields as JSON Schema.
 """
 
 from functools import cache
@@ -8,6 +8,16 @@ from functools import cache
 import msgspec
 
 from metadata_server import messages as m
+from metadata_server.bounds import (
+    MAX_ADDRESSES,
+    MAX_BYTES,
+    MAX_GENERATION,
+    MAX_ITEMS,
+    MAX_NAME,
+    MAX_SECONDS,
+    MAX_TEXT,
+    MAX_WAIT_SECONDS,
+)
 from metadata_server.endpoints import ENDPOINTS
 
 JSON = "application/json"
@@ -94,12 +104,83 @@ def _queries() -> dict[str, _Schema]:
     }
 
 
+# --- bounds of requests' fields; `endpoints` holds requests to them ---------------------------------------------------
+
+
+def _whole(least: int, beyond: int) -> _Schema:
+    return {"minimum": least, "maximum": beyond - 1}
+
+
+_PRINTABLE: _Schema = {"description": "printable characters"}
+_NAME: _Schema = {"minLength": 1, "maxLength": MAX_NAME, **_PRINTABLE}
+_NAME_OR_NONE: _Schema = {"maxLength": MAX_NAME, **_PRINTABLE}
+_TEXT: _Schema = {"maxLength": MAX_TEXT, **_PRINTABLE}
+_KEY: _Schema = {"minLength": 24, "maxLength": 24, "description": "16 bytes"}
+_ITEMS: _Schema = {"maxItems": MAX_ITEMS}
+_SECONDS: _Schema = {"exclusiveMinimum": 0, "maximum": MAX_SECONDS}
+_SECONDS_OR_NONE: _Schema = {"minimum": 0, "maximum": MAX_SECONDS}
+_LENGTH = _whole(1, MAX_BYTES)
+_EXTENT = {"key": _KEY, "offset": _whole(0, MAX_BYTES), "length": _LENGTH, "generation": _whole(0, MAX_GENERATION)}
+_VERSION = _whole(1, MAX_ITEMS)
+_NODE = {"node_id": _NAME, "incarnation": _whole(0, MAX_GENERATION)}
+_MATCH = {
+    "keys": {**_ITEMS, "items": {"type": "string", "contentEncoding": "base64", **_KEY}},
+    "lease_s": _SECONDS_OR_NONE,
+    "node_id": _NAME_OR_NONE,
+    "incarnation": _whole(0, MAX_GENERATION),
+}
+
+_FIELD_BOUNDS: dict[str, dict[str, _Schema]] = {
+    "RegisterRequest": {
+        "protocol": _VERSION,
+        "oldest_protocol": _VERSION,
+        "segments": {"maxItems": MAX_NAME},
+        "ttl_s": _SECONDS,
+    },
+    "NodeInfo": {
+        "id": _NAME,
+        "control_url": _TEXT,
+        "incarnation": _whole(0, MAX_GENERATION),
+        "fingerprint": {"pattern": "^(.{24})?$", "description": "16 bytes or none"},
+        "cluster": _TEXT,
+        "model": _TEXT,
+        "tokenizer_digest": _NAME_OR_NONE,
+    },
+    "Segment": {
+        "id": _NAME,
+        "host_id": _NAME_OR_NONE,
+        "size_bytes": _LENGTH,
+        "addresses": {"maxProperties": MAX_ADDRESSES, "additionalProperties": {"type": "string", **_TEXT}},
+    },
+    "ManifestEntry": _EXTENT,
+    "ReplicaRef": _EXTENT,
+    "HeartbeatRequest": _NODE,
+    "LeaveRequest": _NODE,
+    "ReleaseWriterRequest": _NODE,
+    "MatchRequest": _MATCH,
+    "WaitRequest": {
+        **_MATCH,
+        "more_than": {"minimum": 0},
+        "timeout_s": {"minimum": 0, "maximum": MAX_WAIT_SECONDS},
+    },
+    "ReserveRequest": {**_NODE, "items": _ITEMS, "prefer_segment": _NAME_OR_NONE, "ttl_s": _SECONDS},
+    "ReserveItem": {"key": _KEY, "length": _LENGTH},
+    "ReplicaIds": {**_NODE, "replica_ids": _ITEMS},
+    "ReleaseRequest": {"lease_ids": _ITEMS},
+    "QuarantineRequest": {"items": _ITEMS},
+}
+"""By message and field: what is added to the schema that the field's type gives."""
+
+
 @cache
 def document() -> _Schema:
     """The document, as FastAPI's `openapi` returns it."""
     kinds = [kind for endpoint in ENDPOINTS for kind in (endpoint.request, endpoint.reply) if kind is not None]
     kinds += [m.EventBatch, ErrorBody, Health]
     _, schemas = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
+    for name, fields in _FIELD_BOUNDS.items():
+        for field, bounds in fields.items():
+            schemas[name]["properties"][field] |= bounds
     paths: _Schema = {}
     for endpoint in ENDPOINTS:
         operation: _Schema = {"operationId": endpoint.path, "summary": endpoint.summary}

@@ -1,0 +1,128 @@
+"""What the OpenAPI document says of a request's fields is what the server accepts and refuses, field by field."""
+
+import base64
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+from support.metadata_words import granted, ids, keys, new_state, registration, reservation
+
+from kvcore.errors import MetadataProtocolError
+from metadata_server import messages as m
+from metadata_server.endpoints import ENDPOINTS
+from metadata_server.openapi import document
+from metadata_server.protocol import RequestDecoder
+
+SCHEMAS: dict[str, Any] = document()["components"]["schemas"]  # type: ignore[index,assignment]
+NODE = {"node_id": "a", "incarnation": 1}
+WITHOUT = {
+    ("SegmentManifest", "entries"),  # the length of the body bounds them
+    ("ReplicaRef", "id"),  # any number: what is not known is answered so
+    ("ReplicaRef", "segment_id"),
+    ("Segment", "node_id"),  # the node's own
+}
+
+
+def examples() -> dict[str, Any]:
+    """A request of each kind that is accepted, as JSON, with every field."""
+    state = new_state()
+    entry = m.ManifestEntry(key=keys(1)[0], offset=0, length=1, generation=1)
+    state.register(registration("a"), 0.0)
+    (replica,) = granted(state.reserve(reservation("a", [1]), 0.0))
+    register = msgspec.structs.replace(registration("a", entries=[entry]), protocol=1, oldest_protocol=1)
+    requests: list[msgspec.Struct] = [
+        register,
+        m.HeartbeatRequest(**NODE),
+        m.LeaveRequest(**NODE),
+        m.ReleaseWriterRequest(**NODE),
+        m.MatchRequest(keys=keys(1), **NODE),
+        m.WaitRequest(keys=keys(1), timeout_s=1.0, **NODE),
+        reservation("a", [1], prefer="a.1"),
+        ids("a", [replica]),
+        m.QuarantineRequest(items=[m.QuarantineItem(replica=replica, reason=m.QuarantineReason.STALE)]),
+        m.ReleaseRequest(lease_ids=[1]),
+    ]
+    return {type(request).__name__: msgspec.json.decode(msgspec.json.encode(request)) for request in requests}
+
+
+EXAMPLES = examples()
+DECODERS = {endpoint.request.__name__: RequestDecoder(endpoint) for endpoint in ENDPOINTS if endpoint.request}
+
+
+def fields(kind: str, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], str, dict[str, Any]]]:
+    """Where each field of a request is, the struct that it is of, and its schema; of a list its first item."""
+    for name, schema in SCHEMAS[kind].get("properties", {}).items():
+        yield (*path, name), kind, schema
+        inner = schema.get("$ref") or schema.get("items", {}).get("$ref")
+        if inner:
+            step = (name, 0) if "items" in schema else (name,)
+            yield from fields(inner.rpartition("/")[2], (*path, *step))
+
+
+def edges(schema: dict[str, Any], value: Any) -> Iterator[tuple[Any, bool]]:
+    """Values at the bounds that the schema states, and whether each is allowed."""
+    step = 1 if schema.get("type") == "integer" else 0.001
+    if "minimum" in schema:
+        yield from [(schema["minimum"], True), (schema["minimum"] - step, False)]
+    if "exclusiveMinimum" in schema:
+        yield from [(schema["exclusiveMinimum"] + step, True), (schema["exclusiveMinimum"], False)]
+    if "maximum" in schema:
+        yield from [(schema["maximum"], True), (schema["maximum"] + step, False)]
+    if schema.get("contentEncoding") == "base64":
+        yield from ((base64.b64encode(bytes(size)).decode(), size == 16) for size in (15, 16, 17))
+    elif "maxLength" in schema:
+        long = schema["maxLength"]
+        yield from [("x" * long, True), ("x" * (long + 1), False), ("\n", False), ("", "minLength" not in schema)]
+    if "maxItems" in schema:
+        most = schema["maxItems"]
+        yield from [(value[:1] * most, True), (value[:1] * (most + 1), False)]
+    if "maxProperties" in schema:
+        most = schema["maxProperties"]
+        yield from [({f"t{n}": "x" for n in range(most + extra)}, not extra) for extra in (0, 1)]
+
+
+CASES = [
+    pytest.param(
+        kind,
+        *found,
+        id=f"{kind}:{'.'.join(map(str, found[0]))}",
+        marks=[pytest.mark.slow] if found[0] == ("items",) else [],  # 65,537 structs
+    )
+    for kind in DECODERS
+    for found in fields(kind)
+]
+
+
+@pytest.mark.parametrize(("kind", "path", "of", "schema"), CASES)
+def test_a_fields_bounds_are_those_that_are_stated(kind, path, of, schema):
+    request, decoder = EXAMPLES[kind], DECODERS[kind]
+    value = request
+    for step in path:
+        value = value[step]
+    tried = list(edges(schema, value))
+    struct = "$ref" in schema or "$ref" in schema.get("items", {})
+    assert tried or struct or (of, path[-1]) in WITHOUT, "a field without bounds"
+    for edge, allowed in tried:
+        changed = msgspec.json.decode(msgspec.json.encode(request))
+        at = changed
+        for step in path[:-1]:
+            at = at[step]
+        at[path[-1]] = edge
+        if path == ("protocol",):
+            changed["oldest_protocol"] = min(edge, 1)
+        elif path == ("oldest_protocol",):
+            changed["protocol"] = edge
+        try:
+            decoder.decode(msgspec.json.encode(changed), json=True)
+        except MetadataProtocolError as error:
+            assert not allowed, (edge if len(str(edge)) < 99 else len(edge), error.message)
+            assert path[-1] in str(error.param) or "protocol" in str(error.param)
+        else:
+            assert allowed, edge if len(str(edge)) < 99 else len(edge)
+
+
+def test_items_of_keys_have_their_length():
+    for kind in ("MatchRequest", "WaitRequest"):
+        item = SCHEMAS[kind]["properties"]["keys"]["items"]
+        assert (item["minLength"], item["maxLength"]) == (24, 24)
