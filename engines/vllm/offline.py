@@ -26,6 +26,7 @@ from vllm.exceptions import VLLMError
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 from vllm.v1.engine.core_client import InprocClient
 
+from engines.provenance import FileStamp, check_unchanged
 from engines.vllm.connector.connector import KVFerryConnector
 from engines.vllm.connector.settings import Provenance, to_extra_config
 from engines.vllm.start import (
@@ -36,6 +37,7 @@ from engines.vllm.start import (
     connector_settings,
     measure_provenance,
     start_failure,
+    weight_stamps,
 )
 from kvcore.config.schema import ClusterConfig, VllmEngineConfig
 from kvcore.errors import ConfigError
@@ -64,6 +66,8 @@ class LLMPlan:
     arguments: Mapping[str, Any]
     """Of vllm.LLM, without ours."""
     provenance: Provenance
+    weights: Mapping[Path, FileStamp]
+    """As they were when they were digested."""
     block_size: int
     kv_bytes_per_token: int
     """On one rank, without padding."""
@@ -76,6 +80,7 @@ def plan_llm(model: str, model_id: str, arguments: Mapping[str, Any]) -> LLMPlan
     """
     _check_single_store()
     folder = find_folder(model, HUB_FILES)
+    stamps = weight_stamps(folder)
     relevant = {name: value for name, value in arguments.items() if name not in _NOT_KV and value is not None}
     try:
         args = EngineArgs(model=str(folder), **relevant, **_our_arguments())
@@ -87,6 +92,7 @@ def plan_llm(model: str, model_id: str, arguments: Mapping[str, Any]) -> LLMPlan
         folder=folder,
         arguments=dict(arguments),
         provenance=measure_provenance(folder, model_id, config.model_config),
+        weights=stamps,
         block_size=config.cache_config.block_size,
         kv_bytes_per_token=_kv_bytes_per_token(config),
     )
@@ -104,6 +110,8 @@ def start_llm(plan: LLMPlan, config: ClusterConfig, node: NodeReport, *, save_ou
         with ExitStack() as stack:
             stack.callback(ensure_kv_transfer_shutdown)  # vLLM leaves a connector that lives in this process
             llm = LLM(model=str(plan.folder), **plan.arguments, **_our_arguments(to_extra_config(settings)))
+            stack.callback(stop_llm, llm)
+            check_unchanged(plan.weights)
             _end_saves_before_resets(llm.llm_engine)
             stack.pop_all()
             return llm

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,7 +18,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from engines.provenance import DIGEST_CACHE, weights_digest
+from engines.provenance import DIGEST_CACHE, FileStamp, check_unchanged, weights_digest
 from engines.vllm.arguments import command_line
 from engines.vllm.connector.settings import ConnectorSettings, Provenance, to_extra_config
 from engines.vllm.stats import VllmStats
@@ -61,11 +62,17 @@ async def start_vllm(start: VllmStart, bus_path: str, stats: VllmStats) -> Async
     model = start.config.model
     folder = await asyncio.to_thread(find_folder, model.path, HUB_FILES)
     vllm_config = engine_config(command_line(start.engine.args, model, str(folder)))
+    stamps = weight_stamps(folder)
     provenance = await asyncio.to_thread(measure_provenance, folder, model.name, vllm_config.model_config)
     settings = connector_settings(start, provenance, bus_path)
     vllm_config.kv_transfer_config.kv_connector_extra_config.update(to_extra_config(settings))
     try:
-        return AsyncLLM.from_vllm_config(vllm_config, stat_loggers=[_logger_class(stats)])
+        with ExitStack() as stack:
+            llm = AsyncLLM.from_vllm_config(vllm_config, stat_loggers=[_logger_class(stats)])
+            stack.callback(llm.shutdown)
+            check_unchanged(stamps)
+            stack.pop_all()
+            return llm
     except Exception as error:  # of any kind: its parts raise whatever they like
         raise start_failure(error) from error
 
@@ -127,11 +134,10 @@ def measure_provenance(folder: Path, model_id: str, model_config: Any) -> Proven
 
     Reads all weights unless their digests are cached. Raises ModelLoadError.
     """
-    weights = next((files for pattern in _WEIGHT_PATTERNS if (files := sorted(folder.glob(pattern)))), None)
+    weights = _weight_files(folder)
     tokenizer = next((file for name in _TOKENIZER_FILES if (file := folder / name).is_file()), None)
-    if weights is None or tokenizer is None:
-        missing = f"weights ({', '.join(_WEIGHT_PATTERNS)})" if weights is None else "a tokenizer"
-        raise ModelLoadError(f"the model folder has no {missing}: {folder}. Download the model again")
+    if tokenizer is None:
+        raise ModelLoadError(f"the model folder has no tokenizer: {folder}. Download the model again")
     settings = {k: v for k, v in model_config.hf_config.to_dict().items() if k not in _NOT_PROVENANCE}
     text = json.dumps(settings, sort_keys=True, default=str)
     return Provenance(
@@ -139,6 +145,23 @@ def measure_provenance(folder: Path, model_id: str, model_config: Any) -> Proven
         weights_digest=weights_digest(weights, DIGEST_CACHE),
         tokenizer_digest=file_digest(tokenizer),
         attention=f"vllm.sha256:{hashlib.sha256(text.encode()).hexdigest()}",
+    )
+
+
+def weight_stamps(folder: Path) -> dict[Path, FileStamp]:
+    """Of the weight files, for `check_unchanged` once vLLM has read them: their digest was taken before it did.
+
+    Raises ModelLoadError.
+    """
+    return {file: FileStamp.of(file) for file in _weight_files(folder)}
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    for pattern in _WEIGHT_PATTERNS:
+        if files := sorted(folder.glob(pattern)):
+            return files
+    raise ModelLoadError(
+        f"the model folder has no weights ({', '.join(_WEIGHT_PATTERNS)}): {folder}. Download the model again"
     )
 
 

@@ -161,17 +161,39 @@ def what_is_refused(model: str) -> list[str]:
             open_llm(model)
         except ConfigError as error:
             said.append(error.message)
+    said.append(weights_written_while_they_are_loaded(model))
     return said
 
 
+def weights_written_while_they_are_loaded(model: str) -> str:
+    from unittest.mock import MagicMock, patch
+
+    from kvcore.errors import ModelLoadError
+
+    started = MagicMock()
+
+    def start(**arguments: Any) -> Any:
+        (Path(model) / "model.safetensors").touch()
+        return started
+
+    with patch("engines.vllm.offline.LLM", start):
+        try:
+            open_llm(model)
+        except ModelLoadError as error:
+            assert started.llm_engine.engine_core.shutdown.called
+            return error.message
+    return ""
+
+
 def test_what_cannot_be_is_refused_before_anything_is_started(tiny):
-    small, chunk, unknown, long, pipeline, second = run_offline(what_is_refused, tiny)
+    small, chunk, unknown, long, pipeline, second, written = run_offline(what_is_refused, tiny)
     assert small.startswith("store: 64.0 KiB has no room for one chunk: 128 tokens")
     assert chunk.startswith("chunk_tokens: 100 is not a multiple of vLLM's block size 128")
     assert "no_such_argument" in unknown
     assert "max_model_len" in long
     assert pipeline == "pipeline_parallel_size: 2 is not supported, only 1: use tensor parallelism"
     assert "one LLM with a store at a time" in second
+    assert "model.safetensors was written while the model was being loaded" in written
 
 
 def resets(model: str) -> dict[str, Any]:

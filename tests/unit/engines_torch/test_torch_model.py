@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from support.tiny_models import make_tiny_model
 
 from engines.model_files import ModelFiles, check_model_files
-from engines.provenance import weights_digest
+from engines.provenance import FileStamp, check_unchanged, weights_digest
 from engines.torch.engine import build_torch_engine, check_memory, count_blocks
 from engines.torch.model import LoadedModel, load_model
 from engines.torch.spec import attention_text, build_kv_spec
@@ -151,3 +151,46 @@ def test_digest_cache_is_used_survives_damage_and_notices_a_changed_file(tmp_pat
     weights.write_bytes(b"two")
     os.utime(weights, ns=(1, 1))
     assert weights_digest([weights], cache) != first
+
+
+def test_weights_written_over_by_a_copy_that_keeps_size_and_times_are_digested_anew(tmp_path: Path) -> None:
+    weights, cache = tmp_path / "w.safetensors", tmp_path / "digests.json"
+    weights.write_bytes(b"one")
+    os.utime(weights, ns=(1, 1))
+    first = weights_digest([weights], cache)
+    weights.write_bytes(b"two")
+    os.utime(weights, ns=(1, 1))
+    assert weights_digest([weights], cache) != first
+
+
+def test_weights_written_while_they_are_read_are_refused_and_not_remembered(tmp_path: Path, monkeypatch) -> None:
+    weights, cache = tmp_path / "w.safetensors", tmp_path / "digests.json"
+    weights.write_bytes(b"one")
+
+    def digest_of_what_is_overtaken(file: Path) -> str:
+        file.write_bytes(b"three")
+        return "0" * 64
+
+    monkeypatch.setattr("engines.provenance.file_digest", digest_of_what_is_overtaken)
+    with pytest.raises(ModelLoadError, match=r"w\.safetensors was written while the model was being loaded"):
+        weights_digest([weights], cache)
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("how", ["written", "replaced", "removed"])
+def test_files_that_changed_since_their_stamps_were_taken_are_named(tmp_path: Path, how: str) -> None:
+    files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for file in files:
+        file.write_bytes(b"one")
+    stamps = {file: FileStamp.of(file) for file in files}
+    check_unchanged(stamps)
+    if how == "written":
+        files[1].write_bytes(b"three")
+    elif how == "replaced":
+        other = tmp_path / "new"
+        other.write_bytes(b"two")
+        other.replace(files[1])
+    else:
+        files[1].unlink()
+    with pytest.raises(ModelLoadError, match=r"b\.safetensors"):
+        check_unchanged(stamps)
