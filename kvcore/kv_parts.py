@@ -39,3 +39,13 @@ def differing_parts(one: KVSpec, other: KVSpec) -> dict[str, tuple[str, str]]:
     elif len(names) > 1:
         names = [name for name in names if name != "chunk_bytes"]
     return {name: (ours.get(name, _ABSENT), theirs.get(name, _ABSENT)) for name in names}
+
+
+def describe_difference(one: KVSpec, other: KVSpec) -> str:
+    """What differs, for people: each name with the value of `one` against that of `other`, long ones shortened."""
+    parts = differing_parts(one, other).items()
+    return "; ".join(f"{name} {_shown(ours)} against {_shown(theirs)}" for name, (ours, theirs) in parts)
+
+
+def _shown(value: str, longest: int = 40) -> str:
+    return value or "none" if len(value) <= longest else f"{value[:12]}..."

@@ -66,6 +66,7 @@ class ClusterAnswer(msgspec.Struct, frozen=True, kw_only=True):
     requests: RequestCounts = RequestCounts()
     hit_rate: float | None = None
     handoff: str = HandoffKind.KVFERRY
+    problems: list[str] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +155,8 @@ def _show(console: Console, cluster: ServerAnswer[ClusterAnswer], stats: ServerA
         _show_nodes(console, cluster.value)
     if stats is not None and stats.value is not None:
         _show_segments(console, stats.value)
-        for line in _identity_problems(cluster.value, stats.value):
+        for refused in stats.value.refused:
+            line = f"problem: the metadata server refuses {refused.node.id}: {refused.reason}"
             console.print(line, style="red", markup=False, soft_wrap=True)
 
 
@@ -164,6 +166,8 @@ def _show_nodes(console: Console, cluster: ClusterAnswer) -> None:
         health = Text("ok", style="green") if node.healthy else Text(node.reason or "away", style="red")
         table.add_row(node.id, node.role, health, node.load, node.url)
     console.print(table)
+    for problem in cluster.problems:
+        console.print(f"problem: {problem}", style="red", markup=False, soft_wrap=True)
     counts = cluster.requests
     hit_rate = "" if cluster.hit_rate is None else f", hit rate {cluster.hit_rate:.1%} of prompt tokens"
     console.print(
@@ -189,19 +193,6 @@ def _show_segments(console: Console, stats: Stats) -> None:
         f"store: {stats.objects} chunks, {stats.reservations} reservations, {stats.read_leases} read leases, "
         f"epoch {stats.epoch}"
     )
-
-
-def _identity_problems(cluster: ClusterAnswer | None, stats: Stats) -> list[str]:
-    """Nodes that are refused, and nodes that the router uses but that are not those that the metadata server knows."""
-    lines = [f"the metadata server refuses {refused.node.id}: {refused.reason}" for refused in stats.refused]
-    known = {node.id: node.control_url for node in stats.nodes}
-    for node in cluster.nodes if cluster is not None else ():
-        if node.healthy and known.get(node.id) != node.url:
-            there = "does not know it: nothing that it computes is stored"
-            if node.id in known:
-                there = f"knows it at {known[node.id]}: unless these are one, nothing that it computes is stored"
-            lines.append(f"the router uses {node.id} at {node.url}, the metadata server {there}")
-    return lines
 
 
 def _table(*headings: str) -> Table:

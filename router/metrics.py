@@ -38,7 +38,7 @@ class RouterMetrics:
     def _ended(self, record: RequestRecord) -> None:
         self._completion_tokens.inc(record.completion_tokens)
         if record.route is not None:
-            self._routes.labels(record.route.reason).inc()
+            self._routes.labels(record.route.reason.partition(":")[0]).inc()
         for leg, code in record.retried_legs:
             self._retries.labels(leg, code).inc()
         if record.ttft_s is not None:

@@ -21,6 +21,7 @@ from router.descriptors import LEGS_PER_REQUEST, clients_at_most, descriptors_ne
 from router.metrics import RouterMetrics
 from router.nodes.cluster import Cluster
 from router.nodes.prober import Prober
+from router.nodes.problems import ClusterProblems
 from router.nodes.vllm_client import VllmClient, server_key
 from router.nodes.vllm_model import read_model_facts
 from router.requests.dispatch import Dispatcher
@@ -56,7 +57,9 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
     keeps_store = config.handoff.traits.has_store  # servers that are not ours keep none
     subscription = connect_subscription(endpoints, cluster, clock) if keeps_store else None
     connected = None if subscription is None else lambda: subscription.connected
-    status = StatusView(config, cluster, log, clock, connected)
+    problems = ClusterProblems(cluster, clock, connected)
+    prober.on_round.append(problems.say)
+    status = StatusView(config, cluster, log, clock, connected, problems=problems)
     metrics = RouterMetrics(cluster, log, connected)
     threads = TextThreads(AnswerLimits().text_threads)
     lifecycle.stack.callback(threads.close)

@@ -7,6 +7,7 @@ import msgspec
 from kvcore.clock import Clock
 from kvcore.config.schema import ClusterConfig
 from router.nodes.cluster import Cluster, KnownNode
+from router.nodes.problems import ClusterProblems
 from router.requests.records import RequestLog
 
 
@@ -19,7 +20,7 @@ class SegmentStatus(msgspec.Struct):
 
 
 class NodeStatus(msgspec.Struct, kw_only=True):
-    """One node as the router sees it; numbers are of its last report, None before the first."""
+    """One node as the router sees it; numbers are of its last report, its load None while it does not answer."""
 
     id: str
     role: str
@@ -60,6 +61,8 @@ class ClusterStatus(msgspec.Struct, kw_only=True):
     metadata_connected: bool | None
     """None: a cluster of servers that are not ours has no metadata server."""
     index_blocks: int
+    problems: list[str] = []
+    """What is wrong between the nodes, a sentence each."""
 
 
 class StatusView:
@@ -72,12 +75,15 @@ class StatusView:
         log: RequestLog,
         clock: Clock,
         connected: Callable[[], bool] | None,
+        *,
+        problems: ClusterProblems,
     ) -> None:
         self._config = config
         self._cluster = cluster
         self._log = log
         self._clock = clock
         self._connected = connected
+        self._problems = problems
         self._started_at = clock.now()
         self.used_bytes: dict[str, int] = {}
         """By segment id, as the metadata server last counted."""
@@ -107,12 +113,13 @@ class StatusView:
             handoff=self._config.handoff.value,
             metadata_connected=self._connected() if self._connected else None,
             index_blocks=len(self._cluster.index),
+            problems=self._problems.lines(),
         )
 
     def _node(self, node: KnownNode) -> NodeStatus:
         reason = self._cluster.why_unused(node)
         report = node.report
-        stats = report.stats if report else None
+        stats = report.stats if report and node.silent_since is None else None
         return NodeStatus(
             id=node.id,
             role=node.role.value,

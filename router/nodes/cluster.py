@@ -37,7 +37,8 @@ class KnownNode:
     role: Role
     url: str
     static: bool
-    registered: bool = False
+    lease: NodeInfo | None = None
+    """The node as the metadata server knows it; None: it does not, or has said nothing."""
     lapsed: bool = False
     """The metadata server has said that it is gone, and not that it is back. False while that has said nothing."""
     report: NodeReport | None = None
@@ -68,7 +69,7 @@ class KnownNode:
     def is_gone(self) -> bool:
         """Nobody speaks of it, not even itself, and no leg of ours is on it."""
         idle = self.sequences == 0 and self.prefill_tokens == 0
-        return self.problem is not None and idle and not (self.static or self.registered)
+        return self.problem is not None and idle and not (self.static or self.lease)
 
     def view(self) -> NodeView:
         """What policies see of it, while it is without problem. The same one until something of it changes: with many
@@ -87,6 +88,7 @@ class KnownNode:
             max_context=report.engine.max_context,
             sequences=sequences,
             prefill_tokens=self.prefill_tokens,
+            kv_spec=report.engine.kv_spec,
         )
         self._viewed = report, view
         return view
@@ -212,7 +214,7 @@ class Cluster:
         """Forget what was learnt from events; a snapshot follows."""
         self.index.reset()
         for node in self.nodes.values():
-            node.registered = node.lapsed = False
+            node.lease, node.lapsed = None, False
 
     def on_events(self, events: Sequence[Event]) -> None:
         """Apply changes in order."""
@@ -233,7 +235,7 @@ class Cluster:
             breaker = Breaker(self._limits)
             known = KnownNode(info.id, info.role, info.control_url, static=False, breaker=breaker)
             self.nodes[info.id] = known
-        known.registered, known.lapsed = True, False
+        known.lease, known.lapsed = info, False
         self.probe_asked.set()
 
     def _node_down(self, node_id: str) -> None:
@@ -241,7 +243,7 @@ class Cluster:
         node = self.nodes.get(node_id)
         if node is None:
             return
-        node.registered, node.lapsed = False, True
+        node.lease, node.lapsed = None, True
         if not node.static:
             node.problem = "the metadata server has given it up"
         self.probe_asked.set()

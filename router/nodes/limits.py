@@ -13,6 +13,9 @@ class NodeHealthLimits:
     lost_rounds_lapsed: int = 1
     """As many do (3 s by default: two probes, as one is not waited for so long) once the metadata server, which hears
     nothing of the node either, has said that its lease has ended."""
+    unknown_s: float = 5.0
+    """How long the metadata server may not know a node that is used until that counts as a problem: a node that starts,
+    or one whose server started anew, registers within a third of its lease."""
     failures_to_open: int = 3
     """Legs in a row that fail by their node's fault until its breaker opens."""
     first_pause_s: float = 0.5

@@ -38,6 +38,8 @@ class Prober:
         self._could_not_ask = False
         self.on_lost: list[Callable[[str, KVFerryError], None]] = []
         """Called with a node's id and why its legs are lost, at each probe for as long as it stays silent."""
+        self.on_round: list[Callable[[], None]] = []
+        """Called when every node has been asked."""
 
     async def run(self) -> None:
         """Probe every node each `probe_interval_s`, and at once when the cluster asks for it. Runs until cancelled."""
@@ -54,6 +56,8 @@ class Prober:
     async def probe(self) -> None:
         """Ask all nodes for their report, at the same time; bounded by the connect timeout."""
         await asyncio.gather(*(self._probe(node) for node in list(self._cluster.nodes.values())))
+        for tell in self.on_round:
+            tell()
 
     async def _probe(self, node: KnownNode) -> None:
         asked_at = self._clock.now()

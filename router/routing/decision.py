@@ -3,7 +3,7 @@
 Owns the explanation of a choice, worked out when it is asked for: a choice itself only keeps what it has computed.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from heapq import nsmallest
 
 import msgspec
@@ -26,11 +26,17 @@ class Candidate(msgspec.Struct, frozen=True):
 
 
 class Cut(msgspec.Struct, frozen=True):
-    """A filter that left nodes out: those before it, and those that it kept."""
+    """A filter that left nodes out: those before it, and those that it kept. `detail(node)`: more than the reason."""
 
     reason: str
     before: Sequence[NodeView]
     kept: Sequence[NodeView]
+    detail: Callable[[NodeView], str] | None = None
+
+    def why(self, node: NodeView) -> str:
+        """Why this one was left out."""
+        more = self.detail(node) if self.detail is not None else ""
+        return f"{self.reason}: {more}" if more else self.reason
 
 
 class Ranking(msgspec.Struct, frozen=True):
@@ -67,7 +73,7 @@ class Ranking(msgspec.Struct, frozen=True):
     def left_out(self) -> list[LeftOut]:
         """Whom the filters left out, each with the reason of the first that did."""
         return [
-            LeftOut(node.id, self.role, cut.reason)
+            LeftOut(node.id, self.role, cut.why(node))
             for cut in self.cuts
             for kept in [{node.id for node in cut.kept}]
             for node in cut.before

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from kvcore.chunk_keys import usable_chunks
 from kvcore.config.schema import RoutingPolicy
+from kvcore.kv_parts import describe_difference, differing_parts
 from kvcore.types import Role, Route
 from router.routing.decision import Cut, Decision, Ranking
 from router.routing.views import ClusterView, NodeView, RouteRequest
@@ -30,10 +31,12 @@ class RoutePolicy(Protocol):
 @dataclass(frozen=True, slots=True)
 class Filter:
     """Leaves nodes out. `keep(request, nodes, decoder)`: those that stay, in their order. `reason`: why the others do
-    not, in a few words for people. `decoder`: the one that was chosen, when a prefiller for it is wanted."""
+    not, in a few words for people, and `detail(node, decoder)` more of them. `decoder`: the one that was chosen, when a
+    prefiller for it is wanted."""
 
     reason: str
     keep: Callable[[RouteRequest, Sequence[NodeView], NodeView | None], Sequence[NodeView]]
+    detail: Callable[[NodeView, NodeView | None], str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +90,8 @@ class Policy:
             rules = self.prefiller
             prefillers = _rank(Role.PREFILLER, PREFILLER_FILTERS, rules, request, view.prefillers, decoder=decoder)
             prefiller = prefillers.node
-            reason = ("prefix_hit" if cached else "no_prefix") if prefiller else "no_prefiller"
+            found = "prefix_hit" if cached else "no_prefix"
+            reason = found if prefiller else _why_no_prefiller(prefillers.cuts, decoder)
         route = Route(
             prefiller=prefiller.id if prefiller else None,
             decoder=decoder.id,
@@ -139,13 +143,29 @@ def _of_the_decoders_kv(
     return [node for node in nodes if node.fingerprint == fingerprint]
 
 
+def _what_differs(node: NodeView, decoder: NodeView | None) -> str:
+    if decoder is None or decoder.kv_spec is None or node.kv_spec is None:
+        return ""
+    return describe_difference(node.kv_spec, decoder.kv_spec)
+
+
+def _why_no_prefiller(cuts: Sequence[Cut], decoder: NodeView) -> str:
+    """There is none, or none whose KV the decoder reads: then with the names of what differs at the first."""
+    if not cuts or cuts[0].reason != _OTHER_KV.reason or cuts[0].kept:
+        return "no_prefiller"
+    theirs, wanted = cuts[0].before[0].kv_spec, decoder.kv_spec
+    names = ", ".join(differing_parts(theirs, wanted)) if theirs is not None and wanted is not None else ""
+    return "other_kv" + (f": {names}" if names else "")
+
+
+_OTHER_KV = Filter("its KV is not what the decoder reads", _of_the_decoders_kv, _what_differs)
 DECODER_FILTERS = (
     Filter("too short a context", _decoders_that_fit),
     Filter("tried before, or another one was wanted", _decoders_wanted),
     Filter("other weights or settings than the answer began with", _of_the_answers_model),
 )
 PREFILLER_FILTERS = (
-    Filter("its KV is not what the decoder reads", _of_the_decoders_kv),
+    _OTHER_KV,
     Filter("too short a context", _prefillers_that_fit),
     Filter("tried before", _not_excluded),
 )
@@ -175,12 +195,12 @@ def _rank(
     for rule in required:
         kept = rule.keep(request, nodes, decoder)
         if len(kept) != len(nodes):
-            cuts += (Cut(rule.reason, nodes, kept),)
+            cuts += (_cut(rule, nodes, kept, decoder),)
             nodes = kept
     for rule in rules.filters:
         kept = rule.keep(request, nodes, decoder)
         if kept and len(kept) != len(nodes):
-            cuts += (Cut(rule.reason, nodes, kept),)
+            cuts += (_cut(rule, nodes, kept, decoder),)
             nodes = kept
     names = tuple([scorer.name for scorer, _ in rules.scorers])
     if not nodes:
@@ -190,6 +210,11 @@ def _rank(
     for column in columns[1:]:
         totals = list(map(add, totals, column))
     return Ranking(role, nodes, totals, names, columns, cuts, rules.pick(totals, request.turn))
+
+
+def _cut(rule: Filter, before: Sequence[NodeView], kept: Sequence[NodeView], decoder: NodeView | None) -> Cut:
+    detail = rule.detail
+    return Cut(rule.reason, before, kept, None if detail is None else lambda node: detail(node, decoder))
 
 
 def _weighted(scores: Sequence[float], weight: float) -> Sequence[float]:

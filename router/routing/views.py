@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from kvcore.types import Role
+from kvcore.types import KVSpec, Role
 from router.routing.index import PrefixHits
 
 NO_HITS = PrefixHits()
@@ -13,7 +13,8 @@ NO_HITS = PrefixHits()
 
 @dataclass(frozen=True, slots=True)
 class NodeView:
-    """A node that may be used now. `sequences` and `prefill_tokens` are outstanding work."""
+    """A node that may be used now. `sequences` and `prefill_tokens` are outstanding work; `kv_spec` explains, the
+    fingerprint decides."""
 
     id: str
     role: Role
@@ -22,6 +23,7 @@ class NodeView:
     max_context: int
     sequences: int = 0
     prefill_tokens: int = 0
+    kv_spec: KVSpec | None = None
 
 
 class LeftOut(msgspec.Struct, frozen=True):

@@ -37,6 +37,7 @@ from router.metrics import RouterMetrics
 from router.nodes.cluster import Cluster
 from router.nodes.limits import NodeHealthLimits
 from router.nodes.prober import Prober
+from router.nodes.problems import ClusterProblems
 from router.requests.dispatch import Dispatcher
 from router.requests.limits import RequestLimits
 from router.requests.records import RequestLog
@@ -96,6 +97,8 @@ class FakeNode:
     spec: dict[str, Any] = field(default_factory=dict)
     """Further fields of its KVSpec."""
     max_context: int = MAX_CONTEXT
+    segment_bytes: int = 1 << 20
+    refused: str = ""
     incarnation: int = 1
     cached_tokens: int = 0
     down: bool = False
@@ -144,8 +147,11 @@ class FakeNode:
                 num_blocks=64,
             ),
             stats=EngineStats(running=self.running, total_blocks=64),
-            segments=[Segment(id=f"{self.id}.1", node_id=self.id, size_bytes=1 << 20, host_id="h", addresses={})],
+            segments=[
+                Segment(id=f"{self.id}.1", node_id=self.id, size_bytes=self.segment_bytes, host_id="h", addresses={})
+            ],
             draining=self.draining,
+            refused=self.refused,
         )
 
     async def prefill(self, request: PrefillRequest) -> PrefillResult:
@@ -289,6 +295,7 @@ async def make_rig(
     limits: RequestLimits = RequestLimits(),
     node_limits: NodeHealthLimits = NodeHealthLimits(),
     api_limits: ApiLimits = ApiLimits(),
+    connected: bool = False,
     **router: object,
 ) -> Rig:
     """Probed once."""
@@ -297,6 +304,8 @@ async def make_rig(
     clock, log = SystemClock(), RequestLog()
     cluster = Cluster(config, clock, tokenizer_digest=tokenizer.digest if tokenizer else "")
     prober = Prober(config.router, cluster, nodes, clock, node_limits)
+    problems = ClusterProblems(cluster, clock, lambda: connected, node_limits)
+    prober.on_round.append(problems.say)
     await prober.probe()
     services = RequestServices(config.router, cluster, nodes, clock, log, limits=limits)
     dispatcher = Dispatcher(services, policy or make_policy(config.router.policy))
@@ -309,7 +318,7 @@ async def make_rig(
         model="fake-model", tokenizer=tokenizer or ByteTokenizer(VOCAB), dispatcher=dispatcher, cluster=cluster, run=run
     )
     metrics = RouterMetrics(cluster, log, lambda: True)
-    status = StatusView(config, cluster, log, clock, lambda: True)
+    status = StatusView(config, cluster, log, clock, lambda: True, problems=problems)
     bounds = config.router
     app = make_app(answerer, log, status, metrics, max_body_bytes=bounds.max_body, cors=bounds.cors, limits=api_limits)
     return Rig(nodes, cluster, prober, dispatcher, services, log, answerer, app, metrics)

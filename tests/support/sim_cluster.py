@@ -376,7 +376,7 @@ class SimCluster:
         stored = {key for batch in state.snapshot(self.clock.now()) for event in batch.events for key in event.keys}
         if set(self.cluster.index._masks) != stored:
             self.problems.append(f"the router knows {len(self.cluster.index)} keys, the metadata server {len(stored)}")
-        lost = [name for name, node in self.cluster.nodes.items() if not node.registered or node.problem]
+        lost = [name for name, node in self.cluster.nodes.items() if node.lease is None or node.problem]
         if lost:
             self.problems.append(f"not in use after peace: {lost}")
 

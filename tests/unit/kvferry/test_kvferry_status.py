@@ -90,18 +90,12 @@ async def test_both_answers_are_shown(serve):
         assert text in out
 
 
-@pytest.mark.parametrize(
-    ("known_at", "said"),
-    [("http://d:1", ""), ("http://e:1", "server knows it at http://e:1: unless"), (None, "does not know it: nothing")],
-)
-async def test_a_node_that_the_router_uses_and_the_metadata_server_does_not_know_is_a_problem(serve, known_at, said):
-    node = NodeInfo(id="d", role=Role.DECODER, control_url=known_at or "", incarnation=1)
-    stats = msgspec.structs.replace(STATS, nodes=[node] if known_at else [])
-    router = await serve("/v1/cluster", json.dumps(CLUSTER).encode())
-    code, out = await show(router, await serve("/v1/stats", msgspec.json.encode(stats)))
-    line = next((line for line in out.splitlines() if line.startswith("the router uses")), "")
-    assert code == 0 and ("the router uses d at http://d:1" in line and said in line if said else not line)
-    assert "uses p" not in out, "a node that is not used is one already"
+async def test_problems_between_nodes_are_shown_as_the_router_says_them(serve):
+    lines = ["prefiller p can serve no decoder: kv-cache-dtype [a] against b", "another"]
+    router = await serve("/v1/cluster", json.dumps({**CLUSTER, "problems": lines}).encode())
+    code, out = await show(router, await serve("/v1/stats", msgspec.json.encode(STATS)))
+    assert code == 0
+    assert [line for line in out.splitlines() if line.startswith("problem: ")] == [f"problem: {line}" for line in lines]
 
 
 async def test_a_node_that_is_refused_is_named_with_the_reason(serve):

@@ -297,7 +297,7 @@ async def test_nodes_of_other_weights_are_never_paired() -> None:
     rig = await make_rig(nodes, limits=IMPATIENT)
     run = open_run(rig)
     await tokens_of(run)
-    assert run.record.route is not None and run.record.route.reason == "no_prefiller"
+    assert run.record.route is not None and run.record.route.reason == "other_kv: weights"
 
 
 async def test_both_legs_start_together_and_cached_tokens_is_the_prefillers_truth() -> None:

@@ -85,7 +85,7 @@ def test_no_route_is_better_than_a_wrong_one(policy: RoutePolicy) -> None:
     assert policy.choose(RouteRequest(500, 64, exclude=frozenset(["d0"])), view(P0, D0)).route is None
     foreign = node("p9", Role.PREFILLER, fingerprint=b"g" * 16)
     route = policy.choose(RouteRequest(500, 64), view(foreign, D0)).route
-    assert route is not None and (route.prefiller, route.reason) == (None, "no_prefiller")
+    assert route is not None and (route.prefiller, route.reason) == (None, "other_kv")
 
 
 @pytest.mark.parametrize(
