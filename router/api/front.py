@@ -36,8 +36,8 @@ class Cors:
     """Lets the scripts of web pages read answers, where the page's origin is one of `origins`.
 
     An item of `origins` is an origin, or `loopback` for each page of the browser's own machine, or `*` for every page.
-    Any other page's browser gets answers without the headers, and keeps them from its scripts; where it asks first, the
-    refusal says which setting it is.
+    Any other page's browser gets answers without the headers, and keeps them from its scripts; where it asks first, or
+    should have, the refusal says which setting it is.
     """
 
     def __init__(self, app: ASGIApp, origins: Collection[str]) -> None:
@@ -58,7 +58,9 @@ class Cors:
             await answer(scope, receive, send)
             return
         if not allowed:
-            await self._app(scope, receive, send)
+            # Only JSON makes a browser ask first; what it sends without asking must not be worked on either.
+            asks = scope["method"] != "POST" or _is_json(scope)
+            await (self._app if asks else _refusal(origin))(scope, receive, send)
             return
 
         async def send_with_cors(message: Message) -> None:
@@ -93,3 +95,8 @@ def _permitted(wanted: dict[bytes, bytes]) -> list[tuple[bytes, bytes]]:
     if b"access-control-request-private-network" in wanted:  # browsers ask before a public page reaches a private one
         allowed.append((b"access-control-allow-private-network", b"true"))
     return allowed
+
+
+def _is_json(scope: Scope) -> bool:
+    kinds = [value.partition(b";")[0].strip().lower() for name, value in scope["headers"] if name == b"content-type"]
+    return kinds == [b"application/json"]

@@ -51,6 +51,7 @@ class _CommonFields(msgspec.Struct, frozen=True, kw_only=True):
     stop: str | list[str] | None = None
     seed: int | None = None
     max_tokens: int | None = None
+    max_completion_tokens: int | None = None
     min_tokens: int | None = 0
     temperature: float | None = 1.0
     top_p: float | None = 1.0
@@ -79,7 +80,6 @@ class ChatRequest(_CommonFields, frozen=True, kw_only=True):
     documents: list[dict[str, object]] | None = None
     reasoning_effort: str | None = None
     add_special_tokens: bool | None = False
-    max_completion_tokens: int | None = None
     logprobs: bool | None = False
     top_logprobs: int | None = None
     tools: list[object] | None = None
@@ -247,7 +247,7 @@ def _sampling(request: AnyRequest, prompt_tokens: int, max_context: int, limits:
 
 def _max_tokens(request: AnyRequest, prompt_tokens: int, max_context: int) -> tuple[int, str]:
     named, given = "max_tokens", request.max_tokens
-    if isinstance(request, ChatRequest) and request.max_completion_tokens is not None:
+    if request.max_completion_tokens is not None:
         named, given = "max_completion_tokens", request.max_completion_tokens
     if given is None:
         room = max(1, max_context - prompt_tokens)

@@ -61,7 +61,6 @@ REFUSED: dict[str, RefusedField] = {
     "include_reasoning": RefusedField("reasoning is not told apart from the answer", (True,)),
     "kv_transfer_params": RefusedField("the nodes hand KV over by themselves", ({},)),
     "logprob_token_ids": RefusedField("use top_logprobs"),
-    "max_completion_tokens": RefusedField("use max_tokens"),
     "modalities": RefusedField("answers are text; leave it out", (["text"], [])),
     "moderation": RefusedField("there is none; leave it out"),
     "priority": RefusedField("requests are served as they come", (0,)),

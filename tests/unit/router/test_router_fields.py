@@ -242,3 +242,12 @@ async def test_the_models_list_says_how_long_a_request_may_be(rig: Rig, http: ht
     assert listed == (await http.get("/v1/models/fake-model")).json()
     assert (listed["id"], listed["root"], listed["parent"]) == ("fake-model", "fake-model", None)
     assert listed["max_model_len"] == rig.answerer.max_context
+
+
+@BOTH
+async def test_both_names_of_the_bound_mean_the_same(
+    http: httpx.AsyncClient, path: str, ask: dict[str, object]
+) -> None:
+    """Load generators send both to both endpoints; the newer name counts."""
+    for bounds, count in (({"max_completion_tokens": 2}, 2), ({"max_tokens": None, "max_completion_tokens": 4}, 4)):
+        assert (await http.post(path, json={**ask, **bounds})).json()["usage"]["completion_tokens"] == count

@@ -1,5 +1,6 @@
 """Requests as clients and browsers write them: slashes at the end, HEAD, preflights; errors by which libraries know."""
 
+import json
 from collections.abc import AsyncIterator
 
 import httpx
@@ -89,6 +90,22 @@ async def test_pages_of_this_machine_may_read_answers_and_others_not(
         assert "POST" in preflight.headers["access-control-allow-methods"]
         assert preflight.headers["vary"] == reply.headers["vary"] == "Origin"
         assert "X-Request-Id" in reply.headers["access-control-expose-headers"]
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", None])
+async def test_what_a_browser_sends_without_asking_is_not_worked_on(
+    rig: Rig, http: httpx.AsyncClient, kind: str | None
+) -> None:
+    """A page's script may post anything but JSON to any server; only the answer is kept from it."""
+    content = json.dumps(ASK)
+    headers = {"Content-Type": kind} if kind else {}
+    refused = await http.post("/v1/completions", content=content, headers={**headers, "Origin": "http://app.example"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (403, "origin_not_allowed")
+    assert rig.log.total == 0
+    as_json = {"Origin": "http://app.example", "Content-Type": "application/json; charset=utf-8"}
+    for more in ({}, {"Origin": "http://localhost:3000"}, as_json):
+        reply = await http.post("/v1/completions", content=content, headers={**headers, **more})
+        assert reply.status_code == 200, "no browser, or one that has asked"
 
 
 @pytest.mark.parametrize(
