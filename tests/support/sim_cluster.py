@@ -17,7 +17,7 @@ from support.sim_nodes import CLUSTER, MODEL, DataFaults, SimMetadata, SimNode, 
 from support.sim_oracle import Oracle
 from support.sim_plan import Plan, Wanted, decoder_restarts, make_plan
 from support.sim_strangers import Strangers, identity_faults
-from support.sim_ways import SimEventSource, SimNodeClient
+from support.sim_ways import METADATA, SimEventSource, SimNodeClient
 
 import router.requests.run
 from kvcore.config.schema import ClusterConfig, ModelConfig, NodeConfig, RouterConfig
@@ -163,7 +163,7 @@ class SimCluster:
         self.strangers: Strangers | None = None
         if variant.strangers:
             self.strangers = Strangers(self.setup, self.metadata, self.client, self.nodes, variant.peaceful)
-            faults = [*self._planned, *identity_faults(seed, plan.requests)]
+            faults = [*self._planned, *identity_faults(seed, plan.requests, peaceful=variant.peaceful)]
             self._planned = sorted(faults, key=lambda fault: fault.at_s)
         self.dice = random.Random(seed + 1)
         self.problems: list[str] = []
@@ -224,7 +224,8 @@ class SimCluster:
             node.start_engine()
 
     def _do_step_clock(self, name: str, seconds: str) -> None:
-        self.nodes[name].clock_off_s += float(seconds)
+        machine = self.metadata if name == METADATA else self.nodes[name]
+        machine.clock_off_s += float(seconds)
 
     def _do_foreign(self, name: str, differs: str) -> None:
         self._strange().join_foreign(name, differs)

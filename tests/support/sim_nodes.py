@@ -84,6 +84,7 @@ class SimMetadata:
     def __init__(self, setup: SimSetup) -> None:
         self._setup = setup
         self.lives = 0
+        self.clock_off_s = 0.0
         self.process = SimProcess(METADATA)
         self.process.alive = False
         self.counts: Counter[str] = Counter()
@@ -97,7 +98,7 @@ class SimMetadata:
         """A new life."""
         setup = self._setup
         self.lives += 1
-        wall_ms = int(setup.clock.wall() * 1000)
+        wall_ms = int((setup.clock.wall() + self.clock_off_s) * 1000)
         state = MetadataState(
             setup.store,
             setup.node_ttl_s,

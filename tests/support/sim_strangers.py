@@ -8,7 +8,7 @@ import random
 from msgspec.structs import replace
 from support.sim_nodes import CLUSTER, MODEL, SimMetadata, SimNode, SimSetup
 from support.sim_plan import Fault, Wanted
-from support.sim_ways import SimNodeClient
+from support.sim_ways import METADATA, SimNodeClient
 
 from kvcore.types import Role
 
@@ -18,8 +18,8 @@ _DRAWN = ("p2", "d2")
 _BACK_S = 1.0
 
 
-def identity_faults(seed: int, requests: list[Wanted]) -> list[Fault]:
-    """Of each kind one or two, while requests are under way."""
+def identity_faults(seed: int, requests: list[Wanted], *, peaceful: bool) -> list[Fault]:
+    """Of each kind one or two, while requests are under way; `peaceful`: the metadata server stays up."""
     dice = random.Random(f"identity {seed}")
     faults: list[Fault] = []
     for _ in range(dice.choice([1, 2])):
@@ -41,6 +41,13 @@ def identity_faults(seed: int, requests: list[Wanted]) -> list[Fault]:
             Fault(at_s, "kill_node", (name,)),
             Fault(at_s, "step_clock", (name, back_s)),
             Fault(at_s + dice.choice([0.05, 0.5, 3.0]), "start_node", (name,)),
+        ]
+    if not peaceful:
+        at_s = dice.choice(requests).at_s
+        faults += [
+            Fault(at_s, "kill_metadata"),
+            Fault(at_s, "step_clock", (METADATA, "-3600")),
+            Fault(at_s + dice.choice([0.05, 1.0]), "start_metadata"),
         ]
     return faults
 
