@@ -72,6 +72,7 @@ METADATA_CALL_SECONDS = _seconds("metadata_call_seconds", "Time to answer one ca
 
 # --- nodes: service, engine, store -----------------------------------------------------------------------------
 NODE_READY = _gauge("node_ready", "1 while the node serves")
+NODE_REGISTERED = _gauge("node_registered", "1 while the metadata server knows the node, as far as the node has heard")
 NODE_ACTIVE = _gauge("node_active_requests", "Legs under way", "leg")
 NODE_LEGS = _counter("node_legs_total", "Legs ended, by outcome code (`ok` or an error's)", "leg", "outcome")
 NODE_ENGINE_RESTARTS = _counter("node_engine_restarts_total", "Engine processes that died and were started again")

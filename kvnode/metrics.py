@@ -32,7 +32,8 @@ class NodeMetrics:
         self._api: ControlApi | None = None
         self._sample: EngineSample | None = None
         sampled = metrics.sampled
-        sampled(names.NODE_READY, lambda: [((), float(self._ready()))])
+        sampled(names.NODE_READY, lambda: [((), float(self._ready() and not membership.refused))])
+        sampled(names.NODE_REGISTERED, lambda: [((), float(membership.joined))])
         sampled(names.NODE_ACTIVE, lambda: [((leg,), n) for leg, n in (self._api.active if self._api else {}).items()])
         sampled(names.NODE_LEGS, lambda: [(key, n) for key, n in (self._api.ended if self._api else {}).items()])
         sampled(names.NODE_ENGINE_RESTARTS, lambda: [((), self._restarts())])

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from engines.process.messages import Sample
@@ -13,8 +14,8 @@ STATS = EngineStats(running=2, waiting=0, loading=0, used_blocks=3, total_blocks
 OWN = b'# HELP vllm:x X.\n# TYPE vllm:x gauge\nvllm:x{node="d0"} 5.0\n'
 
 
-async def rendered(sample: Sample | None) -> dict[str, float]:
-    membership = SimpleNamespace(registrations=1, heartbeat_failures=0)
+async def rendered(sample: Sample | None, *, joined: bool = True, refused: str = "") -> dict[str, float]:
+    membership = SimpleNamespace(registrations=1, heartbeat_failures=0, joined=joined, refused=refused)
     owner = SimpleNamespace(segment=SimpleNamespace(size_bytes=64), host_restarts=0)
 
     async def ask() -> Sample | None:
@@ -35,3 +36,11 @@ async def test_a_node_whose_engine_does_not_answer_still_tells_of_itself():
     found = await rendered(None)
     assert found["kvferry_node_segment_bytes"] == 64
     assert not [name for name in found if name.startswith("vllm")]
+
+
+@pytest.mark.parametrize(
+    ("joined", "refused", "shown"), [(True, "", (1, 1)), (False, "", (1, 0)), (False, "is of cluster 'b'", (0, 0))]
+)
+async def test_a_node_that_is_refused_is_not_ready_and_one_that_has_no_lease_is_not_registered(joined, refused, shown):
+    found = await rendered(None, joined=joined, refused=refused)
+    assert (found["kvferry_node_ready"], found["kvferry_node_registered"]) == shown
