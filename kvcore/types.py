@@ -41,8 +41,8 @@ class KVSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     tp_rank: int = 0
     tp_size: int = 1
     declared: tuple[tuple[str, str], ...] = ()
-    """(name, value) of what the engine interprets without its showing in the fields above, sorted. vLLM's names are its
-    arguments'. See `kvcore.kv_parts`, which compares specs by name."""
+    """(name, value) of settings that make it another kind of KV, sorted by name, as the cluster file or vLLM has them:
+    also those that do not show in the fields above. `kvcore.kv_parts` compares specs by name."""
 
     @property
     def fingerprint(self) -> bytes:

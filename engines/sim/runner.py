@@ -33,6 +33,10 @@ def sim_spec(config: SimEngineConfig, model: str, chunk_tokens: int) -> KVSpec:
         layout_id=f"sim.b{config.block_size}",
         chunk_tokens=chunk_tokens,
         chunk_bytes=chunk_tokens * config.bytes_per_token,
+        declared=(
+            ("engine.block_size", str(config.block_size)),
+            ("engine.bytes_per_token", str(config.bytes_per_token)),
+        ),
     )
 
 

@@ -31,6 +31,7 @@ def build_kv_spec(
 ) -> KVSpec:
     """The spec of `loaded`'s KV. Reads all weights unless `digest_cache` knows them (None: no cache). Blocks."""
     geometry, files = loaded.geometry, loaded.files
+    dtype = str(geometry.dtype).removeprefix("torch.")
     return KVSpec(
         model_id=model_id,
         weights_digest=weights_digest(files.weight_files, digest_cache),
@@ -38,11 +39,12 @@ def build_kv_spec(
         num_layers=geometry.num_layers,
         num_kv_heads=geometry.num_kv_heads,
         head_dim=geometry.head_dim,
-        dtype=str(geometry.dtype).removeprefix("torch."),
+        dtype=dtype,
         attention=attention_text(loaded.model.config.to_dict()),
         layout_id=geometry.layout_id,
         chunk_tokens=chunk_tokens,
         chunk_bytes=chunk_tokens * geometry.token_bytes,
+        declared=(("engine.block_size", str(geometry.block_size)), ("model.dtype", dtype)),
     )
 
 

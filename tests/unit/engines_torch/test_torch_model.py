@@ -17,6 +17,7 @@ from engines.torch.model import LoadedModel, load_model
 from engines.torch.spec import attention_text, build_kv_spec
 from kvcore.config.schema import ModelConfig, TorchEngineConfig
 from kvcore.errors import ConfigError, ModelLoadError
+from kvcore.kv_parts import differing_parts
 
 ENGINE = TorchEngineConfig(block_size=16)
 
@@ -117,18 +118,21 @@ def test_settings_that_cannot_work_are_refused(folder: Path) -> None:
         build_torch_engine(model, TorchEngineConfig(block_size=48), 64, lambda spec: None)
 
 
-def test_other_weights_dtype_or_chunk_give_another_fingerprint(folder: Path, tmp_path: Path) -> None:
+def test_other_weights_dtype_chunk_or_block_are_other_kv_and_named(folder: Path, tmp_path: Path) -> None:
     other = make_tiny_model("llama", tmp_path / "other", seed=1)
     loaded = load(folder)
-    fingerprints = {
-        build_kv_spec(loaded, "m", 64, digest_cache=None).fingerprint,
-        build_kv_spec(load(other), "m", 64, digest_cache=None).fingerprint,
-        build_kv_spec(load(folder, dtype="bfloat16"), "m", 64, digest_cache=None).fingerprint,
-        build_kv_spec(loaded, "m", 128, digest_cache=None).fingerprint,
-    }
-    assert len(fingerprints) == 4
+    spec = build_kv_spec(loaded, "m", 64, digest_cache=None)
+    coarse = load_model(ModelConfig(path=str(folder), name="m"), TorchEngineConfig(block_size=32))
+    for cause, unlike in {
+        "weights": build_kv_spec(load(other), "m", 64, digest_cache=None),
+        "model.dtype": build_kv_spec(load(folder, dtype="bfloat16"), "m", 64, digest_cache=None),
+        "kv.chunk_tokens": build_kv_spec(loaded, "m", 128, digest_cache=None),
+        "engine.block_size": build_kv_spec(coarse, "m", 64, digest_cache=None),
+    }.items():
+        assert list(differing_parts(spec, unlike)) == [cause]
+        assert unlike.fingerprint != spec.fingerprint
     copy = make_tiny_model("llama", tmp_path / "copy")
-    assert build_kv_spec(load(copy), "m", 64, digest_cache=None) == build_kv_spec(loaded, "m", 64, digest_cache=None)
+    assert build_kv_spec(load(copy), "m", 64, digest_cache=None) == spec
 
 
 def test_rope_and_window_are_part_of_the_attention_text() -> None:
