@@ -193,6 +193,9 @@ def _show_segments(console: Console, stats: Stats) -> None:
         f"store: {stats.objects} chunks, {stats.reservations} reservations, {stats.read_leases} read leases, "
         f"epoch {stats.epoch}"
     )
+    if full := stats.counters.get("declined_full", 0):
+        text = f"{full} chunks were not stored since the metadata server started, as no segment had room"
+        console.print(f"{text} (nodes.NAME.segment)", style="yellow", soft_wrap=True)
 
 
 def _table(*headings: str) -> Table:

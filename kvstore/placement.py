@@ -51,7 +51,7 @@ class Reserved:
     writers: Mapping[ChunkKey, tuple[str, ...]] = field(default_factory=dict)
     """Keys that were being written already, granted or not -> by which nodes, as in a Match."""
     full: bool = False
-    """There is no room for any of the keys."""
+    """There was no room for any of the keys that nobody has or is writing."""
 
 
 class Placement:
@@ -213,7 +213,8 @@ class Placement:
                     self._counters.add(Count.DECLINED_BUSY)
                 case ReserveStatus.FULL | ReserveStatus.UNKNOWN:
                     self._counters.add(Count.DECLINED_FULL)
-        full = all(outcome.status is ReserveStatus.FULL for outcome in reply.outcomes)
+        statuses = {outcome.status for outcome in reply.outcomes}
+        full = ReserveStatus.FULL in statuses and statuses <= {ReserveStatus.FULL, ReserveStatus.EXISTS}
         return Reserved(granted, frozenset(complete), segments, write_by, writers=writers, full=full)
 
     def _ids(self, replica_ids: Sequence[int]) -> ReplicaIds:

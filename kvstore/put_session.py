@@ -128,7 +128,8 @@ class PutSession:
 
     @property
     def full(self) -> bool:
-        """Whether the store had no room for any key, none was complete and none was being written."""
+        """Whether there was no room for any of the keys that nobody has or is writing: what is computed of them cannot
+        be handed over."""
         return self._reserved.full
 
     def writers(self, key: ChunkKey) -> tuple[str, ...]:

@@ -93,6 +93,8 @@ class PrefillResult(_TolerantMessage, frozen=True, kw_only=True):
     timings: Timings = Timings()
     handoff_params: bytes = b""
     """JSON object that a decode leg must carry to get this KV from the prefiller itself. Empty: it is in the store."""
+    no_room: bool = False
+    """It ended before it computed, as the store had no room for any of the chunks."""
 
 
 class Handoff(_StrictMessage, frozen=True, kw_only=True):

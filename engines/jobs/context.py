@@ -27,6 +27,8 @@ class JobLimits:
     than a chunk takes, shorter than it takes the metadata server to give up a dead node."""
     follow_poll_s: float = 0.25
     """Meanwhile it is asked so often whether that node is still at it."""
+    warn_s: float = 60.0
+    """Between two warnings that the store has no room."""
     cancel_s: float = 2.0
     """A cancelled write releases its memory within this, else it is left behind; it is never committed."""
 

@@ -94,7 +94,7 @@ class SaveJob:
 
     @property
     def full(self) -> bool:
-        """Whether the store has room for none of the chunks of the session under way, and has none of them."""
+        """Whether the session under way got room for nothing, and not because others have it or write it."""
         return self._session is not None and self._session.full
 
     def writers(self, key: ChunkKey) -> tuple[str, ...]:

@@ -63,6 +63,8 @@ class Leg:
     """When its first step began."""
     computed: float | None = None
     """When the prompt was computed."""
+    no_room: bool = False
+    """A prefill's: the store had no room for what it would have computed."""
     info_sent: bool = False
 
     def __repr__(self) -> str:
@@ -129,6 +131,7 @@ class Leg:
             cached_tokens=self.first.num_cached or 0,
             computed_tokens=self.first.num_prompt_computed,
             stored_chunks=stored_chunks,
+            no_room=self.no_room,
             moved=self.moved,
             timings=self.timings(now),
         )

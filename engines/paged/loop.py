@@ -73,6 +73,7 @@ class EngineLoop:
             save_output=options.save_output,
             loaded=self._scheduler.loaded,
             load_ended=self._scheduler.load_ended,
+            give_up=self._scheduler.remove,
             wake=self._wake.set,
         )
         self._stepper = Stepper(

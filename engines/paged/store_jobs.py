@@ -16,6 +16,7 @@ from engines.jobs.save import SavableChunk, SaveJob
 from engines.paged.blocks import BlockManager
 from engines.paged.leg import Leg
 from engines.paged.sequence import TokenSequence
+from kvcore.telemetry import log_fields
 
 _log = logging.getLogger("engines")
 
@@ -36,7 +37,8 @@ class StoreJobs:
     saved, and no load may be started.
 
     `loaded(sequence, num_chunks)` is called as a load goes on, `load_ended(sequence, num_chunks)` when it has ended in
-    whatever way; `wake` whenever blocks were given back or a leg may go on.
+    whatever way; `give_up(sequence)` when it is not to be computed; `wake` whenever blocks were given back or a leg may
+    go on.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class StoreJobs:
         save_output: bool,
         loaded: Callable[[TokenSequence, int], None],
         load_ended: Callable[[TokenSequence, int], object],
+        give_up: Callable[[TokenSequence], None],
         wake: Callable[[], None],
     ) -> None:
         self._context = context
@@ -58,8 +61,10 @@ class StoreJobs:
         self._save_output = save_output
         self._loaded = loaded
         self._load_ended = load_ended
+        self._give_up = give_up
         self._wake = wake
         self._saves: dict[asyncio.Task[None], SaveJob] = {}
+        self._warn_at = 0.0
 
     @property
     def connected(self) -> bool:
@@ -161,7 +166,23 @@ class StoreJobs:
             leg.save = leg.save_task = None
             task.cancel()
             await asyncio.wait([task])
+        elif save.full and leg.is_prefill:
+            self._end_without_room(leg, sequence)
         return writers
+
+    def _end_without_room(self, leg: Leg, sequence: TokenSequence) -> None:
+        """What this prefill would compute cannot be handed over: the decoder had better begin at once."""
+        context = self._context
+        assert context is not None and leg.save is not None
+        leg.no_room = True
+        self._give_up(sequence)
+        leg.save.close()
+        context.counters["prefills_without_room"] += 1
+        if context.clock.now() >= self._warn_at:
+            self._warn_at = context.clock.now() + context.limits.warn_s
+            chunks = sequence.num_reusable_chunks - sequence.num_computed // sequence.chunk_tokens
+            advice = "no segment has room: decoders compute all prompts themselves; give nodes larger segments"
+            log_fields(_log, logging.WARNING, "no_room", request=leg.request_id, chunks=chunks, advice=advice)
 
     def _progress(self, sequence: TokenSequence, num_chunks: int) -> None:
         self._loaded(sequence, num_chunks)

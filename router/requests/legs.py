@@ -143,6 +143,7 @@ class RequestLegs:
             return
         leg.cached_tokens, leg.computed_tokens = result.cached_tokens, result.computed_tokens
         leg.moved, leg.timings = result.moved, result.timings
+        leg.note = "no_room" if result.no_room else None
         self._listener.tell(PrefillDone(action.leg, result))
 
     async def _decode(self, action: StartDecode, leg: LegRecord) -> None:

@@ -16,7 +16,7 @@ _log = logging.getLogger("router.request")
 
 
 class LegRecord(msgspec.Struct, kw_only=True):
-    """One leg. `error`: code and message of its failure."""
+    """One leg. `error`: code and message of its failure. `note`: why it did less than it was asked."""
 
     id: str
     node: str
@@ -26,6 +26,7 @@ class LegRecord(msgspec.Struct, kw_only=True):
     moved: list[Moved] = []
     timings: Timings | None = None
     error: str | None = None
+    note: str | None = None
 
 
 class RouteRecord(msgspec.Struct, kw_only=True):

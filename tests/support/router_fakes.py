@@ -104,6 +104,8 @@ class FakeNode:
     down: bool = False
     draining: bool = False
     prefill_error: KVFerryError | None = None
+    no_room: bool = False
+    """Its prefills end before they compute."""
     generate_error: KVFerryError | None = None
     die_after: int | None = None
     """Tokens after which a stream breaks off."""
@@ -165,6 +167,10 @@ class FakeNode:
                 raise self.prefill_error
         finally:
             self.running -= 1
+        if self.no_room:
+            return PrefillResult(
+                request_id=request.request_id, cached_tokens=0, computed_tokens=0, stored_chunks=0, no_room=True
+            )
         total = len(request.prompt_token_ids)
         return PrefillResult(
             request_id=request.request_id,

@@ -261,7 +261,7 @@ class SimCluster:
         """Somebody writes where nothing was granted: over a header, or into payload."""
         if self.nodes[name].service.alive:
             memory = self.setup.memory[self.nodes[name].segment.id]
-            at = 4096 * self.dice.randrange(memory.nbytes // 4096) + self.dice.choice([0, 100, 300])
+            at = 4096 * self.dice.randrange(max(1, memory.nbytes // 4096)) + self.dice.choice([0, 100, 300])
             memory[at : at + 64] = self.dice.randbytes(64)
 
     def _make_peace(self) -> None:

@@ -106,6 +106,13 @@ async def test_a_node_that_is_refused_is_named_with_the_reason(serve):
     assert "the metadata server refuses x: node x at http://x:1 is of cluster 'b', not 'a'" in out
 
 
+@pytest.mark.parametrize("declined", [0, 12])
+async def test_chunks_that_found_no_room_are_told_of(serve, declined):
+    stats = msgspec.structs.replace(STATS, counters={"declined_full": declined})
+    _, out = await show("http://127.0.0.1:9", await serve("/v1/stats", msgspec.json.encode(stats)))
+    assert ("12 chunks were not stored" in out) == bool(declined) == ("no segment had room" in out)
+
+
 async def test_a_router_that_is_down_does_not_hide_the_store(serve):
     metadata = await serve("/v1/stats", msgspec.json.encode(STATS))
     code, out = await show("http://127.0.0.1:9", metadata)

@@ -82,6 +82,17 @@ async def test_without_prefillers_left_the_decoder_is_told_to_compute() -> None:
     assert [leg.error is not None for leg in run.record.legs if leg.kind == "prefill"] == [True, True]
 
 
+async def test_a_prefill_that_found_no_room_is_noted_and_the_decoder_computes() -> None:
+    rig = await make_rig(limits=IMPATIENT)
+    for node in rig.nodes.nodes:
+        node.no_room = node.wait_for_handoff = True
+    run = open_run(rig)
+    assert (await tokens_of(run))[0] == expected(PROMPT, 8)
+    await rig.dispatcher.aclose()
+    notes = [(leg.kind, leg.note, leg.error, leg.computed_tokens) for leg in run.record.legs]
+    assert notes == [("prefill", "no_room", None, 0), ("decode", None, None, 1)], "nor is it tried elsewhere"
+
+
 async def test_the_end_of_a_handoff_that_overtakes_its_leg_is_said_again() -> None:
     rig = await make_rig(limits=RequestLimits(handoff_grace_s=0.01))
     for node in rig.nodes.nodes:
