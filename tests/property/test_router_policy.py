@@ -43,6 +43,7 @@ def reference_route(
             for node in view.decoders
             if node.max_context >= request.prompt_tokens + request.completion_tokens
             and (node.id == request.decoder if request.decoder else node.id not in request.exclude)
+            and request.fingerprint in (b"", node.fingerprint)
         ],
         decoder_cost,
         request.turn,
@@ -69,7 +70,9 @@ def reference_route(
             prefiller_cost,
             request.turn,
         )
-        reason = ("prefix_hit" if cached else "no_prefix") if prefiller else "no_prefiller"
+        foreign = view.prefillers and not any(node.fingerprint == decoder.fingerprint for node in view.prefillers)
+        found = "prefix_hit" if cached else "no_prefix"
+        reason = found if prefiller else "other_kv" if foreign else "no_prefiller"
     return Route(
         prefiller=prefiller.id if prefiller else None,
         decoder=decoder.id,
@@ -122,6 +125,7 @@ requests = st.builds(
     hits=st.dictionaries(KINDS, hits(), max_size=2),
     exclude=st.frozensets(NAMES, max_size=4),
     decoder=st.none() | NAMES,
+    fingerprint=st.just(b"") | KINDS,
 )
 views = st.builds(ClusterView, prefillers=nodes(Role.PREFILLER), decoders=nodes(Role.DECODER))
 

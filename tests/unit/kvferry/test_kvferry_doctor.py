@@ -98,12 +98,13 @@ def test_a_tokenizer_that_does_not_load_is_wrong(tmp_path):
     assert not finding.ok and "cannot be read" in finding.detail
 
 
-def test_a_chat_template_that_the_router_would_refuse_is_wrong(tmp_path):
+def test_a_chat_template_that_the_router_cannot_read_is_told_of_and_costs_chats_alone(tmp_path):
     Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
     assert "1 tokens, no chat template" in doctor._check_tokenizer(tmp_path).detail
     (tmp_path / "chat_template.jinja").write_text("{% for x in %}")
     finding = doctor._check_tokenizer(tmp_path)
-    assert not finding.ok and "chat template" in finding.detail
+    assert finding.ok and "chat template cannot be read" in finding.detail
+    assert finding.detail.endswith("only /v1/completions will work")
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     assert doctor._check_tokenizer(tmp_path).detail == "1 tokens, a chat template"
 
