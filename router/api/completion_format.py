@@ -51,7 +51,7 @@ class CompletionFormatter(OpenAIFormatter):
         offsets: list[int] = []
         for named in entries:
             offsets.append(self._offsets[piece.index])
-            self._offsets[piece.index] += len(named.token.text)
+            self._offsets[piece.index] += named.num_chars
         return {
             "tokens": [named.token.text for named in entries],
             "token_logprobs": [named.logprob for named in entries],

@@ -5,7 +5,7 @@ A formatter has state for one answer; it does no I/O. `chat_format` and `complet
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Protocol
 
@@ -52,11 +52,17 @@ def finite(logprob: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class NamedLogprob:
-    """A token of an answer, its logprob, and those of the likeliest tokens in its place."""
+    """A token of an answer, its logprob, and those of the likeliest tokens in its place. `num_chars`: how much text it
+    completes, whatever it is called."""
 
     token: NamedToken
+    num_chars: int
     logprob: float
     top: Sequence[tuple[NamedToken, float]]
+
+
+def _by_id(token_id: int, token: NamedToken) -> NamedToken:
+    return replace(token, text=f"token_id:{token_id}")
 
 
 class Formatter(Protocol):
@@ -129,9 +135,13 @@ class OpenAIFormatter:
         """The tokens of the piece with their logprobs. Once a piece, in their order."""
         names, named = self._names[piece.index], []
         for token_id, logprob in piece.logprobs:
-            token, others = names.step(token_id, [other for other, _ in logprob.top])
-            values = [finite(value) for _, value in logprob.top]
-            named.append(NamedLogprob(token, finite(logprob.logprob), list(zip(others, values, strict=True))))
+            ids = [other for other, _ in logprob.top]
+            token, others = names.step(token_id, ids)
+            num_chars = len(token.text)
+            if self._answer.shown.tokens_as_ids:
+                token, *others = [_by_id(i, named) for i, named in zip((token_id, *ids), (token, *others), strict=True)]
+            top = [(other, finite(value)) for other, (_, value) in zip(others, logprob.top, strict=True)]
+            named.append(NamedLogprob(token, num_chars, finite(logprob.logprob), top))
         return named
 
     def _token_ids(self, piece: TextPiece) -> dict[str, object]:

@@ -14,6 +14,7 @@ from nodeapi.messages import SamplingParams
 from router.api.chat_messages import ChatMessage, message_of, template_values
 from router.api.checks import refuse, require
 from router.api.limits import ApiLimits
+from router.api.truncation import truncated
 from router.requests.spec import (
     AnswerRequest,
     ChatPrompt,
@@ -65,6 +66,9 @@ class _CommonFields(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool | None = False
     cache_salt: str | None = None
     return_token_ids: bool | None = False
+    return_tokens_as_token_ids: bool | None = False
+    truncate_prompt_tokens: int | None = None
+    truncation_side: str | None = None
     include_stop_str_in_output: bool | None = False
     skip_special_tokens: bool | None = True
     spaces_between_special_tokens: bool | None = True
@@ -123,15 +127,18 @@ def answer_request(
     the same. Raises InvalidRequestError.
     """
     stops = _stops(request, limits)
+    context = _ANY_CONTEXT if max_context is None else max_context
+    room = context - _max_tokens(request, 0, DEFAULT_COMPLETION_TOKENS)[0]
     specs = [
         RequestSpec(
             request_id=request_id if number == 0 else f"{request_id}-{number}",
             prompt_token_ids=prompt,
-            sampling=_sampling(request, len(prompt), _ANY_CONTEXT if max_context is None else max_context, limits),
+            sampling=_sampling(request, len(prompt), context, limits),
             cache_salt=(request.cache_salt or "").encode(),
             client_request_id=client_request_id,
         )
-        for number, prompt in enumerate(prompts)
+        for number, whole in enumerate(prompts)
+        for prompt in [truncated(whole, request.truncate_prompt_tokens, request.truncation_side, room)]
     ]
     return AnswerRequest(
         specs,
@@ -154,7 +161,12 @@ def _shown(request: AnyRequest) -> ShownFields:
     options = request.stream_options or StreamOptions()
     usage = bool(request.stream and options.include_usage)
     so_far = usage and bool(options.continuous_usage_stats)
-    return ShownFields(token_ids=bool(request.return_token_ids), usage=usage, usage_so_far=so_far)
+    return ShownFields(
+        token_ids=bool(request.return_token_ids),
+        tokens_as_ids=bool(request.return_tokens_as_token_ids),
+        usage=usage,
+        usage_so_far=so_far,
+    )
 
 
 def _stops(request: AnyRequest, limits: ApiLimits) -> list[str]:

@@ -24,7 +24,6 @@ HARMLESS: dict[str, str] = {
     "session_id": "the cache finds what a session's requests share",
     "store": "nothing of an answer is kept",
     "stream_interval": "chunks come as the tokens do",
-    "truncation_side": "counts with truncate_prompt_tokens only, which is refused",
     "user": "nobody is watched",
 }
 """Name: why no answer depends on it."""
@@ -69,13 +68,11 @@ REFUSED: dict[str, RefusedField] = {
     "repetition_detection": RefusedField("use repetition_penalty or frequency_penalty"),
     "request_id": RefusedField("send the header X-Request-Id"),
     "return_prompt_text": RefusedField("use return_token_ids", (False,)),
-    "return_tokens_as_token_ids": RefusedField("use return_token_ids", (False,)),
     "routed_experts_prompt_start": RefusedField("no experts are returned", (0,)),
     "structural_tag": _NO_CONSTRAINTS,
     "structured_outputs": _NO_CONSTRAINTS,
     "suffix": RefusedField("put what comes before and after into the prompt, in the model's own form", ("",)),
     "thinking_token_budget": RefusedField("use max_tokens", (-1,)),
-    "truncate_prompt_tokens": RefusedField("shorten the prompt yourself"),
     "use_beam_search": RefusedField("use n", (False,)),
     "verbosity": RefusedField("ask for it in the prompt", ("medium",)),
     "vllm_xargs": RefusedField("nothing here reads them", ({},)),

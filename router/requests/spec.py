@@ -60,6 +60,8 @@ class ShownFields:
     """What the client wants to see beside the text. Logprobs are asked of the engine: `SamplingParams.logprobs`."""
 
     token_ids: bool = False
+    tokens_as_ids: bool = False
+    """Logprobs name a token by its id, as `token_id:7`, not by its text."""
     usage: bool = False
     """Usage at the end of a stream; an answer in one body always has it."""
     usage_so_far: bool = False

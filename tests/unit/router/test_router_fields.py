@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 
 import httpx
 import pytest
-from support.router_fakes import Rig, make_rig
+from support.router_fakes import MAX_CONTEXT, Rig, make_rig
 
 from router.api.body import strict_body
 from router.api.chat_messages import ChatMessage, ContentPart
@@ -251,3 +251,50 @@ async def test_both_names_of_the_bound_mean_the_same(
     """Load generators send both to both endpoints; the newer name counts."""
     for bounds, count in (({"max_completion_tokens": 2}, 2), ({"max_tokens": None, "max_completion_tokens": 4}, 4)):
         assert (await http.post(path, json={**ask, **bounds})).json()["usage"]["completion_tokens"] == count
+
+
+async def test_a_prompt_is_shortened_if_asked_for(http: httpx.AsyncClient) -> None:
+    async def prompt_of(**more: object) -> list[int]:
+        body = {**ASK, "prompt": "abcdef", "max_tokens": 3, "return_token_ids": True, **more}
+        reply = await http.post("/v1/completions", json=body)
+        assert reply.status_code == 200, reply.text
+        (choice,) = reply.json()["choices"]
+        assert reply.json()["usage"]["prompt_tokens"] == len(choice["prompt_token_ids"])
+        return list(choice["prompt_token_ids"])
+
+    for limit, side, text in (
+        (2, None, b"ef"),
+        (2, "left", b"ef"),
+        (2, "right", b"ab"),
+        (6, "left", b"abcdef"),
+        (-1, "right", b"abcdef"),
+        (None, "right", b"abcdef"),
+    ):
+        assert await prompt_of(truncate_prompt_tokens=limit, truncation_side=side) == list(text)
+    long = "x" * MAX_CONTEXT + "y"
+    assert await prompt_of(prompt=long, truncate_prompt_tokens=-1) == list(long[-(MAX_CONTEXT - 3) :].encode())
+    most = {"prompt": long, "max_tokens": None, "truncate_prompt_tokens": -1}
+    assert len(await prompt_of(**most)) == MAX_CONTEXT - 16, "the room of a completion's default"
+    for wrong, param in (
+        ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
+        ({"truncation_side": "middle"}, "truncation_side"),
+        ({"truncate_prompt_tokens": 0}, "prompt"),
+    ):
+        assert refusal_of(await http.post("/v1/completions", json={**ASK, **wrong}))[0] == param
+    no_room = await http.post("/v1/completions", json={**ASK, "max_tokens": MAX_CONTEXT, "truncate_prompt_tokens": -1})
+    assert no_room.json()["error"]["code"] == "context_length_exceeded"
+
+
+async def test_logprobs_name_tokens_by_their_ids_if_asked_for(http: httpx.AsyncClient) -> None:
+    ask = {**CHAT, "logprobs": True, "top_logprobs": 1, "return_token_ids": True, "return_tokens_as_token_ids": True}
+    (choice,) = (await http.post("/v1/chat/completions", json=ask)).json()["choices"]
+    names = [f"token_id:{token_id}" for token_id in choice["token_ids"]]
+    entries = choice["logprobs"]["content"]
+    assert [entry["token"] for entry in entries] == [entry["top_logprobs"][0]["token"] for entry in entries] == names
+    assert bytes(byte for entry in entries for byte in entry["bytes"]).decode() == choice["message"]["content"]
+    ask = {**ASK, "logprobs": 1, "return_token_ids": True, "return_tokens_as_token_ids": True}
+    (choice,) = (await http.post("/v1/completions", json=ask)).json()["choices"]
+    names = [f"token_id:{token_id}" for token_id in choice["token_ids"]]
+    assert choice["logprobs"]["tokens"] == names
+    assert choice["logprobs"]["text_offset"] == [0, 1, 2], "of the text, which is not made of names"
+    assert [list(top) for top in choice["logprobs"]["top_logprobs"]] == [[name] for name in names]
