@@ -66,13 +66,11 @@ def _long_rope(facts: EngineFacts) -> str:
 
 
 def _speculative(facts: EngineFacts) -> str:
-    """A speculator's own layers lie in the same blocks."""
+    """A speculator with KV of its own, whose layers lie in the same blocks. Others (ngram, ...) leave no trace."""
     speculative = facts.config.speculative_config
-    if speculative is None:
+    if speculative is None or not speculative.uses_draft_kv_cache():
         return "none"
     draft = speculative.draft_model_config
-    if draft is None:
-        return str(speculative.method)
     text = json.dumps([draft.hf_config.to_dict(), draft.revision, draft.code_revision], sort_keys=True, default=str)
     return f"{speculative.method} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 

@@ -18,6 +18,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from engines.vllm.arguments import command_line
+from engines.vllm.connector.connector import KVFerryConnector
 from engines.vllm.engine import VllmEngine
 from engines.vllm.kv_factors import KV_FACTORS, resolved_cache_dtype
 from engines.vllm.queue_naps import wait_without_spinning
@@ -160,3 +161,13 @@ async def test_every_error_of_vllms_becomes_one_of_ours(theirs, ours):
         async for _ in engine._outputs("leg", [1], b"", MagicMock(), 5.0):
             pass
     assert type(caught.value) is ours
+
+
+def test_a_connector_whose_workers_have_not_reported_says_that_it_was_not_reset(caplog):
+    connector = object.__new__(KVFerryConnector)
+    connector._scheduler = None
+    assert connector.reset_cache() is False
+    assert "kv_identity_not_reset" in caplog.text
+    connector._scheduler = MagicMock()
+    assert connector.reset_cache() is True
+    connector._scheduler.reset.assert_called_once_with()

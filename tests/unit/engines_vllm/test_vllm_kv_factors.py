@@ -27,7 +27,7 @@ def engine(
     backends: tuple[str, ...] = ("FLASH_ATTN", "FLASH_ATTN"),
     block_size: int = 16,
     rope: dict[str, Any] | None = None,
-    draft: tuple[str, dict[str, Any] | None] | None = None,
+    draft: tuple[str, dict[str, Any]] | None = None,
     **model: Any,
 ) -> EngineFacts:
     hf = SimpleNamespace(rope_parameters=rope)
@@ -42,9 +42,10 @@ def engine(
     speculative = None
     if draft is not None:
         method, settings = draft
-        hf_config = SimpleNamespace(to_dict=lambda: settings)
-        folder = SimpleNamespace(hf_config=hf_config, revision=None, code_revision=None) if settings else None
-        speculative = SimpleNamespace(method=method, draft_model_config=folder)
+        folder = SimpleNamespace(hf_config=SimpleNamespace(to_dict=lambda: settings), revision=None, code_revision=None)
+        speculative = SimpleNamespace(
+            method=method, draft_model_config=folder, uses_draft_kv_cache=lambda: method != "ngram"
+        )
     config = SimpleNamespace(
         model_config=SimpleNamespace(**model),
         cache_config=SimpleNamespace(block_size=block_size),
@@ -91,8 +92,7 @@ TABLE: dict[str, list[list[dict[str, Any]]]] = {
     "platform": [[{}], [{"platform": "rocm"}], [{"platform": "cpu"}]],
     "quantization": [[{}], [{"quantization": "fp8"}], [{"quantization": "awq"}]],
     "speculative-config": [
-        [{}],
-        [{"draft": ("ngram", None)}],
+        [{}, {"draft": ("ngram", {"layers": 1})}],
         [{"draft": ("eagle3", {"layers": 1})}, {"draft": ("eagle3", {"layers": 1})}],
         [{"draft": ("eagle3", {"layers": 2})}],
         [{"draft": ("mtp", {"layers": 1})}],
