@@ -78,6 +78,7 @@ class MetadataClient:
         self._limits = limits
         self._pause_s = 0.0
         self._closed_until = 0.0
+        self._num_waits = 0
         self._speaks = speaks
         self.protocol = 1
         """The newest version that both sides speak, once `register` or `nodes` was answered; else the first. A field
@@ -115,8 +116,23 @@ class MetadataClient:
         return await self._call(endpoints.MATCH, request, timeout_s)
 
     async def wait(self, request: WaitRequest, *, timeout_s: float | None = None) -> MatchReply:
-        """As match, once there is more or `request.timeout_s` is up; that time is added to the call's own deadline."""
-        return await self._call(endpoints.WAIT, request, timeout_s, poll_s=request.timeout_s)
+        """As match, once there is more or `request.timeout_s` is up; that time is added to the call's own deadline.
+        With too many under way it is answered after a moment with what there is."""
+        limits = self._limits
+        if self._num_waits >= limits.max_waits:
+            await asyncio.sleep(min(limits.wait_poll_s, request.timeout_s))
+            asked = MatchRequest(
+                keys=request.keys,
+                lease_s=request.lease_s,
+                node_id=request.node_id,
+                incarnation=request.incarnation,
+            )
+            return await self.match(asked, timeout_s=timeout_s)
+        self._num_waits += 1
+        try:
+            return await self._call(endpoints.WAIT, request, timeout_s, poll_s=request.timeout_s)
+        finally:
+            self._num_waits -= 1
 
     async def release(self, request: ReleaseRequest, *, timeout_s: float | None = None) -> None:
         """Give read leases back. Idempotent."""

@@ -12,28 +12,37 @@ import msgspec
 from kvcore.errors import MetadataProtocolError, MetadataUnavailableError, NodeRefusedError
 from kvcore.ports import why_unreachable
 from kvcore.process.http_client import http_session
+from metadata_server.endpoints import ENDPOINTS
 from metadata_server.limits import ClientLimits
 
 _MSGPACK = {"Content-Type": "application/msgpack", "Accept": "application/msgpack"}
 
 
+_LONG_POLLS = frozenset(endpoint.path for endpoint in ENDPOINTS if endpoint.waits)
+
+
 class HttpMetadataTransport:
-    """`MetadataTransport` to `url` (http://host:port) over kept-alive connections."""
+    """`MetadataTransport` to `url` (http://host:port) over kept-alive connections. Long polls have connections of their
+    own: however many there are, they hold no other call up."""
 
     def __init__(self, url: str, limits: ClientLimits = ClientLimits()) -> None:
         self._url = url.rstrip("/")
         self._limits = limits
-        self._session: aiohttp.ClientSession | None = None
+        self._sessions: dict[bool, aiohttp.ClientSession] = {}
+        """By whether they carry long polls."""
 
     async def call(self, path: str, body: bytes, timeout_s: float) -> bytes:
         """See `MetadataTransport.call`."""
-        if self._session is None:
-            self._session = _new_session(self._limits)
+        waits = path in _LONG_POLLS
+        session = self._sessions.get(waits)
+        if session is None:
+            limit = self._limits.max_waits if waits else self._limits.max_connections
+            session = self._sessions[waits] = _new_session(self._limits, limit)
         method = "POST" if body else "GET"
         try:
             async with (
                 asyncio.timeout(timeout_s),
-                self._session.request(method, self._url + path, data=body or None, headers=_MSGPACK) as response,
+                session.request(method, self._url + path, data=body or None, headers=_MSGPACK) as response,
             ):
                 reply = await response.read()
                 status = response.status
@@ -47,8 +56,8 @@ class HttpMetadataTransport:
 
     async def aclose(self) -> None:
         """Close the connections. Idempotent."""
-        session, self._session = self._session, None
-        if session is not None:
+        sessions, self._sessions = self._sessions, {}
+        for session in sessions.values():
             await session.close()
 
 
@@ -64,7 +73,7 @@ class HttpEventSource:
     async def batches(self, epoch: str, from_seq: int) -> AsyncGenerator[bytes, None]:
         """See `EventSource.batches`."""
         if self._session is None:
-            self._session = _new_session(self._limits)
+            self._session = _new_session(self._limits, self._limits.max_connections)
         url = self._url + "/v1/events"
         params = {"epoch": epoch, "from_seq": str(from_seq)}
         try:
@@ -99,8 +108,8 @@ class _FaultBody(msgspec.Struct):
     error: _FaultText
 
 
-def _new_session(limits: ClientLimits) -> aiohttp.ClientSession:
-    connector = aiohttp.TCPConnector(limit=limits.max_connections, keepalive_timeout=limits.idle_connection_s)
+def _new_session(limits: ClientLimits, max_connections: int) -> aiohttp.ClientSession:
+    connector = aiohttp.TCPConnector(limit=max_connections, keepalive_timeout=limits.idle_connection_s)
     return http_session(
         connector=connector, timeout=aiohttp.ClientTimeout(total=None), cookie_jar=aiohttp.DummyCookieJar()
     )

@@ -14,6 +14,9 @@ import pytest
 from support.metadata_rigs import MAX_BODY, metadata_rig, until
 from support.metadata_words import granted, ids, key, registration, reservation
 
+from metadata_server.client import MetadataClient
+from metadata_server.http_transport import HttpMetadataTransport
+from metadata_server.limits import ClientLimits
 from metadata_server.messages import EventBatch, MatchReply, MatchRequest, WaitRequest
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -105,6 +108,25 @@ async def test_a_client_that_leaves_ends_its_long_poll(rig, http):
         call.cancel()
     await until(lambda: rig.core.num_waiters == 0)
     assert (await rig.client.stats()).read_leases == 0
+
+
+async def test_waits_hold_no_other_call_up_however_many_there_are(rig):
+    limits = ClientLimits(max_connections=2, max_waits=6, wait_poll_s=0.05)
+    transport = HttpMetadataTransport(rig.url, limits)
+    client = MetadataClient(transport, rig.clock, 5.0, limits=limits)
+    rig.core.state.register(registration("a"), rig.clock.now())
+    reserved = granted(rig.core.state.reserve(reservation("a", [1]), rig.clock.now()))
+    wanted = WaitRequest(keys=[key(1)], timeout_s=60.0)
+    waits = [asyncio.create_task(client.wait(wanted)) for _ in range(6)]
+    await until(lambda: rig.core.num_waiters == 6)
+    late = [await client.wait(wanted) for _ in range(3)]
+    assert [reply.replicas for reply in late] == [[]] * 3, "more than may wait are told what there is"
+    assert (await asyncio.gather(*(client.match(MatchRequest(keys=[key(1)])) for _ in range(8))))[0].replicas == []
+    assert not any(wait.done() for wait in waits) and rig.core.num_waiters == 6
+    await client.commit(ids("a", reserved))
+    assert [len(reply.replicas) for reply in await asyncio.gather(*waits)] == [1] * 6
+    assert len((await client.wait(wanted)).replicas) == 1
+    await transport.aclose()
 
 
 async def test_a_request_cut_in_its_body_harms_nobody(rig, http):
