@@ -12,7 +12,7 @@ from kvcore.errors import ModelLoadError
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-TOKENIZER_FILES = ("tokenizer*.json", "*.jinja")
+TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "chat_template.json", "*.jinja")
 
 
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja")

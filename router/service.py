@@ -40,8 +40,8 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
     Raises ModelLoadError (no tokenizer) or ConfigError (the port is in use).
     """
     tokenizer = await asyncio.to_thread(make_tokenizer, config)
-    if isinstance(tokenizer, FolderTokenizer) and tokenizer.template_problem is not None:
-        log_fields(_log, logging.WARNING, "no_chats", problem=tokenizer.template_problem)
+    if isinstance(tokenizer, FolderTokenizer) and tokenizer.chat_problem is not None:
+        log_fields(_log, logging.WARNING, "no_chats", problem=tokenizer.chat_problem)
     clock, bounds = SystemClock(), config.router
     client = await _make_client(config)
     lifecycle.stack.push_async_callback(client.aclose)

@@ -73,8 +73,16 @@ What `POST /v1/chat/completions` and `POST /v1/completions` take: every field of
 field that would change the answer is ignored: it is obeyed, or refused with an error whose `param` is its name. A field
 that nobody knows, such as a slip of the pen, is refused, too. `null` asks for nothing, with any field of this page.
 
-Parts of messages are text; tools are not supported: `tools` may be `[]`, `tool_choice` `none` or `auto`, and
-`response_format` `{"type": "text"}`.
+Parts of messages are text, and `response_format` may be `{"type": "text"}`. Calls of tools in an answer are not told
+apart from its text: `tools` are refused unless `tool_choice` is `none`, with which the model is told of them. Calls in
+the history and what came of them reach the model.
+
+The chat template is the model folder's: `chat_template.jinja`, or `chat_template` in `tokenizer_config.json`; of
+several named ones `default`, and `tool_use` for requests with tools. It renders as in transformers, of messages in the
+form that vLLM's server hands over: parts are joined by a newline unless the template loops over them; the arguments of
+calls are objects; `reasoning` and `reasoning_content` are one; developers are the system where the template knows none.
+`chat_template_kwargs`, `documents` and `reasoning_effort` are variables of the template. One that cannot be read, or
+does too much, costs the chats that need it an error of 400, and nothing else.
 """
 
 

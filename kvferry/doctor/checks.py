@@ -122,10 +122,8 @@ def _check_tokenizer(folder: Path) -> Finding:
         tokenizer = FolderTokenizer(folder)
     except ModelLoadError as error:
         return Finding("tokenizer", False, error.message, "download or convert the model again")
-    if tokenizer.template_problem is not None:
-        detail = f"{tokenizer.template_problem}: only /v1/completions will work"
-        return Finding("tokenizer", True, f"{tokenizer.vocab_size} tokens, {detail}")
-    chat = "a chat template" if tokenizer.has_chat_template else "no chat template: only /v1/completions will work"
+    problem = tokenizer.chat_problem
+    chat = "a chat template" if problem is None else f"{problem}: only /v1/completions will work"
     return Finding("tokenizer", True, f"{tokenizer.vocab_size} tokens, {chat}")
 
 

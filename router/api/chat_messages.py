@@ -7,25 +7,26 @@ from collections.abc import Mapping
 
 import msgspec
 
+from router.api.chat_tools import call_of
 from router.api.checks import refuse, require
 
-_OWN_NAMES = frozenset(
-    ("add_generation_prompt", "chat_template", "continue_final_message", "documents", "messages", "tokenize", "tools")
-)
-"""What `chat_template_kwargs` may not hold: these are fields of the request, or none of the client's business."""
+_TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal", "thinking": "thinking"}
+"""Types of parts that are text, and the field that it stands in."""
 
 
 class ContentPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A part of a message; only type `text` is supported. What caches are told is harmless: ours needs no hints."""
+    """A part of a message, which must be text. What caches are told is harmless: ours needs no hints."""
 
     type: str
     text: str | None = None
+    refusal: str | None = None
+    thinking: str | None = None
     cache_control: object = None
+    closed: object = None
     prompt_cache_breakpoint: object = None
     file: object = None
     image_url: object = None
     input_audio: object = None
-    refusal: object = None
     uuid: object = None
     video_url: object = None
 
@@ -35,11 +36,11 @@ class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     that an answer cites, and as `cache_control` harmless."""
 
     role: str
-    content: str | list[ContentPart] | None = None
+    content: str | list[str | ContentPart] | None = None
     name: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
-    tool_calls: list[object] | None = None
+    tool_calls: list[dict[str, object]] | None = None
     tool_call_id: str | None = None
     annotations: object = None
     audio: object = None
@@ -47,39 +48,56 @@ class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     function_call: object = None
     refusal: str | None = None
     task: str | None = None
-    tools: list[object] | None = None
-
-
-def template_values(given: Mapping[str, object] | None) -> dict[str, object]:
-    """What `chat_template_kwargs` gives the template, in a dict of the caller's own."""
-    values = dict(given or {})
-    for name in sorted(_OWN_NAMES & values.keys()):
-        require(False, f"chat_template_kwargs.{name}", "is not the template's to be given")
-    return values
+    tools: list[dict[str, object]] | None = None
 
 
 def message_of(number: int, message: ChatMessage) -> Mapping[str, object]:
-    """What the template sees of the message at `number`. Raises for all that is not text."""
-    where = f"messages[{number}]"
+    """What the template sees of the message at `number`, its keys in vLLM's order. Raises for all that is not text."""
+    where, is_assistant = f"messages[{number}]", message.role == "assistant"
     require(bool(message.role), f"{where}.role", "must not be empty")
-    require(message.role not in ("tool", "function"), f"{where}.role", "is not supported: tools are not")
-    for name in ("tool_calls", "tool_call_id", "tools", "function_call", "audio", "refusal", "task"):
+    for name in ("function_call", "audio", "refusal"):
         refuse(f"{where}.{name}", bool(getattr(message, name)))
-    require(message.content is not None, f"{where}.content", "is missing")
+    require(message.content is not None or is_assistant, f"{where}.content", "is missing")
     seen: dict[str, object] = {"role": message.role, "content": message.content}
     if isinstance(message.content, list):
         seen["content"] = [_part(f"{where}.content", part) for part in message.content]
     reasoning = message.reasoning if message.reasoning is not None else message.reasoning_content
-    if reasoning is not None and message.role == "assistant":
-        seen["reasoning_content"] = reasoning
-    if message.name is not None:
-        seen["name"] = message.name
-    return seen
+    if is_assistant:
+        calls = message.tool_calls or []
+        if calls:
+            seen["tool_calls"] = [call_of(f"{where}.tool_calls[{at}]", call) for at, call in enumerate(calls)]
+        if reasoning is not None:
+            seen |= {"reasoning": reasoning, "reasoning_content": reasoning}
+    else:
+        refuse(f"{where}.tool_calls", bool(message.tool_calls))
+    refuse(f"{where}.tools", bool(message.tools) and message.role != "developer")
+    given = {
+        "tool_call_id": message.tool_call_id if message.role == "tool" else None,
+        "name": message.name,
+        "task": message.task,
+        "tools": message.tools if message.role == "developer" else None,
+    }
+    return seen | {name: value for name, value in given.items() if value is not None}
 
 
-def _part(where: str, part: ContentPart) -> dict[str, str]:
-    require(part.type == "text", where, f"parts of type {part.type!r} are not supported, only text")
-    require(part.text is not None, where, "parts of type text need a text")
-    for name in ("file", "image_url", "input_audio", "refusal", "uuid", "video_url"):
+def template_values(given: Mapping[str, object] | None, fields: Mapping[str, object]) -> dict[str, object]:
+    """What `chat_template_kwargs` gives the template, in a dict of the caller's own. `fields`: those of the request
+    that the template is given under their own names; what says the same again is harmless."""
+    values = dict(given or {})
+    for name in ("chat_template", "messages", "tokenize"):
+        require(name not in values, f"chat_template_kwargs.{name}", "is not the template's to be given")
+    for name in fields.keys() & values.keys():
+        same = values.pop(name) == fields[name]
+        require(same, f"chat_template_kwargs.{name}", f"is a field of the request: give {name} there")
+    return values
+
+
+def _part(where: str, part: str | ContentPart) -> dict[str, str]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    require(part.type in _TEXTS, where, f"parts of type {part.type!r} are not supported, only text")
+    for name in ("file", "image_url", "input_audio", "uuid", "video_url"):
         refuse(f"{where}.{name}", getattr(part, name) is not None)
-    return {"type": "text", "text": part.text or ""}
+    text: str | None = getattr(part, _TEXTS[part.type])
+    require(text is not None, where, f"parts of type {part.type} need a {_TEXTS[part.type]}")
+    return {"type": "text", "text": text or ""}

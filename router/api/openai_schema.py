@@ -6,12 +6,13 @@ Owns the names of the fields that are obeyed, the checks of each and their messa
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
 from nodeapi.messages import SamplingParams
 from router.api.chat_messages import ChatMessage, message_of, template_values
+from router.api.chat_tools import Tool, tools_of
 from router.api.checks import refuse, require
 from router.api.limits import ApiLimits
 from router.api.truncation import truncated
@@ -86,7 +87,7 @@ class ChatRequest(_CommonFields, frozen=True, kw_only=True):
     add_special_tokens: bool | None = False
     logprobs: bool | None = False
     top_logprobs: int | None = None
-    tools: list[object] | None = None
+    tools: list[Tool] | None = None
     tool_choice: str | dict[str, object] | None = None
     response_format: dict[str, object] | None = None
 
@@ -186,21 +187,34 @@ def _chat_prompt(request: ChatRequest) -> ChatPrompt:
         "continue_final_message",
         "and add_generation_prompt must not both be true",
     )
-    values = template_values(request.chat_template_kwargs)
+    asks = not continues if request.add_generation_prompt is None else request.add_generation_prompt
+    tools = tools_of(request.tools or ()) or None
+    fields = {"add_generation_prompt": asks, "continue_final_message": continues, "tools": tools}
+    values = template_values(request.chat_template_kwargs, fields)
+    documents = _documents(values.pop("documents", None)) if request.documents is None else request.documents
     if request.reasoning_effort is not None:
         values["reasoning_effort"] = request.reasoning_effort
+        values.setdefault("enable_thinking", request.reasoning_effort != "none")
     return ChatPrompt(
         [message_of(number, message) for number, message in enumerate(request.messages)],
-        add_generation_prompt=not continues if request.add_generation_prompt is None else request.add_generation_prompt,
+        add_generation_prompt=asks,
         continue_final_message=continues,
         template_values=values,
-        documents=request.documents,
+        documents=documents,
+        tools=tools,
         add_special_tokens=bool(request.add_special_tokens),
     )
 
 
+def _documents(given: object) -> list[Mapping[str, object]] | None:
+    documents = [item for item in given if isinstance(item, Mapping)] if isinstance(given, list) else None
+    require(documents == given, "chat_template_kwargs.documents", "must be objects")
+    return documents
+
+
 def _check_chat(request: ChatRequest) -> None:
-    refuse("tools", bool(request.tools))
+    if request.tools and request.tool_choice != "none":
+        refuse("tools" if request.tool_choice in (None, "auto") else "tool_choice", True)
     refuse("tool_choice", request.tool_choice not in (None, "none", "auto"))
     _check_response_format(request.response_format)
 

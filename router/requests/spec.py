@@ -30,7 +30,7 @@ class ChatPrompt:
     """What the model's chat template makes the prompt of."""
 
     messages: Sequence[Mapping[str, object]]
-    """Each has `role` and `content` (a string or a list of text parts) and may have `name` and `reasoning_content`."""
+    """Each has `role` and `content` (a string, a list of text parts or None), and what else the template may read."""
     add_generation_prompt: bool = True
     """Whether the prompt ends with what begins the assistant's next message."""
     continue_final_message: bool = False
@@ -38,6 +38,7 @@ class ChatPrompt:
     template_values: Mapping[str, object] = field(default_factory=dict)
     """What the client gives the template beside the messages. They count before the special tokens of the same name."""
     documents: Sequence[Mapping[str, object]] | None = None
+    tools: Sequence[Mapping[str, object]] | None = None
     add_special_tokens: bool = False
     """A template writes special tokens itself, so that the tokenizer need not."""
 

@@ -3,9 +3,34 @@
 Most templates take a string. Those of models that also see pictures loop over the parts of a message; they get parts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from jinja2 import nodes
+
+
+def as_parts_or_text(message: Mapping[str, object], *, parts: bool) -> str | list[dict[str, str]]:
+    """The message's content in the form that its template reads; what a tool answered is always one string."""
+    content = message.get("content")
+    return to_parts(content) if parts and message.get("role") != "tool" else join_parts(content)
+
+
+def as_system_messages(messages: list[dict[str, object]]) -> list[dict[str, object]]:
+    """For templates that know no developers: their messages are the system's, put together at the beginning as vLLM's
+    server does. Messages without any developer stay as they are."""
+    if all(message["role"] != "developer" for message in messages):
+        return messages
+    seen = [
+        {**{key: value for key, value in message.items() if key != "tools"}, "role": "system"}
+        if message["role"] == "developer"
+        else message
+        for message in messages
+    ]
+    ruling = [message for message in seen if message["role"] == "system"]
+    if ruling == seen[:1]:
+        return seen
+    texts = [text for message in ruling if (text := join_parts(message["content"]))]
+    others = [message for message in seen if message["role"] != "system"]
+    return [{"role": "system", "content": "\n\n".join(texts)}, *others]
 
 
 def join_parts(content: object) -> str:

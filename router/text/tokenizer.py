@@ -13,12 +13,13 @@ from typing import Protocol, TypeVar
 from tokenizers import Tokenizer as FastTokenizer
 
 from kvcore.config.schema import ClusterConfig, SimEngineConfig
-from kvcore.errors import InvalidRequestError, ModelLoadError
+from kvcore.errors import ModelLoadError
 from kvcore.model_folder import TOKENIZER_FILES, file_digest, find_folder
 from router.requests.spec import ChatPrompt
-from router.text.chat_template import ChatTemplate, compile_chat_template, default_template
+from router.text.chat_template import ChatTemplates, no_chat
 from router.text.message_content import join_parts
 from router.text.piece_bytes import PieceBytes
+from router.text.template_files import template_sources
 
 _T = TypeVar("_T")
 Runner = Callable[[Callable[[], _T]], Awaitable[_T]]
@@ -124,17 +125,10 @@ class FolderTokenizer:
         self.digest = file_digest(file)
         self._pieces = PieceBytes(self._tokenizer)
         settings = _read_json(folder / "tokenizer_config.json")
-        self._template: ChatTemplate | None = None
-        self.template_problem: str | None = None
-        """Why the folder's chat template cannot be used. It costs chats alone: prompts are served all the same."""
-        try:
-            self._template = _read_template(folder, settings)
-        except ValueError as error:  # of which a damaged encoding is one
-            self.template_problem = f"this model's chat template cannot be read ({error})"
+        self._templates = _read_templates(folder, settings)
 
     def __repr__(self) -> str:
-        template = "chat template" if self.has_chat_template else self.template_problem or "no chat template"
-        return f"<FolderTokenizer {self._folder} vocab_size={self.vocab_size}, {template}>"
+        return f"<FolderTokenizer {self._folder} vocab_size={self.vocab_size}, {self.chat_problem or 'chat template'}>"
 
     @property
     def vocab_size(self) -> int:
@@ -143,9 +137,9 @@ class FolderTokenizer:
         return size
 
     @property
-    def has_chat_template(self) -> bool:
-        """Whether `render_chat` works."""
-        return self._template is not None
+    def chat_problem(self) -> str | None:
+        """Why the folder's chat template cannot be used; None: it can. Prompts are served all the same."""
+        return self._templates if isinstance(self._templates, str) else self._templates.problem
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """See Tokenizer."""
@@ -168,10 +162,9 @@ class FolderTokenizer:
 
     def render_chat(self, chat: ChatPrompt) -> str:
         """See Tokenizer."""
-        if self._template is None:
-            problem = self.template_problem or "this model has no chat template"
-            raise InvalidRequestError(f"{problem}: use /v1/completions", param="messages")
-        return self._template.render(chat)
+        if isinstance(self._templates, str):
+            raise no_chat(self._templates)
+        return self._templates.render(chat)
 
 
 def make_tokenizer(config: ClusterConfig) -> Tokenizer:
@@ -182,16 +175,13 @@ def make_tokenizer(config: ClusterConfig) -> Tokenizer:
     return FolderTokenizer(find_folder(path, TOKENIZER_FILES))
 
 
-def _read_template(folder: Path, settings: dict[str, object]) -> ChatTemplate | None:
-    """None where the folder has none. Raises ValueError where it has one that cannot be used."""
-    file = folder / "chat_template.jinja"
+def _read_templates(folder: Path, settings: dict[str, object]) -> ChatTemplates | str:
+    """Or why there are none that can be read: it costs chats alone."""
     try:
-        source = file.read_text(encoding="utf-8") if file.is_file() else default_template(settings.get("chat_template"))
-    except OSError as error:
-        raise ValueError(str(error)) from error
-    if source is None:
-        return None
-    return compile_chat_template(source, {**_read_json(folder / "special_tokens_map.json"), **settings})
+        sources = template_sources(folder, settings)
+    except ValueError as error:  # of which a damaged encoding is one
+        return f"the chat template cannot be read ({error})"
+    return ChatTemplates(sources, {**_read_json(folder / "special_tokens_map.json"), **settings})
 
 
 def _read_text(file: Path) -> str:

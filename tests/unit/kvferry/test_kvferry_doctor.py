@@ -103,7 +103,7 @@ def test_a_chat_template_that_the_router_cannot_read_is_told_of_and_costs_chats_
     assert "1 tokens, no chat template" in doctor._check_tokenizer(tmp_path).detail
     (tmp_path / "chat_template.jinja").write_text("{% for x in %}")
     finding = doctor._check_tokenizer(tmp_path)
-    assert finding.ok and "chat template cannot be read" in finding.detail
+    assert finding.ok and "chat template 'default' cannot be read" in finding.detail
     assert finding.detail.endswith("only /v1/completions will work")
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     assert doctor._check_tokenizer(tmp_path).detail == "1 tokens, a chat template"

@@ -160,6 +160,22 @@ def test_fields_of_the_request_reach_the_template(tmp_path: Path) -> None:
     fields = {"reasoning_effort": "low", "documents": [{"text": "d"}], "chat_template_kwargs": {"reasoning_effort": ""}}
     assert tokenizer.render_chat(asked(CHATS[0], **fields)) == "low d True"
     assert asked(CHATS[0], continue_final_message=True).add_generation_prompt is False
+    same = {"add_generation_prompt": True, "continue_final_message": False, "documents": [{"text": "e"}]}
+    assert tokenizer.render_chat(asked(CHATS[0], chat_template_kwargs={**same, "reasoning_effort": 1})) == "1 e True"
+
+
+@pytest.mark.parametrize(
+    ("fields", "seen"),
+    [
+        ({}, "unset"),
+        ({"reasoning_effort": "high"}, "True"),
+        ({"reasoning_effort": "none"}, "False"),
+        ({"reasoning_effort": "high", "chat_template_kwargs": {"enable_thinking": False}}, "False"),
+    ],
+)
+def test_effort_is_thinking_unless_the_client_says_otherwise(tmp_path: Path, fields: dict[str, Any], seen: str) -> None:
+    tokenizer = FolderTokenizer(folder(tmp_path, "{{ enable_thinking | default('unset') }}"))
+    assert tokenizer.render_chat(asked(CHATS[0], **fields)) == seen
 
 
 @pytest.mark.parametrize(
@@ -169,6 +185,8 @@ def test_fields_of_the_request_reach_the_template(tmp_path: Path) -> None:
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
         ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs.chat_template"),
         ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs.tools"),
+        ({"chat_template_kwargs": {"add_generation_prompt": False}}, "chat_template_kwargs.add_generation_prompt"),
+        ({"chat_template_kwargs": {"documents": ["d"]}}, "chat_template_kwargs.documents"),
         ({"chat_template": "{{ messages }}"}, "chat_template"),
         ({"chat_template_kwargs": []}, "chat_template_kwargs"),
     ],
@@ -194,11 +212,69 @@ BROKEN = ["{% for %}", "{% unknown_tag %}", "{{ x | no_such_filter }}", "{% if x
 def test_a_template_that_cannot_be_read_costs_chats_alone(tmp_path: Path, template: str) -> None:
     tokenizer = FolderTokenizer(folder(tmp_path, template))
     assert tokenizer.encode("hi") == [1, 2] and "cannot be read" in repr(tokenizer)
-    with pytest.raises(InvalidRequestError, match=r"chat template cannot be read .*use /v1/completions") as caught:
+    with pytest.raises(InvalidRequestError, match=r"template 'default' cannot be read .*use /v1/compl") as caught:
         tokenizer.render_chat(asked(CHATS[0]))
     assert caught.value.param == "messages"
     finding = checks._check_tokenizer(tmp_path)
     assert finding.ok and "cannot be read" in finding.detail
+
+
+NAMED = {"default": "one", "tool_use": "two", "rag": "three"}
+TOOLS = {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "none"}
+
+
+@pytest.mark.parametrize("form", ["list", "object", "files", "files beside settings"])
+def test_of_several_templates_the_one_that_transformers_would_choose(tmp_path: Path, form: str) -> None:
+    in_settings: object = [{"name": name, "template": text} for name, text in NAMED.items()]
+    if form == "object":
+        in_settings = NAMED
+    elif form.startswith("files"):
+        in_settings = "another" if "beside" in form else None
+        (tmp_path / "chat_template.jinja").write_text(NAMED["default"])
+        (tmp_path / "additional_chat_templates").mkdir()
+        for name in ("tool_use", "rag"):
+            (tmp_path / "additional_chat_templates" / f"{name}.jinja").write_text(NAMED[name])
+    path = folder(tmp_path, in_settings)
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(str(path))
+    for fields, expected in (({}, "one"), (TOOLS, "two")):
+        assert FolderTokenizer(path).render_chat(asked(CHATS[0], **fields)) == expected
+        assert theirs.get_chat_template(tools=fields.get("tools")) == expected  # type: ignore[attr-defined]
+
+
+def test_of_several_templates_one_that_cannot_be_read_costs_the_chats_that_need_it(tmp_path: Path) -> None:
+    tokenizer = FolderTokenizer(folder(tmp_path, {"default": "one", "tool_use": "{% for %}"}))
+    assert tokenizer.render_chat(asked(CHATS[0])) == "one" and tokenizer.chat_problem is None
+    with pytest.raises(InvalidRequestError, match="template 'tool_use' cannot be read"):
+        tokenizer.render_chat(asked(CHATS[0], **TOOLS))
+
+
+def test_several_templates_of_which_none_is_for_all_are_named(tmp_path: Path) -> None:
+    tokenizer = FolderTokenizer(folder(tmp_path, {"tool_use": "two", "rag": "three"}))
+    assert tokenizer.render_chat(asked(CHATS[0], **TOOLS)) == "two"
+    with pytest.raises(InvalidRequestError, match="no chat template 'default', only rag, tool_use; use"):
+        tokenizer.render_chat(asked(CHATS[0]))
+
+
+def test_a_processors_template_counts_where_there_is_no_other(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "the processor's"}))
+    assert FolderTokenizer(folder(tmp_path, None)).render_chat(asked(CHATS[0])) == "the processor's"
+    assert FolderTokenizer(folder(tmp_path, "own")).render_chat(asked(CHATS[0])) == "own"
+
+
+@pytest.mark.parametrize(
+    ("template", "roles", "seen"),
+    [
+        (NAMES, "developer user", "system: 0\nuser: 1\n"),
+        (NAMES, "system developer user developer", "system: 0\n\n1\n\n3\nuser: 2\n"),
+        (NAMES, "user system", "user: 0\nsystem: 1\n"),
+        (NAMES + "{# a 'developer' #}", "system developer", "system: 0\ndeveloper: 1\n"),
+    ],
+)
+def test_developers_are_the_system_for_templates_that_know_none(
+    tmp_path: Path, template: str, roles: str, seen: str
+) -> None:
+    messages = [{"role": role, "content": str(number)} for number, role in enumerate(roles.split())]
+    assert FolderTokenizer(folder(tmp_path, template)).render_chat(asked(messages)) == seen
 
 
 def test_a_template_file_in_no_encoding_costs_chats_alone(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from router.requests.limits import RequestLimits
 
 IMPATIENT = RequestLimits(patience_s=0.0, retry_pause_s=0.01)
 ASK = {"model": "fake-model", "prompt": "hello" * 20, "max_tokens": 4}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+CALLING = {"role": "assistant", "content": None}
 CHAT = {"model": "fake-model", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
 
 
@@ -103,9 +105,17 @@ async def test_bad_fields_are_named(
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"content": "x"}]}, "messages[0].role"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "tool", "tool_call_id": "c"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [{"id": "c"}]}]}, "messages[0].tool_calls"),
+        ({"messages": [CALLING | {"tool_calls": [{"id": "c"}]}]}, "messages[0].tool_calls[0].function"),
+        ({"messages": [CALLING | {"tool_calls": [{"type": "custom"}]}]}, "messages[0].tool_calls[0].type"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": [{"type": "custom", "function": {"name": "f"}}], "tool_choice": "none"}, "tools[0].type"),
+        ({"tools": [TOOL]}, "tools"),
+        ({"tools": [TOOL], "tool_choice": "auto"}, "tools"),
+        ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"max_completion_tokens": 0}, "max_completion_tokens"),

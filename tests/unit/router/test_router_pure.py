@@ -323,7 +323,7 @@ def test_a_tokenizer_comes_from_the_hub_as_the_weights_do(tmp_path: Path, monkey
     )
     monkeypatch.setattr(folders, "_download", lambda hub_id, files: folder)
     tokenizer = make_tokenizer(config)
-    assert isinstance(tokenizer, FolderTokenizer) and tokenizer.has_chat_template
+    assert isinstance(tokenizer, FolderTokenizer) and tokenizer.chat_problem is None
     missing = msgspec.structs.replace(config, model=ModelConfig(path=str(tmp_path / "gone"), name="m"))
     with pytest.raises(ModelLoadError, match=r"does not exist: .*gone\. Correct model\.path"):
         make_tokenizer(missing)

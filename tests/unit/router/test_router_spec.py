@@ -26,7 +26,7 @@ from router.requests.spec import (
     TokenPrompt,
 )
 from router.routing.index import PrefixIndex
-from router.text.chat_template import compile_chat_template
+from router.text.chat_template import ChatTemplate
 from router.text.detokenizer import Detokenizer
 from router.text.tokenizer import ByteTokenizer, FolderTokenizer, TextThreads
 
@@ -120,9 +120,8 @@ async def test_prompts_beyond_the_bound_of_an_answer_are_refused_by_the_clients_
 async def test_what_one_meets_in_a_debugger_says_what_it_holds(tmp_path: Path) -> None:
     FastTokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>")).save(str(tmp_path / "tokenizer.json"))
     assert repr(FolderTokenizer(tmp_path)) == f"<FolderTokenizer {tmp_path} vocab_size=1, no chat template>"
-    template = compile_chat_template("{{ messages }}", {"bos_token": {"content": "<s>"}, "eos_token": "</s>"})
     special = {"bos_token": "<s>", "eos_token": "</s>"}
-    assert repr(template) == f"<ChatTemplate with {special}>"
+    assert repr(ChatTemplate("{{ messages }}", special)) == f"<ChatTemplate with {special}>"
     tokenizer = ByteTokenizer(VOCAB)
     assert repr(tokenizer) == "<ByteTokenizer vocab_size=512>"
     detokenizer = Detokenizer(tokenizer, [97])
