@@ -91,6 +91,10 @@ async def test_the_gateway_streams_passes_a_leaving_client_on_and_survives_a_rou
         async with session.post(f"{gateway}/v1/chat/completions", json=chat) as reply:
             assert (await reply.text()).strip().endswith("data: [DONE]")
 
+        origin = {"Origin": "http://localhost:3000", "Access-Control-Request-Method": "POST"}
+        async with session.options(f"{gateway}/v1/chat/completions/", headers=origin) as reply:
+            assert (reply.status, reply.headers["Access-Control-Allow-Origin"]) == (200, origin["Origin"])
+
         async def record(request_id: str) -> dict:
             for url in routers:
                 async with session.get(f"{url}/v1/requests/{request_id}") as reply:
