@@ -59,6 +59,22 @@ async def test_twelve_at_once(subject: ClusterHandle, questions: Questions) -> N
         questions.reference(prompt).check(body["choices"][0]["token_ids"], f"one of twelve, of {len(prompt)}")
 
 
+async def test_eight_alike_at_once_are_computed_once_and_handed_over_once(
+    subject: ClusterHandle, questions: Questions
+) -> None:
+    """Cold: the salt is nobody else's. Each decoder gets four of them."""
+    nodes = ("prefill-0", "decode-0", "decode-1")
+    prompt, before = PROMPTS[6], [await computed_tokens(subject, node) for node in nodes]
+    bodies = await asyncio.gather(*(subject.complete(prompt, cache_salt="alike", **greedy()) for _ in range(8)))
+    for body in bodies:
+        questions.reference(prompt).check(body["choices"][0]["token_ids"], "one of eight alike")
+    computed = [await computed_tokens(subject, node) - was for node, was in zip(nodes, before, strict=True)]
+    assert computed[0] < 2 * len(prompt) and sum(computed[1:]) <= 8 * BLOCK, computed
+    records = [await subject.explain(body["id"]) for body in bodies]
+    moved = [[sum(move["num_bytes"] for move in leg["moved"]) for leg in record["legs"]] for record in records]
+    assert sum(loaded for _, loaded in moved) < 4 * max(loaded for _, loaded in moved), moved
+
+
 async def test_more_at_once_than_the_kv_memory_holds(subject: ClusterHandle, single: References) -> None:
     """Twice: prefills come one after the other, but once all is in the store they all generate at once."""
     questions = await asyncio.to_thread(Questions, single, PREEMPTED, LONGER)
