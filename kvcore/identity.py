@@ -13,20 +13,23 @@ class ClusterIdentity:
     cluster: str = ""
     model: str = ""
 
+    def difference(self, other: "ClusterIdentity") -> str | None:
+        """What the other is and this is not, as the end of a sentence; None: they may be one cluster's."""
+        if _differ(other.cluster, self.cluster):
+            return f"is of cluster {other.cluster!r}, not {self.cluster!r}"
+        if _differ(other.model, self.model):
+            return f"serves model {other.model!r}, not {self.model!r} as the cluster {self.cluster!r} does"
+        return None
+
     def why_foreign(self, node: NodeInfo) -> str | None:
         """One sentence, with what to do; None: the node may be one of this cluster's."""
-        who = f"node {node.id} at {node.control_url}"
+        differs = self.difference(ClusterIdentity(node.cluster, node.model))
+        if differs is None:
+            return None
+        remedy = "model.name is the same in all its processes' files"
         if _differ(node.cluster, self.cluster):
-            return (
-                f"{who} is of cluster {node.cluster!r}, not {self.cluster!r}: correct the addresses in its file, or "
-                f"give it the file of {self.cluster!r}"
-            )
-        if _differ(node.model, self.model):
-            return (
-                f"{who} serves model {node.model!r}, not {self.model!r} as the cluster {self.cluster!r} does: "
-                "model.name is the same in all its processes' files"
-            )
-        return None
+            remedy = f"correct the addresses in its file, or give it the file of {self.cluster!r}"
+        return f"node {node.id} at {node.control_url} {differs}: {remedy}"
 
 
 def _differ(one: str, other: str) -> bool:

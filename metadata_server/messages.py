@@ -258,11 +258,15 @@ class EventBatch(VersionedMessage, _Reply, frozen=True, kw_only=True):
 
 
 class NodesReply(VersionedMessage, _Reply, frozen=True, kw_only=True):
-    """Who is alive, and every segment that a ReplicaRef may name now."""
+    """Who is alive, and every segment that a ReplicaRef may name now; and which cluster this is."""
 
     epoch: str
     nodes: list[NodeInfo]
     segments: list[Segment]
+    cluster: str = ""
+    """Its name in the server's file, and …"""
+    model: str = ""
+    """… `model.name` there."""
 
 
 class SegmentStats(_Reply, frozen=True, kw_only=True):

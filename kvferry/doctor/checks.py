@@ -21,6 +21,7 @@ from kvcore.errors import ConfigError, ModelLoadError
 from kvcore.ports import listen
 from kvcore.process.descriptors import hard_limit
 from kvferry.doctor.findings import Check, Context, Finding
+from kvferry.doctor.joining import check_joining
 from kvferry.doctor.memory import check_segment_pages, nodes_here, reserved_bytes
 from kvferry.doctor.servers import check_servers
 from kvferry.doctor.transports import check_transports
@@ -183,11 +184,12 @@ ALL_CHECKS: tuple[Check, ...] = (
     check_cores,
     check_descriptors,
     check_servers,
+    check_joining,
 )
 
 
 def run_checks(context: Context, checks: Sequence[Check]) -> list[Finding]:
-    """The findings of all `checks`, in order. Blocking, short of a second."""
+    """The findings of all `checks`, in order. Blocking, as long as a server that does not answer may take."""
     return [finding for check in checks for finding in check(context)]
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from kvcore.clock import SystemClock
 from kvcore.config.schema import MetadataServerConfig
 from kvcore.errors import ConfigError, DeadlineExceededError, MetadataProtocolError, MetadataUnavailableError
+from kvcore.identity import ClusterIdentity
 from kvcore.ports import base_url, listen
 from kvcore.telemetry import log_fields
 from kvcore.types import NodeInfo
@@ -29,6 +30,7 @@ from kvferry.machine import is_local
 from kvferry.offline.cluster import StoreCluster, write_cluster
 from metadata_server.client import MetadataClient
 from metadata_server.connect import connect_client, endpoints_of
+from metadata_server.messages import NodesReply
 from nodeapi.client import HttpNodeClient
 from nodeapi.messages import NodeReport
 
@@ -152,7 +154,9 @@ class OfflineStore:
                 while True:
                     if server.available:
                         try:
-                            nodes = (await server.nodes()).nodes
+                            reply = await server.nodes()
+                            self._check_cluster(reply)
+                            nodes = reply.nodes
                             if enough(nodes):
                                 return
                             last = f"it knows {', '.join(node.id for node in nodes) or 'no node'}"
@@ -166,6 +170,15 @@ class OfflineStore:
             ) from None
         except MetadataProtocolError as error:
             raise ConfigError(f"store: what answers at {self._server_url} is no metadata server: {error}") from error
+
+    def _check_cluster(self, reply: NodesReply) -> None:
+        config = self._cluster.config
+        names = ClusterIdentity(config.cluster, config.model.name)
+        differs = names.difference(ClusterIdentity(reply.cluster, reply.model))
+        if differs is not None:
+            raise ConfigError(
+                f"store: the metadata server at {self._server_url} {differs}: correct metadata_server in its file"
+            )
 
     def _changed(self, event: LauncherEvent) -> None:
         if event.state is not ProcessState.DIED:

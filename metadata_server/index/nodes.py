@@ -42,7 +42,7 @@ class NodeRegistry:
         """Of all live nodes, by id."""
         self._deadlines = deadlines
         self._longest_ttl_s = longest_ttl_s
-        self._identity = identity
+        self.identity = identity
         self._max_replaced = max_replaced
         self._live: dict[str, LiveNode] = {}
 
@@ -70,7 +70,7 @@ class NodeRegistry:
         MetadataProtocolError for a segment that is another node's, listed twice or of another size than before.
         """
         info, node = request.node, self._live.get(request.node.id)
-        foreign = self._identity.why_foreign(info)
+        foreign = self.identity.why_foreign(info)
         if foreign is not None:
             raise NodeRefusedError(foreign, param="node")
         if node is not None and info.incarnation != node.info.incarnation:

@@ -244,7 +244,8 @@ class MetadataState:
         """Live nodes and segments."""
         self.tick(now)
         segments = [record.segment for record in self._nodes.segments.values()]
-        return NodesReply(epoch=self.epoch, nodes=[node.info for node in self._nodes], segments=segments)
+        nodes, names = [node.info for node in self._nodes], self._nodes.identity
+        return NodesReply(epoch=self.epoch, nodes=nodes, segments=segments, cluster=names.cluster, model=names.model)
 
     def stats(self, now: float, waiters: int) -> Stats:
         """What is held now. O(nodes + segments): the router asks each second."""

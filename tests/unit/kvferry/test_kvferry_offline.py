@@ -13,6 +13,7 @@ from pathlib import Path
 import aiohttp
 import msgspec
 import pytest
+from support.metadata_rigs import metadata_rig
 from support.ports import free_ports
 from support.process_tree import children
 
@@ -30,6 +31,7 @@ from kvcore.config.schema import (
 )
 from kvcore.errors import ConfigError
 from kvcore.handoff import HandoffKind
+from kvcore.identity import ClusterIdentity
 from kvcore.ports import base_url
 from kvcore.types import Role
 from kvferry.offline.cluster import (
@@ -241,6 +243,15 @@ async def test_what_is_no_metadata_server_is_not_joined():
         config = msgspec.structs.replace(CLUSTER, metadata_server=MetadataServerConfig(port=port))
         store = OfflineStore(joined_cluster(config, "llm-1", "127.0.0.1", 9, ByteSize(MIB)))
         with pytest.raises(ConfigError, match=rf"127.0.0.1:{port} is no metadata server"):
+            await asyncio.to_thread(store.start)
+
+
+async def test_the_metadata_server_of_another_cluster_is_not_joined():
+    async with metadata_rig("http", identity=ClusterIdentity("other")) as rig:
+        server = MetadataServerConfig(port=int(rig.url.rpartition(":")[2]))
+        config = msgspec.structs.replace(CLUSTER, metadata_server=server)
+        store = OfflineStore(joined_cluster(config, "llm-1", "127.0.0.1", 9, ByteSize(MIB)))
+        with pytest.raises(ConfigError, match="is of cluster 'other', not 'c': correct metadata_server in"):
             await asyncio.to_thread(store.start)
 
 

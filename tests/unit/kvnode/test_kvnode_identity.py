@@ -96,7 +96,7 @@ async def test_a_node_of_another_cluster_says_so_until_the_server_is_corrected(c
         await until(lambda: rig.core.state.counters["nodes_refused"] >= 3)
         assert [r.levelname for r in caplog.records if r.getMessage().startswith("refused node=s0")] == ["ERROR"]
         assert (await rig.client.nodes()).nodes == []
-        rig.core.state._nodes._identity = ClusterIdentity("prod")
+        rig.core.state._nodes.identity = ClusterIdentity("prod")
         await until_said(caplog, "registered node=s0")
         assert (await health(http, url), await refusal(http, url)) == ((200, ""), "")
         assert [node.id for node in (await rig.client.nodes()).nodes] == ["s0"]
