@@ -73,6 +73,11 @@ What `POST /v1/chat/completions` and `POST /v1/completions` take: every field of
 field that would change the answer is ignored: it is obeyed, or refused with an error whose `param` is its name. A field
 that nobody knows, such as a slip of the pen, is refused, too. `null` asks for nothing, with any field of this page.
 
+`model` may be left out, a whole number may be written as `3.0`, and a path may end with a slash. Usage counts the
+tokens that an answer contains, up to the one that completes a stop string, and so do logprobs and token ids; stop
+strings are looked for after `min_tokens` tokens. `GET /v1/models` says how long prompt and answer may be together:
+`max_model_len`.
+
 Parts of messages are text, and `response_format` may be `{"type": "text"}`. Calls of tools in an answer are not told
 apart from its text: `tools` are refused unless `tool_choice` is `none`, with which the model is told of them. Calls in
 the history and what came of them reach the model.

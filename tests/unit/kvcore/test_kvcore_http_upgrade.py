@@ -98,3 +98,9 @@ async def test_what_follows_such_a_request_and_is_no_http_is_refused() -> None:
 
 async def test_a_connect_ends_with_an_error_and_not_in_a_loop() -> None:
     assert b" 400 " in await answers(b"CONNECT example.org:443 HTTP/1.1\r\nHost: example.org\r\n\r\n", count=1)
+
+
+async def test_a_client_that_waits_for_leave_to_send_its_body_gets_it() -> None:
+    head, _, body = SIZED.partition(b"\r\n\r\n")
+    parts = (head + b"\r\nExpect: 100-continue\r\n\r\n", body)
+    assert await answers(*parts, count=1) == b"HTTP/1.1 100 Continue\r\n\r\n" + ok(b"/a=hello")
