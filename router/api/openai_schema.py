@@ -213,9 +213,9 @@ def _documents(given: object) -> list[Mapping[str, object]] | None:
 
 
 def _check_chat(request: ChatRequest) -> None:
-    if request.tools and request.tool_choice != "none":
-        refuse("tools" if request.tool_choice in (None, "auto") else "tool_choice", True)
     refuse("tool_choice", request.tool_choice not in (None, "none", "auto"))
+    told_only = not request.tools or request.tool_choice == "none"
+    require(told_only, "tools", "is not supported by this server unless tool_choice is none")
     _check_response_format(request.response_format)
 
 

@@ -31,6 +31,7 @@ _WIDENING = frozenset(
     ("batch", "center", "expandtabs", "indent", "ljust", "rjust", "slice", "to_bytes", "tojson", "wordwrap", "zfill")
 )
 """Filters and methods that make of a number as much text, or as many items."""
+_SIZED = (str, bytes, list, tuple, dict)
 _COUNTED, _CHARGED = "_counted", "_charged"
 
 
@@ -76,7 +77,7 @@ def limited_steps(steps: int) -> Iterator[StepBudget]:
 class TemplateEnvironment(ImmutableSandboxedEnvironment):
     """Compiles chat templates."""
 
-    intercepted_binops = frozenset(("*", "**", "+", "%"))
+    intercepted_binops = frozenset(("*", "**"))
 
     def __init__(self) -> None:
         extensions = [_GenerationBlocks, "jinja2.ext.loopcontrols"]
@@ -111,16 +112,42 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
 
 
 class _CountSteps(NodeTransformer):
-    """Lets each loop count its items, and what text is put together from cost its length."""
+    """Lets each loop count its items, and each text that is kept cost its length: one that is only given out, as most
+    are, cannot grow any further."""
+
+    def __init__(self) -> None:
+        self._kept = 0
+        """Assignments, calls and heads of loops around the node that is visited."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802 - named by the node
+        items, node.iter = self._visit_kept(node.iter), nodes.Const(None)
         self.generic_visit(node)
-        node.iter = _filter(node.iter, _COUNTED)
+        node.iter = _filter(items, _COUNTED)
         return node
+
+    def visit_Assign(self, node: nodes.Assign) -> nodes.Node:  # noqa: N802
+        node.node = _filter(self._visit_kept(node.node), _CHARGED)
+        return node
+
+    def visit_Call(self, node: nodes.Call) -> nodes.Node:  # noqa: N802
+        self._kept += 1
+        self.generic_visit(node)
+        self._kept -= 1
+        return node
+
+    def visit_Add(self, node: nodes.Add) -> nodes.Node:  # noqa: N802
+        self.generic_visit(node)
+        return _filter(node, _CHARGED) if self._kept else node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
-        return _filter(node, _CHARGED)
+        return _filter(node, _CHARGED) if self._kept else node
+
+    def _visit_kept(self, node: nodes.Node) -> nodes.Node:
+        self._kept += 1
+        seen: nodes.Node = self.visit(node)
+        self._kept -= 1
+        return seen
 
     def visit_AssignBlock(self, node: nodes.AssignBlock) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
@@ -142,8 +169,7 @@ def _counted(items: Iterable[object]) -> Iterator[object]:
 
 
 def _charged(value: Any) -> Any:
-    budget = _budget.get()
-    if budget is not None:
+    if (budget := _budget.get()) is not None:
         budget.spend(1 + _size(value) // CHARS_A_STEP)
     return value
 
@@ -169,9 +195,9 @@ def _charging(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _size(value: object) -> int:
-    if isinstance(value, int):
-        return value.bit_length()
-    return len(value) if isinstance(value, str | bytes | list | tuple | dict) else 0
+    if isinstance(value, _SIZED):
+        return len(value)
+    return value.bit_length() if isinstance(value, int) else 0
 
 
 def _check_widths(values: Iterable[object]) -> None:

@@ -24,6 +24,10 @@ DOUBLED = "{{% set ns = namespace(x='x') %}}{{% for a in range(99) %}}{}{{% endf
 GROWING = {
     "concatenated": DOUBLED.format("{% set ns.x = ns.x ~ ns.x %}"),
     "added": DOUBLED.format("{% set ns.x = ns.x + ns.x %}"),
+    "in a list": DOUBLED.format("{% set ns.x = [ns.x[0] + ns.x[0]] %}"),
+    "in an object": DOUBLED.format("{% set ns.x = {'a': ns.x.a ~ ns.x.a ~ 'x'} %}"),
+    "two at once": DOUBLED.format("{% set ns.x, ns.y = ns.x + ns.x, ns.x + ns.x %}"),
+    "by arguments": "{% macro f(x) %}{{ f([x[0] ~ x[0]]) }}{% endmacro %}{{ f('x') }}",
     "multiplied": DOUBLED.format("{% set ns.x = ns.x * 9 %}"),
     "in a block": DOUBLED.format("{% set ns.x %}{{ ns.x }}{{ ns.x }}{% endset %}"),
     "joined": DOUBLED.format("{% set ns.x = [ns.x, ns.x] | join %}"),
