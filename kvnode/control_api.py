@@ -31,6 +31,7 @@ from kvcore.process.http_body import check_encoding
 from kvcore.telemetry import METRICS_CONTENT_TYPE, log_fields
 from kvnode.limits import NodeLimits
 from kvnode.request_check import parse_request
+from kvnode.tiers.node_tiers import NodeTiers
 from nodeapi.frames import pack_frame
 from nodeapi.messages import (
     GenerateRequest,
@@ -38,6 +39,9 @@ from nodeapi.messages import (
     PrefillRequest,
     ProbeReport,
     ProbeRequest,
+    Promoted,
+    PromoteReply,
+    PromoteRequest,
     StreamError,
     TokenDelta,
 )
@@ -46,6 +50,7 @@ MAX_BODY_BYTES = 16 << 20
 MSGPACK = "application/msgpack"
 _logger = logging.getLogger("kvnode")
 _T = TypeVar("_T")
+_Leg = TypeVar("_Leg", PrefillRequest, GenerateRequest)
 
 
 class ControlApi:
@@ -60,6 +65,7 @@ class ControlApi:
         metrics: Callable[[], Awaitable[bytes]],
         health: Callable[[], str | None],
         probe: Callable[[ProbeRequest], Awaitable[ProbeReport]],
+        tiers: NodeTiers | None = None,
         max_body_bytes: int = MAX_BODY_BYTES,
         limits: NodeLimits = NodeLimits(),
     ) -> None:
@@ -68,6 +74,7 @@ class ControlApi:
         self._metrics = metrics
         self._health = health
         self._probe = probe
+        self._tiers = tiers
         self._max_body_bytes = max_body_bytes
         self._limits = limits
         self._draining = False
@@ -101,6 +108,7 @@ class ControlApi:
                 web.post("/v1/requests/{id}/end_handoff", self._end_handoff),
                 web.delete("/v1/requests/{id}", self._abort),
                 web.post("/v1/probe", self._post_probe),
+                web.post("/v1/promote", self._post_promote),
                 web.get("/v1/info", self._info),
                 web.get("/health", self._get_health),
                 web.get("/metrics", self._get_metrics),
@@ -121,16 +129,40 @@ class ControlApi:
         async with self._leg("prefill"):
             engine = self._engine()
             request = parse_request(await self._read(http), PrefillRequest, engine.info, self._limits)
+            request, promoted = await self._promoted(request)
             result = await _bounded(engine.prefill(request), request.deadline_s + self._limits.late_s)
-        return _msgpack(result)
+            if self._tiers is not None:
+                self._tiers.after_prefill(result)
+        return _msgpack(msgspec.structs.replace(result, promoted=promoted) if promoted else result)
 
     async def _generate(self, http: web.Request) -> web.StreamResponse:
         async with self._leg("generate") as leg:
             engine = self._engine()
             request = parse_request(await self._read(http), GenerateRequest, engine.info, self._limits)
+            request, promoted = await self._promoted(request)
             async with aclosing(engine.generate(request)) as deltas:
-                stream = _stream(http, deltas, leg, engine.info.kv_spec.fingerprint)
+                stream = _stream(http, deltas, leg, engine.info.kv_spec.fingerprint, promoted)
                 return await _bounded(stream, request.deadline_s + self._limits.late_s)
+
+    async def _promoted(self, request: _Leg) -> tuple[_Leg, list[Promoted]]:
+        """The request with the time that is left after tiers were asked, and what they gave."""
+        if self._tiers is None:
+            return request, []
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        promoted = await self._tiers.before_leg(request)
+        left_s = max(0.001, request.deadline_s - (loop.time() - began))
+        return msgspec.structs.replace(request, deadline_s=left_s), promoted
+
+    async def _post_promote(self, http: web.Request) -> web.StreamResponse:
+        """Another node wants chunks of this node's tiers in this node's segment. No leg, as a probe is none."""
+        if self._draining:
+            raise NodeUnavailableError("the node is draining")
+        try:
+            request = msgspec.msgpack.decode(await self._read(http), type=PromoteRequest)
+        except msgspec.MsgspecError as error:
+            raise InvalidRequestError(f"the body is no PromoteRequest: {error}") from error
+        return _msgpack(await self._tiers.promote(request) if self._tiers is not None else PromoteReply())
 
     async def _end_handoff(self, http: web.Request) -> web.StreamResponse:
         await self._engine().end_handoff(http.match_info["id"])
@@ -201,22 +233,28 @@ class _ActiveLeg:
     """`ok` or an error's code; None while it runs."""
 
 
-def said_by(delta: TokenDelta, fingerprint: bytes) -> TokenDelta:
-    """The delta with the engine's fingerprint in its info, if it has one. An engine may have been replaced by another
-    one since the node last reported: whoever puts streams together must know whose tokens these are."""
+def said_by(delta: TokenDelta, fingerprint: bytes, promoted: list[Promoted]) -> TokenDelta:
+    """The delta with the engine's fingerprint in its info, if it has one, and what was brought from tiers. An engine
+    may have been replaced by another one since the node last reported: whoever puts streams together must know whose
+    tokens these are."""
     if delta.info is None:
         return delta
-    return msgspec.structs.replace(delta, info=msgspec.structs.replace(delta.info, fingerprint=fingerprint))
+    info = msgspec.structs.replace(delta.info, fingerprint=fingerprint, promoted=promoted)
+    return msgspec.structs.replace(delta, info=info)
 
 
 async def _stream(
-    http: web.Request, deltas: AsyncGenerator[TokenDelta, None], leg: _ActiveLeg, fingerprint: bytes
+    http: web.Request,
+    deltas: AsyncGenerator[TokenDelta, None],
+    leg: _ActiveLeg,
+    fingerprint: bytes,
+    promoted: list[Promoted],
 ) -> web.StreamResponse:
     """Errors before the first delta become the status; later ones the last frame, or, where even that cannot be
     written, the end of the connection: another answer would land in the middle of this one."""
     first = await anext(deltas, None)
     if first is not None:
-        first = said_by(first, fingerprint)
+        first = said_by(first, fingerprint, promoted)
     response = web.StreamResponse(headers={"Content-Type": MSGPACK})
     await response.prepare(http)
     try:

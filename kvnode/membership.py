@@ -111,6 +111,8 @@ class Membership:
         """Why the metadata server does not take the node in; empty: it does, or has not said so."""
         self.registrations = 0
         self.heartbeat_failures = 0
+        self.on_registered: Callable[[], None] = lambda: None
+        """Called after each registration: the metadata server knows no more than it was told then."""
 
     def __repr__(self) -> str:
         lease, node = self._lease, self._node
@@ -215,6 +217,7 @@ class Membership:
         reply = await self._client.register(RegisterRequest(node=node, segments=segments, ttl_s=self._ttl_s))
         self.refused = ""
         self.registrations += 1
+        self.on_registered()
         if not self._changed.is_set():  # case 4: register once more
             self._lease.on_registered(reply)
         log_fields(

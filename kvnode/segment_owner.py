@@ -97,6 +97,12 @@ class SegmentOwner:
             addresses=self._hosts.addresses,
         )
 
+    @property
+    def view(self) -> memoryview:
+        """The segment's memory."""
+        assert self._memory is not None, "the segment was not entered"
+        return self._memory.view
+
     def _changed(self) -> None:
         self.host_restarts += 1
         self.on_change()

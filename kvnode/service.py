@@ -9,7 +9,7 @@ import logging
 import secrets
 import socket
 import sys
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, nullcontext
 from dataclasses import dataclass
 
 from aiohttp import web
@@ -33,6 +33,8 @@ from kvnode.metrics import NodeMetrics
 from kvnode.probe import PeerProber
 from kvnode.segment_owner import SegmentOwner
 from kvnode.supervisor import EngineSupervisor
+from kvnode.tiers.node_tiers import NodeTiers
+from kvnode.tiers.starting import start_tiers
 from metadata_server.connect import connect_client, endpoints_of
 from nodeapi.messages import OLDEST_PROTOCOL, PROTOCOL, EngineStats, NodeReport
 
@@ -46,6 +48,7 @@ class _RunningNode:
     owner: SegmentOwner
     membership: Membership
     supervisor: EngineSupervisor | None
+    tiers: NodeTiers | None = None
     api: ControlApi | None = None
 
     def engine(self) -> EngineProcess:
@@ -85,6 +88,7 @@ class _RunningNode:
             draining=self.api is not None and self.api.draining,
             engine_restarts=self.supervisor.restarts if self.supervisor is not None else 0,
             refused=self.membership.refused,
+            tiers=self.tiers.reports() if self.tiers is not None else [],
         )
 
 
@@ -124,8 +128,10 @@ async def run_node(
         limits=limits,
     )
     owner.on_change = membership.announce_again
-    node = _RunningNode(owner, membership, _supervisor(config, membership, prober, clock, limits))
-    lifecycle.describe.append(lambda: map(repr, (membership, node.supervisor, owner, prober)))
+    tiers = await stack.enter_async_context(start_tiers(config, membership, owner, client, clock))
+    supervisor = _supervisor(config, membership, prober, tiers, clock=clock, limits=limits)
+    node = _RunningNode(owner, membership, supervisor, tiers)
+    lifecycle.describe.append(lambda: map(repr, (membership, node.supervisor, owner, prober, tiers)))
     if node.supervisor is not None:
         engine = lifecycle.tasks.create_task(node.supervisor.run(), name="engine")
         stack.push_async_callback(_cancelled, engine)
@@ -138,6 +144,7 @@ async def run_node(
         metrics=lambda: metrics.render(node.api, lambda: node.sample(exposition=True)),
         health=node.health,
         probe=prober.probe,
+        tiers=tiers,
         limits=limits,
     )
     stack.push_async_callback(prober.aclose)
@@ -156,7 +163,13 @@ def draw_incarnation() -> int:
 
 
 def _supervisor(
-    config: ClusterConfig, membership: Membership, prober: PeerProber, clock: Clock, limits: NodeLimits
+    config: ClusterConfig,
+    membership: Membership,
+    prober: PeerProber,
+    tiers: NodeTiers | None,
+    *,
+    clock: Clock,
+    limits: NodeLimits,
 ) -> EngineSupervisor | None:
     node = membership.node
     if node.role is Role.STORE:
@@ -170,13 +183,18 @@ def _supervisor(
         return EngineProcess(hello, start_s=config.service.start_s, on_line=_pass_on, env=env)
 
     async def ended() -> None:
-        async with prober.paused():  # it writes in the node's name too
-            await membership.release_writer()
+        async with prober.paused(), tiers.promoter.paused() if tiers is not None else nullcontext():
+            await membership.release_writer()  # prober and promoter write in the node's name, too
+
+    def ready(engine: EngineProcess) -> None:
+        membership.announce(engine.info.kv_spec)
+        if tiers is not None:
+            tiers.engine_ready(engine.info.kv_spec)
 
     return EngineSupervisor(
         make,
         clock,
-        on_ready=lambda engine: membership.announce(engine.info.kv_spec),
+        on_ready=ready,
         on_end=ended,
         limits=limits,
     )

@@ -10,6 +10,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import msgspec
+
 from kvcore.clock import Clock
 from kvcore.config.schema import StoreConfig
 from kvcore.errors import KVFerryError, MetadataProtocolError, MetadataUnavailableError
@@ -21,6 +23,7 @@ from kvstore.limits import StoreLimits
 from kvstore.types import Match
 from metadata_server.client import MetadataClient
 from metadata_server.messages import (
+    ONLY_PREFERRED,
     MatchReply,
     MatchRequest,
     QuarantineItem,
@@ -125,11 +128,16 @@ class Placement:
         timeout_s: float,
         *,
         ttl_s: float | None = None,
+        only_preferred: bool = False,
     ) -> Reserved:
         """Room for one chunk a key, of so many bytes (header included), in this order; for `ttl_s` (default: the
-        configuration's). A cancelled call leaves no reservation behind."""
+        configuration's). `only_preferred`: nowhere else; none at all from a server that does not know this. A cancelled
+        call leaves no reservation behind."""
+        if only_preferred and self._metadata.protocol < ONLY_PREFERRED:
+            return Reserved(answered=False)
         ttl_s = self._config.reserve_ttl_s if ttl_s is None else ttl_s
-        return await self._background.finish(self._reserve(lengths, prefer_segment, timeout_s, ttl_s), self.give_back)
+        asked = self._reserve(lengths, prefer_segment, timeout_s, ttl_s, only_preferred or msgspec.UNSET)
+        return await self._background.finish(asked, self.give_back)
 
     async def give_back(self, reserved: Reserved) -> None:
         """Abort all that was granted. The work survives the caller's cancellation."""
@@ -141,7 +149,12 @@ class Placement:
         await self._background.aclose(timeout_s)
 
     async def _reserve(
-        self, lengths: Mapping[ChunkKey, int], prefer_segment: str | None, timeout_s: float, ttl_s: float
+        self,
+        lengths: Mapping[ChunkKey, int],
+        prefer_segment: str | None,
+        timeout_s: float,
+        ttl_s: float,
+        only_preferred: bool | msgspec.UnsetType,
     ) -> Reserved:
         write_by = self._clock.now() + self._limits.writable_share * ttl_s
         request = ReserveRequest(
@@ -150,6 +163,7 @@ class Placement:
             items=[ReserveItem(key=key, length=length) for key, length in lengths.items()],
             prefer_segment=prefer_segment,
             ttl_s=ttl_s,
+            only_preferred=only_preferred,
         )
         reply = await self._value(self._metadata.reserve(request, timeout_s=timeout_s))
         return Reserved(answered=False) if reply is None else self._reserved(lengths, reply, write_by)

@@ -32,6 +32,10 @@ from metadata_server.messages import (
     ReserveReply,
     ReserveRequest,
     Stats,
+    TierFindReply,
+    TierFindRequest,
+    TierHoldReply,
+    TierHoldRequest,
     WaitRequest,
 )
 from metadata_server.versions import SPOKEN, Protocols, VersionedMessage
@@ -149,6 +153,14 @@ class MetadataClient:
     async def abort(self, request: ReplicaIds, *, timeout_s: float | None = None) -> None:
         """Give reservations back. Idempotent."""
         await self._call(endpoints.ABORT, request, timeout_s)
+
+    async def tier_hold(self, request: TierHoldRequest, *, timeout_s: float | None = None) -> TierHoldReply:
+        """Say what came to this node's disk, and what left it. Idempotent. Not known: register first, then say all."""
+        return await self._call(endpoints.TIER_HOLD, request, timeout_s)
+
+    async def tier_find(self, request: TierFindRequest, *, timeout_s: float | None = None) -> TierFindReply:
+        """Who has chunks on disk."""
+        return await self._call(endpoints.TIER_FIND, request, timeout_s)
 
     async def quarantine(self, request: QuarantineRequest, *, timeout_s: float | None = None) -> None:
         """Drop replicas that a reader refused, if they still are of that generation. Idempotent."""

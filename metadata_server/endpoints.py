@@ -99,6 +99,17 @@ def _check_replica_ids(request: m.ReplicaIds) -> None:
     check_items(request.replica_ids, "replica_ids")
 
 
+def _check_tier_hold(request: m.TierHoldRequest) -> None:
+    check_name(request.node_id, "node_id")
+    check_incarnation(request.incarnation, "incarnation")
+    check_keys(request.added)
+    check_keys(request.removed)
+
+
+def _check_tier_find(request: m.TierFindRequest) -> None:
+    check_keys(request.keys)
+
+
 def _check_quarantine(request: m.QuarantineRequest) -> None:
     check_items(request.items, "items")
     for at, item in enumerate(request.items):
@@ -214,6 +225,22 @@ RELEASE = EndpointSpec(
     "End read leases",
     _check_release,
 )
+TIER_HOLD = EndpointSpec(
+    "/v1/tiers/hold",
+    m.TierHoldRequest,
+    m.TierHoldReply,
+    lambda core: core.state.tier_hold,
+    "Say what came to a node's disk, and what left it",
+    _check_tier_hold,
+)
+TIER_FIND = EndpointSpec(
+    "/v1/tiers/find",
+    m.TierFindRequest,
+    m.TierFindReply,
+    lambda core: core.state.tier_find,
+    "Who has chunks on disk",
+    _check_tier_find,
+)
 NODES = EndpointSpec("/v1/nodes", None, m.NodesReply, lambda core: core.nodes, "Live nodes and segments")
 STATS = EndpointSpec("/v1/stats", None, m.Stats, lambda core: core.stats, "What is held, and counters")
 
@@ -229,6 +256,8 @@ ENDPOINTS: tuple[EndpointSpec[Any, Any], ...] = (
     ABORT,
     QUARANTINE,
     RELEASE,
+    TIER_HOLD,
+    TIER_FIND,
     NODES,
     STATS,
 )

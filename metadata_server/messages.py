@@ -12,6 +12,11 @@ import msgspec
 from kvcore.types import ChunkKey, NodeInfo, ReplicaRef, Segment
 from metadata_server.versions import VersionedMessage
 
+ONLY_PREFERRED = 2
+"""Version of the protocol since which a reservation may be for one segment alone."""
+TIER_HOLDINGS = 2
+"""Since which nodes tell what lies on their disks."""
+
 
 class _Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     pass
@@ -142,6 +147,8 @@ class ReserveRequest(_Request, frozen=True, kw_only=True):
     items: list[ReserveItem]
     prefer_segment: str | None = None
     ttl_s: float
+    only_preferred: bool | msgspec.UnsetType = msgspec.UNSET
+    """No room in other segments is wanted. Since version ONLY_PREFERRED of the protocol."""
 
 
 class ReserveStatus(StrEnum):
@@ -191,6 +198,35 @@ class CommitReply(_Reply, frozen=True, kw_only=True):
     """`committed[i]` false: the reservation had expired or its segment is gone; what was written is not a chunk."""
 
     committed: list[bool]
+
+
+class TierHoldRequest(_Request, frozen=True, kw_only=True):
+    """Chunks that came to a node's disk or left it. `reset`: it has none but these. Since TIER_HOLDINGS."""
+
+    node_id: str
+    incarnation: int
+    added: list[ChunkKey] = []
+    removed: list[ChunkKey] = []
+    reset: bool = False
+
+
+class TierHoldReply(_Reply, frozen=True, kw_only=True):
+    """`known` false: the node is not registered, and nothing was noted."""
+
+    known: bool
+
+
+class TierFindRequest(_Request, frozen=True, kw_only=True):
+    """Who has these chunks on disk. Since TIER_HOLDINGS."""
+
+    keys: list[ChunkKey]
+
+
+class TierFindReply(_Reply, frozen=True, kw_only=True):
+    """`nodes[holders[i][...]]` have `keys[i]`, for the keys up to the first that nobody has."""
+
+    nodes: list[NodeInfo]
+    holders: list[list[int]]
 
 
 class QuarantineReason(StrEnum):

@@ -19,6 +19,8 @@ from nodeapi.messages import (
     NodeReport,
     PrefillRequest,
     PrefillResult,
+    PromoteReply,
+    PromoteRequest,
     StreamError,
     StreamFrame,
     TokenDelta,
@@ -73,6 +75,11 @@ class HttpNodeClient:
                     if isinstance(frame, StreamError):
                         raise error_from_code(frame.code, frame.message)
                     yield frame
+
+    async def promote(self, url: str, request: PromoteRequest, *, timeout_s: float) -> PromoteReply:
+        """Have the node bring chunks from its own tiers into its segment. Raises as the other calls do."""
+        reply = await self._calls.fetch("POST", f"{url}/v1/promote", self._encoder.encode(request), timeout_s)
+        return _decode(reply, PromoteReply, url)
 
     async def end_handoff(self, url: str, request_id: str, *, timeout_s: float) -> None:
         """See NodeClient."""

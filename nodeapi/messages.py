@@ -81,6 +81,31 @@ class Moved(_TolerantMessage, frozen=True, kw_only=True):
     seconds: float
 
 
+class Promoted(_TolerantMessage, frozen=True, kw_only=True):
+    """Chunks that were brought from a tier into a segment before a leg began."""
+
+    tier: str
+    node: str = ""
+    """Whose tier and segment, where it is not the leg's node."""
+    num_chunks: int = 0
+    num_bytes: int = 0
+    seconds: float = 0.0
+
+
+class PromoteRequest(_StrictMessage, frozen=True, kw_only=True):
+    """Bring these chunks, in their prompt's order, from the node's own tiers into its segment."""
+
+    fingerprint: bytes
+    keys: list[bytes]
+    deadline_s: float
+
+
+class PromoteReply(_TolerantMessage, frozen=True, kw_only=True):
+    """What was brought; what is not named here was not there, or late."""
+
+    promoted: list[Promoted] = []
+
+
 class PrefillResult(_TolerantMessage, frozen=True, kw_only=True):
     """What the prefill leg did. `stored_chunks`: that many leading chunks were complete in the store when it ended."""
 
@@ -90,6 +115,7 @@ class PrefillResult(_TolerantMessage, frozen=True, kw_only=True):
     computed_tokens: int
     stored_chunks: int
     moved: list[Moved] = []
+    promoted: list[Promoted] = []
     timings: Timings = Timings()
     handoff_params: bytes = b""
     """JSON object that a decode leg must carry to get this KV from the prefiller itself. Empty: it is in the store."""
@@ -141,6 +167,7 @@ class LegInfo(_TolerantMessage, frozen=True, kw_only=True):
     """Leading prompt tokens that this leg did not compute."""
     computed_tokens: int
     moved: list[Moved] = []
+    promoted: list[Promoted] = []
     timings: Timings = Timings()
     fingerprint: bytes = b""
     """Of the KVSpec of the engine that runs the leg. Empty: not said; NodeReport has it."""
@@ -210,6 +237,24 @@ class Greeting(_TolerantMessage, frozen=True, kw_only=True):
     """The oldest one."""
 
 
+class TierReport(_TolerantMessage, frozen=True, kw_only=True):
+    """A tier as one node sees it. None: it cannot know."""
+
+    name: str
+    shared: bool
+    num_chunks: int | None = None
+    used_bytes: int | None = None
+    capacity_bytes: int | None = None
+    evicted: int = 0
+    problem: str = ""
+    """What is wrong with it now; empty: nothing."""
+    counts: dict[str, int] = {}
+    """Chunks since start: saved, there, dropped, gone, failed, promoted, damaged, missing, computed, no_room."""
+    load_rate: float | None = None
+    """Bytes a second, as a running estimate."""
+    save_rate: float | None = None
+
+
 class NodeReport(Greeting, frozen=True, kw_only=True):
     """Answer of `GET /v1/info` on a node's control API. `engine` and `stats` are None for a node without an engine, and
     while the engine is starting or restarting."""
@@ -225,6 +270,7 @@ class NodeReport(Greeting, frozen=True, kw_only=True):
     refused: str = ""
     """Why the metadata server does not take the node in: nothing that it computes can be stored. Empty: it does, or has
     not been reached."""
+    tiers: list[TierReport] = []
 
 
 class ProbeRequest(_StrictMessage, frozen=True, kw_only=True):

@@ -4,7 +4,7 @@ A tier needs honesty, not durability: what it does not have whole is MISSING. Al
 misuse only. `tests/conformance/test_tier_conformance.py` holds every kind to this page.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -119,4 +119,15 @@ class Tier(Protocol):
 
     async def aclose(self) -> None:
         """End what is under way, and let go of everything. Idempotent. From then on all is UNAVAILABLE."""
+        ...
+
+
+class LocalTier(Tier, Protocol):
+    """A tier that one node has for itself, and of which it knows what lies in it: `shared` is False."""
+
+    on_change: Callable[[Sequence[ChunkName], Sequence[ChunkName]], None]
+    """Called with what came and what left, on the loop. Its user sets it."""
+
+    def names(self) -> list[ChunkName]:
+        """All chunks in it, those that were used most or last first. No I/O."""
         ...

@@ -58,7 +58,7 @@ class Reservations:
         outcomes, granted = [], []
         for item in request.items:
             writers = self._index.writers(item.key)
-            result = self._reserve_one(item, node, prefer)
+            result = self._reserve_one(item, node, prefer, only_preferred=request.only_preferred is True)
             if isinstance(result, Replica):
                 granted.append(result)
                 outcomes.append(ReserveOutcome(status=ReserveStatus.GRANTED, replica=result.ref, writers=writers))
@@ -139,7 +139,9 @@ class Reservations:
             writer = replica.writer
             assert self._nodes.get(writer.node_id, writer.incarnation), "a reservation without its writer"
 
-    def _reserve_one(self, item: ReserveItem, node: LiveNode, prefer: SegmentRecord | None) -> Replica | ReserveOutcome:
+    def _reserve_one(
+        self, item: ReserveItem, node: LiveNode, prefer: SegmentRecord | None, *, only_preferred: bool
+    ) -> Replica | ReserveOutcome:
         # Four cases:
         # 1. A complete replica is there: nothing to write.
         # 2. It is being written by as many as are allowed, or in every segment there is: others are at it.
@@ -148,7 +150,7 @@ class Reservations:
         if item.key in self._index.complete:
             return _EXISTS
         writing = self._index.writing.get(item.key, [])
-        allowed = list(self._nodes.segments.values())
+        allowed = [record for record in self._nodes.segments.values() if not only_preferred or record is prefer]
         if writing:
             allowed = segments_without(allowed, writing)
         if len(writing) >= self._config.max_replicas or (writing and not allowed):

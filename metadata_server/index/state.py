@@ -20,6 +20,7 @@ from metadata_server.index.reading import Reading
 from metadata_server.index.replicas import ReplicaIndex
 from metadata_server.index.reservations import Reservations
 from metadata_server.index.segments import SegmentRecord, acceptable
+from metadata_server.index.tier_holdings import TierHoldings
 from metadata_server.messages import (
     CommitReply,
     EventBatch,
@@ -38,6 +39,10 @@ from metadata_server.messages import (
     ReserveRequest,
     SegmentManifest,
     Stats,
+    TierFindReply,
+    TierFindRequest,
+    TierHoldReply,
+    TierHoldRequest,
 )
 from metadata_server.versions import SPOKEN, Protocols
 
@@ -66,6 +71,7 @@ class MetadataState:
         self._deadlines = deadlines = Deadlines()
         self._index = index = ReplicaIndex(self.log, first_generation)
         self._nodes = nodes = NodeRegistry(deadlines, node_ttl_s, identity, limits.max_replaced)
+        self._holdings = TierHoldings(limits.max_tier_keys)
         self._reservations = Reservations(config, nodes, index, deadlines, self.counters)
         self._reading = Reading(nodes, index, deadlines, self.counters, first_lease=first_generation, limits=limits)
         self._nobodys_lease_s = limits.nobodys_lease_s
@@ -238,6 +244,28 @@ class MetadataState:
         self.tick(now)
         self._reservations.abort(request, now)
 
+    # --- nodes' disks ----------------------------------------------------------------------------------------------
+
+    def tier_hold(self, request: TierHoldRequest, now: float) -> TierHoldReply:
+        """Note what came to a node's disk and what left it. Another incarnation than the registered one: not known."""
+        self.tick(now)
+        if self._nodes.get(request.node_id, request.incarnation) is None:
+            return TierHoldReply(known=False)
+        if request.reset:
+            self._holdings.drop(request.node_id)
+        self._holdings.remove(request.node_id, request.removed)
+        self._holdings.add(request.node_id, request.added)
+        return TierHoldReply(known=True)
+
+    def tier_find(self, request: TierFindRequest, now: float) -> TierFindReply:
+        """Who has chunks on disk, up to the first that nobody has."""
+        self.tick(now)
+        holders = self._holdings.find(request.keys)
+        names = sorted({name for having in holders for name in having})
+        numbers = {name: number for number, name in enumerate(names)}
+        nodes = [self._nodes[name].info for name in names]
+        return TierFindReply(nodes=nodes, holders=[[numbers[name] for name in having] for having in holders])
+
     # --- what is seen from outside -------------------------------------------------------------------------------
 
     def nodes(self, now: float) -> NodesReply:
@@ -314,5 +342,6 @@ class MetadataState:
             self._drop_segment(node, segment_id, emit_event=False)
         self._give_back(node, now)
         self._nodes.remove(node)
+        self._holdings.drop(node.info.id)
         self._index.publish()
         self.log.append(EventKind.NODE_DOWN, node.info.id)

@@ -268,7 +268,7 @@ class SimNode(NodeService):
             async for delta in stream:
                 if not process.alive:
                     raise EngineDiedError("the engine's process ended")
-                yield said_by(delta, fingerprint)
+                yield said_by(delta, fingerprint, [])
         finally:
             await stream.aclose()
 

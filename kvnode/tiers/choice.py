@@ -1,0 +1,46 @@
+"""Load or compute: whether the chunks that a tier has are there sooner than they would be computed. Pure."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class LoadCosts:
+    """What is known of both ways. None: not measured yet."""
+
+    chunk_bytes: int
+    chunk_tokens: int
+    load_rate: float | None
+    """Bytes a second, of the tier."""
+    prefill_rate: float | None
+    """Tokens a second, of this node's engine."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadChoice:
+    """`load`: whether to load; both times in seconds, None where nobody knows."""
+
+    load: bool
+    load_s: float | None
+    compute_s: float | None
+
+
+def choose(num_chunks: int, costs: LoadCosts) -> LoadChoice:
+    """Load unless computing is known to be faster: what is loaded leaves the engine to others."""
+    load_s = num_chunks * costs.chunk_bytes / costs.load_rate if costs.load_rate else None
+    compute_s = num_chunks * costs.chunk_tokens / costs.prefill_rate if costs.prefill_rate else None
+    return LoadChoice(load_s is None or compute_s is None or load_s <= compute_s, load_s, compute_s)
+
+
+class RunningRate:
+    """An estimate of units a second that follows what is observed."""
+
+    def __init__(self, weight: float = 0.2) -> None:
+        """`weight`: of the latest observation."""
+        self._weight = weight
+        self.value: float | None = None
+
+    def observe(self, units: float, seconds: float) -> None:
+        """So many units took so long. Nothing is learnt from nothing."""
+        if units > 0 and seconds > 0:
+            rate = units / seconds
+            self.value = rate if self.value is None else self.value + self._weight * (rate - self.value)

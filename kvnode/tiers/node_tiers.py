@@ -1,0 +1,176 @@
+"""The tiers of one node, wired: what a leg finds in them, what fills them, what others ask of them.
+
+Owns their order of start and end. Without tiers in the cluster file there is none of this.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TypeGuard
+
+from kvcore.chunk_keys import chunk_keys, root_key, usable_chunks
+from kvcore.clock import Clock
+from kvcore.config.tiers import TierConfig, TiersConfig
+from kvcore.types import ChunkKey, KVSpec, NodeInfo
+from kvnode.tiers.filler import FilledTier, TierFiller
+from kvnode.tiers.holdings import HoldingsAnnouncer
+from kvnode.tiers.limits import MoveLimits
+from kvnode.tiers.own_segment import OwnSegment
+from kvnode.tiers.promoter import ChunkShape, Peers, TierPromoter
+from kvnode.tiers.warmer import TierWarmer
+from kvstore.placement import Placement
+from kvstore.tiers.base import LocalTier, Tier
+from kvstore.tiers.guarded import GuardedTier
+from kvstore.types import RunBlocking
+from metadata_server.client import MetadataClient
+from nodeapi.messages import (
+    GenerateRequest,
+    PrefillRequest,
+    PrefillResult,
+    Promoted,
+    PromoteReply,
+    PromoteRequest,
+    TierReport,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenTier:
+    """A tier and what the cluster file says of it."""
+
+    tier: Tier
+    config: TierConfig
+
+
+@dataclass(slots=True)
+class NodeTiers:
+    """Made by `open_node_tiers`. `subscription_sink` is to be fed with the metadata server's events."""
+
+    config: TiersConfig
+    tiers: list[GuardedTier]
+    filler: TierFiller
+    promoter: TierPromoter
+    placement: Placement
+    announcer: HoldingsAnnouncer | None = None
+    warmer: TierWarmer | None = None
+    _shape: ChunkShape | None = field(default=None)
+
+    def engine_ready(self, spec: KVSpec) -> None:
+        """The node's engine makes and reads KV of this kind."""
+        if spec.tp_size > 1:  # each chunk lies there once a rank, under keys of its own
+            self._shape = None
+            return
+        self._shape = ChunkShape(spec.fingerprint, spec.chunk_bytes, spec.chunk_tokens)
+        if self.warmer is not None:
+            self.warmer.start(self._shape)
+
+    def registered(self) -> None:
+        """The metadata server has taken the node in, and knows nothing of its disk."""
+        if self.announcer is not None:
+            self.announcer.tell_all()
+
+    async def before_leg(self, request: PrefillRequest | GenerateRequest) -> list[Promoted]:
+        """Bring what tiers have of the prompt into the segment, within `tiers.wait_s` and half of the request's time.
+
+        A leg that waits for another node's chunks gets nothing: that node promotes.
+        """
+        shape = self._shape
+        if shape is None or (isinstance(request, GenerateRequest) and request.handoff is not None):
+            return []
+        prompt = request.prompt_token_ids
+        keys = chunk_keys(root_key(shape.fingerprint, request.cache_salt), prompt, shape.chunk_tokens)
+        self.filler.on_asked(keys)
+        wanted = keys[: usable_chunks(len(prompt), shape.chunk_tokens)]
+        timeout_s = min(self.config.wait_s, request.deadline_s / 2)
+        return await self.promoter.promote(wanted, shape, timeout_s=timeout_s)
+
+    def after_prefill(self, result: PrefillResult) -> None:
+        """Learn the engine's speed."""
+        self.promoter.prefill_rate.observe(result.computed_tokens, result.timings.compute_s)
+
+    async def promote(self, request: PromoteRequest) -> PromoteReply:
+        """What another node asks for. Only KV of this node's engine: of others it does not know the size."""
+        shape = self._shape
+        if shape is None or shape.fingerprint != request.fingerprint:
+            return PromoteReply()
+        keys = [ChunkKey(key) for key in request.keys]
+        timeout_s = min(self.config.wait_s, request.deadline_s)
+        promoted = await self.promoter.promote(keys, shape, timeout_s=timeout_s, ask_peers=False)
+        return PromoteReply(promoted=promoted)
+
+    def reports(self) -> list[TierReport]:
+        """For /v1/info."""
+        return [self._report(tier) for tier in self.tiers]
+
+    def _report(self, tier: GuardedTier) -> TierReport:
+        stats = tier.stats()
+        counts = self.filler.counts + self.promoter.counts
+        return TierReport(
+            name=tier.name,
+            shared=tier.shared,
+            num_chunks=stats.num_chunks,
+            used_bytes=stats.used_bytes,
+            capacity_bytes=stats.capacity_bytes,
+            problem=stats.problem or "",
+            counts={what: number for (name, what), number in counts.items() if name == tier.name},
+            evicted=stats.evicted,
+            load_rate=tier.rate("load"),
+            save_rate=tier.rate("save"),
+        )
+
+
+@asynccontextmanager
+async def open_node_tiers(
+    opened: Sequence[OpenTier],
+    config: TiersConfig,
+    *,
+    node: NodeInfo,
+    segment: Callable[[Placement], OwnSegment],
+    placement: Placement,
+    metadata: MetadataClient,
+    clock: Clock,
+    run_blocking: RunBlocking,
+    peers: Peers | None,
+    limits: MoveLimits = MoveLimits(),
+) -> AsyncIterator[NodeTiers]:
+    """Takes over the closing of the tiers and of `placement`. Their tasks run until it is left."""
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(placement.aclose, limits.close_s)
+        guards = []
+        for one in opened:
+            guard = GuardedTier(one.tier, clock, in_flight_bytes=int(one.config.in_flight))
+            stack.push_async_callback(guard.aclose)
+            guards.append(guard)
+        own = segment(placement)
+        filled = [
+            FilledTier(guard, one.config.admission, one.config.ttl_s, one.config.timeout_s)
+            for guard, one in zip(guards, opened, strict=True)
+        ]
+        filler = TierFiller(own, filled, clock, limits)
+        timeouts = [(guard, one.config.timeout_s) for guard, one in zip(guards, opened, strict=True)]
+        promoter = TierPromoter(own, timeouts, clock, run_blocking=run_blocking, peers=peers, limits=limits)
+        promoter.on_promoted, promoter.on_lost = filler.on_promoted, filler.on_lost
+        stack.push_async_callback(promoter.aclose)
+        tiers = NodeTiers(config, guards, filler, promoter, placement)
+        work = [filler.run()]
+        for one, guard in zip(opened, guards, strict=True):
+            if is_local(one.tier):
+                tiers.announcer = HoldingsAnnouncer(metadata, node, one.tier.names, limits)
+                one.tier.on_change = tiers.announcer.changed
+                tiers.warmer = TierWarmer(promoter, guard, one.tier.names, own.size_bytes * config.warm_up, limits)
+                work += [tiers.announcer.run(), tiers.warmer.run()]
+        tasks = [asyncio.create_task(one) for one in work]
+        stack.push_async_callback(_ended, tasks)
+        yield tiers
+
+
+def is_local(tier: Tier) -> TypeGuard[LocalTier]:
+    """Whether only this node sees what lies in the tier."""
+    return not tier.shared
+
+
+async def _ended(tasks: list["asyncio.Task[None]"]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)

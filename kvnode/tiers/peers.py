@@ -1,0 +1,53 @@
+"""The other nodes' disks, found through the metadata server and asked over their control APIs."""
+
+import logging
+from collections.abc import Sequence
+
+import msgspec
+
+from kvcore.errors import KVFerryError, MetadataProtocolError, MetadataUnavailableError
+from kvcore.telemetry import log_fields
+from kvcore.types import ChunkKey, NodeInfo
+from kvstore.tiers.base import ChunkName
+from metadata_server.client import MetadataClient
+from metadata_server.messages import TIER_HOLDINGS, TierFindRequest
+from nodeapi.client import HttpNodeClient
+from nodeapi.messages import Promoted, PromoteRequest
+
+_logger = logging.getLogger("kvnode")
+
+
+class PeerDisks:
+    """See `kvnode.tiers.promoter.Peers`. Never raises but for cancellation: a peer that cannot help is a miss."""
+
+    def __init__(self, metadata: MetadataClient, client: HttpNodeClient, node_id: str) -> None:
+        """Both clients stay the caller's."""
+        self._metadata, self._client, self._node_id = metadata, client, node_id
+        self._known: dict[str, NodeInfo] = {}
+
+    async def holders(self, keys: Sequence[ChunkKey], *, timeout_s: float) -> list[list[str]]:
+        """See `Peers`."""
+        if self._metadata.protocol < TIER_HOLDINGS or not keys:
+            return []
+        try:
+            reply = await self._metadata.tier_find(TierFindRequest(keys=list(keys)), timeout_s=timeout_s)
+        except (MetadataUnavailableError, MetadataProtocolError):
+            return []
+        self._known = {node.id: node for node in reply.nodes}
+        names = [node.id for node in reply.nodes]
+        return [[names[n] for n in having if n < len(names) and names[n] != self._node_id] for having in reply.holders]
+
+    async def promote(self, node_id: str, names: Sequence[ChunkName], *, timeout_s: float) -> list[Promoted]:
+        """See `Peers`."""
+        node = self._known.get(node_id)
+        if node is None or timeout_s <= 0 or not names:
+            return []
+        request = PromoteRequest(
+            fingerprint=names[0].fingerprint, keys=[name.key for name in names], deadline_s=timeout_s
+        )
+        try:
+            reply = await self._client.promote(node.control_url, request, timeout_s=timeout_s)
+        except KVFerryError as error:
+            log_fields(_logger, logging.INFO, "peer_promotion_failed", peer=node_id, reason=error.message)
+            return []
+        return [msgspec.structs.replace(one, node=node_id) for one in reply.promoted]

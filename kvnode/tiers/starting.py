@@ -1,0 +1,65 @@
+"""Opens what a cluster file says of one node's tiers, on the clock, the clients and the segment of its service."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from kvcore.clock import Clock
+from kvcore.config.schema import ClusterConfig
+from kvnode.membership import Membership
+from kvnode.segment_owner import SegmentOwner
+from kvnode.tiers.node_tiers import NodeTiers, OpenTier, open_node_tiers
+from kvnode.tiers.own_segment import OwnSegment
+from kvnode.tiers.peers import PeerDisks
+from kvstore.placement import Placement
+from kvstore.tiers.opening import TierPlace, configured, open_tier
+from metadata_server.client import MetadataClient
+from metadata_server.connect import connect_subscription, endpoints_of
+from nodeapi.client import HttpNodeClient
+
+
+@asynccontextmanager
+async def start_tiers(
+    config: ClusterConfig, membership: Membership, owner: SegmentOwner, metadata: MetadataClient, clock: Clock
+) -> AsyncIterator[NodeTiers | None]:
+    """The node's tiers until it is left; None if it has none. Raises ConfigError for one that cannot be opened."""
+    node = membership.node
+    sections = list(configured(config, node.id))
+    if not sections:
+        yield None
+        return
+    async with AsyncExitStack() as stack:
+        host = config.nodes[node.id].host
+        place = TierPlace(config.cluster, node.id, host, owner.view)
+        opened = []
+        for section in sections:
+            tier = await open_tier(section, place, clock)
+            stack.push_async_callback(tier.aclose)
+            opened.append(OpenTier(tier, section))
+        client = HttpNodeClient(connect_timeout_s=config.router.connect_timeout_s, max_connections=64)
+        stack.push_async_callback(client.aclose)
+        placement = Placement(metadata, node_id=node.id, incarnation=node.incarnation, clock=clock, config=config.store)
+        tiers = await stack.enter_async_context(
+            open_node_tiers(
+                opened,
+                config.tiers,
+                node=node,
+                segment=lambda placement: OwnSegment(owner.view, owner.segment.id, placement, clock),
+                placement=placement,
+                metadata=metadata,
+                clock=clock,
+                run_blocking=asyncio.to_thread,
+                peers=PeerDisks(metadata, client, node.id),
+            )
+        )
+        membership.on_registered = tiers.registered
+        subscription = connect_subscription(endpoints_of(config.metadata_server), tiers.filler, clock)
+        stack.push_async_callback(subscription.aclose)
+        following = asyncio.create_task(subscription.run(), name="follow-events")
+        stack.push_async_callback(_ended, following)
+        yield tiers
+
+
+async def _ended(task: "asyncio.Task[None]") -> None:
+    task.cancel()
+    await asyncio.wait({task})
