@@ -57,12 +57,12 @@ def check_key(key: ChunkKey, param: str) -> None:
     require(len(key) == KEY_BYTES, param, f"a chunk key has {KEY_BYTES} bytes, got {len(key)}")
 
 
-def check_keys(keys: Sequence[ChunkKey]) -> None:
+def check_keys(keys: Sequence[ChunkKey], param: str = "keys") -> None:
     """At most MAX_ITEMS chunk keys."""
-    check_items(keys, "keys")
+    check_items(keys, param)
     for at, key in enumerate(keys):
         if len(key) != KEY_BYTES:
-            check_key(key, f"keys[{at}]")
+            check_key(key, f"{param}[{at}]")
 
 
 def check_extent(entry: ManifestEntry | ReplicaRef, param: str) -> None:

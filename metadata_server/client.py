@@ -17,6 +17,8 @@ from metadata_server.endpoints import EndpointSpec, Rep, Req
 from metadata_server.limits import ClientLimits
 from metadata_server.messages import (
     CommitReply,
+    FindHoldersReply,
+    FindHoldersRequest,
     HeartbeatReply,
     HeartbeatRequest,
     LeaveRequest,
@@ -32,10 +34,8 @@ from metadata_server.messages import (
     ReserveReply,
     ReserveRequest,
     Stats,
-    TierFindReply,
-    TierFindRequest,
-    TierHoldReply,
-    TierHoldRequest,
+    TellHoldingsReply,
+    TellHoldingsRequest,
     WaitRequest,
 )
 from metadata_server.versions import SPOKEN, Protocols, VersionedMessage
@@ -154,13 +154,13 @@ class MetadataClient:
         """Give reservations back. Idempotent."""
         await self._call(endpoints.ABORT, request, timeout_s)
 
-    async def tier_hold(self, request: TierHoldRequest, *, timeout_s: float | None = None) -> TierHoldReply:
+    async def tell_holdings(self, request: TellHoldingsRequest, *, timeout_s: float | None = None) -> TellHoldingsReply:
         """Say what came to this node's disk, and what left it. Idempotent. Not known: register first, then say all."""
-        return await self._call(endpoints.TIER_HOLD, request, timeout_s)
+        return await self._call(endpoints.TELL_HOLDINGS, request, timeout_s)
 
-    async def tier_find(self, request: TierFindRequest, *, timeout_s: float | None = None) -> TierFindReply:
+    async def find_holders(self, request: FindHoldersRequest, *, timeout_s: float | None = None) -> FindHoldersReply:
         """Who has chunks on disk."""
-        return await self._call(endpoints.TIER_FIND, request, timeout_s)
+        return await self._call(endpoints.FIND_HOLDERS, request, timeout_s)
 
     async def quarantine(self, request: QuarantineRequest, *, timeout_s: float | None = None) -> None:
         """Drop replicas that a reader refused, if they still are of that generation. Idempotent."""

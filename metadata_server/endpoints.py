@@ -99,14 +99,14 @@ def _check_replica_ids(request: m.ReplicaIds) -> None:
     check_items(request.replica_ids, "replica_ids")
 
 
-def _check_tier_hold(request: m.TierHoldRequest) -> None:
+def _check_tell_holdings(request: m.TellHoldingsRequest) -> None:
     check_name(request.node_id, "node_id")
     check_incarnation(request.incarnation, "incarnation")
-    check_keys(request.added)
-    check_keys(request.removed)
+    check_keys(request.added, "added")
+    check_keys(request.removed, "removed")
 
 
-def _check_tier_find(request: m.TierFindRequest) -> None:
+def _check_find_holders(request: m.FindHoldersRequest) -> None:
     check_keys(request.keys)
 
 
@@ -225,21 +225,21 @@ RELEASE = EndpointSpec(
     "End read leases",
     _check_release,
 )
-TIER_HOLD = EndpointSpec(
-    "/v1/tiers/hold",
-    m.TierHoldRequest,
-    m.TierHoldReply,
-    lambda core: core.state.tier_hold,
+TELL_HOLDINGS = EndpointSpec(
+    "/v1/tiers/tell_holdings",
+    m.TellHoldingsRequest,
+    m.TellHoldingsReply,
+    lambda core: core.state.tell_holdings,
     "Say what came to a node's disk, and what left it",
-    _check_tier_hold,
+    _check_tell_holdings,
 )
-TIER_FIND = EndpointSpec(
-    "/v1/tiers/find",
-    m.TierFindRequest,
-    m.TierFindReply,
-    lambda core: core.state.tier_find,
+FIND_HOLDERS = EndpointSpec(
+    "/v1/tiers/find_holders",
+    m.FindHoldersRequest,
+    m.FindHoldersReply,
+    lambda core: core.state.find_holders,
     "Who has chunks on disk",
-    _check_tier_find,
+    _check_find_holders,
 )
 NODES = EndpointSpec("/v1/nodes", None, m.NodesReply, lambda core: core.nodes, "Live nodes and segments")
 STATS = EndpointSpec("/v1/stats", None, m.Stats, lambda core: core.stats, "What is held, and counters")
@@ -256,8 +256,8 @@ ENDPOINTS: tuple[EndpointSpec[Any, Any], ...] = (
     ABORT,
     QUARANTINE,
     RELEASE,
-    TIER_HOLD,
-    TIER_FIND,
+    TELL_HOLDINGS,
+    FIND_HOLDERS,
     NODES,
     STATS,
 )

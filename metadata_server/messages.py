@@ -200,7 +200,7 @@ class CommitReply(_Reply, frozen=True, kw_only=True):
     committed: list[bool]
 
 
-class TierHoldRequest(_Request, frozen=True, kw_only=True):
+class TellHoldingsRequest(_Request, frozen=True, kw_only=True):
     """Chunks that came to a node's disk or left it. `reset`: it has none but these. Since TIER_HOLDINGS."""
 
     node_id: str
@@ -210,19 +210,19 @@ class TierHoldRequest(_Request, frozen=True, kw_only=True):
     reset: bool = False
 
 
-class TierHoldReply(_Reply, frozen=True, kw_only=True):
+class TellHoldingsReply(_Reply, frozen=True, kw_only=True):
     """`known` false: the node is not registered, and nothing was noted."""
 
     known: bool
 
 
-class TierFindRequest(_Request, frozen=True, kw_only=True):
+class FindHoldersRequest(_Request, frozen=True, kw_only=True):
     """Who has these chunks on disk. Since TIER_HOLDINGS."""
 
     keys: list[ChunkKey]
 
 
-class TierFindReply(_Reply, frozen=True, kw_only=True):
+class FindHoldersReply(_Reply, frozen=True, kw_only=True):
     """`nodes[holders[i][...]]` have `keys[i]`, for the keys up to the first that nobody has."""
 
     nodes: list[NodeInfo]

@@ -123,8 +123,9 @@ _LENGTH = _whole(1, MAX_BYTES)
 _EXTENT = {"key": _KEY, "offset": _whole(0, MAX_BYTES), "length": _LENGTH, "generation": _whole(0, MAX_GENERATION)}
 _VERSION = _whole(1, MAX_ITEMS)
 _NODE = {"node_id": _NAME, "incarnation": _whole(0, MAX_GENERATION)}
+_KEYS = {**_ITEMS, "items": {"type": "string", "contentEncoding": "base64", **_KEY}}
 _MATCH = {
-    "keys": {**_ITEMS, "items": {"type": "string", "contentEncoding": "base64", **_KEY}},
+    "keys": _KEYS,
     "lease_s": _SECONDS_OR_NONE,
     "node_id": _NAME_OR_NONE,
     "incarnation": _whole(0, MAX_GENERATION),
@@ -164,6 +165,8 @@ _FIELD_BOUNDS: dict[str, dict[str, _Schema]] = {
         "timeout_s": {"minimum": 0, "maximum": MAX_WAIT_SECONDS},
     },
     "ReserveRequest": {**_NODE, "items": _ITEMS, "prefer_segment": _NAME_OR_NONE, "ttl_s": _SECONDS},
+    "TellHoldingsRequest": {**_NODE, "added": _KEYS, "removed": _KEYS},
+    "FindHoldersRequest": {"keys": _KEYS},
     "ReserveItem": {"key": _KEY, "length": _LENGTH},
     "ReplicaIds": {**_NODE, "replica_ids": _ITEMS},
     "ReleaseRequest": {"lease_ids": _ITEMS},

@@ -13,7 +13,7 @@ from kvcore.types import ChunkKey, NodeInfo
 from kvnode.tiers.limits import MoveLimits
 from kvstore.tiers.base import ChunkName
 from metadata_server.client import MetadataClient
-from metadata_server.messages import TIER_HOLDINGS, TierHoldRequest
+from metadata_server.messages import TIER_HOLDINGS, TellHoldingsRequest
 
 _logger = logging.getLogger("kvnode")
 
@@ -79,8 +79,8 @@ class HoldingsAnnouncer:
     async def _send(self, came: list[ChunkKey], left: list[ChunkKey], *, reset: bool) -> bool:
         size = self._limits.announce_keys
         for start in range(0, max(len(came), len(left), 1), size):
-            reply = await self._metadata.tier_hold(
-                TierHoldRequest(
+            reply = await self._metadata.tell_holdings(
+                TellHoldingsRequest(
                     node_id=self._node.id,
                     incarnation=self._node.incarnation,
                     added=came[start : start + size],

@@ -10,7 +10,7 @@ from kvcore.telemetry import log_fields
 from kvcore.types import ChunkKey, NodeInfo
 from kvstore.tiers.base import ChunkName
 from metadata_server.client import MetadataClient
-from metadata_server.messages import TIER_HOLDINGS, TierFindRequest
+from metadata_server.messages import TIER_HOLDINGS, FindHoldersRequest
 from nodeapi.client import HttpNodeClient
 from nodeapi.messages import Promoted, PromoteRequest
 
@@ -30,7 +30,7 @@ class PeerDisks:
         if self._metadata.protocol < TIER_HOLDINGS or not keys:
             return []
         try:
-            reply = await self._metadata.tier_find(TierFindRequest(keys=list(keys)), timeout_s=timeout_s)
+            reply = await self._metadata.find_holders(FindHoldersRequest(keys=list(keys)), timeout_s=timeout_s)
         except (MetadataUnavailableError, MetadataProtocolError):
             return []
         self._known = {node.id: node for node in reply.nodes}

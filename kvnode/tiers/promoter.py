@@ -170,6 +170,8 @@ class TierPromoter:
                 await asyncio.wait({other}, timeout=left_s)
                 continue
             plan = await self._plan(rest, left_s)
+            if rest[0].key in self._under_way:  # 1: since a moment ago
+                continue
             if plan.names:  # 2
                 got = await self._load(plan, shape, end)
                 done += got

@@ -25,6 +25,8 @@ from metadata_server.messages import (
     CommitReply,
     EventBatch,
     EventKind,
+    FindHoldersReply,
+    FindHoldersRequest,
     HeartbeatReply,
     HeartbeatRequest,
     LeaveRequest,
@@ -39,10 +41,8 @@ from metadata_server.messages import (
     ReserveRequest,
     SegmentManifest,
     Stats,
-    TierFindReply,
-    TierFindRequest,
-    TierHoldReply,
-    TierHoldRequest,
+    TellHoldingsReply,
+    TellHoldingsRequest,
 )
 from metadata_server.versions import SPOKEN, Protocols
 
@@ -246,25 +246,25 @@ class MetadataState:
 
     # --- nodes' disks ----------------------------------------------------------------------------------------------
 
-    def tier_hold(self, request: TierHoldRequest, now: float) -> TierHoldReply:
+    def tell_holdings(self, request: TellHoldingsRequest, now: float) -> TellHoldingsReply:
         """Note what came to a node's disk and what left it. Another incarnation than the registered one: not known."""
         self.tick(now)
         if self._nodes.get(request.node_id, request.incarnation) is None:
-            return TierHoldReply(known=False)
+            return TellHoldingsReply(known=False)
         if request.reset:
             self._holdings.drop(request.node_id)
         self._holdings.remove(request.node_id, request.removed)
         self._holdings.add(request.node_id, request.added)
-        return TierHoldReply(known=True)
+        return TellHoldingsReply(known=True)
 
-    def tier_find(self, request: TierFindRequest, now: float) -> TierFindReply:
+    def find_holders(self, request: FindHoldersRequest, now: float) -> FindHoldersReply:
         """Who has chunks on disk, up to the first that nobody has."""
         self.tick(now)
         holders = self._holdings.find(request.keys)
         names = sorted({name for having in holders for name in having})
         numbers = {name: number for number, name in enumerate(names)}
         nodes = [self._nodes[name].info for name in names]
-        return TierFindReply(nodes=nodes, holders=[[numbers[name] for name in having] for having in holders])
+        return FindHoldersReply(nodes=nodes, holders=[[numbers[name] for name in having] for having in holders])
 
     # --- what is seen from outside -------------------------------------------------------------------------------
 

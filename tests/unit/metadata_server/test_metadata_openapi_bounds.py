@@ -21,6 +21,8 @@ WITHOUT = {
     ("ReplicaRef", "id"),  # any number: what is not known is answered so
     ("ReplicaRef", "segment_id"),
     ("Segment", "node_id"),  # the node's own
+    ("ReserveRequest", "only_preferred"),  # true or false
+    ("TellHoldingsRequest", "reset"),
 }
 
 
@@ -38,7 +40,9 @@ def examples() -> dict[str, Any]:
         m.ReleaseWriterRequest(**NODE),
         m.MatchRequest(keys=keys(1), **NODE),
         m.WaitRequest(keys=keys(1), timeout_s=1.0, **NODE),
-        reservation("a", [1], prefer="a.1"),
+        msgspec.structs.replace(reservation("a", [1], prefer="a.1"), only_preferred=True),
+        m.TellHoldingsRequest(**NODE, added=keys(1), removed=keys(2)),
+        m.FindHoldersRequest(keys=keys(1)),
         ids("a", [replica]),
         m.QuarantineRequest(items=[m.QuarantineItem(replica=replica, reason=m.QuarantineReason.STALE)]),
         m.ReleaseRequest(lease_ids=[1]),

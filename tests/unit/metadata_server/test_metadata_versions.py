@@ -47,6 +47,8 @@ def requests(state: MetadataState) -> dict[str, msgspec.Struct | None]:
         "/v1/objects/abort": ids("a", reserved),
         "/v1/objects/quarantine": m.QuarantineRequest(items=[item]),
         "/v1/leases/release": m.ReleaseRequest(lease_ids=[1]),
+        "/v1/tiers/tell_holdings": m.TellHoldingsRequest(**named, added=keys(5)),
+        "/v1/tiers/find_holders": m.FindHoldersRequest(keys=keys(5)),
         "/v1/nodes": None,
         "/v1/stats": None,
     }
@@ -138,6 +140,7 @@ async def test_an_outcome_that_only_a_newer_server_knows_is_read_as_do_without()
 
 # --- greetings ---------------------------------------------------------------------------------------------------
 
+VERSION_1 = Protocols(oldest=1, newest=1)
 VERSION_2 = Protocols(oldest=1, newest=2)
 ONLY_2 = Protocols(oldest=2, newest=2)
 
@@ -145,12 +148,12 @@ ONLY_2 = Protocols(oldest=2, newest=2)
 def test_version_1_is_not_said_so_that_programs_from_before_the_fields_understand() -> None:
     for message in (registration("a"), m.RegisterReply(epoch="e", imported=0, refused=0)):
         assert not {"protocol", "oldest_protocol"} & msgspec.msgpack.decode(msgspec.msgpack.encode(message)).keys()
-        assert message.spoken == Protocols(oldest=1, newest=1) == SPOKEN
+        assert message.spoken == VERSION_1
 
 
 @pytest.mark.parametrize(
     ("client_speaks", "server_speaks", "version"),
-    [(SPOKEN, VERSION_2, 1), (VERSION_2, SPOKEN, 1), (VERSION_2, ONLY_2, 2)],
+    [(VERSION_1, VERSION_2, 1), (VERSION_2, VERSION_1, 1), (VERSION_2, ONLY_2, 2)],
 )
 async def test_the_newest_version_that_both_speak_is_used(
     client_speaks: Protocols, server_speaks: Protocols, version: int
@@ -165,14 +168,14 @@ async def test_the_newest_version_that_both_speak_is_used(
 
 async def test_a_node_that_is_too_old_is_refused_by_the_server_and_a_server_by_the_client() -> None:
     core = MetadataCore(new_state(speaks=ONLY_2), ManualClock())
-    client = MetadataClient(DirectTransport(core), ManualClock(), 1.0)
+    client = MetadataClient(DirectTransport(core), ManualClock(), 1.0, speaks=VERSION_1)
     said = "node a speaks version 1 of the metadata protocol, the metadata server speaks 2: upgrade node a"
     with pytest.raises(MetadataProtocolError, match=said):
         await client.register(registration("a"))
     assert core.state.nodes(NOW).nodes == []
     with pytest.raises(MetadataProtocolError, match=r"server speaks version 2 .* upgrade this client"):
         await client.nodes()
-    core = MetadataCore(some_state(), ManualClock())
+    core = MetadataCore(some_state(VERSION_1), ManualClock())
     with pytest.raises(MetadataProtocolError, match=r"node b speaks version 2 .* upgrade the metadata server"):
         await MetadataClient(DirectTransport(core), ManualClock(), 1.0, speaks=ONLY_2).register(registration("b"))
 
@@ -247,7 +250,7 @@ async def test_the_first_batch_of_every_stream_says_what_the_server_speaks() -> 
 
 async def test_a_stream_of_versions_that_the_subscriber_does_not_speak_is_not_applied() -> None:
     batches = stream(MetadataCore(some_state(), ManualClock()))
-    batches[0] |= {"protocol": 3, "oldest_protocol": 2}
+    batches[0] |= {"protocol": SPOKEN.newest + 2, "oldest_protocol": SPOKEN.newest + 1}
     sink, source = Sink(), Played(batches)
     subscription = IndexSubscription(source, sink, SystemClock())
     following = asyncio.create_task(subscription.run())

@@ -34,6 +34,7 @@ REQUESTS: list[msgspec.Struct] = [
     m.PrefillRequest(request_id="a", prompt_token_ids=[1], deadline_s=1.0),
     m.GenerateRequest(request_id="a", prompt_token_ids=[1], sampling=SAMPLING, handoff=HANDOFF, deadline_s=1.0),
     m.ProbeRequest(peer="d0", timeout_s=1.0),
+    m.PromoteRequest(fingerprint=b"f" * 16, keys=[b"k" * 16], deadline_s=1.0),
 ]
 REPLIES: list[msgspec.Struct] = [
     TIMINGS,
@@ -59,6 +60,9 @@ REPLIES: list[msgspec.Struct] = [
         node="p0", peer="d0", asked="tcp", transport="tcp", shown="tcp", devices=[], link_rate=None, latency_s=1.0,
         put_rate=1.0, get_rate=1.0, copy_rate=1.0, num_bytes=1, seconds=1.0,
     ),
+    m.Promoted(tier="disk"),
+    m.PromoteReply(promoted=[m.Promoted(tier="disk")]),
+    m.TierReport(name="disk", shared=False),
 ]  # fmt: skip
 names = pytest.mark.parametrize
 
