@@ -91,6 +91,8 @@ def _convert_union(raw: object, arguments: tuple[object, ...], path: str) -> obj
     if not structs:
         (only,) = (kind for kind in arguments if kind is not type(None))
         return _convert(raw, only, path)
+    if len(structs) == 1:  # a section that may be left out
+        return _convert_struct(raw, structs[0], path)
     by_tag = {str(kind.__struct_config__.tag): kind for kind in structs}
     tag_field = str(structs[0].__struct_config__.tag_field)
     given = _mapping(raw, path)

@@ -7,8 +7,8 @@ exactly one extent; `lru` has the complete ones without a pin, oldest first; the
 from dataclasses import dataclass
 from enum import StrEnum
 
+from kvcore.extents import ALIGNMENT, ExtentAllocator, aligned
 from kvcore.types import ReplicaRef, Segment
-from metadata_server.index.allocator import ALIGNMENT, ExtentAllocator, aligned
 from metadata_server.messages import ManifestEntry, SegmentStats
 
 

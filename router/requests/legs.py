@@ -142,7 +142,7 @@ class RequestLegs:
             self._listener.tell(PrefillFailed(action.leg, failure))
             return
         leg.cached_tokens, leg.computed_tokens = result.cached_tokens, result.computed_tokens
-        leg.moved, leg.timings = result.moved, result.timings
+        leg.moved, leg.promoted, leg.timings = result.moved, result.promoted, result.timings
         leg.note = "no_room" if result.no_room else None
         self._listener.tell(PrefillDone(action.leg, result))
 
@@ -240,4 +240,4 @@ class RequestLegs:
 
 def _note(leg: LegRecord, info: LegInfo) -> None:
     leg.cached_tokens, leg.computed_tokens = info.cached_tokens, info.computed_tokens
-    leg.moved, leg.timings = info.moved, info.timings
+    leg.moved, leg.promoted, leg.timings = info.moved, info.promoted, info.timings

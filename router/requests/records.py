@@ -7,7 +7,7 @@ from collections.abc import Callable
 import msgspec
 
 from kvcore.telemetry import log_fields
-from nodeapi.messages import Moved, Timings
+from nodeapi.messages import Moved, Promoted, Timings
 from router.routing.decision import Candidate, Decision
 from router.routing.views import LeftOut
 
@@ -24,6 +24,7 @@ class LegRecord(msgspec.Struct, kw_only=True):
     cached_tokens: int | None = None
     computed_tokens: int | None = None
     moved: list[Moved] = []
+    promoted: list[Promoted] = []
     timings: Timings | None = None
     error: str | None = None
     note: str | None = None

@@ -19,12 +19,12 @@ from support.ports import free_ports
 from engines.torch.kv_cache import KVGeometry
 from kvcore.config.file import load_config
 from kvcore.config.schema import MetadataServerConfig, RouterConfig, StoreConfig
+from kvcore.extents import aligned
 from kvcore.process.service import EXIT_CONFIG, EXIT_FAILED, EXIT_FORCED
 from kvcore.types import Segment
 from kvferry.cli import build_parser
 from kvnode.limits import NodeLimits
 from kvstore.chunk_format import HEADER_BYTES
-from metadata_server.index.allocator import aligned
 from metadata_server.index.segments import SegmentRecord
 from router.nodes.limits import NodeHealthLimits
 from router.requests.limits import RequestLimits

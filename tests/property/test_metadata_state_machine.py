@@ -7,7 +7,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from support.metadata_words import UNIT, granted, ids, key, keys, new_state, registration, reservation
 
 from kvcore.errors import NodeRefusedError
-from metadata_server.index.allocator import ExtentAllocator
+from kvcore.extents import ExtentAllocator
 from metadata_server.index.limits import IndexLimits
 from metadata_server.messages import (
     EventKind,

@@ -4,6 +4,8 @@ import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -11,6 +13,7 @@ from kvcore.clock import ManualClock
 from kvcore.types import ChunkKey
 from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, checksum, pack
 from kvstore.tiers.base import ChunkName, Tier, TierChunk
+from kvstore.tiers.disk import open_disk
 from kvstore.tiers.memory import MemoryTier
 
 FINGERPRINT = bytes(range(16))
@@ -54,6 +57,42 @@ async def memory_rig() -> AsyncIterator[TierRig]:
     await tier.aclose()
 
 
+@asynccontextmanager
+async def disk_rig(*, buffered: bool = False) -> AsyncIterator[TierRig]:
+    with TemporaryDirectory() as folder:
+        path, clock = Path(folder) / "tier.slab", ManualClock()
+        tier = await open_disk(path, CAPACITY_BYTES, clock, buffered=buffered)
+
+        def place(name: ChunkName) -> tuple[int, int]:
+            entry = tier._index[name].entry
+            return entry.offset, entry.num_bytes
+
+        def overwrite(offset: int, change: Callable[[bytes], bytes], length: int) -> None:
+            with path.open("r+b", buffering=0) as file:
+                file.seek(offset)
+                before = file.read(length)
+                file.seek(offset)
+                file.write(change(before))
+
+        def damage(name: ChunkName) -> None:
+            offset, length = place(name)
+            overwrite(offset + length - 1, lambda old: bytes([old[0] ^ 1]), 1)
+
+        def tear(name: ChunkName) -> None:
+            offset, length = place(name)
+            overwrite(offset + length // 2, lambda old: bytes(len(old)), length - length // 2)
+
+        @asynccontextmanager
+        async def reopen() -> AsyncIterator[Tier]:
+            await tier.aclose()
+            again = await open_disk(path, CAPACITY_BYTES, clock, buffered=buffered)
+            yield again
+            await again.aclose()
+
+        yield TierRig(tier, advance=clock.advance, damage=damage, tear=tear, reopen=reopen)
+        await tier.aclose()
+
+
 @dataclass(frozen=True)
 class RigKind:
     """How a kind of tier is opened for a test, which of a rig's abilities it has, and the marks of its tests."""
@@ -63,7 +102,12 @@ class RigKind:
     marks: tuple[pytest.MarkDecorator, ...] = ()
 
 
-KINDS = {"memory": RigKind(memory_rig, frozenset({"bound", "advance", "damage"}))}
+_DISK = frozenset({"bound", "advance", "damage", "tear", "reopen"})
+KINDS = {
+    "memory": RigKind(memory_rig, frozenset({"bound", "advance", "damage"})),
+    "disk": RigKind(disk_rig, _DISK),
+    "disk_buffered": RigKind(lambda: disk_rig(buffered=True), _DISK),
+}
 """A line a kind of tier. `bound`: it has a capacity of its own."""
 
 

@@ -3,8 +3,8 @@
 import pytest
 from support.metadata_words import UNIT, key
 
+from kvcore.extents import ExtentAllocator
 from kvcore.types import ChunkKey
-from metadata_server.index.allocator import ExtentAllocator
 from metadata_server.index.event_log import MAX_BATCH_KEYS, MAX_EVENT_KEYS, EventLog
 from metadata_server.index.leases import Deadlines, Expiry
 from metadata_server.messages import EventKind

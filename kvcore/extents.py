@@ -1,4 +1,4 @@
-"""Hands out extents of one segment: 4096-aligned, best fit, neighbours coalesced on free.
+"""Hands out extents of a segment or a slab: 4096-aligned, best fit, neighbours coalesced on free.
 
 Owns free space only; who holds an extent is its caller's business. Invariant: free and taken extents tile
 [0, capacity) without gap or overlap, and no two free ones touch. Operations are O(log(distinct free sizes)).

@@ -1,0 +1,329 @@
+"""A node's own disk as a tier: one preallocated slab, least recently used chunks go first, known again after a restart.
+
+Owns the index of the slab and which extents are in use. A cache needs no durability: nothing is ever synced, a torn
+chunk fails its checksum and is a miss. See `kvstore.tiers.disk_file` for the file.
+"""
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kvcore.clock import Clock
+from kvcore.config.tiers import DiskTierConfig, TierConfig
+from kvcore.errors import TransferError
+from kvcore.extents import ExtentAllocator, aligned
+from kvcore.telemetry import log_fields
+from kvstore.tiers.base import ChunkName, TierChunk, TierOutcome, TierStats
+from kvstore.tiers.disk_file import SlabEntry, SlabFile, disjoint, name_of_entry
+from kvstore.tiers.opening import TierPlace
+from transfer.blocking import BatchDeadline, BlockingPool
+
+_log = logging.getLogger(__name__)
+_THREADS = 2
+"""One or two saturate a disk."""
+
+
+@dataclass(slots=True)
+class _Held:
+    """A chunk in the slab. `busy`: reads and writes of it under way; `gone`: it is no longer in the index, and its
+    extent is given back when nobody is busy with it."""
+
+    entry: SlabEntry
+    busy: int = 0
+    gone: bool = False
+
+
+@dataclass(slots=True)
+class _Batch:
+    """What one call has a thread do, and how it went."""
+
+    work: list[tuple[int, _Held, TierChunk]] = field(default_factory=list)
+    done: dict[int, bool] = field(default_factory=dict)
+    """Position in the call -> whether it came or was written."""
+    problem: str = ""
+    stopped: bool = False
+
+
+class DiskTier:
+    """See `LocalTier`. Made by `open_disk`, on the loop that uses it."""
+
+    name = "disk"
+    shared = False
+
+    def __init__(self, slab: SlabFile, entries: Sequence[SlabEntry], clock: Clock, said: str) -> None:
+        self.on_change: Callable[[Sequence[ChunkName], Sequence[ChunkName]], None] = lambda _came, _left: None
+        self.max_chunk_bytes = slab.data_bytes
+        self._slab, self._clock = slab, clock
+        self._said = said
+        self._problem: str | None = None
+        self._pool = BlockingPool("disk-tier", _THREADS)
+        self._index: OrderedDict[ChunkName, _Held] = OrderedDict()
+        self._evicted = 0
+        self._writing = asyncio.Lock()
+        """One save or removal at a time: a place in the table is given to nobody before it is cleared."""
+        self._to_clear: list[int] = []
+        """Places in the table of what left the index, still to be cleared."""
+        taken = []
+        for entry in disjoint(entries, clock.wall()):
+            taken.append((entry.offset - slab.data_offset, entry.num_bytes))
+            self._index[name_of_entry(entry)] = _Held(entry)
+        used = {held.entry.number for held in self._index.values()}
+        self._extents = ExtentAllocator(slab.data_bytes, taken)
+        self._free_numbers = [number for number in reversed(range(slab.num_entries)) if number not in used]
+        self._to_clear += [entry.number for entry in entries if entry.number not in used]
+
+    def __repr__(self) -> str:
+        return f"<DiskTier {self._slab.path}: {len(self._index)} chunks, {self._extents.used} bytes>"
+
+    def names(self) -> list[ChunkName]:
+        """See `LocalTier`: those used last first."""
+        return list(reversed(self._index))
+
+    async def find(self, names: Sequence[ChunkName], *, timeout_s: float) -> list[bool]:
+        """See `Tier`. From memory."""
+        return [not self._pool.closed and self._alive(name) is not None for name in names]
+
+    async def load(self, chunks: Sequence[TierChunk], *, timeout_s: float) -> list[TierOutcome]:
+        """See `Tier`."""
+        outcomes = [TierOutcome.UNAVAILABLE] * len(chunks)
+        if self._pool.closed:
+            return outcomes
+        batch = _Batch()
+        for at, chunk in enumerate(chunks):
+            held = self._alive(chunk.name)
+            if held is None:
+                outcomes[at] = TierOutcome.MISSING
+            elif held.entry.num_bytes != chunk.num_bytes:
+                outcomes[at] = TierOutcome.TOO_LARGE
+            else:
+                held.busy += 1
+                batch.work.append((at, held, chunk))
+        for _, held, chunk in reversed(batch.work):  # a prefix is to outlive what continues it
+            self._touch(chunk.name, held)
+        await self._run(batch, self._read, timeout_s)
+        for at, came in batch.done.items():
+            outcomes[at] = TierOutcome.OK if came else TierOutcome.DAMAGED
+        return outcomes
+
+    async def save(
+        self, chunks: Sequence[TierChunk], *, ttl_s: float | None = None, timeout_s: float
+    ) -> list[TierOutcome]:
+        """See `Tier`."""
+        outcomes = [TierOutcome.UNAVAILABLE] * len(chunks)
+        end = self._clock.now() + timeout_s
+        if not await self._may_write(timeout_s):
+            return outcomes
+        batch, left = _Batch(), list[ChunkName]()
+        try:
+            self._plan_save(chunks, ttl_s, batch, left, outcomes)
+            await self._run(batch, self._write, end - self._clock.now())
+        finally:
+            came = self._keep_written(batch)
+            self._writing.release()
+            if came or left:
+                self.on_change(came, left)
+        written = set(came)
+        return [
+            TierOutcome.OK if chunk.name in written else outcome
+            for chunk, outcome in zip(chunks, outcomes, strict=True)
+        ]
+
+    async def remove(self, names: Sequence[ChunkName], *, timeout_s: float) -> None:
+        """See `Tier`."""
+        left = [name for name in dict.fromkeys(names) if name in self._index]
+        if not left or not await self._may_write(timeout_s):
+            return
+        batch = _Batch()
+        try:
+            for name in left:
+                if name in self._index:
+                    self._drop(name)
+            await self._run(batch, self._write, timeout_s)
+        finally:
+            self._writing.release()
+            self.on_change([], left)
+
+    def stats(self) -> TierStats:
+        """See `Tier`."""
+        return TierStats(
+            num_chunks=len(self._index),
+            used_bytes=self._extents.used,
+            capacity_bytes=self._extents.capacity,
+            evicted=self._evicted,
+            problem=self._problem,
+        )
+
+    async def aclose(self) -> None:
+        """See `Tier`. When each chunk was used last is written down."""
+        if self._pool.closed:
+            return
+        entries = [held.entry for held in self._index.values()]
+        await self._pool.aclose()
+        try:
+            await asyncio.to_thread(self._slab.put_entries, entries)
+        except OSError as error:
+            log_fields(_log, logging.WARNING, "disk_tier_not_written", path=str(self._slab.path), reason=error.strerror)
+        self._slab.close()
+
+    # --- the index ---
+
+    def _alive(self, name: ChunkName) -> _Held | None:
+        held = self._index.get(name)
+        if held is not None and 0 < held.entry.ends_at <= self._clock.wall():
+            return None
+        return held
+
+    def _touch(self, name: ChunkName, held: _Held) -> None:
+        held.entry.used_at = self._clock.wall()
+        if name in self._index:
+            self._index.move_to_end(name)
+
+    async def _may_write(self, timeout_s: float) -> bool:
+        """Whether it is this caller's turn to write, which it gives back by releasing `_writing`."""
+        if self._pool.closed or timeout_s <= 0:
+            return False
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._writing.acquire()
+        except TimeoutError:
+            return False
+        if self._pool.closed:
+            self._writing.release()
+            return False
+        return True
+
+    def _plan_save(
+        self,
+        chunks: Sequence[TierChunk],
+        ttl_s: float | None,
+        batch: _Batch,
+        left: list[ChunkName],
+        outcomes: list[TierOutcome],
+    ) -> None:
+        """Room for what is not there, after as many evictions as it takes; what needs no writing has its outcome."""
+        wall, planned = self._clock.wall(), set[ChunkName]()
+        for at, chunk in reversed(list(enumerate(chunks))):  # a prefix is to outlive what continues it
+            if chunk.name in planned:
+                continue
+            if (held := self._alive(chunk.name)) is not None:
+                self._touch(chunk.name, held)
+                outcomes[at] = TierOutcome.OK
+                continue
+            if chunk.name in self._index:  # its time was up
+                self._drop(chunk.name)
+            if aligned(chunk.num_bytes) > self._slab.data_bytes:
+                outcomes[at] = TierOutcome.TOO_LARGE
+            elif (offset := self._make_room(chunk.num_bytes, left)) is None:
+                outcomes[at] = TierOutcome.FULL
+            else:
+                planned.add(chunk.name)
+                entry = SlabEntry(
+                    number=self._free_numbers.pop(),
+                    raw_header=chunk.header(),
+                    offset=self._slab.data_offset + offset,
+                    num_bytes=chunk.num_bytes,
+                    used_at=wall,
+                    ends_at=0.0 if ttl_s is None else wall + ttl_s,
+                )
+                batch.work.append((at, _Held(entry, busy=1), chunk))
+
+    def _keep_written(self, batch: _Batch) -> list[ChunkName]:
+        """The chunks that a thread has written are in the index from now on; the room of the others is free again."""
+        came = []
+        for at, held, chunk in batch.work:
+            if batch.done.get(at):
+                self._index[chunk.name] = held
+                came.append(chunk.name)
+            else:
+                self._to_clear.append(held.entry.number)
+                self._give_back(held)
+        return came
+
+    def _make_room(self, num_bytes: int, left: list[ChunkName]) -> int | None:
+        """An extent; None: what is left is being read."""
+        while True:
+            offset = self._extents.allocate(num_bytes) if self._free_numbers else None
+            if offset is not None:
+                return offset
+            victim = next((name for name, held in self._index.items() if not held.busy), None)
+            if victim is None:
+                return None
+            self._drop(victim)
+            self._evicted += 1
+            left.append(victim)
+
+    def _drop(self, name: ChunkName) -> None:
+        held = self._index.pop(name)
+        self._to_clear.append(held.entry.number)
+        held.gone = True
+        if not held.busy:
+            self._give_back(held)
+
+    def _give_back(self, held: _Held) -> None:
+        self._extents.release(held.entry.offset - self._slab.data_offset)
+        self._free_numbers.append(held.entry.number)
+
+    # --- the disk ---
+
+    async def _run(self, batch: _Batch, job: Callable[[_Batch], None], timeout_s: float) -> None:
+        """The job in a thread, which uses the callers' memory no longer when this returns or raises."""
+        try:
+            if timeout_s > 0 and not self._pool.closed:
+                await self._pool.run(lambda: job(batch), lambda: _stop(batch), BatchDeadline(timeout_s))
+                self._problem = batch.problem or None
+        except TransferError as error:
+            self._problem = batch.problem or error.message
+        finally:
+            for _, held, _ in batch.work:
+                held.busy -= 1
+                if held.gone and not held.busy:
+                    self._give_back(held)
+
+    def _read(self, batch: _Batch) -> None:
+        for at, held, chunk in batch.work:
+            if batch.stopped:
+                return
+            try:
+                batch.done[at] = self._slab.read_chunk(held.entry, chunk.memory)
+            except OSError as error:
+                batch.problem = f"{self._slab.path}: {error.strerror}"
+
+    def _write(self, batch: _Batch) -> None:
+        try:
+            cleared = self._to_clear.copy()
+            self._slab.clear_entries(cleared)
+            del self._to_clear[: len(cleared)]
+            for at, held, chunk in batch.work:
+                if batch.stopped:
+                    return
+                self._slab.write_chunk(held.entry, chunk.memory)
+                batch.done[at] = True
+        except OSError as error:
+            batch.problem = f"{self._slab.path}: {error.strerror}"
+
+
+def _stop(batch: _Batch) -> None:
+    batch.stopped = True
+
+
+async def open_tier(config: TierConfig, place: TierPlace, clock: Clock) -> DiskTier:
+    """See `kvstore.tiers.opening`."""
+    assert isinstance(config, DiskTierConfig)
+    path = Path(config.path.replace("{node}", place.node_id), f"kvferry-{place.node_id}.slab")
+    return await open_disk(path, int(config.size), clock, buffered=config.buffered)
+
+
+async def open_disk(path: Path, size_bytes: int, clock: Clock, *, buffered: bool = False) -> DiskTier:
+    """The tier over the file, which is made if it is not there. Raises ConfigError."""
+
+    def start() -> tuple[SlabFile, str, list[SlabEntry]]:
+        slab, said = SlabFile.open(path.expanduser(), size_bytes, buffered=buffered)
+        return slab, said, list(slab.entries())
+
+    slab, said, entries = await asyncio.to_thread(start)
+    if said:
+        log_fields(_log, logging.WARNING, "disk_tier", path=str(path), said=said)
+    return DiskTier(slab, entries, clock, said)
