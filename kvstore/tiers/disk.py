@@ -37,7 +37,7 @@ class _Held:
 
 
 @dataclass(slots=True)
-class _Batch:
+class _DiskBatch:
     """What one call has a thread do, and how it went."""
 
     work: list[tuple[int, _Held, TierChunk]] = field(default_factory=list)
@@ -91,7 +91,7 @@ class DiskTier:
         outcomes = [TierOutcome.UNAVAILABLE] * len(chunks)
         if self._pool.closed:
             return outcomes
-        batch = _Batch()
+        batch = _DiskBatch()
         for at, chunk in enumerate(chunks):
             held = self._alive(chunk.name)
             if held is None:
@@ -116,7 +116,7 @@ class DiskTier:
         end = self._clock.now() + timeout_s
         if not await self._may_write(timeout_s):
             return outcomes
-        batch, left = _Batch(), list[ChunkName]()
+        batch, left = _DiskBatch(), list[ChunkName]()
         try:
             self._plan_save(chunks, ttl_s, batch, left, outcomes)
             await self._run(batch, self._write, end - self._clock.now())
@@ -136,7 +136,7 @@ class DiskTier:
         left = [name for name in dict.fromkeys(names) if name in self._index]
         if not left or not await self._may_write(timeout_s):
             return
-        batch = _Batch()
+        batch = _DiskBatch()
         try:
             for name in left:
                 if name in self._index:
@@ -199,7 +199,7 @@ class DiskTier:
         self,
         chunks: Sequence[TierChunk],
         ttl_s: float | None,
-        batch: _Batch,
+        batch: _DiskBatch,
         left: list[ChunkName],
         outcomes: list[TierOutcome],
     ) -> None:
@@ -230,7 +230,7 @@ class DiskTier:
                 )
                 batch.work.append((at, _Held(entry, busy=1), chunk))
 
-    def _keep_written(self, batch: _Batch) -> list[ChunkName]:
+    def _keep_written(self, batch: _DiskBatch) -> list[ChunkName]:
         """The chunks that a thread has written are in the index from now on; the room of the others is free again."""
         came = []
         for at, held, chunk in batch.work:
@@ -268,7 +268,7 @@ class DiskTier:
 
     # --- the disk ---
 
-    async def _run(self, batch: _Batch, job: Callable[[_Batch], None], timeout_s: float) -> None:
+    async def _run(self, batch: _DiskBatch, job: Callable[[_DiskBatch], None], timeout_s: float) -> None:
         """The job in a thread, which uses the callers' memory no longer when this returns or raises."""
         try:
             if timeout_s > 0 and not self._pool.closed:
@@ -282,7 +282,7 @@ class DiskTier:
                 if held.gone and not held.busy:
                     self._give_back(held)
 
-    def _read(self, batch: _Batch) -> None:
+    def _read(self, batch: _DiskBatch) -> None:
         for at, held, chunk in batch.work:
             if batch.stopped:
                 return
@@ -291,7 +291,7 @@ class DiskTier:
             except OSError as error:
                 batch.problem = f"{self._slab.path}: {error.strerror}"
 
-    def _write(self, batch: _Batch) -> None:
+    def _write(self, batch: _DiskBatch) -> None:
         try:
             cleared = self._to_clear.copy()
             self._slab.clear_entries(cleared)
@@ -305,7 +305,7 @@ class DiskTier:
             batch.problem = f"{self._slab.path}: {error.strerror}"
 
 
-def _stop(batch: _Batch) -> None:
+def _stop(batch: _DiskBatch) -> None:
     batch.stopped = True
 
 
