@@ -57,6 +57,7 @@ class RequestCounts(msgspec.Struct, frozen=True, kw_only=True):
     failed: int = 0
     cancelled: int = 0
     retried: int = 0
+    in_need: int = 0
 
 
 class ClusterAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -169,10 +170,11 @@ def _show_nodes(console: Console, cluster: ClusterAnswer) -> None:
     for problem in cluster.problems:
         console.print(f"problem: {problem}", style="red", markup=False, soft_wrap=True)
     counts = cluster.requests
+    need = f", {counts.in_need} decoded by prefillers" if counts.in_need else ""
     hit_rate = "" if cluster.hit_rate is None else f", hit rate {cluster.hit_rate:.1%} of prompt tokens"
     console.print(
         f"requests: {counts.total} ({counts.ok} ok, {counts.failed} failed, {counts.cancelled} cancelled, "
-        f"{counts.retried} retried), {counts.in_flight} in flight{hit_rate}"
+        f"{counts.retried} retried{need}), {counts.in_flight} in flight{hit_rate}"
     )
     if not has_store(cluster.handoff):
         console.print(f"handoff: {cluster.handoff}, by vLLM servers that run by themselves; there is no store")

@@ -22,6 +22,7 @@ class RouterMetrics:
         self._completion_tokens = metrics.counter(names.ROUTER_COMPLETION_TOKENS)
         self._retries = metrics.counter(names.ROUTER_RETRIES)
         self._routes = metrics.counter(names.ROUTER_ROUTES)
+        self._in_need = metrics.counter(names.ROUTER_IN_NEED)
         self._failed = metrics.counter(names.ROUTER_FAILED)
         self._cancelled = metrics.counter(names.ROUTER_CANCELLED)
         metrics.sampled(names.ROUTER_ACTIVE, lambda: [((), log.in_flight)])
@@ -39,6 +40,7 @@ class RouterMetrics:
         self._completion_tokens.inc(record.completion_tokens)
         if record.route is not None:
             self._routes.labels(record.route.reason.partition(":")[0]).inc()
+        self._in_need.inc(record.in_need)
         for leg, code in record.retried_legs:
             self._retries.labels(leg, code).inc()
         if record.ttft_s is not None:

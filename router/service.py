@@ -25,6 +25,7 @@ from router.nodes.problems import ClusterProblems
 from router.nodes.vllm_client import VllmClient, server_key
 from router.nodes.vllm_model import read_model_facts
 from router.requests.dispatch import Dispatcher
+from router.requests.limits import RequestLimits
 from router.requests.records import RequestLog
 from router.requests.services import RequestServices
 from router.routing.policy import make_policy
@@ -48,7 +49,8 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
     cluster = Cluster(config, clock, tokenizer_digest=tokenizer.digest)
     prober = Prober(bounds, cluster, client, clock)
     log = RequestLog()
-    services = RequestServices(bounds, cluster, client, clock, log, handoff=config.handoff)
+    limits = RequestLimits().waiting_for_start(config.service.start_s)
+    services = RequestServices(bounds, cluster, client, clock, log, handoff=config.handoff, limits=limits)
     dispatcher = Dispatcher(services, make_policy(bounds.policy))
     lifecycle.stack.push_async_callback(dispatcher.aclose)
     prober.on_lost.append(dispatcher.node_lost)

@@ -37,7 +37,8 @@ class NodeStatus(msgspec.Struct, kw_only=True):
 
 
 class RequestTotals(msgspec.Struct, kw_only=True):
-    """Counts since start. `retried`: ended requests of which a leg was tried again."""
+    """Counts since start. `retried`: ended requests of which a leg was tried again; `in_need`: those that a prefiller
+    decoded, all or the rest of them."""
 
     in_flight: int
     total: int
@@ -45,6 +46,7 @@ class RequestTotals(msgspec.Struct, kw_only=True):
     failed: int
     cancelled: int
     retried: int
+    in_need: int = 0
 
 
 class ClusterStatus(msgspec.Struct, kw_only=True):
@@ -90,7 +92,8 @@ class StatusView:
 
     def problem(self) -> str | None:
         """Why no request can be served now; None: one can."""
-        return None if self._cluster.view().decoders else self._cluster.why_no_decoder()
+        view = self._cluster.view()
+        return None if view.decoders or view.prefillers else self._cluster.why_no_decoder()
 
     def status(self) -> ClusterStatus:
         """As of now."""
@@ -108,6 +111,7 @@ class StatusView:
                 failed=log.failed,
                 cancelled=log.cancelled,
                 retried=log.retried,
+                in_need=log.in_need,
             ),
             hit_rate=log.hit_rate,
             handoff=self._config.handoff.value,

@@ -14,7 +14,7 @@ _REFUSALS = {
     408: "The body did not arrive in time",
     413: "The body is over the bound",
     415: "The body is packed (Content-Encoding)",
-    503: "Overloaded, or no decoder is ready: try again after Retry-After seconds",
+    503: "Overloaded, or no node can decode: try again after Retry-After seconds",
     504: "The request's time ran out",
 }
 

@@ -18,7 +18,7 @@ from kvcore.ports import base_url
 from kvcore.telemetry import log_fields
 from kvcore.types import NodeInfo, Role
 from metadata_server.messages import Event, EventKind
-from nodeapi.messages import NodeReport
+from nodeapi.messages import EngineInfo, NodeReport
 from router.nodes.fit import RouterIdentity
 from router.nodes.health import Breaker, BreakerState, is_nodes_fault
 from router.nodes.limits import NodeHealthLimits
@@ -265,9 +265,9 @@ class Cluster:
         return ClusterView(tuple(usable[Role.PREFILLER]), tuple(usable[Role.DECODER]), tuple(unusable))
 
     def hits(self, view: ClusterView, prompt_token_ids: Sequence[int], salt: bytes) -> dict[bytes, PrefixHits]:
-        """Where the prompt's usable chunks are, for each kind of KV among the decoders."""
+        """Where the prompt's usable chunks are, for each kind of KV among those who may decode."""
         found: dict[bytes, PrefixHits] = {}
-        for node in view.decoders:
+        for node in view.decoders or view.prefillers:
             if node.fingerprint not in found and len(self.index):
                 count = usable_chunks(len(prompt_token_ids), node.chunk_tokens)
                 keys = chunk_keys(root_key(node.fingerprint, salt), prompt_token_ids, node.chunk_tokens)
@@ -275,20 +275,19 @@ class Cluster:
         return found
 
     def why_no_decoder(self) -> str:
-        """One sentence for an error: what is wrong with each decoder that is not usable."""
+        """One sentence for an error: what is wrong with each node that could decode and is not usable."""
         return why_no_decoder(self.view().unusable)
 
     def max_context(self) -> int | None:
-        """The longest context among the decoders that fit and ever reported, capped by the config; None: none has."""
-        known = [n.report.engine.max_context for n in self._reported_decoders() if n.report and n.report.engine]
+        """The longest context among the decoders that fit and ever reported, or else among such prefillers, capped by
+        the config; None: none has."""
+        known = [engine.max_context for engine in self._reported_engines()]
         limit = self._config.model.max_context
         return min(max(known), limit or max(known)) if known else None
 
     def vocab_size(self) -> int | None:
-        """Of the decoders that fit; None while none has reported."""
-        return next(
-            (n.report.engine.vocab_size for n in self._reported_decoders() if n.report and n.report.engine), None
-        )
+        """Of the decoders that fit, or else of the prefillers; None while none has reported."""
+        return next((engine.vocab_size for engine in self._reported_engines()), None)
 
     def eos_token_ids(self, node_id: str) -> frozenset[int]:
         """Of this node's model; empty while unknown."""
@@ -305,9 +304,18 @@ class Cluster:
         """As of now; None: it is used."""
         return node.reason(self._clock.now())
 
-    def _reported_decoders(self) -> list[KnownNode]:
-        nodes = self.nodes.values()
-        return [node for node in nodes if node.role is Role.DECODER and node.report is not None and node.unfit is None]
+    def stands_in(self, node_id: str) -> bool:
+        """Whether this node, if it decodes, does so in a decoder's place."""
+        node = self.nodes.get(node_id)
+        return node is not None and node.role is Role.PREFILLER
+
+    def _reported_engines(self) -> list[EngineInfo]:
+        """Of the decoders that fit; where none ever reported one, of the prefillers."""
+        by_role: dict[Role, list[EngineInfo]] = {Role.DECODER: [], Role.PREFILLER: [], Role.STORE: []}
+        for node in self.nodes.values():
+            if node.unfit is None and node.report is not None and node.report.engine is not None:
+                by_role[node.role].append(node.report.engine)
+        return by_role[Role.DECODER] or by_role[Role.PREFILLER]
 
 
 def _problem(node: KnownNode, report: NodeReport) -> str | None:

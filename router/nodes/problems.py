@@ -41,7 +41,7 @@ class ClusterProblems:
     def lines(self) -> list[str]:
         """As of now, a sentence each."""
         used = [node for node in self._cluster.nodes.values() if node.problem is None]
-        return [*kv_problems(used), *size_problems(used), *self._unknown_nodes(used)]
+        return [*self._need(), *kv_problems(used), *size_problems(used), *self._unknown_nodes(used)]
 
     def say(self) -> None:
         """Log what is new since the last time. For every round of probes."""
@@ -50,6 +50,13 @@ class ClusterProblems:
             if line not in self._said:
                 log_fields(_log, logging.WARNING, "cluster_problem", problem=line)
         self._said = set(lines)
+
+    def _need(self) -> Iterator[str]:
+        """No decoder is left, and prefillers stand in."""
+        view = self._cluster.view()
+        if view.prefillers and not view.decoders:
+            why = "; ".join(f"{item.node}: {item.reason}" for item in view.unusable if item.role is Role.DECODER)
+            yield f"no decoder can be used, so prefillers decode until one is back ({why})"
 
     def _unknown_nodes(self, used: Iterable[KnownNode]) -> Iterator[str]:
         """Those that the metadata server has not known for some time, though it can be asked."""

@@ -34,7 +34,7 @@ class Dispatcher:
         """Route a request. It is load of the chosen nodes from here on. `async with` the result starts its legs,
         iterating yields its outputs. One that is not entered must be dropped.
 
-        Raises OverloadedError at `max_requests`, NodeUnavailableError when no decoder is ready.
+        Raises OverloadedError at `max_requests`, NodeUnavailableError when no node can decode it.
         """
         services, in_flight = self._services, self._services.log.in_flight + len(self._opened)
         if in_flight >= services.config.max_requests:
@@ -63,6 +63,7 @@ class Dispatcher:
         exclude: frozenset[str] = frozenset(),
         decoder: str | None = None,
         fingerprint: bytes = b"",
+        full: frozenset[str] = frozenset(),
     ) -> Decision:
         """What the policy chooses among the nodes of now. See ChooseRoute."""
         cluster = self._services.cluster
@@ -77,6 +78,7 @@ class Dispatcher:
             exclude=exclude,
             decoder=decoder,
             fingerprint=fingerprint,
+            full=full,
         )
         return self._policy.choose(request, view)
 

@@ -97,7 +97,7 @@ class RequestMachine:
         )
         self._leg_numbers = count(1)
         self._placement = DecoderPlacement(picker, limits)
-        self.last_error: KVFerryError = NodeUnavailableError("no decoder is ready")
+        self.last_error: KVFerryError = NodeUnavailableError("no node can decode")
         self.decode_info: LegInfo | None = None
         self.state = RequestState.NEW
         self.ended = False
@@ -277,7 +277,7 @@ class RequestMachine:
         if isinstance(error, CancelledByPeerError):  # somebody did, but not this router
             error = NodeUnavailableError(f"node {leg.node} gave the request up: {error.message}")
         if not (fetching and isinstance(error, EngineError)):
-            self._placement.avoid(leg.node)
+            self._placement.avoid(leg.node, full=isinstance(error, OverloadedError))
         self.last_error = error
         actions: list[Action] = []
         for index in sorted(leg.indices):

@@ -100,7 +100,8 @@ class RequestLegs:
         self._work[action.leg] = self._services.cluster.leg_started(work, sequences=sequences)
         if not work.sequences:
             del self._chosen[kind]
-        leg = LegRecord(id=action.leg, node=action.node, kind=kind)
+        in_need = kind == "decode" and self._services.cluster.stands_in(action.node)
+        leg = LegRecord(id=action.leg, node=action.node, kind=kind, in_need=in_need)
         self._records.append(leg)
         return self._prefill(action, leg) if isinstance(action, StartPrefill) else self._decode(action, leg)
 

@@ -1,6 +1,6 @@
 """The limits and pauses of a request's life, in one struct that tests may change. Values only."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,4 +24,9 @@ class RequestLimits:
     retry_pause_s: float = 0.25
     """Between two looks for a decoder while there is none."""
     patience_s: float = 15.0
-    """How long a request that was accepted waits for some decoder to come back."""
+    """How long a request that was accepted waits for some node that can decode to come back. A node that starts anew
+    needs `service.start_s`: see `waiting_for_start`."""
+
+    def waiting_for_start(self, start_s: float) -> "RequestLimits":
+        """These, with the patience for a node that takes `start_s` to start."""
+        return replace(self, patience_s=max(self.patience_s, start_s))

@@ -1,5 +1,5 @@
 """Completions that need another decoder: which decoders are avoided, which may go on with an answer that has begun, and
-which completions wait for one to be there.
+which completions wait for one to be there. Where no decoder can, a prefiller is one (`router.routing.policy`).
 """
 
 from kvcore.errors import KVFerryError, ModelChangedError
@@ -18,6 +18,7 @@ class DecoderPlacement:
         self._picker = picker
         self._limits = limits
         self._failed: set[str] = set()
+        self._full: set[str] = set()
         self._waited_s = 0.0
         self._fingerprint = b""
         self.unplaced: set[int] = set()
@@ -28,13 +29,15 @@ class DecoderPlacement:
         """Whether the request has waited as long as it may, over all its waits."""
         return self._waited_s >= self._limits.patience_s
 
-    def avoid(self, node: str) -> None:
-        """A leg on this decoder failed by its own fault."""
+    def avoid(self, node: str, *, full: bool = False) -> None:
+        """A leg on this decoder failed by its own fault, or (`full`) was refused for lack of room."""
         self._failed.add(node)
+        if full:
+            self._full.add(node)
 
     def decoder(self) -> str | None:
         """One that is usable, not avoided and of the model that the answer began with."""
-        return self._picker.decoder(frozenset(self._failed), self._fingerprint)
+        return self._picker.decoder(frozenset(self._failed), self._fingerprint, frozenset(self._full))
 
     def model_changed(self, leg: DecodeLeg, delta: TokenDelta) -> ModelChangedError | None:
         """Why this delta cannot be part of the answer; None: it can be, and from its first token on no other model."""
@@ -46,8 +49,8 @@ class DecoderPlacement:
 
     def why_none(self, last_error: KVFerryError) -> KVFerryError:
         """The failure of a request for which there was no decoder. `last_error`: how it lost its last one."""
-        of_the_model = self._picker.decoder(frozenset(), self._fingerprint)
-        other = self._picker.decoder(frozenset(), b"")
+        of_the_model = self._picker.decoder(frozenset(), self._fingerprint, frozenset())
+        other = self._picker.decoder(frozenset(), b"", frozenset())
         if of_the_model is not None or other is None or isinstance(last_error, ModelChangedError):
             return last_error
         return ModelChangedError(
@@ -69,4 +72,5 @@ class DecoderPlacement:
         unplaced, self.unplaced = self.unplaced, set()
         if unplaced:
             self._failed.clear()
+            self._full.clear()
         return unplaced

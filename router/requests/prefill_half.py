@@ -23,8 +23,9 @@ class Picker(Protocol):
         """Another prefiller for this decoder."""
         ...
 
-    def decoder(self, exclude: frozenset[str], fingerprint: bytes) -> str | None:
-        """Another decoder; one of this fingerprint, unless that is empty."""
+    def decoder(self, exclude: frozenset[str], fingerprint: bytes, full: frozenset[str]) -> str | None:
+        """Another decoder, or in need a prefiller; one of this fingerprint, unless that is empty. `full`: those of
+        `exclude` that only have no room."""
         ...
 
     def fingerprint(self, node: str) -> bytes:

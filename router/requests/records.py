@@ -16,7 +16,8 @@ _log = logging.getLogger("router.request")
 
 
 class LegRecord(msgspec.Struct, kw_only=True):
-    """One leg. `error`: code and message of its failure. `note`: why it did less than it was asked."""
+    """One leg. `error`: code and message of its failure. `note`: why it did less than it was asked. `in_need`: decoded
+    by a prefiller, as no decoder could."""
 
     id: str
     node: str
@@ -28,6 +29,7 @@ class LegRecord(msgspec.Struct, kw_only=True):
     timings: Timings | None = None
     error: str | None = None
     note: str | None = None
+    in_need: bool = False
 
 
 class RouteRecord(msgspec.Struct, kw_only=True):
@@ -72,6 +74,11 @@ class RequestRecord(msgspec.Struct, kw_only=True):
     """(`prefill` or `decode`, code of the failure)."""
     error: str | None = None
 
+    @property
+    def in_need(self) -> bool:
+        """Whether a prefiller decoded some of it."""
+        return any(leg.in_need for leg in self.legs)
+
     def brief(self) -> "RequestRecord":
         """Without the explanation of its route: for lists of many."""
         if self.route is None:
@@ -92,6 +99,7 @@ class RequestLog:
         self.failed = 0
         self.cancelled = 0
         self.retried = 0
+        self.in_need = 0
         self.prompt_tokens = 0
         self.cached_tokens = 0
 
@@ -112,6 +120,7 @@ class RequestLog:
         """It ended, with its final state set. Logs it."""
         self.in_flight -= 1
         self.retried += bool(record.retries)
+        self.in_need += record.in_need
         if record.state == "ok":
             self.ok += 1
             self.prompt_tokens += record.prompt_tokens
@@ -160,6 +169,7 @@ class RequestLog:
             decoder=route.decoder if route else None,
             reason=route.reason if route else None,
             retries=record.retries or None,
+            in_need=record.in_need or None,
             error=record.error,
             **facts,
         )

@@ -45,8 +45,15 @@ _log = logging.getLogger("router")
 class ChooseRoute(Protocol):
     """What the policy chooses for one request among the nodes of now."""
 
-    def __call__(self, *, exclude: frozenset[str], decoder: str | None = None, fingerprint: bytes = b"") -> Decision:
-        """`decoder`: only another prefiller for it is wanted. `fingerprint`: of the answer that is to go on."""
+    def __call__(
+        self,
+        *,
+        exclude: frozenset[str],
+        decoder: str | None = None,
+        fingerprint: bytes = b"",
+        full: frozenset[str] = frozenset(),
+    ) -> Decision:
+        """`decoder`: only another prefiller for it is wanted. The others: see RouteRequest."""
         ...
 
 
@@ -210,9 +217,9 @@ class RequestRun:
         route = self._choose(exclude=exclude, decoder=decoder).route
         return route.prefiller if route else None
 
-    def decoder(self, exclude: frozenset[str], fingerprint: bytes) -> str | None:
+    def decoder(self, exclude: frozenset[str], fingerprint: bytes, full: frozenset[str]) -> str | None:
         """See ledger.Picker."""
-        route = self._choose(exclude=exclude, fingerprint=fingerprint).route
+        route = self._choose(exclude=exclude, fingerprint=fingerprint, full=full).route
         return route.decoder if route else None
 
     def fingerprint(self, node: str) -> bytes:

@@ -11,6 +11,8 @@ import msgspec
 from kvcore.types import Role, Route
 from router.routing.views import LeftOut, NodeView
 
+IN_NEED = "in_need"
+"""`Route.reason` where a prefiller decodes, as no decoder can."""
 MAX_EXPLAINED = 16
 """Candidates, and nodes left out, of each role in a record: with many nodes the others explain nothing more."""
 
@@ -82,8 +84,8 @@ class Ranking(msgspec.Struct, frozen=True):
 
 
 class Decision(msgspec.Struct, frozen=True):
-    """`route` None: no decoder can take the request. `prefillers` None: none was wanted (`route.reason` says why).
-    `unusable`: nodes that no request could have used."""
+    """`route` None: no node can take the request. `prefillers` None: none was wanted (`route.reason` says why). In
+    need, and without route, they are those that might have decoded. `unusable`: nodes that no request could use."""
 
     route: Route | None
     decoders: Ranking
@@ -100,7 +102,7 @@ class Decision(msgspec.Struct, frozen=True):
 
     def why_no_decoder(self) -> str:
         """See the function of this name."""
-        return why_no_decoder(self._left_out(self.decoders))
+        return why_no_decoder([item for ranking in self._rankings() for item in self._left_out(ranking)])
 
     def _rankings(self) -> list[Ranking]:
         return [self.decoders] if self.prefillers is None else [self.decoders, self.prefillers]
@@ -110,6 +112,6 @@ class Decision(msgspec.Struct, frozen=True):
 
 
 def why_no_decoder(left_out: Iterable[LeftOut]) -> str:
-    """One sentence for an error: what is wrong with each decoder."""
-    wrong = [f"{item.node}: {item.reason}" for item in left_out if item.role is Role.DECODER]
-    return "no decoder is ready (" + ("; ".join(wrong) or "none is known") + ")"
+    """One sentence for an error: what is wrong with each decoder, and with each prefiller, which could stand in."""
+    wrong = [f"{item.node}: {item.reason}" for item in left_out]
+    return "no node can decode (" + ("; ".join(wrong) or "none is known") + ")"

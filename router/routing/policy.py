@@ -15,7 +15,7 @@ from kvcore.chunk_keys import usable_chunks
 from kvcore.config.schema import RoutingPolicy
 from kvcore.kv_parts import describe_difference, differing_parts
 from kvcore.types import Role, Route
-from router.routing.decision import Cut, Decision, Ranking
+from router.routing.decision import IN_NEED, Cut, Decision, Ranking
 from router.routing.views import ClusterView, NodeView, RouteRequest
 
 
@@ -23,8 +23,8 @@ class RoutePolicy(Protocol):
     """How a route is chosen."""
 
     def choose(self, request: RouteRequest, view: ClusterView) -> Decision:
-        """Without route: no decoder can take it. A route without prefiller: the decoder computes all that is not
-        cached."""
+        """Without route: no node can take it. A route without prefiller: the decoder computes all that is not cached.
+        Where no decoder can take it, a prefiller is the route's decoder (`Decision.in_need`)."""
         ...
 
 
@@ -73,7 +73,8 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """A RoutePolicy made of rules: the decoder is chosen first, then a prefiller for it."""
+    """A RoutePolicy made of rules: the decoder is chosen first, then a prefiller for it. Where no decoder is left, a
+    prefiller does both, chosen by the decoder's rules."""
 
     decoder: Rules
     prefiller: Rules
@@ -83,7 +84,7 @@ class Policy:
         decoders = _rank(Role.DECODER, DECODER_FILTERS, self.decoder, request, view.decoders, decoder=None)
         decoder = decoders.node
         if decoder is None:
-            return Decision(None, decoders, None, view.unusable)
+            return self._choose_in_need(request, view, decoders)
         prefillers, prefiller = None, None
         cached, reason = _prefiller_unneeded(request, decoder)
         if reason is None:
@@ -99,6 +100,17 @@ class Policy:
             reason=reason,
         )
         return Decision(route, decoders, prefillers, view.unusable)
+
+    def _choose_in_need(self, request: RouteRequest, view: ClusterView, decoders: Ranking) -> Decision:
+        """A prefiller decodes, and computes the prompt too: there is nobody to hand anything over to. Decoders that are
+        there and full are no need: prefillers would only fill up as well."""
+        candidates = () if any(node.id in request.full for node in view.decoders) else view.prefillers
+        stand_ins = _rank(Role.PREFILLER, DECODER_FILTERS, self.decoder, request, candidates, decoder=None)
+        route, node = None, stand_ins.node
+        if node is not None:
+            cached, _ = _prefiller_unneeded(request, node)
+            route = Route(prefiller=None, decoder=node.id, expected_cached_tokens=cached, reason=IN_NEED)
+        return Decision(route, decoders, stand_ins, view.unusable)
 
 
 def make_policy(name: RoutingPolicy) -> RoutePolicy:

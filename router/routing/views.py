@@ -47,7 +47,7 @@ class ClusterView:
 class RouteRequest:
     """What a choice depends on. `hits[fingerprint]`: where the prompt's chunks are. `turn` counts requests: it breaks
     ties and is round robin's memory. `decoder`: already chosen, only a prefiller is wanted. `fingerprint`: of the KV of
-    the answer that is to go on; empty: none has begun."""
+    the answer that is to go on; empty: none has begun. `full`: those of `exclude` that only have no room."""
 
     prompt_tokens: int
     min_prefill_tokens: int
@@ -57,6 +57,7 @@ class RouteRequest:
     exclude: frozenset[str] = frozenset()
     decoder: str | None = None
     fingerprint: bytes = b""
+    full: frozenset[str] = frozenset()
 
     def hits_for(self, node: NodeView) -> PrefixHits:
         """Where the prompt's chunks of this node's kind of KV are."""

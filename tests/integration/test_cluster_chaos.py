@@ -284,22 +284,6 @@ async def test_without_prefillers_the_decoders_do_it_all(tmp_path: Path) -> None
         await is_quiet_and_whole(subject)
 
 
-async def test_without_decoders_it_is_said_at_once_and_clearly(tmp_path: Path) -> None:
-    async with cluster(tmp_path, without=("decode-0", "decode-1")) as subject:
-        for path, body in (
-            ("/v1/completions", {"prompt": "hello"}),
-            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hello"}], "stream": True}),
-        ):
-            async with asyncio.timeout(2):
-                status, headers, reply = await subject.post(path, {"model": "sim", **body})
-            assert status == 503 and int(headers["Retry-After"]) >= 1
-            error = reply["error"]
-            assert error["code"] == "node_unavailable"
-            assert "decode-0" in error["message"] and "decode-1" in error["message"]
-        async with subject.session.get(f"{subject.url}/health") as health:
-            assert health.status == 503
-
-
 async def test_what_a_killed_engine_had_reserved_is_free_at_once(tmp_path: Path) -> None:
     """Long before its time runs out, though the node goes on and the metadata server hears it."""
     overrides = (*SLOW, "store.reserve_ttl_s=600", "store.read_lease_s=600")

@@ -69,7 +69,7 @@ class World:
     def prefiller(self, decoder: str, exclude: frozenset[str]) -> str | None:
         return self.draw(st.sampled_from([None, *[p for p in ("p0", "p1") if p not in exclude]]))
 
-    def decoder(self, exclude: frozenset[str], fingerprint: bytes) -> str | None:
+    def decoder(self, exclude: frozenset[str], fingerprint: bytes, full: frozenset[str]) -> str | None:
         fitting = [d for d in ("d0", "d1") if d not in exclude and fingerprint in (b"", self.reported[d])]
         return self.draw(st.sampled_from([None, *fitting]))
 

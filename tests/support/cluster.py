@@ -290,7 +290,7 @@ async def cluster(
         session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector))
         await stack.enter_async_context(launcher)
         handle = ClusterHandle(config, plans, launcher, session)
-        if any(plan.name.startswith("decode") for plan in plans):  # the router is not healthy without a decoder
+        if handle.nodes:  # the router is not healthy without one
             await launcher.wait_ready(READY_S[engine])
         await handle.until(handle.all_ready, READY_S[engine])
         yield handle

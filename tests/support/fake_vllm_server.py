@@ -184,11 +184,12 @@ class FakeVllm:
         _must(isinstance(prompt, list) and all(isinstance(token, int) for token in prompt), "the prompt is no tokens")
         _must(bool(request.headers.get("X-Request-Id")), "no X-Request-Id")
         _must(request.content_type == "application/json", "no JSON")
+        params = body.get("kv_transfer_params")
         if self._is_prefill(body):
             _must(self.role is Role.PREFILLER, "a prefill leg on a decoder")
             self._check_prefill(body, request.headers["X-Request-Id"])
         else:
-            _must(self.role is Role.DECODER, "a decode leg on a prefiller")
+            _must(self.role is Role.DECODER or not params, "a prefiller, which fetches from nobody, is told to")
             self._check_decode(body)
 
     def _check_prefill(self, body: Body, leg: str) -> None:

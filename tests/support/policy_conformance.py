@@ -3,7 +3,8 @@
 import random
 from collections.abc import Callable, Iterator
 
-from kvcore.types import Role
+from kvcore.types import Role, Route
+from router.routing.decision import IN_NEED
 from router.routing.index import PrefixHits
 from router.routing.policy import RoutePolicy
 from router.routing.views import ClusterView, LeftOut, NodeView, RouteRequest
@@ -41,11 +42,18 @@ def clusters(count: int = 300) -> Iterator[tuple[RouteRequest, ClusterView]]:
                 completion_tokens=dice.choice((1, 100)),
                 turn=turn,
                 hits={kind: hits for kind in KINDS if dice.random() < 0.7},
-                exclude=frozenset(name for name in known if dice.random() < 0.1),
+                exclude=(exclude := frozenset(name for name in known if dice.random() < 0.1)),
+                full=exclude if dice.random() < 0.2 else frozenset(),
                 decoder=dice.choice((None, None, "decoder0")),
             ),
             view,
         )
+
+
+def decoder_of(route: Route, view: ClusterView) -> NodeView:
+    """The node that decodes."""
+    (decoder,) = [node for node in (*view.decoders, *view.prefillers) if node.id == route.decoder]
+    return decoder
 
 
 def fits(request: RouteRequest, node: NodeView) -> bool:
@@ -58,7 +66,7 @@ def takes_only_nodes_that_can_serve(policy: RoutePolicy) -> None:
     for request, view in clusters():
         if (route := policy.choose(request, view).route) is None:
             continue
-        (decoder,) = [node for node in view.decoders if node.id == route.decoder]
+        decoder = decoder_of(route, view)
         assert fits(request, decoder)
         if route.prefiller is not None:
             (prefiller,) = [node for node in view.prefillers if node.id == route.prefiller]
@@ -67,12 +75,24 @@ def takes_only_nodes_that_can_serve(policy: RoutePolicy) -> None:
 
 
 def serves_whatever_can_be_served(policy: RoutePolicy) -> None:
-    """No route only where no decoder fits. Whether a request should wait is not a policy's question."""
+    """A decoder where one fits; else, unless decoders are there and full, a prefiller decodes. Whether a request should
+    wait is not a policy's question."""
+    stood_in = 0
     for request, view in clusters():
         decision = policy.choose(request, view)
-        assert (decision.route is not None) == any(fits(request, node) for node in view.decoders)
+        decoders = [node.id for node in view.decoders if fits(request, node)]
+        full = any(node.id in request.full for node in view.decoders)
+        prefillers = [] if full else [node.id for node in view.prefillers if fits(request, node)]
         if decision.route is None:
+            assert not (decoders or prefillers)
             assert "gone: draining" in decision.why_no_decoder()
+        elif decoders:
+            assert decision.route.decoder in decoders and decision.route.reason != IN_NEED
+        else:
+            assert decision.route.decoder in prefillers
+            assert (decision.route.prefiller, decision.route.reason) == (None, IN_NEED), "it computes the prompt too"
+            stood_in += 1
+    assert stood_in, "such clusters are among them"
 
 
 def expects_of_the_cache_what_the_index_says(policy: RoutePolicy) -> None:
@@ -80,7 +100,7 @@ def expects_of_the_cache_what_the_index_says(policy: RoutePolicy) -> None:
     for request, view in clusters():
         if (route := policy.choose(request, view).route) is None:
             continue
-        (decoder,) = [node for node in view.decoders if node.id == route.decoder]
+        decoder = decoder_of(route, view)
         longest = request.hits_for(decoder).longest * decoder.chunk_tokens
         usable = (request.prompt_tokens - 1) // decoder.chunk_tokens * decoder.chunk_tokens
         assert route.expected_cached_tokens == min(longest, usable)
@@ -101,7 +121,8 @@ def explains_itself(policy: RoutePolicy) -> None:
         assert {node.id for node in view.decoders} | {"gone"} <= set(told)
         if decision.route is None:
             continue
-        chosen = next(item.node for item in candidates if item.role is Role.DECODER)
+        decoding = Role.PREFILLER if decision.route.reason == IN_NEED else Role.DECODER
+        chosen = next(item.node for item in candidates if item.role is decoding)
         assert chosen == decision.route.decoder
         if decision.route.prefiller is not None:
             prefillers = [item.node for item in candidates if item.role is Role.PREFILLER]

@@ -416,6 +416,7 @@ class SimCluster:
             counts[f"answers_of_{revision}"] = answers
         legs = [leg for record in self.log.newest() for leg in record.legs]
         counts["legs_of_another_model"] = sum((leg.error or "").startswith("model_changed") for leg in legs)
+        counts["in_need"] = self.log.in_need
         counts["slowest_ms"] = int(1000 * max(record.total_s or 0.0 for record in self.log.newest()))
         counts["retries"] = sum(len(record.retried_legs) for record in self.log.newest())
         counts["index_resets"] = self.subscription.resets

@@ -160,7 +160,8 @@ async def test_a_request_waits_for_its_only_decoder_to_come_back() -> None:
 )
 async def test_a_decoder_that_breaks_the_protocol_is_an_error_not_a_hang(script: list[TokenDelta]) -> None:
     rig = await make_rig(limits=IMPATIENT)
-    rig.nodes["d0"].script = rig.nodes["d1"].script = script
+    for node in rig.nodes.nodes:
+        node.script = script
     with pytest.raises((EngineError, NodeUnavailableError)):
         async with asyncio.timeout(5):
             await tokens_of(open_run(rig, max_tokens=16))

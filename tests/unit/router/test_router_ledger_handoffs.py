@@ -34,7 +34,7 @@ class Nodes:
     def fingerprint(self, node: str) -> bytes:
         return b""
 
-    def decoder(self, exclude: frozenset[str], fingerprint: bytes) -> str | None:
+    def decoder(self, exclude: frozenset[str], fingerprint: bytes, full: frozenset[str]) -> str | None:
         return next((name for name in ("d0", "d1") if name not in exclude), None)
 
 
@@ -152,7 +152,7 @@ def test_mooncake_cancels_the_prefill_whose_decoder_died():
 
 def test_a_fetching_leg_that_has_no_other_decoder_waits_for_one():
     class Alone(Nodes):
-        def decoder(self, exclude: frozenset[str], fingerprint: bytes) -> str | None:
+        def decoder(self, exclude: frozenset[str], fingerprint: bytes, full: frozenset[str]) -> str | None:
             return None if "d0" in exclude else "d0"
 
     machine = RequestMachine("r", Alone(), n=1, max_tokens=2, attempts=4, handoff=HandoffKind.NIXL)

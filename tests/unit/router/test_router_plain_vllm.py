@@ -121,11 +121,13 @@ async def serves(session: aiohttp.ClientSession) -> None:
 @BOTH
 async def test_a_decoder_that_dies_before_its_first_byte_is_replaced(kind: HandoffKind, model: Path) -> None:
     fakes = servers(kind, decoders=2)
-    fakes["d0"].die_after = fakes["d1"].die_after = 0
+    for fake in fakes.values():
+        fake.die_after = 0
     async with routed(fakes, model) as session:
         asked = asyncio.create_task(ask(session))
         await until(lambda: bool(fakes["d0"].generates and fakes["d1"].generates))
-        fakes["d0"].die_after = fakes["d1"].die_after = None
+        for fake in fakes.values():
+            fake.die_after = None
         assert ids(await asked) == ANSWER
         fetched = fakes["d0"].fetched + fakes["d1"].fetched
         assert fetched.count(True) == 1, "KV is fetched once; who comes after computes"
@@ -135,15 +137,41 @@ async def test_a_decoder_that_dies_before_its_first_byte_is_replaced(kind: Hando
 @pytest.mark.parametrize("how", ["die_after", "abort_after"])
 async def test_a_stream_that_breaks_off_is_continued_exactly_once(kind: HandoffKind, how: str, model: Path) -> None:
     fakes = servers(kind, decoders=2)
-    setattr(fakes["d0"], how, 3)
-    setattr(fakes["d1"], how, 3)
+    for fake in fakes.values():
+        setattr(fake, how, 3)
     async with routed(fakes, model) as session:
         whole = await stream(session, max_tokens=12)
     assert streamed_ids(whole) == expected(PROMPT, 12)
-    bodies = sorted((b for f in (fakes["d0"], fakes["d1"]) for b in f.generates), key=lambda body: len(body["prompt"]))
+    bodies = sorted((b for f in fakes.values() for b in f.generates), key=lambda body: len(body["prompt"]))
     assert [len(body["prompt"]) for body in bodies] == [20, 23, 26, 29]
     assert [body["max_tokens"] for body in bodies] == [12, 9, 6, 3]
     assert [("kv_transfer_params" in body) for body in bodies] == [True, False, False, False]
+
+
+async def last_leg(session: aiohttp.ClientSession) -> tuple[object, object]:
+    legs = (await record(session))["legs"]
+    assert isinstance(legs, list)
+    return legs[-1]["node"], legs[-1]["in_need"]
+
+
+@BOTH
+async def test_without_a_decoder_a_prefiller_decodes(kind: HandoffKind, model: Path) -> None:
+    fakes = servers(kind)
+    fakes["d0"].die_after = 3
+    async with routed(fakes, model) as session:
+        assert streamed_ids(await stream(session, max_tokens=12)) == expected(PROMPT, 12)
+        (body,) = fakes["p0"].generates
+        assert "kv_transfer_params" not in body, "a kv_producer cannot fetch"
+        fakes["d0"].dead = True
+        assert ids(await ask(session)) == ANSWER
+        assert await last_leg(session) == ("p0", True)
+        assert len(fakes["p0"].prefills) <= 2, "nothing is handed to itself"
+        fakes["d0"].dead, fakes["d0"].die_after = False, None
+        async with asyncio.timeout(5):
+            while not (await nodes(session))["d0"]["healthy"]:  # noqa: ASYNC110 - over HTTP
+                await asyncio.sleep(0.01)
+        assert ids(await ask(session)) == ANSWER
+        assert await last_leg(session) == ("d0", False), "it is back"
 
 
 @BOTH

@@ -43,7 +43,7 @@ async def test_a_machine_says_what_it_is() -> None:
         def prefiller(self, decoder: str, exclude: frozenset[str]) -> str | None:
             return None
 
-        def decoder(self, exclude: frozenset[str], fingerprint: bytes) -> str | None:
+        def decoder(self, exclude: frozenset[str], fingerprint: bytes, full: frozenset[str]) -> str | None:
             return None
 
         def fingerprint(self, node: str) -> bytes:
