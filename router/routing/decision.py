@@ -11,8 +11,6 @@ import msgspec
 from kvcore.types import Role, Route
 from router.routing.views import LeftOut, NodeView
 
-IN_NEED = "in_need"
-"""`Route.reason` where a prefiller decodes, as no decoder can."""
 MAX_EXPLAINED = 16
 """Candidates, and nodes left out, of each role in a record: with many nodes the others explain nothing more."""
 

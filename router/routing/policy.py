@@ -15,8 +15,11 @@ from kvcore.chunk_keys import usable_chunks
 from kvcore.config.schema import RoutingPolicy
 from kvcore.kv_parts import describe_difference, differing_parts
 from kvcore.types import Role, Route
-from router.routing.decision import IN_NEED, Cut, Decision, Ranking
+from router.routing.decision import Cut, Decision, Ranking
 from router.routing.views import ClusterView, NodeView, RouteRequest
+
+IN_NEED = "in_need"
+"""`Route.reason` where a prefiller decodes, as no decoder can."""
 
 
 class RoutePolicy(Protocol):

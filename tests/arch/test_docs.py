@@ -129,7 +129,7 @@ def test_commands_within_sentences_are_ones_that_we_have(capsys):
 
 def test_the_numbers_that_operators_are_told_are_the_codes():
     page, limits = (DOCS / "operations.md").read_text(), RequestLimits()
-    assert f"stand still for {limits.patience_s:.0f} s at most" in page
+    assert f"for `service.start_s` (at least {limits.patience_s:.0f} s)" in page
     server = MetadataServerConfig()
     assert f"after `node_ttl_s` ({server.node_ttl_s:g} s)" in page
     node = NodeLimits()

@@ -10,9 +10,8 @@ from msgspec.structs import replace
 from kvcore.chunk_keys import usable_chunks
 from kvcore.config.schema import RoutingPolicy
 from kvcore.types import Role, Route
-from router.routing.decision import IN_NEED
 from router.routing.index import PrefixHits
-from router.routing.policy import make_policy
+from router.routing.policy import IN_NEED, make_policy
 from router.routing.views import NO_HITS, ClusterView, NodeView, RouteRequest
 
 

@@ -4,9 +4,8 @@ import random
 from collections.abc import Callable, Iterator
 
 from kvcore.types import Role, Route
-from router.routing.decision import IN_NEED
 from router.routing.index import PrefixHits
-from router.routing.policy import RoutePolicy
+from router.routing.policy import IN_NEED, RoutePolicy
 from router.routing.views import ClusterView, LeftOut, NodeView, RouteRequest
 
 KINDS = (b"f" * 16, b"g" * 16)
