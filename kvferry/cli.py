@@ -183,6 +183,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from kvcore.config.file import load_config
     from kvferry.doctor.checks import ALL_CHECKS, run_checks
     from kvferry.doctor.findings import Context, Finding
+    from kvferry.doctor.running import find_running
 
     findings = [Finding("config", True, str(arguments.config))]
     try:
@@ -192,7 +193,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     else:
         if arguments.probe:
             return _probe(config)
-        findings += run_checks(Context(config), ALL_CHECKS)
+        findings += run_checks(Context(config, running=asyncio.run(find_running(config))), ALL_CHECKS)
     console = Console()
     width = max(len(finding.subject) for finding in findings) + 2
     for finding in findings:

@@ -31,7 +31,8 @@ PREFILLER, DECODER = "prefill-0", "decode-0"
 USUAL_PORTS = (8100, 8200, 8700)
 _GIB = 1 << 30
 _CHUNK_TOKENS = {"cpu": 128, "gpu": 256}
-"""vLLM's blocks have 128 tokens on a CPU and 16 on a GPU by default."""
+_BLOCK_TOKENS = {"cpu": 128, "gpu": 16}
+"""vLLM's by default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ def plan_cluster(options: ServeOptions, machine: Machine) -> tuple[ClusterConfig
         cluster=cluster_name(options.name),
         model=ModelConfig(path=options.folder, name=options.name, dtype=dtype, max_context=options.max_context),
         engine=engine,
-        kv=KVConfig(chunk_tokens=_chunk_tokens(engine, platform)),
+        kv=KVConfig(chunk_tokens=_chunk_tokens(engine, platform, options.max_context)),
         nodes={
             name: NodeConfig(role=role, port=ports[name], segment=options.segment or share, engine=own.get(name))
             for name, role in roles.items()
@@ -174,11 +175,14 @@ def _memory_share(machine: Machine, nodes: int, platform: str) -> ByteSize:
     return ByteSize(max(64 << 20, share >> 20 << 20))
 
 
-def _chunk_tokens(engine: EngineConfig, platform: str) -> int:
-    """The platform's, up to a whole number of the blocks that were asked for."""
+def _chunk_tokens(engine: EngineConfig, platform: str, max_context: int | None) -> int:
+    """The platform's, up to a whole number of the blocks that were asked for; less where the context is shorter."""
     wanted = _CHUNK_TOKENS[platform]
-    block = argument(engine.args, "block-size") if isinstance(engine, VllmEngineConfig) else None
-    return -(-wanted // block) * block if isinstance(block, int) and block > 0 else wanted
+    block = argument(engine.args, "block-size") if isinstance(engine, VllmEngineConfig) else engine.block_size
+    if not isinstance(block, int) or block < 1:
+        block = _BLOCK_TOKENS[platform]
+    blocks = -(-wanted // block)
+    return block * (blocks if max_context is None else max(1, min(blocks, max_context // block)))
 
 
 def cluster_name(model: str) -> str:

@@ -20,6 +20,7 @@ from engines.process.channel import FrameChannel
 from kvcore.errors import ConfigError, EngineError, KVFerryError
 from kvcore.telemetry import log_fields
 from nodeapi.frames import FrameError
+from nodeapi.messages import EngineInfo
 
 EXIT_DONE = 0
 EXIT_REFUSED = 78
@@ -90,6 +91,15 @@ async def _until_gone(
     return EXIT_DONE
 
 
+def _check_chunks(info: EngineInfo) -> None:
+    chunk_tokens = info.kv_spec.chunk_tokens
+    if chunk_tokens > info.max_context:
+        raise ConfigError(
+            f"kv.chunk_tokens: {chunk_tokens} is over the context of {info.max_context} tokens that the model has here;"
+            " no prompt would fill a chunk"
+        )
+
+
 class _Session:
     def __init__(self, channel: FrameChannel) -> None:
         self._channel = channel
@@ -101,6 +111,7 @@ class _Session:
         """Enter the engine, say so, and stay until cancelled; then end all calls and leave the engine."""
         async with opening as opened:
             self._opened = opened
+            _check_chunks(opened.engine.info)
             self._send(m.Ready(info=opened.engine.info))
             try:
                 await asyncio.Event().wait()

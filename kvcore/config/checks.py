@@ -12,6 +12,7 @@ from kvcore.types import Role
 
 _MAX_NAME_CHARS = 100
 _EVERY_INTERFACE = ("0.0.0.0", "::")
+_LEAST_SEGMENT = 1 << 10
 _THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
 
 
@@ -118,6 +119,10 @@ def _check_nodes(config: ClusterConfig) -> Iterator[str]:
             yield f"nodes.{name}: a node's name consists of letters, digits, - and _"
         if name in ("router", "metadata-server"):
             yield f"nodes.{name}: the name stands for the cluster's own {name}; choose another"
+        if node.url is None and node.segment < _LEAST_SEGMENT:
+            yield (
+                f"nodes.{name}.segment: {node.segment} bytes hold no chunk of any model; is a unit missing, as in 5GB?"
+            )
         if node.role is Role.STORE and node.engine is not None:
             yield f"nodes.{name}.engine: a store has no engine"
         if node.host in _EVERY_INTERFACE:
@@ -154,8 +159,24 @@ def _check_cors(config: ClusterConfig) -> Iterator[str]:
             yield f"router.cors: {origin!r}: expected http://HOST:PORT without a path, loopback or *"
 
 
+def _contexts(config: ClusterConfig) -> Iterator[tuple[str, int]]:
+    """(path, longest context) wherever the file gives one; the model's own is looked at when it is loaded."""
+    if not config.handoff.traits.has_store:
+        return
+    if config.model.max_context is not None:
+        yield "model.max_context", config.model.max_context
+    for name, node in config.nodes.items():
+        if isinstance(node.engine, SimEngineConfig):
+            yield f"nodes.{name}.engine.max_context", node.engine.max_context
+    if isinstance(config.engine, SimEngineConfig):
+        yield "engine.max_context", config.engine.max_context
+
+
 def _check_bounds(config: ClusterConfig) -> Iterator[str]:
-    store = config.store
+    store, chunk_tokens = config.store, config.kv.chunk_tokens
+    for path, context in _contexts(config):
+        if chunk_tokens > context:
+            yield f"kv.chunk_tokens: {chunk_tokens} is over {path} {context}; no prompt would fill a chunk"
     if store.low_watermark >= store.high_watermark:
         yield (
             f"store.low_watermark: {store.low_watermark} is not below store.high_watermark {store.high_watermark};"

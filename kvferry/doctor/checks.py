@@ -20,6 +20,7 @@ from kvcore.config.schema import (
 from kvcore.errors import ConfigError, ModelLoadError
 from kvcore.ports import listen
 from kvcore.process.descriptors import hard_limit
+from kvferry.doctor.agreement import check_agreement, check_chunk_room
 from kvferry.doctor.findings import Check, Context, Finding
 from kvferry.doctor.joining import check_joining
 from kvferry.doctor.memory import check_segment_pages, nodes_here, reserved_bytes
@@ -76,6 +77,9 @@ def check_ports(context: Context) -> list[Finding]:
         try:
             listen(host, port).close()
         except ConfigError as error:
+            if name.removesuffix(".transfer_port") in context.running.names:
+                findings.append(Finding(f"port {name}", True, f"{host}:{port} is held by this cluster, which runs"))
+                continue
             wrong, _, remedy = error.message.partition("; ")
             findings.append(Finding(f"port {name}", False, wrong, f"{remedy or 'set another port'} ({path})"))
         else:
@@ -148,7 +152,9 @@ def check_memory(context: Context) -> list[Finding]:
     config = context.config
     here = nodes_here(context)
     segments = sum(node.segment for node in here) - reserved_bytes(context)
-    engines = sum(_engine_bytes(engine, config.model) for _, engine in context.local_engines())
+    running = context.running.names
+    starting = [engine for name, engine in context.local_engines() if name not in running]
+    engines = sum(_engine_bytes(engine, config.model) for engine in starting)
     needed = segments + engines + _NODE_BYTES * (len(here) + 2)
     left = available_memory()
     parts = f"{size_text(needed)} needed ({size_text(segments)} of it segments)"
@@ -169,6 +175,17 @@ def _engine_bytes(engine: EngineConfig, model: ModelConfig) -> int:
     return _ENGINE_BYTES + ((weight_bytes(model) + engine.kv_cache) if on_cpu else 0)
 
 
+def check_running(context: Context) -> list[Finding]:
+    """What the router of a running cluster says is wrong between and with its nodes."""
+    running = context.running
+    if "router" not in running.names:
+        return []
+    if not running.problems:
+        return [Finding("router", True, "it runs, and uses every node")]
+    remedy = "docs/troubleshoot.md says what it means and what to do"
+    return [Finding("router", False, problem, remedy) for problem in running.problems]
+
+
 PREFLIGHT: tuple[Check, ...] = (
     check_transports,
     check_ports,
@@ -183,8 +200,11 @@ ALL_CHECKS: tuple[Check, ...] = (
     *PREFLIGHT,
     check_cores,
     check_descriptors,
+    check_agreement,
+    check_chunk_room,
     check_servers,
     check_joining,
+    check_running,
 )
 
 

@@ -1,10 +1,11 @@
 """What checks of this machine are given and what they answer. Values only; see `doctor` and `doctor_vllm`."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvcore.config.checks import engine_of
 from kvcore.config.schema import ClusterConfig, EngineConfig, TorchEngineConfig, VllmEngineConfig
+from kvferry.doctor.running import RunningParts
 from kvferry.machine import is_local
 
 
@@ -20,10 +21,12 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What the checks look at. `all_here`: every process is to run on this machine (`kvferry up`)."""
+    """What the checks look at. `all_here`: every process is to run on this machine (`kvferry up`). `running`: what
+    of the cluster runs already; only `kvferry doctor` looks."""
 
     config: ClusterConfig
     all_here: bool = False
+    running: RunningParts = field(default_factory=RunningParts)
 
     def local_engines(self) -> Iterator[tuple[str, EngineConfig]]:
         """Engines of the nodes that belong on this machine, by the nodes' names."""

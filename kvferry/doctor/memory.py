@@ -35,9 +35,12 @@ def reserved_bytes(context: Context) -> int:
 
 
 def nodes_here(context: Context) -> list[NodeConfig]:
-    """Those whose segment is on this machine."""
-    nodes = context.config.nodes.values()
-    return [node for node in nodes if node.url is None and (context.all_here or is_local(node.host))]
+    """Those whose segment is to be made on this machine: it has none yet."""
+    return [
+        node
+        for name, node in context.config.nodes.items()
+        if node.url is None and name not in context.running.names and (context.all_here or is_local(node.host))
+    ]
 
 
 def _asked(context: Context) -> dict[tuple[bool, int | None], int]:

@@ -12,7 +12,8 @@ _PROCESSES_BYTES = 1_700 << 20
 """Measured on a CPU: the engine's front, vLLM's core and one worker, without weights and KV."""
 _RANK_BYTES = 500 << 20
 _INSTALL = "`pip install 'kvferry[vllm]'` (GPUs) or `make venv-vllm` (CPU), and run kvferry from there"
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Of one number of each `model.dtype`."""
 
 
 def check_vllm(context: Context) -> list[Finding]:
@@ -110,4 +111,4 @@ def weight_bytes(model: ModelConfig) -> int:
     except (OSError, ValueError):
         return stored
     dtype = (config.get("dtype") or config.get("torch_dtype")) if isinstance(config, dict) else None
-    return stored * _DTYPE_BYTES[model.dtype] // _DTYPE_BYTES.get(str(dtype), _DTYPE_BYTES[model.dtype])
+    return stored * DTYPE_BYTES[model.dtype] // DTYPE_BYTES.get(str(dtype), DTYPE_BYTES[model.dtype])

@@ -91,7 +91,7 @@ def kv_problems(used: Sequence[KnownNode]) -> Iterator[str]:
     for node in used:
         if node.role is not Role.STORE:
             kinds.setdefault(node.fingerprint, []).append(node)
-    main = max(kinds.values(), key=lambda nodes: len(_decoders(nodes)), default=[])
+    main = max(kinds.values(), key=lambda nodes: (len(_decoders(nodes)), len(nodes)), default=[])
     if not _decoders(main):
         return
     most = _names(_decoders(main))
@@ -119,7 +119,8 @@ def size_problems(used: Sequence[KnownNode]) -> Iterator[str]:
                 f"kv.chunk_tokens {engine.kv_spec.chunk_tokens} is over the context of {node.role} {node.id}, "
                 f"{engine.max_context}: nothing is ever stored"
             )
-        for segment in node.report.segments if node.report else ():
+        joined_to_read = node.role is Role.STORE and not node.static  # an offline LLM's; it stores elsewhere
+        for segment in node.report.segments if node.report and not joined_to_read else ():
             if spec is not None and segment.size_bytes < spec.chunk_bytes:
                 sizes = f"{segment.size_bytes} bytes and one chunk {spec.chunk_bytes}"
                 yield f"the segment of {node.role} {node.id} has {sizes}: nothing is ever stored there"

@@ -15,6 +15,8 @@ from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Self
 
+import msgspec
+
 from engines.process import messages as m
 from engines.process.session import OpenedEngine, serve
 from kvcore.config.schema import ClusterConfig, ModelConfig, NodeConfig, SimEngineConfig
@@ -82,7 +84,8 @@ def generate_request(request_id: str = "count", deadline_s: float = 10.0, max_to
 
 
 class FakeEngine:
-    def __init__(self) -> None:
+    def __init__(self, info: EngineInfo = INFO) -> None:
+        self.info = info
         self.active: set[str] = set()
         self.aborted = 0
         self.deltas_out = 0
@@ -95,10 +98,6 @@ class FakeEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert not self.active, "a call outlived the engine"
-
-    @property
-    def info(self) -> EngineInfo:
-        return INFO
 
     async def prefill(self, request: PrefillRequest) -> PrefillResult:
         self.active.add(request.request_id)
@@ -163,7 +162,8 @@ async def open_fake(hello: m.EngineHello) -> AsyncIterator[OpenedEngine]:
         raise ConfigError("model.path: missing: there is no such folder")
     if hello.config.model.path == "crash":
         sys.exit(3)
-    async with FakeEngine() as engine:
+    short = hello.config.model.path == "short"
+    async with FakeEngine(msgspec.structs.replace(INFO, max_context=15) if short else INFO) as engine:
         said = os.environ.get("FAKE_ENGINE_EXPOSITION", "").encode()
         yield OpenedEngine(engine, lambda: {"reads_ok": 7}, lambda: {"d0.1": "shm"}, lambda: said)
 

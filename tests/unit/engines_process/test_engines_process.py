@@ -107,6 +107,12 @@ async def test_config_error_of_the_child_surfaces_as_it_is() -> None:
             pass
 
 
+async def test_chunks_beyond_the_context_of_the_model_are_refused_when_it_is_loaded() -> None:
+    with pytest.raises(ConfigError, match=r"kv.chunk_tokens: 16 is over the context of 15 tokens that the model has"):
+        async with fake("short"):
+            pass
+
+
 async def test_child_that_exits_before_it_is_ready_is_reported_with_its_status() -> None:
     before = open_fds()
     with pytest.raises(EngineDiedError, match="exited with status 3 before it was ready"):

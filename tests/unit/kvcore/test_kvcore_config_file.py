@@ -58,6 +58,13 @@ def load(tmp_path):
         ("router.request_timeout_s=-1", r"router\.request_timeout_s: -1: expected float > 0"),
         ("kv.verify=5", r"kv\.verify: 5: expected bool"),
         ("service.log_level=loud", r"service\.log_level: 'loud': not valid \(known: debug"),
+        ("nodes.decode-0.segment=5", r"nodes\.decode-0\.segment: 5 bytes hold no chunk .* missing, as in 5GB\?"),
+        ("model.max_context=255", r"kv\.chunk_tokens: 256 is over model\.max_context 255; no prompt would fill"),
+        (
+            "nodes.decode-0.engine={kind: sim, max_context: 128}",
+            r"kv\.chunk_tokens: 256 is over nodes\.decode-0\.engine\.max_context 128",
+        ),
+        ("engine={kind: sim, max_context: 128}", r"kv\.chunk_tokens: 256 is over engine\.max_context 128"),
         ("kv.chunk_tokens=100", r"engine\.block_size: 64 does not divide kv\.chunk_tokens 100"),
         ("nodes.decode-0.role=prefiller", r"nodes: no node has role decoder"),
         ("router.port=8200", r"nodes\.decode-0\.port: 8200 on 127\.0\.0\.1 is router\.port already"),

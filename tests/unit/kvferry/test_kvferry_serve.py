@@ -143,6 +143,7 @@ def test_two_engines_share_a_gpu_when_told_how_much_each_may_take(tmp_path):
 
 def test_what_is_asked_for_wins_over_what_would_be_chosen(tmp_path):
     args = {"enforce_eager": False, "block-size": 96}
+    assert plan(options(args=args), machine()).kv.chunk_tokens == 192, "the context that is asked for is shorter"
     asked = options(
         args=args, kv_cache=ByteSize(5 << 20), segment=ByteSize(7 << 20), dtype="bfloat16", max_context=99, port=1234
     )
@@ -150,7 +151,7 @@ def test_what_is_asked_for_wins_over_what_would_be_chosen(tmp_path):
     engine = config.engine
     assert isinstance(engine, VllmEngineConfig)
     assert engine.args == {"enforce-eager": False, "kv-cache-memory-bytes": 5 << 20, "block-size": 96}
-    assert (config.kv.chunk_tokens, config.model.dtype, config.model.max_context) == (192, "bfloat16", 99)
+    assert (config.kv.chunk_tokens, config.model.dtype, config.model.max_context) == (96, "bfloat16", 99)
     assert (config.nodes["decode-0"].segment, config.router.port, config.router.host) == (7 << 20, 1234, "0.0.0.0")
     torch = plan(options(engine="torch", kv_cache=ByteSize(5 << 20)), machine(cores=tuple(range(6)))).engine
     assert torch == TorchEngineConfig(threads=3, kv_cache=ByteSize(5 << 20))

@@ -1,0 +1,119 @@
+"""The doctor beside a running cluster: its ports are its own, its memory is taken already, its problems are told."""
+
+import json
+from contextlib import AsyncExitStack, closing
+from typing import Any
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+from kvcore.config.fields import ByteSize
+from kvcore.config.schema import (
+    ClusterConfig,
+    MetadataServerConfig,
+    ModelConfig,
+    NodeConfig,
+    RouterConfig,
+    SimEngineConfig,
+)
+from kvcore.ports import listen
+from kvcore.types import Role
+from kvferry.doctor.checks import check_memory, check_ports, check_running
+from kvferry.doctor.findings import Context
+from kvferry.doctor.running import RunningParts, find_running
+
+NODE = {"id": "d0", "role": "decoder", "control_url": "http://x", "incarnation": 1, "cluster": "c"}
+STATS = {
+    **{"epoch": "e", "nodes": [NODE], "segments": [], "objects": 0, "reservations": 0, "read_leases": 0},
+    **{"waiters": 0, "counters": {}},
+}
+ROUTER: dict[str, Any] = {"cluster": "c", "nodes": [{"id": "d0", "role": "decoder", "healthy": True}]}
+
+
+@pytest.fixture
+async def serve():
+    async with AsyncExitStack() as stack:
+
+        async def serve(path: str, answer: object) -> int:
+            async def handler(_: web.Request) -> web.Response:
+                return web.Response(text=json.dumps(answer), content_type="application/json")
+
+            app = web.Application()
+            app.router.add_get(path, handler)
+            server = TestServer(app)
+            await server.start_server()
+            stack.push_async_callback(server.close)
+            assert server.port is not None
+            return server.port
+
+        yield serve
+
+
+def cluster(router: int, metadata: int, node: int, segment: int = 1 << 20) -> ClusterConfig:
+    return ClusterConfig(
+        cluster="c",
+        model=ModelConfig(path="sim", name="sim"),
+        engine=SimEngineConfig(num_blocks=16),
+        nodes={"d0": NodeConfig(role=Role.DECODER, port=node, segment=ByteSize(segment))},
+        metadata_server=MetadataServerConfig(port=metadata),
+        router=RouterConfig(port=router),
+    )
+
+
+async def running_cluster(serve, *, router=ROUTER, stats=STATS, node=NODE, segment=1 << 20) -> Context:
+    ports = await serve("/v1/cluster", router), await serve("/v1/stats", stats), await serve("/v1/info", {"node": node})
+    config = cluster(*ports, segment=segment)
+    return Context(config, running=await find_running(config))
+
+
+async def test_the_ports_of_a_running_cluster_are_its_own(serve):
+    context = await running_cluster(serve)
+    assert context.running.names == {"router", "metadata_server", "d0"}
+    findings = check_ports(context)
+    assert [finding.ok for finding in findings] == [True] * 3
+    assert all("is held by this cluster, which runs" in finding.detail for finding in findings)
+    (finding,) = check_running(context)
+    assert finding.ok and finding.detail == "it runs, and uses every node"
+
+
+@pytest.mark.parametrize(
+    ("changed", "strangers"),
+    [
+        ({"router": {**ROUTER, "cluster": "other"}}, {"router"}),
+        ({"router": [1]}, {"router"}),
+        ({"stats": {**STATS, "nodes": [{**NODE, "cluster": "other"}]}}, {"metadata_server"}),
+        ({"node": {**NODE, "cluster": "other"}}, {"d0"}),
+        ({"node": {**NODE, "id": "d1"}}, {"d0"}),
+    ],
+)
+async def test_ports_that_another_clusters_processes_hold_are_wrong(serve, changed, strangers):
+    findings = check_ports(await running_cluster(serve, **changed))
+    assert {finding.subject.removeprefix("port ") for finding in findings if not finding.ok} == strangers
+
+
+async def test_where_nothing_runs_nothing_is_found_and_held_ports_are_wrong():
+    with closing(listen("127.0.0.1", 0)) as silent:
+        config = cluster(silent.getsockname()[1], 9, 9)
+        running = await find_running(config, timeout_s=0.1)
+        assert running == RunningParts()
+        finding = check_ports(Context(config, running=running))[0]
+    assert not finding.ok and "is in use" in finding.detail
+    assert check_running(Context(config, running=running)) == []
+
+
+async def test_what_a_running_cluster_has_taken_is_not_needed_again(serve):
+    context = await running_cluster(serve, segment=1 << 50)
+    (finding,) = check_memory(context)
+    assert finding.ok and "0 B of it segments" in finding.detail
+    assert not check_memory(Context(context.config))[0].ok
+
+
+async def test_what_the_router_says_is_wrong_is_told(serve):
+    away = {"id": "d1", "role": "decoder", "healthy": False, "reason": "its tokenizer is not the router's"}
+    router = {**ROUTER, "nodes": [*ROUTER["nodes"], away], "problems": ["prefiller p0 can serve no decoder"]}
+    findings = check_running(await running_cluster(serve, router=router))
+    assert [(finding.ok, finding.detail) for finding in findings] == [
+        (False, "decoder d1 is not used: its tokenizer is not the router's"),
+        (False, "prefiller p0 can serve no decoder"),
+    ]
