@@ -12,6 +12,8 @@ class ApiLimits:
     max_stops: int = 16
     max_stop_chars: int = 1000
     max_logprobs: int = 20
+    max_salt_chars: int = 1024
+    """Of `cache_salt`, as vLLM's. An empty one is refused: it would share what its tenant wants apart."""
     body_timeout_s: float = 30.0
     send_timeout_s: float = 30.0
     """A client that takes nothing for so long is gone: it would hold its place on a node until the request's time is

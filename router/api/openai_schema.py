@@ -127,7 +127,7 @@ def answer_request(
     `max_context` None: not known as no node is up; a wrong request is wrong at any time, so the fields are checked all
     the same. Raises InvalidRequestError.
     """
-    stops = _stops(request, limits)
+    stops, salt = _stops(request, limits), _cache_salt(request, limits)
     context = _ANY_CONTEXT if max_context is None else max_context
     room = context - _max_tokens(request, 0, DEFAULT_COMPLETION_TOKENS)[0]
     specs = [
@@ -135,7 +135,7 @@ def answer_request(
             request_id=request_id if number == 0 else f"{request_id}-{number}",
             prompt_token_ids=prompt,
             sampling=_sampling(request, len(prompt), context, limits),
-            cache_salt=(request.cache_salt or "").encode(),
+            cache_salt=salt,
             client_request_id=client_request_id,
         )
         for number, whole in enumerate(prompts)
@@ -236,6 +236,14 @@ def _prompts(request: CompletionRequest, limits: ApiLimits) -> list[Prompt]:
         for item in prompt
         if not isinstance(item, int)
     ]
+
+
+def _cache_salt(request: AnyRequest, limits: ApiLimits) -> bytes:
+    salt = request.cache_salt
+    if salt is None:
+        return b""
+    require(0 < len(salt) <= limits.max_salt_chars, "cache_salt", f"has 1 to {limits.max_salt_chars} characters")
+    return salt.encode()
 
 
 def _sampling(request: AnyRequest, prompt_tokens: int, max_context: int, limits: ApiLimits) -> SamplingParams:

@@ -297,3 +297,12 @@ async def test_logprobs_name_tokens_by_their_ids_if_asked_for(http: httpx.AsyncC
     assert choice["logprobs"]["tokens"] == names
     assert choice["logprobs"]["text_offset"] == [0, 1, 2], "of the text, which is not made of names"
     assert [list(top) for top in choice["logprobs"]["top_logprobs"]] == [[name] for name in names]
+
+
+@BOTH
+async def test_a_salt_that_keeps_nothing_apart_is_refused(
+    http: httpx.AsyncClient, path: str, ask: dict[str, object]
+) -> None:
+    for salt in ("", "x" * 1025):
+        assert refusal_of(await http.post(path, json={**ask, "cache_salt": salt}))[0] == "cache_salt"
+    assert (await http.post(path, json={**ask, "cache_salt": "x" * 1024})).status_code == 200
