@@ -90,11 +90,12 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             "raise_exception": _raise_exception,
             "strftime_now": _strftime_now,
         }
+        del self.globals["lipsum"]  # which makes as much text as one likes
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 - jinja's own names
         """As jinja has it, and what is made costs steps."""
-        if isinstance(__obj, BuiltinMethodType) and __obj.__name__ in _WIDENING:
-            _check_widths((*args, *kwargs.values()))
+        if isinstance(__obj, BuiltinMethodType):
+            _check_method(__obj, args, kwargs)
         if isinstance(__obj, LoopContext) and args:  # a recursive loop, from within itself
             args = (_counted(args[0]), *args[1:])
         return _charged(super().call(__context, __obj, *args, **kwargs))
@@ -203,6 +204,18 @@ def _size(value: object) -> int:
 def _check_widths(values: Iterable[object]) -> None:
     if any(isinstance(value, int) and value > MAX_WIDTH for value in values):
         raise TemplateTooBigError(f"it makes something over {MAX_WIDTH} wide")
+
+
+def _check_method(method: BuiltinMethodType, args: Sequence[Any], kwargs: dict[str, object]) -> None:
+    """Of texts: those that make far more of them."""
+    text: Any = method.__self__
+    name = method.__name__
+    if name in _WIDENING:
+        _check_widths((*args, *kwargs.values()))
+    elif name == "join" and args:
+        _check_widths((_size(text) * _size(args[0]),))
+    elif name == "replace" and len(args) > 1 and all(isinstance(one, str) for one in (text, *args[:2])):
+        _check_widths((text.count(args[0]) * len(args[1]),))
 
 
 def _check_product(left: object, right: object) -> None:

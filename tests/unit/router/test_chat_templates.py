@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from support.router_fakes import make_rig
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models, pre_tokenizers, processors
 
@@ -275,6 +277,27 @@ def test_developers_are_the_system_for_templates_that_know_none(
 ) -> None:
     messages = [{"role": role, "content": str(number)} for number, role in enumerate(roles.split())]
     assert FolderTokenizer(folder(tmp_path, template)).render_chat(asked(messages)) == seen
+
+
+async def test_a_template_that_cannot_be_read_leaves_completions_as_they_are(tmp_path: Path) -> None:
+    rig = await make_rig(tokenizer=FolderTokenizer(folder(tmp_path, "{% for %}")))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=rig.app), base_url="http://r") as http:  # type: ignore[arg-type]
+        body = {"model": "fake-model", "max_tokens": 2}
+        chat = await http.post("/v1/chat/completions", json={**body, "messages": CHATS[0]})
+        error = chat.json()["error"]
+        assert (chat.status_code, error["param"]) == (400, "messages")
+        assert "template 'default' cannot be read" in error["message"]
+        assert (await http.post("/v1/completions", json={**body, "prompt": "hi"})).status_code == 200
+        assert (await http.get("/health")).status_code == 200
+
+
+def test_all_that_a_message_may_have_reaches_the_template(tmp_path: Path) -> None:
+    kinds = {"refusal": "refusal", "thinking": "thinking", "output_text": "text"}
+    parts = [{"type": kind, field: kind[:2]} for kind, field in kinds.items()]
+    developer = {"role": "developer", "content": "d", "task": "t", "tools": [{"type": "function"}]}
+    messages = [{"role": "assistant", "content": parts}, developer, {"role": "function", "name": "f", "content": "x"}]
+    shown = FolderTokenizer(folder(tmp_path, "{# 'developer' #}{{ messages | tojson }}")).render_chat(asked(messages))
+    assert json.loads(shown) == [{"role": "assistant", "content": "re\nth\nou"}, *messages[1:]]
 
 
 def test_a_template_file_in_no_encoding_costs_chats_alone(tmp_path: Path) -> None:

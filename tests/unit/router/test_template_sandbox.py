@@ -35,6 +35,8 @@ GROWING = {
     "by a method": DOUBLED.format("{% set ns.x = ns.x.replace('x', 'xx') %}"),
     "by a macro": "{% macro f(x) %}{{ x }}{{ x }}{% endmacro %}" + DOUBLED.format("{% set ns.x = f(ns.x) %}"),
     "a list": DOUBLED.replace("'x'", "[1]").format("{% set ns.x = ns.x + ns.x %}"),
+    "replaced": "{% set x = 'x' * 99999 %}{% set y = x.replace('x', x) %}",
+    "joined by": "{% set x = 'x' * 99999 %}{% set y = x.join(x) %}",
     "at once": "{{ 'x' * 9999999999 }}",
     "from the left": "{{ 9999999999 * 'x' }}",
     "padded": "{{ 'x'.ljust(9999999999) }}",
