@@ -42,36 +42,6 @@ class RedisTierConfig(TierConfig, frozen=True, kw_only=True):
     """That carry chunks, of one node."""
 
 
-class MooncakeTierConfig(TierConfig, frozen=True, kw_only=True):
-    """A Mooncake store, shared. Its clients keep memory of their own in this process."""
-
-    master: Text
-    """`HOST:PORT` of mooncake_master."""
-    metadata_server: Text = "P2PHANDSHAKE"
-    """As Mooncake's clients write it: an `http://.../metadata`, `etcd://...`, or its default."""
-    protocol: Literal["tcp", "rdma"] = "tcp"
-    """How its clients move bytes."""
-    devices: list[str] = msgspec.field(default_factory=list)
-    """RDMA devices, with protocol rdma."""
-    local_hostname: str | None = None
-    """The address by which other clients reach this one; the node's `host` if not set."""
-    segment: ByteSize = ByteSize(512 << 20)
-    """Memory that each node gives to the store."""
-    buffer: ByteSize = ByteSize(128 << 20)
-    """Memory of each node's client for what is not registered."""
-
-
-class ObjectTierConfig(TierConfig, frozen=True, kw_only=True):
-    """An object store: S3 and its like, Google's, Azure's, or a folder that machines share."""
-
-    url: Text
-    """`s3://BUCKET/PREFIX`, `gs://`, `az://`, `file:///FOLDER`."""
-    options: dict[str, str] = msgspec.field(default_factory=dict)
-    """Passed to the client as they are: endpoint, region, allow_http, ... Credentials come from the environment."""
-    timeout_s: Seconds = 10.0
-    """For one call."""
-
-
 class TiersConfig(Section, frozen=True, kw_only=True):
     """Where chunks are kept beyond the nodes' memory. They are asked in the order of their measured speed."""
 
@@ -79,10 +49,6 @@ class TiersConfig(Section, frozen=True, kw_only=True):
     """On each node's own disk."""
     redis: RedisTierConfig | None = None
     """A Redis or Valkey server."""
-    mooncake: MooncakeTierConfig | None = None
-    """A Mooncake store."""
-    object: ObjectTierConfig | None = None
-    """An object store."""
     wait_s: Seconds = 5.0
     """A request waits at most so long for chunks from tiers; what has not come by then is computed."""
     warm_up: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.5

@@ -82,10 +82,10 @@ class SlabFile:
 
         Raises ConfigError: another process has it, there is no room, it cannot be written.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         direct, said = not buffered, ""
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 fd = os.open(path, flags | (os.O_DIRECT if direct else 0), 0o600)
             except OSError as error:
@@ -165,14 +165,13 @@ class SlabFile:
         os.close(self._fd)
 
     def _change(self, changes: dict[int, SlabEntry | None]) -> None:
+        by_block: dict[int, dict[int, SlabEntry | None]] = {}
+        for number, entry in changes.items():
+            by_block.setdefault(number // _ENTRIES_A_BLOCK, {})[number] = entry
         with self._table_lock:
-            for block in sorted({number // _ENTRIES_A_BLOCK for number in changes}):
-                there = dict(self._live.get(block, {}))
-                for number, entry in changes.items():
-                    if number // _ENTRIES_A_BLOCK == block:
-                        there.pop(number, None)
-                        if entry is not None:
-                            there[number] = entry
+            for block, changed in sorted(by_block.items()):
+                after = self._live.get(block, {}) | changed
+                there = {number: entry for number, entry in after.items() if entry is not None}
                 image = bytearray(ALIGNMENT)
                 for number, entry in there.items():
                     at = number % _ENTRIES_A_BLOCK * ENTRY_BYTES
