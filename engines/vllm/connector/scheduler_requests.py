@@ -1,4 +1,4 @@
-"""What the scheduler half knows of one live request, and the phases that it goes through. Pure.
+"""What the scheduler half knows of one live request, the phases that it goes through, and who waits for whose load.
 
 | phase   | call of vLLM's          | next    | meaning                                              |
 |---------|-------------------------|---------|------------------------------------------------------|
