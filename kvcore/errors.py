@@ -138,6 +138,14 @@ class ModelChangedError(KVFerryError):
     code = "model_changed"
 
 
+class StoppingError(KVFerryError):
+    """This router has been told to stop: it takes no new request, and cuts what has not ended in time."""
+
+    retryable = True
+    http_status = 503
+    code = "stopping"
+
+
 class EngineDiedError(NodeUnavailableError):
     """The engine's process ended while it held the request."""
 

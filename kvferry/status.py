@@ -68,6 +68,7 @@ class ClusterAnswer(msgspec.Struct, frozen=True, kw_only=True):
     hit_rate: float | None = None
     handoff: str = HandoffKind.KVFERRY
     problems: list[str] = []
+    stopping: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +168,8 @@ def _show_nodes(console: Console, cluster: ClusterAnswer) -> None:
         health = Text("ok", style="green") if node.healthy else Text(node.reason or "away", style="red")
         table.add_row(node.id, node.role, health, node.load, node.url)
     console.print(table)
+    if cluster.stopping:
+        console.print("the router is stopping: it answers what it has and takes no more", style="yellow")
     for problem in cluster.problems:
         console.print(f"problem: {problem}", style="red", markup=False, soft_wrap=True)
     counts = cluster.requests

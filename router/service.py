@@ -61,7 +61,7 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
     connected = None if subscription is None else lambda: subscription.connected
     problems = ClusterProblems(cluster, clock, connected)
     prober.on_round.append(problems.say)
-    status = StatusView(config, cluster, log, clock, connected, problems=problems)
+    status = StatusView(config, cluster, log, clock, connected, problems=problems, stopping=lambda: dispatcher.stopping)
     metrics = RouterMetrics(cluster, log, connected)
     threads = TextThreads(AnswerLimits().text_threads)
     lifecycle.stack.callback(threads.close)
@@ -82,6 +82,9 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
     lifecycle.tasks.create_task(server.wait_failed(), name="http server")
     lifecycle.ready(url=server.url, policy=bounds.policy, nodes=len(config.nodes), handoff=config.handoff)
     await lifecycle.stopping.wait()
+    log_fields(_log, logging.INFO, "draining", requests=log.in_flight, at_most_s=bounds.drain_s)
+    if cut := await dispatcher.drain(bounds.drain_s):
+        log_fields(_log, logging.WARNING, "requests_cut", num=len(cut), ids=",".join(cut))
     await server.drain(config.service.drain_s)
 
 

@@ -6,6 +6,7 @@ import msgspec
 
 from kvcore.clock import Clock
 from kvcore.config.schema import ClusterConfig
+from kvcore.errors import KVFerryError, NodeUnavailableError, StoppingError
 from router.nodes.cluster import Cluster, KnownNode
 from router.nodes.problems import ClusterProblems
 from router.requests.records import RequestLog
@@ -63,6 +64,8 @@ class ClusterStatus(msgspec.Struct, kw_only=True):
     metadata_connected: bool | None
     """None: a cluster of servers that are not ours has no metadata server."""
     index_blocks: int
+    stopping: bool = False
+    """This router takes no new requests."""
     problems: list[str] = []
     """What is wrong between the nodes, a sentence each."""
 
@@ -79,6 +82,7 @@ class StatusView:
         connected: Callable[[], bool] | None,
         *,
         problems: ClusterProblems,
+        stopping: Callable[[], bool],
     ) -> None:
         self._config = config
         self._cluster = cluster
@@ -86,14 +90,17 @@ class StatusView:
         self._clock = clock
         self._connected = connected
         self._problems = problems
+        self._stopping = stopping
         self._started_at = clock.now()
         self.used_bytes: dict[str, int] = {}
         """By segment id, as the metadata server last counted."""
 
-    def problem(self) -> str | None:
+    def problem(self) -> KVFerryError | None:
         """Why no request can be served now; None: one can."""
+        if self._stopping():
+            return StoppingError("stopping: requests under way are answered, new ones are refused")
         view = self._cluster.view()
-        return None if view.decoders or view.prefillers else self._cluster.why_no_decoder()
+        return None if view.decoders or view.prefillers else NodeUnavailableError(self._cluster.why_no_decoder())
 
     def status(self) -> ClusterStatus:
         """As of now."""
@@ -117,6 +124,7 @@ class StatusView:
             handoff=self._config.handoff.value,
             metadata_connected=self._connected() if self._connected else None,
             index_blocks=len(self._cluster.index),
+            stopping=self._stopping(),
             problems=self._problems.lines(),
         )
 

@@ -187,6 +187,9 @@ class RouterConfig(Section, frozen=True, kw_only=True):
     """An uncached rest shorter than this is left to the decoder."""
     request_timeout_s: Seconds = 600.0
     """For one request, from its arrival to its last token; then it ends with `deadline_exceeded`."""
+    drain_s: Annotated[float, msgspec.Meta(ge=0)] = 600.0
+    """After the first SIGTERM requests under way have this long to end, and none longer than its own
+    `request_timeout_s`; then they are cut. A second SIGTERM ends the router at once."""
     prefill_timeout_s: Seconds = 120.0
     """For one try of a prefill leg. The decoder waits no longer than this for chunks, then it computes."""
     connect_timeout_s: Seconds = 2.0
@@ -238,7 +241,8 @@ class ServiceConfig(Section, frozen=True, kw_only=True):
     """What holds for every process."""
 
     drain_s: Annotated[float, msgspec.Meta(ge=0)] = 10.0
-    """Requests under way have this long after the first SIGTERM."""
+    """After the first SIGTERM a node's legs under way have this long, and the open replies of every server. What the
+    router's requests have is `router.drain_s`."""
     start_s: Seconds = 120.0
     """An engine that is not ready after this long counts as failed. vLLM may need half an hour."""
     log_level: LogLevel = "info"

@@ -2,8 +2,9 @@
 
 The soft limit of descriptors is raised to the hard one.
 First SIGTERM or SIGINT: `Lifecycle.stopping` is set (before `ready` the start-up is cancelled). The second ends the
-process at once. SIGUSR1 writes a dump into the log (`kvcore.process.state_dump`). A background task that fails takes
-the process down. The stack unwinds before the tasks are cancelled.
+process at once. SIGHUP is ignored, by every program that is started from here too: a terminal that closes ends nothing.
+SIGUSR1 writes a dump into the log (`kvcore.process.state_dump`). A background task that fails takes the process down.
+The stack unwinds before the tasks are cancelled.
 """
 
 import asyncio
@@ -66,6 +67,7 @@ def run_process(name: str, main: Main, *, log_level: str = "info") -> int:
     """
     configure_logging(name, log_level)
     raise_limit()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # survives every exec
     try:
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
             runner.run(_supervise(main))

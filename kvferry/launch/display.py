@@ -3,6 +3,7 @@
 Owns the terminal while it is open: print through `say`, so that lines and table do not overwrite each other.
 """
 
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -51,22 +52,26 @@ class Display:
 
     def say(self, text: str) -> None:
         """One line (or several) of ours, as it is."""
-        self._console.print(Text(text), soft_wrap=True)
+        self._print(Text(text))
 
     def write(self, piece: str) -> None:
         """A piece of a line, at once."""
-        self._console.print(Text(piece), end="", soft_wrap=True)
+        self._print(Text(piece), end="")
 
     def on_line(self, name: str, line: str) -> None:
         """A process's output, prefixed with its name."""
         if self._show_lines:
-            self._console.print(Text(f"{name:<16}| ", style="cyan").append(Text(line, style="default")), soft_wrap=True)
+            self._print(Text(f"{name:<16}| ", style="cyan").append(Text(line, style="default")))
 
     def on_event(self, event: LauncherEvent) -> None:
         """A change of state."""
         self._latest[event.name] = event
         if self._live is None or event.state in (ProcessState.DIED, ProcessState.FAILED):
-            self._console.print(_line(event), soft_wrap=True)
+            self._print(_line(event))
+
+    def _print(self, text: Text, end: str = "\n") -> None:
+        with suppress(OSError):  # the terminal is gone: the cluster goes on
+            self._console.print(text, end=end, soft_wrap=True)
 
     def _table(self) -> Table:
         table = Table(box=None, pad_edge=False)

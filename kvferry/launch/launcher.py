@@ -1,7 +1,8 @@
 """Bring a whole cluster up on this machine and keep it up: one child process for each of its parts.
 
 Owns the processes, their order and their restarts. One that ends before it was ever ready fails the launch, with its
-last lines; one that has served is restarted with backoff. Whatever happens to us, no child outlives us.
+last lines; one that has served is restarted with backoff, but for a node that was drained. Whatever happens to us, no
+child outlives us.
 """
 
 import asyncio
@@ -53,7 +54,8 @@ class Launcher:
         limits: LaunchLimits = LaunchLimits(),
     ) -> None:
         self._limits = limits
-        self._stop_s = config.service.drain_s + limits.kill_margin_s
+        stop_s = config.service.drain_s + limits.kill_margin_s
+        self._stop_s = dict.fromkeys(ProcessKind, stop_s) | {ProcessKind.ROUTER: stop_s + config.router.drain_s}
         self._plans = list(plans) if plans is not None else plan_processes(config, config_file, overrides)
         self._log_dir = log_dir
         self._on_line = on_line
@@ -171,7 +173,7 @@ class Launcher:
         try:
             for kinds in STOP_ORDER:
                 leaving = [process for process in self._processes.values() if process.plan.kind in kinds]
-                await asyncio.gather(*(process.stop(self._stop_s) for process in leaving))
+                await asyncio.gather(*(process.stop(self._stop_s[process.plan.kind]) for process in leaving))
         finally:
             for task in self._tasks:
                 task.cancel()
@@ -181,13 +183,14 @@ class Launcher:
                 await self._session.close()
 
     async def _keep_up(self, process: SupervisedProcess) -> None:
-        """Run one process again and again. When a run of it has ended there are four cases:
+        """Run one process again and again. When a run of it has ended there are five cases:
 
         1. We are stopping: it was told to, and nothing follows.
         2. It never served, in this run or an earlier one: the configuration or the machine is at fault, starting it
            again would not help, and the launch fails with its last lines.
-        3. It served for a while: it is started again after the shortest pause.
-        4. It served before, but not now or not for long: each pause is twice the one before, up to a bound.
+        3. A node ended in order, as somebody drained it: it stays down.
+        4. It served for a while: it is started again after the shortest pause.
+        5. It served before, but not now or not for long: each pause is twice the one before, up to a bound.
         """
         pause_s, now, limits = 0.0, asyncio.get_running_loop().time, self._limits
         while not self._stopping:
@@ -198,6 +201,9 @@ class Launcher:
             if not process.was_ready:
                 process.set_state(ProcessState.FAILED, how)
                 raise ConfigError(process.explain(f"{how} before it was ready"))
+            if process.plan.kind is ProcessKind.NODE and process.ended_in_order:
+                process.set_state(ProcessState.STOPPED, "drained: it is not started again")
+                return
             steady = process.state is ProcessState.READY and now() - started >= limits.steady_s
             first_s = limits.first_backoff_s
             pause_s = first_s if steady else min(2 * pause_s or first_s, limits.longest_backoff_s)

@@ -31,8 +31,8 @@ class ProcessState(StrEnum):
     starting -> died: it ended; it had been ready in an earlier child
     ready -> died: it ended by itself
     died -> starting: the pause is over, a new child has been started
-    starting -> stopped: it was told to stop
-    ready -> stopped: it was told to stop
+    starting -> stopped: it was told to stop, by us or as a node that is drained
+    ready -> stopped: it was told to stop, likewise
     died -> stopped: it was told to stop in the pause
     failed -> stopped: the others are told to stop, and so is what is left of it
     """
@@ -97,6 +97,11 @@ class SupervisedProcess:
     def pid(self) -> int | None:
         """The pid of the child; None while none runs."""
         return self._child.pid if self._child is not None and self._child.returncode is None else None
+
+    @property
+    def ended_in_order(self) -> bool:
+        """Whether its last child has ended as one that was told to stop does."""
+        return self._child is not None and self._child.returncode == 0
 
     async def run_once(self) -> str:
         """Start it and wait for it to end; returns how it ended. Its state is READY then iff it had served."""

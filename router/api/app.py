@@ -211,7 +211,7 @@ def _add_status(app: FastAPI, model: str, log: RequestLog, status: StatusView, m
         problem = status.problem()
         if problem is None:
             return JsonReply({"status": "ok"})
-        return JsonReply(error_reply(503, problem, code="node_unavailable"), 503, headers_of(503))
+        return error_response(problem)
 
     @app.get("/metrics", include_in_schema=False)
     async def prometheus() -> Response:

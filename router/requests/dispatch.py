@@ -4,9 +4,11 @@ What becomes of one is `router.requests.run`'s. No thread and no clock but the i
 it in virtual time.
 """
 
+import asyncio
+from contextlib import suppress
 from functools import partial
 
-from kvcore.errors import KVFerryError, NodeUnavailableError, OverloadedError
+from kvcore.errors import KVFerryError, NodeUnavailableError, OverloadedError, StoppingError
 from router.requests.run import RequestRun
 from router.requests.services import RequestServices
 from router.requests.spec import RequestSpec
@@ -25,6 +27,8 @@ class Dispatcher:
         self._opened: set[RequestRun] = set()
         self.running: set[RequestRun] = set()
         """Entered and not left: they are told of nodes that are lost."""
+        self.stopping = False
+        """No request is taken any more."""
 
     def __repr__(self) -> str:
         calls = len(self._services.control)
@@ -34,11 +38,14 @@ class Dispatcher:
         """Route a request. It is load of the chosen nodes from here on. `async with` the result starts its legs,
         iterating yields its outputs. One that is not entered must be dropped.
 
-        Raises OverloadedError at `max_requests`, NodeUnavailableError when no node can decode it.
+        Raises StoppingError once this router stops, OverloadedError at `max_requests`, NodeUnavailableError when no
+        node can decode it.
         """
         services, in_flight = self._services, self._services.log.in_flight + len(self._opened)
         if in_flight >= services.config.max_requests:
             raise OverloadedError(f"{in_flight} requests are under way; the router takes no more at a time")
+        if self.stopping:
+            raise StoppingError("this router is stopping; ask another one, or this one when it is back")
         self._turn += 1
         choose = partial(self._choose, spec, self._turn)
         decision = choose()
@@ -50,6 +57,19 @@ class Dispatcher:
         """One line a running request, for the dump of a process that is looked into."""
         now = self._services.clock.now()
         return [f"{now - run.started_at:.3f} s: {run!r} {run.machine!r}" for run in self.running]
+
+    async def drain(self, drain_s: float) -> list[str]:
+        """Take no more requests. Returns when those under way have ended, by themselves or, after `drain_s`, because
+        they are cut: then with their ids."""
+        self.stopping = True
+        with suppress(TimeoutError):
+            async with asyncio.timeout(drain_s):
+                while self.running or self._opened:  # noqa: ASYNC110 - once in a router's life
+                    await asyncio.sleep(self._services.limits.retry_pause_s)
+        cut = [run for run in self.running if run.record.state == "running"]
+        for run in cut:
+            run.cut(StoppingError(f"the router stopped, and this request had not ended {drain_s:g} s later"))
+        return [run.record.id for run in cut]
 
     async def aclose(self) -> None:
         """Wait for control calls under way (each is bounded)."""

@@ -1,10 +1,10 @@
 """The words of a request's life: what happens to it (events) and what is to be done (actions). Values only."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
-from kvcore.errors import KVFerryError
+from kvcore.errors import DeadlineExceededError, KVFerryError
 from nodeapi.messages import FinishReason, PrefillResult, TokenDelta, TokenLogprob
 
 
@@ -63,7 +63,9 @@ class ClientGone:
 
 @dataclass(frozen=True, slots=True)
 class DeadlinePassed:
-    """The request's time is up."""
+    """The request's time is up. `why`: what it fails with, unless all that it lacks is its prefill leg's reply."""
+
+    why: KVFerryError = field(default_factory=lambda: DeadlineExceededError("the request's time ran out"))
 
 
 @dataclass(frozen=True, slots=True)

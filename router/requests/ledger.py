@@ -23,7 +23,6 @@ from itertools import count
 
 from kvcore.errors import (
     CancelledByPeerError,
-    DeadlineExceededError,
     EngineError,
     KVFerryError,
     NodeUnavailableError,
@@ -192,7 +191,7 @@ class RequestMachine:
                 return self._end(Fail(CancelledByPeerError("the client closed the connection")))
             case DeadlinePassed():
                 late = bool(self._completions.unfinished)  # else only the prefill's reply was still waited for
-                return self._end(Fail(DeadlineExceededError("the request's time ran out")) if late else Finish())
+                return self._end(Fail(event.why) if late else Finish())
 
     def _set_state(self, event: RequestEvent | Route) -> None:
         before, self.state = self.state, self._state_of_now()

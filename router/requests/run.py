@@ -183,6 +183,10 @@ class RequestRun:
         if isinstance(self._end, Fail) and self.machine.complete:
             self._end = Finish()
 
+    def cut(self, why: KVFerryError) -> None:
+        """It may take no longer, whatever its own deadline."""
+        self.tell(DeadlinePassed(why))
+
     def give_up(self, node: str, error: KVFerryError) -> None:
         """This node is lost, though no connection to it broke: fail every leg that needs it, so that each goes on
         elsewhere. A leg needs the node in one of three ways:

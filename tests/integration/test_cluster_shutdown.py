@@ -141,11 +141,15 @@ async def stream(url: str, max_tokens: int, begun: asyncio.Event) -> str:
 
 
 async def test_ctrl_c_lets_a_running_stream_finish_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    async with serving(tmp_path, "engine.inter_token_s=0.05") as subject:
+    """After `service.drain_s` too, and though the terminal has closed on all of them."""
+    overrides = ("engine.inter_token_s=0.05", "service.drain_s=0.1", "router.drain_s=60")
+    async with serving(tmp_path, *overrides) as subject:
         begun = asyncio.Event()
         running = asyncio.create_task(stream(subject.router_url, 40, begun))
         async with asyncio.timeout(10):
             await begun.wait()
+        for process in [psutil.Process(subject.process.pid), *subject.family]:
+            process.send_signal(signal.SIGHUP)
         subject.process.send_signal(signal.SIGINT)
         await subject.until_said("stopping", 5)
         assert not running.done(), "the stream was over before there was anything to drain"
@@ -156,7 +160,7 @@ async def test_ctrl_c_lets_a_running_stream_finish_and_leaves_nothing_behind(tmp
 
 
 async def test_a_second_ctrl_c_while_draining_ends_it_at_once(tmp_path: Path) -> None:
-    async with serving(tmp_path, "engine.inter_token_s=0.1", "service.drain_s=60") as subject:
+    async with serving(tmp_path, "engine.inter_token_s=0.1", "router.drain_s=60") as subject:
         begun = asyncio.Event()
         running = asyncio.create_task(stream(subject.router_url, 500, begun))
         async with asyncio.timeout(10):

@@ -69,7 +69,7 @@ async def test_the_gateway_streams_passes_a_leaving_client_on_and_survives_a_rou
         second, listen = free_ports(2)
         router = [sys.executable, "-m", "router", "--config", str(tmp_path / "cluster.yaml")]
         other = await stack.enter_async_context(
-            running(*router, "--set", f"router.port={second}", cwd=Path(__file__).parents[2])
+            running(*router, f"--set=router.port={second}", "--set=router.drain_s=60", cwd=Path(__file__).parents[2])
         )
         prefix = tmp_path / "nginx"
         prefix.mkdir()
@@ -114,6 +114,18 @@ async def test_the_gateway_streams_passes_a_leaving_client_on_and_survives_a_rou
 
         assert await handle.until(ended, 30) == "cancelled"
 
+        async with session.post(f"{routers[1]}/v1/completions", json=LONG) as reply:
+            assert (await reply.content.readline()).startswith(b"data: ")
+            other.terminate()
+            async with asyncio.timeout(20):
+                while True:
+                    async with session.get(f"{routers[1]}/health") as health:
+                        if "stopping" in await health.text():
+                            break
+            for _ in range(6):
+                async with session.post(f"{gateway}/v1/completions", json=SHORT) as short:
+                    assert short.status == 200, await short.text()
+            assert await reply.content.readline(), "and its own streams go on"
         other.kill()
         await other.wait()
         for _ in range(6):

@@ -113,6 +113,8 @@ class FakeNode:
     """Then nobody can reach it any more."""
     prefill_gate: asyncio.Event | None = None
     generate_gate: asyncio.Event | None = None
+    token_gate: asyncio.Event | None = None
+    """Waited for after a stream's first token."""
     wait_for_handoff: bool = False
     deaf_to_handoffs: int = 0
     """So many ends of a handoff arrive before their leg, and are ignored."""
@@ -219,6 +221,8 @@ class FakeNode:
                 yield TokenDelta(index=index, token_ids=[output[-1]], finish_reason=done, info=info, logprobs=logprobs)
                 info = None
             await asyncio.sleep(0)
+            if self.token_gate is not None:
+                await self.token_gate.wait()
 
     def _check(self) -> None:
         if self.down:
@@ -324,7 +328,8 @@ async def make_rig(
         model="fake-model", tokenizer=tokenizer or ByteTokenizer(VOCAB), dispatcher=dispatcher, cluster=cluster, run=run
     )
     metrics = RouterMetrics(cluster, log, lambda: True)
-    status = StatusView(config, cluster, log, clock, lambda: True, problems=problems)
+    stopping = lambda: dispatcher.stopping  # noqa: E731
+    status = StatusView(config, cluster, log, clock, lambda: True, problems=problems, stopping=stopping)
     bounds = config.router
     app = make_app(answerer, log, status, metrics, max_body_bytes=bounds.max_body, cors=bounds.cors, limits=api_limits)
     return Rig(nodes, cluster, prober, dispatcher, services, log, answerer, app, metrics)

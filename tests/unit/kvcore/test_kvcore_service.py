@@ -73,6 +73,20 @@ def test_a_failure_of_main_is_exit_code_1():
     assert returncode == 1 and "KeyError: 'x'" in err
 
 
+def test_a_terminal_that_closes_ends_neither_the_process_nor_what_it_starts():
+    code = """
+        async def main(lifecycle):
+            lifecycle.ready()
+            child = await ChildProcess.start(["sh", "-c", "kill -HUP $$; echo goes on"], on_line=say)
+            say(await child.wait())
+            os.kill(os.getpid(), signal.SIGHUP)
+            await asyncio.sleep(0)
+            say("goes on too")
+    """
+    returncode, out, _ = finish(start(code))
+    assert (returncode, out) == (0, "goes on\n0\ngoes on too\n")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_first_signal_stops_in_order_and_cancels_the_rest(number):
     code = """

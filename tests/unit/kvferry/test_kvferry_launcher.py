@@ -128,6 +128,26 @@ async def test_one_that_has_served_is_restarted_when_it_dies(make):
         assert died.name == "d" and "was ended by signal 9; starting it again in 0.2 s" in died.detail
 
 
+async def test_a_node_that_was_drained_stays_down(make):
+    async with make(whole()) as launcher:
+        await launcher.wait_ready(20)
+        for name in ("d", "router"):
+            os.kill(launcher.pids[name], signal.SIGTERM)
+        await launcher.wait_restarted("router", launcher.pids.get("router", 0), 20)
+        async with asyncio.timeout(20):
+            await launcher._wait_until(lambda: launcher.states["d"] is ProcessState.STOPPED)
+        assert launcher.restarts == {"metadata-server": 0, "d": 0, "router": 1}
+        stopped = next(event for event in launcher.events if event.state is ProcessState.STOPPED)
+        assert (stopped.name, stopped.detail) == ("d", "drained: it is not started again")
+
+
+def test_a_router_has_the_time_to_drain(make):
+    launcher = make(whole())
+    beyond_s = launcher._stop_s[ProcessKind.ROUTER] - launcher._stop_s[ProcessKind.NODE]
+    assert beyond_s == CONFIG.router.drain_s
+    assert launcher._stop_s[ProcessKind.NODE] > CONFIG.service.drain_s
+
+
 async def test_one_that_dies_soon_each_time_is_restarted_ever_more_slowly(make):
     async with make(whole()) as launcher:
         await launcher.wait_ready(20)
