@@ -54,7 +54,7 @@ class DecoderPlacement:
         if of_the_model is not None or other is None or isinstance(last_error, ModelChangedError):
             return last_error
         return ModelChangedError(
-            f"{last_error.message}; no decoder has the weights and settings that the answer began with any more: node "
+            f"{last_error.message}; no node has the weights and settings that the answer began with any more: node "
             f"{other} has others"
         )
 

@@ -75,6 +75,16 @@ async def test_before_its_first_token_a_request_goes_to_any_decoder() -> None:
     assert tokens == [token for token in tokens if token >= 200 + 97] and len(tokens) == 8
 
 
+async def test_a_prefiller_of_its_model_goes_on_with_a_stream_rather_than_a_decoder_of_another() -> None:
+    nodes = decoders("w1", "w2")
+    nodes = FakeNodes([*nodes.nodes, FakeNode("p0", Role.PREFILLER, weights="w1")])
+    rig = await make_rig(nodes, min_prefill_tokens=1000)
+    rig.nodes["d0"].die_after, rig.nodes["d0"].stays_dead = 3, True
+    keep_busy(rig, "d1")
+    assert await answer(rig) == [expected(PROMPT, 8)]
+    assert [len(rig.nodes[name].generates) for name in ("d0", "d1", "p0")] == [1, 0, 1]
+
+
 async def test_a_stream_whose_model_is_gone_ends_with_an_error_that_says_so() -> None:
     rig = await make_rig(decoders("w1", "w2"), limits=HASTY)
     rig.nodes["d0"].die_after, rig.nodes["d0"].stays_dead = 3, True
@@ -89,7 +99,7 @@ async def test_a_stream_whose_model_is_gone_ends_with_an_error_that_says_so() ->
     *events, last = [json.loads(line) for line in lines]
     assert [token for event in events for token in event["choices"][0]["token_ids"]] == expected(PROMPT, 3)
     assert last["error"]["code"] == "model_changed"
-    assert "d0 died; no decoder has the weights and settings that the answer began with any more: node d1" in str(last)
+    assert "d0 died; no node has the weights and settings that the answer began with any more: node d1" in str(last)
     assert not rig.nodes["d1"].generates
     await rig.dispatcher.aclose()
 
