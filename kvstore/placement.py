@@ -202,8 +202,9 @@ class Placement:
                 break
             replicas.append(right)
         self._counters.add(Count.MATCHED_CHUNKS, len(replicas))
-        writers = tuple(reply.writers) if len(replicas) == len(reply.replicas) else ()
-        return Match(tuple(replicas), reply.lease_id, segments, writers)
+        if len(replicas) < len(reply.replicas):
+            return Match(tuple(replicas), reply.lease_id, segments)
+        return Match(tuple(replicas), reply.lease_id, segments, tuple(reply.writers), reply.num_writing)
 
     def _reserved(self, lengths: Mapping[ChunkKey, int], reply: ReserveReply, write_by: float) -> Reserved:
         segments = {segment.id: segment for segment in reply.segments}

@@ -117,9 +117,9 @@ class PutSession:
 
     @property
     def stale(self) -> bool:
-        """Whether another session may get what this one did not: the metadata server was away when it began, or has
-        refused a commit, as it does with all reservations after it has started again."""
-        return self._refused or not self._reserved.answered
+        """Whether another session may get what this one did not, or has no longer: the metadata server was away when it
+        began, or has refused a commit, as it does with all reservations after it has started again; or time is up."""
+        return self._refused or not self._reserved.answered or self._late
 
     @property
     def complete(self) -> frozenset[ChunkKey]:

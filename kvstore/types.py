@@ -58,6 +58,8 @@ class Match:
     segments: Mapping[str, Segment] = field(default_factory=dict)
     writers: tuple[str, ...] = ()
     """The nodes that are writing the first key behind them, the one that has been at it for longest first."""
+    num_writing: int = 0
+    """How many keys behind them, one after the other, are being written."""
 
     @property
     def num_chunks(self) -> int:

@@ -123,6 +123,8 @@ class MatchReply(_Reply, frozen=True, kw_only=True):
     """Every segment that the reply names, each once: the reader needs its addresses. The server always fills it."""
     writers: list[str] = []
     """The nodes that are writing the first key behind that prefix, the one that has been at it for longest first."""
+    num_writing: int = 0
+    """How many keys behind that prefix, one after the other, are being written."""
 
 
 class ReleaseRequest(_Request, frozen=True, kw_only=True):

@@ -44,9 +44,10 @@ class LoadJob:
         batch: int | None = None,
         loaded: Callable[[int], None] = lambda _: None,
         claim: Claim | None = None,
+        store_only: bool = False,
     ) -> None:
         """`batch`: chunks of one get at most, where the engine wants another number than the limits'. `loaded`: called
-        with each new `num_loaded`."""
+        with each new `num_loaded`. `store_only`: nobody wants to read the chunks here, if none has to be computed."""
         self._context = context
         self._keys = keys
         self._into = into
@@ -56,12 +57,16 @@ class LoadJob:
         self._batch = context.limits.read_chunks if batch is None else batch
         self._loaded = loaded
         self._claim = claim
+        self._store_only = store_only
         self._followed: str | None = None
         self._follow_until = 0.0
         self._given_up: set[str] = set()
+        self._seen = first
         self._may_wait = True
         self._waiting: asyncio.Timeout | None = None
         self.num_loaded = first
+        self.all_stored = False
+        """With `store_only`: every chunk is complete in the store, and was not read."""
         self.moved: list[MovedBytes] = []
         self.wait_s = 0.0
         self.load_s = 0.0
@@ -93,6 +98,11 @@ class LoadJob:
             self._may_wait &= clock.now() < self._deadline and self.num_loaded < self._wait_chunks
             last = not self._may_wait
             match = await self._find(self._keys[self.num_loaded - self._first :], self._deadline - clock.now())
+            if self._watches(match):
+                self._context.store.release_soon(match)
+                if self.all_stored:
+                    return
+                continue
             if match.num_chunks:
                 try:
                     good = await self._read(match)
@@ -116,12 +126,26 @@ class LoadJob:
         started = self._context.clock.now()
         try:
             async with asyncio.timeout(left_s + timeout_s) as self._waiting:
-                return await store.wait(keys, more_than=0, timeout_s=left_s)
+                known = max(0, self._seen - self.num_loaded)
+                return await store.wait(keys, more_than=known, timeout_s=left_s)
         except TimeoutError:
             return Match()
         finally:
             self._waiting = None
             self.wait_s += self._context.clock.now() - started
+
+    def _watches(self, match: Match) -> bool:
+        """Whether every chunk that is missing here is complete elsewhere, or another node writes it and gets on: where
+        the chunks are only wanted in the store, nothing is to be read then."""
+        missing = self._first + len(self._keys) - self.num_loaded
+        if self._claim is None or not self._store_only or match.num_chunks + match.num_writing < missing:
+            return False
+        writer = self._to_follow(match.writers)
+        self.all_stored = match.num_chunks == missing
+        return self.all_stored or (
+            writer not in (None, self._context.store.node_id)
+            and self._waits_for(writer, self.num_loaded + match.num_chunks)
+        )
 
     async def _follows(self, match: Match) -> bool:
         """Whether another node is computing the chunk behind all that was loaded, and this job waits for it."""
@@ -132,18 +156,23 @@ class LoadJob:
         # 5. Nobody was, or this node is the writer: it is computed here.
         if self._claim is None or self.num_loaded == self._first + len(self._keys):
             return False
-        now = self._context.clock.now()
-        if match.num_chunks:
-            self._follow_until = now + self._context.limits.follow_s
-        elif self._followed is not None and now >= self._follow_until:
-            self._given_up.add(self._followed)
+        here = self._context.store.node_id
+        while (writer := self._to_follow(match.writers)) not in (None, here):
+            if self._waits_for(writer, self.num_loaded):
+                return True
+            self._given_up.add(writer)
             self._context.counters["follow_given_up"] += 1
-        writer = self._to_follow(match.writers) or self._to_follow(await self._claim(self._given_up))
-        if writer in (None, self._context.store.node_id):
-            return False
-        if writer != self._followed:
+        if writer is None:
+            writer = self._to_follow(await self._claim(self._given_up))
+        return writer not in (None, here) and self._waits_for(writer, self.num_loaded)
+
+    def _waits_for(self, writer: str, complete: int) -> bool:
+        """Whether time is left for `writer`, now that so many of the request's leading chunks are complete."""
+        now = self._context.clock.now()
+        if writer != self._followed or complete > self._seen:
             self._followed, self._follow_until = writer, now + self._context.limits.follow_s
-        return True
+        self._seen = max(self._seen, complete)
+        return now < self._follow_until
 
     def _to_follow(self, writers: Sequence[str]) -> str | None:
         return next((writer for writer in writers if writer not in self._given_up), None)

@@ -194,7 +194,7 @@ class SaveJob:
         """The session to write `keys` in: the one under way, or a new one that reserves again.
 
         1. There is none, it does not cover every key, or it is stale (the metadata server was away when it began, or
-           has refused a commit since): a new one.
+           has refused a commit since; or it has run out): a new one.
         2. It is old enough for reservations to have expired, and a key has neither a reservation nor a stored chunk:
            a new one.
         3. Else the one under way: a key without a reservation was declined, and would be again."""

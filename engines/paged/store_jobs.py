@@ -95,9 +95,10 @@ class StoreJobs:
             deadline=leg.arrived + (handoff.wait_s if handoff is not None else 0.0),
             loaded=functools.partial(self._progress, sequence),
             claim=functools.partial(self._claim, leg, sequence),
+            store_only=leg.is_prefill,
         )
         leg.load_task = self._tasks.create_task(self._guard(job.run, "load"), name="engine-load")
-        leg.load_task.add_done_callback(lambda _: self._end_load(sequence, job))
+        leg.load_task.add_done_callback(lambda _: self._end_load(leg, sequence, job))
 
     def start_save(self, leg: Leg, sequence: TokenSequence) -> None:
         """Reserve room for the prompt's chunks and save those that are here, unless that has begun. A prefill leg saves
@@ -127,10 +128,10 @@ class StoreJobs:
     async def count_stored(self, leg: Leg) -> int:
         """Leading chunks of a prefill that are complete in the store: ours, or another writer's of the same prefix, who
         may still be at it."""
-        if self._context is None or leg.save is None:
+        if self._context is None:
             return 0
         keys = leg.first.keys(leg.first.num_prompt // leg.first.chunk_tokens)
-        if leg.save.stored.issuperset(keys):
+        if leg.save is not None and leg.save.stored.issuperset(keys):
             return len(keys)
         store, clock, limits = self._context.store, self._context.clock, self._context.limits
         match = await store.match(keys, timeout_s=self._context.timeout_s)
@@ -188,7 +189,13 @@ class StoreJobs:
         self._loaded(sequence, num_chunks)
         self._wake()
 
-    def _end_load(self, sequence: TokenSequence, job: LoadJob) -> None:
+    def _end_load(self, leg: Leg, sequence: TokenSequence, job: LoadJob) -> None:
+        if job.all_stored:  # a prefill has nothing to do then
+            sequence.num_cached = sequence.num_prompt
+            if self._context is not None:
+                self._context.counters["cached_tokens"] += sequence.num_prompt
+            self._give_up(sequence)
+            leg.set_saved()
         self._load_ended(sequence, job.num_loaded)
         self._wake()
 

@@ -54,8 +54,16 @@ class Reading:
         self._counts["hits"] += len(found)
         lease_id = self._grant(flat, until, node_id, incarnation) if until is not None and flat else 0
         refs = [[replica.ref for replica in replicas] for replicas in found]
-        writers = self._index.writers(keys[len(found)]) if len(found) < len(keys) else []
-        return MatchReply(replicas=refs, lease_id=lease_id, segments=segments_of(flat), writers=writers)
+        rest = keys[len(found) :]
+        writers = self._index.writers(rest[0]) if rest else []
+        num_writing = next((at for at, key in enumerate(rest) if key not in self._index.writing), len(rest))
+        return MatchReply(
+            replicas=refs,
+            lease_id=lease_id,
+            segments=segments_of(flat),
+            writers=writers,
+            num_writing=num_writing,
+        )
 
     def release(self, lease_ids: list[int]) -> None:
         """End leases; unknown ones have run out."""

@@ -218,6 +218,15 @@ class SimCluster:
         if node.service.alive and node.engine_process.alive:
             node.kill_engine()
 
+    def _do_kill_computing(self, what: str) -> None:
+        """The first node whose engine computes a chunk of a prompt."""
+        for name, node in self.nodes.items():
+            running = node.engine._scheduler.running if node.engine is not None else []
+            if any(each.num_prompt - each.num_computed >= each.chunk_tokens for each in running):
+                self.trace("killed", name)
+                node.kill() if what == "node" else node.kill_engine()
+                return
+
     def _do_start_engine(self, name: str) -> None:
         node = self.nodes[name]
         if node.service.alive and not node.engine_process.alive:

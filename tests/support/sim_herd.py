@@ -17,16 +17,17 @@ COMPUTE_S = 16 * CHUNK / RATE
 @dataclass(frozen=True)
 class Herd:
     """`count` requests within `spread_s` whose prompts begin with the same `prefix_tokens` and go on with `own_tokens`
-    of their own. `kills`: (seconds after the first request, node) of what dies, to be started again 3 s later."""
+    of their own."""
 
     nodes: tuple[str, ...] = ("p1", "p2", "d1", "d2")
     count: int = 8
     prefix_tokens: int = 16 * CHUNK + 1
     own_tokens: int = 0
     spread_s: float = 0.0
-    kills: tuple[tuple[float, str], ...] = ()
-    engine_only: bool = False
-    """Kill the node's engine, not all of it."""
+    kill_s: float | None = None
+    """So long after the first request the node that computes is killed."""
+    kills: str = "node"
+    """Or `engine`."""
 
     def plan(self, seed: int) -> Plan:
         """Of this seed."""
@@ -42,9 +43,6 @@ class Herd:
             )
             for number in range(self.count)
         ]
-        what = "engine" if self.engine_only else "node"
-        faults = [Fault(FIRST_S + at_s, f"kill_{what}", (name,)) for at_s, name in self.kills]
-        faults += [Fault(FIRST_S + at_s + 3.0, f"start_{what}", (name,)) for at_s, name in self.kills]
         return Plan(
             engine=SimEngineConfig(
                 block_size=BLOCK,
@@ -59,7 +57,7 @@ class Herd:
             store=StoreConfig(retire_grace_s=0.5),
             segment_bytes=4096 * 200,
             requests=requests,
-            faults=sorted(faults, key=lambda fault: fault.at_s),
+            faults=[] if self.kill_s is None else [Fault(FIRST_S + self.kill_s, "kill_computing", (self.kills,))],
             weather=1.0,
             nodes=self.nodes,
         )

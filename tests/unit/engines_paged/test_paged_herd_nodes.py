@@ -67,6 +67,8 @@ def test_two_prefillers_compute_one_prompt_once(late_s):
     assert sum(computed) == CHUNKS * CHUNK and 0 in computed
     written = sum(each.get("chunks_stored", 0) for each in counters)
     assert CHUNKS <= written <= CHUNKS + 1, "but for the last chunk, which one writes while another finds it computed"
+    assert not any(each.get("chunks_loaded") for each in counters), "nor read where nothing is computed"
+    assert [each.get("cached_tokens") for each in counters] in ([256, 512], [512, 256])
 
 
 def test_behind_another_nodes_prefix_a_prompt_computes_its_own():
@@ -75,12 +77,16 @@ def test_behind_another_nodes_prefix_a_prompt_computes_its_own():
     async def act(cluster, p, q):
         first = asyncio.create_task(p.prefill(prefill_request("p", PROMPT)))
         await asyncio.sleep(0.1)
-        second = await q.prefill(prefill_request("q", longer))
+        behind = asyncio.create_task(q.prefill(prefill_request("q", longer)))
+        await asyncio.sleep(1.0)
+        assert (await q.stats()).counters["chunks_loaded"] > 1, "they are read as they come"
+        second = await behind
         assert (second.cached_tokens, second.computed_tokens) == (CHUNKS * CHUNK, 2 * CHUNK)
         assert second.timings.wait_s > 1.0, "the record says that it has waited"
         await first
 
-    assert in_cluster(act)[0] == [CHUNKS * CHUNK, 2 * CHUNK]
+    computed, counters = in_cluster(act)
+    assert computed == [CHUNKS * CHUNK, 2 * CHUNK] and counters[1]["chunks_loaded"] == CHUNKS
 
 
 def test_a_decoder_without_a_prefiller_waits_for_the_node_that_computes():

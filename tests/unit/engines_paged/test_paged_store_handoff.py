@@ -19,6 +19,7 @@ from support.engine_fakes import (
 from support.sim_loop import run_sim
 
 from engines.sim.reference import expected_tokens
+from kvcore.config.schema import StoreConfig
 from nodeapi.messages import Handoff
 
 PROMPT = prompt_of(3 * CHUNK + 7)
@@ -153,6 +154,19 @@ def test_a_store_that_is_full_fails_nothing():
     assert in_cluster(act, segment_bytes=4096 // 8) == EXPECTED
 
 
+def test_a_prompt_that_takes_longer_than_a_reservation_lasts_is_stored_to_its_end():
+    config = msgspec.structs.replace(CONFIG, prefill_tokens_per_s=CHUNK, max_batch_tokens=CHUNK)  # a chunk a second
+    prompt = prompt_of(9 * CHUNK + 1)
+
+    async def act(cluster, prefiller, decoder):
+        for store in cluster.world.stores:
+            store._placement._config = StoreConfig(reserve_ttl_s=3.0)
+        done = await prefiller.prefill(prefill_request("p", prompt))
+        assert (done.stored_chunks, done.computed_tokens) == (9, 9 * CHUNK)
+
+    in_cluster(act, config=config)
+
+
 def test_a_metadata_server_that_is_away_fails_nothing():
     async def act(cluster, prefiller, decoder):
         for wire in cluster.wires.values():
@@ -206,11 +220,12 @@ def test_a_prefill_stores_again_what_the_store_has_lost():
     in_cluster(act)
 
 
-def test_a_second_prefiller_loads_instead_of_computing():
+def test_a_second_prefiller_neither_computes_nor_reads_what_is_stored():
     async def act(_, prefiller, other):
         await prefiller.prefill(prefill_request("p", PROMPT))
         done = await other.prefill(prefill_request("q", PROMPT))
         assert (done.cached_tokens, done.computed_tokens, done.stored_chunks) == (3 * CHUNK, 0, 3)
+        assert not done.moved
 
     in_cluster(act)
 

@@ -116,9 +116,11 @@ def test_who_asks_is_told_who_is_writing_the_chunk_already(state):
     last = state.reserve(reservation("a", [1]), 0.0)
     assert statuses(last) == ["busy"] and last.outcomes[0].writers == ["b", "a"]
     assert state.match(keys(1, 2), 0.0).writers == ["b", "a"]
+    assert [state.match(keys(*asked), 0.0).num_writing for asked in ([1, 2], [3, 4, 1], [4, 1])] == [2, 1, 0]
     state.commit(ids("b", granted(asked)[:1]), 0.0)
     reply = state.match(keys(1, 2, 3), 0.0)
     assert (len(reply.replicas), reply.writers) == (1, ["b", "a"]), "of the first chunk that is missing"
+    assert reply.num_writing == 2
     assert state.match(keys(1), 0.0).writers == state.match(keys(4), 0.0).writers == []
     state.abort(ids("b", granted(asked)[1:]), 0.0)
     state.leave(LeaveRequest(node_id="a", incarnation=1), 0.0)
