@@ -48,13 +48,33 @@ def to_parts(content: object) -> list[dict[str, str]]:
 def template_reads_parts(template: nodes.Template) -> bool:
     """Whether it loops over a message's content.
 
-    Names are followed through assignments and loops, not through macros' parameters; a loop over the plain name
-    `content` counts, for templates that hand a message's content to a macro. (vLLM judges by the same signs.)
+    Names are followed through assignments and loops, and a message's content into macros; beside them a loop over the
+    plain name `content` counts. (vLLM judges by the same signs.)
     """
     messages = _names_of(template, "messages")
     loops = list(template.find_all(nodes.For))
     items = {name for loop in loops if _source(loop.iter) in messages for name in _targets(loop.target)}
-    return any(_is_content_of(loop.iter, items) or _source(loop.iter) == "content" for loop in loops)
+    within: dict[int, set[str]] = {}
+    for macro in template.find_all(nodes.Macro):
+        parameters = _content_parameters(template, macro, items)
+        for loop in macro.find_all(nodes.For):
+            within.setdefault(id(loop), set()).update(parameters)
+    return any(
+        _is_content_of(loop.iter, items)
+        or (isinstance(loop.iter, nodes.Name) and loop.iter.name in within.get(id(loop), {"content"}))
+        for loop in loops
+    )
+
+
+def _content_parameters(template: nodes.Template, macro: nodes.Macro, items: set[str]) -> set[str]:
+    """The macro's parameters that a message's content is handed to somewhere."""
+    names = [parameter.name for parameter in macro.args]
+    found: set[str] = set()
+    for call in template.find_all(nodes.Call):
+        if isinstance(call.node, nodes.Name) and call.node.name == macro.name:
+            given = [*zip(names, call.args, strict=False), *((one.key, one.value) for one in call.kwargs)]
+            found |= {name for name, value in given if name in names and _is_content_of(value, items)}
+    return found
 
 
 def _names_of(template: nodes.Template, first: str) -> set[str]:

@@ -5,9 +5,12 @@ and parts of words.
 """
 
 import json
+import re
 from collections.abc import Iterator
 
 from tokenizers import Tokenizer as FastTokenizer
+
+_BYTE_PIECE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 class PieceBytes:
@@ -40,8 +43,8 @@ class PieceBytes:
         if self._is_byte_level:
             own = [_BYTE_OF_CHAR.get(char) for char in piece]
             return piece.encode() if None in own or token_id in self.added else bytes(b for b in own if b is not None)
-        if self._has_byte_pieces and len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-            return bytes.fromhex(piece[3:5])
+        if self._has_byte_pieces and (byte := _BYTE_PIECE.fullmatch(piece)):
+            return bytes.fromhex(byte[1])
         # What the decoder makes of it can depend on its place: at the beginning of a text many leave a blank out.
         text = self._decode([*self._before, token_id])
         if not text.startswith(self._text_before):

@@ -47,6 +47,8 @@ class TokenNames:
         #   4. They cannot be characters: as 3, of its own bytes alone, or if even those are none it reads U+FFFD, which
         #      is left out at its end.
         raw = self._tokenizer.token_bytes(token_id)
+        if not raw:
+            return NamedToken("", raw), self._pending
         for tried in (raw, self._pending + raw):
             if (text := _whole(tried)) is not None:
                 return NamedToken(text, raw), b""

@@ -11,6 +11,8 @@ from router.api.body import parse
 from router.api.limits import ApiLimits
 from router.api.openai_schema import ChatRequest, prompts_of
 from router.requests.spec import ChatPrompt
+from router.text.message_content import template_reads_parts
+from router.text.template_sandbox import TemplateEnvironment
 from router.text.tokenizer import FolderTokenizer
 from tests.support.conversations import READ_PARTS, SEEN, SENT, TEMPLATES, WAYS
 from tests.support.small_tokenizers import byte_level, saved
@@ -74,3 +76,27 @@ def test_real_templates_render_as_transformers_does(tmp_path: Path, name: str) -
             assert prompt == theirs(TEMPLATES[name], seen, way), (subject, way)
             rendered += prompt is not None
     assert rendered > len(SENT) * len(WAYS) // 3, "most conversations are none that the template refuses"
+
+
+MACRO = "{% macro f(x, n=1) %}{% for c in x %}{{ c }}{% endfor %}{% endmacro %}"
+OF_CONTENT = "{% macro f(content) %}{% for c in content %}{{ c }}{% endfor %}{% endmacro %}"
+RENAMED = "{% set content = m.content %}"
+
+
+@pytest.mark.parametrize(
+    ("before", "inside", "parts"),
+    [
+        (MACRO, "{{ f(m.content) }}", True),
+        (MACRO, "{{ f(n=2, x=m['content']) }}", True),
+        (MACRO, "{{ f(m.role, m.content) }}", False),
+        (OF_CONTENT, "{{ f(m.content | list) }}", True),
+        (OF_CONTENT, "{{ f(tools) }}", False),
+        ("", RENAMED + "{% for c in content %}{{ c }}{% endfor %}", True),
+        ("", RENAMED + "{% for c in content | list %}{{ c }}{% endfor %}", False),
+        ("", "{% for c in m.content[1:] %}{{ c }}{% endfor %}", True),
+        ("", "{% for c in m.tool_calls %}{{ c }}{% endfor %}", False),
+    ],
+)
+def test_a_template_reads_parts_where_vllm_says_so(before: str, inside: str, parts: bool) -> None:
+    source = before + "{% for m in messages %}" + inside + "{% endfor %}"
+    assert template_reads_parts(TemplateEnvironment().parse(source)) is parts

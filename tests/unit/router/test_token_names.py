@@ -86,6 +86,12 @@ def test_added_tokens_of_any_script_are_their_own_text(tmp_path: Path) -> None:
     assert names_of(tokenizer, [own.token_to_id(text)]) == [(text, text.encode())]
 
 
+def test_an_id_that_the_tokenizer_lacks_tears_no_character_apart(tmp_path: Path) -> None:
+    tokenizer = FolderTokenizer(saved(byte_level(), tmp_path))
+    first, *rest = tokenizer.encode("é")
+    assert [text for text, _ in names_of(tokenizer, [first, 100_000, *rest])] == ["", "", "é"]
+
+
 def test_ids_that_the_tokenizer_lacks_have_no_bytes(tmp_path: Path) -> None:
     tokenizer = FolderTokenizer(saved(byte_level(), tmp_path))
     assert names_of(tokenizer, [100_000, 2**31]) == [("", b""), ("", b"")]
