@@ -6,14 +6,12 @@ import random
 import pytest
 from support.sim_cluster import Variant, run_seed
 from support.sim_herd import COMPUTE_S, RATE, Herd
-from support.slow import slow_but
 
 from engines.jobs.context import JobLimits
 
 FOLLOW_S = JobLimits().follow_s
 SETS = 15
-QUICK_SETS = 1
-"""Of SETS, ten seeds each."""
+"""Of ten seeds each."""
 NODES = {
     "1P1D": ("p1", "d1"),
     "2P2D": ("p1", "p2", "d1", "d2"),
@@ -52,7 +50,8 @@ def test_behind_one_prefix_each_computes_its_own():
     assert counts["slowest_ms"] < 1000 * (COMPUTE_S + 8 * 70 / RATE)
 
 
-@pytest.mark.parametrize("part", slow_but(range(QUICK_SETS), range(SETS)))
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(SETS))
 def test_when_the_computing_node_dies_another_takes_over(part):
     killed = 0
     for seed in range(part * 10, part * 10 + 10):
