@@ -110,6 +110,13 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
     serve.add_argument("--kv-cache", type=_size, metavar="SIZE", help="KV of running requests, of each engine")
     serve.add_argument("--segment", type=_size, metavar="SIZE", help="each node's share of the store")
     serve.add_argument(
+        "--tier",
+        action="append",
+        default=[],
+        metavar="TIER",
+        help="where chunks are kept beyond memory, disk:PATH:SIZE (of each node) or redis://HOST:PORT; repeat it",
+    )
+    serve.add_argument(
         "--arg", action="append", default=[], metavar="NAME=VALUE", help="one of vLLM's own arguments; repeat it"
     )
     _add_set(serve)
@@ -127,6 +134,7 @@ def _size(text: str) -> "ByteSize":
 def _serve(arguments: argparse.Namespace) -> int:
     from kvferry.serve import node_ports, parse_arguments, run_serve
     from kvferry.serve_plan import ServeOptions
+    from kvferry.tier_options import parse_tiers
 
     options = ServeOptions(
         folder=arguments.model,
@@ -139,6 +147,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         node_ports=node_ports(),
         kv_cache=arguments.kv_cache,
         segment=arguments.segment,
+        tiers=parse_tiers(arguments.tier),
         args=parse_arguments(arguments.arg),
     )
     return run_serve(options, arguments.overrides)

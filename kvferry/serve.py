@@ -11,10 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from kvcore.config.file import load_config
+from kvcore.config.schema import ClusterConfig
 from kvcore.config.yaml_text import YAMLTextError, read_yaml
 from kvcore.errors import ConfigError
 from kvcore.ports import listen
 from kvferry.serve_plan import USUAL_PORTS, Machine, ServeOptions, plan_cluster
+from kvferry.tier_options import shown
 from kvferry.vllm_here import cores, cuda_devices, installed_vllm
 
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
@@ -48,6 +50,13 @@ def node_ports(host: str = "127.0.0.1") -> tuple[int, int, int]:
     """Free ports for prefiller, decoder and metadata server: the usual ones, else any."""
     first, second, third = (_free_port(host, usual) for usual in USUAL_PORTS)
     return first, second, third
+
+
+def _tiers_said(config: ClusterConfig) -> list[str]:
+    """What tiers there are, in words."""
+    disk, redis = config.tiers.disk, config.tiers.redis
+    said = [] if disk is None else [f"disk tier: {disk.size / (1 << 30):.4g} GiB of each node, in {disk.path}"]
+    return said if redis is None else [*said, f"redis tier: {shown(redis.url)}"]
 
 
 def _free_port(host: str, usual: int) -> int:
@@ -95,7 +104,7 @@ def run_serve(options: ServeOptions, overrides: Sequence[str]) -> int:
         raise ConfigError(f"cannot write {file}: {error.strerror}") from error
     finally:
         draft.unlink(missing_ok=True)
-    for line in [*said, f"cluster file: {file} (kvferry status --config, kvferry doctor)"]:
+    for line in [*said, *_tiers_said(config), f"cluster file: {file} (kvferry status --config, kvferry doctor)"]:
         sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
     return run_up(file, [], None)

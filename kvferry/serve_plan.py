@@ -21,6 +21,7 @@ from kvcore.config.schema import (
     TorchEngineConfig,
     VllmEngineConfig,
 )
+from kvcore.config.tiers import TiersConfig
 from kvcore.config.vllm_options import argument, argument_name, check_arguments
 from kvcore.errors import ConfigError
 from kvcore.types import Role
@@ -63,6 +64,7 @@ class ServeOptions:
     """Of prefiller, decoder and metadata server."""
     kv_cache: ByteSize | None = None
     segment: ByteSize | None = None
+    tiers: TiersConfig = field(default_factory=TiersConfig)
     args: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -95,6 +97,7 @@ def plan_cluster(options: ServeOptions, machine: Machine) -> tuple[ClusterConfig
             name: NodeConfig(role=role, port=ports[name], segment=options.segment or share, engine=own.get(name))
             for name, role in roles.items()
         },
+        tiers=options.tiers,
         metadata_server=MetadataServerConfig(port=metadata_port),
         router=RouterConfig(port=options.port),
         service=ServiceConfig(start_s=1800.0),  # vLLM on a GPU loads, compiles and captures graphs for minutes

@@ -1,0 +1,87 @@
+"""`--tier` of `kvferry serve`: `disk:PATH:SIZE` or `redis://HOST:PORT` -> the `tiers` of a cluster file. Pure."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import SplitResult, urlsplit
+
+import msgspec
+
+from kvcore.config.parse import nearest, parse_byte_size
+from kvcore.config.tiers import DiskTierConfig, RedisTierConfig, TierConfig, TiersConfig
+from kvcore.errors import ConfigError
+
+TIER_FORMS = "disk:PATH:SIZE, redis://HOST:PORT or rediss://HOST:PORT"
+_REDIS_SCHEMES = ("redis", "rediss")
+_NOT_BUILT = ("mooncake", "mooncakestore", "s3", "gs", "az", "file")
+
+
+def parse_tiers(given: Sequence[str]) -> TiersConfig:
+    """One tier of each kind at most. Raises ConfigError that names the text and what is expected."""
+    tiers = TiersConfig()
+    for text in given:
+        tier = parse_tier(text)
+        section = "disk" if isinstance(tier, DiskTierConfig) else "redis"
+        if getattr(tiers, section) is not None:
+            raise ConfigError(f"--tier {shown(text)}: there is a {section} tier already, and one of each kind is all")
+        tiers = msgspec.structs.replace(tiers, **{section: tier})
+    return tiers
+
+
+def parse_tier(text: str) -> TierConfig:
+    """The section that `text` stands for. A relative path is the working directory's. Raises ConfigError."""
+    kind = text.partition(":")[0].strip().lower()
+    if kind == "disk":
+        return _disk(text)
+    if kind in _REDIS_SCHEMES:
+        return RedisTierConfig(url=check_redis_url(text.strip(), f"--tier {shown(text)}"))
+    if kind in _NOT_BUILT:
+        raise ConfigError(f"--tier {shown(text)}: there are no {kind} tiers yet; expected {TIER_FORMS}")
+    raise ConfigError(
+        f"--tier {shown(text)}: unknown kind {kind!r}{nearest(kind, ['disk', *_REDIS_SCHEMES])}; expected {TIER_FORMS}"
+    )
+
+
+def check_redis_url(url: str, subject: str) -> str:
+    """`url` itself. Raises ConfigError that begins with `subject` and shows no password."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        raise ConfigError(f"{subject}: its host or port cannot be read; {_expected_redis('redis')}") from None
+    if not parts.hostname:
+        raise ConfigError(f"{subject}: it names no host; {_expected_redis(parts.scheme)}")
+    if port == 0:
+        raise ConfigError(f"{subject}: nothing listens on port 0; {_expected_redis(parts.scheme)}")
+    if parts.path.strip("/") and not parts.path.strip("/").isdecimal():
+        raise ConfigError(f"{subject}: {parts.path} is no number of a database; {_expected_redis(parts.scheme)}")
+    return url
+
+
+def shown(text: str) -> str:
+    """`text`, with `***` for a password in its URL."""
+    try:
+        parts = urlsplit(text)
+        password = parts.password
+    except ValueError:
+        return text.partition("@")[2] or text
+    return text if password is None else _without_password(parts)
+
+
+def _without_password(parts: SplitResult) -> str:
+    user, _, place = parts.netloc.rpartition("@")
+    return parts._replace(netloc=f"{user.partition(':')[0]}:***@{place}").geturl()
+
+
+def _disk(text: str) -> DiskTierConfig:
+    path, separator, size = text.partition(":")[2].rpartition(":")
+    if not separator or not path.strip():
+        raise ConfigError(f"--tier {text}: expected disk:PATH:SIZE, e.g. disk:/nvme/kvferry:200GiB")
+    try:
+        parsed = parse_byte_size(size)
+    except ValueError as error:
+        raise ConfigError(f"--tier {text}: {size!r}: {error}; the whole is disk:PATH:SIZE") from None
+    return DiskTierConfig(path=str(Path(path.strip()).expanduser().absolute()), size=parsed)
+
+
+def _expected_redis(scheme: str) -> str:
+    return f"expected {scheme}://[USER:PASSWORD@]HOST:PORT[/DB]"
