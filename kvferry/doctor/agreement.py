@@ -25,11 +25,11 @@ KV_ARGUMENTS: Mapping[str, object] = {
     "kv-cache-dtype": "auto",
     "model-impl": "auto",
     "quantization": None,
-    "speculative-config": None,
     "tensor-parallel-size": 1,
 }
 """vLLM's arguments on which KV depends -> what stands for one that is not given; None: vLLM chooses by model and
-hardware, so that one that is given and one that is not cannot be compared here."""
+hardware, so that one that is given and one that is not cannot be compared here. Not `speculative-config`: most
+speculators have no KV of their own, and only vLLM knows which."""
 
 
 def check_agreement(context: Context) -> list[Finding]:
@@ -60,8 +60,8 @@ def kv_settings(engine: EngineConfig, model: ModelConfig) -> dict[str, object]:
         return settings | {"kv-cache-dtype": dtype}
     if isinstance(engine, SimEngineConfig):
         names = ("weights_version", "block_size", "bytes_per_token")
-        return {name: getattr(engine, name) for name in names}
-    return {"block_size": engine.block_size}
+        return {f"engine.{name}": getattr(engine, name) for name in names}
+    return {"engine.block_size": engine.block_size}
 
 
 def _differing(one: Mapping[str, object], other: Mapping[str, object]) -> dict[str, tuple[object, object]]:
