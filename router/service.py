@@ -54,6 +54,7 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
     dispatcher = Dispatcher(services, make_policy(bounds.policy))
     lifecycle.stack.push_async_callback(dispatcher.aclose)
     prober.on_lost.append(dispatcher.node_lost)
+    prober.on_silent.append(dispatcher.node_silent)
     lifecycle.describe.append(dispatcher.describe)
     endpoints = endpoints_of(config.metadata_server)
     keeps_store = config.handoff.traits.has_store  # servers that are not ours keep none

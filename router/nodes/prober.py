@@ -38,6 +38,8 @@ class Prober:
         self._could_not_ask = False
         self.on_lost: list[Callable[[str, KVFerryError], None]] = []
         """Called with a node's id and why its legs are lost, at each probe for as long as it stays silent."""
+        self.on_silent: list[Callable[[str, KVFerryError], None]] = []
+        """Called with a node's id and why, at each probe that it has not answered before it is lost."""
         self.on_round: list[Callable[[], None]] = []
         """Called when every node has been asked."""
 
@@ -88,8 +90,7 @@ class Prober:
             node.silent_since = asked_at
         silent_s = self._clock.now() - node.silent_since
         rounds = self._limits.lost_rounds_lapsed if node.lapsed else self._limits.lost_rounds
-        if silent_s >= self._round_s * rounds:
-            without = ", its lease has ended" if node.lapsed else ""
-            error = NodeUnavailableError(f"node {node.id} has answered nothing for {silent_s:.0f} s{without}")
-            for tell in self.on_lost:
-                tell(node.id, error)
+        without = ", its lease has ended" if node.lapsed else ""
+        error = NodeUnavailableError(f"node {node.id} has answered nothing for {silent_s:.0f} s{without}")
+        for tell in self.on_lost if silent_s >= self._round_s * rounds else self.on_silent:
+            tell(node.id, error)

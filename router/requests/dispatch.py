@@ -102,7 +102,16 @@ class Dispatcher:
         )
         return self._policy.choose(request, view)
 
+    def _oldest_first(self) -> list[RequestRun]:
+        """Those under way: who came first chooses first, and a simulation is the same each time."""
+        return sorted(self.running, key=lambda run: (run.started_at, run.record.id))
+
+    def node_silent(self, node: str, error: KVFerryError) -> None:
+        """A node has not answered a probe: prefills on it are done by another one that is there. May be said again."""
+        for run in self._oldest_first():
+            run.move_prefill(node, error)
+
     def node_lost(self, node: str, error: KVFerryError) -> None:
         """A node is silent for good: legs that need it go on elsewhere. May be said again."""
-        for run in list(self.running):
+        for run in self._oldest_first():
             run.give_up(node, error)

@@ -83,7 +83,7 @@ class RequestMachine:
         self._decodes = DecodeLegs(self._completions, lambda: self._next_leg("d"), picker.fingerprint)
         self.retries: list[tuple[str, str]] = []
         """(`prefill` or `decode`, code of the failure) of each leg that was tried again."""
-        self._prefill = PrefillHalf(
+        self.prefill = PrefillHalf(
             self._completions,
             self._decodes,
             picker,
@@ -102,7 +102,7 @@ class RequestMachine:
         self.ended = False
 
     def __repr__(self) -> str:
-        leg = self._prefill.running
+        leg = self.prefill.running
         prefill = f"prefill {leg.id} on {leg.node}" if leg else "no prefill"
         done = f"{self.completion_tokens} tokens, {len(self.retries)} retries"
         return f"<RequestMachine {self._id} {self.state}: {prefill}, {len(self._decodes.running)} decode legs, {done}>"
@@ -111,7 +111,7 @@ class RequestMachine:
     def cached_tokens(self) -> int:
         """Prompt tokens that nobody had to compute: the lesser of both legs' counts, as a decoder also counts as cached
         what the prefiller had just computed for it. A leg without a count is left out."""
-        counts = [leg.cached_tokens for leg in (self._prefill.result, self.decode_info) if leg is not None]
+        counts = [leg.cached_tokens for leg in (self.prefill.result, self.decode_info) if leg is not None]
         return min(counts, default=0)
 
     @property
@@ -135,17 +135,17 @@ class RequestMachine:
 
     def saves_for(self, leg: str) -> str | None:
         """The decoder into whose segment this prefill leg writes first, while it runs."""
-        running = self._prefill.running
-        return running.decoder if running is not None and running.id == leg and self._prefill.saves else None
+        running = self.prefill.running
+        return running.decoder if running is not None and running.id == leg and self.prefill.saves else None
 
     def start(self, route: Route) -> list[Action]:
         """The first actions. Called once."""
         assert self.state is RequestState.NEW, "a request starts once"
         actions: list[Action] = []
         if route.prefiller is not None:
-            actions += self._prefill.start(route.prefiller, route.decoder)
-        if self._prefill.awaited_by is None:
-            actions += self._start_decodes(route.decoder, self._completions.unfinished, self._prefill.source)
+            actions += self.prefill.start(route.prefiller, route.decoder)
+        if self.prefill.awaited_by is None:
+            actions += self._start_decodes(route.decoder, self._completions.unfinished, self.prefill.source)
         self._set_state(route)
         return actions
 
@@ -161,7 +161,7 @@ class RequestMachine:
 
     def check_invariants(self) -> None:
         """Assert what must hold between any two events."""
-        unplaced, prefill = self._placement.unplaced, self._prefill
+        unplaced, prefill = self._placement.unplaced, self.prefill
         assert self.state is self._state_of_now()
         if self.ended:
             assert not (self._decodes.running or prefill.running or prefill.awaited_by or unplaced)
@@ -204,21 +204,21 @@ class RequestMachine:
             return RequestState.UNPLACED
         if not self._completions.unfinished:
             return RequestState.SETTLING
-        return RequestState.AWAITING_PREFILL if self._prefill.awaited_by is not None else RequestState.DECODING
+        return RequestState.AWAITING_PREFILL if self.prefill.awaited_by is not None else RequestState.DECODING
 
     # --- prefill ---
 
     def _prefill_ended(self, event: PrefillDone | PrefillFailed) -> list[Action]:
-        if (leg := self._prefill.running) is None or leg.id != event.leg:
+        if (leg := self.prefill.running) is None or leg.id != event.leg:
             return []
         if isinstance(event, PrefillDone):
-            return self._prefill.done(event.result) + self._finish_if_complete()
-        return self._prefill.failed(event.error) + self._finish_if_complete()
+            return self.prefill.done(event.result) + self._finish_if_complete()
+        return self.prefill.failed(event.error) + self._finish_if_complete()
 
     # --- decode ---
 
     def _start_decodes(self, node: str, indices: set[int], source: KVSource | None = None) -> list[Action]:
-        return list(self._decodes.start(node, indices, source=source, handoff=self._prefill.saves))
+        return list(self._decodes.start(node, indices, source=source, handoff=self.prefill.saves))
 
     def _delta_received(self, event: DeltaReceived) -> list[Action]:
         """Five cases:
@@ -287,7 +287,7 @@ class RequestMachine:
             return actions + self._end(Fail(error))
         self.retries.append(("decode", error.code))
         if fetching:
-            actions += self._prefill.cancel()
+            actions += self.prefill.cancel()
         return actions + self._place(unfinished)
 
     def _place(self, indices: set[int]) -> list[Action]:
@@ -325,7 +325,7 @@ class RequestMachine:
     def _timer_fired(self, timer: RequestTimer) -> list[Action]:
         match timer:
             case RequestTimer.HANDOFF:
-                return self._prefill.end_handoffs() if self._prefill.running is None else []
+                return self.prefill.end_handoffs() if self.prefill.running is None else []
             case RequestTimer.SETTLE:
                 return self._end(Finish()) if not self._completions.unfinished else []
             case RequestTimer.RETRY:
@@ -335,12 +335,12 @@ class RequestMachine:
         """End with the last completion, or wait a moment for what a prefill leg under way says of cached tokens."""
         if self._completions.unfinished:
             return []
-        if self._prefill.running is not None:
+        if self.prefill.running is not None:
             return [StartTimer(RequestTimer.SETTLE, self._limits.settle_s)]
         return self._end(Finish())
 
     def _end(self, last: Finish | Fail) -> list[Action]:
-        actions = [*self._decodes.cancel_all(), *self._prefill.cancel(), last]
+        actions = [*self._decodes.cancel_all(), *self.prefill.cancel(), last]
         self._placement.unplaced.clear()
         self.ended = True
         return actions

@@ -97,6 +97,13 @@ class PrefillHalf:
         leg, self.running, self.awaited_by = self.running, None, None
         return [CancelLeg(leg.id, leg.node)] if leg is not None else []
 
+    def could_move(self, leg: str) -> bool:
+        """Whether this leg is under way, and another prefiller would be tried if it failed."""
+        running = self.running
+        if running is None or running.id != leg or not self._completions.unfinished:
+            return False
+        return self._next_node(self._failed | {running.node}) is not None
+
     def done(self, result: PrefillResult) -> list[Action]:
         """The leg under way ended. Four cases, while some completion is unfinished:
 
@@ -155,14 +162,18 @@ class PrefillHalf:
         return [StartPrefill(leg.id, node, decoder)]
 
     def _retry(self, error: KVFerryError) -> list[Action]:
-        decoder = self.awaited_by or next((leg.node for leg in self._decodes.awaiting_kv), None)
-        if decoder is None or not error.retryable or self._tries >= self._attempts:
-            return []
-        node = self._picker.prefiller(decoder, frozenset(self._failed))
-        if node is None:
+        if not error.retryable or (found := self._next_node(self._failed)) is None:
             return []
         self._retries.append(("prefill", error.code))
-        return self._start(node, decoder)
+        return self._start(*found)
+
+    def _next_node(self, failed: set[str]) -> tuple[str, str] | None:
+        """Another prefiller, and the decoder that would wait for it."""
+        decoder = self.awaited_by or next((leg.node for leg in self._decodes.awaiting_kv), None)
+        if decoder is None or self._tries >= self._attempts:
+            return None
+        node = self._picker.prefiller(decoder, frozenset(failed))
+        return None if node is None else (node, decoder)
 
     def _start_awaiting(self, source: KVSource | None) -> list[Action]:
         node, self.awaited_by = self.awaited_by, None

@@ -187,6 +187,15 @@ class RequestRun:
         """It may take no longer, whatever its own deadline."""
         self.tell(DeadlinePassed(why))
 
+    def move_prefill(self, node: str, error: KVFerryError) -> None:
+        """This node does not answer, and may be lost: a prefill leg on it fails by `error` if another prefiller is
+        there to be tried. Where there is none it goes on, as the node may come to itself."""
+        for leg in list(self.record.legs):
+            task = self._tasks.get(leg.id) if leg.node == node else None
+            if task is not None and not task.cancelling() and self.machine.prefill.could_move(leg.id):
+                task.cancel()
+                self._leg_failed(leg, error)
+
     def give_up(self, node: str, error: KVFerryError) -> None:
         """This node is lost, though no connection to it broke: fail every leg that needs it, so that each goes on
         elsewhere. A leg needs the node in one of three ways:

@@ -320,6 +320,7 @@ async def make_rig(
     services = RequestServices(config.router, cluster, nodes, clock, log, limits=limits)
     dispatcher = Dispatcher(services, policy or make_policy(config.router.policy))
     prober.on_lost.append(dispatcher.node_lost)
+    prober.on_silent.append(dispatcher.node_silent)
 
     async def run(work: Callable[[], list[int]]) -> list[int]:
         return work()

@@ -156,6 +156,7 @@ class SimCluster:
         self.services = RequestServices(ROUTER, self.cluster, self.client, self.clock, self.log)
         self.dispatcher = Dispatcher(self.services, make_policy(ROUTER.policy))
         self.prober.on_lost.append(self.dispatcher.node_lost)
+        self.prober.on_silent.append(self.dispatcher.node_silent)
         self.oracle = Oracle(plan, self.client.legs, variant.revisions)
         self._planned = [] if variant.peaceful and variant.plan is None else plan.faults
         if variant.revisions:

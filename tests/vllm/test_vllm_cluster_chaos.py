@@ -129,3 +129,22 @@ async def test_a_killed_service_costs_no_request(subject: ClusterHandle, questio
     assert not [process for process in old if process.is_running()], "vLLM died with its node"
     await subject.until(lambda: quiet(subject), QUIET_S)
     assert (await subject.status())["requests"]["failed"] == 0
+
+
+async def test_without_a_decoder_the_prefiller_decodes(subject: ClusterHandle, questions: Questions) -> None:
+    """Both are killed while they answer; vLLM takes far longer to be back than anybody waits here."""
+    before = (await subject.status())["requests"]
+    decoders = {name: subject.launcher.pids[name] for name in ("decode-0", "decode-1")}
+    async with load(subject, questions):
+        await subject.until(lambda: busy(subject, "decode-0"), 60)
+        for pid in decoders.values():
+            os.kill(pid, signal.SIGKILL)
+        told = await subject.explain((await questions.ask(subject, PROMPTS[0])).id)
+        last = told["legs"][-1]
+        assert (last["node"], last["kind"], last["in_need"]) == ("prefill-0", "decode", True), told
+    for name, pid in decoders.items():
+        await subject.launcher.wait_restarted(name, pid, RESTART_S)
+    await subject.until(subject.all_ready, RESTART_S)
+    await subject.until(lambda: quiet(subject), QUIET_S)
+    after = (await subject.status())["requests"]
+    assert after["failed"] == before["failed"] and after["in_need"] > before["in_need"] + CLIENTS

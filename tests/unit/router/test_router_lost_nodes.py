@@ -71,6 +71,34 @@ async def test_a_prefill_on_a_node_that_hangs_is_done_by_another(rig: Rig) -> No
     await assert_quiet(rig)
 
 
+async def test_a_prefill_is_moved_as_soon_as_its_node_is_silent_where_another_one_is_there() -> None:
+    """By the first probe without an answer; a decode leg, which has more to lose, waits until the node is lost."""
+    rig = await make_rig()
+    for node in rig.nodes.nodes:
+        node.wait_for_handoff = node.id[0] == "d"
+        node.prefill_gate = asyncio.Event() if node.id[0] == "p" else None
+    run = open_run(rig)
+    route = run.record.route
+    assert route is not None and route.prefiller is not None
+    task = asyncio.create_task(tokens_of(run))
+    first, decoder = rig.nodes[route.prefiller], rig.nodes[route.decoder]
+    await until(lambda: len(first.prefills) == len(decoder.generates) == 1)
+    first.down = decoder.down = True
+    await rig.prober.probe()
+    (other,) = {"p0", "p1"} - {first.id}
+    await until(lambda: len(rig.nodes[other].prefills) == 1)
+    assert len(decoder.generates) == 1 and len(run.record.legs) == 3
+    rig.nodes[other].down = True
+    await rig.prober.probe()
+    assert len(run.record.legs) == 3, "there is no third one: it may come to itself"
+    gate = rig.nodes[other].prefill_gate
+    assert gate is not None
+    gate.set()
+    assert await task == expected(PROMPT, 8)
+    assert run.record.retried_legs == [("prefill", "node_unavailable")]
+    await assert_quiet(rig)
+
+
 async def test_a_decode_on_a_node_that_hangs_goes_on_elsewhere(rig: Rig) -> None:
     run = open_run(rig)
     assert run.record.route is not None
