@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -47,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_set(up)
     up.add_argument("--log-dir", type=Path, help="default: ~/.local/state/kvferry/CLUSTER")
     _add_serve(_command(commands, "serve", _serve, "serve one model on this machine until Ctrl-C, without a file"))
+    _add_config(_command(commands, "config", None, "make a part of a cluster file from another program's"))
     status = _command(commands, "status", _status, "show nodes, segments, requests and hit rate of a running cluster")
     status.add_argument(
         "--config", type=cluster_file, help=f"where the addresses are (default: {DEFAULT_CONFIG}, if it exists)"
@@ -87,7 +89,7 @@ def _version() -> str:
 
 
 def _command(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, run: Command, help_text: str
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, run: Command | None, help_text: str
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=help_text, description=help_text)
     parser.set_defaults(command=run)
@@ -98,6 +100,12 @@ def _add_set(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], dest="overrides", metavar="PATH=VALUE", help="override one config value"
     )
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(metavar="FROM", required=True)
+    text = "say what each key of an LMCache file becomes, under LMCACHE_* of the environment"
+    _command(kinds, "from-lmcache", _from_lmcache, text).add_argument("file", type=Path, metavar="FILE")
 
 
 def _add_serve(serve: argparse.ArgumentParser) -> None:
@@ -132,6 +140,7 @@ def _size(text: str) -> "ByteSize":
 
 
 def _serve(arguments: argparse.Namespace) -> int:
+    from kvferry.lmcache.command import from_environment
     from kvferry.serve import node_ports, parse_arguments, run_serve
     from kvferry.serve_plan import ServeOptions
     from kvferry.tier_options import parse_tiers
@@ -150,7 +159,13 @@ def _serve(arguments: argparse.Namespace) -> int:
         tiers=parse_tiers(arguments.tier),
         args=parse_arguments(arguments.arg),
     )
-    return run_serve(options, arguments.overrides)
+    return run_serve(options, arguments.overrides, from_environment(os.environ))
+
+
+def _from_lmcache(arguments: argparse.Namespace) -> int:
+    from kvferry.lmcache.command import run_from_lmcache
+
+    return run_from_lmcache(arguments.file, os.environ)
 
 
 def _up(arguments: argparse.Namespace) -> int:

@@ -8,12 +8,17 @@ import yaml
 from kvcore.config.fields import ByteSize
 from kvcore.config.schema import ClusterConfig
 
-_SIZES = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
+_SIZES = ((1 << 40, "TiB"), (1 << 30, "GiB"), (10**9, "GB"), (1 << 20, "MiB"), (10**6, "MB"), (1 << 10, "KiB"))
 
 
 def cluster_text(config: ClusterConfig) -> str:
     """`load_config` of it gives an equal configuration."""
     return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True, width=120)
+
+
+def size_text(size: int) -> str | int:
+    """`8GiB` or `10GB` where it comes out even, else the bytes."""
+    return next((f"{size // unit}{name}" for unit, name in _SIZES if size % unit == 0), int(size))
 
 
 def _plain(value: object) -> object:
@@ -27,7 +32,7 @@ def _plain(value: object) -> object:
         case Enum():
             return value.value
         case ByteSize():
-            return next((f"{value // unit}{name}" for unit, name in _SIZES if value % unit == 0), int(value))
+            return size_text(value)
         case _:
             return value
 

@@ -15,6 +15,7 @@ from kvcore.config.schema import ClusterConfig
 from kvcore.config.yaml_text import YAMLTextError, read_yaml
 from kvcore.errors import ConfigError
 from kvcore.ports import listen
+from kvferry.lmcache.draft import Draft
 from kvferry.serve_plan import USUAL_PORTS, Machine, ServeOptions, plan_cluster
 from kvferry.tier_options import shown
 from kvferry.vllm_here import cores, cuda_devices, installed_vllm
@@ -52,6 +53,12 @@ def node_ports(host: str = "127.0.0.1") -> tuple[int, int, int]:
     return first, second, third
 
 
+def _given(options: ServeOptions) -> list[str]:
+    """Keys that options have set."""
+    given = {"segment": options.segment, "disk": options.tiers.disk, "redis": options.tiers.redis}
+    return [key for key, value in given.items() if value is not None]
+
+
 def _tiers_said(config: ClusterConfig) -> list[str]:
     """What tiers there are, in words."""
     disk, redis = config.tiers.disk, config.tiers.redis
@@ -80,8 +87,10 @@ def parse_arguments(given: Sequence[str]) -> dict[str, object]:
     return args
 
 
-def run_serve(options: ServeOptions, overrides: Sequence[str]) -> int:
-    """Runs until a signal; returns the exit code of `run_up`. `options.folder` may be a hub id. Raises ConfigError."""
+def run_serve(options: ServeOptions, overrides: Sequence[str], imported: Draft | None = None) -> int:
+    """Runs until a signal; returns the exit code of `run_up`. `options.folder` may be a hub id.
+
+    What is `imported` from LMCache's settings gives way to options and overrides. Raises ConfigError."""
     from kvferry.cluster_text import cluster_text
     from kvferry.doctor.checks import preflight
     from kvferry.launch.up import default_log_dir, run_up
@@ -90,6 +99,9 @@ def run_serve(options: ServeOptions, overrides: Sequence[str]) -> int:
     plan_cluster(options, machine)  # refuse what cannot be before a model is downloaded
     folder, name = find_model(options.folder)
     planned, said = plan_cluster(replace(options, folder=folder, name=name), machine)
+    if imported is not None:
+        overrides = [*imported.overrides(list(planned.nodes), _given(options)), *overrides]
+        said += [f"LMCache's {note}" for note in imported.notes]
     file = default_log_dir(planned.cluster) / "cluster.yaml"
     draft = file.with_suffix(".new.yaml")
     try:

@@ -80,6 +80,12 @@ def product() -> list[Path]:
     return [path for name in TOP_LEVEL for path in sorted((ROOT / name).rglob("*.py"))]
 
 
+def test_lmcaches_words_stay_in_its_importer():
+    """Beside it, the command line calls it by its name."""
+    spoken = {str(path.relative_to(ROOT)) for path in product() if "lmcache" in path.read_text().lower()}
+    assert {name for name in spoken if not name.startswith("kvferry/lmcache/")} == {"kvferry/cli.py", "kvferry/serve.py"}
+
+
 def test_folders_stay_small():
     counts = Counter(path.parent.relative_to(ROOT) for path in product())
     assert not {str(folder): n for folder, n in counts.items() if n > MAX_FOLDER_FILES}, "give it wings"

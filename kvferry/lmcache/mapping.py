@@ -1,0 +1,227 @@
+"""The keys of LMCache that say something in our file. Each function writes it into the draft and says so. Pure.
+
+A ValueError is a key that cannot be obeyed: its text says why, and what is nearest.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from urllib.parse import urlsplit
+
+from kvcore.errors import ConfigError
+from kvcore.types import Role
+from kvferry.cluster_text import size_text
+from kvferry.lmcache.draft import Draft, Fate
+from kvferry.lmcache.values import bool_remark, read_bool, read_gib, read_int, read_number
+from kvferry.tier_options import check_redis_url, shown
+
+Verdict = tuple[Fate, str]
+Take = Callable[[Draft, object], Verdict]
+
+SMALLEST_SEGMENT = 256 << 20
+"""Of a node that is to keep nothing in memory: what goes from prefiller to decoder passes through it all the same."""
+_REDIS = {"redis": "redis", "rediss": "rediss", "resp": "redis", "valkey": "redis"}
+_A_REDIS = "a Redis as redis://HOST:PORT"
+_NEAREST = {
+    "redis-sentinel": f"{_A_REDIS}, the server that is master now",
+    "redis-cluster": f"{_A_REDIS}, one server",
+    "mooncakestore": f"{_A_REDIS}, or none, as nodes share their memory",
+    "s3": f"{_A_REDIS}, or a disk, local_disk",
+    "lm": f"none, as the metadata server and the nodes' memory do that, or {_A_REDIS}",
+    "infinistore": f"none, as nodes share their memory, over RDMA too, or {_A_REDIS}",
+    "fs": "a disk of each node's own, local_disk",
+}
+
+
+def chunk_size(draft: Draft, value: object) -> Verdict:
+    """Tokens of a chunk."""
+    tokens = read_int(value, 1)
+    draft.put("kv.chunk_tokens", tokens)
+    return Fate.MAPPED, f"kv.chunk_tokens: {tokens}"
+
+
+def local_cpu(draft: Draft, value: object) -> Verdict:
+    """Whether chunks are kept in memory."""
+    if read_bool(value):
+        return Fate.IGNORED, "nodes keep chunks in memory in any case"
+    draft.node["segment"] = size_text(SMALLEST_SEGMENT)
+    said = "the smallest segment, as what goes from prefiller to decoder passes through it"
+    return Fate.MAPPED, f"nodes.*.segment: {size_text(SMALLEST_SEGMENT)}, {said}{bool_remark(value)}"
+
+
+def max_local_cpu_size(draft: Draft, value: object) -> Verdict:
+    """GiB of memory for chunks."""
+    size, remark = read_gib(value)
+    if not read_bool(draft.settings.get("local_cpu", True)):
+        return Fate.IGNORED, "local_cpu is false"
+    size = max(size, SMALLEST_SEGMENT)
+    draft.node["segment"] = size_text(size)
+    return Fate.MAPPED, f"nodes.*.segment: {size_text(size)}, of each node, not of each worker{remark}"
+
+
+def hugepages(draft: Draft, value: object) -> Verdict:
+    """Huge pages for that memory."""
+    draft.node["hugepages"] = read_bool(value)
+    return Fate.MAPPED, f"nodes.*.hugepages: {str(read_bool(value)).lower()}{bool_remark(value)}"
+
+
+def numa_mode(draft: Draft, value: object) -> Verdict:
+    """Where that memory lies. One number is all that a segment has."""
+    mapping = draft.settings.get("extra_config.gpu_to_numa_mapping")
+    numbers = {str(number) for number in mapping.values()} if isinstance(mapping, Mapping) else set()
+    if len(numbers) != 1:
+        return Fate.IGNORED, f"{value}: which NUMA node is not known here; set nodes.NAME.numa_node"
+    draft.node["numa_node"] = read_int(numbers.pop(), 0)
+    return Fate.MAPPED, f"nodes.*.numa_node: {draft.node['numa_node']}"
+
+
+def local_disk(draft: Draft, value: object) -> Verdict:
+    """Paths, as text with commas or as a list, with or without `file://`. Their size is another key's."""
+    given = value if isinstance(value, list) else str(value).split(",")
+    paths = [re.sub(r"^file://", "", str(path).strip()) for path in given]
+    paths = [path for path in paths if path]
+    if not paths:
+        return Fate.IGNORED, "no path, no disk tier"
+    size, _ = read_gib(draft.settings.get("max_local_disk_size", 0))
+    if not size:
+        return Fate.IGNORED, "max_local_disk_size is 0 or missing: nothing would be kept there in LMCache either"
+    if len(paths) == 1:
+        draft.put("tiers.disk", {"path": paths[0], "size": size_text(size)})
+        return Fate.MAPPED, f"tiers.disk.path: {paths[0]}"
+    draft.disks = [{"path": path, "size": size_text(size)} for path in paths]
+    return Fate.MAPPED, f"nodes.*.disk.path: {', '.join(paths)}, node by node in turn"
+
+
+def max_local_disk_size(draft: Draft, value: object) -> Verdict:
+    """GiB of the disk tier: `local_disk` takes it from the settings."""
+    size, remark = read_gib(value)
+    if not size or not draft.settings.get("local_disk"):
+        return Fate.IGNORED, "it is 0: no disk tier" if not size else "there is no local_disk"
+    return Fate.MAPPED, f"tiers.disk.size: {size_text(size)}, of each node, all taken at start{remark}"
+
+
+def remote_url(draft: Draft, value: object) -> Verdict:
+    """A store elsewhere."""
+    url = str(value).strip()
+    scheme, separator, rest = url.partition("://")
+    scheme = scheme.lower()
+    if not separator:
+        raise ValueError(f"{url!r} is no URL; expected redis://HOST:PORT")
+    if scheme not in _REDIS:
+        nearest = _NEAREST.get(scheme, f"{_A_REDIS}, or a disk, local_disk")
+        raise ValueError(f"there is no tier for {scheme}://; nearest: {nearest}")
+    url = f"{_REDIS[scheme]}://{rest}"
+    try:
+        check_redis_url(url, shown(url))
+    except ConfigError as error:
+        raise ValueError(error.message) from None
+    parts = urlsplit(url)
+    if "," in parts.netloc.rpartition("@")[2]:
+        raise ValueError(f"{shown(url)}: several servers; nearest: {_NEAREST['redis-cluster']}")
+    draft.put("tiers.redis.url", url)
+    return Fate.MAPPED, f"tiers.redis.url: {shown(url)}"
+
+
+def storage(draft: Draft, value: object) -> Verdict:
+    """`storage: {type: redis, host, port}` of tutorials."""
+    remark = "LMCache itself ignores `storage`, its key is remote_url"
+    if draft.settings.get("remote_url"):
+        return Fate.IGNORED, f"remote_url is given ({remark})"
+    kind = str(value.get("type")).lower() if isinstance(value, Mapping) else "nothing"
+    if not isinstance(value, Mapping) or kind not in _REDIS:
+        raise ValueError(f"its type is {kind}; nearest: remote_url with a Redis as redis://HOST:PORT ({remark})")
+    host = str(value.get("host", "localhost"))
+    place = f"[{host}]" if ":" in host else host
+    fate, said = remote_url(draft, f"{kind}://{place}:{read_int(value.get('port', 6379), 1)}")
+    return fate, f"{said} ({remark})"
+
+
+def _has_redis(settings: Mapping[str, object]) -> bool:
+    """Whether `remote_url`, or `storage` without it, names one."""
+    url, section = settings.get("remote_url"), settings.get("storage")
+    scheme = str(url).partition("://")[0] if url else str(section.get("type")) if isinstance(section, Mapping) else ""
+    return scheme.strip().lower() in _REDIS
+
+
+def save_decode_cache(draft: Draft, value: object) -> Verdict:
+    """Whether generated tokens are stored."""
+    draft.put("engine.save_output", read_bool(value))
+    return Fate.MAPPED, f"engine.save_output: {str(read_bool(value)).lower()}{bool_remark(value)}"
+
+
+def save_unfull_chunk(_: Draft, value: object) -> Verdict:
+    """Whether a prompt's last, shorter chunk is stored."""
+    if read_bool(value):
+        return Fate.IGNORED, "a prompt's last, unfinished chunk is always stored"
+    return Fate.IGNORED, f"a prompt's last, unfinished chunk is stored all the same{bool_remark(value)}"
+
+
+def remote_serde(_: Draft, value: object) -> Verdict:
+    """How bytes are written to the remote store."""
+    if str(value).lower() == "naive":
+        return Fate.IGNORED, "tiers hold chunks as they are"
+    return Fate.IGNORED, f"{value} is lossy; tiers hold chunks as they are, which takes more room"
+
+
+def cache_policy(_: Draft, value: object) -> Verdict:
+    """Who is evicted."""
+    policy = str(value).strip().upper()
+    if policy == "LRU":
+        return Fate.IGNORED, "the least recently used chunk is evicted here too"
+    if policy in ("LFU", "FIFO"):
+        return Fate.IGNORED, f"{policy} is not there; the least recently used chunk is evicted"
+    raise ValueError(f"{value!r} is not there; nearest: LRU, which is always used")
+
+
+def blocking_timeout(draft: Draft, value: object) -> Verdict:
+    """Seconds for one call to the remote store."""
+    seconds = read_number(value)
+    if not seconds:
+        raise ValueError("0 s for a call; expected more")
+    if not _has_redis(draft.settings):
+        return Fate.IGNORED, "there is no Redis"
+    draft.put("tiers.redis.timeout_s", seconds)
+    return Fate.MAPPED, f"tiers.redis.timeout_s: {seconds:g}"
+
+
+def lookup_timeout(draft: Draft, value: object) -> Verdict:
+    """Milliseconds that a request waits for stored chunks at most."""
+    seconds = read_number(value) / 1000
+    if not seconds:
+        raise ValueError("0 ms to wait; expected more")
+    draft.put("tiers.wait_s", seconds)
+    return Fate.MAPPED, f"tiers.wait_s: {seconds:g}, for finding and loading together"
+
+
+def pd_role(draft: Draft, value: object) -> Verdict:
+    """Sender or receiver."""
+    enabled = draft.settings.get("enable_pd", draft.settings.get("enable_xpyd", False))
+    if not read_bool(enabled):
+        return Fate.IGNORED, "enable_pd is not true"
+    role = {"sender": Role.PREFILLER, "receiver": Role.DECODER}.get(str(value).strip().lower())
+    if role is None and str(value).strip().lower() != "both":
+        raise ValueError(f"{value!r}; expected sender (a prefiller) or receiver (a decoder)")
+    draft.role = role
+    if role is None:
+        return Fate.MAPPED, "a prefiller and a decoder"
+    return Fate.MAPPED, f"nodes.*.role: {role.value}; `kvferry serve` runs both on this machine all the same"
+
+
+def protocol(draft: Draft, value: object) -> Verdict:
+    """What Mooncake moves bytes by."""
+    kind = str(value).strip().lower()
+    if kind == "rdma":
+        draft.put("transport.kind", "ucx")
+        return Fate.MAPPED, "transport.kind: ucx, refused on a machine without an RDMA device"
+    if kind == "tcp":
+        return Fate.IGNORED, "nodes use shared memory on one host and TCP between hosts"
+    raise ValueError(f"{value!r} is not there; nearest: tcp, or rdma")
+
+
+def device_name(draft: Draft, value: object) -> Verdict:
+    """The RDMA devices."""
+    devices = [name.strip() for name in str(value or "").split(",") if name.strip()]
+    kind = draft.settings.get("extra_config.protocol", draft.settings.get("protocol"))
+    if not devices or str(kind).strip().lower() != "rdma":
+        return Fate.IGNORED, "the protocol is not rdma" if devices else "empty"
+    draft.put("transport.devices", devices)
+    return Fate.MAPPED, f"transport.devices: {', '.join(devices)}"

@@ -1,0 +1,396 @@
+"""LMCache's file and environment as a part of our cluster file: every key, and the files that its users copy."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kvcore.config.file import load_config
+from kvcore.config.tiers import DiskTierConfig, RedisTierConfig, TiersConfig
+from kvcore.errors import ConfigError
+from kvferry import cli, serve
+from kvferry.lmcache.draft import Draft, Fate
+from kvferry.lmcache.importer import read_lmcache
+from kvferry.lmcache.keys import RULES
+from kvferry.serve_plan import Machine
+
+GIB = 1 << 30
+DOCS = Path(__file__).parents[3] / "docs"
+MAPPED, IGNORED, REFUSED = Fate.MAPPED, Fate.IGNORED, Fate.REFUSED
+
+TUTORIAL = """\
+# What LMCache users copy from a widely read tutorial for a shared Redis. LMCache 0.5.6 ignores `storage` and reads no size from "10GB".
+storage:
+  type: redis
+  host: localhost
+  port: 6379
+chunk_size: 256
+max_local_cpu_size: "10GB"
+"""  # noqa: E501
+MOONCAKE_PREFILLER = """\
+# The same tutorial's file for prefiller and decoder on two machines (the address is a placeholder there, too).
+chunk_size: 256
+remote_url: "mooncakestore://127.0.0.1:50052/"
+protocol: "rdma"
+device_name: "mlx5_0"
+metadata_server: "http://127.0.0.1:8080/metadata"
+"""
+NATIVE = """\
+# The same two in the spelling that LMCache 0.5.6 itself reads.
+chunk_size: 256
+local_cpu: true
+max_local_cpu_size: 10
+remote_url: "mooncakestore://127.0.0.1:50051/"
+remote_serde: "naive"
+extra_config:
+  local_hostname: "127.0.0.1"
+  metadata_server: "http://127.0.0.1:8080/metadata"
+  protocol: "tcp"
+  device_name: ""
+  master_server_address: "127.0.0.1:50051"
+  global_segment_size: 3355443200
+  local_buffer_size: 1073741824
+  transfer_timeout: 1
+"""
+
+
+def both(**node: object) -> dict[str, object]:
+    return {
+        "nodes": {
+            "prefill-0": {"role": "prefiller", "port": 8100, **node},
+            "decode-0": {"role": "decoder", "port": 8200, **node},
+        }
+    }
+
+
+def disk(path: str, size: str) -> dict[str, object]:
+    return {"tiers": {"disk": {"path": path, "size": size}}}
+
+
+def redis(url: str, **more: object) -> dict[str, object]:
+    return {"tiers": {"redis": {"url": url, **more}}}
+
+
+# the file, the key in question, its fate, a word of its note, the part that comes of all
+CASES: list[tuple[dict[str, object], str, Fate, str, dict[str, object]]] = [
+    ({"chunk_size": 512}, "chunk_size", MAPPED, "kv.chunk_tokens: 512", {"kv": {"chunk_tokens": 512}}),
+    ({"chunk_size": "128"}, "chunk_size", MAPPED, "128", {"kv": {"chunk_tokens": 128}}),
+    ({"chunk_size": 128.0}, "chunk_size", MAPPED, "128", {"kv": {"chunk_tokens": 128}}),
+    ({"chunk_size": 0}, "chunk_size", REFUSED, "0 is no whole number from 1", {}),
+    ({"chunk_size": True}, "chunk_size", REFUSED, "no whole number", {}),
+    ({"chunk_size": None}, "chunk_size", IGNORED, "empty", {}),
+    ({"local_cpu": True}, "local_cpu", IGNORED, "in any case", {}),
+    ({"local_cpu": "yes"}, "local_cpu", MAPPED, "only true and 1 are true", both(segment="256MiB")),
+    ({"local_cpu": False, "max_local_cpu_size": 8}, "local_cpu", MAPPED, "smallest", both(segment="256MiB")),
+    ({"local_cpu": False, "max_local_cpu_size": 8}, "max_local_cpu_size", IGNORED, "false", both(segment="256MiB")),
+    ({"max_local_cpu_size": 8}, "max_local_cpu_size", MAPPED, "8GiB, of each node", both(segment="8GiB")),
+    ({"max_local_cpu_size": 0.5}, "max_local_cpu_size", MAPPED, "512MiB", both(segment="512MiB")),
+    ({"max_local_cpu_size": 0}, "max_local_cpu_size", MAPPED, "256MiB", both(segment="256MiB")),
+    ({"max_local_cpu_size": "10GB"}, "max_local_cpu_size", MAPPED, "LMCache reads no unit", both(segment="10GB")),
+    ({"max_local_cpu_size": "8 GiB"}, "max_local_cpu_size", MAPPED, "reads no unit", both(segment="8GiB")),
+    ({"max_local_cpu_size": "lots"}, "max_local_cpu_size", REFUSED, "no number of GiB", {}),
+    ({"max_local_cpu_size": -1}, "max_local_cpu_size", REFUSED, "no number of GiB", {}),
+    ({"max_local_cpu_size": 10_737_418_240}, "max_local_cpu_size", REFUSED, "no number of GiB", {}),
+    ({"local_cpu_use_hugepages": 1}, "local_cpu_use_hugepages", MAPPED, "true", both(hugepages=True)),
+    ({"numa_mode": "auto"}, "numa_mode", IGNORED, "numa_node", {}),
+    (
+        {"numa_mode": "manual", "extra_config": {"gpu_to_numa_mapping": {0: 1, 1: 1}}},
+        "numa_mode",
+        MAPPED,
+        "numa_node: 1",
+        both(numa_node=1),
+    ),
+    ({"extra_config": {"gpu_to_numa_mapping": {0: 1}}}, "extra_config.gpu_to_numa_mapping", IGNORED, "numa_mode", {}),
+    ({"local_disk": "file:///a/", "max_local_disk_size": 5}, "local_disk", MAPPED, ": /a/", disk("/a/", "5GiB")),
+    ({"local_disk": "/a", "max_local_disk_size": "5GB"}, "max_local_disk_size", MAPPED, "5GB", disk("/a", "5GB")),
+    ({"local_disk": "/a"}, "local_disk", IGNORED, "in LMCache either", {}),
+    ({"local_disk": ""}, "local_disk", IGNORED, "no path", {}),
+    ({"max_local_disk_size": 5}, "max_local_disk_size", IGNORED, "no local_disk", {}),
+    ({"max_local_disk_size": 0}, "max_local_disk_size", IGNORED, "no disk tier", {}),
+    (
+        {"local_disk": "file:///a/,file:///b/", "max_local_disk_size": 1},
+        "local_disk",
+        MAPPED,
+        "/a/, /b/, node by node",
+        {
+            "nodes": {
+                "prefill-0": {"role": "prefiller", "port": 8100, "disk": {"path": "/a/", "size": "1GiB"}},
+                "decode-0": {"role": "decoder", "port": 8200, "disk": {"path": "/b/", "size": "1GiB"}},
+            }
+        },
+    ),
+    ({"remote_url": "redis://c:6379"}, "remote_url", MAPPED, "redis://c:6379", redis("redis://c:6379")),
+    ({"remote_url": "rediss://:pw@c"}, "remote_url", MAPPED, "rediss://:...@c$", redis("rediss://:pw@c")),
+    ({"remote_url": "resp://c:1"}, "remote_url", MAPPED, "redis://c:1", redis("redis://c:1")),
+    ({"remote_url": "valkey://c:1"}, "remote_url", MAPPED, "redis://c:1", redis("redis://c:1")),
+    ({"remote_url": "redis://a:1,b:2"}, "remote_url", REFUSED, "one server|cannot be read", {}),
+    ({"remote_url": "redis://"}, "remote_url", REFUSED, "names no host", {}),
+    ({"remote_url": "cache:6379"}, "remote_url", REFUSED, "no URL", {}),
+    *(
+        ({"remote_url": f"{scheme}://h:1"}, "remote_url", REFUSED, f"no tier for {scheme}://; nearest: .*{near}", {})
+        for scheme, near in {
+            "redis-sentinel": "redis://HOST:PORT",
+            "redis-cluster": "redis://HOST:PORT",
+            "mooncakestore": "nodes share their memory",
+            "s3": "local_disk",
+            "lm": "metadata server",
+            "infinistore": "RDMA",
+            "fs": "local_disk",
+            "blackhole": "redis://HOST:PORT, or a disk",
+        }.items()
+    ),
+    ({"storage": {"type": "redis", "host": "c", "port": 7}}, "storage", MAPPED, "LMCache itself", redis("redis://c:7")),
+    ({"storage": {"type": "redis", "host": "::1"}}, "storage", MAPPED, "6379", redis("redis://[::1]:6379")),
+    ({"storage": {"type": "disk"}}, "storage", REFUSED, "type is disk; nearest: remote_url", {}),
+    ({"storage": "redis"}, "storage", REFUSED, "nearest: remote_url", {}),
+    (
+        {"storage": {"type": "redis"}, "remote_url": "redis://c:1"},
+        "storage",
+        IGNORED,
+        "remote_url is given",
+        redis("redis://c:1"),
+    ),
+    ({"remote_serde": "naive"}, "remote_serde", IGNORED, "as they are", {}),
+    ({"remote_serde": "cachegen"}, "remote_serde", IGNORED, "lossy", {}),
+    ({"save_decode_cache": False}, "save_decode_cache", MAPPED, "false", {"engine": {"save_output": False}}),
+    ({"save_decode_cache": "1"}, "save_decode_cache", MAPPED, "true", {"engine": {"save_output": True}}),
+    ({"save_unfull_chunk": True}, "save_unfull_chunk", IGNORED, "always stored", {}),
+    ({"save_unfull_chunk": False}, "save_unfull_chunk", IGNORED, "all the same", {}),
+    ({"cache_policy": "lru"}, "cache_policy", IGNORED, "here too", {}),
+    ({"cache_policy": "LFU"}, "cache_policy", IGNORED, "LFU is not there", {}),
+    ({"cache_policy": "FIFO"}, "cache_policy", IGNORED, "FIFO is not there", {}),
+    ({"cache_policy": "MRU"}, "cache_policy", REFUSED, "nearest: LRU", {}),
+    (
+        {"blocking_timeout_secs": 10, "remote_url": "redis://c:1"},
+        "blocking_timeout_secs",
+        MAPPED,
+        "10",
+        redis("redis://c:1", timeout_s=10.0),
+    ),
+    (
+        {"blocking_timeout_secs": 10, "storage": {"type": "redis", "host": "c"}},
+        "blocking_timeout_secs",
+        MAPPED,
+        "10",
+        redis("redis://c:6379", timeout_s=10.0),
+    ),
+    ({"blocking_timeout_secs": 10}, "blocking_timeout_secs", IGNORED, "no Redis", {}),
+    ({"blocking_timeout_secs": 0}, "blocking_timeout_secs", REFUSED, "expected more", {}),
+    ({"lookup_timeout_ms": 3000}, "lookup_timeout_ms", MAPPED, "wait_s: 3,", {"tiers": {"wait_s": 3.0}}),
+    ({"lookup_timeout_ms": 0}, "lookup_timeout_ms", REFUSED, "expected more", {}),
+    (
+        {"enable_pd": True, "pd_role": "sender"},
+        "pd_role",
+        MAPPED,
+        "prefiller",
+        {"nodes": {"prefill-0": {"role": "prefiller", "port": 8100}}},
+    ),
+    (
+        {"enable_xpyd": True, "nixl_role": "receiver"},
+        "nixl_role",
+        MAPPED,
+        "decoder.*LMCache itself ignores",
+        {"nodes": {"decode-0": {"role": "decoder", "port": 8200}}},
+    ),
+    ({"enable_pd": True, "pd_role": "both"}, "pd_role", MAPPED, "a prefiller and a decoder", {}),
+    ({"enable_pd": True, "pd_role": "king"}, "pd_role", REFUSED, "expected sender", {}),
+    ({"pd_role": "sender"}, "pd_role", IGNORED, "enable_pd is not true", {}),
+    ({"enable_pd": True}, "enable_pd", IGNORED, "pd_role", {}),
+    ({"extra_config": {"protocol": "rdma"}}, "extra_config.protocol", MAPPED, "ucx", {"transport": {"kind": "ucx"}}),
+    ({"extra_config": {"protocol": "tcp"}}, "extra_config.protocol", IGNORED, "shared memory", {}),
+    ({"extra_config": {"protocol": "ascend"}}, "extra_config.protocol", REFUSED, "nearest: tcp", {}),
+    ({"protocol": "rdma"}, "protocol", MAPPED, "itself ignores this key", {"transport": {"kind": "ucx"}}),
+    (
+        {"extra_config": {"protocol": "rdma", "device_name": "mlx5_0, mlx5_1"}},
+        "extra_config.device_name",
+        MAPPED,
+        "mlx5_0, mlx5_1",
+        {"transport": {"kind": "ucx", "devices": ["mlx5_0", "mlx5_1"]}},
+    ),
+    (
+        {"protocol": "rdma", "device_name": "mlx5_0"},
+        "device_name",
+        MAPPED,
+        "mlx5_0",
+        {"transport": {"kind": "ucx", "devices": ["mlx5_0"]}},
+    ),
+    ({"extra_config": {"device_name": "eth0"}}, "extra_config.device_name", IGNORED, "not rdma", {}),
+    ({"metadata_server": "http://m"}, "metadata_server", IGNORED, "Mooncake.*LMCache itself ignores", {}),
+    ({"enable_blending": True}, "enable_blending", REFUSED, "beginning of a prompt", {}),
+    ({"enable_blending": "yes"}, "enable_blending", IGNORED, "off", {}),
+    ({"gds_path": "/g"}, "gds_path", REFUSED, "nearest: a disk", {}),
+    ({"gds_path": ""}, "gds_path", IGNORED, "off", {}),
+    ({"external_backends": ["x"]}, "external_backends", REFUSED, "plugins", {}),
+    ({"external_backends": []}, "external_backends", IGNORED, "off", {}),
+    ({"chunk_sise": 3}, "chunk_sise", IGNORED, "no such key.*did you mean chunk_size", {}),
+    ({"qqqqqqq": 3}, "qqqqqqq", IGNORED, "no such key and ignores it$", {}),
+]
+
+
+def note_of(draft: Draft, key: str) -> tuple[Fate, str]:
+    (note,) = [note for note in draft.notes if note.key == key]
+    return note.fate, note.text
+
+
+@pytest.mark.parametrize(("given", "key", "fate", "word", "part"), CASES)
+def test_a_key_becomes_what_the_table_says(given, key, fate, word, part):
+    draft = read_lmcache(yaml.safe_dump(given), {})
+    found, text = note_of(draft, key)
+    assert found is fate and re.search(word, text), text
+    assert draft.whole() == part
+
+
+def test_every_row_of_the_table_is_tried_or_says_the_same_of_all_its_keys():
+    """Rows that map have a case each; the others are tried with every name that they have."""
+    tried = {key for _, key, *_ in CASES}
+    for rule in RULES:
+        if rule.becomes.startswith(("ignored: ", "refused, unless")):
+            for name in rule.names:
+                key = name.replace("*", "some")
+                section, _, inner = key.rpartition(".")
+                given = {section: {inner: "true"}} if section else {key: "true"}
+                wanted = REFUSED if rule.becomes.startswith("refused") else IGNORED
+                if key != "PYTHONHASHSEED" and key not in tried:
+                    assert note_of(read_lmcache(yaml.safe_dump(given), {}), key)[0] is wanted, key
+        else:
+            assert set(rule.names) <= tried, rule.names
+
+
+def test_the_page_for_lmcaches_users_has_the_table_as_it_is():
+    rows = [f"| {', '.join(f'`{name}`' for name in rule.names)} | {rule.becomes} |" for rule in RULES]
+    page = (DOCS / "lmcache.md").read_text().partition("\n| key | becomes |\n")[2]
+    assert [line for line in page.splitlines() if line.startswith("| `")] == rows
+
+
+def test_each_key_has_one_note_and_the_environment_is_laid_over_the_file():
+    environment = {
+        "LMCACHE_CHUNK_SIZE": "'64'",
+        "LMCACHE_EXTRA_CONFIG": '{"protocol": "rdma"}',
+        "LMCACHE_CONFIG_FILE": "x.yaml",
+        "LMCACHE_LOCAL_CPU": "",
+        "LMCACHE_USE_EXPERIMENTAL": "True",
+        "PYTHONHASHSEED": "0",
+        "PATH": "/bin",
+    }
+    draft = read_lmcache("chunk_size: 256\nextra_config: {device_name: a}\nuse_layerwise: true\n", environment)
+    assert [(note.key, note.fate) for note in draft.notes] == [
+        ("chunk_size", MAPPED),
+        ("use_layerwise", IGNORED),
+        ("use_experimental", IGNORED),
+        ("extra_config.protocol", MAPPED),
+        ("PYTHONHASHSEED", IGNORED),
+    ]
+    assert draft.whole() == {"kv": {"chunk_tokens": 64}, "transport": {"kind": "ucx"}}
+    assert read_lmcache(None, {"PYTHONHASHSEED": "0"}).notes == []
+
+
+@pytest.mark.parametrize(
+    ("text", "environment", "message"),
+    [
+        ("a: [", {}, "not valid YAML at line"),
+        ("- a", {}, "expected LMCache's"),
+        ("extra_config: 3", {}, "extra_config: expected a mapping"),
+        ("", {"LMCACHE_EXTRA_CONFIG": "{"}, "LMCACHE_EXTRA_CONFIG: not valid JSON"),
+    ],
+)
+def test_what_is_no_file_of_lmcaches_is_refused(text, environment, message):
+    with pytest.raises(ConfigError, match=message):
+        read_lmcache(text, environment)
+
+
+def test_the_files_that_users_copy_are_read_as_they_stand():
+    tutorial = read_lmcache(TUTORIAL, {})
+    assert tutorial.refused() == []
+    assert tutorial.whole() == {
+        **redis("redis://localhost:6379"),
+        "kv": {"chunk_tokens": 256},
+        **both(segment="10GB"),
+    }
+    prefiller = read_lmcache(MOONCAKE_PREFILLER, {})
+    assert [note.key for note in prefiller.refused()] == ["remote_url"]
+    assert prefiller.part == {"kv": {"chunk_tokens": 256}, "transport": {"kind": "ucx", "devices": ["mlx5_0"]}}
+    native = read_lmcache(NATIVE, {})
+    assert [note.key for note in native.refused()] == ["remote_url"]
+    assert native.whole() == {"kv": {"chunk_tokens": 256}, **both(segment="10GiB")}
+
+
+def test_the_printed_part_is_read_by_a_cluster_file_that_has_the_rest(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("LMCACHE_LOCAL_DISK", "/nvme")
+    monkeypatch.setenv("LMCACHE_MAX_LOCAL_DISK_SIZE", "2")
+    (tmp_path / "lm.yaml").write_text(TUTORIAL)
+    assert cli.main(["config", "from-lmcache", str(tmp_path / "lm.yaml")]) == 0
+    out = capsys.readouterr().out
+    assert "# storage: mapped: tiers.redis.url: redis://localhost:6379" in out
+    (tmp_path / "cluster.yaml").write_text(f"cluster: c\nmodel: {{path: m, name: m}}\nengine: {{kind: sim}}\n{out}")
+    config = load_config(tmp_path / "cluster.yaml")
+    assert (config.kv.chunk_tokens, config.nodes["decode-0"].segment) == (256, 10**10)
+    assert config.tiers == TiersConfig(
+        disk=DiskTierConfig(path="/nvme", size=2 * GIB), redis=RedisTierConfig(url="redis://localhost:6379")
+    )
+
+
+def test_a_refused_key_is_said_on_stderr_and_by_the_exit_code(tmp_path, capsys):
+    (tmp_path / "lm.yaml").write_text(MOONCAKE_PREFILLER)
+    assert cli.main(["config", "from-lmcache", str(tmp_path / "lm.yaml")]) == 1
+    said = capsys.readouterr()
+    assert "# remote_url: refused" in said.out and "remote_url: refused: there is no tier for mooncake" in said.err
+    assert cli.main(["config", "from-lmcache", str(tmp_path / "no.yaml")]) == 2
+    assert "no.yaml: no such file" in capsys.readouterr().err
+
+
+@pytest.fixture
+def serving(tmp_path, monkeypatch):
+    """`kvferry serve` up to where processes would start; gives the command's first words and the file it writes."""
+    on = Machine(cores=(0, 1), gpus=(), memory_bytes=16 * GIB, vllm=None, has_torch=True)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setattr(serve, "this_machine", lambda: on)
+    monkeypatch.setattr("kvferry.doctor.checks.preflight", lambda config: None)
+    monkeypatch.setattr("kvferry.launch.up.run_up", lambda *given: 0)
+    (tmp_path / "m").mkdir()
+    return ["serve", str(tmp_path / "m")], tmp_path / "kvferry/serve-m/cluster.yaml"
+
+
+def test_serve_obeys_the_environment_and_says_so_once(serving, monkeypatch, capsys):
+    command, file = serving
+    monkeypatch.setenv("LMCACHE_CHUNK_SIZE", "192")
+    monkeypatch.setenv("LMCACHE_MAX_LOCAL_CPU_SIZE", "8")
+    assert cli.main(command) == 0
+    config = load_config(file)
+    assert config.kv.chunk_tokens == 192 and {node.segment for node in config.nodes.values()} == {8 * GIB}
+    assert capsys.readouterr().out.count("LMCache's chunk_size: mapped: kv.chunk_tokens: 192\n") == 1
+
+
+def test_serve_obeys_the_file_and_the_command_line_wins(serving, tmp_path, monkeypatch):
+    command, file = serving
+    (tmp_path / "lm.yaml").write_text(
+        f"{TUTORIAL}local_disk: file:///a/,file:///b/\nmax_local_disk_size: 3\nblocking_timeout_secs: 4\n"
+        "save_decode_cache: false\nenable_pd: true\npd_role: sender\n"
+    )
+    monkeypatch.setenv("LMCACHE_CONFIG_FILE", str(tmp_path / "lm.yaml"))
+    assert cli.main([*command, "--colocated"]) == 0
+    assert list(load_config(file).nodes) == ["decode-0"]
+    assert cli.main(command) == 0
+    config = load_config(file)
+    assert (config.kv.chunk_tokens, config.nodes["prefill-0"].segment) == (256, 10**10)
+    assert config.tiers == TiersConfig(redis=RedisTierConfig(url="redis://localhost:6379", timeout_s=4.0))
+    assert [node.disk.path for node in config.nodes.values() if node.disk] == ["/a/", "/b/"]
+    assert config.engine is not None and config.engine.save_output is False
+    options = ["--segment", "1GiB", "--tier", "redis://other:1", "--tier", "disk:/c:1GiB"]
+    assert cli.main([*command, *options, "--set", "kv.chunk_tokens=64"]) == 0
+    config = load_config(file)
+    assert (config.kv.chunk_tokens, config.nodes["prefill-0"].segment) == (64, GIB)
+    assert config.tiers.redis == RedisTierConfig(url="redis://other:1")
+    assert config.tiers.disk == DiskTierConfig(path="/c", size=GIB) and config.nodes["decode-0"].disk is None
+
+
+def test_serve_refuses_what_is_not_there_by_name(serving, tmp_path, monkeypatch, capsys):
+    command, file = serving
+    (tmp_path / "lm.yaml").write_text(MOONCAKE_PREFILLER)
+    monkeypatch.setenv("LMCACHE_CONFIG_FILE", str(tmp_path / "lm.yaml"))
+    assert cli.main(command) == 2
+    assert "remote_url: refused: there is no tier for mooncakestore://" in capsys.readouterr().err
+    assert not file.exists()
+    monkeypatch.setenv("LMCACHE_REMOTE_URL", "redis://c:1")
+    assert cli.main(command) == 0, "the environment is laid over the file"
+    assert load_config(file).transport.devices == ["mlx5_0"]
