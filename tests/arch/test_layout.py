@@ -83,7 +83,10 @@ def product() -> list[Path]:
 def test_lmcaches_words_stay_in_its_importer():
     """Beside it, the command line calls it by its name."""
     spoken = {str(path.relative_to(ROOT)) for path in product() if "lmcache" in path.read_text().lower()}
-    assert {name for name in spoken if not name.startswith("kvferry/lmcache/")} == {"kvferry/cli.py", "kvferry/serve.py"}
+    assert {name for name in spoken if not name.startswith("kvferry/lmcache/")} == {
+        "kvferry/cli.py",
+        "kvferry/serve.py",
+    }
 
 
 def test_folders_stay_small():
