@@ -15,6 +15,7 @@ from kvcore.config.schema import ClusterConfig
 from kvcore.config.yaml_text import YAMLTextError, read_yaml
 from kvcore.errors import ConfigError
 from kvcore.ports import listen
+from kvferry.cluster_text import cluster_text, size_text
 from kvferry.lmcache.draft import Draft
 from kvferry.serve_plan import USUAL_PORTS, Machine, ServeOptions, plan_cluster
 from kvferry.tier_options import shown
@@ -62,7 +63,7 @@ def _given(options: ServeOptions) -> list[str]:
 def _tiers_said(config: ClusterConfig) -> list[str]:
     """What tiers there are, in words."""
     disk, redis = config.tiers.disk, config.tiers.redis
-    said = [] if disk is None else [f"disk tier: {disk.size / (1 << 30):.4g} GiB of each node, in {disk.path}"]
+    said = [] if disk is None else [f"disk tier: {size_text(disk.size)} of each node, in {disk.path}"]
     return said if redis is None else [*said, f"redis tier: {shown(redis.url)}"]
 
 
@@ -91,7 +92,6 @@ def run_serve(options: ServeOptions, overrides: Sequence[str], imported: Draft |
     """Runs until a signal; returns the exit code of `run_up`. `options.folder` may be a hub id.
 
     What is `imported` from LMCache's settings gives way to options and overrides. Raises ConfigError."""
-    from kvferry.cluster_text import cluster_text
     from kvferry.doctor.checks import preflight
     from kvferry.launch.up import default_log_dir, run_up
 

@@ -102,6 +102,6 @@ def test_the_command_takes_tiers_and_says_what_they_are(tmp_path, monkeypatch, c
     config = load_config(tmp_path / "kvferry/serve-m/cluster.yaml")
     assert config.tiers == parse_tiers(tiers[1::2])
     out = capsys.readouterr().out
-    assert "disk tier: 3 GiB of each node, in /nvme\n" in out and "redis tier: redis://:***@cache:6379\n" in out
+    assert "disk tier: 3GiB of each node, in /nvme\n" in out and "redis tier: redis://:***@cache:6379\n" in out
     assert cli.main(["serve", str(tmp_path / "m"), "--tier", "tape:/dev/st0"]) == 2
     assert "--tier tape:/dev/st0: unknown kind 'tape'" in capsys.readouterr().err
