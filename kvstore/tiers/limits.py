@@ -15,3 +15,18 @@ class TierLimits:
     """... up to this: soon after its return a tier is in use again."""
     rate_weight: float = 0.2
     """Of the last call, in the running estimate of bytes a second."""
+
+
+@dataclass(frozen=True, slots=True)
+class RedisLimits:
+    """Of a tier in a Redis or Valkey."""
+
+    part_bytes: int = (4 << 20) - 4096
+    """Of a chunk in one value. With its header a value stays below 4 MiB: Redis rounds one of 4 MiB up to 5, and one of
+    7 MiB or more costs its server three times the processor time."""
+    gets_under_way: int = 4
+    """On one connection: a server keeps answers that are not read yet in memory, outside of its maxmemory."""
+    group_bytes: int = 16 << 20
+    """Of chunks whose parts are written before the first of them is committed."""
+    max_chunk_bytes: int = 1 << 30
+    """Header and payload."""

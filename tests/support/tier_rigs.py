@@ -8,13 +8,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+from support.redis_server import needs_redis, needs_valkey, redis_server
 
 from kvcore.clock import ManualClock
 from kvcore.types import ChunkKey
 from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, checksum, pack
 from kvstore.tiers.base import ChunkName, Tier, TierChunk
 from kvstore.tiers.disk import open_disk
+from kvstore.tiers.limits import RedisLimits
 from kvstore.tiers.memory import MemoryTier
+from kvstore.tiers.redis import RedisTier, part_key
+from kvstore.tiers.resp_client import RespClient, parse_server
 
 FINGERPRINT = bytes(range(16))
 CAPACITY_BYTES = 8 << 20
@@ -93,6 +97,44 @@ async def disk_rig(*, buffered: bool = False) -> AsyncIterator[TierRig]:
         await tier.aclose()
 
 
+@asynccontextmanager
+async def redis_rig(program: str) -> AsyncIterator[TierRig]:
+    limits = RedisLimits(part_bytes=128 << 10, group_bytes=1 << 20, max_chunk_bytes=CAPACITY_BYTES)
+
+    def open_one(url: str) -> RedisTier:
+        server = parse_server(url)
+        return RedisTier(RespClient(server, 2), RespClient(server, 1), limits)
+
+    with redis_server(program=program) as server:
+        tier = open_one(server.url)
+
+        def damage(name: ChunkName) -> None:
+            old = server.ask(b"GETRANGE", part_key(name, 0), b"1000", b"1000")
+            assert isinstance(old, bytes)
+            server.ask(b"SETRANGE", part_key(name, 0), b"1000", bytes([old[0] ^ 1]))
+
+        def tear(name: ChunkName) -> None:
+            assert server.ask(b"DEL", part_key(name, 1)) == 1
+
+        @asynccontextmanager
+        async def reopen() -> AsyncIterator[Tier]:
+            other = open_one(server.url)
+            yield other
+            await other.aclose()
+
+        yield TierRig(
+            tier,
+            damage=damage,
+            tear=tear,
+            stop=server.stop,
+            start=server.start,
+            freeze=server.freeze,
+            thaw=server.thaw,
+            reopen=reopen,
+        )
+        await tier.aclose()
+
+
 @dataclass(frozen=True)
 class RigKind:
     """How a kind of tier is opened for a test, which of a rig's abilities it has, and the marks of its tests."""
@@ -103,10 +145,13 @@ class RigKind:
 
 
 _DISK = frozenset({"bound", "advance", "damage", "tear", "reopen"})
+_REDIS = frozenset({"damage", "tear", "stop", "start", "freeze", "thaw", "reopen"})
 KINDS = {
     "memory": RigKind(memory_rig, frozenset({"bound", "advance", "damage"})),
     "disk": RigKind(disk_rig, _DISK),
     "disk_buffered": RigKind(lambda: disk_rig(buffered=True), _DISK),
+    "redis": RigKind(lambda: redis_rig("redis-server"), _REDIS, needs_redis),
+    "valkey": RigKind(lambda: redis_rig("valkey-server"), _REDIS, needs_valkey),
 }
 """A line a kind of tier. `bound`: it has a capacity of its own."""
 

@@ -1,0 +1,291 @@
+"""A Redis or Valkey as a tier that nodes and clusters share: chunks in values of just under 4 MiB, uncopied.
+
+Owns the names and the format of what lies in the server. A chunk's parts are the values `kvf1:{FINGERPRINT-KEY}:N`, of
+`RedisLimits.part_bytes` each; part 0 begins with a header that says how long the chunk is, and is written last: where
+it is, the chunk was whole. The server evicts parts one by one: a chunk that lacks any is a miss, and is written anew.
+"""
+
+import asyncio
+import logging
+import struct
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+
+from kvcore.clock import Clock
+from kvcore.config.tiers import RedisTierConfig, TierConfig
+from kvcore.telemetry import log_fields
+from kvstore.tiers.base import ChunkName, TierChunk, TierOutcome, TierStats
+from kvstore.tiers.limits import RedisLimits
+from kvstore.tiers.opening import TierPlace
+from kvstore.tiers.resp import RespConnection, RespRefusal, command
+from kvstore.tiers.resp_client import RespClient, parse_server
+
+_log = logging.getLogger(__name__)
+_HEAD = struct.Struct("<8sQ")
+_MAGIC = b"KVFPART0"
+_Share = list[tuple[int, TierChunk]]
+"""Some of a call's chunks, with their positions in it."""
+
+
+class RedisTier:
+    """See `Tier`. It cannot know what lies in the server: `stats` says what is wrong, and no more.
+
+    `problem` is of the last call: `find` and `load` of a server that is full of chunks that it may not evict are fine.
+    """
+
+    name = "redis"
+    shared = True
+
+    def __init__(self, chunks: RespClient, questions: RespClient, limits: RedisLimits = RedisLimits()) -> None:
+        self.max_chunk_bytes = limits.max_chunk_bytes
+        self._chunks, self._questions, self._limits = chunks, questions, limits
+        self._problem: str | None = None
+        self._told = ""
+
+    def __repr__(self) -> str:
+        return f"<RedisTier {self._chunks.server.shown}: {self._problem or 'well'}>"
+
+    async def find(self, names: Sequence[ChunkName], *, timeout_s: float) -> list[bool]:
+        """See `Tier`. Whether part 0 is there."""
+        found = [False] * len(names)
+
+        def ask(connection: RespConnection) -> None:
+            connection.send([command(b"EXISTS", part_key(name, 0)) for name in names], replies=len(names))
+            for at in range(len(names)):
+                found[at] = connection.reply() == 1
+
+        if names:
+            await self._run(self._questions, [ask], timeout_s)
+        return found
+
+    async def load(self, chunks: Sequence[TierChunk], *, timeout_s: float) -> list[TierOutcome]:
+        """See `Tier`."""
+        outcomes = [TierOutcome.UNAVAILABLE] * len(chunks)
+        await self._move(list(enumerate(chunks)), outcomes, self._load_share, timeout_s)
+        return outcomes
+
+    async def save(
+        self, chunks: Sequence[TierChunk], *, ttl_s: float | None = None, timeout_s: float
+    ) -> list[TierOutcome]:
+        """See `Tier`."""
+        outcomes = [TierOutcome.UNAVAILABLE] * len(chunks)
+        fitting: _Share = []
+        for at, chunk in enumerate(chunks):
+            if chunk.num_bytes > self.max_chunk_bytes:
+                outcomes[at] = TierOutcome.TOO_LARGE
+            else:
+                fitting.append((at, chunk))
+
+        def save_share(connection: RespConnection, share: _Share, outcomes: list[TierOutcome]) -> None:
+            self._save_share(connection, share, outcomes, ttl_s)
+
+        await self._move(fitting, outcomes, save_share, timeout_s)
+        return outcomes
+
+    async def remove(self, names: Sequence[ChunkName], *, timeout_s: float) -> None:
+        """See `Tier`. Part 0 goes first."""
+
+        def remove(connection: RespConnection) -> None:
+            reads = [command(b"GETRANGE", part_key(name, 0), b"0", b"%d" % (_HEAD.size - 1)) for name in names]
+            connection.send(reads, replies=len(names))
+            heads = [connection.reply() for _ in names]
+            unlinks = []
+            for name, head in zip(names, heads, strict=True):
+                unlinks.append(command(b"UNLINK", *(part_key(name, part) for part in range(self._parts_of(head)))))
+            connection.send(unlinks, replies=len(names))
+            for _ in names:
+                connection.reply()
+
+        if names:
+            await self._run(self._questions, [remove], timeout_s)
+
+    def stats(self) -> TierStats:
+        """See `Tier`."""
+        return TierStats(problem=self._problem)
+
+    async def aclose(self) -> None:
+        """See `Tier`."""
+        await self._chunks.aclose()
+        await self._questions.aclose()
+
+    # --- work in threads ---
+
+    async def _move(
+        self,
+        work: _Share,
+        outcomes: list[TierOutcome],
+        job: Callable[[RespConnection, _Share, list[TierOutcome]], None],
+        timeout_s: float,
+    ) -> None:
+        """The chunks over all connections that are idle, one at least."""
+        if not work:
+            return
+        num_shares = min(self._chunks.idle, len(work))
+        shares = [work[first::num_shares] for first in range(num_shares)]
+
+        def of(share: _Share) -> Callable[[RespConnection], None]:
+            return lambda connection: job(connection, share, outcomes)
+
+        await self._run(self._chunks, [of(share) for share in shares], timeout_s)
+
+    async def _run(
+        self, client: RespClient, jobs: Sequence[Callable[[RespConnection], None]], timeout_s: float
+    ) -> None:
+        """Returns or raises when no job runs any longer."""
+        if client.closed or timeout_s <= 0:
+            return
+        async with asyncio.TaskGroup() as group:
+            running = [group.create_task(client.run(job, timeout_s)) for job in jobs]
+        self._problem = next((problem for task in running if (problem := task.result())), None)
+        if self._problem is not None and self._problem != self._told:
+            self._told = self._problem
+            log_fields(_log, logging.WARNING, "redis_tier", problem=self._problem)
+
+    def _load_share(self, connection: RespConnection, share: _Share, outcomes: list[TierOutcome]) -> None:
+        wanted = ((at, chunk, part) for at, chunk in share for part in range(self._num_parts(chunk.num_bytes)))
+        under_way: deque[tuple[int, TierChunk, int]] = deque()
+        failed = dict[int, TierOutcome]()
+        while True:
+            while len(under_way) < self._limits.gets_under_way and (entry := next(wanted, None)) is not None:
+                if entry[0] not in failed:
+                    connection.send([command(b"GET", part_key(entry[1].name, entry[2]))], replies=1)
+                    under_way.append(entry)
+            if not under_way:
+                return
+            at, chunk, part = under_way.popleft()
+            outcome = self._receive(connection, chunk, part, wanted=at not in failed)
+            if outcome is not TierOutcome.OK:
+                outcomes[at] = failed.setdefault(at, outcome)
+            elif part + 1 == self._num_parts(chunk.num_bytes) and at not in failed:
+                outcomes[at] = TierOutcome.OK
+
+    def _receive(self, connection: RespConnection, chunk: TierChunk, part: int, *, wanted: bool) -> TierOutcome:
+        """The next reply, into the memory of this part of the chunk if it is what belongs there."""
+        length = connection.bulk()
+        if isinstance(length, RespRefusal):
+            return _refused(length)
+        if length is None:
+            return TierOutcome.MISSING
+        outcome = TierOutcome.OK
+        if part == 0 and length >= _HEAD.size:
+            head = memoryview(bytearray(_HEAD.size))
+            connection.fill(head)
+            length -= _HEAD.size
+            magic, num_bytes = _HEAD.unpack(head)
+            if magic != _MAGIC:
+                outcome = TierOutcome.DAMAGED
+            elif num_bytes != chunk.num_bytes:
+                outcome = TierOutcome.TOO_LARGE
+        elif part == 0:
+            outcome = TierOutcome.DAMAGED
+        views = self._views(chunk, part)
+        if outcome is TierOutcome.OK and length != sum(view.nbytes for view in views):
+            outcome = TierOutcome.DAMAGED
+        if outcome is TierOutcome.OK and wanted:
+            for view in views:
+                connection.fill(view)
+        else:
+            connection.skip(length)
+        connection.end_bulk()
+        return outcome
+
+    def _save_share(
+        self, connection: RespConnection, share: _Share, outcomes: list[TierOutcome], ttl_s: float | None
+    ) -> None:
+        """What is there whole counts as used; the rest is written."""
+        touches = []
+        for _, chunk in share:
+            keys = [part_key(chunk.name, part) for part in range(self._num_parts(chunk.num_bytes))]
+            touches.append(command(b"TOUCH", *keys))
+        connection.send(touches, replies=len(touches))
+        lacking: _Share = []
+        for at, chunk in share:
+            reply = connection.reply()
+            if isinstance(reply, RespRefusal):
+                outcomes[at] = _refused(reply)
+            elif reply == self._num_parts(chunk.num_bytes):
+                outcomes[at] = TierOutcome.OK
+            else:
+                lacking.append((at, chunk))
+        for group in self._groups(lacking):
+            later = [(at, chunk, part) for at, chunk in group for part in range(1, self._num_parts(chunk.num_bytes))]
+            refused = {at: got for at, got in self._set(connection, later, ttl_s) if got is not TierOutcome.OK}
+            first = [(at, chunk, 0) for at, chunk in group if at not in refused]
+            for at, outcome in [*refused.items(), *self._set(connection, first, ttl_s)]:
+                outcomes[at] = outcome
+
+    def _set(
+        self, connection: RespConnection, parts: Sequence[tuple[int, TierChunk, int]], ttl_s: float | None
+    ) -> list[tuple[int, TierOutcome]]:
+        """Write these parts; what became of each, by its chunk's position."""
+        ending = b"" if ttl_s is None else b"$2\r\nPX\r\n" + _word(b"%d" % max(1, round(ttl_s * 1000)))
+        buffers = list[bytes | memoryview]()
+        for _, chunk, part in parts:
+            views = self._views(chunk, part)
+            head = _HEAD.pack(_MAGIC, chunk.num_bytes) if part == 0 else b""
+            length = len(head) + sum(view.nbytes for view in views)
+            words = 5 if ending else 3
+            key = _word(part_key(chunk.name, part))
+            buffers += [b"*%d\r\n$3\r\nSET\r\n%b$%d\r\n%b" % (words, key, length, head), *views, b"\r\n" + ending]
+        connection.send(buffers, replies=len(parts))
+        outcomes = []
+        for at, _, _ in parts:
+            reply = connection.reply()
+            outcomes.append((at, _refused(reply) if isinstance(reply, RespRefusal) else TierOutcome.OK))
+        return outcomes
+
+    def _groups(self, work: _Share) -> Iterator[_Share]:
+        group, num_bytes = _Share(), 0
+        for at, chunk in work:
+            group.append((at, chunk))
+            num_bytes += chunk.num_bytes
+            if num_bytes >= self._limits.group_bytes:
+                yield group
+                group, num_bytes = [], 0
+        if group:
+            yield group
+
+    # --- parts and answers ---
+
+    def _num_parts(self, num_bytes: int) -> int:
+        return max(1, -(-num_bytes // self._limits.part_bytes))
+
+    def _parts_of(self, head: object) -> int:
+        """Of the chunk whose part 0 begins so; 1 where that cannot be told."""
+        if not isinstance(head, bytes) or len(head) < _HEAD.size:
+            return 1
+        magic, num_bytes = _HEAD.unpack(head)
+        return self._num_parts(min(num_bytes, self.max_chunk_bytes)) if magic == _MAGIC else 1
+
+    def _views(self, chunk: TierChunk, part: int) -> list[memoryview]:
+        """The memory of one part."""
+        start, views = part * self._limits.part_bytes, list[memoryview]()
+        end = start + self._limits.part_bytes
+        for view in chunk.memory:
+            if max(0, start) < view.nbytes and end > 0:
+                views.append(view.cast("B")[max(0, start) : end])
+            start -= view.nbytes
+            end -= view.nbytes
+        return views
+
+
+def part_key(name: ChunkName, part: int) -> bytes:
+    """The key of one part. What stands in braces decides its slot: all parts of a chunk are in one place."""
+    return b"kvf1:{%b-%b}:%d" % (name.fingerprint.hex().encode(), name.key.hex().encode(), part)
+
+
+def _refused(refusal: RespRefusal) -> TierOutcome:
+    if refusal.code == "WRONGTYPE":
+        return TierOutcome.DAMAGED
+    return TierOutcome.FULL if refusal.code == "OOM" else TierOutcome.UNAVAILABLE
+
+
+def _word(word: bytes) -> bytes:
+    return b"$%d\r\n%b\r\n" % (len(word), word)
+
+
+async def open_tier(config: TierConfig, place: TierPlace, clock: Clock) -> RedisTier:
+    """See `kvstore.tiers.opening`. Connects when it is first asked."""
+    assert isinstance(config, RedisTierConfig)
+    server = parse_server(config.url)
+    return RedisTier(RespClient(server, config.connections), RespClient(server, 1))

@@ -1,0 +1,91 @@
+"""A Redis or Valkey of a test's own on loopback, and what a test may do to it.
+
+Without the program tests are skipped; in continuous integration that is a failure for Redis. Valkey is tested where it
+is.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from support.ports import free_ports
+
+from kvstore.tiers.resp import RespConnection, RespValue, command
+from transfer.blocking import BatchDeadline
+
+_skip_redis = pytest.mark.skipif(
+    shutil.which("redis-server") is None and not os.environ.get("CI"), reason="no redis-server here"
+)
+_skip_valkey = pytest.mark.skipif(shutil.which("valkey-server") is None, reason="no valkey-server here")
+needs_redis = (pytest.mark.slow, pytest.mark.timeout(60), _skip_redis)
+needs_valkey = (pytest.mark.slow, pytest.mark.timeout(60), _skip_valkey)
+
+
+class RedisServer:
+    """Keeps nothing on disk. Killed and started again it is on the same port, and empty."""
+
+    def __init__(self, folder: Path, program: str, args: tuple[str, ...], tls_port: bool) -> None:
+        self.port = free_ports(1)[0]
+        self._folder, self._program = folder, program
+        port = ("--port", "0", "--tls-port", str(self.port)) if tls_port else ("--port", str(self.port))
+        self._args = (*port, "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--maxmemory", "64mb")
+        self._args += ("--maxmemory-policy", "allkeys-lru", *args)
+        self._process: subprocess.Popen[str] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(
+            [self._program, *self._args], stdout=subprocess.PIPE, text=True, cwd=self._folder
+        )
+        assert self._process.stdout is not None
+        said = []
+        for line in self._process.stdout:
+            said.append(line)
+            if "ready to accept connections" in line.lower():
+                return
+        raise AssertionError(f"{self._program} ended: {''.join(said)}")
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            assert self._process.stdout is not None
+            self._process.stdout.close()
+            self._process = None
+
+    def freeze(self) -> None:
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
+
+    def ask(self, *words: bytes) -> RespValue:
+        """One command, by a connection of its own."""
+        with socket.create_connection(("127.0.0.1", self.port)) as sock:
+            connection = RespConnection(sock, BatchDeadline(10.0))
+            connection.send([command(*words)], replies=1)
+            return connection.reply()
+
+
+@contextmanager
+def redis_server(*args: str, program: str = "redis-server", tls_port: bool = False) -> Iterator[RedisServer]:
+    """64 MB, least recently used keys go first, unless `args` say otherwise."""
+    with TemporaryDirectory() as folder:
+        server = RedisServer(Path(folder), program, args, tls_port)
+        server.start()
+        try:
+            yield server
+        finally:
+            server.stop()

@@ -1,0 +1,191 @@
+"""What a Redis does that no other tier does: full, evicting, asking for a password, a replica, behind TLS, slow."""
+
+import re
+import socket
+import subprocess
+import threading
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from support.redis_server import needs_redis, redis_server
+from support.tier_rigs import chunk_of, content, name_of, room_for
+
+from kvstore.tiers.base import TierOutcome
+from kvstore.tiers.limits import RedisLimits
+from kvstore.tiers.redis import RedisTier, part_key
+from kvstore.tiers.resp import RespConnection
+from kvstore.tiers.resp_client import RespClient, parse_server
+from transfer.blocking import BatchDeadline
+
+OK, MISSING, AWAY = TierOutcome.OK, TierOutcome.MISSING, TierOutcome.UNAVAILABLE
+CALL_S = 20.0
+PART = 100_000
+LIMITS = RedisLimits(part_bytes=PART, group_bytes=1 << 20)
+
+
+@asynccontextmanager
+async def tier_at(url: str, environ: Mapping[str, str] = {}) -> AsyncIterator[RedisTier]:
+    server = parse_server(url, environ)
+    tier = RedisTier(RespClient(server, 2), RespClient(server, 1), LIMITS)
+    try:
+        yield tier
+    finally:
+        await tier.aclose()
+
+
+def real(test):
+    """Against a server of its own."""
+    for mark in needs_redis:
+        test = mark(test)
+    return test
+
+
+@real
+async def test_a_full_server_refuses_and_commits_nothing_of_what_did_not_fit():
+    with redis_server("--maxmemory", "6mb", "--maxmemory-policy", "noeviction") as server:
+        async with tier_at(server.url) as tier:
+            small, large = chunk_of(name_of(1), 3 * PART), chunk_of(name_of(2), 100 * PART)
+            assert await tier.save([small, large], timeout_s=CALL_S) == [OK, TierOutcome.FULL]
+            assert "OOM" in (tier.stats().problem or "")
+            assert await tier.find([small.name, large.name], timeout_s=CALL_S) == [True, False]
+            assert tier.stats().problem is None, "finding is no matter of room"
+            back = room_for(small)
+            assert await tier.load([back], timeout_s=CALL_S) == [OK] and content(back) == content(small)
+
+
+@real
+async def test_a_server_that_evicts_gives_whole_chunks_or_none_and_takes_them_again():
+    with redis_server("--maxmemory", "6mb") as server:
+        async with tier_at(server.url) as tier:
+            chunks = [chunk_of(name_of(number), 10 * PART + number) for number in range(12)]
+            assert await tier.save(chunks, timeout_s=CALL_S) == [OK] * 12
+            backs = [room_for(chunk) for chunk in chunks]
+            outcomes = await tier.load(backs, timeout_s=CALL_S)
+            assert set(outcomes) <= {OK, MISSING} and MISSING in outcomes
+            for chunk, back, outcome in zip(chunks, backs, outcomes, strict=True):
+                assert outcome is MISSING or content(back) == content(chunk)
+
+
+@real
+async def test_a_chunk_that_lost_a_part_is_a_miss_and_is_written_anew():
+    with redis_server() as server:
+        async with tier_at(server.url) as tier:
+            chunk = chunk_of(name_of(1), 3 * PART)
+            for part in range(4):
+                assert await tier.save([chunk], timeout_s=CALL_S) == [OK]
+                assert server.ask(b"DEL", part_key(chunk.name, part)) == 1
+                assert await tier.load([room_for(chunk)], timeout_s=CALL_S) == [MISSING]
+            server.ask(b"SET", part_key(chunk.name, 3), b"short")
+            await tier.save([chunk], timeout_s=CALL_S)
+            server.ask(b"SET", part_key(chunk.name, 1), b"short")
+            assert await tier.load([room_for(chunk)], timeout_s=CALL_S) == [TierOutcome.DAMAGED]
+            server.ask(b"SET", part_key(chunk.name, 0), b"another's value, at our key")
+            assert await tier.load([room_for(chunk)], timeout_s=CALL_S) == [TierOutcome.DAMAGED]
+
+
+@real
+async def test_a_ttl_is_each_parts_and_removal_leaves_nothing():
+    with redis_server() as server:
+        async with tier_at(server.url) as tier:
+            short, long = chunk_of(name_of(1), 2 * PART), chunk_of(name_of(2), 2 * PART)
+            assert await tier.save([short], ttl_s=0.05, timeout_s=CALL_S) == [OK]
+            assert await tier.save([long], ttl_s=900.0, timeout_s=CALL_S) == [OK]
+            for part in range(3):
+                left_ms = server.ask(b"PTTL", part_key(long.name, part))
+                assert isinstance(left_ms, int) and 600_000 < left_ms <= 900_000
+            while server.ask(b"EXISTS", part_key(short.name, 0)) == 1:
+                pass
+            assert await tier.load([room_for(short), room_for(long)], timeout_s=CALL_S) == [MISSING, OK]
+            await tier.save([short], timeout_s=CALL_S)
+            assert server.ask(b"PTTL", part_key(short.name, 2)) == -1
+            await tier.remove([short.name, long.name, name_of(3)], timeout_s=CALL_S)
+            assert server.ask(b"DBSIZE") == 0
+
+
+@real
+async def test_a_password_comes_from_the_url_or_the_environment_and_is_asked_for_by_name():
+    with redis_server("--requirepass", "sesame") as server:
+        address, chunk = server.url.removeprefix("redis://"), chunk_of(name_of(1), 1000)
+        for url, environ, words in (
+            (server.url, {}, "NOAUTH.*KVFERRY_REDIS_PASSWORD"),
+            (f"redis://:wrong@{address}", {}, "WRONGPASS"),
+            (f"{server.url}/99", {"REDIS_PASSWORD": "sesame"}, "DB index is out of range"),
+        ):
+            async with tier_at(url, environ) as tier:
+                assert await tier.save([chunk], timeout_s=CALL_S) == [AWAY]
+                assert re.search(words, problem := tier.stats().problem or "") and "wrong" not in problem
+        for url, environ in (
+            (f"redis://:sesame@{address}", {}),
+            (f"redis://default:sesame@{address}/3", {}),
+            (server.url, {"KVFERRY_REDIS_PASSWORD": "sesame"}),
+        ):
+            async with tier_at(url, environ) as tier:
+                assert await tier.load([room_for(chunk)], timeout_s=CALL_S) == [MISSING]
+                assert await tier.save([chunk], timeout_s=CALL_S) == [OK] and tier.stats().problem is None
+                await tier.remove([chunk.name], timeout_s=CALL_S)
+
+
+@real
+async def test_a_replica_is_read_and_says_why_it_takes_nothing():
+    with redis_server("--replicaof", "127.0.0.1", "1") as server:
+        async with tier_at(server.url) as tier:
+            chunk = chunk_of(name_of(1), 1000)
+            assert await tier.save([chunk], timeout_s=CALL_S) == [AWAY]
+            assert re.search("READONLY.*name its primary", tier.stats().problem or "")
+            assert await tier.load([room_for(chunk)], timeout_s=CALL_S) == [MISSING]
+
+
+def self_signed(folder: Path) -> tuple[Path, Path]:
+    """A key, and a certificate for 127.0.0.1."""
+    key, certificate = folder / "key.pem", folder / "certificate.pem"
+    how = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
+    where = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate]
+    subprocess.run(["openssl", *how.split(), *where], check=True, capture_output=True)
+    return key, certificate
+
+
+@real
+async def test_over_tls_only_a_certificate_that_is_trusted_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    key, certificate = self_signed(tmp_path)
+    files = ("--tls-cert-file", str(certificate), "--tls-key-file", str(key), "--tls-auth-clients", "no")
+    with redis_server(*files, tls_port=True) as server:
+        url = server.url.replace("redis:", "rediss:")
+        chunk = chunk_of(name_of(1), 5 * PART, parts=3)
+        async with tier_at(url) as tier:
+            assert await tier.save([chunk], timeout_s=CALL_S) == [AWAY]
+            assert "certificate" in (tier.stats().problem or "").lower()
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        async with tier_at(url) as tier:
+            assert await tier.save([chunk], timeout_s=CALL_S) == [OK]
+            back = room_for(chunk)
+            assert await tier.load([back], timeout_s=CALL_S) == [OK] and content(back) == content(chunk)
+
+
+async def test_no_more_answers_are_asked_for_than_the_limit_while_none_is_read():
+    ours, theirs = socket.socketpair()
+    chunk, most = chunk_of(name_of(1), 9 * PART), 0
+    stored = content(chunk)
+    values = [stored[at : at + PART] for at in range(0, len(stored), PART)]
+    values[0] = b"KVFPART0" + len(stored).to_bytes(8, "little") + values[0]
+
+    def serve() -> None:
+        nonlocal most
+        asked = 0
+        for answered, value in enumerate(values):
+            while asked < min(answered + LIMITS.gets_under_way, len(values)):
+                asked += theirs.recv(65536).count(b"GET\r\n")
+            most = max(most, asked - answered)
+            theirs.sendall(b"$%d\r\n%b\r\n" % (len(value), value))
+
+    with ours, theirs:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        outcomes, back = [AWAY], room_for(chunk)
+        server = parse_server("redis://127.0.0.1:1", {})
+        tier = RedisTier(RespClient(server, 1), RespClient(server, 1), LIMITS)
+        tier._load_share(RespConnection(ours, BatchDeadline(10.0)), [(0, back)], outcomes)
+        thread.join()
+        await tier.aclose()
+    assert outcomes == [OK] and content(back) == stored and most == LIMITS.gets_under_way

@@ -1,0 +1,128 @@
+"""RESP2 as it arrives in pieces, what is no RESP2, and which URLs name a server."""
+
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from kvcore.errors import ConfigError, TransferTimeoutError
+from kvstore.tiers.resp import RespConnection, RespError, RespRefusal, command
+from kvstore.tiers.resp_client import parse_server
+from transfer.blocking import BatchDeadline
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[RespConnection, socket.socket]]:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        yield RespConnection(ours, BatchDeadline(10.0)), theirs
+
+
+ANSWERS = b"+OK\r\n:-42\r\n$5\r\na\r\nbc\r\n$-1\r\n-OOM no room\r\n*3\r\n:1\r\n$1\r\nx\r\n*0\r\n$0\r\n\r\n"
+VALUES = [b"OK", -42, b"a\r\nbc", None, RespRefusal("OOM no room"), [1, b"x", []], b""]
+
+
+@pytest.mark.parametrize("step", [1, 3, 7, len(ANSWERS)])
+def test_replies_are_the_same_in_whatever_pieces_they_come(pair, step):
+    connection, server = pair
+
+    def answer() -> None:
+        for start in range(0, len(ANSWERS), step):
+            server.sendall(ANSWERS[start : start + step])
+
+    connection.send([command(b"PING")] * len(VALUES), replies=len(VALUES))
+    thread = threading.Thread(target=answer)
+    thread.start()
+    assert [connection.reply() for _ in VALUES] == VALUES
+    thread.join()
+    assert connection.refusal == RespRefusal("OOM no room") and connection.refusal.code == "OOM"
+    assert connection.owed == 0
+
+
+def test_a_value_goes_into_the_callers_memory_and_what_follows_stays_in_place(pair):
+    connection, server = pair
+    value = bytes(range(256)) * 200
+    server.sendall(b"$%d\r\n%b\r\n+after\r\n" % (len(value), value))
+    room = memoryview(bytearray(len(value) - 700))
+    assert connection.bulk() == len(value)
+    connection.skip(300)
+    connection.fill(room)
+    connection.skip(400)
+    connection.end_bulk()
+    assert connection.reply() == b"after" and bytes(room) == value[300:-400]
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [b"HTTP/1.1 400\r\n", b":many\r\n", b"$x\r\n", b"$3\r\nabcdef", b"$9999999999\r\n", b"*1\r\n" * 20, b"+" * 20_000],
+)
+def test_what_is_no_resp_is_an_error(pair, junk):
+    connection, server = pair
+    server.sendall(junk)
+    server.shutdown(socket.SHUT_WR)
+    with pytest.raises(RespError):
+        connection.reply()
+
+
+def test_an_end_in_the_middle_and_a_silence_are_errors(pair):
+    connection, server = pair
+    server.sendall(b"$10\r\nabc")
+    connection.deadline = BatchDeadline(0.01)
+    with pytest.raises((TimeoutError, TransferTimeoutError)):
+        connection.reply()
+    connection.deadline = BatchDeadline(10.0)
+    server.close()
+    with pytest.raises(RespError, match="closed"):
+        connection.reply()
+
+
+def test_a_reader_is_stopped_from_another_thread(pair):
+    connection, _ = pair
+    threading.Timer(0.01, connection.stop).start()
+    with pytest.raises((RespError, OSError)):
+        connection.reply()
+
+
+def test_one_that_owes_or_was_left_is_not_quiet(pair):
+    connection, server = pair
+    assert connection.quiet
+    connection.send([command(b"PING")], replies=1)
+    assert not connection.quiet
+    server.sendall(b"+PONG\r\n")
+    connection.reply()
+    assert connection.quiet
+    server.close()
+    assert not connection.quiet
+
+
+def test_urls_that_name_a_server():
+    server = parse_server("redis://cache.local:7000/3", {})
+    assert (server.host, server.port, server.database, server.encrypted) == ("cache.local", 7000, 3, False)
+    assert parse_server("valkey://h", {}).port == 6379 and parse_server("rediss://h", {}).encrypted
+    named = parse_server("redis://me:p%40ss@[::1]:1/", {"REDIS_PASSWORD": "other"})
+    assert (named.host, named.user, named.password) == ("::1", "me", "p@ss")
+    assert "p@ss" not in repr(named) + named.shown and named.shown == "redis://[::1]:1/0"
+    ours = {"REDIS_PASSWORD": "general", "KVFERRY_REDIS_PASSWORD": "own"}
+    assert parse_server("redis://h", ours).password == "own"
+    assert parse_server("redis://h", {"REDIS_PASSWORD": "general"}).password == "general"
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("redis-sentinel://h:26379", "Sentinel"),
+        ("redis+cluster://h", "Cluster"),
+        ("redis://a:1,b:2", "Cluster"),
+        ("http://user:secret@h", "names no server"),
+        ("redis://", "names no server"),
+        ("redis://h/name", "names no server"),
+        ("redis://h:99999", "names no server"),
+        ("redis://:se/cret@h", "names no server"),
+        ("127.0.0.1:6379", "names no server"),
+    ],
+)
+def test_urls_that_do_not(url, words):
+    with pytest.raises(ConfigError, match=words) as caught:
+        parse_server(url, {})
+    assert "secret" not in caught.value.message and "cret@" not in caught.value.message
