@@ -115,8 +115,9 @@ async def test_chunks_beyond_the_context_of_the_model_are_refused_when_it_is_loa
 
 async def test_child_that_exits_before_it_is_ready_is_reported_with_its_status() -> None:
     before = open_fds()
+    patient = EngineProcessLimits(exit_status_s=20.0)  # an interpreter may take long to end on a busy machine
     with pytest.raises(EngineDiedError, match="exited with status 3 before it was ready"):
-        async with fake("crash"):
+        async with fake("crash", limits=patient):
             pass
     assert open_fds() == before
 
