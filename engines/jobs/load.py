@@ -60,6 +60,7 @@ class LoadJob:
         self._store_only = store_only
         self._followed: str | None = None
         self._follow_until = 0.0
+        self._idle = False
         self._given_up: set[str] = set()
         self._seen = first
         self._may_wait = True
@@ -126,6 +127,8 @@ class LoadJob:
         started = self._context.clock.now()
         try:
             async with asyncio.timeout(left_s + timeout_s) as self._waiting:
+                if self._idle:  # a server with too many waiters answers at once
+                    await asyncio.sleep(self._context.limits.retry_s)
                 known = max(0, self._seen - self.num_loaded)
                 return await store.wait(keys, more_than=known, timeout_s=left_s)
         except TimeoutError:
@@ -169,7 +172,8 @@ class LoadJob:
     def _waits_for(self, writer: str, complete: int) -> bool:
         """Whether time is left for `writer`, now that so many of the request's leading chunks are complete."""
         now = self._context.clock.now()
-        if writer != self._followed or complete > self._seen:
+        self._idle = writer == self._followed and complete <= self._seen
+        if not self._idle:
             self._followed, self._follow_until = writer, now + self._context.limits.follow_s
         self._seen = max(self._seen, complete)
         return now < self._follow_until

@@ -142,6 +142,8 @@ class StoreJobs:
             match = await store.wait(keys, more_than=known, timeout_s=limits.follow_poll_s)
             if match.num_chunks > known:
                 until = clock.now() + limits.follow_s
+            else:  # a server with too many waiters answers at once
+                await asyncio.sleep(limits.retry_s)
         await store.release(match)
         return match.num_chunks
 

@@ -21,6 +21,7 @@ from support.sim_loop import run_sim
 from engines.sim.reference import expected_tokens
 from kvcore.config.schema import StoreConfig
 from kvcore.errors import CancelledByPeerError
+from metadata_server.limits import ServerLimits
 from nodeapi.messages import Handoff
 
 SLOW = msgspec.structs.replace(CONFIG, prefill_tokens_per_s=4 * CHUNK, max_batch_tokens=CHUNK)  # four chunks a second
@@ -69,6 +70,16 @@ def test_two_prefillers_compute_one_prompt_once(late_s):
     assert CHUNKS <= written <= CHUNKS + 1, "but for the last chunk, which one writes while another finds it computed"
     assert not any(each.get("chunks_loaded") for each in counters), "nor read where nothing is computed"
     assert [each.get("cached_tokens") for each in counters] in ([256, 512], [512, 256])
+
+
+def test_a_server_that_lets_nobody_wait_is_asked_in_measure():
+    async def act(cluster, p, q):
+        cluster.world.core._limits = ServerLimits(max_waiters=0)
+        legs = [p.prefill(prefill_request("p", PROMPT)), q.prefill(prefill_request("q", PROMPT))]
+        assert [done.stored_chunks for done in await asyncio.gather(*legs)] == [CHUNKS] * 2
+        assert cluster.wires["q"].calls.count("wait") < 2 * CHUNKS / 4 / 0.05
+
+    assert sum(in_cluster(act)[0]) == CHUNKS * CHUNK
 
 
 def test_behind_another_nodes_prefix_a_prompt_computes_its_own():
