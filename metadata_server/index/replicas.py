@@ -130,9 +130,3 @@ def segments_of(replicas: Iterable[Replica]) -> list[Segment]:
     for replica in replicas:
         found[replica.ref.segment_id] = replica.record.segment
     return list(found.values())
-
-
-def segments_without(records: Iterable[SegmentRecord], key_holders: Iterable[Replica]) -> list[SegmentRecord]:
-    """Segments, in order, in which none of the replicas lies."""
-    taken = {replica.ref.segment_id for replica in key_holders}
-    return [record for record in records if record.segment.id not in taken]

@@ -5,14 +5,14 @@ it in `reservations` and it has a deadline; the room of one that ended without a
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
 from kvcore.config.schema import StoreConfig
 from metadata_server.index.leases import Deadlines, Expiry
 from metadata_server.index.nodes import LiveNode, NodeRegistry
-from metadata_server.index.placement import place
-from metadata_server.index.replicas import ReplicaIndex, segments_of, segments_without
-from metadata_server.index.segments import Replica, ReplicaState, SegmentRecord, Writer
+from metadata_server.index.placement import Placer
+from metadata_server.index.replicas import ReplicaIndex, segments_of
+from metadata_server.index.segments import Replica, ReplicaState, Writer
 from metadata_server.messages import (
     CommitReply,
     ReplicaIds,
@@ -51,14 +51,19 @@ class Reservations:
         if node is None:
             self._counts["declined_unknown_writer"] += len(request.items)
             return ReserveReply(outcomes=[_FULL] * len(request.items))
-        prefer = self._nodes.segments.get(request.prefer_segment or "")
+        segments = self._nodes.segments
+        prefer = segments.get(request.prefer_segment or "")
+        placer = Placer(self._config, prefer=prefer, own=node.segments.values(), segments=segments.values())
+        elsewhere: Set[str] = frozenset()
+        if request.only_preferred is True:
+            elsewhere = segments.keys() - {request.prefer_segment}
         for item in reversed(request.items):  # before any eviction: room for a prefix's tail must not cost its head
             for replica in self._index.complete.get(item.key, ()):
                 replica.record.touch(replica)
         outcomes, granted = [], []
         for item in request.items:
             writers = self._index.writers(item.key)
-            result = self._reserve_one(item, node, prefer, only_preferred=request.only_preferred is True)
+            result = self._reserve_one(item, node, placer, elsewhere)
             if isinstance(result, Replica):
                 granted.append(result)
                 outcomes.append(ReserveOutcome(status=ReserveStatus.GRANTED, replica=result.ref, writers=writers))
@@ -140,8 +145,9 @@ class Reservations:
             assert self._nodes.get(writer.node_id, writer.incarnation), "a reservation without its writer"
 
     def _reserve_one(
-        self, item: ReserveItem, node: LiveNode, prefer: SegmentRecord | None, *, only_preferred: bool
+        self, item: ReserveItem, node: LiveNode, placer: Placer, elsewhere: Set[str]
     ) -> Replica | ReserveOutcome:
+        """`elsewhere`: segments in which no room is wanted."""
         # Four cases:
         # 1. A complete replica is there: nothing to write.
         # 2. It is being written by as many as are allowed, or in every segment there is: others are at it.
@@ -149,15 +155,15 @@ class Reservations:
         # 4. There is room: the replica is reserved in the writer's name.
         if item.key in self._index.complete:
             return _EXISTS
-        writing = self._index.writing.get(item.key, [])
-        allowed = [record for record in self._nodes.segments.values() if not only_preferred or record is prefer]
-        if writing:
-            allowed = segments_without(allowed, writing)
-        if len(writing) >= self._config.max_replicas or (writing and not allowed):
+        writing = self._index.writing.get(item.key, ())
+        taken = elsewhere | {replica.ref.segment_id for replica in writing} if writing else elsewhere
+        if len(writing) >= self._config.max_replicas or (writing and len(taken) == len(self._nodes.segments)):
             return ReserveOutcome(status=ReserveStatus.BUSY, writers=self._index.writers(item.key))
-        found, evicted = place(item.length, self._config, prefer=prefer, own=node.segments.values(), allowed=allowed)
-        self._index.forget(evicted)
-        self._counts["evicted"] += len(evicted)
+        found = placer.place(item.length, taken)
+        if placer.evicted:
+            self._index.forget(placer.evicted)
+            self._counts["evicted"] += len(placer.evicted)
+            placer.evicted.clear()
         if found is None:
             return _FULL
         writer = Writer(node.info.id, node.info.incarnation)

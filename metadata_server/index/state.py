@@ -19,7 +19,7 @@ from metadata_server.index.nodes import LiveNode, NodeRegistry
 from metadata_server.index.reading import Reading
 from metadata_server.index.replicas import ReplicaIndex
 from metadata_server.index.reservations import Reservations
-from metadata_server.index.segments import SegmentRecord, acceptable
+from metadata_server.index.segments import CallCount, SegmentRecord, acceptable
 from metadata_server.index.tier_holdings import TierHoldings
 from metadata_server.messages import (
     CommitReply,
@@ -68,6 +68,7 @@ class MetadataState:
         self.log = EventLog(epoch, event_log)
         self.speaks = speaks
         self.counters: Counter[str] = Counter()
+        self._calls = CallCount()
         self._deadlines = deadlines = Deadlines()
         self._index = index = ReplicaIndex(self.log, first_generation)
         self._nodes = nodes = NodeRegistry(deadlines, node_ttl_s, identity, limits.max_replaced)
@@ -108,6 +109,7 @@ class MetadataState:
 
     def tick(self, now: float) -> None:
         """Let run out what runs out by `now`. Every other method does so first, by itself."""
+        self._calls.so_far += 1
         due = self._deadlines.next
         if due is None or due > now:
             return
@@ -320,7 +322,7 @@ class MetadataState:
             present = {(ref.key, ref.offset, ref.length, ref.generation) for ref in refs}
             return sum((e.key, e.offset, e.length, e.generation) in present for e in manifest.entries)
         entries = acceptable(manifest.segment, manifest.entries)
-        record = SegmentRecord(manifest.segment, entries)
+        record = SegmentRecord(manifest.segment, entries, self._calls)
         self._nodes.add_segment(node, record)
         for entry in reversed(entries):  # the newest generation will be the last to be evicted
             self._index.adopt(entry, record)

@@ -25,7 +25,7 @@ from kvcore.types import Segment
 from kvferry.cli import build_parser
 from kvnode.limits import NodeLimits
 from kvstore.chunk_format import HEADER_BYTES
-from metadata_server.index.segments import SegmentRecord
+from metadata_server.index.segments import CallCount, SegmentRecord
 from router.nodes.limits import NodeHealthLimits
 from router.requests.limits import RequestLimits
 
@@ -103,7 +103,8 @@ def test_the_worked_example_of_sizes_is_what_the_code_computes():
     kv = KVGeometry(num_layers=36, block_size=64, num_kv_heads=8, head_dim=128, dtype=torch.bfloat16)
     chunk_tokens = 256
     length = aligned(HEADER_BYTES + chunk_tokens * kv.token_bytes)
-    segment = SegmentRecord(Segment(id="s", node_id="n", size_bytes=64 << 30, host_id="h", addresses={}), [])
+    whole = Segment(id="s", node_id="n", size_bytes=64 << 30, host_id="h", addresses={})
+    segment = SegmentRecord(whole, [], CallCount())
     chunks = 0
     while segment.allocate(length, StoreConfig().high_watermark) is not None:
         chunks += 1

@@ -1,7 +1,7 @@
 import asyncio
 
 import pytest
-from support.store_fakes import KEYS, SPEC, get, payload, put, views
+from support.store_fakes import KEYS, SPEC, get, key, payload, put, views
 
 from kvcore.clock import ManualClock
 from kvcore.config.schema import StoreConfig
@@ -253,3 +253,18 @@ async def test_a_metadata_server_that_began_anew_refuses_old_reservations_and_le
     assert await session.commit(timeout_s=5) == []
     await session.aclose()
     assert await get(store) == ([GetOutcome.OK] * 3, [payload(number) for number in (0, 1, 2)])
+
+
+async def test_a_small_wished_segment_beside_a_large_one_keeps_every_prompt_and_readers_find_them(world):
+    world.add_node("p", 1 << 20)
+    small = world.add_node("d", 4 * 4096)
+    writer, _ = world.store("p", InprocTransfer(world.memory))
+    reader, _ = world.store("d", InprocTransfer(world.memory))
+    prompts = [[key(100 * prompt + chunk) for chunk in range(3)] for prompt in range(1, 11)]
+    for prompt in prompts:
+        assert await put(writer, prompt, prefer=small.id) == prompt
+    for prompt in prompts:
+        outcomes, read = await get(reader, prompt)
+        assert outcomes == [GetOutcome.OK] * 3 and read == [payload(number) for number in range(3)]
+    used = {segment.segment.id: segment.num_replicas for segment in world.stats().segments}
+    assert used == {"d.1": 3, "p.1": 27} and "evicted" not in world.stats().counters

@@ -163,25 +163,6 @@ FAR = 1 << 50
 # --- placement and eviction --------------------------------------------------------------------------------------
 
 
-def test_placement_prefers_the_wish_then_the_own_node_then_the_emptiest():
-    state = new_state()
-    for node, units in (("a", 2), ("b", 4), ("c", 8), ("store", 3)):
-        state.register(registration(node, units=units), 0.0)
-    wished = granted(state.reserve(reservation("a", [1], prefer="b.1"), 0.0))
-    own = granted(state.reserve(reservation("a", [2, 3], prefer="gone.1"), 0.0))
-    rest = granted(state.reserve(reservation("a", [4]), 0.0))
-    assert [r.segment_id for r in wished + own + rest] == ["b.1", "a.1", "a.1", "c.1"]
-
-
-def test_the_wished_segment_evicts_where_others_would_have_room():
-    state = new_state()
-    state.register(registration("a", units=4), 0.0)
-    state.register(registration("b", units=4), 0.0)
-    put(state, "a", [1, 2, 3, 4], 0.0, prefer="b.1")
-    assert put(state, "a", [5], 0.0, prefer="b.1")[0].segment_id == "b.1"
-    assert put(state, "a", [6], 0.0)[0].segment_id == "a.1"
-
-
 def test_eviction_begins_above_the_high_watermark_and_ends_at_the_low_one():
     state = new_state(high_watermark=0.8, low_watermark=0.4)
     state.register(registration("a", units=10), 0.0)
