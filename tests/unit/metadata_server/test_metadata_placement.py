@@ -35,7 +35,7 @@ def test_where_the_wished_segment_has_nothing_to_evict_others_do():
     for node, units in (("a", 1), ("b", 1), ("c", 2)):
         state.register(registration(node, units=units), 0.0)
     put(state, "a", [1, 2, 3, 4], 0.0, prefer="b.1")
-    state.match(keys(1, 2), 0.0, lease_s=60.0)  # what lies in b.1 and a.1 is being read
+    state.match(keys(1, 2), 0.0, lease_s=60.0, node_id="c", incarnation=1)  # what lies in b.1 and a.1 is being read
     assert [r.segment_id for r in granted(state.reserve(reservation("a", [5], prefer="b.1"), 0.0))] == ["c.1"]
     assert [r.segment_id for r in granted(state.reserve(reservation("a", [6, 7], prefer="b.1"), 0.0))] == ["c.1"]
     assert stored(state, [1, 2, 3, 4], 0.0) == [1, 2]
