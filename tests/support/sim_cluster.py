@@ -66,6 +66,10 @@ class Answer:
     error: KVFerryError | None = None
 
 
+ROLES = {"p": Role.PREFILLER, "d": Role.DECODER, "s": Role.STORE}
+"""By the first letter of a node's name."""
+
+
 class _CheckedMachine(RequestMachine):
     def handle(self, event):  # type: ignore[no-untyped-def]
         actions = super().handle(event)
@@ -126,14 +130,12 @@ class SimCluster:
             segment_bytes=plan.segment_bytes,
             node_ttl_s=plan.node_ttl_s,
             data=DataFaults(0, 0, 0, 0, 0) if variant.peaceful else variant.data,
+            sizes=plan.sizes,
             verify=variant.verify,
             revisions=variant.revisions,
         )
         self.metadata = SimMetadata(self.setup)
-        self.nodes = {
-            name: SimNode(self.setup, self.metadata, name, Role.PREFILLER if name[0] == "p" else Role.DECODER)
-            for name in plan.nodes
-        }
+        self.nodes = {name: SimNode(self.setup, self.metadata, name, ROLES[name[0]]) for name in plan.nodes}
         self.router = SimProcess("router")
         self.network.hosts["router"] = self.router
         self.client = SimNodeClient(self.network, self.router, dict(self.nodes))
@@ -141,10 +143,7 @@ class SimCluster:
             cluster=CLUSTER,
             model=ModelConfig(path=MODEL, name=MODEL),
             engine=plan.engine,
-            nodes={
-                name: NodeConfig(role=Role.PREFILLER if name[0] == "p" else Role.DECODER, host=name, port=1)
-                for name in self.nodes
-            },
+            nodes={name: NodeConfig(role=ROLES[name[0]], host=name, port=1) for name in self.nodes},
             router=ROUTER,
         )
         self.cluster = Cluster(config, self.clock)
@@ -372,7 +371,7 @@ class SimCluster:
         }
         for name, node in self.nodes.items():
             if node.engine is None:
-                held[name] = "no engine"
+                held[name] = 0 if node.is_store else "no engine"
                 continue
             engine = await node.engine.stats()
             held[name] = engine.running + engine.waiting + engine.loading + engine.used_blocks + engine.pending_saves

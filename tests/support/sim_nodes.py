@@ -5,7 +5,7 @@ Owns segment memory and process lives. A node's segment outlives its engine and 
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 
 import msgspec
@@ -69,6 +69,8 @@ class SimSetup:
     segment_bytes: int
     node_ttl_s: float
     data: DataFaults
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """Bytes of the segments of nodes that have other than `segment_bytes`."""
     verify: bool = True
     revisions: tuple[str, ...] = ()
     """Of the weights: nodes that start again have one of these. Empty: all have what `engine` says."""
@@ -156,9 +158,14 @@ class SimNode(NodeService):
         self._graves: list[SimProcess] = []
 
     @property
+    def is_store(self) -> bool:
+        """Whether it has no engine."""
+        return self._role is Role.STORE
+
+    @property
     def ready(self) -> bool:
-        """Whether its engine serves."""
-        return self.service.alive and self.engine is not None
+        """Whether its engine serves, if it has one."""
+        return self.service.alive and (self.engine is not None or self.is_store)
 
     def start(self) -> None:
         """A new incarnation with an empty segment."""
@@ -171,15 +178,15 @@ class SimNode(NodeService):
         incarnation = setup.network.dice.randrange(1, 1 << 53)
         if self.clocked:
             incarnation = int((setup.clock.wall() + self.clock_off_s) * 1000)
-        segment_id = f"{self.name}.{incarnation:x}"
+        segment_id, size = f"{self.name}.{incarnation:x}", setup.sizes.get(self.name, setup.segment_bytes)
         self.segment = Segment(
             id=segment_id,
             node_id=self.name,
-            size_bytes=setup.segment_bytes,
+            size_bytes=size,
             host_id=self.host,
             addresses={"inproc": self.host},
         )
-        memory = setup.memory[segment_id] = memoryview(bytearray(setup.segment_bytes))
+        memory = setup.memory[segment_id] = memoryview(bytearray(size))
 
         async def manifests() -> list[SegmentManifest]:
             return [SegmentManifest(segment=self.segment, entries=scan(memory))]
@@ -202,7 +209,9 @@ class SimNode(NodeService):
         self.start_engine()
 
     def start_engine(self) -> None:
-        """A new engine process on the same segment."""
+        """A new engine process on the same segment. A store has none."""
+        if self.is_store:
+            return
         self.engine_process = SimProcess(self.host)
         self.engine_process.spawn(self._engine_life(self.engine_process))
 

@@ -1,7 +1,8 @@
 """What a seed stands for: sizes, requests, and a plan of faults. Pure."""
 
 import random
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from kvcore.config.schema import SimEngineConfig, StoreConfig
 from nodeapi.messages import SamplingParams
@@ -48,6 +49,8 @@ class Plan:
     node_ttl_s: float = 2.0
     nodes: tuple[str, ...] = _NODES
     """Prefillers begin with p."""
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """Bytes of the segments of nodes that have other than `segment_bytes`."""
 
 
 def make_plan(seed: int) -> Plan:
@@ -74,7 +77,7 @@ def make_plan(seed: int) -> Plan:
     return Plan(
         engine=engine,
         store=store,
-        segment_bytes=4096 * dice.choice([8, 16, 40]),
+        segment_bytes=4096 * dice.choice([3, 12, 40]),
         requests=requests,
         faults=sorted(_faults(dice, requests), key=lambda fault: fault.at_s),
         weather=dice.choice([0.3, 1.0, 1.0, 5.0]),
