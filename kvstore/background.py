@@ -18,11 +18,12 @@ class Background:
     def __init__(self, max_tasks: int) -> None:
         self._max_tasks = max_tasks
         self._tasks: set[asyncio.Task[object]] = set()
+        self._closed = False
 
     @property
     def full(self) -> bool:
-        """Whether so much is under way that work which may be left out should be."""
-        return len(self._tasks) >= self._max_tasks
+        """Whether so much is under way that work which may be left out should be; after `aclose` it always is."""
+        return self._closed or len(self._tasks) >= self._max_tasks
 
     def spawn(self, work: Coroutine[object, object, _T]) -> asyncio.Task[_T]:
         """Begin `work`; the task is kept until it ends."""
@@ -42,6 +43,7 @@ class Background:
 
     async def aclose(self, timeout_s: float) -> None:
         """Wait for what is under way, then cancel what has not ended. Idempotent."""
+        self._closed = True
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=timeout_s)
         left = list(self._tasks)

@@ -385,3 +385,16 @@ async def test_a_large_payload_that_was_not_shown_is_hashed_off_the_loop_and_a_s
     assert taken == []
     await get(store)
     assert len(taken) == 1
+
+
+async def test_a_lease_given_back_after_the_end_is_tried_once_and_leaves_no_task():
+    world = World()
+    world.add_node("a")
+    store, wire = world.store("a", InprocTransfer(world.memory))
+    await put(store)
+    match = await store.match(KEYS, timeout_s=5)
+    await store.aclose()
+    wire.down.add("release")
+    before = asyncio.all_tasks()
+    await store.release(match)
+    assert asyncio.all_tasks() == before and store.counters()["left_to_expire"] == 1
