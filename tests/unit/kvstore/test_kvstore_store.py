@@ -3,7 +3,21 @@ import dataclasses
 
 import msgspec
 import pytest
-from support.store_fakes import CHUNK_BYTES, KEYS, SPEC, buffers, get, key, lie, payload, put, put_twice, replica, views
+from support.store_fakes import (
+    CHUNK_BYTES,
+    KEYS,
+    SPEC,
+    World,
+    buffers,
+    get,
+    key,
+    lie,
+    payload,
+    put,
+    put_twice,
+    replica,
+    views,
+)
 
 from kvcore.clock import ManualClock
 from kvcore.errors import PeerUnreachableError, TransferTimeoutError
