@@ -106,6 +106,8 @@ def run_serve(options: ServeOptions, overrides: Sequence[str], imported: Draft |
     draft = file.with_suffix(".new.yaml")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        draft.touch()
+        draft.chmod(0o600)  # a tier's URL may have a password
         draft.write_text(cluster_text(planned), encoding="utf-8")
         config = load_config(draft, overrides)
         preflight(config)  # before the file of a cluster that may be running is replaced

@@ -99,8 +99,9 @@ def test_the_command_takes_tiers_and_says_what_they_are(tmp_path, monkeypatch, c
     (tmp_path / "m").mkdir()
     tiers = ["--tier", "disk:/nvme:3GiB", "--tier", "redis://:secret@cache:6379"]
     assert cli.main(["serve", str(tmp_path / "m"), *tiers]) == 0
-    config = load_config(tmp_path / "kvferry/serve-m/cluster.yaml")
-    assert config.tiers == parse_tiers(tiers[1::2])
+    file = tmp_path / "kvferry/serve-m/cluster.yaml"
+    assert load_config(file).tiers == parse_tiers(tiers[1::2])
+    assert file.stat().st_mode & 0o777 == 0o600, "it has the password"
     out = capsys.readouterr().out
     assert "disk tier: 3GiB of each node, in /nvme\n" in out and "redis tier: redis://:***@cache:6379\n" in out
     assert cli.main(["serve", str(tmp_path / "m"), "--tier", "tape:/dev/st0"]) == 2
