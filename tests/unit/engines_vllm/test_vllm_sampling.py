@@ -44,6 +44,7 @@ def test_greedy_needs_no_seed_and_a_continuation_does_not_draw_the_first_draws_a
     fresh = sampling_arguments(_request([], seed=5), leg)["seed"]
     continued = sampling_arguments(_request([7], seed=5), leg)["seed"]
     assert fresh == 5 and continued not in (None, 5)
+    assert sampling_arguments(_request([9], seed=5), leg)["seed"] == continued, "as docs/vllm.md says: by their number"
 
 
 def test_of_several_greedy_completions_one_is_computed() -> None:
