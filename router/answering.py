@@ -210,7 +210,7 @@ def _num_chars(prompt: Prompt) -> int:
     if isinstance(prompt, TextPrompt):
         return len(prompt.text)
     count = 0
-    rest: list[object] = [prompt.messages, prompt.documents, prompt.template_values]
+    rest: list[object] = [prompt.messages, prompt.tools, prompt.documents, prompt.template_values]
     while rest:
         value = rest.pop()
         if isinstance(value, str):

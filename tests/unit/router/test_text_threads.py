@@ -14,6 +14,8 @@ from support.router_fakes import make_rig
 from router.text.tokenizer import FolderTokenizer, TextThreads
 from tests.support.small_tokenizers import byte_level, saved
 
+TOOL = {"type": "function", "function": {"name": "f", "description": "y" * 9000}}
+
 
 def longest_wait(work: Callable[[], object]) -> float:
     """The longest time for which this thread had no turn while another one did `work`, as a share of all its time."""
@@ -85,6 +87,7 @@ async def test_so_many_texts_are_worked_on_at_once_and_one_that_nobody_waits_for
         ({"messages": [{"role": "user", "content": "x" * 1000}]}, False),
         ({"messages": [{"role": "user", "content": "x" * 1000}] * 9}, True),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x" * 9000}]}]}, True),
+        ({"messages": [{"role": "user", "content": "x"}], "tools": [TOOL], "tool_choice": "none"}, True),
         ({"messages": [{"role": "user", "content": "x"}], "documents": [{"text": "y" * 9000}]}, True),
         ({"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"a": {"b": ["y" * 9000]}}}, True),
     ],
