@@ -25,6 +25,7 @@ from kvferry.doctor.findings import Check, Context, Finding
 from kvferry.doctor.joining import check_joining
 from kvferry.doctor.memory import check_segment_pages, nodes_here, reserved_bytes
 from kvferry.doctor.servers import check_servers
+from kvferry.doctor.tiers import check_redis
 from kvferry.doctor.transports import check_transports
 from kvferry.doctor.vllm import check_cores, check_vllm, host_bytes, weight_bytes
 from kvferry.machine import is_local, size_text
@@ -203,6 +204,7 @@ ALL_CHECKS: tuple[Check, ...] = (
     check_agreement,
     check_chunk_room,
     check_servers,
+    check_redis,
     check_joining,
     check_running,
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.cluster import ClusterHandle, cluster
+from support.redis_server import redis_server, with_redis
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -21,10 +22,10 @@ def disk(folder: Path) -> list[str]:
     return [f"tiers.disk={{path: {folder}/disk, size: 32MiB}}"]
 
 
-async def ask_all(subject: ClusterHandle) -> tuple[list[list[int]], int]:
+async def ask_all(subject: ClusterHandle, prompts: Sequence[list[int]] = PROMPTS) -> tuple[list[list[int]], int]:
     """The tokens of each answer, and how many prompt tokens were cached in all."""
     tokens, cached = [], 0
-    for prompt in PROMPTS:
+    for prompt in prompts:
         body = await subject.complete(prompt, **GREEDY)
         tokens.append(body["choices"][0]["token_ids"])
         cached += body["usage"]["prompt_tokens_details"]["cached_tokens"]
@@ -64,3 +65,34 @@ async def test_nodes_that_were_killed_while_they_saved_believe_no_torn_chunk(tmp
         second, _ = await ask_all(subject)
         third, cached = await ask_all(subject)
         assert second == third == first and cached == NUM_PROMPTS * CHUNKS * 64
+
+
+@with_redis
+@pytest.mark.timeout(240)
+async def test_clusters_that_share_a_redis_find_what_either_computed_and_answer_without_it(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    with redis_server() as server:
+        redis = [f"tiers.redis={{url: '{server.url}'}}"]
+        async with cluster(one, prefillers=1, decoders=1, overrides=redis) as subject:
+            first, cached = await ask_all(subject)
+            assert cached == 0
+
+            async def all_saved() -> bool:
+                return server.ask(b"DBSIZE") >= NUM_PROMPTS * CHUNKS
+
+            await subject.until(all_saved, 20)
+        async with cluster(two, prefillers=1, decoders=1, overrides=redis) as subject:
+            half = NUM_PROMPTS // 2
+            with_it, cached = await ask_all(subject, PROMPTS[:half])
+            assert cached == half * CHUNKS * 64, "all chunks that the other cluster computed"
+            server.stop()
+            without, _ = await ask_all(subject, PROMPTS[half:])
+            assert with_it + without == first
+
+            async def said() -> bool:
+                reports = [await subject.node_info(node) for node in subject.nodes]
+                return any(server.url in tier.problem for report in reports for tier in report.tiers)
+
+            await subject.until(said, 20)

@@ -9,10 +9,11 @@ import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 import pytest
 from support.ports import free_ports
@@ -20,12 +21,20 @@ from support.ports import free_ports
 from kvstore.tiers.resp import RespConnection, RespValue, command
 from transfer.blocking import BatchDeadline
 
+_Test = TypeVar("_Test", bound=Callable[..., object])
 _skip_redis = pytest.mark.skipif(
     shutil.which("redis-server") is None and not os.environ.get("CI"), reason="no redis-server here"
 )
 _skip_valkey = pytest.mark.skipif(shutil.which("valkey-server") is None, reason="no valkey-server here")
 needs_redis = (pytest.mark.slow, pytest.mark.timeout(60), _skip_redis)
 needs_valkey = (pytest.mark.slow, pytest.mark.timeout(60), _skip_valkey)
+
+
+def with_redis(test: _Test) -> _Test:
+    """Marks a test that starts a Redis of its own."""
+    for mark in needs_redis:
+        test = mark(test)
+    return test
 
 
 class RedisServer:
@@ -84,8 +93,8 @@ def redis_server(*args: str, program: str = "redis-server", tls_port: bool = Fal
     """64 MB, least recently used keys go first, unless `args` say otherwise."""
     with TemporaryDirectory() as folder:
         server = RedisServer(Path(folder), program, args, tls_port)
-        server.start()
         try:
+            server.start()
             yield server
         finally:
             server.stop()

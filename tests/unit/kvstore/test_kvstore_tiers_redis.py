@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from support.redis_server import needs_redis, redis_server
+from support.redis_server import redis_server, with_redis
 from support.tier_rigs import chunk_of, content, name_of, room_for
 
 from kvstore.tiers.base import TierOutcome
@@ -35,14 +35,7 @@ async def tier_at(url: str, environ: Mapping[str, str] = {}) -> AsyncIterator[Re
         await tier.aclose()
 
 
-def real(test):
-    """Against a server of its own."""
-    for mark in needs_redis:
-        test = mark(test)
-    return test
-
-
-@real
+@with_redis
 async def test_a_full_server_refuses_and_commits_nothing_of_what_did_not_fit():
     with redis_server("--maxmemory", "6mb", "--maxmemory-policy", "noeviction") as server:
         async with tier_at(server.url) as tier:
@@ -55,7 +48,7 @@ async def test_a_full_server_refuses_and_commits_nothing_of_what_did_not_fit():
             assert await tier.load([back], timeout_s=CALL_S) == [OK] and content(back) == content(small)
 
 
-@real
+@with_redis
 async def test_a_server_that_evicts_gives_whole_chunks_or_none_and_takes_them_again():
     with redis_server("--maxmemory", "6mb") as server:
         async with tier_at(server.url) as tier:
@@ -68,7 +61,7 @@ async def test_a_server_that_evicts_gives_whole_chunks_or_none_and_takes_them_ag
                 assert outcome is MISSING or content(back) == content(chunk)
 
 
-@real
+@with_redis
 async def test_a_chunk_that_lost_a_part_is_a_miss_and_is_written_anew():
     with redis_server() as server:
         async with tier_at(server.url) as tier:
@@ -85,7 +78,7 @@ async def test_a_chunk_that_lost_a_part_is_a_miss_and_is_written_anew():
             assert await tier.load([room_for(chunk)], timeout_s=CALL_S) == [TierOutcome.DAMAGED]
 
 
-@real
+@with_redis
 async def test_a_ttl_is_each_parts_and_removal_leaves_nothing():
     with redis_server() as server:
         async with tier_at(server.url) as tier:
@@ -104,7 +97,7 @@ async def test_a_ttl_is_each_parts_and_removal_leaves_nothing():
             assert server.ask(b"DBSIZE") == 0
 
 
-@real
+@with_redis
 async def test_a_password_comes_from_the_url_or_the_environment_and_is_asked_for_by_name():
     with redis_server("--requirepass", "sesame") as server:
         address, chunk = server.url.removeprefix("redis://"), chunk_of(name_of(1), 1000)
@@ -127,7 +120,7 @@ async def test_a_password_comes_from_the_url_or_the_environment_and_is_asked_for
                 await tier.remove([chunk.name], timeout_s=CALL_S)
 
 
-@real
+@with_redis
 async def test_a_replica_is_read_and_says_why_it_takes_nothing():
     with redis_server("--replicaof", "127.0.0.1", "1") as server:
         async with tier_at(server.url) as tier:
@@ -146,7 +139,7 @@ def self_signed(folder: Path) -> tuple[Path, Path]:
     return key, certificate
 
 
-@real
+@with_redis
 async def test_over_tls_only_a_certificate_that_is_trusted_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     key, certificate = self_signed(tmp_path)
     files = ("--tls-cert-file", str(certificate), "--tls-key-file", str(key), "--tls-auth-clients", "no")
