@@ -4,7 +4,9 @@ Owns the strictness that transformers lacks: a missing, unexpected or misshapen 
 returned model is in eval mode on the CPU and every attention layer of it runs our attention.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from engines.model_files import ModelFiles, check_model_files
+from engines.provenance import FileStamp
 from engines.torch.attention import ATTENTION_NAME, register_attention
 from engines.torch.kv_cache import KVGeometry
 from kvcore.config.schema import ModelConfig, TorchEngineConfig
@@ -32,6 +35,8 @@ class LoadedModel:
     """A model with what the engine must know of it."""
 
     files: ModelFiles
+    stamps: Mapping[Path, FileStamp]
+    """Of the weight files, from before they were read."""
     model: Any
     """A transformers `PreTrainedModel`: the one place where its untyped world is held."""
     geometry: KVGeometry
@@ -57,7 +62,9 @@ def load_model(model: ModelConfig, engine: TorchEngineConfig) -> LoadedModel:
 
 def load_checked(files: ModelFiles, model: ModelConfig, engine: TorchEngineConfig, dtype: torch.dtype) -> LoadedModel:
     """As `load_model`, of files that were checked already."""
+    stamps = {file: FileStamp.of(file) for file in files.weight_files}
     loaded = _from_pretrained(files, dtype)
+    _copy_weights(loaded)
     config = loaded.config
     register_attention()
     loaded.set_attn_implementation(ATTENTION_NAME)
@@ -65,6 +72,7 @@ def load_checked(files: ModelFiles, model: ModelConfig, engine: TorchEngineConfi
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return LoadedModel(
         files=files,
+        stamps=stamps,
         model=loaded,
         geometry=KVGeometry(
             num_layers=config.num_hidden_layers,
@@ -121,6 +129,13 @@ def _from_pretrained(files: ModelFiles, dtype: torch.dtype) -> Any:
                 f"are not of the same model. {_AGAIN}"
             )
     return loaded
+
+
+def _copy_weights(model: Any) -> None:
+    """Into memory of this process. `from_pretrained` maps the files where it need not convert them, and what writes
+    over such a file changes the running model, whose digest says that it is the old one still."""
+    for parameter in model.parameters():  # one that is used twice is given once
+        parameter.data = parameter.data.clone()
 
 
 def _max_context(own: int, wanted: int | None) -> int:

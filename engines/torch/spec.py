@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from engines.provenance import DIGEST_CACHE, weights_digest
+from engines.provenance import DIGEST_CACHE, check_unchanged, weights_digest
 from engines.torch.model import LoadedModel
 from kvcore.model_folder import file_digest
 from kvcore.types import KVSpec
@@ -29,12 +29,17 @@ _ATTENTION_KEYS = (
 def build_kv_spec(
     loaded: LoadedModel, model_id: str, chunk_tokens: int, *, digest_cache: Path | None = DIGEST_CACHE
 ) -> KVSpec:
-    """The spec of `loaded`'s KV. Reads all weights unless `digest_cache` knows them (None: no cache). Blocks."""
+    """The spec of `loaded`'s KV. Reads all weights unless `digest_cache` knows them (None: no cache). Blocks.
+
+    Raises ModelLoadError if a weight file was written since the model was loaded: its digest is not the model's.
+    """
     geometry, files = loaded.geometry, loaded.files
+    digest = weights_digest(files.weight_files, digest_cache)
+    check_unchanged(loaded.stamps)
     dtype = str(geometry.dtype).removeprefix("torch.")
     return KVSpec(
         model_id=model_id,
-        weights_digest=weights_digest(files.weight_files, digest_cache),
+        weights_digest=digest,
         tokenizer_digest=file_digest(files.tokenizer_file),
         num_layers=geometry.num_layers,
         num_kv_heads=geometry.num_kv_heads,

@@ -198,3 +198,35 @@ def test_files_that_changed_since_their_stamps_were_taken_are_named(tmp_path: Pa
         files[1].unlink()
     with pytest.raises(ModelLoadError, match=r"b\.safetensors"):
         check_unchanged(stamps)
+
+
+def write_over(folder: Path) -> None:
+    """Other weights, in place: the same file, as `cp` and `rsync --inplace` write it."""
+    file = folder / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    data[start:] = bytes(len(data) - start)
+    with file.open("r+b") as stream:
+        stream.write(data)
+
+
+def test_a_running_models_weights_are_its_own_whatever_is_written_over_the_files(folder: Path) -> None:
+    loaded = load(folder)
+    before = {name: parameter.clone() for name, parameter in loaded.model.named_parameters()}
+    write_over(folder)
+    assert before and all(torch.equal(parameter, before[name]) for name, parameter in loaded.model.named_parameters())
+    assert not torch.equal(load(folder).model.get_input_embeddings().weight, before["model.embed_tokens.weight"])
+
+
+def test_tied_weights_stay_one_tensor(folder: Path) -> None:
+    edit_config(folder, tie_word_embeddings=True)
+    edit_weights(folder, lambda weights: weights.pop("lm_head.weight", None))
+    model = load(folder).model
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+def test_kv_is_not_named_after_weights_that_came_after_the_load(folder: Path) -> None:
+    loaded = load(folder)
+    write_over(folder)
+    with pytest.raises(ModelLoadError, match=r"model\.safetensors was written while the model was being loaded"):
+        build_kv_spec(loaded, "m", 16, digest_cache=None)
