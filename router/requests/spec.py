@@ -95,8 +95,7 @@ class RequestSpec:
 class AnswerRequest:
     """All that one answer is made of: a RequestSpec a prompt, each with its own seed and its own room for tokens.
 
-    `stops`: strings that end a completion. Invariant: at least one spec; the first one's id is the
-    answer's.
+    `stops`: strings that end a completion. Invariant: at least one spec; the first one's id is the answer's.
     """
 
     specs: Sequence[RequestSpec]
