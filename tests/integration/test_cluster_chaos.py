@@ -162,7 +162,10 @@ class TestKilledUnderLoad:
         before = (await whole.status())["requests"]
         async with load(whole) as clients:
             await clients.reach(REQUESTS // 4)
-            await kill(whole, victim)
+            for _ in range(3):  # what it was busy with may have ended when the signal comes
+                await kill(whole, victim)
+                if victim == "metadata-server" or (await whole.status())["requests"]["retried"] > before["retried"]:
+                    break
         await is_quiet_and_whole(whole)
         after = (await whole.status())["requests"]
         assert (after["failed"], after["cancelled"]) == (0, 0)
