@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from kvcore.errors import ConfigError, TransferError
+from kvcore.errors import ConfigError, TransferError, TransferTimeoutError
 from kvstore.tiers.resp import RespConnection, RespError, RespRefusal, command
 from transfer.blocking import BatchDeadline, BlockingPool
 
@@ -51,6 +51,7 @@ def parse_server(url: str, environ: Mapping[str, str] = os.environ) -> RespServe
         if "sentinel" in scheme or "cluster" in scheme or "," in split.netloc:
             raise ConfigError("tiers.redis.url: Redis Sentinel and Redis Cluster are not supported; name one server")
         port = split.port or 6379
+        (split.hostname or "").encode("idna")  # as it will be looked up
     except ValueError:
         raise wrong from None
     path = split.path.strip("/")
@@ -224,8 +225,8 @@ def told(refusal: RespRefusal) -> str:
 
 
 def _text_of(error: Exception) -> str:
+    if isinstance(error, TimeoutError | TransferTimeoutError):
+        return "it did not answer in time"
     if isinstance(error, TransferError):
         return error.message
-    if isinstance(error, TimeoutError):
-        return "it did not answer in time"
     return str(error.strerror or error) if isinstance(error, OSError) else str(error)

@@ -156,6 +156,22 @@ async def test_over_tls_only_a_certificate_that_is_trusted_will_do(tmp_path: Pat
             assert await tier.load([back], timeout_s=CALL_S) == [OK] and content(back) == content(chunk)
 
 
+@with_redis
+async def test_what_lies_in_the_server_is_what_the_page_on_formats_says():
+    with redis_server() as server:
+        own = parse_server(server.url, {})
+        tier = RedisTier(RespClient(own, 2), RespClient(own, 1))
+        chunk, part = chunk_of(name_of(1), 5 << 20, parts=2), 4_190_208
+        assert await tier.save([chunk], timeout_s=CALL_S) == [OK]
+        key = f"kvf1:{{{chunk.name.text.replace('/', '-')}}}:"
+        for number, size in ((0, 16 + part), (1, chunk.num_bytes - part)):
+            assert server.ask(b"STRLEN", f"{key}{number}".encode()) == size
+        head = server.ask(b"GETRANGE", f"{key}0".encode(), b"0", b"143")
+        assert head == b"KVFPART0" + chunk.num_bytes.to_bytes(8, "little") + chunk.header()
+        assert server.ask(b"DBSIZE") == 2
+        await tier.aclose()
+
+
 async def test_no_more_answers_are_asked_for_than_the_limit_while_none_is_read():
     ours, theirs = socket.socketpair()
     chunk, most = chunk_of(name_of(1), 9 * PART), 0

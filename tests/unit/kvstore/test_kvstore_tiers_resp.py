@@ -1,5 +1,6 @@
 """RESP2 as it arrives in pieces, what is no RESP2, and which URLs name a server."""
 
+import asyncio
 import socket
 import threading
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ import pytest
 
 from kvcore.errors import ConfigError, TransferTimeoutError
 from kvstore.tiers.resp import RespConnection, RespError, RespRefusal, command
-from kvstore.tiers.resp_client import parse_server
+from kvstore.tiers.resp_client import RespClient, parse_server
 from transfer.blocking import BatchDeadline
 
 
@@ -96,6 +97,42 @@ def test_one_that_owes_or_was_left_is_not_quiet(pair):
     assert not connection.quiet
 
 
+async def test_a_connection_that_broke_in_a_reply_is_never_used_again_and_a_good_one_is():
+    connections, seen = 0, []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        answer = b"junk\r\n" if connections == 1 else b"$1\r\nx\r\n"
+        while line := await reader.readline():
+            if line == b"PING\r\n":
+                writer.write(b"-LOADING wait\r\n" if connections == 2 else b"+PONG\r\n")
+            elif line == b"GET\r\n":
+                writer.write(answer)
+        writer.close()
+
+    def work(connection: RespConnection) -> None:
+        connection.send([command(b"GET", b"key")], replies=1)
+        seen.append(connection.reply())
+
+    def careless(connection: RespConnection) -> None:
+        connection.send([command(b"GET", b"key")] * 2, replies=2)
+        connection.reply()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as listening:
+        port = listening.sockets[0].getsockname()[1]
+        client = RespClient(parse_server(f"redis://127.0.0.1:{port}", {}), 1)
+        assert "junk" in (await client.run(work, 10.0) or "") and connections == 1
+        assert "LOADING" in (await client.run(work, 10.0) or "") and connections == 2
+        for _ in range(2):
+            assert await client.run(work, 10.0) is None and connections == 3
+        assert seen == [b"x"] * 2
+        assert await client.run(careless, 10.0) is None and connections == 3
+        assert await client.run(work, 10.0) is None and connections == 4, "a reply was still to come"
+        await client.aclose()
+        assert await client.run(work, 10.0)
+
+
 def test_urls_that_name_a_server():
     server = parse_server("redis://cache.local:7000/3", {})
     assert (server.host, server.port, server.database, server.encrypted) == ("cache.local", 7000, 3, False)
@@ -116,6 +153,7 @@ def test_urls_that_name_a_server():
         ("redis://a:1,b:2", "Cluster"),
         ("http://user:secret@h", "names no server"),
         ("redis://", "names no server"),
+        ("redis://cache..local", "names no server"),
         ("redis://h/name", "names no server"),
         ("redis://h:99999", "names no server"),
         ("redis://:se/cret@h", "names no server"),
