@@ -83,6 +83,15 @@ NODE_HOST_RESTARTS = _counter(
 NODE_REGISTRATIONS = _counter("node_registrations_total", "Times the node joined the metadata server")
 NODE_HEARTBEAT_FAILURES = _counter("node_heartbeat_failures_total", "Heartbeats that got no answer")
 NODE_SEGMENT_BYTES = _gauge("node_segment_bytes", "Size of the node's segment")
+TIER_CHUNKS = _counter(
+    "tier_chunks_total",
+    "Chunks by what became of them: saved, there, dropped, gone, failed, promoted, damaged, missing, computed, no_room",
+    "tier",
+    "what",
+)
+TIER_BYTES = _counter("tier_bytes_total", "Bytes that arrived, by direction (`load` or `save`)", "tier", "direction")
+TIER_USED_BYTES = _gauge("tier_used_bytes", "What lies in the tier, as far as it knows", "tier")
+TIER_PROBLEM = _gauge("tier_problem", "1 while something is wrong with the tier; `status` says what", "tier")
 NODE_PEER_TRANSPORT = _gauge(
     "node_peer_transport", "Always 1: this transport reaches this segment of a peer", "segment", "transport"
 )

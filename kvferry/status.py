@@ -20,6 +20,7 @@ from kvcore.ports import base_url, why_unreachable
 from kvcore.process.http_client import http_session
 from kvferry.machine import size_text
 from metadata_server.messages import Stats
+from nodeapi.messages import TierReport
 
 _Value = TypeVar("_Value")
 
@@ -37,6 +38,7 @@ class NodeLine(msgspec.Struct, frozen=True, kw_only=True):
     used_blocks: int | None = None
     total_blocks: int | None = None
     engine_restarts: int = 0
+    tiers: list[TierReport] = []
 
     @property
     def load(self) -> str:
@@ -170,6 +172,8 @@ def _show_nodes(console: Console, cluster: ClusterAnswer) -> None:
     console.print(table)
     if cluster.stopping:
         console.print("the router is stopping: it answers what it has and takes no more", style="yellow")
+    if any(node.tiers for node in cluster.nodes):
+        _show_tiers(console, cluster)
     for problem in cluster.problems:
         console.print(f"problem: {problem}", style="red", markup=False, soft_wrap=True)
     counts = cluster.requests
@@ -181,6 +185,18 @@ def _show_nodes(console: Console, cluster: ClusterAnswer) -> None:
     )
     if not has_store(cluster.handoff):
         console.print(f"handoff: {cluster.handoff}, by vLLM servers that run by themselves; there is no store")
+
+
+def _show_tiers(console: Console, cluster: ClusterAnswer) -> None:
+    table = _table("tier", "node", "chunks", "used", "size", "saved", "promoted", "dropped", "load")
+    for node in cluster.nodes:
+        for tier in node.tiers:
+            sizes = ["" if size is None else size_text(size) for size in (tier.used_bytes, tier.capacity_bytes)]
+            counts = [str(tier.counts.get(name, 0)) for name in ("saved", "promoted", "dropped")]
+            rate = "" if tier.load_rate is None else f"{size_text(int(tier.load_rate))}/s"
+            chunks = "" if tier.num_chunks is None else str(tier.num_chunks)
+            table.add_row(tier.name, node.id, chunks, *sizes, *counts, rate)
+    console.print(table)
 
 
 def _show_segments(console: Console, stats: Stats) -> None:

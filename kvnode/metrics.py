@@ -13,6 +13,7 @@ from kvnode.control_api import ControlApi
 from kvnode.membership import Membership
 from kvnode.segment_owner import SegmentOwner
 from kvnode.supervisor import EngineSupervisor
+from kvnode.tiers.node_tiers import NodeTiers
 
 _GAUGES = ("running", "waiting", "loading", "used_blocks", "cached_blocks", "total_blocks", "pending_saves")
 
@@ -26,6 +27,7 @@ class NodeMetrics:
         membership: Membership,
         owner: SegmentOwner,
         supervisor: Callable[[], EngineSupervisor | None],
+        tiers: NodeTiers | None = None,
     ) -> None:
         self._metrics = metrics
         self._supervisor = supervisor
@@ -47,6 +49,12 @@ class NodeMetrics:
         sampled(names.STORE_MOVED_SECONDS, lambda: self._moved("us", 1e-6))
         sampled(names.STORE_TOTALS, self._store_totals)
         sampled(names.NODE_PEER_TRANSPORT, self._peer_transports)
+        if tiers is not None:
+            reports, guards = tiers.reports, tiers.tiers
+            sampled(names.TIER_CHUNKS, lambda: [((r.name, what), n) for r in reports() for what, n in r.counts.items()])
+            sampled(names.TIER_BYTES, lambda: [((g.name, way), n) for g in guards for way, n in g.moved_bytes.items()])
+            sampled(names.TIER_USED_BYTES, lambda: [((r.name,), r.used_bytes or 0) for r in reports()])
+            sampled(names.TIER_PROBLEM, lambda: [((r.name,), float(bool(r.problem))) for r in reports()])
 
     async def render(self, api: ControlApi | None, sample: Callable[[], Awaitable[EngineSample | None]]) -> bytes:
         """The text of /metrics, with a fresh sample of the engine if it answers."""

@@ -137,7 +137,7 @@ async def run_node(
         stack.push_async_callback(_cancelled, engine)
     stack.push_async_callback(membership.leave)  # before the engine stops, after the last heartbeat
     stack.push_async_callback(_cancelled, lifecycle.tasks.create_task(membership.run(), name="membership"))
-    metrics = NodeMetrics(Metrics(), membership, owner, lambda: node.supervisor)
+    metrics = NodeMetrics(Metrics(), membership, owner, lambda: node.supervisor, tiers)
     node.api = ControlApi(
         engine=node.engine,
         report=node.report,

@@ -7,6 +7,7 @@ import msgspec
 from kvcore.clock import Clock
 from kvcore.config.schema import ClusterConfig
 from kvcore.errors import KVFerryError, NodeUnavailableError, StoppingError
+from nodeapi.messages import TierReport
 from router.nodes.cluster import Cluster, KnownNode
 from router.nodes.problems import ClusterProblems
 from router.requests.records import RequestLog
@@ -35,6 +36,7 @@ class NodeStatus(msgspec.Struct, kw_only=True):
     total_blocks: int | None = None
     segments: list[SegmentStatus] = []
     engine_restarts: int = 0
+    tiers: list[TierReport] = []
 
 
 class RequestTotals(msgspec.Struct, kw_only=True):
@@ -148,4 +150,5 @@ class StatusView:
                 for s in (report.segments if report else [])
             ],
             engine_restarts=report.engine_restarts if report else 0,
+            tiers=report.tiers if report and node.silent_since is None else [],
         )

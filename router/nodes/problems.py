@@ -41,7 +41,8 @@ class ClusterProblems:
     def lines(self) -> list[str]:
         """As of now, a sentence each."""
         used = [node for node in self._cluster.nodes.values() if node.problem is None]
-        return [*self._need(), *kv_problems(used), *size_problems(used), *self._unknown_nodes(used)]
+        between = [*kv_problems(used), *size_problems(used), *tier_problems(used)]
+        return [*self._need(), *between, *self._unknown_nodes(used)]
 
     def say(self) -> None:
         """Log what is new since the last time. For every round of probes."""
@@ -141,3 +142,11 @@ def _names(nodes: Sequence[KnownNode], shown: int = 8) -> str:
     if len(nodes) > shown:
         names.append(f"{len(nodes) - shown} others")
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def tier_problems(nodes: Iterable[KnownNode]) -> Iterator[str]:
+    """Tiers that nodes say something is wrong with."""
+    for node in nodes:
+        for tier in node.report.tiers if node.report is not None else ():
+            if tier.problem:
+                yield f"tier {tier.name} of node {node.id}: {tier.problem}"

@@ -11,6 +11,15 @@ from kvcore.types import NodeInfo, Role, Segment
 from kvferry.status import run_status
 from metadata_server.messages import RefusedNode, SegmentStats, Stats
 
+TIER = {
+    "name": "disk",
+    "shared": False,
+    "num_chunks": 12,
+    "used_bytes": 3 << 20,
+    "capacity_bytes": 1 << 30,
+    "counts": {"saved": 14, "promoted": 5},
+    "load_rate": 2.0 * (1 << 20),
+}
 CLUSTER = {
     "cluster": "c",
     "nodes": [
@@ -22,6 +31,7 @@ CLUSTER = {
             "reason": None,
             "running": 2,
             "waiting": 1,
+            "tiers": [TIER],
         },
         {"id": "p", "role": "prefiller", "url": "http://p:1", "healthy": False, "reason": "refused [odd] markup"},
     ],
@@ -86,6 +96,9 @@ async def test_both_answers_are_shown(serve):
         "7 (5 ok, 1 failed",
         "hit rate 25.0%",
         "1.0 MiB (25%)",
+        "disk",
+        "3.0 MiB",
+        "2.0 MiB/s",
     ):
         assert text in out
 

@@ -277,3 +277,19 @@ def test_without_time_nothing_is_asked():
             assert await a.tiers.promoter.promote([], SHAPE, timeout_s=5) == [] and gate.calls == 0
 
     run_sim(main)
+
+
+def test_what_a_tier_did_is_reported():
+    async def main():
+        world = TierWorld()
+        tier = shared_tier(world.world.clock)
+        async with world.node("a", [tier]) as a:
+            await a.put(KEYS)
+            await a.settled()
+            world.forget(KEYS)
+            await a.tiers.promoter.promote(KEYS, SHAPE, timeout_s=5)
+            (report,) = a.tiers.reports()
+            assert (report.name, report.shared, report.num_chunks, report.problem) == ("memory", True, 12, "")
+            assert report.counts["saved"] == report.counts["promoted"] == 12 and report.load_rate
+
+    run_sim(main)
