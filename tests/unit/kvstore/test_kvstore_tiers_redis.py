@@ -79,6 +79,17 @@ async def test_a_chunk_that_lost_a_part_is_a_miss_and_is_written_anew():
 
 
 @with_redis
+async def test_a_chunk_whose_later_parts_were_refused_is_not_committed():
+    may_write_first_parts = ("--user", "default", "on", "nopass", "+@all", "%R~*", "%W~*:0")
+    with redis_server(*may_write_first_parts) as server:
+        async with tier_at(server.url) as tier:
+            small, large = chunk_of(name_of(1), 1000), chunk_of(name_of(2), 3 * PART)
+            assert await tier.save([large, small], timeout_s=CALL_S) == [AWAY, OK]
+            assert "NOPERM" in (tier.stats().problem or "")
+            assert await tier.find([large.name, small.name], timeout_s=CALL_S) == [False, True]
+
+
+@with_redis
 async def test_a_ttl_is_each_parts_and_removal_leaves_nothing():
     with redis_server() as server:
         async with tier_at(server.url) as tier:
