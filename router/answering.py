@@ -247,7 +247,7 @@ class Answerer:
 
     @property
     def max_context(self) -> int | None:
-        """Tokens that a prompt and its completion may have together; None: no decoder has ever reported."""
+        """Tokens that a prompt and its completion may have together; None: no engine has ever reported."""
         return self._cluster.max_context()
 
     def check_model(self, name: str) -> None:

@@ -32,7 +32,7 @@ def run_up(config_file: Path, overrides: Sequence[str], log_dir: Path | None) ->
                 lifecycle.describe.append(lambda: [repr(launcher)])
                 lifecycle.ready(router=launcher.router_url)
                 await lifecycle.stopping.wait()
-                display.say("stopping (once more: at once)")
+                display.say("stopping, after what runs has been answered (once more: at once)")
 
     return run_process("kvferry", main, log_level="warning")
 

@@ -27,7 +27,7 @@ class RoutePolicy(Protocol):
 
     def choose(self, request: RouteRequest, view: ClusterView) -> Decision:
         """Without route: no node can take it. A route without prefiller: the decoder computes all that is not cached.
-        Where no decoder can take it, a prefiller is the route's decoder (`Decision.in_need`)."""
+        Where no decoder can take it, a prefiller is the route's decoder, for IN_NEED."""
         ...
 
 

@@ -103,6 +103,17 @@ async def test_both_answers_are_shown(serve):
         assert text in out
 
 
+async def test_need_and_a_router_that_stops_are_shown(serve):
+    metadata = await serve("/v1/stats", msgspec.json.encode(STATS))
+    _, usual = await show(await serve("/v1/cluster", json.dumps(CLUSTER).encode()), metadata)
+    assert "by prefillers" not in usual and "stopping" not in usual
+    counts = {**CLUSTER["requests"], "in_need": 3}
+    cluster = {**CLUSTER, "requests": counts, "stopping": True}
+    _, out = await show(await serve("/v1/cluster", json.dumps(cluster).encode()), metadata)
+    assert "2 retried, 3 decoded by prefillers)" in out
+    assert "the router is stopping: it answers what it has and takes no more" in out
+
+
 async def test_problems_between_nodes_are_shown_as_the_router_says_them(serve):
     lines = ["prefiller p can serve no decoder: kv-cache-dtype [a] against b", "another"]
     router = await serve("/v1/cluster", json.dumps({**CLUSTER, "problems": lines}).encode())
