@@ -178,6 +178,8 @@ class RespClient:
             sock = socket.socket(family, socket.SOCK_STREAM)
             try:
                 use.take(RespConnection(sock, deadline))
+                if use.stopped:  # stopping a socket that is not connected yet stops nothing
+                    raise RespError("it was given up")
                 sock.settimeout(deadline.remaining())
                 sock.connect(address)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

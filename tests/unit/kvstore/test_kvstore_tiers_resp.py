@@ -9,7 +9,7 @@ import pytest
 
 from kvcore.errors import ConfigError, TransferTimeoutError
 from kvstore.tiers.resp import RespConnection, RespError, RespRefusal, command
-from kvstore.tiers.resp_client import RespClient, parse_server
+from kvstore.tiers.resp_client import RespClient, _Use, parse_server
 from transfer.blocking import BatchDeadline
 
 
@@ -131,6 +131,20 @@ async def test_a_connection_that_broke_in_a_reply_is_never_used_again_and_a_good
         assert await client.run(work, 10.0) is None and connections == 4, "a reply was still to come"
         await client.aclose()
         assert await client.run(work, 10.0)
+
+
+async def test_what_was_given_up_connects_nowhere():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.settimeout(0)
+        address = listening.getsockname()
+        client = RespClient(parse_server(f"redis://127.0.0.1:{address[1]}", {}), 1)
+        use = _Use()
+        use.stop()
+        with pytest.raises(RespError):
+            client._connect(use, [(socket.AF_INET, address)] * 2, BatchDeadline(10.0))
+        with pytest.raises(BlockingIOError):
+            listening.accept()
+        await client.aclose()
 
 
 def test_urls_that_name_a_server():
