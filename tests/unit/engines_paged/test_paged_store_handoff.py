@@ -20,7 +20,7 @@ from support.sim_loop import run_sim
 
 from engines.sim.reference import expected_tokens
 from kvcore.config.schema import StoreConfig
-from nodeapi.messages import Handoff
+from nodeapi.messages import Handoff, PrefillRequest
 
 PROMPT = prompt_of(3 * CHUNK + 7)
 WANTED = request("d", PROMPT)
@@ -273,3 +273,29 @@ def test_a_small_pool_with_store_and_handoffs_still_answers_all():
 
     for wanted, tokens in zip(requests, in_cluster(act, config=config), strict=True):
         assert tokens == expected_tokens(config, wanted.prompt_token_ids, wanted.sampling)
+
+
+def test_sixteen_stores_beside_two_small_decoders_keep_prompts_that_the_decoders_cannot():
+    async def main():
+        cluster = Cluster(segment_bytes=8 * 4096)
+        for number in range(16):
+            cluster.world.add_node(f"s{number}", 64 * 4096)
+        prompts = [prompt_of(8 * CHUNK + 1, seed) for seed in range(60)]
+        async with cluster.engine("p") as prefiller, cluster.engine("d0") as first, cluster.engine("d1") as second:
+            for number, prompt in enumerate(prompts):
+                wanted = PrefillRequest(
+                    request_id=f"p{number}",
+                    prompt_token_ids=prompt,
+                    prefer_segment=f"d{number % 2}.1",
+                    deadline_s=100.0,
+                )
+                assert (await prefiller.prefill(wanted)).stored_chunks == 8
+            cached = 0
+            for number, prompt in enumerate(prompts):
+                wanted = request(f"g{number}", prompt, max_tokens=1)
+                cached += (await deltas((first, second)[number % 2], wanted))[0].info.cached_tokens
+        assert "evicted" not in cluster.world.stats().counters
+        await cluster.aclose()
+        return cached
+
+    assert run_sim(main, limit_s=1000) == 60 * 8 * CHUNK
