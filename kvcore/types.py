@@ -81,7 +81,7 @@ class NodeInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Of the engine's KVSpec."""
 
 
-class ReplicaRef(msgspec.Struct, frozen=True, kw_only=True):
+class ReplicaRef(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """Where one complete (or, to its writer, reserved) copy of a chunk lies."""
 
     id: int

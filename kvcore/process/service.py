@@ -8,6 +8,7 @@ The stack unwinds before the tasks are cancelled.
 """
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -49,6 +50,7 @@ class Lifecycle:
     def ready(self, **fields: object) -> None:
         """Log that the process serves. From here on a signal sets `stopping` and cancels nothing."""
         self.is_ready = True
+        gc.freeze()  # what was imported and set up stays: no collection looks at it again
         log_fields(_logger, logging.INFO, "ready", pid=os.getpid(), **fields)
 
 

@@ -11,7 +11,7 @@ from kvcore.errors import MetadataProtocolError, NodeRefusedError
 from kvcore.identity import ClusterIdentity
 from kvcore.types import NodeInfo
 from metadata_server.index.leases import Deadlines, Expiry
-from metadata_server.index.segments import Replica, SegmentRecord
+from metadata_server.index.segments import Replica, SegmentRecord, Writer
 from metadata_server.messages import RegisterRequest
 
 
@@ -21,6 +21,8 @@ class LiveNode:
 
     def __init__(self, info: NodeInfo, replaced: deque[int]) -> None:
         self.info = info
+        self.writer = Writer(info.id, info.incarnation)
+        """As which it writes: one value for all its replicas."""
         self.replaced = replaced
         self.ttl_s = 0.0
         self.segments: dict[str, SegmentRecord] = {}

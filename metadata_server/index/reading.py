@@ -41,7 +41,7 @@ class Reading:
 
     def match(self, keys: list[ChunkKey], until: float | None, node_id: str, incarnation: int) -> MatchReply:
         """See MetadataState.match; a lease is granted until `until`, None: no lease."""
-        found: list[list[Replica]] = []
+        found: list[tuple[Replica, ...]] = []
         for key in keys:
             replicas = self._index.complete.get(key)
             if replicas is None:

@@ -11,13 +11,16 @@ from metadata_server.index.event_log import EventLog
 from metadata_server.index.segments import Replica, ReplicaState, SegmentRecord, Writer
 from metadata_server.messages import EventKind, ManifestEntry
 
+_Listing = dict[ChunkKey, tuple[Replica, ...]]
+"""Tuples, as the collector lets go of those with nothing for it inside; a list a chunk it would visit each time."""
+
 
 class ReplicaIndex:
     """Mutated by MetadataState only. Events wait until `publish`, so that one call's changes share events."""
 
     def __init__(self, log: EventLog, first_generation: int) -> None:
-        self.complete: dict[ChunkKey, list[Replica]] = {}
-        self.writing: dict[ChunkKey, list[Replica]] = {}
+        self.complete: _Listing = {}
+        self.writing: _Listing = {}
         self.replicas: dict[int, Replica] = {}
         self._log = log
         self._generation = first_generation
@@ -37,7 +40,7 @@ class ReplicaIndex:
         self._generation += 1
         ref = self._ref(key, length, record, offset, self._generation)
         replica = Replica(ref, record, ReplicaState.RESERVED, writer)
-        self.writing.setdefault(key, []).append(replica)
+        self.writing[key] = (*self.writing.get(key, ()), replica)
         self.replicas[replica.ref.id] = replica
         record.add(replica)
         return replica
@@ -106,7 +109,7 @@ class ReplicaIndex:
         )
 
     def _list_complete(self, replica: Replica) -> None:
-        self.complete.setdefault(replica.ref.key, []).append(replica)
+        self.complete[replica.ref.key] = (*self.complete.get(replica.ref.key, ()), replica)
         self._note(EventKind.STORED, replica)
 
     def _note(self, kind: EventKind, replica: Replica) -> None:
@@ -117,10 +120,11 @@ class ReplicaIndex:
             self._changes.append((kind, replica.record, [replica.ref.key]))
 
 
-def _unlist(listing: dict[ChunkKey, list[Replica]], replica: Replica) -> None:
-    replicas = listing[replica.ref.key]
-    replicas.remove(replica)
-    if not replicas:
+def _unlist(listing: _Listing, replica: Replica) -> None:
+    left = tuple(other for other in listing[replica.ref.key] if other is not replica)
+    if left:
+        listing[replica.ref.key] = left
+    else:
         del listing[replica.ref.key]
 
 

@@ -166,7 +166,6 @@ class Reservations:
             placer.evicted.clear()
         if found is None:
             return _FULL
-        writer = Writer(node.info.id, node.info.incarnation)
-        replica = self._index.reserve(item.key, item.length, found.record, found.offset, writer)
+        replica = self._index.reserve(item.key, item.length, found.record, found.offset, node.writer)
         node.reservations[replica.ref.id] = replica
         return replica

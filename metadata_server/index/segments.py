@@ -8,6 +8,8 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from enum import StrEnum
 
+import msgspec
+
 from kvcore.extents import ALIGNMENT, ExtentAllocator, aligned
 from kvcore.types import ReplicaRef, Segment
 from metadata_server.messages import ManifestEntry, SegmentStats
@@ -50,9 +52,11 @@ class Writer:
     incarnation: int
 
 
-@dataclass(slots=True, eq=False)
-class Replica:
-    """One extent and what is in it. `writer` None: found by its header."""
+class Replica(msgspec.Struct, eq=False, gc=False):
+    """One extent and what is in it. `writer` None: found by its header.
+
+    The collector does not see it, as there may be millions: whoever drops a segment empties `SegmentRecord.replicas`.
+    """
 
     ref: ReplicaRef
     record: "SegmentRecord"

@@ -133,7 +133,7 @@ class World:
 
     def replicas(self, wanted: ChunkKey) -> list[Replica]:
         """The index's own records; give one another `ref` to make the metadata server lie."""
-        return self.state._index.complete.get(wanted, [])
+        return list(self.state._index.complete.get(wanted, ()))
 
     def store(
         self,

@@ -190,3 +190,14 @@ def test_the_soft_limit_of_descriptors_is_raised_to_the_hard_one_for_it_and_its_
         resource.setrlimit(resource.RLIMIT_NOFILE, (100, 300))
     """
     assert finish(start(code))[:2] == (0, "(300, 300)\n300\n")
+
+
+def test_what_is_there_when_a_process_is_ready_is_collected_no_more():
+    code = """
+        import gc
+        async def main(lifecycle):
+            say(gc.get_freeze_count())
+            lifecycle.ready()
+            say(gc.get_freeze_count() > 1000)
+    """
+    assert finish(start(code))[:2] == (0, "0\nTrue\n")

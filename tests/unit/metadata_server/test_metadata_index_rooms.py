@@ -1,6 +1,8 @@
 """The states of a replica as prose and as data, bounds that are passed in, and what objects say of themselves."""
 
+import gc
 import re
+import weakref
 
 from support.metadata_words import keys, new_state, put, registration, reservation
 
@@ -44,3 +46,27 @@ def test_leases_are_bounded() -> None:
     put(state, "a", [1], 0.0)
     assert [state.match(keys(1), 0.0, lease_s=9.0).lease_id > 0 for _ in range(2)] == [True, False]
     assert state.counters["leases_refused"] == 1
+
+
+def test_a_chunk_is_nothing_that_the_collector_has_to_visit():
+    state = new_state()
+    state.register(registration("a", units=4096), 0.0)
+    gc.collect()
+    before = len(gc.get_objects())
+    for first in range(0, 4096, 64):
+        put(state, "a", list(range(first, first + 64)), 0.0)
+    gc.collect()
+    assert state.num_objects == 4096 and len(gc.get_objects()) - before < 1024
+
+
+def test_what_a_dropped_segment_held_is_freed_without_the_collector():
+    state = new_state()
+    state.register(registration("a", units=64), 0.0)
+    put(state, "a", list(range(64)), 0.0)
+    record = weakref.ref(state._nodes.segments["a.1"])
+    gc.disable()
+    try:
+        state.register(registration("a", units=0), 0.0)
+        assert record() is None and state.num_objects == 0
+    finally:
+        gc.enable()
