@@ -9,6 +9,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 import yaml
 from support.ports import free_ports
 
@@ -36,6 +37,7 @@ def test_every_block_says_how_it_is_run():
     assert len(BLOCKS) == TEXT.count("```bash") == 2
 
 
+@pytest.mark.slow
 async def test_one_file_one_test_and_one_seed_run_as_the_page_says():
     activate, *commands = BLOCKS["shell"].splitlines()
     assert activate == "source .venv/bin/activate"

@@ -122,8 +122,8 @@ def test_missing_keys_are_named(load):
         ("a: 22:16", "22:16 is a number to base 60"),
         (f"a: {'9' * 5000}", "line 1, column 4: a whole number of 5000 digits"),
         (f"a: 0x{'9' * 50000}", "a whole number of 50002 digits"),
-        (f"a: {'[' * 3000}", "its brackets are nested too deeply"),
-        (f"a: {'{b: ' * 3000}", "its brackets are nested too deeply"),
+        (f"a: {'[' * 900}", "its brackets are nested too deeply"),
+        (f"a: {'{b: ' * 900}", "its brackets are nested too deeply"),
         ("a: 2024-13-45", "not valid YAML: month must be in 1..12"),
     ],
 )
@@ -176,7 +176,7 @@ def test_whole_numbers_are_as_they_look(load):
         assert load(f"nodes.decode-0.port={text}").nodes["decode-0"].port == port
 
 
-@pytest.mark.parametrize("value", ["9" * 5000, "[" * 3000, "017"])
+@pytest.mark.parametrize("value", ["9" * 5000, "[" * 900, "017"])
 def test_an_override_that_cannot_be_read_is_named_in_one_short_line(load, value):
     with pytest.raises(ConfigError, match=r"^--set router\.port=[^\n]{1,150}$"):
         load(f"router.port={value}")

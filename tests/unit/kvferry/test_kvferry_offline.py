@@ -255,6 +255,7 @@ async def test_the_metadata_server_of_another_cluster_is_not_joined():
             await asyncio.to_thread(store.start)
 
 
+@pytest.mark.slow
 async def test_a_node_that_cannot_start_is_explained_by_its_last_lines(scratch):
     store = OfflineStore(private(segment=1 << 60))
     with pytest.raises(ConfigError, match=r"(?s)store ended with exit code 2 .*its last lines .*bytes do not fit"):
@@ -282,6 +283,7 @@ async def test_it_serves_until_it_is_closed_and_leaves_nothing(scratch):
     store.close()
 
 
+@pytest.mark.slow
 async def test_it_joins_a_cluster_for_as_long_as_it_lives():
     running, joined = OfflineStore(cluster := private()), None
     try:
@@ -298,6 +300,7 @@ async def test_it_joins_a_cluster_for_as_long_as_it_lives():
                 await asyncio.to_thread(store.close)
 
 
+@pytest.mark.slow
 async def test_a_node_that_is_killed_is_told_in_the_log():
     told, loop = asyncio.Event(), asyncio.get_running_loop()
 
@@ -318,6 +321,7 @@ async def test_a_node_that_is_killed_is_told_in_the_log():
         logger.removeHandler(listener)
 
 
+@pytest.mark.slow
 async def test_kill_minus_9_of_the_program_leaves_no_process():
     code = f"""
         import sys, time

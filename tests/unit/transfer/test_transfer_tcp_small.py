@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 import pytest
+from support.slow import slow_but
 from support.transfer_rigs import SIZE_BYTES, Rig, resources
 
 from kvcore.errors import (
@@ -92,7 +93,7 @@ LIES: dict[str, tuple[Callable[[socket.socket], None], type[TransferError]]] = {
 }
 
 
-@pytest.mark.parametrize("name", LIES)
+@pytest.mark.parametrize("name", slow_but(["says nothing", "breaks off in the data"], LIES))
 async def test_a_lie_after_a_good_answer_is_an_error_and_its_connection_is_not_used_again(name: str) -> None:
     second, expected = LIES[name]
     before = resources()
