@@ -61,9 +61,11 @@ class _RunningNode:
         """Why the node does not serve; None: it does."""
         if self.membership.refused:
             return f"the metadata server refuses this node: {self.membership.refused}"
-        if self.supervisor is None or self.supervisor.ready:
-            return None
-        return "the node's engine is starting"
+        if self.supervisor is not None and not self.supervisor.ready:
+            return "the node's engine is starting"
+        if self.tiers is not None and self.membership.joined and not self.tiers.announced:
+            return "the metadata server is being told what lies on the node's disk"
+        return None
 
     async def sample(self, *, exposition: bool = False) -> Sample | None:
         """None while there is no engine, or where it is too busy to answer."""

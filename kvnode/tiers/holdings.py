@@ -4,6 +4,7 @@ Owns what is not told yet. What is told is soft state: after each registration a
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 
@@ -33,7 +34,9 @@ class HoldingsAnnouncer:
         """Key -> whether it came (else it left), since the last telling."""
         self._all = True
         self._news = asyncio.Event()
-        self._news.set()
+        self._hurry = asyncio.Event()
+        self.told = False
+        """Whether the metadata server was told all that lies here, since it last took the node in."""
 
     def __repr__(self) -> str:
         return f"<HoldingsAnnouncer {'all' if self._all else len(self._changes)} to be told>"
@@ -48,20 +51,29 @@ class HoldingsAnnouncer:
 
     def tell_all(self) -> None:
         """The metadata server knows nothing of this node's disk: it has started again, or the node has registered."""
-        self._all = True
+        self._all, self.told = True, False
         self._news.set()
+        self._hurry.set()
+
+    @property
+    def can_tell(self) -> bool:
+        """Whether the metadata server is known to be new enough to be told."""
+        return self._metadata.protocol >= TIER_HOLDINGS
 
     async def run(self) -> None:
-        """Until cancelled. A server that is away, or too old to be told, is tried again later."""
+        """Until cancelled: at once when the node has registered, and a moment after changes. A server that is away, or
+        too old to be told, is tried again later."""
         while True:
             await self._news.wait()
             self._news.clear()
-            if self._metadata.protocol < TIER_HOLDINGS or not await self._tell():
+            self._hurry.clear()
+            done = self.can_tell and await self._tell()
+            if not done:
                 self._all = True
                 self._news.set()
-                await asyncio.sleep(self._limits.retry_s)
-            else:
-                await asyncio.sleep(self._limits.announce_s)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._limits.announce_s if done else self._limits.retry_s):
+                    await self._hurry.wait()
 
     async def _tell(self) -> bool:
         everything, self._all = self._all, False
@@ -71,10 +83,12 @@ class HoldingsAnnouncer:
         if everything:
             came, left = dict.fromkeys(name.key for name in self._names()), []
         try:
-            return await self._send(list(came), left, reset=everything)
+            done = await self._send(list(came), left, reset=everything)
         except (MetadataUnavailableError, MetadataProtocolError) as error:
             log_fields(_logger, logging.DEBUG, "holdings_not_told", node=self._node.id, reason=error.message)
             return False
+        self.told = self.told or (done and everything and not self._all)
+        return done
 
     async def _send(self, came: list[ChunkKey], left: list[ChunkKey], *, reset: bool) -> bool:
         size = self._limits.announce_keys

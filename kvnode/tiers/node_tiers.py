@@ -70,6 +70,11 @@ class NodeTiers:
         if self.announcer is not None:
             self.announcer.tell_all()
 
+    @property
+    def announced(self) -> bool:
+        """Whether others can learn what lies on this node's disk, or never will from a server of this age."""
+        return self.announcer is None or self.announcer.told or not self.announcer.can_tell
+
     async def before_leg(self, request: PrefillRequest | GenerateRequest) -> list[Promoted]:
         """Bring what tiers have of the prompt into the segment, within `tiers.wait_s` and half of the request's time.
 

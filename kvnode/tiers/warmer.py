@@ -7,9 +7,11 @@ import asyncio
 import logging
 from collections.abc import Callable
 
+from kvcore.extents import aligned
 from kvcore.telemetry import log_fields
 from kvnode.tiers.limits import MoveLimits
 from kvnode.tiers.promoter import ChunkShape, TierPromoter
+from kvstore.chunk_format import HEADER_BYTES
 from kvstore.tiers.base import ChunkName
 from kvstore.tiers.guarded import GuardedTier
 
@@ -48,7 +50,7 @@ class TierWarmer:
         await self._ready.wait()
         shape = self._shape
         assert shape is not None
-        most = int(self._share_bytes / max(1, shape.chunk_bytes))
+        most = int(self._share_bytes / aligned(HEADER_BYTES + shape.chunk_bytes))
         wanted = [name for name in self._names() if name.fingerprint == shape.fingerprint][:most]
         size = self._limits.batch_chunks
         for start in range(0, len(wanted), size):

@@ -1,18 +1,23 @@
 """Filling behind the commit and promoting on demand, over a metadata server and in virtual time."""
 
 import asyncio
+from typing import ClassVar
 
+import msgspec
 import pytest
 from support.sim_loop import run_sim
 from support.store_fakes import SPEC, key, payload
-from support.tier_world import TierWorld, put_into, shared_tier
+from support.tier_world import TierNode, TierWorld, put_into, shared_tier
 
 from kvcore.config.schema import StoreConfig
 from kvcore.config.tiers import RedisTierConfig, TiersConfig
 from kvnode.tiers.limits import MoveLimits
+from kvnode.tiers.peers import PeerDisks
 from kvnode.tiers.promoter import ChunkShape
 from kvstore.chunk_format import HEADER_BYTES
 from kvstore.tiers.base import ChunkName
+from kvstore.tiers.memory import MemoryTier
+from nodeapi.messages import PromoteRequest
 
 KEYS = [key(number) for number in range(1, 13)]
 SHAPE = ChunkShape(SPEC.fingerprint, SPEC.chunk_bytes, SPEC.chunk_tokens)
@@ -291,5 +296,101 @@ def test_what_a_tier_did_is_reported():
             (report,) = a.tiers.reports()
             assert (report.name, report.shared, report.num_chunks, report.problem) == ("memory", True, 12, "")
             assert report.counts["saved"] == report.counts["promoted"] == 12 and report.load_rate
+
+    run_sim(main)
+
+
+class DiskLike(MemoryTier):
+    """A tier of one node's own."""
+
+    shared = False
+
+    def __init__(self, clock) -> None:
+        super().__init__(1 << 24, clock, name="disk")
+        self.on_change = lambda came, left: None
+
+    def names(self) -> list[ChunkName]:
+        return list(self.chunks)
+
+    async def save(self, chunks, *, ttl_s=None, timeout_s):
+        before = set(self.chunks)
+        outcomes = await super().save(chunks, ttl_s=ttl_s, timeout_s=timeout_s)
+        self.on_change([name for name in self.chunks if name not in before], [])
+        return outcomes
+
+
+class DirectPeers(PeerDisks):
+    """Asks the other node in the same process."""
+
+    nodes: ClassVar[dict[str, TierNode]] = {}
+
+    async def promote(self, node_id, names, *, timeout_s):
+        request = PromoteRequest(
+            fingerprint=names[0].fingerprint, keys=[name.key for name in names], deadline_s=timeout_s
+        )
+        reply = await self.nodes[node_id].tiers.promote(request)
+        return [msgspec.structs.replace(one, node=node_id) for one in reply.promoted]
+
+
+def test_what_lies_on_another_nodes_disk_is_brought_into_that_nodes_segment():
+    async def main():
+        world = TierWorld()
+        disk = DiskLike(world.world.clock)
+        put_into(disk, KEYS[:8])
+        peers = lambda client: DirectPeers(client, None, "b")  # noqa: E731
+        cold, empty = TiersConfig(warm_up=0.0), DiskLike(world.world.clock)
+        async with world.node("a", [disk], config=cold) as a, world.node("b", [empty], peers=peers) as b:
+            DirectPeers.nodes = {"a": a}
+            for node in (a, b):
+                assert not node.tiers.announced
+                node.tiers.registered()
+            await asyncio.sleep(0.01)
+            assert a.tiers.announced and b.tiers.announced, "told as soon as the node has registered"
+            promoted = await b.tiers.promoter.promote(KEYS, SHAPE, timeout_s=5)
+            assert [(one.tier, one.node, one.num_chunks) for one in promoted] == [("disk", "a", 8)]
+            assert await b.cached(KEYS) == 8
+            assert {ref.ref.segment_id for one in KEYS[:8] for ref in world.world.replicas(one)} == {"a.1"}
+            await a.put(KEYS[8:])
+            await a.settled()
+            await asyncio.sleep(1)
+            world.forget(KEYS)
+            assert sum(one.num_chunks for one in await b.tiers.promoter.promote(KEYS, SHAPE, timeout_s=5)) == 12
+
+    run_sim(main)
+
+
+def test_after_a_start_the_disks_chunks_are_warmed_up_to_a_share_of_the_segment():
+    async def main():
+        world = TierWorld()
+        disk = DiskLike(world.world.clock)
+        keys = [key(number) for number in range(1, 60)]
+        put_into(disk, keys)
+        async with world.node("a", [disk], chunks=40, config=TiersConfig(warm_up=0.5)) as a:
+            await asyncio.sleep(5)
+            assert a.tiers.warmer.promoted_chunks == await a.cached(keys) > 0
+            assert world.world.stats().segments[0].used_bytes <= 0.9 * 40 * 4096
+
+    run_sim(main)
+
+
+def test_a_metadata_server_that_starts_again_is_told_again():
+    async def main():
+        world = TierWorld()
+        disk = DiskLike(world.world.clock)
+        put_into(disk, KEYS)
+        async with world.node("a", [disk]) as a:
+            a.wire.down.add("tell_holdings")
+            a.tiers.registered()
+            await asyncio.sleep(3)
+            assert not a.tiers.announced
+            a.wire.down.clear()
+            await asyncio.sleep(2)
+            assert a.tiers.announced
+            holdings = world.world.state._holdings
+            assert len(holdings) == 12
+            holdings.drop("a")
+            a.tiers.registered()
+            await asyncio.sleep(0.01)
+            assert len(holdings) == 12
 
     run_sim(main)
