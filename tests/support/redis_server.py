@@ -1,7 +1,6 @@
 """A Redis or Valkey of a test's own on loopback, and what a test may do to it.
 
-Without the program tests are skipped; in continuous integration that is a failure for Redis. Valkey is tested where it
-is.
+Without the program tests are skipped; in continuous integration that is a failure.
 """
 
 import os
@@ -9,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,10 +22,12 @@ from kvstore.tiers.resp import RespConnection, RespValue, command
 from transfer.blocking import BatchDeadline
 
 _Test = TypeVar("_Test", bound=Callable[..., object])
+VALKEY = shutil.which("valkey-server", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+"""The system's, or what `make test` puts beside its Python."""
 _skip_redis = pytest.mark.skipif(
     shutil.which("redis-server") is None and not os.environ.get("CI"), reason="no redis-server here"
 )
-_skip_valkey = pytest.mark.skipif(shutil.which("valkey-server") is None, reason="no valkey-server here")
+_skip_valkey = pytest.mark.skipif(VALKEY is None and not os.environ.get("CI"), reason="no valkey-server here")
 needs_redis = (pytest.mark.slow, pytest.mark.timeout(60), _skip_redis)
 needs_valkey = (pytest.mark.slow, pytest.mark.timeout(60), _skip_valkey)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from support.redis_server import needs_redis, needs_valkey, redis_server
+from support.redis_server import VALKEY, needs_redis, needs_valkey, redis_server
 
 from kvcore.clock import ManualClock
 from kvcore.types import ChunkKey
@@ -151,7 +151,7 @@ KINDS = {
     "disk": RigKind(disk_rig, _DISK),
     "disk_buffered": RigKind(lambda: disk_rig(buffered=True), _DISK),
     "redis": RigKind(lambda: redis_rig("redis-server"), _REDIS, needs_redis),
-    "valkey": RigKind(lambda: redis_rig("valkey-server"), _REDIS, needs_valkey),
+    "valkey": RigKind(lambda: redis_rig(VALKEY or "valkey-server"), _REDIS, needs_valkey),
 }
 """A line a kind of tier. `bound`: it has a capacity of its own."""
 
