@@ -67,7 +67,7 @@ class MetadataState:
         `identity` is what nodes must be of."""
         self.log = EventLog(epoch, event_log)
         self.speaks = speaks
-        self.counters: Counter[str] = Counter()
+        self.counters: Counter[str] = Counter(evicted=0)
         self._calls = CallCount()
         self._deadlines = deadlines = Deadlines()
         self._index = index = ReplicaIndex(self.log, first_generation)
