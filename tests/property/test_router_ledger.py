@@ -122,7 +122,9 @@ class World:
         choices = ["stop"] if not self.decodes else ["delta"] * 6 + ["decode_failed", "stop", "violate", "abort"]
         if self.prefills:
             choices += ["prefill_done", "prefill_failed"]
-        choices += ["timer"] * bool(self.timers) + ["stale", "upgrade", "report"]
+        choices += ["timer"] * bool(self.timers) + ["stale"]
+        if self.kind is HandoffKind.KVFERRY:  # vLLM servers that are not ours say nothing of their weights
+            choices += ["upgrade", "report"]
         choices += ["gone", "deadline"] if self.draw(st.integers(0, 9)) == 0 else []
         getattr(self, "_" + self.draw(st.sampled_from(choices)))()
 

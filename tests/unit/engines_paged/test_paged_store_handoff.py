@@ -294,7 +294,7 @@ def test_sixteen_stores_beside_two_small_decoders_keep_prompts_that_the_decoders
             for number, prompt in enumerate(prompts):
                 wanted = request(f"g{number}", prompt, max_tokens=1)
                 cached += (await deltas((first, second)[number % 2], wanted))[0].info.cached_tokens
-        assert "evicted" not in cluster.world.stats().counters
+        assert not cluster.world.stats().counters["evicted"]
         await cluster.aclose()
         return cached
 
