@@ -4,7 +4,6 @@ Owns the order and nothing else. Stop: refuse new legs, drain, leave the metadat
 segment go.
 """
 
-import asyncio
 import logging
 import secrets
 import socket
@@ -24,7 +23,7 @@ from kvcore.config.vllm_options import engine_environment
 from kvcore.errors import KVFerryError, NodeUnavailableError
 from kvcore.ports import base_url, listen
 from kvcore.process.service import Lifecycle
-from kvcore.telemetry import Metrics, log_fields
+from kvcore.telemetry import Metrics
 from kvcore.types import NodeInfo, Role
 from kvnode.control_api import ControlApi
 from kvnode.limits import NodeLimits
@@ -33,6 +32,7 @@ from kvnode.metrics import NodeMetrics
 from kvnode.probe import PeerProber
 from kvnode.segment_owner import SegmentOwner
 from kvnode.supervisor import EngineSupervisor
+from kvnode.tasks import cancelled
 from kvnode.tiers.node_tiers import NodeTiers
 from kvnode.tiers.starting import start_tiers
 from metadata_server.connect import connect_client, endpoints_of
@@ -136,9 +136,9 @@ async def run_node(
     lifecycle.describe.append(lambda: map(repr, (membership, node.supervisor, owner, prober, tiers)))
     if node.supervisor is not None:
         engine = lifecycle.tasks.create_task(node.supervisor.run(), name="engine")
-        stack.push_async_callback(_cancelled, engine)
+        stack.push_async_callback(cancelled, engine)
     stack.push_async_callback(membership.leave)  # before the engine stops, after the last heartbeat
-    stack.push_async_callback(_cancelled, lifecycle.tasks.create_task(membership.run(), name="membership"))
+    stack.push_async_callback(cancelled, lifecycle.tasks.create_task(membership.run(), name="membership"))
     metrics = NodeMetrics(Metrics(), membership, owner, lambda: node.supervisor, tiers)
     node.api = ControlApi(
         engine=node.engine,
@@ -212,9 +212,3 @@ async def _serve(api: ControlApi, listener: socket.socket, stack: AsyncExitStack
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
     await web.SockSite(runner, listener).start()
-
-
-async def _cancelled(task: "asyncio.Task[None]") -> None:
-    task.cancel()
-    await asyncio.wait({task})
-    log_fields(_logger, logging.DEBUG, "task_ended", name=task.get_name())

@@ -29,18 +29,3 @@ def choose(num_chunks: int, costs: LoadCosts) -> LoadChoice:
     load_s = num_chunks * costs.chunk_bytes / costs.load_rate if costs.load_rate else None
     compute_s = num_chunks * costs.chunk_tokens / costs.prefill_rate if costs.prefill_rate else None
     return LoadChoice(load_s is None or compute_s is None or load_s <= compute_s, load_s, compute_s)
-
-
-class RunningRate:
-    """An estimate of units a second that follows what is observed."""
-
-    def __init__(self, weight: float = 0.2) -> None:
-        """`weight`: of the latest observation."""
-        self._weight = weight
-        self.value: float | None = None
-
-    def observe(self, units: float, seconds: float) -> None:
-        """So many units took so long. Nothing is learnt from nothing."""
-        if units > 0 and seconds > 0:
-            rate = units / seconds
-            self.value = rate if self.value is None else self.value + self._weight * (rate - self.value)

@@ -10,7 +10,6 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from kvcore.clock import Clock
 from kvcore.config.tiers import Admission
 from kvcore.telemetry import log_fields
 from kvcore.types import ChunkKey
@@ -73,14 +72,11 @@ class FilledTier:
 class TierFiller:
     """An IndexSink. `run` it in a task; cancel the task to end it."""
 
-    def __init__(
-        self, segment: OwnSegment, tiers: Iterable[FilledTier], clock: Clock, limits: MoveLimits = MoveLimits()
-    ) -> None:
+    def __init__(self, segment: OwnSegment, tiers: Iterable[FilledTier], limits: MoveLimits = MoveLimits()) -> None:
         self.counts: Counter[tuple[str, str]] = Counter()
         """(tier, what) -> chunks since start: `saved`, `there` (found in it already), `dropped` (queue full), `gone`
         (evicted before they were saved), `failed`."""
         self._segment = segment
-        self._clock = clock
         self._limits = limits
         self._lanes = [
             _Lane(one.tier, one.admission, one.ttl_s, one.timeout_s, RecentKeys(limits.max_remembered)) for one in tiers

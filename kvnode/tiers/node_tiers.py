@@ -4,7 +4,7 @@ Owns their order of start and end. Without tiers in the cluster file there is no
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TypeGuard
@@ -13,6 +13,7 @@ from kvcore.chunk_keys import chunk_keys, root_key, usable_chunks
 from kvcore.clock import Clock
 from kvcore.config.tiers import TierConfig, TiersConfig
 from kvcore.types import ChunkKey, KVSpec, NodeInfo
+from kvnode.tasks import cancelled
 from kvnode.tiers.filler import FilledTier, TierFiller
 from kvnode.tiers.holdings import HoldingsAnnouncer
 from kvnode.tiers.limits import MoveLimits
@@ -45,13 +46,12 @@ class OpenTier:
 
 @dataclass(slots=True)
 class NodeTiers:
-    """Made by `open_node_tiers`. `subscription_sink` is to be fed with the metadata server's events."""
+    """Made by `open_node_tiers`. Its `filler` is to be fed with the metadata server's events."""
 
     config: TiersConfig
     tiers: list[GuardedTier]
     filler: TierFiller
     promoter: TierPromoter
-    placement: Placement
     announcer: HoldingsAnnouncer | None = None
     warmer: TierWarmer | None = None
     _shape: ChunkShape | None = field(default=None)
@@ -131,7 +131,7 @@ async def open_node_tiers(
     config: TiersConfig,
     *,
     node: NodeInfo,
-    segment: Callable[[Placement], OwnSegment],
+    segment: OwnSegment,
     placement: Placement,
     metadata: MetadataClient,
     clock: Clock,
@@ -147,35 +147,28 @@ async def open_node_tiers(
             guard = GuardedTier(one.tier, clock, in_flight_bytes=int(one.config.in_flight))
             stack.push_async_callback(guard.aclose)
             guards.append(guard)
-        own = segment(placement)
         filled = [
             FilledTier(guard, one.config.admission, one.config.ttl_s, one.config.timeout_s)
             for guard, one in zip(guards, opened, strict=True)
         ]
-        filler = TierFiller(own, filled, clock, limits)
+        filler = TierFiller(segment, filled, limits)
         timeouts = [(guard, one.config.timeout_s) for guard, one in zip(guards, opened, strict=True)]
-        promoter = TierPromoter(own, timeouts, clock, run_blocking=run_blocking, peers=peers, limits=limits)
+        promoter = TierPromoter(segment, timeouts, clock, run_blocking=run_blocking, peers=peers, limits=limits)
         promoter.on_promoted, promoter.on_lost = filler.on_promoted, filler.on_lost
         stack.push_async_callback(promoter.aclose)
-        tiers = NodeTiers(config, guards, filler, promoter, placement)
+        tiers = NodeTiers(config, guards, filler, promoter)
         work = [filler.run()]
         for one, guard in zip(opened, guards, strict=True):
             if is_local(one.tier):
                 tiers.announcer = HoldingsAnnouncer(metadata, node, one.tier.names, limits)
                 one.tier.on_change = tiers.announcer.changed
-                tiers.warmer = TierWarmer(promoter, guard, one.tier.names, own.size_bytes * config.warm_up, limits)
+                tiers.warmer = TierWarmer(promoter, guard, one.tier.names, segment.size_bytes * config.warm_up, limits)
                 work += [tiers.announcer.run(), tiers.warmer.run()]
         tasks = [asyncio.create_task(one) for one in work]
-        stack.push_async_callback(_ended, tasks)
+        stack.push_async_callback(cancelled, *tasks)
         yield tiers
 
 
 def is_local(tier: Tier) -> TypeGuard[LocalTier]:
     """Whether only this node sees what lies in the tier."""
     return not tier.shared
-
-
-async def _ended(tasks: list["asyncio.Task[None]"]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.wait(tasks)

@@ -7,7 +7,6 @@ not reserved for us, or after the time for it.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from kvcore.clock import Clock
 from kvcore.types import ChunkKey, ReplicaRef
 from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, Expected, pack, parse, verify
 from kvstore.placement import Placement, Reserved
@@ -42,12 +41,11 @@ class ReservedRoom:
 class OwnSegment:
     """`view` is the segment's memory, `segment_id` its name at the metadata server."""
 
-    def __init__(self, view: memoryview, segment_id: str, placement: Placement, clock: Clock) -> None:
+    def __init__(self, view: memoryview, segment_id: str, placement: Placement) -> None:
         self.segment_id = segment_id
         self.size_bytes = view.nbytes
         self._view = view
         self._placement = placement
-        self._clock = clock
 
     def __repr__(self) -> str:
         return f"<OwnSegment {self.segment_id}, {self.size_bytes} bytes>"

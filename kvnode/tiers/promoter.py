@@ -16,12 +16,13 @@ from typing import Protocol
 from kvcore.clock import Clock
 from kvcore.telemetry import log_fields
 from kvcore.types import ChunkKey
-from kvnode.tiers.choice import LoadCosts, RunningRate, choose
+from kvnode.tiers.choice import LoadCosts, choose
 from kvnode.tiers.limits import MoveLimits
 from kvnode.tiers.own_segment import OwnSegment, ReservedRoom
 from kvstore.chunk_format import HEADER_BYTES
 from kvstore.tiers.base import ChunkName, TierChunk, TierOutcome
 from kvstore.tiers.guarded import GuardedTier
+from kvstore.tiers.rate import RunningRate
 from kvstore.types import GetOutcome, RunBlocking
 from nodeapi.messages import Promoted
 

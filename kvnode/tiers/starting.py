@@ -8,6 +8,7 @@ from kvcore.clock import Clock
 from kvcore.config.schema import ClusterConfig
 from kvnode.membership import Membership
 from kvnode.segment_owner import SegmentOwner
+from kvnode.tasks import cancelled
 from kvnode.tiers.node_tiers import NodeTiers, OpenTier, open_node_tiers
 from kvnode.tiers.own_segment import OwnSegment
 from kvnode.tiers.peers import PeerDisks
@@ -44,7 +45,7 @@ async def start_tiers(
                 opened,
                 config.tiers,
                 node=node,
-                segment=lambda placement: OwnSegment(owner.view, owner.segment.id, placement, clock),
+                segment=OwnSegment(owner.view, owner.segment.id, placement),
                 placement=placement,
                 metadata=metadata,
                 clock=clock,
@@ -56,10 +57,5 @@ async def start_tiers(
         subscription = connect_subscription(endpoints_of(config.metadata_server), tiers.filler, clock)
         stack.push_async_callback(subscription.aclose)
         following = asyncio.create_task(subscription.run(), name="follow-events")
-        stack.push_async_callback(_ended, following)
+        stack.push_async_callback(cancelled, following)
         yield tiers
-
-
-async def _ended(task: "asyncio.Task[None]") -> None:
-    task.cancel()
-    await asyncio.wait({task})

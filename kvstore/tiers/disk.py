@@ -53,11 +53,10 @@ class DiskTier:
     name = "disk"
     shared = False
 
-    def __init__(self, slab: SlabFile, entries: Sequence[SlabEntry], clock: Clock, said: str) -> None:
+    def __init__(self, slab: SlabFile, entries: Sequence[SlabEntry], clock: Clock) -> None:
         self.on_change: Callable[[Sequence[ChunkName], Sequence[ChunkName]], None] = lambda _came, _left: None
         self.max_chunk_bytes = slab.data_bytes
         self._slab, self._clock = slab, clock
-        self._said = said
         self._problem: str | None = None
         self._pool = BlockingPool("disk-tier", _THREADS)
         self._index: OrderedDict[ChunkName, _Held] = OrderedDict()
@@ -326,4 +325,4 @@ async def open_disk(path: Path, size_bytes: int, clock: Clock, *, buffered: bool
     slab, said, entries = await asyncio.to_thread(start)
     if said:
         log_fields(_log, logging.WARNING, "disk_tier", path=str(path), said=said)
-    return DiskTier(slab, entries, clock, said)
+    return DiskTier(slab, entries, clock)

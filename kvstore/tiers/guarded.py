@@ -12,6 +12,7 @@ from typing import TypeVar
 from kvcore.clock import Clock
 from kvstore.tiers.base import ChunkName, Tier, TierChunk, TierOutcome, TierStats
 from kvstore.tiers.limits import TierLimits
+from kvstore.tiers.rate import RunningRate
 
 _Result = TypeVar("_Result")
 _AWAY = TierOutcome.UNAVAILABLE
@@ -33,7 +34,7 @@ class GuardedTier:
         self.moved_bytes: Counter[str] = Counter()
         """`load`, `save` -> bytes that arrived, since start."""
         self._tier, self._clock, self._limits = tier, clock, limits
-        self._rates: dict[str, float] = {}
+        self._rates = {operation: RunningRate(limits.rate_weight) for operation in ("load", "save")}
         self._failures = 0
         self._pause_s = limits.pause_s
         self._closed_until = 0.0
@@ -52,14 +53,14 @@ class GuardedTier:
 
     def rate(self, operation: str) -> float | None:
         """Bytes a second of one `load` or `save` call, as a running estimate; None: not measured yet."""
-        return self._rates.get(operation)
+        return self._rates[operation].value
 
     async def find(self, names: Sequence[ChunkName], *, timeout_s: float) -> list[bool]:
         """See `Tier`. What takes longer than `timeout_s` counts as a failure."""
         found = [False] * len(names)
         if not names or self.away:
             return found
-        with self._attempt() as attempt:
+        with _BreakerTry(self) as attempt:
             answer = await _in_time(self._tier.find(names, timeout_s=timeout_s), timeout_s)
             attempt.ok = answer is not None and self._tier.stats().problem is None
         return answer or found
@@ -108,7 +109,7 @@ class GuardedTier:
                 started = self._clock.now()
                 left_s = timeout_s - (started - began)
                 if left_s > 0 and not self.away:
-                    with self._attempt() as attempt:
+                    with _BreakerTry(self) as attempt:
                         outcomes = await _in_time(call(left_s), left_s)
                         attempt.ok = outcomes is not None and any(outcome is not _AWAY for outcome in outcomes)
                     self._measure(operation, chunks, outcomes or [], self._clock.now() - started)
@@ -125,8 +126,7 @@ class GuardedTier:
         if not arrived:
             return
         self.moved_bytes[operation] += arrived
-        rate, weight = arrived / max(seconds, 1e-6), self._limits.rate_weight
-        self._rates[operation] = self._rates.get(operation, rate) * (1 - weight) + rate * weight
+        self._rates[operation].observe(arrived, max(seconds, 1e-6))
 
     async def _enter(self, num_bytes: int) -> bool:
         async with self._room:
@@ -140,9 +140,6 @@ class GuardedTier:
         async with self._room:
             self._under_way -= num_bytes
             self._room.notify_all()
-
-    def _attempt(self) -> "_BreakerTry":
-        return _BreakerTry(self)
 
     def _begin(self) -> None:
         self._trying = self._failures >= self._limits.failures

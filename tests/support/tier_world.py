@@ -100,7 +100,7 @@ class TierWorld:
                     [OpenTier(tier, section) for tier, section in opened],
                     config or TiersConfig(),
                     node=info,
-                    segment=lambda placement: OwnSegment(view, segment.id, placement, clock),
+                    segment=OwnSegment(view, segment.id, placement),
                     placement=placement,
                     metadata=client,
                     clock=clock,
