@@ -14,6 +14,8 @@ MAX_ITEMS = 65_536
 """Keys, items or ids in one request; manifest entries are bounded by the body's size."""
 MAX_SECONDS = 3600.0
 MAX_WAIT_SECONDS = 600.0
+MAX_KEEP_SECONDS = 366 * 86_400.0
+"""Of a pin or a chunk's time."""
 MAX_NAME = 256
 MAX_TEXT = 4096
 MAX_BYTES = 1 << 50

@@ -6,13 +6,23 @@ Every method raises MetadataUnavailableError (go on without the cache) or Metada
 """
 
 import asyncio
+from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
 import msgspec
 
 from kvcore.clock import Clock
 from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
+from kvcore.types import ChunkKey
 from metadata_server import endpoints
+from metadata_server.cache_messages import (
+    CacheReply,
+    EvictRequest,
+    ExpireRequest,
+    PinRequest,
+    PinsReply,
+    UnpinRequest,
+)
 from metadata_server.endpoints import EndpointSpec, Rep, Req
 from metadata_server.limits import ClientLimits
 from metadata_server.messages import (
@@ -165,6 +175,29 @@ class MetadataClient:
     async def quarantine(self, request: QuarantineRequest, *, timeout_s: float | None = None) -> None:
         """Drop replicas that a reader refused, if they still are of that generation. Idempotent."""
         await self._call(endpoints.QUARANTINE, request, timeout_s)
+
+    async def pin(
+        self, keys: Sequence[ChunkKey], ttl_s: float | None = None, *, timeout_s: float | None = None
+    ) -> CacheReply:
+        """Keep these chunks from eviction, in memory, for `ttl_s` or until `unpin`. Idempotent, as the next three are;
+        for servers whose `protocol` is CACHE_CONTROL or later."""
+        return await self._call(endpoints.PIN, PinRequest(keys=list(keys), ttl_s=ttl_s), timeout_s)
+
+    async def unpin(self, keys: Sequence[ChunkKey], *, timeout_s: float | None = None) -> CacheReply:
+        """End pins."""
+        return await self._call(endpoints.UNPIN, UnpinRequest(keys=list(keys)), timeout_s)
+
+    async def evict(self, keys: Sequence[ChunkKey], *, timeout_s: float | None = None) -> CacheReply:
+        """Forget these chunks now, but for what is pinned or being read."""
+        return await self._call(endpoints.EVICT, EvictRequest(keys=list(keys)), timeout_s)
+
+    async def expire(self, keys: Sequence[ChunkKey], ttl_s: float, *, timeout_s: float | None = None) -> CacheReply:
+        """Forget these chunks after `ttl_s`."""
+        return await self._call(endpoints.EXPIRE, ExpireRequest(keys=list(keys), ttl_s=ttl_s), timeout_s)
+
+    async def pins(self, *, timeout_s: float | None = None) -> PinsReply:
+        """What is pinned."""
+        return await self._call(endpoints.PINS, None, timeout_s)
 
     async def nodes(self, *, timeout_s: float | None = None) -> NodesReply:
         """Live nodes and their segments, with the addresses to reach them by."""

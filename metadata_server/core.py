@@ -17,6 +17,7 @@ from kvcore.errors import MetadataProtocolError, NodeRefusedError, OverloadedErr
 from kvcore.telemetry import log_fields
 from kvcore.types import ChunkKey
 from metadata_server.endpoints import ENDPOINTS
+from metadata_server.index.refusals import Refusals
 from metadata_server.index.state import MetadataState
 from metadata_server.limits import ServerLimits
 from metadata_server.messages import (
@@ -33,7 +34,6 @@ from metadata_server.messages import (
     WaitRequest,
 )
 from metadata_server.protocol import RequestDecoder, encode
-from metadata_server.refusals import Refusals
 
 _logger = logging.getLogger("metadata_server")
 _DONE = Nothing()

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import msgspec
 
+from metadata_server import cache_messages as c
 from metadata_server import messages as m
 from metadata_server.bounds import (
     MAX_ADDRESSES,
     MAX_BYTES,
     MAX_ITEMS,
+    MAX_KEEP_SECONDS,
     MAX_NAME,
     MAX_WAIT_SECONDS,
     check_extent,
@@ -106,8 +108,14 @@ def _check_tell_holdings(request: m.TellHoldingsRequest) -> None:
     check_keys(request.removed, "removed")
 
 
-def _check_find_holders(request: m.FindHoldersRequest) -> None:
+def _check_only_keys(request: m.FindHoldersRequest | c.UnpinRequest | c.EvictRequest) -> None:
     check_keys(request.keys)
+
+
+def _check_keep(request: c.PinRequest | c.ExpireRequest) -> None:
+    check_keys(request.keys)
+    if request.ttl_s is not None:
+        check_seconds(request.ttl_s, "ttl_s", most=MAX_KEEP_SECONDS)
 
 
 def _check_quarantine(request: m.QuarantineRequest) -> None:
@@ -239,8 +247,31 @@ FIND_HOLDERS = EndpointSpec(
     m.FindHoldersReply,
     lambda core: core.state.find_holders,
     "Who has chunks on disk",
-    _check_find_holders,
+    _check_only_keys,
 )
+PIN = EndpointSpec(
+    "/v1/cache/pin", c.PinRequest, c.CacheReply, lambda core: core.state.pin, "Keep chunks from eviction", _check_keep
+)
+UNPIN = EndpointSpec(
+    "/v1/cache/unpin", c.UnpinRequest, c.CacheReply, lambda core: core.state.unpin, "End pins", _check_only_keys
+)
+EVICT = EndpointSpec(
+    "/v1/cache/evict",
+    c.EvictRequest,
+    c.CacheReply,
+    lambda core: core.state.evict,
+    "Forget chunks that nobody reads now",
+    _check_only_keys,
+)
+EXPIRE = EndpointSpec(
+    "/v1/cache/expire",
+    c.ExpireRequest,
+    c.CacheReply,
+    lambda core: core.state.expire,
+    "Give chunks a time after which they are forgotten",
+    _check_keep,
+)
+PINS = EndpointSpec("/v1/cache/pins", None, c.PinsReply, lambda core: core.state.pins, "What is pinned")
 NODES = EndpointSpec("/v1/nodes", None, m.NodesReply, lambda core: core.nodes, "Live nodes and segments")
 STATS = EndpointSpec("/v1/stats", None, m.Stats, lambda core: core.stats, "What is held, and counters")
 
@@ -258,6 +289,11 @@ ENDPOINTS: tuple[EndpointSpec[Any, Any], ...] = (
     RELEASE,
     TELL_HOLDINGS,
     FIND_HOLDERS,
+    PIN,
+    UNPIN,
+    EVICT,
+    EXPIRE,
+    PINS,
     NODES,
     STATS,
 )

@@ -18,19 +18,19 @@ TIER_HOLDINGS = 2
 """Since which nodes tell what lies on their disks."""
 
 
-class _Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    pass
+class RequestBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What every request is."""
 
 
-class _Reply(msgspec.Struct, frozen=True, kw_only=True):
-    pass
+class ReplyBody(msgspec.Struct, frozen=True, kw_only=True):
+    """What every reply is."""
 
 
-class Nothing(_Reply, frozen=True, kw_only=True):
+class Nothing(ReplyBody, frozen=True, kw_only=True):
     """A reply that says only: done."""
 
 
-class ManifestEntry(_Request, frozen=True, kw_only=True):
+class ManifestEntry(RequestBody, frozen=True, kw_only=True):
     """A chunk that a node found in its own segment by its header (see `kvstore.manifest`)."""
 
     key: ChunkKey
@@ -39,14 +39,14 @@ class ManifestEntry(_Request, frozen=True, kw_only=True):
     generation: int
 
 
-class SegmentManifest(_Request, frozen=True, kw_only=True):
+class SegmentManifest(RequestBody, frozen=True, kw_only=True):
     """A segment and what lies in it, newest generation first; entries that overlap a newer one are refused."""
 
     segment: Segment
     entries: list[ManifestEntry] = []
 
 
-class RegisterRequest(VersionedMessage, _Request, frozen=True, kw_only=True):
+class RegisterRequest(VersionedMessage, RequestBody, frozen=True, kw_only=True):
     """A node joins, or re-joins with the same incarnation after the metadata server lost it. Refused with 409: a node
     of another cluster or model, and one whose id is another living process's."""
 
@@ -55,7 +55,7 @@ class RegisterRequest(VersionedMessage, _Request, frozen=True, kw_only=True):
     ttl_s: float
 
 
-class RegisterReply(VersionedMessage, _Reply, frozen=True, kw_only=True):
+class RegisterReply(VersionedMessage, ReplyBody, frozen=True, kw_only=True):
     """`epoch` identifies this life of the metadata server."""
 
     epoch: str
@@ -63,28 +63,28 @@ class RegisterReply(VersionedMessage, _Reply, frozen=True, kw_only=True):
     refused: int
 
 
-class HeartbeatRequest(_Request, frozen=True, kw_only=True):
+class HeartbeatRequest(RequestBody, frozen=True, kw_only=True):
     """Renews the node's lease."""
 
     node_id: str
     incarnation: int
 
 
-class HeartbeatReply(_Reply, frozen=True, kw_only=True):
+class HeartbeatReply(ReplyBody, frozen=True, kw_only=True):
     """`known` false: register again, with manifests."""
 
     epoch: str
     known: bool
 
 
-class LeaveRequest(_Request, frozen=True, kw_only=True):
+class LeaveRequest(RequestBody, frozen=True, kw_only=True):
     """A node goes in good order: its replicas and reservations are dropped at once."""
 
     node_id: str
     incarnation: int
 
 
-class ReleaseWriterRequest(_Request, frozen=True, kw_only=True):
+class ReleaseWriterRequest(RequestBody, frozen=True, kw_only=True):
     """The node lives but its engine has died: all that is reserved or leased in its name is given back. Its replicas
     stay."""
 
@@ -92,7 +92,7 @@ class ReleaseWriterRequest(_Request, frozen=True, kw_only=True):
     incarnation: int
 
 
-class MatchRequest(_Request, frozen=True, kw_only=True):
+class MatchRequest(RequestBody, frozen=True, kw_only=True):
     """Longest prefix of `keys` with a complete replica each. `lease_s` > 0 protects them from eviction meanwhile."""
 
     keys: list[ChunkKey]
@@ -102,7 +102,7 @@ class MatchRequest(_Request, frozen=True, kw_only=True):
     incarnation: int = 0
 
 
-class WaitRequest(_Request, frozen=True, kw_only=True):
+class WaitRequest(RequestBody, frozen=True, kw_only=True):
     """As MatchRequest, but answered only when more than `more_than` leading keys are complete, or after `timeout_s`."""
 
     keys: list[ChunkKey]
@@ -114,7 +114,7 @@ class WaitRequest(_Request, frozen=True, kw_only=True):
     incarnation: int = 0
 
 
-class MatchReply(_Reply, frozen=True, kw_only=True):
+class MatchReply(ReplyBody, frozen=True, kw_only=True):
     """`replicas[i]`: the complete replicas of `keys[i]`, for the longest prefix that has any. `lease_id` 0: none."""
 
     replicas: list[list[ReplicaRef]]
@@ -127,20 +127,20 @@ class MatchReply(_Reply, frozen=True, kw_only=True):
     """How many keys behind that prefix, one after the other, are being written."""
 
 
-class ReleaseRequest(_Request, frozen=True, kw_only=True):
+class ReleaseRequest(RequestBody, frozen=True, kw_only=True):
     """Give read leases back. Unknown ids are ignored: they have expired."""
 
     lease_ids: list[int]
 
 
-class ReserveItem(_Request, frozen=True, kw_only=True):
+class ReserveItem(RequestBody, frozen=True, kw_only=True):
     """A chunk that the writer is about to write; `length` with its header."""
 
     key: ChunkKey
     length: int
 
 
-class ReserveRequest(_Request, frozen=True, kw_only=True):
+class ReserveRequest(RequestBody, frozen=True, kw_only=True):
     """Room for chunks. A reservation dies with its writer, or after `ttl_s`, unless committed."""
 
     node_id: str
@@ -171,7 +171,7 @@ class ReserveStatus(StrEnum):
         return cls.UNKNOWN
 
 
-class ReserveOutcome(_Reply, frozen=True, kw_only=True):
+class ReserveOutcome(ReplyBody, frozen=True, kw_only=True):
     """`replica` is set iff `status` is GRANTED."""
 
     status: ReserveStatus
@@ -180,7 +180,7 @@ class ReserveOutcome(_Reply, frozen=True, kw_only=True):
     """With GRANTED and BUSY: the nodes that were writing the chunk already, as in a MatchReply."""
 
 
-class ReserveReply(_Reply, frozen=True, kw_only=True):
+class ReserveReply(ReplyBody, frozen=True, kw_only=True):
     """One outcome an item, in order."""
 
     outcomes: list[ReserveOutcome]
@@ -188,7 +188,7 @@ class ReserveReply(_Reply, frozen=True, kw_only=True):
     """Every segment that the reply names, each once: the writer needs its addresses. The server always fills it."""
 
 
-class ReplicaIds(_Request, frozen=True, kw_only=True):
+class ReplicaIds(RequestBody, frozen=True, kw_only=True):
     """Body of commit and abort: ids from a ReserveReply."""
 
     node_id: str
@@ -196,13 +196,13 @@ class ReplicaIds(_Request, frozen=True, kw_only=True):
     replica_ids: list[int]
 
 
-class CommitReply(_Reply, frozen=True, kw_only=True):
+class CommitReply(ReplyBody, frozen=True, kw_only=True):
     """`committed[i]` false: the reservation had expired or its segment is gone; what was written is not a chunk."""
 
     committed: list[bool]
 
 
-class TellHoldingsRequest(_Request, frozen=True, kw_only=True):
+class TellHoldingsRequest(RequestBody, frozen=True, kw_only=True):
     """Chunks that came to a node's disk or left it. `reset`: it has none but these. Since TIER_HOLDINGS."""
 
     node_id: str
@@ -212,19 +212,19 @@ class TellHoldingsRequest(_Request, frozen=True, kw_only=True):
     reset: bool = False
 
 
-class TellHoldingsReply(_Reply, frozen=True, kw_only=True):
+class TellHoldingsReply(ReplyBody, frozen=True, kw_only=True):
     """`known` false: the node is not registered, and nothing was noted."""
 
     known: bool
 
 
-class FindHoldersRequest(_Request, frozen=True, kw_only=True):
+class FindHoldersRequest(RequestBody, frozen=True, kw_only=True):
     """Who has these chunks on disk. Since TIER_HOLDINGS."""
 
     keys: list[ChunkKey]
 
 
-class FindHoldersReply(_Reply, frozen=True, kw_only=True):
+class FindHoldersReply(ReplyBody, frozen=True, kw_only=True):
     """`nodes[holders[i][...]]` have `keys[i]`, for the keys up to the first that nobody has."""
 
     nodes: list[NodeInfo]
@@ -241,14 +241,14 @@ class QuarantineReason(StrEnum):
     UNREACHABLE = "unreachable"
 
 
-class QuarantineItem(_Request, frozen=True, kw_only=True):
+class QuarantineItem(RequestBody, frozen=True, kw_only=True):
     """A replica that a reader refused. It is dropped if it still has this generation."""
 
     replica: ReplicaRef
     reason: QuarantineReason
 
 
-class QuarantineRequest(_Request, frozen=True, kw_only=True):
+class QuarantineRequest(RequestBody, frozen=True, kw_only=True):
     """Body of /v1/objects/quarantine."""
 
     items: list[QuarantineItem]
@@ -269,7 +269,7 @@ class EventKind(StrEnum):
         return cls.UNKNOWN
 
 
-class Event(_Reply, frozen=True, kw_only=True):
+class Event(ReplyBody, frozen=True, kw_only=True):
     """One change of the index. `seq` grows by one each; a gap means loss. Keys are batched per segment."""
 
     seq: int
@@ -281,7 +281,7 @@ class Event(_Reply, frozen=True, kw_only=True):
     """With NODE_UP."""
 
 
-class EventBatch(VersionedMessage, _Reply, frozen=True, kw_only=True):
+class EventBatch(VersionedMessage, ReplyBody, frozen=True, kw_only=True):
     """A frame of the event stream, or the answer to a replay. `reset`: forget all, a snapshot follows as events.
 
     A batch without events is a keep-alive; `next_seq` is the seq of the event after this batch. Snapshot events all
@@ -295,7 +295,7 @@ class EventBatch(VersionedMessage, _Reply, frozen=True, kw_only=True):
     events: list[Event] = []
 
 
-class NodesReply(VersionedMessage, _Reply, frozen=True, kw_only=True):
+class NodesReply(VersionedMessage, ReplyBody, frozen=True, kw_only=True):
     """Who is alive, and every segment that a ReplicaRef may name now; and which cluster this is."""
 
     epoch: str
@@ -307,7 +307,7 @@ class NodesReply(VersionedMessage, _Reply, frozen=True, kw_only=True):
     """… `model.name` there."""
 
 
-class SegmentStats(_Reply, frozen=True, kw_only=True):
+class SegmentStats(ReplyBody, frozen=True, kw_only=True):
     """Use of one segment, bytes."""
 
     segment: Segment
@@ -317,14 +317,14 @@ class SegmentStats(_Reply, frozen=True, kw_only=True):
     num_replicas: int
 
 
-class RefusedNode(_Reply, frozen=True, kw_only=True):
+class RefusedNode(ReplyBody, frozen=True, kw_only=True):
     """A node that wants to join and is not taken in."""
 
     node: NodeInfo
     reason: str
 
 
-class Stats(_Reply, frozen=True, kw_only=True):
+class Stats(ReplyBody, frozen=True, kw_only=True):
     """What /v1/stats shows. After a drained load `reservations` and `read_leases` are 0."""
 
     epoch: str

@@ -13,6 +13,7 @@ from metadata_server.bounds import (
     MAX_BYTES,
     MAX_GENERATION,
     MAX_ITEMS,
+    MAX_KEEP_SECONDS,
     MAX_NAME,
     MAX_SECONDS,
     MAX_TEXT,
@@ -118,6 +119,7 @@ _TEXT: _Schema = {"maxLength": MAX_TEXT, **_PRINTABLE}
 _KEY: _Schema = {"minLength": 24, "maxLength": 24, "description": "16 bytes"}
 _ITEMS: _Schema = {"maxItems": MAX_ITEMS}
 _SECONDS: _Schema = {"exclusiveMinimum": 0, "maximum": MAX_SECONDS}
+_KEEP_SECONDS: _Schema = {"exclusiveMinimum": 0, "maximum": MAX_KEEP_SECONDS}
 _SECONDS_OR_NONE: _Schema = {"minimum": 0, "maximum": MAX_SECONDS}
 _LENGTH = _whole(1, MAX_BYTES)
 _EXTENT = {"key": _KEY, "offset": _whole(0, MAX_BYTES), "length": _LENGTH, "generation": _whole(0, MAX_GENERATION)}
@@ -167,6 +169,10 @@ _FIELD_BOUNDS: dict[str, dict[str, _Schema]] = {
     "ReserveRequest": {**_NODE, "items": _ITEMS, "prefer_segment": _NAME_OR_NONE, "ttl_s": _SECONDS},
     "TellHoldingsRequest": {**_NODE, "added": _KEYS, "removed": _KEYS},
     "FindHoldersRequest": {"keys": _KEYS},
+    "PinRequest": {"keys": _KEYS, "ttl_s": _KEEP_SECONDS},
+    "UnpinRequest": {"keys": _KEYS},
+    "EvictRequest": {"keys": _KEYS},
+    "ExpireRequest": {"keys": _KEYS, "ttl_s": _KEEP_SECONDS},
     "ReserveItem": {"key": _KEY, "length": _LENGTH},
     "ReplicaIds": {**_NODE, "replica_ids": _ITEMS},
     "ReleaseRequest": {"lease_ids": _ITEMS},

@@ -146,6 +146,8 @@ class StoreConfig(Section, frozen=True, kw_only=True):
     """A reader's claim on chunks, which keeps them from eviction, lasts this long unless it is given back."""
     retire_grace_s: Annotated[float, msgspec.Meta(ge=0)] = 2.0
     """Room of an expired reservation is not given out again before this: its writer may still be writing."""
+    pin_share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.5
+    """Share of all segments that pinned chunks may take; pins beyond it are refused."""
 
 
 class MetadataServerConfig(Section, frozen=True, kw_only=True):

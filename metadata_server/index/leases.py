@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 
+from kvcore.types import ChunkKey
 from metadata_server.index.segments import Replica
 
 
@@ -18,9 +19,13 @@ class Expiry(IntEnum):
     RESERVATION = 1
     RETIRED = 2
     READ_LEASE = 3
+    PIN = 4
+    CHUNK = 5
 
 
-ExpiryKey = tuple[Expiry, int | str]
+ExpiryOf = int | str | ChunkKey
+"""A replica's or a lease's id, a node's, or a chunk's key."""
+ExpiryKey = tuple[Expiry, ExpiryOf]
 
 
 class Deadlines:

@@ -16,3 +16,9 @@ class IndexLimits:
     """Earlier incarnations of a live node that are known, so that their late messages are refused."""
     max_tier_keys: int = 4_000_000
     """Chunks known to lie on nodes' disks, about 120 bytes each."""
+    max_pins: int = 1_000_000
+    """Keys that are pinned, about 150 bytes each."""
+    max_listed_pins: int = 10_000
+    """In one answer."""
+    forget_again_s: float = 1.0
+    """A chunk whose time is up while it is read is looked at again after this."""

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from kvcore.types import ChunkKey, ReplicaRef, Segment
 from metadata_server.index.event_log import EventLog
+from metadata_server.index.pins import Pins
 from metadata_server.index.segments import Replica, ReplicaState, SegmentRecord, Writer
 from metadata_server.messages import EventKind, ManifestEntry
 
@@ -18,11 +19,12 @@ _Listing = dict[ChunkKey, tuple[Replica, ...]]
 class ReplicaIndex:
     """Mutated by MetadataState only. Events wait until `publish`, so that one call's changes share events."""
 
-    def __init__(self, log: EventLog, first_generation: int) -> None:
+    def __init__(self, log: EventLog, first_generation: int, pins: Pins) -> None:
         self.complete: _Listing = {}
         self.writing: _Listing = {}
         self.replicas: dict[int, Replica] = {}
         self._log = log
+        self._pins = pins
         self._generation = first_generation
         self._last_id = first_generation
         self._changes: list[tuple[EventKind, SegmentRecord, list[ChunkKey]]] = []
@@ -53,6 +55,7 @@ class ReplicaIndex:
         self.replicas[ref.id] = replica
         record.add(replica)
         self._list_complete(replica)
+        self._pins.came(replica)
 
     def commit(self, reserved: list[Replica]) -> None:
         """Make reserved replicas, in the order of their prefix, visible; its tail will be evicted first."""
@@ -61,6 +64,8 @@ class ReplicaIndex:
             self._list_complete(replica)
         for replica in reversed(reserved):
             replica.record.set_state(replica, ReplicaState.COMPLETE)
+        for replica in reserved:
+            self._pins.came(replica)
 
     def retire(self, replica: Replica) -> None:
         """End a reservation that was not committed; its room stays taken until `remove`."""
@@ -78,6 +83,7 @@ class ReplicaIndex:
             del self.replicas[replica.ref.id]
             if replica.state is ReplicaState.COMPLETE:
                 _unlist(self.complete, replica)
+                self._pins.gone(replica)
                 if emit_event:
                     self._note(EventKind.REMOVED, replica)
             elif replica.state is ReplicaState.RESERVED:

@@ -9,22 +9,24 @@ from collections import Counter
 from collections.abc import Iterator
 
 from kvcore.config.schema import StoreConfig
-from kvcore.errors import NodeRefusedError
 from kvcore.identity import ClusterIdentity
 from kvcore.types import ChunkKey
+from metadata_server import cache_messages as c
+from metadata_server.index.cache_control import CacheControl
 from metadata_server.index.event_log import EventLog
-from metadata_server.index.leases import Deadlines, Expiry
+from metadata_server.index.leases import Deadlines, Expiry, ExpiryOf
 from metadata_server.index.limits import IndexLimits
-from metadata_server.index.nodes import LiveNode, NodeRegistry
+from metadata_server.index.membership import ClusterMembership
+from metadata_server.index.nodes import NodeRegistry
+from metadata_server.index.pins import Pins
 from metadata_server.index.reading import Reading
 from metadata_server.index.replicas import ReplicaIndex
 from metadata_server.index.reservations import Reservations
-from metadata_server.index.segments import CallCount, SegmentRecord, acceptable
+from metadata_server.index.segments import CallCount
 from metadata_server.index.tier_holdings import TierHoldings
 from metadata_server.messages import (
     CommitReply,
     EventBatch,
-    EventKind,
     FindHoldersReply,
     FindHoldersRequest,
     HeartbeatReply,
@@ -39,7 +41,6 @@ from metadata_server.messages import (
     ReplicaIds,
     ReserveReply,
     ReserveRequest,
-    SegmentManifest,
     Stats,
     TellHoldingsReply,
     TellHoldingsRequest,
@@ -65,16 +66,37 @@ class MetadataState:
         """`node_ttl_s` bounds what nodes may ask for; `first_generation` is above all that an earlier life gave out:
         generations, and ids of replicas and leases, so that what was granted in that life is unknown in this one.
         `identity` is what nodes must be of."""
-        self.log = EventLog(epoch, event_log)
+        self.log = log = EventLog(epoch, event_log)
         self.speaks = speaks
         self.counters: Counter[str] = Counter(evicted=0)
         self._calls = CallCount()
         self._deadlines = deadlines = Deadlines()
-        self._index = index = ReplicaIndex(self.log, first_generation)
+        self._pins = Pins(limits.max_pins, self.counters)
+        self._index = index = ReplicaIndex(log, first_generation, self._pins)
         self._nodes = nodes = NodeRegistry(deadlines, node_ttl_s, identity, limits.max_replaced)
         self._holdings = TierHoldings(limits.max_tier_keys)
         self._reservations = Reservations(config, nodes, index, deadlines, self.counters)
         self._reading = Reading(nodes, index, deadlines, self.counters, first_lease=first_generation, limits=limits)
+        self._cache = CacheControl(
+            pin_share=config.pin_share,
+            nodes=nodes,
+            index=index,
+            pins=self._pins,
+            deadlines=deadlines,
+            counts=self.counters,
+            limits=limits,
+        )
+        self._membership = ClusterMembership(
+            log=log,
+            nodes=nodes,
+            index=index,
+            reservations=self._reservations,
+            reading=self._reading,
+            cache=self._cache,
+            holdings=self._holdings,
+            calls=self._calls,
+            counts=self.counters,
+        )
         self._nobodys_lease_s = limits.nobodys_lease_s
 
     def __repr__(self) -> str:
@@ -114,17 +136,7 @@ class MetadataState:
         if due is None or due > now:
             return
         for expiry, what in self._deadlines.pop_due(now):
-            if isinstance(what, str):
-                self._drop_node(self._nodes[what], now)
-                self.counters["nodes_expired"] += 1
-            elif expiry is Expiry.READ_LEASE:
-                self._reading.leases.end(what)
-                self.counters["leases_expired"] += 1
-            elif expiry is Expiry.RESERVATION:
-                self._reservations.end(self._index.replicas[what], now)
-                self.counters["expired"] += 1
-            else:
-                self._index.remove(self._index.replicas[what])
+            self._run_out(expiry, what, now)
         self._index.publish()
 
     def renew_all_nodes(self, now: float) -> None:
@@ -143,34 +155,8 @@ class MetadataState:
         version of the protocol in common with the server.
         """
         self.tick(now)
-        info = request.node
-        self.speaks.common(request.spoken, us="the metadata server", them=f"node {info.id}")
-        try:
-            node = self._nodes.check_request(request)
-        except NodeRefusedError:
-            self.counters["nodes_refused"] += 1
-            raise
-        # Nothing has changed so far; from here on nothing is refused. Who registers is one of four:
-        # 1. a later start of a node that still counts as alive: the old one is dropped with all it held, then 2;
-        # 2. a node that is not alive: it joins, and an event says so;
-        # 3. a known incarnation with another address or fingerprint: only its info changes, and an event says so;
-        # 4. a known incarnation as it was, which was told to register again or wants to be sure: nobody is told.
-        replaces = node if node is not None and node.info.incarnation != info.incarnation else None
-        if replaces is not None:
-            self._drop_node(replaces, now)
-        if node is None or node.info != info:
-            node = self._nodes.join(info, replaces)
-            self.log.append(EventKind.NODE_UP, info.id, node=info)
-        self._nodes.renew(node, now, request.ttl_s)
-        for absent in node.segments.keys() - {manifest.segment.id for manifest in request.segments}:
-            self._drop_segment(node, absent, emit_event=True)
-        imported = sum(self._adopt(node, manifest) for manifest in request.segments)
-        refused = sum(len(manifest.entries) for manifest in request.segments) - imported
-        self.counters["registrations"] += 1
-        self.counters["imported"] += imported
-        self.counters["import_refused"] += refused
-        self._index.publish()
-        return self.speaks.greet(RegisterReply(epoch=self.epoch, imported=imported, refused=refused))
+        self.speaks.common(request.spoken, us="the metadata server", them=f"node {request.node.id}")
+        return self.speaks.greet(self._membership.register(request, now))
 
     def heartbeat(self, request: HeartbeatRequest, now: float) -> HeartbeatReply:
         """Renew a lease; another incarnation than the registered one is not known."""
@@ -185,7 +171,7 @@ class MetadataState:
         self.tick(now)
         node = self._nodes.get(request.node_id, request.incarnation)
         if node is not None:
-            self._drop_node(node, now)
+            self._membership.drop(node, now)
             self.counters["nodes_left"] += 1
             self._index.publish()
 
@@ -194,7 +180,7 @@ class MetadataState:
         self.tick(now)
         node = self._nodes.get(request.node_id, request.incarnation)
         if node is not None:
-            self._give_back(node, now)
+            self._membership.give_back(node, now)
             self.counters["writers_released"] += 1
 
     # --- readers -------------------------------------------------------------------------------------------------
@@ -268,6 +254,33 @@ class MetadataState:
         nodes = [self._nodes[name].info for name in names]
         return FindHoldersReply(nodes=nodes, holders=[[numbers[name] for name in having] for having in holders])
 
+    # --- what people want kept -------------------------------------------------------------------------------------
+
+    def pin(self, request: c.PinRequest, now: float) -> c.CacheReply:
+        """See PinRequest."""
+        self.tick(now)
+        return self._cache.pin(request, now)
+
+    def unpin(self, request: c.UnpinRequest, now: float) -> c.CacheReply:
+        """See UnpinRequest."""
+        self.tick(now)
+        return self._cache.unpin(request, now)
+
+    def evict(self, request: c.EvictRequest, now: float) -> c.CacheReply:
+        """See EvictRequest."""
+        self.tick(now)
+        return self._cache.evict(request)
+
+    def expire(self, request: c.ExpireRequest, now: float) -> c.CacheReply:
+        """See ExpireRequest."""
+        self.tick(now)
+        return self._cache.expire(request, now)
+
+    def pins(self, _: object, now: float) -> c.PinsReply:
+        """What is pinned."""
+        self.tick(now)
+        return self._cache.listed(now)
+
     # --- what is seen from outside -------------------------------------------------------------------------------
 
     def nodes(self, now: float) -> NodesReply:
@@ -308,42 +321,26 @@ class MetadataState:
         self._index.check(self._nodes.segments.values())
         self._nodes.check()
         self._reservations.check()
-        self._reading.check()
+        self._reading.check(self._pins.held)
+        self._cache.check()
         assert self._deadlines.next is None or self._deadlines.next > now
 
     # --- inside --------------------------------------------------------------------------------------------------
 
-    def _adopt(self, node: LiveNode, manifest: SegmentManifest) -> int:
-        """Add a segment with what lies in it, or confirm what is known to lie there; returns how many entries count."""
-        known = node.segments.get(manifest.segment.id)
-        if known is not None:
-            known.segment = manifest.segment
-            refs = [replica.ref for replica in known.complete_replicas()]
-            present = {(ref.key, ref.offset, ref.length, ref.generation) for ref in refs}
-            return sum((e.key, e.offset, e.length, e.generation) in present for e in manifest.entries)
-        entries = acceptable(manifest.segment, manifest.entries)
-        record = SegmentRecord(manifest.segment, entries, self._calls)
-        self._nodes.add_segment(node, record)
-        for entry in reversed(entries):  # the newest generation will be the last to be evicted
-            self._index.adopt(entry, record)
-        return len(entries)
-
-    def _give_back(self, node: LiveNode, now: float) -> None:
-        self._reservations.end_all_of(node, now)
-        self._reading.end_all_of(node)
-
-    def _drop_segment(self, node: LiveNode, segment_id: str, *, emit_event: bool) -> None:
-        record = self._nodes.remove_segment(node, segment_id)
-        self._reservations.forget(record.replicas.values())
-        self._index.forget(record.replicas.values(), emit_event=emit_event)
-        record.clear()
-
-    def _drop_node(self, node: LiveNode, now: float) -> None:
-        # Its segments first: what it has reserved there needs no rest, what it has reserved elsewhere does.
-        for segment_id in list(node.segments):
-            self._drop_segment(node, segment_id, emit_event=False)
-        self._give_back(node, now)
-        self._nodes.remove(node)
-        self._holdings.drop(node.info.id)
-        self._index.publish()
-        self.log.append(EventKind.NODE_DOWN, node.info.id)
+    def _run_out(self, expiry: Expiry, what: ExpiryOf, now: float) -> None:
+        if isinstance(what, str):
+            self._membership.drop(self._nodes[what], now)
+            self.counters["nodes_expired"] += 1
+        elif isinstance(what, bytes):
+            if expiry is Expiry.PIN:
+                self._cache.end_pin(what, now)
+            else:
+                self._cache.end_chunk(what, now)
+        elif expiry is Expiry.READ_LEASE:
+            self._reading.leases.end(what)
+            self.counters["leases_expired"] += 1
+        elif expiry is Expiry.RESERVATION:
+            self._reservations.end(self._index.replicas[what], now)
+            self.counters["expired"] += 1
+        else:
+            self._index.remove(self._index.replicas[what])

@@ -8,6 +8,7 @@ from support.metadata_words import UNIT, granted, ids, key, keys, new_state, reg
 
 from kvcore.errors import NodeRefusedError
 from kvcore.extents import ExtentAllocator
+from metadata_server.cache_messages import EvictRequest, ExpireRequest, PinRequest, UnpinRequest
 from metadata_server.index.limits import IndexLimits
 from metadata_server.messages import (
     EventKind,
@@ -42,6 +43,7 @@ class MetadataMachine(RuleBasedStateMachine):
         self.nobodys: dict[int, int] = {}
         self.open: dict[int, tuple[str, int, float, object]] = {}
         self.leases: dict[int, tuple[frozenset, float, str | None]] = {}
+        self.pins: dict[int, float] = {}
         self.seen: list = []  # replicas ever granted
         self.ids_seen: set[int] = set()
         self.generation = 0
@@ -118,8 +120,9 @@ class MetadataMachine(RuleBasedStateMachine):
         wish = f"{prefer}.{self.incarnations[prefer]:x}" if prefer else None
         complete = {n for n in numbers if self.state.complete_prefix(keys(n), self.now)}
         request = reservation(node, numbers, units=units, prefer=wish, incarnation=self.incarnations[node], ttl_s=ttl_s)
-        evicted = self.state.counters["evicted"]
+        evicted, pinned = self.state.counters["evicted"], set(self.state._pins.held)
         reply = self.state.reserve(request, self.now)
+        assert pinned <= self.state._index.replicas.keys()
         assert len(reply.outcomes) == len(numbers)
         replicas = granted(reply)
         assert not replicas or self.live(node)
@@ -222,6 +225,29 @@ class MetadataMachine(RuleBasedStateMachine):
         )
         self.leases = {n: (held - {bad}, until, who) for n, (held, until, who) in self.leases.items()}
 
+    @rule(numbers=NUMBERS, ttl_s=st.sampled_from([None, 1.0, 20.0]))
+    def pin(self, numbers, ttl_s):
+        taken = self.state.pins(None, self.now)
+        reply = self.state.pin(PinRequest(keys=keys(*numbers), ttl_s=ttl_s), self.now)
+        assert reply.done + reply.refused == len(numbers)
+        for number in numbers[: reply.done]:
+            self.pins[number] = self.now + (ttl_s or 1e9)
+        after = self.state.pins(None, self.now)
+        assert after.pinned_bytes <= max(after.most_bytes, taken.pinned_bytes)
+
+    @rule(numbers=NUMBERS)
+    def unpin(self, numbers):
+        reply = self.state.unpin(UnpinRequest(keys=keys(*numbers)), self.now)
+        assert reply.done == sum(self.pins.pop(n, 0.0) > self.now for n in numbers)
+
+    @rule(numbers=NUMBERS)
+    def evict(self, numbers):
+        self.state.evict(EvictRequest(keys=keys(*numbers)), self.now)
+
+    @rule(numbers=NUMBERS, ttl_s=st.sampled_from([0.5, 8.0]))
+    def expire(self, numbers, ttl_s):
+        self.state.expire(ExpireRequest(keys=keys(*numbers), ttl_s=ttl_s), self.now)
+
     @rule(seconds=st.sampled_from([0.5, 2.0, 3.0, 6.0]), silent=st.sampled_from([(), (), ("a",), ("b", "c")]))
     def advance(self, seconds, silent):
         self.now += min(seconds, 4.0) if not silent else 0.0
@@ -242,6 +268,12 @@ class MetadataMachine(RuleBasedStateMachine):
         assert {n.id for n in stats.nodes} == {n for n in self.alive if self.live(n)}
         assert stats.read_leases == sum(until > self.now for _, until, _ in self.leases.values())
         assert stats.reservations == sum(until > self.now for _, _, until, _ in self.open.values())
+
+    @invariant()
+    def what_is_pinned_is_what_was_said(self):
+        assert {pin.key for pin in self.state.pins(None, self.now).pins} == {
+            key(n) for n, until in self.pins.items() if until > self.now
+        }
 
     @invariant()
     def what_is_leased_stays(self):

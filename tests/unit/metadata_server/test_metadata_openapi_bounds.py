@@ -9,6 +9,7 @@ import pytest
 from support.metadata_words import granted, ids, keys, new_state, registration, reservation
 
 from kvcore.errors import MetadataProtocolError
+from metadata_server import cache_messages as c
 from metadata_server import messages as m
 from metadata_server.endpoints import ENDPOINTS
 from metadata_server.openapi import document
@@ -43,6 +44,10 @@ def examples() -> dict[str, Any]:
         msgspec.structs.replace(reservation("a", [1], prefer="a.1"), only_preferred=True),
         m.TellHoldingsRequest(**NODE, added=keys(1), removed=keys(2)),
         m.FindHoldersRequest(keys=keys(1)),
+        c.PinRequest(keys=keys(1), ttl_s=1.0),
+        c.UnpinRequest(keys=keys(1)),
+        c.EvictRequest(keys=keys(1)),
+        c.ExpireRequest(keys=keys(1), ttl_s=1.0),
         ids("a", [replica]),
         m.QuarantineRequest(items=[m.QuarantineItem(replica=replica, reason=m.QuarantineReason.STALE)]),
         m.ReleaseRequest(lease_ids=[1]),

@@ -10,6 +10,7 @@ from support.metadata_words import granted, ids, keys, new_state, put, registrat
 
 from kvcore.clock import ManualClock, SystemClock
 from kvcore.errors import MetadataProtocolError
+from metadata_server import cache_messages as c
 from metadata_server import messages as m
 from metadata_server.client import MetadataClient
 from metadata_server.core import MetadataCore
@@ -49,6 +50,11 @@ def requests(state: MetadataState) -> dict[str, msgspec.Struct | None]:
         "/v1/leases/release": m.ReleaseRequest(lease_ids=[1]),
         "/v1/tiers/tell_holdings": m.TellHoldingsRequest(**named, added=keys(5)),
         "/v1/tiers/find_holders": m.FindHoldersRequest(keys=keys(5)),
+        "/v1/cache/pin": c.PinRequest(keys=keys(1), ttl_s=5.0),
+        "/v1/cache/unpin": c.UnpinRequest(keys=keys(1)),
+        "/v1/cache/evict": c.EvictRequest(keys=keys(1)),
+        "/v1/cache/expire": c.ExpireRequest(keys=keys(1), ttl_s=5.0),
+        "/v1/cache/pins": None,
         "/v1/nodes": None,
         "/v1/stats": None,
     }

@@ -1,0 +1,146 @@
+"""What people and hints say of chunks by their keys: pin, unpin, evict, forget after a time. Pure.
+
+Owns the deadlines of pins and of single chunks. Invariants: a pin with an end has a deadline; what is pinned or leased
+is neither evicted nor forgotten.
+"""
+
+import math
+from collections import Counter
+
+from kvcore.types import ChunkKey
+from metadata_server.cache_messages import (
+    CacheReply,
+    EvictRequest,
+    ExpireRequest,
+    Pin,
+    PinRequest,
+    PinsReply,
+    UnpinRequest,
+)
+from metadata_server.index.leases import Deadlines, Expiry
+from metadata_server.index.limits import IndexLimits
+from metadata_server.index.nodes import NodeRegistry
+from metadata_server.index.pins import Pins, pin_end
+from metadata_server.index.replicas import ReplicaIndex
+
+
+class CacheControl:
+    """Mutated by MetadataState only, which lets run out what is due before each call."""
+
+    def __init__(
+        self,
+        *,
+        pin_share: float,
+        nodes: NodeRegistry,
+        index: ReplicaIndex,
+        pins: Pins,
+        deadlines: Deadlines,
+        counts: Counter[str],
+        limits: IndexLimits,
+    ) -> None:
+        """`pin_share`: of all segments, that pins may take. `pins` are the index's."""
+        self._pin_share = pin_share
+        self._nodes = nodes
+        self._index = index
+        self._pins = pins
+        self._deadlines = deadlines
+        self._counts = counts
+        self._limits = limits
+        self._overdue: set[ChunkKey] = set()
+        """Pinned chunks whose time is up: they go with their pin."""
+
+    def __repr__(self) -> str:
+        return f"<CacheControl {self._pins}>"
+
+    def room_changed(self) -> None:
+        """Segments came or went."""
+        room = sum(record.segment.size_bytes for record in self._nodes.segments.values())
+        self._pins.most_bytes = int(self._pin_share * room)
+
+    def pin(self, request: PinRequest, now: float) -> CacheReply:
+        """See PinRequest. In the order of the keys: where there is no room for all, a prefix is pinned."""
+        until = pin_end(now, request.ttl_s)
+        done = 0
+        keys = list(dict.fromkeys(request.keys))
+        for key in keys:
+            if not self._pins.pin(key, until, self._index.complete.get(key, ())):
+                break
+            done += 1
+            if until < math.inf:
+                self._deadlines.set((Expiry.PIN, key), until)
+            else:
+                self._deadlines.drop((Expiry.PIN, key))
+        return CacheReply(known=len(self._there(keys)), done=done, refused=len(keys) - done)
+
+    def unpin(self, request: UnpinRequest, now: float) -> CacheReply:
+        """See UnpinRequest."""
+        done = sum(self.end_pin(key, now) for key in reversed(request.keys))  # of a prefix the tail is to go first
+        self._index.publish()
+        return CacheReply(known=done, done=done, refused=0)
+
+    def end_pin(self, key: ChunkKey, now: float) -> bool:
+        """Its time is up, or nobody wants it any more. False: it was not pinned."""
+        self._deadlines.drop((Expiry.PIN, key))
+        ended = self._pins.unpin(key, self._index.complete.get(key, ()))
+        if key in self._overdue:
+            self._overdue.discard(key)
+            self.end_chunk(key, now)
+        return ended
+
+    def evict(self, request: EvictRequest) -> CacheReply:
+        """See EvictRequest. A chunk with a replica that is in use keeps that one."""
+        there = self._there(request.keys)
+        refused = sum(not self._forget(key) for key in reversed(there))
+        self._index.publish()
+        return CacheReply(known=len(there), done=len(there) - refused, refused=refused)
+
+    def expire(self, request: ExpireRequest, now: float) -> CacheReply:
+        """See ExpireRequest."""
+        there = self._there(request.keys)
+        for key in there:
+            self._overdue.discard(key)
+            self._deadlines.set((Expiry.CHUNK, key), now + request.ttl_s)
+        return CacheReply(known=len(there), done=len(there), refused=0)
+
+    def end_chunk(self, key: ChunkKey, now: float) -> None:
+        """The chunk's time is up. One that is in use goes when it no longer is."""
+        if key in self._pins:
+            self._overdue.add(key)
+        elif not self._forget(key):
+            self._deadlines.set((Expiry.CHUNK, key), now + self._limits.forget_again_s)
+
+    def listed(self, now: float) -> PinsReply:
+        """What is pinned."""
+        pins: list[Pin] = []
+        for key, until in self._pins:
+            if len(pins) == self._limits.max_listed_pins:
+                break
+            replicas = sum(replica.ref.id in self._pins.held for replica in self._index.complete.get(key, ()))
+            pins.append(Pin(key=key, left_s=until - now if until < math.inf else None, replicas=replicas))
+        return PinsReply(
+            num_pins=len(self._pins),
+            pinned_bytes=self._pins.held_bytes,
+            most_bytes=self._pins.most_bytes,
+            pins=pins,
+        )
+
+    def check(self) -> None:
+        """Assert every invariant. For tests."""
+        self._pins.check(self._index.complete)
+        for key, until in self._pins:
+            assert ((Expiry.PIN, key) in self._deadlines) == (until < math.inf)
+        assert all(key in self._pins for key in self._overdue)
+
+    def _there(self, keys: list[ChunkKey]) -> list[ChunkKey]:
+        return [key for key in dict.fromkeys(keys) if key in self._index.complete]
+
+    def _forget(self, key: ChunkKey) -> bool:
+        """Remove the chunk's replicas. False: one of them is in use, and stays."""
+        used = False
+        for replica in self._index.complete.get(key, ()):
+            if replica.pins:
+                used = True
+            else:
+                self._index.remove(replica)
+                self._counts["forgotten"] += 1
+        return not used

@@ -1,0 +1,117 @@
+"""How nodes come and go, and what that does to all that is known of them. Pure.
+
+Owns the order: whose place is taken is dropped first, with its segments, reservations and leases. NODE_DOWN stands for
+the removal of all that lay in the node's segments.
+"""
+
+from collections import Counter
+
+from kvcore.errors import NodeRefusedError
+from metadata_server.index.cache_control import CacheControl
+from metadata_server.index.event_log import EventLog
+from metadata_server.index.nodes import LiveNode, NodeRegistry
+from metadata_server.index.reading import Reading
+from metadata_server.index.replicas import ReplicaIndex
+from metadata_server.index.reservations import Reservations
+from metadata_server.index.segments import CallCount, SegmentRecord, acceptable
+from metadata_server.index.tier_holdings import TierHoldings
+from metadata_server.messages import EventKind, RegisterReply, RegisterRequest, SegmentManifest
+
+
+class ClusterMembership:
+    """Mutated by MetadataState only, which lets run out what is due before each call."""
+
+    def __init__(
+        self,
+        *,
+        log: EventLog,
+        nodes: NodeRegistry,
+        index: ReplicaIndex,
+        reservations: Reservations,
+        reading: Reading,
+        cache: CacheControl,
+        holdings: TierHoldings,
+        calls: CallCount,
+        counts: Counter[str],
+    ) -> None:
+        self._log = log
+        self._nodes = nodes
+        self._index = index
+        self._reservations = reservations
+        self._reading = reading
+        self._cache = cache
+        self._holdings = holdings
+        self._calls = calls
+        self._counts = counts
+
+    def __repr__(self) -> str:
+        return f"<ClusterMembership {self._nodes}>"
+
+    def register(self, request: RegisterRequest, now: float) -> RegisterReply:
+        """See MetadataState.register."""
+        info = request.node
+        try:
+            node = self._nodes.check_request(request)
+        except NodeRefusedError:
+            self._counts["nodes_refused"] += 1
+            raise
+        # Nothing has changed so far; from here on nothing is refused. Who registers is one of four:
+        # 1. a later start of a node that still counts as alive: the old one is dropped with all it held, then 2;
+        # 2. a node that is not alive: it joins, and an event says so;
+        # 3. a known incarnation with another address or fingerprint: only its info changes, and an event says so;
+        # 4. a known incarnation as it was, which was told to register again or wants to be sure: nobody is told.
+        replaces = node if node is not None and node.info.incarnation != info.incarnation else None
+        if replaces is not None:
+            self.drop(replaces, now)
+        if node is None or node.info != info:
+            node = self._nodes.join(info, replaces)
+            self._log.append(EventKind.NODE_UP, info.id, node=info)
+        self._nodes.renew(node, now, request.ttl_s)
+        for absent in node.segments.keys() - {manifest.segment.id for manifest in request.segments}:
+            self._drop_segment(node, absent, emit_event=True)
+        imported = sum(self._adopt(node, manifest) for manifest in request.segments)
+        refused = sum(len(manifest.entries) for manifest in request.segments) - imported
+        self._counts["registrations"] += 1
+        self._counts["imported"] += imported
+        self._counts["import_refused"] += refused
+        self._index.publish()
+        return RegisterReply(epoch=self._log.epoch, imported=imported, refused=refused)
+
+    def give_back(self, node: LiveNode, now: float) -> None:
+        """End what the node has reserved and leased."""
+        self._reservations.end_all_of(node, now)
+        self._reading.end_all_of(node)
+
+    def drop(self, node: LiveNode, now: float) -> None:
+        """The node is gone, with all that it held."""
+        # Its segments first: what it has reserved there needs no rest, what it has reserved elsewhere does.
+        for segment_id in list(node.segments):
+            self._drop_segment(node, segment_id, emit_event=False)
+        self.give_back(node, now)
+        self._nodes.remove(node)
+        self._holdings.drop(node.info.id)
+        self._index.publish()
+        self._log.append(EventKind.NODE_DOWN, node.info.id)
+
+    def _adopt(self, node: LiveNode, manifest: SegmentManifest) -> int:
+        """Add a segment with what lies in it, or confirm what is known to lie there; returns how many entries count."""
+        known = node.segments.get(manifest.segment.id)
+        if known is not None:
+            known.segment = manifest.segment
+            refs = [replica.ref for replica in known.complete_replicas()]
+            present = {(ref.key, ref.offset, ref.length, ref.generation) for ref in refs}
+            return sum((e.key, e.offset, e.length, e.generation) in present for e in manifest.entries)
+        entries = acceptable(manifest.segment, manifest.entries)
+        record = SegmentRecord(manifest.segment, entries, self._calls)
+        self._nodes.add_segment(node, record)
+        self._cache.room_changed()
+        for entry in reversed(entries):  # the newest generation will be the last to be evicted
+            self._index.adopt(entry, record)
+        return len(entries)
+
+    def _drop_segment(self, node: LiveNode, segment_id: str, *, emit_event: bool) -> None:
+        record = self._nodes.remove_segment(node, segment_id)
+        self._reservations.forget(record.replicas.values())
+        self._index.forget(record.replicas.values(), emit_event=emit_event)
+        record.clear()
+        self._cache.room_changed()
