@@ -4,7 +4,7 @@ A tier needs honesty, not durability: what it does not have whole is MISSING. Al
 misuse only. `tests/conformance/test_tier_conformance.py` holds every kind to this page.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -78,6 +78,47 @@ class TierStats:
     """What is wrong with it now, for people: `http://cache:6379 refused the connection`."""
 
 
+@dataclass(frozen=True, slots=True)
+class GenerationMark:
+    """Somebody uses the chunks of one fingerprint."""
+
+    owner: str
+    """Which process: the same after its restart, and nobody else's."""
+    until: float
+    """Unix seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """All chunks of one fingerprint: of a model's weights, dtype and layout as they were at one time."""
+
+    fingerprint: bytes
+    num_chunks: int
+    num_bytes: int
+    """As they lie there, of chunks that lack a part too."""
+    note: str = ""
+    """What it is, in the words of whoever marked it last: `llama-8b of cluster prod, bfloat16`. Empty: not known."""
+    marks: tuple[GenerationMark, ...] = ()
+    used: tuple[float, float] | None = None
+    """When the chunk was used that was used longest ago, and when the last one: Unix seconds. None: not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationList:
+    """What a tier says of the generations in it. `incomplete`: why there may be more; empty: this is all."""
+
+    found: tuple[Generation, ...] = ()
+    incomplete: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Cleared:
+    """What became of a clearing. `incomplete`: why some may be there still; empty: none are."""
+
+    num_chunks: int = 0
+    incomplete: str = ""
+
+
 class Tier(Protocol):
     """A place for chunks. All methods may be called at once, on one event loop.
 
@@ -111,6 +152,31 @@ class Tier(Protocol):
 
     async def remove(self, names: Sequence[ChunkName], *, timeout_s: float) -> None:
         """Forget these, as far as the tier can be reached."""
+        ...
+
+    async def expire(self, names: Sequence[ChunkName], ttl_s: float | None, *, timeout_s: float) -> int:
+        """Forget these after `ttl_s` from now, or never by time; of how many that is known. 0 too if it cannot."""
+        ...
+
+    async def generations(self, *, timeout_s: float) -> GenerationList | None:
+        """What lies here, by fingerprint, with those that are marked. It looks as far as the time allows. None: it
+        cannot list."""
+        ...
+
+    async def mark(self, fingerprint: bytes, owner: str, note: str, *, ttl_s: float, timeout_s: float) -> None:
+        """Say for the next `ttl_s` that `owner` uses this generation; 0: not any longer. `note` outlives the mark.
+
+        For shared tiers: what other clusters use is not to be cleared as stale. A tier of one node does nothing.
+        """
+        ...
+
+    async def clear(
+        self, fingerprints: Sequence[bytes], *, own: Collection[str] | None = None, timeout_s: float
+    ) -> Cleared:
+        """Remove all chunks of these generations, as far as the time allows, and what was noted of them.
+
+        `own`: a generation that an owner has marked who is not among these is left alone. None: nothing is.
+        """
         ...
 
     def stats(self) -> TierStats:

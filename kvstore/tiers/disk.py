@@ -7,8 +7,7 @@ chunk fails its checksum and is a miss. See `kvstore.tiers.disk_file` for the fi
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from kvcore.clock import Clock
@@ -16,35 +15,16 @@ from kvcore.config.tiers import DiskTierConfig, TierConfig
 from kvcore.errors import TransferError
 from kvcore.extents import ExtentAllocator, aligned
 from kvcore.telemetry import log_fields
-from kvstore.tiers.base import ChunkName, TierChunk, TierOutcome, TierStats
+from kvstore.tiers.base import ChunkName, Cleared, GenerationList, TierChunk, TierOutcome, TierStats
+from kvstore.tiers.disk_batch import DiskBatch, HeldChunk
 from kvstore.tiers.disk_file import SlabEntry, SlabFile, disjoint, name_of_entry
+from kvstore.tiers.generations import counted
 from kvstore.tiers.opening import TierPlace
 from transfer.blocking import BatchDeadline, BlockingPool
 
 _log = logging.getLogger(__name__)
 _THREADS = 2
 """One or two saturate a disk."""
-
-
-@dataclass(slots=True)
-class _Held:
-    """A chunk in the slab. `busy`: reads and writes of it under way; `gone`: it is no longer in the index, and its
-    extent is given back when nobody is busy with it."""
-
-    entry: SlabEntry
-    busy: int = 0
-    gone: bool = False
-
-
-@dataclass(slots=True)
-class _DiskBatch:
-    """What one call has a thread do, and how it went."""
-
-    work: list[tuple[int, _Held, TierChunk]] = field(default_factory=list)
-    done: dict[int, bool] = field(default_factory=dict)
-    """Position in the call -> whether it came or was written."""
-    problem: str = ""
-    stopped: bool = False
 
 
 class DiskTier:
@@ -59,7 +39,7 @@ class DiskTier:
         self._slab, self._clock = slab, clock
         self._problem: str | None = None
         self._pool = BlockingPool("disk-tier", _THREADS)
-        self._index: OrderedDict[ChunkName, _Held] = OrderedDict()
+        self._index: OrderedDict[ChunkName, HeldChunk] = OrderedDict()
         self._evicted = 0
         self._writing = asyncio.Lock()
         """One save or removal at a time: a place in the table is given to nobody before it is cleared."""
@@ -68,7 +48,7 @@ class DiskTier:
         taken = []
         for entry in disjoint(entries, clock.wall()):
             taken.append((entry.offset - slab.data_offset, entry.num_bytes))
-            self._index[name_of_entry(entry)] = _Held(entry)
+            self._index[name_of_entry(entry)] = HeldChunk(entry)
         used = {held.entry.number for held in self._index.values()}
         self._extents = ExtentAllocator(slab.data_bytes, taken)
         self._free_numbers = [number for number in reversed(range(slab.num_entries)) if number not in used]
@@ -90,7 +70,7 @@ class DiskTier:
         outcomes = [TierOutcome.UNAVAILABLE] * len(chunks)
         if self._pool.closed:
             return outcomes
-        batch = _DiskBatch()
+        batch = DiskBatch(self._slab)
         for at, chunk in enumerate(chunks):
             held = self._alive(chunk.name)
             if held is None:
@@ -102,7 +82,7 @@ class DiskTier:
                 batch.work.append((at, held, chunk))
         for _, held, chunk in reversed(batch.work):  # a prefix is to outlive what continues it
             self._touch(chunk.name, held)
-        await self._run(batch, self._read, timeout_s)
+        await self._run(batch, batch.read, timeout_s)
         for at, came in batch.done.items():
             outcomes[at] = TierOutcome.OK if came else TierOutcome.DAMAGED
         return outcomes
@@ -115,10 +95,10 @@ class DiskTier:
         end = self._clock.now() + timeout_s
         if not await self._may_write(timeout_s):
             return outcomes
-        batch, left = _DiskBatch(), list[ChunkName]()
+        batch, left = DiskBatch(self._slab), list[ChunkName]()
         try:
             self._plan_save(chunks, ttl_s, batch, left, outcomes)
-            await self._run(batch, self._write, end - self._clock.now())
+            await self._run(batch, batch.writing(self._to_clear), end - self._clock.now())
         finally:
             came = self._keep_written(batch)
             self._writing.release()
@@ -135,15 +115,48 @@ class DiskTier:
         left = [name for name in dict.fromkeys(names) if name in self._index]
         if not left or not await self._may_write(timeout_s):
             return
-        batch = _DiskBatch()
+        batch = DiskBatch(self._slab)
         try:
             for name in left:
                 if name in self._index:
                     self._drop(name)
-            await self._run(batch, self._write, timeout_s)
+            await self._run(batch, batch.writing(self._to_clear), timeout_s)
         finally:
             self._writing.release()
             self.on_change([], left)
+
+    async def expire(self, names: Sequence[ChunkName], ttl_s: float | None, *, timeout_s: float) -> int:
+        """See `Tier`."""
+        if not await self._may_write(timeout_s):
+            return 0
+        try:
+            known = [held for name in dict.fromkeys(names) if (held := self._alive(name)) is not None]
+            for held in known:
+                held.entry.ends_at = 0.0 if ttl_s is None else self._clock.wall() + ttl_s
+            batch = DiskBatch(self._slab, entries=[held.entry for held in known])
+            await self._run(batch, batch.writing(self._to_clear), timeout_s)
+            return len(known)
+        finally:
+            self._writing.release()
+
+    async def generations(self, *, timeout_s: float) -> GenerationList:
+        """See `Tier`. From memory."""
+        if self._pool.closed:
+            return GenerationList(incomplete="it is closed")
+        index = [(name, held.entry.num_bytes, held.entry.used_at) for name, held in self._index.items()]
+        return counted(index)
+
+    async def mark(self, fingerprint: bytes, owner: str, note: str, *, ttl_s: float, timeout_s: float) -> None:
+        """See `Tier`. Nobody else looks here."""
+
+    async def clear(
+        self, fingerprints: Sequence[bytes], *, own: Collection[str] | None = None, timeout_s: float
+    ) -> Cleared:
+        """See `Tier`."""
+        names = [name for name in self._index if name.fingerprint in fingerprints]
+        await self.remove(names, timeout_s=timeout_s)
+        left = sum(name in self._index for name in names)
+        return Cleared(len(names) - left, f"{self._slab.path} was busy, or is closed" if left else "")
 
     def stats(self) -> TierStats:
         """See `Tier`."""
@@ -169,13 +182,13 @@ class DiskTier:
 
     # --- the index ---
 
-    def _alive(self, name: ChunkName) -> _Held | None:
+    def _alive(self, name: ChunkName) -> HeldChunk | None:
         held = self._index.get(name)
         if held is not None and 0 < held.entry.ends_at <= self._clock.wall():
             return None
         return held
 
-    def _touch(self, name: ChunkName, held: _Held) -> None:
+    def _touch(self, name: ChunkName, held: HeldChunk) -> None:
         held.entry.used_at = self._clock.wall()
         if name in self._index:
             self._index.move_to_end(name)
@@ -198,7 +211,7 @@ class DiskTier:
         self,
         chunks: Sequence[TierChunk],
         ttl_s: float | None,
-        batch: _DiskBatch,
+        batch: DiskBatch,
         left: list[ChunkName],
         outcomes: list[TierOutcome],
     ) -> None:
@@ -227,9 +240,9 @@ class DiskTier:
                     used_at=wall,
                     ends_at=0.0 if ttl_s is None else wall + ttl_s,
                 )
-                batch.work.append((at, _Held(entry, busy=1), chunk))
+                batch.work.append((at, HeldChunk(entry, busy=1), chunk))
 
-    def _keep_written(self, batch: _DiskBatch) -> list[ChunkName]:
+    def _keep_written(self, batch: DiskBatch) -> list[ChunkName]:
         """The chunks that a thread has written are in the index from now on; the room of the others is free again."""
         came = []
         for at, held, chunk in batch.work:
@@ -261,17 +274,17 @@ class DiskTier:
         if not held.busy:
             self._give_back(held)
 
-    def _give_back(self, held: _Held) -> None:
+    def _give_back(self, held: HeldChunk) -> None:
         self._extents.release(held.entry.offset - self._slab.data_offset)
         self._free_numbers.append(held.entry.number)
 
     # --- the disk ---
 
-    async def _run(self, batch: _DiskBatch, job: Callable[[_DiskBatch], None], timeout_s: float) -> None:
+    async def _run(self, batch: DiskBatch, job: Callable[[], None], timeout_s: float) -> None:
         """The job in a thread, which uses the callers' memory no longer when this returns or raises."""
         try:
             if timeout_s > 0 and not self._pool.closed:
-                await self._pool.run(lambda: job(batch), lambda: _stop(batch), BatchDeadline(timeout_s))
+                await self._pool.run(job, batch.stop, BatchDeadline(timeout_s))
                 self._problem = batch.problem or None
         except TransferError as error:
             self._problem = batch.problem or error.message
@@ -280,32 +293,6 @@ class DiskTier:
                 held.busy -= 1
                 if held.gone and not held.busy:
                     self._give_back(held)
-
-    def _read(self, batch: _DiskBatch) -> None:
-        for at, held, chunk in batch.work:
-            if batch.stopped:
-                return
-            try:
-                batch.done[at] = self._slab.read_chunk(held.entry, chunk.memory)
-            except OSError as error:
-                batch.problem = f"{self._slab.path}: {error.strerror}"
-
-    def _write(self, batch: _DiskBatch) -> None:
-        try:
-            cleared = self._to_clear.copy()
-            self._slab.clear_entries(cleared)
-            del self._to_clear[: len(cleared)]
-            for at, held, chunk in batch.work:
-                if batch.stopped:
-                    return
-                self._slab.write_chunk(held.entry, chunk.memory)
-                batch.done[at] = True
-        except OSError as error:
-            batch.problem = f"{self._slab.path}: {error.strerror}"
-
-
-def _stop(batch: _DiskBatch) -> None:
-    batch.stopped = True
 
 
 async def open_tier(config: TierConfig, place: TierPlace, clock: Clock) -> DiskTier:

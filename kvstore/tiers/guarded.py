@@ -5,12 +5,12 @@ Owns a breaker, a bound of bytes under way, and running estimates of its speed; 
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
 from kvcore.clock import Clock
-from kvstore.tiers.base import ChunkName, Tier, TierChunk, TierOutcome, TierStats
+from kvstore.tiers.base import ChunkName, Cleared, GenerationList, Tier, TierChunk, TierOutcome, TierStats
 from kvstore.tiers.limits import TierLimits
 from kvstore.tiers.rate import RunningRate
 
@@ -82,16 +82,45 @@ class GuardedTier:
         if names and not self.away:
             await _in_time(self._tier.remove(names, timeout_s=timeout_s), timeout_s)
 
+    async def expire(self, names: Sequence[ChunkName], ttl_s: float | None, *, timeout_s: float) -> int:
+        """See `Tier`."""
+        if not names or self.away:
+            return 0
+        return await _in_time(self._tier.expire(names, ttl_s, timeout_s=timeout_s), timeout_s) or 0
+
+    async def generations(self, *, timeout_s: float) -> GenerationList | None:
+        """See `Tier`."""
+        if self.away:
+            return GenerationList(incomplete=self._why_away())
+        late = GenerationList(incomplete="it did not answer in time")
+        return await _in_time(self._tier.generations(timeout_s=timeout_s), timeout_s, late)
+
+    async def mark(self, fingerprint: bytes, owner: str, note: str, *, ttl_s: float, timeout_s: float) -> None:
+        """See `Tier`."""
+        if not self.away:
+            await _in_time(self._tier.mark(fingerprint, owner, note, ttl_s=ttl_s, timeout_s=timeout_s), timeout_s)
+
+    async def clear(
+        self, fingerprints: Sequence[bytes], *, own: Collection[str] | None = None, timeout_s: float
+    ) -> Cleared:
+        """See `Tier`."""
+        if self.away:
+            return Cleared(incomplete=self._why_away())
+        late = Cleared(incomplete="it did not answer in time")
+        clearing = self._tier.clear(fingerprints, own=own, timeout_s=timeout_s)
+        return await _in_time(clearing, timeout_s, late) or late
+
     def stats(self) -> TierStats:
         """See `Tier`; while it is left alone its `problem` says so."""
         stats = self._tier.stats()
-        if not self.away:
-            return stats
-        return replace(stats, problem=f"left alone for a while: {stats.problem or 'it did not answer in time'}")
+        return replace(stats, problem=self._why_away()) if self.away else stats
 
     async def aclose(self) -> None:
         """See `Tier`."""
         await self._tier.aclose()
+
+    def _why_away(self) -> str:
+        return f"left alone for a while: {self._tier.stats().problem or 'it did not answer in time'}"
 
     async def _move(
         self,
@@ -173,10 +202,12 @@ class _BreakerTry:
             self._guard._trying = False
 
 
-async def _in_time(work: Coroutine[object, object, _Result], timeout_s: float) -> _Result | None:
-    """Its result; None when it takes longer. A tier gives up by itself: this is for one that does not."""
+async def _in_time(
+    work: Coroutine[object, object, _Result], timeout_s: float, late: _Result | None = None
+) -> _Result | None:
+    """Its result; `late` when it takes longer. A tier gives up by itself: this is for one that does not."""
     try:
         async with asyncio.timeout(timeout_s):
             return await work
     except TimeoutError:
-        return None
+        return late

@@ -30,3 +30,9 @@ class RedisLimits:
     """Of chunks whose parts are written before the first of them is committed."""
     max_chunk_bytes: int = 1 << 30
     """Header and payload."""
+    scan_keys: int = 1000
+    """Of the server's keys in one page, where all are looked through."""
+    max_generations: int = 4096
+    """That are listed; a server that many share has a few."""
+    note_s: float = 90 * 24 * 3600.0
+    """How long a note on a generation outlives its last mark."""

@@ -1,10 +1,11 @@
 """A tier in this process's memory: for the simulator and tests, with the faults of real ones on request."""
 
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 
 from kvcore.clock import Clock
-from kvstore.tiers.base import ChunkName, TierChunk, TierOutcome, TierStats
+from kvstore.tiers.base import ChunkName, Cleared, GenerationList, TierChunk, TierOutcome, TierStats
+from kvstore.tiers.generations import GenerationNotes, counted, is_spared
 
 
 class MemoryTier:
@@ -15,6 +16,7 @@ class MemoryTier:
     """
 
     shared = True
+    _AWAY = "it did not answer"
 
     def __init__(
         self,
@@ -34,6 +36,7 @@ class MemoryTier:
         self._before = before
         self._used = self._evicted = 0
         self._closed = False
+        self._notes = GenerationNotes(clock.wall)
 
     def __repr__(self) -> str:
         return f"<MemoryTier {self.name}: {len(self.chunks)} chunks, {self._used} of {self._capacity} bytes>"
@@ -62,6 +65,42 @@ class MemoryTier:
         if await self._reached(timeout_s):
             for name in names:
                 self._drop(name)
+
+    async def expire(self, names: Sequence[ChunkName], ttl_s: float | None, *, timeout_s: float) -> int:
+        """See `Tier`."""
+        known = 0
+        if await self._reached(timeout_s):
+            end = None if ttl_s is None else self._clock.now() + ttl_s
+            for name in names:
+                if (value := self._alive(name)) is not None:
+                    self.chunks[name] = (value, end)
+                    known += 1
+        return known
+
+    async def generations(self, *, timeout_s: float) -> GenerationList:
+        """See `Tier`."""
+        if not await self._reached(timeout_s):
+            return GenerationList(incomplete=self._AWAY)
+        alive = [name for name in list(self.chunks) if self._alive(name) is not None]
+        return counted(((name, len(self.chunks[name][0]), None) for name in alive), self._notes)
+
+    async def mark(self, fingerprint: bytes, owner: str, note: str, *, ttl_s: float, timeout_s: float) -> None:
+        """See `Tier`."""
+        if await self._reached(timeout_s):
+            self._notes.mark(fingerprint, owner, note, ttl_s)
+
+    async def clear(
+        self, fingerprints: Sequence[bytes], *, own: Collection[str] | None = None, timeout_s: float
+    ) -> Cleared:
+        """See `Tier`."""
+        if not await self._reached(timeout_s):
+            return Cleared(incomplete=self._AWAY)
+        cleared = {one for one in fingerprints if not is_spared(self._notes.marks(one), own)}
+        names = [name for name in self.chunks if name.fingerprint in cleared]
+        for name in names:
+            self._drop(name)
+        self._notes.forget(cleared)
+        return Cleared(len(names))
 
     def stats(self) -> TierStats:
         """See `Tier`."""

@@ -1,28 +1,27 @@
 """A Redis or Valkey as a tier that nodes and clusters share: chunks in values of just under 4 MiB, uncopied.
 
-Owns the names and the format of what lies in the server. A chunk's parts are the values `kvf1:{FINGERPRINT-KEY}:N`, of
-`RedisLimits.part_bytes` each; part 0 begins with a header that says how long the chunk is, and is written last: where
-it is, the chunk was whole. The server evicts parts one by one: a chunk that lacks any is a miss, and is written anew.
+Owns the order in which parts are written and read; `redis_parts` has their format. Part 0 is written last: where it is,
+the chunk was whole. The server evicts parts one by one: a chunk that lacks any is a miss, and is written anew.
 """
 
 import asyncio
 import logging
-import struct
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
-from kvcore.clock import Clock
+from kvcore.clock import Clock, SystemClock
 from kvcore.config.tiers import RedisTierConfig, TierConfig
 from kvcore.telemetry import log_fields
-from kvstore.tiers.base import ChunkName, TierChunk, TierOutcome, TierStats
+from kvstore.tiers import redis_generations
+from kvstore.tiers.base import ChunkName, Cleared, GenerationList, TierChunk, TierOutcome, TierStats
 from kvstore.tiers.limits import RedisLimits
 from kvstore.tiers.opening import TierPlace
+from kvstore.tiers.redis_generations import RedisGenerations
+from kvstore.tiers.redis_parts import HEAD, MAGIC, num_parts, part_key, parts_there, views_of
 from kvstore.tiers.resp import RespConnection, RespRefusal, command
 from kvstore.tiers.resp_client import RespClient, parse_server
 
 _log = logging.getLogger(__name__)
-_HEAD = struct.Struct("<8sQ")
-_MAGIC = b"KVFPART0"
 _Share = list[tuple[int, TierChunk]]
 """Some of a call's chunks, with their positions in it."""
 
@@ -36,9 +35,19 @@ class RedisTier:
     name = "redis"
     shared = True
 
-    def __init__(self, chunks: RespClient, questions: RespClient, limits: RedisLimits = RedisLimits()) -> None:
+    def __init__(
+        self,
+        chunks: RespClient,
+        questions: RespClient,
+        limits: RedisLimits = RedisLimits(),
+        *,
+        errands: RespClient | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        """`errands`: for what takes long and hurries nobody; None: it shares the questions' connections."""
         self.max_chunk_bytes = limits.max_chunk_bytes
         self._chunks, self._questions, self._limits = chunks, questions, limits
+        self._errands, self._clock = errands or questions, clock or SystemClock()
         self._problem: str | None = None
         self._told = ""
 
@@ -86,18 +95,54 @@ class RedisTier:
         """See `Tier`. Part 0 goes first."""
 
         def remove(connection: RespConnection) -> None:
-            reads = [command(b"GETRANGE", part_key(name, 0), b"0", b"%d" % (_HEAD.size - 1)) for name in names]
-            connection.send(reads, replies=len(names))
-            heads = [connection.reply() for _ in names]
-            unlinks = []
-            for name, head in zip(names, heads, strict=True):
-                unlinks.append(command(b"UNLINK", *(part_key(name, part) for part in range(self._parts_of(head)))))
-            connection.send(unlinks, replies=len(names))
-            for _ in names:
+            parts = [keys for keys in parts_there(connection, names, self._limits) if keys]
+            connection.send([command(b"UNLINK", *keys) for keys in parts], replies=len(parts))
+            for _ in parts:
                 connection.reply()
 
         if names:
             await self._run(self._questions, [remove], timeout_s)
+
+    async def expire(self, names: Sequence[ChunkName], ttl_s: float | None, *, timeout_s: float) -> int:
+        """See `Tier`."""
+        known = 0
+
+        def expire(connection: RespConnection) -> None:
+            nonlocal known
+            parts = [keys for keys in parts_there(connection, names, self._limits) if keys]
+            ending = () if ttl_s is None else (b"%d" % max(1, round(ttl_s * 1000)),)
+            words = [(b"PEXPIRE" if ending else b"PERSIST", key, *ending) for keys in parts for key in keys]
+            connection.send([command(*line) for line in words], replies=len(words))
+            refused = [isinstance(connection.reply(), RespRefusal) for _ in words]
+            known = 0 if any(refused) else len(parts)
+
+        if names:
+            await self._errand(expire, timeout_s)
+        return known
+
+    async def generations(self, *, timeout_s: float) -> GenerationList:
+        """See `Tier`."""
+        seen = RedisGenerations(self._limits, self._clock.wall)
+        problem = await self._errand(seen.look, timeout_s)
+        seen.incomplete = seen.incomplete and (problem or seen.incomplete)
+        return seen.listed()
+
+    async def mark(self, fingerprint: bytes, owner: str, note: str, *, ttl_s: float, timeout_s: float) -> None:
+        """See `Tier`."""
+        note_s = self._limits.note_s
+
+        def mark(connection: RespConnection) -> None:
+            redis_generations.mark(connection, fingerprint, owner, note, ttl_s=ttl_s, note_s=note_s)
+
+        await self._errand(mark, timeout_s)
+
+    async def clear(
+        self, fingerprints: Sequence[bytes], *, own: Collection[str] | None = None, timeout_s: float
+    ) -> Cleared:
+        """See `Tier`."""
+        seen = RedisGenerations(self._limits, self._clock.wall)
+        problem = await self._errand(lambda connection: seen.clear(connection, fingerprints, own), timeout_s)
+        return Cleared(seen.num_cleared, seen.incomplete and (problem or seen.incomplete))
 
     def stats(self) -> TierStats:
         """See `Tier`."""
@@ -107,6 +152,7 @@ class RedisTier:
         """See `Tier`."""
         await self._chunks.aclose()
         await self._questions.aclose()
+        await self._errands.aclose()
 
     # --- work in threads ---
 
@@ -141,8 +187,12 @@ class RedisTier:
             self._told = self._problem
             log_fields(_log, logging.WARNING, "redis_tier", problem=self._problem)
 
+    async def _errand(self, job: Callable[[RespConnection], None], timeout_s: float) -> str | None:
+        """None, or what went wrong; the tier is no worse for it."""
+        return "it is closed" if self._errands.closed else await self._errands.run(job, timeout_s)
+
     def _load_share(self, connection: RespConnection, share: _Share, outcomes: list[TierOutcome]) -> None:
-        wanted = ((at, chunk, part) for at, chunk in share for part in range(self._num_parts(chunk.num_bytes)))
+        wanted = ((at, chunk, part) for at, chunk in share for part in range(num_parts(chunk.num_bytes, self._limits)))
         under_way: deque[tuple[int, TierChunk, int]] = deque()
         failed = dict[int, TierOutcome]()
         while True:
@@ -156,7 +206,7 @@ class RedisTier:
             outcome = self._receive(connection, chunk, part, wanted=at not in failed)
             if outcome is not TierOutcome.OK:
                 outcomes[at] = failed.setdefault(at, outcome)
-            elif part + 1 == self._num_parts(chunk.num_bytes) and at not in failed:
+            elif part + 1 == num_parts(chunk.num_bytes, self._limits) and at not in failed:
                 outcomes[at] = TierOutcome.OK
 
     def _receive(self, connection: RespConnection, chunk: TierChunk, part: int, *, wanted: bool) -> TierOutcome:
@@ -167,18 +217,18 @@ class RedisTier:
         if length is None:
             return TierOutcome.MISSING
         outcome = TierOutcome.OK
-        if part == 0 and length >= _HEAD.size:
-            head = memoryview(bytearray(_HEAD.size))
+        if part == 0 and length >= HEAD.size:
+            head = memoryview(bytearray(HEAD.size))
             connection.fill(head)
-            length -= _HEAD.size
-            magic, num_bytes = _HEAD.unpack(head)
-            if magic != _MAGIC:
+            length -= HEAD.size
+            magic, num_bytes = HEAD.unpack(head)
+            if magic != MAGIC:
                 outcome = TierOutcome.DAMAGED
             elif num_bytes != chunk.num_bytes:
                 outcome = TierOutcome.TOO_LARGE
         elif part == 0:
             outcome = TierOutcome.DAMAGED
-        views = self._views(chunk, part)
+        views = views_of(chunk, part, self._limits)
         if outcome is TierOutcome.OK and length != sum(view.nbytes for view in views):
             outcome = TierOutcome.DAMAGED
         if outcome is TierOutcome.OK and wanted:
@@ -195,7 +245,7 @@ class RedisTier:
         """What is there whole counts as used; the rest is written."""
         touches = []
         for _, chunk in share:
-            keys = [part_key(chunk.name, part) for part in range(self._num_parts(chunk.num_bytes))]
+            keys = [part_key(chunk.name, part) for part in range(num_parts(chunk.num_bytes, self._limits))]
             touches.append(command(b"TOUCH", *keys))
         connection.send(touches, replies=len(touches))
         lacking: _Share = []
@@ -203,12 +253,13 @@ class RedisTier:
             reply = connection.reply()
             if isinstance(reply, RespRefusal):
                 outcomes[at] = _refused(reply)
-            elif reply == self._num_parts(chunk.num_bytes):
+            elif reply == num_parts(chunk.num_bytes, self._limits):
                 outcomes[at] = TierOutcome.OK
             else:
                 lacking.append((at, chunk))
         for group in self._groups(lacking):
-            later = [(at, chunk, part) for at, chunk in group for part in range(1, self._num_parts(chunk.num_bytes))]
+            counts = [(at, chunk, num_parts(chunk.num_bytes, self._limits)) for at, chunk in group]
+            later = [(at, chunk, part) for at, chunk, parts in counts for part in range(1, parts)]
             refused = {at: got for at, got in self._set(connection, later, ttl_s) if got is not TierOutcome.OK}
             first = [(at, chunk, 0) for at, chunk in group if at not in refused]
             for at, outcome in [*refused.items(), *self._set(connection, first, ttl_s)]:
@@ -221,8 +272,8 @@ class RedisTier:
         ending = b"" if ttl_s is None else b"$2\r\nPX\r\n" + _word(b"%d" % max(1, round(ttl_s * 1000)))
         buffers = list[bytes | memoryview]()
         for _, chunk, part in parts:
-            views = self._views(chunk, part)
-            head = _HEAD.pack(_MAGIC, chunk.num_bytes) if part == 0 else b""
+            views = views_of(chunk, part, self._limits)
+            head = HEAD.pack(MAGIC, chunk.num_bytes) if part == 0 else b""
             length = len(head) + sum(view.nbytes for view in views)
             words = 5 if ending else 3
             key = _word(part_key(chunk.name, part))
@@ -245,34 +296,6 @@ class RedisTier:
         if group:
             yield group
 
-    # --- parts and answers ---
-
-    def _num_parts(self, num_bytes: int) -> int:
-        return max(1, -(-num_bytes // self._limits.part_bytes))
-
-    def _parts_of(self, head: object) -> int:
-        """Of the chunk whose part 0 begins so; 1 where that cannot be told."""
-        if not isinstance(head, bytes) or len(head) < _HEAD.size:
-            return 1
-        magic, num_bytes = _HEAD.unpack(head)
-        return self._num_parts(min(num_bytes, self.max_chunk_bytes)) if magic == _MAGIC else 1
-
-    def _views(self, chunk: TierChunk, part: int) -> list[memoryview]:
-        """The memory of one part."""
-        start, views = part * self._limits.part_bytes, list[memoryview]()
-        end = start + self._limits.part_bytes
-        for view in chunk.memory:
-            if max(0, start) < view.nbytes and end > 0:
-                views.append(view.cast("B")[max(0, start) : end])
-            start -= view.nbytes
-            end -= view.nbytes
-        return views
-
-
-def part_key(name: ChunkName, part: int) -> bytes:
-    """The key of one part. What stands in braces decides its slot: all parts of a chunk are in one place."""
-    return b"kvf1:{%b-%b}:%d" % (name.fingerprint.hex().encode(), name.key.hex().encode(), part)
-
 
 def _refused(refusal: RespRefusal) -> TierOutcome:
     if refusal.code == "WRONGTYPE":
@@ -288,4 +311,5 @@ async def open_tier(config: TierConfig, place: TierPlace, clock: Clock) -> Redis
     """See `kvstore.tiers.opening`. Connects when it is first asked."""
     assert isinstance(config, RedisTierConfig)
     server = parse_server(config.url)
-    return RedisTier(RespClient(server, config.connections), RespClient(server, 1))
+    chunks, questions, errands = (RespClient(server, number) for number in (config.connections, 1, 1))
+    return RedisTier(chunks, questions, errands=errands, clock=clock)

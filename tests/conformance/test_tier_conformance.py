@@ -4,10 +4,21 @@ import asyncio
 from contextlib import AsyncExitStack
 
 import pytest
-from support.tier_rigs import CAPACITY_BYTES, KINDS, TierRig, chunk_of, content, kinds_with, name_of, room_for
+from support.tier_rigs import (
+    CAPACITY_BYTES,
+    FINGERPRINT,
+    KINDS,
+    TierRig,
+    chunk_of,
+    content,
+    kinds_with,
+    name_of,
+    room_for,
+)
 
+from kvcore.extents import aligned
 from kvstore.chunk_format import checksum, parse
-from kvstore.tiers.base import TierChunk, TierOutcome
+from kvstore.tiers.base import Cleared, Generation, TierChunk, TierOutcome
 
 OK, MISSING, AWAY = TierOutcome.OK, TierOutcome.MISSING, TierOutcome.UNAVAILABLE
 CALL_S = 20.0
@@ -241,6 +252,119 @@ async def test_another_process_finds_what_this_one_saved(rig):
         assert [content(back) for back in backs] == [content(chunk) for chunk in chunks]
 
 
+OLD, NEW = bytes(16), b"\xff" * 16
+
+
+async def generations(rig: TierRig) -> dict[bytes, Generation]:
+    listed = await rig.tier.generations(timeout_s=CALL_S)
+    assert listed is not None and listed.incomplete == ""
+    return {one.fingerprint: one for one in listed.found}
+
+
+async def two_generations(rig: TierRig) -> tuple[list[TierChunk], list[TierChunk]]:
+    old = [chunk_of(name_of(number, OLD), 300_000) for number in range(5)]
+    new = [chunk_of(name_of(number, NEW), 1000) for number in range(3)]
+    assert await save(rig, *old, *new) == [OK] * 8
+    return old, new
+
+
+@every("lists")
+async def test_what_lies_there_is_listed_by_fingerprint(rig):
+    assert await generations(rig) == {}
+    old, new = await two_generations(rig)
+    found = await generations(rig)
+    assert {one: found[one].num_chunks for one in found} == {OLD: 5, NEW: 3}
+    for chunks, one in ((old, found[OLD]), (new, found[NEW])):
+        total = sum(chunk.num_bytes for chunk in chunks)
+        assert total <= one.num_bytes < total + 64 * len(chunks)
+
+
+@every("lists")
+async def test_a_cleared_generation_is_gone_and_frees_its_room_and_the_others_stay(rig):
+    old, new = await two_generations(rig)
+    used = rig.tier.stats().used_bytes
+    assert await rig.tier.clear([OLD, b"?" * 16], timeout_s=CALL_S) == Cleared(5)
+    assert set(await generations(rig)) == {NEW}
+    assert await load(rig, *map(room_for, old)) == [MISSING] * 5
+    assert await load(rig, *map(room_for, new)) == [OK] * 3
+    if used is not None:
+        assert rig.tier.stats().used_bytes == used - 5 * aligned_as(rig, old[0].num_bytes)
+    assert await save(rig, *old) == [OK] * 5 and await load(rig, *map(room_for, old)) == [OK] * 5
+    assert await rig.tier.clear([OLD, NEW], timeout_s=CALL_S) == Cleared(8) and await generations(rig) == {}
+
+
+def aligned_as(rig: TierRig, num_bytes: int) -> int:
+    return num_bytes if rig.tier.name == "memory" else aligned(num_bytes)
+
+
+@every("lists", "reopen")
+async def test_what_was_cleared_is_not_there_for_another_process(rig):
+    await two_generations(rig)
+    await rig.tier.clear([OLD], timeout_s=CALL_S)
+    async with rig.reopen() as other:
+        listed = await other.generations(timeout_s=CALL_S)
+        assert listed is not None and [one.fingerprint for one in listed.found] == [NEW]
+
+
+@every("marks")
+async def test_what_others_use_is_spared_unless_all_is_to_go(rig):
+    await two_generations(rig)
+    await rig.tier.mark(OLD, "theirs/d0", "old of theirs", ttl_s=900, timeout_s=CALL_S)
+    await rig.tier.mark(OLD, "ours/d0", "old of ours", ttl_s=900, timeout_s=CALL_S)
+    found = await generations(rig)
+    assert found[OLD].note == "old of ours" and [one.owner for one in found[OLD].marks] == ["ours/d0", "theirs/d0"]
+    assert (found[NEW].note, found[NEW].marks) == ("", ())
+    assert await rig.tier.clear([OLD, NEW], own=["ours/d0"], timeout_s=CALL_S) == Cleared(3)
+    assert await rig.tier.clear([OLD], own=[], timeout_s=CALL_S) == Cleared(0)
+    await rig.tier.mark(OLD, "theirs/d0", "old of theirs", ttl_s=0, timeout_s=CALL_S)
+    found = await generations(rig)
+    assert found[OLD].note == "old of ours" and [one.owner for one in found[OLD].marks] == ["ours/d0"]
+    assert await rig.tier.clear([OLD], own=["ours/d0"], timeout_s=CALL_S) == Cleared(5)
+    again, _ = await two_generations(rig)
+    found = await generations(rig)
+    assert (found[OLD].num_chunks, found[OLD].note, found[OLD].marks) == (len(again), "", ()), "nothing is noted of it"
+    await rig.tier.mark(OLD, "theirs/d0", "old of theirs", ttl_s=900, timeout_s=CALL_S)
+    assert await rig.tier.clear([OLD], timeout_s=CALL_S) == Cleared(5), "no own: nothing is spared"
+
+
+@every("marks", "advance")
+async def test_a_mark_ends_by_itself(rig):
+    await two_generations(rig)
+    await rig.tier.mark(OLD, "theirs/d0", "old", ttl_s=10, timeout_s=CALL_S)
+    rig.advance(11)
+    found = (await generations(rig))[OLD]
+    assert (found.note, found.marks) == ("old", ())
+    assert await rig.tier.clear([OLD], own=[], timeout_s=CALL_S) == Cleared(5)
+
+
+@every("expires")
+async def test_an_end_that_is_given_later_and_taken_back(rig):
+    chunks = [chunk_of(name_of(number), 300_000) for number in range(3)]
+    assert await save(rig, chunks[0], chunks[1], ttl_s=0.2) == [OK, OK] and await save(rig, chunks[2]) == [OK]
+    names = [chunk.name for chunk in chunks]
+    assert await rig.tier.expire([names[0], name_of(99)], None, timeout_s=CALL_S) == 1
+    assert await rig.tier.expire(names[2:], 0.001, timeout_s=CALL_S) == 1
+    assert await rig.tier.expire([], None, timeout_s=CALL_S) == 0
+    if rig.advance is not None:
+        rig.advance(0.3)
+    async with asyncio.timeout(CALL_S):
+        while await rig.tier.find(names, timeout_s=CALL_S) != [True, False, False]:  # noqa: ASYNC110  (its own clock)
+            await asyncio.sleep(0.05)
+    assert await load(rig, *map(room_for, chunks)) == [OK, MISSING, MISSING]
+
+
+@every("lists", "stop")
+async def test_a_server_that_is_away_lists_nothing_and_says_why(rig):
+    await two_generations(rig)
+    rig.stop()
+    listed = await rig.tier.generations(timeout_s=CALL_S)
+    assert listed is not None and listed.found == () and listed.incomplete
+    cleared = await rig.tier.clear([OLD], timeout_s=CALL_S)
+    assert cleared.num_chunks == 0 and cleared.incomplete
+    await rig.tier.mark(OLD, "ours/d0", "", ttl_s=9, timeout_s=CALL_S)
+    assert await rig.tier.expire([name_of(1, OLD)], 1.0, timeout_s=CALL_S) == 0
+
+
 @every()
 async def test_closed_twice_and_asked_afterwards(rig):
     chunk = chunk_of(name_of(1), 100)
@@ -250,3 +374,9 @@ async def test_closed_twice_and_asked_afterwards(rig):
     assert await load(rig, room_for(chunk)) == [AWAY] and await save(rig, chunk) == [AWAY]
     assert await rig.tier.find([chunk.name], timeout_s=CALL_S) == [False]
     await rig.tier.remove([chunk.name], timeout_s=CALL_S)
+    listed = await rig.tier.generations(timeout_s=CALL_S)
+    assert listed is None or (listed.found == () and listed.incomplete)
+    cleared = await rig.tier.clear([FINGERPRINT], timeout_s=CALL_S)
+    assert cleared.num_chunks == 0 and cleared.incomplete
+    assert await rig.tier.expire([chunk.name], 1.0, timeout_s=CALL_S) == 0
+    await rig.tier.mark(FINGERPRINT, "ours/d0", "", ttl_s=9, timeout_s=CALL_S)

@@ -84,10 +84,14 @@ class RedisServer:
 
     def ask(self, *words: bytes) -> RespValue:
         """One command, by a connection of its own."""
-        with socket.create_connection(("127.0.0.1", self.port)) as sock:
-            connection = RespConnection(sock, BatchDeadline(10.0))
+        with self.connection() as connection:
             connection.send([command(*words)], replies=1)
             return connection.reply()
+
+    @contextmanager
+    def connection(self) -> Iterator[RespConnection]:
+        with socket.create_connection(("127.0.0.1", self.port)) as sock:
+            yield RespConnection(sock, BatchDeadline(10.0))
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from kvstore.tiers.base import ChunkName, Tier, TierChunk
 from kvstore.tiers.disk import open_disk
 from kvstore.tiers.limits import RedisLimits
 from kvstore.tiers.memory import MemoryTier
-from kvstore.tiers.redis import RedisTier, part_key
+from kvstore.tiers.redis import RedisTier
+from kvstore.tiers.redis_parts import part_key
 from kvstore.tiers.resp_client import RespClient, parse_server
 
 FINGERPRINT = bytes(range(16))
@@ -144,16 +145,17 @@ class RigKind:
     marks: tuple[pytest.MarkDecorator, ...] = ()
 
 
-_DISK = frozenset({"bound", "advance", "damage", "tear", "reopen"})
-_REDIS = frozenset({"damage", "tear", "stop", "start", "freeze", "thaw", "reopen"})
+_DISK = frozenset({"bound", "advance", "damage", "tear", "reopen", "lists", "expires"})
+_REDIS = frozenset({"damage", "tear", "stop", "start", "freeze", "thaw", "reopen", "lists", "marks", "expires"})
 KINDS = {
-    "memory": RigKind(memory_rig, frozenset({"bound", "advance", "damage"})),
+    "memory": RigKind(memory_rig, frozenset({"bound", "advance", "damage", "lists", "marks", "expires"})),
     "disk": RigKind(disk_rig, _DISK),
     "disk_buffered": RigKind(lambda: disk_rig(buffered=True), _DISK),
     "redis": RigKind(lambda: redis_rig("redis-server"), _REDIS, needs_redis),
     "valkey": RigKind(lambda: redis_rig(VALKEY or "valkey-server"), _REDIS, needs_valkey),
 }
-"""A line a kind of tier. `bound`: it has a capacity of its own."""
+"""A line a kind of tier. `bound`: it has a capacity of its own. `lists`: it knows which generations lie in it; `marks`:
+and who uses them. `expires`: it can give a chunk that is there another end."""
 
 
 def kinds_with(*abilities: str) -> list[object]:

@@ -4,10 +4,10 @@ import asyncio
 from itertools import pairwise
 
 from support.sim_loop import run_sim
-from support.tier_rigs import chunk_of, name_of, room_for
+from support.tier_rigs import FINGERPRINT, chunk_of, name_of, room_for
 
 from kvcore.clock import Clock
-from kvstore.tiers.base import TierOutcome
+from kvstore.tiers.base import Cleared, TierOutcome
 from kvstore.tiers.guarded import GuardedTier
 from kvstore.tiers.limits import TierLimits
 from kvstore.tiers.memory import MemoryTier
@@ -150,5 +150,34 @@ def test_a_cancelled_try_leaves_the_breaker_able_to_try_again():
         await asyncio.gather(task, return_exceptions=True)
         server.delay_s = 0
         assert await tier.save([chunk], timeout_s=1) == [OK] and not tier.away
+
+    run_sim(main)
+
+
+def test_generations_pass_through_and_a_tier_that_is_away_is_not_asked():
+    async def main():
+        server = Server()
+        tier, chunk = guarded(server), chunk_of(name_of(1), 1000)
+        assert await tier.save([chunk], timeout_s=1) == [OK]
+        await tier.mark(FINGERPRINT, "ours/d0", "a note", ttl_s=9, timeout_s=1)
+        listed = await tier.generations(timeout_s=1)
+        assert listed is not None and [(one.num_chunks, one.note) for one in listed.found] == [(1, "a note")]
+        assert await tier.expire([chunk.name], 5.0, timeout_s=1) == 1
+        assert await tier.clear([FINGERPRINT], own=[], timeout_s=1) == Cleared(0)
+        assert await tier.clear([FINGERPRINT], timeout_s=1) == Cleared(1)
+        server.delay_s = 100.0
+        late = await tier.generations(timeout_s=1)
+        assert late is not None and "in time" in late.incomplete
+        assert "in time" in (await tier.clear([FINGERPRINT], timeout_s=1)).incomplete
+        server.up, server.delay_s = False, 0.0
+        while not tier.away:
+            await tier.load([room_for(chunk)], timeout_s=1)
+        calls = server.calls
+        away = await tier.generations(timeout_s=1)
+        assert away is not None and "left alone" in away.incomplete
+        assert "left alone" in (await tier.clear([FINGERPRINT], timeout_s=1)).incomplete
+        assert await tier.expire([chunk.name], 5.0, timeout_s=1) == 0
+        await tier.mark(FINGERPRINT, "ours/d0", "", ttl_s=9, timeout_s=1)
+        assert server.calls == calls
 
     run_sim(main)

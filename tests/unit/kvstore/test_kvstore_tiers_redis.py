@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 from support.redis_server import redis_server, with_redis
-from support.tier_rigs import chunk_of, content, name_of, room_for
+from support.tier_rigs import FINGERPRINT, chunk_of, content, name_of, room_for
 
 from kvstore.tiers.base import TierOutcome
 from kvstore.tiers.limits import RedisLimits
-from kvstore.tiers.redis import RedisTier, part_key
-from kvstore.tiers.resp import RespConnection
+from kvstore.tiers.redis import RedisTier
+from kvstore.tiers.redis_parts import part_key
+from kvstore.tiers.resp import RespConnection, RespRefusal, command
 from kvstore.tiers.resp_client import RespClient, parse_server
 from transfer.blocking import BatchDeadline
 
@@ -209,3 +210,73 @@ async def test_no_more_answers_are_asked_for_than_the_limit_while_none_is_read()
         thread.join()
         await tier.aclose()
     assert outcomes == [OK] and content(back) == stored and most == LIMITS.gets_under_way
+
+
+@with_redis
+async def test_generations_of_a_server_with_others_keys_are_counted_past_many_pages():
+    with redis_server() as server, server.connection() as connection:
+        words = [(b"SET", b"theirs:%d" % number, b"x") for number in range(5000)]
+        words += [(b"SET", b"kvf1:{no fingerprint}:0", b"x"), (b"LPUSH", part_key(name_of(7), 0), b"no string")]
+        connection.send([command(*line) for line in words], replies=len(words))
+        assert all(not isinstance(connection.reply(), RespRefusal) for _ in words)
+        async with tier_at(server.url) as tier:
+            chunks = [chunk_of(name_of(number), 2 * PART) for number in range(3)]
+            await tier.save(chunks, timeout_s=CALL_S)
+            server.ask(b"DEL", part_key(chunks[0].name, 0))
+            listed = await tier.generations(timeout_s=CALL_S)
+            assert [(one.num_chunks, one.num_bytes) for one in listed.found] == [(2, 5 * PART + 3 * 128 + 2 * 16)]
+            assert (await tier.clear([FINGERPRINT], timeout_s=CALL_S)).incomplete == ""
+            assert server.ask(b"DBSIZE") == 5001, "the part without its chunk went too, others' keys stay"
+
+
+@with_redis
+async def test_a_server_that_may_not_be_scanned_says_so_and_is_in_use_all_the_same():
+    with redis_server("--user", "default", "on", "nopass", "+@all", "-scan", "~*") as server:
+        async with tier_at(server.url) as tier:
+            chunk = chunk_of(name_of(1), 1000)
+            assert await tier.save([chunk], timeout_s=CALL_S) == [OK]
+            listed = await tier.generations(timeout_s=CALL_S)
+            assert listed.found == () and "NOPERM" in listed.incomplete
+            cleared = await tier.clear([FINGERPRINT], own=[], timeout_s=CALL_S)
+            assert cleared.num_chunks == 0 and "NOPERM" in cleared.incomplete
+            assert tier.stats().problem is None and await tier.load([room_for(chunk)], timeout_s=CALL_S) == [OK]
+
+
+class Paged:
+    """A server of endless keys: every page has one chunk and a cursor that goes on. `late`: pages before it stalls."""
+
+    def __init__(self, late: int) -> None:
+        self.pages, self.late, self.silent = 0, late, threading.Event()
+
+    def serve(self, listener: socket.socket) -> None:
+        sock, _ = listener.accept()
+        with sock, sock.makefile("rb") as stream:
+            while (line := stream.readline()).startswith(b"*"):
+                words = [stream.read(int(stream.readline()[1:]) + 2)[:-2] for _ in range(int(line[1:]))]
+                sock.sendall(self.answer(words))
+
+    def answer(self, words: list[bytes]) -> bytes:
+        if words[0] != b"SCAN":
+            return {b"PING": b"+PONG\r\n", b"STRLEN": b":100\r\n", b"UNLINK": b":1\r\n"}.get(words[0], b"$-1\r\n")
+        if b"live" in words[3]:
+            return b"*2\r\n$1\r\n0\r\n*0\r\n"
+        self.pages += 1
+        if self.pages > self.late:
+            self.silent.wait(60)
+        key = part_key(name_of(self.pages), 0)
+        return b"*2\r\n$1\r\n7\r\n*1\r\n$%d\r\n%b\r\n" % (len(key), key)
+
+
+@pytest.mark.parametrize("late", [3, 1 << 60])
+async def test_a_scan_without_end_stops_in_time_and_tells_what_it_saw(late):
+    paged = Paged(late)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        serving = threading.Thread(target=paged.serve, args=(listener,))
+        serving.start()
+        async with tier_at(f"redis://127.0.0.1:{listener.getsockname()[1]}") as tier:
+            listed = await tier.generations(timeout_s=0.4)
+            paged.silent.set()
+        serving.join()
+    (one,) = listed.found
+    assert paged.pages - 1 <= one.num_chunks <= paged.pages and one.num_bytes == 100 * one.num_chunks
+    assert "time" in listed.incomplete
