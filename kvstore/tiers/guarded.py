@@ -35,6 +35,9 @@ class GuardedTier:
         """`load`, `save` -> bytes that arrived, since start."""
         self._tier, self._clock, self._limits = tier, clock, limits
         self._rates = {operation: RunningRate(limits.rate_weight) for operation in ("load", "save")}
+        self._save_problem: str | None = None
+        """Of the last save, if it kept nothing. The tier's own is of its last call, and to find and to load may be fine
+        where all is full, or may not be written."""
         self._failures = 0
         self._pause_s = limits.pause_s
         self._closed_until = 0.0
@@ -60,6 +63,8 @@ class GuardedTier:
         found = [False] * len(names)
         if not names or self.away:
             return found
+        if not self.shared:  # it knows by heart what lies in it, which says nothing of how well it reads and writes
+            return await self._tier.find(names, timeout_s=timeout_s)
         with _BreakerTry(self) as attempt:
             answer = await _in_time(self._tier.find(names, timeout_s=timeout_s), timeout_s)
             attempt.ok = answer is not None and self._tier.stats().problem is None
@@ -73,9 +78,13 @@ class GuardedTier:
         self, chunks: Sequence[TierChunk], *, ttl_s: float | None = None, timeout_s: float
     ) -> list[TierOutcome]:
         """See `Tier`."""
-        return await self._move(
-            "save", chunks, lambda left_s: self._tier.save(chunks, ttl_s=ttl_s, timeout_s=left_s), timeout_s
-        )
+
+        async def call(left_s: float) -> list[TierOutcome]:
+            outcomes = await self._tier.save(chunks, ttl_s=ttl_s, timeout_s=left_s)
+            self._save_problem = None if TierOutcome.OK in outcomes else self._tier.stats().problem
+            return outcomes
+
+        return await self._move("save", chunks, call, timeout_s)
 
     async def remove(self, names: Sequence[ChunkName], *, timeout_s: float) -> None:
         """See `Tier`."""
@@ -113,6 +122,8 @@ class GuardedTier:
     def stats(self) -> TierStats:
         """See `Tier`; while it is left alone its `problem` says so."""
         stats = self._tier.stats()
+        if stats.problem is None and self._save_problem is not None:
+            stats = replace(stats, problem=self._save_problem)
         return replace(stats, problem=self._why_away()) if self.away else stats
 
     async def aclose(self) -> None:

@@ -282,7 +282,8 @@ class RedisTier:
         outcomes = []
         for at, _, _ in parts:
             reply = connection.reply()
-            outcomes.append((at, _refused(reply) if isinstance(reply, RespRefusal) else TierOutcome.OK))
+            taken = TierOutcome.OK if reply == b"OK" else TierOutcome.UNAVAILABLE
+            outcomes.append((at, _refused(reply) if isinstance(reply, RespRefusal) else taken))
         return outcomes
 
     def _groups(self, work: _Share) -> Iterator[_Share]:

@@ -109,6 +109,34 @@ async def test_torn_at_any_block_a_chunk_is_not_whole(path):
         await tier.aclose()
 
 
+@pytest.mark.parametrize("how", ["zeroed", "cut", "cut_in_use"])
+async def test_cut_or_zeroed_from_any_block_on_no_chunk_is_believed_and_all_of_it_is_used_again(path, how):
+    before, torn = chunk_of(name_of(1), 3000), chunk_of(name_of(2), 5 * 4096 - 200)
+    for block in range(1 + 4 + 1 + 5):  # the head, the table, a chunk, and the one that is torn
+        tier = await opened(path, MIB)
+        assert await save(tier, before) == [OK] and await save(tier, torn) == [OK]
+        offset = tier._index[torn.name].entry.offset
+        assert offset == 6 * 4096 and tier._index[before.name].entry.offset == 5 * 4096
+        if how != "cut_in_use":
+            await tier.aclose()
+        os.truncate(path, block * 4096)
+        if how == "zeroed":
+            os.truncate(path, MIB)
+        if how != "cut_in_use":
+            tier = await opened(path, MIB)
+        backs = [room_for(before), room_for(torn)]
+        outcomes = await load(tier, *backs)
+        assert [got is OK and whole(content(back)) for got, back in zip(outcomes, backs, strict=True)] == [
+            block >= 6 and how != "cut",
+            False,
+        ]
+        assert MISSING in outcomes or TierOutcome.DAMAGED in outcomes or how == "zeroed"
+        await tier.remove([before.name, torn.name], timeout_s=20)
+        assert await save(tier, before) == [OK] and await save(tier, torn) == [OK]
+        assert await load(tier, *backs) == [OK, OK] and all(whole(content(back)) for back in backs)
+        await tier.aclose()
+
+
 async def test_a_damaged_table_forgets_what_it_says_and_nothing_else(path):
     tier = await opened(path)
     chunks = [chunk_of(name_of(number), 5000) for number in range(40)]

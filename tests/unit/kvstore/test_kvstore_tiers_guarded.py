@@ -1,13 +1,19 @@
 """The guard around a tier: breaker, bytes under way, measured rates, deadlines that the tier itself does not keep."""
 
 import asyncio
+import os
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
+import pytest
 from support.sim_loop import run_sim
 from support.tier_rigs import FINGERPRINT, chunk_of, name_of, room_for
 
-from kvcore.clock import Clock
-from kvstore.tiers.base import Cleared, TierOutcome
+from kvcore.clock import Clock, ManualClock
+from kvstore.tiers.base import Cleared, TierChunk, TierOutcome
+from kvstore.tiers.disk import open_disk
 from kvstore.tiers.guarded import GuardedTier
 from kvstore.tiers.limits import TierLimits
 from kvstore.tiers.memory import MemoryTier
@@ -181,3 +187,55 @@ def test_generations_pass_through_and_a_tier_that_is_away_is_not_asked():
         assert server.calls == calls
 
     run_sim(main)
+
+
+async def test_a_disk_that_failed_is_in_use_again_after_a_pause_though_it_is_asked_first_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    clock, limits = ManualClock(), TierLimits()
+    guard = GuardedTier(await open_disk(tmp_path / "x.slab", 4 * MIB, clock), clock, in_flight_bytes=MIB)
+    chunk = chunk_of(name_of(1), 1000)
+    assert await guard.save([chunk], timeout_s=20) == [OK]
+
+    def fails(*_: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "preadv", fails)
+        for _ in range(limits.failures):
+            assert await guard.load([room_for(chunk)], timeout_s=20) == [AWAY]
+        assert guard.away
+    clock.advance(limits.pause_s)
+    assert await guard.find([chunk.name], timeout_s=20) == [True]
+    assert await guard.load([room_for(chunk)], timeout_s=20) == [OK] and not guard.away
+    assert guard.stats().problem is None
+    await guard.aclose()
+
+
+class Full(MemoryTier):
+    """Takes nothing."""
+
+    def stats(self):
+        return replace(super().stats(), problem=self.problem)
+
+    problem: str | None = None
+
+    async def save(self, chunks: Sequence[TierChunk], *, ttl_s: float | None = None, timeout_s: float):
+        self.problem = "OOM"
+        return [TierOutcome.FULL] * len(chunks)
+
+    async def load(self, chunks: Sequence[TierChunk], *, timeout_s: float):
+        self.problem = None
+        return await super().load(chunks, timeout_s=timeout_s)
+
+
+async def test_that_it_takes_nothing_is_said_for_as_long_as_it_lasts_whatever_is_read_meanwhile():
+    clock = ManualClock()
+    tier = Full(MIB, clock)
+    guard = GuardedTier(tier, clock, in_flight_bytes=MIB)
+    chunk = chunk_of(name_of(1), 1000)
+    assert await guard.save([chunk], timeout_s=1) == [TierOutcome.FULL]
+    assert await guard.load([room_for(chunk)], timeout_s=1) == [TierOutcome.MISSING]
+    assert tier.problem is None and guard.stats().problem == "OOM" and not guard.away
+    tier.save = super(Full, tier).save
+    assert await guard.save([chunk], timeout_s=1) == [OK] and guard.stats().problem is None

@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from support.garbage_server import GARBAGE, GarbageServer
+from support.ports import free_ports
 from support.redis_server import redis_server, with_redis
 from support.tier_rigs import FINGERPRINT, chunk_of, content, name_of, room_for
 
@@ -280,3 +282,17 @@ async def test_a_scan_without_end_stops_in_time_and_tells_what_it_saw(late):
     (one,) = listed.found
     assert paged.pages - 1 <= one.num_chunks <= paged.pages and one.num_bytes == 100 * one.num_chunks
     assert "time" in listed.incomplete
+
+
+@pytest.mark.slow
+async def test_of_a_server_that_speaks_nonsense_nothing_is_believed():
+    (port,) = free_ports(1)
+    chunk = chunk_of(name_of(1), 2 * PART)
+    for kind in GARBAGE:
+        async with GarbageServer(port, [kind]) as server, tier_at(f"redis://127.0.0.1:{port}") as tier:
+            for timeout_s in (0.05, 0.01, 0.02):
+                assert await tier.load([room_for(chunk)], timeout_s=timeout_s) != [OK], kind
+                assert await tier.save([chunk], timeout_s=timeout_s) != [OK], kind
+                await tier.find([chunk.name], timeout_s=timeout_s)
+                await tier.remove([chunk.name], timeout_s=timeout_s)
+            assert server.answered, kind
