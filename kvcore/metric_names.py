@@ -58,6 +58,11 @@ ROUTER_CANCELLED = _counter("router_cancelled_total", "Requests whose client lef
 ROUTER_NODES = _gauge("router_nodes", "Nodes known to the router; state is usable or unusable", "role", "state")
 ROUTER_INDEX_CONNECTED = _gauge("router_index_connected", "1 while the event stream of the metadata server is up")
 ROUTER_INDEX_KEYS = _gauge("router_index_keys", "Chunk keys in the router's index")
+CACHE_TOKENS = _counter("cache_tokens_total", "Cached prompt tokens: `engine`, `memory` or a tier's name", "source")
+CACHE_MISSED_TOKENS = _counter(
+    "cache_missed_tokens_total", "Other prompt tokens: `last_chunk`, `gone`, `new` or `unknown`", "why"
+)
+CACHE_UNUSED_TOKENS = _counter("cache_unused_tokens_total", "Prompt tokens promoted from a tier and then not used")
 
 # --- metadata server -------------------------------------------------------------------------------------------
 METADATA_NODES = _gauge("metadata_nodes", "Live nodes", "role")

@@ -18,9 +18,11 @@ from kvcore.config.schema import ClusterConfig
 from kvcore.handoff import HandoffKind, has_store
 from kvcore.ports import base_url, why_unreachable
 from kvcore.process.http_client import http_session
+from kvferry.hit_rate import hit_rate_lines
 from kvferry.machine import size_text
 from metadata_server.messages import Stats
 from nodeapi.messages import TierReport
+from router.cache.report import CacheStats
 
 _Value = TypeVar("_Value")
 
@@ -99,15 +101,20 @@ async def run_status(
 ) -> int:
     """Ask and print. Returns 0 if every server that the cluster has answered, 1 otherwise."""
     async with http_session(timeout=aiohttp.ClientTimeout(total=timeout_s)) as session:
-        cluster, stats = await asyncio.gather(
-            _ask(session, f"{router_url}/v1/cluster", ClusterAnswer), _ask_metadata(session, metadata_url)
+        cluster, stats, cache = await asyncio.gather(
+            _ask(session, f"{router_url}/v1/cluster", ClusterAnswer),
+            _ask_metadata(session, metadata_url),
+            _ask(session, f"{router_url}/v1/cache/stats", CacheStats),  # an older router has none
         )
     if cluster.value is not None and not has_store(cluster.value.handoff):
         stats = None
     if as_json:
-        print(json.dumps({"router": cluster.plain(), "metadata_server": stats.plain() if stats else None}))
+        answers = {"router": cluster.plain(), "metadata_server": stats.plain() if stats else None}
+        print(json.dumps({**answers, "cache": cache.raw}))
     else:
         _show(console, cluster, stats)
+        for shown in hit_rate_lines(cache.value) if cache.value is not None else ():
+            console.print(shown, soft_wrap=isinstance(shown, str))
     return 0 if cluster.problem is None and (stats is None or stats.problem is None) else 1
 
 

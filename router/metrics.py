@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from kvcore import metric_names as names
 from kvcore.telemetry import Metrics
+from router.cache.watch import CacheWatch
 from router.nodes.cluster import Cluster
 from router.requests.records import RequestLog, RequestRecord
 
@@ -11,7 +12,9 @@ from router.requests.records import RequestLog, RequestRecord
 class RouterMetrics:
     """Made once a process. `connected`: whether the event stream of the metadata server is up; None: there is none."""
 
-    def __init__(self, cluster: Cluster, log: RequestLog, connected: Callable[[], bool] | None) -> None:
+    def __init__(
+        self, cluster: Cluster, log: RequestLog, connected: Callable[[], bool] | None, cache: CacheWatch
+    ) -> None:
         self.metrics = metrics = Metrics()
         self._cluster = cluster
         self._requests = metrics.counter(names.ROUTER_REQUESTS)
@@ -30,6 +33,10 @@ class RouterMetrics:
         if connected is not None:
             metrics.sampled(names.ROUTER_INDEX_CONNECTED, lambda: [((), float(connected()))])
         metrics.sampled(names.ROUTER_NODES, self._nodes)
+        tokens = cache.start
+        metrics.sampled(names.CACHE_TOKENS, lambda: [((key,), num) for key, num in tokens.by_source.items()])
+        metrics.sampled(names.CACHE_MISSED_TOKENS, lambda: [((key,), num) for key, num in tokens.missed.items()])
+        metrics.sampled(names.CACHE_UNUSED_TOKENS, lambda: [((), tokens.unused_tokens)])
         log.observers.append(self._ended)
 
     def answered(self, endpoint: str, status: int) -> None:

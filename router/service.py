@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import secrets
 
 from kvcore.clock import SystemClock
 from kvcore.config.schema import ClusterConfig
@@ -17,6 +18,7 @@ from nodeapi.client import HttpNodeClient
 from nodeapi.protocol import NodeClient
 from router.answering import Answerer, AnswerLimits
 from router.api.app import make_app
+from router.cache.watch import CacheWatch
 from router.descriptors import LEGS_PER_REQUEST, clients_at_most, descriptors_needed
 from router.metrics import RouterMetrics
 from router.nodes.cluster import Cluster
@@ -62,8 +64,10 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
     connected = None if subscription is None else lambda: subscription.connected
     problems = ClusterProblems(cluster, clock, connected)
     prober.on_round.append(problems.say)
-    status = StatusView(config, cluster, log, clock, connected, problems=problems, stopping=lambda: dispatcher.stopping)
-    metrics = RouterMetrics(cluster, log, connected)
+    cache = CacheWatch(cluster, log, clock, seed=secrets.randbits(64))
+    stopping = lambda: dispatcher.stopping  # noqa: E731
+    status = StatusView(config, cluster, log, clock, connected, problems=problems, cache=cache, stopping=stopping)
+    metrics = RouterMetrics(cluster, log, connected, cache)
     threads = TextThreads(AnswerLimits().text_threads)
     lifecycle.stack.callback(threads.close)
     answerer = Answerer(

@@ -8,6 +8,7 @@ from kvcore.clock import Clock
 from kvcore.config.schema import ClusterConfig
 from kvcore.errors import KVFerryError, NodeUnavailableError, StoppingError
 from nodeapi.messages import TierReport
+from router.cache.watch import CacheWatch
 from router.nodes.cluster import Cluster, KnownNode
 from router.nodes.problems import ClusterProblems
 from router.requests.records import RequestLog
@@ -84,6 +85,7 @@ class StatusView:
         connected: Callable[[], bool] | None,
         *,
         problems: ClusterProblems,
+        cache: CacheWatch,
         stopping: Callable[[], bool],
     ) -> None:
         self._config = config
@@ -93,6 +95,7 @@ class StatusView:
         self._connected = connected
         self._problems = problems
         self._stopping = stopping
+        self.cache = cache
         self._started_at = clock.now()
         self.used_bytes: dict[str, int] = {}
         """By segment id, as the metadata server last counted."""

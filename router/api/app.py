@@ -221,6 +221,10 @@ def _add_status(app: FastAPI, model: str, log: RequestLog, status: StatusView, m
     async def cluster() -> Response:
         return JsonReply(status.status())
 
+    @app.get("/v1/cache/stats", **openapi.plain("Hit rate in tokens, and what was missed and why"))
+    async def cache_stats() -> Response:
+        return JsonReply(status.cache.stats())
+
     @app.get("/v1/requests", **openapi.plain("The last requests, newest first"))
     async def requests() -> Response:
         return JsonReply({"requests": [record.brief() for record in log.newest()]})

@@ -79,12 +79,12 @@ class RequestMachine:
         self._limits = limits
         self._id = request_id
         self._attempts = attempts
-        self._completions = Completions(n, max_tokens, min_tokens, end_token_ids, logprobs=logprobs)
-        self._decodes = DecodeLegs(self._completions, lambda: self._next_leg("d"), picker.fingerprint)
+        self.completions = Completions(n, max_tokens, min_tokens, end_token_ids, logprobs=logprobs)
+        self._decodes = DecodeLegs(self.completions, lambda: self._next_leg("d"), picker.fingerprint)
         self.retries: list[tuple[str, str]] = []
         """(`prefill` or `decode`, code of the failure) of each leg that was tried again."""
         self.prefill = PrefillHalf(
-            self._completions,
+            self.completions,
             self._decodes,
             picker,
             lambda: self._next_leg("p"),
@@ -117,12 +117,12 @@ class RequestMachine:
     @property
     def completion_tokens(self) -> int:
         """Tokens emitted, over all indices."""
-        return self._completions.num_tokens
+        return self.completions.num_tokens
 
     @property
     def complete(self) -> bool:
         """Whether every index has ended."""
-        return not self._completions.unfinished
+        return not self.completions.unfinished
 
     def runs(self, leg: str) -> bool:
         """Whether events of this decode leg still matter."""
@@ -145,7 +145,7 @@ class RequestMachine:
         if route.prefiller is not None:
             actions += self.prefill.start(route.prefiller, route.decoder)
         if self.prefill.awaited_by is None:
-            actions += self._start_decodes(route.decoder, self._completions.unfinished, self.prefill.source)
+            actions += self._start_decodes(route.decoder, self.completions.unfinished, self.prefill.source)
         self._set_state(route)
         return actions
 
@@ -171,8 +171,8 @@ class RequestMachine:
             return
         served = self._decodes.check_invariants()
         assert unplaced.isdisjoint(served)
-        assert self._completions.unfinished <= unplaced | served, "an unfinished index is served or unplaced"
-        self._completions.check_invariants()
+        assert self.completions.unfinished <= unplaced | served, "an unfinished index is served or unplaced"
+        self.completions.check_invariants()
 
     def _actions_of(self, event: RequestEvent) -> list[Action]:
         match event:
@@ -190,7 +190,7 @@ class RequestMachine:
             case ClientGone():
                 return self._end(Fail(CancelledByPeerError("the client closed the connection")))
             case DeadlinePassed():
-                late = bool(self._completions.unfinished)  # else only the prefill's reply was still waited for
+                late = bool(self.completions.unfinished)  # else only the prefill's reply was still waited for
                 return self._end(Fail(event.why) if late else Finish())
 
     def _set_state(self, event: RequestEvent | Route) -> None:
@@ -202,7 +202,7 @@ class RequestMachine:
             return RequestState.ENDED
         if self._placement.unplaced:
             return RequestState.UNPLACED
-        if not self._completions.unfinished:
+        if not self.completions.unfinished:
             return RequestState.SETTLING
         return RequestState.AWAITING_PREFILL if self.prefill.awaited_by is not None else RequestState.DECODING
 
@@ -236,7 +236,7 @@ class RequestMachine:
             return []
         index = delta.index if leg.index is None else leg.index
         expected = leg.open if leg.index is None else {0}
-        if (violation := self._completions.protocol_violation(delta, index, expected)) is not None:
+        if (violation := self.completions.protocol_violation(delta, index, expected)) is not None:
             return self._cancel_failed(leg, EngineError(f"node {leg.node} broke the protocol: {violation}"))
         leg.speak(delta.info)
         if (changed := self._placement.model_changed(leg, delta)) is not None:
@@ -244,7 +244,7 @@ class RequestMachine:
         gave_up = delta.finish_reason is FinishReason.ABORT
         reason = None if gave_up else delta.finish_reason
         self.decode_info = self.decode_info or delta.info
-        actions: list[Action] = list(self._completions.append(index, delta, reason))
+        actions: list[Action] = list(self.completions.append(index, delta, reason))
         if gave_up:
             return actions + self._cancel_failed(leg, NodeUnavailableError(f"node {leg.node} gave the request up"))
         if leg.followers:
@@ -280,8 +280,8 @@ class RequestMachine:
         self.last_error = error
         actions: list[Action] = []
         for index in sorted(leg.indices):
-            actions += self._completions.finish_if_complete(index)
-        if not (unfinished := leg.indices & self._completions.unfinished):
+            actions += self.completions.finish_if_complete(index)
+        if not (unfinished := leg.indices & self.completions.unfinished):
             return actions + self._finish_if_complete()
         if not error.retryable:
             return actions + self._end(Fail(error))
@@ -298,7 +298,7 @@ class RequestMachine:
         3. There is none, because all are full and nothing was emitted, or there has been none for too long: it fails.
         4. Else they wait.
         """
-        if any(self._completions[index].tries >= self._attempts for index in indices):
+        if any(self.completions[index].tries >= self._attempts for index in indices):
             return self._end(Fail(self.last_error))
         if (node := self._placement.decoder()) is not None:
             return self._start_decodes(node, indices)
@@ -308,13 +308,13 @@ class RequestMachine:
         return list(self._placement.wait(indices))
 
     def _stop_hit(self, index: int, num_tokens: int) -> list[Action]:
-        if not self._completions.stop(index, num_tokens) or self.ended:
+        if not self.completions.stop(index, num_tokens) or self.ended:
             return []
         self._placement.unplaced.discard(index)
         actions: list[Action] = []
         for leg in self._decodes.served_by(index):
             leg.followers.discard(index)
-            if index in leg.open and leg.open.isdisjoint(self._completions.unfinished):
+            if index in leg.open and leg.open.isdisjoint(self.completions.unfinished):
                 actions.append(self._decodes.cancel(leg))
                 if leg.followers:
                     actions += self._start_decodes(leg.node, leg.followers)
@@ -327,13 +327,13 @@ class RequestMachine:
             case RequestTimer.HANDOFF:
                 return self.prefill.end_handoffs() if self.prefill.running is None else []
             case RequestTimer.SETTLE:
-                return self._end(Finish()) if not self._completions.unfinished else []
+                return self._end(Finish()) if not self.completions.unfinished else []
             case RequestTimer.RETRY:
                 return self._place(unplaced) if (unplaced := self._placement.take_unplaced()) else []
 
     def _finish_if_complete(self) -> list[Action]:
         """End with the last completion, or wait a moment for what a prefill leg under way says of cached tokens."""
-        if self._completions.unfinished:
+        if self.completions.unfinished:
             return []
         if self.prefill.running is not None:
             return [StartTimer(RequestTimer.SETTLE, self._limits.settle_s)]

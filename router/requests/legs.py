@@ -72,7 +72,7 @@ class RequestLegs:
         route: Route,
     ) -> None:
         self._services = services
-        self._spec = spec
+        self.spec = spec
         self._listener = listener
         self._records = records
         self._drained = drained
@@ -92,7 +92,7 @@ class RequestLegs:
         kind = "prefill" if isinstance(action, StartPrefill) else "decode"
         sequences = 0
         if isinstance(action, StartDecode):
-            sequences = self._spec.sampling.n if action.index is None else 1
+            sequences = self.spec.sampling.n if action.index is None else 1
         node, work = self._chosen.get(kind, ("", NodeWork(None)))
         if node != action.node or work.sequences < sequences:
             self._drop(kind)
@@ -126,7 +126,7 @@ class RequestLegs:
 
     async def _prefill(self, action: StartPrefill, leg: LegRecord) -> None:
         """From its start to PrefillDone or PrefillFailed. Cancelled: nothing is told."""
-        services, spec = self._services, self._spec
+        services, spec = self._services, self.spec
         timeout_s = min(services.config.prefill_timeout_s, self._remaining_s())
         decoder = services.cluster.nodes.get(action.decoder)
         request = prefill_request(spec, action, decoder.segment_id if decoder else None, timeout_s)
@@ -170,7 +170,7 @@ class RequestLegs:
     def num_chunks(self, decoder: str) -> int:
         """How many full chunks of the prompt this decoder could be handed; 0 while nothing is known of it."""
         engine = self._engine(decoder)
-        return usable_chunks(len(self._spec.prompt_token_ids), engine.kv_spec.chunk_tokens) if engine else 0
+        return usable_chunks(len(self.spec.prompt_token_ids), engine.kv_spec.chunk_tokens) if engine else 0
 
     def url(self, node_id: str) -> str:
         """Where the node is; an address that refuses every call if it is no longer known."""
@@ -220,7 +220,7 @@ class RequestLegs:
         if action.handoff:
             wait_s = min(self._services.config.prefill_timeout_s, remaining_s)
             handoff = Handoff(num_chunks=self.num_chunks(action.node), wait_s=wait_s)
-        return generate_request(self._spec, action, handoff, remaining_s, self._handoff_params(action.source))
+        return generate_request(self.spec, action, handoff, remaining_s, self._handoff_params(action.source))
 
     def _handoff_params(self, source: KVSource | None) -> bytes:
         """What nixl's prefill leg answered; mooncake's decode leg is told of the prefill leg that runs beside it. Empty

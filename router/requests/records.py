@@ -2,12 +2,13 @@
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
 from kvcore.telemetry import log_fields
 from nodeapi.messages import Moved, Promoted, Timings
+from router.requests.spec import RequestSpec
 from router.routing.decision import Candidate, Decision
 from router.routing.views import LeftOut
 
@@ -93,6 +94,8 @@ class RequestLog:
         self._ring: OrderedDict[str, RequestRecord] = OrderedDict()
         self.observers: list[Callable[[RequestRecord], None]] = []
         """Called with each record when it is closed."""
+        self.prompt_observers: list[Callable[[RequestRecord, RequestSpec, Sequence[int]], None]] = []
+        """So too, with what was asked and the tokens of the first completion, which they must not keep."""
         self.in_flight = 0
         self.total = 0
         self.ok = 0
@@ -116,8 +119,8 @@ class RequestLog:
         while len(self._ring) > RING:
             self._ring.popitem(last=False)
 
-    def close(self, record: RequestRecord) -> None:
-        """It ended, with its final state set. Logs it."""
+    def close(self, record: RequestRecord, asked: RequestSpec, output: Sequence[int]) -> None:
+        """It ended, with its final state set. Logs it. `output`: the tokens of its first completion."""
         self.in_flight -= 1
         self.retried += bool(record.retries)
         self.in_need += record.in_need
@@ -132,6 +135,8 @@ class RequestLog:
         self._write(record)
         for observe in self.observers:
             observe(record)
+        for observe_prompt in self.prompt_observers:
+            observe_prompt(record, asked, output)
 
     def newest(self) -> list[RequestRecord]:
         """All in the ring, newest first."""

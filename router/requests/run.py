@@ -347,4 +347,4 @@ class RequestRun:
             record.error = f"{end.error.code}: {end.error.message}"
         else:
             record.state = "ok"
-        self._services.log.close(record)
+        self._services.log.close(record, self._legs.spec, machine.completions[0].tokens)

@@ -87,6 +87,7 @@ async def test_clusters_that_share_a_redis_find_what_either_computed_and_answer_
             half = NUM_PROMPTS // 2
             with_it, cached = await ask_all(subject, PROMPTS[:half])
             assert cached == half * CHUNKS * 64, "all chunks that the other cluster computed"
+            assert (await subject.cache_stats()).start.by_source == {"redis": cached}
             server.stop()
             without, _ = await ask_all(subject, PROMPTS[half:])
             assert with_it + without == first

@@ -24,6 +24,7 @@ from kvferry.launch.launcher import Launcher
 from kvferry.launch.processes import ProcessKind, ProcessPlan, plan_processes
 from metadata_server.messages import Stats
 from nodeapi.messages import NodeReport
+from router.cache.report import CacheStats
 
 READY_S = {"sim": 60.0, "torch": 60.0, "vllm": 400.0}
 POLL_S = 0.02
@@ -131,6 +132,10 @@ class ClusterHandle:
     async def status(self) -> dict[str, Any]:
         """The router's view of the cluster."""
         return await self._json(f"{self.url}/v1/cluster")
+
+    async def cache_stats(self) -> CacheStats:
+        """GET /v1/cache/stats of the router."""
+        return msgspec.convert(await self._json(f"{self.url}/v1/cache/stats"), CacheStats)
 
     async def stats(self) -> Stats:
         """The metadata server's."""

@@ -33,6 +33,7 @@ from nodeapi.messages import (
 from router.answering import Answerer
 from router.api.app import make_app
 from router.api.limits import ApiLimits
+from router.cache.watch import CacheWatch
 from router.metrics import RouterMetrics
 from router.nodes.cluster import Cluster
 from router.nodes.limits import NodeHealthLimits
@@ -328,9 +329,10 @@ async def make_rig(
     answerer = Answerer(
         model="fake-model", tokenizer=tokenizer or ByteTokenizer(VOCAB), dispatcher=dispatcher, cluster=cluster, run=run
     )
-    metrics = RouterMetrics(cluster, log, lambda: True)
+    cache = CacheWatch(cluster, log, clock)
+    metrics = RouterMetrics(cluster, log, lambda: True, cache)
     stopping = lambda: dispatcher.stopping  # noqa: E731
-    status = StatusView(config, cluster, log, clock, lambda: True, problems=problems, stopping=stopping)
+    status = StatusView(config, cluster, log, clock, lambda: True, problems=problems, cache=cache, stopping=stopping)
     bounds = config.router
     app = make_app(answerer, log, status, metrics, max_body_bytes=bounds.max_body, cors=bounds.cors, limits=api_limits)
     return Rig(nodes, cluster, prober, dispatcher, services, log, answerer, app, metrics)

@@ -25,6 +25,7 @@ from kvcore.errors import KVFerryError, NodeUnavailableError, OverloadedError
 from kvcore.types import Role
 from kvstore.types import GetOutcome
 from metadata_server.subscription import IndexSubscription
+from router.cache.watch import CacheWatch
 from router.nodes.cluster import Cluster
 from router.nodes.prober import Prober
 from router.requests.dispatch import Dispatcher
@@ -153,6 +154,7 @@ class SimCluster:
         self.subscription = IndexSubscription(source, self.cluster, self.clock)
         self.log = RequestLog()
         self.services = RequestServices(ROUTER, self.cluster, self.client, self.clock, self.log)
+        self.cache = CacheWatch(self.cluster, self.log, self.clock)
         self.dispatcher = Dispatcher(self.services, make_policy(ROUTER.policy))
         self.prober.on_lost.append(self.dispatcher.node_lost)
         self.prober.on_silent.append(self.dispatcher.node_silent)
@@ -389,6 +391,12 @@ class SimCluster:
         lost = [name for name, node in self.cluster.nodes.items() if node.lease is None or node.problem]
         if lost:
             self.problems.append(f"not in use after peace: {lost}")
+        counts = self.cache.start
+        explained = counts.cached_tokens + sum(counts.missed.values())
+        if (counts.requests, counts.prompt_tokens) != (self.log.ok, explained):
+            self.problems.append(f"{self.log.ok} answers with {explained} explained prompt tokens are not {counts}")
+        if sum(counts.by_source.values()) != counts.cached_tokens:
+            self.problems.append(f"cached tokens without a source: {counts}")
 
     async def _check_stored(self) -> None:
         """Every chunk that is listed verifies and holds the right bytes, or is refused."""

@@ -10,6 +10,7 @@ from rich.console import Console
 from kvcore.types import NodeInfo, Role, Segment
 from kvferry.status import run_status
 from metadata_server.messages import RefusedNode, SegmentStats, Stats
+from router.cache.report import CacheCounts, CacheStats
 
 TIER = {
     "name": "disk",
@@ -135,6 +136,22 @@ async def test_chunks_that_found_no_room_are_told_of(serve, declined):
     stats = msgspec.structs.replace(STATS, counters={"declined_full": declined})
     _, out = await show("http://127.0.0.1:9", await serve("/v1/stats", msgspec.json.encode(stats)))
     assert ("12 chunks were not stored" in out) == bool(declined) == ("no segment had room" in out)
+
+
+async def test_the_hit_rate_is_shown_by_source_beside_what_was_missed_and_why(serve):
+    hour = CacheCounts(requests=4, prompt_tokens=4000, cached_tokens=2600, by_source={"memory": 2000, "disk": 600})
+    hour.last_chunk_tokens, hour.new_tokens = 400, 1000
+    start = CacheCounts(requests=9, prompt_tokens=8000, cached_tokens=2600, by_source=hour.by_source, new_tokens=5400)
+    stats = CacheStats(minute=CacheCounts().rated(), hour=hour.rated(), start=start.rated())
+    code, out = await show(await serve("/v1/cache/stats", msgspec.json.encode(stats)), None)
+    assert code == 1, "the router has no /v1/cluster here"
+    shares = "disk 15.0%, memory 50.0%, last chunk 10.0%, new 25.0%"
+    assert f"hit rate: 65.0% of the prompt tokens of the last hour ({shares})" in out
+    rows = [line.split() for line in out.splitlines()]
+    assert ["1", "h", "4", "4000", "65.0%", "15.0%", "50.0%", "10.0%", "25.0%"] in rows
+    assert ["start", "9", "8000", "32.5%", "7.5%", "25.0%", "67.5%"] in rows
+    _, quiet = await show(await serve("/v1/cache/stats", msgspec.json.encode(CacheStats())), None)
+    assert "hit rate" not in quiet
 
 
 async def test_a_router_that_is_down_does_not_hide_the_store(serve):
