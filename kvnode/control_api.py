@@ -32,6 +32,7 @@ from kvcore.telemetry import METRICS_CONTENT_TYPE, log_fields
 from kvnode.limits import NodeLimits
 from kvnode.request_check import parse_request
 from kvnode.tiers.node_tiers import NodeTiers
+from kvnode.upkeep import NodeUpkeep
 from nodeapi.frames import pack_frame
 from nodeapi.messages import (
     GenerateRequest,
@@ -45,11 +46,13 @@ from nodeapi.messages import (
     StreamError,
     TokenDelta,
 )
+from nodeapi.upkeep import ChunksRequest, ClearRequest, GenerationsRequest
 
 MAX_BODY_BYTES = 16 << 20
 MSGPACK = "application/msgpack"
 _logger = logging.getLogger("kvnode")
 _T = TypeVar("_T")
+_Request = TypeVar("_Request", bound=msgspec.Struct)
 _Leg = TypeVar("_Leg", PrefillRequest, GenerateRequest)
 
 
@@ -66,6 +69,7 @@ class ControlApi:
         health: Callable[[], str | None],
         probe: Callable[[ProbeRequest], Awaitable[ProbeReport]],
         tiers: NodeTiers | None = None,
+        upkeep: NodeUpkeep | None = None,
         max_body_bytes: int = MAX_BODY_BYTES,
         limits: NodeLimits = NodeLimits(),
     ) -> None:
@@ -75,6 +79,7 @@ class ControlApi:
         self._health = health
         self._probe = probe
         self._tiers = tiers
+        self._upkeep = upkeep
         self._max_body_bytes = max_body_bytes
         self._limits = limits
         self._draining = False
@@ -107,8 +112,9 @@ class ControlApi:
                 web.post("/v1/generate", self._generate),
                 web.post("/v1/requests/{id}/end_handoff", self._end_handoff),
                 web.delete("/v1/requests/{id}", self._abort),
-                web.post("/v1/probe", self._post_probe),
-                web.post("/v1/promote", self._post_promote),
+                web.post("/v1/probe", self._call(ProbeRequest, self._probe)),
+                web.post("/v1/promote", self._call(PromoteRequest, self._promote)),
+                *self._upkeep_routes(),
                 web.get("/v1/info", self._info),
                 web.get("/health", self._get_health),
                 web.get("/metrics", self._get_metrics),
@@ -154,15 +160,32 @@ class ControlApi:
         left_s = max(0.001, request.deadline_s - (loop.time() - began))
         return msgspec.structs.replace(request, deadline_s=left_s), promoted
 
-    async def _post_promote(self, http: web.Request) -> web.StreamResponse:
-        """Another node wants chunks of this node's tiers in this node's segment. No leg, as a probe is none."""
-        if self._draining:
-            raise NodeUnavailableError("the node is draining")
-        try:
-            request = msgspec.msgpack.decode(await self._read(http), type=PromoteRequest)
-        except msgspec.MsgspecError as error:
-            raise InvalidRequestError(f"the body is no PromoteRequest: {error}") from error
-        return _msgpack(await self._tiers.promote(request) if self._tiers is not None else PromoteReply())
+    def _upkeep_routes(self) -> list[web.RouteDef]:
+        if (upkeep := self._upkeep) is None:
+            return []
+        return [
+            web.post("/v1/upkeep/generations", self._call(GenerationsRequest, upkeep.generations)),
+            web.post("/v1/upkeep/chunks", self._call(ChunksRequest, upkeep.chunks)),
+            web.post("/v1/upkeep/clear", self._call(ClearRequest, upkeep.clear)),
+        ]
+
+    def _call(self, kind: type[_Request], work: Callable[[_Request], Awaitable[msgspec.Struct]]) -> Handler:
+        """A call that is no leg: it is not counted as one, and a drain does not wait for it."""
+
+        async def handle(http: web.Request) -> web.StreamResponse:
+            if self._draining:
+                raise NodeUnavailableError("the node is draining")
+            try:
+                request = msgspec.msgpack.decode(await self._read(http), type=kind)
+            except msgspec.MsgspecError as error:
+                raise InvalidRequestError(f"the body is no {kind.__name__}: {error}") from error
+            return _msgpack(await work(request))
+
+        return handle
+
+    async def _promote(self, request: PromoteRequest) -> PromoteReply:
+        """Another node wants chunks of this node's tiers in this node's segment."""
+        return await self._tiers.promote(request) if self._tiers is not None else PromoteReply()
 
     async def _end_handoff(self, http: web.Request) -> web.StreamResponse:
         await self._engine().end_handoff(http.match_info["id"])
@@ -171,16 +194,6 @@ class ControlApi:
     async def _abort(self, http: web.Request) -> web.StreamResponse:
         await self._engine().abort(http.match_info["id"])
         return web.Response(status=204)
-
-    async def _post_probe(self, http: web.Request) -> web.StreamResponse:
-        """A probe is no leg: it is not counted as one, and a drain does not wait for it."""
-        if self._draining:
-            raise NodeUnavailableError("the node is draining")
-        try:
-            request = msgspec.msgpack.decode(await self._read(http), type=ProbeRequest)
-        except msgspec.MsgspecError as error:
-            raise InvalidRequestError(f"the body is no ProbeRequest: {error}") from error
-        return _msgpack(await self._probe(request))
 
     async def _info(self, http: web.Request) -> web.StreamResponse:
         report = await self._report()

@@ -35,6 +35,7 @@ from kvnode.supervisor import EngineSupervisor
 from kvnode.tasks import cancelled
 from kvnode.tiers.node_tiers import NodeTiers
 from kvnode.tiers.starting import start_tiers
+from kvnode.upkeep import NodeUpkeep
 from metadata_server.connect import connect_client, endpoints_of
 from nodeapi.messages import OLDEST_PROTOCOL, PROTOCOL, EngineStats, NodeReport
 
@@ -147,6 +148,7 @@ async def run_node(
         health=node.health,
         probe=prober.probe,
         tiers=tiers,
+        upkeep=NodeUpkeep(owner.view, tiers),
         limits=limits,
     )
     stack.push_async_callback(prober.aclose)

@@ -25,6 +25,7 @@ from nodeapi.messages import (
     StreamFrame,
     TokenDelta,
 )
+from nodeapi.upkeep import ChunksReply, ChunksRequest, ClearReply, ClearRequest, GenerationsReply, GenerationsRequest
 
 MAX_FRAME_BYTES = 4 << 20
 _MSGPACK = {"Content-Type": "application/msgpack", "Accept": "application/msgpack"}
@@ -56,8 +57,7 @@ class HttpNodeClient:
 
     async def prefill(self, url: str, request: PrefillRequest, *, timeout_s: float) -> PrefillResult:
         """See NodeClient."""
-        reply = await self._calls.fetch("POST", f"{url}/v1/prefill", self._encoder.encode(request), timeout_s)
-        return _decode(reply, PrefillResult, url)
+        return await self._ask(f"{url}/v1/prefill", request, PrefillResult, timeout_s)
 
     async def generate(self, url: str, request: GenerateRequest, *, timeout_s: float) -> AsyncGenerator[TokenDelta]:
         """See NodeClient."""
@@ -78,8 +78,19 @@ class HttpNodeClient:
 
     async def promote(self, url: str, request: PromoteRequest, *, timeout_s: float) -> PromoteReply:
         """Have the node bring chunks from its own tiers into its segment. Raises as the other calls do."""
-        reply = await self._calls.fetch("POST", f"{url}/v1/promote", self._encoder.encode(request), timeout_s)
-        return _decode(reply, PromoteReply, url)
+        return await self._ask(f"{url}/v1/promote", request, PromoteReply, timeout_s)
+
+    async def generations(self, url: str, request: GenerationsRequest, *, timeout_s: float) -> GenerationsReply:
+        """What lies in the node's segment and tiers. Raises as the other calls do."""
+        return await self._ask(f"{url}/v1/upkeep/generations", request, GenerationsReply, timeout_s)
+
+    async def chunks(self, url: str, request: ChunksRequest, *, timeout_s: float) -> ChunksReply:
+        """An order about chunks in the node's tiers."""
+        return await self._ask(f"{url}/v1/upkeep/chunks", request, ChunksReply, timeout_s)
+
+    async def clear(self, url: str, request: ClearRequest, *, timeout_s: float) -> ClearReply:
+        """Remove generations from the node's tiers."""
+        return await self._ask(f"{url}/v1/upkeep/clear", request, ClearReply, timeout_s)
 
     async def end_handoff(self, url: str, request_id: str, *, timeout_s: float) -> None:
         """See NodeClient."""
@@ -98,6 +109,9 @@ class HttpNodeClient:
     async def aclose(self) -> None:
         """See NodeClient."""
         await self._calls.aclose()
+
+    async def _ask(self, url: str, request: msgspec.Struct, kind: type[_Reply], timeout_s: float) -> _Reply:
+        return _decode(await self._calls.fetch("POST", url, self._encoder.encode(request), timeout_s), kind, url)
 
     def _frames_in(self, data: bytes, cutter: FrameDecoder, url: str) -> list[TokenDelta | StreamError]:
         try:

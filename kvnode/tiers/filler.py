@@ -137,6 +137,14 @@ class TierFiller:
                 for key in keys:
                     lane.saved.discard(key)
 
+    def forget(self, keys: Iterable[ChunkKey] | None) -> None:
+        """Somebody has removed these from tiers, or (None) nobody knows what: whether a tier has one is to be asked."""
+        for lane in self._lanes:
+            if keys is None:
+                lane.saved = RecentKeys(self._limits.max_remembered)
+            for key in keys or ():
+                lane.saved.discard(key)
+
     def _enqueue(self, lane: _Lane, keys: Iterable[ChunkKey]) -> None:
         for key in keys:
             if key in lane.saved or key in lane.queue:

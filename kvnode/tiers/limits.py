@@ -29,3 +29,7 @@ class MoveLimits:
     """Between two batches of a warm-up: requests come first."""
     close_s: float = 1.0
     """For what is under way when the node stops."""
+    mark_s: float = 300.0
+    """Between two times that the node says in shared tiers which KV it uses."""
+    mark_ttl_s: float = 900.0
+    """For which each of them holds."""

@@ -17,6 +17,7 @@ from kvnode.tasks import cancelled
 from kvnode.tiers.filler import FilledTier, TierFiller
 from kvnode.tiers.holdings import HoldingsAnnouncer
 from kvnode.tiers.limits import MoveLimits
+from kvnode.tiers.marker import GenerationMarker
 from kvnode.tiers.own_segment import OwnSegment
 from kvnode.tiers.promoter import ChunkShape, Peers, TierPromoter
 from kvnode.tiers.warmer import TierWarmer
@@ -52,12 +53,14 @@ class NodeTiers:
     tiers: list[GuardedTier]
     filler: TierFiller
     promoter: TierPromoter
+    marker: GenerationMarker
     announcer: HoldingsAnnouncer | None = None
     warmer: TierWarmer | None = None
     _shape: ChunkShape | None = field(default=None)
 
     def engine_ready(self, spec: KVSpec) -> None:
         """The node's engine makes and reads KV of this kind."""
+        self.marker.use(spec)
         if spec.tp_size > 1:  # each chunk lies there once a rank, under keys of its own
             self._shape = None
             return
@@ -131,6 +134,7 @@ async def open_node_tiers(
     config: TiersConfig,
     *,
     node: NodeInfo,
+    host_id: str = "",
     segment: OwnSegment,
     placement: Placement,
     metadata: MetadataClient,
@@ -156,8 +160,10 @@ async def open_node_tiers(
         promoter = TierPromoter(segment, timeouts, clock, run_blocking=run_blocking, peers=peers, limits=limits)
         promoter.on_promoted, promoter.on_lost = filler.on_promoted, filler.on_lost
         stack.push_async_callback(promoter.aclose)
-        tiers = NodeTiers(config, guards, filler, promoter)
-        work = [filler.run()]
+        marker = GenerationMarker(guards, node, host_id, limits)
+        stack.push_async_callback(marker.aclose)
+        tiers = NodeTiers(config, guards, filler, promoter, marker)
+        work = [filler.run(), marker.run()]
         for one, guard in zip(opened, guards, strict=True):
             if is_local(one.tier):
                 tiers.announcer = HoldingsAnnouncer(metadata, node, one.tier.names, limits)

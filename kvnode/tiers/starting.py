@@ -45,6 +45,7 @@ async def start_tiers(
                 opened,
                 config.tiers,
                 node=node,
+                host_id=owner.segment.host_id,
                 segment=OwnSegment(owner.view, owner.segment.id, placement),
                 placement=placement,
                 metadata=metadata,

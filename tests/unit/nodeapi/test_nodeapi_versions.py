@@ -13,6 +13,7 @@ from kvcore.errors import InvalidRequestError, NodeVersionError
 from kvcore.types import NodeInfo, Role, Segment
 from kvnode.request_check import parse_request
 from nodeapi import messages as m
+from nodeapi import upkeep as u
 from nodeapi.client import HttpNodeClient
 from router.nodes.cluster import Cluster
 from router.nodes.prober import Prober
@@ -27,6 +28,9 @@ HANDOFF = m.Handoff(num_chunks=1, wait_s=1.0)
 ENGINE = FakeNode("d0", Role.DECODER).report().engine
 STATS = m.EngineStats(running=1, counters={"aborted": 1})
 assert ENGINE is not None
+MARKED = u.GenerationMarked(owner="me", until=1.0)
+HELD = u.GenerationHeld(fingerprint=b"f" * 16, num_chunks=1, num_bytes=2, marks=[MARKED], used=(1.0, 2.0), keys=[b"k"])
+PLACE = u.GenerationsPlace(name="disk", held=[HELD])
 
 REQUESTS: list[msgspec.Struct] = [
     SAMPLING,
@@ -35,6 +39,11 @@ REQUESTS: list[msgspec.Struct] = [
     m.GenerateRequest(request_id="a", prompt_token_ids=[1], sampling=SAMPLING, handoff=HANDOFF, deadline_s=1.0),
     m.ProbeRequest(peer="d0", timeout_s=1.0),
     m.PromoteRequest(fingerprint=b"f" * 16, keys=[b"k" * 16], deadline_s=1.0),
+    u.GenerationsRequest(tiers=["disk"], deadline_s=1.0),
+    u.ChunksRequest(
+        action="expire", fingerprint=b"f" * 16, keys=[b"k" * 16], tiers=["disk"], ttl_s=1.0, deadline_s=1.0
+    ),
+    u.ClearRequest(fingerprints=[b"f" * 16], tiers=["disk"], own=["me"], deadline_s=1.0),
 ]
 REPLIES: list[msgspec.Struct] = [
     TIMINGS,
@@ -63,6 +72,14 @@ REPLIES: list[msgspec.Struct] = [
     m.Promoted(tier="disk"),
     m.PromoteReply(promoted=[m.Promoted(tier="disk")]),
     m.TierReport(name="disk", shared=False),
+    MARKED,
+    HELD,
+    PLACE,
+    u.GenerationsReply(places=[PLACE], owner="me"),
+    u.ChunksPlace(name="disk", found=[True]),
+    u.ChunksReply(places=[u.ChunksPlace(name="disk")]),
+    u.ClearedPlace(name="disk", incomplete="late"),
+    u.ClearReply(places=[u.ClearedPlace(name="disk")]),
 ]  # fmt: skip
 names = pytest.mark.parametrize
 
@@ -85,8 +102,9 @@ def later(value: object) -> object:
 def test_each_message_of_the_api_is_held_to_one_of_the_rules() -> None:
     known = {
         kind
-        for key, kind in inspect.getmembers(m, inspect.isclass)
-        if issubclass(kind, msgspec.Struct) and kind.__module__ == m.__name__ and not key.startswith("_")
+        for module in (m, u)
+        for key, kind in inspect.getmembers(module, inspect.isclass)
+        if issubclass(kind, msgspec.Struct) and kind.__module__ == module.__name__ and not key.startswith("_")
     }
     assert known == {type(message) for message in [*REQUESTS, *REPLIES]}
 

@@ -1,0 +1,124 @@
+"""What operators ask of one node about chunks: which generations lie here, and orders about chunks in its tiers.
+
+Owns nothing. The segment is looked at, not touched: what lies in segments is the metadata server's to decide.
+"""
+
+import asyncio
+from collections.abc import Iterable, Sequence
+
+from kvcore.types import ChunkKey
+from kvnode.tiers.node_tiers import NodeTiers
+from kvstore.chunk_format import HEADER_BYTES, parse
+from kvstore.manifest import scan
+from kvstore.tiers.base import ChunkName, GenerationList
+from kvstore.tiers.guarded import GuardedTier
+from nodeapi.upkeep import (
+    ChunksPlace,
+    ChunksReply,
+    ChunksRequest,
+    ClearedPlace,
+    ClearReply,
+    ClearRequest,
+    GenerationHeld,
+    GenerationMarked,
+    GenerationsPlace,
+    GenerationsReply,
+    GenerationsRequest,
+)
+
+MEMORY = "memory"
+_NO_LIST = "this kind of tier cannot list what lies in it"
+
+
+class NodeUpkeep:
+    """Answers the calls of `nodeapi.upkeep`. `view`: the segment's memory."""
+
+    def __init__(self, view: memoryview, tiers: NodeTiers | None) -> None:
+        self._view, self._tiers = view, tiers
+
+    async def generations(self, request: GenerationsRequest) -> GenerationsReply:
+        """What lies in the segment and in the tiers that are named."""
+        places = [await asyncio.to_thread(_in_segment, self._view)]
+        named = self._named(request.tiers)
+        listed = await asyncio.gather(*(tier.generations(timeout_s=request.deadline_s) for tier in named))
+        places += [_place(tier, found) for tier, found in zip(named, listed, strict=True)]
+        return GenerationsReply(places=places, owner=self._tiers.marker.owner if self._tiers is not None else "")
+
+    async def chunks(self, request: ChunksRequest) -> ChunksReply:
+        """Carry an order out in each tier that is named."""
+        names = [ChunkName(request.fingerprint, ChunkKey(key)) for key in request.keys]
+        if request.action == "remove" and self._tiers is not None:
+            self._tiers.filler.forget([name.key for name in names])
+        named = self._named(request.tiers)
+        return ChunksReply(places=list(await asyncio.gather(*(self._order(tier, names, request) for tier in named))))
+
+    async def clear(self, request: ClearRequest) -> ClearReply:
+        """Remove generations from the tiers that are named."""
+        named = self._named(request.tiers)
+        cleared = await asyncio.gather(
+            *(tier.clear(request.fingerprints, own=request.own, timeout_s=request.deadline_s) for tier in named)
+        )
+        if self._tiers is not None:
+            self._tiers.filler.forget(None)
+        places = zip(named, cleared, strict=True)
+        return ClearReply(
+            places=[
+                ClearedPlace(name=tier.name, num_chunks=one.num_chunks, incomplete=one.incomplete)
+                for tier, one in places
+            ]
+        )
+
+    async def _order(self, tier: GuardedTier, names: Sequence[ChunkName], request: ChunksRequest) -> ChunksPlace:
+        timeout_s, problem = request.deadline_s, ""
+        found: list[bool] = []
+        num_chunks = 0
+        if request.action in ("find", "remove"):
+            found = await tier.find(names, timeout_s=timeout_s)
+            num_chunks = sum(found)
+        if request.action == "remove":
+            await tier.remove(names, timeout_s=timeout_s)
+            left = sum(await tier.find(names, timeout_s=timeout_s))
+            num_chunks, found = num_chunks - left, []
+            problem = f"{left} chunks could not be removed" if left else ""
+        elif request.action == "expire":
+            num_chunks = await tier.expire(names, request.ttl_s, timeout_s=timeout_s)
+        elif request.action in ("pin", "unpin"):
+            problem = "this kind of tier cannot pin"
+        problem = problem or tier.stats().problem or ""
+        return ChunksPlace(name=tier.name, shared=tier.shared, found=found, num_chunks=num_chunks, problem=problem)
+
+    def _named(self, names: Iterable[str]) -> list[GuardedTier]:
+        wanted = set(names)
+        return [tier for tier in self._tiers.tiers if tier.name in wanted] if self._tiers is not None else []
+
+
+def _in_segment(view: memoryview) -> GenerationsPlace:
+    """By the chunks' headers, those included that were evicted and not overwritten. Blocks."""
+    keys: dict[bytes, list[bytes]] = {}
+    num_bytes: dict[bytes, int] = {}
+    for entry in scan(view):
+        header = parse(view[entry.offset : entry.offset + HEADER_BYTES])
+        if header is not None and header.key == entry.key:
+            keys.setdefault(header.fingerprint, []).append(header.key)
+            num_bytes[header.fingerprint] = num_bytes.get(header.fingerprint, 0) + entry.length
+    held = [
+        GenerationHeld(fingerprint=one, num_chunks=len(found), num_bytes=num_bytes[one], keys=found)
+        for one, found in sorted(keys.items())
+    ]
+    return GenerationsPlace(name=MEMORY, held=held)
+
+
+def _place(tier: GuardedTier, listed: GenerationList | None) -> GenerationsPlace:
+    listed = listed or GenerationList(incomplete=_NO_LIST)
+    held = [
+        GenerationHeld(
+            fingerprint=one.fingerprint,
+            num_chunks=one.num_chunks,
+            num_bytes=one.num_bytes,
+            note=one.note,
+            marks=[GenerationMarked(owner=mark.owner, until=mark.until) for mark in one.marks],
+            used=one.used,
+        )
+        for one in listed.found
+    ]
+    return GenerationsPlace(name=tier.name, shared=tier.shared, held=held, incomplete=listed.incomplete)
