@@ -9,29 +9,29 @@ from typing import Literal
 import msgspec
 
 
-class _Order(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class _UpkeepRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A request."""
 
 
-class _Account(msgspec.Struct, frozen=True, kw_only=True):
+class _UpkeepReply(msgspec.Struct, frozen=True, kw_only=True):
     """A reply, or a part of one."""
 
 
-class GenerationsRequest(_Order, frozen=True, kw_only=True):
+class GenerationsRequest(_UpkeepRequest, frozen=True, kw_only=True):
     """Body of `POST /v1/upkeep/generations`: what lies in the node's segment and in these of its tiers?"""
 
     tiers: list[str]
     deadline_s: float
 
 
-class GenerationMarked(_Account, frozen=True, kw_only=True):
+class GenerationMarked(_UpkeepReply, frozen=True, kw_only=True):
     """Somebody uses a generation. `until`: Unix seconds."""
 
     owner: str
     until: float
 
 
-class GenerationHeld(_Account, frozen=True, kw_only=True):
+class GenerationHeld(_UpkeepReply, frozen=True, kw_only=True):
     """The chunks of one fingerprint in one place."""
 
     fingerprint: bytes
@@ -45,7 +45,7 @@ class GenerationHeld(_Account, frozen=True, kw_only=True):
     """Of the segment's alone: what its headers say was there. The index knows which of them are."""
 
 
-class GenerationsPlace(_Account, frozen=True, kw_only=True):
+class GenerationsPlace(_UpkeepReply, frozen=True, kw_only=True):
     """A segment (`memory`) or a tier. `incomplete`: why there may be more; empty: this is all."""
 
     name: str
@@ -54,14 +54,14 @@ class GenerationsPlace(_Account, frozen=True, kw_only=True):
     incomplete: str = ""
 
 
-class GenerationsReply(_Account, frozen=True, kw_only=True):
+class GenerationsReply(_UpkeepReply, frozen=True, kw_only=True):
     """`owner`: as whom the node marks what it uses in shared tiers. Empty: it marks nothing."""
 
     places: list[GenerationsPlace] = []
     owner: str = ""
 
 
-class ChunksRequest(_Order, frozen=True, kw_only=True):
+class ChunksRequest(_UpkeepRequest, frozen=True, kw_only=True):
     """Body of `POST /v1/upkeep/chunks`: an order about chunks in these of the node's tiers.
 
     `remove`: from there; also for a node that is named no tier it means not to rely on their being there. `expire`:
@@ -76,7 +76,7 @@ class ChunksRequest(_Order, frozen=True, kw_only=True):
     deadline_s: float
 
 
-class ChunksPlace(_Account, frozen=True, kw_only=True):
+class ChunksPlace(_UpkeepReply, frozen=True, kw_only=True):
     """One tier. `find` says of each key whether it is there; the others how many were known there."""
 
     name: str
@@ -87,13 +87,13 @@ class ChunksPlace(_Account, frozen=True, kw_only=True):
     """Why the tier could not do it; empty: it did."""
 
 
-class ChunksReply(_Account, frozen=True, kw_only=True):
+class ChunksReply(_UpkeepReply, frozen=True, kw_only=True):
     """A place for each tier that was named and is there."""
 
     places: list[ChunksPlace] = []
 
 
-class ClearRequest(_Order, frozen=True, kw_only=True):
+class ClearRequest(_UpkeepRequest, frozen=True, kw_only=True):
     """Body of `POST /v1/upkeep/clear`: remove these generations from these of the node's tiers.
 
     `own`: what is marked by an owner who is not among these is left alone. None: nothing is.
@@ -105,7 +105,7 @@ class ClearRequest(_Order, frozen=True, kw_only=True):
     deadline_s: float
 
 
-class ClearedPlace(_Account, frozen=True, kw_only=True):
+class ClearedPlace(_UpkeepReply, frozen=True, kw_only=True):
     """`incomplete`: why some may be there still; empty: none are."""
 
     name: str
@@ -113,7 +113,7 @@ class ClearedPlace(_Account, frozen=True, kw_only=True):
     incomplete: str = ""
 
 
-class ClearReply(_Account, frozen=True, kw_only=True):
+class ClearReply(_UpkeepReply, frozen=True, kw_only=True):
     """A place for each tier that was named and is there."""
 
     places: list[ClearedPlace] = []
