@@ -122,7 +122,8 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="TIER",
-        help="where chunks are kept beyond memory, disk:PATH:SIZE (of each node) or redis://HOST:PORT; repeat it",
+        help="where chunks are kept beyond memory: disk:PATH:SIZE (of each node), redis://HOST:PORT, "
+        "s3://BUCKET/PREFIX, file:///FOLDER; repeat it",
     )
     serve.add_argument(
         "--arg", action="append", default=[], metavar="NAME=VALUE", help="one of vLLM's own arguments; repeat it"

@@ -56,15 +56,17 @@ def node_ports(host: str = "127.0.0.1") -> tuple[int, int, int]:
 
 def _given(options: ServeOptions) -> list[str]:
     """Keys that options have set."""
-    given = {"segment": options.segment, "disk": options.tiers.disk, "redis": options.tiers.redis}
+    tiers = options.tiers
+    given = {"segment": options.segment, "disk": tiers.disk, "redis": tiers.redis, "object": tiers.object}
     return [key for key, value in given.items() if value is not None]
 
 
 def _tiers_said(config: ClusterConfig) -> list[str]:
     """What tiers there are, in words."""
-    disk, redis = config.tiers.disk, config.tiers.redis
+    disk, redis, objects = config.tiers.disk, config.tiers.redis, config.tiers.object
     said = [] if disk is None else [f"disk tier: {size_text(disk.size)} of each node, in {disk.path}"]
-    return said if redis is None else [*said, f"redis tier: {shown(redis.url)}"]
+    said += [] if redis is None else [f"redis tier: {shown(redis.url)}"]
+    return said if objects is None else [*said, f"object tier: {objects.url}"]
 
 
 def _free_port(host: str, usual: int) -> int:

@@ -1,4 +1,4 @@
-"""`--tier` of `kvferry serve`: `disk:PATH:SIZE` or `redis://HOST:PORT` -> the `tiers` of a cluster file. Pure."""
+"""`--tier` of `kvferry serve`: `disk:PATH:SIZE`, `redis://HOST:PORT`, a bucket -> `tiers` of a cluster file. Pure."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,12 +7,14 @@ from urllib.parse import SplitResult, urlsplit
 import msgspec
 
 from kvcore.config.parse import nearest, parse_byte_size
-from kvcore.config.tiers import DiskTierConfig, RedisTierConfig, TierConfig, TiersConfig
+from kvcore.config.tiers import DiskTierConfig, ObjectTierConfig, RedisTierConfig, TierConfig, TiersConfig
 from kvcore.errors import ConfigError
+from kvstore.tiers.objects.place import OBJECT_FORMS, OBJECT_SCHEMES, object_place
 
-TIER_FORMS = "disk:PATH:SIZE, redis://HOST:PORT or rediss://HOST:PORT"
+TIER_FORMS = f"disk:PATH:SIZE, redis://HOST:PORT, rediss://HOST:PORT, {OBJECT_FORMS}"
 _REDIS_SCHEMES = ("redis", "rediss")
-_NOT_BUILT = ("mooncake", "mooncakestore", "s3", "gs", "az", "file")
+_NOT_BUILT = ("mooncake", "mooncakestore")
+_SECTIONS: dict[type[TierConfig], str] = {DiskTierConfig: "disk", RedisTierConfig: "redis", ObjectTierConfig: "object"}
 
 
 def parse_tiers(given: Sequence[str]) -> TiersConfig:
@@ -20,7 +22,7 @@ def parse_tiers(given: Sequence[str]) -> TiersConfig:
     tiers = TiersConfig()
     for text in given:
         tier = parse_tier(text)
-        section = "disk" if isinstance(tier, DiskTierConfig) else "redis"
+        section = _SECTIONS[type(tier)]
         if getattr(tiers, section) is not None:
             raise ConfigError(f"--tier {shown(text)}: there is a {section} tier already, and one of each kind is all")
         tiers = msgspec.structs.replace(tiers, **{section: tier})
@@ -34,11 +36,14 @@ def parse_tier(text: str) -> TierConfig:
         return _disk(text)
     if kind in _REDIS_SCHEMES:
         return RedisTierConfig(url=check_redis_url(text.strip(), f"--tier {shown(text)}"))
+    if kind in OBJECT_SCHEMES:
+        config = ObjectTierConfig(url=text.strip())
+        object_place(config, "--tier")
+        return config
     if kind in _NOT_BUILT:
         raise ConfigError(f"--tier {shown(text)}: there are no {kind} tiers yet; expected {TIER_FORMS}")
-    raise ConfigError(
-        f"--tier {shown(text)}: unknown kind {kind!r}{nearest(kind, ['disk', *_REDIS_SCHEMES])}; expected {TIER_FORMS}"
-    )
+    meant = nearest(kind, ["disk", *_REDIS_SCHEMES, *OBJECT_SCHEMES])
+    raise ConfigError(f"--tier {shown(text)}: unknown kind {kind!r}{meant}; expected {TIER_FORMS}")
 
 
 def check_redis_url(url: str, subject: str) -> str:

@@ -42,6 +42,22 @@ class RedisTierConfig(TierConfig, frozen=True, kw_only=True):
     """That carry chunks, of one node."""
 
 
+class ObjectTierConfig(TierConfig, frozen=True, kw_only=True):
+    """A bucket of S3, GCS or Azure, or a folder, shared by all nodes and by other clusters. Needs `kvferry[object]`."""
+
+    url: Text
+    """`s3://BUCKET/PREFIX`, `gs://BUCKET/PREFIX`, `az://CONTAINER/PREFIX` or `file:///FOLDER`. Credentials are taken
+    from the environment."""
+    endpoint: Text | None = None
+    """`http://minio:9000`: of a server that speaks the provider's language. Not set: the provider's own."""
+    region: Text | None = None
+    """Of an S3 bucket. Not set: the environment's, else `us-east-1`."""
+    timeout_s: Seconds = 5.0
+    """For one call; what a request waits for a tier is bounded by `tiers.wait_s` besides."""
+    connections: Count = 8
+    """Chunks on their way at once, of one node."""
+
+
 class TiersConfig(Section, frozen=True, kw_only=True):
     """Where chunks are kept beyond the nodes' memory. They are asked in the order of their measured speed."""
 
@@ -49,6 +65,8 @@ class TiersConfig(Section, frozen=True, kw_only=True):
     """On each node's own disk."""
     redis: RedisTierConfig | None = None
     """A Redis or Valkey server."""
+    object: ObjectTierConfig | None = None
+    """A bucket, or a folder that all nodes see."""
     wait_s: Seconds = 5.0
     """A request waits at most so long for chunks from tiers; what has not come by then is computed."""
     warm_up: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.5

@@ -24,6 +24,7 @@ from kvferry.doctor.agreement import check_agreement, check_chunk_room
 from kvferry.doctor.findings import Check, Context, Finding
 from kvferry.doctor.joining import check_joining
 from kvferry.doctor.memory import check_segment_pages, nodes_here, reserved_bytes
+from kvferry.doctor.objects import check_objects
 from kvferry.doctor.servers import check_servers
 from kvferry.doctor.tiers import check_redis
 from kvferry.doctor.transports import check_transports
@@ -205,6 +206,7 @@ ALL_CHECKS: tuple[Check, ...] = (
     check_chunk_room,
     check_servers,
     check_redis,
+    check_objects,
     check_joining,
     check_running,
 )

@@ -53,6 +53,7 @@ _MEASURED = "loading or computing is decided by measured rates"
 _CLUSTER_FILE = "addresses, ports and buffers are the cluster file's (`nodes`)"
 _METADATA = "the metadata server does this for all nodes"
 _MOONCAKE = "of Mooncake's own service, which has no counterpart"
+_CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment: no file of ours has credentials"
 _OBSERVED = "`/metrics`, `kvferry status` and `/v1/info` are always there"
 
 MOONCAKE_KEYS = (
@@ -76,8 +77,8 @@ RULES: Sequence[KeyRule] = (
     _mapped("max_local_disk_size", "`tiers.disk.size`, as `max_local_cpu_size`", mapping.max_local_disk_size),
     _mapped(
         "remote_url",
-        "`tiers.redis.url` for redis, rediss, resp, valkey; others (mooncakestore, s3, lm, infinistore, fs, "
-        "redis-sentinel, redis-cluster) are refused with what is nearest",
+        "`tiers.redis.url` for redis, rediss, resp, valkey; `tiers.object` for s3, fs; others (mooncakestore, lm, "
+        "infinistore, redis-sentinel, redis-cluster) are refused with what is nearest",
         mapping.remote_url,
     ),
     _mapped("storage", "`tiers.redis.url`, from `{type: redis, host, port}`", mapping.storage, doubtful=True),
@@ -89,7 +90,7 @@ RULES: Sequence[KeyRule] = (
         "ignored for LRU, LFU, FIFO: the least recently used is evicted; others are refused",
         mapping.cache_policy,
     ),
-    _mapped("blocking_timeout_secs", "`tiers.redis.timeout_s`", mapping.blocking_timeout),
+    _mapped("blocking_timeout_secs", "`tiers.redis.timeout_s`, `tiers.object.timeout_s`", mapping.blocking_timeout),
     _mapped("lookup_timeout_ms", "`tiers.wait_s`", mapping.lookup_timeout),
     _mapped("pd_role", "`nodes.*.role`: sender is a prefiller, receiver a decoder", mapping.pd_role),
     _mapped("nixl_role", "as `pd_role`", mapping.pd_role, doubtful=True),
@@ -134,6 +135,9 @@ RULES: Sequence[KeyRule] = (
         lambda _, __: (Fate.IGNORED, _MOONCAKE),
         doubtful=True,
     ),
+    _ignored("extra_config.s3_region extra_config.disable_tls", "`remote_url` with s3 takes it"),
+    _ignored("extra_config.aws_access_key_id extra_config.aws_secret_access_key", _CREDENTIALS),
+    _ignored("extra_config.s3_*", "`tiers.object.connections` says how many chunks are on their way at once"),
     _ignored("extra_config.*", "an option of a backend that is not there"),
     _ignored("use_experimental track_usage log_level", "nothing here reads it"),
 )

@@ -7,12 +7,15 @@ import re
 from collections.abc import Callable, Mapping
 from urllib.parse import urlsplit
 
+from kvcore.config.tiers import ObjectTierConfig
 from kvcore.errors import ConfigError
 from kvcore.types import Role
 from kvferry.cluster_text import size_text
+from kvferry.lmcache.buckets import bucket_section
 from kvferry.lmcache.draft import Draft, Fate
 from kvferry.lmcache.values import bool_remark, read_bool, read_gib, read_int, read_number
 from kvferry.tier_options import check_redis_url, shown
+from kvstore.tiers.objects.place import object_place
 
 Verdict = tuple[Fate, str]
 Take = Callable[[Draft, object], Verdict]
@@ -25,10 +28,8 @@ _NEAREST = {
     "redis-sentinel": f"{_A_REDIS}, the server that is master now",
     "redis-cluster": f"{_A_REDIS}, one server",
     "mooncakestore": f"{_A_REDIS}, or none, as nodes share their memory",
-    "s3": f"{_A_REDIS}, or a disk, local_disk",
     "lm": f"none, as the metadata server and the nodes' memory do that, or {_A_REDIS}",
     "infinistore": f"none, as nodes share their memory, over RDMA too, or {_A_REDIS}",
-    "fs": "a disk of each node's own, local_disk",
 }
 
 
@@ -106,6 +107,8 @@ def remote_url(draft: Draft, value: object) -> Verdict:
     scheme = scheme.lower()
     if not separator:
         raise ValueError(f"{url!r} is no URL; expected redis://HOST:PORT")
+    if scheme in ("s3", "fs"):
+        return objects(draft, url)
     if scheme not in _REDIS:
         nearest = _NEAREST.get(scheme, f"{_A_REDIS}, or a disk, local_disk")
         raise ValueError(f"there is no tier for {scheme}://; nearest: {nearest}")
@@ -119,6 +122,20 @@ def remote_url(draft: Draft, value: object) -> Verdict:
         raise ValueError(f"{shown(url)}: several servers; nearest: {_NEAREST['redis-cluster']}")
     draft.put("tiers.redis.url", url)
     return Fate.MAPPED, f"tiers.redis.url: {shown(url)}"
+
+
+def objects(draft: Draft, url: str) -> Verdict:
+    """A bucket as `s3://BUCKET.HOST`, or a folder as `fs://[HOST:PORT]/FOLDER`, where host and port say nothing."""
+    options = {name: draft.settings.get(f"extra_config.{name}") for name in ("s3_region", "disable_tls")}
+    section = bucket_section(url, options["s3_region"], encrypted=not read_bool(options["disable_tls"]))
+    try:
+        place = object_place(ObjectTierConfig(**section))
+    except ConfigError as error:
+        raise ValueError(error.message) from None
+    for name, value in section.items():
+        draft.put(f"tiers.object.{name}", value)
+    more = "; credentials are taken from the environment" if place.folder is None else ""
+    return Fate.MAPPED, f"tiers.object.url: {section['url']}{more}"
 
 
 def storage(draft: Draft, value: object) -> Verdict:
@@ -135,11 +152,12 @@ def storage(draft: Draft, value: object) -> Verdict:
     return fate, f"{said} ({remark})"
 
 
-def _has_redis(settings: Mapping[str, object]) -> bool:
-    """Whether `remote_url`, or `storage` without it, names one."""
+def _remote_tier(settings: Mapping[str, object]) -> str:
+    """The section of the tier that `remote_url`, or `storage` without it, names; empty: none."""
     url, section = settings.get("remote_url"), settings.get("storage")
     scheme = str(url).partition("://")[0] if url else str(section.get("type")) if isinstance(section, Mapping) else ""
-    return scheme.strip().lower() in _REDIS
+    scheme = scheme.strip().lower()
+    return "redis" if scheme in _REDIS else "object" if scheme in ("s3", "fs") and url else ""
 
 
 def save_decode_cache(draft: Draft, value: object) -> Verdict:
@@ -177,10 +195,10 @@ def blocking_timeout(draft: Draft, value: object) -> Verdict:
     seconds = read_number(value)
     if not seconds:
         raise ValueError("0 s for a call; expected more")
-    if not _has_redis(draft.settings):
-        return Fate.IGNORED, "there is no Redis"
-    draft.put("tiers.redis.timeout_s", seconds)
-    return Fate.MAPPED, f"tiers.redis.timeout_s: {seconds:g}"
+    if not (tier := _remote_tier(draft.settings)):
+        return Fate.IGNORED, "there is no remote store"
+    draft.put(f"tiers.{tier}.timeout_s", seconds)
+    return Fate.MAPPED, f"tiers.{tier}.timeout_s: {seconds:g}"
 
 
 def lookup_timeout(draft: Draft, value: object) -> Verdict:

@@ -36,3 +36,19 @@ class RedisLimits:
     """That are listed; a server that many share has a few."""
     note_s: float = 90 * 24 * 3600.0
     """How long a note on a generation outlives its last mark."""
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectLimits:
+    """Of a tier in a bucket or a folder."""
+
+    questions: int = 16
+    """At once: whether an object is there."""
+    max_chunk_bytes: int = 1 << 30
+    """Header and payload."""
+    close_s: float = 1.0
+    """For calls that nobody waits for any more, when the tier is closed."""
+    page_objects: int = 1000
+    """That are listed, or removed, by one request."""
+    max_generations: int = 4096
+    """That are listed; a bucket that many share has a few."""

@@ -4,6 +4,7 @@ import asyncio
 from contextlib import AsyncExitStack
 
 import pytest
+from support.s3_server import end_shared_s3
 from support.tier_rigs import (
     CAPACITY_BYTES,
     FINGERPRINT,
@@ -22,6 +23,12 @@ from kvstore.tiers.base import Cleared, Generation, TierChunk, TierOutcome
 
 OK, MISSING, AWAY = TierOutcome.OK, TierOutcome.MISSING, TierOutcome.UNAVAILABLE
 CALL_S = 20.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_server():
+    yield
+    end_shared_s3()
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from support.cluster import ClusterHandle, cluster
 from support.redis_server import redis_server, with_redis
+from support.s3_server import s3_server, with_s3
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -97,3 +98,33 @@ async def test_clusters_that_share_a_redis_find_what_either_computed_and_answer_
                 return any(server.url in tier.problem for report in reports for tier in report.tiers)
 
             await subject.until(said, 20)
+
+
+@with_s3
+@pytest.mark.timeout(240)
+async def test_a_cluster_that_was_stopped_finds_all_it_computed_in_its_bucket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with s3_server() as server:
+        for name, value in server.credentials.items():
+            monkeypatch.setenv(name, value)
+        url = f"s3://{server.make_bucket()}/kv"
+        objects = [f"tiers.object={{url: '{url}', endpoint: '{server.url}'}}"]
+        one, two = tmp_path / "one", tmp_path / "two"
+        one.mkdir()
+        two.mkdir()
+        async with cluster(one, prefillers=1, decoders=1, overrides=objects) as subject:
+            first, cached = await ask_all(subject)
+            assert cached == 0
+
+            async def all_saved() -> bool:
+                reports = [await subject.node_info(node) for node in subject.nodes]
+                done = sum(tier.counts.get("saved", 0) for report in reports for tier in report.tiers)
+                return done >= NUM_PROMPTS * CHUNKS
+
+            await subject.until(all_saved, 40)
+        async with cluster(two, prefillers=1, decoders=1, overrides=objects) as subject:
+            second, cached = await ask_all(subject)
+            assert second == first and cached == NUM_PROMPTS * CHUNKS * 64
+            log = "".join(path.read_text() for path in two.rglob("*.log"))
+            assert server.credentials["AWS_SECRET_ACCESS_KEY"] not in log

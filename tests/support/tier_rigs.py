@@ -9,14 +9,17 @@ from tempfile import TemporaryDirectory
 
 import pytest
 from support.redis_server import VALKEY, needs_redis, needs_valkey, redis_server
+from support.s3_server import needs_s3, shared_s3
 
 from kvcore.clock import ManualClock
+from kvcore.config.tiers import ObjectTierConfig
 from kvcore.types import ChunkKey
 from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, checksum, pack
 from kvstore.tiers.base import ChunkName, Tier, TierChunk
 from kvstore.tiers.disk import open_disk
-from kvstore.tiers.limits import RedisLimits
+from kvstore.tiers.limits import ObjectLimits, RedisLimits
 from kvstore.tiers.memory import MemoryTier
+from kvstore.tiers.objects.tier import ObjectTier, open_bucket
 from kvstore.tiers.redis import RedisTier
 from kvstore.tiers.redis_parts import part_key
 from kvstore.tiers.resp_client import RespClient, parse_server
@@ -136,6 +139,63 @@ async def redis_rig(program: str) -> AsyncIterator[TierRig]:
         await tier.aclose()
 
 
+@asynccontextmanager
+async def folder_rig() -> AsyncIterator[TierRig]:
+    with TemporaryDirectory() as folder:
+        async with object_rig(ObjectTierConfig(url=f"file://{folder}/chunks")) as rig:
+            yield rig
+
+
+@asynccontextmanager
+async def s3_rig() -> AsyncIterator[TierRig]:
+    server = shared_s3()
+    name = server.make_bucket()
+    config = ObjectTierConfig(url=f"s3://{name}/some/prefix", endpoint=server.url, timeout_s=2.0)
+    with pytest.MonkeyPatch.context() as patch:
+        for variable, value in server.credentials.items():
+            patch.setenv(variable, value)
+        async with object_rig(config) as rig:
+            rig.stop, rig.freeze, rig.thaw = server.stop, server.freeze, server.thaw
+
+            def start() -> None:
+                server.start()
+                server.make_bucket(name)
+
+            rig.start = start
+            yield rig
+
+
+@asynccontextmanager
+async def object_rig(config: ObjectTierConfig) -> AsyncIterator[TierRig]:
+    bucket, clock = open_bucket(config), ManualClock()
+
+    def open_one() -> ObjectTier:
+        limits = ObjectLimits(max_chunk_bytes=CAPACITY_BYTES)
+        return ObjectTier(open_bucket(config), clock, connections=4, limits=limits)
+
+    def change(name: ChunkName, changed: Callable[[bytes], bytes]) -> None:
+        length = bucket.head(name.text).num_bytes
+        _, value = bucket.get(name.text, length)
+        assert value is not None
+        bucket.put(name.text, memoryview(changed(bytes(value))), end=None, overwrite=True)
+
+    def damage(name: ChunkName) -> None:
+        change(name, lambda old: old[:-1] + bytes([old[-1] ^ 1]))
+
+    def tear(name: ChunkName) -> None:
+        change(name, lambda old: old[: len(old) // 2])
+
+    @asynccontextmanager
+    async def reopen() -> AsyncIterator[Tier]:
+        other = open_one()
+        yield other
+        await other.aclose()
+
+    tier = open_one()
+    yield TierRig(tier, advance=clock.advance, damage=damage, tear=tear, reopen=reopen)
+    await tier.aclose()
+
+
 @dataclass(frozen=True)
 class RigKind:
     """How a kind of tier is opened for a test, which of a rig's abilities it has, and the marks of its tests."""
@@ -147,12 +207,15 @@ class RigKind:
 
 _DISK = frozenset({"bound", "advance", "damage", "tear", "reopen", "lists", "expires"})
 _REDIS = frozenset({"damage", "tear", "stop", "start", "freeze", "thaw", "reopen", "lists", "marks", "expires"})
+_OBJECT = frozenset({"advance", "damage", "tear", "reopen", "lists", "marks", "expires"})
 KINDS = {
     "memory": RigKind(memory_rig, frozenset({"bound", "advance", "damage", "lists", "marks", "expires"})),
     "disk": RigKind(disk_rig, _DISK),
     "disk_buffered": RigKind(lambda: disk_rig(buffered=True), _DISK),
     "redis": RigKind(lambda: redis_rig("redis-server"), _REDIS, needs_redis),
     "valkey": RigKind(lambda: redis_rig(VALKEY or "valkey-server"), _REDIS, needs_valkey),
+    "folder": RigKind(folder_rig, _OBJECT),
+    "s3": RigKind(s3_rig, _OBJECT | {"stop", "start", "freeze", "thaw"}, needs_s3),
 }
 """A line a kind of tier. `bound`: it has a capacity of its own. `lists`: it knows which generations lie in it; `marks`:
 and who uses them. `expires`: it can give a chunk that is there another end."""

@@ -133,12 +133,47 @@ CASES: list[tuple[dict[str, object], str, Fate, str, dict[str, object]]] = [
             "redis-sentinel": "redis://HOST:PORT",
             "redis-cluster": "redis://HOST:PORT",
             "mooncakestore": "nodes share their memory",
-            "s3": "local_disk",
             "lm": "metadata server",
             "infinistore": "RDMA",
-            "fs": "local_disk",
             "blackhole": "redis://HOST:PORT, or a disk",
         }.items()
+    ),
+    *(
+        ({"remote_url": url, "extra_config": extra}, "remote_url", MAPPED, part["url"], {"tiers": {"object": part}})
+        for url, extra, part in [
+            ("s3://b.s3.eu-west-1.amazonaws.com", {}, {"region": "eu-west-1", "url": "s3://b"}),
+            ("s3://a.b.s3.us-east-2.amazonaws.com/p/", {}, {"region": "us-east-2", "url": "s3://a.b/p"}),
+            ("s3://b.s3.r-1.amazonaws.com", {"s3_region": "r-2"}, {"region": "r-2", "url": "s3://b"}),
+            ("s3://b.minio:9000", {"disable_tls": True}, {"endpoint": "http://minio:9000", "url": "s3://b"}),
+            ("s3://b.store.example", {}, {"endpoint": "https://store.example", "url": "s3://b"}),
+            ("s3://b", {"s3_region": "r-1"}, {"region": "r-1", "url": "s3://b"}),
+            ("fs:///mnt/kv", {}, {"url": "file:///mnt/kv"}),
+            ("fs://host:1/mnt/kv", {}, {"url": "file:///mnt/kv"}),
+        ]
+    ),
+    *(
+        ({"remote_url": url}, "remote_url", REFUSED, said, {})
+        for url, said in [
+            ("s3://b--x-s3.s3express-use1-az4.us-east-1.amazonaws.com", "S3 Express.*nearest: an ordinary bucket"),
+            ("s3://", "names no bucket"),
+            ("s3://key:secret@b.s3.r-1.amazonaws.com", "a user or a password; credentials are taken"),
+            ("fs:///a,/b", "several folders; nearest"),
+            ("fs://host", "no absolute path"),
+        ]
+    ),
+    (
+        {"extra_config": {"aws_secret_access_key": "secret"}},
+        "extra_config.aws_secret_access_key",
+        IGNORED,
+        "AWS_SECRET_ACCESS_KEY in the environment",
+        {},
+    ),
+    (
+        {"blocking_timeout_secs": 3, "remote_url": "fs:///kv"},
+        "blocking_timeout_secs",
+        MAPPED,
+        "tiers.object.timeout_s: 3",
+        {"tiers": {"object": {"timeout_s": 3.0, "url": "file:///kv"}}},
     ),
     ({"storage": {"type": "redis", "host": "c", "port": 7}}, "storage", MAPPED, "LMCache itself", redis("redis://c:7")),
     ({"storage": {"type": "redis", "host": "::1"}}, "storage", MAPPED, "6379", redis("redis://[::1]:6379")),
@@ -175,7 +210,7 @@ CASES: list[tuple[dict[str, object], str, Fate, str, dict[str, object]]] = [
         "10",
         redis("redis://c:6379", timeout_s=10.0),
     ),
-    ({"blocking_timeout_secs": 10}, "blocking_timeout_secs", IGNORED, "no Redis", {}),
+    ({"blocking_timeout_secs": 10}, "blocking_timeout_secs", IGNORED, "no remote store", {}),
     ({"blocking_timeout_secs": 0}, "blocking_timeout_secs", REFUSED, "expected more", {}),
     ({"lookup_timeout_ms": 3000}, "lookup_timeout_ms", MAPPED, "wait_s: 3,", {"tiers": {"wait_s": 3.0}}),
     ({"lookup_timeout_ms": 0}, "lookup_timeout_ms", REFUSED, "expected more", {}),

@@ -6,7 +6,7 @@ import pytest
 
 from kvcore.config.checks import check_cluster
 from kvcore.config.file import load_config
-from kvcore.config.tiers import DiskTierConfig, RedisTierConfig, TiersConfig
+from kvcore.config.tiers import DiskTierConfig, ObjectTierConfig, RedisTierConfig, TiersConfig
 from kvcore.errors import ConfigError
 from kvferry import cli, serve
 from kvferry.cluster_text import cluster_text
@@ -30,6 +30,7 @@ def machine() -> Machine:
         ("redis://cache:6379", RedisTierConfig(url="redis://cache:6379")),
         ("rediss://u:p@cache/3", RedisTierConfig(url="rediss://u:p@cache/3")),
         ("redis://[::1]:6379", RedisTierConfig(url="redis://[::1]:6379")),
+        *((url, ObjectTierConfig(url=url)) for url in ("s3://b-1/some/prefix", "gs://b", "az://c/p", "file:///a%20b")),
     ],
 )
 def test_a_tier_is_written_as_one_word(text, tier):
@@ -50,7 +51,12 @@ def test_a_tier_is_written_as_one_word(text, tier):
         ("redis://cache:0", "nothing listens on port 0"),
         ("redis://cache:6379/kv", "/kv is no number of a database"),
         ("mooncakestore://a:1", "there are no mooncakestore tiers yet; expected disk:PATH:SIZE, redis://HOST:PORT"),
-        ("s3://bucket", "there are no s3 tiers yet; expected disk:PATH:SIZE"),
+        ("s3://", "--tier: 's3://' names no bucket; expected s3://BUCKET/PREFIX"),
+        ("s3://bucket/a//b", "'a//b': a prefix is made of"),
+        ("s3://bucket/a/../b", "'a/../b': a prefix is made of"),
+        ("s3://bucket?x=1", "is no place for objects"),
+        ("file://host/a", "is no absolute path"),
+        ("file:///", "is no absolute path"),
         ("reddis://cache", r"unknown kind 'reddis' \(did you mean redis\?\); expected disk:PATH:SIZE"),
         ("/nvme", "unknown kind"),
     ],
@@ -97,12 +103,13 @@ def test_the_command_takes_tiers_and_says_what_they_are(tmp_path, monkeypatch, c
     monkeypatch.setattr("kvferry.doctor.checks.preflight", lambda config: None)
     monkeypatch.setattr("kvferry.launch.up.run_up", lambda *given: 0)
     (tmp_path / "m").mkdir()
-    tiers = ["--tier", "disk:/nvme:3GiB", "--tier", "redis://:secret@cache:6379"]
+    tiers = ["--tier", "disk:/nvme:3GiB", "--tier", "redis://:secret@cache:6379", "--tier", "s3://b/p"]
     assert cli.main(["serve", str(tmp_path / "m"), *tiers]) == 0
     file = tmp_path / "kvferry/serve-m/cluster.yaml"
     assert load_config(file).tiers == parse_tiers(tiers[1::2])
     assert file.stat().st_mode & 0o777 == 0o600, "it has the password"
     out = capsys.readouterr().out
     assert "disk tier: 3GiB of each node, in /nvme\n" in out and "redis tier: redis://:***@cache:6379\n" in out
+    assert "object tier: s3://b/p\n" in out
     assert cli.main(["serve", str(tmp_path / "m"), "--tier", "tape:/dev/st0"]) == 2
     assert "--tier tape:/dev/st0: unknown kind 'tape'" in capsys.readouterr().err
