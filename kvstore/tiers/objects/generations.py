@@ -86,6 +86,8 @@ class BucketGenerations:
         for one in (fingerprint.hex() for fingerprint in fingerprints):
             if own is not None:
                 self._look_at_marks(f"{_MARKS}/{one}")
+                if self._is_late():  # others' marks may not have been seen
+                    return
                 if is_spared(self._marks.get(one, ()), own):
                     continue
             for folder in (one, f"{_MARKS}/{one}"):

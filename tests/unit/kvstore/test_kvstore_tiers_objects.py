@@ -11,10 +11,11 @@ from support.tier_rigs import chunk_of, content, name_of, room_for
 from kvcore.clock import ManualClock
 from kvcore.config.tiers import ObjectTierConfig
 from kvcore.errors import ConfigError
-from kvstore.tiers.base import TierOutcome
+from kvstore.tiers.base import Cleared, TierOutcome
 from kvstore.tiers.limits import ObjectLimits
 from kvstore.tiers.objects.bucket import Bucket, said
 from kvstore.tiers.objects.calls import CallPool, Grip
+from kvstore.tiers.objects.generations import BucketGenerations
 from kvstore.tiers.objects.place import object_place
 from kvstore.tiers.objects.tier import ObjectTier, open_bucket
 
@@ -224,3 +225,13 @@ async def test_calls_wait_in_line_for_threads():
     assert await pool.run([call] * 9, 30.0) == [7] * 9
     assert most == 3
     await pool.aclose(30.0)
+
+
+async def test_what_may_be_in_use_is_not_cleared_when_the_time_for_looking_is_up(tier, monkeypatch):
+    chunk = chunk_of(name_of(1), 100)
+    fingerprint = chunk.name.fingerprint
+    await tier.save([chunk], timeout_s=CALL_S)
+    await tier.mark(fingerprint, "theirs/d0", "of theirs", ttl_s=900, timeout_s=CALL_S)
+    monkeypatch.setattr(BucketGenerations, "_is_late", lambda seen: setattr(seen, "incomplete", "late") or True)
+    assert await tier.clear([fingerprint], own=[], timeout_s=CALL_S) == Cleared(0, "late")
+    assert await tier.load([room_for(chunk)], timeout_s=CALL_S) == [OK]
