@@ -49,6 +49,11 @@ class KVSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """16 bytes: digest over every field, by name, in sorted order."""
         return sha256(b"kvferry.spec.v1" + msgspec.json.encode(self, order="sorted")).digest()[:16]
 
+    @property
+    def title(self) -> str:
+        """For people: what tells it from other kinds of KV as a rule."""
+        return f"{self.model_id}, {self.dtype}, weights {self.weights_digest[:8]}"
+
 
 class Segment(msgspec.Struct, frozen=True, kw_only=True):
     """A registered memory region on a node that others read and write one-sidedly."""

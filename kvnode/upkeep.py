@@ -63,7 +63,7 @@ class NodeUpkeep:
         places = zip(named, cleared, strict=True)
         return ClearReply(
             places=[
-                ClearedPlace(name=tier.name, num_chunks=one.num_chunks, incomplete=one.incomplete)
+                ClearedPlace(name=tier.name, shared=tier.shared, num_chunks=one.num_chunks, incomplete=one.incomplete)
                 for tier, one in places
             ]
         )

@@ -8,6 +8,8 @@ from typing import Literal
 
 import msgspec
 
+ChunkAction = Literal["find", "remove", "expire", "pin", "unpin"]
+
 
 class _UpkeepRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A request."""
@@ -68,7 +70,7 @@ class ChunksRequest(_UpkeepRequest, frozen=True, kw_only=True):
     after `ttl_s` from now, or never by time. `pin`, `unpin`: whether they may be evicted, where a tier can tell.
     """
 
-    action: Literal["find", "remove", "expire", "pin", "unpin"]
+    action: ChunkAction
     fingerprint: bytes
     keys: list[bytes]
     tiers: list[str]
@@ -109,6 +111,7 @@ class ClearedPlace(_UpkeepReply, frozen=True, kw_only=True):
     """`incomplete`: why some may be there still; empty: none are."""
 
     name: str
+    shared: bool = False
     num_chunks: int = 0
     incomplete: str = ""
 

@@ -33,6 +33,7 @@ from router.requests.services import RequestServices
 from router.routing.policy import make_policy
 from router.status import StatusView
 from router.text.tokenizer import FolderTokenizer, TextThreads, make_tokenizer
+from router.upkeep.wiring import upkeep_routes
 
 _log = logging.getLogger("router")
 
@@ -73,7 +74,15 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
     answerer = Answerer(
         model=config.model.name, tokenizer=tokenizer, dispatcher=dispatcher, cluster=cluster, run=threads.run
     )
-    app = make_app(answerer, log, status, metrics, max_body_bytes=bounds.max_body, cors=bounds.cors)
+    app = make_app(
+        answerer,
+        log,
+        status,
+        metrics,
+        max_body_bytes=bounds.max_body,
+        cors=bounds.cors,
+        more=upkeep_routes(config, cluster, client, answerer=answerer, clock=clock),
+    )
     server = AsgiServer(app, bounds.host, bounds.port, limits=_connection_limits(config))
     lifecycle.tasks.create_task(prober.run(), name="node probes")
     if subscription is not None:

@@ -35,7 +35,7 @@ class GenerationMarker:
     def use(self, spec: KVSpec) -> None:
         """The engine makes and reads KV of this spec from now on, and of no other."""
         ranks = [msgspec.structs.replace(spec, tp_rank=rank).fingerprint for rank in range(spec.tp_size)]
-        note = f"{spec.model_id}, {spec.dtype}, weights {spec.weights_digest[:8]}, cluster {self._node.cluster}"
+        note = f"{spec.title}, cluster {self._node.cluster}"
         self._left = (self._left | set(self._used)) - set(ranks)
         self._used = dict.fromkeys(ranks, note)
         self._changed.set()

@@ -69,3 +69,14 @@ def plain(summary: str, *, not_found: bool = False, unavailable: bool = False) -
     if unavailable:
         responses[503] = {"description": "Not now; the message says why", "content": _json(ErrorReply)}
     return {"summary": summary, "responses": responses, "response_model": None}
+
+
+def orders(summary: str, *kinds: type[msgspec.Struct]) -> dict[str, Any]:
+    """Keyword arguments of a POST route whose body is one of `kinds` and which answers with JSON."""
+    responses: dict[int | str, dict[str, Any]] = {200: {"description": summary, "content": _json(None)}}
+    for status, text in _REFUSALS.items():
+        responses[status] = {"description": text, "content": _json(ErrorReply)}
+    schemas = [_schema(documented_body(kind) if len(kinds) > 1 else kind) for kind in kinds]
+    schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
+    extra = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    return {"summary": summary, "responses": responses, "openapi_extra": extra, "response_model": None}

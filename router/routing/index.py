@@ -89,6 +89,13 @@ class PrefixIndex:
             self._set_count(by_node, unbroken, longest)
         return PrefixHits(longest, by_node)
 
+    def held_by(self, node_id: str, keys: Sequence[ChunkKey]) -> list[ChunkKey]:
+        """Those of `keys` that the node's segments hold."""
+        own = 0
+        for (owner, _), bit in self._bits.items():
+            own |= bit if owner == node_id else 0
+        return [key for key in keys if self._masks.get(key, 0) & own]
+
     def _set_count(self, by_node: dict[str, int], bits: int, chunks: int) -> None:
         while bits:
             bit = bits & -bits

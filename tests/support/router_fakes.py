@@ -14,8 +14,9 @@ from aiohttp import web
 
 from kvcore.clock import SystemClock
 from kvcore.config.schema import ClusterConfig, ModelConfig, NodeConfig, RouterConfig, SimEngineConfig
-from kvcore.errors import KVFerryError, NodeUnavailableError
+from kvcore.errors import InvalidRequestError, KVFerryError, NodeUnavailableError
 from kvcore.types import KVSpec, NodeInfo, Role, Segment
+from kvnode.upkeep import NodeUpkeep
 from nodeapi.messages import (
     EngineInfo,
     EngineStats,
@@ -27,9 +28,11 @@ from nodeapi.messages import (
     PrefillResult,
     StreamError,
     StreamFrame,
+    TierReport,
     TokenDelta,
     TokenLogprob,
 )
+from nodeapi.upkeep import ChunksReply, ChunksRequest, ClearReply, ClearRequest, GenerationsReply, GenerationsRequest
 from router.answering import Answerer
 from router.api.app import make_app
 from router.api.limits import ApiLimits
@@ -46,6 +49,7 @@ from router.requests.services import RequestServices
 from router.routing.policy import RoutePolicy, make_policy
 from router.status import StatusView
 from router.text.tokenizer import ByteTokenizer, Tokenizer
+from router.upkeep.wiring import make_upkeep
 
 CHUNK_TOKENS = 16
 VOCAB = 512
@@ -126,6 +130,9 @@ class FakeNode:
     aborted: list[str] = field(default_factory=list)
     handoffs_ended: list[str] = field(default_factory=list)
     running: int = 0
+    tiers: list[TierReport] = field(default_factory=list)
+    upkeep: NodeUpkeep | None = None
+    """Its segment and tiers, for those who ask; None: it is older than such calls."""
     handoff_ends: dict[str, asyncio.Event] = field(default_factory=dict)
 
     def kv_spec(self, weights: str) -> KVSpec:
@@ -157,6 +164,7 @@ class FakeNode:
             ],
             draining=self.draining,
             refused=self.refused,
+            tiers=self.tiers,
         )
 
     async def prefill(self, request: PrefillRequest) -> PrefillResult:
@@ -262,6 +270,22 @@ class FakeNodes:
         node._check()
         return node.report()
 
+    async def generations(self, url: str, request: GenerationsRequest, *, timeout_s: float) -> GenerationsReply:
+        return await self._upkeep(url).generations(request)
+
+    async def chunks(self, url: str, request: ChunksRequest, *, timeout_s: float) -> ChunksReply:
+        return await self._upkeep(url).chunks(request)
+
+    async def clear(self, url: str, request: ClearRequest, *, timeout_s: float) -> ClearReply:
+        return await self._upkeep(url).clear(request)
+
+    def _upkeep(self, url: str) -> NodeUpkeep:
+        node = self.by_url[url]
+        node._check()
+        if node.upkeep is None:
+            raise InvalidRequestError("POST /v1/upkeep: Not Found")
+        return node.upkeep
+
     async def aclose(self) -> None:
         pass
 
@@ -334,7 +358,16 @@ async def make_rig(
     stopping = lambda: dispatcher.stopping  # noqa: E731
     status = StatusView(config, cluster, log, clock, lambda: True, problems=problems, cache=cache, stopping=stopping)
     bounds = config.router
-    app = make_app(answerer, log, status, metrics, max_body_bytes=bounds.max_body, cors=bounds.cors, limits=api_limits)
+    app = make_app(
+        answerer,
+        log,
+        status,
+        metrics,
+        max_body_bytes=bounds.max_body,
+        cors=bounds.cors,
+        limits=api_limits,
+        more=make_upkeep(config, cluster, nodes, answerer=answerer, clock=clock).add_to,
+    )
     return Rig(nodes, cluster, prober, dispatcher, services, log, answerer, app, metrics)
 
 

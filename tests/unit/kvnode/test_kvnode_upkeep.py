@@ -81,7 +81,7 @@ def test_what_is_removed_from_a_tier_is_saved_again_when_it_is_committed_again()
             cleared = await upkeep(b).clear(
                 ClearRequest(fingerprints=[SPEC.fingerprint], tiers=["memory"], deadline_s=5.0)
             )
-            assert cleared.places == [ClearedPlace(name="memory", num_chunks=6)]
+            assert cleared.places == [ClearedPlace(name="memory", shared=True, num_chunks=6)]
             await upkeep(a).clear(ClearRequest(fingerprints=[SPEC.fingerprint], tiers=[], deadline_s=5.0))
             world.forget(KEYS)
             await a.put(KEYS)

@@ -1,0 +1,130 @@
+"""The router's `/v1/cache` routes that ask and order. A thin shell: bodies in, reports out, errors as OpenAI's.
+
+As all of the router's, they are open to whoever reaches it. What one waits for ends when its client leaves.
+"""
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import msgspec
+from fastapi import FastAPI, Request
+from starlette.responses import Response
+
+from kvcore.errors import CancelledByPeerError, InvalidRequestError
+from kvcore.process.http_body import read_body
+from router.answering import Answerer
+from router.api import openapi
+from router.api.limits import ApiLimits
+from router.api.openai_schema import ChatRequest, CompletionRequest
+from router.api.responses import JsonReply
+from router.requests.spec import RequestSpec
+from router.upkeep.generations import ClusterGenerations
+from router.upkeep.lookup import PromptsLookup
+from router.upkeep.orders import ChunkOrders, OrderKind
+from router.upkeep.prompts import prompts_in
+from router.upkeep.reports import ClearOrder
+from router.upkeep.warming import PromptWarmer
+
+
+@dataclass(frozen=True, slots=True)
+class UpkeepRoutes:
+    """Adds its routes to an application."""
+
+    answerer: Answerer
+    lookup: PromptsLookup
+    orders: ChunkOrders
+    warmer: PromptWarmer
+    generations: ClusterGenerations
+    max_body_bytes: int
+    limits: ApiLimits = ApiLimits()
+
+    def add_to(self, app: FastAPI) -> None:
+        """All of them."""
+
+        @app.get("/v1/cache/generations", **openapi.plain("Which generations of KV lie where", unavailable=True))
+        async def generations(request: Request) -> Response:
+            return JsonReply(await _while_there(request, self.generations.report()))
+
+        @app.post("/v1/cache/clear", **openapi.orders("Remove generations from all tiers", ClearOrder))
+        async def clear(request: Request) -> Response:
+            try:
+                order = msgspec.json.decode(await self._body(request) or b"{}", type=ClearOrder)
+            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+                raise InvalidRequestError(f"the body is no order to clear: {error}") from error
+            return JsonReply(await _while_there(request, self.generations.clear(order)))
+
+        self._of_prompts(app, "lookup", "Where the KV of prompts lies", lambda specs, _: self.lookup.look(specs))
+        self._of_prompts(app, "warm", "Compute prompts into the store", lambda specs, _: self.warmer.warm(specs))
+        texts: dict[OrderKind, str] = {
+            "evict": "Remove the chunks of prompts from segments and tiers",
+            "expire": "Give the chunks of prompts an end: ttl_s seconds from now, or none",
+            "pin": "Keep the chunks of prompts from being evicted",
+            "unpin": "Let the chunks of prompts be evicted again",
+        }
+        for kind, text in texts.items():
+            self._of_prompts(app, kind, text, self._order(kind))
+
+    def _order(self, kind: OrderKind) -> Callable[[list[RequestSpec], Request], Awaitable[msgspec.Struct]]:
+        async def carry_out(specs: list[RequestSpec], request: Request) -> msgspec.Struct:
+            return await self.orders.carry_out(kind, specs, _ttl_s(request))
+
+        return carry_out
+
+    def _of_prompts(
+        self,
+        app: FastAPI,
+        name: str,
+        text: str,
+        work: Callable[[list[RequestSpec], Request], Awaitable[msgspec.Struct]],
+    ) -> None:
+        @app.post(f"/v1/cache/{name}", name=f"cache_{name}", **openapi.orders(text, ChatRequest, CompletionRequest))
+        async def endpoint(request: Request) -> Response:
+            specs = await prompts_in(await self._body(request), self.answerer, self.limits)
+            return JsonReply(await _while_there(request, work(specs, request)))
+
+    async def _body(self, request: Request) -> bytes:
+        return await read_body(request, self.max_body_bytes, timeout_s=self.limits.body_timeout_s)
+
+
+def add_refusals(app: FastAPI) -> None:
+    """The routes of a router over vLLM servers that are not ours."""
+
+    @app.api_route("/v1/cache/{what:path}", methods=["GET", "POST"], include_in_schema=False)
+    async def refused(what: str) -> Response:
+        raise InvalidRequestError(f"/v1/cache/{what}: vLLM servers that run by themselves keep no store to ask")
+
+
+def _ttl_s(request: Request) -> float | None:
+    """Of the query; None: none is given, or `none`."""
+    given = request.query_params.get("ttl_s", "none")
+    if given == "none":
+        return None
+    try:
+        ttl_s = float(given)
+    except ValueError:
+        ttl_s = math.nan
+    if not 0 < ttl_s < math.inf:
+        raise InvalidRequestError("ttl_s must be a number of seconds above 0, or none", param="ttl_s")
+    return ttl_s
+
+
+async def _while_there(request: Request, work: Awaitable[msgspec.Struct]) -> msgspec.Struct:
+    """What the work gives. It is cancelled when the client leaves."""
+    working = asyncio.ensure_future(work)
+    gone = asyncio.create_task(_until_gone(request))
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise CancelledByPeerError("the client has gone")
+        return working.result()
+    finally:
+        for task in (working, gone):
+            task.cancel()
+        await asyncio.gather(working, gone, return_exceptions=True)
+
+
+async def _until_gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,54 @@
+"""The one place where the parts of this package are put together."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from fastapi import FastAPI
+
+from kvcore.clock import Clock
+from kvcore.config.schema import ClusterConfig
+from nodeapi.client import HttpNodeClient
+from nodeapi.protocol import NodeClient
+from router.answering import Answerer
+from router.nodes.cluster import Cluster
+from router.upkeep.generations import ClusterGenerations
+from router.upkeep.limits import UpkeepLimits
+from router.upkeep.lookup import PromptsLookup
+from router.upkeep.nodes import KeepingNodes, UpkeepClient
+from router.upkeep.orders import ChunkOrders
+from router.upkeep.routes import UpkeepRoutes, add_refusals
+from router.upkeep.warming import PromptWarmer
+
+
+class FullClient(NodeClient, UpkeepClient, Protocol):
+    """All calls to nodes that are ours."""
+
+
+def make_upkeep(
+    config: ClusterConfig,
+    cluster: Cluster,
+    client: FullClient,
+    *,
+    answerer: Answerer,
+    clock: Clock,
+    limits: UpkeepLimits = UpkeepLimits(),
+) -> UpkeepRoutes:
+    """The routes, with all that answers them."""
+    nodes = KeepingNodes(cluster, client, limits)
+    return UpkeepRoutes(
+        answerer=answerer,
+        lookup=PromptsLookup(cluster, nodes),
+        orders=ChunkOrders(cluster, nodes),
+        warmer=PromptWarmer(config.router, cluster, client, clock, limits),
+        generations=ClusterGenerations(cluster, nodes, limits),
+        max_body_bytes=int(config.router.max_body),
+    )
+
+
+def upkeep_routes(
+    config: ClusterConfig, cluster: Cluster, client: NodeClient, *, answerer: Answerer, clock: Clock
+) -> Callable[[FastAPI], None]:
+    """Adds the routes to an application; of servers that are not ours, which have no store, routes that say so."""
+    if isinstance(client, HttpNodeClient):
+        return make_upkeep(config, cluster, client, answerer=answerer, clock=clock).add_to
+    return add_refusals

@@ -1,0 +1,300 @@
+"""The router's `/v1/cache` calls that ask and order, over fake nodes with real tiers in memory."""
+
+import asyncio
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from support.router_fakes import CHUNK_TOKENS, FakeNode, FakeNodes, Rig, make_rig, spec, two_and_two, until
+from support.tier_rigs import chunk_of
+
+from kvcore.chunk_keys import chunk_keys, root_key
+from kvcore.clock import SystemClock
+from kvcore.types import Role
+from kvnode.upkeep import NodeUpkeep
+from kvstore.tiers.base import ChunkName
+from kvstore.tiers.guarded import GuardedTier
+from kvstore.tiers.memory import MemoryTier
+from nodeapi.messages import TierReport
+
+PROMPT = list(range(1, 6 * CHUNK_TOKENS + 4))
+LIVE, OLD, THEIRS = spec().fingerprint, b"\x01" * 16, b"\x02" * 16
+
+
+def keys_of(prompt: list[int] = PROMPT, salt: bytes = b"") -> list[bytes]:
+    return chunk_keys(root_key(LIVE, salt), prompt, CHUNK_TOKENS)
+
+
+class Kept:
+    """Tiers of some nodes: `disk` of each, `cloud` of all."""
+
+    def __init__(self, nodes: FakeNodes) -> None:
+        self.cloud = MemoryTier(1 << 24, SystemClock(), name="cloud")
+        self.disks: dict[str, MemoryTier] = {}
+        self.forgotten: list[str] = []
+        for node in nodes.nodes:
+            self.give(node)
+
+    def give(self, node: FakeNode) -> None:
+        disk = self.disks[node.id] = MemoryTier(1 << 24, SystemClock(), name="disk")
+        disk.shared = False  # type: ignore[misc]
+        tiers = [GuardedTier(tier, SystemClock(), in_flight_bytes=1 << 24) for tier in (disk, self.cloud)]
+        filler = SimpleNamespace(forget=lambda _keys: self.forgotten.append(node.id))
+        marker = SimpleNamespace(owner=f"test/{node.id}")
+        node.tiers = [TierReport(name="disk", shared=False), TierReport(name="cloud", shared=True)]
+        made: Any = SimpleNamespace(tiers=tiers, filler=filler, marker=marker)
+        node.upkeep = NodeUpkeep(memoryview(bytearray(4096)), made)
+
+
+async def put(tier: MemoryTier, keys: list[bytes], fingerprint: bytes = LIVE) -> None:
+    await tier.save([chunk_of(ChunkName(fingerprint, key), 100) for key in keys], timeout_s=1)
+
+
+async def kept_rig(nodes: FakeNodes | None = None) -> tuple[Rig, Kept, httpx.AsyncClient]:
+    nodes = nodes or two_and_two()
+    kept = Kept(nodes)
+    rig = await make_rig(nodes)
+    return rig, kept, httpx.AsyncClient(transport=httpx.ASGITransport(rig.app), base_url="http://router")
+
+
+async def ask(client: httpx.AsyncClient, what: str, body: object = None, **query: str) -> Any:
+    reply = await client.post(f"/v1/cache/{what}", json=body or {"prompt": PROMPT}, params=query)
+    assert reply.status_code == 200, reply.text
+    return reply.json()
+
+
+async def test_a_lookup_says_what_lies_in_memory_what_follows_in_tiers_and_what_would_be_computed():
+    rig, kept, client = await kept_rig()
+    keys = keys_of()
+    rig.cluster.index.store("p0", keys[:2], "p0.1")
+    rig.cluster.index.store("d1", keys[:1], "d1.1")
+    await put(kept.disks["d0"], keys[2:4])
+    await put(kept.cloud, keys[3:5])
+    found = await ask(client, "lookup", {"prompt": [PROMPT, PROMPT[:5]]})
+    assert (found["fingerprint"], found["chunk_tokens"], found["problems"]) == (LIVE.hex(), CHUNK_TOKENS, [])
+    long, short = found["prompts"]
+    assert (long["tokens"], long["chunks"], long["memory_tokens"], long["tier_tokens"]) == (99, 6, 32, 48)
+    assert long["memory"] == {"d1": 16, "p0": 32} and long["new_tokens"] == 99 - 5 * 16
+    assert long["tiers"] == [{"tier": "cloud", "node": "", "tokens": 32}, {"tier": "disk", "node": "d0", "tokens": 32}]
+    assert (short["chunks"], short["memory_tokens"], short["tier_tokens"], short["new_tokens"]) == (0, 0, 0, 5)
+
+
+async def test_a_lookup_stops_at_the_first_hole_and_leaves_a_token_to_compute():
+    rig, kept, client = await kept_rig()
+    prompt = PROMPT[: 6 * CHUNK_TOKENS]
+    keys = keys_of(prompt)
+    await put(kept.cloud, [keys[0], *keys[2:]])
+    (line,) = (await ask(client, "lookup", {"prompt": prompt}))["prompts"]
+    assert (line["chunks"], line["tier_tokens"], line["new_tokens"]) == (6, 16, 5 * 16)
+    rig.cluster.index.store("p0", keys, "p0.1")
+    (line,) = (await ask(client, "lookup", {"prompt": prompt}))["prompts"]
+    assert (line["memory_tokens"], line["new_tokens"]) == (5 * 16, 16), "the last chunk would be computed again"
+
+
+async def test_the_salt_of_a_body_and_its_template_decide_its_chunks():
+    _, kept, client = await kept_rig()
+    await put(kept.cloud, keys_of(salt=b"tenant"))
+    salted = await ask(client, "lookup", {"prompt": PROMPT, "cache_salt": "tenant"})
+    assert salted["prompts"][0]["tier_tokens"] == 96 and (await ask(client, "lookup"))["prompts"][0]["tier_tokens"] == 0
+    chat = await ask(client, "lookup", {"messages": [{"role": "user", "content": "hello " * 30}]})
+    assert chat["prompts"][0]["tokens"] > 30
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"no json", "no JSON object"),
+        (b"[1]", "no JSON object"),
+        (b"{}", "neither messages .* nor prompt"),
+        (b'{"prompt": 3}', "prompt"),
+        (b'{"prompt": "a", "best": 3}', "best is no field"),
+        (b'{"prompt": ""}', "has no tokens"),
+        (b'{"prompt": "a", "cache_salt": ""}', "cache_salt"),
+    ],
+)
+async def test_a_bad_body_is_refused_in_the_words_of_the_api(body, words):
+    _, _, client = await kept_rig()
+    for what in ("lookup", "warm", "evict"):
+        reply = await client.post(f"/v1/cache/{what}", content=body)
+        assert reply.status_code == 400
+        assert re.search(words, reply.json()["error"]["message"])
+
+
+async def test_an_unknown_model_and_an_end_that_is_no_time_are_refused():
+    _, _, client = await kept_rig()
+    reply = await client.post("/v1/cache/lookup", json={"prompt": "a", "model": "other"})
+    assert reply.status_code == 404 and "other" in reply.json()["error"]["message"]
+    for ttl_s in ("0", "-1", "inf", "nan", "soon"):
+        reply = await client.post("/v1/cache/expire", json={"prompt": "a"}, params={"ttl_s": ttl_s})
+        assert reply.status_code == 400 and reply.json()["error"]["param"] == "ttl_s"
+
+
+async def test_what_is_evicted_leaves_every_tier_and_every_node_learns_of_it():
+    _, kept, client = await kept_rig()
+    keys = keys_of()
+    await put(kept.cloud, keys)
+    await put(kept.disks["p1"], keys[:3])
+    reply = await ask(client, "evict", {"prompt": PROMPT})
+    assert (reply["prompts"], reply["tokens"], reply["chunks"], reply["problems"]) == (1, 99, 6, [])
+    counts = {(one["place"], one["node"]): one["chunks"] for one in reply["places"]}
+    assert counts["cloud", ""] == 6 and counts["disk", "p1"] == 3 and counts["disk", "d0"] == 0
+    assert not kept.cloud.chunks and not kept.disks["p1"].chunks and sorted(kept.forgotten) == ["d0", "d1", "p0", "p1"]
+
+
+async def test_an_end_in_time_is_given_and_taken_back():
+    _, kept, client = await kept_rig()
+    keys = keys_of()
+    await put(kept.cloud, keys[:4])
+    reply = await ask(client, "expire", ttl_s="60")
+    assert {one["place"]: one["chunks"] for one in reply["places"] if one["chunks"]} == {"cloud": 4}
+    assert all(end is not None for _, end in kept.cloud.chunks.values())
+    await ask(client, "expire")
+    assert all(end is None for _, end in kept.cloud.chunks.values())
+
+
+async def test_a_node_that_does_not_answer_or_is_too_old_is_named_and_the_others_are_asked():
+    rig, kept, client = await kept_rig()
+    await put(kept.cloud, keys_of())
+    rig.nodes["p0"].upkeep, rig.nodes["p1"].down = None, True
+    found = await ask(client, "lookup")
+    assert sorted(line.split(":")[0] for line in found["problems"]) == ["p0", "p1"]
+    rig.nodes["p0"].upkeep = None
+    await rig.prober.probe()
+    rig.nodes["p0"].tiers = []
+    await rig.prober.probe()
+    found = await ask(client, "lookup")
+    assert found["prompts"][0]["tier_tokens"] == 96, "another node is asked about what they share"
+
+
+async def test_warming_is_a_prefill_without_a_decode_and_says_what_it_did():
+    rig, _, client = await kept_rig()
+    rig.nodes["p0"].cached_tokens = rig.nodes["p1"].cached_tokens = 32
+    reply = await ask(client, "warm", {"prompt": [PROMPT, PROMPT[1:]], "cache_salt": "s"})
+    first, second = reply["prompts"]
+    names = ("tokens", "cached_tokens", "computed_tokens", "stored_tokens")
+    assert [first[name] for name in names] == [99, 32, 67, 96]
+    assert second["tokens"] == 98 and not any(node.generates for node in rig.nodes.nodes)
+    (request, *_) = [one for node in rig.nodes.nodes for one in node.prefills]
+    assert request.cache_salt == b"s" and request.prompt_token_ids in (PROMPT, PROMPT[1:])
+    assert all(node.prefill_tokens == node.sequences == 0 for node in rig.cluster.nodes.values())
+
+
+async def test_a_warm_up_goes_behind_requests_and_one_at_a_time_a_prefiller():
+    rig, _, client = await kept_rig()
+    gate = rig.nodes["p0"].prefill_gate = rig.nodes["p1"].prefill_gate = asyncio.Event()
+    busy = rig.cluster.work_chosen("p0", sequences=0, prefill_tokens=500)
+    tasks = [asyncio.create_task(ask(client, "warm")) for _ in range(3)]
+    await until(lambda: len(rig.nodes["p1"].prefills) == 1)
+    await asyncio.sleep(0.2)
+    assert (len(rig.nodes["p0"].prefills), len(rig.nodes["p1"].prefills)) == (0, 1), "p0 has requests to prefill"
+    assert rig.cluster.nodes["p1"].prefill_tokens == 99, "requests see it"
+    rig.cluster.leg_ended(busy)
+    await until(lambda: len(rig.nodes["p0"].prefills) == 1)
+    gate.set()
+    await asyncio.gather(*tasks)
+    assert sum(len(node.prefills) for node in rig.nodes.nodes) == 3
+
+
+async def test_without_a_prefiller_warming_says_so_and_a_failed_leg_is_told():
+    decoders = FakeNodes([FakeNode("d0", Role.DECODER)])
+    _, _, client = await kept_rig(decoders)
+    reply = await client.post("/v1/cache/warm", json={"prompt": PROMPT})
+    assert reply.status_code == 503
+    assert "needs a prefiller, and this cluster has none" in reply.json()["error"]["message"]
+    rig, _, client = await kept_rig()
+    rig.nodes["p0"].down = rig.nodes["p1"].down = True
+    await rig.prober.probe()
+    reply = await client.post("/v1/cache/warm", json={"prompt": PROMPT})
+    assert reply.status_code == 503 and "p0 refused the connection" in reply.json()["error"]["message"]
+
+
+async def test_a_warm_up_whose_client_leaves_ends():
+    rig, _, _ = await kept_rig()
+    rig.nodes["p0"].prefill_gate = rig.nodes["p1"].prefill_gate = asyncio.Event()
+    leave = asyncio.Event()
+    body = iter([{"type": "http.request", "body": b'{"prompt": "' + b"a" * 99 + b'"}', "more_body": False}])
+
+    async def receive():
+        if (first := next(body, None)) is not None:
+            return first
+        await leave.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(_message):
+        pass
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/cache/warm", "headers": headers, "query_string": b""}
+    scope |= {"http_version": "1.1", "scheme": "http", "server": ("x", 1), "root_path": "", "raw_path": b""}
+    task = asyncio.create_task(rig.app(scope, receive, send))  # type: ignore[operator]
+    await until(lambda: sum(node.running for node in rig.nodes.nodes) == 1)
+    leave.set()
+    await asyncio.wait_for(task, 5)
+    assert sum(node.running for node in rig.nodes.nodes) == 0
+    assert all(node.prefill_tokens == 0 for node in rig.cluster.nodes.values())
+
+
+async def three_generations(kept: Kept) -> None:
+    await put(kept.cloud, keys_of())
+    await put(kept.disks["d0"], keys_of()[:2])
+    await put(kept.cloud, keys_of()[:3], OLD)
+    await put(kept.disks["d1"], keys_of()[:4], OLD)
+    await put(kept.cloud, keys_of()[:5], THEIRS)
+    await kept.cloud.mark(THEIRS, "other/d0", "a model of theirs", ttl_s=900, timeout_s=1)
+    await kept.cloud.mark(OLD, "test/d0", "an older revision", ttl_s=900, timeout_s=1)
+
+
+async def test_generations_say_where_they_lie_and_who_uses_them():
+    _, kept, client = await kept_rig()
+    await three_generations(kept)
+    report = (await client.get("/v1/cache/generations")).json()
+    live, marked, stale = report["generations"]
+    assert report["incomplete"] == []
+    assert (live["fingerprint"], live["state"], live["nodes"]) == (LIVE.hex(), "live", ["d0", "d1", "p0", "p1"])
+    assert "fake-model, float32" in live["note"]
+    places = {(one["place"], one["node"]): one["chunks"] for one in live["places"]}
+    assert places == {("cloud", ""): 6, ("disk", "d0"): 2}
+    assert (marked["fingerprint"], marked["state"], marked["note"]) == (THEIRS.hex(), "marked", "a model of theirs")
+    assert [mark["owner"] for mark in marked["marks"]] == ["other/d0"]
+    assert (stale["fingerprint"], stale["state"], stale["marks"]) == (OLD.hex(), "stale", []), "marked by us, before"
+
+
+async def test_stale_generations_are_cleared_everywhere_and_no_other():
+    _, kept, client = await kept_rig()
+    await three_generations(kept)
+    report = await ask(client, "clear", {"stale": True})
+    assert report["cleared"] == [OLD.hex()] and report["kept"] == {THEIRS.hex(): "used by other/d0"}
+    counts = {(one["place"], one["node"]): one["chunks"] for one in report["places"] if one["chunks"]}
+    assert counts == {("cloud", ""): 3, ("disk", "d1"): 4}
+    assert {name.fingerprint for name in kept.cloud.chunks} == {LIVE, THEIRS} and not kept.disks["d1"].chunks
+    report = await ask(client, "clear", {"stale": True})
+    assert (report["cleared"], report["places"]) == ([], [])
+
+
+async def test_all_is_cleared_but_what_others_use_and_that_by_force():
+    _, kept, client = await kept_rig()
+    await three_generations(kept)
+    report = await ask(client, "clear", {"fingerprints": [THEIRS.hex()[:8]]})
+    assert report["cleared"] == [] and list(report["kept"]) == [THEIRS.hex()]
+    await ask(client, "clear", {"fingerprints": [OLD.hex()[:8]]})
+    assert {name.fingerprint for name in kept.cloud.chunks} == {LIVE, THEIRS}
+    reply = await client.post("/v1/cache/clear", content=b"")
+    assert reply.json()["cleared"] == [LIVE.hex()] and {one.fingerprint for one in kept.cloud.chunks} == {THEIRS}
+    report = await ask(client, "clear", {"force": True})
+    assert THEIRS.hex() in report["cleared"] and not kept.cloud.chunks
+    reply = await client.post("/v1/cache/clear", json={"all": True})
+    assert reply.status_code == 400 and "no order to clear" in reply.json()["error"]["message"]
+
+
+async def test_what_is_stale_is_not_known_while_a_node_is_away():
+    rig, kept, client = await kept_rig()
+    await three_generations(kept)
+    rig.nodes["d1"].down = True
+    await rig.prober.probe()
+    reply = await client.post("/v1/cache/clear", json={"stale": True})
+    assert reply.status_code == 503 and "which KV d1 will use" in reply.json()["error"]["message"]
+    assert {name.fingerprint for name in kept.cloud.chunks} == {LIVE, OLD, THEIRS}
+    report = await ask(client, "clear", {"stale": True, "force": True})
+    assert OLD.hex() in report["cleared"]
