@@ -4,7 +4,7 @@ import asyncio
 import logging
 import secrets
 
-from kvcore.clock import SystemClock
+from kvcore.clock import Clock, SystemClock
 from kvcore.config.schema import ClusterConfig
 from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
 from kvcore.process.asgi import AsgiServer
@@ -18,6 +18,7 @@ from nodeapi.client import HttpNodeClient
 from nodeapi.protocol import NodeClient
 from router.answering import Answerer, AnswerLimits
 from router.api.app import make_app
+from router.cache.replay import CacheReplay
 from router.cache.watch import CacheWatch
 from router.descriptors import LEGS_PER_REQUEST, clients_at_most, descriptors_needed
 from router.metrics import RouterMetrics
@@ -65,10 +66,10 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
     connected = None if subscription is None else lambda: subscription.connected
     problems = ClusterProblems(cluster, clock, connected)
     prober.on_round.append(problems.say)
-    cache = CacheWatch(cluster, log, clock, seed=secrets.randbits(64))
+    watch, cache = _watch_cache(config, cluster, log, clock)
     stopping = lambda: dispatcher.stopping  # noqa: E731
     status = StatusView(config, cluster, log, clock, connected, problems=problems, cache=cache, stopping=stopping)
-    metrics = RouterMetrics(cluster, log, connected, cache)
+    metrics = RouterMetrics(cluster, log, connected, watch)
     threads = TextThreads(AnswerLimits().text_threads)
     lifecycle.stack.callback(threads.close)
     answerer = Answerer(
@@ -85,6 +86,7 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
     )
     server = AsgiServer(app, bounds.host, bounds.port, limits=_connection_limits(config))
     lifecycle.tasks.create_task(prober.run(), name="node probes")
+    lifecycle.tasks.create_task(cache.run(), name="cache replay")
     if subscription is not None:
         metadata = connect_client(endpoints, clock)
         lifecycle.stack.push_async_callback(subscription.aclose)
@@ -108,6 +110,14 @@ def _connection_limits(config: ClusterConfig) -> HttpLimits:
     if limit < needed:
         log_fields(_log, logging.WARNING, "few_descriptors", limit=limit, needed=needed, see="kvferry doctor")
     return HttpLimits(max_connections=clients_at_most(limit, num_nodes))
+
+
+def _watch_cache(
+    config: ClusterConfig, cluster: Cluster, log: RequestLog, clock: Clock
+) -> tuple[CacheWatch, CacheReplay]:
+    saves_output = config.engine is None or config.engine.save_output
+    watch = CacheWatch(cluster, log, clock, seed=secrets.randbits(64), saves_output=saves_output)
+    return watch, CacheReplay(watch, cluster, config, clock)
 
 
 async def _make_client(config: ClusterConfig) -> NodeClient:

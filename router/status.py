@@ -8,7 +8,7 @@ from kvcore.clock import Clock
 from kvcore.config.schema import ClusterConfig
 from kvcore.errors import KVFerryError, NodeUnavailableError, StoppingError
 from nodeapi.messages import TierReport
-from router.cache.watch import CacheWatch
+from router.cache.replay import CacheReplay
 from router.nodes.cluster import Cluster, KnownNode
 from router.nodes.problems import ClusterProblems
 from router.requests.records import RequestLog
@@ -70,7 +70,7 @@ class ClusterStatus(msgspec.Struct, kw_only=True):
     stopping: bool = False
     """This router takes no new requests."""
     problems: list[str] = []
-    """What is wrong between the nodes, a sentence each."""
+    """What is wrong between the nodes, and why the hit rate is low; a sentence each."""
 
 
 class StatusView:
@@ -85,7 +85,7 @@ class StatusView:
         connected: Callable[[], bool] | None,
         *,
         problems: ClusterProblems,
-        cache: CacheWatch,
+        cache: CacheReplay,
         stopping: Callable[[], bool],
     ) -> None:
         self._config = config
@@ -130,7 +130,7 @@ class StatusView:
             metadata_connected=self._connected() if self._connected else None,
             index_blocks=len(self._cluster.index),
             stopping=self._stopping(),
-            problems=self._problems.lines(),
+            problems=[*self._problems.lines(), *filter(None, [self.cache.stats().problem])],
         )
 
     def _node(self, node: KnownNode) -> NodeStatus:

@@ -176,6 +176,14 @@ class RoutingPolicy(StrEnum):
     """Each node in turn, whatever is cached where."""
 
 
+class HitRateConfig(Section, frozen=True, kw_only=True):
+    """What the router says of the hit rate."""
+
+    warn_below: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.7
+    """Share of the prompt tokens of the last hour: below it a warning says why, in the log once an hour and as long as
+    it lasts in `kvferry status`. 0: never."""
+
+
 class RouterConfig(Section, frozen=True, kw_only=True):
     """Where the router listens, how it chooses, its bounds."""
 
@@ -204,6 +212,8 @@ class RouterConfig(Section, frozen=True, kw_only=True):
     """Longest body of a client's request; a longer one is refused with 413."""
     max_requests: Count = 1024
     """In flight at once; more get 503 with Retry-After."""
+    cache: HitRateConfig = HitRateConfig()
+    """What it says of the hit rate."""
     cors: list[Text] = msgspec.field(default_factory=lambda: ["loopback"])
     """Origins of the web pages whose scripts may use the API: `http://HOST:PORT` each, `loopback` for every page of the
     browser's own machine, `*` for every page (vLLM's default), `[]` for none. There is no authentication, so that with

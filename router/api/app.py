@@ -228,6 +228,10 @@ def _add_status(app: FastAPI, model: str, log: RequestLog, status: StatusView, m
     async def cache_stats() -> Response:
         return JsonReply(status.cache.stats())
 
+    @app.get("/v1/cache/advise", **openapi.plain("Chunk length and sizes that would have served the last hour best"))
+    async def cache_advise() -> Response:
+        return JsonReply(await status.cache.advise())
+
     @app.get("/v1/requests", **openapi.plain("The last requests, newest first"))
     async def requests() -> Response:
         return JsonReply({"requests": [record.brief() for record in log.newest()]})

@@ -29,6 +29,11 @@ class CacheCounts(msgspec.Struct, kw_only=True):
     new_tokens: int = 0
     """In no earlier prompt behind the same beginning. The last token of a prompt is always here: it must be computed
     for its logits."""
+    repeated_tokens: int = 0
+    """Part of `new_tokens`, about: their text was in earlier prompts, but not behind the same beginning."""
+    left_at: dict[int, int] = msgspec.field(default_factory=dict)
+    """Prompts of whose new tokens at least half are repeated, by the token at which they leave all earlier prompts:
+    exact below 64, then a power of two that it is not below."""
     unknown_tokens: int = 0
     """Not cached, and not looked at, as there were more prompts than the router looks at."""
     unused_tokens: int = 0
@@ -45,10 +50,13 @@ class CacheCounts(msgspec.Struct, kw_only=True):
         self.last_chunk_tokens += other.last_chunk_tokens
         self.gone_tokens += other.gone_tokens
         self.new_tokens += other.new_tokens
+        self.repeated_tokens += other.repeated_tokens
         self.unknown_tokens += other.unknown_tokens
         self.unused_tokens += other.unused_tokens
         for source, tokens in other.by_source.items():
             self.by_source[source] = self.by_source.get(source, 0) + tokens
+        for place, prompts in other.left_at.items():
+            self.left_at[place] = self.left_at.get(place, 0) + prompts
 
     def rated(self) -> Self:
         """Itself, with its hit rate."""
@@ -77,6 +85,15 @@ class CacheCounts(msgspec.Struct, kw_only=True):
         return {name: self.share(tokens) for name, tokens in counts.items() if tokens}
 
 
+class RoomPoint(msgspec.Struct, frozen=True, kw_only=True):
+    """What the prompts of the last hour would have hit with so much room, beginning empty. None: unlimited."""
+
+    times: float | None
+    """Of the room that there is."""
+    num_bytes: int | None
+    hit_rate: float
+
+
 class CacheStats(msgspec.Struct, kw_only=True):
     """The body of GET /v1/cache/stats."""
 
@@ -84,3 +101,19 @@ class CacheStats(msgspec.Struct, kw_only=True):
     hour: CacheCounts = msgspec.field(default_factory=CacheCounts)
     start: CacheCounts = msgspec.field(default_factory=CacheCounts)
     """Since the router started."""
+    chunk_tokens: int = 0
+    """0: no node has said."""
+    room_bytes: int = 0
+    """Of all segments, or of the largest tier if that has more."""
+    rooms: list[RoomPoint] = []
+    """As of the last minute."""
+    half_chunk_hit_rate: float | None = None
+    """What chunks half as long would have hit, with the room that there is. None: not known, or half is no multiple of
+    16 and of the engine's block."""
+    warn_below: float = 0.0
+    """`router.cache.warn_below`."""
+    reason: str | None = None
+    """Why the hit rate of the last hour is below that: `too_little_room`, `chunks_too_long`, `prompts_differ_early`,
+    `not_kept` or `nothing_repeats`. None: it is not, or there is too little traffic to tell."""
+    problem: str = ""
+    """The same in words."""

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 
 from kvcore.clock import Clock
 from kvcore.types import KVSpec
+from router.cache.divergence import RepeatedText
 from router.cache.limits import WatchLimits
-from router.cache.prefixes import KnownHashes, PrefixHasher
+from router.cache.prefixes import KnownHashes, PrefixHasher, packed
 from router.cache.report import CacheCounts, CacheStats
 from router.cache.sources import cached_by_source
+from router.cache.trace import PromptTrace
 from router.cache.window import RollingCounts
 from router.nodes.cluster import Cluster
 from router.requests.records import RequestLog, RequestRecord
@@ -21,14 +23,24 @@ class CacheWatch:
     """One a router."""
 
     def __init__(
-        self, cluster: Cluster, log: RequestLog, clock: Clock, *, seed: int = 0, limits: WatchLimits = WatchLimits()
+        self,
+        cluster: Cluster,
+        log: RequestLog,
+        clock: Clock,
+        *,
+        seed: int = 0,
+        saves_output: bool = True,
+        limits: WatchLimits = WatchLimits(),
     ) -> None:
-        """`seed`: of the hashes."""
+        """`seed`: of the hashes. `saves_output`: whether engines store the chunks of answers."""
+        self._saves_output = saves_output
         self._cluster = cluster
         self._clock = clock
         self._hasher = PrefixHasher(seed)
         self._known = KnownHashes(limits.known_prefixes)
+        self._text = RepeatedText(limits.known_runs)
         self._budget = _TokenBudget(limits.tokens_per_s, clock.now())
+        self.trace = PromptTrace(limits.trace_s, limits.trace_bytes)
         self._minute, self._hour = RollingCounts(60.0, 12), RollingCounts(3600.0, 60)
         self.start = CacheCounts()
         """Since the router started."""
@@ -46,8 +58,8 @@ class CacheWatch:
             window.add(counts, now)
         self.start.add(counts)
 
-    def stats(self) -> CacheStats:
-        """As of now."""
+    def counts(self) -> CacheStats:
+        """As of now; what takes a replay is left out."""
         now, start = self._clock.now(), CacheCounts()
         start.add(self.start)
         return CacheStats(minute=self._minute.total(now), hour=self._hour.total(now), start=start.rated())
@@ -61,13 +73,19 @@ class CacheWatch:
         if spec is None or not self._budget.take(num_tokens, now):
             counts.unknown_tokens = num_tokens - cached
             return counts
-        prefixes = self._hasher.prefixes([*asked.prompt_token_ids, *output], spec.fingerprint + asked.cache_salt)
+        tokens = packed([*asked.prompt_token_ids, *output] if self._saves_output else asked.prompt_token_ids)
+        prefixes = self._hasher.prefixes(tokens, spec.fingerprint + asked.cache_salt)
         known = min(self._known.known_tokens(prefixes), num_tokens - 1)
         self._known.add_prefixes(prefixes)
+        self.trace.add(prefixes.steps, num_tokens, now)
+        parted = self._text.look(tokens, max(known, cached), num_tokens)
         in_chunks = known // spec.chunk_tokens * spec.chunk_tokens
         counts.gone_tokens = max(0, in_chunks - cached)
         counts.last_chunk_tokens = max(0, known - max(in_chunks, cached))
         counts.new_tokens = num_tokens - max(known, cached)
+        counts.repeated_tokens = parted.repeated_tokens
+        if parted.left_at is not None:
+            counts.left_at[parted.left_at] = 1
         return counts
 
     def _kv_spec(self, record: RequestRecord) -> KVSpec | None:

@@ -36,6 +36,8 @@ from nodeapi.upkeep import ChunksReply, ChunksRequest, ClearReply, ClearRequest,
 from router.answering import Answerer
 from router.api.app import make_app
 from router.api.limits import ApiLimits
+from router.cache.limits import WatchLimits
+from router.cache.replay import CacheReplay
 from router.cache.watch import CacheWatch
 from router.metrics import RouterMetrics
 from router.nodes.cluster import Cluster
@@ -320,6 +322,7 @@ class Rig:
     answerer: Answerer
     app: web.Application | object
     metrics: RouterMetrics
+    cache: CacheReplay
 
 
 async def make_rig(
@@ -330,6 +333,7 @@ async def make_rig(
     limits: RequestLimits = RequestLimits(),
     node_limits: NodeHealthLimits = NodeHealthLimits(),
     api_limits: ApiLimits = ApiLimits(),
+    watch_limits: WatchLimits = WatchLimits(),
     connected: bool = False,
     **router: object,
 ) -> Rig:
@@ -353,8 +357,9 @@ async def make_rig(
     answerer = Answerer(
         model="fake-model", tokenizer=tokenizer or ByteTokenizer(VOCAB), dispatcher=dispatcher, cluster=cluster, run=run
     )
-    cache = CacheWatch(cluster, log, clock)
-    metrics = RouterMetrics(cluster, log, lambda: True, cache)
+    watch = CacheWatch(cluster, log, clock)
+    cache = CacheReplay(watch, cluster, config, clock, limits=watch_limits)
+    metrics = RouterMetrics(cluster, log, lambda: True, watch)
     stopping = lambda: dispatcher.stopping  # noqa: E731
     status = StatusView(config, cluster, log, clock, lambda: True, problems=problems, cache=cache, stopping=stopping)
     bounds = config.router
@@ -368,7 +373,7 @@ async def make_rig(
         limits=api_limits,
         more=make_upkeep(config, cluster, nodes, answerer=answerer, clock=clock).add_to,
     )
-    return Rig(nodes, cluster, prober, dispatcher, services, log, answerer, app, metrics)
+    return Rig(nodes, cluster, prober, dispatcher, services, log, answerer, app, metrics, cache)
 
 
 async def until(condition: Callable[[], bool], limit_s: float = 5.0) -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from support.router_fakes import spec
 
 from nodeapi.messages import Moved, Promoted
-from router.cache.prefixes import EARLY, STEP, Hashes, KnownHashes, PrefixHasher
+from router.cache.prefixes import EARLY, STEP, Hashes, KnownHashes, PrefixHasher, packed
 from router.cache.report import CacheCounts
 from router.cache.sources import cached_by_source
 from router.cache.window import RollingCounts
@@ -99,13 +99,13 @@ def test_the_longest_known_beginning_is_found(prompts: list[list[int]], seed: in
     for number, prompt in enumerate(prompts):
         shared = max((common(prompt, before) for before in prompts[:number]), default=0)
         expected = shared if shared < EARLY else max(shared // STEP * STEP, EARLY)
-        prefixes = hasher.prefixes(prompt, b"root")
+        prefixes = hasher.prefixes(packed(prompt), b"root")
         assert known.known_tokens(prefixes) == expected
         known.add_prefixes(prefixes)
 
 
 def all_of(hasher: PrefixHasher, prompt: list[int]) -> Hashes:
-    prefixes = hasher.prefixes(prompt, b"root")
+    prefixes = hasher.prefixes(packed(prompt), b"root")
     return np.concatenate([prefixes.steps, prefixes.early])
 
 
@@ -116,16 +116,16 @@ def common(one: list[int], other: list[int]) -> int:
 def test_other_roots_know_nothing_of_each_other() -> None:
     hasher, known = PrefixHasher(), KnownHashes(1 << 12)
     prompt = list(range(100))
-    known.add_prefixes(hasher.prefixes(prompt, b"one"))
-    assert known.known_tokens(hasher.prefixes(prompt, b"one")) == 96
-    assert known.known_tokens(hasher.prefixes(prompt, b"other")) == 0
+    known.add_prefixes(hasher.prefixes(packed(prompt), b"one"))
+    assert known.known_tokens(hasher.prefixes(packed(prompt), b"one")) == 96
+    assert known.known_tokens(hasher.prefixes(packed(prompt), b"other")) == 0
 
 
 def test_newer_beginnings_take_the_places_of_older_ones() -> None:
     hasher, known = PrefixHasher(), KnownHashes(1 << 12)
     prompts = np.random.default_rng(1).integers(0, 1 << 32, (500, 200)).tolist()
     for prompt in prompts:
-        known.add_prefixes(hasher.prefixes(prompt, b""))
-    found = [known.known_tokens(hasher.prefixes(prompt, b"")) for prompt in prompts]
+        known.add_prefixes(hasher.prefixes(packed(prompt), b""))
+    found = [known.known_tokens(hasher.prefixes(packed(prompt), b"")) for prompt in prompts]
     assert (found[-1], found[0]) == (192, 0)
     assert sum(found[-50:]) > 10 * sum(found[:50])
