@@ -57,7 +57,13 @@ def node_ports(host: str = "127.0.0.1") -> tuple[int, int, int]:
 def _given(options: ServeOptions) -> list[str]:
     """Keys that options have set."""
     tiers = options.tiers
-    given = {"segment": options.segment, "disk": tiers.disk, "redis": tiers.redis, "object": tiers.object}
+    given = {
+        "segment": options.segment,
+        "disk": tiers.disk,
+        "redis": tiers.redis,
+        "object": tiers.object,
+        "mooncake": tiers.mooncake,
+    }
     return [key for key, value in given.items() if value is not None]
 
 
@@ -66,7 +72,11 @@ def _tiers_said(config: ClusterConfig) -> list[str]:
     disk, redis, objects = config.tiers.disk, config.tiers.redis, config.tiers.object
     said = [] if disk is None else [f"disk tier: {size_text(disk.size)} of each node, in {disk.path}"]
     said += [] if redis is None else [f"redis tier: {shown(redis.url)}"]
-    return said if objects is None else [*said, f"object tier: {objects.url}"]
+    said += [] if objects is None else [f"object tier: {objects.url}"]
+    if (mooncake := config.tiers.mooncake) is None:
+        return said
+    lent = f"{size_text(mooncake.global_segment_size)} of each node" if mooncake.global_segment_size else "nothing"
+    return [*said, f"mooncake tier: {mooncake.master}, lent {lent} (tiers.mooncake.global_segment_size)"]
 
 
 def _free_port(host: str, usual: int) -> int:

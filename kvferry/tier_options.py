@@ -7,14 +7,28 @@ from urllib.parse import SplitResult, urlsplit
 import msgspec
 
 from kvcore.config.parse import nearest, parse_byte_size
-from kvcore.config.tiers import DiskTierConfig, ObjectTierConfig, RedisTierConfig, TierConfig, TiersConfig
+from kvcore.config.tiers import (
+    DiskTierConfig,
+    MooncakeTierConfig,
+    ObjectTierConfig,
+    RedisTierConfig,
+    TierConfig,
+    TiersConfig,
+)
 from kvcore.errors import ConfigError
 from kvstore.tiers.objects.place import OBJECT_FORMS, OBJECT_SCHEMES, object_place
 
-TIER_FORMS = f"disk:PATH:SIZE, redis://HOST:PORT, rediss://HOST:PORT, {OBJECT_FORMS}"
+TIER_FORMS = f"disk:PATH:SIZE, redis://HOST:PORT, rediss://HOST:PORT, mooncake://HOST:PORT, {OBJECT_FORMS}"
 _REDIS_SCHEMES = ("redis", "rediss")
-_NOT_BUILT = ("mooncake", "mooncakestore")
-_SECTIONS: dict[type[TierConfig], str] = {DiskTierConfig: "disk", RedisTierConfig: "redis", ObjectTierConfig: "object"}
+_MOONCAKE_SCHEMES = ("mooncake", "mooncakestore")
+_MOONCAKE_PORT = 50051
+"""Of `mooncake_master`, unless told otherwise."""
+_SECTIONS: dict[type[TierConfig], str] = {
+    DiskTierConfig: "disk",
+    RedisTierConfig: "redis",
+    MooncakeTierConfig: "mooncake",
+    ObjectTierConfig: "object",
+}
 
 
 def parse_tiers(given: Sequence[str]) -> TiersConfig:
@@ -40,9 +54,9 @@ def parse_tier(text: str) -> TierConfig:
         config = ObjectTierConfig(url=text.strip())
         object_place(config, "--tier")
         return config
-    if kind in _NOT_BUILT:
-        raise ConfigError(f"--tier {shown(text)}: there are no {kind} tiers yet; expected {TIER_FORMS}")
-    meant = nearest(kind, ["disk", *_REDIS_SCHEMES, *OBJECT_SCHEMES])
+    if kind in _MOONCAKE_SCHEMES:
+        return MooncakeTierConfig(master=mooncake_master(text.strip(), f"--tier {text}"))
+    meant = nearest(kind, ["disk", *_REDIS_SCHEMES, *_MOONCAKE_SCHEMES, *OBJECT_SCHEMES])
     raise ConfigError(f"--tier {shown(text)}: unknown kind {kind!r}{meant}; expected {TIER_FORMS}")
 
 
@@ -60,6 +74,19 @@ def check_redis_url(url: str, subject: str) -> str:
     if parts.path.strip("/") and not parts.path.strip("/").isdecimal():
         raise ConfigError(f"{subject}: {parts.path} is no number of a database; {_expected_redis(parts.scheme)}")
     return url
+
+
+def mooncake_master(url: str, subject: str) -> str:
+    """`HOST:PORT` of `mooncake://HOST[:PORT]`, or `mooncakestore:`. Raises ConfigError that begins with `subject`."""
+    expected = "expected mooncake://HOST:PORT"
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        raise ConfigError(f"{subject}: its host or port cannot be read; {expected}") from None
+    if not host or port == 0 or parts.username is not None or parts.path.strip("/") or parts.query:
+        raise ConfigError(f"{subject}: {expected}, of mooncake_master")
+    return f"{f'[{host}]' if ':' in host else host}:{port or _MOONCAKE_PORT}"
 
 
 def shown(text: str) -> str:

@@ -20,7 +20,8 @@ def check_cluster(config: ClusterConfig) -> list[str]:
     """What is wrong, as `path: explanation`; empty: nothing."""
     named = _check_name(config.cluster)
     ours = _check_engines(config) if config.handoff.traits.has_store else _check_servers(config)
-    return [*named, *ours, *_check_nodes(config), *_check_ports(config), *_check_cors(config), *_check_bounds(config)]
+    rest = (_check_nodes, _check_ports, _check_cors, _check_bounds, _check_mooncake)
+    return [*named, *ours, *(problem for check in rest for problem in check(config))]
 
 
 def _check_name(cluster: str) -> Iterator[str]:
@@ -130,6 +131,19 @@ def _check_nodes(config: ClusterConfig) -> Iterator[str]:
     server = config.metadata_server.host
     if server in _EVERY_INTERFACE and not all(node.host in _THIS_MACHINE for node in config.nodes.values()):
         yield f"metadata_server.host: {server} is every interface; give the address by which the nodes reach it"
+
+
+def _check_mooncake(config: ClusterConfig) -> Iterator[str]:
+    tier = config.tiers.mooncake
+    if tier is None:
+        return
+    host, _, port = tier.master.rpartition(":")
+    if not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        yield f"tiers.mooncake.master: {tier.master}: expected HOST:PORT of mooncake_master"
+    if tier.ttl_s is not None:
+        yield "tiers.mooncake.ttl_s: Mooncake gives no key a time of its own; leave it out"
+    if tier.rdma_devices and tier.protocol != "rdma":
+        yield f"tiers.mooncake.rdma_devices: they are of protocol rdma, and it is {tier.protocol}"
 
 
 def _check_ports(config: ClusterConfig) -> Iterator[str]:

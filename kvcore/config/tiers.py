@@ -58,6 +58,28 @@ class ObjectTierConfig(TierConfig, frozen=True, kw_only=True):
     """Chunks on their way at once, of one node."""
 
 
+class MooncakeTierConfig(TierConfig, frozen=True, kw_only=True):
+    """Mooncake's store, shared by all nodes and by other clusters. Its bytes lie in memory that its clients lend."""
+
+    in_flight: ByteSize = ByteSize(128 << 20)
+    """As in each tier; here it is a buffer of that size too, and no larger chunk is kept."""
+    master: Text
+    """`HOST:PORT` of `mooncake_master`."""
+    metadata_server: Text = "P2PHANDSHAKE"
+    """Of Mooncake's own: `http://HOST:PORT/metadata`, `etcd://HOST:PORT`. `P2PHANDSHAKE`: its clients need none."""
+    protocol: Literal["tcp", "rdma"] = "tcp"
+    """Between Mooncake's clients."""
+    rdma_devices: list[Text] = msgspec.field(default_factory=list)
+    """With `rdma`: those to use, such as `mlx5_0`. Empty: Mooncake chooses."""
+    local_hostname: Text | None = None
+    """By which Mooncake's other clients reach this node. Not set: the node's `host`, or, where that is loopback and
+    the master is not, the address from which the master is reached."""
+    global_segment_size: ByteSize = ByteSize(0)
+    """Memory that each node lends to Mooncake, beside its own segment. 0: none, others lend."""
+    local_buffer_size: ByteSize = ByteSize(0)
+    """Memory for Mooncake's own copies, of each node. kvferry needs none."""
+
+
 class TiersConfig(Section, frozen=True, kw_only=True):
     """Where chunks are kept beyond the nodes' memory. They are asked in the order of their measured speed."""
 
@@ -67,6 +89,8 @@ class TiersConfig(Section, frozen=True, kw_only=True):
     """A Redis or Valkey server."""
     object: ObjectTierConfig | None = None
     """A bucket, or a folder that all nodes see."""
+    mooncake: MooncakeTierConfig | None = None
+    """Mooncake's store."""
     wait_s: Seconds = 5.0
     """A request waits at most so long for chunks from tiers; what has not come by then is computed."""
     warm_up: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.5

@@ -24,6 +24,7 @@ from kvferry.doctor.agreement import check_agreement, check_chunk_room
 from kvferry.doctor.findings import Check, Context, Finding
 from kvferry.doctor.joining import check_joining
 from kvferry.doctor.memory import check_segment_pages, nodes_here, reserved_bytes
+from kvferry.doctor.mooncake import check_mooncake, mooncake_bytes
 from kvferry.doctor.objects import check_objects
 from kvferry.doctor.servers import check_servers
 from kvferry.doctor.tiers import check_redis
@@ -157,9 +158,11 @@ def check_memory(context: Context) -> list[Finding]:
     running = context.running.names
     starting = [engine for name, engine in context.local_engines() if name not in running]
     engines = sum(_engine_bytes(engine, config.model) for engine in starting)
-    needed = segments + engines + _NODE_BYTES * (len(here) + 2)
+    lent = mooncake_bytes(config) * len(here)
+    needed = segments + engines + lent + _NODE_BYTES * (len(here) + 2)
     left = available_memory()
-    parts = f"{size_text(needed)} needed ({size_text(segments)} of it segments)"
+    of_it = f"{size_text(segments)} of it segments{f', {size_text(lent)} for Mooncake' if lent else ''}"
+    parts = f"{size_text(needed)} needed ({of_it})"
     shown = f"{parts}, {size_text(left.size_bytes)} available ({left.source})"
     if needed <= left.size_bytes:
         return [Finding("memory", True, shown)]
@@ -207,6 +210,7 @@ ALL_CHECKS: tuple[Check, ...] = (
     check_servers,
     check_redis,
     check_objects,
+    check_mooncake,
     check_joining,
     check_running,
 )

@@ -7,13 +7,14 @@ from typing import cast
 
 from kvcore.clock import Clock
 from kvcore.config.schema import ClusterConfig
-from kvcore.config.tiers import DiskTierConfig, ObjectTierConfig, RedisTierConfig, TierConfig
+from kvcore.config.tiers import DiskTierConfig, MooncakeTierConfig, ObjectTierConfig, RedisTierConfig, TierConfig
 from kvstore.tiers.base import Tier
 
 _MODULES: dict[type[TierConfig], str] = {
     DiskTierConfig: "kvstore.tiers.disk",
     RedisTierConfig: "kvstore.tiers.redis",
     ObjectTierConfig: "kvstore.tiers.objects.tier",
+    MooncakeTierConfig: "kvstore.tiers.mooncake.tier",
 }
 
 
@@ -36,7 +37,7 @@ TierOpener = Callable[[TierConfig, TierPlace, Clock], Awaitable[Tier]]
 def configured(config: ClusterConfig, node_id: str) -> Iterator[TierConfig]:
     """The tiers of one node: the cluster's, with the disk that the node itself names."""
     tiers, node = config.tiers, config.nodes[node_id]
-    for tier in (node.disk or tiers.disk, tiers.redis, tiers.object):
+    for tier in (node.disk or tiers.disk, tiers.redis, tiers.object, tiers.mooncake):
         if tier is not None:
             yield tier
 

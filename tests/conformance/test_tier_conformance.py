@@ -4,6 +4,7 @@ import asyncio
 from contextlib import AsyncExitStack
 
 import pytest
+from support.mooncake_server import end_shared_mooncake
 from support.s3_server import end_shared_s3
 from support.tier_rigs import (
     CAPACITY_BYTES,
@@ -26,9 +27,10 @@ CALL_S = 20.0
 
 
 @pytest.fixture(scope="module", autouse=True)
-def shared_server():
+def shared_servers():
     yield
     end_shared_s3()
+    end_shared_mooncake()
 
 
 @pytest.fixture

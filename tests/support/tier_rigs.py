@@ -8,17 +8,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+from support.mooncake_server import HOST, MooncakeServer, needs_mooncake, shared_mooncake
 from support.redis_server import VALKEY, needs_redis, needs_valkey, redis_server
 from support.s3_server import needs_s3, shared_s3
 
 from kvcore.clock import ManualClock
-from kvcore.config.tiers import ObjectTierConfig
+from kvcore.config.tiers import MooncakeTierConfig, ObjectTierConfig
 from kvcore.types import ChunkKey
 from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, checksum, pack
 from kvstore.tiers.base import ChunkName, Tier, TierChunk
 from kvstore.tiers.disk import open_disk
 from kvstore.tiers.limits import ObjectLimits, RedisLimits
 from kvstore.tiers.memory import MemoryTier
+from kvstore.tiers.mooncake.limits import MooncakeLimits
+from kvstore.tiers.mooncake.tier import MooncakeTier, place_of
 from kvstore.tiers.objects.tier import ObjectTier, open_bucket
 from kvstore.tiers.redis import RedisTier
 from kvstore.tiers.redis_parts import part_key
@@ -196,6 +199,29 @@ async def object_rig(config: ObjectTierConfig) -> AsyncIterator[TierRig]:
     await tier.aclose()
 
 
+def mooncake_tier(server: MooncakeServer, limits: MooncakeLimits = MooncakeLimits()) -> MooncakeTier:
+    """Of CAPACITY_BYTES buffer. It lends nothing."""
+    return MooncakeTier(place_of(MooncakeTierConfig(master=server.master), HOST), CAPACITY_BYTES, limits)
+
+
+@asynccontextmanager
+async def mooncake_rig() -> AsyncIterator[TierRig]:
+    """On a master that all tests of the module share, where nothing lies when the test begins."""
+    server = shared_mooncake()
+
+    @asynccontextmanager
+    async def reopen() -> AsyncIterator[Tier]:
+        other = mooncake_tier(server)
+        yield other
+        await other.aclose()
+
+    with server.machines.entered():
+        tier = mooncake_tier(server)
+        await tier.clear([FINGERPRINT, bytes(16), b"\xff" * 16], timeout_s=20.0)
+        yield TierRig(tier, stop=server.stop, start=server.start, freeze=server.freeze, thaw=server.thaw, reopen=reopen)
+        await tier.aclose()
+
+
 @dataclass(frozen=True)
 class RigKind:
     """How a kind of tier is opened for a test, which of a rig's abilities it has, and the marks of its tests."""
@@ -213,6 +239,7 @@ KINDS = {
     "disk": RigKind(disk_rig, _DISK),
     "disk_buffered": RigKind(lambda: disk_rig(buffered=True), _DISK),
     "redis": RigKind(lambda: redis_rig("redis-server"), _REDIS, needs_redis),
+    "mooncake": RigKind(mooncake_rig, frozenset({"stop", "start", "freeze", "thaw", "reopen"}), needs_mooncake),
     "valkey": RigKind(lambda: redis_rig(VALKEY or "valkey-server"), _REDIS, needs_valkey),
     "folder": RigKind(folder_rig, _OBJECT),
     "s3": RigKind(s3_rig, _OBJECT | {"stop", "start", "freeze", "thaw"}, needs_s3),

@@ -6,7 +6,7 @@ import pytest
 
 from kvcore.config.checks import check_cluster
 from kvcore.config.file import load_config
-from kvcore.config.tiers import DiskTierConfig, ObjectTierConfig, RedisTierConfig, TiersConfig
+from kvcore.config.tiers import DiskTierConfig, MooncakeTierConfig, ObjectTierConfig, RedisTierConfig, TiersConfig
 from kvcore.errors import ConfigError
 from kvferry import cli, serve
 from kvferry.cluster_text import cluster_text
@@ -31,6 +31,10 @@ def machine() -> Machine:
         ("rediss://u:p@cache/3", RedisTierConfig(url="rediss://u:p@cache/3")),
         ("redis://[::1]:6379", RedisTierConfig(url="redis://[::1]:6379")),
         *((url, ObjectTierConfig(url=url)) for url in ("s3://b-1/some/prefix", "gs://b", "az://c/p", "file:///a%20b")),
+        ("mooncake://m:50052", MooncakeTierConfig(master="m:50052")),
+        ("mooncakestore://10.0.0.1:50051/", MooncakeTierConfig(master="10.0.0.1:50051")),
+        ("mooncake://m", MooncakeTierConfig(master="m:50051")),
+        ("mooncake://[::1]:9", MooncakeTierConfig(master="[::1]:9")),
     ],
 )
 def test_a_tier_is_written_as_one_word(text, tier):
@@ -50,13 +54,16 @@ def test_a_tier_is_written_as_one_word(text, tier):
         ("redis://cache:99999", "host or port cannot be read"),
         ("redis://cache:0", "nothing listens on port 0"),
         ("redis://cache:6379/kv", "/kv is no number of a database"),
-        ("mooncakestore://a:1", "there are no mooncakestore tiers yet; expected disk:PATH:SIZE, redis://HOST:PORT"),
         ("s3://", "--tier: 's3://' names no bucket; expected s3://BUCKET/PREFIX"),
         ("s3://bucket/a//b", "'a//b': a prefix is made of"),
         ("s3://bucket/a/../b", "'a/../b': a prefix is made of"),
         ("s3://bucket?x=1", "is no place for objects"),
         ("file://host/a", "is no absolute path"),
         ("file:///", "is no absolute path"),
+        ("mooncake://", "expected mooncake://HOST:PORT, of mooncake_master"),
+        ("mooncake://m:0", "expected mooncake://HOST:PORT"),
+        ("mooncake://m:99999", "host or port cannot be read"),
+        ("mooncake://u@m:1", "expected mooncake://HOST:PORT"),
         ("reddis://cache", r"unknown kind 'reddis' \(did you mean redis\?\); expected disk:PATH:SIZE"),
         ("/nvme", "unknown kind"),
     ],
@@ -81,16 +88,20 @@ def test_no_password_is_shown():
 
 
 def test_there_is_one_tier_of_each_kind():
-    disk, redis = "disk:/nvme:1GiB", "redis://cache:6379"
-    both = TiersConfig(disk=DiskTierConfig(path="/nvme", size=GIB), redis=RedisTierConfig(url=redis))
-    assert parse_tiers([disk, redis]) == both
+    disk, redis, mooncake = "disk:/nvme:1GiB", "redis://cache:6379", "mooncake://m:1"
+    all_of_them = TiersConfig(
+        disk=DiskTierConfig(path="/nvme", size=GIB),
+        redis=RedisTierConfig(url=redis),
+        mooncake=MooncakeTierConfig(master="m:1"),
+    )
+    assert parse_tiers([disk, redis, mooncake]) == all_of_them
     assert parse_tiers([]) == TiersConfig()
     with pytest.raises(ConfigError, match="there is a disk tier already"):
         parse_tiers([disk, redis, disk])
 
 
 def test_the_planned_cluster_has_the_tiers_and_its_text_too(tmp_path):
-    tiers = parse_tiers(["disk:/nvme:1GiB", "redis://cache:6379"])
+    tiers = parse_tiers(["disk:/nvme:1GiB", "redis://cache:6379", "mooncake://m:1"])
     config, _ = plan_cluster(ServeOptions(folder="/m", name="m", tiers=tiers), machine())
     assert check_cluster(config) == [] and config.tiers == tiers
     (tmp_path / "cluster.yaml").write_text(cluster_text(config))
@@ -104,6 +115,7 @@ def test_the_command_takes_tiers_and_says_what_they_are(tmp_path, monkeypatch, c
     monkeypatch.setattr("kvferry.launch.up.run_up", lambda *given: 0)
     (tmp_path / "m").mkdir()
     tiers = ["--tier", "disk:/nvme:3GiB", "--tier", "redis://:secret@cache:6379", "--tier", "s3://b/p"]
+    tiers += ["--tier", "mooncake://m:1"]
     assert cli.main(["serve", str(tmp_path / "m"), *tiers]) == 0
     file = tmp_path / "kvferry/serve-m/cluster.yaml"
     assert load_config(file).tiers == parse_tiers(tiers[1::2])
@@ -111,5 +123,6 @@ def test_the_command_takes_tiers_and_says_what_they_are(tmp_path, monkeypatch, c
     out = capsys.readouterr().out
     assert "disk tier: 3GiB of each node, in /nvme\n" in out and "redis tier: redis://:***@cache:6379\n" in out
     assert "object tier: s3://b/p\n" in out
+    assert "mooncake tier: m:1, lent nothing (tiers.mooncake.global_segment_size)\n" in out
     assert cli.main(["serve", str(tmp_path / "m"), "--tier", "tape:/dev/st0"]) == 2
     assert "--tier tape:/dev/st0: unknown kind 'tape'" in capsys.readouterr().err
