@@ -49,7 +49,7 @@ class NodeUpkeep:
         names = [ChunkName(request.fingerprint, ChunkKey(key)) for key in request.keys]
         if request.action == "remove" and self._tiers is not None:
             self._tiers.filler.forget([name.key for name in names])
-        named = self._named(request.tiers)
+        named = [] if request.action in ("pin", "unpin") else self._named(request.tiers)  # no tier here can pin yet
         return ChunksReply(places=list(await asyncio.gather(*(self._order(tier, names, request) for tier in named))))
 
     async def clear(self, request: ClearRequest) -> ClearReply:
@@ -82,8 +82,6 @@ class NodeUpkeep:
             problem = f"{left} chunks could not be removed" if left else ""
         elif request.action == "expire":
             num_chunks = await tier.expire(names, request.ttl_s, timeout_s=timeout_s)
-        elif request.action in ("pin", "unpin"):
-            problem = "this kind of tier cannot pin"
         problem = problem or tier.stats().problem or ""
         return ChunksPlace(name=tier.name, shared=tier.shared, found=found, num_chunks=num_chunks, problem=problem)
 

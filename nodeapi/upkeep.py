@@ -90,7 +90,7 @@ class ChunksPlace(_UpkeepReply, frozen=True, kw_only=True):
 
 
 class ChunksReply(_UpkeepReply, frozen=True, kw_only=True):
-    """A place for each tier that was named and is there."""
+    """A place for each tier that was named, is there and can do such a thing."""
 
     places: list[ChunksPlace] = []
 

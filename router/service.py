@@ -63,6 +63,7 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
     endpoints = endpoints_of(config.metadata_server)
     keeps_store = config.handoff.traits.has_store  # servers that are not ours keep none
     subscription = connect_subscription(endpoints, cluster, clock) if keeps_store else None
+    metadata = connect_client(endpoints, clock) if keeps_store else None
     connected = None if subscription is None else lambda: subscription.connected
     problems = ClusterProblems(cluster, clock, connected)
     prober.on_round.append(problems.say)
@@ -82,13 +83,12 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
         metrics,
         max_body_bytes=bounds.max_body,
         cors=bounds.cors,
-        more=upkeep_routes(config, cluster, client, answerer=answerer, clock=clock),
+        more=upkeep_routes(config, cluster, client, metadata=metadata, answerer=answerer, clock=clock),
     )
     server = AsgiServer(app, bounds.host, bounds.port, limits=_connection_limits(config))
     lifecycle.tasks.create_task(prober.run(), name="node probes")
     lifecycle.tasks.create_task(cache.run(), name="cache replay")
-    if subscription is not None:
-        metadata = connect_client(endpoints, clock)
+    if subscription is not None and metadata is not None:
         lifecycle.stack.push_async_callback(subscription.aclose)
         lifecycle.stack.push_async_callback(metadata.aclose)
         lifecycle.tasks.create_task(subscription.run(), name="index subscription")

@@ -20,6 +20,7 @@ from nodeapi.upkeep import (
 )
 from router.nodes.cluster import Cluster
 from router.upkeep.limits import UpkeepLimits
+from router.upkeep.memory import MEMORY, SegmentOrders
 from router.upkeep.nodes import AskedNode, KeepingNodes
 from router.upkeep.prompts import used_kv
 from router.upkeep.reports import (
@@ -32,8 +33,6 @@ from router.upkeep.reports import (
     PlaceCount,
 )
 
-_MEMORY = "memory"
-
 
 @dataclass(slots=True)
 class _Seen:
@@ -42,6 +41,8 @@ class _Seen:
     lines: dict[bytes, GenerationLine] = field(default_factory=dict)
     owners: list[str] = field(default_factory=list)
     incomplete: list[str] = field(default_factory=list)
+    keys: dict[bytes, set[bytes]] = field(default_factory=dict)
+    """Fingerprint -> what lies in segments."""
 
     def line(self, fingerprint: bytes) -> GenerationLine:
         """Of this generation; a new one is stale until something else is known."""
@@ -52,6 +53,7 @@ class _Seen:
         """What lies in one place of one node, or of all."""
         line = self.line(held.fingerprint)
         line.note = line.note or held.note
+        self.keys.setdefault(held.fingerprint, set()).update(held.keys)
         where = "" if place.shared else node_id
         line.places.append(
             GenerationPlace(place=place.name, node=where, chunks=held.num_chunks, num_bytes=held.num_bytes)
@@ -68,8 +70,8 @@ class _Seen:
 class ClusterGenerations:
     """Lists and clears."""
 
-    def __init__(self, cluster: Cluster, nodes: KeepingNodes, limits: UpkeepLimits) -> None:
-        self._cluster, self._nodes, self._limits = cluster, nodes, limits
+    def __init__(self, cluster: Cluster, nodes: KeepingNodes, memory: SegmentOrders, limits: UpkeepLimits) -> None:
+        self._cluster, self._nodes, self._memory, self._limits = cluster, nodes, memory, limits
 
     async def report(self) -> GenerationsReport:
         """Live ones first. Raises NodeUnavailableError while no engine is there."""
@@ -79,8 +81,7 @@ class ClusterGenerations:
         return GenerationsReport(generations=lines, incomplete=seen.incomplete)
 
     async def clear(self, order: ClearOrder) -> ClearReport:
-        """Of every tier. What lies in segments under an unused fingerprint is the first to be evicted there, as nobody
-        uses it. Raises NodeUnavailableError where it cannot be known what is stale."""
+        """Of every segment and tier. Raises NodeUnavailableError where it cannot be known what is stale."""
         away = self._nodes.without_engine()
         if order.stale and away and not order.force:
             raise NodeUnavailableError(
@@ -91,7 +92,12 @@ class ClusterGenerations:
         places: list[PlaceCount] = []
         problems: list[str] = []
         if chosen:
+            keys = [ChunkKey(key) for one in chosen for key in seen.keys.get(one, ())]
+            in_memory = await self._memory.carry_out("evict", keys) if keys else None
             places, problems = await self._clear(chosen, None if order.force else seen.owners)
+            if in_memory is not None:
+                places.insert(0, in_memory)
+                problems += [f"{MEMORY}: {in_memory.problem}"] if in_memory.problem else []
         return ClearReport(
             cleared=[one.hex() for one in chosen], places=places, kept=kept, incomplete=seen.incomplete + problems
         )
@@ -115,7 +121,7 @@ class ClusterGenerations:
                 if place.incomplete:
                     seen.incomplete.append(f"{node.id}: {place.name}: {place.incomplete}")
                 for held in place.held:
-                    there = held if place.name != _MEMORY else self._indexed(node.id, held)
+                    there = held if place.name != MEMORY else self._indexed(node.id, held)
                     if there.num_bytes:
                         seen.add(node.id, place, there)
         return seen

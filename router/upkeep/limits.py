@@ -17,3 +17,7 @@ class UpkeepLimits:
     """A node answers so much later at most."""
     warm_poll_s: float = 0.05
     """Between two looks for a prefiller that has nothing else to do."""
+    keys_a_call: int = 16_384
+    """Of chunks in one call to the metadata server."""
+    longest_s: float = 366 * 86_400.0
+    """The longest time that the metadata server takes: what never ends in tiers ends in memory after it."""

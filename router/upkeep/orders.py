@@ -5,16 +5,15 @@ shares a prefix shares the order.
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 from nodeapi.upkeep import ChunkAction
 from router.nodes.cluster import Cluster
 from router.requests.spec import RequestSpec
+from router.upkeep.memory import MEMORY, OrderKind, SegmentOrders
 from router.upkeep.nodes import KeepingNodes
 from router.upkeep.prompts import used_kv
 from router.upkeep.reports import OrderReply, PlaceCount
 
-OrderKind = Literal["pin", "unpin", "expire", "evict"]
 _IN_TIERS: dict[OrderKind, ChunkAction] = {
     "pin": "pin",
     "unpin": "unpin",
@@ -26,8 +25,8 @@ _IN_TIERS: dict[OrderKind, ChunkAction] = {
 class ChunkOrders:
     """Carries orders out."""
 
-    def __init__(self, cluster: Cluster, nodes: KeepingNodes) -> None:
-        self._cluster, self._nodes = cluster, nodes
+    def __init__(self, cluster: Cluster, nodes: KeepingNodes, memory: SegmentOrders) -> None:
+        self._cluster, self._nodes, self._memory = cluster, nodes, memory
 
     async def carry_out(self, kind: OrderKind, specs: Sequence[RequestSpec], ttl_s: float | None) -> OrderReply:
         """`ttl_s`: of `expire`; None: never by time. Raises NodeUnavailableError while no engine is there."""
@@ -37,6 +36,11 @@ class ChunkOrders:
         for kv in used_kv(self._cluster):
             keys = list(dict.fromkeys(key for spec in specs for key in kv.keys(spec)))
             num_chunks = max(num_chunks, len(keys))
+            every_rank = [key for _, rank_keys in kv.by_rank(keys) for key in rank_keys]
+            in_memory = await self._memory.carry_out(kind, every_rank, ttl_s)
+            in_memory.chunks //= kv.spec.tp_size
+            counts[MEMORY, ""] = in_memory
+            problems += [f"{MEMORY}: {in_memory.problem}"] if in_memory.problem else []
             for rank, (fingerprint, rank_keys) in enumerate(kv.by_rank(keys)):
                 places, wrong = await self._nodes.order(_IN_TIERS[kind], fingerprint, rank_keys, ttl_s)
                 problems += wrong

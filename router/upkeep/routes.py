@@ -22,7 +22,8 @@ from router.api.responses import JsonReply
 from router.requests.spec import RequestSpec
 from router.upkeep.generations import ClusterGenerations
 from router.upkeep.lookup import PromptsLookup
-from router.upkeep.orders import ChunkOrders, OrderKind
+from router.upkeep.memory import OrderKind
+from router.upkeep.orders import ChunkOrders
 from router.upkeep.prompts import prompts_in
 from router.upkeep.reports import ClearOrder
 from router.upkeep.warming import PromptWarmer

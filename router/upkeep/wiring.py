@@ -7,6 +7,7 @@ from fastapi import FastAPI
 
 from kvcore.clock import Clock
 from kvcore.config.schema import ClusterConfig
+from metadata_server.client import MetadataClient
 from nodeapi.client import HttpNodeClient
 from nodeapi.protocol import NodeClient
 from router.answering import Answerer
@@ -14,6 +15,7 @@ from router.nodes.cluster import Cluster
 from router.upkeep.generations import ClusterGenerations
 from router.upkeep.limits import UpkeepLimits
 from router.upkeep.lookup import PromptsLookup
+from router.upkeep.memory import SegmentOrders
 from router.upkeep.nodes import KeepingNodes, UpkeepClient
 from router.upkeep.orders import ChunkOrders
 from router.upkeep.routes import UpkeepRoutes, add_refusals
@@ -29,26 +31,33 @@ def make_upkeep(
     cluster: Cluster,
     client: FullClient,
     *,
+    metadata: MetadataClient,
     answerer: Answerer,
     clock: Clock,
     limits: UpkeepLimits = UpkeepLimits(),
 ) -> UpkeepRoutes:
     """The routes, with all that answers them."""
-    nodes = KeepingNodes(cluster, client, limits)
+    nodes, memory = KeepingNodes(cluster, client, limits), SegmentOrders(metadata, limits)
     return UpkeepRoutes(
         answerer=answerer,
         lookup=PromptsLookup(cluster, nodes),
-        orders=ChunkOrders(cluster, nodes),
+        orders=ChunkOrders(cluster, nodes, memory),
         warmer=PromptWarmer(config.router, cluster, client, clock, limits),
-        generations=ClusterGenerations(cluster, nodes, limits),
+        generations=ClusterGenerations(cluster, nodes, memory, limits),
         max_body_bytes=int(config.router.max_body),
     )
 
 
 def upkeep_routes(
-    config: ClusterConfig, cluster: Cluster, client: NodeClient, *, answerer: Answerer, clock: Clock
+    config: ClusterConfig,
+    cluster: Cluster,
+    client: NodeClient,
+    *,
+    metadata: MetadataClient | None,
+    answerer: Answerer,
+    clock: Clock,
 ) -> Callable[[FastAPI], None]:
     """Adds the routes to an application; of servers that are not ours, which have no store, routes that say so."""
-    if isinstance(client, HttpNodeClient):
-        return make_upkeep(config, cluster, client, answerer=answerer, clock=clock).add_to
+    if isinstance(client, HttpNodeClient) and metadata is not None:
+        return make_upkeep(config, cluster, client, metadata=metadata, answerer=answerer, clock=clock).add_to
     return add_refusals

@@ -11,12 +11,16 @@ from typing import Any
 
 import msgspec
 from aiohttp import web
+from support.metadata_rigs import DirectTransport
 
 from kvcore.clock import SystemClock
-from kvcore.config.schema import ClusterConfig, ModelConfig, NodeConfig, RouterConfig, SimEngineConfig
+from kvcore.config.schema import ClusterConfig, ModelConfig, NodeConfig, RouterConfig, SimEngineConfig, StoreConfig
 from kvcore.errors import InvalidRequestError, KVFerryError, NodeUnavailableError
 from kvcore.types import KVSpec, NodeInfo, Role, Segment
 from kvnode.upkeep import NodeUpkeep
+from metadata_server.client import MetadataClient
+from metadata_server.core import MetadataCore
+from metadata_server.index.state import MetadataState
 from nodeapi.messages import (
     EngineInfo,
     EngineStats,
@@ -323,6 +327,7 @@ class Rig:
     app: web.Application | object
     metrics: RouterMetrics
     cache: CacheReplay
+    metadata: MetadataState
 
 
 async def make_rig(
@@ -363,6 +368,8 @@ async def make_rig(
     stopping = lambda: dispatcher.stopping  # noqa: E731
     status = StatusView(config, cluster, log, clock, lambda: True, problems=problems, cache=cache, stopping=stopping)
     bounds = config.router
+    state = MetadataState(StoreConfig(), 3600.0, "1", 1)
+    index = MetadataClient(DirectTransport(MetadataCore(state, clock)), clock, 5.0)
     app = make_app(
         answerer,
         log,
@@ -371,9 +378,9 @@ async def make_rig(
         max_body_bytes=bounds.max_body,
         cors=bounds.cors,
         limits=api_limits,
-        more=make_upkeep(config, cluster, nodes, answerer=answerer, clock=clock).add_to,
+        more=make_upkeep(config, cluster, nodes, metadata=index, answerer=answerer, clock=clock).add_to,
     )
-    return Rig(nodes, cluster, prober, dispatcher, services, log, answerer, app, metrics, cache)
+    return Rig(nodes, cluster, prober, dispatcher, services, log, answerer, app, metrics, cache, state)
 
 
 async def until(condition: Callable[[], bool], limit_s: float = 5.0) -> None:

@@ -7,16 +7,19 @@ from typing import Any
 
 import httpx
 import pytest
+from support.metadata_rigs import DirectTransport
 from support.router_fakes import CHUNK_TOKENS, FakeNode, FakeNodes, Rig, make_rig, spec, two_and_two, until
 from support.tier_rigs import chunk_of
 
 from kvcore.chunk_keys import chunk_keys, root_key
 from kvcore.clock import SystemClock
-from kvcore.types import Role
+from kvcore.errors import MetadataUnavailableError
+from kvcore.types import ChunkKey, NodeInfo, Role, Segment
 from kvnode.upkeep import NodeUpkeep
 from kvstore.tiers.base import ChunkName
 from kvstore.tiers.guarded import GuardedTier
 from kvstore.tiers.memory import MemoryTier
+from metadata_server.messages import ManifestEntry, RegisterRequest, SegmentManifest
 from nodeapi.messages import TierReport
 
 PROMPT = list(range(1, 6 * CHUNK_TOKENS + 4))
@@ -152,6 +155,42 @@ async def test_an_end_in_time_is_given_and_taken_back():
     assert all(end is not None for _, end in kept.cloud.chunks.values())
     await ask(client, "expire")
     assert all(end is None for _, end in kept.cloud.chunks.values())
+
+
+async def test_pins_are_the_metadata_servers_and_what_is_in_memory_is_evicted_there():
+    rig, kept, client = await kept_rig()
+    reply = await ask(client, "pin")
+    (memory,) = reply["places"]
+    assert (memory["place"], memory["chunks"], memory["problem"], reply["problems"]) == ("memory", 6, "", [])
+    assert rig.metadata.pins(None, SystemClock().now()).num_pins == 6
+    node = NodeInfo(id="p0", role=Role.PREFILLER, control_url="http://p0", incarnation=1)
+    segment = Segment(id="p0.1", node_id="p0", size_bytes=1 << 20, host_id="h", addresses={})
+    entries = [
+        ManifestEntry(key=ChunkKey(key), offset=at * 4096, length=1000, generation=at + 1)
+        for at, key in enumerate(keys_of())
+    ]
+    manifest = SegmentManifest(segment=segment, entries=entries)
+    rig.metadata.register(RegisterRequest(node=node, segments=[manifest], ttl_s=900), SystemClock().now())
+    reply = await ask(client, "evict")
+    assert reply["places"][0]["chunks"] == 0 and "6 chunks are pinned" in reply["problems"][0]
+    assert (await ask(client, "unpin"))["places"][0]["chunks"] == 6
+    assert (await ask(client, "expire", ttl_s="100"))["places"][-1]["chunks"] == 6
+    await put(kept.cloud, keys_of())
+    reply = await ask(client, "evict")
+    assert {one["place"]: one["chunks"] for one in reply["places"] if one["chunks"]} == {"cloud": 6, "memory": 6}
+    assert rig.metadata.stats(SystemClock().now(), 0).objects == 0
+
+
+async def test_a_metadata_server_that_is_away_is_named_and_the_tiers_are_served(monkeypatch):
+    _, kept, client = await kept_rig()
+    await put(kept.cloud, keys_of())
+
+    async def away(*_: object) -> bytes:
+        raise MetadataUnavailableError("switched off")
+
+    monkeypatch.setattr(DirectTransport, "call", away)
+    reply = await ask(client, "evict")
+    assert any(line.startswith("memory: ") for line in reply["problems"]) and not kept.cloud.chunks
 
 
 async def test_a_node_that_does_not_answer_or_is_too_old_is_named_and_the_others_are_asked():
