@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import re
 import sys
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
@@ -21,16 +22,16 @@ class Child:
 
     def cpu_s(self) -> float:
         """Processor time so far of all its threads, and of those of its children (what serves by UCX is one)."""
-        return _cpu_s(self.pid)
+        return cpu_s_of(self.pid)
 
 
-def _cpu_s(pid: int) -> float:
-    """What a thread that ends meanwhile has used is not counted, as that of those before it."""
+def cpu_s_of(pid: int) -> float:
+    """Of a process and its children. What a thread that has ended used is not counted."""
     seconds = 0.0
     for task in Path(f"/proc/{pid}/task").iterdir():
         with contextlib.suppress(OSError):
             seconds += int((task / "schedstat").read_text().split()[0]) / 1e9
-            seconds += sum(_cpu_s(int(child)) for child in (task / "children").read_text().split())
+            seconds += sum(cpu_s_of(int(child)) for child in (task / "children").read_text().split())
     return seconds
 
 
@@ -64,3 +65,9 @@ async def program(command: Sequence[str], wanted: str, pass_fds: Sequence[int] =
     finally:
         await process.terminate(10)
         await ended
+
+
+def cpu_s_with_children() -> float:
+    """Processor time so far of this process, threads that have ended included, and of its children."""
+    children = Path("/proc/self/task").glob("*/children")
+    return time.process_time() + sum(cpu_s_of(int(pid)) for file in children for pid in file.read_text().split())
