@@ -16,6 +16,8 @@ class PinRequest(RequestBody, frozen=True, kw_only=True):
     keys: list[ChunkKey]
     ttl_s: float | None = None
     """For so long from now. None: until they are unpinned. A chunk that is pinned already gets this time."""
+    extend: bool = False
+    """A chunk that is pinned for longer already stays so: for those who must not undo others' pins."""
 
 
 class UnpinRequest(RequestBody, frozen=True, kw_only=True):

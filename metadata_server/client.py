@@ -177,11 +177,16 @@ class MetadataClient:
         await self._call(endpoints.QUARANTINE, request, timeout_s)
 
     async def pin(
-        self, keys: Sequence[ChunkKey], ttl_s: float | None = None, *, timeout_s: float | None = None
+        self,
+        keys: Sequence[ChunkKey],
+        ttl_s: float | None = None,
+        *,
+        extend: bool = False,
+        timeout_s: float | None = None,
     ) -> CacheReply:
         """Keep these chunks from eviction, in memory, for `ttl_s` or until `unpin`. Idempotent, as the next three are;
         for servers whose `protocol` is CACHE_CONTROL or later."""
-        return await self._call(endpoints.PIN, PinRequest(keys=list(keys), ttl_s=ttl_s), timeout_s)
+        return await self._call(endpoints.PIN, PinRequest(keys=list(keys), ttl_s=ttl_s, extend=extend), timeout_s)
 
     async def unpin(self, keys: Sequence[ChunkKey], *, timeout_s: float | None = None) -> CacheReply:
         """End pins."""

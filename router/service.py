@@ -18,6 +18,7 @@ from nodeapi.client import HttpNodeClient
 from nodeapi.protocol import NodeClient
 from router.answering import Answerer, AnswerLimits
 from router.api.app import make_app
+from router.cache.hints import HintPins
 from router.cache.replay import CacheReplay
 from router.cache.watch import CacheWatch
 from router.descriptors import LEGS_PER_REQUEST, clients_at_most, descriptors_needed
@@ -68,6 +69,7 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
     problems = ClusterProblems(cluster, clock, connected)
     prober.on_round.append(problems.say)
     watch, cache = _watch_cache(config, cluster, log, clock)
+    HintPins(cluster, log, clock, config, services.control, store=metadata)
     stopping = lambda: dispatcher.stopping  # noqa: E731
     status = StatusView(config, cluster, log, clock, connected, problems=problems, cache=cache, stopping=stopping)
     metrics = RouterMetrics(cluster, log, connected, watch)

@@ -88,6 +88,9 @@ form that vLLM's server hands over: parts are joined by a newline unless the tem
 calls are objects; `reasoning` and `reasoning_content` are one; developers are the system where the template knows none.
 `chat_template_kwargs`, `documents` and `reasoning_effort` are variables of the template. One that cannot be read, or
 does too much, costs the chats that need it an error of 400, and nothing else.
+
+`prompt_cache_key`, `prompt_cache_options`, `prompt_cache_retention` and `cache_control`, which messages and parts may
+have, too, are hints to the cache: taken whatever they hold, and no answer depends on them ([hit-rate.md](hit-rate.md)).
 """
 
 

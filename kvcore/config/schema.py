@@ -177,11 +177,16 @@ class RoutingPolicy(StrEnum):
 
 
 class HitRateConfig(Section, frozen=True, kw_only=True):
-    """What the router says of the hit rate."""
+    """What the router says of the hit rate, and whether clients may ask something of the cache."""
 
     warn_below: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.7
     """Share of the prompt tokens of the last hour: below it a warning says why, in the log once an hour and as long as
     it lasts in `kvferry status`. 0: never."""
+    hints: bool = False
+    """Whether `prompt_cache_retention`, `cache_control` and their like pin chunks. There is no authentication: a client
+    could fill a quarter of all segments with its pins. They are shown in the request's record either way."""
+    longest_pin_s: Seconds = 3600.0
+    """A client that asks for longer gets this."""
 
 
 class RouterConfig(Section, frozen=True, kw_only=True):
@@ -213,7 +218,7 @@ class RouterConfig(Section, frozen=True, kw_only=True):
     max_requests: Count = 1024
     """In flight at once; more get 503 with Retry-After."""
     cache: HitRateConfig = HitRateConfig()
-    """What it says of the hit rate."""
+    """What it says of the hit rate, and whether clients may ask something of the cache."""
     cors: list[Text] = msgspec.field(default_factory=lambda: ["loopback"])
     """Origins of the web pages whose scripts may use the API: `http://HOST:PORT` each, `loopback` for every page of the
     browser's own machine, `*` for every page (vLLM's default), `[]` for none. There is no authentication, so that with

@@ -63,11 +63,12 @@ class CacheControl:
         done = 0
         keys = list(dict.fromkeys(request.keys))
         for key in keys:
-            if not self._pins.pin(key, until, self._index.complete.get(key, ())):
+            end = max(until, self._pins.end(key)) if request.extend else until
+            if not self._pins.pin(key, end, self._index.complete.get(key, ())):
                 break
             done += 1
-            if until < math.inf:
-                self._deadlines.set((Expiry.PIN, key), until)
+            if end < math.inf:
+                self._deadlines.set((Expiry.PIN, key), end)
             else:
                 self._deadlines.drop((Expiry.PIN, key))
         return CacheReply(known=len(self._there(keys)), done=done, refused=len(keys) - done)

@@ -37,6 +37,10 @@ class Pins:
         """Each key with the time at which its pin ends (infinity: never), the oldest pin first."""
         return iter(self._until.items())
 
+    def end(self, key: ChunkKey) -> float:
+        """When the key's pin ends; minus infinity: it has none."""
+        return self._until.get(key, -math.inf)
+
     @property
     def held(self) -> Set[int]:
         """Ids of the replicas that pins hold."""

@@ -3,10 +3,11 @@
 Owns the fields that make a chat's prompt, their checks and their messages.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import msgspec
 
+from router.api.cache_hints import MarkedForCache
 from router.api.chat_tools import call_of
 from router.api.checks import refuse, require
 
@@ -15,7 +16,7 @@ _TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal"
 
 
 class ContentPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A part of a message, which must be text. What caches are told is harmless: ours needs no hints."""
+    """A part of a message, which must be text. What caches are told are hints (`router.api.cache_hints`)."""
 
     type: str
     text: str | None = None
@@ -33,7 +34,7 @@ class ContentPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One turn. Clients send answers back as they got them, empty fields included; `annotations` are about web pages
-    that an answer cites, and as `cache_control` harmless."""
+    that an answer cites, and harmless; `cache_control` is a hint."""
 
     role: str
     content: str | list[str | ContentPart] | None = None
@@ -78,6 +79,18 @@ def message_of(number: int, message: ChatMessage) -> Mapping[str, object]:
         "tools": message.tools if message.role == "developer" else None,
     }
     return seen | {name: value for name, value in given.items() if value is not None}
+
+
+def marks_of(messages: Iterable[ChatMessage]) -> list[MarkedForCache]:
+    """What they and their parts ask of the cache."""
+    parts = [part for message in messages if isinstance(message.content, list) for part in message.content]
+    marks = [MarkedForCache(message.cache_control) for message in messages]
+    marks += [
+        MarkedForCache(part.cache_control, part.prompt_cache_breakpoint)
+        for part in parts
+        if isinstance(part, ContentPart)
+    ]
+    return marks
 
 
 def template_values(given: Mapping[str, object] | None, fields: Mapping[str, object]) -> dict[str, object]:

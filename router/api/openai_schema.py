@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from nodeapi.messages import SamplingParams
-from router.api.chat_messages import ChatMessage, message_of, template_values
+from router.api.cache_hints import CacheHintFields, hints_of
+from router.api.chat_messages import ChatMessage, marks_of, message_of, template_values
 from router.api.chat_tools import Tool, tools_of
 from router.api.checks import refuse, require
 from router.api.limits import ApiLimits
@@ -43,7 +44,7 @@ class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     include_obfuscation: bool | None = False
 
 
-class _CommonFields(msgspec.Struct, frozen=True, kw_only=True):
+class _CommonFields(CacheHintFields, frozen=True, kw_only=True):
     """The fields of both endpoints."""
 
     model: str | None = None
@@ -128,6 +129,7 @@ def answer_request(
     the same. Raises InvalidRequestError.
     """
     stops, salt = _stops(request, limits), _cache_salt(request, limits)
+    hints = hints_of(request, marks_of(request.messages) if isinstance(request, ChatRequest) else ())
     context = _ANY_CONTEXT if max_context is None else max_context
     room = context - _max_tokens(request, 0, DEFAULT_COMPLETION_TOKENS)[0]
     specs = [
@@ -137,6 +139,7 @@ def answer_request(
             sampling=_sampling(request, len(prompt), context, limits),
             cache_salt=salt,
             client_request_id=client_request_id,
+            hints=hints,
         )
         for number, whole in enumerate(prompts)
         for prompt in [truncated(whole, request.truncate_prompt_tokens, request.truncation_side, room)]

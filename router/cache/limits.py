@@ -27,3 +27,13 @@ class WatchLimits:
     """Of the prompt tokens: what is lost to less than this is not worth a word."""
     warn_s: float = 3600.0
     """How often the same warning is logged at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class HintLimits:
+    """What pins that clients ask for may take."""
+
+    share_of_pins: float = 0.5
+    """Of what all pins may take (`store.pin_share`): the rest is the operator's."""
+    share_of_one_salt: float = 0.5
+    """Of that, for those with one `cache_salt`, or with none."""

@@ -8,6 +8,7 @@ import msgspec
 
 from kvcore.telemetry import log_fields
 from nodeapi.messages import Moved, Promoted, Timings
+from router.requests.hints import CacheHint, HintRecord
 from router.requests.spec import RequestSpec
 from router.routing.decision import Candidate, Decision
 from router.routing.views import LeftOut
@@ -57,6 +58,11 @@ def route_record(decision: Decision) -> RouteRecord:
     )
 
 
+def hint_records(hints: Sequence[CacheHint]) -> list[HintRecord]:
+    """As the request begins."""
+    return [HintRecord(name=hint.name, asked=hint.asked, why=hint.note) for hint in hints]
+
+
 class RequestRecord(msgspec.Struct, kw_only=True):
     """One request; mutable while `state` is `running`, then `ok`, `failed` or `cancelled`."""
 
@@ -70,6 +76,7 @@ class RequestRecord(msgspec.Struct, kw_only=True):
     total_s: float | None = None
     route: RouteRecord | None = None
     legs: list[LegRecord] = []
+    hints: list[HintRecord] = []
     retries: int = 0
     retried_legs: list[tuple[str, str]] = []
     """(`prefill` or `decode`, code of the failure)."""

@@ -34,7 +34,7 @@ from router.requests.events import (
 )
 from router.requests.ledger import RequestMachine
 from router.requests.legs import RequestLegs
-from router.requests.records import LegRecord, RequestRecord, route_record
+from router.requests.records import LegRecord, RequestRecord, hint_records, route_record
 from router.requests.services import RequestServices
 from router.requests.spec import RequestSpec
 from router.routing.decision import Decision
@@ -88,7 +88,7 @@ class RequestRun:
             client_request_id=spec.client_request_id,
             prompt_tokens=len(spec.prompt_token_ids),
             route=route_record(decision),
-            legs=[],
+            hints=hint_records(spec.hints),
         )
         self._drained = asyncio.Event()
         self._drained.set()

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from nodeapi.messages import SamplingParams
+from router.requests.hints import CacheHint
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,8 @@ class RequestSpec:
     sampling: SamplingParams
     cache_salt: bytes = b""
     client_request_id: str | None = None
+    hints: Sequence[CacheHint] = ()
+    """What the client asks of the cache."""
 
 
 @dataclass(frozen=True, slots=True)

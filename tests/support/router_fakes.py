@@ -328,6 +328,7 @@ class Rig:
     metrics: RouterMetrics
     cache: CacheReplay
     metadata: MetadataState
+    config: ClusterConfig
 
 
 async def make_rig(
@@ -380,7 +381,7 @@ async def make_rig(
         limits=api_limits,
         more=make_upkeep(config, cluster, nodes, metadata=index, answerer=answerer, clock=clock).add_to,
     )
-    return Rig(nodes, cluster, prober, dispatcher, services, log, answerer, app, metrics, cache, state)
+    return Rig(nodes, cluster, prober, dispatcher, services, log, answerer, app, metrics, cache, state, config)
 
 
 async def until(condition: Callable[[], bool], limit_s: float = 5.0) -> None:

@@ -19,6 +19,7 @@ SCHEMAS: dict[str, Any] = document()["components"]["schemas"]  # type: ignore[in
 NODE = {"node_id": "a", "incarnation": 1}
 WITHOUT = {
     ("SegmentManifest", "entries"),  # the length of the body bounds them
+    ("PinRequest", "extend"),  # true or false
     ("ReplicaRef", "id"),  # any number: what is not known is answered so
     ("ReplicaRef", "segment_id"),
     ("Segment", "node_id"),  # the node's own

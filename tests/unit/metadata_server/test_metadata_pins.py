@@ -63,6 +63,18 @@ def test_a_pin_with_a_time_ends_by_itself_and_the_latest_time_counts():
     assert stored(state, [1, 2], 10.0) == [2]
 
 
+def test_a_pin_that_extends_ends_no_earlier_than_the_one_before():
+    state = a_node()
+    put(state, "a", [1, 2, 3], 0.0)
+    pin(state, [1], ttl_s=None)
+    pin(state, [2], ttl_s=10.0)
+    state.pin(c.PinRequest(keys=keys(1, 2, 3), ttl_s=5.0, extend=True), 0.0)
+    assert [p.left_s for p in state.pins(None, 0.0).pins] == [None, 10.0, 5.0]
+    state.pin(c.PinRequest(keys=keys(3), ttl_s=50.0, extend=True), 1.0)
+    state.check_invariants(1.0)
+    assert [p.left_s for p in state.pins(None, 1.0).pins] == [None, 9.0, 50.0]
+
+
 def test_pins_take_their_share_of_the_memory_and_what_goes_beyond_is_refused_and_counted():
     state = a_node(units=8, pin_share=0.25)
     put(state, "a", [1, 2, 3], 0.0)
