@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from kvcore.errors import ConfigError
 from kvcore.process.service import EXIT_CONFIG
+from kvferry.cache.arguments import add_cache
 
 if TYPE_CHECKING:
     from kvcore.config.fields import ByteSize
@@ -49,6 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
     up.add_argument("--log-dir", type=Path, help="default: ~/.local/state/kvferry/CLUSTER")
     _add_serve(_command(commands, "serve", _serve, "serve one model on this machine until Ctrl-C, without a file"))
     _add_config(_command(commands, "config", None, "make a part of a cluster file from another program's"))
+    text = "look at the cache of a running cluster, and give orders about it"
+    add_cache(_command(commands, "cache", None, text), cluster_file)
     status = _command(commands, "status", _status, "show nodes, segments, requests and hit rate of a running cluster")
     status.add_argument(
         "--config", type=cluster_file, help=f"where the addresses are (default: {DEFAULT_CONFIG}, if it exists)"

@@ -180,7 +180,7 @@ def _show_nodes(console: Console, cluster: ClusterAnswer) -> None:
     if cluster.stopping:
         console.print("the router is stopping: it answers what it has and takes no more", style="yellow")
     if any(node.tiers for node in cluster.nodes):
-        _show_tiers(console, cluster)
+        console.print(tiers_table(cluster))
     for problem in cluster.problems:
         console.print(f"problem: {problem}", style="red", markup=False, soft_wrap=True)
     counts = cluster.requests
@@ -194,7 +194,8 @@ def _show_nodes(console: Console, cluster: ClusterAnswer) -> None:
         console.print(f"handoff: {cluster.handoff}, by vLLM servers that run by themselves; there is no store")
 
 
-def _show_tiers(console: Console, cluster: ClusterAnswer) -> None:
+def tiers_table(cluster: ClusterAnswer) -> Table:
+    """A line a tier and node."""
     table = _table("tier", "node", "chunks", "used", "size", "saved", "promoted", "dropped", "load")
     for node in cluster.nodes:
         for tier in node.tiers:
@@ -203,7 +204,7 @@ def _show_tiers(console: Console, cluster: ClusterAnswer) -> None:
             rate = "" if tier.load_rate is None else f"{size_text(int(tier.load_rate))}/s"
             chunks = "" if tier.num_chunks is None else str(tier.num_chunks)
             table.add_row(tier.name, node.id, chunks, *sizes, *counts, rate)
-    console.print(table)
+    return table
 
 
 def _show_segments(console: Console, stats: Stats) -> None:

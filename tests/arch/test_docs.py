@@ -1,7 +1,7 @@
 """The pages in docs/ keep what they promise: files load, commands are commands, what is shown as run runs.
 
 `<!-- file: NAME -->` before a YAML block is a whole cluster file; `<!-- runs: up | client | parse -->` before a block
-of commands says how a test takes them, as in README.
+of commands says how a test takes them, as in README; `runs: cache` are run by `test_cluster_cache`.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ DOCS = ROOT / "docs"
 BIN = Path(sys.executable).parent
 FILE = re.compile(r"<!-- file: (\S+) -->\n```yaml\n(.*?)```", re.S)
 BLOCK = re.compile(r"<!-- runs: (\w+) -->\n```bash\n(.*?)```", re.S)
-PAGES_WITH_COMMANDS = ["start.md", "gateway.md"]
+PAGES_WITH_COMMANDS = ["start.md", "gateway.md", "cache.md"]
 SHELL = {"curl", "kill", "sudo"}
 ROLES = {"prefiller": "prefiller", "decoder": "decoder", "kvnode": "store"}
 
@@ -52,7 +52,8 @@ def commands(page: str, kind: str) -> list[str]:
 def write_files(page: str, folder: Path) -> dict[str, Path]:
     """The page's cluster files, and those that the project ships."""
     found = {f"configs/{path.name}": path for path in (ROOT / "configs").glob("*.yaml")}
-    for name, text in FILE.findall((DOCS / "start.md").read_text()) + FILE.findall((DOCS / page).read_text()):
+    texts = [(DOCS / source).read_text() for source in ("start.md", "tiers.md", page)]
+    for name, text in [file for one in texts for file in FILE.findall(one)]:
         found[name] = folder / name
         found[name].write_text(text)
     return found
@@ -83,7 +84,7 @@ def test_files_load_and_commands_are_ones_that_we_have(page, tmp_path):
     files = write_files(page, tmp_path)
     for name, path in files.items():
         assert load_config(path).nodes, name
-    for kind in ("up", "client", "parse"):
+    for kind in ("up", "client", "parse", "cache"):
         for line in commands(page, kind):
             check_command(line, files)
 

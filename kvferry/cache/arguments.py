@@ -1,0 +1,106 @@
+"""The command line of `kvferry cache`. Imports nothing heavy: what does the work is imported when it is asked for."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvferry.cache.commands import CacheCommands
+
+_FILES = "a text (a prompt), a JSON body of a request, or JSONL, a body or a line of a batch each; - is stdin"
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+_Run = Callable[["CacheCommands", argparse.Namespace], int]
+
+
+def add_cache(parser: argparse.ArgumentParser, config_type: Callable[[str], Path]) -> None:
+    """Its commands, and their help."""
+    commands = parser.add_subparsers(metavar="WHAT", required=True)
+
+    def command(name: str, run: _Run, text: str, *, files: bool = False) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=text, description=text)
+        made.set_defaults(command=lambda arguments: run(_commands(arguments), arguments))
+        made.add_argument("--config", type=config_type, help="the cluster file, which says where the router is")
+        made.add_argument("--url", metavar="URL", help="of the router, instead of the address in the config")
+        made.add_argument("--json", action="store_true", help="one line of JSON")
+        if files:
+            made.add_argument("files", nargs="+", metavar="FILE", help=_FILES)
+        return made
+
+    command("stat", lambda it, _: it.run(it.stat), "hit rate in tokens, by where they were, and a line a tier")
+    command("ls", lambda it, _: it.run(it.ls), "generations of KV: where they lie, and whether anybody uses them")
+    text = "where the KV of prompts lies: in which memory, in which tier, and what would be computed"
+    command("lookup", lambda it, given: it.run(lambda router: it.lookup(router, given.files)), text, files=True)
+    text = "compute prompts into the store, behind requests; Ctrl-C stops it, and what was stored stays"
+    command("warm", lambda it, given: it.run(lambda router: it.warm(router, given.files)), text, files=True)
+    for name, kind, did, text in (
+        ("pin", "pin", "pinned", "keep the chunks of prompts from being evicted from memory"),
+        ("unpin", "unpin", "unpinned", "let the chunks of prompts be evicted again"),
+        ("evict", "evict", "removed", "remove the chunks of prompts from memory and tiers"),
+    ):
+        command(name, _order(kind, did), text, files=True)
+    ttl = command("ttl", _order("expire", "given their time"), "let the chunks of prompts end after a time", files=True)
+    text = "30s, 10m, 24h, 7d, or none: never by time"
+    ttl.add_argument("--for", dest="ttl_s", type=_ttl, required=True, metavar="TIME", help=text)
+    _add_clear(command("clear", _clear, "remove generations of KV from memory and every tier"))
+    command("advise", lambda it, _: it.run(it.advise), "the chunk length and sizes that the last hour would have liked")
+
+
+def _add_clear(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--stale", action="store_true", help="only those that no live node uses, here or elsewhere")
+    parser.add_argument(
+        "--generation", action="append", default=None, metavar="HEX", help="only this one, as ls shows it; repeat it"
+    )
+    parser.add_argument("--yes", action="store_true", help="do not ask")
+    text = "also what other clusters use, and what is stale only as far as the nodes that answer say"
+    parser.add_argument("--force", action="store_true", help=text)
+
+
+def _order(kind: str, did: str) -> _Run:
+    def run(commands: "CacheCommands", given: argparse.Namespace) -> int:
+        ttl_s = getattr(given, "ttl_s", None)
+        return commands.run(lambda router: commands.order(router, kind, did, given.files, ttl_s))
+
+    return run
+
+
+def _clear(commands: "CacheCommands", given: argparse.Namespace) -> int:
+    from router.upkeep.reports import ClearOrder
+
+    order = ClearOrder(stale=given.stale, fingerprints=given.generation, force=given.force)
+    return commands.clear(order, yes=given.yes, ask=input if sys.stdin.isatty() else None)
+
+
+def _ttl(text: str) -> float | None:
+    """Seconds; None: never."""
+    if text == "none":
+        return None
+    number, unit = (text[:-1], text[-1]) if text[-1:] in _UNITS else (text, "s")
+    try:
+        seconds = float(number) * _UNITS[unit]
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no time: write 30s, 10m, 24h, 7d, or none")
+    return seconds
+
+
+def _commands(arguments: argparse.Namespace) -> "CacheCommands":
+    from rich.console import Console
+
+    from kvcore.config.file import load_config
+    from kvcore.config.schema import RouterConfig
+    from kvcore.ports import base_url
+    from kvferry.cache.commands import CacheCommands
+    from kvferry.cli import DEFAULT_CONFIG
+    from kvferry.status import addresses
+
+    url = base_url(RouterConfig().host, RouterConfig().port)
+    config = arguments.config or (DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None)
+    if arguments.url is not None:
+        url = arguments.url
+    elif config is not None:
+        url = addresses(load_config(config))[0]
+    console = Console(width=None if sys.stdout.isatty() else 200)  # a pipe has no width: tables stay on one line
+    return CacheCommands(url.rstrip("/"), console, arguments.json)
