@@ -1,6 +1,7 @@
 """`--tier` of `kvferry serve`: `disk:PATH:SIZE`, `redis://HOST:PORT`, a bucket -> `tiers` of a cluster file. Pure."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
 
@@ -17,9 +18,10 @@ from kvcore.config.tiers import (
 )
 from kvcore.errors import ConfigError
 from kvstore.tiers.objects.place import OBJECT_FORMS, OBJECT_SCHEMES, object_place
+from kvstore.tiers.places.redis_url import REDIS_SCHEMES, parse_redis_url
 
-TIER_FORMS = f"disk:PATH:SIZE, redis://HOST:PORT, rediss://HOST:PORT, mooncake://HOST:PORT, {OBJECT_FORMS}"
-_REDIS_SCHEMES = ("redis", "rediss")
+_REDIS_FORMS = "redis://HOST:PORT, rediss://HOST:PORT, redis-sentinel://..., redis-cluster://..."
+TIER_FORMS = f"disk:PATH:SIZE, {_REDIS_FORMS}, mooncake://HOST:PORT, {OBJECT_FORMS}"
 _MOONCAKE_SCHEMES = ("mooncake", "mooncakestore")
 _MOONCAKE_PORT = 50051
 """Of `mooncake_master`, unless told otherwise."""
@@ -48,7 +50,7 @@ def parse_tier(text: str) -> TierConfig:
     kind = text.partition(":")[0].strip().lower()
     if kind == "disk":
         return _disk(text)
-    if kind in _REDIS_SCHEMES:
+    if kind in REDIS_SCHEMES:
         return RedisTierConfig(url=check_redis_url(text.strip(), f"--tier {shown(text)}"))
     if kind in OBJECT_SCHEMES:
         config = ObjectTierConfig(url=text.strip())
@@ -56,17 +58,25 @@ def parse_tier(text: str) -> TierConfig:
         return config
     if kind in _MOONCAKE_SCHEMES:
         return MooncakeTierConfig(master=mooncake_master(text.strip(), f"--tier {text}"))
-    meant = nearest(kind, ["disk", *_REDIS_SCHEMES, *_MOONCAKE_SCHEMES, *OBJECT_SCHEMES])
+    meant = nearest(kind, ["disk", *REDIS_SCHEMES, *_MOONCAKE_SCHEMES, *OBJECT_SCHEMES])
     raise ConfigError(f"--tier {shown(text)}: unknown kind {kind!r}{meant}; expected {TIER_FORMS}")
 
 
-def check_redis_url(url: str, subject: str) -> str:
+def check_redis_url(url: str, subject: str, environ: Mapping[str, str] = os.environ) -> str:
     """`url` itself. Raises ConfigError that begins with `subject` and shows no password."""
+    scheme = url.partition("://")[0].lower()
+    if "-" in scheme:  # sentinels or a cluster
+        try:
+            parse_redis_url(url, environ)
+        except ConfigError as error:
+            raise ConfigError(f"{subject}: {error.message.removeprefix('tiers.redis.url').lstrip(': ')}") from None
+        return url
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError:
-        raise ConfigError(f"{subject}: its host or port cannot be read; {_expected_redis('redis')}") from None
+        several = ", or several servers as redis-sentinel:// or redis-cluster://" if "," in url else ""
+        raise ConfigError(f"{subject}: its host or port cannot be read; {_expected_redis('redis')}{several}") from None
     if not parts.hostname:
         raise ConfigError(f"{subject}: it names no host; {_expected_redis(parts.scheme)}")
     if port == 0:

@@ -37,7 +37,8 @@ class RedisTierConfig(TierConfig, frozen=True, kw_only=True):
     """A Redis or Valkey, shared by all nodes and by other clusters."""
 
     url: Text
-    """`redis://[USER:PASSWORD@]HOST:PORT[/DB]`, or `rediss://` for TLS. A password may also be in the environment."""
+    """`redis://[USER:PASSWORD@]HOST:PORT[/DB]`, or `rediss://` for TLS; `redis-sentinel://HOST:PORT,.../SERVICE[/DB]`;
+    `redis-cluster://HOST:PORT,...`. A password may also be in the environment."""
     connections: Count = 2
     """That carry chunks, of one node."""
 

@@ -5,26 +5,34 @@ import asyncio
 from kvcore.errors import ConfigError
 from kvferry.doctor.findings import Context, Finding
 from kvferry.machine import size_text
+from kvstore.tiers.places.discovery import ServerPlace
+from kvstore.tiers.places.opening import redis_servers
 from kvstore.tiers.resp import RespConnection, command
-from kvstore.tiers.resp_client import RespClient, RespServer, parse_server
+from kvstore.tiers.resp_client import RespClient
 
 _REDIS = "tiers.redis"
+_REMEDY = "start it, or correct tiers.redis.url and its password; without it chunks are computed"
 _POLICIES = ("allkeys-lru", "allkeys-lfu")
 
 
 def check_redis(context: Context) -> list[Finding]:
-    """Ask the Redis or Valkey about its memory, as a node will reach it. Blocking, `tiers.redis.timeout_s` at most."""
+    """Ask each Redis or Valkey about its memory, as a node will reach it. Blocking, `tiers.redis.timeout_s` at most,
+    twice where it must be found first."""
     config = context.config.tiers.redis
-    if config is None:
-        return []
+    return [] if config is None else asyncio.run(_ask_all(config.url, config.timeout_s))
+
+
+async def _ask_all(url: str, timeout_s: float) -> list[Finding]:
     try:
-        server = parse_server(config.url)
+        servers = await redis_servers(url, timeout_s)
     except ConfigError as error:
         return [Finding(_REDIS, False, error.message, "correct tiers.redis.url")]
-    return [asyncio.run(_ask(server, config.timeout_s))]
+    except OSError as error:
+        return [Finding(_REDIS, False, str(error) or "nobody answers in time", _REMEDY)]
+    return await asyncio.gather(*(_ask(server, timeout_s) for server in servers))
 
 
-async def _ask(server: RespServer, timeout_s: float) -> Finding:
+async def _ask(server: ServerPlace, timeout_s: float) -> Finding:
     client, answers = RespClient(server, 1), list[object]()
 
     def ask(connection: RespConnection) -> None:
@@ -36,8 +44,7 @@ async def _ask(server: RespServer, timeout_s: float) -> Finding:
     finally:
         await client.aclose()
     if not answers:
-        remedy = "start it, or correct tiers.redis.url and its password; without it chunks are computed"
-        return Finding(_REDIS, False, problem or "it did not answer", remedy)
+        return Finding(_REDIS, False, problem or "it did not answer", _REMEDY)
     if not isinstance(answers[0], bytes):
         return Finding(_REDIS, True, f"{problem}; its maxmemory and maxmemory-policy are not known")
     return Finding(_REDIS, True, f"{server.shown}: {_said(answers[0].decode(errors='replace'))}")

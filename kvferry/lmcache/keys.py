@@ -77,8 +77,8 @@ RULES: Sequence[KeyRule] = (
     _mapped("max_local_disk_size", "`tiers.disk.size`, as `max_local_cpu_size`", mapping.max_local_disk_size),
     _mapped(
         "remote_url",
-        "`tiers.redis.url` for redis, rediss, resp, valkey; `tiers.object` for s3, fs; others (mooncakestore, lm, "
-        "infinistore, redis-sentinel, redis-cluster) are refused with what is nearest",
+        "`tiers.redis.url` for redis, rediss, resp, valkey, redis-sentinel, redis-cluster; `tiers.object` for s3, fs; "
+        "others (mooncakestore, lm, infinistore) are refused with what is nearest",
         mapping.remote_url,
     ),
     _mapped("storage", "`tiers.redis.url`, from `{type: redis, host, port}`", mapping.storage, doubtful=True),

@@ -16,6 +16,7 @@ from kvferry.lmcache.draft import Draft, Fate
 from kvferry.lmcache.values import bool_remark, read_bool, read_gib, read_int, read_number
 from kvferry.tier_options import check_redis_url, shown
 from kvstore.tiers.objects.place import object_place
+from kvstore.tiers.places.redis_url import SERVICE
 
 Verdict = tuple[Fate, str]
 Take = Callable[[Draft, object], Verdict]
@@ -23,10 +24,9 @@ Take = Callable[[Draft, object], Verdict]
 SMALLEST_SEGMENT = 256 << 20
 """Of a node that is to keep nothing in memory: what goes from prefiller to decoder passes through it all the same."""
 _REDIS = {"redis": "redis", "rediss": "rediss", "resp": "redis", "valkey": "redis"}
+_REDIS |= {"redis-sentinel": "redis-sentinel", "redis-cluster": "redis-cluster"}
 _A_REDIS = "a Redis as redis://HOST:PORT"
 _NEAREST = {
-    "redis-sentinel": f"{_A_REDIS}, the server that is master now",
-    "redis-cluster": f"{_A_REDIS}, one server",
     "mooncakestore": f"{_A_REDIS}, or none, as nodes share their memory",
     "lm": f"none, as the metadata server and the nodes' memory do that, or {_A_REDIS}",
     "infinistore": f"none, as nodes share their memory, over RDMA too, or {_A_REDIS}",
@@ -114,14 +114,13 @@ def remote_url(draft: Draft, value: object) -> Verdict:
         raise ValueError(f"there is no tier for {scheme}://; nearest: {nearest}")
     url = f"{_REDIS[scheme]}://{rest}"
     try:
-        check_redis_url(url, shown(url))
+        check_redis_url(url, shown(url), {SERVICE: "known when it is opened"})
     except ConfigError as error:
         raise ValueError(error.message) from None
-    parts = urlsplit(url)
-    if "," in parts.netloc.rpartition("@")[2]:
-        raise ValueError(f"{shown(url)}: several servers; nearest: {_NEAREST['redis-cluster']}")
     draft.put("tiers.redis.url", url)
-    return Fate.MAPPED, f"tiers.redis.url: {shown(url)}"
+    unnamed = scheme == "redis-sentinel" and not urlsplit(url).path.strip("/")
+    said = f", its service is {SERVICE} of the environment" if unnamed else ""
+    return Fate.MAPPED, f"tiers.redis.url: {shown(url)}{said}"
 
 
 def objects(draft: Draft, url: str) -> Verdict:

@@ -76,6 +76,8 @@ class TierStats:
     """Chunks that the tier itself gave up to make room, since start."""
     problem: str | None = None
     """What is wrong with it now, for people: `http://cache:6379 refused the connection`."""
+    partly: bool = False
+    """The problem is of a part of it: what lies elsewhere in it is to be had."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,7 +67,8 @@ class GuardedTier:
             return await self._tier.find(names, timeout_s=timeout_s)
         with _BreakerTry(self) as attempt:
             answer = await _in_time(self._tier.find(names, timeout_s=timeout_s), timeout_s)
-            attempt.ok = answer is not None and self._tier.stats().problem is None
+            stats = self._tier.stats()
+            attempt.ok = answer is not None and (stats.problem is None or stats.partly)
         return answer or found
 
     async def load(self, chunks: Sequence[TierChunk], *, timeout_s: float) -> list[TierOutcome]:
@@ -151,7 +152,8 @@ class GuardedTier:
                 if left_s > 0 and not self.away:
                     with _BreakerTry(self) as attempt:
                         outcomes = await _in_time(call(left_s), left_s)
-                        attempt.ok = outcomes is not None and any(outcome is not _AWAY for outcome in outcomes)
+                        some = outcomes is not None and any(outcome is not _AWAY for outcome in outcomes)
+                        attempt.ok = some or (outcomes is not None and self._tier.stats().partly)
                     self._measure(operation, chunks, outcomes or [], self._clock.now() - started)
             finally:
                 await asyncio.shield(self._leave(num_bytes))

@@ -34,6 +34,10 @@ class RedisLimits:
     """Of the server's keys in one page, where all are looked through."""
     max_generations: int = 4096
     """That are listed; a server that many share has a few."""
+    rediscover_s: float = 0.5
+    """A cluster is asked at most so often which of its nodes has what."""
+    redirections: int = 2
+    """Of one call to a cluster's nodes."""
     note_s: float = 90 * 24 * 3600.0
     """How long a note on a generation outlives its last mark."""
 

@@ -12,7 +12,7 @@ from kvstore.tiers.base import Tier
 
 _MODULES: dict[type[TierConfig], str] = {
     DiskTierConfig: "kvstore.tiers.disk",
-    RedisTierConfig: "kvstore.tiers.redis",
+    RedisTierConfig: "kvstore.tiers.places.opening",
     ObjectTierConfig: "kvstore.tiers.objects.tier",
     MooncakeTierConfig: "kvstore.tiers.mooncake.tier",
 }

@@ -10,16 +10,14 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 from kvcore.clock import Clock, SystemClock
-from kvcore.config.tiers import RedisTierConfig, TierConfig
 from kvcore.telemetry import log_fields
 from kvstore.tiers import redis_generations
 from kvstore.tiers.base import ChunkName, Cleared, GenerationList, TierChunk, TierOutcome, TierStats
 from kvstore.tiers.limits import RedisLimits
-from kvstore.tiers.opening import TierPlace
 from kvstore.tiers.redis_generations import RedisGenerations
 from kvstore.tiers.redis_parts import HEAD, MAGIC, num_parts, part_key, parts_there, views_of
-from kvstore.tiers.resp import RespConnection, RespRefusal, command
-from kvstore.tiers.resp_client import RespClient, parse_server
+from kvstore.tiers.resp import RespConnection, RespRefusal, RespValue, command
+from kvstore.tiers.resp_client import ELSEWHERE, RespClient
 
 _log = logging.getLogger(__name__)
 _Share = list[tuple[int, TierChunk]]
@@ -43,8 +41,11 @@ class RedisTier:
         *,
         errands: RespClient | None = None,
         clock: Clock | None = None,
+        asking: bool = False,
     ) -> None:
-        """`errands`: for what takes long and hurries nobody; None: it shares the questions' connections."""
+        """`errands`: for what takes long and hurries nobody; None: it shares the questions' connections. `asking`: to a
+        cluster's node that is about to get the slot, of which it answers nothing without that word before it."""
+        self._before = [command(b"ASKING")] if asking else []
         self.max_chunk_bytes = limits.max_chunk_bytes
         self._chunks, self._questions, self._limits = chunks, questions, limits
         self._errands, self._clock = errands or questions, clock or SystemClock()
@@ -59,9 +60,9 @@ class RedisTier:
         found = [False] * len(names)
 
         def ask(connection: RespConnection) -> None:
-            connection.send([command(b"EXISTS", part_key(name, 0)) for name in names], replies=len(names))
+            self._send(connection, [command(b"EXISTS", part_key(name, 0)) for name in names])
             for at in range(len(names)):
-                found[at] = connection.reply() == 1
+                found[at] = self._reply(connection) == 1
 
         if names:
             await self._run(self._questions, [ask], timeout_s)
@@ -120,9 +121,9 @@ class RedisTier:
             await self._errand(expire, timeout_s)
         return known
 
-    async def generations(self, *, timeout_s: float) -> GenerationList:
-        """See `Tier`."""
-        seen = RedisGenerations(self._limits, self._clock.wall)
+    async def generations(self, *, timeout_s: float, noted_too: bool = False) -> GenerationList:
+        """See `Tier`. `noted_too`: and those of which there is a note or a mark, but no chunk."""
+        seen = RedisGenerations(self._limits, self._clock.wall, noted_too=noted_too)
         problem = await self._errand(seen.look, timeout_s)
         seen.incomplete = seen.incomplete and (problem or seen.incomplete)
         return seen.listed()
@@ -198,7 +199,7 @@ class RedisTier:
         while True:
             while len(under_way) < self._limits.gets_under_way and (entry := next(wanted, None)) is not None:
                 if entry[0] not in failed:
-                    connection.send([command(b"GET", part_key(entry[1].name, entry[2]))], replies=1)
+                    self._send(connection, [command(b"GET", part_key(entry[1].name, entry[2]))])
                     under_way.append(entry)
             if not under_way:
                 return
@@ -211,6 +212,8 @@ class RedisTier:
 
     def _receive(self, connection: RespConnection, chunk: TierChunk, part: int, *, wanted: bool) -> TierOutcome:
         """The next reply, into the memory of this part of the chunk if it is what belongs there."""
+        if self._before:
+            connection.reply()
         length = connection.bulk()
         if isinstance(length, RespRefusal):
             return _refused(length)
@@ -242,16 +245,17 @@ class RedisTier:
     def _save_share(
         self, connection: RespConnection, share: _Share, outcomes: list[TierOutcome], ttl_s: float | None
     ) -> None:
-        """What is there whole counts as used; the rest is written."""
+        """What is there whole counts as used; the rest is written: also what a cluster's node has not all of yet that
+        is about to get the slot (TRYAGAIN), as the one before it has none of it."""
         touches = []
         for _, chunk in share:
             keys = [part_key(chunk.name, part) for part in range(num_parts(chunk.num_bytes, self._limits))]
             touches.append(command(b"TOUCH", *keys))
-        connection.send(touches, replies=len(touches))
+        self._send(connection, touches)
         lacking: _Share = []
         for at, chunk in share:
-            reply = connection.reply()
-            if isinstance(reply, RespRefusal):
+            reply = self._reply(connection)
+            if isinstance(reply, RespRefusal) and not (self._before and reply.code == "TRYAGAIN"):
                 outcomes[at] = _refused(reply)
             elif reply == num_parts(chunk.num_bytes, self._limits):
                 outcomes[at] = TierOutcome.OK
@@ -277,14 +281,25 @@ class RedisTier:
             length = len(head) + sum(view.nbytes for view in views)
             words = 5 if ending else 3
             key = _word(part_key(chunk.name, part))
+            buffers += self._before
             buffers += [b"*%d\r\n$3\r\nSET\r\n%b$%d\r\n%b" % (words, key, length, head), *views, b"\r\n" + ending]
-        connection.send(buffers, replies=len(parts))
+        connection.send(buffers, replies=len(parts) * (1 + len(self._before)))
         outcomes = []
         for at, _, _ in parts:
-            reply = connection.reply()
+            reply = self._reply(connection)
             taken = TierOutcome.OK if reply == b"OK" else TierOutcome.UNAVAILABLE
             outcomes.append((at, _refused(reply) if isinstance(reply, RespRefusal) else taken))
         return outcomes
+
+    def _send(self, connection: RespConnection, commands: Sequence[bytes]) -> None:
+        parts = [part for one in commands for part in (*self._before, one)]
+        connection.send(parts, replies=len(parts))
+
+    def _reply(self, connection: RespConnection) -> RespValue:
+        """To one of the commands."""
+        if self._before:
+            connection.reply()
+        return connection.reply()
 
     def _groups(self, work: _Share) -> Iterator[_Share]:
         group, num_bytes = _Share(), 0
@@ -301,16 +316,10 @@ class RedisTier:
 def _refused(refusal: RespRefusal) -> TierOutcome:
     if refusal.code == "WRONGTYPE":
         return TierOutcome.DAMAGED
+    if refusal.code in ELSEWHERE:
+        return TierOutcome.MISSING
     return TierOutcome.FULL if refusal.code == "OOM" else TierOutcome.UNAVAILABLE
 
 
 def _word(word: bytes) -> bytes:
     return b"$%d\r\n%b\r\n" % (len(word), word)
-
-
-async def open_tier(config: TierConfig, place: TierPlace, clock: Clock) -> RedisTier:
-    """See `kvstore.tiers.opening`. Connects when it is first asked."""
-    assert isinstance(config, RedisTierConfig)
-    server = parse_server(config.url)
-    chunks, questions, errands = (RespClient(server, number) for number in (config.connections, 1, 1))
-    return RedisTier(chunks, questions, errands=errands, clock=clock)

@@ -27,6 +27,8 @@ class RedisGenerations:
     limits: RedisLimits
     wall: Callable[[], float]
     incomplete: str = "it did not answer"
+    noted_too: bool = False
+    """List what is noted of generations without a chunk here too: theirs may be on another node."""
     num_cleared: int = 0
     _counts: dict[bytes, tuple[int, int]] = field(default_factory=dict)
     """Fingerprint -> chunks and bytes."""
@@ -44,6 +46,13 @@ class RedisGenerations:
     def look(self, connection: RespConnection) -> None:
         """Count all chunks, and read what was noted of them."""
         self._look_at_marks(connection)
+        if self.noted_too:
+            for keys in self._pages(connection, _NOTE + b"*"):
+                for key in keys:
+                    if (fingerprint := _fingerprint(key, _NOTE)) is not None:
+                        self._counts.setdefault(fingerprint, (0, 0))
+            for fingerprint in self._marks:
+                self._counts.setdefault(fingerprint, (0, 0))
         for keys in self._pages(connection, _CHUNK + b"*"):
             lengths = _asked(connection, [command(b"STRLEN", key) for key in keys])
             for key, length in zip(keys, lengths, strict=True):

@@ -15,6 +15,7 @@ from transfer.blocking import BatchDeadline
 _READ_AHEAD = 16 << 10
 _VIEWS_A_CALL = 256  # IOV_MAX is 1024
 _LONGEST_STRING = 1 << 20  # chunks come by `bulk`
+_REFUSALS = 256  # of different texts: a cluster's node has one for each slot that it has no longer
 _DEEPEST = 8  # of arrays in arrays: nothing that is asked for has more than one
 
 
@@ -54,8 +55,8 @@ class RespConnection:
         """Of its present user."""
         self.owed = 0
         """Replies to come."""
-        self.refusal: RespRefusal | None = None
-        """The last one that its present user got."""
+        self.refusals: dict[str, RespRefusal] = {}
+        """That its present user got, each once, by their texts; a few."""
         self._sock, self._encrypted = sock, encrypted
         self._raw = bytearray(_READ_AHEAD)
         self._ahead = memoryview(self._raw)
@@ -95,7 +96,7 @@ class RespConnection:
         self.owed -= 1
         value = self._value(_DEEPEST)
         if isinstance(value, RespRefusal):
-            self.refusal = value
+            self._note(value)
         return value
 
     def bulk(self) -> int | RespRefusal | None:
@@ -104,8 +105,9 @@ class RespConnection:
         self.owed -= 1
         line = self._line()
         if line[:1] == b"-":
-            self.refusal = RespRefusal(line[1:].decode(errors="replace"))
-            return self.refusal
+            refusal = RespRefusal(line[1:].decode(errors="replace"))
+            self._note(refusal)
+            return refusal
         if line[:1] != b"$":
             raise RespError(f"{line[:40]!r} came in place of a value")
         length = _number(line)
@@ -142,6 +144,10 @@ class RespConnection:
     def close(self) -> None:
         """Idempotent. By its user only."""
         self._sock.close()
+
+    def _note(self, refusal: RespRefusal) -> None:
+        if len(self.refusals) < _REFUSALS:
+            self.refusals[refusal.text] = refusal
 
     def _value(self, deepest: int) -> RespValue:
         line = self._line()

@@ -1,71 +1,35 @@
 """Connections to one Redis or Valkey, used from threads: made when they are needed, dropped when anything went wrong.
 
-Owns where the server is, its connections and the threads that wait in them. Invariant: a connection that any exception
-passed through, or that still owes a reply, is never used again.
+Owns its connections and the threads that wait in them. Invariant: a connection that any exception passed through, that
+still owes a reply, or that leads to where the server was before, is never used again.
 """
 
 import asyncio
-import os
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
-from kvcore.errors import ConfigError, TransferError, TransferTimeoutError
+from kvcore.errors import TransferError, TransferTimeoutError
+from kvstore.tiers.places.discovery import ServerPlace
+from kvstore.tiers.places.redis_url import PASSWORDS, RespServer
 from kvstore.tiers.resp import RespConnection, RespError, RespRefusal, command
 from transfer.blocking import BatchDeadline, BlockingPool
 
-_FORM = "redis://[USER:PASSWORD@]HOST[:PORT][/DB], or rediss:// for TLS"
-_SCHEMES = {"redis": False, "valkey": False, "rediss": True, "valkeys": True}
-_PASSWORDS = ("KVFERRY_REDIS_PASSWORD", "REDIS_PASSWORD")
-_Resolved = list[tuple[socket.AddressFamily, tuple[Any, ...]]]
+ELSEWHERE = frozenset({"MOVED", "ASK"})
+"""A cluster's node refuses so what another one has."""
+_DEMOTED = frozenset({"READONLY", "MASTERDOWN", "CLUSTERDOWN"})
+"""Whoever refuses with this is not, or not now, the server that is looked for."""
 
 
 @dataclass(frozen=True, slots=True)
-class RespServer:
-    """Where a server is, and as whom to speak to it."""
+class _Resolved:
+    """A server, and the addresses of its name."""
 
-    host: str
-    port: int
-    database: int
-    user: str
-    password: str = field(repr=False)
-    encrypted: bool
-
-    @property
-    def shown(self) -> str:
-        """For people: without user and password."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{'rediss' if self.encrypted else 'redis'}://{host}:{self.port}/{self.database}"
-
-
-def parse_server(url: str, environ: Mapping[str, str] = os.environ) -> RespServer:
-    """The server that `tiers.redis.url` names; the password may be in the environment. Raises ConfigError."""
-    wrong = ConfigError(f"tiers.redis.url names no server; write {_FORM}")  # without the url: a password may be in it
-    try:
-        split = urlsplit(url)
-        scheme = split.scheme.lower()
-        if "sentinel" in scheme or "cluster" in scheme or "," in split.netloc:
-            raise ConfigError("tiers.redis.url: Redis Sentinel and Redis Cluster are not supported; name one server")
-        port = split.port or 6379
-        (split.hostname or "").encode("idna")  # as it will be looked up
-    except ValueError:
-        raise wrong from None
-    path = split.path.strip("/")
-    if scheme not in _SCHEMES or not split.hostname or split.query or split.fragment or (path and not path.isdecimal()):
-        raise wrong
-    in_environment = next((environ[name] for name in _PASSWORDS if environ.get(name)), "")
-    return RespServer(
-        split.hostname,
-        port,
-        int(path or 0),
-        unquote(split.username or ""),
-        unquote(split.password or "") or in_environment,
-        _SCHEMES[scheme],
-    )
+    server: RespServer
+    addresses: list[tuple[socket.AddressFamily, tuple[Any, ...]]]
 
 
 @dataclass(slots=True)
@@ -96,12 +60,15 @@ class _Use:
 class RespClient:
     """At most `connections` at once, each with a thread; more work waits in line, within its time."""
 
-    def __init__(self, server: RespServer, connections: int) -> None:
+    def __init__(self, server: ServerPlace, connections: int) -> None:
         self.server = server
+        self.on_elsewhere: Callable[[str], None] | None = None
+        """Told of each `MOVED SLOT HOST:PORT` and `ASK ...` of a cluster's node, which are no problem then. On the
+        loop."""
         self._pool = BlockingPool("redis-tier", connections)
-        self._idle: list[RespConnection] = []
+        self._idle: list[tuple[RespServer, RespConnection]] = []
         self._resolved: _Resolved | None = None
-        self._tls = ssl.create_default_context() if server.encrypted else None
+        self._tls: ssl.SSLContext | None = None
 
     def __repr__(self) -> str:
         return f"<RespClient {self.server.shown}, {len(self._idle)} idle connections>"
@@ -123,32 +90,46 @@ class RespClient:
         use, deadline = _Use(), BatchDeadline(timeout_s)
         try:
             resolved = await self._resolve(deadline)
-            refusal = await self._pool.run(lambda: self._job(use, work, resolved, deadline), use.stop, deadline)
+            refusals = await self._pool.run(lambda: self._job(use, work, resolved, deadline), use.stop, deadline)
         except (OSError, TransferError, RespError) as error:
-            self._resolved = None
+            self._forget()
             return f"{self.server.shown}: {_text_of(error)}"
-        return None if refusal is None else f"{self.server.shown}: {told(refusal)}"
+        if self.on_elsewhere is not None:
+            for refusal in refusals:
+                if refusal.code in ELSEWHERE:
+                    self.on_elsewhere(refusal.text)
+            refusals = [refusal for refusal in refusals if refusal.code not in ELSEWHERE]
+        if any(refusal.code in _DEMOTED for refusal in refusals):
+            self._forget()
+        return f"{self.server.shown}: {told(refusals[-1])}" if refusals else None
 
     async def aclose(self) -> None:
         """Idempotent. Work under way ends with an error."""
         await self._pool.aclose()
         while self._idle:
-            self._idle.pop().close()
+            self._idle.pop()[1].close()
+
+    def _forget(self) -> None:
+        self._resolved = None
+        self.server.forget()
 
     async def _resolve(self, deadline: BatchDeadline) -> _Resolved:
-        if self._resolved is None:
-            server, loop = self.server, asyncio.get_running_loop()
+        server = await self.server.find(deadline.remaining())
+        if self._resolved is None or self._resolved.server != server:
+            loop = asyncio.get_running_loop()
             async with asyncio.timeout(deadline.remaining()):
                 found = await loop.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM)
-            self._resolved = [(family, address) for family, _, _, _, address in found]
+            if server.encrypted and self._tls is None:
+                self._tls = ssl.create_default_context()
+            self._resolved = _Resolved(server, [(family, address) for family, _, _, _, address in found])
         return self._resolved
 
     def _job(
         self, use: _Use, work: Callable[[RespConnection], None], resolved: _Resolved, deadline: BatchDeadline
-    ) -> RespRefusal | None:
-        connection = self._fresh_one() or self._connect(use, resolved, deadline)
+    ) -> list[RespRefusal]:
+        connection = self._fresh_one(resolved.server) or self._connect(use, resolved, deadline)
         use.take(connection)
-        connection.deadline, connection.refusal = deadline, None
+        connection.deadline, connection.refusals = deadline, {}
         try:
             work(connection)
         except BaseException:
@@ -159,22 +140,23 @@ class RespClient:
         if connection.owed or use.stopped:
             connection.close()
         else:
-            self._idle.append(connection)
-        return connection.refusal
+            self._idle.append((resolved.server, connection))
+        return list(connection.refusals.values())
 
-    def _fresh_one(self) -> RespConnection | None:
+    def _fresh_one(self, server: RespServer) -> RespConnection | None:
         while True:
             try:
-                connection = self._idle.pop()
+                leads_to, connection = self._idle.pop()
             except IndexError:  # another thread took the last
                 return None
-            if connection.quiet:
+            if connection.quiet and leads_to == server:
                 return connection
             connection.close()
 
     def _connect(self, use: _Use, resolved: _Resolved, deadline: BatchDeadline) -> RespConnection:
         problem: Exception | None = None
-        for family, address in resolved:
+        server = resolved.server
+        for family, address in resolved.addresses:
             sock = socket.socket(family, socket.SOCK_STREAM)
             try:
                 use.take(RespConnection(sock, deadline))
@@ -183,13 +165,14 @@ class RespClient:
                 sock.settimeout(deadline.remaining())
                 sock.connect(address)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                if self._tls is not None:
-                    sock = self._tls.wrap_socket(sock, server_hostname=self.server.host, do_handshake_on_connect=False)
-                connection = RespConnection(sock, deadline, encrypted=self._tls is not None)
+                if server.encrypted:
+                    assert self._tls is not None
+                    sock = self._tls.wrap_socket(sock, server_hostname=server.host, do_handshake_on_connect=False)
+                connection = RespConnection(sock, deadline, encrypted=server.encrypted)
                 use.take(connection)
                 if isinstance(sock, ssl.SSLSocket):
                     sock.do_handshake()
-                greet(connection, self.server)
+                greet(connection, server)
             except BaseException as error:
                 sock.close()
                 if not isinstance(error, OSError) or isinstance(error, TimeoutError):
@@ -219,8 +202,8 @@ def greet(connection: RespConnection, server: RespServer) -> None:
 def told(refusal: RespRefusal) -> str:
     """What the server refuses, and what to do where that is known."""
     remedy = {
-        "NOAUTH": f"; give user and password in tiers.redis.url, or the password in {_PASSWORDS[0]}",
-        "MOVED": "; Redis Cluster is not supported: name one server",
+        "NOAUTH": f"; give user and password in tiers.redis.url, or the password in {PASSWORDS[0]}",
+        "MOVED": "; it is a node of a Redis Cluster: write redis-cluster:// in tiers.redis.url",
         "READONLY": "; tiers.redis.url names a replica: name its primary",
     }.get(refusal.code, "")
     return f"it answers {refusal.text}{remedy}"

@@ -5,6 +5,7 @@ from contextlib import AsyncExitStack
 
 import pytest
 from support.mooncake_server import end_shared_mooncake
+from support.redis_groups import end_shared_groups
 from support.s3_server import end_shared_s3
 from support.tier_rigs import (
     CAPACITY_BYTES,
@@ -31,6 +32,7 @@ def shared_servers():
     yield
     end_shared_s3()
     end_shared_mooncake()
+    end_shared_groups()
 
 
 @pytest.fixture

@@ -42,17 +42,29 @@ def with_redis(test: _Test) -> _Test:
 class RedisServer:
     """Keeps nothing on disk. Killed and started again it is on the same port, and empty."""
 
-    def __init__(self, folder: Path, program: str, args: tuple[str, ...], tls_port: bool) -> None:
+    def __init__(
+        self, folder: Path, program: str, args: tuple[str, ...], tls_port: bool, sentinel: Path | None
+    ) -> None:
         self.port = free_ports(1)[0]
         self._folder, self._program = folder, program
         port = ("--port", "0", "--tls-port", str(self.port)) if tls_port else ("--port", str(self.port))
-        self._args = (*port, "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--maxmemory", "64mb")
-        self._args += ("--maxmemory-policy", "allkeys-lru", *args)
+        self._args: tuple[str, ...] = (*port, "--bind", "127.0.0.1")
+        self._said_when_up = "ready to accept connections"
+        if sentinel is not None:
+            self._args = (str(sentinel), "--sentinel", *self._args)
+            self._said_when_up = "sentinel id is"
+        else:
+            self._args += ("--save", "", "--appendonly", "no", "--maxmemory", "64mb")
+            self._args += ("--maxmemory-policy", "allkeys-lru", *args)
         self._process: subprocess.Popen[str] | None = None
 
     @property
     def url(self) -> str:
         return f"redis://127.0.0.1:{self.port}"
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None
 
     def start(self) -> None:
         self._process = subprocess.Popen(
@@ -62,7 +74,7 @@ class RedisServer:
         said = []
         for line in self._process.stdout:
             said.append(line)
-            if "ready to accept connections" in line.lower():
+            if self._said_when_up in line.lower():
                 return
         raise AssertionError(f"{self._program} ended: {''.join(said)}")
 
@@ -95,10 +107,12 @@ class RedisServer:
 
 
 @contextmanager
-def redis_server(*args: str, program: str = "redis-server", tls_port: bool = False) -> Iterator[RedisServer]:
-    """64 MB, least recently used keys go first, unless `args` say otherwise."""
+def redis_server(
+    *args: str, program: str = "redis-server", tls_port: bool = False, sentinel: Path | None = None
+) -> Iterator[RedisServer]:
+    """64 MB, least recently used keys go first, unless `args` say otherwise. `sentinel`: a sentinel with this file."""
     with TemporaryDirectory() as folder:
-        server = RedisServer(Path(folder), program, args, tls_port)
+        server = RedisServer(Path(folder), program, args, tls_port, sentinel)
         try:
             server.start()
             yield server

@@ -9,10 +9,11 @@ from tempfile import TemporaryDirectory
 
 import pytest
 from support.mooncake_server import HOST, MooncakeServer, needs_mooncake, shared_mooncake
-from support.redis_server import VALKEY, needs_redis, needs_valkey, redis_server
+from support.redis_groups import shared_cluster, shared_sentinels
+from support.redis_server import VALKEY, RedisServer, needs_redis, needs_valkey, redis_server
 from support.s3_server import needs_s3, shared_s3
 
-from kvcore.clock import ManualClock
+from kvcore.clock import ManualClock, SystemClock
 from kvcore.config.tiers import MooncakeTierConfig, ObjectTierConfig
 from kvcore.types import ChunkKey
 from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, checksum, pack
@@ -23,9 +24,8 @@ from kvstore.tiers.memory import MemoryTier
 from kvstore.tiers.mooncake.limits import MooncakeLimits
 from kvstore.tiers.mooncake.tier import MooncakeTier, place_of
 from kvstore.tiers.objects.tier import ObjectTier, open_bucket
-from kvstore.tiers.redis import RedisTier
+from kvstore.tiers.places.opening import open_redis
 from kvstore.tiers.redis_parts import part_key
-from kvstore.tiers.resp_client import RespClient, parse_server
 
 FINGERPRINT = bytes(range(16))
 CAPACITY_BYTES = 8 << 20
@@ -106,40 +106,63 @@ async def disk_rig(*, buffered: bool = False) -> AsyncIterator[TierRig]:
 
 @asynccontextmanager
 async def redis_rig(program: str) -> AsyncIterator[TierRig]:
-    limits = RedisLimits(part_bytes=128 << 10, group_bytes=1 << 20, max_chunk_bytes=CAPACITY_BYTES)
-
-    def open_one(url: str) -> RedisTier:
-        server = parse_server(url)
-        return RedisTier(RespClient(server, 2), RespClient(server, 1), limits)
-
     with redis_server(program=program) as server:
-        tier = open_one(server.url)
+        async with redis_rig_at(server.url, lambda _name: server) as rig:
+            rig.stop, rig.start, rig.freeze, rig.thaw = server.stop, server.start, server.freeze, server.thaw
+            yield rig
 
-        def damage(name: ChunkName) -> None:
-            old = server.ask(b"GETRANGE", part_key(name, 0), b"1000", b"1000")
-            assert isinstance(old, bytes)
-            server.ask(b"SETRANGE", part_key(name, 0), b"1000", bytes([old[0] ^ 1]))
 
-        def tear(name: ChunkName) -> None:
-            assert server.ask(b"DEL", part_key(name, 1)) == 1
+@asynccontextmanager
+async def redis_rig_at(url: str, server_of: Callable[[ChunkName], RedisServer]) -> AsyncIterator[TierRig]:
+    """`server_of`: who has a chunk's parts."""
+    limits = RedisLimits(part_bytes=128 << 10, group_bytes=1 << 20, max_chunk_bytes=CAPACITY_BYTES)
+    tier = open_redis(url, 2, SystemClock(), limits)
 
-        @asynccontextmanager
-        async def reopen() -> AsyncIterator[Tier]:
-            other = open_one(server.url)
-            yield other
-            await other.aclose()
+    def damage(name: ChunkName) -> None:
+        server = server_of(name)
+        old = server.ask(b"GETRANGE", part_key(name, 0), b"1000", b"1000")
+        assert isinstance(old, bytes)
+        server.ask(b"SETRANGE", part_key(name, 0), b"1000", bytes([old[0] ^ 1]))
 
-        yield TierRig(
-            tier,
-            damage=damage,
-            tear=tear,
-            stop=server.stop,
-            start=server.start,
-            freeze=server.freeze,
-            thaw=server.thaw,
-            reopen=reopen,
-        )
-        await tier.aclose()
+    def tear(name: ChunkName) -> None:
+        assert server_of(name).ask(b"DEL", part_key(name, 1)) == 1
+
+    @asynccontextmanager
+    async def reopen() -> AsyncIterator[Tier]:
+        other = open_redis(url, 2, SystemClock(), limits)
+        yield other
+        await other.aclose()
+
+    yield TierRig(tier, damage=damage, tear=tear, reopen=reopen)
+    await tier.aclose()
+
+
+@asynccontextmanager
+async def sentinel_rig() -> AsyncIterator[TierRig]:
+    group = shared_sentinels()
+    assert group.master.ask(b"FLUSHALL") == b"OK"
+    async with redis_rig_at(group.url, lambda _name: group.master) as rig:
+        yield rig
+
+
+@asynccontextmanager
+async def cluster_rig() -> AsyncIterator[TierRig]:
+    group = shared_cluster()
+    group.settle()
+    for server in group.servers:
+        assert server.ask(b"FLUSHALL") == b"OK"
+
+    def on_all(what: Callable[[RedisServer], None]) -> Callable[[], None]:
+        def do() -> None:
+            for server in group.servers:
+                what(server)
+
+        return do
+
+    async with redis_rig_at(group.url, lambda name: group.server_of(part_key(name, 0))) as rig:
+        rig.stop, rig.start = on_all(RedisServer.stop), on_all(RedisServer.start)
+        rig.freeze, rig.thaw = on_all(RedisServer.freeze), on_all(RedisServer.thaw)
+        yield rig
 
 
 @asynccontextmanager
@@ -240,6 +263,8 @@ KINDS = {
     "disk_buffered": RigKind(lambda: disk_rig(buffered=True), _DISK),
     "redis": RigKind(lambda: redis_rig("redis-server"), _REDIS, needs_redis),
     "mooncake": RigKind(mooncake_rig, frozenset({"stop", "start", "freeze", "thaw", "reopen"}), needs_mooncake),
+    "redis_sentinel": RigKind(sentinel_rig, frozenset({"damage", "tear", "reopen"}), needs_redis),
+    "redis_cluster": RigKind(cluster_rig, _REDIS, needs_redis),
     "valkey": RigKind(lambda: redis_rig(VALKEY or "valkey-server"), _REDIS, needs_valkey),
     "folder": RigKind(folder_rig, _OBJECT),
     "s3": RigKind(s3_rig, _OBJECT | {"stop", "start", "freeze", "thaw"}, needs_s3),

@@ -3,6 +3,7 @@
 import msgspec
 import pytest
 from support.ports import free_ports
+from support.redis_groups import cluster_group, sentinel_group
 from support.redis_server import redis_server, with_redis
 
 from kvcore.config.schema import ClusterConfig, ModelConfig, NodeConfig, SimEngineConfig
@@ -35,6 +36,9 @@ def test_one_that_is_away_or_cannot_be_is_wrong():
     assert not away.ok and "refused" in away.detail and "tiers.redis.url" in away.remedy
     assert "secret" not in away.detail
     assert not finding_for("redis-sentinel://h").ok
+    port = free_ports(1)[0]
+    assert "no sentinel knows a master of kv" in finding_for(f"redis-sentinel://127.0.0.1:{port}/kv").detail
+    assert "none of its nodes" in finding_for(f"redis-cluster://127.0.0.1:{port}").detail
 
 
 @pytest.mark.parametrize(
@@ -62,3 +66,16 @@ def test_what_it_is_set_to(args, warnings):
             return
         assert "version " in finding.detail and finding.detail.count("warning: ") == len(warnings)
         assert all(warning in finding.detail for warning in warnings)
+
+
+@with_redis
+def test_each_master_of_a_cluster_is_asked_and_that_of_sentinels():
+    with cluster_group() as nodes:
+        config = msgspec.structs.replace(CONFIG, tiers=TiersConfig(redis=RedisTierConfig(url=nodes.url)))
+        findings = check_redis(Context(config))
+        assert [finding.ok for finding in findings] == [True] * 3
+        assert {one.detail.partition(":")[0] for one in findings} == {"redis"}
+        assert all("maxmemory 64.0 MiB, maxmemory-policy allkeys-lru" in finding.detail for finding in findings)
+    with sentinel_group() as group:
+        finding = finding_for(group.url)
+        assert finding.ok and group.master.url in finding.detail

@@ -124,14 +124,21 @@ CASES: list[tuple[dict[str, object], str, Fate, str, dict[str, object]]] = [
     ({"remote_url": "rediss://:pw@c"}, "remote_url", MAPPED, "rediss://:...@c$", redis("rediss://:pw@c")),
     ({"remote_url": "resp://c:1"}, "remote_url", MAPPED, "redis://c:1", redis("redis://c:1")),
     ({"remote_url": "valkey://c:1"}, "remote_url", MAPPED, "redis://c:1", redis("redis://c:1")),
-    ({"remote_url": "redis://a:1,b:2"}, "remote_url", REFUSED, "one server|cannot be read", {}),
+    ({"remote_url": "redis://a:1,b:2"}, "remote_url", REFUSED, "redis-sentinel:// or redis-cluster://", {}),
+    *(
+        ({"remote_url": url}, "remote_url", MAPPED, said, redis(url))
+        for url, said in [
+            ("redis-sentinel://u:pw@a:1,b:2/main", "redis-sentinel://u:...@a:1,b:2/main$"),
+            ("redis-sentinel://a:1,b:2", "a:1,b:2, its service is REDIS_SERVICE_NAME of the environment"),
+            ("redis-cluster://a:1,b:2", "redis-cluster://a:1,b:2$"),
+        ]
+    ),
+    ({"remote_url": "redis-cluster://a:x"}, "remote_url", REFUSED, "names no server; write redis-cluster", {}),
     ({"remote_url": "redis://"}, "remote_url", REFUSED, "names no host", {}),
     ({"remote_url": "cache:6379"}, "remote_url", REFUSED, "no URL", {}),
     *(
         ({"remote_url": f"{scheme}://h:1"}, "remote_url", REFUSED, f"no tier for {scheme}://; nearest: .*{near}", {})
         for scheme, near in {
-            "redis-sentinel": "redis://HOST:PORT",
-            "redis-cluster": "redis://HOST:PORT",
             "mooncakestore": "nodes share their memory",
             "lm": "metadata server",
             "infinistore": "RDMA",

@@ -16,10 +16,11 @@ from support.tier_rigs import FINGERPRINT, chunk_of, content, name_of, room_for
 
 from kvstore.tiers.base import TierOutcome
 from kvstore.tiers.limits import RedisLimits
+from kvstore.tiers.places.redis_url import parse_server
 from kvstore.tiers.redis import RedisTier
 from kvstore.tiers.redis_parts import part_key
 from kvstore.tiers.resp import RespConnection, RespRefusal, command
-from kvstore.tiers.resp_client import RespClient, parse_server
+from kvstore.tiers.resp_client import RespClient
 from transfer.blocking import BatchDeadline
 
 OK, MISSING, AWAY = TierOutcome.OK, TierOutcome.MISSING, TierOutcome.UNAVAILABLE

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import pytest
 
 from kvcore.errors import ConfigError, TransferTimeoutError
+from kvstore.tiers.places.redis_url import RedisPlaces, parse_redis_url, parse_server
 from kvstore.tiers.resp import RespConnection, RespError, RespRefusal, command
-from kvstore.tiers.resp_client import RespClient, _Use, parse_server
+from kvstore.tiers.resp_client import RespClient, _Resolved, _Use
 from transfer.blocking import BatchDeadline
 
 
@@ -37,7 +38,8 @@ def test_replies_are_the_same_in_whatever_pieces_they_come(pair, step):
     thread.start()
     assert [connection.reply() for _ in VALUES] == VALUES
     thread.join()
-    assert connection.refusal == RespRefusal("OOM no room") and connection.refusal.code == "OOM"
+    assert list(connection.refusals.values()) == [RespRefusal("OOM no room")]
+    assert connection.refusals["OOM no room"].code == "OOM"
     assert connection.owed == 0
 
 
@@ -137,11 +139,12 @@ async def test_what_was_given_up_connects_nowhere():
     with socket.create_server(("127.0.0.1", 0)) as listening:
         listening.settimeout(0)
         address = listening.getsockname()
-        client = RespClient(parse_server(f"redis://127.0.0.1:{address[1]}", {}), 1)
+        server = parse_server(f"redis://127.0.0.1:{address[1]}", {})
+        client = RespClient(server, 1)
         use = _Use()
         use.stop()
         with pytest.raises(RespError):
-            client._connect(use, [(socket.AF_INET, address)] * 2, BatchDeadline(10.0))
+            client._connect(use, _Resolved(server, [(socket.AF_INET, address)] * 2), BatchDeadline(10.0))
         with pytest.raises(BlockingIOError):
             listening.accept()
         await client.aclose()
@@ -159,12 +162,33 @@ def test_urls_that_name_a_server():
     assert parse_server("redis://h", {"REDIS_PASSWORD": "general"}).password == "general"
 
 
+def test_urls_that_name_sentinels_or_the_nodes_of_a_cluster():
+    environment = {"REDIS_PASSWORD": "from there", "KVFERRY_SENTINEL_PASSWORD": "theirs", "REDIS_SERVICE_NAME": "usual"}
+    named = parse_redis_url("redis-sentinel://:p%40ss@a,[::1]:7000/main/2", environment)
+    assert isinstance(named, RedisPlaces) and (named.kind, named.service) == ("sentinel", "main")
+    assert [(one.host, one.port, one.database, one.password) for one in named.servers] == [
+        ("a", 26379, 2, "p@ss"),
+        ("::1", 7000, 2, "p@ss"),
+    ]
+    assert named.sentinel_password == "theirs" and named.shown == "redis-sentinel://a:26379,[::1]:7000/main"
+    assert "p@ss" not in repr(named) and "theirs" not in repr(named)
+    named = parse_redis_url("redis-sentinel://user:pw@a", environment)
+    assert isinstance(named, RedisPlaces) and named.service == "usual" and named.servers[0].user == "user"
+    named = parse_redis_url("rediss-cluster://a,b:7001", environment)
+    assert isinstance(named, RedisPlaces) and named.servers[1].encrypted and named.servers[1].password == "from there"
+    assert named.kind == "cluster" and named.shown == "rediss-cluster://a:6379,b:7001"
+
+
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("redis-sentinel://h:26379", "Sentinel"),
-        ("redis+cluster://h", "Cluster"),
-        ("redis://a:1,b:2", "Cluster"),
+        ("redis-sentinel://h:26379", "names no service.*REDIS_SERVICE_NAME"),
+        ("redis-sentinel://h:26379/main/x", "names no server; write redis-sentinel"),
+        ("redis-sentinel://a,,b/main", "names no server; write redis-sentinel"),
+        ("redis-cluster://a:1,b:2/3", "names no server; write redis-cluster"),
+        ("redis-cluster://u:secret@a:1,b:x", "names no server; write redis-cluster"),
+        ("redis+cluster://h", "names no server"),
+        ("redis://a:1,b:2", "several servers"),
         ("http://user:secret@h", "names no server"),
         ("redis://", "names no server"),
         ("redis://cache..local", "names no server"),
@@ -176,5 +200,5 @@ def test_urls_that_name_a_server():
 )
 def test_urls_that_do_not(url, words):
     with pytest.raises(ConfigError, match=words) as caught:
-        parse_server(url, {})
+        parse_redis_url(url, {})
     assert "secret" not in caught.value.message and "cret@" not in caught.value.message
