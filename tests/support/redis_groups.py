@@ -1,5 +1,6 @@
 """Several Redis servers of a test's own that belong together: a master with a replica and sentinels, or a cluster."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -17,10 +18,10 @@ _WAIT_S = 30.0
 
 def until(check: Callable[[], bool], what: str) -> None:
     """Polls: servers tell nobody."""
-    end = time.monotonic() + _WAIT_S
+    end, pause = time.monotonic() + _WAIT_S, threading.Event()
     while not check():
         assert time.monotonic() < end, f"not within {_WAIT_S:g} s: {what}"
-        time.sleep(0.02)
+        pause.wait(0.02)
 
 
 class SentinelGroup:
