@@ -12,6 +12,7 @@ from engines.sim.build import build_sim_engine
 from engines.sim.runner import sim_spec
 from kvcore.clock import Clock
 from kvcore.config.file import node_config
+from kvcore.config.kv_identity import declared_kv
 from kvcore.config.schema import ClusterConfig, EngineConfig, SimEngineConfig, TorchEngineConfig
 from kvcore.types import KVSpec
 from kvstore.store import KVStore
@@ -37,4 +38,7 @@ def build_engine(config: ClusterConfig, node_name: str, make_store: StoreFactory
     assert isinstance(engine, TorchEngineConfig), "vLLM has stores of its own: see engines.process.child"
     from engines.torch.engine import build_torch_engine
 
-    return build_torch_engine(config.model, engine, chunk_tokens, make_store, clock, store_timeout_s=timeout_s)
+    declared = declared_kv(config)
+    return build_torch_engine(
+        config.model, engine, chunk_tokens, make_store, clock, declared=declared, store_timeout_s=timeout_s
+    )

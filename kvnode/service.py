@@ -191,9 +191,9 @@ def _supervisor(
             await membership.release_writer()  # prober and promoter write in the node's name, too
 
     def ready(engine: EngineProcess) -> None:
-        membership.announce(engine.info.kv_spec)
         if tiers is not None:
             tiers.engine_ready(engine.info.kv_spec)
+        membership.announce(engine.info.kv_spec)
 
     return EngineSupervisor(
         make,

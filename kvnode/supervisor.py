@@ -51,7 +51,8 @@ TRANSITIONS: Mapping[EngineState, frozenset[EngineState]] = {
 
 class EngineSupervisor:
     """Run it in a task. `make` gives an engine's process, not yet entered; `on_ready` is called with each once it is
-    ready. After each process's end `on_end` is awaited: it bounds itself and does not raise."""
+    ready, and raises ConfigError for one that does not fit. After each process's end `on_end` is awaited: it bounds
+    itself and does not raise."""
 
     def __init__(
         self,
@@ -143,8 +144,8 @@ class EngineSupervisor:
         async with self._make() as engine:
             self._engine = engine
             try:
-                self._set_state(EngineState.READY)
                 self._on_ready(engine)
+                self._set_state(EngineState.READY)
                 self._ready.set()
                 return await engine.wait_ended()
             finally:

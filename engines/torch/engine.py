@@ -15,7 +15,7 @@ from engines.paged.loop import EngineLoop
 from engines.paged.options import EngineOptions
 from engines.torch.model import LoadedModel, load_checked, model_dtype
 from engines.torch.runner import TorchRunner
-from engines.torch.spec import build_kv_spec
+from engines.torch.spec import DeclaredKV, build_kv_spec
 from kvcore.clock import Clock, SystemClock
 from kvcore.config.schema import ModelConfig, TorchEngineConfig
 from kvcore.errors import ConfigError
@@ -35,11 +35,15 @@ def build_torch_engine(
     store_factory: StoreFactory,
     clock: Clock | None = None,
     *,
+    declared: DeclaredKV = (),
     store_timeout_s: float = 30.0,
 ) -> Engine:
-    """An engine that loads on entering, off the loop. Entering raises ModelLoadError and ConfigError."""
+    """An engine that loads on entering, off the loop. Entering raises ModelLoadError and ConfigError. `declared`: what
+    else its KV depends on (see KVSpec)."""
     options = EngineOptions.of(engine, store_timeout_s)
-    return TorchEngine(model, engine, options, chunk_tokens, store_factory, clock=clock or SystemClock())
+    return TorchEngine(
+        model, engine, options, chunk_tokens, store_factory, declared=declared, clock=clock or SystemClock()
+    )
 
 
 class TorchEngine:
@@ -53,6 +57,7 @@ class TorchEngine:
         chunk_tokens: int,
         store_factory: StoreFactory,
         *,
+        declared: DeclaredKV = (),
         clock: Clock,
     ) -> None:
         _check_config(engine, chunk_tokens)
@@ -60,6 +65,7 @@ class TorchEngine:
         self._engine = engine
         self._options = options
         self._chunk_tokens = chunk_tokens
+        self._declared = declared
         self._store_factory = store_factory
         self._clock = clock
         self._stack = AsyncExitStack()
@@ -85,7 +91,7 @@ class TorchEngine:
         check_memory(files, int(dtype.itemsize), self._engine.kv_cache, available_memory().size_bytes)
         loaded = load_checked(files, self._model, self._engine, dtype)
         num_blocks = count_blocks(loaded, self._engine.kv_cache, self._chunk_tokens)
-        spec = build_kv_spec(loaded, self._model.name, self._chunk_tokens)
+        spec = build_kv_spec(loaded, self._model.name, self._chunk_tokens, self._declared)
         return TorchRunner(loaded, spec, num_blocks=num_blocks, threads=self._engine.threads)
 
     @property

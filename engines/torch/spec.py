@@ -26,8 +26,17 @@ _ATTENTION_KEYS = (
 )
 
 
+DeclaredKV = tuple[tuple[str, str], ...]
+"""As KVSpec's `declared`."""
+
+
 def build_kv_spec(
-    loaded: LoadedModel, model_id: str, chunk_tokens: int, *, digest_cache: Path | None = DIGEST_CACHE
+    loaded: LoadedModel,
+    model_id: str,
+    chunk_tokens: int,
+    declared: DeclaredKV = (),
+    *,
+    digest_cache: Path | None = DIGEST_CACHE,
 ) -> KVSpec:
     """The spec of `loaded`'s KV. Reads all weights unless `digest_cache` knows them (None: no cache). Blocks.
 
@@ -49,7 +58,7 @@ def build_kv_spec(
         layout_id=geometry.layout_id,
         chunk_tokens=chunk_tokens,
         chunk_bytes=chunk_tokens * geometry.token_bytes,
-        declared=(("engine.block_size", str(geometry.block_size)), ("model.dtype", dtype)),
+        declared=tuple(sorted((("engine.block_size", str(geometry.block_size)), ("model.dtype", dtype), *declared))),
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import msgspec
 from pydantic import ValidationError
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -22,6 +23,7 @@ from engines.provenance import DIGEST_CACHE, FileStamp, check_unchanged, weights
 from engines.vllm.arguments import command_line
 from engines.vllm.connector.settings import ConnectorSettings, Provenance, to_extra_config
 from engines.vllm.stats import VllmStats
+from kvcore.config.kv_identity import declared_kv
 from kvcore.config.schema import ClusterConfig, VllmEngineConfig
 from kvcore.errors import ConfigError, EngineError, KVFerryError, ModelLoadError
 from kvcore.model_folder import file_digest, find_folder
@@ -123,7 +125,7 @@ def connector_settings(start: VllmStart, provenance: Provenance, bus_path: str |
         store=store_settings(config, node_id=start.node_id, incarnation=start.incarnation, host_id=start.host_id),
         chunk_tokens=config.kv.chunk_tokens,
         save_output=start.engine.save_output,
-        provenance=provenance,
+        provenance=msgspec.structs.replace(provenance, declared=declared_kv(config)),
         bus=bus_path,
         cpus=tuple(sorted(os.sched_getaffinity(0))),
     )

@@ -7,6 +7,7 @@ import msgspec
 from kvcore.config.fields import ByteSize, Count, Seconds, Section, Text
 
 Admission = Literal["always", "second_use"]
+Codec = Literal["none", "lossless", "int8"]
 
 
 class TierConfig(Section, frozen=True, kw_only=True):
@@ -18,6 +19,9 @@ class TierConfig(Section, frozen=True, kw_only=True):
     """A chunk is forgotten so long after it was saved. Not set: it is kept until room is needed."""
     timeout_s: Seconds = 2.0
     """For one call; what a request waits for a tier is bounded by `tiers.wait_s` besides."""
+    codec: Codec = "none"
+    """How chunks are made smaller there. `lossless` needs `kvferry[codec]`. `int8` is lossy: the whole cluster's KV is
+    another kind then, which shares nothing with others'."""
     in_flight: ByteSize = ByteSize(256 << 20)
     """Bytes on their way to and from the tier at once, of one node."""
 

@@ -82,7 +82,11 @@ RULES: Sequence[KeyRule] = (
         mapping.remote_url,
     ),
     _mapped("storage", "`tiers.redis.url`, from `{type: redis, host, port}`", mapping.storage, doubtful=True),
-    _mapped("remote_serde", "ignored: chunks are kept as they are, never lossy", mapping.remote_serde),
+    _mapped(
+        "remote_serde",
+        "ignored: chunks are kept as they are; nearest to cachegen: `tiers.*.codec: int8`",
+        mapping.remote_serde,
+    ),
     _mapped("save_decode_cache", "`engine.save_output`", mapping.save_decode_cache),
     _mapped("save_unfull_chunk", "ignored: the unfinished last chunk is always stored", mapping.save_unfull_chunk),
     _mapped(

@@ -176,7 +176,7 @@ def remote_serde(_: Draft, value: object) -> Verdict:
     """How bytes are written to the remote store."""
     if str(value).lower() == "naive":
         return Fate.IGNORED, "tiers hold chunks as they are"
-    return Fate.IGNORED, f"{value} is lossy; tiers hold chunks as they are, which takes more room"
+    return Fate.IGNORED, f"{value} is lossy; tiers hold chunks as they are; nearest: codec: int8 in the tier's section"
 
 
 def cache_policy(_: Draft, value: object) -> Verdict:

@@ -21,6 +21,7 @@ from kvnode.tiers.marker import GenerationMarker
 from kvnode.tiers.own_segment import OwnSegment
 from kvnode.tiers.promoter import ChunkShape, Peers, TierPromoter
 from kvnode.tiers.warmer import TierWarmer
+from kvstore.codecs.tier import CodecTier
 from kvstore.placement import Placement
 from kvstore.tiers.base import LocalTier, Tier
 from kvstore.tiers.guarded import GuardedTier
@@ -51,6 +52,7 @@ class NodeTiers:
 
     config: TiersConfig
     tiers: list[GuardedTier]
+    codecs: list[CodecTier]
     filler: TierFiller
     promoter: TierPromoter
     marker: GenerationMarker
@@ -59,7 +61,9 @@ class NodeTiers:
     _shape: ChunkShape | None = field(default=None)
 
     def engine_ready(self, spec: KVSpec) -> None:
-        """The node's engine makes and reads KV of this kind."""
+        """The node's engine makes and reads KV of this kind. Raises ConfigError where a tier's codec cannot."""
+        for codec in self.codecs:
+            codec.use(spec)
         self.marker.use(spec)
         if spec.tp_size > 1:  # each chunk lies there once a rank, under keys of its own
             self._shape = None
@@ -146,10 +150,12 @@ async def open_node_tiers(
     """Takes over the closing of the tiers and of `placement`. Their tasks run until it is left."""
     async with AsyncExitStack() as stack:
         stack.push_async_callback(placement.aclose, limits.close_s)
-        guards = []
+        guards, codecs = list[GuardedTier](), list[CodecTier]()
         for one in opened:
-            guard = GuardedTier(one.tier, clock, in_flight_bytes=int(one.config.in_flight))
+            codec = CodecTier(one.tier, one.config.codec)
+            guard = GuardedTier(codec, clock, in_flight_bytes=int(one.config.in_flight))
             stack.push_async_callback(guard.aclose)
+            codecs.append(codec)
             guards.append(guard)
         filled = [
             FilledTier(guard, one.config.admission, one.config.ttl_s, one.config.timeout_s)
@@ -162,7 +168,7 @@ async def open_node_tiers(
         stack.push_async_callback(promoter.aclose)
         marker = GenerationMarker(guards, node, host_id, limits)
         stack.push_async_callback(marker.aclose)
-        tiers = NodeTiers(config, guards, filler, promoter, marker)
+        tiers = NodeTiers(config, guards, codecs, filler, promoter, marker)
         work = [filler.run(), marker.run()]
         for one, guard in zip(opened, guards, strict=True):
             if is_local(one.tier):

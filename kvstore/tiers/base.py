@@ -139,6 +139,10 @@ class Tier(Protocol):
         """Whether each is there now, as far as the tier can tell in time; False where it cannot."""
         ...
 
+    async def sizes(self, names: Sequence[ChunkName], *, timeout_s: float) -> list[int | TierOutcome]:
+        """How long each is as it was saved, header and payload; or why that cannot be told, MISSING as a rule."""
+        ...
+
     async def load(self, chunks: Sequence[TierChunk], *, timeout_s: float) -> list[TierOutcome]:
         """Fill each chunk's memory. OK: all of it, as it was saved. What one chunk meets does not spoil the others."""
         ...

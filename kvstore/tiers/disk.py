@@ -65,6 +65,13 @@ class DiskTier:
         """See `Tier`. From memory."""
         return [not self._pool.closed and self._alive(name) is not None for name in names]
 
+    async def sizes(self, names: Sequence[ChunkName], *, timeout_s: float) -> list[int | TierOutcome]:
+        """See `Tier`. From memory."""
+        if self._pool.closed:
+            return [TierOutcome.UNAVAILABLE] * len(names)
+        alive = [self._alive(name) for name in names]
+        return [TierOutcome.MISSING if held is None else held.entry.num_bytes for held in alive]
+
     async def load(self, chunks: Sequence[TierChunk], *, timeout_s: float) -> list[TierOutcome]:
         """See `Tier`."""
         outcomes = [TierOutcome.UNAVAILABLE] * len(chunks)

@@ -254,7 +254,7 @@ def _entry_of(number: int, raw: bytes) -> SlabEntry | None:
         return None
     header = parse(raw[:HEADER_BYTES])
     offset, num_bytes, used_at, ends_at = _EXTRA.unpack_from(raw, HEADER_BYTES)
-    if header is None or num_bytes != HEADER_BYTES + header.payload_length:
+    if header is None or num_bytes > HEADER_BYTES + header.payload_length:  # less: it is encoded
         return None
     return SlabEntry(number, raw[:HEADER_BYTES], offset, num_bytes, used_at, ends_at)
 

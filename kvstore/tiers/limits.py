@@ -52,6 +52,8 @@ class ObjectLimits:
     """Header and payload."""
     close_s: float = 1.0
     """For calls that nobody waits for any more, when the tier is closed."""
+    max_remembered: int = 4096
+    """Objects whose sizes are known from having been found."""
     page_objects: int = 1000
     """That are listed, or removed, by one request."""
     max_generations: int = 4096

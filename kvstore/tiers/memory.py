@@ -46,6 +46,13 @@ class MemoryTier:
         reached = await self._reached(timeout_s)
         return [reached and self._alive(name) is not None for name in names]
 
+    async def sizes(self, names: Sequence[ChunkName], *, timeout_s: float) -> list[int | TierOutcome]:
+        """See `Tier`."""
+        if not await self._reached(timeout_s):
+            return [TierOutcome.UNAVAILABLE] * len(names)
+        values = [self._alive(name) for name in names]
+        return [TierOutcome.MISSING if value is None else len(value) for value in values]
+
     async def load(self, chunks: Sequence[TierChunk], *, timeout_s: float) -> list[TierOutcome]:
         """See `Tier`."""
         if not await self._reached(timeout_s):

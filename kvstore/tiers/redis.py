@@ -15,7 +15,7 @@ from kvstore.tiers import redis_generations
 from kvstore.tiers.base import ChunkName, Cleared, GenerationList, TierChunk, TierOutcome, TierStats
 from kvstore.tiers.limits import RedisLimits
 from kvstore.tiers.redis_generations import RedisGenerations
-from kvstore.tiers.redis_parts import HEAD, MAGIC, num_parts, part_key, parts_there, views_of
+from kvstore.tiers.redis_parts import HEAD, MAGIC, num_parts, part_key, parts_there, stored_bytes, views_of
 from kvstore.tiers.resp import RespConnection, RespRefusal, RespValue, command
 from kvstore.tiers.resp_client import ELSEWHERE, RespClient
 
@@ -67,6 +67,22 @@ class RedisTier:
         if names:
             await self._run(self._questions, [ask], timeout_s)
         return found
+
+    async def sizes(self, names: Sequence[ChunkName], *, timeout_s: float) -> list[int | TierOutcome]:
+        """See `Tier`. As part 0 says."""
+        sizes: list[int | TierOutcome] = [TierOutcome.UNAVAILABLE] * len(names)
+
+        def ask(connection: RespConnection) -> None:
+            heads = [command(b"GETRANGE", part_key(name, 0), b"0", b"%d" % (HEAD.size - 1)) for name in names]
+            self._send(connection, heads)
+            for at in range(len(names)):
+                reply = self._reply(connection)
+                size = _refused(reply) if isinstance(reply, RespRefusal) else stored_bytes(reply)
+                sizes[at] = TierOutcome.MISSING if size is None else size
+
+        if names:
+            await self._run(self._questions, [ask], timeout_s)
+        return sizes
 
     async def load(self, chunks: Sequence[TierChunk], *, timeout_s: float) -> list[TierOutcome]:
         """See `Tier`."""

@@ -37,15 +37,21 @@ def views_of(chunk: TierChunk, part: int, limits: RedisLimits) -> list[memoryvie
     return views
 
 
+def stored_bytes(head: object) -> int | None:
+    """How long the chunk is whose part 0 begins so; None: it is none."""
+    if not isinstance(head, bytes) or len(head) != HEAD.size:
+        return None
+    magic, num_bytes = HEAD.unpack(head)
+    return int(num_bytes) if magic == MAGIC else None
+
+
 def parts_there(connection: RespConnection, names: Sequence[ChunkName], limits: RedisLimits) -> list[list[bytes]]:
     """The keys of each chunk's parts, as its part 0 says: none where that is not there, one where it says nothing."""
     reads = [command(b"GETRANGE", part_key(name, 0), b"0", b"%d" % (HEAD.size - 1)) for name in names]
     connection.send(reads, replies=len(names))
     found = []
     for name, head in [(name, connection.reply()) for name in names]:
-        parts = 0 if head == b"" else 1
-        if isinstance(head, bytes) and len(head) == HEAD.size:
-            magic, num_bytes = HEAD.unpack(head)
-            parts = num_parts(min(num_bytes, limits.max_chunk_bytes), limits) if magic == MAGIC else 1
+        num_bytes = stored_bytes(head)
+        parts = 0 if head == b"" else num_parts(min(num_bytes or 0, limits.max_chunk_bytes), limits)
         found.append([part_key(name, part) for part in range(parts)])
     return found

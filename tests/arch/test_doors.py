@@ -10,6 +10,7 @@ PUBLIC = {
     "metadata_server": {"client", "connect", "messages", "cache_messages"},
     "kvstore": {
         *("store", "types", "settings", "wiring", "put_session", "placement", "manifest", "chunk_format"),
+        "codecs",
         "tiers",
     },
 }

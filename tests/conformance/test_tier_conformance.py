@@ -78,6 +78,16 @@ async def test_what_was_saved_is_loaded(rig, size, parts):
 
 
 @every()
+async def test_how_long_a_chunk_is_there_can_be_told(rig):
+    chunks = [chunk_of(name_of(number), size) for number, size in enumerate([100, 4000, 300_000])]
+    assert await save(rig, *chunks) == [OK] * 3
+    *sizes, missing = await rig.tier.sizes([*(chunk.name for chunk in chunks), name_of(9)], timeout_s=CALL_S)
+    assert missing is MISSING and all(0 < size <= chunk.num_bytes for size, chunk in zip(sizes, chunks, strict=True))
+    await rig.tier.aclose()
+    assert await rig.tier.sizes([chunks[0].name], timeout_s=CALL_S) == [AWAY]
+
+
+@every()
 async def test_a_batch_has_an_outcome_a_chunk_whatever_the_others_meet(rig):
     chunks = [chunk_of(name_of(number), 1000 * number + 1) for number in range(8)]
     assert await save(rig, *chunks[::2]) == [OK] * 4

@@ -10,6 +10,7 @@ import pytest
 from support.cluster import ClusterHandle, cluster
 from support.redis_server import redis_server, with_redis
 from support.s3_server import s3_server, with_s3
+from support.tiny_models import make_tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -128,3 +129,26 @@ async def test_a_cluster_that_was_stopped_finds_all_it_computed_in_its_bucket(
             assert second == first and cached == NUM_PROMPTS * CHUNKS * 64
             log = "".join(path.read_text() for path in two.rglob("*.log"))
             assert server.credentials["AWS_SECRET_ACCESS_KEY"] not in log
+
+
+async def test_kv_that_went_through_int8_is_found_again_and_is_no_kv_of_an_exact_cluster(tmp_path: Path) -> None:
+    model = make_tiny_model("llama", tmp_path / "model")
+    prompts = [prompt[: 64 * 6 + 1] for prompt in PROMPTS[:4]]
+    fingerprints, cached_tokens = [], []
+    for number, codec in enumerate(["int8", "int8", "none"]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        tiers = [f"tiers.disk={{path: {tmp_path}/disk, size: 32MiB, codec: {codec}}}"]
+        async with cluster(folder, engine="torch", model=model, prefillers=0, decoders=1, overrides=tiers) as subject:
+            _, cached = await ask_all(subject, prompts)
+            cached_tokens.append(cached)
+
+            async def all_saved(subject: ClusterHandle = subject) -> bool:
+                return await saved(subject, subject.nodes) >= 6 * len(prompts)
+
+            await subject.until(all_saved, 20)
+            report = await subject.node_info("decode-0")
+            fingerprints.append(report.node.fingerprint)
+            assert not any(tier.counts.get("damaged", 0) for tier in report.tiers)
+    assert cached_tokens == [0, 6 * 64 * len(prompts), 0]
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]

@@ -17,6 +17,7 @@ from kvcore.clock import ManualClock, SystemClock
 from kvcore.config.tiers import MooncakeTierConfig, ObjectTierConfig
 from kvcore.types import ChunkKey
 from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, checksum, pack
+from kvstore.codecs.tier import CodecTier
 from kvstore.tiers.base import ChunkName, Tier, TierChunk
 from kvstore.tiers.disk import open_disk
 from kvstore.tiers.limits import ObjectLimits, RedisLimits
@@ -245,6 +246,26 @@ async def mooncake_rig() -> AsyncIterator[TierRig]:
         await tier.aclose()
 
 
+@asynccontextmanager
+async def lossless_rig(under: Callable[[], AbstractAsyncContextManager[TierRig]]) -> AsyncIterator[TierRig]:
+    """A codec over another kind's rig: half of each chunk of a test gets smaller."""
+    async with under() as rig:
+        rig.tier = CodecTier(rig.tier, "lossless")
+        reopen_under = rig.reopen
+
+        @asynccontextmanager
+        async def reopen() -> AsyncIterator[Tier]:
+            assert reopen_under is not None
+            async with reopen_under() as tier:
+                other = CodecTier(tier)  # with another setting
+                yield other
+                await other.aclose()
+
+        rig.reopen = reopen if reopen_under is not None else None
+        yield rig
+        await rig.tier.aclose()
+
+
 @dataclass(frozen=True)
 class RigKind:
     """How a kind of tier is opened for a test, which of a rig's abilities it has, and the marks of its tests."""
@@ -267,6 +288,10 @@ KINDS = {
     "redis_cluster": RigKind(cluster_rig, _REDIS, needs_redis),
     "valkey": RigKind(lambda: redis_rig(VALKEY or "valkey-server"), _REDIS, needs_valkey),
     "folder": RigKind(folder_rig, _OBJECT),
+    "lossless_memory": RigKind(lambda: lossless_rig(memory_rig), frozenset({"bound", "advance", "damage"})),
+    "lossless_disk": RigKind(lambda: lossless_rig(disk_rig), _DISK - {"lists"}),
+    "lossless_folder": RigKind(lambda: lossless_rig(folder_rig), _OBJECT - {"lists"}),
+    "lossless_redis": RigKind(lambda: lossless_rig(lambda: redis_rig("redis-server")), _REDIS - {"lists"}, needs_redis),
     "s3": RigKind(s3_rig, _OBJECT | {"stop", "start", "freeze", "thaw"}, needs_s3),
 }
 """A line a kind of tier. `bound`: it has a capacity of its own. `lists`: it knows which generations lie in it; `marks`:
@@ -284,9 +309,9 @@ def name_of(number: int, fingerprint: bytes = FINGERPRINT) -> ChunkName:
 
 
 def chunk_of(name: ChunkName, payload_bytes: int, *, parts: int = 1, generation: int = 1) -> TierChunk:
-    """A chunk with random payload that its name decides, in `parts` views of different lengths."""
+    """A chunk with a payload that its name decides, zeros and then random, in `parts` views of different lengths."""
     dice = random.Random(name.key)
-    payload = dice.randbytes(payload_bytes)
+    payload = bytes(payload_bytes // 2) + dice.randbytes(payload_bytes - payload_bytes // 2)
     header = ChunkHeader(name.key, name.fingerprint, 64, payload_bytes, checksum([memoryview(payload)]), generation)
     whole = memoryview(bytearray(pack(header) + payload))
     cuts = sorted(dice.sample(range(1, len(whole)), parts - 1))

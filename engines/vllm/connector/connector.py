@@ -89,8 +89,9 @@ class KVFerryConnector(KVConnectorBase_V1):  # type: ignore[misc]
             block_size=self._vllm_config.cache_config.block_size,
         )
         rank, size = parallel.rank % parallel.tensor_parallel_size, parallel.tensor_parallel_size
-        declared = declared_factors(_facts(self._vllm_config, list(kv_caches)))
-        provenance = msgspec.structs.replace(self._settings.provenance, declared=declared)
+        provenance = self._settings.provenance
+        declared = (*provenance.declared, *declared_factors(_facts(self._vllm_config, list(kv_caches))))
+        provenance = msgspec.structs.replace(provenance, declared=tuple(sorted(declared)))
         self._settings = msgspec.structs.replace(self._settings, provenance=provenance)
         self._worker = WorkerHalf(self._settings, blocks, rank, size, limits=self._limits)
         self._spec = self._worker.spec

@@ -17,7 +17,8 @@ class Provenance(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     tokenizer_digest: str
     attention: str
     declared: tuple[tuple[str, str], ...] = ()
-    """Empty before vLLM runs: what it declares is known once its model is loaded (`kv_factors`)."""
+    """Before vLLM runs what the cluster file declares; what vLLM itself does is known once its model is loaded
+    (`kv_factors`)."""
 
 
 class ConnectorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

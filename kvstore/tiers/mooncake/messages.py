@@ -10,6 +10,8 @@ class MooncakeOperation(StrEnum):
 
     FIND = "find"
     """A code a key: 1 it is there, 0 it is not."""
+    SIZES = "sizes"
+    """A code a key: the value's bytes, as they lie there."""
     LOAD = "load"
     """A code a key: the value's bytes, now in the buffer."""
     SAVE = "save"

@@ -71,6 +71,13 @@ class MooncakeTier:
         codes = await self._ask(MooncakeOperation.FIND, [key_of(name) for name in names], timeout_s)
         return [code == 1 for code in codes] if codes is not None else [False] * len(names)
 
+    async def sizes(self, names: Sequence[ChunkName], *, timeout_s: float) -> list[int | TierOutcome]:
+        """See `Tier`."""
+        codes = await self._ask(MooncakeOperation.SIZES, [key_of(name) for name in names], timeout_s)
+        if codes is None:
+            return [TierOutcome.UNAVAILABLE] * len(names)
+        return [code if code >= 0 else _LOADED.get(code, TierOutcome.UNAVAILABLE) for code in codes]
+
     async def load(self, chunks: Sequence[TierChunk], *, timeout_s: float) -> list[TierOutcome]:
         """See `Tier`. What lies there in another size than asked for is TOO_LARGE, as is more than the buffer."""
         outcomes, fitting = self._sorted_out(chunks)

@@ -31,6 +31,7 @@ class _Store:
         replicate.replica_num = 1
         self._calls: dict[MooncakeOperation, Callable[[MooncakeRequest], list[int]]] = {
             MooncakeOperation.FIND: lambda asked: store.batch_is_exist(asked.keys),
+            MooncakeOperation.SIZES: lambda asked: [store.get_size(key) for key in asked.keys],
             MooncakeOperation.LOAD: lambda asked: store.batch_get_into(asked.keys, self._places(asked), asked.sizes),
             MooncakeOperation.SAVE: self._save,
             MooncakeOperation.REMOVE: lambda asked: store.batch_remove(asked.keys, True),

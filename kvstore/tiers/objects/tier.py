@@ -4,6 +4,7 @@ Owns the names: `PREFIX/FINGERPRINT/KEY`, both in hex. A put is atomic in every 
 """
 
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,7 @@ from kvcore.clock import Clock
 from kvcore.config.tiers import ObjectTierConfig, TierConfig
 from kvcore.errors import ConfigError, TransferTimeoutError
 from kvcore.telemetry import log_fields
-from kvstore.chunk_format import HEADER_BYTES, parse
+from kvstore.codecs.frame import FRONT_BYTES, is_whole
 from kvstore.tiers.base import ChunkName, Cleared, GenerationList, TierChunk, TierOutcome, TierStats
 from kvstore.tiers.limits import ObjectLimits
 from kvstore.tiers.objects.calls import CallPool, Grip
@@ -33,6 +34,8 @@ _LATE = "it did not answer in time"
 class _Answer:
     outcome: TierOutcome
     problem: str | None = None
+    num_bytes: int | None = None
+    """Of an object that is there."""
 
 
 _Job = Callable[[Grip], _Answer]
@@ -52,6 +55,8 @@ class ObjectTier:
         self._chunks = CallPool("object-tier", connections)
         self._questions = CallPool("object-tier-ask", limits.questions)
         self._errands = CallPool("object-tier-errands", 1)
+        self._sizes: OrderedDict[ChunkName, int] = OrderedDict()
+        """Of objects that were found lately."""
         self._problem: str | None = None
         self._told = ""
 
@@ -64,11 +69,30 @@ class ObjectTier:
         found, deadline = [False] * len(names), BatchDeadline(timeout_s)
         for start in range(0, len(names), self._limits.questions):
             some = names[start : start + self._limits.questions]
-            outcomes = await self._each(self._questions, [partial(self._head, name) for name in some], deadline)
-            found[start : start + len(some)] = [outcome is TierOutcome.OK for outcome in outcomes]
-            if TierOutcome.OK not in outcomes:
+            answers = await self._ask(some, deadline)
+            found[start : start + len(some)] = [answer.outcome is TierOutcome.OK for answer in answers]
+            if not any(found[start : start + len(some)]):
                 break
         return found
+
+    async def sizes(self, names: Sequence[ChunkName], *, timeout_s: float) -> list[int | TierOutcome]:
+        """See `Tier`. What was found just now is not asked for again."""
+        if self._questions.closed:
+            return [TierOutcome.UNAVAILABLE] * len(names)
+        unknown = [name for name in names if name not in self._sizes]
+        answers = await self._ask(unknown, BatchDeadline(timeout_s))
+        asked = {name: answer.outcome for name, answer in zip(unknown, answers, strict=True)}
+        return [self._sizes.pop(name, asked.get(name, TierOutcome.MISSING)) for name in names]
+
+    async def _ask(self, names: Sequence[ChunkName], deadline: BatchDeadline) -> list[_Answer]:
+        jobs = [partial(self._head, name) for name in names]
+        answers = await self._answers(self._questions, jobs, deadline)
+        for name, answer in zip(names, answers, strict=True):
+            if answer.num_bytes is not None:
+                self._sizes[name] = answer.num_bytes
+        while len(self._sizes) > self._limits.max_remembered:
+            self._sizes.popitem(last=False)
+        return answers
 
     async def load(self, chunks: Sequence[TierChunk], *, timeout_s: float) -> list[TierOutcome]:
         """See `Tier`."""
@@ -138,6 +162,9 @@ class ObjectTier:
         return answer.problem or ""
 
     async def _each(self, pool: CallPool, jobs: Sequence[_Job], deadline: BatchDeadline) -> list[TierOutcome]:
+        return [answer.outcome for answer in await self._answers(pool, jobs, deadline)]
+
+    async def _answers(self, pool: CallPool, jobs: Sequence[_Job], deadline: BatchDeadline) -> list[_Answer]:
         try:
             timeout_s = deadline.remaining()
         except TransferTimeoutError:
@@ -150,7 +177,7 @@ class ObjectTier:
             if self._problem is not None and self._problem != self._told:
                 self._told = self._problem
                 log_fields(_log, logging.WARNING, "object_tier", problem=self._problem)
-        return [answer.outcome for answer in answers]
+        return answers
 
     # --- in threads ---
 
@@ -166,22 +193,19 @@ class ObjectTier:
 
     def _head(self, name: ChunkName, _: Grip) -> _Answer:
         stored = self._bucket.head(name.text)
-        return _Answer(TierOutcome.MISSING if self._ended(stored.end) else TierOutcome.OK)
+        if self._ended(stored.end):
+            return _Answer(TierOutcome.MISSING)
+        return _Answer(TierOutcome.OK, num_bytes=stored.num_bytes)
 
     def _load(self, chunk: TierChunk, grip: Grip) -> _Answer:
         stored, value = self._bucket.get(chunk.name.text, chunk.num_bytes)
         if self._ended(stored.end):
             return _Answer(TierOutcome.MISSING)
         if value is None:
-            whole = stored.num_bytes >= HEADER_BYTES and self._is_whole(chunk.name.text, stored.num_bytes)
+            front = self._bucket.get_front(chunk.name.text, FRONT_BYTES) if stored.num_bytes else b""
+            whole = front is None or is_whole(front, stored.num_bytes)
             return _Answer(TierOutcome.TOO_LARGE if whole else TierOutcome.DAMAGED)
         return _Answer(TierOutcome.OK if grip.scatter(value, chunk.memory) else TierOutcome.UNAVAILABLE)
-
-    def _is_whole(self, path: str, num_bytes: int) -> bool:
-        """Whether an object is as long as its header says; so too where that cannot be seen."""
-        front = self._bucket.get_front(path, HEADER_BYTES)
-        header = None if front is None else parse(front)
-        return front is None or (header is not None and header.payload_length + HEADER_BYTES == num_bytes)
 
     def _save(self, chunk: TierChunk, end: float | None, grip: Grip) -> _Answer:
         if chunk.num_bytes > self.max_chunk_bytes:

@@ -127,6 +127,7 @@ def test_other_weights_dtype_chunk_or_block_are_other_kv_and_named(folder: Path,
         "weights": build_kv_spec(load(other), "m", 64, digest_cache=None),
         "model.dtype": build_kv_spec(load(folder, dtype="bfloat16"), "m", 64, digest_cache=None),
         "kv.chunk_tokens": build_kv_spec(loaded, "m", 128, digest_cache=None),
+        "tiers.codec": build_kv_spec(loaded, "m", 64, (("tiers.codec", "int8.v1"),), digest_cache=None),
         "engine.block_size": build_kv_spec(coarse, "m", 64, digest_cache=None),
     }.items():
         assert list(differing_parts(spec, unlike)) == [cause]

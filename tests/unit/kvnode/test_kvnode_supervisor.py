@@ -97,6 +97,20 @@ async def test_config_error_at_the_first_start_ends_it_with_the_reason() -> None
         await asyncio.wait_for(subject.run(), 20)
 
 
+async def test_an_engine_that_does_not_fit_the_node_ends_it_with_the_reason() -> None:
+    def refuse(_: EngineProcess) -> None:
+        raise ConfigError("its KV cannot be kept here")
+
+    def make() -> EngineProcess:
+        command = (sys.executable, fake_engine.__file__)
+        return EngineProcess(hello("fake"), command=command, start_s=20.0, on_line=print, limits=PATIENT)
+
+    subject = EngineSupervisor(make, SystemClock(), on_ready=refuse, limits=QUICK)
+    with pytest.raises(ConfigError, match="cannot be kept here"):
+        await asyncio.wait_for(subject.run(), 20)
+    assert not subject.ready
+
+
 async def test_engine_that_never_becomes_ready_is_given_up() -> None:
     subject, _ = supervisor("crash")
     with pytest.raises(EngineDiedError, match="status 3"):

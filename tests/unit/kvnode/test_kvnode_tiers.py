@@ -11,6 +11,7 @@ from support.tier_world import TierNode, TierWorld, put_into, shared_tier
 
 from kvcore.config.schema import StoreConfig
 from kvcore.config.tiers import RedisTierConfig, TiersConfig
+from kvcore.errors import ConfigError
 from kvnode.tiers.limits import MoveLimits
 from kvnode.tiers.peers import PeerDisks
 from kvnode.tiers.promoter import ChunkShape
@@ -394,3 +395,22 @@ def test_a_metadata_server_that_starts_again_is_told_again():
             assert len(holdings) == 12
 
     run_sim(main)
+
+
+async def test_a_codec_lies_between_node_and_tier_and_refuses_kv_that_it_cannot_take():
+    world = TierWorld()
+    tier = shared_tier(world.world.clock)
+    section = RedisTierConfig(url="redis://memory", codec="lossless")
+    async with world.node("a", [(tier, section)]) as a:
+        assert await a.put(KEYS) == KEYS
+        await a.settled()
+        assert set(tier.chunks) == names()
+        assert all(len(value) < HEADER_BYTES + SPEC.chunk_bytes for value, _ in tier.chunks.values())
+        world.forget(KEYS)
+        promoted = await a.tiers.promoter.promote(KEYS, SHAPE, timeout_s=5)
+        assert [(one.tier, one.num_chunks) for one in promoted] == [("memory", len(KEYS))]
+        assert await a.cached(KEYS) == len(KEYS)
+    lossy = msgspec.structs.replace(section, codec="int8")
+    with pytest.raises(ConfigError, match=r"tiers\.memory\.codec: int8 cannot be used here"):
+        async with world.node("b", [(tier, lossy)]):
+            pass

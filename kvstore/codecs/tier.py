@@ -1,0 +1,256 @@
+"""A tier over another: chunks are encoded on their way in and decoded on their way out. No other tier knows of it.
+
+Owns threads for encoding and decoding, and what is known of the KV of this node's engine. Chunks keep their names: one
+that lies there as it is, and one that is encoded, is told by its length, so a tier may hold both.
+"""
+
+import asyncio
+import importlib
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from types import ModuleType
+from typing import TypeVar
+
+from kvcore.config.tiers import Codec
+from kvcore.errors import ConfigError, TransferError
+from kvcore.types import KVSpec
+from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, checksum, pack, parse
+from kvstore.codecs import int8
+from kvstore.codecs.frame import FRONT_BYTES, CodecKind, Frame, is_whole, pack_frame, parse_frame
+from kvstore.codecs.layout import ITEM_BYTES, KVLayout, UnknownLayoutError, kv_layout
+from kvstore.tiers.base import ChunkName, Cleared, GenerationList, Tier, TierChunk, TierOutcome, TierStats
+from transfer.blocking import BatchDeadline, BlockingPool
+from transfer.memory.copying import copy
+
+_USUAL_ELEMENT_BYTES = 2
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+class CodecTier:
+    """See `Tier`; whose closing it takes over. With the codec `none` it saves chunks as they are, and reads all."""
+
+    def __init__(self, tier: Tier, codec: Codec = "none", *, threads: int = 2) -> None:
+        """Raises ConfigError where what the codec needs is not installed."""
+        self.name, self.shared, self.max_chunk_bytes = tier.name, tier.shared, tier.max_chunk_bytes
+        self._tier, self._codec = tier, codec
+        self._lossless = _lossless()
+        if codec == "lossless" and self._lossless is None:
+            raise ConfigError(f"tiers.{tier.name}.codec: lossless needs blosc2: pip install 'kvferry[codec]'")
+        self._pool = BlockingPool("codec", threads)
+        self._element_bytes = _USUAL_ELEMENT_BYTES
+        self._layouts: dict[bytes, KVLayout] = {}
+        """By fingerprint, where a lossy codec needs it."""
+
+    def __repr__(self) -> str:
+        return f"<CodecTier {self._codec} over {self._tier!r}>"
+
+    def use(self, spec: KVSpec) -> None:
+        """This node's engine makes KV of `spec`. Raises ConfigError where the codec cannot take that."""
+        self._element_bytes = ITEM_BYTES.get(spec.dtype, 1)
+        if self._codec != "int8":
+            return
+        subject = f"tiers.{self.name}.codec: int8 cannot be used here"
+        if spec.tp_size > 1:
+            raise ConfigError(f"{subject}: with tensor parallelism each rank has KV of its own; set lossless or none")
+        try:
+            self._layouts[spec.fingerprint] = kv_layout(spec)
+        except UnknownLayoutError as error:
+            raise ConfigError(f"{subject}: {error}; set lossless or none") from None
+
+    # --- chunks ---
+
+    async def find(self, names: Sequence[ChunkName], *, timeout_s: float) -> list[bool]:
+        """See `Tier`."""
+        return await self._tier.find(names, timeout_s=timeout_s)
+
+    async def sizes(self, names: Sequence[ChunkName], *, timeout_s: float) -> list[int | TierOutcome]:
+        """See `Tier`: as they lie there."""
+        return await self._tier.sizes(names, timeout_s=timeout_s)
+
+    async def save(
+        self, chunks: Sequence[TierChunk], *, ttl_s: float | None = None, timeout_s: float
+    ) -> list[TierOutcome]:
+        """See `Tier`. What does not get smaller is saved as it is."""
+        if self._codec == "none":
+            return await self._tier.save(chunks, ttl_s=ttl_s, timeout_s=timeout_s)
+        deadline, outcomes = BatchDeadline(timeout_s), [TierOutcome.UNAVAILABLE] * len(chunks)
+        fitting = [at for at, chunk in enumerate(chunks) if chunk.num_bytes <= self.max_chunk_bytes]
+        for at in set(range(len(chunks))) - set(fitting):
+            outcomes[at] = TierOutcome.TOO_LARGE
+        encoded = await self._in_threads(self._encoded, [chunks[at] for at in fitting], deadline)
+        ready = {at: one for at, one in zip(fitting, encoded, strict=True) if one is not None}
+        try:
+            saved = await self._tier.save(list(ready.values()), ttl_s=ttl_s, timeout_s=deadline.remaining())
+        except TransferError:
+            return outcomes
+        for at, outcome in zip(ready, saved, strict=True):
+            outcomes[at] = outcome
+        return outcomes
+
+    async def load(self, chunks: Sequence[TierChunk], *, timeout_s: float) -> list[TierOutcome]:
+        """See `Tier`."""
+        deadline = BatchDeadline(timeout_s)
+        if self._codec != "none":
+            return await self._load_any(chunks, deadline)
+        outcomes = await self._tier.load(chunks, timeout_s=timeout_s)
+        others = [at for at, outcome in enumerate(outcomes) if outcome is TierOutcome.TOO_LARGE]
+        for at, outcome in zip(others, await self._load_any([chunks[at] for at in others], deadline), strict=True):
+            outcomes[at] = outcome
+        return outcomes
+
+    async def _load_any(self, chunks: Sequence[TierChunk], deadline: BatchDeadline) -> list[TierOutcome]:
+        """Chunks that may lie there encoded: each is read as long as it is there, never more than was asked for."""
+        outcomes = [TierOutcome.UNAVAILABLE] * len(chunks)
+        if not chunks:
+            return outcomes
+        stored = dict[int, TierChunk]()
+        try:
+            sizes = await self._tier.sizes([chunk.name for chunk in chunks], timeout_s=deadline.remaining())
+            for at, (chunk, size) in enumerate(zip(chunks, sizes, strict=True)):
+                if isinstance(size, TierOutcome) or size > chunk.num_bytes:
+                    outcomes[at] = size if isinstance(size, TierOutcome) else TierOutcome.TOO_LARGE
+                elif size == chunk.num_bytes:
+                    stored[at] = chunk
+                else:
+                    stored[at] = TierChunk(chunk.name, [memoryview(bytearray(size))])
+            came = await self._tier.load(list(stored.values()), timeout_s=deadline.remaining())
+        except TransferError:
+            return outcomes
+        encoded = list[int]()
+        for at, outcome in zip(stored, came, strict=True):
+            outcomes[at] = outcome
+            if stored[at] is chunks[at]:
+                continue
+            if outcome is TierOutcome.OK:
+                encoded.append(at)
+            elif outcome is TierOutcome.TOO_LARGE:  # another one was put there meanwhile
+                outcomes[at] = TierOutcome.MISSING
+        decoded = await self._in_threads(self._decoded, [(stored[at], chunks[at]) for at in encoded], deadline)
+        for at, done in zip(encoded, decoded, strict=True):
+            outcomes[at] = done or TierOutcome.UNAVAILABLE
+        return outcomes
+
+    # --- what has no bytes in it ---
+
+    async def remove(self, names: Sequence[ChunkName], *, timeout_s: float) -> None:
+        """See `Tier`."""
+        await self._tier.remove(names, timeout_s=timeout_s)
+
+    async def expire(self, names: Sequence[ChunkName], ttl_s: float | None, *, timeout_s: float) -> int:
+        """See `Tier`."""
+        return await self._tier.expire(names, ttl_s, timeout_s=timeout_s)
+
+    async def generations(self, *, timeout_s: float) -> GenerationList | None:
+        """See `Tier`."""
+        return await self._tier.generations(timeout_s=timeout_s)
+
+    async def mark(self, fingerprint: bytes, owner: str, note: str, *, ttl_s: float, timeout_s: float) -> None:
+        """See `Tier`."""
+        await self._tier.mark(fingerprint, owner, note, ttl_s=ttl_s, timeout_s=timeout_s)
+
+    async def clear(
+        self, fingerprints: Sequence[bytes], *, own: Collection[str] | None = None, timeout_s: float
+    ) -> Cleared:
+        """See `Tier`."""
+        return await self._tier.clear(fingerprints, own=own, timeout_s=timeout_s)
+
+    def stats(self) -> TierStats:
+        """See `Tier`."""
+        return self._tier.stats()
+
+    async def aclose(self) -> None:
+        """See `Tier`."""
+        await self._pool.aclose()
+        await self._tier.aclose()
+
+    # --- in threads ---
+
+    async def _in_threads(
+        self, job: Callable[[_Item], _Result], items: Sequence[_Item], deadline: BatchDeadline
+    ) -> list[_Result | None]:
+        """None for what was not done in time. When this returns or raises no job runs any longer."""
+
+        async def one(item: _Item) -> _Result | None:
+            try:
+                return await self._pool.run(partial(job, item), lambda: None, deadline)
+            except TransferError:
+                return None
+
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(item)) for item in items]
+        return [task.result() for task in tasks]
+
+    def _encoded(self, chunk: TierChunk) -> TierChunk:
+        """As it is to be saved: itself, where it cannot be encoded or does not get smaller."""
+        header = parse(chunk.header())
+        whole = chunk.memory[0].cast("B") if len(chunk.memory) == 1 else memoryview(b"".join(chunk.memory))
+        payload = whole[HEADER_BYTES:]
+        if header is None or not payload.nbytes or header.payload_length != payload.nbytes:
+            return chunk
+        coded = self._in_int8(header, payload) if self._codec == "int8" else self._without_loss(chunk, payload)
+        if coded is None or FRONT_BYTES + coded.frame.body_bytes >= chunk.num_bytes:
+            return chunk
+        return TierChunk(chunk.name, [memoryview(coded.header + pack_frame(coded.frame)), memoryview(coded.body)])
+
+    def _without_loss(self, chunk: TierChunk, payload: memoryview) -> "_Coded | None":
+        assert self._lossless is not None, "it was looked for when the tier was opened"
+        if payload.nbytes > self._lossless.MOST_BYTES:
+            return None
+        body = self._lossless.encode(payload, self._element_bytes)
+        return _Coded(chunk.header(), Frame(CodecKind.LOSSLESS, self._element_bytes, len(body)), body)
+
+    def _in_int8(self, header: ChunkHeader, payload: memoryview) -> "_Coded | None":
+        """With the checksum of what it decodes to: so the chunk's own is checked here, by the last who can."""
+        layout = self._layouts.get(header.fingerprint)
+        if layout is None or payload.nbytes % layout.block_bytes or checksum([payload]) != header.checksum:
+            return None
+        if (coded := int8.encode(payload, layout, header.token_count)) is None:
+            return None
+        body, decoded = coded
+        element_bytes = ITEM_BYTES[layout.dtype]
+        moved = replace(header, checksum=checksum([memoryview(decoded)]))
+        return _Coded(pack(moved), Frame(CodecKind.INT8, element_bytes, len(body)), body)
+
+    def _decoded(self, pair: tuple[TierChunk, TierChunk]) -> TierOutcome:
+        """From what was stored into the memory of the one that was asked for."""
+        (stored,), chunk = pair[0].memory, pair[1]
+        header, frame = parse(stored[:HEADER_BYTES]), parse_frame(stored[HEADER_BYTES:FRONT_BYTES])
+        if not is_whole(bytes(stored[:FRONT_BYTES]), stored.nbytes) or header is None:
+            return TierOutcome.DAMAGED
+        if frame is None or header.payload_length + HEADER_BYTES != chunk.num_bytes:
+            return TierOutcome.TOO_LARGE
+        one_view = len(chunk.memory) == 1
+        whole = chunk.memory[0].cast("B") if one_view else memoryview(bytearray(chunk.num_bytes))
+        known = self._decode(frame.kind, header, stored[FRONT_BYTES:], whole[HEADER_BYTES:])
+        if known is not True:
+            return TierOutcome.MISSING if known is None else TierOutcome.DAMAGED
+        whole[:HEADER_BYTES] = stored[:HEADER_BYTES]
+        at = 0
+        for view in chunk.memory if not one_view else ():
+            copy(view.cast("B"), whole[at : at + view.nbytes])
+            at += view.nbytes
+        return TierOutcome.OK
+
+    def _decode(self, kind: int, header: ChunkHeader, body: memoryview, into: memoryview) -> bool | None:
+        """Whether it could be decoded; None: not here."""
+        if kind == CodecKind.LOSSLESS:
+            return None if self._lossless is None else bool(self._lossless.decode(body, into))
+        layout = self._layouts.get(header.fingerprint)
+        return None if kind != CodecKind.INT8 or layout is None else int8.decode(body, layout, into)
+
+
+@dataclass(frozen=True, slots=True)
+class _Coded:
+    header: bytes
+    frame: Frame
+    body: bytes
+
+
+def _lossless() -> ModuleType | None:
+    """The codec, if what it needs is installed."""
+    try:
+        return importlib.import_module("kvstore.codecs.lossless")
+    except ModuleNotFoundError:
+        return None
