@@ -71,6 +71,13 @@ class GuardedTier:
             attempt.ok = answer is not None and (stats.problem is None or stats.partly)
         return answer or found
 
+    async def sizes(self, names: Sequence[ChunkName], *, timeout_s: float) -> list[int | TierOutcome]:
+        """See `Tier`."""
+        unknown: list[int | TierOutcome] = [_AWAY] * len(names)
+        if not names or self.away:
+            return unknown
+        return await _in_time(self._tier.sizes(names, timeout_s=timeout_s), timeout_s) or unknown
+
     async def load(self, chunks: Sequence[TierChunk], *, timeout_s: float) -> list[TierOutcome]:
         """See `Tier`."""
         return await self._move("load", chunks, lambda left_s: self._tier.load(chunks, timeout_s=left_s), timeout_s)

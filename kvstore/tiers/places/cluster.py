@@ -84,6 +84,18 @@ class RedisClusterTier:
         await self._routed(names, ask, timeout_s)
         return found
 
+    async def sizes(self, names: Sequence[ChunkName], *, timeout_s: float) -> list[int | TierOutcome]:
+        """See `Tier`."""
+        sizes: list[int | TierOutcome] = [TierOutcome.UNAVAILABLE] * len(names)
+
+        async def ask(tier: Tier, positions: list[int], left_s: float) -> None:
+            got = await tier.sizes([names[one] for one in positions], timeout_s=left_s)
+            for position, size in zip(positions, got, strict=True):
+                sizes[position] = size
+
+        await self._routed(names, ask, timeout_s)
+        return sizes
+
     async def load(self, chunks: Sequence[TierChunk], *, timeout_s: float) -> list[TierOutcome]:
         """See `Tier`."""
         return await self._moved(chunks, lambda tier, some, left_s: tier.load(some, timeout_s=left_s), timeout_s)
