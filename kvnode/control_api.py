@@ -40,7 +40,6 @@ from nodeapi.messages import (
     PrefillRequest,
     ProbeReport,
     ProbeRequest,
-    Promoted,
     PromoteReply,
     PromoteRequest,
     StreamError,
@@ -135,30 +134,23 @@ class ControlApi:
         async with self._leg("prefill"):
             engine = self._engine()
             request = parse_request(await self._read(http), PrefillRequest, engine.info, self._limits)
-            request, promoted = await self._promoted(request)
+            request, given = await self._promoted(request)
             result = await _bounded(engine.prefill(request), request.deadline_s + self._limits.late_s)
             if self._tiers is not None:
                 self._tiers.after_prefill(result)
-        return _msgpack(msgspec.structs.replace(result, promoted=promoted) if promoted else result)
+        return _msgpack(msgspec.structs.replace(result, promoted=given.promoted, tier_choices=given.choices))
 
     async def _generate(self, http: web.Request) -> web.StreamResponse:
         async with self._leg("generate") as leg:
             engine = self._engine()
             request = parse_request(await self._read(http), GenerateRequest, engine.info, self._limits)
-            request, promoted = await self._promoted(request)
+            request, given = await self._promoted(request)
             async with aclosing(engine.generate(request)) as deltas:
-                stream = _stream(http, deltas, leg, engine.info.kv_spec.fingerprint, promoted)
+                stream = _stream(http, deltas, leg, engine.info.kv_spec.fingerprint, given)
                 return await _bounded(stream, request.deadline_s + self._limits.late_s)
 
-    async def _promoted(self, request: _Leg) -> tuple[_Leg, list[Promoted]]:
-        """The request with the time that is left after tiers were asked, and what they gave."""
-        if self._tiers is None:
-            return request, []
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        promoted = await self._tiers.before_leg(request)
-        left_s = max(0.001, request.deadline_s - (loop.time() - began))
-        return msgspec.structs.replace(request, deadline_s=left_s), promoted
+    async def _promoted(self, request: _Leg) -> tuple[_Leg, PromoteReply]:
+        return await self._tiers.before_leg(request) if self._tiers is not None else (request, PromoteReply())
 
     def _upkeep_routes(self) -> list[web.RouteDef]:
         if (upkeep := self._upkeep) is None:
@@ -246,13 +238,15 @@ class _ActiveLeg:
     """`ok` or an error's code; None while it runs."""
 
 
-def said_by(delta: TokenDelta, fingerprint: bytes, promoted: list[Promoted]) -> TokenDelta:
+def said_by(delta: TokenDelta, fingerprint: bytes, given: PromoteReply) -> TokenDelta:
     """The delta with the engine's fingerprint in its info, if it has one, and what was brought from tiers. An engine
     may have been replaced by another one since the node last reported: whoever puts streams together must know whose
     tokens these are."""
     if delta.info is None:
         return delta
-    info = msgspec.structs.replace(delta.info, fingerprint=fingerprint, promoted=promoted)
+    info = msgspec.structs.replace(
+        delta.info, fingerprint=fingerprint, promoted=given.promoted, tier_choices=given.choices
+    )
     return msgspec.structs.replace(delta, info=info)
 
 
@@ -261,13 +255,13 @@ async def _stream(
     deltas: AsyncGenerator[TokenDelta, None],
     leg: _ActiveLeg,
     fingerprint: bytes,
-    promoted: list[Promoted],
+    given: PromoteReply,
 ) -> web.StreamResponse:
     """Errors before the first delta become the status; later ones the last frame, or, where even that cannot be
     written, the end of the connection: another answer would land in the middle of this one."""
     first = await anext(deltas, None)
     if first is not None:
-        first = said_by(first, fingerprint, promoted)
+        first = said_by(first, fingerprint, given)
     response = web.StreamResponse(headers={"Content-Type": MSGPACK})
     await response.prepare(http)
     try:

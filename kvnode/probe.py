@@ -21,6 +21,7 @@ from kvcore.errors import (
 )
 from kvcore.types import ChunkKey, NodeInfo, ReplicaRef, Segment
 from kvnode.limits import NodeLimits
+from kvnode.tasks import PausableWork
 from kvstore.placement import Placement
 from metadata_server.client import MetadataClient
 from metadata_server.messages import SegmentStats
@@ -58,11 +59,11 @@ class PeerProber:
         self._open_transfer = open_transfer
         self._limits = limits
         self._placement = Placement(metadata, node_id=node.id, incarnation=node.incarnation, clock=clock, config=store)
-        self._running: asyncio.Task[ProbeReport] | None = None
-        self._paused = False
+        self.work: PausableWork[ProbeReport] = PausableWork()
+        """The measurement, if one is under way."""
 
     def __repr__(self) -> str:
-        state = "paused" if self._paused else "idle" if self._running is None else "measuring"
+        state = "paused" if self.work.is_paused else "measuring" if len(self.work) else "idle"
         return f"<PeerProber of {self._node.id}, {state}>"
 
     async def probe(self, request: ProbeRequest) -> ProbeReport:
@@ -75,40 +76,19 @@ class PeerProber:
             raise InvalidRequestError(f"timeout_s is above 0 and at most {longest_s:g}", param="timeout_s")
         if request.peer == name:
             raise InvalidRequestError(f"{name} is this node itself: name another", param="peer")
-        if self._paused:
+        if self.work.is_paused:
             raise NodeUnavailableError(f"the engine of node {name} has just ended; ask again")
-        if self._running is not None:
+        if len(self.work):
             raise OverloadedError(f"node {name} is measuring already; ask again when that is over")
-        self._running = task = asyncio.create_task(self._run(request))
-        try:
-            return await task
-        except asyncio.CancelledError:
-            current = asyncio.current_task()
-            if current is not None and current.cancelling():
-                raise
-            raise NodeUnavailableError(f"node {name} gave the measurement up: its engine ended") from None
-        finally:
-            self._running = None
-
-    @asynccontextmanager
-    async def paused(self) -> AsyncIterator[None]:
-        """While it is entered nothing is written, so all that is reserved in the node's name may be given back."""
-        self._paused = True
-        try:
-            await self._stop()
-            yield
-        finally:
-            self._paused = False
+        report = await self.work.run(self._run(request))
+        if report is None:
+            raise NodeUnavailableError(f"node {name} gave the measurement up: its engine ended")
+        return report
 
     async def aclose(self) -> None:
         """End what is under way, and wait for give-backs, bounded."""
-        await self._stop()
+        await self.work.aclose()
         await self._placement.aclose(self._limits.close_s)
-
-    async def _stop(self) -> None:
-        if self._running is not None:
-            self._running.cancel()
-            await asyncio.wait({self._running})
 
     async def _run(self, request: ProbeRequest) -> ProbeReport:
         began = self._clock.now()

@@ -187,7 +187,7 @@ def _supervisor(
         return EngineProcess(hello, start_s=config.service.start_s, on_line=_pass_on, env=env)
 
     async def ended() -> None:
-        async with prober.paused(), tiers.promoter.paused() if tiers is not None else nullcontext():
+        async with prober.work.paused(), tiers.promoter.work.paused() if tiers is not None else nullcontext():
             await membership.release_writer()  # prober and promoter write in the node's name, too
 
     def ready(engine: EngineProcess) -> None:

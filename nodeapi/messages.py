@@ -92,6 +92,29 @@ class Promoted(_TolerantMessage, frozen=True, kw_only=True):
     seconds: float = 0.0
 
 
+class TierUse(StrEnum):
+    """What was done with chunks that a tier has."""
+
+    LOAD = "load"
+    COMPUTE = "compute"
+    """Computing them was expected to be faster."""
+    TRY = "try"
+    """Computing them was expected to be faster, and they were loaded to see whether that still holds."""
+
+
+class TierChoice(_TolerantMessage, frozen=True, kw_only=True):
+    """Whether chunks that a tier has were loaded or computed. Seconds as they were expected; None: not known."""
+
+    tier: str
+    node: str = ""
+    """As in Promoted."""
+    use: str
+    """A TierUse; newer nodes may have others."""
+    num_chunks: int = 0
+    load_s: float | None = None
+    compute_s: float | None = None
+
+
 class PromoteRequest(_StrictMessage, frozen=True, kw_only=True):
     """Bring these chunks, in their prompt's order, from the node's own tiers into its segment."""
 
@@ -104,6 +127,7 @@ class PromoteReply(_TolerantMessage, frozen=True, kw_only=True):
     """What was brought; what is not named here was not there, or late."""
 
     promoted: list[Promoted] = []
+    choices: list[TierChoice] = []
 
 
 class PrefillResult(_TolerantMessage, frozen=True, kw_only=True):
@@ -116,6 +140,7 @@ class PrefillResult(_TolerantMessage, frozen=True, kw_only=True):
     stored_chunks: int
     moved: list[Moved] = []
     promoted: list[Promoted] = []
+    tier_choices: list[TierChoice] = []
     timings: Timings = Timings()
     handoff_params: bytes = b""
     """JSON object that a decode leg must carry to get this KV from the prefiller itself. Empty: it is in the store."""
@@ -168,6 +193,7 @@ class LegInfo(_TolerantMessage, frozen=True, kw_only=True):
     computed_tokens: int
     moved: list[Moved] = []
     promoted: list[Promoted] = []
+    tier_choices: list[TierChoice] = []
     timings: Timings = Timings()
     fingerprint: bytes = b""
     """Of the KVSpec of the engine that runs the leg. Empty: not said; NodeReport has it."""

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class LoadCosts:
-    """What is known of both ways. None: not measured yet."""
+    """What is known of both ways, for all chunks together. None: not measured yet."""
 
-    chunk_bytes: int
-    chunk_tokens: int
+    num_bytes: int
+    num_tokens: int
     load_rate: float | None
     """Bytes a second, of the tier."""
     prefill_rate: float | None
@@ -24,8 +24,8 @@ class LoadChoice:
     compute_s: float | None
 
 
-def choose(num_chunks: int, costs: LoadCosts) -> LoadChoice:
+def choose(costs: LoadCosts) -> LoadChoice:
     """Load unless computing is known to be faster: what is loaded leaves the engine to others."""
-    load_s = num_chunks * costs.chunk_bytes / costs.load_rate if costs.load_rate else None
-    compute_s = num_chunks * costs.chunk_tokens / costs.prefill_rate if costs.prefill_rate else None
+    load_s = costs.num_bytes / costs.load_rate if costs.load_rate else None
+    compute_s = costs.num_tokens / costs.prefill_rate if costs.prefill_rate else None
     return LoadChoice(load_s is None or compute_s is None or load_s <= compute_s, load_s, compute_s)

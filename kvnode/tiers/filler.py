@@ -42,6 +42,10 @@ class RecentKeys:
         """Forget it, if it is known."""
         self._keys.pop(key, None)
 
+    def clear(self) -> None:
+        """Forget all of them."""
+        self._keys.clear()
+
     def __contains__(self, key: ChunkKey) -> bool:
         return key in self._keys
 
@@ -55,6 +59,8 @@ class _Lane:
     ttl_s: float | None
     timeout_s: float
     saved: RecentKeys
+    """Chunks of this segment that the tier has, as far as we know. What left the segment is not among them: when it is
+    committed here once more it was computed, as the tier had it no longer."""
     queue: OrderedDict[ChunkKey, None] = field(default_factory=OrderedDict)
     filled: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -76,6 +82,9 @@ class TierFiller:
         self.counts: Counter[tuple[str, str]] = Counter()
         """(tier, what) -> chunks since start: `saved`, `there` (found in it already), `dropped` (queue full), `gone`
         (evicted before they were saved), `failed`."""
+        self.full_bytes: dict[bytes, int] = {}
+        """Fingerprint -> header and payload of a full chunk, of the KV that this node knows. Shorter ones are not
+        saved: a prompt's rest is for the one decoder that waits for it."""
         self._segment = segment
         self._limits = limits
         self._lanes = [
@@ -100,10 +109,13 @@ class TierFiller:
         self._held.clear()
         for lane in self._lanes:
             lane.queue.clear()
+            lane.saved.clear()
 
     def on_events(self, events: list[Event]) -> None:
         """See IndexSink. Only what happens in this node's segment counts."""
         for event in events:
+            if event.kind is EventKind.NODE_DOWN and event.node_id == self._segment.node_id:
+                self.on_reset()  # it has lost its place, and all that is known of its segment with it
             if event.segment_id != self._segment.segment_id:
                 continue
             if event.kind is EventKind.STORED:
@@ -169,6 +181,7 @@ class TierFiller:
             lane.filled.clear()
             if not lane.queue:
                 await lane.filled.wait()
+                continue  # what was queued may be gone again
             batch = [key for key, _ in zip(lane.queue, range(self._limits.batch_chunks), strict=False)]
             if lane.tier.away or not await self._save(lane, batch):
                 await asyncio.sleep(self._limits.retry_s)
@@ -177,8 +190,8 @@ class TierFiller:
         """One batch, or the first of it. Whether the tier and the metadata server answered."""
         leased = await self._segment.lease(batch, timeout_s=lane.timeout_s)
         try:
-            chunks = self._fitting(leased.chunks)
-            if not chunks and leased.match.num_chunks == 0:  # the first one is gone, or nobody can say
+            chunks = self._fitting([chunk for chunk in leased.chunks if self._is_full(chunk)])
+            if not leased.chunks and leased.match.num_chunks == 0:  # the first one is gone, or nobody can say
                 return self._first_is_gone(lane, batch[0])
             there = await lane.tier.find([chunk.name for chunk in chunks], timeout_s=lane.timeout_s)
             missing = [chunk for chunk, found in zip(chunks, there, strict=True) if not found]
@@ -187,7 +200,7 @@ class TierFiller:
             await self._segment.release(leased)
         self.counts[lane.tier.name, "there"] += len(chunks) - len(missing)
         taken = {chunk.name.key for chunk in chunks}
-        unread = set(batch[: leased.looked_at]) - {chunk.name.key for chunk in leased.chunks}
+        unread = set(batch[: leased.looked_at]) - {chunk.name.key for chunk in leased.chunks if self._is_full(chunk)}
         for key in taken | unread:
             lane.queue.pop(key, None)
         for key in taken:
@@ -202,9 +215,13 @@ class TierFiller:
 
     def _drop_gone(self, lane: _Lane, keys: Iterable[ChunkKey]) -> None:
         for key in keys:
+            lane.saved.discard(key)
             if key in lane.queue:
                 del lane.queue[key]
                 self.counts[lane.tier.name, "gone"] += 1
+
+    def _is_full(self, chunk: TierChunk) -> bool:
+        return chunk.num_bytes >= self.full_bytes.get(chunk.name.fingerprint, 0)
 
     def _fitting(self, chunks: list[TierChunk]) -> list[TierChunk]:
         total, fitting = 0, list[TierChunk]()

@@ -3,23 +3,25 @@
 Owns their order of start and end. Without tiers in the cluster file there is none of this.
 """
 
-import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TypeGuard
+from typing import TypeGuard, TypeVar
+
+import msgspec
 
 from kvcore.chunk_keys import chunk_keys, root_key, usable_chunks
 from kvcore.clock import Clock
 from kvcore.config.tiers import TierConfig, TiersConfig
 from kvcore.types import ChunkKey, KVSpec, NodeInfo
-from kvnode.tasks import cancelled
+from kvnode.tasks import cancelled, spawned
 from kvnode.tiers.filler import FilledTier, TierFiller
 from kvnode.tiers.holdings import HoldingsAnnouncer
 from kvnode.tiers.limits import MoveLimits
 from kvnode.tiers.marker import GenerationMarker
 from kvnode.tiers.own_segment import OwnSegment
-from kvnode.tiers.promoter import ChunkShape, Peers, TierPromoter
+from kvnode.tiers.promoter import Peers, TierPromoter
+from kvnode.tiers.shape import ChunkShape
 from kvnode.tiers.warmer import TierWarmer
 from kvstore.codecs.tier import CodecTier
 from kvstore.placement import Placement
@@ -31,11 +33,13 @@ from nodeapi.messages import (
     GenerateRequest,
     PrefillRequest,
     PrefillResult,
-    Promoted,
     PromoteReply,
     PromoteRequest,
+    TierChoice,
     TierReport,
 )
+
+_Leg = TypeVar("_Leg", PrefillRequest, GenerateRequest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,7 @@ class NodeTiers:
     filler: TierFiller
     promoter: TierPromoter
     marker: GenerationMarker
+    clock: Clock
     announcer: HoldingsAnnouncer | None = None
     warmer: TierWarmer | None = None
     _shape: ChunkShape | None = field(default=None)
@@ -65,10 +70,8 @@ class NodeTiers:
         for codec in self.codecs:
             codec.use(spec)
         self.marker.use(spec)
-        if spec.tp_size > 1:  # each chunk lies there once a rank, under keys of its own
-            self._shape = None
-            return
-        self._shape = ChunkShape(spec.fingerprint, spec.chunk_bytes, spec.chunk_tokens)
+        self._shape = ChunkShape.of(spec)
+        self.filler.full_bytes.update(dict.fromkeys(self._shape.fingerprints, self._shape.num_bytes))
         if self.warmer is not None:
             self.warmer.start(self._shape)
 
@@ -82,20 +85,24 @@ class NodeTiers:
         """Whether others can learn what lies on this node's disk, or never will from a server of this age."""
         return self.announcer is None or self.announcer.told or not self.announcer.can_tell
 
-    async def before_leg(self, request: PrefillRequest | GenerateRequest) -> list[Promoted]:
+    async def before_leg(self, request: _Leg) -> tuple[_Leg, PromoteReply]:
         """Bring what tiers have of the prompt into the segment, within `tiers.wait_s` and half of the request's time.
+        The request with the time that is left, and what came.
 
         A leg that waits for another node's chunks gets nothing: that node promotes.
         """
         shape = self._shape
         if shape is None or (isinstance(request, GenerateRequest) and request.handoff is not None):
-            return []
+            return request, PromoteReply()
+        began, choices = self.clock.now(), list[TierChoice]()
         prompt = request.prompt_token_ids
         keys = chunk_keys(root_key(shape.fingerprint, request.cache_salt), prompt, shape.chunk_tokens)
-        self.filler.on_asked(keys)
+        self.filler.on_asked(name.key for name in shape.names(keys))
         wanted = keys[: usable_chunks(len(prompt), shape.chunk_tokens)]
         timeout_s = min(self.config.wait_s, request.deadline_s / 2)
-        return await self.promoter.promote(wanted, shape, timeout_s=timeout_s)
+        promoted = await self.promoter.promote(wanted, shape, timeout_s=timeout_s, choices=choices)
+        left_s = max(0.001, request.deadline_s - (self.clock.now() - began))
+        return msgspec.structs.replace(request, deadline_s=left_s), PromoteReply(promoted=promoted, choices=choices)
 
     def after_prefill(self, result: PrefillResult) -> None:
         """Learn the engine's speed."""
@@ -107,9 +114,9 @@ class NodeTiers:
         if shape is None or shape.fingerprint != request.fingerprint:
             return PromoteReply()
         keys = [ChunkKey(key) for key in request.keys]
-        timeout_s = min(self.config.wait_s, request.deadline_s)
-        promoted = await self.promoter.promote(keys, shape, timeout_s=timeout_s, ask_peers=False)
-        return PromoteReply(promoted=promoted)
+        timeout_s, choices = min(self.config.wait_s, request.deadline_s), list[TierChoice]()
+        promoted = await self.promoter.promote(keys, shape, timeout_s=timeout_s, ask_peers=False, choices=choices)
+        return PromoteReply(promoted=promoted, choices=choices)
 
     def reports(self) -> list[TierReport]:
         """For /v1/info."""
@@ -164,19 +171,19 @@ async def open_node_tiers(
         filler = TierFiller(segment, filled, limits)
         timeouts = [(guard, one.config.timeout_s) for guard, one in zip(guards, opened, strict=True)]
         promoter = TierPromoter(segment, timeouts, clock, run_blocking=run_blocking, peers=peers, limits=limits)
-        promoter.on_promoted, promoter.on_lost = filler.on_promoted, filler.on_lost
+        promoter.loader.on_promoted, promoter.loader.on_lost = filler.on_promoted, filler.on_lost
         stack.push_async_callback(promoter.aclose)
         marker = GenerationMarker(guards, node, host_id, limits)
         stack.push_async_callback(marker.aclose)
-        tiers = NodeTiers(config, guards, codecs, filler, promoter, marker)
-        work = [filler.run(), marker.run()]
+        tiers = NodeTiers(config, guards, codecs, filler, promoter, marker, clock)
+        work = [(filler.run(), "fill"), (marker.run(), "mark")]
         for one, guard in zip(opened, guards, strict=True):
             if is_local(one.tier):
                 tiers.announcer = HoldingsAnnouncer(metadata, node, one.tier.names, limits)
                 one.tier.on_change = tiers.announcer.changed
                 tiers.warmer = TierWarmer(promoter, guard, one.tier.names, segment.size_bytes * config.warm_up, limits)
-                work += [tiers.announcer.run(), tiers.warmer.run()]
-        tasks = [asyncio.create_task(one) for one in work]
+                work += [(tiers.announcer.run(), "announce"), (tiers.warmer.run(), "warm-up")]
+        tasks = [spawned(one, f"{name}-{node.id}") for one, name in work]
         stack.push_async_callback(cancelled, *tasks)
         yield tiers
 

@@ -43,6 +43,7 @@ class OwnSegment:
 
     def __init__(self, view: memoryview, segment_id: str, placement: Placement) -> None:
         self.segment_id = segment_id
+        self.node_id = segment_id.rpartition(".")[0]
         self.size_bytes = view.nbytes
         self._view = view
         self._placement = placement
@@ -106,15 +107,15 @@ class OwnSegment:
             memory[:HEADER_BYTES] = pack(moved)
         return outcome
 
-    async def commit(self, room: ReservedRoom, keys: Sequence[ChunkKey], *, timeout_s: float) -> int:
-        """Make `keys` visible; returns how many leading ones are. None of them is given back later."""
+    async def commit(self, room: ReservedRoom, keys: Sequence[ChunkKey], *, timeout_s: float) -> set[ChunkKey]:
+        """Make `keys` visible; returns those that are. None of them is given back later."""
         if not keys:
-            return 0
+            return set()
         answers = await self._placement.commit([room.reserved.granted[key].id for key in keys], timeout_s)
         if answers is None:
-            return 0
+            return set()
         room.taken.update(keys)
-        return next((number for number, answer in enumerate(answers) if not answer), len(answers))
+        return {key for key, visible in zip(keys, answers, strict=True) if visible}
 
     async def give_back(self, room: ReservedRoom) -> None:
         """What was not committed. Survives the caller's cancellation."""

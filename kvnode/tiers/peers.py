@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from typing import Protocol
 
 import msgspec
 
@@ -11,16 +12,23 @@ from kvcore.types import ChunkKey, NodeInfo
 from kvstore.tiers.base import ChunkName
 from metadata_server.client import MetadataClient
 from metadata_server.messages import TIER_HOLDINGS, FindHoldersRequest
-from nodeapi.client import HttpNodeClient
-from nodeapi.messages import Promoted, PromoteRequest
+from nodeapi.messages import PromoteReply, PromoteRequest
 
 _logger = logging.getLogger("kvnode")
+
+
+class PromoteClient(Protocol):
+    """Calls to nodes by their control URL: `nodeapi.client` makes them over HTTP, the simulation without."""
+
+    async def promote(self, url: str, request: PromoteRequest, *, timeout_s: float) -> PromoteReply:
+        """Have a node bring chunks from its tiers into its segment. Raises errors of kvcore.errors only."""
+        ...
 
 
 class PeerDisks:
     """See `kvnode.tiers.promoter.Peers`. Never raises but for cancellation: a peer that cannot help is a miss."""
 
-    def __init__(self, metadata: MetadataClient, client: HttpNodeClient, node_id: str) -> None:
+    def __init__(self, metadata: MetadataClient, client: PromoteClient, node_id: str) -> None:
         """Both clients stay the caller's."""
         self._metadata, self._client, self._node_id = metadata, client, node_id
         self._known: dict[str, NodeInfo] = {}
@@ -37,11 +45,11 @@ class PeerDisks:
         names = [node.id for node in reply.nodes]
         return [[names[n] for n in having if n < len(names) and names[n] != self._node_id] for having in reply.holders]
 
-    async def promote(self, node_id: str, names: Sequence[ChunkName], *, timeout_s: float) -> list[Promoted]:
+    async def promote(self, node_id: str, names: Sequence[ChunkName], *, timeout_s: float) -> PromoteReply:
         """See `Peers`."""
         node = self._known.get(node_id)
         if node is None or timeout_s <= 0 or not names:
-            return []
+            return PromoteReply()
         request = PromoteRequest(
             fingerprint=names[0].fingerprint, keys=[name.key for name in names], deadline_s=timeout_s
         )
@@ -49,5 +57,8 @@ class PeerDisks:
             reply = await self._client.promote(node.control_url, request, timeout_s=timeout_s)
         except KVFerryError as error:
             log_fields(_logger, logging.INFO, "peer_promotion_failed", peer=node_id, reason=error.message)
-            return []
-        return [msgspec.structs.replace(one, node=node_id) for one in reply.promoted]
+            return PromoteReply()
+        return PromoteReply(
+            promoted=[msgspec.structs.replace(one, node=node_id) for one in reply.promoted],
+            choices=[msgspec.structs.replace(one, node=node_id) for one in reply.choices],
+        )

@@ -8,7 +8,7 @@ from kvcore.clock import Clock
 from kvcore.config.schema import ClusterConfig
 from kvnode.membership import Membership
 from kvnode.segment_owner import SegmentOwner
-from kvnode.tasks import cancelled
+from kvnode.tasks import cancelled, spawned
 from kvnode.tiers.node_tiers import NodeTiers, OpenTier, open_node_tiers
 from kvnode.tiers.own_segment import OwnSegment
 from kvnode.tiers.peers import PeerDisks
@@ -57,6 +57,6 @@ async def start_tiers(
         membership.on_registered = tiers.registered
         subscription = connect_subscription(endpoints_of(config.metadata_server), tiers.filler, clock)
         stack.push_async_callback(subscription.aclose)
-        following = asyncio.create_task(subscription.run(), name="follow-events")
+        following = spawned(subscription.run(), "follow-events")
         stack.push_async_callback(cancelled, following)
         yield tiers

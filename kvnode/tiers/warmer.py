@@ -10,8 +10,8 @@ from collections.abc import Callable
 from kvcore.extents import aligned
 from kvcore.telemetry import log_fields
 from kvnode.tiers.limits import MoveLimits
-from kvnode.tiers.promoter import ChunkShape, TierPromoter
-from kvstore.chunk_format import HEADER_BYTES
+from kvnode.tiers.promoter import TierPromoter
+from kvnode.tiers.shape import ChunkShape
 from kvstore.tiers.base import ChunkName
 from kvstore.tiers.guarded import GuardedTier
 
@@ -50,8 +50,8 @@ class TierWarmer:
         await self._ready.wait()
         shape = self._shape
         assert shape is not None
-        most = int(self._share_bytes / aligned(HEADER_BYTES + shape.chunk_bytes))
-        wanted = [name for name in self._names() if name.fingerprint == shape.fingerprint][:most]
+        most = int(self._share_bytes / aligned(shape.num_bytes))
+        wanted = [name for name in self._names() if name.fingerprint in shape.fingerprints][:most]
         size = self._limits.batch_chunks
         for start in range(0, len(wanted), size):
             got = await self._promoter.promote_names(self._tier, wanted[start : start + size], shape)

@@ -190,11 +190,13 @@ class GuardedTier:
             self._under_way -= num_bytes
             self._room.notify_all()
 
-    def _begin(self) -> None:
-        self._trying = self._failures >= self._limits.failures
+    def _begin(self) -> bool:
+        """Whether the call is the one that goes through alone."""
+        alone = self._failures >= self._limits.failures
+        self._trying |= alone
+        return alone
 
     def _end(self, ok: bool) -> None:
-        self._trying = False
         if ok:
             self._failures, self._pause_s = 0, self._limits.pause_s
             return
@@ -208,18 +210,18 @@ class _BreakerTry:
     """One call that the breaker learns from, unless it is cancelled by the caller."""
 
     def __init__(self, guard: GuardedTier) -> None:
-        self.ok = False
+        self.ok = self._alone = False
         self._guard = guard
 
     def __enter__(self) -> "_BreakerTry":
-        self._guard._begin()
+        self._alone = self._guard._begin()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._alone:
+            self._guard._trying = False
         if kind is None or not issubclass(kind, asyncio.CancelledError):
             self._guard._end(self.ok)
-        else:
-            self._guard._trying = False
 
 
 async def _in_time(

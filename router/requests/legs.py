@@ -144,6 +144,7 @@ class RequestLegs:
             return
         leg.cached_tokens, leg.computed_tokens = result.cached_tokens, result.computed_tokens
         leg.moved, leg.promoted, leg.timings = result.moved, result.promoted, result.timings
+        leg.tier_choices = result.tier_choices
         leg.note = "no_room" if result.no_room else None
         self._listener.tell(PrefillDone(action.leg, result))
 
@@ -242,3 +243,4 @@ class RequestLegs:
 def _note(leg: LegRecord, info: LegInfo) -> None:
     leg.cached_tokens, leg.computed_tokens = info.cached_tokens, info.computed_tokens
     leg.moved, leg.promoted, leg.timings = info.moved, info.promoted, info.timings
+    leg.tier_choices = info.tier_choices

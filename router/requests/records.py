@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from kvcore.telemetry import log_fields
-from nodeapi.messages import Moved, Promoted, Timings
+from nodeapi.messages import Moved, Promoted, TierChoice, Timings
 from router.requests.hints import CacheHint, HintRecord
 from router.requests.spec import RequestSpec
 from router.routing.decision import Candidate, Decision
@@ -28,6 +28,7 @@ class LegRecord(msgspec.Struct, kw_only=True):
     computed_tokens: int | None = None
     moved: list[Moved] = []
     promoted: list[Promoted] = []
+    tier_choices: list[TierChoice] = []
     timings: Timings | None = None
     error: str | None = None
     note: str | None = None

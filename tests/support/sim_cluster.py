@@ -17,12 +17,14 @@ from support.sim_nodes import CLUSTER, MODEL, DataFaults, SimMetadata, SimNode, 
 from support.sim_oracle import Oracle
 from support.sim_plan import Plan, Wanted, decoder_restarts, make_plan
 from support.sim_strangers import Strangers, identity_faults
+from support.sim_tier_watch import TierWatch
+from support.sim_tiers import SimTiers
 from support.sim_ways import METADATA, SimEventSource, SimNodeClient
 
 import router.requests.run
 from kvcore.config.schema import ClusterConfig, ModelConfig, NodeConfig, RouterConfig
 from kvcore.errors import KVFerryError, NodeUnavailableError, OverloadedError
-from kvcore.types import Role
+from kvcore.types import ChunkKey, Role
 from kvstore.types import GetOutcome
 from metadata_server.subscription import IndexSubscription
 from router.cache.watch import CacheWatch
@@ -69,6 +71,13 @@ class Answer:
 
 ROLES = {"p": Role.PREFILLER, "d": Role.DECODER, "s": Role.STORE}
 """By the first letter of a node's name."""
+
+
+def _forgetful(plan: Plan) -> bool:
+    """Whether the metadata server is killed while a segment lives: what is being written in it then may be taken for
+    whole when the node registers again, and be found damaged by who reads it."""
+    deaths = Counter(fault.at_s for fault in plan.faults if fault.kind == "kill_node")
+    return any(fault.kind == "kill_metadata" and deaths[fault.at_s] < len(plan.nodes) for fault in plan.faults)
 
 
 class _CheckedMachine(RequestMachine):
@@ -134,12 +143,18 @@ class SimCluster:
             sizes=plan.sizes,
             verify=variant.verify,
             revisions=variant.revisions,
+            tiers=SimTiers(plan.tiers, self.clock, seed) if plan.tiers is not None else None,
         )
         self.metadata = SimMetadata(self.setup)
         self.nodes = {name: SimNode(self.setup, self.metadata, name, ROLES[name[0]]) for name in plan.nodes}
         self.router = SimProcess("router")
         self.network.hosts["router"] = self.router
-        self.client = SimNodeClient(self.network, self.router, dict(self.nodes))
+        self.setup.nodes.update(self.nodes)
+        self.client = SimNodeClient(self.network, self.router, self.setup.nodes)
+        self.tier_watch: TierWatch | None = None
+        if self.setup.tiers is not None:
+            self.tier_watch = TierWatch(self.setup.tiers, self.nodes, self.network, seed)
+        self._strict = variant.peaceful and not _forgetful(plan)
         config = ClusterConfig(
             cluster=CLUSTER,
             model=ModelConfig(path=MODEL, name=MODEL),
@@ -194,8 +209,13 @@ class SimCluster:
         if self.strangers is not None:
             self.problems += sorted(self.strangers.problems)
             await self.strangers.stop()
+        if self.tier_watch is not None:
+            await self.tier_watch.check_use()
+            self.problems += [*sorted(self.tier_watch.problems), *self.tier_watch.unsaved(self._stored())]
         await self._stop()
         self._count()
+        if self.tier_watch is not None and self._strict:
+            self.problems += self.tier_watch.damaged_behind(self.trace.counts)
         digest = hashlib.sha256("\n".join(self.trace.lines).encode()).hexdigest()
         return Outcome(self.seed, self.trace.counts, digest, self.trace.lines, self.problems)
 
@@ -237,6 +257,10 @@ class SimCluster:
     def _do_step_clock(self, name: str, seconds: str) -> None:
         machine = self.metadata if name == METADATA else self.nodes[name]
         machine.clock_off_s += float(seconds)
+
+    def _do_tier(self, what: str, *where: str) -> None:
+        assert self.tier_watch is not None, "faults of tiers are planned with tiers only"
+        self.tier_watch.do(what, *where)
 
     def _do_foreign(self, name: str, differs: str) -> None:
         self._strange().join_foreign(name, differs)
@@ -280,6 +304,8 @@ class SimCluster:
         self.setup.data = DataFaults(0, 0, 0, 0, 0)
         if self.strangers is not None:
             self.strangers.end()
+        if self.tier_watch is not None:
+            self.tier_watch.end()
         self._do_start_metadata()
         for name in self.nodes:
             self._do_start_node(name)
@@ -329,6 +355,8 @@ class SimCluster:
             self.metadata.check()
             if self.strangers is not None:
                 self.strangers.check()
+            if self.tier_watch is not None:
+                self.tier_watch.check()
         if turn % _ENGINE_TURNS == 0:
             for node in self.nodes.values():
                 node.check()
@@ -377,6 +405,8 @@ class SimCluster:
                 continue
             engine = await node.engine.stats()
             held[name] = engine.running + engine.waiting + engine.loading + engine.used_blocks + engine.pending_saves
+        if self.tier_watch is not None:
+            held |= self.tier_watch.held()
         return {name: what for name, what in held.items() if what}
 
     async def _check_accounts(self) -> None:
@@ -397,6 +427,14 @@ class SimCluster:
             self.problems.append(f"{self.log.ok} answers with {explained} explained prompt tokens are not {counts}")
         if sum(counts.by_source.values()) != counts.cached_tokens:
             self.problems.append(f"cached tokens without a source: {counts}")
+
+    def _stored(self) -> dict[str, set[ChunkKey]]:
+        """By segment."""
+        stored: dict[str, set[ChunkKey]] = {}
+        for batch in self.metadata.core.state.snapshot(self.clock.now()):
+            for event in batch.events:
+                stored.setdefault(event.segment_id, set()).update(event.keys)
+        return stored
 
     async def _check_stored(self) -> None:
         """Every chunk that is listed verifies and holds the right bytes, or is refused."""
@@ -426,13 +464,18 @@ class SimCluster:
 
     def _count(self) -> None:
         counts = self.trace.counts
-        for name, count in sorted((self.setup.store_counts + self.setup.engine_counts + self.metadata.counts).items()):
+        machines = self.setup.store_counts + self.setup.engine_counts + self.metadata.counts
+        if self.setup.tiers is not None:
+            machines += self.setup.tiers.counts
+        for name, count in sorted(machines.items()):
             counts[name] += count
         counts["reseeded"] = self.oracle.reseeded
         for revision, answers in self.oracle.revisions.items():
             counts[f"answers_of_{revision}"] = answers
         legs = [leg for record in self.log.newest() for leg in record.legs]
         counts["legs_of_another_model"] = sum((leg.error or "").startswith("model_changed") for leg in legs)
+        counts["promoted_legs"] = sum(bool(leg.promoted) for leg in legs)
+        counts["promoted_by_peers"] = sum(any(one.node for one in leg.promoted) for leg in legs)
         counts["in_need"] = self.log.in_need
         counts["slowest_ms"] = int(1000 * max(record.total_s or 0.0 for record in self.log.newest()))
         counts["retries"] = sum(len(record.retried_legs) for record in self.log.newest())

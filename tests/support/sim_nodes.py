@@ -5,13 +5,16 @@ Owns segment memory and process lives. A node's segment outlives its engine and 
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import msgspec
 from support.sim_loop import LoopClock
 from support.sim_network import SimNetwork, SimProcess
-from support.sim_ways import METADATA, NodeService, SimMetadataTransport
+from support.sim_tiers import SimTiers
+from support.sim_ways import METADATA, NodeService, SimEventSource, SimMetadataTransport, SimNodeClient
 
 from engines.paged.loop import EngineLoop
 from engines.sim.build import build_sim_engine
@@ -29,20 +32,35 @@ from kvcore.identity import ClusterIdentity
 from kvcore.types import NodeInfo, Role, Segment
 from kvnode.control_api import said_by
 from kvnode.membership import Membership
+from kvnode.tasks import cancelled
+from kvnode.tiers.node_tiers import NodeTiers, open_node_tiers
+from kvnode.tiers.own_segment import OwnSegment
+from kvnode.tiers.peers import PeerDisks
 from kvstore.chunk_format import HEADER_BYTES
 from kvstore.manifest import scan
+from kvstore.placement import Placement
 from kvstore.store import KVStore
 from kvstore.types import run_inline
 from metadata_server.client import MetadataClient
 from metadata_server.core import MetadataCore
 from metadata_server.index.state import MetadataState
 from metadata_server.messages import SegmentManifest
-from nodeapi.messages import GenerateRequest, NodeReport, PrefillRequest, PrefillResult, TokenDelta
+from metadata_server.subscription import IndexSubscription
+from nodeapi.messages import (
+    GenerateRequest,
+    NodeReport,
+    PrefillRequest,
+    PrefillResult,
+    PromoteReply,
+    PromoteRequest,
+    TokenDelta,
+)
 from transfer.base import Direction, TransferOp
 from transfer.inproc import InprocFault, InprocTransfer
 
 CLUSTER, MODEL = "sim", "m"
 CALL_S = 1.0
+_Leg = TypeVar("_Leg", PrefillRequest, GenerateRequest)
 
 
 @dataclass(slots=True)
@@ -78,6 +96,9 @@ class SimSetup:
     store_counts: Counter[str] = field(default_factory=Counter)
     """Of all stores that were closed."""
     engine_counts: Counter[str] = field(default_factory=Counter)
+    tiers: SimTiers | None = None
+    nodes: dict[str, NodeService] = field(default_factory=dict)
+    """By host."""
 
 
 class SimMetadata:
@@ -154,6 +175,10 @@ class SimNode(NodeService):
         self._role = role
         self._restarts = 0
         self.engine: EngineLoop | None = None
+        self.tiers: NodeTiers | None = None
+        self.subscription: IndexSubscription | None = None
+        self.on_promote: Callable[[str], None] = lambda _name: None
+        """Told of each call of another node that wants chunks from this one's tiers."""
         self.service = self.engine_process = _dead(self.host)
         self._graves: list[SimProcess] = []
 
@@ -191,8 +216,10 @@ class SimNode(NodeService):
         async def manifests() -> list[SegmentManifest]:
             return [SegmentManifest(segment=self.segment, entries=scan(memory))]
 
+        self._opened = asyncio.Event()
+        self._node_client = self._client(self.service)
         self.membership = Membership(
-            self._client(self.service),
+            self._node_client,
             NodeInfo(
                 id=self.name,
                 role=self._role,
@@ -206,6 +233,10 @@ class SimNode(NodeService):
             draw=lambda: 0.5,
         )
         self.service.spawn(self.membership.run())
+        if setup.tiers is None or not setup.tiers.of(self.name, self.service):
+            self._opened.set()
+        else:
+            self.service.spawn(self._tiers_life(self.service, setup.tiers, memory))
         self.start_engine()
 
     def start_engine(self) -> None:
@@ -220,11 +251,11 @@ class SimNode(NodeService):
         self._restarts += 1
         self.engine = None
         self._bury(self.engine_process)
-        self.service.spawn(self.membership.release_writer())
+        self.service.spawn(self._engine_ended())
 
     def kill(self) -> None:
         """The whole node dies, segment and all."""
-        self.engine = None
+        self.engine = self.tiers = None
         self._bury(self.engine_process)
         self._bury(self.service)
         del self._setup.memory[self.segment.id]
@@ -263,21 +294,27 @@ class SimNode(NodeService):
         """See NodeService."""
         process = self.engine_process
         self.legs += 1
+        self._engine()
+        request, given = await self._promoted(request)
         try:
-            return await self._engine().prefill(request)
+            result = await self._engine().prefill(request)
+            if self.tiers is not None:
+                self.tiers.after_prefill(result)
+            return msgspec.structs.replace(result, promoted=given.promoted, tier_choices=given.choices)
         except KVFerryError as error:
             raise (error if process.alive else EngineDiedError("the engine's process ended")) from error
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta, None]:
         """See NodeService."""
         process, engine = self.engine_process, self._engine()
+        request, given = await self._promoted(request)
         stream, fingerprint = engine.generate(request), engine.info.kv_spec.fingerprint
         self.legs += 1
         try:
             async for delta in stream:
                 if not process.alive:
                     raise EngineDiedError("the engine's process ended")
-                yield said_by(delta, fingerprint, [])
+                yield said_by(delta, fingerprint, given)
         finally:
             await stream.aclose()
 
@@ -289,6 +326,11 @@ class SimNode(NodeService):
         """See NodeService."""
         await self._engine().abort(request_id)
 
+    async def promote(self, request: PromoteRequest) -> PromoteReply:
+        """See NodeService."""
+        self.on_promote(self.name)
+        return await self.tiers.promote(request) if self.tiers is not None else PromoteReply()
+
     async def report(self) -> NodeReport:
         """See NodeService."""
         engine = self.engine
@@ -299,7 +341,11 @@ class SimNode(NodeService):
             segments=[self.segment],
             engine_restarts=self._restarts,
             refused=self.membership.refused,
+            tiers=self.tiers.reports() if self.tiers is not None else [],
         )
+
+    async def _promoted(self, request: _Leg) -> tuple[_Leg, PromoteReply]:
+        return await self.tiers.before_leg(request) if self.tiers is not None else (request, PromoteReply())
 
     def _engine(self) -> EngineLoop:
         if self.engine is None:
@@ -311,17 +357,59 @@ class SimNode(NodeService):
         return MetadataClient(way, self._setup.clock, CALL_S)
 
     async def _engine_life(self, process: SimProcess) -> None:
+        await self._opened.wait()
         setup, store = self._setup, self.store(process)
         engine = build_sim_engine(self._config, MODEL, setup.chunk_tokens, store, setup.clock)
         try:
             async with engine:
                 self.engine = engine
                 self.membership.announce(engine.info.kv_spec)
+                if self.tiers is not None:
+                    self.tiers.engine_ready(engine.info.kv_spec)
                 await setup.network.loop.create_future()
         finally:
             await store.aclose()
             setup.store_counts.update(store.counters())
             setup.engine_counts.update((await engine.stats()).counters)
+
+    async def _engine_ended(self) -> None:
+        if self.tiers is None:
+            await self.membership.release_writer()
+            return
+        async with self.tiers.promoter.work.paused():
+            await self.membership.release_writer()
+
+    async def _tiers_life(self, process: SimProcess, sim: SimTiers, memory: memoryview) -> None:
+        """As `kvnode.tiers.starting` wires them."""
+        setup, node, client = self._setup, self.membership.node, self._node_client
+        peers = PeerDisks(client, SimNodeClient(setup.network, process, setup.nodes), node.id)
+        placement = Placement(
+            client, node_id=node.id, incarnation=node.incarnation, clock=setup.clock, config=setup.store
+        )
+        async with AsyncExitStack() as stack:
+            tiers = await stack.enter_async_context(
+                open_node_tiers(
+                    [opened for opened, _ in sim.of(self.name, process)],
+                    sim.config,
+                    node=node,
+                    segment=OwnSegment(memory, self.segment.id, placement),
+                    placement=placement,
+                    metadata=client,
+                    clock=setup.clock,
+                    run_blocking=run_inline,
+                    peers=peers,
+                    limits=sim.plan.limits,
+                )
+            )
+            stack.callback(sim.count, tiers)
+            self.membership.on_registered = tiers.registered
+            source = SimEventSource(setup.network, process, lambda: self._metadata.core)
+            self.subscription = IndexSubscription(source, tiers.filler, setup.clock)
+            following = asyncio.create_task(self.subscription.run())
+            stack.push_async_callback(cancelled, following)
+            self.tiers = tiers
+            self._opened.set()
+            await setup.network.loop.create_future()
 
     def _bury(self, process: SimProcess) -> None:
         process.kill()

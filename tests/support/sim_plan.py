@@ -4,6 +4,8 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from support.sim_tiers import TierPlan
+
 from kvcore.config.schema import SimEngineConfig, StoreConfig
 from nodeapi.messages import SamplingParams
 
@@ -51,6 +53,7 @@ class Plan:
     """Prefillers begin with p."""
     sizes: Mapping[str, int] = field(default_factory=dict)
     """Bytes of the segments of nodes that have other than `segment_bytes`."""
+    tiers: TierPlan | None = None
 
 
 def make_plan(seed: int) -> Plan:

@@ -14,7 +14,15 @@ from kvcore.errors import (
     error_from_code,
 )
 from metadata_server.core import MetadataCore
-from nodeapi.messages import GenerateRequest, NodeReport, PrefillRequest, PrefillResult, TokenDelta
+from nodeapi.messages import (
+    GenerateRequest,
+    NodeReport,
+    PrefillRequest,
+    PrefillResult,
+    PromoteReply,
+    PromoteRequest,
+    TokenDelta,
+)
 
 T = TypeVar("T")
 METADATA = "metadata"
@@ -104,6 +112,10 @@ class NodeService:
         """As the control API."""
         raise NotImplementedError
 
+    async def promote(self, request: PromoteRequest) -> PromoteReply:
+        """As the control API."""
+        raise NotImplementedError
+
     async def abort(self, request_id: str) -> None:
         """As the control API."""
         raise NotImplementedError
@@ -114,7 +126,8 @@ class NodeService:
 
 
 class SimNodeClient:
-    """`NodeClient` of the router. Notes every decode leg in `legs`: request id -> what was asked for."""
+    """`NodeClient` of the router, and of a node that asks others. Notes every decode leg in `legs`: request id -> what
+    was asked for."""
 
     def __init__(self, network: SimNetwork, source: SimProcess, nodes: dict[str, NodeService]) -> None:
         self._network = network
@@ -149,6 +162,10 @@ class SimNodeClient:
     async def abort(self, url: str, request_id: str, *, timeout_s: float) -> None:
         """See NodeClient."""
         await self._call(url, lambda node: node.abort(request_id), timeout_s, repeatable=True)
+
+    async def promote(self, url: str, request: PromoteRequest, *, timeout_s: float) -> PromoteReply:
+        """See `kvnode.tiers.peers.PromoteClient`."""
+        return await self._call(url, lambda node: node.promote(request), timeout_s)
 
     async def info(self, url: str, *, timeout_s: float) -> NodeReport:
         """See NodeClient."""

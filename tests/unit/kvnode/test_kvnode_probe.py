@@ -248,7 +248,7 @@ async def test_nothing_is_written_once_the_engines_reservations_are_given_back()
         prober = subject.prober(broken)
         running = asyncio.create_task(prober.probe(ask()))
         await broken.asked.wait()
-        async with prober.paused():
+        async with prober.work.paused():
             assert broken.closed
             with pytest.raises(NodeUnavailableError, match="has just ended"):
                 await prober.probe(ask())

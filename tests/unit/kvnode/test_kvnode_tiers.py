@@ -14,11 +14,11 @@ from kvcore.config.tiers import RedisTierConfig, TiersConfig
 from kvcore.errors import ConfigError
 from kvnode.tiers.limits import MoveLimits
 from kvnode.tiers.peers import PeerDisks
-from kvnode.tiers.promoter import ChunkShape
+from kvnode.tiers.shape import ChunkShape
 from kvstore.chunk_format import HEADER_BYTES
 from kvstore.tiers.base import ChunkName
 from kvstore.tiers.memory import MemoryTier
-from nodeapi.messages import PromoteRequest
+from nodeapi.messages import PromoteReply, PromoteRequest
 
 KEYS = [key(number) for number in range(1, 13)]
 SHAPE = ChunkShape(SPEC.fingerprint, SPEC.chunk_bytes, SPEC.chunk_tokens)
@@ -164,7 +164,7 @@ def test_while_it_is_paused_nothing_is_promoted_and_nothing_stays_reserved():
             gate.delay_s = 0.2
             task = asyncio.create_task(a.tiers.promoter.promote(KEYS, SHAPE, timeout_s=5))
             await asyncio.sleep(0.3)
-            async with a.tiers.promoter.paused():
+            async with a.tiers.promoter.work.paused():
                 assert await task == [] and await a.tiers.promoter.promote(KEYS, SHAPE, timeout_s=5) == []
                 await asyncio.sleep(1)
                 assert world.world.state.num_reservations == 0
@@ -330,7 +330,7 @@ class DirectPeers(PeerDisks):
             fingerprint=names[0].fingerprint, keys=[name.key for name in names], deadline_s=timeout_s
         )
         reply = await self.nodes[node_id].tiers.promote(request)
-        return [msgspec.structs.replace(one, node=node_id) for one in reply.promoted]
+        return PromoteReply(promoted=[msgspec.structs.replace(one, node=node_id) for one in reply.promoted])
 
 
 def test_what_lies_on_another_nodes_disk_is_brought_into_that_nodes_segment():

@@ -70,6 +70,7 @@ REPLIES: list[msgspec.Struct] = [
         put_rate=1.0, get_rate=1.0, copy_rate=1.0, num_bytes=1, seconds=1.0,
     ),
     m.Promoted(tier="disk"),
+    m.TierChoice(tier="disk", use="load"),
     m.PromoteReply(promoted=[m.Promoted(tier="disk")]),
     m.TierReport(name="disk", shared=False),
     MARKED,
