@@ -6,7 +6,7 @@ Owns what lies on each medium and how well it works now. A node's `NodeTiers` ov
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from support.sim_loop import LoopClock
@@ -16,7 +16,7 @@ from kvcore.config.tiers import DiskTierConfig, RedisTierConfig, TierConfig, Tie
 from kvnode.tiers.limits import MoveLimits
 from kvnode.tiers.node_tiers import NodeTiers, OpenTier
 from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, pack, parse
-from kvstore.tiers.base import ChunkName, TierChunk, TierOutcome, TierStats
+from kvstore.tiers.base import ChunkName, Cleared, GenerationList, TierChunk, TierOutcome, TierStats
 from kvstore.tiers.memory import MemoryTier
 
 REDIS = "redis"
@@ -220,6 +220,31 @@ class SimTier:
         if await self._reached("remove", timeout_s):
             await self._medium.memory.remove(names, timeout_s=timeout_s)
             self.on_change([], names)
+
+    async def expire(self, names: Sequence[ChunkName], ttl_s: float | None, *, timeout_s: float) -> int:
+        """See `Tier`."""
+        if not await self._reached("expire", timeout_s):
+            return 0
+        return await self._medium.memory.expire(names, ttl_s, timeout_s=timeout_s)
+
+    async def generations(self, *, timeout_s: float) -> GenerationList:
+        """See `Tier`."""
+        if not await self._reached("generations", timeout_s):
+            return GenerationList(incomplete="it does not answer")
+        return await self._medium.memory.generations(timeout_s=timeout_s)
+
+    async def mark(self, fingerprint: bytes, owner: str, note: str, *, ttl_s: float, timeout_s: float) -> None:
+        """See `Tier`."""
+        if await self._reached("mark", timeout_s):
+            await self._medium.memory.mark(fingerprint, owner, note, ttl_s=ttl_s, timeout_s=timeout_s)
+
+    async def clear(
+        self, fingerprints: Sequence[bytes], *, own: Collection[str] | None = None, timeout_s: float
+    ) -> Cleared:
+        """See `Tier`."""
+        if not await self._reached("clear", timeout_s):
+            return Cleared(incomplete="it does not answer")
+        return await self._medium.memory.clear(fingerprints, own=own, timeout_s=timeout_s)
 
     def stats(self) -> TierStats:
         """See `Tier`."""
