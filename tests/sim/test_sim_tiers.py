@@ -14,7 +14,7 @@ from kvnode.tiers.own_segment import OwnSegment
 from kvstore.tiers.guarded import GuardedTier
 from kvstore.types import GetOutcome
 
-BLOCKS, PER_BLOCK = 40, 10
+BLOCKS, PER_BLOCK = 30, 10
 QUICK_BLOCKS = 1
 
 
