@@ -128,8 +128,8 @@ def with_leases_that_are_not_given_back(patch):
 FOUND = [
     (without_verification, "quarantined_checksum", 28),
     (with_bytes_that_stay_under_way, "bytes under way", 0),
-    (with_a_try_that_never_ends, "a try of", 1),
-    (with_pauses_that_grow_for_ever, "not used by", 1),
+    (with_a_try_that_never_ends, "a try of", 5),
+    (with_pauses_that_grow_for_ever, "not used by", 5),
     (with_a_filler_that_saves_half, "are not in", 6),
 ]
 """What must be said of one of the first seeds from a number on; those before say nothing, to save time."""
@@ -149,5 +149,5 @@ def test_it_finds(fault, what, first, monkeypatch):
 )
 def test_it_finds_what_is_left_to_expire(fault, what, monkeypatch):
     fault(monkeypatch)
-    plans = ((seed, make_tier_plan(seed, faults=False)) for seed in range(500, 520))
+    plans = ((seed, make_tier_plan(seed, faults=False)) for seed in range(507, 520))
     assert any(run_seed(seed, Variant(peaceful=True, plan=plan)).counts[what] for seed, plan in plans)

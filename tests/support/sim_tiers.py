@@ -177,6 +177,12 @@ class SimTier:
             return [False] * len(names)
         return await self._medium.memory.find(names, timeout_s=timeout_s)
 
+    async def sizes(self, names: Sequence[ChunkName], *, timeout_s: float) -> list[int | TierOutcome]:
+        """See `Tier`."""
+        if not await self._reached("sizes", timeout_s):
+            return [TierOutcome.UNAVAILABLE] * len(names)
+        return await self._medium.memory.sizes(names, timeout_s=timeout_s)
+
     async def load(self, chunks: Sequence[TierChunk], *, timeout_s: float) -> list[TierOutcome]:
         """See `Tier`. One chunk after the other, half of it before the other half."""
         if not await self._reached("load", timeout_s):
