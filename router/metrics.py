@@ -33,10 +33,9 @@ class RouterMetrics:
         if connected is not None:
             metrics.sampled(names.ROUTER_INDEX_CONNECTED, lambda: [((), float(connected()))])
         metrics.sampled(names.ROUTER_NODES, self._nodes)
-        tokens = cache.start
-        metrics.sampled(names.CACHE_TOKENS, lambda: [((key,), num) for key, num in tokens.by_source.items()])
-        metrics.sampled(names.CACHE_MISSED_TOKENS, lambda: [((key,), num) for key, num in tokens.missed.items()])
-        metrics.sampled(names.CACHE_UNUSED_TOKENS, lambda: [((), tokens.unused_tokens)])
+        metrics.sampled(names.CACHE_TOKENS, lambda: [((key,), num) for key, num in cache.start.by_source.items()])
+        metrics.sampled(names.CACHE_MISSED_TOKENS, lambda: [((key,), num) for key, num in cache.start.missed.items()])
+        metrics.sampled(names.CACHE_UNUSED_TOKENS, lambda: [((), cache.start.unused_tokens)])
         log.observers.append(self._ended)
 
     def answered(self, endpoint: str, status: int) -> None:

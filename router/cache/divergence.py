@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from router.cache.prefixes import EARLY, Hashes, KnownHashes, Tokens, mixed
 
 _RUN = 16
+_LOOKED_AT = 4096
 _BASE = 0xD6E8FEB86659FD93
 _CHOSEN = np.uint64((1 << 64) // 8)
 
@@ -35,26 +37,28 @@ class RepeatedText:
 
     def look(self, tokens: Tokens, known: int, prompt_tokens: int) -> Divergence:
         """At a prompt, with its answer behind its `prompt_tokens`, of which the first `known` are an earlier prompt's
-        beginning. It is an earlier one from now on."""
-        runs = chosen_runs(tokens[known:prompt_tokens])
+        beginning. It is an earlier one from now on. Of new tokens the first 4096 are looked at, and stand for all."""
+        places, runs = chosen_runs(tokens[known : known + _LOOKED_AT])
+        asked = runs[: int(np.searchsorted(places, prompt_tokens - known - _RUN, side="right"))]
         repeated = 0
-        if len(runs):
-            repeated = round((prompt_tokens - known) * int(np.count_nonzero(self._runs.has(runs))) / len(runs))
-        self._runs.add(chosen_runs(tokens[known:]))
+        if len(asked):
+            repeated = round((prompt_tokens - known) * int(np.count_nonzero(self._runs.has(asked))) / len(asked))
+        self._runs.add(runs)
         return Divergence(repeated, _rounded(known) if 0 < prompt_tokens - known <= 2 * repeated else None)
 
 
-def chosen_runs(tokens: Tokens) -> Hashes:
-    """Of every run of 16 tokens a hash, and one in eight of these."""
+def chosen_runs(tokens: Tokens) -> tuple[npt.NDArray[np.int64], Hashes]:
+    """Of every run of 16 tokens a hash, and one in eight of these: where they begin, and they."""
     if len(tokens) < _RUN:
-        return np.empty(0, dtype=np.uint64)
+        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.uint64)
     runs: Hashes = tokens.astype(np.uint64) + np.uint64(1)
     width, factor = 1, _BASE
     while width < _RUN:  # a polynomial of the run's tokens, by doubling
         runs = runs[:-width] * np.uint64(factor) + runs[width:]
         width, factor = 2 * width, factor * factor % (1 << 64)
     runs = mixed(runs)
-    return runs[runs < _CHOSEN]
+    places = np.flatnonzero(runs < _CHOSEN)
+    return places, runs[places]
 
 
 def _rounded(place: int) -> int:

@@ -16,7 +16,7 @@ class WatchLimits:
     """Of the last hour's prompts, to replay them."""
     trace_s: float = 3600.0
     tokens_per_s: float = 250_000.0
-    """Prompt tokens looked at a second; of more prompts only the cached tokens are counted. 30 to 45 ns a token."""
+    """Prompt tokens looked at a second; of more prompts only the cached tokens are counted. 25 to 40 ns a token."""
     max_samples: int = 500_000
     """Uses of chunks that are replayed for one curve; more are sampled. 0.3 s of one core."""
     replay_s: float = 60.0

@@ -16,8 +16,8 @@ from router.cache.prefixes import STEP, Hashes
 
 Places = npt.NDArray[np.uint32]
 _PAGE_PROMPTS = 4096
-_OPEN_BYTES = 400
-"""Of the two small arrays of a prompt in the open page."""
+_OPEN_BYTES = 900
+"""Beside the hashes of a prompt in the open page."""
 
 
 @dataclass(frozen=True, slots=True)

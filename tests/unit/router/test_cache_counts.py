@@ -101,12 +101,11 @@ def test_the_longest_known_beginning_is_found(prompts: list[list[int]], seed: in
         expected = shared if shared < EARLY else max(shared // STEP * STEP, EARLY)
         prefixes = hasher.prefixes(packed(prompt), b"root")
         assert known.known_tokens(prefixes) == expected
-        known.add_prefixes(prefixes)
+        known.add(prefixes.hashes)
 
 
 def all_of(hasher: PrefixHasher, prompt: list[int]) -> Hashes:
-    prefixes = hasher.prefixes(packed(prompt), b"root")
-    return np.concatenate([prefixes.steps, prefixes.early])
+    return hasher.prefixes(packed(prompt), b"root").hashes
 
 
 def common(one: list[int], other: list[int]) -> int:
@@ -116,7 +115,7 @@ def common(one: list[int], other: list[int]) -> int:
 def test_other_roots_know_nothing_of_each_other() -> None:
     hasher, known = PrefixHasher(), KnownHashes(1 << 12)
     prompt = list(range(100))
-    known.add_prefixes(hasher.prefixes(packed(prompt), b"one"))
+    known.add(hasher.prefixes(packed(prompt), b"one").hashes)
     assert known.known_tokens(hasher.prefixes(packed(prompt), b"one")) == 96
     assert known.known_tokens(hasher.prefixes(packed(prompt), b"other")) == 0
 
@@ -125,7 +124,7 @@ def test_newer_beginnings_take_the_places_of_older_ones() -> None:
     hasher, known = PrefixHasher(), KnownHashes(1 << 12)
     prompts = np.random.default_rng(1).integers(0, 1 << 32, (500, 200)).tolist()
     for prompt in prompts:
-        known.add_prefixes(hasher.prefixes(packed(prompt), b""))
+        known.add(hasher.prefixes(packed(prompt), b"").hashes)
     found = [known.known_tokens(hasher.prefixes(packed(prompt), b"")) for prompt in prompts]
     assert (found[-1], found[0]) == (192, 0)
     assert sum(found[-50:]) > 10 * sum(found[:50])
