@@ -39,14 +39,14 @@ class Peers(Protocol):
 
 @dataclass(slots=True)
 class _Asked:
-    """One prompt's promotion. `end`: on the clock. `asked`: nodes that were asked already, each once."""
+    """One prompt's promotion. `end`: on the clock. `useless`: nodes that were asked and brought nothing."""
 
     keys: Sequence[ChunkKey]
     shape: ChunkShape
     end: float
     ask_peers: bool
     choices: list[TierChoice]
-    asked: set[str]
+    useless: set[str]
 
 
 class TierPromoter:
@@ -123,12 +123,14 @@ class TierPromoter:
         # 2. a tier of this node has it: load it, and all behind it that tiers have;
         # 3. another node's disk has it: have that node promote it into its segment, and look again;
         # 4. nobody has it: it is computed, and so is all behind it.
+        # Where what was brought has pushed out what was there already, there is no room for the prompt: case 4.
         done: list[Promoted] = []
+        there = -1  # so many were, before something was brought
         names = asked.shape.names(asked.keys)
         while (left_s := asked.end - self._clock.now()) > 0:
             found = await self._segment.num_complete([name.key for name in names], timeout_s=left_s)
             rest = names[found:]
-            if not rest:
+            if not rest or found <= there:
                 break
             if (other := self._under_way.get(rest[0].key)) is not None:  # 1
                 await asyncio.wait({other}, timeout=left_s)
@@ -141,10 +143,13 @@ class TierPromoter:
                 done += got.promoted
                 if got.num_there < len(plan.names):
                     break
+                there = found
                 continue
-            if not asked.ask_peers or not (given := await self._from_peers(rest, found, asked)):  # 4
+            given = await self._from_peers(rest, found, asked) if asked.ask_peers else None
+            if given is None:  # 4
                 break
             done += given  # 3
+            there = found if given else there
         return _merged(done)
 
     async def _plan(self, names: Sequence[ChunkName], left_s: float) -> LoadPlan:
@@ -190,25 +195,27 @@ class TierPromoter:
         )
         return use is not TierUse.COMPUTE
 
-    async def _from_peers(self, rest: Sequence[ChunkName], found: int, asked: _Asked) -> list[Promoted]:
-        """What one other node brought into its segment. `rest`: all names but the first `found`."""
+    async def _from_peers(self, rest: Sequence[ChunkName], found: int, asked: _Asked) -> list[Promoted] | None:
+        """What one other node brought into its segment; None: there is none to ask. `rest`: all names but the first
+        `found`."""
         if self._peers is None:
-            return []
+            return None
         left_s = asked.end - self._clock.now()
         holders = await self._peers.holders([name.key for name in rest], timeout_s=min(left_s, self._limits.find_s))
         runs: Counter[str] = Counter()
         for node_id in holders[0] if holders else ():
-            if node_id not in asked.asked:
+            if node_id not in asked.useless:
                 runs[node_id] = next((n for n, having in enumerate(holders) if node_id not in having), len(holders))
         if not runs:
-            return []
+            return None
         (node_id, length), *_ = runs.most_common(1)
-        asked.asked.add(node_id)
         ranks = asked.shape.num_ranks
         keys = asked.keys[found // ranks : -(-(found + length) // ranks)]
         wanted = [ChunkName(asked.shape.fingerprint, key) for key in keys]
         reply = await self._peers.promote(node_id, wanted, timeout_s=asked.end - self._clock.now())
         asked.choices += reply.choices
+        if not reply.promoted:
+            asked.useless.add(node_id)
         return reply.promoted
 
 

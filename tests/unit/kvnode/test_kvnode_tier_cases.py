@@ -9,13 +9,15 @@ from support.store_fakes import CHUNK_BYTES, SPEC, key, payload
 from support.tier_world import TierWorld, put_into, shared_tier
 
 from kvcore.chunk_keys import chunk_keys, rank_key, root_key
+from kvcore.config.schema import StoreConfig
 from kvnode.tasks import cancelled, spawned
 from kvnode.tiers.choice import LoadCosts, choose
+from kvnode.tiers.limits import MoveLimits
 from kvnode.tiers.shape import ChunkShape
 from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, checksum, pack
 from kvstore.tiers.base import ChunkName
 from metadata_server.messages import Event, EventKind
-from nodeapi.messages import PrefillRequest, PromoteRequest
+from nodeapi.messages import PrefillRequest, Promoted, PromoteReply, PromoteRequest
 
 KEYS = [key(number) for number in range(1, 13)]
 SHAPE = ChunkShape.of(SPEC)
@@ -234,3 +236,50 @@ def test_a_task_that_fails_says_so_at_once():
         assert len(told) == 1
 
     asyncio.run(main())
+
+
+class ScriptedPeers:
+    """Other nodes' disks: `holds[node]` is what each has; it brings one run of it at a time into its segment."""
+
+    def __init__(self, holds, nodes) -> None:
+        self.holds, self.nodes, self.asked = holds, nodes, []
+
+    async def holders(self, keys, *, timeout_s):
+        return [[node for node, having in self.holds.items() if one in having] for one in keys]
+
+    async def promote(self, node_id, names, *, timeout_s):
+        self.asked.append((node_id, len(names)))
+        brought = await self.nodes[node_id].put([name.key for name in names]) if node_id in self.nodes else []
+        return PromoteReply(promoted=[Promoted(tier="disk", node=node_id, num_chunks=len(brought))] if brought else [])
+
+
+def test_a_prompt_that_lies_by_turns_on_two_disks_is_brought_whole_and_who_has_nothing_is_asked_once():
+    async def main():
+        world = TierWorld()
+        nodes, holds = {}, {"b": KEYS[:3] + KEYS[6:9], "c": KEYS[3:6] + KEYS[9:], "gone": KEYS[:4]}
+        peers = ScriptedPeers(holds, nodes)
+        async with (
+            world.node("a", [], peers=lambda _: peers) as a,
+            world.node("b", []) as nodes["b"],
+            world.node("c", []) as nodes["c"],
+        ):
+            await a.tiers.promoter.promote(KEYS, SHAPE, timeout_s=5)
+            assert await a.cached(KEYS) == len(KEYS)
+            assert peers.asked == [("gone", 4), ("b", 3), ("c", 3), ("b", 3), ("c", 3)]
+
+    run_sim(main)
+
+
+def test_what_pushes_out_its_own_prompt_is_not_brought_again_and_again():
+    async def main():
+        world = TierWorld(StoreConfig(retire_grace_s=0.0, high_watermark=1.0, low_watermark=0.5))
+        tier = shared_tier(world.world.clock)
+        put_into(tier, KEYS)
+        async with world.node("a", [tier], chunks=4, limits=MoveLimits(batch_chunks=2)) as a:
+            loop = asyncio.get_running_loop()
+            began = loop.time()
+            await a.tiers.promoter.promote(KEYS, SHAPE, timeout_s=5)
+            assert loop.time() - began < 1.0
+            assert a.tiers.promoter.counts["memory", "promoted"] <= 2 * len(KEYS)
+
+    run_sim(main)
