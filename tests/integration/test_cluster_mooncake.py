@@ -1,0 +1,81 @@
+"""Clusters with a Mooncake tier: what they computed outlives them with whoever lent the memory; its master may die."""
+
+import asyncio
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from time import monotonic
+
+import pytest
+from support.cluster import ClusterHandle, cluster
+from support.mooncake_server import MooncakeServer, mooncake_server, needs_mooncake
+
+pytestmark = [*needs_mooncake, pytest.mark.timeout(240)]
+
+CHUNKS = 8
+PROMPTS = [random.Random(f"mooncake {seed}").choices(range(3, 250), k=64 * CHUNKS + 1) for seed in range(12)]
+LATER = [random.Random(f"later {seed}").choices(range(3, 250), k=64 * CHUNKS + 1) for seed in range(200)]
+GREEDY = {"max_tokens": 4, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+
+
+@pytest.fixture
+def server() -> Iterator[MooncakeServer]:
+    """This test's processes, the cluster's too, are where it is."""
+    with mooncake_server() as server, server.machines.entered():
+        yield server
+
+
+def section(server: MooncakeServer, more: str = "") -> list[str]:
+    return [f"tiers.mooncake={{master: '{server.master}'{more}}}"]
+
+
+async def ask(subject: ClusterHandle, prompt: list[int]) -> tuple[list[int], int]:
+    """The answer's tokens, and how many of the prompt's were cached."""
+    body = await subject.complete(prompt, **GREEDY)
+    return body["choices"][0]["token_ids"], body["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+async def counted(subject: ClusterHandle, what: str) -> int:
+    reports = [await subject.node_info(node) for node in subject.nodes]
+    return sum(tier.counts.get(what, 0) for report in reports for tier in report.tiers)
+
+
+async def test_all_nodes_end_and_the_next_find_all_they_computed(tmp_path: Path, server: MooncakeServer) -> None:
+    async with cluster(tmp_path, prefillers=1, decoders=1, overrides=section(server)) as subject:
+        first = [await ask(subject, prompt) for prompt in PROMPTS]
+        assert [cached for _, cached in first] == [0] * len(PROMPTS)
+
+        async def all_saved() -> bool:
+            return await counted(subject, "saved") >= len(PROMPTS) * CHUNKS
+
+        await subject.until(all_saved, 20)
+    lending = section(server, ", global_segment_size: 64MiB")
+    async with cluster(tmp_path, prefillers=1, decoders=1, overrides=lending) as subject:
+        second = [await ask(subject, prompt) for prompt in PROMPTS]
+        assert [tokens for tokens, _ in second] == [tokens for tokens, _ in first]
+        assert [cached for _, cached in second] == [CHUNKS * 64] * len(PROMPTS)
+        assert await counted(subject, "promoted") >= len(PROMPTS) * CHUNKS
+
+
+async def test_the_master_is_killed_and_back_and_every_request_answered(tmp_path: Path, server: MooncakeServer) -> None:
+    async with cluster(tmp_path, prefillers=1, decoders=1, overrides=section(server)) as subject:
+        first = [await ask(subject, prompt) for prompt in PROMPTS]
+        server.stop()
+        began = monotonic()
+        assert [await ask(subject, prompt) for prompt in PROMPTS] == [(tokens, CHUNKS * 64) for tokens, _ in first]
+        without = [await ask(subject, prompt) for prompt in LATER[:6]]
+        assert [cached for _, cached in without] == [0] * 6 and monotonic() - began < 30
+
+        async def said() -> bool:
+            reports = [await subject.node_info(node) for node in subject.nodes]
+            return any(server.master in tier.problem for report in reports for tier in report.tiers)
+
+        await subject.until(said, 20)
+        server.start()
+        before, returned = await counted(subject, "saved"), monotonic()
+        for prompt in LATER[6:]:
+            await ask(subject, prompt)
+            if await counted(subject, "saved") > before:
+                break
+            await asyncio.sleep(0.1)
+        assert monotonic() - returned < 10, "5 s on a machine that has nothing else to do"
