@@ -79,9 +79,9 @@ class MooncakeTierConfig(TierConfig, frozen=True, kw_only=True):
     local_hostname: Text | None = None
     """By which Mooncake's other clients reach this node. Not set: the node's `host`, or, where that is loopback and
     the master is not, the address from which the master is reached."""
-    global_segment_size: ByteSize = ByteSize(0)
-    """Memory that each node lends to Mooncake, beside its own segment. 0: none, others lend."""
-    local_buffer_size: ByteSize = ByteSize(0)
+    global_segment_size: ByteSize | None = None
+    """Memory that each node lends to Mooncake, beside its own segment. Not set: none, others lend."""
+    local_buffer_size: ByteSize | None = None
     """Memory for Mooncake's own copies, of each node. kvferry needs none."""
 
 

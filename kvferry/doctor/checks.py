@@ -168,7 +168,8 @@ def check_memory(context: Context) -> list[Finding]:
     if needed <= left.size_bytes:
         return [Finding("memory", True, shown)]
     kv = "engine.args.kv-cache-memory-bytes" if context.local_vllm else "engine.kv_cache"
-    remedy = f"lower nodes.*.segment or {kv}, or start fewer nodes here"
+    lower = f"nodes.*.segment{', tiers.mooncake.global_segment_size' if lent else ''} or {kv}"
+    remedy = f"lower {lower}, or start fewer nodes here"
     return [Finding("memory", False, shown, remedy)]
 
 

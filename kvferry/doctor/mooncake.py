@@ -33,7 +33,7 @@ def check_mooncake(context: Context) -> list[Finding]:
     except OSError as error:
         remedy = "start mooncake_master, or correct tiers.mooncake.master; without it chunks are computed"
         return [Finding(_SUBJECT, False, f"{place.shown}: {why_unreachable(error)}", remedy)]
-    lent = int(config.global_segment_size)
+    lent = config.global_segment_size
     said = f"each node lends {size_text(lent)} to it" if lent else "no node lends memory to it: others must"
     return [Finding(_SUBJECT, True, f"{place.shown} over {config.protocol}; {said}")]
 
@@ -41,7 +41,9 @@ def check_mooncake(context: Context) -> list[Finding]:
 def mooncake_bytes(config: ClusterConfig) -> int:
     """Memory that a Mooncake tier takes of one node's machine, its buffer counted in full."""
     tier = config.tiers.mooncake
-    return 0 if tier is None else int(tier.global_segment_size) + int(tier.local_buffer_size) + int(tier.in_flight)
+    if tier is None:
+        return 0
+    return int(tier.global_segment_size or 0) + int(tier.local_buffer_size or 0) + int(tier.in_flight)
 
 
 def _not_loaded() -> str:

@@ -3,11 +3,11 @@
 `docs/lmcache.md` has the same table; a test holds them together.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from kvferry.lmcache import mapping
+from kvferry.lmcache import mapping, mooncake
 from kvferry.lmcache.draft import Draft, Fate
 from kvferry.lmcache.mapping import Take, Verdict
 from kvferry.lmcache.values import read_bool
@@ -49,18 +49,18 @@ def _mapped(names: str, becomes: str, take: Take, *, doubtful: bool = False) -> 
     return KeyRule(tuple(names.split()), becomes, take, doubtful)
 
 
+def _of_mooncake(name: str, becomes: str, take: Take, *, mooncakes: str = "") -> Iterator[KeyRule]:
+    """In `extra_config`, there with `mooncake_` before Mooncake's own name too; at the top LMCache ignores it."""
+    yield _mapped(f"extra_config.{name} extra_config.mooncake_{mooncakes or name}", becomes, take)
+    yield _mapped(name, f"as `extra_config.{name}`", take, doubtful=True)
+
+
 _MEASURED = "loading or computing is decided by measured rates"
 _CLUSTER_FILE = "addresses, ports and buffers are the cluster file's (`nodes`)"
 _METADATA = "the metadata server does this for all nodes"
-_MOONCAKE = "of Mooncake's own service, which has no counterpart"
+_MOONCAKE = "an option of Mooncake's client that has no counterpart"
 _CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment: no file of ours has credentials"
 _OBSERVED = "`/metrics`, `kvferry status` and `/v1/info` are always there"
-
-MOONCAKE_KEYS = (
-    "local_hostname metadata_server master_server_address global_segment_size local_buffer_size transfer_timeout "
-    "storage_root_dir use_exists_sync"
-)
-"""Of `extra_config`. Tutorials have them, and `protocol` and `device_name`, at the top, where LMCache ignores them."""
 
 RULES: Sequence[KeyRule] = (
     _mapped("chunk_size", "`kv.chunk_tokens`", mapping.chunk_size),
@@ -78,7 +78,7 @@ RULES: Sequence[KeyRule] = (
     _mapped(
         "remote_url",
         "`tiers.redis.url` for redis, rediss, resp, valkey, redis-sentinel, redis-cluster; `tiers.object` for s3, fs; "
-        "others (mooncakestore, lm, infinistore) are refused with what is nearest",
+        "`tiers.mooncake` for mooncakestore; others (lm, infinistore) are refused with what is nearest",
         mapping.remote_url,
     ),
     _mapped("storage", "`tiers.redis.url`, from `{type: redis, host, port}`", mapping.storage, doubtful=True),
@@ -94,13 +94,21 @@ RULES: Sequence[KeyRule] = (
         "ignored for LRU, LFU, FIFO: the least recently used is evicted; others are refused",
         mapping.cache_policy,
     ),
-    _mapped("blocking_timeout_secs", "`tiers.redis.timeout_s`, `tiers.object.timeout_s`", mapping.blocking_timeout),
+    _mapped("blocking_timeout_secs", "`timeout_s` of the tier that `remote_url` names", mapping.blocking_timeout),
     _mapped("lookup_timeout_ms", "`tiers.wait_s`", mapping.lookup_timeout),
     _mapped("pd_role", "`nodes.*.role`: sender is a prefiller, receiver a decoder", mapping.pd_role),
     _mapped("nixl_role", "as `pd_role`", mapping.pd_role, doubtful=True),
-    _mapped("extra_config.protocol", "rdma: `transport.kind: ucx`; tcp is used anyway", mapping.protocol),
+    _mapped(
+        "extra_config.protocol extra_config.mooncake_protocol",
+        "rdma: `transport.kind: ucx`, and `tiers.mooncake.protocol` where there is one; tcp is used anyway",
+        mapping.protocol,
+    ),
     _mapped("protocol", "as `extra_config.protocol`", mapping.protocol, doubtful=True),
-    _mapped("extra_config.device_name", "`transport.devices`, with rdma", mapping.device_name),
+    _mapped(
+        "extra_config.device_name extra_config.mooncake_rdma_devices",
+        "`transport.devices`, and `tiers.mooncake.rdma_devices` where there is one, with rdma",
+        mapping.device_name,
+    ),
     _mapped("device_name", "as `extra_config.device_name`", mapping.device_name, doubtful=True),
     _ignored("min_retrieve_tokens hit_miss_ratio enable_scheduler_bypass_lookup", _MEASURED),
     _ignored("pre_caching_hash_algorithm PYTHONHASHSEED", "keys are chains of SHA-256, the same in every process"),
@@ -132,9 +140,20 @@ RULES: Sequence[KeyRule] = (
         "cost_aware_*",
         "a node takes its segment and its file at start, in a process of its own",
     ),
-    _ignored(" ".join(f"extra_config.{name}" for name in MOONCAKE_KEYS.split()), _MOONCAKE),
+    *_of_mooncake("local_hostname", "`tiers.mooncake.local_hostname`", mooncake.local_hostname),
+    *_of_mooncake("metadata_server", "`tiers.mooncake.metadata_server`", mooncake.metadata_server),
+    *_of_mooncake(
+        "master_server_address",
+        "`tiers.mooncake.master`, before the host and port of `remote_url`",
+        mooncake.master_server_address,
+        mooncakes="master_server_addr",
+    ),
+    *_of_mooncake("global_segment_size", "`tiers.mooncake.global_segment_size`", mooncake.global_segment_size),
+    *_of_mooncake("local_buffer_size", "`tiers.mooncake.local_buffer_size`", mooncake.local_buffer_size),
+    *_of_mooncake("transfer_timeout", "`tiers.mooncake.timeout_s`", mooncake.transfer_timeout),
+    _ignored("extra_config.storage_root_dir extra_config.use_exists_sync extra_config.mooncake_*", _MOONCAKE),
     KeyRule(
-        tuple(MOONCAKE_KEYS.split()),
+        ("storage_root_dir", "use_exists_sync"),
         f"ignored: {_MOONCAKE}",
         lambda _, __: (Fate.IGNORED, _MOONCAKE),
         doubtful=True,

@@ -11,6 +11,7 @@ from kvcore.config.tiers import ObjectTierConfig
 from kvcore.errors import ConfigError
 from kvcore.types import Role
 from kvferry.cluster_text import size_text
+from kvferry.lmcache import mooncake
 from kvferry.lmcache.buckets import bucket_section
 from kvferry.lmcache.draft import Draft, Fate
 from kvferry.lmcache.values import bool_remark, read_bool, read_gib, read_int, read_number
@@ -27,7 +28,6 @@ _REDIS = {"redis": "redis", "rediss": "rediss", "resp": "redis", "valkey": "redi
 _REDIS |= {"redis-sentinel": "redis-sentinel", "redis-cluster": "redis-cluster"}
 _A_REDIS = "a Redis as redis://HOST:PORT"
 _NEAREST = {
-    "mooncakestore": f"{_A_REDIS}, or none, as nodes share their memory",
     "lm": f"none, as the metadata server and the nodes' memory do that, or {_A_REDIS}",
     "infinistore": f"none, as nodes share their memory, over RDMA too, or {_A_REDIS}",
 }
@@ -109,6 +109,8 @@ def remote_url(draft: Draft, value: object) -> Verdict:
         raise ValueError(f"{url!r} is no URL; expected redis://HOST:PORT")
     if scheme in ("s3", "fs"):
         return objects(draft, url)
+    if scheme == mooncake.SCHEME:
+        return mooncake.master(draft, url)
     if scheme not in _REDIS:
         nearest = _NEAREST.get(scheme, f"{_A_REDIS}, or a disk, local_disk")
         raise ValueError(f"there is no tier for {scheme}://; nearest: {nearest}")
@@ -156,7 +158,9 @@ def _remote_tier(settings: Mapping[str, object]) -> str:
     url, section = settings.get("remote_url"), settings.get("storage")
     scheme = str(url).partition("://")[0] if url else str(section.get("type")) if isinstance(section, Mapping) else ""
     scheme = scheme.strip().lower()
-    return "redis" if scheme in _REDIS else "object" if scheme in ("s3", "fs") and url else ""
+    if scheme in _REDIS or not url:
+        return "redis" if scheme in _REDIS else ""
+    return "object" if scheme in ("s3", "fs") else "mooncake" if scheme == mooncake.SCHEME else ""
 
 
 def save_decode_cache(draft: Draft, value: object) -> Verdict:
@@ -196,6 +200,8 @@ def blocking_timeout(draft: Draft, value: object) -> Verdict:
         raise ValueError("0 s for a call; expected more")
     if not (tier := _remote_tier(draft.settings)):
         return Fate.IGNORED, "there is no remote store"
+    if tier == "mooncake" and mooncake.given(draft.settings, "transfer_timeout") is not None:
+        return Fate.IGNORED, "transfer_timeout is given"
     draft.put(f"tiers.{tier}.timeout_s", seconds)
     return Fate.MAPPED, f"tiers.{tier}.timeout_s: {seconds:g}"
 
@@ -225,10 +231,11 @@ def pd_role(draft: Draft, value: object) -> Verdict:
 
 def protocol(draft: Draft, value: object) -> Verdict:
     """What Mooncake moves bytes by."""
-    kind = str(value).strip().lower()
+    kind = str(mooncake.given(draft.settings, "protocol") or value).strip().lower()
     if kind == "rdma":
         draft.put("transport.kind", "ucx")
-        return Fate.MAPPED, "transport.kind: ucx, refused on a machine without an RDMA device"
+        too = mooncake.put_too(draft, "protocol", kind)
+        return Fate.MAPPED, f"transport.kind: ucx{too}, refused on a machine without an RDMA device"
     if kind == "tcp":
         return Fate.IGNORED, "nodes use shared memory on one host and TCP between hosts"
     raise ValueError(f"{value!r} is not there; nearest: tcp, or rdma")
@@ -236,9 +243,11 @@ def protocol(draft: Draft, value: object) -> Verdict:
 
 def device_name(draft: Draft, value: object) -> Verdict:
     """The RDMA devices."""
-    devices = [name.strip() for name in str(value or "").split(",") if name.strip()]
-    kind = draft.settings.get("extra_config.protocol", draft.settings.get("protocol"))
+    named = mooncake.given(draft.settings, "device_name") or ""
+    devices = [name.strip() for name in str(named).split(",") if name.strip()]
+    kind = mooncake.given(draft.settings, "protocol")
     if not devices or str(kind).strip().lower() != "rdma":
         return Fate.IGNORED, "the protocol is not rdma" if devices else "empty"
     draft.put("transport.devices", devices)
-    return Fate.MAPPED, f"transport.devices: {', '.join(devices)}"
+    too = mooncake.put_too(draft, "rdma_devices", devices)
+    return Fate.MAPPED, f"transport.devices{too}: {', '.join(devices)}"

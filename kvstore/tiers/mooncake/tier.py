@@ -263,16 +263,16 @@ def place_of(config: MooncakeTierConfig, own_host: str) -> MooncakePlace:
         _check_rdma(config)
     if importlib.util.find_spec("mooncake") is None:
         raise ConfigError(f"tiers.mooncake: Mooncake's client is not installed; pip install {PACKAGE}")
+    lent, local = int(config.global_segment_size or 0), int(config.local_buffer_size or 0)
     options = {
         "metadata_server": config.metadata_server,
-        "global_segment_size": str(int(config.global_segment_size)),
-        "local_buffer_size": str(int(config.local_buffer_size)),
+        "global_segment_size": str(lent),
+        "local_buffer_size": str(local),
         "protocol": config.protocol,
         "rdma_devices": ",".join(config.rdma_devices),
         "master_server_addr": config.master,
     }
-    lent_bytes = int(config.global_segment_size) + int(config.local_buffer_size)
-    return MooncakePlace(host.strip("[]"), int(port), options, config.local_hostname or own_host, lent_bytes)
+    return MooncakePlace(host.strip("[]"), int(port), options, config.local_hostname or own_host, lent + local)
 
 
 def _check_rdma(config: MooncakeTierConfig) -> None:
@@ -290,4 +290,4 @@ def _check_rdma(config: MooncakeTierConfig) -> None:
 async def open_tier(config: TierConfig, place: TierPlace, clock: Clock) -> MooncakeTier:
     """See `kvstore.tiers.opening`. Its client is set up beside, and lends what it is to lend from then on."""
     assert isinstance(config, MooncakeTierConfig)
-    return MooncakeTier(place_of(config, config.local_hostname or place.host), int(config.in_flight))
+    return MooncakeTier(place_of(config, place.host), int(config.in_flight))

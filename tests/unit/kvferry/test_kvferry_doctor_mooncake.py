@@ -77,6 +77,9 @@ def test_what_is_lent_and_the_buffer_are_memory_that_is_needed():
     section = {"global_segment_size": ByteSize(2 << 30), "in_flight": ByteSize(1 << 30)}
     (memory,) = check_memory(Context(config_of(**section)))
     assert "1.0 GiB of it segments, 3.0 GiB for Mooncake" in memory.detail
+    section["global_segment_size"] = ByteSize(1 << 50)
+    (memory,) = check_memory(Context(config_of(**section)))
+    assert not memory.ok and "tiers.mooncake.global_segment_size" in memory.remedy
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,11 @@ import pytest
 import yaml
 
 from kvcore.config.file import load_config
-from kvcore.config.tiers import DiskTierConfig, RedisTierConfig, TiersConfig
+from kvcore.config.tiers import DiskTierConfig, MooncakeTierConfig, RedisTierConfig, TiersConfig
 from kvcore.errors import ConfigError
 from kvferry import cli, serve
+from kvferry.doctor.checks import preflight
+from kvferry.doctor.transports import check_transports
 from kvferry.lmcache.draft import Draft, Fate
 from kvferry.lmcache.importer import read_lmcache
 from kvferry.lmcache.keys import RULES
@@ -17,6 +19,7 @@ from kvferry.serve_plan import Machine
 
 GIB = 1 << 30
 DOCS = Path(__file__).parents[3] / "docs"
+Case = tuple[dict[str, object], str, Fate, str, dict[str, object]]
 MAPPED, IGNORED, REFUSED = Fate.MAPPED, Fate.IGNORED, Fate.REFUSED
 
 TUTORIAL = """\
@@ -72,8 +75,105 @@ def redis(url: str, **more: object) -> dict[str, object]:
     return {"tiers": {"redis": {"url": url, **more}}}
 
 
+def mooncake(**section: object) -> dict[str, object]:
+    return {"tiers": {"mooncake": {"master": "m:1", "global_segment_size": "3200MiB", **section}}}
+
+
+def of_mooncake(name: str, value: object, word: str, part: dict[str, object], *, own: str = "") -> list[Case]:
+    """In each of its spellings; without a Mooncake it says nothing."""
+    url = {"remote_url": "mooncakestore://m:1"}
+    cases: list[Case] = []
+    for inner in (name, f"mooncake_{own or name}"):
+        cases.append(({**url, "extra_config": {inner: value}}, f"extra_config.{inner}", MAPPED, word, part))
+        cases.append(({"extra_config": {inner: value}}, f"extra_config.{inner}", IGNORED, "no mooncakestore://", {}))
+    cases.append(({**url, name: value}, name, MAPPED, f"{word}.*; LMCache itself ignores this key", part))
+    return cases
+
+
+MOONCAKE_CASES: list[Case] = [
+    ({"remote_url": "mooncakestore://m:1/"}, "remote_url", MAPPED, "LMCache itself takes no host", mooncake()),
+    ({"remote_url": "mooncakestore://m:1"}, "remote_url", MAPPED, "each node lends 3200MiB", mooncake()),
+    ({"remote_url": "mooncakestore://"}, "remote_url", REFUSED, "expected mooncake://HOST:PORT", {}),
+    *of_mooncake("local_hostname", "10.0.0.7", "local_hostname: 10.0.0.7", mooncake(local_hostname="10.0.0.7")),
+    *of_mooncake("metadata_server", "http://m/metadata", "http", mooncake(metadata_server="http://m/metadata")),
+    *of_mooncake("master_server_address", "n:2", "master: n:2", mooncake(master="n:2"), own="master_server_addr"),
+    *of_mooncake("global_segment_size", 4 << 30, "4GiB, of each node", mooncake(global_segment_size="4GiB")),
+    *of_mooncake("local_buffer_size", "1 GB", "1GB, of each node", mooncake(local_buffer_size="1GB")),
+    *of_mooncake("transfer_timeout", 3, "timeout_s: 3", mooncake(timeout_s=3.0)),
+    (
+        {"remote_url": "mooncakestore://m:1", "global_segment_size": 0},
+        "global_segment_size",
+        MAPPED,
+        "not set: none",
+        {"tiers": {"mooncake": {"master": "m:1"}}},
+    ),
+    (
+        {"remote_url": "mooncakestore://m:1", "extra_config": {"global_segment_size": "much"}},
+        "extra_config.global_segment_size",
+        REFUSED,
+        "'much': expected a positive number",
+        {"tiers": {"mooncake": {"master": "m:1"}}},
+    ),
+    (
+        {"remote_url": "mooncakestore://m:1", "extra_config": {"transfer_timeout": 0}},
+        "extra_config.transfer_timeout",
+        REFUSED,
+        "expected more",
+        mooncake(),
+    ),
+    ({"remote_url": "mooncakestore://m:1", "metadata_server": ""}, "metadata_server", IGNORED, "empty", mooncake()),
+    (
+        {"remote_url": "mooncakestore:///", "extra_config": {"master_server_address": "n:2"}},
+        "remote_url",
+        MAPPED,
+        "master: n:2",
+        mooncake(master="n:2"),
+    ),
+    (
+        {"remote_url": "mooncakestore://m:1", "extra_config": {"mooncake_local_hostname": "a", "local_hostname": "b"}},
+        "extra_config.local_hostname",
+        MAPPED,
+        "local_hostname: a",
+        mooncake(local_hostname="a"),
+    ),
+    (
+        {"remote_url": "mooncakestore://m:1", "blocking_timeout_secs": 4},
+        "blocking_timeout_secs",
+        MAPPED,
+        "tiers.mooncake",
+        mooncake(timeout_s=4.0),
+    ),
+    (
+        {"remote_url": "mooncakestore://m:1", "blocking_timeout_secs": 4, "extra_config": {"transfer_timeout": 1}},
+        "blocking_timeout_secs",
+        IGNORED,
+        "transfer_timeout is given",
+        mooncake(timeout_s=1.0),
+    ),
+    (
+        {
+            "remote_url": "mooncakestore://m:1",
+            "extra_config": {"mooncake_protocol": "rdma", "mooncake_rdma_devices": "mlx5_0,mlx5_1"},
+        },
+        "extra_config.mooncake_rdma_devices",
+        MAPPED,
+        "transport.devices, and tiers.mooncake.rdma_devices: mlx5_0, mlx5_1",
+        {
+            "transport": {"kind": "ucx", "devices": ["mlx5_0", "mlx5_1"]},
+            **mooncake(protocol="rdma", rdma_devices=["mlx5_0", "mlx5_1"]),
+        },
+    ),
+    (
+        {"remote_url": "mooncakestore://m:1", "extra_config": {"mooncake_protocol": "tcp"}},
+        "extra_config.mooncake_protocol",
+        IGNORED,
+        "TCP between hosts",
+        mooncake(),
+    ),
+]
+
 # the file, the key in question, its fate, a word of its note, the part that comes of all
-CASES: list[tuple[dict[str, object], str, Fate, str, dict[str, object]]] = [
+CASES: list[Case] = [
     ({"chunk_size": 512}, "chunk_size", MAPPED, "kv.chunk_tokens: 512", {"kv": {"chunk_tokens": 512}}),
     ({"chunk_size": "128"}, "chunk_size", MAPPED, "128", {"kv": {"chunk_tokens": 128}}),
     ({"chunk_size": 128.0}, "chunk_size", MAPPED, "128", {"kv": {"chunk_tokens": 128}}),
@@ -139,7 +239,6 @@ CASES: list[tuple[dict[str, object], str, Fate, str, dict[str, object]]] = [
     *(
         ({"remote_url": f"{scheme}://h:1"}, "remote_url", REFUSED, f"no tier for {scheme}://; nearest: .*{near}", {})
         for scheme, near in {
-            "mooncakestore": "nodes share their memory",
             "lm": "metadata server",
             "infinistore": "RDMA",
             "blackhole": "redis://HOST:PORT, or a disk",
@@ -258,7 +357,7 @@ CASES: list[tuple[dict[str, object], str, Fate, str, dict[str, object]]] = [
         {"transport": {"kind": "ucx", "devices": ["mlx5_0"]}},
     ),
     ({"extra_config": {"device_name": "eth0"}}, "extra_config.device_name", IGNORED, "not rdma", {}),
-    ({"metadata_server": "http://m"}, "metadata_server", IGNORED, "Mooncake.*LMCache itself ignores", {}),
+    *MOONCAKE_CASES,
     ({"enable_blending": True}, "enable_blending", REFUSED, "beginning of a prompt", {}),
     ({"enable_blending": "yes"}, "enable_blending", IGNORED, "off", {}),
     ({"gds_path": "/g"}, "gds_path", REFUSED, "nearest: a disk", {}),
@@ -350,11 +449,36 @@ def test_the_files_that_users_copy_are_read_as_they_stand():
         **both(segment="10GB"),
     }
     prefiller = read_lmcache(MOONCAKE_PREFILLER, {})
-    assert [note.key for note in prefiller.refused()] == ["remote_url"]
-    assert prefiller.part == {"kv": {"chunk_tokens": 256}, "transport": {"kind": "ucx", "devices": ["mlx5_0"]}}
+    assert prefiller.refused() == []
+    assert prefiller.part == {
+        "kv": {"chunk_tokens": 256},
+        "transport": {"kind": "ucx", "devices": ["mlx5_0"]},
+        "tiers": {
+            "mooncake": {
+                "master": "127.0.0.1:50052",
+                "global_segment_size": "3200MiB",
+                "protocol": "rdma",
+                "rdma_devices": ["mlx5_0"],
+                "metadata_server": "http://127.0.0.1:8080/metadata",
+            }
+        },
+    }
     native = read_lmcache(NATIVE, {})
-    assert [note.key for note in native.refused()] == ["remote_url"]
-    assert native.whole() == {"kv": {"chunk_tokens": 256}, **both(segment="10GiB")}
+    assert native.refused() == []
+    assert native.whole() == {
+        "kv": {"chunk_tokens": 256},
+        **both(segment="10GiB"),
+        "tiers": {
+            "mooncake": {
+                "master": "127.0.0.1:50051",
+                "local_hostname": "127.0.0.1",
+                "metadata_server": "http://127.0.0.1:8080/metadata",
+                "global_segment_size": "3200MiB",
+                "local_buffer_size": "1GiB",
+                "timeout_s": 1.0,
+            }
+        },
+    }
 
 
 def test_the_printed_part_is_read_by_a_cluster_file_that_has_the_rest(tmp_path, capsys, monkeypatch):
@@ -373,10 +497,10 @@ def test_the_printed_part_is_read_by_a_cluster_file_that_has_the_rest(tmp_path, 
 
 
 def test_a_refused_key_is_said_on_stderr_and_by_the_exit_code(tmp_path, capsys):
-    (tmp_path / "lm.yaml").write_text(MOONCAKE_PREFILLER)
+    (tmp_path / "lm.yaml").write_text("remote_url: lm://h:1")
     assert cli.main(["config", "from-lmcache", str(tmp_path / "lm.yaml")]) == 1
     said = capsys.readouterr()
-    assert "# remote_url: refused" in said.out and "remote_url: refused: there is no tier for mooncake" in said.err
+    assert "# remote_url: refused" in said.out and "remote_url: refused: there is no tier for lm://" in said.err
     assert cli.main(["config", "from-lmcache", str(tmp_path / "no.yaml")]) == 2
     assert "no.yaml: no such file" in capsys.readouterr().err
 
@@ -428,11 +552,34 @@ def test_serve_obeys_the_file_and_the_command_line_wins(serving, tmp_path, monke
 
 def test_serve_refuses_what_is_not_there_by_name(serving, tmp_path, monkeypatch, capsys):
     command, file = serving
-    (tmp_path / "lm.yaml").write_text(MOONCAKE_PREFILLER)
+    (tmp_path / "lm.yaml").write_text(f"{MOONCAKE_PREFILLER}enable_blending: true\n")
     monkeypatch.setenv("LMCACHE_CONFIG_FILE", str(tmp_path / "lm.yaml"))
     assert cli.main(command) == 2
-    assert "remote_url: refused: there is no tier for mooncakestore://" in capsys.readouterr().err
+    assert "enable_blending: refused: not there" in capsys.readouterr().err
     assert not file.exists()
-    monkeypatch.setenv("LMCACHE_REMOTE_URL", "redis://c:1")
+    monkeypatch.setenv("LMCACHE_ENABLE_BLENDING", "false")
     assert cli.main(command) == 0, "the environment is laid over the file"
     assert load_config(file).transport.devices == ["mlx5_0"]
+
+
+def test_a_mooncake_of_lmcaches_users_is_served_over_tcp_and_refused_over_rdma_without_a_device(
+    serving, tmp_path, monkeypatch, capsys
+):
+    command, file = serving
+    (tmp_path / "lm.yaml").write_text(MOONCAKE_PREFILLER)
+    monkeypatch.setenv("LMCACHE_CONFIG_FILE", str(tmp_path / "lm.yaml"))
+    monkeypatch.setattr("kvferry.doctor.checks.preflight", preflight)
+    monkeypatch.setattr("kvferry.doctor.checks.PREFLIGHT", (check_transports,))
+    assert cli.main(command) == 2
+    assert re.search("mlx5_0|libucp", capsys.readouterr().err) and not file.exists()
+    monkeypatch.setenv("LMCACHE_PROTOCOL", "tcp")
+    assert cli.main(command) == 0
+    config = load_config(file)
+    assert config.transport.kind == "auto" and config.tiers.mooncake == MooncakeTierConfig(
+        master="127.0.0.1:50052",
+        metadata_server="http://127.0.0.1:8080/metadata",
+        global_segment_size=3200 << 20,
+    )
+    said = capsys.readouterr().out
+    assert "LMCache's device_name: ignored: the protocol is not rdma; LMCache itself ignores this key\n" in said
+    assert "mooncake tier: 127.0.0.1:50052, lent 3200MiB of each node" in said
