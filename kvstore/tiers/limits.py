@@ -46,7 +46,7 @@ class RedisLimits:
 class ObjectLimits:
     """Of a tier in a bucket or a folder."""
 
-    questions: int = 16
+    questions: int = 32
     """At once: whether an object is there."""
     max_chunk_bytes: int = 1 << 30
     """Header and payload."""

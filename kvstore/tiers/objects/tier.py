@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _LATE = "it did not answer in time"
+_FIND_SHARE = 0.9
+"""Of the time for finding: who asks must not be gone when what was found is told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +67,12 @@ class ObjectTier:
 
     async def find(self, names: Sequence[ChunkName], *, timeout_s: float) -> list[bool]:
         """See `Tier`. Asks a few at a time, in order, and no more after as many in a row that are not there: they count
-        as not there either. So a prompt that is new costs one round trip."""
-        found, deadline = [False] * len(names), BatchDeadline(timeout_s)
+        as not there either. So a prompt that is new costs one round trip. A long one that is there may take longer than
+        there is: what was found by then is the answer."""
+        found, deadline = [False] * len(names), BatchDeadline(_FIND_SHARE * timeout_s)
         for start in range(0, len(names), self._limits.questions):
             some = names[start : start + self._limits.questions]
-            answers = await self._ask(some, deadline)
+            answers = await self._ask(some, deadline, late_is_wrong=start == 0)
             found[start : start + len(some)] = [answer.outcome is TierOutcome.OK for answer in answers]
             if not any(found[start : start + len(some)]):
                 break
@@ -84,9 +87,11 @@ class ObjectTier:
         asked = {name: answer.outcome for name, answer in zip(unknown, answers, strict=True)}
         return [self._sizes.pop(name, asked.get(name, TierOutcome.MISSING)) for name in names]
 
-    async def _ask(self, names: Sequence[ChunkName], deadline: BatchDeadline) -> list[_Answer]:
+    async def _ask(
+        self, names: Sequence[ChunkName], deadline: BatchDeadline, *, late_is_wrong: bool = True
+    ) -> list[_Answer]:
         jobs = [partial(self._head, name) for name in names]
-        answers = await self._answers(self._questions, jobs, deadline)
+        answers = await self._answers(self._questions, jobs, deadline, late_is_wrong=late_is_wrong)
         for name, answer in zip(names, answers, strict=True):
             if answer.num_bytes is not None:
                 self._sizes[name] = answer.num_bytes
@@ -164,13 +169,15 @@ class ObjectTier:
     async def _each(self, pool: CallPool, jobs: Sequence[_Job], deadline: BatchDeadline) -> list[TierOutcome]:
         return [answer.outcome for answer in await self._answers(pool, jobs, deadline)]
 
-    async def _answers(self, pool: CallPool, jobs: Sequence[_Job], deadline: BatchDeadline) -> list[_Answer]:
+    async def _answers(
+        self, pool: CallPool, jobs: Sequence[_Job], deadline: BatchDeadline, *, late_is_wrong: bool = True
+    ) -> list[_Answer]:
         try:
             timeout_s = deadline.remaining()
         except TransferTimeoutError:
             timeout_s = 0.0
         given = await pool.run([partial(self._done, job) for job in jobs], timeout_s)
-        late = _Answer(TierOutcome.UNAVAILABLE, f"{self._bucket.place.shown}: {_LATE}")
+        late = _Answer(TierOutcome.UNAVAILABLE, f"{self._bucket.place.shown}: {_LATE}" if late_is_wrong else None)
         answers = [late if answer is None else answer for answer in given]
         if answers and not pool.closed:
             self._problem = next((answer.problem for answer in answers if answer.problem), None)

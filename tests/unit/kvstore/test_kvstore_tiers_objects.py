@@ -8,12 +8,13 @@ from functools import partial
 import pytest
 from support.tier_rigs import chunk_of, content, name_of, room_for
 
-from kvcore.clock import ManualClock
+from kvcore.clock import ManualClock, SystemClock
 from kvcore.config.tiers import ObjectTierConfig
 from kvcore.errors import ConfigError
 from kvstore.tiers.base import Cleared, TierOutcome
+from kvstore.tiers.guarded import GuardedTier
 from kvstore.tiers.limits import ObjectLimits
-from kvstore.tiers.objects.bucket import Bucket, said
+from kvstore.tiers.objects.bucket import Bucket, StoredObject, said
 from kvstore.tiers.objects.calls import CallPool, Grip
 from kvstore.tiers.objects.generations import BucketGenerations
 from kvstore.tiers.objects.place import object_place
@@ -145,7 +146,20 @@ async def test_a_prompt_that_is_new_is_asked_for_once(tier, monkeypatch):
     await tier.save([chunk_of(name, 10) for name in names[:20]], timeout_s=CALL_S)
     asked.clear()
     assert await tier.find(names, timeout_s=CALL_S) == [True] * 20 + [False] * 80
-    assert len(asked) == 3 * ObjectLimits().questions
+    assert len(asked) == 2 * ObjectLimits().questions
+
+
+async def test_a_long_prompt_that_is_found_in_part_by_then_is_no_fault_of_the_tier(tier, monkeypatch):
+    names = [name_of(number) for number in range(100)]
+    there, go_on = {name.text for name in names[: ObjectLimits().questions]}, threading.Event()
+    known = StoredObject(10, None)
+    monkeypatch.setattr(Bucket, "head", lambda _, path: known if path in there else (go_on.wait(30), known)[1])
+    guarded = GuardedTier(tier, SystemClock(), in_flight_bytes=1)
+    try:
+        assert await guarded.find(names, timeout_s=0.3) == [True] * len(there) + [False] * (100 - len(there))
+        assert guarded.stats().problem is None
+    finally:
+        go_on.set()
 
 
 async def test_a_full_or_read_only_folder_says_so(tier, monkeypatch):
