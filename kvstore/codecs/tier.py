@@ -35,7 +35,7 @@ class CodecTier:
         """Raises ConfigError where what the codec needs is not installed."""
         self.name, self.shared, self.max_chunk_bytes = tier.name, tier.shared, tier.max_chunk_bytes
         self._tier, self._codec = tier, codec
-        self._lossless = _lossless()
+        self._lossless = _lossless() if codec == "lossless" else None
         if codec == "lossless" and self._lossless is None:
             raise ConfigError(f"tiers.{tier.name}.codec: lossless needs blosc2: pip install 'kvferry[codec]'")
         self._pool = BlockingPool("codec", threads)
@@ -236,7 +236,8 @@ class CodecTier:
     def _decode(self, kind: int, header: ChunkHeader, body: memoryview, into: memoryview) -> bool | None:
         """Whether it could be decoded; None: not here."""
         if kind == CodecKind.LOSSLESS:
-            return None if self._lossless is None else bool(self._lossless.decode(body, into))
+            lossless = self._lossless or _lossless()  # loaded by the first chunk of another's
+            return None if lossless is None else bool(lossless.decode(body, into))
         layout = self._layouts.get(header.fingerprint)
         return None if kind != CodecKind.INT8 or layout is None else int8.decode(body, layout, into)
 
