@@ -1,6 +1,7 @@
 """Where chunks lie and may be put: the metadata server as the store sees it, with its failures turned into values.
 
-Owns no state. Invariant: no method raises a KVFerryError; what the server could not say is "nothing", and counted.
+Owns nothing but whether the server has said its version. Invariant: no method raises a KVFerryError; what the server
+could not say is "nothing", and counted.
 Answers are checked against the question: a replica of another key or length is dropped here.
 """
 
@@ -23,6 +24,7 @@ from kvstore.limits import StoreLimits
 from kvstore.types import Match
 from metadata_server.client import MetadataClient
 from metadata_server.messages import (
+    IN_ORDER,
     ONLY_PREFERRED,
     MatchReply,
     MatchRequest,
@@ -81,20 +83,23 @@ class Placement:
         self._counters = counters or StoreCounters()
         self._background = background or Background(limits.max_background_tasks)
         self._limits = limits
+        self._greeted = self._refused = False
 
     def __repr__(self) -> str:
         return f"<Placement of {self._node_id} incarnation {self._incarnation}, {self._metadata}>"
 
-    async def match(self, keys: Sequence[ChunkKey], timeout_s: float) -> Match:
-        """Longest complete prefix, leased. A cancelled call leaves no lease behind."""
-        return await self._background.finish(self._match(keys, timeout_s), self.release)
+    async def match(self, keys: Sequence[ChunkKey], timeout_s: float, *, in_order: bool = True) -> Match:
+        """Longest complete prefix, leased. `in_order`: each key continues the one before it. A cancelled call leaves no
+        lease behind."""
+        return await self._background.finish(self._match(keys, timeout_s, in_order), self.release)
 
-    async def _match(self, keys: Sequence[ChunkKey], timeout_s: float) -> Match:
+    async def _match(self, keys: Sequence[ChunkKey], timeout_s: float, in_order: bool) -> Match:
         request = MatchRequest(
             keys=list(keys),
             lease_s=self._config.read_lease_s,
             node_id=self._node_id,
             incarnation=self._incarnation,
+            in_order=self._said(in_order),
         )
         return self._matched(keys, await self._value(self._metadata.match(request, timeout_s=timeout_s)))
 
@@ -107,6 +112,7 @@ class Placement:
             lease_s=self._config.read_lease_s,
             node_id=self._node_id,
             incarnation=self._incarnation,
+            in_order=self._said(True),
         )
         return self._matched(keys, await self._value(self._metadata.wait(request)))
 
@@ -129,15 +135,24 @@ class Placement:
         *,
         ttl_s: float | None = None,
         only_preferred: bool = False,
+        in_order: bool = True,
     ) -> Reserved:
         """Room for one chunk a key, of so many bytes (header included), in this order; for `ttl_s` (default: the
         configuration's). `only_preferred`: nowhere else; none at all from a server that does not know this. A cancelled
-        call leaves no reservation behind."""
+        call leaves no reservation behind. `in_order` as in `match`."""
         if only_preferred and self._metadata.protocol < ONLY_PREFERRED:
             return Reserved(answered=False)
         ttl_s = self._config.reserve_ttl_s if ttl_s is None else ttl_s
-        asked = self._reserve(lengths, prefer_segment, timeout_s, ttl_s, only_preferred or msgspec.UNSET)
-        return await self._background.finish(asked, self.give_back)
+        request = ReserveRequest(
+            node_id=self._node_id,
+            incarnation=self._incarnation,
+            items=[ReserveItem(key=key, length=length) for key, length in lengths.items()],
+            prefer_segment=prefer_segment,
+            ttl_s=ttl_s,
+            only_preferred=only_preferred or msgspec.UNSET,
+            in_order=self._said(in_order),
+        )
+        return await self._background.finish(self._reserve(lengths, request, timeout_s), self.give_back)
 
     async def give_back(self, reserved: Reserved) -> None:
         """Abort all that was granted. The work survives the caller's cancellation."""
@@ -148,23 +163,8 @@ class Placement:
         """End give-backs and reports under way, after `timeout_s` by cancellation. Idempotent."""
         await self._background.aclose(timeout_s)
 
-    async def _reserve(
-        self,
-        lengths: Mapping[ChunkKey, int],
-        prefer_segment: str | None,
-        timeout_s: float,
-        ttl_s: float,
-        only_preferred: bool | msgspec.UnsetType,
-    ) -> Reserved:
-        write_by = self._clock.now() + self._limits.writable_share * ttl_s
-        request = ReserveRequest(
-            node_id=self._node_id,
-            incarnation=self._incarnation,
-            items=[ReserveItem(key=key, length=length) for key, length in lengths.items()],
-            prefer_segment=prefer_segment,
-            ttl_s=ttl_s,
-            only_preferred=only_preferred,
-        )
+    async def _reserve(self, lengths: Mapping[ChunkKey, int], request: ReserveRequest, timeout_s: float) -> Reserved:
+        write_by = self._clock.now() + self._limits.writable_share * request.ttl_s
         reply = await self._value(self._metadata.reserve(request, timeout_s=timeout_s))
         return Reserved(answered=False) if reply is None else self._reserved(lengths, reply, write_by)
 
@@ -232,6 +232,22 @@ class Placement:
         full = ReserveStatus.FULL in statuses and statuses <= {ReserveStatus.FULL, ReserveStatus.EXISTS}
         return Reserved(granted, frozenset(complete), segments, write_by, writers=writers, full=full)
 
+    def _said(self, in_order: bool) -> bool | msgspec.UnsetType:
+        """The field of that name: not for a server that is older than it, or of which nothing is known yet."""
+        if not self._greeted and not self._background.full:
+            self._greeted = True
+            self._background.spawn(self._greet())
+        return True if in_order and self._metadata.protocol >= IN_ORDER else msgspec.UNSET
+
+    async def _greet(self) -> None:
+        """Learn what the server speaks, if no registration has told: an engine's client makes none."""
+        if self._metadata.protocol == 1 or self._refused:
+            self._refused = False
+            try:
+                await self._metadata.nodes()
+            except (MetadataUnavailableError, MetadataProtocolError):  # the next call's turn
+                self._greeted = False
+
     def _ids(self, replica_ids: Sequence[int]) -> ReplicaIds:
         return ReplicaIds(node_id=self._node_id, incarnation=self._incarnation, replica_ids=list(replica_ids))
 
@@ -263,6 +279,7 @@ class Placement:
 
     def _failed(self, error: KVFerryError) -> None:
         if isinstance(error, MetadataProtocolError):
+            self._greeted, self._refused = False, True  # it may be an older one now
             self._counters.add(Count.METADATA_PROTOCOL)
             log_fields(_log, logging.ERROR, "metadata_protocol", error=error.message)
         else:

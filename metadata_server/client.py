@@ -140,6 +140,7 @@ class MetadataClient:
                 lease_s=request.lease_s,
                 node_id=request.node_id,
                 incarnation=request.incarnation,
+                in_order=request.in_order,
             )
             return await self.match(asked, timeout_s=timeout_s)
         self._num_waits += 1

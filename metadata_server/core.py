@@ -133,6 +133,7 @@ class MetadataCore:
             lease_s=request.lease_s,
             node_id=request.node_id,
             incarnation=request.incarnation,
+            in_order=request.in_order is True,
         )
 
     def release(self, request: ReleaseRequest, now: float) -> None:

@@ -16,6 +16,8 @@ ONLY_PREFERRED = 2
 """Version of the protocol since which a reservation may be for one segment alone."""
 TIER_HOLDINGS = 2
 """Since which nodes tell what lies on their disks."""
+IN_ORDER = 3
+"""Since which callers say that keys are one prompt's, in order."""
 
 
 class RequestBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -100,6 +102,8 @@ class MatchRequest(RequestBody, frozen=True, kw_only=True):
     node_id: str = ""
     """Who holds the lease: it dies with this node's incarnation too. Empty: only with time."""
     incarnation: int = 0
+    in_order: bool | msgspec.UnsetType = msgspec.UNSET
+    """Each key continues the one before it. Since version IN_ORDER of the protocol."""
 
 
 class WaitRequest(RequestBody, frozen=True, kw_only=True):
@@ -112,6 +116,8 @@ class WaitRequest(RequestBody, frozen=True, kw_only=True):
     node_id: str = ""
     """Who holds the lease: it dies with this node's incarnation too. Empty: only with time."""
     incarnation: int = 0
+    in_order: bool | msgspec.UnsetType = msgspec.UNSET
+    """Each key continues the one before it. Since version IN_ORDER of the protocol."""
 
 
 class MatchReply(ReplyBody, frozen=True, kw_only=True):
@@ -151,6 +157,8 @@ class ReserveRequest(RequestBody, frozen=True, kw_only=True):
     ttl_s: float
     only_preferred: bool | msgspec.UnsetType = msgspec.UNSET
     """No room in other segments is wanted. Since version ONLY_PREFERRED of the protocol."""
+    in_order: bool | msgspec.UnsetType = msgspec.UNSET
+    """As of a MatchRequest."""
 
 
 class ReserveStatus(StrEnum):

@@ -10,6 +10,7 @@ import msgspec
 
 from kvcore.config.fields import ByteSize, Count, Port, Rate, Seconds, Section, Share, Text
 from kvcore.config.tiers import DiskTierConfig, TiersConfig
+from kvcore.eviction.evictor import PolicyName
 from kvcore.handoff import HandoffKind
 from kvcore.types import Role
 
@@ -135,7 +136,7 @@ class StoreConfig(Section, frozen=True, kw_only=True):
     """Allocation and leases."""
 
     high_watermark: Share = 0.95
-    """Share of a segment above which least recently used chunks are evicted ..."""
+    """Share of a segment above which chunks are evicted ..."""
     low_watermark: Share = 0.85
     """... down to this."""
     max_replicas: Count = 2
@@ -146,6 +147,8 @@ class StoreConfig(Section, frozen=True, kw_only=True):
     """A reader's claim on chunks, which keeps them from eviction, lasts this long unless it is given back."""
     retire_grace_s: Annotated[float, msgspec.Meta(ge=0)] = 2.0
     """Room of an expired reservation is not given out again before this: its writer may still be writing."""
+    eviction: PolicyName = "lru"
+    """Which chunk goes first where room is needed; but a prefix never before what continues it (docs/tiers.md)."""
     pin_share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.5
     """Share of all segments that pinned chunks may take; pins beyond it are refused."""
 

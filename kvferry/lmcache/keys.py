@@ -89,11 +89,7 @@ RULES: Sequence[KeyRule] = (
     ),
     _mapped("save_decode_cache", "`engine.save_output`", mapping.save_decode_cache),
     _mapped("save_unfull_chunk", "ignored: the unfinished last chunk is always stored", mapping.save_unfull_chunk),
-    _mapped(
-        "cache_policy",
-        "ignored for LRU, LFU, FIFO: the least recently used is evicted; others are refused",
-        mapping.cache_policy,
-    ),
+    _mapped("cache_policy", "`store.eviction`: LRU, LFU, FIFO, ARC; others are refused", mapping.cache_policy),
     _mapped("blocking_timeout_secs", "`timeout_s` of the tier that `remote_url` names", mapping.blocking_timeout),
     _mapped("lookup_timeout_ms", "`tiers.wait_s`", mapping.lookup_timeout),
     _mapped("pd_role", "`nodes.*.role`: sender is a prefiller, receiver a decoder", mapping.pd_role),

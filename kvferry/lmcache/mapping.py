@@ -183,14 +183,13 @@ def remote_serde(_: Draft, value: object) -> Verdict:
     return Fate.IGNORED, f"{value} is lossy; tiers hold chunks as they are; nearest: codec: int8 in the tier's section"
 
 
-def cache_policy(_: Draft, value: object) -> Verdict:
+def cache_policy(draft: Draft, value: object) -> Verdict:
     """Who is evicted."""
-    policy = str(value).strip().upper()
-    if policy == "LRU":
-        return Fate.IGNORED, "the least recently used chunk is evicted here too"
-    if policy in ("LFU", "FIFO"):
-        return Fate.IGNORED, f"{policy} is not there; the least recently used chunk is evicted"
-    raise ValueError(f"{value!r} is not there; nearest: LRU, which is always used")
+    policy = str(value).strip().lower()
+    if policy not in ("lru", "lfu", "fifo", "arc"):
+        raise ValueError(f"{value!r} is not there; nearest: LRU")
+    draft.put("store.eviction", policy)
+    return Fate.MAPPED, f"store.eviction: {policy}"
 
 
 def blocking_timeout(draft: Draft, value: object) -> Verdict:

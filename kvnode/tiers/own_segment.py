@@ -58,8 +58,9 @@ class OwnSegment:
         return match.num_chunks
 
     async def lease(self, keys: Sequence[ChunkKey], *, timeout_s: float) -> LeasedChunks:
-        """Those of `keys` up to the first that is gone which lie here. `release` them after use."""
-        match = await self._placement.match(keys, timeout_s)
+        """Those of `keys`, of whatever prompts, up to the first that is gone which lie here. `release` them after
+        use."""
+        match = await self._placement.match(keys, timeout_s, in_order=False)
         found = []
         for replicas in match.replicas:
             for replica in replicas:
@@ -75,7 +76,9 @@ class OwnSegment:
         """Room for chunks of `num_bytes`, header included, in this segment alone: for those that are nowhere yet and
         find room. `give_back` it after use."""
         lengths = {name.key: num_bytes for name in names}
-        reserved = await self._placement.reserve(lengths, self.segment_id, timeout_s, only_preferred=True)
+        reserved = await self._placement.reserve(
+            lengths, self.segment_id, timeout_s, only_preferred=True, in_order=False
+        )
         room = ReservedRoom(reserved)
         for name in names:
             place = reserved.granted.get(name.key)

@@ -5,17 +5,19 @@ the removal of all that lay in the node's segments.
 """
 
 from collections import Counter
+from collections.abc import Callable
 
 from kvcore.errors import NodeRefusedError
+from kvcore.types import Segment
 from metadata_server.index.cache_control import CacheControl
 from metadata_server.index.event_log import EventLog
 from metadata_server.index.nodes import LiveNode, NodeRegistry
 from metadata_server.index.reading import Reading
 from metadata_server.index.replicas import ReplicaIndex
 from metadata_server.index.reservations import Reservations
-from metadata_server.index.segments import CallCount, SegmentRecord, acceptable
+from metadata_server.index.segments import SegmentRecord, acceptable
 from metadata_server.index.tier_holdings import TierHoldings
-from metadata_server.messages import EventKind, RegisterReply, RegisterRequest, SegmentManifest
+from metadata_server.messages import EventKind, ManifestEntry, RegisterReply, RegisterRequest, SegmentManifest
 
 
 class ClusterMembership:
@@ -31,7 +33,7 @@ class ClusterMembership:
         reading: Reading,
         cache: CacheControl,
         holdings: TierHoldings,
-        calls: CallCount,
+        new_record: Callable[[Segment, list[ManifestEntry]], SegmentRecord],
         counts: Counter[str],
     ) -> None:
         self._log = log
@@ -41,7 +43,7 @@ class ClusterMembership:
         self._reading = reading
         self._cache = cache
         self._holdings = holdings
-        self._calls = calls
+        self._new_record = new_record
         self._counts = counts
 
     def __repr__(self) -> str:
@@ -98,11 +100,11 @@ class ClusterMembership:
         known = node.segments.get(manifest.segment.id)
         if known is not None:
             known.segment = manifest.segment
-            refs = [replica.ref for replica in known.complete_replicas()]
+            refs = [replica.ref for replica in known.complete.values()]
             present = {(ref.key, ref.offset, ref.length, ref.generation) for ref in refs}
             return sum((e.key, e.offset, e.length, e.generation) in present for e in manifest.entries)
         entries = acceptable(manifest.segment, manifest.entries)
-        record = SegmentRecord(manifest.segment, entries, self._calls)
+        record = self._new_record(manifest.segment, entries)
         self._nodes.add_segment(node, record)
         self._cache.room_changed()
         for entry in reversed(entries):  # the newest generation will be the last to be evicted
@@ -111,7 +113,7 @@ class ClusterMembership:
 
     def _drop_segment(self, node: LiveNode, segment_id: str, *, emit_event: bool) -> None:
         record = self._nodes.remove_segment(node, segment_id)
-        self._reservations.forget(record.replicas.values())
-        self._index.forget(record.replicas.values(), emit_event=emit_event)
+        self._reservations.forget(record.replicas())
+        self._index.forget(record.replicas(), emit_event=emit_event)
         record.clear()
         self._cache.room_changed()

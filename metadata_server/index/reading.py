@@ -7,6 +7,7 @@ deadline, its holder, or when it is given back.
 from collections import Counter
 from collections.abc import Set
 
+from kvcore.eviction.chains import Chains
 from kvcore.types import ChunkKey
 from metadata_server.index.leases import Deadlines, Expiry, ReadLeases, bytes_of
 from metadata_server.index.limits import IndexLimits
@@ -23,6 +24,7 @@ class Reading:
         self,
         nodes: NodeRegistry,
         index: ReplicaIndex,
+        chains: Chains[ChunkKey],
         deadlines: Deadlines,
         counts: Counter[str],
         *,
@@ -33,6 +35,7 @@ class Reading:
         self.leases = ReadLeases(first_lease)
         self._nodes = nodes
         self._index = index
+        self._chains = chains
         self._deadlines = deadlines
         self._counts = counts
         self._limits = limits
@@ -40,7 +43,9 @@ class Reading:
     def __repr__(self) -> str:
         return f"<Reading {len(self.leases)} leases>"
 
-    def match(self, keys: list[ChunkKey], until: float | None, node_id: str, incarnation: int) -> MatchReply:
+    def match(
+        self, keys: list[ChunkKey], until: float | None, node_id: str, incarnation: int, *, in_order: bool = False
+    ) -> MatchReply:
         """See MetadataState.match; a lease is granted until `until`, None: no lease."""
         found: list[tuple[Replica, ...]] = []
         for key in keys:
@@ -48,6 +53,8 @@ class Reading:
             if replicas is None:
                 break
             found.append(replicas)
+        if in_order:
+            self._chains.link(keys[: len(found) + 1])  # the next one is what its asker will store
         flat = [replica for replicas in found for replica in replicas]
         for replica in reversed(flat):  # the first chunk is touched last: without it the others are of no use
             replica.record.touch(replica)

@@ -6,11 +6,12 @@ Invariants: `complete` and `writing` hold exactly the replicas in that state; a 
 
 from collections.abc import Iterable
 
+from kvcore.eviction.chains import Chains
 from kvcore.types import ChunkKey, ReplicaRef, Segment
 from metadata_server.index.event_log import EventLog
 from metadata_server.index.pins import Pins
 from metadata_server.index.segments import Replica, ReplicaState, SegmentRecord, Writer
-from metadata_server.messages import EventKind, ManifestEntry
+from metadata_server.messages import EventKind, ManifestEntry, ReserveItem
 
 _Listing = dict[ChunkKey, tuple[Replica, ...]]
 """Tuples, as the collector lets go of those with nothing for it inside; a list a chunk it would visit each time."""
@@ -19,12 +20,13 @@ _Listing = dict[ChunkKey, tuple[Replica, ...]]
 class ReplicaIndex:
     """Mutated by MetadataState only. Events wait until `publish`, so that one call's changes share events."""
 
-    def __init__(self, log: EventLog, first_generation: int, pins: Pins) -> None:
+    def __init__(self, log: EventLog, first_generation: int, pins: Pins, chains: Chains[ChunkKey]) -> None:
         self.complete: _Listing = {}
         self.writing: _Listing = {}
         self.replicas: dict[int, Replica] = {}
         self._log = log
         self._pins = pins
+        self._chains = chains
         self._generation = first_generation
         self._last_id = first_generation
         self._changes: list[tuple[EventKind, SegmentRecord, list[ChunkKey]]] = []
@@ -35,13 +37,17 @@ class ReplicaIndex:
 
     def writers(self, key: ChunkKey) -> list[str]:
         """The nodes with a reservation for the key, that with the oldest first."""
-        return [replica.writer.node_id for replica in self.writing.get(key, ()) if replica.writer is not None]
+        there = self.writing.get(key)
+        return [replica.writer.node_id for replica in there if replica.writer is not None] if there else []
 
-    def reserve(self, key: ChunkKey, length: int, record: SegmentRecord, offset: int, writer: Writer) -> Replica:
-        """A new reservation on room that is allocated already."""
+    def reserve(
+        self, item: ReserveItem, parent: ChunkKey | None, record: SegmentRecord, offset: int, writer: Writer
+    ) -> Replica:
+        """A new reservation on room that is allocated already. `parent`: what it continues, if that is known."""
+        key = item.key
         self._generation += 1
-        ref = self._ref(key, length, record, offset, self._generation)
-        replica = Replica(ref, record, ReplicaState.RESERVED, writer)
+        ref = self._ref(key, item.length, record, offset, self._generation)
+        replica = Replica(ref, record, ReplicaState.RESERVED, writer, parent)
         self.writing[key] = (*self.writing.get(key, ()), replica)
         self.replicas[replica.ref.id] = replica
         record.add(replica)
@@ -53,8 +59,8 @@ class ReplicaIndex:
         ref = self._ref(entry.key, entry.length, record, entry.offset, entry.generation)
         replica = Replica(ref, record, ReplicaState.COMPLETE, None)
         self.replicas[ref.id] = replica
-        record.add(replica)
         self._list_complete(replica)
+        record.add(replica)
         self._pins.came(replica)
 
     def commit(self, reserved: list[Replica]) -> None:
@@ -64,7 +70,7 @@ class ReplicaIndex:
             self._list_complete(replica)
         for replica in reversed(reserved):
             replica.record.set_state(replica, ReplicaState.COMPLETE)
-        for replica in reserved:
+        for replica in reserved if self._pins else ():
             self._pins.came(replica)
 
     def retire(self, replica: Replica) -> None:
@@ -83,7 +89,8 @@ class ReplicaIndex:
             del self.replicas[replica.ref.id]
             if replica.state is ReplicaState.COMPLETE:
                 _unlist(self.complete, replica)
-                self._pins.gone(replica)
+                if self._pins:
+                    self._pins.gone(replica)
                 if emit_event:
                     self._note(EventKind.REMOVED, replica)
             elif replica.state is ReplicaState.RESERVED:
@@ -98,7 +105,7 @@ class ReplicaIndex:
     def check(self, records: Iterable[SegmentRecord]) -> None:
         """Assert every invariant. For tests."""
         assert not self._changes, "unpublished changes"
-        assert self.replicas == {number: r for record in records for number, r in record.replicas.items()}
+        assert self.replicas == {r.ref.id: r for record in records for r in record.replicas()}
         for listing, state in ((self.complete, ReplicaState.COMPLETE), (self.writing, ReplicaState.RESERVED)):
             listed = [(key, r) for key, replicas in listing.items() for r in replicas]
             assert all(listing.values()) and all(r.ref.key == key and r.state is state for key, r in listed)
@@ -116,6 +123,7 @@ class ReplicaIndex:
 
     def _list_complete(self, replica: Replica) -> None:
         self.complete[replica.ref.key] = (*self.complete.get(replica.ref.key, ()), replica)
+        self._chains.came(replica.ref.key, replica.parent)
         self._note(EventKind.STORED, replica)
 
     def _note(self, kind: EventKind, replica: Replica) -> None:
@@ -127,11 +135,12 @@ class ReplicaIndex:
 
 
 def _unlist(listing: _Listing, replica: Replica) -> None:
-    left = tuple(other for other in listing[replica.ref.key] if other is not replica)
-    if left:
-        listing[replica.ref.key] = left
+    key = replica.ref.key
+    there = listing[key]
+    if len(there) == 1:
+        del listing[key]
     else:
-        del listing[replica.ref.key]
+        listing[key] = tuple(other for other in there if other is not replica)
 
 
 def segments_of(replicas: Iterable[Replica]) -> list[Segment]:

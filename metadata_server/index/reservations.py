@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Set
 
 from kvcore.config.schema import StoreConfig
+from kvcore.types import ChunkKey
 from metadata_server.index.leases import Deadlines, Expiry
 from metadata_server.index.nodes import LiveNode, NodeRegistry
 from metadata_server.index.placement import Placer
@@ -61,16 +62,18 @@ class Reservations:
             for replica in self._index.complete.get(item.key, ()):
                 replica.record.touch(replica)
         outcomes, granted = [], []
+        before: ChunkKey | None = None
         for item in request.items:
+            parent, before = before, item.key if request.in_order is True else None
             writers = self._index.writers(item.key)
-            result = self._reserve_one(item, node, placer, elsewhere)
+            result = self._reserve_one(item, parent, node, placer, elsewhere)
             if isinstance(result, Replica):
                 granted.append(result)
                 outcomes.append(ReserveOutcome(status=ReserveStatus.GRANTED, replica=result.ref, writers=writers))
-                self._counts["reserved"] += 1
             else:
                 outcomes.append(result)
                 self._counts[f"declined_{result.status.value}"] += 1
+        self._counts["reserved"] += len(granted)
         for replica in granted:
             self._deadlines.set((Expiry.RESERVATION, replica.ref.id), now + request.ttl_s)
         return ReserveReply(outcomes=outcomes, segments=segments_of(granted))
@@ -145,9 +148,9 @@ class Reservations:
             assert self._nodes.get(writer.node_id, writer.incarnation), "a reservation without its writer"
 
     def _reserve_one(
-        self, item: ReserveItem, node: LiveNode, placer: Placer, elsewhere: Set[str]
+        self, item: ReserveItem, parent: ChunkKey | None, node: LiveNode, placer: Placer, elsewhere: Set[str]
     ) -> Replica | ReserveOutcome:
-        """`elsewhere`: segments in which no room is wanted."""
+        """`parent`: what it continues, if that is known; `elsewhere`: segments in which no room is wanted."""
         # Four cases:
         # 1. A complete replica is there: nothing to write.
         # 2. It is being written by as many as are allowed, or in every segment there is: others are at it.
@@ -166,6 +169,6 @@ class Reservations:
             placer.evicted.clear()
         if found is None:
             return _FULL
-        replica = self._index.reserve(item.key, item.length, found.record, found.offset, node.writer)
+        replica = self._index.reserve(item, parent, found.record, found.offset, node.writer)
         node.reservations[replica.ref.id] = replica
         return replica

@@ -1,17 +1,19 @@
 """One segment's replicas: where they lie, how much they take, which one goes first.
 
-Owns placement inside of the segment, accounting and LRU order; not the index of keys. Invariants: each replica holds
-exactly one extent; `lru` has the complete ones without a pin, oldest first; the counts are sums over replicas.
+Owns placement inside of the segment, accounting and the order of eviction; not the index of keys. Invariants: each
+replica holds exactly one extent; the evictor has the complete ones, and no victim has a pin; the counts are sums.
 """
 
-from collections import OrderedDict
 from dataclasses import dataclass
 from enum import StrEnum
 
 import msgspec
 
+from kvcore.eviction.base import EvictionPolicy
+from kvcore.eviction.chains import Chains
+from kvcore.eviction.evictor import Evictor
 from kvcore.extents import ALIGNMENT, ExtentAllocator, aligned
-from kvcore.types import ReplicaRef, Segment
+from kvcore.types import ChunkKey, ReplicaRef, Segment
 from metadata_server.messages import ManifestEntry, SegmentStats
 
 
@@ -55,16 +57,22 @@ class Writer:
 class Replica(msgspec.Struct, eq=False, gc=False):
     """One extent and what is in it. `writer` None: found by its header.
 
-    The collector does not see it, as there may be millions: whoever drops a segment empties `SegmentRecord.replicas`.
+    The collector does not see it, as there may be millions: whoever drops a segment clears its record.
     """
 
     ref: ReplicaRef
     record: "SegmentRecord"
     state: ReplicaState
     writer: Writer | None
+    parent: ChunkKey | None = None
+    """What it continues, as far as its writer said."""
     pins: int = 0
     room_bytes: int = 0
     """Of its extent; set by `SegmentRecord.add`."""
+    last_use: int = 0
+    """The call of it."""
+    counted_at: float = 0.0
+    """When a use was last counted as one."""
 
     def __repr__(self) -> str:
         ref = self.ref
@@ -76,31 +84,45 @@ class CallCount:
     """Calls of the state so far: the time in which segments tell how long a replica was not used."""
 
     so_far: int = 0
+    now: float = 0.0
+    """Of the last call."""
+    same_use_s: float = 0.0
+    """Uses so soon after one that was counted are the same use: who stores a chunk hands it over to who reads it."""
 
 
 class SegmentRecord:
     """A live node's segment."""
 
-    def __init__(self, segment: Segment, taken: list[ManifestEntry], calls: CallCount) -> None:
-        """`taken` as `acceptable` gave them; each is then to be added by `add`. `calls`: the same for all segments."""
+    def __init__(
+        self,
+        segment: Segment,
+        taken: list[ManifestEntry],
+        calls: CallCount,
+        *,
+        policy: EvictionPolicy[ChunkKey],
+        chains: Chains[ChunkKey],
+    ) -> None:
+        """`taken` as `acceptable` gave them; each is then to be added by `add`. `calls` and `chains` are the same for
+        all segments; `chains` is told of a complete replica before it is added."""
         self.segment = segment
         self.allocator = ExtentAllocator(segment.size_bytes, [(entry.offset, entry.length) for entry in taken])
-        self.replicas: dict[int, Replica] = {}
-        self.lru: OrderedDict[int, int] = OrderedDict()
-        """Id -> the call of its last use. A plain dict takes 25 us to find its first entry when many are gone."""
+        self.complete: dict[ChunkKey, Replica] = {}
+        self._incomplete: dict[int, Replica] = {}
+        """Reserved and retiring ones, by id."""
+        self._evictor = Evictor(policy, chains, self._is_pinned)
         self._calls = calls
         self.bytes_in = dict.fromkeys(ReplicaState, 0)
-        self.num_complete = 0
 
     def __repr__(self) -> str:
         use = f"{self.allocator.used} of {self.allocator.capacity} bytes"
-        return f"<SegmentRecord {self.segment.id}: {use}, {len(self.replicas)} replicas, {len(self.lru)} evictable>"
+        count = len(self.complete) + len(self._incomplete)
+        return f"<SegmentRecord {self.segment.id}: {use}, {count} replicas, {self._evictor}>"
 
     @property
     def idle_calls(self) -> int:
         """Calls since the last use of the replica that is evicted next; -1: none can be."""
-        last_use = next(iter(self.lru.values()), None)
-        return -1 if last_use is None else self._calls.so_far - last_use
+        victim = self._evictor.victim()
+        return -1 if victim is None else self._calls.so_far - self.complete[victim].last_use
 
     def allocate(self, length: int, high: float) -> int | None:
         """Room that needs no eviction: the use stays at or under the share `high`, or this is all. Offset or None."""
@@ -122,24 +144,25 @@ class SegmentRecord:
             return None, []
         evicted: list[Replica] = []
         if space.used + size > high * space.capacity:
-            while self.lru and space.used + size > low * space.capacity:
+            while space.used + size > low * space.capacity:
                 if space.used + size <= high * space.capacity and self.idle_calls < old_calls:
                     break
-                evicted.append(self._evict_oldest())
+                if not self._evict_next(evicted):
+                    break
         spent = 0
-        while self.lru and space.largest_free < size and spent < 2 * size:
-            evicted.append(self._evict_oldest())
+        while space.largest_free < size and spent < 2 * size and self._evict_next(evicted):
             spent += evicted[-1].room_bytes
         return space.allocate(length), evicted
 
     def add(self, replica: Replica) -> None:
         """Add a replica whose extent is allocated already."""
         assert replica.state in TRANSITIONS[None]
-        self.replicas[replica.ref.id] = replica
         replica.room_bytes = aligned(replica.ref.length)
         self.bytes_in[replica.state] += replica.room_bytes
         if replica.state is ReplicaState.COMPLETE:
             self._completed(replica)
+        else:
+            self._incomplete[replica.ref.id] = replica
 
     def set_state(self, replica: Replica, state: ReplicaState) -> None:
         """Move a reserved replica on."""
@@ -148,40 +171,47 @@ class SegmentRecord:
         self.bytes_in[state] += replica.room_bytes
         replica.state = state
         if state is ReplicaState.COMPLETE:
+            del self._incomplete[replica.ref.id]
             self._completed(replica)
 
     def remove(self, replica: Replica) -> None:
         """Forget a replica and free its room. Leases on it stay valid to end, and protect nothing."""
-        del self.replicas[replica.ref.id]
-        self.lru.pop(replica.ref.id, None)
-        self.bytes_in[replica.state] -= replica.room_bytes
-        self.num_complete -= replica.state is ReplicaState.COMPLETE
-        self.allocator.release(replica.ref.offset)
+        if replica.state is ReplicaState.COMPLETE:
+            self._evictor.remove(replica.ref.key)
+            self._gone(replica)
+        else:
+            del self._incomplete[replica.ref.id]
+            self._freed(replica)
 
     def clear(self) -> None:
         """Forget all: the segment is no longer a live node's. Leases on its replicas stay valid to end."""
-        self.replicas = {}
-        self.lru.clear()
+        self._evictor.clear(self.complete)
+        self.complete, self._incomplete = {}, {}
 
     def touch(self, replica: Replica) -> None:
-        """Make a complete replica the last to go."""
-        if replica.pins == 0:
-            self._used(replica)
+        """A complete replica is used."""
+        calls = self._calls
+        replica.last_use = calls.so_far
+        if calls.now - replica.counted_at >= calls.same_use_s:
+            replica.counted_at = calls.now
+            self._evictor.use(replica.ref.key)
+        else:
+            self._evictor.refresh(replica.ref.key)
 
     def pin(self, replica: Replica) -> None:
         """Keep a complete replica from eviction."""
         replica.pins += 1
-        self.lru.pop(replica.ref.id, None)
 
     def unpin(self, replica: Replica) -> None:
-        """Undo one `pin`; with the last one it may be evicted again, as the last to go."""
+        """Undo one `pin`; with the last one it may be evicted again, and has been used until now."""
         replica.pins -= 1
-        if replica.pins == 0 and self.replicas.get(replica.ref.id) is replica:
-            self._used(replica)
+        if replica.pins == 0 and self.complete.get(replica.ref.key) is replica:
+            replica.last_use = self._calls.so_far
+            self._evictor.refresh(replica.ref.key)
 
-    def complete_replicas(self) -> list[Replica]:
-        """The complete replicas."""
-        return [replica for replica in self.replicas.values() if replica.state is ReplicaState.COMPLETE]
+    def replicas(self) -> list[Replica]:
+        """All of them, in any state."""
+        return [*self.complete.values(), *self._incomplete.values()]
 
     def stats(self) -> SegmentStats:
         """Use of the segment."""
@@ -190,34 +220,46 @@ class SegmentRecord:
             used_bytes=self.allocator.used,
             reserved_bytes=self.bytes_in[ReplicaState.RESERVED],
             retiring_bytes=self.bytes_in[ReplicaState.RETIRING],
-            num_replicas=self.num_complete,
+            num_replicas=len(self.complete),
         )
 
     def check(self) -> None:
         """Assert every invariant. For tests."""
         self.allocator.check()
+        replicas = self.replicas()
         for state, total in self.bytes_in.items():
-            assert total == sum(aligned(r.ref.length) for r in self.replicas.values() if r.state is state)
+            assert total == sum(aligned(r.ref.length) for r in replicas if r.state is state)
         assert self.allocator.used == sum(self.bytes_in.values())
-        assert self.num_complete == len(self.complete_replicas())
-        for replica in self.replicas.values():
-            evictable = replica.state is ReplicaState.COMPLETE and replica.pins == 0
-            assert evictable == (replica.ref.id in self.lru)
-        assert set(self.lru) <= set(self.replicas)
-        assert list(self.lru.values()) == sorted(self.lru.values()), "used in another order"
+        for key, replica in self.complete.items():
+            assert replica.state is ReplicaState.COMPLETE and replica.ref.key == key
+        assert not any(r.state is ReplicaState.COMPLETE for r in self._incomplete.values())
+        victim = self._evictor.victim()
+        assert victim is None or self.complete[victim].pins == 0
+
+    def _is_pinned(self, key: ChunkKey) -> bool:
+        return self.complete[key].pins > 0
 
     def _completed(self, replica: Replica) -> None:
-        self._used(replica)
-        self.num_complete += 1
+        replica.last_use, replica.counted_at = self._calls.so_far, self._calls.now
+        self.complete[replica.ref.key] = replica
+        self._evictor.add(replica.ref.key)
 
-    def _used(self, replica: Replica) -> None:
-        self.lru[replica.ref.id] = self._calls.so_far
-        self.lru.move_to_end(replica.ref.id)
+    def _evict_next(self, evicted: list[Replica]) -> bool:
+        """Whether there was one that may go; it is the last of `evicted` then."""
+        key = self._evictor.evict()
+        if key is None:
+            return False
+        evicted.append(self.complete[key])
+        self._gone(evicted[-1])
+        return True
 
-    def _evict_oldest(self) -> Replica:
-        replica = self.replicas[next(iter(self.lru))]
-        self.remove(replica)
-        return replica
+    def _gone(self, replica: Replica) -> None:
+        del self.complete[replica.ref.key]
+        self._freed(replica)
+
+    def _freed(self, replica: Replica) -> None:
+        self.bytes_in[replica.state] -= replica.room_bytes
+        self.allocator.release(replica.ref.offset)
 
 
 def acceptable(segment: Segment, entries: list[ManifestEntry]) -> list[ManifestEntry]:

@@ -9,9 +9,12 @@ from collections import Counter
 from collections.abc import Iterator
 
 from kvcore.config.schema import StoreConfig
+from kvcore.eviction.chains import Chains
+from kvcore.eviction.evictor import new_policy
 from kvcore.identity import ClusterIdentity
-from kvcore.types import ChunkKey
+from kvcore.types import ChunkKey, Segment
 from metadata_server import cache_messages as c
+from metadata_server import messages as m
 from metadata_server.index.cache_control import CacheControl
 from metadata_server.index.event_log import EventLog
 from metadata_server.index.leases import Deadlines, Expiry, ExpiryOf
@@ -22,29 +25,8 @@ from metadata_server.index.pins import Pins
 from metadata_server.index.reading import Reading
 from metadata_server.index.replicas import ReplicaIndex
 from metadata_server.index.reservations import Reservations
-from metadata_server.index.segments import CallCount
+from metadata_server.index.segments import CallCount, SegmentRecord
 from metadata_server.index.tier_holdings import TierHoldings
-from metadata_server.messages import (
-    CommitReply,
-    EventBatch,
-    FindHoldersReply,
-    FindHoldersRequest,
-    HeartbeatReply,
-    HeartbeatRequest,
-    LeaveRequest,
-    MatchReply,
-    NodesReply,
-    QuarantineRequest,
-    RegisterReply,
-    RegisterRequest,
-    ReleaseWriterRequest,
-    ReplicaIds,
-    ReserveReply,
-    ReserveRequest,
-    Stats,
-    TellHoldingsReply,
-    TellHoldingsRequest,
-)
 from metadata_server.versions import SPOKEN, Protocols
 
 
@@ -69,14 +51,17 @@ class MetadataState:
         self.log = log = EventLog(epoch, event_log)
         self.speaks = speaks
         self.counters: Counter[str] = Counter(evicted=0)
-        self._calls = CallCount()
+        self._calls = CallCount(same_use_s=limits.same_use_s)
+        self._chains = chains = Chains[ChunkKey](limits.max_expected_links)
         self._deadlines = deadlines = Deadlines()
         self._pins = Pins(limits.max_pins, self.counters)
-        self._index = index = ReplicaIndex(log, first_generation, self._pins)
+        self._index = index = ReplicaIndex(log, first_generation, self._pins, chains)
         self._nodes = nodes = NodeRegistry(deadlines, node_ttl_s, identity, limits.max_replaced)
         self._holdings = TierHoldings(limits.max_tier_keys)
         self._reservations = Reservations(config, nodes, index, deadlines, self.counters)
-        self._reading = Reading(nodes, index, deadlines, self.counters, first_lease=first_generation, limits=limits)
+        self._reading = Reading(
+            nodes, index, chains, deadlines, self.counters, first_lease=first_generation, limits=limits
+        )
         self._cache = CacheControl(
             pin_share=config.pin_share,
             nodes=nodes,
@@ -94,9 +79,10 @@ class MetadataState:
             reading=self._reading,
             cache=self._cache,
             holdings=self._holdings,
-            calls=self._calls,
+            new_record=self._new_record,
             counts=self.counters,
         )
+        self._eviction = config.eviction
         self._nobodys_lease_s = limits.nobodys_lease_s
 
     def __repr__(self) -> str:
@@ -132,6 +118,7 @@ class MetadataState:
     def tick(self, now: float) -> None:
         """Let run out what runs out by `now`. Every other method does so first, by itself."""
         self._calls.so_far += 1
+        self._calls.now = now
         due = self._deadlines.next
         if due is None or due > now:
             return
@@ -147,7 +134,7 @@ class MetadataState:
 
     # --- nodes ---------------------------------------------------------------------------------------------------
 
-    def register(self, request: RegisterRequest, now: float) -> RegisterReply:
+    def register(self, request: m.RegisterRequest, now: float) -> m.RegisterReply:
         """Join or join again. The request's segments are all that the node has: others of its segments are dropped.
 
         Raises NodeRefusedError for a node of another cluster or model, or whose id is another living process's;
@@ -158,15 +145,15 @@ class MetadataState:
         self.speaks.common(request.spoken, us="the metadata server", them=f"node {request.node.id}")
         return self.speaks.greet(self._membership.register(request, now))
 
-    def heartbeat(self, request: HeartbeatRequest, now: float) -> HeartbeatReply:
+    def heartbeat(self, request: m.HeartbeatRequest, now: float) -> m.HeartbeatReply:
         """Renew a lease; another incarnation than the registered one is not known."""
         self.tick(now)
         node = self._nodes.get(request.node_id, request.incarnation)
         if node is not None:
             self._nodes.renew(node, now)
-        return HeartbeatReply(epoch=self.epoch, known=node is not None)
+        return m.HeartbeatReply(epoch=self.epoch, known=node is not None)
 
-    def leave(self, request: LeaveRequest, now: float) -> None:
+    def leave(self, request: m.LeaveRequest, now: float) -> None:
         """Drop the node with all that it holds. Another incarnation: nothing happens."""
         self.tick(now)
         node = self._nodes.get(request.node_id, request.incarnation)
@@ -175,7 +162,7 @@ class MetadataState:
             self.counters["nodes_left"] += 1
             self._index.publish()
 
-    def release_writer(self, request: ReleaseWriterRequest, now: float) -> None:
+    def release_writer(self, request: m.ReleaseWriterRequest, now: float) -> None:
         """Give back what the node's dead engine had reserved and leased. Another incarnation: nothing happens."""
         self.tick(now)
         node = self._nodes.get(request.node_id, request.incarnation)
@@ -191,21 +178,29 @@ class MetadataState:
         return next((at for at, key in enumerate(keys) if key not in self._index.complete), len(keys))
 
     def match(
-        self, keys: list[ChunkKey], now: float, *, lease_s: float = 0.0, node_id: str = "", incarnation: int = 0
-    ) -> MatchReply:
+        self,
+        keys: list[ChunkKey],
+        now: float,
+        *,
+        lease_s: float = 0.0,
+        node_id: str = "",
+        incarnation: int = 0,
+        in_order: bool = False,
+    ) -> m.MatchReply:
         """Longest complete prefix; makes it the last to be evicted. `lease_s` > 0 grants a new lease, renews none; one
         who is no live node gets less time, and none when such leases pin too much."""
         self.tick(now)
         if self._nodes.get(node_id, incarnation) is None:
             lease_s = min(lease_s, self._nobodys_lease_s)
-        return self._reading.match(keys, now + lease_s if lease_s > 0 else None, node_id, incarnation)
+        until = now + lease_s if lease_s > 0 else None
+        return self._reading.match(keys, until, node_id, incarnation, in_order=in_order)
 
     def release(self, lease_ids: list[int], now: float) -> None:
         """End read leases; unknown ones have run out."""
         self.tick(now)
         self._reading.release(lease_ids)
 
-    def quarantine(self, request: QuarantineRequest, now: float) -> None:
+    def quarantine(self, request: m.QuarantineRequest, now: float) -> None:
         """Drop complete replicas of exactly that key, segment and generation (ids may be of an earlier epoch)."""
         self.tick(now)
         self._reading.quarantine(request)
@@ -213,46 +208,46 @@ class MetadataState:
 
     # --- writers -------------------------------------------------------------------------------------------------
 
-    def reserve(self, request: ReserveRequest, now: float) -> ReserveReply:
+    def reserve(self, request: m.ReserveRequest, now: float) -> m.ReserveReply:
         """Room for chunks; evicts where it must. A writer that is not registered is told FULL: it does without."""
         self.tick(now)
         reply = self._reservations.reserve(request, now)
         self._index.publish()
         return reply
 
-    def commit(self, request: ReplicaIds, now: float) -> CommitReply:
+    def commit(self, request: m.ReplicaIds, now: float) -> m.CommitReply:
         """Make replicas visible, each by itself. True again for what this writer has committed and is still there."""
         self.tick(now)
         reply = self._reservations.commit(request)
         self._index.publish()
         return reply
 
-    def abort(self, request: ReplicaIds, now: float) -> None:
+    def abort(self, request: m.ReplicaIds, now: float) -> None:
         """Give reservations back. Their room rests for the grace time: a write that failed may still be landing."""
         self.tick(now)
         self._reservations.abort(request, now)
 
     # --- nodes' disks ----------------------------------------------------------------------------------------------
 
-    def tell_holdings(self, request: TellHoldingsRequest, now: float) -> TellHoldingsReply:
+    def tell_holdings(self, request: m.TellHoldingsRequest, now: float) -> m.TellHoldingsReply:
         """Note what came to a node's disk and what left it. Another incarnation than the registered one: not known."""
         self.tick(now)
         if self._nodes.get(request.node_id, request.incarnation) is None:
-            return TellHoldingsReply(known=False)
+            return m.TellHoldingsReply(known=False)
         if request.reset:
             self._holdings.drop(request.node_id)
         self._holdings.remove(request.node_id, request.removed)
         self._holdings.add(request.node_id, request.added)
-        return TellHoldingsReply(known=True)
+        return m.TellHoldingsReply(known=True)
 
-    def find_holders(self, request: FindHoldersRequest, now: float) -> FindHoldersReply:
+    def find_holders(self, request: m.FindHoldersRequest, now: float) -> m.FindHoldersReply:
         """Who has chunks on disk, up to the first that nobody has."""
         self.tick(now)
         holders = self._holdings.find(request.keys)
         names = sorted({name for having in holders for name in having})
         numbers = {name: number for number, name in enumerate(names)}
         nodes = [self._nodes[name].info for name in names]
-        return FindHoldersReply(nodes=nodes, holders=[[numbers[name] for name in having] for having in holders])
+        return m.FindHoldersReply(nodes=nodes, holders=[[numbers[name] for name in having] for having in holders])
 
     # --- what people want kept -------------------------------------------------------------------------------------
 
@@ -283,17 +278,17 @@ class MetadataState:
 
     # --- what is seen from outside -------------------------------------------------------------------------------
 
-    def nodes(self, now: float) -> NodesReply:
+    def nodes(self, now: float) -> m.NodesReply:
         """Live nodes and segments."""
         self.tick(now)
         segments = [record.segment for record in self._nodes.segments.values()]
         nodes, names = [node.info for node in self._nodes], self._nodes.identity
-        return NodesReply(epoch=self.epoch, nodes=nodes, segments=segments, cluster=names.cluster, model=names.model)
+        return m.NodesReply(epoch=self.epoch, nodes=nodes, segments=segments, cluster=names.cluster, model=names.model)
 
-    def stats(self, now: float, waiters: int) -> Stats:
+    def stats(self, now: float, waiters: int) -> m.Stats:
         """What is held now. O(nodes + segments): the router asks each second."""
         self.tick(now)
-        return Stats(
+        return m.Stats(
             epoch=self.epoch,
             nodes=[node.info for node in self._nodes],
             segments=[record.stats() for record in self._nodes.segments.values()],
@@ -304,11 +299,11 @@ class MetadataState:
             counters=dict(self.counters),
         )
 
-    def snapshot(self, now: float) -> Iterator[EventBatch]:
+    def snapshot(self, now: float) -> Iterator[m.EventBatch]:
         """The whole index as event batches; to be used up before the state changes."""
         self.tick(now)
         stored = [
-            (record.segment.node_id, record.segment.id, [replica.ref.key for replica in record.complete_replicas()])
+            (record.segment.node_id, record.segment.id, [replica.ref.key for replica in record.complete.values()])
             for record in self._nodes.segments.values()
         ]
         return self.log.snapshot([node.info for node in self._nodes], stored)
@@ -323,9 +318,13 @@ class MetadataState:
         self._reservations.check()
         self._reading.check(self._pins.held)
         self._cache.check()
+        self._chains.check()
         assert self._deadlines.next is None or self._deadlines.next > now
 
     # --- inside --------------------------------------------------------------------------------------------------
+
+    def _new_record(self, segment: Segment, entries: list[m.ManifestEntry]) -> SegmentRecord:
+        return SegmentRecord(segment, entries, self._calls, policy=new_policy(self._eviction), chains=self._chains)
 
     def _run_out(self, expiry: Expiry, what: ExpiryOf, now: float) -> None:
         if isinstance(what, str):

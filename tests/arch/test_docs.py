@@ -19,6 +19,8 @@ from support.ports import free_ports
 from engines.torch.kv_cache import KVGeometry
 from kvcore.config.file import load_config
 from kvcore.config.schema import MetadataServerConfig, RouterConfig, StoreConfig
+from kvcore.eviction.chains import Chains
+from kvcore.eviction.queues import Lru
 from kvcore.extents import aligned
 from kvcore.process.service import EXIT_CONFIG, EXIT_FAILED, EXIT_FORCED
 from kvcore.types import Segment
@@ -105,7 +107,7 @@ def test_the_worked_example_of_sizes_is_what_the_code_computes():
     chunk_tokens = 256
     length = aligned(HEADER_BYTES + chunk_tokens * kv.token_bytes)
     whole = Segment(id="s", node_id="n", size_bytes=64 << 30, host_id="h", addresses={})
-    segment = SegmentRecord(whole, [], CallCount())
+    segment = SegmentRecord(whole, [], CallCount(), policy=Lru(), chains=Chains())
     chunks = 0
     while segment.allocate(length, StoreConfig().high_watermark) is not None:
         chunks += 1

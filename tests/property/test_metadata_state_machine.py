@@ -7,6 +7,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from support.metadata_words import UNIT, granted, ids, key, keys, new_state, registration, reservation
 
 from kvcore.errors import NodeRefusedError
+from kvcore.eviction.evictor import POLICY_NAMES
 from kvcore.extents import ExtentAllocator
 from metadata_server.cache_messages import EvictRequest, ExpireRequest, PinRequest, UnpinRequest
 from metadata_server.index.limits import IndexLimits
@@ -25,17 +26,18 @@ KEYS = 20
 NUMBERS = st.lists(st.integers(0, KEYS - 1), min_size=1, max_size=5, unique=True)
 NODE = st.sampled_from(NODES)
 NOBODYS_SHARE, NOBODYS_LEASE_S = 0.4, 10.0
-LIMITS = IndexLimits(nobodys_share=NOBODYS_SHARE, nobodys_lease_s=NOBODYS_LEASE_S)
+LIMITS = IndexLimits(same_use_s=0.5, nobodys_share=NOBODYS_SHARE, nobodys_lease_s=NOBODYS_LEASE_S)
 
 
 class MetadataMachine(RuleBasedStateMachine):
     """The model: who is alive till when, whose reservation ids are open till when, which (lease, keys) hold till when,
     and an index that only reads the event log."""
 
-    @initialize()
-    def begin(self):
+    @initialize(eviction=st.sampled_from(POLICY_NAMES))
+    def begin(self, eviction):
         self.now = 0.0
-        self.state = new_state(event_log=100_000, high_watermark=0.9, low_watermark=0.5, limits=LIMITS)
+        how = {"high_watermark": 0.9, "low_watermark": 0.5, "eviction": eviction}
+        self.state = new_state(event_log=100_000, limits=LIMITS, **how)
         self.alive: dict[str, tuple[int, float]] = {}
         self.incarnations = dict.fromkeys(NODES, 0)
         self.replaced: dict[str, list[int]] = {node: [] for node in NODES}
@@ -120,6 +122,7 @@ class MetadataMachine(RuleBasedStateMachine):
         wish = f"{prefer}.{self.incarnations[prefer]:x}" if prefer else None
         complete = {n for n in numbers if self.state.complete_prefix(keys(n), self.now)}
         request = reservation(node, numbers, units=units, prefer=wish, incarnation=self.incarnations[node], ttl_s=ttl_s)
+        request = msgspec.structs.replace(request, in_order=True)
         evicted, pinned = self.state.counters["evicted"], set(self.state._pins.held)
         reply = self.state.reserve(request, self.now)
         assert pinned <= self.state._index.replicas.keys()
@@ -188,7 +191,7 @@ class MetadataMachine(RuleBasedStateMachine):
         who = {"node_id": holder, "incarnation": self.incarnations[holder]} if holder else {}
         there = [n for n in range(KEYS) if self.state.complete_prefix(keys(n), self.now)]
         numbers = there[: len(numbers)] + numbers  # mostly what can be found
-        reply = self.state.match(keys(*numbers), self.now, lease_s=lease_s, **who)
+        reply = self.state.match(keys(*numbers), self.now, lease_s=lease_s, **who, in_order=lease_s != 3.0)
         assert all(refs and {r.key for r in refs} == {key(n)} for refs, n in zip(reply.replicas, numbers, strict=False))
         pinned = sum(r.length for refs in reply.replicas for r in refs)
         held_by = holder if holder and self.live(holder) else None

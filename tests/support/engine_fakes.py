@@ -121,7 +121,8 @@ class Cluster:
     def damage(self, chunk: int) -> None:
         """Flip a byte in the payload of every copy of the `chunk`-th chunk of all that are stored, oldest first."""
         batch = [event for snapshot in self.world.core.snapshot() for event in snapshot.events]
-        keys = [key for event in batch for key in event.keys]
+        stored = {key for event in batch for key in event.keys}
+        keys = sorted(stored, key=lambda key: min(replica.ref.id for replica in self.world.replicas(key)))
         for replica in self.world.replicas(keys[chunk]):
             self.world.memory[replica.ref.segment_id][replica.ref.offset + 200] ^= 1
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from support.sim_tiers import TierPlan
 
 from kvcore.config.schema import SimEngineConfig, StoreConfig
+from kvcore.eviction.evictor import POLICY_NAMES
 from nodeapi.messages import SamplingParams
 
 CHUNK, BLOCK = 32, 8
@@ -75,6 +76,7 @@ def make_plan(seed: int) -> Plan:
         reserve_ttl_s=dice.choice([0.5, 2.0, 5.0]),
         read_lease_s=dice.choice([0.5, 3.0]),
         retire_grace_s=0.5,
+        eviction=POLICY_NAMES[seed % len(POLICY_NAMES)],
     )
     requests = _requests(dice)
     return Plan(

@@ -298,9 +298,10 @@ CASES: list[Case] = [
     ({"save_decode_cache": "1"}, "save_decode_cache", MAPPED, "true", {"engine": {"save_output": True}}),
     ({"save_unfull_chunk": True}, "save_unfull_chunk", IGNORED, "always stored", {}),
     ({"save_unfull_chunk": False}, "save_unfull_chunk", IGNORED, "all the same", {}),
-    ({"cache_policy": "lru"}, "cache_policy", IGNORED, "here too", {}),
-    ({"cache_policy": "LFU"}, "cache_policy", IGNORED, "LFU is not there", {}),
-    ({"cache_policy": "FIFO"}, "cache_policy", IGNORED, "FIFO is not there", {}),
+    ({"cache_policy": "lru"}, "cache_policy", MAPPED, "lru", {"store": {"eviction": "lru"}}),
+    ({"cache_policy": "LFU"}, "cache_policy", MAPPED, "lfu", {"store": {"eviction": "lfu"}}),
+    ({"cache_policy": "FIFO"}, "cache_policy", MAPPED, "fifo", {"store": {"eviction": "fifo"}}),
+    ({"cache_policy": "ARC"}, "cache_policy", MAPPED, "arc", {"store": {"eviction": "arc"}}),
     ({"cache_policy": "MRU"}, "cache_policy", REFUSED, "nearest: LRU", {}),
     (
         {"blocking_timeout_secs": 10, "remote_url": "redis://c:1"},

@@ -31,7 +31,8 @@ def test_objects_say_what_they_are_and_hold() -> None:
     assert repr(MetadataCore(state, ManualClock())) == f"<MetadataCore 0 waiters, 0 subscribers: {state}>"
     node = state._nodes["a"]
     assert repr(node) == "<LiveNode a incarnation 1: 1 segments, 1 reservations>"
-    assert repr(node.segments["a.1"]) == "<SegmentRecord a.1: 8192 of 65536 bytes, 2 replicas, 0 evictable>"
+    use = "8192 of 65536 bytes, 2 replicas"
+    assert repr(node.segments["a.1"]) == f"<SegmentRecord a.1: {use}, <Evictor <Lru 1>, 0 aside>>"
     (replica,) = state._index.complete[keys(1)[0]]
     assert repr(replica) == f"<Replica {replica.ref.id} of {keys(1)[0].hex()} complete in a.1, 1 pins>"
     assert repr(state._index) == "<ReplicaIndex 1 keys complete, 1 being written, 2 replicas>"

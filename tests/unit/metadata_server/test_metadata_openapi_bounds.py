@@ -24,6 +24,7 @@ WITHOUT = {
     ("ReplicaRef", "segment_id"),
     ("Segment", "node_id"),  # the node's own
     ("ReserveRequest", "only_preferred"),  # true or false
+    *((kind, "in_order") for kind in ("MatchRequest", "WaitRequest", "ReserveRequest")),
     ("TellHoldingsRequest", "reset"),
 }
 
@@ -40,9 +41,9 @@ def examples() -> dict[str, Any]:
         m.HeartbeatRequest(**NODE),
         m.LeaveRequest(**NODE),
         m.ReleaseWriterRequest(**NODE),
-        m.MatchRequest(keys=keys(1), **NODE),
-        m.WaitRequest(keys=keys(1), timeout_s=1.0, **NODE),
-        msgspec.structs.replace(reservation("a", [1], prefer="a.1"), only_preferred=True),
+        m.MatchRequest(keys=keys(1), **NODE, in_order=True),
+        m.WaitRequest(keys=keys(1), timeout_s=1.0, **NODE, in_order=True),
+        msgspec.structs.replace(reservation("a", [1], prefer="a.1"), only_preferred=True, in_order=True),
         m.TellHoldingsRequest(**NODE, added=keys(1), removed=keys(2)),
         m.FindHoldersRequest(keys=keys(1)),
         c.PinRequest(keys=keys(1), ttl_s=1.0),

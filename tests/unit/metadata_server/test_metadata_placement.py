@@ -1,10 +1,14 @@
 """Where chunks go: the whole cluster's memory is the cache, nothing is evicted while any segment has room."""
 
+from typing import Any
+
 from hypothesis import given
 from hypothesis import strategies as st
 from support.metadata_words import UNIT, granted, keys, new_state, put, registration, reservation, segment, stored
 
 from kvcore.config.schema import StoreConfig
+from kvcore.eviction.chains import Chains
+from kvcore.eviction.queues import Lru
 from metadata_server.index.placement import Placer
 from metadata_server.index.segments import CallCount, SegmentRecord
 
@@ -102,6 +106,10 @@ def test_a_prompt_without_a_wish_stays_together():
     assert state.counters["evicted"] == 0
 
 
+def order() -> dict[str, Any]:
+    return {"policy": Lru(), "chains": Chains()}
+
+
 class Counted(SegmentRecord):
     """Counts how often it is asked for room."""
 
@@ -113,7 +121,7 @@ class Counted(SegmentRecord):
 
 
 def test_full_segments_are_not_looked_at_again_for_each_chunk():
-    records = [Counted(segment(f"s{number}", units=1), [], CallCount()) for number in range(100)]
+    records = [Counted(segment(f"s{number}", units=1), [], CallCount(), **order()) for number in range(100)]
     config = StoreConfig(high_watermark=1.0, low_watermark=0.5)
     placer = Placer(config, prefer=None, own=[], segments=records)
     places = [placer.place(UNIT) for _ in range(300)]
@@ -129,7 +137,8 @@ def test_full_segments_are_not_looked_at_again_for_each_chunk():
     banned=st.sets(st.integers(0, 4)),
 )
 def test_a_placer_declines_or_evicts_only_where_no_segment_has_room(units, lengths, prefer, own, banned):
-    records = [SegmentRecord(segment(f"s{at}", units=size), [], CallCount()) for at, size in enumerate(units)]
+    segments = [segment(f"s{at}", units=size) for at, size in enumerate(units)]
+    records = [SegmentRecord(each, [], CallCount(), **order()) for each in segments]
     placer = Placer(
         StoreConfig(high_watermark=1.0, low_watermark=1.0),
         prefer=records[prefer] if prefer is not None and prefer < len(records) else None,
