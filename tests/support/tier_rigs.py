@@ -1,5 +1,6 @@
 """Each kind of tier, empty and ready, for the conformance suite; and chunks to put into it."""
 
+import asyncio
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -18,7 +19,7 @@ from kvcore.config.tiers import MooncakeTierConfig, ObjectTierConfig
 from kvcore.types import ChunkKey
 from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, checksum, pack
 from kvstore.codecs.tier import CodecTier
-from kvstore.tiers.base import ChunkName, Tier, TierChunk
+from kvstore.tiers.base import ChunkName, Tier, TierChunk, TierOutcome
 from kvstore.tiers.disk import open_disk
 from kvstore.tiers.limits import ObjectLimits, RedisLimits
 from kvstore.tiers.memory import MemoryTier
@@ -240,7 +241,10 @@ async def mooncake_rig() -> AsyncIterator[TierRig]:
         await other.aclose()
 
     with server.machines.entered():
-        tier = mooncake_tier(server)
+        tier, probe = mooncake_tier(server), chunk_of(name_of(0), 1)
+        async with asyncio.timeout(20.0):
+            while await tier.save([probe], timeout_s=20.0) != [TierOutcome.OK]:  # noqa: ASYNC110  (nobody lends yet)
+                await asyncio.sleep(0.05)
         await tier.clear([FINGERPRINT, bytes(16), b"\xff" * 16], timeout_s=20.0)
         yield TierRig(tier, stop=server.stop, start=server.start, freeze=server.freeze, thaw=server.thaw, reopen=reopen)
         await tier.aclose()

@@ -123,7 +123,7 @@ async def test_a_late_call_keeps_its_room_and_never_touches_the_callers_memory(s
 
 @with_mooncake
 async def test_a_client_that_hangs_is_replaced_and_its_rooms_are_free(server):
-    limits = MooncakeLimits(hung_s=0.3, look_s=0.05, setup_s=0.5, retry_s=0.2)
+    limits = MooncakeLimits(hung_s=0.3, look_s=0.05, setup_s=2.5, retry_s=0.2)
     async with opened(server, limits) as tier:
         chunk = chunk_of(name_of(3), BIG)
         await until(saved(tier, chunk))
@@ -135,11 +135,11 @@ async def test_a_client_that_hangs_is_replaced_and_its_rooms_are_free(server):
                 return "not set up after" in (tier.stats().problem or "")
 
             await until(seen)
-            async with asyncio.timeout(1.0):
-                assert await tier.find([chunk.name], timeout_s=CALL_S) == [False], "at once"
+            async with asyncio.timeout(5.0):
+                assert await tier.find([chunk.name], timeout_s=CALL_S) == [False], "without waiting for it"
         finally:
             server.thaw()
-        await until(saved(tier, chunk), 5.0)
+        await until(saved(tier, chunk))
         assert await tier.load([room_for(chunk)], timeout_s=CALL_S) == [OK]
         assert tier.stats().problem is None
 
@@ -157,7 +157,7 @@ async def test_a_client_that_is_killed_is_started_again(server):
             return "its client ended" in (tier.stats().problem or "")
 
         await until(away)
-        await until(saved(tier, chunk), 5.0)
+        await until(saved(tier, chunk))
         assert tier.stats().problem is None
 
 
@@ -216,7 +216,7 @@ async def test_memory_that_a_node_lends_is_taken_back_with_what_lies_in_it(bare)
             assert await reader.load([back], timeout_s=CALL_S) == [OK] and content(back) == content(chunk)
             many = [chunk_of(name_of(number), 4 << 20) for number in range(100, 112)]
             outcomes = [(await lender.save([one], timeout_s=CALL_S))[0] for one in many]
-            assert set(outcomes) == {OK, TierOutcome.FULL}, "48 MiB into 32"
+            assert OK in outcomes and set(outcomes) <= {OK, TierOutcome.FULL}, "48 MiB into 32: it evicts, or refuses"
         assert await reader.load([room_for(chunk)], timeout_s=CALL_S) == [TierOutcome.MISSING]
 
 
