@@ -15,8 +15,13 @@ class WatchLimits:
     trace_bytes: int = 16 << 20
     """Of the last hour's prompts, to replay them."""
     trace_s: float = 3600.0
-    tokens_per_s: float = 250_000.0
-    """Prompt tokens looked at a second; of more prompts only the cached tokens are counted. 25 to 40 ns a token."""
+    tokens_per_s: float = 100_000.0
+    """Prompt tokens looked at a second, 40 to 60 ns each; those of a twentieth of a second at once, so that no request
+    waits for long. The prompts of more requests wait ..."""
+    waiting_tokens: int = 500_000
+    """... up to this; of still more prompts only the cached tokens are counted."""
+    catch_up_s: float = 0.1
+    """How often those that wait are looked at."""
     max_samples: int = 500_000
     """Uses of chunks that are replayed for one curve; more are sampled. 0.3 s of one core."""
     replay_s: float = 60.0

@@ -79,10 +79,14 @@ class CacheReplay:
         return stats
 
     async def run(self) -> None:
-        """Replay again and again, as long as requests come."""
+        """Look at prompts that wait, and replay again and again, as long as requests come."""
+        replayed = self._clock.now()
         while True:
-            await asyncio.sleep(self._limits.replay_s)
-            await self.refresh()
+            await asyncio.sleep(self._limits.catch_up_s)
+            self._watch.catch_up()
+            if self._clock.now() - replayed >= self._limits.replay_s:
+                await self.refresh()
+                replayed = self._clock.now()
 
     async def refresh(self) -> None:
         """Replay the last hour, and warn if the hit rate is low: once an hour, and at once when the reason is another.

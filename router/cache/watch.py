@@ -1,8 +1,9 @@
 """Looks at each request when it has ended, and counts what the cache gave it and what was missed.
 
-Owns what is remembered of prompts, all of it hashes. On the event loop: up to 40 ns a prompt token, within a budget.
+Owns what is remembered of prompts, all of it hashes. On the event loop: 40 to 60 ns a prompt token, within a budget.
 """
 
+from collections import deque
 from collections.abc import Sequence
 
 from kvcore.clock import Clock
@@ -42,6 +43,9 @@ class CacheWatch:
         self._budget = _TokenBudget(limits.tokens_per_s, clock.now())
         self.trace = PromptTrace(limits.trace_s, limits.trace_bytes)
         self._windows = CountWindows()
+        self._limits = limits
+        self._waiting: deque[tuple[RequestRecord, RequestSpec, list[int]]] = deque()
+        self._waiting_tokens = 0
         log.prompt_observers.append(self.ended)
 
     def __repr__(self) -> str:
@@ -55,24 +59,47 @@ class CacheWatch:
     def ended(self, record: RequestRecord, asked: RequestSpec, output: Sequence[int]) -> None:
         """A request has ended; `output`: the tokens of its first completion."""
         now = self._clock.now()
-        answered = record.state == "ok"
-        counts = self._counts(record, asked, output, now) if answered else CacheCounts(unanswered=1)
-        self._windows.add(counts, now)
+        if record.state != "ok":
+            self._windows.add(CacheCounts(unanswered=1), now)
+        elif not self._waiting and self._budget.take(record.prompt_tokens, now):
+            self._look(record, asked, output, now)
+        elif self._waiting_tokens < self._limits.waiting_tokens:
+            self._waiting.append((record, asked, list(output)))
+            self._waiting_tokens += record.prompt_tokens
+        else:
+            self._windows.add(self._cached(record, self._kv_spec(record)), now)
+
+    def catch_up(self) -> None:
+        """Look at the prompts that wait, as far as the budget goes. To be called now and then."""
+        now = self._clock.now()
+        while self._waiting and self._budget.take(self._waiting[0][0].prompt_tokens, now):
+            record, asked, output = self._waiting.popleft()
+            self._waiting_tokens -= record.prompt_tokens
+            self._look(record, asked, output, now)
 
     def counts(self) -> CacheStats:
         """As of now; what takes a replay is left out."""
         now, windows = self._clock.now(), self._windows
         return CacheStats(minute=windows.minute(now), hour=windows.hour(now), start=windows.start())
 
-    def _counts(self, record: RequestRecord, asked: RequestSpec, output: Sequence[int], now: float) -> CacheCounts:
-        spec, num_tokens, cached = self._kv_spec(record), record.prompt_tokens, record.cached_tokens
-        sources, unused = cached_by_source(record.legs, cached, spec)
-        counts = CacheCounts(
-            requests=1, prompt_tokens=num_tokens, cached_tokens=cached, by_source=sources, unused_tokens=unused
+    def _cached(self, record: RequestRecord, spec: KVSpec | None) -> CacheCounts:
+        """Of a prompt that is not looked at."""
+        sources, unused = cached_by_source(record.legs, record.cached_tokens, spec)
+        return CacheCounts(
+            requests=1,
+            prompt_tokens=record.prompt_tokens,
+            cached_tokens=record.cached_tokens,
+            by_source=sources,
+            unknown_tokens=record.prompt_tokens - record.cached_tokens,
+            unused_tokens=unused,
         )
-        if spec is None or not self._budget.take(num_tokens, now):
-            counts.unknown_tokens = num_tokens - cached
-            return counts
+
+    def _look(self, record: RequestRecord, asked: RequestSpec, output: Sequence[int], now: float) -> None:
+        spec, num_tokens, cached = self._kv_spec(record), record.prompt_tokens, record.cached_tokens
+        counts = self._cached(record, spec)
+        if spec is None:
+            self._windows.add(counts, now)
+            return
         tokens = packed([*asked.prompt_token_ids, *output] if self._saves_output else asked.prompt_token_ids)
         prefixes = self._hasher.prefixes(tokens, spec.fingerprint + asked.cache_salt)
         known = min(self._known.known_tokens(prefixes), num_tokens - 1)
@@ -86,7 +113,8 @@ class CacheWatch:
         counts.repeated_tokens = parted.repeated_tokens
         if parted.left_at is not None:
             counts.left_at[parted.left_at] = 1
-        return counts
+        counts.unknown_tokens = 0
+        self._windows.add(counts, now)
 
     def _kv_spec(self, record: RequestRecord) -> KVSpec | None:
         """Of the engine that decoded; None: it is no longer known, or shares no store."""
@@ -95,15 +123,16 @@ class CacheWatch:
 
 
 class _TokenBudget:
-    """So many tokens a second, saved up for one second at most; a prompt of any length is taken if there is some."""
+    """So many tokens a second, saved up for a twentieth of one; a prompt of any length is taken if there are some."""
 
     def __init__(self, tokens_per_s: float, now: float) -> None:
-        self._rate = self._left = tokens_per_s
+        self._rate, self._most = tokens_per_s, tokens_per_s / 20
+        self._left = self._most
         self._at = now
 
     def take(self, tokens: int, now: float) -> bool:
         """Whether these may be looked at."""
-        self._left = min(self._rate, self._left + (now - self._at) * self._rate)
+        self._left = min(self._most, self._left + (now - self._at) * self._rate)
         self._at = now
         if self._left <= 0:
             return False

@@ -363,7 +363,7 @@ async def make_rig(
     answerer = Answerer(
         model="fake-model", tokenizer=tokenizer or ByteTokenizer(VOCAB), dispatcher=dispatcher, cluster=cluster, run=run
     )
-    watch = CacheWatch(cluster, log, clock)
+    watch = CacheWatch(cluster, log, clock, limits=watch_limits)
     cache = CacheReplay(watch, cluster, config, clock, limits=watch_limits)
     metrics = RouterMetrics(cluster, log, lambda: True, watch)
     stopping = lambda: dispatcher.stopping  # noqa: E731

@@ -27,6 +27,7 @@ from kvcore.errors import KVFerryError, NodeUnavailableError, OverloadedError
 from kvcore.types import ChunkKey, Role
 from kvstore.types import GetOutcome
 from metadata_server.subscription import IndexSubscription
+from router.cache.limits import WatchLimits
 from router.cache.watch import CacheWatch
 from router.nodes.cluster import Cluster
 from router.nodes.prober import Prober
@@ -169,7 +170,7 @@ class SimCluster:
         self.subscription = IndexSubscription(source, self.cluster, self.clock)
         self.log = RequestLog()
         self.services = RequestServices(ROUTER, self.cluster, self.client, self.clock, self.log)
-        self.cache = CacheWatch(self.cluster, self.log, self.clock)
+        self.cache = CacheWatch(self.cluster, self.log, self.clock, limits=WatchLimits(tokens_per_s=1e9))
         self.dispatcher = Dispatcher(self.services, make_policy(ROUTER.policy))
         self.prober.on_lost.append(self.dispatcher.node_lost)
         self.prober.on_silent.append(self.dispatcher.node_silent)

@@ -214,7 +214,7 @@ async def get(rig: Rig, path: str) -> httpx.Response:
 async def test_a_low_hit_rate_is_warned_of_once_and_again_when_the_reason_changes(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    rig = await make_rig(watch_limits=WatchLimits(min_requests=20))
+    rig = await make_rig(watch_limits=WatchLimits(min_requests=20, tokens_per_s=1e9))
     with caplog.at_level(logging.WARNING, logger="router"):
         documents = [text(300) for _ in range(10)]
         serve(rig, documents)
@@ -241,7 +241,7 @@ async def test_advice_is_asked_of_the_router() -> None:
     nodes = two_and_two()
     for node in nodes.nodes:
         node.spec = {"chunk_tokens": 64, "chunk_bytes": 64 << 10}
-    rig = await make_rig(nodes)
+    rig = await make_rig(nodes, watch_limits=WatchLimits(tokens_per_s=1e9))
     shared = text(100)
     serve(rig, [[*shared, *text(50)] for _ in range(20)])
     told = (await get(rig, "/v1/cache/advise")).json()

@@ -127,12 +127,24 @@ async def test_the_next_turn_knows_the_answer_of_the_one_before_and_another_salt
     watched.tell(LONG, output=answer)
     turn = [*LONG, *answer, *[9] * 20]
     assert watched.tell(turn, cached=240).missed == missed(new=20)
+    watched.clock.advance(10.0)
     assert watched.tell(turn, salt=b"other").missed["new"] == len(turn)
 
 
-async def test_more_prompts_than_are_looked_at_are_counted_without_reasons() -> None:
-    watched = Watched(await make_rig(), tokens_per_s=150.0)
-    assert watched.tell(LONG).missed["unknown"] == 0
-    assert watched.tell(LONG, cached=50).missed == missed(unknown=150)
-    watched.clock.advance(0.5)
-    assert watched.tell(LONG).missed["gone"] == 192
+async def test_prompts_beyond_the_budget_wait_and_those_beyond_that_are_counted_without_reasons() -> None:
+    watched = Watched(await make_rig(), tokens_per_s=2000.0, waiting_tokens=400)
+    assert watched.tell(LONG).prompt_tokens == 200, "any length, as there was some budget left"
+    assert watched.tell(LONG, cached=50).prompt_tokens == watched.tell(LONG).prompt_tokens == 0, "they wait"
+    assert watched.tell(LONG, cached=50).missed == missed(unknown=150), "no room to wait"
+    watched.watch.catch_up()
+    assert watched.watch.start.requests == 2, "no time has passed"
+    watched.clock.advance(0.1)  # back to nothing owed, and a little
+    watched.watch.catch_up()
+    assert watched.watch.start.requests == 3 and watched.watch.start.gone_tokens == 192 - 50
+    watched.clock.advance(10.0)
+    watched.watch.catch_up()
+    watched.watch.catch_up()
+    counts = watched.watch.start
+    assert (counts.requests, counts.prompt_tokens, counts.gone_tokens) == (4, 800, 142 + 192)
+    watched.clock.advance(10.0)
+    assert watched.tell(LONG).missed["gone"] == 192, "at once again"
