@@ -164,26 +164,17 @@ class MooncakeClient:
         own_host = await self._probe()
         setup_s = limits.setup_s + limits.setup_gib_s * (place.lent_bytes + self._buffer.size_bytes) / _GIB
         ours, theirs = socket.socketpair()
-        try:
-            setup = MooncakeSetup(
-                {**place.options, "local_hostname": own_host},
-                theirs.fileno(),
-                self._buffer.fd,
-                self._buffer.size_bytes,
-                limits.threads,
-            )
-            child = await ChildProcess.start(
-                [*_WORKER, msgspec.json.encode(setup).decode()],
-                on_line=self._heard,
-                pass_fds=[setup.socket_fd, setup.buffer_fd],
-                env={"GLOG_minloglevel": "2", "MC_STORE_CLIENT_METRIC": "0", **os.environ},
-            )
-        except BaseException:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-        reader, writer = await asyncio.open_connection(sock=ours, limit=_MOST_LINE)
+        with theirs:
+            try:
+                reader, writer = await asyncio.open_connection(sock=ours, limit=_MOST_LINE)
+            except BaseException:
+                ours.close()
+                raise
+            try:
+                child = await self._start(own_host, theirs.fileno())
+            except BaseException:
+                writer.close()
+                raise
         try:
             async with asyncio.timeout(setup_s):
                 first = await reader.readline()
@@ -199,6 +190,16 @@ class MooncakeClient:
             self._writer = None
             writer.close()
             await self._end(child)
+
+    async def _start(self, own_host: str, socket_fd: int) -> ChildProcess:
+        options = {**self.place.options, "local_hostname": own_host}
+        setup = MooncakeSetup(options, socket_fd, self._buffer.fd, self._buffer.size_bytes, self._limits.threads)
+        return await ChildProcess.start(
+            [*_WORKER, msgspec.json.encode(setup).decode()],
+            on_line=self._heard,
+            pass_fds=[setup.socket_fd, setup.buffer_fd],
+            env={"GLOG_minloglevel": "2", "MC_STORE_CLIENT_METRIC": "0", **os.environ},
+        )
 
     async def _serve(self, reader: asyncio.StreamReader) -> str:
         """Give the answers to those who wait, until the client ends or hangs."""
