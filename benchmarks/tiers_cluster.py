@@ -72,7 +72,7 @@ async def cluster(
     """Nodes with `tiers`, which fill no segment before they are asked."""
     nodes: dict[str, dict[str, Any]] = {}
     for core, role in enumerate(engine.roles):
-        name = f"{role}-0"
+        name = f"{role}-{engine.roles[:core].count(role)}"
         nodes[name] = {"role": role, "port": free_port(), "segment": segment_bytes}
         if engine.is_vllm:
             bound = {"VLLM_CPU_OMP_THREADS_BIND": str(core % (os.cpu_count() or 1))}
