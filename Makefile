@@ -62,7 +62,7 @@ coverage: $(VENV)/.installed   ## which lines the quick tests reach: a table her
 	$(PYTEST) tests -m "not slow and not gpu and not ucx and not vllm" -n 2 -q --cov --cov-report=term --cov-report=html
 
 bench: $(VENV)/.demo-model   ## every benchmark; each ends in a line `RESULT {json}`
-	@for b in chunk_keys index transfer peer_death handoff sharing router engine; do echo "== benchmarks/$$b.py"; $(BIN)/python -m benchmarks.$$b || exit 1; done
+	@for b in chunk_keys index eviction transfer peer_death handoff sharing router engine; do echo "== benchmarks/$$b.py"; $(BIN)/python -m benchmarks.$$b || exit 1; done
 
 $(VENV)/.created:
 	@test -n "$(PYTHON)" || { echo "kvferry needs Python 3.11 to 3.13 with its venv module (Debian: apt install python3.11-venv); none was found on PATH"; exit 1; }

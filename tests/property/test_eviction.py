@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from benchmarks import eviction
 from kvcore.eviction.chains import Chains
 from kvcore.eviction.evictor import POLICY_NAMES, Evictor, new_policy
 from kvcore.eviction.queues import Fifo
@@ -399,3 +400,11 @@ def test_a_long_prompt_costs_two_looks_a_chunk_though_its_prefix_is_due_first():
         evictor.add(key)
     assert [evictor.evict() for _ in range(5000)] == list(reversed(range(5000)))
     assert policy.taken <= 2 * 5000
+
+
+def test_no_policy_finds_more_than_the_optimum_and_that_no_more_than_unlimited_memory_does():
+    found = dict(eviction.rates(eviction.made_up(60)))
+    best, unlimited = found.pop(eviction.OPTIMUM), found.pop(eviction.UNLIMITED)
+    assert set(found) == set(POLICY_NAMES) and 0 < best[-1] < unlimited[0]
+    for rates in found.values():
+        assert all(rate <= most <= unlimited[0] for rate, most in zip(rates, best, strict=True))
