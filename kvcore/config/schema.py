@@ -148,7 +148,7 @@ class StoreConfig(Section, frozen=True, kw_only=True):
     retire_grace_s: Annotated[float, msgspec.Meta(ge=0)] = 2.0
     """Room of an expired reservation is not given out again before this: its writer may still be writing."""
     eviction: PolicyName = "lru"
-    """Which chunk goes first where room is needed; but a prefix never before what continues it (docs/tiers.md)."""
+    """Which chunk goes first where room is needed; but never before what continues it there (docs/tiers.md)."""
     pin_share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.5
     """Share of all segments that pinned chunks may take; pins beyond it are refused."""
 

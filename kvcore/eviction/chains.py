@@ -1,9 +1,12 @@
 """Which chunk continues which, of all that are there: a prefix never goes before its continuation.
 
+Each segment has one of its own: one that waited for what lies elsewhere could be full of prefixes that may not go, and
+give no room to what is wanted now.
+
 Without its prefix a chunk is of no use to anybody. Who continues whom is not in a key: it is learned from the order of
-keys in one call (`link`), and unknown of what was found after a restart until somebody asks for it. Several segments
-share one `Chains`, as a prompt's chunks may lie in several; a chunk may lie in several, too. Invariant: no chunk comes
-before itself, whatever is said, so that there is always one that may go.
+keys in one call (`link`), and unknown of what was found after a restart until somebody asks for it. Several evictors
+may share one `Chains`; a chunk may then be there several times. Invariant: no chunk comes before itself, whatever is
+said, so that there is always one that may go.
 """
 
 from collections import OrderedDict

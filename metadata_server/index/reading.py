@@ -7,7 +7,6 @@ deadline, its holder, or when it is given back.
 from collections import Counter
 from collections.abc import Set
 
-from kvcore.eviction.chains import Chains
 from kvcore.types import ChunkKey
 from metadata_server.index.leases import Deadlines, Expiry, ReadLeases, bytes_of
 from metadata_server.index.limits import IndexLimits
@@ -24,7 +23,6 @@ class Reading:
         self,
         nodes: NodeRegistry,
         index: ReplicaIndex,
-        chains: Chains[ChunkKey],
         deadlines: Deadlines,
         counts: Counter[str],
         *,
@@ -35,7 +33,6 @@ class Reading:
         self.leases = ReadLeases(first_lease)
         self._nodes = nodes
         self._index = index
-        self._chains = chains
         self._deadlines = deadlines
         self._counts = counts
         self._limits = limits
@@ -53,9 +50,10 @@ class Reading:
             if replicas is None:
                 break
             found.append(replicas)
-        if in_order:
-            self._chains.link(keys[: len(found) + 1])  # the next one is what its asker will store
         flat = [replica for replicas in found for replica in replicas]
+        if in_order:
+            for record in {replica.record for replica in flat}:
+                record.chains.link(keys[: len(found) + 1])  # the next one is what its asker will store
         for replica in reversed(flat):  # the first chunk is touched last: without it the others are of no use
             replica.record.touch(replica)
         self._counts["lookups"] += len(keys)

@@ -6,7 +6,6 @@ Invariants: `complete` and `writing` hold exactly the replicas in that state; a 
 
 from collections.abc import Iterable
 
-from kvcore.eviction.chains import Chains
 from kvcore.types import ChunkKey, ReplicaRef, Segment
 from metadata_server.index.event_log import EventLog
 from metadata_server.index.pins import Pins
@@ -20,13 +19,12 @@ _Listing = dict[ChunkKey, tuple[Replica, ...]]
 class ReplicaIndex:
     """Mutated by MetadataState only. Events wait until `publish`, so that one call's changes share events."""
 
-    def __init__(self, log: EventLog, first_generation: int, pins: Pins, chains: Chains[ChunkKey]) -> None:
+    def __init__(self, log: EventLog, first_generation: int, pins: Pins) -> None:
         self.complete: _Listing = {}
         self.writing: _Listing = {}
         self.replicas: dict[int, Replica] = {}
         self._log = log
         self._pins = pins
-        self._chains = chains
         self._generation = first_generation
         self._last_id = first_generation
         self._changes: list[tuple[EventKind, SegmentRecord, list[ChunkKey]]] = []
@@ -123,7 +121,7 @@ class ReplicaIndex:
 
     def _list_complete(self, replica: Replica) -> None:
         self.complete[replica.ref.key] = (*self.complete.get(replica.ref.key, ()), replica)
-        self._chains.came(replica.ref.key, replica.parent)
+        replica.record.chains.came(replica.ref.key, replica.parent)
         self._note(EventKind.STORED, replica)
 
     def _note(self, kind: EventKind, replica: Replica) -> None:

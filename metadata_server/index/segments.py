@@ -102,13 +102,15 @@ class SegmentRecord:
         policy: EvictionPolicy[ChunkKey],
         chains: Chains[ChunkKey],
     ) -> None:
-        """`taken` as `acceptable` gave them; each is then to be added by `add`. `calls` and `chains` are the same for
-        all segments; `chains` is told of a complete replica before it is added."""
+        """`taken` as `acceptable` gave them; each is then to be added by `add`. `calls`: the same for all segments.
+        `chains` is told of a complete replica before it is added."""
         self.segment = segment
         self.allocator = ExtentAllocator(segment.size_bytes, [(entry.offset, entry.length) for entry in taken])
         self.complete: dict[ChunkKey, Replica] = {}
         self._incomplete: dict[int, Replica] = {}
         """Reserved and retiring ones, by id."""
+        self.chains = chains
+        """What continues what in this segment."""
         self._evictor = Evictor(policy, chains, self._is_pinned)
         self._calls = calls
         self.bytes_in = dict.fromkeys(ReplicaState, 0)
@@ -226,6 +228,7 @@ class SegmentRecord:
     def check(self) -> None:
         """Assert every invariant. For tests."""
         self.allocator.check()
+        self.chains.check()
         replicas = self.replicas()
         for state, total in self.bytes_in.items():
             assert total == sum(aligned(r.ref.length) for r in replicas if r.state is state)

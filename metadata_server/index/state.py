@@ -52,16 +52,13 @@ class MetadataState:
         self.speaks = speaks
         self.counters: Counter[str] = Counter(evicted=0)
         self._calls = CallCount(same_use_s=limits.same_use_s)
-        self._chains = chains = Chains[ChunkKey](limits.max_expected_links)
         self._deadlines = deadlines = Deadlines()
         self._pins = Pins(limits.max_pins, self.counters)
-        self._index = index = ReplicaIndex(log, first_generation, self._pins, chains)
+        self._index = index = ReplicaIndex(log, first_generation, self._pins)
         self._nodes = nodes = NodeRegistry(deadlines, node_ttl_s, identity, limits.max_replaced)
         self._holdings = TierHoldings(limits.max_tier_keys)
         self._reservations = Reservations(config, nodes, index, deadlines, self.counters)
-        self._reading = Reading(
-            nodes, index, chains, deadlines, self.counters, first_lease=first_generation, limits=limits
-        )
+        self._reading = Reading(nodes, index, deadlines, self.counters, first_lease=first_generation, limits=limits)
         self._cache = CacheControl(
             pin_share=config.pin_share,
             nodes=nodes,
@@ -83,7 +80,7 @@ class MetadataState:
             counts=self.counters,
         )
         self._eviction = config.eviction
-        self._nobodys_lease_s = limits.nobodys_lease_s
+        self._limits = limits
 
     def __repr__(self) -> str:
         held = f"{self.num_objects} objects, {self.num_reservations} reservations, {self.num_read_leases} read leases"
@@ -191,7 +188,7 @@ class MetadataState:
         who is no live node gets less time, and none when such leases pin too much."""
         self.tick(now)
         if self._nodes.get(node_id, incarnation) is None:
-            lease_s = min(lease_s, self._nobodys_lease_s)
+            lease_s = min(lease_s, self._limits.nobodys_lease_s)
         until = now + lease_s if lease_s > 0 else None
         return self._reading.match(keys, until, node_id, incarnation, in_order=in_order)
 
@@ -318,13 +315,13 @@ class MetadataState:
         self._reservations.check()
         self._reading.check(self._pins.held)
         self._cache.check()
-        self._chains.check()
         assert self._deadlines.next is None or self._deadlines.next > now
 
     # --- inside --------------------------------------------------------------------------------------------------
 
     def _new_record(self, segment: Segment, entries: list[m.ManifestEntry]) -> SegmentRecord:
-        return SegmentRecord(segment, entries, self._calls, policy=new_policy(self._eviction), chains=self._chains)
+        chains = Chains[ChunkKey](self._limits.max_expected_links)
+        return SegmentRecord(segment, entries, self._calls, policy=new_policy(self._eviction), chains=chains)
 
     def _run_out(self, expiry: Expiry, what: ExpiryOf, now: float) -> None:
         if isinstance(what, str):

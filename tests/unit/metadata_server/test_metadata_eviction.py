@@ -1,4 +1,4 @@
-"""Which chunk a segment evicts, by policy; and that a prefix stays as long as what continues it, wherever that lies."""
+"""Which chunk a segment evicts, by policy; and that a prefix stays as long as what continues it beside it."""
 
 from typing import Any
 
@@ -65,13 +65,15 @@ def test_a_prefix_outlives_what_continues_it(policy):
 
 
 @pytest.mark.parametrize("policy", POLICY_NAMES)
-def test_a_prefix_in_one_segment_outlives_what_continues_it_in_another(policy):
+def test_a_segment_full_of_prefixes_of_what_lies_elsewhere_gives_room(policy):
+    """A node brings chunks from its tier into its own segment alone."""
     state = a_state(policy, "a", "b", units=2)
     put_in_order(state, "a", [1, 2, 3, 4], prefer="a.1")
-    assert state.match(keys(1, 2, 3, 4), 0.0).replicas[2][0].segment_id == "b.1"
-    placed = granted(state.reserve(reservation("a", [5], prefer="a.1"), 0.0))
-    assert [replica.segment_id for replica in placed] == ["b.1"]
-    assert stored(state, [1, 2, 3, 4], 0.0) == [1, 2, 3]
+    assert state.match(keys(1, 2, 3, 4), 0.0, in_order=True).replicas[2][0].segment_id == "b.1"
+    wanted = msgspec.structs.replace(reservation("a", [5], prefer="a.1"), only_preferred=True)
+    placed = granted(state.reserve(wanted, 0.0))
+    assert [replica.segment_id for replica in placed] == ["a.1"]
+    assert stored(state, [1, 2, 3, 4], 0.0) == [1, 3, 4]
     state.check_invariants(0.0)
 
 
