@@ -149,6 +149,8 @@ class StoreConfig(Section, frozen=True, kw_only=True):
     """Room of an expired reservation is not given out again before this: its writer may still be writing."""
     eviction: PolicyName = "lru"
     """Which chunk goes first where room is needed; but never before what continues it there (docs/tiers.md)."""
+    ttl_s: Seconds | None = None
+    """A chunk is forgotten so long after it was last stored in a segment. Not set: it is kept until room is needed."""
     pin_share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.5
     """Share of all segments that pinned chunks may take; pins beyond it are refused."""
 

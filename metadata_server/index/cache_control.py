@@ -6,7 +6,9 @@ is neither evicted nor forgotten.
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 
+from kvcore.config.schema import StoreConfig
 from kvcore.types import ChunkKey
 from metadata_server.cache_messages import (
     CacheReply,
@@ -30,7 +32,7 @@ class CacheControl:
     def __init__(
         self,
         *,
-        pin_share: float,
+        config: StoreConfig,
         nodes: NodeRegistry,
         index: ReplicaIndex,
         pins: Pins,
@@ -38,8 +40,8 @@ class CacheControl:
         counts: Counter[str],
         limits: IndexLimits,
     ) -> None:
-        """`pin_share`: of all segments, that pins may take. `pins` are the index's."""
-        self._pin_share = pin_share
+        """`pins` are the index's."""
+        self._pin_share, self._ttl_s = config.pin_share, config.ttl_s
         self._nodes = nodes
         self._index = index
         self._pins = pins
@@ -102,6 +104,13 @@ class CacheControl:
             self._overdue.discard(key)
             self._deadlines.set((Expiry.CHUNK, key), now + request.ttl_s)
         return CacheReply(known=len(there), done=len(there), refused=0)
+
+    def stored(self, keys: Iterable[ChunkKey], now: float) -> None:
+        """These lie in a segment from now on, or were found there: their time begins, if chunks have one."""
+        if self._ttl_s is not None:
+            for key in keys:
+                self._overdue.discard(key)
+                self._deadlines.set((Expiry.CHUNK, key), now + self._ttl_s)
 
     def end_chunk(self, key: ChunkKey, now: float) -> None:
         """The chunk's time is up. One that is in use goes when it no longer is."""

@@ -71,7 +71,7 @@ class ClusterMembership:
         self._nodes.renew(node, now, request.ttl_s)
         for absent in node.segments.keys() - {manifest.segment.id for manifest in request.segments}:
             self._drop_segment(node, absent, emit_event=True)
-        imported = sum(self._adopt(node, manifest) for manifest in request.segments)
+        imported = sum(self._adopt(node, manifest, now) for manifest in request.segments)
         refused = sum(len(manifest.entries) for manifest in request.segments) - imported
         self._counts["registrations"] += 1
         self._counts["imported"] += imported
@@ -95,7 +95,7 @@ class ClusterMembership:
         self._index.publish()
         self._log.append(EventKind.NODE_DOWN, node.info.id)
 
-    def _adopt(self, node: LiveNode, manifest: SegmentManifest) -> int:
+    def _adopt(self, node: LiveNode, manifest: SegmentManifest, now: float) -> int:
         """Add a segment with what lies in it, or confirm what is known to lie there; returns how many entries count."""
         known = node.segments.get(manifest.segment.id)
         if known is not None:
@@ -109,6 +109,7 @@ class ClusterMembership:
         self._cache.room_changed()
         for entry in reversed(entries):  # the newest generation will be the last to be evicted
             self._index.adopt(entry, record)
+        self._cache.stored((entry.key for entry in entries), now)
         return len(entries)
 
     def _drop_segment(self, node: LiveNode, segment_id: str, *, emit_event: bool) -> None:

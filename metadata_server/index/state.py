@@ -60,7 +60,7 @@ class MetadataState:
         self._reservations = Reservations(config, nodes, index, deadlines, self.counters)
         self._reading = Reading(nodes, index, deadlines, self.counters, first_lease=first_generation, limits=limits)
         self._cache = CacheControl(
-            pin_share=config.pin_share,
+            config=config,
             nodes=nodes,
             index=index,
             pins=self._pins,
@@ -216,6 +216,8 @@ class MetadataState:
         """Make replicas visible, each by itself. True again for what this writer has committed and is still there."""
         self.tick(now)
         reply = self._reservations.commit(request)
+        replicas = zip(request.replica_ids, reply.committed, strict=True)
+        self._cache.stored((self._index.replicas[number].ref.key for number, done in replicas if done), now)
         self._index.publish()
         return reply
 

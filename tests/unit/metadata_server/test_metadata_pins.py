@@ -161,6 +161,28 @@ def test_a_chunk_whose_time_is_up_goes_when_nobody_reads_it():
     state.check_invariants(2.0)
 
 
+def test_with_a_ttl_chunks_are_forgotten_so_long_after_they_were_stored_last():
+    state = a_node(ttl_s=1.0)
+    put(state, "a", [1, 2], 0.0)
+    state.match(keys(1, 2), 0.9)  # a use is no storing
+    put(state, "a", [3], 0.9)
+    pin(state, [2], 0.9)
+    assert stored(state, [1, 2, 3], 1.0) == [2, 3]
+    put(state, "a", [1], 1.2)
+    assert stored(state, [1, 2, 3], 1.9) == [1, 2]
+    assert stored(state, [1, 2], 2.2) == [2], "a pin goes before"
+    state.check_invariants(22.0)
+
+
+def test_with_a_ttl_the_time_of_what_a_restarted_server_is_told_of_begins_anew():
+    state = new_state(ttl_s=1.0)
+    [key] = keys(1)
+    entry = ManifestEntry(key=key, offset=0, length=UNIT, generation=1)
+    state.register(registration("a", units=4, entries=[entry]), 100.0)
+    assert stored(state, [1], 100.9) == [1]
+    assert stored(state, [1], 101.0) == []
+
+
 @pytest.mark.parametrize("ttl_s", [None, 3.0])
 def test_a_pinned_chunk_whose_time_is_up_goes_with_its_pin(ttl_s):
     state = a_node()
