@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from kvcore.config.fields import ByteSize, Count, Seconds, Section, Text
+from kvcore.eviction.evictor import PolicyName
 
 Admission = Literal["always", "second_use"]
 Codec = Literal["none", "lossless", "int8"]
@@ -33,6 +34,8 @@ class DiskTierConfig(TierConfig, frozen=True, kw_only=True):
     """Folder of the file; `{node}` in it is the node's name. Nodes of one machine have files of their own."""
     size: ByteSize
     """Of the file of each node."""
+    eviction: PolicyName = "lru"
+    """Which chunk goes first where room is needed, as `store.eviction` says it of segments."""
     buffered: bool = False
     """Through the page cache instead of past it (O_DIRECT): faster where memory is left over, twice the bytes."""
 

@@ -1,4 +1,4 @@
-"""A node's own disk as a tier: one preallocated slab, least recently used chunks go first, known again after a restart.
+"""A node's own disk as a tier: one preallocated slab, evicted by a policy, known again after a restart.
 
 Owns the index of the slab and which extents are in use. A cache needs no durability: nothing is ever synced, a torn
 chunk fails its checksum and is a miss. See `kvstore.tiers.disk_file` for the file.
@@ -13,6 +13,10 @@ from pathlib import Path
 from kvcore.clock import Clock
 from kvcore.config.tiers import DiskTierConfig, TierConfig
 from kvcore.errors import TransferError
+from kvcore.eviction.base import EvictionPolicy
+from kvcore.eviction.chains import Chains
+from kvcore.eviction.evictor import Evictor, new_policy
+from kvcore.eviction.queues import Lru
 from kvcore.extents import ExtentAllocator, aligned
 from kvcore.telemetry import log_fields
 from kvstore.tiers.base import ChunkName, Cleared, GenerationList, TierChunk, TierOutcome, TierStats
@@ -25,6 +29,7 @@ from transfer.blocking import BatchDeadline, BlockingPool
 _log = logging.getLogger(__name__)
 _THREADS = 2
 """One or two saturate a disk."""
+_Policy = EvictionPolicy[ChunkName]
 
 
 class DiskTier:
@@ -33,22 +38,26 @@ class DiskTier:
     name = "disk"
     shared = False
 
-    def __init__(self, slab: SlabFile, entries: Sequence[SlabEntry], clock: Clock) -> None:
+    def __init__(self, slab: SlabFile, entries: Sequence[SlabEntry], clock: Clock, policy: _Policy) -> None:
         self.on_change: Callable[[Sequence[ChunkName], Sequence[ChunkName]], None] = lambda _came, _left: None
         self.max_chunk_bytes = slab.data_bytes
         self._slab, self._clock = slab, clock
         self._problem: str | None = None
         self._pool = BlockingPool("disk-tier", _THREADS)
         self._index: OrderedDict[ChunkName, HeldChunk] = OrderedDict()
+        """Those used last at the end."""
         self._evicted = 0
         self._writing = asyncio.Lock()
         """One save or removal at a time: a place in the table is given to nobody before it is cleared."""
         self._to_clear: list[int] = []
         """Places in the table of what left the index, still to be cleared."""
+        self._chains = Chains[ChunkName]()
+        """Nobody tells it which chunk continues which: all that use a prompt use its tail first."""
+        self._evictor = Evictor(policy, self._chains, lambda name: self._index[name].busy > 0)
         taken = []
         for entry in disjoint(entries, clock.wall()):
             taken.append((entry.offset - slab.data_offset, entry.num_bytes))
-            self._index[name_of_entry(entry)] = HeldChunk(entry)
+            self._keep(name_of_entry(entry), HeldChunk(entry))
         used = {held.entry.number for held in self._index.values()}
         self._extents = ExtentAllocator(slab.data_bytes, taken)
         self._free_numbers = [number for number in reversed(range(slab.num_entries)) if number not in used]
@@ -199,6 +208,12 @@ class DiskTier:
         held.entry.used_at = self._clock.wall()
         if name in self._index:
             self._index.move_to_end(name)
+            self._evictor.use(name)
+
+    def _keep(self, name: ChunkName, held: HeldChunk) -> None:
+        self._index[name] = held
+        self._chains.came(name)
+        self._evictor.add(name)
 
     async def _may_write(self, timeout_s: float) -> bool:
         """Whether it is this caller's turn to write, which it gives back by releasing `_writing`."""
@@ -254,7 +269,7 @@ class DiskTier:
         came = []
         for at, held, chunk in batch.work:
             if batch.done.get(at):
-                self._index[chunk.name] = held
+                self._keep(chunk.name, held)
                 came.append(chunk.name)
             else:
                 self._to_clear.append(held.entry.number)
@@ -267,14 +282,18 @@ class DiskTier:
             offset = self._extents.allocate(num_bytes) if self._free_numbers else None
             if offset is not None:
                 return offset
-            victim = next((name for name, held in self._index.items() if not held.busy), None)
+            victim = self._evictor.evict()
             if victim is None:
                 return None
-            self._drop(victim)
+            self._let_go(victim)
             self._evicted += 1
             left.append(victim)
 
     def _drop(self, name: ChunkName) -> None:
+        self._evictor.remove(name)
+        self._let_go(name)
+
+    def _let_go(self, name: ChunkName) -> None:
         held = self._index.pop(name)
         self._to_clear.append(held.entry.number)
         held.gone = True
@@ -296,21 +315,26 @@ class DiskTier:
         except TransferError as error:
             self._problem = batch.problem or error.message
         finally:
-            for _, held, _ in batch.work:
+            for _, held, chunk in reversed(batch.work):  # a prefix is to outlive what continues it
                 held.busy -= 1
                 if held.gone and not held.busy:
                     self._give_back(held)
+                elif not held.busy and self._index.get(chunk.name) is held:
+                    self._evictor.refresh(chunk.name)
 
 
 async def open_tier(config: TierConfig, place: TierPlace, clock: Clock) -> DiskTier:
     """See `kvstore.tiers.opening`."""
     assert isinstance(config, DiskTierConfig)
     path = Path(config.path.replace("{node}", place.node_id), f"kvferry-{place.node_id}.slab")
-    return await open_disk(path, int(config.size), clock, buffered=config.buffered)
+    policy: _Policy = new_policy(config.eviction)
+    return await open_disk(path, int(config.size), clock, buffered=config.buffered, policy=policy)
 
 
-async def open_disk(path: Path, size_bytes: int, clock: Clock, *, buffered: bool = False) -> DiskTier:
-    """The tier over the file, which is made if it is not there. Raises ConfigError."""
+async def open_disk(
+    path: Path, size_bytes: int, clock: Clock, *, buffered: bool = False, policy: _Policy | None = None
+) -> DiskTier:
+    """The tier over the file, which is made if it is not there. `policy`: LRU. Raises ConfigError."""
 
     def start() -> tuple[SlabFile, str, list[SlabEntry]]:
         slab, said = SlabFile.open(path.expanduser(), size_bytes, buffered=buffered)
@@ -319,4 +343,4 @@ async def open_disk(path: Path, size_bytes: int, clock: Clock, *, buffered: bool
     slab, said, entries = await asyncio.to_thread(start)
     if said:
         log_fields(_log, logging.WARNING, "disk_tier", path=str(path), said=said)
-    return DiskTier(slab, entries, clock)
+    return DiskTier(slab, entries, clock, policy or Lru())

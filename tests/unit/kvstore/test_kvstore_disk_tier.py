@@ -14,7 +14,8 @@ from support.tier_rigs import chunk_of, content, name_of, room_for
 
 from kvcore.clock import ManualClock
 from kvcore.errors import ConfigError
-from kvstore.chunk_format import checksum, parse
+from kvcore.eviction.evictor import POLICY_NAMES, new_policy
+from kvstore.chunk_format import HEADER_BYTES, checksum, parse
 from kvstore.tiers.base import TierChunk, TierOutcome
 from kvstore.tiers.disk import DiskTier, open_disk
 from kvstore.tiers.disk_file import SlabEntry, SlabFile
@@ -272,3 +273,41 @@ def test_a_hundred_thousand_chunks_are_known_again_in_about_a_second(path):
         slab.close()
     print(f"100,000 entries in {min(taken):.2f} s")
     assert min(taken) < 3, taken
+
+
+@pytest.mark.parametrize(
+    ("policy", "left"), [("lru", [1, 3]), ("fifo", [3, 4]), ("lfu", [1, 3]), ("arc", [1, 3]), ("s3fifo", [3, 4])]
+)
+async def test_the_setting_says_which_chunks_stay(path, policy, left):
+    """Room for four; the first is used once, the third twice. Then two come."""
+    tier = await open_disk(path, MIB, ManualClock(), policy=new_policy(policy))
+    capacity = tier.stats().capacity_bytes
+    assert capacity is not None
+    chunks = [chunk_of(name_of(number), capacity // 4 // 4096 * 4096 - HEADER_BYTES) for number in range(7)]
+    for chunk in chunks[1:5]:
+        assert await save(tier, chunk) == [OK]
+    for number in (3, 3, 1):
+        assert await load(tier, room_for(chunks[number])) == [OK]
+    for chunk in chunks[5:]:
+        assert await save(tier, chunk) == [OK]
+    found = await tier.find([chunk.name for chunk in chunks[1:5]], timeout_s=1)
+    assert [number for number, there in enumerate(found, 1) if there] == left
+    await tier.aclose()
+
+
+@pytest.mark.parametrize("policy", POLICY_NAMES)
+async def test_with_every_policy_all_but_what_is_in_use_can_go_and_nothing_is_lost_of_the_room(path, policy):
+    tier = await open_disk(path, MIB, ManualClock(), policy=new_policy(policy))
+    dice = random.Random(1)
+    for _ in range(60):
+        batch = [chunk_of(name_of(dice.randrange(40)), dice.randrange(1, 100_000)) for _ in range(3)]
+        if dice.random() < 0.5:
+            await load(tier, *map(room_for, batch))
+        elif dice.random() < 0.2:
+            await tier.remove([chunk.name for chunk in batch], timeout_s=1)
+        else:
+            await save(tier, *batch)
+    await tier.remove(tier.names(), timeout_s=1)
+    assert (tier.stats().used_bytes, tier.stats().num_chunks) == (0, 0)
+    assert await save(tier, chunk_of(name_of(1), tier.max_chunk_bytes - HEADER_BYTES)) == [OK]
+    await tier.aclose()
