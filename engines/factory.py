@@ -7,6 +7,8 @@ torch is imported only when a torch engine is asked for.
 
 from collections.abc import Callable
 
+import msgspec
+
 from engines.base import Engine
 from engines.sim.build import build_sim_engine
 from engines.sim.runner import sim_spec
@@ -33,6 +35,9 @@ def build_engine(config: ClusterConfig, node_name: str, make_store: StoreFactory
     engine, chunk_tokens = engine_config(config, node_name), config.kv.chunk_tokens
     timeout_s = config.transport.timeout_s
     if isinstance(engine, SimEngineConfig):
+        if config.model.version:
+            weights = f"{engine.weights_version}/{config.model.version}"
+            engine = msgspec.structs.replace(engine, weights_version=weights)
         store = make_store(sim_spec(engine, config.model.name, chunk_tokens))
         return build_sim_engine(engine, config.model.name, chunk_tokens, store, clock, store_timeout_s=timeout_s)
     assert isinstance(engine, TorchEngineConfig), "vLLM has stores of its own: see engines.process.child"

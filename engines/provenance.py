@@ -68,6 +68,11 @@ def weights_digest(weight_files: Sequence[Path], digest_cache: Path | None) -> s
     return total.hexdigest()
 
 
+def versioned(weights_digest: str, version: str) -> str:
+    """The digest of weights that go by a name of their own, `model.version`; without one what their files say."""
+    return hashlib.sha256(f"{weights_digest}\0{version}".encode()).hexdigest() if version else weights_digest
+
+
 def check_unchanged(stamps: Mapping[Path, FileStamp]) -> None:
     """Raises ModelLoadError that names a file whose stamp is another one now."""
     for file, stamp in stamps.items():

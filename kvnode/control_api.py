@@ -45,7 +45,7 @@ from nodeapi.messages import (
     StreamError,
     TokenDelta,
 )
-from nodeapi.upkeep import ChunksRequest, ClearRequest, GenerationsRequest
+from nodeapi.upkeep import ChunksRequest, ClearRequest, GenerationsRequest, WeightsReply, WeightsRequest
 
 MAX_BODY_BYTES = 16 << 20
 MSGPACK = "application/msgpack"
@@ -69,6 +69,7 @@ class ControlApi:
         probe: Callable[[ProbeRequest], Awaitable[ProbeReport]],
         tiers: NodeTiers | None = None,
         upkeep: NodeUpkeep | None = None,
+        weights: Callable[[WeightsRequest], Awaitable[WeightsReply]] | None = None,
         max_body_bytes: int = MAX_BODY_BYTES,
         limits: NodeLimits = NodeLimits(),
     ) -> None:
@@ -79,9 +80,10 @@ class ControlApi:
         self._probe = probe
         self._tiers = tiers
         self._upkeep = upkeep
+        self._weights = weights
         self._max_body_bytes = max_body_bytes
         self._limits = limits
-        self._draining = False
+        self._draining = self._quiet = False
         self._idle = asyncio.Event()
         self._idle.set()
         self.active: Counter[str] = Counter()
@@ -91,7 +93,7 @@ class ControlApi:
     @property
     def draining(self) -> bool:
         """Whether new legs are refused."""
-        return self._draining
+        return self._draining or self._quiet
 
     def runner(self) -> web.AppRunner:
         """What serves it: a client that leaves ends its leg, and no body is unpacked."""
@@ -124,11 +126,28 @@ class ControlApi:
     async def drain(self, drain_s: float) -> None:
         """Refuse new legs from now on; returns when those under way have ended, or after `drain_s`."""
         self._draining = True
+        if active := await self._until_idle(drain_s):
+            log_fields(_logger, logging.WARNING, "drain_ended_early", active=active)
+
+    @asynccontextmanager
+    async def quiet(self, wait_s: float) -> AsyncIterator[int]:
+        """While it is entered new legs are refused. Entering takes until those under way have ended, `wait_s` at most:
+        how many have not."""
+        assert not self._quiet, "one at a time"
+        self._quiet = True
         try:
-            async with asyncio.timeout(drain_s):
+            yield await self._until_idle(wait_s)
+        finally:
+            self._quiet = False
+
+    async def _until_idle(self, wait_s: float) -> int:
+        """How many legs are still under way."""
+        try:
+            async with asyncio.timeout(wait_s):
                 await self._idle.wait()
         except TimeoutError:
-            log_fields(_logger, logging.WARNING, "drain_ended_early", active=sum(self.active.values()))
+            pass
+        return sum(self.active.values())
 
     async def _prefill(self, http: web.Request) -> web.StreamResponse:
         async with self._leg("prefill"):
@@ -153,9 +172,11 @@ class ControlApi:
         return await self._tiers.before_leg(request) if self._tiers is not None else (request, PromoteReply())
 
     def _upkeep_routes(self) -> list[web.RouteDef]:
+        weights = [web.post("/v1/weights", self._call(WeightsRequest, self._weights))] if self._weights else []
         if (upkeep := self._upkeep) is None:
-            return []
+            return weights
         return [
+            *weights,
             web.post("/v1/upkeep/generations", self._call(GenerationsRequest, upkeep.generations)),
             web.post("/v1/upkeep/chunks", self._call(ChunksRequest, upkeep.chunks)),
             web.post("/v1/upkeep/clear", self._call(ClearRequest, upkeep.clear)),
@@ -194,7 +215,7 @@ class ControlApi:
         return _msgpack(report)
 
     async def _get_health(self, http: web.Request) -> web.StreamResponse:
-        reason = "draining" if self._draining else self._health()
+        reason = "draining" if self.draining else self._health()
         if reason is not None:
             return _error(http, NodeUnavailableError(reason))
         return web.Response(text="ready\n")
@@ -214,8 +235,8 @@ class ControlApi:
     @asynccontextmanager
     async def _leg(self, name: str) -> AsyncIterator["_ActiveLeg"]:
         """Counts a leg in and out. Raises NodeUnavailableError while draining."""
-        if self._draining:
-            raise NodeUnavailableError("the node is draining")
+        if self.draining:
+            raise NodeUnavailableError(f"the node {'is draining' if self._draining else 'takes other weights over'}")
         self.active[name] += 1
         self._idle.clear()
         leg = _ActiveLeg()

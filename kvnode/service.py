@@ -36,8 +36,10 @@ from kvnode.tasks import cancelled
 from kvnode.tiers.node_tiers import NodeTiers
 from kvnode.tiers.starting import start_tiers
 from kvnode.upkeep import NodeUpkeep
+from kvnode.weights import EngineWeights
 from metadata_server.connect import connect_client, endpoints_of
 from nodeapi.messages import OLDEST_PROTOCOL, PROTOCOL, EngineStats, NodeReport
+from nodeapi.upkeep import WeightsReply, WeightsRequest
 
 _logger = logging.getLogger("kvnode")
 
@@ -49,6 +51,7 @@ class _RunningNode:
     owner: SegmentOwner
     membership: Membership
     supervisor: EngineSupervisor | None
+    weights: EngineWeights
     tiers: NodeTiers | None = None
     api: ControlApi | None = None
 
@@ -75,6 +78,11 @@ class _RunningNode:
         except KVFerryError:
             return None
 
+    async def take_weights(self, request: WeightsRequest) -> WeightsReply:
+        """The answer of /v1/weights."""
+        assert self.api is not None, "it is asked through its API"
+        return await self.weights.take(request, self.supervisor, self.api.quiet)
+
     async def report(self) -> NodeReport:
         """The answer of /v1/info."""
         sample = await self.sample()
@@ -92,6 +100,7 @@ class _RunningNode:
             engine_restarts=self.supervisor.restarts if self.supervisor is not None else 0,
             refused=self.membership.refused,
             tiers=self.tiers.reports() if self.tiers is not None else [],
+            version=self.weights.version,
         )
 
 
@@ -132,9 +141,10 @@ async def run_node(
     )
     owner.on_change = membership.announce_again
     tiers = await stack.enter_async_context(start_tiers(config, membership, owner, client, clock))
-    supervisor = _supervisor(config, membership, prober, tiers, clock=clock, limits=limits)
-    node = _RunningNode(owner, membership, supervisor, tiers)
-    lifecycle.describe.append(lambda: map(repr, (membership, node.supervisor, owner, prober, tiers)))
+    weights = EngineWeights(config, clock)
+    supervisor = _supervisor(weights, membership, prober, tiers, clock=clock, limits=limits)
+    node = _RunningNode(owner, membership, supervisor, weights, tiers)
+    lifecycle.describe.append(lambda: map(repr, (membership, node.supervisor, weights, owner, prober, tiers)))
     if node.supervisor is not None:
         engine = lifecycle.tasks.create_task(node.supervisor.run(), name="engine")
         stack.push_async_callback(cancelled, engine)
@@ -149,6 +159,7 @@ async def run_node(
         probe=prober.probe,
         tiers=tiers,
         upkeep=NodeUpkeep(owner.view, tiers),
+        weights=node.take_weights,
         limits=limits,
     )
     stack.push_async_callback(prober.aclose)
@@ -167,7 +178,7 @@ def draw_incarnation() -> int:
 
 
 def _supervisor(
-    config: ClusterConfig,
+    weights: EngineWeights,
     membership: Membership,
     prober: PeerProber,
     tiers: NodeTiers | None,
@@ -175,15 +186,15 @@ def _supervisor(
     clock: Clock,
     limits: NodeLimits,
 ) -> EngineSupervisor | None:
-    node = membership.node
+    node, config = membership.node, weights.config
     if node.role is Role.STORE:
         return None
-    hello = EngineHello(config=config, node_name=node.id, incarnation=node.incarnation)
     engine, host, env = engine_config(config, node.id), config.nodes[node.id].host, {}
     if isinstance(engine, VllmEngineConfig):
         env = engine_environment(engine, config.model, host)
 
     def make() -> EngineProcess:
+        hello = EngineHello(config=weights.config, node_name=node.id, incarnation=node.incarnation)
         return EngineProcess(hello, start_s=config.service.start_s, on_line=_pass_on, env=env)
 
     async def ended() -> None:

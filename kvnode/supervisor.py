@@ -24,7 +24,7 @@ class EngineState(StrEnum):
     starting -> ready: its process has loaded the model and answers
     starting -> pausing: it did not become ready, and another start may help
     starting -> given_up: it did not become ready, no engine of this node ever has, and another start would not help
-    ready -> pausing: its process ended
+    ready -> pausing: its process ended, or is to be replaced
     pausing -> starting: the pause is over
     starting -> stopped: the node stops
     ready -> stopped: the node stops
@@ -73,6 +73,9 @@ class EngineSupervisor:
         self._engine: EngineProcess | None = None
         self._ready = asyncio.Event()
         self._state = EngineState.STARTING
+        self._replacing = asyncio.Event()
+        self._replacement: asyncio.Future[EngineProcess] | None = None
+        """Of a replacement that is asked for, until it is ready or has failed."""
         self.restarts = 0
 
     def __repr__(self) -> str:
@@ -94,6 +97,20 @@ class EngineSupervisor:
         """Until the first engine is ready. Whoever waits watches `run` too: it may give up."""
         await self._ready.wait()
 
+    async def replace(self) -> EngineProcess:
+        """End the present engine, cutting what it does, and start the one that `make` gives now; returns it when it is
+        ready. Once asked for it comes to pass, though the caller be cancelled.
+
+        Raises NodeUnavailableError while there is none to replace, and why the new one did not become ready: it is
+        tried again all the same.
+        """
+        self.engine()
+        if self._replacement is None:
+            self._replacement = asyncio.get_running_loop().create_future()
+            self._replacement.add_done_callback(_seen)
+            self._replacing.set()
+        return await asyncio.shield(self._replacement)
+
     async def run(self) -> None:
         """Until cancelled; then the engine is left. Raises the reason when it gives up before any engine was ready:
         a ConfigError at once, another failure at the last of `start_attempts`."""
@@ -101,6 +118,7 @@ class EngineSupervisor:
             await self._keep_up()
         except asyncio.CancelledError:
             self._set_state(EngineState.STOPPED)
+            self._tell_replacement(NodeUnavailableError("the node is stopping"))
             raise
         except KVFerryError:
             self._set_state(EngineState.GIVEN_UP)
@@ -109,7 +127,8 @@ class EngineSupervisor:
     async def _keep_up(self) -> None:
         """One run of an engine after another. When one is over there are three cases:
 
-        1. It was ready and its process ended: it is started again.
+        1. It was ready and its process ended, or was ended to be replaced: it is started again, in the latter case at
+           once.
         2. It was not ready, and either an engine of this node has been before, or this is not the last attempt at a
            first one and the configuration is not at fault: it is tried again.
         3. It was not ready and nothing says that it ever will be: the reason is raised, and the node ends.
@@ -121,22 +140,29 @@ class EngineSupervisor:
         backoff_s = limits.engine_first_backoff_s
         while True:
             started_at = self._clock.now()
+            replaced = False
             try:
                 reason = await self._run_engine_once()
-                self.restarts += 1
+                replaced = self._replacing.is_set()
+                self.restarts += not replaced
             except KVFerryError as error:
                 failures += 1
+                self._tell_replacement(error)
                 if not self._ready.is_set() and (isinstance(error, ConfigError) or failures >= self._start_attempts):
                     raise
                 reason = error.message
             self._set_state(EngineState.PAUSING)
             if self._clock.now() - started_at >= limits.engine_healthy_s:
                 backoff_s = limits.engine_first_backoff_s
-            log_fields(_logger, logging.ERROR, "engine_down", reason=reason, restarts=self.restarts, retry_s=backoff_s)
+            self._replacing.clear()
+            if not replaced:
+                down = {"reason": reason, "restarts": self.restarts, "retry_s": backoff_s}
+                log_fields(_logger, logging.ERROR, "engine_down", **down)
             if self._on_end is not None:
                 await self._on_end()
-            await asyncio.sleep(backoff_s)
-            backoff_s = min(limits.engine_longest_backoff_s, backoff_s * 2)
+            if not replaced:
+                await asyncio.sleep(backoff_s)
+                backoff_s = min(limits.engine_longest_backoff_s, backoff_s * 2)
             self._set_state(EngineState.STARTING)
 
     async def _run_engine_once(self) -> str:
@@ -147,10 +173,38 @@ class EngineSupervisor:
                 self._on_ready(engine)
                 self._set_state(EngineState.READY)
                 self._ready.set()
-                return await engine.wait_ended()
+                self._tell_replacement(engine)
+                return await self._end_of(engine)
             finally:
                 self._engine = None
+
+    async def _end_of(self, engine: EngineProcess) -> str:
+        """Why it is over: its process has ended, or is to."""
+        ended = asyncio.create_task(engine.wait_ended())
+        asked = asyncio.create_task(self._replacing.wait())
+        try:
+            await asyncio.wait({ended, asked}, return_when=asyncio.FIRST_COMPLETED)
+            return ended.result() if ended.done() else "it is to be replaced"
+        finally:
+            ended.cancel()
+            asked.cancel()
+
+    def _tell_replacement(self, outcome: EngineProcess | KVFerryError) -> None:
+        """To whoever waits for a replacement."""
+        waiting, self._replacement = self._replacement, None
+        if waiting is None or waiting.done():
+            return
+        if isinstance(outcome, EngineProcess):
+            waiting.set_result(outcome)
+        else:
+            waiting.set_exception(outcome)
 
     def _set_state(self, state: EngineState) -> None:
         assert state in TRANSITIONS[self._state], f"engine: {self._state} -> {state}"
         self._state = state
+
+
+def _seen(future: "asyncio.Future[EngineProcess]") -> None:
+    """Its caller may have gone: then nobody asks how it went."""
+    if not future.cancelled():
+        future.exception()

@@ -25,7 +25,16 @@ from nodeapi.messages import (
     StreamFrame,
     TokenDelta,
 )
-from nodeapi.upkeep import ChunksReply, ChunksRequest, ClearReply, ClearRequest, GenerationsReply, GenerationsRequest
+from nodeapi.upkeep import (
+    ChunksReply,
+    ChunksRequest,
+    ClearReply,
+    ClearRequest,
+    GenerationsReply,
+    GenerationsRequest,
+    WeightsReply,
+    WeightsRequest,
+)
 
 MAX_FRAME_BYTES = 4 << 20
 _MSGPACK = {"Content-Type": "application/msgpack", "Accept": "application/msgpack"}
@@ -91,6 +100,10 @@ class HttpNodeClient:
     async def clear(self, url: str, request: ClearRequest, *, timeout_s: float) -> ClearReply:
         """Remove generations from the node's tiers."""
         return await self._ask(f"{url}/v1/upkeep/clear", request, ClearReply, timeout_s)
+
+    async def weights(self, url: str, request: WeightsRequest, *, timeout_s: float) -> WeightsReply:
+        """Have the node's engine started anew with other weights."""
+        return await self._ask(f"{url}/v1/weights", request, WeightsReply, timeout_s)
 
     async def end_handoff(self, url: str, request_id: str, *, timeout_s: float) -> None:
         """See NodeClient."""

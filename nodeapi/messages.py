@@ -297,6 +297,8 @@ class NodeReport(Greeting, frozen=True, kw_only=True):
     """Why the metadata server does not take the node in: nothing that it computes can be stored. Empty: it does, or has
     not been reached."""
     tiers: list[TierReport] = []
+    version: str = ""
+    """Of the weights that the engine has or is being started with (`model.version`)."""
 
 
 class ProbeRequest(_StrictMessage, frozen=True, kw_only=True):

@@ -120,3 +120,23 @@ class ClearReply(_UpkeepReply, frozen=True, kw_only=True):
     """A place for each tier that was named and is there."""
 
     places: list[ClearedPlace] = []
+
+
+class WeightsRequest(_UpkeepRequest, frozen=True, kw_only=True):
+    """Body of `POST /v1/weights`: the weights behind `model.path` are others now, and go by this name.
+
+    Legs under way may end within `wait_s`, and new ones are refused; then the engine is started anew.
+    """
+
+    version: str
+    wait_s: float
+    deadline_s: float
+
+
+class WeightsReply(_UpkeepReply, frozen=True, kw_only=True):
+    """The engine that is ready now. `cut`: so many legs had not ended."""
+
+    fingerprint: bytes
+    version: str
+    cut: int = 0
+    seconds: float = 0.0

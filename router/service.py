@@ -85,7 +85,9 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
         metrics,
         max_body_bytes=bounds.max_body,
         cors=bounds.cors,
-        more=upkeep_routes(config, cluster, client, metadata=metadata, answerer=answerer, clock=clock),
+        more=upkeep_routes(
+            config, cluster, client, metadata=metadata, answerer=answerer, probe=prober.probe, clock=clock
+        ),
     )
     server = AsgiServer(app, bounds.host, bounds.port, limits=_connection_limits(config))
     lifecycle.tasks.create_task(prober.run(), name="node probes")

@@ -9,10 +9,13 @@ from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Self
 
+import msgspec
+
 from engines.base import Engine
 from engines.model_files import ModelFiles, check_model_files
 from engines.paged.loop import EngineLoop
 from engines.paged.options import EngineOptions
+from engines.provenance import versioned
 from engines.torch.model import LoadedModel, load_checked, model_dtype
 from engines.torch.runner import TorchRunner
 from engines.torch.spec import DeclaredKV, build_kv_spec
@@ -92,6 +95,7 @@ class TorchEngine:
         loaded = load_checked(files, self._model, self._engine, dtype)
         num_blocks = count_blocks(loaded, self._engine.kv_cache, self._chunk_tokens)
         spec = build_kv_spec(loaded, self._model.name, self._chunk_tokens, self._declared)
+        spec = msgspec.structs.replace(spec, weights_digest=versioned(spec.weights_digest, self._model.version))
         return TorchRunner(loaded, spec, num_blocks=num_blocks, threads=self._engine.threads)
 
     @property

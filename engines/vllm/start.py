@@ -19,7 +19,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from engines.provenance import DIGEST_CACHE, FileStamp, check_unchanged, weights_digest
+from engines.provenance import DIGEST_CACHE, FileStamp, check_unchanged, versioned, weights_digest
 from engines.vllm.arguments import command_line
 from engines.vllm.connector.settings import ConnectorSettings, Provenance, to_extra_config
 from engines.vllm.stats import VllmStats
@@ -66,6 +66,8 @@ async def start_vllm(start: VllmStart, bus_path: str, stats: VllmStats) -> Async
     vllm_config = engine_config(command_line(start.engine.args, model, str(folder)))
     stamps = weight_stamps(folder)
     provenance = await asyncio.to_thread(measure_provenance, folder, model.name, vllm_config.model_config)
+    digest = versioned(provenance.weights_digest, model.version)
+    provenance = msgspec.structs.replace(provenance, weights_digest=digest)
     settings = connector_settings(start, provenance, bus_path)
     vllm_config.kv_transfer_config.kv_connector_extra_config.update(to_extra_config(settings))
     try:

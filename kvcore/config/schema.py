@@ -32,6 +32,10 @@ class ModelConfig(Section, frozen=True, kw_only=True):
     """The numbers that the engine computes with. KV of different types is never shared."""
     max_context: Count | None = None
     """Lower than the model's own, to save memory."""
+    version: str = ""
+    """A name for the weights as they are now, beside what their files say: KV under another one is never shared.
+
+    `POST /v1/weights` of the router changes it while the cluster runs."""
 
 
 class KVConfig(Section, frozen=True, kw_only=True):

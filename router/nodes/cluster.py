@@ -164,6 +164,11 @@ class Cluster:
             level = logging.WARNING if alarm and node.problem else logging.INFO  # one that is still starting is none
             log_fields(_log, level, "node", node=node.id, role=node.role, usable=node.problem is None, why=node.problem)
 
+    def renewed(self, node_id: str) -> None:
+        """Its engine was started anew on purpose: that legs failed meanwhile says nothing of it."""
+        if (node := self.nodes.get(node_id)) is not None:
+            node.breaker = Breaker(self._limits)
+
     # --- what the dispatcher tells ---
 
     def work_chosen(self, node_id: str, *, sequences: int, prefill_tokens: int) -> NodeWork:

@@ -19,6 +19,8 @@ from nodeapi.upkeep import (
     ClearRequest,
     GenerationsReply,
     GenerationsRequest,
+    WeightsReply,
+    WeightsRequest,
 )
 from router.nodes.cluster import Cluster, KnownNode
 from router.upkeep.limits import UpkeepLimits
@@ -39,6 +41,10 @@ class UpkeepClient(Protocol):
 
     async def clear(self, url: str, request: ClearRequest, *, timeout_s: float) -> ClearReply:
         """Remove generations from the node's tiers."""
+        ...
+
+    async def weights(self, url: str, request: WeightsRequest, *, timeout_s: float) -> WeightsReply:
+        """Have the node's engine started anew with other weights."""
         ...
 
 

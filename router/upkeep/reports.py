@@ -3,6 +3,8 @@
 Readers ignore fields that they do not know; a field that is added has a default.
 """
 
+from typing import Annotated
+
 import msgspec
 
 
@@ -137,3 +139,30 @@ class ClearReport(msgspec.Struct, kw_only=True):
     places: list[PlaceCount]
     kept: dict[str, str] = {}
     incomplete: list[str] = []
+
+
+class WeightsOrder(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """Body of `POST /v1/weights`: the weights behind `model.path` are others now, and go by the name `version`."""
+
+    version: Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+    wait_s: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 30.0
+    """So long may requests under way go on with the old weights; then they are cut."""
+
+
+class NodeWeights(msgspec.Struct, kw_only=True):
+    """What became of one node's engine. `problem`: why it does not have the new weights; empty: it does."""
+
+    node: str
+    fingerprint: str = ""
+    """Of its KV from now on, hex."""
+    cut: int = 0
+    """Legs that had not ended."""
+    seconds: float = 0.0
+    problem: str = ""
+
+
+class WeightsReport(msgspec.Struct, kw_only=True):
+    """Its answer, with status 200 if every node has the new weights."""
+
+    version: str
+    nodes: list[NodeWeights]

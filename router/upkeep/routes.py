@@ -7,6 +7,7 @@ import asyncio
 import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import msgspec
 from fastapi import FastAPI, Request
@@ -25,8 +26,11 @@ from router.upkeep.lookup import PromptsLookup
 from router.upkeep.memory import OrderKind
 from router.upkeep.orders import ChunkOrders
 from router.upkeep.prompts import prompts_in
-from router.upkeep.reports import ClearOrder
+from router.upkeep.reports import ClearOrder, WeightsOrder
 from router.upkeep.warming import PromptWarmer
+from router.upkeep.weights import ClusterWeights, failure, with_error
+
+_OrderBody = TypeVar("_OrderBody", bound=msgspec.Struct)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,7 @@ class UpkeepRoutes:
     orders: ChunkOrders
     warmer: PromptWarmer
     generations: ClusterGenerations
+    weights: ClusterWeights
     max_body_bytes: int
     limits: ApiLimits = ApiLimits()
 
@@ -50,11 +55,15 @@ class UpkeepRoutes:
 
         @app.post("/v1/cache/clear", **openapi.orders("Remove generations from all tiers", ClearOrder))
         async def clear(request: Request) -> Response:
-            try:
-                order = msgspec.json.decode(await self._body(request) or b"{}", type=ClearOrder)
-            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-                raise InvalidRequestError(f"the body is no order to clear: {error}") from error
+            order = _order_in(await self._body(request) or b"{}", ClearOrder, "order to clear")
             return JsonReply(await _while_there(request, self.generations.clear(order)))
+
+        @app.post("/v1/weights", **openapi.orders("Start every engine anew on other weights", WeightsOrder))
+        async def weights(request: Request) -> Response:
+            order = _order_in(await self._body(request), WeightsOrder, "change of weights")
+            report = await self.weights.change(order)  # to its end, though the client leave
+            error = failure(report)
+            return JsonReply(report) if error is None else JsonReply(with_error(report, error), error.http_status)
 
         self._of_prompts(app, "lookup", "Where the KV of prompts lies", lambda specs, _: self.lookup.look(specs))
         self._of_prompts(app, "warm", "Compute prompts into the store", lambda specs, _: self.warmer.warm(specs))
@@ -92,9 +101,17 @@ class UpkeepRoutes:
 def add_refusals(app: FastAPI) -> None:
     """The routes of a router over vLLM servers that are not ours."""
 
+    @app.post("/v1/weights", include_in_schema=False)
     @app.api_route("/v1/cache/{what:path}", methods=["GET", "POST"], include_in_schema=False)
-    async def refused(what: str) -> Response:
-        raise InvalidRequestError(f"/v1/cache/{what}: vLLM servers that run by themselves keep no store to ask")
+    async def refused(request: Request) -> Response:
+        raise InvalidRequestError(f"{request.url.path}: vLLM servers that run by themselves have no store")
+
+
+def _order_in(raw: bytes, kind: type[_OrderBody], name: str) -> _OrderBody:
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidRequestError(f"the body is no {name}: {error}") from error
 
 
 def _ttl_s(request: Request) -> float | None:

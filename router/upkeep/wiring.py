@@ -1,6 +1,6 @@
 """The one place where the parts of this package are put together."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from fastapi import FastAPI
@@ -20,6 +20,7 @@ from router.upkeep.nodes import KeepingNodes, UpkeepClient
 from router.upkeep.orders import ChunkOrders
 from router.upkeep.routes import UpkeepRoutes, add_refusals
 from router.upkeep.warming import PromptWarmer
+from router.upkeep.weights import ClusterWeights
 
 
 class FullClient(NodeClient, UpkeepClient, Protocol):
@@ -33,10 +34,11 @@ def make_upkeep(
     *,
     metadata: MetadataClient,
     answerer: Answerer,
+    probe: Callable[[], Awaitable[None]],
     clock: Clock,
     limits: UpkeepLimits = UpkeepLimits(),
 ) -> UpkeepRoutes:
-    """The routes, with all that answers them."""
+    """The routes, with all that answers them. `probe` asks all nodes for their reports."""
     nodes, memory = KeepingNodes(cluster, client, limits), SegmentOrders(metadata, limits)
     return UpkeepRoutes(
         answerer=answerer,
@@ -44,6 +46,7 @@ def make_upkeep(
         orders=ChunkOrders(cluster, nodes, memory),
         warmer=PromptWarmer(config.router, cluster, client, clock, limits),
         generations=ClusterGenerations(cluster, nodes, memory, limits),
+        weights=ClusterWeights(cluster, nodes, probe, clock, start_s=config.service.start_s, limits=limits),
         max_body_bytes=int(config.router.max_body),
     )
 
@@ -55,9 +58,11 @@ def upkeep_routes(
     *,
     metadata: MetadataClient | None,
     answerer: Answerer,
+    probe: Callable[[], Awaitable[None]],
     clock: Clock,
 ) -> Callable[[FastAPI], None]:
     """Adds the routes to an application; of servers that are not ours, which have no store, routes that say so."""
     if isinstance(client, HttpNodeClient) and metadata is not None:
-        return make_upkeep(config, cluster, client, metadata=metadata, answerer=answerer, clock=clock).add_to
+        made = make_upkeep(config, cluster, client, metadata=metadata, answerer=answerer, probe=probe, clock=clock)
+        return made.add_to
     return add_refusals

@@ -36,7 +36,16 @@ from nodeapi.messages import (
     TokenDelta,
     TokenLogprob,
 )
-from nodeapi.upkeep import ChunksReply, ChunksRequest, ClearReply, ClearRequest, GenerationsReply, GenerationsRequest
+from nodeapi.upkeep import (
+    ChunksReply,
+    ChunksRequest,
+    ClearReply,
+    ClearRequest,
+    GenerationsReply,
+    GenerationsRequest,
+    WeightsReply,
+    WeightsRequest,
+)
 from router.answering import Answerer
 from router.api.app import make_app
 from router.api.limits import ApiLimits
@@ -137,6 +146,8 @@ class FakeNode:
     handoffs_ended: list[str] = field(default_factory=list)
     running: int = 0
     tiers: list[TierReport] = field(default_factory=list)
+    weights_error: KVFerryError | None = None
+    """Why it takes no other weights over."""
     upkeep: NodeUpkeep | None = None
     """Its segment and tiers, for those who ask; None: it is older than such calls."""
     handoff_ends: dict[str, asyncio.Event] = field(default_factory=dict)
@@ -239,6 +250,13 @@ class FakeNode:
             if self.token_gate is not None:
                 await self.token_gate.wait()
 
+    def take_weights(self, request: WeightsRequest) -> WeightsReply:
+        self._check()
+        if self.weights_error is not None:
+            raise self.weights_error
+        self.weights = request.version
+        return WeightsReply(fingerprint=self.kv_spec(self.weights).fingerprint, version=request.version, cut=1)
+
     def _check(self) -> None:
         if self.down:
             raise NodeUnavailableError(f"{self.id} refused the connection")
@@ -284,6 +302,9 @@ class FakeNodes:
 
     async def clear(self, url: str, request: ClearRequest, *, timeout_s: float) -> ClearReply:
         return await self._upkeep(url).clear(request)
+
+    async def weights(self, url: str, request: WeightsRequest, *, timeout_s: float) -> WeightsReply:
+        return self.by_url[url].take_weights(request)
 
     def _upkeep(self, url: str) -> NodeUpkeep:
         node = self.by_url[url]
@@ -379,7 +400,9 @@ async def make_rig(
         max_body_bytes=bounds.max_body,
         cors=bounds.cors,
         limits=api_limits,
-        more=make_upkeep(config, cluster, nodes, metadata=index, answerer=answerer, clock=clock).add_to,
+        more=make_upkeep(
+            config, cluster, nodes, metadata=index, answerer=answerer, probe=prober.probe, clock=clock
+        ).add_to,
     )
     return Rig(nodes, cluster, prober, dispatcher, services, log, answerer, app, metrics, cache, state, config)
 

@@ -8,10 +8,12 @@ from support.store_fakes import World
 
 from engines.factory import build_engine
 from engines.paged.loop import EngineLoop
+from engines.provenance import versioned
 from engines.sim.runner import sim_spec
 from kvcore.clock import SystemClock
 from kvcore.config.schema import SimEngineConfig, TransportConfig
 from kvcore.kv_parts import differing_parts
+from kvcore.types import KVSpec
 from transfer.inproc import InprocTransfer
 
 
@@ -40,3 +42,27 @@ def test_the_transports_time_for_a_batch_bounds_the_engines_calls_of_the_store()
 def test_what_makes_its_kv_another_kind_is_named_as_in_the_file(cause, settings) -> None:
     plain, other = (sim_spec(SimEngineConfig(**fields), "m", 64) for fields in ({}, settings))
     assert list(differing_parts(plain, other)) == [cause]
+
+
+def test_a_version_of_the_weights_is_another_kind_of_kv_and_none_is_what_it_was() -> None:
+    async def main() -> None:
+        config, world = cluster_config(), World()
+        store, _ = world.store("d0", InprocTransfer(world.memory))
+
+        def fingerprint(version: str) -> bytes:
+            model = msgspec.structs.replace(config.model, version=version)
+            versioned_config = msgspec.structs.replace(config, model=model)
+            made: list[KVSpec] = []
+            build_engine(versioned_config, "d0", lambda spec: made.append(spec) or store, SystemClock())
+            return made[0].fingerprint
+
+        engine = config.engine
+        assert isinstance(engine, SimEngineConfig)
+        plain = sim_spec(engine, config.model.name, config.kv.chunk_tokens).fingerprint
+        assert fingerprint("") == plain and len({plain, fingerprint("a"), fingerprint("b")}) == 3
+
+    run_sim(main)
+
+
+def test_a_digest_without_a_version_is_what_the_files_say() -> None:
+    assert versioned("d", "") == "d" and len({"d", versioned("d", "a"), versioned("d", "b"), versioned("e", "a")}) == 4

@@ -28,6 +28,7 @@ from nodeapi.messages import (
     StreamFrame,
     TokenDelta,
 )
+from nodeapi.upkeep import WeightsRequest
 
 INFO = NodeInfo(id="p0", role=Role.PREFILLER, control_url="http://x", incarnation=1)
 
@@ -301,6 +302,22 @@ async def test_drain_is_bounded() -> None:
         assert rig.engine.active
         task.cancel()
         await rig.until_idle()
+
+
+async def test_while_other_weights_are_taken_over_new_legs_are_refused_and_afterwards_taken() -> None:
+    async with serving() as rig:
+        task = asyncio.create_task(rig.post("/v1/prefill", prefill_request("hang")))
+        await rig.until_active()
+        async with rig.api.quiet(0.05) as not_ended:
+            assert not_ended == 1 and rig.api.draining
+            status, answer = await rig.post("/v1/prefill", prefill_request())
+            assert (status, error_code(answer)) == (503, "node_unavailable")
+        task.cancel()
+        await rig.until_idle()
+        async with rig.api.quiet(5.0) as not_ended:
+            assert not_ended == 0
+        assert not rig.api.draining and (await rig.post("/v1/prefill", prefill_request()))[0] == 200
+        assert (await rig.post("/v1/weights", WeightsRequest(version="a", wait_s=0, deadline_s=1)))[0] == 404
 
 
 async def test_deadline_of_a_leg_is_kept_by_the_api_too() -> None:

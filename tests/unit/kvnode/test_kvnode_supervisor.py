@@ -85,6 +85,49 @@ async def test_what_a_dead_engine_held_is_given_back_before_the_next_one_is_star
     await asyncio.wait({task})
 
 
+async def test_an_engine_is_replaced_by_the_one_that_is_made_next_and_is_no_restart() -> None:
+    lives: list[bool] = []
+
+    async def give_back() -> None:
+        lives.append(subject.ready)
+
+    subject, ready = supervisor("fake", on_end=give_back)
+    task = asyncio.create_task(subject.run())
+    first = await asyncio.wait_for(ready.get(), 20)
+    await subject.wait_ready()
+    hanging = asyncio.create_task(subject.engine().prefill(prefill_request("hang")))
+    await subject.engine().stats()
+    one, other = await asyncio.wait_for(asyncio.gather(subject.replace(), subject.replace()), 20)
+    assert one is other is subject.engine() and one.pid != first.pid
+    with pytest.raises(EngineDiedError):
+        await hanging
+    assert subject.restarts == 0 and lives == [False], "what the old one held was given back"
+    with pytest.raises(ProcessLookupError):
+        os.kill(first.pid, 0)
+    replacing = asyncio.create_task(subject.replace())
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(NodeUnavailableError, match="stopping"):
+        await asyncio.wait_for(replacing, 20)
+    await asyncio.wait({task})
+
+
+async def test_a_replacement_that_does_not_become_ready_is_told_and_tried_again() -> None:
+    subject, ready = supervisor("fake", "missing", "fake")
+    with pytest.raises(NodeUnavailableError):
+        await subject.replace()
+    task = asyncio.create_task(subject.run())
+    await asyncio.wait_for(ready.get(), 20)
+    with pytest.raises(ConfigError, match="no such folder"):
+        await asyncio.wait_for(subject.replace(), 20)
+    with pytest.raises(NodeUnavailableError):
+        subject.engine()
+    await asyncio.wait_for(ready.get(), 20)
+    assert subject.ready
+    task.cancel()
+    await asyncio.wait({task})
+
+
 async def test_while_there_is_no_engine_it_is_said_at_once() -> None:
     subject, _ = supervisor("fake")
     with pytest.raises(NodeUnavailableError):

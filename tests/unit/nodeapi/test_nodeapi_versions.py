@@ -43,6 +43,7 @@ REQUESTS: list[msgspec.Struct] = [
     u.ChunksRequest(
         action="expire", fingerprint=b"f" * 16, keys=[b"k" * 16], tiers=["disk"], ttl_s=1.0, deadline_s=1.0
     ),
+    u.WeightsRequest(version="step-1", wait_s=1.0, deadline_s=2.0),
     u.ClearRequest(fingerprints=[b"f" * 16], tiers=["disk"], own=["me"], deadline_s=1.0),
 ]
 REPLIES: list[msgspec.Struct] = [
@@ -80,6 +81,7 @@ REPLIES: list[msgspec.Struct] = [
     u.ChunksPlace(name="disk", found=[True]),
     u.ChunksReply(places=[u.ChunksPlace(name="disk")]),
     u.ClearedPlace(name="disk", incomplete="late"),
+    u.WeightsReply(fingerprint=b"f" * 16, version="step-1", cut=1),
     u.ClearReply(places=[u.ClearedPlace(name="disk")]),
 ]  # fmt: skip
 names = pytest.mark.parametrize

@@ -13,7 +13,7 @@ from support.tier_rigs import chunk_of
 
 from kvcore.chunk_keys import chunk_keys, root_key
 from kvcore.clock import SystemClock
-from kvcore.errors import MetadataUnavailableError
+from kvcore.errors import MetadataUnavailableError, ModelLoadError
 from kvcore.types import ChunkKey, NodeInfo, Role, Segment
 from kvnode.upkeep import NodeUpkeep
 from kvstore.tiers.base import ChunkName
@@ -337,3 +337,33 @@ async def test_what_is_stale_is_not_known_while_a_node_is_away():
     assert {name.fingerprint for name in kept.cloud.chunks} == {LIVE, OLD, THEIRS}
     report = await ask(client, "clear", {"stale": True, "force": True})
     assert OLD.hex() in report["cleared"]
+
+
+async def test_every_node_takes_other_weights_over_and_requests_go_by_them_at_once():
+    rig, _, client = await kept_rig()
+    rig.cluster.nodes["d0"].breaker.failed(SystemClock().now())
+    reply = await client.post("/v1/weights", json={"version": "step-2", "wait_s": 0.5})
+    assert reply.status_code == 200
+    new = spec("step-2").fingerprint.hex()
+    lines = {line["node"]: (line["fingerprint"], line["cut"], line["problem"]) for line in reply.json()["nodes"]}
+    assert lines == dict.fromkeys(("p0", "p1", "d0", "d1"), (new, 1, ""))
+    assert {node.fingerprint.hex() for node in rig.cluster.nodes.values()} == {new}, "known before it is answered"
+    assert (await client.get("/v1/cache/generations")).json()["generations"][0]["fingerprint"] == new
+
+
+async def test_a_node_that_keeps_its_weights_is_named_and_the_answer_is_no_success():
+    rig, _, client = await kept_rig()
+    rig.nodes["p1"].weights_error, rig.nodes["d1"].down = ModelLoadError("a file is torn"), True
+    reply = await client.post("/v1/weights", json={"version": "step-2"})
+    body = reply.json()
+    assert reply.status_code == 503 and body["error"]["code"] == "node_unavailable"
+    assert "p1: a file is torn" in body["error"]["message"] and "d1: d1 refused" in body["error"]["message"]
+    assert [bool(line["problem"]) for line in body["nodes"]] == [False, True, False, True]
+
+
+@pytest.mark.parametrize("body", [{}, {"version": ""}, {"version": "a", "wait_s": -1}, {"version": "a", "n": 1}, []])
+async def test_a_change_of_weights_without_a_name_is_refused(body):
+    rig, _, client = await kept_rig()
+    reply = await client.post("/v1/weights", json=body)
+    assert reply.status_code == 400 and "no change of weights" in reply.json()["error"]["message"]
+    assert {node.weights for node in rig.nodes.nodes} == {"w1"}
