@@ -61,9 +61,16 @@ async def test_a_cluster_that_was_stopped_finds_all_it_computed_on_its_disks(tmp
 async def test_nodes_that_were_killed_while_they_saved_believe_no_torn_chunk(tmp_path: Path) -> None:
     async with cluster(tmp_path, prefillers=1, decoders=1, overrides=disk(tmp_path)) as subject:
         first, _ = await ask_all(subject)
-        for node in subject.nodes:
-            os.kill(subject.launcher.pids[node], signal.SIGKILL)
-        await subject.until(subject.all_ready, 60)
+        killed = {node: subject.launcher.pids[node] for node in subject.nodes}
+        for pid in killed.values():
+            os.kill(pid, signal.SIGKILL)
+
+        async def started_again() -> bool:
+            reports = [await subject.node_info(node) for node in killed]
+            anew = all(subject.launcher.pids.get(node) not in {None, pid} for node, pid in killed.items())
+            return anew and all(report.engine for report in reports) and await subject.all_ready()
+
+        await subject.until(started_again, 60)
         second, _ = await ask_all(subject)
         third, cached = await ask_all(subject)
         assert second == third == first and cached == NUM_PROMPTS * CHUNKS * 64
@@ -82,7 +89,8 @@ async def test_clusters_that_share_a_redis_find_what_either_computed_and_answer_
             assert cached == 0
 
             async def all_saved() -> bool:
-                return server.ask(b"DBSIZE") >= NUM_PROMPTS * CHUNKS
+                keys = server.ask(b"KEYS", b"kvf1:{*")
+                return isinstance(keys, list) and len(keys) >= NUM_PROMPTS * CHUNKS
 
             await subject.until(all_saved, 20)
         async with cluster(two, prefillers=1, decoders=1, overrides=redis) as subject:

@@ -19,6 +19,7 @@ from typing import TypeVar
 
 import pytest
 from support.netns import ADDRESSES, TwoMachines, missing_namespaces, two_machines
+from support.process_tree import freeze
 
 _Test = TypeVar("_Test", bound=Callable[..., object])
 HOST = ADDRESSES[0]
@@ -75,7 +76,7 @@ class MooncakeServer:
         self._end("mooncake_master")
 
     def freeze(self) -> None:
-        self._processes["mooncake_master"].send_signal(signal.SIGSTOP)
+        freeze(self._processes["mooncake_master"].pid)
 
     def thaw(self) -> None:
         self._processes["mooncake_master"].send_signal(signal.SIGCONT)

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 import pytest
 from support.ports import free_ports
+from support.process_tree import freeze
 
 from kvstore.tiers.resp import RespConnection, RespValue, command
 from transfer.blocking import BatchDeadline
@@ -88,7 +89,7 @@ class RedisServer:
 
     def freeze(self) -> None:
         assert self._process is not None
-        self._process.send_signal(signal.SIGSTOP)
+        freeze(self._process.pid)
 
     def thaw(self) -> None:
         assert self._process is not None

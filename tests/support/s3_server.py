@@ -17,6 +17,7 @@ from typing import TypeVar
 
 import pytest
 from support.ports import free_ports
+from support.process_tree import freeze
 
 _skip = pytest.mark.skipif(find_spec("moto") is None and not os.environ.get("CI"), reason="no moto here")
 needs_s3 = (pytest.mark.slow, pytest.mark.timeout(60), _skip)
@@ -71,7 +72,7 @@ class S3Server:
 
     def freeze(self) -> None:
         assert self._process is not None
-        self._process.send_signal(signal.SIGSTOP)
+        freeze(self._process.pid)
 
     def thaw(self) -> None:
         assert self._process is not None

@@ -7,12 +7,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from support.process_tree import descendants
+from support.process_tree import descendants, freeze
 from support.transfer_rigs import transport_config
 
 from kvcore.types import Segment
@@ -31,13 +30,9 @@ class SegmentProcess:
         return [self.process.pid, *descendants(self.process.pid)]
 
     def stop(self) -> None:
-        """SIGSTOP, until each thread has obeyed: one that has a core runs on until another of them takes the signal."""
-        deadline = time.monotonic() + 10
+        """Make them stand still."""
         for pid in self.pids:
-            os.kill(pid, signal.SIGSTOP)
-            while not _stopped(pid):
-                assert time.monotonic() < deadline, f"process {pid} runs on"
-                os.sched_yield()
+            freeze(pid)
 
     def go_on(self) -> None:
         for pid in self.pids:
@@ -46,14 +41,6 @@ class SegmentProcess:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
-
-
-def _stopped(pid: int) -> bool:
-    try:
-        stats = [(task / "stat").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
-    except FileNotFoundError:  # a thread that ended meanwhile
-        return False
-    return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
 
 
 @contextlib.contextmanager

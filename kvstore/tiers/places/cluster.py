@@ -125,7 +125,8 @@ class RedisClusterTier:
 
         async def ask(tier: Tier, positions: list[int], left_s: float) -> None:
             nonlocal known
-            known += await tier.expire([names[one] for one in positions], ttl_s, timeout_s=left_s)
+            of_one = await tier.expire([names[one] for one in positions], ttl_s, timeout_s=left_s)
+            known += of_one  # in a step of its own: others add to it meanwhile
 
         await self._routed(names, ask, timeout_s)
         return known
