@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from benchmarks.vllm_pd_client import MODEL_NAME, Measured, ask
+from benchmarks.vllm_pd_kvferry import all_healthy
 from benchmarks.vllm_pd_processes import START_S, Setting, free_port, process, until
 from kvcore.ports import base_url
 
@@ -95,11 +96,6 @@ async def cluster(
     urls = tuple(base_url("127.0.0.1", node["port"]) for node in nodes.values())
     subject = Cluster(setting, router, urls)
 
-    async def all_healthy() -> bool:
-        async with setting.session.get(f"{router}/v1/cluster") as response:
-            known = (await response.json())["nodes"]
-        return len(known) == len(nodes) and all(node["healthy"] for node in known)
-
     async with process(setting, "kvferry-up", command, f"{router}/health"):
-        await until(all_healthy, START_S)
+        await until(lambda: all_healthy(setting.session, router, num_nodes=len(nodes)), START_S)
         yield subject

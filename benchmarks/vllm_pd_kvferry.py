@@ -124,11 +124,12 @@ async def kvferry(setting: Setting, python: Path) -> AsyncIterator[KVFerry]:
     command = [str(python), "-m", "kvferry", "up", str(file), "--log-dir", str(setting.folder / "kvferry-logs")]
     client = HttpNodeClient(connect_timeout_s=5.0, max_connections=8)
     async with process(setting, "kvferry-up", command, f"{router}/health") as group, aclosing(client):
-        await until(lambda: _all_healthy(setting.session, router), START_S)
+        await until(lambda: all_healthy(setting.session, router, num_nodes=2), START_S)
         yield KVFerry(router, setting.session, group, client, prefiller, decoder)
 
 
-async def _all_healthy(session: aiohttp.ClientSession, router: str) -> bool:
+async def all_healthy(session: aiohttp.ClientSession, router: str, *, num_nodes: int) -> bool:
+    """Whether the router knows so many nodes, and all of them are well."""
     async with session.get(f"{router}/v1/cluster") as response:
         nodes = (await response.json())["nodes"]
-    return len(nodes) == 2 and all(node["healthy"] for node in nodes)
+    return len(nodes) == num_nodes and all(node["healthy"] for node in nodes)

@@ -74,41 +74,38 @@ class RedisClusterTier:
 
     async def find(self, names: Sequence[ChunkName], *, timeout_s: float) -> list[bool]:
         """See `Tier`."""
-        found = [False] * len(names)
 
-        async def ask(tier: Tier, positions: list[int], left_s: float) -> None:
-            got = await tier.find([names[one] for one in positions], timeout_s=left_s)
-            for position, there in zip(positions, got, strict=True):
-                found[position] = there
+        def find(tier: Tier, positions: list[int], left_s: float) -> Awaitable[list[bool]]:
+            return tier.find([names[one] for one in positions], timeout_s=left_s)
 
-        await self._routed(names, ask, timeout_s)
-        return found
+        return await self._answered(names, False, find, timeout_s)
 
     async def sizes(self, names: Sequence[ChunkName], *, timeout_s: float) -> list[int | TierOutcome]:
         """See `Tier`."""
-        sizes: list[int | TierOutcome] = [TierOutcome.UNAVAILABLE] * len(names)
+        unknown: int | TierOutcome = TierOutcome.UNAVAILABLE
 
-        async def ask(tier: Tier, positions: list[int], left_s: float) -> None:
-            got = await tier.sizes([names[one] for one in positions], timeout_s=left_s)
-            for position, size in zip(positions, got, strict=True):
-                sizes[position] = size
+        def sizes(tier: Tier, positions: list[int], left_s: float) -> Awaitable[list[int | TierOutcome]]:
+            return tier.sizes([names[one] for one in positions], timeout_s=left_s)
 
-        await self._routed(names, ask, timeout_s)
-        return sizes
+        return await self._answered(names, unknown, sizes, timeout_s)
 
     async def load(self, chunks: Sequence[TierChunk], *, timeout_s: float) -> list[TierOutcome]:
         """See `Tier`."""
-        return await self._moved(chunks, lambda tier, some, left_s: tier.load(some, timeout_s=left_s), timeout_s)
+
+        def load(tier: Tier, positions: list[int], left_s: float) -> Awaitable[list[TierOutcome]]:
+            return tier.load([chunks[one] for one in positions], timeout_s=left_s)
+
+        return await self._answered(_names(chunks), TierOutcome.UNAVAILABLE, load, timeout_s)
 
     async def save(
         self, chunks: Sequence[TierChunk], *, ttl_s: float | None = None, timeout_s: float
     ) -> list[TierOutcome]:
         """See `Tier`."""
 
-        def save(tier: Tier, some: list[TierChunk], left_s: float) -> Awaitable[list[TierOutcome]]:
-            return tier.save(some, ttl_s=ttl_s, timeout_s=left_s)
+        def save(tier: Tier, positions: list[int], left_s: float) -> Awaitable[list[TierOutcome]]:
+            return tier.save([chunks[one] for one in positions], ttl_s=ttl_s, timeout_s=left_s)
 
-        outcomes = await self._moved(chunks, save, timeout_s)
+        outcomes = await self._answered(_names(chunks), TierOutcome.UNAVAILABLE, save, timeout_s)
         return [TierOutcome.UNAVAILABLE if one is TierOutcome.MISSING else one for one in outcomes]
 
     async def remove(self, names: Sequence[ChunkName], *, timeout_s: float) -> None:
@@ -185,21 +182,22 @@ class RedisClusterTier:
 
     # --- whom to ask ---
 
-    async def _moved(
+    async def _answered(
         self,
-        chunks: Sequence[TierChunk],
-        call: Callable[[Tier, list[TierChunk], float], Awaitable[list[TierOutcome]]],
+        names: Sequence[ChunkName],
+        otherwise: _Answer,
+        call: Callable[[Tier, list[int], float], Awaitable[list[_Answer]]],
         timeout_s: float,
-    ) -> list[TierOutcome]:
-        outcomes = [TierOutcome.UNAVAILABLE] * len(chunks)
+    ) -> list[_Answer]:
+        """What each name's node answers of it; `otherwise` of those whose node does not."""
+        answers = [otherwise] * len(names)
 
         async def ask(tier: Tier, positions: list[int], left_s: float) -> None:
-            got = await call(tier, [chunks[one] for one in positions], left_s)
-            for position, outcome in zip(positions, got, strict=True):
-                outcomes[position] = outcome
+            for position, answer in zip(positions, await call(tier, positions, left_s), strict=True):
+                answers[position] = answer
 
-        await self._routed([chunk.name for chunk in chunks], ask, timeout_s)
-        return outcomes
+        await self._routed(names, ask, timeout_s)
+        return answers
 
     async def _routed(self, names: Sequence[ChunkName], ask: _Ask, timeout_s: float) -> None:
         """Ask each node for its own; those that it says are elsewhere, there."""
@@ -314,3 +312,7 @@ def _merged(lists: Sequence[GenerationList]) -> GenerationList:
         )
     incomplete = next((listed.incomplete for listed in lists if listed.incomplete), "")
     return GenerationList(tuple(found[one] for one in sorted(found)), incomplete)
+
+
+def _names(chunks: Sequence[TierChunk]) -> list[ChunkName]:
+    return [chunk.name for chunk in chunks]
