@@ -84,12 +84,12 @@ class EngineSupervisor:
 
     @property
     def ready(self) -> bool:
-        """Whether an engine serves now."""
-        return self._engine is not None
+        """Whether an engine serves now: one that is lost does not, from the moment on that its calls fail."""
+        return self._engine is not None and not self._engine.ended
 
     def engine(self) -> EngineProcess:
         """The present engine. Raises NodeUnavailableError, at once, while there is none."""
-        if self._engine is None:
+        if self._engine is None or self._engine.ended:
             raise NodeUnavailableError("the node's engine is starting" + (" again" if self.restarts else ""))
         return self._engine
 

@@ -98,6 +98,11 @@ class EngineProcess:
         assert self._child is not None, "the engine was not entered"
         return self._child.pid
 
+    @property
+    def ended(self) -> bool:
+        """Whether the child is of no more use."""
+        return self._ended.is_set()
+
     async def wait_ended(self) -> str:
         """Returns why, once the child is of no more use: its calls have failed, new ones fail at once."""
         await self._ended.wait()
