@@ -34,6 +34,12 @@ class ModelLoadError(ConfigError):
     code = "model_load_error"
 
 
+class RecordsDamagedError(ConfigError):
+    """The file of the records is not as we left it. Nothing is served from it: what is missing could not be told."""
+
+    code = "records_damaged"
+
+
 # --- what a client sent us -------------------------------------------------------------------------------------
 
 
@@ -166,6 +172,14 @@ class MetadataUnavailableError(KVFerryError):
     retryable = True
     http_status = 503
     code = "metadata_unavailable"
+
+
+class RecordsUnavailableError(KVFerryError):
+    """Records could not be read or flushed now: a full disk, etcd away. Whether a write happened is not known."""
+
+    retryable = True
+    http_status = 503
+    code = "records_unavailable"
 
 
 class MetadataProtocolError(KVFerryError):

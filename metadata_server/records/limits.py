@@ -1,0 +1,25 @@
+"""Bounds and pauses of records. What is in the cluster file is not here."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class RecordsLimits:
+    """Values; tests pass changed ones."""
+
+    max_key_bytes: int = 512
+    max_value_bytes: int = 1 << 20
+    """etcd takes 1.5 MiB in one request."""
+    max_records: int = 1 << 20
+    """Of an embedded kind: they are all in memory."""
+    max_leases: int = 1 << 16
+    max_waiting: int = 1 << 16
+    """Writes that wait to be flushed."""
+    watch_backlog: int = 4096
+    """Changes that wait for a watcher; one that is further behind is given everything again."""
+    pulse_s: float = 1.0
+    """The task that ends leases looks at least so often …"""
+    stall_s: float = 1.0
+    """… and so much later than that means that this process was stopped: leases begin their time anew."""
+    busy_s: float = 2.0
+    """For a file that another process holds, at start: the one before us may still be ending."""
