@@ -15,6 +15,7 @@ from kvcore.config.schema import ClusterConfig
 from kvcore.config.yaml_text import YAMLTextError, read_yaml
 from kvcore.errors import ConfigError
 from kvcore.ports import listen
+from kvcore.state_folder import state_folder
 from kvferry.cluster_text import cluster_text, size_text
 from kvferry.lmcache.draft import Draft
 from kvferry.serve_plan import USUAL_PORTS, Machine, ServeOptions, plan_cluster
@@ -105,7 +106,7 @@ def run_serve(options: ServeOptions, overrides: Sequence[str], imported: Draft |
 
     What is `imported` from LMCache's settings gives way to options and overrides. Raises ConfigError."""
     from kvferry.doctor.checks import preflight
-    from kvferry.launch.up import default_log_dir, run_up
+    from kvferry.launch.up import run_up
 
     machine = this_machine()
     plan_cluster(options, machine)  # refuse what cannot be before a model is downloaded
@@ -114,7 +115,7 @@ def run_serve(options: ServeOptions, overrides: Sequence[str], imported: Draft |
     if imported is not None:
         overrides = [*imported.overrides(list(planned.nodes), _given(options)), *overrides]
         said += [f"LMCache's {note}" for note in imported.notes]
-    file = default_log_dir(planned.cluster) / "cluster.yaml"
+    file = state_folder(planned.cluster) / "cluster.yaml"
     draft = file.with_suffix(".new.yaml")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from kvcore.config.fields import ByteSize
+from kvcore.config.records import MemoryRecordsConfig
 from kvcore.config.schema import (
     ClusterConfig,
     EngineConfig,
@@ -98,7 +99,7 @@ def plan_cluster(options: ServeOptions, machine: Machine) -> tuple[ClusterConfig
             for name, role in roles.items()
         },
         tiers=options.tiers,
-        metadata_server=MetadataServerConfig(port=metadata_port),
+        metadata_server=MetadataServerConfig(port=metadata_port, records=MemoryRecordsConfig()),
         router=RouterConfig(port=options.port),
         service=ServiceConfig(start_s=1800.0),  # vLLM on a GPU loads, compiles and captures graphs for minutes
     )

@@ -16,6 +16,7 @@ from kvcore.clock import Clock
 from kvcore.errors import MetadataProtocolError, NodeRefusedError, OverloadedError
 from kvcore.telemetry import log_fields
 from kvcore.types import ChunkKey
+from metadata_server.cache_messages import CacheReply, PinRequest, UnpinRequest
 from metadata_server.endpoints import ENDPOINTS
 from metadata_server.index.refusals import Refusals
 from metadata_server.index.state import MetadataState
@@ -34,6 +35,7 @@ from metadata_server.messages import (
     WaitRequest,
 )
 from metadata_server.protocol import RequestDecoder, encode
+from metadata_server.records.pins import PinRecords
 
 _logger = logging.getLogger("metadata_server")
 _DONE = Nothing()
@@ -45,7 +47,7 @@ class _Row:
 
     handle: Callable[[Any, float], Any]
     decode: Callable[..., Any]
-    waits: bool
+    is_async: bool
 
 
 def _said(batch: EventBatch) -> EventBatch:
@@ -62,8 +64,12 @@ class MetadataCore:
 
     state: MetadataState
 
-    def __init__(self, state: MetadataState, clock: Clock, limits: ServerLimits = ServerLimits()) -> None:
+    def __init__(
+        self, state: MetadataState, clock: Clock, limits: ServerLimits = ServerLimits(), pins: PinRecords | None = None
+    ) -> None:
+        """`pins`: where they are written down; None: nowhere."""
         self.state = state
+        self._pins = pins
         self._clock = clock
         self._limits = limits
         self._waiting: dict[ChunkKey, set[asyncio.Event]] = {}
@@ -77,7 +83,9 @@ class MetadataCore:
         self._pulse_at: float | None = None
         self._stopping = False
         self._calls = {
-            row.path: _Row(row.handler(self), RequestDecoder(row).decode if row.request else _no_body, row.waits)
+            row.path: _Row(
+                row.handler(self), RequestDecoder(row).decode if row.request else _no_body, row.waits or row.durable
+            )
             for row in ENDPOINTS
         }
 
@@ -98,15 +106,16 @@ class MetadataCore:
         """Answer one call; the GET endpoints have empty bodies. The reply is in the body's format, unless `reply_json`
         says otherwise.
 
-        Raises MetadataProtocolError (unknown path, malformed or out of bounds). Only an endpoint that waits suspends;
-        cancelling it leaves nothing behind. With too many waiting it answers at once with what there is.
+        Raises MetadataProtocolError (unknown path, malformed or out of bounds). Only an endpoint that waits or
+        is durable suspends; cancelling it leaves nothing behind. With too many waiting it answers at once with what
+        there is.
         """
         call = self._calls.get(path)
         if call is None:
             raise MetadataProtocolError(f"no such endpoint: {path}")
         now = self._now()
         reply = call.handle(call.decode(body, json=json), now)
-        if call.waits:
+        if call.is_async:
             reply = await reply
         self._after_change()
         return encode(_DONE if reply is None else reply, json=json if reply_json is None else reply_json)
@@ -139,6 +148,22 @@ class MetadataCore:
     def release(self, request: ReleaseRequest, now: float) -> None:
         """See MetadataState.release."""
         self.state.release(request.lease_ids, now)
+
+    async def pin(self, request: PinRequest, now: float) -> CacheReply:
+        """See MetadataState.pin; once it is written down. Raises RecordsUnavailableError."""
+        reply = self.state.pin(request, now)
+        self._after_change()
+        if self._pins is not None:
+            await self._pins.pinned(request, reply.done, now)
+        return reply
+
+    async def unpin(self, request: UnpinRequest, now: float) -> CacheReply:
+        """See MetadataState.unpin; once it is written down. Raises RecordsUnavailableError."""
+        reply = self.state.unpin(request, now)
+        self._after_change()
+        if self._pins is not None:
+            await self._pins.unpinned(request.keys)
+        return reply
 
     def nodes(self, _: object, now: float) -> NodesReply:
         """See MetadataState.nodes."""

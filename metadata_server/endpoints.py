@@ -139,6 +139,8 @@ class EndpointSpec(Generic[Req, Rep]):
     """Raises MetadataProtocolError for a request out of bounds."""
     waits: bool = False
     """A long poll: its handler is async and ends when its client leaves."""
+    durable: bool = False
+    """Answered once it is written down: its handler is async."""
     statuses: tuple[int, ...] = (400, 413, 415, 503)
     """Of its errors."""
 
@@ -250,10 +252,22 @@ FIND_HOLDERS = EndpointSpec(
     _check_only_keys,
 )
 PIN = EndpointSpec(
-    "/v1/cache/pin", c.PinRequest, c.CacheReply, lambda core: core.state.pin, "Keep chunks from eviction", _check_keep
+    "/v1/cache/pin",
+    c.PinRequest,
+    c.CacheReply,
+    lambda core: core.pin,
+    "Keep chunks from eviction",
+    _check_keep,
+    durable=True,
 )
 UNPIN = EndpointSpec(
-    "/v1/cache/unpin", c.UnpinRequest, c.CacheReply, lambda core: core.state.unpin, "End pins", _check_only_keys
+    "/v1/cache/unpin",
+    c.UnpinRequest,
+    c.CacheReply,
+    lambda core: core.unpin,
+    "End pins",
+    _check_only_keys,
+    durable=True,
 )
 EVICT = EndpointSpec(
     "/v1/cache/evict",

@@ -11,11 +11,13 @@ from kvcore.telemetry import Metrics
 from metadata_server.app import create_app
 from metadata_server.core import MetadataCore
 from metadata_server.index.state import MetadataState
+from metadata_server.records.opening import open_records
+from metadata_server.records.pins import PinRecords
 
 _GENERATION_BITS = 20
 
 
-def create_core(config: ClusterConfig, clock: Clock) -> MetadataCore:
+def create_core(config: ClusterConfig, clock: Clock, pins: PinRecords | None = None) -> MetadataCore:
     """An empty index with an epoch and generations that no earlier life had (as far as the wall clock grows)."""
     wall_ms = int(clock.wall() * 1000)
     server = config.metadata_server
@@ -27,17 +29,23 @@ def create_core(config: ClusterConfig, clock: Clock) -> MetadataCore:
         identity=ClusterIdentity(config.cluster, config.model.name),
         event_log=server.event_log,
     )
-    return MetadataCore(state, clock)
+    return MetadataCore(state, clock, pins=pins)
 
 
 async def main(config: ClusterConfig, lifecycle: Lifecycle) -> None:
-    """Serve until `lifecycle.stopping`. Raises ConfigError if the address cannot be had."""
+    """Serve until `lifecycle.stopping`. Raises ConfigError if the address or the records cannot be had."""
     clock, server = SystemClock(), config.metadata_server
-    core = create_core(config, clock)
+    records = await open_records(config, clock)
+    lifecycle.stack.push_async_callback(records.aclose)
+    lifecycle.tasks.create_task(records.run(), name="records")
+    pins = PinRecords(records, clock)
+    core = create_core(config, clock, pins)
+    await pins.restore(core.state)
     shell = AsgiServer(create_app(core, clock, Metrics(), server.max_body), server.host, server.port)
     lifecycle.stack.push_async_callback(shell.aclose)
     await shell.start()
-    lifecycle.describe.append(lambda: [repr(core)])
+    lifecycle.describe.append(lambda: [repr(core), repr(records), repr(pins)])
+    lifecycle.tasks.create_task(pins.run(), name="pins' records")
     lifecycle.tasks.create_task(core.run(), name="metadata ticks")
     lifecycle.tasks.create_task(shell.wait_failed(), name="metadata http")
     lifecycle.ready(url=shell.url, epoch=core.state.epoch)

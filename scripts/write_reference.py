@@ -21,6 +21,7 @@ import msgspec
 
 from kvcore import metric_names
 from kvcore.config import fields, schema
+from kvcore.config.records import RecordsConfig
 from kvcore.config.tiers import TierConfig
 from kvcore.metric_names import Metric
 from router.api.openai_schema import ChatRequest, CompletionRequest
@@ -108,7 +109,7 @@ def config_sections() -> Iterator[tuple[str, str, list[Key]]]:
     """(path of the section, what it is, its keys), for the whole file first."""
     top = schema.ClusterConfig
     yield "", _text(top.__doc__), list(_keys(top, ""))
-    engines = [_described(kind, "engine.") for kind in get_args(schema.EngineConfig)]
+    engines = [_described(kind, "engine", "Which engine this is.") for kind in get_args(schema.EngineConfig)]
     names = ("model", "engine", "nodes", "kv", "transport", "store", "tiers", "metadata_server", "router", "service")
     for name in names:
         if name == "engine":
@@ -123,6 +124,9 @@ def config_sections() -> Iterator[tuple[str, str, list[Key]]]:
             kind = schema.NodeConfig if name == "nodes" else get_type_hints(top)[name]
             path = "nodes.NAME." if name == "nodes" else f"{name}."
             yield path, _text(kind.__doc__), list(_keys(kind, path))
+        if name == "metadata_server":
+            for kind in get_args(RecordsConfig):
+                yield _described(kind, "metadata_server.records", "Where they are kept.")
 
 
 def config_page() -> str:
@@ -185,11 +189,11 @@ def openai_page() -> str:
     return "".join(parts)
 
 
-def _described(kind: type[msgspec.Struct], path: str) -> tuple[str, str, list[Key]]:
-    """An engine's section: it is told from the others by its `kind`."""
+def _described(kind: type[msgspec.Struct], section: str, what: str) -> tuple[str, str, list[Key]]:
+    """One of several sections that are told from each other by their `kind`."""
     tag = str(kind.__struct_config__.tag)
-    keys = [Key(f"{path}kind", f"`{tag}`", "must be given", "Which engine this is."), *_keys(kind, path)]
-    return f"engine, kind {tag}", _text(kind.__doc__), keys
+    keys = [Key(f"{section}.kind", f"`{tag}`", "must be given", what), *_keys(kind, f"{section}.")]
+    return f"{section}, kind {tag}", _text(kind.__doc__), keys
 
 
 def _keys(kind: type[msgspec.Struct], path: str) -> Iterator[Key]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from kvcore.config.fields import ByteSize, Count, Port, Rate, Seconds, Section, Share, Text
+from kvcore.config.records import RecordsConfig, SqliteRecordsConfig
 from kvcore.config.tiers import DiskTierConfig, TiersConfig
 from kvcore.eviction.evictor import PolicyName
 from kvcore.handoff import HandoffKind
@@ -174,6 +175,8 @@ class MetadataServerConfig(Section, frozen=True, kw_only=True):
     """Longest body of a call; a longer one is refused with 413."""
     event_log: Count = 65_536
     """Events kept for replay."""
+    records: RecordsConfig = SqliteRecordsConfig()
+    """What must survive it: pins. Chunks are no part of it: the nodes tell them again."""
 
 
 class RoutingPolicy(StrEnum):

@@ -1,7 +1,6 @@
-"""`kvferry up`: the launcher on a terminal. `launched`, `default_log_dir` and `curl_line` are the demo's too."""
+"""`kvferry up`: the launcher on a terminal. `launched` and `curl_line` are the demo's too."""
 
 import json
-import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from rich.console import Console
 from kvcore.config.file import load_config
 from kvcore.config.schema import ClusterConfig
 from kvcore.process.service import Lifecycle, run_process
+from kvcore.state_folder import state_folder
 from kvferry.doctor.checks import preflight
 from kvferry.launch.display import Display
 from kvferry.launch.launcher import Launcher
@@ -43,7 +43,7 @@ async def launched(
 ) -> AsyncIterator[Launcher]:
     """A cluster that is ready; stopped in order on leaving. Raises ConfigError if it cannot be."""
     preflight(config)
-    folder = log_dir or default_log_dir(config.cluster)
+    folder = log_dir or state_folder(config.cluster)
     display.say(f"cluster {config.cluster}, logs in {folder}")
     async with Launcher(
         config,
@@ -55,12 +55,6 @@ async def launched(
     ) as launcher:
         await launcher.wait_ready(config.service.start_s)
         yield launcher
-
-
-def default_log_dir(cluster: str) -> Path:
-    """The folder of the logs: under the user's state folder (XDG)."""
-    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-    return Path(state).expanduser() / "kvferry" / cluster
 
 
 def curl_line(router_url: str, model: str) -> str:

@@ -13,6 +13,7 @@ import yaml
 from kvcore.config.fields import ByteSize
 from kvcore.config.file import load_config
 from kvcore.config.parse import parse_byte_size
+from kvcore.config.records import MemoryRecordsConfig
 from kvcore.config.schema import (
     ClusterConfig,
     KVConfig,
@@ -87,7 +88,7 @@ def private_cluster(model: ModelConfig, segment: ByteSize, chunk_tokens: int, po
         kv=KVConfig(chunk_tokens=chunk_tokens),
         transport=TransportConfig(kind="shm"),
         # vLLM may take every core of this machine for seconds, and nobody else is to be told of the node
-        metadata_server=MetadataServerConfig(port=metadata_port, node_ttl_s=15.0),
+        metadata_server=MetadataServerConfig(port=metadata_port, node_ttl_s=15.0, records=MemoryRecordsConfig()),
         router=RouterConfig(port=router_port),
         service=ServiceConfig(drain_s=0.5, start_s=60.0),
     )

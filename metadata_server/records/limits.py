@@ -15,6 +15,10 @@ class RecordsLimits:
     max_leases: int = 1 << 16
     max_waiting: int = 1 << 16
     """Writes that wait to be flushed."""
+    sweep_s: float = 30.0
+    """Between two looks at which pins have ended."""
+    pins_at_once: int = 1024
+    """Of one call, in one flush."""
     watch_backlog: int = 4096
     """Changes that wait for a watcher; one that is further behind is given everything again."""
     pulse_s: float = 1.0

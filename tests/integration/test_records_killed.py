@@ -10,8 +10,13 @@ from pathlib import Path
 
 import pytest
 from support import records_writer
+from support.metadata_words import keys
+from support.processes import cluster
 
+from kvcore.clock import SystemClock
 from kvcore.errors import ConfigError, RecordsUnavailableError
+from kvcore.process.service import EXIT_CONFIG
+from metadata_server.connect import MetadataEndpoints, connect_client
 from metadata_server.records.base import Record
 from metadata_server.records.sqlite_file import SqliteFile
 from metadata_server.records.table import Batch
@@ -154,3 +159,31 @@ def test_on_a_disk_that_is_read_only_it_is_refused_at_start_with_what_to_set(tmp
         for path in (disk / "records.sqlite", disk / "new" / "records.sqlite"):
             with pytest.raises(ConfigError, match=r"metadata_server\.records\.path"):
                 SqliteFile(path)
+
+
+async def test_a_killed_metadata_server_knows_its_pins_and_one_with_damaged_records_does_not_start(tmp_path):
+    async with cluster(tmp_path) as subject:
+        await subject.start("metadata")
+        client = connect_client(MetadataEndpoints(urls=(subject.url("metadata"),), timeout_s=5.0), SystemClock())
+        assert (await client.pin(keys(1, 2))).done == 2
+        assert (await client.pin(keys(3), ttl_s=600.0)).done == 1
+        await kill(subject, "metadata")
+        await subject.start("metadata")
+        found = {pin.key: pin.left_s for pin in (await client.pins()).pins}
+        (one, two, three) = keys(1, 2, 3)
+        assert found[one] is None and found[two] is None and 0 < found[three] <= 600.0
+        assert (await client.unpin([one])).done == 1
+        await kill(subject, "metadata")
+        wal = tmp_path / "records.sqlite-wal"
+        os.truncate(wal, wal.stat().st_size - 100)
+        with pytest.raises(AssertionError, match="did not become ready"):
+            await subject.start("metadata")
+        assert await subject.children["metadata"].wait() == EXIT_CONFIG
+        (told,) = (line for line in subject.lines["metadata"] if "error" in line)
+        assert f"{tmp_path / 'records.sqlite'}: damaged" in told and "Put back a copy" in told
+        await client.aclose()
+
+
+async def kill(subject, name: str) -> None:
+    subject.children[name].kill()
+    await subject.children[name].wait()

@@ -250,7 +250,7 @@ def write_config(
         "nodes": nodes,
         "transport": transport,
         "store": {"reserve_ttl_s": 5.0, "read_lease_s": 5.0, "retire_grace_s": 0.5},
-        "metadata_server": {"port": metadata_port, "node_ttl_s": 2.0},
+        "metadata_server": {"port": metadata_port, "node_ttl_s": 2.0, "records": {"kind": "memory"}},
         "router": {"port": router_port, "probe_interval_s": 0.25, "drain_s": 3.0},
         "service": {"drain_s": 3.0, "start_s": READY_S[engine]},
     }

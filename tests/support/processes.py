@@ -46,7 +46,11 @@ class Cluster:
                     "nodes": nodes,
                     "kv": {"chunk_tokens": 64},
                     "transport": transport,
-                    "metadata_server": {"port": self.ports["metadata"], "node_ttl_s": 1.0},
+                    "metadata_server": {
+                        "port": self.ports["metadata"],
+                        "node_ttl_s": 1.0,
+                        "records": {"kind": "sqlite", "path": str(self.file.with_name("records.sqlite"))},
+                    },
                     "service": {"drain_s": 3.0},
                 }
             )

@@ -1,0 +1,29 @@
+"""Opens the records that a cluster file asks for. A new kind is a row here."""
+
+from pathlib import Path
+
+from kvcore.clock import Clock
+from kvcore.config.records import MemoryRecordsConfig, SqliteRecordsConfig
+from kvcore.config.schema import ClusterConfig
+from kvcore.state_folder import state_folder
+from metadata_server.records.base import Records
+from metadata_server.records.memory import memory_records
+from metadata_server.records.sqlite import sqlite_records
+
+
+async def open_records(config: ClusterConfig, clock: Clock) -> Records:
+    """Await its `run`, and close it. Raises ConfigError, RecordsDamagedError with the file and what to do."""
+    match config.metadata_server.records:
+        case MemoryRecordsConfig():
+            return memory_records(clock)
+        case SqliteRecordsConfig(path=path):
+            place = _place(config, path)
+            return memory_records(clock) if place is None else await sqlite_records(place, clock)
+
+
+def _place(config: ClusterConfig, path: str | None) -> Path | None:
+    """None: nobody would find a server on any free port again."""
+    if path is not None:
+        return Path(path).expanduser()
+    port = config.metadata_server.port
+    return state_folder(config.cluster) / f"records-{port}.sqlite" if port else None
