@@ -131,7 +131,7 @@ async def cluster(
             name: {"role": role, "port": port, "segment": segment}
             for (name, (role, segment)), port in zip(nodes.items(), ports, strict=False)
         },
-        "metadata_server": {"port": ports[-2], "node_ttl_s": 2.0},
+        "metadata_server": {"port": ports[-2], "node_ttl_s": 2.0, "records": {"kind": "memory"}},
         "router": {"port": ports[-1]},
     }
     with tempfile.TemporaryDirectory() as folder:

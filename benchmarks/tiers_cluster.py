@@ -85,7 +85,7 @@ async def cluster(
         "kv": {"chunk_tokens": engine.chunk_tokens},
         "nodes": nodes,
         "tiers": {**tiers, "warm_up": 0.0, "wait_s": 30.0},
-        "metadata_server": {"port": free_port()},
+        "metadata_server": {"port": free_port(), "records": {"kind": "memory"}},
         "router": {"port": free_port()},
         "service": {"start_s": START_S},
     }

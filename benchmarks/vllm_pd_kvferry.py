@@ -105,7 +105,7 @@ def cluster_file(setting: Setting) -> Path:
         "engine": {"kind": "vllm", "args": args},
         "kv": {"chunk_tokens": BLOCK},
         "nodes": nodes,
-        "metadata_server": {"port": free_port()},
+        "metadata_server": {"port": free_port(), "records": {"kind": "memory"}},
         "router": {"port": free_port()},
         "service": {"start_s": START_S},
     }

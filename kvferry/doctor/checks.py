@@ -27,6 +27,7 @@ from kvferry.doctor.joining import check_joining
 from kvferry.doctor.memory import check_segment_pages, nodes_here, reserved_bytes
 from kvferry.doctor.mooncake import check_mooncake, mooncake_bytes
 from kvferry.doctor.objects import check_objects
+from kvferry.doctor.records import check_records
 from kvferry.doctor.servers import check_servers
 from kvferry.doctor.tiers import check_redis
 from kvferry.doctor.transports import check_transports
@@ -214,6 +215,7 @@ ALL_CHECKS: tuple[Check, ...] = (
     check_objects,
     check_mooncake,
     check_codecs,
+    check_records,
     check_joining,
     check_running,
 )

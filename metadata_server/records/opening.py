@@ -16,14 +16,15 @@ async def open_records(config: ClusterConfig, clock: Clock) -> Records:
     match config.metadata_server.records:
         case MemoryRecordsConfig():
             return memory_records(clock)
-        case SqliteRecordsConfig(path=path):
-            place = _place(config, path)
-            return memory_records(clock) if place is None else await sqlite_records(place, clock)
+        case SqliteRecordsConfig():
+            file = records_file(config)
+            return memory_records(clock) if file is None else await sqlite_records(file, clock)
 
 
-def _place(config: ClusterConfig, path: str | None) -> Path | None:
-    """None: nobody would find a server on any free port again."""
-    if path is not None:
-        return Path(path).expanduser()
-    port = config.metadata_server.port
+def records_file(config: ClusterConfig) -> Path | None:
+    """Of kind `sqlite`. None: nobody would find the file of a server on any free port again. Raises ConfigError."""
+    records, port = config.metadata_server.records, config.metadata_server.port
+    assert isinstance(records, SqliteRecordsConfig), "the other kinds have no file"
+    if records.path is not None:
+        return Path(records.path).expanduser()
     return state_folder(config.cluster) / f"records-{port}.sqlite" if port else None
