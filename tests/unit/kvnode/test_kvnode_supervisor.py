@@ -55,9 +55,7 @@ async def test_killed_engine_is_started_again_and_the_segment_keeps_its_bytes() 
         os.kill(first.pid, signal.SIGKILL)
         with pytest.raises(EngineDiedError):
             await hanging
-        assert (
-            not subject.ready
-        )  # from the moment on that its calls fail: nobody is told of it as of a live one
+        assert not subject.ready  # from the moment on that its calls fail: nobody is told of it as of a live one
         with pytest.raises(NodeUnavailableError):
             subject.engine()
         second = await asyncio.wait_for(ready.get(), 20)
