@@ -6,6 +6,9 @@ two tenants, two weights or two layouts never share a key.
 
     root  = SHA256(b"kvferry.chunk.v1" || fingerprint[16] || u32le(len(salt)) || salt)[:16]
     key_i = SHA256(key_{i-1} || u32le(token) * chunk_tokens)[:16]
+    owner = SHA256(b"kvferry.owner.v1" || salt)[:8]
+
+The owner says whose quota chunks count for. It is of the salt alone: a tenant is one, whatever weights are served.
 
 The published test vector is in `tests/unit/kvcore/test_chunk_keys.py` and docs/wire-formats.md: another
 implementation is right if it gives the same bytes. Never Python's `hash()`, which differs between processes.
@@ -16,10 +19,12 @@ import sys
 from collections.abc import Sequence
 from hashlib import sha256
 
-from kvcore.types import ChunkKey
+from kvcore.types import ChunkKey, OwnerTag
 
 KEY_BYTES = 16
+OWNER_BYTES = 8
 _DOMAIN = b"kvferry.chunk.v1"
+_OWNER_DOMAIN = b"kvferry.owner.v1"
 _RANK_DOMAIN = b"kvferry.rank.v1"
 
 
@@ -28,6 +33,11 @@ def root_key(fingerprint: bytes, salt: bytes = b"") -> ChunkKey:
     if len(fingerprint) != KEY_BYTES:
         raise ValueError(f"a fingerprint has {KEY_BYTES} bytes, got {len(fingerprint)}")
     return ChunkKey(sha256(_DOMAIN + fingerprint + len(salt).to_bytes(4, "little") + salt).digest()[:KEY_BYTES])
+
+
+def owner_of(salt: bytes) -> OwnerTag:
+    """Whose chunks those with this salt are; without one they are those of one tenant, too."""
+    return OwnerTag(sha256(_OWNER_DOMAIN + salt).digest()[:OWNER_BYTES])
 
 
 def chunk_keys(root: ChunkKey, token_ids: Sequence[int], chunk_tokens: int) -> list[ChunkKey]:

@@ -9,6 +9,9 @@ import msgspec
 ChunkKey = NewType("ChunkKey", bytes)
 """16 bytes naming the KV of a chunk and all before it; see `kvcore.chunk_keys`."""
 
+OwnerTag = NewType("OwnerTag", bytes)
+"""8 bytes that stand for a tenant, where its salt must not be known; see `kvcore.chunk_keys`."""
+
 
 class Role(StrEnum):
     """What a node does."""

@@ -225,6 +225,9 @@ def _show_segments(console: Console, stats: Stats) -> None:
     if full := stats.counters.get("declined_full", 0):
         text = f"{full} chunks were not stored since the metadata server started, as no segment had room"
         console.print(f"{text} (nodes.NAME.segment)", style="yellow", soft_wrap=True)
+    if over := stats.counters.get("declined_over_share", 0):
+        text = f"{over} of them were of tenants that had all of their share (store.tenant_share)"
+        console.print(text, style="yellow", soft_wrap=True)
 
 
 def _table(*headings: str) -> Table:

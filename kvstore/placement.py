@@ -17,7 +17,7 @@ from kvcore.clock import Clock
 from kvcore.config.schema import StoreConfig
 from kvcore.errors import KVFerryError, MetadataProtocolError, MetadataUnavailableError
 from kvcore.telemetry import log_fields
-from kvcore.types import ChunkKey, ReplicaRef, Segment
+from kvcore.types import ChunkKey, OwnerTag, ReplicaRef, Segment
 from kvstore.background import Background
 from kvstore.counters import Count, StoreCounters
 from kvstore.limits import StoreLimits
@@ -26,6 +26,7 @@ from metadata_server.client import MetadataClient
 from metadata_server.messages import (
     IN_ORDER,
     ONLY_PREFERRED,
+    OWNERS,
     MatchReply,
     MatchRequest,
     QuarantineItem,
@@ -136,10 +137,11 @@ class Placement:
         ttl_s: float | None = None,
         only_preferred: bool = False,
         in_order: bool = True,
+        owner: OwnerTag | None = None,
     ) -> Reserved:
         """Room for one chunk a key, of so many bytes (header included), in this order; for `ttl_s` (default: the
         configuration's). `only_preferred`: nowhere else; none at all from a server that does not know this. A cancelled
-        call leaves no reservation behind. `in_order` as in `match`."""
+        call leaves no reservation behind. `in_order` as in `match`. `owner`: whose they are, if known."""
         if only_preferred and self._metadata.protocol < ONLY_PREFERRED:
             return Reserved(answered=False)
         ttl_s = self._config.reserve_ttl_s if ttl_s is None else ttl_s
@@ -151,6 +153,7 @@ class Placement:
             ttl_s=ttl_s,
             only_preferred=only_preferred or msgspec.UNSET,
             in_order=self._said(in_order),
+            owner=owner if owner is not None and self._metadata.protocol >= OWNERS else msgspec.UNSET,
         )
         return await self._background.finish(self._reserve(lengths, request, timeout_s), self.give_back)
 

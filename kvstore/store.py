@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from kvcore.clock import Clock
 from kvcore.config.schema import StoreConfig
-from kvcore.types import ChunkKey, KVSpec
+from kvcore.types import ChunkKey, KVSpec, OwnerTag
 from kvstore.background import Background
 from kvstore.chunk_format import HEADER_BYTES
 from kvstore.counters import Count, StoreCounters
@@ -163,11 +163,12 @@ class KVStore:
         prefer_segment: str | None,
         timeout_s: float,
         sizes: Mapping[ChunkKey, int] | None = None,
+        owner: OwnerTag | None = None,
     ) -> PutSession:
         """Reserve room for all `keys` in one batch. Metadata away or store full: a session that accepts nothing.
 
         `sizes`: payload bytes of those that are shorter than `spec.chunk_bytes`, as a prompt's tail is; others of its
-        entries are ignored. Raises ValueError for a size that no chunk has.
+        entries are ignored. Raises ValueError for a size that no chunk has. `owner`: whose quota they count for.
 
         Reports of refused chunks that are under way go first (bounded as any call): their keys must not count as there.
         The caller must `aclose` the session. A cancelled call leaves no reservation behind.
@@ -178,7 +179,8 @@ class KVStore:
         if self._reports:  # else what was just refused still counts as there, and is not written again
             await asyncio.wait(self._reports, timeout=timeout_s)
         lengths = {key: HEADER_BYTES + self._payload_bytes(key, sizes or {}) for key in distinct}
-        return PutSession(self._put_context, await self._placement.reserve(lengths, prefer_segment, timeout_s))
+        reserved = await self._placement.reserve(lengths, prefer_segment, timeout_s, owner=owner)
+        return PutSession(self._put_context, reserved)
 
     def counters(self) -> dict[str, int]:
         """A copy of the totals since start; names in `kvstore.counters`."""

@@ -9,7 +9,7 @@ from enum import StrEnum
 
 import msgspec
 
-from kvcore.types import ChunkKey, NodeInfo, ReplicaRef, Segment
+from kvcore.types import ChunkKey, NodeInfo, OwnerTag, ReplicaRef, Segment
 from metadata_server.versions import VersionedMessage
 
 ONLY_PREFERRED = 2
@@ -18,6 +18,8 @@ TIER_HOLDINGS = 2
 """Since which nodes tell what lies on their disks."""
 IN_ORDER = 3
 """Since which callers say that keys are one prompt's, in order."""
+OWNERS = 4
+"""Since which writers say whose chunks they are."""
 
 
 class RequestBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -114,10 +116,8 @@ class WaitRequest(RequestBody, frozen=True, kw_only=True):
     timeout_s: float
     lease_s: float = 0.0
     node_id: str = ""
-    """Who holds the lease: it dies with this node's incarnation too. Empty: only with time."""
     incarnation: int = 0
     in_order: bool | msgspec.UnsetType = msgspec.UNSET
-    """Each key continues the one before it. Since version IN_ORDER of the protocol."""
 
 
 class MatchReply(ReplyBody, frozen=True, kw_only=True):
@@ -159,6 +159,8 @@ class ReserveRequest(RequestBody, frozen=True, kw_only=True):
     """No room in other segments is wanted. Since version ONLY_PREFERRED of the protocol."""
     in_order: bool | msgspec.UnsetType = msgspec.UNSET
     """As of a MatchRequest."""
+    owner: OwnerTag | msgspec.UnsetType = msgspec.UNSET
+    """Whose quota they count for; absent: nobody's. Since version OWNERS of the protocol."""
 
 
 class ReserveStatus(StrEnum):
@@ -343,7 +345,6 @@ class Stats(ReplyBody, frozen=True, kw_only=True):
     read_leases: int
     waiters: int
     counters: dict[str, int]
-    """Totals since start: lookups, hits, reserved, committed, aborted, expired, evicted, declined_full,
-    quarantined_<reason>, ..."""
+    """Totals since start: lookups, hits, reserved, committed, evicted, declined_full, quarantined_<reason>, ..."""
     refused: list[RefusedNode] = []
     """Those that asked within the last minute."""

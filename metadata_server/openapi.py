@@ -117,6 +117,7 @@ _NAME: _Schema = {"minLength": 1, "maxLength": MAX_NAME, **_PRINTABLE}
 _NAME_OR_NONE: _Schema = {"maxLength": MAX_NAME, **_PRINTABLE}
 _TEXT: _Schema = {"maxLength": MAX_TEXT, **_PRINTABLE}
 _KEY: _Schema = {"minLength": 24, "maxLength": 24, "description": "16 bytes"}
+_OWNER: _Schema = {"minLength": 12, "maxLength": 12, "description": "8 bytes"}
 _ITEMS: _Schema = {"maxItems": MAX_ITEMS}
 _SECONDS: _Schema = {"exclusiveMinimum": 0, "maximum": MAX_SECONDS}
 _KEEP_SECONDS: _Schema = {"exclusiveMinimum": 0, "maximum": MAX_KEEP_SECONDS}
@@ -166,7 +167,13 @@ _FIELD_BOUNDS: dict[str, dict[str, _Schema]] = {
         "more_than": {"minimum": 0},
         "timeout_s": {"minimum": 0, "maximum": MAX_WAIT_SECONDS},
     },
-    "ReserveRequest": {**_NODE, "items": _ITEMS, "prefer_segment": _NAME_OR_NONE, "ttl_s": _SECONDS},
+    "ReserveRequest": {
+        **_NODE,
+        "items": _ITEMS,
+        "prefer_segment": _NAME_OR_NONE,
+        "ttl_s": _SECONDS,
+        "owner": _OWNER,
+    },
     "TellHoldingsRequest": {**_NODE, "added": _KEYS, "removed": _KEYS},
     "FindHoldersRequest": {"keys": _KEYS},
     "PinRequest": {"keys": _KEYS, "ttl_s": _KEEP_SECONDS},

@@ -11,7 +11,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 
 from engines.jobs.context import JobContext
-from kvcore.types import ChunkKey
+from kvcore.types import ChunkKey, OwnerTag
 from kvstore.put_session import PutSession
 from kvstore.types import MovedBytes
 
@@ -33,7 +33,8 @@ class SaveJob:
     while the next one is written.
 
     `reserve`: room for these is asked for in one batch at the start, before they are computed; others get theirs batch
-    by batch. `sizes`: payload bytes of short chunks, may grow before they are added. `parallel`: writes at a time.
+    by batch. `owner`: whose they are. `sizes`: payload bytes of short chunks, may grow before they are added.
+    `parallel`: writes at a time.
     `void`: once it says so, from whatever thread, nothing more is committed. `committed`: called when all that was
     added so far is.
     `stored`: keys known to be complete.
@@ -48,6 +49,7 @@ class SaveJob:
         prefer_segment: str | None,
         reserve: Sequence[ChunkKey],
         *,
+        owner: OwnerTag | None = None,
         sizes: Mapping[ChunkKey, int] | None = None,
         parallel: int = 1,
         void: Callable[[], bool] = lambda: False,
@@ -56,6 +58,7 @@ class SaveJob:
         self._context = context
         self._prefer_segment = prefer_segment
         self._reserve = list(reserve)
+        self._owner = owner
         self._sizes = {} if sizes is None else sizes
         self._void = void
         self._committed = committed
@@ -234,7 +237,11 @@ class SaveJob:
         await self._end_session()
         keys = list(dict.fromkeys(keys))
         self._session = session = await self._context.store.begin_put(
-            keys, prefer_segment=self._prefer_segment, timeout_s=self._context.timeout_s, sizes=self._sizes
+            keys,
+            prefer_segment=self._prefer_segment,
+            timeout_s=self._context.timeout_s,
+            sizes=self._sizes,
+            owner=self._owner,
         )
         self._covered, self._reserved_at = set(keys), self._context.clock.now()
         self.stored |= session.complete

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from kvcore.chunk_keys import chunk_keys, usable_chunks
-from kvcore.types import ChunkKey
+from kvcore.types import ChunkKey, OwnerTag
 from nodeapi.messages import SamplingParams
 
 
@@ -51,6 +51,8 @@ class TokenSequence:
     num_prompt: int
     root: ChunkKey
     chunk_tokens: int
+    owner: OwnerTag | None = None
+    """Whose chunks they are."""
     sampling: SamplingParams | None = None
     indices: tuple[int, ...] = (0,)
     """Which completions it stands for: several until it forks after the prompt."""
@@ -123,6 +125,7 @@ class TokenSequence:
             num_prompt=self.num_prompt,
             root=self.root,
             chunk_tokens=self.chunk_tokens,
+            owner=self.owner,
             sampling=self.sampling,
             indices=(index,),
             num_cached=self.num_cached,

@@ -107,7 +107,8 @@ class StoreJobs:
             first = 0 if leg.is_prefill else sequence.num_computed // sequence.chunk_tokens
             sequence.num_submitted = first
             prompt_chunks = sequence.num_prompt // sequence.chunk_tokens
-            leg.save = job = SaveJob(self._context, leg.prefer_segment, sequence.keys(prompt_chunks)[first:])
+            wanted = sequence.keys(prompt_chunks)[first:]
+            leg.save = job = SaveJob(self._context, leg.prefer_segment, wanted, owner=sequence.owner)
             leg.save_task = self._tasks.create_task(self._guard(job.run, "save"), name="engine-save")
             leg.save_task.add_done_callback(functools.partial(self._end_save, leg, job))
             self._saves[leg.save_task] = job
@@ -184,7 +185,8 @@ class StoreJobs:
         if context.clock.now() >= self._warn_at:
             self._warn_at = context.clock.now() + context.limits.warn_s
             chunks = sequence.num_reusable_chunks - sequence.num_computed // sequence.chunk_tokens
-            advice = "no segment has room: decoders compute all prompts themselves; give nodes larger segments"
+            advice = "no segment has room for it, or its tenant has all of `store.tenant_share`: decoders compute such "
+            advice += "prompts themselves; give nodes larger segments"
             log_fields(_log, logging.WARNING, "no_room", request=leg.request_id, chunks=chunks, advice=advice)
 
     def _progress(self, sequence: TokenSequence, num_chunks: int) -> None:

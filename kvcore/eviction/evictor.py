@@ -31,13 +31,17 @@ def new_policy(name: PolicyName) -> EvictionPolicy[K]:
 class Evictor(Generic[K]):
     """Entries of one segment or slab. `chains` may be shared with others.
 
-    `held` says of an entry whether it must stay; when that ends, its owner calls `refresh`.
+    `held` says of an entry whether it must stay; when that ends, its owner calls `refresh`. `leads` false: another
+    evictor has all entries of this one, too, and tells `chains` what leaves.
     """
 
-    def __init__(self, policy: EvictionPolicy[K], chains: Chains[K], held: Callable[[K], bool]) -> None:
+    def __init__(
+        self, policy: EvictionPolicy[K], chains: Chains[K], held: Callable[[K], bool], *, leads: bool = True
+    ) -> None:
         self._policy = policy
         self._chains = chains
         self._held = held
+        self._leads = leads
         self._aside: dict[K, int] = {}
         """Taken from the policy, and kept for the time being -> its place."""
         self._next: tuple[K, int] | None = None
@@ -72,7 +76,8 @@ class Evictor(Generic[K]):
         """It is gone, and not because room was needed."""
         self._return(key)
         self._policy.remove(key)
-        self._chains.left(key)
+        if self._leads:
+            self._chains.left(key)
 
     def victim(self) -> K | None:
         """The entry that goes next; None: none may."""
@@ -99,7 +104,8 @@ class Evictor(Generic[K]):
         key, place = self._next
         self._next = None
         self._policy.evicted(key, place)
-        self._chains.left(key)
+        if self._leads:
+            self._chains.left(key)
         return key
 
     def clear(self, keys: Iterable[K]) -> None:

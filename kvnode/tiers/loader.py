@@ -13,7 +13,7 @@ from functools import partial
 
 from kvcore.clock import Clock
 from kvcore.telemetry import log_fields
-from kvcore.types import ChunkKey
+from kvcore.types import ChunkKey, OwnerTag
 from kvnode.tiers.limits import MoveLimits
 from kvnode.tiers.own_segment import OwnSegment, ReservedRoom
 from kvstore.tiers.base import ChunkName, TierChunk, TierOutcome
@@ -33,10 +33,12 @@ class LoadPlan:
     one_prompt: bool = True
     """Each chunk is of use only behind the one before it, and all have the size that is asked for. Else each is of use
     by itself, and some may be of another size."""
+    owner: OwnerTag | None = None
+    """Whose they are, if that is known."""
 
     def part(self, start: int, stop: int) -> "LoadPlan":
         """Some of it."""
-        return LoadPlan(self.names[start:stop], self.tiers[start:stop], self.one_prompt)
+        return LoadPlan(self.names[start:stop], self.tiers[start:stop], self.one_prompt, self.owner)
 
 
 @dataclass(slots=True)
@@ -77,7 +79,7 @@ class TierLoader:
             if left_s <= 0:
                 break
             part = plan.part(start, start + size)
-            room = await self._segment.reserve(part.names, num_bytes, timeout_s=left_s)
+            room = await self._segment.reserve(part.names, num_bytes, owner=plan.owner, timeout_s=left_s)
             try:
                 got = await self._load_batch(part, room, end)
             finally:

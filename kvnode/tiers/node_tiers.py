@@ -10,7 +10,7 @@ from typing import TypeGuard, TypeVar
 
 import msgspec
 
-from kvcore.chunk_keys import chunk_keys, root_key, usable_chunks
+from kvcore.chunk_keys import chunk_keys, owner_of, root_key, usable_chunks
 from kvcore.clock import Clock
 from kvcore.config.tiers import TierConfig, TiersConfig
 from kvcore.types import ChunkKey, KVSpec, NodeInfo
@@ -100,7 +100,8 @@ class NodeTiers:
         self.filler.on_asked(name.key for name in shape.names(keys))
         wanted = keys[: usable_chunks(len(prompt), shape.chunk_tokens)]
         timeout_s = min(self.config.wait_s, request.deadline_s / 2)
-        promoted = await self.promoter.promote(wanted, shape, timeout_s=timeout_s, choices=choices)
+        owner = owner_of(request.cache_salt)
+        promoted = await self.promoter.promote(wanted, shape, timeout_s=timeout_s, choices=choices, owner=owner)
         left_s = max(0.001, request.deadline_s - (self.clock.now() - began))
         return msgspec.structs.replace(request, deadline_s=left_s), PromoteReply(promoted=promoted, choices=choices)
 

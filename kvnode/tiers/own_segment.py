@@ -7,7 +7,7 @@ not reserved for us, or after the time for it.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from kvcore.types import ChunkKey, ReplicaRef
+from kvcore.types import ChunkKey, OwnerTag, ReplicaRef
 from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, Expected, pack, parse, verify
 from kvstore.placement import Placement, Reserved
 from kvstore.tiers.base import ChunkName, TierChunk
@@ -72,12 +72,14 @@ class OwnSegment:
         """Give the lease back."""
         await self._placement.release(leased.match)
 
-    async def reserve(self, names: Sequence[ChunkName], num_bytes: int, *, timeout_s: float) -> ReservedRoom:
+    async def reserve(
+        self, names: Sequence[ChunkName], num_bytes: int, *, owner: OwnerTag | None = None, timeout_s: float
+    ) -> ReservedRoom:
         """Room for chunks of `num_bytes`, header included, in this segment alone: for those that are nowhere yet and
-        find room. `give_back` it after use."""
+        find room. `owner`: whose they are, if that is known. `give_back` it after use."""
         lengths = {name.key: num_bytes for name in names}
         reserved = await self._placement.reserve(
-            lengths, self.segment_id, timeout_s, only_preferred=True, in_order=False
+            lengths, self.segment_id, timeout_s, only_preferred=True, in_order=False, owner=owner
         )
         room = ReservedRoom(reserved)
         for name in names:

@@ -7,11 +7,11 @@ computed. No byte is written while `work` is paused.
 import asyncio
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvcore.clock import Clock
-from kvcore.types import ChunkKey
+from kvcore.types import ChunkKey, OwnerTag
 from kvnode.tasks import PausableWork
 from kvnode.tiers.choice import LoadCosts, choose
 from kvnode.tiers.limits import MoveLimits
@@ -46,7 +46,8 @@ class _Asked:
     end: float
     ask_peers: bool
     choices: list[TierChoice]
-    useless: set[str]
+    owner: OwnerTag | None
+    useless: set[str] = field(default_factory=set)
 
 
 class TierPromoter:
@@ -91,16 +92,17 @@ class TierPromoter:
         timeout_s: float,
         ask_peers: bool = True,
         choices: list[TierChoice] | None = None,
+        owner: OwnerTag | None = None,
     ) -> list[Promoted]:
         """Bring a prompt's chunks here, from its first that is in no segment on, as far as tiers have them in time.
 
-        One entry a tier that gave some. What was chosen, to load or to compute, is added to `choices`. Never raises but
-        for its own cancellation, which lets go of everything.
+        One entry a tier that gave some. What was chosen, to load or to compute, is added to `choices`. `owner`: whose
+        they are. Never raises but for its own cancellation, which lets go of everything.
         """
         if not keys or timeout_s <= 0:
             return []
         end, chosen = self._clock.now() + timeout_s, choices if choices is not None else []
-        return await self.work.run(self._promote(_Asked(keys, shape, end, ask_peers, chosen, set()))) or []
+        return await self.work.run(self._promote(_Asked(keys, shape, end, ask_peers, chosen, owner))) or []
 
     async def promote_names(self, tier: GuardedTier, names: Sequence[ChunkName], shape: ChunkShape) -> int:
         """Bring these from `tier`, as far as they are nowhere yet and there is room; how many came. Of no one prompt:
@@ -135,7 +137,7 @@ class TierPromoter:
             if (other := self._under_way.get(rest[0].key)) is not None:  # 1
                 await asyncio.wait({other}, timeout=left_s)
                 continue
-            plan = await self._plan(rest, left_s)
+            plan = await self._plan(rest, asked.owner, left_s)
             if rest[0].key in self._under_way:  # 1: since a moment ago
                 continue
             if plan.names:  # 2
@@ -152,12 +154,12 @@ class TierPromoter:
             there = found if given else there
         return _merged(done)
 
-    async def _plan(self, names: Sequence[ChunkName], left_s: float) -> LoadPlan:
+    async def _plan(self, names: Sequence[ChunkName], owner: OwnerTag | None, left_s: float) -> LoadPlan:
         """Up to the first that no tier has, or that is under way."""
         tiers = sorted((tier for tier in self._tiers if not tier.away), key=lambda tier: -(tier.rate("load") or 1e12))
         find_s = min(left_s, self._limits.find_s)
         answers = await asyncio.gather(*(tier.find(names, timeout_s=find_s) for tier in tiers))
-        plan = LoadPlan()
+        plan = LoadPlan(owner=owner)
         for at, name in enumerate(names):
             having = [tier for tier, answer in zip(tiers, answers, strict=True) if answer[at]]
             if not having or name.key in self._under_way:

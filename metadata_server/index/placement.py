@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from kvcore.config.schema import StoreConfig
+from kvcore.types import OwnerTag
 from metadata_server.index.segments import Replica, SegmentRecord
 
 _OLD_SHARE = 0.5
@@ -40,10 +41,16 @@ class Placer:
         prefer: SegmentRecord | None,
         own: Iterable[SegmentRecord],
         segments: Collection[SegmentRecord],
+        owner: OwnerTag | None = None,
     ) -> None:
-        """`segments` are all there are, with `prefer` and `own`."""
+        """`segments` are all there are, with `prefer` and `own`. `owner`: whose chunks they are, as far as known."""
         self.evicted: list[Replica] = []
         """On the way to room, found or not: the caller is to forget them, and to clear the list."""
+        self.evicted_own = 0
+        """Of `evicted`, for the owner's share."""
+        self.over_share = False
+        """A chunk found no room where its owner has its share, and nothing of its own could go."""
+        self.owner = owner
         self._high, self._low = config.high_watermark, config.low_watermark
         self._near = list(dict.fromkeys([*([prefer] if prefer is not None else []), *own]))
         self._segments = segments
@@ -75,7 +82,7 @@ class Placer:
             if record.segment.id in without:
                 at += 1
                 continue
-            offset = record.allocate(length, self._high)
+            offset = record.allocate(length, self._high, self.owner)
             if offset is not None:
                 return Place(record, offset)
             del self._open[at]
@@ -101,7 +108,11 @@ class Placer:
         for record in itertools.chain(near, (record for record in tuple(self._oldest) if record not in near)):
             if record.segment.id in without:
                 continue
-            offset, victims = record.allocate_evicting(length, self._high, self._low, old_calls=old_calls)
+            over = record.is_over(self.owner, length)
+            offset, victims = record.allocate_evicting(
+                length, self._high, self._low, old_calls=old_calls, owner=self.owner
+            )
+            self.evicted_own += over * len(victims)
             if victims:
                 self.evicted += victims
                 self._open.append(record)
@@ -109,6 +120,7 @@ class Placer:
                 bisect.insort(self._oldest, record, key=_youth)
             if offset is not None:
                 return Place(record, offset)
+            self.over_share |= over
         return None
 
 

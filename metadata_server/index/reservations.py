@@ -54,13 +54,17 @@ class Reservations:
             return ReserveReply(outcomes=[_FULL] * len(request.items))
         segments = self._nodes.segments
         prefer = segments.get(request.prefer_segment or "")
-        placer = Placer(self._config, prefer=prefer, own=node.segments.values(), segments=segments.values())
+        owner = request.owner if isinstance(request.owner, bytes) else None
+        own, there = node.segments.values(), segments.values()
+        placer = Placer(self._config, prefer=prefer, own=own, segments=there, owner=owner)
         elsewhere: Set[str] = frozenset()
         if request.only_preferred is True:
             elsewhere = segments.keys() - {request.prefer_segment}
         for item in reversed(request.items):  # before any eviction: room for a prefix's tail must not cost its head
             for replica in self._index.complete.get(item.key, ()):
                 replica.record.touch(replica)
+                if owner is not None:
+                    replica.record.own(replica, owner)
         outcomes, granted = [], []
         before: ChunkKey | None = None
         for item in request.items:
@@ -166,9 +170,14 @@ class Reservations:
         if placer.evicted:
             self._index.forget(placer.evicted)
             self._counts["evicted"] += len(placer.evicted)
+            self._counts["evicted_own"] += placer.evicted_own
             placer.evicted.clear()
+            placer.evicted_own = 0
         if found is None:
+            self._counts["declined_over_share"] += placer.over_share
             return _FULL
         replica = self._index.reserve(item, parent, found.record, found.offset, node.writer)
+        if placer.owner is not None:
+            found.record.own(replica, placer.owner)
         node.reservations[replica.ref.id] = replica
         return replica

@@ -13,7 +13,8 @@ from kvcore.eviction.base import EvictionPolicy
 from kvcore.eviction.chains import Chains
 from kvcore.eviction.evictor import Evictor
 from kvcore.extents import ALIGNMENT, ExtentAllocator, aligned
-from kvcore.types import ChunkKey, ReplicaRef, Segment
+from kvcore.types import ChunkKey, OwnerTag, ReplicaRef, Segment
+from metadata_server.index.quotas import SegmentQuotas, TenantLimit
 from metadata_server.messages import ManifestEntry, SegmentStats
 
 
@@ -101,9 +102,10 @@ class SegmentRecord:
         *,
         policy: EvictionPolicy[ChunkKey],
         chains: Chains[ChunkKey],
+        tenants: TenantLimit | None = None,
     ) -> None:
         """`taken` as `acceptable` gave them; each is then to be added by `add`. `calls`: the same for all segments.
-        `chains` is told of a complete replica before it is added."""
+        `chains` is told of a complete replica before it is added. `tenants`: what each may have."""
         self.segment = segment
         self.allocator = ExtentAllocator(segment.size_bytes, [(entry.offset, entry.length) for entry in taken])
         self.complete: dict[ChunkKey, Replica] = {}
@@ -112,6 +114,9 @@ class SegmentRecord:
         self.chains = chains
         """What continues what in this segment."""
         self._evictor = Evictor(policy, chains, self._is_pinned)
+        self._quotas: SegmentQuotas | None = None
+        if tenants is not None:
+            self._quotas = SegmentQuotas(tenants, self.allocator.capacity, chains, self._is_pinned)
         self._calls = calls
         self.bytes_in = dict.fromkeys(ReplicaState, 0)
 
@@ -126,24 +131,32 @@ class SegmentRecord:
         victim = self._evictor.victim()
         return -1 if victim is None else self._calls.so_far - self.complete[victim].last_use
 
-    def allocate(self, length: int, high: float) -> int | None:
+    def is_over(self, owner: OwnerTag | None, length: int) -> bool:
+        """Whether this would be more than the tenant may have here. None: not known, and not limited."""
+        return self._quotas is not None and owner is not None and not self._quotas.fits(owner, aligned(length))
+
+    def allocate(self, length: int, high: float, owner: OwnerTag | None = None) -> int | None:
         """Room that needs no eviction: the use stays at or under the share `high`, or this is all. Offset or None."""
         used = self.allocator.used
+        if self.is_over(owner, length):
+            return None
         if used and used + aligned(length) > high * self.allocator.capacity:
             return None
         return self.allocator.allocate(length)
 
     def allocate_evicting(
-        self, length: int, high: float, low: float, *, old_calls: float = 0.0
+        self, length: int, high: float, low: float, *, old_calls: float = 0.0, owner: OwnerTag | None = None
     ) -> tuple[int | None, list[Replica]]:
         """Room, after eviction if the use would pass the share `high`; with what was evicted.
 
         Goes on down to the share `low` with what was not used for `old_calls`. Also evicts against fragmentation, but
-        no more bytes than that than twice what is asked.
+        no more bytes than that than twice what is asked. A tenant that would pass its share: only its own is evicted.
         """
         size, space = aligned(length), self.allocator
         if size > space.capacity:
             return None, []
+        if owner is not None and self.is_over(owner, length):
+            return self._allocate_from_own(length, owner)
         evicted: list[Replica] = []
         if space.used + size > high * space.capacity:
             while space.used + size > low * space.capacity:
@@ -165,6 +178,14 @@ class SegmentRecord:
             self._completed(replica)
         else:
             self._incomplete[replica.ref.id] = replica
+
+    def own(self, replica: Replica, owner: OwnerTag) -> None:
+        """Say whose replica it is, if that is not known yet."""
+        quotas, number = self._quotas, replica.ref.id
+        if quotas is None or not quotas.own(number, owner, replica.room_bytes):
+            return
+        if replica.state is ReplicaState.COMPLETE:
+            quotas.completed(number, replica.ref.key)
 
     def set_state(self, replica: Replica, state: ReplicaState) -> None:
         """Move a reserved replica on."""
@@ -189,16 +210,21 @@ class SegmentRecord:
         """Forget all: the segment is no longer a live node's. Leases on its replicas stay valid to end."""
         self._evictor.clear(self.complete)
         self.complete, self._incomplete = {}, {}
+        if self._quotas is not None:
+            self._quotas.clear()
 
     def touch(self, replica: Replica) -> None:
         """A complete replica is used."""
         calls = self._calls
         replica.last_use = calls.so_far
-        if calls.now - replica.counted_at >= calls.same_use_s:
+        again = calls.now - replica.counted_at < calls.same_use_s
+        if not again:
             replica.counted_at = calls.now
             self._evictor.use(replica.ref.key)
         else:
             self._evictor.refresh(replica.ref.key)
+        if self._quotas is not None:
+            self._quotas.used(replica.ref.id, replica.ref.key, again=again)
 
     def pin(self, replica: Replica) -> None:
         """Keep a complete replica from eviction."""
@@ -210,6 +236,8 @@ class SegmentRecord:
         if replica.pins == 0 and self.complete.get(replica.ref.key) is replica:
             replica.last_use = self._calls.so_far
             self._evictor.refresh(replica.ref.key)
+            if self._quotas is not None:
+                self._quotas.used(replica.ref.id, replica.ref.key, again=True)
 
     def replicas(self) -> list[Replica]:
         """All of them, in any state."""
@@ -238,6 +266,9 @@ class SegmentRecord:
         assert not any(r.state is ReplicaState.COMPLETE for r in self._incomplete.values())
         victim = self._evictor.victim()
         assert victim is None or self.complete[victim].pins == 0
+        if self._quotas is not None:
+            rooms = {replica.ref.id: replica.room_bytes for replica in replicas}
+            self._quotas.check(rooms, {key: replica.ref.id for key, replica in self.complete.items()})
 
     def _is_pinned(self, key: ChunkKey) -> bool:
         return self.complete[key].pins > 0
@@ -246,6 +277,26 @@ class SegmentRecord:
         replica.last_use, replica.counted_at = self._calls.so_far, self._calls.now
         self.complete[replica.ref.key] = replica
         self._evictor.add(replica.ref.key)
+        if self._quotas is not None:
+            self._quotas.completed(replica.ref.id, replica.ref.key)
+
+    def _allocate_from_own(self, length: int, owner: OwnerTag) -> tuple[int | None, list[Replica]]:
+        """Room for a tenant that has its share: what makes it is its own, and no other's."""
+        quotas, size = self._quotas, aligned(length)
+        assert quotas is not None
+        if size > quotas.most_bytes:
+            return None, []
+        evicted, spent = list[Replica](), 0
+        while not quotas.fits(owner, size) or (self.allocator.largest_free < size and spent < 2 * size):
+            fits = quotas.fits(owner, size)
+            key = quotas.evict(owner)
+            if key is None:
+                break
+            evicted.append(self.complete.pop(key))
+            self._evictor.remove(key)
+            self._freed(evicted[-1])
+            spent += evicted[-1].room_bytes if fits else 0
+        return self.allocator.allocate(length) if quotas.fits(owner, size) else None, evicted
 
     def _evict_next(self, evicted: list[Replica]) -> bool:
         """Whether there was one that may go; it is the last of `evicted` then."""
@@ -257,12 +308,16 @@ class SegmentRecord:
         return True
 
     def _gone(self, replica: Replica) -> None:
+        if self._quotas is not None:
+            self._quotas.left(replica.ref.id, replica.ref.key)
         del self.complete[replica.ref.key]
         self._freed(replica)
 
     def _freed(self, replica: Replica) -> None:
         self.bytes_in[replica.state] -= replica.room_bytes
         self.allocator.release(replica.ref.offset)
+        if self._quotas is not None:
+            self._quotas.freed(replica.ref.id, replica.room_bytes)
 
 
 def acceptable(segment: Segment, entries: list[ManifestEntry]) -> list[ManifestEntry]:

@@ -7,8 +7,10 @@ live nodes. Events are in `log`; NODE_DOWN stands for the removal of all that la
 
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 
 from kvcore.config.schema import StoreConfig
+from kvcore.eviction.base import EvictionPolicy
 from kvcore.eviction.chains import Chains
 from kvcore.eviction.evictor import new_policy
 from kvcore.identity import ClusterIdentity
@@ -22,6 +24,7 @@ from metadata_server.index.limits import IndexLimits
 from metadata_server.index.membership import ClusterMembership
 from metadata_server.index.nodes import NodeRegistry
 from metadata_server.index.pins import Pins
+from metadata_server.index.quotas import TenantLimit
 from metadata_server.index.reading import Reading
 from metadata_server.index.replicas import ReplicaIndex
 from metadata_server.index.reservations import Reservations
@@ -79,7 +82,8 @@ class MetadataState:
             new_record=self._new_record,
             counts=self.counters,
         )
-        self._eviction = config.eviction
+        self._eviction, share = config.eviction, config.tenant_share
+        self._tenants = TenantLimit(share, partial(new_policy, config.eviction)) if share is not None else None
         self._limits = limits
 
     def __repr__(self) -> str:
@@ -323,7 +327,8 @@ class MetadataState:
 
     def _new_record(self, segment: Segment, entries: list[m.ManifestEntry]) -> SegmentRecord:
         chains = Chains[ChunkKey](self._limits.max_expected_links)
-        return SegmentRecord(segment, entries, self._calls, policy=new_policy(self._eviction), chains=chains)
+        policy: EvictionPolicy[ChunkKey] = new_policy(self._eviction)
+        return SegmentRecord(segment, entries, self._calls, policy=policy, chains=chains, tenants=self._tenants)
 
     def _run_out(self, expiry: Expiry, what: ExpiryOf, now: float) -> None:
         if isinstance(what, str):

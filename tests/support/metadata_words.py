@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import msgspec
+
 from kvcore.config.schema import StoreConfig
 from kvcore.identity import ClusterIdentity
-from kvcore.types import ChunkKey, NodeInfo, ReplicaRef, Role, Segment
+from kvcore.types import ChunkKey, NodeInfo, OwnerTag, ReplicaRef, Role, Segment
 from metadata_server.index.limits import IndexLimits
 from metadata_server.index.state import MetadataState
 from metadata_server.messages import (
@@ -57,9 +59,11 @@ def reservation(
     prefer: str | None = None,
     incarnation: int = 1,
     ttl_s: float = 60.0,
+    owner: OwnerTag | None = None,
 ) -> ReserveRequest:
     items = [ReserveItem(key=key(number), length=units * UNIT) for number in numbers]
-    return ReserveRequest(node_id=node_id, incarnation=incarnation, items=items, prefer_segment=prefer, ttl_s=ttl_s)
+    request = ReserveRequest(node_id=node_id, incarnation=incarnation, items=items, prefer_segment=prefer, ttl_s=ttl_s)
+    return request if owner is None else msgspec.structs.replace(request, owner=owner)
 
 
 def granted(reply: ReserveReply) -> list[ReplicaRef]:

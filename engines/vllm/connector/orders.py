@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from kvcore.types import ChunkKey
+from kvcore.types import ChunkKey, OwnerTag
 
 PARAMS_NAME = "kvferry"
 """Our entry in vLLM's `kv_transfer_params`, in requests and in results."""
@@ -87,6 +87,8 @@ class SaveOrder:
     """Index of `chunks[0]`; all before it are complete in the store or were ordered before."""
     chunks: tuple[ChunkPlace, ...]
     prefer_segment: str | None = None
+    owner: OwnerTag | None = None
+    """Whose chunks they are."""
     reserve: tuple[tuple[ChunkKey, int], ...] = ()
     """In a request's first order: (key, number of blocks) of all chunks of its prompt still to be saved, `chunks`
     included, in order, so that room for them is asked for at once."""

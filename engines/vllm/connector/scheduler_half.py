@@ -19,7 +19,7 @@ from engines.vllm.connector.scheduler_requests import (
     SchedulerCall,
     SharedLoads,
 )
-from kvcore.chunk_keys import usable_chunks
+from kvcore.chunk_keys import owner_of, usable_chunks
 from kvcore.clock import Clock
 from kvcore.errors import ConfigError
 from kvcore.types import ChunkKey
@@ -292,6 +292,7 @@ class SchedulerHalf:
             first_chunk=first,
             chunks=request.chunks.places(first, end, part.block_ids),
             prefer_segment=params.prefer_segment if params is not None else None,
+            owner=owner_of(view.salt),
             reserve=reserve,
         )
 

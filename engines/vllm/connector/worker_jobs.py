@@ -219,6 +219,7 @@ class WorkerJobs:
             self._context,
             order.prefer_segment,
             list(sizes),
+            owner=order.owner,
             sizes=sizes,
             parallel=_PARALLEL_WRITES,
             void=lambda: ticket.revoked,

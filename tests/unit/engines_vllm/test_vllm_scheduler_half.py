@@ -11,7 +11,7 @@ from engines.vllm.connector.orders import LegParams
 from engines.vllm.connector.request_chunks import RequestChunks
 from engines.vllm.connector.scheduler_half import SchedulerHalf
 from engines.vllm.connector.scheduler_requests import ScheduledRequest
-from kvcore.chunk_keys import next_key
+from kvcore.chunk_keys import next_key, owner_of
 from kvcore.clock import ManualClock
 from kvcore.errors import ConfigError
 
@@ -125,6 +125,13 @@ def test_a_preemption_cancels_saves_so_the_end_does_not_wait_for_them():
     rig.run(0, 20, admit=True)
     assert rig.half.build([], ["r"]).preempted == ("r",)
     assert rig.half.finished("r")[0] is False
+
+
+def test_a_save_says_whose_chunks_they_are():
+    rig = Rig()
+    rig.arrive(20, salt=b"tenant")
+    (save,) = rig.run(0, 20, admit=True).saves
+    assert save.owner == owner_of(b"tenant")
 
 
 def test_saves_after_a_preemption_are_ordered_from_the_start_and_waited_for():

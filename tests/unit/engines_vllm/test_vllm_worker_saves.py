@@ -5,7 +5,7 @@ from support.vllm_kv import CheckedStreams
 from support.vllm_worker import CHUNK, NUM_BLOCKS, PLACES, idle, place, shared_world, stored
 
 from engines.vllm.connector.device_blocks import DeviceBlocks
-from kvcore.chunk_keys import rank_key
+from kvcore.chunk_keys import owner_of, rank_key
 from kvstore.chunk_format import HEADER_BYTES, parse
 
 
@@ -91,6 +91,24 @@ def test_an_error_of_ours_ends_its_save_alone(world, rig):
     engine.until(lambda: engine.sent == ["p"])
     engine.saved("q", *PLACES)
     assert stored(world, 0) is not None
+
+
+def test_the_store_is_told_whose_chunks_are_saved(rig):
+    told = []
+
+    class Told:
+        def __init__(self, store):
+            self._store = store
+
+        async def begin_put(self, keys, **how):
+            told.append(how["owner"])
+            return await self._store.begin_put(keys, **how)
+
+        def __getattr__(self, name):
+            return getattr(self._store, name)
+
+    rig[1]("a", wrap=Told).saved("p", *PLACES, owner=owner_of(b"tenant"))
+    assert told == [owner_of(b"tenant")]
 
 
 def test_an_order_of_unknown_blocks_ends_its_save_alone(world, engine):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcore.chunk_keys import chunk_keys, next_key, rank_key, root_key, usable_chunks
+from kvcore.chunk_keys import chunk_keys, next_key, owner_of, rank_key, root_key, usable_chunks
 
 FINGERPRINT = bytes(range(16))
 TOKENS = [0, 1, 2, 3, 255, 256, 65_535, 49_151, 4_294_967_295, 7, 7, 7, 42]
@@ -124,3 +124,9 @@ def test_a_fingerprint_of_another_length_is_refused():
 @pytest.mark.parametrize(("num_tokens", "chunks"), [(0, 0), (1, 0), (4, 0), (5, 1), (8, 1), (9, 2)])
 def test_at_least_one_token_is_left_to_compute(num_tokens, chunks):
     assert usable_chunks(num_tokens, 4) == chunks
+
+
+def test_the_owner_is_of_the_salt_alone():
+    assert owner_of(b"tenant").hex() == "e9a70e84b9052ba3"
+    assert owner_of(b"").hex() == "d0027bee3f5fd982"
+    assert owner_of(b"tenant") == sha256(b"kvferry.owner.v1" + b"tenant").digest()[:8]

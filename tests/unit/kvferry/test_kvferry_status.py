@@ -136,6 +136,10 @@ async def test_chunks_that_found_no_room_are_told_of(serve, declined):
     stats = msgspec.structs.replace(STATS, counters={"declined_full": declined})
     _, out = await show("http://127.0.0.1:9", await serve("/v1/stats", msgspec.json.encode(stats)))
     assert ("12 chunks were not stored" in out) == bool(declined) == ("no segment had room" in out)
+    assert "tenant_share" not in out
+    shared = msgspec.structs.replace(STATS, counters={"declined_full": 12, "declined_over_share": 5})
+    _, out = await show("http://127.0.0.1:9", await serve("/v1/stats", msgspec.json.encode(shared)))
+    assert "5 of them were of tenants that had all of their share (store.tenant_share)" in out
 
 
 async def test_the_hit_rate_is_shown_by_source_beside_what_was_missed_and_why(serve):

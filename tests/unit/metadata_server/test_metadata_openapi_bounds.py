@@ -8,6 +8,7 @@ import msgspec
 import pytest
 from support.metadata_words import granted, ids, keys, new_state, registration, reservation
 
+from kvcore.chunk_keys import owner_of
 from kvcore.errors import MetadataProtocolError
 from metadata_server import cache_messages as c
 from metadata_server import messages as m
@@ -43,7 +44,9 @@ def examples() -> dict[str, Any]:
         m.ReleaseWriterRequest(**NODE),
         m.MatchRequest(keys=keys(1), **NODE, in_order=True),
         m.WaitRequest(keys=keys(1), timeout_s=1.0, **NODE, in_order=True),
-        msgspec.structs.replace(reservation("a", [1], prefer="a.1"), only_preferred=True, in_order=True),
+        msgspec.structs.replace(
+            reservation("a", [1], prefer="a.1", owner=owner_of(b"salt")), only_preferred=True, in_order=True
+        ),
         m.TellHoldingsRequest(**NODE, added=keys(1), removed=keys(2)),
         m.FindHoldersRequest(keys=keys(1)),
         c.PinRequest(keys=keys(1), ttl_s=1.0),
@@ -81,7 +84,8 @@ def edges(schema: dict[str, Any], value: Any) -> Iterator[tuple[Any, bool]]:
     if "maximum" in schema:
         yield from [(schema["maximum"], True), (schema["maximum"] + step, False)]
     if schema.get("contentEncoding") == "base64":
-        yield from ((base64.b64encode(bytes(size)).decode(), size == 16) for size in (15, 16, 17))
+        right = int(schema["description"].split()[0])
+        yield from ((base64.b64encode(bytes(size)).decode(), size == right) for size in (right - 1, right, right + 1))
     elif "maxLength" in schema:
         long = schema["maxLength"]
         yield from [("x" * long, True), ("x" * (long + 1), False), ("\n", False), ("", "minLength" not in schema)]
@@ -137,3 +141,5 @@ def test_items_of_keys_have_their_length():
     for kind in ("MatchRequest", "WaitRequest"):
         item = SCHEMAS[kind]["properties"]["keys"]["items"]
         assert (item["minLength"], item["maxLength"]) == (24, 24)
+    owner = SCHEMAS["ReserveRequest"]["properties"]["owner"]
+    assert (owner["minLength"], owner["maxLength"]) == (12, 12)

@@ -9,6 +9,7 @@ from support.metadata_words import UNIT, granted, keys, new_state, put, registra
 from kvcore.config.schema import StoreConfig
 from kvcore.eviction.chains import Chains
 from kvcore.eviction.queues import Lru
+from kvcore.types import OwnerTag
 from metadata_server.index.placement import Placer
 from metadata_server.index.segments import CallCount, SegmentRecord
 
@@ -115,9 +116,9 @@ class Counted(SegmentRecord):
 
     asked = 0
 
-    def allocate(self, length: int, high: float) -> int | None:
+    def allocate(self, length: int, high: float, owner: OwnerTag | None = None) -> int | None:
         self.asked += 1
-        return super().allocate(length, high)
+        return super().allocate(length, high, owner)
 
 
 def test_full_segments_are_not_looked_at_again_for_each_chunk():

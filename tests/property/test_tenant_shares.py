@@ -1,0 +1,117 @@
+"""Whatever is stored, read, pinned and given back, in whatever order: no tenant has more than its share of a segment,
+and none loses a chunk to one that has its share."""
+
+from collections import Counter
+
+import msgspec
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from support.metadata_words import UNIT, granted, ids, key, keys, new_state, registration, reservation
+
+from kvcore.chunk_keys import owner_of
+from kvcore.eviction.evictor import POLICY_NAMES
+from metadata_server.cache_messages import EvictRequest, PinRequest, UnpinRequest
+from metadata_server.index.limits import IndexLimits
+from metadata_server.messages import EventKind, HeartbeatRequest
+
+OWNERS = [owner_of(name) for name in (b"", b"a", b"b")]
+KEYS = 8
+"""Of each tenant: the keys of tenant t are 100 t and up."""
+NODES = ("a", "b")
+TENANT = st.integers(0, len(OWNERS) - 1)
+NUMBERS = st.lists(st.integers(0, KEYS - 1), min_size=1, max_size=4, unique=True)
+NODE = st.sampled_from(NODES)
+SEGMENT = st.sampled_from([None, "a.1", "b.1"])
+HOW = st.tuples(st.booleans(), st.booleans(), st.booleans())
+"""In the wished-for segment alone; the keys are in order; committed at once."""
+
+
+class QuotaMachine(RuleBasedStateMachine):
+    """The model: whose each key is, and how much of each segment a tenant may have."""
+
+    @initialize(eviction=st.sampled_from(POLICY_NAMES), share=st.sampled_from([0.25, 0.5, 0.75, 1.0]))
+    def begin(self, eviction, share):
+        self.now, self.share, self.sizes = 0.0, share, {"a.1": 8, "b.1": 5}
+        how = {"high_watermark": 0.9, "low_watermark": 0.5, "eviction": eviction, "tenant_share": share}
+        self.state = new_state(limits=IndexLimits(same_use_s=0.5), **how)
+        for node in NODES:
+            self.state.register(registration(node, units=self.sizes[f"{node}.1"], ttl_s=5.0), self.now)
+        self.open = []
+        self.leases = []
+
+    def taken(self):
+        """(segment, tenant) -> units, as the replicas say."""
+        used = Counter()
+        for replica in self.state._index.replicas.values():
+            used[replica.ref.segment_id, int.from_bytes(replica.ref.key, "little") // 100] += replica.room_bytes // UNIT
+        return used
+
+    @rule(tenant=TENANT, numbers=NUMBERS, units=st.integers(1, 3), at=st.tuples(NODE, SEGMENT), how=HOW)
+    def reserve(self, tenant, numbers, units, at, how):
+        (node, prefer), (only, ordered, commit) = at, how
+        before, first, position = self.taken(), self.state.counters["declined_over_share"], self.state.log.next_seq
+        numbers = [100 * tenant + number for number in numbers]
+        request = reservation(node, numbers, units=units, prefer=prefer, owner=OWNERS[tenant])
+        request = msgspec.structs.replace(request, in_order=ordered, only_preferred=only and prefer is not None)
+        reply = self.state.reserve(request, self.now)
+        if all(before[name, tenant] + units > self.share * size for name, size in self.sizes.items()):
+            for event in self.state.log.since(position):
+                if event.kind is EventKind.REMOVED:
+                    assert {int.from_bytes(k, "little") // 100 for k in event.keys} == {tenant}, "another's was evicted"
+        declined = [outcome for outcome in reply.outcomes if outcome.status == "full"]
+        assert self.state.counters["declined_over_share"] - first <= len(declined)
+        if commit:
+            self.state.commit(ids(node, granted(reply)), self.now)
+        else:
+            self.open.append((node, granted(reply)))
+
+    @rule(commit=st.booleans())
+    def end_one(self, commit):
+        if self.open:
+            node, replicas = self.open.pop(0)
+            (self.state.commit if commit else self.state.abort)(ids(node, replicas), self.now)
+
+    @rule(tenant=TENANT, numbers=NUMBERS, lease_s=st.sampled_from([0.0, 3.0]))
+    def read(self, tenant, numbers, lease_s):
+        wanted = keys(*(100 * tenant + number for number in numbers))
+        match = self.state.match(wanted, self.now, lease_s=lease_s, node_id="a", incarnation=1, in_order=True)
+        if match.lease_id:
+            self.leases.append(match.lease_id)
+
+    @rule()
+    def release(self):
+        if self.leases:
+            self.state.release([self.leases.pop(0)], self.now)
+
+    @rule(tenant=TENANT, number=st.integers(0, KEYS - 1), how=st.sampled_from(["pin", "unpin", "evict"]))
+    def keep(self, tenant, number, how):
+        wanted = [key(100 * tenant + number)]
+        if how == "pin":
+            self.state.pin(PinRequest(keys=wanted, ttl_s=2.0), self.now)
+        elif how == "unpin":
+            self.state.unpin(UnpinRequest(keys=wanted), self.now)
+        else:
+            self.state.evict(EvictRequest(keys=wanted), self.now)
+
+    @rule(seconds=st.sampled_from([0.1, 1.0, 3.0]))
+    def wait(self, seconds):
+        for _ in range(int(seconds * 10)):
+            self.now += 0.1
+            self.heartbeats()
+
+    def heartbeats(self):
+        for node in NODES:
+            assert self.state.heartbeat(HeartbeatRequest(node_id=node, incarnation=1), self.now).known
+
+    @invariant()
+    def none_has_more_than_its_share(self):
+        self.state.check_invariants(self.now)
+        for (name, _), units in self.taken().items():
+            assert units <= self.share * self.sizes[name]
+
+
+TestQuotas = QuotaMachine.TestCase
+TestQuotas.settings = settings(
+    max_examples=25, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
