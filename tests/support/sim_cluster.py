@@ -319,7 +319,7 @@ class SimCluster:
         answer = Answer(wanted, [[] for _ in range(n)], [False] * n)
         self.answers.append(answer)
         await asyncio.sleep(max(0.0, wanted.at_s - self.clock.now()))
-        spec = RequestSpec(wanted.id, wanted.prompt, wanted.sampling)
+        spec = RequestSpec(wanted.id, wanted.prompt, wanted.sampling, wanted.salt)
         while not answer.accepted:
             try:
                 run = self.dispatcher.open(spec)

@@ -71,20 +71,20 @@ class Oracle:
     def _add_chunks(self, known: dict[bytes, bytes], engine: SimEngineConfig, requests: Sequence[Wanted]) -> None:
         size = self._chunk_tokens
         arithmetic = Arithmetic(engine.weights_version, engine.bytes_per_token, engine.vocab_size)
-        root = root_key(sim_spec(engine, MODEL, size).fingerprint, b"")
-        for tokens in self._token_lists(engine, requests):
+        fingerprint = sim_spec(engine, MODEL, size).fingerprint
+        for salt, tokens in self._token_lists(engine, requests):
             record, records = b"", []
             for at, token in enumerate(tokens):
                 record = arithmetic.record(record, token, at)
                 records.append(record)
-            for chunk, key in enumerate(chunk_keys(root, tokens, size)):
+            for chunk, key in enumerate(chunk_keys(root_key(fingerprint, salt), tokens, size)):
                 known[key] = b"".join(records[chunk * size : (chunk + 1) * size])
 
-    def _token_lists(self, engine: SimEngineConfig, requests: Sequence[Wanted]) -> Iterator[list[int]]:
+    def _token_lists(self, engine: SimEngineConfig, requests: Sequence[Wanted]) -> Iterator[tuple[bytes, list[int]]]:
         for wanted in requests:
             for tokens in self.expected(wanted, engine):
-                yield [*wanted.prompt, *tokens]
+                yield wanted.salt, [*wanted.prompt, *tokens]
         for leg in self._legs.values():
             if leg.sampling.n == 1:  # a completion that went on alone may have had a seed of its own
                 (tokens,) = expected_tokens(engine, leg.prompt_token_ids, leg.sampling, output=leg.output_token_ids)
-                yield [*leg.prompt_token_ids, *tokens]
+                yield leg.cache_salt, [*leg.prompt_token_ids, *tokens]

@@ -26,6 +26,7 @@ class Wanted:
     prompt: list[int]
     sampling: SamplingParams
     leaves_after: int | None
+    salt: bytes = b""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,99 @@
+"""Two tenants of one cluster, one of which floods it: what the other has stored stays once each has a share."""
+
+import dataclasses
+import logging
+import random
+
+import pytest
+from support.sim_cluster import SimCluster, Variant
+from support.sim_loop import SimSeedLoop, run_sim
+from support.sim_plan import BLOCK, CHUNK, Plan, Wanted
+
+from kvcore.config.schema import SimEngineConfig, StoreConfig
+from nodeapi.messages import SamplingParams
+from router.requests.records import RequestRecord
+
+TALKS, ROUNDS, CHUNKS = 4, 6, 5
+"""The calm tenant asks each of its prompts, of so many chunks, in so many rounds."""
+SEGMENT_CHUNKS = 24
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def plan_of(seed: int, *, flood: bool, tenant_share: float | None) -> Plan:
+    dice = random.Random(seed)
+
+    def wanted(name: str, at_s: float, prompt: list[int], salt: bytes) -> Wanted:
+        sampling = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
+        return Wanted(name, at_s, prompt, sampling, None, salt)
+
+    def prompt() -> list[int]:
+        return [dice.randrange(1, 300) for _ in range(CHUNK * CHUNKS + 3)]
+
+    talks = [prompt() for _ in range(TALKS)]
+    requests = [
+        wanted(f"calm{turn}-{talk}", 1.0 + 4 * turn + 0.5 * talk, talks[talk], b"calm")
+        for turn in range(ROUNDS)
+        for talk in range(TALKS)
+    ]
+    if flood:
+        requests += [wanted(f"flood{n}", 1.0 + 0.2 * n, prompt(), b"flood") for n in range(20 * ROUNDS)]
+    return Plan(
+        engine=SimEngineConfig(
+            block_size=BLOCK,
+            num_blocks=4 * CHUNKS * CHUNK // BLOCK,
+            bytes_per_token=16,
+            max_context=512,
+            vocab_size=300,
+            prefill_tokens_per_s=4000.0,
+            inter_token_s=0.005,
+            max_batch_tokens=4 * CHUNK,
+        ),
+        store=StoreConfig(retire_grace_s=0.5, tenant_share=tenant_share, max_replicas=1),
+        segment_bytes=4096 * SEGMENT_CHUNKS,
+        requests=requests,
+        faults=[],
+        weather=0.0,
+    )
+
+
+def played(plan: Plan) -> tuple[float, SimCluster]:
+    """The share of the calm tenant's prompt tokens that were cached, after the first round."""
+    records: list[RequestRecord] = []
+    loop = SimSeedLoop(1, 300.0)
+
+    async def main() -> SimCluster:
+        cluster = SimCluster(1, loop, Variant(peaceful=True, plan=plan))
+        cluster.log.observers.append(records.append)
+        await cluster.run()
+        return cluster
+
+    cluster = run_sim(main, loop=loop)
+    assert not cluster.problems, cluster.problems
+    assert {one.state for one in records} == {"ok"}
+    calm = [one for one in records if one.id.startswith("calm") and not one.id.startswith("calm0")]
+    return sum(one.cached_tokens for one in calm) / sum(one.prompt_tokens for one in calm), cluster
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+def test_a_tenant_that_floods_costs_the_other_nothing_of_its_hit_rate(seed):
+    alone, _ = played(plan_of(seed, flood=False, tenant_share=None))
+    flooded, _ = played(plan_of(seed, flood=True, tenant_share=None))
+    held, cluster = played(plan_of(seed, flood=True, tenant_share=0.5))
+    assert flooded < alone - 0.3, "the flood was too small to show anything"
+    assert held > alone - 0.02
+    assert cluster.metadata.core.state.counters["evicted_own"] > 0
+
+
+def test_in_a_cluster_each_tenant_is_held_to_its_share():
+    plan = plan_of(0, flood=True, tenant_share=0.25)
+    _, cluster = played(dataclasses.replace(plan, requests=plan.requests[::2]))
+    records = cluster.metadata.core.state._nodes.segments.values()
+    used = [used for record in records for used in record._quotas.used_bytes.values()]
+    assert used and max(used) <= 4096 * SEGMENT_CHUNKS // 4
