@@ -10,7 +10,7 @@ from kvcore.types import ChunkKey
 from kvnode.tiers.node_tiers import NodeTiers
 from kvstore.chunk_format import HEADER_BYTES, parse
 from kvstore.manifest import scan
-from kvstore.tiers.base import ChunkName, GenerationList
+from kvstore.tiers.base import ChunkName, GenerationList, LocalTier
 from kvstore.tiers.guarded import GuardedTier
 from nodeapi.upkeep import (
     ChunksPlace,
@@ -49,7 +49,10 @@ class NodeUpkeep:
         names = [ChunkName(request.fingerprint, ChunkKey(key)) for key in request.keys]
         if request.action == "remove" and self._tiers is not None:
             self._tiers.filler.forget([name.key for name in names])
-        named = [] if request.action in ("pin", "unpin") else self._named(request.tiers)  # no tier here can pin yet
+        named = self._named(request.tiers)
+        if request.action in ("pin", "unpin"):  # what lies in a shared tier is not this cluster's alone to keep
+            local = self._tiers.local if self._tiers is not None else {}
+            return ChunksReply(places=[_pins(local[tier.name], names, request) for tier in named if tier.name in local])
         return ChunksReply(places=list(await asyncio.gather(*(self._order(tier, names, request) for tier in named))))
 
     async def clear(self, request: ClearRequest) -> ClearReply:
@@ -76,10 +79,15 @@ class NodeUpkeep:
             found = await tier.find(names, timeout_s=timeout_s)
             num_chunks = sum(found)
         if request.action == "remove":
-            await tier.remove(names, timeout_s=timeout_s)
+            local = self._tiers.local.get(tier.name) if self._tiers is not None else None
+            pinned = local.pinned(names) if local is not None else [False] * len(names)
+            await tier.remove(
+                [name for name, stays in zip(names, pinned, strict=True) if not stays], timeout_s=timeout_s
+            )
             left = sum(await tier.find(names, timeout_s=timeout_s))
             num_chunks, found = num_chunks - left, []
-            problem = f"{left} chunks could not be removed" if left else ""
+            problem = f"{sum(pinned)} chunks are pinned" if any(pinned) else ""
+            problem = f"{left} chunks could not be removed" if left > sum(pinned) else problem
         elif request.action == "expire":
             num_chunks = await tier.expire(names, request.ttl_s, timeout_s=timeout_s)
         problem = problem or tier.stats().problem or ""
@@ -88,6 +96,14 @@ class NodeUpkeep:
     def _named(self, names: Iterable[str]) -> list[GuardedTier]:
         wanted = set(names)
         return [tier for tier in self._tiers.tiers if tier.name in wanted] if self._tiers is not None else []
+
+
+def _pins(tier: LocalTier, names: Sequence[ChunkName], request: ChunksRequest) -> ChunksPlace:
+    if request.action == "unpin":
+        return ChunksPlace(name=tier.name, num_chunks=tier.unpin(names))
+    kept, refused = tier.pin(names, request.ttl_s)
+    why = f"{refused} chunks were not pinned: pins have their share of the {tier.name} already (store.pin_share)"
+    return ChunksPlace(name=tier.name, num_chunks=kept, problem=why if refused else "")
 
 
 def _in_segment(view: memoryview) -> GenerationsPlace:

@@ -157,7 +157,7 @@ class StoreConfig(Section, frozen=True, kw_only=True):
     ttl_s: Seconds | None = None
     """A chunk is forgotten so long after it was last stored in a segment. Not set: it is kept until room is needed."""
     pin_share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.5
-    """Share of all segments that pinned chunks may take; pins beyond it are refused."""
+    """Share of all segments, and of each disk of `tiers`, that pinned chunks may take; pins beyond it are refused."""
     tenant_share: Share | None = None
     """Share of each segment that chunks of one `cache_salt`, or of none, may take; beyond it they push out their own
     (docs/tiers.md). Not set: no limit."""

@@ -20,6 +20,7 @@ from kvnode.tiers.holdings import HoldingsAnnouncer
 from kvnode.tiers.limits import MoveLimits
 from kvnode.tiers.marker import GenerationMarker
 from kvnode.tiers.own_segment import OwnSegment
+from kvnode.tiers.pins import DiskPinner
 from kvnode.tiers.promoter import Peers, TierPromoter
 from kvnode.tiers.shape import ChunkShape
 from kvnode.tiers.warmer import TierWarmer
@@ -63,6 +64,9 @@ class NodeTiers:
     clock: Clock
     announcer: HoldingsAnnouncer | None = None
     warmer: TierWarmer | None = None
+    pinner: DiskPinner | None = None
+    local: dict[str, LocalTier] = field(default_factory=dict)
+    """By name, those that only this node sees."""
     _shape: ChunkShape | None = field(default=None)
 
     def engine_ready(self, spec: KVSpec) -> None:
@@ -79,6 +83,8 @@ class NodeTiers:
         """The metadata server has taken the node in, and knows nothing of its disk."""
         if self.announcer is not None:
             self.announcer.tell_all()
+        if self.pinner is not None:
+            self.pinner.registered()
 
     @property
     def announced(self) -> bool:
@@ -182,8 +188,11 @@ async def open_node_tiers(
             if is_local(one.tier):
                 tiers.announcer = HoldingsAnnouncer(metadata, node, one.tier.names, limits)
                 one.tier.on_change = tiers.announcer.changed
+                tiers.local[one.tier.name] = one.tier
+                tiers.pinner = DiskPinner(metadata, one.tier, limits)
                 tiers.warmer = TierWarmer(promoter, guard, one.tier.names, segment.size_bytes * config.warm_up, limits)
                 work += [(tiers.announcer.run(), "announce"), (tiers.warmer.run(), "warm-up")]
+                work.append((tiers.pinner.run(), "pin"))
         tasks = [spawned(one, f"{name}-{node.id}") for one, name in work]
         stack.push_async_callback(cancelled, *tasks)
         yield tiers

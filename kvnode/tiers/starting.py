@@ -31,7 +31,7 @@ async def start_tiers(
         return
     async with AsyncExitStack() as stack:
         host = config.nodes[node.id].host
-        place = TierPlace(config.cluster, node.id, host, owner.view)
+        place = TierPlace(config.cluster, node.id, host, owner.view, config.store.pin_share)
         opened = []
         for section in sections:
             tier = await open_tier(section, place, clock)

@@ -203,3 +203,17 @@ class LocalTier(Tier, Protocol):
     def names(self) -> list[ChunkName]:
         """All chunks in it, those that were used most or last first. No I/O."""
         ...
+
+    def pin(self, names: Sequence[ChunkName], ttl_s: float | None) -> tuple[int, int]:
+        """Keep these from eviction for so long (None: until they are unpinned), whether they lie here or are to come.
+        Of those that lie here, how many are kept, and how many, from the first that is one too many on, are not:
+        pins have a share of the room. Nothing is noted for a later start. No I/O."""
+        ...
+
+    def unpin(self, names: Sequence[ChunkName]) -> int:
+        """End pins; of how many chunks that lie here. No I/O."""
+        ...
+
+    def pinned(self, names: Sequence[ChunkName]) -> list[bool]:
+        """Whether each lies here and is kept. No I/O."""
+        ...

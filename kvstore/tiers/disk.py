@@ -1,12 +1,11 @@
 """A node's own disk as a tier: one preallocated slab, evicted by a policy, known again after a restart.
 
-Owns the index of the slab and which extents are in use. A cache needs no durability: nothing is ever synced, a torn
-chunk fails its checksum and is a miss. See `kvstore.tiers.disk_file` for the file.
+Owns whose turn it is to write, and the threads that do. A cache needs no durability: nothing is ever synced, a torn
+chunk fails its checksum and is a miss. See `kvstore.tiers.disk_index` for what lies where, `disk_file` for the file.
 """
 
 import asyncio
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
@@ -14,14 +13,14 @@ from kvcore.clock import Clock
 from kvcore.config.tiers import DiskTierConfig, TierConfig
 from kvcore.errors import TransferError
 from kvcore.eviction.base import EvictionPolicy
-from kvcore.eviction.chains import Chains
-from kvcore.eviction.evictor import Evictor, new_policy
+from kvcore.eviction.evictor import new_policy
 from kvcore.eviction.queues import Lru
-from kvcore.extents import ExtentAllocator, aligned
+from kvcore.extents import aligned
 from kvcore.telemetry import log_fields
 from kvstore.tiers.base import ChunkName, Cleared, GenerationList, TierChunk, TierOutcome, TierStats
 from kvstore.tiers.disk_batch import DiskBatch, HeldChunk
-from kvstore.tiers.disk_file import SlabEntry, SlabFile, disjoint, name_of_entry
+from kvstore.tiers.disk_file import SlabEntry, SlabFile
+from kvstore.tiers.disk_index import SlabIndex
 from kvstore.tiers.generations import counted
 from kvstore.tiers.opening import TierPlace
 from transfer.blocking import BatchDeadline, BlockingPool
@@ -38,47 +37,54 @@ class DiskTier:
     name = "disk"
     shared = False
 
-    def __init__(self, slab: SlabFile, entries: Sequence[SlabEntry], clock: Clock, policy: _Policy) -> None:
+    def __init__(
+        self, slab: SlabFile, entries: Sequence[SlabEntry], clock: Clock, policy: _Policy, pin_share: float
+    ) -> None:
         self.on_change: Callable[[Sequence[ChunkName], Sequence[ChunkName]], None] = lambda _came, _left: None
         self.max_chunk_bytes = slab.data_bytes
         self._slab, self._clock = slab, clock
         self._problem: str | None = None
         self._pool = BlockingPool("disk-tier", _THREADS)
-        self._index: OrderedDict[ChunkName, HeldChunk] = OrderedDict()
-        """Those used last at the end."""
-        self._evicted = 0
         self._writing = asyncio.Lock()
         """One save or removal at a time: a place in the table is given to nobody before it is cleared."""
-        self._to_clear: list[int] = []
-        """Places in the table of what left the index, still to be cleared."""
-        self._chains = Chains[ChunkName]()
-        """Nobody tells it which chunk continues which: all that use a prompt use its tail first."""
-        self._evictor = Evictor(policy, self._chains, lambda name: self._index[name].busy > 0)
-        taken = []
-        for entry in disjoint(entries, clock.wall()):
-            taken.append((entry.offset - slab.data_offset, entry.num_bytes))
-            self._keep(name_of_entry(entry), HeldChunk(entry))
-        used = {held.entry.number for held in self._index.values()}
-        self._extents = ExtentAllocator(slab.data_bytes, taken)
-        self._free_numbers = [number for number in reversed(range(slab.num_entries)) if number not in used]
-        self._to_clear += [entry.number for entry in entries if entry.number not in used]
+        self._index = SlabIndex(
+            data_offset=slab.data_offset,
+            data_bytes=slab.data_bytes,
+            num_entries=slab.num_entries,
+            entries=entries,
+            clock=clock,
+            policy=policy,
+            pin_share=pin_share,
+        )
 
     def __repr__(self) -> str:
-        return f"<DiskTier {self._slab.path}: {len(self._index)} chunks, {self._extents.used} bytes>"
+        return f"<DiskTier {self._slab.path}: {len(self._index.chunks)} chunks, {self._index.extents.used} bytes>"
 
     def names(self) -> list[ChunkName]:
         """See `LocalTier`: those used last first."""
-        return list(reversed(self._index))
+        return list(reversed(self._index.chunks))
+
+    def pin(self, names: Sequence[ChunkName], ttl_s: float | None) -> tuple[int, int]:
+        """See `LocalTier`."""
+        return self._index.pin(names, ttl_s)
+
+    def unpin(self, names: Sequence[ChunkName]) -> int:
+        """See `LocalTier`."""
+        return self._index.unpin(names)
+
+    def pinned(self, names: Sequence[ChunkName]) -> list[bool]:
+        """See `LocalTier`."""
+        return self._index.pinned(names)
 
     async def find(self, names: Sequence[ChunkName], *, timeout_s: float) -> list[bool]:
         """See `Tier`. From memory."""
-        return [not self._pool.closed and self._alive(name) is not None for name in names]
+        return [not self._pool.closed and self._index.alive(name) is not None for name in names]
 
     async def sizes(self, names: Sequence[ChunkName], *, timeout_s: float) -> list[int | TierOutcome]:
         """See `Tier`. From memory."""
         if self._pool.closed:
             return [TierOutcome.UNAVAILABLE] * len(names)
-        alive = [self._alive(name) for name in names]
+        alive = [self._index.alive(name) for name in names]
         return [TierOutcome.MISSING if held is None else held.entry.num_bytes for held in alive]
 
     async def load(self, chunks: Sequence[TierChunk], *, timeout_s: float) -> list[TierOutcome]:
@@ -88,7 +94,7 @@ class DiskTier:
             return outcomes
         batch = DiskBatch(self._slab)
         for at, chunk in enumerate(chunks):
-            held = self._alive(chunk.name)
+            held = self._index.alive(chunk.name)
             if held is None:
                 outcomes[at] = TierOutcome.MISSING
             elif held.entry.num_bytes != chunk.num_bytes:
@@ -97,7 +103,7 @@ class DiskTier:
                 held.busy += 1
                 batch.work.append((at, held, chunk))
         for _, held, chunk in reversed(batch.work):  # a prefix is to outlive what continues it
-            self._touch(chunk.name, held)
+            self._index.touch(chunk.name, held)
         await self._run(batch, batch.read, timeout_s)
         for at, came in batch.done.items():
             outcomes[at] = TierOutcome.OK if came else TierOutcome.DAMAGED
@@ -114,7 +120,7 @@ class DiskTier:
         batch, left = DiskBatch(self._slab), list[ChunkName]()
         try:
             self._plan_save(chunks, ttl_s, batch, left, outcomes)
-            await self._run(batch, batch.writing(self._to_clear), end - self._clock.now())
+            await self._run(batch, batch.writing(self._index.to_clear), end - self._clock.now())
         finally:
             came = self._keep_written(batch)
             self._writing.release()
@@ -128,15 +134,15 @@ class DiskTier:
 
     async def remove(self, names: Sequence[ChunkName], *, timeout_s: float) -> None:
         """See `Tier`."""
-        left = [name for name in dict.fromkeys(names) if name in self._index]
+        left = [name for name in dict.fromkeys(names) if name in self._index.chunks]
         if not left or not await self._may_write(timeout_s):
             return
         batch = DiskBatch(self._slab)
         try:
             for name in left:
-                if name in self._index:
-                    self._drop(name)
-            await self._run(batch, batch.writing(self._to_clear), timeout_s)
+                if name in self._index.chunks:
+                    self._index.drop(name)
+            await self._run(batch, batch.writing(self._index.to_clear), timeout_s)
         finally:
             self._writing.release()
             self.on_change([], left)
@@ -146,11 +152,11 @@ class DiskTier:
         if not await self._may_write(timeout_s):
             return 0
         try:
-            known = [held for name in dict.fromkeys(names) if (held := self._alive(name)) is not None]
+            known = [held for name in dict.fromkeys(names) if (held := self._index.alive(name)) is not None]
             for held in known:
                 held.entry.ends_at = 0.0 if ttl_s is None else self._clock.wall() + ttl_s
             batch = DiskBatch(self._slab, entries=[held.entry for held in known])
-            await self._run(batch, batch.writing(self._to_clear), timeout_s)
+            await self._run(batch, batch.writing(self._index.to_clear), timeout_s)
             return len(known)
         finally:
             self._writing.release()
@@ -159,7 +165,7 @@ class DiskTier:
         """See `Tier`. From memory."""
         if self._pool.closed:
             return GenerationList(incomplete="it is closed")
-        index = [(name, held.entry.num_bytes, held.entry.used_at) for name, held in self._index.items()]
+        index = [(name, held.entry.num_bytes, held.entry.used_at) for name, held in self._index.chunks.items()]
         return counted(index)
 
     async def mark(self, fingerprint: bytes, owner: str, note: str, *, ttl_s: float, timeout_s: float) -> None:
@@ -169,18 +175,18 @@ class DiskTier:
         self, fingerprints: Sequence[bytes], *, own: Collection[str] | None = None, timeout_s: float
     ) -> Cleared:
         """See `Tier`."""
-        names = [name for name in self._index if name.fingerprint in fingerprints]
+        names = [name for name in self._index.chunks if name.fingerprint in fingerprints]
         await self.remove(names, timeout_s=timeout_s)
-        left = sum(name in self._index for name in names)
+        left = sum(name in self._index.chunks for name in names)
         return Cleared(len(names) - left, f"{self._slab.path} was busy, or is closed" if left else "")
 
     def stats(self) -> TierStats:
         """See `Tier`."""
         return TierStats(
-            num_chunks=len(self._index),
-            used_bytes=self._extents.used,
-            capacity_bytes=self._extents.capacity,
-            evicted=self._evicted,
+            num_chunks=len(self._index.chunks),
+            used_bytes=self._index.extents.used,
+            capacity_bytes=self._index.extents.capacity,
+            evicted=self._index.evicted,
             problem=self._problem,
         )
 
@@ -188,32 +194,13 @@ class DiskTier:
         """See `Tier`. When each chunk was used last is written down."""
         if self._pool.closed:
             return
-        entries = [held.entry for held in self._index.values()]
+        entries = [held.entry for held in self._index.chunks.values()]
         await self._pool.aclose()
         try:
             await asyncio.to_thread(self._slab.put_entries, entries)
         except OSError as error:
             log_fields(_log, logging.WARNING, "disk_tier_not_written", path=str(self._slab.path), reason=error.strerror)
         self._slab.close()
-
-    # --- the index ---
-
-    def _alive(self, name: ChunkName) -> HeldChunk | None:
-        held = self._index.get(name)
-        if held is not None and 0 < held.entry.ends_at <= self._clock.wall():
-            return None
-        return held
-
-    def _touch(self, name: ChunkName, held: HeldChunk) -> None:
-        held.entry.used_at = self._clock.wall()
-        if name in self._index:
-            self._index.move_to_end(name)
-            self._evictor.use(name)
-
-    def _keep(self, name: ChunkName, held: HeldChunk) -> None:
-        self._index[name] = held
-        self._chains.came(name)
-        self._evictor.add(name)
 
     async def _may_write(self, timeout_s: float) -> bool:
         """Whether it is this caller's turn to write, which it gives back by releasing `_writing`."""
@@ -242,20 +229,20 @@ class DiskTier:
         for at, chunk in reversed(list(enumerate(chunks))):  # a prefix is to outlive what continues it
             if chunk.name in planned:
                 continue
-            if (held := self._alive(chunk.name)) is not None:
-                self._touch(chunk.name, held)
+            if (held := self._index.alive(chunk.name)) is not None:
+                self._index.touch(chunk.name, held)
                 outcomes[at] = TierOutcome.OK
                 continue
-            if chunk.name in self._index:  # its time was up
-                self._drop(chunk.name)
+            if chunk.name in self._index.chunks:  # its time was up
+                self._index.drop(chunk.name)
             if aligned(chunk.num_bytes) > self._slab.data_bytes:
                 outcomes[at] = TierOutcome.TOO_LARGE
-            elif (offset := self._make_room(chunk.num_bytes, left)) is None:
+            elif (offset := self._index.make_room(chunk.num_bytes, left)) is None:
                 outcomes[at] = TierOutcome.FULL
             else:
                 planned.add(chunk.name)
                 entry = SlabEntry(
-                    number=self._free_numbers.pop(),
+                    number=self._index.free_numbers.pop(),
                     raw_header=chunk.header(),
                     offset=self._slab.data_offset + offset,
                     num_bytes=chunk.num_bytes,
@@ -269,40 +256,12 @@ class DiskTier:
         came = []
         for at, held, chunk in batch.work:
             if batch.done.get(at):
-                self._keep(chunk.name, held)
+                self._index.keep(chunk.name, held)
                 came.append(chunk.name)
             else:
-                self._to_clear.append(held.entry.number)
-                self._give_back(held)
+                self._index.to_clear.append(held.entry.number)
+                self._index.give_back(held)
         return came
-
-    def _make_room(self, num_bytes: int, left: list[ChunkName]) -> int | None:
-        """An extent; None: what is left is being read."""
-        while True:
-            offset = self._extents.allocate(num_bytes) if self._free_numbers else None
-            if offset is not None:
-                return offset
-            victim = self._evictor.evict()
-            if victim is None:
-                return None
-            self._let_go(victim)
-            self._evicted += 1
-            left.append(victim)
-
-    def _drop(self, name: ChunkName) -> None:
-        self._evictor.remove(name)
-        self._let_go(name)
-
-    def _let_go(self, name: ChunkName) -> None:
-        held = self._index.pop(name)
-        self._to_clear.append(held.entry.number)
-        held.gone = True
-        if not held.busy:
-            self._give_back(held)
-
-    def _give_back(self, held: HeldChunk) -> None:
-        self._extents.release(held.entry.offset - self._slab.data_offset)
-        self._free_numbers.append(held.entry.number)
 
     # --- the disk ---
 
@@ -316,11 +275,7 @@ class DiskTier:
             self._problem = batch.problem or error.message
         finally:
             for _, held, chunk in reversed(batch.work):  # a prefix is to outlive what continues it
-                held.busy -= 1
-                if held.gone and not held.busy:
-                    self._give_back(held)
-                elif not held.busy and self._index.get(chunk.name) is held:
-                    self._evictor.refresh(chunk.name)
+                self._index.done(chunk.name, held)
 
 
 async def open_tier(config: TierConfig, place: TierPlace, clock: Clock) -> DiskTier:
@@ -328,13 +283,21 @@ async def open_tier(config: TierConfig, place: TierPlace, clock: Clock) -> DiskT
     assert isinstance(config, DiskTierConfig)
     path = Path(config.path.replace("{node}", place.node_id), f"kvferry-{place.node_id}.slab")
     policy: _Policy = new_policy(config.eviction)
-    return await open_disk(path, int(config.size), clock, buffered=config.buffered, policy=policy)
+    share = place.pin_share
+    return await open_disk(path, int(config.size), clock, buffered=config.buffered, policy=policy, pin_share=share)
 
 
 async def open_disk(
-    path: Path, size_bytes: int, clock: Clock, *, buffered: bool = False, policy: _Policy | None = None
+    path: Path,
+    size_bytes: int,
+    clock: Clock,
+    *,
+    buffered: bool = False,
+    policy: _Policy | None = None,
+    pin_share: float = 0.5,
 ) -> DiskTier:
-    """The tier over the file, which is made if it is not there. `policy`: LRU. Raises ConfigError."""
+    """The tier over the file, which is made if it is not there. `policy`: LRU. `pin_share`: of the slab, that pinned
+    chunks may take. Raises ConfigError."""
 
     def start() -> tuple[SlabFile, str, list[SlabEntry]]:
         slab, said = SlabFile.open(path.expanduser(), size_bytes, buffered=buffered)
@@ -343,4 +306,4 @@ async def open_disk(
     slab, said, entries = await asyncio.to_thread(start)
     if said:
         log_fields(_log, logging.WARNING, "disk_tier", path=str(path), said=said)
-    return DiskTier(slab, entries, clock, policy or Lru())
+    return DiskTier(slab, entries, clock, policy or Lru(), pin_share)

@@ -28,6 +28,8 @@ class TierPlace:
     """The address by which other machines reach the node."""
     segment: memoryview
     """The node's segment, from and to which chunks go: a client may have to be told of it."""
+    pin_share: float = 0.5
+    """Of what is the node's alone, that pinned chunks may take."""
 
 
 TierOpener = Callable[[TierConfig, TierPlace, Clock], Awaitable[Tier]]

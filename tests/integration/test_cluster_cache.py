@@ -85,6 +85,8 @@ async def test_each_command_of_the_page_does_what_it_says(tmp_path: Path) -> Non
     warmed = said["warm prompt.txt requests.jsonl"].splitlines()
     assert re.match(r"prompts: 3, \d+ tokens computed", warmed[-1]) and len(warmed) == 4
     assert re.search(r"memory: \d+ chunks pinned", said["pin prompt.txt"])
+    assert re.search(r"disk of \S+: [1-9]\d* chunks pinned", said["pin prompt.txt"])
+    assert re.search(r"disk of \S+: [1-9]\d* chunks unpinned", said["unpin prompt.txt"])
     assert "memory: 16 chunks removed" in said["evict requests.jsonl"]
     assert "nothing to clear" in said["clear --stale --yes"]
     assert "nothing to clear" in said["clear --generation 0a1b2c --yes"]

@@ -171,6 +171,18 @@ class SimTier:
         """See `LocalTier`."""
         return list(reversed(self._medium.memory.chunks))
 
+    def pin(self, names: Sequence[ChunkName], ttl_s: float | None) -> tuple[int, int]:
+        """See `LocalTier`. It has no room for pins."""
+        return 0, len(names)
+
+    def unpin(self, names: Sequence[ChunkName]) -> int:
+        """See `LocalTier`."""
+        return 0
+
+    def pinned(self, names: Sequence[ChunkName]) -> list[bool]:
+        """See `LocalTier`."""
+        return [False] * len(names)
+
     async def find(self, names: Sequence[ChunkName], *, timeout_s: float) -> list[bool]:
         """See `Tier`."""
         if not await self._reached("find", timeout_s):

@@ -77,7 +77,7 @@ async def disk_rig(*, buffered: bool = False) -> AsyncIterator[TierRig]:
         tier = await open_disk(path, CAPACITY_BYTES, clock, buffered=buffered)
 
         def place(name: ChunkName) -> tuple[int, int]:
-            entry = tier._index[name].entry
+            entry = tier._index.chunks[name].entry
             return entry.offset, entry.num_bytes
 
         def overwrite(offset: int, change: Callable[[bytes], bytes], length: int) -> None:

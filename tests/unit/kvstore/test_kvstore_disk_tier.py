@@ -84,7 +84,7 @@ async def test_of_writers_that_are_killed_no_torn_chunk_is_believed(path, reques
         write_until_killed(str(request.config.rootpath), path, start, dice.random() * 0.1)
         tier = await opened(path, 4 * MIB)
         for name in tier.names():
-            back = TierChunk(name, [memoryview(bytearray(tier._index[name].entry.num_bytes))])
+            back = TierChunk(name, [memoryview(bytearray(tier._index.chunks[name].entry.num_bytes))])
             assert await load(tier, back) == [OK]
             raw = content(back)
             header = parse(raw)
@@ -99,7 +99,7 @@ async def test_torn_at_any_block_a_chunk_is_not_whole(path):
         tier = await opened(path)
         chunk = chunk_of(name_of(at), 5 * 4096 - 200)
         assert await save(tier, chunk) == [OK]
-        offset = tier._index[chunk.name].entry.offset
+        offset = tier._index.chunks[chunk.name].entry.offset
         await tier.aclose()
         with path.open("r+b") as file:
             file.seek(offset + at)
@@ -116,8 +116,8 @@ async def test_cut_or_zeroed_from_any_block_on_no_chunk_is_believed_and_all_of_i
     for block in range(1 + 4 + 1 + 5):  # the head, the table, a chunk, and the one that is torn
         tier = await opened(path, MIB)
         assert await save(tier, before) == [OK] and await save(tier, torn) == [OK]
-        offset = tier._index[torn.name].entry.offset
-        assert offset == 6 * 4096 and tier._index[before.name].entry.offset == 5 * 4096
+        offset = tier._index.chunks[torn.name].entry.offset
+        assert offset == 6 * 4096 and tier._index.chunks[before.name].entry.offset == 5 * 4096
         if how != "cut_in_use":
             await tier.aclose()
         os.truncate(path, block * 4096)
@@ -142,7 +142,7 @@ async def test_a_damaged_table_forgets_what_it_says_and_nothing_else(path):
     tier = await opened(path)
     chunks = [chunk_of(name_of(number), 5000) for number in range(40)]
     await save(tier, *chunks)
-    number = tier._index[chunks[7].name].entry.number
+    number = tier._index.chunks[chunks[7].name].entry.number
     await tier.aclose()
     with path.open("r+b") as file:
         file.seek(4096 + number * 256 + 40)
@@ -246,10 +246,10 @@ async def test_no_room_is_lost_whatever_happens(path):
         if turn % 50 == 49:
             await tier.aclose()
             tier = await opened(path, 2 * MIB, clock)
-        tier._extents.check()
-        held = [one.entry for one in tier._index.values()]
-        assert tier._extents.used == sum(-(-entry.num_bytes // 4096) * 4096 for entry in held)
-        assert len(tier._free_numbers) + len(held) == tier._slab.num_entries
+        tier._index.extents.check()
+        held = [one.entry for one in tier._index.chunks.values()]
+        assert tier._index.extents.used == sum(-(-entry.num_bytes // 4096) * 4096 for entry in held)
+        assert len(tier._index.free_numbers) + len(held) == tier._slab.num_entries
     await tier.aclose()
 
 

@@ -30,24 +30,45 @@ def keys_of(prompt: list[int] = PROMPT, salt: bytes = b"") -> list[bytes]:
     return chunk_keys(root_key(LIVE, salt), prompt, CHUNK_TOKENS)
 
 
+class PinningDisk(MemoryTier):
+    """A node's own, of which pins may take two chunks."""
+
+    shared = False
+
+    def __init__(self) -> None:
+        super().__init__(1 << 24, SystemClock(), name="disk")
+        self.kept: set[ChunkName] = set()
+
+    def pin(self, names: list[ChunkName], ttl_s: float | None) -> tuple[int, int]:
+        there = [name for name in names if name in self.chunks]
+        self.kept = set(there[:2])
+        return len(self.kept), len(there) - len(self.kept)
+
+    def unpin(self, names: list[ChunkName]) -> int:
+        ended, self.kept = self.kept & set(names), self.kept - set(names)
+        return len(ended)
+
+    def pinned(self, names: list[ChunkName]) -> list[bool]:
+        return [name in self.kept for name in names]
+
+
 class Kept:
     """Tiers of some nodes: `disk` of each, `cloud` of all."""
 
     def __init__(self, nodes: FakeNodes) -> None:
         self.cloud = MemoryTier(1 << 24, SystemClock(), name="cloud")
-        self.disks: dict[str, MemoryTier] = {}
+        self.disks: dict[str, PinningDisk] = {}
         self.forgotten: list[str] = []
         for node in nodes.nodes:
             self.give(node)
 
     def give(self, node: FakeNode) -> None:
-        disk = self.disks[node.id] = MemoryTier(1 << 24, SystemClock(), name="disk")
-        disk.shared = False  # type: ignore[misc]
+        disk = self.disks[node.id] = PinningDisk()
         tiers = [GuardedTier(tier, SystemClock(), in_flight_bytes=1 << 24) for tier in (disk, self.cloud)]
         filler = SimpleNamespace(forget=lambda _keys: self.forgotten.append(node.id))
         marker = SimpleNamespace(owner=f"test/{node.id}")
         node.tiers = [TierReport(name="disk", shared=False), TierReport(name="cloud", shared=True)]
-        made: Any = SimpleNamespace(tiers=tiers, filler=filler, marker=marker)
+        made: Any = SimpleNamespace(tiers=tiers, filler=filler, marker=marker, local={"disk": disk})
         node.upkeep = NodeUpkeep(memoryview(bytearray(4096)), made)
 
 
@@ -157,11 +178,33 @@ async def test_an_end_in_time_is_given_and_taken_back():
     assert all(end is None for _, end in kept.cloud.chunks.values())
 
 
+async def test_a_pin_reaches_the_nodes_disks_as_far_as_their_share_goes_and_holds_there():
+    _, kept, client = await kept_rig()
+    await put(kept.disks["d0"], keys_of()[:2])
+    await put(kept.disks["d1"], keys_of()[1:4])
+    await put(kept.cloud, keys_of())
+    reply = await ask(client, "pin")
+    assert {(one["place"], one["node"]): one["chunks"] for one in reply["places"] if one["place"] == "disk"} == {
+        ("disk", node): 2 if node in ("d0", "d1") else 0 for node in kept.disks
+    }
+    (problem,) = reply["problems"]
+    assert problem.startswith("d1: disk: 1 chunks were not pinned: pins have their share") and "pin_share" in problem
+    reply = await ask(client, "evict")
+    assert len(kept.disks["d0"].chunks) == 2 and len(kept.disks["d1"].chunks) == 2 and not kept.cloud.chunks
+    assert {one.partition(" ")[0]: one for one in reply["problems"]} == {
+        "d0:": "d0: disk: 2 chunks are pinned", "d1:": "d1: disk: 2 chunks are pinned"
+    }  # fmt: skip
+    reply = await ask(client, "unpin")
+    assert sum(one["chunks"] for one in reply["places"] if one["place"] == "disk") == 4
+    await ask(client, "evict")
+    assert not kept.disks["d0"].chunks and not kept.disks["d1"].chunks
+
+
 async def test_pins_are_the_metadata_servers_and_what_is_in_memory_is_evicted_there():
     rig, kept, client = await kept_rig()
     reply = await ask(client, "pin")
-    (memory,) = reply["places"]
-    assert (memory["place"], memory["chunks"], memory["problem"], reply["problems"]) == ("memory", 6, "", [])
+    (memory,) = (one for one in reply["places"] if one["place"] == "memory")
+    assert (memory["chunks"], memory["problem"], reply["problems"]) == (6, "", [])
     assert rig.metadata.pins(None, SystemClock().now()).num_pins == 6
     node = NodeInfo(id="p0", role=Role.PREFILLER, control_url="http://p0", incarnation=1)
     segment = Segment(id="p0.1", node_id="p0", size_bytes=1 << 20, host_id="h", addresses={})
@@ -173,7 +216,8 @@ async def test_pins_are_the_metadata_servers_and_what_is_in_memory_is_evicted_th
     rig.metadata.register(RegisterRequest(node=node, segments=[manifest], ttl_s=900), SystemClock().now())
     reply = await ask(client, "evict")
     assert reply["places"][0]["chunks"] == 0 and "6 chunks are pinned" in reply["problems"][0]
-    assert (await ask(client, "unpin"))["places"][0]["chunks"] == 6
+    unpinned = {one["place"]: one["chunks"] for one in (await ask(client, "unpin"))["places"]}
+    assert unpinned == {"memory": 6, "disk": 0}
     assert (await ask(client, "expire", ttl_s="100"))["places"][-1]["chunks"] == 6
     await put(kept.cloud, keys_of())
     reply = await ask(client, "evict")

@@ -1,0 +1,216 @@
+"""What lies in a slab: which chunk where, which of them goes first, and which are pinned. Pure but for the clock.
+
+Owns extents and places in the table; the file is `kvstore.tiers.disk_file`'s. Invariants: a place or an extent is given
+to nobody before it was given back; pinned chunks take no more than their share.
+"""
+
+import heapq
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+
+from kvcore.clock import Clock
+from kvcore.eviction.base import EvictionPolicy
+from kvcore.eviction.chains import Chains
+from kvcore.eviction.evictor import Evictor
+from kvcore.extents import ExtentAllocator, aligned
+from kvcore.types import ChunkKey
+from kvstore.tiers.base import ChunkName
+from kvstore.tiers.disk_batch import HeldChunk
+from kvstore.tiers.disk_file import SlabEntry, disjoint, name_of_entry
+
+
+class SlabPins:
+    """Names that are pinned, those that lie there and those to come, and what the former take."""
+
+    def __init__(self, most_bytes: int, max_names: int) -> None:
+        self.most_bytes, self.held_bytes = most_bytes, 0
+        self._max_names = max_names
+        self._until: dict[ChunkName, float | None] = {}
+        """On the clock; None: until they are unpinned."""
+        self._held: dict[ChunkName, int] = {}
+        """Of those that lie there and are kept: the bytes that they take."""
+        self._ends: list[tuple[float, bytes, bytes]] = []
+        """A heap of ends with their names, of ends that were changed too."""
+
+    def __repr__(self) -> str:
+        return f"<SlabPins of {len(self._until)} names, {self.held_bytes} of {self.most_bytes} bytes>"
+
+    def __contains__(self, name: ChunkName) -> bool:
+        """Whether the chunk lies there and is kept."""
+        return name in self._held
+
+    def pin(self, name: ChunkName, until: float | None, num_bytes: int | None) -> bool:
+        """`num_bytes`: that it takes; None: it does not lie there yet. False: that is more than pins may have."""
+        new = 0 if num_bytes is None or name in self._held else num_bytes
+        if self.held_bytes + new > self.most_bytes or (name not in self._until and len(self._until) == self._max_names):
+            return False
+        self._until[name] = until
+        if until is not None:
+            heapq.heappush(self._ends, (until, name.fingerprint, name.key))
+        if num_bytes is not None:
+            self._hold(name, num_bytes)
+        return True
+
+    def unpin(self, name: ChunkName) -> bool:
+        """False: it was not pinned."""
+        if name not in self._until:
+            return False
+        del self._until[name]
+        self.left(name)
+        return True
+
+    def came(self, name: ChunkName, num_bytes: int) -> None:
+        """It lies there from now on."""
+        if name in self._until and self.held_bytes + num_bytes <= self.most_bytes:
+            self._hold(name, num_bytes)
+
+    def left(self, name: ChunkName) -> None:
+        """It does not lie there any more, or is not kept."""
+        self.held_bytes -= self._held.pop(name, 0)
+
+    def ended(self, now: float) -> Iterator[ChunkName]:
+        """Unpin what has ended; those that lay there."""
+        while self._ends and self._ends[0][0] <= now:
+            end, fingerprint, key = heapq.heappop(self._ends)
+            name = ChunkName(fingerprint, ChunkKey(key))
+            if self._until.get(name) == end:
+                held = name in self._held
+                self.unpin(name)
+                if held:
+                    yield name
+
+    def _hold(self, name: ChunkName, num_bytes: int) -> None:
+        if name not in self._held:
+            self._held[name] = num_bytes
+            self.held_bytes += num_bytes
+
+
+class SlabIndex:
+    """Used on one event loop. `evicted` counts what made room, since start."""
+
+    def __init__(
+        self,
+        *,
+        data_offset: int,
+        data_bytes: int,
+        num_entries: int,
+        entries: Sequence[SlabEntry],
+        clock: Clock,
+        policy: EvictionPolicy[ChunkName],
+        pin_share: float,
+    ) -> None:
+        """`entries`: what the table says."""
+        self.evicted = 0
+        self.to_clear: list[int] = []
+        """Places in the table of what left the index, still to be cleared."""
+        self.chunks: OrderedDict[ChunkName, HeldChunk] = OrderedDict()
+        """Those used last at the end."""
+        self.pins = SlabPins(int(pin_share * data_bytes), num_entries)
+        self._clock, self._data_offset = clock, data_offset
+        self._chains = Chains[ChunkName]()
+        """Nobody tells it which chunk continues which: all that use a prompt use its tail first."""
+        self._evictor = Evictor(policy, self._chains, self._stays)
+        taken = []
+        for entry in disjoint(entries, clock.wall()):
+            taken.append((entry.offset - data_offset, entry.num_bytes))
+            self.keep(name_of_entry(entry), HeldChunk(entry))
+        used = {held.entry.number for held in self.chunks.values()}
+        self.extents = ExtentAllocator(data_bytes, taken)
+        self.free_numbers = [number for number in reversed(range(num_entries)) if number not in used]
+        self.to_clear += [entry.number for entry in entries if entry.number not in used]
+
+    def alive(self, name: ChunkName) -> HeldChunk | None:
+        """The chunk, unless its time is up; that of a pinned one is not."""
+        held = self.chunks.get(name)
+        if held is not None and 0 < held.entry.ends_at <= self._clock.wall() and name not in self.pins:
+            return None
+        return held
+
+    def touch(self, name: ChunkName, held: HeldChunk) -> None:
+        """It is used."""
+        held.entry.used_at = self._clock.wall()
+        if name in self.chunks:
+            self.chunks.move_to_end(name)
+            self._evictor.use(name)
+
+    def keep(self, name: ChunkName, held: HeldChunk) -> None:
+        """It lies there from now on."""
+        self.chunks[name] = held
+        self._chains.came(name)
+        self._evictor.add(name)
+        self.pins.came(name, aligned(held.entry.num_bytes))
+
+    def make_room(self, num_bytes: int, left: list[ChunkName]) -> int | None:
+        """An extent, after as many evictions as it takes, which are added to `left`; None: nothing else may go."""
+        while True:
+            offset = self.extents.allocate(num_bytes) if self.free_numbers else None
+            if offset is not None:
+                return offset
+            self._refresh(self.pins.ended(self._clock.now()))
+            victim = self._evictor.evict()
+            if victim is None:
+                return None
+            self._let_go(victim)
+            self.evicted += 1
+            left.append(victim)
+
+    def drop(self, name: ChunkName) -> None:
+        """It is to go, whatever it is."""
+        self._evictor.remove(name)
+        self._let_go(name)
+
+    def done(self, name: ChunkName, held: HeldChunk) -> None:
+        """One who was busy with it is no longer."""
+        held.busy -= 1
+        if held.gone and not held.busy:
+            self.give_back(held)
+        elif not held.busy and self.chunks.get(name) is held:
+            self._evictor.refresh(name)
+
+    def give_back(self, held: HeldChunk) -> None:
+        """Its extent and its place are free."""
+        self.extents.release(held.entry.offset - self._data_offset)
+        self.free_numbers.append(held.entry.number)
+
+    def pin(self, names: Iterable[ChunkName], ttl_s: float | None) -> tuple[int, int]:
+        """See `LocalTier`."""
+        until = None if ttl_s is None else self._clock.now() + ttl_s
+        self._refresh(self.pins.ended(self._clock.now()))
+        kept = refused = 0
+        for name in dict.fromkeys(names):
+            held = self.alive(name)
+            room = None if held is None else aligned(held.entry.num_bytes)
+            if refused or not self.pins.pin(name, until, room):
+                refused += held is not None
+            else:
+                kept += held is not None
+        return kept, refused
+
+    def unpin(self, names: Iterable[ChunkName]) -> int:
+        """See `LocalTier`."""
+        pinned = [name for name in dict.fromkeys(names) if name in self.pins]
+        for name in names:
+            self.pins.unpin(name)
+        self._refresh(pinned)
+        return len(pinned)
+
+    def pinned(self, names: Iterable[ChunkName]) -> list[bool]:
+        """See `LocalTier`."""
+        self._refresh(self.pins.ended(self._clock.now()))
+        return [name in self.pins for name in names]
+
+    def _stays(self, name: ChunkName) -> bool:
+        return self.chunks[name].busy > 0 or name in self.pins
+
+    def _refresh(self, names: Iterable[ChunkName]) -> None:
+        for name in names:
+            if name in self.chunks:
+                self._evictor.refresh(name)
+
+    def _let_go(self, name: ChunkName) -> None:
+        held = self.chunks.pop(name)
+        self.pins.left(name)
+        self.to_clear.append(held.entry.number)
+        held.gone = True
+        if not held.busy:
+            self.give_back(held)
