@@ -14,4 +14,4 @@ def check_records(context: Context) -> list[Finding]:
     look = look_at_records(context.config)
     if look.wrong is None:
         return [Finding(_RECORDS, True, look.shown)]
-    return [Finding(_RECORDS, False, f"{look.shown}: {look.wrong}", "metadata_server.records.path names another place")]
+    return [Finding(_RECORDS, False, f"{look.shown}: {look.wrong}", "correct metadata_server.records")]

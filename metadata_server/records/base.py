@@ -29,6 +29,13 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """With which it ends."""
 
 
+class Guard(msgspec.Struct, frozen=True):
+    """Another record, and the revision at which it must be for a write to happen: the one by which a leader leads."""
+
+    key: str
+    revision: int
+
+
 class PutOutcome(Enum):
     """What became of a write."""
 
@@ -69,7 +76,8 @@ class Records(Protocol):
     """Where records are kept.
 
     Every call may raise RecordsUnavailableError: nothing is known of a write then, it may have happened. `put` raises
-    InvalidRequestError for a key or value out of bounds. A cancelled write may still happen.
+    InvalidRequestError for a key or value out of bounds. With a `guard`, `put` and `delete` raise NotLeaderError, and
+    change nothing, when the guard's record is at another revision. A cancelled write may still happen.
     """
 
     async def run(self) -> None:
@@ -84,18 +92,27 @@ class Records(Protocol):
         """All whose keys begin so."""
         ...
 
-    async def put(self, key: str, value: bytes, *, expect: int | None = None, lease: int = NO_LEASE) -> PutReply:
+    async def put(
+        self,
+        key: str,
+        value: bytes,
+        *,
+        expect: int | None = None,
+        lease: int = NO_LEASE,
+        guard: Guard | None = None,
+    ) -> PutReply:
         """Write, if the record is at revision `expect` (ABSENT: if there is none; None: whatever is there)."""
         ...
 
-    async def delete(self, key: str, *, expect: int | None = None) -> bool:
+    async def delete(self, key: str, *, expect: int | None = None, guard: Guard | None = None) -> bool:
         """Remove, if it is at revision `expect`. False: it was not there, or at another revision."""
         ...
 
     async def grant(self, ttl_s: float) -> int:
-        """A new lease. It ends, and its records with it, when it was not renewed for so long.
+        """A new lease. It ends, and its records with it, when it was not renewed for so long, or a little later.
 
-        A time in which nobody could renew it, such as this process's own restart, does not count."""
+        A time in which the records were not there to renew it (the process of the embedded ones was stopped or started
+        again, etcd elected a leader) does not count."""
         ...
 
     async def renew(self, lease: int) -> bool:

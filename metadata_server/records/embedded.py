@@ -11,7 +11,7 @@ from typing import Protocol
 
 from kvcore.clock import Clock
 from kvcore.errors import OverloadedError, RecordsUnavailableError
-from metadata_server.records.base import NO_LEASE, Listing, PutReply, Record, RecordsUpdate
+from metadata_server.records.base import NO_LEASE, Guard, Listing, PutReply, Record, RecordsUpdate
 from metadata_server.records.limits import RecordsLimits
 from metadata_server.records.table import Batch, RecordsTable
 from metadata_server.records.watching import Watchers
@@ -66,16 +66,26 @@ class EmbeddedRecords:
         self._check_open()
         return self._table.listing(prefix)
 
-    async def put(self, key: str, value: bytes, *, expect: int | None = None, lease: int = NO_LEASE) -> PutReply:
+    async def put(
+        self,
+        key: str,
+        value: bytes,
+        *,
+        expect: int | None = None,
+        lease: int = NO_LEASE,
+        guard: Guard | None = None,
+    ) -> PutReply:
         """See Records."""
         self._check_room()
+        self._table.check_guard(guard)
         reply = self._table.put(key, value, expect, lease)
         await self._flushed()
         return reply
 
-    async def delete(self, key: str, *, expect: int | None = None) -> bool:
+    async def delete(self, key: str, *, expect: int | None = None, guard: Guard | None = None) -> bool:
         """See Records."""
         self._check_room()
+        self._table.check_guard(guard)
         done = self._table.delete(key, expect)
         await self._flushed()
         return done
@@ -140,6 +150,8 @@ class EmbeddedRecords:
     async def _flush(self) -> None:
         while True:
             await self._staged.wait()
+            if self._closed:  # who waited was refused, and the journal takes nothing any more
+                return
             self._staged.clear()
             batch, waiting, self._waiting = self._table.cut(), self._waiting, []
             try:

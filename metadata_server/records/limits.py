@@ -27,3 +27,9 @@ class RecordsLimits:
     """… and so much later than that means that this process was stopped: leases begin their time anew."""
     busy_s: float = 2.0
     """For a file that another process holds, at start: the one before us may still be ending."""
+    etcd_pause_s: float = 0.1
+    """After a member of etcd that did not answer, before the next is asked."""
+    etcd_least_s: float = 0.1
+    """For one try at one member, however little of the call's time is left."""
+    etcd_page: int = 1000
+    """Records of one answer."""

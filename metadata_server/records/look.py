@@ -1,12 +1,17 @@
 """Where the records of a cluster file lie, and whether they can be written: for who asks before anything is started."""
 
+import asyncio
 import os
+import secrets
+from dataclasses import replace
 
 import msgspec
 
-from kvcore.config.records import MemoryRecordsConfig, SqliteRecordsConfig
+from kvcore.clock import SystemClock
+from kvcore.config.records import EtcdRecordsConfig, MemoryRecordsConfig, SqliteRecordsConfig
 from kvcore.config.schema import ClusterConfig
-from kvcore.errors import ConfigError
+from kvcore.errors import ConfigError, KVFerryError
+from metadata_server.records.etcd.access import EtcdAccess, etcd_access
 from metadata_server.records.opening import records_file
 
 
@@ -18,12 +23,19 @@ class RecordsLook(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def look_at_records(config: ClusterConfig) -> RecordsLook:
-    """Look, on the machine that is to run the metadata server. Opens and changes nothing."""
+    """Look, on the machine that is to run the metadata server. Changes no file; at each member of etcd a record is
+    written and removed. Blocking, for two calls of its time there."""
     match config.metadata_server.records:
         case MemoryRecordsConfig():
             return RecordsLook(shown="in memory: pins end with the metadata server")
         case SqliteRecordsConfig():
             return _look_at_file(config)
+        case EtcdRecordsConfig() as section:
+            try:
+                access = etcd_access(section, config.cluster)
+            except ConfigError as error:
+                return RecordsLook(shown="etcd", wrong=error.message)
+            return asyncio.run(_look_at_etcd(access))
 
 
 def _look_at_file(config: ClusterConfig) -> RecordsLook:
@@ -41,3 +53,24 @@ def _look_at_file(config: ClusterConfig) -> RecordsLook:
     if refused:
         return RecordsLook(shown=str(file), wrong=f"{' and '.join(refused)} cannot be written")
     return RecordsLook(shown=f"{file}{'' if parts else ', which will be made'}")
+
+
+async def _look_at_etcd(access: EtcdAccess) -> RecordsLook:
+    problems = [problem for problem in await asyncio.gather(*(_try(access, host) for host in access.hosts)) if problem]
+    shown = f"etcd at {', '.join(access.hosts)}, below {access.prefix}"
+    return RecordsLook(shown=shown, wrong="; ".join(problems) or None)
+
+
+async def _try(access: EtcdAccess, host: str) -> str:
+    """What is wrong with one member; empty: nothing."""
+    from metadata_server.records.etcd.records import EtcdRecords
+
+    records, key = EtcdRecords(replace(access, hosts=(host,)), SystemClock()), f"doctor/{secrets.token_hex(8)}"
+    try:
+        await records.put(key, b"")
+        await records.delete(key)
+    except KVFerryError as error:
+        return error.message
+    finally:
+        await records.aclose()
+    return ""

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from kvcore.clock import Clock
-from kvcore.config.records import MemoryRecordsConfig, SqliteRecordsConfig
+from kvcore.config.records import EtcdRecordsConfig, MemoryRecordsConfig, SqliteRecordsConfig
 from kvcore.config.schema import ClusterConfig
 from kvcore.state_folder import state_folder
 from metadata_server.records.base import Records
+from metadata_server.records.etcd.access import etcd_access
 from metadata_server.records.memory import memory_records
 from metadata_server.records.sqlite import sqlite_records
 
@@ -19,6 +20,11 @@ async def open_records(config: ClusterConfig, clock: Clock) -> Records:
         case SqliteRecordsConfig():
             file = records_file(config)
             return memory_records(clock) if file is None else await sqlite_records(file, clock)
+        case EtcdRecordsConfig() as section:
+            access = etcd_access(section, config.cluster)
+            from metadata_server.records.etcd.records import open_etcd
+
+            return await open_etcd(access, clock)
 
 
 def records_file(config: ClusterConfig) -> Path | None:

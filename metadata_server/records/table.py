@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from kvcore.errors import OverloadedError
-from metadata_server.records.base import NO_LEASE, Listing, PutOutcome, PutReply, Record, check_record
+from kvcore.errors import NotLeaderError, OverloadedError
+from metadata_server.records.base import NO_LEASE, Guard, Listing, PutOutcome, PutReply, Record, check_record
 from metadata_server.records.limits import RecordsLimits
 
 
@@ -67,6 +67,14 @@ class RecordsTable:
         return Listing(records=tuple(found), revision=self.revision)
 
     # --- staging ------------------------------------------------------------------------------------------------
+
+    def check_guard(self, guard: Guard | None) -> None:
+        """Raise NotLeaderError if the guard's record is at another revision."""
+        if guard is None:
+            return
+        found = self._latest(guard.key)
+        if found is None or found.revision != guard.revision:
+            raise NotLeaderError(f"the record {guard.key} is no longer at revision {guard.revision}")
 
     def put(self, key: str, value: bytes, expect: int | None, lease: int) -> PutReply:
         """Stage a write; the reply holds once it is flushed. Raises InvalidRequestError, OverloadedError."""

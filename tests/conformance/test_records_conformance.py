@@ -1,16 +1,26 @@
 """What every kind of records does: a new kind adds a row to KINDS and an opener, and passes all of this."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack
+from functools import cache
 
 import pytest
-from support.records_rigs import KINDS, Open, RecordsKind, opener, running
+from support.etcd_server import EtcdServer, etcd_server
+from support.records_rigs import ALL_KINDS, KINDS, Open, RecordsKind, opener, running
 
-from kvcore.errors import InvalidRequestError, PayloadTooLargeError, RecordsUnavailableError
-from metadata_server.records.base import ABSENT, PutOutcome, Records, RecordsUpdate
+from kvcore.errors import InvalidRequestError, NotLeaderError, PayloadTooLargeError, RecordsUnavailableError
+from metadata_server.records.base import ABSENT, Guard, PutOutcome, Records, RecordsUpdate
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(scope="module")
+def etcd() -> Iterator[Callable[[], EtcdServer]]:
+    """One for all tests, started by the first that wants it."""
+    with ExitStack() as stack:
+        yield cache(lambda: stack.enter_context(etcd_server()))
+
+
+@pytest.fixture(params=ALL_KINDS)
 def kind_name(request):
     return request.param
 
@@ -21,8 +31,8 @@ def kind(kind_name) -> RecordsKind:
 
 
 @pytest.fixture
-def open_again(kind_name, tmp_path) -> Open:
-    return opener(kind_name, tmp_path)
+def open_again(kind_name, tmp_path, etcd) -> Open:
+    return opener(kind_name, tmp_path, etcd)
 
 
 @pytest.fixture
@@ -31,7 +41,7 @@ async def records(open_again) -> AsyncIterator[Records]:
         yield records
 
 
-durable = pytest.mark.parametrize("kind_name", [name for name, kind in KINDS.items() if kind.survives], indirect=True)
+durable = pytest.mark.parametrize("kind_name", [kind for kind in ALL_KINDS if kind != "memory"], indirect=True)
 
 
 async def put(records: Records, key: str, value: bytes = b"v", **how: int) -> int:
@@ -110,6 +120,33 @@ async def test_a_removal_says_whether_there_was_something_to_remove(records):
     assert not await records.delete("a")
     assert await records.get("a") is None
     assert await put(records, "a", expect=ABSENT) > revision
+
+
+async def test_a_guarded_write_happens_only_while_the_guard_is_as_it_was(records):
+    lease = await records.grant(600.0)
+    guard = Guard("leader", await put(records, "leader", b"me", lease=lease))
+    assert await put(records, "a", b"1", guard=guard)
+    first = await put(records, "b", b"1", expect=ABSENT, guard=guard)
+    assert await records.delete("b", expect=first, guard=guard)
+    await records.revoke(lease)
+    for _ in range(2):  # nobody leads; then, another does
+        for expect in (None, ABSENT, first):
+            with pytest.raises(NotLeaderError):
+                await records.put("a", b"late", expect=expect, guard=guard)
+            with pytest.raises(NotLeaderError):
+                await records.delete("a", expect=expect, guard=guard)
+        with pytest.raises(NotLeaderError):
+            await records.delete("not there", guard=guard)
+        await put(records, "leader", b"another", expect=ABSENT if await records.get("leader") is None else None)
+    assert (await records.get("a")).value == b"1" and await records.get("b") is None
+
+
+async def test_a_guarded_write_that_expects_another_revision_is_a_conflict(records):
+    guard = Guard("leader", await put(records, "leader"))
+    revision = await put(records, "a", b"1", guard=guard)
+    reply = await records.put("a", b"2", expect=ABSENT, guard=guard)
+    assert reply.outcome is PutOutcome.CONFLICT and reply.record.revision == revision
+    assert not await records.delete("a", expect=guard.revision, guard=guard)
 
 
 async def test_a_listing_has_all_below_a_prefix_in_order_and_nothing_else(records):

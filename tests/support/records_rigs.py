@@ -1,15 +1,20 @@
 """Records of each kind, running in the test's own loop: what their conformance suite runs over."""
 
 import asyncio
+import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+from support.etcd_server import EtcdServer, needs_etcd
 from support.metadata_rigs import end
 
 from kvcore.clock import SystemClock
+from kvcore.config.records import EtcdRecordsConfig
 from metadata_server.records.base import Records
+from metadata_server.records.etcd.access import etcd_access
 from metadata_server.records.memory import memory_records
 from metadata_server.records.sqlite import sqlite_records
 
@@ -25,7 +30,9 @@ class RecordsKind:
     lease_s: float
 
 
-KINDS = {"memory": RecordsKind(False, 0.1), "sqlite": RecordsKind(True, 0.1)}
+KINDS = {"memory": RecordsKind(False, 0.1), "sqlite": RecordsKind(True, 0.1), "etcd": RecordsKind(True, 1.0)}
+ALL_KINDS = ["memory", "sqlite", pytest.param("etcd", marks=needs_etcd)]
+"""For a test's parameter."""
 
 
 @asynccontextmanager
@@ -38,8 +45,9 @@ async def running(records: Records) -> AsyncIterator[Records]:
         yield records
 
 
-def opener(kind: str, folder: Path) -> Open:
-    """Each call opens the same records."""
+def opener(kind: str, folder: Path, etcd: Callable[[], EtcdServer]) -> Open:
+    """Each call opens the same records. `etcd` starts one, or gives the one that runs."""
+    name = secrets.token_hex(8)
 
     async def memory() -> Records:
         return memory_records(SystemClock())
@@ -47,4 +55,10 @@ def opener(kind: str, folder: Path) -> Open:
     async def sqlite() -> Records:
         return await sqlite_records(folder / "records.sqlite", SystemClock())
 
-    return {"memory": memory, "sqlite": sqlite}[kind]
+    async def of_etcd() -> Records:
+        from metadata_server.records.etcd.records import open_etcd
+
+        config = EtcdRecordsConfig(endpoints=etcd().urls, timeout_s=10.0)
+        return await open_etcd(etcd_access(config, name), SystemClock())
+
+    return {"memory": memory, "sqlite": sqlite, "etcd": of_etcd}[kind]

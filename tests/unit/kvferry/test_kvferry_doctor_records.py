@@ -4,9 +4,11 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from support.etcd_server import etcd_server, with_etcd
+from support.ports import free_ports
 
 from kvcore.clock import SystemClock
-from kvcore.config.records import MemoryRecordsConfig, RecordsConfig, SqliteRecordsConfig
+from kvcore.config.records import EtcdRecordsConfig, MemoryRecordsConfig, RecordsConfig, SqliteRecordsConfig
 from kvcore.config.schema import ClusterConfig, MetadataServerConfig, ModelConfig, NodeConfig, SimEngineConfig
 from kvcore.errors import ConfigError
 from kvcore.state_folder import state_folder
@@ -58,7 +60,26 @@ def test_what_cannot_be_written_is_wrong(tmp_path):
     (tmp_path / "file").touch()
     finding = finding_for(SqliteRecordsConfig(path=str(tmp_path / "file" / "records.sqlite")))
     assert not finding.ok and f"{tmp_path / 'file'} cannot be written" in finding.detail
-    assert "metadata_server.records.path" in finding.remedy
+    assert "metadata_server.records" in finding.remedy
+
+
+def test_members_of_etcd_that_do_not_answer_are_wrong():
+    (port,) = free_ports(1)
+    finding = finding_for(EtcdRecordsConfig(endpoints=[f"http://127.0.0.1:{port}"], timeout_s=0.1))
+    assert not finding.ok and finding.detail.startswith(f"etcd at 127.0.0.1:{port}, below kvferry/c/: ")
+    assert "unavailable" in finding.detail or "deadline exceeded" in finding.detail
+    assert not finding_for(EtcdRecordsConfig(endpoints=["nowhere"])).ok
+
+
+@with_etcd
+def test_each_member_of_etcd_is_written_to_and_left_as_it_was():
+    with etcd_server(3) as server:
+        finding = finding_for(EtcdRecordsConfig(endpoints=server.urls, timeout_s=10.0))
+        assert finding.ok and finding.detail.endswith(", below kvferry/c/"), finding
+        assert server.ctl("get", "--prefix", "kvferry/") == ""
+        server.members[2].kill()
+        finding = finding_for(EtcdRecordsConfig(endpoints=server.urls, timeout_s=1.0))
+        assert not finding.ok and str(server.members[2].port) in finding.detail.partition(": ")[2]
 
 
 def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:

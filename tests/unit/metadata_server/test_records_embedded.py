@@ -131,6 +131,22 @@ async def test_closing_refuses_what_waits():
         assert (await writing).outcome is PutOutcome.WRITTEN
 
 
+async def test_what_was_staged_and_not_begun_when_it_was_closed_reaches_no_journal():
+    async with held() as (records, journal, _):
+        first = asyncio.ensure_future(records.put("a", b"1"))
+        await until(lambda: journal.batches)
+        second = asyncio.ensure_future(records.put("b", b"2"))
+        await asyncio.sleep(0)
+        await records.aclose()
+        journal.answers.put_nowait(True)
+        await first
+        with pytest.raises(RecordsUnavailableError):
+            await second
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert len(journal.batches) == 1
+
+
 async def test_a_lease_whose_grant_was_cancelled_ends_all_the_same():
     limits = RecordsLimits(pulse_s=0.01, stall_s=1e9)
     async with held(limits) as (records, journal, clock):
