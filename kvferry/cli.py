@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 from kvcore.errors import ConfigError
 from kvcore.process.service import EXIT_CONFIG
+from kvcore.release import release
 from kvferry.cache.arguments import add_cache
+from kvferry.nodes.arguments import add_nodes
 
 if TYPE_CHECKING:
     from kvcore.config.fields import ByteSize
@@ -52,6 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_config(_command(commands, "config", None, "make a part of a cluster file from another program's"))
     text = "look at the cache of a running cluster, and give orders about it"
     add_cache(_command(commands, "cache", None, text), cluster_file)
+    text = "look at the nodes of a running cluster, drain them, and forget those that are gone"
+    add_nodes(_command(commands, "nodes", None, text), cluster_file)
     status = _command(commands, "status", _status, "show nodes, segments, requests and hit rate of a running cluster")
     status.add_argument(
         "--config", type=cluster_file, help=f"where the addresses are (default: {DEFAULT_CONFIG}, if it exists)"
@@ -83,12 +87,7 @@ def cluster_file(given: str) -> Path:
 
 
 def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return f"kvferry {version('kvferry')}"
-    except PackageNotFoundError:
-        return "kvferry (not installed: run from its sources)"
+    return f"kvferry {release() or '(not installed: run from its sources)'}"
 
 
 def _command(

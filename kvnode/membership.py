@@ -109,6 +109,8 @@ class Membership:
         """Something has changed that the step under way, or the last one, did not tell the server."""
         self.refused = ""
         """Why the metadata server does not take the node in; empty: it does, or has not said so."""
+        self.drained = ""
+        """By order, as the metadata server last said: `stay`, or `move` its chunks elsewhere; empty: it is not."""
         self.registrations = 0
         self.heartbeat_failures = 0
         self.on_registered: Callable[[], None] = lambda: None
@@ -189,7 +191,9 @@ class Membership:
             if step is Step.REGISTER:
                 await self._register()
             else:
-                self._lease.on_heartbeat(await self._heartbeat())
+                reply = await self._heartbeat()
+                self._lease.on_heartbeat(reply)
+                self.drained = reply.drained
         except (MetadataUnavailableError, MetadataProtocolError) as error:
             if isinstance(error, MetadataProtocolError) and step is Step.REGISTER:
                 self._say_refused(error)

@@ -23,6 +23,7 @@ from kvcore.config.vllm_options import engine_environment
 from kvcore.errors import KVFerryError, NodeUnavailableError
 from kvcore.ports import base_url, listen
 from kvcore.process.service import Lifecycle
+from kvcore.release import release
 from kvcore.telemetry import Metrics
 from kvcore.types import NodeInfo, Role
 from kvnode.control_api import ControlApi
@@ -96,11 +97,12 @@ class _RunningNode:
             stats=stats if ready else None,
             segments=[self.owner.segment],
             transports=sample.transports if sample is not None else {},
-            draining=self.api is not None and self.api.draining,
+            draining=(self.api is not None and self.api.draining) or bool(self.membership.drained),
             engine_restarts=self.supervisor.restarts if self.supervisor is not None else 0,
             refused=self.membership.refused,
             tiers=self.tiers.reports() if self.tiers is not None else [],
             version=self.weights.version,
+            release=release(),
         )
 
 

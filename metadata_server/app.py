@@ -19,6 +19,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from kvcore.clock import Clock
 from kvcore.errors import KVFerryError, MetadataProtocolError, PayloadTooLargeError
+from kvcore.process.audit import caller
 from kvcore.process.http_body import check_encoding
 from kvcore.telemetry import METRICS_CONTENT_TYPE, Metrics, log_fields
 from metadata_server import metrics as own_metrics
@@ -92,7 +93,8 @@ def _post(
         json_out = _wants_json(request, json_in)
         body = await read(request)
         started = clock.now()
-        call = core.dispatch(path, body, json=json_in, reply_json=json_out)
+        who = caller(request.client) if endpoint.about is not None else ""
+        call = core.dispatch(path, body, json=json_in, reply_json=json_out, who=who)
         reply = await (_unless_gone(request, call) if waits else call)
         observe(clock.now() - started)
         return Response(reply, media_type=JSON if json_out else MSGPACK)

@@ -1,13 +1,19 @@
-"""Wire messages with which people and hints say what the cache shall keep (docs/wire-formats.md).
+"""Wire messages that say what the cache shall keep and what nodes shall do (docs/wire-formats.md).
 
-As all messages of the metadata server, see `metadata_server.messages`. Since version CACHE_CONTROL of the protocol.
+As all messages of the metadata server, see `metadata_server.messages`. Since versions CACHE_CONTROL and NODE_ORDERS of
+the protocol.
 """
+
+from typing import Literal
 
 from kvcore.types import ChunkKey
 from metadata_server.messages import ReplyBody, RequestBody
 
 CACHE_CONTROL = 3
 """Since which chunks are pinned, evicted and given a time by their keys."""
+NODE_ORDERS = 4
+"""Since which nodes are drained and removed by order."""
+NodeAction = Literal["drain", "undrain", "remove"]
 
 
 class PinRequest(RequestBody, frozen=True, kw_only=True):
@@ -68,3 +74,43 @@ class PinsReply(ReplyBody, frozen=True, kw_only=True):
     most_bytes: int
     """That pins may take of the cluster's memory (`store.pin_share`)."""
     pins: list[Pin]
+
+
+class NodeOrderRequest(RequestBody, frozen=True, kw_only=True):
+    """`drain`: the node gets no new requests and no new chunks, until `undrain`. `remove`: it is forgotten."""
+
+    node_id: str
+    action: NodeAction
+    move: bool = False
+    """`drain`: it copies its chunks to other nodes, too."""
+    force: bool = False
+    """`remove`: also a node that is alive; this start of it is not taken in again."""
+    incarnation: int = 0
+    """`remove`: the start of the node that is meant, as far as who asks knows; 0: not known."""
+
+
+class NodeOrder(ReplyBody, frozen=True, kw_only=True):
+    """What was ordered of one node."""
+
+    node_id: str
+    kind: str
+    """`drained` or `removed`."""
+    since: float
+    """Unix seconds."""
+    move: bool = False
+    """Of a drained one: its chunks are copied to other nodes."""
+    incarnation: int = 0
+    """Of a removed one: the start that is not taken in any more; 0: every start is."""
+
+
+class NodeOrderReply(ReplyBody, frozen=True, kw_only=True):
+    """What holds of the node now. `refused`: why nothing was changed; empty: what was asked for holds."""
+
+    order: NodeOrder | None = None
+    refused: str = ""
+
+
+class NodeOrdersReply(ReplyBody, frozen=True, kw_only=True):
+    """What was ordered of nodes and not taken back, whether they are alive or not."""
+
+    orders: list[NodeOrder]

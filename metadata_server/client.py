@@ -19,6 +19,9 @@ from metadata_server.cache_messages import (
     CacheReply,
     EvictRequest,
     ExpireRequest,
+    NodeOrderReply,
+    NodeOrderRequest,
+    NodeOrdersReply,
     PinRequest,
     PinsReply,
     UnpinRequest,
@@ -204,6 +207,14 @@ class MetadataClient:
     async def pins(self, *, timeout_s: float | None = None) -> PinsReply:
         """What is pinned."""
         return await self._call(endpoints.PINS, None, timeout_s)
+
+    async def order_node(self, request: NodeOrderRequest, *, timeout_s: float | None = None) -> NodeOrderReply:
+        """Drain a node, undrain or remove it. Idempotent, but for `undrain`, which says so the second time."""
+        return await self._call(endpoints.ORDER_NODE, request, timeout_s)
+
+    async def node_orders(self, *, timeout_s: float | None = None) -> NodeOrdersReply:
+        """Which nodes are drained, and which were removed."""
+        return await self._call(endpoints.NODE_ORDERS, None, timeout_s)
 
     async def nodes(self, *, timeout_s: float | None = None) -> NodesReply:
         """Live nodes and their segments, with the addresses to reach them by."""

@@ -14,6 +14,7 @@ import msgspec
 
 from kvcore.clock import Clock
 from kvcore.errors import MetadataProtocolError, NodeRefusedError, OverloadedError
+from kvcore.process.audit import audited
 from kvcore.telemetry import log_fields
 from kvcore.types import ChunkKey
 from metadata_server.cache_messages import CacheReply, PinRequest, UnpinRequest
@@ -35,6 +36,7 @@ from metadata_server.messages import (
     WaitRequest,
 )
 from metadata_server.protocol import RequestDecoder, encode
+from metadata_server.records.node_orders import NodeOrdering
 from metadata_server.records.pins import PinRecords
 
 _logger = logging.getLogger("metadata_server")
@@ -48,6 +50,8 @@ class _Row:
     handle: Callable[[Any, float], Any]
     decode: Callable[..., Any]
     is_async: bool
+    about: Callable[[Any], str] | None
+    outcome: Callable[[Any], str]
 
 
 def _said(batch: EventBatch) -> EventBatch:
@@ -63,12 +67,19 @@ class MetadataCore:
     """Answers calls on one event loop. `run` must be running, else nothing runs out unless it is asked for."""
 
     state: MetadataState
+    orders: NodeOrdering
 
     def __init__(
-        self, state: MetadataState, clock: Clock, limits: ServerLimits = ServerLimits(), pins: PinRecords | None = None
+        self,
+        state: MetadataState,
+        clock: Clock,
+        limits: ServerLimits = ServerLimits(),
+        pins: PinRecords | None = None,
+        orders: NodeOrdering | None = None,
     ) -> None:
-        """`pins`: where they are written down; None: nowhere."""
+        """`pins`, `orders`: what writes them down; None: nothing does."""
         self.state = state
+        self.orders = orders or NodeOrdering(state, clock)
         self._pins = pins
         self._clock = clock
         self._limits = limits
@@ -84,7 +95,11 @@ class MetadataCore:
         self._stopping = False
         self._calls = {
             row.path: _Row(
-                row.handler(self), RequestDecoder(row).decode if row.request else _no_body, row.waits or row.durable
+                row.handler(self),
+                RequestDecoder(row).decode if row.request else _no_body,
+                row.waits or row.durable,
+                row.about,
+                row.outcome,
             )
             for row in ENDPOINTS
         }
@@ -102,9 +117,11 @@ class MetadataCore:
         """Event streams open."""
         return self._num_subscribers
 
-    async def dispatch(self, path: str, body: bytes, *, json: bool = False, reply_json: bool | None = None) -> bytes:
+    async def dispatch(
+        self, path: str, body: bytes, *, json: bool = False, reply_json: bool | None = None, who: str = ""
+    ) -> bytes:
         """Answer one call; the GET endpoints have empty bodies. The reply is in the body's format, unless `reply_json`
-        says otherwise.
+        says otherwise. `who` asks, for the log of operators' orders.
 
         Raises MetadataProtocolError (unknown path, malformed or out of bounds). Only an endpoint that waits or
         is durable suspends; cancelling it leaves nothing behind. With too many waiting it answers at once with what
@@ -114,9 +131,15 @@ class MetadataCore:
         if call is None:
             raise MetadataProtocolError(f"no such endpoint: {path}")
         now = self._now()
-        reply = call.handle(call.decode(body, json=json), now)
-        if call.is_async:
-            reply = await reply
+        request = call.decode(body, json=json)
+        if call.about is None:
+            reply = call.handle(request, now)
+            if call.is_async:
+                reply = await reply
+        else:
+            with audited(who, path, call.about(request)) as line:
+                reply = await call.handle(request, now)
+                line.outcome = call.outcome(reply)
         self._after_change()
         return encode(_DONE if reply is None else reply, json=json if reply_json is None else reply_json)
 

@@ -68,6 +68,11 @@ def _check_register(request: m.RegisterRequest) -> None:
             check_extent(entry, f"{path}.entries[{index}]")
 
 
+def _check_order(request: c.NodeOrderRequest) -> None:
+    check_name(request.node_id, "node_id")
+    check_incarnation(request.incarnation, "incarnation")
+
+
 def _check_match(request: m.MatchRequest | m.WaitRequest) -> None:
     check_keys(request.keys)
     check_seconds(request.lease_s, "lease_s", zero=True)
@@ -145,6 +150,10 @@ class EndpointSpec(Generic[Req, Rep]):
     """A long poll: its handler is async and ends when its client leaves."""
     durable: bool = False
     """Answered once it is written down: its handler is async."""
+    about: Callable[[Req], str] | None = None
+    """Of an operator's order: what it is about, for the line that it leaves in the log."""
+    outcome: Callable[[Rep], str] = lambda _: "ok"
+    """What came of it, for the same."""
     statuses: tuple[int, ...] = (400, 413, 415, 503)
     """Of its errors."""
 
@@ -181,6 +190,17 @@ RELEASE_WRITER = EndpointSpec(
     lambda core: core.state.release_writer,
     "Give back what a node's dead engine held",
     _check_node,
+)
+ORDER_NODE = EndpointSpec(
+    "/v1/nodes/order_node",
+    c.NodeOrderRequest,
+    c.NodeOrderReply,
+    lambda core: core.orders.order,
+    "Drain a node, undrain or remove it",
+    _check_order,
+    durable=True,
+    about=lambda request: f"{request.action} {request.node_id}",
+    outcome=lambda reply: "refused" if reply.refused else "ok",
 )
 MATCH = EndpointSpec(
     "/v1/objects/match",
@@ -290,6 +310,13 @@ EXPIRE = EndpointSpec(
     _check_keep,
 )
 PINS = EndpointSpec("/v1/cache/pins", None, c.PinsReply, lambda core: core.state.pins, "What is pinned")
+NODE_ORDERS = EndpointSpec(
+    "/v1/nodes/node_orders",
+    None,
+    c.NodeOrdersReply,
+    lambda core: core.orders.listed,
+    "Which nodes are drained, and which were removed",
+)
 NODES = EndpointSpec("/v1/nodes", None, m.NodesReply, lambda core: core.nodes, "Live nodes and segments")
 STATS = EndpointSpec("/v1/stats", None, m.Stats, lambda core: core.stats, "What is held, and counters")
 
@@ -298,6 +325,7 @@ ENDPOINTS: tuple[EndpointSpec[Any, Any], ...] = (
     HEARTBEAT,
     LEAVE,
     RELEASE_WRITER,
+    ORDER_NODE,
     MATCH,
     WAIT,
     RESERVE,
@@ -312,6 +340,7 @@ ENDPOINTS: tuple[EndpointSpec[Any, Any], ...] = (
     EVICT,
     EXPIRE,
     PINS,
+    NODE_ORDERS,
     NODES,
     STATS,
 )

@@ -75,10 +75,12 @@ class HeartbeatRequest(RequestBody, frozen=True, kw_only=True):
 
 
 class HeartbeatReply(ReplyBody, frozen=True, kw_only=True):
-    """`known` false: register again, with manifests."""
+    """`known` false: register again, with manifests. `drained`: the node is to get no new requests (`stay`) and to copy
+    its chunks to other nodes, too (`move`); empty: it is not drained."""
 
     epoch: str
     known: bool
+    drained: str = ""
 
 
 class LeaveRequest(RequestBody, frozen=True, kw_only=True):
@@ -89,8 +91,7 @@ class LeaveRequest(RequestBody, frozen=True, kw_only=True):
 
 
 class ReleaseWriterRequest(RequestBody, frozen=True, kw_only=True):
-    """The node lives but its engine has died: all that is reserved or leased in its name is given back. Its replicas
-    stay."""
+    """The node's engine has died: all that is reserved or leased in its name is given back. Its replicas stay."""
 
     node_id: str
     incarnation: int

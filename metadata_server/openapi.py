@@ -161,6 +161,7 @@ _FIELD_BOUNDS: dict[str, dict[str, _Schema]] = {
     "HeartbeatRequest": _NODE,
     "LeaveRequest": _NODE,
     "ReleaseWriterRequest": _NODE,
+    "NodeOrderRequest": _NODE,
     "MatchRequest": _MATCH,
     "WaitRequest": {
         **_MATCH,

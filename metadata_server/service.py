@@ -11,13 +11,17 @@ from kvcore.telemetry import Metrics
 from metadata_server.app import create_app
 from metadata_server.core import MetadataCore
 from metadata_server.index.state import MetadataState
+from metadata_server.records.base import Records
+from metadata_server.records.node_orders import NodeOrdering
 from metadata_server.records.opening import open_records
 from metadata_server.records.pins import PinRecords
 
 _GENERATION_BITS = 20
 
 
-def create_core(config: ClusterConfig, clock: Clock, pins: PinRecords | None = None) -> MetadataCore:
+def create_core(
+    config: ClusterConfig, clock: Clock, pins: PinRecords | None = None, records: Records | None = None
+) -> MetadataCore:
     """An empty index with an epoch and generations that no earlier life had (as far as the wall clock grows)."""
     wall_ms = int(clock.wall() * 1000)
     server = config.metadata_server
@@ -29,7 +33,7 @@ def create_core(config: ClusterConfig, clock: Clock, pins: PinRecords | None = N
         identity=ClusterIdentity(config.cluster, config.model.name),
         event_log=server.event_log,
     )
-    return MetadataCore(state, clock, pins=pins)
+    return MetadataCore(state, clock, pins=pins, orders=NodeOrdering(state, clock, records))
 
 
 async def main(config: ClusterConfig, lifecycle: Lifecycle) -> None:
@@ -39,13 +43,15 @@ async def main(config: ClusterConfig, lifecycle: Lifecycle) -> None:
     lifecycle.stack.push_async_callback(records.aclose)
     lifecycle.tasks.create_task(records.run(), name="records")
     pins = PinRecords(records, clock)
-    core = create_core(config, clock, pins)
+    core = create_core(config, clock, pins, records)
     await pins.restore(core.state)
+    await core.orders.restore()
     shell = AsgiServer(create_app(core, clock, Metrics(), server.max_body), server.host, server.port)
     lifecycle.stack.push_async_callback(shell.aclose)
     await shell.start()
-    lifecycle.describe.append(lambda: [repr(core), repr(records), repr(pins)])
+    lifecycle.describe.append(lambda: [repr(core), repr(records), repr(pins), repr(core.orders)])
     lifecycle.tasks.create_task(pins.run(), name="pins' records")
+    lifecycle.tasks.create_task(core.orders.run(), name="orders' records")
     lifecycle.tasks.create_task(core.run(), name="metadata ticks")
     lifecycle.tasks.create_task(shell.wait_failed(), name="metadata http")
     lifecycle.ready(url=shell.url, epoch=core.state.epoch)

@@ -299,6 +299,8 @@ class NodeReport(Greeting, frozen=True, kw_only=True):
     tiers: list[TierReport] = []
     version: str = ""
     """Of the weights that the engine has or is being started with (`model.version`)."""
+    release: str = ""
+    """Of kvferry, as it is installed there. Empty: not known."""
 
 
 class ProbeRequest(_StrictMessage, frozen=True, kw_only=True):

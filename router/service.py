@@ -3,6 +3,10 @@
 import asyncio
 import logging
 import secrets
+from collections.abc import Callable
+from contextlib import closing
+
+from fastapi import FastAPI
 
 from kvcore.clock import Clock, SystemClock
 from kvcore.config.schema import ClusterConfig
@@ -16,6 +20,8 @@ from metadata_server.client import MetadataClient
 from metadata_server.connect import connect_client, connect_subscription, endpoints_of
 from nodeapi.client import HttpNodeClient
 from nodeapi.protocol import NodeClient
+from router.admin.nodes import NodeAdmin
+from router.admin.routes import AdminRoutes, add_no_nodes
 from router.answering import Answerer, AnswerLimits
 from router.api.app import make_app
 from router.cache.hints import HintPins
@@ -73,8 +79,7 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
     stopping = lambda: dispatcher.stopping  # noqa: E731
     status = StatusView(config, cluster, log, clock, connected, problems=problems, cache=cache, stopping=stopping)
     metrics = RouterMetrics(cluster, log, connected, watch)
-    threads = TextThreads(AnswerLimits().text_threads)
-    lifecycle.stack.callback(threads.close)
+    threads = lifecycle.stack.enter_context(closing(TextThreads(AnswerLimits().text_threads)))
     answerer = Answerer(
         model=config.model.name, tokenizer=tokenizer, dispatcher=dispatcher, cluster=cluster, run=threads.run
     )
@@ -85,8 +90,16 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
         metrics,
         max_body_bytes=bounds.max_body,
         cors=bounds.cors,
-        more=upkeep_routes(
-            config, cluster, client, metadata=metadata, answerer=answerer, probe=prober.probe, clock=clock
+        more=_operators_routes(
+            config,
+            cluster,
+            client,
+            metadata=metadata,
+            answerer=answerer,
+            prober=prober,
+            clock=clock,
+            connected=connected,
+            lifecycle=lifecycle,
         ),
     )
     server = AsgiServer(app, bounds.host, bounds.port, limits=_connection_limits(config))
@@ -106,6 +119,38 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
     if cut := await dispatcher.drain(bounds.drain_s):
         log_fields(_log, logging.WARNING, "requests_cut", num=len(cut), ids=",".join(cut))
     await server.drain(config.service.drain_s)
+
+
+def _operators_routes(
+    config: ClusterConfig,
+    cluster: Cluster,
+    client: NodeClient,
+    *,
+    metadata: MetadataClient | None,
+    answerer: Answerer,
+    prober: Prober,
+    clock: Clock,
+    connected: Callable[[], bool] | None,
+    lifecycle: Lifecycle,
+) -> Callable[[FastAPI], None]:
+    """Follows operators' orders from now on; what adds the routes by which they are given."""
+    add = [
+        upkeep_routes(config, cluster, client, metadata=metadata, answerer=answerer, probe=prober.probe, clock=clock)
+    ]
+    if metadata is None or connected is None:
+        add.append(add_no_nodes)
+    else:
+        admin = NodeAdmin(cluster, metadata, clock, probe=prober.probe, connected=connected)
+        prober.on_round.append(admin.note_states)
+        lifecycle.describe.append(lambda: [repr(admin)])
+        lifecycle.tasks.create_task(admin.follow(), name="node orders")
+        add.append(AdminRoutes(admin, int(config.router.max_body)).add_to)
+
+    def add_all(app: FastAPI) -> None:
+        for one in add:
+            one(app)
+
+    return add_all
 
 
 def _connection_limits(config: ClusterConfig) -> HttpLimits:

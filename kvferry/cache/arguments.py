@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvferry.router_url import add_router_options, router_url, terminal
+
 if TYPE_CHECKING:
     from kvferry.cache.commands import CacheCommands
 
@@ -21,9 +23,7 @@ def add_cache(parser: argparse.ArgumentParser, config_type: Callable[[str], Path
     def command(name: str, run: _Run, text: str, *, files: bool = False) -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=text, description=text)
         made.set_defaults(command=lambda arguments: run(_commands(arguments), arguments))
-        made.add_argument("--config", type=config_type, help="the cluster file, which says where the router is")
-        made.add_argument("--url", metavar="URL", help="of the router, instead of the address in the config")
-        made.add_argument("--json", action="store_true", help="one line of JSON")
+        add_router_options(made, config_type)
         if files:
             made.add_argument("files", nargs="+", metavar="FILE", help=_FILES)
         return made
@@ -87,20 +87,6 @@ def _ttl(text: str) -> float | None:
 
 
 def _commands(arguments: argparse.Namespace) -> "CacheCommands":
-    from rich.console import Console
-
-    from kvcore.config.file import load_config
-    from kvcore.config.schema import RouterConfig
-    from kvcore.ports import base_url
     from kvferry.cache.commands import CacheCommands
-    from kvferry.cli import DEFAULT_CONFIG
-    from kvferry.status import addresses
 
-    url = base_url(RouterConfig().host, RouterConfig().port)
-    config = arguments.config or (DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None)
-    if arguments.url is not None:
-        url = arguments.url
-    elif config is not None:
-        url = addresses(load_config(config))[0]
-    console = Console(width=None if sys.stdout.isatty() else 200)  # a pipe has no width: tables stay on one line
-    return CacheCommands(url.rstrip("/"), console, arguments.json)
+    return CacheCommands(router_url(arguments), terminal(), arguments.json)

@@ -67,6 +67,7 @@ class ClusterMembership:
             self.drop(replaces, now)
         if node is None or node.info != info:
             node = self._nodes.join(info, replaces)
+            self._nodes.orders.joined(info)
             self._log.append(EventKind.NODE_UP, info.id, node=info)
         self._nodes.renew(node, now, request.ttl_s)
         for absent in node.segments.keys() - {manifest.segment.id for manifest in request.segments}:

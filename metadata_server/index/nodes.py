@@ -5,12 +5,13 @@ process is live (docs/adr/0012). Incarnations have no order: the one that regist
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 from kvcore.errors import MetadataProtocolError, NodeRefusedError
 from kvcore.identity import ClusterIdentity
 from kvcore.types import NodeInfo
 from metadata_server.index.leases import Deadlines, Expiry
+from metadata_server.index.node_orders import NodeOrders
 from metadata_server.index.segments import Replica, SegmentRecord, Writer
 from metadata_server.messages import RegisterRequest
 
@@ -37,7 +38,12 @@ class NodeRegistry:
     """Mutated by MetadataState only."""
 
     def __init__(
-        self, deadlines: Deadlines, longest_ttl_s: float, identity: ClusterIdentity, max_replaced: int
+        self,
+        deadlines: Deadlines,
+        longest_ttl_s: float,
+        identity: ClusterIdentity,
+        max_replaced: int,
+        orders: NodeOrders,
     ) -> None:
         """A node's lease is at most `longest_ttl_s`."""
         self.segments: dict[str, SegmentRecord] = {}
@@ -46,6 +52,7 @@ class NodeRegistry:
         self._longest_ttl_s = longest_ttl_s
         self.identity = identity
         self._max_replaced = max_replaced
+        self.orders = orders
         self._live: dict[str, LiveNode] = {}
 
     def __iter__(self) -> Iterator[LiveNode]:
@@ -75,6 +82,7 @@ class NodeRegistry:
         foreign = self.identity.why_foreign(info)
         if foreign is not None:
             raise NodeRefusedError(foreign, param="node")
+        self.orders.check_joins(info)
         if node is not None and info.incarnation != node.info.incarnation:
             _check_takes_place(info, node)
         seen: set[str] = set()
@@ -110,6 +118,13 @@ class NodeRegistry:
     def add_segment(self, node: LiveNode, record: SegmentRecord) -> None:
         """The node owns one more segment."""
         node.segments[record.segment.id] = self.segments[record.segment.id] = record
+
+    def closed_segments(self) -> Set[str]:
+        """Those that take no new chunks, as their nodes are drained."""
+        drained = self.orders.drained
+        if not drained:
+            return frozenset()
+        return {name for node_id in drained if node_id in self for name in self._live[node_id].segments}
 
     def remove_segment(self, node: LiveNode, segment_id: str) -> SegmentRecord:
         """The node no longer owns the segment. What lay there is the caller's to forget."""

@@ -57,9 +57,11 @@ class Reservations:
         owner = request.owner if isinstance(request.owner, bytes) else None
         own, there = node.segments.values(), segments.values()
         placer = Placer(self._config, prefer=prefer, own=own, segments=there, owner=owner)
-        elsewhere: Set[str] = frozenset()
+        elsewhere = self._nodes.closed_segments()
         if request.only_preferred is True:
-            elsewhere = segments.keys() - {request.prefer_segment}
+            # Into its own a drained node may still bring chunks from its disk, which others want to read there.
+            by_name = {request.prefer_segment}
+            elsewhere = (segments.keys() - by_name) | (elsewhere - (by_name & node.segments.keys()))
         for item in reversed(request.items):  # before any eviction: room for a prefix's tail must not cost its head
             for replica in self._index.complete.get(item.key, ()):
                 replica.record.touch(replica)

@@ -17,9 +17,10 @@ from kvcore.identity import ClusterIdentity
 from kvcore.ports import base_url
 from kvcore.telemetry import log_fields
 from kvcore.types import NodeInfo, Role
+from metadata_server.cache_messages import NodeOrder
 from metadata_server.messages import Event, EventKind
 from nodeapi.messages import EngineInfo, NodeReport
-from router.nodes.fit import RouterIdentity
+from router.nodes.fit import RouterIdentity, why_not_now, why_other
 from router.nodes.health import Breaker, BreakerState, is_nodes_fault
 from router.nodes.limits import NodeHealthLimits
 from router.routing.decision import why_no_decoder
@@ -132,13 +133,26 @@ class Cluster:
         """Set when what is known of some node may be out of date."""
         self.index = PrefixIndex()
         self.nodes: dict[str, KnownNode] = {}
-        for name, node in config.nodes.items():
-            url = base_url(node.host, node.port) if node.url is None else node.url.rstrip("/")
-            self.nodes[name] = KnownNode(name, node.role, url, static=True, breaker=Breaker(limits))
+        self._drained: set[str] = set()
+        self.on_orders([])
 
     def __repr__(self) -> str:
         usable = sum(self.why_unused(node) is None for node in self.nodes.values())
         return f"<Cluster {usable} of {len(self.nodes)} nodes usable, {len(self.index)} keys>"
+
+    def on_orders(self, orders: Sequence[NodeOrder]) -> None:
+        """All that operators ordered: drained nodes get no new legs, removed ones are forgotten until they join."""
+        self._drained = {order.node_id for order in orders if order.kind == "drained"}
+        removed = {order.node_id for order in orders} - self._drained
+        for name in [name for name in removed if name in self.nodes and self.nodes[name].lease is None]:
+            self.index.drop_node(name)
+            del self.nodes[name]
+        for name, node in self._config.nodes.items():
+            if name in self.nodes or name in removed:
+                continue
+            url = base_url(node.host, node.port) if node.url is None else node.url.rstrip("/")
+            self.nodes[name] = KnownNode(name, node.role, url, static=True, breaker=Breaker(self._limits))
+            self.probe_asked.set()
 
     # --- what the prober tells ---
 
@@ -152,7 +166,7 @@ class Cluster:
         stats = report.stats
         node.others_sequences = max(0, stats.running + stats.waiting - node.sequences) if stats else 0
         node.unfit = self._identity.why_unfit(report)
-        node.problem = _problem(node, report)
+        node.problem = why_other(report, node.id, node.role, node.url) or node.unfit or why_not_now(report)
 
     def probed(self, node: KnownNode, before: str | None) -> None:
         """A probe has ended, one way or the other; `before`: the node's problem when it began. A node that is there and
@@ -263,7 +277,7 @@ class Cluster:
         for node in self.nodes.values():
             if node.role is Role.STORE:
                 continue
-            if (reason := node.reason(now)) is None:
+            if (reason := self._reason(node, now)) is None:
                 usable[node.role].append(node.view())
             else:
                 unusable.append(LeftOut(node.id, node.role, reason))
@@ -307,7 +321,14 @@ class Cluster:
 
     def why_unused(self, node: KnownNode) -> str | None:
         """As of now; None: it is used."""
-        return node.reason(self._clock.now())
+        return self._reason(node, self._clock.now())
+
+    def is_drained(self, node_id: str) -> bool:
+        """Whether it gets no new legs, by order."""
+        return node_id in self._drained
+
+    def _reason(self, node: KnownNode, now: float) -> str | None:
+        return node.reason(now) or (f"drained by `kvferry nodes drain {node.id}`" if node.id in self._drained else None)
 
     def stands_in(self, node_id: str) -> bool:
         """Whether this node, if it decodes, does so in a decoder's place."""
@@ -321,15 +342,3 @@ class Cluster:
             if node.unfit is None and node.report is not None and node.report.engine is not None:
                 by_role[node.role].append(node.report.engine)
         return by_role[Role.DECODER] or by_role[Role.PREFILLER]
-
-
-def _problem(node: KnownNode, report: NodeReport) -> str | None:
-    if report.node.id != node.id or report.node.role is not node.role:
-        return f"{node.url} is {report.node.role} {report.node.id}, not {node.role} {node.id}"
-    if node.unfit is not None:
-        return node.unfit
-    if report.draining:
-        return "draining"
-    if report.engine is None and node.role is not Role.STORE:
-        return "its engine is not running"
-    return None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import msgspec
 
 from kvcore.identity import ClusterIdentity
-from kvcore.types import NodeInfo
+from kvcore.types import NodeInfo, Role
 from nodeapi.messages import NodeReport
 
 
@@ -39,3 +39,19 @@ def _named(report: NodeReport) -> NodeInfo:
     """The node, with its model's name from the KVSpec where it comes from a version that said it only there."""
     node, engine = report.node, report.engine
     return node if node.model or engine is None else msgspec.structs.replace(node, model=engine.kv_spec.model_id)
+
+
+def why_other(report: NodeReport, name: str, role: Role, url: str) -> str | None:
+    """Why it is not the node that is expected at this URL; None: it is."""
+    if report.node.id != name or report.node.role is not role:
+        return f"{url} is {report.node.role} {report.node.id}, not {role} {name}"
+    return None
+
+
+def why_not_now(report: NodeReport) -> str | None:
+    """Why a node that fits cannot be used at the moment; None: it can."""
+    if report.draining:
+        return "draining"
+    if report.engine is None and report.node.role is not Role.STORE:
+        return "its engine is not running"
+    return None

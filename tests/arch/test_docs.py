@@ -36,7 +36,7 @@ DOCS = ROOT / "docs"
 BIN = Path(sys.executable).parent
 FILE = re.compile(r"<!-- file: (\S+) -->\n```yaml\n(.*?)```", re.S)
 BLOCK = re.compile(r"<!-- runs: (\w+) -->\n```bash\n(.*?)```", re.S)
-PAGES_WITH_COMMANDS = ["start.md", "gateway.md", "cache.md"]
+PAGES_WITH_COMMANDS = ["start.md", "gateway.md", "cache.md", "operations.md"]
 SHELL = {"curl", "kill", "sudo"}
 ROLES = {"prefiller": "prefiller", "decoder": "decoder", "kvnode": "store"}
 
@@ -86,7 +86,7 @@ def test_files_load_and_commands_are_ones_that_we_have(page, tmp_path):
     files = write_files(page, tmp_path)
     for name, path in files.items():
         assert load_config(path).nodes, name
-    for kind in ("up", "client", "parse", "cache"):
+    for kind in ("up", "client", "parse", "cache", "nodes", "replace"):
         for line in commands(page, kind):
             check_command(line, files)
 

@@ -1,7 +1,11 @@
-"""What docs/operations.md tells an operator to do, done: add a node, drain it in mid-stream, change a role."""
+"""What docs/operations.md tells an operator to do, done: add a node, stop one in mid-stream, replace a machine."""
 
 import asyncio
+import json
+import os
 import random
+import re
+import shlex
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -75,7 +79,7 @@ async def ask(subject: ClusterHandle, seed: int) -> str:
     return answer.id
 
 
-async def test_a_node_is_added_and_drained_while_clients_stream(tmp_path: Path) -> None:
+async def test_a_node_is_added_and_stopped_while_clients_stream(tmp_path: Path) -> None:
     async with cluster(tmp_path, prefillers=1, decoders=1, overrides=["engine.inter_token_s=0.02"]) as subject:
         (port,) = free_ports(1)
         file = file_with(tmp_path, added={"role": "decoder", "port": port, "segment": "16MiB"})
@@ -112,3 +116,79 @@ async def test_a_node_with_another_role_needs_another_name(tmp_path: Path) -> No
             assert "is decoder prefill-0" in str(await subject.until(why, SOON_S))
         async with started("decoder", file_with(tmp_path, without="prefill-0", renamed=node), "renamed"):
             await until_healthy(subject, "renamed", "decoder")
+
+
+def commands(kind: str) -> list[list[str]]:
+    """Of the page's blocks of a kind, without the file that they name."""
+    page = (ROOT / "docs" / "operations.md").read_text()
+    blocks = re.findall(rf"<!-- runs: {kind} -->\n```bash\n(.*?)```", page, re.S)
+    lines = [shlex.split(line) for block in blocks for line in block.splitlines()]
+    return [[word for word in line[1:] if word not in ("--config", "two.yaml")] for line in lines]
+
+
+async def kvferry(subject: ClusterHandle, *words: str) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of a command about this cluster."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "kvferry", *words, "--url", subject.url, cwd=ROOT,
+        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    out, err = await asyncio.wait_for(process.communicate(), 60)
+    assert process.returncode is not None
+    return process.returncode, out.decode(), err.decode()
+
+
+async def nodes_by_state(subject: ClusterHandle) -> dict[str, str]:
+    code, out, err = await kvferry(subject, "nodes", "ls", "--json")
+    assert code == 0, err
+    return {row["id"]: row["state"] for row in json.loads(out)["nodes"]}
+
+
+async def until_settled(subject: ClusterHandle, name: str, state: str) -> None:
+    """Until the node is in this state, and the others serve."""
+
+    async def settled() -> bool:
+        found = await nodes_by_state(subject)
+        return found.pop(name, "") == state and set(found.values()) == {"ready"}
+
+    await subject.until(settled, SOON_S)
+
+
+async def decoded(subject: ClusterHandle, name: str) -> int:
+    """Tokens, by the node's present engine."""
+    stats = (await subject.node_info(name)).stats
+    assert stats is not None
+    return stats.counters.get("decode_tokens", 0)
+
+
+async def test_a_machine_is_replaced_as_the_page_says(tmp_path: Path) -> None:
+    """The order outlives router, metadata server and node; the last step is refused while the node is alive."""
+    records = f"metadata_server.records={{kind: sqlite, path: {tmp_path}/records.sqlite}}"
+    async with cluster(tmp_path, prefillers=1, decoders=2, overrides=["engine.inter_token_s=0.02", records]) as subject:
+        for words in commands("nodes"):
+            code, out, err = await kvferry(subject, *words)
+            assert code == 0 and "decode-0" in out, (words, err)
+        drain, ls, remove = commands("replace")
+        assert (await kvferry(subject, *drain))[0] == 0
+        for process in ("metadata-server", "decode-0", "router"):
+            pid = subject.launcher.pids[process]
+            os.kill(pid, signal.SIGKILL)
+            await subject.launcher.wait_restarted(process, pid, SOON_S)
+        await until_settled(subject, "decode-0", "drained")
+        before = await decoded(subject, "decode-0")
+        await asyncio.gather(*(ask(subject, seed) for seed in range(3)))
+        assert await decoded(subject, "decode-0") == before, "it got no request"
+        code, _, err = await kvferry(subject, *remove)
+        assert code == 1 and "decode-0 is alive" in err
+        os.kill(subject.launcher.pids["decode-0"], signal.SIGTERM)
+
+        async def removed() -> bool:
+            return (await kvferry(subject, *remove))[0] == 0
+
+        await subject.until(removed, SOON_S)
+        assert "decode-0" not in await nodes_by_state(subject)
+        new = {"role": "decoder", "port": subject.config.nodes["decode-0"].port, "segment": "16MiB"}
+        async with started("decoder", file_with(tmp_path, **{"decode-0": new}), "decode-0"):
+            await until_settled(subject, "decode-0", "ready")
+            assert "decode-0" in (await kvferry(subject, *ls))[1]
+            await ask(subject, 9)

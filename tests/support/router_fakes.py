@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 from aiohttp import web
+from fastapi import FastAPI
 from support.metadata_rigs import DirectTransport
 
 from kvcore.clock import SystemClock
@@ -46,6 +47,8 @@ from nodeapi.upkeep import (
     WeightsReply,
     WeightsRequest,
 )
+from router.admin.nodes import NodeAdmin
+from router.admin.routes import AdminRoutes
 from router.answering import Answerer
 from router.api.app import make_app
 from router.api.limits import ApiLimits
@@ -350,6 +353,8 @@ class Rig:
     cache: CacheReplay
     metadata: MetadataState
     config: ClusterConfig
+    admin: NodeAdmin
+    core: MetadataCore
 
 
 async def make_rig(
@@ -391,7 +396,16 @@ async def make_rig(
     status = StatusView(config, cluster, log, clock, lambda: True, problems=problems, cache=cache, stopping=stopping)
     bounds = config.router
     state = MetadataState(StoreConfig(), 3600.0, "1", 1)
-    index = MetadataClient(DirectTransport(MetadataCore(state, clock)), clock, 5.0)
+    core = MetadataCore(state, clock)
+    index = MetadataClient(DirectTransport(core), clock, 5.0)
+    admin = NodeAdmin(cluster, index, clock, probe=prober.probe, connected=lambda: connected)
+    prober.on_round.append(admin.note_states)
+    upkeep = make_upkeep(config, cluster, nodes, metadata=index, answerer=answerer, probe=prober.probe, clock=clock)
+
+    def add_routes(app: FastAPI) -> None:
+        upkeep.add_to(app)
+        AdminRoutes(admin, int(bounds.max_body)).add_to(app)
+
     app = make_app(
         answerer,
         log,
@@ -400,11 +414,11 @@ async def make_rig(
         max_body_bytes=bounds.max_body,
         cors=bounds.cors,
         limits=api_limits,
-        more=make_upkeep(
-            config, cluster, nodes, metadata=index, answerer=answerer, probe=prober.probe, clock=clock
-        ).add_to,
+        more=add_routes,
     )
-    return Rig(nodes, cluster, prober, dispatcher, services, log, answerer, app, metrics, cache, state, config)
+    return Rig(
+        nodes, cluster, prober, dispatcher, services, log, answerer, app, metrics, cache, state, config, admin, core
+    )
 
 
 async def until(condition: Callable[[], bool], limit_s: float = 5.0) -> None:

@@ -1,0 +1,42 @@
+"""The command line of `kvferry nodes`. Imports nothing heavy: what does the work is imported when it is asked for."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvferry.router_url import add_router_options, router_url, terminal
+
+if TYPE_CHECKING:
+    from kvferry.nodes.commands import NodesCommands
+
+_Run = Callable[["NodesCommands", argparse.Namespace], int]
+
+
+def add_nodes(parser: argparse.ArgumentParser, config_type: Callable[[str], Path]) -> None:
+    """Its commands, and their help."""
+    commands = parser.add_subparsers(metavar="WHAT", required=True)
+
+    def command(name: str, run: _Run, text: str, *, one: bool = True) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=text, description=text)
+        made.set_defaults(command=lambda arguments: run(_commands(arguments), arguments))
+        add_router_options(made, config_type)
+        if one:
+            made.add_argument("node", metavar="NAME", help="as ls shows it")
+        return made
+
+    command("ls", lambda it, _: it.ls(), "what each node does and since when, and how full it is", one=False)
+    text = "give a node no new requests and no new chunks; what runs there ends, and its chunks are read"
+    command("drain", lambda it, given: it.order("drain", given.node), text)
+    text = "use a drained node again, or take a removed one back"
+    command("undrain", lambda it, given: it.order("undrain", given.node), text)
+    text = "forget a node that is gone for good"
+    remove = command("remove", lambda it, given: it.order("remove", given.node, force=given.force), text)
+    text = "also if it is alive: it is not taken in again until it is started anew"
+    remove.add_argument("--force", action="store_true", help=text)
+
+
+def _commands(arguments: argparse.Namespace) -> "NodesCommands":
+    from kvferry.nodes.commands import NodesCommands
+
+    return NodesCommands(router_url(arguments), terminal(), arguments.json)

@@ -1,0 +1,45 @@
+"""The state of a node, as operators see it. Pure."""
+
+from kvcore.types import Role
+from router.nodes.cluster import KnownNode
+
+READY = "ready"
+STARTING = "starting"
+REGISTERING = "registering"
+DRAINING = "draining"
+DRAINED = "drained"
+LOST = "lost"
+REFUSED = "refused"
+
+
+def node_state(node: KnownNode, *, drained: bool, index_known: bool) -> tuple[str, str]:
+    """The state, and why; `drained`: by order; `index_known`: the metadata server says who has a lease."""
+    # The first of these that holds:
+    # 1. it does not answer, or never has;
+    # 2. it is not this cluster's, or the metadata server does not take it in;
+    # 3. it is drained, or it ends: requests under way go on;
+    # 4. its engine is not running yet, or not at the moment;
+    # 5. the metadata server does not know it yet: what it computes goes into no store;
+    # 6. it serves.
+    report = node.report
+    if report is None or node.silent_since is not None:
+        return LOST, "" if node.problem is None else node.problem
+    if node.unfit is not None or report.refused:
+        return REFUSED, node.unfit or report.refused
+    if drained:
+        return (DRAINING if num_requests(node) else DRAINED), ""
+    if report.draining:
+        return DRAINING, "it ends"
+    if report.engine is None and node.role is not Role.STORE:
+        return STARTING, node.problem or ""
+    if node.problem is not None:
+        return LOST, node.problem
+    if index_known and (node.lease is None or node.lease.incarnation != report.node.incarnation):
+        return REGISTERING, "the metadata server does not know it yet: nothing that it computes is stored"
+    return READY, ""
+
+
+def num_requests(node: KnownNode) -> int:
+    """Requests under way on the node: of all routers, as it last said, and of this one since."""
+    stats = node.report.stats if node.report is not None else None
+    return max(node.sequences, stats.running + stats.waiting + stats.loading if stats is not None else 0)

@@ -1,0 +1,109 @@
+"""`kvferry nodes`: what is asked and shown, and how it ends; over a fake router."""
+
+import io
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from rich.console import Console
+
+from kvferry.cache.client import CacheCommandError, router_calls
+from kvferry.cli import main
+from kvferry.nodes.commands import NodesCommands
+from router.admin import reports as r
+
+ROWS = [
+    r.NodeRow(
+        id="d0",
+        role="decoder",
+        state="draining",
+        since=0.0,
+        used_bytes=3 << 20,
+        size_bytes=4 << 20,
+        requests=2,
+        release="1.2.3",
+        weights="v7",
+        url="http://d0",
+    ),
+    r.NodeRow(id="p0", role="prefiller", state="lost", why="nobody answers"),
+]
+
+
+class FakeRouter:
+    """`asked`: (path, body) of each call."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, Any]] = []
+        self.report = r.NodesReport(nodes=ROWS)
+        self.ordered = r.NodeOrdered(node=ROWS[0], note="no other decoder can be used: prefillers decode")
+        self.refusal = ""
+
+    async def answer(self, request: web.Request) -> web.Response:
+        raw = await request.read()
+        self.asked.append((request.path, json.loads(raw) if raw else None))
+        if self.refusal:
+            return web.json_response({"error": {"message": self.refusal}}, status=400)
+        value = self.ordered if raw else self.report
+        return web.Response(body=msgspec.json.encode(value), content_type="application/json")
+
+    @asynccontextmanager
+    async def running(self, *, as_json: bool = False) -> AsyncIterator[tuple[NodesCommands, io.StringIO]]:
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", self.answer)
+        async with TestServer(app) as server:
+            out = io.StringIO()
+            yield NodesCommands(str(server.make_url("")).rstrip("/"), Console(file=out, width=200), as_json), out
+
+
+async def run(commands: NodesCommands, *words: Any) -> int:
+    async with router_calls(commands.url) as router:
+        return await (commands.give(router, *words) if words else commands.show(router))
+
+
+async def test_nodes_are_a_row_each_and_what_could_not_be_asked_is_said(capsys):
+    fake = FakeRouter()
+    async with fake.running() as (commands, out):
+        assert await run(commands) == 0
+        fake.report.problems = ["metadata server: away"]
+        assert await run(commands) == 1
+    first, second = (" ".join(line.split()) for line in out.getvalue().splitlines()[1:3])
+    assert first.startswith("d0 decoder draining ") and first.endswith("3.0 MiB of 4.0 MiB (75%) 2 1.2.3 v7")
+    assert second == "p0 prefiller lost nobody answers"
+    assert "metadata server: away" in capsys.readouterr().err
+
+
+async def test_an_order_says_what_holds_now_and_what_follows_from_it():
+    fake = FakeRouter()
+    async with fake.running() as (commands, out):
+        assert await run(commands, "drain", r.NodeOrderBody(node="d0")) == 0
+    assert fake.asked == [("/v1/nodes/drain", {"node": "d0", "move": False, "force": False})]
+    said = out.getvalue().splitlines()
+    assert said[0].startswith("d0 is drained") and said[1:] == ["2 requests are under way there", fake.ordered.note]
+
+
+async def test_json_is_one_line(capsys):
+    fake = FakeRouter()
+    async with fake.running(as_json=True) as (commands, _):
+        assert await run(commands) == await run(commands, "remove", r.NodeOrderBody(node="d0", force=True)) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert json.loads(first)["nodes"][0]["id"] == "d0" and json.loads(second)["node"]["state"] == "draining"
+
+
+async def test_a_refusal_is_the_routers_sentence():
+    fake = FakeRouter()
+    fake.refusal = "node d0 is alive at http://d0"
+    async with fake.running() as (commands, _):
+        with pytest.raises(CacheCommandError, match="is alive"):
+            await run(commands, "remove", r.NodeOrderBody(node="d0"))
+
+
+@pytest.mark.parametrize("words", [["ls"], ["drain", "d0"], ["undrain", "d0"], ["remove", "--force", "d0"]])
+def test_a_cluster_that_is_down_is_one_line(capsys, words):
+    assert main(["nodes", *words, "--url", "http://127.0.0.1:1"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("kvferry: error: the router at") and len(err.splitlines()) == 1
