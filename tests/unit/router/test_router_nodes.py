@@ -215,6 +215,7 @@ async def test_every_order_leaves_a_line_that_says_who_what_on_what_and_with_wha
     with caplog.at_level(logging.INFO, "audit"):
         await order(client, "drain", "d0", move=True)
         await refused(client, "undrain", "d9")
-    first, second = [record.getMessage() for record in caplog.records if record.name == "audit"]
+    lines = [record.getMessage() for record in caplog.records if record.name == "audit"]
+    first, second = (line for line in lines if "/v1/" not in line)  # the other one is the metadata server's own
     assert first.startswith("audit who=") and 'what="nodes drain" on="d0 move" outcome=ok' in first
     assert "outcome=invalid_request_error" in second and "d9" in second
