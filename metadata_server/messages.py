@@ -75,8 +75,7 @@ class HeartbeatRequest(RequestBody, frozen=True, kw_only=True):
 
 
 class HeartbeatReply(ReplyBody, frozen=True, kw_only=True):
-    """`known` false: register again, with manifests. `drained`: the node is to get no new requests (`stay`) and to copy
-    its chunks to other nodes, too (`move`); empty: it is not drained."""
+    """`known` false: register again, with manifests. `drained`: `stay`; `move`: its chunks go elsewhere; empty: not."""
 
     epoch: str
     known: bool

@@ -43,7 +43,7 @@ class NodeOrders:
         """The order by which the node is drained; None: it is not."""
         return self._orders[node_id] if node_id in self.drained else None
 
-    def drain_word(self, node_id: str) -> str:
+    def word(self, node_id: str) -> str:
         """As a HeartbeatReply says it."""
         order = self.drain_of(node_id)
         return "" if order is None else "move" if order.move else "stay"

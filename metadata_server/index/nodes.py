@@ -11,6 +11,7 @@ from kvcore.errors import MetadataProtocolError, NodeRefusedError
 from kvcore.identity import ClusterIdentity
 from kvcore.types import NodeInfo
 from metadata_server.index.leases import Deadlines, Expiry
+from metadata_server.index.limits import IndexLimits
 from metadata_server.index.node_orders import NodeOrders
 from metadata_server.index.segments import Replica, SegmentRecord, Writer
 from metadata_server.messages import RegisterRequest
@@ -38,12 +39,7 @@ class NodeRegistry:
     """Mutated by MetadataState only."""
 
     def __init__(
-        self,
-        deadlines: Deadlines,
-        longest_ttl_s: float,
-        identity: ClusterIdentity,
-        max_replaced: int,
-        orders: NodeOrders,
+        self, deadlines: Deadlines, longest_ttl_s: float, identity: ClusterIdentity, limits: IndexLimits
     ) -> None:
         """A node's lease is at most `longest_ttl_s`."""
         self.segments: dict[str, SegmentRecord] = {}
@@ -51,8 +47,8 @@ class NodeRegistry:
         self._deadlines = deadlines
         self._longest_ttl_s = longest_ttl_s
         self.identity = identity
-        self._max_replaced = max_replaced
-        self.orders = orders
+        self._max_replaced = limits.max_replaced
+        self.orders = NodeOrders(limits)
         self._live: dict[str, LiveNode] = {}
 
     def __iter__(self) -> Iterator[LiveNode]:

@@ -22,7 +22,6 @@ from metadata_server.index.event_log import EventLog
 from metadata_server.index.leases import Deadlines, Expiry, ExpiryOf
 from metadata_server.index.limits import IndexLimits
 from metadata_server.index.membership import ClusterMembership
-from metadata_server.index.node_orders import NodeOrders
 from metadata_server.index.nodes import NodeRegistry
 from metadata_server.index.pins import Pins
 from metadata_server.index.quotas import TenantLimit
@@ -59,8 +58,8 @@ class MetadataState:
         self._deadlines = deadlines = Deadlines()
         self._pins = Pins(limits.max_pins, self.counters)
         self._index = index = ReplicaIndex(log, first_generation, self._pins)
-        self.orders = NodeOrders(limits)
-        self._nodes = nodes = NodeRegistry(deadlines, node_ttl_s, identity, limits.max_replaced, self.orders)
+        self._nodes = nodes = NodeRegistry(deadlines, node_ttl_s, identity, limits)
+        self.orders = nodes.orders
         self._holdings = TierHoldings(limits.max_tier_keys)
         self._reservations = Reservations(config, nodes, index, deadlines, self.counters)
         self._reading = Reading(nodes, index, deadlines, self.counters, first_lease=first_generation, limits=limits)
@@ -154,8 +153,7 @@ class MetadataState:
         node = self._nodes.get(request.node_id, request.incarnation)
         if node is not None:
             self._nodes.renew(node, now)
-        order = self.orders.drain_word(request.node_id)
-        return m.HeartbeatReply(epoch=self.epoch, known=node is not None, drained=order)
+        return m.HeartbeatReply(epoch=self.epoch, known=node is not None, drained=self.orders.word(request.node_id))
 
     def leave(self, request: m.LeaveRequest, now: float) -> None:
         """Drop the node with all that it holds. Another incarnation: nothing happens."""
