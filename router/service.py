@@ -83,6 +83,17 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
     answerer = Answerer(
         model=config.model.name, tokenizer=tokenizer, dispatcher=dispatcher, cluster=cluster, run=threads.run
     )
+    add_routes = _operators_routes(
+        config,
+        cluster,
+        client,
+        prober,
+        lifecycle,
+        metadata=metadata,
+        answerer=answerer,
+        clock=clock,
+        connected=connected,
+    )
     app = make_app(
         answerer,
         log,
@@ -90,17 +101,7 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
         metrics,
         max_body_bytes=bounds.max_body,
         cors=bounds.cors,
-        more=_operators_routes(
-            config,
-            cluster,
-            client,
-            metadata=metadata,
-            answerer=answerer,
-            prober=prober,
-            clock=clock,
-            connected=connected,
-            lifecycle=lifecycle,
-        ),
+        more=add_routes,
     )
     server = AsgiServer(app, bounds.host, bounds.port, limits=_connection_limits(config))
     lifecycle.tasks.create_task(prober.run(), name="node probes")
@@ -125,13 +126,13 @@ def _operators_routes(
     config: ClusterConfig,
     cluster: Cluster,
     client: NodeClient,
+    prober: Prober,
+    lifecycle: Lifecycle,
     *,
     metadata: MetadataClient | None,
     answerer: Answerer,
-    prober: Prober,
     clock: Clock,
     connected: Callable[[], bool] | None,
-    lifecycle: Lifecycle,
 ) -> Callable[[FastAPI], None]:
     """Follows operators' orders from now on; what adds the routes by which they are given."""
     add = [
