@@ -84,15 +84,7 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
         model=config.model.name, tokenizer=tokenizer, dispatcher=dispatcher, cluster=cluster, run=threads.run
     )
     add_routes = _operators_routes(
-        config,
-        cluster,
-        client,
-        prober,
-        lifecycle,
-        metadata=metadata,
-        answerer=answerer,
-        clock=clock,
-        connected=connected,
+        config, cluster, client, prober, lifecycle, metadata=metadata, answerer=answerer, connected=connected
     )
     app = make_app(
         answerer,
@@ -131,10 +123,10 @@ def _operators_routes(
     *,
     metadata: MetadataClient | None,
     answerer: Answerer,
-    clock: Clock,
     connected: Callable[[], bool] | None,
 ) -> Callable[[FastAPI], None]:
     """Follows operators' orders from now on; what adds the routes by which they are given."""
+    clock = SystemClock()
     add = [
         upkeep_routes(config, cluster, client, metadata=metadata, answerer=answerer, probe=prober.probe, clock=clock)
     ]
