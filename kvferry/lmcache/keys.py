@@ -84,11 +84,15 @@ RULES: Sequence[KeyRule] = (
     _mapped("storage", "`tiers.redis.url`, from `{type: redis, host, port}`", mapping.storage, doubtful=True),
     _mapped(
         "remote_serde",
-        "ignored: chunks are kept as they are; nearest to cachegen: `tiers.*.codec: int8`",
+        "ignored: chunks are kept as they are; nearest to cachegen, which is lossy: `tiers.*.codec: int8`",
         mapping.remote_serde,
     ),
     _mapped("save_decode_cache", "`engine.save_output`", mapping.save_decode_cache),
-    _mapped("save_unfull_chunk", "ignored: the unfinished last chunk is always stored", mapping.save_unfull_chunk),
+    _mapped(
+        "save_unfull_chunk",
+        "ignored: only full chunks are found again; nearest: a smaller `chunk_size`",
+        mapping.save_unfull_chunk,
+    ),
     _mapped("cache_policy", "`store.eviction`: LRU, LFU, FIFO, ARC; others are refused", mapping.cache_policy),
     _mapped("blocking_timeout_secs", "`timeout_s` of the tier that `remote_url` names", mapping.blocking_timeout),
     _mapped("lookup_timeout_ms", "`tiers.wait_s`", mapping.lookup_timeout),

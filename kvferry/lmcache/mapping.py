@@ -172,15 +172,19 @@ def save_decode_cache(draft: Draft, value: object) -> Verdict:
 def save_unfull_chunk(_: Draft, value: object) -> Verdict:
     """Whether a prompt's last, shorter chunk is stored."""
     if read_bool(value):
-        return Fate.IGNORED, "a prompt's last, unfinished chunk is always stored"
-    return Fate.IGNORED, f"a prompt's last, unfinished chunk is stored all the same{bool_remark(value)}"
+        said = "only full chunks are found again, so up to chunk_size - 1 tokens of a prompt are computed anew"
+        return Fate.IGNORED, f"{said}; nearest: a smaller chunk_size"
+    return Fate.IGNORED, f"only full chunks are found again, as it asks{bool_remark(value)}"
 
 
 def remote_serde(_: Draft, value: object) -> Verdict:
-    """How bytes are written to the remote store."""
-    if str(value).lower() == "naive":
-        return Fate.IGNORED, "tiers hold chunks as they are"
-    return Fate.IGNORED, f"{value} is lossy; tiers hold chunks as they are; nearest: codec: int8 in the tier's section"
+    """How bytes are written to the remote store. LMCache's kivi changes nothing yet."""
+    kind = str(value).strip().lower()
+    if kind in ("naive", "kivi"):
+        return Fate.IGNORED, f"tiers hold chunks as they are{', as LMCache does with kivi' if kind == 'kivi' else ''}"
+    if kind != "cachegen":
+        raise ValueError(f"{value!r} is none of naive, kivi and cachegen; nearest: naive")
+    return Fate.IGNORED, "cachegen is lossy; tiers hold chunks as they are; nearest: codec: int8 in the tier's section"
 
 
 def cache_policy(draft: Draft, value: object) -> Verdict:

@@ -22,6 +22,7 @@ from support.process_tree import freeze
 from kvstore.tiers.resp import RespConnection, RespValue, command
 from transfer.blocking import BatchDeadline
 
+USUAL_PORT = 6379
 _Test = TypeVar("_Test", bound=Callable[..., object])
 VALKEY = shutil.which("valkey-server", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
 """The system's, or what `make test` puts beside its Python."""
@@ -44,9 +45,9 @@ class RedisServer:
     """Keeps nothing on disk. Killed and started again it is on the same port, and empty."""
 
     def __init__(
-        self, folder: Path, program: str, args: tuple[str, ...], tls_port: bool, sentinel: Path | None
+        self, folder: Path, program: str, args: tuple[str, ...], tls_port: bool, sentinel: Path | None, usual: bool
     ) -> None:
-        self.port = free_ports(1)[0]
+        self.port = USUAL_PORT if usual else free_ports(1)[0]
         self._folder, self._program = folder, program
         port = ("--port", "0", "--tls-port", str(self.port)) if tls_port else ("--port", str(self.port))
         self._args: tuple[str, ...] = (*port, "--bind", "127.0.0.1")
@@ -109,11 +110,16 @@ class RedisServer:
 
 @contextmanager
 def redis_server(
-    *args: str, program: str = "redis-server", tls_port: bool = False, sentinel: Path | None = None
+    *args: str,
+    program: str = "redis-server",
+    tls_port: bool = False,
+    sentinel: Path | None = None,
+    usual: bool = False,
 ) -> Iterator[RedisServer]:
-    """64 MB, least recently used keys go first, unless `args` say otherwise. `sentinel`: a sentinel with this file."""
+    """64 MB, least recently used keys go first, unless `args` say otherwise. `sentinel`: a sentinel with this file.
+    `usual`: on USUAL_PORT, which must be free."""
     with TemporaryDirectory() as folder:
-        server = RedisServer(Path(folder), program, args, tls_port, sentinel)
+        server = RedisServer(Path(folder), program, args, tls_port, sentinel, usual)
         try:
             server.start()
             yield server

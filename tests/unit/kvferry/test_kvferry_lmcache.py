@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support.lmcache_files import MOONCAKE_PREFILLER, NATIVE, TUTORIAL
 
 from kvcore.config.file import load_config
 from kvcore.config.tiers import DiskTierConfig, MooncakeTierConfig, RedisTierConfig, TiersConfig
@@ -21,41 +22,6 @@ GIB = 1 << 30
 DOCS = Path(__file__).parents[3] / "docs"
 Case = tuple[dict[str, object], str, Fate, str, dict[str, object]]
 MAPPED, IGNORED, REFUSED = Fate.MAPPED, Fate.IGNORED, Fate.REFUSED
-
-TUTORIAL = """\
-# What LMCache users copy from a widely read tutorial for a shared Redis. LMCache 0.5.6 ignores `storage` and reads no size from "10GB".
-storage:
-  type: redis
-  host: localhost
-  port: 6379
-chunk_size: 256
-max_local_cpu_size: "10GB"
-"""  # noqa: E501
-MOONCAKE_PREFILLER = """\
-# The same tutorial's file for prefiller and decoder on two machines (the address is a placeholder there, too).
-chunk_size: 256
-remote_url: "mooncakestore://127.0.0.1:50052/"
-protocol: "rdma"
-device_name: "mlx5_0"
-metadata_server: "http://127.0.0.1:8080/metadata"
-"""
-NATIVE = """\
-# The same two in the spelling that LMCache 0.5.6 itself reads.
-chunk_size: 256
-local_cpu: true
-max_local_cpu_size: 10
-remote_url: "mooncakestore://127.0.0.1:50051/"
-remote_serde: "naive"
-extra_config:
-  local_hostname: "127.0.0.1"
-  metadata_server: "http://127.0.0.1:8080/metadata"
-  protocol: "tcp"
-  device_name: ""
-  master_server_address: "127.0.0.1:50051"
-  global_segment_size: 3355443200
-  local_buffer_size: 1073741824
-  transfer_timeout: 1
-"""
 
 
 def both(**node: object) -> dict[str, object]:
@@ -293,11 +259,14 @@ CASES: list[Case] = [
         redis("redis://c:1"),
     ),
     ({"remote_serde": "naive"}, "remote_serde", IGNORED, "as they are", {}),
-    ({"remote_serde": "cachegen"}, "remote_serde", IGNORED, "lossy;.*codec: int8", {}),
+    ({"remote_serde": "kivi"}, "remote_serde", IGNORED, "as they are, as LMCache does with kivi", {}),
+    ({"remote_serde": "CacheGen"}, "remote_serde", IGNORED, "cachegen is lossy;.*codec: int8", {}),
+    ({"remote_serde": "torch"}, "remote_serde", REFUSED, "none of naive, kivi and cachegen", {}),
+    ({"min_retrieve_tokens": 512}, "min_retrieve_tokens", IGNORED, "decided by measured rates", {}),
     ({"save_decode_cache": False}, "save_decode_cache", MAPPED, "false", {"engine": {"save_output": False}}),
     ({"save_decode_cache": "1"}, "save_decode_cache", MAPPED, "true", {"engine": {"save_output": True}}),
-    ({"save_unfull_chunk": True}, "save_unfull_chunk", IGNORED, "always stored", {}),
-    ({"save_unfull_chunk": False}, "save_unfull_chunk", IGNORED, "all the same", {}),
+    ({"save_unfull_chunk": True}, "save_unfull_chunk", IGNORED, "only full chunks .*nearest: a smaller chunk_size", {}),
+    ({"save_unfull_chunk": False}, "save_unfull_chunk", IGNORED, "only full chunks are found again, as it asks", {}),
     ({"cache_policy": "lru"}, "cache_policy", MAPPED, "lru", {"store": {"eviction": "lru"}}),
     ({"cache_policy": "LFU"}, "cache_policy", MAPPED, "lfu", {"store": {"eviction": "lfu"}}),
     ({"cache_policy": "FIFO"}, "cache_policy", MAPPED, "fifo", {"store": {"eviction": "fifo"}}),
