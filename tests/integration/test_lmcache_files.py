@@ -56,7 +56,7 @@ async def test_the_tutorials_redis_is_used_though_lmcache_ignores_it(tmp_path: P
     if not is_free(USUAL_PORT):
         pytest.skip(f"the file names port {USUAL_PORT}, which is another's here")
     environment = file_of(tmp_path, TUTORIAL)
-    with redis_server(usual=True) as server:
+    with redis_server(port=USUAL_PORT) as server:
         async with served(tmp_path / "one", environment=environment) as one:
             answer, cached = await one.ask(PROMPT)
             assert cached == 0

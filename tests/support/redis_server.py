@@ -45,9 +45,9 @@ class RedisServer:
     """Keeps nothing on disk. Killed and started again it is on the same port, and empty."""
 
     def __init__(
-        self, folder: Path, program: str, args: tuple[str, ...], tls_port: bool, sentinel: Path | None, usual: bool
+        self, folder: Path, program: str, args: tuple[str, ...], tls_port: bool, sentinel: Path | None
     ) -> None:
-        self.port = USUAL_PORT if usual else free_ports(1)[0]
+        self.port = free_ports(1)[0]
         self._folder, self._program = folder, program
         port = ("--port", "0", "--tls-port", str(self.port)) if tls_port else ("--port", str(self.port))
         self._args: tuple[str, ...] = (*port, "--bind", "127.0.0.1")
@@ -114,12 +114,14 @@ def redis_server(
     program: str = "redis-server",
     tls_port: bool = False,
     sentinel: Path | None = None,
-    usual: bool = False,
+    port: int | None = None,
 ) -> Iterator[RedisServer]:
     """64 MB, least recently used keys go first, unless `args` say otherwise. `sentinel`: a sentinel with this file.
-    `usual`: on USUAL_PORT, which must be free."""
+    `port`: which must be free; else any."""
     with TemporaryDirectory() as folder:
-        server = RedisServer(Path(folder), program, args, tls_port, sentinel, usual)
+        own = () if port is None else ("--port", str(port))
+        server = RedisServer(Path(folder), program, (*args, *own), tls_port, sentinel)
+        server.port = server.port if port is None else port
         try:
             server.start()
             yield server
