@@ -74,6 +74,8 @@ METADATA_SUBSCRIBERS = _gauge("metadata_subscribers", "Open event streams")
 METADATA_SEGMENT_BYTES = _gauge("metadata_segment_bytes", "Bytes of segments, by state", "segment", "state")
 METADATA_EVENTS = _counter("metadata_events_total", "Index events published")
 METADATA_TOTALS = _counter("metadata_totals_total", "Counters of the index, by name", "name")
+METADATA_MOONCAKE_KEYS = _gauge("metadata_mooncake_keys", "Keys that Mooncake's clients keep under /metadata")
+METADATA_MOONCAKE_SECONDS = _seconds("metadata_mooncake_seconds", "Time to answer one call of Mooncake's clients")
 METADATA_CALL_SECONDS = _seconds("metadata_call_seconds", "Time to answer one call", "endpoint")
 
 # --- nodes: service, engine, store -----------------------------------------------------------------------------

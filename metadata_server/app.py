@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvcore.clock import Clock
 from kvcore.errors import KVFerryError, MetadataProtocolError, PayloadTooLargeError
@@ -26,6 +26,7 @@ from metadata_server import metrics as own_metrics
 from metadata_server.core import MetadataCore
 from metadata_server.endpoints import ENDPOINTS, EndpointSpec
 from metadata_server.limits import ServerLimits
+from metadata_server.mooncake.http_shell import PATH
 from metadata_server.openapi import FRAMES, JSON, MSGPACK, ErrorBody, Fault, Health, document
 from metadata_server.protocol import encode
 
@@ -36,9 +37,15 @@ _Handler = Callable[[Request], Awaitable[Response]]
 
 
 def create_app(
-    core: MetadataCore, clock: Clock, metrics: Metrics, max_body_bytes: int, limits: ServerLimits = ServerLimits()
+    core: MetadataCore,
+    clock: Clock,
+    metrics: Metrics,
+    max_body_bytes: int,
+    limits: ServerLimits = ServerLimits(),
+    *,
+    mooncake: ASGIApp | None = None,
 ) -> FastAPI:
-    """The application. `core.run` and its end are the caller's."""
+    """The application. `core.run` and its end are the caller's. `mooncake`: what answers `/metadata`."""
     read = partial(_read, max_body_bytes=max_body_bytes, body_s=limits.body_s)
     observe = own_metrics.register(core, clock, metrics)
     calls = {
@@ -46,8 +53,8 @@ def create_app(
         for endpoint in ENDPOINTS
         if endpoint.request is not None
     }
-    app = _App(calls)
-    app.openapi = document  # type: ignore[method-assign]
+    app = _App(calls, mooncake)
+    app.openapi = partial(document, mooncake=mooncake is not None)  # type: ignore[method-assign]
     for path, post in calls.items():  # for what is wrong with the method; the calls themselves never get here
         app.router.add_route(path, post, methods=["POST"])
     for path, get in _gets(core, metrics, limits.send_s).items():
@@ -60,13 +67,17 @@ def create_app(
 class _App(FastAPI):
     """FastAPI with a short way for the calls: its stack costs a third of a call's time and does nothing for them."""
 
-    def __init__(self, calls: Mapping[str, _Handler]) -> None:
+    def __init__(self, calls: Mapping[str, _Handler], mooncake: ASGIApp | None) -> None:
         super().__init__(docs_url=None, redoc_url=None, openapi_url="/openapi.json", redirect_slashes=False)
         self._calls = calls
+        self._mooncake = mooncake
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry."""
         post = self._calls.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if post is None and self._mooncake is not None and scope["type"] == "http" and scope["path"] == PATH:
+            await self._mooncake(scope, receive, send)
+            return
         if post is None:
             await super().__call__(scope, receive, send)
             return

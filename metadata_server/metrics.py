@@ -6,6 +6,7 @@ from kvcore import metric_names as names
 from kvcore.clock import Clock
 from kvcore.telemetry import Metrics, Sample
 from metadata_server.core import MetadataCore
+from metadata_server.mooncake.dialect import MooncakeDialect
 
 
 def register(core: MetadataCore, clock: Clock, metrics: Metrics) -> Callable[[str], Callable[[float], None]]:
@@ -37,3 +38,9 @@ def register(core: MetadataCore, clock: Clock, metrics: Metrics) -> Callable[[st
     metrics.sampled(names.METADATA_TOTALS, lambda: [((name,), total) for name, total in state.counters.items()])
     seconds = metrics.histogram(names.METADATA_CALL_SECONDS)
     return lambda path: seconds.labels(path).observe
+
+
+def register_mooncake(dialect: MooncakeDialect, metrics: Metrics) -> Callable[[float], None]:
+    """Make those of Mooncake's dialect; returns what takes a call's seconds."""
+    metrics.sampled(names.METADATA_MOONCAKE_KEYS, lambda: [((), dialect.num_keys)])
+    return metrics.histogram(names.METADATA_MOONCAKE_SECONDS).observe

@@ -24,6 +24,7 @@ from metadata_server.endpoints import ENDPOINTS
 JSON = "application/json"
 MSGPACK = "application/msgpack"
 FRAMES = "application/octet-stream"
+TEXT = "text/plain"
 
 
 class Fault(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,6 +103,29 @@ def _queries() -> dict[str, _Schema]:
             "summary": "Prometheus metrics",
             "responses": _answers({"text/plain": {"schema": {"type": "string"}}}, ()),
         },
+    }
+
+
+def _mooncake() -> _Schema:
+    """Of `/metadata`, whose answers are text but for the value."""
+
+    def call(name: str, summary: str, ok: str, statuses: tuple[int, ...], **more: object) -> _Schema:
+        answers: _Schema = {"200": {"description": "Done", "content": {ok: {}}}}
+        for status in (400, 401, *statuses, 503):
+            answers[str(status)] = {"description": "Refused", "content": {TEXT: {"schema": {"type": "string"}}}}
+        return {"operationId": f"/metadata {name}", "summary": summary, "responses": answers, **more}
+
+    return {
+        "parameters": [_parameter("key", {"type": "string", "minLength": 1}, required=True)],
+        "get": call("get", "A value of Mooncake's clients", JSON, (404,)),
+        "put": call(
+            "put",
+            "Write a value, unless a live client holds the name",
+            TEXT,
+            (408, 413, 415),
+            requestBody={"required": True, "content": {JSON: {}}},
+        ),
+        "delete": call("delete", "Remove a value", TEXT, (404,)),
     }
 
 
@@ -190,8 +214,8 @@ _FIELD_BOUNDS: dict[str, dict[str, _Schema]] = {
 
 
 @cache
-def document() -> _Schema:
-    """The document, as FastAPI's `openapi` returns it."""
+def document(*, mooncake: bool = False) -> _Schema:
+    """The document, as FastAPI's `openapi` returns it; with `/metadata`, if that is served."""
     kinds = [kind for endpoint in ENDPOINTS for kind in (endpoint.request, endpoint.reply) if kind is not None]
     kinds += [m.EventBatch, ErrorBody, Health]
     _, schemas = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
@@ -210,6 +234,8 @@ def document() -> _Schema:
             paths[endpoint.path] = {"post": operation}
     for path, query in _queries().items():
         paths[path] = {"get": {"operationId": path, **query}}
+    if mooncake:
+        paths["/metadata"] = _mooncake()
     return {
         "openapi": "3.1.0",
         "info": {"title": "kvferry metadata server", "version": "1"},

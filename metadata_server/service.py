@@ -1,5 +1,6 @@
 """Wires one metadata server: state, core, HTTP shell, and the order in which they stop. Nothing else lives here."""
 
+import logging
 import secrets
 
 from kvcore.clock import Clock, SystemClock
@@ -7,16 +8,20 @@ from kvcore.config.schema import ClusterConfig
 from kvcore.identity import ClusterIdentity
 from kvcore.process.asgi import AsgiServer
 from kvcore.process.service import Lifecycle
-from kvcore.telemetry import Metrics
+from kvcore.telemetry import Metrics, log_fields
 from metadata_server.app import create_app
 from metadata_server.core import MetadataCore
 from metadata_server.index.state import MetadataState
+from metadata_server.metrics import register_mooncake
+from metadata_server.mooncake.http_shell import MooncakeApp, MooncakePort
+from metadata_server.mooncake.opening import open_dialect, tls_of, token_of
 from metadata_server.records.base import Records
 from metadata_server.records.node_orders import NodeOrdering
 from metadata_server.records.opening import open_records
 from metadata_server.records.pins import PinRecords
 
 _GENERATION_BITS = 20
+_logger = logging.getLogger("metadata_server")
 
 
 def create_core(
@@ -42,11 +47,13 @@ async def main(config: ClusterConfig, lifecycle: Lifecycle) -> None:
     records = await open_records(config, clock)
     lifecycle.stack.push_async_callback(records.aclose)
     lifecycle.tasks.create_task(records.run(), name="records")
-    pins = PinRecords(records, clock)
+    pins, metrics = PinRecords(records, clock), Metrics()
     core = create_core(config, clock, pins, records)
     await pins.restore(core.state)
     await core.orders.restore()
-    shell = AsgiServer(create_app(core, clock, Metrics(), server.max_body), server.host, server.port)
+    mooncake = await _open_mooncake(config, records, clock, metrics, lifecycle)
+    app = create_app(core, clock, metrics, server.max_body, mooncake=mooncake)
+    shell = AsgiServer(app, server.host, server.port)
     lifecycle.stack.push_async_callback(shell.aclose)
     await shell.start()
     lifecycle.describe.append(lambda: [repr(core), repr(records), repr(pins), repr(core.orders)])
@@ -58,3 +65,25 @@ async def main(config: ClusterConfig, lifecycle: Lifecycle) -> None:
     await lifecycle.stopping.wait()
     core.stop()
     await shell.drain(config.service.drain_s)
+
+
+async def _open_mooncake(
+    config: ClusterConfig, records: Records, clock: Clock, metrics: Metrics, lifecycle: Lifecycle
+) -> MooncakeApp | None:
+    """What answers `/metadata` on the metadata server's own port; None: nothing does, or another port."""
+    server, mooncake = config.metadata_server, config.metadata_server.mooncake
+    if not mooncake.enabled:
+        return None
+    token, tls = token_of(mooncake), tls_of(mooncake)
+    dialect = await open_dialect(mooncake, records, clock)
+    lifecycle.describe.append(lambda: [repr(dialect)])
+    lifecycle.tasks.create_task(dialect.run(), name="mooncake")
+    app = MooncakeApp(dialect, clock, register_mooncake(dialect, metrics), token)
+    if mooncake.port is None:
+        return app
+    shell = AsgiServer(MooncakePort(app), server.host, mooncake.port, tls=tls)
+    lifecycle.stack.push_async_callback(shell.aclose)
+    await shell.start()
+    lifecycle.tasks.create_task(shell.wait_failed(), name="mooncake http")
+    log_fields(_logger, logging.INFO, "mooncake_metadata", url=f"{shell.url}/metadata")
+    return None

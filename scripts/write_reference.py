@@ -21,6 +21,7 @@ import msgspec
 
 from kvcore import metric_names
 from kvcore.config import fields, schema
+from kvcore.config.mooncake_metadata import MooncakeMetadataConfig
 from kvcore.config.records import RecordsConfig
 from kvcore.config.tiers import TierConfig
 from kvcore.metric_names import Metric
@@ -125,6 +126,8 @@ def config_sections() -> Iterator[tuple[str, str, list[Key]]]:
             path = "nodes.NAME." if name == "nodes" else f"{name}."
             yield path, _text(kind.__doc__), list(_keys(kind, path))
         if name == "metadata_server":
+            path = f"{name}.mooncake."
+            yield path, _text(MooncakeMetadataConfig.__doc__), list(_keys(MooncakeMetadataConfig, path))
             for kind in get_args(RecordsConfig):
                 yield _described(kind, "metadata_server.records", "Where they are kept.")
 

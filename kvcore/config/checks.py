@@ -20,7 +20,7 @@ def check_cluster(config: ClusterConfig) -> list[str]:
     """What is wrong, as `path: explanation`; empty: nothing."""
     named = _check_name(config.cluster)
     ours = _check_engines(config) if config.handoff.traits.has_store else _check_servers(config)
-    rest = (_check_nodes, _check_ports, _check_cors, _check_bounds, _check_mooncake)
+    rest = (_check_nodes, _check_ports, _check_cors, _check_bounds, _check_mooncake, _check_dialect)
     return [*named, *ours, *(problem for check in rest for problem in check(config))]
 
 
@@ -146,6 +146,15 @@ def _check_mooncake(config: ClusterConfig) -> Iterator[str]:
         yield f"tiers.mooncake.rdma_devices: they are of protocol rdma, and it is {tier.protocol}"
 
 
+def _check_dialect(config: ClusterConfig) -> Iterator[str]:
+    mooncake = config.metadata_server.mooncake
+    if (mooncake.cert is None) != (mooncake.key is None):
+        missing = "cert" if mooncake.cert is None else "key"
+        yield f"metadata_server.mooncake.{missing}: missing; TLS needs a certificate and its key"
+    if mooncake.cert is not None and mooncake.port is None:
+        yield "metadata_server.mooncake.port: missing; TLS is on a port of its own, as the cluster's nodes speak none"
+
+
 def _check_ports(config: ClusterConfig) -> Iterator[str]:
     taken: dict[tuple[str, int], str] = {}
     for path, host, port in ports_of(config):
@@ -161,7 +170,10 @@ def ports_of(config: ClusterConfig) -> Iterator[tuple[str, str, int]]:
     yield "router.port", config.router.host, config.router.port
     if not config.handoff.traits.has_store:
         return
-    yield "metadata_server.port", config.metadata_server.host, config.metadata_server.port
+    server = config.metadata_server
+    yield "metadata_server.port", server.host, server.port
+    if server.mooncake.enabled and server.mooncake.port is not None:
+        yield "metadata_server.mooncake.port", server.host, server.mooncake.port
     for name, node in config.nodes.items():
         yield f"nodes.{name}.port", node.host, node.port
         yield f"nodes.{name}.transfer_port", node.host, node.transfer_port

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from kvcore.config.fields import ByteSize, Count, Port, Rate, Seconds, Section, Share, Text
+from kvcore.config.mooncake_metadata import MooncakeMetadataConfig
 from kvcore.config.records import RecordsConfig, SqliteRecordsConfig
 from kvcore.config.tiers import DiskTierConfig, TiersConfig
 from kvcore.eviction.evictor import PolicyName
@@ -179,7 +180,9 @@ class MetadataServerConfig(Section, frozen=True, kw_only=True):
     event_log: Count = 65_536
     """Events kept for replay."""
     records: RecordsConfig = SqliteRecordsConfig()
-    """What must survive it: pins. Chunks are no part of it: the nodes tell them again."""
+    """What must survive it: pins, Mooncake's metadata. Chunks are no part of it: the nodes tell them again."""
+    mooncake: MooncakeMetadataConfig = MooncakeMetadataConfig()
+    """`/metadata` for Mooncake's own clients."""
 
 
 class RoutingPolicy(StrEnum):

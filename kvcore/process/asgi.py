@@ -8,6 +8,7 @@ import contextlib
 import functools
 import logging
 import socket
+import ssl
 from collections.abc import Generator
 from typing import Any
 
@@ -48,11 +49,14 @@ class AsgiServer:
     `app` is an ASGI application (FastAPI, Starlette): its own type is the framework's and untyped.
     """
 
-    def __init__(self, app: Any, host: str, port: int, *, limits: HttpLimits = HttpLimits()) -> None:
+    def __init__(
+        self, app: Any, host: str, port: int, *, limits: HttpLimits = HttpLimits(), tls: ssl.SSLContext | None = None
+    ) -> None:
         self._app = app
         self._host = host
         self._port = port
         self._limits = limits
+        self._tls = tls
         self._server: _Server | None = None
         self._serving: asyncio.Task[None] | None = None
 
@@ -67,8 +71,9 @@ class AsgiServer:
 
     @property
     def url(self) -> str:
-        """`http://host:port`, after `start`."""
-        return base_url(self._host, self._port)
+        """`http://host:port`, or `https://…`, after `start`."""
+        url = base_url(self._host, self._port)
+        return url if self._tls is None else url.replace("http", "https", 1)
 
     async def start(self) -> None:
         """Bind, run the app's lifespan start-up and serve. Raises ConfigError (address in use, no such address) or
@@ -87,6 +92,8 @@ class AsgiServer:
             server_header=False,
             timeout_keep_alive=75,
         )
+        config.load()
+        config.ssl = self._tls
         self._server = server = _Server(config)
         self._serving = asyncio.create_task(self._serve(server, bound), name=f"asgi {self._host}:{self._port}")
         up = asyncio.create_task(server.up.wait())

@@ -77,6 +77,13 @@ def load(tmp_path):
         ("nodes.s={role: store, port: 1, engine: {kind: sim}}", r"nodes\.s\.engine: a store has no engine"),
         ("nodes.decode-0.engine={kind: sim, bytes_per_token: 24}", r"bytes_per_token: 24 is not a multiple of 16"),
         ("nodes.decode-0.host=0.0.0.0", r"nodes\.decode-0\.host: 0\.0\.0\.0 is every interface; give the address"),
+        ("metadata_server.mooncake={cert: a}", r"metadata_server\.mooncake\.key: missing; TLS needs"),
+        ("metadata_server.mooncake={key: a}", r"metadata_server\.mooncake\.cert: missing; TLS needs"),
+        ("metadata_server.mooncake={cert: a, key: b}", r"metadata_server\.mooncake\.port: missing; TLS is on a port"),
+        (
+            "metadata_server.mooncake.port=8700",
+            r"metadata_server\.mooncake\.port: 8700 on 127\.0\.0\.1 is metadata_server",
+        ),
         ("nodes.d={role: decoder, port: 1, engine: {kind: sim}}", r"engine: the nodes' engines are of several kinds"),
     ],
 )
