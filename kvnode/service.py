@@ -97,7 +97,7 @@ class _RunningNode:
             stats=stats if ready else None,
             segments=[self.owner.segment],
             transports=sample.transports if sample is not None else {},
-            draining=(self.api is not None and self.api.draining) or bool(self.membership.drained),
+            draining=(self.api is not None and self.api.draining) or self.membership.drained,
             engine_restarts=self.supervisor.restarts if self.supervisor is not None else 0,
             refused=self.membership.refused,
             tiers=self.tiers.reports() if self.tiers is not None else [],

@@ -81,8 +81,6 @@ class NodeOrderRequest(RequestBody, frozen=True, kw_only=True):
 
     node_id: str
     action: NodeAction
-    move: bool = False
-    """`drain`: it copies its chunks to other nodes, too."""
     force: bool = False
     """`remove`: also a node that is alive; this start of it is not taken in again."""
     incarnation: int = 0
@@ -97,8 +95,6 @@ class NodeOrder(ReplyBody, frozen=True, kw_only=True):
     """`drained` or `removed`."""
     since: float
     """Unix seconds."""
-    move: bool = False
-    """Of a drained one: its chunks are copied to other nodes."""
     incarnation: int = 0
     """Of a removed one: the start that is not taken in any more; 0: every start is."""
 

@@ -75,11 +75,11 @@ class HeartbeatRequest(RequestBody, frozen=True, kw_only=True):
 
 
 class HeartbeatReply(ReplyBody, frozen=True, kw_only=True):
-    """`known` false: register again, with manifests. `drained`: `stay`; `move`: its chunks go elsewhere; empty: not."""
+    """`known` false: register again, with manifests. `drained`: by order, it is to get no new requests."""
 
     epoch: str
     known: bool
-    drained: str = ""
+    drained: bool = False
 
 
 class LeaveRequest(RequestBody, frozen=True, kw_only=True):

@@ -39,14 +39,9 @@ class NodeOrders:
         """By name."""
         return [order for _, order in sorted(self._orders.items())]
 
-    def drain_of(self, node_id: str) -> NodeOrder | None:
-        """The order by which the node is drained; None: it is not."""
-        return self._orders[node_id] if node_id in self.drained else None
-
-    def word(self, node_id: str) -> str:
-        """As a HeartbeatReply says it."""
-        order = self.drain_of(node_id)
-        return "" if order is None else "move" if order.move else "stay"
+    def drains(self, node_id: str) -> bool:
+        """Whether the node is drained."""
+        return node_id in self.drained
 
     def give(self, request: NodeOrderRequest, live: NodeInfo | None, wall: float) -> NodeOrderReply:
         """Take an order. `live`: the node, if it has a lease; a `remove` that is not refused is to end it."""
@@ -60,7 +55,7 @@ class NodeOrders:
         kind = DRAINED if request.action == "drain" else REMOVED
         since = before.since if before is not None and before.kind == kind else wall
         incarnation = 0 if kind == DRAINED else live.incarnation if live is not None else request.incarnation
-        order = NodeOrder(node_id=request.node_id, kind=kind, since=since, move=request.move, incarnation=incarnation)
+        order = NodeOrder(node_id=request.node_id, kind=kind, since=since, incarnation=incarnation)
         self._set(request.node_id, order)
         return NodeOrderReply(order=order)
 

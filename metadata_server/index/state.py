@@ -153,7 +153,7 @@ class MetadataState:
         node = self._nodes.get(request.node_id, request.incarnation)
         if node is not None:
             self._nodes.renew(node, now)
-        return m.HeartbeatReply(epoch=self.epoch, known=node is not None, drained=self.orders.word(request.node_id))
+        return m.HeartbeatReply(epoch=self.epoch, known=node is not None, drained=self.orders.drains(request.node_id))
 
     def leave(self, request: m.LeaveRequest, now: float) -> None:
         """Drop the node with all that it holds. Another incarnation: nothing happens."""

@@ -89,7 +89,7 @@ class NodeAdmin:
         for order in self._orders.values():
             if order.kind == "drained" and order.node_id not in rows:
                 why = "it is drained, and nobody knows where it is"
-                rows[order.node_id] = NodeRow(id=order.node_id, state=LOST, why=why, since=order.since, move=order.move)
+                rows[order.node_id] = NodeRow(id=order.node_id, state=LOST, why=why, since=order.since)
         return NodesReport(nodes=[rows[name] for name in sorted(rows)], problems=problems)
 
     def _state(self, node: KnownNode) -> tuple[str, str]:
@@ -113,7 +113,6 @@ class NodeAdmin:
             release=report.release if report is not None else "",
             weights=report.version if report is not None else "",
             url=node.url,
-            move=order is not None and drained and order.move,
         )
 
     def _refused_row(self, node: NodeInfo, why: str) -> NodeRow:
@@ -132,9 +131,7 @@ class NodeAdmin:
         self._check_known(body.node)
         node = self._cluster.nodes.get(body.node)
         start = node.report.node.incarnation if node is not None and node.report is not None else 0
-        request = NodeOrderRequest(
-            node_id=body.node, action=action, move=body.move, force=body.force, incarnation=start
-        )
+        request = NodeOrderRequest(node_id=body.node, action=action, force=body.force, incarnation=start)
         reply = await self._metadata.order_node(request)
         if reply.refused:
             raise InvalidRequestError(reply.refused, param="node")

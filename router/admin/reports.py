@@ -29,8 +29,6 @@ class NodeRow(msgspec.Struct, kw_only=True):
     weights: str = ""
     """`model.version`, as its engine has it."""
     url: str = ""
-    move: bool = False
-    """It copies its chunks to other nodes."""
 
 
 class NodesReport(msgspec.Struct, kw_only=True):
@@ -44,8 +42,6 @@ class NodeOrderBody(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fi
     """Body of `POST /v1/nodes/{drain,undrain,remove}`."""
 
     node: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
-    move: bool = False
-    """`drain`: its chunks are copied to other nodes, too."""
     force: bool = False
     """`remove`: also a node that is alive."""
 

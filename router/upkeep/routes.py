@@ -6,6 +6,7 @@ As all of the router's, they are open to whoever reaches it. What one waits for 
 import asyncio
 import math
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -14,6 +15,7 @@ from fastapi import FastAPI, Request
 from starlette.responses import Response
 
 from kvcore.errors import CancelledByPeerError, InvalidRequestError
+from kvcore.process.audit import AuditLine, audited, caller
 from kvcore.process.http_body import read_body
 from router.answering import Answerer
 from router.api import openapi
@@ -55,17 +57,23 @@ class UpkeepRoutes:
 
         @app.post("/v1/cache/clear", **openapi.orders("Remove generations from all tiers", ClearOrder))
         async def clear(request: Request) -> Response:
-            order = _order_in(await self._body(request) or b"{}", ClearOrder, "order to clear")
-            return JsonReply(await _while_there(request, self.generations.clear(order)))
+            with audited(caller(request.client), "cache clear") as line:
+                order = _order_in(await self._body(request) or b"{}", ClearOrder, "order to clear")
+                line.on = _said(order)
+                return JsonReply(await _while_there(request, self.generations.clear(order)))
 
         @app.post("/v1/weights", **openapi.orders("Start every engine anew on other weights", WeightsOrder))
         async def weights(request: Request) -> Response:
-            order = _order_in(await self._body(request), WeightsOrder, "change of weights")
-            report = await self.weights.change(order)  # to its end, though the client leave
-            error = failure(report)
+            with audited(caller(request.client), "weights") as line:
+                order = _order_in(await self._body(request), WeightsOrder, "change of weights")
+                line.on = order.version
+                report = await self.weights.change(order)  # to its end, though the client leave
+                error = failure(report)
+                line.outcome = "ok" if error is None else error.code
             return JsonReply(report) if error is None else JsonReply(with_error(report, error), error.http_status)
 
-        self._of_prompts(app, "lookup", "Where the KV of prompts lies", lambda specs, _: self.lookup.look(specs))
+        look = lambda specs, _: self.lookup.look(specs)  # noqa: E731
+        self._of_prompts(app, "lookup", "Where the KV of prompts lies", look, changes=False)
         self._of_prompts(app, "warm", "Compute prompts into the store", lambda specs, _: self.warmer.warm(specs))
         texts: dict[OrderKind, str] = {
             "evict": "Remove the chunks of prompts from segments and tiers",
@@ -88,11 +96,15 @@ class UpkeepRoutes:
         name: str,
         text: str,
         work: Callable[[list[RequestSpec], Request], Awaitable[msgspec.Struct]],
+        *,
+        changes: bool = True,
     ) -> None:
         @app.post(f"/v1/cache/{name}", name=f"cache_{name}", **openapi.orders(text, ChatRequest, CompletionRequest))
         async def endpoint(request: Request) -> Response:
-            specs = await prompts_in(await self._body(request), self.answerer, self.limits)
-            return JsonReply(await _while_there(request, work(specs, request)))
+            with audited(caller(request.client), f"cache {name}") if changes else nullcontext(AuditLine()) as line:
+                specs = await prompts_in(await self._body(request), self.answerer, self.limits)
+                line.on = f"{len(specs)} prompts"
+                return JsonReply(await _while_there(request, work(specs, request)))
 
     async def _body(self, request: Request) -> bytes:
         return await read_body(request, self.max_body_bytes, timeout_s=self.limits.body_timeout_s)
@@ -112,6 +124,11 @@ def _order_in(raw: bytes, kind: type[_OrderBody], name: str) -> _OrderBody:
         return msgspec.json.decode(raw, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequestError(f"the body is no {name}: {error}") from error
+
+
+def _said(order: ClearOrder) -> str:
+    chosen = order.fingerprints if order.fingerprints is not None else ["stale" if order.stale else "all"]
+    return ",".join(chosen) + (" force" if order.force else "")
 
 
 def _ttl_s(request: Request) -> float | None:

@@ -91,22 +91,21 @@ def test_a_drained_node_may_bring_chunks_of_its_disk_into_its_own_segment_and_in
 def test_a_node_learns_with_its_heartbeat_that_it_is_drained_whatever_start_it_is():
     state = two_nodes()
     beat = m.HeartbeatRequest(node_id="a", incarnation=1)
-    assert state.heartbeat(beat, NOW).drained == ""
+    assert state.heartbeat(beat, NOW).drained is False
     give(state, "drain")
-    assert state.heartbeat(beat, NOW).drained == "stay"
-    give(state, "drain", move=True)
+    assert state.heartbeat(beat, NOW).drained
     state.register(registration("a", incarnation=2), NOW)
-    assert state.heartbeat(m.HeartbeatRequest(node_id="a", incarnation=2), NOW).drained == "move"
+    assert state.heartbeat(m.HeartbeatRequest(node_id="a", incarnation=2), NOW).drained
     give(state, "undrain")
-    assert state.heartbeat(m.HeartbeatRequest(node_id="a", incarnation=2), NOW).drained == ""
+    assert state.heartbeat(m.HeartbeatRequest(node_id="a", incarnation=2), NOW).drained is False
 
 
 def test_an_order_that_is_given_again_keeps_its_time():
     state = two_nodes()
     first = give(state, "drain").order
-    request = NodeOrderRequest(node_id="a", action="drain", move=True)
+    request = NodeOrderRequest(node_id="a", action="drain")
     second = state.orders.give(request, None, 200.0).order
-    assert first is not None and second is not None and (second.since, second.move) == (100.0, True)
+    assert first is not None and second is not None and second.since == 100.0
 
 
 def test_who_is_alive_is_removed_by_force_alone_and_that_start_does_not_come_back():
@@ -175,7 +174,7 @@ async def test_drains_and_removals_outlive_the_metadata_server():
     flushing = asyncio.ensure_future(records.run())
     first = await started(records, clock)
     first.core.state.register(registration("b"), clock.now())
-    drained = await first.client.order_node(NodeOrderRequest(node_id="a", action="drain", move=True))
+    drained = await first.client.order_node(NodeOrderRequest(node_id="a", action="drain"))
     removed = await first.client.order_node(NodeOrderRequest(node_id="b", action="remove", force=True))
     assert [node.id for node in (await first.client.nodes()).nodes] == []
     second = await started(records, clock)

@@ -20,7 +20,7 @@ SCHEMAS: dict[str, Any] = document()["components"]["schemas"]  # type: ignore[in
 NODE = {"node_id": "a", "incarnation": 1}
 WITHOUT = {
     ("SegmentManifest", "entries"),  # the length of the body bounds them
-    *(("NodeOrderRequest", field) for field in ("action", "move", "force")),  # words and truth values
+    *(("NodeOrderRequest", field) for field in ("action", "force")),  # words and truth values
     ("PinRequest", "extend"),  # true or false
     ("ReplicaRef", "id"),  # any number: what is not known is answered so
     ("ReplicaRef", "segment_id"),

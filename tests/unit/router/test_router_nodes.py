@@ -106,9 +106,9 @@ async def test_a_drained_node_gets_no_new_requests_and_is_used_again_after_undra
 async def test_what_runs_on_a_drained_node_ends_there():
     rig, client = await nodes_rig()
     rig.nodes["d0"].running = 2
-    assert (await order(client, "drain", "d0", move=True))["node"]["state"] == "draining"
+    assert (await order(client, "drain", "d0"))["node"]["state"] == "draining"
     row = (await rows(client))["d0"]
-    assert (row["requests"], row["move"], row["state"]) == (2, True, "draining")
+    assert (row["requests"], row["state"]) == (2, "draining")
     rig.nodes["d0"].running = 0
     await rig.prober.probe()
     assert (await rows(client))["d0"]["state"] == "drained"
@@ -213,9 +213,9 @@ async def test_nodes_that_are_refused_or_drained_and_away_are_listed(monkeypatch
 async def test_every_order_leaves_a_line_that_says_who_what_on_what_and_with_what_outcome(caplog):
     _, client = await nodes_rig()
     with caplog.at_level(logging.INFO, "audit"):
-        await order(client, "drain", "d0", move=True)
+        await order(client, "drain", "d0")
         await refused(client, "undrain", "d9")
     lines = [record.getMessage() for record in caplog.records if record.name == "audit"]
     first, second = (line for line in lines if "/v1/" not in line)  # the other one is the metadata server's own
-    assert first.startswith("audit who=") and 'what="nodes drain" on="d0 move" outcome=ok' in first
+    assert first.startswith("audit who=") and 'what="nodes drain" on=d0 outcome=ok' in first
     assert "outcome=invalid_request_error" in second and "d9" in second
