@@ -21,6 +21,11 @@ class Background:
         self._closed = False
 
     @property
+    def closed(self) -> bool:
+        """Whether `aclose` was called."""
+        return self._closed
+
+    @property
     def full(self) -> bool:
         """Whether so much is under way that work which may be left out should be; after `aclose` it always is."""
         return self._closed or len(self._tasks) >= self._max_tasks

@@ -17,6 +17,10 @@ class StoreLimits:
     retry_pauses_s: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0)
     """Longer than the client's own pause after a failure; give-backs are idempotent, and a place or a lease that stays
     taken until it expires is missed by others."""
+    renew_share: float = 0.3
+    """Of a read lease's life: a transfer that goes on for longer renews it, and again after each such time."""
+    max_give_back: int = 4096
+    """Leases in one call that gives them back."""
     first_pause_s: float = 0.1
     """A segment that failed is left alone for so long; it doubles with each further failure …"""
     longest_pause_s: float = 2.0

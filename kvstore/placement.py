@@ -8,6 +8,7 @@ Answers are checked against the question: a replica of another key or length is 
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -20,8 +21,10 @@ from kvcore.telemetry import log_fields
 from kvcore.types import ChunkKey, OwnerTag, ReplicaRef, Segment
 from kvstore.background import Background
 from kvstore.counters import Count, StoreCounters
+from kvstore.leases import ReaderLeases
 from kvstore.limits import StoreLimits
 from kvstore.types import Match
+from metadata_server.cache_messages import ReleaseRequest
 from metadata_server.client import MetadataClient
 from metadata_server.messages import (
     IN_ORDER,
@@ -31,7 +34,6 @@ from metadata_server.messages import (
     MatchRequest,
     QuarantineItem,
     QuarantineRequest,
-    ReleaseRequest,
     ReplicaIds,
     ReserveItem,
     ReserveReply,
@@ -85,48 +87,70 @@ class Placement:
         self._background = background or Background(limits.max_background_tasks)
         self._limits = limits
         self._greeted = self._refused = False
+        self._leases = ReaderLeases(
+            metadata,
+            node_id=node_id,
+            incarnation=incarnation,
+            lease_s=config.read_lease_s,
+            clock=clock,
+            counters=self._counters,
+            background=self._background,
+            limits=limits,
+        )
 
     def __repr__(self) -> str:
         return f"<Placement of {self._node_id} incarnation {self._incarnation}, {self._metadata}>"
 
-    async def match(self, keys: Sequence[ChunkKey], timeout_s: float, *, in_order: bool = True) -> Match:
-        """Longest complete prefix, leased. `in_order`: each key continues the one before it. A cancelled call leaves no
-        lease behind."""
-        return await self._background.finish(self._match(keys, timeout_s, in_order), self.release)
-
-    async def _match(self, keys: Sequence[ChunkKey], timeout_s: float, in_order: bool) -> Match:
+    async def match(
+        self, keys: Sequence[ChunkKey], timeout_s: float, *, in_order: bool = True, leased: bool = True
+    ) -> Match:
+        """Longest complete prefix; `leased`: it is to be read. `in_order`: each key continues the one before it. A
+        call that is cancelled, or whose reply does not come, leaves no lease behind."""
+        lease_s = self._leases.lease_s if leased else 0.0
         request = MatchRequest(
             keys=list(keys),
-            lease_s=self._config.read_lease_s,
+            lease_s=lease_s,
             node_id=self._node_id,
             incarnation=self._incarnation,
             in_order=self._said(in_order),
+            lease_name=self._leases.name() if leased else msgspec.UNSET,
         )
-        return self._matched(keys, await self._value(self._metadata.match(request, timeout_s=timeout_s)))
+        asking = self._match(request, timeout_s)
+        return await (self._background.finish(asking, self.release) if leased else asking)
 
-    async def wait(self, keys: Sequence[ChunkKey], more_than: int, timeout_s: float) -> Match:
+    async def _match(self, request: MatchRequest, timeout_s: float) -> Match:
+        call = self._leases.seen(request.lease_name, self._metadata.match(request, timeout_s=timeout_s))
+        return self._matched(request.keys, await self._value(call))
+
+    async def wait(self, keys: Sequence[ChunkKey], more_than: int, timeout_s: float, *, leased: bool = True) -> Match:
         """As match, once there is more or time is up, at most `limits.longest_wait_s`."""
         request = WaitRequest(
             keys=list(keys),
             more_than=more_than,
             timeout_s=min(max(0.0, timeout_s), self._limits.longest_wait_s),
-            lease_s=self._config.read_lease_s,
+            lease_s=self._leases.lease_s if leased else 0.0,
             node_id=self._node_id,
             incarnation=self._incarnation,
             in_order=self._said(True),
+            lease_name=self._leases.name() if leased else msgspec.UNSET,
         )
-        return self._matched(keys, await self._value(self._metadata.wait(request)))
+        call = self._leases.seen(request.lease_name, self._metadata.wait(request))
+        return self._matched(keys, await self._value(call))
+
+    def renewing(self, match: Match) -> AbstractContextManager[None]:
+        """Bytes of the match move inside of the context: its lease does not run out meanwhile."""
+        return self._leases.renewing(match.lease)
 
     async def release(self, match: Match) -> None:
         """Give the lease back. Server away: tried again in the background for some seconds, then left to expire."""
-        if match.lease_id:
-            request = ReleaseRequest(lease_ids=[match.lease_id])
-            await self._retry_in_background(lambda: self._metadata.release(request), 1)
+        if match.lease is not None:
+            request = ReleaseRequest(lease_ids=[match.lease.id])
+            if await self._value(self._done(self._metadata.release(request))) is None:
+                self._leases.give_back(match.lease)
 
     def release_soon(self, match: Match) -> None:
-        """As `release`, without waiting for it. How many are under way is its caller's to bound."""
-        if match.lease_id:
-            self._background.spawn(self.release(match))
+        """As `release`, without waiting for it."""
+        self._leases.give_back(match.lease)
 
     async def reserve(
         self,
@@ -179,6 +203,9 @@ class Placement:
         if len(reply.committed) != len(replica_ids):
             self._failed(MetadataProtocolError(f"{len(reply.committed)} answers to {len(replica_ids)} commits"))
             return None
+        if refused := reply.committed.count(False):
+            why = ", ".join(sorted({refusal for refusal in reply.refusals if refusal}))
+            log_fields(_log, logging.INFO, "commit_refused", chunks=refused, why=why)
         return reply.committed
 
     async def abort(self, replica_ids: Sequence[int]) -> None:
@@ -198,6 +225,7 @@ class Placement:
         if reply is None:
             return Match()
         replicas: list[tuple[ReplicaRef, ...]] = []
+        lease = self._leases.granted(reply.lease_id)
         segments = {segment.id: segment for segment in reply.segments}
         for key, found in zip(keys, reply.replicas, strict=False):
             right = tuple(replica for replica in found if replica.key == key and replica.segment_id in segments)
@@ -206,8 +234,8 @@ class Placement:
             replicas.append(right)
         self._counters.add(Count.MATCHED_CHUNKS, len(replicas))
         if len(replicas) < len(reply.replicas):
-            return Match(tuple(replicas), reply.lease_id, segments)
-        return Match(tuple(replicas), reply.lease_id, segments, tuple(reply.writers), reply.num_writing)
+            return Match(tuple(replicas), lease, segments)
+        return Match(tuple(replicas), lease, segments, tuple(reply.writers), reply.num_writing)
 
     def _reserved(self, lengths: Mapping[ChunkKey, int], reply: ReserveReply, write_by: float) -> Reserved:
         segments = {segment.id: segment for segment in reply.segments}

@@ -104,24 +104,25 @@ class KVStore:
         use, and it lives until they are closed. Off the loop: RDMA pins it. Raises ConfigError if it cannot be."""
         await self._run_blocking(lambda: self._transfer.register(region))
 
-    async def match(self, keys: Sequence[ChunkKey], *, timeout_s: float) -> Match:
+    async def match(self, keys: Sequence[ChunkKey], *, timeout_s: float, leased: bool = True) -> Match:
         """Longest prefix of `keys` that is complete. Metadata server away: an empty Match, counted, never an error.
 
-        The Match holds a read lease until `release(match)` or its expiry (`config.read_lease_s`). A cancelled call
-        leaves no lease behind.
+        The Match holds a read lease until `release(match)` or its expiry (`config.read_lease_s`), which reads under way
+        put off. A call that is cancelled, or whose reply does not come, leaves no lease behind. `leased` False: nothing
+        is to be read, so there is none.
         """
         if not keys:
             return Match()
-        return await self._placement.match(keys, timeout_s)
+        return await self._placement.match(keys, timeout_s, leased=leased)
 
-    async def wait(self, keys: Sequence[ChunkKey], *, more_than: int, timeout_s: float) -> Match:
+    async def wait(self, keys: Sequence[ChunkKey], *, more_than: int, timeout_s: float, leased: bool = True) -> Match:
         """As `match`, answered once more than `more_than` leading keys are complete or time, a minute at most, is up
         (then: whatever is complete, perhaps not more). Metadata server away: an empty Match at once; the caller paces
         its retries.
 
-        Cancellation ends the wait at once; a lease granted in that very moment ends by its expiry.
+        Cancellation ends the wait at once; a lease granted in that very moment is given back in the background.
         """
-        return await self._placement.wait(keys, more_than, timeout_s) if keys else Match()
+        return await self._placement.wait(keys, more_than, timeout_s, leased=leased) if keys else Match()
 
     async def get_into(
         self, match: Match, start: int, buffers: Sequence[Sequence[memoryview]], *, timeout_s: float
@@ -134,7 +135,8 @@ class KVStore:
         """
         if not 0 <= start <= start + len(buffers) <= match.num_chunks:
             raise ValueError(f"chunks {start}..{start + len(buffers)} are not in a match of {match.num_chunks}")
-        report = await self._reader.read(match, start, buffers, timeout_s)
+        with self._placement.renewing(match):
+            report = await self._reader.read(match, start, buffers, timeout_s)
         if report.refused:
             if self._background.full:
                 self._counters.add(Count.REPORTS_DROPPED, len(report.refused))
@@ -146,15 +148,12 @@ class KVStore:
 
     async def release(self, match: Match) -> None:
         """Give the match's lease back; bounded, never raises, safe to call twice. The work survives cancellation."""
-        if match.lease_id:
+        if match.lease is not None:
             await asyncio.shield(self._background.spawn(self._placement.release(match)))
 
     def release_soon(self, match: Match) -> None:
         """As `release`, in the background: a call to the metadata server that nothing has to wait for."""
-        if match.lease_id and self._background.full:
-            self._counters.add(Count.LEFT_TO_EXPIRE)
-        else:
-            self._placement.release_soon(match)
+        self._placement.release_soon(match)
 
     async def begin_put(
         self,

@@ -46,15 +46,24 @@ class MovedBytes:
     seconds: float
 
 
+@dataclass(slots=True, eq=False)
+class Lease:
+    """A reader's claim on chunks, at the metadata server. `until`: when it ends, on the clock, unless it is renewed; 0:
+    it is known to have ended."""
+
+    id: int
+    until: float
+
+
 @dataclass(frozen=True, slots=True)
 class Match:
     """The longest complete prefix of some keys. `replicas[i]`: where chunk i lies, never empty.
 
-    `segments` has every segment that the replicas name. `lease_id` 0: no lease is held.
+    `segments` has every segment that the replicas name. `lease` None: none is held.
     """
 
     replicas: tuple[tuple[ReplicaRef, ...], ...] = ()
-    lease_id: int = 0
+    lease: Lease | None = None
     segments: Mapping[str, Segment] = field(default_factory=dict)
     writers: tuple[str, ...] = ()
     """The nodes that are writing the first key behind them, the one that has been at it for longest first."""

@@ -1,4 +1,4 @@
-"""Wire messages that say what the cache shall keep and what nodes shall do (docs/wire-formats.md).
+"""Wire messages that say what the cache shall keep, for readers too, and what nodes shall do (docs/wire-formats.md).
 
 As all messages of the metadata server, see `metadata_server.messages`. Since versions CACHE_CONTROL and NODE_ORDERS of
 the protocol.
@@ -6,8 +6,10 @@ the protocol.
 
 from typing import Literal
 
+import msgspec
+
 from kvcore.types import ChunkKey
-from metadata_server.messages import ReplyBody, RequestBody
+from metadata_server.messages import FromNode, ReplyBody, RequestBody
 
 CACHE_CONTROL = 3
 """Since which chunks are pinned, evicted and given a time by their keys."""
@@ -110,3 +112,26 @@ class NodeOrdersReply(ReplyBody, frozen=True, kw_only=True):
     """What was ordered of nodes and not taken back, whether they are alive or not."""
 
     orders: list[NodeOrder]
+
+
+class ReleaseRequest(RequestBody, frozen=True, kw_only=True):
+    """Give read leases back. Unknown ids are ignored: they have expired."""
+
+    lease_ids: list[int]
+    lease_names: list[int] | msgspec.UnsetType = msgspec.UNSET
+    """Of those whose replies did not come; a request with such a name that comes later gets no lease. Since version
+    NAMED_LEASES of the protocol."""
+
+
+class RenewRequest(FromNode, frozen=True, kw_only=True):
+    """Bytes still move under these read leases of this node: they end in `lease_s` at the earliest. Since
+    NAMED_LEASES."""
+
+    lease_ids: list[int]
+    lease_s: float
+
+
+class RenewReply(ReplyBody, frozen=True, kw_only=True):
+    """`renewed[i]` false: the node does not hold that lease (any more)."""
+
+    renewed: list[bool]

@@ -24,6 +24,9 @@ from metadata_server.cache_messages import (
     NodeOrdersReply,
     PinRequest,
     PinsReply,
+    ReleaseRequest,
+    RenewReply,
+    RenewRequest,
     UnpinRequest,
 )
 from metadata_server.endpoints import EndpointSpec, Rep, Req
@@ -41,7 +44,6 @@ from metadata_server.messages import (
     QuarantineRequest,
     RegisterReply,
     RegisterRequest,
-    ReleaseRequest,
     ReleaseWriterRequest,
     ReplicaIds,
     ReserveReply,
@@ -144,6 +146,7 @@ class MetadataClient:
                 node_id=request.node_id,
                 incarnation=request.incarnation,
                 in_order=request.in_order,
+                lease_name=request.lease_name,
             )
             return await self.match(asked, timeout_s=timeout_s)
         self._num_waits += 1
@@ -155,6 +158,11 @@ class MetadataClient:
     async def release(self, request: ReleaseRequest, *, timeout_s: float | None = None) -> None:
         """Give read leases back. Idempotent."""
         await self._call(endpoints.RELEASE, request, timeout_s)
+
+    async def renew(self, request: RenewRequest, *, timeout_s: float | None = None) -> RenewReply:
+        """Extend read leases under which bytes move. Idempotent; for servers whose `protocol` is NAMED_LEASES or
+        later."""
+        return await self._call(endpoints.RENEW, request, timeout_s)
 
     async def reserve(self, request: ReserveRequest, *, timeout_s: float | None = None) -> ReserveReply:
         """Room for chunks. Not idempotent: a lost answer's reservations expire by themselves."""

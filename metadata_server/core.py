@@ -17,7 +17,7 @@ from kvcore.errors import MetadataProtocolError, NodeRefusedError, OverloadedErr
 from kvcore.process.audit import audited
 from kvcore.telemetry import log_fields
 from kvcore.types import ChunkKey
-from metadata_server.cache_messages import CacheReply, PinRequest, UnpinRequest
+from metadata_server.cache_messages import CacheReply, PinRequest, ReleaseRequest, UnpinRequest
 from metadata_server.endpoints import ENDPOINTS
 from metadata_server.index.refusals import Refusals
 from metadata_server.index.state import MetadataState
@@ -31,7 +31,6 @@ from metadata_server.messages import (
     Nothing,
     RegisterReply,
     RegisterRequest,
-    ReleaseRequest,
     Stats,
     WaitRequest,
 )
@@ -157,7 +156,7 @@ class MetadataCore:
         self._refusals.taken_in(node)
         return reply
 
-    def match(self, request: MatchRequest | WaitRequest, now: float) -> MatchReply:
+    def match(self, request: MatchRequest, now: float) -> MatchReply:
         """See MetadataState.match."""
         return self.state.match(
             request.keys,
@@ -166,11 +165,12 @@ class MetadataCore:
             node_id=request.node_id,
             incarnation=request.incarnation,
             in_order=request.in_order is True,
+            lease_name=request.lease_name or 0,
         )
 
     def release(self, request: ReleaseRequest, now: float) -> None:
         """See MetadataState.release."""
-        self.state.release(request.lease_ids, now)
+        self.state.release(request.lease_ids, now, request.lease_names or ())
 
     async def pin(self, request: PinRequest, now: float) -> CacheReply:
         """See MetadataState.pin; once it is written down. Raises RecordsUnavailableError."""

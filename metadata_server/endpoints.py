@@ -16,6 +16,7 @@ from metadata_server import messages as m
 from metadata_server.bounds import (
     MAX_ADDRESSES,
     MAX_BYTES,
+    MAX_GENERATION,
     MAX_ITEMS,
     MAX_KEEP_SECONDS,
     MAX_NAME,
@@ -38,7 +39,7 @@ Req = TypeVar("Req")
 Rep = TypeVar("Rep", bound=msgspec.Struct)
 
 
-def _check_node(request: m.HeartbeatRequest | m.LeaveRequest | m.ReleaseWriterRequest) -> None:
+def _check_node(request: m.FromNode) -> None:
     check_name(request.node_id, "node_id")
     check_incarnation(request.incarnation, "incarnation")
 
@@ -73,11 +74,13 @@ def _check_order(request: c.NodeOrderRequest) -> None:
     check_incarnation(request.incarnation, "incarnation")
 
 
-def _check_match(request: m.MatchRequest | m.WaitRequest) -> None:
+def _check_match(request: m.MatchRequest) -> None:
     check_keys(request.keys)
     check_seconds(request.lease_s, "lease_s", zero=True)
     check_name(request.node_id, "node_id", empty=True)
     check_incarnation(request.incarnation, "incarnation")
+    if isinstance(request.lease_name, int):
+        require(0 < request.lease_name < MAX_GENERATION, "lease_name", "out of range")
 
 
 def _check_wait(request: m.WaitRequest) -> None:
@@ -86,8 +89,15 @@ def _check_wait(request: m.WaitRequest) -> None:
     check_seconds(request.timeout_s, "timeout_s", zero=True, most=MAX_WAIT_SECONDS)
 
 
-def _check_release(request: m.ReleaseRequest) -> None:
+def _check_release(request: c.ReleaseRequest) -> None:
     check_items(request.lease_ids, "lease_ids")
+    check_items(request.lease_names or (), "lease_names")
+
+
+def _check_renew(request: c.RenewRequest) -> None:
+    _check_node(request)
+    check_items(request.lease_ids, "lease_ids")
+    check_seconds(request.lease_s, "lease_s")
 
 
 def _check_reserve(request: m.ReserveRequest) -> None:
@@ -105,14 +115,12 @@ def _check_reserve(request: m.ReserveRequest) -> None:
 
 
 def _check_replica_ids(request: m.ReplicaIds) -> None:
-    check_name(request.node_id, "node_id")
-    check_incarnation(request.incarnation, "incarnation")
+    _check_node(request)
     check_items(request.replica_ids, "replica_ids")
 
 
 def _check_tell_holdings(request: m.TellHoldingsRequest) -> None:
-    check_name(request.node_id, "node_id")
-    check_incarnation(request.incarnation, "incarnation")
+    _check_node(request)
     check_keys(request.added, "added")
     check_keys(request.removed, "removed")
 
@@ -176,12 +184,7 @@ HEARTBEAT = EndpointSpec(
     _check_node,
 )
 LEAVE = EndpointSpec(
-    "/v1/nodes/leave",
-    m.LeaveRequest,
-    m.Nothing,
-    lambda core: core.state.leave,
-    "Leave in good order",
-    _check_node,
+    "/v1/nodes/leave", m.LeaveRequest, m.Nothing, lambda core: core.state.leave, "Leave in good order", _check_node
 )
 RELEASE_WRITER = EndpointSpec(
     "/v1/nodes/release_writer",
@@ -203,12 +206,7 @@ ORDER_NODE = EndpointSpec(
     outcome=lambda reply: "refused" if reply.refused else "ok",
 )
 MATCH = EndpointSpec(
-    "/v1/objects/match",
-    m.MatchRequest,
-    m.MatchReply,
-    lambda core: core.match,
-    "Longest complete prefix",
-    _check_match,
+    "/v1/objects/match", m.MatchRequest, m.MatchReply, lambda core: core.match, "Longest complete prefix", _check_match
 )
 WAIT = EndpointSpec(
     "/v1/objects/wait",
@@ -252,12 +250,15 @@ QUARANTINE = EndpointSpec(
     _check_quarantine,
 )
 RELEASE = EndpointSpec(
-    "/v1/leases/release",
-    m.ReleaseRequest,
-    m.Nothing,
-    lambda core: core.release,
-    "End read leases",
-    _check_release,
+    "/v1/leases/release", c.ReleaseRequest, m.Nothing, lambda core: core.release, "End read leases", _check_release
+)
+RENEW = EndpointSpec(
+    "/v1/leases/renew",
+    c.RenewRequest,
+    c.RenewReply,
+    lambda core: core.state.renew,
+    "Extend read leases under which bytes move",
+    _check_renew,
 )
 TELL_HOLDINGS = EndpointSpec(
     "/v1/tiers/tell_holdings",
@@ -333,6 +334,7 @@ ENDPOINTS: tuple[EndpointSpec[Any, Any], ...] = (
     ABORT,
     QUARANTINE,
     RELEASE,
+    RENEW,
     TELL_HOLDINGS,
     FIND_HOLDERS,
     PIN,

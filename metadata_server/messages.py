@@ -6,6 +6,7 @@ unknown fields of replies and events are ignored, as they are a newer server's.
 """
 
 from enum import StrEnum
+from typing import Self
 
 import msgspec
 
@@ -20,6 +21,8 @@ IN_ORDER = 3
 """Since which callers say that keys are one prompt's, in order."""
 OWNERS = 4
 """Since which writers say whose chunks they are."""
+NAMED_LEASES = 4
+"""Since which readers name their leases, and renew them."""
 
 
 class RequestBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -32,6 +35,21 @@ class ReplyBody(msgspec.Struct, frozen=True, kw_only=True):
 
 class Nothing(ReplyBody, frozen=True, kw_only=True):
     """A reply that says only: done."""
+
+
+class FromNode(RequestBody, frozen=True, kw_only=True):
+    """What a node's process asks in its node's name."""
+
+    node_id: str
+    incarnation: int
+
+
+class TolerantEnum(StrEnum):
+    """Of a reply or an event. What only a newer server says is read as the member `UNKNOWN`."""
+
+    @classmethod
+    def _missing_(cls, value: object) -> Self:
+        return cls("unknown")
 
 
 class ManifestEntry(RequestBody, frozen=True, kw_only=True):
@@ -67,11 +85,8 @@ class RegisterReply(VersionedMessage, ReplyBody, frozen=True, kw_only=True):
     refused: int
 
 
-class HeartbeatRequest(RequestBody, frozen=True, kw_only=True):
+class HeartbeatRequest(FromNode, frozen=True, kw_only=True):
     """Renews the node's lease."""
-
-    node_id: str
-    incarnation: int
 
 
 class HeartbeatReply(ReplyBody, frozen=True, kw_only=True):
@@ -82,18 +97,12 @@ class HeartbeatReply(ReplyBody, frozen=True, kw_only=True):
     drained: bool = False
 
 
-class LeaveRequest(RequestBody, frozen=True, kw_only=True):
+class LeaveRequest(FromNode, frozen=True, kw_only=True):
     """A node goes in good order: its replicas and reservations are dropped at once."""
 
-    node_id: str
-    incarnation: int
 
-
-class ReleaseWriterRequest(RequestBody, frozen=True, kw_only=True):
+class ReleaseWriterRequest(FromNode, frozen=True, kw_only=True):
     """The node's engine has died: all that is reserved or leased in its name is given back. Its replicas stay."""
-
-    node_id: str
-    incarnation: int
 
 
 class MatchRequest(RequestBody, frozen=True, kw_only=True):
@@ -106,18 +115,15 @@ class MatchRequest(RequestBody, frozen=True, kw_only=True):
     incarnation: int = 0
     in_order: bool | msgspec.UnsetType = msgspec.UNSET
     """Each key continues the one before it. Since version IN_ORDER of the protocol."""
+    lease_name: int | msgspec.UnsetType = msgspec.UNSET
+    """Unique, not 0: its reader can give the lease back by it without having seen the reply. Since NAMED_LEASES."""
 
 
-class WaitRequest(RequestBody, frozen=True, kw_only=True):
+class WaitRequest(MatchRequest, frozen=True, kw_only=True):
     """As MatchRequest, but answered only when more than `more_than` leading keys are complete, or after `timeout_s`."""
 
-    keys: list[ChunkKey]
     more_than: int = 0
     timeout_s: float
-    lease_s: float = 0.0
-    node_id: str = ""
-    incarnation: int = 0
-    in_order: bool | msgspec.UnsetType = msgspec.UNSET
 
 
 class MatchReply(ReplyBody, frozen=True, kw_only=True):
@@ -131,12 +137,6 @@ class MatchReply(ReplyBody, frozen=True, kw_only=True):
     """The nodes that are writing the first key behind that prefix, the one that has been at it for longest first."""
     num_writing: int = 0
     """How many keys behind that prefix, one after the other, are being written."""
-
-
-class ReleaseRequest(RequestBody, frozen=True, kw_only=True):
-    """Give read leases back. Unknown ids are ignored: they have expired."""
-
-    lease_ids: list[int]
 
 
 class ReserveItem(RequestBody, frozen=True, kw_only=True):
@@ -163,7 +163,7 @@ class ReserveRequest(RequestBody, frozen=True, kw_only=True):
     """Whose quota they count for; absent: nobody's. Since version OWNERS of the protocol."""
 
 
-class ReserveStatus(StrEnum):
+class ReserveStatus(TolerantEnum):
     """What became of one ReserveItem."""
 
     GRANTED = "granted"
@@ -174,11 +174,7 @@ class ReserveStatus(StrEnum):
     FULL = "full"
     """No segment has room, even after eviction: do without."""
     UNKNOWN = "unknown"
-    """What a newer server says, as it is read here: do without."""
-
-    @classmethod
-    def _missing_(cls, value: object) -> "ReserveStatus":
-        return cls.UNKNOWN
+    """Do without."""
 
 
 class ReserveOutcome(ReplyBody, frozen=True, kw_only=True):
@@ -198,25 +194,33 @@ class ReserveReply(ReplyBody, frozen=True, kw_only=True):
     """Every segment that the reply names, each once: the writer needs its addresses. The server always fills it."""
 
 
-class ReplicaIds(RequestBody, frozen=True, kw_only=True):
+class ReplicaIds(FromNode, frozen=True, kw_only=True):
     """Body of commit and abort: ids from a ReserveReply."""
 
-    node_id: str
-    incarnation: int
     replica_ids: list[int]
 
 
+class CommitRefusal(TolerantEnum):
+    """Why a reservation was not committed: what was written is not stored."""
+
+    NONE = ""
+    WRITER_GONE = "writer_gone"
+    """The writer is not registered: its node's lease ended, or another start of it took its place."""
+    ENDED = "ended"
+    """Its time was up, it was given back, or its segment is gone; or this life of the server never granted it."""
+    UNKNOWN = "unknown"
+
+
 class CommitReply(ReplyBody, frozen=True, kw_only=True):
-    """`committed[i]` false: the reservation had expired or its segment is gone; what was written is not a chunk."""
+    """`committed[i]` false: what was written is not a chunk. `refusals[i]` says why; empty: all were committed."""
 
     committed: list[bool]
+    refusals: list[CommitRefusal] = []
 
 
-class TellHoldingsRequest(RequestBody, frozen=True, kw_only=True):
+class TellHoldingsRequest(FromNode, frozen=True, kw_only=True):
     """Chunks that came to a node's disk or left it. `reset`: it has none but these. Since TIER_HOLDINGS."""
 
-    node_id: str
-    incarnation: int
     added: list[ChunkKey] = []
     removed: list[ChunkKey] = []
     reset: bool = False
@@ -264,7 +268,7 @@ class QuarantineRequest(RequestBody, frozen=True, kw_only=True):
     items: list[QuarantineItem]
 
 
-class EventKind(StrEnum):
+class EventKind(TolerantEnum):
     """What an index event says."""
 
     STORED = "stored"
@@ -272,11 +276,7 @@ class EventKind(StrEnum):
     NODE_UP = "node_up"
     NODE_DOWN = "node_down"
     UNKNOWN = "unknown"
-    """Of a newer server, as it is read here. Subscriptions leave it out."""
-
-    @classmethod
-    def _missing_(cls, value: object) -> "EventKind":
-        return cls.UNKNOWN
+    """Subscriptions leave it out."""
 
 
 class Event(ReplyBody, frozen=True, kw_only=True):

@@ -156,6 +156,7 @@ _MATCH = {
     "lease_s": _SECONDS_OR_NONE,
     "node_id": _NAME_OR_NONE,
     "incarnation": _whole(0, MAX_GENERATION),
+    "lease_name": _whole(1, MAX_GENERATION),
 }
 
 _FIELD_BOUNDS: dict[str, dict[str, _Schema]] = {
@@ -207,7 +208,8 @@ _FIELD_BOUNDS: dict[str, dict[str, _Schema]] = {
     "ExpireRequest": {"keys": _KEYS, "ttl_s": _KEEP_SECONDS},
     "ReserveItem": {"key": _KEY, "length": _LENGTH},
     "ReplicaIds": {**_NODE, "replica_ids": _ITEMS},
-    "ReleaseRequest": {"lease_ids": _ITEMS},
+    "ReleaseRequest": {"lease_ids": _ITEMS, "lease_names": _ITEMS},
+    "RenewRequest": {**_NODE, "lease_ids": _ITEMS, "lease_s": _SECONDS},
     "QuarantineRequest": {"items": _ITEMS},
 }
 """By message and field: what is added to the schema that the field's type gives."""

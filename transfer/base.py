@@ -3,7 +3,8 @@
 The target's program is not asked. A write has landed in the target's memory when `write` returns without an error for
 it; a read has filled its buffers likewise. Every call has a deadline. After an error or a cancellation all resources
 are released, nothing may be assumed about a write's range, and bytes on their way may still land in it: the metadata
-server lets the room of such a write rest (`StoreConfig.retire_grace_s`). A read's buffers are left alone from then on.
+server lets the room of such a write rest for longer than that takes (`StoreConfig.retire_grace_s`). A read's buffers
+are left alone from then on.
 """
 
 from collections.abc import Callable, Sequence

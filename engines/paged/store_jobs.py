@@ -135,17 +135,15 @@ class StoreJobs:
         if leg.save is not None and leg.save.stored.issuperset(keys):
             return len(keys)
         store, clock, limits = self._context.store, self._context.clock, self._context.limits
-        match = await store.match(keys, timeout_s=self._context.timeout_s)
+        match = await store.match(keys, timeout_s=self._context.timeout_s, leased=False)
         until = clock.now() + limits.follow_s
         while match.num_chunks < len(keys) and match.writers and clock.now() < until:
             known = match.num_chunks
-            store.release_soon(match)
-            match = await store.wait(keys, more_than=known, timeout_s=limits.follow_poll_s)
+            match = await store.wait(keys, more_than=known, timeout_s=limits.follow_poll_s, leased=False)
             if match.num_chunks > known:
                 until = clock.now() + limits.follow_s
             else:  # a server with too many waiters answers at once
                 await asyncio.sleep(limits.retry_s)
-        await store.release(match)
         return match.num_chunks
 
     async def finish(self, timeout_s: float) -> None:

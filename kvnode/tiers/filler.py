@@ -195,7 +195,8 @@ class TierFiller:
                 return self._first_is_gone(lane, batch[0])
             there = await lane.tier.find([chunk.name for chunk in chunks], timeout_s=lane.timeout_s)
             missing = [chunk for chunk, found in zip(chunks, there, strict=True) if not found]
-            outcomes = await lane.tier.save(missing, ttl_s=lane.ttl_s, timeout_s=lane.timeout_s)
+            with self._segment.renewing(leased):
+                outcomes = await lane.tier.save(missing, ttl_s=lane.ttl_s, timeout_s=lane.timeout_s)
         finally:
             await self._segment.release(leased)
         self.counts[lane.tier.name, "there"] += len(chunks) - len(missing)

@@ -5,6 +5,7 @@ not reserved for us, or after the time for it.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 from kvcore.types import ChunkKey, OwnerTag, ReplicaRef
@@ -53,9 +54,7 @@ class OwnSegment:
 
     async def num_complete(self, keys: Sequence[ChunkKey], *, timeout_s: float) -> int:
         """How many leading keys are complete in some segment of the cluster; 0 too if nobody can say."""
-        match = await self._placement.match(keys, timeout_s)
-        self._placement.release_soon(match)
-        return match.num_chunks
+        return (await self._placement.match(keys, timeout_s, leased=False)).num_chunks
 
     async def lease(self, keys: Sequence[ChunkKey], *, timeout_s: float) -> LeasedChunks:
         """Those of `keys`, of whatever prompts, up to the first that is gone which lie here. `release` them after
@@ -67,6 +66,10 @@ class OwnSegment:
                 if replica.segment_id == self.segment_id and (chunk := self._chunk_at(replica)) is not None:
                     found.append(chunk)
         return LeasedChunks(match, found, max(1, match.num_chunks))
+
+    def renewing(self, leased: LeasedChunks) -> AbstractContextManager[None]:
+        """The chunks are read inside of the context: their lease does not run out meanwhile."""
+        return self._placement.renewing(leased.match)
 
     async def release(self, leased: LeasedChunks) -> None:
         """Give the lease back."""

@@ -52,6 +52,10 @@ class Deadlines:
         """Forget; unknown is fine."""
         self._at.pop(key, None)
 
+    def at(self, key: ExpiryKey) -> float | None:
+        """When it runs out; None: it has no deadline."""
+        return self._at.get(key)
+
     def __contains__(self, key: ExpiryKey) -> bool:
         return key in self._at
 
@@ -72,18 +76,27 @@ class Deadlines:
 
 @dataclass(frozen=True, slots=True)
 class ReadLease:
-    """Pins replicas; `holder` is a live node's id or None."""
+    """Pins replicas; `holder` is a live node's id or None. `name`: what its reader calls it; 0: nothing."""
 
     replicas: tuple[Replica, ...]
     holder: str | None
+    name: int
 
 
 class ReadLeases:
-    """Who may read what undisturbed. Pins and unpins replicas; deadlines are its caller's. Ids are above `last_id`."""
+    """Who may read what undisturbed. Pins and unpins replicas; deadlines are its caller's. Ids are above `last_id`.
 
-    def __init__(self, last_id: int = 0) -> None:
+    A reader may name a lease before it is granted, and give it back by that name without having seen the reply: also
+    before the request arrives, which then gets none.
+    """
+
+    def __init__(self, last_id: int = 0, *, max_given_back: int = 16_384) -> None:
+        """Of names that were given back before a lease had them the last `max_given_back` are remembered."""
         self._leases: dict[int, ReadLease] = {}
         self._by_holder: dict[str, set[int]] = {}
+        self._by_name: dict[int, int] = {}
+        self._given_back: dict[int, None] = {}
+        self._max_given_back = max_given_back
         self._last_id = last_id
         self.nobodys_bytes = 0
         """Pinned by leases without a holder; what several of them pin counts as often."""
@@ -94,13 +107,22 @@ class ReadLeases:
     def __repr__(self) -> str:
         return f"<ReadLeases {len(self._leases)} held, by {len(self._by_holder)} nodes>"
 
-    def grant(self, replicas: Iterable[Replica], holder: str | None) -> int:
+    def __contains__(self, lease_id: int) -> bool:
+        return lease_id in self._leases
+
+    def wanted(self, name: int) -> bool:
+        """Whether a lease of this name may be granted: it was not given back already."""
+        return name not in self._given_back
+
+    def grant(self, replicas: Iterable[Replica], holder: str | None, name: int = 0) -> int:
         """Pin `replicas`, each of them complete; returns the lease's id, > 0."""
-        lease = ReadLease(tuple(replicas), holder)
+        lease = ReadLease(tuple(replicas), holder, name)
         for replica in lease.replicas:
             replica.record.pin(replica)
         self._last_id += 1
         self._leases[self._last_id] = lease
+        if name:
+            self._by_name[name] = self._last_id
         if holder is not None:
             self._by_holder.setdefault(holder, set()).add(self._last_id)
         else:
@@ -114,6 +136,8 @@ class ReadLeases:
             return False
         for replica in reversed(lease.replicas):
             replica.record.unpin(replica)
+        if self._by_name.get(lease.name) == lease_id:
+            del self._by_name[lease.name]
         if lease.holder is not None:
             held = self._by_holder[lease.holder]
             held.discard(lease_id)
@@ -122,6 +146,19 @@ class ReadLeases:
         else:
             self.nobodys_bytes -= bytes_of(lease.replicas)
         return True
+
+    def give_back(self, name: int) -> int | None:
+        """The id of the lease of this name, which is to be ended. None: there is none, and will be none."""
+        lease_id = self._by_name.get(name)
+        if lease_id is None:
+            self._given_back[name] = None
+            if len(self._given_back) > self._max_given_back:
+                del self._given_back[next(iter(self._given_back))]
+        return lease_id
+
+    def is_held(self, lease_id: int, holder: str) -> bool:
+        """Whether this node holds it."""
+        return lease_id in self._by_holder.get(holder, ())
 
     def of_holder(self, holder: str) -> list[int]:
         """Ids of the leases of one node."""

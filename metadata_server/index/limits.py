@@ -8,6 +8,8 @@ class IndexLimits:
     """What MetadataState holds at most, and for how long."""
 
     max_read_leases: int = 65_536
+    max_given_back: int = 16_384
+    """Names of leases that were given back before a request with that name came, about 100 bytes each."""
     nobodys_lease_s: float = 30.0
     """Longest read lease of one who is no live node: nothing else than time ends it. All of these together pin …"""
     nobodys_share: float = 0.25

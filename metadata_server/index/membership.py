@@ -80,17 +80,18 @@ class ClusterMembership:
         self._index.publish()
         return RegisterReply(epoch=self._log.epoch, imported=imported, refused=refused)
 
-    def give_back(self, node: LiveNode, now: float) -> None:
-        """End what the node has reserved and leased."""
-        self._reservations.end_all_of(node, now)
+    def give_back(self, node: LiveNode, now: float, *, writes_on: bool = False) -> None:
+        """End what the node has reserved and leased. `writes_on`: nobody says that its writers have ended."""
+        self._reservations.end_all_of(node, now, writes_on=writes_on)
         self._reading.end_all_of(node)
 
     def drop(self, node: LiveNode, now: float) -> None:
         """The node is gone, with all that it held."""
-        # Its segments first: what it has reserved there needs no rest, what it has reserved elsewhere does.
+        # Its segments first: what it has reserved there needs no rest, what it has reserved elsewhere does: a node that
+        # we do not hear may reach other nodes, and one that leaves does so before its engine has ended.
         for segment_id in list(node.segments):
             self._drop_segment(node, segment_id, emit_event=False)
-        self.give_back(node, now)
+        self.give_back(node, now, writes_on=True)
         self._nodes.remove(node)
         self._holdings.drop(node.info.id)
         self._index.publish()

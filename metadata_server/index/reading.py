@@ -5,9 +5,10 @@ deadline, its holder, or when it is given back.
 """
 
 from collections import Counter
-from collections.abc import Set
+from collections.abc import Iterable, Set
 
 from kvcore.types import ChunkKey
+from metadata_server.cache_messages import RenewReply, RenewRequest
 from metadata_server.index.leases import Deadlines, Expiry, ReadLeases, bytes_of
 from metadata_server.index.limits import IndexLimits
 from metadata_server.index.nodes import LiveNode, NodeRegistry
@@ -30,7 +31,7 @@ class Reading:
         limits: IndexLimits,
     ) -> None:
         """Ids of leases are above `first_lease`."""
-        self.leases = ReadLeases(first_lease)
+        self.leases = ReadLeases(first_lease, max_given_back=limits.max_given_back)
         self._nodes = nodes
         self._index = index
         self._deadlines = deadlines
@@ -41,7 +42,14 @@ class Reading:
         return f"<Reading {len(self.leases)} leases>"
 
     def match(
-        self, keys: list[ChunkKey], until: float | None, node_id: str, incarnation: int, *, in_order: bool = False
+        self,
+        keys: list[ChunkKey],
+        until: float | None,
+        node_id: str,
+        incarnation: int,
+        *,
+        in_order: bool = False,
+        lease_name: int = 0,
     ) -> MatchReply:
         """See MetadataState.match; a lease is granted until `until`, None: no lease."""
         found: list[tuple[Replica, ...]] = []
@@ -58,7 +66,7 @@ class Reading:
             replica.record.touch(replica)
         self._counts["lookups"] += len(keys)
         self._counts["hits"] += len(found)
-        lease_id = self._grant(flat, until, node_id, incarnation) if until is not None and flat else 0
+        lease_id = self._grant(flat, until, node_id, incarnation, lease_name) if until is not None and flat else 0
         refs = [[replica.ref for replica in replicas] for replicas in found]
         rest = keys[len(found) :]
         writers = self._index.writers(rest[0]) if rest else []
@@ -71,24 +79,43 @@ class Reading:
             num_writing=num_writing,
         )
 
-    def release(self, lease_ids: list[int]) -> None:
-        """End leases; unknown ones have run out."""
-        for lease_id in lease_ids:
+    def release(self, lease_ids: Iterable[int], names: Iterable[int] = ()) -> None:
+        """End leases; unknown ones have run out. What has one of the `names` ends too, or is never granted."""
+        for lease_id in (*lease_ids, *(found for name in names if (found := self.leases.give_back(name)) is not None)):
             self.leases.end(lease_id)
             self._deadlines.drop((Expiry.READ_LEASE, lease_id))
+
+    def renew(self, request: RenewRequest, now: float) -> RenewReply:
+        """See MetadataState.renew."""
+        node = self._nodes.get(request.node_id, request.incarnation)
+        renewed = [node is not None and self.leases.is_held(number, node.info.id) for number in request.lease_ids]
+        for number, held in zip(request.lease_ids, renewed, strict=True):
+            if held:
+                before = self._deadlines.at((Expiry.READ_LEASE, number)) or now
+                self._deadlines.set((Expiry.READ_LEASE, number), max(before, now + request.lease_s))
+        self._counts["leases_renewed"] += renewed.count(True)
+        return RenewReply(renewed=renewed)
 
     def end_all_of(self, node: LiveNode) -> None:
         """End the leases that the node holds."""
         self.release(self.leases.of_holder(node.info.id))
 
-    def quarantine(self, request: QuarantineRequest) -> None:
-        """See MetadataState.quarantine."""
+    def quarantine(self, request: QuarantineRequest, now: float) -> None:
+        """See MetadataState.quarantine. Room that others still read from rests until they have ended."""
         for item in request.items:
             bad = item.replica
             for replica in list(self._index.complete.get(bad.key, ())):
                 if replica.ref.segment_id == bad.segment_id and replica.ref.generation == bad.generation:
-                    self._index.remove(replica)
+                    self._index.retire(replica)
+                    self.end_rest(replica, now)
                     self._counts[f"quarantined_{item.reason.value}"] += 1
+
+    def end_rest(self, replica: Replica, now: float) -> None:
+        """Room that rested is free, unless somebody still reads there: then it is looked at again."""
+        if replica.pins:
+            self._deadlines.set((Expiry.RETIRED, replica.ref.id), now + self._limits.forget_again_s)
+        else:
+            self._index.remove(replica)
 
     def check(self, pinned: Set[int]) -> None:
         """Assert every invariant. `pinned`: ids of the replicas that are kept for another reason, too. For tests."""
@@ -97,13 +124,16 @@ class Reading:
             assert replica.pins == pins.get(number, 0) + (number in pinned)
         assert all(holder in self._nodes for holder in self.leases.holders())
 
-    def _grant(self, replicas: list[Replica], until: float, node_id: str, incarnation: int) -> int:
+    def _grant(self, replicas: list[Replica], until: float, node_id: str, incarnation: int, name: int) -> int:
+        if name and not self.leases.wanted(name):
+            self._counts["leases_given_back_unseen"] += 1
+            return 0
         holder = self._nodes.get(node_id, incarnation)
         full = len(self.leases) >= self._limits.max_read_leases
         if full or (holder is None and not self._nobody_may_pin(bytes_of(replicas))):
             self._counts["leases_refused"] += 1
             return 0
-        lease_id = self.leases.grant(replicas, holder.info.id if holder else None)
+        lease_id = self.leases.grant(replicas, holder.info.id if holder else None, name)
         self._deadlines.set((Expiry.READ_LEASE, lease_id), until)
         return lease_id
 

@@ -72,8 +72,13 @@ class ReplicaIndex:
             self._pins.came(replica)
 
     def retire(self, replica: Replica) -> None:
-        """End a reservation that was not committed; its room stays taken until `remove`."""
-        _unlist(self.writing, replica)
+        """Forget a reservation, or a complete replica; its room stays taken until `remove`."""
+        if replica.state is ReplicaState.COMPLETE:
+            if replica.ref.id in self._pins.held:
+                replica.record.unpin(replica)
+            self._completes_no_more(replica)
+        else:
+            _unlist(self.writing, replica)
         replica.record.set_state(replica, ReplicaState.RETIRING)
 
     def remove(self, replica: Replica) -> None:
@@ -86,11 +91,7 @@ class ReplicaIndex:
         for replica in removed:
             del self.replicas[replica.ref.id]
             if replica.state is ReplicaState.COMPLETE:
-                _unlist(self.complete, replica)
-                if self._pins:
-                    self._pins.gone(replica)
-                if emit_event:
-                    self._note(EventKind.REMOVED, replica)
+                self._completes_no_more(replica, emit_event=emit_event)
             elif replica.state is ReplicaState.RESERVED:
                 _unlist(self.writing, replica)
 
@@ -123,6 +124,13 @@ class ReplicaIndex:
         self.complete[replica.ref.key] = (*self.complete.get(replica.ref.key, ()), replica)
         replica.record.chains.came(replica.ref.key, replica.parent)
         self._note(EventKind.STORED, replica)
+
+    def _completes_no_more(self, replica: Replica, *, emit_event: bool = True) -> None:
+        _unlist(self.complete, replica)
+        if self._pins:
+            self._pins.gone(replica)
+        if emit_event:
+            self._note(EventKind.REMOVED, replica)
 
     def _note(self, kind: EventKind, replica: Replica) -> None:
         last = self._changes[-1] if self._changes else None

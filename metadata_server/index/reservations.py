@@ -15,6 +15,7 @@ from metadata_server.index.placement import Placer
 from metadata_server.index.replicas import ReplicaIndex, segments_of
 from metadata_server.index.segments import Replica, ReplicaState, Writer
 from metadata_server.messages import (
+    CommitRefusal,
     CommitReply,
     ReplicaIds,
     ReserveItem,
@@ -93,7 +94,7 @@ class Reservations:
         # 4. another's, unknown, or of a writer that is not registered: false.
         node = self._nodes.get(request.node_id, request.incarnation)
         writer = Writer(request.node_id, request.incarnation)
-        committed, fresh = [], dict[int, Replica]()
+        committed, fresh = list[bool](), dict[int, Replica]()
         for number in request.replica_ids:
             replica = self._index.replicas.get(number)
             if node is None or replica is None or replica.writer != writer:
@@ -107,7 +108,10 @@ class Reservations:
         self._index.commit(list(fresh.values()))
         self._counts["committed"] += len(fresh)
         self._counts["commit_refused"] += committed.count(False)
-        return CommitReply(committed=committed)
+        if all(committed):
+            return CommitReply(committed=committed)
+        why = CommitRefusal.WRITER_GONE if node is None else CommitRefusal.ENDED
+        return CommitReply(committed=committed, refusals=[CommitRefusal.NONE if done else why for done in committed])
 
     def abort(self, request: ReplicaIds, now: float) -> None:
         """See MetadataState.abort."""
@@ -118,19 +122,21 @@ class Reservations:
                 self.end(replica, now)
                 self._counts["aborted"] += 1
 
-    def end(self, replica: Replica, now: float) -> None:
-        """End one without a commit: its room rests, as a write that failed may still be landing."""
+    def end(self, replica: Replica, now: float, *, writes_on: bool = False) -> None:
+        """End one without a commit: its room rests, as a write that failed may still be landing. `writes_on`: its
+        writer may know nothing of it, and write until the reservation's own time is up."""
         number = replica.ref.id
         if replica.writer is not None:
             self._nodes[replica.writer.node_id].reservations.pop(number)
+        until = self._deadlines.at((Expiry.RESERVATION, number)) if writes_on else None
         self._deadlines.drop((Expiry.RESERVATION, number))
-        self._deadlines.set((Expiry.RETIRED, number), now + self._config.retire_grace_s)
+        self._deadlines.set((Expiry.RETIRED, number), (until or now) + self._config.retire_grace_s)
         self._index.retire(replica)
 
-    def end_all_of(self, node: LiveNode, now: float) -> None:
-        """End what the node has reserved anywhere."""
+    def end_all_of(self, node: LiveNode, now: float, *, writes_on: bool) -> None:
+        """End what the node has reserved anywhere. `writes_on` as of `end`."""
         for replica in list(node.reservations.values()):
-            self.end(replica, now)
+            self.end(replica, now, writes_on=writes_on)
 
     def forget(self, replicas: Iterable[Replica]) -> None:
         """Forget those among the replicas of a segment that is dropped: there is no room that could rest."""

@@ -28,21 +28,22 @@ class ReplicaState(StrEnum):
     | reserved | complete | commit |
     | reserved | retiring | abort; its time is up; its writer died |
     | reserved | gone | its segment was dropped |
-    | retiring | gone | the grace time is over; its segment was dropped |
+    | complete | retiring | quarantined, and others still read from its room |
+    | retiring | gone | the grace time is over and nobody reads there; its segment was dropped |
     | complete | gone | evicted; quarantined; its segment was dropped |
     """
 
     RESERVED = "reserved"
     COMPLETE = "complete"
     RETIRING = "retiring"
-    """Its writer may still be writing: nobody else may use the room yet."""
+    """Its writer may still be writing, or others reading: nobody else may use the room yet."""
 
 
 TRANSITIONS: dict[ReplicaState | None, frozenset[ReplicaState | None]] = {
     None: frozenset({ReplicaState.RESERVED, ReplicaState.COMPLETE}),
     ReplicaState.RESERVED: frozenset({ReplicaState.COMPLETE, ReplicaState.RETIRING, None}),
     ReplicaState.RETIRING: frozenset({None}),
-    ReplicaState.COMPLETE: frozenset({None}),
+    ReplicaState.COMPLETE: frozenset({ReplicaState.RETIRING, None}),
 }
 """State -> the states that may follow; None: not there yet, or no longer."""
 
@@ -188,8 +189,11 @@ class SegmentRecord:
             quotas.completed(number, replica.ref.key)
 
     def set_state(self, replica: Replica, state: ReplicaState) -> None:
-        """Move a reserved replica on."""
+        """Move a replica on."""
         assert state in TRANSITIONS[replica.state], f"{replica} cannot become {state}"
+        if replica.state is ReplicaState.COMPLETE:
+            self._evictor.remove(replica.ref.key)
+            self._incomplete[replica.ref.id] = self.complete.pop(replica.ref.key)
         self.bytes_in[replica.state] -= replica.room_bytes
         self.bytes_in[state] += replica.room_bytes
         replica.state = state

@@ -6,7 +6,7 @@ live nodes. Events are in `log`; NODE_DOWN stands for the removal of all that la
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 from kvcore.config.schema import StoreConfig
@@ -121,8 +121,7 @@ class MetadataState:
         """Let run out what runs out by `now`. Every other method does so first, by itself."""
         self._calls.so_far += 1
         self._calls.now = now
-        due = self._deadlines.next
-        if due is None or due > now:
+        if (due := self._deadlines.next) is None or due > now:
             return
         for expiry, what in self._deadlines.pop_due(now):
             self._run_out(expiry, what, now)
@@ -188,24 +187,29 @@ class MetadataState:
         node_id: str = "",
         incarnation: int = 0,
         in_order: bool = False,
+        lease_name: int = 0,
     ) -> m.MatchReply:
-        """Longest complete prefix; makes it the last to be evicted. `lease_s` > 0 grants a new lease, renews none; one
-        who is no live node gets less time, and none when such leases pin too much."""
+        """Longest complete prefix, which is used now. `lease_s` > 0: a new lease; for no node a shorter one, if any."""
         self.tick(now)
         if self._nodes.get(node_id, incarnation) is None:
             lease_s = min(lease_s, self._limits.nobodys_lease_s)
-        until = now + lease_s if lease_s > 0 else None
-        return self._reading.match(keys, until, node_id, incarnation, in_order=in_order)
+        end = now + lease_s if lease_s > 0 else None
+        return self._reading.match(keys, end, node_id, incarnation, in_order=in_order, lease_name=lease_name)
 
-    def release(self, lease_ids: list[int], now: float) -> None:
-        """End read leases; unknown ones have run out."""
+    def release(self, lease_ids: list[int], now: float, names: Iterable[int] = ()) -> None:
+        """End read leases; unknown ones have run out, names not seen yet will get none."""
         self.tick(now)
-        self._reading.release(lease_ids)
+        self._reading.release(lease_ids, names)
+
+    def renew(self, request: c.RenewRequest, now: float) -> c.RenewReply:
+        """See RenewRequest. Nothing else renews a lease, and nothing shortens one."""
+        self.tick(now)
+        return self._reading.renew(request, now)
 
     def quarantine(self, request: m.QuarantineRequest, now: float) -> None:
         """Drop complete replicas of exactly that key, segment and generation (ids may be of an earlier epoch)."""
         self.tick(now)
-        self._reading.quarantine(request)
+        self._reading.quarantine(request, now)
         self._index.publish()
 
     # --- writers -------------------------------------------------------------------------------------------------
@@ -249,8 +253,7 @@ class MetadataState:
         self.tick(now)
         holders = self._holdings.find(request.keys)
         names = sorted({name for having in holders for name in having})
-        numbers = {name: number for number, name in enumerate(names)}
-        nodes = [self._nodes[name].info for name in names]
+        numbers, nodes = {name: at for at, name in enumerate(names)}, [self._nodes[name].info for name in names]
         return m.FindHoldersReply(nodes=nodes, holders=[[numbers[name] for name in having] for having in holders])
 
     # --- what people want kept -------------------------------------------------------------------------------------
@@ -336,10 +339,7 @@ class MetadataState:
             self._membership.drop(self._nodes[what], now)
             self.counters["nodes_expired"] += 1
         elif isinstance(what, bytes):
-            if expiry is Expiry.PIN:
-                self._cache.end_pin(what, now)
-            else:
-                self._cache.end_chunk(what, now)
+            (self._cache.end_pin if expiry is Expiry.PIN else self._cache.end_chunk)(what, now)
         elif expiry is Expiry.READ_LEASE:
             self._reading.leases.end(what)
             self.counters["leases_expired"] += 1
@@ -347,4 +347,4 @@ class MetadataState:
             self._reservations.end(self._index.replicas[what], now)
             self.counters["expired"] += 1
         else:
-            self._index.remove(self._index.replicas[what])
+            self._reading.end_rest(self._index.replicas[what], now)

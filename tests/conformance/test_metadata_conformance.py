@@ -7,6 +7,7 @@ from support.metadata_rigs import end, metadata_rig, until
 from support.metadata_words import granted, ids, key, keys, registration, reservation
 
 from kvcore.errors import MetadataProtocolError
+from metadata_server.cache_messages import ReleaseRequest
 from metadata_server.messages import (
     Event,
     EventKind,
@@ -16,7 +17,6 @@ from metadata_server.messages import (
     QuarantineItem,
     QuarantineReason,
     QuarantineRequest,
-    ReleaseRequest,
     ReplicaIds,
     WaitRequest,
 )

@@ -306,3 +306,30 @@ async def test_nobody_listening_is_unreachable_and_bad_addresses_too() -> None:
         (error,) = await transfer.read([TransferOp(segment, 0, [memoryview(bytearray(4))])], 2)
         assert isinstance(error, PeerUnreachableError), address
     await transfer.aclose()
+
+
+async def test_what_a_late_write_had_not_sent_yet_never_arrives():
+    """The room may be another's when the peer reads on: the connection is reset, with all that the kernel still has."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    size = 64 << 20  # more than the buffers of both ends hold
+    where = {"tcp": f"127.0.0.1:{listener.getsockname()[1]}"}
+    segment = Segment(id=ID, node_id="liars", size_bytes=size, host_id="h", addresses=where)
+    transfer = TcpTransfer()
+    op = TransferOp(segment, 0, [memoryview(bytes(size))])
+    writing = asyncio.create_task(transfer.write([op], 0.5))
+    peer, _ = await asyncio.to_thread(listener.accept)
+    with listener, peer:
+        peer.settimeout(5)
+        peer.sendall(wire.pack_welcome(ID, size))
+        assert isinstance((await writing)[0], TransferTimeoutError)
+        got = 0
+
+        def read_on() -> None:
+            nonlocal got
+            while part := peer.recv(1 << 20):
+                got += len(part)
+
+        with pytest.raises(ConnectionResetError):
+            await asyncio.to_thread(read_on)
+        assert got < size
+    await transfer.aclose()

@@ -4,8 +4,10 @@ Owns the socket, and whether the loop watches it. Knows of one exchange at a tim
 """
 
 import asyncio
+import contextlib
 import itertools
 import socket
+import struct
 
 from kvcore.errors import TransferError
 from transfer.tcp import wire
@@ -111,6 +113,13 @@ class Connection:
         self.unwatch()
         self._reply = None
         self.sock.close()
+
+    def abort(self) -> None:
+        """As `close`, and what the peer has not received yet is dropped: nobody waits for its end, and the room that it
+        was meant for may soon be another's."""
+        with contextlib.suppress(OSError):
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close()
 
     def _readable(self) -> None:
         """Called by the loop. Four cases:

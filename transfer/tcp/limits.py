@@ -26,3 +26,5 @@ class TcpLimits:
     unacknowledged_s: float = 6.0
     """Bytes that the peer has not acknowledged for so long break the connection. Longer than five losses of the same
     packet one after the other take."""
+    late_s: float = 1.0
+    """What a host's kernel had received when its peer cut a connection is in the segment within this."""

@@ -159,7 +159,7 @@ class TcpTransfer:
             if whole:
                 peer.idle.append(connection)
             else:
-                connection.close()
+                connection.abort()
 
     async def _use_on_loop(self, connection: Connection, exchange: Exchange, deadline: BatchDeadline) -> None:
         deadline.remaining()

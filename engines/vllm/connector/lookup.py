@@ -104,6 +104,5 @@ class StoreLookup:
 
     async def _match(self, keys: list[ChunkKey], rank: int) -> int:
         timeout_s = self._settings.store.metadata.timeout_s
-        match = await self._placement.match([rank_key(key, rank) for key in keys], timeout_s)
-        self._placement.release_soon(match)  # what is loaded is leased, and verified, anew
-        return match.num_chunks
+        match = await self._placement.match([rank_key(key, rank) for key in keys], timeout_s, leased=False)
+        return match.num_chunks  # what is loaded is leased, and verified

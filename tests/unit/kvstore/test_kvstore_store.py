@@ -23,7 +23,7 @@ from kvcore.clock import ManualClock
 from kvcore.errors import PeerUnreachableError, TransferTimeoutError
 from kvstore.chunk_format import HEADER_BYTES
 from kvstore.limits import StoreLimits
-from kvstore.types import Direction, GetOutcome, Match
+from kvstore.types import Direction, GetOutcome, Lease, Match
 from transfer.inproc import InprocFault, InprocTransfer
 from transfer.select import TransferSelector
 
@@ -230,7 +230,7 @@ async def test_metadata_away_is_an_empty_match_and_a_session_that_accepts_nothin
     assert not await session.write(KEYS[0], 4, views(0), timeout_s=5)
     assert await session.commit(timeout_s=5) == []
     await session.aclose()
-    await store.release(Match(lease_id=4))
+    await store.release(Match(lease=Lease(4, 1.0)))
     assert store.counters()["metadata_unavailable"] == 4
 
 

@@ -43,8 +43,8 @@ def examples() -> dict[str, Any]:
         m.HeartbeatRequest(**NODE),
         m.LeaveRequest(**NODE),
         m.ReleaseWriterRequest(**NODE),
-        m.MatchRequest(keys=keys(1), **NODE, in_order=True),
-        m.WaitRequest(keys=keys(1), timeout_s=1.0, **NODE, in_order=True),
+        m.MatchRequest(keys=keys(1), **NODE, in_order=True, lease_name=1),
+        m.WaitRequest(keys=keys(1), timeout_s=1.0, **NODE, in_order=True, lease_name=1),
         msgspec.structs.replace(
             reservation("a", [1], prefer="a.1", owner=owner_of(b"salt")), only_preferred=True, in_order=True
         ),
@@ -57,7 +57,8 @@ def examples() -> dict[str, Any]:
         c.ExpireRequest(keys=keys(1), ttl_s=1.0),
         ids("a", [replica]),
         m.QuarantineRequest(items=[m.QuarantineItem(replica=replica, reason=m.QuarantineReason.STALE)]),
-        m.ReleaseRequest(lease_ids=[1]),
+        c.ReleaseRequest(lease_ids=[1], lease_names=[1]),
+        c.RenewRequest(**NODE, lease_ids=[1], lease_s=1.0),
     ]
     return {type(request).__name__: msgspec.json.decode(msgspec.json.encode(request)) for request in requests}
 
