@@ -4,6 +4,8 @@ A divergence is accepted only where the reference itself is at a tie: its two be
 lie closer than TIE (batching and re-chunking move float32 logits by up to 1e-4).
 """
 
+from __future__ import annotations  # to load transformers' models when they are used, and not before
+
 from pathlib import Path
 
 import torch

@@ -1,5 +1,7 @@
 """Tiny seeded random checkpoints in Hugging Face format, with a real tokenizer, made when a test asks for them."""
 
+from __future__ import annotations  # to load transformers' models when they are used, and not before
+
 from collections.abc import Mapping
 from pathlib import Path
 

@@ -1,0 +1,30 @@
+"""Schemathesis' cases of an OpenAPI document, made when a test runs.
+
+Its own decorator makes thousands when tests are collected, and each of pytest's workers collects all tests.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+
+import schemathesis
+from schemathesis.checks import load_all_checks
+from schemathesis.pytest.lazy import get_all_tests
+from schemathesis.schemas import BaseSchema
+
+
+def operation_tests(
+    document: BaseSchema, send: Callable[[schemathesis.Case], None], *, nth_of_same_bodies: int = 1
+) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Of each operation its name, and what gives `send` case after case: each edge of each schema, then drawn ones.
+
+    Of the edges of a body that an operation before it takes too, word for word, one in `nth_of_same_bodies`.
+    """
+    load_all_checks()
+    bodies = set[str]()
+    for made in get_all_tests(schema=document, test_func=send, settings=None, given_kwargs=None):
+        operation, test = made.ok()
+        body = json.dumps(operation.definition.raw.get("requestBody"), sort_keys=True)
+        if body != "null" and body in bodies:
+            test.hypothesis_explicit_examples = test.hypothesis_explicit_examples[::nth_of_same_bodies]
+        bodies.add(body)
+        yield operation.label, test
