@@ -5,15 +5,19 @@ Its own decorator makes thousands when tests are collected, and each of pytest's
 
 import json
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import schemathesis
 from schemathesis.checks import load_all_checks
+from schemathesis.core.result import Ok
 from schemathesis.pytest.lazy import get_all_tests
 from schemathesis.schemas import BaseSchema
 
+EXAMPLES = "hypothesis_explicit_examples"
+
 
 def operation_tests(
-    document: BaseSchema, send: Callable[[schemathesis.Case], None], *, nth_of_same_bodies: int = 1
+    document: BaseSchema, send: Callable[[schemathesis.Case[Any]], None], *, nth_of_same_bodies: int = 1
 ) -> Iterator[tuple[str, Callable[[], None]]]:
     """Of each operation its name, and what gives `send` case after case: each edge of each schema, then drawn ones.
 
@@ -22,9 +26,10 @@ def operation_tests(
     load_all_checks()
     bodies = set[str]()
     for made in get_all_tests(schema=document, test_func=send, settings=None, given_kwargs=None):
+        assert isinstance(made, Ok), made
         operation, test = made.ok()
         body = json.dumps(operation.definition.raw.get("requestBody"), sort_keys=True)
         if body != "null" and body in bodies:
-            test.hypothesis_explicit_examples = test.hypothesis_explicit_examples[::nth_of_same_bodies]
+            setattr(test, EXAMPLES, getattr(test, EXAMPLES)[::nth_of_same_bodies])
         bodies.add(body)
         yield operation.label, test
