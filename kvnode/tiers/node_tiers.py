@@ -103,7 +103,10 @@ class NodeTiers:
         began, choices = self.clock.now(), list[TierChoice]()
         prompt = request.prompt_token_ids
         keys = chunk_keys(root_key(shape.fingerprint, request.cache_salt), prompt, shape.chunk_tokens)
-        self.filler.on_asked(name.key for name in shape.names(keys))
+        names = shape.names(keys)
+        self.filler.on_asked(name.key for name in names)
+        for tier in self.local.values():
+            tier.link(names)
         wanted = keys[: usable_chunks(len(prompt), shape.chunk_tokens)]
         timeout_s = min(self.config.wait_s, request.deadline_s / 2)
         owner = owner_of(request.cache_salt)

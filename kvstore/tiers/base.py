@@ -204,6 +204,11 @@ class LocalTier(Tier, Protocol):
         """All chunks in it, those that were used most or last first. No I/O."""
         ...
 
+    def link(self, names: Sequence[ChunkName]) -> None:
+        """Each continues the one before it, whether they lie here or are to come: none goes to make
+        room before what continues it. No I/O."""
+        ...
+
     def pin(self, names: Sequence[ChunkName], ttl_s: float | None) -> tuple[int, int]:
         """Keep these from eviction for so long (None: until they are unpinned), whether they lie here or are to come.
         Of those that lie here, how many are kept, and how many, from the first that is one too many on, are not:

@@ -64,6 +64,10 @@ class DiskTier:
         """See `LocalTier`: those used last first."""
         return list(reversed(self._index.chunks))
 
+    def link(self, names: Sequence[ChunkName]) -> None:
+        """See `LocalTier`."""
+        self._index.link(names)
+
     def pin(self, names: Sequence[ChunkName], ttl_s: float | None) -> tuple[int, int]:
         """See `LocalTier`."""
         return self._index.pin(names, ttl_s)

@@ -108,7 +108,7 @@ class SlabIndex:
         self.pins = SlabPins(int(pin_share * data_bytes), num_entries)
         self._clock, self._data_offset = clock, data_offset
         self._chains = Chains[ChunkName]()
-        """Nobody tells it which chunk continues which: all that use a prompt use its tail first."""
+        """Told of each prompt that is asked for: its chunks may come in several batches, its last ones last."""
         self._evictor = Evictor(policy, self._chains, self._stays)
         taken = []
         for entry in disjoint(entries, clock.wall()):
@@ -139,6 +139,10 @@ class SlabIndex:
         self._chains.came(name)
         self._evictor.add(name)
         self.pins.came(name, aligned(held.entry.num_bytes))
+
+    def link(self, names: Sequence[ChunkName]) -> None:
+        """See `LocalTier`."""
+        self._chains.link(names)
 
     def make_room(self, num_bytes: int, left: list[ChunkName]) -> int | None:
         """An extent, after as many evictions as it takes, which are added to `left`; None: nothing else may go."""

@@ -171,6 +171,9 @@ class SimTier:
         """See `LocalTier`."""
         return list(reversed(self._medium.memory.chunks))
 
+    def link(self, names: Sequence[ChunkName]) -> None:
+        """See `LocalTier`. Those used longest ago go, whatever continues them."""
+
     def pin(self, names: Sequence[ChunkName], ttl_s: float | None) -> tuple[int, int]:
         """See `LocalTier`. It has no room for pins."""
         return 0, len(names)

@@ -1,6 +1,7 @@
 """Single cases of filling and promoting, most of them found by the simulation or by reading for its kind."""
 
 import asyncio
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -201,6 +202,21 @@ def test_a_leg_says_what_was_chosen_and_has_the_time_that_is_left():
             _, given = await a.tiers.before_leg(request)
             (choice,) = given.choices
             assert choice.use == "compute" and choice.load_s > choice.compute_s > 0 and not given.promoted
+
+    run_sim(main)
+
+
+@pytest.mark.parametrize("spec", [SPEC, TWO_RANKS])
+def test_a_leg_tells_the_node_s_own_tiers_which_chunk_continues_which(spec):
+    async def main():
+        world, told = TierWorld(), []
+        prompt = list(range(1, 5 * spec.chunk_tokens + 1))
+        async with world.node("a", [shared_tier(world.world.clock)]) as a:
+            a.tiers.engine_ready(spec)
+            a.tiers.local["disk"] = SimpleNamespace(link=told.append)
+            await a.tiers.before_leg(PrefillRequest(request_id="r", prompt_token_ids=prompt, deadline_s=9.0))
+        keys = chunk_keys(root_key(spec.fingerprint, b""), prompt, spec.chunk_tokens)
+        assert len(keys) == 5 and told == [ChunkShape.of(spec).names(keys)]
 
     run_sim(main)
 

@@ -94,7 +94,8 @@ async def test_of_writers_that_are_killed_no_torn_chunk_is_believed(path, reques
     assert seen > 10
 
 
-async def test_torn_at_any_block_a_chunk_is_not_whole(path):
+@pytest.mark.parametrize("how", ["torn", "flipped"])
+async def test_damaged_at_any_block_a_chunk_is_not_whole(path, how):
     for at in range(0, 5 * 4096, 4096):
         tier = await opened(path)
         chunk = chunk_of(name_of(at), 5 * 4096 - 200)
@@ -103,7 +104,9 @@ async def test_torn_at_any_block_a_chunk_is_not_whole(path):
         await tier.aclose()
         with path.open("r+b") as file:
             file.seek(offset + at)
-            file.write(b"\xee" * 4096)
+            worse = b"\xee" * 4096 if how == "torn" else bytes([file.read(1)[0] ^ 1])
+            file.seek(offset + at)
+            file.write(worse)
         tier = await opened(path)
         back = room_for(chunk)
         assert await load(tier, back) == [OK] and not whole(content(back)), "found, and refused by its reader"
@@ -178,6 +181,31 @@ async def test_of_chunks_saved_together_the_first_outlives_the_others(path):
         await save(tier, chunk_of(name_of(number), 1_000_000))
     got = await load(tier, *map(room_for, chunks))
     assert got == sorted(got, key=lambda outcome: outcome is not OK) and OK in got and MISSING in got
+    await tier.aclose()
+
+
+@pytest.mark.parametrize("policy", POLICY_NAMES)
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_what_continues_a_chunk_goes_first_however_late_it_was_saved(path, policy, when):
+    """Two prompts of six chunks, saved two at a time, in a slab for sixteen; and then twelve others come."""
+    tier = await open_disk(path, MIB, ManualClock(), policy=new_policy(policy))
+    prompts = [[chunk_of(name_of(start + at), 60_000) for at in range(6)] for start in (0, 10)]
+    names = [[chunk.name for chunk in prompt] for prompt in prompts]
+    if when == "before":
+        tier.link(names[0])
+        tier.link(names[1])
+    for at in (0, 2, 4):
+        for prompt in prompts:
+            assert await save(tier, *prompt[at : at + 2]) == [OK, OK]
+    if when == "after":
+        tier.link(names[0])
+        tier.link(names[1])
+    for number in range(100, 112):
+        await save(tier, chunk_of(name_of(number), 60_000))
+        for prompt in names:
+            found = await tier.find(prompt, timeout_s=1)
+            assert found == sorted(found, reverse=True), "a prefix went before its continuation"
+    assert tier.stats().evicted >= 8
     await tier.aclose()
 
 
