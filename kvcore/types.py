@@ -87,6 +87,8 @@ class NodeInfo(msgspec.Struct, frozen=True, kw_only=True):
     """… `model.name` there."""
     tokenizer_digest: str = ""
     """Of the engine's KVSpec."""
+    protocol: int = 1
+    """The newest version of the nodes' API that it speaks, for other nodes that call it."""
 
 
 class ReplicaRef(msgspec.Struct, frozen=True, gc=False, kw_only=True):

@@ -127,6 +127,7 @@ async def run_node(
         incarnation=incarnation,
         cluster=config.cluster,
         model=config.model.name if settings.role is not Role.STORE else "",
+        protocol=PROTOCOL,
     )
     owner = await stack.enter_async_context(SegmentOwner(name, incarnation, settings, config.transport, limits=limits))
     client = connect_client(endpoints_of(config.metadata_server), clock)

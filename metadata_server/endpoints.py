@@ -54,6 +54,7 @@ def _check_register(request: m.RegisterRequest) -> None:
     check_text(node.cluster, "node.cluster")
     check_text(node.model, "node.model")
     check_name(node.tokenizer_digest, "node.tokenizer_digest", empty=True)
+    require(1 <= node.protocol < MAX_ITEMS, "node.protocol", "not a version")
     check_seconds(request.ttl_s, "ttl_s")
     require(len(request.segments) <= MAX_NAME, "segments", "too many")
     for at, manifest in enumerate(request.segments):

@@ -174,6 +174,7 @@ _FIELD_BOUNDS: dict[str, dict[str, _Schema]] = {
         "cluster": _TEXT,
         "model": _TEXT,
         "tokenizer_digest": _NAME_OR_NONE,
+        "protocol": _VERSION,
     },
     "Segment": {
         "id": _NAME,

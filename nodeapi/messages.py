@@ -10,9 +10,11 @@ import msgspec
 
 from kvcore.types import KVSpec, NodeInfo, Segment
 
-PROTOCOL, OLDEST_PROTOCOL = 1, 1
+PROTOCOL, OLDEST_PROTOCOL = 2, 1
 """The newest and the oldest version that this program speaks. The newest grows when a request gets a field, or when a
 field of any message gets another meaning (docs/wire-formats.md, "Versions" of the nodes' API)."""
+PROMOTE_OWNER = 2
+"""Since which a promotion says whose chunks they are."""
 
 
 class _StrictMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -121,6 +123,8 @@ class PromoteRequest(_StrictMessage, frozen=True, kw_only=True):
     fingerprint: bytes
     keys: list[bytes]
     deadline_s: float
+    owner: bytes | msgspec.UnsetType = msgspec.UNSET
+    """Whose quota they count for (`kvcore.chunk_keys.owner_of`). Since PROMOTE_OWNER; absent: nobody's."""
 
 
 class PromoteReply(_TolerantMessage, frozen=True, kw_only=True):

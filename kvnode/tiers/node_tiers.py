@@ -10,10 +10,10 @@ from typing import TypeGuard, TypeVar
 
 import msgspec
 
-from kvcore.chunk_keys import chunk_keys, owner_of, root_key, usable_chunks
+from kvcore.chunk_keys import OWNER_BYTES, chunk_keys, owner_of, root_key, usable_chunks
 from kvcore.clock import Clock
 from kvcore.config.tiers import TierConfig, TiersConfig
-from kvcore.types import ChunkKey, KVSpec, NodeInfo
+from kvcore.types import ChunkKey, KVSpec, NodeInfo, OwnerTag
 from kvnode.tasks import cancelled, spawned
 from kvnode.tiers.filler import FilledTier, TierFiller
 from kvnode.tiers.holdings import HoldingsAnnouncer
@@ -125,7 +125,11 @@ class NodeTiers:
             return PromoteReply()
         keys = [ChunkKey(key) for key in request.keys]
         timeout_s, choices = min(self.config.wait_s, request.deadline_s), list[TierChoice]()
-        promoted = await self.promoter.promote(keys, shape, timeout_s=timeout_s, ask_peers=False, choices=choices)
+        said = request.owner
+        owner = OwnerTag(said) if isinstance(said, bytes) and len(said) == OWNER_BYTES else None
+        promoted = await self.promoter.promote(
+            keys, shape, timeout_s=timeout_s, ask_peers=False, choices=choices, owner=owner
+        )
         return PromoteReply(promoted=promoted, choices=choices)
 
     def reports(self) -> list[TierReport]:

@@ -8,11 +8,11 @@ import msgspec
 
 from kvcore.errors import KVFerryError, MetadataProtocolError, MetadataUnavailableError
 from kvcore.telemetry import log_fields
-from kvcore.types import ChunkKey, NodeInfo
+from kvcore.types import ChunkKey, NodeInfo, OwnerTag
 from kvstore.tiers.base import ChunkName
 from metadata_server.client import MetadataClient
 from metadata_server.messages import TIER_HOLDINGS, FindHoldersRequest
-from nodeapi.messages import PromoteReply, PromoteRequest
+from nodeapi.messages import PROMOTE_OWNER, PromoteReply, PromoteRequest
 
 _logger = logging.getLogger("kvnode")
 
@@ -45,13 +45,18 @@ class PeerDisks:
         names = [node.id for node in reply.nodes]
         return [[names[n] for n in having if n < len(names) and names[n] != self._node_id] for having in reply.holders]
 
-    async def promote(self, node_id: str, names: Sequence[ChunkName], *, timeout_s: float) -> PromoteReply:
+    async def promote(
+        self, node_id: str, names: Sequence[ChunkName], *, owner: OwnerTag | None = None, timeout_s: float
+    ) -> PromoteReply:
         """See `Peers`."""
         node = self._known.get(node_id)
         if node is None or timeout_s <= 0 or not names:
             return PromoteReply()
         request = PromoteRequest(
-            fingerprint=names[0].fingerprint, keys=[name.key for name in names], deadline_s=timeout_s
+            fingerprint=names[0].fingerprint,
+            keys=[name.key for name in names],
+            deadline_s=timeout_s,
+            owner=owner if owner is not None and node.protocol >= PROMOTE_OWNER else msgspec.UNSET,
         )
         try:
             reply = await self._client.promote(node.control_url, request, timeout_s=timeout_s)

@@ -32,7 +32,9 @@ class Peers(Protocol):
         """The ids of nodes that have each on their disks; not this node's."""
         ...
 
-    async def promote(self, node_id: str, names: Sequence[ChunkName], *, timeout_s: float) -> PromoteReply:
+    async def promote(
+        self, node_id: str, names: Sequence[ChunkName], *, owner: OwnerTag | None = None, timeout_s: float
+    ) -> PromoteReply:
         """Have the node do what `TierPromoter.promote` does, of its own tiers alone. `names`: of the first rank."""
         ...
 
@@ -214,7 +216,8 @@ class TierPromoter:
         ranks = asked.shape.num_ranks
         keys = asked.keys[found // ranks : -(-(found + length) // ranks)]
         wanted = [ChunkName(asked.shape.fingerprint, key) for key in keys]
-        reply = await self._peers.promote(node_id, wanted, timeout_s=asked.end - self._clock.now())
+        left_s = asked.end - self._clock.now()
+        reply = await self._peers.promote(node_id, wanted, owner=asked.owner, timeout_s=left_s)
         asked.choices += reply.choices
         if not reply.promoted:
             asked.useless.add(node_id)

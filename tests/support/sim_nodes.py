@@ -47,6 +47,7 @@ from metadata_server.index.state import MetadataState
 from metadata_server.messages import SegmentManifest
 from metadata_server.subscription import IndexSubscription
 from nodeapi.messages import (
+    PROTOCOL,
     GenerateRequest,
     NodeReport,
     PrefillRequest,
@@ -227,6 +228,7 @@ class SimNode(NodeService):
                 incarnation=incarnation,
                 cluster="" if self.clocked else self._cluster,
                 model="" if self.clocked else self._model,
+                protocol=PROTOCOL,
             ),
             manifests,
             ttl_s=setup.node_ttl_s,

@@ -263,7 +263,7 @@ class ScriptedPeers:
     async def holders(self, keys, *, timeout_s):
         return [[node for node, having in self.holds.items() if one in having] for one in keys]
 
-    async def promote(self, node_id, names, *, timeout_s):
+    async def promote(self, node_id, names, *, owner=None, timeout_s):
         self.asked.append((node_id, len(names)))
         brought = await self.nodes[node_id].put([name.key for name in names]) if node_id in self.nodes else []
         return PromoteReply(promoted=[Promoted(tier="disk", node=node_id, num_chunks=len(brought))] if brought else [])

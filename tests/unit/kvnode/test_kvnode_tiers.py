@@ -325,9 +325,12 @@ class DirectPeers(PeerDisks):
 
     nodes: ClassVar[dict[str, TierNode]] = {}
 
-    async def promote(self, node_id, names, *, timeout_s):
+    async def promote(self, node_id, names, *, owner=None, timeout_s):
         request = PromoteRequest(
-            fingerprint=names[0].fingerprint, keys=[name.key for name in names], deadline_s=timeout_s
+            fingerprint=names[0].fingerprint,
+            keys=[name.key for name in names],
+            deadline_s=timeout_s,
+            owner=owner if owner is not None else msgspec.UNSET,
         )
         reply = await self.nodes[node_id].tiers.promote(request)
         return PromoteReply(promoted=[msgspec.structs.replace(one, node=node_id) for one in reply.promoted])

@@ -9,12 +9,14 @@ from support.tier_world import TierWorld, put_into, shared_tier
 from kvcore.chunk_keys import chunk_keys, owner_of, root_key
 from kvcore.clock import ManualClock
 from kvcore.config.schema import StoreConfig
+from kvcore.types import NodeInfo, Role
 from kvnode.tiers.own_segment import OwnSegment
+from kvnode.tiers.peers import PeerDisks
 from kvstore.placement import Placement
 from kvstore.store import KVStore
 from kvstore.tiers.base import ChunkName
-from metadata_server.messages import OWNERS, ReserveReply, ReserveRequest
-from nodeapi.messages import PrefillRequest
+from metadata_server.messages import OWNERS, FindHoldersReply, FindHoldersRequest, ReserveReply, ReserveRequest
+from nodeapi.messages import PROMOTE_OWNER, PrefillRequest, PromoteReply, PromoteRequest
 from transfer.inproc import InprocTransfer
 
 
@@ -78,5 +80,55 @@ def test_what_a_leg_has_promoted_is_its_tenants():
             request = PrefillRequest(request_id="r", prompt_token_ids=prompt, cache_salt=b"tenant", deadline_s=9.0)
             _, given = await a.tiers.before_leg(request)
             assert [one.num_chunks for one in given.promoted] == [2] and told == [owner_of(b"tenant")]
+
+    run_sim(main)
+
+
+class Nodes:
+    """The others' control APIs."""
+
+    def __init__(self) -> None:
+        self.asked: list[PromoteRequest] = []
+
+    async def promote(self, url: str, request: PromoteRequest, *, timeout_s: float) -> PromoteReply:
+        self.asked.append(request)
+        return PromoteReply()
+
+
+@pytest.mark.parametrize(("protocol", "said"), [(PROMOTE_OWNER, OWNER), (PROMOTE_OWNER - 1, msgspec.UNSET)])
+async def test_another_node_is_told_whose_chunks_it_shall_bring_if_it_knows_owners(protocol, said):
+    node = NodeInfo(id="b", role=Role.STORE, control_url="http://b", incarnation=1, protocol=protocol)
+
+    class Holders:
+        protocol = OWNERS
+
+        async def find_holders(self, request: FindHoldersRequest, *, timeout_s: float) -> FindHoldersReply:
+            return FindHoldersReply(nodes=[node], holders=[[0]])
+
+    nodes, name = Nodes(), ChunkName(SPEC.fingerprint, KEYS[0])
+    peers = PeerDisks(Holders(), nodes, "a")
+    assert await peers.holders([KEYS[0]], timeout_s=5) == [["b"]]
+    await peers.promote("b", [name], owner=OWNER, timeout_s=5)
+    assert [request.owner for request in nodes.asked] == [said]
+
+
+def test_what_a_node_brings_for_another_is_the_tenants_that_it_is_told():
+    async def main():
+        world = TierWorld()
+        tier = shared_tier(world.world.clock)
+        put_into(tier, KEYS)
+        async with world.node("a", [tier]) as a:
+            told, segment = [], a.tiers.promoter.loader._segment
+            reserve = segment.reserve
+
+            async def telling(names, num_bytes, **how):
+                told.append(how["owner"])
+                return await reserve(names, num_bytes, **how)
+
+            segment.reserve = telling
+            for owner, key in zip([OWNER, b"short", msgspec.UNSET], KEYS, strict=True):
+                request = PromoteRequest(fingerprint=SPEC.fingerprint, keys=[key], deadline_s=5.0, owner=owner)
+                assert (await a.tiers.promote(request)).promoted
+            assert told == [OWNER, None, None]
 
     run_sim(main)
