@@ -27,6 +27,7 @@ class ExtentAllocator:
         self._free_starts: dict[int, int] = {}  # end -> start
         self._by_size: dict[int, dict[int, None]] = {}
         self._sizes: list[int] = []  # distinct free sizes, sorted
+        self._map: bytearray | None = None  # a byte a unit, 1 where it is taken; while `take` is used
         end = 0
         for offset, length in sorted(taken):
             size = aligned(length)
@@ -60,12 +61,45 @@ class ExtentAllocator:
         self._add_free(start + size, found - size)
         self._taken[start] = size
         self.used += size
+        self._mark(start, size, 1)
         return start
+
+    def take(self, offset: int, length: int) -> bool:
+        """Take the extent of `length` > 0 bytes at `offset`. False: it is not aligned, not inside, or not free.
+
+        For a space whose use is learned by and by. It keeps a byte a unit until `settle` says that this is over; each
+        call looks as far as the extent's free neighbourhood goes.
+        """
+        size = aligned(length)
+        if offset % ALIGNMENT or offset < 0 or size <= 0 or offset + size > self.capacity:
+            return False
+        if self._map is None:
+            self._map = bytearray(self.capacity // ALIGNMENT)
+            for start, taken in self._taken.items():
+                self._mark(start, taken, 1)
+        first, last = offset // ALIGNMENT, (offset + size) // ALIGNMENT
+        if self._map.find(1, first, last) >= 0:
+            return False
+        start = (self._map.rfind(1, 0, first) + 1) * ALIGNMENT
+        after = self._map.find(1, last)
+        end = self.capacity if after < 0 else after * ALIGNMENT
+        self._remove_free(start, end - start)
+        self._add_free(start, offset - start)
+        self._add_free(offset + size, end - offset - size)
+        self._taken[offset] = size
+        self.used += size
+        self._mark(offset, size, 1)
+        return True
+
+    def settle(self) -> None:
+        """No `take` will come, for now."""
+        self._map = None
 
     def release(self, offset: int) -> None:
         """Free the extent that begins at `offset`. KeyError if none does."""
         size = self._taken.pop(offset)
         self.used -= size
+        self._mark(offset, size, 0)
         start, end = offset, offset + size
         after = self._free_sizes.get(end)
         if after is not None:
@@ -92,6 +126,14 @@ class ExtentAllocator:
         assert self._free_starts == {s + n: s for s, n in self._free_sizes.items()}
         assert self._sizes == sorted(self._by_size) and all(self._by_size.values())
         assert {s: n for n, starts in self._by_size.items() for s in starts} == self._free_sizes
+        if self._map is not None:
+            assert sum(self._map) * ALIGNMENT == self.used
+            assert all(all(self._map[s // ALIGNMENT : (s + n) // ALIGNMENT]) for s, n in self._taken.items())
+
+    def _mark(self, start: int, size: int, taken: int) -> None:
+        if self._map is not None:
+            units = size // ALIGNMENT
+            self._map[start // ALIGNMENT : start // ALIGNMENT + units] = bytes((taken,)) * units
 
     def _add_free(self, start: int, size: int) -> None:
         if size == 0:

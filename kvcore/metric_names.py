@@ -67,6 +67,7 @@ CACHE_UNUSED_TOKENS = _counter("cache_unused_tokens_total", "Prompt tokens promo
 # --- metadata server -------------------------------------------------------------------------------------------
 METADATA_NODES = _gauge("metadata_nodes", "Live nodes", "role")
 METADATA_OBJECTS = _gauge("metadata_objects", "Chunks with a complete replica")
+METADATA_REBUILDING = _gauge("metadata_rebuilding_segments", "Segments whose nodes have not told all that lies there")
 METADATA_RESERVATIONS = _gauge("metadata_reservations", "Reservations neither committed nor given back")
 METADATA_READ_LEASES = _gauge("metadata_read_leases", "Read leases held")
 METADATA_WAITERS = _gauge("metadata_waiters", "Long polls under way")

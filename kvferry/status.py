@@ -20,7 +20,7 @@ from kvcore.ports import base_url, why_unreachable
 from kvcore.process.http_client import http_session
 from kvferry.hit_rate import hit_rate_lines
 from kvferry.machine import size_text
-from metadata_server.messages import Stats
+from metadata_server.account_messages import Stats
 from nodeapi.messages import TierReport
 from router.cache.report import CacheStats
 
@@ -222,6 +222,9 @@ def _show_segments(console: Console, stats: Stats) -> None:
         f"store: {stats.objects} chunks, {stats.reservations} reservations, {stats.read_leases} read leases, "
         f"epoch {stats.epoch}"
     )
+    if stats.rebuilding:
+        text = f"the index is being rebuilt: {stats.rebuilding} of {len(stats.segments)} segments are not all known yet"
+        console.print(text, style="yellow", soft_wrap=True)
     if full := stats.counters.get("declined_full", 0):
         text = f"{full} chunks were not stored since the metadata server started, as no segment had room"
         console.print(f"{text} (nodes.NAME.segment)", style="yellow", soft_wrap=True)

@@ -25,6 +25,12 @@ class NodeLimits:
     engine_longest_backoff_s: float = 5.0
     engine_healthy_s: float = 30.0
     """An engine that lived this long starts again without a pause that grew before."""
+    piece_entries: int = 4096
+    """Chunks in one piece of a manifest: 0.3 MB and about 20 ms of the metadata server's time."""
+    spread_s: float = 1.0
+    """After a restart of the metadata server each node waits for a random part of this before it sends the first."""
+    longest_piece_pause_s: float = 2.0
+    """Between tries to send a piece."""
     max_listed: int = 65_536
-    """Chunks in one manifest: 4 MB and about 1 s of the metadata server's time, which refuses longer bodies and whose
-    clients do not wait longer. What is not listed is free room."""
+    """Chunks told to a metadata server of before IN_PIECES, which takes all at once and refuses longer bodies. What is
+    not listed is free room there."""

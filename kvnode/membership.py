@@ -15,10 +15,13 @@ import msgspec
 
 from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
 from kvcore.telemetry import log_fields
-from kvcore.types import KVSpec, NodeInfo
+from kvcore.types import KVSpec, NodeInfo, Segment
 from kvnode.limits import NodeLimits
+from kvnode.manifest_pieces import ManifestPieces
+from kvnode.tasks import cancelled, spawned
 from metadata_server.client import MetadataClient
 from metadata_server.messages import (
+    IN_PIECES,
     HeartbeatReply,
     HeartbeatRequest,
     LeaveRequest,
@@ -85,12 +88,17 @@ class LeaseKeeper:
 
 
 class Membership:
-    """Runs a LeaseKeeper for `node`. `scan` lists the node's segments and what lies in them, off the loop."""
+    """Runs a LeaseKeeper for `node`. `segments` lists the node's segments, `scan` what lies in them too, off the loop.
+
+    When it first registers nobody has been told of them: they are empty, and are not scanned. After that the metadata
+    server says of which it has forgotten what lies there, and is told it beside the heartbeats (`ManifestPieces`).
+    """
 
     def __init__(
         self,
         client: MetadataClient,
         node: NodeInfo,
+        segments: Callable[[], list[Segment]],
         scan: Callable[[], Awaitable[list[SegmentManifest]]],
         *,
         ttl_s: float,
@@ -100,10 +108,15 @@ class Membership:
         """The client stays the caller's."""
         self._client = client
         self._node = node
+        self._segments = segments
         self._scan = scan
         self._ttl_s = ttl_s
         self._draw = draw
-        self._give_back_s = limits.give_back_s
+        self._limits = limits
+        self._pieces = ManifestPieces(client, node, scan, draw=draw, limits=limits)
+        self._telling: asyncio.Task[None] | None = None
+        self._new = True
+        """No server was told of our segments so far: nothing lies there."""
         self._lease = LeaseKeeper(ttl_s, limits.lease_first_backoff_s)
         self._changed = asyncio.Event()
         """Something has changed that the step under way, or the last one, did not tell the server."""
@@ -149,20 +162,23 @@ class Membership:
 
     async def run(self) -> None:
         """Until cancelled. Does not leave: call `leave` after that."""
-        while True:
-            self._changed.clear()
-            await self._take_step()
-            try:
-                async with asyncio.timeout(self._lease.delay_s(self._draw())):
-                    await self._changed.wait()
-            except TimeoutError:
-                continue
+        try:
+            while True:
+                self._changed.clear()
+                await self._take_step()
+                try:
+                    async with asyncio.timeout(self._lease.delay_s(self._draw())):
+                        await self._changed.wait()
+                except TimeoutError:
+                    continue
+        finally:
+            await self._stop_telling()
 
     async def leave(self) -> None:
         """Give the lease up, so that nobody is sent here any more. Bounded; a server that is away lets it expire."""
         request = LeaveRequest(node_id=self._node.id, incarnation=self._node.incarnation)
         try:
-            await self._client.leave(request, timeout_s=self._give_back_s)
+            await self._client.leave(request, timeout_s=self._limits.give_back_s)
         except (MetadataUnavailableError, MetadataProtocolError) as error:
             log_fields(_logger, logging.WARNING, "leave_failed", node=self._node.id, reason=error.message)
 
@@ -171,14 +187,14 @@ class Membership:
         expires there."""
         request = ReleaseWriterRequest(node_id=self._node.id, incarnation=self._node.incarnation)
         try:
-            await self._client.release_writer(request, timeout_s=self._give_back_s)
+            await self._client.release_writer(request, timeout_s=self._limits.give_back_s)
         except (MetadataUnavailableError, MetadataProtocolError) as error:
             log_fields(_logger, logging.WARNING, "release_failed", node=self._node.id, reason=error.message)
 
     async def _take_step(self) -> None:
         """One call to the metadata server, or two. Five cases:
 
-        1. It does not know us and answers: we are registered, with all that lies in our segments.
+        1. It does not know us and answers: we are registered, and tell all that lies in our segments.
         2. It knows us and answers: our lease is longer, or we learn that it has forgotten us and register next.
         3. It does not answer: we try again, ever more slowly. It is logged once an outage, and we keep the epoch that
            we had: an outage shorter than the lease costs no registration.
@@ -214,17 +230,42 @@ class Membership:
         return await self._client.heartbeat(HeartbeatRequest(node_id=self._node.id, incarnation=self._node.incarnation))
 
     async def _register(self) -> None:
-        if self._lease.failures:  # first see that it is back: a large segment takes seconds to scan
-            await self._heartbeat()
-        node = self._node
-        segments = await self._scan()
-        reply = await self._client.register(RegisterRequest(node=node, segments=segments, ttl_s=self._ttl_s))
+        speaks = (await self._heartbeat()).spoken  # and it is back: a large segment takes seconds to scan
+        node, segments = self._node, [SegmentManifest(segment=segment) for segment in self._segments()]
+        request = RegisterRequest(node=node, segments=segments, ttl_s=self._ttl_s)
+        if not self._new and speaks.newest >= IN_PIECES:
+            request = msgspec.structs.replace(request, in_pieces=True)
+        elif not self._new:
+            request = msgspec.structs.replace(request, segments=await self._whole())
+        self._new = False
+        await self._stop_telling()
+        reply = await self._client.register(request)
         self.refused = ""
         self.registrations += 1
         self.on_registered()
         if not self._changed.is_set():  # case 4: register once more
             self._lease.on_registered(reply)
+            if reply.wanted:
+                self._telling = spawned(self._tell(reply.wanted), f"manifest of {node.id}")
         log_fields(
             _logger, logging.INFO, "registered", node=node.id, epoch=reply.epoch, imported=reply.imported,
-            refused=reply.refused,
+            refused=reply.refused, wanted=len(reply.wanted),
         )  # fmt: skip
+
+    async def _tell(self, wanted: dict[str, int]) -> None:
+        if not await self._pieces.tell(wanted):
+            self.announce_again()
+
+    async def _stop_telling(self) -> None:
+        if self._telling is not None:
+            await cancelled(self._telling)
+            self._telling = None
+
+    async def _whole(self) -> list[SegmentManifest]:
+        """What lies in the segments, as much of it as a server of before IN_PIECES takes."""
+        manifests, most = [], self._limits.max_listed
+        for manifest in await self._scan():
+            if len(manifest.entries) > most:
+                log_fields(_logger, logging.WARNING, "manifest_cut", chunks=len(manifest.entries), listed=most)
+            manifests.append(SegmentManifest(segment=manifest.segment, entries=manifest.entries[:most]))
+        return manifests

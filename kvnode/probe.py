@@ -23,8 +23,8 @@ from kvcore.types import ChunkKey, NodeInfo, ReplicaRef, Segment
 from kvnode.limits import NodeLimits
 from kvnode.tasks import PausableWork
 from kvstore.placement import Placement
+from metadata_server.account_messages import SegmentStats
 from metadata_server.client import MetadataClient
-from metadata_server.messages import SegmentStats
 from nodeapi.messages import ProbeReport, ProbeRequest
 from transfer.links import link_of
 from transfer.measure import SMALL_BYTES, measure

@@ -4,22 +4,17 @@ Owns memory and hosts. Knows nothing of who writes there. Invariant: hosts are c
 """
 
 import asyncio
-import logging
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Self
 
 from kvcore.config.schema import NodeConfig, TransportConfig
-from kvcore.telemetry import log_fields
 from kvcore.types import Segment
-from kvnode.limits import NodeLimits
 from kvstore.manifest import scan
 from metadata_server.messages import SegmentManifest
 from transfer.memory.segment import SegmentMemory, host_identity
 from transfer.select import SegmentHosts, start_segment_hosts
-
-_logger = logging.getLogger("kvnode")
 
 
 class SegmentOwner:
@@ -31,10 +26,7 @@ class SegmentOwner:
         incarnation: int,
         node: NodeConfig,
         transport: TransportConfig,
-        *,
-        limits: NodeLimits = NodeLimits(),
     ) -> None:
-        self._max_listed = limits.max_listed
         self._node_id = node_id
         self._segment_id = f"{node_id}.{incarnation:x}"
         self._node = node
@@ -108,10 +100,7 @@ class SegmentOwner:
         self.on_change()
 
     async def manifests(self) -> list[SegmentManifest]:
-        """What lies in the segment now, by its chunk headers; the newest `max_listed`. Scans on a thread, about 0.1 s a
-        10 GiB."""
+        """What lies in the segment now, by its chunk headers. Scans on a thread, about 0.1 s a 10 GiB."""
         assert self._memory is not None, "the segment was not entered"
         entries = await asyncio.to_thread(scan, self._memory.view)
-        if len(entries) > self._max_listed:
-            log_fields(_logger, logging.WARNING, "manifest_cut", chunks=len(entries), listed=self._max_listed)
-        return [SegmentManifest(segment=self.segment, entries=entries[: self._max_listed])]
+        return [SegmentManifest(segment=self.segment, entries=entries)]

@@ -129,10 +129,12 @@ async def run_node(
         model=config.model.name if settings.role is not Role.STORE else "",
         protocol=PROTOCOL,
     )
-    owner = await stack.enter_async_context(SegmentOwner(name, incarnation, settings, config.transport, limits=limits))
+    owner = await stack.enter_async_context(SegmentOwner(name, incarnation, settings, config.transport))
     client = connect_client(endpoints_of(config.metadata_server), clock)
     stack.push_async_callback(client.aclose)
-    membership = Membership(client, info, owner.manifests, ttl_s=config.metadata_server.node_ttl_s, limits=limits)
+    membership = Membership(
+        client, info, lambda: [owner.segment], owner.manifests, ttl_s=config.metadata_server.node_ttl_s, limits=limits
+    )
     prober = PeerProber(
         node=info,
         host_id=owner.segment.host_id,

@@ -4,8 +4,6 @@ Owns no segment: the view is the caller's and may be written meanwhile (readers 
 returned are inside the view, do not overlap, and no entry gives way to an older one.
 """
 
-from bisect import bisect_left
-
 import numpy as np
 
 from kvstore.chunk_format import ALIGNMENT, HEADER_BYTES, MAGIC, ChunkHeader, checksum, parse
@@ -32,7 +30,7 @@ def scan(
         if header is not None and offset + HEADER_BYTES + header.payload_length <= view.nbytes:
             found.append((offset, header))
     found.sort(key=lambda item: (-item[1].generation, item[0]))
-    taken = _Taken()
+    taken = _Taken(view.nbytes)
     entries = []
     for offset, header in found:
         end = offset + HEADER_BYTES + header.payload_length
@@ -61,19 +59,17 @@ def _candidates(view: memoryview, step_bytes: int) -> list[int]:
 
 
 class _Taken:
-    """Disjoint ranges, kept sorted."""
+    """Which units of ALIGNMENT bytes are taken, a byte each. Ranges begin at a unit, so two of them share a unit if and
+    only if they overlap."""
 
-    def __init__(self) -> None:
-        self._starts: list[int] = []
-        self._ends: list[int] = []
+    def __init__(self, num_bytes: int) -> None:
+        self._units = bytearray(-(-num_bytes // ALIGNMENT))
 
     def overlaps(self, start: int, end: int) -> bool:
         """Whether [start, end) meets a range that was added."""
-        index = bisect_left(self._starts, end)
-        return index > 0 and self._ends[index - 1] > start
+        return self._units.find(1, start // ALIGNMENT, -(-end // ALIGNMENT)) >= 0
 
     def add(self, start: int, end: int) -> None:
         """Add a range that overlaps none."""
-        index = bisect_left(self._starts, start)
-        self._starts.insert(index, start)
-        self._ends.insert(index, end)
+        first, last = start // ALIGNMENT, -(-end // ALIGNMENT)
+        self._units[first:last] = b"\x01" * (last - first)

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from kvcore.chunk_keys import KEY_BYTES
 from kvcore.errors import MetadataProtocolError
 from kvcore.types import ChunkKey, ReplicaRef
-from metadata_server.messages import ManifestEntry
+from metadata_server.account_messages import ImportRequest
+from metadata_server.messages import ManifestEntry, RegisterRequest
 
 MAX_ITEMS = 65_536
 """Keys, items or ids in one request; manifest entries are bounded by the body's size."""
@@ -67,9 +68,57 @@ def check_keys(keys: Sequence[ChunkKey], param: str = "keys") -> None:
             check_key(key, f"{param}[{at}]")
 
 
+def check_extents(entries: Sequence[ManifestEntry], param: str) -> None:
+    """As `check_extent`, of many: a piece of a manifest has thousands."""
+    for at, entry in enumerate(entries):
+        if not (
+            len(entry.key) == KEY_BYTES
+            and 0 <= entry.offset < MAX_BYTES
+            and 0 < entry.length < MAX_BYTES
+            and 0 <= entry.generation < MAX_GENERATION
+        ):
+            check_extent(entry, f"{param}[{at}]")
+
+
 def check_extent(entry: ManifestEntry | ReplicaRef, param: str) -> None:
     """A place in a segment and the key of what lies there."""
     check_key(entry.key, f"{param}.key")
     require(0 <= entry.offset < MAX_BYTES, f"{param}.offset", "out of range")
     require(0 < entry.length < MAX_BYTES, f"{param}.length", "out of range")
     require(0 <= entry.generation < MAX_GENERATION, f"{param}.generation", "out of range")
+
+
+def check_register(request: RegisterRequest) -> None:
+    """A registration with its segments."""
+    node, spoken = request.node, request.spoken
+    require(1 <= spoken.oldest <= spoken.newest < MAX_ITEMS, "protocol", "not a range of versions")
+    check_name(node.id, "node.id")
+    check_incarnation(node.incarnation, "node.incarnation")
+    check_text(node.control_url, "node.control_url")
+    require(len(node.fingerprint) in (0, 16), "node.fingerprint", "has 16 bytes or none")
+    check_text(node.cluster, "node.cluster")
+    check_text(node.model, "node.model")
+    check_name(node.tokenizer_digest, "node.tokenizer_digest", empty=True)
+    require(1 <= node.protocol < MAX_ITEMS, "node.protocol", "not a version")
+    check_seconds(request.ttl_s, "ttl_s")
+    require(len(request.segments) <= MAX_NAME, "segments", "too many")
+    for at, manifest in enumerate(request.segments):
+        segment, path = manifest.segment, f"segments[{at}]"
+        check_name(segment.id, f"{path}.segment.id")
+        check_name(segment.host_id, f"{path}.segment.host_id", empty=True)
+        require(0 < segment.size_bytes < MAX_BYTES, f"{path}.segment.size_bytes", "out of range")
+        require(len(segment.addresses) <= MAX_ADDRESSES, f"{path}.segment.addresses", "too many")
+        for transport, address in segment.addresses.items():
+            check_name(transport, f"{path}.segment.addresses")
+            check_text(address, f"{path}.segment.addresses")
+        check_extents(manifest.entries, f"{path}.entries")
+
+
+def check_import(request: ImportRequest) -> None:
+    """A piece of a manifest."""
+    check_name(request.node_id, "node_id")
+    check_incarnation(request.incarnation, "incarnation")
+    check_name(request.segment_id, "segment_id")
+    check_incarnation(request.number, "number")
+    check_items(request.entries, "entries")
+    check_extents(request.entries, "entries")

@@ -15,6 +15,7 @@ from kvcore.clock import Clock
 from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
 from kvcore.types import ChunkKey
 from metadata_server import endpoints
+from metadata_server.account_messages import ImportReply, ImportRequest, Stats
 from metadata_server.cache_messages import (
     CacheReply,
     EvictRequest,
@@ -48,7 +49,6 @@ from metadata_server.messages import (
     ReplicaIds,
     ReserveReply,
     ReserveRequest,
-    Stats,
     TellHoldingsReply,
     TellHoldingsRequest,
     WaitRequest,
@@ -120,6 +120,11 @@ class MetadataClient:
     async def heartbeat(self, request: HeartbeatRequest, *, timeout_s: float | None = None) -> HeartbeatReply:
         """Renew the node's lease. `known` false: register again, with manifests."""
         return await self._call(endpoints.HEARTBEAT, request, timeout_s)
+
+    async def import_piece(self, request: ImportRequest, *, timeout_s: float | None = None) -> ImportReply:
+        """Say what lies in a segment, piece by piece, as a registration's reply asked for it. Idempotent. Has a time of
+        its own (`limits`) on top of the call's: after a restart of the server all nodes do this."""
+        return await self._call(endpoints.IMPORT, request, timeout_s, poll_s=self._limits.piece_s)
 
     async def leave(self, request: LeaveRequest, *, timeout_s: float | None = None) -> None:
         """Drop the node and all that it holds at once. Idempotent."""

@@ -17,9 +17,9 @@ from kvcore.errors import MetadataProtocolError, NodeRefusedError, OverloadedErr
 from kvcore.process.audit import audited
 from kvcore.telemetry import log_fields
 from kvcore.types import ChunkKey
+from metadata_server.account_messages import ImportReply, Stats
 from metadata_server.cache_messages import CacheReply, PinRequest, ReleaseRequest, UnpinRequest
-from metadata_server.endpoints import ENDPOINTS
-from metadata_server.index.refusals import Refusals
+from metadata_server.endpoints import ENDPOINTS, IMPORT
 from metadata_server.index.state import MetadataState
 from metadata_server.limits import ServerLimits
 from metadata_server.messages import (
@@ -31,12 +31,12 @@ from metadata_server.messages import (
     Nothing,
     RegisterReply,
     RegisterRequest,
-    Stats,
     WaitRequest,
 )
 from metadata_server.protocol import RequestDecoder, encode
 from metadata_server.records.node_orders import NodeOrdering
 from metadata_server.records.pins import PinRecords
+from metadata_server.refusals import Refusals
 
 _logger = logging.getLogger("metadata_server")
 _DONE = Nothing()
@@ -51,6 +51,7 @@ class _Row:
     is_async: bool
     about: Callable[[Any], str] | None
     outcome: Callable[[Any], str]
+    in_turn: bool
 
 
 def _said(batch: EventBatch) -> EventBatch:
@@ -86,6 +87,8 @@ class MetadataCore:
         self._refusals = Refusals(limits)
         self._num_waiters = 0
         self._num_subscribers = 0
+        self._turn = asyncio.Lock()
+        self._num_in_turn = 0
         self._seen_seq = state.log.next_seq
         self._news = asyncio.Event()  # replaced each time it is set: whoever holds it has missed nothing
         self._sooner = asyncio.Event()
@@ -99,6 +102,7 @@ class MetadataCore:
                 row.waits or row.durable,
                 row.about,
                 row.outcome,
+                row.in_turn,
             )
             for row in ENDPOINTS
         }
@@ -123,24 +127,37 @@ class MetadataCore:
         says otherwise. `who` asks, for the log of operators' orders.
 
         Raises MetadataProtocolError (unknown path, malformed or out of bounds). Only an endpoint that waits or
-        is durable suspends; cancelling it leaves nothing behind. With too many waiting it answers at once with what
-        there is.
+        is durable suspends, and one whose large bodies come in turn; cancelling it leaves nothing behind. With too many
+        waiting it answers at once with what there is.
         """
         call = self._calls.get(path)
         if call is None:
             raise MetadataProtocolError(f"no such endpoint: {path}")
-        now = self._now()
-        request = call.decode(body, json=json)
-        if call.about is None:
-            reply = call.handle(request, now)
+        if call.in_turn and len(body) > self._limits.small_body:
+            reply = await self._in_turn(call, body, json=json)
+        elif call.about is None:
+            reply = call.handle(call.decode(body, json=json), self._now())
             if call.is_async:
                 reply = await reply
         else:
+            now, request = self._now(), call.decode(body, json=json)
             with audited(who, path, call.about(request)) as line:
                 reply = await call.handle(request, now)
                 line.outcome = call.outcome(reply)
         self._after_change()
         return encode(_DONE if reply is None else reply, json=json if reply_json is None else reply_json)
+
+    async def _in_turn(self, call: _Row, body: bytes, *, json: bool) -> Any:
+        """Decode and handle while no other such call is, after whatever else is to be done now."""
+        if self._num_in_turn >= self._limits.max_in_turn and call is self._calls[IMPORT.path]:
+            return ImportReply(known=True, again_s=self._limits.again_s)
+        self._num_in_turn += 1
+        try:
+            async with self._turn:
+                await asyncio.sleep(0)
+                return call.handle(call.decode(body, json=json), self._now())
+        finally:
+            self._num_in_turn -= 1
 
     # --- handlers of the table's calls that are not the state's own --------------------------------------------------
 
@@ -261,6 +278,7 @@ class MetadataCore:
 
     async def run(self) -> None:
         """Tick until cancelled, sleeping exactly until something runs out, at most a pulse."""
+        self.state.began(self._clock.now())
         while True:
             self._pulse_at = now = self._now()
             self.state.tick(now)

@@ -11,24 +11,23 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import msgspec
 
 from kvcore.chunk_keys import OWNER_BYTES
+from metadata_server import account_messages as ac
 from metadata_server import cache_messages as c
 from metadata_server import messages as m
 from metadata_server.bounds import (
-    MAX_ADDRESSES,
     MAX_BYTES,
     MAX_GENERATION,
-    MAX_ITEMS,
     MAX_KEEP_SECONDS,
-    MAX_NAME,
     MAX_WAIT_SECONDS,
     check_extent,
+    check_import,
     check_incarnation,
     check_items,
     check_key,
     check_keys,
     check_name,
+    check_register,
     check_seconds,
-    check_text,
     require,
 )
 
@@ -42,32 +41,6 @@ Rep = TypeVar("Rep", bound=msgspec.Struct)
 def _check_node(request: m.FromNode) -> None:
     check_name(request.node_id, "node_id")
     check_incarnation(request.incarnation, "incarnation")
-
-
-def _check_register(request: m.RegisterRequest) -> None:
-    node, spoken = request.node, request.spoken
-    require(1 <= spoken.oldest <= spoken.newest < MAX_ITEMS, "protocol", "not a range of versions")
-    check_name(node.id, "node.id")
-    check_incarnation(node.incarnation, "node.incarnation")
-    check_text(node.control_url, "node.control_url")
-    require(len(node.fingerprint) in (0, 16), "node.fingerprint", "has 16 bytes or none")
-    check_text(node.cluster, "node.cluster")
-    check_text(node.model, "node.model")
-    check_name(node.tokenizer_digest, "node.tokenizer_digest", empty=True)
-    require(1 <= node.protocol < MAX_ITEMS, "node.protocol", "not a version")
-    check_seconds(request.ttl_s, "ttl_s")
-    require(len(request.segments) <= MAX_NAME, "segments", "too many")
-    for at, manifest in enumerate(request.segments):
-        segment, path = manifest.segment, f"segments[{at}]"
-        check_name(segment.id, f"{path}.segment.id")
-        check_name(segment.host_id, f"{path}.segment.host_id", empty=True)
-        require(0 < segment.size_bytes < MAX_BYTES, f"{path}.segment.size_bytes", "out of range")
-        require(len(segment.addresses) <= MAX_ADDRESSES, f"{path}.segment.addresses", "too many")
-        for transport, address in segment.addresses.items():
-            check_name(transport, f"{path}.segment.addresses")
-            check_text(address, f"{path}.segment.addresses")
-        for index, entry in enumerate(manifest.entries):
-            check_extent(entry, f"{path}.entries[{index}]")
 
 
 def _check_order(request: c.NodeOrderRequest) -> None:
@@ -163,6 +136,8 @@ class EndpointSpec(Generic[Req, Rep]):
     """Of an operator's order: what it is about, for the line that it leaves in the log."""
     outcome: Callable[[Rep], str] = lambda _: "ok"
     """What came of it, for the same."""
+    in_turn: bool = False
+    """Large bodies of such calls are looked at one at a time, and other calls between any two."""
     statuses: tuple[int, ...] = (400, 413, 415, 503)
     """Of its errors."""
 
@@ -173,8 +148,18 @@ REGISTER = EndpointSpec(
     m.RegisterReply,
     lambda core: core.register,
     "Join, or join again with manifests",
-    _check_register,
+    check_register,
+    in_turn=True,
     statuses=(400, 409, 413, 415, 503),
+)
+IMPORT = EndpointSpec(
+    "/v1/segments/import_piece",
+    ac.ImportRequest,
+    ac.ImportReply,
+    lambda core: core.state.import_piece,
+    "Say what lies in a segment, piece by piece",
+    check_import,
+    in_turn=True,
 )
 HEARTBEAT = EndpointSpec(
     "/v1/nodes/heartbeat",
@@ -320,10 +305,11 @@ NODE_ORDERS = EndpointSpec(
     "Which nodes are drained, and which were removed",
 )
 NODES = EndpointSpec("/v1/nodes", None, m.NodesReply, lambda core: core.nodes, "Live nodes and segments")
-STATS = EndpointSpec("/v1/stats", None, m.Stats, lambda core: core.stats, "What is held, and counters")
+STATS = EndpointSpec("/v1/stats", None, ac.Stats, lambda core: core.stats, "What is held, and counters")
 
 ENDPOINTS: tuple[EndpointSpec[Any, Any], ...] = (
     REGISTER,
+    IMPORT,
     HEARTBEAT,
     LEAVE,
     RELEASE_WRITER,

@@ -20,6 +20,12 @@ class ServerLimits:
     """For a request's body to arrive."""
     send_s: float = 10.0
     """For a subscriber to take one batch."""
+    small_body: int = 16_384
+    """Bytes. Registrations and pieces of manifests that are longer are looked at in turn. With so many waiting, …"""
+    max_in_turn: int = 128
+    """… each of some 300 kB, a further piece is to be sent again after …"""
+    again_s: float = 1.0
+    """… this."""
     refused_s: float = 60.0
     """A node that was refused is listed for so long after it last asked; of many, …"""
     max_refused: int = 64
@@ -39,6 +45,8 @@ class ClientLimits:
     """Long polls under way, each on a connection of its own beside those. A further one asks once, after …"""
     wait_poll_s: float = 0.25
     """… so long, and has to be repeated: no wait may keep other calls from the server, or cost all descriptors."""
+    piece_s: float = 8.0
+    """For a piece of a manifest beyond a call's own time, as the server looks at one at a time."""
     idle_connection_s: float = 3.0
     """Shorter than the server's, so that a request does not meet a closing connection."""
     max_frame_bytes: int = 64 << 20

@@ -23,6 +23,8 @@ OWNERS = 4
 """Since which writers say whose chunks they are."""
 NAMED_LEASES = 4
 """Since which readers name their leases, and renew them."""
+IN_PIECES = 4
+"""Since which nodes tell what lies in their segments in pieces (`account_messages`)."""
 
 
 class RequestBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -75,6 +77,8 @@ class RegisterRequest(VersionedMessage, RequestBody, frozen=True, kw_only=True):
     node: NodeInfo
     segments: list[SegmentManifest] = []
     ttl_s: float
+    in_pieces: bool | msgspec.UnsetType = msgspec.UNSET
+    """What lies in the segments is told later, of those that the reply asks for. Since version IN_PIECES."""
 
 
 class RegisterReply(VersionedMessage, ReplyBody, frozen=True, kw_only=True):
@@ -83,14 +87,16 @@ class RegisterReply(VersionedMessage, ReplyBody, frozen=True, kw_only=True):
     epoch: str
     imported: int
     refused: int
+    wanted: dict[str, int] = {}
+    """Segments whose contents are to be told in pieces, each with the number under which (ImportRequest)."""
 
 
 class HeartbeatRequest(FromNode, frozen=True, kw_only=True):
     """Renews the node's lease."""
 
 
-class HeartbeatReply(ReplyBody, frozen=True, kw_only=True):
-    """`known` false: register again, with manifests. `drained`: by order, it is to get no new requests."""
+class HeartbeatReply(VersionedMessage, ReplyBody, frozen=True, kw_only=True):
+    """`known` false: register again. `drained`: by order, it is to get no new requests."""
 
     epoch: str
     known: bool
@@ -137,6 +143,8 @@ class MatchReply(ReplyBody, frozen=True, kw_only=True):
     """The nodes that are writing the first key behind that prefix, the one that has been at it for longest first."""
     num_writing: int = 0
     """How many keys behind that prefix, one after the other, are being written."""
+    rebuilding: bool = False
+    """The server was started a short time ago, or is being told what lies in segments: more may be there than this."""
 
 
 class ReserveItem(RequestBody, frozen=True, kw_only=True):
@@ -315,36 +323,3 @@ class NodesReply(VersionedMessage, ReplyBody, frozen=True, kw_only=True):
     """Its name in the server's file, and …"""
     model: str = ""
     """… `model.name` there."""
-
-
-class SegmentStats(ReplyBody, frozen=True, kw_only=True):
-    """Use of one segment, bytes."""
-
-    segment: Segment
-    used_bytes: int
-    reserved_bytes: int
-    retiring_bytes: int
-    num_replicas: int
-
-
-class RefusedNode(ReplyBody, frozen=True, kw_only=True):
-    """A node that wants to join and is not taken in."""
-
-    node: NodeInfo
-    reason: str
-
-
-class Stats(ReplyBody, frozen=True, kw_only=True):
-    """What /v1/stats shows. After a drained load `reservations` and `read_leases` are 0."""
-
-    epoch: str
-    nodes: list[NodeInfo]
-    segments: list[SegmentStats]
-    objects: int
-    reservations: int
-    read_leases: int
-    waiters: int
-    counters: dict[str, int]
-    """Totals since start: lookups, hits, reserved, committed, evicted, declined_full, quarantined_<reason>, ..."""
-    refused: list[RefusedNode] = []
-    """Those that asked within the last minute."""

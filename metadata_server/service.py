@@ -9,16 +9,16 @@ from kvcore.identity import ClusterIdentity
 from kvcore.process.asgi import AsgiServer
 from kvcore.process.service import Lifecycle
 from kvcore.telemetry import Metrics, log_fields
-from metadata_server.app import create_app
 from metadata_server.core import MetadataCore
 from metadata_server.index.state import MetadataState
-from metadata_server.metrics import register_mooncake
 from metadata_server.mooncake.http_shell import MooncakeApp, MooncakePort
 from metadata_server.mooncake.opening import open_dialect, tls_of, token_of
 from metadata_server.records.base import Records
 from metadata_server.records.node_orders import NodeOrdering
 from metadata_server.records.opening import open_records
 from metadata_server.records.pins import PinRecords
+from metadata_server.shell.app import create_app
+from metadata_server.shell.metrics import register_mooncake
 
 _GENERATION_BITS = 20
 _logger = logging.getLogger("metadata_server")

@@ -14,7 +14,7 @@ from kvcore.ports import base_url
 from kvcore.process.http_client import http_session
 from kvcore.types import NodeInfo
 from kvferry.status import ClusterAnswer, addresses
-from metadata_server.messages import Stats
+from metadata_server.account_messages import Stats
 
 _Answer = TypeVar("_Answer")
 

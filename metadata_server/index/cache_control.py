@@ -31,10 +31,10 @@ class CacheControl:
 
     def __init__(
         self,
-        *,
-        config: StoreConfig,
         nodes: NodeRegistry,
         index: ReplicaIndex,
+        *,
+        config: StoreConfig,
         pins: Pins,
         deadlines: Deadlines,
         counts: Counter[str],

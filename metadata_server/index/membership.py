@@ -11,6 +11,7 @@ from kvcore.errors import NodeRefusedError
 from kvcore.types import Segment
 from metadata_server.index.cache_control import CacheControl
 from metadata_server.index.event_log import EventLog
+from metadata_server.index.imports import Imports
 from metadata_server.index.nodes import LiveNode, NodeRegistry
 from metadata_server.index.reading import Reading
 from metadata_server.index.replicas import ReplicaIndex
@@ -32,6 +33,7 @@ class ClusterMembership:
         reservations: Reservations,
         reading: Reading,
         cache: CacheControl,
+        imports: Imports,
         holdings: TierHoldings,
         new_record: Callable[[Segment, list[ManifestEntry]], SegmentRecord],
         counts: Counter[str],
@@ -42,6 +44,7 @@ class ClusterMembership:
         self._reservations = reservations
         self._reading = reading
         self._cache = cache
+        self._imports = imports
         self._holdings = holdings
         self._new_record = new_record
         self._counts = counts
@@ -72,13 +75,17 @@ class ClusterMembership:
         self._nodes.renew(node, now, request.ttl_s)
         for absent in node.segments.keys() - {manifest.segment.id for manifest in request.segments}:
             self._drop_segment(node, absent, emit_event=True)
-        imported = sum(self._adopt(node, manifest, now) for manifest in request.segments)
+        wanted, imported = {}, 0
+        if request.in_pieces is True:
+            wanted = self._ask(node, request.segments)
+        else:
+            imported = sum(self._adopt(node, manifest, now) for manifest in request.segments)
         refused = sum(len(manifest.entries) for manifest in request.segments) - imported
         self._counts["registrations"] += 1
         self._counts["imported"] += imported
         self._counts["import_refused"] += refused
         self._index.publish()
-        return RegisterReply(epoch=self._log.epoch, imported=imported, refused=refused)
+        return RegisterReply(epoch=self._log.epoch, imported=imported, refused=refused, wanted=wanted)
 
     def give_back(self, node: LiveNode, now: float, *, writes_on: bool = False) -> None:
         """End what the node has reserved and leased. `writes_on`: nobody says that its writers have ended."""
@@ -97,18 +104,38 @@ class ClusterMembership:
         self._index.publish()
         self._log.append(EventKind.NODE_DOWN, node.info.id)
 
+    def _ask(self, node: LiveNode, manifests: list[SegmentManifest]) -> dict[str, int]:
+        """Of which segments is to be told what lies in them, and under which numbers: of all that are new, and of those
+        of which not all was told. What was told of these stays."""
+        wanted = {}
+        for manifest in manifests:
+            record = node.segments.get(manifest.segment.id)
+            fresh = record is None
+            if record is None:
+                record = self._add(node, manifest.segment, [])
+            record.segment = manifest.segment
+            if fresh or record.rebuilding:
+                wanted[manifest.segment.id] = self._imports.begin(record)
+        return wanted
+
+    def _add(self, node: LiveNode, segment: Segment, taken: list[ManifestEntry]) -> SegmentRecord:
+        record = self._new_record(segment, taken)
+        self._nodes.add_segment(node, record)
+        self._cache.room_changed()
+        return record
+
     def _adopt(self, node: LiveNode, manifest: SegmentManifest, now: float) -> int:
         """Add a segment with what lies in it, or confirm what is known to lie there; returns how many entries count."""
         known = node.segments.get(manifest.segment.id)
         if known is not None:
             known.segment = manifest.segment
-            refs = [replica.ref for replica in known.complete.values()]
-            present = {(ref.key, ref.offset, ref.length, ref.generation) for ref in refs}
-            return sum((e.key, e.offset, e.length, e.generation) in present for e in manifest.entries)
+            if known.rebuilding:  # told in pieces so far, and now as a whole
+                imported = self._imports.note(known, manifest.entries[::-1], now)
+                self._imports.end(known)
+                return imported
+            return _confirmed(known, manifest.entries)
         entries = acceptable(manifest.segment, manifest.entries)
-        record = self._new_record(manifest.segment, entries)
-        self._nodes.add_segment(node, record)
-        self._cache.room_changed()
+        record = self._add(node, manifest.segment, entries)
         for entry in reversed(entries):  # the newest generation will be the last to be evicted
             self._index.adopt(entry, record)
         self._cache.stored((entry.key for entry in entries), now)
@@ -116,7 +143,17 @@ class ClusterMembership:
 
     def _drop_segment(self, node: LiveNode, segment_id: str, *, emit_event: bool) -> None:
         record = self._nodes.remove_segment(node, segment_id)
+        self._imports.end(record)
         self._reservations.forget(record.replicas())
         self._index.forget(record.replicas(), emit_event=emit_event)
         record.clear()
         self._cache.room_changed()
+
+
+def _confirmed(record: SegmentRecord, entries: list[ManifestEntry]) -> int:
+    """How many of these are known to lie there."""
+    if not entries:
+        return 0
+    refs = [replica.ref for replica in record.complete.values()]
+    present = {(ref.key, ref.offset, ref.length, ref.generation) for ref in refs}
+    return sum((e.key, e.offset, e.length, e.generation) in present for e in entries)

@@ -14,8 +14,9 @@ from kvcore.eviction.chains import Chains
 from kvcore.eviction.evictor import Evictor
 from kvcore.extents import ALIGNMENT, ExtentAllocator, aligned
 from kvcore.types import ChunkKey, OwnerTag, ReplicaRef, Segment
+from metadata_server.account_messages import SegmentStats
 from metadata_server.index.quotas import SegmentQuotas, TenantLimit
-from metadata_server.messages import ManifestEntry, SegmentStats
+from metadata_server.messages import ManifestEntry
 
 
 class ReplicaState(StrEnum):
@@ -120,6 +121,7 @@ class SegmentRecord:
             self._quotas = SegmentQuotas(tenants, self.allocator.capacity, chains, self._is_pinned)
         self._calls = calls
         self.bytes_in = dict.fromkeys(ReplicaState, 0)
+        self.rebuilding = False  # while not all is known that lies here: it gives no room, and nothing is evicted
 
     def __repr__(self) -> str:
         use = f"{self.allocator.used} of {self.allocator.capacity} bytes"
@@ -129,7 +131,7 @@ class SegmentRecord:
     @property
     def idle_calls(self) -> int:
         """Calls since the last use of the replica that is evicted next; -1: none can be."""
-        victim = self._evictor.victim()
+        victim = None if self.rebuilding else self._evictor.victim()
         return -1 if victim is None else self._calls.so_far - self.complete[victim].last_use
 
     def is_over(self, owner: OwnerTag | None, length: int) -> bool:
@@ -139,7 +141,7 @@ class SegmentRecord:
     def allocate(self, length: int, high: float, owner: OwnerTag | None = None) -> int | None:
         """Room that needs no eviction: the use stays at or under the share `high`, or this is all. Offset or None."""
         used = self.allocator.used
-        if self.is_over(owner, length):
+        if self.rebuilding or self.is_over(owner, length):
             return None
         if used and used + aligned(length) > high * self.allocator.capacity:
             return None
@@ -154,7 +156,7 @@ class SegmentRecord:
         no more bytes than that than twice what is asked. A tenant that would pass its share: only its own is evicted.
         """
         size, space = aligned(length), self.allocator
-        if size > space.capacity:
+        if self.rebuilding or size > space.capacity:
             return None, []
         if owner is not None and self.is_over(owner, length):
             return self._allocate_from_own(length, owner)
@@ -169,6 +171,10 @@ class SegmentRecord:
         while space.largest_free < size and spent < 2 * size and self._evict_next(evicted):
             spent += evicted[-1].room_bytes
         return space.allocate(length), evicted
+
+    def take(self, entry: ManifestEntry) -> bool:
+        """Take the room of what is told; its replica is then to be added. False: it is taken, or its key known."""
+        return entry.key not in self.complete and self.allocator.take(entry.offset, entry.length)
 
     def add(self, replica: Replica) -> None:
         """Add a replica whose extent is allocated already."""
@@ -255,6 +261,7 @@ class SegmentRecord:
             reserved_bytes=self.bytes_in[ReplicaState.RESERVED],
             retiring_bytes=self.bytes_in[ReplicaState.RETIRING],
             num_replicas=len(self.complete),
+            rebuilding=self.rebuilding,
         )
 
     def check(self) -> None:

@@ -5,9 +5,12 @@ Invariants (`check_invariants`): what ran out by `now` is never served; what is 
 live nodes. Events are in `log`; NODE_DOWN stands for the removal of all that lay in the node's segments.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
+
+import msgspec
 
 from kvcore.config.schema import StoreConfig
 from kvcore.eviction.base import EvictionPolicy
@@ -17,8 +20,10 @@ from kvcore.identity import ClusterIdentity
 from kvcore.types import ChunkKey, Segment
 from metadata_server import cache_messages as c
 from metadata_server import messages as m
+from metadata_server.account_messages import ImportReply, ImportRequest, Stats
 from metadata_server.index.cache_control import CacheControl
 from metadata_server.index.event_log import EventLog
+from metadata_server.index.imports import Imports
 from metadata_server.index.leases import Deadlines, Expiry, ExpiryOf
 from metadata_server.index.limits import IndexLimits
 from metadata_server.index.membership import ClusterMembership
@@ -30,6 +35,7 @@ from metadata_server.index.replicas import ReplicaIndex
 from metadata_server.index.reservations import Reservations
 from metadata_server.index.segments import CallCount, SegmentRecord
 from metadata_server.index.tier_holdings import TierHoldings
+from metadata_server.report import IndexReport
 from metadata_server.versions import SPOKEN, Protocols
 
 
@@ -64,14 +70,9 @@ class MetadataState:
         self._reservations = Reservations(config, nodes, index, deadlines, self.counters)
         self._reading = Reading(nodes, index, deadlines, self.counters, first_lease=first_generation, limits=limits)
         self._cache = CacheControl(
-            config=config,
-            nodes=nodes,
-            index=index,
-            pins=self._pins,
-            deadlines=deadlines,
-            counts=self.counters,
-            limits=limits,
+            nodes, index, config=config, pins=self._pins, deadlines=deadlines, counts=self.counters, limits=limits
         )
+        self._imports = Imports(nodes, index, self._cache, self.counters, first_generation)
         self._membership = ClusterMembership(
             log=log,
             nodes=nodes,
@@ -79,13 +80,19 @@ class MetadataState:
             reservations=self._reservations,
             reading=self._reading,
             cache=self._cache,
+            imports=self._imports,
             holdings=self._holdings,
             new_record=self._new_record,
             counts=self.counters,
         )
+        self._report = IndexReport(
+            log, nodes, index, self._reservations, self._reading, imports=self._imports, counts=self.counters
+        )
         self._eviction, share = config.eviction, config.tenant_share
         self._tenants = TenantLimit(share, partial(new_policy, config.eviction)) if share is not None else None
         self._limits = limits
+        self._node_ttl_s = node_ttl_s
+        self._settled_at = -math.inf  # from then on every node that lives has been heard
 
     def __repr__(self) -> str:
         held = f"{self.num_objects} objects, {self.num_reservations} reservations, {self.num_read_leases} read leases"
@@ -133,6 +140,10 @@ class MetadataState:
             self._nodes.renew(node, now)
         self.counters["stalls"] += 1
 
+    def began(self, now: float) -> None:
+        """This life of the server begins: its nodes are still to be heard."""
+        self._settled_at = now + self._node_ttl_s
+
     # --- nodes ---------------------------------------------------------------------------------------------------
 
     def register(self, request: m.RegisterRequest, now: float) -> m.RegisterReply:
@@ -146,13 +157,19 @@ class MetadataState:
         self.speaks.common(request.spoken, us="the metadata server", them=f"node {request.node.id}")
         return self.speaks.greet(self._membership.register(request, now))
 
+    def import_piece(self, request: ImportRequest, now: float) -> ImportReply:
+        """See ImportRequest."""
+        self.tick(now)
+        return self._imports.take(request, now)
+
     def heartbeat(self, request: m.HeartbeatRequest, now: float) -> m.HeartbeatReply:
         """Renew a lease; another incarnation than the registered one is not known."""
         self.tick(now)
         node = self._nodes.get(request.node_id, request.incarnation)
         if node is not None:
             self._nodes.renew(node, now)
-        return m.HeartbeatReply(epoch=self.epoch, known=node is not None, drained=self.orders.drains(request.node_id))
+        drained = self.orders.drains(request.node_id)
+        return self.speaks.greet(m.HeartbeatReply(epoch=self.epoch, known=node is not None, drained=drained))
 
     def leave(self, request: m.LeaveRequest, now: float) -> None:
         """Drop the node with all that it holds. Another incarnation: nothing happens."""
@@ -194,7 +211,10 @@ class MetadataState:
         if self._nodes.get(node_id, incarnation) is None:
             lease_s = min(lease_s, self._limits.nobodys_lease_s)
         end = now + lease_s if lease_s > 0 else None
-        return self._reading.match(keys, end, node_id, incarnation, in_order=in_order, lease_name=lease_name)
+        reply = self._reading.match(keys, end, node_id, incarnation, in_order=in_order, lease_name=lease_name)
+        if self._imports or now < self._settled_at:
+            reply = msgspec.structs.replace(reply, rebuilding=True)
+        return reply
 
     def release(self, lease_ids: list[int], now: float, names: Iterable[int] = ()) -> None:
         """End read leases; unknown ones have run out, names not seen yet will get none."""
@@ -242,19 +262,13 @@ class MetadataState:
         self.tick(now)
         if self._nodes.get(request.node_id, request.incarnation) is None:
             return m.TellHoldingsReply(known=False)
-        if request.reset:
-            self._holdings.drop(request.node_id)
-        self._holdings.remove(request.node_id, request.removed)
-        self._holdings.add(request.node_id, request.added)
+        self._holdings.note(request)
         return m.TellHoldingsReply(known=True)
 
     def find_holders(self, request: m.FindHoldersRequest, now: float) -> m.FindHoldersReply:
         """Who has chunks on disk, up to the first that nobody has."""
         self.tick(now)
-        holders = self._holdings.find(request.keys)
-        names = sorted({name for having in holders for name in having})
-        numbers, nodes = {name: at for at, name in enumerate(names)}, [self._nodes[name].info for name in names]
-        return m.FindHoldersReply(nodes=nodes, holders=[[numbers[name] for name in having] for having in holders])
+        return self._holdings.reply(request.keys, self._nodes)
 
     # --- what people want kept -------------------------------------------------------------------------------------
 
@@ -288,32 +302,17 @@ class MetadataState:
     def nodes(self, now: float) -> m.NodesReply:
         """Live nodes and segments."""
         self.tick(now)
-        segments = [record.segment for record in self._nodes.segments.values()]
-        nodes, names = [node.info for node in self._nodes], self._nodes.identity
-        return m.NodesReply(epoch=self.epoch, nodes=nodes, segments=segments, cluster=names.cluster, model=names.model)
+        return self._report.nodes()
 
-    def stats(self, now: float, waiters: int) -> m.Stats:
+    def stats(self, now: float, waiters: int) -> Stats:
         """What is held now. O(nodes + segments): the router asks each second."""
         self.tick(now)
-        return m.Stats(
-            epoch=self.epoch,
-            nodes=[node.info for node in self._nodes],
-            segments=[record.stats() for record in self._nodes.segments.values()],
-            objects=self.num_objects,
-            reservations=self.num_reservations,
-            read_leases=self.num_read_leases,
-            waiters=waiters,
-            counters=dict(self.counters),
-        )
+        return self._report.stats(waiters)
 
     def snapshot(self, now: float) -> Iterator[m.EventBatch]:
-        """The whole index as event batches; to be used up before the state changes."""
+        """The whole index as event batches; see IndexReport."""
         self.tick(now)
-        stored = [
-            (record.segment.node_id, record.segment.id, [replica.ref.key for replica in record.complete.values()])
-            for record in self._nodes.segments.values()
-        ]
-        return self.log.snapshot([node.info for node in self._nodes], stored)
+        return self._report.snapshot()
 
     def check_invariants(self, now: float) -> None:
         """Assert that everything fits together, after a `tick` at `now`. O(n log n), for tests and simulations."""
@@ -325,6 +324,7 @@ class MetadataState:
         self._reservations.check()
         self._reading.check(self._pins.held)
         self._cache.check()
+        self._imports.check()
         assert self._deadlines.next is None or self._deadlines.next > now
 
     # --- inside --------------------------------------------------------------------------------------------------

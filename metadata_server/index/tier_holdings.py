@@ -6,6 +6,8 @@ Owns which node holds which key, as one integer of bits a key. Invariant: no bit
 from collections.abc import Iterable, Sequence
 
 from kvcore.types import ChunkKey
+from metadata_server.index.nodes import NodeRegistry
+from metadata_server.messages import FindHoldersReply, TellHoldingsRequest
 
 
 class TierHoldings:
@@ -23,6 +25,21 @@ class TierHoldings:
 
     def __repr__(self) -> str:
         return f"<TierHoldings {len(self)} keys on the disks of {len(self._bits)} nodes>"
+
+    def note(self, request: TellHoldingsRequest) -> None:
+        """See TellHoldingsRequest; of a live node."""
+        if request.reset:
+            self.drop(request.node_id)
+        self.remove(request.node_id, request.removed)
+        self.add(request.node_id, request.added)
+
+    def reply(self, keys: Sequence[ChunkKey], nodes: NodeRegistry) -> FindHoldersReply:
+        """Who has each, as `find`."""
+        holders = self.find(keys)
+        names = sorted({name for having in holders for name in having})
+        numbers = {name: number for number, name in enumerate(names)}
+        infos = [nodes[name].info for name in names]
+        return FindHoldersReply(nodes=infos, holders=[[numbers[name] for name in having] for having in holders])
 
     def add(self, node_id: str, keys: Iterable[ChunkKey]) -> None:
         """They came to the node's disk."""

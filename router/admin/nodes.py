@@ -13,9 +13,9 @@ from kvcore.clock import Clock
 from kvcore.errors import InvalidRequestError, MetadataProtocolError, MetadataUnavailableError
 from kvcore.telemetry import log_fields
 from kvcore.types import NodeInfo, Role
+from metadata_server.account_messages import Stats
 from metadata_server.cache_messages import NODE_ORDERS, NodeAction, NodeOrder, NodeOrderRequest
 from metadata_server.client import MetadataClient
-from metadata_server.messages import Stats
 from router.admin.reports import NodeOrderBody, NodeOrdered, NodeRow, NodesReport
 from router.admin.states import LOST, REFUSED, node_state, num_requests
 from router.nodes.cluster import Cluster, KnownNode

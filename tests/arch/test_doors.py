@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PUBLIC = {
-    "metadata_server": {"client", "connect", "messages", "cache_messages"},
+    "metadata_server": {"client", "connect", "messages", "cache_messages", "account_messages"},
     "kvstore": {
         *("store", "types", "settings", "wiring", "put_session", "placement", "manifest", "chunk_format"),
         "codecs",

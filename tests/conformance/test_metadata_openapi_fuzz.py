@@ -15,8 +15,8 @@ from support.openapi_cases import operation_tests
 
 from kvcore.clock import SystemClock
 from kvcore.telemetry import Metrics
-from metadata_server.app import create_app
 from metadata_server.core import MetadataCore
+from metadata_server.shell.app import create_app
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 

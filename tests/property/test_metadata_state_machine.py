@@ -356,6 +356,19 @@ class AllocatorMachine(RuleBasedStateMachine):
             self.free -= units
             self.held[offset] = need
 
+    @rule(unit=st.integers(-1, 41), off=st.sampled_from([0, 0, 0, 1]), length=st.integers(0, 5 * UNIT))
+    def take(self, unit, off, length):
+        wanted = set(range(unit, unit + -(-length // UNIT)))
+        fits = not off and length > 0 and wanted <= self.free
+        assert self.space.take(unit * UNIT + off, length) == fits
+        if fits:
+            self.free -= wanted
+            self.held[unit * UNIT] = len(wanted)
+
+    @rule()
+    def settle(self):
+        self.space.settle()
+
     @precondition(lambda self: self.held)
     @rule(data=st.data())
     def release(self, data):

@@ -22,7 +22,7 @@ from kvcore.config.schema import ClusterConfig
 from kvcore.ports import base_url
 from kvferry.launch.launcher import Launcher
 from kvferry.launch.processes import ProcessKind, ProcessPlan, plan_processes
-from metadata_server.messages import Stats
+from metadata_server.account_messages import Stats
 from nodeapi.messages import NodeReport
 from router.cache.report import CacheStats
 

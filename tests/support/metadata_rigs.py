@@ -11,10 +11,10 @@ from kvcore.clock import Clock, SystemClock
 from kvcore.errors import MetadataUnavailableError, OverloadedError
 from kvcore.process.asgi import AsgiServer
 from kvcore.telemetry import Metrics
-from metadata_server.app import create_app
 from metadata_server.client import MetadataClient, MetadataTransport
 from metadata_server.core import MetadataCore
 from metadata_server.http_transport import HttpEventSource, HttpMetadataTransport
+from metadata_server.shell.app import create_app
 from metadata_server.subscription import EventSource
 
 MAX_BODY = 1 << 20

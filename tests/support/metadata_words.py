@@ -7,6 +7,7 @@ import msgspec
 from kvcore.config.schema import StoreConfig
 from kvcore.identity import ClusterIdentity
 from kvcore.types import ChunkKey, NodeInfo, OwnerTag, ReplicaRef, Role, Segment
+from metadata_server.account_messages import ImportRequest
 from metadata_server.index.limits import IndexLimits
 from metadata_server.index.state import MetadataState
 from metadata_server.messages import (
@@ -64,6 +65,30 @@ def reservation(
     items = [ReserveItem(key=key(number), length=units * UNIT) for number in numbers]
     request = ReserveRequest(node_id=node_id, incarnation=incarnation, items=items, prefer_segment=prefer, ttl_s=ttl_s)
     return request if owner is None else msgspec.structs.replace(request, owner=owner)
+
+
+def entry(number: int, at: int, generation: int = 1, units: int = 1) -> ManifestEntry:
+    """Chunk `number`, found at unit `at`."""
+    return ManifestEntry(key=key(number), offset=at * UNIT, length=units * UNIT, generation=generation)
+
+
+def in_pieces(request: RegisterRequest) -> RegisterRequest:
+    """The same registration, but what lies in the segments is told later."""
+    return msgspec.structs.replace(request, in_pieces=True)
+
+
+def piece(
+    node_id: str, number: int, entries: list[ManifestEntry], *, last: bool = False, incarnation: int = 1
+) -> ImportRequest:
+    """A piece of what lies in the node's segment."""
+    return ImportRequest(
+        node_id=node_id,
+        incarnation=incarnation,
+        segment_id=f"{node_id}.{incarnation:x}",
+        number=number,
+        entries=entries,
+        last=last,
+    )
 
 
 def granted(reply: ReserveReply) -> list[ReplicaRef]:

@@ -13,7 +13,7 @@ import yaml
 from support.ports import free_ports
 
 from kvcore.process.child import ChildProcess
-from metadata_server.messages import Stats
+from metadata_server.account_messages import Stats
 from nodeapi.frames import FrameDecoder
 from nodeapi.messages import GenerateRequest, NodeReport, PrefillRequest, PrefillResult, StreamFrame
 

@@ -230,6 +230,7 @@ class SimNode(NodeService):
                 model="" if self.clocked else self._model,
                 protocol=PROTOCOL,
             ),
+            lambda: [self.segment],
             manifests,
             ttl_s=setup.node_ttl_s,
             draw=lambda: 0.5,

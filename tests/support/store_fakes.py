@@ -13,18 +13,12 @@ from kvcore.types import ChunkKey, KVSpec, NodeInfo, ReplicaRef, Role, Segment
 from kvstore.limits import StoreLimits
 from kvstore.store import KVStore
 from kvstore.types import GetOutcome, run_inline
+from metadata_server.account_messages import Stats
 from metadata_server.client import MetadataClient
 from metadata_server.core import MetadataCore
 from metadata_server.index.segments import Replica
 from metadata_server.index.state import MetadataState
-from metadata_server.messages import (
-    ManifestEntry,
-    QuarantineItem,
-    QuarantineRequest,
-    RegisterRequest,
-    SegmentManifest,
-    Stats,
-)
+from metadata_server.messages import ManifestEntry, QuarantineItem, QuarantineRequest, RegisterRequest, SegmentManifest
 from transfer.base import TransferEngine
 
 CHUNK_BYTES = 1000

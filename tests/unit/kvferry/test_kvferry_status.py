@@ -9,7 +9,7 @@ from rich.console import Console
 
 from kvcore.types import NodeInfo, Role, Segment
 from kvferry.status import run_status
-from metadata_server.messages import RefusedNode, SegmentStats, Stats
+from metadata_server.account_messages import RefusedNode, SegmentStats, Stats
 from router.cache.report import CacheCounts, CacheStats
 
 TIER = {
@@ -140,6 +140,13 @@ async def test_chunks_that_found_no_room_are_told_of(serve, declined):
     shared = msgspec.structs.replace(STATS, counters={"declined_full": 12, "declined_over_share": 5})
     _, out = await show("http://127.0.0.1:9", await serve("/v1/stats", msgspec.json.encode(shared)))
     assert "5 of them were of tenants that had all of their share (store.tenant_share)" in out
+
+
+@pytest.mark.parametrize("rebuilding", [0, 1])
+async def test_an_index_that_is_being_rebuilt_is_told_of(serve, rebuilding):
+    stats = msgspec.structs.replace(STATS, rebuilding=rebuilding)
+    _, out = await show("http://127.0.0.1:9", await serve("/v1/stats", msgspec.json.encode(stats)))
+    assert ("the index is being rebuilt: 1 of 1 segments are not all known yet" in out) == bool(rebuilding)
 
 
 async def test_the_hit_rate_is_shown_by_source_beside_what_was_missed_and_why(serve):

@@ -8,32 +8,45 @@ import pytest
 from support.router_fakes import spec
 
 from kvcore.clock import ManualClock
-from kvcore.errors import MetadataUnavailableError, NodeRefusedError
+from kvcore.errors import MetadataProtocolError, MetadataUnavailableError, NodeRefusedError
 from kvcore.types import NodeInfo, Role, Segment
+from kvnode.limits import NodeLimits
 from kvnode.membership import LeaseKeeper, Membership, Step
+from metadata_server.account_messages import ImportReply, ImportRequest
+from metadata_server.bounds import MAX_ITEMS
 from metadata_server.client import MetadataClient
 from metadata_server.messages import (
+    IN_PIECES,
     HeartbeatReply,
     LeaveRequest,
+    ManifestEntry,
     RegisterReply,
     RegisterRequest,
     ReleaseWriterRequest,
     SegmentManifest,
 )
+from metadata_server.versions import Protocols
 
 TTL_S = 0.03  # heartbeats every 10 ms
 SPEC = spec()
+LIMITS = NodeLimits(spread_s=0.0, piece_entries=2, longest_piece_pause_s=0.01, max_listed=3)
+OLDER, NEWER = Protocols(oldest=1, newest=3), Protocols(oldest=1, newest=IN_PIECES)
 SEGMENT = Segment(id="p0.1", node_id="p0", size_bytes=4096, host_id="h", addresses={})
 
 
 class FakeServer:
-    """A MetadataTransport that knows nodes, has an epoch and can be away."""
+    """A MetadataTransport that knows nodes, has an epoch and can be away. `wanted`: what it asks registrations for."""
 
     def __init__(self) -> None:
         self.epoch = "a"
         self.away = False
         self.refuses = ""
         self.known = False
+        self.speaks = NEWER
+        self.wanted: dict[str, int] = {}
+        self.pieces: list[ImportRequest] = []
+        self.answers: list[ImportReply | Exception] = []
+        """To the next pieces; then each is noted."""
         self.paths: list[str] = []
         self.registered: list[RegisterRequest] = []
         self.left: list[LeaveRequest] = []
@@ -51,14 +64,23 @@ class FakeServer:
                 raise NodeRefusedError(self.refuses)
             self.registered.append(msgspec.msgpack.decode(body, type=RegisterRequest))
             self.known = True
-            return msgspec.msgpack.encode(RegisterReply(epoch=self.epoch, imported=0, refused=0))
+            wanted = self.wanted if self.registered[-1].in_pieces is True else {}
+            return msgspec.msgpack.encode(RegisterReply(epoch=self.epoch, imported=0, refused=0, wanted=wanted))
+        if path.endswith("import_piece"):
+            piece = msgspec.msgpack.decode(body, type=ImportRequest)
+            answer = self.answers.pop(0) if self.answers else ImportReply(known=True, imported=len(piece.entries))
+            if isinstance(answer, Exception):
+                raise answer
+            if answer.known and not answer.again_s:
+                self.pieces.append(piece)
+            return msgspec.msgpack.encode(answer)
         if path.endswith("leave"):
             self.left.append(msgspec.msgpack.decode(body, type=LeaveRequest))
             return b"\x80"
         if path.endswith("release_writer"):
             self.released.append(msgspec.msgpack.decode(body, type=ReleaseWriterRequest))
             return b"\x80"
-        return msgspec.msgpack.encode(HeartbeatReply(epoch=self.epoch, known=self.known))
+        return msgspec.msgpack.encode(self.speaks.greet(HeartbeatReply(epoch=self.epoch, known=self.known)))
 
     async def until(self, holds: Callable[[], bool]) -> None:
         async with asyncio.timeout(5), self._changed:
@@ -76,10 +98,13 @@ class Rig:
     def __init__(self) -> None:
         self.server = FakeServer()
         self.scans = 0
+        self.entries: list[ManifestEntry] = []
         node = NodeInfo(id="p0", role=Role.PREFILLER, control_url="http://x", incarnation=1)
         self.clock = ManualClock()
         client = MetadataClient(self.server, self.clock, 1.0)
-        self.membership = Membership(client, node, self.scan, ttl_s=TTL_S, draw=self.draw)
+        self.membership = Membership(
+            client, node, lambda: [SEGMENT], self.scan, ttl_s=TTL_S, draw=self.draw, limits=LIMITS
+        )
 
     def draw(self) -> float:
         self.clock.advance(2.0)  # the client's pause after a failure is over
@@ -87,7 +112,7 @@ class Rig:
 
     async def scan(self) -> list[SegmentManifest]:
         self.scans += 1
-        return [SegmentManifest(segment=SEGMENT)]
+        return [SegmentManifest(segment=SEGMENT, entries=self.entries)]
 
     async def __aenter__(self) -> "Rig":
         self.task = asyncio.create_task(self.membership.run())
@@ -105,7 +130,7 @@ async def test_away_at_start_is_not_fatal_and_the_node_joins_when_it_is_back() -
     async with rig:
         await rig.server.until(lambda: len(rig.server.paths) >= 5)
         assert not rig.membership.joined
-        assert rig.scans == 1  # a scan may take seconds, and who would hear of it?
+        assert rig.scans == 0  # a scan may take seconds, and who would hear of it?
         rig.server.away = False
         await rig.server.until(lambda: bool(rig.server.registered) and rig.server.heard("heartbeat"))
         assert rig.membership.joined
@@ -134,17 +159,71 @@ async def test_a_node_that_is_refused_says_so_once_and_tries_until_it_is_taken_i
         assert (rig.membership.joined, rig.membership.refused) == (True, "")
 
 
+def listed(*generations: int) -> list[ManifestEntry]:
+    """Chunks as a scan gives them: the newest first."""
+    return [ManifestEntry(key=bytes(16), offset=at, length=1, generation=at) for at in generations]  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("what", ["forgotten", "another life"])
-async def test_a_server_that_lost_us_gets_a_fresh_scan(what: str) -> None:
+async def test_a_server_that_lost_us_is_told_what_lies_in_the_segments_oldest_first(what: str) -> None:
     async with Rig() as rig:
-        await rig.server.until(lambda: rig.server.heard("heartbeat"))
+        await rig.server.until(lambda: rig.server.heard("heartbeat") and rig.membership.joined)
+        assert rig.server.registered[0].segments == [SegmentManifest(segment=SEGMENT)]
+        rig.entries, rig.server.wanted = listed(5, 4, 3, 2, 1), {SEGMENT.id: 7}
         if what == "forgotten":
             rig.server.known = False
         else:
             rig.server.epoch = "b"
-        await rig.server.until(lambda: len(rig.server.registered) == 2 and rig.server.heard("heartbeat"))
-        assert rig.scans == 2
-        assert rig.server.registered[1].segments[0].segment == SEGMENT
+        await rig.server.until(lambda: len(rig.server.pieces) == 3)
+        again = rig.server.registered[1]
+        assert (rig.scans, again.in_pieces, again.segments) == (1, True, [SegmentManifest(segment=SEGMENT)])
+        told = [([entry.generation for entry in piece.entries], piece.last) for piece in rig.server.pieces]
+        assert told == [([1, 2], False), ([3, 4], False), ([5], True)]
+        assert {(p.node_id, p.incarnation, p.segment_id, p.number) for p in rig.server.pieces} == {
+            ("p0", 1, SEGMENT.id, 7)
+        }
+
+
+async def test_heartbeats_go_on_while_pieces_are_told_and_each_is_sent_until_it_is_noted() -> None:
+    async with Rig() as rig:
+        await rig.server.until(lambda: rig.membership.joined)
+        rig.entries, rig.server.wanted = listed(3, 2, 1), {SEGMENT.id: 7}
+        away = MetadataUnavailableError("away")
+        rig.server.answers = [ImportReply(known=True, again_s=3 * TTL_S), away, away]
+        rig.server.known = False
+        await rig.server.until(lambda: len(rig.server.pieces) == 2)
+        assert [len(piece.entries) for piece in rig.server.pieces] == [2, 1]
+        first = [path.rpartition("/")[2] for path in rig.server.paths].index("import_piece")
+        assert "/v1/nodes/heartbeat" in rig.server.paths[first:]
+        assert (rig.scans, len(rig.server.registered)) == (1, 2)
+
+
+@pytest.mark.parametrize("answer", [ImportReply(known=False), MetadataProtocolError("malformed")])
+async def test_a_piece_that_is_not_taken_makes_the_node_register_again(answer: ImportReply | Exception) -> None:
+    async with Rig() as rig:
+        await rig.server.until(lambda: rig.membership.joined)
+        rig.entries, rig.server.wanted = listed(1), {SEGMENT.id: 7}
+        rig.server.answers = [answer]
+        rig.server.known = False
+        await rig.server.until(lambda: len(rig.server.pieces) == 1)
+        assert (rig.scans, len(rig.server.registered)) == (2, 3)
+
+
+async def test_a_server_that_takes_no_pieces_is_told_at_once_as_much_as_it_takes() -> None:
+    async with Rig() as rig:
+        rig.server.speaks = OLDER
+        await rig.server.until(lambda: rig.membership.joined)
+        rig.entries = listed(5, 4, 3, 2, 1)
+        rig.server.known = False
+        await rig.server.until(lambda: len(rig.server.registered) == 2)
+        request = rig.server.registered[1]
+        assert request.in_pieces is msgspec.UNSET
+        assert request.segments == [SegmentManifest(segment=SEGMENT, entries=rig.entries[:3])]
+
+
+def test_what_an_older_server_is_told_is_within_its_bounds() -> None:
+    """A list over its bounds would be refused each time: the node could never join again."""
+    assert NodeLimits().max_listed <= MAX_ITEMS and NodeLimits().piece_entries <= MAX_ITEMS
 
 
 async def test_outage_shorter_than_the_lease_does_not_register_again() -> None:
@@ -171,19 +250,21 @@ async def test_fingerprint_is_announced_at_once() -> None:
 
 async def test_segments_that_change_are_announced_at_once_also_while_they_are_being_announced() -> None:
     async with Rig() as rig:
-        await rig.server.until(lambda: rig.server.heard("heartbeat"))
-        scan = rig.scan
+        await rig.server.until(lambda: rig.membership.joined)
+        asked = 0
 
-        async def scan_and_change() -> list[SegmentManifest]:
-            if rig.scans == 1:
-                rig.membership.announce_again()  # what is being scanned is out of date
-            return await scan()
+        def segments() -> list[Segment]:
+            nonlocal asked
+            asked += 1
+            if asked == 1:
+                rig.membership.announce_again()  # what is being announced is out of date
+            return [SEGMENT]
 
-        rig.membership._scan = scan_and_change
+        rig.membership._segments = segments
         rig.membership.announce_again()
         await rig.server.until(lambda: len(rig.server.registered) == 3)
-        await rig.server.until(lambda: rig.server.heard("heartbeat"))
-        assert (rig.scans, len(rig.server.registered)) == (3, 3)
+        await rig.server.until(lambda: rig.server.heard("heartbeat") and rig.membership.joined)
+        assert (asked, rig.scans, len(rig.server.registered)) == (2, 0, 3)
 
 
 async def test_leave_names_the_incarnation_and_never_raises() -> None:

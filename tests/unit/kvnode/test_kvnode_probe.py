@@ -126,7 +126,13 @@ async def pair(kind: str = "shm") -> AsyncIterator[Pair]:
                 node = NodeConfig(role=Role.STORE, port=0, segment=SEGMENT)
                 infos[name] = NodeInfo(id=name, role=Role.STORE, control_url=f"http://{name}", incarnation=1)
                 owners[name] = await SegmentOwner(name, 1, node, TransportConfig(kind=kind)).__aenter__()  # type: ignore[arg-type]
-                membership = Membership(rig.client, infos[name], owners[name].manifests, ttl_s=60.0)
+                membership = Membership(
+                    rig.client,
+                    infos[name],
+                    lambda name=name: [owners[name].segment],
+                    owners[name].manifests,
+                    ttl_s=60.0,
+                )
                 await membership._take_step()
             subject = Pair(rig, infos, owners, kind)
             yield subject

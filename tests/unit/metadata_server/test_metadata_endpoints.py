@@ -9,11 +9,12 @@ from support.metadata_words import new_state
 
 from kvcore.clock import SystemClock
 from kvcore.telemetry import Metrics
-from metadata_server import app, core, openapi
-from metadata_server.app import create_app
+from metadata_server import core
 from metadata_server.client import MetadataClient
 from metadata_server.core import MetadataCore
 from metadata_server.endpoints import ENDPOINTS, EndpointSpec
+from metadata_server.shell import app, openapi
+from metadata_server.shell.app import create_app
 
 
 class EchoRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

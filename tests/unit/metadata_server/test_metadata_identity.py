@@ -11,12 +11,13 @@ from kvcore.clock import ManualClock
 from kvcore.errors import NodeRefusedError
 from kvcore.identity import ClusterIdentity
 from kvcore.types import NodeInfo
+from metadata_server.account_messages import Stats
 from metadata_server.client import MetadataClient
 from metadata_server.core import MetadataCore
 from metadata_server.index.limits import IndexLimits
 from metadata_server.index.state import MetadataState
 from metadata_server.limits import ServerLimits
-from metadata_server.messages import EventKind, HeartbeatRequest, LeaveRequest, RegisterRequest, Stats
+from metadata_server.messages import EventKind, HeartbeatRequest, LeaveRequest, RegisterRequest
 
 PROD = ClusterIdentity("prod", "m")
 

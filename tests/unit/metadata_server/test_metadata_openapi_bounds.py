@@ -10,11 +10,12 @@ from support.metadata_words import granted, ids, keys, new_state, registration, 
 
 from kvcore.chunk_keys import owner_of
 from kvcore.errors import MetadataProtocolError
+from metadata_server import account_messages as ac
 from metadata_server import cache_messages as c
 from metadata_server import messages as m
 from metadata_server.endpoints import ENDPOINTS
-from metadata_server.openapi import document
 from metadata_server.protocol import RequestDecoder
+from metadata_server.shell.openapi import document
 
 SCHEMAS: dict[str, Any] = document()["components"]["schemas"]  # type: ignore[index,assignment]
 NODE = {"node_id": "a", "incarnation": 1}
@@ -28,6 +29,8 @@ WITHOUT = {
     ("ReserveRequest", "only_preferred"),  # true or false
     *((kind, "in_order") for kind in ("MatchRequest", "WaitRequest", "ReserveRequest")),
     ("TellHoldingsRequest", "reset"),
+    ("RegisterRequest", "in_pieces"),
+    ("ImportRequest", "last"),
 }
 
 
@@ -37,9 +40,12 @@ def examples() -> dict[str, Any]:
     entry = m.ManifestEntry(key=keys(1)[0], offset=0, length=1, generation=1)
     state.register(registration("a"), 0.0)
     (replica,) = granted(state.reserve(reservation("a", [1]), 0.0))
-    register = msgspec.structs.replace(registration("a", entries=[entry]), protocol=1, oldest_protocol=1)
+    register = msgspec.structs.replace(
+        registration("a", entries=[entry]), protocol=1, oldest_protocol=1, in_pieces=False
+    )
     requests: list[msgspec.Struct] = [
         register,
+        ac.ImportRequest(**NODE, segment_id="a.1", number=1, entries=[entry]),
         m.HeartbeatRequest(**NODE),
         m.LeaveRequest(**NODE),
         m.ReleaseWriterRequest(**NODE),
@@ -105,7 +111,7 @@ CASES = [
         kind,
         *found,
         id=f"{kind}:{'.'.join(map(str, found[0]))}",
-        marks=[pytest.mark.slow] if found[0] == ("items",) else [],  # 65,537 structs
+        marks=[pytest.mark.slow] if found[0] in {("items",), ("entries",)} else [],  # 65,537 structs
     )
     for kind in DECODERS
     for found in fields(kind)

@@ -12,6 +12,7 @@ from kvcore.clock import ManualClock, SystemClock
 from kvcore.errors import MetadataProtocolError
 from metadata_server import cache_messages as c
 from metadata_server import messages as m
+from metadata_server.account_messages import ImportRequest
 from metadata_server.client import MetadataClient
 from metadata_server.core import MetadataCore
 from metadata_server.endpoints import ENDPOINTS, NODES, REGISTER, WAIT
@@ -38,6 +39,7 @@ def requests(state: MetadataState) -> dict[str, msgspec.Struct | None]:
     named = {"node_id": "a", "incarnation": 1}
     return {
         "/v1/nodes/register": registration("a"),
+        "/v1/segments/import_piece": ImportRequest(**named, segment_id="a.1", number=1),
         "/v1/nodes/heartbeat": m.HeartbeatRequest(**named),
         "/v1/nodes/leave": m.LeaveRequest(**named),
         "/v1/nodes/release_writer": m.ReleaseWriterRequest(**named),
@@ -66,7 +68,7 @@ def requests(state: MetadataState) -> dict[str, msgspec.Struct | None]:
 def with_later_fields(raw: Any) -> Any:
     """The same message with a field more in each of its maps, as a newer program sends it (counters are no fields)."""
     if isinstance(raw, dict):
-        fixed = {name: raw[name] for name in ("counters", "addresses") if name in raw}
+        fixed = {name: raw[name] for name in ("counters", "addresses", "wanted") if name in raw}
         return {name: with_later_fields(value) for name, value in raw.items()} | fixed | {"later": [1]}
     return [with_later_fields(item) for item in raw] if isinstance(raw, list) else raw
 

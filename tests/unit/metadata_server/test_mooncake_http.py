@@ -18,11 +18,11 @@ from kvcore.config.mooncake_metadata import MooncakeMetadataConfig
 from kvcore.errors import ConfigError, RecordsUnavailableError
 from kvcore.process.asgi import AsgiServer
 from kvcore.telemetry import Metrics
-from metadata_server.app import create_app
 from metadata_server.core import MetadataCore
-from metadata_server.metrics import register_mooncake
 from metadata_server.mooncake.http_shell import MooncakeApp, MooncakePort
 from metadata_server.mooncake.opening import tls_of, token_of
+from metadata_server.shell.app import create_app
+from metadata_server.shell.metrics import register_mooncake
 
 DEFAULT = MooncakeMetadataConfig()
 

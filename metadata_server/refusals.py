@@ -1,8 +1,8 @@
 """Which nodes were refused lately, and why: for the log, once each, and for who asks for stats. Pure."""
 
 from kvcore.types import NodeInfo
+from metadata_server.account_messages import RefusedNode
 from metadata_server.limits import ServerLimits
-from metadata_server.messages import RefusedNode
 
 
 class Refusals:

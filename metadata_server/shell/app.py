@@ -22,13 +22,13 @@ from kvcore.errors import KVFerryError, MetadataProtocolError, PayloadTooLargeEr
 from kvcore.process.audit import caller
 from kvcore.process.http_body import check_encoding
 from kvcore.telemetry import METRICS_CONTENT_TYPE, Metrics, log_fields
-from metadata_server import metrics as own_metrics
 from metadata_server.core import MetadataCore
 from metadata_server.endpoints import ENDPOINTS, EndpointSpec
 from metadata_server.limits import ServerLimits
 from metadata_server.mooncake.http_shell import PATH
-from metadata_server.openapi import FRAMES, JSON, MSGPACK, ErrorBody, Fault, Health, document
 from metadata_server.protocol import encode
+from metadata_server.shell import metrics as own_metrics
+from metadata_server.shell.openapi import FRAMES, JSON, MSGPACK, ErrorBody, Fault, Health, document
 
 _BINARY = frozenset({"", MSGPACK, "application/x-msgpack", "application/vnd.msgpack", "application/octet-stream"})
 _CODES = {404: "not_found", 405: "method_not_allowed", 415: "unsupported_media_type"}

@@ -184,6 +184,7 @@ _FIELD_BOUNDS: dict[str, dict[str, _Schema]] = {
     },
     "ManifestEntry": _EXTENT,
     "ReplicaRef": _EXTENT,
+    "ImportRequest": {**_NODE, "segment_id": _NAME, "number": _whole(0, MAX_GENERATION), "entries": _ITEMS},
     "HeartbeatRequest": _NODE,
     "LeaveRequest": _NODE,
     "ReleaseWriterRequest": _NODE,

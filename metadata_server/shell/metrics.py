@@ -30,6 +30,7 @@ def register(core: MetadataCore, clock: Clock, metrics: Metrics) -> Callable[[st
     metrics.sampled(names.METADATA_NODES, roles)
     metrics.sampled(names.METADATA_SEGMENT_BYTES, segments)
     metrics.sampled(names.METADATA_OBJECTS, lambda: [((), state.num_objects)])
+    metrics.sampled(names.METADATA_REBUILDING, lambda: [((), state.stats(clock.now(), 0).rebuilding)])
     metrics.sampled(names.METADATA_RESERVATIONS, lambda: [((), state.num_reservations)])
     metrics.sampled(names.METADATA_READ_LEASES, lambda: [((), state.num_read_leases)])
     metrics.sampled(names.METADATA_WAITERS, lambda: [((), core.num_waiters)])

@@ -1,0 +1,69 @@
+"""Wire messages of accounts: what nodes tell of their segments' contents, and the server of all that it holds."""
+
+import msgspec
+
+from kvcore.types import NodeInfo, Segment
+from metadata_server.messages import ManifestEntry, ReplyBody, RequestBody
+
+
+class ImportRequest(RequestBody, frozen=True, kw_only=True):
+    """A piece of what lies in a segment. Until the last one is told the segment gives no room to anybody.
+
+    A piece that is told twice counts once. Those that are told first are evicted first.
+    """
+
+    node_id: str
+    incarnation: int
+    segment_id: str
+    number: int
+    """From `wanted` of the RegisterReply: a late piece of an earlier registration has another one."""
+    entries: list[ManifestEntry] = msgspec.field(default_factory=list)
+    last: bool = False
+
+
+class ImportReply(ReplyBody, frozen=True, kw_only=True):
+    """`known` false: nothing was noted, register again. `again_s` above 0: nothing was noted, send the same again after
+    that time, the server has many pieces to look at."""
+
+    known: bool
+    imported: int = 0
+    refused: int = 0
+    again_s: float = 0.0
+
+
+class SegmentStats(ReplyBody, frozen=True, kw_only=True):
+    """Use of one segment, bytes."""
+
+    segment: Segment
+    used_bytes: int
+    reserved_bytes: int
+    retiring_bytes: int
+    num_replicas: int
+    rebuilding: bool = False
+    """Its node has not yet told all that lies in it: it gives no room until then."""
+
+
+class RefusedNode(ReplyBody, frozen=True, kw_only=True):
+    """A node that wants to join and is not taken in."""
+
+    node: NodeInfo
+    reason: str
+
+
+class Stats(ReplyBody, frozen=True, kw_only=True):
+    """What /v1/stats shows. After a drained load `reservations` and `read_leases` are 0."""
+
+    epoch: str
+    nodes: list[NodeInfo]
+    segments: list[SegmentStats]
+    objects: int
+    reservations: int
+    read_leases: int
+    waiters: int
+    counters: dict[str, int]
+    """Totals since start: lookups, hits, reserved, committed, aborted, expired, evicted, declined_full,
+    quarantined_<reason>, ..."""
+    refused: list[RefusedNode] = msgspec.field(default_factory=list)
+    """Those that asked within the last minute."""
+    rebuilding: int = 0
+    """How many segments are: lookups find less than there is."""

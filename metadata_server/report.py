@@ -1,0 +1,77 @@
+"""What is seen of the index from outside: who lives, what is held, and a snapshot as events. Pure; changes nothing."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+from kvcore.types import ChunkKey
+from metadata_server.account_messages import Stats
+from metadata_server.index.event_log import EventLog
+from metadata_server.index.imports import Imports
+from metadata_server.index.nodes import NodeRegistry
+from metadata_server.index.reading import Reading
+from metadata_server.index.replicas import ReplicaIndex
+from metadata_server.index.reservations import Reservations
+from metadata_server.messages import EventBatch, NodesReply
+
+
+class IndexReport:
+    """Reads the parts of a MetadataState, which lets run out what is due before each call."""
+
+    def __init__(
+        self,
+        log: EventLog,
+        nodes: NodeRegistry,
+        index: ReplicaIndex,
+        reservations: Reservations,
+        reading: Reading,
+        *,
+        imports: Imports,
+        counts: Counter[str],
+    ) -> None:
+        self._log = log
+        self._nodes = nodes
+        self._index = index
+        self._reservations = reservations
+        self._reading = reading
+        self._imports = imports
+        self._counts = counts
+
+    def __repr__(self) -> str:
+        return f"<IndexReport of {self._index}>"
+
+    def nodes(self) -> NodesReply:
+        """Live nodes and segments."""
+        names = self._nodes.identity
+        return NodesReply(
+            epoch=self._log.epoch,
+            nodes=[node.info for node in self._nodes],
+            segments=[record.segment for record in self._nodes.segments.values()],
+            cluster=names.cluster,
+            model=names.model,
+        )
+
+    def stats(self, waiters: int) -> Stats:
+        """What is held now. O(nodes + segments)."""
+        return Stats(
+            epoch=self._log.epoch,
+            nodes=[node.info for node in self._nodes],
+            segments=[record.stats() for record in self._nodes.segments.values()],
+            objects=len(self._index.complete),
+            reservations=len(self._reservations),
+            read_leases=len(self._reading.leases),
+            waiters=waiters,
+            counters=dict(self._counts),
+            rebuilding=len(self._imports),
+        )
+
+    def snapshot(self) -> Iterator[EventBatch]:
+        """The whole index as event batches, each made when it is asked for: the state may change between any two.
+
+        With all events from its `next_seq` on it is the index at the time of the last of them, whatever happened while
+        it was made: each key of a segment is there as at some time since then, or its last event says whether it is.
+        """
+        return self._log.snapshot([node.info for node in self._nodes], self._stored())
+
+    def _stored(self) -> Iterator[tuple[str, str, list[ChunkKey]]]:
+        for record in list(self._nodes.segments.values()):
+            yield record.segment.node_id, record.segment.id, list(record.complete)
