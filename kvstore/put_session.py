@@ -99,6 +99,8 @@ class PutSession:
         self._context = context
         self._reserved = reserved
         self._grants = {key: _Grant(replica) for key, replica in reserved.granted.items()}
+        self._written: dict[ChunkKey, _Grant] = {}
+        """Those that are WRITTEN: a commit must not look at all of a long prompt's."""
         self._closed = False
         self._refused = False
         self._busy = 0
@@ -189,7 +191,7 @@ class PutSession:
         A key whose reservation had expired is left out and counted. Metadata server away: nothing is visible and the
         next commit tries again. Never raises for either.
         """
-        batch = [(key, grant) for key, grant in self._grants.items() if grant.state is _State.WRITTEN]
+        batch = sorted(self._written.items(), key=lambda item: item[1].replica.generation)  # as they were granted
         if self._closed or not batch:
             return []
         for _, grant in batch:
@@ -247,6 +249,10 @@ class PutSession:
         assert state in TRANSITIONS[grant.state], f"{grant} cannot become {state}"
         self._busy += (state in _BUSY) - (grant.state in _BUSY)
         grant.state = state
+        if state is _State.WRITTEN:
+            self._written[grant.replica.key] = grant
+        else:
+            self._written.pop(grant.replica.key, None)
         if self._busy:
             self._idle.clear()
         else:

@@ -18,6 +18,9 @@ class JobLimits:
     """Chunks of one get at most: loaded chunks count as soon as their batch is in."""
     commit_chunks: int = 4
     """Chunks are committed as soon as so many are written, and others read them while the next ones are written."""
+    ask_chunks: int = 16
+    """What is waited for is asked about so many chunks at a time, or four times what came last: a prompt's cost is
+    linear in its chunks, however few come at a time."""
     retry_s: float = 0.05
     """Pause after a wait that ended at once with nothing: the metadata server is away."""
     reserve_again_s: float = 20.0

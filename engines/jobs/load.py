@@ -63,6 +63,11 @@ class LoadJob:
         self._idle = False
         self._given_up: set[str] = set()
         self._seen = first
+        self._watching = False
+        """Other nodes have and write all that is missing: only `_seen` moves, and nothing is read."""
+        self._ask: int | None = None
+        """So many keys are asked for; None: all that are missing."""
+        self._at_once = False
         self._may_wait = True
         self._waiting: asyncio.Timeout | None = None
         self.num_loaded = first
@@ -98,8 +103,12 @@ class LoadJob:
         while self.num_loaded < stop:
             self._may_wait &= clock.now() < self._deadline and self.num_loaded < self._wait_chunks
             last = not self._may_wait
-            match = await self._find(self._keys[self.num_loaded - self._first :], self._deadline - clock.now())
-            if self._watches(match):
+            start = (self._seen if self._watching else self.num_loaded) - self._first
+            keys = self._keys[start:] if self._ask is None else self._keys[start : start + self._ask]
+            whole = self._ask is None or self._watching
+            match = await self._find(keys, self._deadline - clock.now())
+            self._ask = max(self._context.limits.ask_chunks, 4 * match.num_chunks)
+            if self._watches(match, len(keys) if whole else None):
                 self._context.store.release_soon(match)
                 if self.all_stored:
                     return
@@ -113,13 +122,18 @@ class LoadJob:
                     return
             elif not last and self._may_wait:
                 await asyncio.sleep(min(self._context.limits.retry_s, max(0.0, self._deadline - clock.now())))
-            if last and not await self._follows(match):
+            if match.num_chunks == len(keys):  # there may be more behind those
+                self._got_on(self.num_loaded)
+            elif last and not await self._follows(match):
                 self._context.counters["chunk_miss_absent"] += stop - self.num_loaded
                 return
 
     async def _find(self, keys: Sequence[ChunkKey], left_s: float) -> Match:
         """What the store has of `keys`: at once, or, while the job waits or follows, as soon as it has the first."""
         store, timeout_s = self._context.store, self._context.timeout_s
+        if self._at_once:
+            self._at_once = False
+            return await store.match(keys, timeout_s=timeout_s)
         if self._followed is not None:
             left_s = min(self._context.limits.follow_poll_s, self._follow_until - self._context.clock.now())
         elif not self._may_wait:
@@ -129,26 +143,36 @@ class LoadJob:
             async with asyncio.timeout(left_s + timeout_s) as self._waiting:
                 if self._idle:  # a server with too many waiters answers at once
                     await asyncio.sleep(self._context.limits.retry_s)
-                known = max(0, self._seen - self.num_loaded)
-                return await store.wait(keys, more_than=known, timeout_s=left_s)
+                return await store.wait(keys, more_than=0, timeout_s=left_s, leased=not self._watching)
         except TimeoutError:
             return Match()
         finally:
             self._waiting = None
             self.wait_s += self._context.clock.now() - started
 
-    def _watches(self, match: Match) -> bool:
-        """Whether every chunk that is missing here is complete elsewhere, or another node writes it and gets on: where
-        the chunks are only wanted in the store, nothing is to be read then."""
-        missing = self._first + len(self._keys) - self.num_loaded
-        if self._claim is None or not self._store_only or match.num_chunks + match.num_writing < missing:
-            return False
-        writer = self._to_follow(match.writers)
-        self.all_stored = match.num_chunks == missing
-        return self.all_stored or (
-            writer not in (None, self._context.store.node_id)
-            and self._waits_for(writer, self.num_loaded + match.num_chunks)
-        )
+    def _watches(self, match: Match, asked: int | None) -> bool:
+        """Whether nothing is to be read of this match: where the chunks are only wanted in the store, and every one
+        that is missing here is complete elsewhere, or another node writes it and gets on. `asked`: so many keys were
+        asked for; None: some of those that are missing here, which tell nothing of the others."""
+        # Four cases:
+        # 1. The chunks are wanted here, or some that were asked for nobody has or writes: read what there is.
+        # 2. All are complete.
+        # 3. All that were asked for are, which were not all: go on asking.
+        # 4. The rest is being written: watch on, if the writer gets on and is another node.
+        # Who watched and does so no more has looked at the end of them only, without a lease: it asks for all again.
+        complete = (self._seen if self._watching else self.num_loaded) + match.num_chunks
+        wanted = self._claim is not None and self._store_only
+        if wanted and asked is not None and match.num_chunks + match.num_writing >= asked:
+            self.all_stored = complete == self._first + len(self._keys)
+            writer = self._followed if match.num_chunks == asked else self._to_follow(match.writers)
+            here = self._context.store.node_id
+            if self.all_stored or (writer not in (None, here) and self._waits_for(writer, complete)):
+                self._watching = True
+                return True
+        watched, self._watching = self._watching, False
+        if watched:
+            self._at_once, self._ask = True, None
+        return watched
 
     async def _follows(self, match: Match) -> bool:
         """Whether another node is computing the chunk behind all that was loaded, and this job waits for it."""
@@ -167,6 +191,7 @@ class LoadJob:
             self._context.counters["follow_given_up"] += 1
         if writer is None:
             writer = self._to_follow(await self._claim(self._given_up))
+            self._ask = None
         return writer not in (None, here) and self._waits_for(writer, self.num_loaded)
 
     def _waits_for(self, writer: str, complete: int) -> bool:
@@ -177,6 +202,10 @@ class LoadJob:
             self._followed, self._follow_until = writer, now + self._context.limits.follow_s
         self._seen = max(self._seen, complete)
         return now < self._follow_until
+
+    def _got_on(self, complete: int) -> None:
+        if self._followed is not None:
+            self._waits_for(self._followed, complete)
 
     def _to_follow(self, writers: Sequence[str]) -> str | None:
         return next((writer for writer in writers if writer not in self._given_up), None)

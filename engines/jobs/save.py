@@ -173,7 +173,7 @@ class SaveJob:
 
     async def _save(self, batch: Sequence[SavableChunk]) -> None:
         """Ends with the last write, or with its commit where nothing more is to be written now."""
-        session = await self._session_for([chunk.key for chunk in [*batch, *self._queued]])
+        session = await self._session_for([chunk.key for chunk in batch])
         async with asyncio.TaskGroup() as group:
             for chunk in batch:
                 group.create_task(self._write(session, chunk))
@@ -194,7 +194,7 @@ class SaveJob:
             self._context.counters["chunks_stored"] += len(committed)
 
     async def _session_for(self, keys: list[ChunkKey]) -> PutSession:
-        """The session to write `keys` in: the one under way, or a new one that reserves again.
+        """The session to write `keys` in: the one under way, or a new one that reserves again, for what comes too.
 
         1. There is none, it does not cover every key, or it is stale (the metadata server was away when it began, or
            has refused a commit since; or it has run out): a new one.
@@ -208,6 +208,7 @@ class SaveJob:
         if not fresh:
             assert session is not None
             return session
+        keys += [chunk.key for chunk in self._queued]
         at = self._reserve.index(keys[-1]) + 1 if keys[-1] in self._reserve else len(self._reserve)
         return await self._begin(keys + self._reserve[at:])
 

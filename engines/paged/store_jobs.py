@@ -136,15 +136,16 @@ class StoreJobs:
             return len(keys)
         store, clock, limits = self._context.store, self._context.clock, self._context.limits
         match = await store.match(keys, timeout_s=self._context.timeout_s, leased=False)
-        until = clock.now() + limits.follow_s
-        while match.num_chunks < len(keys) and match.writers and clock.now() < until:
-            known = match.num_chunks
-            match = await store.wait(keys, more_than=known, timeout_s=limits.follow_poll_s, leased=False)
-            if match.num_chunks > known:
+        known, until, ask = match.num_chunks, clock.now() + limits.follow_s, limits.ask_chunks
+        while known < len(keys) and (match.writers or match.num_chunks == ask) and clock.now() < until:
+            asked = keys[known : known + ask]
+            match = await store.wait(asked, more_than=0, timeout_s=limits.follow_poll_s, leased=False)
+            known += match.num_chunks
+            if match.num_chunks:
                 until = clock.now() + limits.follow_s
             else:  # a server with too many waiters answers at once
                 await asyncio.sleep(limits.retry_s)
-        return match.num_chunks
+        return known
 
     async def finish(self, timeout_s: float) -> None:
         """Let saves under way end, for `timeout_s` at most."""
