@@ -35,6 +35,7 @@ def add_cache(parser: argparse.ArgumentParser, config_type: Callable[[str], Path
     text = "compute prompts into the store, behind requests; Ctrl-C stops it, and what was stored stays"
     command("warm", lambda it, given: it.run(lambda router: it.warm(router, given.files)), text, files=True)
     for name, kind, did, text in (
+        ("prefetch", "prefetch", "brought into memory", "bring the chunks of prompts from tiers into memory"),
         ("pin", "pin", "pinned", "keep the chunks of prompts from being evicted from memory"),
         ("unpin", "unpin", "unpinned", "let the chunks of prompts be evicted again"),
         ("evict", "evict", "removed", "remove the chunks of prompts from memory and tiers"),

@@ -15,6 +15,8 @@ class UpkeepLimits:
     """For clearing them; what is left is cleared by asking again."""
     reply_s: float = 2.0
     """A node answers so much later at most."""
+    prefetch_s: float = 60.0
+    """For bringing one prompt from tiers into memory."""
     warm_poll_s: float = 0.05
     """Between two looks for a prefiller that has nothing else to do."""
     keys_a_call: int = 16_384

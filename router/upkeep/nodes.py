@@ -10,6 +10,7 @@ from typing import Protocol, TypeVar
 
 from kvcore.errors import KVFerryError
 from kvcore.types import ChunkKey, Role
+from nodeapi.messages import PromoteReply, PromoteRequest
 from nodeapi.upkeep import (
     ChunkAction,
     ChunksPlace,
@@ -45,6 +46,10 @@ class UpkeepClient(Protocol):
 
     async def weights(self, url: str, request: WeightsRequest, *, timeout_s: float) -> WeightsReply:
         """Have the node's engine started anew with other weights."""
+        ...
+
+    async def promote(self, url: str, request: PromoteRequest, *, timeout_s: float) -> PromoteReply:
+        """Have the node bring chunks from its own tiers into its segment."""
         ...
 
 

@@ -71,7 +71,7 @@ class PlaceCount(msgspec.Struct, kw_only=True):
 
 
 class OrderReply(msgspec.Struct, kw_only=True):
-    """Answer of `POST /v1/cache/{pin,unpin,expire,evict}`. `chunks`: full ones of the prompts."""
+    """Answer of `POST /v1/cache/{pin,unpin,expire,evict,prefetch}`. `chunks`: full ones of the prompts."""
 
     prompts: int
     tokens: int

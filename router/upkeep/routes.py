@@ -27,6 +27,7 @@ from router.upkeep.generations import ClusterGenerations
 from router.upkeep.lookup import PromptsLookup
 from router.upkeep.memory import OrderKind
 from router.upkeep.orders import ChunkOrders
+from router.upkeep.prefetching import PromptPrefetcher
 from router.upkeep.prompts import prompts_in
 from router.upkeep.reports import ClearOrder, WeightsOrder
 from router.upkeep.warming import PromptWarmer
@@ -43,6 +44,7 @@ class UpkeepRoutes:
     lookup: PromptsLookup
     orders: ChunkOrders
     warmer: PromptWarmer
+    prefetcher: PromptPrefetcher
     generations: ClusterGenerations
     weights: ClusterWeights
     max_body_bytes: int
@@ -75,6 +77,8 @@ class UpkeepRoutes:
         look = lambda specs, _: self.lookup.look(specs)  # noqa: E731
         self._of_prompts(app, "lookup", "Where the KV of prompts lies", look, changes=False)
         self._of_prompts(app, "warm", "Compute prompts into the store", lambda specs, _: self.warmer.warm(specs))
+        bring = lambda specs, _: self.prefetcher.prefetch(specs)  # noqa: E731
+        self._of_prompts(app, "prefetch", "Bring the chunks of prompts from tiers into memory", bring)
         texts: dict[OrderKind, str] = {
             "evict": "Remove the chunks of prompts from segments and tiers",
             "expire": "Give the chunks of prompts an end: ttl_s seconds from now, or none",

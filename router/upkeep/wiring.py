@@ -18,6 +18,7 @@ from router.upkeep.lookup import PromptsLookup
 from router.upkeep.memory import SegmentOrders
 from router.upkeep.nodes import KeepingNodes, UpkeepClient
 from router.upkeep.orders import ChunkOrders
+from router.upkeep.prefetching import PromptPrefetcher
 from router.upkeep.routes import UpkeepRoutes, add_refusals
 from router.upkeep.warming import PromptWarmer
 from router.upkeep.weights import ClusterWeights
@@ -45,6 +46,7 @@ def make_upkeep(
         lookup=PromptsLookup(cluster, nodes),
         orders=ChunkOrders(cluster, nodes, memory),
         warmer=PromptWarmer(config.router, cluster, client, clock, limits),
+        prefetcher=PromptPrefetcher(cluster, client, clock, limits),
         generations=ClusterGenerations(cluster, nodes, memory, limits),
         weights=ClusterWeights(cluster, nodes, probe, clock, start_s=config.service.start_s, limits=limits),
         max_body_bytes=int(config.router.max_body),

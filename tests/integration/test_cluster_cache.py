@@ -71,7 +71,7 @@ async def test_each_command_of_the_page_does_what_it_says(tmp_path: Path) -> Non
     (tmp_path / "requests.jsonl").write_text("\n".join(json.dumps(body) for body in bodies))
     page = (ROOT / "docs" / "cache.md").read_text()
     lines = [line for block in BLOCKS.findall(page) for line in block.splitlines()]
-    assert len(lines) == 12
+    assert len(lines) == 13
     async with cluster(tmp_path, prefillers=1, decoders=1, overrides=disk(tmp_path)) as subject:
         said = {}
         for line in lines:
@@ -84,6 +84,7 @@ async def test_each_command_of_the_page_does_what_it_says(tmp_path: Path) -> Non
     assert lookup[0] == "prompt.txt" and lookup[2:4] == ["0", "0"] and lookup[1] == lookup[4]
     warmed = said["warm prompt.txt requests.jsonl"].splitlines()
     assert re.match(r"prompts: 3, \d+ tokens computed", warmed[-1]) and len(warmed) == 4
+    assert said["prefetch prompt.txt"].startswith("prompts: 1, full chunks: ")
     assert re.search(r"memory: \d+ chunks pinned", said["pin prompt.txt"])
     assert re.search(r"disk of \S+: [1-9]\d* chunks pinned", said["pin prompt.txt"])
     assert re.search(r"disk of \S+: [1-9]\d* chunks unpinned", said["unpin prompt.txt"])

@@ -74,3 +74,21 @@ async def test_ten_serves_reuse_what_one_of_them_computed_and_share_nothing_else
         assert cached == 0
         assert await others[0].ask(PRIVATE) == (answer, 0), "there is no other way from one to the other"
         assert await first.ask(PRIVATE) == (answer, CHUNKS * CHUNK_TOKENS), "and its own memory still serves it"
+
+
+@with_redis
+@pytest.mark.timeout(120)
+async def test_what_is_prefetched_lies_in_memory_before_it_is_asked_for(tmp_path: Path) -> None:
+    with redis_server() as server:
+        tier = ("--tier", server.url, "--set", f"kv.chunk_tokens={CHUNK_TOKENS}")
+        async with served(tmp_path / "one", *tier) as first:
+            answer, _ = await first.ask(FIRST)
+            await until_kept(server, CHUNKS)
+        async with served(tmp_path / "two", *tier) as second:
+            url, body = f"{second.url}/v1/cache/prefetch", {"model": "sim", "prompt": FIRST}
+            async with second.session.post(url, json=body) as reply:
+                brought = await reply.json()
+            assert brought["chunks"] == CHUNKS and brought["problems"] == []
+            assert brought["places"] == [{"place": "redis", "node": "", "chunks": CHUNKS, "problem": ""}]
+            server.stop()
+            assert await second.ask(FIRST) == (answer, CHUNKS * CHUNK_TOKENS), "nothing is left to be brought"

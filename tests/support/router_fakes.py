@@ -31,6 +31,9 @@ from nodeapi.messages import (
     NodeReport,
     PrefillRequest,
     PrefillResult,
+    Promoted,
+    PromoteReply,
+    PromoteRequest,
     StreamError,
     StreamFrame,
     TierReport,
@@ -150,6 +153,9 @@ class FakeNode:
     running: int = 0
     tiers: list[TierReport] = field(default_factory=list)
     weights_error: KVFerryError | None = None
+    promotions: list[list[Promoted]] = field(default_factory=list)
+    """What the next calls of `promote` bring; then nothing."""
+    promote_requests: list[PromoteRequest] = field(default_factory=list)
     """Why it takes no other weights over."""
     upkeep: NodeUpkeep | None = None
     """Its segment and tiers, for those who ask; None: it is older than such calls."""
@@ -253,6 +259,11 @@ class FakeNode:
             if self.token_gate is not None:
                 await self.token_gate.wait()
 
+    def promote(self, request: PromoteRequest) -> PromoteReply:
+        self._check()
+        self.promote_requests.append(request)
+        return PromoteReply(promoted=self.promotions.pop(0) if self.promotions else [])
+
     def take_weights(self, request: WeightsRequest) -> WeightsReply:
         self._check()
         if self.weights_error is not None:
@@ -305,6 +316,9 @@ class FakeNodes:
 
     async def clear(self, url: str, request: ClearRequest, *, timeout_s: float) -> ClearReply:
         return await self._upkeep(url).clear(request)
+
+    async def promote(self, url: str, request: PromoteRequest, *, timeout_s: float) -> PromoteReply:
+        return self.by_url[url].promote(request)
 
     async def weights(self, url: str, request: WeightsRequest, *, timeout_s: float) -> WeightsReply:
         return self.by_url[url].take_weights(request)

@@ -80,7 +80,7 @@ ANSWERS: dict[str, Any] = {
     "lookup": LOOKUP,
     "warm": r.WarmReply(prompts=[WARMED]),
     "clear": CLEARED,
-    **dict.fromkeys(("pin", "unpin", "evict", "expire"), ORDERED),
+    **dict.fromkeys(("pin", "unpin", "evict", "expire", "prefetch"), ORDERED),
 }
 
 

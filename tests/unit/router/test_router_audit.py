@@ -15,6 +15,7 @@ NODE = {"node": "d0"}
 ORDERS: dict[str, tuple[Any, str]] = {
     "/v1/cache/clear": ({"fingerprints": ["0a1b"], "force": True}, 'what="cache clear" on="0a1b force"'),
     "/v1/cache/warm": (PROMPT, 'what="cache warm" on="1 prompts"'),
+    "/v1/cache/prefetch": (PROMPT, 'what="cache prefetch" on="1 prompts"'),
     "/v1/cache/pin": (PROMPT, 'what="cache pin" on="1 prompts"'),
     "/v1/cache/unpin": (PROMPT, 'what="cache unpin" on="1 prompts"'),
     "/v1/cache/expire": (PROMPT, 'what="cache expire" on="1 prompts"'),

@@ -6,12 +6,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from support.metadata_rigs import DirectTransport
 from support.router_fakes import CHUNK_TOKENS, FakeNode, FakeNodes, Rig, make_rig, spec, two_and_two, until
 from support.tier_rigs import chunk_of
 
-from kvcore.chunk_keys import chunk_keys, root_key
+from kvcore.chunk_keys import chunk_keys, owner_of, root_key
 from kvcore.clock import SystemClock
 from kvcore.errors import MetadataUnavailableError, ModelLoadError
 from kvcore.types import ChunkKey, NodeInfo, Role, Segment
@@ -20,7 +21,7 @@ from kvstore.tiers.base import ChunkName
 from kvstore.tiers.guarded import GuardedTier
 from kvstore.tiers.memory import MemoryTier
 from metadata_server.messages import ManifestEntry, RegisterRequest, SegmentManifest
-from nodeapi.messages import TierReport
+from nodeapi.messages import PROMOTE_OWNER, Promoted, TierReport
 
 PROMPT = list(range(1, 6 * CHUNK_TOKENS + 4))
 LIVE, OLD, THEIRS = spec().fingerprint, b"\x01" * 16, b"\x02" * 16
@@ -176,6 +177,47 @@ async def test_an_end_in_time_is_given_and_taken_back():
     assert all(end is not None for _, end in kept.cloud.chunks.values())
     await ask(client, "expire")
     assert all(end is None for _, end in kept.cloud.chunks.values())
+
+
+async def test_a_prefetch_has_each_node_with_a_tier_bring_what_it_has_until_none_brings_more():
+    nodes = two_and_two()
+    rig, _, client = await kept_rig(nodes)
+    known = rig.cluster.nodes["d0"]
+    known.report = msgspec.structs.replace(known.report, tiers=[])
+    nodes["p1"].promotions = [[], [Promoted(tier="disk", num_chunks=1)]]
+    nodes["p0"].promotions = [[Promoted(tier="disk", num_chunks=2)], [Promoted(tier="cloud", num_chunks=1)]]
+    nodes["d1"].promotions = [[Promoted(tier="disk", num_chunks=1)]]
+    reply = await ask(client, "prefetch", {"prompt": PROMPT, "cache_salt": "tenant"})
+    assert (reply["prompts"], reply["tokens"], reply["chunks"], reply["problems"]) == (1, 99, 6, [])
+    assert {(one["place"], one["node"]): one["chunks"] for one in reply["places"]} == {
+        ("disk", "p0"): 2, ("disk", "p1"): 1, ("disk", "d1"): 1, ("cloud", ""): 1
+    }  # fmt: skip
+    assert [len(nodes[name].promote_requests) for name in ("p0", "p1", "d0", "d1")] == [3, 3, 0, 3]
+    request = nodes["p0"].promote_requests[0]
+    assert (request.fingerprint, request.keys) == (LIVE, keys_of(salt=b"tenant"))
+
+
+@pytest.mark.parametrize(("protocol", "owner"), [(PROMOTE_OWNER, owner_of(b"tenant")), (1, msgspec.UNSET)])
+async def test_a_prefetch_says_whose_chunks_they_are_to_nodes_that_know_owners(protocol, owner):
+    nodes = two_and_two()
+    rig, _, client = await kept_rig(nodes)
+    known = rig.cluster.nodes["p0"]
+    known.report = msgspec.structs.replace(known.report, protocol=protocol)
+    await ask(client, "prefetch", {"prompt": PROMPT, "cache_salt": "tenant"})
+    (request,) = nodes["p0"].promote_requests
+    assert request.owner == owner
+
+
+async def test_a_prefetch_leaves_out_who_does_not_answer_and_needs_no_prompt_that_fills_a_chunk():
+    nodes = two_and_two()
+    _, _, client = await kept_rig(nodes)
+    nodes["p0"].down = True
+    nodes["p1"].promotions = [[Promoted(tier="cloud", num_chunks=6)]]
+    reply = await ask(client, "prefetch")
+    assert reply["places"] == [{"place": "cloud", "node": "", "chunks": 6, "problem": ""}]
+    assert reply["problems"] == ["p0: p0 refused the connection"]
+    reply = await ask(client, "prefetch", {"prompt": PROMPT[:5]})
+    assert (reply["chunks"], reply["places"], reply["problems"]) == (0, [], [])
 
 
 async def test_a_pin_reaches_the_nodes_disks_as_far_as_their_share_goes_and_holds_there():
