@@ -1,4 +1,4 @@
-"""The router's prefix index: blocks stored a second, and microseconds to find a prefix of 32 blocks.
+"""The router's prefix index: blocks stored a second, microseconds to find a prefix of 32 blocks, a node's death.
 
     python -m benchmarks.index
 
@@ -33,8 +33,15 @@ def main() -> None:
     for batch in batches[:FINDS]:
         index.find(batch)
     find_s = time.perf_counter() - started
+    steps = []
+    index.drop_node("node-0")
+    for _ in range(300):
+        began = time.perf_counter()
+        index.sweep()
+        steps.append(time.perf_counter() - began)
     print(f"{BLOCKS} blocks in {stored_s:.3f} s, {FINDS} finds of {BATCH} in {find_s:.3f} s")
     result = {"blocks_per_s": round(BLOCKS / stored_s), "find32_us": round(find_s / FINDS * 1e6, 2)}
+    result["death_longest_step_ms"] = round(max(steps) * 1e3, 2)
     print("RESULT " + json.dumps(result))
 
 

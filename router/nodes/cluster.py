@@ -158,6 +158,7 @@ class Cluster:
 
     def reported(self, node: KnownNode, report: NodeReport) -> None:
         """The node answered a probe. One that has started anew has a breaker as new."""
+        self.index.sweep()
         node.silent_since = None
         if node.report and report.node.incarnation != node.report.node.incarnation:
             node.breaker = Breaker(self._limits)
@@ -287,7 +288,7 @@ class Cluster:
         """Where the prompt's usable chunks are, for each kind of KV among those who may decode."""
         found: dict[bytes, PrefixHits] = {}
         for node in view.decoders or view.prefillers:
-            if node.fingerprint not in found and len(self.index):
+            if node.fingerprint not in found and self.index:
                 count = usable_chunks(len(prompt_token_ids), node.chunk_tokens)
                 keys = chunk_keys(root_key(node.fingerprint, salt), prompt_token_ids, node.chunk_tokens)
                 found[node.fingerprint] = self.index.find(keys[:count])

@@ -1,7 +1,9 @@
 """The router's own copy of the index: chunk key -> which segments hold it, as one integer of bits.
 
 Owns nothing durable: it is fed by the metadata server's event stream and forgotten on a reset. Stale entries cost a
-worse route, never a wrong answer. Invariant: a key's mask is never 0, and has bits of known segments only.
+worse route, never a wrong answer. Keys lie in many small tables, by their first byte: a node's death only marks its
+bits as dead, and each later change clears them out of one table, so that no step takes long. Invariant: a key's mask is
+never 0, and has bits of known segments and dead ones only; no bit is given to a new segment before it is cleared.
 """
 
 from collections.abc import Sequence
@@ -19,33 +21,46 @@ class PrefixHits:
     by_node: dict[str, int] = field(default_factory=dict)
 
 
+_TABLES = 256
+
+
 class PrefixIndex:
     """Answers which node holds how much of a prefix. All methods are synchronous and idempotent."""
 
-    def __init__(self) -> None:
-        self._masks: dict[ChunkKey, int] = {}
-        self._bits: dict[tuple[str, str], int] = {}
-        self._owners: dict[int, str] = {}
+    def __init__(self, max_segments: int = 1024) -> None:
+        """Of more than `max_segments` at one time the latest are not listed: each costs a bit in every key's mask."""
+        self._max_segments = max_segments
+        self._clearing, self._tables_left = 0, 0
+        self.reset()
 
     def __len__(self) -> int:
-        return len(self._masks)
+        """Keys that are listed, those of dead segments included until they are cleared."""
+        return sum(map(len, self._tables))
+
+    def __bool__(self) -> bool:
+        return any(self._tables)
 
     def __repr__(self) -> str:
-        return f"<PrefixIndex {len(self._masks)} chunks on {len(self._bits)} segments>"
+        return f"<PrefixIndex {len(self)} chunks on {len(self._bits)} segments>"
 
     def store(self, node_id: str, keys: Sequence[ChunkKey], segment_id: str = "") -> None:
         """`segment_id` of the node holds `keys` now."""
+        self.sweep()
         mask = self._bit((node_id, segment_id))
-        masks = self._masks
-        get = masks.get
+        if not mask:
+            return
+        tables = self._tables
         for key in keys:
-            masks[key] = get(key, 0) | mask
+            masks = tables[key[0]]
+            masks[key] = masks.get(key, 0) | mask
 
     def remove(self, node_id: str, keys: Sequence[ChunkKey], segment_id: str = "") -> None:
         """`segment_id` of the node holds `keys` no longer. Unknown keys are ignored."""
+        self.sweep()
         mask = self._bits.get((node_id, segment_id), 0)
-        masks = self._masks
+        tables = self._tables
         for key in keys:
+            masks = tables[key[0]]
             old = masks.get(key, 0)
             left = old & ~mask
             if left:
@@ -54,29 +69,45 @@ class PrefixIndex:
                 del masks[key]
 
     def drop_node(self, node_id: str) -> None:
-        """Forget all that the node's segments hold. Scans the whole index: nodes die rarely."""
-        gone = 0
+        """Forget all that the node's segments hold. They are found no more from now on; `sweep` clears them."""
         for (owner, segment_id), bit in list(self._bits.items()):
             if owner == node_id:
-                gone |= bit
+                self._alive &= ~bit
                 del self._bits[owner, segment_id], self._owners[bit]
-        if gone:
-            self._masks = {key: left for key, mask in self._masks.items() if (left := mask & ~gone)}
+
+    def sweep(self) -> None:
+        """Clear dead bits out of one table, if there are any: some milliseconds with 4 million keys."""
+        # A pass goes through all tables with the bits that were dead when it began. Those that die meanwhile wait for
+        # the next one. What was cleared stays so: nothing is stored under a dead bit.
+        if not self._tables_left:
+            if self._alive == -1:
+                return
+            self._clearing, self._tables_left = ~self._alive, _TABLES
+        self._tables_left -= 1
+        masks, keep = self._tables[self._tables_left], ~self._clearing
+        self._tables[self._tables_left] = {key: left for key, mask in masks.items() if (left := mask & keep)}
+        if not self._tables_left:
+            self._alive |= self._clearing
 
     def reset(self) -> None:
         """Forget everything."""
-        self._masks, self._bits, self._owners = {}, {}, {}
+        self._tables: list[dict[ChunkKey, int]] = [{} for _ in range(_TABLES)]
+        self._bits: dict[tuple[str, str], int] = {}
+        self._owners: dict[int, str] = {}
+        self._alive = -1
+        """All bits but the dead ones."""
+        self._clearing, self._tables_left = 0, 0
 
     def find(self, keys: Sequence[ChunkKey]) -> PrefixHits:
         """How much of the prefix `keys` is where. Stops at the first key that nobody holds."""
         # `unbroken`: the segments that hold every chunk so far. One that lacks a chunk leaves it, and its node's count
         # is the number of chunks before that one.
         by_node: dict[str, int] = {}
-        masks = self._masks
+        tables, alive = self._tables, self._alive
         unbroken = 0
         longest = 0
         for key in keys:
-            mask = masks.get(key, 0)
+            mask = tables[key[0]].get(key, 0) & alive
             if not mask:
                 break
             if longest == 0:
@@ -94,7 +125,7 @@ class PrefixIndex:
         own = 0
         for (owner, _), bit in self._bits.items():
             own |= bit if owner == node_id else 0
-        return [key for key in keys if self._masks.get(key, 0) & own]
+        return [key for key in keys if self._tables[key[0]].get(key, 0) & own]
 
     def _set_count(self, by_node: dict[str, int], bits: int, chunks: int) -> None:
         while bits:
@@ -104,10 +135,14 @@ class PrefixIndex:
             bits ^= bit
 
     def _bit(self, slot: tuple[str, str]) -> int:
+        """The segment's bit; 0: there are too many segments."""
         bit = self._bits.get(slot)
         if bit is None:
+            dead = ~self._alive
+            if len(self._bits) + dead.bit_count() >= self._max_segments:
+                return 0
             bit = 1
-            while bit in self._owners:
+            while bit in self._owners or bit & dead:
                 bit <<= 1
             self._bits[slot] = bit
             self._owners[bit] = slot[0]

@@ -417,7 +417,12 @@ class SimCluster:
             node.check()
         await asyncio.sleep(2.5)  # a keep-alive later the router knows what the metadata server knows
         stored = {key for batch in state.snapshot(self.clock.now()) for event in batch.events for key in event.keys}
-        if set(self.cluster.index._masks) != stored:
+        if {
+            key
+            for table in self.cluster.index._tables
+            for key, mask in table.items()
+            if mask & self.cluster.index._alive
+        } != stored:
             self.problems.append(f"the router knows {len(self.cluster.index)} keys, the metadata server {len(stored)}")
         lost = [name for name, node in self.cluster.nodes.items() if node.lease is None or node.problem]
         if lost:

@@ -73,9 +73,63 @@ def test_the_index_agrees_with_sets() -> None:
         everything = set().union(*truth.values())
         longest = next((i for i, key in enumerate(KEYS) if key not in everything), len(KEYS))
         assert index.find(KEYS) == PrefixHits(longest, {name: lead for name, lead in by_node.items() if lead})
-        assert len(index) == len(everything)
+        assert len(index) >= len(everything) and bool(index) >= bool(everything)
+        index.sweep()
+    for _ in range(2 * 256):  # a pass that is under way, and one for those that died since it began
+        index.sweep()
+    assert len(index) == len(everything)
+    assert index._alive == -1, "every bit may be given again"
     index.reset()
-    assert index.find(KEYS) == PrefixHits()
+    assert index.find(KEYS) == PrefixHits() and not index
+
+
+def test_a_death_touches_no_key_and_each_later_change_clears_one_table() -> None:
+    index = PrefixIndex()
+    keys = [ChunkKey(bytes([at]) * 16) for at in range(256)]
+    index.store("a", keys, "a.1")
+    index.store("b", keys[:1], "b.1")
+    tables = list(index._tables)
+    index.drop_node("a")
+    assert all(now is before for now, before in zip(index._tables, tables, strict=True))
+    assert index.find(keys) == PrefixHits(1, {"b": 1}) and len(index) == 256
+    for count in range(1, 257):
+        index.store("b", [], "b.1")
+        changed = sum(now is not before for now, before in zip(index._tables, tables, strict=True))
+        assert changed == count
+    assert len(index) == 1
+    index.store("c", keys[:2], "c.1")
+    assert index._bits["c", "c.1"] == 1, "the bit of the dead one is given again, once it is nowhere"
+    assert index.find(keys) == PrefixHits(2, {"b": 1, "c": 2})
+
+
+def test_a_node_that_comes_back_while_its_bits_are_cleared_keeps_what_it_tells() -> None:
+    index = PrefixIndex()
+    index.store("a", KEYS, "a.1")
+    index.drop_node("a")
+    for _ in range(100):
+        index.sweep()
+    index.store("a", KEYS[:2], "a.2")
+    index.drop_node("a")
+    index.store("a", KEYS[:3], "a.3")
+    for _ in range(3 * 256):
+        index.sweep()
+    assert index.find(KEYS) == PrefixHits(3, {"a": 3}) and len(index) == 3
+
+
+def test_masks_stay_bounded_however_many_segments_there_are() -> None:
+    index = PrefixIndex(max_segments=4)
+    for number in range(6):
+        index.store(f"n{number}", KEYS[:1], f"n{number}.1")
+    assert index.find(KEYS).by_node == {f"n{number}": 1 for number in range(4)}
+    index.remove("n5", KEYS[:1], "n5.1")
+    index.drop_node("n1")
+    index.store("n6", KEYS[:1], "n6.1")  # the dead one's bit is still in the keys
+    assert index.find(KEYS).by_node == {f"n{number}": 1 for number in (0, 2, 3)}
+    for _ in range(256):
+        index.sweep()
+    index.store("n7", KEYS[:1], "n7.1")
+    assert index.find(KEYS).by_node == {f"n{number}": 1 for number in (0, 2, 3, 7)}
+    assert max(mask for table in index._tables for mask in table.values()) < 1 << 4
 
 
 @pytest.mark.parametrize("policy", [AWARE, ROBIN], ids=["prefix_aware", "round_robin"])
@@ -253,7 +307,7 @@ async def test_events_feed_the_index_and_nodes_come_and_go() -> None:
     assert [n.id for n in cluster.view().decoders] == ["d0", "d1", "new"]
     cluster.on_events([Event(seq=3, kind=EventKind.NODE_DOWN, node_id=name) for name in ("new", "d0")])
     assert [n.id for n in cluster.view().decoders] == ["d0", "d1"], "a static node is judged by its probes"
-    assert len(cluster.index) == 0
+    assert cluster.hits(cluster.view(), prompt, b"") == {fingerprint: PrefixHits()}
     cluster.on_events([stored])
     cluster.on_reset()
     assert len(cluster.index) == 0
