@@ -70,13 +70,17 @@ def _differing(one: Mapping[str, object], other: Mapping[str, object]) -> dict[s
 
 
 def check_chunk_room(context: Context) -> list[Finding]:
-    """Each segment has room for a chunk at least."""
+    """Each segment, and a tenant's share of it, has room for a chunk at least."""
     config = context.config
     chunk_bytes = _chunk_bytes(context) if config.handoff.traits.has_store else None
     if chunk_bytes is None:
         return []
-    findings = []
+    findings, share = [], config.store.tenant_share
     for name, node in config.nodes.items():
+        if share is not None and share * node.segment < chunk_bytes <= node.segment:
+            detail = f"a tenant's share of it is {size_text(int(share * node.segment))}, and one chunk has about "
+            remedy = f"raise store.tenant_share or nodes.{name}.segment: nothing would be stored there"
+            findings.append(Finding(f"segment {name}", False, detail + size_text(chunk_bytes), remedy))
         if node.segment < chunk_bytes:
             detail = f"{size_text(node.segment)}, and one chunk of {config.kv.chunk_tokens} tokens has about "
             remedy = f"raise nodes.{name}.segment: is a unit missing? `5` is five bytes, not 5GB"

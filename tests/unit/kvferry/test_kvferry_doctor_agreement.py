@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from engines.vllm.kv_factors import KV_FACTORS
@@ -99,3 +100,17 @@ def test_a_segment_without_room_for_a_chunk_is_wrong(tmp_path: Path) -> None:
         config = cluster(TorchEngineConfig(), segment=segment, path=str(tmp_path))
         assert len(check_chunk_room(Context(config))) == wrong
     assert not check_chunk_room(Context(cluster(TorchEngineConfig(), segment=1))), "the model is not here yet"
+
+
+def test_a_tenants_share_without_room_for_a_chunk_is_wrong() -> None:
+    config = cluster(SimEngineConfig(bytes_per_token=64), segment=16384)
+    for share, wrong in ((0.4, 3), (0.5, 0)):
+        held = msgspec.structs.replace(config, store=msgspec.structs.replace(config.store, tenant_share=share))
+        findings = check_chunk_room(Context(held))
+        assert len(findings) == wrong
+        for finding in findings:
+            assert (
+                not finding.ok
+                and finding.detail == "a tenant's share of it is 6.4 KiB, and one chunk has about 8.0 KiB"
+            )
+            assert "raise store.tenant_share" in finding.remedy
