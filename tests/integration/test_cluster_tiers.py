@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from support.cluster import ClusterHandle, cluster
 from support.redis_server import redis_server, with_redis
+from support.restarts import finds_all_after_a_restart
 from support.s3_server import s3_server, with_s3
 from support.tiny_models import make_tiny_model
 
@@ -41,21 +42,13 @@ async def saved(subject: ClusterHandle, nodes: Sequence[str]) -> int:
 
 
 async def test_a_cluster_that_was_stopped_finds_all_it_computed_on_its_disks(tmp_path: Path) -> None:
-    whole = NUM_PROMPTS * CHUNKS * 64
-    async with cluster(tmp_path, prefillers=1, decoders=1, overrides=disk(tmp_path)) as subject:
-        first, cached = await ask_all(subject)
-        assert cached == 0
+    await finds_all_after_a_restart(tmp_path, "disk", disk(tmp_path))
 
-        async def all_saved() -> bool:
-            return await saved(subject, subject.nodes) >= NUM_PROMPTS * CHUNKS
 
-        await subject.until(all_saved, 20)
-    async with cluster(tmp_path, prefillers=1, decoders=1, overrides=disk(tmp_path)) as subject:
-        second, cached = await ask_all(subject)
-        assert second == first and cached == whole
-        reports = [await subject.node_info(node) for node in subject.nodes]
-        promoted = sum(tier.counts.get("promoted", 0) for report in reports for tier in report.tiers)
-        assert promoted >= NUM_PROMPTS * CHUNKS, "warmed up, or when they were asked for"
+@with_redis
+async def test_a_cluster_that_was_stopped_finds_all_it_computed_in_its_redis(tmp_path: Path) -> None:
+    with redis_server() as server:
+        await finds_all_after_a_restart(tmp_path, "redis", [f"tiers.redis={{url: '{server.url}'}}"])
 
 
 async def test_nodes_that_were_killed_while_they_saved_believe_no_torn_chunk(tmp_path: Path) -> None:

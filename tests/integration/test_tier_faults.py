@@ -31,7 +31,7 @@ CHUNKS = 6
 WHOLE = CHUNKS * CHUNK_TOKENS
 CALL_S = 0.5
 """The tiers' own deadline, one call."""
-PAUSE_S = 8.0
+PAUSE_S = 20.0
 RETURN_S = 5.0
 dice = random.Random(1)
 
