@@ -136,8 +136,10 @@ class MooncakeDialect:
 
     async def _wrote(self, key: str, value: bytes, before: Record | None, record: Record) -> None:
         self._liveness.wrote(key, value, record.revision)
+        if before is None or MARK not in key or address_of(key, before.value) == address_of(key, value):
+            return
         mine = owned(key)
-        if before is None or mine is None or key != mine[0] or address_of(key, before.value) == address_of(key, value):
+        if mine is None or key != mine[0]:
             return
         log_fields(_logger, logging.INFO, "mooncake_owner_replaced", key=key, was=before.value.decode(errors="replace"))
         lent = await self._store.get(mine[1])  # by the dead one: nobody shall read there

@@ -10,7 +10,7 @@ import hmac
 import logging
 from collections.abc import Callable, Iterable
 
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from kvcore.clock import Clock
 from kvcore.errors import BodyLateError, KVFerryError, MediaTypeError, PayloadTooLargeError
@@ -82,7 +82,8 @@ class MooncakeApp:
                 return  # nobody reads an answer
             held = await self._dialect.put(key, body)
             if held is None:
-                await _say(send, 200, b"metadata updated")
+                for message in _UPDATED:
+                    await send(message)
             else:
                 await _say(send, 400, f"Duplicate rpc_meta key not allowed: {held.why}".encode())
 
@@ -151,9 +152,17 @@ async def _say(send: Send, status: int, text: bytes, *headers: _Header) -> None:
 
 
 async def _send(send: Send, status: int, body: bytes, headers: tuple[_Header, ...]) -> None:
+    for message in _messages(status, body, headers):
+        await send(message)
+
+
+def _messages(status: int, body: bytes, headers: tuple[_Header, ...]) -> tuple[Message, Message]:
     length = (b"content-length", b"%d" % len(body))
-    await send({"type": "http.response.start", "status": status, "headers": [*headers, length]})
-    await send({"type": "http.response.body", "body": body})
+    head = {"type": "http.response.start", "status": status, "headers": [*headers, length]}
+    return head, {"type": "http.response.body", "body": body}
+
+
+_UPDATED = _messages(200, b"metadata updated", (_TEXT,))  # what almost every put is answered
 
 
 async def _lifespan(receive: Receive, send: Send) -> None:

@@ -5,6 +5,7 @@ which memory it lends. `…` is `mooncake`, with MC_METADATA_CLUSTER_ID `mooncak
 """
 
 import re
+from functools import lru_cache
 from urllib.parse import unquote_plus
 
 import msgspec
@@ -18,6 +19,8 @@ MARK = "rpc_meta"
 """What makes a key one that only one client may have, to Mooncake's own servers too."""
 _OWNED = re.compile(r"(.*/)?(rpc_meta|ram)/([^/]+)", re.DOTALL)
 _MAX_PORT = (1 << 16) - 1
+_KNOWN, _LONG = 4096, 512
+"""So many parsed keys are remembered, if they are no longer than this."""
 
 
 class Address(msgspec.Struct, frozen=True):
@@ -49,6 +52,10 @@ _memory = msgspec.json.Decoder(_Memory)
 
 def key_of(query: bytes) -> str:
     """`key` of a query string, decoded; empty: there is none. Raises InvalidRequestError: it is not UTF-8."""
+    return _key_known(query) if len(query) <= _LONG else _key(query)
+
+
+def _key(query: bytes) -> str:
     for part in query.split(b"&"):
         if part.startswith(b"key="):
             try:
@@ -58,13 +65,23 @@ def key_of(query: bytes) -> str:
     return ""
 
 
+_key_known = lru_cache(_KNOWN)(_key)  # clients ask for few keys, often
+
+
 def owned(key: str) -> tuple[str, str] | None:
     """The keys of the owner's registration and of its memory; None: nobody's."""
+    return _owned_known(key) if len(key) <= _LONG else _parse_owned(key)
+
+
+def _parse_owned(key: str) -> tuple[str, str] | None:
     found = _OWNED.fullmatch(key)
     if found is None:
         return None
     cluster, _, name = found.groups(default="")
     return f"{cluster}rpc_meta/{name}", f"{cluster}ram/{name}"
+
+
+_owned_known = lru_cache(_KNOWN)(_parse_owned)
 
 
 def address_of(key: str, value: bytes) -> Address | None:

@@ -8,7 +8,7 @@ from kvcore.clock import Clock
 from kvcore.config.mooncake_metadata import MooncakeMetadataConfig
 from kvcore.errors import OverloadedError, RecordsUnavailableError
 from kvcore.telemetry import log_fields
-from metadata_server.mooncake.keys import Address, address_of, owned
+from metadata_server.mooncake.keys import MARK, Address, address_of, owned
 from metadata_server.mooncake.limits import DialectLimits
 from metadata_server.mooncake.owners import NameVerdict, OwnerWatch, ProbeOutcome
 from metadata_server.mooncake.store import DialectListing, DialectStore
@@ -93,6 +93,8 @@ class ProbeLiveness:
 
     def wrote(self, key: str, value: bytes, revision: int) -> None:
         """See Liveness."""
+        if MARK not in key:  # as most writes are
+            return
         registration, memory = owned(key) or ("", "")
         address = address_of(key, value)
         if key == registration and address is not None:

@@ -46,6 +46,8 @@ class EmbeddedRecords:
         self._staged = asyncio.Event()
         self._sooner = asyncio.Event()
         self._closed = False
+        self._together = 0
+        """Writes that shared the last flush."""
 
     def __repr__(self) -> str:
         return f"<EmbeddedRecords {len(self._waiting)} writes waiting: {self._table}>"
@@ -150,6 +152,7 @@ class EmbeddedRecords:
     async def _flush(self) -> None:
         while True:
             await self._staged.wait()
+            await self._gather()
             if self._closed:  # who waited was refused, and the journal takes nothing any more
                 return
             self._staged.clear()
@@ -165,6 +168,19 @@ class EmbeddedRecords:
                     self._table.settle(batch)
                     self._watchers.tell(batch)
                 _settle(waiting, None)
+
+    async def _gather(self) -> None:
+        """Let those write too who did so together the last time, if their requests come in the next turns of the loop.
+
+        A flush costs far more than those turns, and while it runs its thread and the loop hinder each other."""
+        quiet = 0
+        while len(self._waiting) < self._limits.gathered and quiet < self._limits.quiet_turns:
+            seen = len(self._waiting)
+            await asyncio.sleep(0)
+            quiet = quiet + 1 if len(self._waiting) == seen else 0
+            if quiet and seen >= self._together:
+                break
+        self._together = len(self._waiting)
 
     def _refuse(self, error: Exception, flushing: "list[asyncio.Future[None]] | None" = None) -> None:
         waiting, self._waiting = [*(flushing or ()), *self._waiting], []

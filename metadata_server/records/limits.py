@@ -15,6 +15,10 @@ class RecordsLimits:
     max_leases: int = 1 << 16
     max_waiting: int = 1 << 16
     """Writes that wait to be flushed."""
+    gathered: int = 64
+    """No write waits for more than so many to share its flush …"""
+    quiet_turns: int = 32
+    """… nor for longer than so many turns of the loop in which none came."""
     sweep_s: float = 30.0
     """Between two looks at which pins have ended."""
     pins_at_once: int = 1024

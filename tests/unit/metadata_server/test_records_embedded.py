@@ -47,6 +47,29 @@ async def held(
         assert journal.closed
 
 
+async def test_who_wrote_together_shares_a_flush_again_though_some_come_later_and_one_alone_waits_for_nobody():
+    async with held(RecordsLimits(quiet_turns=8)) as (records, journal, _):
+
+        async def write(key: str, after_turns: int = 0) -> None:
+            for _ in range(after_turns):
+                await asyncio.sleep(0)
+            await records.put(key, b"x")
+
+        for turns in ((0, 0, 0, 0), (0, 2, 4, 9)):
+            journal.answers.put_nowait(True)
+            await asyncio.gather(*(write(f"k{number}", after) for number, after in enumerate(turns)))
+        assert [len(batch.records) for batch in journal.batches] == [4, 4]
+        for _ in range(2):
+            journal.answers.put_nowait(True)
+        await asyncio.gather(write("late0"), write("late1", 30))
+        assert [len(batch.records) for batch in journal.batches[2:]] == [1, 1], "no longer than so many quiet turns"
+        journal.answers.put_nowait(True)
+        alone = asyncio.ensure_future(write("alone"))
+        for _ in range(8):
+            await asyncio.sleep(0)
+        assert alone.done(), "it does not wait for those who are gone"
+
+
 async def test_nothing_is_answered_or_seen_before_it_is_flushed():
     async with held() as (records, journal, _):
         watch = records.watch("")
