@@ -13,13 +13,14 @@ import argparse
 import heapq
 import json
 import random
+from array import array
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvcore.eviction.chains import Chains
 from kvcore.eviction.evictor import POLICY_NAMES, Evictor, PolicyName, new_policy
+from kvcore.eviction.row_chains import FIRST, RowChains
 
 SHARES = (2, 4, 8, 16)
 CHUNK = 512
@@ -66,16 +67,17 @@ def made_up(count: int) -> list[Prompt]:
 
 def hit_tokens(prompts: list[Prompt], policy: PolicyName, capacity: int) -> int:
     """Tokens of the longest prefixes that are found, with room for `capacity` chunks."""
-    chains: Chains[int] = Chains()
+    count = 1 + max(chunk for prompt in prompts for chunk in prompt.chunks)
+    parents, children = array("i", [FIRST]) * count, array("i", [0]) * count
+    chains = RowChains(parents, children)
     serving: set[int] = set()
-    evictor = Evictor(new_policy(policy), chains, serving.__contains__)
+    evictor = Evictor[int](new_policy(policy), lambda chunk: chunk in serving or children[chunk] > 0)
     there: set[int] = set()
     hits = 0
     for prompt in prompts:
         found = _prefix(prompt, there)
         hits += sum(prompt.tokens[:found])
         serving.update(prompt.chunks)
-        chains.link(prompt.chunks[: found + 1])
         stored = [chunk for chunk in prompt.chunks if chunk in there]
         for chunk in reversed(stored):
             evictor.use(chunk)
@@ -89,8 +91,11 @@ def hit_tokens(prompts: list[Prompt], policy: PolicyName, capacity: int) -> int:
                 if victim is None:
                     break
                 there.discard(victim)
+                if (parent := chains.left(victim)) != FIRST:
+                    evictor.let_go(parent)
             there.add(chunk)
-            chains.came(chunk, prompt.chunks[at - 1] if at else None)
+            if at:
+                chains.join(chunk, prompt.chunks[at - 1])
             new.append(chunk)
         for chunk in reversed(new):
             evictor.add(chunk)

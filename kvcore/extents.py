@@ -1,7 +1,7 @@
 """Hands out extents of a segment or a slab: 4096-aligned, best fit, neighbours coalesced on free.
 
-Owns free space only; who holds an extent is its caller's business. Invariant: free and taken extents tile
-[0, capacity) without gap or overlap, and no two free ones touch. Operations are O(log(distinct free sizes)).
+Owns free space only; who holds an extent, and how long it is, is its caller's business, so that what is taken costs no
+memory here. Invariant: no two free extents touch or overlap. Operations are O(log(distinct free sizes)).
 """
 
 from bisect import bisect_left, insort
@@ -22,7 +22,6 @@ class ExtentAllocator:
         """`taken`: (offset, length) in use from the start; aligned offsets, disjoint and inside, else ValueError."""
         self.capacity = size_bytes // ALIGNMENT * ALIGNMENT
         self.used = 0
-        self._taken: dict[int, int] = {}
         self._free_sizes: dict[int, int] = {}  # start -> size
         self._free_starts: dict[int, int] = {}  # end -> start
         self._by_size: dict[int, dict[int, None]] = {}
@@ -34,7 +33,6 @@ class ExtentAllocator:
             if offset % ALIGNMENT or offset < end or size <= 0 or offset + size > self.capacity:
                 raise ValueError(f"extent at {offset} of {length} bytes overlaps, is unaligned or lies outside")
             self._add_free(end, offset - end)
-            self._taken[offset] = size
             self.used += size
             end = offset + size
         self._add_free(end, self.capacity - end)
@@ -51,18 +49,29 @@ class ExtentAllocator:
 
     def allocate(self, length: int) -> int | None:
         """Offset of an extent of at least `length` > 0 bytes, or None if no free one is long enough."""
+        offsets = self.allocate_run(length, 1)
+        return offsets[0] if offsets else None
+
+    def allocate_run(self, length: int, count: int) -> list[int]:
+        """Offsets of up to `count` extents of `length` > 0 bytes each, fewer where there is no room for more. Those
+        that come out of one free extent are neighbours."""
         size = aligned(length)
-        at = bisect_left(self._sizes, size)
-        if at == len(self._sizes):
-            return None
-        found = self._sizes[at]
-        start = next(reversed(self._by_size[found]))
-        self._remove_free(start, found)
-        self._add_free(start + size, found - size)
-        self._taken[start] = size
-        self.used += size
-        self._mark(start, size, 1)
-        return start
+        offsets: list[int] = []
+        while count > 0:
+            at = bisect_left(self._sizes, size)
+            if at == len(self._sizes):
+                break
+            found = self._sizes[at]
+            start = next(reversed(self._by_size[found]))
+            number = min(count, found // size)
+            end = start + number * size
+            self._remove_free(start, found)
+            self._add_free(end, start + found - end)
+            self._mark(start, end - start, 1)
+            offsets += range(start, end, size)
+            count -= number
+        self.used += size * len(offsets)
+        return offsets
 
     def take(self, offset: int, length: int) -> bool:
         """Take the extent of `length` > 0 bytes at `offset`. False: it is not aligned, not inside, or not free.
@@ -74,9 +83,9 @@ class ExtentAllocator:
         if offset % ALIGNMENT or offset < 0 or size <= 0 or offset + size > self.capacity:
             return False
         if self._map is None:
-            self._map = bytearray(self.capacity // ALIGNMENT)
-            for start, taken in self._taken.items():
-                self._mark(start, taken, 1)
+            self._map = bytearray(b"\x01") * (self.capacity // ALIGNMENT)
+            for start, free in self._free_sizes.items():
+                self._mark(start, free, 0)
         first, last = offset // ALIGNMENT, (offset + size) // ALIGNMENT
         if self._map.find(1, first, last) >= 0:
             return False
@@ -86,7 +95,6 @@ class ExtentAllocator:
         self._remove_free(start, end - start)
         self._add_free(start, offset - start)
         self._add_free(offset + size, end - offset - size)
-        self._taken[offset] = size
         self.used += size
         self._mark(offset, size, 1)
         return True
@@ -95,12 +103,14 @@ class ExtentAllocator:
         """No `take` will come, for now."""
         self._map = None
 
-    def release(self, offset: int) -> None:
-        """Free the extent that begins at `offset`. KeyError if none does."""
-        size = self._taken.pop(offset)
+    def release(self, offset: int, length: int) -> None:
+        """Free the extent of `length` bytes at `offset`, or several that are neighbours. KeyError where it is free."""
+        size = aligned(length)
+        start, end = offset, offset + size
+        if start in self._free_sizes or end in self._free_starts:
+            raise KeyError(offset)
         self.used -= size
         self._mark(offset, size, 0)
-        start, end = offset, offset + size
         after = self._free_sizes.get(end)
         if after is not None:
             self._remove_free(end, after)
@@ -111,12 +121,11 @@ class ExtentAllocator:
             start = before
         self._add_free(start, end - start)
 
-    def check(self) -> None:
-        """Assert every invariant. O(n log n), for tests."""
-        assert self.used == sum(self._taken.values())
-        pieces = sorted(
-            [(s, n, False) for s, n in self._taken.items()] + [(s, n, True) for s, n in self._free_sizes.items()]
-        )
+    def check(self, taken: Iterable[tuple[int, int]]) -> None:
+        """Assert that free space and `taken`, (offset, length) each, tile the whole. O(n log n), for tests."""
+        sizes = [(offset, aligned(length)) for offset, length in taken]
+        assert self.used == sum(size for _, size in sizes)
+        pieces = sorted([(s, n, False) for s, n in sizes] + [(s, n, True) for s, n in self._free_sizes.items()])
         end, was_free = 0, False
         for start, size, is_free in pieces:
             assert start == end and size > 0 and size % ALIGNMENT == 0, f"gap or overlap at {end}"
@@ -128,7 +137,7 @@ class ExtentAllocator:
         assert {s: n for n, starts in self._by_size.items() for s in starts} == self._free_sizes
         if self._map is not None:
             assert sum(self._map) * ALIGNMENT == self.used
-            assert all(all(self._map[s // ALIGNMENT : (s + n) // ALIGNMENT]) for s, n in self._taken.items())
+            assert all(all(self._map[s // ALIGNMENT : (s + n) // ALIGNMENT]) for s, n in sizes)
 
     def _mark(self, start: int, size: int, taken: int) -> None:
         if self._map is not None:

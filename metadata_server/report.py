@@ -5,11 +5,11 @@ from collections.abc import Iterator
 
 from kvcore.types import ChunkKey
 from metadata_server.account_messages import Stats
+from metadata_server.index.chunks.replicas import ReplicaIndex
 from metadata_server.index.event_log import EventLog
 from metadata_server.index.imports import Imports
 from metadata_server.index.nodes import NodeRegistry
 from metadata_server.index.reading import Reading
-from metadata_server.index.replicas import ReplicaIndex
 from metadata_server.index.reservations import Reservations
 from metadata_server.messages import EventBatch, NodesReply
 
@@ -74,4 +74,4 @@ class IndexReport:
 
     def _stored(self) -> Iterator[tuple[str, str, list[ChunkKey]]]:
         for record in list(self._nodes.segments.values()):
-            yield record.segment.node_id, record.segment.id, list(record.complete)
+            yield record.segment.node_id, record.segment.id, self._index.keys_in(record)

@@ -1,16 +1,12 @@
 """Which chunk continues which, of all that are there: a prefix never goes before its continuation.
 
-Each segment has one of its own: one that waited for what lies elsewhere could be full of prefixes that may not go, and
-give no room to what is wanted now.
-
 Without its prefix a chunk is of no use to anybody. Who continues whom is not in a key: it is learned from the order of
-keys in one call (`link`), and unknown of what was found after a restart until somebody asks for it. Several evictors
-may share one `Chains`; a chunk may then be there several times. Invariant: no chunk comes before itself, whatever is
-said, so that there is always one that may go.
+keys in one call (`link`), and unknown of what was found after a restart until somebody asks for it. Invariant: no chunk
+comes before itself, whatever is said, so that there is always one that may go.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Generic
 
 from kvcore.eviction.base import K
@@ -23,11 +19,8 @@ class Chains(Generic[K]):
         """`max_expected`: links known of chunks that are still to come; the oldest are forgotten."""
         self._parents: dict[K, K | None] = {}
         """Of all that are there; None: unknown, or the first of a prompt."""
-        self._copies: dict[K, int] = {}
-        """Of those that are there more than once."""
         self._children: dict[K, int] = {}
         """Continuations that are there, of chunks that are there or not."""
-        self._waiting: dict[K, list[Callable[[K], None]]] = {}
         self._expected: OrderedDict[K, K] = OrderedDict()
         self._max_expected = max_expected
 
@@ -35,45 +28,27 @@ class Chains(Generic[K]):
         return f"<Chains of {len(self._parents)} chunks, {len(self._children)} with continuations>"
 
     def is_prefix(self, key: K) -> bool:
-        """Whether a continuation is there that would be lost with this, its last copy."""
-        return key in self._children and key not in self._copies
+        """Whether a continuation is there that would be lost with this."""
+        return key in self._children
 
-    def came(self, key: K, parent: K | None = None) -> None:
-        """One more copy of a chunk is there. Of several the first of a prompt is to come first."""
-        if parent is None:
-            parent = self._expected.pop(key, None)
-        elif key not in self._parents and key not in self._children and key != parent:  # most are
-            self._parents[key] = parent
-            self._children[parent] = self._children.get(parent, 0) + 1
-            return
-        if key in self._parents:
-            self._copies[key] = self._copies.get(key, 1) + 1
-            self._wake(key)
-            if self._parents[key] is not None:
-                return
-        else:
-            self._parents[key] = None
+    def came(self, key: K) -> None:
+        """A chunk is there."""
+        self._parents[key] = None
+        parent = self._expected.pop(key, None)
         if parent is not None:
             self._join(key, parent)
 
-    def left(self, key: K) -> None:
-        """One copy is gone."""
-        copies = self._copies.get(key)
-        if copies is not None:
-            if copies == 2:
-                del self._copies[key]
-            else:
-                self._copies[key] = copies - 1
-            return
+    def left(self, key: K) -> K | None:
+        """It is gone. Returns the chunk that nothing continues any more; None: there is none."""
         parent = self._parents.pop(key)
         if parent is None:
-            return
+            return None
         left = self._children[parent] - 1
         if left:
             self._children[parent] = left
-        else:
-            del self._children[parent]
-            self._wake(parent)
+            return None
+        del self._children[parent]
+        return parent
 
     def link(self, keys: Sequence[K]) -> None:
         """Each continues the one before it."""
@@ -88,12 +63,6 @@ class Chains(Generic[K]):
             if len(self._expected) > self._max_expected:
                 self._expected.popitem(last=False)
 
-    def wait(self, key: K, tell: Callable[[K], None]) -> None:
-        """Call `tell` once, when this is no prefix any more."""
-        waiting = self._waiting.setdefault(key, [])
-        if tell not in waiting:
-            waiting.append(tell)
-
     def check(self) -> None:
         """Assert every invariant. For tests."""
         children: dict[K, int] = {}
@@ -101,7 +70,6 @@ class Chains(Generic[K]):
             if parent is not None:
                 children[parent] = children.get(parent, 0) + 1
         assert children == self._children
-        assert all(copies > 1 and key in self._parents for key, copies in self._copies.items())
         for key in self._parents:
             seen, up = {key}, self._parents[key]
             while up is not None:
@@ -121,7 +89,3 @@ class Chains(Generic[K]):
             return
         self._parents[key] = parent
         children[parent] = children.get(parent, 0) + 1
-
-    def _wake(self, key: K) -> None:
-        for tell in self._waiting.pop(key, ()):
-            tell(key)

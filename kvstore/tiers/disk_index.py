@@ -109,7 +109,7 @@ class SlabIndex:
         self._clock, self._data_offset = clock, data_offset
         self._chains = Chains[ChunkName]()
         """Told of each prompt that is asked for: its chunks may come in several batches, its last ones last."""
-        self._evictor = Evictor(policy, self._chains, self._stays)
+        self._evictor = Evictor(policy, self._stays)
         taken = []
         for entry in disjoint(entries, clock.wall()):
             taken.append((entry.offset - data_offset, entry.num_bytes))
@@ -173,7 +173,7 @@ class SlabIndex:
 
     def give_back(self, held: HeldChunk) -> None:
         """Its extent and its place are free."""
-        self.extents.release(held.entry.offset - self._data_offset)
+        self.extents.release(held.entry.offset - self._data_offset, held.entry.num_bytes)
         self.free_numbers.append(held.entry.number)
 
     def pin(self, names: Iterable[ChunkName], ttl_s: float | None) -> tuple[int, int]:
@@ -204,7 +204,7 @@ class SlabIndex:
         return [name in self.pins for name in names]
 
     def _stays(self, name: ChunkName) -> bool:
-        return self.chunks[name].busy > 0 or name in self.pins
+        return self.chunks[name].busy > 0 or name in self.pins or self._chains.is_prefix(name)
 
     def _refresh(self, names: Iterable[ChunkName]) -> None:
         for name in names:
@@ -214,6 +214,8 @@ class SlabIndex:
     def _let_go(self, name: ChunkName) -> None:
         held = self.chunks.pop(name)
         self.pins.left(name)
+        if (prefix := self._chains.left(name)) is not None:
+            self._evictor.let_go(prefix)
         self.to_clear.append(held.entry.number)
         held.gone = True
         if not held.busy:

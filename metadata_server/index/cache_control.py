@@ -19,11 +19,11 @@ from metadata_server.cache_messages import (
     PinsReply,
     UnpinRequest,
 )
+from metadata_server.index.chunks.replicas import ReplicaIndex
 from metadata_server.index.leases import Deadlines, Expiry
 from metadata_server.index.limits import IndexLimits
 from metadata_server.index.nodes import NodeRegistry
 from metadata_server.index.pins import Pins, pin_end
-from metadata_server.index.replicas import ReplicaIndex
 
 
 class CacheControl:
@@ -56,8 +56,7 @@ class CacheControl:
 
     def room_changed(self) -> None:
         """Segments came or went."""
-        room = sum(record.segment.size_bytes for record in self._nodes.segments.values())
-        self._pins.most_bytes = int(self._pin_share * room)
+        self._pins.most_bytes = int(self._pin_share * self._index.rooms.size_bytes)
 
     def pin(self, request: PinRequest, now: float) -> CacheReply:
         """See PinRequest. In the order of the keys: where there is no room for all, a prefix is pinned."""
@@ -66,7 +65,7 @@ class CacheControl:
         keys = list(dict.fromkeys(request.keys))
         for key in keys:
             end = max(until, self._pins.end(key)) if request.extend else until
-            if not self._pins.pin(key, end, self._index.complete.get(key, ())):
+            if not self._pins.pin(key, end, self._index.rows(key)):
                 break
             done += 1
             if end < math.inf:
@@ -84,11 +83,12 @@ class CacheControl:
     def end_pin(self, key: ChunkKey, now: float) -> bool:
         """Its time is up, or nobody wants it any more. False: it was not pinned."""
         self._deadlines.drop((Expiry.PIN, key))
-        ended = self._pins.unpin(key, self._index.complete.get(key, ()))
+        rows = self._pins.unpin(key, self._index.rows(key))
+        self._index.unpin(rows or ())
         if key in self._overdue:
             self._overdue.discard(key)
             self.end_chunk(key, now)
-        return ended
+        return rows is not None
 
     def evict(self, request: EvictRequest) -> CacheReply:
         """See EvictRequest. A chunk with a replica that is in use keeps that one."""
@@ -125,7 +125,7 @@ class CacheControl:
         for key, until in self._pins:
             if len(pins) == self._limits.max_listed_pins:
                 break
-            replicas = sum(replica.ref.id in self._pins.held for replica in self._index.complete.get(key, ()))
+            replicas = sum(row in self._pins.held for row in self._index.rows(key))
             pins.append(Pin(key=key, left_s=until - now if until < math.inf else None, replicas=replicas))
         return PinsReply(
             num_pins=len(self._pins),
@@ -136,7 +136,7 @@ class CacheControl:
 
     def check(self) -> None:
         """Assert every invariant. For tests."""
-        self._pins.check(self._index.complete)
+        self._pins.check({key: self._index.rows(key) for key in self._index.complete})
         for key, until in self._pins:
             assert ((Expiry.PIN, key) in self._deadlines) == (until < math.inf)
         assert all(key in self._pins for key in self._overdue)
@@ -147,10 +147,10 @@ class CacheControl:
     def _forget(self, key: ChunkKey) -> bool:
         """Remove the chunk's replicas. False: one of them is in use, and stays."""
         used = False
-        for replica in self._index.complete.get(key, ()):
-            if replica.pins:
+        for row in self._index.rows(key):
+            if row in self._index.table.pins:
                 used = True
             else:
-                self._index.remove(replica)
+                self._index.remove(row)
                 self._counts["forgotten"] += 1
         return not used

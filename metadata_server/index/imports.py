@@ -8,9 +8,9 @@ from collections import Counter
 
 from metadata_server.account_messages import ImportReply, ImportRequest
 from metadata_server.index.cache_control import CacheControl
+from metadata_server.index.chunks.replicas import ReplicaIndex
+from metadata_server.index.chunks.segments import SegmentRecord
 from metadata_server.index.nodes import NodeRegistry
-from metadata_server.index.replicas import ReplicaIndex
-from metadata_server.index.segments import SegmentRecord
 from metadata_server.messages import ManifestEntry
 
 
@@ -36,14 +36,14 @@ class Imports:
 
     def begin(self, record: SegmentRecord) -> int:
         """The number under which all that lies there is to be told, from its beginning."""
-        record.rebuilding = True
+        record.rebuild(True)
         self._last_number += 1
         self._numbers[record.segment.id] = self._last_number
         return self._last_number
 
     def end(self, record: SegmentRecord) -> None:
         """All is told, or the segment is gone."""
-        record.rebuilding = False
+        record.rebuild(False)
         record.allocator.settle()
         self._numbers.pop(record.segment.id, None)
 
@@ -77,11 +77,11 @@ class Imports:
         """These lie in a segment that is rebuilding; returns how many count. Those known already do."""
         imported, known = [], 0
         for entry in entries:
-            if record.take(entry):
+            if self._index.row_in(entry.key, record.number) is not None:
+                known += self._index.holds(record, entry)
+            elif record.allocator.take(entry.offset, entry.length):
                 self._index.adopt(entry, record)
                 imported.append(entry.key)
-            else:
-                known += _is_there(entry, record)
         self._cache.stored(imported, now)
         return len(imported) + known
 
@@ -89,8 +89,3 @@ class Imports:
         """Assert every invariant. For tests."""
         rebuilding = {name for name, record in self._nodes.segments.items() if record.rebuilding}
         assert rebuilding == self._numbers.keys()
-
-
-def _is_there(entry: ManifestEntry, record: SegmentRecord) -> bool:
-    there = record.complete.get(entry.key)
-    return there is not None and (there.ref.offset, there.ref.generation) == (entry.offset, entry.generation)

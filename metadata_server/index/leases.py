@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from kvcore.types import ChunkKey
-from metadata_server.index.segments import Replica
+from metadata_server.index.chunks.replicas import ReplicaIndex
 
 
 class Expiry(IntEnum):
@@ -24,7 +24,7 @@ class Expiry(IntEnum):
 
 
 ExpiryOf = int | str | ChunkKey
-"""A replica's or a lease's id, a node's, or a chunk's key."""
+"""A lease's id, a grant's number, a row, a node's id, or a chunk's key."""
 ExpiryKey = tuple[Expiry, ExpiryOf]
 
 
@@ -78,7 +78,7 @@ class Deadlines:
 class ReadLease:
     """Pins replicas; `holder` is a live node's id or None. `name`: what its reader calls it; 0: nothing."""
 
-    replicas: tuple[Replica, ...]
+    rows: tuple[int, ...]
     holder: str | None
     name: int
 
@@ -90,8 +90,9 @@ class ReadLeases:
     before the request arrives, which then gets none.
     """
 
-    def __init__(self, last_id: int = 0, *, max_given_back: int = 16_384) -> None:
+    def __init__(self, index: ReplicaIndex, last_id: int = 0, *, max_given_back: int = 16_384) -> None:
         """Of names that were given back before a lease had them the last `max_given_back` are remembered."""
+        self._index = index
         self._leases: dict[int, ReadLease] = {}
         self._by_holder: dict[str, set[int]] = {}
         self._by_name: dict[int, int] = {}
@@ -114,11 +115,10 @@ class ReadLeases:
         """Whether a lease of this name may be granted: it was not given back already."""
         return name not in self._given_back
 
-    def grant(self, replicas: Iterable[Replica], holder: str | None, name: int = 0) -> int:
-        """Pin `replicas`, each of them complete; returns the lease's id, > 0."""
-        lease = ReadLease(tuple(replicas), holder, name)
-        for replica in lease.replicas:
-            replica.record.pin(replica)
+    def grant(self, rows: Iterable[int], holder: str | None, name: int = 0) -> int:
+        """Pin replicas, each of them complete; returns the lease's id, > 0."""
+        lease = ReadLease(tuple(rows), holder, name)
+        self._index.pin(lease.rows)
         self._last_id += 1
         self._leases[self._last_id] = lease
         if name:
@@ -126,7 +126,7 @@ class ReadLeases:
         if holder is not None:
             self._by_holder.setdefault(holder, set()).add(self._last_id)
         else:
-            self.nobodys_bytes += bytes_of(lease.replicas)
+            self.nobodys_bytes += self._index.bytes_of(lease.rows)
         return self._last_id
 
     def end(self, lease_id: int) -> bool:
@@ -134,8 +134,6 @@ class ReadLeases:
         lease = self._leases.pop(lease_id, None)
         if lease is None:
             return False
-        for replica in reversed(lease.replicas):
-            replica.record.unpin(replica)
         if self._by_name.get(lease.name) == lease_id:
             del self._by_name[lease.name]
         if lease.holder is not None:
@@ -144,7 +142,8 @@ class ReadLeases:
             if not held:
                 del self._by_holder[lease.holder]
         else:
-            self.nobodys_bytes -= bytes_of(lease.replicas)
+            self.nobodys_bytes -= self._index.bytes_of(lease.rows)
+        self._index.unpin(lease.rows[::-1])
         return True
 
     def give_back(self, name: int) -> int | None:
@@ -169,14 +168,9 @@ class ReadLeases:
         return set(self._by_holder)
 
     def pins(self) -> dict[int, int]:
-        """Replica id -> number of leases on it, for checks."""
+        """Row -> number of leases on it, for checks."""
         counts: dict[int, int] = {}
         for lease in self._leases.values():
-            for replica in lease.replicas:
-                counts[replica.ref.id] = counts.get(replica.ref.id, 0) + 1
+            for row in lease.rows:
+                counts[row] = counts.get(row, 0) + 1
         return counts
-
-
-def bytes_of(replicas: Iterable[Replica]) -> int:
-    """What they take, headers included."""
-    return sum(replica.ref.length for replica in replicas)

@@ -27,7 +27,11 @@ class IndexLimits:
     same_use_s: float = 30.0
     """Uses of a chunk so soon after one that was counted are the same use, as a prompt is computed by one and read by
     another. It is for policies that count uses."""
-    max_expected_links: int = 8192
-    """Of a segment: chunks whose prefix is known before they come, about 150 bytes each."""
+    max_expected_links: int = 65_536
+    """Chunks whose prefix is known before they come, about 250 bytes each."""
+    max_known_commits: int = 1 << 20
+    """Of so many reservations, the latest, a commit may be said again: 4 bytes each."""
+    most_evicted: int = 256
+    """Chunks that one makes room for in advance: nobody waits for thousands to go."""
     forget_again_s: float = 1.0
     """A chunk whose time is up while it is read is looked at again after this."""

@@ -10,13 +10,14 @@ from collections.abc import Callable
 from kvcore.errors import NodeRefusedError
 from kvcore.types import Segment
 from metadata_server.index.cache_control import CacheControl
+from metadata_server.index.chunks.new_segments import acceptable
+from metadata_server.index.chunks.replicas import ReplicaIndex
+from metadata_server.index.chunks.segments import SegmentRecord
 from metadata_server.index.event_log import EventLog
 from metadata_server.index.imports import Imports
 from metadata_server.index.nodes import LiveNode, NodeRegistry
 from metadata_server.index.reading import Reading
-from metadata_server.index.replicas import ReplicaIndex
 from metadata_server.index.reservations import Reservations
-from metadata_server.index.segments import SegmentRecord, acceptable
 from metadata_server.index.tier_holdings import TierHoldings
 from metadata_server.messages import EventKind, ManifestEntry, RegisterReply, RegisterRequest, SegmentManifest
 
@@ -121,6 +122,7 @@ class ClusterMembership:
     def _add(self, node: LiveNode, segment: Segment, taken: list[ManifestEntry]) -> SegmentRecord:
         record = self._new_record(segment, taken)
         self._nodes.add_segment(node, record)
+        self._index.rooms.add(record)
         self._cache.room_changed()
         return record
 
@@ -133,7 +135,7 @@ class ClusterMembership:
                 imported = self._imports.note(known, manifest.entries[::-1], now)
                 self._imports.end(known)
                 return imported
-            return _confirmed(known, manifest.entries)
+            return sum(self._index.holds(known, entry) for entry in manifest.entries)
         entries = acceptable(manifest.segment, manifest.entries)
         record = self._add(node, manifest.segment, entries)
         for entry in reversed(entries):  # the newest generation will be the last to be evicted
@@ -144,16 +146,8 @@ class ClusterMembership:
     def _drop_segment(self, node: LiveNode, segment_id: str, *, emit_event: bool) -> None:
         record = self._nodes.remove_segment(node, segment_id)
         self._imports.end(record)
-        self._reservations.forget(record.replicas())
-        self._index.forget(record.replicas(), emit_event=emit_event)
-        record.clear()
+        rows = record.clear()
+        self._reservations.forget(rows)
+        self._index.forget(rows, emit_event=emit_event)
+        self._index.rooms.remove(record)
         self._cache.room_changed()
-
-
-def _confirmed(record: SegmentRecord, entries: list[ManifestEntry]) -> int:
-    """How many of these are known to lie there."""
-    if not entries:
-        return 0
-    refs = [replica.ref for replica in record.complete.values()]
-    present = {(ref.key, ref.offset, ref.length, ref.generation) for ref in refs}
-    return sum((e.key, e.offset, e.length, e.generation) in present for e in entries)

@@ -10,10 +10,11 @@ from collections.abc import Iterator, Set
 from kvcore.errors import MetadataProtocolError, NodeRefusedError
 from kvcore.identity import ClusterIdentity
 from kvcore.types import NodeInfo
+from metadata_server.index.chunks.replicas import Grant
+from metadata_server.index.chunks.segments import SegmentRecord
 from metadata_server.index.leases import Deadlines, Expiry
 from metadata_server.index.limits import IndexLimits
 from metadata_server.index.node_orders import NodeOrders
-from metadata_server.index.segments import Replica, SegmentRecord, Writer
 from metadata_server.messages import RegisterRequest
 
 
@@ -21,17 +22,19 @@ class LiveNode:
     """A node as it registered, with its segments and the reservations that it has as a writer. `replaced`: incarnations
     whose place it took, the latest last."""
 
-    def __init__(self, info: NodeInfo, replaced: deque[int]) -> None:
+    def __init__(self, info: NodeInfo, replaced: deque[int], number: int) -> None:
         self.info = info
-        self.writer = Writer(info.id, info.incarnation)
-        """As which it writes: one value for all its replicas."""
+        self.number = number
+        """As which it writes: no other node or incarnation has or had it."""
         self.replaced = replaced
         self.ttl_s = 0.0
         self.segments: dict[str, SegmentRecord] = {}
-        self.reservations: dict[int, Replica] = {}
+        self.grants: dict[int, Grant] = {}
+        """What it has reserved, by number."""
 
     def __repr__(self) -> str:
-        held = f"{len(self.segments)} segments, {len(self.reservations)} reservations"
+        reserved = sum(len(grant.rows) for grant in self.grants.values())
+        held = f"{len(self.segments)} segments, {reserved} reservations"
         return f"<LiveNode {self.info.id} incarnation {self.info.incarnation}: {held}>"
 
 
@@ -50,6 +53,7 @@ class NodeRegistry:
         self._max_replaced = limits.max_replaced
         self.orders = NodeOrders(limits)
         self._live: dict[str, LiveNode] = {}
+        self._num_joined = 0
 
     def __iter__(self) -> Iterator[LiveNode]:
         return iter(self._live.values())
@@ -101,7 +105,8 @@ class NodeRegistry:
         replaced = deque(replaces.replaced if replaces is not None else (), maxlen=self._max_replaced)
         if replaces is not None:
             replaced.append(replaces.info.incarnation)
-        node = self._live.setdefault(info.id, LiveNode(info, replaced))
+        self._num_joined += 1
+        node = self._live.setdefault(info.id, LiveNode(info, replaced, self._num_joined))
         node.info = info
         return node
 

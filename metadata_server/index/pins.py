@@ -8,19 +8,21 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Set
 
+from kvcore.extents import aligned
 from kvcore.types import ChunkKey
-from metadata_server.index.segments import Replica
+from metadata_server.index.chunks.rows import ReplicaTable
 
 
 class Pins:
     """Mutated by CacheControl, and told by ReplicaIndex of every complete replica that comes or goes."""
 
-    def __init__(self, max_pins: int, counts: Counter[str]) -> None:
+    def __init__(self, max_pins: int, counts: Counter[str], table: ReplicaTable) -> None:
         self.most_bytes = 0
         """That may be held. What is held already stays when this shrinks with the cluster."""
         self.held_bytes = 0
         self._until: dict[ChunkKey, float] = {}
-        self._held: dict[int, Replica] = {}
+        self._held: dict[int, None] = {}
+        self._table = table
         self._max_pins = max_pins
         self._counts = counts
 
@@ -43,56 +45,64 @@ class Pins:
 
     @property
     def held(self) -> Set[int]:
-        """Ids of the replicas that pins hold."""
+        """Rows that pins hold."""
         return self._held.keys()
 
-    def pin(self, key: ChunkKey, until: float, replicas: Iterable[Replica]) -> bool:
+    def pin(self, key: ChunkKey, until: float, rows: Iterable[int]) -> bool:
         """Hold all the key's complete replicas until then. False: that would be more than may be held."""
-        fresh = [replica for replica in replicas if replica.ref.id not in self._held]
-        new = sum(replica.room_bytes for replica in fresh)
+        fresh = [row for row in rows if row not in self._held]
+        new = sum(map(self._room_of, fresh))
         full = key not in self._until and len(self._until) >= self._max_pins
         if full or self.held_bytes + new > self.most_bytes:
             self._counts["pins_refused"] += 1
             return False
         self._until[key] = until
-        for replica in fresh:
-            self._hold(replica)
+        for row in fresh:
+            self._hold(row)
         return True
 
-    def unpin(self, key: ChunkKey, replicas: Iterable[Replica]) -> bool:
-        """End the key's pin. False: it had none."""
+    def unpin(self, key: ChunkKey, rows: Iterable[int]) -> list[int] | None:
+        """End the key's pin. Returns the rows that are not held by it any more, each to be unpinned; None: it had
+        none."""
         if self._until.pop(key, None) is None:
-            return False
-        for replica in replicas:
-            if replica.ref.id in self._held:
-                self.gone(replica)
-                replica.record.unpin(replica)
-        return True
+            return None
+        return [row for row in rows if self._let_go(row)]
 
-    def came(self, replica: Replica) -> None:
+    def came(self, row: int) -> None:
         """It is complete, and in its segment."""
-        if replica.ref.key not in self._until:
+        if self._table.keys[row] not in self._until:
             return
-        if self.held_bytes + replica.room_bytes > self.most_bytes:
+        if self.held_bytes + self._room_of(row) > self.most_bytes:
             self._counts["pins_without_room"] += 1
         else:
-            self._hold(replica)
+            self._hold(row)
 
-    def gone(self, replica: Replica) -> None:
-        """It is not held any more, whatever became of it."""
-        if self._held.pop(replica.ref.id, None) is not None:
-            self.held_bytes -= replica.room_bytes
+    def gone(self, row: int) -> None:
+        """The replica is no longer there."""
+        if self._let_go(row):
+            self._table.unpin(row)
 
-    def check(self, complete: dict[ChunkKey, tuple[Replica, ...]]) -> None:
-        """Assert every invariant. For tests."""
-        assert self.held_bytes == sum(replica.room_bytes for replica in self._held.values())
-        for replica in self._held.values():
-            assert replica.ref.key in self._until and replica in complete[replica.ref.key] and replica.pins > 0
+    def check(self, complete: dict[ChunkKey, tuple[int, ...]]) -> None:
+        """Assert every invariant. `complete`: rows of complete replicas by key. For tests."""
+        assert self.held_bytes == sum(map(self._room_of, self._held))
+        for row in self._held:
+            key = self._table.keys[row]
+            assert key in self._until and row in complete[key] and row in self._table.pins
 
-    def _hold(self, replica: Replica) -> None:
-        self._held[replica.ref.id] = replica
-        self.held_bytes += replica.room_bytes
-        replica.record.pin(replica)
+    def _hold(self, row: int) -> None:
+        self._held[row] = None
+        self.held_bytes += self._room_of(row)
+        self._table.pin(row)
+
+    def _let_go(self, row: int) -> bool:
+        if row not in self._held:
+            return False
+        del self._held[row]
+        self.held_bytes -= self._room_of(row)
+        return True
+
+    def _room_of(self, row: int) -> int:
+        return aligned(self._table.lengths[row])
 
 
 def pin_end(now: float, ttl_s: float | None) -> float:

@@ -7,13 +7,12 @@ deadline, its holder, or when it is given back.
 from collections import Counter
 from collections.abc import Iterable, Set
 
-from kvcore.types import ChunkKey
+from kvcore.types import ChunkKey, ReplicaRef
 from metadata_server.cache_messages import RenewReply, RenewRequest
-from metadata_server.index.leases import Deadlines, Expiry, ReadLeases, bytes_of
+from metadata_server.index.chunks.replicas import ReplicaIndex
+from metadata_server.index.leases import Deadlines, Expiry, ReadLeases
 from metadata_server.index.limits import IndexLimits
 from metadata_server.index.nodes import LiveNode, NodeRegistry
-from metadata_server.index.replicas import ReplicaIndex, segments_of
-from metadata_server.index.segments import Replica
 from metadata_server.messages import MatchReply, QuarantineRequest
 
 
@@ -31,7 +30,7 @@ class Reading:
         limits: IndexLimits,
     ) -> None:
         """Ids of leases are above `first_lease`."""
-        self.leases = ReadLeases(first_lease, max_given_back=limits.max_given_back)
+        self.leases = ReadLeases(index, first_lease, max_given_back=limits.max_given_back)
         self._nodes = nodes
         self._index = index
         self._deadlines = deadlines
@@ -52,29 +51,28 @@ class Reading:
         lease_name: int = 0,
     ) -> MatchReply:
         """See MetadataState.match; a lease is granted until `until`, None: no lease."""
-        found: list[tuple[Replica, ...]] = []
-        for key in keys:
-            replicas = self._index.complete.get(key)
-            if replicas is None:
-                break
-            found.append(replicas)
-        flat = [replica for replicas in found for replica in replicas]
+        index = self._index
+        found = flat = index.prefix(keys)
+        copied = index.copies and not index.copies.keys().isdisjoint(keys[: len(found)])
+        if copied:
+            flat = [row for key in keys[: len(found)] for row in index.rows(key)]
         if in_order:
-            for record in {replica.record for replica in flat}:
-                record.chains.link(keys[: len(found) + 1])  # the next one is what its asker will store
-        for replica in reversed(flat):  # the first chunk is touched last: without it the others are of no use
-            replica.record.touch(replica)
+            index.link(keys, found)
+        index.use(flat[::-1])  # the first chunk is used last: without it the others are of no use
         self._counts["lookups"] += len(keys)
         self._counts["hits"] += len(found)
         lease_id = self._grant(flat, until, node_id, incarnation, lease_name) if until is not None and flat else 0
-        refs = [[replica.ref for replica in replicas] for replicas in found]
+        refs = index.refs(flat)
         rest = keys[len(found) :]
-        writers = self._index.writers(rest[0]) if rest else []
-        num_writing = next((at for at, key in enumerate(rest) if key not in self._index.writing), len(rest))
+        writers = index.writers(rest[0]) if rest else []
+        num_writing = next((at for at, key in enumerate(rest) if key not in index.writing), len(rest))
+        by_key = {key: list[ReplicaRef]() for key in keys[: len(found)]} if copied else {}
+        for ref in dict.fromkeys(refs) if copied else ():
+            by_key[ref.key].append(ref)
         return MatchReply(
-            replicas=refs,
+            replicas=[by_key[key] for key in keys[: len(found)]] if copied else [[ref] for ref in refs],
             lease_id=lease_id,
-            segments=segments_of(flat),
+            segments=index.segments_of(flat),
             writers=writers,
             num_writing=num_writing,
         )
@@ -104,39 +102,39 @@ class Reading:
         """See MetadataState.quarantine. Room that others still read from rests until they have ended."""
         for item in request.items:
             bad = item.replica
-            for replica in list(self._index.complete.get(bad.key, ())):
-                if replica.ref.segment_id == bad.segment_id and replica.ref.generation == bad.generation:
-                    self._index.retire(replica)
-                    self.end_rest(replica, now)
+            for row in self._index.rows(bad.key):
+                known = self._index.table.generations[row] == bad.generation
+                if known and self._index.record(row).segment.id == bad.segment_id:
+                    self._index.retire(row)
+                    self.end_rest(row, now)
                     self._counts[f"quarantined_{item.reason.value}"] += 1
 
-    def end_rest(self, replica: Replica, now: float) -> None:
+    def end_rest(self, row: int, now: float) -> None:
         """Room that rested is free, unless somebody still reads there: then it is looked at again."""
-        if replica.pins:
-            self._deadlines.set((Expiry.RETIRED, replica.ref.id), now + self._limits.forget_again_s)
+        if row in self._index.table.pins:
+            self._deadlines.set((Expiry.RETIRED, row), now + self._limits.forget_again_s)
         else:
-            self._index.remove(replica)
+            self._index.remove(row)
 
     def check(self, pinned: Set[int]) -> None:
-        """Assert every invariant. `pinned`: ids of the replicas that are kept for another reason, too. For tests."""
-        pins = self.leases.pins()
-        for number, replica in self._index.replicas.items():
-            assert replica.pins == pins.get(number, 0) + (number in pinned)
+        """Assert every invariant. `pinned`: rows that are kept for another reason, too. For tests."""
+        pins = Counter(self.leases.pins())
+        pins.update(pinned)
+        assert pins == self._index.table.pins
         assert all(holder in self._nodes for holder in self.leases.holders())
 
-    def _grant(self, replicas: list[Replica], until: float, node_id: str, incarnation: int, name: int) -> int:
+    def _grant(self, rows: list[int], until: float, node_id: str, incarnation: int, name: int) -> int:
         if name and not self.leases.wanted(name):
             self._counts["leases_given_back_unseen"] += 1
             return 0
         holder = self._nodes.get(node_id, incarnation)
         full = len(self.leases) >= self._limits.max_read_leases
-        if full or (holder is None and not self._nobody_may_pin(bytes_of(replicas))):
+        if full or (holder is None and not self._nobody_may_pin(self._index.bytes_of(rows))):
             self._counts["leases_refused"] += 1
             return 0
-        lease_id = self.leases.grant(replicas, holder.info.id if holder else None, name)
+        lease_id = self.leases.grant(rows, holder.info.id if holder else None, name)
         self._deadlines.set((Expiry.READ_LEASE, lease_id), until)
         return lease_id
 
     def _nobody_may_pin(self, num_bytes: int) -> bool:
-        room = sum(record.segment.size_bytes for record in self._nodes.segments.values())
-        return self.leases.nobodys_bytes + num_bytes <= self._limits.nobodys_share * room
+        return self.leases.nobodys_bytes + num_bytes <= self._limits.nobodys_share * self._index.rooms.size_bytes

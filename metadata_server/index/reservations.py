@@ -1,19 +1,19 @@
 """Reservations of writers: granted, committed, given back, run out.
 
 Owns their deadlines and their lists in the nodes. Invariants: a replica is RESERVED if and only if its live writer has
-it in `reservations` and it has a deadline; the room of one that ended without a commit rests for the grace time.
+it in one of its grants, which has a deadline; the room of one that ended without a commit rests for the grace time.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Set
+from collections.abc import Iterable
 
 from kvcore.config.schema import StoreConfig
 from kvcore.types import ChunkKey
+from metadata_server.index.chunks.placement import Placer
+from metadata_server.index.chunks.replicas import Grant, ReplicaIndex
+from metadata_server.index.chunks.rows import ReplicaState
 from metadata_server.index.leases import Deadlines, Expiry
 from metadata_server.index.nodes import LiveNode, NodeRegistry
-from metadata_server.index.placement import Placer
-from metadata_server.index.replicas import ReplicaIndex, segments_of
-from metadata_server.index.segments import Replica, ReplicaState, Writer
 from metadata_server.messages import (
     CommitRefusal,
     CommitReply,
@@ -40,9 +40,12 @@ class Reservations:
         self._index = index
         self._deadlines = deadlines
         self._counts = counts
+        self._grants: dict[int, Grant] = {}
+        """By number."""
+        self._num_grants = 0
 
     def __len__(self) -> int:
-        return sum(len(node.reservations) for node in self._nodes)
+        return len(self._index.grants)
 
     def __repr__(self) -> str:
         return f"<Reservations {len(self)} open>"
@@ -53,37 +56,22 @@ class Reservations:
         if node is None:
             self._counts["declined_unknown_writer"] += len(request.items)
             return ReserveReply(outcomes=[_FULL] * len(request.items))
-        segments = self._nodes.segments
-        prefer = segments.get(request.prefer_segment or "")
-        owner = request.owner if isinstance(request.owner, bytes) else None
-        own, there = node.segments.values(), segments.values()
-        placer = Placer(self._config, prefer=prefer, own=own, segments=there, owner=owner)
-        elsewhere = self._nodes.closed_segments()
-        if request.only_preferred is True:
-            # Into its own a drained node may still bring chunks from its disk, which others want to read there.
-            by_name = {request.prefer_segment}
-            elsewhere = (segments.keys() - by_name) | (elsewhere - (by_name & node.segments.keys()))
-        for item in reversed(request.items):  # before any eviction: room for a prefix's tail must not cost its head
-            for replica in self._index.complete.get(item.key, ()):
-                replica.record.touch(replica)
-                if owner is not None:
-                    replica.record.own(replica, owner)
-        outcomes, granted = [], []
-        before: ChunkKey | None = None
-        for item in request.items:
-            parent, before = before, item.key if request.in_order is True else None
-            writers = self._index.writers(item.key)
-            result = self._reserve_one(item, parent, node, placer, elsewhere)
-            if isinstance(result, Replica):
-                granted.append(result)
-                outcomes.append(ReserveOutcome(status=ReserveStatus.GRANTED, replica=result.ref, writers=writers))
-            else:
-                outcomes.append(result)
-                self._counts[f"declined_{result.status.value}"] += 1
-        self._counts["reserved"] += len(granted)
-        for replica in granted:
-            self._deadlines.set((Expiry.RESERVATION, replica.ref.id), now + request.ttl_s)
-        return ReserveReply(outcomes=outcomes, segments=segments_of(granted))
+        keys = [item.key for item in request.items]
+        index = self._index
+        if not index.complete.keys().isdisjoint(keys):
+            # Before any eviction: room for a prefix's tail must not cost its head.
+            there = [row for key in reversed(keys) for row in index.rows(key)]
+            index.use(there)
+            if isinstance(request.owner, bytes):
+                index.own(there, request.owner)
+        self._num_grants += 1
+        grant = Grant(self._num_grants, node.info.id, node.number)
+        outcomes = self._reserve_all(request, keys, node, grant)
+        self._counts["reserved"] += len(grant.rows)
+        if grant.rows:
+            self._grants[grant.number] = node.grants[grant.number] = grant
+            self._deadlines.set((Expiry.RESERVATION, grant.number), now + request.ttl_s)
+        return ReserveReply(outcomes=outcomes, segments=index.segments_of(grant.rows.values()))
 
     def commit(self, request: ReplicaIds) -> CommitReply:
         """See MetadataState.commit."""
@@ -93,99 +81,156 @@ class Reservations:
         # 3. of this writer, but ended (aborted, run out): its room may be another's soon, so false;
         # 4. another's, unknown, or of a writer that is not registered: false.
         node = self._nodes.get(request.node_id, request.incarnation)
-        writer = Writer(request.node_id, request.incarnation)
-        committed, fresh = list[bool](), dict[int, Replica]()
+        if node is None:
+            self._counts["commit_refused"] += len(request.replica_ids)
+            gone = [CommitRefusal.WRITER_GONE] * len(request.replica_ids)
+            return CommitReply(committed=[False] * len(gone), refusals=gone)
+        grants, committed, fresh = self._index.grants, list[bool](), dict[int, int]()
         for number in request.replica_ids:
-            replica = self._index.replicas.get(number)
-            if node is None or replica is None or replica.writer != writer:
-                committed.append(False)
-            elif node.reservations.pop(number, None):
-                self._deadlines.drop((Expiry.RESERVATION, number))
-                fresh[number] = replica
+            grant = grants.get(number)
+            if grant is not None and grant.writer == node.number:
+                fresh[number] = self._take(number)
                 committed.append(True)
             else:
-                committed.append(number in fresh or replica.state is ReplicaState.COMPLETE)
-        self._index.commit(list(fresh.values()))
-        self._counts["committed"] += len(fresh)
-        self._counts["commit_refused"] += committed.count(False)
+                committed.append(number in fresh or self._index.committed(number, node.number))
+        rows = list(fresh.values())
+        self._index.commit(rows)
+        self._counts["committed"] += len(rows)
+        self._counts["commit_refused"] += len(committed) - sum(committed)
         if all(committed):
             return CommitReply(committed=committed)
-        why = CommitRefusal.WRITER_GONE if node is None else CommitRefusal.ENDED
-        return CommitReply(committed=committed, refusals=[CommitRefusal.NONE if done else why for done in committed])
+        refusals = [CommitRefusal.NONE if done else CommitRefusal.ENDED for done in committed]
+        return CommitReply(committed=committed, refusals=refusals)
 
     def abort(self, request: ReplicaIds, now: float) -> None:
         """See MetadataState.abort."""
         node = self._nodes.get(request.node_id, request.incarnation)
         for number in request.replica_ids if node else ():
-            replica = node.reservations.get(number) if node else None
-            if replica is not None:
-                self.end(replica, now)
+            grant = self._index.grants.get(number)
+            if grant is not None and node is not None and grant.writer == node.number:
+                self.end(number, now)
                 self._counts["aborted"] += 1
 
-    def end(self, replica: Replica, now: float, *, writes_on: bool = False) -> None:
+    def end(self, number: int, now: float, *, writes_on: bool = False) -> None:
         """End one without a commit: its room rests, as a write that failed may still be landing. `writes_on`: its
         writer may know nothing of it, and write until the reservation's own time is up."""
-        number = replica.ref.id
-        if replica.writer is not None:
-            self._nodes[replica.writer.node_id].reservations.pop(number)
-        until = self._deadlines.at((Expiry.RESERVATION, number)) if writes_on else None
-        self._deadlines.drop((Expiry.RESERVATION, number))
-        self._deadlines.set((Expiry.RETIRED, number), (until or now) + self._config.retire_grace_s)
-        self._index.retire(replica)
+        until = self._deadlines.at((Expiry.RESERVATION, self._index.grants[number].number)) if writes_on else None
+        row = self._take(number)
+        self._deadlines.set((Expiry.RETIRED, row), (until or now) + self._config.retire_grace_s)
+        self._index.retire(row)
+
+    def run_out(self, grant_number: int, now: float) -> None:
+        """The time of what one call reserved is up."""
+        for number in list(self._grants[grant_number].rows):
+            self.end(number, now)
+            self._counts["expired"] += 1
 
     def end_all_of(self, node: LiveNode, now: float, *, writes_on: bool) -> None:
         """End what the node has reserved anywhere. `writes_on` as of `end`."""
-        for replica in list(node.reservations.values()):
-            self.end(replica, now, writes_on=writes_on)
+        for grant in list(node.grants.values()):
+            for number in list(grant.rows):
+                self.end(number, now, writes_on=writes_on)
 
-    def forget(self, replicas: Iterable[Replica]) -> None:
+    def forget(self, rows: Iterable[int]) -> None:
         """Forget those among the replicas of a segment that is dropped: there is no room that could rest."""
-        for replica in replicas:
-            number = replica.ref.id
-            self._deadlines.drop((Expiry.RESERVATION, number))
-            self._deadlines.drop((Expiry.RETIRED, number))
-            if replica.state is ReplicaState.RESERVED and replica.writer is not None:
-                self._nodes[replica.writer.node_id].reservations.pop(number)
+        states, generations = self._index.table.states, self._index.table.generations
+        for row in rows:
+            if states[row] == ReplicaState.RESERVED:
+                self._take(generations[row])
+            elif states[row] == ReplicaState.RETIRING:
+                self._deadlines.drop((Expiry.RETIRED, row))
 
     def check(self) -> None:
         """Assert every invariant. For tests."""
-        reserved = {number: replica for node in self._nodes for number, replica in node.reservations.items()}
-        for number, replica in self._index.replicas.items():
-            assert (replica.state is ReplicaState.RESERVED) == (number in reserved)
-            assert ((Expiry.RESERVATION, number) in self._deadlines) == (replica.state is ReplicaState.RESERVED)
-            assert ((Expiry.RETIRED, number) in self._deadlines) == (replica.state is ReplicaState.RETIRING)
-        for number, replica in reserved.items():
-            assert self._index.replicas[number] is replica and replica.writer is not None
-            writer = replica.writer
-            assert self._nodes.get(writer.node_id, writer.incarnation), "a reservation without its writer"
+        states = self._index.table.states
+        for row, state in enumerate(states):
+            assert ((Expiry.RETIRED, row) in self._deadlines) == (state == ReplicaState.RETIRING)
+        for grant in self._grants.values():
+            assert grant.rows and (Expiry.RESERVATION, grant.number) in self._deadlines
+            node = self._nodes[grant.node_id]
+            assert node.number == grant.writer and node.grants[grant.number] is grant, "a grant without its writer"
+        assert len(self._grants) == sum(len(node.grants) for node in self._nodes)
+        assert {number: id(grant) for grant in self._grants.values() for number in grant.rows} == {
+            number: id(grant) for number, grant in self._index.grants.items()
+        }
 
-    def _reserve_one(
-        self, item: ReserveItem, parent: ChunkKey | None, node: LiveNode, placer: Placer, elsewhere: Set[str]
-    ) -> Replica | ReserveOutcome:
-        """`parent`: what it continues, if that is known; `elsewhere`: segments in which no room is wanted."""
-        # Four cases:
-        # 1. A complete replica is there: nothing to write.
-        # 2. It is being written by as many as are allowed, or in every segment there is: others are at it.
-        # 3. No segment without a write of this key has room, even after eviction. What was evicted stays evicted.
-        # 4. There is room: the replica is reserved in the writer's name.
-        if item.key in self._index.complete:
-            return _EXISTS
-        writing = self._index.writing.get(item.key, ())
-        taken = elsewhere | {replica.ref.segment_id for replica in writing} if writing else elsewhere
-        if len(writing) >= self._config.max_replicas or (writing and len(taken) == len(self._nodes.segments)):
-            return ReserveOutcome(status=ReserveStatus.BUSY, writers=self._index.writers(item.key))
-        found = placer.place(item.length, taken)
-        if placer.evicted:
-            self._index.forget(placer.evicted)
-            self._counts["evicted"] += len(placer.evicted)
-            self._counts["evicted_own"] += placer.evicted_own
-            placer.evicted.clear()
-            placer.evicted_own = 0
-        if found is None:
-            self._counts["declined_over_share"] += placer.over_share
-            return _FULL
-        replica = self._index.reserve(item, parent, found.record, found.offset, node.writer)
-        if placer.owner is not None:
-            found.record.own(replica, placer.owner)
-        node.reservations[replica.ref.id] = replica
-        return replica
+    def _take(self, number: int) -> int:
+        """The row of a reservation that ends, one way or the other."""
+        grant = self._index.grants.pop(number)
+        row = grant.rows.pop(number)
+        if not grant.rows and self._grants.pop(grant.number, None) is not None:
+            del self._nodes[grant.node_id].grants[grant.number]
+            self._deadlines.drop((Expiry.RESERVATION, grant.number))
+        return row
+
+    def _reserve_all(
+        self, request: ReserveRequest, keys: list[ChunkKey], node: LiveNode, grant: Grant
+    ) -> list[ReserveOutcome]:
+        index, items, in_order = self._index, request.items, request.in_order is True
+        segments, prefer, only = self._nodes.segments, request.prefer_segment or "", request.only_preferred is True
+        closed = self._nodes.closed_segments()
+        if only and prefer in node.segments:
+            closed = frozenset()  # into its own a drained node may bring chunks from its disk, which others read there
+        owner = request.owner if isinstance(request.owner, bytes) else None
+        own = node.segments.values()
+        placer = Placer(
+            index.rooms, prefer=segments.get(prefer), own=own, only_preferred=only, owner=owner, closed=closed
+        )
+        distinct, end = len(set(keys)) == len(keys), 0
+        outcomes: list[ReserveOutcome] = []
+        while (at := len(outcomes)) < len(keys):
+            # Four cases:
+            # 1. A complete replica is there: nothing to write.
+            # 2. It is being written by as many as are allowed, or wherever room is wanted: others are at it.
+            # 3. No segment without a write of this key has room, even after eviction. What was evicted stays evicted.
+            # 4. There is room: the replica is reserved in the writer's name, with those that follow and fit there too.
+            there = index.writing.get(keys[at], ())
+            taken = {index.record(row).segment.id for row in there}
+            if keys[at] in index.complete:
+                outcomes.append(self._declined(_EXISTS))
+                continue
+            nowhere = (prefer not in segments or prefer in taken) if only else len(taken | closed) == len(segments)
+            if there and (len(there) >= self._config.max_replicas or nowhere):
+                busy = ReserveOutcome(status=ReserveStatus.BUSY, writers=index.writers(keys[at]))
+                outcomes.append(self._declined(busy))
+                continue
+            if at >= end:
+                end = self._end_of_run(items, keys, at) if distinct and not there else at + 1
+            place = placer.place(items[at].length, end - at, taken)
+            if placer.evicted:
+                index.forget(placer.evicted)
+                self._counts["evicted"] += len(placer.evicted)
+                self._counts["evicted_own"] += placer.evicted_own
+                placer.evicted.clear()
+                placer.evicted_own = 0
+            if place is None:
+                self._counts["declined_over_share"] += placer.over_share
+                outcomes.append(self._declined(_FULL))
+                continue
+            writers = index.writers(keys[at])
+            rows = index.reserve(
+                keys[at : at + len(place.offsets)],
+                items[at].length,
+                place,
+                grant,
+                parent=keys[at - 1] if in_order and at else None,
+                in_order=in_order,
+            )
+            if owner is not None:
+                index.own(rows, owner)
+            outcomes += [
+                ReserveOutcome(status=ReserveStatus.GRANTED, replica=ref, writers=writers) for ref in index.refs(rows)
+            ]
+        return outcomes
+
+    def _declined(self, result: ReserveOutcome) -> ReserveOutcome:
+        self._counts[f"declined_{result.status.value}"] += 1
+        return result
+
+    def _end_of_run(self, items: list[ReserveItem], keys: list[ChunkKey], start: int) -> int:
+        """Up to where the chunks from `start` on, of which that one is new, are all new and of one length."""
+        complete, writing, length = self._index.complete, self._index.writing, items[start].length
+        for at in range(start + 1, len(keys)):
+            if items[at].length != length or keys[at] in complete or keys[at] in writing:
+                return at
+        return len(keys)

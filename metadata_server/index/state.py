@@ -8,20 +8,20 @@ live nodes. Events are in `log`; NODE_DOWN stands for the removal of all that la
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from functools import partial
 
 import msgspec
 
 from kvcore.config.schema import StoreConfig
-from kvcore.eviction.base import EvictionPolicy
-from kvcore.eviction.chains import Chains
-from kvcore.eviction.evictor import new_policy
 from kvcore.identity import ClusterIdentity
-from kvcore.types import ChunkKey, Segment
+from kvcore.types import ChunkKey
 from metadata_server import cache_messages as c
 from metadata_server import messages as m
 from metadata_server.account_messages import ImportReply, ImportRequest, Stats
 from metadata_server.index.cache_control import CacheControl
+from metadata_server.index.chunks.calls import CallCount
+from metadata_server.index.chunks.new_segments import NewSegments
+from metadata_server.index.chunks.replicas import ReplicaIndex
+from metadata_server.index.chunks.rows import ReplicaTable
 from metadata_server.index.event_log import EventLog
 from metadata_server.index.imports import Imports
 from metadata_server.index.leases import Deadlines, Expiry, ExpiryOf
@@ -29,11 +29,8 @@ from metadata_server.index.limits import IndexLimits
 from metadata_server.index.membership import ClusterMembership
 from metadata_server.index.nodes import NodeRegistry
 from metadata_server.index.pins import Pins
-from metadata_server.index.quotas import TenantLimit
 from metadata_server.index.reading import Reading
-from metadata_server.index.replicas import ReplicaIndex
 from metadata_server.index.reservations import Reservations
-from metadata_server.index.segments import CallCount, SegmentRecord
 from metadata_server.index.tier_holdings import TierHoldings
 from metadata_server.report import IndexReport
 from metadata_server.versions import SPOKEN, Protocols
@@ -62,8 +59,9 @@ class MetadataState:
         self.counters: Counter[str] = Counter(evicted=0)
         self._calls = CallCount(same_use_s=limits.same_use_s)
         self._deadlines = deadlines = Deadlines()
-        self._pins = Pins(limits.max_pins, self.counters)
-        self._index = index = ReplicaIndex(log, first_generation, self._pins)
+        table = ReplicaTable()
+        self._pins = Pins(limits.max_pins, self.counters, table)
+        self._index = index = ReplicaIndex(log, first_generation, self._pins, table, limits)
         self._nodes = nodes = NodeRegistry(deadlines, node_ttl_s, identity, limits)
         self.orders = nodes.orders
         self._holdings = TierHoldings(limits.max_tier_keys)
@@ -82,14 +80,12 @@ class MetadataState:
             cache=self._cache,
             imports=self._imports,
             holdings=self._holdings,
-            new_record=self._new_record,
+            new_record=NewSegments(config, limits, table, self._calls).record,
             counts=self.counters,
         )
         self._report = IndexReport(
             log, nodes, index, self._reservations, self._reading, imports=self._imports, counts=self.counters
         )
-        self._eviction, share = config.eviction, config.tenant_share
-        self._tenants = TenantLimit(share, partial(new_policy, config.eviction)) if share is not None else None
         self._limits = limits
         self._node_ttl_s = node_ttl_s
         self._settled_at = -math.inf  # from then on every node that lives has been heard
@@ -245,8 +241,8 @@ class MetadataState:
         """Make replicas visible, each by itself. True again for what this writer has committed and is still there."""
         self.tick(now)
         reply = self._reservations.commit(request)
-        replicas = zip(request.replica_ids, reply.committed, strict=True)
-        self._cache.stored((self._index.replicas[number].ref.key for number, done in replicas if done), now)
+        ids = zip(request.replica_ids, reply.committed, strict=True)
+        self._cache.stored((self._index.key_of(number) for number, done in ids if done), now)
         self._index.publish()
         return reply
 
@@ -319,7 +315,7 @@ class MetadataState:
         self.tick(now)
         for record in self._nodes.segments.values():
             record.check()
-        self._index.check(self._nodes.segments.values())
+        self._index.check()
         self._nodes.check()
         self._reservations.check()
         self._reading.check(self._pins.held)
@@ -328,11 +324,6 @@ class MetadataState:
         assert self._deadlines.next is None or self._deadlines.next > now
 
     # --- inside --------------------------------------------------------------------------------------------------
-
-    def _new_record(self, segment: Segment, entries: list[m.ManifestEntry]) -> SegmentRecord:
-        chains = Chains[ChunkKey](self._limits.max_expected_links)
-        policy: EvictionPolicy[ChunkKey] = new_policy(self._eviction)
-        return SegmentRecord(segment, entries, self._calls, policy=policy, chains=chains, tenants=self._tenants)
 
     def _run_out(self, expiry: Expiry, what: ExpiryOf, now: float) -> None:
         if isinstance(what, str):
@@ -344,7 +335,6 @@ class MetadataState:
             self._reading.leases.end(what)
             self.counters["leases_expired"] += 1
         elif expiry is Expiry.RESERVATION:
-            self._reservations.end(self._index.replicas[what], now)
-            self.counters["expired"] += 1
+            self._reservations.run_out(what, now)
         else:
-            self._reading.end_rest(self._index.replicas[what], now)
+            self._reading.end_rest(what, now)

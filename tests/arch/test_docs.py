@@ -19,15 +19,17 @@ from support.ports import free_ports
 from engines.torch.kv_cache import KVGeometry
 from kvcore.config.file import load_config
 from kvcore.config.schema import MetadataServerConfig, RouterConfig, StoreConfig
-from kvcore.eviction.chains import Chains
-from kvcore.eviction.queues import Lru
 from kvcore.extents import aligned
 from kvcore.process.service import EXIT_CONFIG, EXIT_FAILED, EXIT_FORCED
 from kvcore.types import Segment
 from kvferry.cli import build_parser
 from kvnode.limits import NodeLimits
 from kvstore.chunk_format import HEADER_BYTES
-from metadata_server.index.segments import CallCount, SegmentRecord
+from metadata_server.index.chunks.calls import CallCount
+from metadata_server.index.chunks.orders import new_order
+from metadata_server.index.chunks.rows import ReplicaTable
+from metadata_server.index.chunks.rules import RoomRules
+from metadata_server.index.chunks.segments import SegmentRecord
 from router.nodes.limits import NodeHealthLimits
 from router.requests.limits import RequestLimits
 
@@ -107,9 +109,10 @@ def test_the_worked_example_of_sizes_is_what_the_code_computes():
     chunk_tokens = 256
     length = aligned(HEADER_BYTES + chunk_tokens * kv.token_bytes)
     whole = Segment(id="s", node_id="n", size_bytes=64 << 30, host_id="h", addresses={})
-    segment = SegmentRecord(whole, [], CallCount(), policy=Lru(), chains=Chains())
+    table, calls, rules = ReplicaTable(), CallCount(), RoomRules(high=StoreConfig().high_watermark)
+    segment = SegmentRecord(whole, [], calls, table=table, order=new_order("lru", table, calls), rules=rules)
     chunks = 0
-    while segment.allocate(length, StoreConfig().high_watermark) is not None:
+    while segment.allocate(length):
         chunks += 1
     page = (DOCS / "operations.md").read_text()
     for what, number in {

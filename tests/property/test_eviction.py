@@ -1,6 +1,10 @@
 """Each eviction policy against a slow model of its definition; and what no policy may break: holds, and chains."""
 
+from array import array
 from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +15,8 @@ from benchmarks import eviction
 from kvcore.eviction.chains import Chains
 from kvcore.eviction.evictor import POLICY_NAMES, Evictor, new_policy
 from kvcore.eviction.queues import Fifo
+from kvcore.eviction.row_chains import FIRST, RowChains
+from kvcore.eviction.rows import RowFifo, RowLru
 
 KEYS = 12
 WHAT = ["put", "put", "put", "use", "use", "refresh", "remove", "evict", "evict"]
@@ -174,22 +180,37 @@ class S3FifoModel:
 MODELS = {"lru": LruModel, "lfu": LfuModel, "fifo": FifoModel, "arc": ArcModel, "s3fifo": S3FifoModel}
 
 
+def column(count: int) -> "array[int]":
+    return array("i", [0]) * count
+
+
+def in_rows(kind: type[RowLru]) -> Callable[[int], Any]:
+    return lambda count: kind(column(count), column(count))
+
+
+POLICIES: dict[str, tuple[str, Callable[[int], Any]]] = {
+    **{name: (name, lambda _, name=name: new_policy(name)) for name in POLICY_NAMES},
+    "lru in rows": ("lru", in_rows(RowLru)),
+    "fifo in rows": ("fifo", in_rows(RowFifo)),
+}
+"""Name -> the name of its definition, and what makes one for so many keys."""
+
+
 def test_every_policy_has_a_model():
     assert set(MODELS) == set(POLICY_NAMES)
 
 
-@pytest.mark.parametrize("name", POLICY_NAMES)
+@pytest.mark.parametrize("name", POLICIES)
 @given(ops=OPS, peeks=st.booleans())
 @settings(max_examples=60)
 def test_victims_come_in_the_order_of_the_definition(name, ops, peeks):
-    chains: Chains[int] = Chains()
-    evictor, model = Evictor(new_policy(name), chains, lambda _: False), MODELS[name]()
+    definition, new = POLICIES[name]
+    evictor, model = Evictor(new(KEYS), lambda _: False), MODELS[definition]()
     # Looking at the victim is part of no definition. With S3-FIFO it runs the promotions that come before it.
     peeks = peeks and name != "s3fifo"
     for what, key in ops:
         there = key in model.entries
         if what == "put" and not there:
-            chains.came(key)
             evictor.add(key)
             model.put(key)
         elif what in {"use", "refresh", "remove"} and there:
@@ -205,18 +226,35 @@ def test_victims_come_in_the_order_of_the_definition(name, ops, peeks):
     assert evictor.evict() is None
 
 
+STEPS = st.lists(st.tuples(st.booleans(), st.lists(st.integers(0, KEYS - 1), min_size=1, max_size=8)), max_size=20)
+
+
+@given(steps=STEPS)
+def test_rows_that_come_or_are_used_together_are_as_those_that_do_one_after_the_other(steps):
+    for kind, model in ((RowLru, LruModel()), (RowFifo, FifoModel())):
+        policy = in_rows(kind)(KEYS)
+        for comes, rows in steps:
+            if comes:
+                new = [row for row in dict.fromkeys(rows) if row not in model.entries]
+                policy.add_all(new)
+                model.entries += new
+            elif used := [row for row in rows if row in model.entries]:
+                policy.use_all(used)
+                for row in used:
+                    model.use(row)
+            assert list(policy) == model.entries
+
+
 def test_frequency_is_capped_at_three_and_a_scan_does_not_push_out_what_is_used():
     """S3-FIFO and ARC keep ten entries that are used, LRU and FIFO lose them to a scan of a thousand."""
     kept = {}
     for name in POLICY_NAMES:
-        chains: Chains[int] = Chains()
-        evictor = Evictor(new_policy(name), chains, lambda _: False)
+        evictor = Evictor(new_policy(name), lambda _: False)
         hot, there = list(range(10)), set[int]()
 
-        def put(key: int, evictor=evictor, chains=chains, there=there) -> None:
+        def put(key: int, evictor=evictor, there=there) -> None:
             if len(there) == 100:
                 there.discard(evictor.evict())
-            chains.came(key)
             evictor.add(key)
             there.add(key)
 
@@ -230,150 +268,191 @@ def test_frequency_is_capped_at_three_and_a_scan_does_not_push_out_what_is_used(
     assert kept == {"lru": 0, "fifo": 0, "lfu": 10, "arc": 10, "s3fifo": 10}
 
 
-@pytest.mark.parametrize("name", POLICY_NAMES)
+class Chained:
+    """One segment's entries and who continues whom, as their owner keeps the two together."""
+
+    def __init__(self, new: Callable[[int], Any], count: int) -> None:
+        self.parents, self.children, self.held = array("i", [FIRST]) * count, column(count), Counter[int]()
+        self.chains = RowChains(self.parents, self.children)
+        self.there: set[int] = set()
+        self.policy = new(count)
+        self.evictor = Evictor(self.policy, lambda row: self.held[row] > 0 or self.children[row] > 0)
+
+    def come(self, rows: list[int], parents: list[int]) -> None:
+        for row, parent in zip(rows, parents, strict=True):
+            self.join(row, parent)
+        for row in reversed(rows):
+            self.evictor.add(row)
+        self.there |= set(rows)
+
+    def join(self, row: int, parent: int) -> None:
+        if parent != FIRST:
+            self.chains.join(row, parent)
+
+    def check(self) -> None:
+        self.chains.check(self.there)
+
+    def leave(self, row: int) -> None:
+        self.evictor.remove(row)
+        self.left(row)
+
+    def evict(self) -> int | None:
+        row = self.evictor.evict()
+        if row is not None:
+            self.left(row)
+        return row
+
+    def left(self, row: int) -> None:
+        self.there.discard(row)
+        if (parent := self.chains.left(row)) != FIRST:
+            self.evictor.let_go(parent)
+
+
+class ChainedKeys(Chained):
+    """The same with chains by keys, as a slab has them."""
+
+    def __init__(self, new: Callable[[int], Any], count: int) -> None:
+        super().__init__(new, count)
+        self.keys: Chains[int] = Chains()
+        self.evictor = Evictor(self.policy, lambda row: self.held[row] > 0 or self.keys.is_prefix(row))
+
+    def come(self, rows: list[int], parents: list[int]) -> None:
+        for row, parent in zip(rows, parents, strict=True):
+            self.join(row, parent)
+            self.keys.came(row)
+        for row in reversed(rows):
+            self.evictor.add(row)
+        self.there |= set(rows)
+
+    def join(self, row: int, parent: int) -> None:
+        if parent != FIRST:
+            self.keys.link([parent, row])
+            super().join(row, parent)
+
+    def left(self, row: int) -> None:
+        self.there.discard(row)
+        self.chains.left(row)
+        if (parent := self.keys.left(row)) is not None:
+            self.evictor.let_go(parent)
+
+    def check(self) -> None:
+        super().check()
+        self.keys.check()
+        assert {row: parent for row, parent in self.keys._parents.items() if parent is not None} == {
+            row: self.parents[row] for row in self.there if self.parents[row] != FIRST
+        }
+
+
+@pytest.mark.parametrize("name", POLICIES)
 def test_a_prefix_outlives_what_continues_it_though_it_is_older_and_used_less(name):
-    chains: Chains[int] = Chains()
-    here, there = (Evictor(new_policy(name), chains, lambda _: False) for _ in range(2))
-    for key in range(6):  # one after the other, as a prompt grows; the last two lie elsewhere
-        chains.came(key, key - 1 if key else None)
-        (here if key < 4 else there).add(key)
+    segment = Chained(POLICIES[name][1], 6)
+    for key in range(6):  # one after the other, as a prompt grows
+        segment.come([key], [key - 1])
         for _ in range(key):
-            (here if key < 4 else there).use(key)
-    assert here.evict() is None, "all of them are continued"
-    assert [there.evict(), there.evict(), there.evict()] == [5, 4, None]
-    assert [here.evict() for _ in range(5)] == [3, 2, 1, 0, None]
+            segment.evictor.use(key)
+    assert [segment.evict() for _ in range(7)] == [5, 4, 3, 2, 1, 0, None]
+
+
+PROMPTS = st.lists(st.integers(0, 1), min_size=1, max_size=6).map(
+    lambda tokens: [row_of(tokens[: at + 1]) for at in range(len(tokens))]
+)
+"""Prompts that share beginnings, as rows: a row's true parent is known."""
+
+
+def row_of(tokens: list[int]) -> int:
+    return (1 << len(tokens)) - 2 + int("".join(map(str, tokens)), 2)
+
+
+def true_parent(row: int) -> int:
+    return (row + 2) // 2 - 2 if row > 1 else FIRST
 
 
 class ChainMachine(RuleBasedStateMachine):
-    """Prompts that share beginnings in two segments: keys are tuples of tokens, so a key's true parent is known."""
-
-    policy = "lru"
+    name, kind = "lru", Chained
 
     def __init__(self) -> None:
         super().__init__()
-        self.chains: Chains[tuple[int, ...]] = Chains(max_expected=1000)
-        self.held: list[Counter[tuple[int, ...]]] = [Counter(), Counter()]
-        self.there: list[set[tuple[int, ...]]] = [set(), set()]
-        self.segments = [
-            Evictor(new_policy(self.policy), self.chains, lambda key, at=at: self.held[at][key] > 0) for at in (0, 1)
-        ]
+        self.segment = self.kind(POLICIES[self.name][1], 126)
 
-    prompts = st.lists(st.integers(0, 1), min_size=1, max_size=6).map(
-        lambda tokens: [tuple(tokens[: at + 1]) for at in range(len(tokens))]
-    )
-    segment = st.integers(0, 1)
+    @property
+    def there(self) -> set[int]:
+        return self.segment.there
 
-    @rule(prompt=prompts, at=segment, start=st.integers(0, 5))
-    def store(self, prompt, at, start):
-        """What is missing of the prompt comes to one segment, whatever lies in the other one."""
-        new = [key for key in prompt[start:] if key not in self.there[at]]
-        for key in new:
-            self.chains.came(key, key[:-1] or None)
-        for key in reversed(new):
-            self.segments[at].add(key)
-            self.there[at].add(key)
-        assert all(self.chains._parents[key] == (key[:-1] or None) for key in new)
+    @rule(prompt=PROMPTS, start=st.integers(0, 5))
+    def store(self, prompt, start):
+        """What is missing of the prompt comes."""
+        new = [row for row in prompt[start:] if row not in self.there]
+        self.segment.come(new, [p if (p := true_parent(row)) in self.there | set(new) else FIRST for row in new])
 
-    @rule(prompt=prompts, at=segment)
-    def adopt(self, prompt, at):
+    @rule(prompt=PROMPTS)
+    def adopt(self, prompt):
         """A chunk of which nothing but its key is known."""
-        if prompt[-1] not in self.there[at]:
-            self.chains.came(prompt[-1])
-            self.segments[at].add(prompt[-1])
-            self.there[at].add(prompt[-1])
+        if prompt[-1] not in self.there:
+            self.segment.come(prompt[-1:], [FIRST])
 
-    @rule(prompt=prompts)
+    @rule(prompt=PROMPTS)
     def match(self, prompt):
-        found = next((n for n, key in enumerate(prompt) if not self.where(key)), len(prompt))
-        self.chains.link(prompt[: found + 1])
-        assert all(self.chains._parents[key] == (key[:-1] or None) for key in prompt[:found])
-        for key in reversed(prompt[:found]):
-            for at in self.where(key):
-                self.segments[at].use(key)
+        found = next((n for n, row in enumerate(prompt) if row not in self.there), len(prompt))
+        for row in reversed(prompt[1:found]):
+            if self.segment.parents[row] == FIRST:
+                self.segment.join(row, true_parent(row))
+        assert all(self.segment.parents[row] == true_parent(row) for row in prompt[:found])
+        for row in reversed(prompt[:found]):
+            self.segment.evictor.use(row)
 
-    @rule(prompt=prompts, at=segment)
-    def lease(self, prompt, at):
-        for key in prompt:
-            if key in self.there[at]:
-                self.held[at][key] += 1
+    @rule(prompt=PROMPTS)
+    def lease(self, prompt):
+        self.segment.held.update(row for row in prompt if row in self.there)
 
-    @rule(at=segment)
-    def release(self, at):
-        for key in sorted(self.held[at].elements(), reverse=True):
-            self.held[at][key] -= 1
-            if not self.held[at][key]:
-                del self.held[at][key]
-                self.segments[at].refresh(key)
+    @rule()
+    def release(self):
+        for row in sorted(self.segment.held, reverse=True):
+            del self.segment.held[row]
+            self.segment.evictor.refresh(row)
 
-    @rule(prompt=prompts, at=segment)
-    def quarantine(self, prompt, at):
-        if prompt[-1] in self.there[at]:
-            del self.held[at][prompt[-1]]
-            self.there[at].discard(prompt[-1])
-            self.segments[at].remove(prompt[-1])
+    @rule(prompt=PROMPTS)
+    def quarantine(self, prompt):
+        """What nothing continues is gone at once."""
+        row = prompt[-1]
+        if row in self.there and not self.segment.children[row]:
+            del self.segment.held[row]
+            self.segment.leave(row)
 
-    @rule(at=segment, count=st.integers(1, 4))
-    def evict(self, at, count):
+    @rule(count=st.integers(1, 4))
+    def evict(self, count):
         for _ in range(count):
-            allowed = self.may_go(at)
-            key = self.segments[at].evict()
-            if key is None:
+            continued = {self.segment.parents[row] for row in self.there}
+            allowed = self.there - continued - {row for row, holds in self.segment.held.items() if holds}
+            row = self.segment.evict()
+            if row is None:
                 assert not allowed
                 return
-            assert key in allowed, f"{key} is held, or goes before what continues it"
-            self.there[at].discard(key)
-
-    def where(self, key):
-        return [at for at in (0, 1) if key in self.there[at]]
-
-    def may_go(self, at):
-        """What is not held, and either lies in the other segment too or has no continuation that is known as such."""
-        continued = set(self.chains._parents.values())
-        copied = self.there[0] & self.there[1]
-        return {key for key in self.there[at] - self.held[at].keys() if key not in continued or key in copied}
+            assert row in allowed, f"{row} is held, or goes before what continues it"
 
     @invariant()
     def chains_are_chains(self):
-        self.chains.check()
-        assert set(self.chains._parents) == self.there[0] | self.there[1]
+        self.segment.check()
 
     @invariant()
     def the_victim_stays_the_victim(self):
-        for segment in self.segments:
-            assert segment.victim() == segment.victim()
+        assert self.segment.evictor.victim() == self.segment.evictor.victim()
 
     def teardown(self):
         """Without holds all can go: nothing is kept for ever."""
-        for at in (0, 1):
-            self.release(at)
-        while any(self.there):
-            gone = [segment.evict() for segment in self.segments]
-            assert any(key is not None for key in gone), "what is left cannot go"
-            for at, key in enumerate(gone):
-                self.there[at].discard(key)
-        assert self.chains._children == {} and self.chains._copies == {} and self.chains._waiting == {}
+        self.release()
+        while self.there:
+            assert self.segment.evict() is not None, "what is left cannot go"
+        assert not any(self.segment.children) and set(self.segment.parents) == {FIRST}
 
 
-def machine(name: str) -> type:
-    kind = type(f"Chains_{name}", (ChainMachine,), {"policy": name})
+def machine(name: str, chained: type[Chained] = Chained) -> type:
+    kind = type(f"Chains_{name}", (ChainMachine,), {"name": name, "kind": chained})
     kind.TestCase.settings = settings(max_examples=20, stateful_step_count=40, deadline=None)
     return kind.TestCase
 
 
 TestLruChains, TestLfuChains, TestFifoChains, TestArcChains, TestS3FifoChains = map(machine, POLICY_NAMES)
-
-
-def test_lies_about_the_order_make_no_ring():
-    """Whoever asks may name keys in any order: all of them can still go."""
-    chains: Chains[int] = Chains()
-    evictor = Evictor(Fifo(), chains, lambda _: False)
-    for key in range(6):
-        chains.came(key)
-        evictor.add(key)
-    for said in ([0, 1, 2], [2, 1, 0], [2, 0], [3, 4, 5, 3], [5, 5], [0, 3, 1]):
-        chains.link(said)
-        chains.check()
-    assert sorted(evictor.evict() or 0 for _ in range(6)) == list(range(6))
+TestRowLruChains, TestKeyChains = machine("lru in rows"), machine("lfu", ChainedKeys)
 
 
 def test_links_to_what_is_still_to_come_are_bounded():
@@ -382,6 +461,19 @@ def test_links_to_what_is_still_to_come_are_bounded():
     for key in (1, 2, 3, 4):
         chains.came(key)
     assert [chains.is_prefix(key) for key in (1, 2, 3)] == [True, True, False]
+
+
+@pytest.mark.parametrize("kind", [Chained, ChainedKeys])
+def test_lies_about_the_order_make_no_ring(kind):
+    """Whoever asks may name keys in any order: all of them can still go."""
+    segment = kind(lambda _: Fifo(), 6)
+    segment.come(list(range(6)), [FIRST] * 6)
+    for said in ([0, 1, 2], [2, 1, 0], [2, 0], [3, 4, 5, 3], [5, 5], [0, 3, 1]):
+        for parent, row in pairwise(said):
+            if segment.parents[row] == FIRST:
+                segment.join(row, parent)
+        segment.check()
+    assert sorted(segment.evict() or 0 for _ in range(6)) == list(range(6))
 
 
 class CountedFifo(Fifo[int]):
@@ -393,13 +485,11 @@ class CountedFifo(Fifo[int]):
 
 
 def test_a_long_prompt_costs_two_looks_a_chunk_though_its_prefix_is_due_first():
-    policy, chains = CountedFifo(), Chains[int]()
-    evictor = Evictor(policy, chains, lambda _: False)
+    segment = Chained(lambda _: CountedFifo(), 5000)
     for key in range(5000):
-        chains.came(key, key - 1 if key else None)
-        evictor.add(key)
-    assert [evictor.evict() for _ in range(5000)] == list(reversed(range(5000)))
-    assert policy.taken <= 2 * 5000
+        segment.come([key], [key - 1])
+    assert [segment.evict() for _ in range(5000)] == list(reversed(range(5000)))
+    assert segment.policy.taken <= 2 * 5000
 
 
 def test_no_policy_finds_more_than_the_optimum_and_that_no_more_than_unlimited_memory_does():

@@ -261,10 +261,11 @@ class LeaseMachine(RuleBasedStateMachine):
 
     @invariant()
     def what_is_complete_is_what_was_written(self):
-        for replicas in self.state._index.complete.values():
-            for replica in replicas:
-                for unit in units(replica.ref):
-                    assert self.memory[unit] == replica.ref.generation, replica
+        index = self.state._index
+        for stored in index.complete:
+            for replica in index.refs(index.rows(stored)):
+                for unit in units(replica):
+                    assert self.memory[unit] == replica.generation, replica
 
     @invariant()
     def it_fits_together(self):

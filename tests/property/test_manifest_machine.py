@@ -140,10 +140,8 @@ class ImportMachine(RuleBasedStateMachine):
         for segment in self.state.nodes(self.now).segments:
             record = self.state._nodes.segments[segment.id]
             found[segment.id] = {
-                r.ref.offset: ManifestEntry(
-                    key=r.ref.key, offset=r.ref.offset, length=r.ref.length, generation=r.ref.generation
-                )
-                for r in record.complete.values()
+                r.offset: ManifestEntry(key=r.key, offset=r.offset, length=r.length, generation=r.generation)
+                for r in self.state._index.refs([*record.complete()])
             }
         return found
 

@@ -125,7 +125,7 @@ class MetadataMachine(RuleBasedStateMachine):
         request = msgspec.structs.replace(request, in_order=True)
         evicted, pinned = self.state.counters["evicted"], set(self.state._pins.held)
         reply = self.state.reserve(request, self.now)
-        assert pinned <= self.state._index.replicas.keys()
+        assert pinned <= self.state._index.table.pins.keys()
         assert len(reply.outcomes) == len(numbers)
         replicas = granted(reply)
         assert not replicas or self.live(node)
@@ -369,16 +369,31 @@ class AllocatorMachine(RuleBasedStateMachine):
     def settle(self):
         self.space.settle()
 
+    @rule(units=st.integers(1, 4), count=st.integers(1, 6))
+    def allocate_run(self, units, count):
+        """As many as fit, as if they were asked for one by one."""
+        other = ExtentAllocator(self.space.capacity, [(at, need * UNIT) for at, need in self.held.items()])
+        most = 0
+        while most < count and other.allocate(units * UNIT) is not None:
+            most += 1
+        offsets = self.space.allocate_run(units * UNIT, count)
+        assert len(offsets) == most
+        for offset in offsets:
+            room = set(range(offset // UNIT, offset // UNIT + units))
+            assert room <= self.free
+            self.free -= room
+            self.held[offset] = units
+
     @precondition(lambda self: self.held)
     @rule(data=st.data())
     def release(self, data):
         offset = data.draw(st.sampled_from(sorted(self.held)))
-        self.space.release(offset)
+        self.space.release(offset, self.held[offset] * UNIT)
         self.free |= set(range(offset // UNIT, offset // UNIT + self.held.pop(offset)))
 
     @invariant()
     def tiles(self):
-        self.space.check()
+        self.space.check((offset, units * UNIT) for offset, units in self.held.items())
         assert self.space.free == len(self.free) * UNIT
 
 

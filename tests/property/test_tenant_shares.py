@@ -43,8 +43,11 @@ class QuotaMachine(RuleBasedStateMachine):
     def taken(self):
         """(segment, tenant) -> units, as the replicas say."""
         used = Counter()
-        for replica in self.state._index.replicas.values():
-            used[replica.ref.segment_id, int.from_bytes(replica.ref.key, "little") // 100] += replica.room_bytes // UNIT
+        table = self.state._index.table
+        for segment_id, record in self.state._nodes.segments.items():
+            for row in record.rows():
+                tenant = int.from_bytes(table.keys[row], "little") // 100
+                used[segment_id, tenant] += -(-table.lengths[row] // UNIT)
         return used
 
     @rule(tenant=TENANT, numbers=NUMBERS, units=st.integers(1, 3), at=st.tuples(NODE, SEGMENT), how=HOW)

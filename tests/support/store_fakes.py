@@ -3,6 +3,7 @@
 import asyncio
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 
 import msgspec
 
@@ -16,12 +17,21 @@ from kvstore.types import GetOutcome, run_inline
 from metadata_server.account_messages import Stats
 from metadata_server.client import MetadataClient
 from metadata_server.core import MetadataCore
-from metadata_server.index.segments import Replica
 from metadata_server.index.state import MetadataState
 from metadata_server.messages import ManifestEntry, QuarantineItem, QuarantineRequest, RegisterRequest, SegmentManifest
 from transfer.base import TransferEngine
 
 CHUNK_BYTES = 1000
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A replica of the index: its row, and what readers are told."""
+
+    row: int
+    ref: ReplicaRef
+
+
 SPEC = KVSpec(
     model_id="m",
     weights_digest="w",
@@ -125,9 +135,10 @@ class World:
     def stats(self) -> Stats:
         return self.state.stats(self.clock.now(), self.core.num_waiters)
 
-    def replicas(self, wanted: ChunkKey) -> list[Replica]:
-        """The index's own records; give one another `ref` to make the metadata server lie."""
-        return list(self.state._index.complete.get(wanted, ()))
+    def replicas(self, wanted: ChunkKey) -> list["Stored"]:
+        """What the index has of the chunk."""
+        rows = self.state._index.rows(wanted)
+        return [Stored(row, ref) for row, ref in zip(rows, self.state._index.refs(rows), strict=True)]
 
     def store(
         self,
@@ -197,10 +208,13 @@ def replica(world: World, number: int = 0, which: int = 0) -> ReplicaRef:
     return world.replicas(KEYS[number])[which].ref
 
 
-def lie(world: World, number: int = 0, **changes: object) -> None:
+def lie(world: World, number: int = 0, **changes: int) -> None:
     """From now on the metadata server says this of the chunk's only replica."""
-    (record,) = world.replicas(KEYS[number])
-    record.ref = msgspec.structs.replace(record.ref, **changes)
+    (replica,) = world.replicas(KEYS[number])
+    table = world.state._index.table
+    columns = {"generation": table.generations, "offset": table.offsets, "length": table.lengths}
+    for name, value in changes.items():
+        columns[name][replica.row] = value
 
 
 async def put_twice(*stores: KVStore, prefer: tuple[str, str] = ("a.1", "b.1")) -> None:

@@ -122,7 +122,7 @@ class TierWorld:
         """Evict these from every segment."""
         for key in keys:
             for replica in list(self.world.replicas(key)):
-                self.world.state._index.remove(replica)
+                self.world.state._index.remove(replica.row)
         self.world.state._index.publish()
         self.world.core._after_change()
 

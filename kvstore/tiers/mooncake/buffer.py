@@ -51,10 +51,10 @@ class MooncakeBuffer:
             await self._freed.wait()
         return MooncakeRoom(self, starts, lengths)
 
-    def give_back(self, starts: Sequence[int]) -> None:
+    def give_back(self, starts: Sequence[int], lengths: Sequence[int]) -> None:
         """These extents are free."""
-        for start in starts:
-            self._extents.release(start)
+        for start, length in zip(starts, lengths, strict=True):
+            self._extents.release(start, length)
         self._freed.set()
 
     def close(self) -> None:
@@ -68,8 +68,8 @@ class MooncakeBuffer:
         for length in lengths:
             start = self._extents.allocate(length)
             if start is None:
-                for taken in starts:
-                    self._extents.release(taken)
+                for taken, its_length in zip(starts, lengths, strict=False):
+                    self._extents.release(taken, its_length)
                 return None
             starts.append(start)
         return starts
@@ -96,7 +96,7 @@ class MooncakeRoom:
         """The counterpart of `hold`."""
         self._holders -= 1
         if not self._holders:
-            self._buffer.give_back(self.starts)
+            self._buffer.give_back(self.starts, self.lengths)
 
     def __enter__(self) -> Self:
         self.hold()

@@ -120,8 +120,8 @@ async def test_a_refused_commit_is_counted_and_not_visible(world):
     session = await store.begin_put(KEYS, prefer_segment=None, timeout_s=5)
     for number, wanted in enumerate(KEYS):
         await session.write(wanted, 4, views(number), timeout_s=5)
-    (first,) = world.state._index.writing[KEYS[0]]
-    lost = ReplicaIds(node_id="a", incarnation=1, replica_ids=[first.ref.id])
+    (first,) = world.state._index.refs(world.state._index.writing[KEYS[0]])
+    lost = ReplicaIds(node_id="a", incarnation=1, replica_ids=[first.id])
     world.state.abort(lost, world.clock.now())
     assert await session.commit(timeout_s=5) == KEYS[1:]
     assert await session.commit(timeout_s=5) == []

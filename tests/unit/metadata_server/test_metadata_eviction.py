@@ -9,7 +9,7 @@ from support.metadata_words import granted, ids, keys, new_state, put, registrat
 from kvcore.eviction.evictor import POLICY_NAMES
 from metadata_server.index.limits import IndexLimits
 from metadata_server.index.state import MetadataState
-from metadata_server.messages import ManifestEntry
+from metadata_server.messages import ManifestEntry, QuarantineItem, QuarantineReason, QuarantineRequest
 
 EVERY_USE = IndexLimits(same_use_s=0.0)
 
@@ -104,3 +104,46 @@ def test_one_prompts_several_uses_count_as_one(pause_s, left):
     state.match(keys(1), pause_s)
     put(state, "a", [5], pause_s)
     assert stored(state, [1, 2, 3, 4], pause_s) == left
+
+
+def test_links_to_what_is_still_to_come_are_bounded():
+    """Of two chunks whose prefix was named before they came the first is forgotten: its prefix may go."""
+    limits = IndexLimits(max_expected_links=1)
+    state = a_state("fifo", units=4, limits=limits)
+    put(state, "a", [1, 2], 0.0)
+    state.match(keys(1, 3), 0.0, in_order=True)
+    state.match(keys(2, 4), 0.0, in_order=True)
+    put(state, "a", [3, 4], 0.0)
+    for number in (100, 101):
+        state.reserve(reservation("a", [number]), 0.0)
+    assert stored(state, [1, 2, 3, 4], 0.0) == [2, 3]
+
+
+@pytest.mark.parametrize("policy", ["fifo", "lfu"])
+def test_a_prefix_that_was_refused_and_comes_again_is_the_prefix_of_what_continues_it_once_that_is_said(policy):
+    state = a_state(policy, units=3)
+    put_in_order(state, "a", [1, 2])
+    (bad,) = state.match(keys(1), 0.0).replicas[0]
+    item = QuarantineItem(replica=bad, reason=QuarantineReason.STALE)
+    state.quarantine(QuarantineRequest(items=[item]), 0.0)
+    state.check_invariants(0.0)
+    put(state, "a", [1], 0.0)
+    state.match(keys(1, 2), 0.0, in_order=True)
+    for number in (2, 2, 2):
+        state.match(keys(number), 0.0)
+    for number in (100, 101):
+        state.reserve(reservation("a", [number]), 0.0)
+    state.check_invariants(0.0)
+    assert stored(state, [1, 2], 0.0) == [1]
+
+
+def test_a_segment_makes_room_in_small_steps():
+    """However many chunks are too many by the low watermark, no call waits for all of them to go."""
+    state = new_state(high_watermark=0.9, low_watermark=0.1, limits=IndexLimits(most_evicted=5))
+    state.register(registration("a", units=100), 0.0)
+    put(state, "a", list(range(90)), 0.0)
+    evicted = []
+    for number in range(100, 120):
+        put(state, "a", [number], 0.0)
+        evicted.append(state.counters["evicted"])
+    assert evicted[:7] == [5, 5, 5, 5, 5, 10, 10] and evicted[-1] == 20

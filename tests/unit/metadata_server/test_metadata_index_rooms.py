@@ -8,13 +8,13 @@ from support.metadata_words import keys, new_state, put, registration, reservati
 
 from kvcore.clock import ManualClock
 from metadata_server.core import MetadataCore
+from metadata_server.index.chunks.rows import TRANSITIONS, ReplicaState
 from metadata_server.index.limits import IndexLimits
-from metadata_server.index.segments import TRANSITIONS, ReplicaState
 
 
 def test_the_table_in_the_docstring_is_the_one_that_the_code_asserts() -> None:
     rows = re.findall(r"^\s*\| (\w+) \| (\w+) \| .+ \|$", ReplicaState.__doc__ or "", re.MULTILINE)
-    named = {"new": None, "gone": None, **{state.value: state for state in ReplicaState}}
+    named = {"new": None, "gone": None, **{state.name.lower(): state for state in ReplicaState}}
     said = {(named[before], named[after]) for before, after in rows if before != "from"}
     assert said == {(before, after) for before, states in TRANSITIONS.items() for after in states}
 
@@ -32,10 +32,10 @@ def test_objects_say_what_they_are_and_hold() -> None:
     node = state._nodes["a"]
     assert repr(node) == "<LiveNode a incarnation 1: 1 segments, 1 reservations>"
     use = "8192 of 65536 bytes, 2 replicas"
-    assert repr(node.segments["a.1"]) == f"<SegmentRecord a.1: {use}, <Evictor <Lru 1>, 0 aside>>"
-    (replica,) = state._index.complete[keys(1)[0]]
-    assert repr(replica) == f"<Replica {replica.ref.id} of {keys(1)[0].hex()} complete in a.1, 1 pins>"
-    assert repr(state._index) == "<ReplicaIndex 1 keys complete, 1 being written, 2 replicas>"
+    assert repr(node.segments["a.1"]) == f"<SegmentRecord a.1: {use}, <Evictor <RowLru from 0 to 0>, 0 aside>>"
+    assert repr(state._index) == "<ReplicaIndex 1 keys complete, 1 being written, 2 rows>"
+    assert repr(state._index.table) == "<ReplicaTable 2 of 64 rows, 1 pinned>"
+    assert repr(state._index.rooms) == "<SegmentRooms 1 segments, 65536 bytes>"
     assert (repr(state._reservations), repr(state._reading)) == ("<Reservations 1 open>", "<Reading 1 leases>")
     assert repr(state._reading.leases) == "<ReadLeases 1 held, by 1 nodes>"
     assert repr(state._deadlines) == "<Deadlines 3, next 5.0>"

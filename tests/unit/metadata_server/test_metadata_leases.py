@@ -73,7 +73,7 @@ def test_a_lease_that_ended_in_any_way_has_no_name_any_more():
 
 
 def test_names_that_never_come_are_forgotten_the_oldest_first():
-    leases = ReadLeases(max_given_back=3)
+    leases = ReadLeases(new_state()._index, max_given_back=3)
     for name in range(1, 6):
         assert leases.give_back(name) is None
     assert [leases.wanted(name) for name in range(1, 6)] == [True, True, False, False, False]

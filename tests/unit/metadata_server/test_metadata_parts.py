@@ -14,19 +14,20 @@ def test_an_allocator_gives_nothing_when_no_extent_is_long_enough():
     space = ExtentAllocator(4 * UNIT + 17)
     offsets = [space.allocate(1) for _ in range(4)]
     assert sorted(offsets) == [0, UNIT, 2 * UNIT, 3 * UNIT] and space.allocate(1) is None
-    space.release(offsets[0])
-    space.release(offsets[2])
+    space.release(offsets[0], 1)
+    space.release(offsets[2], UNIT)
     if abs(offsets[0] - offsets[2]) != UNIT:
         assert space.allocate(UNIT + 1) is None
-    space.check()
+    space.check([(offsets[1], 1), (offsets[3], 1)])
 
 
 def test_neighbours_are_joined_on_both_sides():
-    space = ExtentAllocator(3 * UNIT, taken=[(0, 1), (UNIT, UNIT), (2 * UNIT, 5)])
+    taken = [(0, 1), (2 * UNIT, 5), (UNIT, UNIT)]
+    space = ExtentAllocator(3 * UNIT, taken)
     assert space.allocate(1) is None
-    for offset in (0, 2 * UNIT, UNIT):
-        space.release(offset)
-        space.check()
+    while taken:
+        space.release(*taken.pop(0))
+        space.check(taken)
     assert space.allocate(3 * UNIT) == 0
 
 
@@ -42,9 +43,11 @@ def test_impossible_extents_are_refused(taken):
 
 
 def test_freeing_what_is_not_taken_is_a_bug():
-    space = ExtentAllocator(4 * UNIT)
-    with pytest.raises(KeyError):
-        space.release(0)
+    space = ExtentAllocator(4 * UNIT, [(UNIT, UNIT)])
+    for offset, length in ((0, UNIT), (2 * UNIT, UNIT), (3 * UNIT, UNIT)):
+        with pytest.raises(KeyError):
+            space.release(offset, length)
+    space.check([(UNIT, UNIT)])
 
 
 def test_a_moved_or_dropped_deadline_never_fires_and_the_heap_stays_small():

@@ -1,17 +1,15 @@
 """Where chunks go: the whole cluster's memory is the cache, nothing is evicted while any segment has room."""
 
-from typing import Any
-
 from hypothesis import given
 from hypothesis import strategies as st
 from support.metadata_words import UNIT, granted, keys, new_state, put, registration, reservation, segment, stored
 
-from kvcore.config.schema import StoreConfig
-from kvcore.eviction.chains import Chains
-from kvcore.eviction.queues import Lru
-from kvcore.types import OwnerTag
-from metadata_server.index.placement import Placer
-from metadata_server.index.segments import CallCount, SegmentRecord
+from metadata_server.index.chunks.calls import CallCount
+from metadata_server.index.chunks.orders import new_order
+from metadata_server.index.chunks.placement import Placer
+from metadata_server.index.chunks.rooms import SegmentRooms
+from metadata_server.index.chunks.rows import ReplicaTable
+from metadata_server.index.chunks.segments import SegmentRecord
 
 
 def test_placement_prefers_the_wish_then_the_own_node_then_the_emptiest():
@@ -107,27 +105,45 @@ def test_a_prompt_without_a_wish_stays_together():
     assert state.counters["evicted"] == 0
 
 
-def order() -> dict[str, Any]:
-    return {"policy": Lru(), "chains": Chains()}
+def new_rooms(sizes: list[int]) -> tuple[SegmentRooms, list[SegmentRecord]]:
+    rooms, table, calls = SegmentRooms(), ReplicaTable(), CallCount()
+    records = [
+        SegmentRecord(segment(f"s{at}", units=units), [], calls, table=table, order=new_order("lru", table, calls))
+        for at, units in enumerate(sizes)
+    ]
+    for record in records:
+        rooms.add(record)
+    return rooms, records
 
 
-class Counted(SegmentRecord):
-    """Counts how often it is asked for room."""
+class LookedAt(SegmentRecord):
+    """Counts how often any segment is looked at."""
 
-    asked = 0
+    looks = 0
 
-    def allocate(self, length: int, high: float, owner: OwnerTag | None = None) -> int | None:
-        self.asked += 1
-        return super().allocate(length, high, owner)
+    @property
+    def room(self) -> int:
+        LookedAt.looks += 1
+        return super().room
+
+    @property
+    def oldest_use(self) -> int | None:
+        LookedAt.looks += 1
+        return super().oldest_use
 
 
-def test_full_segments_are_not_looked_at_again_for_each_chunk():
-    records = [Counted(segment(f"s{number}", units=1), [], CallCount(), **order()) for number in range(100)]
-    config = StoreConfig(high_watermark=1.0, low_watermark=0.5)
-    placer = Placer(config, prefer=None, own=[], segments=records)
-    places = [placer.place(UNIT) for _ in range(300)]
-    assert sum(place is not None for place in places) == 100
-    assert sum(record.asked for record in records) <= 400
+def test_a_request_looks_at_few_of_a_thousand_segments_whether_they_have_room_or_evict():
+    state = new_state(low_watermark=1.0)
+    for number in range(1000):
+        state.register(registration(f"s{number}", units=2), 0.0)
+    state.register(registration("w", units=0), 0.0)
+    for record in state._nodes.segments.values():
+        record.__class__ = LookedAt
+    LookedAt.looks = 0
+    for number in range(4000):
+        put(state, "w", [number], 0.0)
+    assert state.counters["evicted"] == 2000 and stored(state, list(range(4000)), 0.0) == list(range(2000, 4000))
+    assert LookedAt.looks <= 1000 + 10 * 4000
 
 
 @given(
@@ -138,18 +154,16 @@ def test_full_segments_are_not_looked_at_again_for_each_chunk():
     banned=st.sets(st.integers(0, 4)),
 )
 def test_a_placer_declines_or_evicts_only_where_no_segment_has_room(units, lengths, prefer, own, banned):
-    segments = [segment(f"s{at}", units=size) for at, size in enumerate(units)]
-    records = [SegmentRecord(each, [], CallCount(), **order()) for each in segments]
+    rooms, records = new_rooms(units)
     placer = Placer(
-        StoreConfig(high_watermark=1.0, low_watermark=1.0),
+        rooms,
         prefer=records[prefer] if prefer is not None and prefer < len(records) else None,
         own=[records[own]] if own is not None and own < len(records) else [],
-        segments=records,
     )
     for at, length in enumerate(lengths):
         without = {f"s{number}.1" for number in banned} if at % 2 else set()
         fits = any(r.allocator.largest_free >= length * UNIT for r in records if r.segment.id not in without)
-        place = placer.place(length * UNIT, without)
+        place = placer.place(length * UNIT, 1, without)
         assert (place is not None) == fits and not placer.evicted
         assert place is None or place.record.segment.id not in without
 
@@ -165,9 +179,10 @@ def test_what_the_wished_segment_evicts_is_half_as_old_as_the_oldest_at_least(us
     for at, number in enumerate(uses, 1):
         state.match(keys(number), 0.0)
         last[number] = at
-    before = {r.ref.key: r.ref.segment_id for r in state._index.replicas.values()}
+    index = state._index
+    before = {key: index.record(row).segment.id for key, row in index.complete.items()}
     put(state, "w", [99], 0.0, prefer="d.1")
-    after = {r.ref.key for r in state._index.replicas.values()}
+    after = set(index.complete)
     ages = {number: len(uses) + 1 - last[number] for number in every if before.get(keys(number)[0])}
     (gone,) = (number for number in ages if keys(number)[0] not in after)
     same = [age for number, age in ages.items() if before[keys(number)[0]] == before[keys(gone)[0]]]

@@ -1,0 +1,50 @@
+"""How segments come into the index: by the cluster's rules, with what their node says lies there. Pure."""
+
+from functools import partial
+
+from kvcore.config.schema import StoreConfig
+from kvcore.extents import ALIGNMENT, aligned
+from kvcore.types import Segment
+from metadata_server.index.chunks.calls import CallCount
+from metadata_server.index.chunks.orders import new_key_order, new_order
+from metadata_server.index.chunks.quotas import TenantLimit
+from metadata_server.index.chunks.rows import ReplicaTable
+from metadata_server.index.chunks.rules import RoomRules
+from metadata_server.index.chunks.segments import SegmentRecord
+from metadata_server.index.limits import IndexLimits
+from metadata_server.messages import ManifestEntry
+
+
+class NewSegments:
+    """Makes the records of all segments of one index."""
+
+    def __init__(self, config: StoreConfig, limits: IndexLimits, table: ReplicaTable, calls: CallCount) -> None:
+        self._eviction, self._table, self._calls = config.eviction, table, calls
+        tenants = None
+        if config.tenant_share is not None:
+            tenants = TenantLimit(config.tenant_share, partial(new_key_order, config.eviction, table, calls))
+        self._rules = RoomRules(config.high_watermark, config.low_watermark, limits.most_evicted, tenants)
+
+    def record(self, segment: Segment, entries: list[ManifestEntry]) -> SegmentRecord:
+        """Of a segment with room taken by `entries`, which `acceptable` gave, and each of which is to be adopted."""
+        order = new_order(self._eviction, self._table, self._calls)
+        return SegmentRecord(segment, entries, self._calls, table=self._table, order=order, rules=self._rules)
+
+
+def acceptable(segment: Segment, entries: list[ManifestEntry]) -> list[ManifestEntry]:
+    """Entries that may be adopted, newest generation first: inside, aligned, disjoint, one a key."""
+    capacity = segment.size_bytes // ALIGNMENT * ALIGNMENT
+    taken = bytearray(capacity // ALIGNMENT)  # a byte a unit: overlap is one memchr
+    keys: set[bytes] = set()
+    accepted: list[ManifestEntry] = []
+    for entry in sorted(entries, key=lambda e: (-e.generation, e.offset)):
+        end = entry.offset + aligned(entry.length)
+        if entry.offset % ALIGNMENT or end > capacity or entry.key in keys:
+            continue
+        first, last = entry.offset // ALIGNMENT, end // ALIGNMENT
+        if taken.find(1, first, last) >= 0:
+            continue
+        taken[first:last] = b"\x01" * (last - first)
+        keys.add(entry.key)
+        accepted.append(entry)
+    return accepted

@@ -1,0 +1,116 @@
+"""What each tenant's chunks take of one segment, and which of them goes first where a tenant has its share. Pure.
+
+Told by the segment's record of all that comes, is used and goes. Invariants: `used_bytes` is the room of the replicas
+whose owner is known, in whatever state; an owner's order has its complete ones.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from kvcore.types import OwnerTag
+from metadata_server.index.chunks.orders import SegmentOrder
+
+
+@dataclass(frozen=True, slots=True)
+class TenantLimit:
+    """What each tenant may have of each segment, and how its own chunks are ordered."""
+
+    share: float
+    new_order: Callable[[], SegmentOrder]
+
+
+class SegmentQuotas:
+    """One segment's. Only what has a known owner counts: what was found after a restart counts for nobody until its
+    prompt is stored again. Costs nothing while nobody's share is limited, and some hundred bytes a chunk then."""
+
+    def __init__(self, limit: TenantLimit, capacity: int) -> None:
+        self.most_bytes = int(limit.share * capacity)
+        """That one tenant may have."""
+        self.used_bytes: Counter[OwnerTag] = Counter()
+        self._new_order = limit.new_order
+        self._owners: dict[int, OwnerTag] = {}
+        """By row."""
+        self._orders: dict[OwnerTag, SegmentOrder] = {}
+
+    def __repr__(self) -> str:
+        return f"<SegmentQuotas of {len(self.used_bytes)} tenants, {self.most_bytes} bytes each>"
+
+    def left_of(self, owner: OwnerTag) -> int:
+        """Bytes that the tenant may have more."""
+        return self.most_bytes - self.used_bytes[owner]
+
+    def own(self, row: int, owner: OwnerTag, room_bytes: int) -> bool:
+        """The replica is the tenant's. False: that was known."""
+        if row in self._owners:
+            return False
+        self._owners[row] = owner
+        self.used_bytes[owner] += room_bytes
+        return True
+
+    def completed(self, rows: Iterable[int]) -> None:
+        """They may be evicted from now on."""
+        for row in rows:
+            owner = self._owners.get(row)
+            if owner is not None:
+                if owner not in self._orders:
+                    self._orders[owner] = self._new_order()
+                self._orders[owner].add([row])
+
+    def used(self, rows: Iterable[int], *, again: bool) -> None:
+        """Complete ones were used; `again`: until now."""
+        for row in rows:
+            order = self._order_of(row)
+            if order is not None:
+                (order.refresh if again else order.use)([row])
+
+    def left(self, row: int) -> None:
+        """A complete one is not there any more; `freed` follows."""
+        order = self._order_of(row)
+        if order is not None:
+            order.remove(row)
+
+    def let_go(self, row: int) -> None:
+        """Nothing that is there continues a complete one any more."""
+        order = self._order_of(row)
+        if order is not None:
+            order.let_go(row)
+
+    def freed(self, row: int, room_bytes: int) -> None:
+        """Its room is free again."""
+        owner = self._owners.pop(row, None)
+        if owner is None:
+            return
+        self.used_bytes[owner] -= room_bytes
+        if not self.used_bytes[owner]:
+            del self.used_bytes[owner]
+            self._orders.pop(owner, None)
+
+    def evict(self, owner: OwnerTag) -> int | None:
+        """The tenant's chunk that goes next, which has left its order: `freed` follows. None: none may."""
+        order = self._orders.get(owner)
+        return None if order is None else order.evict()
+
+    def clear(self) -> None:
+        """The segment is no longer a live node's."""
+        for order in self._orders.values():
+            order.clear()
+        self.used_bytes.clear()
+        self._owners.clear()
+        self._orders.clear()
+
+    def check(self, rooms: dict[int, int], complete: Iterable[int]) -> None:
+        """Assert every invariant. `rooms`: of all replicas by row; `complete`: rows. For tests."""
+        used: Counter[OwnerTag] = Counter()
+        for row, owner in self._owners.items():
+            used[owner] += rooms[row]
+        assert used == self.used_bytes
+        there = {row for order in self._orders.values() for row in order.rows()}
+        assert there == {row for row in complete if row in self._owners}
+        for owner, order in self._orders.items():
+            victim = order.victim()
+            assert all(self._owners[row] == owner for row in order.rows()) and (victim is None or victim in there)
+
+    def _order_of(self, row: int) -> SegmentOrder | None:
+        owner = self._owners.get(row)
+        return None if owner is None else self._orders.get(owner)
