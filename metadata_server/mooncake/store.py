@@ -1,9 +1,11 @@
 """Mooncake's keys among the records: read, written and removed under prefixes of ours."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 
 import msgspec
 
+from kvcore.errors import OverloadedError, RecordsUnavailableError
 from metadata_server.mooncake.keys import ANSWERED, VALUES, owned
 from metadata_server.records.base import ABSENT, PutOutcome, PutReply, Record, Records
 
@@ -59,7 +61,7 @@ class DialectStore:
         return done
 
     async def listing(self) -> DialectListing:
-        """All keys. What has answered and is registered no more, or anew, is removed on the way."""
+        """All keys. What has answered and is registered no more, or anew, is removed on the way, if it can be."""
         found = await self._records.listing(VALUES)
         values = {record.key.removeprefix(VALUES): record for record in found.records}
         answered = {}
@@ -68,7 +70,8 @@ class DialectStore:
             if key in values and values[key].revision == revision:
                 answered[key] = revision
             elif revision <= found.revision:
-                await self._records.delete(record.key, expect=record.revision)
+                with suppress(RecordsUnavailableError, OverloadedError):
+                    await self._records.delete(record.key, expect=record.revision)
         self.num_keys = len(values)
         return DialectListing(values, answered, found.revision)
 

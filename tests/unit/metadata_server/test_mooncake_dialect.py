@@ -333,6 +333,9 @@ async def test_records_that_cannot_be_written_are_no_ones_death(rig):
     rig.records.delete = refuse
     for _ in range(5):
         await rig.look(5.0)
+    await rig.records.put("metadata-answered/mooncake/rpc_meta/gone:1", b"1")
+    again = await make_rig(rig.records, rig.clock, rig.ports, rig.config, rig.limits)
+    assert await again.dialect.get(RPC) == rpc(), "what cannot be tidied hinders no start"
     with pytest.raises(RecordsUnavailableError):
         await rig.dialect.delete(RPC)
     rig.records.delete = delete
