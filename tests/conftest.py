@@ -1,15 +1,29 @@
-"""What all tests run under."""
+"""What holds for every test: nothing that one starts writes into the state folder of whoever runs it; and garbage is
+not looked for among what collecting the tests made."""
 
 import gc
+import os
 from collections.abc import Generator
+from tempfile import TemporaryDirectory
 
 import pytest
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _state_folder():
+    with TemporaryDirectory(prefix="kvferry-tests-") as folder:
+        before, os.environ["XDG_STATE_HOME"] = os.environ.get("XDG_STATE_HOME"), folder
+        yield
+        if before is None:
+            del os.environ["XDG_STATE_HOME"]
+        else:
+            os.environ["XDG_STATE_HOME"] = before
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """What collecting the tests makes, about a million objects, stays to the end: garbage is not looked for among it,
-    then or later. That was a fifth of the time that tests took."""
+    """What collecting the tests makes, about a million objects, stays to the end: looking for garbage among it, then
+    and later, was a fifth of the time that tests took."""
     gc.disable()
     try:
         return (yield)

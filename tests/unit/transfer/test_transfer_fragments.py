@@ -1,4 +1,4 @@
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transfer.fragments import MESSAGE_BYTES, Fragment, cut
@@ -6,6 +6,7 @@ from transfer.fragments import MESSAGE_BYTES, Fragment, cut
 SIZES = st.one_of(st.integers(1, 300), st.sampled_from([64 << 10, (64 << 10) + 1, MESSAGE_BYTES, MESSAGE_BYTES + 1]))
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(SIZES, st.sampled_from([0, 0, 1])), max_size=12), st.booleans())
 def test_a_write_covers_every_byte_once_in_messages_that_fit(plan: list[tuple[int, int]], one_at_a_time: bool) -> None:
     fragments, at = [], 0
