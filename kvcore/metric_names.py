@@ -30,6 +30,10 @@ class Metric:
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
 
+_CALL_SECONDS = (0.0001, 0.00025, 0.0005, *(limit for limit in _SECONDS if limit <= 5.0))
+"""Of calls that are answered from memory."""
+
+
 def _counter(name: str, help_text: str, *labels: str) -> Metric:
     return Metric(MetricKind.COUNTER, f"kvferry_{name}", help_text, labels)
 
@@ -77,7 +81,15 @@ METADATA_EVENTS = _counter("metadata_events_total", "Index events published")
 METADATA_TOTALS = _counter("metadata_totals_total", "Counters of the index, by name", "name")
 METADATA_MOONCAKE_KEYS = _gauge("metadata_mooncake_keys", "Keys that Mooncake's clients keep under /metadata")
 METADATA_MOONCAKE_SECONDS = _seconds("metadata_mooncake_seconds", "Time to answer one call of Mooncake's clients")
-METADATA_CALL_SECONDS = _seconds("metadata_call_seconds", "Time to answer one call", "endpoint")
+METADATA_EVENT_LOG = _gauge("metadata_event_log", "Seq of the `oldest` event kept and of the `next`", "position")
+METADATA_SUBSCRIBER_LAG = _gauge("metadata_subscriber_lag_events", "Events that the slowest event stream was not sent")
+METADATA_CALL_SECONDS = Metric(
+    MetricKind.HISTOGRAM,
+    "kvferry_metadata_call_seconds",
+    "Time to answer one call; of a long poll, with the wait",
+    ("endpoint",),
+    _CALL_SECONDS,
+)
 
 # --- nodes: service, engine, store -----------------------------------------------------------------------------
 NODE_READY = _gauge("node_ready", "1 while the node serves")

@@ -86,7 +86,8 @@ class MetadataCore:
         self._waiting: dict[ChunkKey, set[asyncio.Event]] = {}
         self._refusals = Refusals(limits)
         self._num_waiters = 0
-        self._num_subscribers = 0
+        self._sent: dict[object, int] = {}
+        """Each event stream's position: events before it were sent."""
         self._turn = asyncio.Lock()
         self._num_in_turn = 0
         self._seen_seq = state.log.next_seq
@@ -108,7 +109,7 @@ class MetadataCore:
         }
 
     def __repr__(self) -> str:
-        return f"<MetadataCore {self._num_waiters} waiters, {self._num_subscribers} subscribers: {self.state}>"
+        return f"<MetadataCore {self._num_waiters} waiters, {self.num_subscribers} subscribers: {self.state}>"
 
     @property
     def num_waiters(self) -> int:
@@ -118,7 +119,13 @@ class MetadataCore:
     @property
     def num_subscribers(self) -> int:
         """Event streams open."""
-        return self._num_subscribers
+        return len(self._sent)
+
+    @property
+    def subscriber_lag(self) -> int:
+        """Events that the slowest of them was not sent yet."""
+        log = self.state.log
+        return max((log.next_seq - max(sent, log.first_seq) for sent in self._sent.values()), default=0)
 
     async def dispatch(
         self, path: str, body: bytes, *, json: bool = False, reply_json: bool | None = None, who: str = ""
@@ -246,11 +253,11 @@ class MetadataCore:
 
         A subscriber too slow for the ring gets a reset. Raises OverloadedError at the first step if too many are there.
         """
-        if self._num_subscribers >= self._limits.max_subscribers:
+        if len(self._sent) >= self._limits.max_subscribers:
             raise OverloadedError(f"{self._limits.max_subscribers} event streams are open")
-        self._num_subscribers += 1
+        log, position, stream = self.state.log, from_seq, object()
+        self._sent[stream] = position if log.has(epoch, position) else 0
         try:
-            log, position = self.state.log, from_seq
             greet: Callable[[EventBatch], EventBatch] = self.state.speaks.greet
             while not self._stopping:
                 news = self._news
@@ -259,16 +266,16 @@ class MetadataCore:
                     for batch in self.snapshot():
                         position = batch.next_seq
                         yield encode(greet(batch), json=False)
-                        greet = _said
+                        greet, self._sent[stream] = _said, position
                     continue
                 batch = log.replay(position)
                 position = batch.next_seq
                 yield encode(greet(batch), json=False)
-                greet = _said
+                greet, self._sent[stream] = _said, position
                 if position == log.next_seq:
                     await _wait_for(news, self._limits.keep_alive_s)
         finally:
-            self._num_subscribers -= 1
+            del self._sent[stream]
 
     def stop(self) -> None:
         """End event streams and answer long polls with what there is, now and from now on. Idempotent."""

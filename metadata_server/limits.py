@@ -41,7 +41,7 @@ class ClientLimits:
     longest_pause_s: float = 1.0
     """… up to this."""
     max_connections: int = 256
-    max_waits: int = 512
+    max_waits: int = 1024
     """Long polls under way, each on a connection of its own beside those. A further one asks once, after …"""
     wait_poll_s: float = 0.25
     """… so long, and has to be repeated: no wait may keep other calls from the server, or cost all descriptors."""

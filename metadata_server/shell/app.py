@@ -57,7 +57,7 @@ def create_app(
     app.openapi = partial(document, mooncake=mooncake is not None)  # type: ignore[method-assign]
     for path, post in calls.items():  # for what is wrong with the method; the calls themselves never get here
         app.router.add_route(path, post, methods=["POST"])
-    for path, get in _gets(core, metrics, limits.send_s).items():
+    for path, get in _gets(core, metrics, limits.send_s, clock, observe).items():
         app.router.add_route(path, get, methods=["GET"])
     for kind, handler in _ON_ERROR.items():
         app.add_exception_handler(kind, handler)
@@ -113,11 +113,21 @@ def _post(
     return handle
 
 
-def _gets(core: MetadataCore, metrics: Metrics, send_s: float) -> dict[str, _Handler]:
+def _gets(
+    core: MetadataCore,
+    metrics: Metrics,
+    send_s: float,
+    clock: Clock,
+    observe: Callable[[str], Callable[[float], None]],
+) -> dict[str, _Handler]:
     def plain(path: str) -> _Handler:
+        observe_call = observe(path)
+
         async def handle(request: Request) -> Response:
-            json = _wants_json(request, True)
-            return Response(await core.dispatch(path, b"", json=json), media_type=JSON if json else MSGPACK)
+            json, started = _wants_json(request, True), clock.now()
+            reply = await core.dispatch(path, b"", json=json)
+            observe_call(clock.now() - started)
+            return Response(reply, media_type=JSON if json else MSGPACK)
 
         return handle
 

@@ -36,6 +36,10 @@ def register(core: MetadataCore, clock: Clock, metrics: Metrics) -> Callable[[st
     metrics.sampled(names.METADATA_WAITERS, lambda: [((), core.num_waiters)])
     metrics.sampled(names.METADATA_SUBSCRIBERS, lambda: [((), core.num_subscribers)])
     metrics.sampled(names.METADATA_EVENTS, lambda: [((), state.log.next_seq - 1)])
+    metrics.sampled(
+        names.METADATA_EVENT_LOG, lambda: [(("oldest",), state.log.first_seq), (("next",), state.log.next_seq)]
+    )
+    metrics.sampled(names.METADATA_SUBSCRIBER_LAG, lambda: [((), core.subscriber_lag)])
     metrics.sampled(names.METADATA_TOTALS, lambda: [((name,), total) for name, total in state.counters.items()])
     seconds = metrics.histogram(names.METADATA_CALL_SECONDS)
     return lambda path: seconds.labels(path).observe

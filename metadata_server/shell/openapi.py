@@ -65,9 +65,19 @@ def _content(schema: _Schema, *, binary: bool = True) -> _Schema:
 
 def _answers(ok: _Schema, statuses: tuple[int, ...]) -> _Schema:
     answers: _Schema = {"200": {"description": "Done", "content": ok}}
-    for status in statuses:
-        answers[str(status)] = {"description": "Refused", "content": _content(_reference("ErrorBody"))}
+    for status in (*statuses, 500):
+        answers[str(status)] = {"description": _ERRORS[status], "content": _content(_reference("ErrorBody"))}
     return answers
+
+
+_ERRORS = {
+    400: "Malformed or out of bounds; `param` is the path of the field",
+    409: "The node is not taken in: another cluster's or model's, or its name is a living process's",
+    413: "The body is too long",
+    415: "Not a format that is spoken here",
+    500: "A fault of the server; its log says more",
+    503: "Not now: too many streams are open, or what must be written down cannot be",
+}
 
 
 def _parameter(name: str, schema: _Schema, *, required: bool) -> _Schema:
