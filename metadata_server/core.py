@@ -86,8 +86,7 @@ class MetadataCore:
         self._waiting: dict[ChunkKey, set[asyncio.Event]] = {}
         self._refusals = Refusals(limits)
         self._num_waiters = 0
-        self._sent: dict[object, int] = {}
-        """Each event stream's position: events before it were sent."""
+        self._sent: dict[object, int] = {}  # each event stream's position: events before it were sent
         self._turn = asyncio.Lock()
         self._num_in_turn = 0
         self._seen_seq = state.log.next_seq
@@ -124,8 +123,7 @@ class MetadataCore:
     @property
     def subscriber_lag(self) -> int:
         """Events that the slowest of them was not sent yet."""
-        log = self.state.log
-        return max((log.next_seq - max(sent, log.first_seq) for sent in self._sent.values()), default=0)
+        return max(map(self.state.log.behind, self._sent.values()), default=0)
 
     async def dispatch(
         self, path: str, body: bytes, *, json: bool = False, reply_json: bool | None = None, who: str = ""
@@ -218,14 +216,12 @@ class MetadataCore:
 
     def stats(self, _: object, now: float) -> Stats:
         """See MetadataState.stats; with who was refused lately."""
-        refused = self._refusals.listed(now)
-        return msgspec.structs.replace(self.state.stats(now, self._num_waiters), refused=refused)
+        return msgspec.structs.replace(self.state.stats(now, self._num_waiters), refused=self._refusals.listed(now))
 
     async def wait(self, request: WaitRequest, now: float) -> MatchReply:
         """As `match`, once more than `more_than` leading keys are complete, time is up, or too many wait."""
-        keys = request.keys
+        keys, deadline = request.keys, now + request.timeout_s
         wanted = min(request.more_than + 1, len(keys))  # all of them: nothing more can come
-        deadline = now + request.timeout_s
         while True:
             have = self.state.complete_prefix(keys, now)
             full = have < wanted and self._num_waiters >= self._limits.max_waiters
@@ -264,14 +260,14 @@ class MetadataCore:
                 if not log.has(epoch, position):
                     epoch, position = log.epoch, 0
                     for batch in self.snapshot():
-                        position = batch.next_seq
                         yield encode(greet(batch), json=False)
-                        greet, self._sent[stream] = _said, position
+                        greet, position = _said, batch.next_seq
+                    self._sent[stream] = position
                     continue
                 batch = log.replay(position)
-                position = batch.next_seq
                 yield encode(greet(batch), json=False)
-                greet, self._sent[stream] = _said, position
+                greet, position = _said, batch.next_seq
+                self._sent[stream] = position
                 if position == log.next_seq:
                     await _wait_for(news, self._limits.keep_alive_s)
         finally:

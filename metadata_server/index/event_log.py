@@ -47,6 +47,10 @@ class EventLog:
         """Whether a subscriber at that position can go on by replay."""
         return epoch == self.epoch and self.first_seq <= from_seq <= self.next_seq
 
+    def behind(self, position: int) -> int:
+        """Events from there on, as far as they are kept."""
+        return self.next_seq - max(position, self.first_seq)
+
     def since(self, from_seq: int) -> Iterator[Event]:
         """Events from `from_seq` on, which `has` allowed."""
         for seq in range(from_seq, self.next_seq):
