@@ -68,9 +68,9 @@ class Mover:
                 raise RuntimeError(f"{what}: {[str(outcome) for outcome in outcomes]}: {self._tier.stats().problem}")
         if self._round == 1 and self._into != self._from:
             raise RuntimeError("what was loaded is not what was saved")
-        began = time.perf_counter()
+        cpu, began = time.process_time(), time.perf_counter()
         self._into[:] = self._from
-        return found | {"copy_s": time.perf_counter() - began}
+        return found | {"copy_s": time.perf_counter() - began, "copy_cpu_s": time.process_time() - cpu}
 
     async def forget(self) -> None:
         """Make room for the next round."""

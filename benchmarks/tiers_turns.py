@@ -107,8 +107,12 @@ def summary(turns: Mapping[str, Turns], server_s: Mapping[str, Sequence[float]])
         }
         if kind != "lmcache":
             result[kind]["share_of_copy"] = mover.median("copy_s") / mover.median("load_s")
-    copies = [answer["copy_s"] for mover in turns.values() for answer in mover.answers[1:] if "copy_s" in answer]
-    result["memory"] = {"gbps": GIGABYTES / statistics.median(copies), "share_of_copy": 1.0}
+    copies = [answer for mover in turns.values() for answer in mover.answers[1:] if "copy_s" in answer]
+    result["memory"] = {
+        "gbps": GIGABYTES / statistics.median(answer["copy_s"] for answer in copies),
+        "cpu_s_per_gb": statistics.median(answer["copy_cpu_s"] for answer in copies) / GIGABYTES,
+        "share_of_copy": 1.0,
+    }
     if "disk" in turns:
         result["disk_of_device"] = turns["disk"].median("load_s") / turns["disk"].median("device_s")
     if "lmcache" in turns and "redis" in turns:
