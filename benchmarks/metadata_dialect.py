@@ -167,7 +167,9 @@ async def _servers(folder: Path) -> AsyncIterator[dict[str, _Subject]]:
 async def measure_dialect(rounds: int = 5, seconds: float = SECONDS) -> dict[str, float]:
     """Calls a second as `get_c1`, `put_c1`, `get_c16`, `put_c16`, and their `…_p99_ms`: medians of the rounds. Ours
     without a prefix, Mooncake's with `mooncake_py_` and `mooncake_cpp_`."""
-    with TemporaryDirectory(dir=Path.cwd() / "build") as folder:
+    build = Path.cwd() / "build"  # on a disk, where /tmp may be none
+    build.mkdir(exist_ok=True)
+    with TemporaryDirectory(dir=build) as folder:
         async with _servers(Path(folder)) as subjects:
             for subject in subjects.values():
                 await subject.fill()
@@ -188,7 +190,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    Path("build").mkdir(exist_ok=True)
     found = uvloop.run(measure_dialect(options.rounds))
     for prefix in ("", "mooncake_py_", "mooncake_cpp_"):
         for method, connections in itertools.product(("get", "put"), CONNECTIONS):
