@@ -31,6 +31,14 @@ class NodeLimits:
     """After a restart of the metadata server each node waits for a random part of this before it sends the first."""
     longest_piece_pause_s: float = 2.0
     """Between tries to send a piece."""
+    move_poll_s: float = 1.0
+    """Between two looks whether the node is to copy its chunks elsewhere, or has more to copy."""
+    move_bytes: int = 64 << 20
+    """Copied at once, …"""
+    move_share: float = 0.5
+    """… in this share of the time at most: what it moves has the links to itself no longer than that."""
+    move_writable_share: float = 0.5
+    """Of a reservation's time: nothing is written into its room later."""
     max_listed: int = 65_536
     """Chunks told to a metadata server of before IN_PIECES, which takes all at once and refuses longer bodies. What is
     not listed is free room there."""

@@ -122,8 +122,8 @@ class Membership:
         """Something has changed that the step under way, or the last one, did not tell the server."""
         self.refused = ""
         """Why the metadata server does not take the node in; empty: it does, or has not said so."""
-        self.drained = False
-        """By order, as the metadata server last said."""
+        self.drained = ""
+        """By order, as the metadata server last said: `stay`, or `move` its chunks elsewhere; empty: it is not."""
         self.registrations = 0
         self.heartbeat_failures = 0
         self.on_registered: Callable[[], None] = lambda: None

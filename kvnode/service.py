@@ -4,12 +4,14 @@ Owns the order and nothing else. Stop: refuse new legs, drain, leave the metadat
 segment go.
 """
 
+import asyncio
 import logging
 import secrets
 import socket
 import sys
-from contextlib import AsyncExitStack, nullcontext
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from typing import Any
 
 from aiohttp import web
 
@@ -30,17 +32,20 @@ from kvnode.control_api import ControlApi
 from kvnode.limits import NodeLimits
 from kvnode.membership import Membership
 from kvnode.metrics import NodeMetrics
+from kvnode.moving import ChunkMover
 from kvnode.probe import PeerProber
 from kvnode.segment_owner import SegmentOwner
 from kvnode.supervisor import EngineSupervisor
-from kvnode.tasks import cancelled
+from kvnode.tasks import PausableWork, cancelled
 from kvnode.tiers.node_tiers import NodeTiers
 from kvnode.tiers.starting import start_tiers
 from kvnode.upkeep import NodeUpkeep
 from kvnode.weights import EngineWeights
+from metadata_server.client import MetadataClient
 from metadata_server.connect import connect_client, endpoints_of
 from nodeapi.messages import OLDEST_PROTOCOL, PROTOCOL, EngineStats, NodeReport
 from nodeapi.upkeep import WeightsReply, WeightsRequest
+from transfer.select import build_transfer
 
 _logger = logging.getLogger("kvnode")
 
@@ -53,6 +58,7 @@ class _RunningNode:
     membership: Membership
     supervisor: EngineSupervisor | None
     weights: EngineWeights
+    mover: ChunkMover
     tiers: NodeTiers | None = None
     api: ControlApi | None = None
 
@@ -97,12 +103,13 @@ class _RunningNode:
             stats=stats if ready else None,
             segments=[self.owner.segment],
             transports=sample.transports if sample is not None else {},
-            draining=(self.api is not None and self.api.draining) or self.membership.drained,
+            draining=(self.api is not None and self.api.draining) or bool(self.membership.drained),
             engine_restarts=self.supervisor.restarts if self.supervisor is not None else 0,
             refused=self.membership.refused,
             tiers=self.tiers.reports() if self.tiers is not None else [],
             version=self.weights.version,
             release=release(),
+            left_to_move=self.mover.left,
         )
 
 
@@ -147,9 +154,11 @@ async def run_node(
     owner.on_change = membership.announce_again
     tiers = await stack.enter_async_context(start_tiers(config, membership, owner, client, clock))
     weights = EngineWeights(config, clock)
-    supervisor = _supervisor(weights, membership, prober, tiers, clock=clock, limits=limits)
-    node = _RunningNode(owner, membership, supervisor, weights, tiers)
-    lifecycle.describe.append(lambda: map(repr, (membership, node.supervisor, weights, owner, prober, tiers)))
+    mover = _start_mover(config, owner, membership, client, lifecycle, clock=clock, limits=limits)
+    writers: list[PausableWork[Any]] = [prober.work, mover.work, *([tiers.promoter.work] if tiers else [])]
+    supervisor = _supervisor(weights, membership, writers, tiers, clock=clock, limits=limits)
+    node = _RunningNode(owner, membership, supervisor, weights, mover, tiers)
+    lifecycle.describe.append(lambda: map(repr, (membership, node.supervisor, weights, owner, prober, mover, tiers)))
     if node.supervisor is not None:
         engine = lifecycle.tasks.create_task(node.supervisor.run(), name="engine")
         stack.push_async_callback(cancelled, engine)
@@ -182,10 +191,37 @@ def draw_incarnation() -> int:
     return 1 + secrets.randbelow((1 << 53) - 1)
 
 
+def _start_mover(
+    config: ClusterConfig,
+    owner: SegmentOwner,
+    membership: Membership,
+    client: MetadataClient,
+    lifecycle: Lifecycle,
+    *,
+    clock: Clock,
+    limits: NodeLimits,
+) -> ChunkMover:
+    mover = ChunkMover(
+        owner.view,
+        node=membership.node,
+        metadata=client,
+        open_transfer=lambda: build_transfer(config.transport, owner.segment.host_id),
+        wanted=lambda: membership.drained == "move",
+        store=config.store,
+        clock=clock,
+        run_blocking=asyncio.to_thread,
+        limits=limits,
+    )
+    lifecycle.stack.push_async_callback(mover.aclose)
+    task = lifecycle.tasks.create_task(mover.run(), name="moves")
+    lifecycle.stack.push_async_callback(cancelled, task)
+    return mover
+
+
 def _supervisor(
     weights: EngineWeights,
     membership: Membership,
-    prober: PeerProber,
+    writers: list[PausableWork[Any]],
     tiers: NodeTiers | None,
     *,
     clock: Clock,
@@ -203,8 +239,10 @@ def _supervisor(
         return EngineProcess(hello, start_s=config.service.start_s, on_line=_pass_on, env=env)
 
     async def ended() -> None:
-        async with prober.work.paused(), tiers.promoter.work.paused() if tiers is not None else nullcontext():
-            await membership.release_writer()  # prober and promoter write in the node's name, too
+        async with AsyncExitStack() as paused:
+            for work in writers:  # they write in the node's name, too
+                await paused.enter_async_context(work.paused())
+            await membership.release_writer()
 
     def ready(engine: EngineProcess) -> None:
         if tiers is not None:

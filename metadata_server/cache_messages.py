@@ -8,7 +8,7 @@ from typing import Literal
 
 import msgspec
 
-from kvcore.types import ChunkKey
+from kvcore.types import ChunkKey, ReplicaRef, Segment
 from metadata_server.messages import FromNode, ReplyBody, RequestBody
 
 CACHE_CONTROL = 3
@@ -83,6 +83,8 @@ class NodeOrderRequest(RequestBody, frozen=True, kw_only=True):
 
     node_id: str
     action: NodeAction
+    move: bool = False
+    """`drain`: it copies its chunks to other nodes, as far as there is free room."""
     force: bool = False
     """`remove`: also a node that is alive; this start of it is not taken in again."""
     incarnation: int = 0
@@ -97,6 +99,8 @@ class NodeOrder(ReplyBody, frozen=True, kw_only=True):
     """`drained` or `removed`."""
     since: float
     """Unix seconds."""
+    move: bool = False
+    """Of a drained one: it copies its chunks to other nodes."""
     incarnation: int = 0
     """Of a removed one: the start that is not taken in any more; 0: every start is."""
 
@@ -135,3 +139,29 @@ class RenewReply(ReplyBody, frozen=True, kw_only=True):
     """`renewed[i]` false: the node does not hold that lease (any more)."""
 
     renewed: list[bool]
+
+
+class MoveChunksRequest(FromNode, frozen=True, kw_only=True):
+    """A drained node asks which of its chunks to copy next, and where to. Room for the copies is reserved in its name
+    for `ttl_s`, as by a ReserveRequest, and evicts nothing. Its replicas of `copied`, which lie elsewhere now, go."""
+
+    copied: list[ChunkKey]
+    most_bytes: int
+    """Of all copies together, but one at least."""
+    ttl_s: float
+
+
+class ChunkMove(ReplyBody, frozen=True, kw_only=True):
+    """A chunk where it lies, and room for its copy."""
+
+    source: ReplicaRef
+    target: ReplicaRef
+
+
+class MoveChunksReply(ReplyBody, frozen=True, kw_only=True):
+    """The most used chunks first. `left`: chunks that lie nowhere else yet, these included."""
+
+    moves: list[ChunkMove]
+    segments: list[Segment]
+    """Of the targets."""
+    left: int

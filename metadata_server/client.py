@@ -20,6 +20,8 @@ from metadata_server.cache_messages import (
     CacheReply,
     EvictRequest,
     ExpireRequest,
+    MoveChunksReply,
+    MoveChunksRequest,
     NodeOrderReply,
     NodeOrderRequest,
     NodeOrdersReply,
@@ -224,6 +226,10 @@ class MetadataClient:
     async def order_node(self, request: NodeOrderRequest, *, timeout_s: float | None = None) -> NodeOrderReply:
         """Drain a node, undrain or remove it. Idempotent, but for `undrain`, which says so the second time."""
         return await self._call(endpoints.ORDER_NODE, request, timeout_s)
+
+    async def move_chunks(self, request: MoveChunksRequest, *, timeout_s: float | None = None) -> MoveChunksReply:
+        """Which chunks of a drained node to copy next, with room for them. Not idempotent, as `reserve`."""
+        return await self._call(endpoints.MOVE_CHUNKS, request, timeout_s)
 
     async def node_orders(self, *, timeout_s: float | None = None) -> NodeOrdersReply:
         """Which nodes are drained, and which were removed."""

@@ -38,14 +38,16 @@ Req = TypeVar("Req")
 Rep = TypeVar("Rep", bound=msgspec.Struct)
 
 
-def _check_node(request: m.FromNode) -> None:
+def _check_node(request: m.FromNode | c.NodeOrderRequest) -> None:
     check_name(request.node_id, "node_id")
     check_incarnation(request.incarnation, "incarnation")
 
 
-def _check_order(request: c.NodeOrderRequest) -> None:
-    check_name(request.node_id, "node_id")
-    check_incarnation(request.incarnation, "incarnation")
+def _check_move(request: c.MoveChunksRequest) -> None:
+    _check_node(request)
+    check_keys(request.copied, "copied")
+    require(0 < request.most_bytes < MAX_BYTES, "most_bytes", "out of range")
+    check_seconds(request.ttl_s, "ttl_s")
 
 
 def _check_match(request: m.MatchRequest) -> None:
@@ -186,10 +188,18 @@ ORDER_NODE = EndpointSpec(
     c.NodeOrderReply,
     lambda core: core.orders.order,
     "Drain a node, undrain or remove it",
-    _check_order,
+    _check_node,
     durable=True,
     about=lambda request: f"{request.action} {request.node_id}",
     outcome=lambda reply: "refused" if reply.refused else "ok",
+)
+MOVE_CHUNKS = EndpointSpec(
+    "/v1/objects/move_chunks",
+    c.MoveChunksRequest,
+    c.MoveChunksReply,
+    lambda core: core.state.moves.next,
+    "Which chunks of a drained node to copy next, and where to",
+    _check_move,
 )
 MATCH = EndpointSpec(
     "/v1/objects/match", m.MatchRequest, m.MatchReply, lambda core: core.match, "Longest complete prefix", _check_match
@@ -298,11 +308,7 @@ EXPIRE = EndpointSpec(
 )
 PINS = EndpointSpec("/v1/cache/pins", None, c.PinsReply, lambda core: core.state.pins, "What is pinned")
 NODE_ORDERS = EndpointSpec(
-    "/v1/nodes/node_orders",
-    None,
-    c.NodeOrdersReply,
-    lambda core: core.orders.listed,
-    "Which nodes are drained, and which were removed",
+    "/v1/nodes/node_orders", None, c.NodeOrdersReply, lambda core: core.orders.listed, "Which are drained or removed"
 )
 NODES = EndpointSpec("/v1/nodes", None, m.NodesReply, lambda core: core.nodes, "Live nodes and segments")
 STATS = EndpointSpec("/v1/stats", None, ac.Stats, lambda core: core.stats, "What is held, and counters")
@@ -314,6 +320,7 @@ ENDPOINTS: tuple[EndpointSpec[Any, Any], ...] = (
     LEAVE,
     RELEASE_WRITER,
     ORDER_NODE,
+    MOVE_CHUNKS,
     MATCH,
     WAIT,
     RESERVE,

@@ -96,11 +96,11 @@ class HeartbeatRequest(FromNode, frozen=True, kw_only=True):
 
 
 class HeartbeatReply(VersionedMessage, ReplyBody, frozen=True, kw_only=True):
-    """`known` false: register again. `drained`: by order, it is to get no new requests."""
+    """`known` false: register again. `drained`: `stay`; `move`: copy the chunks away; empty: not so."""
 
     epoch: str
     known: bool
-    drained: bool = False
+    drained: str = ""
 
 
 class LeaveRequest(FromNode, frozen=True, kw_only=True):

@@ -305,6 +305,8 @@ class NodeReport(Greeting, frozen=True, kw_only=True):
     """Of the weights that the engine has or is being started with (`model.version`)."""
     release: str = ""
     """Of kvferry, as it is installed there. Empty: not known."""
+    left_to_move: int | None = None
+    """Chunks that lie nowhere else, of a node that is drained to be emptied. None: it is not, or has not looked yet."""
 
 
 class ProbeRequest(_StrictMessage, frozen=True, kw_only=True):

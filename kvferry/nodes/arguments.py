@@ -27,7 +27,9 @@ def add_nodes(parser: argparse.ArgumentParser, config_type: Callable[[str], Path
 
     command("ls", lambda it, _: it.ls(), "what each node does and since when, and how full it is", one=False)
     text = "give a node no new requests and no new chunks; what runs there ends, and its chunks are read"
-    command("drain", lambda it, given: it.order("drain", given.node), text)
+    drain = command("drain", lambda it, given: it.order("drain", given.node, move=given.move), text)
+    text = "copy its chunks to other nodes, too, the most used first, as far as they have free room"
+    drain.add_argument("--move", action="store_true", help=text)
     text = "use a drained node again, or take a removed one back"
     command("undrain", lambda it, given: it.order("undrain", given.node), text)
     text = "forget a node that is gone for good"

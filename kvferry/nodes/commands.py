@@ -38,9 +38,9 @@ class NodesCommands:
         """A line a node. 1: something could not be asked."""
         return self.run(self.show)
 
-    def order(self, action: NodeAction, node: str, *, force: bool = False) -> int:
+    def order(self, action: NodeAction, node: str, *, move: bool = False, force: bool = False) -> int:
         """Drain, undrain or remove a node."""
-        body = NodeOrderBody(node=node, force=force)
+        body = NodeOrderBody(node=node, move=move, force=force)
         return self.run(lambda router: self.give(router, action, body))
 
     def run(self, work: Callable[[RouterCalls], Awaitable[int]]) -> int:
@@ -71,6 +71,7 @@ class NodesCommands:
         lines = [f"{body.node} {_DONE[action]}"]
         if ordered.node is not None and ordered.node.state == "draining":
             lines.append(f"{ordered.node.requests} requests are under way there")
+            lines += [ordered.node.why] if ordered.node.why else []
         for line in [*lines, *filter(None, [ordered.note])]:
             self.console.print(line, markup=False, soft_wrap=True)
         return 0

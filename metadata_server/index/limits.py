@@ -16,6 +16,8 @@ class IndexLimits:
     """… at most this share of the cluster's room, so that nobody from outside keeps the cache from changing."""
     max_replaced: int = 64
     """Earlier incarnations of a live node that are known, so that their late messages are refused."""
+    max_moves: int = 256
+    """Chunks of a drained node that are copied with one call."""
     max_node_orders: int = 65_536
     """Nodes that are drained or were removed."""
     max_tier_keys: int = 4_000_000

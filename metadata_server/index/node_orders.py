@@ -39,9 +39,9 @@ class NodeOrders:
         """By name."""
         return [order for _, order in sorted(self._orders.items())]
 
-    def drains(self, node_id: str) -> bool:
-        """Whether the node is drained."""
-        return node_id in self.drained
+    def drain_of(self, node_id: str) -> str:
+        """`stay` or `move` of a drained node, else empty."""
+        return "" if node_id not in self.drained else "move" if self._orders[node_id].move else "stay"
 
     def give(self, request: NodeOrderRequest, live: NodeInfo | None, wall: float) -> NodeOrderReply:
         """Take an order. `live`: the node, if it has a lease; a `remove` that is not refused is to end it."""
@@ -55,7 +55,7 @@ class NodeOrders:
         kind = DRAINED if request.action == "drain" else REMOVED
         since = before.since if before is not None and before.kind == kind else wall
         incarnation = 0 if kind == DRAINED else live.incarnation if live is not None else request.incarnation
-        order = NodeOrder(node_id=request.node_id, kind=kind, since=since, incarnation=incarnation)
+        order = NodeOrder(node_id=request.node_id, kind=kind, since=since, move=request.move, incarnation=incarnation)
         self._set(request.node_id, order)
         return NodeOrderReply(order=order)
 

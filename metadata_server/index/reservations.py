@@ -5,7 +5,8 @@ it in one of its grants, which has a deadline; the room of one that ended withou
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from kvcore.config.schema import StoreConfig
 from kvcore.types import ChunkKey
@@ -64,14 +65,20 @@ class Reservations:
             index.use(there)
             if isinstance(request.owner, bytes):
                 index.own(there, request.owner)
+        with self.granting(node, now + request.ttl_s) as grant:
+            outcomes = self._reserve_all(request, keys, node, grant)
+        return ReserveReply(outcomes=outcomes, segments=index.segments_of(grant.rows.values()))
+
+    @contextmanager
+    def granting(self, node: LiveNode, until: float) -> Iterator[Grant]:
+        """What is reserved with this grant runs out together."""
         self._num_grants += 1
         grant = Grant(self._num_grants, node.info.id, node.number)
-        outcomes = self._reserve_all(request, keys, node, grant)
+        yield grant
         self._counts["reserved"] += len(grant.rows)
         if grant.rows:
             self._grants[grant.number] = node.grants[grant.number] = grant
-            self._deadlines.set((Expiry.RESERVATION, grant.number), now + request.ttl_s)
-        return ReserveReply(outcomes=outcomes, segments=index.segments_of(grant.rows.values()))
+            self._deadlines.set((Expiry.RESERVATION, grant.number), until)
 
     def commit(self, request: ReplicaIds) -> CommitReply:
         """See MetadataState.commit."""

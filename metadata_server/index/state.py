@@ -27,6 +27,7 @@ from metadata_server.index.imports import Imports
 from metadata_server.index.leases import Deadlines, Expiry, ExpiryOf
 from metadata_server.index.limits import IndexLimits
 from metadata_server.index.membership import ClusterMembership
+from metadata_server.index.moving import ChunkMoves
 from metadata_server.index.nodes import NodeRegistry
 from metadata_server.index.pins import Pins
 from metadata_server.index.reading import Reading
@@ -66,6 +67,7 @@ class MetadataState:
         self.orders = nodes.orders
         self._holdings = TierHoldings(limits.max_tier_keys)
         self._reservations = Reservations(config, nodes, index, deadlines, self.counters)
+        self.moves = ChunkMoves(nodes, index, self._reservations, self.tick, limits)
         self._reading = Reading(nodes, index, deadlines, self.counters, first_lease=first_generation, limits=limits)
         self._cache = CacheControl(
             nodes, index, config=config, pins=self._pins, deadlines=deadlines, counts=self.counters, limits=limits
@@ -164,7 +166,7 @@ class MetadataState:
         node = self._nodes.get(request.node_id, request.incarnation)
         if node is not None:
             self._nodes.renew(node, now)
-        drained = self.orders.drains(request.node_id)
+        drained = self.orders.drain_of(request.node_id)
         return self.speaks.greet(m.HeartbeatReply(epoch=self.epoch, known=node is not None, drained=drained))
 
     def leave(self, request: m.LeaveRequest, now: float) -> None:

@@ -199,6 +199,7 @@ _FIELD_BOUNDS: dict[str, dict[str, _Schema]] = {
     "LeaveRequest": _NODE,
     "ReleaseWriterRequest": _NODE,
     "NodeOrderRequest": _NODE,
+    "MoveChunksRequest": {**_NODE, "copied": _KEYS, "most_bytes": _LENGTH, "ttl_s": _SECONDS},
     "MatchRequest": _MATCH,
     "WaitRequest": {
         **_MATCH,

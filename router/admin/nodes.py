@@ -93,7 +93,10 @@ class NodeAdmin:
         return NodesReport(nodes=[rows[name] for name in sorted(rows)], problems=problems)
 
     def _state(self, node: KnownNode) -> tuple[str, str]:
-        return node_state(node, drained=self._cluster.is_drained(node.id), index_known=self._connected())
+        order = self._orders.get(node.id)
+        drained = self._cluster.is_drained(node.id)
+        move = order is not None and order.move
+        return node_state(node, drained=drained, move=move, index_known=self._connected())
 
     def _row(self, node: KnownNode, stats: Stats | None) -> NodeRow:
         state, why = self._state(node)
@@ -131,8 +134,9 @@ class NodeAdmin:
         self._check_known(body.node)
         node = self._cluster.nodes.get(body.node)
         start = node.report.node.incarnation if node is not None and node.report is not None else 0
-        request = NodeOrderRequest(node_id=body.node, action=action, force=body.force, incarnation=start)
-        reply = await self._metadata.order_node(request)
+        reply = await self._metadata.order_node(
+            NodeOrderRequest(node_id=body.node, action=action, move=body.move, force=body.force, incarnation=start)
+        )
         if reply.refused:
             raise InvalidRequestError(reply.refused, param="node")
         await self._take_orders()

@@ -42,6 +42,8 @@ class NodeOrderBody(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fi
     """Body of `POST /v1/nodes/{drain,undrain,remove}`."""
 
     node: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+    move: bool = False
+    """`drain`: its chunks are copied to other nodes, too, as far as there is free room."""
     force: bool = False
     """`remove`: also a node that is alive."""
 

@@ -51,7 +51,7 @@ class AdminRoutes:
         async def endpoint(request: Request) -> Response:
             with audited(caller(request.client), f"nodes {action}") as line:
                 body = _body_of(await self._read(request), NodeOrderBody)
-                line.on = body.node + (" force" if body.force else "")
+                line.on = body.node + " move" * body.move + " force" * body.force
                 return JsonReply(await self.nodes.order(action, body))
 
     async def _read(self, request: Request) -> bytes:

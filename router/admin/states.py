@@ -12,8 +12,8 @@ LOST = "lost"
 REFUSED = "refused"
 
 
-def node_state(node: KnownNode, *, drained: bool, index_known: bool) -> tuple[str, str]:
-    """The state, and why; `drained`: by order; `index_known`: the metadata server says who has a lease."""
+def node_state(node: KnownNode, *, drained: bool, move: bool, index_known: bool) -> tuple[str, str]:
+    """The state, and why. `drained`: by order; `move`: to be emptied; `index_known`: it is known who has a lease."""
     # The first of these that holds:
     # 1. it does not answer, or never has;
     # 2. it is not this cluster's, or the metadata server does not take it in;
@@ -27,7 +27,8 @@ def node_state(node: KnownNode, *, drained: bool, index_known: bool) -> tuple[st
     if node.unfit is not None or report.refused:
         return REFUSED, node.unfit or report.refused
     if drained:
-        return (DRAINING if num_requests(node) else DRAINED), ""
+        left = _left(node) if move else ""
+        return (DRAINING if num_requests(node) or left else DRAINED), left
     if report.draining:
         return DRAINING, "it ends"
     if report.engine is None and node.role is not Role.STORE:
@@ -37,6 +38,14 @@ def node_state(node: KnownNode, *, drained: bool, index_known: bool) -> tuple[st
     if index_known and (node.lease is None or node.lease.incarnation != report.node.incarnation):
         return REGISTERING, "the metadata server does not know it yet: nothing that it computes is stored"
     return READY, ""
+
+
+def _left(node: KnownNode) -> str:
+    """What a node that is to be emptied has not copied elsewhere yet."""
+    left = node.report.left_to_move if node.report is not None else None
+    if left is None:
+        return "it has not begun to copy its chunks yet"
+    return f"{left} chunks lie nowhere else yet" if left else ""
 
 
 def num_requests(node: KnownNode) -> int:

@@ -192,3 +192,34 @@ async def test_a_machine_is_replaced_as_the_page_says(tmp_path: Path) -> None:
             await until_settled(subject, "decode-0", "ready")
             assert "decode-0" in (await kvferry(subject, *ls))[1]
             await ask(subject, 9)
+
+
+async def test_what_a_drained_node_has_moved_is_hit_after_it_was_stopped(tmp_path: Path) -> None:
+    """And while it moves. The engines' own memory holds two of the prompts."""
+    prompts = [[random.Random(seed).randrange(3, 250) for _ in range(64 * 8 + 1)] for seed in range(12)]
+    greedy = {"max_tokens": 1, "temperature": 0, "ignore_eos": True}
+    async with cluster(tmp_path, prefillers=1, decoders=2, overrides=["engine.num_blocks=80"]) as subject:
+        for prompt in prompts:
+            await subject.complete(prompt, **greedy)
+
+        async def hits() -> list[int]:
+            bodies = [await subject.complete(prompt, **greedy) for prompt in prompts]
+            return [body["usage"]["prompt_tokens_details"]["cached_tokens"] for body in bodies]
+
+        async def chunks_there() -> int:
+            return sum(
+                line.num_replicas for line in (await subject.stats()).segments if line.segment.node_id == "decode-0"
+            )
+
+        assert await subject.until(chunks_there, SOON_S)
+        assert (await kvferry(subject, "nodes", "drain", "--move", "decode-0"))[0] == 0
+        assert await hits() == [512] * len(prompts)
+        await until_settled(subject, "decode-0", "drained")
+        assert not await chunks_there()
+        os.kill(subject.launcher.pids["decode-0"], signal.SIGTERM)
+
+        async def is_gone() -> bool:
+            return "decode-0" not in {node.id for node in (await subject.stats()).nodes}
+
+        await subject.until(is_gone, SOON_S)
+        assert await hits() == [512] * len(prompts)

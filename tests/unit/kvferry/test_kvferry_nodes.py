@@ -81,7 +81,7 @@ async def test_an_order_says_what_holds_now_and_what_follows_from_it():
     fake = FakeRouter()
     async with fake.running() as (commands, out):
         assert await run(commands, "drain", r.NodeOrderBody(node="d0")) == 0
-    assert fake.asked == [("/v1/nodes/drain", {"node": "d0", "force": False})]
+    assert fake.asked == [("/v1/nodes/drain", {"node": "d0", "move": False, "force": False})]
     said = out.getvalue().splitlines()
     assert said[0].startswith("d0 is drained") and said[1:] == ["2 requests are under way there", fake.ordered.note]
 

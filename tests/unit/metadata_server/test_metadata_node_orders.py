@@ -91,13 +91,13 @@ def test_a_drained_node_may_bring_chunks_of_its_disk_into_its_own_segment_and_in
 def test_a_node_learns_with_its_heartbeat_that_it_is_drained_whatever_start_it_is():
     state = two_nodes()
     beat = m.HeartbeatRequest(node_id="a", incarnation=1)
-    assert state.heartbeat(beat, NOW).drained is False
+    assert state.heartbeat(beat, NOW).drained == ""
     give(state, "drain")
-    assert state.heartbeat(beat, NOW).drained
+    assert state.heartbeat(beat, NOW).drained == "stay"
     state.register(registration("a", incarnation=2), NOW)
-    assert state.heartbeat(m.HeartbeatRequest(node_id="a", incarnation=2), NOW).drained
+    assert state.heartbeat(m.HeartbeatRequest(node_id="a", incarnation=2), NOW).drained == "stay"
     give(state, "undrain")
-    assert state.heartbeat(m.HeartbeatRequest(node_id="a", incarnation=2), NOW).drained is False
+    assert state.heartbeat(m.HeartbeatRequest(node_id="a", incarnation=2), NOW).drained == ""
 
 
 def test_an_order_that_is_given_again_keeps_its_time():

@@ -21,7 +21,7 @@ SCHEMAS: dict[str, Any] = document()["components"]["schemas"]  # type: ignore[in
 NODE = {"node_id": "a", "incarnation": 1}
 WITHOUT = {
     ("SegmentManifest", "entries"),  # the length of the body bounds them
-    *(("NodeOrderRequest", field) for field in ("action", "force")),  # words and truth values
+    *(("NodeOrderRequest", field) for field in ("action", "move", "force")),  # words and truth values
     ("PinRequest", "extend"),  # true or false
     ("ReplicaRef", "id"),  # any number: what is not known is answered so
     ("ReplicaRef", "segment_id"),
@@ -57,6 +57,7 @@ def examples() -> dict[str, Any]:
         m.TellHoldingsRequest(**NODE, added=keys(1), removed=keys(2)),
         m.FindHoldersRequest(keys=keys(1)),
         c.NodeOrderRequest(node_id="a", action="drain"),
+        c.MoveChunksRequest(**NODE, copied=keys(1), most_bytes=1, ttl_s=1.0),
         c.PinRequest(keys=keys(1), ttl_s=1.0),
         c.UnpinRequest(keys=keys(1)),
         c.EvictRequest(keys=keys(1)),

@@ -59,6 +59,7 @@ def requests(state: MetadataState) -> dict[str, msgspec.Struct | None]:
         "/v1/cache/expire": c.ExpireRequest(keys=keys(1), ttl_s=5.0),
         "/v1/cache/pins": None,
         "/v1/nodes/order_node": c.NodeOrderRequest(node_id="a", action="drain"),
+        "/v1/objects/move_chunks": c.MoveChunksRequest(**named, copied=[], most_bytes=1, ttl_s=1.0),
         "/v1/nodes/node_orders": None,
         "/v1/nodes": None,
         "/v1/stats": None,
