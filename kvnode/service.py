@@ -155,8 +155,7 @@ async def run_node(
     tiers = await stack.enter_async_context(start_tiers(config, membership, owner, client, clock))
     weights = EngineWeights(config, clock)
     mover = _start_mover(config, owner, membership, client, lifecycle, clock=clock, limits=limits)
-    writers: list[PausableWork[Any]] = [prober.work, mover.work, *([tiers.promoter.work] if tiers else [])]
-    supervisor = _supervisor(weights, membership, writers, tiers, clock=clock, limits=limits)
+    supervisor = _supervisor(weights, membership, [prober.work, mover.work], tiers, clock=clock, limits=limits)
     node = _RunningNode(owner, membership, supervisor, weights, mover, tiers)
     lifecycle.describe.append(lambda: map(repr, (membership, node.supervisor, weights, owner, prober, mover, tiers)))
     if node.supervisor is not None:
@@ -238,9 +237,9 @@ def _supervisor(
         hello = EngineHello(config=weights.config, node_name=node.id, incarnation=node.incarnation)
         return EngineProcess(hello, start_s=config.service.start_s, on_line=_pass_on, env=env)
 
-    async def ended() -> None:
+    async def ended() -> None:  # they write in the node's name, too
         async with AsyncExitStack() as paused:
-            for work in writers:  # they write in the node's name, too
+            for work in [*writers, *([tiers.promoter.work] if tiers is not None else [])]:
                 await paused.enter_async_context(work.paused())
             await membership.release_writer()
 
