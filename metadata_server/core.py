@@ -6,14 +6,14 @@ else. Invariants: a waiter is in `_waiting` only while its call is under way; a 
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from kvcore.clock import Clock
-from kvcore.errors import MetadataProtocolError, NodeRefusedError, OverloadedError
+from kvcore.errors import MetadataProtocolError, NodeRefusedError
 from kvcore.process.audit import audited
 from kvcore.telemetry import log_fields
 from kvcore.types import ChunkKey
@@ -37,6 +37,7 @@ from metadata_server.protocol import RequestDecoder, encode
 from metadata_server.records.node_orders import NodeOrdering
 from metadata_server.records.pins import PinRecords
 from metadata_server.refusals import Refusals
+from metadata_server.shell.event_streams import EventStreams, wait_for
 
 _logger = logging.getLogger("metadata_server")
 _DONE = Nothing()
@@ -52,11 +53,6 @@ class _Row:
     about: Callable[[Any], str] | None
     outcome: Callable[[Any], str]
     in_turn: bool
-
-
-def _said(batch: EventBatch) -> EventBatch:
-    """Of a stream's later batches: what the server speaks was said with the first."""
-    return batch
 
 
 def _no_body(body: bytes, *, json: bool) -> None:
@@ -86,11 +82,10 @@ class MetadataCore:
         self._waiting: dict[ChunkKey, set[asyncio.Event]] = {}
         self._refusals = Refusals(limits)
         self._num_waiters = 0
-        self._sent: dict[object, int] = {}  # each event stream's position: events before it were sent
         self._turn = asyncio.Lock()
         self._num_in_turn = 0
         self._seen_seq = state.log.next_seq
-        self._news = asyncio.Event()  # replaced each time it is set: whoever holds it has missed nothing
+        self._streams = EventStreams(state.log, self._snapshot, state.speaks, limits)
         self._sooner = asyncio.Event()
         self._planned = float("inf")
         self._pulse_at: float | None = None
@@ -118,12 +113,12 @@ class MetadataCore:
     @property
     def num_subscribers(self) -> int:
         """Event streams open."""
-        return len(self._sent)
+        return len(self._streams)
 
     @property
     def subscriber_lag(self) -> int:
         """Events that the slowest of them was not sent yet."""
-        return max(map(self.state.log.behind, self._sent.values()), default=0)
+        return self._streams.lag
 
     async def dispatch(
         self, path: str, body: bytes, *, json: bool = False, reply_json: bool | None = None, who: str = ""
@@ -240,44 +235,22 @@ class MetadataCore:
 
     def snapshot(self) -> list[EventBatch]:
         """The whole index as batches, the first a reset, the last one empty."""
-        batches = list(self.state.snapshot(self._now()))
+        return list(self._snapshot())
+
+    def _snapshot(self) -> Iterator[EventBatch]:
+        batches = self.state.snapshot(self._now())
         self._after_change()
         return batches
 
-    async def events(self, epoch: str, from_seq: int) -> AsyncGenerator[bytes, None]:
-        """The event stream of one subscriber as msgpack batches, without end; a keep-alive at least each second.
-
-        A subscriber too slow for the ring gets a reset. Raises OverloadedError at the first step if too many are there.
-        """
-        if len(self._sent) >= self._limits.max_subscribers:
-            raise OverloadedError(f"{self._limits.max_subscribers} event streams are open")
-        log, position, stream = self.state.log, from_seq, object()
-        self._sent[stream] = position if log.has(epoch, position) else 0
-        try:
-            greet: Callable[[EventBatch], EventBatch] = self.state.speaks.greet
-            while not self._stopping:
-                news = self._news
-                if not log.has(epoch, position):
-                    epoch, position = log.epoch, 0
-                    for batch in self.snapshot():
-                        yield encode(greet(batch), json=False)
-                        greet, position = _said, batch.next_seq
-                    self._sent[stream] = position
-                    continue
-                batch = log.replay(position)
-                yield encode(greet(batch), json=False)
-                greet, position = _said, batch.next_seq
-                self._sent[stream] = position
-                if position == log.next_seq:
-                    await _wait_for(news, self._limits.keep_alive_s)
-        finally:
-            del self._sent[stream]
+    def events(self, epoch: str, from_seq: int) -> AsyncGenerator[bytes, None]:
+        """See EventStreams.follow."""
+        return self._streams.follow(epoch, from_seq)
 
     def stop(self) -> None:
         """End event streams and answer long polls with what there is, now and from now on. Idempotent."""
         self._stopping = True
         self._wake_all_waiters()
-        self._news.set()
+        self._streams.stop()
 
     async def run(self) -> None:
         """Tick until cancelled, sleeping exactly until something runs out, at most a pulse."""
@@ -290,7 +263,7 @@ class MetadataCore:
             self._planned = float("inf") if deadline is None else deadline
             self._sooner.clear()
             until = min(self._planned, now + self._limits.pulse_s)
-            await _wait_for(self._sooner, max(self._limits.shortest_sleep_s, until - now))
+            await wait_for(self._sooner, max(self._limits.shortest_sleep_s, until - now))
 
     def _now(self) -> float:
         """The time. If this process stood still until a moment ago, its nodes are given time to be heard again."""
@@ -307,7 +280,7 @@ class MetadataCore:
         waiters.add(woken)
         self._num_waiters += 1
         try:
-            await _wait_for(woken, timeout_s)
+            await wait_for(woken, timeout_s)
         finally:
             self._num_waiters -= 1
             waiters.discard(woken)
@@ -332,19 +305,9 @@ class MetadataCore:
             if self._seen_seq < log.first_seq:  # more happened at once than the log holds
                 self._wake_all_waiters()
         self._seen_seq = log.next_seq
-        news, self._news = self._news, asyncio.Event()
-        news.set()
+        self._streams.wake()
 
     def _wake_all_waiters(self) -> None:
         for waiters in self._waiting.values():
             for waiter in waiters:
                 waiter.set()
-
-
-async def _wait_for(event: asyncio.Event, timeout_s: float) -> None:
-    """Until the event is set or time is up, whichever is first."""
-    try:
-        async with asyncio.timeout(timeout_s):
-            await event.wait()
-    except TimeoutError:
-        pass

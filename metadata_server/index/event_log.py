@@ -73,18 +73,19 @@ class EventLog:
     ) -> Iterator[EventBatch]:
         """Batches that stand for the whole state of now, the last one empty: the mark of its end.
 
-        `stored`: (node id, segment id, keys). The state must not change before the iterator is used up.
+        `stored`: (node id, segment id, keys), taken as it is needed. Where it changes meanwhile, the batches and all
+        events from their `next_seq` on are the state.
         """
-        seq, batch, keys, first = self.next_seq - 1, list[Event](), 0, True
-        for event in _as_events(seq, nodes, stored):
+        next_seq, batch, keys, first = self.next_seq, list[Event](), 0, True
+        for event in _as_events(next_seq - 1, nodes, stored):
             batch.append(event)
             keys += 1 + len(event.keys)
             if keys >= MAX_BATCH_KEYS:
-                yield EventBatch(epoch=self.epoch, reset=first, next_seq=self.next_seq, events=batch)
+                yield EventBatch(epoch=self.epoch, reset=first, next_seq=next_seq, events=batch)
                 batch, keys, first = [], 0, False
         if batch or first:
-            yield EventBatch(epoch=self.epoch, reset=first, next_seq=self.next_seq, events=batch)
-        yield EventBatch(epoch=self.epoch, next_seq=self.next_seq)
+            yield EventBatch(epoch=self.epoch, reset=first, next_seq=next_seq, events=batch)
+        yield EventBatch(epoch=self.epoch, next_seq=next_seq)
 
 
 def _as_events(
