@@ -68,7 +68,7 @@ class RecordsUpdate(msgspec.Struct, frozen=True, kw_only=True):
     records: tuple[Record, ...]
     """Written, each as it is now."""
     gone: tuple[str, ...]
-    """Keys that are no more."""
+    """Keys that are no more: of records that came and went since the last update, too."""
     revision: int
 
 
