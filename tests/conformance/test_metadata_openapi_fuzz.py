@@ -43,6 +43,7 @@ def send(case):
         assert set(error) == {"message", "type", "param", "code"} and error["message"]
 
 
+@pytest.mark.timeout(400)
 def test_no_request_gets_an_undescribed_answer(subtests: pytest.Subtests):
     for operation, fuzz in operation_tests(document(), send):
         with subtests.test(operation):
