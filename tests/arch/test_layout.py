@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from collections import Counter, defaultdict
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -27,8 +28,13 @@ def sources() -> list[Path]:
     return [path for name in [*TOP_LEVEL, "benchmarks"] for path in sorted((ROOT / name).rglob("*.py"))]
 
 
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def functions(path: Path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield f"{path.relative_to(ROOT)}:{node.name}", node.end_lineno - node.lineno + 1
 
@@ -97,7 +103,7 @@ def test_folders_stay_small():
 def test_no_two_classes_share_a_name():
     where = defaultdict(set)
     for path in product():
-        for node in ast.parse(path.read_text()).body:
+        for node in tree(path).body:
             if isinstance(node, ast.ClassDef):
                 where[node.name].add(str(path.relative_to(ROOT)))
     assert not {name: files for name, files in where.items() if len(files) > 1}
@@ -107,7 +113,7 @@ def test_limits_and_pauses_are_passed_in():
     """A module-level number of seconds can only be changed by patching: make it a field of a frozen struct."""
     found = []
     for path in product():
-        for node in ast.parse(path.read_text()).body:
+        for node in tree(path).body:
             targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
             names = [target.id for target in targets if isinstance(target, ast.Name)]
             seconds = [name for name in names if re.fullmatch(r"_?[A-Z]\w*[A-Z0-9]_S", name)]
@@ -119,7 +125,7 @@ def test_import_of_a_package_does_no_work():
     """A module's top level defines; it opens no file and starts nothing."""
     banned = {"open", "connect", "run", "Popen", "start"}
     for path in sources():
-        for node in ast.parse(path.read_text()).body:
+        for node in tree(path).body:
             if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
                 name = getattr(node.value.func, "attr", getattr(node.value.func, "id", ""))
                 assert name not in banned, f"{path}:{node.lineno} calls {name} at import"
@@ -128,7 +134,7 @@ def test_import_of_a_package_does_no_work():
 def test_no_forbidden_constructs():
     """Never pickle on the wire, never Python's hash for a key, never hasattr to discover an ability."""
     for path in sources():
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree(path)):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = [alias.name for alias in node.names] + [getattr(node, "module", "") or ""]
                 assert not {"pickle", "cloudpickle", "dill"} & {n.split(".")[0] for n in names}, f"{path}:{node.lineno}"
@@ -139,7 +145,7 @@ def test_no_forbidden_constructs():
 
 def test_tests_never_sleep_to_wait():
     for path in sorted((ROOT / "tests").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree(path)):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 owner = getattr(node.func.value, "id", "")
                 assert (owner, node.func.attr) != ("time", "sleep"), f"{path}:{node.lineno}: wait on an event or poll"
