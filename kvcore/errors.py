@@ -182,12 +182,10 @@ class RecordsUnavailableError(KVFerryError):
     code = "records_unavailable"
 
 
-class NotLeaderError(KVFerryError):
+class NotLeaderError(MetadataUnavailableError):
     """This metadata server does not lead (any more): it grants nothing and writes nothing. `leader` is the URL of the
     one that does; empty: nobody is known to."""
 
-    retryable = True
-    http_status = 503
     code = "not_leader"
 
     def __init__(self, message: str, *, leader: str = "", param: str | None = None) -> None:

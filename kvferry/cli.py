@@ -189,17 +189,20 @@ def _status(arguments: argparse.Namespace) -> int:
     from kvcore.config.file import load_config
     from kvcore.config.schema import MetadataServerConfig, RouterConfig
     from kvcore.ports import base_url
-    from kvferry.status import addresses, run_status
+    from kvferry.status import addresses, run_status, standbys_of
 
     router_url = base_url(RouterConfig().host, RouterConfig().port)
     metadata_url: str | None = base_url(MetadataServerConfig().host, MetadataServerConfig().port)
     config_file = arguments.config or (DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None)
+    standbys: list[str] = []
     if config_file is not None:
-        router_url, metadata_url = addresses(load_config(config_file))
+        config = load_config(config_file)
+        (router_url, metadata_url), standbys = addresses(config), standbys_of(config)
     router_url, metadata_url = arguments.router or router_url, arguments.metadata or metadata_url
     console = Console(width=None if sys.stdout.isatty() else 160)  # a pipe has no width: tables stay on one line
     metadata_url = metadata_url.rstrip("/") if metadata_url else None
-    work = run_status(router_url.rstrip("/"), metadata_url, as_json=arguments.json, console=console)
+    standbys = [] if arguments.metadata else standbys
+    work = run_status(router_url.rstrip("/"), metadata_url, standbys=standbys, as_json=arguments.json, console=console)
     return asyncio.run(work)
 
 

@@ -5,6 +5,7 @@ Answers of the router are read leniently: a field it does not send is left out.
 
 import asyncio
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -15,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvcore.config.schema import ClusterConfig
+from kvcore.config.servers import metadata_urls
 from kvcore.handoff import HandoffKind, has_store
 from kvcore.ports import base_url, why_unreachable
 from kvcore.process.http_client import http_session
@@ -96,14 +98,26 @@ def addresses(config: ClusterConfig) -> tuple[str, str | None]:
     return base_url(router.host, router.port), metadata_url
 
 
+def standbys_of(config: ClusterConfig) -> list[str]:
+    """URLs of the metadata servers that stand by."""
+    return metadata_urls(config.metadata_server)[1:] if config.handoff.traits.has_store else []
+
+
 async def run_status(
-    router_url: str, metadata_url: str | None, *, as_json: bool, console: Console, timeout_s: float = 5.0
+    router_url: str,
+    metadata_url: str | None,
+    *,
+    standbys: Sequence[str] = (),
+    as_json: bool,
+    console: Console,
+    timeout_s: float = 5.0,
 ) -> int:
-    """Ask and print. Returns 0 if every server that the cluster has answered, 1 otherwise."""
+    """Ask and print; of several metadata servers the one that leads. Returns 0 if every server that the cluster has
+    answered, 1 otherwise."""
     async with http_session(timeout=aiohttp.ClientTimeout(total=timeout_s)) as session:
         cluster, stats, cache = await asyncio.gather(
             _ask(session, f"{router_url}/v1/cluster", ClusterAnswer),
-            _ask_metadata(session, metadata_url),
+            _ask_metadata(session, metadata_url, standbys),
             _ask(session, f"{router_url}/v1/cache/stats", CacheStats),  # an older router has none
         )
     if cluster.value is not None and not has_store(cluster.value.handoff):
@@ -118,8 +132,13 @@ async def run_status(
     return 0 if cluster.problem is None and (stats is None or stats.problem is None) else 1
 
 
-async def _ask_metadata(session: aiohttp.ClientSession, url: str | None) -> ServerAnswer[Stats] | None:
-    return None if url is None else await _ask(session, f"{url}/v1/stats", Stats)
+async def _ask_metadata(
+    session: aiohttp.ClientSession, url: str | None, standbys: Sequence[str]
+) -> ServerAnswer[Stats] | None:
+    if url is None:
+        return None
+    answers = await asyncio.gather(*(_ask(session, f"{each}/v1/stats", Stats) for each in (url, *standbys)))
+    return next((answer for answer in answers if answer.value is not None), answers[0])
 
 
 class _ErrorMessage(msgspec.Struct):

@@ -10,6 +10,7 @@ import msgspec
 
 from kvcore.types import ChunkKey, ReplicaRef, Segment
 from metadata_server.messages import FromNode, ReplyBody, RequestBody
+from metadata_server.versions import TermReply
 
 CACHE_CONTROL = 3
 """Since which chunks are pinned, evicted and given a time by their keys."""
@@ -135,7 +136,7 @@ class RenewRequest(FromNode, frozen=True, kw_only=True):
     lease_s: float
 
 
-class RenewReply(ReplyBody, frozen=True, kw_only=True):
+class RenewReply(TermReply, ReplyBody, frozen=True, kw_only=True):
     """`renewed[i]` false: the node does not hold that lease (any more)."""
 
     renewed: list[bool]

@@ -55,7 +55,7 @@ from metadata_server.messages import (
     TellHoldingsRequest,
     WaitRequest,
 )
-from metadata_server.versions import SPOKEN, Protocols, VersionedMessage
+from metadata_server.versions import SPOKEN, Protocols, TermReply, VersionedMessage, VersionedTermReply
 
 _G = TypeVar("_G", bound=VersionedMessage)
 
@@ -104,6 +104,8 @@ class MetadataClient:
         self.protocol = 1
         """The newest version that both sides speak, once `register` or `nodes` was answered; else the first. A field
         of a later version is sent to no server of an earlier one, which would refuse it."""
+        self.token = 0
+        """The greatest that an answer had: of the latest leader that we have heard of."""
 
     def __repr__(self) -> str:
         way = "available" if self.available else f"not tried for {self._closed_until - self._clock.now():.2f} s"
@@ -272,9 +274,17 @@ class MetadataClient:
             raise
         self._pause_s = 0.0
         try:
-            return msgspec.msgpack.decode(reply, type=endpoint.reply)
+            return self._of_this_term(msgspec.msgpack.decode(reply, type=endpoint.reply), endpoint.path)
         except msgspec.MsgspecError as error:
             raise MetadataProtocolError(f"metadata server's answer to {endpoint.path} is malformed: {error}") from error
+
+    def _of_this_term(self, reply: Rep, path: str) -> Rep:
+        """The reply, unless a leader gave it that was replaced since. Raises MetadataUnavailableError."""
+        if isinstance(reply, TermReply | VersionedTermReply) and reply.token:
+            if reply.token < self.token:
+                raise MetadataUnavailableError(f"{path} was answered by a leader that was replaced since")
+            self.token = reply.token
+        return reply
 
     def _enter(self, limit_s: float) -> bool:
         """Whether this call probes a server that failed last. Raises MetadataUnavailableError during the pause."""

@@ -6,8 +6,8 @@ else. Invariants: a waiter is in `_waiting` only while its call is under way; a 
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
 from typing import Any
 
 import msgspec
@@ -19,8 +19,9 @@ from kvcore.telemetry import log_fields
 from kvcore.types import ChunkKey
 from metadata_server.account_messages import ImportReply, Stats
 from metadata_server.cache_messages import CacheReply, PinRequest, ReleaseRequest, UnpinRequest
-from metadata_server.endpoints import ENDPOINTS, IMPORT
+from metadata_server.endpoints import IMPORT
 from metadata_server.index.state import MetadataState
+from metadata_server.leading.leader import Leader, OnlyServer
 from metadata_server.limits import ServerLimits
 from metadata_server.messages import (
     EventBatch,
@@ -33,30 +34,15 @@ from metadata_server.messages import (
     RegisterRequest,
     WaitRequest,
 )
-from metadata_server.protocol import RequestDecoder, encode
+from metadata_server.protocol import bound_calls, encode
 from metadata_server.records.node_orders import NodeOrdering
 from metadata_server.records.pins import PinRecords
 from metadata_server.refusals import Refusals
 from metadata_server.shell.event_streams import EventStreams, wait_for
+from metadata_server.versions import TermReply, VersionedTermReply
 
 _logger = logging.getLogger("metadata_server")
 _DONE = Nothing()
-
-
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """A row of the table, bound to one core."""
-
-    handle: Callable[[Any, float], Any]
-    decode: Callable[..., Any]
-    is_async: bool
-    about: Callable[[Any], str] | None
-    outcome: Callable[[Any], str]
-    in_turn: bool
-
-
-def _no_body(body: bytes, *, json: bool) -> None:
-    """The request of a GET."""
 
 
 class MetadataCore:
@@ -85,22 +71,25 @@ class MetadataCore:
         self._turn = asyncio.Lock()
         self._num_in_turn = 0
         self._seen_seq = state.log.next_seq
-        self._streams = EventStreams(state.log, self._snapshot, state.speaks, limits)
+        self._streams = EventStreams(state.log, self._snapshot, self._greet, limits)
         self._sooner = asyncio.Event()
         self._planned = float("inf")
         self._pulse_at: float | None = None
         self._stopping = False
-        self._calls = {
-            row.path: _Row(
-                row.handler(self),
-                RequestDecoder(row).decode if row.request else _no_body,
-                row.waits or row.durable,
-                row.about,
-                row.outcome,
-                row.in_turn,
-            )
-            for row in ENDPOINTS
-        }
+        self.leader: Leader = OnlyServer()
+        self.token = 0  # of the term that `state` is of
+        self._calls = bound_calls(self)
+
+    def begin(self, state: MetadataState, kept: tuple[PinRecords, NodeOrdering] | None = None, token: int = 0) -> None:
+        """Go on with another index, of this term: event streams of the one before end, long polls ask this one."""
+        self.state, self.token = state, token
+        self._pins, self.orders = kept or (None, NodeOrdering(state, self._clock))
+        self._calls, self._seen_seq, self._planned = bound_calls(self), state.log.next_seq, float("inf")
+        self._sooner.set()
+        self._wake_all_waiters()
+        self._streams.stop()
+        self._streams = EventStreams(state.log, self._snapshot, self._greet, self._limits)
+        state.began(self._clock.now())
 
     def __repr__(self) -> str:
         return f"<MetadataCore {self._num_waiters} waiters, {self.num_subscribers} subscribers: {self.state}>"
@@ -126,35 +115,41 @@ class MetadataCore:
         """Answer one call; the GET endpoints have empty bodies. The reply is in the body's format, unless `reply_json`
         says otherwise. `who` asks, for the log of operators' orders.
 
-        Raises MetadataProtocolError (unknown path, malformed or out of bounds). Only an endpoint that waits or
-        is durable suspends, and one whose large bodies come in turn; cancelling it leaves nothing behind. With too many
-        waiting it answers at once with what there is.
+        Raises MetadataProtocolError (unknown path, malformed or out of bounds), NotLeaderError. Only an endpoint that
+        waits or is durable suspends, and one whose large bodies come in turn; cancelling it leaves nothing behind. With
+        too many waiting it answers at once with what there is.
         """
         call = self._calls.get(path)
         if call is None:
             raise MetadataProtocolError(f"no such endpoint: {path}")
+        self.leader.check()
         if call.in_turn and len(body) > self._limits.small_body:
-            reply = await self._in_turn(call, body, json=json)
+            reply = await self._in_turn(path, body, json=json)
         elif call.about is None:
             reply = call.handle(call.decode(body, json=json), self._now())
             if call.is_async:
                 reply = await reply
+                self.leader.check()
         else:
             now, request = self._now(), call.decode(body, json=json)
             with audited(who, path, call.about(request)) as line:
                 reply = await call.handle(request, now)
                 line.outcome = call.outcome(reply)
         self._after_change()
+        if self.token and isinstance(reply, TermReply | VersionedTermReply):
+            reply = msgspec.structs.replace(reply, token=self.token)
         return encode(_DONE if reply is None else reply, json=json if reply_json is None else reply_json)
 
-    async def _in_turn(self, call: _Row, body: bytes, *, json: bool) -> Any:
+    async def _in_turn(self, path: str, body: bytes, *, json: bool) -> Any:
         """Decode and handle while no other such call is, after whatever else is to be done now."""
-        if self._num_in_turn >= self._limits.max_in_turn and call is self._calls[IMPORT.path]:
+        if self._num_in_turn >= self._limits.max_in_turn and path == IMPORT.path:
             return ImportReply(known=True, again_s=self._limits.again_s)
         self._num_in_turn += 1
         try:
             async with self._turn:
                 await asyncio.sleep(0)
+                self.leader.check()
+                call = self._calls[path]
                 return call.handle(call.decode(body, json=json), self._now())
         finally:
             self._num_in_turn -= 1
@@ -218,6 +213,7 @@ class MetadataCore:
         keys, deadline = request.keys, now + request.timeout_s
         wanted = min(request.more_than + 1, len(keys))  # all of them: nothing more can come
         while True:
+            self.leader.check()
             have = self.state.complete_prefix(keys, now)
             full = have < wanted and self._num_waiters >= self._limits.max_waiters
             self.state.counters["waits_cut"] += full
@@ -228,6 +224,7 @@ class MetadataCore:
 
     def replay(self, from_seq: int) -> EventBatch:
         """Events from `from_seq` on, one batch; a reset without events where the log no longer has them."""
+        self.leader.check()
         log = self.state.log
         if not log.has(log.epoch, from_seq):
             return EventBatch(epoch=log.epoch, reset=True, next_seq=log.next_seq)
@@ -235,6 +232,7 @@ class MetadataCore:
 
     def snapshot(self) -> list[EventBatch]:
         """The whole index as batches, the first a reset, the last one empty."""
+        self.leader.check()
         return list(self._snapshot())
 
     def _snapshot(self) -> Iterator[EventBatch]:
@@ -242,9 +240,17 @@ class MetadataCore:
         self._after_change()
         return batches
 
-    def events(self, epoch: str, from_seq: int) -> AsyncGenerator[bytes, None]:
-        """See EventStreams.follow."""
-        return self._streams.follow(epoch, from_seq)
+    async def events(self, epoch: str, from_seq: int) -> AsyncGenerator[bytes, None]:
+        """See EventStreams.follow; to the end of the term. Raises NotLeaderError at the first step."""
+        self.leader.check()
+        async with aclosing(self._streams.follow(epoch, from_seq)) as frames:
+            async for frame in frames:
+                if not self.leader.leads:
+                    return
+                yield frame
+
+    def _greet(self, batch: EventBatch) -> EventBatch:
+        return msgspec.structs.replace(self.state.speaks.greet(batch), token=self.token)
 
     def stop(self) -> None:
         """End event streams and answer long polls with what there is, now and from now on. Idempotent."""

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator
 import aiohttp
 import msgspec
 
-from kvcore.errors import MetadataProtocolError, MetadataUnavailableError, NodeRefusedError
+from kvcore.errors import MetadataProtocolError, MetadataUnavailableError, NodeRefusedError, NotLeaderError
 from kvcore.ports import why_unreachable
 from kvcore.process.http_client import http_session
 from metadata_server.endpoints import ENDPOINTS
@@ -102,6 +102,7 @@ class HttpEventSource:
 class _FaultText(msgspec.Struct):
     message: str
     code: str = ""
+    leader: str = ""
 
 
 class _FaultBody(msgspec.Struct):
@@ -123,4 +124,6 @@ def _error_of(what: str, status: int, body: bytes) -> MetadataUnavailableError |
     if fault.code == NodeRefusedError.code:
         return NodeRefusedError(fault.message)
     text = f"{what} answered {status}: {fault.message}"
+    if fault.code == NotLeaderError.code:
+        return NotLeaderError(text, leader=fault.leader)
     return MetadataUnavailableError(text) if status >= 500 else MetadataProtocolError(text)

@@ -11,7 +11,7 @@ from typing import Self
 import msgspec
 
 from kvcore.types import ChunkKey, NodeInfo, OwnerTag, ReplicaRef, Segment
-from metadata_server.versions import VersionedMessage
+from metadata_server.versions import TermReply, VersionedMessage, VersionedTermReply
 
 ONLY_PREFERRED = 2
 """Version of the protocol since which a reservation may be for one segment alone."""
@@ -71,8 +71,7 @@ class SegmentManifest(RequestBody, frozen=True, kw_only=True):
 
 
 class RegisterRequest(VersionedMessage, RequestBody, frozen=True, kw_only=True):
-    """A node joins, or re-joins with the same incarnation after the metadata server lost it. Refused with 409: a node
-    of another cluster or model, and one whose id is another living process's."""
+    """A node joins, or again when the server lost it. 409: of another cluster or model, or its id is another's."""
 
     node: NodeInfo
     segments: list[SegmentManifest] = []
@@ -81,7 +80,7 @@ class RegisterRequest(VersionedMessage, RequestBody, frozen=True, kw_only=True):
     """What lies in the segments is told later, of those that the reply asks for. Since version IN_PIECES."""
 
 
-class RegisterReply(VersionedMessage, ReplyBody, frozen=True, kw_only=True):
+class RegisterReply(VersionedTermReply, ReplyBody, frozen=True, kw_only=True):
     """`epoch` identifies this life of the metadata server."""
 
     epoch: str
@@ -95,7 +94,7 @@ class HeartbeatRequest(FromNode, frozen=True, kw_only=True):
     """Renews the node's lease."""
 
 
-class HeartbeatReply(VersionedMessage, ReplyBody, frozen=True, kw_only=True):
+class HeartbeatReply(VersionedTermReply, ReplyBody, frozen=True, kw_only=True):
     """`known` false: register again. `drained`: `stay`; `move`: copy the chunks away; empty: not so."""
 
     epoch: str
@@ -132,7 +131,7 @@ class WaitRequest(MatchRequest, frozen=True, kw_only=True):
     timeout_s: float
 
 
-class MatchReply(ReplyBody, frozen=True, kw_only=True):
+class MatchReply(TermReply, ReplyBody, frozen=True, kw_only=True):
     """`replicas[i]`: the complete replicas of `keys[i]`, for the longest prefix that has any. `lease_id` 0: none."""
 
     replicas: list[list[ReplicaRef]]
@@ -194,7 +193,7 @@ class ReserveOutcome(ReplyBody, frozen=True, kw_only=True):
     """With GRANTED and BUSY: the nodes that were writing the chunk already, as in a MatchReply."""
 
 
-class ReserveReply(ReplyBody, frozen=True, kw_only=True):
+class ReserveReply(TermReply, ReplyBody, frozen=True, kw_only=True):
     """One outcome an item, in order."""
 
     outcomes: list[ReserveOutcome]
@@ -299,9 +298,8 @@ class Event(ReplyBody, frozen=True, kw_only=True):
     """With NODE_UP."""
 
 
-class EventBatch(VersionedMessage, ReplyBody, frozen=True, kw_only=True):
+class EventBatch(VersionedTermReply, ReplyBody, frozen=True, kw_only=True):
     """A frame of the event stream, or the answer to a replay. `reset`: forget all, a snapshot follows as events.
-
     A batch without events is a keep-alive; `next_seq` is the seq of the event after this batch. Snapshot events all
     have seq `next_seq - 1`; a snapshot may take several batches (only the first says `reset`) and is complete with the
     first batch without events or with a later `next_seq`. The first batch of a stream says what the server speaks.

@@ -1,12 +1,20 @@
-"""Bodies of the metadata protocol: decoding with the bounds of their endpoint, encoding. Msgpack and JSON alike."""
+"""Bodies of the metadata protocol: decoding with the bounds of their endpoint, encoding. Msgpack and JSON alike.
+
+And the table of calls, bound to one core.
+"""
 
 import re
-from typing import Generic
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic
 
 import msgspec
 
 from kvcore.errors import MetadataProtocolError
-from metadata_server.endpoints import EndpointSpec, Rep, Req
+from metadata_server.endpoints import ENDPOINTS, EndpointSpec, Rep, Req
+
+if TYPE_CHECKING:
+    from metadata_server.core import MetadataCore
 
 _FIELD = re.compile(r" - at `\$\.?([^`]*)`$")
 
@@ -37,3 +45,34 @@ class RequestDecoder(Generic[Req]):
 def encode(reply: object, *, json: bool) -> bytes:
     """A reply's bytes."""
     return msgspec.json.encode(reply) if json else msgspec.msgpack.encode(reply)
+
+
+@dataclass(frozen=True, slots=True)
+class BoundCall:
+    """A row of the table, bound to one core."""
+
+    handle: Callable[[Any, float], Any]
+    decode: Callable[..., Any]
+    is_async: bool
+    about: Callable[[Any], str] | None
+    outcome: Callable[[Any], str]
+    in_turn: bool
+
+
+def _no_body(body: bytes, *, json: bool) -> None:
+    """The request of a GET."""
+
+
+def bound_calls(core: "MetadataCore") -> dict[str, BoundCall]:
+    """Each row of the table, by its path. Handlers of the state are those of the state that the core has now."""
+    return {
+        row.path: BoundCall(
+            row.handler(core),
+            RequestDecoder(row).decode if row.request else _no_body,
+            row.waits or row.durable,
+            row.about,
+            row.outcome,
+            row.in_turn,
+        )
+        for row in ENDPOINTS
+    }

@@ -1,16 +1,18 @@
 """Wires one metadata server: state, core, HTTP shell, and the order in which they stop. Nothing else lives here."""
 
+import asyncio
 import logging
-import secrets
 
-from kvcore.clock import Clock, SystemClock
+from kvcore.clock import Clock, SystemClock, WakefulClock
 from kvcore.config.schema import ClusterConfig
-from kvcore.identity import ClusterIdentity
+from kvcore.ports import base_url
 from kvcore.process.asgi import AsgiServer
 from kvcore.process.service import Lifecycle
 from kvcore.telemetry import Metrics, log_fields
 from metadata_server.core import MetadataCore
-from metadata_server.index.state import MetadataState
+from metadata_server.leading.election import Election
+from metadata_server.leading.lives import by_clock, first_generation_alone
+from metadata_server.leading.terms import Terms, new_index
 from metadata_server.mooncake.http_shell import MooncakeApp, MooncakePort
 from metadata_server.mooncake.opening import open_dialect, tls_of, token_of
 from metadata_server.records.base import Records
@@ -20,51 +22,73 @@ from metadata_server.records.pins import PinRecords
 from metadata_server.shell.app import create_app
 from metadata_server.shell.metrics import register_mooncake
 
-_GENERATION_BITS = 20
 _logger = logging.getLogger("metadata_server")
 
 
 def create_core(
-    config: ClusterConfig, clock: Clock, pins: PinRecords | None = None, records: Records | None = None
+    config: ClusterConfig,
+    clock: Clock,
+    pins: PinRecords | None = None,
+    records: Records | None = None,
+    *,
+    first_generation: int | None = None,
 ) -> MetadataCore:
-    """An empty index with an epoch and generations that no earlier life had (as far as the wall clock grows)."""
-    wall_ms = int(clock.wall() * 1000)
-    server = config.metadata_server
-    state = MetadataState(
-        config.store,
-        server.node_ttl_s,
-        epoch=f"{wall_ms:x}-{secrets.token_hex(4)}",
-        first_generation=wall_ms << _GENERATION_BITS,
-        identity=ClusterIdentity(config.cluster, config.model.name),
-        event_log=server.event_log,
-    )
+    """An empty index with an epoch and generations that no earlier life had. Without `first_generation`: as far as the
+    wall clock grows."""
+    state = new_index(config, clock, by_clock(clock) if first_generation is None else first_generation)
     return MetadataCore(state, clock, pins=pins, orders=NodeOrdering(state, clock, records))
 
 
 async def main(config: ClusterConfig, lifecycle: Lifecycle) -> None:
     """Serve until `lifecycle.stopping`. Raises ConfigError if the address or the records cannot be had."""
-    clock, server = SystemClock(), config.metadata_server
+    clock, server, metrics = SystemClock(), config.metadata_server, Metrics()
     records = await open_records(config, clock)
     lifecycle.stack.push_async_callback(records.aclose)
     lifecycle.tasks.create_task(records.run(), name="records")
-    pins, metrics = PinRecords(records, clock), Metrics()
-    core = create_core(config, clock, pins, records)
-    await pins.restore(core.state)
-    await core.orders.restore()
+    core = create_core(config, clock) if server.standbys else await _only_core(config, clock, records, lifecycle)
     mooncake = await _open_mooncake(config, records, clock, metrics, lifecycle)
     app = create_app(core, clock, metrics, server.max_body, mooncake=mooncake)
     shell = AsgiServer(app, server.host, server.port)
     lifecycle.stack.push_async_callback(shell.aclose)
+    if server.standbys:
+        _elect(config, clock, records, core, lifecycle)
     await shell.start()
-    lifecycle.describe.append(lambda: [repr(core), repr(records), repr(pins), repr(core.orders)])
-    lifecycle.tasks.create_task(pins.run(), name="pins' records")
-    lifecycle.tasks.create_task(core.orders.run(), name="orders' records")
+    lifecycle.describe.append(lambda: [repr(core), repr(records), repr(core.orders), repr(core.leader)])
     lifecycle.tasks.create_task(core.run(), name="metadata ticks")
     lifecycle.tasks.create_task(shell.wait_failed(), name="metadata http")
     lifecycle.ready(url=shell.url, epoch=core.state.epoch)
     await lifecycle.stopping.wait()
     core.stop()
     await shell.drain(config.service.drain_s)
+
+
+async def _only_core(config: ClusterConfig, clock: Clock, records: Records, lifecycle: Lifecycle) -> MetadataCore:
+    pins = PinRecords(records, clock)
+    first = await first_generation_alone(records, clock)
+    core = create_core(config, clock, pins, records, first_generation=first)
+    await pins.restore(core.state)
+    await core.orders.restore()
+    lifecycle.describe.append(lambda: [repr(pins)])
+    lifecycle.tasks.create_task(pins.run(), name="pins' records")
+    lifecycle.tasks.create_task(core.orders.run(), name="orders' records")
+    return core
+
+
+def _elect(config: ClusterConfig, clock: Clock, records: Records, core: MetadataCore, lifecycle: Lifecycle) -> None:
+    """Take part in the election, until the stack unwinds: the lease is given back while the records are still open."""
+    server, terms = config.metadata_server, Terms(config, clock, records, core)
+    election = Election(
+        records, WakefulClock(), base_url(server.host, server.port), server.lease_s, lead=terms.lead, follow=terms.end
+    )
+    core.leader = election
+    task = lifecycle.tasks.create_task(election.run(), name="election")
+
+    async def resign() -> None:
+        task.cancel()
+        await asyncio.wait({task})
+
+    lifecycle.stack.push_async_callback(resign)
+    lifecycle.tasks.create_task(terms.run(), name="a term's records")
 
 
 async def _open_mooncake(

@@ -71,6 +71,7 @@ class IndexSubscription:
         self._speaks = speaks
         self._limits = limits
         self._epoch = ""
+        self._token = 0
         self._next_seq = 0
         self._in_snapshot = False
         self._connected = False
@@ -115,6 +116,7 @@ class IndexSubscription:
                         batch = msgspec.msgpack.decode(raw, type=EventBatch)
                         if not greeted:
                             self._speaks.common(batch.spoken, us="this subscriber", them="the metadata server")
+                            self._check_term(batch)
                             greeted = True
                         self._apply(batch)
                         pause_s = self._limits.first_pause_s
@@ -134,6 +136,12 @@ class IndexSubscription:
             _logger.info("event=index_stream_lost reason=%r retry_s=%.1f", reason, pause_s)
             await asyncio.sleep(pause_s)
             pause_s = min(self._limits.longest_pause_s, pause_s * 2)
+
+    def _check_term(self, batch: EventBatch) -> None:
+        """Raises MetadataUnavailableError for the stream of a leader that was replaced since."""
+        if batch.token and batch.token < self._token:
+            raise MetadataUnavailableError("the stream of a leader that was replaced since")
+        self._token = max(self._token, batch.token)
 
     def _apply(self, batch: EventBatch) -> None:
         # Four cases:

@@ -58,4 +58,19 @@ class VersionedMessage(msgspec.Struct, frozen=True, kw_only=True):
         return Protocols(oldest=oldest, newest=self.protocol if isinstance(self.protocol, int) else 1)
 
 
+class TermReply(msgspec.Struct, frozen=True, kw_only=True):
+    """A reply that gives something for some time, or says that its sender knows a node. Callers take none whose token
+    is less than one that they have seen: its sender was replaced since."""
+
+    token: int = 0
+    """Of the leader's term; 0: there is one metadata server."""
+
+
+class VersionedTermReply(VersionedMessage, frozen=True, kw_only=True):
+    """A TermReply that says what its sender speaks."""
+
+    token: int = 0
+    """As of a TermReply."""
+
+
 _G = TypeVar("_G", bound=VersionedMessage)

@@ -102,7 +102,7 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
         lifecycle.stack.push_async_callback(subscription.aclose)
         lifecycle.stack.push_async_callback(metadata.aclose)
         lifecycle.tasks.create_task(subscription.run(), name="index subscription")
-        lifecycle.tasks.create_task(_follow_stats(metadata, status), name="segment use")
+        lifecycle.tasks.create_task(_follow_stats(metadata, status, watch), name="segment use")
     await server.start()
     lifecycle.stack.push_async_callback(server.aclose)
     lifecycle.tasks.create_task(server.wait_failed(), name="http server")
@@ -170,13 +170,17 @@ async def _make_client(config: ClusterConfig) -> NodeClient:
     return VllmClient(config, facts, max_connections=max_connections, api_key=server_key())
 
 
-async def _follow_stats(metadata: MetadataClient, status: StatusView, interval_s: float = 1.0) -> None:
+async def _follow_stats(
+    metadata: MetadataClient, status: StatusView, watch: CacheWatch, interval_s: float = 1.0
+) -> None:
     """Keep the segments' use at hand for /v1/cluster. Away: what was last known is forgotten."""
     while True:
         try:
             stats = await metadata.stats()
+            watch.rebuilding = stats.rebuilding > 0
             status.used_bytes = {item.segment.id: item.used_bytes for item in stats.segments}
         except (MetadataUnavailableError, MetadataProtocolError) as error:
             status.used_bytes = {}
+            watch.rebuilding = True
             log_fields(_log, logging.DEBUG, "no_segment_stats", error=error.message)
         await asyncio.sleep(interval_s)

@@ -6,7 +6,9 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from kvcore.config.records import EtcdRecordsConfig
 from kvcore.config.schema import ClusterConfig, EngineConfig, NodeConfig, SimEngineConfig, VllmEngineConfig
+from kvcore.config.servers import metadata_servers
 from kvcore.config.vllm_options import argument, check_arguments
 from kvcore.types import Role
 
@@ -20,6 +22,9 @@ def check_cluster(config: ClusterConfig) -> list[str]:
     """What is wrong, as `path: explanation`; empty: nothing."""
     named = _check_name(config.cluster)
     ours = _check_engines(config) if config.handoff.traits.has_store else _check_servers(config)
+    standbys = list(_check_standbys(config))
+    if standbys:
+        return [*named, *standbys]
     rest = (_check_nodes, _check_ports, _check_cors, _check_bounds, _check_mooncake, _check_dialect)
     return [*named, *ours, *(problem for check in rest for problem in check(config))]
 
@@ -118,7 +123,7 @@ def _check_nodes(config: ClusterConfig) -> Iterator[str]:
     for name, node in config.nodes.items():
         if not name or not all(character.isalnum() or character in "-_" for character in name):
             yield f"nodes.{name}: a node's name consists of letters, digits, - and _"
-        if name in ("router", "metadata-server"):
+        if name == "router" or name.startswith("metadata-server"):
             yield f"nodes.{name}: the name stands for the cluster's own {name}; choose another"
         if node.url is None and node.segment < _LEAST_SEGMENT:
             yield (
@@ -131,6 +136,16 @@ def _check_nodes(config: ClusterConfig) -> Iterator[str]:
     server = config.metadata_server.host
     if server in _EVERY_INTERFACE and not all(node.host in _THIS_MACHINE for node in config.nodes.values()):
         yield f"metadata_server.host: {server} is every interface; give the address by which the nodes reach it"
+
+
+def _check_standbys(config: ClusterConfig) -> Iterator[str]:
+    server = config.metadata_server
+    try:
+        metadata_servers(server)
+    except ValueError as error:
+        yield f"metadata_server.standbys: {error}"
+    if server.standbys and not isinstance(server.records, EtcdRecordsConfig):
+        yield "metadata_server.standbys: several metadata servers share their records; set records: {kind: etcd}"
 
 
 def _check_mooncake(config: ClusterConfig) -> Iterator[str]:
@@ -171,7 +186,8 @@ def ports_of(config: ClusterConfig) -> Iterator[tuple[str, str, int]]:
     if not config.handoff.traits.has_store:
         return
     server = config.metadata_server
-    yield "metadata_server.port", server.host, server.port
+    for at, (host, port) in enumerate(metadata_servers(server)):
+        yield f"metadata_server.{f'standbys[{at - 1}]' if at else 'port'}", host, port
     if server.mooncake.enabled and server.mooncake.port is not None:
         yield "metadata_server.mooncake.port", server.host, server.mooncake.port
     for name, node in config.nodes.items():

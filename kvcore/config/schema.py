@@ -183,6 +183,11 @@ class MetadataServerConfig(Section, frozen=True, kw_only=True):
     """What must survive it: pins, Mooncake's metadata. Chunks are no part of it: the nodes tell them again."""
     mooncake: MooncakeMetadataConfig = MooncakeMetadataConfig()
     """`/metadata` for Mooncake's own clients."""
+    standbys: list[Text] = msgspec.field(default_factory=list)
+    """`HOST:PORT` of further metadata servers, one of which takes over when the one that leads is lost. Needs records
+    in etcd."""
+    lease_s: Seconds = 4.0
+    """Of several: who leads and does not renew its lease for this long leads no longer. Takeover takes up to two."""
 
 
 class RoutingPolicy(StrEnum):

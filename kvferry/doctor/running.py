@@ -10,10 +10,11 @@ import aiohttp
 import msgspec
 
 from kvcore.config.schema import ClusterConfig
+from kvcore.errors import NotLeaderError
 from kvcore.ports import base_url
 from kvcore.process.http_client import http_session
 from kvcore.types import NodeInfo
-from kvferry.status import ClusterAnswer, addresses
+from kvferry.status import ClusterAnswer, addresses, standbys_of
 from metadata_server.account_messages import Stats
 
 _Answer = TypeVar("_Answer")
@@ -36,6 +37,16 @@ class _NodeAnswer(msgspec.Struct, frozen=True):
     node: NodeInfo
 
 
+class _FollowerError(msgspec.Struct, frozen=True):
+    code: str
+
+
+class _Follower(msgspec.Struct, frozen=True):
+    """What a metadata server that does not lead says to every call."""
+
+    error: _FollowerError
+
+
 async def find_running(config: ClusterConfig, timeout_s: float = 1.0) -> RunningParts:
     """Ask all at the same time; whoever does not answer within `timeout_s`, or as another's, does not run."""
     router_url, metadata_url = addresses(config)
@@ -44,7 +55,9 @@ async def find_running(config: ClusterConfig, timeout_s: float = 1.0) -> Running
         asyncio.TaskGroup() as tasks,
     ):
         router = tasks.create_task(_ask(session, f"{router_url}/v1/cluster", _NamedCluster))
-        metadata = tasks.create_task(_ask(session, f"{metadata_url or router_url}/v1/stats", Stats))
+        urls = [f"{url}/v1/stats" for url in (metadata_url or router_url, *standbys_of(config))]
+        metadata = [tasks.create_task(_ask(session, url, Stats)) for url in urls]
+        following = [tasks.create_task(_ask(session, url, _Follower, status=503)) for url in urls]
         nodes = {
             name: tasks.create_task(_ask(session, f"{base_url(node.host, node.port)}/v1/info", _NodeAnswer))
             for name, node in config.nodes.items()
@@ -56,18 +69,21 @@ async def find_running(config: ClusterConfig, timeout_s: float = 1.0) -> Running
         for name, task in nodes.items()
         if (answer := task.result()) is not None and answer.node.id == name and answer.node.cluster in own
     }
-    stats, cluster = metadata.result(), router.result()
-    if stats is not None and all(node.cluster in own for node in stats.nodes):
-        names.add("metadata_server")
+    cluster = router.result()
+    for at, (asked, refused) in enumerate(zip(metadata, following, strict=True)):
+        stats, follower = asked.result(), refused.result()
+        ours = stats is not None and all(node.cluster in own for node in stats.nodes)
+        if ours or (follower is not None and follower.error.code == NotLeaderError.code):
+            names.add(f"metadata_server.standbys[{at - 1}]" if at else "metadata_server")
     if cluster is None or cluster.cluster != config.cluster:
         return RunningParts(frozenset(names))
     away = [f"{node.role} {node.id} is not used: {node.reason}" for node in cluster.nodes if not node.healthy]
     return RunningParts(frozenset(names | {"router"}), (*away, *cluster.problems))
 
 
-async def _ask(session: aiohttp.ClientSession, url: str, kind: type[_Answer]) -> _Answer | None:
+async def _ask(session: aiohttp.ClientSession, url: str, kind: type[_Answer], *, status: int = 200) -> _Answer | None:
     try:
         async with session.get(url, headers={"Accept": "application/json"}) as reply:
-            return msgspec.json.decode(await reply.read(), type=kind) if reply.status == 200 else None
+            return msgspec.json.decode(await reply.read(), type=kind) if reply.status == status else None
     except (aiohttp.ClientError, TimeoutError, OSError, msgspec.DecodeError, UnicodeDecodeError):
         return None

@@ -7,6 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from kvcore.config.schema import ClusterConfig
+from kvcore.config.servers import metadata_servers
 from kvcore.ports import base_url
 from kvcore.types import Role
 
@@ -41,7 +42,7 @@ class ProcessPlan:
 
 
 def plan_processes(config: ClusterConfig, config_file: Path, overrides: Sequence[str] = ()) -> list[ProcessPlan]:
-    """Metadata server, nodes in the file's order, router. In front of servers that run already: the router alone."""
+    """Metadata servers, nodes in the file's order, router. In front of servers that run already: the router alone."""
     options = ["--config", str(config_file.resolve()), *(word for item in overrides for word in ("--set", item))]
 
     def plan(name: str, kind: ProcessKind, module: str, host: str, port: int, *more: str) -> ProcessPlan:
@@ -53,8 +54,16 @@ def plan_processes(config: ClusterConfig, config_file: Path, overrides: Sequence
     router_plan = plan("router", ProcessKind.ROUTER, "router", router.host, router.port)
     if not config.handoff.traits.has_store:
         return [router_plan]
+    metadata = metadata_servers(server)
     return [
         plan("metadata-server", ProcessKind.METADATA_SERVER, "metadata_server", server.host, server.port),
+        *(
+            plan(
+                *(f"metadata-server-{number}", ProcessKind.METADATA_SERVER, "metadata_server", host, port),
+                *("--at", server.standbys[number - 2]),
+            )
+            for number, (host, port) in enumerate(metadata[1:], start=2)
+        ),
         *(
             plan(name, ProcessKind.NODE, _MODULES[node.role], node.host, node.port, "--node", name)
             for name, node in config.nodes.items()

@@ -10,11 +10,11 @@ from contextlib import suppress
 import msgspec
 
 from kvcore.clock import Clock
-from kvcore.errors import OverloadedError, RecordsUnavailableError
+from kvcore.errors import NotLeaderError, OverloadedError, RecordsUnavailableError
 from metadata_server.cache_messages import NodeOrder, NodeOrderReply, NodeOrderRequest, NodeOrdersReply
 from metadata_server.index.state import MetadataState
 from metadata_server.messages import LeaveRequest
-from metadata_server.records.base import Records
+from metadata_server.records.base import Guard, Records
 from metadata_server.records.limits import RecordsLimits
 
 PREFIX = "drains/"
@@ -29,7 +29,11 @@ class NodeOrdering:
         clock: Clock,
         records: Records | None = None,
         limits: RecordsLimits = RecordsLimits(),
+        *,
+        guard: Guard | None = None,
     ) -> None:
+        """`guard`: of every write."""
+        self._guard = guard
         self._state = state
         self._clock = clock
         self._records = records
@@ -64,8 +68,12 @@ class NodeOrdering:
         """Write down what ended by itself, or could not be written before, until cancelled."""
         while True:
             await asyncio.sleep(self._limits.sweep_s)
-            with suppress(RecordsUnavailableError, OverloadedError):
-                await self._write()
+            await self.sweep()
+
+    async def sweep(self) -> None:
+        """Write down what ended by itself, or could not be written before."""
+        with suppress(RecordsUnavailableError, NotLeaderError, OverloadedError):
+            await self._write()
 
     async def _write(self) -> None:
         orders = self._state.orders
@@ -76,8 +84,8 @@ class NodeOrdering:
             for node_id in sorted(orders.unwritten):
                 order, name = orders.get(node_id), PREFIX + node_id
                 if order is None:
-                    await self._records.delete(name)
+                    await self._records.delete(name, guard=self._guard)
                 else:
-                    await self._records.put(name, msgspec.json.encode(order))
+                    await self._records.put(name, msgspec.json.encode(order), guard=self._guard)
                 if orders.get(node_id) == order:
                     orders.unwritten.discard(node_id)

@@ -13,12 +13,12 @@ from itertools import islice
 import msgspec
 
 from kvcore.clock import Clock
-from kvcore.errors import OverloadedError, RecordsUnavailableError
+from kvcore.errors import NotLeaderError, OverloadedError, RecordsUnavailableError
 from kvcore.types import ChunkKey
 from metadata_server.cache_messages import PinRequest
 from metadata_server.index.pins import pin_end
 from metadata_server.index.state import MetadataState
-from metadata_server.records.base import Records
+from metadata_server.records.base import Guard, Records
 from metadata_server.records.limits import RecordsLimits
 
 PREFIX = "pins/"
@@ -33,8 +33,12 @@ class PinRecord(msgspec.Struct, frozen=True):
 class PinRecords:
     """Told of every pin that the index took, and of every one that was ended."""
 
-    def __init__(self, records: Records, clock: Clock, limits: RecordsLimits = RecordsLimits()) -> None:
+    def __init__(
+        self, records: Records, clock: Clock, limits: RecordsLimits = RecordsLimits(), *, guard: Guard | None = None
+    ) -> None:
+        """`guard`: of every write."""
         self._records = records
+        self._guard = guard
         self._clock = clock
         self._limits = limits
         self._ends: dict[ChunkKey, float] = {}
@@ -72,12 +76,16 @@ class PinRecords:
         """Remove the records of pins whose time is up, until cancelled."""
         while True:
             await asyncio.sleep(self._limits.sweep_s)
-            now = self._clock.now()
-            ended = [key for key, end in self._ends.items() if end <= now]
-            for key in ended:
-                del self._ends[key]
-            with suppress(RecordsUnavailableError, OverloadedError):  # the next start finds them
-                await self._write(ended)
+            await self.sweep()
+
+    async def sweep(self) -> None:
+        """Remove the records of pins whose time is up."""
+        now = self._clock.now()
+        ended = [key for key, end in self._ends.items() if end <= now]
+        for key in ended:
+            del self._ends[key]
+        with suppress(RecordsUnavailableError, NotLeaderError, OverloadedError):  # the next start finds them
+            await self._write(ended)
 
     async def _write(self, keys: Sequence[ChunkKey]) -> None:
         """Make the records say what is pinned now."""
@@ -88,7 +96,7 @@ class PinRecords:
     async def _follow(self, key: ChunkKey) -> None:
         name, end = f"{PREFIX}{key.hex()}", self._ends.get(key)
         if end is None:
-            await self._records.delete(name)
+            await self._records.delete(name, guard=self._guard)
             return
         until = None if end == math.inf else self._clock.wall() + end - self._clock.now()
-        await self._records.put(name, msgspec.json.encode(PinRecord(until)))
+        await self._records.put(name, msgspec.json.encode(PinRecord(until)), guard=self._guard)

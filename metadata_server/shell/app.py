@@ -18,7 +18,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvcore.clock import Clock
-from kvcore.errors import KVFerryError, MetadataProtocolError, PayloadTooLargeError
+from kvcore.errors import KVFerryError, MetadataProtocolError, NotLeaderError, PayloadTooLargeError
 from kvcore.process.audit import caller
 from kvcore.process.http_body import check_encoding
 from kvcore.telemetry import METRICS_CONTENT_TYPE, Metrics, log_fields
@@ -146,7 +146,9 @@ def _gets(
         return Response(encode(core.snapshot(), json=json), media_type=JSON if json else MSGPACK)
 
     async def health(_: Request) -> Response:
-        return Response(encode(Health(status="ok", epoch=core.state.epoch), json=True), media_type=JSON)
+        return Response(
+            encode(Health(status="ok", epoch=core.state.epoch, leads=core.leader.leads), json=True), media_type=JSON
+        )
 
     async def expose(_: Request) -> Response:
         return Response(metrics.render(), headers={"Content-Type": METRICS_CONTENT_TYPE})
@@ -267,7 +269,8 @@ def _error(request: Request, status: int, detail: Fault, headers: dict[str, str]
 async def _on_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, KVFerryError)
     kind = "invalid_request_error" if error.http_status < 500 else "server_error"
-    detail = Fault(message=error.message, type=kind, param=error.param, code=error.code)
+    leader = error.leader if isinstance(error, NotLeaderError) else ""
+    detail = Fault(message=error.message, type=kind, param=error.param, code=error.code, leader=leader)
     return _error(request, error.http_status, detail)
 
 

@@ -13,7 +13,6 @@ from metadata_server.index.event_log import EventLog
 from metadata_server.limits import ServerLimits
 from metadata_server.messages import EventBatch
 from metadata_server.protocol import encode
-from metadata_server.versions import Protocols
 
 
 class SharedSnapshot:
@@ -46,12 +45,13 @@ class EventStreams:
         self,
         log: EventLog,
         snapshot: Callable[[], Iterator[EventBatch]],
-        speaks: Protocols,
+        greet: Callable[[EventBatch], EventBatch],
         limits: ServerLimits,
     ) -> None:
+        """`greet` has a stream's first batch say what the server speaks."""
         self._log = log
         self._new_snapshot = snapshot
-        self._speaks = speaks
+        self._greet = greet
         self._limits = limits
         self._snapshot: SharedSnapshot | None = None
         self._tail: dict[int, tuple[bytes, int]] = {}
@@ -102,7 +102,7 @@ class EventStreams:
                         epoch, position, number = log.epoch, shared.first.next_seq, 0
                         frame: bytes | None = shared.frame(0)
                         if not greeted:
-                            frame, greeted = encode(self._speaks.greet(shared.first), json=False), True
+                            frame, greeted = encode(self._greet(shared.first), json=False), True
                         while frame is not None and log.has(epoch, position) and not self._stopping:
                             yield frame
                             await asyncio.sleep(0)
@@ -116,7 +116,7 @@ class EventStreams:
                     frame, position = self._encoded(position)
                 else:
                     batch, greeted = log.replay(position), True
-                    frame, position = encode(self._speaks.greet(batch), json=False), batch.next_seq
+                    frame, position = encode(self._greet(batch), json=False), batch.next_seq
                 yield frame
                 self._sent[stream] = position
                 if position == log.next_seq:

@@ -11,36 +11,38 @@ from metadata_server.mooncake.dialect import MooncakeDialect
 
 def register(core: MetadataCore, clock: Clock, metrics: Metrics) -> Callable[[str], Callable[[float], None]]:
     """Make the metrics; returns what gives, for an endpoint, the function that takes a call's seconds."""
-    state = core.state
 
     def roles() -> Iterator[Sample]:
         counts: dict[str, int] = {}
-        for node in state.nodes(clock.now()).nodes:
+        for node in core.state.nodes(clock.now()).nodes:
             counts[node.role.value] = counts.get(node.role.value, 0) + 1
         yield from (((role,), count) for role, count in counts.items())
 
     def segments() -> Iterator[Sample]:
-        for use in state.stats(clock.now(), core.num_waiters).segments:
+        for use in core.state.stats(clock.now(), core.num_waiters).segments:
             complete = use.used_bytes - use.reserved_bytes - use.retiring_bytes
             yield (use.segment.id, "complete"), complete
             yield (use.segment.id, "reserved"), use.reserved_bytes
             yield (use.segment.id, "retiring"), use.retiring_bytes
             yield (use.segment.id, "free"), use.segment.size_bytes - use.used_bytes
 
+    def event_log() -> Iterator[Sample]:
+        log = core.state.log
+        yield ("oldest",), log.first_seq
+        yield ("next",), log.next_seq
+
     metrics.sampled(names.METADATA_NODES, roles)
     metrics.sampled(names.METADATA_SEGMENT_BYTES, segments)
-    metrics.sampled(names.METADATA_OBJECTS, lambda: [((), state.num_objects)])
-    metrics.sampled(names.METADATA_REBUILDING, lambda: [((), state.stats(clock.now(), 0).rebuilding)])
-    metrics.sampled(names.METADATA_RESERVATIONS, lambda: [((), state.num_reservations)])
-    metrics.sampled(names.METADATA_READ_LEASES, lambda: [((), state.num_read_leases)])
+    metrics.sampled(names.METADATA_OBJECTS, lambda: [((), core.state.num_objects)])
+    metrics.sampled(names.METADATA_REBUILDING, lambda: [((), core.state.stats(clock.now(), 0).rebuilding)])
+    metrics.sampled(names.METADATA_RESERVATIONS, lambda: [((), core.state.num_reservations)])
+    metrics.sampled(names.METADATA_READ_LEASES, lambda: [((), core.state.num_read_leases)])
     metrics.sampled(names.METADATA_WAITERS, lambda: [((), core.num_waiters)])
     metrics.sampled(names.METADATA_SUBSCRIBERS, lambda: [((), core.num_subscribers)])
-    metrics.sampled(names.METADATA_EVENTS, lambda: [((), state.log.next_seq - 1)])
-    metrics.sampled(
-        names.METADATA_EVENT_LOG, lambda: [(("oldest",), state.log.first_seq), (("next",), state.log.next_seq)]
-    )
+    metrics.sampled(names.METADATA_EVENTS, lambda: [((), core.state.log.next_seq - 1)])
+    metrics.sampled(names.METADATA_EVENT_LOG, event_log)
     metrics.sampled(names.METADATA_SUBSCRIBER_LAG, lambda: [((), core.subscriber_lag)])
-    metrics.sampled(names.METADATA_TOTALS, lambda: [((name,), total) for name, total in state.counters.items()])
+    metrics.sampled(names.METADATA_TOTALS, lambda: [((name,), total) for name, total in core.state.counters.items()])
     seconds = metrics.histogram(names.METADATA_CALL_SECONDS)
     return lambda path: seconds.labels(path).observe
 

@@ -27,13 +27,14 @@ FRAMES = "application/octet-stream"
 TEXT = "text/plain"
 
 
-class Fault(msgspec.Struct, frozen=True, kw_only=True):
-    """What went wrong; `param` is the path of the offending field."""
+class Fault(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What went wrong; `param` is the path of the offending field, `leader` the URL of who leads, where we do not."""
 
     message: str
     type: str
     param: str | None
     code: str
+    leader: str = ""
 
 
 class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,6 +48,8 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
 
     status: str
     epoch: str
+    leads: bool = True
+    """False: one of several metadata servers, which sends callers to another."""
 
 
 _Schema = dict[str, object]

@@ -46,6 +46,8 @@ class CacheWatch:
         self._limits = limits
         self._waiting: deque[tuple[RequestRecord, RequestSpec, list[int]]] = deque()
         self._waiting_tokens = 0
+        self.rebuilding = False
+        """Whether the metadata server does not know yet what lies in segments: what it did not find is not gone."""
         log.prompt_observers.append(self.ended)
 
     def __repr__(self) -> str:
@@ -114,6 +116,8 @@ class CacheWatch:
         if parted.left_at is not None:
             counts.left_at[parted.left_at] = 1
         counts.unknown_tokens = 0
+        if self.rebuilding:
+            counts.unknown_tokens, counts.gone_tokens = counts.gone_tokens, 0
         self._windows.add(counts, now)
 
     def _kv_spec(self, record: RequestRecord) -> KVSpec | None:

@@ -7,7 +7,7 @@ import asyncio
 import json
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -19,6 +19,7 @@ from support.ports import free_ports
 
 from kvcore.config.file import load_config
 from kvcore.config.schema import ClusterConfig
+from kvcore.config.servers import metadata_urls
 from kvcore.ports import base_url
 from kvferry.launch.launcher import Launcher
 from kvferry.launch.processes import ProcessKind, ProcessPlan, plan_processes
@@ -138,8 +139,12 @@ class ClusterHandle:
         return msgspec.convert(await self._json(f"{self.url}/v1/cache/stats"), CacheStats)
 
     async def stats(self) -> Stats:
-        """The metadata server's."""
-        return msgspec.msgpack.decode(await self._get(f"{self.metadata_url}/v1/stats"), type=Stats)
+        """The metadata server's; of several, the leader's."""
+        for url in metadata_urls(self.config.metadata_server)[:-1]:
+            with suppress(aiohttp.ClientError, AssertionError):
+                return msgspec.msgpack.decode(await self._get(f"{url}/v1/stats"), type=Stats)
+        last = metadata_urls(self.config.metadata_server)[-1]
+        return msgspec.msgpack.decode(await self._get(f"{last}/v1/stats"), type=Stats)
 
     async def node_info(self, name: str) -> NodeReport:
         """A node about itself and its engine."""
@@ -217,7 +222,7 @@ class ClusterHandle:
 
     async def _get(self, url: str) -> bytes:
         async with self.session.get(url, headers={"Accept": "application/msgpack"}) as reply:
-            assert reply.status == 200, await reply.text()
+            assert reply.status == 200, await reply.read()
             return await reply.read()
 
 

@@ -4,6 +4,7 @@ import json
 from contextlib import AsyncExitStack, closing
 from typing import Any
 
+import msgspec
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
@@ -35,9 +36,9 @@ ROUTER: dict[str, Any] = {"cluster": "c", "nodes": [{"id": "d0", "role": "decode
 async def serve():
     async with AsyncExitStack() as stack:
 
-        async def serve(path: str, answer: object) -> int:
+        async def serve(path: str, answer: object, status: int = 200) -> int:
             async def handler(_: web.Request) -> web.Response:
-                return web.Response(text=json.dumps(answer), content_type="application/json")
+                return web.Response(text=json.dumps(answer), status=status, content_type="application/json")
 
             app = web.Application()
             app.router.add_get(path, handler)
@@ -90,6 +91,18 @@ async def test_the_ports_of_a_running_cluster_are_its_own(serve):
 async def test_ports_that_another_clusters_processes_hold_are_wrong(serve, changed, strangers):
     findings = check_ports(await running_cluster(serve, **changed))
     assert {finding.subject.removeprefix("port ") for finding in findings if not finding.ok} == strangers
+
+
+async def test_a_metadata_server_that_stands_by_is_the_clusters_own(serve):
+    ports = await serve("/v1/cluster", ROUTER), await serve("/v1/stats", STATS), await serve("/v1/info", {"node": NODE})
+    follower = await serve("/v1/stats", {"error": {"code": "not_leader"}}, 503)
+    stranger = await serve("/v1/stats", {"error": {"code": "overloaded"}}, 503)
+    config = cluster(*ports)
+    standbys = [f"127.0.0.1:{follower}", f"127.0.0.1:{stranger}"]
+    server = msgspec.structs.replace(config.metadata_server, standbys=standbys)
+    config = msgspec.structs.replace(config, metadata_server=server)
+    findings = check_ports(Context(config, running=await find_running(config)))
+    assert [finding.subject for finding in findings if not finding.ok] == ["port metadata_server.standbys[1]"]
 
 
 async def test_where_nothing_runs_nothing_is_found_and_held_ports_are_wrong():

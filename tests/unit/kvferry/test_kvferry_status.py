@@ -1,5 +1,6 @@
 import io
 import json
+from collections.abc import Sequence
 
 import msgspec
 import pytest
@@ -80,9 +81,12 @@ async def serve():
         await server.close()
 
 
-async def show(router: str, metadata: str | None, *, as_json: bool = False) -> tuple[int, str]:
+async def show(
+    router: str, metadata: str | None, *, as_json: bool = False, standbys: Sequence[str] = ()
+) -> tuple[int, str]:
     out = io.StringIO()
-    code = await run_status(router, metadata, as_json=as_json, console=Console(file=out, width=160))
+    console = Console(file=out, width=160)
+    code = await run_status(router, metadata, standbys=standbys, as_json=as_json, console=console)
     return code, out.getvalue()
 
 
@@ -102,6 +106,19 @@ async def test_both_answers_are_shown(serve):
         "2.0 MiB/s",
     ):
         assert text in out
+
+
+async def test_of_several_metadata_servers_the_one_that_leads_is_shown_and_that_its_index_is_not_whole(serve):
+    router = await serve("/v1/cluster", json.dumps(CLUSTER).encode())
+    stats = msgspec.structs.replace(STATS, rebuilding=1)
+    leader = await serve("/v1/stats", msgspec.json.encode(stats))
+    error = {"message": "it does not lead", "type": "server_error", "param": None, "code": "not_leader"}
+    follower = await serve("/v1/stats", json.dumps({"error": error}).encode(), 503)
+    for first, rest in ((follower, [leader]), ("http://127.0.0.1:9", [follower, leader]), (leader, [follower])):
+        code, out = await show(router, first, standbys=rest)
+        assert code == 0 and "1.0 MiB (25%)" in out and "the index is being rebuilt" in out
+    code, out = await show(router, follower, standbys=["http://127.0.0.1:9"])
+    assert code == 1 and "it does not lead" in out
 
 
 async def test_need_and_a_router_that_stops_are_shown(serve):

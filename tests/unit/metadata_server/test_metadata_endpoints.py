@@ -9,7 +9,7 @@ from support.metadata_words import new_state
 
 from kvcore.clock import SystemClock
 from kvcore.telemetry import Metrics
-from metadata_server import core
+from metadata_server import protocol
 from metadata_server.client import MetadataClient
 from metadata_server.core import MetadataCore
 from metadata_server.endpoints import ENDPOINTS, EndpointSpec
@@ -36,7 +36,7 @@ ECHO = EndpointSpec(
 
 
 async def test_a_row_of_the_table_is_a_new_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (core, app, openapi):
+    for module in (protocol, app, openapi):
         monkeypatch.setattr(module, "ENDPOINTS", (*ENDPOINTS, ECHO))
     openapi.document.cache_clear()
     clock, metrics = SystemClock(), Metrics()

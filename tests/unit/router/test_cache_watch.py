@@ -131,6 +131,15 @@ async def test_the_next_turn_knows_the_answer_of_the_one_before_and_another_salt
     assert watched.tell(turn, salt=b"other").missed["new"] == len(turn)
 
 
+async def test_what_an_index_that_is_not_whole_did_not_find_is_unknown_and_not_gone() -> None:
+    watched = Watched(await make_rig())
+    watched.tell(LONG)
+    watched.watch.rebuilding = True
+    assert watched.tell(LONG, cached=48).missed == missed(unknown=192 - 48, new=8)
+    watched.watch.rebuilding = False
+    assert watched.tell(LONG, cached=48).missed == missed(gone=192 - 48, new=8)
+
+
 async def test_prompts_beyond_the_budget_wait_and_those_beyond_that_are_counted_without_reasons() -> None:
     watched = Watched(await make_rig(), tokens_per_s=2000.0, waiting_tokens=400)
     assert watched.tell(LONG).prompt_tokens == 200, "any length, as there was some budget left"

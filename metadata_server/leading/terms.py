@@ -1,0 +1,75 @@
+"""What a metadata server begins with: an empty index that no other life can be taken for, pins, orders.
+
+Where several share their records, it begins so each time that it leads.
+"""
+
+import asyncio
+import secrets
+
+from kvcore.clock import Clock
+from kvcore.config.schema import ClusterConfig
+from kvcore.identity import ClusterIdentity
+from metadata_server.core import MetadataCore
+from metadata_server.index.state import MetadataState
+from metadata_server.leading.lives import by_clock, first_generation
+from metadata_server.records.base import Guard, Records
+from metadata_server.records.limits import RecordsLimits
+from metadata_server.records.node_orders import NodeOrdering
+from metadata_server.records.pins import PinRecords
+
+
+def new_index(config: ClusterConfig, clock: Clock, first: int) -> MetadataState:
+    """Empty, with an epoch of its own. `first`: its first generation."""
+    server = config.metadata_server
+    return MetadataState(
+        config.store,
+        server.node_ttl_s,
+        epoch=f"{int(clock.wall() * 1000):x}-{secrets.token_hex(4)}",
+        first_generation=first,
+        identity=ClusterIdentity(config.cluster, config.model.name),
+        event_log=server.event_log,
+    )
+
+
+class Terms:
+    """Begins and ends the terms of one server. `run` it beside the election."""
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        clock: Clock,
+        records: Records,
+        core: MetadataCore,
+        limits: RecordsLimits = RecordsLimits(),
+    ) -> None:
+        self._config = config
+        self._clock = clock
+        self._records = records
+        self._core = core
+        self._limits = limits
+        self._kept: tuple[PinRecords, NodeOrdering] | None = None
+        """What writes down the term that we lead."""
+
+    async def lead(self, guard: Guard) -> None:
+        """Make the core ready for the term. Raises RecordsUnavailableError, NotLeaderError if it is over already."""
+        first = await first_generation(self._records, self._clock, guard)
+        state = new_index(self._config, self._clock, first)
+        pins = PinRecords(self._records, self._clock, guard=guard)
+        await pins.restore(state)
+        orders = NodeOrdering(state, self._clock, self._records, guard=guard)
+        await orders.restore()
+        self._kept = pins, orders
+        self._core.begin(state, self._kept, guard.revision)
+
+    def end(self) -> None:
+        """The term is over: nothing of it is kept."""
+        self._kept = None
+        state = new_index(self._config, self._clock, by_clock(self._clock))
+        self._core.begin(state)
+
+    async def run(self) -> None:
+        """Write down what ends by itself, until cancelled."""
+        while True:
+            await asyncio.sleep(self._limits.sweep_s)
+            for kept in self._kept or ():
+                await kept.sweep()
