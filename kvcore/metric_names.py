@@ -73,6 +73,10 @@ METADATA_NODES = _gauge("metadata_nodes", "Live nodes", "role")
 METADATA_OBJECTS = _gauge("metadata_objects", "Chunks with a complete replica")
 METADATA_REBUILDING = _gauge("metadata_rebuilding_segments", "Segments whose nodes have not told all that lies there")
 METADATA_RESERVATIONS = _gauge("metadata_reservations", "Reservations neither committed nor given back")
+METADATA_OLDEST_RESERVATION = _gauge(
+    "metadata_oldest_reservation_seconds", "For how long the oldest reservation has been open; 0: there is none"
+)
+METADATA_LEADS = _gauge("metadata_leads", "1: this metadata server leads, or is the only one; 0: another one does")
 METADATA_READ_LEASES = _gauge("metadata_read_leases", "Read leases held")
 METADATA_WAITERS = _gauge("metadata_waiters", "Long polls under way")
 METADATA_SUBSCRIBERS = _gauge("metadata_subscribers", "Open event streams")

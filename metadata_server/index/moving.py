@@ -44,7 +44,7 @@ class ChunkMoves:
         wanted = heapq.nlargest(self._limits.max_moves, alone, key=table.last_uses.__getitem__)
         moves: list[tuple[int, int]] = []
         left_bytes = request.most_bytes
-        with self._reservations.granting(node, now + request.ttl_s) as grant:
+        with self._reservations.granting(node, now, request.ttl_s) as grant:
             for row in wanted:
                 left_bytes -= table.lengths[row]
                 if left_bytes < 0 and moves:

@@ -51,6 +51,11 @@ class Reservations:
     def __repr__(self) -> str:
         return f"<Reservations {len(self)} open>"
 
+    def oldest_s(self, now: float) -> float:
+        """Since when the oldest has been open; 0: none is."""
+        oldest = next(iter(self._grants.values()), None)  # they are in the order in which they began
+        return 0.0 if oldest is None else now - oldest.began
+
     def reserve(self, request: ReserveRequest, now: float) -> ReserveReply:
         """See MetadataState.reserve."""
         node = self._nodes.get(request.node_id, request.incarnation)
@@ -65,20 +70,20 @@ class Reservations:
             index.use(there)
             if isinstance(request.owner, bytes):
                 index.own(there, request.owner)
-        with self.granting(node, now + request.ttl_s) as grant:
+        with self.granting(node, now, request.ttl_s) as grant:
             outcomes = self._reserve_all(request, keys, node, grant)
         return ReserveReply(outcomes=outcomes, segments=index.segments_of(grant.rows.values()))
 
     @contextmanager
-    def granting(self, node: LiveNode, until: float) -> Iterator[Grant]:
+    def granting(self, node: LiveNode, now: float, ttl_s: float) -> Iterator[Grant]:
         """What is reserved with this grant runs out together."""
         self._num_grants += 1
-        grant = Grant(self._num_grants, node.info.id, node.number)
+        grant = Grant(self._num_grants, node.info.id, node.number, now)
         yield grant
         self._counts["reserved"] += len(grant.rows)
         if grant.rows:
             self._grants[grant.number] = node.grants[grant.number] = grant
-            self._deadlines.set((Expiry.RESERVATION, grant.number), until)
+            self._deadlines.set((Expiry.RESERVATION, grant.number), now + ttl_s)
 
     def commit(self, request: ReplicaIds) -> CommitReply:
         """See MetadataState.commit."""

@@ -111,6 +111,10 @@ class MetadataState:
         """Neither committed nor given back."""
         return len(self._reservations)
 
+    def oldest_reservation_s(self, now: float) -> float:
+        """Since when the oldest has been open; 0: none is."""
+        return self._reservations.oldest_s(now)
+
     @property
     def num_read_leases(self) -> int:
         """Held now."""

@@ -36,6 +36,8 @@ def register(core: MetadataCore, clock: Clock, metrics: Metrics) -> Callable[[st
     metrics.sampled(names.METADATA_OBJECTS, lambda: [((), core.state.num_objects)])
     metrics.sampled(names.METADATA_REBUILDING, lambda: [((), core.state.stats(clock.now(), 0).rebuilding)])
     metrics.sampled(names.METADATA_RESERVATIONS, lambda: [((), core.state.num_reservations)])
+    metrics.sampled(names.METADATA_OLDEST_RESERVATION, lambda: [((), core.state.oldest_reservation_s(clock.now()))])
+    metrics.sampled(names.METADATA_LEADS, lambda: [((), float(core.leader.leads))])
     metrics.sampled(names.METADATA_READ_LEASES, lambda: [((), core.state.num_read_leases)])
     metrics.sampled(names.METADATA_WAITERS, lambda: [((), core.num_waiters)])
     metrics.sampled(names.METADATA_SUBSCRIBERS, lambda: [((), core.num_subscribers)])

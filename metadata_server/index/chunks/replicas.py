@@ -32,6 +32,7 @@ class Grant:
     """The writer, and …"""
     writer: int
     """… its number."""
+    began: float
     rows: dict[int, int] = field(default_factory=dict)
     """By the reservation's id."""
 

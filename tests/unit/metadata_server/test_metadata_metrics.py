@@ -12,6 +12,7 @@ from support.metadata_words import granted, ids, key, new_state, registration, r
 
 from kvcore import metric_names
 from kvcore.clock import ManualClock, SystemClock
+from kvcore.errors import NotLeaderError
 from kvcore.process.descriptors import raise_limit
 from kvcore.telemetry import Metrics
 from metadata_server.client import MetadataClient
@@ -25,6 +26,13 @@ from metadata_server.shell.app import create_app
 from metadata_server.shell.openapi import document
 
 WAITS = 1000
+
+
+class _Follower:
+    leads = False
+
+    def check(self) -> None:
+        raise NotLeaderError("another leads")
 
 
 def value(text: str, sample: str) -> float:
@@ -45,6 +53,30 @@ async def test_every_call_has_its_times_from_a_tenth_of_a_millisecond_to_five_se
         assert value(text, f'{name}_count{{endpoint="{path}"}}') == count
         assert value(text, f'{name}_bucket{{endpoint="{path}",le="0.0001"}}') <= count
         assert value(text, f'{name}_bucket{{endpoint="{path}",le="5.0"}}') == count
+
+
+def test_the_oldest_reservation_and_who_leads_are_told():
+    clock = ManualClock()
+    core = MetadataCore(new_state(), clock)
+    metrics = Metrics()
+    create_app(core, clock, metrics, 1 << 20)
+
+    def told(sample: str) -> float:
+        return value(metrics.render().decode(), f"kvferry_metadata_{sample}")
+
+    assert (told("leads"), told("oldest_reservation_seconds")) == (1, 0)
+    core.leader = _Follower()
+    assert told("leads") == 0
+    core.state.register(registration("a"), clock.now())
+    first = ids("a", granted(core.state.reserve(reservation("a", [1]), clock.now())))
+    clock.advance(1.5)
+    second = ids("a", granted(core.state.reserve(reservation("a", [2]), clock.now())))
+    clock.advance(0.5)
+    assert told("oldest_reservation_seconds") == 2.0
+    core.state.commit(first, clock.now())
+    assert told("oldest_reservation_seconds") == 0.5
+    core.state.commit(second, clock.now())
+    assert told("oldest_reservation_seconds") == 0
 
 
 async def test_the_slowest_event_stream_and_what_the_log_holds_are_told():
