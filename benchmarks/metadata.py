@@ -134,7 +134,9 @@ async def over_sockets(count: int) -> dict[str, float]:
         port = int(bound.getsockname()[1])
     prompts = [[ChunkKey(os.urandom(16)) for _ in range(BATCH)] for _ in range(count)]
     with TemporaryDirectory(dir=Path("build")) as folder:
-        server = {"host": HOST, "port": port, "records": {"kind": "sqlite", "path": f"{folder}/records.sqlite"}}
+        records = {"kind": "sqlite", "path": f"{folder}/records.sqlite"}
+        # The nodes are only registered: without heartbeats they would be dropped, chunks and all, while it is measured.
+        server = {"host": HOST, "port": port, "records": records, "node_ttl_s": 3600.0}
         config = _written(Path(folder, "cluster.yaml"), {**_CLUSTER, "metadata_server": server})
         async with program([sys.executable, "-m", "metadata_server", "--config", config], "() ready|(ready)"):
             callers = [Caller(*await asyncio.open_connection(HOST, port)) for _ in range(CONNECTIONS)]
