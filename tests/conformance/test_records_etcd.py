@@ -223,7 +223,7 @@ async def test_its_leader_is_killed_and_hangs_and_no_answered_write_is_lost_and_
         for how in ("kill", "freeze", "kill"):
             await more(answered, 20)
             victim = await asyncio.to_thread(three.leader)
-            victim.kill() if how == "kill" else victim.freeze()
+            victim.stop() if how == "kill" else victim.freeze()
             await more(answered, 20)
             victim.start() if how == "kill" else victim.thaw()
             await asyncio.to_thread(three.wait_ready)
@@ -251,7 +251,7 @@ async def test_a_lease_outlives_the_leader_of_etcd_and_a_guard_holds_over_it(thr
         reply = await records.put("leader", b"me", expect=ABSENT, lease=lease)
         guard = Guard("leader", reply.record.revision)
         victim = await asyncio.to_thread(three.leader)
-        victim.kill()
+        victim.stop()
         async with asyncio.timeout(30.0):
             while True:
                 with contextlib.suppress(RecordsUnavailableError):
@@ -269,7 +269,7 @@ async def test_without_a_majority_calls_end_in_time_and_it_goes_on_when_it_is_ba
     async with opened(three, "minority", timeout_s=1.0) as records:
         await records.put("a", b"1")
         for victim in three.members[:2]:
-            victim.kill()
+            victim.stop()
         for call in (records.get("a"), records.put("a", b"2"), records.grant(10.0), records.listing("")):
             async with asyncio.timeout(10.0):
                 with pytest.raises(RecordsUnavailableError):
@@ -331,7 +331,7 @@ async def test_over_tls_with_certificates_and_a_user(certificates, monkeypatch, 
             watch = records.watch("")
             assert (await anext(watch)).reset
             await watch.aclose()
-            server.members[0].kill()
+            server.members[0].stop()
             server.members[0].start()  # it has forgotten all tokens
             async with asyncio.timeout(30.0):
                 while True:

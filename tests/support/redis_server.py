@@ -5,7 +5,6 @@ Without the program tests are skipped; in continuous integration that is a failu
 
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from typing import TypeVar
 
 import pytest
 from support.ports import free_ports
-from support.process_tree import freeze
+from support.server_process import ServerProcess
 
 from kvstore.tiers.resp import RespConnection, RespValue, command
 from transfer.blocking import BatchDeadline
@@ -41,12 +40,13 @@ def with_redis(test: _Test) -> _Test:
     return test
 
 
-class RedisServer:
+class RedisServer(ServerProcess):
     """Keeps nothing on disk. Killed and started again it is on the same port, and empty."""
 
     def __init__(
         self, folder: Path, program: str, args: tuple[str, ...], tls_port: bool, sentinel: Path | None
     ) -> None:
+        super().__init__()
         self.port = free_ports(1)[0]
         self._folder, self._program = folder, program
         port = ("--port", "0", "--tls-port", str(self.port)) if tls_port else ("--port", str(self.port))
@@ -58,7 +58,6 @@ class RedisServer:
         else:
             self._args += ("--save", "", "--appendonly", "no", "--maxmemory", "64mb")
             self._args += ("--maxmemory-policy", "allkeys-lru", *args)
-        self._process: subprocess.Popen[str] | None = None
 
     @property
     def url(self) -> str:
@@ -81,20 +80,10 @@ class RedisServer:
         raise AssertionError(f"{self._program} ended: {''.join(said)}")
 
     def stop(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            assert self._process.stdout is not None
-            self._process.stdout.close()
-            self._process = None
-
-    def freeze(self) -> None:
-        assert self._process is not None
-        freeze(self._process.pid)
-
-    def thaw(self) -> None:
-        assert self._process is not None
-        self._process.send_signal(signal.SIGCONT)
+        process = self._process
+        super().stop()
+        if process is not None and process.stdout is not None:
+            process.stdout.close()
 
     def ask(self, *words: bytes) -> RespValue:
         """One command, by a connection of its own."""

@@ -4,7 +4,6 @@ Without moto tests are skipped; in continuous integration that is a failure.
 """
 
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -17,7 +16,7 @@ from typing import TypeVar
 
 import pytest
 from support.ports import free_ports
-from support.process_tree import freeze
+from support.server_process import ServerProcess
 
 _skip = pytest.mark.skipif(find_spec("moto") is None and not os.environ.get("CI"), reason="no moto here")
 needs_s3 = (pytest.mark.slow, pytest.mark.timeout(60), _skip)
@@ -32,15 +31,15 @@ def with_s3(test: _Test) -> _Test:
     return test
 
 
-class S3Server:
+class S3Server(ServerProcess):
     """Keeps all in memory. Killed and started again it is on the same port, and empty."""
 
     credentials = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "very-secret", "AWS_REGION": "us-east-1"}  # noqa: RUF012
 
     def __init__(self) -> None:
+        super().__init__()
         self.port = free_ports(1)[0]
         self._numbers = count()
-        self._process: subprocess.Popen[str] | None = None
 
     @property
     def url(self) -> str:
@@ -63,20 +62,6 @@ class S3Server:
         else:
             raise AssertionError(f"moto ended: {''.join(said)}")
         threading.Thread(target=self._process.stdout.read, daemon=True).start()  # it logs each request
-
-    def stop(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-
-    def freeze(self) -> None:
-        assert self._process is not None
-        freeze(self._process.pid)
-
-    def thaw(self) -> None:
-        assert self._process is not None
-        self._process.send_signal(signal.SIGCONT)
 
     def make_bucket(self, name: str = "") -> str:
         """A bucket, empty; its name, where none is given a new one."""

@@ -77,7 +77,7 @@ def test_each_member_of_etcd_is_written_to_and_left_as_it_was():
         finding = finding_for(EtcdRecordsConfig(endpoints=server.urls, timeout_s=10.0))
         assert finding.ok and finding.detail.endswith(", below kvferry/c/"), finding
         assert server.ctl("get", "--prefix", "kvferry/") == ""
-        server.members[2].kill()
+        server.members[2].stop()
         finding = finding_for(EtcdRecordsConfig(endpoints=server.urls, timeout_s=1.0))
         assert not finding.ok and str(server.members[2].port) in finding.detail.partition(": ")[2]
 
