@@ -1,7 +1,8 @@
 """The header in front of every chunk in a segment: packed, parsed, and held against what a reader expected.
 
 The layout is published in docs/wire-formats.md ("Chunk in a segment"). Owns no I/O. Invariant: bytes that `parse`
-accepts were packed by `pack`, of this version, undamaged; `verify` alone says whether they are the wanted chunk.
+accepts were packed by `pack`, of this version or the one before, undamaged; `verify` alone says whether they are the
+wanted chunk.
 """
 
 import struct
@@ -11,24 +12,34 @@ from dataclasses import dataclass
 
 import xxhash
 
-from kvcore.types import ChunkKey
+from kvcore.chunk_keys import OWNER_BYTES
+from kvcore.types import ChunkKey, OwnerTag
 from kvstore.types import GetOutcome
 
 MAGIC = b"KVFCHUNK"
-VERSION = 1
+VERSION = 2
+_WITHOUT_OWNER = 1
+"""The version whose headers end with the generation. They are read still: tiers outlive an upgrade."""
+NONCE_BYTES = 12
+MAC_BYTES = 16
 HEADER_BYTES = 128
 ALIGNMENT = 4096
 """Extents begin at multiples of this, so that a scan need not look anywhere else."""
 
-_FIELDS = struct.Struct("<8sHHI16s16sQQQ")
+_FIELDS = struct.Struct(f"<8sHHI16s16sQQQ{OWNER_BYTES}s{NONCE_BYTES}s{MAC_BYTES}s")
 _CRC = struct.Struct("<I")
 _CRC_OFFSET = HEADER_BYTES - _CRC.size
 _RESERVED = bytes(_CRC_OFFSET - _FIELDS.size)
+_NO_OWNER = bytes(OWNER_BYTES)
+_OWNER_OFFSET = _FIELDS.size - OWNER_BYTES - NONCE_BYTES - MAC_BYTES
+_SINCE_OWNER = bytes(_CRC_OFFSET - _OWNER_OFFSET)
+"""What was reserved, and zero, before."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkHeader:
-    """What a header says. `checksum` is xxh3_64 (seed 0) of the payload, `payload_length` in bytes."""
+    """What a header says. `checksum` is xxh3_64 (seed 0) of the payload, `payload_length` in bytes. `owner`: whose
+    quota the chunk counts for; None: not known. `nonce` and `mac`: zeros if there is none."""
 
     key: ChunkKey
     fingerprint: bytes
@@ -36,6 +47,9 @@ class ChunkHeader:
     payload_length: int
     checksum: int
     generation: int
+    owner: OwnerTag | None = None
+    nonce: bytes = bytes(NONCE_BYTES)
+    mac: bytes = bytes(MAC_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +97,11 @@ class RunningChecksum:
 
 def pack(header: ChunkHeader) -> bytes:
     """The HEADER_BYTES that stand in front of the payload. Raises ValueError for a field that does not fit."""
+    owner = header.owner or _NO_OWNER
     if len(header.key) != 16 or len(header.fingerprint) != 16:
         raise ValueError("a chunk's key and fingerprint have 16 bytes each")
+    if (len(owner), len(header.nonce), len(header.mac)) != (OWNER_BYTES, NONCE_BYTES, MAC_BYTES):
+        raise ValueError(f"owner, nonce and MAC have {OWNER_BYTES}, {NONCE_BYTES} and {MAC_BYTES} bytes")
     try:
         fields = _FIELDS.pack(
             MAGIC,
@@ -96,6 +113,9 @@ def pack(header: ChunkHeader) -> bytes:
             header.payload_length,
             header.checksum,
             header.generation,
+            owner,
+            header.nonce,
+            header.mac,
         )
     except struct.error as error:
         raise ValueError(f"{header} does not fit the chunk header: {error}") from error
@@ -109,12 +129,24 @@ def parse(raw: bytes | memoryview) -> ChunkHeader | None:
         return None
     body = bytes(raw[:_CRC_OFFSET])
     magic, version, header_length, *fields = _FIELDS.unpack_from(body)
-    if magic != MAGIC or version != VERSION or header_length != HEADER_BYTES:
+    if magic != MAGIC or version not in (VERSION, _WITHOUT_OWNER) or header_length != HEADER_BYTES:
         return None
     if body[_FIELDS.size :] != _RESERVED or _CRC.unpack_from(raw, _CRC_OFFSET)[0] != zlib.crc32(body):
         return None
-    token_count, key, fingerprint, payload_length, payload_checksum, generation = fields
-    return ChunkHeader(ChunkKey(key), fingerprint, token_count, payload_length, payload_checksum, generation)
+    if version == _WITHOUT_OWNER and body[_OWNER_OFFSET:] != _SINCE_OWNER:
+        return None
+    token_count, key, fingerprint, payload_length, payload_checksum, generation, owner, nonce, mac = fields
+    return ChunkHeader(
+        key=ChunkKey(key),
+        fingerprint=fingerprint,
+        token_count=token_count,
+        payload_length=payload_length,
+        checksum=payload_checksum,
+        generation=generation,
+        owner=None if owner == _NO_OWNER else OwnerTag(owner),
+        nonce=nonce,
+        mac=mac,
+    )
 
 
 def verify(

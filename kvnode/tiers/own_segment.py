@@ -6,10 +6,10 @@ not reserved for us, or after the time for it.
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvcore.types import ChunkKey, OwnerTag, ReplicaRef
-from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, Expected, pack, parse, verify
+from kvstore.chunk_format import HEADER_BYTES, Expected, pack, parse, verify
 from kvstore.placement import Placement, Reserved
 from kvstore.tiers.base import ChunkName, TierChunk
 from kvstore.types import GetOutcome, Match
@@ -104,15 +104,7 @@ class OwnSegment:
         expected = Expected(key, chunk.name.fingerprint, header.generation, place.length - HEADER_BYTES)
         outcome = verify(memory[:HEADER_BYTES], expected, [memory[HEADER_BYTES:]])
         if outcome is GetOutcome.OK:
-            moved = ChunkHeader(
-                header.key,
-                header.fingerprint,
-                header.token_count,
-                header.payload_length,
-                header.checksum,
-                place.generation,
-            )
-            memory[:HEADER_BYTES] = pack(moved)
+            memory[:HEADER_BYTES] = pack(replace(header, generation=place.generation))
         return outcome
 
     async def commit(self, room: ReservedRoom, keys: Sequence[ChunkKey], *, timeout_s: float) -> set[ChunkKey]:

@@ -1,9 +1,10 @@
 import dataclasses
+import zlib
 
 import pytest
 
 from kvcore.chunk_keys import chunk_keys, root_key
-from kvcore.types import ChunkKey
+from kvcore.types import ChunkKey, OwnerTag
 from kvstore.chunk_format import (
     HEADER_BYTES,
     ChunkHeader,
@@ -24,6 +25,13 @@ HEADER = ChunkHeader(
     payload_length=256,
     checksum=0x9408A4433B952D71,
     generation=0x0123456789ABCDEF,
+    owner=OwnerTag(bytes(range(0xA0, 0xA8))),
+)
+VERSION_1 = (
+    "4b56464348554e4b0100800004000000000102030405060708090a0b0c0d0e0f"
+    "101112131415161718191a1b1c1d1e1f0001000000000000712d953b43a40894"
+    "efcdab8967452301000000000000000000000000000000000000000000000000"
+    "00000000000000000000000000000000000000000000000000000000cd067314"
 )
 EXPECTED = Expected(HEADER.key, HEADER.fingerprint, HEADER.generation, 256)
 VIEWS = [memoryview(PAYLOAD)[:100], memoryview(PAYLOAD)[100:]]
@@ -33,14 +41,45 @@ def outcome(expected: Expected = EXPECTED, payload: bytes = PAYLOAD, *, check_pa
     return verify(pack(HEADER), expected, [memoryview(payload)], check_payload=check_payload)
 
 
+def with_byte(raw: bytes, offset: int, value: int) -> bytes:
+    """The header with one byte changed, and the CRC of that."""
+    body = bytearray(raw[:-4])
+    body[offset] = value
+    return bytes(body) + zlib.crc32(body).to_bytes(4, "little")
+
+
 def test_the_published_header_vector_holds():
     assert pack(HEADER).hex() == (
-        "4b56464348554e4b0100800004000000000102030405060708090a0b0c0d0e0f"
+        "4b56464348554e4b0200800004000000000102030405060708090a0b0c0d0e0f"
         "101112131415161718191a1b1c1d1e1f0001000000000000712d953b43a40894"
-        "efcdab8967452301000000000000000000000000000000000000000000000000"
-        "00000000000000000000000000000000000000000000000000000000cd067314"
+        "efcdab8967452301a0a1a2a3a4a5a6a700000000000000000000000000000000"
+        "00000000000000000000000000000000000000000000000000000000606467a5"
     )
     assert parse(pack(HEADER)) == HEADER
+
+
+def test_a_header_of_version_1_is_read_and_says_of_no_owner():
+    assert parse(bytes.fromhex(VERSION_1)) == dataclasses.replace(HEADER, owner=None)
+    assert verify(bytes.fromhex(VERSION_1), EXPECTED, VIEWS) is GetOutcome.OK
+
+
+@pytest.mark.parametrize("offset", [72, 79, 80, 92, 107, 108, 123])
+def test_version_1_has_nothing_where_the_owner_and_the_mac_are(offset):
+    assert parse(with_byte(bytes.fromhex(VERSION_1), offset, 1)) is None
+
+
+def test_nonce_and_mac_are_kept_where_they_are_published():
+    header = dataclasses.replace(HEADER, nonce=bytes(range(1, 13)), mac=bytes(range(0x40, 0x50)))
+    raw = pack(header)
+    assert (raw[80:92], raw[92:108]) == (header.nonce, header.mac)
+    assert parse(raw) == header
+
+
+def test_another_version_is_malformed():
+    for version in (0, 3, 0x0102):
+        raw = bytearray(pack(HEADER)[:-4])
+        raw[8:10] = version.to_bytes(2, "little")
+        assert parse(bytes(raw) + zlib.crc32(raw).to_bytes(4, "little")) is None
 
 
 def test_the_checksum_is_the_published_one_however_the_payload_is_cut():
@@ -80,13 +119,10 @@ def test_every_flipped_bit_of_a_header_is_malformed():
             assert verify(bytes(damaged), EXPECTED, VIEWS) is GetOutcome.MALFORMED
 
 
-def test_a_reserved_byte_that_is_set_is_refused_even_under_a_right_crc():
-    import struct
-    import zlib
-
-    body = bytearray(pack(HEADER)[:-4])
-    body[80] = 1
-    assert parse(bytes(body) + struct.pack("<I", zlib.crc32(body))) is None
+@pytest.mark.parametrize("offset", [108, 123])
+def test_a_reserved_byte_that_is_set_is_refused_even_under_a_right_crc(offset):
+    assert parse(with_byte(pack(HEADER), offset, 1)) is None
+    assert parse(with_byte(pack(HEADER), 107, 1)) is not None, "the byte before is the MAC's"
 
 
 def test_a_truncated_header_is_malformed():
@@ -114,7 +150,16 @@ def test_a_flipped_payload_byte_is_a_checksum_miss_unless_checking_is_off():
 
 
 @pytest.mark.parametrize(
-    "change", [{"token_count": 1 << 32}, {"generation": -1}, {"payload_length": 1 << 64}, {"key": b"short"}]
+    "change",
+    [
+        {"token_count": 1 << 32},
+        {"generation": -1},
+        {"payload_length": 1 << 64},
+        {"key": b"short"},
+        {"owner": b"short"},
+        {"nonce": b"short"},
+        {"mac": b""},
+    ],
 )
 def test_a_field_that_does_not_fit_is_our_own_error(change):
     with pytest.raises(ValueError):
