@@ -13,6 +13,7 @@ from kvcore.process.service import EXIT_CONFIG
 from kvcore.release import release
 from kvferry.cache.arguments import add_cache
 from kvferry.nodes.arguments import add_nodes
+from kvferry.secret import add_secret
 
 if TYPE_CHECKING:
     from kvcore.config.fields import ByteSize
@@ -56,6 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_cache(_command(commands, "cache", None, text), cluster_file)
     text = "look at the nodes of a running cluster, drain them, and forget those that are gone"
     add_nodes(_command(commands, "nodes", None, text), cluster_file)
+    text = "make the secret by which the processes of a cluster know each other"
+    add_secret(_command(commands, "secret", None, text))
     status = _command(commands, "status", _status, "show nodes, segments, requests and hit rate of a running cluster")
     status.add_argument(
         "--config", type=cluster_file, help=f"where the addresses are (default: {DEFAULT_CONFIG}, if it exists)"

@@ -23,6 +23,7 @@ from kvcore import metric_names
 from kvcore.config import fields, schema
 from kvcore.config.mooncake_metadata import MooncakeMetadataConfig
 from kvcore.config.records import RecordsConfig
+from kvcore.config.security import SecretConfig
 from kvcore.config.tiers import TierConfig
 from kvcore.metric_names import Metric
 from router.api.openai_schema import ChatRequest, CompletionRequest
@@ -111,7 +112,8 @@ def config_sections() -> Iterator[tuple[str, str, list[Key]]]:
     top = schema.ClusterConfig
     yield "", _text(top.__doc__), list(_keys(top, ""))
     engines = [_described(kind, "engine", "Which engine this is.") for kind in get_args(schema.EngineConfig)]
-    names = ("model", "engine", "nodes", "kv", "transport", "store", "tiers", "metadata_server", "router", "service")
+    names = ("model", "engine", "nodes", "kv", "transport", "store", "tiers")
+    names += ("metadata_server", "router", "service", "security")
     for name in names:
         if name == "engine":
             yield from engines
@@ -130,6 +132,8 @@ def config_sections() -> Iterator[tuple[str, str, list[Key]]]:
             yield path, _text(MooncakeMetadataConfig.__doc__), list(_keys(MooncakeMetadataConfig, path))
             for kind in get_args(RecordsConfig):
                 yield _described(kind, "metadata_server.records", "Where they are kept.")
+        if name == "security":
+            yield f"{name}.secret.", _text(SecretConfig.__doc__), list(_keys(SecretConfig, f"{name}.secret."))
 
 
 def config_page() -> str:

@@ -25,7 +25,7 @@ def check_cluster(config: ClusterConfig) -> list[str]:
     standbys = list(_check_standbys(config))
     if standbys:
         return [*named, *standbys]
-    rest = (_check_nodes, _check_ports, _check_cors, _check_bounds, _check_mooncake, _check_dialect)
+    rest = (_check_nodes, _check_ports, _check_cors, _check_bounds, _check_mooncake, _check_dialect, _check_security)
     return [*named, *ours, *(problem for check in rest for problem in check(config))]
 
 
@@ -146,6 +146,12 @@ def _check_standbys(config: ClusterConfig) -> Iterator[str]:
         yield f"metadata_server.standbys: {error}"
     if server.standbys and not isinstance(server.records, EtcdRecordsConfig):
         yield "metadata_server.standbys: several metadata servers share their records; set records: {kind: etcd}"
+
+
+def _check_security(config: ClusterConfig) -> Iterator[str]:
+    secret = config.security.secret
+    if secret is not None and sum(given is not None for given in (secret.file, secret.env, secret.command)) != 1:
+        yield "security.secret: give one of file, env and command"
 
 
 def _check_mooncake(config: ClusterConfig) -> Iterator[str]:

@@ -27,7 +27,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> ClusterConfi
     """Read, override, convert and check. `overrides` are `a.b=value`, the value in YAML. Blocking.
 
     `transport` is always a TransportConfig afterwards; `model.path` is absolute for
-    the torch engine and vLLM, unless it is a hub id (`owner/name`) and no folder.
+    the torch engine and vLLM, unless it is a hub id (`owner/name`) and no folder; so is `security.secret.file`.
     """
     file = Path(path).expanduser()
     raw = _read(file)
@@ -44,7 +44,8 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> ClusterConfi
         raise ConfigError(f"{file}: {error}") from error
     if problems:
         raise ConfigError("\n".join(f"{file}: {problem}" for problem in problems))
-    return _resolve_model_path(config, file.resolve().parent)
+    folder = file.resolve().parent
+    return _resolve_secret_path(_resolve_model_path(config, folder), folder)
 
 
 def node_config(config: ClusterConfig, name: str) -> NodeConfig:
@@ -92,6 +93,8 @@ def _spell_out_transport(raw: dict[str, object]) -> None:
 def _apply(raw: dict[str, object], override: str) -> None:
     path, separator, text = override.partition("=")
     keys = path.strip().split(".")
+    if keys[0] == "security":  # a secret that somebody wrote there is not shown
+        override = path
     if not separator or not all(keys):
         raise ConfigError(f"--set {override}: expected path=value, e.g. --set router.port=8001")
     try:
@@ -137,3 +140,11 @@ def _resolve_model_path(config: ClusterConfig, folder: Path) -> ClusterConfig:
     if _HUB_ID.fullmatch(config.model.path) and not Path(absolute).exists():
         return config  # it is looked up on the hub
     return msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, path=absolute))
+
+
+def _resolve_secret_path(config: ClusterConfig, folder: Path) -> ClusterConfig:
+    secret = config.security.secret
+    if secret is None or secret.file is None:
+        return config
+    absolute = msgspec.structs.replace(secret, file=str(folder / Path(secret.file).expanduser()))
+    return msgspec.structs.replace(config, security=msgspec.structs.replace(config.security, secret=absolute))

@@ -111,6 +111,8 @@ def _mapping(raw: object, path: str) -> Mapping[str, object]:
 
 
 def _wrong(path: str, raw: object, reason: str) -> InvalidValueError:
+    if path.split(".", maxsplit=1)[0] == "security":  # a secret that somebody wrote into the file itself is not shown
+        return InvalidValueError(f"{path}: {reason}")
     shown = repr(raw)
     shown = shown if len(shown) <= _SHOWN_CHARS else shown[:_SHOWN_CHARS] + "..."
     return InvalidValueError(f"{path or 'the file'}: {shown}: {reason}")

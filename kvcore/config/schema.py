@@ -11,6 +11,7 @@ import msgspec
 from kvcore.config.fields import ByteSize, Count, Port, Rate, Seconds, Section, Share, Text
 from kvcore.config.mooncake_metadata import MooncakeMetadataConfig
 from kvcore.config.records import RecordsConfig, SqliteRecordsConfig
+from kvcore.config.security import SecurityConfig
 from kvcore.config.tiers import DiskTierConfig, TiersConfig
 from kvcore.eviction.evictor import PolicyName
 from kvcore.handoff import HandoffKind
@@ -316,3 +317,5 @@ class ClusterConfig(Section, frozen=True, kw_only=True):
     """Where it listens, how it chooses, its bounds."""
     service: ServiceConfig = ServiceConfig()
     """What holds for every process."""
+    security: SecurityConfig = SecurityConfig()
+    """Who is trusted, and by what."""

@@ -1,0 +1,27 @@
+"""The `security` of a cluster file: the secret by which its processes know each other. Values only, never a secret."""
+
+from typing import Annotated
+
+import msgspec
+
+from kvcore.config.fields import Section, Text
+
+
+class SecretConfig(Section, frozen=True, kw_only=True):
+    """Where the secret is, one of these: 32 bytes or more in hex or base64, a line; one on a line before it is new, and
+    signs."""
+
+    file: Text | None = None
+    """A file, by its path from the folder of the cluster file, that nobody but its owner and group can read. Read again
+    when it changes. `kvferry secret new FILE` makes one."""
+    env: Text | None = None
+    """The name of an environment variable."""
+    command: Annotated[list[Text], msgspec.Meta(min_length=1)] | None = None
+    """A program and its arguments, run once at start, that prints it."""
+
+
+class SecurityConfig(Section, frozen=True, kw_only=True):
+    """Who is trusted, and by what."""
+
+    secret: SecretConfig | None = None
+    """The cluster's secret. All processes of a cluster have the same."""

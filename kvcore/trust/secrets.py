@@ -1,0 +1,151 @@
+"""The secrets that a process holds: one, or two while they are changed, read again when their file changes."""
+
+import logging
+import os
+import stat
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+from kvcore.config.security import SecretConfig
+from kvcore.errors import ConfigError
+from kvcore.telemetry import log_fields
+from kvcore.trust.keys import ClusterKey, KeyLabel
+from kvcore.trust.secret_text import BadSecretError, parse_secrets
+
+_logger = logging.getLogger("kvcore.trust")
+_MODE_REFUSED = stat.S_IRWXO | stat.S_IWGRP | stat.S_IXGRP
+_MAKE_IT = "`kvferry secret new FILE` makes one"
+
+Reread = Callable[[], tuple[bytes, ...] | None]
+"""What the secrets are now; None: the same as before. Raises ConfigError."""
+_Stamp = tuple[int, int, int]
+
+
+class Secrets:
+    """What is derived from the cluster's secrets. One a process. Ask it each time: `refresh` may have changed them."""
+
+    def __init__(self, secrets: tuple[bytes, ...], *, reread: Reread | None = None) -> None:
+        """`secrets`: the one that signs first."""
+        self._reread = reread
+        self._keys = tuple(ClusterKey(secret) for secret in secrets)
+
+    def __repr__(self) -> str:
+        return f"<Secrets {', '.join(key.id.hex() for key in self._keys)}>"
+
+    @property
+    def newest(self) -> ClusterKey:
+        """The one that signs."""
+        return self._keys[0]
+
+    @property
+    def accepted(self) -> tuple[ClusterKey, ...]:
+        """All that are accepted, the newest first."""
+        return self._keys
+
+    def find(self, key_id: bytes) -> ClusterKey | None:
+        """The accepted one that is called so."""
+        return next((key for key in self._keys if key.id == key_id), None)
+
+    def derive(self, label: KeyLabel, context: bytes = b"") -> bytes:
+        """32 bytes of the newest."""
+        return self.newest.derive(label, context)
+
+    def derive_all(self, label: KeyLabel, context: bytes = b"") -> tuple[bytes, ...]:
+        """32 bytes of each that is accepted, the newest first."""
+        return tuple(key.derive(label, context) for key in self._keys)
+
+    def refresh(self) -> bool:
+        """Whether the secrets are others than before: their file was looked at, and read if it changed. One that cannot
+        be read or is none changes nothing and is logged. Microseconds, unless it changed."""
+        try:
+            secrets = self._reread() if self._reread is not None else None
+        except ConfigError as error:
+            log_fields(_logger, logging.ERROR, "secret_not_reloaded", reason=error.message)
+            return False
+        if secrets is None:
+            return False
+        known = {key.id: key for key in self._keys}
+        made = [ClusterKey(secret) for secret in secrets]
+        self._keys = tuple(known.get(key.id, key) for key in made)
+        log_fields(_logger, logging.INFO, "secret_reloaded", signs=self.newest.id, accepted=len(self._keys))
+        return True
+
+
+def open_secrets(config: SecretConfig | None) -> Secrets | None:
+    """The secrets of a cluster file; None: it has none. Blocking, once at start: reads the file, or runs the command.
+
+    Raises ConfigError, which says what is wrong and shows nothing of the secret.
+    """
+    if config is None:
+        return None
+    if config.file is not None:
+        file = _SecretFile(Path(config.file))
+        first = file.read_if_changed()
+        assert first is not None
+        return Secrets(first, reread=file.read_if_changed)
+    if config.env is not None:
+        text = os.environ.get(config.env)
+        if text is None:
+            raise ConfigError(f"security.secret.env: there is no environment variable {config.env}")
+        return Secrets(_parsed(text, f"security.secret.env: {config.env}"))
+    return Secrets(_parsed(_output(config.command or []), "security.secret.command: what it prints"))
+
+
+class _SecretFile:
+    """A file with secrets, read when it is another than before."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._seen: _Stamp | None = None
+
+    def read_if_changed(self) -> tuple[bytes, ...] | None:
+        """None: as before. Raises ConfigError once for each change that is no good."""
+        where = f"security.secret.file: {self._path}"
+        try:
+            found = self._path.stat()
+            stamp = (found.st_mtime_ns, found.st_ino, found.st_size)
+            if stamp == self._seen:
+                return None
+            self._seen = stamp
+            with self._path.open(encoding="ascii") as file:
+                _check_mode(os.fstat(file.fileno()), where)
+                text = file.read(1 << 16)
+        except FileNotFoundError as error:
+            self._seen = None
+            raise ConfigError(f"{where}: no such file; {_MAKE_IT}") from error
+        except OSError as error:
+            raise ConfigError(f"{where}: cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError:
+            raise ConfigError(f"{where}: not a text; {_MAKE_IT}") from None
+        return _parsed(text, where)
+
+
+def _check_mode(found: os.stat_result, where: str) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise ConfigError(f"{where}: not a file")
+    if found.st_mode & _MODE_REFUSED:
+        mode = stat.S_IMODE(found.st_mode)
+        raise ConfigError(f"{where}: mode {mode:04o} lets others at it; set 0600, or 0640 for its group")
+    if found.st_uid not in (0, os.geteuid()):
+        raise ConfigError(f"{where}: it belongs to user {found.st_uid}, and this process runs as {os.geteuid()}")
+
+
+def _parsed(text: str, where: str) -> tuple[bytes, ...]:
+    try:
+        return parse_secrets(text)
+    except BadSecretError as error:
+        raise ConfigError(f"{where}: {error}; {_MAKE_IT}") from None
+
+
+def _output(command: list[str], timeout_s: float = 30.0) -> str:
+    where = f"security.secret.command: {command[0]}"
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_s, check=False)
+    except OSError as error:
+        raise ConfigError(f"{where}: cannot be run: {error.strerror}") from error
+    except subprocess.TimeoutExpired:
+        raise ConfigError(f"{where}: it did not end within {timeout_s:g} s") from None
+    if done.returncode != 0:
+        raise ConfigError(f"{where}: it ended with {done.returncode}")
+    return done.stdout.decode("ascii", errors="replace")

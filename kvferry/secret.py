@@ -1,0 +1,61 @@
+"""`kvferry secret new FILE`: make the cluster's secret, or put a new one before the one that there is."""
+
+import argparse
+import os
+from pathlib import Path
+
+from kvcore.errors import ConfigError
+from kvcore.trust.secret_text import BadSecretError, new_secret, parse_secrets
+
+
+def add_secret(parser: argparse.ArgumentParser) -> None:
+    """Its commands, and their help."""
+    commands = parser.add_subparsers(metavar="WHAT", required=True)
+    text = "write a new secret into a file that only its owner can read"
+    new = commands.add_parser("new", help=text, description=text)
+    new.set_defaults(command=lambda arguments: run_new(arguments.file, rotate=arguments.rotate))
+    new.add_argument("file", type=Path, metavar="FILE")
+    text = "FILE has one: the new one signs from now on, and the newest of before is accepted too"
+    new.add_argument("--rotate", action="store_true", help=text)
+
+
+def run_new(file: Path, *, rotate: bool) -> int:
+    """Write FILE, whole or not at all; returns 0. Raises ConfigError."""
+    lines = [new_secret()]
+    if rotate:
+        lines.append(_newest(file))
+    elif file.exists():
+        raise ConfigError(f"{file} exists; --rotate puts a new secret before the one in it")
+    written = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        descriptor = os.open(written, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "w") as out:
+            if rotate:
+                os.fchmod(out.fileno(), file.stat().st_mode & 0o640)
+            out.write("\n".join(lines) + "\n")
+            out.flush()
+            os.fsync(out.fileno())
+        if rotate:
+            written.replace(file)
+        else:
+            os.link(written, file)  # not over one that came meanwhile
+            written.unlink()
+    except OSError as error:
+        written.unlink(missing_ok=True)
+        raise ConfigError(f"{file} cannot be written: {error.strerror}") from error
+    print(f"{file}: a new secret" + (", and the one before it" if rotate else ""))
+    return 0
+
+
+def _newest(file: Path) -> str:
+    try:
+        text = file.read_text("ascii")
+        parse_secrets(text)
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
+    except BadSecretError as error:
+        raise ConfigError(f"{file} holds no secret: {error}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{file} holds no secret: not a text") from None
+    lines = (line.strip() for line in text.splitlines())
+    return next(line for line in lines if line and not line.startswith("#"))
