@@ -8,15 +8,22 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 
+import msgspec
+
 from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
 from kvcore.telemetry import log_fields
 from kvcore.types import NodeInfo
 from kvnode.limits import NodeLimits
 from metadata_server.account_messages import ImportReply, ImportRequest
 from metadata_server.client import MetadataClient
-from metadata_server.messages import SegmentManifest
+from metadata_server.messages import TOLD_OWNERS, ManifestEntry, SegmentManifest
 
 _logger = logging.getLogger("kvnode")
+
+
+def without_owners(entries: list[ManifestEntry]) -> list[ManifestEntry]:
+    """As a server of before TOLD_OWNERS takes them."""
+    return [msgspec.structs.replace(entry, owner=msgspec.UNSET) for entry in entries]
 
 
 class ManifestPieces:
@@ -53,6 +60,8 @@ class ManifestPieces:
             if number is None:
                 continue
             entries = manifest.entries[::-1]
+            if self._client.protocol < TOLD_OWNERS:
+                entries = without_owners(entries)
             for start in range(0, len(entries) or 1, self._limits.piece_entries):
                 piece = ImportRequest(
                     node_id=self._node.id,

@@ -17,7 +17,7 @@ from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
 from kvcore.telemetry import log_fields
 from kvcore.types import KVSpec, NodeInfo, Segment
 from kvnode.limits import NodeLimits
-from kvnode.manifest_pieces import ManifestPieces
+from kvnode.manifest_pieces import ManifestPieces, without_owners
 from kvnode.tasks import cancelled, spawned
 from metadata_server.client import MetadataClient
 from metadata_server.messages import (
@@ -267,5 +267,6 @@ class Membership:
         for manifest in await self._scan():
             if len(manifest.entries) > most:
                 log_fields(_logger, logging.WARNING, "manifest_cut", chunks=len(manifest.entries), listed=most)
-            manifests.append(SegmentManifest(segment=manifest.segment, entries=manifest.entries[:most]))
+            entries = without_owners(manifest.entries[:most])
+            manifests.append(SegmentManifest(segment=manifest.segment, entries=entries))
         return manifests

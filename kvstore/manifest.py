@@ -4,6 +4,7 @@ Owns no segment: the view is the caller's and may be written meanwhile (readers 
 returned are inside the view, do not overlap, and no entry gives way to an older one.
 """
 
+import msgspec
 import numpy as np
 
 from kvstore.chunk_format import ALIGNMENT, HEADER_BYTES, MAGIC, ChunkHeader, checksum, parse
@@ -40,9 +41,13 @@ def scan(
             continue
         taken.add(offset, end)
         if fingerprint is None or header.fingerprint == fingerprint:
-            length = end - offset
-            entries.append(ManifestEntry(key=header.key, offset=offset, length=length, generation=header.generation))
+            entries.append(_entry(offset, end - offset, header))
     return entries
+
+
+def _entry(offset: int, length: int, header: ChunkHeader) -> ManifestEntry:
+    owner = msgspec.UNSET if header.owner is None else header.owner
+    return ManifestEntry(key=header.key, offset=offset, length=length, generation=header.generation, owner=owner)
 
 
 def _candidates(view: memoryview, step_bytes: int) -> list[int]:

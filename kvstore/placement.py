@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import msgspec
@@ -60,6 +60,8 @@ class Reserved:
     """Keys that were being written already, granted or not -> by which nodes, as in a Match."""
     full: bool = False
     """There was no room for any of the keys that nobody has or is writing."""
+    owner: OwnerTag | None = None
+    """Whose they are, if known."""
 
 
 class Placement:
@@ -179,7 +181,8 @@ class Placement:
             in_order=self._said(in_order),
             owner=owner if owner is not None and self._metadata.protocol >= OWNERS else msgspec.UNSET,
         )
-        return await self._background.finish(self._reserve(lengths, request, timeout_s), self.give_back)
+        reserved = await self._background.finish(self._reserve(lengths, request, timeout_s), self.give_back)
+        return replace(reserved, owner=owner)
 
     async def give_back(self, reserved: Reserved) -> None:
         """Abort all that was granted. The work survives the caller's cancellation."""

@@ -162,7 +162,8 @@ class PutSession:
             num_bytes = sum(view.nbytes for view in chunk.payload)
             if num_bytes != reserved:
                 raise ValueError(f"room for a chunk of {reserved} bytes was reserved, got {num_bytes}")
-            batch.setdefault(chunk.key, (grant, Outgoing(grant.replica, chunk.token_count, chunk.payload)))
+            owner = self._reserved.owner
+            batch.setdefault(chunk.key, (grant, Outgoing(grant.replica, chunk.token_count, chunk.payload, owner)))
         if not batch:
             return [False] * len(chunks)
         for grant, _ in batch.values():

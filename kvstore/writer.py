@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvcore.clock import Clock
-from kvcore.types import ReplicaRef, Segment
+from kvcore.types import OwnerTag, ReplicaRef, Segment
 from kvstore.checksums import run_sized
 from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, RunningChecksum, checksum, pack
 from kvstore.counters import Count, StoreCounters
@@ -27,6 +27,7 @@ class Outgoing:
     replica: ReplicaRef
     token_count: int
     payload: Sequence[memoryview]
+    owner: OwnerTag | None = None
     checksum: int = 0
     written: bool = False
 
@@ -173,6 +174,7 @@ class ChunkWriter:
                     payload_length=chunk.payload_bytes,
                     checksum=chunk.checksum,
                     generation=chunk.replica.generation,
+                    owner=chunk.owner,
                 )
             )
         )

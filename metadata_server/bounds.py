@@ -5,9 +5,11 @@ A violation is a MetadataProtocolError whose `param` is the path of the field.
 
 from collections.abc import Sequence
 
-from kvcore.chunk_keys import KEY_BYTES
+import msgspec
+
+from kvcore.chunk_keys import KEY_BYTES, OWNER_BYTES
 from kvcore.errors import MetadataProtocolError
-from kvcore.types import ChunkKey, ReplicaRef
+from kvcore.types import ChunkKey, OwnerTag, ReplicaRef
 from metadata_server.account_messages import ImportRequest
 from metadata_server.messages import ManifestEntry, RegisterRequest
 
@@ -76,8 +78,15 @@ def check_extents(entries: Sequence[ManifestEntry], param: str) -> None:
             and 0 <= entry.offset < MAX_BYTES
             and 0 < entry.length < MAX_BYTES
             and 0 <= entry.generation < MAX_GENERATION
+            and (entry.owner is msgspec.UNSET or len(entry.owner) == OWNER_BYTES)
         ):
             check_extent(entry, f"{param}[{at}]")
+            check_owner(entry.owner, f"{param}[{at}].owner")
+
+
+def check_owner(owner: OwnerTag | msgspec.UnsetType, param: str) -> None:
+    """Whose chunks they are, or not known."""
+    require(owner is msgspec.UNSET or len(owner) == OWNER_BYTES, param, f"has {OWNER_BYTES} bytes")
 
 
 def check_extent(entry: ManifestEntry | ReplicaRef, param: str) -> None:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import msgspec
 
-from kvcore.chunk_keys import OWNER_BYTES
 from metadata_server import account_messages as ac
 from metadata_server import cache_messages as c
 from metadata_server import messages as m
@@ -26,6 +25,7 @@ from metadata_server.bounds import (
     check_key,
     check_keys,
     check_name,
+    check_owner,
     check_register,
     check_seconds,
     require,
@@ -82,9 +82,7 @@ def _check_reserve(request: m.ReserveRequest) -> None:
     check_seconds(request.ttl_s, "ttl_s")
     check_name(request.prefer_segment or "", "prefer_segment", empty=True)
     check_items(request.items, "items")
-    require(
-        not isinstance(request.owner, bytes) or len(request.owner) == OWNER_BYTES, "owner", f"has {OWNER_BYTES} bytes"
-    )
+    check_owner(request.owner, "owner")
     for at, item in enumerate(request.items):
         check_key(item.key, f"items[{at}].key")
         require(0 < item.length < MAX_BYTES, f"items[{at}].length", "out of range")

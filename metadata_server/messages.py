@@ -25,6 +25,8 @@ NAMED_LEASES = 4
 """Since which readers name their leases, and renew them."""
 IN_PIECES = 4
 """Since which nodes tell what lies in their segments in pieces (`account_messages`)."""
+TOLD_OWNERS = 5
+"""Since which they tell whose it is, too."""
 
 
 class RequestBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -61,6 +63,8 @@ class ManifestEntry(RequestBody, frozen=True, kw_only=True):
     offset: int
     length: int
     generation: int
+    owner: OwnerTag | msgspec.UnsetType = msgspec.UNSET
+    """Whose quota it counts for; absent: not known. Since version TOLD_OWNERS of the protocol."""
 
 
 class SegmentManifest(RequestBody, frozen=True, kw_only=True):

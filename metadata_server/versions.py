@@ -39,7 +39,7 @@ class Protocols:
         return str(self.newest) if self.oldest == self.newest else f"{self.oldest} to {self.newest}"
 
 
-SPOKEN = Protocols(oldest=1, newest=4)
+SPOKEN = Protocols(oldest=1, newest=5)
 """By this program."""
 
 

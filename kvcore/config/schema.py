@@ -161,8 +161,8 @@ class StoreConfig(Section, frozen=True, kw_only=True):
     pin_share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.5
     """Share of all segments, and of each disk of `tiers`, that pinned chunks may take; pins beyond it are refused."""
     tenant_share: Share | None = None
-    """Share of each segment that chunks of one `cache_salt`, or of none, may take; beyond it they push out their own
-    (docs/tiers.md). Not set: no limit."""
+    """Share of each segment, and of each node's disk, that chunks of one `cache_salt`, or of none, may take; beyond it
+    they push out their own (docs/tiers.md). Not set: no limit."""
 
 
 class MetadataServerConfig(Section, frozen=True, kw_only=True):

@@ -23,7 +23,7 @@ from kvnode.tiers.own_segment import OwnSegment
 from kvnode.tiers.pins import DiskPinner
 from kvnode.tiers.promoter import Peers, TierPromoter
 from kvnode.tiers.shape import ChunkShape
-from kvnode.tiers.warmer import TierWarmer
+from kvnode.tiers.warmer import TierWarmer, WarmRoom
 from kvstore.codecs.tier import CodecTier
 from kvstore.placement import Placement
 from kvstore.tiers.base import LocalTier, Tier
@@ -158,6 +158,7 @@ async def open_node_tiers(
     opened: Sequence[OpenTier],
     config: TiersConfig,
     *,
+    tenant_share: float | None = None,
     node: NodeInfo,
     host_id: str = "",
     segment: OwnSegment,
@@ -168,7 +169,8 @@ async def open_node_tiers(
     peers: Peers | None,
     limits: MoveLimits = MoveLimits(),
 ) -> AsyncIterator[NodeTiers]:
-    """Takes over the closing of the tiers and of `placement`. Their tasks run until it is left."""
+    """Takes over the closing of the tiers and of `placement`. Their tasks run until it is left. `tenant_share`: of the
+    segment, that one tenant's chunks may take."""
     async with AsyncExitStack() as stack:
         stack.push_async_callback(placement.aclose, limits.close_s)
         guards, codecs = list[GuardedTier](), list[CodecTier]()
@@ -197,7 +199,8 @@ async def open_node_tiers(
                 one.tier.on_change = tiers.announcer.changed
                 tiers.local[one.tier.name] = one.tier
                 tiers.pinner = DiskPinner(metadata, one.tier, limits)
-                tiers.warmer = TierWarmer(promoter, guard, one.tier.names, segment.size_bytes * config.warm_up, limits)
+                room = WarmRoom.of(segment.size_bytes, config.warm_up, tenant_share)
+                tiers.warmer = TierWarmer(promoter, guard, one.tier, room, limits)
                 work += [(tiers.announcer.run(), "announce"), (tiers.warmer.run(), "warm-up")]
                 work.append((tiers.pinner.run(), "pin"))
         tasks = [spawned(one, f"{name}-{node.id}") for one, name in work]

@@ -92,7 +92,8 @@ class OwnSegment:
         return room
 
     def check(self, room: ReservedRoom, key: ChunkKey) -> GetOutcome:
-        """Whether what was loaded into `key`'s room is that chunk, whole; then its header says where it lies now.
+        """Whether what was loaded into `key`'s room is that chunk, whole; then its header says where it lies now, and
+        whose it is if that was not known when it was saved.
 
         Reads every byte: run it on a thread.
         """
@@ -104,7 +105,8 @@ class OwnSegment:
         expected = Expected(key, chunk.name.fingerprint, header.generation, place.length - HEADER_BYTES)
         outcome = verify(memory[:HEADER_BYTES], expected, [memory[HEADER_BYTES:]])
         if outcome is GetOutcome.OK:
-            memory[:HEADER_BYTES] = pack(replace(header, generation=place.generation))
+            owner = header.owner or room.reserved.owner
+            memory[:HEADER_BYTES] = pack(replace(header, generation=place.generation, owner=owner))
         return outcome
 
     async def commit(self, room: ReservedRoom, keys: Sequence[ChunkKey], *, timeout_s: float) -> set[ChunkKey]:

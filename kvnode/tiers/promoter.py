@@ -106,11 +106,13 @@ class TierPromoter:
         end, chosen = self._clock.now() + timeout_s, choices if choices is not None else []
         return await self.work.run(self._promote(_Asked(keys, shape, end, ask_peers, chosen, owner))) or []
 
-    async def promote_names(self, tier: GuardedTier, names: Sequence[ChunkName], shape: ChunkShape) -> int:
+    async def promote_names(
+        self, tier: GuardedTier, names: Sequence[ChunkName], shape: ChunkShape, owner: OwnerTag | None
+    ) -> int:
         """Bring these from `tier`, as far as they are nowhere yet and there is room; how many came. Of no one prompt:
-        for a warm-up. Chunks that are shorter than `shape` says stay where they are."""
+        for a warm-up. Chunks that are shorter than `shape` says stay where they are. `owner`: whose they all are."""
         wanted = [name for name in names if name.key not in self._under_way]
-        plan = LoadPlan(wanted, [[tier]] * len(wanted), one_prompt=False)
+        plan = LoadPlan(wanted, [[tier]] * len(wanted), one_prompt=False, owner=owner)
         end = self._clock.now() + self._timeouts[tier.name]
         return sum(one.num_chunks for one in await self.work.run(self._warm(plan, shape, end)) or [])
 

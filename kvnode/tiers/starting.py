@@ -31,7 +31,8 @@ async def start_tiers(
         return
     async with AsyncExitStack() as stack:
         host = config.nodes[node.id].host
-        place = TierPlace(config.cluster, node.id, host, owner.view, config.store.pin_share)
+        store = config.store
+        place = TierPlace(config.cluster, node.id, host, owner.view, store.pin_share, store.tenant_share)
         opened = []
         for section in sections:
             tier = await open_tier(section, place, clock)
@@ -39,11 +40,12 @@ async def start_tiers(
             opened.append(OpenTier(tier, section))
         client = HttpNodeClient(connect_timeout_s=config.router.connect_timeout_s, max_connections=64)
         stack.push_async_callback(client.aclose)
-        placement = Placement(metadata, node_id=node.id, incarnation=node.incarnation, clock=clock, config=config.store)
+        placement = Placement(metadata, node_id=node.id, incarnation=node.incarnation, clock=clock, config=store)
         tiers = await stack.enter_async_context(
             open_node_tiers(
                 opened,
                 config.tiers,
+                tenant_share=store.tenant_share,
                 node=node,
                 host_id=owner.segment.host_id,
                 segment=OwnSegment(owner.view, owner.segment.id, placement),

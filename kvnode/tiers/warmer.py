@@ -5,33 +5,50 @@ Owns nothing. Requests come first: it pauses after each batch, and ends when its
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections import Counter
+from dataclasses import dataclass
 
 from kvcore.extents import aligned
 from kvcore.telemetry import log_fields
+from kvcore.types import OwnerTag
 from kvnode.tiers.limits import MoveLimits
 from kvnode.tiers.promoter import TierPromoter
 from kvnode.tiers.shape import ChunkShape
-from kvstore.tiers.base import ChunkName
+from kvstore.tiers.base import ChunkName, LocalTier
 from kvstore.tiers.guarded import GuardedTier
 
 _logger = logging.getLogger("kvnode")
 
 
+@dataclass(frozen=True, slots=True)
+class WarmRoom:
+    """How much of the segment a warm-up may fill. `tenant_bytes`: with chunks of one tenant; what is beyond that would
+    only push out what was brought before, and is used more."""
+
+    most_bytes: float
+    tenant_bytes: float
+
+    @classmethod
+    def of(cls, segment_bytes: int, share: float, tenant_share: float | None) -> "WarmRoom":
+        """Both as shares of the segment."""
+        most = segment_bytes * share
+        return cls(most, most if tenant_share is None else min(most, segment_bytes * tenant_share))
+
+
 class TierWarmer:
-    """`names`: what lies on the disk, most used first. `share_bytes`: of the segment, at most."""
+    """Brings what lies in `disk`, most used first, by way of `tier`, which guards it."""
 
     def __init__(
         self,
         promoter: TierPromoter,
         tier: GuardedTier,
-        names: Callable[[], list[ChunkName]],
-        share_bytes: float,
+        disk: LocalTier,
+        room: WarmRoom,
         limits: MoveLimits = MoveLimits(),
     ) -> None:
         self.promoted_chunks = 0
-        self._promoter, self._tier, self._names = promoter, tier, names
-        self._share_bytes, self._limits = share_bytes, limits
+        self._promoter, self._tier, self._disk = promoter, tier, disk
+        self._room, self._limits = room, limits
         self._shape: ChunkShape | None = None
         self._ready = asyncio.Event()
 
@@ -50,14 +67,32 @@ class TierWarmer:
         await self._ready.wait()
         shape = self._shape
         assert shape is not None
-        most = int(self._share_bytes / aligned(shape.num_bytes))
-        wanted = [name for name in self._names() if name.fingerprint in shape.fingerprints][:most]
+        wanted = self._wanted(shape)
         size = self._limits.batch_chunks
         for start in range(0, len(wanted), size):
-            got = await self._promoter.promote_names(self._tier, wanted[start : start + size], shape)
-            self.promoted_chunks += got
+            by_owner: dict[OwnerTag | None, list[ChunkName]] = {}
+            for name, owner in wanted[start : start + size]:
+                by_owner.setdefault(owner, []).append(name)
+            for owner, names in by_owner.items():
+                self.promoted_chunks += await self._promoter.promote_names(self._tier, names, shape, owner)
             await asyncio.sleep(self._limits.warm_pause_s)
         if wanted:
             log_fields(
                 _logger, logging.INFO, "warmed_up", tier=self._tier.name, chunks=self.promoted_chunks, of=len(wanted)
             )
+
+    def _wanted(self, shape: ChunkShape) -> list[tuple[ChunkName, OwnerTag | None]]:
+        """What there is room for, each with whose it is."""
+        size = aligned(shape.num_bytes)
+        most, most_of_one = int(self._room.most_bytes / size), int(self._room.tenant_bytes / size)
+        names = [name for name in self._disk.names() if name.fingerprint in shape.fingerprints]
+        of_one, wanted = Counter[OwnerTag](), list[tuple[ChunkName, OwnerTag | None]]()
+        for name, owner in zip(names, self._disk.owners(names), strict=True):
+            if len(wanted) == most:
+                break
+            if owner is not None:
+                if of_one[owner] == most_of_one:
+                    continue
+                of_one[owner] += 1
+            wanted.append((name, owner))
+        return wanted

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from kvcore.types import ChunkKey
+from kvcore.types import ChunkKey, OwnerTag
 from kvstore.chunk_format import HEADER_BYTES
 
 
@@ -202,6 +202,10 @@ class LocalTier(Tier, Protocol):
 
     def names(self) -> list[ChunkName]:
         """All chunks in it, those that were used most or last first. No I/O."""
+        ...
+
+    def owners(self, names: Sequence[ChunkName]) -> list[OwnerTag | None]:
+        """Whose each is, as far as it lies here and that is known. No I/O."""
         ...
 
     def link(self, names: Sequence[ChunkName]) -> None:

@@ -12,11 +12,11 @@ from pathlib import Path
 from kvcore.clock import Clock
 from kvcore.config.tiers import DiskTierConfig, TierConfig
 from kvcore.errors import TransferError
-from kvcore.eviction.base import EvictionPolicy
-from kvcore.eviction.evictor import new_policy
-from kvcore.eviction.queues import Lru
+from kvcore.eviction.evictor import PolicyName
 from kvcore.extents import aligned
 from kvcore.telemetry import log_fields
+from kvcore.types import OwnerTag
+from kvstore.chunk_format import parse
 from kvstore.tiers.base import ChunkName, Cleared, GenerationList, TierChunk, TierOutcome, TierStats
 from kvstore.tiers.disk_batch import DiskBatch, HeldChunk
 from kvstore.tiers.disk_file import SlabEntry, SlabFile
@@ -28,7 +28,6 @@ from transfer.blocking import BatchDeadline, BlockingPool
 _log = logging.getLogger(__name__)
 _THREADS = 2
 """One or two saturate a disk."""
-_Policy = EvictionPolicy[ChunkName]
 
 
 class DiskTier:
@@ -38,7 +37,14 @@ class DiskTier:
     shared = False
 
     def __init__(
-        self, slab: SlabFile, entries: Sequence[SlabEntry], clock: Clock, policy: _Policy, pin_share: float
+        self,
+        slab: SlabFile,
+        entries: Sequence[SlabEntry],
+        clock: Clock,
+        eviction: PolicyName,
+        *,
+        pin_share: float,
+        tenant_share: float | None,
     ) -> None:
         self.on_change: Callable[[Sequence[ChunkName], Sequence[ChunkName]], None] = lambda _came, _left: None
         self.max_chunk_bytes = slab.data_bytes
@@ -53,8 +59,9 @@ class DiskTier:
             num_entries=slab.num_entries,
             entries=entries,
             clock=clock,
-            policy=policy,
+            eviction=eviction,
             pin_share=pin_share,
+            tenant_share=tenant_share,
         )
 
     def __repr__(self) -> str:
@@ -63,6 +70,10 @@ class DiskTier:
     def names(self) -> list[ChunkName]:
         """See `LocalTier`: those used last first."""
         return list(reversed(self._index.chunks))
+
+    def owners(self, names: Sequence[ChunkName]) -> list[OwnerTag | None]:
+        """See `LocalTier`."""
+        return self._index.owners(names)
 
     def link(self, names: Sequence[ChunkName]) -> None:
         """See `LocalTier`."""
@@ -230,30 +241,35 @@ class DiskTier:
     ) -> None:
         """Room for what is not there, after as many evictions as it takes; what needs no writing has its outcome."""
         wall, planned = self._clock.wall(), set[ChunkName]()
+        index = self._index
         for at, chunk in reversed(list(enumerate(chunks))):  # a prefix is to outlive what continues it
             if chunk.name in planned:
                 continue
-            if (held := self._index.alive(chunk.name)) is not None:
-                self._index.touch(chunk.name, held)
+            if (held := index.alive(chunk.name)) is not None:
+                index.touch(chunk.name, held)
                 outcomes[at] = TierOutcome.OK
                 continue
-            if chunk.name in self._index.chunks:  # its time was up
-                self._index.drop(chunk.name)
+            if chunk.name in index.chunks:  # its time was up
+                index.drop(chunk.name)
+            raw_header = chunk.header()
+            owner = header.owner if (header := parse(raw_header)) is not None else None
             if aligned(chunk.num_bytes) > self._slab.data_bytes:
                 outcomes[at] = TierOutcome.TOO_LARGE
-            elif (offset := self._index.make_room(chunk.num_bytes, left)) is None:
+            elif (offset := index.make_room(chunk.num_bytes, owner, left)) is None:
                 outcomes[at] = TierOutcome.FULL
             else:
                 planned.add(chunk.name)
                 entry = SlabEntry(
-                    number=self._index.free_numbers.pop(),
-                    raw_header=chunk.header(),
+                    number=index.free_numbers.pop(),
+                    raw_header=raw_header,
                     offset=self._slab.data_offset + offset,
                     num_bytes=chunk.num_bytes,
                     used_at=wall,
                     ends_at=0.0 if ttl_s is None else wall + ttl_s,
                 )
-                batch.work.append((at, HeldChunk(entry, busy=1), chunk))
+                held = HeldChunk(entry, busy=1)
+                index.claim(held)
+                batch.work.append((at, held, chunk))
 
     def _keep_written(self, batch: DiskBatch) -> list[ChunkName]:
         """The chunks that a thread has written are in the index from now on; the room of the others is free again."""
@@ -286,9 +302,15 @@ async def open_tier(config: TierConfig, place: TierPlace, clock: Clock) -> DiskT
     """See `kvstore.tiers.opening`."""
     assert isinstance(config, DiskTierConfig)
     path = Path(config.path.replace("{node}", place.node_id), f"kvferry-{place.node_id}.slab")
-    policy: _Policy = new_policy(config.eviction)
-    share = place.pin_share
-    return await open_disk(path, int(config.size), clock, buffered=config.buffered, policy=policy, pin_share=share)
+    return await open_disk(
+        path,
+        int(config.size),
+        clock,
+        buffered=config.buffered,
+        eviction=config.eviction,
+        pin_share=place.pin_share,
+        tenant_share=place.tenant_share,
+    )
 
 
 async def open_disk(
@@ -297,11 +319,12 @@ async def open_disk(
     clock: Clock,
     *,
     buffered: bool = False,
-    policy: _Policy | None = None,
+    eviction: PolicyName = "lru",
     pin_share: float = 0.5,
+    tenant_share: float | None = None,
 ) -> DiskTier:
-    """The tier over the file, which is made if it is not there. `policy`: LRU. `pin_share`: of the slab, that pinned
-    chunks may take. Raises ConfigError."""
+    """The tier over the file, which is made if it is not there. `pin_share`, `tenant_share`: of the slab, that pinned
+    chunks, and those of one tenant, may take. Raises ConfigError."""
 
     def start() -> tuple[SlabFile, str, list[SlabEntry]]:
         slab, said = SlabFile.open(path.expanduser(), size_bytes, buffered=buffered)
@@ -310,4 +333,4 @@ async def open_disk(
     slab, said, entries = await asyncio.to_thread(start)
     if said:
         log_fields(_log, logging.WARNING, "disk_tier", path=str(path), said=said)
-    return DiskTier(slab, entries, clock, policy or Lru(), pin_share)
+    return DiskTier(slab, entries, clock, eviction, pin_share=pin_share, tenant_share=tenant_share)

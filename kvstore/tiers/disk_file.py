@@ -23,6 +23,7 @@ import numpy as np
 
 from kvcore.errors import ConfigError
 from kvcore.extents import ALIGNMENT, aligned
+from kvcore.types import OwnerTag
 from kvstore.chunk_format import HEADER_BYTES, parse
 from kvstore.tiers.base import ChunkName
 
@@ -229,6 +230,12 @@ def name_of_entry(entry: SlabEntry) -> ChunkName:
     header = parse(entry.raw_header)
     assert header is not None, "the file gives out entries with a whole header only"
     return ChunkName(header.fingerprint, header.key)
+
+
+def owner_of_entry(entry: SlabEntry) -> OwnerTag | None:
+    """Whose it is, as its header says."""
+    header = parse(entry.raw_header)
+    return None if header is None else header.owner
 
 
 def disjoint(entries: Sequence[SlabEntry], now: float) -> list[SlabEntry]:

@@ -1,7 +1,8 @@
 """What lies in a slab: which chunk where, which of them goes first, and which are pinned. Pure but for the clock.
 
 Owns extents and places in the table; the file is `kvstore.tiers.disk_file`'s. Invariants: a place or an extent is given
-to nobody before it was given back; pinned chunks take no more than their share.
+to nobody before it was given back; pinned chunks take no more than their share, and none of a tenant is added beyond
+the tenant's.
 """
 
 import heapq
@@ -9,14 +10,15 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 
 from kvcore.clock import Clock
-from kvcore.eviction.base import EvictionPolicy
 from kvcore.eviction.chains import Chains
-from kvcore.eviction.evictor import Evictor
+from kvcore.eviction.evictor import Evictor, PolicyName, new_policy
+from kvcore.eviction.quotas import TenantLimit, TenantQuotas
 from kvcore.extents import ExtentAllocator, aligned
-from kvcore.types import ChunkKey
+from kvcore.types import ChunkKey, OwnerTag
 from kvstore.tiers.base import ChunkName
 from kvstore.tiers.disk_batch import HeldChunk
-from kvstore.tiers.disk_file import SlabEntry, disjoint, name_of_entry
+from kvstore.tiers.disk_file import SlabEntry, disjoint, name_of_entry, owner_of_entry
+from kvstore.tiers.disk_order import SlabOrder
 
 
 class SlabPins:
@@ -96,10 +98,11 @@ class SlabIndex:
         num_entries: int,
         entries: Sequence[SlabEntry],
         clock: Clock,
-        policy: EvictionPolicy[ChunkName],
+        eviction: PolicyName,
         pin_share: float,
+        tenant_share: float | None = None,
     ) -> None:
-        """`entries`: what the table says."""
+        """`entries`: what the table says. `tenant_share`: of the slab, that one tenant's chunks may take; None: any."""
         self.evicted = 0
         self.to_clear: list[int] = []
         """Places in the table of what left the index, still to be cleared."""
@@ -109,11 +112,19 @@ class SlabIndex:
         self._clock, self._data_offset = clock, data_offset
         self._chains = Chains[ChunkName]()
         """Told of each prompt that is asked for: its chunks may come in several batches, its last ones last."""
-        self._evictor = Evictor(policy, self._stays)
+        self._evictor: Evictor[ChunkName] = Evictor(new_policy(eviction), self._stays)
+        self._names: dict[int, ChunkName] = {}
+        """Of `chunks`, by their places in the table."""
+        self._quotas: TenantQuotas | None = None
+        if tenant_share is not None:
+            limit = TenantLimit(tenant_share, lambda: SlabOrder(eviction, self._stays, self._names))
+            self._quotas = TenantQuotas(limit, data_bytes)
         taken = []
         for entry in disjoint(entries, clock.wall()):
             taken.append((entry.offset - data_offset, entry.num_bytes))
-            self.keep(name_of_entry(entry), HeldChunk(entry))
+            held = HeldChunk(entry)
+            self.claim(held)
+            self.keep(name_of_entry(entry), held)
         used = {held.entry.number for held in self.chunks.values()}
         self.extents = ExtentAllocator(data_bytes, taken)
         self.free_numbers = [number for number in reversed(range(num_entries)) if number not in used]
@@ -132,20 +143,40 @@ class SlabIndex:
         if name in self.chunks:
             self.chunks.move_to_end(name)
             self._evictor.use(name)
+            if self._quotas is not None:
+                self._quotas.used([held.entry.number], again=False)
 
     def keep(self, name: ChunkName, held: HeldChunk) -> None:
         """It lies there from now on."""
         self.chunks[name] = held
+        self._names[held.entry.number] = name
         self._chains.came(name)
         self._evictor.add(name)
+        if self._quotas is not None:
+            self._quotas.completed([held.entry.number])
         self.pins.came(name, aligned(held.entry.num_bytes))
 
     def link(self, names: Sequence[ChunkName]) -> None:
         """See `LocalTier`."""
         self._chains.link(names)
 
-    def make_room(self, num_bytes: int, left: list[ChunkName]) -> int | None:
-        """An extent, after as many evictions as it takes, which are added to `left`; None: nothing else may go."""
+    def claim(self, held: HeldChunk) -> None:
+        """Its extent and its place are taken, of its owner's share, until `give_back`."""
+        if self._quotas is not None and (owner := owner_of_entry(held.entry)) is not None:
+            self._quotas.own(held.entry.number, owner, aligned(held.entry.num_bytes))
+
+    def owners(self, names: Iterable[ChunkName]) -> list[OwnerTag | None]:
+        """See `LocalTier`."""
+        there = map(self.chunks.get, names)
+        return [None if held is None else owner_of_entry(held.entry) for held in there]
+
+    def make_room(self, num_bytes: int, owner: OwnerTag | None, left: list[ChunkName]) -> int | None:
+        """An extent, after as many evictions as it takes, which are added to `left`; None: nothing else may go. Of an
+        owner that has its share, only its own go."""
+        quotas = self._quotas
+        if quotas is not None and owner is not None and quotas.left_of(owner) < aligned(num_bytes):
+            self._refresh(self.pins.ended(self._clock.now()))
+            return self._make_room_of_own(quotas, num_bytes, owner, left)
         while True:
             offset = self.extents.allocate(num_bytes) if self.free_numbers else None
             if offset is not None:
@@ -154,13 +185,15 @@ class SlabIndex:
             victim = self._evictor.evict()
             if victim is None:
                 return None
-            self._let_go(victim)
-            self.evicted += 1
-            left.append(victim)
+            if quotas is not None:
+                quotas.left(self.chunks[victim].entry.number)
+            self._evicted(victim, left)
 
     def drop(self, name: ChunkName) -> None:
         """It is to go, whatever it is."""
         self._evictor.remove(name)
+        if self._quotas is not None:
+            self._quotas.left(self.chunks[name].entry.number)
         self._let_go(name)
 
     def done(self, name: ChunkName, held: HeldChunk) -> None:
@@ -169,12 +202,14 @@ class SlabIndex:
         if held.gone and not held.busy:
             self.give_back(held)
         elif not held.busy and self.chunks.get(name) is held:
-            self._evictor.refresh(name)
+            self._refresh([name])
 
     def give_back(self, held: HeldChunk) -> None:
         """Its extent and its place are free."""
         self.extents.release(held.entry.offset - self._data_offset, held.entry.num_bytes)
         self.free_numbers.append(held.entry.number)
+        if self._quotas is not None:
+            self._quotas.freed(held.entry.number, aligned(held.entry.num_bytes))
 
     def pin(self, names: Iterable[ChunkName], ttl_s: float | None) -> tuple[int, int]:
         """See `LocalTier`."""
@@ -208,15 +243,48 @@ class SlabIndex:
 
     def _refresh(self, names: Iterable[ChunkName]) -> None:
         for name in names:
-            if name in self.chunks:
+            if (held := self.chunks.get(name)) is not None:
                 self._evictor.refresh(name)
+                if self._quotas is not None:
+                    self._quotas.used([held.entry.number], again=True)
+
+    def _make_room_of_own(
+        self, quotas: TenantQuotas, num_bytes: int, owner: OwnerTag, left: list[ChunkName]
+    ) -> int | None:
+        """Also against fragmentation, but no more bytes for that than twice what is asked."""
+        size, spent = aligned(num_bytes), 0
+        while size <= quotas.most_bytes:
+            fits = quotas.left_of(owner) >= size
+            offset = self.extents.allocate(num_bytes) if fits and self.free_numbers else None
+            if offset is not None or spent >= 2 * size or (number := quotas.evict(owner)) is None:
+                return offset
+            name = self._names[number]
+            spent += aligned(self.chunks[name].entry.num_bytes) if fits else 0
+            self._evictor.remove(name)
+            self._evicted(name, left)
+        return None
+
+    def _evicted(self, name: ChunkName, left: list[ChunkName]) -> None:
+        self._let_go(name)
+        self.evicted += 1
+        left.append(name)
 
     def _let_go(self, name: ChunkName) -> None:
         held = self.chunks.pop(name)
+        del self._names[held.entry.number]
         self.pins.left(name)
         if (prefix := self._chains.left(name)) is not None:
             self._evictor.let_go(prefix)
+            if self._quotas is not None and (there := self.chunks.get(prefix)) is not None:
+                self._quotas.let_go(there.entry.number)
         self.to_clear.append(held.entry.number)
         held.gone = True
         if not held.busy:
             self.give_back(held)
+
+    def check(self) -> None:
+        """Assert every invariant of quotas. For tests."""
+        assert self._names == {held.entry.number: name for name, held in self.chunks.items()}
+        if self._quotas is not None:
+            rooms = {held.entry.number: aligned(held.entry.num_bytes) for held in self.chunks.values()}
+            self._quotas.check(rooms, self._names)

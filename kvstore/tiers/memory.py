@@ -4,6 +4,8 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Sequence
 
 from kvcore.clock import Clock
+from kvcore.types import OwnerTag
+from kvstore.chunk_format import parse
 from kvstore.tiers.base import ChunkName, Cleared, GenerationList, TierChunk, TierOutcome, TierStats
 from kvstore.tiers.generations import GenerationNotes, counted, is_spared
 
@@ -40,6 +42,11 @@ class MemoryTier:
 
     def __repr__(self) -> str:
         return f"<MemoryTier {self.name}: {len(self.chunks)} chunks, {self._used} of {self._capacity} bytes>"
+
+    def owners(self, names: Sequence[ChunkName]) -> list[OwnerTag | None]:
+        """See `LocalTier`."""
+        headers = (parse(self.chunks[name][0]) if name in self.chunks else None for name in names)
+        return [None if header is None else header.owner for header in headers]
 
     async def find(self, names: Sequence[ChunkName], *, timeout_s: float) -> list[bool]:
         """See `Tier`."""

@@ -30,6 +30,8 @@ class TierPlace:
     """The node's segment, from and to which chunks go: a client may have to be told of it."""
     pin_share: float = 0.5
     """Of what is the node's alone, that pinned chunks may take."""
+    tenant_share: float | None = None
+    """Of what is the node's alone, that one tenant's chunks may take; None: any."""
 
 
 TierOpener = Callable[[TierConfig, TierPlace, Clock], Awaitable[Tier]]

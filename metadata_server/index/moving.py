@@ -1,7 +1,8 @@
 """Copies of a drained node's chunks in other nodes' segments: which come next, and where there is room. Pure.
 
-Owns nothing: reservations and replicas are the index's. Invariants: a copy evicts nothing; a replica of a drained node
-is given up only when another one is complete in a segment that stays, and nobody reads it.
+Owns nothing: reservations and replicas are the index's. Invariants: a copy evicts nothing, and its tenant gets no more
+than its share by it; a replica of a drained node is given up only when another one is complete in a segment that stays,
+and nobody reads it.
 """
 
 import heapq
@@ -13,6 +14,7 @@ from kvcore.types import ChunkKey
 from metadata_server.cache_messages import ChunkMove, MoveChunksReply, MoveChunksRequest
 from metadata_server.index.chunks.placement import Place
 from metadata_server.index.chunks.replicas import ReplicaIndex
+from metadata_server.index.chunks.segments import SegmentRecord
 from metadata_server.index.limits import IndexLimits
 from metadata_server.index.nodes import LiveNode, NodeRegistry
 from metadata_server.index.reservations import Reservations
@@ -61,6 +63,8 @@ class ChunkMoves:
                     parent=table.keys[parent] if parent >= 0 else None,
                     in_order=False,
                 )
+                if (owner := index.record(row).owner(row)) is not None:
+                    index.own([copy], owner)
                 moves.append((row, copy))
         index.publish()
         sources, copies = index.refs([row for row, _ in moves]), index.refs([copy for _, copy in moves])
@@ -85,11 +89,13 @@ class ChunkMoves:
     def _room(self, row: int) -> Place | None:
         """Free room for a copy, in the emptiest segment that stays and has none."""
         index, closed = self._index, self._nodes.closed_segments()
-        key, length = index.table.keys[row], index.table.lengths[row]
-        record = index.rooms.emptiest(
-            aligned(length), lambda one: one.segment.id in closed or index.row_in(key, one.number) is not None
-        )
-        offsets = record.allocate(length) if record is not None else []
+        key, length, owner = index.table.keys[row], index.table.lengths[row], index.record(row).owner(row)
+
+        def unfit(one: SegmentRecord) -> bool:
+            return one.segment.id in closed or index.row_in(key, one.number) is not None or one.is_over(owner, length)
+
+        record = index.rooms.emptiest(aligned(length), unfit)
+        offsets = record.allocate(length, owner=owner) if record is not None else []
         return Place(record, offsets) if record is not None and offsets else None
 
     def _give_up(self, node: LiveNode, keys: list[ChunkKey]) -> None:

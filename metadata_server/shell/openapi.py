@@ -195,7 +195,7 @@ _FIELD_BOUNDS: dict[str, dict[str, _Schema]] = {
         "size_bytes": _LENGTH,
         "addresses": {"maxProperties": MAX_ADDRESSES, "additionalProperties": {"type": "string", **_TEXT}},
     },
-    "ManifestEntry": _EXTENT,
+    "ManifestEntry": {**_EXTENT, "owner": _OWNER},
     "ReplicaRef": _EXTENT,
     "ImportRequest": {**_NODE, "segment_id": _NAME, "number": _whole(0, MAX_GENERATION), "entries": _ITEMS},
     "HeartbeatRequest": _NODE,

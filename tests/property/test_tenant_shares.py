@@ -7,13 +7,13 @@ import msgspec
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from support.metadata_words import UNIT, granted, ids, key, keys, new_state, registration, reservation
+from support.metadata_words import UNIT, granted, ids, in_pieces, key, keys, new_state, piece, registration, reservation
 
 from kvcore.chunk_keys import owner_of
 from kvcore.eviction.evictor import POLICY_NAMES
 from metadata_server.cache_messages import EvictRequest, PinRequest, UnpinRequest
 from metadata_server.index.limits import IndexLimits
-from metadata_server.messages import EventKind, HeartbeatRequest
+from metadata_server.messages import EventKind, HeartbeatRequest, ManifestEntry
 
 OWNERS = [owner_of(name) for name in (b"", b"a", b"b")]
 KEYS = 8
@@ -33,8 +33,8 @@ class QuotaMachine(RuleBasedStateMachine):
     @initialize(eviction=st.sampled_from(POLICY_NAMES), share=st.sampled_from([0.25, 0.5, 0.75, 1.0]))
     def begin(self, eviction, share):
         self.now, self.share, self.sizes = 0.0, share, {"a.1": 8, "b.1": 5}
-        how = {"high_watermark": 0.9, "low_watermark": 0.5, "eviction": eviction, "tenant_share": share}
-        self.state = new_state(limits=IndexLimits(same_use_s=0.5), **how)
+        self.how = {"high_watermark": 0.9, "low_watermark": 0.5, "eviction": eviction, "tenant_share": share}
+        self.state = new_state(limits=IndexLimits(same_use_s=0.5), **self.how)
         for node in NODES:
             self.state.register(registration(node, units=self.sizes[f"{node}.1"], ttl_s=5.0), self.now)
         self.open = []
@@ -103,6 +103,24 @@ class QuotaMachine(RuleBasedStateMachine):
             self.now += 0.1
             self.heartbeats()
 
+    @rule(pieces=st.booleans())
+    def restart(self, pieces):
+        """The metadata server starts empty, and the nodes tell it what lies in their segments."""
+        told = {node: [] for node in NODES}
+        table = self.state._index.table
+        for name, record in self.state._nodes.segments.items():
+            for row in record.complete():
+                owner = OWNERS[int.from_bytes(table.keys[row], "little") // 100]
+                where = {"offset": table.offsets[row], "length": table.lengths[row]}
+                entry = ManifestEntry(key=table.keys[row], **where, generation=table.generations[row], owner=owner)
+                told[name.partition(".")[0]].append(entry)
+        self.state, self.open, self.leases = new_state(limits=IndexLimits(same_use_s=0.5), **self.how), [], []
+        for node in NODES:
+            request = registration(node, self.sizes[f"{node}.1"], entries=[] if pieces else told[node])
+            reply = self.state.register(in_pieces(request) if pieces else request, self.now)
+            if pieces:
+                self.state.import_piece(piece(node, reply.wanted[f"{node}.1"], told[node], last=True), self.now)
+
     def heartbeats(self):
         for node in NODES:
             assert self.state.heartbeat(HeartbeatRequest(node_id=node, incarnation=1), self.now).known
@@ -110,8 +128,14 @@ class QuotaMachine(RuleBasedStateMachine):
     @invariant()
     def none_has_more_than_its_share(self):
         self.state.check_invariants(self.now)
-        for (name, _), units in self.taken().items():
-            assert units <= self.share * self.sizes[name]
+        used = {
+            (name, owner): number // UNIT
+            for name, record in self.state._nodes.segments.items()
+            for owner, number in record._quotas.used_bytes.items()
+        }
+        taken = self.taken()
+        assert used == {(name, OWNERS[tenant]): units for (name, tenant), units in taken.items()}
+        assert all(units <= self.share * self.sizes[name] for (name, _), units in taken.items())
 
 
 TestQuotas = QuotaMachine.TestCase

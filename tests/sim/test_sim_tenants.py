@@ -7,9 +7,12 @@ import random
 import pytest
 from support.sim_cluster import SimCluster, Variant
 from support.sim_loop import SimSeedLoop, run_sim
-from support.sim_plan import BLOCK, CHUNK, Plan, Wanted
+from support.sim_plan import BLOCK, CHUNK, Fault, Plan, Wanted
+from support.sim_tiers import TierPlan
 
+from kvcore.chunk_keys import owner_of
 from kvcore.config.schema import SimEngineConfig, StoreConfig
+from kvnode.tiers.limits import MoveLimits
 from nodeapi.messages import SamplingParams
 from router.requests.records import RequestRecord
 
@@ -89,6 +92,27 @@ def test_a_tenant_that_floods_costs_the_other_nothing_of_its_hit_rate(seed):
     assert flooded < alone - 0.3, "the flood was too small to show anything"
     assert held > alone - 0.02
     assert cluster.metadata.core.state.counters["evicted_own"] > 0
+
+
+def test_after_all_was_started_again_each_tenant_is_held_to_its_share_as_before():
+    """Nodes bring what their disks have, another life of the metadata server is told what lies in segments: of every
+    chunk in any of them it is known whose it is."""
+    plan = plan_of(1, flood=True, tenant_share=0.25)
+    slow = MoveLimits(batch_chunks=1)  # so that a warm-up is under way still when its node is known
+    disks = TierPlan(disks=plan.nodes, redis=False, disk_bytes=1 << 20, redis_bytes=0, warm_up=1.0, limits=slow)
+    killed = [Fault(9.0, "kill_node", (name,)) for name in plan.nodes]
+    started = [Fault(9.5, "start_node", (name,)) for name in plan.nodes]
+    again = [Fault(14.0, "kill_metadata"), Fault(14.3, "start_metadata")]
+    faults = [Fault(9.0, "kill_metadata"), *killed, Fault(9.1, "start_metadata"), *started, *again]
+    _, cluster = played(dataclasses.replace(plan, requests=plan.requests[::2], faults=faults, tiers=disks))
+    assert cluster.setup.tiers.counts["tier_warmed"] > 0
+    records = cluster.metadata.core.state._nodes.segments.values()
+    for record in records:
+        used = record._quotas.used_bytes
+        assert sum(used.values()) == record.allocator.used > 0
+        assert max(used.values()) <= 4096 * SEGMENT_CHUNKS // 4
+    known = {owner for record in records for owner in record._quotas.used_bytes}
+    assert known == {owner_of(b"calm"), owner_of(b"flood")}
 
 
 def test_in_a_cluster_each_tenant_is_held_to_its_share():

@@ -394,6 +394,7 @@ class SimNode(NodeService):
                 open_node_tiers(
                     [opened for opened, _ in sim.of(self.name, process)],
                     sim.config,
+                    tenant_share=setup.store.tenant_share,
                     node=node,
                     segment=OwnSegment(memory, self.segment.id, placement),
                     placement=placement,

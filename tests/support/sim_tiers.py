@@ -13,6 +13,7 @@ from support.sim_loop import LoopClock
 from support.sim_network import SimProcess
 
 from kvcore.config.tiers import DiskTierConfig, RedisTierConfig, TierConfig, TiersConfig
+from kvcore.types import OwnerTag
 from kvnode.tiers.limits import MoveLimits
 from kvnode.tiers.node_tiers import NodeTiers, OpenTier
 from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, pack, parse
@@ -170,6 +171,10 @@ class SimTier:
     def names(self) -> list[ChunkName]:
         """See `LocalTier`."""
         return list(reversed(self._medium.memory.chunks))
+
+    def owners(self, names: Sequence[ChunkName]) -> list[OwnerTag | None]:
+        """See `LocalTier`."""
+        return self._medium.memory.owners(names)
 
     def link(self, names: Sequence[ChunkName]) -> None:
         """See `LocalTier`. Those used longest ago go, whatever continues them."""

@@ -95,6 +95,8 @@ class World:
 
     def __init__(self) -> None:
         self.clock: Clock = SystemClock()
+        self.config = StoreConfig(retire_grace_s=0.0)
+        """The metadata server's."""
         self.limits = StoreLimits()
         self.memory: dict[str, memoryview] = {}
         self.segments: list[Segment] = []
@@ -104,12 +106,13 @@ class World:
 
     def restart_metadata(self, *, epoch: str = "1", first_generation: int = 1 << 20) -> None:
         """A new life of the metadata server, which knows nothing."""
-        self.state = MetadataState(StoreConfig(retire_grace_s=0.0), 3600.0, epoch, first_generation)
+        self.state = MetadataState(self.config, 3600.0, epoch, first_generation)
         self.core = MetadataCore(self.state, self.clock)
 
-    def use(self, clock: Clock) -> None:
-        """Let time be this clock's. Before anything else is done."""
+    def use(self, clock: Clock, config: StoreConfig | None = None) -> None:
+        """Let time be this clock's, and the metadata server's configuration this. Before anything else is done."""
         self.clock = clock
+        self.config = config or self.config
         self.restart_metadata()
 
     async def dispatch(self, path: str, body: bytes) -> bytes:

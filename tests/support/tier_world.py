@@ -12,7 +12,7 @@ from support.store_fakes import CHUNK_BYTES, SPEC, Wire, World, payload
 from kvcore.clock import Clock
 from kvcore.config.schema import StoreConfig
 from kvcore.config.tiers import RedisTierConfig, TierConfig, TiersConfig
-from kvcore.types import ChunkKey, NodeInfo, Role
+from kvcore.types import ChunkKey, NodeInfo, OwnerTag, Role
 from kvnode.tiers.limits import MoveLimits
 from kvnode.tiers.node_tiers import NodeTiers, OpenTier, open_node_tiers
 from kvnode.tiers.own_segment import OwnSegment
@@ -20,7 +20,7 @@ from kvnode.tiers.promoter import Peers
 from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, checksum, pack
 from kvstore.placement import Placement
 from kvstore.store import KVStore
-from kvstore.tiers.base import ChunkName, Tier
+from kvstore.tiers.base import ChunkName, Tier, TierChunk, TierOutcome
 from kvstore.tiers.memory import MemoryTier
 from kvstore.types import run_inline
 from metadata_server.client import MetadataClient
@@ -69,9 +69,9 @@ class TierNode:
 class TierWorld:
     """A metadata server and a transport that reaches every segment. To be used on a simulated loop."""
 
-    def __init__(self, config: StoreConfig | None = None) -> None:
+    def __init__(self, config: StoreConfig | None = None, *, metadata: StoreConfig | None = None) -> None:
         self.world = World()
-        self.world.use(LoopClock(asyncio.get_running_loop()))
+        self.world.use(LoopClock(asyncio.get_running_loop()), metadata)
         self.config = config or StoreConfig(retire_grace_s=0.0)
 
     @asynccontextmanager
@@ -83,6 +83,7 @@ class TierWorld:
         chunks: int = 64,
         peers: Callable[[MetadataClient], Peers] | None = None,
         config: TiersConfig | None = None,
+        tenant_share: float | None = None,
         limits: MoveLimits = MoveLimits(),
     ) -> AsyncIterator[TierNode]:
         """With room for about `chunks` chunks."""
@@ -99,6 +100,7 @@ class TierWorld:
                 open_node_tiers(
                     [OpenTier(tier, section) for tier, section in opened],
                     config or TiersConfig(),
+                    tenant_share=tenant_share,
                     node=info,
                     segment=OwnSegment(view, segment.id, placement),
                     placement=placement,
@@ -137,13 +139,37 @@ def shared_tier(clock: Clock, before: Callable[[float], Awaitable[bool]] | None 
     return MemoryTier(1 << 24, clock, before=before)
 
 
-def put_into(tier: MemoryTier, keys: Sequence[ChunkKey], damaged: Sequence[ChunkKey] = ()) -> None:
+def put_into(
+    tier: MemoryTier, keys: Sequence[ChunkKey], damaged: Sequence[ChunkKey] = (), *, owner: OwnerTag | None = None
+) -> None:
     """As another cluster's filler left them."""
     for key in keys:
         body = payload(key[0])
-        header = ChunkHeader(key, SPEC.fingerprint, SPEC.chunk_tokens, CHUNK_BYTES, checksum([memoryview(body)]), 7)
+        proof = checksum([memoryview(body)])
+        header = ChunkHeader(key, SPEC.fingerprint, SPEC.chunk_tokens, CHUNK_BYTES, proof, 7, owner)
         value = bytearray(pack(header) + body)
         if key in damaged:
             value[HEADER_BYTES + 5] ^= 1
         tier.chunks[ChunkName(SPEC.fingerprint, key)] = (bytes(value), None)
         tier._used += len(value)
+
+
+class DiskLike(MemoryTier):
+    """A tier of one node's own."""
+
+    shared = False
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(1 << 24, clock, name="disk")
+        self.on_change: Callable[[Sequence[ChunkName], Sequence[ChunkName]], None] = lambda _came, _left: None
+
+    def names(self) -> list[ChunkName]:
+        return list(self.chunks)
+
+    async def save(
+        self, chunks: Sequence[TierChunk], *, ttl_s: float | None = None, timeout_s: float
+    ) -> list[TierOutcome]:
+        before = set(self.chunks)
+        outcomes = await super().save(chunks, ttl_s=ttl_s, timeout_s=timeout_s)
+        self.on_change([name for name in self.chunks if name not in before], [])
+        return outcomes

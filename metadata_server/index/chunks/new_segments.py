@@ -3,11 +3,11 @@
 from functools import partial
 
 from kvcore.config.schema import StoreConfig
+from kvcore.eviction.quotas import TenantLimit
 from kvcore.extents import ALIGNMENT, aligned
 from kvcore.types import Segment
 from metadata_server.index.chunks.calls import CallCount
 from metadata_server.index.chunks.orders import new_key_order, new_order
-from metadata_server.index.chunks.quotas import TenantLimit
 from metadata_server.index.chunks.rows import ReplicaTable
 from metadata_server.index.chunks.rules import RoomRules
 from metadata_server.index.chunks.segments import SegmentRecord

@@ -218,6 +218,8 @@ class ReplicaIndex:
         table.offsets[row], table.lengths[row], table.generations[row] = entry.offset, entry.length, entry.generation
         table.segments[row], table.writers[row] = record.number, -1
         record.adopt(row)
+        if isinstance(entry.owner, bytes):
+            record.own(row, entry.owner)
         self._list_complete([row])
 
     def commit(self, rows: Sequence[int]) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from metadata_server.index.chunks.quotas import TenantLimit
+from kvcore.eviction.quotas import TenantLimit
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,13 +6,13 @@ replica holds exactly one extent; the order has the complete ones, and no victim
 
 from collections.abc import Iterable, Sequence
 
+from kvcore.eviction.quotas import TenantQuotas
 from kvcore.eviction.row_chains import FIRST
 from kvcore.extents import ExtentAllocator, aligned
 from kvcore.types import OwnerTag, Segment
 from metadata_server.account_messages import SegmentStats
 from metadata_server.index.chunks.calls import CallCount
 from metadata_server.index.chunks.orders import SegmentOrder
-from metadata_server.index.chunks.quotas import SegmentQuotas
 from metadata_server.index.chunks.rows import NOTHING, TRANSITIONS, ReplicaState, ReplicaTable
 from metadata_server.index.chunks.rules import RoomRules
 from metadata_server.messages import ManifestEntry
@@ -46,7 +46,7 @@ class SegmentRecord:
         self._table, self._order, self._calls = table, order, calls
         self._limit, self._low = int(rules.high * self.allocator.capacity), int(rules.low * self.allocator.capacity)
         self._most_evicted = rules.most_evicted
-        self._quotas = SegmentQuotas(rules.tenants, self.allocator.capacity) if rules.tenants is not None else None
+        self._quotas = TenantQuotas(rules.tenants, self.allocator.capacity) if rules.tenants is not None else None
         self._bytes_in = [0] * (1 + len(ReplicaState))
 
     def __repr__(self) -> str:
@@ -127,6 +127,10 @@ class SegmentRecord:
         """Whether not all is known that lies here: then it gives no room, and nothing here is evicted."""
         self.rebuilding = rebuilding
         self.changed.add(self)
+
+    def owner(self, row: int) -> OwnerTag | None:
+        """Whose replica it is; None: that is not known, or nobody's share is limited."""
+        return None if self._quotas is None else self._quotas.owner(row)
 
     def own(self, row: int, owner: OwnerTag) -> None:
         """Say whose replica it is, if that is not known yet."""

@@ -7,6 +7,7 @@ import msgspec
 import pytest
 from support.router_fakes import spec
 
+from kvcore.chunk_keys import owner_of
 from kvcore.clock import ManualClock
 from kvcore.errors import MetadataProtocolError, MetadataUnavailableError, NodeRefusedError
 from kvcore.types import NodeInfo, Role, Segment
@@ -17,6 +18,7 @@ from metadata_server.bounds import MAX_ITEMS
 from metadata_server.client import MetadataClient
 from metadata_server.messages import (
     IN_PIECES,
+    TOLD_OWNERS,
     HeartbeatReply,
     LeaveRequest,
     ManifestEntry,
@@ -65,7 +67,8 @@ class FakeServer:
             self.registered.append(msgspec.msgpack.decode(body, type=RegisterRequest))
             self.known = True
             wanted = self.wanted if self.registered[-1].in_pieces is True else {}
-            return msgspec.msgpack.encode(RegisterReply(epoch=self.epoch, imported=0, refused=0, wanted=wanted))
+            reply = RegisterReply(epoch=self.epoch, imported=0, refused=0, wanted=wanted)
+            return msgspec.msgpack.encode(self.speaks.greet(reply))
         if path.endswith("import_piece"):
             piece = msgspec.msgpack.decode(body, type=ImportRequest)
             answer = self.answers.pop(0) if self.answers else ImportReply(known=True, imported=len(piece.entries))
@@ -219,6 +222,21 @@ async def test_a_server_that_takes_no_pieces_is_told_at_once_as_much_as_it_takes
         request = rig.server.registered[1]
         assert request.in_pieces is msgspec.UNSET
         assert request.segments == [SegmentManifest(segment=SEGMENT, entries=rig.entries[:3])]
+
+
+@pytest.mark.parametrize("protocol", [TOLD_OWNERS, TOLD_OWNERS - 1, IN_PIECES - 1])
+async def test_whose_chunks_they_are_is_told_to_a_server_that_knows_owners(protocol: int) -> None:
+    owner = owner_of(b"tenant")
+    async with Rig() as rig:
+        rig.server.speaks = Protocols(oldest=1, newest=protocol)
+        await rig.server.until(lambda: rig.membership.joined)
+        rig.entries = [msgspec.structs.replace(entry, owner=owner) for entry in listed(2, 1)]
+        rig.server.wanted = {SEGMENT.id: 7}
+        rig.server.known = False
+        await rig.server.until(lambda: rig.server.pieces != [] or rig.server.registered[-1].segments[0].entries != [])
+        whole = rig.server.registered[-1].segments[0].entries
+        told = rig.server.pieces[0].entries if protocol >= IN_PIECES else whole
+        assert {entry.owner for entry in told} == {owner if protocol == TOLD_OWNERS else msgspec.UNSET}
 
 
 def test_what_an_older_server_is_told_is_within_its_bounds() -> None:

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from support.metadata_rigs import DirectTransport, end, until
 from support.metadata_words import new_state
 
+from kvcore.chunk_keys import owner_of
 from kvcore.clock import SystemClock
 from kvcore.config.schema import StoreConfig
 from kvcore.errors import PeerUnreachableError, TransferError
 from kvcore.types import ChunkKey, NodeInfo, Role, Segment
 from kvnode.limits import NodeLimits
 from kvnode.moving import ChunkMover
-from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, Expected, checksum, pack, verify
+from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, Expected, checksum, pack, parse, verify
 from kvstore.types import GetOutcome
 from metadata_server.cache_messages import NodeOrderRequest
 from metadata_server.client import MetadataClient
@@ -25,6 +26,7 @@ from transfer.base import TransferOp
 
 CHUNK = 8192
 PRINT = b"f" * 16
+OWNER = owner_of(b"tenant")
 LIMITS = NodeLimits(move_poll_s=0.005, move_bytes=3 * CHUNK, move_share=0.9)
 
 
@@ -106,7 +108,7 @@ async def world(chunks: int = 7, room: int = 16, limits: NodeLimits = LIMITS) ->
         entries = []
         for n in range(chunks if name == "a" else 0):
             body = payload(n)
-            header = ChunkHeader(chunk_key(n), PRINT, 16, len(body), checksum([memoryview(body)]), n + 1)
+            header = ChunkHeader(chunk_key(n), PRINT, 16, len(body), checksum([memoryview(body)]), n + 1, OWNER)
             memory[n * CHUNK : (n + 1) * CHUNK] = pack(header) + body
             entries.append(ManifestEntry(key=chunk_key(n), offset=n * CHUNK, length=CHUNK, generation=n + 1))
         manifest = SegmentManifest(segment=segment, entries=entries)
@@ -145,6 +147,13 @@ async def test_every_chunk_is_copied_whole_and_then_lies_there_alone():
         assert it.mover.moved == 7
         await until(lambda: all(set(it.place(n)) == {"b.1"} for n in range(7)))
         assert all(bytes(it.place(n)["b.1"][HEADER_BYTES:]) == payload(n) for n in range(7))
+
+
+async def test_a_copy_says_whose_chunk_it_is():
+    async with world() as it:
+        await until(lambda: it.mover.left == 0)
+        copies = [parse(it.place(n)["b.1"][:HEADER_BYTES]) for n in range(7)]
+        assert [one.owner for one in copies] == [OWNER] * 7
 
 
 async def test_a_batch_has_no_more_bytes_than_agreed_and_headers_come_last():

@@ -115,7 +115,7 @@ def test_a_warm_up_goes_on_behind_what_is_short_or_damaged():
         async with world.node("a", [tier]) as a:
             (guard,) = a.tiers.tiers
             wanted = [ChunkName(SPEC.fingerprint, one) for one in KEYS]
-            assert await a.tiers.promoter.promote_names(guard, wanted, SHAPE) == len(KEYS) - 2
+            assert await a.tiers.promoter.promote_names(guard, wanted, SHAPE, None) == len(KEYS) - 2
             assert wanted[1] in tier.chunks, "of its own length it may be whole"
             assert wanted[3] not in tier.chunks
 

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 from support.sim_loop import run_sim
 from support.store_fakes import SPEC, key, payload
-from support.tier_world import TierNode, TierWorld, put_into, shared_tier
+from support.tier_world import DiskLike, TierNode, TierWorld, put_into, shared_tier
 
 from kvcore.config.schema import StoreConfig
 from kvcore.config.tiers import RedisTierConfig, TiersConfig
@@ -17,7 +17,6 @@ from kvnode.tiers.peers import PeerDisks
 from kvnode.tiers.shape import ChunkShape
 from kvstore.chunk_format import HEADER_BYTES
 from kvstore.tiers.base import ChunkName
-from kvstore.tiers.memory import MemoryTier
 from nodeapi.messages import PromoteReply, PromoteRequest
 
 KEYS = [key(number) for number in range(1, 13)]
@@ -299,25 +298,6 @@ def test_what_a_tier_did_is_reported():
             assert report.counts["saved"] == report.counts["promoted"] == 12 and report.load_rate
 
     run_sim(main)
-
-
-class DiskLike(MemoryTier):
-    """A tier of one node's own."""
-
-    shared = False
-
-    def __init__(self, clock) -> None:
-        super().__init__(1 << 24, clock, name="disk")
-        self.on_change = lambda came, left: None
-
-    def names(self) -> list[ChunkName]:
-        return list(self.chunks)
-
-    async def save(self, chunks, *, ttl_s=None, timeout_s):
-        before = set(self.chunks)
-        outcomes = await super().save(chunks, ttl_s=ttl_s, timeout_s=timeout_s)
-        self.on_change([name for name in self.chunks if name not in before], [])
-        return outcomes
 
 
 class DirectPeers(PeerDisks):

@@ -7,7 +7,7 @@ import pytest
 from support.tier_rigs import chunk_of, name_of
 
 from kvcore.clock import ManualClock
-from kvcore.eviction.evictor import POLICY_NAMES, new_policy
+from kvcore.eviction.evictor import POLICY_NAMES
 from kvstore.tiers.base import ChunkName, TierOutcome
 from kvstore.tiers.disk import DiskTier, open_disk
 from kvstore.tiers.disk_batch import HeldChunk
@@ -127,7 +127,7 @@ def test_in_whatever_order_no_pinned_chunk_is_evicted_and_the_share_is_kept(poli
         num_entries=64,
         entries=[],
         clock=clock,
-        policy=new_policy(policy),
+        eviction=policy,
         pin_share=0.5,
     )
     pinned: dict[ChunkName, float] = {}
@@ -137,7 +137,7 @@ def test_in_whatever_order_no_pinned_chunk_is_evicted_and_the_share_is_kept(poli
             case "keep" if name not in index.chunks:
                 held_before, left = {one for one in index.chunks if index.pinned([one])[0]}, list[ChunkName]()
                 num_bytes = 4096 * dice.randrange(1, 4)
-                offset = index.make_room(num_bytes, left)
+                offset = index.make_room(num_bytes, None, left)
                 assert not held_before & set(left)
                 if offset is not None:
                     number = index.free_numbers.pop()

@@ -14,7 +14,7 @@ from support.tier_rigs import chunk_of, content, name_of, room_for
 
 from kvcore.clock import ManualClock
 from kvcore.errors import ConfigError
-from kvcore.eviction.evictor import POLICY_NAMES, new_policy
+from kvcore.eviction.evictor import POLICY_NAMES
 from kvstore.chunk_format import HEADER_BYTES, checksum, parse
 from kvstore.tiers.base import TierChunk, TierOutcome
 from kvstore.tiers.disk import DiskTier, open_disk
@@ -188,7 +188,7 @@ async def test_of_chunks_saved_together_the_first_outlives_the_others(path):
 @pytest.mark.parametrize("when", ["before", "after"])
 async def test_what_continues_a_chunk_goes_first_however_late_it_was_saved(path, policy, when):
     """Two prompts of six chunks, saved two at a time, in a slab for sixteen; and then twelve others come."""
-    tier = await open_disk(path, MIB, ManualClock(), policy=new_policy(policy))
+    tier = await open_disk(path, MIB, ManualClock(), eviction=policy)
     prompts = [[chunk_of(name_of(start + at), 60_000) for at in range(6)] for start in (0, 10)]
     names = [[chunk.name for chunk in prompt] for prompt in prompts]
     if when == "before":
@@ -310,7 +310,7 @@ def test_a_hundred_thousand_chunks_are_known_again_in_about_a_second(path):
 )
 async def test_the_setting_says_which_chunks_stay(path, policy, left):
     """Room for four; the first is used once, the third twice. Then two come."""
-    tier = await open_disk(path, MIB, ManualClock(), policy=new_policy(policy))
+    tier = await open_disk(path, MIB, ManualClock(), eviction=policy)
     capacity = tier.stats().capacity_bytes
     assert capacity is not None
     chunks = [chunk_of(name_of(number), capacity // 4 // 4096 * 4096 - HEADER_BYTES) for number in range(7)]
@@ -327,7 +327,7 @@ async def test_the_setting_says_which_chunks_stay(path, policy, left):
 
 @pytest.mark.parametrize("policy", POLICY_NAMES)
 async def test_with_every_policy_all_but_what_is_in_use_can_go_and_nothing_is_lost_of_the_room(path, policy):
-    tier = await open_disk(path, MIB, ManualClock(), policy=new_policy(policy))
+    tier = await open_disk(path, MIB, ManualClock(), eviction=policy)
     dice = random.Random(1)
     for _ in range(60):
         batch = [chunk_of(name_of(dice.randrange(40)), dice.randrange(1, 100_000)) for _ in range(3)]

@@ -1,17 +1,24 @@
-"""Whose chunks they are reaches the metadata server with the reservation, whoever reserves: an engine or a tier."""
+"""Whose chunks they are reaches the metadata server with the reservation, whoever reserves, an engine or a tier; and it
+stays with the chunk: in its header, in what nodes tell, in tiers and out of them again."""
+
+import asyncio
+from collections import Counter
 
 import msgspec
 import pytest
 from support.sim_loop import run_sim
-from support.store_fakes import KEYS, SPEC
-from support.tier_world import TierWorld, put_into, shared_tier
+from support.store_fakes import KEYS, SPEC, key, views
+from support.tier_world import DiskLike, TierNode, TierWorld, put_into, shared_tier
 
 from kvcore.chunk_keys import chunk_keys, owner_of, root_key
 from kvcore.clock import ManualClock
 from kvcore.config.schema import StoreConfig
-from kvcore.types import NodeInfo, Role
+from kvcore.config.tiers import TiersConfig
+from kvcore.types import ChunkKey, NodeInfo, OwnerTag, Role
 from kvnode.tiers.own_segment import OwnSegment
 from kvnode.tiers.peers import PeerDisks
+from kvnode.tiers.shape import ChunkShape
+from kvstore.manifest import scan
 from kvstore.placement import Placement
 from kvstore.store import KVStore
 from kvstore.tiers.base import ChunkName
@@ -35,7 +42,7 @@ class Server:
         pass
 
 
-OWNER = owner_of(b"tenant")
+OWNER, OTHER = owner_of(b"tenant"), owner_of(b"other")
 
 
 @pytest.mark.parametrize(("protocol", "said"), [(OWNERS, OWNER), (OWNERS - 1, msgspec.UNSET)])
@@ -130,5 +137,57 @@ def test_what_a_node_brings_for_another_is_the_tenants_that_it_is_told():
                 request = PromoteRequest(fingerprint=SPEC.fingerprint, keys=[key], deadline_s=5.0, owner=owner)
                 assert (await a.tiers.promote(request)).promoted
             assert told == [OWNER, None, None]
+
+    run_sim(main)
+
+
+async def test_the_header_of_what_is_put_says_whose_it_is_and_so_does_the_manifest(world):
+    segment = world.add_node("a")
+    store, _ = world.store("a", InprocTransfer(world.memory))
+    for number, owner in ((0, OWNER), (1, None)):
+        async with await store.begin_put([KEYS[number]], prefer_segment=None, timeout_s=5, owner=owner) as session:
+            assert await session.write(KEYS[number], 4, views(number), timeout_s=5)
+            await session.commit(timeout_s=5)
+    told = {entry.key: entry.owner for entry in scan(world.memory[segment.id])}
+    assert told == {KEYS[0]: OWNER, KEYS[1]: msgspec.UNSET}
+    await store.aclose()
+
+
+def headers(node: TierNode) -> dict[ChunkKey, OwnerTag | None]:
+    """What lies in the node's segment, by its headers."""
+    return {entry.key: None if entry.owner is msgspec.UNSET else entry.owner for entry in scan(node.view)}
+
+
+@pytest.mark.parametrize(
+    ("saved_by", "asked_by", "then"), [(OWNER, None, OWNER), (None, OWNER, OWNER), (None, None, None)]
+)
+def test_what_comes_from_a_tier_is_whose_it_was_or_else_whose_prompt_brought_it(saved_by, asked_by, then):
+    async def main():
+        world = TierWorld()
+        tier = shared_tier(world.world.clock)
+        async with world.node("a", [tier]) as a:
+            put_into(tier, KEYS, owner=saved_by)
+            assert await a.tiers.promoter.promote(KEYS, ChunkShape.of(SPEC), timeout_s=5, owner=asked_by)
+            assert headers(a) == dict.fromkeys(KEYS, then)
+
+    run_sim(main)
+
+
+def test_a_warm_up_brings_each_tenant_its_own_and_no_more_than_its_share():
+    async def main():
+        world = TierWorld(metadata=StoreConfig(tenant_share=0.25, high_watermark=1.0))
+        disk = DiskLike(world.world.clock)
+        mine, theirs, nobodys = ([key(start + number) for number in range(9)] for start in (10, 30, 50))
+        for keys, owner in ((mine, OWNER), (theirs, OTHER), (nobodys, None)):
+            put_into(disk, keys, owner=owner)
+        async with world.node("a", [disk], chunks=16, config=TiersConfig(warm_up=1.0), tenant_share=0.25) as a:
+            await asyncio.sleep(5)
+            there = headers(a)
+            assert Counter(there.values()) == {OWNER: 4, OTHER: 4, None: 8}
+            assert [one for one in mine if one in there] == mine[:4], "the most used ones"
+            state = world.world.state
+            assert state.counters["evicted"] == 0
+            (record,) = state._nodes.segments.values()
+            assert record._quotas.used_bytes == {OWNER: 4 * 4096, OTHER: 4 * 4096}
 
     run_sim(main)

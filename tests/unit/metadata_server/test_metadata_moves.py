@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from support.metadata_words import UNIT, granted, ids, key, keys, new_state, put, registration, reservation, stored
 
+from kvcore.chunk_keys import owner_of
 from kvcore.clock import ManualClock
 from kvcore.types import ChunkKey
 from metadata_server import cache_messages as c
@@ -185,3 +186,19 @@ def test_after_any_sequence_of_moves_and_deaths_nothing_is_lost_that_had_a_copy_
                 state.register(registration("c", units=4), NOW)
             state.check_invariants(NOW)
         assert set(numbers) - set(stored(state, numbers, NOW)) <= lost, f"seed {seed}"
+
+
+def test_a_copy_counts_for_its_tenant_who_gets_no_more_than_its_share_of_the_other_segment():
+    tenant, other = owner_of(b"a"), owner_of(b"b")
+    state = cluster(8, 8, low_watermark=1.0, tenant_share=0.5)
+    put(state, "b", [11], NOW, prefer="b.1", owner=tenant)
+    put(state, "a", [1, 2, 3, 4], NOW, prefer="a.1", owner=tenant)
+    put(state, "a", [5, 6], NOW, prefer="a.1", owner=other)
+    drain(state)
+    reply = ask(state)
+    assert sorted(int.from_bytes(move.target.key, "little") for move in reply.moves) == [2, 3, 4, 5, 6]
+    state.check_invariants(NOW)
+    ask(state, commit(state, reply))
+    state.check_invariants(NOW)
+    put(state, "b", [12], NOW, prefer="b.1", owner=tenant)
+    assert state.counters["evicted_own"] == 1 and stored(state, [5, 6], NOW) == [5, 6]

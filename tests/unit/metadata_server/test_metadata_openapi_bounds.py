@@ -37,7 +37,7 @@ WITHOUT = {
 def examples() -> dict[str, Any]:
     """A request of each kind that is accepted, as JSON, with every field."""
     state = new_state()
-    entry = m.ManifestEntry(key=keys(1)[0], offset=0, length=1, generation=1)
+    entry = m.ManifestEntry(key=keys(1)[0], offset=0, length=1, generation=1, owner=owner_of(b"salt"))
     state.register(registration("a"), 0.0)
     (replica,) = granted(state.reserve(reservation("a", [1]), 0.0))
     register = msgspec.structs.replace(
@@ -151,5 +151,6 @@ def test_items_of_keys_have_their_length():
     for kind in ("MatchRequest", "WaitRequest"):
         item = SCHEMAS[kind]["properties"]["keys"]["items"]
         assert (item["minLength"], item["maxLength"]) == (24, 24)
-    owner = SCHEMAS["ReserveRequest"]["properties"]["owner"]
-    assert (owner["minLength"], owner["maxLength"]) == (12, 12)
+    for kind in ("ReserveRequest", "ManifestEntry"):
+        owner = SCHEMAS[kind]["properties"]["owner"]
+        assert (owner["minLength"], owner["maxLength"]) == (12, 12)

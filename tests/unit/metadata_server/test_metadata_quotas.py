@@ -4,7 +4,20 @@ from typing import Any
 
 import msgspec
 import pytest
-from support.metadata_words import granted, ids, key, keys, new_state, put, registration, reservation, segment, stored
+from support.metadata_words import (
+    granted,
+    ids,
+    in_pieces,
+    key,
+    keys,
+    new_state,
+    piece,
+    put,
+    registration,
+    reservation,
+    segment,
+    stored,
+)
 
 from kvcore.chunk_keys import owner_of
 from kvcore.eviction.evictor import POLICY_NAMES
@@ -107,8 +120,26 @@ def test_room_that_rests_counts_until_it_is_free():
     state.check_invariants(3.0)
 
 
-def test_what_is_found_counts_for_whoever_stores_it_again():
-    """After the metadata server was started again it knows of no owner; the next one to ask is it."""
+@pytest.mark.parametrize("how", ["at once", "in pieces"])
+def test_what_is_told_with_its_owner_counts_after_a_restart_as_before(how):
+    entries = [
+        ManifestEntry(key=key(n), offset=n * 4096, length=4096, generation=9 - n, owner=A if n < 4 else B)
+        for n in range(6)
+    ]
+    state = a_state(units=8) if how == "at once" else new_state(low_watermark=1.0, tenant_share=0.5)
+    request = registration("a", units=8, incarnation=2, entries=entries if how == "at once" else [])
+    reply = state.register(in_pieces(request) if how == "in pieces" else request, 0.0)
+    if how == "in pieces":
+        state.import_piece(piece("a", reply.wanted["a.2"], entries[::-1], last=True, incarnation=2), 0.0)
+    state.check_invariants(0.0)
+    for number in (10, 11):
+        put(state, "a", [number], 1.0, owner=A, incarnation=2)
+    assert stored(state, [0, 1, 2, 3, 4, 5, 10, 11], 1.0) == [0, 1, 4, 5, 10, 11], "A has its half, B lost nothing"
+    assert state.counters["evicted_own"] == 2
+
+
+def test_what_is_found_without_an_owner_counts_for_whoever_stores_it_again():
+    """As programs of before version 5 tell it, or left it on a disk; the next one to ask is its owner."""
     entries = [ManifestEntry(key=key(n), offset=n * 4096, length=4096, generation=1) for n in range(6)]
     state = new_state(tenant_share=0.5)
     state.register(registration("a", units=8, entries=entries), 0.0)

@@ -1,28 +1,69 @@
-"""What each tenant's chunks take of one segment, and which of them goes first where a tenant has its share. Pure.
+"""What each tenant's chunks take of one segment or slab, and which of them goes first where a tenant has its share.
 
-Told by the segment's record of all that comes, is used and goes. Invariants: `used_bytes` is the room of the replicas
-whose owner is known, in whatever state; an owner's order has its complete ones.
+Pure. Told by the place's record of all that comes, is used and goes. A row is the record's number of a chunk, in
+whatever state. Invariants: `used_bytes` is the room of the rows whose owner is known; an owner's order has its complete
+ones.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from kvcore.types import OwnerTag
-from metadata_server.index.chunks.orders import SegmentOrder
+
+
+class TenantOrder(Protocol):
+    """In which order the complete rows of one tenant go. No victim is kept by a reader, a pin or a continuation."""
+
+    def add(self, rows: Sequence[int]) -> None:
+        """New ones, of a prompt the last one first: the first shall go last."""
+        ...
+
+    def use(self, rows: Sequence[int]) -> None:
+        """They were used; in the same order."""
+        ...
+
+    def refresh(self, rows: Sequence[int]) -> None:
+        """They were used until now."""
+        ...
+
+    def remove(self, row: int) -> None:
+        """It is gone, and not because room was needed."""
+        ...
+
+    def let_go(self, row: int) -> None:
+        """Nothing that is there continues it any more."""
+        ...
+
+    def victim(self) -> int | None:
+        """The one that goes next; None: none may."""
+        ...
+
+    def evict(self) -> int | None:
+        """As `victim`; it is gone."""
+        ...
+
+    def rows(self) -> Iterable[int]:
+        """All of them."""
+        ...
+
+    def clear(self) -> None:
+        """It is used no more."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class TenantLimit:
-    """What each tenant may have of each segment, and how its own chunks are ordered."""
+    """What each tenant may have of each segment or slab, and how its own chunks are ordered."""
 
     share: float
-    new_order: Callable[[], SegmentOrder]
+    new_order: Callable[[], TenantOrder]
 
 
-class SegmentQuotas:
-    """One segment's. Only what has a known owner counts: what was found after a restart counts for nobody until its
-    prompt is stored again. Costs nothing while nobody's share is limited, and some hundred bytes a chunk then."""
+class TenantQuotas:
+    """Of one segment or slab. Only what has a known owner counts: a chunk that nobody's header or reservation claims
+    counts for nobody until its prompt is stored again. Costs some hundred bytes a chunk."""
 
     def __init__(self, limit: TenantLimit, capacity: int) -> None:
         self.most_bytes = int(limit.share * capacity)
@@ -31,14 +72,18 @@ class SegmentQuotas:
         self._new_order = limit.new_order
         self._owners: dict[int, OwnerTag] = {}
         """By row."""
-        self._orders: dict[OwnerTag, SegmentOrder] = {}
+        self._orders: dict[OwnerTag, TenantOrder] = {}
 
     def __repr__(self) -> str:
-        return f"<SegmentQuotas of {len(self.used_bytes)} tenants, {self.most_bytes} bytes each>"
+        return f"<TenantQuotas of {len(self.used_bytes)} tenants, {self.most_bytes} bytes each>"
 
     def left_of(self, owner: OwnerTag) -> int:
         """Bytes that the tenant may have more."""
         return self.most_bytes - self.used_bytes[owner]
+
+    def owner(self, row: int) -> OwnerTag | None:
+        """Whose the replica is, if that is known."""
+        return self._owners.get(row)
 
     def own(self, row: int, owner: OwnerTag, room_bytes: int) -> bool:
         """The replica is the tenant's. False: that was known."""
@@ -111,6 +156,6 @@ class SegmentQuotas:
             victim = order.victim()
             assert all(self._owners[row] == owner for row in order.rows()) and (victim is None or victim in there)
 
-    def _order_of(self, row: int) -> SegmentOrder | None:
+    def _order_of(self, row: int) -> TenantOrder | None:
         owner = self._owners.get(row)
         return None if owner is None else self._orders.get(owner)
