@@ -1,5 +1,5 @@
-"""What holds for every test: nothing that one starts writes into the state folder of whoever runs it; and garbage is
-not looked for among what collecting the tests made."""
+"""What holds for every test: nothing that one starts writes into the state folder of whoever runs it; garbage is not
+looked for among what collecting the tests made; and no example of a property has a time limit, as machines are loaded."""
 
 import gc
 import os
@@ -7,6 +7,10 @@ from collections.abc import Generator
 from tempfile import TemporaryDirectory
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("loaded machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("loaded machine")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -16,7 +16,11 @@ class MoveLimits:
     batch_bytes: int = 32 << 20
     """Of one save or load; one chunk at least."""
     find_s: float = 0.25
-    """For asking tiers what they have: this is added to a prompt that is in none."""
+    """For asking tiers what they have, at least: this is added to a prompt that is in none."""
+    find_share: float = 0.1
+    """Of the time in which the prompt would be computed, where that is longer."""
+    first_find_s: float = 1.0
+    """While nobody knows how long computing takes."""
     retry_s: float = 1.0
     """After a tier was away or the metadata server did not answer, before the same chunks are tried again."""
     announce_keys: int = 4096

@@ -141,7 +141,7 @@ class TierPromoter:
             if (other := self._under_way.get(rest[0].key)) is not None:  # 1
                 await asyncio.wait({other}, timeout=left_s)
                 continue
-            plan = await self._plan(rest, asked.owner, left_s)
+            plan = await self._plan(rest, asked, left_s)
             if rest[0].key in self._under_way:  # 1: since a moment ago
                 continue
             if plan.names:  # 2
@@ -158,12 +158,13 @@ class TierPromoter:
             there = found if given else there
         return _merged(done)
 
-    async def _plan(self, names: Sequence[ChunkName], owner: OwnerTag | None, left_s: float) -> LoadPlan:
+    async def _plan(self, names: Sequence[ChunkName], asked: _Asked, left_s: float) -> LoadPlan:
         """Up to the first that no tier has, or that is under way."""
         tiers = sorted((tier for tier in self._tiers if not tier.away), key=lambda tier: -(tier.rate("load") or 1e12))
-        find_s = min(left_s, self._limits.find_s)
-        answers = await asyncio.gather(*(tier.find(names, timeout_s=find_s) for tier in tiers))
-        plan = LoadPlan(owner=owner)
+        find_s = min(left_s, self._find_s(len(names), asked.shape))
+        asking = (tier.find(names, timeout_s=min(find_s, self._timeouts[tier.name])) for tier in tiers)
+        answers = await asyncio.gather(*asking)
+        plan = LoadPlan(owner=asked.owner)
         for at, name in enumerate(names):
             having = [tier for tier, answer in zip(tiers, answers, strict=True) if answer[at]]
             if not having or name.key in self._under_way:
@@ -171,6 +172,13 @@ class TierPromoter:
             plan.names.append(name)
             plan.tiers.append(having)
         return plan
+
+    def _find_s(self, num_names: int, shape: ChunkShape) -> float:
+        """How long the answer of what is there may take: little beside computing it."""
+        limits, rate = self._limits, self.prefill_rate.value
+        if rate is None:
+            return limits.first_find_s
+        return max(limits.find_s, limits.find_share * num_names * shape.chunk_tokens / shape.num_ranks / rate)
 
     async def _load(self, plan: LoadPlan, asked: _Asked) -> Loaded:
         if not self._chosen(plan, asked):

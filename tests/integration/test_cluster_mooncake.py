@@ -9,6 +9,7 @@ from time import monotonic
 import pytest
 from support.cluster import ClusterHandle, cluster
 from support.mooncake_server import MooncakeServer, mooncake_server, needs_mooncake
+from support.restarts import counted, finds_all_after_a_restart
 
 pytestmark = [*needs_mooncake, pytest.mark.timeout(240)]
 
@@ -25,8 +26,8 @@ def server() -> Iterator[MooncakeServer]:
         yield server
 
 
-def section(server: MooncakeServer, more: str = "") -> list[str]:
-    return [f"tiers.mooncake={{master: '{server.master}'{more}}}"]
+def section(server: MooncakeServer) -> list[str]:
+    return [f"tiers.mooncake={{master: '{server.master}'}}"]
 
 
 async def ask(subject: ClusterHandle, prompt: list[int]) -> tuple[list[int], int]:
@@ -35,26 +36,11 @@ async def ask(subject: ClusterHandle, prompt: list[int]) -> tuple[list[int], int
     return body["choices"][0]["token_ids"], body["usage"]["prompt_tokens_details"]["cached_tokens"]
 
 
-async def counted(subject: ClusterHandle, what: str) -> int:
-    reports = [await subject.node_info(node) for node in subject.nodes]
-    return sum(tier.counts.get(what, 0) for report in reports for tier in report.tiers)
-
-
-async def test_all_nodes_end_and_the_next_find_all_they_computed(tmp_path: Path, server: MooncakeServer) -> None:
-    async with cluster(tmp_path, prefillers=1, decoders=1, overrides=section(server)) as subject:
-        first = [await ask(subject, prompt) for prompt in PROMPTS]
-        assert [cached for _, cached in first] == [0] * len(PROMPTS)
-
-        async def all_saved() -> bool:
-            return await counted(subject, "saved") >= len(PROMPTS) * CHUNKS
-
-        await subject.until(all_saved, 20)
-    lending = section(server, ", global_segment_size: 64MiB")
-    async with cluster(tmp_path, prefillers=1, decoders=1, overrides=lending) as subject:
-        second = [await ask(subject, prompt) for prompt in PROMPTS]
-        assert [tokens for tokens, _ in second] == [tokens for tokens, _ in first]
-        assert [cached for _, cached in second] == [CHUNKS * 64] * len(PROMPTS)
-        assert await counted(subject, "promoted") >= len(PROMPTS) * CHUNKS
+async def test_a_cluster_that_was_stopped_finds_all_it_computed_with_whoever_lent_the_memory(
+    tmp_path: Path, server: MooncakeServer
+) -> None:
+    lending = ["tiers.mooncake.global_segment_size=64MiB"]  # the second cluster's nodes lend some, too
+    await finds_all_after_a_restart(tmp_path, "mooncake", section(server), later=lending)
 
 
 async def test_the_master_is_killed_and_back_and_every_request_answered(tmp_path: Path, server: MooncakeServer) -> None:

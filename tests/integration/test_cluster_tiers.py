@@ -111,25 +111,9 @@ async def test_a_cluster_that_was_stopped_finds_all_it_computed_in_its_bucket(
         for name, value in server.credentials.items():
             monkeypatch.setenv(name, value)
         url = f"s3://{server.make_bucket()}/kv"
-        objects = [f"tiers.object={{url: '{url}', endpoint: '{server.url}'}}"]
-        one, two = tmp_path / "one", tmp_path / "two"
-        one.mkdir()
-        two.mkdir()
-        async with cluster(one, prefillers=1, decoders=1, overrides=objects) as subject:
-            first, cached = await ask_all(subject)
-            assert cached == 0
-
-            async def all_saved() -> bool:
-                reports = [await subject.node_info(node) for node in subject.nodes]
-                done = sum(tier.counts.get("saved", 0) for report in reports for tier in report.tiers)
-                return done >= NUM_PROMPTS * CHUNKS
-
-            await subject.until(all_saved, 40)
-        async with cluster(two, prefillers=1, decoders=1, overrides=objects) as subject:
-            second, cached = await ask_all(subject)
-            assert second == first and cached == NUM_PROMPTS * CHUNKS * 64
-            log = "".join(path.read_text() for path in two.rglob("*.log"))
-            assert server.credentials["AWS_SECRET_ACCESS_KEY"] not in log
+        await finds_all_after_a_restart(tmp_path, "object", [f"tiers.object={{url: '{url}', endpoint: '{server.url}'}}"])
+    log = "".join(path.read_text() for path in tmp_path.rglob("*.log"))
+    assert log and server.credentials["AWS_SECRET_ACCESS_KEY"] not in log
 
 
 async def test_kv_that_went_through_int8_is_found_again_and_is_no_kv_of_an_exact_cluster(tmp_path: Path) -> None:

@@ -52,8 +52,9 @@ class MooncakeServer:
 
     def start(self, *args: str) -> None:
         """The master, empty. Who lends mounts its memory within about a second."""
-        ports = (f"--rpc_port={PORT}", "--metrics_port=9003", f"--metrics_host={HOST}", "--default_kv_lease_ttl=200")
-        self._run("mooncake_master", f"--rpc_address={HOST}", *ports, *args)
+        ports = (f"--rpc_port={PORT}", "--metrics_port=9003", f"--metrics_host={HOST}")
+        times = ("--default_kv_lease_ttl=200", "--client_ttl=60")  # a lender that stood still for 10 s would be gone
+        self._run("mooncake_master", f"--rpc_address={HOST}", *ports, *times, *args)
         end = monotonic() + START_S
         with self.machines.entered():
             while True:

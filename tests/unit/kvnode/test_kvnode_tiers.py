@@ -117,7 +117,7 @@ def test_a_tier_that_is_late_or_away_costs_its_time_and_nothing_is_left():
         tier = shared_tier(world.world.clock, before=gate)
         put_into(tier, KEYS)
         loop = asyncio.get_running_loop()
-        async with world.node("a", [tier], limits=MoveLimits(find_s=0.25)) as a:
+        async with world.node("a", [tier], limits=MoveLimits(find_s=0.25, first_find_s=0.25)) as a:
             gate.delay_s = 100
             began = loop.time()
             assert await a.tiers.promoter.promote(KEYS, SHAPE, timeout_s=2) == []
@@ -199,6 +199,27 @@ def test_computing_is_chosen_where_it_is_faster_and_loading_tried_now_and_then()
             promoter.prefill_rate.observe(1_000_000, 1.0)
             came = [len(await promoter.promote(KEYS[: n + 2], SHAPE, timeout_s=5)) for n in range(4)]
             assert came == [0, 0, 0, 1] and promoter.counts["memory", "computed"] == 2 - 1 + 3 - 1 + 4 - 1
+
+    run_sim(main)
+
+
+@pytest.mark.parametrize(
+    ("tokens_per_s", "answers_after_s", "found"),
+    [(None, 0.9, True), (None, 1.1, False), (1e9, 0.2, True), (1e9, 0.3, False), (0.1, 1.9, True), (0.1, 2.1, False)],
+)
+def test_how_long_an_answer_is_waited_for_follows_from_what_computing_takes(tokens_per_s, answers_after_s, found):
+    async def main():
+        world, gate = TierWorld(), Gate()
+        tier = shared_tier(world.world.clock, before=gate)
+        put_into(tier, KEYS)
+        async with world.node("a", [tier]) as a:  # its `timeout_s` is 2
+            if tokens_per_s is not None:
+                a.tiers.promoter.prefill_rate.observe(tokens_per_s, 1.0)
+            gate.delay_s = answers_after_s
+            plan = asyncio.create_task(a.tiers.promoter.promote(KEYS, SHAPE, timeout_s=60))
+            await asyncio.sleep(answers_after_s)
+            gate.delay_s = 0.0
+            assert bool(await plan) is found
 
     run_sim(main)
 

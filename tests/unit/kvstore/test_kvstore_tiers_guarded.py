@@ -17,6 +17,7 @@ from kvstore.tiers.disk import open_disk
 from kvstore.tiers.guarded import GuardedTier
 from kvstore.tiers.limits import TierLimits
 from kvstore.tiers.memory import MemoryTier
+from kvstore.tiers.rate import RunningRate
 
 OK, AWAY = TierOutcome.OK, TierOutcome.UNAVAILABLE
 MIB = 1 << 20
@@ -123,6 +124,19 @@ def test_no_more_bytes_are_under_way_than_agreed_and_a_large_one_goes_alone():
         assert late.count([OK]) >= 2 and late.count([AWAY]) >= 10
 
     run_sim(main)
+
+
+def test_what_took_long_counts_more_in_a_rate_than_what_was_short():
+    rate = RunningRate(weight=0.2)
+    rate.observe(0, 1.0)
+    assert rate.value is None
+    rate.observe(1, 0.03)
+    assert rate.value == pytest.approx(1 / 0.03)
+    rate.observe(2000, 8.0)
+    assert 0.95 * 250 < (rate.value or 0) <= 250, "one token of a prompt that is cached says little"
+    for _ in range(40):
+        rate.observe(100, 1.0)
+    assert rate.value == pytest.approx(100, rel=0.02)
 
 
 def test_rates_and_bytes_are_measured():

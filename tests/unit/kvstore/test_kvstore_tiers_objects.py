@@ -152,12 +152,19 @@ async def test_a_prompt_that_is_new_is_asked_for_once(tier, monkeypatch):
 async def test_a_long_prompt_that_is_found_in_part_by_then_is_no_fault_of_the_tier(tier, monkeypatch):
     names = [name_of(number) for number in range(100)]
     there, go_on = {name.text for name in names[: ObjectLimits().questions]}, threading.Event()
-    known = StoredObject(10, None)
+    known, real, given_s = StoredObject(10, None), tier._questions.run, []
+
+    async def run(jobs, timeout_s):  # the time for the second batch is soon over, that for the first never
+        given_s.append(timeout_s)
+        return await real(jobs, timeout_s if len(given_s) == 1 else 0.01)
+
+    monkeypatch.setattr(tier._questions, "run", run)
     monkeypatch.setattr(Bucket, "head", lambda _, path: known if path in there else (go_on.wait(30), known)[1])
     guarded = GuardedTier(tier, SystemClock(), in_flight_bytes=1)
     try:
-        assert await guarded.find(names, timeout_s=0.3) == [True] * len(there) + [False] * (100 - len(there))
+        assert await guarded.find(names, timeout_s=CALL_S) == [True] * len(there) + [False] * (100 - len(there))
         assert guarded.stats().problem is None
+        assert len(given_s) == 2 and given_s[0] <= 0.9 * CALL_S, "who asks is not gone by the time of the answer"
     finally:
         go_on.set()
 
