@@ -1,5 +1,5 @@
 """What holds for every test: nothing that one starts writes into the state folder of whoever runs it; garbage is not
-looked for among what collecting the tests made; and no example of a property has a time limit, as machines are loaded."""
+looked for among what collecting the tests made; and no example of a property has a time limit: machines are loaded."""
 
 import gc
 import os

@@ -23,7 +23,7 @@ AT_ONCE = 10
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
 SLOW = ("engine.prefill_tokens_per_s=20", "tiers.wait_s=60")
 """Of the second start: where a prompt takes 26 s to compute, a tier is worth waiting for on whatever machine. With an
-engine that computes it in 26 ms, and a server of objects that takes 3 ms for each chunk, computing is the right choice."""
+engine that needs 26 ms for it, and objects that take 3 ms for each chunk, computing is the right choice."""
 
 
 async def ask(subject: ClusterHandle, prompt: list[int]) -> tuple[list[int], int]:
