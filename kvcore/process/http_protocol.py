@@ -52,8 +52,6 @@ class BoundedHttp(HttpToolsProtocol):
         """The first byte of a request."""
         super().on_message_begin()
         self._in_head = self._in_message = True
-        if self._head_timer is None:
-            self._head_timer = self.loop.call_later(self._head_s, self._head_late)
 
     def on_headers_complete(self) -> None:
         """From here on the application bounds the request."""
@@ -81,7 +79,9 @@ class BoundedHttp(HttpToolsProtocol):
         except httptools.HttpParserError:
             self._refuse(400, "this is not an HTTP/1.1 request")
             return
-        if self._in_head:
+        if self._in_head:  # only then: most heads come whole, and a timer costs as much as reading one
+            if self._head_timer is None:
+                self._head_timer = self.loop.call_later(self._head_s, self._head_late)
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES:
                 self._refuse(431, f"the request's head is over the bound of {MAX_HEAD_BYTES} bytes")

@@ -6,31 +6,29 @@ answer of status 400 and above is an ErrorBody; a request's failure never become
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from functools import partial
-from typing import Any
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvcore.clock import Clock
-from kvcore.errors import KVFerryError, MetadataProtocolError, NotLeaderError, PayloadTooLargeError
-from kvcore.process.audit import caller
-from kvcore.process.http_body import check_encoding
+from kvcore.errors import KVFerryError, MetadataProtocolError, NotLeaderError
 from kvcore.telemetry import METRICS_CONTENT_TYPE, Metrics, log_fields
 from metadata_server.core import MetadataCore
-from metadata_server.endpoints import ENDPOINTS, EndpointSpec
+from metadata_server.endpoints import ENDPOINTS
 from metadata_server.limits import ServerLimits
 from metadata_server.mooncake.http_shell import PATH
 from metadata_server.protocol import encode
 from metadata_server.shell import metrics as own_metrics
+from metadata_server.shell.calls import Calls, wants_json
 from metadata_server.shell.openapi import FRAMES, JSON, MSGPACK, ErrorBody, Fault, Health, document
 
-_BINARY = frozenset({"", MSGPACK, "application/x-msgpack", "application/vnd.msgpack", "application/octet-stream"})
 _CODES = {404: "not_found", 405: "method_not_allowed", 415: "unsupported_media_type"}
 _logger = logging.getLogger("metadata_server")
 _Handler = Callable[[Request], Awaitable[Response]]
@@ -46,17 +44,14 @@ def create_app(
     mooncake: ASGIApp | None = None,
 ) -> FastAPI:
     """The application. `core.run` and its end are the caller's. `mooncake`: what answers `/metadata`."""
-    read = partial(_read, max_body_bytes=max_body_bytes, body_s=limits.body_s)
     observe = own_metrics.register(core, clock, metrics)
-    calls = {
-        endpoint.path: _post(core, endpoint, read, clock, observe(endpoint.path))
-        for endpoint in ENDPOINTS
-        if endpoint.request is not None
-    }
+    calls = Calls(
+        core, clock, observe=observe, answer_error=_answer_error, max_body_bytes=max_body_bytes, limits=limits
+    )
     app = _App(calls, mooncake)
     app.openapi = partial(document, mooncake=mooncake is not None)  # type: ignore[method-assign]
-    for path, post in calls.items():  # for what is wrong with the method; the calls themselves never get here
-        app.router.add_route(path, post, methods=["POST"])
+    for path in calls.paths:  # for what is wrong with the method; the calls themselves never get here
+        app.router.routes.append(Route(path, calls, methods=["POST"]))
     for path, get in _gets(core, metrics, limits.send_s, clock, observe).items():
         app.router.add_route(path, get, methods=["GET"])
     for kind, handler in _ON_ERROR.items():
@@ -67,50 +62,19 @@ def create_app(
 class _App(FastAPI):
     """FastAPI with a short way for the calls: its stack costs a third of a call's time and does nothing for them."""
 
-    def __init__(self, calls: Mapping[str, _Handler], mooncake: ASGIApp | None) -> None:
+    def __init__(self, calls: Calls, mooncake: ASGIApp | None) -> None:
         super().__init__(docs_url=None, redoc_url=None, openapi_url="/openapi.json", redirect_slashes=False)
         self._calls = calls
         self._mooncake = mooncake
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry."""
-        post = self._calls.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
-        if post is None and self._mooncake is not None and scope["type"] == "http" and scope["path"] == PATH:
+        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in self._calls.paths:
+            await self._calls(scope, receive, send)
+        elif scope["type"] == "http" and self._mooncake is not None and scope["path"] == PATH:
             await self._mooncake(scope, receive, send)
-            return
-        if post is None:
+        else:
             await super().__call__(scope, receive, send)
-            return
-        request = Request(scope, receive)
-        try:
-            response = await post(request)
-        except Exception as error:  # request boundary
-            handler = next(handler for kind, handler in _ON_ERROR.items() if isinstance(error, kind))
-            response = await handler(request, error)
-        await response(scope, receive, send)
-
-
-def _post(
-    core: MetadataCore,
-    endpoint: EndpointSpec[Any, Any],
-    read: Callable[[Request], Awaitable[bytes]],
-    clock: Clock,
-    observe: Callable[[float], None],
-) -> _Handler:
-    path, waits = endpoint.path, endpoint.waits
-
-    async def handle(request: Request) -> Response:
-        json_in = _is_json(request)
-        json_out = _wants_json(request, json_in)
-        body = await read(request)
-        started = clock.now()
-        who = caller(request.client) if endpoint.about is not None else ""
-        call = core.dispatch(path, body, json=json_in, reply_json=json_out, who=who)
-        reply = await (_unless_gone(request, call) if waits else call)
-        observe(clock.now() - started)
-        return Response(reply, media_type=JSON if json_out else MSGPACK)
-
-    return handle
 
 
 def _gets(
@@ -163,41 +127,8 @@ def _gets(
     }
 
 
-# --- formats and bodies ------------------------------------------------------------------------------------------
-
-
-def _is_json(request: Request) -> bool:
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == JSON:
-        return True
-    if kind not in _BINARY:
-        raise HTTPException(415, f"Content-Type {kind[:100]!r}: send {MSGPACK} or {JSON}")
-    return False
-
-
 def _wants_json(request: Request, default: bool) -> bool:
-    accept = request.headers.get("accept", "").lower()
-    json, binary = JSON in accept, "msgpack" in accept
-    return default if json == binary else json
-
-
-async def _read(request: Request, *, max_body_bytes: int, body_s: float) -> bytes:
-    """The whole body. Raises MediaTypeError, and PayloadTooLargeError as soon as it is known to be too long."""
-    check_encoding(request.headers)
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared[:20]) > max_body_bytes:
-        raise PayloadTooLargeError(f"the body has {declared[:20]} bytes; at most {max_body_bytes} are read")
-    parts, size = [], 0
-    try:
-        async with asyncio.timeout(body_s):
-            async for part in request.stream():
-                size += len(part)
-                if size > max_body_bytes:
-                    raise PayloadTooLargeError(f"the body has more than {max_body_bytes} bytes")
-                parts.append(part)
-    except TimeoutError as error:
-        raise MetadataProtocolError(f"the body did not arrive within {body_s:g} s") from error
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+    return wants_json(request.headers.get("accept", ""), default=default)
 
 
 def _from_seq(request: Request, *, default: int | None) -> int:
@@ -207,25 +138,6 @@ def _from_seq(request: Request, *, default: int | None) -> int:
     if text is None or not (text.isascii() and text.isdecimal() and len(text) <= 19 and int(text) < 1 << 63):
         raise MetadataProtocolError("from_seq: not an integer >= 0", param="from_seq")
     return int(text)
-
-
-async def _unless_gone(request: Request, call: Awaitable[bytes]) -> bytes:
-    """Cancel a long poll when its client leaves: nobody would take its lease. The body has been read."""
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    answer, watch = asyncio.ensure_future(call), asyncio.ensure_future(gone())
-    try:
-        await asyncio.wait({answer, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if not answer.done():
-            raise ClientDisconnect
-        return answer.result()
-    finally:
-        answer.cancel()
-        watch.cancel()
-        await asyncio.wait({answer, watch})
 
 
 class _Frames(StreamingResponse):
@@ -290,6 +202,11 @@ async def _on_failure(request: Request, error: Exception) -> Response:
     log_fields(_logger, logging.ERROR, "request_failed", path=request.url.path, error=repr(error))
     detail = Fault(message="internal error; see the log", type="server_error", param=None, code="internal_error")
     return _error(request, 500, detail)
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    handler = next(handler for kind, handler in _ON_ERROR.items() if isinstance(error, kind))
+    return await handler(request, error)
 
 
 _ON_ERROR: dict[type[Exception], Callable[[Request, Exception], Awaitable[Response]]] = {

@@ -13,7 +13,7 @@ from metadata_server import protocol
 from metadata_server.client import MetadataClient
 from metadata_server.core import MetadataCore
 from metadata_server.endpoints import ENDPOINTS, EndpointSpec
-from metadata_server.shell import app, openapi
+from metadata_server.shell import app, calls, openapi
 from metadata_server.shell.app import create_app
 
 
@@ -36,7 +36,7 @@ ECHO = EndpointSpec(
 
 
 async def test_a_row_of_the_table_is_a_new_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (protocol, app, openapi):
+    for module in (protocol, calls, app, openapi):
         monkeypatch.setattr(module, "ENDPOINTS", (*ENDPOINTS, ECHO))
     openapi.document.cache_clear()
     clock, metrics = SystemClock(), Metrics()
