@@ -4,8 +4,9 @@ Owns free space only; who holds an extent, and how long it is, is its caller's b
 memory here. Invariant: no two free extents touch or overlap. Operations are O(log(distinct free sizes)).
 """
 
-from bisect import bisect_left, insort
-from collections.abc import Iterable
+from array import array
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterable, Iterator
 
 ALIGNMENT = 4096
 
@@ -18,15 +19,17 @@ def aligned(length: int) -> int:
 class ExtentAllocator:
     """Space of `size_bytes`, of which a rest shorter than the alignment is never used."""
 
-    def __init__(self, size_bytes: int, taken: Iterable[tuple[int, int]] = ()) -> None:
-        """`taken`: (offset, length) in use from the start; aligned offsets, disjoint and inside, else ValueError."""
+    def __init__(self, size_bytes: int, taken: Iterable[tuple[int, int]] = (), *, block_bytes: int = 64 << 20) -> None:
+        """`taken`: (offset, length) in use from the start; aligned offsets, disjoint and inside, else ValueError.
+        `block_bytes`: what `take` has told of so much space is in one list, so that no insertion moves much."""
         self.capacity = size_bytes // ALIGNMENT * ALIGNMENT
         self.used = 0
         self._free_sizes: dict[int, int] = {}  # start -> size
         self._free_starts: dict[int, int] = {}  # end -> start
         self._by_size: dict[int, dict[int, None]] = {}
         self._sizes: list[int] = []  # distinct free sizes, sorted
-        self._map: bytearray | None = None  # a byte a unit, 1 where it is taken; while `take` is used
+        self._told: _Spans | None = None  # what is taken; while `take` is used, and then the free lists say nothing
+        self._block = block_bytes
         end = 0
         for offset, length in sorted(taken):
             size = aligned(length)
@@ -45,6 +48,7 @@ class ExtentAllocator:
     @property
     def largest_free(self) -> int:
         """The longest extent that could be given out now."""
+        self.settle()
         return self._sizes[-1] if self._sizes else 0
 
     def allocate(self, length: int) -> int | None:
@@ -55,6 +59,7 @@ class ExtentAllocator:
     def allocate_run(self, length: int, count: int) -> list[int]:
         """Offsets of up to `count` extents of `length` > 0 bytes each, fewer where there is no room for more. Those
         that come out of one free extent are neighbours."""
+        self.settle()
         size = aligned(length)
         offsets: list[int] = []
         while count > 0:
@@ -67,7 +72,6 @@ class ExtentAllocator:
             end = start + number * size
             self._remove_free(start, found)
             self._add_free(end, start + found - end)
-            self._mark(start, end - start, 1)
             offsets += range(start, end, size)
             count -= number
         self.used += size * len(offsets)
@@ -76,41 +80,47 @@ class ExtentAllocator:
     def take(self, offset: int, length: int) -> bool:
         """Take the extent of `length` > 0 bytes at `offset`. False: it is not aligned, not inside, or not free.
 
-        For a space whose use is learned by and by. It keeps a byte a unit until `settle` says that this is over; each
-        call looks as far as the extent's free neighbourhood goes.
+        For a space whose use is learned by and by: until `settle`, or until room is asked for, taken extents are listed
+        (16 bytes for each that has free neighbours), and free ones are not.
         """
         size = aligned(length)
         if offset % ALIGNMENT or offset < 0 or size <= 0 or offset + size > self.capacity:
             return False
-        if self._map is None:
-            self._map = bytearray(b"\x01") * (self.capacity // ALIGNMENT)
-            for start, free in self._free_sizes.items():
-                self._mark(start, free, 0)
-        first, last = offset // ALIGNMENT, (offset + size) // ALIGNMENT
-        if self._map.find(1, first, last) >= 0:
+        if self._told is None:
+            self._told = _Spans(self._block)
+            end = 0
+            for start in sorted(self._free_sizes):
+                self._told.flip(end, start)
+                end = start + self._free_sizes[start]
+            self._told.flip(end, self.capacity)
+            self._forget_free()
+        if not self._told.take(offset, offset + size):
             return False
-        start = (self._map.rfind(1, 0, first) + 1) * ALIGNMENT
-        after = self._map.find(1, last)
-        end = self.capacity if after < 0 else after * ALIGNMENT
-        self._remove_free(start, end - start)
-        self._add_free(start, offset - start)
-        self._add_free(offset + size, end - offset - size)
         self.used += size
-        self._mark(offset, size, 1)
         return True
 
     def settle(self) -> None:
-        """No `take` will come, for now."""
-        self._map = None
+        """No `take` will come, for now. O(n) of the free extents if one came."""
+        if self._told is not None:
+            told, self._told, end = self._told, None, 0
+            for start, stop in told:
+                self._add_free(end, start - end)
+                end = stop
+            self._add_free(end, self.capacity - end)
 
     def release(self, offset: int, length: int) -> None:
         """Free the extent of `length` bytes at `offset`, or several that are neighbours. KeyError where it is free."""
         size = aligned(length)
         start, end = offset, offset + size
+        if self._told is not None:
+            if self._told.lack(start, end):
+                raise KeyError(offset)
+            self._told.flip(start, end)
+            self.used -= size
+            return
         if start in self._free_sizes or end in self._free_starts:
             raise KeyError(offset)
         self.used -= size
-        self._mark(offset, size, 0)
         after = self._free_sizes.get(end)
         if after is not None:
             self._remove_free(end, after)
@@ -125,6 +135,10 @@ class ExtentAllocator:
         """Assert that free space and `taken`, (offset, length) each, tile the whole. O(n log n), for tests."""
         sizes = [(offset, aligned(length)) for offset, length in taken]
         assert self.used == sum(size for _, size in sizes)
+        if self._told is not None:
+            assert not (self._free_sizes or self._free_starts or self._by_size or self._sizes)
+            assert _joined(self._told) == _joined(sorted((offset, offset + size) for offset, size in sizes))
+            return
         pieces = sorted([(s, n, False) for s, n in sizes] + [(s, n, True) for s, n in self._free_sizes.items()])
         end, was_free = 0, False
         for start, size, is_free in pieces:
@@ -135,14 +149,9 @@ class ExtentAllocator:
         assert self._free_starts == {s + n: s for s, n in self._free_sizes.items()}
         assert self._sizes == sorted(self._by_size) and all(self._by_size.values())
         assert {s: n for n, starts in self._by_size.items() for s in starts} == self._free_sizes
-        if self._map is not None:
-            assert sum(self._map) * ALIGNMENT == self.used
-            assert all(all(self._map[s // ALIGNMENT : (s + n) // ALIGNMENT]) for s, n in sizes)
 
-    def _mark(self, start: int, size: int, taken: int) -> None:
-        if self._map is not None:
-            units = size // ALIGNMENT
-            self._map[start // ALIGNMENT : start // ALIGNMENT + units] = bytes((taken,)) * units
+    def _forget_free(self) -> None:
+        self._free_sizes, self._free_starts, self._by_size, self._sizes = {}, {}, {}, []
 
     def _add_free(self, start: int, size: int) -> None:
         if size == 0:
@@ -163,3 +172,75 @@ class ExtentAllocator:
         if not starts:
             del self._by_size[size]
             del self._sizes[bisect_left(self._sizes, size)]
+
+
+def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Neighbours as one."""
+    joined: list[tuple[int, int]] = []
+    for start, end in spans:
+        touches = joined and joined[-1][1] == start
+        joined.append((joined.pop()[0] if touches else start, end))
+    return joined
+
+
+class _Spans:
+    """Which parts of a space are taken: their edges, sorted, in a list for each block of the space. Neighbours are one.
+    An even number of edges before a place says that it is free."""
+
+    def __init__(self, block: int) -> None:
+        self._block = block
+        self._blocks: dict[int, array[int]] = {}
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """Start and end of each, sorted; what reaches over the edge of a block comes in parts."""
+        for number in sorted(self._blocks):
+            edges = self._blocks[number]
+            yield from zip(edges[::2], edges[1::2], strict=True)
+
+    def take(self, start: int, end: int) -> bool:
+        """False: not all of it is free."""
+        number = start // self._block
+        edges = self._blocks.get(number)
+        if edges is None or end > (number + 1) * self._block:
+            if self.lack(start, end):
+                self.flip(start, end)
+                return True
+            return False
+        at = bisect_right(edges, start)
+        before, after = (edges[at - 1] if at else -1), (edges[at] if at < len(edges) else -1)
+        if at % 2 or start < after < end:
+            return False
+        if before == start and after == end:
+            del edges[at - 1 : at + 1]
+        elif before == start:
+            edges[at - 1] = end
+        elif after == end:
+            edges[at] = start
+        else:
+            edges[at:at] = array("q", (start, end))
+        return True
+
+    def lack(self, start: int, end: int) -> bool:
+        """Whether all of it is free."""
+        block = self._block
+        for number in range(start // block, -(-end // block)):
+            edges = self._blocks.get(number)
+            if edges:
+                at = bisect_right(edges, max(start, number * block))
+                if at % 2 or (at < len(edges) and edges[at] < end):
+                    return False
+        return True
+
+    def flip(self, start: int, end: int) -> None:
+        """Take all of it, which is free; or free it, which is taken."""
+        block = self._block
+        for number in range(start // block, -(-end // block)):
+            edges = self._blocks.get(number)
+            if edges is None:
+                edges = self._blocks[number] = array("q")
+            for edge in (max(start, number * block), min(end, (number + 1) * block)):
+                at = bisect_left(edges, edge)
+                if at < len(edges) and edges[at] == edge:
+                    del edges[at]
+                else:
+                    edges.insert(at, edge)

@@ -24,6 +24,7 @@ MAX_TEXT = 4096
 MAX_BYTES = 1 << 50
 MAX_GENERATION = 1 << 63
 MAX_ADDRESSES = 16
+_KEY_LENGTHS = frozenset({KEY_BYTES})
 
 
 def require(ok: bool, param: str, what: str) -> None:
@@ -62,12 +63,19 @@ def check_key(key: ChunkKey, param: str) -> None:
     require(len(key) == KEY_BYTES, param, f"a chunk key has {KEY_BYTES} bytes, got {len(key)}")
 
 
-def check_keys(keys: Sequence[ChunkKey], param: str = "keys") -> None:
-    """At most MAX_ITEMS chunk keys."""
+def check_keys(keys: Sequence[ChunkKey], param: str = "keys", field: str = "") -> None:
+    """At most MAX_ITEMS chunk keys, each the `field` of an item if that is not empty."""
     check_items(keys, param)
-    for at, key in enumerate(keys):
-        if len(key) != KEY_BYTES:
-            check_key(key, f"{param}[{at}]")
+    if not _KEY_LENGTHS.issuperset(map(len, keys)):
+        for at, key in enumerate(keys):
+            check_key(key, f"{param}[{at}]{field}")
+
+
+def check_lengths(lengths: Sequence[int], param: str) -> None:
+    """Of items, bytes."""
+    if lengths and not (min(lengths) > 0 and max(lengths) < MAX_BYTES):
+        for at, length in enumerate(lengths):
+            require(0 < length < MAX_BYTES, f"{param}[{at}].length", "out of range")
 
 
 def check_extents(entries: Sequence[ManifestEntry], param: str) -> None:

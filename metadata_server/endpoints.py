@@ -22,8 +22,8 @@ from metadata_server.bounds import (
     check_import,
     check_incarnation,
     check_items,
-    check_key,
     check_keys,
+    check_lengths,
     check_name,
     check_owner,
     check_register,
@@ -81,11 +81,9 @@ def _check_reserve(request: m.ReserveRequest) -> None:
     check_incarnation(request.incarnation, "incarnation")
     check_seconds(request.ttl_s, "ttl_s")
     check_name(request.prefer_segment or "", "prefer_segment", empty=True)
-    check_items(request.items, "items")
     check_owner(request.owner, "owner")
-    for at, item in enumerate(request.items):
-        check_key(item.key, f"items[{at}].key")
-        require(0 < item.length < MAX_BYTES, f"items[{at}].length", "out of range")
+    check_keys([item.key for item in request.items], "items", ".key")
+    check_lengths([item.length for item in request.items], "items")
 
 
 def _check_replica_ids(request: m.ReplicaIds) -> None:

@@ -6,6 +6,7 @@ is used twice, in any life of the server, so that a late piece of an earlier tel
 
 from collections import Counter
 
+from kvcore.types import ChunkKey
 from metadata_server.account_messages import ImportReply, ImportRequest
 from metadata_server.index.cache_control import CacheControl
 from metadata_server.index.chunks.replicas import ReplicaIndex
@@ -75,15 +76,19 @@ class Imports:
 
     def note(self, record: SegmentRecord, entries: list[ManifestEntry], now: float) -> int:
         """These lie in a segment that is rebuilding; returns how many count. Those known already do."""
-        imported, known = [], 0
+        index, known, fresh = self._index, 0, dict[ChunkKey, ManifestEntry]()
+        complete, writing, take = index.complete, index.writing, record.allocator.take
         for entry in entries:
-            if self._index.row_in(entry.key, record.number) is not None:
-                known += self._index.holds(record, entry)
-            elif record.allocator.take(entry.offset, entry.length):
-                self._index.adopt(entry, record)
-                imported.append(entry.key)
-        self._cache.stored(imported, now)
-        return len(imported) + known
+            key = entry.key
+            if key in fresh:
+                known += fresh[key] == entry
+            elif (key in complete or key in writing) and index.row_in(key, record.number) is not None:
+                known += index.holds(record, entry)
+            elif take(entry.offset, entry.length):
+                fresh[key] = entry
+        index.adopt([*fresh.values()], record)
+        self._cache.stored(fresh, now)
+        return len(fresh) + known
 
     def check(self) -> None:
         """Assert every invariant. For tests."""

@@ -138,8 +138,7 @@ class ClusterMembership:
             return sum(self._index.holds(known, entry) for entry in manifest.entries)
         entries = acceptable(manifest.segment, manifest.entries)
         record = self._add(node, manifest.segment, entries)
-        for entry in reversed(entries):  # the newest generation will be the last to be evicted
-            self._index.adopt(entry, record)
+        self._index.adopt(entries[::-1], record)  # the newest generation will be the last to be evicted
         self._cache.stored((entry.key for entry in entries), now)
         return len(entries)
 

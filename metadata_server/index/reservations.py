@@ -4,7 +4,7 @@ Owns their deadlines and their lists in the nodes. Invariants: a replica is RESE
 it in one of its grants, which has a deadline; the room of one that ended without a commit rests for the grace time.
 """
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -97,15 +97,17 @@ class Reservations:
             self._counts["commit_refused"] += len(request.replica_ids)
             gone = [CommitRefusal.WRITER_GONE] * len(request.replica_ids)
             return CommitReply(committed=[False] * len(gone), refusals=gone)
-        grants, committed, fresh = self._index.grants, list[bool](), dict[int, int]()
-        for number in request.replica_ids:
-            grant = grants.get(number)
-            if grant is not None and grant.writer == node.number:
-                fresh[number] = self._take(number)
-                committed.append(True)
-            else:
-                committed.append(number in fresh or self._index.committed(number, node.number))
-        rows = list(fresh.values())
+        rows, committed = self._take_all(request.replica_ids, node), [True] * len(request.replica_ids)
+        if rows is None:
+            grants, committed, fresh = self._index.grants, [], dict[int, int]()
+            for number in request.replica_ids:
+                grant = grants.get(number)
+                if grant is not None and grant.writer == node.number:
+                    fresh[number] = self._take(number)
+                    committed.append(True)
+                else:
+                    committed.append(number in fresh or self._index.committed(number, node.number))
+            rows = list(fresh.values())
         self._index.commit(rows)
         self._counts["committed"] += len(rows)
         self._counts["commit_refused"] += len(committed) - sum(committed)
@@ -170,10 +172,25 @@ class Reservations:
         """The row of a reservation that ends, one way or the other."""
         grant = self._index.grants.pop(number)
         row = grant.rows.pop(number)
+        self._taken_from(grant)
+        return row
+
+    def _take_all(self, numbers: list[int], node: LiveNode) -> list[int] | None:
+        """As `_take` of each, if they are distinct and all of one grant of this writer, as almost always; else None."""
+        grant, distinct = self._index.grants.get(numbers[0]) if numbers else None, set(numbers)
+        if grant is None or grant.writer != node.number or len(distinct) < len(numbers):
+            return None
+        if not grant.rows.keys() >= distinct:
+            return None
+        deque(map(self._index.grants.pop, numbers), maxlen=0)
+        rows = [*map(grant.rows.pop, numbers)]
+        self._taken_from(grant)
+        return rows
+
+    def _taken_from(self, grant: Grant) -> None:
         if not grant.rows and self._grants.pop(grant.number, None) is not None:
             del self._nodes[grant.node_id].grants[grant.number]
             self._deadlines.drop((Expiry.RESERVATION, grant.number))
-        return row
 
     def _reserve_all(
         self, request: ReserveRequest, keys: list[ChunkKey], node: LiveNode, grant: Grant
@@ -242,6 +259,9 @@ class Reservations:
     def _end_of_run(self, items: list[ReserveItem], keys: list[ChunkKey], start: int) -> int:
         """Up to where the chunks from `start` on, of which that one is new, are all new and of one length."""
         complete, writing, length = self._index.complete, self._index.writing, items[start].length
+        rest = keys[start + 1 :]
+        if complete.keys().isdisjoint(rest) and writing.keys().isdisjoint(rest):
+            return next((at for at in range(start + 1, len(keys)) if items[at].length != length), len(keys))
         for at in range(start + 1, len(keys)):
             if items[at].length != length or keys[at] in complete or keys[at] in writing:
                 return at

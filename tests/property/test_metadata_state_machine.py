@@ -338,9 +338,9 @@ class MetadataMachine(RuleBasedStateMachine):
 class AllocatorMachine(RuleBasedStateMachine):
     """Against a plain set of units."""
 
-    @initialize(units=st.integers(1, 40), rest=st.integers(0, UNIT - 1))
-    def begin(self, units, rest):
-        self.space = ExtentAllocator(units * UNIT + rest)
+    @initialize(units=st.integers(1, 40), rest=st.integers(0, UNIT - 1), block=st.sampled_from([1, 3, 1000]))
+    def begin(self, units, rest, block):
+        self.space = ExtentAllocator(units * UNIT + rest, block_bytes=block * UNIT)
         self.free = set(range(units))
         self.held: dict[int, int] = {}
 

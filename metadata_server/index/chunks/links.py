@@ -53,9 +53,10 @@ class ChunkLinks:
                 if (expected := self._expected.pop(key, None)) is not None:
                     self._join(row, expected)
         if in_order:
+            parents, children = table.parents, table.children
             for before, row in pairwise(rows):
-                table.parents[row] = before
-                table.children[before] += 1
+                parents[row] = before
+                children[before] += 1
 
     def _join(self, row: int, parent: ChunkKey) -> None:
         """`row` continues the replica of `parent` in its segment, if there is one, and if it continues none that is

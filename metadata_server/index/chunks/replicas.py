@@ -5,8 +5,10 @@ Owns generations and the moves RESERVED -> COMPLETE | RETIRING -> gone. Knows no
 """
 
 from array import array
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import cast
 
 from kvcore.types import ChunkKey, OwnerTag, ReplicaRef, Segment
@@ -186,18 +188,11 @@ class ReplicaIndex:
     ) -> list[int]:
         """Reservations of distinct keys, one for each offset of `place`. `parent`: what the first one continues, if
         that is known; `in_order`: each other one continues the one before it."""
-        table, first, record, offsets = self.table, self._generation + 1, place.record, place.offsets
-        rows = table.new(len(offsets))
-        ids = range(first, first + len(rows))
-        self._generation += len(rows)
-        number, writer = record.number, grant.writer
-        for key, row, offset, generation in zip(keys, rows, offsets, ids, strict=True):
-            table.keys[row] = key
-            table.offsets[row] = offset
-            table.lengths[row] = length
-            table.generations[row] = generation
-            table.segments[row] = number
-            table.writers[row] = writer
+        first, record, offsets = self._generation + 1, place.record, place.offsets
+        ids = range(first, first + len(offsets))
+        self._generation += len(offsets)
+        extents = zip(keys, offsets, repeat(length), ids)
+        rows = self.table.new(len(offsets), extents, segment=record.number, writer=grant.writer)
         record.reserve(rows)
         self._remember(ids, rows)
         if self.writing.keys().isdisjoint(keys):
@@ -210,22 +205,25 @@ class ReplicaIndex:
         self._links.came(keys, rows, parent, in_order=in_order)
         return rows
 
-    def adopt(self, entry: ManifestEntry, record: SegmentRecord) -> None:
-        """A complete replica that was found in its segment. Later reservations get generations above its own."""
-        self._generation = max(self._generation, entry.generation)
-        table, (row,) = self.table, self.table.new(1)
-        table.keys[row] = entry.key
-        table.offsets[row], table.lengths[row], table.generations[row] = entry.offset, entry.length, entry.generation
-        table.segments[row], table.writers[row] = record.number, -1
-        record.adopt(row)
-        if isinstance(entry.owner, bytes):
-            record.own(row, entry.owner)
-        self._list_complete([row])
+    def adopt(self, entries: Sequence[ManifestEntry], record: SegmentRecord) -> None:
+        """Complete replicas of distinct keys that were found in their segment, of which it has none; those that come
+        first will be evicted first. Later reservations get generations above theirs."""
+        if not entries:
+            return
+        extents = [(entry.key, entry.offset, entry.length, entry.generation) for entry in entries]
+        rows = self.table.new(len(entries), extents, segment=record.number, writer=-1)
+        self._generation = max(self._generation, *(entry.generation for entry in entries))
+        record.adopt(rows, [entry.owner for entry in entries])
+        self._list_complete(rows)
 
     def commit(self, rows: Sequence[int]) -> None:
         """Make reserved replicas, in the order of their prefix, visible; its tail will be evicted first."""
-        for row in rows:
-            self._unlist(self.writing, row)
+        keys = [*map(self.table.keys.__getitem__, rows)]
+        if max(map(len, map(self.writing.__getitem__, keys)), default=0) == 1:  # nobody else is at any of them
+            deque(map(self.writing.pop, keys), maxlen=0)
+        else:
+            for row in rows:
+                self._unlist(self.writing, row)
         for number, there in self._by_segment(rows):
             self.rooms.records[number].commit(there)
         self._list_complete(rows)
@@ -294,12 +292,15 @@ class ReplicaIndex:
             return [(found[0], rows)]
         return [(number, [row for row in rows if numbers[row] == number]) for number in found]
 
-    def _remember(self, ids: Sequence[int], rows: Sequence[int]) -> None:
+    def _remember(self, ids: range, rows: Sequence[int]) -> None:
         if not self._recent:
             self._recent = array("i", [0]) * self._num_recent
         recent, size = self._recent, len(self._recent)
-        for number, row in zip(ids, rows, strict=True):
-            recent[number % size] = row
+        if (at := ids.start % size) + len(rows) <= size:
+            recent[at : at + len(rows)] = array("i", rows)
+        else:
+            for number, row in zip(ids, rows, strict=True):
+                recent[number % size] = row
 
     def _list_complete(self, rows: Sequence[int]) -> None:
         keys = [*map(self.table.keys.__getitem__, rows)]

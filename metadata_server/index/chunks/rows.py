@@ -5,9 +5,11 @@ its chunk knows it any more. Invariant: a row without a replica is either free o
 """
 
 from array import array
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
 
 from kvcore.eviction.row_chains import FIRST, RowChains
+from kvcore.extents import aligned
 from kvcore.types import ChunkKey
 
 _MOST_AT_ONCE = 4096
@@ -79,14 +81,32 @@ class ReplicaTable:
         """Rows in use."""
         return len(self.keys) - len(self._free)
 
-    def new(self, count: int) -> list[int]:
-        """Rows for replicas, to be filled in."""
+    def new(
+        self, count: int, extents: Iterable[tuple[ChunkKey, int, int, int]], *, segment: int, writer: int
+    ) -> list[int]:
+        """Rows for replicas whose state is to be set. `extents`: key, offset, length, generation; at least `count`."""
         free = self._free
         while len(free) < count:
             self._grow()
         taken = free[len(free) - count :]
         del free[len(free) - count :]
+        keys, offsets, lengths, generations = self.keys, self.offsets, self.lengths, self.generations
+        segments, writers = self.segments, self.writers
+        for row, (key, offset, length, generation) in zip(taken, extents, strict=False):
+            keys[row] = key
+            offsets[row] = offset
+            lengths[row] = length
+            generations[row] = generation
+            segments[row] = segment
+            writers[row] = writer
         return taken
+
+    def room_of(self, rows: Sequence[int]) -> int:
+        """Bytes of segments that replicas take."""
+        lengths = [*map(self.lengths.__getitem__, rows)]
+        if lengths and lengths.count(lengths[0]) == len(lengths):  # as most are
+            return len(lengths) * aligned(lengths[0])
+        return sum(map(aligned, lengths))
 
     def kept(self, row: int) -> bool:
         """Whether it may not be evicted."""

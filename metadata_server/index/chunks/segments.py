@@ -6,6 +6,8 @@ replica holds exactly one extent; the order has the complete ones, and no victim
 
 from collections.abc import Iterable, Sequence
 
+from msgspec import UnsetType
+
 from kvcore.eviction.quotas import TenantQuotas
 from kvcore.eviction.row_chains import FIRST
 from kvcore.extents import ExtentAllocator, aligned
@@ -35,14 +37,12 @@ class SegmentRecord:
     ) -> None:
         """`taken` as `acceptable` gave them; each is then to be adopted. `calls`: the same for all segments."""
         self.segment = segment
-        self.number = -1
-        """Of the record, while it is listed in the index."""
+        self.number = -1  # of the record, while it is listed in the index
         self.allocator = ExtentAllocator(segment.size_bytes, [(entry.offset, entry.length) for entry in taken])
         self.num_complete, self.rebuilding = 0, False
         self.changed: set[SegmentRecord] = set()
         """It puts itself there when its room or next victim may be another; set by who lists segments by these."""
-        self._incomplete: dict[int, None] = {}
-        """Reserved and retiring ones."""
+        self._incomplete: dict[int, None] = {}  # reserved and retiring ones
         self._table, self._order, self._calls = table, order, calls
         self._limit, self._low = int(rules.high * self.allocator.capacity), int(rules.low * self.allocator.capacity)
         self._most_evicted = rules.most_evicted
@@ -115,13 +115,13 @@ class SegmentRecord:
         self.changed.add(self)
         return offsets, evicted
 
-    def reserve(self, rows: Iterable[int]) -> None:
+    def reserve(self, rows: Sequence[int]) -> None:
         """Add reserved replicas whose extents are allocated already."""
-        table = self._table
+        states, incomplete = self._table.states, self._incomplete
         for row in rows:
-            table.states[row] = _RESERVED
-            self._incomplete[row] = None
-            self._bytes_in[_RESERVED] += aligned(table.lengths[row])
+            states[row] = _RESERVED
+            incomplete[row] = None
+        self._bytes_in[_RESERVED] += self._table.room_of(rows)
 
     def rebuild(self, rebuilding: bool) -> None:
         """Whether not all is known that lies here: then it gives no room, and nothing here is evicted."""
@@ -138,18 +138,20 @@ class SegmentRecord:
         if quotas is not None and quotas.own(row, owner, size) and self._table.states[row] == _COMPLETE:
             quotas.completed([row])
 
-    def adopt(self, row: int) -> None:
-        """Add a complete replica whose extent is taken already."""
-        self._bytes_in[_COMPLETE] += aligned(self._table.lengths[row])
-        self._completed([row])
+    def adopt(self, rows: Sequence[int], owners: Iterable[OwnerTag | UnsetType]) -> None:
+        """Add complete replicas whose extents are taken already; the first one will be evicted first."""
+        self._bytes_in[_COMPLETE] += self._table.room_of(rows)
+        self._completed(rows)
+        for row, owner in zip(rows, owners, strict=True) if self._quotas is not None else ():
+            if isinstance(owner, bytes):
+                self.own(row, owner)
 
     def commit(self, rows: Sequence[int]) -> None:
         """Reserved replicas are complete. In the order of their prefix: its tail will be evicted first."""
-        lengths, size = self._table.lengths, 0
+        states, incomplete, size = self._table.states, self._incomplete, self._table.room_of(rows)
         for row in rows:
-            assert self._table.states[row] == _RESERVED
-            del self._incomplete[row]
-            size += aligned(lengths[row])
+            assert states[row] == _RESERVED
+            del incomplete[row]
         self._bytes_in[_RESERVED] -= size
         self._bytes_in[_COMPLETE] += size
         self._completed(rows[::-1])
@@ -256,8 +258,10 @@ class SegmentRecord:
         self.changed.add(self)
 
     def _completed(self, rows: Sequence[int]) -> None:
+        states, last_uses, now = self._table.states, self._table.last_uses, self._calls.so_far
         for row in rows:
-            self._table.states[row], self._table.last_uses[row] = _COMPLETE, self._calls.so_far
+            states[row] = _COMPLETE
+            last_uses[row] = now
         self.num_complete += len(rows)
         self._order.add(rows)
         if self._quotas is not None:
