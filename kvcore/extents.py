@@ -17,12 +17,15 @@ def aligned(length: int) -> int:
 
 
 class ExtentAllocator:
-    """Space of `size_bytes`, of which a rest shorter than the alignment is never used."""
+    """Space of `size_bytes` from `start` on, of which a rest shorter than the alignment is never used."""
 
-    def __init__(self, size_bytes: int, taken: Iterable[tuple[int, int]] = (), *, block_bytes: int = 64 << 20) -> None:
+    def __init__(
+        self, size_bytes: int, taken: Iterable[tuple[int, int]] = (), *, start: int = 0, block_bytes: int = 64 << 20
+    ) -> None:
         """`taken`: (offset, length) in use from the start; aligned offsets, disjoint and inside, else ValueError.
         `block_bytes`: what `take` has told of so much space is in one list, so that no insertion moves much."""
         self.capacity = size_bytes // ALIGNMENT * ALIGNMENT
+        self.start, self.end = start, start + self.capacity
         self.used = 0
         self._free_sizes: dict[int, int] = {}  # start -> size
         self._free_starts: dict[int, int] = {}  # end -> start
@@ -30,15 +33,15 @@ class ExtentAllocator:
         self._sizes: list[int] = []  # distinct free sizes, sorted
         self._told: _Spans | None = None  # what is taken; while `take` is used, and then the free lists say nothing
         self._block = block_bytes
-        end = 0
+        end = start
         for offset, length in sorted(taken):
             size = aligned(length)
-            if offset % ALIGNMENT or offset < end or size <= 0 or offset + size > self.capacity:
+            if offset % ALIGNMENT or offset < end or size <= 0 or offset + size > self.end:
                 raise ValueError(f"extent at {offset} of {length} bytes overlaps, is unaligned or lies outside")
             self._add_free(end, offset - end)
             self.used += size
             end = offset + size
-        self._add_free(end, self.capacity - end)
+        self._add_free(end, self.end - end)
 
     @property
     def free(self) -> int:
@@ -84,15 +87,15 @@ class ExtentAllocator:
         (16 bytes for each that has free neighbours), and free ones are not.
         """
         size = aligned(length)
-        if offset % ALIGNMENT or offset < 0 or size <= 0 or offset + size > self.capacity:
+        if offset % ALIGNMENT or offset < self.start or size <= 0 or offset + size > self.end:
             return False
         if self._told is None:
             self._told = _Spans(self._block)
-            end = 0
+            end = self.start
             for start in sorted(self._free_sizes):
                 self._told.flip(end, start)
                 end = start + self._free_sizes[start]
-            self._told.flip(end, self.capacity)
+            self._told.flip(end, self.end)
             self._forget_free()
         if not self._told.take(offset, offset + size):
             return False
@@ -102,11 +105,11 @@ class ExtentAllocator:
     def settle(self) -> None:
         """No `take` will come, for now. O(n) of the free extents if one came."""
         if self._told is not None:
-            told, self._told, end = self._told, None, 0
+            told, self._told, end = self._told, None, self.start
             for start, stop in told:
                 self._add_free(end, start - end)
                 end = stop
-            self._add_free(end, self.capacity - end)
+            self._add_free(end, self.end - end)
 
     def release(self, offset: int, length: int) -> None:
         """Free the extent of `length` bytes at `offset`, or several that are neighbours. KeyError where it is free."""
@@ -140,12 +143,12 @@ class ExtentAllocator:
             assert _joined(self._told) == _joined(sorted((offset, offset + size) for offset, size in sizes))
             return
         pieces = sorted([(s, n, False) for s, n in sizes] + [(s, n, True) for s, n in self._free_sizes.items()])
-        end, was_free = 0, False
+        end, was_free = self.start, False
         for start, size, is_free in pieces:
             assert start == end and size > 0 and size % ALIGNMENT == 0, f"gap or overlap at {end}"
             assert not (is_free and was_free), f"free neighbours at {start}"
             end, was_free = start + size, is_free
-        assert end == self.capacity
+        assert end == self.end
         assert self._free_starts == {s + n: s for s, n in self._free_sizes.items()}
         assert self._sizes == sorted(self._by_size) and all(self._by_size.values())
         assert {s: n for n, starts in self._by_size.items() for s in starts} == self._free_sizes

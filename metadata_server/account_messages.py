@@ -39,6 +39,8 @@ class SegmentStats(ReplyBody, frozen=True, kw_only=True):
     reserved_bytes: int
     retiring_bytes: int
     num_replicas: int
+    room_bytes: int = 0
+    """Of the segment, that this server may give out: of several partitions each has a slice. 0: an older server's."""
     rebuilding: bool = False
     """Its node has not yet told all that lies in it: it gives no room until then."""
 

@@ -9,9 +9,10 @@ import msgspec
 
 from kvcore.chunk_keys import KEY_BYTES, OWNER_BYTES
 from kvcore.errors import MetadataProtocolError
+from kvcore.partitions import MAX_PARTITIONS
 from kvcore.types import ChunkKey, OwnerTag, ReplicaRef
 from metadata_server.account_messages import ImportRequest
-from metadata_server.messages import ManifestEntry, RegisterRequest
+from metadata_server.messages import ManifestEntry, RegisterRequest, Room
 
 MAX_ITEMS = 65_536
 """Keys, items or ids in one request; manifest entries are bounded by the body's size."""
@@ -109,6 +110,12 @@ def check_register(request: RegisterRequest) -> None:
     """A registration with its segments."""
     node, spoken = request.node, request.spoken
     require(1 <= spoken.oldest <= spoken.newest < MAX_ITEMS, "protocol", "not a range of versions")
+    if isinstance(request.partitions, list):
+        require(len(request.partitions) <= MAX_PARTITIONS, "partitions", "too many")
+        for name in request.partitions:
+            check_name(name, "partitions")
+    if isinstance(request.partition, int):
+        require(0 <= request.partition < MAX_PARTITIONS, "partition", "out of range")
     check_name(node.id, "node.id")
     check_incarnation(node.incarnation, "node.incarnation")
     check_text(node.control_url, "node.control_url")
@@ -125,6 +132,9 @@ def check_register(request: RegisterRequest) -> None:
         check_name(segment.host_id, f"{path}.segment.host_id", empty=True)
         require(0 < segment.size_bytes < MAX_BYTES, f"{path}.segment.size_bytes", "out of range")
         require(len(segment.addresses) <= MAX_ADDRESSES, f"{path}.segment.addresses", "too many")
+        if isinstance(manifest.room, Room):
+            require(0 <= manifest.room.start < MAX_BYTES, f"{path}.room.start", "out of range")
+            require(0 < manifest.room.length < MAX_BYTES, f"{path}.room.length", "out of range")
         for transport, address in segment.addresses.items():
             check_name(transport, f"{path}.segment.addresses")
             check_text(address, f"{path}.segment.addresses")

@@ -25,6 +25,8 @@ NAMED_LEASES = 4
 """Since which readers name their leases, and renew them."""
 IN_PIECES = 4
 """Since which nodes tell what lies in their segments in pieces (`account_messages`)."""
+PARTITIONS = 5
+"""Since which several servers may share the index, each with a slice of every segment."""
 TOLD_OWNERS = 5
 """Since which they tell whose it is, too."""
 
@@ -67,11 +69,20 @@ class ManifestEntry(RequestBody, frozen=True, kw_only=True):
     """Whose quota it counts for; absent: not known. Since version TOLD_OWNERS of the protocol."""
 
 
+class Room(RequestBody, frozen=True, kw_only=True):
+    """A slice of a segment: both are multiples of 4,096. Since PARTITIONS."""
+
+    start: int
+    length: int
+
+
 class SegmentManifest(RequestBody, frozen=True, kw_only=True):
     """A segment and what lies in it, newest generation first; entries that overlap a newer one are refused."""
 
     segment: Segment
     entries: list[ManifestEntry] = []
+    room: Room | msgspec.UnsetType = msgspec.UNSET
+    """What this server may give out, and entries lie in; the rest is other partitions'. Absent: all of it."""
 
 
 class RegisterRequest(VersionedMessage, RequestBody, frozen=True, kw_only=True):

@@ -4,7 +4,9 @@ import asyncio
 import logging
 
 from kvcore.clock import Clock, SystemClock, WakefulClock
+from kvcore.config.records import EtcdRecordsConfig
 from kvcore.config.schema import ClusterConfig
+from kvcore.config.servers import own_part
 from kvcore.ports import base_url
 from kvcore.process.asgi import AsgiServer
 from kvcore.process.service import Lifecycle
@@ -15,6 +17,7 @@ from metadata_server.leading.lives import by_clock, first_generation_alone
 from metadata_server.leading.terms import Terms, new_index
 from metadata_server.mooncake.http_shell import MooncakeApp, MooncakePort
 from metadata_server.mooncake.opening import open_dialect, tls_of, token_of
+from metadata_server.partitions.membership import join_set
 from metadata_server.records.base import Records
 from metadata_server.records.node_orders import NodeOrdering
 from metadata_server.records.opening import open_records
@@ -39,12 +42,15 @@ def create_core(
     return MetadataCore(state, clock, pins=pins, orders=NodeOrdering(state, clock, records))
 
 
-async def main(config: ClusterConfig, lifecycle: Lifecycle) -> None:
-    """Serve until `lifecycle.stopping`. Raises ConfigError if the address or the records cannot be had."""
+async def main(config: ClusterConfig, lifecycle: Lifecycle, *, change_partitions: bool = False) -> None:
+    """Serve until `lifecycle.stopping`. Raises ConfigError if the address or the records cannot be had, or the records
+    are of an index with other partitions, unless `change_partitions` says that these are its own from now on."""
     clock, server, metrics = SystemClock(), config.metadata_server, Metrics()
-    records = await open_records(config, clock)
+    part = own_part(server)
+    records = await open_records(config, clock, part)
     lifecycle.stack.push_async_callback(records.aclose)
     lifecycle.tasks.create_task(records.run(), name="records")
+    await _join(config, clock, records, change=change_partitions)
     core = create_core(config, clock) if server.standbys else await _only_core(config, clock, records, lifecycle)
     mooncake = await _open_mooncake(config, records, clock, metrics, lifecycle)
     app = create_app(core, clock, metrics, server.max_body, mooncake=mooncake)
@@ -60,6 +66,20 @@ async def main(config: ClusterConfig, lifecycle: Lifecycle) -> None:
     await lifecycle.stopping.wait()
     core.stop()
     await shell.drain(config.service.drain_s)
+
+
+async def _join(config: ClusterConfig, clock: Clock, records: Records, *, change: bool) -> None:
+    """The set is the cluster's, not a partition's: in etcd it is in a record that all partitions share."""
+    part = own_part(config.metadata_server)
+    whole = None if part is None else part.whole
+    if part is None or not isinstance(config.metadata_server.records, EtcdRecordsConfig):
+        await join_set(records, whole, change=change)
+        return
+    shared = await open_records(config, clock)
+    try:
+        await join_set(shared, whole, change=change)
+    finally:
+        await shared.aclose()
 
 
 async def _only_core(config: ClusterConfig, clock: Clock, records: Records, lifecycle: Lifecycle) -> MetadataCore:
@@ -96,7 +116,8 @@ async def _open_mooncake(
 ) -> MooncakeApp | None:
     """What answers `/metadata` on the metadata server's own port; None: nothing does, or another port."""
     server, mooncake = config.metadata_server, config.metadata_server.mooncake
-    if not mooncake.enabled:
+    part = own_part(server)
+    if not mooncake.enabled or (part is not None and part.number):  # it is one namespace: the first one's
         return None
     token, tls = token_of(mooncake), tls_of(mooncake)
     dialect = await open_dialect(mooncake, records, clock)

@@ -22,6 +22,7 @@ import msgspec
 from kvcore import metric_names
 from kvcore.config import fields, schema
 from kvcore.config.mooncake_metadata import MooncakeMetadataConfig
+from kvcore.config.partitions import PartitionConfig
 from kvcore.config.records import RecordsConfig
 from kvcore.config.security import SecretConfig
 from kvcore.config.tiers import TierConfig
@@ -130,6 +131,8 @@ def config_sections() -> Iterator[tuple[str, str, list[Key]]]:
         if name == "metadata_server":
             path = f"{name}.mooncake."
             yield path, _text(MooncakeMetadataConfig.__doc__), list(_keys(MooncakeMetadataConfig, path))
+            path = f"{name}.partitions[]."
+            yield path, _text(PartitionConfig.__doc__), list(_keys(PartitionConfig, path))
             for kind in get_args(RecordsConfig):
                 yield _described(kind, "metadata_server.records", "Where they are kept.")
         if name == "security":
@@ -234,6 +237,8 @@ def _kind(hint: Any) -> str:
         return "section" if structs else _kind(next(kind for kind in arguments if kind is not type(None)))
     if origin is Literal:
         return " \\| ".join(f"`{choice}`" for choice in arguments)
+    if origin is list and isinstance(arguments[0], type) and issubclass(arguments[0], msgspec.Struct):
+        return "list of sections"
     if origin in (list, dict):
         return "list of text" if origin is list else "mapping"
     if issubclass(hint, StrEnum):

@@ -6,10 +6,18 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from kvcore.config.records import EtcdRecordsConfig
-from kvcore.config.schema import ClusterConfig, EngineConfig, NodeConfig, SimEngineConfig, VllmEngineConfig
-from kvcore.config.servers import metadata_servers
+from kvcore.config.records import EtcdRecordsConfig, SqliteRecordsConfig
+from kvcore.config.schema import (
+    ClusterConfig,
+    EngineConfig,
+    MetadataServerConfig,
+    NodeConfig,
+    SimEngineConfig,
+    VllmEngineConfig,
+)
+from kvcore.config.servers import partitions_of, servers_of
 from kvcore.config.vllm_options import argument, check_arguments
+from kvcore.partitions import MAX_PARTITIONS
 from kvcore.types import Role
 
 _MAX_NAME_CHARS = 100
@@ -22,9 +30,9 @@ def check_cluster(config: ClusterConfig) -> list[str]:
     """What is wrong, as `path: explanation`; empty: nothing."""
     named = _check_name(config.cluster)
     ours = _check_engines(config) if config.handoff.traits.has_store else _check_servers(config)
-    standbys = list(_check_standbys(config))
-    if standbys:
-        return [*named, *standbys]
+    servers = [*_check_standbys(config), *_check_partitions(config)]
+    if servers:
+        return [*named, *servers]
     rest = (_check_nodes, _check_ports, _check_cors, _check_bounds, _check_mooncake, _check_dialect, _check_security)
     return [*named, *ours, *(problem for check in rest for problem in check(config))]
 
@@ -133,19 +141,44 @@ def _check_nodes(config: ClusterConfig) -> Iterator[str]:
             yield f"nodes.{name}.engine: a store has no engine"
         if node.host in _EVERY_INTERFACE:
             yield f"nodes.{name}.host: {node.host} is every interface; give the address by which the others reach it"
-    server = config.metadata_server.host
-    if server in _EVERY_INTERFACE and not all(node.host in _THIS_MACHINE for node in config.nodes.values()):
-        yield f"metadata_server.host: {server} is every interface; give the address by which the nodes reach it"
+    for path, host, _ in _metadata_ports(config.metadata_server):
+        if host in _EVERY_INTERFACE and not all(node.host in _THIS_MACHINE for node in config.nodes.values()):
+            named = path.replace(".port", ".host")
+            yield f"{named}: {host} is every interface; give the address by which the nodes reach it"
 
 
 def _check_standbys(config: ClusterConfig) -> Iterator[str]:
     server = config.metadata_server
-    try:
-        metadata_servers(server)
-    except ValueError as error:
-        yield f"metadata_server.standbys: {error}"
-    if server.standbys and not isinstance(server.records, EtcdRecordsConfig):
-        yield "metadata_server.standbys: several metadata servers share their records; set records: {kind: etcd}"
+    for at, partition in enumerate(partitions_of(server)):
+        path = f"metadata_server.partitions[{at}].standbys" if server.partitions else "metadata_server.standbys"
+        try:
+            servers_of(partition)
+        except ValueError as error:
+            yield f"{path}: {error}"
+        if partition.standbys and not isinstance(server.records, EtcdRecordsConfig):
+            yield f"{path}: several metadata servers share their records; set records: {{kind: etcd}}"
+
+
+def _check_partitions(config: ClusterConfig) -> Iterator[str]:
+    server, path = config.metadata_server, "metadata_server.partitions"
+    if not server.partitions:
+        return
+    usual = MetadataServerConfig()
+    for field in ("host", "port", "standbys"):
+        if getattr(server, field) != getattr(usual, field):
+            yield f"metadata_server.{field}: each of the partitions has its own; take it out"
+    if len(server.partitions) > MAX_PARTITIONS:
+        yield f"{path}: {len(server.partitions)}, and at most {MAX_PARTITIONS} are possible"
+    names = [partition.name for partition in server.partitions]
+    for at, name in enumerate(names):
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
+            yield f"{path}[{at}].name: {name!r}: a name of letters, digits, - and _"
+        elif name in names[:at]:
+            yield f"{path}[{at}].name: {name!r} is the name of another one"
+        if server.partitions[at].port == 0:
+            yield f"{path}[{at}].port: 0 is any free one, which nobody would find"
+    if isinstance(server.records, SqliteRecordsConfig) and server.records.path is not None:
+        yield "metadata_server.records.path: each of the partitions has a file of its own; take it out"
 
 
 def _check_security(config: ClusterConfig) -> Iterator[str]:
@@ -192,13 +225,19 @@ def ports_of(config: ClusterConfig) -> Iterator[tuple[str, str, int]]:
     if not config.handoff.traits.has_store:
         return
     server = config.metadata_server
-    for at, (host, port) in enumerate(metadata_servers(server)):
-        yield f"metadata_server.{f'standbys[{at - 1}]' if at else 'port'}", host, port
+    yield from _metadata_ports(server)
     if server.mooncake.enabled and server.mooncake.port is not None:
         yield "metadata_server.mooncake.port", server.host, server.mooncake.port
     for name, node in config.nodes.items():
         yield f"nodes.{name}.port", node.host, node.port
         yield f"nodes.{name}.transfer_port", node.host, node.transfer_port
+
+
+def _metadata_ports(server: MetadataServerConfig) -> Iterator[tuple[str, str, int]]:
+    for number, partition in enumerate(partitions_of(server)):
+        path = f"metadata_server.partitions[{number}]" if server.partitions else "metadata_server"
+        for at, (host, port) in enumerate(servers_of(partition)):
+            yield f"{path}.{f'standbys[{at - 1}]' if at else 'port'}", host, port
 
 
 def _check_cors(config: ClusterConfig) -> Iterator[str]:

@@ -10,7 +10,7 @@ import re
 import types
 from collections.abc import Mapping
 from enum import Enum
-from typing import Annotated, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, TypeGuard, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -49,7 +49,7 @@ def _convert(raw: object, kind: object, path: str) -> object:
             return parse_byte_size(raw)
         except ValueError as error:
             raise _wrong(path, raw, str(error)) from None
-    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+    if _is_section(kind):
         return _convert_struct(raw, kind, path)
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
@@ -57,12 +57,18 @@ def _convert(raw: object, kind: object, path: str) -> object:
     if origin is dict:
         named = _mapping(raw, path)
         return {str(key): _convert(value, arguments[1], _join(path, str(key))) for key, value in named.items()}
+    if origin is list and isinstance(raw, list) and _is_section(arguments[0]):
+        return [_convert(each, arguments[0], f"{path}[{at}]") for at, each in enumerate(raw)]
     if isinstance(raw, float) and not math.isfinite(raw):
         raise _wrong(path, raw, "expected a finite number")
     try:
         return msgspec.convert(raw, type=kind)
     except msgspec.ValidationError as error:
         raise _wrong(path, raw, _explain(str(error), raw, kind)) from None
+
+
+def _is_section(kind: object) -> TypeGuard[type[msgspec.Struct]]:
+    return isinstance(kind, type) and issubclass(kind, msgspec.Struct)
 
 
 def _convert_struct(raw: object, kind: type[msgspec.Struct], path: str) -> msgspec.Struct:

@@ -10,6 +10,7 @@ import msgspec
 
 from kvcore.config.fields import ByteSize, Count, Port, Rate, Seconds, Section, Share, Text
 from kvcore.config.mooncake_metadata import MooncakeMetadataConfig
+from kvcore.config.partitions import PartitionConfig
 from kvcore.config.records import RecordsConfig, SqliteRecordsConfig
 from kvcore.config.security import SecurityConfig
 from kvcore.config.tiers import DiskTierConfig, TiersConfig
@@ -187,6 +188,8 @@ class MetadataServerConfig(Section, frozen=True, kw_only=True):
     standbys: list[Text] = msgspec.field(default_factory=list)
     """`HOST:PORT` of further metadata servers, one of which takes over when the one that leads is lost. Needs records
     in etcd."""
+    partitions: list[PartitionConfig] = msgspec.field(default_factory=list)
+    """Instead of `host`, `port` and `standbys`: several servers that share the chunk index, each with its own keys."""
     lease_s: Seconds = 4.0
     """Of several: who leads and does not renew its lease for this long leads no longer. Takeover takes up to two."""
 

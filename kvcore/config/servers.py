@@ -1,15 +1,38 @@
-"""The metadata servers that a cluster file names. Pure."""
+"""The metadata servers that a cluster file names, and the partitions of the index that they are of. Pure."""
 
 import msgspec
 
+from kvcore.config.partitions import PartitionConfig
 from kvcore.config.schema import ClusterConfig, MetadataServerConfig
 from kvcore.errors import ConfigError
+from kvcore.partitions import Part, Partitions
 from kvcore.ports import base_url
 
 
-def metadata_servers(server: MetadataServerConfig) -> list[tuple[str, int]]:
+def partitions_of(server: MetadataServerConfig) -> list[PartitionConfig]:
+    """In the file's order; a file without any has one, which has no name."""
+    alone = PartitionConfig(name="", host=server.host, port=server.port, standbys=server.standbys)
+    return server.partitions or [alone]
+
+
+def servers_of(partition: PartitionConfig) -> list[tuple[str, int]]:
     """(host, port) of each: the first, then the standbys in the file's order. Raises ValueError for what is neither."""
-    return [(server.host, server.port), *(_host_and_port(text) for text in server.standbys)]
+    return [(partition.host, partition.port), *(_host_and_port(text) for text in partition.standbys)]
+
+
+def addresses_of(partition: PartitionConfig) -> list[str]:
+    """HOST:PORT of each, in the same order: what `--at` takes."""
+    return [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in servers_of(partition)]
+
+
+def urls_of(partition: PartitionConfig) -> list[str]:
+    """http://host:port of each, in the same order."""
+    return [base_url(host, port) for host, port in servers_of(partition)]
+
+
+def metadata_servers(server: MetadataServerConfig) -> list[tuple[str, int]]:
+    """Those of all partitions, one after the other. Raises ValueError as `servers_of`."""
+    return [each for partition in partitions_of(server) for each in servers_of(partition)]
 
 
 def metadata_urls(server: MetadataServerConfig) -> list[str]:
@@ -17,15 +40,31 @@ def metadata_urls(server: MetadataServerConfig) -> list[str]:
     return [base_url(host, port) for host, port in metadata_servers(server)]
 
 
-def as_server_at(config: ClusterConfig, address: str) -> ClusterConfig:
-    """The file as the metadata server at `address` (HOST:PORT) sees it: that is where it listens, and the others are
-    its standbys. Raises ConfigError if the file names no such server."""
+def own_part(server: MetadataServerConfig) -> Part | None:
+    """Which partition a server is of, given the file as `as_server_at` gives it; None: the file has none."""
+    names = tuple(partition.name for partition in server.partitions)
+    for number, partition in enumerate(server.partitions):
+        if (server.host, server.port) in servers_of(partition):
+            return Part(Partitions(names), number)
+    return None
+
+
+def as_server_at(config: ClusterConfig, address: str | None) -> ClusterConfig:
+    """The file as the metadata server at `address` (HOST:PORT) sees it: that is where it listens, and the others of its
+    partition are its standbys. None: the first, where there are no partitions. Raises ConfigError if the file names no
+    such server."""
     server = config.metadata_server
-    named = [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in metadata_servers(server)]
-    if address not in named:
-        raise ConfigError(f"--at {address}: the file's metadata servers are {', '.join(named)}")
+    if address is None and not server.partitions:
+        return config
+    named = [addresses_of(partition) for partition in partitions_of(server)]
+    everyone = ", ".join(name for names in named for name in names)
+    if address is None:
+        raise ConfigError(f"--at HOST:PORT: missing; the file's metadata servers are {everyone}")
+    own = next((names for names in named if address in names), None)
+    if own is None:
+        raise ConfigError(f"--at {address}: the file's metadata servers are {everyone}")
     host, port = _host_and_port(address)
-    others = [name for name in named if name != address]
+    others = [name for name in own if name != address]
     seen = msgspec.structs.replace(server, host=host, port=port, standbys=others)
     return msgspec.structs.replace(config, metadata_server=seen)
 

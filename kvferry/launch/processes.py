@@ -7,7 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from kvcore.config.schema import ClusterConfig
-from kvcore.config.servers import metadata_servers
+from kvcore.config.servers import addresses_of, partitions_of, servers_of
 from kvcore.ports import base_url
 from kvcore.types import Role
 
@@ -54,19 +54,27 @@ def plan_processes(config: ClusterConfig, config_file: Path, overrides: Sequence
     router_plan = plan("router", ProcessKind.ROUTER, "router", router.host, router.port)
     if not config.handoff.traits.has_store:
         return [router_plan]
-    metadata = metadata_servers(server)
+    metadata = [
+        plan(
+            *(_server_name(partition.name, number), ProcessKind.METADATA_SERVER, "metadata_server", host, port),
+            *(("--at", address) if number > 1 or server.partitions else ()),
+        )
+        for partition in partitions_of(server)
+        for number, (address, (host, port)) in enumerate(
+            zip(addresses_of(partition), servers_of(partition), strict=True), start=1
+        )
+    ]
     return [
-        plan("metadata-server", ProcessKind.METADATA_SERVER, "metadata_server", server.host, server.port),
-        *(
-            plan(
-                *(f"metadata-server-{number}", ProcessKind.METADATA_SERVER, "metadata_server", host, port),
-                *("--at", server.standbys[number - 2]),
-            )
-            for number, (host, port) in enumerate(metadata[1:], start=2)
-        ),
+        *metadata,
         *(
             plan(name, ProcessKind.NODE, _MODULES[node.role], node.host, node.port, "--node", name)
             for name, node in config.nodes.items()
         ),
         router_plan,
     ]
+
+
+def _server_name(partition: str, number: int) -> str:
+    """`number`: of the partition's servers, from 1 on."""
+    parts = ["metadata-server", partition, str(number) if number > 1 else ""]
+    return "-".join(filter(None, parts))

@@ -90,15 +90,16 @@ class ReadLeases:
     before the request arrives, which then gets none.
     """
 
-    def __init__(self, index: ReplicaIndex, last_id: int = 0, *, max_given_back: int = 16_384) -> None:
-        """Of names that were given back before a lease had them the last `max_given_back` are remembered."""
+    def __init__(self, index: ReplicaIndex, last_id: int = 0, *, step: int = 1, max_given_back: int = 16_384) -> None:
+        """`step`: between ids. Of names that were given back before a lease had them the last `max_given_back` are
+        remembered."""
         self._index = index
         self._leases: dict[int, ReadLease] = {}
         self._by_holder: dict[str, set[int]] = {}
         self._by_name: dict[int, int] = {}
         self._given_back: dict[int, None] = {}
         self._max_given_back = max_given_back
-        self._last_id = last_id
+        self._last_id, self._step = last_id, step
         self.nobodys_bytes = 0
         """Pinned by leases without a holder; what several of them pin counts as often."""
 
@@ -119,7 +120,7 @@ class ReadLeases:
         """Pin replicas, each of them complete; returns the lease's id, > 0."""
         lease = ReadLease(tuple(rows), holder, name)
         self._index.pin(lease.rows)
-        self._last_id += 1
+        self._last_id += self._step
         self._leases[self._last_id] = lease
         if name:
             self._by_name[name] = self._last_id

@@ -19,7 +19,14 @@ from metadata_server.index.nodes import LiveNode, NodeRegistry
 from metadata_server.index.reading import Reading
 from metadata_server.index.reservations import Reservations
 from metadata_server.index.tier_holdings import TierHoldings
-from metadata_server.messages import EventKind, ManifestEntry, RegisterReply, RegisterRequest, SegmentManifest
+from metadata_server.messages import (
+    EventKind,
+    ManifestEntry,
+    RegisterReply,
+    RegisterRequest,
+    Room,
+    SegmentManifest,
+)
 
 
 class ClusterMembership:
@@ -36,7 +43,7 @@ class ClusterMembership:
         cache: CacheControl,
         imports: Imports,
         holdings: TierHoldings,
-        new_record: Callable[[Segment, list[ManifestEntry]], SegmentRecord],
+        new_record: Callable[[Segment, list[ManifestEntry], Room | None], SegmentRecord],
         counts: Counter[str],
     ) -> None:
         self._log = log
@@ -113,14 +120,14 @@ class ClusterMembership:
             record = node.segments.get(manifest.segment.id)
             fresh = record is None
             if record is None:
-                record = self._add(node, manifest.segment, [])
+                record = self._add(node, manifest, [])
             record.segment = manifest.segment
             if fresh or record.rebuilding:
                 wanted[manifest.segment.id] = self._imports.begin(record)
         return wanted
 
-    def _add(self, node: LiveNode, segment: Segment, taken: list[ManifestEntry]) -> SegmentRecord:
-        record = self._new_record(segment, taken)
+    def _add(self, node: LiveNode, manifest: SegmentManifest, taken: list[ManifestEntry]) -> SegmentRecord:
+        record = self._new_record(manifest.segment, taken, manifest.room or None)
         self._nodes.add_segment(node, record)
         self._index.rooms.add(record)
         self._cache.room_changed()
@@ -136,8 +143,9 @@ class ClusterMembership:
                 self._imports.end(known)
                 return imported
             return sum(self._index.holds(known, entry) for entry in manifest.entries)
-        entries = acceptable(manifest.segment, manifest.entries)
-        record = self._add(node, manifest.segment, entries)
+        room = manifest.room or Room(start=0, length=manifest.segment.size_bytes)
+        entries = acceptable(room, manifest.entries)
+        record = self._add(node, manifest, entries)
         self._index.adopt(entries[::-1], record)  # the newest generation will be the last to be evicted
         self._cache.stored((entry.key for entry in entries), now)
         return len(entries)

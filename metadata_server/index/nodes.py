@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterator, Set
 
 from kvcore.errors import MetadataProtocolError, NodeRefusedError
+from kvcore.extents import ALIGNMENT
 from kvcore.identity import ClusterIdentity
 from kvcore.types import NodeInfo
 from metadata_server.index.chunks.replicas import Grant
@@ -95,6 +96,12 @@ class NodeRegistry:
                 problem = "is listed twice"
             elif known is not None and known.segment.size_bytes != segment.size_bytes:
                 problem = f"was {known.segment.size_bytes} bytes long and cannot change"
+            elif (room := manifest.room or None) is not None:
+                start, length = room.start, room.length
+                if start % ALIGNMENT or length % ALIGNMENT or start + length > segment.size_bytes:
+                    problem = f"has no room from {start} on, of {length} bytes"
+                elif known is not None and (start, length) != (known.allocator.start, known.allocator.capacity):
+                    problem = f"had its room from {known.allocator.start} on, which cannot change"
             if problem:
                 raise MetadataProtocolError(f"segment {segment.id} {problem}", param=f"segments[{at}].segment")
             seen.add(segment.id)

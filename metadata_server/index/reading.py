@@ -27,10 +27,11 @@ class Reading:
         counts: Counter[str],
         *,
         first_lease: int,
+        step: int = 1,
         limits: IndexLimits,
     ) -> None:
-        """Ids of leases are above `first_lease`."""
-        self.leases = ReadLeases(index, first_lease, max_given_back=limits.max_given_back)
+        """Ids of leases are above `first_lease`, each by `step` above the one before."""
+        self.leases = ReadLeases(index, first_lease, step=step, max_given_back=limits.max_given_back)
         self._nodes = nodes
         self._index = index
         self._deadlines = deadlines

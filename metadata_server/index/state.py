@@ -33,6 +33,7 @@ from metadata_server.index.pins import Pins
 from metadata_server.index.reading import Reading
 from metadata_server.index.reservations import Reservations
 from metadata_server.index.tier_holdings import TierHoldings
+from metadata_server.partitions.joining import check_joins
 from metadata_server.report import IndexReport
 from metadata_server.versions import SPOKEN, Protocols
 
@@ -62,13 +63,14 @@ class MetadataState:
         self._deadlines = deadlines = Deadlines()
         table = ReplicaTable()
         self._pins = Pins(limits.max_pins, self.counters, table)
-        self._index = index = ReplicaIndex(log, first_generation, self._pins, table, limits)
+        first, step = speaks.numbering(first_generation)
+        self._index = index = ReplicaIndex(log, first, self._pins, table, limits, step=step)
         self._nodes = nodes = NodeRegistry(deadlines, node_ttl_s, identity, limits)
         self.orders = nodes.orders
         self._holdings = TierHoldings(limits.max_tier_keys)
         self._reservations = Reservations(config, nodes, index, deadlines, self.counters)
         self.moves = ChunkMoves(nodes, index, self._reservations, self.tick, limits)
-        self._reading = Reading(nodes, index, deadlines, self.counters, first_lease=first_generation, limits=limits)
+        self._reading = Reading(nodes, index, deadlines, self.counters, first_lease=first, step=step, limits=limits)
         self._cache = CacheControl(
             nodes, index, config=config, pins=self._pins, deadlines=deadlines, counts=self.counters, limits=limits
         )
@@ -156,7 +158,7 @@ class MetadataState:
         version of the protocol in common with the server.
         """
         self.tick(now)
-        self.speaks.common(request.spoken, us="the metadata server", them=f"node {request.node.id}")
+        check_joins(self.speaks, request)
         return self.speaks.greet(self._membership.register(request, now))
 
     def import_piece(self, request: ImportRequest, now: float) -> ImportReply:

@@ -5,9 +5,11 @@ Where several share their records, it begins so each time that it leads.
 
 import asyncio
 import secrets
+from dataclasses import replace
 
 from kvcore.clock import Clock
 from kvcore.config.schema import ClusterConfig
+from kvcore.config.servers import own_part
 from kvcore.identity import ClusterIdentity
 from metadata_server.core import MetadataCore
 from metadata_server.index.state import MetadataState
@@ -16,6 +18,7 @@ from metadata_server.records.base import Guard, Records
 from metadata_server.records.limits import RecordsLimits
 from metadata_server.records.node_orders import NodeOrdering
 from metadata_server.records.pins import PinRecords
+from metadata_server.versions import SPOKEN
 
 
 def new_index(config: ClusterConfig, clock: Clock, first: int) -> MetadataState:
@@ -25,6 +28,7 @@ def new_index(config: ClusterConfig, clock: Clock, first: int) -> MetadataState:
         config.store,
         server.node_ttl_s,
         epoch=f"{int(clock.wall() * 1000):x}-{secrets.token_hex(4)}",
+        speaks=replace(SPOKEN, part=own_part(server)),
         first_generation=first,
         identity=ClusterIdentity(config.cluster, config.model.name),
         event_log=server.event_log,

@@ -5,6 +5,7 @@ from pathlib import Path
 from kvcore.clock import Clock
 from kvcore.config.records import EtcdRecordsConfig, MemoryRecordsConfig, SqliteRecordsConfig
 from kvcore.config.schema import ClusterConfig
+from kvcore.partitions import Part
 from kvcore.state_folder import state_folder
 from metadata_server.records.base import Records
 from metadata_server.records.etcd.access import etcd_access
@@ -12,8 +13,9 @@ from metadata_server.records.memory import memory_records
 from metadata_server.records.sqlite import sqlite_records
 
 
-async def open_records(config: ClusterConfig, clock: Clock) -> Records:
-    """Await its `run`, and close it. Raises ConfigError, RecordsDamagedError with the file and what to do."""
+async def open_records(config: ClusterConfig, clock: Clock, part: Part | None = None) -> Records:
+    """Those of one partition, or (None) of the whole cluster. Await its `run`, and close it. Raises ConfigError,
+    RecordsDamagedError with the file and what to do."""
     match config.metadata_server.records:
         case MemoryRecordsConfig():
             return memory_records(clock)
@@ -21,7 +23,7 @@ async def open_records(config: ClusterConfig, clock: Clock) -> Records:
             file = records_file(config)
             return memory_records(clock) if file is None else await sqlite_records(file, clock)
         case EtcdRecordsConfig() as section:
-            access = etcd_access(section, config.cluster)
+            access = etcd_access(section, config.cluster if part is None else f"{config.cluster}/parts/{part.name}")
             from metadata_server.records.etcd.records import open_etcd
 
             return await open_etcd(access, clock)

@@ -54,6 +54,8 @@ class PinRecords:
         for record in (await self._records.listing(PREFIX)).records:
             key = ChunkKey(bytes.fromhex(record.key.removeprefix(PREFIX)))
             until = msgspec.json.decode(record.value, type=PinRecord).until
+            if state.speaks.part is not None and not state.speaks.part.owns(key):
+                continue  # another partition's since the set was changed
             left_s = None if until is None else until - wall
             self._ends[key] = pin_end(now, left_s)
             if left_s is None or left_s > 0:

@@ -24,7 +24,7 @@ def register(core: MetadataCore, clock: Clock, metrics: Metrics) -> Callable[[st
             yield (use.segment.id, "complete"), complete
             yield (use.segment.id, "reserved"), use.reserved_bytes
             yield (use.segment.id, "retiring"), use.retiring_bytes
-            yield (use.segment.id, "free"), use.segment.size_bytes - use.used_bytes
+            yield (use.segment.id, "free"), use.room_bytes - use.used_bytes
 
     def event_log() -> Iterator[Sample]:
         log = core.state.log

@@ -7,6 +7,7 @@ from functools import cache
 
 import msgspec
 
+from kvcore.partitions import MAX_PARTITIONS
 from metadata_server import messages as m
 from metadata_server.bounds import (
     MAX_ADDRESSES,
@@ -176,6 +177,8 @@ _FIELD_BOUNDS: dict[str, dict[str, _Schema]] = {
     "RegisterRequest": {
         "protocol": _VERSION,
         "oldest_protocol": _VERSION,
+        "partitions": {"maxItems": MAX_PARTITIONS, "items": {"type": "string", **_NAME}},
+        "partition": _whole(0, MAX_PARTITIONS),
         "segments": {"maxItems": MAX_NAME},
         "ttl_s": _SECONDS,
     },
@@ -195,6 +198,7 @@ _FIELD_BOUNDS: dict[str, dict[str, _Schema]] = {
         "size_bytes": _LENGTH,
         "addresses": {"maxProperties": MAX_ADDRESSES, "additionalProperties": {"type": "string", **_TEXT}},
     },
+    "Room": {"start": _whole(0, MAX_BYTES), "length": _LENGTH},
     "ManifestEntry": {**_EXTENT, "owner": _OWNER},
     "ReplicaRef": _EXTENT,
     "ImportRequest": {**_NODE, "segment_id": _NAME, "number": _whole(0, MAX_GENERATION), "entries": _ITEMS},

@@ -19,7 +19,7 @@ from support.ports import free_ports
 from engines.torch.kv_cache import KVGeometry
 from kvcore.config.file import load_config
 from kvcore.config.schema import MetadataServerConfig, RouterConfig, StoreConfig
-from kvcore.extents import aligned
+from kvcore.extents import ExtentAllocator, aligned
 from kvcore.process.service import EXIT_CONFIG, EXIT_FAILED, EXIT_FORCED
 from kvcore.types import Segment
 from kvferry.cli import build_parser
@@ -110,7 +110,8 @@ def test_the_worked_example_of_sizes_is_what_the_code_computes():
     length = aligned(HEADER_BYTES + chunk_tokens * kv.token_bytes)
     whole = Segment(id="s", node_id="n", size_bytes=64 << 30, host_id="h", addresses={})
     table, calls, rules = ReplicaTable(), CallCount(), RoomRules(high=StoreConfig().high_watermark)
-    segment = SegmentRecord(whole, [], calls, table=table, order=new_order("lru", table, calls), rules=rules)
+    space, order = ExtentAllocator(whole.size_bytes), new_order("lru", table, calls)
+    segment = SegmentRecord(whole, space, calls, table=table, order=order, rules=rules)
     chunks = 0
     while segment.allocate(length):
         chunks += 1

@@ -338,10 +338,15 @@ class MetadataMachine(RuleBasedStateMachine):
 class AllocatorMachine(RuleBasedStateMachine):
     """Against a plain set of units."""
 
-    @initialize(units=st.integers(1, 40), rest=st.integers(0, UNIT - 1), block=st.sampled_from([1, 3, 1000]))
-    def begin(self, units, rest, block):
-        self.space = ExtentAllocator(units * UNIT + rest, block_bytes=block * UNIT)
-        self.free = set(range(units))
+    @initialize(
+        units=st.integers(1, 40),
+        rest=st.integers(0, UNIT - 1),
+        first=st.sampled_from([0, 0, 3]),
+        block=st.sampled_from([1, 3, 1000]),
+    )
+    def begin(self, units, rest, first, block):
+        self.space = ExtentAllocator(units * UNIT + rest, start=first * UNIT, block_bytes=block * UNIT)
+        self.free = set(range(first, first + units))
         self.held: dict[int, int] = {}
 
     @rule(length=st.integers(1, 9 * UNIT))
@@ -372,7 +377,8 @@ class AllocatorMachine(RuleBasedStateMachine):
     @rule(units=st.integers(1, 4), count=st.integers(1, 6))
     def allocate_run(self, units, count):
         """As many as fit, as if they were asked for one by one."""
-        other = ExtentAllocator(self.space.capacity, [(at, need * UNIT) for at, need in self.held.items()])
+        taken = [(at, need * UNIT) for at, need in self.held.items()]
+        other = ExtentAllocator(self.space.capacity, taken, start=self.space.start)
         most = 0
         while most < count and other.allocate(units * UNIT) is not None:
             most += 1

@@ -4,7 +4,7 @@ from functools import partial
 
 from kvcore.config.schema import StoreConfig
 from kvcore.eviction.quotas import TenantLimit
-from kvcore.extents import ALIGNMENT, aligned
+from kvcore.extents import ALIGNMENT, ExtentAllocator, aligned
 from kvcore.types import Segment
 from metadata_server.index.chunks.calls import CallCount
 from metadata_server.index.chunks.orders import new_key_order, new_order
@@ -12,7 +12,7 @@ from metadata_server.index.chunks.rows import ReplicaTable
 from metadata_server.index.chunks.rules import RoomRules
 from metadata_server.index.chunks.segments import SegmentRecord
 from metadata_server.index.limits import IndexLimits
-from metadata_server.messages import ManifestEntry
+from metadata_server.messages import ManifestEntry, Room
 
 
 class NewSegments:
@@ -25,21 +25,24 @@ class NewSegments:
             tenants = TenantLimit(config.tenant_share, partial(new_key_order, config.eviction, table, calls))
         self._rules = RoomRules(config.high_watermark, config.low_watermark, limits.most_evicted, tenants)
 
-    def record(self, segment: Segment, entries: list[ManifestEntry]) -> SegmentRecord:
-        """Of a segment with room taken by `entries`, which `acceptable` gave, and each of which is to be adopted."""
-        order = new_order(self._eviction, self._table, self._calls)
-        return SegmentRecord(segment, entries, self._calls, table=self._table, order=order, rules=self._rules)
+    def record(self, segment: Segment, entries: list[ManifestEntry], room: Room | None = None) -> SegmentRecord:
+        """Of a segment with room taken by `entries`, which `acceptable` gave, and each of which is to be adopted.
+        `room`: what may be given out of it; None: all."""
+        order, table = new_order(self._eviction, self._table, self._calls), self._table
+        room = room or Room(start=0, length=segment.size_bytes)
+        allocator = ExtentAllocator(room.length, [(entry.offset, entry.length) for entry in entries], start=room.start)
+        return SegmentRecord(segment, allocator, self._calls, table=table, order=order, rules=self._rules)
 
 
-def acceptable(segment: Segment, entries: list[ManifestEntry]) -> list[ManifestEntry]:
+def acceptable(room: Room, entries: list[ManifestEntry]) -> list[ManifestEntry]:
     """Entries that may be adopted, newest generation first: inside, aligned, disjoint, one a key."""
-    capacity = segment.size_bytes // ALIGNMENT * ALIGNMENT
-    taken = bytearray(capacity // ALIGNMENT)  # a byte a unit: overlap is one memchr
+    limit = room.start + room.length // ALIGNMENT * ALIGNMENT
+    taken = bytearray(limit // ALIGNMENT)  # a byte a unit: overlap is one memchr
     keys: set[bytes] = set()
     accepted: list[ManifestEntry] = []
     for entry in sorted(entries, key=lambda e: (-e.generation, e.offset)):
         end = entry.offset + aligned(entry.length)
-        if entry.offset % ALIGNMENT or end > capacity or entry.key in keys:
+        if entry.offset % ALIGNMENT or entry.offset < room.start or end > limit or entry.key in keys:
             continue
         first, last = entry.offset // ALIGNMENT, end // ALIGNMENT
         if taken.find(1, first, last) >= 0:

@@ -4,7 +4,6 @@ Owns generations and the moves RESERVED -> COMPLETE | RETIRING -> gone. Knows no
 `complete` with `copies`, and `writing`, list exactly the replicas in that state; a key has one in a segment at most.
 """
 
-from array import array
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from itertools import repeat
 from typing import cast
 
 from kvcore.types import ChunkKey, OwnerTag, ReplicaRef, Segment
+from metadata_server.index.chunks.latest import LatestRows
 from metadata_server.index.chunks.links import ChunkLinks
 from metadata_server.index.chunks.placement import Place
 from metadata_server.index.chunks.rooms import SegmentRooms
@@ -43,8 +43,16 @@ class ReplicaIndex:
     """Mutated by MetadataState only. Events wait until `publish`, so that one call's changes share events."""
 
     def __init__(
-        self, log: EventLog, first_generation: int, pins: Pins, table: ReplicaTable, limits: IndexLimits
+        self,
+        log: EventLog,
+        first_generation: int,
+        pins: Pins,
+        table: ReplicaTable,
+        limits: IndexLimits,
+        *,
+        step: int = 1,
     ) -> None:
+        """`step`: between generations. Of several partitions each has those of one remainder."""
         self.table = table
         self.rooms = SegmentRooms()
         self.complete: dict[ChunkKey, int] = {}
@@ -56,10 +64,8 @@ class ReplicaIndex:
         """Of each reservation, by its id."""
         self._log = log
         self._pins = pins
-        self._generation = first_generation
-        self._recent = array("i")
-        """Rows of the latest reservations, by the end of their id."""
-        self._num_recent = limits.max_known_commits
+        self._generation, self._step = first_generation, step
+        self._latest = LatestRows(limits.max_known_commits, step)
         self._links = ChunkLinks(table, limits.max_expected_links, self.row_in)
         self._changes: list[tuple[EventKind, SegmentRecord, list[ChunkKey]]] = []
 
@@ -101,7 +107,9 @@ class ReplicaIndex:
 
     def key_of(self, number: int) -> ChunkKey:
         """Of a reservation that `committed` says was committed, or that was committed by this call."""
-        return self.table.keys[self._recent[number % len(self._recent)]]
+        row = self._latest.row(number)
+        assert row is not None, "it was reserved"
+        return self.table.keys[row]
 
     def record(self, row: int) -> SegmentRecord:
         """The segment that a replica lies in."""
@@ -139,9 +147,9 @@ class ReplicaIndex:
 
     def committed(self, number: int, writer: int) -> bool:
         """Whether the reservation `number` of this writer, one of the latest, was committed and is still there."""
-        if not self._recent:
+        row, table = self._latest.row(number), self.table
+        if row is None:
             return False
-        row, table = self._recent[number % len(self._recent)], self.table
         return table.generations[row] == number and table.states[row] == _COMPLETE and table.writers[row] == writer
 
     # --- use -----------------------------------------------------------------------------------------------------
@@ -188,13 +196,13 @@ class ReplicaIndex:
     ) -> list[int]:
         """Reservations of distinct keys, one for each offset of `place`. `parent`: what the first one continues, if
         that is known; `in_order`: each other one continues the one before it."""
-        first, record, offsets = self._generation + 1, place.record, place.offsets
-        ids = range(first, first + len(offsets))
-        self._generation += len(offsets)
+        step, record, offsets = self._step, place.record, place.offsets
+        ids = range(self._generation + step, self._generation + step * len(offsets) + 1, step)
+        self._generation += step * len(offsets)
         extents = zip(keys, offsets, repeat(length), ids)
         rows = self.table.new(len(offsets), extents, segment=record.number, writer=grant.writer)
         record.reserve(rows)
-        self._remember(ids, rows)
+        self._latest.note(ids, rows)
         if self.writing.keys().isdisjoint(keys):
             self.writing.update(zip(keys, zip(rows), strict=True))
         else:
@@ -212,7 +220,8 @@ class ReplicaIndex:
             return
         extents = [(entry.key, entry.offset, entry.length, entry.generation) for entry in entries]
         rows = self.table.new(len(entries), extents, segment=record.number, writer=-1)
-        self._generation = max(self._generation, *(entry.generation for entry in entries))
+        if (newest := max(entry.generation for entry in entries)) > self._generation:
+            self._generation = newest + (self._generation - newest) % self._step
         record.adopt(rows, [entry.owner for entry in entries])
         self._list_complete(rows)
 
@@ -291,16 +300,6 @@ class ReplicaIndex:
         if len(found) == 1:
             return [(found[0], rows)]
         return [(number, [row for row in rows if numbers[row] == number]) for number in found]
-
-    def _remember(self, ids: range, rows: Sequence[int]) -> None:
-        if not self._recent:
-            self._recent = array("i", [0]) * self._num_recent
-        recent, size = self._recent, len(self._recent)
-        if (at := ids.start % size) + len(rows) <= size:
-            recent[at : at + len(rows)] = array("i", rows)
-        else:
-            for number, row in zip(ids, rows, strict=True):
-                recent[number % size] = row
 
     def _list_complete(self, rows: Sequence[int]) -> None:
         keys = [*map(self.table.keys.__getitem__, rows)]

@@ -20,7 +20,7 @@ class SegmentRooms:
         self.records: dict[int, SegmentRecord] = {}
         """By number; none is given twice."""
         self.size_bytes = 0
-        """Of all of them."""
+        """That may be given out in all of them."""
         self._changed: set[SegmentRecord] = set()
         self._ages_changed: set[int] = set()
         self._rooms: dict[int, int] = {}
@@ -37,13 +37,13 @@ class SegmentRooms:
         record.number, record.changed = self._count, self._changed
         self._count += 1
         self.records[record.number] = record
-        self.size_bytes += record.segment.size_bytes
+        self.size_bytes += record.allocator.capacity
         self._changed.add(record)
 
     def remove(self, record: SegmentRecord) -> None:
         """It is no longer a live node's."""
         del self.records[record.number]
-        self.size_bytes -= record.segment.size_bytes
+        self.size_bytes -= record.allocator.capacity
         self._changed.discard(record)
         record.changed = set()
         self._ages_changed.discard(record.number)
@@ -116,7 +116,7 @@ class SegmentRooms:
             assert use is None or number in waiting | self._ages_changed or (listed is not None and listed <= use)
         assert {(-room, number) for number, room in self._rooms.items()} <= set(self._by_room)
         assert {(use, number) for number, use in self._ages.items()} <= set(self._by_age)
-        assert self.size_bytes == sum(record.segment.size_bytes for record in self.records.values())
+        assert self.size_bytes == sum(record.allocator.capacity for record in self.records.values())
 
     def _settle(self) -> None:
         for record in self._changed:

@@ -17,7 +17,6 @@ from metadata_server.index.chunks.calls import CallCount
 from metadata_server.index.chunks.orders import SegmentOrder
 from metadata_server.index.chunks.rows import NOTHING, TRANSITIONS, ReplicaState, ReplicaTable
 from metadata_server.index.chunks.rules import RoomRules
-from metadata_server.messages import ManifestEntry
 
 _RESERVED, _COMPLETE, _RETIRING = ReplicaState.RESERVED, ReplicaState.COMPLETE, ReplicaState.RETIRING
 
@@ -28,17 +27,17 @@ class SegmentRecord:
     def __init__(
         self,
         segment: Segment,
-        taken: list[ManifestEntry],
+        allocator: ExtentAllocator,
         calls: CallCount,
         *,
         table: ReplicaTable,
         order: SegmentOrder,
         rules: RoomRules = RoomRules(),
     ) -> None:
-        """`taken` as `acceptable` gave them; each is then to be adopted. `calls`: the same for all segments."""
+        """`allocator`: of the room to give out; what it has taken is to be adopted. `calls`: one for all segments."""
         self.segment = segment
         self.number = -1  # of the record, while it is listed in the index
-        self.allocator = ExtentAllocator(segment.size_bytes, [(entry.offset, entry.length) for entry in taken])
+        self.allocator = allocator
         self.num_complete, self.rebuilding = 0, False
         self.changed: set[SegmentRecord] = set()
         """It puts itself there when its room or next victim may be another; set by who lists segments by these."""
@@ -228,6 +227,7 @@ class SegmentRecord:
             used_bytes=self.allocator.used,
             reserved_bytes=self._bytes_in[_RESERVED],
             retiring_bytes=self._bytes_in[_RETIRING],
+            room_bytes=self.allocator.capacity,
             num_replicas=self.num_complete,
             rebuilding=self.rebuilding,
         )

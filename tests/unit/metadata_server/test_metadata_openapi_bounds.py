@@ -41,8 +41,15 @@ def examples() -> dict[str, Any]:
     state.register(registration("a"), 0.0)
     (replica,) = granted(state.reserve(reservation("a", [1]), 0.0))
     register = msgspec.structs.replace(
-        registration("a", entries=[entry]), protocol=1, oldest_protocol=1, in_pieces=False
+        registration("a", entries=[entry]),
+        protocol=1,
+        oldest_protocol=1,
+        in_pieces=False,
+        partitions=["a", "b"],
+        partition=1,
     )
+    manifest = msgspec.structs.replace(register.segments[0], room=m.Room(start=0, length=1))
+    register = msgspec.structs.replace(register, segments=[manifest])
     requests: list[msgspec.Struct] = [
         register,
         ac.ImportRequest(**NODE, segment_id="a.1", number=1, entries=[entry]),

@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.metadata_words import UNIT, granted, keys, new_state, put, registration, reservation, segment, stored
 
+from kvcore.extents import ExtentAllocator
 from metadata_server.index.chunks.calls import CallCount
 from metadata_server.index.chunks.orders import new_order
 from metadata_server.index.chunks.placement import Placer
@@ -108,7 +109,11 @@ def test_a_prompt_without_a_wish_stays_together():
 def new_rooms(sizes: list[int]) -> tuple[SegmentRooms, list[SegmentRecord]]:
     rooms, table, calls = SegmentRooms(), ReplicaTable(), CallCount()
     records = [
-        SegmentRecord(segment(f"s{at}", units=units), [], calls, table=table, order=new_order("lru", table, calls))
+        SegmentRecord(
+            *(segment(f"s{at}", units=units), ExtentAllocator(units * UNIT), calls),
+            table=table,
+            order=new_order("lru", table, calls),
+        )
         for at, units in enumerate(sizes)
     ]
     for record in records:
