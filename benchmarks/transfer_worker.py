@@ -26,6 +26,7 @@ from kvcore.config.schema import TransportConfig, TransportKind
 from kvcore.errors import ConfigError, TransferError
 from kvcore.process.service import loop_factory
 from kvcore.types import ChunkKey, KVSpec, NodeInfo, Role, Segment
+from kvstore.integrity.checks import Integrity
 from kvstore.put_session import PutChunk
 from kvstore.store import KVStore
 from kvstore.types import GetOutcome
@@ -97,7 +98,7 @@ class Initiator:
             for memory in (self._source, self._target):
                 engine.register(memory)
             self._moves[kind] = self._transfers(engine)
-            for name, verify in ((f"store-{kind}", True), (f"unverified-{kind}", False)):
+            for name, integrity in ((f"store-{kind}", Integrity()), (f"unverified-{kind}", Integrity("header"))):
                 store = KVStore(
                     spec=_spec(),
                     node_id="n0",
@@ -106,7 +107,7 @@ class Initiator:
                     transfer=engine,
                     clock=SystemClock(),
                     host_id=host_identity(),
-                    verify=verify,
+                    integrity=integrity,
                 )
                 stack.push_async_callback(store.aclose)
                 self._moves[name] = _StoreMove(store, self._numbers, self._source, self._target)

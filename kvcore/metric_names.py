@@ -109,7 +109,8 @@ NODE_HEARTBEAT_FAILURES = _counter("node_heartbeat_failures_total", "Heartbeats 
 NODE_SEGMENT_BYTES = _gauge("node_segment_bytes", "Size of the node's segment")
 TIER_CHUNKS = _counter(
     "tier_chunks_total",
-    "Chunks by what became of them: saved, there, dropped, gone, failed, promoted, damaged, missing, computed, no_room",
+    "Chunks by what became of them: saved, there, dropped, gone, failed, promoted, damaged, forged, unproven, missing, "
+    "computed, no_room",
     "tier",
     "what",
 )

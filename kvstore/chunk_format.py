@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import xxhash
 
 from kvcore.chunk_keys import OWNER_BYTES
+from kvcore.trust.keys import KEY_ID_BYTES
 from kvcore.types import ChunkKey, OwnerTag
 from kvstore.types import GetOutcome
 
@@ -26,12 +27,12 @@ HEADER_BYTES = 128
 ALIGNMENT = 4096
 """Extents begin at multiples of this, so that a scan need not look anywhere else."""
 
-_FIELDS = struct.Struct(f"<8sHHI16s16sQQQ{OWNER_BYTES}s{NONCE_BYTES}s{MAC_BYTES}s")
+_FIELDS = struct.Struct(f"<8sHHI16s16sQQQ{OWNER_BYTES}s{NONCE_BYTES}s{MAC_BYTES}s{KEY_ID_BYTES}s")
 _CRC = struct.Struct("<I")
 _CRC_OFFSET = HEADER_BYTES - _CRC.size
 _RESERVED = bytes(_CRC_OFFSET - _FIELDS.size)
 _NO_OWNER = bytes(OWNER_BYTES)
-_OWNER_OFFSET = _FIELDS.size - OWNER_BYTES - NONCE_BYTES - MAC_BYTES
+_OWNER_OFFSET = _FIELDS.size - OWNER_BYTES - NONCE_BYTES - MAC_BYTES - KEY_ID_BYTES
 _SINCE_OWNER = bytes(_CRC_OFFSET - _OWNER_OFFSET)
 """What was reserved, and zero, before."""
 
@@ -39,7 +40,8 @@ _SINCE_OWNER = bytes(_CRC_OFFSET - _OWNER_OFFSET)
 @dataclass(frozen=True, slots=True)
 class ChunkHeader:
     """What a header says. `checksum` is xxh3_64 (seed 0) of the payload, `payload_length` in bytes. `owner`: whose
-    quota the chunk counts for; None: not known. `nonce` and `mac`: zeros if there is none."""
+    quota the chunk counts for; None: not known. `nonce`, `mac` and `key_id`, which names the secret that the MAC's key
+    comes from: zeros if there is none (`kvstore.integrity`)."""
 
     key: ChunkKey
     fingerprint: bytes
@@ -50,6 +52,7 @@ class ChunkHeader:
     owner: OwnerTag | None = None
     nonce: bytes = bytes(NONCE_BYTES)
     mac: bytes = bytes(MAC_BYTES)
+    key_id: bytes = bytes(KEY_ID_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,8 @@ class Expected:
     fingerprint: bytes
     generation: int
     payload_length: int
+    owner: OwnerTag | None = None
+    """None: whoever's."""
 
 
 def checksum(payload: Sequence[memoryview]) -> int:
@@ -72,36 +77,14 @@ def checksum(payload: Sequence[memoryview]) -> int:
     return int(digest.intdigest())
 
 
-class RunningChecksum:
-    """`checksum` of a payload that passes part by part behind its header, as a transport shows it (`TransferOp`)."""
-
-    def __init__(self, payload_length: int) -> None:
-        self._digest = xxhash.xxh3_64()
-        self._skip = HEADER_BYTES
-        self._left = payload_length
-
-    def show(self, part: memoryview) -> None:
-        """The next bytes of header and payload."""
-        if self._skip:
-            skipped = min(self._skip, part.nbytes)
-            self._skip -= skipped
-            part = part[skipped:]
-        self._left -= part.nbytes
-        self._digest.update(part)
-
-    @property
-    def value(self) -> int | None:
-        """The checksum; None if not exactly the payload's bytes were shown."""
-        return None if self._skip or self._left else int(self._digest.intdigest())
-
-
 def pack(header: ChunkHeader) -> bytes:
     """The HEADER_BYTES that stand in front of the payload. Raises ValueError for a field that does not fit."""
     owner = header.owner or _NO_OWNER
     if len(header.key) != 16 or len(header.fingerprint) != 16:
         raise ValueError("a chunk's key and fingerprint have 16 bytes each")
-    if (len(owner), len(header.nonce), len(header.mac)) != (OWNER_BYTES, NONCE_BYTES, MAC_BYTES):
-        raise ValueError(f"owner, nonce and MAC have {OWNER_BYTES}, {NONCE_BYTES} and {MAC_BYTES} bytes")
+    lengths = (len(owner), len(header.nonce), len(header.mac), len(header.key_id))
+    if lengths != (OWNER_BYTES, NONCE_BYTES, MAC_BYTES, KEY_ID_BYTES):
+        raise ValueError(f"owner, nonce, MAC and the id of its key do not have {lengths} bytes")
     try:
         fields = _FIELDS.pack(
             MAGIC,
@@ -116,6 +99,7 @@ def pack(header: ChunkHeader) -> bytes:
             owner,
             header.nonce,
             header.mac,
+            header.key_id,
         )
     except struct.error as error:
         raise ValueError(f"{header} does not fit the chunk header: {error}") from error
@@ -123,7 +107,7 @@ def pack(header: ChunkHeader) -> bytes:
     return body + _CRC.pack(zlib.crc32(body))
 
 
-def parse(raw: bytes | memoryview) -> ChunkHeader | None:
+def parse(raw: bytes | bytearray | memoryview) -> ChunkHeader | None:
     """The header in the first HEADER_BYTES of `raw`; None if it is not one (magic, version, length, reserved, CRC)."""
     if len(raw) < HEADER_BYTES:
         return None
@@ -135,7 +119,7 @@ def parse(raw: bytes | memoryview) -> ChunkHeader | None:
         return None
     if version == _WITHOUT_OWNER and body[_OWNER_OFFSET:] != _SINCE_OWNER:
         return None
-    token_count, key, fingerprint, payload_length, payload_checksum, generation, owner, nonce, mac = fields
+    token_count, key, fingerprint, payload_length, payload_checksum, generation, owner, nonce, mac, key_id = fields
     return ChunkHeader(
         key=ChunkKey(key),
         fingerprint=fingerprint,
@@ -146,33 +130,28 @@ def parse(raw: bytes | memoryview) -> ChunkHeader | None:
         owner=None if owner == _NO_OWNER else OwnerTag(owner),
         nonce=nonce,
         mac=mac,
+        key_id=key_id,
     )
 
 
-def verify(
-    raw_header: bytes | memoryview,
-    expected: Expected,
-    payload: Sequence[memoryview],
-    *,
-    check_payload: bool = True,
-    known_checksum: int | None = None,
-) -> GetOutcome:
-    """Whether header and payload, both the reader's own copies, are the expected chunk. `check_payload` False leaves
-    the checksum out; `known_checksum` is the payload's, where it was computed on the way. Another fingerprint is
-    FOREIGN; another key or generation STALE: the place was given away."""
-    header = parse(raw_header)
-    if header is None:
-        return GetOutcome.MALFORMED
+def header_outcome(header: ChunkHeader, expected: Expected) -> GetOutcome:
+    """Whether the header is that of the expected chunk. Another fingerprint or owner is FOREIGN; another key or
+    generation STALE: the place was given away."""
     if header.fingerprint != expected.fingerprint:
         return GetOutcome.FOREIGN
     if header.key != expected.key or header.generation != expected.generation:
         return GetOutcome.STALE
-    if header.payload_length != expected.payload_length or header.payload_length != _num_bytes(payload):
+    if expected.owner is not None and header.owner not in (None, expected.owner):
+        return GetOutcome.FOREIGN
+    return GetOutcome.OK if header.payload_length == expected.payload_length else GetOutcome.MALFORMED
+
+
+def verify(raw_header: bytes | memoryview, expected: Expected, payload: Sequence[memoryview]) -> GetOutcome:
+    """Whether header and payload are the expected chunk, undamaged. Forgery is `kvstore.integrity`'s matter."""
+    header = parse(raw_header)
+    if header is None or sum(view.nbytes for view in payload) != expected.payload_length:
         return GetOutcome.MALFORMED
-    if check_payload and header.checksum != (checksum(payload) if known_checksum is None else known_checksum):
+    found = header_outcome(header, expected)
+    if found is GetOutcome.OK and checksum(payload) != header.checksum:
         return GetOutcome.CHECKSUM
-    return GetOutcome.OK
-
-
-def _num_bytes(views: Sequence[memoryview]) -> int:
-    return sum(view.nbytes for view in views)
+    return found

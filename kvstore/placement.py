@@ -27,12 +27,14 @@ from kvstore.types import Match
 from metadata_server.cache_messages import ReleaseRequest
 from metadata_server.client import MetadataClient
 from metadata_server.messages import (
+    FORGERIES,
     IN_ORDER,
     ONLY_PREFERRED,
     OWNERS,
     MatchReply,
     MatchRequest,
     QuarantineItem,
+    QuarantineReason,
     QuarantineRequest,
     ReplicaIds,
     ReserveItem,
@@ -219,6 +221,8 @@ class Placement:
 
     async def quarantine(self, items: Sequence[QuarantineItem]) -> None:
         """Report replicas that were wrong; if the server is away the next reader will."""
+        if self._metadata.protocol < FORGERIES:
+            items = [_as_damaged(item) for item in items]
         request = QuarantineRequest(items=list(items))
         if await self._value(self._done(self._metadata.quarantine(request))) is None:
             self._counters.add(Count.REPORTS_DROPPED, len(items))
@@ -318,3 +322,9 @@ class Placement:
             log_fields(_log, logging.ERROR, "metadata_protocol", error=error.message)
         else:
             self._counters.add(Count.METADATA_UNAVAILABLE)
+
+
+def _as_damaged(item: QuarantineItem) -> QuarantineItem:
+    """In the words of a server of before FORGERIES."""
+    forged = item.reason in (QuarantineReason.FORGED, QuarantineReason.UNPROVEN)
+    return msgspec.structs.replace(item, reason=QuarantineReason.CHECKSUM) if forged else item

@@ -1,6 +1,6 @@
 """Reading chunks: choose replicas, move all of a batch at once, verify the copies, go on with the next replicas.
 
-Owns nothing between calls. Invariant: a chunk is OK only if its bytes in the caller's buffers were hashed after they
+Owns nothing between calls. Invariant: a chunk is OK only if its bytes in the caller's buffers were gone over after they
 had been written there for the last time: while they arrived if the transport shows them, else once all have.
 """
 
@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 from kvcore.clock import Clock
 from kvcore.errors import SegmentUnknownError, TransferError
-from kvcore.types import ReplicaRef, Segment
+from kvcore.types import OwnerTag, ReplicaRef, Segment
 from kvstore.checksums import run_sized
-from kvstore.chunk_format import HEADER_BYTES, Expected, RunningChecksum, verify
+from kvstore.chunk_format import HEADER_BYTES, Expected
 from kvstore.counters import Count, StoreCounters
+from kvstore.integrity.checks import Checking, Integrity
 from kvstore.limits import StoreLimits
 from kvstore.routes import Routes
 from kvstore.types import Direction, GetOutcome, GetResult, Match, MovedBytes, RunBlocking
@@ -37,9 +38,13 @@ class _Wanted:
     header: memoryview
     payload: Sequence[memoryview]
     num_bytes: int
+    owner: OwnerTag | None
     outcome: GetOutcome = GetOutcome.UNREACHABLE
-    passed: RunningChecksum | None = None
+    checking: Checking | None = None
     """Of the attempt under way."""
+
+    def expected(self, replica: ReplicaRef, fingerprint: bytes) -> Expected:
+        return Expected(replica.key, fingerprint, replica.generation, self.num_bytes - HEADER_BYTES, self.owner)
 
     @property
     def open(self) -> bool:
@@ -65,7 +70,7 @@ class ChunkReader:
         routes: Routes,
         clock: Clock,
         counters: StoreCounters,
-        check_payload: bool,
+        integrity: Integrity,
         run_blocking: RunBlocking,
         limits: StoreLimits,
     ) -> None:
@@ -74,17 +79,23 @@ class ChunkReader:
         self._routes = routes
         self._clock = clock
         self._counters = counters
-        self._check_payload = check_payload
+        self._integrity = integrity
         self._run_blocking = run_blocking
         self._inline_bytes = limits.inline_hash_bytes
 
     async def read(
-        self, match: Match, start: int, buffers: Sequence[Sequence[memoryview]], timeout_s: float
+        self,
+        match: Match,
+        start: int,
+        buffers: Sequence[Sequence[memoryview]],
+        timeout_s: float,
+        *,
+        owner: OwnerTag | None = None,
     ) -> ReadReport:
         """As KVStore.get_into. What is left of the time is shared evenly by the replicas still to try."""
         deadline = self._clock.now() + timeout_s
         report = ReadReport(GetResult([], []), [])
-        wanted = self._plan(match, start, buffers, report)
+        wanted = self._plan(match, start, buffers, owner, report)
         while pending := [chunk for chunk in wanted if chunk.open]:
             left_s = deadline - self._clock.now()
             if left_s <= 0:
@@ -97,7 +108,12 @@ class ChunkReader:
         return report
 
     def _plan(
-        self, match: Match, start: int, buffers: Sequence[Sequence[memoryview]], report: ReadReport
+        self,
+        match: Match,
+        start: int,
+        buffers: Sequence[Sequence[memoryview]],
+        owner: OwnerTag | None,
+        report: ReadReport,
     ) -> list[_Wanted]:
         # Each replica that the index names is one of three:
         # 1. of another length than the caller's buffers: not the chunk that is wanted; reported, never read;
@@ -109,7 +125,7 @@ class ChunkReader:
         for index, payload in enumerate(buffers):
             header = headers[index * HEADER_BYTES : (index + 1) * HEADER_BYTES]
             num_bytes = HEADER_BYTES + sum(view.nbytes for view in payload)
-            chunk = _Wanted([], header, payload, num_bytes)
+            chunk = _Wanted([], header, payload, num_bytes, owner)
             for replica in match.replicas[start + index]:
                 if replica.length != num_bytes:
                     self._refuse(chunk, replica, GetOutcome.MALFORMED, report)
@@ -142,8 +158,8 @@ class ChunkReader:
     ) -> None:
         ops: list[TransferOp] = []
         for chunk, attempt in batch:
-            chunk.passed = RunningChecksum(chunk.num_bytes - HEADER_BYTES) if self._check_payload else None
-            show = chunk.passed.show if chunk.passed else None
+            checking = chunk.checking = self._integrity.checking(chunk.expected(attempt.replica, self._fingerprint))
+            show = checking.show if self._integrity.verify != "header" else None
             ops.append(TransferOp(attempt.segment, attempt.replica.offset, [chunk.header, *chunk.payload], show))
         began = self._clock.now()
         errors = await self._transfer.read(ops, timeout_s)
@@ -163,23 +179,12 @@ class ChunkReader:
             await self._verify(arrived, report)
 
     async def _verify(self, arrived: Sequence[tuple[_Wanted, _Attempt]], report: ReadReport) -> None:
-        def outcomes() -> list[GetOutcome]:
-            found = []
-            for chunk, attempt in arrived:
-                replica, payload_bytes = attempt.replica, chunk.num_bytes - HEADER_BYTES
-                expected = Expected(replica.key, self._fingerprint, replica.generation, payload_bytes)
-                found.append(
-                    verify(
-                        chunk.header,
-                        expected,
-                        chunk.payload,
-                        check_payload=self._check_payload,
-                        known_checksum=chunk.passed.value if chunk.passed else None,
-                    )
-                )
-            return found
+        checks = [(chunk.checking, chunk) for chunk, _ in arrived if chunk.checking is not None]
 
-        hashed = sum(chunk.num_bytes for chunk, _ in arrived if chunk.passed and chunk.passed.value is None)
+        def outcomes() -> list[GetOutcome]:
+            return [checking.outcome(chunk.header, chunk.payload) for checking, chunk in checks]
+
+        hashed = sum(chunk.num_bytes for checking, chunk in checks if not checking.done)
         found = await run_sized(self._run_blocking, hashed, outcomes, inline_bytes=self._inline_bytes)
         for (chunk, attempt), outcome in zip(arrived, found, strict=True):
             if outcome is GetOutcome.OK:

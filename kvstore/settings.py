@@ -3,6 +3,8 @@
 import msgspec
 
 from kvcore.config.schema import ClusterConfig, StoreConfig, TransportConfig
+from kvcore.config.security import SecretConfig
+from kvstore.integrity.checks import Verify
 from metadata_server.connect import MetadataEndpoints, endpoints_of
 
 
@@ -17,8 +19,9 @@ class KVStoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     metadata: MetadataEndpoints
     transport: TransportConfig
     store: StoreConfig
-    verify: bool = True
-    """False leaves payload checksums out of reads, not the header."""
+    verify: Verify = "checksum"
+    secret: SecretConfig | None = None
+    """Where the cluster's secret is; the process reads it there itself."""
 
 
 def store_settings(config: ClusterConfig, *, node_id: str, incarnation: int, host_id: str) -> KVStoreSettings:
@@ -30,5 +33,16 @@ def store_settings(config: ClusterConfig, *, node_id: str, incarnation: int, hos
         metadata=endpoints_of(config.metadata_server),
         transport=config.transport,
         store=config.store,
-        verify=config.kv.verify,
+        verify=chosen_verify(config),
+        secret=config.security.secret,
     )
+
+
+def chosen_verify(config: ClusterConfig) -> Verify:
+    """What a cluster file has checked of chunks."""
+    said = config.kv.verify
+    if isinstance(said, str):
+        return said
+    if not said:
+        return "header"
+    return "checksum" if config.security.secret is None else "mac"

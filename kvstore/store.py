@@ -13,6 +13,7 @@ from kvcore.types import ChunkKey, KVSpec, OwnerTag
 from kvstore.background import Background
 from kvstore.chunk_format import HEADER_BYTES
 from kvstore.counters import Count, StoreCounters
+from kvstore.integrity.checks import Integrity
 from kvstore.limits import StoreLimits
 from kvstore.placement import Placement, Reserved
 from kvstore.put_session import PutContext, PutSession
@@ -44,12 +45,12 @@ class KVStore:
         clock: Clock,
         host_id: str | None = None,
         config: StoreConfig | None = None,
-        verify: bool = True,
+        integrity: Integrity | None = None,
         run_blocking: RunBlocking | None = None,
         limits: StoreLimits = StoreLimits(),
     ) -> None:
-        """Default `config`: StoreConfig(). `verify` False leaves payload checksums out of reads, not the header."""
-        config = config or StoreConfig()
+        """Default `config`: StoreConfig(). `integrity`: how chunks are sealed and checked; by checksum if not given."""
+        config, integrity = config or StoreConfig(), integrity or Integrity()
         self._counters = StoreCounters()
         self._background = Background(limits.max_background_tasks)
         self._reports: set[asyncio.Task[None]] = set()
@@ -75,7 +76,7 @@ class KVStore:
             routes=routes,
             clock=clock,
             counters=self._counters,
-            check_payload=verify,
+            integrity=integrity,
             run_blocking=run,
             limits=limits,
         )
@@ -87,6 +88,7 @@ class KVStore:
                 routes=routes,
                 clock=clock,
                 counters=self._counters,
+                integrity=integrity,
                 run_blocking=run,
                 limits=limits,
             ),
@@ -125,18 +127,25 @@ class KVStore:
         return await self._placement.wait(keys, more_than, timeout_s, leased=leased) if keys else Match()
 
     async def get_into(
-        self, match: Match, start: int, buffers: Sequence[Sequence[memoryview]], *, timeout_s: float
+        self,
+        match: Match,
+        start: int,
+        buffers: Sequence[Sequence[memoryview]],
+        *,
+        timeout_s: float,
+        owner: OwnerTag | None = None,
     ) -> GetResult:
         """Read chunks `start .. start + len(buffers)` of the match, each scattered over the views `buffers[i]` (payload
         only, together exactly the chunk's size, writable, C-contiguous; not to be read before the call has returned).
 
         Every chunk is verified on the caller's copy; one that fails is read from its next replica while time is left,
         and what was wrong is reported to the metadata server in the background. Never raises for a chunk's sake.
+        `owner`: whose chunks they have to be, if that is known.
         """
         if not 0 <= start <= start + len(buffers) <= match.num_chunks:
             raise ValueError(f"chunks {start}..{start + len(buffers)} are not in a match of {match.num_chunks}")
         with self._placement.renewing(match):
-            report = await self._reader.read(match, start, buffers, timeout_s)
+            report = await self._reader.read(match, start, buffers, timeout_s, owner=owner)
         if report.refused:
             if self._background.full:
                 self._counters.add(Count.REPORTS_DROPPED, len(report.refused))

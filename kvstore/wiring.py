@@ -1,11 +1,14 @@
 """The one place where a KVStore is made with its metadata client and its transports, and where they are closed."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 from kvcore.clock import Clock, SystemClock
+from kvcore.trust.secrets import open_secrets
 from kvcore.types import KVSpec
+from kvstore.integrity.checks import Integrity
 from kvstore.placement import Placement
 from kvstore.settings import KVStoreSettings
 from kvstore.store import KVStore
@@ -42,14 +45,17 @@ class StoreWiring:
         self,
         settings: KVStoreSettings,
         clock: Clock,
+        *,
         metadata: MetadataClient,
         transfer: TransferSelector,
+        integrity: Integrity,
         stack: AsyncExitStack,
     ) -> None:
         self._settings = settings
         self._clock = clock
         self._metadata = metadata
         self._transfer = transfer
+        self._integrity = integrity
         self._stack = stack
 
     def open_store(self, spec: KVSpec) -> OpenedStore:
@@ -64,7 +70,7 @@ class StoreWiring:
             clock=self._clock,
             host_id=settings.host_id,
             config=settings.store,
-            verify=settings.verify,
+            integrity=self._integrity,
         )
         self._stack.push_async_callback(store.aclose)
         return OpenedStore(store, lambda: dict(self._transfer.choices()))
@@ -72,16 +78,17 @@ class StoreWiring:
 
 @asynccontextmanager
 async def open_wiring(settings: KVStoreSettings, clock: Clock) -> AsyncIterator[StoreWiring]:
-    """Over HTTP and the configured transports. Raises ConfigError where a transport cannot be had.
+    """Over HTTP and the configured transports. Raises ConfigError where a transport or the secret cannot be had.
 
     Closes stores, transports and metadata client, in this order.
     """
+    integrity = Integrity(settings.verify, await asyncio.to_thread(open_secrets, settings.secret))
     async with AsyncExitStack() as stack:
         metadata = connect_client(settings.metadata, clock)
         stack.push_async_callback(metadata.aclose)
         transfer = build_transfer(settings.transport, settings.host_id)
         stack.push_async_callback(transfer.aclose)
-        yield StoreWiring(settings, clock, metadata, transfer, stack)
+        yield StoreWiring(settings, clock, metadata=metadata, transfer=transfer, integrity=integrity, stack=stack)
 
 
 @asynccontextmanager

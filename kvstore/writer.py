@@ -1,7 +1,7 @@
-"""Writing chunks: all of a batch at once, checksummed while the bytes pass.
+"""Writing chunks: all of a batch at once, sealed while the bytes pass: with a checksum, and a MAC where there are MACs.
 
 Owns nothing between calls. Invariants: no byte is written at or after `write_by`; a chunk that was written is whole.
-Its header goes first, with the checksum 0, and again with the true one when the payload has landed: who comes to read
+Its header goes first, without its seal, and again with it when the payload has landed: who comes to read
 meanwhile what lay there before, or this, finds another chunk or a damaged one.
 """
 
@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from kvcore.clock import Clock
 from kvcore.types import OwnerTag, ReplicaRef, Segment
 from kvstore.checksums import run_sized
-from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, RunningChecksum, checksum, pack
+from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, pack
 from kvstore.counters import Count, StoreCounters
+from kvstore.integrity.checks import Integrity, Sealing
 from kvstore.limits import StoreLimits
 from kvstore.routes import Routes
 from kvstore.types import Direction, MovedBytes, RunBlocking
@@ -28,7 +29,7 @@ class Outgoing:
     token_count: int
     payload: Sequence[memoryview]
     owner: OwnerTag | None = None
-    checksum: int = 0
+    sealed: ChunkHeader | None = None
     written: bool = False
 
     @property
@@ -59,9 +60,11 @@ class ChunkWriter:
         routes: Routes,
         clock: Clock,
         counters: StoreCounters,
+        integrity: Integrity,
         run_blocking: RunBlocking,
         limits: StoreLimits,
     ) -> None:
+        self._integrity = integrity
         self._fingerprint = fingerprint
         self._transfer = transfer
         self._routes = routes
@@ -106,23 +109,20 @@ class ChunkWriter:
             chunk.written = True
 
     async def _send_and_hash(self, batch: _Batch) -> list[Outgoing]:
-        """Those whose payload, and a header without checksum, have landed; their checksums are known then."""
+        """Those whose payload, and a header without its seal, have landed; their seals are known then."""
         transport = self._routes.transport(batch.segment)
         chunks = batch.chunks
         if transport in self._silent:
             ops = [self._op(batch, chunk) for chunk in chunks]
             landed, _ = await asyncio.gather(self._send(batch, chunks, ops), self._hash(chunks))
             return landed
-        passed = [RunningChecksum(chunk.payload_bytes) for chunk in chunks]
+        passed = [self._integrity.sealing(self._unsealed(chunk)) for chunk in chunks]
         landed = await self._send(
             batch, chunks, [self._op(batch, chunk, running) for chunk, running in zip(chunks, passed, strict=True)]
         )
-        unknown = []
-        for chunk, running in zip(chunks, passed, strict=True):
-            if (value := running.value) is not None:
-                chunk.checksum = value
-            elif chunk in landed:
-                unknown.append(chunk)
+        for chunk, sealing in zip(chunks, passed, strict=True):
+            chunk.sealed = sealing.header()
+        unknown = [chunk for chunk in landed if chunk.sealed is None]
         if unknown:
             if len(unknown) == len(landed):
                 self._silent.add(transport)
@@ -150,33 +150,32 @@ class ChunkWriter:
     async def _hash(self, chunks: Sequence[Outgoing]) -> None:
         def work() -> None:
             for chunk in chunks:
-                chunk.checksum = checksum(chunk.payload)
+                chunk.sealed = self._integrity.seal(self._unsealed(chunk), chunk.payload)
 
         num_bytes = sum(chunk.payload_bytes for chunk in chunks)
         await run_sized(self._run_blocking, num_bytes, work, inline_bytes=self._limits.inline_hash_bytes)
 
     def _op(
-        self, batch: _Batch, chunk: Outgoing, running: RunningChecksum | None = None, *, hash_now: bool = False
+        self, batch: _Batch, chunk: Outgoing, sealing: Sealing | None = None, *, hash_now: bool = False
     ) -> TransferOp:
-        """Header and payload; `hash_now`: the header has its true checksum at once."""
+        """Header and payload; `hash_now`: the header has its seal at once."""
         if hash_now:
-            chunk.checksum = checksum(chunk.payload)
-        show = None if running is None else running.show
+            chunk.sealed = self._integrity.seal(self._unsealed(chunk), chunk.payload)
+        show = None if sealing is None else sealing.show
         return TransferOp(batch.segment, chunk.replica.offset, [self._header(chunk), *chunk.payload], show)
 
     def _header(self, chunk: Outgoing) -> memoryview:
-        return memoryview(
-            pack(
-                ChunkHeader(
-                    key=chunk.replica.key,
-                    fingerprint=self._fingerprint,
-                    token_count=chunk.token_count,
-                    payload_length=chunk.payload_bytes,
-                    checksum=chunk.checksum,
-                    generation=chunk.replica.generation,
-                    owner=chunk.owner,
-                )
-            )
+        return memoryview(pack(chunk.sealed or self._unsealed(chunk)))
+
+    def _unsealed(self, chunk: Outgoing) -> ChunkHeader:
+        return ChunkHeader(
+            key=chunk.replica.key,
+            fingerprint=self._fingerprint,
+            token_count=chunk.token_count,
+            payload_length=chunk.payload_bytes,
+            checksum=0,
+            generation=chunk.replica.generation,
+            owner=chunk.owner,
         )
 
     def _moved(self, batch: _Batch) -> MovedBytes | None:

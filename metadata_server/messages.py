@@ -29,6 +29,8 @@ PARTITIONS = 5
 """Since which several servers may share the index, each with a slice of every segment."""
 TOLD_OWNERS = 5
 """Since which they tell whose it is, too."""
+FORGERIES = 5
+"""Since which readers say of a replica that it is `forged` or `unproven`; to older servers they say `checksum`."""
 
 
 class RequestBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -275,6 +277,8 @@ class QuarantineReason(StrEnum):
     FOREIGN = "foreign"
     MALFORMED = "malformed"
     UNREACHABLE = "unreachable"
+    FORGED = "forged"
+    UNPROVEN = "unproven"
 
 
 class QuarantineItem(RequestBody, frozen=True, kw_only=True):

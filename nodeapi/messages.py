@@ -279,7 +279,8 @@ class TierReport(_TolerantMessage, frozen=True, kw_only=True):
     problem: str = ""
     """What is wrong with it now; empty: nothing."""
     counts: dict[str, int] = {}
-    """Chunks since start: saved, there, dropped, gone, failed, promoted, damaged, missing, computed, no_room."""
+    """Chunks since start: saved, there, dropped, gone, failed, promoted, damaged, forged, unproven, missing, computed,
+    no_room."""
     load_rate: float | None = None
     """Bytes a second, as a running estimate."""
     save_rate: float | None = None

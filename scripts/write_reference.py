@@ -234,7 +234,7 @@ def _kind(hint: Any) -> str:
         return _kind(arguments[0]) + _bounds(arguments[1])
     if origin in (Union, types.UnionType):
         structs = [kind for kind in arguments if isinstance(kind, type) and issubclass(kind, msgspec.Struct)]
-        return "section" if structs else _kind(next(kind for kind in arguments if kind is not type(None)))
+        return "section" if structs else " or ".join(_kind(kind) for kind in arguments if kind is not type(None))
     if origin is Literal:
         return " \\| ".join(f"`{choice}`" for choice in arguments)
     if origin is list and isinstance(arguments[0], type) and issubclass(arguments[0], msgspec.Struct):

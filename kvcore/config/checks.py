@@ -183,6 +183,8 @@ def _check_partitions(config: ClusterConfig) -> Iterator[str]:
 
 def _check_security(config: ClusterConfig) -> Iterator[str]:
     secret = config.security.secret
+    if config.kv.verify == "mac" and secret is None:
+        yield "kv.verify: mac needs the cluster's secret: set security.secret"
     if secret is not None and sum(given is not None for given in (secret.file, secret.env, secret.command)) != 1:
         yield "security.secret: give one of file, env and command"
 

@@ -95,8 +95,12 @@ def _convert_union(raw: object, arguments: tuple[object, ...], path: str) -> obj
     if raw is None and type(None) in arguments:
         return None
     if not structs:
-        (only,) = (kind for kind in arguments if kind is not type(None))
-        return _convert(raw, only, path)
+        plain = [kind for kind in arguments if kind is not type(None)]
+        if len(plain) == 1:
+            return _convert(raw, plain[0], path)
+        if isinstance(raw, bool) and bool in plain:
+            return raw
+        return _convert(raw, next(kind for kind in plain if kind is not bool), path)  # true, false or a word
     if len(structs) == 1:  # a section that may be left out
         return _convert_struct(raw, structs[0], path)
     by_tag = {str(kind.__struct_config__.tag): kind for kind in structs}

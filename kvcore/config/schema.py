@@ -47,8 +47,9 @@ class KVConfig(Section, frozen=True, kw_only=True):
 
     chunk_tokens: Count = 256
     """Tokens of one chunk: what is stored, found and moved at once. All nodes of a cluster have the same."""
-    verify: bool = True
-    """Checksum every chunk on read. Header fields are always checked."""
+    verify: bool | Literal["checksum", "mac"] = True
+    """What is checked of a chunk that is read, beside its header. `checksum`: whether it is damaged. `mac`: whether it
+    was written with the cluster's secret. `true`: `mac` if there is one, else `checksum`. `false`: nothing."""
 
 
 class TorchEngineConfig(Section, frozen=True, kw_only=True, tag_field="kind", tag="torch"):

@@ -63,7 +63,8 @@ class TierLoader:
         limits: MoveLimits,
     ) -> None:
         self.counts: Counter[tuple[str, str]] = Counter()
-        """(tier, what) -> chunks since start: `promoted`, `damaged`, `missing` (found, then not there), `no_room`."""
+        """(tier, what) -> chunks since start: `promoted`, `missing` (found, then not there), `no_room`, and of those
+        that were refused and removed there `forged`, `unproven` and `damaged`."""
         self.on_promoted: Callable[[GuardedTier, Sequence[ChunkKey]], None] = lambda _tier, _keys: None
         self.on_lost: Callable[[GuardedTier, Sequence[ChunkKey]], None] = lambda _tier, _keys: None
         self._segment, self._timeouts, self._clock, self._limits = segment, timeouts, clock, limits
@@ -150,7 +151,7 @@ class TierLoader:
             elif outcome is not TierOutcome.DAMAGED and not (outcome is TierOutcome.TOO_LARGE and plan.one_prompt):
                 continue
             damaged.append(chunk.name)
-            self.counts[tier.name, "damaged"] += 1
+            self.counts[tier.name, why if why in (GetOutcome.FORGED, GetOutcome.UNPROVEN) else "damaged"] += 1
             log_fields(_logger, logging.WARNING, "tier_damaged", tier=tier.name, chunk=chunk.name.text, why=why)
         if damaged or missing:
             self.on_lost(tier, [*missing, *(name.key for name in damaged)])

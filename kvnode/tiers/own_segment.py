@@ -9,7 +9,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
 from kvcore.types import ChunkKey, OwnerTag, ReplicaRef
-from kvstore.chunk_format import HEADER_BYTES, Expected, pack, parse, verify
+from kvstore.chunk_format import HEADER_BYTES, Expected, pack, parse
+from kvstore.integrity.checks import Integrity
 from kvstore.placement import Placement, Reserved
 from kvstore.tiers.base import ChunkName, TierChunk
 from kvstore.types import GetOutcome, Match
@@ -40,14 +41,17 @@ class ReservedRoom:
 
 
 class OwnSegment:
-    """`view` is the segment's memory, `segment_id` its name at the metadata server."""
+    """`view` is the segment's memory, `segment_id` its name at the metadata server. `integrity`: how what comes from
+    tiers is checked."""
 
-    def __init__(self, view: memoryview, segment_id: str, placement: Placement) -> None:
+    def __init__(
+        self, view: memoryview, segment_id: str, placement: Placement, integrity: Integrity = Integrity()
+    ) -> None:
         self.segment_id = segment_id
         self.node_id = segment_id.rpartition(".")[0]
         self.size_bytes = view.nbytes
         self._view = view
-        self._placement = placement
+        self._placement, self.integrity = placement, integrity
 
     def __repr__(self) -> str:
         return f"<OwnSegment {self.segment_id}, {self.size_bytes} bytes>"
@@ -102,11 +106,13 @@ class OwnSegment:
         header = parse(memory[:HEADER_BYTES])
         if header is None:
             return GetOutcome.MALFORMED
-        expected = Expected(key, chunk.name.fingerprint, header.generation, place.length - HEADER_BYTES)
-        outcome = verify(memory[:HEADER_BYTES], expected, [memory[HEADER_BYTES:]])
+        owner, payload_bytes = room.reserved.owner, place.length - HEADER_BYTES
+        expected = Expected(key, chunk.name.fingerprint, header.generation, payload_bytes, owner)
+        outcome = self.integrity.check(memory[:HEADER_BYTES], expected, [memory[HEADER_BYTES:]])
         if outcome is GetOutcome.OK:
-            owner = header.owner or room.reserved.owner
-            memory[:HEADER_BYTES] = pack(replace(header, generation=place.generation, owner=owner))
+            if header.owner is None and not any(header.key_id):  # a MAC is over the owner, too
+                header = replace(header, owner=owner)
+            memory[:HEADER_BYTES] = pack(replace(header, generation=place.generation))
         return outcome
 
     async def commit(self, room: ReservedRoom, keys: Sequence[ChunkKey], *, timeout_s: float) -> set[ChunkKey]:

@@ -6,13 +6,16 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from kvcore.clock import Clock
 from kvcore.config.schema import ClusterConfig
+from kvcore.trust.secrets import open_secrets
 from kvnode.membership import Membership
 from kvnode.segment_owner import SegmentOwner
 from kvnode.tasks import cancelled, spawned
 from kvnode.tiers.node_tiers import NodeTiers, OpenTier, open_node_tiers
 from kvnode.tiers.own_segment import OwnSegment
 from kvnode.tiers.peers import PeerDisks
+from kvstore.integrity.checks import Integrity
 from kvstore.placement import Placement
+from kvstore.settings import chosen_verify
 from kvstore.tiers.opening import TierPlace, configured, open_tier
 from metadata_server.client import MetadataClient
 from metadata_server.connect import connect_subscription, endpoints_of
@@ -40,6 +43,9 @@ async def start_tiers(
             opened.append(OpenTier(tier, section))
         client = HttpNodeClient(connect_timeout_s=config.router.connect_timeout_s, max_connections=64)
         stack.push_async_callback(client.aclose)
+        secrets = await asyncio.to_thread(open_secrets, config.security.secret)
+        verify = chosen_verify(config)
+        integrity = Integrity("checksum" if verify == "header" else verify, secrets)  # what a tier gives is checked
         placement = Placement(metadata, node_id=node.id, incarnation=node.incarnation, clock=clock, config=store)
         tiers = await stack.enter_async_context(
             open_node_tiers(
@@ -48,7 +54,7 @@ async def start_tiers(
                 tenant_share=store.tenant_share,
                 node=node,
                 host_id=owner.segment.host_id,
-                segment=OwnSegment(owner.view, owner.segment.id, placement),
+                segment=OwnSegment(owner.view, owner.segment.id, placement, integrity),
                 placement=placement,
                 metadata=metadata,
                 clock=clock,

@@ -7,7 +7,7 @@ that lies there as it is, and one that is encoded, is told by its length, so a t
 import asyncio
 import importlib
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
 from typing import TypeVar
@@ -15,11 +15,13 @@ from typing import TypeVar
 from kvcore.config.tiers import Codec
 from kvcore.errors import ConfigError, TransferError
 from kvcore.types import KVSpec
-from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, checksum, pack, parse
+from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, Expected, pack, parse
 from kvstore.codecs import int8
 from kvstore.codecs.frame import FRONT_BYTES, CodecKind, Frame, is_whole, pack_frame, parse_frame
 from kvstore.codecs.layout import ITEM_BYTES, KVLayout, UnknownLayoutError, kv_layout
+from kvstore.integrity.checks import Integrity
 from kvstore.tiers.base import ChunkName, Cleared, GenerationList, Tier, TierChunk, TierOutcome, TierStats
+from kvstore.types import GetOutcome
 from transfer.blocking import BatchDeadline, BlockingPool
 from transfer.memory.copying import copy
 
@@ -31,10 +33,13 @@ _Result = TypeVar("_Result")
 class CodecTier:
     """See `Tier`; whose closing it takes over. With the codec `none` it saves chunks as they are, and reads all."""
 
-    def __init__(self, tier: Tier, codec: Codec = "none", *, threads: int = 2) -> None:
-        """Raises ConfigError where what the codec needs is not installed."""
+    def __init__(
+        self, tier: Tier, codec: Codec = "none", integrity: Integrity = Integrity(), *, threads: int = 2
+    ) -> None:
+        """`integrity`: how chunks are sealed anew whose bytes a lossy codec changes. Raises ConfigError where what the
+        codec needs is not installed."""
         self.name, self.shared, self.max_chunk_bytes = tier.name, tier.shared, tier.max_chunk_bytes
-        self._tier, self._codec = tier, codec
+        self._tier, self._codec, self._integrity = tier, codec, integrity
         self._lossless = _lossless() if codec == "lossless" else None
         if codec == "lossless" and self._lossless is None:
             raise ConfigError(f"tiers.{tier.name}.codec: lossless needs blosc2: pip install 'kvferry[codec]'")
@@ -202,16 +207,19 @@ class CodecTier:
         return _Coded(chunk.header(), Frame(CodecKind.LOSSLESS, self._element_bytes, len(body)), body)
 
     def _in_int8(self, header: ChunkHeader, payload: memoryview) -> "_Coded | None":
-        """With the checksum of what it decodes to: so the chunk's own is checked here, by the last who can."""
+        """With the seal of what it decodes to: so the chunk's own is checked here, by the last who can."""
         layout = self._layouts.get(header.fingerprint)
-        if layout is None or payload.nbytes % layout.block_bytes or checksum([payload]) != header.checksum:
+        expected = Expected(header.key, header.fingerprint, header.generation, payload.nbytes)
+        if layout is None or payload.nbytes % layout.block_bytes:
+            return None
+        if self._integrity.check(pack(header), expected, [payload]) is not GetOutcome.OK:
             return None
         if (coded := int8.encode(payload, layout, header.token_count)) is None:
             return None
         body, decoded = coded
         element_bytes = ITEM_BYTES[layout.dtype]
-        moved = replace(header, checksum=checksum([memoryview(decoded)]))
-        return _Coded(pack(moved), Frame(CodecKind.INT8, element_bytes, len(body)), body)
+        sealed = self._integrity.seal(header, [memoryview(decoded)])
+        return _Coded(pack(sealed), Frame(CodecKind.INT8, element_bytes, len(body)), body)
 
     def _decoded(self, pair: tuple[TierChunk, TierChunk]) -> TierOutcome:
         """From what was stored into the memory of the one that was asked for."""

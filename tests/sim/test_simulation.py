@@ -12,6 +12,7 @@ from support.sim_cluster import Variant, run_seed
 from support.sim_nodes import DataFaults
 from support.slow import slow_but
 
+from kvstore.integrity.checks import Integrity
 from metadata_server.index.reading import Reading
 from metadata_server.index.state import MetadataState
 from router.requests import legs as router_legs
@@ -94,7 +95,7 @@ def problems(seeds: range, variant: Variant | None = None) -> list[str]:
 
 
 def test_it_finds_a_store_that_does_not_verify():
-    broken = Variant(verify=False, data=DataFaults(flip=0.5))
+    broken = Variant(integrity=Integrity("header"), data=DataFaults(flip=0.5))
     assert any("is wrong" in problem for problem in problems(range(5), broken))
 
 

@@ -25,6 +25,7 @@ import router.requests.run
 from kvcore.config.schema import ClusterConfig, ModelConfig, NodeConfig, RouterConfig
 from kvcore.errors import KVFerryError, NodeUnavailableError, OverloadedError
 from kvcore.types import ChunkKey, Role
+from kvstore.integrity.checks import Integrity
 from kvstore.types import GetOutcome
 from metadata_server.subscription import IndexSubscription
 from router.cache.limits import WatchLimits
@@ -90,12 +91,12 @@ class _CheckedMachine(RequestMachine):
 
 @dataclass
 class Variant:
-    """How a run differs from the usual one. `verify` False: the stores check no payload, which is a bug to be found.
+    """How a run differs from the usual one. `integrity`: without checks of the payload there is a bug to be found.
     `peaceful`: nothing fails, of network, data and machines, but what a `plan` of the caller's own says. `revisions`:
     of the weights; a node has one of them each time that it starts, and decoders are killed more often. `strangers`:
     faults of identity come to the others."""
 
-    verify: bool = True
+    integrity: Integrity = Integrity()
     peaceful: bool = False
     revisions: tuple[str, ...] = ()
     strangers: bool = False
@@ -142,7 +143,7 @@ class SimCluster:
             node_ttl_s=plan.node_ttl_s,
             data=DataFaults(0, 0, 0, 0, 0) if variant.peaceful else variant.data,
             sizes=plan.sizes,
-            verify=variant.verify,
+            integrity=variant.integrity,
             revisions=variant.revisions,
             tiers=SimTiers(plan.tiers, self.clock, seed) if plan.tiers is not None else None,
         )

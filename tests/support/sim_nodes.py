@@ -37,6 +37,7 @@ from kvnode.tiers.node_tiers import NodeTiers, open_node_tiers
 from kvnode.tiers.own_segment import OwnSegment
 from kvnode.tiers.peers import PeerDisks
 from kvstore.chunk_format import HEADER_BYTES
+from kvstore.integrity.checks import Integrity
 from kvstore.manifest import scan
 from kvstore.placement import Placement
 from kvstore.store import KVStore
@@ -78,7 +79,7 @@ class DataFaults:
 
 @dataclass
 class SimSetup:
-    """What all simulated machines share. `verify` False: a mutant without checksums."""
+    """What all simulated machines share. `integrity`: another one for a mutant without checksums, or for MACs."""
 
     network: SimNetwork
     clock: LoopClock
@@ -90,7 +91,7 @@ class SimSetup:
     data: DataFaults
     sizes: Mapping[str, int] = field(default_factory=dict)
     """Bytes of the segments of nodes that have other than `segment_bytes`."""
-    verify: bool = True
+    integrity: Integrity = Integrity()
     revisions: tuple[str, ...] = ()
     """Of the weights: nodes that start again have one of these. Empty: all have what `engine` says."""
     memory: dict[str, memoryview] = field(default_factory=dict)
@@ -287,7 +288,7 @@ class SimNode(NodeService):
             host_id=self.host,
             clock=setup.clock,
             config=setup.store,
-            verify=setup.verify,
+            integrity=setup.integrity,
             run_blocking=run_inline,
         )
 
@@ -396,7 +397,7 @@ class SimNode(NodeService):
                     sim.config,
                     tenant_share=setup.store.tenant_share,
                     node=node,
-                    segment=OwnSegment(memory, self.segment.id, placement),
+                    segment=OwnSegment(memory, self.segment.id, placement, setup.integrity),
                     placement=placement,
                     metadata=client,
                     clock=setup.clock,

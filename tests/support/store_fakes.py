@@ -11,6 +11,7 @@ from kvcore.clock import Clock, SystemClock
 from kvcore.config.schema import StoreConfig
 from kvcore.errors import MetadataUnavailableError, OverloadedError
 from kvcore.types import ChunkKey, KVSpec, NodeInfo, ReplicaRef, Role, Segment
+from kvstore.integrity.checks import Integrity
 from kvstore.limits import StoreLimits
 from kvstore.store import KVStore
 from kvstore.types import GetOutcome, run_inline
@@ -149,7 +150,7 @@ class World:
         transfer: TransferEngine,
         config: StoreConfig | None = None,
         spec: KVSpec = SPEC,
-        verify: bool = True,
+        integrity: Integrity | None = None,
     ) -> tuple[KVStore, Wire]:
         wire = Wire(self.dispatch)
         store = KVStore(
@@ -161,7 +162,7 @@ class World:
             host_id="h",
             clock=self.clock,
             config=config,
-            verify=verify,
+            integrity=integrity,
             run_blocking=run_inline,
             limits=self.limits,
         )

@@ -22,6 +22,7 @@ from support.store_fakes import (
 from kvcore.clock import ManualClock
 from kvcore.errors import PeerUnreachableError, TransferTimeoutError
 from kvstore.chunk_format import HEADER_BYTES
+from kvstore.integrity.checks import Integrity
 from kvstore.limits import StoreLimits
 from kvstore.types import Direction, GetOutcome, Lease, Match
 from transfer.inproc import InprocFault, InprocTransfer
@@ -59,7 +60,7 @@ async def test_a_flipped_byte_is_a_miss_of_that_chunk_alone_and_is_reported(worl
 
 async def test_without_checking_a_flipped_payload_byte_passes_but_never_a_flipped_header(world):
     world.add_node("a")
-    store, _ = world.store("a", InprocTransfer(world.memory), verify=False)
+    store, _ = world.store("a", InprocTransfer(world.memory), integrity=Integrity("header"))
     await put(store)
     world.memory["a.1"][replica(world, 0).offset + HEADER_BYTES] ^= 1
     world.memory["a.1"][replica(world, 1).offset + 20] ^= 1
