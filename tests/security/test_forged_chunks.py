@@ -47,10 +47,10 @@ class Cluster:
             assert await session.commit(timeout_s=CALL_S) == [key]
         return self.world.replicas(key)[0].ref
 
-    async def get(self, key: ChunkKey) -> tuple[GetOutcome, bytes]:
+    async def get(self, key: ChunkKey, owner: OwnerTag | None = None) -> tuple[GetOutcome, bytes]:
         match = await self.store.match([key], timeout_s=CALL_S)
         into = bytearray(CHUNK_BYTES)
-        result = await self.store.get_into(match, 0, [[memoryview(into)]], timeout_s=CALL_S)
+        result = await self.store.get_into(match, 0, [[memoryview(into)]], timeout_s=CALL_S, owner=owner)
         await self.store.release(match)
         return result.outcomes[0], bytes(into)
 
@@ -116,6 +116,13 @@ async def test_an_old_copy_of_the_same_chunk_is_stale_or_has_the_right_bytes(clu
     assert await cluster.get(MINE) == (GetOutcome.OK, payload(MINE[0]))
 
 
+async def test_a_reader_that_knows_its_tenant_takes_no_others_chunk(cluster):
+    await cluster.put(MINE, OTHER_TENANT)
+    assert (await cluster.get(MINE, TENANT))[0] is GetOutcome.FOREIGN
+    await cluster.put(MINE, TENANT)
+    assert (await cluster.get(MINE, TENANT))[0] is GetOutcome.OK
+
+
 # --- tiers ---
 
 
@@ -164,7 +171,7 @@ def written(key: ChunkKey, owner: OwnerTag, integrity: Integrity) -> bytes:
     return pack(integrity.seal(header, [memoryview(body)])) + body
 
 
-QUICK = ("memory", "disk", "folder")
+QUICK, SLOW = ("memory", "disk", "folder"), ("lossless_disk", "redis", "redis_cluster", "mooncake", "s3")
 
 
 @pytest.fixture
@@ -175,7 +182,8 @@ def name(request: pytest.FixtureRequest) -> ChunkName:
 
 @pytest.fixture(
     params=[
-        pytest.param(kind, marks=[*KINDS[kind].marks, *([] if kind in QUICK else [pytest.mark.slow])]) for kind in KINDS
+        *QUICK,
+        *(pytest.param(kind, marks=[*KINDS[kind].marks, pytest.mark.slow]) for kind in SLOW),
     ]
 )
 async def tier(request: pytest.FixtureRequest) -> AsyncIterator[Tier]:

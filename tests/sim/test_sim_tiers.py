@@ -8,9 +8,9 @@ from support.sim_cluster import Variant, run_seed
 from support.sim_tier_plan import make_tier_plan
 from support.slow import slow_but
 
-from kvnode.tiers import own_segment
 from kvnode.tiers.filler import TierFiller
 from kvnode.tiers.own_segment import OwnSegment
+from kvstore.integrity.checks import Integrity
 from kvstore.tiers.guarded import GuardedTier
 from kvstore.types import GetOutcome
 
@@ -80,7 +80,7 @@ async def _nothing(*_args, **_kwargs):
 
 
 def without_verification(patch):
-    patch.setattr(own_segment, "verify", lambda *_: GetOutcome.OK)
+    patch.setattr(Integrity, "check", lambda *_: GetOutcome.OK)
 
 
 def with_bytes_that_stay_under_way(patch):

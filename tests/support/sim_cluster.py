@@ -11,6 +11,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from unittest.mock import patch
 
+from support.sim_adversary import Adversary
 from support.sim_loop import LoopClock, SimSeedLoop, run_sim
 from support.sim_network import Rates, SimNetwork, SimProcess, Trace
 from support.sim_nodes import CLUSTER, MODEL, DataFaults, SimMetadata, SimNode, SimSetup
@@ -94,12 +95,13 @@ class Variant:
     """How a run differs from the usual one. `integrity`: without checks of the payload there is a bug to be found.
     `peaceful`: nothing fails, of network, data and machines, but what a `plan` of the caller's own says. `revisions`:
     of the weights; a node has one of them each time that it starts, and decoders are killed more often. `strangers`:
-    faults of identity come to the others."""
+    faults of identity come to the others. `adversary`: somebody changes chunks (`support.sim_adversary`)."""
 
     integrity: Integrity = Integrity()
     peaceful: bool = False
     revisions: tuple[str, ...] = ()
     strangers: bool = False
+    adversary: bool = False
     data: DataFaults = field(default_factory=DataFaults)
     plan: Plan | None = None
     """Instead of the seed's."""
@@ -184,6 +186,7 @@ class SimCluster:
             self.strangers = Strangers(self.setup, self.metadata, self.client, self.nodes, variant.peaceful)
             faults = [*self._planned, *identity_faults(seed, plan.requests, peaceful=variant.peaceful)]
             self._planned = sorted(faults, key=lambda fault: fault.at_s)
+        self._adversary = Adversary(self.setup, self.trace, seed) if variant.adversary else None
         self.dice = random.Random(seed + 1)
         self.problems: list[str] = []
         self.answers: list[Answer] = []
@@ -199,8 +202,11 @@ class SimCluster:
         self.router.spawn(self.subscription.run())
         await asyncio.sleep(0.5)
         faults = asyncio.create_task(self._faults())
+        hostile = asyncio.create_task(self._adversary.run()) if self._adversary is not None else None
         await asyncio.gather(*(self._client(wanted) for wanted in self.plan.requests))
         await faults
+        if hostile is not None:
+            hostile.cancel()
         self._make_peace()
         self.trace("peace")
         await self._settle()
