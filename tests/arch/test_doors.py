@@ -11,6 +11,7 @@ PUBLIC = {
     "kvstore": {
         *("store", "types", "settings", "wiring", "put_session", "placement", "manifest", "chunk_format"),
         "codecs",
+        "integrity",
         "tiers",
     },
 }
