@@ -12,6 +12,7 @@ from kvcore.errors import ConfigError
 from kvcore.process.service import EXIT_CONFIG
 from kvcore.release import release
 from kvferry.cache.arguments import add_cache
+from kvferry.janitor.arguments import add_janitor
 from kvferry.nodes.arguments import add_nodes
 from kvferry.secret import add_secret
 
@@ -59,6 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_nodes(_command(commands, "nodes", None, text), cluster_file)
     text = "make the secret by which the processes of a cluster know each other"
     add_secret(_command(commands, "secret", None, text))
+    text = "say what a running cluster keeps for nodes and clients that are gone; changes nothing without --apply"
+    add_janitor(_command(commands, "janitor", None, text), cluster_file)
     status = _command(commands, "status", _status, "show nodes, segments, requests and hit rate of a running cluster")
     status.add_argument(
         "--config", type=cluster_file, help=f"where the addresses are (default: {DEFAULT_CONFIG}, if it exists)"

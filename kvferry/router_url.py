@@ -1,14 +1,52 @@
-"""Where the router is that a command asks: named, in the cluster file, or at the default address. And what it is asked
-through."""
+"""Commands that ask a router: how they are added to a command line, where the router is, and what it is asked through.
+
+It is named, in the cluster file, or at the default address. Imports nothing heavy.
+"""
 
 import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+_Commands = TypeVar("_Commands")
+
+
+class RouterCommands(Generic[_Commands]):
+    """The commands below one, each with the options that say where the router is."""
+
+    def __init__(
+        self,
+        parser: argparse.ArgumentParser,
+        config_type: Callable[[str], Path],
+        make: Callable[[argparse.Namespace], _Commands],
+    ) -> None:
+        """`make`: what carries them out, by the arguments; imported when one is asked for."""
+        self._commands = parser.add_subparsers(metavar="WHAT", required=True)
+        self._config_type, self._make = config_type, make
+
+    def add(self, name: str, run: Callable[[_Commands, argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        """One more; returns its parser."""
+        made = self._commands.add_parser(name, help=text, description=text)
+        made.set_defaults(command=lambda arguments: run(self._make(arguments), arguments))
+        add_router_options(made, self._config_type)
+        return made
+
+
+def seconds(text: str) -> float:
+    """Of `30s`, `10m`, `24h`, `7d` or a number, as the type of an argument."""
+    number, unit = (text[:-1], text[-1]) if text[-1:] in _UNITS else (text, "s")
+    try:
+        found = float(number) * _UNITS[unit]
+    except ValueError:
+        found = 0.0
+    if not 0 < found < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no time: write 30s, 10m, 24h, 7d")
+    return found
 
 
 def add_router_options(parser: argparse.ArgumentParser, config_type: Callable[[str], Path]) -> None:

@@ -11,8 +11,9 @@ from kvcore.chunk_keys import KEY_BYTES, OWNER_BYTES
 from kvcore.errors import MetadataProtocolError
 from kvcore.partitions import MAX_PARTITIONS
 from kvcore.types import ChunkKey, OwnerTag, ReplicaRef
-from metadata_server.account_messages import ImportRequest
-from metadata_server.messages import ManifestEntry, RegisterRequest, Room
+from metadata_server.account_messages import ImportRequest, OrphansRequest, RemoveOrphansRequest
+from metadata_server.cache_messages import ReleaseRequest, RenewRequest
+from metadata_server.messages import ManifestEntry, QuarantineRequest, RegisterRequest, Room, TellHoldingsRequest
 
 MAX_ITEMS = 65_536
 """Keys, items or ids in one request; manifest entries are bounded by the body's size."""
@@ -149,3 +150,40 @@ def check_import(request: ImportRequest) -> None:
     check_incarnation(request.number, "number")
     check_items(request.entries, "entries")
     check_extents(request.entries, "entries")
+
+
+def check_orphans(request: OrphansRequest | RemoveOrphansRequest) -> None:
+    """A look at what is orphaned, or a removal."""
+    check_items(request.known, "known")
+    check_seconds(request.older_s, "older_s", zero=True, most=MAX_KEEP_SECONDS)
+    if isinstance(request, RemoveOrphansRequest):
+        check_items(request.ids, "ids")
+
+
+def check_quarantine(request: QuarantineRequest) -> None:
+    """Replicas that a reader refused."""
+    check_items(request.items, "items")
+    for at, item in enumerate(request.items):
+        check_extent(item.replica, f"items[{at}].replica")
+
+
+def check_tell_holdings(request: TellHoldingsRequest) -> None:
+    """What came to a node's disk and left it."""
+    check_name(request.node_id, "node_id")
+    check_incarnation(request.incarnation, "incarnation")
+    check_keys(request.added, "added")
+    check_keys(request.removed, "removed")
+
+
+def check_renew(request: RenewRequest) -> None:
+    """Leases to be renewed."""
+    check_name(request.node_id, "node_id")
+    check_incarnation(request.incarnation, "incarnation")
+    check_items(request.lease_ids, "lease_ids")
+    check_seconds(request.lease_s, "lease_s")
+
+
+def check_release(request: ReleaseRequest) -> None:
+    """Leases to be ended."""
+    check_items(request.lease_ids, "lease_ids")
+    check_items(request.lease_names or (), "lease_names")

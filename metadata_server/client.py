@@ -15,7 +15,15 @@ from kvcore.clock import Clock
 from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
 from kvcore.types import ChunkKey
 from metadata_server import endpoints
-from metadata_server.account_messages import ImportReply, ImportRequest, Stats
+from metadata_server.account_messages import (
+    ImportReply,
+    ImportRequest,
+    OrphansReply,
+    OrphansRequest,
+    RemoveOrphansReply,
+    RemoveOrphansRequest,
+    Stats,
+)
 from metadata_server.cache_messages import (
     CacheReply,
     EvictRequest,
@@ -236,6 +244,16 @@ class MetadataClient:
     async def node_orders(self, *, timeout_s: float | None = None) -> NodeOrdersReply:
         """Which nodes are drained, and which were removed."""
         return await self._call(endpoints.NODE_ORDERS, None, timeout_s)
+
+    async def orphans(self, request: OrphansRequest, *, timeout_s: float | None = None) -> OrphansReply:
+        """What is orphaned."""
+        return await self._call(endpoints.ORPHANS, request, timeout_s)
+
+    async def remove_orphans(
+        self, request: RemoveOrphansRequest, *, timeout_s: float | None = None
+    ) -> RemoveOrphansReply:
+        """Remove what is orphaned still. Idempotent."""
+        return await self._call(endpoints.REMOVE_ORPHANS, request, timeout_s)
 
     async def nodes(self, *, timeout_s: float | None = None) -> NodesReply:
         """Live nodes and their segments, with the addresses to reach them by."""

@@ -6,7 +6,7 @@ else. Invariants: a waiter is in `_waiting` only while its call is under way; a 
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import aclosing
 from typing import Any
 
@@ -21,6 +21,7 @@ from metadata_server.account_messages import ImportReply, Stats
 from metadata_server.cache_messages import CacheReply, PinRequest, ReleaseRequest, UnpinRequest
 from metadata_server.endpoints import IMPORT
 from metadata_server.index.state import MetadataState
+from metadata_server.janitor.janitor import Janitor
 from metadata_server.leading.leader import Leader, OnlyServer
 from metadata_server.limits import ServerLimits
 from metadata_server.messages import (
@@ -50,6 +51,7 @@ class MetadataCore:
 
     state: MetadataState
     orders: NodeOrdering
+    janitor: Janitor
 
     def __init__(
         self,
@@ -77,6 +79,7 @@ class MetadataCore:
         self._pulse_at: float | None = None
         self._stopping = False
         self.leader: Leader = OnlyServer()
+        self.janitor = Janitor(self, clock)
         self.token = 0  # of the term that `state` is of
         self._calls = bound_calls(self)
 
@@ -196,9 +199,13 @@ class MetadataCore:
         """See MetadataState.unpin; once it is written down. Raises RecordsUnavailableError."""
         reply = self.state.unpin(request, now)
         self._after_change()
-        if self._pins is not None:
-            await self._pins.unpinned(request.keys)
+        await self.forget_pins(request.keys)
         return reply
+
+    async def forget_pins(self, keys: Iterable[ChunkKey]) -> None:
+        """Write down that these are not pinned any more. Raises RecordsUnavailableError."""
+        if self._pins is not None:
+            await self._pins.unpinned(keys)
 
     def nodes(self, _: object, now: float) -> NodesReply:
         """See MetadataState.nodes."""

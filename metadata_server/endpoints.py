@@ -18,16 +18,20 @@ from metadata_server.bounds import (
     MAX_GENERATION,
     MAX_KEEP_SECONDS,
     MAX_WAIT_SECONDS,
-    check_extent,
     check_import,
     check_incarnation,
     check_items,
     check_keys,
     check_lengths,
     check_name,
+    check_orphans,
     check_owner,
+    check_quarantine,
     check_register,
+    check_release,
+    check_renew,
     check_seconds,
+    check_tell_holdings,
     require,
 )
 
@@ -65,17 +69,6 @@ def _check_wait(request: m.WaitRequest) -> None:
     check_seconds(request.timeout_s, "timeout_s", zero=True, most=MAX_WAIT_SECONDS)
 
 
-def _check_release(request: c.ReleaseRequest) -> None:
-    check_items(request.lease_ids, "lease_ids")
-    check_items(request.lease_names or (), "lease_names")
-
-
-def _check_renew(request: c.RenewRequest) -> None:
-    _check_node(request)
-    check_items(request.lease_ids, "lease_ids")
-    check_seconds(request.lease_s, "lease_s")
-
-
 def _check_reserve(request: m.ReserveRequest) -> None:
     check_name(request.node_id, "node_id")
     check_incarnation(request.incarnation, "incarnation")
@@ -91,12 +84,6 @@ def _check_replica_ids(request: m.ReplicaIds) -> None:
     check_items(request.replica_ids, "replica_ids")
 
 
-def _check_tell_holdings(request: m.TellHoldingsRequest) -> None:
-    _check_node(request)
-    check_keys(request.added, "added")
-    check_keys(request.removed, "removed")
-
-
 def _check_only_keys(request: m.FindHoldersRequest | c.UnpinRequest | c.EvictRequest) -> None:
     check_keys(request.keys)
 
@@ -105,12 +92,6 @@ def _check_keep(request: c.PinRequest | c.ExpireRequest) -> None:
     check_keys(request.keys)
     if request.ttl_s is not None:
         check_seconds(request.ttl_s, "ttl_s", most=MAX_KEEP_SECONDS)
-
-
-def _check_quarantine(request: m.QuarantineRequest) -> None:
-    check_items(request.items, "items")
-    for at, item in enumerate(request.items):
-        check_extent(item.replica, f"items[{at}].replica")
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,10 +220,10 @@ QUARANTINE = EndpointSpec(
     m.Nothing,
     lambda core: core.state.quarantine,
     "Drop replicas that failed verification",
-    _check_quarantine,
+    check_quarantine,
 )
 RELEASE = EndpointSpec(
-    "/v1/leases/release", c.ReleaseRequest, m.Nothing, lambda core: core.release, "End read leases", _check_release
+    "/v1/leases/release", c.ReleaseRequest, m.Nothing, lambda core: core.release, "End read leases", check_release
 )
 RENEW = EndpointSpec(
     "/v1/leases/renew",
@@ -250,7 +231,7 @@ RENEW = EndpointSpec(
     c.RenewReply,
     lambda core: core.state.renew,
     "Extend read leases under which bytes move",
-    _check_renew,
+    check_renew,
 )
 TELL_HOLDINGS = EndpointSpec(
     "/v1/tiers/tell_holdings",
@@ -258,7 +239,7 @@ TELL_HOLDINGS = EndpointSpec(
     m.TellHoldingsReply,
     lambda core: core.state.tell_holdings,
     "Say what came to a node's disk, and what left it",
-    _check_tell_holdings,
+    check_tell_holdings,
 )
 FIND_HOLDERS = EndpointSpec(
     "/v1/tiers/find_holders",
@@ -303,6 +284,26 @@ EXPIRE = EndpointSpec(
     _check_keep,
 )
 PINS = EndpointSpec("/v1/cache/pins", None, c.PinsReply, lambda core: core.state.pins, "What is pinned")
+ORPHANS = EndpointSpec(
+    "/v1/janitor/orphans",
+    ac.OrphansRequest,
+    ac.OrphansReply,
+    lambda core: core.janitor.look,
+    "What is orphaned",
+    check_orphans,
+    durable=True,
+)
+REMOVE_ORPHANS = EndpointSpec(
+    "/v1/janitor/remove_orphans",
+    ac.RemoveOrphansRequest,
+    ac.RemoveOrphansReply,
+    lambda core: core.janitor.remove,
+    "Remove what is orphaned still",
+    check_orphans,
+    durable=True,
+    about=lambda request: f"{len(request.ids)} {request.kind}",
+    outcome=lambda reply: "unknown" if reply.unknown else f"{len(reply.removed)} removed",
+)
 NODE_ORDERS = EndpointSpec(
     "/v1/nodes/node_orders", None, c.NodeOrdersReply, lambda core: core.orders.listed, "Which are drained or removed"
 )
@@ -333,6 +334,8 @@ ENDPOINTS: tuple[EndpointSpec[Any, Any], ...] = (
     EXPIRE,
     PINS,
     NODE_ORDERS,
+    ORPHANS,
+    REMOVE_ORPHANS,
     NODES,
     STATS,
 )

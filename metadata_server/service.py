@@ -15,6 +15,7 @@ from metadata_server.core import MetadataCore
 from metadata_server.leading.election import Election
 from metadata_server.leading.lives import by_clock, first_generation_alone
 from metadata_server.leading.terms import Terms, new_index
+from metadata_server.mooncake.dialect import MooncakeDialect
 from metadata_server.mooncake.http_shell import MooncakeApp, MooncakePort
 from metadata_server.mooncake.opening import open_dialect, tls_of, token_of
 from metadata_server.partitions.membership import join_set
@@ -52,7 +53,8 @@ async def main(config: ClusterConfig, lifecycle: Lifecycle, *, change_partitions
     lifecycle.tasks.create_task(records.run(), name="records")
     await _join(config, clock, records, change=change_partitions)
     core = create_core(config, clock) if server.standbys else await _only_core(config, clock, records, lifecycle)
-    mooncake = await _open_mooncake(config, records, clock, metrics, lifecycle)
+    mooncake, dialect = await _open_mooncake(config, records, clock, metrics, lifecycle)
+    core.janitor.look_after(records, dialect)
     app = create_app(core, clock, metrics, server.max_body, mooncake=mooncake)
     shell = AsgiServer(app, server.host, server.port)
     lifecycle.stack.push_async_callback(shell.aclose)
@@ -113,22 +115,23 @@ def _elect(config: ClusterConfig, clock: Clock, records: Records, core: Metadata
 
 async def _open_mooncake(
     config: ClusterConfig, records: Records, clock: Clock, metrics: Metrics, lifecycle: Lifecycle
-) -> MooncakeApp | None:
-    """What answers `/metadata` on the metadata server's own port; None: nothing does, or another port."""
+) -> tuple[MooncakeApp | None, MooncakeDialect | None]:
+    """What answers `/metadata` on the metadata server's own port (None: nothing does, or another port does), and what
+    is behind it."""
     server, mooncake = config.metadata_server, config.metadata_server.mooncake
     part = own_part(server)
     if not mooncake.enabled or (part is not None and part.number):  # it is one namespace: the first one's
-        return None
+        return None, None
     token, tls = token_of(mooncake), tls_of(mooncake)
     dialect = await open_dialect(mooncake, records, clock)
     lifecycle.describe.append(lambda: [repr(dialect)])
     lifecycle.tasks.create_task(dialect.run(), name="mooncake")
     app = MooncakeApp(dialect, clock, register_mooncake(dialect, metrics), token)
     if mooncake.port is None:
-        return app
+        return app, dialect
     shell = AsgiServer(MooncakePort(app), server.host, mooncake.port, tls=tls)
     lifecycle.stack.push_async_callback(shell.aclose)
     await shell.start()
     lifecycle.tasks.create_task(shell.wait_failed(), name="mooncake http")
     log_fields(_logger, logging.INFO, "mooncake_metadata", url=f"{shell.url}/metadata")
-    return None
+    return None, dialect

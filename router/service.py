@@ -20,6 +20,7 @@ from metadata_server.client import MetadataClient
 from metadata_server.connect import connect_client, connect_subscription, endpoints_of
 from nodeapi.client import HttpNodeClient
 from nodeapi.protocol import NodeClient
+from router.admin.janitor import ClusterJanitor
 from router.admin.nodes import NodeAdmin
 from router.admin.routes import AdminRoutes, add_no_nodes
 from router.answering import Answerer, AnswerLimits
@@ -41,7 +42,7 @@ from router.requests.services import RequestServices
 from router.routing.policy import make_policy
 from router.status import StatusView
 from router.text.tokenizer import FolderTokenizer, TextThreads, make_tokenizer
-from router.upkeep.wiring import upkeep_routes
+from router.upkeep.wiring import tier_sight, upkeep_routes
 
 _log = logging.getLogger("router")
 
@@ -130,14 +131,15 @@ def _operators_routes(
     add = [
         upkeep_routes(config, cluster, client, metadata=metadata, answerer=answerer, probe=prober.probe, clock=clock)
     ]
-    if metadata is None or connected is None:
+    if metadata is None or connected is None or not isinstance(client, HttpNodeClient):
         add.append(add_no_nodes)
     else:
         admin = NodeAdmin(cluster, metadata, clock, probe=prober.probe, connected=connected)
         prober.on_round.append(admin.note_states)
         lifecycle.describe.append(lambda: [repr(admin)])
         lifecycle.tasks.create_task(admin.follow(), name="node orders")
-        add.append(AdminRoutes(admin, int(config.router.max_body)).add_to)
+        janitor = ClusterJanitor(cluster, metadata, tier_sight(cluster, client, metadata))
+        add.append(AdminRoutes(admin, janitor, int(config.router.max_body)).add_to)
 
     def add_all(app: FastAPI) -> None:
         for one in add:

@@ -6,24 +6,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvferry.router_url import add_router_options, router_url, terminal
+from kvferry.router_url import RouterCommands, router_url, seconds, terminal
 
 if TYPE_CHECKING:
     from kvferry.cache.commands import CacheCommands
 
 _FILES = "a text (a prompt), a JSON body of a request, or JSONL, a body or a line of a batch each; - is stdin"
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 _Run = Callable[["CacheCommands", argparse.Namespace], int]
 
 
 def add_cache(parser: argparse.ArgumentParser, config_type: Callable[[str], Path]) -> None:
     """Its commands, and their help."""
-    commands = parser.add_subparsers(metavar="WHAT", required=True)
+    commands = RouterCommands(parser, config_type, _commands)
 
     def command(name: str, run: _Run, text: str, *, files: bool = False) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=text, description=text)
-        made.set_defaults(command=lambda arguments: run(_commands(arguments), arguments))
-        add_router_options(made, config_type)
+        made = commands.add(name, run, text)
         if files:
             made.add_argument("files", nargs="+", metavar="FILE", help=_FILES)
         return made
@@ -75,16 +72,7 @@ def _clear(commands: "CacheCommands", given: argparse.Namespace) -> int:
 
 def _ttl(text: str) -> float | None:
     """Seconds; None: never."""
-    if text == "none":
-        return None
-    number, unit = (text[:-1], text[-1]) if text[-1:] in _UNITS else (text, "s")
-    try:
-        seconds = float(number) * _UNITS[unit]
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no time: write 30s, 10m, 24h, 7d, or none")
-    return seconds
+    return None if text == "none" else seconds(text)
 
 
 def _commands(arguments: argparse.Namespace) -> "CacheCommands":

@@ -5,37 +5,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvferry.router_url import add_router_options, router_url, terminal
+from kvferry.router_url import RouterCommands, router_url, terminal
 
 if TYPE_CHECKING:
     from kvferry.nodes.commands import NodesCommands
 
-_Run = Callable[["NodesCommands", argparse.Namespace], int]
-
 
 def add_nodes(parser: argparse.ArgumentParser, config_type: Callable[[str], Path]) -> None:
     """Its commands, and their help."""
-    commands = parser.add_subparsers(metavar="WHAT", required=True)
-
-    def command(name: str, run: _Run, text: str, *, one: bool = True) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=text, description=text)
-        made.set_defaults(command=lambda arguments: run(_commands(arguments), arguments))
-        add_router_options(made, config_type)
-        if one:
-            made.add_argument("node", metavar="NAME", help="as ls shows it")
-        return made
-
-    command("ls", lambda it, _: it.ls(), "what each node does and since when, and how full it is", one=False)
+    commands = RouterCommands(parser, config_type, _commands)
+    commands.add("ls", lambda it, _: it.ls(), "what each node does and since when, and how full it is")
     text = "give a node no new requests and no new chunks; what runs there ends, and its chunks are read"
-    drain = command("drain", lambda it, given: it.order("drain", given.node, move=given.move), text)
+    drain = commands.add("drain", lambda it, given: it.order("drain", given.node, move=given.move), text)
     text = "copy its chunks to other nodes, too, the most used first, as far as they have free room"
     drain.add_argument("--move", action="store_true", help=text)
     text = "use a drained node again, or take a removed one back"
-    command("undrain", lambda it, given: it.order("undrain", given.node), text)
+    undrain = commands.add("undrain", lambda it, given: it.order("undrain", given.node), text)
     text = "forget a node that is gone for good"
-    remove = command("remove", lambda it, given: it.order("remove", given.node, force=given.force), text)
+    remove = commands.add("remove", lambda it, given: it.order("remove", given.node, force=given.force), text)
     text = "also if it is alive: it is not taken in again until it is started anew"
     remove.add_argument("--force", action="store_true", help=text)
+    for one in (drain, undrain, remove):
+        one.add_argument("node", metavar="NAME", help="as ls shows it")
 
 
 def _commands(arguments: argparse.Namespace) -> "NodesCommands":

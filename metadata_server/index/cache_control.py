@@ -65,7 +65,7 @@ class CacheControl:
         keys = list(dict.fromkeys(request.keys))
         for key in keys:
             end = max(until, self._pins.end(key)) if request.extend else until
-            if not self._pins.pin(key, end, self._index.rows(key)):
+            if not self._pins.pin(key, end, self._index.rows(key), now):
                 break
             done += 1
             if end < math.inf:

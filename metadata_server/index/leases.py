@@ -76,11 +76,14 @@ class Deadlines:
 
 @dataclass(frozen=True, slots=True)
 class ReadLease:
-    """Pins replicas; `holder` is a live node's id or None. `name`: what its reader calls it; 0: nothing."""
+    """Pins replicas; `holder` is a live node's id or None. `name`: what its reader calls it; 0: nothing. `reader`:
+    which node, and which start of it, its reader says it is of, registered or not; empty: of none."""
 
     rows: tuple[int, ...]
     holder: str | None
     name: int
+    reader: tuple[str, int] = ("", 0)
+    began: float = 0.0
 
 
 class ReadLeases:
@@ -112,13 +115,25 @@ class ReadLeases:
     def __contains__(self, lease_id: int) -> bool:
         return lease_id in self._leases
 
+    def items(self) -> Iterable[tuple[int, ReadLease]]:
+        """Each with its id, the oldest first."""
+        return self._leases.items()
+
     def wanted(self, name: int) -> bool:
         """Whether a lease of this name may be granted: it was not given back already."""
         return name not in self._given_back
 
-    def grant(self, rows: Iterable[int], holder: str | None, name: int = 0) -> int:
+    def grant(
+        self,
+        rows: Iterable[int],
+        holder: str | None,
+        name: int = 0,
+        *,
+        reader: tuple[str, int] = ("", 0),
+        began: float = 0.0,
+    ) -> int:
         """Pin replicas, each of them complete; returns the lease's id, > 0."""
-        lease = ReadLease(tuple(rows), holder, name)
+        lease = ReadLease(tuple(rows), holder, name, reader, began)
         self._index.pin(lease.rows)
         self._last_id += self._step
         self._leases[self._last_id] = lease

@@ -23,7 +23,7 @@ class IndexLimits:
     max_tier_keys: int = 4_000_000
     """Chunks known to lie on nodes' disks, about 120 bytes each."""
     max_pins: int = 1_000_000
-    """Keys that are pinned, about 150 bytes each."""
+    """Keys that are pinned, about 250 bytes each."""
     max_listed_pins: int = 10_000
     """In one answer."""
     same_use_s: float = 30.0

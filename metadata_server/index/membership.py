@@ -6,6 +6,7 @@ the removal of all that lay in the node's segments.
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from kvcore.errors import NodeRefusedError
 from kvcore.types import Segment
@@ -16,6 +17,7 @@ from metadata_server.index.chunks.segments import SegmentRecord
 from metadata_server.index.event_log import EventLog
 from metadata_server.index.imports import Imports
 from metadata_server.index.nodes import LiveNode, NodeRegistry
+from metadata_server.index.pins import Pins
 from metadata_server.index.reading import Reading
 from metadata_server.index.reservations import Reservations
 from metadata_server.index.tier_holdings import TierHoldings
@@ -29,31 +31,39 @@ from metadata_server.messages import (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class IndexParts:
+    """What a node's death, or a look at who holds what, goes through. Of one MetadataState."""
+
+    nodes: NodeRegistry
+    index: ReplicaIndex
+    reservations: Reservations
+    reading: Reading
+    cache: CacheControl
+    pins: Pins
+    imports: Imports
+    holdings: TierHoldings
+
+
 class ClusterMembership:
     """Mutated by MetadataState only, which lets run out what is due before each call."""
 
     def __init__(
         self,
+        parts: IndexParts,
         *,
         log: EventLog,
-        nodes: NodeRegistry,
-        index: ReplicaIndex,
-        reservations: Reservations,
-        reading: Reading,
-        cache: CacheControl,
-        imports: Imports,
-        holdings: TierHoldings,
         new_record: Callable[[Segment, list[ManifestEntry], Room | None], SegmentRecord],
         counts: Counter[str],
     ) -> None:
         self._log = log
-        self._nodes = nodes
-        self._index = index
-        self._reservations = reservations
-        self._reading = reading
-        self._cache = cache
-        self._imports = imports
-        self._holdings = holdings
+        self._nodes = parts.nodes
+        self._index = parts.index
+        self._reservations = parts.reservations
+        self._reading = parts.reading
+        self._cache = parts.cache
+        self._imports = parts.imports
+        self._holdings = parts.holdings
         self._new_record = new_record
         self._counts = counts
 
@@ -82,7 +92,7 @@ class ClusterMembership:
             self._log.append(EventKind.NODE_UP, info.id, node=info)
         self._nodes.renew(node, now, request.ttl_s)
         for absent in node.segments.keys() - {manifest.segment.id for manifest in request.segments}:
-            self._drop_segment(node, absent, emit_event=True)
+            self.drop_segment(node.segments[absent])
         wanted, imported = {}, 0
         if request.in_pieces is True:
             wanted = self._ask(node, request.segments)
@@ -104,8 +114,8 @@ class ClusterMembership:
         """The node is gone, with all that it held."""
         # Its segments first: what it has reserved there needs no rest, what it has reserved elsewhere does: a node that
         # we do not hear may reach other nodes, and one that leaves does so before its engine has ended.
-        for segment_id in list(node.segments):
-            self._drop_segment(node, segment_id, emit_event=False)
+        for record in list(node.segments.values()):
+            self.drop_segment(record, emit_event=False)
         self.give_back(node, now, writes_on=True)
         self._nodes.remove(node)
         self._holdings.drop(node.info.id)
@@ -150,8 +160,9 @@ class ClusterMembership:
         self._cache.stored((entry.key for entry in entries), now)
         return len(entries)
 
-    def _drop_segment(self, node: LiveNode, segment_id: str, *, emit_event: bool) -> None:
-        record = self._nodes.remove_segment(node, segment_id)
+    def drop_segment(self, record: SegmentRecord, *, emit_event: bool = True) -> None:
+        """Forget it with all that lies there. `emit_event` false: another event tells of it."""
+        self._nodes.remove_segment(record)
         self._imports.end(record)
         rows = record.clear()
         self._reservations.forget(rows)

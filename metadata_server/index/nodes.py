@@ -134,10 +134,11 @@ class NodeRegistry:
             return frozenset()
         return {name for node_id in drained if node_id in self for name in self._live[node_id].segments}
 
-    def remove_segment(self, node: LiveNode, segment_id: str) -> SegmentRecord:
-        """The node no longer owns the segment. What lay there is the caller's to forget."""
-        del self.segments[segment_id]
-        return node.segments.pop(segment_id)
+    def remove_segment(self, record: SegmentRecord) -> None:
+        """No node owns the segment any more. What lay there is the caller's to forget."""
+        del self.segments[record.segment.id]
+        if record.segment.node_id in self:
+            self[record.segment.node_id].segments.pop(record.segment.id, None)
 
     def remove(self, node: LiveNode) -> None:
         """The node, whose segments are removed already, is gone."""

@@ -20,7 +20,8 @@ class Pins:
         self.most_bytes = 0
         """That may be held. What is held already stays when this shrinks with the cluster."""
         self.held_bytes = 0
-        self._until: dict[ChunkKey, float] = {}
+        self._until: dict[ChunkKey, tuple[float, float]] = {}
+        """And since when it is known here."""
         self._held: dict[int, None] = {}
         self._table = table
         self._max_pins = max_pins
@@ -37,18 +38,22 @@ class Pins:
 
     def __iter__(self) -> Iterator[tuple[ChunkKey, float]]:
         """Each key with the time at which its pin ends (infinity: never), the oldest pin first."""
-        return iter(self._until.items())
+        return ((key, until) for key, (until, _) in self._until.items())
+
+    def since(self) -> Iterator[tuple[ChunkKey, float]]:
+        """Each key with the time at which this server came to know of its pin, the oldest pin first."""
+        return ((key, since) for key, (_, since) in self._until.items())
 
     def end(self, key: ChunkKey) -> float:
         """When the key's pin ends; minus infinity: it has none."""
-        return self._until.get(key, -math.inf)
+        return self._until[key][0] if key in self._until else -math.inf
 
     @property
     def held(self) -> Set[int]:
         """Rows that pins hold."""
         return self._held.keys()
 
-    def pin(self, key: ChunkKey, until: float, rows: Iterable[int]) -> bool:
+    def pin(self, key: ChunkKey, until: float, rows: Iterable[int], now: float) -> bool:
         """Hold all the key's complete replicas until then. False: that would be more than may be held."""
         fresh = [row for row in rows if row not in self._held]
         new = sum(map(self._room_of, fresh))
@@ -56,7 +61,7 @@ class Pins:
         if full or self.held_bytes + new > self.most_bytes:
             self._counts["pins_refused"] += 1
             return False
-        self._until[key] = until
+        self._until[key] = until, self._until[key][1] if key in self._until else now
         for row in fresh:
             self._hold(row)
         return True

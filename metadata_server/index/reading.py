@@ -44,14 +44,14 @@ class Reading:
     def match(
         self,
         keys: list[ChunkKey],
-        until: float | None,
-        node_id: str,
-        incarnation: int,
+        now: float,
+        lease_s: float,
+        reader: tuple[str, int],
         *,
         in_order: bool = False,
         lease_name: int = 0,
     ) -> MatchReply:
-        """See MetadataState.match; a lease is granted until `until`, None: no lease."""
+        """See MetadataState.match. `reader`: which start of which node."""
         index = self._index
         found = flat = index.prefix(keys)
         copied = index.copies and not index.copies.keys().isdisjoint(keys[: len(found)])
@@ -62,7 +62,7 @@ class Reading:
         index.use(flat[::-1])  # the first chunk is used last: without it the others are of no use
         self._counts["lookups"] += len(keys)
         self._counts["hits"] += len(found)
-        lease_id = self._grant(flat, until, node_id, incarnation, lease_name) if until is not None and flat else 0
+        lease_id = self._grant(flat, now, lease_s, reader, lease_name) if lease_s > 0 and flat else 0
         refs = index.refs(flat)
         rest = keys[len(found) :]
         writers = index.writers(rest[0]) if rest else []
@@ -124,17 +124,17 @@ class Reading:
         assert pins == self._index.table.pins
         assert all(holder in self._nodes for holder in self.leases.holders())
 
-    def _grant(self, rows: list[int], until: float, node_id: str, incarnation: int, name: int) -> int:
+    def _grant(self, rows: list[int], now: float, lease_s: float, reader: tuple[str, int], name: int) -> int:
         if name and not self.leases.wanted(name):
             self._counts["leases_given_back_unseen"] += 1
             return 0
-        holder = self._nodes.get(node_id, incarnation)
+        holder = self._nodes.get(*reader)
         full = len(self.leases) >= self._limits.max_read_leases
         if full or (holder is None and not self._nobody_may_pin(self._index.bytes_of(rows))):
             self._counts["leases_refused"] += 1
             return 0
-        lease_id = self.leases.grant(rows, holder.info.id if holder else None, name)
-        self._deadlines.set((Expiry.READ_LEASE, lease_id), until)
+        lease_id = self.leases.grant(rows, holder.info.id if holder else None, name, reader=reader, began=now)
+        self._deadlines.set((Expiry.READ_LEASE, lease_id), now + lease_s)
         return lease_id
 
     def _nobody_may_pin(self, num_bytes: int) -> bool:

@@ -139,6 +139,15 @@ class Reservations:
             self.end(number, now)
             self._counts["expired"] += 1
 
+    def open_grants(self) -> Iterable[tuple[Grant, float | None]]:
+        """What each call reserved that is still open, the oldest first, and when its time is up."""
+        return [(grant, self._deadlines.at((Expiry.RESERVATION, number))) for number, grant in self._grants.items()]
+
+    def end_grant(self, grant_number: int, now: float) -> None:
+        """End what one call reserved, whose writer may still write."""
+        for number in list(self._grants[grant_number].rows):
+            self.end(number, now, writes_on=True)
+
     def end_all_of(self, node: LiveNode, now: float, *, writes_on: bool) -> None:
         """End what the node has reserved anywhere. `writes_on` as of `end`."""
         for grant in list(node.grants.values()):
@@ -189,7 +198,8 @@ class Reservations:
 
     def _taken_from(self, grant: Grant) -> None:
         if not grant.rows and self._grants.pop(grant.number, None) is not None:
-            del self._nodes[grant.node_id].grants[grant.number]
+            if grant.node_id in self._nodes:
+                self._nodes[grant.node_id].grants.pop(grant.number, None)
             self._deadlines.drop((Expiry.RESERVATION, grant.number))
 
     def _reserve_all(

@@ -26,9 +26,10 @@ from metadata_server.index.event_log import EventLog
 from metadata_server.index.imports import Imports
 from metadata_server.index.leases import Deadlines, Expiry, ExpiryOf
 from metadata_server.index.limits import IndexLimits
-from metadata_server.index.membership import ClusterMembership
+from metadata_server.index.membership import ClusterMembership, IndexParts
 from metadata_server.index.moving import ChunkMoves
 from metadata_server.index.nodes import NodeRegistry
+from metadata_server.index.orphans import IndexOrphans
 from metadata_server.index.pins import Pins
 from metadata_server.index.reading import Reading
 from metadata_server.index.reservations import Reservations
@@ -75,18 +76,12 @@ class MetadataState:
             nodes, index, config=config, pins=self._pins, deadlines=deadlines, counts=self.counters, limits=limits
         )
         self._imports = Imports(nodes, index, self._cache, self.counters, first_generation)
-        self._membership = ClusterMembership(
-            log=log,
-            nodes=nodes,
-            index=index,
-            reservations=self._reservations,
-            reading=self._reading,
-            cache=self._cache,
-            imports=self._imports,
-            holdings=self._holdings,
-            new_record=NewSegments(config, limits, table, self._calls).record,
-            counts=self.counters,
+        parts = IndexParts(
+            nodes, index, self._reservations, self._reading, self._cache, self._pins, self._imports, self._holdings
         )
+        new_record = NewSegments(config, limits, table, self._calls).record
+        self._membership = ClusterMembership(parts, log=log, new_record=new_record, counts=self.counters)
+        self.orphans = IndexOrphans(parts, self._membership)
         self._report = IndexReport(
             log, nodes, index, self._reservations, self._reading, imports=self._imports, counts=self.counters
         )
@@ -147,6 +142,12 @@ class MetadataState:
     def began(self, now: float) -> None:
         """This life of the server begins: its nodes are still to be heard."""
         self._settled_at = now + self._node_ttl_s
+
+    def why_unknown(self, now: float) -> str:
+        """Why nodes may have what is not known here yet; empty: they have not."""
+        if now < self._settled_at:
+            return "the metadata server has begun a moment ago, and nodes are still to be heard"
+        return f"{len(self._imports)} segments have not told yet what lies in them" if self._imports else ""
 
     # --- nodes ---------------------------------------------------------------------------------------------------
 
@@ -214,9 +215,9 @@ class MetadataState:
         self.tick(now)
         if self._nodes.get(node_id, incarnation) is None:
             lease_s = min(lease_s, self._limits.nobodys_lease_s)
-        end = now + lease_s if lease_s > 0 else None
-        reply = self._reading.match(keys, end, node_id, incarnation, in_order=in_order, lease_name=lease_name)
-        if self._imports or now < self._settled_at:
+        reader = node_id, incarnation
+        reply = self._reading.match(keys, now, lease_s, reader, in_order=in_order, lease_name=lease_name)
+        if self.why_unknown(now):
             reply = msgspec.structs.replace(reply, rebuilding=True)
         return reply
 

@@ -54,6 +54,10 @@ class TierHoldings:
         if node_id in self._bits:
             self._clear(1 << self._bits[node_id], keys)
 
+    def holders(self) -> list[str]:
+        """Nodes that have told of chunks on their disks."""
+        return list(self._bits)
+
     def drop(self, node_id: str) -> None:
         """The node is gone, or will say anew what it has."""
         number = self._bits.pop(node_id, None)

@@ -108,6 +108,15 @@ class MooncakeDialect:
             self._liveness.removed(key)
         return done
 
+    async def ownerless(self) -> dict[str, Record]:
+        """Memory of clients that are not registered and of whom nobody can be asked; by its key."""
+        return self._liveness.unjudged(await self._store.listing())
+
+    async def remove_ownerless(self, key: str, record: Record) -> bool:
+        """Remove one, if it is still as it was, and its owner still not registered."""
+        mine = owned(key)
+        return mine is not None and await self._store.remove_unregistered(key, record, mine[0])
+
     def _check(self, key: str, value: bytes) -> None:
         size = len(key.encode())
         if size > self._limits.max_key_bytes or not key.isprintable():

@@ -26,6 +26,10 @@ class Liveness(Protocol):
         """Its owner has removed it."""
         ...
 
+    def unjudged(self, listing: DialectListing) -> dict[str, Record]:
+        """Memory whose lender is not registered, and which stays until somebody deletes it: nobody could be asked."""
+        ...
+
     async def holder(self, key: str, record: Record) -> str | None:
         """Why nobody else may have what was registered under `key`; None: its owner is dead."""
         ...

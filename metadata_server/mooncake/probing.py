@@ -107,6 +107,17 @@ class ProbeLiveness:
         """See Liveness."""
         self._watch.forget(key)
 
+    def unjudged(self, listing: DialectListing) -> dict[str, Record]:
+        """See Liveness."""
+        return {
+            key: record
+            for key, record in listing.values.items()
+            if (mine := owned(key)) is not None
+            and key == mine[1]
+            and mine[0] not in listing.values
+            and address_of(key, record.value) is None
+        }
+
     async def holder(self, key: str, record: Record) -> str | None:
         """See Liveness."""
         address = address_of(key, record.value)

@@ -60,6 +60,17 @@ class DialectStore:
         self.num_keys -= done
         return done
 
+    async def remove_unregistered(self, key: str, over: Record, registration: str) -> bool:
+        """The same, if there is no such registration. A client that comes back and writes what it lends once more
+        finds that it is going, and so writes it anew, whatever it was."""
+        self._going.add(key)
+        try:
+            if await self.get(registration) is not None:
+                return False
+            return await self.remove(key, over)
+        finally:
+            self._going.discard(key)
+
     async def listing(self) -> DialectListing:
         """All keys. What has answered and is registered no more, or anew, is removed on the way, if it can be."""
         found = await self._records.listing(VALUES)

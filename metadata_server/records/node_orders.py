@@ -56,7 +56,7 @@ class NodeOrdering:
         reply = self._state.orders.give(request, live, self._clock.wall())
         if request.action == "remove" and live is not None and not reply.refused:
             self._state.leave(LeaveRequest(node_id=live.id, incarnation=live.incarnation), now)
-        await self._write()
+        await self.write()
         return reply
 
     def listed(self, _: object, now: float) -> NodeOrdersReply:
@@ -73,9 +73,10 @@ class NodeOrdering:
     async def sweep(self) -> None:
         """Write down what ended by itself, or could not be written before."""
         with suppress(RecordsUnavailableError, NotLeaderError, OverloadedError):
-            await self._write()
+            await self.write()
 
-    async def _write(self) -> None:
+    async def write(self) -> None:
+        """Make the records say what the state says. Raises RecordsUnavailableError."""
         orders = self._state.orders
         if self._records is None:
             orders.unwritten.clear()

@@ -159,6 +159,7 @@ _OWNER: _Schema = {"minLength": 12, "maxLength": 12, "description": "8 bytes"}
 _ITEMS: _Schema = {"maxItems": MAX_ITEMS}
 _SECONDS: _Schema = {"exclusiveMinimum": 0, "maximum": MAX_SECONDS}
 _KEEP_SECONDS: _Schema = {"exclusiveMinimum": 0, "maximum": MAX_KEEP_SECONDS}
+_AGE: _Schema = {"minimum": 0, "maximum": MAX_KEEP_SECONDS}
 _SECONDS_OR_NONE: _Schema = {"minimum": 0, "maximum": MAX_SECONDS}
 _LENGTH = _whole(1, MAX_BYTES)
 _EXTENT = {"key": _KEY, "offset": _whole(0, MAX_BYTES), "length": _LENGTH, "generation": _whole(0, MAX_GENERATION)}
@@ -226,6 +227,8 @@ _FIELD_BOUNDS: dict[str, dict[str, _Schema]] = {
     "UnpinRequest": {"keys": _KEYS},
     "EvictRequest": {"keys": _KEYS},
     "ExpireRequest": {"keys": _KEYS, "ttl_s": _KEEP_SECONDS},
+    "OrphansRequest": {"known": _ITEMS, "older_s": _AGE},
+    "RemoveOrphansRequest": {"known": _ITEMS, "ids": _ITEMS, "older_s": _AGE},
     "ReserveItem": {"key": _KEY, "length": _LENGTH},
     "ReplicaIds": {**_NODE, "replica_ids": _ITEMS},
     "ReleaseRequest": {"lease_ids": _ITEMS, "lease_names": _ITEMS},

@@ -1,4 +1,4 @@
-"""What the router's `/v1/nodes` calls take and answer; `kvferry nodes` reads this same shape.
+"""What the router's `/v1/nodes` and `/v1/janitor` calls take and answer; `kvferry` reads this same shape.
 
 Readers ignore fields that they do not know; a field that is added has a default.
 """
@@ -6,6 +6,8 @@ Readers ignore fields that they do not know; a field that is added has a default
 from typing import Annotated
 
 import msgspec
+
+from metadata_server.account_messages import OrphanKind, OrphansOfKind
 
 
 class NodeRow(msgspec.Struct, kw_only=True):
@@ -53,3 +55,27 @@ class NodeOrdered(msgspec.Struct, kw_only=True):
 
     node: NodeRow | None = None
     note: str = ""
+
+
+class JanitorReport(msgspec.Struct, kw_only=True):
+    """Answer of `GET /v1/janitor`: kinds of which there are some, and generations of KV in tiers that nobody uses.
+    `problems`: why something cannot be told."""
+
+    kinds: list[OrphansOfKind]
+    stale_generations: list[str] = []
+    problems: list[str] = []
+
+
+class JanitorOrder(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """Body of `POST /v1/janitor`: remove those of a kind that were listed with the same `older_s`."""
+
+    kind: OrphanKind
+    ids: Annotated[list[str], msgspec.Meta(max_length=65_536)]
+    older_s: Annotated[float, msgspec.Meta(ge=0, le=31_622_400)]
+
+
+class JanitorRemoved(msgspec.Struct, kw_only=True):
+    """Its answer. What is not among `removed` is owned again or was gone already; with `problems` it was left alone."""
+
+    removed: list[str]
+    problems: list[str] = []

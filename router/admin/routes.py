@@ -1,4 +1,4 @@
-"""The router's `/v1/nodes` routes. A thin shell: bodies in, reports out, errors as OpenAI's.
+"""The router's `/v1/nodes` and `/v1/janitor` routes. A thin shell: bodies in, reports out, errors as OpenAI's.
 
 As all of the router's, they are open to whoever reaches it; each order leaves a line in the log.
 """
@@ -14,13 +14,16 @@ from kvcore.errors import InvalidRequestError
 from kvcore.process.audit import audited, caller
 from kvcore.process.http_body import read_body
 from metadata_server.cache_messages import NodeAction
+from router.admin.janitor import ClusterJanitor
 from router.admin.nodes import NodeAdmin
-from router.admin.reports import NodeOrderBody
+from router.admin.reports import JanitorOrder, NodeOrderBody
 from router.api import openapi
 from router.api.limits import ApiLimits
 from router.api.responses import JsonReply
 
 _Body = TypeVar("_Body", bound=msgspec.Struct)
+A_DAY = 86_400.0
+OLDER = {"minimum": 0, "maximum": 366 * A_DAY}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,7 @@ class AdminRoutes:
     """Adds its routes to an application."""
 
     nodes: NodeAdmin
+    janitor: ClusterJanitor
     max_body_bytes: int
     limits: ApiLimits = ApiLimits()
 
@@ -45,12 +49,30 @@ class AdminRoutes:
         }
         for action, text in texts.items():
             self._order(app, action, text)
+        self._add_janitor(app)
+
+    def _add_janitor(self, app: FastAPI) -> None:
+        parameter = {"name": "older_s", "in": "query", "schema": {"type": "number", "default": A_DAY, **OLDER}}
+        shown = openapi.plain("What is orphaned; changes nothing", unavailable=True)
+
+        @app.get("/v1/janitor", **shown, openapi_extra={"parameters": [parameter]})
+        async def orphans(request: Request) -> Response:
+            return JsonReply(await self.janitor.look(_older_s(request)))
+
+        @app.post("/v1/janitor", **openapi.orders("Remove what was listed and is orphaned still", JanitorOrder))
+        async def remove(request: Request) -> Response:
+            with audited(caller(request.client), "janitor") as line:
+                body = _body_of(await self._read(request), JanitorOrder, "to remove what is orphaned")
+                line.on = f"{len(body.ids)} {body.kind}"
+                done = await self.janitor.remove(body)
+                line.outcome = "unknown" if done.problems else f"{len(done.removed)} removed"
+                return JsonReply(done)
 
     def _order(self, app: FastAPI, action: NodeAction, text: str) -> None:
         @app.post(f"/v1/nodes/{action}", name=f"nodes_{action}", **openapi.orders(text, NodeOrderBody))
         async def endpoint(request: Request) -> Response:
             with audited(caller(request.client), f"nodes {action}") as line:
-                body = _body_of(await self._read(request), NodeOrderBody)
+                body = _body_of(await self._read(request), NodeOrderBody, "about a node")
                 line.on = body.node + " move" * body.move + " force" * body.force
                 return JsonReply(await self.nodes.order(action, body))
 
@@ -58,11 +80,22 @@ class AdminRoutes:
         return await read_body(request, self.max_body_bytes, timeout_s=self.limits.body_timeout_s)
 
 
-def _body_of(raw: bytes, kind: type[_Body]) -> _Body:
+def _older_s(request: Request) -> float:
+    text = request.query_params.get("older_s", str(A_DAY))
+    try:
+        older_s = float(text)
+    except ValueError:
+        older_s = -1.0
+    if not OLDER["minimum"] <= older_s <= OLDER["maximum"]:
+        raise InvalidRequestError(f"older_s: {text[:40]!r} is no number of seconds up to a year", param="older_s")
+    return older_s
+
+
+def _body_of(raw: bytes, kind: type[_Body], about: str) -> _Body:
     try:
         return msgspec.json.decode(raw, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidRequestError(f"the body is no order about a node: {error}") from error
+        raise InvalidRequestError(f"the body is no order {about}: {error}") from error
 
 
 def add_no_nodes(app: FastAPI) -> None:
@@ -70,5 +103,6 @@ def add_no_nodes(app: FastAPI) -> None:
 
     @app.api_route("/v1/nodes", methods=["GET"], include_in_schema=False)
     @app.api_route("/v1/nodes/{what}", methods=["POST"], include_in_schema=False)
+    @app.api_route("/v1/janitor", methods=["GET", "POST"], include_in_schema=False)
     async def refused(request: Request) -> Response:
         raise InvalidRequestError(f"{request.url.path}: vLLM servers that run by themselves take no orders")

@@ -72,7 +72,7 @@ class KeepingNodes:
     def all(self) -> list[AskedNode]:
         """Those that answer, each with its tiers."""
         chosen: dict[str, str] = {}
-        nodes = [node for node in self._cluster.nodes.values() if _answers(node)]
+        nodes = [node for node in self._cluster.nodes.values() if answers(node)]
         for node in nodes:
             for tier in node.report.tiers if node.report is not None else ():
                 if tier.shared and (tier.name not in chosen or not tier.problem):
@@ -95,7 +95,7 @@ class KeepingNodes:
         return [
             node.id
             for node in self._cluster.nodes.values()
-            if node.role is not Role.STORE and node.unfit is None and not (_answers(node) and node.fingerprint)
+            if node.role is not Role.STORE and node.unfit is None and not (answers(node) and node.fingerprint)
         ]
 
     async def order(
@@ -143,5 +143,6 @@ async def _told(call: Callable[[AskedNode], Awaitable[_Reply]], node: AskedNode)
         return f"{node.id}: {error.message}"
 
 
-def _answers(node: KnownNode) -> bool:
+def answers(node: KnownNode) -> bool:
+    """Whether it can be asked now."""
     return node.report is not None and node.silent_since is None and node.unfit is None

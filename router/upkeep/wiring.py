@@ -12,6 +12,7 @@ from nodeapi.client import HttpNodeClient
 from nodeapi.protocol import NodeClient
 from router.answering import Answerer
 from router.nodes.cluster import Cluster
+from router.upkeep.anywhere import TierSight
 from router.upkeep.generations import ClusterGenerations
 from router.upkeep.limits import UpkeepLimits
 from router.upkeep.lookup import PromptsLookup
@@ -51,6 +52,14 @@ def make_upkeep(
         weights=ClusterWeights(cluster, nodes, probe, clock, start_s=config.service.start_s, limits=limits),
         max_body_bytes=int(config.router.max_body),
     )
+
+
+def tier_sight(
+    cluster: Cluster, client: UpkeepClient, metadata: MetadataClient, limits: UpkeepLimits = UpkeepLimits()
+) -> TierSight:
+    """What lies in tiers and is nobody's."""
+    nodes = KeepingNodes(cluster, client, limits)
+    return TierSight(cluster, nodes, ClusterGenerations(cluster, nodes, SegmentOrders(metadata, limits), limits))
 
 
 def upkeep_routes(

@@ -19,7 +19,10 @@ from support.cluster import ClusterHandle, cluster
 from support.ports import free_ports
 
 from engines.sim.reference import expected_tokens
+from kvcore.clock import SystemClock
 from kvcore.config.schema import SimEngineConfig
+from metadata_server.cache_messages import NodeOrderRequest
+from metadata_server.connect import connect_client, endpoints_of
 from nodeapi.messages import SamplingParams
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
@@ -192,6 +195,30 @@ async def test_a_machine_is_replaced_as_the_page_says(tmp_path: Path) -> None:
             await until_settled(subject, "decode-0", "ready")
             assert "decode-0" in (await kvferry(subject, *ls))[1]
             await ask(subject, 9)
+
+
+async def test_a_cluster_at_work_has_no_orphans_and_what_is_ordered_of_a_node_that_never_was_is_one(
+    tmp_path: Path,
+) -> None:
+    async with cluster(tmp_path, prefillers=1, decoders=1) as subject:
+        await asyncio.gather(*(ask(subject, seed) for seed in range(3)))
+
+        async def settled() -> bool:
+            return (await kvferry(subject, "janitor"))[0] != 2
+
+        await subject.until(settled, SOON_S)
+        for words in commands("janitor"):
+            code, out, err = await kvferry(subject, *words)
+            assert code == 0 and not err and ("nothing is orphaned" in out or '"kinds":[]' in out), (words, out, err)
+        metadata = connect_client(endpoints_of(subject.config.metadata_server), SystemClock())
+        await metadata.order_node(NodeOrderRequest(node_id="ghost", action="drain"))
+        await metadata.order_node(NodeOrderRequest(node_id="decode-0", action="drain"))
+        code, out, _ = await kvferry(subject, "janitor", "--older", "0.001s")
+        assert code == 1 and "1 drains and removals" in out and "ghost (drained)" in out
+        code, out, _ = await kvferry(subject, "janitor", "--older", "0.001s", "--apply")
+        assert code == 0 and "removed 1" in out
+        assert [order.node_id for order in (await metadata.node_orders()).orders] == ["decode-0"]
+        await metadata.aclose()
 
 
 async def test_what_a_drained_node_has_moved_is_hit_after_it_was_stopped(tmp_path: Path) -> None:

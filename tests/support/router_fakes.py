@@ -50,6 +50,7 @@ from nodeapi.upkeep import (
     WeightsReply,
     WeightsRequest,
 )
+from router.admin.janitor import ClusterJanitor
 from router.admin.nodes import NodeAdmin
 from router.admin.routes import AdminRoutes
 from router.answering import Answerer
@@ -70,7 +71,7 @@ from router.requests.services import RequestServices
 from router.routing.policy import RoutePolicy, make_policy
 from router.status import StatusView
 from router.text.tokenizer import ByteTokenizer, Tokenizer
-from router.upkeep.wiring import make_upkeep
+from router.upkeep.wiring import make_upkeep, tier_sight
 
 CHUNK_TOKENS = 16
 VOCAB = 512
@@ -414,11 +415,12 @@ async def make_rig(
     index = MetadataClient(DirectTransport(core), clock, 5.0)
     admin = NodeAdmin(cluster, index, clock, probe=prober.probe, connected=lambda: connected)
     prober.on_round.append(admin.note_states)
+    sight = tier_sight(cluster, nodes, index)
     upkeep = make_upkeep(config, cluster, nodes, metadata=index, answerer=answerer, probe=prober.probe, clock=clock)
 
     def add_routes(app: FastAPI) -> None:
         upkeep.add_to(app)
-        AdminRoutes(admin, int(bounds.max_body)).add_to(app)
+        AdminRoutes(admin, ClusterJanitor(cluster, index, sight), int(bounds.max_body)).add_to(app)
 
     app = make_app(
         answerer,

@@ -10,6 +10,7 @@ from support.metadata_words import granted, ids, keys, new_state, put, registrat
 
 from kvcore.clock import ManualClock, SystemClock
 from kvcore.errors import MetadataProtocolError
+from metadata_server import account_messages as ac
 from metadata_server import cache_messages as c
 from metadata_server import messages as m
 from metadata_server.account_messages import ImportRequest
@@ -61,6 +62,8 @@ def requests(state: MetadataState) -> dict[str, msgspec.Struct | None]:
         "/v1/nodes/order_node": c.NodeOrderRequest(node_id="a", action="drain"),
         "/v1/objects/move_chunks": c.MoveChunksRequest(**named, copied=[], most_bytes=1, ttl_s=1.0),
         "/v1/nodes/node_orders": None,
+        "/v1/janitor/orphans": ac.OrphansRequest(known=["a"], older_s=1.0),
+        "/v1/janitor/remove_orphans": ac.RemoveOrphansRequest(kind="pins", ids=["00"], known=[], older_s=1.0),
         "/v1/nodes": None,
         "/v1/stats": None,
     }
