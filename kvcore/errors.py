@@ -75,6 +75,14 @@ class PayloadTooLargeError(InvalidRequestError):
     code = "payload_too_large"
 
 
+class ProofError(KVFerryError):
+    """The request does not prove that it comes from a process of this cluster, or comes too late or again."""
+
+    retryable = True
+    http_status = 401
+    code = "proof_refused"
+
+
 class MediaTypeError(InvalidRequestError):
     """The request's body is in a form that the server does not read."""
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import socket
 from pathlib import Path
 
@@ -9,12 +10,29 @@ from kvcore.errors import ConfigError
 
 _LISTENING = "0A"
 _BACKLOG = 2048
+_LOOPBACKS = ("127.0.0.1", "localhost", "::1")
 
 
 def base_url(host: str, port: int) -> str:
     """How to reach what listens on `host`; from this machine, if that is every interface."""
     reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     return f"http://{reachable}:{port}"
+
+
+def authorities_of(host: str, port: int) -> frozenset[str] | None:
+    """What clients write into Host (in lower case) that mean what listens on `host`; None: it may have any name."""
+    if host in ("0.0.0.0", "::") or port == 0:
+        return None
+    names = {host.lower()}
+    if host in _LOOPBACKS:
+        names |= set(_LOOPBACKS)
+    shown = [f"[{name}]" if ":" in name else name for name in names]
+    return frozenset(f"{name}:{port}" for name in shown) | (frozenset(shown) if port == 80 else frozenset())
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only processes of this machine reach what listens there."""
+    return host in _LOOPBACKS or re.fullmatch(r"127(\.\d{1,3}){3}", host) is not None
 
 
 def why_unreachable(error: Exception) -> str:

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from kvcore.config.schema import ClusterConfig
+    from kvcore.trust.opening import ClusterTrust
+
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 _Commands = TypeVar("_Commands")
 
@@ -58,19 +61,32 @@ def add_router_options(parser: argparse.ArgumentParser, config_type: Callable[[s
 
 def router_url(arguments: argparse.Namespace) -> str:
     """By these options. Raises ConfigError for a file that is none."""
-    from kvcore.config.file import load_config
     from kvcore.config.schema import RouterConfig
     from kvcore.ports import base_url
-    from kvferry.cli import DEFAULT_CONFIG
     from kvferry.status import addresses
 
-    url = base_url(RouterConfig().host, RouterConfig().port)
-    config = arguments.config or (DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None)
+    url, config = base_url(RouterConfig().host, RouterConfig().port), None
     if arguments.url is not None:
         url = arguments.url
-    elif config is not None:
-        url = addresses(load_config(config))[0]
+    elif (config := _config(arguments)) is not None:
+        url = addresses(config)[0]
     return str(url).rstrip("/")
+
+
+def router_trust(arguments: argparse.Namespace) -> "ClusterTrust":
+    """What the cluster file says by which the router knows us. Raises ConfigError."""
+    from kvcore.trust.opening import OPEN, open_trust, trust_source
+
+    config = _config(arguments)
+    return OPEN if config is None else open_trust(trust_source(config))
+
+
+def _config(arguments: argparse.Namespace) -> "ClusterConfig | None":
+    from kvcore.config.file import load_config
+    from kvferry.cli import DEFAULT_CONFIG
+
+    file = arguments.config or (DEFAULT_CONFIG if DEFAULT_CONFIG.exists() and arguments.url is None else None)
+    return None if file is None else load_config(file)
 
 
 def terminal() -> "Console":

@@ -20,6 +20,7 @@ from kvcore.config.servers import metadata_urls
 from kvcore.handoff import HandoffKind, has_store
 from kvcore.ports import base_url, why_unreachable
 from kvcore.process.http_client import http_session
+from kvcore.trust.opening import OPEN, ClusterTrust
 from kvferry.hit_rate import hit_rate_lines
 from kvferry.machine import size_text
 from metadata_server.account_messages import Stats
@@ -111,10 +112,11 @@ async def run_status(
     as_json: bool,
     console: Console,
     timeout_s: float = 5.0,
+    trust: ClusterTrust = OPEN,
 ) -> int:
     """Ask and print; of several metadata servers the one that leads. Returns 0 if every server that the cluster has
     answered, 1 otherwise."""
-    async with http_session(timeout=aiohttp.ClientTimeout(total=timeout_s)) as session:
+    async with http_session(trust=trust, timeout=aiohttp.ClientTimeout(total=timeout_s)) as session:
         cluster, stats, cache = await asyncio.gather(
             _ask(session, f"{router_url}/v1/cluster", ClusterAnswer),
             _ask_metadata(session, metadata_url, standbys),

@@ -20,7 +20,6 @@ from aiohttp.typedefs import Handler
 
 from engines.base import Engine
 from kvcore.errors import (
-    CancelledByPeerError,
     DeadlineExceededError,
     InvalidRequestError,
     KVFerryError,
@@ -29,6 +28,7 @@ from kvcore.errors import (
 )
 from kvcore.process.http_body import check_encoding
 from kvcore.telemetry import METRICS_CONTENT_TYPE, log_fields
+from kvnode.answers import MSGPACK, ProvenCalls, answer_errors, check_read, error_answer, msgpack_answer
 from kvnode.limits import NodeLimits
 from kvnode.request_check import parse_request
 from kvnode.tiers.node_tiers import NodeTiers
@@ -48,7 +48,6 @@ from nodeapi.messages import (
 from nodeapi.upkeep import ChunksRequest, ClearRequest, GenerationsRequest, WeightsReply, WeightsRequest
 
 MAX_BODY_BYTES = 16 << 20
-MSGPACK = "application/msgpack"
 _logger = logging.getLogger("kvnode")
 _T = TypeVar("_T")
 _Request = TypeVar("_Request", bound=msgspec.Struct)
@@ -95,10 +94,13 @@ class ControlApi:
         """Whether new legs are refused."""
         return self._draining or self._quiet
 
-    def runner(self) -> web.AppRunner:
-        """What serves it: a client that leaves ends its leg, and no body is unpacked."""
+    def runner(self, proven: ProvenCalls | None = None) -> web.AppRunner:
+        """What serves it: a client that leaves ends its leg, and no body is unpacked. `proven`: who gets an answer."""
+        app = self._application()
+        if proven is not None:
+            proven.add_to(app)
         return web.AppRunner(
-            self._application(),
+            app,
             handler_cancellation=True,
             auto_decompress=False,
             access_log=None,
@@ -106,7 +108,7 @@ class ControlApi:
         )
 
     def _application(self) -> web.Application:
-        app = web.Application(middlewares=[_answer_errors], client_max_size=self._max_body_bytes)
+        app = web.Application(middlewares=[answer_errors], client_max_size=self._max_body_bytes)
         app.add_routes(
             [
                 web.post("/v1/prefill", self._prefill),
@@ -157,7 +159,7 @@ class ControlApi:
             result = await _bounded(engine.prefill(request), request.deadline_s + self._limits.late_s)
             if self._tiers is not None:
                 self._tiers.after_prefill(result)
-        return _msgpack(msgspec.structs.replace(result, promoted=given.promoted, tier_choices=given.choices))
+        return msgpack_answer(msgspec.structs.replace(result, promoted=given.promoted, tier_choices=given.choices))
 
     async def _generate(self, http: web.Request) -> web.StreamResponse:
         async with self._leg("generate") as leg:
@@ -192,7 +194,7 @@ class ControlApi:
                 request = msgspec.msgpack.decode(await self._read(http), type=kind)
             except msgspec.MsgspecError as error:
                 raise InvalidRequestError(f"the body is no {kind.__name__}: {error}") from error
-            return _msgpack(await work(request))
+            return msgpack_answer(await work(request))
 
         return handle
 
@@ -212,12 +214,12 @@ class ControlApi:
         report = await self._report()
         if "json" in http.headers.get("Accept", ""):
             return web.Response(body=msgspec.json.encode(report), content_type="application/json")
-        return _msgpack(report)
+        return msgpack_answer(report)
 
     async def _get_health(self, http: web.Request) -> web.StreamResponse:
         reason = "draining" if self.draining else self._health()
         if reason is not None:
-            return _error(http, NodeUnavailableError(reason))
+            return error_answer(http, NodeUnavailableError(reason))
         return web.Response(text="ready\n")
 
     async def _get_metrics(self, _: web.Request) -> web.StreamResponse:
@@ -226,7 +228,7 @@ class ControlApi:
     async def _read(self, http: web.Request) -> bytes:
         check_encoding(http.headers)
         try:
-            return await _bounded(http.read(), self._limits.body_s)
+            return check_read(http, await _bounded(http.read(), self._limits.body_s))
         except web.HTTPRequestEntityTooLarge as error:
             raise PayloadTooLargeError(f"the body has more than {self._max_body_bytes} bytes") from error
         except web.RequestPayloadError as error:
@@ -315,35 +317,3 @@ async def _bounded(work: Awaitable[_T], seconds: float) -> _T:
             return await work
     except TimeoutError as error:
         raise DeadlineExceededError("the node did not finish in time") from error
-
-
-@web.middleware
-async def _answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """The request boundary: every failure becomes one error body, ours with its status, a bug with 500 and a log."""
-    try:
-        return await handler(request)
-    except KVFerryError as error:
-        return _error(request, error)
-    except web.HTTPException as error:
-        refused = InvalidRequestError(f"{request.method} {request.path}: {error.reason}")
-        return _error(request, refused, status=error.status)
-    except ConnectionError:  # its writing fails too, which aiohttp takes quietly; what we raise it logs as an error
-        return _error(request, CancelledByPeerError("the client has gone"))
-    except Exception:
-        _logger.exception("control_request_failed method=%s path=%s", request.method, request.path)
-        return _error(request, KVFerryError("internal error of the node; its log says more"))
-
-
-def _error(request: web.Request, error: KVFerryError, status: int | None = None) -> web.Response:
-    """In msgpack for our own clients, which ask for it; a person with curl or a browser reads JSON."""
-    body = {"error": {"code": error.code, "message": error.message, "retryable": error.retryable}}
-    ours = MSGPACK in request.headers.get("Accept", "")
-    return web.Response(
-        status=status or error.http_status,
-        body=msgspec.msgpack.encode(body) if ours else msgspec.json.encode(body),
-        content_type=MSGPACK if ours else "application/json",
-    )
-
-
-def _msgpack(value: msgspec.Struct) -> web.Response:
-    return web.Response(body=msgspec.msgpack.encode(value), content_type=MSGPACK)

@@ -23,11 +23,14 @@ from kvcore.config.file import node_config
 from kvcore.config.schema import ClusterConfig, VllmEngineConfig
 from kvcore.config.vllm_options import engine_environment
 from kvcore.errors import KVFerryError, NodeUnavailableError
-from kvcore.ports import base_url, listen
+from kvcore.ports import authorities_of, base_url, listen
 from kvcore.process.service import Lifecycle
 from kvcore.release import release
 from kvcore.telemetry import Metrics
+from kvcore.trust.http_proof import RequestVerifier
+from kvcore.trust.opening import ClusterTrust, open_trust, trust_source
 from kvcore.types import NodeInfo, Role
+from kvnode.answers import ProvenCalls
 from kvnode.control_api import ControlApi
 from kvnode.limits import NodeLimits
 from kvnode.membership import Membership
@@ -122,7 +125,7 @@ async def run_node(
 ) -> None:
     """Run node `name` until `lifecycle.stopping`, then stop in order. Raises ConfigError for what cannot be run."""
     clock = clock or SystemClock()
-    settings, stack = node_config(config, name), lifecycle.stack
+    settings, stack, trust = node_config(config, name), lifecycle.stack, open_trust(trust_source(config))
     incarnation = draw_incarnation()
     listener = listen(settings.host, settings.port)  # first: a port in use is said before memory is faulted in
     stack.callback(listener.close)
@@ -137,7 +140,7 @@ async def run_node(
         protocol=PROTOCOL,
     )
     owner = await stack.enter_async_context(SegmentOwner(name, incarnation, settings, config.transport))
-    client = connect_client(endpoints_of(config.metadata_server), clock)
+    client = connect_client(endpoints_of(config.metadata_server), clock, trust)
     stack.push_async_callback(client.aclose)
     membership = Membership(
         client, info, lambda: [owner.segment], owner.manifests, ttl_s=config.metadata_server.node_ttl_s, limits=limits
@@ -152,7 +155,7 @@ async def run_node(
         limits=limits,
     )
     owner.on_change = membership.announce_again
-    tiers = await stack.enter_async_context(start_tiers(config, membership, owner, client, clock))
+    tiers = await stack.enter_async_context(start_tiers(config, membership, owner, client, clock, trust=trust))
     weights = EngineWeights(config, clock)
     mover = _start_mover(config, owner, membership, client, lifecycle, clock=clock, limits=limits)
     supervisor = _supervisor(weights, membership, [prober.work, mover.work], tiers, clock=clock, limits=limits)
@@ -176,7 +179,7 @@ async def run_node(
         limits=limits,
     )
     stack.push_async_callback(prober.aclose)
-    await _serve(node.api, listener, stack, limits)
+    await _serve(node.api, _proven(trust, clock, settings.host, port), listener, stack)
     if node.supervisor is not None:
         await node.supervisor.wait_ready()
     refused = {"refused": membership.refused} if membership.refused else {}
@@ -262,8 +265,12 @@ def _pass_on(line: str) -> None:
     sys.stderr.write(line + "\n")
 
 
-async def _serve(api: ControlApi, listener: socket.socket, stack: AsyncExitStack, limits: NodeLimits) -> None:
-    runner = api.runner()
+def _proven(trust: ClusterTrust, clock: Clock, host: str, port: int) -> ProvenCalls | None:
+    return None if trust.secrets is None else ProvenCalls(RequestVerifier(trust, clock, authorities_of(host, port)))
+
+
+async def _serve(api: ControlApi, proven: ProvenCalls | None, listener: socket.socket, stack: AsyncExitStack) -> None:
+    runner = api.runner(proven)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
     await web.SockSite(runner, listener).start()

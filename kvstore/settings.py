@@ -3,7 +3,7 @@
 import msgspec
 
 from kvcore.config.schema import ClusterConfig, StoreConfig, TransportConfig
-from kvcore.config.security import SecretConfig
+from kvcore.trust.opening import TrustSource, trust_source
 from kvstore.integrity.checks import Verify
 from metadata_server.connect import MetadataEndpoints, endpoints_of
 
@@ -20,7 +20,7 @@ class KVStoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     transport: TransportConfig
     store: StoreConfig
     verify: Verify = "checksum"
-    secret: SecretConfig | None = None
+    trust: TrustSource = TrustSource()
     """Where the cluster's secret is; the process reads it there itself."""
 
 
@@ -34,7 +34,7 @@ def store_settings(config: ClusterConfig, *, node_id: str, incarnation: int, hos
         transport=config.transport,
         store=config.store,
         verify=chosen_verify(config),
-        secret=config.security.secret,
+        trust=trust_source(config),
     )
 
 

@@ -6,7 +6,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from dataclasses import dataclass
 
 from kvcore.clock import Clock, SystemClock
-from kvcore.trust.secrets import open_secrets
+from kvcore.trust.opening import open_trust
 from kvcore.types import KVSpec
 from kvstore.integrity.checks import Integrity
 from kvstore.placement import Placement
@@ -82,9 +82,10 @@ async def open_wiring(settings: KVStoreSettings, clock: Clock) -> AsyncIterator[
 
     Closes stores, transports and metadata client, in this order.
     """
-    integrity = Integrity(settings.verify, await asyncio.to_thread(open_secrets, settings.secret))
+    trust = await asyncio.to_thread(open_trust, settings.trust)
+    integrity = Integrity(settings.verify, trust.secrets)
     async with AsyncExitStack() as stack:
-        metadata = connect_client(settings.metadata, clock)
+        metadata = connect_client(settings.metadata, clock, trust)
         stack.push_async_callback(metadata.aclose)
         transfer = build_transfer(settings.transport, settings.host_id)
         stack.push_async_callback(transfer.aclose)
@@ -102,7 +103,7 @@ async def open_store(settings: KVStoreSettings, spec: KVSpec) -> AsyncIterator[O
 async def open_placement(settings: KVStoreSettings) -> AsyncIterator[Placement]:
     """Where chunks lie, for a process that moves no bytes. Give-backs under way have a second to end."""
     clock = SystemClock()
-    metadata = connect_client(settings.metadata, clock)
+    metadata = connect_client(settings.metadata, clock, open_trust(settings.trust))
     placement = Placement(
         metadata, node_id=settings.node_id, incarnation=settings.incarnation, clock=clock, config=settings.store
     )

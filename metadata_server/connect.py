@@ -9,6 +9,7 @@ from kvcore.clock import Clock
 from kvcore.config.schema import MetadataServerConfig
 from kvcore.config.servers import metadata_urls
 from kvcore.process.descriptors import soft_limit
+from kvcore.trust.opening import OPEN, ClusterTrust
 from metadata_server.client import MetadataClient
 from metadata_server.http_transport import HttpEventSource, HttpMetadataTransport
 from metadata_server.leading.following import FollowingSource, FollowingTransport
@@ -29,18 +30,21 @@ def endpoints_of(server: MetadataServerConfig) -> MetadataEndpoints:
     return MetadataEndpoints(urls=tuple(metadata_urls(server)), timeout_s=server.timeout_s)
 
 
-def connect_client(endpoints: MetadataEndpoints, clock: Clock) -> MetadataClient:
+def connect_client(endpoints: MetadataEndpoints, clock: Clock, trust: ClusterTrust = OPEN) -> MetadataClient:
     """Typed calls over HTTP. Opens no connection yet; close it with `aclose`. Waits take at most a quarter of the
     descriptors that this process may have."""
     most, urls = ClientLimits(), endpoints.urls
     limits = replace(most, max_waits=min(most.max_waits, soft_limit() // 4))
-    way = partial(HttpMetadataTransport, limits=limits)
+    way = partial(HttpMetadataTransport, limits=limits, trust=trust)
     transport = way(urls[0]) if len(urls) == 1 else FollowingTransport(urls, way)
     return MetadataClient(transport, clock, endpoints.timeout_s, limits=limits)
 
 
-def connect_subscription(endpoints: MetadataEndpoints, sink: IndexSink, clock: Clock) -> IndexSubscription:
+def connect_subscription(
+    endpoints: MetadataEndpoints, sink: IndexSink, clock: Clock, trust: ClusterTrust = OPEN
+) -> IndexSubscription:
     """Follows the event stream over HTTP once its `run` is awaited; close it with `aclose` after that has ended."""
     urls = endpoints.urls
-    source = HttpEventSource(urls[0]) if len(urls) == 1 else FollowingSource(urls, HttpEventSource)
+    way = partial(HttpEventSource, trust=trust)
+    source = way(urls[0]) if len(urls) == 1 else FollowingSource(urls, way)
     return IndexSubscription(source, sink, clock)

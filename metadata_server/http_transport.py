@@ -12,6 +12,7 @@ import msgspec
 from kvcore.errors import MetadataProtocolError, MetadataUnavailableError, NodeRefusedError, NotLeaderError
 from kvcore.ports import why_unreachable
 from kvcore.process.http_client import http_session
+from kvcore.trust.opening import OPEN, ClusterTrust
 from metadata_server.endpoints import ENDPOINTS
 from metadata_server.limits import ClientLimits
 
@@ -25,8 +26,9 @@ class HttpMetadataTransport:
     """`MetadataTransport` to `url` (http://host:port) over kept-alive connections. Long polls have connections of their
     own: however many there are, they hold no other call up."""
 
-    def __init__(self, url: str, limits: ClientLimits = ClientLimits()) -> None:
+    def __init__(self, url: str, limits: ClientLimits = ClientLimits(), trust: ClusterTrust = OPEN) -> None:
         self._url = url.rstrip("/")
+        self._trust = trust
         self._limits = limits
         self._sessions: dict[bool, aiohttp.ClientSession] = {}
         """By whether they carry long polls."""
@@ -37,7 +39,7 @@ class HttpMetadataTransport:
         session = self._sessions.get(waits)
         if session is None:
             limit = self._limits.max_waits if waits else self._limits.max_connections
-            session = self._sessions[waits] = _new_session(self._limits, limit)
+            session = self._sessions[waits] = _new_session(self._limits, limit, self._trust)
         method = "POST" if body else "GET"
         try:
             async with (
@@ -64,8 +66,16 @@ class HttpMetadataTransport:
 class HttpEventSource:
     """`EventSource` over GET /v1/events of `url`."""
 
-    def __init__(self, url: str, *, connect_timeout_s: float = 2.0, limits: ClientLimits = ClientLimits()) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        connect_timeout_s: float = 2.0,
+        limits: ClientLimits = ClientLimits(),
+        trust: ClusterTrust = OPEN,
+    ) -> None:
         self._url = url.rstrip("/")
+        self._trust = trust
         self._limits = limits
         self._timeout = aiohttp.ClientTimeout(total=None, connect=connect_timeout_s, sock_read=limits.silence_s)
         self._session: aiohttp.ClientSession | None = None
@@ -73,7 +83,7 @@ class HttpEventSource:
     async def batches(self, epoch: str, from_seq: int) -> AsyncGenerator[bytes, None]:
         """See `EventSource.batches`."""
         if self._session is None:
-            self._session = _new_session(self._limits, self._limits.max_connections)
+            self._session = _new_session(self._limits, self._limits.max_connections, self._trust)
         url = self._url + "/v1/events"
         params = {"epoch": epoch, "from_seq": str(from_seq)}
         try:
@@ -109,10 +119,13 @@ class _FaultBody(msgspec.Struct):
     error: _FaultText
 
 
-def _new_session(limits: ClientLimits, max_connections: int) -> aiohttp.ClientSession:
+def _new_session(limits: ClientLimits, max_connections: int, trust: ClusterTrust) -> aiohttp.ClientSession:
     connector = aiohttp.TCPConnector(limit=max_connections, keepalive_timeout=limits.idle_connection_s)
     return http_session(
-        connector=connector, timeout=aiohttp.ClientTimeout(total=None), cookie_jar=aiohttp.DummyCookieJar()
+        trust=trust,
+        connector=connector,
+        timeout=aiohttp.ClientTimeout(total=None),
+        cookie_jar=aiohttp.DummyCookieJar(),
     )
 
 

@@ -3,20 +3,25 @@
 import asyncio
 import logging
 
+from starlette.types import ASGIApp
+
 from kvcore.clock import Clock, SystemClock, WakefulClock
 from kvcore.config.records import EtcdRecordsConfig
 from kvcore.config.schema import ClusterConfig
 from kvcore.config.servers import own_part
-from kvcore.ports import base_url
+from kvcore.ports import authorities_of, base_url
 from kvcore.process.asgi import AsgiServer
+from kvcore.process.proven_app import OPEN_PATHS, ProvenApp
 from kvcore.process.service import Lifecycle
 from kvcore.telemetry import Metrics, log_fields
+from kvcore.trust.http_proof import RequestVerifier
+from kvcore.trust.opening import ClusterTrust, open_trust, trust_source
 from metadata_server.core import MetadataCore
 from metadata_server.leading.election import Election
 from metadata_server.leading.lives import by_clock, first_generation_alone
 from metadata_server.leading.terms import Terms, new_index
 from metadata_server.mooncake.dialect import MooncakeDialect
-from metadata_server.mooncake.http_shell import MooncakeApp, MooncakePort
+from metadata_server.mooncake.http_shell import PATH, MooncakeApp, MooncakePort
 from metadata_server.mooncake.opening import open_dialect, tls_of, token_of
 from metadata_server.partitions.membership import join_set
 from metadata_server.records.base import Records
@@ -56,7 +61,7 @@ async def main(config: ClusterConfig, lifecycle: Lifecycle, *, change_partitions
     mooncake, dialect = await _open_mooncake(config, records, clock, metrics, lifecycle)
     core.janitor.look_after(records, dialect)
     app = create_app(core, clock, metrics, server.max_body, mooncake=mooncake)
-    shell = AsgiServer(app, server.host, server.port)
+    shell = AsgiServer(_proven(app, config, clock, open_trust(trust_source(config))), server.host, server.port)
     lifecycle.stack.push_async_callback(shell.aclose)
     if server.standbys:
         _elect(config, clock, records, core, lifecycle)
@@ -82,6 +87,15 @@ async def _join(config: ClusterConfig, clock: Clock, records: Records, *, change
         await join_set(shared, whole, change=change)
     finally:
         await shared.aclose()
+
+
+def _proven(app: ASGIApp, config: ClusterConfig, clock: Clock, trust: ClusterTrust) -> ASGIApp:
+    """`/metadata` is for Mooncake's own clients, which have a token instead."""
+    if trust.secrets is None:
+        return app
+    names = authorities_of(config.metadata_server.host, config.metadata_server.port)
+    verifier = RequestVerifier(trust, clock, names)
+    return ProvenApp(app, verifier, lambda scope: scope["path"] not in (*OPEN_PATHS, PATH))
 
 
 async def _only_core(config: ClusterConfig, clock: Clock, records: Records, lifecycle: Lifecycle) -> MetadataCore:

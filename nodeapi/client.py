@@ -9,6 +9,7 @@ from typing import TypeVar
 import msgspec
 
 from kvcore.errors import EngineError, KVFerryError, NodeUnavailableError, NodeVersionError, error_from_code
+from kvcore.trust.opening import OPEN, ClusterTrust
 from nodeapi.frames import FrameDecoder, FrameError
 from nodeapi.http_calls import HttpCalls, deadline
 from nodeapi.messages import (
@@ -54,9 +55,13 @@ class _NodeErrorBody(msgspec.Struct):
 class HttpNodeClient:
     """NodeClient over aiohttp with kept-alive connections. Entered and left on one event loop."""
 
-    def __init__(self, *, connect_timeout_s: float, max_connections: int) -> None:
+    def __init__(self, *, connect_timeout_s: float, max_connections: int, trust: ClusterTrust = OPEN) -> None:
         self._calls = HttpCalls(
-            _refusal, connect_timeout_s=connect_timeout_s, max_connections=max_connections, headers=_MSGPACK
+            _refusal,
+            connect_timeout_s=connect_timeout_s,
+            max_connections=max_connections,
+            headers=_MSGPACK,
+            trust=trust,
         )
         self._encoder = msgspec.msgpack.Encoder()
         self._frames = msgspec.msgpack.Decoder(StreamFrame)

@@ -13,6 +13,7 @@ from kvcore.errors import DeadlineExceededError, KVFerryError, NoDescriptorsErro
 from kvcore.ports import why_unreachable
 from kvcore.process.descriptors import are_exhausted, soft_limit
 from kvcore.process.http_client import http_session
+from kvcore.trust.opening import OPEN, ClusterTrust
 
 MAX_REPLY_BYTES = 16 << 20
 MAX_ERROR_BYTES = 64 << 10
@@ -31,12 +32,14 @@ class HttpCalls:
         max_connections: int,
         headers: Mapping[str, str],
         keepalive_s: float = 15.0,
+        trust: ClusterTrust = OPEN,
     ) -> None:
         self._refusal = refusal
         self._connect_timeout_s = connect_timeout_s
         self._max_connections = max_connections
         self._headers = dict(headers)
         self._keepalive_s = keepalive_s
+        self._trust = trust
         self._session: aiohttp.ClientSession | None = None
 
     def __repr__(self) -> str:
@@ -63,6 +66,7 @@ class HttpCalls:
         kvcore.errors, also one that comes while the caller reads the body."""
         if self._session is None:
             self._session = http_session(
+                trust=self._trust,
                 connector=aiohttp.TCPConnector(limit=self._max_connections, keepalive_timeout=self._keepalive_s),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 headers=self._headers,

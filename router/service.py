@@ -7,22 +7,27 @@ from collections.abc import Callable
 from contextlib import closing
 
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from kvcore.clock import Clock, SystemClock
 from kvcore.config.schema import ClusterConfig
 from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
+from kvcore.ports import authorities_of
 from kvcore.process.asgi import AsgiServer
 from kvcore.process.descriptors import soft_limit
 from kvcore.process.limits import HttpLimits
+from kvcore.process.proven_app import ProvenApp
 from kvcore.process.service import Lifecycle
 from kvcore.telemetry import log_fields
+from kvcore.trust.http_proof import RequestVerifier
+from kvcore.trust.opening import ClusterTrust, open_trust, trust_source
 from metadata_server.client import MetadataClient
 from metadata_server.connect import connect_client, connect_subscription, endpoints_of
 from nodeapi.client import HttpNodeClient
 from nodeapi.protocol import NodeClient
 from router.admin.janitor import ClusterJanitor
 from router.admin.nodes import NodeAdmin
-from router.admin.routes import AdminRoutes, add_no_nodes
+from router.admin.routes import AdminRoutes, add_no_nodes, is_order
 from router.answering import Answerer, AnswerLimits
 from router.api.app import make_app
 from router.cache.hints import HintPins
@@ -55,8 +60,8 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
     tokenizer = await asyncio.to_thread(make_tokenizer, config)
     if isinstance(tokenizer, FolderTokenizer) and tokenizer.chat_problem is not None:
         log_fields(_log, logging.WARNING, "no_chats", problem=tokenizer.chat_problem)
-    clock, bounds = SystemClock(), config.router
-    client = await _make_client(config)
+    clock, bounds, trust = SystemClock(), config.router, await asyncio.to_thread(open_trust, trust_source(config))
+    client = await _make_client(config, trust)
     lifecycle.stack.push_async_callback(client.aclose)
     cluster = Cluster(config, clock, tokenizer_digest=tokenizer.digest)
     prober = Prober(bounds, cluster, client, clock)
@@ -70,8 +75,8 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
     lifecycle.describe.append(dispatcher.describe)
     endpoints = endpoints_of(config.metadata_server)
     keeps_store = config.handoff.traits.has_store  # servers that are not ours keep none
-    subscription = connect_subscription(endpoints, cluster, clock) if keeps_store else None
-    metadata = connect_client(endpoints, clock) if keeps_store else None
+    subscription = connect_subscription(endpoints, cluster, clock, trust) if keeps_store else None
+    metadata = connect_client(endpoints, clock, trust) if keeps_store else None
     connected = None if subscription is None else lambda: subscription.connected
     problems = ClusterProblems(cluster, clock, connected)
     prober.on_round.append(problems.say)
@@ -95,6 +100,7 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
         max_body_bytes=bounds.max_body,
         cors=bounds.cors,
         more=add_routes,
+        guard=_operators_alone(config, clock, trust),
     )
     server = AsgiServer(app, bounds.host, bounds.port, limits=_connection_limits(config))
     lifecycle.tasks.create_task(prober.run(), name="node probes")
@@ -164,10 +170,19 @@ def _watch_cache(
     return watch, CacheReplay(watch, cluster, config, clock)
 
 
-async def _make_client(config: ClusterConfig) -> NodeClient:
+def _operators_alone(config: ClusterConfig, clock: Clock, trust: ClusterTrust) -> Callable[[ASGIApp], ASGIApp]:
+    """With a secret only those who know it give orders about the cluster."""
+    if trust.secrets is None:
+        return lambda app: app
+    verifier = RequestVerifier(trust, clock, authorities_of(config.router.host, config.router.port))
+    return lambda app: ProvenApp(app, verifier, is_order)
+
+
+async def _make_client(config: ClusterConfig, trust: ClusterTrust) -> NodeClient:
     max_connections = LEGS_PER_REQUEST * config.router.max_requests + len(config.nodes)
     if config.handoff.traits.has_store:
-        return HttpNodeClient(connect_timeout_s=config.router.connect_timeout_s, max_connections=max_connections)
+        connect_s = config.router.connect_timeout_s
+        return HttpNodeClient(connect_timeout_s=connect_s, max_connections=max_connections, trust=trust)
     facts = await asyncio.to_thread(read_model_facts, config)
     return VllmClient(config, facts, max_connections=max_connections, api_key=server_key())
 

@@ -1,20 +1,29 @@
 """Sessions of our HTTP clients. None follows a redirect: it would send a body, with tokens or a key, to whom the answer
-names, and no server of a cluster has reason for one.
+names, and no server of a cluster has reason for one. With a secret each request proves that it comes from the cluster.
 """
 
 from typing import Any
 
 import aiohttp
 
+from kvcore.clock import SystemClock
+from kvcore.trust.http_proof import SIGNATURE, WANTED, Proof, RequestProver
+from kvcore.trust.opening import OPEN, ClusterTrust
+
 
 class RedirectedError(aiohttp.ClientError):
     """A server answered with a redirect."""
 
 
-def http_session(**options: Any) -> aiohttp.ClientSession:
-    """An aiohttp session with these options, whose calls raise RedirectedError where the answer is a redirect. Made
-    inside the loop that uses it."""
-    return aiohttp.ClientSession(middlewares=(_refuse_redirects,), **options)
+class UnprovenReplyError(aiohttp.ClientError):
+    """A server answered that does not know the cluster's secret."""
+
+
+def http_session(*, trust: ClusterTrust = OPEN, **options: Any) -> aiohttp.ClientSession:
+    """An aiohttp session with these options, whose calls raise RedirectedError where the answer is a redirect, and with
+    a secret UnprovenReplyError where it comes from a stranger. Made inside the loop that uses it. Bodies are bytes."""
+    known = () if trust.secrets is None else (_Proving(RequestProver(trust, SystemClock())).send,)
+    return aiohttp.ClientSession(middlewares=(_refuse_redirects, *known), **options)
 
 
 async def _refuse_redirects(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
@@ -27,3 +36,33 @@ async def _refuse_redirects(request: aiohttp.ClientRequest, send: aiohttp.Client
             "name the server itself"
         )
     return response
+
+
+class _Proving:
+    """Proves the requests of one session."""
+
+    def __init__(self, prover: RequestProver) -> None:
+        self._prover = prover
+
+    async def send(self, request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+        """A refusal that asks for another secret of ours is no answer: the request had no effect and is made again."""
+        proof = await self._prove(request)
+        response = await send(request)
+        if response.status == 401:
+            authority = request.headers["Host"]
+            if self._prover.learn(authority, proof, response.headers.get(WANTED)):
+                response.release()
+                proof = await self._prove(request)
+                response = await send(request)
+        if response.status < 400 and not self._prover.is_proven(proof, response.status, response.headers):
+            why = "give it the same security.secret, or it is a stranger"
+            why = "its answer's proof is wrong" if SIGNATURE in response.headers else why
+            response.close()
+            raise UnprovenReplyError(f"{request.url.origin()} does not know this cluster's secret: {why}")
+        return response
+
+    async def _prove(self, request: aiohttp.ClientRequest) -> Proof:
+        body = await request.body.as_bytes() if request.body else b""
+        proof = self._prover.prove(request.method, request.headers["Host"], request.url.raw_path_qs, body)
+        request.headers.update(proof.headers)
+        return proof

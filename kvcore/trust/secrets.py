@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+from kvcore.clock import Clock, SystemClock
 from kvcore.config.security import SecretConfig
 from kvcore.errors import ConfigError
 from kvcore.telemetry import log_fields
@@ -23,11 +24,21 @@ _Stamp = tuple[int, int, int]
 
 
 class Secrets:
-    """What is derived from the cluster's secrets. One a process. Ask it each time: `refresh` may have changed them."""
+    """What is derived from the cluster's secrets. One a process. Ask it each time: they may have changed."""
 
-    def __init__(self, secrets: tuple[bytes, ...], *, reread: Reread | None = None) -> None:
-        """`secrets`: the one that signs first."""
+    def __init__(
+        self,
+        secrets: tuple[bytes, ...],
+        *,
+        reread: Reread | None = None,
+        clock: Clock | None = None,
+        look_s: float = 1.0,
+    ) -> None:
+        """`secrets`: the one that signs first. With a clock, whoever asks looks for others once in `look_s`."""
         self._reread = reread
+        self._clock = clock if reread is not None else None
+        self._look_s = look_s
+        self._looked = clock.now() if clock is not None else 0.0
         self._keys = tuple(ClusterKey(secret) for secret in secrets)
 
     def __repr__(self) -> str:
@@ -36,16 +47,19 @@ class Secrets:
     @property
     def newest(self) -> ClusterKey:
         """The one that signs."""
-        return self._keys[0]
+        return self.accepted[0]
 
     @property
     def accepted(self) -> tuple[ClusterKey, ...]:
         """All that are accepted, the newest first."""
+        if self._clock is not None and (now := self._clock.now()) - self._looked >= self._look_s:
+            self._looked = now
+            self.refresh()
         return self._keys
 
     def find(self, key_id: bytes) -> ClusterKey | None:
         """The accepted one that is called so."""
-        return next((key for key in self._keys if key.id == key_id), None)
+        return next((key for key in self.accepted if key.id == key_id), None)
 
     def derive(self, label: KeyLabel, context: bytes = b"") -> bytes:
         """32 bytes of the newest."""
@@ -53,7 +67,7 @@ class Secrets:
 
     def derive_all(self, label: KeyLabel, context: bytes = b"") -> tuple[bytes, ...]:
         """32 bytes of each that is accepted, the newest first."""
-        return tuple(key.derive(label, context) for key in self._keys)
+        return tuple(key.derive(label, context) for key in self.accepted)
 
     def refresh(self) -> bool:
         """Whether the secrets are others than before: their file was looked at, and read if it changed. One that cannot
@@ -68,7 +82,7 @@ class Secrets:
         known = {key.id: key for key in self._keys}
         made = [ClusterKey(secret) for secret in secrets]
         self._keys = tuple(known.get(key.id, key) for key in made)
-        log_fields(_logger, logging.INFO, "secret_reloaded", signs=self.newest.id, accepted=len(self._keys))
+        log_fields(_logger, logging.INFO, "secret_reloaded", signs=self._keys[0].id, accepted=len(self._keys))
         return True
 
 
@@ -83,7 +97,7 @@ def open_secrets(config: SecretConfig | None) -> Secrets | None:
         file = _SecretFile(Path(config.file))
         first = file.read_if_changed()
         assert first is not None
-        return Secrets(first, reread=file.read_if_changed)
+        return Secrets(first, reread=file.read_if_changed, clock=SystemClock())
     if config.env is not None:
         text = os.environ.get(config.env)
         if text is None:

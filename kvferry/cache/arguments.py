@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvferry.router_url import RouterCommands, router_url, seconds, terminal
+from kvferry.router_url import RouterCommands, router_trust, router_url, seconds, terminal
 
 if TYPE_CHECKING:
     from kvferry.cache.commands import CacheCommands
@@ -78,4 +78,4 @@ def _ttl(text: str) -> float | None:
 def _commands(arguments: argparse.Namespace) -> "CacheCommands":
     from kvferry.cache.commands import CacheCommands
 
-    return CacheCommands(router_url(arguments), terminal(), arguments.json)
+    return CacheCommands(router_url(arguments), terminal(), arguments.json, router_trust(arguments))

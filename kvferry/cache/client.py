@@ -9,6 +9,7 @@ import msgspec
 
 from kvcore.ports import why_unreachable
 from kvcore.process.http_client import http_session
+from kvcore.trust.opening import OPEN, ClusterTrust
 
 _Reply = TypeVar("_Reply")
 
@@ -76,8 +77,10 @@ def _refusal(status: int, raw: bytes, what: str, url: str) -> str:
 
 
 @asynccontextmanager
-async def router_calls(url: str, *, timeout_s: float = 900.0, connect_s: float = 5.0) -> AsyncIterator[RouterCalls]:
+async def router_calls(
+    url: str, *, timeout_s: float = 900.0, connect_s: float = 5.0, trust: ClusterTrust = OPEN
+) -> AsyncIterator[RouterCalls]:
     """Calls of the router at `url`."""
     timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=connect_s)
-    async with http_session(timeout=timeout) as session:
+    async with http_session(trust=trust, timeout=timeout) as session:
         yield RouterCalls(url, session)

@@ -15,6 +15,7 @@ from rich.progress import Progress
 
 from kvcore.clock import SystemClock
 from kvcore.errors import ConfigError
+from kvcore.trust.opening import OPEN, ClusterTrust
 from kvferry.cache.client import CacheCommandError, RouterCalls, router_calls
 from kvferry.cache.inputs import GivenPrompt, read_prompts
 from kvferry.cache.tables import (
@@ -44,6 +45,7 @@ class CacheCommands:
     url: str
     console: Console
     as_json: bool = False
+    trust: ClusterTrust = OPEN
 
     def run(self, work: Callable[[RouterCalls], Awaitable[int]]) -> int:
         """Run one of the methods below to its end, or to Ctrl-C."""
@@ -166,7 +168,7 @@ class CacheCommands:
         return self._problems([f"{full} prompts found no room in the store"] if full else [])
 
     async def _with_calls(self, work: Callable[[RouterCalls], Awaitable[int]]) -> int:
-        async with router_calls(self.url) as router:
+        async with router_calls(self.url, trust=self.trust) as router:
             return await work(router)
 
     async def _each(

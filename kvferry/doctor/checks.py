@@ -28,6 +28,7 @@ from kvferry.doctor.memory import check_segment_pages, nodes_here, reserved_byte
 from kvferry.doctor.mooncake import check_mooncake, mooncake_bytes
 from kvferry.doctor.objects import check_objects
 from kvferry.doctor.records import check_records
+from kvferry.doctor.security import check_security
 from kvferry.doctor.servers import check_servers
 from kvferry.doctor.tiers import check_redis
 from kvferry.doctor.transports import check_transports
@@ -201,6 +202,7 @@ PREFLIGHT: tuple[Check, ...] = (
     check_vllm,
     check_segment_pages,
     check_memory,
+    check_security,
 )
 ALL_CHECKS: tuple[Check, ...] = (
     check_python,

@@ -3,9 +3,10 @@
 import asyncio
 
 from kvcore.clock import SystemClock
-from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
+from kvcore.errors import ConfigError, MetadataProtocolError, MetadataUnavailableError
 from kvcore.identity import ClusterIdentity
 from kvcore.ports import base_url
+from kvcore.trust.opening import open_trust, trust_source
 from kvferry.doctor.findings import Context, Finding
 from kvferry.machine import is_local
 from metadata_server.connect import connect_client, endpoints_of
@@ -22,6 +23,8 @@ def check_joining(context: Context) -> list[Finding]:
     url = endpoints_of(config.metadata_server).urls[0]
     try:
         reply = asyncio.run(_ask(context))
+    except ConfigError:
+        return []  # the secret cannot be had: another check says so
     except MetadataUnavailableError:
         return [Finding(_SUBJECT, True, f"no metadata server answers at {url} yet")]
     except MetadataProtocolError as error:
@@ -37,7 +40,8 @@ def check_joining(context: Context) -> list[Finding]:
 
 
 async def _ask(context: Context) -> NodesReply:
-    client = connect_client(endpoints_of(context.config.metadata_server), SystemClock())
+    trust = open_trust(trust_source(context.config))
+    client = connect_client(endpoints_of(context.config.metadata_server), SystemClock(), trust)
     try:
         return await client.nodes()
     finally:

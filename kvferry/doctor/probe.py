@@ -17,6 +17,7 @@ from kvcore.config.schema import ClusterConfig
 from kvcore.errors import ConfigError, MetadataProtocolError, MetadataUnavailableError
 from kvcore.ports import base_url, why_unreachable
 from kvcore.process.http_client import http_session
+from kvcore.trust.opening import ClusterTrust, open_trust, trust_source
 from kvcore.types import NodeInfo, Role
 from kvferry.doctor.verdict import Level, Outcome, Problem, Verdict, gigabytes, judge, wrong
 from kvferry.machine import size_text
@@ -42,7 +43,8 @@ async def run_probe(config: ClusterConfig, console: Console, *, pair_s: float = 
     of ours moves the KV. A node has `late_s` beyond a pair's time to close its transport and give back room."""
     if not config.handoff.traits.has_store:
         raise ConfigError(f"handoff: {config.handoff} moves the KV between the servers: nothing of ours to probe")
-    client = connect_client(endpoints_of(config.metadata_server), SystemClock())
+    trust = open_trust(trust_source(config))
+    client = connect_client(endpoints_of(config.metadata_server), SystemClock(), trust)
     try:
         alive = (await client.nodes()).nodes
     except (MetadataUnavailableError, MetadataProtocolError) as error:
@@ -57,7 +59,7 @@ async def run_probe(config: ClusterConfig, console: Console, *, pair_s: float = 
         for name in config.nodes
         if name not in names
     ]
-    outcomes = await _measure_all(alive, console, pair_s, late_s)
+    outcomes = await _measure_all(alive, console, pair_s, late_s, trust)
     if outcomes:
         console.print(_table(outcomes))
     elif not missing:
@@ -65,10 +67,12 @@ async def run_probe(config: ClusterConfig, console: Console, *, pair_s: float = 
     return _show_verdicts(console, [*missing, *(verdict for outcome in outcomes for verdict in judge(outcome))])
 
 
-async def _measure_all(nodes: Sequence[NodeInfo], console: Console, pair_s: float, late_s: float) -> list[Outcome]:
+async def _measure_all(
+    nodes: Sequence[NodeInfo], console: Console, pair_s: float, late_s: float, trust: ClusterTrust
+) -> list[Outcome]:
     outcomes: list[Outcome] = []
     timeout = aiohttp.ClientTimeout(total=pair_s + late_s)
-    async with http_session(timeout=timeout) as session:
+    async with http_session(trust=trust, timeout=timeout) as session:
         for source in nodes:
             silent = source.role is Role.STORE
             for target in () if silent else nodes:

@@ -10,9 +10,10 @@ import aiohttp
 import msgspec
 
 from kvcore.config.schema import ClusterConfig
-from kvcore.errors import NotLeaderError
+from kvcore.errors import ConfigError, NotLeaderError
 from kvcore.ports import base_url
 from kvcore.process.http_client import http_session
+from kvcore.trust.opening import OPEN, open_trust, trust_source
 from kvcore.types import NodeInfo
 from kvferry.status import ClusterAnswer, addresses, standbys_of
 from metadata_server.account_messages import Stats
@@ -50,8 +51,12 @@ class _Follower(msgspec.Struct, frozen=True):
 async def find_running(config: ClusterConfig, timeout_s: float = 1.0) -> RunningParts:
     """Ask all at the same time; whoever does not answer within `timeout_s`, or as another's, does not run."""
     router_url, metadata_url = addresses(config)
+    try:
+        trust = open_trust(trust_source(config))
+    except ConfigError:  # another check says so
+        trust = OPEN
     async with (
-        http_session(timeout=aiohttp.ClientTimeout(total=timeout_s)) as session,
+        http_session(trust=trust, timeout=aiohttp.ClientTimeout(total=timeout_s)) as session,
         asyncio.TaskGroup() as tasks,
     ):
         router = tasks.create_task(_ask(session, f"{router_url}/v1/cluster", _NamedCluster))

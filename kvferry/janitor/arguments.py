@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from kvferry.router_url import add_router_options, router_url, seconds, terminal
+from kvferry.router_url import add_router_options, router_trust, router_url, seconds, terminal
 
 
 def add_janitor(parser: argparse.ArgumentParser, config_type: Callable[[str], Path]) -> None:
@@ -20,5 +20,7 @@ def add_janitor(parser: argparse.ArgumentParser, config_type: Callable[[str], Pa
 def _run(arguments: argparse.Namespace) -> int:
     from kvferry.janitor.command import JanitorCommand
 
-    command = JanitorCommand(router_url(arguments), terminal(), arguments.older_s, arguments.json)
+    command = JanitorCommand(
+        router_url(arguments), terminal(), arguments.older_s, arguments.json, router_trust(arguments)
+    )
     return command.run(apply=arguments.apply)

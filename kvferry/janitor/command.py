@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import msgspec
 from rich.console import Console
 
+from kvcore.trust.opening import OPEN, ClusterTrust
 from kvferry.cache.client import CacheCommandError, RouterCalls, router_calls
 from kvferry.cache.tables import age_text
 from metadata_server.account_messages import OrphansOfKind
@@ -49,6 +50,7 @@ class JanitorCommand:
     console: Console
     older_s: float
     as_json: bool = False
+    trust: ClusterTrust = OPEN
 
     def run(self, *, apply: bool) -> int:
         """Look, and remove what was found if `apply`. Returns the exit code."""
@@ -59,7 +61,7 @@ class JanitorCommand:
             return UNKNOWN
 
     async def _with_calls(self, apply: bool) -> int:
-        async with router_calls(self.url) as router:
+        async with router_calls(self.url, trust=self.trust) as router:
             return await self.look(router, apply=apply)
 
     async def look(self, router: RouterCalls, *, apply: bool) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvferry.router_url import RouterCommands, router_url, terminal
+from kvferry.router_url import RouterCommands, router_trust, router_url, terminal
 
 if TYPE_CHECKING:
     from kvferry.nodes.commands import NodesCommands
@@ -32,4 +32,4 @@ def add_nodes(parser: argparse.ArgumentParser, config_type: Callable[[str], Path
 def _commands(arguments: argparse.Namespace) -> "NodesCommands":
     from kvferry.nodes.commands import NodesCommands
 
-    return NodesCommands(router_url(arguments), terminal(), arguments.json)
+    return NodesCommands(router_url(arguments), terminal(), arguments.json, router_trust(arguments))

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvcore.clock import SystemClock
+from kvcore.trust.opening import OPEN, ClusterTrust
 from kvferry.cache.client import CacheCommandError, RouterCalls, router_calls
 from kvferry.cache.tables import age_text, table
 from kvferry.machine import size_text
@@ -33,6 +34,7 @@ class NodesCommands:
     url: str
     console: Console
     as_json: bool = False
+    trust: ClusterTrust = OPEN
 
     def ls(self) -> int:
         """A line a node. 1: something could not be asked."""
@@ -77,7 +79,7 @@ class NodesCommands:
         return 0
 
     async def _with_calls(self, work: Callable[[RouterCalls], Awaitable[int]]) -> int:
-        async with router_calls(self.url) as router:
+        async with router_calls(self.url, trust=self.trust) as router:
             return await work(router)
 
 

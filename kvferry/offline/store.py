@@ -22,6 +22,7 @@ from kvcore.errors import ConfigError, DeadlineExceededError, MetadataProtocolEr
 from kvcore.identity import ClusterIdentity
 from kvcore.ports import base_url, listen
 from kvcore.telemetry import log_fields
+from kvcore.trust.opening import ClusterTrust, open_trust, trust_source
 from kvcore.types import NodeInfo
 from kvferry.launch.launcher import Launcher, LauncherEvent
 from kvferry.launch.processes import plan_processes
@@ -110,7 +111,8 @@ class OfflineStore:
     async def _keep_up(self, folder: Path) -> None:
         """Until cancelled."""
         config, file = self._cluster.config, folder / "cluster.yaml"
-        server = connect_client(endpoints_of(config.metadata_server), SystemClock())
+        trust = open_trust(trust_source(config))
+        server = connect_client(endpoints_of(config.metadata_server), SystemClock(), trust)
         try:
             if self._cluster.joined:
                 await self._until(
@@ -120,7 +122,7 @@ class OfflineStore:
             plans = [plan for plan in plan_processes(config, file) if plan.name in self._cluster.started]
             async with Launcher(config, file, log_dir=folder, plans=plans, on_event=self._changed) as launcher:
                 await launcher.wait_ready(config.service.start_s)
-                report = await self._ask_node()
+                report = await self._ask_node(trust)
                 await self._until(
                     server,
                     lambda nodes: any(_same_start(node, report.node) for node in nodes),
@@ -132,9 +134,9 @@ class OfflineStore:
         finally:
             await server.aclose()
 
-    async def _ask_node(self) -> NodeReport:
+    async def _ask_node(self, trust: ClusterTrust) -> NodeReport:
         node = self._cluster.config.nodes[self._cluster.node_name]
-        client = HttpNodeClient(connect_timeout_s=self._margin_s, max_connections=1)
+        client = HttpNodeClient(connect_timeout_s=self._margin_s, max_connections=1, trust=trust)
         try:
             return await client.info(base_url(node.host, node.port), timeout_s=self._margin_s)
         finally:

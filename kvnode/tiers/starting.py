@@ -6,7 +6,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from kvcore.clock import Clock
 from kvcore.config.schema import ClusterConfig
-from kvcore.trust.secrets import open_secrets
+from kvcore.trust.opening import OPEN, ClusterTrust
 from kvnode.membership import Membership
 from kvnode.segment_owner import SegmentOwner
 from kvnode.tasks import cancelled, spawned
@@ -24,7 +24,13 @@ from nodeapi.client import HttpNodeClient
 
 @asynccontextmanager
 async def start_tiers(
-    config: ClusterConfig, membership: Membership, owner: SegmentOwner, metadata: MetadataClient, clock: Clock
+    config: ClusterConfig,
+    membership: Membership,
+    owner: SegmentOwner,
+    metadata: MetadataClient,
+    clock: Clock,
+    *,
+    trust: ClusterTrust = OPEN,
 ) -> AsyncIterator[NodeTiers | None]:
     """The node's tiers until it is left; None if it has none. Raises ConfigError for one that cannot be opened."""
     node = membership.node
@@ -41,11 +47,11 @@ async def start_tiers(
             tier = await open_tier(section, place, clock)
             stack.push_async_callback(tier.aclose)
             opened.append(OpenTier(tier, section))
-        client = HttpNodeClient(connect_timeout_s=config.router.connect_timeout_s, max_connections=64)
+        client = HttpNodeClient(connect_timeout_s=config.router.connect_timeout_s, max_connections=64, trust=trust)
         stack.push_async_callback(client.aclose)
-        secrets = await asyncio.to_thread(open_secrets, config.security.secret)
         verify = chosen_verify(config)
-        integrity = Integrity("checksum" if verify == "header" else verify, secrets)  # what a tier gives is checked
+        verify = "checksum" if verify == "header" else verify  # what a tier gives is checked
+        integrity = Integrity(verify, trust.secrets)
         placement = Placement(metadata, node_id=node.id, incarnation=node.incarnation, clock=clock, config=store)
         tiers = await stack.enter_async_context(
             open_node_tiers(
@@ -63,7 +69,7 @@ async def start_tiers(
             )
         )
         membership.on_registered = tiers.registered
-        subscription = connect_subscription(endpoints_of(config.metadata_server), tiers.filler, clock)
+        subscription = connect_subscription(endpoints_of(config.metadata_server), tiers.filler, clock, trust)
         stack.push_async_callback(subscription.aclose)
         following = spawned(subscription.run(), "follow-events")
         stack.push_async_callback(cancelled, following)

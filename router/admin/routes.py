@@ -1,6 +1,7 @@
 """The router's `/v1/nodes` and `/v1/janitor` routes. A thin shell: bodies in, reports out, errors as OpenAI's.
 
-As all of the router's, they are open to whoever reaches it; each order leaves a line in the log.
+They are open to whoever reaches the router; in a cluster with a secret orders need its proof. Each leaves a line in the
+log.
 """
 
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import TypeVar
 import msgspec
 from fastapi import FastAPI, Request
 from starlette.responses import Response
+from starlette.types import Scope
 
 from kvcore.errors import InvalidRequestError
 from kvcore.process.audit import audited, caller
@@ -24,6 +26,15 @@ from router.api.responses import JsonReply
 _Body = TypeVar("_Body", bound=msgspec.Struct)
 A_DAY = 86_400.0
 OLDER = {"minimum": 0, "maximum": 366 * A_DAY}
+
+
+_ORDERS = ("/v1/nodes", "/v1/janitor", "/v1/cache", "/v1/weights")
+
+
+def is_order(scope: Scope) -> bool:
+    """Whether a request is an operator's order about the cluster, not a client's."""
+    path: str = scope["path"]
+    return scope["method"] == "POST" and path.startswith(_ORDERS)
 
 
 @dataclass(frozen=True, slots=True)

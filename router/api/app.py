@@ -52,15 +52,16 @@ def make_app(
     cors: Collection[str] = (),
     limits: ApiLimits = ApiLimits(),
     more: Callable[[FastAPI], None] = lambda _app: None,
+    guard: Callable[[ASGIApp], ASGIApp] = lambda app: app,
 ) -> ASGIApp:
     """The ASGI application. Its OpenAPI document is at /openapi.json. `cors`: as in the cluster file. `more` adds the
-    routes that are not this package's."""
+    routes that are not this package's, `guard` what refuses requests before they get to one."""
     app = FastAPI(title="kvferry router", version="1", docs_url=None, redoc_url=None, redirect_slashes=False)
     _add_errors(app)
     endpoints = _add_openai(app, answerer, max_body_bytes, limits)
     _add_status(app, answerer.model, log, status, metrics)
     more(app)
-    return PlainPaths(RequestIds(Cors(ShortWay(app, endpoints), cors), metrics))
+    return PlainPaths(RequestIds(Cors(guard(ShortWay(app, endpoints)), cors), metrics))
 
 
 class RequestIds:

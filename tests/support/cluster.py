@@ -21,6 +21,8 @@ from kvcore.config.file import load_config
 from kvcore.config.schema import ClusterConfig
 from kvcore.config.servers import metadata_urls
 from kvcore.ports import base_url
+from kvcore.process.http_client import http_session
+from kvcore.trust.opening import open_trust, trust_source
 from kvferry.launch.launcher import Launcher
 from kvferry.launch.processes import ProcessKind, ProcessPlan, plan_processes
 from metadata_server.account_messages import Stats
@@ -297,7 +299,8 @@ async def cluster(
     )
     async with AsyncExitStack() as stack:
         connector = aiohttp.TCPConnector(limit=0)
-        session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector))
+        trust = open_trust(trust_source(config))
+        session = await stack.enter_async_context(http_session(trust=trust, connector=connector))
         await stack.enter_async_context(launcher)
         handle = ClusterHandle(config, plans, launcher, session)
         if handle.nodes:  # the router is not healthy without one

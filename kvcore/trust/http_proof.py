@@ -1,0 +1,221 @@
+"""Proofs of HTTP requests between the processes of a cluster: RFC 9421 signatures by HMAC-SHA-256, RFC 9530 digests.
+
+A fixed profile of them, made by hand: a library for all of RFC 9421 takes 180 µs to check one, this one 10. It covers
+method, authority, path, query and body, the time, and a number that its sender uses once. Pure but for the clock.
+"""
+
+import base64
+import hashlib
+import hmac
+import re
+import secrets as random
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from kvcore.clock import Clock
+from kvcore.errors import ProofError
+from kvcore.trust.keys import ClusterKey, KeyLabel
+from kvcore.trust.limits import ProofLimits
+from kvcore.trust.opening import ClusterTrust
+from kvcore.trust.replays import SeenRequests
+from kvcore.trust.secrets import Secrets
+
+DIGEST, INPUT, SIGNATURE, WANTED = "Content-Digest", "Signature-Input", "Signature", "Accept-Signature"
+"""The headers. The last one is a refusal's, and names the secrets that the server knows."""
+
+_COVERED = '("@method" "@authority" "@path" "@query" "content-digest")'
+_INPUT = re.compile(
+    r'kvferry=(\("@method" "@authority" "@path" "@query" "content-digest"\);created=(\d{1,11});'
+    r'nonce="([A-Za-z0-9+/]{22}==)";keyid="([0-9a-f]{16})";alg="hmac-sha256";tag="kvferry")'
+)
+_REPLY_COVERED = '("@status" "signature";req;key="kvferry")'
+_KEY_ID = re.compile(r'keyid="([0-9a-f]{16})"')
+_SENDER_BYTES = 8
+
+
+class Proof(NamedTuple):
+    """One request's."""
+
+    key: ClusterKey
+    digest: str
+    """Of the body, as its header has it."""
+    signature: str
+    """As its header has it."""
+    headers: tuple[tuple[str, str], ...] = ()
+    """What is sent; empty on the side that checks."""
+
+
+class RequestProver:
+    """Proves requests of one process, and checks that who answers knows the secret, too."""
+
+    def __init__(self, trust: ClusterTrust, clock: Clock) -> None:
+        assert trust.secrets is not None, "without a secret there is nothing to prove"
+        self._secrets = trust.secrets
+        self._context = trust.cluster.encode()
+        self._clock = clock
+        self._sender = random.token_bytes(_SENDER_BYTES)
+        self._number = 0
+        self._wanted: dict[str, bytes] = {}
+        """By authority, where it knows another of our secrets than the newest."""
+
+    def prove(self, method: str, authority: str, target: str, body: bytes) -> Proof:
+        """`target`: path and query as they are sent. `authority`: the Host header."""
+        key = self._key_for(authority)
+        self._number += 1
+        nonce = base64.b64encode(self._sender + self._number.to_bytes(8, "big")).decode()
+        digest = digest_of(body)
+        params = (
+            f'{_COVERED};created={int(self._clock.wall())};nonce="{nonce}";keyid="{key.id.hex()}"'
+            ';alg="hmac-sha256";tag="kvferry"'
+        )
+        signature = _sign(key, self._context, _base(method, authority, target, digest, params))
+        headers = ((DIGEST, digest), (INPUT, f"kvferry={params}"), (SIGNATURE, signature))
+        return Proof(key, digest, signature, headers)
+
+    def learn(self, authority: str, refused: Proof, wanted: str | None) -> bool:
+        """A server refused; `wanted`: its Accept-Signature. Whether it knows another of our secrets: prove it anew."""
+        named = [bytes.fromhex(key_id) for key_id in _KEY_ID.findall(wanted or "")]
+        ours = [key_id for key_id in named if self._secrets.find(key_id) is not None]
+        if not ours or refused.key.id in named:
+            return False
+        self._wanted[authority] = ours[0]
+        return True
+
+    def is_proven(self, proof: Proof, status: int, headers: Mapping[str, str]) -> bool:
+        """Whether the head of an answer comes from one who knows the secret and got this request."""
+        params = headers.get(INPUT, "").removeprefix("kvferry=")
+        return params == _reply_params(proof.key) and hmac.compare_digest(
+            headers.get(SIGNATURE, "").encode(), _sign_reply(proof, self._context, status).encode()
+        )
+
+    def _key_for(self, authority: str) -> ClusterKey:
+        wanted = self._wanted.get(authority)
+        if wanted is None:
+            return self._secrets.newest
+        return self._secrets.find(wanted) or self._secrets.newest
+
+
+class RequestVerifier:
+    """Checks the proofs of the requests that one server gets."""
+
+    def __init__(
+        self,
+        trust: ClusterTrust,
+        clock: Clock,
+        authorities: frozenset[str] | None,
+        limits: ProofLimits = ProofLimits(),
+    ) -> None:
+        """`authorities`: what this server is called in Host (`host:port` in lower case); None: anything."""
+        assert trust.secrets is not None, "without a secret there is nothing to check"
+        self._secrets: Secrets = trust.secrets
+        self._context = trust.cluster.encode()
+        self._clock = clock
+        self._authorities = authorities
+        self._limits = limits
+        self._seen = SeenRequests(2 * limits.skew_s, limits)
+        self._began = int(clock.wall())
+
+    def __repr__(self) -> str:
+        return f"<RequestVerifier {self._secrets!r}, {self._seen!r}>"
+
+    @property
+    def wanted(self) -> str:
+        """The Accept-Signature of a refusal."""
+        keys = zip(("kvferry", "kvferry-before"), self._secrets.accepted, strict=False)
+        return ", ".join(f'{label}={_COVERED};keyid="{key.id.hex()}"' for label, key in keys)
+
+    def check(self, method: str, target: str, headers: Mapping[str, str]) -> Proof:
+        """The proof of a request's head; its body is checked by `check_body`. Raises ProofError. `target`: path and
+        query as they were sent."""
+        params, created, nonce, key = self._parsed(headers)
+        authority, digest = headers.get("Host", "").lower(), headers.get(DIGEST, "")
+        signature = headers.get(SIGNATURE, "")
+        wanted = _sign(key, self._context, _base(method, authority, target, digest, params))
+        if not hmac.compare_digest(signature.encode(), wanted.encode()):
+            raise ProofError("the request's proof is wrong: it was changed on its way, or is of another cluster")
+        if self._authorities is not None and authority not in self._authorities:
+            raise ProofError(f"the request was made for {authority[:200]}, and this server is another one")
+        self._check_time(created)
+        if method not in ("GET", "HEAD"):
+            sender, number = nonce[:_SENDER_BYTES], int.from_bytes(nonce[_SENDER_BYTES:], "big")
+            if created < self._began:
+                raise ProofError("the request was made before this server started: make it again")
+            if not self._seen.is_new(sender, number, self._clock.now()):
+                raise ProofError("the request came before, or too many later ones did: make it again")
+        return Proof(key, digest, signature)
+
+    def reply_headers(self, proof: Proof, status: int) -> tuple[tuple[str, str], ...]:
+        """What an answer carries, by which its reader knows that we know the secret."""
+        return (INPUT, f"kvferry={_reply_params(proof.key)}"), (SIGNATURE, _sign_reply(proof, self._context, status))
+
+    def _parsed(self, headers: Mapping[str, str]) -> tuple[str, int, bytes, ClusterKey]:
+        given = headers.get(INPUT)
+        if given is None:
+            raise ProofError(
+                "the request carries no proof of this cluster's secret: give its sender the same security.secret"
+            )
+        match = _INPUT.fullmatch(given)
+        if match is None:
+            raise ProofError("the request's proof is of a form that this version does not know")
+        key = self._secrets.find(bytes.fromhex(match[4]))
+        if key is None:
+            known = " and ".join(key.id.hex() for key in self._secrets.accepted)
+            raise ProofError(
+                f"the request is proved by secret {match[4]}, this server knows {known}: give both one security.secret"
+            )
+        return match[1], int(match[2]), base64.b64decode(match[3]), key
+
+    def _check_time(self, created: int) -> None:
+        off_s = int(self._clock.wall()) - created
+        if abs(off_s) > self._limits.skew_s:
+            when = f"{off_s} s ago" if off_s > 0 else f"{-off_s} s from now"
+            raise ProofError(
+                f"the request was made {when} by its sender's clock, and {self._limits.skew_s:g} s are allowed: "
+                "set the clocks of both machines, or somebody sends an old request again"
+            )
+
+
+def check_body(proof: Proof, body: bytes) -> None:
+    """Raises ProofError unless this is the body that was proved."""
+    check_digest(proof, digest_of(body))
+
+
+def check_digest(proof: Proof, digest: str) -> None:
+    """As `check_body`, by the `digest_of` the body."""
+    if digest != proof.digest:
+        raise ProofError("the request's body is not the one that its proof was made for")
+
+
+def digest_of(body: bytes) -> str:
+    """A Content-Digest."""
+    return digest_text(hashlib.sha256(body).digest())
+
+
+def digest_text(sha256: bytes) -> str:
+    """A Content-Digest of that hash."""
+    return f"sha-256=:{base64.b64encode(sha256).decode()}:"
+
+
+def _base(method: str, authority: str, target: str, digest: str, params: str) -> bytes:
+    path, _, query = target.partition("?")
+    text = (
+        f'"@method": {method}\n"@authority": {authority}\n"@path": {path}\n"@query": ?{query}\n'
+        f'"content-digest": {digest}\n"@signature-params": {params}'
+    )
+    return text.encode("utf-8", "surrogateescape")
+
+
+def _reply_params(key: ClusterKey) -> str:
+    return f'{_REPLY_COVERED};keyid="{key.id.hex()}";alg="hmac-sha256";tag="kvferry-reply"'
+
+
+def _sign_reply(proof: Proof, context: bytes, status: int) -> str:
+    theirs = proof.signature.removeprefix("kvferry=")
+    params = _reply_params(proof.key)
+    base = f'"@status": {status}\n"signature";req;key="kvferry": {theirs}\n"@signature-params": {params}'
+    return _sign(proof.key, context, base.encode())
+
+
+def _sign(key: ClusterKey, context: bytes, base: bytes) -> str:
+    made = hmac.digest(key.derive(KeyLabel.HTTP, context), base, "sha256")
+    return f"kvferry=:{base64.b64encode(made).decode()}:"

@@ -1,0 +1,81 @@
+"""How the node's control API answers: bodies, errors, and only to the cluster's own processes where it has a secret."""
+
+import logging
+
+import msgspec
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from kvcore.errors import CancelledByPeerError, InvalidRequestError, KVFerryError
+from kvcore.process.proven_app import OPEN_PATHS
+from kvcore.trust.http_proof import WANTED, Proof, RequestVerifier, check_body
+
+MSGPACK = "application/msgpack"
+_logger = logging.getLogger("kvnode")
+_PROOF: web.RequestKey[Proof] = web.RequestKey("proof", Proof)
+
+
+class ProvenCalls:
+    """Of one application. The middleware belongs inside of what makes error bodies."""
+
+    def __init__(self, verifier: RequestVerifier) -> None:
+        self._verifier = verifier
+
+    def add_to(self, app: web.Application) -> None:
+        """Refuse what is not proved, and prove the answers."""
+        app.middlewares.append(self._check)
+        app.on_response_prepare.append(self._prove)
+
+    @web.middleware
+    async def _check(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.path not in OPEN_PATHS:
+            request[_PROOF] = self._verifier.check(request.method, request.raw_path, request.headers)
+        return await handler(request)
+
+    async def _prove(self, request: web.Request, response: web.StreamResponse) -> None:
+        proof = request.get(_PROOF)
+        if proof is not None:
+            response.headers.update(self._verifier.reply_headers(proof, response.status))
+        elif response.status == 401:
+            response.headers[WANTED] = self._verifier.wanted
+
+
+def check_read(request: web.Request, body: bytes) -> bytes:
+    """The body, if it is the one that was proved, or none was. Raises ProofError."""
+    proof = request.get(_PROOF)
+    if proof is not None:
+        check_body(proof, body)
+    return body
+
+
+@web.middleware
+async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """The request boundary: every failure becomes one error body, ours with its status, a bug with 500 and a log."""
+    try:
+        return await handler(request)
+    except KVFerryError as error:
+        return error_answer(request, error)
+    except web.HTTPException as error:
+        refused = InvalidRequestError(f"{request.method} {request.path}: {error.reason}")
+        return error_answer(request, refused, status=error.status)
+    except ConnectionError:  # its writing fails too, which aiohttp takes quietly; what we raise it logs as an error
+        return error_answer(request, CancelledByPeerError("the client has gone"))
+    except Exception:
+        _logger.exception("control_request_failed method=%s path=%s", request.method, request.path)
+        return error_answer(request, KVFerryError("internal error of the node; its log says more"))
+
+
+def error_answer(request: web.Request, error: KVFerryError, status: int | None = None) -> web.Response:
+    """In msgpack for our own clients, which ask for it; a person with curl or a browser reads JSON."""
+    body = {"error": {"code": error.code, "message": error.message, "retryable": error.retryable}}
+    ours = MSGPACK in request.headers.get("Accept", "")
+    return web.Response(
+        status=status or error.http_status,
+        body=msgspec.msgpack.encode(body) if ours else msgspec.json.encode(body),
+        content_type=MSGPACK if ours else "application/json",
+    )
+
+
+def msgpack_answer(value: msgspec.Struct) -> web.Response:
+    """Of a call that went well."""
+    return web.Response(body=msgspec.msgpack.encode(value), content_type=MSGPACK)

@@ -1,0 +1,232 @@
+"""Proofs of requests: what a server with a secret takes, what it refuses and how it says so."""
+
+import base64
+import datetime
+import hashlib
+import re
+import secrets as random
+
+import pytest
+from http_message_signatures import HTTPMessageVerifier, HTTPSignatureKeyResolver, algorithms
+
+from kvcore.clock import ManualClock
+from kvcore.errors import ProofError
+from kvcore.trust.http_proof import INPUT, SIGNATURE, RequestProver, RequestVerifier, check_body
+from kvcore.trust.keys import KeyLabel
+from kvcore.trust.limits import ProofLimits
+from kvcore.trust.opening import ClusterTrust
+from kvcore.trust.replays import SeenRequests
+from kvcore.trust.secrets import Secrets
+
+OLD, NEW, OTHER = (random.token_bytes(32) for _ in range(3))
+HOST, TARGET, BODY = "127.0.0.1:8700", "/v1/match?epoch=a%20b&n=1", b"what is asked"
+
+
+def trust(*secrets: bytes, cluster: str = "here") -> ClusterTrust:
+    return ClusterTrust(cluster, Secrets(secrets or (OLD,)))
+
+
+class Pair:
+    """A client and a server with clocks of their own."""
+
+    def __init__(self, client: ClusterTrust, server: ClusterTrust, limits: ProofLimits = ProofLimits()) -> None:
+        self.client_clock, self.server_clock = ManualClock(), ManualClock()
+        self.prover = RequestProver(client, self.client_clock)
+        self.verifier = RequestVerifier(server, self.server_clock, frozenset({HOST}), limits)
+
+    def request(self, method: str = "POST", host: str = HOST) -> dict[str, str]:
+        return {"Host": host, **dict(self.prover.prove(method, host, TARGET, BODY).headers)}
+
+    def refusal(self, headers: dict[str, str], method: str = "POST", target: str = TARGET) -> str:
+        with pytest.raises(ProofError) as raised:
+            self.verifier.check(method, target, headers)
+        return raised.value.message
+
+
+def test_a_request_of_the_cluster_is_taken_once():
+    pair = Pair(trust(), trust())
+    headers = pair.request()
+    check_body(pair.verifier.check("POST", TARGET, headers), BODY)
+    assert "came before" in pair.refusal(headers)
+    pair.verifier.check("POST", TARGET, pair.request())
+
+
+def test_what_changes_nothing_may_come_again():
+    pair = Pair(trust(), trust())
+    headers = pair.request("GET")
+    for _ in range(2):
+        pair.verifier.check("GET", TARGET, headers)
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "changed"),
+    [
+        ("DELETE", TARGET, {}),
+        ("POST", "/v1/drop", {}),
+        ("POST", TARGET + "0", {}),
+        ("POST", TARGET.replace("%20", " "), {}),
+        ("POST", TARGET, {"Host": "127.0.0.1:8701"}),
+        ("POST", TARGET, {"Content-Digest": "sha-256=:AAAA:"}),
+        ("POST", TARGET, {"Signature": "kvferry=:AAAA:"}),
+        ("POST", TARGET, {"Signature": "é"}),
+        ("POST", TARGET, {"Signature": ""}),
+    ],
+)
+def test_another_method_path_query_host_or_body_needs_another_proof(method, target, changed):
+    pair = Pair(trust(), trust())
+    assert "proof is wrong" in pair.refusal({**pair.request(), **changed}, method, target)
+
+
+def test_each_parameter_of_the_proof_is_part_of_it():
+    pair = Pair(trust(), trust())
+    headers = pair.request()
+    later = re.sub(r"created=(\d+)", lambda found: f"created={int(found[1]) + 1}", headers[INPUT])
+    assert "proof is wrong" in pair.refusal({**headers, INPUT: later})
+    other = headers[INPUT].replace('nonce="', 'nonce="A', 1)
+    assert "form" in pair.refusal({**headers, INPUT: other[:-1]})
+    nonce = re.sub(r'nonce="..', 'nonce="zz', headers[INPUT])
+    assert "proof is wrong" in pair.refusal({**headers, INPUT: nonce})
+
+
+def test_another_body_is_told():
+    pair = Pair(trust(), trust())
+    proof = pair.verifier.check("POST", TARGET, pair.request())
+    with pytest.raises(ProofError, match="body"):
+        check_body(proof, BODY + b"!")
+
+
+def test_without_a_proof_or_with_another_secret_the_refusal_says_which():
+    pair = Pair(trust(OTHER), trust(NEW, OLD))
+    assert "no proof" in pair.refusal({"Host": HOST})
+    message = pair.refusal(pair.request())
+    for known in (OTHER, NEW, OLD):
+        assert trust(known).secrets.newest.id.hex() in message
+        assert base64.b64encode(known).decode() not in message
+
+
+def test_another_clusters_proof_by_the_same_secret_is_none():
+    pair = Pair(trust(cluster="there"), trust())
+    assert "another cluster" in pair.refusal(pair.request())
+
+
+def test_a_request_for_another_server_is_refused_though_it_is_proved():
+    pair = Pair(trust(), trust())
+    assert "made for 10.0.0.1:9" in pair.refusal(pair.request(host="10.0.0.1:9"))
+
+
+@pytest.mark.parametrize(("ahead_s", "says"), [(-31, "31 s ago"), (31, "31 s from now")])
+def test_clocks_that_are_apart_are_named(ahead_s, says):
+    pair = Pair(trust(), trust())
+    ahead = pair.client_clock if ahead_s > 0 else pair.server_clock
+    ahead.advance(abs(ahead_s))
+    message = pair.refusal(pair.request("GET"), "GET")
+    assert says in message
+    assert "set the clocks" in message
+
+
+def test_clocks_may_be_a_little_apart():
+    pair = Pair(trust(), trust())
+    pair.client_clock.advance(30)
+    pair.verifier.check("POST", TARGET, pair.request())
+
+
+def test_a_request_from_before_the_servers_start_is_refused_for_it_may_have_come_already():
+    pair = Pair(trust(), trust())
+    pair.server_clock.advance(5)
+    headers = pair.request()
+    again = RequestVerifier(trust(), pair.server_clock, frozenset({HOST}))
+    with pytest.raises(ProofError, match="before this server started"):
+        again.check("POST", TARGET, headers)
+    again.check("GET", TARGET, pair.request("GET"))
+
+
+def test_while_the_secret_is_changed_each_side_takes_the_others():
+    for client, server in (((NEW, OLD), (OLD,)), ((OLD,), (NEW, OLD)), ((NEW, OLD), (NEW, OLD))):
+        pair = Pair(trust(*client), trust(*server))
+        try:
+            pair.verifier.check("POST", TARGET, pair.request())
+        except ProofError:
+            refused = pair.prover.prove("POST", HOST, TARGET, BODY)
+            assert pair.prover.learn(HOST, refused, pair.verifier.wanted)
+            pair.verifier.check("POST", TARGET, pair.request())
+    pair = Pair(trust(NEW), trust(OLD))
+    assert not pair.prover.learn(HOST, pair.prover.prove("POST", HOST, TARGET, BODY), pair.verifier.wanted)
+    assert not pair.prover.learn(HOST, pair.prover.prove("POST", HOST, TARGET, BODY), None)
+
+
+def test_a_server_that_refuses_a_secret_that_it_knows_is_not_asked_again():
+    pair = Pair(trust(NEW, OLD), trust(NEW, OLD))
+    assert not pair.prover.learn(HOST, pair.prover.prove("POST", HOST, TARGET, BODY), pair.verifier.wanted)
+
+
+def test_an_answer_proves_that_its_server_knows_the_secret_and_got_this_request():
+    pair = Pair(trust(), trust())
+    sent, other = (pair.prover.prove("POST", HOST, TARGET, BODY) for _ in range(2))
+    got = pair.verifier.check("POST", TARGET, {"Host": HOST, **dict(sent.headers)})
+    answer = dict(pair.verifier.reply_headers(got, 200))
+    assert pair.prover.is_proven(sent, 200, answer)
+    assert not pair.prover.is_proven(sent, 204, answer)
+    assert not pair.prover.is_proven(other, 200, answer)
+    assert not pair.prover.is_proven(sent, 200, {})
+    assert not pair.prover.is_proven(sent, 200, dict(sent.headers))
+    assert not pair.prover.is_proven(sent, 200, {**answer, SIGNATURE: "kvferry=:AAAA:"})
+
+
+class Key(HTTPSignatureKeyResolver):
+    """Of the library that checks us."""
+
+    def __init__(self, key: bytes) -> None:
+        self.key = key
+
+    def resolve_public_key(self, key_id: str) -> bytes:
+        return self.key
+
+    resolve_private_key = resolve_public_key
+
+
+class Message:
+    """As that library wants one."""
+
+    def __init__(self, method: str, url: str, headers: dict[str, str]) -> None:
+        self.method, self.url, self.headers = method, url, headers
+
+
+def test_a_library_for_rfc_9421_takes_our_proof():
+    ours = trust()
+    prover = RequestProver(ours, ManualClock(datetime.datetime.now().timestamp()))
+    headers = {"Host": HOST, **dict(prover.prove("POST", HOST, TARGET, BODY).headers)}
+    key = ours.secrets.derive(KeyLabel.HTTP, b"here")
+    theirs = HTTPMessageVerifier(signature_algorithm=algorithms.HMAC_SHA256, key_resolver=Key(key))
+    (result,) = theirs.verify(Message("POST", f"http://{HOST}{TARGET}", headers), body=BODY, expect_tag="kvferry")
+    assert result.label == "kvferry"
+    assert hashlib.sha256(BODY).digest() == base64.b64decode(headers["Content-Digest"].split(":")[1])
+
+
+class TestSeenRequests:
+    def test_each_number_of_each_sender_is_new_once_in_any_order(self):
+        seen = SeenRequests(60.0)
+        for number in (5, 1, 3, 9, 2, 100):
+            assert seen.is_new(b"a", number, 0.0)
+        for number in (5, 1, 3, 9, 2, 100):
+            assert not seen.is_new(b"a", number, 0.0)
+            assert seen.is_new(b"b", number, 0.0)
+        assert seen.is_new(b"a", 4, 0.0)
+
+    def test_what_it_no_longer_remembers_is_not_new(self):
+        seen = SeenRequests(60.0, ProofLimits(window=8))
+        assert seen.is_new(b"a", 1, 0.0)
+        assert seen.is_new(b"a", 9, 0.0)
+        assert seen.is_new(b"a", 2, 0.0)
+        assert not seen.is_new(b"a", 1, 0.0)
+        assert seen.is_new(b"a", 1000, 0.0)
+        assert not seen.is_new(b"a", 990, 0.0)
+        assert seen.is_new(b"a", 993, 0.0)
+        assert not seen.is_new(b"a", 993, 0.0)
+
+    def test_it_forgets_silent_senders_alone(self):
+        seen = SeenRequests(60.0, ProofLimits(max_senders=2))
+        assert seen.is_new(b"a", 1, 0.0)
+        assert seen.is_new(b"b", 1, 30.0)
+        assert not seen.is_new(b"c", 1, 59.0)
+        assert seen.is_new(b"c", 1, 61.0)
+        assert not seen.is_new(b"b", 1, 61.0)
