@@ -26,6 +26,9 @@ class RedisLimits:
     7 MiB or more costs its server three times the processor time."""
     gets_under_way: int = 4
     """On one connection: a server keeps answers that are not read yet in memory, outside of its maxmemory."""
+    enough_bytes: int = 2 << 20
+    """A connection writes so much, a part at least, before it waits for the answer: what lies in sockets is then still
+    in the processor's cache when the server reads it, and writing costs a tenth less of its time."""
     group_bytes: int = 16 << 20
     """Of chunks whose parts are written before the first of them is committed."""
     max_chunk_bytes: int = 1 << 30

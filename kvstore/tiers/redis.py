@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import TypeVar
 
 from kvcore.clock import Clock, SystemClock
 from kvcore.telemetry import log_fields
@@ -22,6 +23,7 @@ from kvstore.tiers.resp_client import ELSEWHERE, RespClient
 _log = logging.getLogger(__name__)
 _Share = list[tuple[int, TierChunk]]
 """Some of a call's chunks, with their positions in it."""
+_Item = TypeVar("_Item")
 
 
 class RedisTier:
@@ -277,7 +279,7 @@ class RedisTier:
                 outcomes[at] = TierOutcome.OK
             else:
                 lacking.append((at, chunk))
-        for group in self._groups(lacking):
+        for group in _runs(lacking, lambda one: one[1].num_bytes, self._limits.group_bytes):
             counts = [(at, chunk, num_parts(chunk.num_bytes, self._limits)) for at, chunk in group]
             later = [(at, chunk, part) for at, chunk, parts in counts for part in range(1, parts)]
             refused = {at: got for at, got in self._set(connection, later, ttl_s) if got is not TierOutcome.OK}
@@ -290,21 +292,21 @@ class RedisTier:
     ) -> list[tuple[int, TierOutcome]]:
         """Write these parts; what became of each, by its chunk's position."""
         ending = b"" if ttl_s is None else b"$2\r\nPX\r\n" + _word(b"%d" % max(1, round(ttl_s * 1000)))
-        buffers = list[bytes | memoryview]()
-        for _, chunk, part in parts:
-            views = views_of(chunk, part, self._limits)
-            head = HEAD.pack(MAGIC, chunk.num_bytes) if part == 0 else b""
-            length = len(head) + sum(view.nbytes for view in views)
-            words = 5 if ending else 3
-            key = _word(part_key(chunk.name, part))
-            buffers += self._before
-            buffers += [b"*%d\r\n$3\r\nSET\r\n%b$%d\r\n%b" % (words, key, length, head), *views, b"\r\n" + ending]
-        connection.send(buffers, replies=len(parts) * (1 + len(self._before)))
+        part_bytes = self._limits.part_bytes
+        sizes = [min(part_bytes, chunk.num_bytes - part * part_bytes) for _, chunk, part in parts]
         outcomes = []
-        for at, _, _ in parts:
-            reply = self._reply(connection)
-            taken = TierOutcome.OK if reply == b"OK" else TierOutcome.UNAVAILABLE
-            outcomes.append((at, _refused(reply) if isinstance(reply, RespRefusal) else taken))
+        for run in _runs(list(zip(parts, sizes, strict=True)), lambda one: one[1], self._limits.enough_bytes):
+            buffers = list[bytes | memoryview]()
+            for (_, chunk, part), num_bytes in run:
+                head = HEAD.pack(MAGIC, chunk.num_bytes) if part == 0 else b""
+                words, key = 5 if ending else 3, _word(part_key(chunk.name, part))
+                start = b"*%d\r\n$3\r\nSET\r\n%b$%d\r\n%b" % (words, key, len(head) + num_bytes, head)
+                buffers += [*self._before, start, *views_of(chunk, part, self._limits), b"\r\n" + ending]
+            connection.send(buffers, replies=len(run) * (1 + len(self._before)))
+            for (at, _, _), _ in run:
+                reply = self._reply(connection)
+                taken = TierOutcome.OK if reply == b"OK" else TierOutcome.UNAVAILABLE
+                outcomes.append((at, _refused(reply) if isinstance(reply, RespRefusal) else taken))
         return outcomes
 
     def _send(self, connection: RespConnection, commands: Sequence[bytes]) -> None:
@@ -317,16 +319,18 @@ class RedisTier:
             connection.reply()
         return connection.reply()
 
-    def _groups(self, work: _Share) -> Iterator[_Share]:
-        group, num_bytes = _Share(), 0
-        for at, chunk in work:
-            group.append((at, chunk))
-            num_bytes += chunk.num_bytes
-            if num_bytes >= self._limits.group_bytes:
-                yield group
-                group, num_bytes = [], 0
-        if group:
-            yield group
+
+def _runs(work: Sequence[_Item], num_bytes: Callable[[_Item], int], enough: int) -> Iterator[list[_Item]]:
+    """All of it, in runs that end where they have `enough` bytes."""
+    run, total = list[_Item](), 0
+    for item in work:
+        run.append(item)
+        total += num_bytes(item)
+        if total >= enough:
+            yield run
+            run, total = [], 0
+    if run:
+        yield run
 
 
 def _refused(refusal: RespRefusal) -> TierOutcome:

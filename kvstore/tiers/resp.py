@@ -7,6 +7,7 @@ unknown place and must be closed. What a server refuses is a value, `RespRefusal
 import contextlib
 import select
 import socket
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ _READ_AHEAD = 16 << 10
 _VIEWS_A_CALL = 256  # IOV_MAX is 1024
 _LONGEST_STRING = 1 << 20  # chunks come by `bulk`
 _REFUSALS = 256  # of different texts: a cluster's node has one for each slot that it has no longer
+_TIMEVAL = struct.Struct("ll")
 _DEEPEST = 8  # of arrays in arrays: nothing that is asked for has more than one
 
 
@@ -58,6 +60,8 @@ class RespConnection:
         self.refusals: dict[str, RespRefusal] = {}
         """That its present user got, each once, by their texts; a few."""
         self._sock, self._encrypted = sock, encrypted
+        if not encrypted:
+            sock.settimeout(None)
         self._raw = bytearray(_READ_AHEAD)
         self._ahead = memoryview(self._raw)
         self._low = self._high = 0
@@ -83,8 +87,11 @@ class RespConnection:
         views = [memoryview(part) for part in parts]
         first = 0
         while first < len(views):
-            self._sock.settimeout(self.deadline.remaining())
-            sent = self._sock.sendmsg(views[first : first + _VIEWS_A_CALL])
+            self._block_for(socket.SO_SNDTIMEO)
+            try:
+                sent = self._sock.sendmsg(views[first : first + _VIEWS_A_CALL])
+            except BlockingIOError:
+                continue  # its time is over, but for a moment at most
             while first < len(views) and sent >= len(views[first]):
                 sent -= len(views[first])
                 first += 1
@@ -119,7 +126,7 @@ class RespConnection:
         view[:done] = self._ahead[self._low : self._low + done]
         self._low += done
         while done < len(view):
-            done += self._receive(view[done:])
+            done += self._receive(view[done:], socket.MSG_WAITALL)
 
     def skip(self, num_bytes: int) -> None:
         """Throw away the next bytes of a bulk string."""
@@ -188,12 +195,25 @@ class RespConnection:
             self._low, self._high = 0, len(held)
             self._high += self._receive(self._ahead[self._high :])
 
-    def _receive(self, view: memoryview) -> int:
-        self._sock.settimeout(self.deadline.remaining())
-        got = self._sock.recv_into(view)
-        if not got:
-            raise RespError("the server closed the connection")
-        return got
+    def _receive(self, view: memoryview, flags: int = 0) -> int:
+        while True:
+            self._block_for(socket.SO_RCVTIMEO)
+            try:
+                got = self._sock.recv_into(view, 0, 0 if self._encrypted else flags)
+            except BlockingIOError:
+                continue  # its time is over, but for a moment at most
+            if not got:
+                raise RespError("the server closed the connection")
+            return got
+
+    def _block_for(self, option: int) -> None:
+        """Have the next system call wait in the kernel, to the deadline: that a socket of Python's with a time limit
+        asks first whether it may go on, for each piece that came, is a seventh of all processor time of a load."""
+        left_s = self.deadline.remaining()
+        if self._encrypted:
+            self._sock.settimeout(left_s)
+        else:
+            self._sock.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(int(left_s), max(1, int(left_s % 1 * 1e6))))
 
 
 def _number(line: bytes) -> int:

@@ -1,6 +1,7 @@
 """RESP2 as it arrives in pieces, what is no RESP2, and which URLs name a server."""
 
 import asyncio
+import os
 import socket
 import threading
 from collections.abc import Iterator
@@ -54,6 +55,41 @@ def test_a_value_goes_into_the_callers_memory_and_what_follows_stays_in_place(pa
     connection.skip(400)
     connection.end_bulk()
     assert connection.reply() == b"after" and bytes(room) == value[300:-400]
+
+
+def test_a_value_that_comes_in_many_pieces_is_received_by_few_calls():
+    class Counting(socket.socket):
+        calls = 0
+
+        def recv_into(self, *args: object) -> int:
+            self.calls += 1
+            return super().recv_into(*args)
+
+    ours, server = socket.socketpair()
+    value = os.urandom(1 << 20)
+    with Counting(fileno=ours.detach()) as counting, server:
+        connection = RespConnection(counting, BatchDeadline(10.0))
+
+        def answer() -> None:
+            server.sendall(b"$%d\r\n" % len(value))
+            for start in range(0, len(value), 10_000):
+                server.sendall(value[start : start + 10_000])
+            server.sendall(b"\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        room = memoryview(bytearray(connection.bulk()))
+        connection.fill(room)
+        connection.end_bulk()
+        thread.join()
+        assert bytes(room) == value and counting.calls <= 4, "its length, the value, what stands behind it"
+
+
+def test_a_server_that_reads_nothing_is_an_error(pair):
+    connection, _ = pair
+    connection.deadline = BatchDeadline(0.1)
+    with pytest.raises(TransferTimeoutError):
+        connection.send([bytes(16 << 20)], replies=1)
 
 
 @pytest.mark.parametrize(
