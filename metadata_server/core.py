@@ -272,6 +272,9 @@ class MetadataCore:
             self._pulse_at = now = self._now()
             self.state.tick(now)
             self._after_change()
+            if self.state.sweep():
+                await asyncio.sleep(0)
+                continue
             deadline = self.state.next_deadline()
             self._planned = float("inf") if deadline is None else deadline
             self._sooner.clear()

@@ -136,13 +136,13 @@ class CacheControl:
 
     def check(self) -> None:
         """Assert every invariant. For tests."""
-        self._pins.check({key: self._index.rows(key) for key in self._index.complete})
+        self._pins.check({key: self._index.rows(key) for key in list(self._index.complete)})
         for key, until in self._pins:
             assert ((Expiry.PIN, key) in self._deadlines) == (until < math.inf)
         assert all(key in self._pins for key in self._overdue)
 
     def _there(self, keys: list[ChunkKey]) -> list[ChunkKey]:
-        return [key for key in dict.fromkeys(keys) if key in self._index.complete]
+        return [key for key in dict.fromkeys(keys) if self._index.rows(key)]
 
     def _forget(self, key: ChunkKey) -> bool:
         """Remove the chunk's replicas. False: one of them is in use, and stays."""

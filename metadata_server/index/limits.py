@@ -35,5 +35,7 @@ class IndexLimits:
     """Of so many reservations, the latest, a commit may be said again: 4 bytes each."""
     most_evicted: int = 256
     """Chunks that one makes room for in advance: nobody waits for thousands to go."""
+    most_swept: int = 2048
+    """Chunks of a segment that is gone, or of a disk, that are forgotten in one go, which takes some milliseconds."""
     forget_again_s: float = 1.0
     """A chunk whose time is up while it is read is looked at again after this."""

@@ -164,8 +164,9 @@ class ClusterMembership:
         """Forget it with all that lies there. `emit_event` false: another event tells of it."""
         self._nodes.remove_segment(record)
         self._imports.end(record)
-        rows = record.clear()
+        rows = record.incomplete()
         self._reservations.forget(rows)
-        self._index.forget(rows, emit_event=emit_event)
-        self._index.rooms.remove(record)
+        for row in rows:
+            self._index.remove(row)
+        self._index.drop(record, emit_event=emit_event)
         self._cache.room_changed()

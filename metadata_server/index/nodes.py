@@ -11,7 +11,7 @@ from kvcore.errors import MetadataProtocolError, NodeRefusedError
 from kvcore.extents import ALIGNMENT
 from kvcore.identity import ClusterIdentity
 from kvcore.types import NodeInfo
-from metadata_server.index.chunks.replicas import Grant
+from metadata_server.index.chunks.latest import Grant
 from metadata_server.index.chunks.segments import SegmentRecord
 from metadata_server.index.leases import Deadlines, Expiry
 from metadata_server.index.limits import IndexLimits

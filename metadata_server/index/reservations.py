@@ -10,8 +10,9 @@ from contextlib import contextmanager
 
 from kvcore.config.schema import StoreConfig
 from kvcore.types import ChunkKey
+from metadata_server.index.chunks.latest import Grant
 from metadata_server.index.chunks.placement import Placer
-from metadata_server.index.chunks.replicas import Grant, ReplicaIndex
+from metadata_server.index.chunks.replicas import ReplicaIndex
 from metadata_server.index.chunks.rows import ReplicaState
 from metadata_server.index.leases import Deadlines, Expiry
 from metadata_server.index.nodes import LiveNode, NodeRegistry

@@ -68,7 +68,7 @@ class MetadataState:
         self._index = index = ReplicaIndex(log, first, self._pins, table, limits, step=step)
         self._nodes = nodes = NodeRegistry(deadlines, node_ttl_s, identity, limits)
         self.orders = nodes.orders
-        self._holdings = TierHoldings(limits.max_tier_keys)
+        self._holdings = TierHoldings(limits.max_tier_keys, limits.most_swept)
         self._reservations = Reservations(config, nodes, index, deadlines, self.counters)
         self.moves = ChunkMoves(nodes, index, self._reservations, self.tick, limits)
         self._reading = Reading(nodes, index, deadlines, self.counters, first_lease=first, step=step, limits=limits)
@@ -132,6 +132,11 @@ class MetadataState:
         for expiry, what in self._deadlines.pop_due(now):
             self._run_out(expiry, what, now)
         self._index.publish()
+
+    def sweep(self) -> bool:
+        """Forget some of what nodes held that are gone, a few milliseconds' work; whether there is more. Nobody finds
+        any of it meanwhile, but `num_objects` and memory still have it."""
+        return self._index.gone.sweep() or self._holdings.sweep()
 
     def renew_all_nodes(self, now: float) -> None:
         """The server stood still: every node's lease begins anew, as what they said meanwhile has not been read yet."""
@@ -198,7 +203,7 @@ class MetadataState:
     def complete_prefix(self, keys: list[ChunkKey], now: float) -> int:
         """How many leading keys are complete. Touches nothing but what ran out."""
         self.tick(now)
-        return next((at for at, key in enumerate(keys) if key not in self._index.complete), len(keys))
+        return len(self._index.prefix(keys))
 
     def match(
         self,

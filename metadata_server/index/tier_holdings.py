@@ -1,6 +1,8 @@
 """What lies on the nodes' own disks, as they tell it. Soft state: it says whom to ask, and may be out of date.
 
-Owns which node holds which key, as one integer of bits a key. Invariant: no bit belongs to a node that is gone.
+Owns which node holds which key, as one integer of bits a key. Keys lie in many small tables, by their first byte: when
+a node is gone its bit only counts as dead, and `sweep` clears dead bits out of one table at a time. Invariant: no bit
+is given to another node before it is cleared everywhere.
 """
 
 from collections.abc import Iterable, Sequence
@@ -9,19 +11,27 @@ from kvcore.types import ChunkKey
 from metadata_server.index.nodes import NodeRegistry
 from metadata_server.messages import FindHoldersReply, TellHoldingsRequest
 
+_TABLES = 256
+
 
 class TierHoldings:
     """Mutated by MetadataState only."""
 
-    def __init__(self, max_keys: int) -> None:
-        """Of more than `max_keys` keys the latest are not noted: their chunks are computed."""
+    def __init__(self, max_keys: int, most_swept: int) -> None:
+        """Of more than `max_keys` keys the latest are not noted: their chunks are computed. `most_swept`: so many are
+        cleared in one go."""
         self._max_keys = max_keys
-        self._masks: dict[ChunkKey, int] = {}
+        self._most_swept = most_swept
+        self._tables: list[dict[ChunkKey, int]] = [{} for _ in range(_TABLES)]
+        self._num_keys = 0
         self._bits: dict[str, int] = {}
         self._nodes: list[str | None] = []
+        self._alive = -1
+        """All bits but the dead ones."""
+        self._clearing, self._tables_left = 0, 0
 
     def __len__(self) -> int:
-        return len(self._masks)
+        return self._num_keys
 
     def __repr__(self) -> str:
         return f"<TierHoldings {len(self)} keys on the disks of {len(self._bits)} nodes>"
@@ -45,14 +55,25 @@ class TierHoldings:
         """They came to the node's disk."""
         bit = 1 << self._bit(node_id)
         for key in keys:
-            mask = self._masks.get(key, 0)
-            if mask or len(self._masks) < self._max_keys:
-                self._masks[key] = mask | bit
+            masks = self._tables[key[0]]
+            mask = masks.get(key, 0)
+            if mask or self._num_keys < self._max_keys:
+                self._num_keys += not mask
+                masks[key] = mask | bit
 
     def remove(self, node_id: str, keys: Iterable[ChunkKey]) -> None:
         """They left the node's disk."""
-        if node_id in self._bits:
-            self._clear(1 << self._bits[node_id], keys)
+        if node_id not in self._bits:
+            return
+        keep = ~(1 << self._bits[node_id])
+        for key in keys:
+            masks = self._tables[key[0]]
+            mask = masks.get(key, 0)
+            if mask & keep:
+                masks[key] = mask & keep
+            elif mask:
+                del masks[key]
+                self._num_keys -= 1
 
     def holders(self) -> list[str]:
         """Nodes that have told of chunks on their disks."""
@@ -62,15 +83,33 @@ class TierHoldings:
         """The node is gone, or will say anew what it has."""
         number = self._bits.pop(node_id, None)
         if number is not None:
-            self._clear(1 << number, list(self._masks))
             self._nodes[number] = None
+            self._alive &= ~(1 << number)
+            while self._num_keys <= self._most_swept and self.sweep():
+                pass
+
+    def sweep(self) -> bool:
+        """Clear dead bits out of one table; whether there is more to clear."""
+        # A pass clears what was dead when it began. Bits that die meanwhile wait for the next one.
+        if not self._tables_left:
+            if self._alive == -1:
+                return False
+            self._clearing, self._tables_left = ~self._alive, _TABLES
+        self._tables_left -= 1
+        masks, keep = self._tables[self._tables_left], ~self._clearing
+        left = {key: rest for key, mask in masks.items() if (rest := mask & keep)}
+        self._num_keys -= len(masks) - len(left)
+        self._tables[self._tables_left] = left
+        if not self._tables_left:
+            self._alive |= self._clearing
+        return self._tables_left > 0 or self._alive != -1
 
     def find(self, keys: Sequence[ChunkKey]) -> list[list[str]]:
         """Who has each, for the keys up to the first that nobody has."""
         found = []
         for key in keys:
-            mask = self._masks.get(key)
-            if mask is None:
+            mask = self._tables[key[0]].get(key, 0) & self._alive
+            if not mask:
                 break
             found.append([name for number, name in enumerate(self._nodes) if name is not None and mask >> number & 1])
         return found
@@ -78,16 +117,8 @@ class TierHoldings:
     def _bit(self, node_id: str) -> int:
         number = self._bits.get(node_id)
         if number is None:
-            number = self._nodes.index(None) if None in self._nodes else len(self._nodes)
+            free = (at for at, name in enumerate(self._nodes) if name is None and self._alive >> at & 1)
+            number = next(free, len(self._nodes))
             self._nodes[number : number + 1] = [node_id]
             self._bits[node_id] = number
         return number
-
-    def _clear(self, bit: int, keys: Iterable[ChunkKey]) -> None:
-        for key in keys:
-            mask = self._masks.get(key, 0)
-            if mask & bit:
-                if mask == bit:
-                    del self._masks[key]
-                else:
-                    self._masks[key] = mask ^ bit

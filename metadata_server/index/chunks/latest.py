@@ -1,10 +1,26 @@
-"""The rows of the latest reservations, by their ids: what a commit that is told twice is looked up in. Pure.
+"""What one call has reserved, and the rows of the latest reservations by their ids: what a commit that is told twice is
+looked up in. Pure.
 
 Ids follow each other in steps of the same length, so that a ring holds the last ones.
 """
 
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True, eq=False)
+class Grant:
+    """What one call has reserved and neither committed nor given back."""
+
+    number: int
+    node_id: str
+    """The writer, and …"""
+    writer: int
+    """… its number."""
+    began: float
+    rows: dict[int, int] = field(default_factory=dict)
+    """By the reservation's id."""
 
 
 class LatestRows:

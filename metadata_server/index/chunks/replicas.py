@@ -6,12 +6,13 @@ Owns generations and the moves RESERVED -> COMPLETE | RETIRING -> gone. Knows no
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from functools import partial
 from itertools import repeat
 from typing import cast
 
 from kvcore.types import ChunkKey, OwnerTag, ReplicaRef, Segment
-from metadata_server.index.chunks.latest import LatestRows
+from metadata_server.index.chunks.gone import GoneSegments
+from metadata_server.index.chunks.latest import Grant, LatestRows
 from metadata_server.index.chunks.links import ChunkLinks
 from metadata_server.index.chunks.placement import Place
 from metadata_server.index.chunks.rooms import SegmentRooms
@@ -23,20 +24,6 @@ from metadata_server.index.pins import Pins
 from metadata_server.messages import EventKind, ManifestEntry
 
 _COMPLETE, _RESERVED = ReplicaState.COMPLETE, ReplicaState.RESERVED
-
-
-@dataclass(slots=True, eq=False)
-class Grant:
-    """What one call has reserved and neither committed nor given back."""
-
-    number: int
-    node_id: str
-    """The writer, and …"""
-    writer: int
-    """… its number."""
-    began: float
-    rows: dict[int, int] = field(default_factory=dict)
-    """By the reservation's id."""
 
 
 class ReplicaIndex:
@@ -66,6 +53,7 @@ class ReplicaIndex:
         self._pins = pins
         self._generation, self._step = first_generation, step
         self._latest = LatestRows(limits.max_known_commits, step)
+        self.gone = GoneSegments(table, partial(self.forget, emit_event=False), limits.most_swept)
         self._links = ChunkLinks(table, limits.max_expected_links, self.row_in)
         self._changes: list[tuple[EventKind, SegmentRecord, list[ChunkKey]]] = []
 
@@ -77,11 +65,14 @@ class ReplicaIndex:
 
     def rows(self, key: ChunkKey) -> tuple[int, ...]:
         """The key's complete replicas."""
-        first = self.complete.get(key)
-        return () if first is None else (first, *self.copies.get(key, ()))
+        if self.gone:
+            self._forget_gone((key,))
+        return self._there(key)
 
     def prefix(self, keys: Sequence[ChunkKey]) -> list[int]:
         """The first complete replica of each of the longest prefix of `keys` that has any."""
+        if self.gone:
+            self._forget_gone(keys)
         found = [*map(self.complete.get, keys)]
         if None in found:
             del found[found.index(None) :]
@@ -174,7 +165,8 @@ class ReplicaIndex:
         table = self.table
         ended = [row for row in rows if table.unpin(row) and table.states[row] == _COMPLETE]
         for number, there in self._by_segment(ended):
-            self.rooms.records[number].refresh(there)
+            if number not in self.gone:
+                self.rooms.records[number].refresh(there)
 
     def link(self, keys: Sequence[ChunkKey], rows: Sequence[int]) -> None:
         """Each of `keys` continues the one before it; `rows` are those of a prefix of them that is there. What comes
@@ -260,6 +252,14 @@ class ReplicaIndex:
                 self._unlist(self.writing, row)
             table.drop(row)
 
+    def drop(self, record: SegmentRecord, *, emit_event: bool) -> None:
+        """The segment is no longer a live node's. From now on nothing finds what lay there, of which nothing is
+        reserved; where it is much, it is forgotten by and by (`GoneSegments`). `emit_event` as of `forget`."""
+        self.rooms.remove(record)
+        if emit_event:
+            self._note(EventKind.REMOVED, record, self.keys_in(record))
+        self.gone.add(record)
+
     def publish(self) -> None:
         """Put what has changed into the event log."""
         for kind, record, keys in self._changes:
@@ -271,9 +271,10 @@ class ReplicaIndex:
         assert not self._changes, "unpublished changes"
         self.table.check()
         self.rooms.check()
-        table, rows = self.table, [row for record in self.rooms.records.values() for row in record.rows()]
+        records = (*self.rooms.records.values(), *self.gone)
+        table, rows = self.table, [row for record in records for row in record.rows()]
         assert len(rows) == sum(state != NOTHING for state in table.states)
-        listed = [(key, row) for key in self.complete for row in self.rows(key)]
+        listed = [(key, row) for key in self.complete for row in self._there(key)]
         being_written = [(key, row) for key, there in self.writing.items() for row in there]
         for pairs, state in ((listed, _COMPLETE), (being_written, _RESERVED)):
             assert all(table.keys[row] == key and table.states[row] == state for key, row in pairs)
@@ -300,6 +301,15 @@ class ReplicaIndex:
         if len(found) == 1:
             return [(found[0], rows)]
         return [(number, [row for row in rows if numbers[row] == number]) for number in found]
+
+    def _forget_gone(self, keys: Iterable[ChunkKey]) -> None:
+        """Forget what is left of these in segments that are gone."""
+        for key in keys:
+            self.gone.forget(self._there(key))
+
+    def _there(self, key: ChunkKey) -> tuple[int, ...]:
+        first = self.complete.get(key)
+        return () if first is None else (first, *self.copies.get(key, ()))
 
     def _list_complete(self, rows: Sequence[int]) -> None:
         keys = [*map(self.table.keys.__getitem__, rows)]

@@ -39,6 +39,7 @@ class SegmentRecord:
         self.number = -1  # of the record, while it is listed in the index
         self.allocator = allocator
         self.num_complete, self.rebuilding = 0, False
+        self.gone = False  # no longer a live node's: its room is nobody's any more
         self.changed: set[SegmentRecord] = set()
         """It puts itself there when its room or next victim may be another; set by who lists segments by these."""
         self._incomplete: dict[int, None] = {}  # reserved and retiring ones
@@ -179,18 +180,11 @@ class SegmentRecord:
         self._free([row])
         self.changed.add(self)
 
-    def clear(self) -> list[int]:
-        """Give up all: the segment is no longer a live node's. Returns the rows; leases on them stay valid to end."""
-        rows = self.rows()
+    def clear(self) -> None:
+        """It is used no more, and nothing is left in it."""
         self._order.clear()
         if self._quotas is not None:
             self._quotas.clear()
-        self._incomplete, self.num_complete = {}, 0
-        for row in rows:
-            parent = self._table.chains.left(row)
-            if parent != FIRST and self._table.states[parent] == NOTHING:
-                self._table.release(parent)
-        return rows
 
     def use(self, rows: Sequence[int]) -> None:
         """Complete replicas are used; of a prompt the last one comes first."""
@@ -215,6 +209,10 @@ class SegmentRecord:
     def complete(self) -> Iterable[int]:
         """Rows of those that can be read. Nothing may change meanwhile."""
         return self._order.rows()
+
+    def incomplete(self) -> list[int]:
+        """Rows of the reserved and the retiring ones."""
+        return list(self._incomplete)
 
     def rows(self) -> list[int]:
         """All of them, in any state."""
@@ -335,6 +333,8 @@ class SegmentRecord:
 
     def _free(self, rows: list[int]) -> None:
         """Free the extents of `rows`, neighbours together."""
+        if self.gone:
+            return
         offsets, lengths = self._table.offsets, self._table.lengths
         start = end = 0
         for offset, row in sorted((offsets[row], row) for row in rows):
