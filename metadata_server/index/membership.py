@@ -164,7 +164,7 @@ class ClusterMembership:
         """Forget it with all that lies there. `emit_event` false: another event tells of it."""
         self._nodes.remove_segment(record)
         self._imports.end(record)
-        rows = record.incomplete()
+        rows = list(record.incomplete)
         self._reservations.forget(rows)
         for row in rows:
             self._index.remove(row)

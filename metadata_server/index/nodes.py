@@ -123,6 +123,11 @@ class NodeRegistry:
             node.ttl_s = min(ttl_s, self._longest_ttl_s)
         self._deadlines.set((Expiry.NODE, node.info.id), now + node.ttl_s)
 
+    def renew_all(self, now: float) -> None:
+        """Begin every node's lease anew."""
+        for node in self:
+            self.renew(node, now)
+
     def add_segment(self, node: LiveNode, record: SegmentRecord) -> None:
         """The node owns one more segment."""
         node.segments[record.segment.id] = self.segments[record.segment.id] = record

@@ -134,14 +134,12 @@ class MetadataState:
         self._index.publish()
 
     def sweep(self) -> bool:
-        """Forget some of what nodes held that are gone, a few milliseconds' work; whether there is more. Nobody finds
-        any of it meanwhile, but `num_objects` and memory still have it."""
+        """Forget some of what gone nodes held, which nobody finds; milliseconds' work. Whether there is more."""
         return self._index.gone.sweep() or self._holdings.sweep()
 
     def renew_all_nodes(self, now: float) -> None:
         """The server stood still: every node's lease begins anew, as what they said meanwhile has not been read yet."""
-        for node in self._nodes:
-            self._nodes.renew(node, now)
+        self._nodes.renew_all(now)
         self.counters["stalls"] += 1
 
     def began(self, now: float) -> None:
@@ -265,7 +263,7 @@ class MetadataState:
         self.tick(now)
         self._reservations.abort(request, now)
 
-    # --- nodes' disks ----------------------------------------------------------------------------------------------
+    # --- nodes' disks, and what people want kept ------------------------------------------------------------------
 
     def tell_holdings(self, request: m.TellHoldingsRequest, now: float) -> m.TellHoldingsReply:
         """Note what came to a node's disk and what left it. Another incarnation than the registered one: not known."""
@@ -279,8 +277,6 @@ class MetadataState:
         """Who has chunks on disk, up to the first that nobody has."""
         self.tick(now)
         return self._holdings.reply(request.keys, self._nodes)
-
-    # --- what people want kept -------------------------------------------------------------------------------------
 
     def pin(self, request: c.PinRequest, now: float) -> c.CacheReply:
         """See PinRequest."""

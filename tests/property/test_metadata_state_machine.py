@@ -26,7 +26,7 @@ KEYS = 20
 NUMBERS = st.lists(st.integers(0, KEYS - 1), min_size=1, max_size=5, unique=True)
 NODE = st.sampled_from(NODES)
 NOBODYS_SHARE, NOBODYS_LEASE_S = 0.4, 10.0
-LIMITS = IndexLimits(same_use_s=0.5, nobodys_share=NOBODYS_SHARE, nobodys_lease_s=NOBODYS_LEASE_S)
+LIMITS = IndexLimits(most_swept=1, same_use_s=0.5, nobodys_share=NOBODYS_SHARE, nobodys_lease_s=NOBODYS_LEASE_S)
 
 
 class MetadataMachine(RuleBasedStateMachine):
@@ -105,6 +105,10 @@ class MetadataMachine(RuleBasedStateMachine):
         if self.live(node):
             del self.alive[node]
             self.lose(node)
+
+    @rule()
+    def sweep(self):
+        self.state.sweep()
 
     def lose(self, node):
         """The node is gone: its reservations, all in its segment, and the leases that it holds."""

@@ -11,6 +11,7 @@ from itertools import repeat
 from typing import cast
 
 from kvcore.types import ChunkKey, OwnerTag, ReplicaRef, Segment
+from metadata_server.index.chunks.changes import PendingChanges
 from metadata_server.index.chunks.gone import GoneSegments
 from metadata_server.index.chunks.latest import Grant, LatestRows
 from metadata_server.index.chunks.links import ChunkLinks
@@ -49,13 +50,12 @@ class ReplicaIndex:
         self.writing: dict[ChunkKey, tuple[int, ...]] = {}
         self.grants: dict[int, Grant] = {}
         """Of each reservation, by its id."""
-        self._log = log
         self._pins = pins
         self._generation, self._step = first_generation, step
         self._latest = LatestRows(limits.max_known_commits, step)
         self.gone = GoneSegments(table, partial(self.forget, emit_event=False), limits.most_swept)
         self._links = ChunkLinks(table, limits.max_expected_links, self.row_in)
-        self._changes: list[tuple[EventKind, SegmentRecord, list[ChunkKey]]] = []
+        self._changes = PendingChanges(log)
 
     def __repr__(self) -> str:
         counts = f"{len(self.complete)} keys complete, {len(self.writing)} being written"
@@ -257,18 +257,16 @@ class ReplicaIndex:
         reserved; where it is much, it is forgotten by and by (`GoneSegments`). `emit_event` as of `forget`."""
         self.rooms.remove(record)
         if emit_event:
-            self._note(EventKind.REMOVED, record, self.keys_in(record))
+            self._changes.note(EventKind.REMOVED, record, self.keys_in(record))
         self.gone.add(record)
 
     def publish(self) -> None:
         """Put what has changed into the event log."""
-        for kind, record, keys in self._changes:
-            self._log.append(kind, record.segment.node_id, record.segment.id, keys)
-        self._changes.clear()
+        self._changes.publish()
 
     def check(self) -> None:
         """Assert every invariant. For tests."""
-        assert not self._changes, "unpublished changes"
+        assert not len(self._changes), "unpublished changes"
         self.table.check()
         self.rooms.check()
         records = (*self.rooms.records.values(), *self.gone)
@@ -320,7 +318,7 @@ class ReplicaIndex:
                 if self.complete.setdefault(key, row) != row:
                     self.copies[key] = (*self.copies.get(key, ()), row)
         for number, there in self._by_segment(rows):
-            self._note(EventKind.STORED, self.rooms.records[number], [*map(self.table.keys.__getitem__, there)])
+            self._changes.note(EventKind.STORED, self.rooms.records[number], [*map(self.table.keys.__getitem__, there)])
         if self._pins:
             for row in rows:
                 self._pins.came(row)
@@ -330,7 +328,7 @@ class ReplicaIndex:
         if self._pins:
             self._pins.gone(row)
         if emit_event:
-            self._note(EventKind.REMOVED, self.record(row), [self.table.keys[row]])
+            self._changes.note(EventKind.REMOVED, self.record(row), [self.table.keys[row]])
 
     def _unlist_complete(self, row: int) -> None:
         key = self.table.keys[row]
@@ -350,10 +348,3 @@ class ReplicaIndex:
         there = listing.pop(key)
         if len(there) > 1:
             listing[key] = tuple(other for other in there if other != row)
-
-    def _note(self, kind: EventKind, record: SegmentRecord, keys: list[ChunkKey]) -> None:
-        last = self._changes[-1] if self._changes else None
-        if last is not None and last[0] is kind and last[1] is record:
-            last[2].extend(keys)
-        else:
-            self._changes.append((kind, record, keys))

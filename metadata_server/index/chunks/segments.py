@@ -42,7 +42,7 @@ class SegmentRecord:
         self.gone = False  # no longer a live node's: its room is nobody's any more
         self.changed: set[SegmentRecord] = set()
         """It puts itself there when its room or next victim may be another; set by who lists segments by these."""
-        self._incomplete: dict[int, None] = {}  # reserved and retiring ones
+        self.incomplete: dict[int, None] = {}  # reserved and retiring ones
         self._table, self._order, self._calls = table, order, calls
         self._limit, self._low = int(rules.high * self.allocator.capacity), int(rules.low * self.allocator.capacity)
         self._most_evicted = rules.most_evicted
@@ -51,7 +51,7 @@ class SegmentRecord:
 
     def __repr__(self) -> str:
         use = f"{self.allocator.used} of {self.allocator.capacity} bytes"
-        count = self.num_complete + len(self._incomplete)
+        count = self.num_complete + len(self.incomplete)
         return f"<SegmentRecord {self.segment.id}: {use}, {count} replicas, {self._order}>"
 
     @property
@@ -117,7 +117,7 @@ class SegmentRecord:
 
     def reserve(self, rows: Sequence[int]) -> None:
         """Add reserved replicas whose extents are allocated already."""
-        states, incomplete = self._table.states, self._incomplete
+        states, incomplete = self._table.states, self.incomplete
         for row in rows:
             states[row] = _RESERVED
             incomplete[row] = None
@@ -148,7 +148,7 @@ class SegmentRecord:
 
     def commit(self, rows: Sequence[int]) -> None:
         """Reserved replicas are complete. In the order of their prefix: its tail will be evicted first."""
-        states, incomplete, size = self._table.states, self._incomplete, self._table.room_of(rows)
+        states, incomplete, size = self._table.states, self.incomplete, self._table.room_of(rows)
         for row in rows:
             assert states[row] == _RESERVED
             del incomplete[row]
@@ -162,7 +162,7 @@ class SegmentRecord:
         assert _RETIRING in TRANSITIONS[ReplicaState(state)]
         if state == _COMPLETE:
             self._take_out(row)
-            self._incomplete[row] = None
+            self.incomplete[row] = None
         self._bytes_in[state] -= size
         self._bytes_in[_RETIRING] += size
         self._table.states[row] = _RETIRING
@@ -174,7 +174,7 @@ class SegmentRecord:
         if state == _COMPLETE:
             self._take_out(row)
         else:
-            del self._incomplete[row]
+            del self.incomplete[row]
         self._bytes_in[state] -= aligned(self._table.lengths[row])
         self._unchain(row)
         self._free([row])
@@ -183,6 +183,7 @@ class SegmentRecord:
     def clear(self) -> None:
         """It is used no more, and nothing is left in it."""
         self._order.clear()
+        self.changed = set()
         if self._quotas is not None:
             self._quotas.clear()
 
@@ -210,13 +211,9 @@ class SegmentRecord:
         """Rows of those that can be read. Nothing may change meanwhile."""
         return self._order.rows()
 
-    def incomplete(self) -> list[int]:
-        """Rows of the reserved and the retiring ones."""
-        return list(self._incomplete)
-
     def rows(self) -> list[int]:
         """All of them, in any state."""
-        return [*self._order.rows(), *self._incomplete]
+        return [*self._order.rows(), *self.incomplete]
 
     def stats(self) -> SegmentStats:
         """Use of the segment."""
@@ -233,12 +230,12 @@ class SegmentRecord:
     def check(self) -> None:
         """Assert every invariant. For tests."""
         table, rows = self._table, self.rows()
-        assert len(set(rows)) == len(rows) == self.num_complete + len(self._incomplete)
+        assert len(set(rows)) == len(rows) == self.num_complete + len(self.incomplete)
         self.allocator.check((table.offsets[row], table.lengths[row]) for row in rows)
         for state in ReplicaState:
             assert self._bytes_in[state] == sum(aligned(table.lengths[r]) for r in rows if table.states[r] == state)
         assert all(table.states[row] == _COMPLETE for row in self.complete())
-        assert all(table.states[row] in {_RESERVED, _RETIRING} for row in self._incomplete)
+        assert all(table.states[row] in {_RESERVED, _RETIRING} for row in self.incomplete)
         for row in rows:
             parent = table.parents[row]
             assert table.segments[row] == self.number and (parent < 0 or table.segments[parent] == self.number)
