@@ -1,0 +1,103 @@
+"""A process on the machine changes chunks in the nodes' segments behind a running cluster. Without a secret its clients
+get wrong tokens and status 200."""
+
+import mmap
+import os
+import random
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from support.chunk_attacks import ATTACKS, cut
+from support.cluster import ClusterHandle, cluster
+
+from engines.sim.reference import expected_tokens
+from kvcore.config.schema import SimEngineConfig
+from kvcore.trust.secret_text import new_secret
+from kvstore.manifest import scan
+from nodeapi.messages import SamplingParams
+
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
+
+CHUNK = 64
+CHUNKS = 4
+SECURED = "secured"
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["open", SECURED])
+async def subject(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[ClusterHandle]:
+    """Round robin: the second request for a prompt goes to the decoder that does not have its blocks."""
+    folder = tmp_path_factory.mktemp("forged")
+    secret = folder / "secret"
+    secret.write_text(new_secret() + "\n")
+    secret.chmod(0o600)
+    overrides = ["router.policy=round_robin"]
+    if request.param == SECURED:
+        overrides.append(f"security.secret.file={secret}")
+    async with cluster(folder, prefillers=1, overrides=overrides) as handle:
+        yield handle
+
+
+async def ask(subject: ClusterHandle, prompt: list[int]) -> tuple[bool, dict[str, Any]]:
+    """Whether the tokens were the right ones, and the router's record."""
+    body = await subject.complete(prompt, max_tokens=8, temperature=0, ignore_eos=True, return_token_ids=True)
+    sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    assert isinstance(subject.config.engine, SimEngineConfig)
+    right = expected_tokens(subject.config.engine, prompt, sampling)[0]
+    return body["choices"][0]["token_ids"] == right, await subject.explain(body["id"])
+
+
+@contextmanager
+def segments(subject: ClusterHandle) -> Iterator[list[memoryview]]:
+    """The nodes' memory, as any process of the same user can map it."""
+    mapped = []
+    for name in subject.nodes:
+        folder = Path(f"/proc/{subject.launcher.pids[name]}/fd")
+        found = next(one for one in folder.iterdir() if str(one.readlink()).startswith(f"/memfd:kvferry-{name}."))
+        with found.open("r+b", buffering=0) as file:
+            mapped.append(mmap.mmap(file.fileno(), os.fstat(file.fileno()).st_size))
+    views = [memoryview(memory) for memory in mapped]
+    yield views
+    for view, memory in zip(views, mapped, strict=True):
+        view.release()
+        memory.close()
+
+
+def change_all(subject: ClusterHandle, attack: str) -> int:
+    """Each full chunk that lies anywhere, made into what the attack makes of it and of another one. How many."""
+    changed = 0
+    with segments(subject) as memories:
+        for memory in memories:
+            places = [(entry.offset, entry.offset + entry.length) for entry in scan(memory)]
+            there = [bytes(memory[start:end]) for start, end in places]
+            full = [at for at, chunk in enumerate(there) if cut(chunk)[0].token_count == CHUNK]
+            for at, other in zip(full, [*full[1:], *full[:1]], strict=True):
+                start, end = places[at]
+                memory[start:end] = ATTACKS[attack].change(there[at], there[other])
+                changed += 1
+    return changed
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+async def test_a_changed_chunk_is_computed_again_where_there_is_a_secret(subject: ClusterHandle, attack: str) -> None:
+    draw = random.Random(attack)
+    prompt = [draw.randrange(1, 50_000) for _ in range(CHUNKS * CHUNK + 20)]
+    secured = subject.config.security.secret is not None
+    right, first = await ask(subject, prompt)
+    assert right
+    assert change_all(subject, attack) >= CHUNKS
+    right, record = await ask(subject, prompt)
+    reader = next(leg["node"] for leg in record["legs"] if leg["kind"] == "decode")
+    assert reader != first["route"]["decoder"]
+    if not secured:
+        assert not right, "the attack is one"
+        return
+    assert right
+    counts = await subject.metrics(subject.node_url(reader))
+    assert counts[f'kvferry_store_totals_total{{name="replica_{ATTACKS[attack].outcome}"}}'] > 0
+    assert (await ask(subject, prompt))[0], "what was computed anew is as good as before"
