@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from kvcore.config.kv_identity import all_tiers
 from kvcore.config.records import EtcdRecordsConfig, SqliteRecordsConfig
 from kvcore.config.schema import (
     ClusterConfig,
@@ -185,6 +186,9 @@ def _check_security(config: ClusterConfig) -> Iterator[str]:
     secret = config.security.secret
     if config.kv.verify == "mac" and secret is None:
         yield "kv.verify: mac needs the cluster's secret: set security.secret"
+    for path, tier in all_tiers(config):
+        if tier.encrypt and secret is None:
+            yield f"{path}.encrypt: it needs the cluster's secret: set security.secret"
     if secret is not None and sum(given is not None for given in (secret.file, secret.env, secret.command)) != 1:
         yield "security.secret: give one of file, env and command"
 

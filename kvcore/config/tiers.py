@@ -23,6 +23,8 @@ class TierConfig(Section, frozen=True, kw_only=True):
     codec: Codec = "none"
     """How chunks are made smaller there. `lossless` needs `kvferry[codec]`. `int8` is lossy: the whole cluster's KV is
     another kind then, which shares nothing with others'."""
+    encrypt: bool = False
+    """AES-256-GCM under a key of each tenant, for who can read what lies there. Needs `security.secret`."""
     in_flight: ByteSize = ByteSize(256 << 20)
     """Bytes on their way to and from the tier at once, of one node."""
 

@@ -21,7 +21,7 @@ from kvcore.errors import ConfigError, ModelLoadError
 from kvcore.ports import listen
 from kvcore.process.descriptors import hard_limit
 from kvferry.doctor.agreement import check_agreement, check_chunk_room
-from kvferry.doctor.codecs import check_codecs
+from kvferry.doctor.codecs import check_codecs, check_proofs
 from kvferry.doctor.findings import Check, Context, Finding
 from kvferry.doctor.joining import check_joining
 from kvferry.doctor.memory import check_segment_pages, nodes_here, reserved_bytes
@@ -217,6 +217,7 @@ ALL_CHECKS: tuple[Check, ...] = (
     check_objects,
     check_mooncake,
     check_codecs,
+    check_proofs,
     check_records,
     check_joining,
     check_running,

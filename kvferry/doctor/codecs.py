@@ -1,11 +1,26 @@
-"""The check of the tiers' codecs: what they need is installed, and when they pay."""
+"""The checks of what is done to chunks: how they are proved, and the tiers' codecs: what those need, when they pay."""
 
+from collections.abc import Callable
 from importlib.util import find_spec
 
 from kvcore.config.kv_identity import LOSSY_CODECS, all_tiers
 from kvferry.doctor.findings import Context, Finding
+from kvstore.integrity.measure import ProofRates, measure_proofs
+from kvstore.settings import chosen_verify
 
+_SLOW_MAC_RATE = 10e9
+"""Bytes a second. A processor with VAES does 20e9 to 30e9."""
 _PAYS = "it pays where the tier is slower than about 0.5 GB/s, or short of room"
+
+
+def check_proofs(context: Context, measure: Callable[[], ProofRates] = measure_proofs) -> list[Finding]:
+    """What MACs of chunks cost on this machine. Takes some milliseconds."""
+    if chosen_verify(context.config) != "mac":
+        return []
+    rates = measure()
+    slow = "; slow (with VAES 20 and more): `kv.verify: checksum` costs less, and keeps out nobody"
+    detail = f"mac: {rates.mac / 1e9:.1f} GB/s a thread here, where a checksum goes at {rates.checksum / 1e9:.1f}"
+    return [Finding("kv.verify", True, detail + (slow if rates.mac < _SLOW_MAC_RATE else ""))]
 
 
 def check_codecs(context: Context) -> list[Finding]:

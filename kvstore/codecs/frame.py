@@ -1,7 +1,7 @@
 """The frame of an encoded chunk: what stands between its header and its encoded payload. Pure.
 
-Layout: docs/wire-formats.md, "An encoded chunk". Invariant: an encoded chunk is shorter than the chunk itself, so its
-length alone tells it from one that lies there as it is.
+Layout: docs/wire-formats.md, "An encoded chunk". Invariant: an encoded chunk has another length than the chunk itself,
+so its length alone tells it from one that lies there as it is.
 """
 
 import struct
@@ -9,15 +9,22 @@ import zlib
 from dataclasses import dataclass
 from enum import IntEnum
 
-from kvstore.chunk_format import HEADER_BYTES, parse
+from kvcore.trust.keys import KEY_ID_BYTES
+from kvstore.chunk_format import HEADER_BYTES, NONCE_BYTES, parse
 
 MAGIC = b"KVFCODEC"
-VERSION = 1
+_PLAIN, _ENCRYPTED = 1, 2
+"""Versions."""
 FRAME_BYTES = 64
 FRONT_BYTES = HEADER_BYTES + FRAME_BYTES
 """The chunk's header and the frame."""
 
-_FIELDS = struct.Struct("<8sHHHHQ")
+ENCRYPTION_BYTES = 24
+"""What encryption adds to a body: a checksum in front, a tag behind."""
+MORE_BYTES = FRAME_BYTES + ENCRYPTION_BYTES
+"""By how much an encoded chunk may be longer than the chunk itself."""
+
+_FIELDS = struct.Struct(f"<8sHHHHQ{KEY_ID_BYTES}s{NONCE_BYTES}s")
 _CRC = struct.Struct("<I")
 _CRC_AT = FRAME_BYTES - _CRC.size
 _RESERVED = bytes(_CRC_AT - _FIELDS.size)
@@ -26,6 +33,8 @@ _RESERVED = bytes(_CRC_AT - _FIELDS.size)
 class CodecKind(IntEnum):
     """By what a payload was encoded."""
 
+    NONE = 0
+    """It is encrypted, and nothing else."""
     LOSSLESS = 1
     INT8 = 2
 
@@ -33,16 +42,33 @@ class CodecKind(IntEnum):
 @dataclass(frozen=True, slots=True)
 class Frame:
     """`kind`: a CodecKind, or one that is not known here. `element_bytes`: of a number of the payload. `body_bytes`: of
-    the encoded payload behind the frame."""
+    the encoded payload behind the frame. `key_id`: of the secret under which it is encrypted; zeros: it is not."""
 
     kind: int
     element_bytes: int
     body_bytes: int
+    key_id: bytes = bytes(KEY_ID_BYTES)
+    nonce: bytes = bytes(NONCE_BYTES)
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether the body is."""
+        return any(self.key_id)
 
 
 def pack_frame(frame: Frame) -> bytes:
     """FRAME_BYTES."""
-    fields = _FIELDS.pack(MAGIC, VERSION, FRAME_BYTES, frame.kind, frame.element_bytes, frame.body_bytes)
+    version = _ENCRYPTED if frame.encrypted else _PLAIN
+    fields = _FIELDS.pack(
+        MAGIC,
+        version,
+        FRAME_BYTES,
+        frame.kind,
+        frame.element_bytes,
+        frame.body_bytes,
+        frame.key_id,
+        frame.nonce,
+    )
     body = fields + _RESERVED
     return body + _CRC.pack(zlib.crc32(body))
 
@@ -52,12 +78,15 @@ def parse_frame(raw: bytes | memoryview) -> Frame | None:
     if len(raw) < FRAME_BYTES:
         return None
     body = bytes(raw[:_CRC_AT])
-    magic, version, length, kind, element_bytes, body_bytes = _FIELDS.unpack_from(body)
-    if (magic, version, length) != (MAGIC, VERSION, FRAME_BYTES):
+    magic, version, length, kind, element_bytes, body_bytes, key_id, nonce = _FIELDS.unpack_from(body)
+    frame = Frame(kind, element_bytes, body_bytes, key_id, nonce)
+    if (magic, length) != (MAGIC, FRAME_BYTES) or version != (_ENCRYPTED if frame.encrypted else _PLAIN):
+        return None
+    if not frame.encrypted and (any(nonce) or kind == CodecKind.NONE):
         return None
     if body[_FIELDS.size :] != _RESERVED or _CRC.unpack_from(raw, _CRC_AT)[0] != zlib.crc32(body):
         return None
-    return Frame(kind, element_bytes, body_bytes)
+    return frame
 
 
 def is_whole(front: bytes, num_bytes: int) -> bool:
@@ -68,5 +97,7 @@ def is_whole(front: bytes, num_bytes: int) -> bool:
     if num_bytes == HEADER_BYTES + header.payload_length:
         return True
     frame = parse_frame(front[HEADER_BYTES:])
-    encoded = frame is not None and num_bytes == FRONT_BYTES + frame.body_bytes
-    return encoded and num_bytes < HEADER_BYTES + header.payload_length
+    if frame is None or num_bytes != FRONT_BYTES + frame.body_bytes:
+        return False
+    more_bytes = num_bytes - HEADER_BYTES - header.payload_length
+    return more_bytes <= MORE_BYTES if frame.encrypted else more_bytes < 0

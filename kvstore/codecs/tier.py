@@ -1,4 +1,4 @@
-"""A tier over another: chunks are encoded on their way in and decoded on their way out. No other tier knows of it.
+"""A tier over another: chunks are encoded or encrypted on their way in, and back. No other tier knows of it.
 
 Owns threads for encoding and decoding, and what is known of the KV of this node's engine. Chunks keep their names: one
 that lies there as it is, and one that is encoded, is told by its length, so a tier may hold both.
@@ -17,7 +17,17 @@ from kvcore.errors import ConfigError, TransferError
 from kvcore.types import KVSpec
 from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, Expected, pack, parse
 from kvstore.codecs import int8
-from kvstore.codecs.frame import FRONT_BYTES, CodecKind, Frame, is_whole, pack_frame, parse_frame
+from kvstore.codecs.cipher import decrypted, encrypted
+from kvstore.codecs.frame import (
+    ENCRYPTION_BYTES,
+    FRONT_BYTES,
+    MORE_BYTES,
+    CodecKind,
+    Frame,
+    is_whole,
+    pack_frame,
+    parse_frame,
+)
 from kvstore.codecs.layout import ITEM_BYTES, KVLayout, UnknownLayoutError, kv_layout
 from kvstore.integrity.checks import Integrity
 from kvstore.tiers.base import ChunkName, Cleared, GenerationList, Tier, TierChunk, TierOutcome, TierStats
@@ -34,12 +44,19 @@ class CodecTier:
     """See `Tier`; whose closing it takes over. With the codec `none` it saves chunks as they are, and reads all."""
 
     def __init__(
-        self, tier: Tier, codec: Codec = "none", integrity: Integrity = Integrity(), *, threads: int = 2
+        self,
+        tier: Tier,
+        codec: Codec = "none",
+        integrity: Integrity = Integrity(),
+        *,
+        encrypt: bool = False,
+        threads: int = 2,
     ) -> None:
-        """`integrity`: how chunks are sealed anew whose bytes a lossy codec changes. Raises ConfigError where what the
-        codec needs is not installed."""
-        self.name, self.shared, self.max_chunk_bytes = tier.name, tier.shared, tier.max_chunk_bytes
-        self._tier, self._codec, self._integrity = tier, codec, integrity
+        """`integrity`: how chunks are sealed anew whose bytes a lossy codec changes, and the secrets to `encrypt` by.
+        Raises ConfigError where what the codec needs is not installed."""
+        self.name, self.shared = tier.name, tier.shared
+        self.max_chunk_bytes = tier.max_chunk_bytes - (MORE_BYTES if encrypt else 0)
+        self._tier, self._codec, self._integrity, self._encrypt = tier, codec, integrity, encrypt
         self._lossless = _lossless() if codec == "lossless" else None
         if codec == "lossless" and self._lossless is None:
             raise ConfigError(f"tiers.{tier.name}.codec: lossless needs blosc2: pip install 'kvferry[codec]'")
@@ -49,7 +66,7 @@ class CodecTier:
         """By fingerprint, where a lossy codec needs it."""
 
     def __repr__(self) -> str:
-        return f"<CodecTier {self._codec} over {self._tier!r}>"
+        return f"<CodecTier {self._codec}{', encrypted,' if self._encrypt else ''} over {self._tier!r}>"
 
     def use(self, spec: KVSpec) -> None:
         """This node's engine makes KV of `spec`. Raises ConfigError where the codec cannot take that."""
@@ -77,15 +94,20 @@ class CodecTier:
     async def save(
         self, chunks: Sequence[TierChunk], *, ttl_s: float | None = None, timeout_s: float
     ) -> list[TierOutcome]:
-        """See `Tier`. What does not get smaller is saved as it is."""
-        if self._codec == "none":
+        """See `Tier`. What does not get smaller is saved as it is, or encrypted."""
+        if self._plain:
             return await self._tier.save(chunks, ttl_s=ttl_s, timeout_s=timeout_s)
         deadline, outcomes = BatchDeadline(timeout_s), [TierOutcome.UNAVAILABLE] * len(chunks)
         fitting = [at for at, chunk in enumerate(chunks) if chunk.num_bytes <= self.max_chunk_bytes]
         for at in set(range(len(chunks))) - set(fitting):
             outcomes[at] = TierOutcome.TOO_LARGE
         encoded = await self._in_threads(self._encoded, [chunks[at] for at in fitting], deadline)
-        ready = {at: one for at, one in zip(fitting, encoded, strict=True) if one is not None}
+        ready = dict[int, TierChunk]()
+        for at, one in zip(fitting, encoded, strict=True):
+            if isinstance(one, TierOutcome):
+                outcomes[at] = one
+            elif one is not None:
+                ready[at] = one
         try:
             saved = await self._tier.save(list(ready.values()), ttl_s=ttl_s, timeout_s=deadline.remaining())
         except TransferError:
@@ -97,7 +119,7 @@ class CodecTier:
     async def load(self, chunks: Sequence[TierChunk], *, timeout_s: float) -> list[TierOutcome]:
         """See `Tier`."""
         deadline = BatchDeadline(timeout_s)
-        if self._codec != "none":
+        if not self._plain:
             return await self._load_any(chunks, deadline)
         outcomes = await self._tier.load(chunks, timeout_s=timeout_s)
         others = [at for at, outcome in enumerate(outcomes) if outcome is TierOutcome.TOO_LARGE]
@@ -114,7 +136,7 @@ class CodecTier:
         try:
             sizes = await self._tier.sizes([chunk.name for chunk in chunks], timeout_s=deadline.remaining())
             for at, (chunk, size) in enumerate(zip(chunks, sizes, strict=True)):
-                if isinstance(size, TierOutcome) or size > chunk.num_bytes:
+                if isinstance(size, TierOutcome) or size > chunk.num_bytes + MORE_BYTES:
                     outcomes[at] = size if isinstance(size, TierOutcome) else TierOutcome.TOO_LARGE
                 elif size == chunk.num_bytes:
                     stored[at] = chunk
@@ -187,24 +209,43 @@ class CodecTier:
             tasks = [group.create_task(one(item)) for item in items]
         return [task.result() for task in tasks]
 
-    def _encoded(self, chunk: TierChunk) -> TierChunk:
-        """As it is to be saved: itself, where it cannot be encoded or does not get smaller."""
+    @property
+    def _plain(self) -> bool:
+        """Whether chunks are saved as they are."""
+        return self._codec == "none" and not self._encrypt
+
+    def _encoded(self, chunk: TierChunk) -> TierChunk | TierOutcome:
+        """As it is to be saved: itself, where it cannot be encoded or does not get smaller. What was to be encrypted
+        and is no whole chunk is not saved."""
         header = parse(chunk.header())
         whole = chunk.memory[0].cast("B") if len(chunk.memory) == 1 else memoryview(b"".join(chunk.memory))
         payload = whole[HEADER_BYTES:]
         if header is None or not payload.nbytes or header.payload_length != payload.nbytes:
+            return TierOutcome.DAMAGED if self._encrypt else chunk
+        coded = self._coded(header, payload)
+        more_bytes = ENCRYPTION_BYTES if self._encrypt else 0
+        if coded is not None and FRONT_BYTES + coded.frame.body_bytes + more_bytes >= chunk.num_bytes:
+            coded = None
+        if self._encrypt:
+            coded = coded or _Coded(header, Frame(CodecKind.NONE, 1, 0), payload)
+            value = encrypted(self._integrity, coded.header, coded.frame, memoryview(coded.body))
+            return TierChunk(chunk.name, [value])
+        if coded is None:
             return chunk
-        coded = self._in_int8(header, payload) if self._codec == "int8" else self._without_loss(chunk, payload)
-        if coded is None or FRONT_BYTES + coded.frame.body_bytes >= chunk.num_bytes:
-            return chunk
-        return TierChunk(chunk.name, [memoryview(coded.header + pack_frame(coded.frame)), memoryview(coded.body)])
+        front = pack(coded.header) + pack_frame(coded.frame)
+        return TierChunk(chunk.name, [memoryview(front), memoryview(coded.body)])
 
-    def _without_loss(self, chunk: TierChunk, payload: memoryview) -> "_Coded | None":
+    def _coded(self, header: ChunkHeader, payload: memoryview) -> "_Coded | None":
+        if self._codec == "none":
+            return None
+        return self._in_int8(header, payload) if self._codec == "int8" else self._without_loss(header, payload)
+
+    def _without_loss(self, header: ChunkHeader, payload: memoryview) -> "_Coded | None":
         assert self._lossless is not None, "it was looked for when the tier was opened"
         if payload.nbytes > self._lossless.MOST_BYTES:
             return None
         body = self._lossless.encode(payload, self._element_bytes)
-        return _Coded(chunk.header(), Frame(CodecKind.LOSSLESS, self._element_bytes, len(body)), body)
+        return _Coded(header, Frame(CodecKind.LOSSLESS, self._element_bytes, len(body)), body)
 
     def _in_int8(self, header: ChunkHeader, payload: memoryview) -> "_Coded | None":
         """With the seal of what it decodes to: so the chunk's own is checked here, by the last who can."""
@@ -219,7 +260,7 @@ class CodecTier:
         body, decoded = coded
         element_bytes = ITEM_BYTES[layout.dtype]
         sealed = self._integrity.seal(header, [memoryview(decoded)])
-        return _Coded(pack(sealed), Frame(CodecKind.INT8, element_bytes, len(body)), body)
+        return _Coded(sealed, Frame(CodecKind.INT8, element_bytes, len(body)), body)
 
     def _decoded(self, pair: tuple[TierChunk, TierChunk]) -> TierOutcome:
         """From what was stored into the memory of the one that was asked for."""
@@ -231,15 +272,35 @@ class CodecTier:
             return TierOutcome.TOO_LARGE
         one_view = len(chunk.memory) == 1
         whole = chunk.memory[0].cast("B") if one_view else memoryview(bytearray(chunk.num_bytes))
-        known = self._decode(frame.kind, header, stored[FRONT_BYTES:], whole[HEADER_BYTES:])
+        body, into = stored[FRONT_BYTES:], whole[HEADER_BYTES:]
+        if frame.encrypted:
+            opened = self._decrypt(header, frame, body, into)
+            if isinstance(opened, TierOutcome):
+                return opened
+            header, body = opened
+        known = frame.kind == CodecKind.NONE or self._decode(frame.kind, header, body, into)
         if known is not True:
             return TierOutcome.MISSING if known is None else TierOutcome.DAMAGED
-        whole[:HEADER_BYTES] = stored[:HEADER_BYTES]
+        whole[:HEADER_BYTES] = pack(header) if frame.encrypted else stored[:HEADER_BYTES]
         at = 0
         for view in chunk.memory if not one_view else ():
             copy(view.cast("B"), whole[at : at + view.nbytes])
             at += view.nbytes
         return TierOutcome.OK
+
+    def _decrypt(
+        self, header: ChunkHeader, frame: Frame, body: memoryview, into: memoryview
+    ) -> tuple[ChunkHeader, memoryview] | TierOutcome:
+        """The header with its checksum, and the body as its codec made it; without one that is `into` itself."""
+        secrets = self._integrity.secrets
+        if secrets is None:
+            return TierOutcome.MISSING
+        secret, num_bytes = secrets.find(frame.key_id), body.nbytes - ENCRYPTION_BYTES
+        if secret is None or num_bytes < 0 or (frame.kind == CodecKind.NONE and num_bytes != into.nbytes):
+            return TierOutcome.DAMAGED
+        plain = into if frame.kind == CodecKind.NONE else memoryview(bytearray(num_bytes))
+        opened = decrypted(secret, header, frame, body, plain)
+        return TierOutcome.DAMAGED if opened is None else (opened, plain)
 
     def _decode(self, kind: int, header: ChunkHeader, body: memoryview, into: memoryview) -> bool | None:
         """Whether it could be decoded; None: not here."""
@@ -252,9 +313,9 @@ class CodecTier:
 
 @dataclass(frozen=True, slots=True)
 class _Coded:
-    header: bytes
+    header: ChunkHeader
     frame: Frame
-    body: bytes
+    body: bytes | memoryview
 
 
 def _lossless() -> ModuleType | None:

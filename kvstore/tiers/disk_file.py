@@ -25,6 +25,7 @@ from kvcore.errors import ConfigError
 from kvcore.extents import ALIGNMENT, aligned
 from kvcore.types import OwnerTag
 from kvstore.chunk_format import HEADER_BYTES, parse
+from kvstore.codecs.frame import MORE_BYTES
 from kvstore.tiers.base import ChunkName
 
 _MAGIC = b"KVFSLAB1"
@@ -261,7 +262,7 @@ def _entry_of(number: int, raw: bytes) -> SlabEntry | None:
         return None
     header = parse(raw[:HEADER_BYTES])
     offset, num_bytes, used_at, ends_at = _EXTRA.unpack_from(raw, HEADER_BYTES)
-    if header is None or num_bytes > HEADER_BYTES + header.payload_length:  # less: it is encoded
+    if header is None or num_bytes > HEADER_BYTES + header.payload_length + MORE_BYTES:  # another length: it is encoded
         return None
     return SlabEntry(number, raw[:HEADER_BYTES], offset, num_bytes, used_at, ends_at)
 

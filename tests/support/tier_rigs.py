@@ -16,9 +16,11 @@ from support.s3_server import needs_s3, shared_s3
 
 from kvcore.clock import ManualClock, SystemClock
 from kvcore.config.tiers import MooncakeTierConfig, ObjectTierConfig
+from kvcore.trust.secrets import Secrets
 from kvcore.types import ChunkKey
 from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, checksum, pack
 from kvstore.codecs.tier import CodecTier
+from kvstore.integrity.checks import Integrity
 from kvstore.tiers.base import ChunkName, Tier, TierChunk, TierOutcome
 from kvstore.tiers.disk import open_disk
 from kvstore.tiers.limits import ObjectLimits, RedisLimits
@@ -270,6 +272,27 @@ async def lossless_rig(under: Callable[[], AbstractAsyncContextManager[TierRig]]
         await rig.tier.aclose()
 
 
+@asynccontextmanager
+async def encrypted_rig(under: Callable[[], AbstractAsyncContextManager[TierRig]]) -> AsyncIterator[TierRig]:
+    """Each chunk is encrypted on its way into another kind's rig."""
+    integrity = Integrity(secrets=Secrets((bytes(range(32)),)))
+    async with under() as rig:
+        rig.tier = CodecTier(rig.tier, integrity=integrity, encrypt=True)
+        reopen_under = rig.reopen
+
+        @asynccontextmanager
+        async def reopen() -> AsyncIterator[Tier]:
+            assert reopen_under is not None
+            async with reopen_under() as tier:
+                other = CodecTier(tier, integrity=integrity)  # one that does not encrypt, and can read
+                yield other
+                await other.aclose()
+
+        rig.reopen = reopen if reopen_under is not None else None
+        yield rig
+        await rig.tier.aclose()
+
+
 @dataclass(frozen=True)
 class RigKind:
     """How a kind of tier is opened for a test, which of a rig's abilities it has, and the marks of its tests."""
@@ -296,6 +319,11 @@ KINDS = {
     "lossless_disk": RigKind(lambda: lossless_rig(disk_rig), _DISK - {"lists"}),
     "lossless_folder": RigKind(lambda: lossless_rig(folder_rig), _OBJECT - {"lists"}),
     "lossless_redis": RigKind(lambda: lossless_rig(lambda: redis_rig("redis-server")), _REDIS - {"lists"}, needs_redis),
+    "encrypted_memory": RigKind(lambda: encrypted_rig(memory_rig), frozenset({"bound", "advance", "damage"})),
+    "encrypted_disk": RigKind(lambda: encrypted_rig(disk_rig), _DISK - {"lists"}),
+    "encrypted_redis": RigKind(
+        lambda: encrypted_rig(lambda: redis_rig("redis-server")), _REDIS - {"lists"}, needs_redis
+    ),
     "s3": RigKind(s3_rig, _OBJECT | {"stop", "start", "freeze", "thaw"}, needs_s3),
 }
 """A line a kind of tier. `bound`: it has a capacity of its own. `lists`: it knows which generations lie in it; `marks`:

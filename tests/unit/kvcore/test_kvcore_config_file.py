@@ -10,6 +10,7 @@ from kvcore.config.parse import parse_byte_size
 from kvcore.config.schema import ClusterConfig, RoutingPolicy, SimEngineConfig, TorchEngineConfig
 from kvcore.errors import ConfigError
 from kvcore.types import Role
+from kvstore.settings import chosen_verify
 
 BASE = {
     "cluster": "c",
@@ -56,6 +57,8 @@ def load(tmp_path):
         ("transport=tpc", r"transport\.kind: 'tpc': not valid \(did you mean tcp\?\)"),
         ("transport.devices=mlx5_0", r"transport\.devices: 'mlx5_0': expected array"),
         ("router.request_timeout_s=-1", r"router\.request_timeout_s: -1: expected float > 0"),
+        ("kv.verify=mac", r"kv\.verify: mac needs the cluster's secret: set security\.secret"),
+        ("tiers.redis={url: r, encrypt: true}", r"tiers\.redis\.encrypt: it needs the cluster's secret"),
         ("kv.verify=5", r"kv\.verify: 5: not valid \(known: checksum, mac\)"),
         ("kv.verify=mack", r"kv\.verify: 'mack': not valid \(did you mean mac\?\)"),
         ("service.log_level=loud", r"service\.log_level: 'loud': not valid \(known: debug"),
@@ -177,6 +180,16 @@ def test_overrides_parse_into_the_same_types(load):
     assert config.nodes["store-0"].role is Role.STORE
     assert (config.service.drain_s, config.kv.verify) == (3.0, False)
     assert (config.transport.kind, config.transport.streams) == ("tcp", 4)
+
+
+@pytest.mark.parametrize(
+    ("said", "plain", "secured"),
+    [("true", "checksum", "mac"), ("false", "header", "header"), ("checksum", "checksum", "checksum")],
+)
+def test_what_is_checked_of_chunks_follows_the_secret_unless_it_is_said(load, said, plain, secured):
+    assert chosen_verify(load(f"kv.verify={said}")) == plain
+    assert chosen_verify(load(f"kv.verify={said}", "security.secret.env=S")) == secured
+    assert chosen_verify(load("kv.verify=mac", "security.secret.env=S")) == "mac"
 
 
 def test_whole_numbers_are_as_they_look(load):

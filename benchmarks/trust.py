@@ -1,0 +1,42 @@
+"""What trust costs: each figure without and with, by turns in one run.
+
+RESULT has
+- `mac_gbps`: AES-256-GMAC over 64 MiB, one thread;
+- `mac_over_checksum_get`, `..._put`: the rate of a get (put) of 64 MiB in chunks of 8 over shm, with MACs over with
+  checksums; `..._tcp`: over tcp;
+- `promote_mac_over_plain`: the rate of promoting 16 chunks of 4 MiB from a disk, likewise;
+- `encrypt_gbps`, `decrypt_gbps`: chunks of 4 MiB for a tier, one thread.
+
+Run: python -m benchmarks.trust [--rounds 15] [--only chunks]
+"""
+
+import argparse
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+
+from benchmarks.trust_chunks import measure_chunks
+from kvcore.process.service import loop_factory
+
+PARTS: dict[str, Callable[[int], Awaitable[dict[str, float]]]] = {"chunks": measure_chunks}
+
+
+async def run(parts: list[str], rounds: int) -> None:
+    """Tables, one RESULT."""
+    result: dict[str, float] = {}
+    for part in parts:
+        result |= await PARTS[part](rounds)
+    print("RESULT " + json.dumps(result))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", choices=PARTS, action="append")
+    options = parser.parse_args()
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:  # the loop that engines have
+        runner.run(run(options.only or list(PARTS), options.rounds))
+
+
+if __name__ == "__main__":
+    main()
