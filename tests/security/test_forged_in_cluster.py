@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from support.attacks import secret_override
 from support.chunk_attacks import ATTACKS, cut
 from support.cluster import ClusterHandle, cluster
 
 from engines.sim.reference import expected_tokens
 from kvcore.config.schema import SimEngineConfig
-from kvcore.trust.secret_text import new_secret
 from kvstore.manifest import scan
 from nodeapi.messages import SamplingParams
 
@@ -33,12 +33,9 @@ async def subject(
 ) -> AsyncIterator[ClusterHandle]:
     """Round robin: the second request for a prompt goes to the decoder that does not have its blocks."""
     folder = tmp_path_factory.mktemp("forged")
-    secret = folder / "secret"
-    secret.write_text(new_secret() + "\n")
-    secret.chmod(0o600)
     overrides = ["router.policy=round_robin"]
     if request.param == SECURED:
-        overrides.append(f"security.secret.file={secret}")
+        overrides.append(secret_override(folder))
     async with cluster(folder, prefillers=1, overrides=overrides) as handle:
         yield handle
 
@@ -88,6 +85,7 @@ async def test_a_changed_chunk_is_computed_again_where_there_is_a_secret(subject
     draw = random.Random(attack)
     prompt = [draw.randrange(1, 50_000) for _ in range(CHUNKS * CHUNK + 20)]
     secured = subject.config.security.secret is not None
+    told = (await subject.stats()).counters.get(f"quarantined_{ATTACKS[attack].outcome}", 0)
     right, first = await ask(subject, prompt)
     assert right
     assert change_all(subject, attack) >= CHUNKS
@@ -98,6 +96,10 @@ async def test_a_changed_chunk_is_computed_again_where_there_is_a_secret(subject
         assert not right, "the attack is one"
         return
     assert right
-    counts = await subject.metrics(subject.node_url(reader))
-    assert counts[f'kvferry_store_totals_total{{name="replica_{ATTACKS[attack].outcome}"}}'] > 0
+    name = f"quarantined_{ATTACKS[attack].outcome}"
+
+    async def reported() -> bool:
+        return (await subject.stats()).counters.get(name, 0) > told
+
+    await subject.until(reported, 5)
     assert (await ask(subject, prompt))[0], "what was computed anew is as good as before"
