@@ -251,6 +251,12 @@ class TransferProtocolError(TransferError):
     code = "transfer_protocol_error"
 
 
+class TransferProofError(TransferProtocolError):
+    """The peer does not prove that it belongs to this cluster, or does not believe that we do."""
+
+    code = "transfer_proof_refused"
+
+
 def error_from_code(code: str, message: str) -> KVFerryError:
     """The error of the tree whose `code` a peer sent; a code that is not known here becomes an EngineError."""
     return _by_code().get(code, EngineError)(message)

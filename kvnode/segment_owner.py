@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from kvcore.config.schema import NodeConfig, TransportConfig
+from kvcore.trust.opening import OPEN, ClusterTrust
 from kvcore.types import Segment
 from kvstore.manifest import scan
 from metadata_server.messages import SegmentManifest
@@ -26,7 +27,9 @@ class SegmentOwner:
         incarnation: int,
         node: NodeConfig,
         transport: TransportConfig,
+        trust: ClusterTrust = OPEN,
     ) -> None:
+        self.trust = trust
         self._node_id = node_id
         self._segment_id = f"{node_id}.{incarnation:x}"
         self._node = node
@@ -57,6 +60,7 @@ class SegmentOwner:
                 host=self._node.host,
                 port=self._node.transfer_port,
                 on_change=self._changed,
+                trust=self.trust,
             )
             stack.push_async_callback(hosts.aclose)
             self._memory, self._hosts = memory, hosts

@@ -11,6 +11,7 @@ import socket
 import sys
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from aiohttp import web
@@ -124,8 +125,8 @@ async def run_node(
     limits: NodeLimits = NodeLimits(),
 ) -> None:
     """Run node `name` until `lifecycle.stopping`, then stop in order. Raises ConfigError for what cannot be run."""
-    clock = clock or SystemClock()
-    settings, stack, trust = node_config(config, name), lifecycle.stack, open_trust(trust_source(config))
+    settings, stack, clock = node_config(config, name), lifecycle.stack, clock or SystemClock()
+    trust = open_trust(trust_source(config))
     incarnation = draw_incarnation()
     listener = listen(settings.host, settings.port)  # first: a port in use is said before memory is faulted in
     stack.callback(listener.close)
@@ -139,9 +140,8 @@ async def run_node(
         model=config.model.name if settings.role is not Role.STORE else "",
         protocol=PROTOCOL,
     )
-    owner = await stack.enter_async_context(SegmentOwner(name, incarnation, settings, config.transport))
-    client = connect_client(endpoints_of(config.metadata_server), clock, trust)
-    stack.push_async_callback(client.aclose)
+    owner = await stack.enter_async_context(SegmentOwner(name, incarnation, settings, config.transport, trust))
+    client = _connected(config, stack, clock, trust)
     membership = Membership(
         client, info, lambda: [owner.segment], owner.manifests, ttl_s=config.metadata_server.node_ttl_s, limits=limits
     )
@@ -152,6 +152,7 @@ async def run_node(
         transport=config.transport,
         store=config.store,
         clock=clock,
+        open_transfer=partial(build_transfer, trust=trust),
         limits=limits,
     )
     owner.on_change = membership.announce_again
@@ -182,8 +183,8 @@ async def run_node(
     await _serve(node.api, _proven(trust, clock, settings.host, port), listener, stack)
     if node.supervisor is not None:
         await node.supervisor.wait_ready()
-    refused = {"refused": membership.refused} if membership.refused else {}
-    lifecycle.ready(node=name, role=settings.role, url=info.control_url, segment=owner.segment.id, **refused)
+    refused = membership.refused or None
+    lifecycle.ready(node=name, role=settings.role, url=info.control_url, segment=owner.segment.id, refused=refused)
     await lifecycle.stopping.wait()
     await node.api.drain(config.service.drain_s)
 
@@ -207,7 +208,7 @@ def _start_mover(
         owner.view,
         node=membership.node,
         metadata=client,
-        open_transfer=lambda: build_transfer(config.transport, owner.segment.host_id),
+        open_transfer=lambda: build_transfer(config.transport, owner.segment.host_id, trust=owner.trust),
         wanted=lambda: membership.drained == "move",
         store=config.store,
         clock=clock,
@@ -263,6 +264,12 @@ def _supervisor(
 def _pass_on(line: str) -> None:
     """Put a log line of the engine's process into our own log."""
     sys.stderr.write(line + "\n")
+
+
+def _connected(config: ClusterConfig, stack: AsyncExitStack, clock: Clock, trust: ClusterTrust) -> MetadataClient:
+    client = connect_client(endpoints_of(config.metadata_server), clock, trust)
+    stack.push_async_callback(client.aclose)
+    return client
 
 
 def _proven(trust: ClusterTrust, clock: Clock, host: str, port: int) -> ProvenCalls | None:

@@ -87,7 +87,7 @@ async def open_wiring(settings: KVStoreSettings, clock: Clock) -> AsyncIterator[
     async with AsyncExitStack() as stack:
         metadata = connect_client(settings.metadata, clock, trust)
         stack.push_async_callback(metadata.aclose)
-        transfer = build_transfer(settings.transport, settings.host_id)
+        transfer = build_transfer(settings.transport, settings.host_id, trust=trust)
         stack.push_async_callback(transfer.aclose)
         yield StoreWiring(settings, clock, metadata=metadata, transfer=transfer, integrity=integrity, stack=stack)
 

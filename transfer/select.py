@@ -13,6 +13,7 @@ from typing import get_args
 from kvcore.config.schema import FallbackKind, TransportConfig, TransportKind
 from kvcore.errors import ConfigError, PeerUnreachableError, TransferError
 from kvcore.telemetry import log_fields
+from kvcore.trust.opening import OPEN, ClusterTrust
 from kvcore.types import Segment
 from transfer.base import DescribesItself, Direction, SegmentHost, TransferEngine, TransferOp
 from transfer.host_process import ProcessSegmentHost
@@ -128,7 +129,7 @@ class TransferSelector:
 
 
 def build_transfer(
-    config: TransportConfig, host_id: str, limits: TransferLimits = TransferLimits()
+    config: TransportConfig, host_id: str, limits: TransferLimits = TransferLimits(), *, trust: ClusterTrust = OPEN
 ) -> TransferSelector:
     """The initiator's side for a configuration. Call it where an event loop runs.
 
@@ -140,7 +141,7 @@ def build_transfer(
     engines: list[TransferEngine] = []
     for kind in _kinds(config):
         try:
-            engines.append(_TRANSPORTS[kind].engine(config, host_id, limits))
+            engines.append(_TRANSPORTS[kind].engine(EnginePlan(config, host_id, limits, trust)))
         except ConfigError as error:
             _fall_back(config, kind, error)
     kind = engines[0].kind if len(engines) == 1 else config.kind
@@ -207,6 +208,7 @@ async def start_segment_hosts(
     advertise_host: str | None = None,
     on_change: Callable[[], None] = lambda: None,
     limits: TransferLimits = TransferLimits(),
+    trust: ClusterTrust = OPEN,
 ) -> SegmentHosts:
     """The target's side for a configuration: TCP unless shared memory was asked for by name; `shm` costs nothing.
 
@@ -218,7 +220,7 @@ async def start_segment_hosts(
     they cannot connect to.
     """
     _check_kinds(config)
-    plan = HostPlan(config, memory, host, port, advertise_host, on_change, limits)
+    plan = HostPlan(config, memory, host, port, advertise_host, on_change, limits, trust)
     hosts: dict[str, SegmentHost] = {}
     for kind in _kinds(config):
         try:
@@ -245,6 +247,17 @@ class HostPlan:
     advertise_host: str | None
     on_change: Callable[[], None]
     limits: TransferLimits
+    trust: ClusterTrust
+
+
+@dataclass(frozen=True, slots=True)
+class EnginePlan:
+    """What an initiator's side is made of: as the arguments of `build_transfer`."""
+
+    config: TransportConfig
+    host_id: str
+    limits: TransferLimits
+    trust: ClusterTrust
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,21 +268,21 @@ class Transport:
     configuration may name a fallback for it.
     """
 
-    engine: Callable[[TransportConfig, str, TransferLimits], TransferEngine]
+    engine: Callable[[EnginePlan], TransferEngine]
     host: Callable[[HostPlan], SegmentHost | None] = lambda plan: None
     may_be_missing: bool = False
 
 
-def _ucx(config: TransportConfig, host_id: str, limits: TransferLimits) -> TransferEngine:
+def _ucx(plan: EnginePlan) -> TransferEngine:
     from transfer.ucx.transport import UcxTransfer  # needs a library, which only those who ask for it load
 
-    return UcxTransfer(config, limits.ucx)
+    return UcxTransfer(plan.config, plan.limits.ucx)
 
 
-def _nixl(config: TransportConfig, host_id: str, limits: TransferLimits) -> TransferEngine:
+def _nixl(plan: EnginePlan) -> TransferEngine:
     from transfer.nixl.transport import NixlTransfer  # as above
 
-    return NixlTransfer(config, limits.nixl)
+    return NixlTransfer(plan.config, plan.limits.nixl)
 
 
 def _tcp_host(plan: HostPlan) -> SegmentHost:
@@ -285,6 +298,7 @@ def _tcp_host(plan: HostPlan) -> SegmentHost:
         plan.port,
         advertise_host=plan.advertise_host,
         limits=plan.limits.tcp,
+        trust=plan.trust,
     )
 
 
@@ -293,8 +307,8 @@ def _process_host(plan: HostPlan) -> SegmentHost:
 
 
 _TRANSPORTS: Mapping[str, Transport] = {
-    "shm": Transport(lambda config, host_id, limits: ShmTransfer(host_id)),
-    "tcp": Transport(lambda config, host_id, limits: TcpTransfer(config.streams, limits.tcp), _tcp_host),
+    "shm": Transport(lambda plan: ShmTransfer(plan.host_id)),
+    "tcp": Transport(lambda plan: TcpTransfer(plan.config.streams, plan.limits.tcp, plan.trust), _tcp_host),
     "ucx": Transport(_ucx, _process_host, may_be_missing=True),
     "nixl": Transport(_nixl, _process_host, may_be_missing=True),
 }

@@ -23,6 +23,8 @@ class ClusterTrust:
     cluster: str = ""
     secrets: Secrets | None = None
     """None: everybody is trusted who reaches us."""
+    source: TrustSource = TrustSource()
+    """For a child process, which reads it itself."""
 
 
 OPEN = ClusterTrust()
@@ -36,4 +38,4 @@ def trust_source(config: ClusterConfig) -> TrustSource:
 
 def open_trust(source: TrustSource) -> ClusterTrust:
     """Reads the secret. Blocking, once a process. Raises ConfigError."""
-    return ClusterTrust(source.cluster, open_secrets(source.secret))
+    return ClusterTrust(source.cluster, open_secrets(source.secret), source)

@@ -8,10 +8,18 @@ import asyncio
 import socket
 from collections.abc import Callable, Sequence
 
-from kvcore.errors import PeerUnreachableError, SegmentUnknownError, TransferError, TransferProtocolError
+from kvcore.errors import (
+    PeerUnreachableError,
+    SegmentUnknownError,
+    TransferError,
+    TransferProofError,
+    TransferProtocolError,
+)
+from kvcore.trust.opening import OPEN, ClusterTrust
 from kvcore.types import Segment
 from transfer.base import Direction
 from transfer.blocking import BatchDeadline
+from transfer.greeting import InitiatorGreeting
 from transfer.stripes import OpSlice, shown_groups
 from transfer.tcp import wire
 from transfer.tcp.connection import Connection
@@ -26,7 +34,10 @@ _PACKET_BYTES = 16 << 10
 class Exchange:
     """Moves `parts` to or from `segment`. One use."""
 
-    def __init__(self, direction: Direction, segment: Segment, parts: list[OpSlice]) -> None:
+    def __init__(
+        self, direction: Direction, segment: Segment, parts: list[OpSlice], trust: ClusterTrust = OPEN
+    ) -> None:
+        self._trust = trust
         self._writing = direction == "write"
         self._segment = segment
         self._parts = parts
@@ -126,7 +137,10 @@ class Exchange:
             recv_views(sock, views, check)  # case 4
 
     def _greet(self, sock: socket.socket, check: Check) -> None:
-        send_views(sock, [wire.pack_hello(self._segment.id)], check)
+        if self._trust.secrets is None:
+            send_views(sock, [wire.pack_hello(self._segment.id)], check)
+        else:
+            self._prove(sock, check)
         header = _reply(sock, check)
         wire.check_text(header, wire.FrameKind.WELCOME)
         payload = recv_bytes(sock, header.payload_bytes, check)
@@ -136,6 +150,16 @@ class Exchange:
                 f"wanted segment {self._segment.id} of {self._segment.size_bytes} bytes, "
                 f"the peer holds {found} of {size_bytes}"
             )
+
+    def _prove(self, sock: socket.socket, check: Check) -> None:
+        greeting = InitiatorGreeting(self._trust, "tcp", self._segment.id)
+        send_views(sock, [wire.pack_greeting(wire.FrameKind.PROVEN_HELLO, greeting.hello())], check)
+        header = _reply(sock, check)
+        if header.kind is wire.FrameKind.WELCOME:
+            raise TransferProofError(f"what serves segment {self._segment.id} gives no proof of this cluster's secret")
+        wire.check_text(header, wire.FrameKind.CHALLENGE)
+        proof = greeting.answer(recv_bytes(sock, header.payload_bytes, check))
+        send_views(sock, [wire.pack_greeting(wire.FrameKind.PROOF, proof)], check)
 
     def _broke(self, error: OSError) -> TransferError:
         return PeerUnreachableError(f"segment {self._segment.id}: the connection broke: {error}")

@@ -9,9 +9,11 @@ import logging
 import socket
 import threading
 
-from kvcore.errors import ConfigError, SegmentUnknownError, TransferError, TransferProtocolError
+from kvcore.errors import ConfigError, SegmentUnknownError, TransferError, TransferProofError, TransferProtocolError
 from kvcore.telemetry import log_fields
+from kvcore.trust.opening import OPEN, ClusterTrust
 from transfer.blocking import BatchDeadline, ended
+from transfer.greeting import TargetGreeting
 from transfer.tcp import wire
 from transfer.tcp.limits import TcpLimits
 from transfer.tcp.sockets import Inbox, join_address, limit_waits, send_views, shut_down, tune
@@ -39,12 +41,14 @@ class TcpSegmentHost:
         *,
         advertise_host: str | None = None,
         limits: TcpLimits = TcpLimits(),
+        trust: ClusterTrust = OPEN,
     ) -> None:
         self._segment_id = segment_id
         self._memory = memory
         self._bind = (host, port)
         self._advertise_host = advertise_host or host
         self._limits = limits
+        self._trust = trust
         self._listener: socket.socket | None = None
         self._acceptor: threading.Thread | None = None
         self._closing = threading.Event()
@@ -148,14 +152,34 @@ class TcpSegmentHost:
             sock.close()
 
     def _greet(self, sock: socket.socket, inbox: Inbox) -> None:
-        deadline = BatchDeadline(self._limits.message_timeout_s)
+        proven = self._trust.secrets is not None
+        deadline = BatchDeadline(self._limits.greeting_s if proven else self._limits.message_timeout_s)
+        if proven:
+            limit_waits(sock, receive_s=self._limits.greeting_s, send_s=self._limits.greeting_s)
         header = wire.parse_header(inbox.take(wire.HEADER_BYTES, deadline.remaining))
-        wire.check_text(header, wire.FrameKind.HELLO)
-        wanted = inbox.take(header.payload_bytes, deadline.remaining).decode(errors="replace")
+        if proven:
+            wanted = self._check_proof(sock, inbox, header, deadline)
+        else:
+            wire.check_text(header, wire.FrameKind.HELLO)
+            wanted = inbox.take(header.payload_bytes, deadline.remaining).decode(errors="replace")
         if wanted != self._segment_id:
             raise SegmentUnknownError(f"segment {wanted} is not here, this is {self._segment_id}")
         send_views(sock, [wire.pack_welcome(self._segment_id, self._memory.nbytes)], deadline.remaining)
         limit_waits(sock, receive_s=self._limits.idle_timeout_s)
+
+    def _check_proof(self, sock: socket.socket, inbox: Inbox, header: wire.Header, deadline: BatchDeadline) -> str:
+        """The segment that an initiator wants which knows the cluster's secret. Raises TransferProofError."""
+        if header.kind is wire.FrameKind.HELLO:
+            raise TransferProofError("this cluster has a secret, and the initiator gives no proof of it")
+        wire.check_text(header, wire.FrameKind.PROVEN_HELLO)
+        greeting = TargetGreeting(self._trust, "tcp")
+        wanted, challenge = greeting.challenge(inbox.take(header.payload_bytes, deadline.remaining))
+        send_views(sock, [wire.pack_greeting(wire.FrameKind.CHALLENGE, challenge)], deadline.remaining)
+        header = wire.parse_header(inbox.take(wire.HEADER_BYTES, deadline.remaining))
+        wire.check_text(header, wire.FrameKind.PROOF)
+        greeting.check(inbox.take(header.payload_bytes, deadline.remaining))
+        limit_waits(sock, send_s=self._limits.message_timeout_s)
+        return wanted
 
     def _serve_request(self, sock: socket.socket, inbox: Inbox) -> bool:
         """Serve one request; False when the peer closed the connection instead of sending one.

@@ -13,6 +13,8 @@ class TcpLimits:
     """Between two requests on one connection."""
     message_timeout_s: float = 30.0
     """For each step of a message that began."""
+    greeting_s: float = 5.0
+    """For a whole greeting in a cluster with a secret: a stranger holds a connection no longer."""
     goodbye_s: float = 1.0
     """For telling a peer why its connection is closed."""
     accept_pause_s: float = 0.1

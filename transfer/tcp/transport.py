@@ -9,6 +9,7 @@ import socket
 from collections.abc import Sequence
 
 from kvcore.errors import ConfigError, PeerUnreachableError, TransferError, TransferTimeoutError
+from kvcore.trust.opening import OPEN, ClusterTrust
 from kvcore.types import Segment
 from transfer.base import Direction, TransferOp
 from transfer.blocking import BatchDeadline, BlockingPool
@@ -56,8 +57,9 @@ class TcpTransfer:
 
     kind = "tcp"
 
-    def __init__(self, streams: int = 2, limits: TcpLimits = TcpLimits()) -> None:
+    def __init__(self, streams: int = 2, limits: TcpLimits = TcpLimits(), trust: ClusterTrust = OPEN) -> None:
         self._limits = limits
+        self._trust = trust
         self._streams = streams
         self._stripes = max(1, min(streams, usable_cpus() // _CORES_A_STREAM))
         self._pool = BlockingPool("kvferry-tcp", _THREADS)
@@ -136,7 +138,7 @@ class TcpTransfer:
             await _acquire(peer.free, deadline)
             try:
                 connection = peer.take_idle() or await self._connect(key[0], deadline)
-                await self._use(peer, connection, Exchange(direction, segment, parts), deadline)
+                await self._use(peer, connection, Exchange(direction, segment, parts, self._trust), deadline)
             finally:
                 peer.free.release()
         except TransferError as error:

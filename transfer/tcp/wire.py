@@ -11,7 +11,7 @@ from zlib import crc32
 
 import msgspec
 
-from kvcore.errors import SegmentUnknownError, TransferError, TransferProtocolError
+from kvcore.errors import SegmentUnknownError, TransferError, TransferProofError, TransferProtocolError
 
 MAGIC = b"KVFT"
 VERSION = 1
@@ -28,7 +28,7 @@ ENTRY_BYTES = _ENTRY.size
 
 
 class FrameKind(IntEnum):
-    """What a frame says. The initiator sends HELLO, WRITE and READ; the target the others."""
+    """What a frame says. The initiator sends HELLO, WRITE, READ, PROVEN_HELLO and PROOF; the target the others."""
 
     HELLO = 1
     WELCOME = 2
@@ -37,6 +37,9 @@ class FrameKind(IntEnum):
     WRITTEN = 5
     DATA = 6
     ERROR = 7
+    PROVEN_HELLO = 8
+    CHALLENGE = 9
+    PROOF = 10
 
 
 _KINDS = {int(kind): kind for kind in FrameKind}
@@ -47,6 +50,13 @@ class ErrorCode(IntEnum):
 
     PROTOCOL = 1
     SEGMENT_UNKNOWN = 2
+    PROOF = 3
+
+
+_CODES: dict[type[TransferError], ErrorCode] = {
+    SegmentUnknownError: ErrorCode.SEGMENT_UNKNOWN,
+    TransferProofError: ErrorCode.PROOF,
+}
 
 
 class Header(msgspec.Struct, frozen=True):
@@ -126,6 +136,11 @@ def pack_hello(segment_id: str) -> bytes:
     return pack_header(Header(FrameKind.HELLO, payload_bytes=len(text))) + text
 
 
+def pack_greeting(kind: FrameKind, payload: bytes) -> bytes:
+    """A PROVEN_HELLO, CHALLENGE or PROOF; `transfer.greeting` makes what is in it."""
+    return pack_header(Header(kind, payload_bytes=len(payload))) + payload
+
+
 def pack_welcome(segment_id: str, size_bytes: int) -> bytes:
     """The target's answer: the segment that it hosts."""
     payload = size_bytes.to_bytes(8, "little") + segment_id.encode()
@@ -155,15 +170,13 @@ def check_reply(header: Header, wanted: Header) -> None:
 
 def pack_error(error: TransferError) -> bytes:
     """What a target says before it closes the connection."""
-    unknown = isinstance(error, SegmentUnknownError)
     text = error.message.encode()[:MAX_TEXT_BYTES]
-    code = ErrorCode.SEGMENT_UNKNOWN if unknown else ErrorCode.PROTOCOL
+    code = next((code for kind, code in _CODES.items() if isinstance(error, kind)), ErrorCode.PROTOCOL)
     return pack_header(Header(FrameKind.ERROR, count=code, payload_bytes=len(text))) + text
 
 
 def parse_error(header: Header, text: bytes | bytearray) -> TransferError:
     """The error that an ERROR frame stands for."""
     message = f"the peer said: {text.decode(errors='replace')}"
-    if header.count == ErrorCode.SEGMENT_UNKNOWN:
-        return SegmentUnknownError(message)
-    return TransferProtocolError(message)
+    kind = next((kind for kind, code in _CODES.items() if code == header.count), TransferProtocolError)
+    return kind(message)

@@ -1,0 +1,170 @@
+"""A node's segment and strangers: they read and write all of it if there is no secret, and nothing if there is."""
+
+import secrets as random
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+import pytest
+
+from kvcore.config.schema import TransportConfig
+from kvcore.errors import TransferError, TransferProofError
+from kvcore.trust.opening import OPEN, ClusterTrust
+from kvcore.trust.secrets import Secrets
+from kvcore.types import Segment
+from transfer.base import TransferEngine, TransferOp
+from transfer.greeting import InitiatorGreeting
+from transfer.limits import TransferLimits
+from transfer.memory.segment import SegmentMemory, host_identity
+from transfer.select import build_transfer, start_segment_hosts
+from transfer.tcp import wire
+from transfer.tcp.limits import TcpLimits
+from transfer.tcp.sockets import split_address
+
+SIZE, TIMEOUT_S = 4 << 20, 10.0
+ID = "guarded.1"
+OLD, NEW = random.token_bytes(32), random.token_bytes(32)
+KINDS = ["tcp"]
+Results = list[TransferError | None]
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def trust(*secrets: bytes) -> ClusterTrust:
+    return ClusterTrust("here", Secrets(secrets))
+
+
+@asynccontextmanager
+async def served(kind: str, holder: ClusterTrust, **tcp: float) -> AsyncIterator[tuple[Segment, SegmentMemory]]:
+    with SegmentMemory.create(ID, SIZE) as memory:
+        memory.view[:] = b"\x5a" * SIZE
+        config, limits = TransportConfig(kind=kind), TransferLimits(tcp=TcpLimits(**tcp))  # type: ignore[arg-type]
+        hosts = await start_segment_hosts(config, memory, host="127.0.0.1", limits=limits, trust=holder)
+        try:
+            here, addresses = host_identity(), hosts.addresses
+            yield Segment(id=ID, node_id="guarded", size_bytes=SIZE, host_id=here, addresses=addresses), memory
+        finally:
+            await hosts.aclose()
+
+
+@asynccontextmanager
+async def engine(kind: str, holder: ClusterTrust) -> AsyncIterator[TransferEngine]:
+    made = build_transfer(TransportConfig(kind=kind), host_identity(), trust=holder)  # type: ignore[arg-type]
+    try:
+        yield made
+    finally:
+        await made.aclose()
+
+
+async def both_ways(kind: str, holder: ClusterTrust, segment: Segment, num_bytes: int = SIZE) -> Results:
+    """What became of a read of all of the segment, and of a write of all of it."""
+    got, forged = bytearray(num_bytes), bytes(num_bytes)
+    async with engine(kind, holder) as made:
+        read = await made.read([TransferOp(segment, 0, [memoryview(got)])], TIMEOUT_S)
+        assert (read == [None]) == (got == b"\x5a" * num_bytes)
+        assert read == [None] or not any(got)
+        return [*read, *(await made.write([TransferOp(segment, 0, [memoryview(forged)])], TIMEOUT_S))]
+
+
+@kinds
+async def test_strangers_read_and_write_a_segment_that_is_open(kind):
+    async with served(kind, OPEN) as (segment, memory):
+        assert await both_ways(kind, OPEN, segment) == [None, None]
+        assert not any(memory.view)
+
+
+@kinds
+@pytest.mark.parametrize(
+    "stranger", [OPEN, trust(NEW), ClusterTrust("there", Secrets((OLD,)))], ids=["none", "other", "else"]
+)
+async def test_strangers_neither_read_nor_write_one_with_a_secret(kind, stranger):
+    async with served(kind, trust(OLD)) as (segment, memory):
+        errors = await both_ways(kind, stranger, segment)
+        assert all(isinstance(error, TransferError) for error in errors)
+        assert memory.view == b"\x5a" * SIZE
+
+
+@kinds
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [((OLD,), (OLD,)), ((NEW, OLD), (OLD,)), ((OLD,), (NEW, OLD))], ids=["same", "newer", "older"]
+)
+@pytest.mark.parametrize("num_bytes", [100, SIZE])
+async def test_the_cluster_reads_and_writes_it_also_while_the_secret_is_changed(kind, ours, theirs, num_bytes):
+    async with served(kind, trust(*theirs)) as (segment, memory):
+        assert await both_ways(kind, trust(*ours), segment, num_bytes) == [None, None]
+        assert not any(memory.view[:num_bytes])
+        async with engine(kind, trust(*ours)) as made:  # again, over the connection that stands
+            for _ in range(3):
+                assert await made.write([TransferOp(segment, 0, [memoryview(b"ferry")])], TIMEOUT_S) == [None]
+            got = bytearray(5)
+            assert await made.read([TransferOp(segment, 0, [memoryview(got)])], TIMEOUT_S) == [None]
+            assert got == b"ferry"
+
+
+@kinds
+async def test_nothing_is_given_to_a_segment_of_strangers(kind):
+    async with served(kind, OPEN) as (segment, memory):
+        errors = await both_ways(kind, trust(OLD), segment)
+        assert all(isinstance(error, TransferError) for error in errors)
+        assert memory.view == b"\x5a" * SIZE
+
+
+async def test_a_stranger_is_told_why():
+    async with served("tcp", trust(OLD)) as (segment, _):
+        for stranger, says in ((OPEN, "gives no proof"), (trust(NEW), "this node")):
+            (error, _) = await both_ways("tcp", stranger, segment)
+            assert isinstance(error, TransferProofError)
+            assert says in error.message
+
+
+def connect(segment: Segment) -> socket.socket:
+    return socket.create_connection(split_address(segment.addresses["tcp"]), timeout=5)
+
+
+def frame(sock: socket.socket) -> tuple[wire.Header, bytes]:
+    header = wire.parse_header(sock.recv(wire.HEADER_BYTES, socket.MSG_WAITALL))
+    return header, sock.recv(header.payload_bytes, socket.MSG_WAITALL)
+
+
+WRITE = wire.pack_request(wire.FrameKind.WRITE, [(0, 4)], 1) + b"evil"
+
+
+async def test_requests_sent_ahead_of_the_proof_are_not_served():
+    async with served("tcp", trust(OLD)) as (segment, memory):
+        hello = InitiatorGreeting(trust(OLD), "tcp", ID).hello()
+        for first in (b"", wire.pack_hello(ID), wire.pack_greeting(wire.FrameKind.PROVEN_HELLO, hello)):
+            with connect(segment) as sock, suppress(OSError):
+                sock.sendall(first + WRITE)
+                sock.shutdown(socket.SHUT_WR)
+                said = b""
+                while part := sock.recv(1 << 16):
+                    said += part
+                assert bytes([wire.FrameKind.WRITTEN]) != said[6:7]
+        assert memory.view == b"\x5a" * SIZE
+
+
+async def test_a_proof_that_was_heard_opens_no_other_connection():
+    async with served("tcp", trust(OLD)) as (segment, memory):
+        greeting = InitiatorGreeting(trust(OLD), "tcp", ID)
+        with connect(segment) as first, connect(segment) as second:
+            for sock in (first, second):
+                sock.sendall(wire.pack_greeting(wire.FrameKind.PROVEN_HELLO, greeting.hello()))
+            challenge, _ = frame(first)[1], frame(second)
+            proof = wire.pack_greeting(wire.FrameKind.PROOF, greeting.answer(challenge))
+            second.sendall(proof + WRITE)
+            header, _ = frame(second)
+            assert (header.kind, header.count) == (wire.FrameKind.ERROR, wire.ErrorCode.PROOF)
+            assert memory.view == b"\x5a" * SIZE
+            first.sendall(proof + WRITE)
+            assert frame(first)[0].kind is wire.FrameKind.WELCOME
+            assert frame(first)[0].kind is wire.FrameKind.WRITTEN
+            assert memory.view[:4] == b"evil"
+
+
+async def test_a_stranger_that_says_nothing_holds_a_connection_no_longer_than_a_greeting_takes():
+    async with served("tcp", trust(OLD), greeting_s=0.2) as (segment, _):
+        hello = InitiatorGreeting(trust(OLD), "tcp", ID).hello()
+        for first in (b"", wire.pack_greeting(wire.FrameKind.PROVEN_HELLO, hello)):
+            with connect(segment) as sock:
+                sock.sendall(first)
+                while sock.recv(1 << 16):
+                    pass

@@ -1,0 +1,80 @@
+"""The greeting of transports: who gets through, and that no message fits another connection."""
+
+import secrets as random
+
+import pytest
+
+from kvcore.errors import TransferProofError
+from kvcore.trust.opening import ClusterTrust
+from kvcore.trust.secrets import Secrets
+from transfer.greeting import CHALLENGE_BYTES, InitiatorGreeting, TargetGreeting, parse_hello
+
+OLD, NEW = random.token_bytes(32), random.token_bytes(32)
+
+
+def trust(*secrets: bytes, cluster: str = "here") -> ClusterTrust:
+    return ClusterTrust(cluster, Secrets(secrets))
+
+
+def greet(initiator: InitiatorGreeting, target: TargetGreeting) -> str:
+    segment, challenge = target.challenge(initiator.hello())
+    assert len(challenge) == CHALLENGE_BYTES
+    target.check(initiator.answer(challenge))
+    return segment
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [((OLD,), (OLD,)), ((NEW, OLD), (OLD,)), ((OLD,), (NEW, OLD)), ((NEW, OLD), (NEW,))]
+)
+def test_two_of_a_cluster_greet_each_other_also_while_the_secret_is_changed(ours, theirs):
+    assert greet(InitiatorGreeting(trust(*ours), "tcp", "a.1"), TargetGreeting(trust(*theirs), "tcp")) == "a.1"
+
+
+def test_another_secret_is_told_by_its_name_before_anything_else():
+    ours, theirs = trust(OLD), trust(NEW)
+    with pytest.raises(TransferProofError, match=ours.secrets.newest.id.hex()):
+        greet(InitiatorGreeting(ours, "tcp", "a.1"), TargetGreeting(theirs, "tcp"))
+
+
+@pytest.mark.parametrize(("cluster", "transport"), [("there", "tcp"), ("here", "ucx")])
+def test_the_cluster_and_the_transport_are_part_of_a_proof(cluster, transport):
+    target = TargetGreeting(trust(OLD, cluster=cluster), transport)
+    with pytest.raises(TransferProofError, match="does not know"):
+        greet(InitiatorGreeting(trust(OLD), "tcp", "a.1"), target)
+
+
+def test_a_target_that_knows_no_secret_is_found_out_before_the_initiator_proves_anything():
+    initiator = InitiatorGreeting(trust(OLD), "tcp", "a.1")
+    _, challenge = TargetGreeting(trust(OLD), "tcp").challenge(InitiatorGreeting(trust(OLD), "tcp", "a.1").hello())
+    for wrong in (challenge, bytes(CHALLENGE_BYTES), challenge[:-1], b""):
+        with pytest.raises(TransferProofError):
+            initiator.answer(wrong)
+
+
+def test_a_proof_fits_one_connection_one_segment_and_one_side():
+    first, second = TargetGreeting(trust(OLD), "tcp"), TargetGreeting(trust(OLD), "tcp")
+    initiator = InitiatorGreeting(trust(OLD), "tcp", "a.1")
+    _, challenge = first.challenge(initiator.hello())
+    proof = initiator.answer(challenge)
+    second.challenge(initiator.hello())
+    for wrong in (proof[:-1], b"", challenge[-32:], bytes(32)):
+        with pytest.raises(TransferProofError):
+            first.check(wrong)
+    with pytest.raises(TransferProofError):
+        second.check(proof)
+    other = TargetGreeting(trust(OLD), "tcp", nonce=lambda _: challenge[:16])
+    other.challenge(InitiatorGreeting(trust(OLD), "tcp", "b.1", nonce=lambda _: initiator.hello()[:16]).hello())
+    with pytest.raises(TransferProofError):
+        other.check(proof)
+    first.check(proof)
+
+
+def test_a_proof_before_the_challenge_is_none():
+    with pytest.raises(TransferProofError):
+        TargetGreeting(trust(OLD), "tcp").check(b"")
+
+
+@pytest.mark.parametrize("raw", [b"", bytes(16), bytes(16) + b"\x09" + bytes(100), bytes(16) + b"\x02" + bytes(15)])
+def test_a_greeting_of_another_form_is_refused(raw):
+    with pytest.raises(TransferProofError, match="cut short"):
+        parse_hello(raw)
