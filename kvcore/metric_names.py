@@ -46,6 +46,11 @@ def _seconds(name: str, help_text: str, *labels: str) -> Metric:
     return Metric(MetricKind.HISTOGRAM, f"kvferry_{name}", help_text, labels, _SECONDS)
 
 
+# --- every HTTP listener ---------------------------------------------------------------------------------------
+HTTP_CONNECTIONS = _gauge("http_connections", "Connections that are served", "listener")
+HTTP_HELD_BYTES = _gauge("http_held_bytes", "Bytes of bodies that are not whole yet", "listener")
+HTTP_REFUSED = _counter("http_refused_total", "Refused connections and requests, by the bound", "listener", "reason")
+
 # --- router ----------------------------------------------------------------------------------------------------
 ROUTER_REQUESTS = _counter("router_requests_total", "Requests ended, by endpoint and HTTP status", "endpoint", "status")
 ROUTER_ACTIVE = _gauge("router_active_requests", "Requests under way")

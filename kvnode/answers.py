@@ -7,6 +7,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from kvcore.errors import CancelledByPeerError, InvalidRequestError, KVFerryError
+from kvcore.process.aiohttp_gate import check_place
 from kvcore.process.proven_app import OPEN_PATHS
 from kvcore.trust.http_proof import WANTED, Proof, RequestVerifier, check_body
 
@@ -52,7 +53,7 @@ def check_read(request: web.Request, body: bytes) -> bytes:
 async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """The request boundary: every failure becomes one error body, ours with its status, a bug with 500 and a log."""
     try:
-        return await handler(request)
+        return check_place(request) or await handler(request)
     except KVFerryError as error:
         return error_answer(request, error)
     except web.HTTPException as error:
@@ -73,6 +74,7 @@ def error_answer(request: web.Request, error: KVFerryError, status: int | None =
         status=status or error.http_status,
         body=msgspec.msgpack.encode(body) if ours else msgspec.json.encode(body),
         content_type=MSGPACK if ours else "application/json",
+        headers={"Retry-After": "1"} if error.http_status == 503 else None,
     )
 
 

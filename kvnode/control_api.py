@@ -24,9 +24,8 @@ from kvcore.errors import (
     InvalidRequestError,
     KVFerryError,
     NodeUnavailableError,
-    PayloadTooLargeError,
 )
-from kvcore.process.http_body import check_encoding
+from kvcore.process.aiohttp_gate import BoundedRunner, read_body
 from kvcore.telemetry import METRICS_CONTENT_TYPE, log_fields
 from kvnode.answers import MSGPACK, ProvenCalls, answer_errors, check_read, error_answer, msgpack_answer
 from kvnode.limits import NodeLimits
@@ -94,13 +93,14 @@ class ControlApi:
         """Whether new legs are refused."""
         return self._draining or self._quiet
 
-    def runner(self, proven: ProvenCalls | None = None) -> web.AppRunner:
+    def runner(self, proven: ProvenCalls | None = None) -> BoundedRunner:
         """What serves it: a client that leaves ends its leg, and no body is unpacked. `proven`: who gets an answer."""
         app = self._application()
         if proven is not None:
             proven.add_to(app)
-        return web.AppRunner(
+        return BoundedRunner(
             app,
+            self._limits.http,
             handler_cancellation=True,
             auto_decompress=False,
             access_log=None,
@@ -226,13 +226,7 @@ class ControlApi:
         return web.Response(body=await self._metrics(), headers={"Content-Type": METRICS_CONTENT_TYPE})
 
     async def _read(self, http: web.Request) -> bytes:
-        check_encoding(http.headers)
-        try:
-            return check_read(http, await _bounded(http.read(), self._limits.body_s))
-        except web.HTTPRequestEntityTooLarge as error:
-            raise PayloadTooLargeError(f"the body has more than {self._max_body_bytes} bytes") from error
-        except web.RequestPayloadError as error:
-            raise InvalidRequestError("the body is not coded as its head says") from error
+        return check_read(http, await read_body(http, self._max_body_bytes, self._limits.body_s))
 
     @asynccontextmanager
     async def _leg(self, name: str) -> AsyncIterator["_ActiveLeg"]:

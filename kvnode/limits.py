@@ -2,11 +2,15 @@
 
 from dataclasses import dataclass
 
+from kvcore.process.limits import HttpLimits
+
 
 @dataclass(frozen=True, slots=True)
 class NodeLimits:
     """Times in seconds."""
 
+    http: HttpLimits = HttpLimits()
+    """Of the control API's listener."""
     body_s: float = 30.0
     """A request's body arrives within this."""
     late_s: float = 5.0

@@ -29,7 +29,7 @@ class NodeMetrics:
         supervisor: Callable[[], EngineSupervisor | None],
         tiers: NodeTiers | None = None,
     ) -> None:
-        self._metrics = metrics
+        self.metrics = metrics
         self._supervisor = supervisor
         self._api: ControlApi | None = None
         self._sample: EngineSample | None = None
@@ -60,7 +60,7 @@ class NodeMetrics:
         """The text of /metrics, with a fresh sample of the engine if it answers."""
         self._api = api
         self._sample = await sample()
-        return self._metrics.render() + (self._sample.exposition if self._sample is not None else b"")
+        return self.metrics.render() + (self._sample.exposition if self._sample is not None else b"")
 
     def _ready(self) -> bool:
         supervisor = self._supervisor()

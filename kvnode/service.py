@@ -25,6 +25,7 @@ from kvcore.config.schema import ClusterConfig, VllmEngineConfig
 from kvcore.config.vllm_options import engine_environment
 from kvcore.errors import KVFerryError, NodeUnavailableError
 from kvcore.ports import authorities_of, base_url, listen
+from kvcore.process.http_gate import show_gates
 from kvcore.process.service import Lifecycle
 from kvcore.release import release
 from kvcore.telemetry import Metrics
@@ -180,7 +181,7 @@ async def run_node(
         limits=limits,
     )
     stack.push_async_callback(prober.aclose)
-    await _serve(node.api, _proven(trust, clock, settings.host, port), listener, stack)
+    await _serve(node.api, _proven(trust, clock, settings.host, port), listener, stack, metrics)
     if node.supervisor is not None:
         await node.supervisor.wait_ready()
     refused = membership.refused or None
@@ -276,8 +277,11 @@ def _proven(trust: ClusterTrust, clock: Clock, host: str, port: int) -> ProvenCa
     return None if trust.secrets is None else ProvenCalls(RequestVerifier(trust, clock, authorities_of(host, port)))
 
 
-async def _serve(api: ControlApi, proven: ProvenCalls | None, listener: socket.socket, stack: AsyncExitStack) -> None:
+async def _serve(
+    api: ControlApi, proven: ProvenCalls | None, listener: socket.socket, stack: AsyncExitStack, metrics: NodeMetrics
+) -> None:
     runner = api.runner(proven)
+    show_gates(metrics.metrics, {"node": runner.gate})
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
     await web.SockSite(runner, listener).start()

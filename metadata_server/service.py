@@ -11,6 +11,8 @@ from kvcore.config.schema import ClusterConfig
 from kvcore.config.servers import own_part
 from kvcore.ports import authorities_of, base_url
 from kvcore.process.asgi import AsgiServer
+from kvcore.process.http_gate import HttpGate, show_gates
+from kvcore.process.limits import HttpLimits
 from kvcore.process.proven_app import OPEN_PATHS, ProvenApp
 from kvcore.process.service import Lifecycle
 from kvcore.telemetry import Metrics, log_fields
@@ -58,10 +60,14 @@ async def main(config: ClusterConfig, lifecycle: Lifecycle, *, change_partitions
     lifecycle.tasks.create_task(records.run(), name="records")
     await _join(config, clock, records, change=change_partitions)
     core = create_core(config, clock) if server.standbys else await _only_core(config, clock, records, lifecycle)
-    mooncake, dialect = await _open_mooncake(config, records, clock, metrics, lifecycle)
+    gates: dict[str, HttpGate] = {}
+    show_gates(metrics, gates)
+    mooncake, dialect = await _open_mooncake(config, records, clock, metrics, lifecycle, gates=gates)
     core.janitor.look_after(records, dialect)
     app = create_app(core, clock, metrics, server.max_body, mooncake=mooncake)
-    shell = AsgiServer(_proven(app, config, clock, open_trust(trust_source(config))), server.host, server.port)
+    proven = _proven(app, config, clock, open_trust(trust_source(config)))
+    shell = AsgiServer(proven, server.host, server.port, limits=HttpLimits().holding(4 * server.max_body))
+    gates["metadata"] = shell.gate
     lifecycle.stack.push_async_callback(shell.aclose)
     if server.standbys:
         _elect(config, clock, records, core, lifecycle)
@@ -128,7 +134,13 @@ def _elect(config: ClusterConfig, clock: Clock, records: Records, core: Metadata
 
 
 async def _open_mooncake(
-    config: ClusterConfig, records: Records, clock: Clock, metrics: Metrics, lifecycle: Lifecycle
+    config: ClusterConfig,
+    records: Records,
+    clock: Clock,
+    metrics: Metrics,
+    lifecycle: Lifecycle,
+    *,
+    gates: dict[str, HttpGate],
 ) -> tuple[MooncakeApp | None, MooncakeDialect | None]:
     """What answers `/metadata` on the metadata server's own port (None: nothing does, or another port does), and what
     is behind it."""
@@ -144,6 +156,7 @@ async def _open_mooncake(
     if mooncake.port is None:
         return app, dialect
     shell = AsgiServer(MooncakePort(app), server.host, mooncake.port, tls=tls)
+    gates["mooncake"] = shell.gate
     lifecycle.stack.push_async_callback(shell.aclose)
     await shell.start()
     lifecycle.tasks.create_task(shell.wait_failed(), name="mooncake http")

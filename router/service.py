@@ -15,6 +15,7 @@ from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
 from kvcore.ports import authorities_of
 from kvcore.process.asgi import AsgiServer
 from kvcore.process.descriptors import soft_limit
+from kvcore.process.http_gate import show_gates
 from kvcore.process.limits import HttpLimits
 from kvcore.process.proven_app import ProvenApp
 from kvcore.process.service import Lifecycle
@@ -50,6 +51,8 @@ from router.text.tokenizer import FolderTokenizer, TextThreads, make_tokenizer
 from router.upkeep.wiring import tier_sight, upkeep_routes
 
 _log = logging.getLogger("router")
+_HELD_BODIES = 16
+"""Bodies of the longest kind that may be under way at once."""
 
 
 async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
@@ -102,7 +105,7 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
         more=add_routes,
         guard=_operators_alone(config, clock, trust),
     )
-    server = AsgiServer(app, bounds.host, bounds.port, limits=_connection_limits(config))
+    server = _listener(app, config, metrics)
     lifecycle.tasks.create_task(prober.run(), name="node probes")
     lifecycle.tasks.create_task(cache.run(), name="cache replay")
     if subscription is not None and metadata is not None:
@@ -154,12 +157,22 @@ def _operators_routes(
     return add_all
 
 
+def _listener(app: ASGIApp, config: ClusterConfig, metrics: RouterMetrics) -> AsgiServer:
+    server = AsgiServer(app, config.router.host, config.router.port, limits=_connection_limits(config))
+    show_gates(metrics.metrics, {"router": server.gate})
+    return server
+
+
 def _connection_limits(config: ClusterConfig) -> HttpLimits:
     limit, num_nodes = soft_limit(), len(config.nodes)
     needed = descriptors_needed(config.router.max_requests, num_nodes)
     if limit < needed:
         log_fields(_log, logging.WARNING, "few_descriptors", limit=limit, needed=needed, see="kvferry doctor")
-    return HttpLimits(max_connections=clients_at_most(limit, num_nodes))
+    return HttpLimits(
+        max_connections=clients_at_most(limit, num_nodes),
+        max_per_client=config.router.max_connections_per_client,
+        max_held_bytes=_HELD_BODIES * config.router.max_body,
+    )
 
 
 def _watch_cache(

@@ -37,6 +37,7 @@ OPENAI_PAGE = ROOT / "docs/openai.md"
 
 _UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20))
 _PROCESSES = {
+    "every process that listens": "kvcore/process",
     "the router": "router",
     "the metadata server": "metadata_server",
     "each node": "kvnode",

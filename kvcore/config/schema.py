@@ -245,6 +245,8 @@ class RouterConfig(Section, frozen=True, kw_only=True):
     """Longest body of a client's request; a longer one is refused with 413."""
     max_requests: Count = 1024
     """In flight at once; more get 503 with Retry-After."""
+    max_connections_per_client: Count | None = None
+    """Of one address; more get 503. By default four fifths of all that the router's file descriptors allow."""
     cache: HitRateConfig = HitRateConfig()
     """What it says of the hit rate, and whether clients may ask something of the cache."""
     cors: list[Text] = msgspec.field(default_factory=lambda: ["loopback"])

@@ -14,7 +14,9 @@ from typing import Any
 
 import uvicorn
 
+from kvcore.peer_log import PeerLog
 from kvcore.ports import base_url, listen
+from kvcore.process.http_gate import HttpGate
 from kvcore.process.http_protocol import BoundedHttp
 from kvcore.process.limits import HttpLimits
 from kvcore.telemetry import log_fields
@@ -56,6 +58,8 @@ class AsgiServer:
         self._host = host
         self._port = port
         self._limits = limits
+        self.gate = HttpGate(limits)
+        """What the listener holds and refuses."""
         self._tls = tls
         self._server: _Server | None = None
         self._serving: asyncio.Task[None] | None = None
@@ -85,7 +89,7 @@ class AsgiServer:
             self._app,
             log_config=None,
             access_log=False,
-            http=functools.partial(BoundedHttp, limits=self._limits),  # type: ignore[arg-type]  # it makes them
+            http=functools.partial(BoundedHttp, gate=self.gate, log=PeerLog(_logger)),  # type: ignore[arg-type]  # it makes them
             ws="none",
             lifespan="auto",
             date_header=False,

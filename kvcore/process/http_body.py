@@ -7,6 +7,9 @@ from starlette.requests import ClientDisconnect, Request
 
 from kvcore.errors import BodyLateError, InvalidRequestError, MediaTypeError, PayloadTooLargeError
 
+ENCODINGS = {"content-encoding": ("", "identity"), "transfer-encoding": ("", "identity", "chunked")}
+"""By header, the codings that leave a body as it is."""
+
 
 async def read_body(request: Request, limit: int, *, timeout_s: float = 30.0) -> bytes:
     """The whole body, at most `limit` bytes, within `timeout_s`.
@@ -35,6 +38,6 @@ async def read_body(request: Request, limit: int, *, timeout_s: float = 30.0) ->
 
 def check_encoding(headers: Mapping[str, str]) -> None:
     """Raises MediaTypeError where the body is packed: unpacked it could be of any size. `headers`: of any case."""
-    encoding = headers.get("content-encoding", "")
-    if encoding.strip().lower() not in ("", "identity"):
-        raise MediaTypeError(f"Content-Encoding {encoding[:100]!r} is not read here: send the body as it is")
+    for name, plain in ENCODINGS.items():
+        if (coding := headers.get(name, "")).strip().lower() not in plain:
+            raise MediaTypeError(f"{name} {coding[:100]!r} is not read here: send the body as it is")

@@ -1,8 +1,10 @@
-"""uvicorn's HTTP/1.1, bounded: a request's head has a size and a time, and what is not HTTP gets a proper error body.
+"""uvicorn's HTTP/1.1, bounded: a request's head and body have a size and a time, and what is not HTTP gets a proper
+error body.
 
-Owns what happens before an application sees a request. Invariant: a connection that has sent no whole head is closed
-after `head_s`; nothing is written into the middle of an answer. A wish for another protocol (`Upgrade`, which Java's
-client sends with its requests) is ignored, as HTTP allows: the request is answered as any other.
+Owns what happens before an application sees a request. Invariants: a connection that has sent no whole head is closed
+after `head_s`, one whose body is not whole after `body_s`, one that takes nothing of its answer after `send_s`; nothing
+is written into the middle of an answer. A wish for another protocol (`Upgrade`, which Java's client sends with its
+requests) is ignored, as HTTP allows: the request is answered as any other.
 """
 
 import asyncio
@@ -15,11 +17,8 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from kvcore.process.descriptors import RESERVED, soft_limit
-from kvcore.process.limits import HttpLimits
-from kvcore.telemetry import log_fields
-
-MAX_HEAD_BYTES = 64 << 10
+from kvcore.peer_log import PeerLog
+from kvcore.process.http_gate import GatePlace, HttpGate
 
 _logger = logging.getLogger("kvcore.asgi")
 
@@ -27,26 +26,60 @@ _logger = logging.getLogger("kvcore.asgi")
 class BoundedHttp(HttpToolsProtocol):
     """One connection. Answers in OpenAI's error form, which the metadata server's is too."""
 
-    def __init__(self, *uvicorns: Any, limits: HttpLimits = HttpLimits(), **own: Any) -> None:
+    def __init__(self, *uvicorns: Any, gate: HttpGate | None = None, log: PeerLog | None = None, **own: Any) -> None:
+        """`gate` and `log` are the listener's; None: the connection is the only one."""
         super().__init__(*uvicorns, **own)
-        self._head_s = limits.head_s
-        self._max_connections = limits.max_connections or max(1, soft_limit() - RESERVED)
+        self._gate = gate or HttpGate()
+        self._limits = self._gate.limits
+        self._log = log or PeerLog(_logger)
+        self._place: GatePlace | None = None
         self._head_timer: asyncio.TimerHandle | None = None
+        self._body_timer: asyncio.TimerHandle | None = None
+        self._send_timer: asyncio.TimerHandle | None = None
         self._head_bytes = 0
+        """Of a head whose end has not come."""
+        self._read_bytes = 0
+        """At once, last."""
+        self._new_bytes = 0
+        """Of a body, not counted at the gate yet."""
         self._in_head = False
         self._in_message = False
-        self._too_many = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """A client has connected: its first head must come in time."""
         super().connection_made(transport)
-        self._too_many = len(self.connections) > self._max_connections  # those before it are served all the same
-        self._head_timer = self.loop.call_later(self._head_s, self._head_late)
+        self._place = self._gate.admit(self.client[0] if self.client else None, transport.abort)
+        if self._place is None:
+            transport.abort()
+            return
+        head_s = self._limits.head_s if self._place.why_spare is None else self._limits.spare_head_s
+        self._head_timer = self.loop.call_later(min(head_s, self._limits.head_s), self._head_late)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """No timer outlives the connection."""
         self._head_is_over()
+        self._body_is_over()
+        self._stop_send_timer()
+        if self._place is not None:
+            self._place.leave()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The client does not take what is sent."""
+        super().pause_writing()
+        if self._send_timer is None:
+            self._send_timer = self.loop.call_later(self._limits.send_s, self._send_late)
+
+    def resume_writing(self) -> None:
+        """It does again."""
+        self._stop_send_timer()
+        super().resume_writing()
+
+    def on_response_complete(self) -> None:
+        """As uvicorn's. A connection that is to close must not wait for a client that takes nothing."""
+        super().on_response_complete()
+        if self.transport.is_closing() and self._send_timer is None:
+            self._send_timer = self.loop.call_later(self._limits.send_s, self._send_late)
 
     def on_message_begin(self) -> None:
         """The first byte of a request."""
@@ -55,41 +88,61 @@ class BoundedHttp(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """From here on the application bounds the request."""
+        too_large = self._is_too_large()
         self._head_is_over()
+        if self.transport.is_closing():
+            return
         app = self.app
-        if self._too_many:
-            self.app = self._overloaded  # its body is read as any other's
+        if too_large:
+            self.app = self._head_too_large
+        elif self._place is not None and self._place.why_spare is not None:
+            method = self.parser.get_method().decode("ascii")
+            if not self._place.serves(method, httptools.parse_url(self.url).path.decode("latin-1")):
+                self.app = self._overloaded  # its body is read as any other's
         super().on_headers_complete()
         self.app = app
+        if self._place is not None and self._place.why_spare is not None:
+            self.cycle.keep_alive = False
+
+    def on_body(self, body: bytes) -> None:
+        """A part of a request's body. Once the connection is given up nobody wants the rest."""
+        if not self.transport.is_closing():
+            self._new_bytes += len(body)
+            super().on_body(body)
 
     def on_message_complete(self) -> None:
         """The last byte of a request; but the parser stops at the head of one that wishes for another protocol."""
         if self.parser.should_upgrade():
             return
         self._in_message = False
-        super().on_message_complete()
+        self._body_is_over()
+        if not self.transport.is_closing():
+            super().on_message_complete()
 
     def data_received(self, data: bytes) -> None:
         """As uvicorn's, but for the parser that stops after a head with `Upgrade`: another reads on from there."""
         self._unset_keepalive_if_required()
+        self._read_bytes = len(data)
         rest: bytes | None = data
         try:
             while rest is not None:
                 rest = self._parse(rest)
         except httptools.HttpParserError:
-            self._refuse(400, "this is not an HTTP/1.1 request")
+            self._refuse(400, "malformed", "this is not an HTTP/1.1 request")
             return
         if self._in_head:  # only then: most heads come whole, and a timer costs as much as reading one
             if self._head_timer is None:
-                self._head_timer = self.loop.call_later(self._head_s, self._head_late)
+                self._head_timer = self.loop.call_later(self._limits.head_s, self._head_late)
             self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD_BYTES:
-                self._refuse(431, f"the request's head is over the bound of {MAX_HEAD_BYTES} bytes")
+            if self._head_bytes > self._limits.max_head_bytes:
+                self._refuse(431, "head_too_large", self._head_bound)
+        elif self._in_message:
+            self._hold_body()
 
     def eof_received(self) -> None:
         """The client sends no more. If that cuts a request short it gets an error, in case it still reads."""
         if self._in_message:
-            self._refuse(400, "the request was cut short")
+            self._refuse(400, "malformed", "the request was cut short")
 
     def _parse(self, data: bytes) -> bytes | None:
         """What is left of it after a head with `Upgrade`; None: nothing."""
@@ -102,16 +155,35 @@ class BoundedHttp(HttpToolsProtocol):
             return data[stopped.args[0] :]
         return None
 
+    def _hold_body(self) -> None:
+        """More of the body is to come: what there is counts at the gate, and time runs."""
+        if self.transport.is_closing() or self._place is None:
+            return
+        if self._body_timer is None:
+            self._body_timer = self.loop.call_later(self._limits.body_s, self._body_late)
+        new, self._new_bytes = self._new_bytes, 0
+        if new and (why := self._place.hold(new)) is not None:
+            self._refuse(503, "bodies", f"{why}; come back later")
+
+    @property
+    def _head_bound(self) -> str:
+        return f"the request's head is over the bound of {self._limits.max_head_bytes} bytes"
+
+    async def _head_too_large(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._count(431, "head_too_large", self._head_bound)
+        await _say(send, 431, self._head_bound)
+
     async def _overloaded(self, scope: Scope, receive: Receive, send: Send) -> None:
-        peer = f"{self.client[0]}:{self.client[1]}" if self.client else None
-        reason = f"this process takes {self._max_connections} connections at a time"
-        log_fields(_logger, logging.WARNING, "refused", status=503, reason=reason, peer=peer)
-        error = {"message": f"{reason}; come back later", "type": "server_error", "param": None, "code": "overloaded"}
-        headers = [(b"content-type", b"application/json"), (b"retry-after", b"1"), (b"connection", b"close")]
-        body = msgspec.json.encode({"error": error})
-        headers.append((b"content-length", str(len(body)).encode()))
-        await send({"type": "http.response.start", "status": 503, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        reason = self._place.why_spare if self._place is not None else None
+        self._count(503, None, reason or "")
+        await _say(send, 503, f"{reason}; come back later")
+
+    def _is_too_large(self) -> bool:
+        """Whether the head that is whole now is. One that came in one piece could not be refused before."""
+        most = self._limits.max_head_bytes
+        if self._head_bytes + self._read_bytes <= most:
+            return False
+        return len(self.url) + sum(len(name) + len(value) + len(b": \r\n") for name, value in self.headers) > most
 
     def _head_is_over(self) -> None:
         self._in_head, self._head_bytes = False, 0
@@ -119,25 +191,58 @@ class BoundedHttp(HttpToolsProtocol):
             self._head_timer.cancel()
             self._head_timer = None
 
+    def _body_is_over(self) -> None:
+        self._new_bytes = 0
+        if self._place is not None:
+            self._place.let_go()
+        if self._body_timer is not None:
+            self._body_timer.cancel()
+            self._body_timer = None
+
+    def _stop_send_timer(self) -> None:
+        if self._send_timer is not None:
+            self._send_timer.cancel()
+            self._send_timer = None
+
     def _head_late(self) -> None:
         self._head_timer = None
         if self._in_head:
-            self._refuse(408, f"the request's head did not arrive within {self._head_s:g} s")
+            self._refuse(408, "head_late", f"the request's head did not arrive within {self._limits.head_s:g} s")
         else:
             self.transport.close()
 
-    def _refuse(self, status: int, message: str) -> None:
+    def _body_late(self) -> None:
+        self._body_timer = None
+        if self.pipeline:  # it waits for its turn, and is not read meanwhile
+            self._body_timer = self.loop.call_later(self._limits.body_s, self._body_late)
+            return
+        self._refuse(408, "body_late", f"the request's body did not arrive within {self._limits.body_s:g} s")
+
+    def _send_late(self) -> None:
+        self._send_timer = None
+        self._count(None, "send_late", f"the client took nothing for {self._limits.send_s:g} s")
+        self.transport.abort()
+
+    def _refuse(self, status: int, reason: str, message: str) -> None:
         """Answer, unless an answer is being written, and close."""
         if self.transport.is_closing():
             return
-        peer = f"{self.client[0]}:{self.client[1]}" if self.client else None
-        log_fields(_logger, logging.INFO, "refused", status=status, reason=message, peer=peer)
+        self._count(status, reason, message)
         if self._may_answer():
             self.transport.write(_answer(status, message))
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True  # the application must not answer a second time
             self.cycle.message_event.set()
+        self._body_is_over()
         self.transport.close()
+
+    def _count(self, status: int | None, reason: str | None, message: str) -> None:
+        """For the metrics, unless the gate has counted it, and for the log."""
+        if reason is not None:
+            self._gate.refused[reason] += 1
+        peer = self.client[0] if self.client else None
+        level = logging.WARNING if status in (None, 503) else logging.INFO
+        self._log.say(level, "refused", reason or "connections", peer, status=status, reason=message)
 
     def _may_answer(self) -> bool:
         cycle = self.cycle
@@ -183,12 +288,29 @@ def _framing(headers: list[tuple[bytes, bytes]], version: str) -> bytes:
     return b"\r\n".join([*lines, b"", b""])
 
 
+_KINDS = {503: ("server_error", "overloaded")}
+
+
+def _body_of(status: int, message: str) -> bytes:
+    kind, code = _KINDS.get(status, ("invalid_request_error", "malformed_http"))
+    return msgspec.json.encode({"error": {"message": message, "type": kind, "param": None, "code": code}})
+
+
+def _headers_of(status: int, body: bytes) -> list[tuple[bytes, bytes]]:
+    retry = [(b"retry-after", b"1")] if status == 503 else []
+    length = (b"content-length", str(len(body)).encode())
+    return [(b"content-type", b"application/json"), length, *retry, (b"connection", b"close")]
+
+
+async def _say(send: Send, status: int, message: str) -> None:
+    """As an application does."""
+    body = _body_of(status, message)
+    await send({"type": "http.response.start", "status": status, "headers": _headers_of(status, body)})
+    await send({"type": "http.response.body", "body": body})
+
+
 def _answer(status: int, message: str) -> bytes:
-    phrase = http.HTTPStatus(status).phrase
-    error = {"message": message, "type": "invalid_request_error", "param": None, "code": "malformed_http"}
-    body = msgspec.json.encode({"error": error})
-    head = (
-        f"HTTP/1.1 {status} {phrase}\r\ncontent-type: application/json\r\n"
-        f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
-    )
-    return head.encode() + body
+    """The same, as bytes."""
+    body = _body_of(status, message)
+    lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}".encode()]
+    return b"\r\n".join([*lines, *(name + b": " + value for name, value in _headers_of(status, body)), b"", body])

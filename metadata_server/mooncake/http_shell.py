@@ -24,6 +24,7 @@ _Header = tuple[bytes, bytes]
 _JSON: _Header = (b"content-type", b"application/json")
 _TEXT: _Header = (b"content-type", b"text/plain; charset=utf-8")
 _CHALLENGE: _Header = (b"www-authenticate", b'Bearer realm="metadata", Basic realm="metadata"')
+_CODINGS = (b"content-encoding", b"transfer-encoding")
 _ALLOW: _Header = (b"allow", b"GET, PUT, DELETE")
 _logger = logging.getLogger("metadata_server")
 
@@ -90,7 +91,7 @@ class MooncakeApp:
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
         """The whole body, bounded in size and time; None: the client has left."""
         for name, value in scope["headers"]:
-            if name == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
+            if name in _CODINGS and value.strip().lower() not in (b"", b"identity", b"chunked"):
                 raise MediaTypeError("a packed value is not read here: send it as it is")
             if name == b"content-length" and value.isdigit():
                 self._check_size(int(value[:20]))

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from kvcore.clock import Clock
 from kvcore.errors import MetadataProtocolError, PayloadTooLargeError
 from kvcore.process.audit import caller
-from kvcore.process.http_body import check_encoding
+from kvcore.process.http_body import ENCODINGS, check_encoding
 from metadata_server.core import MetadataCore
 from metadata_server.endpoints import ENDPOINTS
 from metadata_server.limits import ServerLimits
@@ -70,8 +70,8 @@ class Calls:
     async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
         """The whole body. Raises MediaTypeError, PayloadTooLargeError as soon as it is known to be too long, and
         ClientDisconnect."""
-        if b"content-encoding" in headers:
-            check_encoding({"content-encoding": headers[b"content-encoding"].decode("latin-1")})
+        if b"content-encoding" in headers or b"transfer-encoding" in headers:
+            check_encoding({name: headers.get(name.encode(), b"").decode("latin-1") for name in ENCODINGS})
         declared, most = headers.get(b"content-length", b"")[:20], self._max_body_bytes
         if declared.isdigit() and int(declared) > most:
             raise PayloadTooLargeError(f"the body has {int(declared)} bytes; at most {most} are read")

@@ -26,12 +26,12 @@ Transport = str | dict[str, object]
 
 
 class Cluster:
-    """Nodes `p0`, `d0` and `s0` with sim engines and a metadata server, none of them started yet."""
+    """Nodes `p0`, `d0` and `s0` with sim engines, a metadata server and a router, none of them started yet."""
 
     def __init__(self, folder: Path, session: aiohttp.ClientSession, *, transport: Transport = "auto") -> None:
         self.session = session
         self.file = folder / "cluster.yaml"
-        self.ports = dict(zip(("p0", "d0", "s0", "metadata"), free_ports(4), strict=True))
+        self.ports = dict(zip(("p0", "d0", "s0", "metadata", "router"), free_ports(5), strict=True))
         self.children: dict[str, ChildProcess] = {}
         self.lines: dict[str, list[str]] = {}
         self.engine = {"kind": "sim", "prefill_tokens_per_s": 1e6, "inter_token_s": 0.001, "bytes_per_token": 64}
@@ -51,11 +51,13 @@ class Cluster:
                         "node_ttl_s": 1.0,
                         "records": {"kind": "sqlite", "path": str(self.file.with_name("records.sqlite"))},
                     },
+                    "router": {"port": self.ports["router"]},
                     "service": {"drain_s": 3.0},
                 }
             )
         )
         self.programs = {"p0": "prefiller", "d0": "decoder", "s0": "kvnode", "metadata": "metadata_server"}
+        self.programs["router"] = "router"
 
     def url(self, name: str) -> str:
         return f"http://127.0.0.1:{self.ports[name]}"

@@ -10,7 +10,6 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from kvcore.process.asgi import AsgiServer
-from kvcore.process.http_protocol import MAX_HEAD_BYTES
 from kvcore.process.limits import HttpLimits
 
 POST = b"POST / HTTP/1.1\r\nHost: x\r\n"
@@ -99,8 +98,8 @@ async def test_a_head_that_is_cut_short_is_answered_and_closed(port: int):
 
 
 async def test_a_head_without_end_is_refused_at_its_bound(port: int):
-    error = error_of(await talk(port, POST + b"X-Long: ", b"a" * (MAX_HEAD_BYTES + 1)), 431)
-    assert str(MAX_HEAD_BYTES) in error["message"]
+    error = error_of(await talk(port, POST + b"X-Long: ", b"a" * (HttpLimits().max_head_bytes + 1)), 431)
+    assert str(HttpLimits().max_head_bytes) in error["message"]
 
 
 async def test_a_head_that_never_ends_is_given_up():

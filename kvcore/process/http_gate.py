@@ -1,0 +1,175 @@
+"""What one HTTP listener holds at a time: connections, in all and of one client, and bodies that are not whole.
+
+Owns the counts; whoever speaks the protocol asks before it takes more. A connection over a bound is a *spare* one: it
+may ask for /health or /metrics and nothing else, so that operators see what is the matter; of spare ones that say
+nothing the oldest goes for a new one. Invariant: what a place holds is given back when it is left.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from ipaddress import IPv6Network
+
+from kvcore import metric_names as names
+from kvcore.process.descriptors import RESERVED, soft_limit
+from kvcore.process.limits import HttpLimits
+from kvcore.process.proven_app import OPEN_PATHS
+from kvcore.telemetry import Metrics
+
+
+class GatePlace:
+    """One connection at the gate. `why_spare`: over which bound it is; None: it is served as any other."""
+
+    __slots__ = ("_drop", "_gate", "_held", "_left", "client", "why_spare")
+
+    def __init__(self, gate: "HttpGate", client: str, why_spare: str | None, drop: Callable[[], None]) -> None:
+        self._gate = gate
+        self.client = client
+        self.why_spare = why_spare
+        self._drop = drop
+        self._held = 0
+        self._left = False
+
+    def serves(self, method: str, path: str) -> bool:
+        """Whether this request may be answered. It has sent its head, and is no longer among those that go first."""
+        if self.why_spare is None:
+            return True
+        self._gate.heard(self)
+        return method in ("GET", "HEAD") and path in OPEN_PATHS
+
+    def hold(self, num_bytes: int) -> str | None:
+        """So many more bytes of a body have come; None, or why they are too many."""
+        self._held += num_bytes
+        return self._gate.hold(self.client, num_bytes)
+
+    def let_go(self) -> None:
+        """The body is whole, or given up."""
+        held, self._held = self._held, 0
+        if held:
+            self._gate.let_go(self.client, held)
+
+    def leave(self) -> None:
+        """The connection has ended. Idempotent."""
+        self.let_go()
+        if not self._left:
+            self._left = True
+            self._gate.leave(self)
+
+    def drop(self) -> None:
+        """Have whoever owns the connection cut it."""
+        self._drop()
+
+
+class HttpGate:
+    """Of one listener, on its event loop."""
+
+    def __init__(self, limits: HttpLimits = HttpLimits()) -> None:
+        self.limits = limits
+        self.max_connections = limits.max_connections or max(1, soft_limit() - RESERVED - limits.max_spare)
+        self.max_per_client = limits.max_per_client or max(
+            min(self.max_connections, limits.max_spare), int(limits.client_share * self.max_connections)
+        )
+        self.refused: Counter[str] = Counter()
+        """By reason: what the metrics show."""
+        self.held_bytes = 0
+        self._connections: Counter[str] = Counter()
+        self._held: Counter[str] = Counter()
+        self._num = 0
+        self._spare: dict[GatePlace, None] = {}
+        """Those that have said nothing yet, the oldest first."""
+        self._num_spare = 0
+
+    def __repr__(self) -> str:
+        return (
+            f"<HttpGate {self._num} of {self.max_connections} connections, {self._num_spare} spare, "
+            f"{self.held_bytes} bytes of bodies>"
+        )
+
+    @property
+    def num_connections(self) -> int:
+        """Those that are served, without spare ones."""
+        return self._num
+
+    def admit(self, peer: str | None, drop: Callable[[], None]) -> GatePlace | None:
+        """The place of a new connection; None: not even a spare one is left, cut it. `drop` cuts it later."""
+        client = client_of(peer)
+        reason = None
+        if self._num >= self.max_connections:
+            reason = "connections"
+        elif self._connections[client] >= self.max_per_client:
+            reason = "client_connections"
+        if reason is None:
+            self._num += 1
+            self._connections[client] += 1
+            return GatePlace(self, client, None, drop)
+        self.refused[reason] += 1
+        if self._num_spare >= self.limits.max_spare:
+            if not self._spare:
+                return None
+            oldest = next(iter(self._spare))
+            del self._spare[oldest]
+            oldest.drop()
+        place = GatePlace(self, client, self._says(reason), drop)
+        self._spare[place] = None
+        self._num_spare += 1
+        return place
+
+    def heard(self, place: GatePlace) -> None:
+        """The head of a spare connection's request has come."""
+        self._spare.pop(place, None)
+
+    def leave(self, place: GatePlace) -> None:
+        """See GatePlace.leave."""
+        if place.why_spare is not None:
+            self._spare.pop(place, None)
+            self._num_spare -= 1
+            return
+        self._num -= 1
+        _take(self._connections, place.client, 1)
+
+    def hold(self, client: str, num_bytes: int) -> str | None:
+        """See GatePlace.hold."""
+        self.held_bytes += num_bytes
+        self._held[client] += num_bytes
+        most = self.limits.max_held_bytes
+        if self.held_bytes > most:
+            return f"bodies that are not whole yet hold {most >> 20} MiB of this process, its bound"
+        most = int(self.limits.client_share * most)
+        if self._held[client] > most:
+            return f"bodies of this client that are not whole yet hold {most >> 20} MiB, the bound of one client"
+        return None
+
+    def let_go(self, client: str, num_bytes: int) -> None:
+        """See GatePlace.let_go."""
+        self.held_bytes -= num_bytes
+        _take(self._held, client, num_bytes)
+
+    def _says(self, reason: str) -> str:
+        if reason == "connections":
+            return f"this process takes {self.max_connections} connections at a time"
+        return f"this process takes {self.max_per_client} connections of one client at a time"
+
+
+def client_of(peer: str | None) -> str:
+    """By what a peer's connections are counted together: its address; of IPv6 the /64 that a host has to itself."""
+    if peer is None or ":" not in peer:
+        return peer or ""
+    try:
+        return str(IPv6Network((peer.partition("%")[0], 64), strict=False))
+    except ValueError:
+        return peer
+
+
+def show_gates(metrics: Metrics, gates: dict[str, HttpGate]) -> None:
+    """Metrics of a process's listeners, by name; `gates` may grow."""
+    metrics.sampled(names.HTTP_CONNECTIONS, lambda: [((name,), gate.num_connections) for name, gate in gates.items()])
+    metrics.sampled(names.HTTP_HELD_BYTES, lambda: [((name,), gate.held_bytes) for name, gate in gates.items()])
+    metrics.sampled(
+        names.HTTP_REFUSED,
+        lambda: [((name, why), num) for name, gate in gates.items() for why, num in gate.refused.items()],
+    )
+
+
+def _take(counts: Counter[str], key: str, num: int) -> None:
+    counts[key] -= num
+    if counts[key] <= 0:
+        del counts[key]
