@@ -196,23 +196,33 @@ def _status(arguments: argparse.Namespace) -> int:
     from kvcore.config.schema import MetadataServerConfig, RouterConfig
     from kvcore.ports import base_url
     from kvcore.trust.opening import OPEN, open_trust, trust_source
-    from kvferry.status import addresses, run_status, standbys_of
+    from kvferry.status import addresses, partition_urls, run_status, standbys_of
 
     router_url = base_url(RouterConfig().host, RouterConfig().port)
     metadata_url: str | None = base_url(MetadataServerConfig().host, MetadataServerConfig().port)
     config_file = arguments.config or (DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None)
     standbys: list[str] = []
+    partitions: dict[str, list[str]] = {}
     trust = OPEN
     if config_file is not None:
         config = load_config(config_file)
         (router_url, metadata_url), standbys = addresses(config), standbys_of(config)
+        partitions = {} if arguments.metadata else partition_urls(config)
         trust = open_trust(trust_source(config))
     router_url, metadata_url = arguments.router or router_url, arguments.metadata or metadata_url
     console = Console(width=None if sys.stdout.isatty() else 160)  # a pipe has no width: tables stay on one line
     metadata_url = metadata_url.rstrip("/") if metadata_url else None
     standbys = [] if arguments.metadata else standbys
-    shown = {"as_json": arguments.json, "console": console}
-    return asyncio.run(run_status(router_url.rstrip("/"), metadata_url, standbys=standbys, trust=trust, **shown))
+    work = run_status(
+        router_url.rstrip("/"),
+        metadata_url,
+        standbys=standbys,
+        partitions=partitions,
+        trust=trust,
+        as_json=arguments.json,
+        console=console,
+    )
+    return asyncio.run(work)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ Answers of the router are read leniently: a field it does not send is left out.
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvcore.config.schema import ClusterConfig
-from kvcore.config.servers import metadata_urls
+from kvcore.config.servers import metadata_urls, urls_of
 from kvcore.handoff import HandoffKind, has_store
 from kvcore.ports import base_url, why_unreachable
 from kvcore.process.http_client import http_session
@@ -24,6 +24,7 @@ from kvcore.trust.opening import OPEN, ClusterTrust
 from kvferry.hit_rate import hit_rate_lines
 from kvferry.machine import size_text
 from metadata_server.account_messages import Stats
+from metadata_server.partitions.merging import merged_stats
 from nodeapi.messages import TierReport
 from router.cache.report import CacheStats
 
@@ -93,15 +94,23 @@ class ServerAnswer(Generic[_Value]):
 
 
 def addresses(config: ClusterConfig) -> tuple[str, str | None]:
-    """URLs of router and metadata server; None: servers that are not ours have no metadata server."""
-    router, server = config.router, config.metadata_server
-    metadata_url = base_url(server.host, server.port) if config.handoff.traits.has_store else None
-    return base_url(router.host, router.port), metadata_url
+    """URLs of router and first metadata server; None: servers that are not ours have no metadata server."""
+    metadata_url = metadata_urls(config.metadata_server)[0] if config.handoff.traits.has_store else None
+    return base_url(config.router.host, config.router.port), metadata_url
 
 
 def standbys_of(config: ClusterConfig) -> list[str]:
-    """URLs of the metadata servers that stand by."""
-    return metadata_urls(config.metadata_server)[1:] if config.handoff.traits.has_store else []
+    """URLs of the metadata servers that stand by, of an index of one partition."""
+    server = config.metadata_server
+    return metadata_urls(server)[1:] if config.handoff.traits.has_store and not server.partitions else []
+
+
+def partition_urls(config: ClusterConfig) -> dict[str, list[str]]:
+    """URLs of the servers of each of the index's partitions, by name; empty: it has none."""
+    server = config.metadata_server
+    if not config.handoff.traits.has_store:
+        return {}
+    return {partition.name: urls_of(partition) for partition in server.partitions}
 
 
 async def run_status(
@@ -109,17 +118,18 @@ async def run_status(
     metadata_url: str | None,
     *,
     standbys: Sequence[str] = (),
+    partitions: Mapping[str, Sequence[str]] = {},
     as_json: bool,
     console: Console,
     timeout_s: float = 5.0,
     trust: ClusterTrust = OPEN,
 ) -> int:
-    """Ask and print; of several metadata servers the one that leads. Returns 0 if every server that the cluster has
-    answered, 1 otherwise."""
+    """Ask and print; of several metadata servers of one partition the one that leads, and what all partitions say as
+    one answer. Returns 0 if every server that the cluster has answered, 1 otherwise."""
     async with http_session(trust=trust, timeout=aiohttp.ClientTimeout(total=timeout_s)) as session:
         cluster, stats, cache = await asyncio.gather(
             _ask(session, f"{router_url}/v1/cluster", ClusterAnswer),
-            _ask_metadata(session, metadata_url, standbys),
+            _ask_partitions(session, partitions) if partitions else _ask_metadata(session, metadata_url, standbys),
             _ask(session, f"{router_url}/v1/cache/stats", CacheStats),  # an older router has none
         )
     if cluster.value is not None and not has_store(cluster.value.handoff):
@@ -141,6 +151,22 @@ async def _ask_metadata(
         return None
     answers = await asyncio.gather(*(_ask(session, f"{each}/v1/stats", Stats) for each in (url, *standbys)))
     return next((answer for answer in answers if answer.value is not None), answers[0])
+
+
+async def _ask_partitions(
+    session: aiohttp.ClientSession, partitions: Mapping[str, Sequence[str]]
+) -> ServerAnswer[Stats] | None:
+    """What those say that answer, and which do not."""
+    asked = await asyncio.gather(*(_ask_metadata(session, urls[0], urls[1:]) for urls in partitions.values()))
+    answers = {name: answer for name, answer in zip(partitions, asked, strict=True) if answer is not None}
+    away = {name: answer for name, answer in answers.items() if answer.problem is not None}
+    stats = [answer.value for answer in answers.values() if answer.value is not None]
+    return ServerAnswer(
+        ", ".join(answer.url for answer in (away or answers).values()),
+        {name: answer.raw for name, answer in answers.items()},
+        merged_stats(stats) if stats else None,
+        "; ".join(f"partition {name}: {answer.problem}" for name, answer in away.items()) or None,
+    )
 
 
 class _ErrorMessage(msgspec.Struct):

@@ -14,6 +14,7 @@ from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
 from kvcore.telemetry import log_fields
 from kvcore.types import NodeInfo
 from kvnode.limits import NodeLimits
+from kvnode.partitions.slices import of_part
 from metadata_server.account_messages import ImportReply, ImportRequest
 from metadata_server.client import MetadataClient
 from metadata_server.messages import TOLD_OWNERS, ManifestEntry, SegmentManifest
@@ -59,7 +60,7 @@ class ManifestPieces:
             number = wanted.get(manifest.segment.id)
             if number is None:
                 continue
-            entries = manifest.entries[::-1]
+            entries = of_part(manifest, self._client.part).entries[::-1]
             if self._client.protocol < TOLD_OWNERS:
                 entries = without_owners(entries)
             for start in range(0, len(entries) or 1, self._limits.piece_entries):

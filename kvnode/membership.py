@@ -18,6 +18,7 @@ from kvcore.telemetry import log_fields
 from kvcore.types import KVSpec, NodeInfo, Segment
 from kvnode.limits import NodeLimits
 from kvnode.manifest_pieces import ManifestPieces, without_owners
+from kvnode.partitions.slices import of_part
 from kvnode.tasks import cancelled, spawned
 from metadata_server.client import MetadataClient
 from metadata_server.messages import (
@@ -231,7 +232,8 @@ class Membership:
 
     async def _register(self) -> None:
         speaks = (await self._heartbeat()).spoken  # and it is back: a large segment takes seconds to scan
-        node, segments = self._node, [SegmentManifest(segment=segment) for segment in self._segments()]
+        node, part = self._node, self._client.part
+        segments = [of_part(SegmentManifest(segment=segment), part) for segment in self._segments()]
         request = RegisterRequest(node=node, segments=segments, ttl_s=self._ttl_s)
         if not self._new and speaks.newest >= IN_PIECES:
             request = msgspec.structs.replace(request, in_pieces=True)

@@ -10,7 +10,7 @@ from engines.process.messages import Sample as EngineSample
 from kvcore import metric_names as names
 from kvcore.telemetry import Metrics, Sample
 from kvnode.control_api import ControlApi
-from kvnode.membership import Membership
+from kvnode.partitions.memberships import Memberships
 from kvnode.segment_owner import SegmentOwner
 from kvnode.supervisor import EngineSupervisor
 from kvnode.tiers.node_tiers import NodeTiers
@@ -24,7 +24,7 @@ class NodeMetrics:
     def __init__(
         self,
         metrics: Metrics,
-        membership: Membership,
+        membership: Memberships,
         owner: SegmentOwner,
         supervisor: Callable[[], EngineSupervisor | None],
         tiers: NodeTiers | None = None,

@@ -35,9 +35,9 @@ from kvcore.types import NodeInfo, Role
 from kvnode.answers import ProvenCalls
 from kvnode.control_api import ControlApi
 from kvnode.limits import NodeLimits
-from kvnode.membership import Membership
 from kvnode.metrics import NodeMetrics
 from kvnode.moving import ChunkMover
+from kvnode.partitions.memberships import Memberships
 from kvnode.probe import PeerProber
 from kvnode.segment_owner import SegmentOwner
 from kvnode.supervisor import EngineSupervisor
@@ -60,7 +60,7 @@ class _RunningNode:
     """What the control API reports on."""
 
     owner: SegmentOwner
-    membership: Membership
+    membership: Memberships
     supervisor: EngineSupervisor | None
     weights: EngineWeights
     mover: ChunkMover
@@ -143,7 +143,7 @@ async def run_node(
     )
     owner = await stack.enter_async_context(SegmentOwner(name, incarnation, settings, config.transport, trust))
     client = _connected(config, stack, clock, trust)
-    membership = Membership(
+    membership = Memberships(
         client, info, lambda: [owner.segment], owner.manifests, ttl_s=config.metadata_server.node_ttl_s, limits=limits
     )
     prober = PeerProber(
@@ -198,7 +198,7 @@ def draw_incarnation() -> int:
 def _start_mover(
     config: ClusterConfig,
     owner: SegmentOwner,
-    membership: Membership,
+    membership: Memberships,
     client: MetadataClient,
     lifecycle: Lifecycle,
     *,
@@ -224,7 +224,7 @@ def _start_mover(
 
 def _supervisor(
     weights: EngineWeights,
-    membership: Membership,
+    membership: Memberships,
     writers: list[PausableWork[Any]],
     tiers: NodeTiers | None,
     *,

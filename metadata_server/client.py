@@ -13,6 +13,7 @@ import msgspec
 
 from kvcore.clock import Clock
 from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
+from kvcore.partitions import Part
 from kvcore.types import ChunkKey
 from metadata_server import endpoints
 from metadata_server.account_messages import (
@@ -112,12 +113,19 @@ class MetadataClient:
         self.protocol = 1
         """The newest version that both sides speak, once `register` or `nodes` was answered; else the first. A field
         of a later version is sent to no server of an earlier one, which would refuse it."""
+        self.parts: tuple[MetadataClient, ...] = (self,)
+        """A client for each partition of the index: a node is known to each by itself."""
         self.token = 0
         """The greatest that an answer had: of the latest leader that we have heard of."""
 
     def __repr__(self) -> str:
         way = "available" if self.available else f"not tried for {self._closed_until - self._clock.now():.2f} s"
         return f"<MetadataClient protocol {self.protocol}, {way}>"
+
+    @property
+    def part(self) -> Part | None:
+        """Which partition of the index it speaks to; None: the index is one server's."""
+        return self._speaks.part
 
     @property
     def available(self) -> bool:

@@ -49,6 +49,10 @@ class ClientLimits:
     """… so long, and has to be repeated: no wait may keep other calls from the server, or cost all descriptors."""
     piece_s: float = 8.0
     """For a piece of a manifest beyond a call's own time, as the server looks at one at a time."""
+    give_back_pauses_s: tuple[float, ...] = (0.0, 0.5, 2.0, 5.0)
+    """Before each try to give a partition a lease back that its caller does not know of; of so many at once, …"""
+    max_give_backs: int = 1024
+    """… a further one expires."""
     idle_connection_s: float = 3.0
     """Shorter than the server's, so that a request does not meet a closing connection."""
     max_frame_bytes: int = 64 << 20

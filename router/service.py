@@ -78,7 +78,7 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
     lifecycle.describe.append(dispatcher.describe)
     endpoints = endpoints_of(config.metadata_server)
     keeps_store = config.handoff.traits.has_store  # servers that are not ours keep none
-    subscription = connect_subscription(endpoints, cluster, clock, trust) if keeps_store else None
+    subscription = connect_subscription(endpoints, cluster.sink_of, clock, trust) if keeps_store else None
     metadata = connect_client(endpoints, clock, trust) if keeps_store else None
     connected = None if subscription is None else lambda: subscription.connected
     problems = ClusterProblems(cluster, clock, connected)

@@ -142,7 +142,7 @@ def _check_nodes(config: ClusterConfig) -> Iterator[str]:
             yield f"nodes.{name}.engine: a store has no engine"
         if node.host in _EVERY_INTERFACE:
             yield f"nodes.{name}.host: {node.host} is every interface; give the address by which the others reach it"
-    for path, host, _ in _metadata_ports(config.metadata_server):
+    for path, host, _ in metadata_ports(config.metadata_server):
         if host in _EVERY_INTERFACE and not all(node.host in _THIS_MACHINE for node in config.nodes.values()):
             named = path.replace(".port", ".host")
             yield f"{named}: {host} is every interface; give the address by which the nodes reach it"
@@ -231,7 +231,7 @@ def ports_of(config: ClusterConfig) -> Iterator[tuple[str, str, int]]:
     if not config.handoff.traits.has_store:
         return
     server = config.metadata_server
-    yield from _metadata_ports(server)
+    yield from metadata_ports(server)
     if server.mooncake.enabled and server.mooncake.port is not None:
         yield "metadata_server.mooncake.port", server.host, server.mooncake.port
     for name, node in config.nodes.items():
@@ -239,7 +239,8 @@ def ports_of(config: ClusterConfig) -> Iterator[tuple[str, str, int]]:
         yield f"nodes.{name}.transfer_port", node.host, node.transfer_port
 
 
-def _metadata_ports(server: MetadataServerConfig) -> Iterator[tuple[str, str, int]]:
+def metadata_ports(server: MetadataServerConfig) -> Iterator[tuple[str, str, int]]:
+    """(path, host, port) of every metadata server."""
     for number, partition in enumerate(partitions_of(server)):
         path = f"metadata_server.partitions[{number}]" if server.partitions else "metadata_server"
         for at, (host, port) in enumerate(servers_of(partition)):

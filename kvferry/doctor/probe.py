@@ -14,8 +14,9 @@ from rich.text import Text
 
 from kvcore.clock import SystemClock
 from kvcore.config.schema import ClusterConfig
+from kvcore.config.servers import metadata_urls
 from kvcore.errors import ConfigError, MetadataProtocolError, MetadataUnavailableError
-from kvcore.ports import base_url, why_unreachable
+from kvcore.ports import why_unreachable
 from kvcore.process.http_client import http_session
 from kvcore.trust.opening import ClusterTrust, open_trust, trust_source
 from kvcore.types import NodeInfo, Role
@@ -48,8 +49,7 @@ async def run_probe(config: ClusterConfig, console: Console, *, pair_s: float = 
     try:
         alive = (await client.nodes()).nodes
     except (MetadataUnavailableError, MetadataProtocolError) as error:
-        server = config.metadata_server
-        subject = f"metadata server {base_url(server.host, server.port)}"
+        subject = f"metadata server {metadata_urls(config.metadata_server)[0]}"
         return _show_verdicts(console, [wrong(subject, Problem(MetadataUnavailableError.code, error.message))])
     finally:
         await client.aclose()

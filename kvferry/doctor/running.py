@@ -9,13 +9,15 @@ from typing import TypeVar
 import aiohttp
 import msgspec
 
+from kvcore.config.checks import metadata_ports
 from kvcore.config.schema import ClusterConfig
+from kvcore.config.servers import metadata_urls
 from kvcore.errors import ConfigError, NotLeaderError
 from kvcore.ports import base_url
 from kvcore.process.http_client import http_session
 from kvcore.trust.opening import OPEN, open_trust, trust_source
 from kvcore.types import NodeInfo
-from kvferry.status import ClusterAnswer, addresses, standbys_of
+from kvferry.status import ClusterAnswer, addresses
 from metadata_server.account_messages import Stats
 
 _Answer = TypeVar("_Answer")
@@ -50,7 +52,7 @@ class _Follower(msgspec.Struct, frozen=True):
 
 async def find_running(config: ClusterConfig, timeout_s: float = 1.0) -> RunningParts:
     """Ask all at the same time; whoever does not answer within `timeout_s`, or as another's, does not run."""
-    router_url, metadata_url = addresses(config)
+    router_url, _ = addresses(config)
     try:
         trust = open_trust(trust_source(config))
     except ConfigError:  # another check says so
@@ -60,7 +62,8 @@ async def find_running(config: ClusterConfig, timeout_s: float = 1.0) -> Running
         asyncio.TaskGroup() as tasks,
     ):
         router = tasks.create_task(_ask(session, f"{router_url}/v1/cluster", _NamedCluster))
-        urls = [f"{url}/v1/stats" for url in (metadata_url or router_url, *standbys_of(config))]
+        names_of = [path.removesuffix(".port") for path, _, _ in metadata_ports(config.metadata_server)]
+        urls = [f"{url}/v1/stats" for url in metadata_urls(config.metadata_server)]
         metadata = [tasks.create_task(_ask(session, url, Stats)) for url in urls]
         following = [tasks.create_task(_ask(session, url, _Follower, status=503)) for url in urls]
         nodes = {
@@ -75,11 +78,11 @@ async def find_running(config: ClusterConfig, timeout_s: float = 1.0) -> Running
         if (answer := task.result()) is not None and answer.node.id == name and answer.node.cluster in own
     }
     cluster = router.result()
-    for at, (asked, refused) in enumerate(zip(metadata, following, strict=True)):
+    for name, asked, refused in zip(names_of, metadata, following, strict=True):
         stats, follower = asked.result(), refused.result()
         ours = stats is not None and all(node.cluster in own for node in stats.nodes)
         if ours or (follower is not None and follower.error.code == NotLeaderError.code):
-            names.add(f"metadata_server.standbys[{at - 1}]" if at else "metadata_server")
+            names.add(name)
     if cluster is None or cluster.cluster != config.cluster:
         return RunningParts(frozenset(names))
     away = [f"{node.role} {node.id} is not used: {node.reason}" for node in cluster.nodes if not node.healthy]

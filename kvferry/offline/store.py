@@ -18,6 +18,7 @@ from pathlib import Path
 
 from kvcore.clock import SystemClock
 from kvcore.config.schema import MetadataServerConfig
+from kvcore.config.servers import metadata_servers, metadata_urls
 from kvcore.errors import ConfigError, DeadlineExceededError, MetadataProtocolError, MetadataUnavailableError
 from kvcore.identity import ClusterIdentity
 from kvcore.ports import base_url, listen
@@ -48,7 +49,7 @@ class OfflineStore:
         the bounds that it has of its own."""
         self._reach_s, self._poll_s, self._margin_s = reach_s, poll_s, margin_s
         self._cluster = cluster
-        self._server_url = base_url(cluster.config.metadata_server.host, cluster.config.metadata_server.port)
+        self._server_url = metadata_urls(cluster.config.metadata_server)[0]
         self._folder: Path | None = None
         self._loop = asyncio.new_event_loop()
         self._closing = asyncio.Event()
@@ -196,16 +197,17 @@ def _same_start(one: NodeInfo, other: NodeInfo) -> bool:
 
 def own_address(server: MetadataServerConfig) -> str:
     """The address by which the cluster of `server` reaches this machine. Raises ConfigError for an unknown host."""
-    if is_local(server.host):
-        return "127.0.0.1" if server.host in ("0.0.0.0", "::", "localhost") else server.host
+    host, port = metadata_servers(server)[0]
+    if is_local(host):
+        return "127.0.0.1" if host in ("0.0.0.0", "::", "localhost") else host
     try:
-        family, kind, _, _, address = socket.getaddrinfo(server.host, server.port, type=socket.SOCK_DGRAM)[0]
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
             probe.connect(address)  # sends nothing: asks for the route
             return str(probe.getsockname()[0])
     except (OSError, UnicodeError) as error:
         raise ConfigError(
-            f"store: no way to the metadata server's host {server.host}: {error}. Correct metadata_server.host"
+            f"store: no way to the metadata server's host {host}: {error}. Correct metadata_server.host"
         ) from error
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from kvcore.config.tiers import Admission
+from kvcore.partitions import Part
 from kvcore.telemetry import log_fields
 from kvcore.types import ChunkKey
 from kvnode.tiers.limits import MoveLimits
@@ -104,18 +105,26 @@ class TierFiller:
 
     # --- what it is told ---
 
-    def on_reset(self) -> None:
-        """See IndexSink."""
-        self._held.clear()
-        for lane in self._lanes:
-            lane.queue.clear()
-            lane.saved.clear()
+    def sink_of(self, part: Part | None) -> "TierFiller | _FillerOfPart":
+        """For the events of one partition of the index, which say nothing of the others' chunks; None: of all."""
+        return self if part is None else _FillerOfPart(self, part)
 
-    def on_events(self, events: list[Event]) -> None:
+    def on_reset(self, part: Part | None = None) -> None:
+        """See IndexSink. `part`: only what belongs to it."""
+        gone = [key for key in self._held if part is None or part.owns(key)]
+        for lane in self._lanes:
+            for key in [*gone, *(key for key in lane.queue if part is None or part.owns(key))]:
+                lane.queue.pop(key, None)
+                lane.saved.discard(key)
+            if part is None:
+                lane.saved.clear()
+        self._held.difference_update(gone)
+
+    def on_events(self, events: list[Event], part: Part | None = None) -> None:
         """See IndexSink. Only what happens in this node's segment counts."""
         for event in events:
             if event.kind is EventKind.NODE_DOWN and event.node_id == self._segment.node_id:
-                self.on_reset()  # it has lost its place, and all that is known of its segment with it
+                self.on_reset(part)  # it has lost its place, and all that is known of its segment with it
             if event.segment_id != self._segment.segment_id:
                 continue
             if event.kind is EventKind.STORED:
@@ -209,7 +218,8 @@ class TierFiller:
         return self._learn(lane, missing, outcomes)
 
     def _first_is_gone(self, lane: _Lane, key: ChunkKey) -> bool:
-        if key in self._held:  # as far as we know it is there: the metadata server did not answer
+        if key in self._held:  # as far as we know it is there: the metadata server, or its partition, did not answer
+            lane.queue.move_to_end(key)  # the others' turn: they may be another partition's
             return False
         self._drop_gone(lane, [key])
         return True
@@ -249,3 +259,16 @@ class TierFiller:
                     _logger, logging.DEBUG, "tier_declined", tier=lane.tier.name, chunk=chunk.name.text, outcome=outcome
                 )
         return answered
+
+
+class _FillerOfPart:
+    """Its sink for one partition of the index."""
+
+    def __init__(self, filler: TierFiller, part: Part) -> None:
+        self._filler, self._part = filler, part
+
+    def on_reset(self) -> None:
+        self._filler.on_reset(self._part)
+
+    def on_events(self, events: list[Event]) -> None:
+        self._filler.on_events(events, self._part)

@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from kvcore.clock import Clock
 from kvcore.config.schema import ClusterConfig
 from kvcore.trust.opening import OPEN, ClusterTrust
-from kvnode.membership import Membership
+from kvnode.partitions.memberships import Memberships
 from kvnode.segment_owner import SegmentOwner
 from kvnode.tasks import cancelled, spawned
 from kvnode.tiers.node_tiers import NodeTiers, OpenTier, open_node_tiers
@@ -25,7 +25,7 @@ from nodeapi.client import HttpNodeClient
 @asynccontextmanager
 async def start_tiers(
     config: ClusterConfig,
-    membership: Membership,
+    membership: Memberships,
     owner: SegmentOwner,
     metadata: MetadataClient,
     clock: Clock,
@@ -68,8 +68,9 @@ async def start_tiers(
                 peers=PeerDisks(metadata, client, node.id),
             )
         )
-        membership.on_registered = tiers.registered
-        subscription = connect_subscription(endpoints_of(config.metadata_server), tiers.filler, clock, trust)
+        membership.on_registered(tiers.registered)
+        endpoints = endpoints_of(config.metadata_server)
+        subscription = connect_subscription(endpoints, tiers.filler.sink_of, clock, trust)
         stack.push_async_callback(subscription.aclose)
         following = spawned(subscription.run(), "follow-events")
         stack.push_async_callback(cancelled, following)

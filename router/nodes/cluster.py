@@ -7,13 +7,14 @@ the metadata server away the static nodes go on being probed and used; only know
 import asyncio
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from kvcore.chunk_keys import chunk_keys, root_key, usable_chunks
 from kvcore.clock import Clock
 from kvcore.config.schema import ClusterConfig
 from kvcore.errors import KVFerryError, ModelChangedError
 from kvcore.identity import ClusterIdentity
+from kvcore.partitions import Part, Partitions
 from kvcore.ports import base_url
 from kvcore.telemetry import log_fields
 from kvcore.types import NodeInfo, Role
@@ -22,85 +23,16 @@ from metadata_server.messages import Event, EventKind
 from nodeapi.messages import EngineInfo, NodeReport
 from router.nodes.fit import RouterIdentity, why_not_now, why_other
 from router.nodes.health import Breaker, BreakerState, is_nodes_fault
+from router.nodes.known import KnownNode
+from router.nodes.leases import NodeLeases
 from router.nodes.limits import NodeHealthLimits
 from router.routing.decision import why_no_decoder
 from router.routing.index import PrefixHits, PrefixIndex
+from router.routing.parted_index import PartedIndex
 from router.routing.views import ClusterView, LeftOut, NodeView
 
 _log = logging.getLogger("router")
-
-
-@dataclass(slots=True, repr=False)
-class KnownNode:
-    """One node. `problem` None: it answers its probes and is what it should be."""
-
-    id: str
-    role: Role
-    url: str
-    static: bool
-    lease: NodeInfo | None = None
-    """The node as the metadata server knows it; None: it does not, or has said nothing."""
-    lapsed: bool = False
-    """The metadata server has said that it is gone, and not that it is back. False while that has said nothing."""
-    report: NodeReport | None = None
-    fingerprint: bytes = b""
-    """Of its engine's KV, as last reported."""
-    unfit: str | None = None
-    """Why it is no node of this router's, as last reported; None: it is one."""
-    problem: str | None = "not probed yet"
-    silent_since: float | None = None
-    """When the first of the probes was sent that have had no answer since the last one that had."""
-    breaker: Breaker = field(default_factory=Breaker)
-    sequences: int = 0
-    prefill_tokens: int = 0
-    others_sequences: int = 0
-    """What it reported beyond ours: of other routers."""
-    _viewed: tuple[NodeReport, NodeView] | None = None
-
-    def __repr__(self) -> str:
-        load = f"{self.sequences} sequences, {self.prefill_tokens} to prefill"
-        return f"<KnownNode {self.role} {self.id} {self.problem or 'usable'}: {load}>"
-
-    @property
-    def segment_id(self) -> str | None:
-        """Its (first) segment, once known."""
-        return self.report.segments[0].id if self.report and self.report.segments else None
-
-    @property
-    def is_gone(self) -> bool:
-        """Nobody speaks of it, not even itself, and no leg of ours is on it."""
-        idle = self.sequences == 0 and self.prefill_tokens == 0
-        return self.problem is not None and idle and not (self.static or self.lease)
-
-    def view(self) -> NodeView:
-        """What policies see of it, while it is without problem. The same one until something of it changes: with many
-        nodes, making all of them anew for each request costs more than the choice."""
-        report, sequences = self.report, self.sequences + self.others_sequences
-        assert report is not None and report.engine is not None, "a node without problem has reported"
-        if self._viewed is not None and self._viewed[0] is report:
-            view = self._viewed[1]
-            if view.sequences == sequences and view.prefill_tokens == self.prefill_tokens:
-                return view
-        view = NodeView(
-            id=self.id,
-            role=self.role,
-            fingerprint=self.fingerprint,
-            chunk_tokens=report.engine.kv_spec.chunk_tokens,
-            max_context=report.engine.max_context,
-            sequences=sequences,
-            prefill_tokens=self.prefill_tokens,
-            kv_spec=report.engine.kv_spec,
-        )
-        self._viewed = report, view
-        return view
-
-    def reason(self, now: float) -> str | None:
-        """Why it is not used; None: it is used."""
-        if self.problem is not None:
-            return self.problem
-        if self.breaker.open_until is not None and not self.breaker.allows(now):
-            return f"breaker {self.breaker.state(now)}"
-        return None
+__all__ = ["Cluster", "KnownNode", "NodeWork"]
 
 
 @dataclass(slots=True, eq=False)
@@ -131,7 +63,10 @@ class Cluster:
         self._limits = limits
         self.probe_asked = asyncio.Event()
         """Set when what is known of some node may be out of date."""
-        self.index = PrefixIndex()
+        names = tuple(partition.name for partition in config.metadata_server.partitions)
+        self.index: PrefixIndex | PartedIndex = PartedIndex(Partitions(names)) if names else PrefixIndex()
+        self._indexes = self.index.parts if isinstance(self.index, PartedIndex) else [self.index]
+        self.leases = NodeLeases(names or [""])
         self.nodes: dict[str, KnownNode] = {}
         self._drained: set[str] = set()
         self.on_orders([])
@@ -230,24 +165,32 @@ class Cluster:
 
     # --- what the metadata server tells ---
 
-    def on_reset(self) -> None:
-        """Forget what was learnt from events; a snapshot follows."""
-        self.index.reset()
-        for node in self.nodes.values():
-            node.lease, node.lapsed = None, False
+    def sink_of(self, part: Part | None) -> "Cluster | _ClusterOfPart":
+        """For the events of one partition of the index, which say nothing of the others' keys; None: of all."""
+        return self if part is None else _ClusterOfPart(self, part.number)
 
-    def on_events(self, events: Sequence[Event]) -> None:
+    def on_reset(self, part: int = 0) -> None:
+        """Forget what was learnt from a partition's events; a snapshot follows."""
+        self._indexes[part].reset()
+        self.leases.reset(part)
+        for node in self.nodes.values():
+            node.lease, node.lapsed = self.leases.of(node.id), False
+
+    def on_events(self, events: Sequence[Event], part: int = 0) -> None:
         """Apply changes in order."""
+        index = self._indexes[part]
         for event in events:
             match event.kind:
                 case EventKind.STORED:
-                    self.index.store(event.node_id, event.keys, event.segment_id)
+                    index.store(event.node_id, event.keys, event.segment_id)
                 case EventKind.REMOVED:
-                    self.index.remove(event.node_id, event.keys, event.segment_id)
+                    index.remove(event.node_id, event.keys, event.segment_id)
                 case EventKind.NODE_UP if event.node is not None:
+                    self.leases.up(part, event.node)
                     self._node_up(event.node)
                 case EventKind.NODE_DOWN:
-                    self._node_down(event.node_id)
+                    index.drop_node(event.node_id)
+                    self._node_down(event.node_id, self.leases.down(part, event.node_id))
 
     def _node_up(self, info: NodeInfo) -> None:
         known = self.nodes.get(info.id)
@@ -258,13 +201,13 @@ class Cluster:
         known.lease, known.lapsed = info, False
         self.probe_asked.set()
 
-    def _node_down(self, node_id: str) -> None:
-        self.index.drop_node(node_id)
+    def _node_down(self, node_id: str, elsewhere: NodeInfo | None) -> None:
+        """`elsewhere`: how another partition knows it."""
         node = self.nodes.get(node_id)
         if node is None:
             return
-        node.lease, node.lapsed = None, True
-        if not node.static:
+        node.lease, node.lapsed = elsewhere, elsewhere is None
+        if not node.static and elsewhere is None:
             node.problem = "the metadata server has given it up"
         self.probe_asked.set()
 
@@ -343,3 +286,16 @@ class Cluster:
             if node.unfit is None and node.report is not None and node.report.engine is not None:
                 by_role[node.role].append(node.report.engine)
         return by_role[Role.DECODER] or by_role[Role.PREFILLER]
+
+
+class _ClusterOfPart:
+    """Its sink for one partition of the index."""
+
+    def __init__(self, cluster: Cluster, number: int) -> None:
+        self._cluster, self._number = cluster, number
+
+    def on_reset(self) -> None:
+        self._cluster.on_reset(self._number)
+
+    def on_events(self, events: Sequence[Event]) -> None:
+        self._cluster.on_events(events, self._number)

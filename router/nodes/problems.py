@@ -66,11 +66,15 @@ class ClusterProblems:
             return
         now = self._clock.now()
         for node in used:
-            if (why := _why_unknown(node)) is not None and node.report is not None:
+            why, lost = _why_unknown(node), "nothing that it computes is stored"
+            if why is None and node.report is not None and (away := self._cluster.leases.lacking(node.report.node)):
+                why = f"the metadata server's partition {', '.join(away)} does not know it"
+                lost = "of what it computes nothing that belongs there is stored"
+            if why is not None and node.report is not None:
                 start = (node.id, node.report.node.incarnation)
                 self._unknown_since[start] = since = before.get(start, now)
                 if now - since >= self._limits.unknown_s:
-                    yield f"{node.role} {node.id} at {node.url} is used, but {why}: nothing that it computes is stored"
+                    yield f"{node.role} {node.id} at {node.url} is used, but {why}: {lost}"
 
 
 def _why_unknown(node: KnownNode) -> str | None:

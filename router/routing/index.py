@@ -21,6 +21,8 @@ class PrefixHits:
     by_node: dict[str, int] = field(default_factory=dict)
 
 
+Slot = tuple[str, str]
+"""A node, and a segment of it."""
 _TABLES = 256
 
 
@@ -46,7 +48,7 @@ class PrefixIndex:
     def store(self, node_id: str, keys: Sequence[ChunkKey], segment_id: str = "") -> None:
         """`segment_id` of the node holds `keys` now."""
         self.sweep()
-        mask = self._bit((node_id, segment_id))
+        mask = self._new_bit((node_id, segment_id))
         if not mask:
             return
         tables = self._tables
@@ -73,7 +75,7 @@ class PrefixIndex:
         for (owner, segment_id), bit in list(self._bits.items()):
             if owner == node_id:
                 self._alive &= ~bit
-                del self._bits[owner, segment_id], self._owners[bit]
+                del self._bits[owner, segment_id], self._slots[bit]
 
     def sweep(self) -> None:
         """Clear dead bits out of one table, if there are any: some milliseconds with 4 million keys."""
@@ -92,8 +94,8 @@ class PrefixIndex:
     def reset(self) -> None:
         """Forget everything."""
         self._tables: list[dict[ChunkKey, int]] = [{} for _ in range(_TABLES)]
-        self._bits: dict[tuple[str, str], int] = {}
-        self._owners: dict[int, str] = {}
+        self._bits: dict[Slot, int] = {}
+        self._slots: dict[int, Slot] = {}
         self._alive = -1
         """All bits but the dead ones."""
         self._clearing, self._tables_left = 0, 0
@@ -120,6 +122,23 @@ class PrefixIndex:
             self._set_count(by_node, unbroken, longest)
         return PrefixHits(longest, by_node)
 
+    def mask(self, key: ChunkKey) -> int:
+        """What stands for the segments that hold it; 0: none does."""
+        return self._tables[key[0]].get(key, 0) & self._alive
+
+    def bit(self, slot: Slot) -> int:
+        """What stands for a segment; 0: it holds nothing that is listed."""
+        return self._bits.get(slot, 0)
+
+    def slots(self, mask: int) -> set[Slot]:
+        """The segments that a mask stands for."""
+        found = set()
+        while mask:
+            bit = mask & -mask
+            found.add(self._slots[bit])
+            mask ^= bit
+        return found
+
     def held_by(self, node_id: str, keys: Sequence[ChunkKey]) -> list[ChunkKey]:
         """Those of `keys` that the node's segments hold."""
         own = 0
@@ -130,11 +149,11 @@ class PrefixIndex:
     def _set_count(self, by_node: dict[str, int], bits: int, chunks: int) -> None:
         while bits:
             bit = bits & -bits
-            owner = self._owners[bit]
+            owner, _ = self._slots[bit]
             by_node[owner] = max(by_node.get(owner, 0), chunks)
             bits ^= bit
 
-    def _bit(self, slot: tuple[str, str]) -> int:
+    def _new_bit(self, slot: Slot) -> int:
         """The segment's bit; 0: there are too many segments."""
         bit = self._bits.get(slot)
         if bit is None:
@@ -142,8 +161,8 @@ class PrefixIndex:
             if len(self._bits) + dead.bit_count() >= self._max_segments:
                 return 0
             bit = 1
-            while bit in self._owners or bit & dead:
+            while bit in self._slots or bit & dead:
                 bit <<= 1
             self._bits[slot] = bit
-            self._owners[bit] = slot[0]
+            self._slots[bit] = slot
         return bit

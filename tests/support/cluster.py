@@ -18,14 +18,16 @@ import yaml
 from support.ports import free_ports
 
 from kvcore.config.file import load_config
+from kvcore.config.partitions import PartitionConfig
 from kvcore.config.schema import ClusterConfig
-from kvcore.config.servers import metadata_urls
+from kvcore.config.servers import metadata_urls, partitions_of, urls_of
 from kvcore.ports import base_url
 from kvcore.process.http_client import http_session
 from kvcore.trust.opening import open_trust, trust_source
 from kvferry.launch.launcher import Launcher
 from kvferry.launch.processes import ProcessKind, ProcessPlan, plan_processes
 from metadata_server.account_messages import Stats
+from metadata_server.partitions.merging import merged_stats
 from nodeapi.messages import NodeReport
 from router.cache.report import CacheStats
 
@@ -83,8 +85,8 @@ class ClusterHandle:
 
     @property
     def metadata_url(self) -> str:
-        """Of the metadata server."""
-        return base_url(self.config.metadata_server.host, self.config.metadata_server.port)
+        """Of the metadata server; of several, the first."""
+        return metadata_urls(self.config.metadata_server)[0]
 
     def node_url(self, name: str) -> str:
         """Of a node's control API."""
@@ -141,11 +143,15 @@ class ClusterHandle:
         return msgspec.convert(await self._json(f"{self.url}/v1/cache/stats"), CacheStats)
 
     async def stats(self) -> Stats:
-        """The metadata server's; of several, the leader's."""
-        for url in metadata_urls(self.config.metadata_server)[:-1]:
+        """The metadata server's; of several partitions what all of them say."""
+        return merged_stats([await self.stats_of(one) for one in partitions_of(self.config.metadata_server)])
+
+    async def stats_of(self, partition: PartitionConfig) -> Stats:
+        """One partition's; of several servers, the leader's."""
+        *urls, last = urls_of(partition)
+        for url in urls:
             with suppress(aiohttp.ClientError, AssertionError):
                 return msgspec.msgpack.decode(await self._get(f"{url}/v1/stats"), type=Stats)
-        last = metadata_urls(self.config.metadata_server)[-1]
         return msgspec.msgpack.decode(await self._get(f"{last}/v1/stats"), type=Stats)
 
     async def node_info(self, name: str) -> NodeReport:
@@ -186,10 +192,13 @@ class ClusterHandle:
         """Whether router and metadata server know every node that is kept up, with its engine."""
         status = await self.status()
         healthy = {node["id"] for node in status["nodes"] if node["healthy"]}
-        if "metadata-server" not in self.plans:
+        if not any(plan.kind is ProcessKind.METADATA_SERVER for plan in self.plans.values()):
             return healthy == set(self.nodes)
-        known = {node.id for node in (await self.stats()).nodes if node.fingerprint or node.role == "store"}
-        return bool(status["metadata_connected"]) and healthy == known == set(self.nodes)
+        for partition in partitions_of(self.config.metadata_server):
+            stats = await self.stats_of(partition)
+            if {node.id for node in stats.nodes if node.fingerprint or node.role == "store"} != set(self.nodes):
+                return False
+        return bool(status["metadata_connected"]) and healthy == set(self.nodes)
 
     def _completion(self, prompt: Prompt, fields: dict[str, Any]) -> dict[str, Any]:
         return {"model": self.config.model.name, "prompt": prompt, **fields}

@@ -426,9 +426,10 @@ class SimCluster:
         stored = {key for batch in state.snapshot(self.clock.now()) for event in batch.events for key in event.keys}
         if {
             key
-            for table in self.cluster.index._tables
+            for index in self.cluster._indexes
+            for table in index._tables
             for key, mask in table.items()
-            if mask & self.cluster.index._alive
+            if mask & index._alive
         } != stored:
             self.problems.append(f"the router knows {len(self.cluster.index)} keys, the metadata server {len(stored)}")
         lost = [name for name, node in self.cluster.nodes.items() if node.lease is None or node.problem]

@@ -1,0 +1,174 @@
+"""Several metadata servers as if they were one: each call is split, asked of all partitions at the same time, merged.
+
+Owns what is to be given back to partitions behind the callers' backs. A partition that is away is a miss for its own
+keys, and has a breaker of its own: nobody else waits for it or fails by it. Each is asked once for its set before
+anything else is asked of it, so that a program with another cluster file does nothing.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from kvcore.clock import Clock
+from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
+from kvcore.partitions import Partitions
+from metadata_server import endpoints
+from metadata_server.cache_messages import ReleaseRequest
+from metadata_server.client import MetadataClient, MetadataTransport
+from metadata_server.endpoints import EndpointSpec, Rep, Req
+from metadata_server.limits import ClientLimits
+from metadata_server.messages import PARTITIONS, MatchReply, MatchRequest, TellHoldingsRequest, WaitRequest
+from metadata_server.partitions.merging import leases_beyond
+from metadata_server.partitions.rules import RULES
+from metadata_server.partitions.splitting import Piece
+
+
+class PartitionedMetadataClient(MetadataClient):
+    """See MetadataClient. Its typed calls are all made by `_call`, and `wait` by several of them."""
+
+    def __init__(
+        self, parts: Sequence[MetadataClient], whole: Partitions, clock: Clock, limits: ClientLimits = ClientLimits()
+    ) -> None:
+        """One client a partition, in the order of the set; they are closed with this one."""
+        super().__init__(_Parts(parts), clock, 0.0, limits=limits)
+        self.parts = tuple(parts)
+        self.protocol = PARTITIONS
+        self._whole = whole
+        self._behind = set[int]()
+        """Partitions that were not there when holdings were told last."""
+        self._background = set[asyncio.Task[None]]()
+
+    def __repr__(self) -> str:
+        each = ", ".join(f"{name} {part}" for name, part in zip(self._whole.names, self.parts, strict=True))
+        return f"<PartitionedMetadataClient {each}>"
+
+    @property
+    def available(self) -> bool:
+        """Whether any partition would be tried now."""
+        return any(part.available for part in self.parts)
+
+    async def wait(self, request: WaitRequest, *, timeout_s: float | None = None) -> MatchReply:
+        """As of one server, but for a further round trip at its end."""
+        # Each partition that has keys among the first `more_than + 1` waits until it has all of these; a lookup follows
+        # whose answer is of one time for all, and whose leases nobody has had to hold meanwhile. One that is away ends
+        # the wait: the prefix cannot grow beyond its first key.
+        wanted = request.keys[: request.more_than + 1]
+        waits = [
+            self._until(piece, request.timeout_s, timeout_s)
+            for piece in RULES[endpoints.MATCH.path].split(
+                MatchRequest(keys=wanted, in_order=request.in_order), self._whole
+            )
+        ]
+        tasks = [asyncio.ensure_future(wait) for wait in waits]  # the first one that fails ends them all
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        asked = {name: getattr(request, name) for name in MatchRequest.__struct_fields__}
+        return await self.match(MatchRequest(**asked), timeout_s=timeout_s)
+
+    async def _until(self, piece: Piece[MatchRequest], wait_s: float, timeout_s: float | None) -> None:
+        asked = piece.request
+        request = WaitRequest(keys=asked.keys, in_order=asked.in_order, more_than=len(asked.keys) - 1, timeout_s=wait_s)
+        await self._greet(piece.number, timeout_s)
+        reply = await self.parts[piece.number].wait(request, timeout_s=timeout_s)
+        if len(reply.replicas) < len(asked.keys):  # time is up, or too many wait there: so it is for the others
+            raise MetadataUnavailableError("the wait has ended")
+
+    async def aclose(self) -> None:
+        """Close all partitions' clients. What is being given back expires."""
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        await super().aclose()
+
+    async def _call(
+        self, endpoint: EndpointSpec[Req, Rep], request: Req, timeout_s: float | None, *, poll_s: float = 0.0
+    ) -> Rep:
+        rule = RULES[endpoint.path]
+        pieces = rule.split(request, self._whole) or [Piece(0, request)]
+        asking = [self._ask(piece.number, endpoint, piece.request, timeout_s, poll_s) for piece in pieces]
+        if len(asking) == 1:  # no task for the one
+            answers: list[Any] = [await asking[0]]
+        else:
+            answers = await asyncio.gather(*asking, return_exceptions=True)
+        failures = [answer for answer in answers if isinstance(answer, BaseException)]
+        for failure in failures:
+            if not isinstance(failure, MetadataUnavailableError) or rule.all_or_none or len(failures) == len(pieces):
+                raise failure
+        replies = [None if isinstance(answer, BaseException) else answer for answer in answers]
+        merged: Rep = rule.merge(request, pieces, replies)
+        if isinstance(request, MatchRequest) and isinstance(merged, MatchReply) and request.lease_s > 0:
+            self._give_back(request, len(merged.replicas), pieces, replies)
+        if isinstance(request, TellHoldingsRequest) and not self._all_told(request, pieces, replies):
+            return msgspec.structs.replace(merged, known=False)
+        return merged
+
+    async def _ask(
+        self, number: int, endpoint: EndpointSpec[Req, Rep], request: Req, timeout_s: float | None, poll_s: float
+    ) -> Rep:
+        if endpoint is not endpoints.NODES:
+            await self._greet(number, timeout_s)
+            return await self.parts[number]._call(endpoint, request, timeout_s, poll_s=poll_s)
+        return await self.parts[number].nodes(timeout_s=timeout_s)  # type: ignore[return-value]  # it is of NODES
+
+    async def _greet(self, number: int, timeout_s: float | None) -> None:
+        """Before anything else is asked: is it a partition of our set, and the one that we take it for?"""
+        if self.parts[number].protocol < PARTITIONS:
+            await self.parts[number].nodes(timeout_s=timeout_s)
+
+    def _greeted(self, reply: Any) -> Any:
+        return reply  # each partition's client has looked at its own
+
+    def _all_told(self, request: TellHoldingsRequest, pieces: Sequence[Piece[Any]], replies: Sequence[Any]) -> bool:
+        """False: one that missed what was told before is back, and has to be told all."""
+        missed = {piece.number for piece, reply in zip(pieces, replies, strict=True) if reply is None}
+        back, self._behind = self._behind - missed, missed
+        return request.reset or not back
+
+    # --- what is to be given back ------------------------------------------------------------------------------------
+
+    def _give_back(
+        self, request: MatchRequest, found: int, pieces: Sequence[Piece[Any]], replies: Sequence[MatchReply | None]
+    ) -> None:
+        """Leases that hold nothing of the prefix of `found` chunks; and by its name one whose answer did not come: the
+        caller takes the call for answered."""
+        for lease_id in leases_beyond(found, pieces, replies):
+            self._release_soon(lease_id % len(self.parts), ReleaseRequest(lease_ids=[lease_id]))
+        for piece, reply in zip(pieces, replies, strict=True):
+            if reply is None and request.lease_name:
+                self._release_soon(piece.number, ReleaseRequest(lease_ids=[], lease_names=[request.lease_name]))
+
+    def _release_soon(self, number: int, request: ReleaseRequest) -> None:
+        if len(self._background) >= self._limits.max_give_backs:  # they expire
+            return
+        task = asyncio.ensure_future(self._release(number, request))
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def _release(self, number: int, request: ReleaseRequest) -> None:
+        for pause_s in self._limits.give_back_pauses_s:
+            await asyncio.sleep(pause_s)
+            try:
+                await self.parts[number].release(request)
+            except (MetadataUnavailableError, MetadataProtocolError):
+                continue
+            return
+
+
+class _Parts(MetadataTransport):
+    """Closes the clients. Calls go through them, and never here."""
+
+    def __init__(self, parts: Sequence[MetadataClient]) -> None:
+        self._parts = parts
+
+    async def call(self, path: str, body: bytes, timeout_s: float) -> bytes:
+        raise AssertionError(f"{path} is a partition's to be asked")
+
+    async def aclose(self) -> None:
+        for part in self._parts:
+            await part.aclose()

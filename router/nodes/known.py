@@ -1,0 +1,81 @@
+"""One node as the router knows it: from the cluster file, from events, and from what it says of itself."""
+
+from dataclasses import dataclass, field
+
+from kvcore.types import NodeInfo, Role
+from nodeapi.messages import NodeReport
+from router.nodes.health import Breaker
+from router.routing.views import NodeView
+
+
+@dataclass(slots=True, repr=False)
+class KnownNode:
+    """One node. `problem` None: it answers its probes and is what it should be."""
+
+    id: str
+    role: Role
+    url: str
+    static: bool
+    lease: NodeInfo | None = None
+    """The node as the metadata server knows it; None: it does not, or has said nothing."""
+    lapsed: bool = False
+    """The metadata server has said that it is gone, and not that it is back. False while that has said nothing."""
+    report: NodeReport | None = None
+    fingerprint: bytes = b""
+    """Of its engine's KV, as last reported."""
+    unfit: str | None = None
+    """Why it is no node of this router's, as last reported; None: it is one."""
+    problem: str | None = "not probed yet"
+    silent_since: float | None = None
+    """When the first of the probes was sent that have had no answer since the last one that had."""
+    breaker: Breaker = field(default_factory=Breaker)
+    sequences: int = 0
+    prefill_tokens: int = 0
+    others_sequences: int = 0
+    """What it reported beyond ours: of other routers."""
+    _viewed: tuple[NodeReport, NodeView] | None = None
+
+    def __repr__(self) -> str:
+        load = f"{self.sequences} sequences, {self.prefill_tokens} to prefill"
+        return f"<KnownNode {self.role} {self.id} {self.problem or 'usable'}: {load}>"
+
+    @property
+    def segment_id(self) -> str | None:
+        """Its (first) segment, once known."""
+        return self.report.segments[0].id if self.report and self.report.segments else None
+
+    @property
+    def is_gone(self) -> bool:
+        """Nobody speaks of it, not even itself, and no leg of ours is on it."""
+        idle = self.sequences == 0 and self.prefill_tokens == 0
+        return self.problem is not None and idle and not (self.static or self.lease)
+
+    def view(self) -> NodeView:
+        """What policies see of it, while it is without problem. The same one until something of it changes: with many
+        nodes, making all of them anew for each request costs more than the choice."""
+        report, sequences = self.report, self.sequences + self.others_sequences
+        assert report is not None and report.engine is not None, "a node without problem has reported"
+        if self._viewed is not None and self._viewed[0] is report:
+            view = self._viewed[1]
+            if view.sequences == sequences and view.prefill_tokens == self.prefill_tokens:
+                return view
+        view = NodeView(
+            id=self.id,
+            role=self.role,
+            fingerprint=self.fingerprint,
+            chunk_tokens=report.engine.kv_spec.chunk_tokens,
+            max_context=report.engine.max_context,
+            sequences=sequences,
+            prefill_tokens=self.prefill_tokens,
+            kv_spec=report.engine.kv_spec,
+        )
+        self._viewed = report, view
+        return view
+
+    def reason(self, now: float) -> str | None:
+        """Why it is not used; None: it is used."""
+        if self.problem is not None:
+            return self.problem
+        if self.breaker.open_until is not None and not self.breaker.allows(now):
+            return f"breaker {self.breaker.state(now)}"
+        return None
