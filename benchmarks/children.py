@@ -35,13 +35,15 @@ def cpu_s_of(pid: int) -> float:
     return seconds
 
 
-def child(command: list[str], wanted: str) -> AbstractAsyncContextManager[Child]:
+def child(command: list[str], wanted: str, within_s: float = 30.0) -> AbstractAsyncContextManager[Child]:
     """`python *command`, once it has written a line that matches `wanted`. RuntimeError with its output if it ends."""
-    return program([sys.executable, *command], wanted)
+    return program([sys.executable, *command], wanted, within_s=within_s)
 
 
 @asynccontextmanager
-async def program(command: Sequence[str], wanted: str, pass_fds: Sequence[int] = ()) -> AsyncIterator[Child]:
+async def program(
+    command: Sequence[str], wanted: str, pass_fds: Sequence[int] = (), within_s: float = 30.0
+) -> AsyncIterator[Child]:
     """As `child`, for any command; the child inherits `pass_fds`."""
     found: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     lines: list[str] = []
@@ -59,7 +61,7 @@ async def program(command: Sequence[str], wanted: str, pass_fds: Sequence[int] =
     ended = asyncio.ensure_future(process.wait())
     ended.add_done_callback(on_end)
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(within_s):
             said = await found
         yield Child(process.pid, said)
     finally:

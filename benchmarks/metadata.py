@@ -1,8 +1,9 @@
 """The metadata server under load: chunks matched, reserved and committed a second over sockets, their latency, and the
 memory of a chunk; with `/metadata` of `benchmarks.metadata_dialect` beside Mooncake's own servers.
 
-`python -m benchmarks.metadata [--chunks 1000000] [--prompts 4000] [--no-dialect]`. Sixteen connections with one request
-each, prompts of 64 chunks; the server is a process of its own and its segments are never full.
+`python -m benchmarks.metadata [--chunks 1000000] [--prompts 4000] [--sizes 1 64 1000] [--no-dialect]`. Sixteen
+connections with one request each, prompts of 1, 64 and 1,000 chunks, beside `batch_is_exist` of mooncake_master; the
+server is a process of its own and its segments are never full.
 """
 
 import argparse
@@ -19,8 +20,9 @@ from time import perf_counter
 import msgspec
 import uvloop
 
-from benchmarks.children import program
+from benchmarks.children import Child, program
 from benchmarks.metadata_dialect import measure_dialect
+from benchmarks.metadata_mooncake import measure_mooncake
 from kvcore.config.schema import StoreConfig
 from kvcore.ports import listen
 from kvcore.types import ChunkKey, NodeInfo, Role, Segment
@@ -37,7 +39,7 @@ from metadata_server.messages import (
 
 HOST, BATCH, CONNECTIONS, CHUNK_BYTES = "127.0.0.1", 64, 16, 65_536
 NODES = [f"n{number}" for number in range(4)]
-_CLUSTER = {
+CLUSTER = {
     "cluster": "bench",
     "model": {"path": "sim", "name": "sim"},
     "engine": {"kind": "sim"},
@@ -128,28 +130,46 @@ async def at_a_rate(callers: list[Caller], prompts: list[Prompt], per_second: in
     return sorted(took)[int(len(took) * 0.99)] * 1e3
 
 
-async def over_sockets(count: int) -> dict[str, float]:
-    """Rates and latencies of a server of its own."""
+async def over_sockets(count: int, sizes: list[int]) -> dict[str, float]:
+    """Rates and latencies of a server of its own: `count` prompts of BATCH chunks, and as many chunks in prompts of the
+    other `sizes`, but no more prompts."""
     with listen(HOST, 0) as bound:
         port = int(bound.getsockname()[1])
-    prompts = [[ChunkKey(os.urandom(16)) for _ in range(BATCH)] for _ in range(count)]
+    counts = {size: min(count, count * BATCH // size) for size in sizes}
+    found = dict[str, float]()
     with TemporaryDirectory(dir=Path("build")) as folder:
         records = {"kind": "sqlite", "path": f"{folder}/records.sqlite"}
         # The nodes are only registered: without heartbeats they would be dropped, chunks and all, while it is measured.
         server = {"host": HOST, "port": port, "records": records, "node_ttl_s": 3600.0}
-        config = _written(Path(folder, "cluster.yaml"), {**_CLUSTER, "metadata_server": server})
-        async with program([sys.executable, "-m", "metadata_server", "--config", config], "() ready|(ready)"):
+        config = written(Path(folder, "cluster.yaml"), {**CLUSTER, "metadata_server": server})
+        async with program([sys.executable, "-m", "metadata_server", "--config", config], "() ready|(ready)") as child:
             callers = [Caller(*await asyncio.open_connection(HOST, port)) for _ in range(CONNECTIONS)]
-            for request in registrations(count * BATCH):
+            for request in registrations(sum(size * prompts for size, prompts in counts.items())):
                 await callers[0].call("/v1/nodes/register", request)
-            stored, stored_p99 = await as_fast_as_it_goes(callers, prompts, store)
-            matched, _ = await as_fast_as_it_goes(callers, prompts, match)
-            return {
-                "match_keys_per_s": matched,
-                "reserve_commit_keys_per_s": stored,
-                "reserve_commit_p99_ms": stored_p99,
-                "p99_ms_at_1000": await at_a_rate(callers, prompts, 1000, 3.0),
-            }
+            for size, prompts in counts.items():
+                found |= await one_size(callers, size, prompts, child)
+    return found
+
+
+async def one_size(callers: list[Caller], size: int, count: int, server: Child) -> dict[str, float]:
+    """Of so many prompts of so many chunks; the server's processor time besides. Names of BATCH have no size."""
+    prompts = [[ChunkKey(os.urandom(16)) for _ in range(size)] for _ in range(count)]
+    ending, keys = "" if size == BATCH else f"_{size}", size * count
+    spent = server.cpu_s()
+    stored, stored_p99 = await as_fast_as_it_goes(callers, prompts, store)
+    store_cpu, spent = server.cpu_s() - spent, server.cpu_s()
+    matched, matched_p99 = await as_fast_as_it_goes(callers, prompts, match)
+    found = {
+        "match_keys_per_s": matched,
+        "match_p99_ms": matched_p99,
+        "match_server_us_a_key": (server.cpu_s() - spent) / keys * 1e6,
+        "reserve_commit_keys_per_s": stored,
+        "reserve_commit_p99_ms": stored_p99,
+        "reserve_commit_server_us_a_key": store_cpu / keys * 1e6,
+    }
+    if size == BATCH:
+        found["p99_ms_at_1000"] = await at_a_rate(callers, prompts, 1000, 3.0)
+    return {name + ending: value for name, value in found.items()}
 
 
 def memory(chunks: int) -> dict[str, float]:
@@ -159,23 +179,23 @@ def memory(chunks: int) -> dict[str, float]:
     gc.freeze()  # as a server does before it serves
     for request in registrations(chunks):
         state.register(request, 0.0)
-    before = _resident()
+    before = resident()
     for number in range(chunks // BATCH):
         reply = state.reserve(reservation(number, [ChunkKey(os.urandom(16)) for _ in range(BATCH)]), 0.0)
         ids = [outcome.replica.id for outcome in reply.outcomes if outcome.replica is not None]
         node_id = NODES[number % len(NODES)]
         state.commit(ReplicaIds(node_id=node_id, incarnation=1, replica_ids=ids), 0.0)
-    used, started = _resident() - before, perf_counter()
+    used, started = resident() - before, perf_counter()
     gc.collect()
     return {"bytes_per_chunk": used / state.num_objects, "gc_pause_ms": (perf_counter() - started) * 1e3}
 
 
-def _written(path: Path, config: dict[str, object]) -> str:
+def written(path: Path, config: dict[str, object]) -> str:
     path.write_text(json.dumps(config))
     return str(path)
 
 
-def _resident() -> int:
+def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -184,12 +204,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--chunks", type=int, default=1_000_000, help="for the memory of a chunk")
     parser.add_argument("--prompts", type=int, default=4000, help="of 64 chunks each, over sockets")
-    parser.add_argument("--no-dialect", action="store_true", help="without /metadata")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 64, 1000], help="chunks of a prompt")
+    parser.add_argument("--no-dialect", action="store_true", help="without /metadata and Mooncake")
     options = parser.parse_args()
     Path("build").mkdir(exist_ok=True)
     found = memory(options.chunks)
-    found |= uvloop.run(over_sockets(options.prompts))
+    found |= uvloop.run(over_sockets(options.prompts, options.sizes))
     if not options.no_dialect:
+        found |= uvloop.run(measure_mooncake(options.sizes))
         found |= uvloop.run(measure_dialect())
     print("| | |\n|---|---|")
     for name, value in found.items():

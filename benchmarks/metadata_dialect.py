@@ -133,7 +133,8 @@ def _value(key: str, number: int) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """One that nobody has now."""
     with listen(HOST, 0) as bound:
         return int(bound.getsockname()[1])
 
@@ -141,7 +142,7 @@ def _free_port() -> int:
 @asynccontextmanager
 async def _servers(folder: Path) -> AsyncIterator[dict[str, _Subject]]:
     """Those that can run here, by the prefix of their results' names."""
-    ports = {name: _free_port() for name in ("", "mooncake_py_", "mooncake_cpp_")}
+    ports = {name: free_port() for name in ("", "mooncake_py_", "mooncake_cpp_")}
     records = {"kind": "sqlite", "path": str(folder / "records.sqlite")}
     server = {"host": HOST, "port": ports[""], "records": records}
     (folder / "cluster.yaml").write_text(json.dumps({**_CLUSTER, "metadata_server": server}))
@@ -156,7 +157,7 @@ async def _servers(folder: Path) -> AsyncIterator[dict[str, _Subject]]:
             found.append("mooncake_py_")
         master = shutil.which("mooncake_master", path=str(Path(sys.executable).parent))
         if master is not None:
-            more = (f"--rpc_port={_free_port()}", f"--metrics_port={_free_port()}", f"--metrics_host={HOST}")
+            more = (f"--rpc_port={free_port()}", f"--metrics_port={free_port()}", f"--metrics_host={HOST}")
             where = (f"--http_metadata_server_host={HOST}", f"--http_metadata_server_port={ports['mooncake_cpp_']}")
             command = [master, f"--rpc_address={HOST}", *more, "--enable_http_metadata_server=true", *where]
             await stack.enter_async_context(program(command, "(Master Admin Metrics)"))

@@ -242,6 +242,13 @@ class MetadataCore:
         self.leader.check()
         return list(self._snapshot())
 
+    async def encoded_snapshot(self, *, json: bool) -> AsyncGenerator[bytes, None]:
+        """As `snapshot`, each batch made when the one before it was taken, with other work between any two."""
+        self.leader.check()
+        for batch in self._snapshot():
+            yield encode(batch, json=json)
+            await asyncio.sleep(0)
+
     def _snapshot(self) -> Iterator[EventBatch]:
         batches = self.state.snapshot(self._now())
         self._after_change()

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from kvcore.types import ChunkKey
 from metadata_server.account_messages import Stats
 from metadata_server.index.chunks.replicas import ReplicaIndex
-from metadata_server.index.event_log import EventLog
+from metadata_server.index.chunks.rows import ReplicaState
+from metadata_server.index.event_log import MAX_BATCH_KEYS, EventLog
 from metadata_server.index.imports import Imports
 from metadata_server.index.nodes import NodeRegistry
 from metadata_server.index.reading import Reading
@@ -39,6 +40,11 @@ class IndexReport:
     def __repr__(self) -> str:
         return f"<IndexReport of {self._index}>"
 
+    @property
+    def num_rebuilding(self) -> int:
+        """Segments of which not all is told yet."""
+        return len(self._imports)
+
     def nodes(self) -> NodesReply:
         """Live nodes and segments."""
         names = self._nodes.identity
@@ -61,7 +67,7 @@ class IndexReport:
             read_leases=len(self._reading.leases),
             waiters=waiters,
             counters=dict(self._counts),
-            rebuilding=len(self._imports),
+            rebuilding=self.num_rebuilding,
         )
 
     def snapshot(self) -> Iterator[EventBatch]:
@@ -73,5 +79,17 @@ class IndexReport:
         return self._log.snapshot([node.info for node in self._nodes], self._stored())
 
     def _stored(self) -> Iterator[tuple[str, str, list[ChunkKey]]]:
-        for record in list(self._nodes.segments.values()):
-            yield record.segment.node_id, record.segment.id, self._index.keys_in(record)
+        """By rows, which stay where they are while the order in segments changes. Rows that are new meanwhile are told
+        of by events."""
+        table, records = self._index.table, self._index.rooms.records
+        row, end = -1, len(table.keys)
+        while row < end:
+            found: dict[int, list[ChunkKey]] = {}
+            for _ in range(MAX_BATCH_KEYS):
+                row = table.states.find(ReplicaState.COMPLETE, row + 1, end)
+                if row < 0:
+                    row = end
+                    break
+                found.setdefault(table.segments[row], []).append(table.keys[row])
+            for record, keys in [(records[number], keys) for number, keys in found.items() if number in records]:
+                yield record.segment.node_id, record.segment.id, keys

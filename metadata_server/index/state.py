@@ -82,7 +82,7 @@ class MetadataState:
         new_record = NewSegments(config, limits, table, self._calls).record
         self._membership = ClusterMembership(parts, log=log, new_record=new_record, counts=self.counters)
         self.orphans = IndexOrphans(parts, self._membership)
-        self._report = IndexReport(
+        self.report = IndexReport(
             log, nodes, index, self._reservations, self._reading, imports=self._imports, counts=self.counters
         )
         self._limits = limits
@@ -308,17 +308,17 @@ class MetadataState:
     def nodes(self, now: float) -> m.NodesReply:
         """Live nodes and segments."""
         self.tick(now)
-        return self._report.nodes()
+        return self.report.nodes()
 
     def stats(self, now: float, waiters: int) -> Stats:
         """What is held now. O(nodes + segments): the router asks each second."""
         self.tick(now)
-        return self._report.stats(waiters)
+        return self.report.stats(waiters)
 
     def snapshot(self, now: float) -> Iterator[m.EventBatch]:
         """The whole index as event batches; see IndexReport."""
         self.tick(now)
-        return self._report.snapshot()
+        return self.report.snapshot()
 
     def check_invariants(self, now: float) -> None:
         """Assert that everything fits together, after a `tick` at `now`. O(n log n), for tests and simulations."""

@@ -95,6 +95,8 @@ def _gets(
 
         return handle
 
+    one_snapshot = asyncio.Lock()
+
     async def events(request: Request) -> Response:
         epoch, from_seq = request.query_params.get("epoch", ""), _from_seq(request, default=0)
         source = core.events(epoch, from_seq)
@@ -107,7 +109,10 @@ def _gets(
 
     async def snapshot(request: Request) -> Response:
         json = _wants_json(request, True)
-        return Response(encode(core.snapshot(), json=json), media_type=JSON if json else MSGPACK)
+        async with one_snapshot:  # each is held whole, until its length is known
+            batches = [batch async for batch in core.encoded_snapshot(json=json)]
+        body = b"[" + b",".join(batches) + b"]" if json else b"\xdd" + len(batches).to_bytes(4) + b"".join(batches)
+        return Response(body, media_type=JSON if json else MSGPACK)
 
     async def health(_: Request) -> Response:
         return Response(

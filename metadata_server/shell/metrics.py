@@ -34,7 +34,7 @@ def register(core: MetadataCore, clock: Clock, metrics: Metrics) -> Callable[[st
     metrics.sampled(names.METADATA_NODES, roles)
     metrics.sampled(names.METADATA_SEGMENT_BYTES, segments)
     metrics.sampled(names.METADATA_OBJECTS, lambda: [((), core.state.num_objects)])
-    metrics.sampled(names.METADATA_REBUILDING, lambda: [((), core.state.stats(clock.now(), 0).rebuilding)])
+    metrics.sampled(names.METADATA_REBUILDING, lambda: [((), core.state.report.num_rebuilding)])
     metrics.sampled(names.METADATA_RESERVATIONS, lambda: [((), core.state.num_reservations)])
     metrics.sampled(names.METADATA_OLDEST_RESERVATION, lambda: [((), core.state.oldest_reservation_s(clock.now()))])
     metrics.sampled(names.METADATA_LEADS, lambda: [((), float(core.leader.leads))])

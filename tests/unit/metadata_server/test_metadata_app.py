@@ -16,6 +16,7 @@ from support.metadata_words import granted, ids, key, registration, reservation
 
 from metadata_server.client import MetadataClient
 from metadata_server.http_transport import HttpMetadataTransport
+from metadata_server.index import event_log
 from metadata_server.limits import ClientLimits
 from metadata_server.messages import EventBatch, MatchReply, MatchRequest, WaitRequest
 
@@ -171,6 +172,23 @@ async def test_replay_snapshot_and_metrics_are_there(rig, http):
         "kvferry_metadata_reservations 0.0",
     ):
         assert line in text, line
+
+
+@pytest.mark.parametrize("kind", ["application/json", "application/msgpack"])
+async def test_a_snapshot_of_many_batches_is_one_list(rig, http, kind, monkeypatch):
+    monkeypatch.setattr(event_log, "MAX_BATCH_KEYS", 8)
+    monkeypatch.setattr(event_log, "MAX_EVENT_KEYS", 4)
+    await rig.client.register(registration("a", units=128))
+    for start in range(0, 100, 20):
+        numbers = list(range(start, start + 20))
+        await rig.client.commit(ids("a", granted(await rig.client.reserve(reservation("a", numbers)))))
+    read = [(await http.get("/v1/snapshot", headers={"Accept": kind})).read() for _ in range(2)]
+    first, second = await asyncio.gather(*read)
+    decode = msgspec.json.decode if kind.endswith("json") else msgspec.msgpack.decode
+    batches = decode(first, type=list[EventBatch])
+    assert decode(second, type=list[EventBatch]) == batches and len(batches) > 10
+    assert {k for batch in batches for event in batch.events for k in event.keys} == {key(n) for n in range(100)}
+    assert [batch.reset for batch in batches] == [True] + [False] * (len(batches) - 1) and not batches[-1].events
 
 
 async def test_the_document_describes_exactly_what_is_served(rig, http):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import aiohttp
 import pytest
 from support.metadata_rigs import end, metadata_rig, until
-from support.metadata_words import granted, ids, key, new_state, registration, reservation
+from support.metadata_words import granted, ids, in_pieces, key, new_state, registration, reservation
 
 from kvcore import metric_names
 from kvcore.clock import ManualClock, SystemClock
@@ -77,6 +77,17 @@ def test_the_oldest_reservation_and_who_leads_are_told():
     assert told("oldest_reservation_seconds") == 0.5
     core.state.commit(second, clock.now())
     assert told("oldest_reservation_seconds") == 0
+
+
+def test_a_scrape_counts_the_segments_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, metrics, asked = ManualClock(), Metrics(), []
+    core = MetadataCore(new_state(), clock)
+    create_app(core, clock, metrics, 1 << 20)
+    core.state.register(in_pieces(registration("a")), clock.now())
+    stats = core.state.stats
+    monkeypatch.setattr(core.state, "stats", lambda *args: asked.append(args) or stats(*args))
+    text = metrics.render().decode()
+    assert value(text, "kvferry_metadata_rebuilding_segments") == 1 and len(asked) == 1
 
 
 async def test_the_slowest_event_stream_and_what_the_log_holds_are_told():
