@@ -3,7 +3,7 @@
 Estimate: AES-256-GMAC goes over bytes in the cache at 20 to 30 GB/s where there is VAES, XXH3 at 35 to 100, a copy at
 10 to 20. So a get of 64 MiB over shm takes a fifth longer with a MAC; over tcp (2 to 3 GB/s) and from a disk (1 to 3
 GB/s) it hardly shows. Handing the parts to another thread, which computes the MAC beside the next copy, was slower with
-two cores: 9.7 ms where it takes 8.9 in one thread.
+two cores: the library holds the interpreter's lock meanwhile.
 """
 
 import asyncio

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence, Set
 from contextlib import AbstractAsyncContextManager
 
 from engines.jobs.context import JobContext
-from kvcore.types import ChunkKey
+from kvcore.types import ChunkKey, OwnerTag
 from kvstore.types import GetOutcome, Match, MovedBytes
 
 Destination = Callable[[int, int], AbstractAsyncContextManager[Sequence[Sequence[memoryview]]]]
@@ -45,9 +45,11 @@ class LoadJob:
         loaded: Callable[[int], None] = lambda _: None,
         claim: Claim | None = None,
         store_only: bool = False,
+        owner: OwnerTag | None = None,
     ) -> None:
         """`batch`: chunks of one get at most, where the engine wants another number than the limits'. `loaded`: called
-        with each new `num_loaded`. `store_only`: nobody wants to read the chunks here, if none has to be computed."""
+        with each new `num_loaded`. `store_only`: nobody wants to read the chunks here, if none has to be computed.
+        `owner`: whose chunks they are."""
         self._context = context
         self._keys = keys
         self._into = into
@@ -58,6 +60,7 @@ class LoadJob:
         self._loaded = loaded
         self._claim = claim
         self._store_only = store_only
+        self._owner = owner
         self._followed: str | None = None
         self._follow_until = 0.0
         self._idle = False
@@ -216,7 +219,9 @@ class LoadJob:
             count = min(self._batch, match.num_chunks - start)
             began = self._context.clock.now()
             async with self._into(self.num_loaded - self._first, count) as buffers:
-                result = await self._context.store.get_into(match, start, buffers, timeout_s=self._context.timeout_s)
+                result = await self._context.store.get_into(
+                    match, start, buffers, timeout_s=self._context.timeout_s, owner=self._owner
+                )
             self.load_s += self._context.clock.now() - began
             self.moved += result.moved
             for outcome in result.outcomes:

@@ -96,6 +96,7 @@ class StoreJobs:
             loaded=functools.partial(self._progress, sequence),
             claim=functools.partial(self._claim, leg, sequence),
             store_only=leg.is_prefill,
+            owner=sequence.owner,
         )
         leg.load_task = self._tasks.create_task(self._guard(job.run, "load"), name="engine-load")
         leg.load_task.add_done_callback(lambda _: self._end_load(leg, sequence, job))

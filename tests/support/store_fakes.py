@@ -99,6 +99,7 @@ class World:
         self.config = StoreConfig(retire_grace_s=0.0)
         """The metadata server's."""
         self.limits = StoreLimits()
+        self.integrity = Integrity()
         self.memory: dict[str, memoryview] = {}
         self.segments: list[Segment] = []
         self.stores: list[KVStore] = []
@@ -162,7 +163,7 @@ class World:
             host_id="h",
             clock=self.clock,
             config=config,
-            integrity=integrity,
+            integrity=integrity or self.integrity,
             run_blocking=run_inline,
             limits=self.limits,
         )

@@ -72,6 +72,8 @@ class LoadOrder:
     written: their part of the payload goes to scratch memory."""
     wait_until: float | None = None
     """Chunks that are not in the store yet are waited for until then (`time.monotonic()`). None: not at all."""
+    owner: OwnerTag | None = None
+    """Whose chunks they are."""
 
 
 @dataclass(frozen=True, slots=True)

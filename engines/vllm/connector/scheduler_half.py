@@ -155,6 +155,7 @@ class SchedulerHalf:
                 chunks=chunks,
                 keep_blocks=(request.num_local - first * self._chunk_tokens) // self._block_size,
                 wait_until=params.wait_until if handoff and params is not None else None,
+                owner=owner_of(request.view.salt),
             )
         )
 

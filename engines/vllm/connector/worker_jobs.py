@@ -109,6 +109,7 @@ class WorkerJobs:
             wait_chunks=order.first_chunk + len(order.chunks) if waits else 0,
             deadline=order.wait_until or 0.0,
             batch=_LOAD_BATCH,
+            owner=order.owner,
         )
         load = _RunningLoad(order, job, asyncio.create_task(self._guard(job.run, "load"), name="kv-load"))
         self._loads.add(load)

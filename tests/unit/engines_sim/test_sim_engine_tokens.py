@@ -7,6 +7,7 @@ import pytest
 from support.engine_fakes import (
     CHUNK,
     CONFIG,
+    Cluster,
     completions,
     deltas,
     idle,
@@ -20,7 +21,9 @@ from support.sim_loop import run_sim
 from engines.sim.arithmetic import Arithmetic
 from engines.sim.reference import expected_tokens
 from engines.sim.runner import SimRunner
+from kvcore.chunk_keys import owner_of
 from kvcore.errors import ContextLengthError, InvalidRequestError
+from kvstore.reader import ChunkReader
 from nodeapi.messages import FinishReason
 
 LENGTHS = [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7, CONFIG.max_context - 5]
@@ -146,6 +149,26 @@ def test_logprobs_come_when_asked_for():
     for delta in run_sim(main):
         (entry,) = delta.logprobs
         assert entry.top[0] == (delta.token_ids[0], entry.logprob) and len(entry.top) == 2
+
+
+def test_a_requests_chunks_are_read_as_its_tenants(monkeypatch):
+    told, read = [], ChunkReader.read
+
+    async def reading(reader, match, start, buffers, timeout_s, *, owner):
+        told.append(owner)
+        return await read(reader, match, start, buffers, timeout_s, owner=owner)
+
+    monkeypatch.setattr(ChunkReader, "read", reading)
+
+    async def main():
+        cluster = Cluster()
+        async with cluster.engine("a") as one, cluster.engine("b") as other:
+            await one.prefill(msgspec.structs.replace(prefill_request("p", prompt_of(100)), cache_salt=b"tenant"))
+            await idle(one)
+            wanted = msgspec.structs.replace(request("g", prompt_of(100)), cache_salt=b"tenant")
+            return (await deltas(other, wanted))[0].info.cached_tokens
+
+    assert run_sim(main) == 96 and told == [owner_of(b"tenant")]
 
 
 def test_the_second_request_reuses_whole_chunks_and_says_so():

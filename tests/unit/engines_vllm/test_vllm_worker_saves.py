@@ -111,6 +111,25 @@ def test_the_store_is_told_whose_chunks_are_saved(rig):
     assert told == [owner_of(b"tenant")]
 
 
+def test_the_store_is_told_whose_chunks_are_loaded(rig):
+    told = []
+
+    class Told:
+        def __init__(self, store):
+            self._store = store
+
+        async def get_into(self, match, start, buffers, **how):
+            told.append(how["owner"])
+            return await self._store.get_into(match, start, buffers, **how)
+
+        def __getattr__(self, name):
+            return getattr(self._store, name)
+
+    rig[1]("a").saved("p", *PLACES)
+    rig[1]("b", wrap=Told).loaded("q", *PLACES, owner=owner_of(b"tenant"))
+    assert told == [owner_of(b"tenant")]
+
+
 def test_an_order_of_unknown_blocks_ends_its_save_alone(world, engine):
     engine.saved("p", place(7, 0, NUM_BLOCKS))
     engine.saved("q", *PLACES)

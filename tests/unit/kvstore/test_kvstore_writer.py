@@ -4,12 +4,14 @@ import asyncio
 import dataclasses
 
 import pytest
+from support.chunk_attacks import CLUSTER
 from support.store_fakes import KEYS, get, payload, views
 
 from kvcore.clock import ManualClock
 from kvcore.config.schema import StoreConfig
 from kvcore.errors import PeerUnreachableError, SegmentUnknownError
 from kvstore.chunk_format import HEADER_BYTES, checksum, parse
+from kvstore.integrity.checks import Integrity
 from kvstore.limits import StoreLimits
 from kvstore.manifest import scan
 from kvstore.put_session import PutChunk, PutSession
@@ -37,6 +39,11 @@ class Half(InprocTransfer):
 @pytest.fixture(autouse=True)
 def any_batch_is_large(world):
     world.limits = StoreLimits(hash_first_bytes=0)
+
+
+@pytest.fixture(autouse=True, params=["checksum", "mac"])
+def sealed(world, request):
+    world.integrity = Integrity(request.param, CLUSTER)
 
 
 async def begin(store, prefer: str | None = None) -> PutSession:
