@@ -1,23 +1,18 @@
 """A process on the machine changes chunks in the nodes' segments behind a running cluster. Without a secret its clients
 get wrong tokens and status 200."""
 
-import mmap
-import os
 import random
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 import pytest_asyncio
 from support.attacks import secret_override
-from support.chunk_attacks import ATTACKS, cut
+from support.chunk_attacks import ATTACKS, change_all, segments
 from support.cluster import ClusterHandle, cluster
 
 from engines.sim.reference import expected_tokens
 from kvcore.config.schema import SimEngineConfig
-from kvstore.manifest import scan
 from nodeapi.messages import SamplingParams
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
@@ -49,37 +44,6 @@ async def ask(subject: ClusterHandle, prompt: list[int]) -> tuple[bool, dict[str
     return body["choices"][0]["token_ids"] == right, await subject.explain(body["id"])
 
 
-@contextmanager
-def segments(subject: ClusterHandle) -> Iterator[list[memoryview]]:
-    """The nodes' memory, as any process of the same user can map it."""
-    mapped = []
-    for name in subject.nodes:
-        folder = Path(f"/proc/{subject.launcher.pids[name]}/fd")
-        found = next(one for one in folder.iterdir() if str(one.readlink()).startswith(f"/memfd:kvferry-{name}."))
-        with found.open("r+b", buffering=0) as file:
-            mapped.append(mmap.mmap(file.fileno(), os.fstat(file.fileno()).st_size))
-    views = [memoryview(memory) for memory in mapped]
-    yield views
-    for view, memory in zip(views, mapped, strict=True):
-        view.release()
-        memory.close()
-
-
-def change_all(subject: ClusterHandle, attack: str) -> int:
-    """Each full chunk that lies anywhere, made into what the attack makes of it and of another one. How many."""
-    changed = 0
-    with segments(subject) as memories:
-        for memory in memories:
-            places = [(entry.offset, entry.offset + entry.length) for entry in scan(memory)]
-            there = [bytes(memory[start:end]) for start, end in places]
-            full = [at for at, chunk in enumerate(there) if cut(chunk)[0].token_count == CHUNK]
-            for at, other in zip(full, [*full[1:], *full[:1]], strict=True):
-                start, end = places[at]
-                memory[start:end] = ATTACKS[attack].change(there[at], there[other])
-                changed += 1
-    return changed
-
-
 @pytest.mark.parametrize("attack", ATTACKS)
 async def test_a_changed_chunk_is_computed_again_where_there_is_a_secret(subject: ClusterHandle, attack: str) -> None:
     draw = random.Random(attack)
@@ -88,7 +52,8 @@ async def test_a_changed_chunk_is_computed_again_where_there_is_a_secret(subject
     told = (await subject.stats()).counters.get(f"quarantined_{ATTACKS[attack].outcome}", 0)
     right, first = await ask(subject, prompt)
     assert right
-    assert change_all(subject, attack) >= CHUNKS
+    with segments(subject.launcher.pids, subject.nodes) as memories:
+        assert change_all(memories, attack, CHUNK) >= CHUNKS
     right, record = await ask(subject, prompt)
     reader = next(leg["node"] for leg in record["legs"] if leg["kind"] == "decode")
     assert reader != first["route"]["decoder"]

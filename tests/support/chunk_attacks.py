@@ -5,12 +5,17 @@ Each takes the chunk that lies there and another one that it has read elsewhere,
 writes. All have right CRCs and checksums: those anybody can compute.
 """
 
-from collections.abc import Callable
+import mmap
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from kvcore.trust.secrets import Secrets
 from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, checksum, pack, parse
 from kvstore.integrity.checks import Integrity
+from kvstore.manifest import scan
 from kvstore.types import GetOutcome
 
 CLUSTER, OTHER_CLUSTER = (Secrets((bytes(range(start, start + 32)),)) for start in (0, 100))
@@ -87,3 +92,33 @@ ATTACKS = {
     "foreign": Attack(foreign, GetOutcome.UNPROVEN),
     "foreign_renamed": Attack(foreign_renamed, GetOutcome.FORGED),
 }
+
+
+@contextmanager
+def segments(pids: Mapping[str, int], nodes: Iterable[str]) -> Iterator[list[memoryview]]:
+    """The nodes' memory, as any process of the same user can map it."""
+    mapped = []
+    for name in nodes:
+        descriptors = Path(f"/proc/{pids[name]}/fd").iterdir()
+        found = next(one for one in descriptors if str(one.readlink()).startswith(f"/memfd:kvferry-{name}."))
+        with found.open("r+b", buffering=0) as file:
+            mapped.append(mmap.mmap(file.fileno(), os.fstat(file.fileno()).st_size))
+    views = [memoryview(memory) for memory in mapped]
+    yield views
+    for view, memory in zip(views, mapped, strict=True):
+        view.release()
+        memory.close()
+
+
+def change_all(memories: Sequence[memoryview], attack: str, chunk_tokens: int) -> int:
+    """Each full chunk that lies there, made into what the attack makes of it and of another one. How many."""
+    changed = 0
+    for memory in memories:
+        places = [(entry.offset, entry.offset + entry.length) for entry in scan(memory)]
+        there = [bytes(memory[start:end]) for start, end in places]
+        full = [at for at, chunk in enumerate(there) if cut(chunk)[0].token_count == chunk_tokens]
+        for at, other in zip(full, [*full[1:], *full[:1]], strict=True):
+            start, end = places[at]
+            memory[start:end] = ATTACKS[attack].change(there[at], there[other])
+            changed += 1
+    return changed
