@@ -8,7 +8,9 @@ two tenants, two weights or two layouts never share a key.
     key_i = SHA256(key_{i-1} || u32le(token) * chunk_tokens)[:16]
     owner = SHA256(b"kvferry.owner.v1" || salt)[:8]
 
-The owner says whose quota chunks count for. It is of the salt alone: a tenant is one, whatever weights are served.
+The owner says whose quota chunks count for. It is of the salt alone: a tenant is one, whatever weights are served. Of a
+salt that the router has made for a tenant (`kvcore.tenants.salts`) it is of the tenant's part, `kvt1.` and 32 digits: a
+client's own salt gives nobody another quota.
 
 The published test vector is in `tests/unit/kvcore/test_chunk_keys.py` and docs/wire-formats.md: another
 implementation is right if it gives the same bytes. Never Python's `hash()`, which differs between processes.
@@ -23,6 +25,9 @@ from kvcore.types import ChunkKey, OwnerTag
 
 KEY_BYTES = 16
 OWNER_BYTES = 8
+TENANT_SALT = b"kvt1."
+"""How a tenant's salt begins."""
+_TENANT_PART = len(TENANT_SALT) + 32
 _DOMAIN = b"kvferry.chunk.v1"
 _OWNER_DOMAIN = b"kvferry.owner.v1"
 _RANK_DOMAIN = b"kvferry.rank.v1"
@@ -37,6 +42,8 @@ def root_key(fingerprint: bytes, salt: bytes = b"") -> ChunkKey:
 
 def owner_of(salt: bytes) -> OwnerTag:
     """Whose chunks those with this salt are; without one they are those of one tenant, too."""
+    if salt.startswith(TENANT_SALT) and salt[_TENANT_PART : _TENANT_PART + 1] == b".":
+        salt = salt[:_TENANT_PART]
     return OwnerTag(sha256(_OWNER_DOMAIN + salt).digest()[:OWNER_BYTES])
 
 

@@ -83,6 +83,34 @@ class ProofError(KVFerryError):
     code = "proof_refused"
 
 
+class KeyRefusedError(KVFerryError):
+    """The request has no API key, or one that does not hold."""
+
+    http_status = 401
+    code = "invalid_api_key"
+
+
+class AdminKeyError(KVFerryError):
+    """The request's API key is a tenant's, and only an admin's may ask this."""
+
+    http_status = 403
+    code = "admin_key_needed"
+
+
+class RateLimitError(KVFerryError):
+    """The tenant has asked as much as it may, or too many wrong keys came from the client's address. `retry_after_s`:
+    when it may ask again. `kind`: of what it was too much, `requests` or `tokens`."""
+
+    retryable = True
+    http_status = 429
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0, kind: str = "requests") -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+        self.kind = kind
+
+
 class MediaTypeError(InvalidRequestError):
     """The request's body is in a form that the server does not read."""
 

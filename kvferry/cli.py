@@ -13,6 +13,7 @@ from kvcore.process.service import EXIT_CONFIG
 from kvcore.release import release
 from kvferry.cache.arguments import add_cache
 from kvferry.janitor.arguments import add_janitor
+from kvferry.keys import add_keys
 from kvferry.nodes.arguments import add_nodes
 from kvferry.secret import add_secret
 
@@ -62,6 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_secret(_command(commands, "secret", None, text))
     text = "say what a running cluster keeps for nodes and clients that are gone; changes nothing without --apply"
     add_janitor(_command(commands, "janitor", None, text), cluster_file)
+    text = "make, show and revoke the API keys of a router's tenants"
+    add_keys(_command(commands, "keys", None, text), cluster_file)
     status = _command(commands, "status", _status, "show nodes, segments, requests and hit rate of a running cluster")
     status.add_argument(
         "--config", type=cluster_file, help=f"where the addresses are (default: {DEFAULT_CONFIG}, if it exists)"

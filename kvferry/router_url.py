@@ -4,6 +4,7 @@ It is named, in the cluster file, or at the default address. Imports nothing hea
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +88,12 @@ def _config(arguments: argparse.Namespace) -> "ClusterConfig | None":
 
     file = arguments.config or (DEFAULT_CONFIG if DEFAULT_CONFIG.exists() and arguments.url is None else None)
     return None if file is None else load_config(file)
+
+
+def key_headers() -> dict[str, str]:
+    """The API key that `KVFERRY_API_KEY` of the environment has, as headers of a request."""
+    key = os.environ.get("KVFERRY_API_KEY", "").strip()
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def terminal() -> "Console":

@@ -23,6 +23,7 @@ from kvcore.process.http_client import http_session
 from kvcore.trust.opening import OPEN, ClusterTrust
 from kvferry.hit_rate import hit_rate_lines
 from kvferry.machine import size_text
+from kvferry.router_url import key_headers
 from metadata_server.account_messages import Stats
 from metadata_server.partitions.merging import merged_stats
 from nodeapi.messages import TierReport
@@ -128,9 +129,9 @@ async def run_status(
     one answer. Returns 0 if every server that the cluster has answered, 1 otherwise."""
     async with http_session(trust=trust, timeout=aiohttp.ClientTimeout(total=timeout_s)) as session:
         cluster, stats, cache = await asyncio.gather(
-            _ask(session, f"{router_url}/v1/cluster", ClusterAnswer),
+            _ask(session, f"{router_url}/v1/cluster", ClusterAnswer, key_headers()),
             _ask_partitions(session, partitions) if partitions else _ask_metadata(session, metadata_url, standbys),
-            _ask(session, f"{router_url}/v1/cache/stats", CacheStats),  # an older router has none
+            _ask(session, f"{router_url}/v1/cache/stats", CacheStats, key_headers()),  # an older router has none
         )
     if cluster.value is not None and not has_store(cluster.value.handoff):
         stats = None
@@ -185,9 +186,11 @@ def _message(body: bytes) -> str:
         return body[:200].decode("utf-8", "replace")
 
 
-async def _ask(session: aiohttp.ClientSession, url: str, kind: type[_Value]) -> ServerAnswer[_Value]:
+async def _ask(
+    session: aiohttp.ClientSession, url: str, kind: type[_Value], headers: Mapping[str, str] = {}
+) -> ServerAnswer[_Value]:
     try:
-        async with session.get(url, headers={"Accept": "application/json"}) as reply:
+        async with session.get(url, headers={"Accept": "application/json", **headers}) as reply:
             body = await reply.read()
             if reply.status != 200:
                 return ServerAnswer(url, problem=f"HTTP {reply.status}: {_message(body)}")

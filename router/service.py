@@ -47,6 +47,7 @@ from router.requests.records import RequestLog
 from router.requests.services import RequestServices
 from router.routing.policy import make_policy
 from router.status import StatusView
+from router.tenants.wiring import open_gate
 from router.text.tokenizer import FolderTokenizer, TextThreads, make_tokenizer
 from router.upkeep.wiring import tier_sight, upkeep_routes
 
@@ -103,7 +104,7 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
         max_body_bytes=bounds.max_body,
         cors=bounds.cors,
         more=add_routes,
-        guard=_operators_alone(config, clock, trust),
+        guard=await _guard(config, log, clock, trust, lifecycle),
     )
     server = _listener(app, config, metrics)
     lifecycle.tasks.create_task(prober.run(), name="node probes")
@@ -183,12 +184,16 @@ def _watch_cache(
     return watch, CacheReplay(watch, cluster, config, clock)
 
 
-def _operators_alone(config: ClusterConfig, clock: Clock, trust: ClusterTrust) -> Callable[[ASGIApp], ASGIApp]:
-    """With a secret only those who know it give orders about the cluster."""
+async def _guard(
+    config: ClusterConfig, log: RequestLog, clock: Clock, trust: ClusterTrust, lifecycle: Lifecycle
+) -> Callable[[ASGIApp], ASGIApp]:
+    """With a secret only those who know it give orders about the cluster; with API keys, who has an admin's, too."""
     if trust.secrets is None:
         return lambda app: app
     verifier = RequestVerifier(trust, clock, authorities_of(config.router.host, config.router.port))
-    return lambda app: ProvenApp(app, verifier, is_order)
+    proved = lambda app: ProvenApp(app, verifier, lambda _: True)  # noqa: E731
+    gate = await open_gate(config, log, clock, lifecycle, secrets=trust.secrets, proved=proved)
+    return gate or (lambda app: ProvenApp(app, verifier, is_order))
 
 
 async def _make_client(config: ClusterConfig, trust: ClusterTrust) -> NodeClient:

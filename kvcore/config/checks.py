@@ -191,6 +191,11 @@ def _check_security(config: ClusterConfig) -> Iterator[str]:
             yield f"{path}.encrypt: it needs the cluster's secret: set security.secret"
     if secret is not None and sum(given is not None for given in (secret.file, secret.env, secret.command)) != 1:
         yield "security.secret: give one of file, env and command"
+    keys = config.security.keys
+    if keys is not None and (keys.file is None) == (keys.env is None):
+        yield "security.keys: give one of file and env"
+    if keys is not None and secret is None:
+        yield "security.keys: tenants' salts come from the cluster's secret; set security.secret too"
 
 
 def _check_mooncake(config: ClusterConfig) -> Iterator[str]:

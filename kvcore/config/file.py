@@ -27,7 +27,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> ClusterConfi
     """Read, override, convert and check. `overrides` are `a.b=value`, the value in YAML. Blocking.
 
     `transport` is always a TransportConfig afterwards; `model.path` is absolute for
-    the torch engine and vLLM, unless it is a hub id (`owner/name`) and no folder; so is `security.secret.file`.
+    the torch engine and vLLM, unless it is a hub id (`owner/name`) and no folder; so are the files of `security`.
     """
     file = Path(path).expanduser()
     raw = _read(file)
@@ -45,7 +45,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> ClusterConfi
     if problems:
         raise ConfigError("\n".join(f"{file}: {problem}" for problem in problems))
     folder = file.resolve().parent
-    return _resolve_secret_path(_resolve_model_path(config, folder), folder)
+    return _resolve_security_paths(_resolve_model_path(config, folder), folder)
 
 
 def node_config(config: ClusterConfig, name: str) -> NodeConfig:
@@ -142,9 +142,10 @@ def _resolve_model_path(config: ClusterConfig, folder: Path) -> ClusterConfig:
     return msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, path=absolute))
 
 
-def _resolve_secret_path(config: ClusterConfig, folder: Path) -> ClusterConfig:
-    secret = config.security.secret
-    if secret is None or secret.file is None:
-        return config
-    absolute = msgspec.structs.replace(secret, file=str(folder / Path(secret.file).expanduser()))
-    return msgspec.structs.replace(config, security=msgspec.structs.replace(config.security, secret=absolute))
+def _resolve_security_paths(config: ClusterConfig, folder: Path) -> ClusterConfig:
+    security = config.security
+    if (secret := security.secret) is not None and secret.file is not None:
+        secret = msgspec.structs.replace(secret, file=str(folder / Path(secret.file).expanduser()))
+    if (keys := security.keys) is not None and keys.file is not None:
+        keys = msgspec.structs.replace(keys, file=str(folder / Path(keys.file).expanduser()))
+    return msgspec.structs.replace(config, security=msgspec.structs.replace(security, secret=secret, keys=keys))

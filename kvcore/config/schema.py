@@ -211,7 +211,7 @@ class HitRateConfig(Section, frozen=True, kw_only=True):
     """Share of the prompt tokens of the last hour: below it a warning says why, in the log once an hour and as long as
     it lasts in `kvferry status`. 0: never."""
     hints: bool = False
-    """Whether `prompt_cache_retention`, `cache_control` and their like pin chunks. There is no authentication: a client
+    """Whether `prompt_cache_retention`, `cache_control` and their like pin chunks. Of clients without API keys one
     could fill a quarter of all segments with its pins. They are shown in the request's record either way."""
     longest_pin_s: Seconds = 3600.0
     """A client that asks for longer gets this."""
@@ -221,7 +221,7 @@ class RouterConfig(Section, frozen=True, kw_only=True):
     """Where the router listens, how it chooses, its bounds."""
 
     host: str = "127.0.0.1"
-    """What it listens on. There is no authentication: let only those reach it who may use it."""
+    """What it listens on. Without `security.keys` let only those reach it who may use it."""
     port: Port = 8000
     """Of the OpenAI API, `/metrics` and `/v1/requests`."""
     policy: RoutingPolicy = RoutingPolicy.PREFIX_AWARE
@@ -251,7 +251,7 @@ class RouterConfig(Section, frozen=True, kw_only=True):
     """What it says of the hit rate, and whether clients may ask something of the cache."""
     cors: list[Text] = msgspec.field(default_factory=lambda: ["loopback"])
     """Origins of the web pages whose scripts may use the API: `http://HOST:PORT` each, `loopback` for every page of the
-    browser's own machine, `*` for every page (vLLM's default), `[]` for none. There is no authentication, so that with
+    browser's own machine, `*` for every page (vLLM's default), `[]` for none. Without `security.keys`, with
     `*` any site that a user looks at can use a router on that user's machine."""
 
 

@@ -20,8 +20,23 @@ class SecretConfig(Section, frozen=True, kw_only=True):
     """A program and its arguments, run once at start, that prints it."""
 
 
+class KeysConfig(Section, frozen=True, kw_only=True):
+    """Where the API keys are. One of these."""
+
+    file: Text | None = None
+    """A file, by its path from the folder of the cluster file, with the keys' hashes. Read again when it changes.
+    `kvferry keys create` writes it."""
+    env: Text | None = None
+    """The name of an environment variable with the text of such a file."""
+    gateways: list[Text] = msgspec.field(default_factory=list)
+    """Addresses of gateways of ours: of a request that comes from one of these the last entry of `X-Forwarded-For` is
+    the client's address, by which wrong keys are counted."""
+
+
 class SecurityConfig(Section, frozen=True, kw_only=True):
     """Who is trusted, and by what."""
 
     secret: SecretConfig | None = None
     """The cluster's secret. All processes of a cluster have the same."""
+    keys: KeysConfig | None = None
+    """API keys of tenants (docs/tenants.md). Not set: whoever reaches the router may use it. Needs a secret."""

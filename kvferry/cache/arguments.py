@@ -23,6 +23,7 @@ def add_cache(parser: argparse.ArgumentParser, config_type: Callable[[str], Path
         made = commands.add(name, run, text)
         if files:
             made.add_argument("files", nargs="+", metavar="FILE", help=_FILES)
+            made.add_argument("--tenant", default="", metavar="NAME", help="whose they are, with an admin's key")
         return made
 
     command("stat", lambda it, _: it.run(it.stat), "hit rate in tokens, by where they were, and a line a tier")
@@ -78,4 +79,5 @@ def _ttl(text: str) -> float | None:
 def _commands(arguments: argparse.Namespace) -> "CacheCommands":
     from kvferry.cache.commands import CacheCommands
 
-    return CacheCommands(router_url(arguments), terminal(), arguments.json, router_trust(arguments))
+    tenant = getattr(arguments, "tenant", "")
+    return CacheCommands(router_url(arguments), terminal(), arguments.json, router_trust(arguments), tenant)

@@ -10,6 +10,7 @@ import msgspec
 from kvcore.ports import why_unreachable
 from kvcore.process.http_client import http_session
 from kvcore.trust.opening import OPEN, ClusterTrust
+from kvferry.router_url import key_headers
 
 _Reply = TypeVar("_Reply")
 
@@ -78,9 +79,10 @@ def _refusal(status: int, raw: bytes, what: str, url: str) -> str:
 
 @asynccontextmanager
 async def router_calls(
-    url: str, *, timeout_s: float = 900.0, connect_s: float = 5.0, trust: ClusterTrust = OPEN
+    url: str, *, timeout_s: float = 900.0, connect_s: float = 5.0, trust: ClusterTrust = OPEN, tenant: str = ""
 ) -> AsyncIterator[RouterCalls]:
-    """Calls of the router at `url`."""
+    """Calls of the router at `url`, with the API key of the environment. `tenant`: in whose name an admin asks."""
     timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=connect_s)
-    async with http_session(trust=trust, timeout=timeout) as session:
+    headers = key_headers() | ({"X-KVFerry-Tenant": tenant} if tenant else {})
+    async with http_session(trust=trust, timeout=timeout, headers=headers) as session:
         yield RouterCalls(url, session)

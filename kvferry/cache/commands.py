@@ -46,6 +46,8 @@ class CacheCommands:
     console: Console
     as_json: bool = False
     trust: ClusterTrust = OPEN
+    tenant: str = ""
+    """Whose prompts they are; empty: the caller's own."""
 
     def run(self, work: Callable[[RouterCalls], Awaitable[int]]) -> int:
         """Run one of the methods below to its end, or to Ctrl-C."""
@@ -168,7 +170,7 @@ class CacheCommands:
         return self._problems([f"{full} prompts found no room in the store"] if full else [])
 
     async def _with_calls(self, work: Callable[[RouterCalls], Awaitable[int]]) -> int:
-        async with router_calls(self.url, trust=self.trust) as router:
+        async with router_calls(self.url, trust=self.trust, tenant=self.tenant) as router:
             return await work(router)
 
     async def _each(

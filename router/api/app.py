@@ -35,6 +35,7 @@ from router.api.responses import AnswerResponse, JsonReply, error_response
 from router.metrics import RouterMetrics
 from router.requests.records import RequestLog
 from router.status import StatusView
+from router.tenants.callers import caller_of
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 _log = logging.getLogger("router")
@@ -169,7 +170,7 @@ def _add_openai(app: FastAPI, answerer: Answerer, max_body_bytes: int, limits: A
                     client_request_id=request.scope["request_id"],
                     limits=limits,
                 )
-                answer = answerer.start(wanted)
+                answer = answerer.start(caller_of(request.scope).owns(wanted))
                 with ExitStack() as failing:
                     failing.callback(answer.close)
                     made = formatter(answer, answerer.model, int(time.time()), answerer.tokenizer)
@@ -234,12 +235,15 @@ def _add_status(app: FastAPI, model: str, log: RequestLog, status: StatusView, m
         return JsonReply(await status.cache.advise())
 
     @app.get("/v1/requests", **openapi.plain("The last requests, newest first"))
-    async def requests() -> Response:
-        return JsonReply({"requests": [record.brief() for record in log.newest()]})
+    async def requests(request: Request) -> Response:
+        shown = caller_of(request.scope).may_see
+        return JsonReply({"requests": [record.brief() for record in log.newest(shown)]})
 
     @app.get("/v1/requests/{request_id}", **openapi.plain("One request: where it went and why", not_found=True))
-    async def one(request_id: str) -> Response:
-        record = log.find(request_id)
+    async def one(request_id: str, request: Request) -> Response:
+        caller = caller_of(request.scope)
+        record = log.find(request_id, caller.may_see)
         if record is None:
             return JsonReply(error_reply(404, f"no request {request_id!r} among the last", code="unknown_request"), 404)
-        return JsonReply(msgspec.to_builtins(record))
+        # what the policy weighed tells of others' requests, too
+        return JsonReply(msgspec.to_builtins(record if caller.admin else record.brief()))

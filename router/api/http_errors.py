@@ -1,8 +1,10 @@
 """OpenAI's error bodies: `{"error": {"message", "type", "param", "code"}}` for every failure, whatever raised it."""
 
+import math
+
 import msgspec
 
-from kvcore.errors import KVFerryError
+from kvcore.errors import KVFerryError, RateLimitError
 
 
 class ErrorDetail(msgspec.Struct):
@@ -28,11 +30,22 @@ def error_reply(status: int, message: str, *, param: str | None = None, code: st
 
 def reply_of(error: KVFerryError) -> ErrorReply:
     """The body of one of our errors."""
-    return error_reply(error.http_status, error.message, param=error.param, code=error.code)
+    made = error_reply(error.http_status, error.message, param=error.param, code=error.code)
+    if isinstance(error, RateLimitError):
+        made.error.type = error.kind  # as OpenAI has it
+    return made
 
 
 def headers_of(status: int, *, retry_after_s: int = 1) -> dict[str, str]:
     """Retry-After where trying again can help; a body that was not read to its end ends the connection."""
     if status in (429, 503):
         return {"Retry-After": str(retry_after_s)}
+    if status == 401:
+        return {"WWW-Authenticate": "Bearer"}
     return {"Connection": "close"} if status in (408, 413, 415) else {}
+
+
+def headers_for(error: KVFerryError) -> dict[str, str]:
+    """Those of an answer with one of our errors."""
+    after = math.ceil(error.retry_after_s) if isinstance(error, RateLimitError) else 1
+    return headers_of(error.http_status, retry_after_s=max(1, after))

@@ -17,7 +17,7 @@ from kvcore.errors import EngineError, KVFerryError
 from kvcore.step_timeout import StepTimeout
 from router.answering import ClientAnswer, TextPiece
 from router.api.formatter import Formatter, sse
-from router.api.http_errors import headers_of, reply_of
+from router.api.http_errors import headers_for, reply_of
 
 _log = logging.getLogger("router")
 _SSE = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
@@ -38,7 +38,7 @@ class JsonReply(Response):
 
 def error_response(error: KVFerryError) -> JsonReply:
     """OpenAI's body for one of our errors."""
-    return JsonReply(reply_of(error), error.http_status, headers_of(error.http_status))
+    return JsonReply(reply_of(error), error.http_status, headers_for(error))
 
 
 class AnswerResponse(Response):

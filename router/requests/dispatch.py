@@ -42,7 +42,7 @@ class Dispatcher:
         node can decode it.
         """
         services, in_flight = self._services, self._services.log.in_flight + len(self._opened)
-        if in_flight >= services.config.max_requests:
+        if in_flight >= services.config.max_requests * spec.max_share:
             raise OverloadedError(f"{in_flight} requests are under way; the router takes no more at a time")
         if self.stopping:
             raise StoppingError("this router is stopping; ask another one, or this one when it is back")

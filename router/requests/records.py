@@ -8,7 +8,7 @@ import msgspec
 
 from kvcore.telemetry import log_fields
 from nodeapi.messages import Moved, Promoted, TierChoice, Timings
-from router.requests.hints import CacheHint, HintRecord
+from router.requests.hints import HintRecord
 from router.requests.spec import RequestSpec
 from router.routing.decision import Candidate, Decision
 from router.routing.views import LeftOut
@@ -59,16 +59,13 @@ def route_record(decision: Decision) -> RouteRecord:
     )
 
 
-def hint_records(hints: Sequence[CacheHint]) -> list[HintRecord]:
-    """As the request begins."""
-    return [HintRecord(name=hint.name, asked=hint.asked, why=hint.note) for hint in hints]
-
-
 class RequestRecord(msgspec.Struct, kw_only=True):
     """One request; mutable while `state` is `running`, then `ok`, `failed` or `cancelled`."""
 
     id: str
     client_request_id: str | None = None
+    tenant: str = ""
+    """Whose it is; empty: no keys are configured."""
     state: str = "running"
     prompt_tokens: int
     cached_tokens: int = 0
@@ -93,6 +90,18 @@ class RequestRecord(msgspec.Struct, kw_only=True):
         if self.route is None:
             return self
         return msgspec.structs.replace(self, route=msgspec.structs.replace(self.route, candidates=[], left_out=[]))
+
+
+def record_of(spec: RequestSpec, decision: Decision) -> RequestRecord:
+    """As the request begins, of a decision with a route."""
+    return RequestRecord(
+        id=spec.request_id,
+        client_request_id=spec.client_request_id,
+        tenant=spec.tenant,
+        prompt_tokens=len(spec.prompt_token_ids),
+        route=route_record(decision),
+        hints=[HintRecord(name=hint.name, asked=hint.asked, why=hint.note) for hint in spec.hints],
+    )
 
 
 class RequestLog:
@@ -146,14 +155,16 @@ class RequestLog:
         for observe_prompt in self.prompt_observers:
             observe_prompt(record, asked, output)
 
-    def newest(self) -> list[RequestRecord]:
-        """All in the ring, newest first."""
-        return list(reversed(self._ring.values()))
+    def newest(self, shown: Callable[[str], bool] = lambda _tenant: True) -> list[RequestRecord]:
+        """All in the ring, newest first, of the tenants that are `shown`."""
+        return [record for record in reversed(self._ring.values()) if shown(record.tenant)]
 
-    def find(self, request_id: str) -> RequestRecord | None:
+    def find(self, request_id: str, shown: Callable[[str], bool] = lambda _tenant: True) -> RequestRecord | None:
         """By the id of the answer, or by the client's own X-Request-Id (the newest with it)."""
         record = self._ring.get(request_id)
-        return record or next((r for r in reversed(self._ring.values()) if r.client_request_id == request_id), None)
+        if record is not None and shown(record.tenant):
+            return record
+        return next((one for one in self.newest(shown) if one.client_request_id == request_id), None)
 
     def _write(self, record: RequestRecord) -> None:
         level = logging.WARNING if record.state == "failed" else logging.INFO
@@ -172,6 +183,7 @@ class RequestLog:
             "request",
             id=record.id,
             client_id=record.client_request_id,
+            tenant=record.tenant or None,
             state=record.state,
             prompt_tokens=record.prompt_tokens,
             cached_tokens=record.cached_tokens,

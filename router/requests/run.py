@@ -34,7 +34,7 @@ from router.requests.events import (
 )
 from router.requests.ledger import RequestMachine
 from router.requests.legs import RequestLegs
-from router.requests.records import LegRecord, RequestRecord, hint_records, route_record
+from router.requests.records import LegRecord, record_of
 from router.requests.services import RequestServices
 from router.requests.spec import RequestSpec
 from router.routing.decision import Decision
@@ -83,13 +83,7 @@ class RequestRun:
         self._opened = opened
         self._running = running
         self.started_at = services.clock.now()
-        self.record = RequestRecord(
-            id=spec.request_id,
-            client_request_id=spec.client_request_id,
-            prompt_tokens=len(spec.prompt_token_ids),
-            route=route_record(decision),
-            hints=hint_records(spec.hints),
-        )
+        self.record = record_of(spec, decision)
         self._drained = asyncio.Event()
         self._drained.set()
         self._legs = RequestLegs(

@@ -92,6 +92,10 @@ class RequestSpec:
     client_request_id: str | None = None
     hints: Sequence[CacheHint] = ()
     """What the client asks of the cache."""
+    tenant: str = ""
+    """Whose it is; empty: no keys are configured."""
+    max_share: float = 1.0
+    """Of the requests that a router takes at a time: while more are under way this one is refused."""
 
 
 @dataclass(frozen=True, slots=True)

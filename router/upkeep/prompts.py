@@ -18,10 +18,14 @@ from router.api.limits import ApiLimits
 from router.api.openai_schema import ChatRequest, CompletionRequest, answer_request, prompts_of
 from router.nodes.cluster import Cluster
 from router.requests.spec import RequestSpec
+from router.tenants.callers import EVERYBODY, Caller
 
 
-async def prompts_in(raw: bytes, answerer: Answerer, limits: ApiLimits = ApiLimits()) -> list[RequestSpec]:
-    """The prompts of a chat's or a completion's body, with its `cache_salt`. Raises as the OpenAI endpoints do."""
+async def prompts_in(
+    raw: bytes, answerer: Answerer, limits: ApiLimits = ApiLimits(), caller: Caller = EVERYBODY
+) -> list[RequestSpec]:
+    """The prompts of a chat's or a completion's body, with its `cache_salt`, as `caller`'s. Raises as the OpenAI
+    endpoints do."""
     body = parse(raw, _kind(raw))
     if body.model:
         answerer.check_model(body.model)
@@ -36,7 +40,7 @@ async def prompts_in(raw: bytes, answerer: Answerer, limits: ApiLimits = ApiLimi
     for spec in request.specs:
         if not spec.prompt_token_ids:
             raise InvalidRequestError(f"{request.names.prompt} has no tokens", param=request.names.prompt)
-    return list(request.specs)
+    return list(caller.salted(request).specs)
 
 
 def _kind(raw: bytes) -> type[ChatRequest] | type[CompletionRequest]:

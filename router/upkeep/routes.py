@@ -1,6 +1,7 @@
 """The router's `/v1/cache` routes that ask and order. A thin shell: bodies in, reports out, errors as OpenAI's.
 
-As all of the router's, they are open to whoever reaches it. What one waits for ends when its client leaves.
+They are open to whoever reaches the router; where it has API keys, to an admin's alone. What one waits for ends when
+its client leaves.
 """
 
 import asyncio
@@ -23,6 +24,7 @@ from router.api.limits import ApiLimits
 from router.api.openai_schema import ChatRequest, CompletionRequest
 from router.api.responses import JsonReply
 from router.requests.spec import RequestSpec
+from router.tenants.callers import caller_of
 from router.upkeep.generations import ClusterGenerations
 from router.upkeep.lookup import PromptsLookup
 from router.upkeep.memory import OrderKind
@@ -106,7 +108,9 @@ class UpkeepRoutes:
         @app.post(f"/v1/cache/{name}", name=f"cache_{name}", **openapi.orders(text, ChatRequest, CompletionRequest))
         async def endpoint(request: Request) -> Response:
             with audited(caller(request.client), f"cache {name}") if changes else nullcontext(AuditLine()) as line:
-                specs = await prompts_in(await self._body(request), self.answerer, self.limits)
+                specs = await prompts_in(
+                    await self._body(request), self.answerer, self.limits, caller_of(request.scope)
+                )
                 line.on = f"{len(specs)} prompts"
                 return JsonReply(await _while_there(request, work(specs, request)))
 

@@ -288,10 +288,11 @@ async def cluster(
     overrides: Sequence[str] = (),
     without: Collection[str] = (),
     place: Callable[[ProcessPlan], ProcessPlan] = lambda plan: plan,
+    key: str = "",
 ) -> AsyncIterator[ClusterHandle]:
     """A cluster that serves; every process of it has ended afterwards. `overrides`: as after `--set`. `without`: names
     of processes that the config has but that are not there (the launcher would start them again). `place` may have a
-    process run elsewhere than here."""
+    process run elsewhere than here. `key`: an admin's API key, if the router asks for one."""
     file = write_config(
         tmp_path,
         engine=engine,
@@ -308,8 +309,8 @@ async def cluster(
     )
     async with AsyncExitStack() as stack:
         connector = aiohttp.TCPConnector(limit=0)
-        trust = open_trust(trust_source(config))
-        session = await stack.enter_async_context(http_session(trust=trust, connector=connector))
+        trust, headers = open_trust(trust_source(config)), {"Authorization": f"Bearer {key}"} if key else {}
+        session = await stack.enter_async_context(http_session(trust=trust, connector=connector, headers=headers))
         await stack.enter_async_context(launcher)
         handle = ClusterHandle(config, plans, launcher, session)
         if handle.nodes:  # the router is not healthy without one

@@ -7,11 +7,13 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import msgspec
 from aiohttp import web
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 from support.metadata_rigs import DirectTransport
 
 from kvcore.clock import SystemClock
@@ -382,9 +384,10 @@ async def make_rig(
     api_limits: ApiLimits = ApiLimits(),
     watch_limits: WatchLimits = WatchLimits(),
     connected: bool = False,
+    guard: Callable[[RequestLog, ASGIApp], ASGIApp] = lambda _, app: app,
     **router: object,
 ) -> Rig:
-    """Probed once."""
+    """Probed once. `guard`: as in `make_app`, told where requests are logged."""
     nodes = nodes or two_and_two()
     config = cluster_config(nodes.nodes, None, **router)
     clock, log = SystemClock(), RequestLog()
@@ -431,6 +434,7 @@ async def make_rig(
         cors=bounds.cors,
         limits=api_limits,
         more=add_routes,
+        guard=partial(guard, log),
     )
     return Rig(
         nodes, cluster, prober, dispatcher, services, log, answerer, app, metrics, cache, state, config, admin, core

@@ -1,0 +1,58 @@
+"""Who asks: what a route may know of a request's caller, and how the caller's requests become its tenant's own."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from starlette.types import Scope
+
+from kvcore.tenants.salts import TenantSalt
+from router.requests.spec import AnswerRequest
+
+_SCOPE = "kvferry.caller"
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Of one request. `salt` None: no keys are configured, and a client's salt is taken as it is."""
+
+    tenant: str = ""
+    admin: bool = True
+    salt: TenantSalt | None = None
+    max_share: float = 1.0
+    """Of the requests that a router takes at a time: while more are under way this one is refused."""
+    take_tokens: Callable[[int], None] = lambda _: None
+    """Counts the tokens of its prompts. Raises RateLimitError where it may have no more."""
+
+    def owns(self, request: AnswerRequest) -> AnswerRequest:
+        """The request, with KV that is nobody else's. Raises RateLimitError."""
+        if self.salt is None:
+            return request
+        self.take_tokens(sum(len(spec.prompt_token_ids) for spec in request.specs))
+        return self.salted(request)
+
+    def salted(self, request: AnswerRequest) -> AnswerRequest:
+        """As `owns`, and counts nothing."""
+        if self.salt is None:
+            return request
+        of, who, share = self.salt.of, self.tenant, self.max_share
+        specs = [replace(one, cache_salt=of(one.cache_salt), tenant=who, max_share=share) for one in request.specs]
+        return replace(request, specs=specs)
+
+    def may_see(self, tenant: str) -> bool:
+        """Whether a tenant's records are shown to it."""
+        return self.admin or tenant == self.tenant
+
+
+EVERYBODY = Caller()
+"""Where no keys are configured."""
+
+
+def caller_of(scope: Scope) -> Caller:
+    """Of a request that has passed the gate, if there is one."""
+    found = scope.get(_SCOPE)
+    return found if isinstance(found, Caller) else EVERYBODY
+
+
+def set_caller(scope: Scope, caller: Caller) -> None:
+    """For the request's route to see."""
+    scope[_SCOPE] = caller

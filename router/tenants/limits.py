@@ -1,0 +1,23 @@
+"""Bounds of what is checked before a request, in one struct that tests may change. Values only."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class GateLimits:
+    """Of wrong keys, and of what is remembered."""
+
+    wrong_keys: int = 10
+    """Of one address in a row; then no key is looked at that comes from there, until …"""
+    wrong_key_every_s: float = 6.0
+    """… one more is forgiven each so many seconds."""
+    max_addresses: int = 10_000
+    """Of which wrong keys are remembered; that with the oldest is forgotten."""
+    max_tenants: int = 10_000
+    """Of which rates are remembered."""
+    reload_s: float = 1.0
+    """Pause between two looks at the file of keys."""
+    low_share: float = 0.5
+    """Tenants of priority low get no more requests in while so much of `router.max_requests` is under way, …"""
+    normal_share: float = 0.9
+    """… and those of priority normal. High: all."""
