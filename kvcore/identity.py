@@ -12,6 +12,8 @@ class ClusterIdentity:
 
     cluster: str = ""
     model: str = ""
+    node_ids: frozenset[str] | None = None
+    """The names that nodes may have; None: any."""
 
     def difference(self, other: "ClusterIdentity") -> str | None:
         """What the other is and this is not, as the end of a sentence; None: they may be one cluster's."""
@@ -23,6 +25,8 @@ class ClusterIdentity:
 
     def why_foreign(self, node: NodeInfo) -> str | None:
         """One sentence, with what to do; None: the node may be one of this cluster's."""
+        if self.node_ids is not None and node.id not in self.node_ids:
+            return f"node {node.id} at {node.control_url} is not listed: add it to security.nodes, or it is a stranger"
         differs = self.difference(ClusterIdentity(node.cluster, node.model))
         if differs is None:
             return None

@@ -161,7 +161,7 @@ class MetadataCore:
 
     def register(self, request: RegisterRequest, now: float) -> RegisterReply:
         """See MetadataState.register. A refusal is logged when it is news."""
-        node = request.node
+        node, replaced = request.node, self.state.counters["nodes_replaced"]
         try:
             reply = self.state.register(request, now)
         except NodeRefusedError as error:
@@ -169,6 +169,8 @@ class MetadataCore:
                 log_fields(_logger, logging.WARNING, "node_refused", node=node.id, reason=error.message)
             raise
         self._refusals.taken_in(node)
+        if self.state.counters["nodes_replaced"] != replaced:  # after a crash; else somebody has taken its name
+            log_fields(_logger, logging.WARNING, "node_replaced", node=node.id, by=node.control_url)
         return reply
 
     def match(self, request: MatchRequest, now: float) -> MatchReply:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import msgspec
 
 from kvcore.clock import Clock
+from kvcore.config.checks import open_line
 from kvcore.config.schema import ClusterConfig
 from kvcore.errors import KVFerryError, NodeUnavailableError, StoppingError
 from nodeapi.messages import TierReport
@@ -70,7 +71,7 @@ class ClusterStatus(msgspec.Struct, kw_only=True):
     stopping: bool = False
     """This router takes no new requests."""
     problems: list[str] = []
-    """What is wrong between the nodes, and why the hit rate is low; a sentence each."""
+    """What is wrong between the nodes, why the hit rate is low, and whether the cluster is open; a sentence each."""
 
 
 class StatusView:
@@ -97,6 +98,7 @@ class StatusView:
         self._stopping = stopping
         self.cache = cache
         self._started_at = clock.now()
+        self._open = open_line(config)
         self.used_bytes: dict[str, int] = {}
         """By segment id, as the metadata server last counted."""
 
@@ -130,7 +132,7 @@ class StatusView:
             metadata_connected=self._connected() if self._connected else None,
             index_blocks=len(self._cluster.index),
             stopping=self._stopping(),
-            problems=[*self._problems.lines(), *filter(None, [self.cache.stats().problem])],
+            problems=[*self._problems.lines(), *filter(None, [self.cache.stats().problem, self._open])],
         )
 
     def _node(self, node: KnownNode) -> NodeStatus:

@@ -19,6 +19,7 @@ from kvcore.config.schema import (
 from kvcore.config.servers import partitions_of, servers_of
 from kvcore.config.vllm_options import argument, check_arguments
 from kvcore.partitions import MAX_PARTITIONS
+from kvcore.ports import is_loopback
 from kvcore.types import Role
 
 _MAX_NAME_CHARS = 100
@@ -183,19 +184,51 @@ def _check_partitions(config: ClusterConfig) -> Iterator[str]:
 
 
 def _check_security(config: ClusterConfig) -> Iterator[str]:
-    secret = config.security.secret
+    security = config.security
+    secret, heard = security.secret, heard_elsewhere(config)
+    if secret is not None and sum(given is not None for given in (secret.file, secret.env, secret.command)) != 1:
+        yield "security.secret: give one of file, env and command"
     if config.kv.verify == "mac" and secret is None:
         yield "kv.verify: mac needs the cluster's secret: set security.secret"
     for path, tier in all_tiers(config):
         if tier.encrypt and secret is None:
             yield f"{path}.encrypt: it needs the cluster's secret: set security.secret"
-    if secret is not None and sum(given is not None for given in (secret.file, secret.env, secret.command)) != 1:
-        yield "security.secret: give one of file, env and command"
     keys = config.security.keys
     if keys is not None and (keys.file is None) == (keys.env is None):
         yield "security.keys: give one of file and env"
     if keys is not None and secret is None:
         yield "security.keys: tenants' salts come from the cluster's secret; set security.secret too"
+    if secret is not None and security.open:
+        yield "security.open: a cluster with a secret is not open; take it out"
+    if secret is None and not security.open and heard:
+        path, host = heard[0]
+        more = f" (and {len(heard) - 1} more)" if len(heard) > 1 else ""
+        yield (
+            f"{path}: {host} is reached from other machines{more}, and without a secret whoever reaches it can use it: "
+            "set security.secret (`kvferry secret new FILE` makes one), or security.open: true on a network that only "
+            "trusted machines reach"
+        )
+    for name in config.nodes if security.nodes is not None else ():
+        if name not in (security.nodes or ()):
+            yield f"nodes.{name}: security.nodes does not list it"
+
+
+def heard_elsewhere(config: ClusterConfig) -> list[tuple[str, str]]:
+    """(path, host) of what listens where other machines reach it."""
+    found = {
+        path if path.endswith("]") else f"{path.rpartition('.')[0]}.host": host
+        for path, host, _ in ports_of(config)
+        if not is_loopback(host)
+    }
+    return list(found.items())
+
+
+def open_line(config: ClusterConfig) -> str | None:
+    """A sentence for people, where a cluster is open to whoever reaches it; None: it is not."""
+    if not config.security.open or not (heard := heard_elsewhere(config)):
+        return None
+    where = ", ".join(f"{path} {host}" for path, host in heard[:3]) + (", ..." if len(heard) > 3 else "")
+    return f"the cluster is open (security.open): whoever reaches {where} can use it, and no secret proves who does"
 
 
 def _check_mooncake(config: ClusterConfig) -> Iterator[str]:

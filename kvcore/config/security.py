@@ -37,6 +37,12 @@ class SecurityConfig(Section, frozen=True, kw_only=True):
     """Who is trusted, and by what."""
 
     secret: SecretConfig | None = None
-    """The cluster's secret. All processes of a cluster have the same."""
+    """The cluster's secret. All processes of a cluster have the same. Without one a process listens on this machine
+    alone, but for `open`."""
     keys: KeysConfig | None = None
     """API keys of tenants (docs/tenants.md). Not set: whoever reaches the router may use it. Needs a secret."""
+    open: bool = False
+    """Listen where other machines reach us though there is no secret: whoever does can use the cluster, read and write
+    its cache and be one of its nodes. `kvferry doctor`, `kvferry status` and the log repeat it."""
+    nodes: Annotated[list[Text], msgspec.Meta(min_length=1)] | None = None
+    """Names that nodes may have. The metadata server refuses others. Not set: any name."""

@@ -1,13 +1,18 @@
 """The command line that every process of a cluster has: which file, what to override, and how a bad file is told."""
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable
 
+from kvcore.config.checks import open_line
 from kvcore.config.file import load_config
 from kvcore.config.schema import ClusterConfig
 from kvcore.errors import ConfigError
-from kvcore.process.service import EXIT_CONFIG, Main, run_process
+from kvcore.process.service import EXIT_CONFIG, Lifecycle, Main, run_process
+from kvcore.telemetry import log_fields
+
+_logger = logging.getLogger("kvcore.trust")
 
 
 def config_parser(program: str, description: str) -> argparse.ArgumentParser:
@@ -38,4 +43,14 @@ def run_configured(
     except ConfigError as error:
         sys.stderr.write(f"{program}: error: {error}\n")
         return EXIT_CONFIG
-    return run_process(name, main, log_level=config.service.log_level)
+    return run_process(name, _saying_open(config, main), log_level=config.service.log_level)
+
+
+def _saying_open(config: ClusterConfig, main: Main) -> Main:
+    line = open_line(config)
+
+    async def say_and_run(lifecycle: Lifecycle) -> None:
+        log_fields(_logger, logging.WARNING, "open", problem=line)
+        await main(lifecycle)
+
+    return main if line is None else say_and_run

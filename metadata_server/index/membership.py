@@ -86,6 +86,7 @@ class ClusterMembership:
         replaces = node if node is not None and node.info.incarnation != info.incarnation else None
         if replaces is not None:
             self.drop(replaces, now)
+            self._counts["nodes_replaced"] += 1
         if node is None or node.info != info:
             node = self._nodes.join(info, replaces)
             self._nodes.orders.joined(info)

@@ -23,14 +23,14 @@ from metadata_server.versions import SPOKEN
 
 def new_index(config: ClusterConfig, clock: Clock, first: int) -> MetadataState:
     """Empty, with an epoch of its own. `first`: its first generation."""
-    server = config.metadata_server
+    server, listed = config.metadata_server, config.security.nodes
     return MetadataState(
         config.store,
         server.node_ttl_s,
         epoch=f"{int(clock.wall() * 1000):x}-{secrets.token_hex(4)}",
         speaks=replace(SPOKEN, part=own_part(server)),
         first_generation=first,
-        identity=ClusterIdentity(config.cluster, config.model.name),
+        identity=ClusterIdentity(config.cluster, config.model.name, None if listed is None else frozenset(listed)),
         event_log=server.event_log,
     )
 

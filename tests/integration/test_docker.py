@@ -25,6 +25,7 @@ CLUSTER = {
     "nodes": {"decode-0": {"role": "decoder", "port": 8200, "segment": "16MiB"}},
     "tiers": {"redis": {"url": "redis://redis:6379"}},
     "router": {"host": "0.0.0.0", "port": 8000},
+    "security": {"open": True},
 }
 PROMPT = random.Random(1).choices(range(3, 250), k=CHUNK_TOKENS * CHUNKS + 1)
 BODY = {"model": "sim", "prompt": PROMPT, "max_tokens": 4, "temperature": 0, "ignore_eos": True}

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import transformers
+from support.attacks import secret_override
 from support.cluster import ClusterHandle, Streamed, cluster
 from support.generate_reference import assert_identical, load_reference
 from support.netns import ADDRESSES, DEVICE, LinkKind, TwoMachines, missing_namespaces, two_machines
@@ -149,6 +150,7 @@ async def spread(link: LinkKind, transport: str, folder: Path) -> AsyncIterator[
             transport=transport,
             overrides=[
                 *overrides,
+                secret_override(folder),
                 *([f"transport.devices=[{DEVICE}]"] if transport == "ucx" else []),
                 *([f"transport.ucx_library={LIBRARY}"] if transport == "ucx" and LIBRARY else []),
                 "router.policy=round_robin",

@@ -254,9 +254,10 @@ def test_every_shipped_config_loads(file):
 
 def test_a_metadata_server_on_every_interface_needs_nodes_on_this_machine(load):
     everywhere = {"host": "0.0.0.0"}
-    assert load(metadata_server=everywhere, router=everywhere).router.host == "0.0.0.0"
+    known = {"secret": {"file": "secret"}}
+    assert load(metadata_server=everywhere, router=everywhere, security=known).router.host == "0.0.0.0"
     with pytest.raises(ConfigError, match=r"metadata_server\.host: 0\.0\.0\.0 is every interface; give the address"):
-        load("nodes.decode-0.host=gpu-1", metadata_server=everywhere)
+        load("nodes.decode-0.host=gpu-1", metadata_server=everywhere, security=known)
 
 
 @pytest.mark.parametrize("origin", ["app.example", "http://app.example/", "http://", "ftp//x", "", "null"])

@@ -147,7 +147,7 @@ def test_what_is_asked_for_wins_over_what_would_be_chosen(tmp_path):
     asked = options(
         args=args, kv_cache=ByteSize(5 << 20), segment=ByteSize(7 << 20), dtype="bfloat16", max_context=99, port=1234
     )
-    config = loaded(plan(asked, machine()), tmp_path, "router.host=0.0.0.0")
+    config = loaded(plan(asked, machine()), tmp_path, "router.host=0.0.0.0", "security.open=true")
     engine = config.engine
     assert isinstance(engine, VllmEngineConfig)
     assert engine.args == {"enforce-eager": False, "kv-cache-memory-bytes": 5 << 20, "block-size": 96}

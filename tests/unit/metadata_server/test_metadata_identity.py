@@ -196,3 +196,20 @@ def test_a_reader_of_an_older_version_reads_the_stats():
     raw = msgspec.msgpack.decode(msgspec.msgpack.encode(stats))
     del raw["refused"]
     assert msgspec.convert(raw, Stats) == stats
+
+
+def test_a_node_that_is_not_listed_is_refused_by_name():
+    state = new_state(identity=ClusterIdentity("prod", node_ids=frozenset({"a"})))
+    state.register(registration("a"), 0.0)
+    with pytest.raises(NodeRefusedError, match=r"node b at http://b is not listed: add it to security\.nodes"):
+        state.register(registration("b"), 0.0)
+
+
+async def test_a_start_that_takes_the_place_of_a_live_one_is_logged(caplog):
+    async with metadata_rig("direct") as rig:
+        await rig.client.register(registration("a"))
+        await rig.client.register(registration("a"))
+        assert "node_replaced" not in caplog.text
+        await rig.client.register(registration("a", incarnation=2))
+        assert "node_replaced node=a by=http://a" in caplog.text
+        assert (await rig.client.stats()).counters["nodes_replaced"] == 1
