@@ -41,6 +41,8 @@ class NodeLimits:
     """Copied at once, …"""
     move_share: float = 0.5
     """… in this share of the time at most: what it moves has the links to itself no longer than that."""
+    most_copied: int = 256
+    """Told of in one call: the metadata server looks at no more."""
     move_writable_share: float = 0.5
     """Of a reservation's time: nothing is written into its room later."""
     max_listed: int = 65_536

@@ -124,6 +124,7 @@ class Membership:
         self.refused = ""
         """Why the metadata server does not take the node in; empty: it does, or has not said so."""
         self.drained = ""
+        self.sheds = False
         """By order, as the metadata server last said: `stay`, or `move` its chunks elsewhere; empty: it is not."""
         self.registrations = 0
         self.heartbeat_failures = 0
@@ -210,7 +211,7 @@ class Membership:
             else:
                 reply = await self._heartbeat()
                 self._lease.on_heartbeat(reply)
-                self.drained = reply.drained
+                self.drained, self.sheds = reply.drained, reply.sheds
         except (MetadataUnavailableError, MetadataProtocolError) as error:
             if isinstance(error, MetadataProtocolError) and step is Step.REGISTER:
                 self._say_refused(error)

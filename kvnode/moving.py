@@ -1,20 +1,23 @@
-"""Copies this node's chunks to other nodes while it is drained for good, so that stopping it loses nothing.
+"""Copies this node's chunks to other nodes: while it is drained for good, so that stopping it loses nothing, and while
+its segment is fuller than others.
 
 Owns the pace. Which chunks, and where to, is the metadata server's to say. Invariants: a copy becomes visible only when
 the chunk was whole in this segment after its last byte had been read; nothing is written while `work` is paused, nor
-after the time for it; nothing stays reserved.
+after the time for it; nothing stays reserved; what may have been copied is told until it is given up here or its copy
+is gone, by whatever metadata server, so that no chunk lies twice for good.
 """
 
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from kvcore.clock import Clock
 from kvcore.config.schema import StoreConfig
 from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
 from kvcore.telemetry import log_fields
-from kvcore.types import NodeInfo, Segment
+from kvcore.types import ChunkKey, NodeInfo, Segment
 from kvnode.limits import NodeLimits
 from kvnode.tasks import PausableWork
 from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, Expected, pack, parse, verify
@@ -50,7 +53,7 @@ class _Copy:
 
 
 class ChunkMover:
-    """`view` is the segment's memory. `wanted`: whether the node is drained to be emptied. `open_transfer` makes the
+    """`view` is the segment's memory. `wanted`: whether the node is to move chunks now. `open_transfer` makes the
     way to other segments, which is closed when there is nothing to move. The metadata client stays the caller's."""
 
     def __init__(
@@ -66,18 +69,19 @@ class ChunkMover:
         run_blocking: RunBlocking,
         limits: NodeLimits = NodeLimits(),
     ) -> None:
-        self.work: PausableWork[int] = PausableWork()
-        """A batch, if one is under way. Its result: how many were copied."""
+        self.work: PausableWork[bool] = PausableWork()
+        """A batch, if one is under way. Its result: whether the next follows."""
         self.moved = 0
         """Chunks since start."""
         self.left: int | None = None
-        """Chunks that lie nowhere else, as far as is known while the node is drained to be emptied."""
+        """Chunks that lie nowhere else, as far as is known while the node is to move chunks."""
         self._view, self._node, self._metadata = view, node, metadata
         self._open_transfer, self._wanted, self._clock = open_transfer, wanted, clock
         self._run_blocking, self._limits = run_blocking, limits
         self._ttl_s = store.reserve_ttl_s
         self._placement = Placement(metadata, node_id=node.id, incarnation=node.incarnation, clock=clock, config=store)
-        self._copied: list[ChunkMove] = []
+        self._copied: dict[ChunkKey, None] = {}
+        """Of which a copy was written, and which the metadata server was not told yet or has in use here."""
 
     def __repr__(self) -> str:
         return f"<ChunkMover {self.moved} moved, {self.left} left>"
@@ -85,10 +89,12 @@ class ChunkMover:
     async def run(self) -> None:
         """Until cancelled."""
         while True:
-            if not self._wanted():
-                self.left = None
-            else:
+            if self._wanted():
                 await self._move_all()
+            else:
+                self.left = None
+                if self._copied and (reply := await self._ask()) is not None and reply.moves:
+                    await self._placement.give_back(Reserved({move.target.key: move.target for move in reply.moves}))
             await asyncio.sleep(self._limits.move_poll_s)
 
     async def aclose(self) -> None:
@@ -109,40 +115,51 @@ class ChunkMover:
         finally:
             await transfer.aclose()
 
-    async def _move_some(self, transfer: TransferEngine) -> int:
+    async def _move_some(self, transfer: TransferEngine) -> bool:
+        """Whether to go on at once."""
         began = self._clock.now()
-        copied, self._copied = self._copied, []
+        reply = await self._ask()
+        if reply is None:
+            return False
+        self.left = reply.left
+        if not reply.moves:
+            return reply.more
+        granted = {move.target.key: move.target for move in reply.moves}
+        moved = 0
+        try:
+            written = await self._write(transfer, reply, began + self._ttl_s * self._limits.move_writable_share)
+            self._copied.update((copy.move.source.key, None) for copy in written)  # also if no answer says so
+            answers = await self._placement.commit([copy.move.target.id for copy in written], self._limits.give_back_s)
+            for copy, done in zip(written, answers or [], strict=False):
+                del granted[copy.move.target.key]
+                moved += done
+        finally:
+            await self._placement.give_back(Reserved(granted))
+        self.moved += moved
+        log_fields(_logger, logging.INFO, "moved", node=self._node.id, chunks=moved, left=self.left)
+        return moved > 0 or reply.more
+
+    async def _ask(self) -> MoveChunksReply | None:
+        """What to move next; tells of what was copied. None: the metadata server does not say."""
+        copied = list(islice(self._copied, self._limits.most_copied))
         request = MoveChunksRequest(
             node_id=self._node.id,
             incarnation=self._node.incarnation,
-            copied=[move.source.key for move in copied],
+            copied=copied,
             most_bytes=self._limits.move_bytes,
             ttl_s=self._ttl_s,
         )
         try:
             if self._metadata.protocol < NODE_ORDERS:
-                return 0
+                return None
             reply = await self._metadata.move_chunks(request)
         except (MetadataUnavailableError, MetadataProtocolError) as error:
-            self._copied = copied
             log_fields(_logger, logging.INFO, "move_not_asked", node=self._node.id, reason=error.message)
-            return 0
-        self.left = reply.left
-        if not reply.moves:
-            return 0
-        granted = {move.target.key: move.target for move in reply.moves}
-        try:
-            written = await self._write(transfer, reply, began + self._ttl_s * self._limits.move_writable_share)
-            answers = await self._placement.commit([copy.move.target.id for copy in written], self._limits.give_back_s)
-            for copy, done in zip(written, answers or [], strict=False):
-                del granted[copy.move.target.key]
-                if done:
-                    self._copied.append(copy.move)
-        finally:
-            await self._placement.give_back(Reserved(granted))
-        self.moved += len(self._copied)
-        log_fields(_logger, logging.INFO, "moved", node=self._node.id, chunks=len(self._copied), left=self.left)
-        return len(self._copied)
+            return None
+        for key in copied:
+            del self._copied[key]
+        self._copied.update(dict.fromkeys(reply.in_use))
+        return reply
 
     async def _write(self, transfer: TransferEngine, reply: MoveChunksReply, write_by: float) -> list[_Copy]:
         """Those whose copies are complete, and whose source was whole to the end."""

@@ -114,7 +114,7 @@ class _RunningNode:
             tiers=self.tiers.reports() if self.tiers is not None else [],
             version=self.weights.version,
             release=release(),
-            left_to_move=self.mover.left,
+            left_to_move=self.mover.left if self.membership.drained == "move" else None,
         )
 
 
@@ -210,7 +210,7 @@ def _start_mover(
         node=membership.node,
         metadata=client,
         open_transfer=lambda: build_transfer(config.transport, owner.segment.host_id, trust=owner.trust),
-        wanted=lambda: membership.drained == "move",
+        wanted=lambda: membership.drained == "move" or membership.sheds,
         store=config.store,
         clock=clock,
         run_blocking=asyncio.to_thread,

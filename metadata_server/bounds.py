@@ -12,7 +12,14 @@ from kvcore.errors import MetadataProtocolError
 from kvcore.partitions import MAX_PARTITIONS
 from kvcore.types import ChunkKey, OwnerTag, ReplicaRef
 from metadata_server.account_messages import ImportRequest, OrphansRequest, RemoveOrphansRequest
-from metadata_server.cache_messages import ReleaseRequest, RenewRequest
+from metadata_server.cache_messages import (
+    ExpireRequest,
+    MoveChunksRequest,
+    PinRequest,
+    RebalanceRequest,
+    ReleaseRequest,
+    RenewRequest,
+)
 from metadata_server.messages import ManifestEntry, QuarantineRequest, RegisterRequest, Room, TellHoldingsRequest
 
 MAX_ITEMS = 65_536
@@ -187,3 +194,24 @@ def check_release(request: ReleaseRequest) -> None:
     """Leases to be ended."""
     check_items(request.lease_ids, "lease_ids")
     check_items(request.lease_names or (), "lease_names")
+
+
+def check_rebalance(request: RebalanceRequest) -> None:
+    """An order to even segments out."""
+    require(0 <= request.most_bytes < MAX_BYTES, "most_bytes", "out of range")
+
+
+def check_move(request: MoveChunksRequest) -> None:
+    """A question what to move."""
+    check_name(request.node_id, "node_id")
+    check_incarnation(request.incarnation, "incarnation")
+    check_keys(request.copied, "copied")
+    require(0 < request.most_bytes < MAX_BYTES, "most_bytes", "out of range")
+    check_seconds(request.ttl_s, "ttl_s")
+
+
+def check_keep(request: PinRequest | ExpireRequest) -> None:
+    """Chunks that are to stay, or to go, for a time."""
+    check_keys(request.keys)
+    if request.ttl_s is not None:
+        check_seconds(request.ttl_s, "ttl_s", most=MAX_KEEP_SECONDS)

@@ -16,6 +16,8 @@ CACHE_CONTROL = 3
 """Since which chunks are pinned, evicted and given a time by their keys."""
 NODE_ORDERS = 4
 """Since which nodes are drained and removed by order."""
+REBALANCE = 5
+"""Since which segments are evened out by order."""
 NodeAction = Literal["drain", "undrain", "remove"]
 
 
@@ -143,8 +145,9 @@ class RenewReply(TermReply, ReplyBody, frozen=True, kw_only=True):
 
 
 class MoveChunksRequest(FromNode, frozen=True, kw_only=True):
-    """A drained node asks which of its chunks to copy next, and where to. Room for the copies is reserved in its name
-    for `ttl_s`, as by a ReserveRequest, and evicts nothing. Its replicas of `copied`, which lie elsewhere now, go."""
+    """A node that is to be emptied, or that sheds, asks which of its chunks to copy next, and where to. Room for the
+    copies is reserved in its name for `ttl_s`, as by a ReserveRequest, and evicts nothing. Its replicas of `copied`
+    that lie elsewhere now go, whether it is to move more or not."""
 
     copied: list[ChunkKey]
     most_bytes: int
@@ -160,9 +163,48 @@ class ChunkMove(ReplyBody, frozen=True, kw_only=True):
 
 
 class MoveChunksReply(ReplyBody, frozen=True, kw_only=True):
-    """The most used chunks first. `left`: chunks that lie nowhere else yet, these included."""
+    """The most used chunks first. `left`: chunks that lie nowhere else yet, these included; above 0 while not all were
+    looked at. `more`: ask again at once, also where nothing could be moved. `in_use`: those of `copied` that are being
+    read here, to be named again."""
 
     moves: list[ChunkMove]
     segments: list[Segment]
     """Of the targets."""
     left: int
+    more: bool = False
+    in_use: list[ChunkKey] = msgspec.field(default_factory=list)
+
+
+class RebalanceRequest(RequestBody, frozen=True, kw_only=True):
+    """`start`: chunks of segments that are fuller than the cluster as a whole are moved to emptier ones, `most_bytes`
+    in all (0: as many as it takes); a run under way ends. `stop`: that is over. Since REBALANCE."""
+
+    action: Literal["start", "stop"]
+    most_bytes: int = 0
+
+
+class SegmentFill(ReplyBody, frozen=True, kw_only=True):
+    """How full one segment is. `sheds`: chunks are moved away from it."""
+
+    segment_id: str
+    node_id: str
+    used_bytes: int
+    size_bytes: int
+    sheds: bool = False
+
+
+class RebalanceReply(ReplyBody, frozen=True, kw_only=True):
+    """The latest run of this life of the server: its number (0: there was none), and `end`, why it is over."""
+
+    number: int
+    running: bool
+    end: str
+    most_bytes: int
+    """That it moves; what is copied in vain counts."""
+    moved_bytes: int
+    moved_chunks: int
+    share: float
+    """Of the cluster's room that is in use: where all segments go to."""
+    to_move_bytes: int
+    """That a run begun now would move at most."""
+    segments: list[SegmentFill]

@@ -36,6 +36,8 @@ from metadata_server.cache_messages import (
     NodeOrdersReply,
     PinRequest,
     PinsReply,
+    RebalanceReply,
+    RebalanceRequest,
     ReleaseRequest,
     RenewReply,
     RenewRequest,
@@ -252,6 +254,14 @@ class MetadataClient:
     async def node_orders(self, *, timeout_s: float | None = None) -> NodeOrdersReply:
         """Which nodes are drained, and which were removed."""
         return await self._call(endpoints.NODE_ORDERS, None, timeout_s)
+
+    async def rebalance(self, request: RebalanceRequest, *, timeout_s: float | None = None) -> RebalanceReply:
+        """Begin to even segments out, or stop."""
+        return await self._call(endpoints.REBALANCE, request, timeout_s)
+
+    async def rebalancing(self, *, timeout_s: float | None = None) -> RebalanceReply:
+        """How full segments are, and how evening them out goes."""
+        return await self._call(endpoints.REBALANCING, None, timeout_s)
 
     async def orphans(self, request: OrphansRequest, *, timeout_s: float | None = None) -> OrphansReply:
         """What is orphaned."""

@@ -136,7 +136,9 @@ class MetadataCore:
         else:
             now, request = self._now(), call.decode(body, json=json)
             with audited(who, path, call.about(request)) as line:
-                reply = await call.handle(request, now)
+                reply = call.handle(request, now)
+                if call.is_async:
+                    reply = await reply
                 line.outcome = call.outcome(reply)
         self._after_change()
         if self.token and isinstance(reply, TermReply | VersionedTermReply):

@@ -14,19 +14,20 @@ from metadata_server import account_messages as ac
 from metadata_server import cache_messages as c
 from metadata_server import messages as m
 from metadata_server.bounds import (
-    MAX_BYTES,
     MAX_GENERATION,
-    MAX_KEEP_SECONDS,
     MAX_WAIT_SECONDS,
     check_import,
     check_incarnation,
     check_items,
+    check_keep,
     check_keys,
     check_lengths,
+    check_move,
     check_name,
     check_orphans,
     check_owner,
     check_quarantine,
+    check_rebalance,
     check_register,
     check_release,
     check_renew,
@@ -45,13 +46,6 @@ Rep = TypeVar("Rep", bound=msgspec.Struct)
 def _check_node(request: m.FromNode | c.NodeOrderRequest) -> None:
     check_name(request.node_id, "node_id")
     check_incarnation(request.incarnation, "incarnation")
-
-
-def _check_move(request: c.MoveChunksRequest) -> None:
-    _check_node(request)
-    check_keys(request.copied, "copied")
-    require(0 < request.most_bytes < MAX_BYTES, "most_bytes", "out of range")
-    check_seconds(request.ttl_s, "ttl_s")
 
 
 def _check_match(request: m.MatchRequest) -> None:
@@ -86,12 +80,6 @@ def _check_replica_ids(request: m.ReplicaIds) -> None:
 
 def _check_only_keys(request: m.FindHoldersRequest | c.UnpinRequest | c.EvictRequest) -> None:
     check_keys(request.keys)
-
-
-def _check_keep(request: c.PinRequest | c.ExpireRequest) -> None:
-    check_keys(request.keys)
-    if request.ttl_s is not None:
-        check_seconds(request.ttl_s, "ttl_s", most=MAX_KEEP_SECONDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +164,7 @@ MOVE_CHUNKS = EndpointSpec(
     c.MoveChunksReply,
     lambda core: core.state.moves.next,
     "Which chunks of a drained node to copy next, and where to",
-    _check_move,
+    check_move,
 )
 MATCH = EndpointSpec(
     "/v1/objects/match", m.MatchRequest, m.MatchReply, lambda core: core.match, "Longest complete prefix", _check_match
@@ -255,7 +243,7 @@ PIN = EndpointSpec(
     c.CacheReply,
     lambda core: core.pin,
     "Keep chunks from eviction",
-    _check_keep,
+    check_keep,
     durable=True,
 )
 UNPIN = EndpointSpec(
@@ -281,9 +269,21 @@ EXPIRE = EndpointSpec(
     c.CacheReply,
     lambda core: core.state.expire,
     "Give chunks a time after which they are forgotten",
-    _check_keep,
+    check_keep,
 )
 PINS = EndpointSpec("/v1/cache/pins", None, c.PinsReply, lambda core: core.state.pins, "What is pinned")
+REBALANCE = EndpointSpec(
+    "/v1/nodes/rebalance",
+    c.RebalanceRequest,
+    c.RebalanceReply,
+    lambda core: core.state.moves.order,
+    "Even out how full segments are",
+    check_rebalance,
+    about=lambda request: f"{request.action} {request.most_bytes or ''}".rstrip(),
+)
+REBALANCING = EndpointSpec(
+    "/v1/nodes/rebalancing", None, c.RebalanceReply, lambda core: core.state.moves.look, "How full segments are"
+)
 ORPHANS = EndpointSpec(
     "/v1/janitor/orphans",
     ac.OrphansRequest,
@@ -334,6 +334,8 @@ ENDPOINTS: tuple[EndpointSpec[Any, Any], ...] = (
     EXPIRE,
     PINS,
     NODE_ORDERS,
+    REBALANCE,
+    REBALANCING,
     ORPHANS,
     REMOVE_ORPHANS,
     NODES,

@@ -112,11 +112,13 @@ class HeartbeatRequest(FromNode, frozen=True, kw_only=True):
 
 
 class HeartbeatReply(VersionedTermReply, ReplyBody, frozen=True, kw_only=True):
-    """`known` false: register again. `drained`: `stay`; `move`: copy the chunks away; empty: not so."""
+    """`known` false: register again. `drained`: `stay`; `move`: copy the chunks away; empty: not so. `sheds`: its
+    segments are fuller than others', and it is to ask what to move there."""
 
     epoch: str
     known: bool
     drained: str = ""
+    sheds: bool = False
 
 
 class LeaveRequest(FromNode, frozen=True, kw_only=True):

@@ -28,6 +28,7 @@ from nodeapi.client import HttpNodeClient
 from nodeapi.protocol import NodeClient
 from router.admin.janitor import ClusterJanitor
 from router.admin.nodes import NodeAdmin
+from router.admin.rebalance import SegmentRebalance
 from router.admin.routes import AdminRoutes, add_no_nodes, is_order
 from router.answering import Answerer, AnswerLimits
 from router.api.app import make_app
@@ -149,7 +150,7 @@ def _operators_routes(
         lifecycle.describe.append(lambda: [repr(admin)])
         lifecycle.tasks.create_task(admin.follow(), name="node orders")
         janitor = ClusterJanitor(cluster, metadata, tier_sight(cluster, client, metadata))
-        add.append(AdminRoutes(admin, janitor, int(config.router.max_body)).add_to)
+        add.append(AdminRoutes(admin, SegmentRebalance(metadata), janitor, int(config.router.max_body)).add_to)
 
     def add_all(app: FastAPI) -> None:
         for one in add:

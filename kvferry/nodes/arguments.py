@@ -25,8 +25,31 @@ def add_nodes(parser: argparse.ArgumentParser, config_type: Callable[[str], Path
     remove = commands.add("remove", lambda it, given: it.order("remove", given.node, force=given.force), text)
     text = "also if it is alive: it is not taken in again until it is started anew"
     remove.add_argument("--force", action="store_true", help=text)
+    text = "move chunks from segments that are fuller than the others, until all are about as full; Ctrl-C stops it"
+    rebalance = commands.add("rebalance", _rebalance, text)
+    rebalance.add_argument("--most", type=_size, default=0, metavar="SIZE", help="move no more than this: 10GiB")
+    rebalance.add_argument("--dry-run", action="store_true", help="only say what would be moved")
     for one in (drain, undrain, remove):
         one.add_argument("node", metavar="NAME", help="as ls shows it")
+
+
+def _rebalance(commands: "NodesCommands", given: argparse.Namespace) -> int:
+    from kvferry.nodes.rebalance import RebalanceCommand
+
+    command = RebalanceCommand(commands.url, commands.console, commands.as_json, commands.trust)
+    return command.run(most_bytes=int(given.most), dry_run=given.dry_run)
+
+
+def _size(text: str) -> int:
+    from kvcore.config.parse import parse_byte_size
+
+    try:
+        size = int(parse_byte_size(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
+    if size <= 0:
+        raise argparse.ArgumentTypeError(f"{text}: nothing could be moved")
+    return size
 
 
 def _commands(arguments: argparse.Namespace) -> "NodesCommands":

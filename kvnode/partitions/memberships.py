@@ -59,6 +59,11 @@ class Memberships:
         return max((each.drained for each in self._each), key=("", "stay", "move").index)
 
     @property
+    def sheds(self) -> bool:
+        """Whether chunks are to move away from here, as the segment is fuller than others."""
+        return any(each.sheds for each in self._each)
+
+    @property
     def registrations(self) -> int:
         """Since start, at all of them."""
         return sum(each.registrations for each in self._each)

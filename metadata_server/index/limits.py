@@ -17,7 +17,15 @@ class IndexLimits:
     max_replaced: int = 64
     """Earlier incarnations of a live node that are known, so that their late messages are refused."""
     max_moves: int = 256
-    """Chunks of a drained node that are copied with one call."""
+    """Chunks of a node that are copied elsewhere with one call, …"""
+    rows_a_move: int = 16_384
+    """… for which so many are looked at, in about 15 ms, …"""
+    moved_rows_a_second: int = 100_000
+    """… and all again, where none could be moved, no faster than this."""
+    even_within: float = 0.05
+    """Segments are even whose use differs from the cluster's by no more than this share of their room."""
+    rebalance_idle_s: float = 60.0
+    """A run that moves nothing for so long is over."""
     max_node_orders: int = 65_536
     """Nodes that are drained or were removed."""
     max_tier_keys: int = 4_000_000

@@ -85,8 +85,7 @@ class MetadataState:
         self.report = IndexReport(
             log, nodes, index, self._reservations, self._reading, imports=self._imports, counts=self.counters
         )
-        self._limits = limits
-        self._node_ttl_s = node_ttl_s
+        self._limits, self._node_ttl_s = limits, node_ttl_s
         self._settled_at = -math.inf  # from then on every node that lives has been heard
 
     def __repr__(self) -> str:
@@ -176,8 +175,9 @@ class MetadataState:
         node = self._nodes.get(request.node_id, request.incarnation)
         if node is not None:
             self._nodes.renew(node, now)
-        drained = self.orders.drain_of(request.node_id)
-        return self.speaks.greet(m.HeartbeatReply(epoch=self.epoch, known=node is not None, drained=drained))
+        drained, sheds = self.orders.drain_of(request.node_id), self.moves.rebalance.wants(node, now)
+        reply = m.HeartbeatReply(epoch=self.epoch, known=node is not None, drained=drained, sheds=sheds)
+        return self.speaks.greet(reply)
 
     def leave(self, request: m.LeaveRequest, now: float) -> None:
         """Drop the node with all that it holds. Another incarnation: nothing happens."""

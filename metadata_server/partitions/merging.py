@@ -24,8 +24,10 @@ from metadata_server.cache_messages import (
     NodeOrderReply,
     NodeOrdersReply,
     PinsReply,
+    RebalanceReply,
     RenewReply,
     RenewRequest,
+    SegmentFill,
 )
 from metadata_server.messages import (
     CommitRefusal,
@@ -171,12 +173,37 @@ def merge_orders(_: object, pieces: Sequence[Piece[Any]], answers: Answers[NodeO
 
 
 def merge_moves(_: object, pieces: Sequence[Piece[Any]], answers: Answers[MoveChunksReply]) -> MoveChunksReply:
-    """All moves. A partition that did not answer may have one more."""
+    """All moves. A partition that did not answer may have one more, and is to be told again of what was copied."""
     replies = [answer for _, answer in _answered(pieces, answers)]
+    untold = [key for piece, one in zip(pieces, answers, strict=True) if one is None for key in piece.request.copied]
     return MoveChunksReply(
         moves=[move for reply in replies for move in reply.moves],
         segments=_distinct(reply.segments for reply in replies),
         left=sum(reply.left for reply in replies) + len(answers) - len(replies),
+        more=any(reply.more for reply in replies),
+        in_use=[*untold, *(key for reply in replies for key in reply.in_use)],
+    )
+
+
+def merge_rebalance(_: object, pieces: Sequence[Piece[Any]], answers: Answers[RebalanceReply]) -> RebalanceReply:
+    """Each evens out its own part of each segment. The run is over when each one's is."""
+    replies = [answer for _, answer in _answered(pieces, answers)]
+    fills: dict[str, SegmentFill] = {}
+    for each in (each for reply in replies for each in reply.segments):
+        before = fills.get(each.segment_id)
+        fills[each.segment_id] = each if before is None else _fill_of_both(before, each)
+    used, size = (sum(each.used_bytes for each in fills.values()), sum(each.size_bytes for each in fills.values()))
+    running = any(reply.running for reply in replies)
+    return RebalanceReply(
+        number=sum(reply.number for reply in replies),
+        running=running,
+        end="" if running else "; ".join(dict.fromkeys(reply.end for reply in replies)),
+        most_bytes=sum(reply.most_bytes for reply in replies),
+        moved_bytes=sum(reply.moved_bytes for reply in replies),
+        moved_chunks=sum(reply.moved_chunks for reply in replies),
+        share=used / (size or 1),
+        to_move_bytes=sum(reply.to_move_bytes for reply in replies),
+        segments=list(fills.values()),
     )
 
 
@@ -252,6 +279,15 @@ def _orphans_of_both(one: OrphansOfKind, other: OrphansOfKind) -> OrphansOfKind:
         count=one.count + other.count - twice,
         oldest_s=max(ages, default=None),
         listed=sorted(listed.values(), key=lambda orphan: -(orphan.age_s or 0.0)),
+    )
+
+
+def _fill_of_both(one: SegmentFill, other: SegmentFill) -> SegmentFill:
+    return msgspec.structs.replace(
+        one,
+        used_bytes=one.used_bytes + other.used_bytes,
+        size_bytes=one.size_bytes + other.size_bytes,
+        sheds=one.sheds or other.sheds,
     )
 
 

@@ -45,6 +45,8 @@ RULES: Mapping[str, Rule] = {
         (e.EXPIRE, Rule(s.by_keys, m.merge_counts, all_or_none=True)),
         (e.PINS, Rule(s.to_all, m.merge_pins)),
         (e.NODE_ORDERS, Rule(s.to_all, m.merge_orders)),
+        (e.REBALANCE, Rule(s.by_share, m.merge_rebalance, all_or_none=True)),
+        (e.REBALANCING, Rule(s.to_all, m.merge_rebalance, all_or_none=True)),
         (e.ORPHANS, Rule(s.to_all, m.merge_orphans, all_or_none=True)),
         (e.REMOVE_ORPHANS, Rule(s.to_all, m.merge_removed, all_or_none=True)),
         (e.NODES, Rule(s.to_all, m.merge_nodes)),

@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from kvcore.partitions import Partitions
-from metadata_server.cache_messages import MoveChunksRequest, ReleaseRequest, RenewRequest
+from metadata_server.cache_messages import MoveChunksRequest, RebalanceRequest, ReleaseRequest, RenewRequest
 from metadata_server.messages import (
     MatchRequest,
     QuarantineRequest,
@@ -107,6 +107,12 @@ def by_moves(request: MoveChunksRequest, whole: Partitions) -> list[Piece[MoveCh
         Piece(number, _replace(request, copied=copied.get(number, []), most_bytes=most))
         for number in range(len(whole.names))
     ]
+
+
+def by_share(request: RebalanceRequest, whole: Partitions) -> list[Piece[RebalanceRequest]]:
+    """Each moves its part of the bytes at most."""
+    most = max(1, request.most_bytes // len(whole.names)) if request.most_bytes else 0
+    return [Piece(number, _replace(request, most_bytes=most)) for number in range(len(whole.names))]
 
 
 Splitter = Callable[[Any, Partitions], list[Piece[Any]]]

@@ -227,6 +227,7 @@ _FIELD_BOUNDS: dict[str, dict[str, _Schema]] = {
     "UnpinRequest": {"keys": _KEYS},
     "EvictRequest": {"keys": _KEYS},
     "ExpireRequest": {"keys": _KEYS, "ttl_s": _KEEP_SECONDS},
+    "RebalanceRequest": {"most_bytes": _whole(0, MAX_BYTES)},
     "OrphansRequest": {"known": _ITEMS, "older_s": _AGE},
     "RemoveOrphansRequest": {"known": _ITEMS, "ids": _ITEMS, "older_s": _AGE},
     "ReserveItem": {"key": _KEY, "length": _LENGTH},

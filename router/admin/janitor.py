@@ -13,6 +13,7 @@ from kvcore.errors import InvalidRequestError
 from kvcore.types import ChunkKey
 from metadata_server.account_messages import JANITOR, OrphansOfKind, OrphansRequest, RemoveOrphansRequest
 from metadata_server.client import MetadataClient
+from router.admin.rebalance import check_speaks
 from router.admin.reports import JanitorOrder, JanitorRemoved, JanitorReport
 from router.nodes.cluster import Cluster
 
@@ -42,7 +43,7 @@ class ClusterJanitor:
 
     async def look(self, older_s: float) -> JanitorReport:
         """Changes nothing."""
-        await self._check_version()
+        await check_speaks(self._metadata, JANITOR)
         reply = await self._metadata.orphans(OrphansRequest(known=list(self._cluster.nodes), older_s=older_s))
         problems = [f"metadata server: {reply.unknown}"] if reply.unknown else []
         kinds = []
@@ -56,19 +57,13 @@ class ClusterJanitor:
 
     async def remove(self, order: JanitorOrder) -> JanitorRemoved:
         """What was listed and is orphaned still."""
-        await self._check_version()
+        await check_speaks(self._metadata, JANITOR)
         ids, problems = await self._without_chunk(order.ids, order.kind)
         known = list(self._cluster.nodes)
         request = RemoveOrphansRequest(kind=order.kind, ids=sorted(ids), known=known, older_s=order.older_s)
         reply = await self._metadata.remove_orphans(request)
         problems += [f"metadata server: {reply.unknown}"] if reply.unknown else []
         return JanitorRemoved(removed=reply.removed, problems=problems)
-
-    async def _check_version(self) -> None:
-        if self._metadata.protocol < JANITOR:
-            await self._metadata.nodes()  # it is not known yet, or the server was replaced by a newer one
-        if self._metadata.protocol < JANITOR:
-            raise InvalidRequestError("the metadata server is older than the janitor: upgrade it")
 
     async def _without_chunk(self, ids: Sequence[str], kind: str) -> tuple[set[str], list[str]]:
         """Of pins those whose chunk lies in no tier, as far as all tiers were seen; of other kinds all."""

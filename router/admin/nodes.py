@@ -16,6 +16,7 @@ from kvcore.types import NodeInfo, Role
 from metadata_server.account_messages import Stats
 from metadata_server.cache_messages import NODE_ORDERS, NodeAction, NodeOrder, NodeOrderRequest
 from metadata_server.client import MetadataClient
+from router.admin.rebalance import check_speaks
 from router.admin.reports import NodeOrderBody, NodeOrdered, NodeRow, NodesReport
 from router.admin.states import LOST, REFUSED, node_state, num_requests
 from router.nodes.cluster import Cluster, KnownNode
@@ -126,10 +127,7 @@ class NodeAdmin:
     async def order(self, action: NodeAction, body: NodeOrderBody) -> NodeOrdered:
         """Carry one out. Raises InvalidRequestError for a node that nobody knows, or where it is refused, and
         MetadataUnavailableError: it may be carried out or not."""
-        if self._metadata.protocol < NODE_ORDERS:
-            await self._metadata.nodes()  # it is not known yet, or the server was replaced by a newer one
-        if self._metadata.protocol < NODE_ORDERS:
-            raise InvalidRequestError("the metadata server is older than such orders: upgrade it")
+        await check_speaks(self._metadata, NODE_ORDERS)
         await self._take_orders()
         self._check_known(body.node)
         node = self._cluster.nodes.get(body.node)

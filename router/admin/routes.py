@@ -15,9 +15,10 @@ from starlette.types import Scope
 from kvcore.errors import InvalidRequestError
 from kvcore.process.audit import audited, caller
 from kvcore.process.http_body import read_body
-from metadata_server.cache_messages import NodeAction
+from metadata_server.cache_messages import NodeAction, RebalanceRequest
 from router.admin.janitor import ClusterJanitor
 from router.admin.nodes import NodeAdmin
+from router.admin.rebalance import SegmentRebalance
 from router.admin.reports import JanitorOrder, NodeOrderBody
 from router.api import openapi
 from router.api.limits import ApiLimits
@@ -42,6 +43,7 @@ class AdminRoutes:
     """Adds its routes to an application."""
 
     nodes: NodeAdmin
+    rebalance: SegmentRebalance
     janitor: ClusterJanitor
     max_body_bytes: int
     limits: ApiLimits = ApiLimits()
@@ -60,7 +62,20 @@ class AdminRoutes:
         }
         for action, text in texts.items():
             self._order(app, action, text)
+        self._add_rebalance(app)
         self._add_janitor(app)
+
+    def _add_rebalance(self, app: FastAPI) -> None:
+        @app.get("/v1/nodes/rebalance", **openapi.plain("How full segments are", unavailable=True))
+        async def look() -> Response:
+            return JsonReply(await self.rebalance.look())
+
+        @app.post("/v1/nodes/rebalance", **openapi.orders("Even out how full segments are", RebalanceRequest))
+        async def order(request: Request) -> Response:
+            with audited(caller(request.client), "nodes rebalance") as line:
+                body = _body_of(await self._read(request), RebalanceRequest, "to even segments out")
+                line.on = f"{body.action} {body.most_bytes or ''}".rstrip()
+                return JsonReply(await self.rebalance.order(body))
 
     def _add_janitor(self, app: FastAPI) -> None:
         parameter = {"name": "older_s", "in": "query", "schema": {"type": "number", "default": A_DAY, **OLDER}}
@@ -113,7 +128,7 @@ def add_no_nodes(app: FastAPI) -> None:
     """The routes of a router over vLLM servers that are not ours."""
 
     @app.api_route("/v1/nodes", methods=["GET"], include_in_schema=False)
-    @app.api_route("/v1/nodes/{what}", methods=["POST"], include_in_schema=False)
+    @app.api_route("/v1/nodes/{what}", methods=["GET", "POST"], include_in_schema=False)
     @app.api_route("/v1/janitor", methods=["GET", "POST"], include_in_schema=False)
     async def refused(request: Request) -> Response:
         raise InvalidRequestError(f"{request.url.path}: vLLM servers that run by themselves take no orders")

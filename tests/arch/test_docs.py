@@ -88,7 +88,7 @@ def test_files_load_and_commands_are_ones_that_we_have(page, tmp_path):
     files = write_files(page, tmp_path)
     for name, path in files.items():
         assert load_config(path).nodes, name
-    for kind in ("up", "client", "parse", "cache", "nodes", "replace", "janitor"):
+    for kind in ("up", "client", "parse", "cache", "nodes", "replace", "janitor", "rebalance"):
         for line in commands(page, kind):
             check_command(line, files)
 

@@ -197,6 +197,34 @@ async def test_a_machine_is_replaced_as_the_page_says(tmp_path: Path) -> None:
             await ask(subject, 9)
 
 
+async def test_full_segments_are_evened_out_and_every_prompt_is_hit_as_before(tmp_path: Path) -> None:
+    """One decoder was drained while the prompts came; the engines' own memory holds two of them."""
+    prompts = [[random.Random(seed).randrange(3, 250) for _ in range(64 * 8 + 1)] for seed in range(12)]
+    greedy = {"max_tokens": 1, "temperature": 0, "ignore_eos": True}
+    small = [f"nodes.{name}.segment=2MiB" for name in ("prefill-0", "decode-0", "decode-1")]
+    overrides = ["engine.num_blocks=80", *small]
+    async with cluster(tmp_path, prefillers=1, decoders=2, overrides=overrides) as subject:
+        assert (await kvferry(subject, "nodes", "drain", "decode-1"))[0] == 0
+        for prompt in prompts:
+            await subject.complete(prompt, **greedy)
+        assert (await kvferry(subject, "nodes", "undrain", "decode-1"))[0] == 0
+
+        async def fills() -> list[float]:
+            return [one.used_bytes / one.segment.size_bytes for one in (await subject.stats()).segments]
+
+        before = await fills()
+        assert max(before) - min(before) > 0.3
+        plan, *runs = commands("rebalance")
+        code, out, err = await kvferry(subject, *plan)
+        assert code == 0 and "at most" in out and await fills() == before, (out, err)
+        for words in runs:
+            code, out, err = await kvferry(subject, *words)
+            assert code == 0 and "all together" in out, (out, err)
+        assert max(await fills()) - min(await fills()) < 0.05
+        bodies = [await subject.complete(prompt, **greedy) for prompt in prompts]
+        assert [body["usage"]["prompt_tokens_details"]["cached_tokens"] for body in bodies] == [512] * len(prompts)
+
+
 async def test_a_cluster_at_work_has_no_orphans_and_what_is_ordered_of_a_node_that_never_was_is_one(
     tmp_path: Path,
 ) -> None:

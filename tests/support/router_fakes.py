@@ -54,6 +54,7 @@ from nodeapi.upkeep import (
 )
 from router.admin.janitor import ClusterJanitor
 from router.admin.nodes import NodeAdmin
+from router.admin.rebalance import SegmentRebalance
 from router.admin.routes import AdminRoutes
 from router.answering import Answerer
 from router.api.app import make_app
@@ -423,7 +424,9 @@ async def make_rig(
 
     def add_routes(app: FastAPI) -> None:
         upkeep.add_to(app)
-        AdminRoutes(admin, ClusterJanitor(cluster, index, sight), int(bounds.max_body)).add_to(app)
+        AdminRoutes(admin, SegmentRebalance(index), ClusterJanitor(cluster, index, sight), int(bounds.max_body)).add_to(
+            app
+        )
 
     app = make_app(
         answerer,

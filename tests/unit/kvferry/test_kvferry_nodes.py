@@ -1,5 +1,6 @@
 """`kvferry nodes`: what is asked and shown, and how it ends; over a fake router."""
 
+import asyncio
 import io
 import json
 from collections.abc import AsyncIterator
@@ -11,10 +12,13 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 from rich.console import Console
+from support.metadata_rigs import until
 
 from kvferry.cache.client import CacheCommandError, router_calls
 from kvferry.cli import main
 from kvferry.nodes.commands import NodesCommands
+from kvferry.nodes.rebalance import RebalanceCommand
+from metadata_server.cache_messages import RebalanceReply, SegmentFill
 from router.admin import reports as r
 
 ROWS = [
@@ -102,8 +106,89 @@ async def test_a_refusal_is_the_routers_sentence():
             await run(commands, "remove", r.NodeOrderBody(node="d0"))
 
 
-@pytest.mark.parametrize("words", [["ls"], ["drain", "d0"], ["undrain", "d0"], ["remove", "--force", "d0"]])
+@pytest.mark.parametrize(
+    "words", [["ls"], ["rebalance"], ["drain", "d0"], ["undrain", "d0"], ["remove", "--force", "d0"]]
+)
 def test_a_cluster_that_is_down_is_one_line(capsys, words):
     assert main(["nodes", *words, "--url", "http://127.0.0.1:1"]) == 1
     err = capsys.readouterr().err
     assert err.startswith("kvferry: error: the router at") and len(err.splitlines()) == 1
+
+
+# --- rebalance ----------------------------------------------------------------------------------------------------
+
+
+def report(moved: int, *, number: int = 1, end: str = "") -> RebalanceReply:
+    fills = [SegmentFill(segment_id=f"{name}.1", node_id=name, used_bytes=used, size_bytes=1000) for name, used in USED]
+    return RebalanceReply(
+        number=number,
+        running=not end,
+        end=end,
+        most_bytes=300,
+        moved_bytes=100 * moved,
+        moved_chunks=moved,
+        share=0.5,
+        to_move_bytes=300,
+        segments=fills,
+    )
+
+
+USED = [("a", 200), ("b", 800)]
+
+
+class FakeRebalance(FakeRouter):
+    """Answers each call with the next of `reports`, the last again and again."""
+
+    def __init__(self, *reports: RebalanceReply) -> None:
+        super().__init__()
+        self.reports = list(reports)
+
+    async def answer(self, request: web.Request) -> web.Response:
+        raw = await request.read()
+        self.asked.append((request.method, json.loads(raw) if raw else None))
+        value = self.reports.pop(0) if len(self.reports) > 1 else self.reports[0]
+        return web.Response(body=msgspec.json.encode(value), content_type="application/json")
+
+    async def run(self, *, dry_run: bool = False, as_json: bool = False, most: int = 0) -> tuple[int, list[str]]:
+        async with self.running() as (commands, out), router_calls(commands.url) as router:
+            it = RebalanceCommand(commands.url, commands.console, as_json, poll_s=0.01)
+            code = await (it.plan(router, most) if dry_run else it.even_out(router, most))
+            return code, out.getvalue().splitlines()
+
+
+async def test_rebalance_shows_how_it_goes_and_ends_when_segments_are_even():
+    fake = FakeRebalance(report(0), report(1), report(1), report(3, end="no segment can shed more"))
+    code, lines = await fake.run(most=300)
+    assert code == 0 and fake.asked[0] == ("POST", {"action": "start", "most_bytes": 300})
+    assert [line.split(" moved")[0] for line in lines[:3]] == ["0 B of 300 B", "100 B of 300 B", "300 B of 300 B"]
+    assert lines[3:] == ["b: 80% of 1000 B", "a: 20% of 1000 B", "all together: 50%", "no segment can shed more"]
+
+
+async def test_a_rebalance_that_ends_otherwise_is_1_and_says_why(capsys):
+    assert (await FakeRebalance(report(0), report(1, end="nothing was moved for 60 s")).run())[0] == 1
+    assert (await FakeRebalance(report(0), report(1, number=0, end="none was begun")).run())[0] == 1
+    assert "the metadata server was started again" in capsys.readouterr().err
+
+
+async def test_a_dry_run_orders_nothing_and_says_what_would_be_moved(capsys):
+    fake = FakeRebalance(report(0, number=0, end="none was begun"))
+    code, lines = await fake.run(dry_run=True, most=200)
+    assert code == 0 and fake.asked == [("GET", None)] and lines[-1] == "at most 200 B would be moved"
+    assert (await fake.run(dry_run=True, as_json=True))[1] == []
+    assert json.loads(capsys.readouterr().out)["to_move_bytes"] == 300
+
+
+async def test_ctrl_c_stops_the_run():
+    fake = FakeRebalance(report(1))
+    running = asyncio.create_task(fake.run())
+    await until(lambda: len(fake.asked) >= 3)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert fake.asked[-1] == ("POST", {"action": "stop", "most_bytes": 0})
+
+
+@pytest.mark.parametrize("size", ["x", "0", "-1"])
+def test_a_size_that_is_none_is_a_wrong_command_line(size):
+    with pytest.raises(SystemExit):
+        main(["nodes", "rebalance", f"--most={size}"])

@@ -13,14 +13,14 @@ from support.metadata_words import new_state
 from kvcore.chunk_keys import owner_of
 from kvcore.clock import SystemClock
 from kvcore.config.schema import StoreConfig
-from kvcore.errors import PeerUnreachableError, TransferError
+from kvcore.errors import MetadataUnavailableError, PeerUnreachableError, TransferError
 from kvcore.types import ChunkKey, NodeInfo, Role, Segment
 from kvnode.limits import NodeLimits
 from kvnode.moving import ChunkMover
 from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, Expected, pack, parse, verify
 from kvstore.integrity.checks import Integrity
 from kvstore.types import GetOutcome
-from metadata_server.cache_messages import NodeOrderRequest
+from metadata_server.cache_messages import NodeOrderRequest, RebalanceRequest
 from metadata_server.client import MetadataClient
 from metadata_server.core import MetadataCore
 from metadata_server.messages import ManifestEntry, RegisterRequest, SegmentManifest
@@ -97,8 +97,10 @@ def payload(number: int) -> bytes:
 
 
 @asynccontextmanager
-async def world(chunks: int = 7, room: int = 16, limits: NodeLimits = LIMITS) -> AsyncIterator[World]:
-    """Node a with so many chunks, drained to be emptied, and b with room for so many."""
+async def world(
+    chunks: int = 7, room: int = 16, limits: NodeLimits = LIMITS, *, order: str = "drain"
+) -> AsyncIterator[World]:
+    """Node a with so many chunks, drained to be emptied or to `shed`, and b with room for so many."""
     clock, state = SystemClock(), new_state(reserve_ttl_s=5.0)
     core = MetadataCore(state, clock)
     client = MetadataClient(DirectTransport(core), clock, 5.0)
@@ -117,7 +119,10 @@ async def world(chunks: int = 7, room: int = 16, limits: NodeLimits = LIMITS) ->
         manifest = SegmentManifest(segment=segment, entries=entries)
         await client.register(RegisterRequest(node=node, segments=[manifest], ttl_s=900))
         info[name] = node
-    await client.order_node(NodeOrderRequest(node_id="a", action="drain", move=True))
+    if order == "shed":
+        await client.rebalance(RebalanceRequest(action="start"))
+    else:
+        await client.order_node(NodeOrderRequest(node_id="a", action="drain", move=True))
     ordered = [True]
 
     async def run(work: Callable[[], object]) -> object:
@@ -214,6 +219,52 @@ async def test_it_stops_when_the_node_is_no_longer_drained_and_nothing_was_lost(
         it.memories.before = lambda _: it.ordered.__setitem__(0, False)
         await until(lambda: it.memories.calls and it.mover.left is None)
         assert 0 < it.mover.moved <= 3 and all(it.place(n) for n in range(7))
+        await until(lambda: all(len(it.place(n)) == 1 for n in range(7)))
+
+
+async def test_a_segment_that_sheds_gives_up_what_is_too_much_and_no_more():
+    """Of 7 chunks in two segments of 16 each."""
+    async with world(order="shed") as it:
+        await until(lambda: not it.core.state.moves.look(None, 0.0).running)
+        await until(lambda: all(len(it.place(n)) == 1 for n in range(7)))
+        assert [set(it.place(n)) for n in range(7)].count({"b.1"}) == it.mover.moved == 3
+
+
+async def test_a_copy_of_which_no_answer_told_does_not_lie_twice_for_good():
+    async with world() as it:
+        original, lost = it.client._transport.call, []
+
+        async def call(path: str, body: bytes, timeout_s: float) -> bytes:
+            reply = await original(path, body, timeout_s)
+            if path.endswith("/commit") and len(lost) < 2:
+                lost.append(path)
+                raise MetadataUnavailableError("the answer was lost")
+            return reply
+
+        it.client._transport.call = call  # type: ignore[method-assign]
+        await until(lambda: it.mover.left == 0 and len(lost) == 2)
+        await until(lambda: all(set(it.place(n)) == {"b.1"} for n in range(7)))
+        assert it.mover.moved < 7, "as far as it knows"
+
+
+async def test_a_metadata_server_that_was_started_anew_is_told_what_was_copied():
+    """Between copying and telling of it, and the run or the drain is unknown to the new one."""
+    async with world() as it:
+        stopped = asyncio.Event()
+
+        async def call(path: str, body: bytes, timeout_s: float) -> bytes:
+            if path.endswith("/move_chunks") and it.mover.moved and not stopped.is_set():
+                it.ordered[0] = False
+                raise MetadataUnavailableError("it is started again")
+            return await original(path, body, timeout_s)
+
+        original = it.client._transport.call
+        it.client._transport.call = call  # type: ignore[method-assign]
+        await until(lambda: it.mover.moved and it.mover.left is None)
+        assert sum(len(it.place(n)) == 2 for n in range(7)) == it.mover.moved
+        it.core.state.orders.give(NodeOrderRequest(node_id="a", action="undrain"), None, 0.0)
+        stopped.set()
+        await until(lambda: all(len(it.place(n)) == 1 for n in range(7)))
 
 
 async def test_while_it_is_paused_nothing_is_written_and_then_it_goes_on():

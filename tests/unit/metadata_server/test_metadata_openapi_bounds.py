@@ -22,6 +22,7 @@ NODE = {"node_id": "a", "incarnation": 1}
 WITHOUT = {
     ("SegmentManifest", "entries"),  # the length of the body bounds them
     *(("NodeOrderRequest", field) for field in ("action", "move", "force")),  # words and truth values
+    ("RebalanceRequest", "action"),
     ("RemoveOrphansRequest", "kind"),  # words
     ("PinRequest", "extend"),  # true or false
     ("ReplicaRef", "id"),  # any number: what is not known is answered so
@@ -68,6 +69,7 @@ def examples() -> dict[str, Any]:
         c.MoveChunksRequest(**NODE, copied=keys(1), most_bytes=1, ttl_s=1.0),
         c.PinRequest(keys=keys(1), ttl_s=1.0),
         c.UnpinRequest(keys=keys(1)),
+        c.RebalanceRequest(action="start", most_bytes=1),
         ac.OrphansRequest(known=["a"], older_s=1.0),
         ac.RemoveOrphansRequest(kind="pins", ids=["1"], known=["a"], older_s=1.0),
         c.EvictRequest(keys=keys(1)),

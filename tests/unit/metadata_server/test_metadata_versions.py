@@ -62,6 +62,8 @@ def requests(state: MetadataState) -> dict[str, msgspec.Struct | None]:
         "/v1/nodes/order_node": c.NodeOrderRequest(node_id="a", action="drain"),
         "/v1/objects/move_chunks": c.MoveChunksRequest(**named, copied=[], most_bytes=1, ttl_s=1.0),
         "/v1/nodes/node_orders": None,
+        "/v1/nodes/rebalance": c.RebalanceRequest(action="start", most_bytes=1),
+        "/v1/nodes/rebalancing": None,
         "/v1/janitor/orphans": ac.OrphansRequest(known=["a"], older_s=1.0),
         "/v1/janitor/remove_orphans": ac.RemoveOrphansRequest(kind="pins", ids=["00"], known=[], older_s=1.0),
         "/v1/nodes": None,

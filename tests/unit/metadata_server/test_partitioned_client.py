@@ -6,7 +6,7 @@ from dataclasses import replace
 import msgspec
 import pytest
 from support.metadata_rigs import DirectEventSource, DirectTransport, end, until
-from support.metadata_words import granted, ids, key, keys, new_state, registration, reservation
+from support.metadata_words import UNIT, granted, ids, key, keys, new_state, registration, reservation
 from support.partition_rigs import PartitionRig
 
 from kvcore.clock import ManualClock, SystemClock
@@ -14,14 +14,22 @@ from kvcore.config.partitions import PartitionConfig
 from kvcore.config.schema import MetadataServerConfig
 from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
 from kvcore.partitions import Part, Partitions
+from kvcore.types import ChunkKey
 from metadata_server.account_messages import Orphan, OrphansOfKind, OrphansReply, RemoveOrphansReply
-from metadata_server.cache_messages import MoveChunksRequest, NodeOrderRequest, ReleaseRequest, RenewRequest
+from metadata_server.cache_messages import (
+    MoveChunksRequest,
+    NodeOrderRequest,
+    RebalanceRequest,
+    ReleaseRequest,
+    RenewRequest,
+)
 from metadata_server.client import MetadataClient
 from metadata_server.connect import connect_client, connect_subscription, endpoints_of
 from metadata_server.core import MetadataCore
 from metadata_server.endpoints import ENDPOINTS
 from metadata_server.messages import (
     CommitRefusal,
+    HeartbeatRequest,
     MatchRequest,
     ReserveStatus,
     TellHoldingsRequest,
@@ -206,6 +214,29 @@ async def test_orders_reach_all_partitions_or_the_operator_hears_of_it(rig):
     assert (await rig.client.order_node(undrain)).refused
 
 
+async def test_all_partitions_even_out_their_parts_of_the_segments_and_share_the_bound(rig):
+    numbers = [*of(rig, A, 20), *of(rig, B, 20)]
+    await put(rig, numbers)
+    await rig.register("m", 64)
+    begun = await rig.client.rebalance(RebalanceRequest(action="start", most_bytes=12 * UNIT))
+    assert begun.running and begun.number == 2 and begun.most_bytes == 12 * UNIT
+    assert all(
+        [(await part.heartbeat(HeartbeatRequest(node_id="n", incarnation=1))).sheds for part in rig.client.parts]
+    )
+    copied: list[ChunkKey] = []
+    while (await rig.client.rebalancing()).running or copied:
+        asked = MoveChunksRequest(node_id="n", incarnation=1, copied=copied, most_bytes=1 << 20, ttl_s=60.0)
+        moves = (await rig.client.move_chunks(asked)).moves
+        await rig.client.commit(ids("n", [move.target for move in moves]))
+        copied = [move.source.key for move in moves]
+    over = await rig.client.rebalancing()
+    assert (over.moved_chunks, over.end) == (12, "all was moved that was to be")
+    assert {each.node_id: each.used_bytes for each in over.segments} == {"n": 28 * UNIT, "m": 12 * UNIT}
+    rig.ways[B].away = True
+    with pytest.raises(MetadataUnavailableError):
+        await rig.client.rebalance(RebalanceRequest(action="stop"))
+
+
 async def test_a_drained_nodes_chunks_are_named_by_all_partitions_and_one_that_is_away_may_have_more(rig):
     numbers = [*of(rig, A, 2), *of(rig, B, 2)]
     await put(rig, numbers)
@@ -217,10 +248,11 @@ async def test_a_drained_nodes_chunks_are_named_by_all_partitions_and_one_that_i
     await rig.client.commit(ids("n", [move.target for move in moves]))
     rig.ways[B].away = True
     copied = msgspec.structs.replace(asked, copied=[move.source.key for move in moves])
-    assert (await rig.client.move_chunks(copied)).left == 1
+    reply = await rig.client.move_chunks(copied)
+    assert reply.left == 1 and set(reply.in_use) == set(keys(*numbers[2:])), "it is to be told again"
     rig.ways[B].away = False
     rig.clock.advance(2.0)
-    assert (await rig.client.move_chunks(copied)).left == 0
+    assert (await rig.client.move_chunks(msgspec.structs.replace(asked, copied=reply.in_use))).left == 0
     assert {each.segment.node_id: each.num_replicas for each in (await rig.client.stats()).segments} == {"n": 0, "m": 4}
 
 

@@ -120,7 +120,7 @@ async def test_an_older_metadata_server_is_named():
     rig, _, client = await kept_rig()
     rig.metadata.speaks = Protocols(oldest=1, newest=4)
     reply = await client.get("/v1/janitor")
-    assert reply.status_code == 400 and "older than the janitor" in reply.text
+    assert reply.status_code == 400 and "is older than such orders" in reply.text
 
 
 @pytest.mark.parametrize(
