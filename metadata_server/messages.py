@@ -5,6 +5,7 @@ endpoints are batched and answer per item: an expected outcome is a value. Reque
 unknown fields of replies and events are ignored, as they are a newer server's.
 """
 
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Self
 
@@ -314,7 +315,7 @@ class Event(ReplyBody, frozen=True, kw_only=True):
     kind: EventKind
     node_id: str
     segment_id: str = ""
-    keys: list[ChunkKey] = []
+    keys: Sequence[ChunkKey] = ()
     node: NodeInfo | None = None
     """With NODE_UP."""
 

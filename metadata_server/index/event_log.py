@@ -38,7 +38,7 @@ class EventLog:
         """Publish one change; keys are cut into events of MAX_EVENT_KEYS."""
         keys = keys or []
         for start in range(0, len(keys) or 1, MAX_EVENT_KEYS):
-            part = keys[start : start + MAX_EVENT_KEYS]
+            part = tuple(keys[start : start + MAX_EVENT_KEYS])  # the collector looks at it once, and not in a list
             event = Event(seq=self.next_seq, kind=kind, node_id=node_id, segment_id=segment_id, keys=part, node=node)
             self._ring[self.next_seq % len(self._ring)] = event
             self.next_seq += 1

@@ -402,7 +402,7 @@ def test_events_tell_every_change_in_order():
     state.leave(LeaveRequest(node_id="a", incarnation=1), 0.0)
     events = list(state.log.since(1))
     assert [e.seq for e in events] == [1, 2, 3, 4, 5]
-    assert [(e.kind, e.keys) for e in events] == [
+    assert [(e.kind, list(e.keys)) for e in events] == [
         (EventKind.NODE_UP, []),
         (EventKind.STORED, keys(1, 2)),
         (EventKind.REMOVED, keys(2)),
