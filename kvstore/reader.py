@@ -5,11 +5,13 @@ had been written there for the last time: while they arrived if the transport sh
 """
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvcore.clock import Clock
 from kvcore.errors import SegmentUnknownError, TransferError
+from kvcore.peer_log import PeerLog
 from kvcore.types import OwnerTag, ReplicaRef, Segment
 from kvstore.checksums import run_sized
 from kvstore.chunk_format import HEADER_BYTES, Expected
@@ -20,6 +22,8 @@ from kvstore.routes import Routes
 from kvstore.types import Direction, GetOutcome, GetResult, Match, MovedBytes, RunBlocking
 from metadata_server.messages import QuarantineItem, QuarantineReason
 from transfer.base import TransferEngine, TransferOp
+
+_log = logging.getLogger("kvstore")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +86,7 @@ class ChunkReader:
         self._integrity = integrity
         self._run_blocking = run_blocking
         self._inline_bytes = limits.inline_hash_bytes
+        self._peer_log = PeerLog(_log, clock=clock)
 
     async def read(
         self,
@@ -204,4 +209,7 @@ class ChunkReader:
         """Report the replica; the chunk goes on with its other replicas."""
         chunk.outcome = outcome
         self._counters.add(f"replica_{outcome}")
+        if outcome is GetOutcome.FORGED:
+            segment_id, key = replica.segment_id, replica.key
+            self._peer_log.say(logging.WARNING, "chunk_forged", "forged", segment_id, chunk=key)
         report.refused.append(QuarantineItem(replica=replica, reason=QuarantineReason(outcome)))

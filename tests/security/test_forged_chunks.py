@@ -103,6 +103,17 @@ async def test_what_was_refused_is_computed_and_read_again(cluster):
 
 
 @only_macs
+async def test_who_forges_is_in_the_log_and_cannot_fill_it(cluster, caplog):
+    for _ in range(5):
+        place = await cluster.put(MINE)
+        await cluster.overwrite(place, ATTACKS["forge"].change(await cluster.steal(place), b""))
+        assert (await cluster.get(MINE))[0] is GetOutcome.FORGED
+    said = [record.getMessage() for record in caplog.records if "chunk_forged" in record.getMessage()]
+    assert len(said) == 1 and MINE.hex() in said[0] and "peer=a.1" in said[0]
+    assert cluster.store.counters()["replica_forged"] == 5
+
+
+@only_macs
 async def test_an_old_copy_of_the_same_chunk_is_stale_or_has_the_right_bytes(cluster):
     """Its key says which tokens, weights and tenant it is of, so an old one is as good as the new one."""
     old = await cluster.steal(await cluster.put(MINE))
