@@ -1,9 +1,9 @@
 """How fast a prompt's KV comes back from each tier, against computing it, and against LMCache where it is installed.
 
-end to end   whole clusters of the torch engine on the demo model, a prefiller and a decoder. One with all tiers
-             computes the prompts; all of it is stopped. Then, round by round and tier by tier, a new cluster with only
-             that tier is asked for them: each answer must have every chunk from the cache, and the tokens that
-             computing gave. Beside them new prompts are computed (cold), and the first are asked again (memory).
+end to end   whole clusters of the torch engine on the demo model, a prefiller and a decoder. One computes the
+             prompts; all of it is stopped. Then, tier by tier and round by round, a new cluster with only that tier is
+             asked for them: each answer must have every chunk from the cache, and the tokens that computing gave.
+             Beside them new prompts are computed (cold), and some are asked for once more (memory).
 moving       one process and one tier, chunks of 4 MiB, no cluster: GB/s and processor seconds a GB, beside a copy in
              memory, a plain file on the same disk, and LMCache's C++ Redis client on the same server; by turns.
 vLLM         with --lmcache-python: one vLLM with kvferry, one with LMCache, over the same Redis and the same disk; both
@@ -19,7 +19,6 @@ import argparse
 import asyncio
 import json
 import os
-import random
 import statistics
 import subprocess
 import sys
@@ -31,7 +30,8 @@ from typing import Any
 
 import aiohttp
 
-from benchmarks.tiers_cluster import FIRST_TOKEN_ID, Cluster, Engine, cluster
+from benchmarks.tiers_cluster import Cluster, Engine, Prompts, cluster
+from benchmarks.tiers_ends import TierEnds, end_to_end
 from benchmarks.tiers_peers import adapters, lmcache
 from benchmarks.tiers_servers import KINDS, Servers, servers
 from benchmarks.tiers_turns import move_all
@@ -40,25 +40,6 @@ from benchmarks.vllm_pd_client import Measured
 from benchmarks.vllm_pd_processes import BLOCK, Setting
 from kvcore.process.http_client import http_session
 from kvferry.demo.model import prepare_demo_model
-
-TORCH_CHUNK = 64
-COLD_PROMPTS = 2
-"""New ones, of each cluster."""
-
-
-class Prompts:
-    """Random tokens: no two have a prefix in common."""
-
-    def __init__(self, model: Path, tokens: int) -> None:
-        config = json.loads((model / "config.json").read_text())
-        head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-        self.kv_bytes = 2 * 4 * config["num_hidden_layers"] * config["num_key_value_heads"] * head_dim * tokens
-        """Of one prompt, in float32."""
-        self._vocab, self._tokens, self._dice = config["vocab_size"], tokens, random.Random(0)
-
-    def fresh(self, count: int) -> list[list[int]]:
-        """The next ones."""
-        return [self._dice.choices(range(FIRST_TOKEN_ID, self._vocab), k=self._tokens) for _ in range(count)]
 
 
 def check(prompt: list[int], answer: Measured, before: Measured, chunk_tokens: int, where: str) -> None:
@@ -73,42 +54,6 @@ def check(prompt: list[int], answer: Measured, before: Measured, chunk_tokens: i
 async def ask_all(subject: Cluster, prompts: Sequence[list[int]]) -> list[Measured]:
     """One after the other."""
     return [await subject.ask(prompt) for prompt in prompts]
-
-
-async def end_to_end(setting: Setting, found: Servers, prompts: Prompts, options: argparse.Namespace) -> dict[str, Any]:
-    """Kind -> (seconds until the first token, the same of new prompts), medians."""
-    engine = Engine(
-        python=Path(sys.executable),
-        section={"kind": "torch", "threads": 1, "block_size": TORCH_CHUNK, "kv_cache": 4 * prompts.kv_bytes},
-        chunk_tokens=TORCH_CHUNK,
-    )
-    wanted = prompts.fresh(options.prompts)
-    segment_bytes = (options.prompts + COLD_PROMPTS + 1) * prompts.kv_bytes * 5 // 4
-    ttft: dict[str, list[float]] = {kind: [] for kind in ("memory", *found.sections)}
-    cold: dict[str, list[float]] = {kind: [] for kind in ttft}
-    async with cluster(setting, engine, found.sections, segment_bytes=segment_bytes) as subject:
-        before = await ask_all(subject, wanted)
-        await subject.until_saved(found.sections, options.prompts * ((options.tokens - 1) // TORCH_CHUNK))
-    print(
-        f"computed {options.prompts} prompts of {options.tokens} tokens, saved in {', '.join(found.sections)}",
-        flush=True,
-    )
-    for nth in range(options.rounds):
-        for kind, section in found.sections.items():
-            async with cluster(setting, engine, {kind: section}, segment_bytes=segment_bytes) as subject:
-                for prompt, first in zip(wanted, before, strict=True):
-                    answer = await subject.ask(prompt)
-                    check(prompt, answer, first, TORCH_CHUNK, f"{kind}, round {nth}")
-                    ttft[kind].append(answer.ttft_s)
-                cold[kind] += [one.ttft_s for one in await ask_all(subject, prompts.fresh(COLD_PROMPTS))]
-                if options.prompts > 4:  # those that the decoder's own KV cache does not hold any more
-                    for prompt, first in zip(wanted[:2], before, strict=False):
-                        answer = await subject.ask(prompt)
-                        check(prompt, answer, first, TORCH_CHUNK, f"memory, round {nth}")
-                        ttft["memory"].append(answer.ttft_s)
-                    cold["memory"] += cold[kind][-COLD_PROMPTS:]
-            print(f"  round {nth} {kind}: {statistics.median(ttft[kind]):.3f} s", flush=True)
-    return {kind: (statistics.median(values), statistics.median(cold[kind])) for kind, values in ttft.items() if values}
 
 
 async def on_vllm(setting: Setting, found: Servers, prompts: Prompts, options: argparse.Namespace) -> dict[str, float]:
@@ -169,29 +114,29 @@ async def run(options: argparse.Namespace) -> None:
     """Print the tables and RESULT."""
     model = await asyncio.to_thread(prepare_demo_model)
     prompts = Prompts(model, options.tokens)
-    size_bytes = (options.prompts + options.rounds * COLD_PROMPTS + 4) * prompts.kv_bytes * 3 // 2 + (1 << 30)
+    size_bytes = 2 * options.prompts * prompts.kv_bytes * 3 // 2 + (1 << 30)
+    with_vllm = options.lmcache_python is not None and "vllm" in options.parts
+    kinds = KINDS if "moving" in options.parts else ("disk", "redis") if with_vllm else ()
     result: dict[str, Any] = {"rounds": options.rounds, "prompts": options.prompts, "tokens": options.tokens}
-    async with (
-        prepared(model, 2 * prompts.kv_bytes) as setting,
-        servers(setting.folder, size_bytes, options.host) as found,
-    ):
-        moved = await move_all(found, options) if "moving" in options.parts else {}
-        ends = await end_to_end(setting, found, prompts, options) if "ends" in options.parts else {}
-        result["not_measured"] = found.missing
-        if options.lmcache_python is not None and "vllm" in options.parts:
-            result |= await on_vllm(setting, found, prompts, options)
+    async with prepared(model, 2 * prompts.kv_bytes) as setting:
+        ends, missing = await end_to_end(setting, prompts, options) if "ends" in options.parts else ({}, {})
+        async with servers(setting.folder, size_bytes, options.host, kinds) as found:
+            moved = await move_all(found, options) if "moving" in options.parts else {}
+            result["not_measured"] = missing | found.missing
+            if with_vllm:
+                result |= await on_vllm(setting, found, prompts, options)
     rows = [row(kind, moved, ends) for kind in ("memory", *KINDS) if kind in moved or kind in ends]
     print_table(rows)
     result |= {name: round(value, 4) for name, value in moved.items() if isinstance(value, float)}
     print("RESULT " + json.dumps({"tiers": rows, **result}))
+    if missed := [kind for kind, one in ends.items() if not one.all_hit]:
+        sys.exit(f"not every prompt was found, or answered as before, with {', '.join(missed)}")
 
 
-def row(kind: str, moved: dict[str, Any], ends: dict[str, Any]) -> dict[str, Any]:
-    """One tier's. None: not measured."""
-    ttft, cold = ends.get(kind, (None, None))
-    rates = moved.get(kind, {})
-    figures = {"ttft_s": ttft, "cold_ttft_s": cold, **rates}
-    return {"name": kind, **{name: value if value is None else round(value, 4) for name, value in figures.items()}}
+def row(kind: str, moved: dict[str, Any], ends: dict[str, TierEnds]) -> dict[str, Any]:
+    """One tier's, as far as it was measured."""
+    figures = (ends[kind].row() if kind in ends else {}) | moved.get(kind, {})
+    return {"name": kind} | {name: round(it, 4) if isinstance(it, float) else it for name, it in figures.items()}
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import AsyncIterator, Mapping
+import random
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,21 @@ from kvcore.ports import base_url
 
 SAVED_S = 120.0
 FIRST_TOKEN_ID = 100
+
+
+class Prompts:
+    """Random tokens: no two have a prefix in common."""
+
+    def __init__(self, model: Path, tokens: int) -> None:
+        config = json.loads((model / "config.json").read_text())
+        head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        self.kv_bytes = 2 * 4 * config["num_hidden_layers"] * config["num_key_value_heads"] * head_dim * tokens
+        """Of one prompt, in float32."""
+        self._vocab, self._tokens, self._dice = config["vocab_size"], tokens, random.Random(0)
+
+    def fresh(self, count: int) -> list[list[int]]:
+        """The next ones."""
+        return [self._dice.choices(range(FIRST_TOKEN_ID, self._vocab), k=self._tokens) for _ in range(count)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +73,7 @@ class Cluster:
             total += sum(one.get("saved", 0) + one.get("there", 0) for one in counts)
         return total
 
-    async def until_saved(self, tiers: Mapping[str, Any], num_chunks: int) -> None:
+    async def until_saved(self, tiers: Iterable[str], num_chunks: int) -> None:
         """Wait until each tier has so many. TimeoutError with nothing lost if one has not."""
 
         async def done() -> bool:

@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 import urllib.request
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -29,16 +29,20 @@ class Servers:
 
 
 @asynccontextmanager
-async def servers(folder: Path, size_bytes: int, host: str) -> AsyncIterator[Servers]:
+async def servers(folder: Path, size_bytes: int, host: str, kinds: Sequence[str] = KINDS) -> AsyncIterator[Servers]:
     """Room for `size_bytes` in each; all of them end with the context. `host`: an address that is not loopback, which
     Mooncake's clients want."""
     async with AsyncExitStack() as stack:
         found = Servers()
-        (folder / "disk").mkdir()
-        found.sections["disk"] = {"path": str(folder / "disk"), "size": size_bytes}
-        await _redis(stack, found, size_bytes)
-        await _objects(stack, found)
-        await _mooncake(stack, found, size_bytes, host)
+        if "disk" in kinds:
+            (folder / "disk").mkdir(parents=True)
+            found.sections["disk"] = {"path": str(folder / "disk"), "size": size_bytes}
+        if "redis" in kinds:
+            await _redis(stack, found, size_bytes)
+        if "object" in kinds:
+            await _objects(stack, found)
+        if "mooncake" in kinds:
+            await _mooncake(stack, found, size_bytes, host)
         yield found
 
 
@@ -83,6 +87,7 @@ async def _mooncake(stack: AsyncExitStack, found: Servers, size_bytes: int, host
     rpc, metrics, lender = free_port(), free_port(), free_port()
     master = [str(folder / "mooncake_master"), f"--rpc_address={host}", f"--rpc_port={rpc}"]
     master += [f"--metrics_host={host}", f"--metrics_port={metrics}"]
+    master += ["--client_ttl=120"]  # one that stands still for longer than 10 s, its default, is gone with all it holds
     await stack.enter_async_context(program(master, "(service_ready=true)"))
     lend = [str(folder / "mooncake_client"), f"--host={host}", f"--port={lender}", "--protocol=tcp"]
     lend += [f"--master_server_address={host}:{rpc}", "--metadata_server=P2PHANDSHAKE"]

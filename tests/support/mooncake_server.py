@@ -4,6 +4,7 @@ Mooncake's clients refuse a host that has nothing but loopback. Without the pack
 continuous integration that is a failure.
 """
 
+import atexit
 import importlib.util
 import os
 import signal
@@ -121,8 +122,9 @@ _shared: list[tuple[MooncakeServer, ExitStack]] = []
 
 
 def shared_mooncake() -> MooncakeServer:
-    """One for all tests of a module, which calls `end_shared_mooncake` in the end."""
+    """One for all tests of a module, which calls `end_shared_mooncake` in the end. It ends with the tests anyway."""
     if not _shared:
+        atexit.register(end_shared_mooncake)
         with ExitStack() as stack:
             server = stack.enter_context(mooncake_server())
             _shared.append((server, stack.pop_all()))
