@@ -7,17 +7,17 @@ unknown place and must be closed. What a server refuses is a value, `RespRefusal
 import contextlib
 import select
 import socket
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kvcore.errors import PeerUnreachableError
 from transfer.blocking import BatchDeadline
+from transfer.tcp.sockets import limit_waits, recv_views, send_views
 
 _READ_AHEAD = 16 << 10
-_VIEWS_A_CALL = 256  # IOV_MAX is 1024
+_CLOSED = "the server closed the connection"
 _LONGEST_STRING = 1 << 20  # chunks come by `bulk`
 _REFUSALS = 256  # of different texts: a cluster's node has one for each slot that it has no longer
-_TIMEVAL = struct.Struct("ll")
 _DEEPEST = 8  # of arrays in arrays: nothing that is asked for has more than one
 
 
@@ -84,19 +84,10 @@ class RespConnection:
                 self._sock.settimeout(self.deadline.remaining())
                 self._sock.sendall(part)
             return
-        views = [memoryview(part) for part in parts]
-        first = 0
-        while first < len(views):
-            self._block_for(socket.SO_SNDTIMEO)
-            try:
-                sent = self._sock.sendmsg(views[first : first + _VIEWS_A_CALL])
-            except BlockingIOError:
-                continue  # its time is over, but for a moment at most
-            while first < len(views) and sent >= len(views[first]):
-                sent -= len(views[first])
-                first += 1
-            if sent:
-                views[first] = views[first][sent:]
+        try:
+            send_views(self._sock, parts, lambda: limit_waits(self._sock, send_s=self.deadline.remaining()))
+        except BlockingIOError:
+            raise self.deadline.error() from None
 
     def reply(self) -> RespValue:
         """The next reply, whole."""
@@ -125,8 +116,14 @@ class RespConnection:
         done = min(len(view), self._high - self._low)
         view[:done] = self._ahead[self._low : self._low + done]
         self._low += done
-        while done < len(view):
-            done += self._receive(view[done:], socket.MSG_WAITALL)
+        while self._encrypted and done < len(view):
+            done += self._receive(view[done:])
+        try:
+            recv_views(self._sock, [view[done:]], lambda: limit_waits(self._sock, receive_s=self.deadline.remaining()))
+        except BlockingIOError:
+            raise self.deadline.error() from None
+        except PeerUnreachableError:
+            raise RespError(_CLOSED) from None
 
     def skip(self, num_bytes: int) -> None:
         """Throw away the next bytes of a bulk string."""
@@ -195,25 +192,20 @@ class RespConnection:
             self._low, self._high = 0, len(held)
             self._high += self._receive(self._ahead[self._high :])
 
-    def _receive(self, view: memoryview, flags: int = 0) -> int:
-        while True:
-            self._block_for(socket.SO_RCVTIMEO)
-            try:
-                got = self._sock.recv_into(view, 0, 0 if self._encrypted else flags)
-            except BlockingIOError:
-                continue  # its time is over, but for a moment at most
-            if not got:
-                raise RespError("the server closed the connection")
-            return got
-
-    def _block_for(self, option: int) -> None:
-        """Have the next system call wait in the kernel, to the deadline: that a socket of Python's with a time limit
-        asks first whether it may go on, for each piece that came, is a seventh of all processor time of a load."""
+    def _receive(self, view: memoryview) -> int:
+        """Some bytes, one at least."""
         left_s = self.deadline.remaining()
         if self._encrypted:
             self._sock.settimeout(left_s)
-        else:
-            self._sock.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(int(left_s), max(1, int(left_s % 1 * 1e6))))
+        else:  # a limit of Python's own would be one more system call for each
+            limit_waits(self._sock, receive_s=left_s)
+        try:
+            got = self._sock.recv_into(view)
+        except BlockingIOError:
+            raise self.deadline.error() from None
+        if not got:
+            raise RespError(_CLOSED)
+        return got
 
 
 def _number(line: bytes) -> int:
