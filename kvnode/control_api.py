@@ -158,7 +158,7 @@ class ControlApi:
             request, given = await self._promoted(request)
             result = await _bounded(engine.prefill(request), request.deadline_s + self._limits.late_s)
             if self._tiers is not None:
-                self._tiers.after_prefill(result)
+                self._tiers.after_leg(result)
         return msgpack_answer(msgspec.structs.replace(result, promoted=given.promoted, tier_choices=given.choices))
 
     async def _generate(self, http: web.Request) -> web.StreamResponse:
@@ -167,8 +167,34 @@ class ControlApi:
             request = parse_request(await self._read(http), GenerateRequest, engine.info, self._limits)
             request, given = await self._promoted(request)
             async with aclosing(engine.generate(request)) as deltas:
-                stream = _stream(http, deltas, leg, engine.info.kv_spec.fingerprint, given)
+                stream = self._stream(http, deltas, leg, engine.info.kv_spec.fingerprint, given)
                 return await _bounded(stream, request.deadline_s + self._limits.late_s)
+
+    async def _stream(
+        self,
+        http: web.Request,
+        deltas: AsyncGenerator[TokenDelta, None],
+        leg: "_ActiveLeg",
+        fingerprint: bytes,
+        given: PromoteReply,
+    ) -> web.StreamResponse:
+        """Errors before the first delta become the status; later ones the last frame, or, where even that cannot be
+        written, the end of the connection: another answer would land in the middle of this one."""
+        first = await anext(deltas, None)
+        if first is not None:
+            first = said_by(first, fingerprint, given)
+            if self._tiers is not None and first.info is not None:
+                self._tiers.after_leg(first.info)
+        response = web.StreamResponse(headers={"Content-Type": MSGPACK})
+        await response.prepare(http)
+        try:
+            await _write_frames(response, first, deltas, leg)
+            await response.write_eof()
+        except BaseException:
+            if http.transport is not None:
+                http.transport.abort()
+            raise
+        return response
 
     async def _promoted(self, request: _Leg) -> tuple[_Leg, PromoteReply]:
         return await self._tiers.before_leg(request) if self._tiers is not None else (request, PromoteReply())
@@ -265,30 +291,6 @@ def said_by(delta: TokenDelta, fingerprint: bytes, given: PromoteReply) -> Token
         delta.info, fingerprint=fingerprint, promoted=given.promoted, tier_choices=given.choices
     )
     return msgspec.structs.replace(delta, info=info)
-
-
-async def _stream(
-    http: web.Request,
-    deltas: AsyncGenerator[TokenDelta, None],
-    leg: _ActiveLeg,
-    fingerprint: bytes,
-    given: PromoteReply,
-) -> web.StreamResponse:
-    """Errors before the first delta become the status; later ones the last frame, or, where even that cannot be
-    written, the end of the connection: another answer would land in the middle of this one."""
-    first = await anext(deltas, None)
-    if first is not None:
-        first = said_by(first, fingerprint, given)
-    response = web.StreamResponse(headers={"Content-Type": MSGPACK})
-    await response.prepare(http)
-    try:
-        await _write_frames(response, first, deltas, leg)
-        await response.write_eof()
-    except BaseException:
-        if http.transport is not None:
-            http.transport.abort()
-        raise
-    return response
 
 
 async def _write_frames(

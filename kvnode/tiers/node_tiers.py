@@ -32,6 +32,7 @@ from kvstore.types import RunBlocking
 from metadata_server.client import MetadataClient
 from nodeapi.messages import (
     GenerateRequest,
+    LegInfo,
     PrefillRequest,
     PrefillResult,
     PromoteReply,
@@ -114,9 +115,10 @@ class NodeTiers:
         left_s = max(0.001, request.deadline_s - (self.clock.now() - began))
         return msgspec.structs.replace(request, deadline_s=left_s), PromoteReply(promoted=promoted, choices=choices)
 
-    def after_prefill(self, result: PrefillResult) -> None:
-        """Learn the engine's speed."""
-        self.promoter.prefill_rate.observe(result.computed_tokens, result.timings.compute_s)
+    def after_leg(self, told: PrefillResult | LegInfo) -> None:
+        """Learn the engine's speed, from a leg that computed a chunk at least: for less most time is overhead."""
+        if self._shape is not None and told.computed_tokens >= self._shape.chunk_tokens:
+            self.promoter.prefill_rate.observe(told.computed_tokens, told.timings.compute_s)
 
     async def promote(self, request: PromoteRequest) -> PromoteReply:
         """What another node asks for. Only KV of this node's engine: of others it does not know the size."""

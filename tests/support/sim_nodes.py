@@ -303,7 +303,7 @@ class SimNode(NodeService):
         try:
             result = await self._engine().prefill(request)
             if self.tiers is not None:
-                self.tiers.after_prefill(result)
+                self.tiers.after_leg(result)
             return msgspec.structs.replace(result, promoted=given.promoted, tier_choices=given.choices)
         except KVFerryError as error:
             raise (error if process.alive else EngineDiedError("the engine's process ended")) from error
@@ -318,6 +318,8 @@ class SimNode(NodeService):
             async for delta in stream:
                 if not process.alive:
                     raise EngineDiedError("the engine's process ended")
+                if self.tiers is not None and delta.info is not None:
+                    self.tiers.after_leg(delta.info)
                 yield said_by(delta, fingerprint, given)
         finally:
             await stream.aclose()

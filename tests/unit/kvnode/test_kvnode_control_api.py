@@ -5,6 +5,8 @@ import gzip
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import cast
 
 import aiohttp
 import msgspec
@@ -17,12 +19,15 @@ from kvcore.errors import NodeUnavailableError, OverloadedError
 from kvcore.types import NodeInfo, Role
 from kvnode.control_api import MSGPACK, ControlApi
 from kvnode.limits import NodeLimits
+from kvnode.tiers.node_tiers import NodeTiers
 from nodeapi.frames import FrameDecoder
 from nodeapi.messages import (
+    LegInfo,
     NodeReport,
     PrefillResult,
     ProbeReport,
     ProbeRequest,
+    PromoteReply,
     SamplingParams,
     StreamError,
     StreamFrame,
@@ -216,6 +221,19 @@ async def test_engine_that_is_down_is_said_at_once() -> None:
         assert (status, error_code(answer)) == (503, "node_unavailable")
         async with rig.session.get(rig.url + "/health") as response:
             assert response.status == 503
+
+
+async def test_what_both_kinds_of_legs_computed_is_told_to_the_tiers() -> None:
+    told = list[PrefillResult | LegInfo]()
+
+    async def before_leg(request: msgspec.Struct) -> tuple[msgspec.Struct, PromoteReply]:
+        return request, PromoteReply()
+
+    async with serving() as rig:
+        rig.api._tiers = cast("NodeTiers", SimpleNamespace(before_leg=before_leg, after_leg=told.append))
+        await rig.post("/v1/prefill", prefill_request(num_tokens=33))
+        await rig.post("/v1/generate", generate_request())
+    assert [(type(one), one.computed_tokens) for one in told] == [(PrefillResult, 33), (LegInfo, 3)]
 
 
 async def test_prefill_stream_info_health_and_metrics_are_answered() -> None:

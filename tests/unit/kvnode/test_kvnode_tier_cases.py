@@ -18,7 +18,15 @@ from kvnode.tiers.shape import ChunkShape
 from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, checksum, pack
 from kvstore.tiers.base import ChunkName
 from metadata_server.messages import Event, EventKind
-from nodeapi.messages import PrefillRequest, Promoted, PromoteReply, PromoteRequest
+from nodeapi.messages import (
+    LegInfo,
+    PrefillRequest,
+    PrefillResult,
+    Promoted,
+    PromoteReply,
+    PromoteRequest,
+    Timings,
+)
 
 KEYS = [key(number) for number in range(1, 13)]
 SHAPE = ChunkShape.of(SPEC)
@@ -198,7 +206,14 @@ def test_a_leg_says_what_was_chosen_and_has_the_time_that_is_left():
             assert (choice.tier, choice.use, choice.num_chunks) == ("memory", "load", 5)
             assert choice.load_s is None and choice.compute_s is None, "nothing is measured yet"
             world.forget(keys)
-            a.tiers.promoter.prefill_rate.observe(1e12, 1.0)
+            little = LegInfo(cached_tokens=0, computed_tokens=SPEC.chunk_tokens - 1, timings=Timings(compute_s=5.0))
+            a.tiers.after_leg(little)
+            assert a.tiers.promoter.prefill_rate.value is None, "less than a chunk says nothing"
+            second = Timings(compute_s=1.0)
+            much = PrefillResult(
+                request_id="r", cached_tokens=0, computed_tokens=10**12, stored_chunks=0, timings=second
+            )
+            a.tiers.after_leg(much)
             _, given = await a.tiers.before_leg(request)
             (choice,) = given.choices
             assert choice.use == "compute" and choice.load_s > choice.compute_s > 0 and not given.promoted
