@@ -21,6 +21,21 @@ class PartitionedSubscription:
         """Whether all streams are up, and their sinks hold a complete state."""
         return all(stream.connected for stream in self._streams)
 
+    @property
+    def lag(self) -> float:
+        """Seconds since that server was last heard that was not for longest."""
+        return max(stream.lag for stream in self._streams)
+
+    @property
+    def epoch(self) -> str:
+        """The lives of the servers that the sinks' states belong to."""
+        return "+".join(stream.epoch for stream in self._streams)
+
+    @property
+    def resets(self) -> int:
+        """Of all of them, since start."""
+        return sum(stream.resets for stream in self._streams)
+
     async def run(self) -> None:
         """Follow until cancelled."""
         async with asyncio.TaskGroup() as tasks:

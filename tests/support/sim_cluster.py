@@ -11,24 +11,27 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from unittest.mock import patch
 
+import msgspec
 from support.sim_adversary import Adversary
 from support.sim_loop import LoopClock, SimSeedLoop, run_sim
 from support.sim_network import Rates, SimNetwork, SimProcess, Trace
 from support.sim_nodes import CLUSTER, MODEL, DataFaults, SimMetadata, SimNode, SimSetup
 from support.sim_oracle import Oracle
+from support.sim_partitions import SimPartitions
 from support.sim_plan import Plan, Wanted, decoder_restarts, make_plan
 from support.sim_strangers import Strangers, identity_faults
 from support.sim_tier_watch import TierWatch
 from support.sim_tiers import SimTiers
-from support.sim_ways import METADATA, SimEventSource, SimNodeClient
+from support.sim_ways import METADATA, SimNodeClient
 
 import router.requests.run
-from kvcore.config.schema import ClusterConfig, ModelConfig, NodeConfig, RouterConfig
+from kvcore.config.partitions import PartitionConfig
+from kvcore.config.schema import ClusterConfig, MetadataServerConfig, ModelConfig, NodeConfig, RouterConfig
 from kvcore.errors import KVFerryError, NodeUnavailableError, OverloadedError
 from kvcore.types import ChunkKey, Role
 from kvstore.integrity.checks import Integrity
 from kvstore.types import GetOutcome
-from metadata_server.subscription import IndexSubscription
+from metadata_server.partitions.merging import merged_stats
 from router.cache.limits import WatchLimits
 from router.cache.watch import CacheWatch
 from router.nodes.cluster import Cluster
@@ -101,6 +104,8 @@ class Variant:
     peaceful: bool = False
     revisions: tuple[str, ...] = ()
     strangers: bool = False
+    partitions: int = 1
+    """Metadata servers that share the index."""
     adversary: bool = False
     data: DataFaults = field(default_factory=DataFaults)
     plan: Plan | None = None
@@ -149,7 +154,8 @@ class SimCluster:
             revisions=variant.revisions,
             tiers=SimTiers(plan.tiers, self.clock, seed) if plan.tiers is not None else None,
         )
-        self.metadata = SimMetadata(self.setup)
+        parts = variant.partitions
+        self.metadata = SimPartitions(self.setup, parts) if parts > 1 else SimMetadata(self.setup)
         self.nodes = {name: SimNode(self.setup, self.metadata, name, ROLES[name[0]]) for name in plan.nodes}
         self.router = SimProcess("router")
         self.network.hosts["router"] = self.router
@@ -166,11 +172,13 @@ class SimCluster:
             nodes={name: NodeConfig(role=ROLES[name[0]], host=name, port=1) for name in self.nodes},
             router=ROUTER,
         )
+        if isinstance(self.metadata, SimPartitions):
+            named = [PartitionConfig(name=name, port=1) for name in self.metadata.whole.names]
+            config = msgspec.structs.replace(config, metadata_server=MetadataServerConfig(partitions=named))
         self.cluster = Cluster(config, self.clock)
         self.prober = Prober(ROUTER, self.cluster, self.client, self.clock)
         self.prober.on_lost.append(lambda name, error: self.trace("given_up", name, error.message))
-        source = SimEventSource(self.network, self.router, lambda: self.metadata.core)
-        self.subscription = IndexSubscription(source, self.cluster, self.clock)
+        self.subscription = self.metadata.subscribe(self.router, self.cluster.sink_of)
         self.log = RequestLog()
         self.services = RequestServices(ROUTER, self.cluster, self.client, self.clock, self.log)
         self.cache = CacheWatch(self.cluster, self.log, self.clock, limits=WatchLimits(tokens_per_s=1e9))
@@ -217,6 +225,8 @@ class SimCluster:
         if self.strangers is not None:
             self.problems += sorted(self.strangers.problems)
             await self.strangers.stop()
+        if isinstance(self.metadata, SimPartitions):
+            self.problems += sorted(self.metadata.problems)
         if self.tier_watch is not None:
             await self.tier_watch.check_use()
             self.problems += [*sorted(self.tier_watch.problems), *self.tier_watch.unsaved(self._stored())]
@@ -395,13 +405,14 @@ class SimCluster:
             await asyncio.sleep(0.5)
 
     async def _held(self) -> dict[str, object]:
-        stats = self.metadata.core.state.stats(self.clock.now(), self.metadata.core.num_waiters)
+        each = [core.state.stats(self.clock.now(), core.num_waiters) for core in self.metadata.cores]
+        stats = merged_stats(each)
         held: dict[str, object] = {
             "reservations": stats.reservations,
             "read_leases": stats.read_leases,
             "waiters": stats.waiters,
             "retiring": sum(segment.retiring_bytes for segment in stats.segments),
-            "nodes": len(stats.nodes) - len(self.nodes),
+            "nodes": sum(len(one.nodes) - len(self.nodes) for one in each),
             "index": self.subscription.epoch != stats.epoch or not self.subscription.connected,
             "in_flight": self.log.in_flight,
             "control": len(self.services.control),
@@ -419,11 +430,10 @@ class SimCluster:
 
     async def _check_accounts(self) -> None:
         self.metadata.check()
-        state = self.metadata.core.state
         for node in self.nodes.values():
             node.check()
         await asyncio.sleep(2.5)  # a keep-alive later the router knows what the metadata server knows
-        stored = {key for batch in state.snapshot(self.clock.now()) for event in batch.events for key in event.keys}
+        stored = {key for keys in self._stored().values() for key in keys}
         if {
             key
             for index in self.cluster._indexes
@@ -445,18 +455,18 @@ class SimCluster:
     def _stored(self) -> dict[str, set[ChunkKey]]:
         """By segment."""
         stored: dict[str, set[ChunkKey]] = {}
-        for batch in self.metadata.core.state.snapshot(self.clock.now()):
-            for event in batch.events:
-                stored.setdefault(event.segment_id, set()).update(event.keys)
+        for core in self.metadata.cores:
+            for batch in core.state.snapshot(self.clock.now()):
+                for event in batch.events:
+                    stored.setdefault(event.segment_id, set()).update(event.keys)
         return stored
 
     async def _check_stored(self) -> None:
         """Every chunk that is listed verifies and holds the right bytes, or is refused."""
         node = next(iter(self.nodes.values()))
         store, keys = node.store(node.service), self.oracle.chunks([answer.wanted for answer in self.answers])
-        stored = [event.keys for batch in self.metadata.core.snapshot() for event in batch.events if event.keys]
         buffer = memoryview(bytearray(self.plan.chunk_tokens * self.plan.engine.bytes_per_token))
-        for key in sorted({key for batch in stored for key in batch}):
+        for key in sorted({key for held in self._stored().values() for key in held}):
             match = await store.match([key], timeout_s=5.0)
             if match.num_chunks:
                 result = await store.get_into(match, 0, [[buffer]], timeout_s=5.0)
@@ -468,13 +478,14 @@ class SimCluster:
 
     async def _stop(self) -> None:
         await self.dispatcher.aclose()
-        self.metadata.core.stop()
+        for core in self.metadata.cores:
+            core.stop()
         for node in self.nodes.values():
             await node.stop()
-        self.metadata.kill()
+        self.metadata.end()
         self.router.kill()
         await self.router.gone()
-        await self.metadata.process.gone()
+        await self.metadata.gone()
 
     def _count(self) -> None:
         counts = self.trace.counts

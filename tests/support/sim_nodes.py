@@ -7,7 +7,7 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import msgspec
@@ -29,9 +29,10 @@ from kvcore.errors import (
     TransferTimeoutError,
 )
 from kvcore.identity import ClusterIdentity
+from kvcore.partitions import Part
 from kvcore.types import NodeInfo, Role, Segment
 from kvnode.control_api import said_by
-from kvnode.membership import Membership
+from kvnode.partitions.memberships import Memberships
 from kvnode.tasks import cancelled
 from kvnode.tiers.node_tiers import NodeTiers, open_node_tiers
 from kvnode.tiers.own_segment import OwnSegment
@@ -46,7 +47,9 @@ from metadata_server.client import MetadataClient
 from metadata_server.core import MetadataCore
 from metadata_server.index.state import MetadataState
 from metadata_server.messages import SegmentManifest
-from metadata_server.subscription import IndexSubscription
+from metadata_server.partitions.subscription import PartitionedSubscription
+from metadata_server.subscription import IndexSink, IndexSubscription
+from metadata_server.versions import SPOKEN
 from nodeapi.messages import (
     PROTOCOL,
     GenerateRequest,
@@ -103,14 +106,20 @@ class SimSetup:
     """By host."""
 
 
-class SimMetadata:
-    """The metadata server. A restart forgets everything."""
+SinkOf = Callable[[Part | None], IndexSink]
+Subscription = IndexSubscription | PartitionedSubscription
 
-    def __init__(self, setup: SimSetup) -> None:
+
+class SimMetadata:
+    """The metadata server, or one of several partitions' (`sim_partitions`). A restart forgets everything."""
+
+    def __init__(self, setup: SimSetup, part: Part | None = None, host: str = METADATA) -> None:
         self._setup = setup
+        self._speaks = replace(SPOKEN, part=part)
+        self.host = host
         self.lives = 0
         self.clock_off_s = 0.0
-        self.process = SimProcess(METADATA)
+        self.process = SimProcess(host)
         self.process.alive = False
         self.counts: Counter[str] = Counter()
 
@@ -131,16 +140,40 @@ class SimMetadata:
             wall_ms << 20,
             event_log=256,
             identity=ClusterIdentity(CLUSTER, MODEL),
+            speaks=self._speaks,
         )
         self.core = MetadataCore(state, setup.clock)
-        self.process = SimProcess(METADATA)
-        setup.network.hosts[METADATA] = self.process
+        self.process = SimProcess(self.host)
+        setup.network.hosts[self.host] = self.process
         self.process.spawn(self.core.run())
 
     def kill(self) -> None:
         """State lost."""
         self.counts += self.core.state.counters
         self.process.kill()
+
+    @property
+    def cores(self) -> list[MetadataCore]:
+        """Of all partitions."""
+        return [self.core]
+
+    def end(self) -> None:
+        """For good."""
+        self.kill()
+
+    async def gone(self) -> None:
+        """Wait for what was killed last."""
+        await self.process.gone()
+
+    def connect(self, process: SimProcess) -> MetadataClient:
+        """A client for a process."""
+        way = SimMetadataTransport(self._setup.network, process, lambda: self.core, self.host)
+        return MetadataClient(way, self._setup.clock, CALL_S, speaks=self._speaks)
+
+    def subscribe(self, process: SimProcess, sink_of: SinkOf) -> Subscription:
+        """A process's event stream; run it there."""
+        source = SimEventSource(self._setup.network, process, lambda: self.core, self.host)
+        return IndexSubscription(source, sink_of(self._speaks.part), self._setup.clock, speaks=self._speaks)
 
     def check(self) -> None:
         """Every invariant of the state."""
@@ -178,7 +211,7 @@ class SimNode(NodeService):
         self._restarts = 0
         self.engine: EngineLoop | None = None
         self.tiers: NodeTiers | None = None
-        self.subscription: IndexSubscription | None = None
+        self.subscription: Subscription | None = None
         self.on_promote: Callable[[str], None] = lambda _name: None
         """Told of each call of another node that wants chunks from this one's tiers."""
         self.service = self.engine_process = _dead(self.host)
@@ -220,7 +253,7 @@ class SimNode(NodeService):
 
         self._opened = asyncio.Event()
         self._node_client = self._client(self.service)
-        self.membership = Membership(
+        self.membership = Memberships(
             self._node_client,
             NodeInfo(
                 id=self.name,
@@ -359,8 +392,7 @@ class SimNode(NodeService):
         return self.engine
 
     def _client(self, process: SimProcess) -> MetadataClient:
-        way = SimMetadataTransport(self._setup.network, process, lambda: self._metadata.core)
-        return MetadataClient(way, self._setup.clock, CALL_S)
+        return self._metadata.connect(process)
 
     async def _engine_life(self, process: SimProcess) -> None:
         await self._opened.wait()
@@ -409,9 +441,8 @@ class SimNode(NodeService):
                 )
             )
             stack.callback(sim.count, tiers)
-            self.membership.on_registered = tiers.registered
-            source = SimEventSource(setup.network, process, lambda: self._metadata.core)
-            self.subscription = IndexSubscription(source, tiers.filler, setup.clock)
+            self.membership.on_registered(tiers.registered)
+            self.subscription = self._metadata.subscribe(process, tiers.filler.sink_of)
             following = asyncio.create_task(self.subscription.run())
             stack.push_async_callback(cancelled, following)
             self.tiers = tiers

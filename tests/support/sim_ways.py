@@ -40,19 +40,22 @@ _REPEATABLE = frozenset(
 
 
 class SimMetadataTransport:
-    """`MetadataTransport` of one process. `core` gives the server's core of now."""
+    """`MetadataTransport` of one process. `core` gives the core of now of the server on `host`."""
 
-    def __init__(self, network: SimNetwork, source: SimProcess, core: Callable[[], MetadataCore]) -> None:
+    def __init__(
+        self, network: SimNetwork, source: SimProcess, core: Callable[[], MetadataCore], host: str = METADATA
+    ) -> None:
         self._network = network
         self._source = source
         self._core = core
+        self._host = host
 
     async def call(self, path: str, body: bytes, timeout_s: float) -> bytes:
         """See MetadataTransport."""
         try:
             return await self._network.call(
                 self._source,
-                METADATA,
+                self._host,
                 lambda _: self._core().dispatch(path, body),
                 timeout_s=timeout_s,
                 repeatable=path in _REPEATABLE,
@@ -69,12 +72,15 @@ class SimMetadataTransport:
 
 
 class SimEventSource:
-    """`EventSource` of one process."""
+    """`EventSource` of one process, as SimMetadataTransport."""
 
-    def __init__(self, network: SimNetwork, source: SimProcess, core: Callable[[], MetadataCore]) -> None:
+    def __init__(
+        self, network: SimNetwork, source: SimProcess, core: Callable[[], MetadataCore], host: str = METADATA
+    ) -> None:
         self._network = network
         self._source = source
         self._core = core
+        self._host = host
 
     async def batches(self, epoch: str, from_seq: int) -> AsyncGenerator[bytes, None]:
         """See EventSource."""
@@ -82,7 +88,7 @@ class SimEventSource:
         def serve(_: SimProcess) -> AsyncGenerator[bytes, None]:
             return self._core().events(epoch, from_seq)
 
-        stream = self._network.stream(self._source, METADATA, serve, SILENCE_S)
+        stream = self._network.stream(self._source, self._host, serve, SILENCE_S)
         try:
             async for batch in stream:
                 yield batch

@@ -10,6 +10,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from kvcore.config.fields import ByteSize
+from kvcore.config.partitions import PartitionConfig
 from kvcore.config.schema import (
     ClusterConfig,
     MetadataServerConfig,
@@ -22,6 +23,7 @@ from kvcore.ports import listen
 from kvcore.types import Role
 from kvferry.doctor.checks import check_memory, check_ports, check_running
 from kvferry.doctor.findings import Context
+from kvferry.doctor.records import check_records
 from kvferry.doctor.running import RunningParts, find_running
 
 NODE = {"id": "d0", "role": "decoder", "control_url": "http://x", "incarnation": 1, "cluster": "c"}
@@ -103,6 +105,19 @@ async def test_a_metadata_server_that_stands_by_is_the_clusters_own(serve):
     config = msgspec.structs.replace(config, metadata_server=server)
     findings = check_ports(Context(config, running=await find_running(config)))
     assert [finding.subject for finding in findings if not finding.ok] == ["port metadata_server.standbys[1]"]
+
+
+async def test_each_partitions_server_is_the_clusters_own_and_each_ones_records_are_looked_at(serve):
+    ports = [await serve("/v1/stats", STATS) for _ in range(2)]
+    strange = await serve("/v1/stats", {**STATS, "nodes": [{**NODE, "cluster": "other"}]})
+    config = cluster(await serve("/v1/cluster", ROUTER), 0, await serve("/v1/info", {"node": NODE}))
+    partitions = [PartitionConfig(name=name, port=port) for name, port in zip("abc", [*ports, strange], strict=True)]
+    config = msgspec.structs.replace(config, metadata_server=MetadataServerConfig(partitions=partitions))
+    context = Context(config, running=await find_running(config))
+    wrong = [finding.subject for finding in check_ports(context) if not finding.ok]
+    assert wrong == ["port metadata_server.partitions[2]"]
+    found = [finding.detail for finding in check_records(context)]
+    assert len(found) == 3 and all(f"records-{port}.sqlite" in said for port, said in zip(ports, found, strict=False))
 
 
 async def test_where_nothing_runs_nothing_is_found_and_held_ports_are_wrong():

@@ -1,6 +1,6 @@
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 import pytest
@@ -82,11 +82,18 @@ async def serve():
 
 
 async def show(
-    router: str, metadata: str | None, *, as_json: bool = False, standbys: Sequence[str] = ()
+    router: str,
+    metadata: str | None,
+    *,
+    as_json: bool = False,
+    standbys: Sequence[str] = (),
+    partitions: Mapping[str, Sequence[str]] = {},
 ) -> tuple[int, str]:
     out = io.StringIO()
     console = Console(file=out, width=160)
-    code = await run_status(router, metadata, standbys=standbys, as_json=as_json, console=console)
+    code = await run_status(
+        router, metadata, standbys=standbys, partitions=partitions, as_json=as_json, console=console
+    )
     return code, out.getvalue()
 
 
@@ -119,6 +126,18 @@ async def test_of_several_metadata_servers_the_one_that_leads_is_shown_and_that_
         assert code == 0 and "1.0 MiB (25%)" in out and "the index is being rebuilt" in out
     code, out = await show(router, follower, standbys=["http://127.0.0.1:9"])
     assert code == 1 and "it does not lead" in out
+
+
+async def test_what_all_partitions_hold_is_shown_as_one_and_who_is_away_by_name(serve):
+    router = await serve("/v1/cluster", json.dumps(CLUSTER).encode())
+    each = [await serve("/v1/stats", msgspec.json.encode(STATS)) for _ in range(2)]
+    code, out = await show(router, None, partitions={"a": each[:1], "b": each[1:]})
+    assert code == 0 and "2.0 MiB (50%)" in out and "store: 6 chunks" in out and "epoch e1+e1" in out
+    code, out = await show(router, None, partitions={"a": each[:1], "b": ["http://127.0.0.1:9"]})
+    assert code == 1 and "1.0 MiB (25%)" in out
+    assert "metadata server is not there: partition b: " in out and "(http://127.0.0.1:9/v1/stats)" in out
+    code, out = await show(router, None, partitions={"a": ["http://127.0.0.1:9", *each]})
+    assert code == 0 and "store: 3 chunks" in out, "its standby answers"
 
 
 async def test_need_and_a_router_that_stops_are_shown(serve):
