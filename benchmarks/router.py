@@ -24,8 +24,13 @@ from aiohttp import web
 
 from benchmarks.children import Child, child
 from kvcore.chunk_keys import usable_chunks
+from kvcore.clock import SystemClock
+from kvcore.config.security import SecretConfig
 from kvcore.process.http_client import http_session
+from kvcore.trust.http_proof import RequestVerifier
+from kvcore.trust.opening import TrustSource, open_trust
 from kvcore.types import KVSpec, NodeInfo, Role, Segment
+from kvnode.answers import ProvenCalls
 from nodeapi.client import HttpNodeClient
 from nodeapi.frames import pack_frame
 from nodeapi.messages import (
@@ -119,11 +124,15 @@ def node_app(node_id: str, role: Role) -> web.Application:
     return app
 
 
-async def serve_nodes() -> None:
-    """The mock nodes' process: print their ports, serve until it is ended."""
-    ports = []
+async def serve_nodes(secret: str | None = None) -> None:
+    """The mock nodes' process: print their ports, serve until it is ended. `secret`: the file with their cluster's."""
+    source = TrustSource(cluster="router-benchmark", secret=None if secret is None else SecretConfig(file=secret))
+    trust, ports = open_trust(source), []
     for number, role in enumerate(ROLES):
-        runner = web.AppRunner(node_app(f"n{number}", role), access_log=None)
+        app = node_app(f"n{number}", role)
+        if trust.secrets is not None:
+            ProvenCalls(RequestVerifier(trust, SystemClock(), None)).add_to(app)
+        runner = web.AppRunner(app, access_log=None)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         ports.append(runner.addresses[0][1])
@@ -241,8 +250,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=1000, help="for each way and load")
     parser.add_argument("--serve-nodes", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--secret", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    uvloop.run(serve_nodes() if arguments.serve_nodes else run(arguments.requests))
+    uvloop.run(serve_nodes(arguments.secret) if arguments.serve_nodes else run(arguments.requests))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,10 @@ RESULT has
 - `mac_over_checksum_get`, `..._put`: the rate of a get (put) of 64 MiB in chunks of 8 over shm, with MACs over with
   checksums; `..._tcp`: over tcp;
 - `promote_mac_over_plain`: the rate of promoting 16 chunks of 4 MiB from a disk, likewise;
-- `encrypt_gbps`, `decrypt_gbps`: chunks of 4 MiB for a tier, one thread.
+- `encrypt_gbps`, `decrypt_gbps`: chunks of 4 MiB for a tier, one thread;
+- `router_added_us`: processor time of the router that a request costs more where its calls to nodes carry proofs;
+- `tcp_proven_over_open_get`: the rate of a get of 64 MiB over tcp on connections that stand, after a greeting with
+  proofs over one without; `tcp_greeting_added_us`: what the first get of 4 KiB on a connection takes longer.
 
 Run: python -m benchmarks.trust [--rounds 15] [--only chunks]
 """
@@ -16,9 +19,13 @@ import json
 from collections.abc import Awaitable, Callable
 
 from benchmarks.trust_chunks import measure_chunks
+from benchmarks.trust_proofs import measure_proofs
 from kvcore.process.service import loop_factory
 
-PARTS: dict[str, Callable[[int], Awaitable[dict[str, float]]]] = {"chunks": measure_chunks}
+PARTS: dict[str, Callable[[int], Awaitable[dict[str, float]]]] = {
+    "chunks": measure_chunks,
+    "proofs": measure_proofs,
+}
 
 
 async def run(parts: list[str], rounds: int) -> None:

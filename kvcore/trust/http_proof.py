@@ -10,6 +10,7 @@ import hmac
 import re
 import secrets as random
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 from kvcore.clock import Clock
@@ -65,7 +66,7 @@ class RequestProver:
         nonce = base64.b64encode(self._sender + self._number.to_bytes(8, "big")).decode()
         digest = digest_of(body)
         params = (
-            f'{_COVERED};created={int(self._clock.wall())};nonce="{nonce}";keyid="{key.id.hex()}"'
+            f'{_COVERED};created={int(self._clock.wall())};nonce="{nonce}";keyid="{key.name}"'
             ';alg="hmac-sha256";tag="kvferry"'
         )
         signature = _sign(key, self._context, _base(method, authority, target, digest, params))
@@ -84,7 +85,7 @@ class RequestProver:
     def is_proven(self, proof: Proof, status: int, headers: Mapping[str, str]) -> bool:
         """Whether the head of an answer comes from one who knows the secret and got this request."""
         params = headers.get(INPUT, "").removeprefix("kvferry=")
-        return params == _reply_params(proof.key) and hmac.compare_digest(
+        return params == _reply_params(proof.key.name) and hmac.compare_digest(
             headers.get(SIGNATURE, "").encode(), _sign_reply(proof, self._context, status).encode()
         )
 
@@ -146,7 +147,10 @@ class RequestVerifier:
 
     def reply_headers(self, proof: Proof, status: int) -> tuple[tuple[str, str], ...]:
         """What an answer carries, by which its reader knows that we know the secret."""
-        return (INPUT, f"kvferry={_reply_params(proof.key)}"), (SIGNATURE, _sign_reply(proof, self._context, status))
+        return (INPUT, f"kvferry={_reply_params(proof.key.name)}"), (
+            SIGNATURE,
+            _sign_reply(proof, self._context, status),
+        )
 
     def _parsed(self, headers: Mapping[str, str]) -> tuple[str, int, bytes, ClusterKey]:
         given = headers.get(INPUT)
@@ -205,13 +209,14 @@ def _base(method: str, authority: str, target: str, digest: str, params: str) ->
     return text.encode("utf-8", "surrogateescape")
 
 
-def _reply_params(key: ClusterKey) -> str:
-    return f'{_REPLY_COVERED};keyid="{key.id.hex()}";alg="hmac-sha256";tag="kvferry-reply"'
+@lru_cache(maxsize=8)
+def _reply_params(key_id: str) -> str:
+    return f'{_REPLY_COVERED};keyid="{key_id}";alg="hmac-sha256";tag="kvferry-reply"'
 
 
 def _sign_reply(proof: Proof, context: bytes, status: int) -> str:
     theirs = proof.signature.removeprefix("kvferry=")
-    params = _reply_params(proof.key)
+    params = _reply_params(proof.key.name)
     base = f'"@status": {status}\n"signature";req;key="kvferry": {theirs}\n"@signature-params": {params}'
     return _sign(proof.key, context, base.encode())
 

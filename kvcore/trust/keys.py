@@ -35,6 +35,7 @@ class ClusterKey:
         self._secret = secret
         self._derived: dict[tuple[str, bytes], bytes] = {}
         self.id = self._hkdf(b"id", KEY_ID_BYTES)
+        self.name = self.id.hex()
 
     def __repr__(self) -> str:
         return f"<ClusterKey {self.id.hex()}>"
