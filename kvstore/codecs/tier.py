@@ -6,7 +6,7 @@ that lies there as it is, and one that is encoded, is told by its length, so a t
 
 import asyncio
 import importlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -119,9 +119,13 @@ class CodecTier:
     async def load(self, chunks: Sequence[TierChunk], *, timeout_s: float) -> list[TierOutcome]:
         """See `Tier`."""
         deadline = BatchDeadline(timeout_s)
-        if not self._plain:
+        if self._codec != "none":
             return await self._load_any(chunks, deadline)
-        outcomes = await self._tier.load(chunks, timeout_s=timeout_s)
+        stored = [_scratch(chunk.name, chunk.num_bytes + MORE_BYTES) for chunk in chunks] if self._encrypt else chunks
+        outcomes = await self._tier.load(stored, timeout_s=timeout_s)
+        if self._encrypt:
+            came = [at for at, outcome in enumerate(outcomes) if outcome is TierOutcome.OK]
+            await self._decode_into(outcomes, came, {at: stored[at] for at in came}, chunks, deadline)
         others = [at for at, outcome in enumerate(outcomes) if outcome is TierOutcome.TOO_LARGE]
         for at, outcome in zip(others, await self._load_any([chunks[at] for at in others], deadline), strict=True):
             outcomes[at] = outcome
@@ -141,7 +145,7 @@ class CodecTier:
                 elif size == chunk.num_bytes:
                     stored[at] = chunk
                 else:
-                    stored[at] = TierChunk(chunk.name, [memoryview(bytearray(size))])
+                    stored[at] = _scratch(chunk.name, size)
             came = await self._tier.load(list(stored.values()), timeout_s=deadline.remaining())
         except TransferError:
             return outcomes
@@ -154,10 +158,20 @@ class CodecTier:
                 encoded.append(at)
             elif outcome is TierOutcome.TOO_LARGE:  # another one was put there meanwhile
                 outcomes[at] = TierOutcome.MISSING
-        decoded = await self._in_threads(self._decoded, [(stored[at], chunks[at]) for at in encoded], deadline)
-        for at, done in zip(encoded, decoded, strict=True):
-            outcomes[at] = done or TierOutcome.UNAVAILABLE
+        await self._decode_into(outcomes, encoded, stored, chunks, deadline)
         return outcomes
+
+    async def _decode_into(
+        self,
+        outcomes: list[TierOutcome],
+        places: Sequence[int],
+        stored: Mapping[int, TierChunk],
+        chunks: Sequence[TierChunk],
+        deadline: BatchDeadline,
+    ) -> None:
+        decoded = await self._in_threads(self._decoded, [(stored[at], chunks[at]) for at in places], deadline)
+        for at, done in zip(places, decoded, strict=True):
+            outcomes[at] = done or TierOutcome.UNAVAILABLE
 
     # --- what has no bytes in it ---
 
@@ -316,6 +330,10 @@ class _Coded:
     header: ChunkHeader
     frame: Frame
     body: bytes | memoryview
+
+
+def _scratch(name: ChunkName, num_bytes: int) -> TierChunk:
+    return TierChunk(name, [memoryview(bytearray(num_bytes))])
 
 
 def _lossless() -> ModuleType | None:

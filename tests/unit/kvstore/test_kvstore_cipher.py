@@ -136,6 +136,15 @@ async def test_a_tier_that_encrypts_no_longer_or_not_yet_reads_what_is_there(und
         await tier._pool.aclose()
 
 
+async def test_what_is_encrypted_without_a_codec_is_loaded_by_one_call_of_the_tier(under, monkeypatch):
+    tier, chunk = over(under), sealed()
+    await save_one(tier, chunk)
+    monkeypatch.setattr(under, "sizes", None)
+    back = room_for(chunk)
+    assert await load_one(tier, back) is OK and content(back) == content(chunk)
+    await tier.aclose()
+
+
 async def test_every_changed_byte_is_damage(under):
     tier, chunk = over(under), sealed()
     await save_one(tier, chunk)
