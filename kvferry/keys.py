@@ -27,7 +27,7 @@ from kvcore.tenants.keys import (
 if TYPE_CHECKING:
     from rich.table import Table
 
-_LIMITS = ("requests_per_minute", "tokens_per_minute", "concurrency", "priority")
+_LIMITS = ("requests_per_minute", "tokens_per_minute", "concurrency", "cache_share", "priority")
 
 
 def add_keys(parser: argparse.ArgumentParser, config_type: Callable[[str], Path]) -> None:
@@ -48,6 +48,7 @@ def add_keys(parser: argparse.ArgumentParser, config_type: Callable[[str], Path]
     create.add_argument("--requests-per-minute", type=int, metavar="N", help="of the tenant, with all of its keys")
     create.add_argument("--tokens-per-minute", type=int, metavar="N", help="of prompts and completions together")
     create.add_argument("--concurrency", type=int, metavar="N", help="requests under way at a time")
+    create.add_argument("--cache-share", type=float, metavar="SHARE", help="of each segment and disk; 0.25: a quarter")
     create.add_argument("--priority", choices=get_args(Priority), help="who is refused first where there is much to do")
     listing = command("list", run_list, "show which keys there are, whose they are and what their tenants may")
     listing.add_argument("--json", action="store_true", help="one line of JSON")
@@ -161,7 +162,7 @@ def _limits(before: TenantLimits, given: dict[str, Any]) -> TenantLimits:
 def _table(file: KeyFile) -> "Table":
     from kvferry.cache.tables import table
 
-    limits = ("requests/min", "tokens/min", "at a time", "priority")
+    limits = ("requests/min", "tokens/min", "at a time", "cache", "priority")
     made = table("id", "tenant", "admin", "created", "revoked", *limits)
     for record in sorted(file.keys, key=lambda one: (one.tenant, one.created)):
         made.add_row(*_row(record, file.tenants.get(record.tenant, TenantLimits())))
@@ -169,10 +170,11 @@ def _table(file: KeyFile) -> "Table":
 
 
 def _row(record: KeyRecord, limits: TenantLimits) -> list[str]:
+    share = "" if limits.cache_share is None else f"{limits.cache_share:.0%}"
     numbers = (limits.requests_per_minute, limits.tokens_per_minute, limits.concurrency)
     said = ["" if number is None else str(number) for number in numbers]
     admin = "yes" if record.admin else ""
-    return [record.id, record.tenant, admin, record.created, record.revoked, *said, limits.priority]
+    return [record.id, record.tenant, admin, record.created, record.revoked, *said, share, limits.priority]
 
 
 def _now() -> str:

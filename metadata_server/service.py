@@ -9,6 +9,7 @@ from kvcore.clock import Clock, SystemClock, WakefulClock
 from kvcore.config.records import EtcdRecordsConfig
 from kvcore.config.schema import ClusterConfig
 from kvcore.config.servers import own_part
+from kvcore.eviction.quotas import TenantShares
 from kvcore.ports import authorities_of, base_url
 from kvcore.process.asgi import AsgiServer
 from kvcore.process.http_gate import HttpGate, show_gates
@@ -16,6 +17,7 @@ from kvcore.process.limits import HttpLimits
 from kvcore.process.proven_app import OPEN_PATHS, ProvenApp
 from kvcore.process.service import Lifecycle
 from kvcore.telemetry import Metrics, log_fields
+from kvcore.tenants.shares import FollowedShares
 from kvcore.trust.http_proof import RequestVerifier
 from kvcore.trust.opening import ClusterTrust, open_trust, trust_source
 from metadata_server.core import MetadataCore
@@ -43,10 +45,11 @@ def create_core(
     records: Records | None = None,
     *,
     first_generation: int | None = None,
+    shares: TenantShares | None = None,
 ) -> MetadataCore:
     """An empty index with an epoch and generations that no earlier life had. Without `first_generation`: as far as the
-    wall clock grows."""
-    state = new_index(config, clock, by_clock(clock) if first_generation is None else first_generation)
+    wall clock grows. `shares`: as of MetadataState."""
+    state = new_index(config, clock, by_clock(clock) if first_generation is None else first_generation, shares)
     return MetadataCore(state, clock, pins=pins, orders=NodeOrdering(state, clock, records))
 
 
@@ -59,18 +62,25 @@ async def main(config: ClusterConfig, lifecycle: Lifecycle, *, change_partitions
     lifecycle.stack.push_async_callback(records.aclose)
     lifecycle.tasks.create_task(records.run(), name="records")
     await _join(config, clock, records, change=change_partitions)
-    core = create_core(config, clock) if server.standbys else await _only_core(config, clock, records, lifecycle)
+    trust = open_trust(trust_source(config))
+    followed = await asyncio.to_thread(FollowedShares, config, trust.secrets)
+    lifecycle.tasks.create_task(followed.follow(), name="tenants' shares")
+    shares = followed.shares
+    if server.standbys:
+        core = create_core(config, clock, shares=shares)
+    else:
+        core = await _only_core(config, clock, records, lifecycle, shares)
     gates: dict[str, HttpGate] = {}
     show_gates(metrics, gates)
     mooncake, dialect = await _open_mooncake(config, records, clock, metrics, lifecycle, gates=gates)
     core.janitor.look_after(records, dialect)
     app = create_app(core, clock, metrics, server.max_body, mooncake=mooncake)
-    proven = _proven(app, config, clock, open_trust(trust_source(config)))
+    proven = _proven(app, config, clock, trust)
     shell = AsgiServer(proven, server.host, server.port, limits=HttpLimits().holding(4 * server.max_body))
     gates["metadata"] = shell.gate
     lifecycle.stack.push_async_callback(shell.aclose)
     if server.standbys:
-        _elect(config, clock, records, core, lifecycle)
+        _elect(config, clock, records, core, lifecycle, shares=shares)
     await shell.start()
     lifecycle.describe.append(lambda: [repr(core), repr(records), repr(core.orders), repr(core.leader)])
     lifecycle.tasks.create_task(core.run(), name="metadata ticks")
@@ -104,10 +114,12 @@ def _proven(app: ASGIApp, config: ClusterConfig, clock: Clock, trust: ClusterTru
     return ProvenApp(app, verifier, lambda scope: scope["path"] not in (*OPEN_PATHS, PATH))
 
 
-async def _only_core(config: ClusterConfig, clock: Clock, records: Records, lifecycle: Lifecycle) -> MetadataCore:
+async def _only_core(
+    config: ClusterConfig, clock: Clock, records: Records, lifecycle: Lifecycle, shares: TenantShares
+) -> MetadataCore:
     pins = PinRecords(records, clock)
     first = await first_generation_alone(records, clock)
-    core = create_core(config, clock, pins, records, first_generation=first)
+    core = create_core(config, clock, pins, records, first_generation=first, shares=shares)
     await pins.restore(core.state)
     await core.orders.restore()
     lifecycle.describe.append(lambda: [repr(pins)])
@@ -116,9 +128,17 @@ async def _only_core(config: ClusterConfig, clock: Clock, records: Records, life
     return core
 
 
-def _elect(config: ClusterConfig, clock: Clock, records: Records, core: MetadataCore, lifecycle: Lifecycle) -> None:
+def _elect(
+    config: ClusterConfig,
+    clock: Clock,
+    records: Records,
+    core: MetadataCore,
+    lifecycle: Lifecycle,
+    *,
+    shares: TenantShares,
+) -> None:
     """Take part in the election, until the stack unwinds: the lease is given back while the records are still open."""
-    server, terms = config.metadata_server, Terms(config, clock, records, core)
+    server, terms = config.metadata_server, Terms(config, clock, records, core, shares=shares)
     election = Election(
         records, WakefulClock(), base_url(server.host, server.port), server.lease_s, lead=terms.lead, follow=terms.end
     )

@@ -7,7 +7,7 @@ ones.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvcore.types import OwnerTag
@@ -53,11 +53,29 @@ class TenantOrder(Protocol):
         ...
 
 
+@dataclass(slots=True)
+class TenantShares:
+    """What each tenant may have of each segment or slab. `default`: who has no share of its own; None: all of it. `own`
+    may be replaced at any time."""
+
+    default: float | None = None
+    own: dict[OwnerTag, float] = field(default_factory=dict)
+
+    @property
+    def limited(self) -> bool:
+        """Whether anybody has less than all."""
+        return self.default is not None or bool(self.own)
+
+    def of(self, owner: OwnerTag) -> float | None:
+        """None: all of it."""
+        return self.own.get(owner, self.default)
+
+
 @dataclass(frozen=True, slots=True)
 class TenantLimit:
     """What each tenant may have of each segment or slab, and how its own chunks are ordered."""
 
-    share: float
+    shares: TenantShares
     new_order: Callable[[], TenantOrder]
 
 
@@ -66,8 +84,7 @@ class TenantQuotas:
     counts for nobody until its prompt is stored again. Costs some hundred bytes a chunk."""
 
     def __init__(self, limit: TenantLimit, capacity: int) -> None:
-        self.most_bytes = int(limit.share * capacity)
-        """That one tenant may have."""
+        self._shares, self._capacity = limit.shares, capacity
         self.used_bytes: Counter[OwnerTag] = Counter()
         self._new_order = limit.new_order
         self._owners: dict[int, OwnerTag] = {}
@@ -75,11 +92,16 @@ class TenantQuotas:
         self._orders: dict[OwnerTag, TenantOrder] = {}
 
     def __repr__(self) -> str:
-        return f"<TenantQuotas of {len(self.used_bytes)} tenants, {self.most_bytes} bytes each>"
+        return f"<TenantQuotas of {len(self.used_bytes)} tenants in {self._capacity} bytes>"
+
+    def most_of(self, owner: OwnerTag) -> int:
+        """Bytes that the tenant may have."""
+        share = self._shares.of(owner)
+        return 1 << 62 if share is None else int(share * self._capacity)
 
     def left_of(self, owner: OwnerTag) -> int:
         """Bytes that the tenant may have more."""
-        return self.most_bytes - self.used_bytes[owner]
+        return self.most_of(owner) - self.used_bytes[owner]
 
     def owner(self, row: int) -> OwnerTag | None:
         """Whose the replica is, if that is known."""

@@ -33,6 +33,8 @@ class TenantLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Of prompts and completions together."""
     concurrency: _Above | None = None
     """Requests under way at a time."""
+    cache_share: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
+    """Of each segment and each node's disk; None: `store.tenant_share`."""
     priority: Priority = "normal"
     """Who is refused first where a router has much to do."""
 

@@ -12,6 +12,8 @@ import hmac
 from collections.abc import Callable
 
 from kvcore.chunk_keys import TENANT_SALT, owner_of
+from kvcore.trust.keys import ClusterKey, KeyLabel
+from kvcore.trust.secrets import Secrets
 from kvcore.types import OwnerTag
 
 _PART_BYTES = 16
@@ -39,6 +41,11 @@ class TenantSalt:
 
 TenantSalts = Callable[[str], TenantSalt]
 """Of each tenant, by its name."""
+
+
+def salts_by(key: ClusterKey | Secrets) -> TenantSalts:
+    """Derived from this key; of several secrets from the newest: one that is given up names nobody's KV any more."""
+    return lambda tenant: TenantSalt(key.derive(KeyLabel.TENANTS, tenant.encode()))
 
 
 def _part(key: bytes, what: bytes) -> bytes:

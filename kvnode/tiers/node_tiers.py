@@ -13,6 +13,7 @@ import msgspec
 from kvcore.chunk_keys import OWNER_BYTES, chunk_keys, owner_of, root_key, usable_chunks
 from kvcore.clock import Clock
 from kvcore.config.tiers import TierConfig, TiersConfig
+from kvcore.eviction.quotas import TenantShares
 from kvcore.types import ChunkKey, KVSpec, NodeInfo, OwnerTag
 from kvnode.tasks import cancelled, spawned
 from kvnode.tiers.filler import FilledTier, TierFiller
@@ -160,7 +161,7 @@ async def open_node_tiers(
     opened: Sequence[OpenTier],
     config: TiersConfig,
     *,
-    tenant_share: float | None = None,
+    shares: TenantShares | None = None,
     node: NodeInfo,
     host_id: str = "",
     segment: OwnSegment,
@@ -171,8 +172,8 @@ async def open_node_tiers(
     peers: Peers | None,
     limits: MoveLimits = MoveLimits(),
 ) -> AsyncIterator[NodeTiers]:
-    """Takes over the closing of the tiers and of `placement`. Their tasks run until it is left. `tenant_share`: of the
-    segment, that one tenant's chunks may take."""
+    """Takes over the closing of the tiers and of `placement`. Their tasks run until it is left. `shares`: of the
+    segment, that tenants' chunks may take."""
     async with AsyncExitStack() as stack:
         stack.push_async_callback(placement.aclose, limits.close_s)
         guards, codecs = list[GuardedTier](), list[CodecTier]()
@@ -201,7 +202,7 @@ async def open_node_tiers(
                 one.tier.on_change = tiers.announcer.changed
                 tiers.local[one.tier.name] = one.tier
                 tiers.pinner = DiskPinner(metadata, one.tier, limits)
-                room = WarmRoom.of(segment.size_bytes, config.warm_up, tenant_share)
+                room = WarmRoom(segment.size_bytes, config.warm_up, shares or TenantShares())
                 tiers.warmer = TierWarmer(promoter, guard, one.tier, room, limits)
                 work += [(tiers.announcer.run(), "announce"), (tiers.warmer.run(), "warm-up")]
                 work.append((tiers.pinner.run(), "pin"))

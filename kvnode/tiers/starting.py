@@ -6,6 +6,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from kvcore.clock import Clock
 from kvcore.config.schema import ClusterConfig
+from kvcore.tenants.shares import FollowedShares
 from kvcore.trust.opening import OPEN, ClusterTrust
 from kvnode.partitions.memberships import Memberships
 from kvnode.segment_owner import SegmentOwner
@@ -41,7 +42,9 @@ async def start_tiers(
     async with AsyncExitStack() as stack:
         host = config.nodes[node.id].host
         store = config.store
-        place = TierPlace(config.cluster, node.id, host, owner.view, store.pin_share, store.tenant_share)
+        followed = await asyncio.to_thread(FollowedShares, config, trust.secrets)
+        stack.push_async_callback(cancelled, spawned(followed.follow(), "tenants-shares"))
+        place = TierPlace(config.cluster, node.id, host, owner.view, store.pin_share, followed.shares)
         opened = []
         for section in sections:
             tier = await open_tier(section, place, clock)
@@ -57,7 +60,7 @@ async def start_tiers(
             open_node_tiers(
                 opened,
                 config.tiers,
-                tenant_share=store.tenant_share,
+                shares=followed.shares,
                 node=node,
                 host_id=owner.segment.host_id,
                 segment=OwnSegment(owner.view, owner.segment.id, placement, integrity),

@@ -8,6 +8,7 @@ import logging
 from collections import Counter
 from dataclasses import dataclass
 
+from kvcore.eviction.quotas import TenantShares
 from kvcore.extents import aligned
 from kvcore.telemetry import log_fields
 from kvcore.types import OwnerTag
@@ -22,17 +23,22 @@ _logger = logging.getLogger("kvnode")
 
 @dataclass(frozen=True, slots=True)
 class WarmRoom:
-    """How much of the segment a warm-up may fill. `tenant_bytes`: with chunks of one tenant; what is beyond that would
-    only push out what was brought before, and is used more."""
+    """How much of the segment a warm-up may fill, and with chunks of each tenant: what is beyond its share would only
+    push out what was brought before, and is used more."""
 
-    most_bytes: float
-    tenant_bytes: float
+    segment_bytes: int
+    share: float
+    tenants: TenantShares
 
-    @classmethod
-    def of(cls, segment_bytes: int, share: float, tenant_share: float | None) -> "WarmRoom":
-        """Both as shares of the segment."""
-        most = segment_bytes * share
-        return cls(most, most if tenant_share is None else min(most, segment_bytes * tenant_share))
+    @property
+    def most_bytes(self) -> int:
+        """Of all tenants together."""
+        return int(self.segment_bytes * self.share)
+
+    def most_of(self, owner: OwnerTag) -> int:
+        """Bytes of one tenant's."""
+        share = self.tenants.of(owner)
+        return self.most_bytes if share is None else min(self.most_bytes, int(self.segment_bytes * share))
 
 
 class TierWarmer:
@@ -84,14 +90,14 @@ class TierWarmer:
     def _wanted(self, shape: ChunkShape) -> list[tuple[ChunkName, OwnerTag | None]]:
         """What there is room for, each with whose it is."""
         size = aligned(shape.num_bytes)
-        most, most_of_one = int(self._room.most_bytes / size), int(self._room.tenant_bytes / size)
+        most = self._room.most_bytes // size
         names = [name for name in self._disk.names() if name.fingerprint in shape.fingerprints]
         of_one, wanted = Counter[OwnerTag](), list[tuple[ChunkName, OwnerTag | None]]()
         for name, owner in zip(names, self._disk.owners(names), strict=True):
             if len(wanted) == most:
                 break
             if owner is not None:
-                if of_one[owner] == most_of_one:
+                if of_one[owner] >= self._room.most_of(owner) // size:
                     continue
                 of_one[owner] += 1
             wanted.append((name, owner))

@@ -13,6 +13,7 @@ from kvcore.clock import Clock
 from kvcore.config.tiers import DiskTierConfig, TierConfig
 from kvcore.errors import TransferError
 from kvcore.eviction.evictor import PolicyName
+from kvcore.eviction.quotas import TenantShares
 from kvcore.extents import aligned
 from kvcore.telemetry import log_fields
 from kvcore.types import OwnerTag
@@ -44,7 +45,7 @@ class DiskTier:
         eviction: PolicyName,
         *,
         pin_share: float,
-        tenant_share: float | None,
+        shares: TenantShares | None,
     ) -> None:
         self.on_change: Callable[[Sequence[ChunkName], Sequence[ChunkName]], None] = lambda _came, _left: None
         self.max_chunk_bytes = slab.data_bytes
@@ -61,7 +62,7 @@ class DiskTier:
             clock=clock,
             eviction=eviction,
             pin_share=pin_share,
-            tenant_share=tenant_share,
+            shares=shares,
         )
 
     def __repr__(self) -> str:
@@ -309,7 +310,7 @@ async def open_tier(config: TierConfig, place: TierPlace, clock: Clock) -> DiskT
         buffered=config.buffered,
         eviction=config.eviction,
         pin_share=place.pin_share,
-        tenant_share=place.tenant_share,
+        shares=place.shares,
     )
 
 
@@ -321,10 +322,10 @@ async def open_disk(
     buffered: bool = False,
     eviction: PolicyName = "lru",
     pin_share: float = 0.5,
-    tenant_share: float | None = None,
+    shares: TenantShares | None = None,
 ) -> DiskTier:
-    """The tier over the file, which is made if it is not there. `pin_share`, `tenant_share`: of the slab, that pinned
-    chunks, and those of one tenant, may take. Raises ConfigError."""
+    """The tier over the file, which is made if it is not there. `pin_share`, `shares`: of the slab, that pinned chunks,
+    and those of each tenant, may take. Raises ConfigError."""
 
     def start() -> tuple[SlabFile, str, list[SlabEntry]]:
         slab, said = SlabFile.open(path.expanduser(), size_bytes, buffered=buffered)
@@ -333,4 +334,4 @@ async def open_disk(
     slab, said, entries = await asyncio.to_thread(start)
     if said:
         log_fields(_log, logging.WARNING, "disk_tier", path=str(path), said=said)
-    return DiskTier(slab, entries, clock, eviction, pin_share=pin_share, tenant_share=tenant_share)
+    return DiskTier(slab, entries, clock, eviction, pin_share=pin_share, shares=shares)

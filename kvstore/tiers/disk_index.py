@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from kvcore.clock import Clock
 from kvcore.eviction.chains import Chains
 from kvcore.eviction.evictor import Evictor, PolicyName, new_policy
-from kvcore.eviction.quotas import TenantLimit, TenantQuotas
+from kvcore.eviction.quotas import TenantLimit, TenantQuotas, TenantShares
 from kvcore.extents import ExtentAllocator, aligned
 from kvcore.types import ChunkKey, OwnerTag
 from kvstore.tiers.base import ChunkName
@@ -100,9 +100,9 @@ class SlabIndex:
         clock: Clock,
         eviction: PolicyName,
         pin_share: float,
-        tenant_share: float | None = None,
+        shares: TenantShares | None = None,
     ) -> None:
-        """`entries`: what the table says. `tenant_share`: of the slab, that one tenant's chunks may take; None: any."""
+        """`entries`: what the table says. `shares`: of the slab, that tenants' chunks may take; None: any."""
         self.evicted = 0
         self.to_clear: list[int] = []
         """Places in the table of what left the index, still to be cleared."""
@@ -116,8 +116,8 @@ class SlabIndex:
         self._names: dict[int, ChunkName] = {}
         """Of `chunks`, by their places in the table."""
         self._quotas: TenantQuotas | None = None
-        if tenant_share is not None:
-            limit = TenantLimit(tenant_share, lambda: SlabOrder(eviction, self._stays, self._names))
+        if shares is not None and shares.limited:
+            limit = TenantLimit(shares, lambda: SlabOrder(eviction, self._stays, self._names))
             self._quotas = TenantQuotas(limit, data_bytes)
         taken = []
         for entry in disjoint(entries, clock.wall()):
@@ -253,7 +253,7 @@ class SlabIndex:
     ) -> int | None:
         """Also against fragmentation, but no more bytes for that than twice what is asked."""
         size, spent = aligned(num_bytes), 0
-        while size <= quotas.most_bytes:
+        while size <= quotas.most_of(owner):
             fits = quotas.left_of(owner) >= size
             offset = self.extents.allocate(num_bytes) if fits and self.free_numbers else None
             if offset is not None or spent >= 2 * size or (number := quotas.evict(owner)) is None:

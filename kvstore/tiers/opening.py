@@ -8,6 +8,7 @@ from typing import cast
 from kvcore.clock import Clock
 from kvcore.config.schema import ClusterConfig
 from kvcore.config.tiers import DiskTierConfig, MooncakeTierConfig, ObjectTierConfig, RedisTierConfig, TierConfig
+from kvcore.eviction.quotas import TenantShares
 from kvstore.tiers.base import Tier
 
 _MODULES: dict[type[TierConfig], str] = {
@@ -30,8 +31,8 @@ class TierPlace:
     """The node's segment, from and to which chunks go: a client may have to be told of it."""
     pin_share: float = 0.5
     """Of what is the node's alone, that pinned chunks may take."""
-    tenant_share: float | None = None
-    """Of what is the node's alone, that one tenant's chunks may take; None: any."""
+    shares: TenantShares | None = None
+    """Of what is the node's alone, that tenants' chunks may take; None: any."""
 
 
 TierOpener = Callable[[TierConfig, TierPlace, Clock], Awaitable[Tier]]

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 import msgspec
 
 from kvcore.config.schema import StoreConfig
+from kvcore.eviction.quotas import TenantShares
 from kvcore.identity import ClusterIdentity
 from kvcore.types import ChunkKey
 from metadata_server import cache_messages as c
@@ -53,19 +54,19 @@ class MetadataState:
         identity: ClusterIdentity = ClusterIdentity(),
         speaks: Protocols = SPOKEN,
         limits: IndexLimits = IndexLimits(),
+        shares: TenantShares | None = None,
     ) -> None:
         """`node_ttl_s` bounds what nodes may ask for; `first_generation` is above all that an earlier life gave out:
         generations, and ids of replicas and leases, so that what was granted in that life is unknown in this one.
-        `identity` is what nodes must be of."""
-        self.log = log = EventLog(epoch, event_log)
-        self.speaks = speaks
+        `identity` is what nodes must be of. `shares`: of tenants; if not given, the configuration's."""
+        self.log, self.speaks = EventLog(epoch, event_log), speaks
         self.counters: Counter[str] = Counter(evicted=0)
         self._calls = CallCount(same_use_s=limits.same_use_s)
         self._deadlines = deadlines = Deadlines()
         table = ReplicaTable()
         self._pins = Pins(limits.max_pins, self.counters, table)
         first, step = speaks.numbering(first_generation)
-        self._index = index = ReplicaIndex(log, first, self._pins, table, limits, step=step)
+        self._index = index = ReplicaIndex(self.log, first, self._pins, table, limits, step=step)
         self._nodes = nodes = NodeRegistry(deadlines, node_ttl_s, identity, limits)
         self.orders = nodes.orders
         self._holdings = TierHoldings(limits.max_tier_keys, limits.most_swept)
@@ -79,11 +80,11 @@ class MetadataState:
         parts = IndexParts(
             nodes, index, self._reservations, self._reading, self._cache, self._pins, self._imports, self._holdings
         )
-        new_record = NewSegments(config, limits, table, self._calls).record
-        self._membership = ClusterMembership(parts, log=log, new_record=new_record, counts=self.counters)
+        new_record = NewSegments(config, limits, table, self._calls, shares).record
+        self._membership = ClusterMembership(parts, log=self.log, new_record=new_record, counts=self.counters)
         self.orphans = IndexOrphans(parts, self._membership)
         self.report = IndexReport(
-            log, nodes, index, self._reservations, self._reading, imports=self._imports, counts=self.counters
+            self.log, nodes, index, self._reservations, self._reading, imports=self._imports, counts=self.counters
         )
         self._limits, self._node_ttl_s = limits, node_ttl_s
         self._settled_at = -math.inf  # from then on every node that lives has been heard

@@ -10,6 +10,7 @@ from dataclasses import replace
 from kvcore.clock import Clock
 from kvcore.config.schema import ClusterConfig
 from kvcore.config.servers import own_part
+from kvcore.eviction.quotas import TenantShares
 from kvcore.identity import ClusterIdentity
 from metadata_server.core import MetadataCore
 from metadata_server.index.state import MetadataState
@@ -21,8 +22,8 @@ from metadata_server.records.pins import PinRecords
 from metadata_server.versions import SPOKEN
 
 
-def new_index(config: ClusterConfig, clock: Clock, first: int) -> MetadataState:
-    """Empty, with an epoch of its own. `first`: its first generation."""
+def new_index(config: ClusterConfig, clock: Clock, first: int, shares: TenantShares | None = None) -> MetadataState:
+    """Empty, with an epoch of its own. `first`: its first generation. `shares`: as of MetadataState."""
     server, listed = config.metadata_server, config.security.nodes
     return MetadataState(
         config.store,
@@ -32,6 +33,7 @@ def new_index(config: ClusterConfig, clock: Clock, first: int) -> MetadataState:
         first_generation=first,
         identity=ClusterIdentity(config.cluster, config.model.name, None if listed is None else frozenset(listed)),
         event_log=server.event_log,
+        shares=shares,
     )
 
 
@@ -45,7 +47,10 @@ class Terms:
         records: Records,
         core: MetadataCore,
         limits: RecordsLimits = RecordsLimits(),
+        *,
+        shares: TenantShares | None = None,
     ) -> None:
+        self._shares = shares
         self._config = config
         self._clock = clock
         self._records = records
@@ -57,7 +62,7 @@ class Terms:
     async def lead(self, guard: Guard) -> None:
         """Make the core ready for the term. Raises RecordsUnavailableError, NotLeaderError if it is over already."""
         first = await first_generation(self._records, self._clock, guard)
-        state = new_index(self._config, self._clock, first)
+        state = new_index(self._config, self._clock, first, self._shares)
         pins = PinRecords(self._records, self._clock, guard=guard)
         await pins.restore(state)
         orders = NodeOrdering(state, self._clock, self._records, guard=guard)
@@ -68,7 +73,7 @@ class Terms:
     def end(self) -> None:
         """The term is over: nothing of it is kept."""
         self._kept = None
-        state = new_index(self._config, self._clock, by_clock(self._clock))
+        state = new_index(self._config, self._clock, by_clock(self._clock), self._shares)
         self._core.begin(state)
 
     async def run(self) -> None:

@@ -8,20 +8,14 @@ from starlette.types import ASGIApp
 from kvcore.clock import Clock
 from kvcore.config.schema import ClusterConfig
 from kvcore.process.service import Lifecycle
-from kvcore.tenants.salts import TenantSalt, TenantSalts
+from kvcore.tenants.salts import salts_by
 from kvcore.tenants.source import KeySource
-from kvcore.trust.keys import KeyLabel
 from kvcore.trust.secrets import Secrets
 from router.requests.records import RequestLog
 from router.tenants.gate import TenantGate
 from router.tenants.limits import GateLimits
 
 Guard = Callable[[ASGIApp], ASGIApp]
-
-
-def tenant_salts(secrets: Secrets) -> TenantSalts:
-    """Of the newest secret: one that is given up names nobody's KV any more."""
-    return lambda tenant: TenantSalt(secrets.derive(KeyLabel.TENANTS, tenant.encode()))
 
 
 async def open_gate(
@@ -46,7 +40,7 @@ async def open_gate(
         gate = TenantGate(
             app,
             keys,
-            tenant_salts(secrets),
+            salts_by(secrets),
             clock,
             proved=proved(app),
             gateways=wanted.gateways,

@@ -5,6 +5,7 @@ from typing import Any
 import msgspec
 
 from kvcore.config.schema import StoreConfig
+from kvcore.eviction.quotas import TenantShares
 from kvcore.identity import ClusterIdentity
 from kvcore.types import ChunkKey, NodeInfo, OwnerTag, ReplicaRef, Role, Segment
 from metadata_server.account_messages import ImportRequest
@@ -107,6 +108,7 @@ def new_state(
     speaks: Protocols = SPOKEN,
     limits: IndexLimits = IndexLimits(),
     identity: ClusterIdentity = ClusterIdentity(),
+    shares: TenantShares | None = None,
     **settings: Any,
 ) -> MetadataState:
     config = StoreConfig(**{"high_watermark": 1.0, "low_watermark": 0.5, "retire_grace_s": 2.0, **settings})
@@ -119,6 +121,7 @@ def new_state(
         identity=identity,
         speaks=speaks,
         limits=limits,
+        shares=shares,
     )
 
 

@@ -28,6 +28,7 @@ from kvcore.errors import (
     TransferError,
     TransferTimeoutError,
 )
+from kvcore.eviction.quotas import TenantShares
 from kvcore.identity import ClusterIdentity
 from kvcore.partitions import Part
 from kvcore.types import NodeInfo, Role, Segment
@@ -429,7 +430,7 @@ class SimNode(NodeService):
                 open_node_tiers(
                     [opened for opened, _ in sim.of(self.name, process)],
                     sim.config,
-                    tenant_share=setup.store.tenant_share,
+                    shares=TenantShares(setup.store.tenant_share),
                     node=node,
                     segment=OwnSegment(memory, self.segment.id, placement, setup.integrity),
                     placement=placement,

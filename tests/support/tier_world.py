@@ -12,6 +12,7 @@ from support.store_fakes import CHUNK_BYTES, SPEC, Wire, World, payload
 from kvcore.clock import Clock
 from kvcore.config.schema import StoreConfig
 from kvcore.config.tiers import RedisTierConfig, TierConfig, TiersConfig
+from kvcore.eviction.quotas import TenantShares
 from kvcore.types import ChunkKey, NodeInfo, OwnerTag, Role
 from kvnode.tiers.limits import MoveLimits
 from kvnode.tiers.node_tiers import NodeTiers, OpenTier, open_node_tiers
@@ -83,7 +84,7 @@ class TierWorld:
         chunks: int = 64,
         peers: Callable[[MetadataClient], Peers] | None = None,
         config: TiersConfig | None = None,
-        tenant_share: float | None = None,
+        shares: TenantShares | None = None,
         limits: MoveLimits = MoveLimits(),
     ) -> AsyncIterator[TierNode]:
         """With room for about `chunks` chunks."""
@@ -100,7 +101,7 @@ class TierWorld:
                 open_node_tiers(
                     [OpenTier(tier, section) for tier, section in opened],
                     config or TiersConfig(),
-                    tenant_share=tenant_share,
+                    shares=shares,
                     node=info,
                     segment=OwnSegment(view, segment.id, placement),
                     placement=placement,

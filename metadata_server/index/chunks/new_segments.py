@@ -3,7 +3,7 @@
 from functools import partial
 
 from kvcore.config.schema import StoreConfig
-from kvcore.eviction.quotas import TenantLimit
+from kvcore.eviction.quotas import TenantLimit, TenantShares
 from kvcore.extents import ALIGNMENT, ExtentAllocator, aligned
 from kvcore.types import Segment
 from metadata_server.index.chunks.calls import CallCount
@@ -18,11 +18,18 @@ from metadata_server.messages import ManifestEntry, Room
 class NewSegments:
     """Makes the records of all segments of one index."""
 
-    def __init__(self, config: StoreConfig, limits: IndexLimits, table: ReplicaTable, calls: CallCount) -> None:
+    def __init__(
+        self,
+        config: StoreConfig,
+        limits: IndexLimits,
+        table: ReplicaTable,
+        calls: CallCount,
+        shares: TenantShares | None,
+    ) -> None:
         self._eviction, self._table, self._calls = config.eviction, table, calls
-        tenants = None
-        if config.tenant_share is not None:
-            tenants = TenantLimit(config.tenant_share, partial(new_key_order, config.eviction, table, calls))
+        tenants, shares = None, shares or TenantShares(config.tenant_share)
+        if shares.limited:
+            tenants = TenantLimit(shares, partial(new_key_order, config.eviction, table, calls))
         self._rules = RoomRules(config.high_watermark, config.low_watermark, limits.most_evicted, tenants)
 
     def record(self, segment: Segment, entries: list[ManifestEntry], room: Room | None = None) -> SegmentRecord:

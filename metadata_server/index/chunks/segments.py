@@ -267,8 +267,9 @@ class SegmentRecord:
         """Room for a tenant that has its share: what makes it is its own, and no other's."""
         quotas, size, evicted, spent = self._quotas, aligned(length), list[int](), 0
         assert quotas is not None
-        while quotas.left_of(owner) < size <= quotas.most_bytes or (
-            size <= quotas.most_bytes and self.allocator.largest_free < size and spent < 2 * size
+        most = quotas.most_of(owner)
+        while quotas.left_of(owner) < size <= most or (
+            size <= most and self.allocator.largest_free < size and spent < 2 * size
         ):
             fits = quotas.left_of(owner) >= size
             row = quotas.evict(owner)

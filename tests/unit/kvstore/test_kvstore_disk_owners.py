@@ -11,6 +11,7 @@ from support.tier_rigs import FINGERPRINT, chunk_of, name_of
 from kvcore.chunk_keys import owner_of
 from kvcore.clock import ManualClock
 from kvcore.eviction.evictor import POLICY_NAMES
+from kvcore.eviction.quotas import TenantShares
 from kvcore.extents import aligned
 from kvcore.types import OwnerTag
 from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, pack, parse
@@ -35,7 +36,7 @@ def owned(number: int, owner: OwnerTag | None, payload_bytes: int = 60_000) -> T
 
 async def a_disk(path: Path, share: float | None = 0.25, eviction="lru") -> DiskTier:
     """With room for sixteen chunks of 60,000 bytes, of which a tenant may have four by default."""
-    return await open_disk(path / "a.slab", MIB, ManualClock(), eviction=eviction, tenant_share=share)
+    return await open_disk(path / "a.slab", MIB, ManualClock(), eviction=eviction, shares=TenantShares(share))
 
 
 async def save(tier: DiskTier, *chunks: TierChunk) -> list[TierOutcome]:
@@ -127,6 +128,19 @@ async def test_of_its_own_a_prefix_goes_after_what_continues_it(tmp_path):
     await tier.aclose()
 
 
+async def test_a_tenants_own_share_is_of_the_disk_too(tmp_path):
+    shares = TenantShares(None, {A: 0.25})
+    tier = await open_disk(tmp_path / "a.slab", MIB, ManualClock(), shares=shares)
+    for number in range(100, 108):
+        assert await save(tier, owned(number, A)) == [OK]
+    assert await save(tier, *(owned(number, B) for number in range(8))) == [OK] * 8
+    assert len(there(tier, *range(100, 108))) == 4 and len(there(tier, *range(8))) == 8
+    shares.own = {A: 0.125}
+    await save(tier, owned(110, A))
+    assert len(there(tier, *range(100, 111))) == 2 and there(tier, 110)
+    await tier.aclose()
+
+
 STEPS = ["save", "save", "save", "written", "written", "lost", "use", "read", "drop", "pin", "unpin", "link", "again"]
 
 
@@ -144,7 +158,7 @@ def new_index(entries: list[SlabEntry], eviction, units: int) -> SlabIndex:
         clock=ManualClock(),
         eviction=eviction,
         pin_share=0.25,
-        tenant_share=0.5,
+        shares=TenantShares(0.5),
     )
 
 

@@ -14,6 +14,7 @@ from kvcore.chunk_keys import chunk_keys, owner_of, root_key
 from kvcore.clock import ManualClock
 from kvcore.config.schema import StoreConfig
 from kvcore.config.tiers import TiersConfig
+from kvcore.eviction.quotas import TenantShares
 from kvcore.types import ChunkKey, NodeInfo, OwnerTag, Role
 from kvnode.tiers.own_segment import OwnSegment
 from kvnode.tiers.peers import PeerDisks
@@ -180,7 +181,7 @@ def test_a_warm_up_brings_each_tenant_its_own_and_no_more_than_its_share():
         mine, theirs, nobodys = ([key(start + number) for number in range(9)] for start in (10, 30, 50))
         for keys, owner in ((mine, OWNER), (theirs, OTHER), (nobodys, None)):
             put_into(disk, keys, owner=owner)
-        async with world.node("a", [disk], chunks=16, config=TiersConfig(warm_up=1.0), tenant_share=0.25) as a:
+        async with world.node("a", [disk], chunks=16, config=TiersConfig(warm_up=1.0), shares=TenantShares(0.25)) as a:
             await asyncio.sleep(5)
             there = headers(a)
             assert Counter(there.values()) == {OWNER: 4, OTHER: 4, None: 8}

@@ -21,6 +21,7 @@ from support.metadata_words import (
 
 from kvcore.chunk_keys import owner_of
 from kvcore.eviction.evictor import POLICY_NAMES
+from kvcore.eviction.quotas import TenantShares
 from metadata_server.cache_messages import PinRequest, UnpinRequest
 from metadata_server.index.limits import IndexLimits
 from metadata_server.index.state import MetadataState
@@ -172,3 +173,38 @@ def test_a_segment_that_leaves_takes_what_was_counted_along():
     put(state, "a", [11, 12], 0.0, owner=A, incarnation=2, prefer="a.2")
     assert state.counters["evicted_own"] == 0
     state.check_invariants(0.0)
+
+
+def test_a_tenant_with_a_share_of_its_own_is_held_to_that_and_the_others_to_theirs():
+    """Of eight: A may have two, B all, whoever else a half."""
+    shares = TenantShares(0.5, {A: 0.25, B: 1.0})
+    state = a_state(shares=shares)
+    for number in range(100, 106):
+        put(state, "a", [number], 0.0, owner=A)
+    assert len(stored(state, list(range(100, 106)), 0.0)) == 2
+    for number in range(200, 206):
+        put(state, "a", [number], 1.0, owner=owner_of(b"c"))
+    assert len(stored(state, list(range(200, 206)), 1.0)) == 4
+    for number in range(300, 308):
+        put(state, "a", [number], 2.0, owner=B)
+    assert len(stored(state, list(range(300, 308)), 2.0)) == 8
+    state.check_invariants(2.0)
+
+
+def test_a_share_that_changes_holds_from_the_next_chunk_on():
+    shares = TenantShares(None, {A: 1.0})
+    state = a_state(shares=shares)
+    put(state, "a", [1, 2, 3, 4, 5, 6], 0.0, owner=A)
+    shares.own = {A: 0.25}
+    put(state, "a", [7], 1.0, owner=A)
+    assert len(stored(state, [1, 2, 3, 4, 5, 6, 7], 1.0)) == 2
+    shares.own = {}
+    put(state, "a", [11, 12, 13, 14], 2.0, owner=A)
+    assert len(stored(state, [1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 14], 2.0)) == 6
+    state.check_invariants(2.0)
+
+
+def test_nobodys_share_is_counted_where_nobody_is_limited():
+    state = a_state(shares=TenantShares())
+    put(state, "a", [1], 0.0, owner=A)
+    assert state._index.record(state._index.rows(key(1))[0]).owner(state._index.rows(key(1))[0]) is None

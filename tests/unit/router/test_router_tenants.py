@@ -15,7 +15,7 @@ from kvcore.chunk_keys import owner_of
 from kvcore.clock import ManualClock
 from kvcore.config.security import KeysConfig
 from kvcore.tenants.keys import KeyFile, TenantLimits, new_key
-from kvcore.tenants.salts import TenantSalt
+from kvcore.tenants.salts import TenantSalt, salts_by
 from kvcore.tenants.source import KeySource
 from kvcore.trust.secrets import Secrets
 from router.api.responses import JsonReply
@@ -23,7 +23,6 @@ from router.requests.records import RequestLog
 from router.tenants.gate import TenantGate
 from router.tenants.limits import GateLimits
 from router.tenants.rates import Allowance, WrongKeys
-from router.tenants.wiring import tenant_salts
 
 SECRETS = Secrets((bytes(range(32)),))
 ASK: dict[str, Any] = {"model": "fake-model", "prompt": "hello" * 20, "max_tokens": 4}
@@ -51,7 +50,7 @@ class Door:
     def guard(self, log: RequestLog, app: ASGIApp) -> ASGIApp:
         proved = self.proved(app) if self.proved is not None else None
         how: dict[str, Any] = {"gateways": [GATEWAY], "proved": proved}
-        self.gates.append(TenantGate(app, self.source, tenant_salts(SECRETS), self.clock, **how))
+        self.gates.append(TenantGate(app, self.source, salts_by(SECRETS), self.clock, **how))
         log.observers.append(self.gates[0].ended)
         return self.gates[0]
 
@@ -215,7 +214,7 @@ async def test_a_process_of_the_cluster_needs_no_key_and_nobody_else_is_taken_fo
     assert (await client.post("/v1/completions", ASK, **right)).status_code == 200
     assert salts_of(rig) and set(salts_of(rig)) == {b""}
     await client.post("/v1/completions", ASK, **right, **{"x-kvferry-tenant": "b"})
-    assert salts_of(rig)[-1] == tenant_salts(SECRETS)("b").of(b"")
+    assert salts_of(rig)[-1] == salts_by(SECRETS)("b").of(b"")
 
 
 # --- whose KV -----------------------------------------------------------------------------------------------------
@@ -232,7 +231,7 @@ def salts_of(rig: Rig) -> list[bytes]:
 async def test_no_two_tenants_and_no_two_salts_share_kv_whatever_clients_say(door):
     rig = await door.rig()
     client = Client(rig, door.keys)
-    said = [None, "x", "y", tenant_salts(SECRETS)("b").of(b"").decode(), tenant_salts(SECRETS)("b").of(b"x").decode()]
+    said = [None, "x", "y", salts_by(SECRETS)("b").of(b"").decode(), salts_by(SECRETS)("b").of(b"x").decode()]
     seen: dict[tuple[str, str | None], bytes] = {}
     for tenant in ("a", "b", "admin"):
         for salt in said:
@@ -242,7 +241,7 @@ async def test_no_two_tenants_and_no_two_salts_share_kv_whatever_clients_say(doo
     assert len(set(seen.values())) == len(seen) and b"" not in seen.values()
     for tenant in ("a", "b", "admin"):
         owners = {owner_of(salt) for (name, _), salt in seen.items() if name == tenant}
-        assert owners == {tenant_salts(SECRETS)(tenant).owner}, "a client's salt gives it no other quota"
+        assert owners == {salts_by(SECRETS)(tenant).owner}, "a client's salt gives it no other quota"
     again = (await client.ask("a", cache_salt="x")).status_code
     assert again == 200 and salts_of(rig)[-1] == seen["a", "x"], "the same salt finds its own"
 
