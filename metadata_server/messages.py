@@ -204,8 +204,8 @@ class ReserveStatus(TolerantEnum):
     """Do without."""
 
 
-class ReserveOutcome(ReplyBody, frozen=True, kw_only=True):
-    """`replica` is set iff `status` is GRANTED."""
+class ReserveOutcome(ReplyBody, frozen=True):
+    """`replica` is set iff `status` is GRANTED. Made by position where there are many."""
 
     status: ReserveStatus
     replica: ReplicaRef | None = None

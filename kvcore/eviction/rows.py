@@ -4,9 +4,21 @@ What `kvcore.eviction.queues` does with objects, for tables with millions of row
 """
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from operator import itemgetter
+from typing import TypeVar
 
 _NONE = -1
+
+
+T = TypeVar("T")
+
+
+def of_rows(rows: Sequence[int]) -> Callable[[Sequence[T]], Sequence[T]]:
+    """What takes the values of `rows` out of a column, in half the time that a loop would take."""
+    if len(rows) > 1:
+        return itemgetter(*rows)
+    return lambda column: [column[row] for row in rows]
 
 
 class RowLru:
@@ -53,8 +65,9 @@ class RowLru:
 
     def use_all(self, rows: Sequence[int]) -> None:
         """As `use` of one after the other, at least one. What lies together, as prompts do, moves together."""
-        following = [*map(self._newer.__getitem__, rows)]
-        ends = [at for at, row in enumerate(rows[1:]) if following[at] != row]
+        following, after = [*of_rows(rows)(self._newer)], [*rows[1:], _NONE]
+        following[-1] = _NONE
+        ends = [] if following == after else [at for at, row in enumerate(after[:-1]) if following[at] != row]
         if ends and len(set(rows)) < len(rows):  # after the first move of one twice named nothing is as it was
             for row in rows:
                 self.use(row)

@@ -7,6 +7,7 @@ it in one of its grants, which has a deadline; the room of one that ended withou
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import repeat
 
 from kvcore.config.schema import StoreConfig
 from kvcore.types import ChunkKey
@@ -73,7 +74,7 @@ class Reservations:
                 index.own(there, request.owner)
         with self.granting(node, now, request.ttl_s) as grant:
             outcomes = self._reserve_all(request, keys, node, grant)
-        return ReserveReply(outcomes=outcomes, segments=index.segments_of(grant.rows.values()))
+        return ReserveReply(outcomes=outcomes, segments=index.segments_of(list(grant.rows.values())))
 
     @contextmanager
     def granting(self, node: LiveNode, now: float, ttl_s: float) -> Iterator[Grant]:
@@ -258,9 +259,7 @@ class Reservations:
             )
             if owner is not None:
                 index.own(rows, owner)
-            outcomes += [
-                ReserveOutcome(status=ReserveStatus.GRANTED, replica=ref, writers=writers) for ref in index.refs(rows)
-            ]
+            outcomes += map(ReserveOutcome, repeat(ReserveStatus.GRANTED), index.refs(rows), repeat(writers))
         return outcomes
 
     def _declined(self, result: ReserveOutcome) -> ReserveOutcome:

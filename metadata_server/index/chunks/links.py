@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
+from kvcore.eviction.rows import of_rows
 from kvcore.types import ChunkKey
 from metadata_server.index.chunks.rows import NOTHING, ReplicaTable
 
@@ -34,7 +35,7 @@ class ChunkLinks:
             if len(self._expected) > self._max_expected:
                 self._expected.popitem(last=False)
         parents = self._table.parents
-        if not copies and [*map(parents.__getitem__, rows[1:])] == rows[:-1]:
+        if not copies and [*of_rows(rows[1:])(parents)] == rows[:-1]:
             return
         for at in range(len(rows) - 1, 0, -1):  # from the end, so that none has been joined to what came before it
             if parents[rows[at]] != rows[at - 1]:

@@ -10,6 +10,7 @@ from functools import partial
 from itertools import repeat
 from typing import cast
 
+from kvcore.eviction.rows import of_rows
 from kvcore.types import ChunkKey, OwnerTag, ReplicaRef, Segment
 from metadata_server.index.chunks.changes import PendingChanges
 from metadata_server.index.chunks.gone import GoneSegments
@@ -108,28 +109,19 @@ class ReplicaIndex:
 
     def refs(self, rows: Sequence[int]) -> list[ReplicaRef]:
         """Where replicas lie."""
-        table, ids = self.table, {number: self.rooms.records[number].segment.id for number in self._numbers(rows)}
-        return [
-            ReplicaRef(
-                id=generation, key=key, segment_id=ids[number], offset=offset, length=length, generation=generation
-            )
-            for key, number, offset, length, generation in zip(
-                map(table.keys.__getitem__, rows),
-                map(table.segments.__getitem__, rows),
-                map(table.offsets.__getitem__, rows),
-                map(table.lengths.__getitem__, rows),
-                map(table.generations.__getitem__, rows),
-                strict=True,
-            )
-        ]
+        table, values = self.table, of_rows(rows)
+        numbers, generations = values(table.segments), values(table.generations)
+        ids = {number: self.rooms.records[number].segment.id for number in set(numbers)}
+        names, extents = map(ids.__getitem__, numbers), (values(table.offsets), values(table.lengths))
+        return [*map(ReplicaRef, generations, values(table.keys), names, *extents, generations)]
 
-    def segments_of(self, rows: Iterable[int]) -> list[Segment]:
+    def segments_of(self, rows: Sequence[int]) -> list[Segment]:
         """The segments that replicas lie in, each once."""
         return [self.rooms.records[number].segment for number in self._numbers(rows)]
 
-    def bytes_of(self, rows: Iterable[int]) -> int:
+    def bytes_of(self, rows: Sequence[int]) -> int:
         """What replicas take, headers included."""
-        return sum(map(self.table.lengths.__getitem__, rows))
+        return sum(of_rows(rows)(self.table.lengths))
 
     def writers(self, key: ChunkKey) -> list[str]:
         """The nodes with a reservation for the key, that with the oldest first."""
@@ -219,7 +211,7 @@ class ReplicaIndex:
 
     def commit(self, rows: Sequence[int]) -> None:
         """Make reserved replicas, in the order of their prefix, visible; its tail will be evicted first."""
-        keys = [*map(self.table.keys.__getitem__, rows)]
+        keys = of_rows(rows)(self.table.keys)
         if max(map(len, map(self.writing.__getitem__, keys)), default=0) == 1:  # nobody else is at any of them
             deque(map(self.writing.pop, keys), maxlen=0)
         else:
@@ -289,8 +281,8 @@ class ReplicaIndex:
 
     # --- inside --------------------------------------------------------------------------------------------------
 
-    def _numbers(self, rows: Iterable[int]) -> Iterable[int]:
-        return dict.fromkeys(map(self.table.segments.__getitem__, rows))
+    def _numbers(self, rows: Sequence[int]) -> Iterable[int]:
+        return dict.fromkeys(of_rows(rows)(self.table.segments))
 
     def _by_segment(self, rows: Sequence[int]) -> Iterable[tuple[int, Sequence[int]]]:
         """Rows by the number of their segment, in the same order."""
@@ -310,7 +302,7 @@ class ReplicaIndex:
         return () if first is None else (first, *self.copies.get(key, ()))
 
     def _list_complete(self, rows: Sequence[int]) -> None:
-        keys = [*map(self.table.keys.__getitem__, rows)]
+        keys = of_rows(rows)(self.table.keys)
         if self.complete.keys().isdisjoint(keys) and len(set(keys)) == len(keys):
             self.complete.update(zip(keys, rows, strict=True))
         else:
@@ -318,7 +310,7 @@ class ReplicaIndex:
                 if self.complete.setdefault(key, row) != row:
                     self.copies[key] = (*self.copies.get(key, ()), row)
         for number, there in self._by_segment(rows):
-            self._changes.note(EventKind.STORED, self.rooms.records[number], [*map(self.table.keys.__getitem__, there)])
+            self._changes.note(EventKind.STORED, self.rooms.records[number], [*of_rows(there)(self.table.keys)])
         if self._pins:
             for row in rows:
                 self._pins.came(row)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from enum import IntEnum
 
 from kvcore.eviction.row_chains import FIRST, RowChains
+from kvcore.eviction.rows import of_rows
 from kvcore.extents import aligned
 from kvcore.types import ChunkKey
 
@@ -103,7 +104,7 @@ class ReplicaTable:
 
     def room_of(self, rows: Sequence[int]) -> int:
         """Bytes of segments that replicas take."""
-        lengths = [*map(self.lengths.__getitem__, rows)]
+        lengths = of_rows(rows)(self.lengths)
         if lengths and lengths.count(lengths[0]) == len(lengths):  # as most are
             return len(lengths) * aligned(lengths[0])
         return sum(map(aligned, lengths))
