@@ -4,12 +4,18 @@ Owns the join of several prompts' runs into one stream. Knows no HTTP and no sur
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 from functools import partial
 
-from kvcore.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError, NodeUnavailableError
+from kvcore.errors import (
+    ContextLengthError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    NodeUnavailableError,
+    OverloadedError,
+)
 from nodeapi.messages import FinishReason, TokenLogprob
 from router.nodes.cluster import Cluster
 from router.requests.dispatch import Dispatcher
@@ -27,7 +33,9 @@ class AnswerLimits:
     inline_chars: int = 8 << 10
     """Longer texts, all prompts of a request together, are rendered and encoded beside the event loop."""
     text_threads: int = 4
-    """Texts that are so at the same time; others wait."""
+    """Texts that are so at the same time; others wait, …"""
+    max_waiting_chars: int = 64 << 20
+    """… of so many characters in all."""
     max_choices: int = 128
     max_queued_pieces: int = 64
     """Pieces of several runs that wait for a slow client before the runs are read no further."""
@@ -215,10 +223,10 @@ def _num_chars(prompt: Prompt) -> int:
         value = rest.pop()
         if isinstance(value, str):
             count += len(value)
-        elif isinstance(value, Mapping):
-            rest += [*value, *value.values()]
         elif isinstance(value, list):
             rest += value
+        elif isinstance(value, dict):  # as JSON's objects are; a test for any Mapping takes five times as long
+            rest += [*value, *value.values()]
     return count
 
 
@@ -241,6 +249,7 @@ class Answerer:
         self._cluster = cluster
         self._run = run
         self._limits = limits
+        self._waiting_chars = 0
 
     def __repr__(self) -> str:
         return f"<Answerer of {self.model!r}>"
@@ -256,13 +265,21 @@ class Answerer:
             raise ModelNotFoundError(f"the model {name!r} does not exist here; there is {self.model!r}", param="model")
 
     async def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """The tokens of each prompt. Raises InvalidRequestError where the chat template refuses the messages."""
-        if sum(map(_num_chars, prompts)) <= self._limits.inline_chars:
+        """The tokens of each prompt. Raises InvalidRequestError where the chat template refuses the messages, and
+        OverloadedError."""
+        num_chars, limits = sum(map(_num_chars, prompts)), self._limits
+        if num_chars <= limits.inline_chars:
             return [self._tokens(prompt) for prompt in prompts]
-        return [
-            prompt.token_ids if isinstance(prompt, TokenPrompt) else await self._run(partial(self._tokens, prompt))
-            for prompt in prompts
-        ]
+        if self._waiting_chars and self._waiting_chars + num_chars > limits.max_waiting_chars:
+            raise OverloadedError(f"texts of {self._waiting_chars} characters wait to be made tokens; come back later")
+        self._waiting_chars += num_chars
+        try:
+            return [
+                prompt.token_ids if isinstance(prompt, TokenPrompt) else await self._run(partial(self._tokens, prompt))
+                for prompt in prompts
+            ]
+        finally:
+            self._waiting_chars -= num_chars
 
     def start(self, request: AnswerRequest) -> ClientAnswer:
         """Route the prompts; iterating the answer's pieces runs them.

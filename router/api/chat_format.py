@@ -1,13 +1,13 @@
 """The form of /v1/chat/completions: its body and its stream chunks."""
 
-from collections.abc import Sequence
+import msgspec
 
 from router.answering import TextPiece
-from router.api.formatter import OpenAIFormatter
+from router.api.formatter import OpenAIFormatter, raw_json
 from router.text.token_names import NamedToken
 
 
-class ChatFormatter(OpenAIFormatter):
+class ChatFormatter(OpenAIFormatter[msgspec.Raw]):
     """One answer of /v1/chat/completions."""
 
     def opening(self) -> list[bytes]:
@@ -27,9 +27,9 @@ class ChatFormatter(OpenAIFormatter):
         choice: dict[str, object] = {
             "index": piece.index,
             "delta": {"content": piece.text} if piece.text else {},
-            "logprobs": self._logprobs(piece),
+            "logprobs": _logprobs(self._entries(piece)),
             "finish_reason": piece.finish_reason,
-            **self._token_ids(piece),
+            **self._token_ids(piece.token_ids),
         }
         return self._event("chat.completion.chunk", [choice])
 
@@ -37,28 +37,29 @@ class ChatFormatter(OpenAIFormatter):
         """See Formatter."""
         return self._closing("chat.completion.chunk")
 
-    def body(self, pieces: Sequence[TextPiece]) -> bytes:
+    def body(self) -> bytes:
         """See Formatter."""
         choices: list[dict[str, object]] = [
             {
-                "index": piece.index,
-                "message": {"role": "assistant", "content": piece.text, "refusal": None},
-                "logprobs": self._logprobs(piece),
-                "finish_reason": piece.finish_reason,
-                **self._token_ids(piece),
+                "index": index,
+                "message": {"role": "assistant", "content": "".join(choice.texts), "refusal": None},
+                "logprobs": _logprobs(choice.entries),
+                "finish_reason": choice.finish_reason,
+                **self._token_ids(choice.token_ids),
             }
-            for piece in self._one_per_choice(pieces)
+            for index, choice in enumerate(self._gathered)
         ]
         return self._body("chat.completion", choices, self._prompt_token_ids(0))
 
-    def _logprobs(self, piece: TextPiece) -> dict[str, object] | None:
-        if not piece.logprobs:
-            return None
-        content = [
-            {**_entry(named.token, named.logprob), "top_logprobs": [_entry(*other) for other in named.top]}
-            for named in self._named(piece)
+    def _entries(self, piece: TextPiece) -> list[msgspec.Raw]:
+        return [
+            raw_json({**_entry(named.token, named.logprob), "top_logprobs": [_entry(*other) for other in named.top]})
+            for named in (self._named(piece) if piece.logprobs else ())
         ]
-        return {"content": content, "refusal": None}
+
+
+def _logprobs(entries: list[msgspec.Raw]) -> dict[str, object] | None:
+    return {"content": entries, "refusal": None} if entries else None
 
 
 def _entry(token: NamedToken, logprob: float) -> dict[str, object]:

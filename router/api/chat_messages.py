@@ -56,8 +56,9 @@ def message_of(number: int, message: ChatMessage) -> Mapping[str, object]:
     """What the template sees of the message at `number`, its keys in vLLM's order. Raises for all that is not text."""
     where, is_assistant = f"messages[{number}]", message.role == "assistant"
     require(bool(message.role), f"{where}.role", "must not be empty")
-    for name in ("function_call", "audio", "refusal"):
-        refuse(f"{where}.{name}", bool(getattr(message, name)))
+    if message.function_call or message.audio or message.refusal:
+        for name in ("function_call", "audio", "refusal"):
+            refuse(f"{where}.{name}", bool(getattr(message, name)))
     require(message.content is not None or is_assistant, f"{where}.content", "is missing")
     seen: dict[str, object] = {"role": message.role, "content": message.content}
     if isinstance(message.content, list):

@@ -1,6 +1,11 @@
-"""How a client's field is refused: by its name, in one sentence."""
+"""How a client's field is refused: by its name, in one sentence; and what lists of token ids may hold."""
+
+from collections.abc import Mapping, Sequence
 
 from kvcore.errors import InvalidRequestError
+
+MAX_TOKEN_ID = (1 << 32) - 1
+_NO_ID = "has token ids that no vocabulary has"
 
 
 def require(holds: bool, param: str, rule: str) -> None:
@@ -13,3 +18,28 @@ def refuse(param: str, is_given: bool) -> None:
     """Raises InvalidRequestError where a field that is not supported `is_given`."""
     if is_given:
         raise InvalidRequestError(f"{param} is not supported by this server", param=param)
+
+
+def token_ids(ids: Sequence[int], param: str = "prompt") -> list[int]:
+    """A copy. Raises InvalidRequestError for an empty list and for what no vocabulary has."""
+    require(len(ids) > 0, param, "must not be empty")
+    require(min(ids) >= 0 and max(ids) <= MAX_TOKEN_ID, param, _NO_ID)
+    return list(ids)
+
+
+def stop_ids(ids: Sequence[int], most: int) -> list[int]:
+    """Of `stop_token_ids`, at most so many."""
+    require(len(ids) <= most, "stop_token_ids", f"has at most {most} ids")
+    return token_ids(ids, "stop_token_ids") if ids else []
+
+
+def biases(given: Mapping[str, float], most: int) -> dict[int, float]:
+    """Of `logit_bias`, at most so many."""
+    require(len(given) <= most, "logit_bias", f"has at most {most} ids")
+    found: dict[int, float] = {}
+    for token, bias in given.items():
+        require(token.isascii() and token.isdigit() and len(token) <= 10, "logit_bias", "has token ids as keys")
+        require(-100 <= bias <= 100, "logit_bias", "has values between -100 and 100")
+        require(int(token) <= MAX_TOKEN_ID, "logit_bias", _NO_ID)
+        found[int(token)] = bias
+    return found

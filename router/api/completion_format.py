@@ -1,13 +1,25 @@
 """The form of /v1/completions: its body and its stream chunks."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
+
+import msgspec
 
 from router.answering import ClientAnswer, TextPiece
-from router.api.formatter import NamedLogprob, OpenAIFormatter
+from router.api.formatter import NamedLogprob, OpenAIFormatter, raw_json
 from router.text.tokenizer import Tokenizer
 
 
-class CompletionFormatter(OpenAIFormatter):
+class CompletionEntry(NamedTuple):
+    """Of one token's logprobs, as this endpoint shows them. `top`: JSON."""
+
+    token: str
+    logprob: float
+    top: msgspec.Raw
+    offset: int
+
+
+class CompletionFormatter(OpenAIFormatter[CompletionEntry]):
     """One answer of /v1/completions."""
 
     def __init__(self, answer: ClientAnswer, model: str, created: int, tokenizer: Tokenizer) -> None:
@@ -22,42 +34,57 @@ class CompletionFormatter(OpenAIFormatter):
 
     def chunk(self, piece: TextPiece) -> bytes:
         """See Formatter."""
-        return self._event("text_completion", [self._choice(piece)])
+        shown: dict[str, object] = {
+            "text": piece.text,
+            "logprobs": _logprobs(self._entries(piece)),
+            "finish_reason": piece.finish_reason,
+        }
+        return self._event("text_completion", [self._choice(piece.index, shown, piece.token_ids)])
 
     def closing(self) -> bytes:
         """See Formatter."""
         return self._closing("text_completion")
 
-    def body(self, pieces: Sequence[TextPiece]) -> bytes:
+    def body(self) -> bytes:
         """See Formatter."""
-        return self._body("text_completion", [self._choice(piece) for piece in self._one_per_choice(pieces)])
+        choices = [
+            self._choice(
+                index,
+                {
+                    "text": "".join(choice.texts),
+                    "logprobs": _logprobs(choice.entries),
+                    "finish_reason": choice.finish_reason,
+                },
+                choice.token_ids,
+            )
+            for index, choice in enumerate(self._gathered)
+        ]
+        return self._body("text_completion", choices)
 
-    def _choice(self, piece: TextPiece) -> dict[str, object]:
-        first = piece.index not in self._begun
-        self._begun.add(piece.index)
-        return {
-            "index": piece.index,
-            "text": piece.text,
-            "logprobs": self._logprobs(piece),
-            "finish_reason": piece.finish_reason,
-            **self._token_ids(piece),
-            **(self._prompt_token_ids(piece.index) if first else {}),
-        }
+    def _choice(self, index: int, shown: dict[str, object], token_ids: Sequence[int]) -> dict[str, object]:
+        first = index not in self._begun
+        self._begun.add(index)
+        ids = {**self._token_ids(token_ids), **(self._prompt_token_ids(index) if first else {})}
+        return {"index": index, **shown, **ids}
 
-    def _logprobs(self, piece: TextPiece) -> dict[str, object] | None:
-        if not piece.logprobs:
-            return None
-        entries = self._named(piece)
-        offsets: list[int] = []
-        for named in entries:
-            offsets.append(self._offsets[piece.index])
+    def _entries(self, piece: TextPiece) -> list[CompletionEntry]:
+        entries: list[CompletionEntry] = []
+        for named in self._named(piece) if piece.logprobs else ():
+            offset = self._offsets[piece.index]
+            entries.append(CompletionEntry(named.token.text, named.logprob, raw_json(_by_text(named)), offset))
             self._offsets[piece.index] += named.num_chars
-        return {
-            "tokens": [named.token.text for named in entries],
-            "token_logprobs": [named.logprob for named in entries],
-            "top_logprobs": [_by_text(named) for named in entries],
-            "text_offset": offsets,
-        }
+        return entries
+
+
+def _logprobs(entries: list[CompletionEntry]) -> dict[str, object] | None:
+    if not entries:
+        return None
+    return {
+        "tokens": [entry.token for entry in entries],
+        "token_logprobs": [entry.logprob for entry in entries],
+        "top_logprobs": [entry.top for entry in entries],
+        "text_offset": [entry.offset for entry in entries],
+    }
 
 
 def _by_text(named: NamedLogprob) -> dict[str, float]:

@@ -5,9 +5,9 @@ A formatter has state for one answer; it does no I/O. `chat_format` and `complet
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import msgspec
 
@@ -17,6 +17,7 @@ from router.text.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
 _encoder = msgspec.json.Encoder()
+Entry = TypeVar("Entry")
 
 
 class PromptTokensDetails(msgspec.Struct):
@@ -80,12 +81,31 @@ class Formatter(Protocol):
         """Events after the last piece: usage, if the client asked for it, and the mark of the end."""
         ...
 
-    def body(self, pieces: Sequence[TextPiece]) -> bytes:
-        """The body of an answer that is not streamed."""
+    def take(self, piece: TextPiece) -> None:
+        """One more piece of an answer that is not streamed: most of the work, so that it is done while others come."""
+        ...
+
+    def body(self) -> bytes:
+        """The body of what was taken."""
         ...
 
 
-class OpenAIFormatter:
+@dataclass(slots=True)
+class GatheredChoice(Generic[Entry]):
+    """A choice of an answer in one body, as far as it has come."""
+
+    texts: list[str] = field(default_factory=list)
+    entries: list[Entry] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+
+
+def raw_json(value: object) -> msgspec.Raw:
+    """Encoded now, for a body that is made later."""
+    return msgspec.Raw(_encoder.encode(value))
+
+
+class OpenAIFormatter(Generic[Entry]):
     """The fields that OpenAI's answers have in common; a subclass makes their choices."""
 
     def __init__(self, answer: ClientAnswer, model: str, created: int, tokenizer: Tokenizer) -> None:
@@ -93,6 +113,9 @@ class OpenAIFormatter:
         self._model = model
         self._created = created
         self._names = [TokenNames(tokenizer) for _ in range(answer.num_choices)]
+        self._gathered: list[GatheredChoice[Entry]] = [GatheredChoice() for _ in range(answer.num_choices)]
+        self._prompt: tuple[list[int], msgspec.Raw] | None = None
+        """The last one that was shown, and its JSON."""
 
     def _event(
         self,
@@ -144,21 +167,25 @@ class OpenAIFormatter:
             named.append(NamedLogprob(token, num_chars, finite(logprob.logprob), top))
         return named
 
-    def _token_ids(self, piece: TextPiece) -> dict[str, object]:
-        return {"token_ids": list(piece.token_ids)} if self._answer.shown.token_ids else {}
+    def take(self, piece: TextPiece) -> None:
+        """See Formatter."""
+        gathered = self._gathered[piece.index]
+        gathered.texts.append(piece.text)
+        gathered.entries += self._entries(piece)
+        gathered.token_ids += piece.token_ids
+        gathered.finish_reason = piece.finish_reason or gathered.finish_reason
+
+    def _entries(self, piece: TextPiece) -> list[Entry]:
+        """What a subclass shows of each token's logprobs."""
+        raise NotImplementedError
+
+    def _token_ids(self, token_ids: Sequence[int]) -> dict[str, object]:
+        return {"token_ids": list(token_ids)} if self._answer.shown.token_ids else {}
 
     def _prompt_token_ids(self, index: int) -> dict[str, object]:
-        return {"prompt_token_ids": self._answer.prompt_token_ids(index)} if self._answer.shown.token_ids else {}
-
-    def _one_per_choice(self, pieces: Sequence[TextPiece]) -> list[TextPiece]:
-        """The pieces of each choice put together."""
-        by_choice: list[list[TextPiece]] = [[] for _ in range(self._answer.num_choices)]
-        for piece in pieces:
-            by_choice[piece.index].append(piece)
-        gathered: list[TextPiece] = []
-        for index, own in enumerate(by_choice):
-            logprobs = [entry for piece in own for entry in piece.logprobs]
-            reason = next((piece.finish_reason for piece in own if piece.finish_reason), None)
-            token_ids = [token_id for piece in own for token_id in piece.token_ids]
-            gathered.append(TextPiece(index, "".join(piece.text for piece in own), logprobs, reason, token_ids))
-        return gathered
+        if not self._answer.shown.token_ids:
+            return {}
+        ids = self._answer.prompt_token_ids(index)
+        if self._prompt is None or self._prompt[0] is not ids:  # a prompt's choices come one after the other
+            self._prompt = ids, raw_json(ids)
+        return {"prompt_token_ids": self._prompt[1]}

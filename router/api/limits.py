@@ -14,7 +14,24 @@ class ApiLimits:
     max_logprobs: int = 20
     max_salt_chars: int = 1024
     """Of `cache_salt`, as vLLM's. An empty one is refused: it would share what its tenant wants apart."""
+    max_biases: int = 16_384
+    """Of `logit_bias`; and of `stop_token_ids`."""
+    max_messages: int = 8_192
+    """Of a chat; and parts of their content, together: 10 µs of the event loop each."""
     body_timeout_s: float = 30.0
     send_timeout_s: float = 30.0
     """A client that takes nothing for so long is gone: it would hold its place on a node until the request's time is
     up."""
+
+
+@dataclass(frozen=True, slots=True)
+class BodyLimits:
+    """Of what one body may hold: decoding it keeps every other request waiting, threads or not."""
+
+    small_bytes: int = 256 << 10
+    """A body of no more is decoded as it is."""
+    max_values: int = 1_000_000
+    """By its commas."""
+    max_strings: int = 131_072
+    max_containers: int = 131_072
+    """Objects and lists, by their brackets, those in texts included."""

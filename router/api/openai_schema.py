@@ -6,7 +6,9 @@ Owns the names of the fields that are obeyed, the checks of each and their messa
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import cast
 
 import msgspec
 
@@ -14,7 +16,7 @@ from nodeapi.messages import SamplingParams
 from router.api.cache_hints import CacheHintFields, hints_of
 from router.api.chat_messages import ChatMessage, marks_of, message_of, template_values
 from router.api.chat_tools import Tool, tools_of
-from router.api.checks import refuse, require
+from router.api.checks import biases, refuse, require, stop_ids, token_ids
 from router.api.limits import ApiLimits
 from router.api.truncation import truncated
 from router.requests.spec import (
@@ -30,7 +32,6 @@ from router.requests.spec import (
 )
 
 DEFAULT_COMPLETION_TOKENS = 16
-MAX_TOKEN_ID = (1 << 32) - 1
 _INT64 = 1 << 63
 _ANY_CONTEXT = 1 << 31
 
@@ -110,7 +111,7 @@ def prompts_of(request: AnyRequest, limits: ApiLimits) -> list[Prompt]:
     """A chat's messages, or the prompts of a completion; what changes the answer and is not supported is refused."""
     if isinstance(request, ChatRequest):
         _check_chat(request)
-        return [_chat_prompt(request)]
+        return [_chat_prompt(request, limits)]
     return _prompts(request, limits)
 
 
@@ -132,11 +133,13 @@ def answer_request(
     hints = hints_of(request, marks_of(request.messages) if isinstance(request, ChatRequest) else ())
     context = _ANY_CONTEXT if max_context is None else max_context
     room = context - _max_tokens(request, 0, DEFAULT_COMPLETION_TOKENS)[0]
+    bias = cache(lambda: biases(request.logit_bias or {}, limits.max_biases))  # once, however many the prompts are
+    ends = cache(lambda: stop_ids(request.stop_token_ids or (), limits.max_biases))
     specs = [
         RequestSpec(
             request_id=request_id if number == 0 else f"{request_id}-{number}",
             prompt_token_ids=prompt,
-            sampling=_sampling(request, len(prompt), context, limits),
+            sampling=_sampling(request, len(prompt), context, limits, (bias, ends)),
             cache_salt=salt,
             client_request_id=client_request_id,
             hints=hints,
@@ -181,9 +184,11 @@ def _stops(request: AnyRequest, limits: ApiLimits) -> list[str]:
     return stops
 
 
-def _chat_prompt(request: ChatRequest) -> ChatPrompt:
+def _chat_prompt(request: ChatRequest, limits: ApiLimits) -> ChatPrompt:
     """The conversation for the template. Raises for all that is not text."""
-    require(len(request.messages) > 0, "messages", "must not be empty")
+    require(0 < len(request.messages) <= limits.max_messages, "messages", f"has 1 to {limits.max_messages} messages")
+    parts = sum(len(message.content) for message in request.messages if isinstance(message.content, list))
+    require(parts <= limits.max_messages, "messages", f"has at most {limits.max_messages} parts of content")
     continues = bool(request.continue_final_message)
     require(
         not (continues and request.add_generation_prompt),
@@ -230,12 +235,13 @@ def _prompts(request: CompletionRequest, limits: ApiLimits) -> list[Prompt]:
     if isinstance(prompt, str):
         return [TextPrompt(prompt, special_tokens)]
     require(len(prompt) > 0, "prompt", "must not be empty")
-    if all(isinstance(item, int) for item in prompt):
-        return [TokenPrompt(_token_ids([item for item in prompt if isinstance(item, int)]))]
-    require(not any(isinstance(item, int) for item in prompt), "prompt", "mixes token ids with other prompts")
+    kinds = set(map(type, prompt))
+    if kinds == {int}:
+        return [TokenPrompt(token_ids(cast(list[int], prompt)))]
+    require(int not in kinds, "prompt", "mixes token ids with other prompts")
     require(len(prompt) <= limits.max_prompts, "prompt", f"has at most {limits.max_prompts} prompts")
     return [
-        TextPrompt(item, special_tokens) if isinstance(item, str) else TokenPrompt(_token_ids(item))
+        TextPrompt(item, special_tokens) if isinstance(item, str) else TokenPrompt(token_ids(item))
         for item in prompt
         if not isinstance(item, int)
     ]
@@ -249,7 +255,13 @@ def _cache_salt(request: AnyRequest, limits: ApiLimits) -> bytes:
     return salt.encode()
 
 
-def _sampling(request: AnyRequest, prompt_tokens: int, max_context: int, limits: ApiLimits) -> SamplingParams:
+def _sampling(
+    request: AnyRequest,
+    prompt_tokens: int,
+    max_context: int,
+    limits: ApiLimits,
+    lists: tuple[Callable[[], dict[int, float]], Callable[[], list[int]]],
+) -> SamplingParams:
     """The engine's parameters, all checked; draws a seed where there is none.
 
     Without max_tokens a chat may fill the context and a completion has 16 tokens. Raises InvalidRequestError.
@@ -272,10 +284,10 @@ def _sampling(request: AnyRequest, prompt_tokens: int, max_context: int, limits:
         presence_penalty=_number(request.presence_penalty, 0.0, "presence_penalty", -2.0, 2.0),
         frequency_penalty=_number(request.frequency_penalty, 0.0, "frequency_penalty", -2.0, 2.0),
         repetition_penalty=_repetition_penalty(request.repetition_penalty),
-        logit_bias=_logit_bias(request.logit_bias or {}),
+        logit_bias=lists[0](),
         max_tokens=max_tokens,
         min_tokens=min_tokens,
-        stop_token_ids=_token_ids(request.stop_token_ids or [], "stop_token_ids", may_be_empty=True),
+        stop_token_ids=lists[1](),
         ignore_eos=bool(request.ignore_eos),
         logprobs=_logprobs(request, limits.max_logprobs),
         n=n,
@@ -308,12 +320,6 @@ def _check_response_format(value: dict[str, object] | None) -> None:
     refuse("response_format", value is not None and value != {"type": "text"})
 
 
-def _token_ids(ids: Sequence[int], param: str = "prompt", *, may_be_empty: bool = False) -> list[int]:
-    require(may_be_empty or len(ids) > 0, param, "must not be empty")
-    require(all(0 <= token_id <= MAX_TOKEN_ID for token_id in ids), param, "has token ids that no vocabulary has")
-    return list(ids)
-
-
 def _number(value: float | None, default: float, param: str, low: float, high: float) -> float:
     if value is None:
         return default
@@ -334,13 +340,3 @@ def _top_k(value: int | None) -> int:
 def _repetition_penalty(value: float | None) -> float:
     require(value is None or (value > 0 and math.isfinite(value)), "repetition_penalty", "must be above 0")
     return 1.0 if value is None else value
-
-
-def _logit_bias(value: dict[str, float]) -> dict[int, float]:
-    biases: dict[int, float] = {}
-    for token, bias in value.items():
-        require(token.isascii() and token.isdigit() and len(token) <= 10, "logit_bias", "has token ids as keys")
-        require(-100 <= bias <= 100, "logit_bias", "has values between -100 and 100")
-        require(int(token) <= MAX_TOKEN_ID, "logit_bias", "has token ids that no vocabulary has")
-        biases[int(token)] = bias
-    return biases

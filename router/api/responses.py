@@ -13,6 +13,7 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from kvcore.clock import SystemClock
 from kvcore.errors import EngineError, KVFerryError
 from kvcore.step_timeout import StepTimeout
 from router.answering import ClientAnswer, TextPiece
@@ -20,7 +21,23 @@ from router.api.formatter import Formatter, sse
 from router.api.http_errors import headers_for, reply_of
 
 _log = logging.getLogger("router")
+_now = SystemClock().now
 _SSE = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+
+
+class Turns:
+    """Cuts one piece of work on the event loop, which calls `give_way` between any two of its steps."""
+
+    def __init__(self, longest_s: float = 0.01) -> None:
+        """`longest_s`: as long as others may wait for their turn."""
+        self._longest_s = longest_s
+        self._until = _now() + longest_s
+
+    async def give_way(self) -> None:
+        """Let others run, if this work has gone on for long enough."""
+        if _now() >= self._until:
+            await asyncio.sleep(0)
+            self._until = _now() + self._longest_s
 
 
 class _ClientGoneError(Exception):
@@ -100,14 +117,17 @@ class AnswerResponse(Response):
             raise _ClientGoneError from error
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        turns = Turns()
         try:
             answer, formatter = await self._start()
             async with aclosing(answer.pieces()) as pieces:
                 if self._stream:
-                    await self._send_stream(pieces, formatter, send)
+                    await self._send_stream(pieces, formatter, send, turns)
                     return
-                gathered = [piece async for piece in pieces]
-            reply: Response = Response(formatter.body(gathered), media_type="application/json")
+                async for piece in pieces:
+                    formatter.take(piece)
+                    await turns.give_way()
+            reply: Response = Response(formatter.body(), media_type="application/json")
         except KVFerryError as error:
             reply = error_response(error)
         except _ClientGoneError:
@@ -117,7 +137,9 @@ class AnswerResponse(Response):
             reply = error_response(EngineError("internal error"))
         await reply(scope, receive, send)
 
-    async def _send_stream(self, pieces: AsyncGenerator[TextPiece], formatter: Formatter, send: Send) -> None:
+    async def _send_stream(
+        self, pieces: AsyncGenerator[TextPiece], formatter: Formatter, send: Send, turns: Turns
+    ) -> None:
         # Where a stream can be cut:
         #   1. before its first piece: the error goes on to `_answer`, which answers it with a status of its own;
         #   2. after it: the status is out, so the error is the last event, and `[DONE]` does not follow;
@@ -130,6 +152,7 @@ class AnswerResponse(Response):
         try:
             async for piece in pieces:
                 await _write(send, formatter.chunk(piece))
+                await turns.give_way()
             last = formatter.closing()
         except KVFerryError as error:
             last = sse(reply_of(error))

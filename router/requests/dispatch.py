@@ -17,6 +17,27 @@ from router.routing.policy import RoutePolicy
 from router.routing.views import RouteRequest
 
 
+class _Runs(set[RequestRun]):
+    """Requests at one stage of their life. `rows`: what one step of all of them brings, see `RequestSpec.rows`."""
+
+    rows = 0
+
+    def add(self, run: RequestRun) -> None:
+        """One that is not in it."""
+        super().add(run)
+        self.rows += run.rows
+
+    def remove(self, run: RequestRun) -> None:
+        """One that is in it."""
+        super().remove(run)
+        self.rows -= run.rows
+
+    def discard(self, run: object) -> None:
+        """Whether it is in it or not."""
+        if isinstance(run, RequestRun) and run in self:
+            self.remove(run)
+
+
 class Dispatcher:
     """Starts requests. One a router."""
 
@@ -24,8 +45,8 @@ class Dispatcher:
         self._services = services
         self._policy = policy
         self._turn = 0
-        self._opened: set[RequestRun] = set()
-        self.running: set[RequestRun] = set()
+        self._opened = _Runs()
+        self.running = _Runs()
         """Entered and not left: they are told of nodes that are lost."""
         self.stopping = False
         """No request is taken any more."""
@@ -38,12 +59,15 @@ class Dispatcher:
         """Route a request. It is load of the chosen nodes from here on. `async with` the result starts its legs,
         iterating yields its outputs. One that is not entered must be dropped.
 
-        Raises StoppingError once this router stops, OverloadedError at `max_requests`, NodeUnavailableError when no
-        node can decode it.
+        Raises StoppingError once this router stops, OverloadedError at `max_requests` or `max_rows`,
+        NodeUnavailableError when no node can decode it.
         """
         services, in_flight = self._services, self._services.log.in_flight + len(self._opened)
         if in_flight >= services.config.max_requests * spec.max_share:
             raise OverloadedError(f"{in_flight} requests are under way; the router takes no more at a time")
+        rows, most = self._opened.rows + self.running.rows + spec.rows, services.limits.max_rows
+        if rows > most:
+            raise OverloadedError(f"choices and logprobs of {rows} tokens a step, over {most}, would be under way")
         if self.stopping:
             raise StoppingError("this router is stopping; ask another one, or this one when it is back")
         self._turn += 1

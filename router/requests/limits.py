@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, slots=True)
 class RequestLimits:
-    """Seconds, and one count. What an operator sets (timeouts of a request, of a prefill) is in RouterConfig."""
+    """Seconds, and counts. What an operator sets (timeouts of a request, of a prefill) is in RouterConfig."""
 
     stall_s: float = 30.0
     """A stream that has begun and then says nothing for this long is dead (an engine's step takes far less)."""
@@ -15,6 +15,8 @@ class RequestLimits:
     """Of an abort, or of the word that ends a handoff."""
     max_unread: int = 256
     """Deltas that wait for a slow client before the node is read no further."""
+    max_rows: int = 8192
+    """Tokens that one step of all requests brings, logprobs of others included: 30 µs of the event loop each."""
     handoff_grace_s: float = 0.25
     """After a prefill that stored everything, a decoder should find it by itself; else it is told to stop waiting."""
     handoff_longest_s: float = 2.0

@@ -87,14 +87,9 @@ class RequestRun:
         self._drained = asyncio.Event()
         self._drained.set()
         self._legs = RequestLegs(
-            services,
-            spec,
-            self,
-            self.record.legs,
-            self._drained,
-            started_at=self.started_at,
-            route=route,
+            services, spec, self, self.record.legs, self._drained, started_at=self.started_at, route=route
         )
+        self.rows = spec.rows
         sampling = spec.sampling
         ends = frozenset(sampling.stop_token_ids)
         if not sampling.ignore_eos:

@@ -97,6 +97,11 @@ class RequestSpec:
     max_share: float = 1.0
     """Of the requests that a router takes at a time: while more are under way this one is refused."""
 
+    @property
+    def rows(self) -> int:
+        """Tokens that one step brings, those included that logprobs name beside them."""
+        return self.sampling.n * (1 + (self.sampling.logprobs or 0))
+
 
 @dataclass(frozen=True, slots=True)
 class AnswerRequest:

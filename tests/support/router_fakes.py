@@ -255,7 +255,8 @@ class FakeNode:
                 done = FinishReason.LENGTH if len(output) >= sampling.max_tokens else None
                 logprobs = None
                 if sampling.logprobs is not None:
-                    logprobs = [TokenLogprob(logprob=-0.5, top=[(output[-1], -0.5)][: sampling.logprobs])]
+                    others = [(output[-1] + at, -0.5 - at) for at in range(sampling.logprobs)]
+                    logprobs = [TokenLogprob(logprob=-0.5, top=others)]
                 sent += 1
                 yield TokenDelta(index=index, token_ids=[output[-1]], finish_reason=done, info=info, logprobs=logprobs)
                 info = None

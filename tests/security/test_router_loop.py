@@ -1,0 +1,140 @@
+"""Requests that make the router work: however much one asks for, others get their turn."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+
+import httpx
+import pytest
+from support.loop_stalls import loop_stalls
+from support.router_fakes import Rig, make_rig
+
+from kvcore.errors import OverloadedError
+from router.answering import Answerer, AnswerLimits
+from router.api.limits import BodyLimits
+from router.requests.limits import RequestLimits
+from router.requests.spec import TextPrompt
+from router.text.tokenizer import ByteTokenizer
+
+STALL_S = 0.1
+"""What a request may keep others waiting, in processor time: 50 ms on a quiet core, and what a loaded one adds."""
+ASK = {"model": "fake-model", "max_tokens": 8}
+CHAT = {**ASK, "messages": [{"role": "user", "content": "hello"}]}
+
+
+@pytest.fixture
+async def rig() -> Rig:
+    return await make_rig(limits=RequestLimits(patience_s=0.0, retry_pause_s=0.01))
+
+
+@pytest.fixture
+async def http(rig: Rig) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(app=rig.app)  # type: ignore[arg-type]
+    async with httpx.AsyncClient(transport=transport, base_url="http://router") as client:
+        yield client
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", [False, True])
+async def test_many_choices_with_many_logprobs_let_others_in(http: httpx.AsyncClient, stream: bool):
+    """One of these took 3.0 s of the loop, as one body at once."""
+    body = {**CHAT, "n": 128, "logprobs": True, "top_logprobs": 20, "stream": stream, "max_tokens": 32}
+    async with loop_stalls() as stalls:
+        answer = await http.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200
+    assert answer.text.count('"top_logprobs":[{') == 128 * 32
+    assert stalls.longest_s < STALL_S
+
+
+async def test_choices_and_logprobs_under_way_have_a_bound():
+    rig = await make_rig(limits=RequestLimits(patience_s=0.0, retry_pause_s=0.01, max_rows=40))
+    transport = httpx.ASGITransport(app=rig.app)  # type: ignore[arg-type]
+    async with httpx.AsyncClient(transport=transport, base_url="http://router") as http:
+        refused = await http.post("/v1/chat/completions", json={**CHAT, "n": 2, "logprobs": True, "top_logprobs": 20})
+        assert refused.status_code == 503 and refused.headers["retry-after"]
+        assert refused.json()["error"]["code"] == "overloaded"
+        for _ in range(3):  # what ended is under way no more
+            taken = await http.post("/v1/chat/completions", json={**CHAT, "logprobs": True, "top_logprobs": 20})
+            assert taken.status_code == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"model":"m","prompt":[' + b",".join([b"17"] * 2_600_000) + b"]}",
+        b'{"model":"m","prompt":[' + b",".join([b"[]"] * 1_000_000) + b"]}",
+        b'{"model":"m","prompt":[' + b",".join([b'"a"'] * 1_000_000) + b"]}",
+        b'{"model":"m","prompt":"a","metadata":[' + b",".join([b"{}"] * 1_000_000) + b"]}",
+        b'{"model":"m","prompt":"a","logit_bias":{' + b",".join(b'"%d":1' % at for at in range(400_000)) + b"}}",
+    ],
+    ids=["ids", "lists", "strings", "objects", "biases"],
+)
+async def test_a_body_of_too_many_values_is_refused_before_it_is_decoded(http: httpx.AsyncClient, body: bytes):
+    async with loop_stalls() as stalls:
+        answer = await http.post("/v1/completions", content=body)
+    assert answer.status_code == 413 and answer.json()["error"]["code"] == "payload_too_large"
+    assert stalls.longest_s < STALL_S
+
+
+async def test_texts_that_wait_to_be_tokens_have_a_bound(rig: Rig):
+    begun, release = asyncio.Event(), asyncio.Event()
+
+    async def run(work: Callable[[], list[int]]) -> list[int]:
+        begun.set()
+        await release.wait()
+        return work()
+
+    limits = AnswerLimits(inline_chars=10, max_waiting_chars=1000)
+    parts = {"dispatcher": rig.dispatcher, "cluster": rig.cluster, "run": run, "limits": limits}
+    answerer = Answerer(model="fake-model", tokenizer=ByteTokenizer(512), **parts)  # type: ignore[arg-type]
+    first = asyncio.create_task(answerer.encode([TextPrompt("a" * 900)]))
+    await begun.wait()
+    with pytest.raises(OverloadedError):
+        await answerer.encode([TextPrompt("b" * 200)])
+    assert await answerer.encode([TextPrompt("short")]), "short ones wait for nobody"
+    release.set()
+    assert [len(ids) for ids in await first] == [900]
+    assert [len(ids) for ids in await answerer.encode([TextPrompt("b" * 2000)])] == [2000], "one alone is taken"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"logit_bias": {str(at): 1 for at in range(20_000)}}, "logit_bias"),
+        ({"stop_token_ids": [1] * 20_000}, "stop_token_ids"),
+        ({"prompt": [[1]] * 200}, "prompt"),
+    ],
+)
+async def test_long_lists_are_refused_by_name(http: httpx.AsyncClient, fields: dict[str, object], param: str):
+    answer = await http.post("/v1/completions", json={"prompt": "a", **ASK, **fields})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "user", "content": ""}] * 10_000,
+        [{"role": "user", "content": [{"type": "text", "text": "a"}] * 10_000}],
+    ],
+)
+async def test_a_chat_of_too_many_messages_is_refused(http: httpx.AsyncClient, messages: list[object]):
+    async with loop_stalls() as stalls:
+        answer = await http.post("/v1/chat/completions", json={**CHAT, "messages": messages})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "messages"
+    assert stalls.longest_s < STALL_S
+
+
+async def test_a_prompt_of_as_many_ids_as_are_read_lets_others_in(http: httpx.AsyncClient):
+    body = json.dumps({**ASK, "prompt": [17] * BodyLimits().max_values}, separators=(",", ":")).encode()
+    async with loop_stalls() as stalls:
+        answer = await http.post("/v1/completions", content=body[: body.index(b"[") + 1] + body[body.index(b"[") + 4 :])
+    assert answer.json()["error"]["code"] == "context_length_exceeded"
+    assert stalls.longest_s < 2 * STALL_S
+
+
+async def test_one_bias_for_many_prompts_is_read_once(http: httpx.AsyncClient):
+    many = {str(at): 1 for at in range(500)}
+    async with loop_stalls() as stalls:
+        answer = await http.post("/v1/completions", json={**ASK, "prompt": ["a"] * 128, "logit_bias": many})
+    assert answer.status_code == 200 and len(answer.json()["choices"]) == 128
+    assert stalls.longest_s < 4 * STALL_S

@@ -1,0 +1,32 @@
+"""How long work on the event loop keeps everybody else waiting."""
+
+import asyncio
+import gc
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+
+class LoopStalls:
+    """`longest_s`: processor time, not wall time, so that it says the same on a loaded machine."""
+
+    longest_s = 0.0
+
+    async def watch(self) -> None:
+        """Until cancelled: asks for a turn again and again."""
+        last = time.thread_time()
+        while True:
+            await asyncio.sleep(0)
+            now = time.thread_time()
+            self.longest_s, last = max(self.longest_s, now - last), now
+
+
+@asynccontextmanager
+async def loop_stalls() -> AsyncIterator[LoopStalls]:
+    """Watches while it is entered."""
+    gc.collect()
+    stalls = LoopStalls()
+    task = asyncio.create_task(stalls.watch())
+    await asyncio.sleep(0)
+    yield stalls
+    task.cancel()
