@@ -18,6 +18,7 @@ from starlette.routing import Route
 from kvcore.clock import SystemClock
 from kvcore.errors import KVFerryError
 from kvcore.ports import authorities_of, is_loopback
+from kvcore.process.aiohttp_gate import BoundedRunner
 from kvcore.process.asgi import AsgiServer
 from kvcore.process.http_client import UnprovenReplyError, http_session
 from kvcore.process.proven_app import ProvenApp
@@ -74,7 +75,7 @@ async def node(holder: ClusterTrust, hits: Hits) -> AsyncIterator[str]:
     app.add_routes([web.route(method, path, echo) for method in ("GET", "POST") for path in ("/echo", "/health")])
     if holder.secrets is not None:
         ProvenCalls(verifier(holder)).add_to(app)
-    runner = web.AppRunner(app)
+    runner = BoundedRunner(app)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
