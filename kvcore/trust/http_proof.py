@@ -1,7 +1,8 @@
 """Proofs of HTTP requests between the processes of a cluster: RFC 9421 signatures by HMAC-SHA-256, RFC 9530 digests.
 
-A fixed profile of them, made by hand: a library for all of RFC 9421 takes 180 µs to check one, this one 10. It covers
-method, authority, path, query and body, the time, and a number that its sender uses once. Pure but for the clock.
+A fixed profile of them, made by hand: a library for all of RFC 9421 takes 0.2 ms to check one, and the router has 0.03
+ms a request. It covers method, authority, path, query and body, the time, and a number that its sender uses once. Pure
+but for the clock.
 """
 
 import base64

@@ -1,7 +1,9 @@
 """A node's segment and strangers: they read and write all of it if there is no secret, and nothing if there is."""
 
+import os
 import secrets as random
 import socket
+import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
@@ -168,3 +170,13 @@ async def test_a_stranger_that_says_nothing_holds_a_connection_no_longer_than_a_
                 sock.sendall(first)
                 while sock.recv(1 << 16):
                     pass
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+def test_another_user_of_the_machine_cannot_map_a_segment():
+    with SegmentMemory.create(ID, SIZE) as memory:
+        pid, _, number = memory.shm_address.partition(":")
+        opened = ["/bin/sh", "-c", f"exec 3<>/proc/{pid}/fd/{number}"]
+        done = subprocess.run(opened, user=65_534, capture_output=True, text=True, check=False, timeout=10)
+        assert done.returncode != 0 and "ermission denied" in done.stderr
+        assert subprocess.run(opened, check=False, timeout=10).returncode == 0
