@@ -14,6 +14,7 @@ from unittest.mock import patch
 import msgspec
 from support.sim_adversary import Adversary
 from support.sim_loop import LoopClock, SimSeedLoop, run_sim
+from support.sim_moves import MOVES, not_in_manifests, order
 from support.sim_network import Rates, SimNetwork, SimProcess, Trace
 from support.sim_nodes import CLUSTER, MODEL, DataFaults, SimMetadata, SimNode, SimSetup
 from support.sim_oracle import Oracle
@@ -110,6 +111,8 @@ class Variant:
     data: DataFaults = field(default_factory=DataFaults)
     plan: Plan | None = None
     """Instead of the seed's."""
+    moves: bool = False
+    """Nodes can move chunks. Orders are the plan's (`support.sim_moves`)."""
 
 
 def run_seed(seed: int, variant: Variant | None = None) -> Outcome:
@@ -153,6 +156,7 @@ class SimCluster:
             integrity=variant.integrity,
             revisions=variant.revisions,
             tiers=SimTiers(plan.tiers, self.clock, seed) if plan.tiers is not None else None,
+            moves=MOVES if variant.moves else None,
         )
         parts = variant.partitions
         self.metadata = SimPartitions(self.setup, parts) if parts > 1 else SimMetadata(self.setup)
@@ -165,6 +169,7 @@ class SimCluster:
         if self.setup.tiers is not None:
             self.tier_watch = TierWatch(self.setup.tiers, self.nodes, self.network, seed)
         self._strict = variant.peaceful and not _forgetful(plan)
+        self._whole_manifests = variant.peaceful
         config = ClusterConfig(
             cluster=CLUSTER,
             model=ModelConfig(path=MODEL, name=MODEL),
@@ -220,6 +225,7 @@ class SimCluster:
         await self._settle()
         await self._check_accounts()
         await self._check_stored()
+        self._check_manifests()
         for answer in self.answers:
             self._check_answer(answer)
         if self.strangers is not None:
@@ -304,6 +310,19 @@ class SimCluster:
         if not self.metadata.alive:
             self.metadata.start()
 
+    def _do_drain(self, name: str) -> None:
+        self._order("drain", name)
+
+    def _do_undrain(self, name: str) -> None:
+        self._order("undrain", name)
+
+    def _do_rebalance(self, action: str) -> None:
+        self._order("rebalance", action)
+
+    def _order(self, kind: str, *where: str) -> None:
+        if self.metadata.alive:
+            order(self.metadata.core, self.clock.now(), kind, *where)
+
     def _do_cut(self, source: str, target: str) -> None:
         self.network.cut(source, target)
 
@@ -325,7 +344,11 @@ class SimCluster:
         if self.tier_watch is not None:
             self.tier_watch.end()
         self._do_start_metadata()
+        if self.setup.moves is not None:
+            self._order("rebalance", "stop")
         for name in self.nodes:
+            if self.setup.moves is not None:
+                self._order("undrain", name)
             self._do_start_node(name)
             self._do_start_engine(name)
 
@@ -419,6 +442,8 @@ class SimCluster:
             "sequences": sum(node.sequences + node.prefill_tokens for node in self.cluster.nodes.values()),
         }
         for name, node in self.nodes.items():
+            if node.mover is not None:
+                held[f"moves of {name}"] = len(node.mover._copied) + len(node.mover.work)
             if node.engine is None:
                 held[name] = 0 if node.is_store else "no engine"
                 continue
@@ -451,6 +476,11 @@ class SimCluster:
             self.problems.append(f"{self.log.ok} answers with {explained} explained prompt tokens are not {counts}")
         if sum(counts.by_source.values()) != counts.cached_tokens:
             self.problems.append(f"cached tokens without a source: {counts}")
+
+    def _check_manifests(self) -> None:
+        if self._whole_manifests:
+            stored = {name: keys for name, keys in self._stored().items() if name}
+            self.problems += not_in_manifests(stored, self.setup.memory)
 
     def _stored(self) -> dict[str, set[ChunkKey]]:
         """By segment."""
@@ -494,6 +524,7 @@ class SimCluster:
             machines += self.setup.tiers.counts
         for name, count in sorted(machines.items()):
             counts[name] += count
+        counts["moved"] = sum(node.moved for node in self.nodes.values())
         counts["reseeded"] = self.oracle.reseeded
         for revision, answers in self.oracle.revisions.items():
             counts[f"answers_of_{revision}"] = answers

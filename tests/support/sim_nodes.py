@@ -33,6 +33,8 @@ from kvcore.identity import ClusterIdentity
 from kvcore.partitions import Part
 from kvcore.types import NodeInfo, Role, Segment
 from kvnode.control_api import said_by
+from kvnode.limits import NodeLimits
+from kvnode.moving import ChunkMover
 from kvnode.partitions.memberships import Memberships
 from kvnode.tasks import cancelled
 from kvnode.tiers.node_tiers import NodeTiers, open_node_tiers
@@ -103,6 +105,8 @@ class SimSetup:
     """Of all stores that were closed."""
     engine_counts: Counter[str] = field(default_factory=Counter)
     tiers: SimTiers | None = None
+    moves: NodeLimits | None = None
+    """Of movers; None: nodes have none."""
     nodes: dict[str, NodeService] = field(default_factory=dict)
     """By host."""
 
@@ -204,6 +208,7 @@ class SimNode(NodeService):
         """Of an earlier version: its incarnations are from its machine's clock, and it does not say what it is."""
         self.clock_off_s = 0.0
         self.legs = 0
+        self._moved_before = 0
         self._config = engine or setup.engine
         self._cluster, self._model = cluster, model
         self._setup = setup
@@ -212,6 +217,7 @@ class SimNode(NodeService):
         self._restarts = 0
         self.engine: EngineLoop | None = None
         self.tiers: NodeTiers | None = None
+        self.mover: ChunkMover | None = None
         self.subscription: Subscription | None = None
         self.on_promote: Callable[[str], None] = lambda _name: None
         """Told of each call of another node that wants chunks from this one's tiers."""
@@ -271,11 +277,28 @@ class SimNode(NodeService):
             draw=lambda: 0.5,
         )
         self.service.spawn(self.membership.run())
+        if setup.moves is not None:
+            self._start_mover(memory, setup.moves)
         if setup.tiers is None or not setup.tiers.of(self.name, self.service):
             self._opened.set()
         else:
             self.service.spawn(self._tiers_life(self.service, setup.tiers, memory))
         self.start_engine()
+
+    def _start_mover(self, memory: memoryview, limits: NodeLimits) -> None:
+        setup, membership, process = self._setup, self.membership, self.service
+        self.mover = ChunkMover(
+            memory,
+            node=membership.node,
+            metadata=self._node_client,
+            open_transfer=lambda: InprocTransfer(setup.memory, _Faults(setup, process)),
+            wanted=lambda: membership.drained == "move" or membership.sheds,
+            store=setup.store,
+            clock=setup.clock,
+            run_blocking=run_inline,
+            limits=limits,
+        )
+        process.spawn(self.mover.run())
 
     def start_engine(self) -> None:
         """A new engine process on the same segment. A store has none."""
@@ -291,8 +314,14 @@ class SimNode(NodeService):
         self._bury(self.engine_process)
         self.service.spawn(self._engine_ended())
 
+    @property
+    def moved(self) -> int:
+        """Chunks that it has moved elsewhere, in all of its lives."""
+        return self._moved_before + (self.mover.moved if self.mover is not None else 0)
+
     def kill(self) -> None:
         """The whole node dies, segment and all."""
+        self._moved_before, self.mover = self.moved, None
         self.engine = self.tiers = None
         self._bury(self.engine_process)
         self._bury(self.service)
@@ -412,10 +441,12 @@ class SimNode(NodeService):
             setup.engine_counts.update((await engine.stats()).counters)
 
     async def _engine_ended(self) -> None:
-        if self.tiers is None:
-            await self.membership.release_writer()
-            return
-        async with self.tiers.promoter.work.paused():
+        writers = [self.mover.work] if self.mover is not None else []
+        async with AsyncExitStack() as stack:
+            for work in writers:
+                await stack.enter_async_context(work.paused())
+            if self.tiers is not None:
+                await stack.enter_async_context(self.tiers.promoter.work.paused())
             await self.membership.release_writer()
 
     async def _tiers_life(self, process: SimProcess, sim: SimTiers, memory: memoryview) -> None:
@@ -500,7 +531,7 @@ class _Faults:
             network.loop.call_later(dice.uniform(0.01, 1.5), self._land, op, late)
             return InprocFault(TransferTimeoutError("no answer"))
         drawn -= data.late
-        if drawn < data.flip:
+        if drawn < data.flip and op.num_bytes > HEADER_BYTES:
             network.loop.call_later(dice.uniform(0, 0.3), self._flip, op)
         return None
 
