@@ -18,6 +18,7 @@ from support.sim_moves import MOVES, not_in_manifests, order
 from support.sim_network import Rates, SimNetwork, SimProcess, Trace
 from support.sim_nodes import CLUSTER, MODEL, DataFaults, SimMetadata, SimNode, SimSetup
 from support.sim_oracle import Oracle
+from support.sim_pair import SimPair
 from support.sim_partitions import SimPartitions
 from support.sim_plan import Plan, Wanted, decoder_restarts, make_plan
 from support.sim_strangers import Strangers, identity_faults
@@ -111,6 +112,8 @@ class Variant:
     data: DataFaults = field(default_factory=DataFaults)
     plan: Plan | None = None
     """Instead of the seed's."""
+    pair: bool = False
+    """Two metadata servers, of which one leads. Their faults are the plan's (`support.sim_pair`)."""
     moves: bool = False
     """Nodes can move chunks. Orders are the plan's (`support.sim_moves`)."""
 
@@ -160,6 +163,8 @@ class SimCluster:
         )
         parts = variant.partitions
         self.metadata = SimPartitions(self.setup, parts) if parts > 1 else SimMetadata(self.setup)
+        if variant.pair:
+            self.metadata = SimPair(self.setup, self.trace, seed)
         self.nodes = {name: SimNode(self.setup, self.metadata, name, ROLES[name[0]]) for name in plan.nodes}
         self.router = SimProcess("router")
         self.network.hosts["router"] = self.router
@@ -226,6 +231,8 @@ class SimCluster:
         await self._check_accounts()
         await self._check_stored()
         self._check_manifests()
+        if isinstance(self.metadata, SimPair):
+            self.problems += self.metadata.problems()
         for answer in self.answers:
             self._check_answer(answer)
         if self.strangers is not None:
@@ -310,6 +317,10 @@ class SimCluster:
         if not self.metadata.alive:
             self.metadata.start()
 
+    def _do_server(self, what: str, who: str) -> None:
+        assert isinstance(self.metadata, SimPair), "such faults are planned for a pair only"
+        self.metadata.do(what, who)
+
     def _do_drain(self, name: str) -> None:
         self._order("drain", name)
 
@@ -344,6 +355,8 @@ class SimCluster:
         if self.tier_watch is not None:
             self.tier_watch.end()
         self._do_start_metadata()
+        if isinstance(self.metadata, SimPair):
+            self.metadata.mend_all()
         if self.setup.moves is not None:
             self._order("rebalance", "stop")
         for name in self.nodes:

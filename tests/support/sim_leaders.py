@@ -39,8 +39,17 @@ SERVERS = ("m0", "m1")
 _GRANTS = ("/v1/nodes/register", "/v1/nodes/heartbeat", "/v1/objects/reserve", "/v1/objects/match")
 
 
-def _url(name: str) -> str:
+def server_url(name: str) -> str:
+    """Of one of SERVERS."""
     return f"http://{name}:1"
+
+
+def wrong_grants(grants: list[tuple[int, str]]) -> str:
+    """What is wrong with (token, server) of each grant, in the order of their giving; empty: nothing."""
+    tokens = [token for token, _ in grants]
+    if 0 in tokens or tokens != sorted(tokens):
+        return "a leader granted after the next one had"
+    return "two servers granted with one token" if len(set(tokens)) != len(set(grants)) else ""
 
 
 class _DriftingClock(LoopClock):
@@ -127,7 +136,9 @@ class SimServer:
         records = _FarRecords(self, world.etcd)
         self.core = MetadataCore(new_index(world.config, world.clock, 1), world.clock)
         terms = Terms(world.config, world.clock, records, self.core)
-        self.election = Election(records, self._clock, _url(self.name), LEASE_S, lead=terms.lead, follow=terms.end)
+        self.election = Election(
+            records, self._clock, server_url(self.name), LEASE_S, lead=terms.lead, follow=terms.end
+        )
         self.core.leader = self.election
         self.process.spawn(self.election.run())
         self.process.spawn(self.core.run())
@@ -243,7 +254,7 @@ class SimLeaders:
 
     async def _live(self, process: SimProcess, at: int) -> None:
         """A node: registers where it is not known, reserves, pins."""
-        name, urls = process.name, [_url(server) for server in SERVERS]
+        name, urls = process.name, [server_url(server) for server in SERVERS]
         transport = FollowingTransport(urls, lambda url: _Transport(self, process, url))
         client = MetadataClient(transport, self.clock, 0.5)
         for number in range(at, 1 << 30, 3):
@@ -262,10 +273,7 @@ class SimLeaders:
     def _check(self) -> None:
         leading = [server for server in self.servers.values() if server.election.leads]
         assert len(leading) == 1, "not one leader"
-        tokens = [token for token, _ in self.grants]
-        assert 0 not in tokens and tokens == sorted(tokens), "a leader granted after the next one had"
-        givers = {token: {name for of, name in self.grants if of == token} for token in tokens}
-        assert all(len(names) == 1 for names in givers.values()), "two servers granted with one token"
+        assert not (wrong := wrong_grants(self.grants)), wrong
         state = leading[0].core.state
         assert {node.id for node in state.nodes(self.clock.now()).nodes} == {"n0", "n1", "n2"}
         pins = {pin.key for pin in state.pins(None, self.clock.now()).pins}
