@@ -7,7 +7,7 @@ from starlette.types import ASGIApp
 
 from kvcore.clock import Clock, SystemClock, WakefulClock
 from kvcore.config.records import EtcdRecordsConfig
-from kvcore.config.schema import ClusterConfig
+from kvcore.config.schema import ClusterConfig, MetadataServerConfig
 from kvcore.config.servers import own_part
 from kvcore.eviction.quotas import TenantShares
 from kvcore.ports import authorities_of, base_url
@@ -153,6 +153,12 @@ def _elect(
     lifecycle.tasks.create_task(terms.run(), name="a term's records")
 
 
+def serves_mooncake(server: MetadataServerConfig) -> bool:
+    """Whether this server answers `/metadata`. It is one namespace: of several partitions it is the first one's."""
+    part = own_part(server)
+    return server.mooncake.enabled and (part is None or part.number == 0)
+
+
 async def _open_mooncake(
     config: ClusterConfig,
     records: Records,
@@ -165,8 +171,7 @@ async def _open_mooncake(
     """What answers `/metadata` on the metadata server's own port (None: nothing does, or another port does), and what
     is behind it."""
     server, mooncake = config.metadata_server, config.metadata_server.mooncake
-    part = own_part(server)
-    if not mooncake.enabled or (part is not None and part.number):  # it is one namespace: the first one's
+    if not serves_mooncake(server):
         return None, None
     token, tls = token_of(mooncake), tls_of(mooncake)
     dialect = await open_dialect(mooncake, records, clock)

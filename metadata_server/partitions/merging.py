@@ -71,7 +71,7 @@ def merge_match(request: MatchRequest, pieces: Sequence[Piece[Any]], answers: An
         segments=[each for each in _distinct(reply.segments for reply in replies) if each.id in wanted],
         writers=next((answer.writers for piece, answer in _answered(pieces, answers) if first in piece.at), []),
         num_writing=next(at for at in range(len(found) + 1 - first) if first + at not in writing),
-        rebuilding=any(reply.rebuilding for reply in replies),
+        rebuilding=len(replies) < len(pieces) or any(reply.rebuilding for reply in replies),
     )
 
 
@@ -242,8 +242,9 @@ def merge_nothing(_: object, pieces: Sequence[Piece[Any]], answers: Answers[Noth
 
 
 def merge_stats(_: object, pieces: Sequence[Piece[Any]], answers: Answers[Stats]) -> Stats:
-    """What all of them hold."""
-    return merged_stats([answer for _, answer in _answered(pieces, answers)])
+    """What all of them hold. Of a partition that is away nothing is known, as of a segment that is not told yet."""
+    merged = merged_stats([answer for _, answer in _answered(pieces, answers)])
+    return msgspec.structs.replace(merged, rebuilding=merged.rebuilding + list(answers).count(None))
 
 
 def merged_stats(replies: Sequence[Stats]) -> Stats:

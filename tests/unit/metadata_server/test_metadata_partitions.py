@@ -37,6 +37,7 @@ from metadata_server.leading.terms import new_index
 from metadata_server.messages import ManifestEntry, RegisterRequest, Room
 from metadata_server.partitions.membership import join_set
 from metadata_server.records.memory import memory_records
+from metadata_server.service import serves_mooncake
 from metadata_server.versions import SPOKEN
 
 AB = Partitions(("a", "b"))
@@ -229,6 +230,15 @@ def test_a_server_of_a_partition_says_which_it_is(tmp_path):
     config = as_server_at(config_with(tmp_path, partitions=[{"name": "x", "port": 8701}, TWO[1]]), "127.0.0.1:8702")
     state = new_index(config, SystemClock(), 7)
     assert state.speaks.greet(state.nodes(0.0)).spoken.part == Part(Partitions(("x", "b")), 1)
+
+
+@pytest.mark.parametrize("port", [None, 8790])
+def test_mooncakes_metadata_is_not_the_second_partitions(tmp_path, port):
+    mooncake = {"enabled": True, **({"port": port} if port else {})}
+    whole = config_with(tmp_path, partitions=[{"name": "x", "port": 8701}, TWO[1]], mooncake=mooncake)
+    for address, served in (("127.0.0.1:8701", True), ("127.0.0.1:8702", False)):
+        assert serves_mooncake(as_server_at(whole, address).metadata_server) is served
+    assert serves_mooncake(config_with(tmp_path, mooncake=mooncake).metadata_server)
 
 
 def test_a_file_without_partitions_is_as_before(tmp_path):

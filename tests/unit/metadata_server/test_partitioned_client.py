@@ -83,7 +83,8 @@ async def test_a_partition_that_is_away_is_a_miss_for_its_keys_alone(rig):
     await put(rig, [a0, b0])
     rig.ways[B].away = True
     reply = await rig.client.match(leased([a0, b0]))
-    assert [refs[0].key for refs in reply.replicas] == [key(a0)]
+    assert [refs[0].key for refs in reply.replicas] == [key(a0)] and reply.rebuilding, "more may be there"
+    assert (await rig.client.stats()).rebuilding == 1
     outcomes = (await rig.client.reserve(reservation("n", [b1, a1]))).outcomes
     assert [outcome.status for outcome in outcomes] == [ReserveStatus.UNKNOWN, ReserveStatus.GRANTED]
     assert rig.client.available and [part.available for part in rig.client.parts] == [True, False]
