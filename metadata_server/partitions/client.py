@@ -63,11 +63,15 @@ class PartitionedMetadataClient(MetadataClient):
         ]
         tasks = [asyncio.ensure_future(wait) for wait in waits]  # the first one that fails ends them all
         try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            if tasks:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            ended = await asyncio.gather(*tasks, return_exceptions=True)
+        for error in ended:
+            if isinstance(error, Exception) and not isinstance(error, MetadataUnavailableError):
+                raise error
         asked = {name: getattr(request, name) for name in MatchRequest.__struct_fields__}
         return await self.match(MatchRequest(**asked), timeout_s=timeout_s)
 
