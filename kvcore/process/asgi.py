@@ -94,6 +94,7 @@ class AsgiServer:
             lifespan="auto",
             date_header=False,
             server_header=False,
+            proxy_headers=False,  # else any process of this machine could say that it is another address
             timeout_keep_alive=75,
         )
         config.load()

@@ -4,11 +4,24 @@ import asyncio
 from collections.abc import Mapping
 
 from starlette.requests import ClientDisconnect, Request
+from starlette.types import Receive, Scope
 
 from kvcore.errors import BodyLateError, InvalidRequestError, MediaTypeError, PayloadTooLargeError
 
 ENCODINGS = {"content-encoding": ("", "identity"), "transfer-encoding": ("", "identity", "chunked")}
 """By header, the codings that leave a body as it is."""
+WHOLE_BODY = "kvferry.whole_body"
+"""Among a request's `extensions` where all of its body was there when the application was asked."""
+
+
+async def body_at_hand(scope: Scope, receive: Receive) -> bytes | None:
+    """The body where all of it is there, which then needs no time limit: setting one takes as long as reading it. None:
+    it is still to come, or nobody wants an answer."""
+    if WHOLE_BODY not in scope.get("extensions", ()):
+        return None
+    message = await receive()
+    body: bytes | None = message.get("body") if message["type"] == "http.request" else None
+    return body
 
 
 async def read_body(request: Request, limit: int, *, timeout_s: float = 30.0) -> bytes:

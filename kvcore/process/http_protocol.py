@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from kvcore.peer_log import PeerLog
+from kvcore.process.http_body import WHOLE_BODY
 from kvcore.process.http_gate import GatePlace, HttpGate
 
 _logger = logging.getLogger("kvcore.asgi")
@@ -116,6 +117,7 @@ class BoundedHttp(HttpToolsProtocol):
             return
         self._in_message = False
         self._body_is_over()
+        self.scope["extensions"] = {WHOLE_BODY: {}}
         if not self.transport.is_closing():
             super().on_message_complete()
 

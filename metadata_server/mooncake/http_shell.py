@@ -14,6 +14,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from kvcore.clock import Clock
 from kvcore.errors import BodyLateError, KVFerryError, MediaTypeError, PayloadTooLargeError
+from kvcore.process.http_body import body_at_hand
 from kvcore.telemetry import log_fields
 from metadata_server.mooncake.dialect import MooncakeDialect
 from metadata_server.mooncake.keys import key_of
@@ -95,6 +96,9 @@ class MooncakeApp:
                 raise MediaTypeError("a packed value is not read here: send it as it is")
             if name == b"content-length" and value.isdigit():
                 self._check_size(int(value[:20]))
+        if (whole := await body_at_hand(scope, receive)) is not None:
+            self._check_size(len(whole))
+            return whole
         body: bytes = b""
         try:
             async with asyncio.timeout(self._body_s):

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from kvcore.clock import Clock
 from kvcore.errors import MetadataProtocolError, PayloadTooLargeError
 from kvcore.process.audit import caller
-from kvcore.process.http_body import ENCODINGS, check_encoding
+from kvcore.process.http_body import ENCODINGS, body_at_hand, check_encoding
 from metadata_server.core import MetadataCore
 from metadata_server.endpoints import ENDPOINTS
 from metadata_server.limits import ServerLimits
@@ -52,7 +52,7 @@ class Calls:
         try:
             headers = dict(scope["headers"])
             json_in, json_out = formats(headers.get(b"content-type", b""), headers.get(b"accept", b""))
-            body = await self._read(headers, receive)
+            body = await self._read(scope, headers, receive)
             started, path = self._clock.now(), scope["path"]
             endpoint, observe = self.paths[path]
             who = caller(scope.get("client")) if endpoint.about is not None else ""
@@ -67,7 +67,7 @@ class Calls:
         await send({"type": "http.response.start", "status": 200, "headers": [_KINDS[json_out], length]})
         await send({"type": "http.response.body", "body": reply})
 
-    async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
+    async def _read(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive) -> bytes:
         """The whole body. Raises MediaTypeError, PayloadTooLargeError as soon as it is known to be too long, and
         ClientDisconnect."""
         if b"content-encoding" in headers or b"transfer-encoding" in headers:
@@ -75,6 +75,10 @@ class Calls:
         declared, most = headers.get(b"content-length", b"")[:20], self._max_body_bytes
         if declared.isdigit() and int(declared) > most:
             raise PayloadTooLargeError(f"the body has {int(declared)} bytes; at most {most} are read")
+        if (whole := await body_at_hand(scope, receive)) is not None:
+            if len(whole) > most:
+                raise PayloadTooLargeError(f"the body has more than {most} bytes")
+            return whole
         parts, size = list[bytes](), 0
         try:
             async with asyncio.timeout(self._body_s):
