@@ -12,14 +12,21 @@ The owner says whose quota chunks count for. It is of the salt alone: a tenant i
 salt that the router has made for a tenant (`kvcore.tenants.salts`) it is of the tenant's part, `kvt1.` and 32 digits: a
 client's own salt gives nobody another quota.
 
+Behind a public prefix, which all tenants share, a tenant's chain goes on alone. Its salt says of how many chunks that
+is, `.p` and a number at its end: so many have the root of the salt `kvp1.`, and the next one's parent is
+
+    fork = SHA256(b"kvferry.fork.v1" || key of the last public chunk || u32le(len(salt)) || salt)[:16]
+
 The published test vector is in `tests/unit/kvcore/test_chunk_keys.py` and docs/wire-formats.md: another
 implementation is right if it gives the same bytes. Never Python's `hash()`, which differs between processes.
 """
 
 import array
+import re
 import sys
 from collections.abc import Sequence
 from hashlib import sha256
+from typing import NamedTuple
 
 from kvcore.types import ChunkKey, OwnerTag
 
@@ -27,6 +34,9 @@ KEY_BYTES = 16
 OWNER_BYTES = 8
 TENANT_SALT = b"kvt1."
 """How a tenant's salt begins."""
+PUBLIC_SALT = b"kvp1."
+_WITH_PUBLIC = re.compile(rb"kvt1\.[0-9a-f]{32}\.[0-9a-f]{32}\.p([1-9][0-9]{0,5})")
+_FORK_DOMAIN = b"kvferry.fork.v1"
 _TENANT_PART = len(TENANT_SALT) + 32
 _DOMAIN = b"kvferry.chunk.v1"
 _OWNER_DOMAIN = b"kvferry.owner.v1"
@@ -64,6 +74,48 @@ def chunk_keys(root: ChunkKey, token_ids: Sequence[int], chunk_tokens: int) -> l
     for start in range(0, len(raw) - step + 1, step):
         parent = sha256(parent + raw[start : start + step]).digest()[:KEY_BYTES]
         keys.append(ChunkKey(parent))
+    return keys
+
+
+class KeyChain(NamedTuple):
+    """How the keys of one prompt follow from each other. `salt`: of those behind `public_chunks`."""
+
+    root: ChunkKey
+    public_chunks: int = 0
+    salt: bytes = b""
+
+    @classmethod
+    def of(cls, fingerprint: bytes, salt: bytes) -> "KeyChain":
+        """That of a request with this salt."""
+        found = _WITH_PUBLIC.fullmatch(salt)
+        if found is None:
+            return cls(root_key(fingerprint, salt))
+        return cls(root_key(fingerprint, PUBLIC_SALT), int(found[1]), salt)
+
+    def parent(self, keys: Sequence[ChunkKey], index: int) -> ChunkKey:
+        """What chunk `index` continues. `keys`: of all before it, at least."""
+        if not index:
+            return self.root
+        if index != self.public_chunks:
+            return keys[index - 1]
+        size = len(self.salt).to_bytes(4, "little")
+        return ChunkKey(sha256(_FORK_DOMAIN + keys[index - 1] + size + self.salt).digest()[:KEY_BYTES])
+
+    def extend(self, keys: list[ChunkKey], token_ids: Sequence[int], stop: int, chunk_tokens: int) -> None:
+        """Append the keys of full chunks up to `stop`, as far as there are tokens. `token_ids`: from the beginning."""
+        while (known := len(keys)) < stop:
+            end = self.public_chunks if known < self.public_chunks < stop else stop
+            tokens = token_ids[known * chunk_tokens : end * chunk_tokens]
+            more = chunk_keys(self.parent(keys, known), tokens, chunk_tokens)
+            if not more:
+                return
+            keys += more
+
+
+def prompt_keys(fingerprint: bytes, salt: bytes, token_ids: Sequence[int], chunk_tokens: int) -> list[ChunkKey]:
+    """Keys of all full chunks of a request's prompt."""
+    keys: list[ChunkKey] = []
+    KeyChain.of(fingerprint, salt).extend(keys, token_ids, len(token_ids) // chunk_tokens, chunk_tokens)
     return keys
 
 

@@ -94,7 +94,8 @@ class PutSession:
     segment.
     """
 
-    def __init__(self, context: PutContext, reserved: Reserved) -> None:
+    def __init__(self, context: PutContext, reserved: Reserved, public: frozenset[ChunkKey] = frozenset()) -> None:
+        self._public = public
         self.moved: list[MovedBytes] = []
         self._context = context
         self._reserved = reserved
@@ -162,7 +163,7 @@ class PutSession:
             num_bytes = sum(view.nbytes for view in chunk.payload)
             if num_bytes != reserved:
                 raise ValueError(f"room for a chunk of {reserved} bytes was reserved, got {num_bytes}")
-            owner = self._reserved.owner
+            owner = None if chunk.key in self._public else self._reserved.owner
             batch.setdefault(chunk.key, (grant, Outgoing(grant.replica, chunk.token_count, chunk.payload, owner)))
         if not batch:
             return [False] * len(chunks)

@@ -172,11 +172,13 @@ class KVStore:
         timeout_s: float,
         sizes: Mapping[ChunkKey, int] | None = None,
         owner: OwnerTag | None = None,
+        public: frozenset[ChunkKey] = frozenset(),
     ) -> PutSession:
         """Reserve room for all `keys` in one batch. Metadata away or store full: a session that accepts nothing.
 
         `sizes`: payload bytes of those that are shorter than `spec.chunk_bytes`, as a prompt's tail is; others of its
         entries are ignored. Raises ValueError for a size that no chunk has. `owner`: whose quota they count for.
+        `public`: those that are written as nobody's, for all to read.
 
         Reports of refused chunks that are under way go first (bounded as any call): their keys must not count as there.
         The caller must `aclose` the session. A cancelled call leaves no reservation behind.
@@ -188,7 +190,7 @@ class KVStore:
             await asyncio.wait(self._reports, timeout=timeout_s)
         lengths = {key: HEADER_BYTES + self._payload_bytes(key, sizes or {}) for key in distinct}
         reserved = await self._placement.reserve(lengths, prefer_segment, timeout_s, owner=owner)
-        return PutSession(self._put_context, reserved)
+        return PutSession(self._put_context, reserved, public)
 
     def counters(self) -> dict[str, int]:
         """A copy of the totals since start; names in `kvstore.counters`."""

@@ -49,7 +49,7 @@ from router.requests.services import RequestServices
 from router.routing.policy import make_policy
 from router.status import StatusView
 from router.tenants.wiring import open_gate
-from router.text.tokenizer import FolderTokenizer, TextThreads, make_tokenizer
+from router.text.tokenizer import FolderTokenizer, TextThreads, Tokenizer, make_tokenizer
 from router.upkeep.wiring import tier_sight, upkeep_routes
 
 _log = logging.getLogger("router")
@@ -105,7 +105,7 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
         max_body_bytes=bounds.max_body,
         cors=bounds.cors,
         more=add_routes,
-        guard=await _guard(config, log, clock, trust, lifecycle),
+        guard=await _guard(config, log, clock, trust, lifecycle, tokenizer=tokenizer),
     )
     server = _listener(app, config, metrics)
     lifecycle.tasks.create_task(prober.run(), name="node probes")
@@ -186,14 +186,20 @@ def _watch_cache(
 
 
 async def _guard(
-    config: ClusterConfig, log: RequestLog, clock: Clock, trust: ClusterTrust, lifecycle: Lifecycle
+    config: ClusterConfig,
+    log: RequestLog,
+    clock: Clock,
+    trust: ClusterTrust,
+    lifecycle: Lifecycle,
+    *,
+    tokenizer: Tokenizer,
 ) -> Callable[[ASGIApp], ASGIApp]:
     """With a secret only those who know it give orders about the cluster; with API keys, who has an admin's, too."""
     if trust.secrets is None:
         return lambda app: app
     verifier = RequestVerifier(trust, clock, authorities_of(config.router.host, config.router.port))
     proved = lambda app: ProvenApp(app, verifier, lambda _: True)  # noqa: E731
-    gate = await open_gate(config, log, clock, lifecycle, secrets=trust.secrets, proved=proved)
+    gate = await open_gate(config, log, clock, lifecycle, secrets=trust.secrets, tokenizer=tokenizer, proved=proved)
     return gate or (lambda app: ProvenApp(app, verifier, is_order))
 
 

@@ -33,7 +33,8 @@ class SaveJob:
     while the next one is written.
 
     `reserve`: room for these is asked for in one batch at the start, before they are computed; others get theirs batch
-    by batch. `owner`: whose they are. `sizes`: payload bytes of short chunks, may grow before they are added.
+    by batch. `owner`: whose they are, but for those that are `public`. `sizes`: payload bytes of short chunks, may grow
+    before they are added.
     `parallel`: writes at a time.
     `void`: once it says so, from whatever thread, nothing more is committed. `committed`: called when all that was
     added so far is.
@@ -50,6 +51,7 @@ class SaveJob:
         reserve: Sequence[ChunkKey],
         *,
         owner: OwnerTag | None = None,
+        public: frozenset[ChunkKey] = frozenset(),
         sizes: Mapping[ChunkKey, int] | None = None,
         parallel: int = 1,
         void: Callable[[], bool] = lambda: False,
@@ -58,7 +60,7 @@ class SaveJob:
         self._context = context
         self._prefer_segment = prefer_segment
         self._reserve = list(reserve)
-        self._owner = owner
+        self._owner, self._public = owner, public
         self._sizes = {} if sizes is None else sizes
         self._void = void
         self._committed = committed
@@ -243,6 +245,7 @@ class SaveJob:
             timeout_s=self._context.timeout_s,
             sizes=self._sizes,
             owner=self._owner,
+            public=self._public,
         )
         self._covered, self._reserved_at = set(keys), self._context.clock.now()
         self.stored |= session.complete

@@ -2,7 +2,7 @@
 
 from engines.paged.leg import Leg, StopRule
 from engines.paged.sequence import TokenSequence
-from kvcore.chunk_keys import owner_of, root_key, usable_chunks
+from kvcore.chunk_keys import KeyChain, owner_of, usable_chunks
 from kvcore.clock import Clock
 from kvcore.errors import ContextLengthError, InvalidRequestError
 from nodeapi.messages import EngineInfo, GenerateRequest, PrefillRequest
@@ -65,7 +65,7 @@ class Arrivals:
             age=(self._arrived, 0),
             tokens=[*prompt, *output],
             num_prompt=len(prompt),
-            root=root_key(self._info.kv_spec.fingerprint, request.cache_salt),
+            chain=KeyChain.of(self._info.kv_spec.fingerprint, request.cache_salt),
             chunk_tokens=self._info.kv_spec.chunk_tokens,
             owner=owner_of(request.cache_salt),
         )

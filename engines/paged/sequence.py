@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from kvcore.chunk_keys import chunk_keys, usable_chunks
+from kvcore.chunk_keys import KeyChain, usable_chunks
 from kvcore.types import ChunkKey, OwnerTag
 from nodeapi.messages import SamplingParams
 
@@ -49,7 +49,7 @@ class TokenSequence:
     """(arrival, index): the smaller, the older; the oldest is never preempted."""
     tokens: list[int]
     num_prompt: int
-    root: ChunkKey
+    chain: KeyChain
     chunk_tokens: int
     owner: OwnerTag | None = None
     """Whose chunks they are."""
@@ -104,11 +104,14 @@ class TokenSequence:
 
     def keys(self, num_chunks: int) -> Sequence[ChunkKey]:
         """Keys of the first `num_chunks` full chunks, hashed once each."""
-        known, size = len(self._keys), self.chunk_tokens
-        if num_chunks > known:
-            parent = self._keys[-1] if self._keys else self.root
-            self._keys += chunk_keys(parent, self.tokens[known * size : num_chunks * size], size)
+        if num_chunks > len(self._keys):
+            self.chain.extend(self._keys, self.tokens, num_chunks, self.chunk_tokens)
         return self._keys[:num_chunks]
+
+    @property
+    def public_keys(self) -> frozenset[ChunkKey]:
+        """Of its full chunks that are nobody's own."""
+        return frozenset(self.keys(min(self.chain.public_chunks, len(self.tokens) // self.chunk_tokens)))
 
     def key(self, chunk: int) -> ChunkKey:
         """Key of full chunk `chunk`."""
@@ -123,7 +126,7 @@ class TokenSequence:
             age=(self.age[0], index),
             tokens=list(self.tokens),
             num_prompt=self.num_prompt,
-            root=self.root,
+            chain=self.chain,
             chunk_tokens=self.chunk_tokens,
             owner=self.owner,
             sampling=self.sampling,

@@ -196,6 +196,9 @@ def _check_security(config: ClusterConfig) -> Iterator[str]:
     keys = config.security.keys
     if keys is not None and (keys.file is None) == (keys.env is None):
         yield "security.keys: give one of file and env"
+    for number, one in enumerate(keys.public if keys is not None else ()):
+        if (one.text is None) == (one.file is None):
+            yield f"security.keys.public[{number}]: give one of text and file"
     if keys is not None and secret is None:
         yield "security.keys: tenants' salts come from the cluster's secret; set security.secret too"
     if secret is not None and security.open:

@@ -15,6 +15,7 @@ import msgspec
 from kvcore.config.checks import check_cluster
 from kvcore.config.parse import InvalidValueError, nearest, parse
 from kvcore.config.schema import ClusterConfig, NodeConfig, SimEngineConfig
+from kvcore.config.security import PublicTextConfig
 from kvcore.config.vllm_options import spell_out_engines
 from kvcore.config.yaml_text import YAMLTextError, read_yaml
 from kvcore.errors import ConfigError
@@ -145,7 +146,13 @@ def _resolve_model_path(config: ClusterConfig, folder: Path) -> ClusterConfig:
 def _resolve_security_paths(config: ClusterConfig, folder: Path) -> ClusterConfig:
     security = config.security
     if (secret := security.secret) is not None and secret.file is not None:
-        secret = msgspec.structs.replace(secret, file=str(folder / Path(secret.file).expanduser()))
-    if (keys := security.keys) is not None and keys.file is not None:
-        keys = msgspec.structs.replace(keys, file=str(folder / Path(keys.file).expanduser()))
+        secret = msgspec.structs.replace(secret, file=_within(folder, secret.file))
+    if (keys := security.keys) is not None:
+        files = [one if one.file is None else PublicTextConfig(file=_within(folder, one.file)) for one in keys.public]
+        file = None if keys.file is None else _within(folder, keys.file)
+        keys = msgspec.structs.replace(keys, file=file, public=files)
     return msgspec.structs.replace(config, security=msgspec.structs.replace(security, secret=secret, keys=keys))
+
+
+def _within(folder: Path, file: str) -> str:
+    return str(folder / Path(file).expanduser())

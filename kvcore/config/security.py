@@ -20,6 +20,15 @@ class SecretConfig(Section, frozen=True, kw_only=True):
     """A program and its arguments, run once at start, that prints it."""
 
 
+class PublicTextConfig(Section, frozen=True, kw_only=True):
+    """A text that all tenants' prompts may begin with. One of these."""
+
+    text: Text | None = None
+    """The text itself."""
+    file: Text | None = None
+    """A file with it, by its path from the folder of the cluster file. Read at the router's start."""
+
+
 class KeysConfig(Section, frozen=True, kw_only=True):
     """Where the API keys are. One of these."""
 
@@ -31,6 +40,9 @@ class KeysConfig(Section, frozen=True, kw_only=True):
     gateways: list[Text] = msgspec.field(default_factory=list)
     """Addresses of gateways of ours: of a request that comes from one of these the last entry of `X-Forwarded-For` is
     the client's address, by which wrong keys are counted."""
+    public: list[PublicTextConfig] = msgspec.field(default_factory=list)
+    """Texts whose leading chunks all tenants share, as a prompt's beginning or a chat's system message
+    (docs/tenants.md). Nothing else is shared."""
 
 
 class SecurityConfig(Section, frozen=True, kw_only=True):

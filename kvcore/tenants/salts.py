@@ -4,6 +4,8 @@
     part(x)    = hex(HMAC-SHA256(tenant key, x)[:16])
     salt       = "kvt1." || part("tenant") || "." || part("salt" || client's salt)
 
+and ".p" and a number at its end where so many leading chunks are public (`kvcore.chunk_keys.KeyChain`).
+
 The first part is the tenant's, whatever its clients say: it decides whose quota chunks count for
 (`kvcore.chunk_keys.owner_of`).
 """
@@ -34,9 +36,11 @@ class TenantSalt:
         """Whose quota the tenant's chunks count for."""
         return owner_of(self.of(b""))
 
-    def of(self, client_salt: bytes) -> bytes:
-        """The salt of what a client of the tenant asks; without one of its own, too."""
-        return self._tenant + b"." + _part(self._key, b"salt" + client_salt)
+    def of(self, client_salt: bytes, public_chunks: int = 0) -> bytes:
+        """The salt of what a client of the tenant asks; without one of its own, too. `public_chunks`: so many leading
+        chunks of the prompt are shared by all."""
+        salt = self._tenant + b"." + _part(self._key, b"salt" + client_salt)
+        return salt + b".p%d" % public_chunks if public_chunks else salt
 
 
 TenantSalts = Callable[[str], TenantSalt]

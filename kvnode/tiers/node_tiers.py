@@ -10,7 +10,7 @@ from typing import TypeGuard, TypeVar
 
 import msgspec
 
-from kvcore.chunk_keys import OWNER_BYTES, chunk_keys, owner_of, root_key, usable_chunks
+from kvcore.chunk_keys import OWNER_BYTES, owner_of, prompt_keys, usable_chunks
 from kvcore.clock import Clock
 from kvcore.config.tiers import TierConfig, TiersConfig
 from kvcore.eviction.quotas import TenantShares
@@ -104,7 +104,7 @@ class NodeTiers:
             return request, PromoteReply()
         began, choices = self.clock.now(), list[TierChoice]()
         prompt = request.prompt_token_ids
-        keys = chunk_keys(root_key(shape.fingerprint, request.cache_salt), prompt, shape.chunk_tokens)
+        keys = prompt_keys(shape.fingerprint, request.cache_salt, prompt, shape.chunk_tokens)
         names = shape.names(keys)
         self.filler.on_asked(name.key for name in names)
         for tier in self.local.values():

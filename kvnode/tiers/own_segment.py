@@ -96,8 +96,7 @@ class OwnSegment:
         return room
 
     def check(self, room: ReservedRoom, key: ChunkKey) -> GetOutcome:
-        """Whether what was loaded into `key`'s room is that chunk, whole; then its header says where it lies now, and
-        whose it is if that was not known when it was saved.
+        """Whether what was loaded into `key`'s room is that chunk, whole; then its header says where it lies now.
 
         Reads every byte: run it on a thread.
         """
@@ -110,8 +109,6 @@ class OwnSegment:
         expected = Expected(key, chunk.name.fingerprint, header.generation, payload_bytes, owner)
         outcome = self.integrity.check(memory[:HEADER_BYTES], expected, [memory[HEADER_BYTES:]])
         if outcome is GetOutcome.OK:
-            if header.owner is None and not any(header.key_id):  # a MAC is over the owner, too
-                header = replace(header, owner=owner)
             memory[:HEADER_BYTES] = pack(replace(header, generation=place.generation))
         return outcome
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvcore.chunk_keys import chunk_keys, owner_of, rank_key, root_key
+from kvcore.chunk_keys import owner_of, prompt_keys, rank_key
 from kvcore.clock import Clock
 from kvcore.config.schema import ClusterConfig
 from kvcore.errors import KVFerryError
@@ -74,7 +74,7 @@ class HintPins:
     async def _pin(
         self, store: PinsChunks, spec: KVSpec, asked: RequestSpec, ttl_s: float, records: list[HintRecord]
     ) -> None:
-        keys = chunk_keys(root_key(spec.fingerprint, asked.cache_salt), asked.prompt_token_ids, spec.chunk_tokens)
+        keys = prompt_keys(spec.fingerprint, asked.cache_salt, asked.prompt_token_ids, spec.chunk_tokens)
         now = self._clock.now()
         taken = self.room.take(keys, owner_of(asked.cache_salt), now + ttl_s, now, most=self._most_chunks(spec))
         if not taken:

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvcore.chunk_keys import chunk_keys, root_key, usable_chunks
+from kvcore.chunk_keys import prompt_keys, usable_chunks
 from kvcore.clock import Clock
 from kvcore.config.schema import ClusterConfig
 from kvcore.errors import KVFerryError, ModelChangedError
@@ -233,7 +233,7 @@ class Cluster:
         for node in view.decoders or view.prefillers:
             if node.fingerprint not in found and self.index:
                 count = usable_chunks(len(prompt_token_ids), node.chunk_tokens)
-                keys = chunk_keys(root_key(node.fingerprint, salt), prompt_token_ids, node.chunk_tokens)
+                keys = prompt_keys(node.fingerprint, salt, prompt_token_ids, node.chunk_tokens)
                 found[node.fingerprint] = self.index.find(keys[:count])
         return found
 

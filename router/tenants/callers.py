@@ -1,6 +1,6 @@
 """Who asks: what a route may know of a request's caller, and how the caller's requests become its tenant's own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from starlette.types import Scope
@@ -20,6 +20,8 @@ class Caller:
     salt: TenantSalt | None = None
     max_share: float = 1.0
     """Of the requests that a router takes at a time: while more are under way this one is refused."""
+    public_chunks: Callable[[Sequence[int]], int] = lambda _: 0
+    """How many leading chunks of a prompt are shared by all tenants."""
     take_tokens: Callable[[int], None] = lambda _: None
     """Counts the tokens of its prompts. Raises RateLimitError where it may have no more."""
 
@@ -34,8 +36,9 @@ class Caller:
         """As `owns`, and counts nothing."""
         if self.salt is None:
             return request
-        of, who, share = self.salt.of, self.tenant, self.max_share
-        specs = [replace(one, cache_salt=of(one.cache_salt), tenant=who, max_share=share) for one in request.specs]
+        salts = [self.salt.of(one.cache_salt, self.public_chunks(one.prompt_token_ids)) for one in request.specs]
+        own = {"tenant": self.tenant, "max_share": self.max_share}
+        specs = [replace(one, cache_salt=salt, **own) for one, salt in zip(request.specs, salts, strict=True)]
         return replace(request, specs=specs)
 
     def may_see(self, tenant: str) -> bool:

@@ -19,6 +19,7 @@ from router.api.responses import JsonReply
 from router.requests.records import RequestRecord
 from router.tenants.callers import Caller, set_caller
 from router.tenants.limits import GateLimits
+from router.tenants.public import PublicPrefixes
 from router.tenants.rates import TenantUse, TenantUses, WrongKeys
 
 COUNTED = frozenset({"/v1/chat/completions", "/v1/completions"})
@@ -43,11 +44,12 @@ class TenantGate:
         *,
         proved: ASGIApp | None = None,
         gateways: Collection[str] = (),
+        public: PublicPrefixes | None = None,
         limits: GateLimits = GateLimits(),
     ) -> None:
         self._app, self._proved = app, proved
         self._keys, self._salts, self._clock, self._limits = keys, salts, clock, limits
-        self._gateways = frozenset(gateways)
+        self._gateways, self._public = frozenset(gateways), public or PublicPrefixes()
         self._uses, self._wrong = TenantUses(limits), WrongKeys(limits)
         self._shares: dict[Priority, float] = {
             "low": limits.low_share,
@@ -112,7 +114,7 @@ class TenantGate:
         use = self._uses.of(record.tenant, limits, now)
         share = self._shares[limits.priority]
         take = partial(self._take_tokens, record.tenant, use)
-        set_caller(scope, Caller(tenant, record.admin, self._salts(tenant), share, take))
+        set_caller(scope, Caller(tenant, record.admin, self._salts(tenant), share, self._public.num_chunks, take))
         if scope["path"] not in COUNTED:
             return None
         if limits.concurrency is not None and use.running >= limits.concurrency:
@@ -137,7 +139,7 @@ class TenantGate:
     def _operator(self, scope: Scope) -> Caller:
         """Who proves to be of the cluster. `FOR_TENANT` names a tenant of which it asks."""
         tenant = _for_tenant(scope)
-        return Caller(tenant, salt=self._salts(tenant)) if tenant else Caller()
+        return Caller(tenant, salt=self._salts(tenant), public_chunks=self._public.num_chunks) if tenant else Caller()
 
     def _address(self, scope: Scope) -> str:
         client = scope.get("client")

@@ -14,6 +14,8 @@ from kvcore.trust.secrets import Secrets
 from router.requests.records import RequestLog
 from router.tenants.gate import TenantGate
 from router.tenants.limits import GateLimits
+from router.tenants.public import PublicPrefixes
+from router.text.tokenizer import Tokenizer
 
 Guard = Callable[[ASGIApp], ASGIApp]
 
@@ -25,6 +27,7 @@ async def open_gate(
     lifecycle: Lifecycle,
     *,
     secrets: Secrets,
+    tokenizer: Tokenizer,
     proved: Guard,
     limits: GateLimits = GateLimits(),
 ) -> Guard | None:
@@ -34,6 +37,7 @@ async def open_gate(
     if wanted is None:
         return None
     keys = await asyncio.to_thread(KeySource, wanted)
+    public = await asyncio.to_thread(PublicPrefixes.read, config, tokenizer)
     lifecycle.tasks.create_task(_follow(keys, limits.reload_s), name="API keys")
 
     def guard(app: ASGIApp) -> ASGIApp:
@@ -44,6 +48,7 @@ async def open_gate(
             clock,
             proved=proved(app),
             gateways=wanted.gateways,
+            public=public,
             limits=limits,
         )
         log.observers.append(gate.ended)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from kvcore.chunk_keys import chunk_keys, rank_key, root_key
+from kvcore.chunk_keys import prompt_keys, rank_key
 from kvcore.errors import InvalidRequestError, NodeUnavailableError
 from kvcore.types import ChunkKey, KVSpec
 from router.answering import Answerer
@@ -67,8 +67,7 @@ class UsedKv:
 
     def keys(self, spec: RequestSpec) -> list[ChunkKey]:
         """Of the prompt's full chunks, of rank 0."""
-        root = root_key(self.fingerprints[0], spec.cache_salt)
-        return chunk_keys(root, spec.prompt_token_ids, self.spec.chunk_tokens)
+        return prompt_keys(self.fingerprints[0], spec.cache_salt, spec.prompt_token_ids, self.spec.chunk_tokens)
 
     def by_rank(self, keys: Sequence[ChunkKey]) -> Iterator[tuple[bytes, list[ChunkKey]]]:
         """Each rank's fingerprint with its keys: what a chunk consists of."""

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from engines.paged.blocks import BlockManager
 from engines.paged.scheduler import Scheduler
 from engines.paged.sequence import Status, TokenSequence
-from kvcore.chunk_keys import root_key
+from kvcore.chunk_keys import KeyChain, root_key
 from kvcore.errors import OverloadedError
 from nodeapi.messages import SamplingParams
 
@@ -39,7 +39,7 @@ class Driver:
             age=(self.arrived, 0),
             tokens=tokens,
             num_prompt=length,
-            root=ROOT,
+            chain=KeyChain(ROOT),
             chunk_tokens=CHUNK,
             wants_load=self.dice.random() < 0.4,
         )
@@ -148,7 +148,7 @@ def test_the_oldest_is_never_preempted():
             age=(n, 0),
             tokens=[n] * 11,
             num_prompt=11,
-            root=ROOT,
+            chain=KeyChain(ROOT),
             chunk_tokens=CHUNK,
             sampling=SamplingParams(max_tokens=9),
         )
@@ -171,7 +171,7 @@ def test_a_slice_ends_at_a_chunk_where_the_budget_allows():
         age=(1, 0),
         tokens=[1] * 50,
         num_prompt=50,
-        root=ROOT,
+        chain=KeyChain(ROOT),
         chunk_tokens=CHUNK,
         sampling=SamplingParams(max_tokens=9),
     )

@@ -10,7 +10,7 @@ from support.vllm_worker_model import FakeLookup, Memory, WorkerModel
 
 from engines.vllm.connector.orders import LegParams
 from engines.vllm.connector.scheduler_half import SchedulerHalf
-from kvcore.chunk_keys import chunk_keys, next_key, root_key, usable_chunks
+from kvcore.chunk_keys import KeyChain, chunk_keys, next_key, root_key, usable_chunks
 from kvcore.clock import ManualClock
 
 BLOCK = 4
@@ -27,7 +27,7 @@ class Driver:
         self.worker = WorkerModel(memory, self.dice, self.chunk)
         self.lookup = FakeLookup(self.worker.store, lambda: self.dice.choice([0, 0, 1, 3]))
         self.half = SchedulerHalf(
-            root_of=self.root_of,
+            chain_of=lambda salt: KeyChain(self.root_of(salt)),
             chunk_tokens=self.chunk,
             block_size=BLOCK,
             save_output=save_output,

@@ -19,6 +19,8 @@ from kvcore.tenants.keys import KeyFile, KeyRing, new_key
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "tenants.md").read_text()
 BLOCKS = dict(re.findall(r"<!-- runs: (tenants\w*) -->\n```bash\n(.*?)```", PAGE, re.S))
+PUBLIC = "You are a helpful assistant of a company that sells ferries. " * 8
+TAIL = "This is the tenant's own question, and of nobody's business but its own. " * 8
 NAMES = {attack.__name__ for attack in WORK_WHERE_IT_IS_OPEN}
 
 
@@ -64,7 +66,9 @@ async def test_with_keys_none_of_it_works_and_the_commands_of_the_page_do(tmp_pa
     await shell(BLOCKS["tenants"].replace(" --requests-per-minute 600", ""), tmp_path)
     ops, acme = ((tmp_path / f"{name}.key").read_text().strip() for name in ("ops", "acme"))
     other = (await shell("kvferry keys create other --file keys.json", tmp_path)).strip()
+    (tmp_path / "system.txt").write_text(PUBLIC)
     overrides = [f"security.secret.file={tmp_path}/secret", f"security.keys.file={tmp_path}/keys.json"]
+    overrides.append(f"security.keys.public=[{{file: {tmp_path}/system.txt}}]")
     async with cluster(tmp_path, prefillers=1, decoders=1, overrides=overrides, key=ops) as handle:
         used = await shell(BLOCKS["tenants_use"].replace("http://127.0.0.1:8000", handle.url), tmp_path)
         assert '"usage"' in used and "prefill-0" in used
@@ -84,10 +88,25 @@ async def test_with_keys_none_of_it_works_and_the_commands_of_the_page_do(tmp_pa
 
         await handle.until(taken, 10)
         assert await tried(handle, other, again) == set()
+        mine = [await cached(handle, again, PUBLIC + tail) for tail in (TAIL, TAIL)]
+        assert mine[1] > len(PUBLIC) > 0, "a tenant has all of its own"
+        assert await cached(handle, other, PUBLIC + TAIL) == len(PUBLIC) // 64 * 64, "and another what is public"
+        assert await cached(handle, other, PUBLIC[:-64] + TAIL) == len(PUBLIC) // 64 * 64 - 64
         assert await tried_without(handle, again) == set()
     logs = "".join(log.read_text() for log in (tmp_path / "logs").glob("*.log"))
     assert "tenant=acme" in logs
     assert not [key for key in (ops, acme, other, again) if key.rpartition("_")[2] in logs]
+
+
+async def cached(handle: ClusterHandle, key: str, prompt: str) -> int:
+    """Of the prompt's tokens, which are its bytes, once what was asked before lies in the store."""
+    body = {"model": "sim", "prompt": prompt, "max_tokens": 1}
+    headers = {"Authorization": f"Bearer {key}"}
+    url = handle.url + "/v1/completions"
+    async with aiohttp.ClientSession() as session, session.post(url, json=body, headers=headers) as reply:
+        answer = await reply.json()
+        assert reply.status == 200, answer
+        return int(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
 
 
 async def post(handle: ClusterHandle, key: str) -> tuple[int, dict[str, str], object]:

@@ -7,7 +7,7 @@ from support.vllm_worker_model import FakeLookup
 from engines.vllm.connector.orders import LegParams, LoadOrder, StepOrders
 from engines.vllm.connector.scheduler_half import SchedulerHalf
 from engines.vllm.connector.scheduler_requests import RequestView, ScheduledRequest
-from kvcore.chunk_keys import chunk_keys, root_key
+from kvcore.chunk_keys import KeyChain, chunk_keys, root_key
 from kvcore.clock import ManualClock
 from kvcore.types import ChunkKey
 
@@ -37,7 +37,7 @@ class Rig:
         self.identity = bytes(16)
         self.clock = ManualClock()
         self.half = SchedulerHalf(
-            root_of=lambda salt: root_key(self.identity, salt),
+            chain_of=lambda salt: KeyChain.of(self.identity, salt),
             chunk_tokens=CHUNK,
             block_size=BLOCK,
             save_output=save_output,

@@ -94,6 +94,8 @@ class SaveOrder:
     reserve: tuple[tuple[ChunkKey, int], ...] = ()
     """In a request's first order: (key, number of blocks) of all chunks of its prompt still to be saved, `chunks`
     included, in order, so that room for them is asked for at once."""
+    public: tuple[ChunkKey, ...] = ()
+    """Beside `reserve`: those that are nobody's own."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 
 from engines.vllm.connector.orders import ChunkPlace, LegParams
-from kvcore.chunk_keys import chunk_keys, next_key, usable_chunks
+from kvcore.chunk_keys import KeyChain, next_key, usable_chunks
 from kvcore.types import ChunkKey
 
 
 class RequestChunks:
     """Keys are computed once, when they are asked for. `token_ids` may grow meanwhile, but keeps what it has."""
 
-    def __init__(self, root: ChunkKey, token_ids: Sequence[int], *, chunk_tokens: int, block_size: int) -> None:
-        self._root = root
+    def __init__(self, chain: KeyChain, token_ids: Sequence[int], *, chunk_tokens: int, block_size: int) -> None:
+        self._chain = chain
         self._token_ids = token_ids
         self.chunk_tokens = chunk_tokens
         self._block_size = block_size
@@ -19,9 +19,8 @@ class RequestChunks:
 
     def keys(self, count: int) -> list[ChunkKey]:
         """The keys of the first `count` full chunks. Their tokens must be known."""
-        if (have := len(self._keys)) < count:
-            tokens = self._token_ids[have * self.chunk_tokens : count * self.chunk_tokens]
-            self._keys += chunk_keys(self._parent(have), tokens, self.chunk_tokens)
+        if len(self._keys) < count:
+            self._chain.extend(self._keys, self._token_ids, count, self.chunk_tokens)
             assert len(self._keys) == count, "a key was asked for before its chunk's tokens are known"
         return self._keys[:count]
 
@@ -32,7 +31,11 @@ class RequestChunks:
             self.keys(index + 1)
             return self._keys[index]
         self.keys(index)
-        return next_key(self._parent(index), self._token_ids[start:stop])
+        return next_key(self._chain.parent(self._keys, index), self._token_ids[start:stop])
+
+    def public_keys(self, end_token: int) -> tuple[ChunkKey, ...]:
+        """Of the full chunks before `end_token` that are nobody's own."""
+        return tuple(self.keys(min(self._chain.public_chunks, end_token // self.chunk_tokens)))
 
     def num_blocks(self, index: int, end_token: int) -> int:
         """How many blocks the chunk's tokens take; the last one may be filled in part."""
@@ -50,9 +53,6 @@ class RequestChunks:
             assert len(blocks) == count, f"chunk {index} needs {count} blocks, the block table ends after {len(blocks)}"
             places.append(ChunkPlace(key=self.key(index, end_token), num_tokens=stop - start, block_ids=blocks))
         return tuple(places)
-
-    def _parent(self, index: int) -> ChunkKey:
-        return self._keys[index - 1] if index else self._root
 
     def _span(self, index: int, end_token: int) -> tuple[int, int]:
         start = index * self.chunk_tokens

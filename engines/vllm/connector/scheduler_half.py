@@ -19,7 +19,7 @@ from engines.vllm.connector.scheduler_requests import (
     SchedulerCall,
     SharedLoads,
 )
-from kvcore.chunk_keys import owner_of, usable_chunks
+from kvcore.chunk_keys import KeyChain, owner_of, usable_chunks
 from kvcore.clock import Clock
 from kvcore.errors import ConfigError
 from kvcore.types import ChunkKey
@@ -45,7 +45,7 @@ class SchedulerHalf:
     def __init__(
         self,
         *,
-        root_of: Callable[[bytes], ChunkKey],
+        chain_of: Callable[[bytes], KeyChain],
         chunk_tokens: int,
         block_size: int,
         save_output: bool,
@@ -54,7 +54,7 @@ class SchedulerHalf:
         share_loads: bool = True,
         limits: ConnectorLimits = ConnectorLimits(),
     ) -> None:
-        """`root_of`: a tenant's salt -> the root of its keys. `share_loads`: what one request has loaded, others find
+        """`chain_of`: a tenant's salt -> how its keys follow. `share_loads`: what one request has loaded, others find
         in vLLM's prefix cache.
 
         Raises ConfigError when a chunk is not a whole number of blocks.
@@ -64,7 +64,7 @@ class SchedulerHalf:
                 f"kv.chunk_tokens: {chunk_tokens} is not a multiple of vLLM's block size, {block_size}. Correct it, "
                 "or set engine.args.block-size to one of its divisors"
             )
-        self._root_of = root_of
+        self._chain_of = chain_of
         self._chunk_tokens = chunk_tokens
         self._block_size = block_size
         self._save_output = save_output
@@ -197,7 +197,7 @@ class SchedulerHalf:
         return saving, LegResult(saving=saving, stored_chunks=request.num_stored, ordered_chunks=request.num_offered)
 
     def reset(self) -> None:
-        """`root_of` gives other roots from now on: what was stored before is not loaded any more. A live request:
+        """`chain_of` gives other roots from now on: what was stored before is not loaded any more. A live request:
 
         1. It has no blocks. It is looked up anew, under the new root; no prefiller's chunks are waited for.
         2. It holds KV of before, or loads it. It goes on with that, as it does when vLLM's own cache is reset, but
@@ -223,7 +223,7 @@ class SchedulerHalf:
 
     def _chunks_of(self, view: RequestView) -> RequestChunks:
         return RequestChunks(
-            self._root_of(view.salt), view.token_ids, chunk_tokens=self._chunk_tokens, block_size=self._block_size
+            self._chain_of(view.salt), view.token_ids, chunk_tokens=self._chunk_tokens, block_size=self._block_size
         )
 
     # --- loads -------------------------------------------------------------------------------------------------
@@ -295,6 +295,7 @@ class SchedulerHalf:
             prefer_segment=params.prefer_segment if params is not None else None,
             owner=owner_of(view.salt),
             reserve=reserve,
+            public=request.chunks.public_keys(view.num_prompt_tokens) if reserve else (),
         )
 
     def _saves_tail(self, request: LiveRequest) -> bool:

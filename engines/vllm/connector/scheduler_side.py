@@ -16,9 +16,9 @@ from engines.vllm.connector.orders import PARAMS_NAME, LegParams, StepOrders
 from engines.vllm.connector.scheduler_half import SchedulerHalf
 from engines.vllm.connector.scheduler_requests import RequestView, ScheduledRequest
 from engines.vllm.connector.settings import ConnectorSettings
-from kvcore.chunk_keys import root_key
+from kvcore.chunk_keys import KeyChain
 from kvcore.clock import SystemClock
-from kvcore.types import ChunkKey, KVSpec
+from kvcore.types import KVSpec
 
 _logger = logging.getLogger("engines.vllm")
 
@@ -34,7 +34,7 @@ class SchedulerSide:
         self._spec = spec
         self._fingerprint = spec.fingerprint
         self.half = SchedulerHalf(
-            root_of=self._root,
+            chain_of=self._chain,
             chunk_tokens=settings.chunk_tokens,
             block_size=block_size,
             save_output=settings.save_output,
@@ -118,8 +118,8 @@ class SchedulerSide:
         """End the lookup's thread."""
         self._lookup.close()
 
-    def _root(self, salt: bytes) -> ChunkKey:
-        return root_key(self._fingerprint, salt)
+    def _chain(self, salt: bytes) -> KeyChain:
+        return KeyChain.of(self._fingerprint, salt)
 
 
 def _leg_params(request: Any) -> LegParams | None:

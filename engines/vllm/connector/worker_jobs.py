@@ -221,6 +221,7 @@ class WorkerJobs:
             order.prefer_segment,
             list(sizes),
             owner=order.owner,
+            public=frozenset(rank_key(key, rank) for key in order.public),
             sizes=sizes,
             parallel=_PARALLEL_WRITES,
             void=lambda: ticket.revoked,

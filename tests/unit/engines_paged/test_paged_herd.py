@@ -12,7 +12,7 @@ from engines.paged.blocks import BlockManager
 from engines.paged.scheduler import Scheduler
 from engines.paged.sequence import Status, TokenSequence
 from engines.sim.reference import expected_tokens
-from kvcore.chunk_keys import root_key
+from kvcore.chunk_keys import KeyChain, root_key
 from nodeapi.messages import SamplingParams
 
 SLOW = msgspec.structs.replace(CONFIG, prefill_tokens_per_s=CHUNK, max_batch_tokens=CHUNK)  # a chunk a second
@@ -105,7 +105,7 @@ def test_nobody_follows_a_paused_prompt():
             age=(number, 0),
             tokens=[5] * 33,
             num_prompt=33,
-            root=root_key(bytes(16)),
+            chain=KeyChain(root_key(bytes(16))),
             chunk_tokens=8,
             sampling=SamplingParams(max_tokens=9),
         )

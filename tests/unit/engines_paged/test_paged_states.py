@@ -10,7 +10,7 @@ from support.sim_loop import run_sim
 from engines.paged.blocks import BlockManager
 from engines.paged.scheduler import Scheduler
 from engines.paged.sequence import TRANSITIONS, Status, TokenSequence
-from kvcore.chunk_keys import root_key
+from kvcore.chunk_keys import KeyChain, root_key
 from nodeapi.messages import SamplingParams
 
 
@@ -20,7 +20,7 @@ def sequence():
         age=(1, 0),
         tokens=[1, 2, 3],
         num_prompt=3,
-        root=root_key(bytes(16)),
+        chain=KeyChain(root_key(bytes(16))),
         chunk_tokens=8,
         sampling=SamplingParams(max_tokens=2),
     )

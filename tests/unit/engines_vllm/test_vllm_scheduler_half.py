@@ -11,7 +11,7 @@ from engines.vllm.connector.orders import LegParams
 from engines.vllm.connector.request_chunks import RequestChunks
 from engines.vllm.connector.scheduler_half import SchedulerHalf
 from engines.vllm.connector.scheduler_requests import ScheduledRequest
-from kvcore.chunk_keys import next_key, owner_of
+from kvcore.chunk_keys import KeyChain, next_key, owner_of
 from kvcore.clock import ManualClock
 from kvcore.errors import ConfigError
 
@@ -22,7 +22,7 @@ from kvcore.errors import ConfigError
 def test_a_chunk_that_is_no_whole_number_of_blocks_is_refused(chunk_tokens, block_size):
     with pytest.raises(ConfigError, match=r"kv.chunk_tokens.*engine.args.block-size"):
         SchedulerHalf(
-            root_of=root_of,
+            chain_of=lambda salt: KeyChain(root_of(salt)),
             chunk_tokens=chunk_tokens,
             block_size=block_size,
             save_output=True,
@@ -339,7 +339,7 @@ def test_what_the_store_has_is_not_offered():
 
 def test_keys_and_places_are_those_of_the_tokens_however_they_are_asked_for():
     tokens = list(range(20))
-    chunks = RequestChunks(root_of(b""), tokens, chunk_tokens=CHUNK, block_size=BLOCK)
+    chunks = RequestChunks(KeyChain(root_of(b"")), tokens, chunk_tokens=CHUNK, block_size=BLOCK)
     keys = keys_of(tokens)
     assert chunks.keys(0) == [] and chunks.key(2, 20) == next_key(keys[1], tokens[16:])
     assert chunks.keys(1) == keys[:1]

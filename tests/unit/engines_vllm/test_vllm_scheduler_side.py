@@ -130,11 +130,11 @@ def test_kv_of_a_request_that_reads_no_cache_is_saved(side):
 def test_each_reset_takes_an_identity_that_nobody_else_has(side):
     """Another engine that was reset as often may hold other weights."""
     other = SchedulerSide(SETTINGS, SPEC, SPEC.chunk_tokens, ConnectorLimits(), share_loads=True)
-    roots = {side._root(b"")}
-    assert other._root(b"") in roots
+    roots = {side._chain(b"").root}
+    assert other._chain(b"").root in roots
     for reset in (side, side, other, other):
         reset.reset()
-        roots.add(reset._root(b""))
+        roots.add(reset._chain(b"").root)
     other.close()
     assert len(roots) == 5
-    assert side._root(b"tenant") not in roots
+    assert side._chain(b"tenant").root not in roots

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcore.chunk_keys import chunk_keys, next_key, owner_of, rank_key, root_key, usable_chunks
+from kvcore.chunk_keys import KeyChain, chunk_keys, next_key, owner_of, prompt_keys, rank_key, root_key, usable_chunks
 
 FINGERPRINT = bytes(range(16))
 TOKENS = [0, 1, 2, 3, 255, 256, 65_535, 49_151, 4_294_967_295, 7, 7, 7, 42]
@@ -130,3 +130,40 @@ def test_the_owner_is_of_the_salt_alone():
     assert owner_of(b"tenant").hex() == "e9a70e84b9052ba3"
     assert owner_of(b"").hex() == "d0027bee3f5fd982"
     assert owner_of(b"tenant") == sha256(b"kvferry.owner.v1" + b"tenant").digest()[:8]
+
+
+SALTS = [b"kvt1." + tenant * 32 + b"." + b"c" * 32 for tenant in (b"a", b"b")]
+
+
+@pytest.mark.parametrize("public", [1, 2, 3, 5])
+def test_public_chunks_have_one_key_for_all_and_what_follows_has_each_tenants_own(public):
+    tokens, mine, theirs = list(range(1, 23)), *(salt + b".p%d" % public for salt in SALTS)
+    keys, others = prompt_keys(FINGERPRINT, mine, tokens, 4), prompt_keys(FINGERPRINT, theirs, tokens, 4)
+    assert len(keys) == len(others) == 5
+    assert keys[:public] == others[:public] == chunk_keys(root_key(FINGERPRINT, b"kvp1."), tokens, 4)[:public]
+    assert not set(keys[public:]) & set(others[public:])
+    alone = prompt_keys(FINGERPRINT, SALTS[0], tokens, 4)
+    assert not set(alone) & {*keys, *others}, "a prompt without the public beginning shares nothing"
+    assert owner_of(mine) == owner_of(SALTS[0]) != owner_of(theirs)
+
+
+def test_the_published_fork_holds():
+    keys = prompt_keys(bytes(range(16)), SALTS[0] + b".p1", list(range(1, 9)), 4)
+    assert [key.hex() for key in keys] == ["caa48870140a5863cc6961b9089980b7", "5a91c77d33f0b196bb4d4919cd0c3192"]
+
+
+@pytest.mark.parametrize("steps", [(1, 2, 3, 4, 5), (3, 5), (5,), (2, 2, 9)])
+def test_a_chain_is_the_same_however_it_grows(steps):
+    tokens, salt = list(range(1, 23)), SALTS[0] + b".p2"
+    chain, keys = KeyChain.of(FINGERPRINT, salt), []
+    for stop in steps:
+        chain.extend(keys, tokens, stop, 4)
+    assert keys == prompt_keys(FINGERPRINT, salt, tokens, 4)
+    assert next_key(chain.parent(keys, 2), tokens[8:12]) == keys[2]
+
+
+@pytest.mark.parametrize("end", [b".p0", b".p", b".p01", b".p1x", b".p-1", b".p1234567", b"p1"])
+def test_what_only_looks_like_a_public_salt_is_a_salt(end):
+    chain = KeyChain.of(FINGERPRINT, SALTS[0] + end)
+    assert chain == KeyChain(root_key(FINGERPRINT, SALTS[0] + end))
+    assert KeyChain.of(FINGERPRINT, b"").root == root_key(FINGERPRINT)

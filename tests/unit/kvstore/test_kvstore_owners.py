@@ -160,9 +160,9 @@ def headers(node: TierNode) -> dict[ChunkKey, OwnerTag | None]:
 
 
 @pytest.mark.parametrize(
-    ("saved_by", "asked_by", "then"), [(OWNER, None, OWNER), (None, OWNER, OWNER), (None, None, None)]
+    ("saved_by", "asked_by", "then"), [(OWNER, None, OWNER), (None, OWNER, None), (None, None, None)]
 )
-def test_what_comes_from_a_tier_is_whose_it_was_or_else_whose_prompt_brought_it(saved_by, asked_by, then):
+def test_what_comes_from_a_tier_is_whose_it_was(saved_by, asked_by, then):
     async def main():
         world = TierWorld()
         tier = shared_tier(world.world.clock)
@@ -192,3 +192,21 @@ def test_a_warm_up_brings_each_tenant_its_own_and_no_more_than_its_share():
             assert record._quotas.used_bytes == {OWNER: 4 * 4096, OTHER: 4 * 4096}
 
     run_sim(main)
+
+
+async def test_what_is_public_is_written_as_nobodys_and_read_by_all(world):
+    segment = world.add_node("a")
+    store, _ = world.store("a", InprocTransfer(world.memory))
+    public = frozenset(KEYS[:1])
+    async with await store.begin_put(KEYS, prefer_segment=None, timeout_s=5, owner=OWNER, public=public) as session:
+        for number, one in enumerate(KEYS):
+            assert await session.write(one, 4, views(number), timeout_s=5)
+        await session.commit(timeout_s=5)
+    told = {entry.key: entry.owner for entry in scan(world.memory[segment.id])}
+    assert told == {one: msgspec.UNSET if one in public else OWNER for one in KEYS}
+    match = await store.match(KEYS, timeout_s=5)
+    buffers = [[memoryview(bytearray(SPEC.chunk_bytes))] for _ in KEYS]
+    got = await store.get_into(match, 0, buffers, timeout_s=5, owner=OTHER)
+    await store.release(match)
+    assert [outcome == "ok" for outcome in got.outcomes] == [one in public for one in KEYS]
+    await store.aclose()
