@@ -11,7 +11,7 @@ from engines.vllm.connector.orders import LegParams
 from engines.vllm.connector.request_chunks import RequestChunks
 from engines.vllm.connector.scheduler_half import SchedulerHalf
 from engines.vllm.connector.scheduler_requests import ScheduledRequest
-from kvcore.chunk_keys import KeyChain, next_key, owner_of
+from kvcore.chunk_keys import KeyChain, next_key, owner_of, prompt_keys
 from kvcore.clock import ManualClock
 from kvcore.errors import ConfigError
 
@@ -60,6 +60,18 @@ def test_a_handoff_that_failed_is_neither_tried_again_nor_looked_up():
     rig.run(0, 20, admit=True)
     rig.half.build([], ["r"])
     assert rig.half.matched("r", 0) == (0, False) and not rig.lookup.questions
+
+
+def test_chunks_of_a_public_beginning_are_saved_as_nobodys_and_the_rest_as_the_tenants():
+    salt, tokens = b"kvt1." + b"a" * 32 + b"." + b"c" * 32 + b".p2", list(range(30))
+    rig = Rig()
+    rig.arrive(30, salt=salt)
+    assert rig.half.matched("r", 0) == (0, False)
+    first, second = rig.run(0, 20, admit=True).saves[0], rig.run(20, 10).saves[0]
+    keys = prompt_keys(bytes(16), salt, tokens, CHUNK)
+    assert [place.key for place in (*first.chunks, *second.chunks)] == keys[:3]
+    assert first.public == tuple(keys[:2]) and first.owner == owner_of(salt)
+    assert [key for key, _ in first.reserve][:2] == keys[:2]
 
 
 def test_chunks_behind_the_failed_one_are_saved_again_those_before_are_not():
