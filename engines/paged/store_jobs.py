@@ -109,8 +109,8 @@ class StoreJobs:
             sequence.num_submitted = first
             prompt_chunks = sequence.num_prompt // sequence.chunk_tokens
             wanted = sequence.keys(prompt_chunks)[first:]
-            whose = {"owner": sequence.owner, "public": sequence.public_keys}
-            leg.save = job = SaveJob(self._context, leg.prefer_segment, wanted, **whose)
+            owner, public = sequence.owner, sequence.public_keys
+            leg.save = job = SaveJob(self._context, leg.prefer_segment, wanted, owner=owner, public=public)
             leg.save_task = self._tasks.create_task(self._guard(job.run, "save"), name="engine-save")
             leg.save_task.add_done_callback(functools.partial(self._end_save, leg, job))
             self._saves[leg.save_task] = job

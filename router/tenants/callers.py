@@ -37,8 +37,11 @@ class Caller:
         if self.salt is None:
             return request
         salts = [self.salt.of(one.cache_salt, self.public_chunks(one.prompt_token_ids)) for one in request.specs]
-        own = {"tenant": self.tenant, "max_share": self.max_share}
-        specs = [replace(one, cache_salt=salt, **own) for one, salt in zip(request.specs, salts, strict=True)]
+        who, share = self.tenant, self.max_share
+        specs = [
+            replace(one, cache_salt=salt, tenant=who, max_share=share)
+            for one, salt in zip(request.specs, salts, strict=True)
+        ]
         return replace(request, specs=specs)
 
     def may_see(self, tenant: str) -> bool:
