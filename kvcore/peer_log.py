@@ -45,20 +45,26 @@ class PeerLog:
 
     def say(self, level: int, event: str, kind: str, peer: str | None, **fields: object) -> None:
         """A line for `event`, unless one about this `peer` and this `kind` of fault was just written."""
+        more = self.allows(kind, peer)
+        if more is not None:
+            log_fields(self._logger, level, event, **fields, peer=peer, more=more or None)
+
+    def allows(self, kind: str, peer: str | None) -> int | None:
+        """Whether a line may be written now: how many were not since the last one; None: not now."""
         with self._lock:
             now = self._clock.now()
             key = (kind, peer or "")
             if key not in self._said and len(self._said) >= self._limits.max_peers:
                 self._forget(now)
                 if len(self._said) >= self._limits.max_peers:
-                    key, peer = (kind, _OTHERS), _OTHERS
+                    key = (kind, _OTHERS)
             at, more = self._said.get(key, (None, 0))
             if at is not None and now - at < self._limits.every_s:
                 self._said[key] = at, more + 1
-                return
+                return None
             self._said.pop(key, None)
             self._said[key] = now, 0
-        log_fields(self._logger, level, event, **fields, peer=peer, more=more or None)
+            return more
 
     def _forget(self, now: float) -> None:
         while self._said:

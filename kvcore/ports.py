@@ -1,10 +1,12 @@
 """TCP ports: bind one of this machine or say who holds it (from /proc, as far as we may look); an address as a URL."""
 
 import errno
+import ipaddress
 import os
 import re
 import socket
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from kvcore.errors import ConfigError
 
@@ -28,6 +30,33 @@ def authorities_of(host: str, port: int) -> frozenset[str] | None:
         names |= set(_LOOPBACKS)
     shown = [f"[{name}]" if ":" in name else name for name in names]
     return frozenset(f"{name}:{port}" for name in shown) | (frozenset(shown) if port == 80 else frozenset())
+
+
+def why_no_node_url(url: str) -> str | None:
+    """Why no request is made to this URL, which a node gave as its own; None: it may be one. Whoever can name a URL
+    must not have us ask more of it than a node's: no path, no password, no address of a cloud's metadata service."""
+    try:
+        parts = urlsplit(url)
+        port, host = parts.port, parts.hostname
+    except ValueError:
+        return "is no URL"
+    if parts.scheme not in ("http", "https") or not host or port == 0:
+        return "must be http://HOST:PORT, or https"
+    if "@" in parts.netloc or parts.path not in ("", "/") or parts.query or parts.fragment or url != url.strip():
+        return "must have no more than a scheme, a host and a port"
+    return why_no_peer(host)
+
+
+def why_no_peer(address: str) -> str | None:
+    """Why no connection is made to this address; None: one may be, or it is a name."""
+    try:
+        ip = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return None
+    ip = getattr(ip, "ipv4_mapped", None) or ip
+    if ip.is_link_local or ip.is_multicast or ip.is_unspecified:
+        return "is an address that no node has: link-local, multicast or none"
+    return None
 
 
 def is_loopback(host: str) -> bool:

@@ -35,7 +35,9 @@ def _show(value: object) -> str:
     if isinstance(value, bytes):
         return value.hex()
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return text if text and _PLAIN.issuperset(text) else json.dumps(text, ensure_ascii=False)
+    if text and _PLAIN.issuperset(text):
+        return text
+    return json.dumps(text, ensure_ascii=not text.isprintable())  # a terminal would obey control characters
 
 
 def configure_logging(process_name: str, level: str = "info") -> None:

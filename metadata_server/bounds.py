@@ -10,6 +10,7 @@ import msgspec
 from kvcore.chunk_keys import KEY_BYTES, OWNER_BYTES
 from kvcore.errors import MetadataProtocolError
 from kvcore.partitions import MAX_PARTITIONS
+from kvcore.ports import why_no_node_url
 from kvcore.types import ChunkKey, OwnerTag, ReplicaRef
 from metadata_server.account_messages import ImportRequest, OrphansRequest, RemoveOrphansRequest
 from metadata_server.cache_messages import (
@@ -127,6 +128,8 @@ def check_register(request: RegisterRequest) -> None:
     check_name(node.id, "node.id")
     check_incarnation(node.incarnation, "node.incarnation")
     check_text(node.control_url, "node.control_url")
+    if node.control_url and (why := why_no_node_url(node.control_url)) is not None:
+        require(False, "node.control_url", why)
     require(len(node.fingerprint) in (0, 16), "node.fingerprint", "has 16 bytes or none")
     check_text(node.cluster, "node.cluster")
     check_text(node.model, "node.model")

@@ -38,6 +38,8 @@ from nodeapi.upkeep import (
 )
 
 MAX_FRAME_BYTES = 4 << 20
+MAX_REPORT_BYTES = 1 << 20
+"""Of nodes of which nothing is known yet many are asked at once."""
 _MSGPACK = {"Content-Type": "application/msgpack", "Accept": "application/msgpack"}
 _Reply = TypeVar("_Reply")
 
@@ -120,7 +122,7 @@ class HttpNodeClient:
 
     async def info(self, url: str, *, timeout_s: float) -> NodeReport:
         """See NodeClient."""
-        reply = await self._calls.fetch("GET", f"{url}/v1/info", b"", timeout_s)
+        reply = await self._calls.fetch("GET", f"{url}/v1/info", b"", timeout_s, most=MAX_REPORT_BYTES)
         _check_common_version(_decode(reply, Greeting, url), url)
         return _decode(reply, NodeReport, url)
 

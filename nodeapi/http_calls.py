@@ -4,13 +4,14 @@ Owns the connections. The caller says what a refusal means. Decides nothing and 
 """
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 
 import aiohttp
 
 from kvcore.errors import DeadlineExceededError, KVFerryError, NoDescriptorsError, NodeUnavailableError
-from kvcore.ports import why_unreachable
+from kvcore.ports import why_no_peer, why_unreachable
 from kvcore.process.descriptors import are_exhausted, soft_limit
 from kvcore.process.http_client import http_session
 from kvcore.trust.opening import OPEN, ClusterTrust
@@ -47,15 +48,22 @@ class HttpCalls:
         return f"<HttpCalls {state}, at most {self._max_connections} connections>"
 
     async def fetch(
-        self, method: str, url: str, body: bytes, timeout_s: float, headers: Mapping[str, str] | None = None
+        self,
+        method: str,
+        url: str,
+        body: bytes,
+        timeout_s: float,
+        headers: Mapping[str, str] | None = None,
+        *,
+        most: int = MAX_REPLY_BYTES,
     ) -> bytes:
-        """The body of an answer, all of it within `timeout_s`."""
+        """The body of an answer, of at most so many bytes, all of it within `timeout_s`."""
         async with deadline(url, timeout_s), self.open(method, url, body, timeout_s, headers) as response:
             reply = bytearray()
             async for data in response.content.iter_any():
                 reply += data
-                if len(reply) > MAX_REPLY_BYTES:
-                    raise NodeUnavailableError(f"{url} answered more than {MAX_REPLY_BYTES} bytes")
+                if len(reply) > most:
+                    raise NodeUnavailableError(f"{url} answered more than {most} bytes")
             return bytes(reply)
 
     @asynccontextmanager
@@ -67,7 +75,9 @@ class HttpCalls:
         if self._session is None:
             self._session = http_session(
                 trust=self._trust,
-                connector=aiohttp.TCPConnector(limit=self._max_connections, keepalive_timeout=self._keepalive_s),
+                connector=aiohttp.TCPConnector(
+                    limit=self._max_connections, keepalive_timeout=self._keepalive_s, socket_factory=_peer_socket
+                ),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 headers=self._headers,
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._connect_timeout_s),
@@ -95,6 +105,14 @@ class HttpCalls:
         session, self._session = self._session, None
         if session is not None:
             await session.close()
+
+
+def _peer_socket(address: aiohttp.AddrInfoType) -> socket.socket:
+    """For a connection to an address that a name stands for, or that was given as one."""
+    family, kind, protocol, _, where = address
+    if (why := why_no_peer(str(where[0]))) is not None:
+        raise OSError(f"{where[0]} {why}")
+    return socket.socket(family=family, type=kind, proto=protocol)
 
 
 @asynccontextmanager

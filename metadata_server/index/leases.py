@@ -103,6 +103,8 @@ class ReadLeases:
         self._given_back: dict[int, None] = {}
         self._max_given_back = max_given_back
         self._last_id, self._step = last_id, step
+        self.num_nobodys = 0
+        """Leases without a holder."""
         self.nobodys_bytes = 0
         """Pinned by leases without a holder; what several of them pin counts as often."""
 
@@ -142,6 +144,7 @@ class ReadLeases:
         if holder is not None:
             self._by_holder.setdefault(holder, set()).add(self._last_id)
         else:
+            self.num_nobodys += 1
             self.nobodys_bytes += self._index.bytes_of(lease.rows)
         return self._last_id
 
@@ -158,6 +161,7 @@ class ReadLeases:
             if not held:
                 del self._by_holder[lease.holder]
         else:
+            self.num_nobodys -= 1
             self.nobodys_bytes -= self._index.bytes_of(lease.rows)
         self._index.unpin(lease.rows[::-1])
         return True
@@ -174,6 +178,10 @@ class ReadLeases:
     def is_held(self, lease_id: int, holder: str) -> bool:
         """Whether this node holds it."""
         return lease_id in self._by_holder.get(holder, ())
+
+    def num_of(self, holder: str) -> int:
+        """How many leases this node has."""
+        return len(self._by_holder.get(holder, ()))
 
     def of_holder(self, holder: str) -> list[int]:
         """Ids of the leases of one node."""

@@ -8,6 +8,12 @@ class IndexLimits:
     """What MetadataState holds at most, and for how long."""
 
     max_read_leases: int = 65_536
+    max_leases_per_node: int = 16_384
+    """Of one live node; of those of no node, together, the same share as of the room."""
+    longest_lease_s: float = 300.0
+    """Of a live node, which may renew it while bytes move."""
+    max_nodes: int = 4096
+    """Live ones."""
     max_given_back: int = 16_384
     """Names of leases that were given back before a request with that name came, about 100 bytes each."""
     nobodys_lease_s: float = 30.0

@@ -7,7 +7,7 @@ process is live (docs/adr/0012). Incarnations have no order: the one that regist
 from collections import deque
 from collections.abc import Iterator, Set
 
-from kvcore.errors import MetadataProtocolError, NodeRefusedError
+from kvcore.errors import MetadataProtocolError, NodeRefusedError, OverloadedError
 from kvcore.extents import ALIGNMENT
 from kvcore.identity import ClusterIdentity
 from kvcore.types import NodeInfo
@@ -52,6 +52,7 @@ class NodeRegistry:
         self._longest_ttl_s = longest_ttl_s
         self.identity = identity
         self._max_replaced = limits.max_replaced
+        self._max_nodes = limits.max_nodes
         self.orders = NodeOrders(limits)
         self._live: dict[str, LiveNode] = {}
         self._num_joined = 0
@@ -77,13 +78,16 @@ class NodeRegistry:
         """The live node of this id: the same one, or one whose place is taken. None: no such node lives.
 
         Raises NodeRefusedError for a node of another cluster or model, or whose id is another living process's;
-        MetadataProtocolError for a segment that is another node's, listed twice or of another size than before.
+        MetadataProtocolError for a segment that is another node's, listed twice or of another size than before;
+        OverloadedError at the bound of live nodes.
         """
         info, node = request.node, self._live.get(request.node.id)
         foreign = self.identity.why_foreign(info)
         if foreign is not None:
             raise NodeRefusedError(foreign, param="node")
         self.orders.check_joins(info)
+        if node is None and len(self._live) >= self._max_nodes:
+            raise OverloadedError(f"{self._max_nodes} nodes are live; no further one is taken in")
         if node is not None and info.incarnation != node.info.incarnation:
             _check_takes_place(info, node)
         seen: set[str] = set()

@@ -91,7 +91,8 @@ class Reading:
         for number, held in zip(request.lease_ids, renewed, strict=True):
             if held:
                 before = self._deadlines.at((Expiry.READ_LEASE, number)) or now
-                self._deadlines.set((Expiry.READ_LEASE, number), max(before, now + request.lease_s))
+                until = now + min(request.lease_s, self._limits.longest_lease_s)
+                self._deadlines.set((Expiry.READ_LEASE, number), max(before, until))
         self._counts["leases_renewed"] += renewed.count(True)
         return RenewReply(renewed=renewed)
 
@@ -130,6 +131,8 @@ class Reading:
             return 0
         holder = self._nodes.get(*reader)
         full = len(self.leases) >= self._limits.max_read_leases
+        if holder is not None:
+            full = full or self.leases.num_of(holder.info.id) >= self._limits.max_leases_per_node
         if full or (holder is None and not self._nobody_may_pin(self._index.bytes_of(rows))):
             self._counts["leases_refused"] += 1
             return 0
@@ -138,4 +141,7 @@ class Reading:
         return lease_id
 
     def _nobody_may_pin(self, num_bytes: int) -> bool:
-        return self.leases.nobodys_bytes + num_bytes <= self._limits.nobodys_share * self._index.rooms.size_bytes
+        share = self._limits.nobodys_share
+        if self.leases.num_nobodys >= share * self._limits.max_read_leases:
+            return False
+        return self.leases.nobodys_bytes + num_bytes <= share * self._index.rooms.size_bytes

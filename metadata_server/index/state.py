@@ -216,8 +216,8 @@ class MetadataState:
     ) -> m.MatchReply:
         """Longest complete prefix, which is used now. `lease_s` > 0: a new lease; for no node a shorter one, if any."""
         self.tick(now)
-        if self._nodes.get(node_id, incarnation) is None:
-            lease_s = min(lease_s, self._limits.nobodys_lease_s)
+        is_live, limits = self._nodes.get(node_id, incarnation) is not None, self._limits
+        lease_s = min(lease_s, limits.longest_lease_s if is_live else limits.nobodys_lease_s)
         reader = node_id, incarnation
         reply = self._reading.match(keys, now, lease_s, reader, in_order=in_order, lease_name=lease_name)
         if self.why_unknown(now):

@@ -188,7 +188,7 @@ async def _on_error(request: Request, error: Exception) -> Response:
     kind = "invalid_request_error" if error.http_status < 500 else "server_error"
     leader = error.leader if isinstance(error, NotLeaderError) else ""
     detail = Fault(message=error.message, type=kind, param=error.param, code=error.code, leader=leader)
-    return _error(request, error.http_status, detail)
+    return _error(request, error.http_status, detail, {"Retry-After": "1"} if error.http_status == 503 else None)
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:

@@ -15,13 +15,14 @@ from kvcore.config.schema import ClusterConfig
 from kvcore.errors import KVFerryError, ModelChangedError
 from kvcore.identity import ClusterIdentity
 from kvcore.partitions import Part, Partitions
-from kvcore.ports import base_url
+from kvcore.peer_log import PeerLog
+from kvcore.ports import base_url, why_no_node_url
 from kvcore.telemetry import log_fields
 from kvcore.types import NodeInfo, Role
 from metadata_server.cache_messages import NodeOrder
 from metadata_server.messages import Event, EventKind
 from nodeapi.messages import EngineInfo, NodeReport
-from router.nodes.fit import RouterIdentity, why_not_now, why_other
+from router.nodes.fit import RouterIdentity, why_not_now, why_other, why_unsound
 from router.nodes.health import Breaker, BreakerState, is_nodes_fault
 from router.nodes.known import KnownNode
 from router.nodes.leases import NodeLeases
@@ -69,6 +70,7 @@ class Cluster:
         self.leases = NodeLeases(names or [""])
         self.nodes: dict[str, KnownNode] = {}
         self._drained: set[str] = set()
+        self._said = PeerLog(_log, clock=clock)
         self.on_orders([])
 
     def __repr__(self) -> str:
@@ -95,6 +97,9 @@ class Cluster:
         """The node answered a probe. One that has started anew has a breaker as new."""
         self.index.sweep()
         node.silent_since = None
+        if (why := why_unsound(report, self._limits)) is not None:
+            node.report, node.problem = None, why
+            return
         if node.report and report.node.incarnation != node.report.node.incarnation:
             node.breaker = Breaker(self._limits)
         node.report = report
@@ -109,10 +114,12 @@ class Cluster:
         cannot be used is told of as one that was lost."""
         if node.is_gone and self.nodes.get(node.id) is node:
             del self.nodes[node.id]
-        if before != node.problem:
+        node.problem = node.problem and node.problem[: self._limits.max_problem_chars]
+        usable = node.problem is None
+        if before != node.problem and (node.static or self._said.allows(f"{usable}", node.id) is not None):
             alarm = before is None or node.problem == node.unfit
             level = logging.WARNING if alarm and node.problem else logging.INFO  # one that is still starting is none
-            log_fields(_log, level, "node", node=node.id, role=node.role, usable=node.problem is None, why=node.problem)
+            log_fields(_log, level, "node", node=node.id, role=node.role, usable=usable, why=node.problem)
 
     def renewed(self, node_id: str) -> None:
         """Its engine was started anew on purpose: that legs failed meanwhile says nothing of it."""
@@ -194,6 +201,10 @@ class Cluster:
 
     def _node_up(self, info: NodeInfo) -> None:
         known = self.nodes.get(info.id)
+        if (known is None or not known.static) and (why := why_no_node_url(info.control_url)) is not None:
+            if self._said.allows("url", info.id) is not None:
+                log_fields(_log, logging.WARNING, "node", node=info.id, usable=False, why=f"its URL {why}")
+            return
         if known is None or not (known.static or (known.url, known.role) == (info.control_url, info.role)):
             breaker = Breaker(self._limits)
             known = KnownNode(info.id, info.role, info.control_url, static=False, breaker=breaker)

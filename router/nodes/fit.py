@@ -10,6 +10,7 @@ import msgspec
 from kvcore.identity import ClusterIdentity
 from kvcore.types import NodeInfo, Role
 from nodeapi.messages import NodeReport
+from router.nodes.limits import NodeHealthLimits
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,4 +55,25 @@ def why_not_now(report: NodeReport) -> str | None:
         return "draining"
     if report.engine is None and report.node.role is not Role.STORE:
         return "its engine is not running"
+    return None
+
+
+def why_unsound(report: NodeReport, limits: NodeHealthLimits) -> str | None:
+    """Why nothing may be counted with what this node says of itself; None: it may. A node that lies here would else
+    have every request refused, or none."""
+    engine, stats = report.engine, report.stats
+    numbers: list[tuple[str, int, int, int]] = [("segments", len(report.segments), 0, limits.max_segments)]
+    if engine is not None:
+        numbers += [
+            ("max_context", engine.max_context, 1, limits.max_context),
+            ("vocab_size", engine.vocab_size, 1, limits.max_vocab),
+            ("chunk_tokens", engine.kv_spec.chunk_tokens, 1, limits.max_context),
+            ("eos_token_ids", len(engine.eos_token_ids), 0, limits.max_end_tokens),
+        ]
+    if stats is not None:
+        counts = (("running", stats.running), ("waiting", stats.waiting))
+        numbers += [(name, count, 0, limits.max_context) for name, count in counts]
+    for name, value, least, most in numbers:
+        if not least <= value <= most:
+            return f"its report makes no sense: {name} is {value}, not within {least} to {most}"
     return None

@@ -28,6 +28,8 @@ class KnownNode:
     problem: str | None = "not probed yet"
     silent_since: float | None = None
     """When the first of the probes was sent that have had no answer since the last one that had."""
+    asked_at: float = float("-inf")
+    """When it was last probed."""
     breaker: Breaker = field(default_factory=Breaker)
     sequences: int = 0
     prefill_tokens: int = 0
@@ -43,6 +45,11 @@ class KnownNode:
     def segment_id(self) -> str | None:
         """Its (first) segment, once known."""
         return self.report.segments[0].id if self.report and self.report.segments else None
+
+    @property
+    def is_stranger(self) -> bool:
+        """Whether nothing but an event says that there is such a node: it is silent, or was not asked yet."""
+        return not self.static and (self.report is None or self.silent_since is not None)
 
     @property
     def is_gone(self) -> bool:

@@ -26,3 +26,13 @@ class NodeHealthLimits:
     """vLLM closes idle connections after 5 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE); a request must not meet that."""
     vllm_usage_s: float = 0.5
     """How long a stream's last token may be held back for the usage behind it."""
+    strangers_at_once: int = 64
+    """Nodes that are asked at the same time of which nothing but an event is known. Each may be an address that
+    swallows what it is sent; others wait for the next round."""
+    max_problem_chars: int = 500
+    """Of what a node says is wrong, as the log and /v1/cluster show it."""
+    max_context: int = 1 << 27
+    """What a node may say of itself at most; so with the following."""
+    max_vocab: int = 1 << 32
+    max_end_tokens: int = 4096
+    max_segments: int = 256

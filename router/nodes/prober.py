@@ -56,16 +56,27 @@ class Prober:
             asked.clear()
 
     async def probe(self) -> None:
-        """Ask all nodes for their report, at the same time; bounded by the connect timeout."""
-        await asyncio.gather(*(self._probe(node) for node in list(self._cluster.nodes.values())))
+        """Ask the nodes for their report, at the same time; bounded by the connect timeout. Of nodes of which nothing
+        but an event is known as many as there is time for, those first that were not asked for longest."""
+        timeout_s, nodes = self._config.connect_timeout_s, list(self._cluster.nodes.values())
+        strangers = sorted((node for node in nodes if node.is_stranger), key=lambda node: node.asked_at, reverse=True)
+        ends = self._clock.now() + timeout_s
+        others = [self._probe(node, timeout_s) for node in nodes if not node.is_stranger]
+        workers = min(len(strangers), self._limits.strangers_at_once)
+        await asyncio.gather(*others, *(self._probe_strangers(strangers, ends) for _ in range(workers)))
         for tell in self.on_round:
             tell()
 
-    async def _probe(self, node: KnownNode) -> None:
-        asked_at = self._clock.now()
+    async def _probe_strangers(self, waiting: list[KnownNode], ends: float) -> None:
+        """One after the other, the last one first, as long as half of the time of a probe is left."""
+        while waiting and (left_s := ends - self._clock.now()) >= self._config.connect_timeout_s / 2:
+            await self._probe(waiting.pop(), left_s)
+
+    async def _probe(self, node: KnownNode, timeout_s: float) -> None:
+        asked_at = node.asked_at = self._clock.now()
         before = node.problem
         try:
-            report = await self._client.info(node.url, timeout_s=self._config.connect_timeout_s)
+            report = await self._client.info(node.url, timeout_s=timeout_s)
         except NoDescriptorsError as error:
             self._not_asked(node, error)
         except KVFerryError as error:

@@ -8,8 +8,10 @@ import asyncio
 import logging
 import socket
 import threading
+from collections import Counter
 
 from kvcore.errors import ConfigError, SegmentUnknownError, TransferError, TransferProofError, TransferProtocolError
+from kvcore.peer_log import PeerLog
 from kvcore.telemetry import log_fields
 from kvcore.trust.opening import OPEN, ClusterTrust
 from transfer.blocking import BatchDeadline, ended
@@ -54,6 +56,8 @@ class TcpSegmentHost:
         self._closing = threading.Event()
         self._lock = threading.Lock()
         self._connections: dict[socket.socket, threading.Thread] = {}
+        self._of_peer: Counter[str] = Counter()
+        self._log = PeerLog(_LOG)
         self._port = port
 
     def __repr__(self) -> str:
@@ -105,32 +109,41 @@ class TcpSegmentHost:
     def _accept(self, listener: socket.socket) -> None:
         while not self._closing.is_set():
             try:
-                sock, _ = listener.accept()
+                sock, (peer, *_) = listener.accept()
             except OSError as error:
                 if not self._closing.wait(self._limits.accept_pause_s):  # out of descriptors, say: try again soon
-                    log_fields(_LOG, logging.WARNING, "transfer.accept_failed", error=str(error))
+                    self._log.say(logging.WARNING, "transfer.accept_failed", "accept", None, error=str(error))
                 continue
-            if refused := self._start_serving(sock):
+            if refused := self._start_serving(sock, peer):
                 sock.close()
-                log_fields(_LOG, logging.WARNING, "transfer.connection_refused", reason=refused)
+                self._log.say(logging.WARNING, "transfer.connection_refused", "refused", peer, reason=refused)
 
-    def _start_serving(self, sock: socket.socket) -> str | None:
+    def _start_serving(self, sock: socket.socket, peer: str) -> str | None:
         """Serve a connection in a thread of its own; None, or the reason why it is refused."""
-        thread = threading.Thread(target=self._serve, args=(sock,), name="kvferry-tcp-serve", daemon=True)
+        thread = threading.Thread(target=self._serve, args=(sock, peer), name="kvferry-tcp-serve", daemon=True)
         with self._lock:
             if self._closing.is_set():
                 return "closing"
             if len(self._connections) >= self._limits.max_connections:
                 return f"{self._limits.max_connections} are open"
+            if self._of_peer[peer] >= self._limits.max_per_peer:
+                return f"{self._limits.max_per_peer} are open from this address"
             self._connections[sock] = thread
+            self._of_peer[peer] += 1
             try:
                 thread.start()
             except RuntimeError as error:  # the machine gives no more threads; it may later
-                del self._connections[sock]
+                self._forget(sock, peer)
                 return str(error)
         return None
 
-    def _serve(self, sock: socket.socket) -> None:
+    def _forget(self, sock: socket.socket, peer: str) -> None:
+        if self._connections.pop(sock, None) is not None:
+            self._of_peer[peer] -= 1
+            if not self._of_peer[peer]:
+                del self._of_peer[peer]
+
+    def _serve(self, sock: socket.socket, peer: str) -> None:
         """One connection, to its end."""
         try:
             tune(sock, self._limits)
@@ -140,7 +153,7 @@ class TcpSegmentHost:
             while self._serve_request(sock, inbox):
                 pass
         except TransferProtocolError as error:
-            log_fields(_LOG, logging.WARNING, "transfer.peer_broke_protocol", error=error.message)
+            self._log.say(logging.WARNING, "transfer.peer_broke_protocol", "protocol", peer, error=error.message)
             _send_error(sock, error, self._limits.goodbye_s)
         except SegmentUnknownError as error:
             _send_error(sock, error, self._limits.goodbye_s)
@@ -148,7 +161,7 @@ class TcpSegmentHost:
             log_fields(_LOG, logging.DEBUG, "transfer.connection_ended", error=str(error))
         finally:
             with self._lock:
-                self._connections.pop(sock, None)
+                self._forget(sock, peer)
             sock.close()
 
     def _greet(self, sock: socket.socket, inbox: Inbox) -> None:
@@ -206,20 +219,19 @@ class TcpSegmentHost:
         table = inbox.take(header.count * wire.ENTRY_BYTES, deadline.remaining)
         ranges = wire.parse_table(header, table, self._memory.nbytes)
         views = [self._memory[offset : offset + length] for offset, length in ranges]
+        limits = self._limits
+        whole_s = limits.message_timeout_s + header.payload_bytes / limits.slowest_bytes_per_s
+        in_time = BatchDeadline(whole_s).remaining  # each of its steps has the connection's own time limit
         if writing:
-            inbox.fill(views, _no_check)
+            inbox.fill(views, in_time)
             reply = wire.Header(wire.FrameKind.WRITTEN, header.count, request_id=header.request_id)
-            send_views(sock, [wire.pack_header(reply)], _no_check)
+            send_views(sock, [wire.pack_header(reply)], in_time)
         else:
             reply = wire.Header(wire.FrameKind.DATA, header.count, 0, header.payload_bytes, header.request_id)
-            send_views(sock, [wire.pack_header(reply), *views], _no_check)
+            send_views(sock, [wire.pack_header(reply), *views], in_time)
         if missing or not whole:
             limit_waits(sock, receive_s=self._limits.idle_timeout_s)
         return True
-
-
-def _no_check() -> None:
-    """Each step of a payload has the connection's own time limit."""
 
 
 def _send_error(sock: socket.socket, error: TransferError, goodbye_s: float) -> None:

@@ -9,10 +9,14 @@ class TcpLimits:
 
     max_connections: int = 256
     """To one host; more are closed at once."""
+    max_per_peer: int = 192
+    """Of these from one address, so that others get one."""
     idle_timeout_s: float = 600.0
     """Between two requests on one connection."""
     message_timeout_s: float = 30.0
-    """For each step of a message that began."""
+    """For each step of a message that began, and for the whole of it beyond what its payload takes at …"""
+    slowest_bytes_per_s: int = 1 << 20
+    """… this rate: a peer that sends or takes a byte now and then is cut."""
     greeting_s: float = 5.0
     """For a whole greeting in a cluster with a secret: a stranger holds a connection no longer."""
     goodbye_s: float = 1.0

@@ -109,8 +109,9 @@ def edges(schema: dict[str, Any], value: Any) -> Iterator[tuple[Any, bool]]:
         right = int(schema["description"].split()[0])
         yield from ((base64.b64encode(bytes(size)).decode(), size == right) for size in (right - 1, right, right + 1))
     elif "maxLength" in schema:
-        long = schema["maxLength"]
-        yield from [("x" * long, True), ("x" * (long + 1), False), ("\n", False), ("", "minLength" not in schema)]
+        begin = "http://" if schema.get("format") == "uri" else ""
+        long = begin + "x" * (schema["maxLength"] - len(begin))
+        yield from [(long, True), (long + "x", False), ("\n", False), ("", "minLength" not in schema)]
     if "maxItems" in schema:
         most = schema["maxItems"]
         yield from [(value[:1] * most, True), (value[:1] * (most + 1), False)]
