@@ -16,9 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from kvcore.config.schema import ClusterConfig
-from kvcore.config.servers import metadata_urls, urls_of
+from kvcore.config.servers import metadata_urls, router_url_of, urls_of
 from kvcore.handoff import HandoffKind, has_store
-from kvcore.ports import base_url, why_unreachable
+from kvcore.ports import why_unreachable
 from kvcore.process.http_client import http_session
 from kvcore.trust.opening import OPEN, ClusterTrust
 from kvferry.hit_rate import hit_rate_lines
@@ -97,7 +97,7 @@ class ServerAnswer(Generic[_Value]):
 def addresses(config: ClusterConfig) -> tuple[str, str | None]:
     """URLs of router and first metadata server; None: servers that are not ours have no metadata server."""
     metadata_url = metadata_urls(config.metadata_server)[0] if config.handoff.traits.has_store else None
-    return base_url(config.router.host, config.router.port), metadata_url
+    return router_url_of(config), metadata_url
 
 
 def standbys_of(config: ClusterConfig) -> list[str]:

@@ -22,6 +22,7 @@ from kvcore.process.service import Lifecycle
 from kvcore.telemetry import log_fields
 from kvcore.trust.http_proof import RequestVerifier
 from kvcore.trust.opening import ClusterTrust, open_trust, trust_source
+from kvcore.trust.tls import ServerCertificate
 from metadata_server.client import MetadataClient
 from metadata_server.connect import connect_client, connect_subscription, endpoints_of
 from nodeapi.client import HttpNodeClient
@@ -107,7 +108,7 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
         more=add_routes,
         guard=await _guard(config, log, clock, trust, lifecycle, tokenizer=tokenizer),
     )
-    server = _listener(app, config, metrics)
+    server = _listener(app, config, metrics, lifecycle)
     lifecycle.tasks.create_task(prober.run(), name="node probes")
     lifecycle.tasks.create_task(cache.run(), name="cache replay")
     if subscription is not None and metadata is not None:
@@ -159,8 +160,13 @@ def _operators_routes(
     return add_all
 
 
-def _listener(app: ASGIApp, config: ClusterConfig, metrics: RouterMetrics) -> AsgiServer:
-    server = AsgiServer(app, config.router.host, config.router.port, limits=_connection_limits(config))
+def _listener(app: ASGIApp, config: ClusterConfig, metrics: RouterMetrics, lifecycle: Lifecycle) -> AsgiServer:
+    bounds, tls = config.router, None
+    if bounds.tls is not None:
+        certificate = ServerCertificate(bounds.tls)
+        lifecycle.tasks.create_task(certificate.follow(), name="certificate")
+        tls = certificate.context
+    server = AsgiServer(app, bounds.host, bounds.port, limits=_connection_limits(config), tls=tls)
     show_gates(metrics.metrics, {"router": server.gate})
     return server
 

@@ -24,7 +24,7 @@ from kvcore.config import fields, schema
 from kvcore.config.mooncake_metadata import MooncakeMetadataConfig
 from kvcore.config.partitions import PartitionConfig
 from kvcore.config.records import RecordsConfig
-from kvcore.config.security import SecretConfig
+from kvcore.config.security import SecretConfig, TlsConfig
 from kvcore.config.tiers import TierConfig
 from kvcore.metric_names import Metric
 from router.api.openai_schema import ChatRequest, CompletionRequest
@@ -136,6 +136,8 @@ def config_sections() -> Iterator[tuple[str, str, list[Key]]]:
             yield path, _text(PartitionConfig.__doc__), list(_keys(PartitionConfig, path))
             for kind in get_args(RecordsConfig):
                 yield _described(kind, "metadata_server.records", "Where they are kept.")
+        if name == "router":
+            yield f"{name}.tls.", _text(TlsConfig.__doc__), list(_keys(TlsConfig, f"{name}.tls."))
         if name == "security":
             yield f"{name}.secret.", _text(SecretConfig.__doc__), list(_keys(SecretConfig, f"{name}.secret."))
 

@@ -15,7 +15,7 @@ import msgspec
 from kvcore.config.checks import check_cluster
 from kvcore.config.parse import InvalidValueError, nearest, parse
 from kvcore.config.schema import ClusterConfig, NodeConfig, SimEngineConfig
-from kvcore.config.security import PublicTextConfig
+from kvcore.config.security import PublicTextConfig, TlsConfig
 from kvcore.config.vllm_options import spell_out_engines
 from kvcore.config.yaml_text import YAMLTextError, read_yaml
 from kvcore.errors import ConfigError
@@ -28,7 +28,8 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> ClusterConfi
     """Read, override, convert and check. `overrides` are `a.b=value`, the value in YAML. Blocking.
 
     `transport` is always a TransportConfig afterwards; `model.path` is absolute for
-    the torch engine and vLLM, unless it is a hub id (`owner/name`) and no folder; so are the files of `security`.
+    the torch engine and vLLM, unless it is a hub id (`owner/name`) and no folder; so are the files of `security`
+    and of `router.tls`.
     """
     file = Path(path).expanduser()
     raw = _read(file)
@@ -151,6 +152,9 @@ def _resolve_security_paths(config: ClusterConfig, folder: Path) -> ClusterConfi
         files = [one if one.file is None else PublicTextConfig(file=_within(folder, one.file)) for one in keys.public]
         file = None if keys.file is None else _within(folder, keys.file)
         keys = msgspec.structs.replace(keys, file=file, public=files)
+    if (tls := config.router.tls) is not None:
+        tls = TlsConfig(cert=_within(folder, tls.cert), key=_within(folder, tls.key))
+        config = msgspec.structs.replace(config, router=msgspec.structs.replace(config.router, tls=tls))
     return msgspec.structs.replace(config, security=msgspec.structs.replace(security, secret=secret, keys=keys))
 
 

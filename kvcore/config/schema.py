@@ -12,7 +12,7 @@ from kvcore.config.fields import ByteSize, Count, Port, Rate, Seconds, Section, 
 from kvcore.config.mooncake_metadata import MooncakeMetadataConfig
 from kvcore.config.partitions import PartitionConfig
 from kvcore.config.records import RecordsConfig, SqliteRecordsConfig
-from kvcore.config.security import SecurityConfig
+from kvcore.config.security import SecurityConfig, TlsConfig
 from kvcore.config.tiers import DiskTierConfig, TiersConfig
 from kvcore.eviction.evictor import PolicyName
 from kvcore.handoff import HandoffKind
@@ -224,6 +224,8 @@ class RouterConfig(Section, frozen=True, kw_only=True):
     """What it listens on. Without `security.keys` let only those reach it who may use it."""
     port: Port = 8000
     """Of the OpenAI API, `/metrics` and `/v1/requests`."""
+    tls: TlsConfig | None = None
+    """Answer over HTTPS alone, with this certificate. `kvferry`'s commands take this one, whatever names it has."""
     policy: RoutingPolicy = RoutingPolicy.PREFIX_AWARE
     """How nodes are chosen for a request."""
     min_prefill_tokens: Annotated[int, msgspec.Meta(ge=0)] = 64

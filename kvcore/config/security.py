@@ -45,6 +45,16 @@ class KeysConfig(Section, frozen=True, kw_only=True):
     (docs/tenants.md). Nothing else is shared."""
 
 
+class TlsConfig(Section, frozen=True, kw_only=True):
+    """A certificate and its key (PEM), by paths from the cluster file's folder. Read again when they change, for new
+    connections."""
+
+    cert: Text
+    """The certificate, and after it those that lead to a root which clients know."""
+    key: Text
+    """Its key, without a password."""
+
+
 class SecurityConfig(Section, frozen=True, kw_only=True):
     """Who is trusted, and by what."""
 

@@ -49,6 +49,12 @@ def own_part(server: MetadataServerConfig) -> Part | None:
     return None
 
 
+def router_url_of(config: ClusterConfig) -> str:
+    """http://host:port of the router, or https:// where it has a certificate."""
+    url = base_url(config.router.host, config.router.port)
+    return url if config.router.tls is None else url.replace("http", "https", 1)
+
+
 def as_server_at(config: ClusterConfig, address: str | None) -> ClusterConfig:
     """The file as the metadata server at `address` (HOST:PORT) sees it: that is where it listens, and the others of its
     partition are its standbys. None: the first, where there are no partitions. Raises ConfigError if the file names no

@@ -9,6 +9,7 @@ import aiohttp
 from kvcore.clock import SystemClock
 from kvcore.trust.http_proof import SIGNATURE, WANTED, Proof, RequestProver
 from kvcore.trust.opening import OPEN, ClusterTrust
+from kvcore.trust.tls import pinned_context
 
 
 class RedirectedError(aiohttp.ClientError):
@@ -23,6 +24,8 @@ def http_session(*, trust: ClusterTrust = OPEN, **options: Any) -> aiohttp.Clien
     """An aiohttp session with these options, whose calls raise RedirectedError where the answer is a redirect, and with
     a secret UnprovenReplyError where it comes from a stranger. Made inside the loop that uses it. Bodies are bytes."""
     known = () if trust.secrets is None else (_Proving(RequestProver(trust, SystemClock())).send,)
+    if trust.source.router_cert and "connector" not in options:
+        options["connector"] = aiohttp.TCPConnector(ssl=pinned_context(trust.source.router_cert))
     return aiohttp.ClientSession(middlewares=(_refuse_redirects, *known), **options)
 
 

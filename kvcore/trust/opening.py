@@ -14,6 +14,8 @@ class TrustSource(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     cluster: str = ""
     secret: SecretConfig | None = None
+    router_cert: str = ""
+    """File of the router's certificate, by which its clients here know it; empty: it has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,9 @@ OPEN = ClusterTrust()
 
 def trust_source(config: ClusterConfig) -> TrustSource:
     """What a cluster file says."""
-    return TrustSource(cluster=config.cluster, secret=config.security.secret)
+    tls = config.router.tls
+    router_cert = "" if tls is None else tls.cert
+    return TrustSource(cluster=config.cluster, secret=config.security.secret, router_cert=router_cert)
 
 
 def open_trust(source: TrustSource) -> ClusterTrust:

@@ -18,6 +18,7 @@ import aiohttp
 from kvcore.config.schema import ClusterConfig
 from kvcore.errors import ConfigError
 from kvcore.process.http_client import http_session
+from kvcore.trust.opening import ClusterTrust, trust_source
 from kvferry.launch.limits import LaunchLimits
 from kvferry.launch.processes import STOP_ORDER, ProcessKind, ProcessPlan, plan_processes
 from kvferry.launch.supervised import ProcessState, SupervisedProcess
@@ -57,6 +58,7 @@ class Launcher:
         stop_s = config.service.drain_s + limits.kill_margin_s
         self._stop_s = dict.fromkeys(ProcessKind, stop_s) | {ProcessKind.ROUTER: stop_s + config.router.drain_s}
         self._plans = list(plans) if plans is not None else plan_processes(config, config_file, overrides)
+        self._source = trust_source(config)
         self._log_dir = log_dir
         self._on_line = on_line
         self._on_event = on_event
@@ -119,7 +121,8 @@ class Launcher:
         """
         assert self._session is None, "started before"
         self._began = asyncio.get_running_loop().time()
-        self._session = http_session(timeout=aiohttp.ClientTimeout(total=self._limits.health_timeout_s))
+        timeout = aiohttp.ClientTimeout(total=self._limits.health_timeout_s)
+        self._session = http_session(trust=ClusterTrust(source=self._source), timeout=timeout)
         for plan in self._plans:
             log_file = self.log_file(plan.name)
             process = SupervisedProcess(

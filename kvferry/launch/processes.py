@@ -2,12 +2,12 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
 from kvcore.config.schema import ClusterConfig
-from kvcore.config.servers import addresses_of, partitions_of, servers_of
+from kvcore.config.servers import addresses_of, partitions_of, router_url_of, servers_of
 from kvcore.ports import base_url
 from kvcore.types import Role
 
@@ -52,6 +52,7 @@ def plan_processes(config: ClusterConfig, config_file: Path, overrides: Sequence
 
     server, router = config.metadata_server, config.router
     router_plan = plan("router", ProcessKind.ROUTER, "router", router.host, router.port)
+    router_plan = replace(router_plan, url=router_url_of(config))
     if not config.handoff.traits.has_store:
         return [router_plan]
     metadata = [

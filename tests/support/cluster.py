@@ -24,6 +24,7 @@ from kvcore.config.servers import metadata_urls, partitions_of, urls_of
 from kvcore.ports import base_url
 from kvcore.process.http_client import http_session
 from kvcore.trust.opening import open_trust, trust_source
+from kvcore.trust.tls import pinned_context
 from kvferry.launch.launcher import Launcher
 from kvferry.launch.processes import ProcessKind, ProcessPlan, plan_processes
 from metadata_server.account_messages import Stats
@@ -308,7 +309,8 @@ async def cluster(
         config, file, log_dir=tmp_path / "logs", plans=plans, on_line=lambda who, line: print(f"{who}: {line}")
     )
     async with AsyncExitStack() as stack:
-        connector = aiohttp.TCPConnector(limit=0)
+        tls = config.router.tls
+        connector = aiohttp.TCPConnector(limit=0, ssl=True if tls is None else pinned_context(tls.cert))
         trust, headers = open_trust(trust_source(config)), {"Authorization": f"Bearer {key}"} if key else {}
         session = await stack.enter_async_context(http_session(trust=trust, connector=connector, headers=headers))
         await stack.enter_async_context(launcher)
