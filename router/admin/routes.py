@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from kvcore.errors import InvalidRequestError
-from kvcore.process.audit import audited, caller
+from kvcore.process.audit import audited
 from kvcore.process.http_body import read_body
 from metadata_server.cache_messages import NodeAction, RebalanceRequest
 from router.admin.janitor import ClusterJanitor
@@ -23,6 +23,7 @@ from router.admin.reports import JanitorOrder, NodeOrderBody
 from router.api import openapi
 from router.api.limits import ApiLimits
 from router.api.responses import JsonReply
+from router.tenants.callers import asker
 
 _Body = TypeVar("_Body", bound=msgspec.Struct)
 A_DAY = 86_400.0
@@ -72,7 +73,7 @@ class AdminRoutes:
 
         @app.post("/v1/nodes/rebalance", **openapi.orders("Even out how full segments are", RebalanceRequest))
         async def order(request: Request) -> Response:
-            with audited(caller(request.client), "nodes rebalance") as line:
+            with audited(asker(request.scope), "nodes rebalance") as line:
                 body = _body_of(await self._read(request), RebalanceRequest, "to even segments out")
                 line.on = f"{body.action} {body.most_bytes or ''}".rstrip()
                 return JsonReply(await self.rebalance.order(body))
@@ -87,7 +88,7 @@ class AdminRoutes:
 
         @app.post("/v1/janitor", **openapi.orders("Remove what was listed and is orphaned still", JanitorOrder))
         async def remove(request: Request) -> Response:
-            with audited(caller(request.client), "janitor") as line:
+            with audited(asker(request.scope), "janitor") as line:
                 body = _body_of(await self._read(request), JanitorOrder, "to remove what is orphaned")
                 line.on = f"{len(body.ids)} {body.kind}"
                 done = await self.janitor.remove(body)
@@ -97,7 +98,7 @@ class AdminRoutes:
     def _order(self, app: FastAPI, action: NodeAction, text: str) -> None:
         @app.post(f"/v1/nodes/{action}", name=f"nodes_{action}", **openapi.orders(text, NodeOrderBody))
         async def endpoint(request: Request) -> Response:
-            with audited(caller(request.client), f"nodes {action}") as line:
+            with audited(asker(request.scope), f"nodes {action}") as line:
                 body = _body_of(await self._read(request), NodeOrderBody, "about a node")
                 line.on = body.node + " move" * body.move + " force" * body.force
                 return JsonReply(await self.nodes.order(action, body))

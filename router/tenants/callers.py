@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from starlette.types import Scope
 
+from kvcore.process.audit import caller
 from kvcore.tenants.salts import TenantSalt
 from router.requests.spec import AnswerRequest
 
@@ -22,6 +23,8 @@ class Caller:
     """Of the requests that a router takes at a time: while more are under way this one is refused."""
     public_chunks: Callable[[Sequence[int]], int] = lambda _: 0
     """How many leading chunks of a prompt are shared by all tenants."""
+    key_id: str = ""
+    """Of the API key that it came with."""
     take_tokens: Callable[[int], None] = lambda _: None
     """Counts the tokens of its prompts. Raises RateLimitError where it may have no more."""
 
@@ -57,6 +60,12 @@ def caller_of(scope: Scope) -> Caller:
     """Of a request that has passed the gate, if there is one."""
     found = scope.get(_SCOPE)
     return found if isinstance(found, Caller) else EVERYBODY
+
+
+def asker(scope: Scope) -> str:
+    """Who gives an order, for the log: the address, and which key it was."""
+    key_id, address = caller_of(scope).key_id, caller(scope.get("client"))
+    return f"{address} key {key_id}" if key_id else address
 
 
 def set_caller(scope: Scope, caller: Caller) -> None:

@@ -114,7 +114,8 @@ class TenantGate:
         use = self._uses.of(record.tenant, limits, now)
         share = self._shares[limits.priority]
         take = partial(self._take_tokens, record.tenant, use)
-        set_caller(scope, Caller(tenant, record.admin, self._salts(tenant), share, self._public.num_chunks, take))
+        public = self._public.num_chunks
+        set_caller(scope, Caller(tenant, record.admin, self._salts(tenant), share, public, record.id, take))
         if scope["path"] not in COUNTED:
             return None
         if limits.concurrency is not None and use.running >= limits.concurrency:

@@ -16,7 +16,7 @@ from fastapi import FastAPI, Request
 from starlette.responses import Response
 
 from kvcore.errors import CancelledByPeerError, InvalidRequestError
-from kvcore.process.audit import AuditLine, audited, caller
+from kvcore.process.audit import AuditLine, audited
 from kvcore.process.http_body import read_body
 from router.answering import Answerer
 from router.api import openapi
@@ -24,7 +24,7 @@ from router.api.limits import ApiLimits
 from router.api.openai_schema import ChatRequest, CompletionRequest
 from router.api.responses import JsonReply
 from router.requests.spec import RequestSpec
-from router.tenants.callers import caller_of
+from router.tenants.callers import asker, caller_of
 from router.upkeep.generations import ClusterGenerations
 from router.upkeep.lookup import PromptsLookup
 from router.upkeep.memory import OrderKind
@@ -61,14 +61,14 @@ class UpkeepRoutes:
 
         @app.post("/v1/cache/clear", **openapi.orders("Remove generations from all tiers", ClearOrder))
         async def clear(request: Request) -> Response:
-            with audited(caller(request.client), "cache clear") as line:
+            with audited(asker(request.scope), "cache clear") as line:
                 order = _order_in(await self._body(request) or b"{}", ClearOrder, "order to clear")
                 line.on = _said(order)
                 return JsonReply(await _while_there(request, self.generations.clear(order)))
 
         @app.post("/v1/weights", **openapi.orders("Start every engine anew on other weights", WeightsOrder))
         async def weights(request: Request) -> Response:
-            with audited(caller(request.client), "weights") as line:
+            with audited(asker(request.scope), "weights") as line:
                 order = _order_in(await self._body(request), WeightsOrder, "change of weights")
                 line.on = order.version
                 report = await self.weights.change(order)  # to its end, though the client leave
@@ -107,7 +107,7 @@ class UpkeepRoutes:
     ) -> None:
         @app.post(f"/v1/cache/{name}", name=f"cache_{name}", **openapi.orders(text, ChatRequest, CompletionRequest))
         async def endpoint(request: Request) -> Response:
-            with audited(caller(request.client), f"cache {name}") if changes else nullcontext(AuditLine()) as line:
+            with audited(asker(request.scope), f"cache {name}") if changes else nullcontext(AuditLine()) as line:
                 specs = await prompts_in(
                     await self._body(request), self.answerer, self.limits, caller_of(request.scope)
                 )

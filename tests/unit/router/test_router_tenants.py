@@ -217,6 +217,15 @@ async def test_a_process_of_the_cluster_needs_no_key_and_nobody_else_is_taken_fo
     assert salts_of(rig)[-1] == salts_by(SECRETS)("b").of(b"")
 
 
+async def test_the_log_says_by_which_key_an_order_was_given(door, caplog):
+    client = Client(await door.rig(), door.keys)
+    with caplog.at_level("INFO", "audit"):
+        await client.post("/v1/nodes/drain", {"node": "d0"}, "admin")
+    said = [record.getMessage() for record in caplog.records if record.name == "audit"]
+    assert f'audit who="192.0.2.7:123 key {door.records["admin"].id}" what="nodes drain" on=d0' in said[-1]
+    assert door.keys["admin"] not in "".join(said)
+
+
 # --- whose KV -----------------------------------------------------------------------------------------------------
 
 
