@@ -24,16 +24,13 @@ import msgspec
 import uvloop
 
 from benchmarks.children import Child, child, program
-from benchmarks.metadata import CLUSTER, resident, written
-from benchmarks.scale_nodes import manifest
+from benchmarks.metadata import CLUSTER, written
+from benchmarks.scale_alone import Found, alone, crowd, routers
 from kvcore.clock import SystemClock
-from kvcore.config.schema import StoreConfig
 from kvcore.ports import listen
-from kvcore.types import NodeInfo, Role
-from metadata_server.account_messages import ImportRequest, Stats
+from metadata_server.account_messages import Stats
 from metadata_server.connect import MetadataEndpoints, connect_subscription
-from metadata_server.index.state import MetadataState
-from metadata_server.messages import Event, EventKind, LeaveRequest, RegisterRequest, SegmentManifest
+from metadata_server.messages import Event, EventKind
 from router.routing.index import PrefixIndex
 
 HOST = "127.0.0.1"
@@ -49,7 +46,6 @@ _BEFORE = {
     "the router's index, 1 death, s": "1.4",
     "the router's index, 10 deaths, s": "11.6",
 }
-Found = dict[str, float]
 
 
 class Poller:
@@ -206,56 +202,6 @@ async def die(poller: Poller, port: int, crowd: Child, deaths: list[int], found:
     await following.aclose()
 
 
-def alone(objects: list[int]) -> Found:
-    """The index in this process: memory and collections as it grows, and the server's pause when its nodes die. Times
-    are the processor's, so that other work beside does not count."""
-    state, found, numbers = MetadataState(StoreConfig(), 3600.0, "e", 1 << 40), Found(), 0
-    gc.collect()
-    gc.freeze()  # as a server does before it serves
-    before = resident()
-    for count in objects:
-        while state.num_objects < count:
-            _tell(state, f"m{numbers}", min(65_536, count - state.num_objects))
-            numbers += 1
-        name = f"{count / 1e6:g}M chunks"
-        gc.collect(1)
-        began = time.process_time()
-        gc.collect()
-        found[f"a full collection at {name}, s"] = time.process_time() - began
-        found[f"bytes a chunk at {name}"] = (resident() - before) / state.num_objects
-    pauses = []
-    for number in range(min(11, numbers)):
-        began = time.process_time()
-        state.leave(LeaveRequest(node_id=f"m{number}", incarnation=1), 0.0)
-        pauses.append(time.process_time() - began)
-    while True:
-        began = time.process_time()
-        more = state.sweep()
-        pauses.append(time.process_time() - began)
-        if not more:
-            break
-    found[f"longest go of the server, {min(11, numbers)} deaths, s"] = max(pauses)
-    return found
-
-
-def _tell(state: MetadataState, name: str, chunks: int) -> None:
-    told = manifest(name, chunks)
-    info = NodeInfo(id=name, role=Role.STORE, control_url=f"http://{name}", incarnation=1)
-    empty = [SegmentManifest(segment=told.segment)]
-    reply = state.register(RegisterRequest(node=info, segments=empty, ttl_s=3600, in_pieces=True), 0.0)
-    number = reply.wanted[told.segment.id]
-    for start in range(0, chunks, 4096):
-        piece = ImportRequest(
-            node_id=name,
-            incarnation=1,
-            segment_id=told.segment.id,
-            number=number,
-            entries=told.entries[start : start + 4096],
-            last=start + 4096 >= chunks,
-        )
-        assert state.import_piece(piece, 0.0).refused == 0
-
-
 async def measure(
     nodes: list[int],
     chunks: int,
@@ -266,7 +212,7 @@ async def measure(
     show: Callable[[Found], None] = lambda _: None,
 ) -> Found:
     """All of it; under the last of `nodes` come subscribers and deaths, too. `show`: takes what there is so far."""
-    found = alone(objects)
+    found = crowd(10_000) | routers(max(objects) // 5, 60) | routers(max(objects) // 5, 1000) | alone(objects)
     gc.unfreeze()
     gc.collect()
     show(found)
@@ -279,7 +225,7 @@ async def measure(
 
 def result(found: Found, nodes: int) -> Found:
     """What is compared over time. Seconds, and a count."""
-    longest = [value for name, value in found.items() if name.startswith("longest /v1/stats")]
+    longest = [value for name, value in found.items() if name.startswith("longest /v1/stats,")]
     deaths = [value for name, value in found.items() if "death" in name]
     return {
         f"restart_{nodes}_nodes_s": found[f"restart, {nodes} nodes, s"],

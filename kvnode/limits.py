@@ -30,7 +30,7 @@ class NodeLimits:
     engine_healthy_s: float = 30.0
     """An engine that lived this long starts again without a pause that grew before."""
     piece_entries: int = 4096
-    """Chunks in one piece of a manifest: 0.3 MB and about 20 ms of the metadata server's time."""
+    """Chunks in one piece of a manifest: 0.3 MB and about 10 ms of the metadata server's time."""
     spread_s: float = 1.0
     """After a restart of the metadata server each node waits for a random part of this before it sends the first."""
     longest_piece_pause_s: float = 2.0
