@@ -14,6 +14,7 @@ import msgspec
 
 from kvcore.clock import Clock
 from kvcore.errors import MetadataProtocolError, NodeRefusedError
+from kvcore.peer_log import PeerLog
 from kvcore.process.audit import audited
 from kvcore.telemetry import log_fields
 from kvcore.types import ChunkKey
@@ -69,6 +70,7 @@ class MetadataCore:
         self._limits = limits
         self._waiting: dict[ChunkKey, set[asyncio.Event]] = {}
         self._refusals = Refusals(limits)
+        self._said = PeerLog(_logger, clock=clock)
         self._num_waiters = 0
         self._turn = asyncio.Lock()
         self._num_in_turn = 0
@@ -167,11 +169,14 @@ class MetadataCore:
         try:
             reply = self.state.register(request, now)
         except NodeRefusedError as error:
-            if self._refusals.add(node, error.message, now):
+            if self._refusals.add(node, error.message, now) and self._said.allows("refused", node.id) is not None:
                 log_fields(_logger, logging.WARNING, "node_refused", node=node.id, reason=error.message)
             raise
         self._refusals.taken_in(node)
-        if self.state.counters["nodes_replaced"] != replaced:  # after a crash; else somebody has taken its name
+        news = self.state.counters["nodes_replaced"] != replaced
+        if (
+            news and self._said.allows("replaced", node.id) is not None
+        ):  # after a crash; else somebody has taken its name
             log_fields(_logger, logging.WARNING, "node_replaced", node=node.id, by=node.control_url)
         return reply
 
@@ -258,10 +263,10 @@ class MetadataCore:
         self._after_change()
         return batches
 
-    async def events(self, epoch: str, from_seq: int) -> AsyncGenerator[bytes, None]:
+    async def events(self, epoch: str, from_seq: int, client: str = "") -> AsyncGenerator[bytes, None]:
         """See EventStreams.follow; to the end of the term. Raises NotLeaderError at the first step."""
         self.leader.check()
-        async with aclosing(self._streams.follow(epoch, from_seq)) as frames:
+        async with aclosing(self._streams.follow(epoch, from_seq, client)) as frames:
             async for frame in frames:
                 if not self.leader.leads:
                     return

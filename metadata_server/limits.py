@@ -9,6 +9,8 @@ class ServerLimits:
 
     max_waiters: int = 4096
     max_subscribers: int = 256
+    max_subscribers_per_client: int = 224
+    """Of one address, so that routers elsewhere get a stream."""
     max_encoded_batches: int = 64
     """Of events, each of up to 80 kB: kept for the other subscribers."""
     keep_alive_s: float = 1.0

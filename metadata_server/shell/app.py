@@ -99,7 +99,7 @@ def _gets(
 
     async def events(request: Request) -> Response:
         epoch, from_seq = request.query_params.get("epoch", ""), _from_seq(request, default=0)
-        source = core.events(epoch, from_seq)
+        source = core.events(epoch, from_seq, request.client.host if request.client else "")
         return _Frames(source, await anext(source, None), send_s)
 
     async def replay(request: Request) -> Response:

@@ -6,6 +6,7 @@ all who ask while it is taken share it; with the events since it began it is the
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator
 
 from kvcore.errors import OverloadedError
@@ -60,6 +61,8 @@ class EventStreams:
         self._stopping = False
         self._sent: dict[object, int] = {}
         """Each open stream's position: events before it were sent."""
+        self._clients: Counter[str] = Counter()
+        """Open streams by address."""
 
     def __repr__(self) -> str:
         return f"<EventStreams {len(self)} open, {self._snapshot or 'no snapshot'}>"
@@ -83,15 +86,19 @@ class EventStreams:
         self._stopping = True
         self._news.set()
 
-    async def follow(self, epoch: str, from_seq: int) -> AsyncGenerator[bytes, None]:
+    async def follow(self, epoch: str, from_seq: int, client: str = "") -> AsyncGenerator[bytes, None]:
         """One subscriber's stream of msgpack batches, without end; a keep-alive at least each second. The first says
         what the server speaks.
 
-        A subscriber too slow for the ring gets a reset. Raises OverloadedError at the first step if too many are there.
+        A subscriber too slow for the ring gets a reset. Raises OverloadedError at the first step if too many are there,
+        or too many of one `client`, by its address.
         """
         if len(self) >= self._limits.max_subscribers:
             raise OverloadedError(f"{self._limits.max_subscribers} event streams are open")
+        if client and self._clients[client] >= self._limits.max_subscribers_per_client:
+            raise OverloadedError(f"{self._limits.max_subscribers_per_client} event streams of this client are open")
         log, position, greeted, stream = self._log, from_seq, False, object()
+        self._clients[client] += 1
         self._sent[stream] = position if log.has(epoch, position) else 0
         try:
             while not self._stopping:
@@ -123,6 +130,9 @@ class EventStreams:
                     await wait_for(news, self._limits.keep_alive_s)
         finally:
             del self._sent[stream]
+            self._clients[client] -= 1
+            if not self._clients[client]:
+                del self._clients[client]
 
     def _encoded(self, position: int) -> tuple[bytes, int]:
         """The batch that begins there, and the position behind it."""

@@ -1,6 +1,7 @@
 """Nodes that flood the metadata server and the router, or name addresses and numbers that no node has."""
 
 import asyncio
+import logging
 
 import msgspec
 import pytest
@@ -8,10 +9,20 @@ from aiohttp import web
 from support.metadata_words import keys, new_state, put, registration
 from support.router_fakes import FakeNodes, Rig, make_rig, two_and_two
 
-from kvcore.errors import DeadlineExceededError, MetadataProtocolError, NodeUnavailableError, OverloadedError
+from kvcore.clock import ManualClock
+from kvcore.errors import (
+    DeadlineExceededError,
+    MetadataProtocolError,
+    NodeRefusedError,
+    NodeUnavailableError,
+    OverloadedError,
+)
+from kvcore.identity import ClusterIdentity
 from kvcore.types import NodeInfo, Role
 from metadata_server.bounds import check_register
+from metadata_server.core import MetadataCore
 from metadata_server.index.limits import IndexLimits
+from metadata_server.limits import ServerLimits
 from metadata_server.messages import Event, EventKind
 from nodeapi.client import MAX_REPORT_BYTES, HttpNodeClient
 from nodeapi.messages import NodeReport
@@ -64,6 +75,33 @@ def test_live_nodes_have_a_bound():
     with pytest.raises(OverloadedError):
         state.register(registration("one-more"), 0.0)
     state.register(registration("n3"), 1.0)
+
+
+async def test_event_streams_of_one_address_have_a_bound():
+    core = MetadataCore(new_state(), ManualClock(), ServerLimits(max_subscribers=4, max_subscribers_per_client=3))
+    held = [core.events("", 0, "10.0.0.1") for _ in range(3)]
+    for stream in held:
+        assert await anext(stream)
+    with pytest.raises(OverloadedError):
+        await anext(core.events("", 0, "10.0.0.1"))
+    other = core.events("", 0, "10.0.0.2")
+    assert await anext(other), "a router elsewhere gets one"
+    await held.pop().aclose()
+    again = core.events("", 0, "10.0.0.1")
+    assert await anext(again)
+    for stream in (*held, other, again):
+        await stream.aclose()
+
+
+async def test_refused_nodes_are_a_few_lines_of_the_log(caplog: pytest.LogCaptureFixture):
+    core = MetadataCore(new_state(identity=ClusterIdentity("ours", "m")), ManualClock())
+    with caplog.at_level(logging.WARNING):
+        for number in range(500):
+            request = registration(f"stranger-{number}")
+            node = msgspec.structs.replace(request.node, cluster="theirs")
+            with pytest.raises(NodeRefusedError):
+                core.register(msgspec.structs.replace(request, node=node), 1000.0)
+    assert sum("node_refused" in line for line in caplog.messages) <= 65
 
 
 @pytest.mark.parametrize("url", NOWHERE)
