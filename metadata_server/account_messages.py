@@ -71,6 +71,7 @@ class Stats(ReplyBody, frozen=True, kw_only=True):
     nodes: list[NodeInfo]
     segments: list[SegmentStats]
     objects: int
+    """Keys that are complete somewhere. What lay with a node that is gone counts until it is forgotten, in slices."""
     reservations: int
     read_leases: int
     waiters: int
