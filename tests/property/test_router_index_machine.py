@@ -8,6 +8,7 @@ streams, subscription and the router's cluster are production code; only the wir
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from unittest.mock import patch
 
 import msgspec
 import pytest
@@ -23,14 +24,23 @@ from kvcore.errors import MetadataUnavailableError
 from kvcore.types import ChunkKey
 from metadata_server.cache_messages import EvictRequest
 from metadata_server.core import MetadataCore
+from metadata_server.index import event_log
 from metadata_server.limits import ClientLimits, ServerLimits
-from metadata_server.messages import EventBatch, LeaveRequest, QuarantineItem, QuarantineReason, QuarantineRequest
+from metadata_server.messages import (
+    EventBatch,
+    LeaveRequest,
+    ManifestEntry,
+    QuarantineItem,
+    QuarantineReason,
+    QuarantineRequest,
+)
 from metadata_server.subscription import IndexSubscription
 from router.nodes.cluster import Cluster
 
-NODES, KEYS, LOG = ("a", "b", "c"), 12, 12
+NODES, KEYS, LOG = ("a", "b", "c"), 12, 24
 """Of the log's events, few: who is behind is soon too far behind for a replay."""
 NODE = st.sampled_from(NODES)
+SELDOM = st.sampled_from([False, False, True])
 NUMBERS = st.lists(st.integers(0, KEYS - 1), min_size=1, max_size=5, unique=True)
 SOON = ServerLimits(keep_alive_s=0.001)
 """By a keep-alive a router learns that the last event was lost."""
@@ -75,10 +85,16 @@ class Wire:
 class RouterIndexMachine(RuleBasedStateMachine):
     @initialize()
     def begin(self):
+        self.batches = patch.object(event_log, "MAX_BATCH_KEYS", 3)  # so that a snapshot has many parts
+        self.batches.start()
         self.loop = asyncio.new_event_loop()
         self.incarnations, self.lives = dict.fromkeys(NODES, 0), 0
         self.core = self.new_core()
         self.loop.run_until_complete(self.start_router())
+        for node in NODES:
+            self.start(node)
+            self.put(node, node, list(range(KEYS))[NODES.index(node) :: 2][:4], twice=False)
+        self.catch_up()
 
     # --- the two sides -----------------------------------------------------------------------------------------------
 
@@ -98,23 +114,33 @@ class RouterIndexMachine(RuleBasedStateMachine):
         self.loop.run_until_complete(end(self.following))
         self.loop.run_until_complete(self.start_router())
 
-    @rule(told=st.booleans())
-    def server_restarts(self, told):
+    @rule(gone=st.sampled_from([(), (), (), NODES, *((name,) for name in NODES)]))
+    def server_restarts(self, gone):
         """Its nodes tell what lies in their segments, or are gone."""
         old, self.core = self.core, self.new_core()
-        for name, incarnation in self.incarnations.items() if told else ():
-            if old.state._nodes.get(name, incarnation) is not None:
-                self.register(name)
+        index = old.state._index
+        for name, incarnation in self.incarnations.items():
+            if name not in gone and old.state._nodes.get(name, incarnation) is not None:
+                rows = [row for one in index.complete for row in index.rows(one)]
+                told = [ref for ref in index.refs(rows) if ref.segment_id == f"{name}.{incarnation:x}"]
+                self.register(name, told)
         self.wire.set(core=self.core)
         old.stop()
         self.turns()
 
-    def register(self, name):
-        self.core.state.register(registration(name, units=8, incarnation=self.incarnations[name]), 0.0)
+    def register(self, name, told=()):
+        entries = [
+            ManifestEntry(key=one.key, offset=one.offset, length=one.length, generation=one.generation) for one in told
+        ]
+        self.core.state.register(registration(name, units=8, incarnation=self.incarnations[name], entries=entries), 0.0)
 
     # --- the index ---------------------------------------------------------------------------------------------------
 
-    @rule(node=NODE)
+    @rule(node=NODE, seldom=SELDOM)
+    def starts_anew(self, node, seldom):
+        if seldom or self.core.state._nodes.get(node, self.incarnations[node]) is None:
+            self.start(node)
+
     def start(self, node):
         self.incarnations[node] += 1
         self.register(node)
@@ -126,8 +152,10 @@ class RouterIndexMachine(RuleBasedStateMachine):
             self.register(node)
         self.changed()
 
-    @rule(node=NODE)
-    def leave(self, node):
+    @rule(node=NODE, seldom=SELDOM)
+    def leave(self, node, seldom):
+        if not seldom:
+            return
         self.core.state.leave(LeaveRequest(node_id=node, incarnation=self.incarnations[node]), 0.0)
         self.changed()
 
@@ -172,6 +200,12 @@ class RouterIndexMachine(RuleBasedStateMachine):
     def the_connection_breaks(self):
         self.wire.set(breaks=True)
         self.turns()
+
+    @rule(frames=st.integers(1, 3))
+    def a_snapshot_breaks_off(self, frames):
+        self.router_restarts()
+        self.some_arrives(frames)
+        self.the_connection_breaks()
 
     @rule()
     def an_event_is_lost(self):
@@ -223,7 +257,10 @@ class RouterIndexMachine(RuleBasedStateMachine):
             assert self.listed() == self.stored()
 
     def teardown(self):
-        self.catch_up()
+        try:
+            self.catch_up()
+        finally:
+            self.batches.stop()
         self.loop.run_until_complete(end(self.following))
         self.core.stop()
         self.loop.run_until_complete(self.loop.shutdown_asyncgens())
@@ -245,6 +282,6 @@ def _settings(max_examples: int) -> settings:
 
 
 TestRouterIndexMachine = RouterIndexMachine.TestCase
-TestRouterIndexMachine.settings = _settings(8)
+TestRouterIndexMachine.settings = _settings(6)
 TestLongRouterIndexMachine = pytest.mark.slow(LongRouterIndexMachine.TestCase)
 TestLongRouterIndexMachine.settings = _settings(120)
