@@ -39,6 +39,7 @@ from router.nodes.cluster import Cluster
 
 NODES, KEYS, LOG = ("a", "b", "c"), 12, 24
 """Of the log's events, few: who is behind is soon too far behind for a replay."""
+NOW = ManualClock().now()
 NODE = st.sampled_from(NODES)
 SELDOM = st.sampled_from([False, False, True])
 NUMBERS = st.lists(st.integers(0, KEYS - 1), min_size=1, max_size=5, unique=True)
@@ -95,6 +96,7 @@ class RouterIndexMachine(RuleBasedStateMachine):
             self.start(node)
             self.put(node, node, list(range(KEYS))[NODES.index(node) :: 2][:4], twice=False)
         self.catch_up()
+        assert len(self.listed()) > 6
 
     # --- the two sides -----------------------------------------------------------------------------------------------
 
@@ -132,7 +134,7 @@ class RouterIndexMachine(RuleBasedStateMachine):
         entries = [
             ManifestEntry(key=one.key, offset=one.offset, length=one.length, generation=one.generation) for one in told
         ]
-        self.core.state.register(registration(name, units=8, incarnation=self.incarnations[name], entries=entries), 0.0)
+        self.core.state.register(registration(name, units=8, incarnation=self.incarnations[name], entries=entries), NOW)
 
     # --- the index ---------------------------------------------------------------------------------------------------
 
@@ -156,7 +158,7 @@ class RouterIndexMachine(RuleBasedStateMachine):
     def leave(self, node, seldom):
         if not seldom:
             return
-        self.core.state.leave(LeaveRequest(node_id=node, incarnation=self.incarnations[node]), 0.0)
+        self.core.state.leave(LeaveRequest(node_id=node, incarnation=self.incarnations[node]), NOW)
         self.changed()
 
     @rule(node=NODE, prefer=NODE, numbers=NUMBERS, twice=st.booleans())
@@ -166,13 +168,13 @@ class RouterIndexMachine(RuleBasedStateMachine):
         for target in (prefer, node) if twice else (prefer,):
             wish = f"{target}.{self.incarnations[target]:x}"
             request = reservation(node, numbers, prefer=wish, incarnation=self.incarnations[node])
-            found += granted(self.core.state.reserve(request, 0.0))
-        self.core.state.commit(ids(node, found, self.incarnations[node]), 0.0)
+            found += granted(self.core.state.reserve(request, NOW))
+        self.core.state.commit(ids(node, found, self.incarnations[node]), NOW)
         self.changed()
 
     @rule(numbers=NUMBERS)
     def evict(self, numbers):
-        self.core.state.evict(EvictRequest(keys=keys(*numbers)), 0.0)
+        self.core.state.evict(EvictRequest(keys=keys(*numbers)), NOW)
         self.changed()
 
     @rule(number=st.integers(0, KEYS - 1))
@@ -181,7 +183,7 @@ class RouterIndexMachine(RuleBasedStateMachine):
         rows = self.core.state._index.rows(key(number))
         if rows:
             item = QuarantineItem(replica=self.core.state._index.refs(rows)[0], reason=QuarantineReason.CHECKSUM)
-            self.core.state.quarantine(QuarantineRequest(items=[item]), 0.0)
+            self.core.state.quarantine(QuarantineRequest(items=[item]), NOW)
         self.changed()
 
     def changed(self):
@@ -227,7 +229,7 @@ class RouterIndexMachine(RuleBasedStateMachine):
         self.wire.set(lets=0)
         assert self.listed() == self.stored()
         leases = {node.id: node.lease.incarnation for node in self.cluster.nodes.values() if node.lease is not None}
-        assert leases == {node.id: node.incarnation for node in self.core.state.nodes(0.0).nodes}
+        assert leases == {node.id: node.incarnation for node in self.core.state.nodes(NOW).nodes}
 
     @property
     def is_level(self) -> bool:
