@@ -12,7 +12,7 @@ class IndexLimits:
     """Of one live node; of those of no node, together, the same share as of the room."""
     longest_lease_s: float = 300.0
     """Of a live node, which may renew it while bytes move."""
-    max_nodes: int = 4096
+    max_nodes: int = 16384
     """Live ones."""
     max_given_back: int = 16_384
     """Names of leases that were given back before a request with that name came, about 100 bytes each."""
