@@ -52,7 +52,7 @@ def drip(sock: socket.socket, data: bytes, stopped: threading.Event) -> None:
 
 async def test_a_payload_that_drips_is_cut_though_each_step_is_in_time():
     """It held a connection and its thread for as long as it liked: 256 of them, every one that there is."""
-    async with hosted(TcpLimits(message_timeout_s=0.3, slowest_bytes_per_s=1 << 20)) as host:
+    async with hosted(TcpLimits(message_timeout_s=0.15, slowest_bytes_per_s=1 << 20)) as host:
         sock = await asyncio.to_thread(greeted, host)
         assert sock is not None
         sock.sendall(wire.pack_request(wire.FrameKind.WRITE, [(0, 4096)], 1))
