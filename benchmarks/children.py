@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from kvcore.process.child import ChildProcess
 
@@ -33,6 +34,13 @@ def cpu_s_of(pid: int) -> float:
             seconds += int((task / "schedstat").read_text().split()[0]) / 1e9
             seconds += sum(cpu_s_of(int(child)) for child in (task / "children").read_text().split())
     return seconds
+
+
+def scratch_folder() -> TemporaryDirectory[str]:
+    """A folder that goes with its context: in `build`, which lies on a disk, where /tmp may be none."""
+    build = Path.cwd() / "build"
+    build.mkdir(exist_ok=True)
+    return TemporaryDirectory(dir=build)
 
 
 def child(command: list[str], wanted: str, within_s: float = 30.0) -> AbstractAsyncContextManager[Child]:

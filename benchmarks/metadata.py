@@ -14,13 +14,12 @@ import os
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from time import perf_counter
 
 import msgspec
 import uvloop
 
-from benchmarks.children import Child, program
+from benchmarks.children import Child, program, scratch_folder
 from benchmarks.metadata_dialect import measure_dialect
 from benchmarks.metadata_mooncake import measure_mooncake
 from kvcore.config.schema import StoreConfig
@@ -137,7 +136,7 @@ async def over_sockets(count: int, sizes: list[int]) -> dict[str, float]:
         port = int(bound.getsockname()[1])
     counts = {size: min(count, count * BATCH // size) for size in sizes}
     found = dict[str, float]()
-    with TemporaryDirectory(dir=Path("build")) as folder:
+    with scratch_folder() as folder:
         records = {"kind": "sqlite", "path": f"{folder}/records.sqlite"}
         # The nodes are only registered: without heartbeats they would be dropped, chunks and all, while it is measured.
         server = {"host": HOST, "port": port, "records": records, "node_ttl_s": 3600.0}
@@ -207,7 +206,6 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 64, 1000], help="chunks of a prompt")
     parser.add_argument("--no-dialect", action="store_true", help="without /metadata and Mooncake")
     options = parser.parse_args()
-    Path("build").mkdir(exist_ok=True)
     found = memory(options.chunks)
     found |= uvloop.run(over_sockets(options.prompts, options.sizes))
     if not options.no_dialect:

@@ -16,13 +16,12 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import cast
 
 import uvloop
 
-from benchmarks.children import program
+from benchmarks.children import program, scratch_folder
 from kvcore.ports import listen
 
 HOST = "127.0.0.1"
@@ -168,9 +167,7 @@ async def _servers(folder: Path) -> AsyncIterator[dict[str, _Subject]]:
 async def measure_dialect(rounds: int = 5, seconds: float = SECONDS) -> dict[str, float]:
     """Calls a second as `get_c1`, `put_c1`, `get_c16`, `put_c16`, and their `…_p99_ms`: medians of the rounds. Ours
     without a prefix, Mooncake's with `mooncake_py_` and `mooncake_cpp_`."""
-    build = Path.cwd() / "build"  # on a disk, where /tmp may be none
-    build.mkdir(exist_ok=True)
-    with TemporaryDirectory(dir=build) as folder:
+    with scratch_folder() as folder:
         async with _servers(Path(folder)) as subjects:
             for subject in subjects.values():
                 await subject.fill()

@@ -18,12 +18,11 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import msgspec
 import uvloop
 
-from benchmarks.children import Child, child, program
+from benchmarks.children import Child, child, program, scratch_folder
 from benchmarks.metadata import CLUSTER, written
 from benchmarks.scale_alone import Found, alone, crowd, routers
 from kvcore.clock import SystemClock
@@ -137,7 +136,7 @@ async def restart(nodes: int, chunks: int, subscribers: list[int], deaths: list[
     found: Found = {}
     with listen(HOST, 0) as bound:
         port = int(bound.getsockname()[1])
-    with TemporaryDirectory(dir=Path("build")) as folder:
+    with scratch_folder() as folder:
         poller = Poller(port)
         polling = asyncio.create_task(poller.run())
         try:
@@ -250,7 +249,6 @@ def main() -> None:
     parser.add_argument("--subscribers", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--objects", type=int, nargs="+", default=[1_000_000, 2_000_000, 5_000_000])
     options = parser.parse_args()
-    Path("build").mkdir(exist_ok=True)
     print("| | before | now |\n|---|---|---|")
     all_of_it = measure(
         options.nodes,
