@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import ssl
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from kvcore.telemetry import log_fields
 
 _logger = logging.getLogger("kvcore.trust")
 _FileStamp = tuple[int, int, int]
+_CERTIFICATE = re.compile("-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.S)
 
 
 class ServerCertificate:
@@ -66,12 +68,16 @@ class ServerCertificate:
 
 def pinned_context(cert: str) -> ssl.SSLContext:
     """For clients on a machine that has the file: takes the server that has this certificate, by whatever name it is
-    called, and no other. Blocking. Raises ConfigError."""
+    called, and no other: not one from the same issuer, whose certificate may follow in the file. Blocking. Raises
+    ConfigError."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     try:
-        context.load_verify_locations(cert)
+        first = _CERTIFICATE.search(Path(cert).read_text("ascii", errors="replace"))
+        if first is None:
+            raise ValueError("there is no certificate in it")
+        context.load_verify_locations(cadata=first[0])
     except (OSError, ValueError) as error:
         raise ConfigError(f"router.tls.cert: {cert} cannot be used: {error}") from error
     return context

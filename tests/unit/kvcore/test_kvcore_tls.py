@@ -8,7 +8,7 @@ from typing import Any
 import aiohttp
 import pytest
 from starlette.responses import PlainTextResponse
-from support.certificates import self_signed
+from support.certificates import issued, self_signed
 
 from kvcore.config.file import load_config
 from kvcore.config.security import TlsConfig
@@ -74,6 +74,25 @@ async def test_a_certificate_is_renewed_for_new_connections_while_old_ones_go_on
             async with knowing(before) as late:
                 with pytest.raises(aiohttp.ClientConnectorCertificateError):
                     await get(late, server.url)
+    finally:
+        await server.aclose()
+
+
+async def test_another_certificate_of_the_same_issuer_is_refused_also_where_the_issuers_is_in_the_file(tmp_path):
+    """With a public issuer's anybody has one."""
+    issuer = made(tmp_path / "issuer")
+    folders = [tmp_path / "ours", tmp_path / "theirs"]
+    for folder in folders:
+        folder.mkdir()
+    files = [issued(folder, (Path(issuer.cert), Path(issuer.key))) for folder in folders]
+    ours, theirs = (TlsConfig(cert=str(cert), key=str(key)) for cert, key in files)
+    server = AsgiServer(app, "127.0.0.1", 0, tls=ServerCertificate(ours).context)
+    await server.start()
+    try:
+        async with knowing(ours) as client, knowing(theirs) as other:
+            assert await get(client, server.url) == "https"
+            with pytest.raises(aiohttp.ClientConnectorCertificateError):
+                await get(other, server.url)
     finally:
         await server.aclose()
 
