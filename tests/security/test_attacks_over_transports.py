@@ -162,6 +162,15 @@ async def test_a_proof_that_was_heard_opens_no_other_connection():
             assert memory.view[:4] == b"evil"
 
 
+async def test_a_host_proves_nothing_for_another_segment_that_a_stranger_could_pass_on():
+    async with served("tcp", trust(OLD)) as (segment, _):
+        with connect(segment) as sock:
+            hello = InitiatorGreeting(trust(OLD), "tcp", "of-a-dead-node.1").hello()
+            sock.sendall(wire.pack_greeting(wire.FrameKind.PROVEN_HELLO, hello))
+            header, _ = frame(sock)
+            assert (header.kind, header.count) == (wire.FrameKind.ERROR, wire.ErrorCode.SEGMENT_UNKNOWN)
+
+
 async def test_a_stranger_that_says_nothing_holds_a_connection_no_longer_than_a_greeting_takes():
     async with served("tcp", trust(OLD), greeting_s=0.2) as (segment, _):
         hello = InitiatorGreeting(trust(OLD), "tcp", ID).hello()

@@ -171,28 +171,31 @@ class TcpSegmentHost:
             limit_waits(sock, receive_s=self._limits.greeting_s, send_s=self._limits.greeting_s)
         header = wire.parse_header(inbox.take(wire.HEADER_BYTES, deadline.remaining))
         if proven:
-            wanted = self._check_proof(sock, inbox, header, deadline)
+            self._check_proof(sock, inbox, header, deadline)
         else:
             wire.check_text(header, wire.FrameKind.HELLO)
-            wanted = inbox.take(header.payload_bytes, deadline.remaining).decode(errors="replace")
-        if wanted != self._segment_id:
-            raise SegmentUnknownError(f"segment {wanted} is not here, this is {self._segment_id}")
+            self._check_segment(inbox.take(header.payload_bytes, deadline.remaining).decode(errors="replace"))
         send_views(sock, [wire.pack_welcome(self._segment_id, self._memory.nbytes)], deadline.remaining)
         limit_waits(sock, receive_s=self._limits.idle_timeout_s)
 
-    def _check_proof(self, sock: socket.socket, inbox: Inbox, header: wire.Header, deadline: BatchDeadline) -> str:
-        """The segment that an initiator wants which knows the cluster's secret. Raises TransferProofError."""
+    def _check_segment(self, wanted: str) -> None:
+        if wanted != self._segment_id:
+            raise SegmentUnknownError(f"segment {wanted} is not here, this is {self._segment_id}")
+
+    def _check_proof(self, sock: socket.socket, inbox: Inbox, header: wire.Header, deadline: BatchDeadline) -> None:
+        """That the initiator knows the cluster's secret. Proves nothing for another segment: a stranger at a dead
+        node's address would show that proof as its own. Raises TransferProofError, SegmentUnknownError."""
         if header.kind is wire.FrameKind.HELLO:
             raise TransferProofError("this cluster has a secret, and the initiator gives no proof of it")
         wire.check_text(header, wire.FrameKind.PROVEN_HELLO)
         greeting = TargetGreeting(self._trust, "tcp")
         wanted, challenge = greeting.challenge(inbox.take(header.payload_bytes, deadline.remaining))
+        self._check_segment(wanted)
         send_views(sock, [wire.pack_greeting(wire.FrameKind.CHALLENGE, challenge)], deadline.remaining)
         header = wire.parse_header(inbox.take(wire.HEADER_BYTES, deadline.remaining))
         wire.check_text(header, wire.FrameKind.PROOF)
         greeting.check(inbox.take(header.payload_bytes, deadline.remaining))
         limit_waits(sock, send_s=self._limits.message_timeout_s)
-        return wanted
 
     def _serve_request(self, sock: socket.socket, inbox: Inbox) -> bool:
         """Serve one request; False when the peer closed the connection instead of sending one.
