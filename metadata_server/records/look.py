@@ -10,9 +10,10 @@ import msgspec
 from kvcore.clock import SystemClock
 from kvcore.config.records import EtcdRecordsConfig, MemoryRecordsConfig, SqliteRecordsConfig
 from kvcore.config.schema import ClusterConfig
+from kvcore.config.servers import own_part
 from kvcore.errors import ConfigError, KVFerryError
-from metadata_server.records.etcd.access import EtcdAccess, etcd_access
-from metadata_server.records.opening import records_file
+from metadata_server.records.etcd.access import EtcdAccess
+from metadata_server.records.opening import access_of, records_file
 
 
 class RecordsLook(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,7 +33,7 @@ def look_at_records(config: ClusterConfig) -> RecordsLook:
             return _look_at_file(config)
         case EtcdRecordsConfig() as section:
             try:
-                access = etcd_access(section, config.cluster)
+                access = access_of(config, section, own_part(config.metadata_server))
             except ConfigError as error:
                 return RecordsLook(shown="etcd", wrong=error.message)
             return asyncio.run(_look_at_etcd(access))

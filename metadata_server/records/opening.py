@@ -8,7 +8,7 @@ from kvcore.config.schema import ClusterConfig
 from kvcore.partitions import Part
 from kvcore.state_folder import state_folder
 from metadata_server.records.base import Records
-from metadata_server.records.etcd.access import etcd_access
+from metadata_server.records.etcd.access import EtcdAccess, etcd_access
 from metadata_server.records.memory import memory_records
 from metadata_server.records.sqlite import sqlite_records
 
@@ -23,10 +23,14 @@ async def open_records(config: ClusterConfig, clock: Clock, part: Part | None = 
             file = records_file(config)
             return memory_records(clock) if file is None else await sqlite_records(file, clock)
         case EtcdRecordsConfig() as section:
-            access = etcd_access(section, config.cluster if part is None else f"{config.cluster}/parts/{part.name}")
             from metadata_server.records.etcd.records import open_etcd
 
-            return await open_etcd(access, clock)
+            return await open_etcd(access_of(config, section, part), clock)
+
+
+def access_of(config: ClusterConfig, section: EtcdRecordsConfig, part: Part | None) -> EtcdAccess:
+    """How the records in etcd of one partition, or (None) of the whole cluster, are reached. Raises ConfigError."""
+    return etcd_access(section, config.cluster if part is None else f"{config.cluster}/parts/{part.name}")
 
 
 def records_file(config: ClusterConfig) -> Path | None:

@@ -8,6 +8,7 @@ from support.etcd_server import etcd_server, with_etcd
 from support.ports import free_ports
 
 from kvcore.clock import SystemClock
+from kvcore.config.partitions import PartitionConfig
 from kvcore.config.records import EtcdRecordsConfig, MemoryRecordsConfig, RecordsConfig, SqliteRecordsConfig
 from kvcore.config.schema import ClusterConfig, MetadataServerConfig, ModelConfig, NodeConfig, SimEngineConfig
 from kvcore.errors import ConfigError
@@ -69,6 +70,15 @@ def test_members_of_etcd_that_do_not_answer_are_wrong():
     assert not finding.ok and finding.detail.startswith(f"etcd at 127.0.0.1:{port}, below kvferry/c/: ")
     assert "unavailable" in finding.detail or "deadline exceeded" in finding.detail
     assert not finding_for(EtcdRecordsConfig(endpoints=["nowhere"])).ok
+
+
+def test_each_partition_is_tried_where_its_own_server_keeps_its_records():
+    (port,) = free_ports(1)
+    parts = [PartitionConfig(name=name, host="127.0.0.1", port=8700 + at) for at, name in enumerate("ab")]
+    records = EtcdRecordsConfig(endpoints=[f"http://127.0.0.1:{port}"], timeout_s=0.1)
+    findings = check_records(Context(config_for(records, partitions=parts)))
+    below = [finding.detail.partition(", below ")[2].partition(":")[0] for finding in findings]
+    assert below == ["kvferry/c/parts/a/", "kvferry/c/parts/b/"], "there its janitor looks for what a doctor left"
 
 
 @with_etcd
