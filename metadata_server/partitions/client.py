@@ -6,7 +6,8 @@ anything else is asked of it, so that a program with another cluster file does n
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -19,7 +20,15 @@ from metadata_server.cache_messages import ReleaseRequest
 from metadata_server.client import MetadataClient, MetadataTransport
 from metadata_server.endpoints import EndpointSpec, Rep, Req
 from metadata_server.limits import ClientLimits
-from metadata_server.messages import PARTITIONS, MatchReply, MatchRequest, TellHoldingsRequest, WaitRequest
+from metadata_server.messages import (
+    PARTITIONS,
+    MatchReply,
+    MatchRequest,
+    ReplicaIds,
+    ReserveRequest,
+    TellHoldingsRequest,
+    WaitRequest,
+)
 from metadata_server.partitions.merging import leases_beyond
 from metadata_server.partitions.rules import RULES
 from metadata_server.partitions.splitting import Piece
@@ -101,10 +110,11 @@ class PartitionedMetadataClient(MetadataClient):
         else:
             answers = await asyncio.gather(*asking, return_exceptions=True)
         failures = [answer for answer in answers if isinstance(answer, BaseException)]
+        replies = [None if isinstance(answer, BaseException) else answer for answer in answers]
         for failure in failures:
             if not isinstance(failure, MetadataUnavailableError) or rule.all_or_none or len(failures) == len(pieces):
+                self._undo(request, pieces, replies)
                 raise failure
-        replies = [None if isinstance(answer, BaseException) else answer for answer in answers]
         merged: Rep = rule.merge(request, pieces, replies)
         if isinstance(request, MatchRequest) and isinstance(merged, MatchReply) and request.lease_s > 0:
             self._give_back(request, len(merged.replicas), pieces, replies)
@@ -136,6 +146,18 @@ class PartitionedMetadataClient(MetadataClient):
 
     # --- what is to be given back ------------------------------------------------------------------------------------
 
+    def _undo(self, request: object, pieces: Sequence[Piece[Any]], replies: Sequence[Any]) -> None:
+        """The call fails as a whole: nobody will use or give back what those granted that answered."""
+        if isinstance(request, MatchRequest):
+            for lease_id in leases_beyond(0, pieces, replies):
+                self._release_soon(lease_id % len(self.parts), ReleaseRequest(lease_ids=[lease_id]))
+        elif isinstance(request, ReserveRequest):
+            for piece, reply in zip(pieces, replies, strict=True):
+                outcomes = reply.outcomes if reply is not None else ()
+                if granted := [one.replica.id for one in outcomes if one.replica is not None]:
+                    ids = ReplicaIds(node_id=request.node_id, incarnation=request.incarnation, replica_ids=granted)
+                    self._give_back_soon(partial(self.parts[piece.number].abort, ids))
+
     def _give_back(
         self, request: MatchRequest, found: int, pieces: Sequence[Piece[Any]], replies: Sequence[MatchReply | None]
     ) -> None:
@@ -148,17 +170,20 @@ class PartitionedMetadataClient(MetadataClient):
                 self._release_soon(piece.number, ReleaseRequest(lease_ids=[], lease_names=[request.lease_name]))
 
     def _release_soon(self, number: int, request: ReleaseRequest) -> None:
+        self._give_back_soon(partial(self.parts[number].release, request))
+
+    def _give_back_soon(self, call: Callable[[], Awaitable[None]]) -> None:
         if len(self._background) >= self._limits.max_give_backs:  # they expire
             return
-        task = asyncio.ensure_future(self._release(number, request))
+        task = asyncio.ensure_future(self._try_to(call))
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
-    async def _release(self, number: int, request: ReleaseRequest) -> None:
+    async def _try_to(self, call: Callable[[], Awaitable[None]]) -> None:
         for pause_s in self._limits.give_back_pauses_s:
             await asyncio.sleep(pause_s)
             try:
-                await self.parts[number].release(request)
+                await call()
             except (MetadataUnavailableError, MetadataProtocolError):
                 continue
             return

@@ -149,6 +149,21 @@ async def test_a_lease_whose_answer_was_lost_is_given_back_by_its_name(rig):
     assert leases(rig) == [1, 0]
 
 
+async def test_a_call_that_fails_as_a_whole_leaves_no_lease_and_no_reservation_behind(rig):
+    (a0, a1), (b0,) = of(rig, A, 2), of(rig, B, 1)
+    await put(rig, [a0])
+    rig.ways[B].core = MetadataCore(new_state(), rig.clock)  # a server of before partitions is at its address
+    client = rig.connect(rig.whole)
+    with pytest.raises(MetadataProtocolError):
+        await client.match(leased([a0, b0]))
+    with pytest.raises(MetadataProtocolError):
+        await client.reserve(reservation("n", [a1, b0]))
+    await asyncio.gather(*client._background)
+    assert rig.cores[A].state.num_read_leases == 0
+    assert rig.cores[A].state.num_reservations == 0
+    rig.ways[B].core = rig.cores[B]
+
+
 async def test_a_wait_is_answered_once_the_last_partition_has_its_share_and_holds_no_lease_before(rig):
     (a0, a1), (b0,) = of(rig, A, 2), of(rig, B, 1)
     await put(rig, [a0])
