@@ -13,7 +13,9 @@ from metadata_server.index.limits import IndexLimits
 class MovePass:
     """One look through. `rows` are still to be looked at, `candidates` were and are to move; the next one last."""
 
-    def __init__(self, rows: Iterable[int]) -> None:
+    def __init__(self, rows: Iterable[int], why: str = "") -> None:
+        """`why` they are looked through: what one purpose passes over may be another's."""
+        self.why = why
         self.rows = array("i", rows)
         self.num_rows = len(self.rows)
         self.candidates: list[int] = []
@@ -55,12 +57,13 @@ class MovePasses:
         self._limits = limits
         self._passes: dict[int, MovePass] = {}
 
-    def of(self, number: int, rows: Callable[[], Iterable[int]], now: float) -> MovePass:
-        """That of the node of this number; a new one over `rows` when the last is over. One in which nothing could move
-        is not begun again at once if it had more rows than one call looks at: the more the later."""
+    def of(self, number: int, why: str, rows: Callable[[], Iterable[int]], now: float) -> MovePass:
+        """That of the node of this number; a new one over `rows` when the last is over, or was for another purpose. One
+        in which nothing could move is not begun again at once if it had more rows than one call looks at: the more the
+        later."""
         one = self._passes.get(number)
-        if one is None or (one.is_over and (one.granted or now >= one.again_at)):
-            one = self._passes[number] = MovePass(rows())
+        if one is None or one.why != why or (one.is_over and (one.granted or now >= one.again_at)):
+            one = self._passes[number] = MovePass(rows(), why)
             one.again_at = now + max(0, one.num_rows - self._limits.rows_a_move) / self._limits.moved_rows_a_second
         return one
 

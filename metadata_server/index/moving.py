@@ -75,10 +75,10 @@ class ChunkMoves:
             self._passes.drop(node.number)
             return MoveChunksReply(moves=[], segments=[], left=0, in_use=in_use)
         self._passes.keep([one.number for one in self._nodes])
-        one = self._passes.of(node.number, lambda: _rows_of(kind.records(node)), now)
+        one = self._passes.of(node.number, kind.why, lambda: _rows_of(kind.records(node)), now)
         self._look_on(one, node, kind)
         if one.is_over and one.granted:  # what was granted may have failed since: only a pass without any says so
-            one = self._passes.of(node.number, lambda: _rows_of(kind.records(node)), now)
+            one = self._passes.of(node.number, kind.why, lambda: _rows_of(kind.records(node)), now)
             self._look_on(one, node, kind)
         with self._reservations.granting(node, now, request.ttl_s) as grant:
             moves = self._grant(one, kind, grant, request.most_bytes, now)
@@ -183,6 +183,8 @@ class ChunkMoves:
 class _Drain:
     """All of a node's chunks that lie in no segment that stays, to wherever there is room."""
 
+    why = "drain"
+
     def __init__(self, nodes: NodeRegistry, index: ReplicaIndex) -> None:
         self._index = index
         self.closed = _closed(nodes)
@@ -214,6 +216,8 @@ class _Drain:
 
 class _Shed:
     """Chunks of a segment that is too full, which lie nowhere else and which nobody reads or has pinned."""
+
+    why = "shed"
 
     def __init__(
         self, nodes: NodeRegistry, index: ReplicaIndex, rebalance: Rebalance, node: LiveNode, in_use: list[ChunkKey]

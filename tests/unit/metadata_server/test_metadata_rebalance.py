@@ -240,6 +240,18 @@ def test_a_copy_that_failed_is_counted_as_left_until_it_was_made():
     assert ask(state, commit(state, third)).left == 0
 
 
+def test_what_a_rebalance_passed_over_is_left_for_a_drain_that_follows():
+    state = cluster(24, 24, low_watermark=1.0, limits=SMALL)
+    put(state, "a", list(range(1, 21)), NOW, prefer="a.1")
+    state.match(keys(*range(1, 21)), NOW, lease_s=60.0, node_id="b", incarnation=1)
+    start(state)
+    while ask(state).more:  # what is being read does not shed
+        pass
+    drain(state)
+    reply = ask(state)
+    assert reply.left == 20 and len(reply.moves) == 4, "who stops the node now would lose them"
+
+
 def test_a_pass_that_granted_something_does_not_say_that_all_is_done():
     state = cluster(64, 64, 64, max_replicas=2, limits=SMALL)
     wanted = {name: reservation(name, list(range(1, 11)), prefer=f"{name}.1") for name in "ab"}
