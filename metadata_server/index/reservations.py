@@ -36,8 +36,17 @@ class Reservations:
     """Mutated by MetadataState only, which lets run out what is due before each call."""
 
     def __init__(
-        self, config: StoreConfig, nodes: NodeRegistry, index: ReplicaIndex, deadlines: Deadlines, counts: Counter[str]
+        self,
+        config: StoreConfig,
+        nodes: NodeRegistry,
+        index: ReplicaIndex,
+        deadlines: Deadlines,
+        counts: Counter[str],
+        *,
+        first_grant: int = 0,
+        step: int = 1,
     ) -> None:
+        """Numbers of grants are above `first_grant`, each by `step` above the one before."""
         self._config = config
         self._nodes = nodes
         self._index = index
@@ -45,7 +54,7 @@ class Reservations:
         self._counts = counts
         self._grants: dict[int, Grant] = {}
         """By number."""
-        self._num_grants = 0
+        self._last_grant, self._step = first_grant, step
 
     def __len__(self) -> int:
         return len(self._index.grants)
@@ -79,8 +88,8 @@ class Reservations:
     @contextmanager
     def granting(self, node: LiveNode, now: float, ttl_s: float) -> Iterator[Grant]:
         """What is reserved with this grant runs out together."""
-        self._num_grants += 1
-        grant = Grant(self._num_grants, node.info.id, node.number, now)
+        self._last_grant += self._step
+        grant = Grant(self._last_grant, node.info.id, node.number, now)
         yield grant
         self._counts["reserved"] += len(grant.rows)
         if grant.rows:

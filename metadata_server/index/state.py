@@ -69,7 +69,7 @@ class MetadataState:
         self._index = index = ReplicaIndex(self.log, first, self._pins, table, limits, step=step)
         self._nodes = nodes = NodeRegistry(deadlines, node_ttl_s, identity, limits)
         self.orders, self._holdings = nodes.orders, TierHoldings(limits.max_tier_keys, limits.most_swept)
-        self._reservations = Reservations(config, nodes, index, deadlines, self.counters)
+        self._reservations = Reservations(config, nodes, index, deadlines, self.counters, first_grant=first, step=step)
         self.moves = ChunkMoves(nodes, index, self._reservations, self.tick, limits)
         self._reading = Reading(nodes, index, deadlines, self.counters, first_lease=first, step=step, limits=limits)
         self._cache = CacheControl(

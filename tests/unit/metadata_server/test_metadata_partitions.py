@@ -86,6 +86,13 @@ def test_a_number_says_whose_it_is(both):
         state.check_invariants(1.0)
 
 
+def test_what_one_call_reserved_has_a_number_that_no_other_partition_gives(both):
+    for number, state in enumerate(both):
+        granted(state.reserve(reservation("n", [1]), 1.0))
+        ((grant, _),) = state._reservations.open_grants()
+        assert grant.number % 2 == number, "the janitor counts and ends it by this"
+
+
 def test_numbers_stay_so_behind_chunks_that_were_found_with_other_ones():
     part = Part(ABC, 2)
     for generation in range(FIRST_GENERATION * 2, FIRST_GENERATION * 2 + 3):
