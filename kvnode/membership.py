@@ -124,8 +124,9 @@ class Membership:
         self.refused = ""
         """Why the metadata server does not take the node in; empty: it does, or has not said so."""
         self.drained = ""
-        self.sheds = False
         """By order, as the metadata server last said: `stay`, or `move` its chunks elsewhere; empty: it is not."""
+        self.sheds = False
+        """Whether it last said that chunks are to move away from here."""
         self.registrations = 0
         self.heartbeat_failures = 0
         self.on_registered: Callable[[], None] = lambda: None
