@@ -185,7 +185,11 @@ _FIELD_BOUNDS: dict[str, dict[str, _Schema]] = {
     },
     "NodeInfo": {
         "id": _NAME,
-        "control_url": {"maxLength": MAX_TEXT, "format": "uri", "description": "http://HOST:PORT or https, or nothing"},
+        "control_url": {
+            "maxLength": MAX_TEXT,
+            "pattern": "^(https?://[^/]+)?$",
+            "description": "http://HOST:PORT or https, or nothing",
+        },
         "incarnation": _whole(0, MAX_GENERATION),
         "fingerprint": {"pattern": "^(.{24})?$", "description": "16 bytes or none"},
         "cluster": _TEXT,

@@ -109,7 +109,7 @@ def edges(schema: dict[str, Any], value: Any) -> Iterator[tuple[Any, bool]]:
         right = int(schema["description"].split()[0])
         yield from ((base64.b64encode(bytes(size)).decode(), size == right) for size in (right - 1, right, right + 1))
     elif "maxLength" in schema:
-        begin = "http://" if schema.get("format") == "uri" else ""
+        begin = "http://" if "http" in schema.get("pattern", "") else ""
         long = begin + "x" * (schema["maxLength"] - len(begin))
         yield from [(long, True), (long + "x", False), ("\n", False), ("", "minLength" not in schema)]
     if "maxItems" in schema:
