@@ -23,6 +23,7 @@ from kvcore.tenants.keys import (
     new_key,
     parse_keys,
 )
+from kvferry.secret import make_like
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -117,10 +118,10 @@ def _changing(path: Path, *, must_exist: bool = False) -> Iterator[_Held]:
             fcntl.flock(locked, fcntl.LOCK_EX)
             held = _Held(path, _read(path) if must_exist or path.exists() else KeyFile())
             yield held
-            mode = path.stat().st_mode & 0o640 if path.exists() else 0o600
             written = path.with_name(f".{path.name}.{os.getpid()}")
             with os.fdopen(os.open(written, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as out:
-                os.fchmod(out.fileno(), mode)
+                if path.exists():
+                    make_like(out.fileno(), path.stat())
                 out.write(msgspec.json.format(msgspec.json.encode(held.file), indent=1) + b"\n")
                 out.flush()
                 os.fsync(out.fileno())

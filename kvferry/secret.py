@@ -31,7 +31,7 @@ def run_new(file: Path, *, rotate: bool) -> int:
         descriptor = os.open(written, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with os.fdopen(descriptor, "w") as out:
             if rotate:
-                os.fchmod(out.fileno(), file.stat().st_mode & 0o640)
+                make_like(out.fileno(), file.stat())
             out.write("\n".join(lines) + "\n")
             out.flush()
             os.fsync(out.fileno())
@@ -45,6 +45,15 @@ def run_new(file: Path, *, rotate: bool) -> int:
         raise ConfigError(f"{file} cannot be written: {error.strerror}") from error
     print(f"{file}: a new secret" + (", and the one before it" if rotate else ""))
     return 0
+
+
+def make_like(descriptor: int, before: os.stat_result) -> None:
+    """Owner, group and mode of the file that it is about to replace: who reads that one reads this one, also where root
+    changes it. Raises OSError."""
+    made = os.fstat(descriptor)
+    if (made.st_uid, made.st_gid) != (before.st_uid, before.st_gid):
+        os.fchown(descriptor, before.st_uid, before.st_gid)
+    os.fchmod(descriptor, before.st_mode & 0o640)
 
 
 def _newest(file: Path) -> str:

@@ -1,6 +1,7 @@
 """`kvferry keys`: what it writes, what it refuses, and that nothing of a key is left but where it was asked."""
 
 import json
+import os
 import stat
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from kvcore.errors import ConfigError
 from kvcore.tenants.keys import TenantLimits, parse_keys
 from kvcore.tenants.source import KeySource
 from kvferry.cli import main
+from kvferry.secret import run_new
 
 CLUSTER = """
 cluster: c
@@ -44,6 +46,22 @@ def test_a_key_is_printed_once_and_holds(capsys, file):
     assert source.ring.limits("acme") == TenantLimits(concurrency=3)
     secret = key.rpartition("_")[2]
     assert not [path for path in file.parent.iterdir() if secret in path.read_text()]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_files_that_root_changes_stay_their_owners_who_could_not_read_them_else(capsys, file, tmp_path):
+    """A router that cannot read the file of keys any more goes on with those of before, revoked ones too."""
+    secret = tmp_path / "secret"
+    key = run(capsys, "create", "acme", "--file", str(file))[1]
+    run_new(secret, rotate=False)
+    for path in (secret, file):
+        os.chown(path, 12_345, 23_456)
+        path.chmod(0o640)
+    run_new(secret, rotate=True)
+    assert run(capsys, "revoke", key[4:16], "--file", str(file))[0] == 0
+    for path in (secret, file):
+        found = path.stat()
+        assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (12_345, 23_456, 0o640)
 
 
 def test_limits_are_the_tenants_and_what_is_not_given_again_stays(capsys, file):
