@@ -140,6 +140,22 @@ def test_a_request_from_before_the_servers_start_is_refused_for_it_may_have_come
     again.check("GET", TARGET, pair.request("GET"))
 
 
+def test_what_heard_requests_are_good_for_is_what_the_page_on_security_says():
+    """It names these two as open."""
+    pair = Pair(trust(), trust())
+    nameless = RequestVerifier(trust(), pair.server_clock, None)
+    headers = pair.request()
+    pair.verifier.check("POST", TARGET, headers)
+    nameless.check("POST", TARGET, headers)
+    with pytest.raises(ProofError, match="came before"):
+        nameless.check("POST", TARGET, headers)
+    pair.client_clock.advance(20)
+    headers = pair.request()
+    pair.verifier.check("POST", TARGET, headers)
+    pair.server_clock.advance(5)
+    RequestVerifier(trust(), pair.server_clock, frozenset({HOST})).check("POST", TARGET, headers)
+
+
 def test_while_the_secret_is_changed_each_side_takes_the_others():
     for client, server in (((NEW, OLD), (OLD,)), ((OLD,), (NEW, OLD)), ((NEW, OLD), (NEW, OLD))):
         pair = Pair(trust(*client), trust(*server))
