@@ -13,19 +13,20 @@ from typing import Protocol
 from kvcore.types import OwnerTag
 
 
-class TenantOrder(Protocol):
-    """In which order the complete rows of one tenant go. No victim is kept by a reader, a pin or a continuation."""
+class VictimOrder(Protocol):
+    """In which order the complete rows of a segment or slab go, or those of one tenant there. No victim is kept by a
+    reader, a pin or a continuation."""
 
     def add(self, rows: Sequence[int]) -> None:
         """New ones, of a prompt the last one first: the first shall go last."""
         ...
 
     def use(self, rows: Sequence[int]) -> None:
-        """They were used; in the same order."""
+        """They were used, at least one; in the same order."""
         ...
 
     def refresh(self, rows: Sequence[int]) -> None:
-        """They were used until now."""
+        """They were used until now, at least one; in the same order."""
         ...
 
     def remove(self, row: int) -> None:
@@ -45,7 +46,7 @@ class TenantOrder(Protocol):
         ...
 
     def rows(self) -> Iterable[int]:
-        """All of them."""
+        """All of them. Nothing may change meanwhile."""
         ...
 
     def clear(self) -> None:
@@ -76,7 +77,7 @@ class TenantLimit:
     """What each tenant may have of each segment or slab, and how its own chunks are ordered."""
 
     shares: TenantShares
-    new_order: Callable[[], TenantOrder]
+    new_order: Callable[[], VictimOrder]
 
 
 class TenantQuotas:
@@ -89,7 +90,7 @@ class TenantQuotas:
         self._new_order = limit.new_order
         self._owners: dict[int, OwnerTag] = {}
         """By row."""
-        self._orders: dict[OwnerTag, TenantOrder] = {}
+        self._orders: dict[OwnerTag, VictimOrder] = {}
 
     def __repr__(self) -> str:
         return f"<TenantQuotas of {len(self.used_bytes)} tenants in {self._capacity} bytes>"
@@ -178,6 +179,6 @@ class TenantQuotas:
             victim = order.victim()
             assert all(self._owners[row] == owner for row in order.rows()) and (victim is None or victim in there)
 
-    def _order_of(self, row: int) -> TenantOrder | None:
+    def _order_of(self, row: int) -> VictimOrder | None:
         owner = self._owners.get(row)
         return None if owner is None else self._orders.get(owner)

@@ -7,7 +7,7 @@ from kvstore.tiers.base import ChunkName
 
 
 class SlabOrder:
-    """See `TenantOrder`: of one tenant's chunks, by their places in the table. `names`: of all that lie there."""
+    """See `VictimOrder`: of one tenant's chunks, by their places in the table. `names`: of all that lie there."""
 
     def __init__(
         self, eviction: PolicyName, stays: Callable[[ChunkName], bool], names: Mapping[int, ChunkName]
@@ -19,44 +19,44 @@ class SlabOrder:
         return repr(self._evictor)
 
     def add(self, rows: Sequence[int]) -> None:
-        """See `TenantOrder`."""
+        """See `VictimOrder`."""
         for row in rows:
             self._numbers[self._names[row]] = row
             self._evictor.add(self._names[row])
 
     def use(self, rows: Sequence[int]) -> None:
-        """See `TenantOrder`."""
+        """See `VictimOrder`."""
         for row in rows:
             self._evictor.use(self._names[row])
 
     def refresh(self, rows: Sequence[int]) -> None:
-        """See `TenantOrder`."""
+        """See `VictimOrder`."""
         for row in rows:
             self._evictor.refresh(self._names[row])
 
     def remove(self, row: int) -> None:
-        """See `TenantOrder`."""
+        """See `VictimOrder`."""
         del self._numbers[self._names[row]]
         self._evictor.remove(self._names[row])
 
     def let_go(self, row: int) -> None:
-        """See `TenantOrder`."""
+        """See `VictimOrder`."""
         self._evictor.let_go(self._names[row])
 
     def victim(self) -> int | None:
-        """See `TenantOrder`."""
+        """See `VictimOrder`."""
         name = self._evictor.victim()
         return None if name is None else self._numbers[name]
 
     def evict(self) -> int | None:
-        """See `TenantOrder`."""
+        """See `VictimOrder`."""
         name = self._evictor.evict()
         return None if name is None else self._numbers.pop(name)
 
     def rows(self) -> Iterable[int]:
-        """See `TenantOrder`."""
+        """See `VictimOrder`."""
         return self._numbers.values()
 
     def clear(self) -> None:
-        """See `TenantOrder`."""
+        """See `VictimOrder`."""
         self._evictor.clear()

@@ -4,54 +4,14 @@ Those that keep one order keep it in the table's columns; the others remember ke
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
 
 from kvcore.eviction.base import EvictionPolicy
 from kvcore.eviction.evictor import Evictor, PolicyName, new_policy
+from kvcore.eviction.quotas import VictimOrder
 from kvcore.eviction.rows import RowFifo, RowLru
 from kvcore.types import ChunkKey
 from metadata_server.index.chunks.calls import CallCount
 from metadata_server.index.chunks.rows import ReplicaTable
-
-
-class SegmentOrder(Protocol):
-    """The complete replicas of one segment. No victim is pinned, or continued by another that is there."""
-
-    def add(self, rows: Sequence[int]) -> None:
-        """New ones, of a prompt the last one first: the first shall go last."""
-        ...
-
-    def use(self, rows: Sequence[int]) -> None:
-        """They were used, at least one; in the same order."""
-        ...
-
-    def refresh(self, rows: Sequence[int]) -> None:
-        """They were used until now, at least one; in the same order."""
-        ...
-
-    def remove(self, row: int) -> None:
-        """It is gone, and not because room was needed."""
-        ...
-
-    def let_go(self, row: int) -> None:
-        """Nothing that is there continues it any more."""
-        ...
-
-    def victim(self) -> int | None:
-        """The one that goes next; None: none may."""
-        ...
-
-    def evict(self) -> int | None:
-        """As `victim`; it is gone."""
-        ...
-
-    def rows(self) -> Iterable[int]:
-        """All of them. Nothing may change meanwhile."""
-        ...
-
-    def clear(self) -> None:
-        """It is used no more."""
-        ...
 
 
 class RowOrder:
@@ -65,42 +25,42 @@ class RowOrder:
         return repr(self._evictor)
 
     def add(self, rows: Sequence[int]) -> None:
-        """See `SegmentOrder`."""
+        """See `VictimOrder`."""
         self._evictor.give_back(())
         self._policy.add_all(rows)
 
     def use(self, rows: Sequence[int]) -> None:
-        """See `SegmentOrder`."""
+        """See `VictimOrder`."""
         self._evictor.give_back(rows)
         self._policy.use_all(rows)
 
     def refresh(self, rows: Sequence[int]) -> None:
-        """See `SegmentOrder`."""
+        """See `VictimOrder`."""
         self.use(rows)
 
     def remove(self, row: int) -> None:
-        """See `SegmentOrder`."""
+        """See `VictimOrder`."""
         self._evictor.remove(row)
 
     def let_go(self, row: int) -> None:
-        """See `SegmentOrder`."""
+        """See `VictimOrder`."""
         self._evictor.let_go(row)
 
     def victim(self) -> int | None:
-        """See `SegmentOrder`."""
+        """See `VictimOrder`."""
         return self._evictor.victim()
 
     def evict(self) -> int | None:
-        """See `SegmentOrder`."""
+        """See `VictimOrder`."""
         return self._evictor.evict()
 
     def rows(self) -> Iterable[int]:
-        """See `SegmentOrder`."""
+        """See `VictimOrder`."""
         yield from self._policy
         yield from self._evictor.taken()
 
     def clear(self) -> None:
-        """See `SegmentOrder`."""
+        """See `VictimOrder`."""
         self._evictor.clear()
 
 
@@ -118,14 +78,14 @@ class KeyOrder:
         return repr(self._evictor)
 
     def add(self, rows: Sequence[int]) -> None:
-        """See `SegmentOrder`."""
+        """See `VictimOrder`."""
         for row in rows:
             key = self._table.keys[row]
             self._rows[key], self._counted_at[key] = row, self._calls.now
             self._evictor.add(key)
 
     def use(self, rows: Sequence[int]) -> None:
-        """See `SegmentOrder`."""
+        """See `VictimOrder`."""
         now, same_use_s = self._calls.now, self._calls.same_use_s
         for key in map(self._table.keys.__getitem__, rows):
             if now - self._counted_at[key] >= same_use_s:
@@ -135,27 +95,27 @@ class KeyOrder:
                 self._evictor.refresh(key)
 
     def refresh(self, rows: Sequence[int]) -> None:
-        """See `SegmentOrder`."""
+        """See `VictimOrder`."""
         for row in rows:
             self._evictor.refresh(self._table.keys[row])
 
     def remove(self, row: int) -> None:
-        """See `SegmentOrder`."""
+        """See `VictimOrder`."""
         key = self._table.keys[row]
         self._evictor.remove(key)
         del self._rows[key], self._counted_at[key]
 
     def let_go(self, row: int) -> None:
-        """See `SegmentOrder`."""
+        """See `VictimOrder`."""
         self._evictor.let_go(self._table.keys[row])
 
     def victim(self) -> int | None:
-        """See `SegmentOrder`."""
+        """See `VictimOrder`."""
         key = self._evictor.victim()
         return None if key is None else self._rows[key]
 
     def evict(self) -> int | None:
-        """See `SegmentOrder`."""
+        """See `VictimOrder`."""
         key = self._evictor.evict()
         if key is None:
             return None
@@ -163,20 +123,20 @@ class KeyOrder:
         return self._rows.pop(key)
 
     def rows(self) -> Iterable[int]:
-        """See `SegmentOrder`."""
+        """See `VictimOrder`."""
         return self._rows.values()
 
     def clear(self) -> None:
-        """See `SegmentOrder`."""
+        """See `VictimOrder`."""
         self._evictor.clear()
 
 
-def new_key_order(name: PolicyName, table: ReplicaTable, calls: CallCount) -> SegmentOrder:
+def new_key_order(name: PolicyName, table: ReplicaTable, calls: CallCount) -> VictimOrder:
     """One of several orders over the same replicas: it needs no column."""
     return KeyOrder(new_policy(name), table, calls)
 
 
-def new_order(name: PolicyName, table: ReplicaTable, calls: CallCount) -> SegmentOrder:
+def new_order(name: PolicyName, table: ReplicaTable, calls: CallCount) -> VictimOrder:
     """The order of that policy, without replicas."""
     if name == "lru":
         return RowOrder(RowLru(table.older, table.newer), table)

@@ -8,13 +8,12 @@ from collections.abc import Iterable, Sequence
 
 from msgspec import UnsetType
 
-from kvcore.eviction.quotas import TenantQuotas
+from kvcore.eviction.quotas import TenantQuotas, VictimOrder
 from kvcore.eviction.row_chains import FIRST
 from kvcore.extents import ExtentAllocator, aligned
 from kvcore.types import OwnerTag, Segment
 from metadata_server.account_messages import SegmentStats
 from metadata_server.index.chunks.calls import CallCount
-from metadata_server.index.chunks.orders import SegmentOrder
 from metadata_server.index.chunks.rows import NOTHING, TRANSITIONS, ReplicaState, ReplicaTable
 from metadata_server.index.chunks.rules import RoomRules
 
@@ -31,7 +30,7 @@ class SegmentRecord:
         calls: CallCount,
         *,
         table: ReplicaTable,
-        order: SegmentOrder,
+        order: VictimOrder,
         rules: RoomRules = RoomRules(),
     ) -> None:
         """`allocator`: of the room to give out; what it has taken is to be adopted. `calls`: one for all segments."""
