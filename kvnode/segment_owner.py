@@ -60,6 +60,7 @@ class SegmentOwner:
                 host=self._node.host,
                 port=self._node.transfer_port,
                 on_change=self._changed,
+                on_reseal=self._resealed,
                 trust=self.trust,
             )
             stack.push_async_callback(hosts.aclose)
@@ -101,6 +102,9 @@ class SegmentOwner:
 
     def _changed(self) -> None:
         self.host_restarts += 1
+        self.on_change()
+
+    def _resealed(self) -> None:
         self.on_change()
 
     async def manifests(self) -> list[SegmentManifest]:

@@ -12,12 +12,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+import msgspec
+
 from kvcore.errors import ConfigError, PeerUnreachableError, TransferError
+from kvcore.trust.opening import OPEN, ClusterTrust
 from kvcore.types import Segment
 from transfer.base import Direction, TransferOp
 from transfer.blocking import BatchDeadline, ended
 from transfer.fragments import Fragment
 from transfer.ranges import check_batch
+from transfer.sealed_address import open_address
 
 _MAX_DESCRIPTORS = 1024
 """Parsed ones kept; the oldest go first."""
@@ -73,7 +77,8 @@ class BatchWorker(Protocol[_Batch_contra]):
 class Handover(Generic[_Descriptor, _Batch]):
     """The event loop's side of one worker.
 
-    `kind`: of the transport, and of the segments' addresses. `parse`: a segment's descriptor, or a TransferError.
+    `kind`: of the transport, and of the segments' addresses, which `trust` opens where they are sealed. `parse`: the
+    descriptor of a segment whose address was opened, or a TransferError.
     `split`: the fragments of each batch that the ops on one segment become. `make`: a batch, whose `done` is called
     once, in any thread. `move_now`: moves a batch in the loop's thread, or returns False and has not begun it.
     """
@@ -88,8 +93,10 @@ class Handover(Generic[_Descriptor, _Batch]):
         make: Callable[[Direction, _Descriptor, Sequence[Fragment], _Done], _Batch],
         move_now: Callable[[_Batch, str], bool] = lambda batch, key: False,
         limits: HandoverLimits = HandoverLimits(),
+        trust: ClusterTrust = OPEN,
     ) -> None:
         self._kind = kind
+        self._trust = trust
         self._worker = worker
         self._parse = parse
         self._split = split
@@ -98,7 +105,7 @@ class Handover(Generic[_Descriptor, _Batch]):
         self._limits = limits
         self._slots = asyncio.Semaphore(limits.max_batches)
         self._num_batches = 0
-        self._descriptors: dict[_Key, _Descriptor] = {}
+        self._descriptors: dict[_Key, tuple[str, _Descriptor]] = {}
         self._closed = False
 
     def __repr__(self) -> str:
@@ -159,11 +166,11 @@ class Handover(Generic[_Descriptor, _Batch]):
     ) -> TransferError | None:
         """All ops on one segment, as one batch or several at once; the first error of any."""
         try:
-            descriptor = self._descriptor(key, ops[0].segment)
+            address, descriptor = self._descriptor(key, ops[0].segment)
         except TransferError as error:
             return error
         runs = [
-            self._run_batch(direction, descriptor, fragments, f"{number}:{key[0]}", deadline)
+            self._run_batch(direction, descriptor, fragments, f"{number}:{address}", deadline)
             for number, fragments in enumerate(self._split(ops))
         ]
         if len(runs) == 1:
@@ -254,10 +261,12 @@ class Handover(Generic[_Descriptor, _Batch]):
             raise cancelled
         return over.result()
 
-    def _descriptor(self, key: _Key, segment: Segment) -> _Descriptor:
+    def _descriptor(self, key: _Key, segment: Segment) -> tuple[str, _Descriptor]:
+        """Also its address, opened: sealed anew it is the same, and so is the connection."""
         found = self._descriptors.get(key)
         if found is None:
-            found = self._parse(segment)
+            address = open_address(self._trust, self._kind, segment)
+            found = address, self._parse(msgspec.structs.replace(segment, addresses={self._kind: address}))
             if len(self._descriptors) >= _MAX_DESCRIPTORS:
                 del self._descriptors[next(iter(self._descriptors))]
             self._descriptors[key] = found

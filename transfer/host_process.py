@@ -1,8 +1,8 @@
 """Serves a segment from a process of its own, for libraries that may end the process that they run in.
 
 UCX aborts a target over some of its peers' deaths (1.13 and later, seen over TCP). A node that loses this process keeps
-its segment: the process is started again and the segment announced under its new address. Run as
-`python -m transfer.host_process REQUEST`; the reply is one line of its output.
+its segment: the process is started again and the segment announced under its new address, which the node seals: the
+process knows no secret. Run as `python -m transfer.host_process REQUEST`; the reply is one line of its output.
 """
 
 import asyncio
@@ -21,9 +21,11 @@ from kvcore.config.schema import TransportConfig
 from kvcore.errors import ConfigError
 from kvcore.process.child import ChildProcess
 from kvcore.telemetry import configure_logging, log_fields
+from kvcore.trust.opening import OPEN, ClusterTrust
 from transfer.base import SegmentHost
 from transfer.limits import TransferLimits
 from transfer.memory.segment import SegmentMemory
+from transfer.sealed_address import AddressSeal
 
 _LOG = logging.getLogger("transfer")
 _REPLY_PREFIX = "host-process: "
@@ -50,7 +52,11 @@ class _HostReply(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class ProcessSegmentHost:
-    """SegmentHost whose work a child process does. `on_change` is called when `address` has become another."""
+    """SegmentHost whose work a child process does.
+
+    `on_change` is called when another process serves, whose `address` is another. `on_reseal`: the address is sealed
+    anew, for secrets of the cluster that have changed.
+    """
 
     def __init__(
         self,
@@ -59,15 +65,20 @@ class ProcessSegmentHost:
         config: TransportConfig,
         on_change: Callable[[], None],
         limits: TransferLimits = TransferLimits(),
+        *,
+        trust: ClusterTrust = OPEN,
+        on_reseal: Callable[[], None] = lambda: None,
     ) -> None:
         self._limits = limits
+        self._seal = AddressSeal(trust, kind, memory.segment_id)
+        self._on_reseal = on_reseal
         self._kind = kind
         self._memory = memory
         self._config = config
         self._on_change = on_change
         self._clock = SystemClock()
         self._child: ChildProcess | None = None
-        self._keeper: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
         self._address = ""
 
     def __repr__(self) -> str:
@@ -76,19 +87,26 @@ class ProcessSegmentHost:
 
     @property
     def address(self) -> str:
-        """As SegmentHost.address, of the process that serves now, or (while there is none) of the one before."""
-        return self._address
+        """As SegmentHost.address, of the process that serves now, or (while there is none) of the one before.
+
+        Sealed where the cluster has a secret.
+        """
+        return self._seal.told(self._address)
 
     async def start(self) -> None:
         """As SegmentHost.start. On the main thread: the child ends with the thread that started it."""
         await self._launch()
-        self._keeper = asyncio.create_task(self._keep(), name=f"{self._kind} host of {self._memory.segment_id}")
+        name = f"{self._kind} host of {self._memory.segment_id}"
+        self._tasks = {asyncio.create_task(self._keep(), name=name)}
+        if self._seal.key_ids:
+            self._tasks.add(asyncio.create_task(self._reseal(), name=f"seal of the {name}"))
 
     async def aclose(self) -> None:
         """As SegmentHost.aclose."""
-        if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.wait({self._keeper})
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
         if self._child is not None:
             await self._child.terminate(self._limits.host_process.close_s)
 
@@ -113,6 +131,15 @@ class ProcessSegmentHost:
                 else:
                     break
             self._on_change()
+
+    async def _reseal(self) -> None:
+        """Say so when the secrets are others: who knows only the new ones cannot open what was told before."""
+        sealed_for = self._seal.key_ids
+        while True:
+            await asyncio.sleep(self._limits.host_process.reseal_s)
+            if (now := self._seal.key_ids) != sealed_for:
+                sealed_for = now
+                self._on_reseal()
 
     async def _launch(self) -> None:
         """Raises ConfigError: what the process says that is missing, or that it ended without a word."""

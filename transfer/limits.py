@@ -21,6 +21,8 @@ class HostProcessLimits:
     """Before it is started again: the first time, doubled each time after, and at most."""
     steady_s: float = 10.0
     """A process that lived so long is started again without the delay that its predecessors had earned."""
+    reseal_s: float = 1.0
+    """Between two looks whether the cluster's secrets are others, for which the address has to be sealed anew."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -207,20 +207,21 @@ async def start_segment_hosts(
     port: int = 0,
     advertise_host: str | None = None,
     on_change: Callable[[], None] = lambda: None,
+    on_reseal: Callable[[], None] = lambda: None,
     limits: TransferLimits = TransferLimits(),
     trust: ClusterTrust = OPEN,
 ) -> SegmentHosts:
     """The target's side for a configuration: TCP unless shared memory was asked for by name; `shm` costs nothing.
 
     UCX and NIXL serve from a process of their own, which may have to be started again: `on_change` is called when
-    `addresses` are no longer what they were.
+    `addresses` are no longer what they were, and `on_reseal` when they are the same, sealed for other secrets.
 
     `port` is `NodeConfig.transfer_port`, of TCP; UCX and NIXL take ports of their own. Raises ConfigError, also when
     `host` is a wildcard and `advertise_host` is not given where TCP is served: peers would be told an address that
     they cannot connect to.
     """
     _check_kinds(config)
-    plan = HostPlan(config, memory, host, port, advertise_host, on_change, limits, trust)
+    plan = HostPlan(config, memory, host, port, advertise_host, on_change, on_reseal, limits, trust)
     hosts: dict[str, SegmentHost] = {}
     for kind in _kinds(config):
         try:
@@ -246,6 +247,7 @@ class HostPlan:
     port: int
     advertise_host: str | None
     on_change: Callable[[], None]
+    on_reseal: Callable[[], None]
     limits: TransferLimits
     trust: ClusterTrust
 
@@ -276,13 +278,13 @@ class Transport:
 def _ucx(plan: EnginePlan) -> TransferEngine:
     from transfer.ucx.transport import UcxTransfer  # needs a library, which only those who ask for it load
 
-    return UcxTransfer(plan.config, plan.limits.ucx)
+    return UcxTransfer(plan.config, plan.limits.ucx, plan.trust)
 
 
 def _nixl(plan: EnginePlan) -> TransferEngine:
     from transfer.nixl.transport import NixlTransfer  # as above
 
-    return NixlTransfer(plan.config, plan.limits.nixl)
+    return NixlTransfer(plan.config, plan.limits.nixl, plan.trust)
 
 
 def _tcp_host(plan: HostPlan) -> SegmentHost:
@@ -303,7 +305,15 @@ def _tcp_host(plan: HostPlan) -> SegmentHost:
 
 
 def _process_host(plan: HostPlan) -> SegmentHost:
-    return ProcessSegmentHost(plan.config.kind, plan.memory, plan.config, plan.on_change, plan.limits)
+    return ProcessSegmentHost(
+        plan.config.kind,
+        plan.memory,
+        plan.config,
+        plan.on_change,
+        plan.limits,
+        trust=plan.trust,
+        on_reseal=plan.on_reseal,
+    )
 
 
 _TRANSPORTS: Mapping[str, Transport] = {

@@ -22,6 +22,8 @@ class KeyLabel(StrEnum):
     """Proofs of HTTP requests between our processes."""
     GREETING = "greeting"
     """Proofs of transports' greetings."""
+    ADDRESSES = "addresses"
+    """Encryption of segments' addresses."""
     CHUNKS = "chunks"
     """MACs and encryption of chunks."""
     TENANTS = "tenants"

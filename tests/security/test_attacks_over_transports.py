@@ -1,5 +1,6 @@
 """A node's segment and strangers: they read and write all of it if there is no secret, and nothing if there is."""
 
+import base64
 import os
 import secrets as random
 import socket
@@ -7,9 +8,10 @@ import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
+import msgspec
 import pytest
+from support.transfer_rigs import NIXL, UCX, transport_config
 
-from kvcore.config.schema import TransportConfig
 from kvcore.errors import TransferError, TransferProofError
 from kvcore.trust.opening import OPEN, ClusterTrust
 from kvcore.trust.secrets import Secrets
@@ -18,6 +20,7 @@ from transfer.base import TransferEngine, TransferOp
 from transfer.greeting import InitiatorGreeting
 from transfer.limits import TransferLimits
 from transfer.memory.segment import SegmentMemory, host_identity
+from transfer.sealed_address import PREFIX, open_address
 from transfer.select import build_transfer, start_segment_hosts
 from transfer.tcp import wire
 from transfer.tcp.limits import TcpLimits
@@ -26,7 +29,7 @@ from transfer.tcp.sockets import split_address
 SIZE, TIMEOUT_S = 4 << 20, 10.0
 ID = "guarded.1"
 OLD, NEW = random.token_bytes(32), random.token_bytes(32)
-KINDS = ["tcp"]
+KINDS = ["tcp", UCX, NIXL]
 Results = list[TransferError | None]
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -39,7 +42,7 @@ def trust(*secrets: bytes) -> ClusterTrust:
 async def served(kind: str, holder: ClusterTrust, **tcp: float) -> AsyncIterator[tuple[Segment, SegmentMemory]]:
     with SegmentMemory.create(ID, SIZE) as memory:
         memory.view[:] = b"\x5a" * SIZE
-        config, limits = TransportConfig(kind=kind), TransferLimits(tcp=TcpLimits(**tcp))  # type: ignore[arg-type]
+        config, limits = transport_config(kind), TransferLimits(tcp=TcpLimits(**tcp))  # type: ignore[arg-type]
         hosts = await start_segment_hosts(config, memory, host="127.0.0.1", limits=limits, trust=holder)
         try:
             here, addresses = host_identity(), hosts.addresses
@@ -50,7 +53,7 @@ async def served(kind: str, holder: ClusterTrust, **tcp: float) -> AsyncIterator
 
 @asynccontextmanager
 async def engine(kind: str, holder: ClusterTrust) -> AsyncIterator[TransferEngine]:
-    made = build_transfer(TransportConfig(kind=kind), host_identity(), trust=holder)  # type: ignore[arg-type]
+    made = build_transfer(transport_config(kind), host_identity(), trust=holder)
     try:
         yield made
     finally:
@@ -116,6 +119,41 @@ async def test_a_stranger_is_told_why():
             (error, _) = await both_ways("tcp", stranger, segment)
             assert isinstance(error, TransferProofError)
             assert says in error.message
+
+
+@pytest.mark.parametrize("kind", [UCX, NIXL])
+async def test_what_is_told_of_a_segment_opens_it_to_nobody_without_the_secret(kind):
+    async with served(kind, OPEN) as (open_segment, _):
+        told = open_segment.addresses[kind]
+    async with served(kind, trust(OLD)) as (segment, memory):
+        sealed = segment.addresses[kind]
+        assert sealed.startswith(PREFIX) and not told.startswith(PREFIX)
+        magic = base64.b64decode(told)[:4]
+        assert magic not in base64.b64decode(sealed.removeprefix(PREFIX))
+        for stranger in (OPEN, trust(NEW)):
+            for address in (sealed, sealed.removeprefix(PREFIX), PREFIX + told, told):
+                guess = msgspec.structs.replace(segment, addresses={kind: address})
+                assert None not in await both_ways(kind, stranger, guess)
+        assert memory.view == b"\x5a" * SIZE
+
+
+@pytest.mark.parametrize("kind", [UCX, NIXL])
+async def test_an_address_that_was_opened_once_serves_whoever_has_it(kind):
+    """As SECURITY.md says: the libraries ask nobody."""
+    async with served(kind, trust(OLD)) as (segment, memory):
+        opened = open_address(trust(OLD), kind, segment)
+        leaked = msgspec.structs.replace(segment, addresses={kind: opened})
+        assert await both_ways(kind, OPEN, leaked) == [None, None]
+        assert not any(memory.view)
+
+
+@pytest.mark.parametrize("kind", [UCX, NIXL])
+async def test_one_segments_address_is_not_taken_for_anothers(kind):
+    async with served(kind, trust(OLD)) as (segment, memory):
+        other = msgspec.structs.replace(segment, id="guarded.2")
+        for error in await both_ways(kind, trust(OLD), other):
+            assert isinstance(error, TransferProofError) and "does not open" in error.message
+        assert memory.view == b"\x5a" * SIZE
 
 
 def connect(segment: Segment) -> socket.socket:

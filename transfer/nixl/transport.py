@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from kvcore.config.schema import TransportConfig
 from kvcore.errors import TransferError
+from kvcore.trust.opening import OPEN, ClusterTrust
 from kvcore.types import Segment
 from transfer.base import TransferOp
 from transfer.fragments import Fragment
@@ -25,7 +26,7 @@ class NixlTransfer:
 
     kind = "nixl"
 
-    def __init__(self, config: TransportConfig, limits: NixlLimits = NixlLimits()) -> None:
+    def __init__(self, config: TransportConfig, limits: NixlLimits = NixlLimits(), trust: ClusterTrust = OPEN) -> None:
         library, plan, _ = open_nixl(config, "initiator", None)
         self._worker = worker = NixlWorker(library, plan, "kvferry-nixl", limits)
         worker.start()
@@ -37,6 +38,7 @@ class NixlTransfer:
             split=_one_batch,
             make=NixlBatch,
             limits=limits.handover,
+            trust=trust,
         )
 
     def __repr__(self) -> str:

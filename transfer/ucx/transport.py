@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from kvcore.config.schema import TransportConfig
 from kvcore.errors import ConfigError, TransferError
 from kvcore.telemetry import log_fields
+from kvcore.trust.opening import OPEN, ClusterTrust
 from kvcore.types import Segment
 from transfer.base import TransferOp
 from transfer.blocking import ended
@@ -39,7 +40,7 @@ class UcxTransfer:
 
     kind = "ucx"
 
-    def __init__(self, config: TransportConfig, limits: UcxLimits = UcxLimits()) -> None:
+    def __init__(self, config: TransportConfig, limits: UcxLimits = UcxLimits(), trust: ClusterTrust = OPEN) -> None:
         self._worker = worker = _open(config, "kvferry-ucx", None, limits)
         worker.start()
         version = worker.library.version[:2]
@@ -53,6 +54,7 @@ class UcxTransfer:
             make=UcxBatch,
             move_now=self._move_now,
             limits=limits.handover,
+            trust=trust,
         )
 
     def __repr__(self) -> str:

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import random
+import secrets
 import signal
 import subprocess
 import sys
@@ -13,10 +14,14 @@ from support.process_tree import children
 from support.transfer_rigs import transport_config
 from support.ucx import needs_ucx
 
-from kvcore.errors import ConfigError
+from kvcore.clock import SystemClock
+from kvcore.errors import ConfigError, TransferProofError
+from kvcore.trust.opening import ClusterTrust
+from kvcore.trust.secrets import Secrets
 from kvcore.types import Segment
 from transfer.base import TransferOp
 from transfer.host_process import ProcessSegmentHost
+from transfer.limits import HostProcessLimits, TransferLimits
 from transfer.memory.segment import SegmentMemory, host_identity
 from transfer.select import SegmentHosts, build_transfer, start_segment_hosts
 
@@ -62,6 +67,48 @@ async def test_a_killed_process_is_started_again_and_the_segment_keeps_what_lies
         await engine.aclose()
         await hosts.aclose()
     assert children(os.getpid()) == []
+
+
+async def test_an_address_is_sealed_anew_for_a_changed_secret_and_connections_stand() -> None:
+    old, new = secrets.token_bytes(32), secrets.token_bytes(32)
+    now = [(old,)]
+    holder = ClusterTrust("here", Secrets((old,), reread=lambda: now[-1], clock=SystemClock(), look_s=0))
+    both = ClusterTrust("here", Secrets((new, old)))
+    resealed, restarted = asyncio.Event(), asyncio.Event()
+    limits = TransferLimits(host_process=HostProcessLimits(reseal_s=0.01))
+    with SegmentMemory.create("n.1", SIZE) as memory:
+        hosts = await start_segment_hosts(
+            transport_config("ucx"),
+            memory,
+            host="127.0.0.1",
+            on_change=restarted.set,
+            on_reseal=resealed.set,
+            limits=limits,
+            trust=holder,
+        )
+        engine = build_transfer(transport_config("ucx"), host_identity(), trust=both)
+        first = segment_of(memory, hosts)
+        assert first.addresses == segment_of(memory, hosts).addresses and not resealed.is_set()
+        assert await engine.write([TransferOp(first, 0, [memoryview(b"kept")])], 10) == [None]
+        serving = children(os.getpid())
+        for secrets_now in ((new, old), (new,)):
+            before = segment_of(memory, hosts)
+            now.append(secrets_now)
+            async with asyncio.timeout(20):
+                await resealed.wait()
+            resealed.clear()
+            after, back = segment_of(memory, hosts), bytearray(4)
+            assert after.addresses["ucx"] != before.addresses["ucx"]
+            assert await engine.read([TransferOp(after, 0, [memoryview(back)])], 10) == [None]
+            assert back == b"kept" and "endpoints=1" in repr(engine)
+        late = build_transfer(transport_config("ucx"), host_identity(), trust=ClusterTrust("here", Secrets((old,))))
+        for segment, error in ((before, None), (after, TransferProofError)):
+            (got,) = await late.read([TransferOp(segment, 0, [memoryview(bytearray(4))])], 10)
+            assert got is None if error is None else isinstance(got, error)
+        assert children(os.getpid()) == serving and not restarted.is_set()
+        await late.aclose()
+        await engine.aclose()
+        await hosts.aclose()
 
 
 CONNECT = """

@@ -5,7 +5,9 @@ import os
 import re
 import threading
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
+import msgspec
 import pytest
 from support.transfer_rigs import SIZE_BYTES, Rig, transport_config
 from support.ucx import needs_ucx
@@ -49,6 +51,17 @@ async def test_a_foreign_segment_at_the_address_is_never_written(rig: Rig) -> No
     (error,) = await rig.engine.write([TransferOp(segment, 0, [memoryview(b"wild")])], 5)
     assert isinstance(error, SegmentUnknownError)
     assert rig.memory.view[:4] == bytes(4)
+
+
+async def test_over_tcp_the_place_in_memory_is_all_that_keeps_a_segment_from_others(rig: Rig) -> None:
+    """As SECURITY.md says: another segment's remote key does as well."""
+    found = parse_descriptor(rig.segment.addresses["ucx"])
+    async with Rig("ucx", 4096) as other:
+        rkey = parse_descriptor(other.segment.addresses["ucx"]).rkey
+    address = pack_descriptor(replace(found, rkey=rkey))
+    segment = msgspec.structs.replace(rig.segment, addresses={"ucx": address})
+    assert await rig.engine.write([TransferOp(segment, 0, [memoryview(b"came")])], 5) == [None]
+    assert rig.memory.view[:4] == b"came"
 
 
 async def test_registered_memory_is_used_and_a_closed_transport_registers_none() -> None:
