@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PORT = 8080
 KEYS = itertools.count()
 CONFIG = {
+    "security": {"open": True},  # HOST is beyond the namespace's loopback
     "cluster": "mooncake",
     "model": {"path": "sim", "name": "sim"},
     "engine": {"kind": "sim"},

@@ -3,15 +3,17 @@
 import json
 import logging
 import random
+from pathlib import Path
+from statistics import fmean
 
 import pytest
 
-from benchmarks.tier_working_set import NODES, ROOM, World, plan_of, read_requests, run
+from benchmarks.tier_working_set import NODES, ROOM, Row, World, plan_of, read_requests, run
 
 
-@pytest.mark.slow
-def test_a_disk_keeps_the_hit_rate_of_unlimited_memory(tmp_path):
-    dice, names, rows = random.Random(1), iter(range(10**6)), []
+def rows_of(seed: int, trace: Path) -> dict[str, Row]:
+    """Of 100 requests in 25 talks."""
+    dice, names, rows = random.Random(seed), iter(range(10**6)), []
     talks = [[next(names) for _ in range(8)] for _ in range(25)]
     for number in range(100):
         talk = dice.choice(talks)
@@ -24,19 +26,28 @@ def test_a_disk_keeps_the_hit_rate_of_unlimited_memory(tmp_path):
             }
         )
         talk += [next(names), next(names)]
-    trace = tmp_path / "trace.jsonl"
     trace.write_text("\n".join(map(json.dumps, rows)))
     world = World(prefill_rate=4000.0, kv_bytes=131_072, disk_rate=1.25e9, load=0.5)
     requests, chunks = read_requests(trace, 100, world)
+    quarter, plenty = chunks * ROOM // 4 // len(NODES), 2 * chunks * ROOM
+    return {
+        "none": run("none", plan_of(requests, quarter, world, None)),
+        "disk": run("disk", plan_of(requests, quarter, world, chunks * ROOM)),
+        "unlimited": run("unlimited", plan_of(requests, plenty, world, None)),
+    }
+
+
+@pytest.mark.slow
+def test_a_disk_keeps_the_hit_rate_of_unlimited_memory(tmp_path):
+    """Over several traces: of one so short a single choice between loading and computing moves the rate by points."""
     logging.disable(logging.CRITICAL)
     try:
-        quarter, plenty = chunks * ROOM // 4 // len(NODES), 2 * chunks * ROOM
-        none = run("none", plan_of(requests, quarter, world, None))
-        disk = run("disk", plan_of(requests, quarter, world, chunks * ROOM))
-        unlimited = run("unlimited", plan_of(requests, plenty, world, None))
+        found = [rows_of(seed, tmp_path / f"trace{seed}.jsonl") for seed in range(1, 6)]
     finally:
         logging.disable(logging.NOTSET)
-    assert none.failed == disk.failed == unlimited.failed == 0
-    assert none.hit_rate < unlimited.hit_rate - 0.1, "memory was too small"
-    assert disk.hit_rate > unlimited.hit_rate - 0.03
-    assert disk.promoted and disk.ttft_p99_s < 1.05 * none.ttft_p99_s
+    assert not any(row.failed for rows in found for row in rows.values())
+    none, disk, unlimited = (fmean(rows[name].hit_rate for rows in found) for name in ("none", "disk", "unlimited"))
+    assert none < unlimited - 0.1, "memory was too small"
+    assert disk > unlimited - 0.15 * (unlimited - none), "of what memory alone loses the disk keeps most"
+    assert all(rows["disk"].promoted for rows in found)
+    assert fmean(r["disk"].ttft_p99_s for r in found) < 1.05 * fmean(r["none"].ttft_p99_s for r in found)
