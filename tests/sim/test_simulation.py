@@ -18,7 +18,7 @@ from metadata_server.index.state import MetadataState
 from router.requests import legs as router_legs
 
 BLOCKS, PER_BLOCK = 10, 20
-QUICK_BLOCKS = 3
+QUICK_BLOCKS = 2
 """Of BLOCKS: those of `make check`. The others are slow."""
 ROOT = Path(__file__).resolve().parents[2]
 
