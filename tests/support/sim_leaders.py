@@ -5,7 +5,7 @@ Election, terms, core and clients are production code; clocks of the servers run
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import TypeVar
 
@@ -152,17 +152,25 @@ class SimServer:
         return reply
 
 
-class _Transport:
-    def __init__(self, world: "SimLeaders", source: SimProcess, url: str) -> None:
-        self._world = world
-        self._source = source
-        self._name = url.removeprefix("http://").partition(":")[0]
+class ServerTransport:
+    """`MetadataTransport` to the server at `url`, one of `servers`. Calls of paths in `repeatable` may come twice."""
+
+    def __init__(
+        self, servers: Mapping[str, SimServer], source: SimProcess, url: str, repeatable: frozenset[str] = frozenset()
+    ) -> None:
+        self._server = servers[url.removeprefix("http://").partition(":")[0]]
+        self._source, self._repeatable = source, repeatable
 
     async def call(self, path: str, body: bytes, timeout_s: float) -> bytes:
-        server = self._world.servers[self._name]
+        """See MetadataTransport."""
+        server = self._server
         try:
-            return await self._world.network.call(
-                self._source, self._name, lambda _: server.answer(path, body), timeout_s=timeout_s, repeatable=False
+            return await server.network.call(
+                self._source,
+                server.name,
+                lambda _: server.answer(path, body),
+                timeout_s=timeout_s,
+                repeatable=path in self._repeatable,
             )
         except NetworkError as error:
             raise MetadataUnavailableError(str(error)) from error
@@ -255,7 +263,7 @@ class SimLeaders:
     async def _live(self, process: SimProcess, at: int) -> None:
         """A node: registers where it is not known, reserves, pins."""
         name, urls = process.name, [server_url(server) for server in SERVERS]
-        transport = FollowingTransport(urls, lambda url: _Transport(self, process, url))
+        transport = FollowingTransport(urls, lambda url: ServerTransport(self.servers, process, url))
         client = MetadataClient(transport, self.clock, 0.5)
         for number in range(at, 1 << 30, 3):
             await asyncio.sleep(self.dice.uniform(0.05, 0.3))

@@ -7,8 +7,9 @@ from the records or from everybody.
 import random
 from collections.abc import AsyncGenerator
 from dataclasses import replace
+from functools import partial
 
-from support.sim_leaders import LEASE_S, SERVERS, SimServer, server_url, wrong_grants
+from support.sim_leaders import LEASE_S, SERVERS, ServerTransport, SimServer, server_url, wrong_grants
 from support.sim_loop import LoopClock
 from support.sim_moves import ROOM
 from support.sim_network import NetworkError, SimNetwork, SimProcess, Trace
@@ -19,7 +20,7 @@ from support.sim_ways import SILENCE_S
 from kvcore.config.fields import ByteSize
 from kvcore.config.records import EtcdRecordsConfig
 from kvcore.config.schema import ClusterConfig, MetadataServerConfig, ModelConfig, NodeConfig
-from kvcore.errors import KVFerryError, MetadataProtocolError, MetadataUnavailableError, NotLeaderError
+from kvcore.errors import KVFerryError, MetadataUnavailableError, NotLeaderError
 from kvcore.types import Role
 from metadata_server.client import MetadataClient
 from metadata_server.core import MetadataCore
@@ -128,7 +129,9 @@ class SimPair(SimMetadata):
 
     def connect(self, process: SimProcess) -> MetadataClient:
         """Follows whoever leads."""
-        way = FollowingTransport([server_url(name) for name in SERVERS], lambda url: _Way(self, process, url))
+        urls = [server_url(name) for name in SERVERS]
+        to = partial(ServerTransport, self.servers, process, repeatable=_REPEATABLE)
+        way = FollowingTransport(urls, to)
         return MetadataClient(way, self.clock, CALL_S)
 
     def subscribe(self, process: SimProcess, sink_of: SinkOf) -> Subscription:
@@ -184,34 +187,6 @@ class SimPair(SimMetadata):
     def _leader(self) -> str:
         leads = [name for name, server in self.servers.items() if server.process.alive and server.election.leads]
         return (leads or list(SERVERS))[0]
-
-
-class _Way:
-    """`MetadataTransport` to one of them."""
-
-    def __init__(self, pair: SimPair, source: SimProcess, url: str) -> None:
-        self._pair, self._source = pair, source
-        self._name = url.removeprefix("http://").partition(":")[0]
-
-    async def call(self, path: str, body: bytes, timeout_s: float) -> bytes:
-        server = self._pair.servers[self._name]
-        try:
-            return await self._pair.network.call(
-                self._source,
-                self._name,
-                lambda _: server.answer(path, body),
-                timeout_s=timeout_s,
-                repeatable=path in _REPEATABLE,
-            )
-        except NetworkError as error:
-            raise MetadataUnavailableError(str(error)) from error
-        except (MetadataProtocolError, NotLeaderError):
-            raise
-        except KVFerryError as error:
-            raise MetadataUnavailableError(error.message) from error
-
-    async def aclose(self) -> None:
-        """Nothing is held."""
 
 
 class _Events:
