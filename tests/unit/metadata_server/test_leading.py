@@ -6,14 +6,12 @@ from contextlib import asynccontextmanager
 
 import msgspec
 import pytest
-import yaml
 from support.metadata_rigs import DirectTransport, end, until
 from support.metadata_words import key, keys, new_state, registration, reservation
 from support.records_rigs import running
+from support.server_files import config_with
 
 from kvcore.clock import ManualClock, SystemClock, WakefulClock
-from kvcore.config.file import load_config
-from kvcore.config.schema import ClusterConfig
 from kvcore.config.servers import as_server_at
 from kvcore.errors import ConfigError, MetadataUnavailableError, NotLeaderError, RecordsUnavailableError
 from kvferry.launch.processes import ProcessKind, plan_processes
@@ -357,19 +355,6 @@ def test_the_clock_of_leases_goes_on():
 
 
 # --- what a cluster file says of them ------------------------------------------------------------------------------
-
-
-def config_with(tmp_path, **server: object) -> ClusterConfig:
-    file = tmp_path / "cluster.yaml"
-    whole = {
-        "cluster": "c",
-        "model": {"path": "sim", "name": "sim"},
-        "engine": {"kind": "sim"},
-        "nodes": {"d": {"role": "decoder", "port": 8711, "segment": "16MiB"}},
-        "metadata_server": server,
-    }
-    file.write_text(yaml.safe_dump(whole))
-    return load_config(file)
 
 
 ETCD = {"kind": "etcd", "endpoints": ["http://127.0.0.1:2379"]}

@@ -2,12 +2,10 @@
 
 import asyncio
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-import yaml
 from support.metadata_rigs import end
 from support.metadata_words import (
     FIRST_GENERATION,
@@ -24,10 +22,9 @@ from support.metadata_words import (
     reservation,
     segment,
 )
+from support.server_files import config_with
 
 from kvcore.clock import SystemClock
-from kvcore.config.file import load_config
-from kvcore.config.schema import ClusterConfig
 from kvcore.config.servers import as_server_at, own_part
 from kvcore.errors import ConfigError, MetadataProtocolError, NodeRefusedError
 from kvcore.partitions import Part, Partitions
@@ -199,19 +196,6 @@ async def test_an_index_of_one_server_writes_no_record(records):
 
 ETCD = {"kind": "etcd", "endpoints": ["http://127.0.0.1:2379"]}
 TWO = [{"name": "a", "port": 8701, "standbys": ["127.0.0.1:8703"]}, {"name": "b", "port": 8702}]
-
-
-def config_with(folder: Path, **server: Any) -> ClusterConfig:
-    file = folder / "c.yaml"
-    whole = {
-        "cluster": "c",
-        "model": {"path": "sim", "name": "sim"},
-        "engine": {"kind": "sim"},
-        "nodes": {"d": {"role": "decoder", "port": 8711, "segment": "16MiB"}},
-        "metadata_server": server,
-    }
-    file.write_text(yaml.safe_dump(whole))
-    return load_config(file)
 
 
 def test_each_server_of_each_partition_is_started_and_knows_which_it_is(tmp_path):
