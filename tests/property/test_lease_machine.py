@@ -9,9 +9,9 @@ else.
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from support.machines import machine_settings
 from support.metadata_words import UNIT, granted, ids, key, keys, new_state, registration, reservation
 
 from kvcore.types import ReplicaRef
@@ -354,17 +354,7 @@ class ManyLeasesMachine(LeaseMachine):
     """The same for longer."""
 
 
-def _settings(max_examples: int) -> settings:
-    return settings(
-        max_examples=max_examples,
-        stateful_step_count=40,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-        print_blob=True,
-    )
-
-
 TestLeaseMachine = LeaseMachine.TestCase
-TestLeaseMachine.settings = _settings(12)
+TestLeaseMachine.settings = machine_settings(12)
 TestManyLeasesMachine = pytest.mark.slow(ManyLeasesMachine.TestCase)
-TestManyLeasesMachine.settings = _settings(150)
+TestManyLeasesMachine.settings = machine_settings(150)

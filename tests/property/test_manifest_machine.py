@@ -5,9 +5,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from itertools import count
 
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from support.machines import machine_settings
 from support.metadata_words import granted, ids, in_pieces, new_state, piece, registration, reservation
 
 from kvcore.types import ChunkKey
@@ -172,6 +172,4 @@ class ImportMachine(RuleBasedStateMachine):
 
 
 TestImportMachine = ImportMachine.TestCase
-TestImportMachine.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
-)
+TestImportMachine.settings = machine_settings(60)

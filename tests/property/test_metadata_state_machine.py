@@ -1,9 +1,9 @@
 """The metadata state against a simple model, in random order, with every invariant checked after each step."""
 
 import msgspec
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from support.machines import machine_settings
 from support.metadata_words import UNIT, granted, ids, key, keys, new_state, registration, reservation
 
 from kvcore.errors import NodeRefusedError
@@ -407,9 +407,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         assert self.space.free == len(self.free) * UNIT
 
 
-_SETTINGS = settings(
-    max_examples=80, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
-)
+_SETTINGS = machine_settings(80)
 TestMetadataMachine = MetadataMachine.TestCase
 TestMetadataMachine.settings = _SETTINGS
 TestAllocatorMachine = AllocatorMachine.TestCase

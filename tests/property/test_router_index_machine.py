@@ -12,9 +12,9 @@ from unittest.mock import patch
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from support.machines import machine_settings
 from support.metadata_rigs import end
 from support.metadata_words import granted, ids, key, keys, new_state, registration, reservation
 from support.router_fakes import cluster_config
@@ -273,17 +273,7 @@ class LongRouterIndexMachine(RouterIndexMachine):
     """The same for longer."""
 
 
-def _settings(max_examples: int) -> settings:
-    return settings(
-        max_examples=max_examples,
-        stateful_step_count=40,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-        print_blob=True,
-    )
-
-
 TestRouterIndexMachine = RouterIndexMachine.TestCase
-TestRouterIndexMachine.settings = _settings(6)
+TestRouterIndexMachine.settings = machine_settings(6)
 TestLongRouterIndexMachine = pytest.mark.slow(LongRouterIndexMachine.TestCase)
-TestLongRouterIndexMachine.settings = _settings(120)
+TestLongRouterIndexMachine.settings = machine_settings(120)
