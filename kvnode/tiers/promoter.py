@@ -6,7 +6,8 @@ computed. No byte is written while `work` is paused.
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -111,21 +112,24 @@ class TierPromoter:
     ) -> int:
         """Bring these from `tier`, as far as they are nowhere yet and there is room; how many came. Of no one prompt:
         for a warm-up. Chunks that are shorter than `shape` says stay where they are. `owner`: whose they all are."""
-        wanted = [name for name in names if name.key not in self._under_way]
-        plan = LoadPlan(wanted, [[tier]] * len(wanted), one_prompt=False, owner=owner)
-        end = self._clock.now() + self._timeouts[tier.name]
-        return sum(one.num_chunks for one in await self.work.run(self._warm(plan, shape, end)) or [])
+        return sum(one.num_chunks for one in await self.work.run(self._warm(tier, names, shape, owner)) or [])
 
     async def aclose(self) -> None:
         """End what is under way. Idempotent."""
         await self.work.aclose()
 
-    async def _warm(self, plan: LoadPlan, shape: ChunkShape, end: float) -> list[Promoted]:
-        return (await self.loader.load(plan, shape.num_bytes, end)).promoted
+    async def _warm(
+        self, tier: GuardedTier, names: Sequence[ChunkName], shape: ChunkShape, owner: OwnerTag | None
+    ) -> list[Promoted]:
+        wanted = [name for name in names if name.key not in self._under_way]
+        plan = LoadPlan(wanted, [[tier]] * len(wanted), one_prompt=False, owner=owner)
+        end = self._clock.now() + self._timeouts[tier.name]
+        with self._told_under_way(plan):
+            return (await self.loader.load(plan, shape.num_bytes, end)).promoted
 
     async def _promote(self, asked: _Asked) -> list[Promoted]:
         # Four cases of the first chunk that is complete nowhere:
-        # 1. it is on its way here already, for another prompt: wait for it, and look again;
+        # 1. it is on its way here already, for another prompt or a warm-up: wait for it, and look again;
         # 2. a tier of this node has it: load it, and all behind it that tiers have;
         # 3. another node's disk has it: have that node promote it into its segment, and look again;
         # 4. nobody has it: it is computed, and so is all behind it.
@@ -183,11 +187,18 @@ class TierPromoter:
     async def _load(self, plan: LoadPlan, asked: _Asked) -> Loaded:
         if not self._chosen(plan, asked):
             return Loaded()
+        with self._told_under_way(plan):
+            return await self.loader.load(plan, asked.shape.num_bytes, asked.end)
+
+    @contextmanager
+    def _told_under_way(self, plan: LoadPlan) -> Iterator[None]:
+        """Who asks for these chunks inside of the context waits for its end: room that is reserved for them is given to
+        nobody else, so a second load would bring nothing."""
         loop = asyncio.get_running_loop()
         for name in plan.names:
             self._under_way[name.key] = loop.create_future()
         try:
-            return await self.loader.load(plan, asked.shape.num_bytes, asked.end)
+            yield
         finally:
             for name in plan.names:
                 if not (waiting := self._under_way.pop(name.key)).done():

@@ -130,6 +130,32 @@ def test_a_warm_up_goes_on_behind_what_is_short_or_damaged():
     run_sim(main)
 
 
+def test_a_prompt_that_comes_while_its_chunks_are_warmed_up_waits_for_them_and_finds_them():
+    async def main():
+        world = TierWorld()
+        tier = shared_tier(world.world.clock)
+        put_into(tier, KEYS)
+        whole, calls = tier.load, list[int]()
+
+        async def slow(chunks, *, timeout_s):
+            calls.append(len(chunks))
+            await asyncio.sleep(1)
+            return await whole(chunks, timeout_s=timeout_s)
+
+        tier.load = slow
+        async with world.node("a", [tier]) as a:
+            (guard,) = a.tiers.tiers
+            promoter = a.tiers.promoter
+            wanted = [ChunkName(SPEC.fingerprint, one) for one in KEYS]
+            warming = asyncio.create_task(promoter.promote_names(guard, wanted[:8], SHAPE, None))
+            await asyncio.sleep(0.5)
+            promoted = await promoter.promote(KEYS, SHAPE, timeout_s=5)
+            assert await warming == 8 and [one.num_chunks for one in promoted] == [4]
+            assert await a.cached(KEYS) == 12 and calls == [8, 4]
+
+    run_sim(main)
+
+
 def test_a_prompts_rest_is_not_saved():
     async def main():
         world = TierWorld()
