@@ -124,7 +124,7 @@ async def test_kv_that_went_through_int8_is_found_again_and_is_no_kv_of_an_exact
     for number, codec in enumerate(["int8", "int8", "none"]):
         folder = tmp_path / str(number)
         folder.mkdir()
-        tiers = [f"tiers.disk={{path: {tmp_path}/disk, size: 32MiB, codec: {codec}}}"]
+        tiers = [f"tiers.disk={{path: {tmp_path}/disk, size: 32MiB, codec: {codec}}}", "tiers.wait_s=60"]
         async with cluster(folder, engine="torch", model=model, prefillers=0, decoders=1, overrides=tiers) as subject:
             _, cached = await ask_all(subject, prompts)
             cached_tokens.append(cached)

@@ -445,7 +445,7 @@ async def make_rig(
     )
 
 
-async def until(condition: Callable[[], bool], limit_s: float = 5.0) -> None:
+async def until(condition: Callable[[], bool], limit_s: float = 30.0) -> None:
     """Give the loop turns until `condition` holds; TimeoutError after `limit_s`."""
     async with asyncio.timeout(limit_s):
         while not condition():  # noqa: ASYNC110 - the conditions are plain attributes of fakes

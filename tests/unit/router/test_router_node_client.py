@@ -12,6 +12,7 @@ from kvcore.types import Role
 from nodeapi.client import HttpNodeClient
 from nodeapi.messages import GenerateRequest, PrefillRequest, SamplingParams, TokenDelta
 
+CALL_S = 20.0
 PREFILL = PrefillRequest(request_id="a", prompt_token_ids=[1, 2, 3], deadline_s=5)
 GENERATE = GenerateRequest(
     request_id="b", prompt_token_ids=[1, 2, 3], sampling=SamplingParams(max_tokens=4), deadline_s=5
@@ -20,11 +21,11 @@ GENERATE = GenerateRequest(
 
 @pytest.fixture
 async def client() -> HttpNodeClient:
-    return HttpNodeClient(connect_timeout_s=10, max_connections=10)
+    return HttpNodeClient(connect_timeout_s=CALL_S, max_connections=10)
 
 
 async def read(client: HttpNodeClient, url: str) -> list[TokenDelta]:
-    return [delta async for delta in client.generate(url, GENERATE, timeout_s=2)]
+    return [delta async for delta in client.generate(url, GENERATE, timeout_s=CALL_S)]
 
 
 def app_that(answers: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.Application:
@@ -65,7 +66,7 @@ async def test_refusals_become_errors_of_ours(
 
     async with serve(app_that(answers)) as url:
         with pytest.raises(kind):
-            await client.prefill(url, PREFILL, timeout_s=2)
+            await client.prefill(url, PREFILL, timeout_s=CALL_S)
     await client.aclose()
 
 
@@ -75,10 +76,10 @@ async def test_nobody_there_and_nothing_said(client: HttpNodeClient) -> None:
         raise AssertionError
 
     with pytest.raises(NodeUnavailableError):
-        await client.prefill("http://127.0.0.1:1", PREFILL, timeout_s=2)
+        await client.prefill("http://127.0.0.1:1", PREFILL, timeout_s=CALL_S)
     async with serve(app_that(answers)) as url:
         with pytest.raises(DeadlineExceededError):
-            await client.prefill(url, PREFILL, timeout_s=0.05)
+            await client.prefill(url, PREFILL, timeout_s=0.5)
     await client.aclose()
 
 
@@ -93,7 +94,7 @@ async def test_a_node_that_dies_in_the_middle_is_unavailable(client: HttpNodeCli
 async def test_closing_a_stream_early_reaches_the_node(client: HttpNodeClient) -> None:
     node = FakeNode("d0", Role.DECODER, generate_gate=asyncio.Event())
     async with serve(node_app(node)) as url:
-        stream = client.generate(url, GENERATE, timeout_s=5)
+        stream = client.generate(url, GENERATE, timeout_s=CALL_S)
         reading = asyncio.ensure_future(anext(stream))
         await until(lambda: node.running == 1)
         reading.cancel()
@@ -105,12 +106,12 @@ async def test_closing_a_stream_early_reaches_the_node(client: HttpNodeClient) -
 async def test_every_call_arrives_and_its_answer_comes_back(client: HttpNodeClient) -> None:
     node = FakeNode("d0", Role.DECODER)
     async with serve(node_app(node)) as url:
-        assert (await client.prefill(url, PREFILL, timeout_s=2)).request_id == "a"
+        assert (await client.prefill(url, PREFILL, timeout_s=CALL_S)).request_id == "a"
         tokens = [token for delta in await read(client, url) for token in delta.token_ids]
         assert tokens == expected([1, 2, 3], 4)
-        assert (await client.info(url, timeout_s=2)).node.id == "d0"
-        await client.end_handoff(url, "b", timeout_s=2)
-        await client.abort(url, "b", timeout_s=2)
+        assert (await client.info(url, timeout_s=CALL_S)).node.id == "d0"
+        await client.end_handoff(url, "b", timeout_s=CALL_S)
+        await client.abort(url, "b", timeout_s=CALL_S)
         assert (node.handoffs_ended, node.aborted) == (["b"], ["b"])
     await client.aclose()
 
@@ -118,6 +119,6 @@ async def test_every_call_arrives_and_its_answer_comes_back(client: HttpNodeClie
 async def test_a_client_says_whether_it_is_connected(client: HttpNodeClient) -> None:
     assert repr(client) == "<HttpNodeClient over <HttpCalls not connected, at most 10 connections>>"
     async with serve(node_app(FakeNode("d0", Role.DECODER))) as url:
-        await client.info(url, timeout_s=2)
+        await client.info(url, timeout_s=CALL_S)
         assert "<HttpCalls connected" in repr(client)
     await client.aclose()
