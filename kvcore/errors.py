@@ -285,6 +285,12 @@ class TransferProofError(TransferProtocolError):
     code = "transfer_proof_refused"
 
 
+class TransferForgedError(TransferProofError):
+    """A frame is not what its sender sealed, or not the next one: somebody between us changed what passes."""
+
+    code = "transfer_forged"
+
+
 def error_from_code(code: str, message: str) -> KVFerryError:
     """The error of the tree whose `code` a peer sent; a code that is not known here becomes an EngineError."""
     return _by_code().get(code, EngineError)(message)

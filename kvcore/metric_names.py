@@ -109,6 +109,12 @@ NODE_ENGINE_RESTARTS = _counter("node_engine_restarts_total", "Engine processes 
 NODE_HOST_RESTARTS = _counter(
     "node_host_restarts_total", "Processes serving the segment by ucx or nixl that ended and were started again"
 )
+NODE_TRANSFER_REFUSED = _counter(
+    "node_transfer_refused_total",
+    "Connections to the node's segment that it ended, by reason: protocol, proof or forged",
+    "transport",
+    "reason",
+)
 NODE_REGISTRATIONS = _counter("node_registrations_total", "Times the node joined the metadata server")
 NODE_HEARTBEAT_FAILURES = _counter("node_heartbeat_failures_total", "Heartbeats that got no answer")
 NODE_SEGMENT_BYTES = _gauge("node_segment_bytes", "Size of the node's segment")

@@ -40,6 +40,7 @@ class NodeMetrics:
         sampled(names.NODE_LEGS, lambda: [(key, n) for key, n in (self._api.ended if self._api else {}).items()])
         sampled(names.NODE_ENGINE_RESTARTS, lambda: [((), self._restarts())])
         sampled(names.NODE_HOST_RESTARTS, lambda: [((), owner.host_restarts)])
+        sampled(names.NODE_TRANSFER_REFUSED, lambda: list(owner.refused.items()))
         sampled(names.NODE_REGISTRATIONS, lambda: [((), membership.registrations)])
         sampled(names.NODE_HEARTBEAT_FAILURES, lambda: [((), membership.heartbeat_failures)])
         sampled(names.NODE_SEGMENT_BYTES, lambda: [((), owner.segment.size_bytes)])

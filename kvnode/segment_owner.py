@@ -95,6 +95,11 @@ class SegmentOwner:
         )
 
     @property
+    def refused(self) -> dict[tuple[str, str], int]:
+        """Connections of peers that were ended, by transport and why."""
+        return {} if self._hosts is None else self._hosts.refused
+
+    @property
     def view(self) -> memoryview:
         """The segment's memory."""
         assert self._memory is not None, "the segment was not entered"

@@ -22,6 +22,8 @@ class Count(StrEnum):
     DECLINED_FULL = "declined_full"
     """Not written: no room, even after eviction."""
     WRITES_FAILED = "writes_failed"
+    FRAMES_FORGED = "frames_forged"
+    """Operations on whose way somebody changed what passed (`transport.integrity: frames`)."""
     WRITES_EXPIRED = "writes_expired"
     """Not written: the reservation had nearly run out, and a late writer would write on another chunk's place."""
     COMMITS_REFUSED = "commits_refused"

@@ -1,27 +1,43 @@
 """How far segments are, and which to leave alone for a while.
 
-Owns the pauses after failures; no I/O. Invariant: a segment that failed is tried again after its pause, which grows
-while it goes on failing, so that a dead peer costs one caller its deadline and not all.
+Owns the pauses after failures, and says of forged frames that there were some; no I/O. Invariant: a segment that failed
+is tried again after its pause, which grows while it goes on failing, so that a dead peer costs one caller its deadline
+and not all.
 """
 
+import logging
+
 from kvcore.clock import Clock
-from kvcore.errors import PeerUnreachableError, TransferError, TransferTimeoutError
+from kvcore.errors import PeerUnreachableError, TransferError, TransferForgedError, TransferTimeoutError
+from kvcore.peer_log import PeerLog
 from kvcore.types import Segment
+from kvstore.counters import Count, StoreCounters
 from kvstore.limits import StoreLimits
 from transfer.base import TransferEngine, transport_for
+
+_log = logging.getLogger("kvstore")
 
 
 class Routes:
     """`node_id`'s own segment is the nearest of all, then those of `host_id` (None: not known)."""
 
     def __init__(
-        self, transfer: TransferEngine, node_id: str, host_id: str | None, clock: Clock, limits: StoreLimits
+        self,
+        transfer: TransferEngine,
+        node_id: str,
+        host_id: str | None,
+        *,
+        clock: Clock,
+        limits: StoreLimits,
+        counters: StoreCounters,
     ) -> None:
         self._transfer = transfer
         self._node_id = node_id
         self._host_id = host_id
         self._clock = clock
         self._limits = limits
+        self._counters = counters
+        self._peer_log = PeerLog(_log, clock=clock)
         self._pauses: dict[str, tuple[float, float]] = {}
         """Segment id -> (end, length) of the pause."""
 
@@ -46,6 +62,9 @@ class Routes:
 
     def report(self, segment: Segment, error: TransferError | None) -> None:
         """What became of an operation. Only silence and refusal pause a segment: other errors cost no time."""
+        if isinstance(error, TransferForgedError):
+            self._counters.add(Count.FRAMES_FORGED)
+            self._peer_log.say(logging.WARNING, "frame_forged", "forged", segment.id, error=error.message)
         if not isinstance(error, PeerUnreachableError | TransferTimeoutError):
             self._pauses.pop(segment.id, None)
             return

@@ -67,7 +67,7 @@ class KVStore:
             background=self._background,
             limits=limits,
         )
-        routes = Routes(transfer, node_id, host_id, clock, limits)
+        routes = Routes(transfer, node_id, host_id, clock=clock, limits=limits, counters=self._counters)
         self._transfer = transfer
         self._run_blocking = run = run_blocking or asyncio.to_thread
         self._reader = ChunkReader(

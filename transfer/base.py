@@ -7,7 +7,7 @@ server lets the room of such a write rest for longer than that takes (`StoreConf
 are left alone from then on.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -99,6 +99,12 @@ class SegmentHost(Protocol):
     @property
     def address(self) -> str:
         """What goes into `Segment.addresses[kind]`; known after `start`."""
+        ...
+
+    @property
+    def refused(self) -> Mapping[str, int]:
+        """Connections that were ended, by why: `protocol` was broken, no `proof` of the cluster's secret, a frame was
+        `forged`."""
         ...
 
     async def start(self) -> None:

@@ -6,12 +6,14 @@
     PROOF      its proof -->
 
 A proof is an HMAC over both nonces, the transport, the segment and who makes it, so none fits another connection,
-segment or role. Whoever only passes these bytes on learns no key.
+segment or role. Whoever only passes these bytes on learns no key. Of the same come keys for what follows on the
+connection, one a direction: they are of this connection alone, since both ends drew a nonce for it.
 """
 
 import hmac
 import secrets as random
 from collections.abc import Callable
+from typing import NamedTuple
 
 from kvcore.errors import TransferProofError
 from kvcore.trust.keys import KEY_ID_BYTES, ClusterKey, KeyLabel
@@ -25,6 +27,13 @@ _MAX_KEYS = 8
 _Nonce = Callable[[int], bytes]
 
 
+class DirectionKeys(NamedTuple):
+    """32 bytes for each end of one connection, which it alone seals with."""
+
+    initiator: bytes
+    target: bytes
+
+
 class InitiatorGreeting:
     """One connection's, of who wants to read and write the segment. `hello`, then `answer`."""
 
@@ -36,6 +45,7 @@ class InitiatorGreeting:
         self._about = (transport, segment_id)
         self._keys = trust.secrets.accepted
         self._nonce = nonce(NONCE_BYTES)
+        self._direction_keys: DirectionKeys | None = None
 
     def hello(self) -> bytes:
         """The first message."""
@@ -49,10 +59,18 @@ class InitiatorGreeting:
         key = next((key for key in self._keys if key.id == key_id), None)
         if key is None:
             raise TransferProofError(f"the target wants a proof by secret {key_id.hex()}, which we do not know")
-        theirs, ours = _proofs(self._trust, key, _about(*self._about, self._nonce, nonce))
+        said = _about(*self._about, self._nonce, nonce)
+        theirs, ours = _proofs(self._trust, key, said)
         if not hmac.compare_digest(theirs, bytes(challenge[-PROOF_BYTES:])):
             raise TransferProofError(f"what serves segment {self._about[1]} does not know this cluster's secret")
+        self._direction_keys = _direction_keys(self._trust, key, said)
         return ours
+
+    @property
+    def direction_keys(self) -> DirectionKeys:
+        """Once `answer` has returned."""
+        assert self._direction_keys is not None, "the target has not proved anything yet"
+        return self._direction_keys
 
 
 class TargetGreeting:
@@ -65,6 +83,7 @@ class TargetGreeting:
         self._transport = transport
         self._nonce = nonce(NONCE_BYTES)
         self._wanted = b""
+        self._direction_keys: DirectionKeys | None = None
 
     def challenge(self, hello: bytes | bytearray) -> tuple[str, bytes]:
         """The segment that is asked for, and the second message. Raises TransferProofError."""
@@ -74,13 +93,21 @@ class TargetGreeting:
             shown = " and ".join(key_id.hex() for key_id in key_ids) or "none"
             known = " and ".join(key.id.hex() for key in self._secrets.accepted)
             raise TransferProofError(f"the initiator knows secret {shown}, and this node {known}")
-        ours, self._wanted = _proofs(self._trust, key, _about(self._transport, segment_id, nonce, self._nonce))
+        said = _about(self._transport, segment_id, nonce, self._nonce)
+        ours, self._wanted = _proofs(self._trust, key, said)
+        self._direction_keys = _direction_keys(self._trust, key, said)
         return segment_id, self._nonce + key.id + ours
 
     def check(self, proof: bytes | bytearray) -> None:
         """Raises TransferProofError unless the initiator has proved that it knows the secret."""
         if not self._wanted or not hmac.compare_digest(self._wanted, bytes(proof)):
             raise TransferProofError("the initiator's proof is wrong: it does not know this cluster's secret")
+
+    @property
+    def direction_keys(self) -> DirectionKeys:
+        """Once `challenge` has returned; the initiator has them if `check` passes."""
+        assert self._direction_keys is not None, "nothing was asked for yet"
+        return self._direction_keys
 
 
 def parse_hello(hello: bytes | bytearray) -> tuple[bytes, list[bytes], str]:
@@ -100,6 +127,12 @@ def _pack_hello(nonce: bytes, keys: tuple[ClusterKey, ...], segment_id: str) -> 
 
 def _about(transport: str, segment_id: str, initiators: bytes, targets: bytes) -> bytes:
     return initiators + targets + transport.encode() + b"\0" + segment_id.encode()
+
+
+def _direction_keys(trust: ClusterTrust, key: ClusterKey, said: bytes) -> DirectionKeys:
+    made_by = key.derive(KeyLabel.GREETING, trust.cluster.encode())
+    ends = (b"sealed by initiator", b"sealed by target")
+    return DirectionKeys(*(hmac.digest(made_by, end + b"\0" + said, "sha256") for end in ends))
 
 
 def _proofs(trust: ClusterTrust, key: ClusterKey, said: bytes) -> tuple[bytes, bytes]:

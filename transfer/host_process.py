@@ -80,6 +80,8 @@ class ProcessSegmentHost:
         self._child: ChildProcess | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._address = ""
+        self.refused: dict[str, int] = {}
+        """As SegmentHost.refused."""
 
     def __repr__(self) -> str:
         process = "not started" if self._child is None else f"pid={self._child.pid}"

@@ -192,6 +192,11 @@ class SegmentHosts:
         """For `Segment.addresses`, as they are now."""
         return {"shm": self._memory.shm_address, **{kind: host.address for kind, host in self._hosts.items()}}
 
+    @property
+    def refused(self) -> dict[tuple[str, str], int]:
+        """As SegmentHost.refused, by transport."""
+        return {(kind, why): count for kind, host in self._hosts.items() for why, count in dict(host.refused).items()}
+
     async def aclose(self) -> None:
         """As SegmentHost.aclose, for all of them."""
         async with asyncio.TaskGroup() as tasks:
@@ -275,6 +280,18 @@ class Transport:
     may_be_missing: bool = False
 
 
+def _seals(config: TransportConfig, trust: ClusterTrust) -> bool:
+    """Raises ConfigError where MACs of frames are wanted and there is no key for them."""
+    if config.integrity == "frames" and trust.secrets is None:
+        raise ConfigError("transport.integrity: frames needs the cluster's secret", param="transport.integrity")
+    return config.integrity == "frames"
+
+
+def _tcp(plan: EnginePlan) -> TransferEngine:
+    sealed = _seals(plan.config, plan.trust)
+    return TcpTransfer(plan.config.streams, plan.limits.tcp, plan.trust, sealed=sealed)
+
+
 def _ucx(plan: EnginePlan) -> TransferEngine:
     from transfer.ucx.transport import UcxTransfer  # needs a library, which only those who ask for it load
 
@@ -301,6 +318,7 @@ def _tcp_host(plan: HostPlan) -> SegmentHost:
         advertise_host=plan.advertise_host,
         limits=plan.limits.tcp,
         trust=plan.trust,
+        sealed=_seals(plan.config, plan.trust),
     )
 
 
@@ -318,7 +336,7 @@ def _process_host(plan: HostPlan) -> SegmentHost:
 
 _TRANSPORTS: Mapping[str, Transport] = {
     "shm": Transport(lambda plan: ShmTransfer(plan.host_id)),
-    "tcp": Transport(lambda plan: TcpTransfer(plan.config.streams, plan.limits.tcp, plan.trust), _tcp_host),
+    "tcp": Transport(_tcp, _tcp_host),
     "ucx": Transport(_ucx, _process_host, may_be_missing=True),
     "nixl": Transport(_nixl, _process_host, may_be_missing=True),
 }

@@ -67,6 +67,12 @@ def shown_groups(parts: Sequence[OpSlice], max_bytes: int) -> Iterator[list[tupl
         yield group
 
 
+def groups(views: Sequence[memoryview], max_bytes: int) -> Iterator[list[memoryview]]:
+    """The views cut into groups of `max_bytes` (the last is smaller), in order."""
+    whole = [OpSlice(0, 0, list(views), sum(view.nbytes for view in views))]
+    return ([view for view, _ in group] for group in shown_groups(whole, max_bytes))
+
+
 def _take(views: list[memoryview], num_bytes: int) -> tuple[list[memoryview], list[memoryview]]:
     """Split a list of views at a byte."""
     for position, view in enumerate(views):

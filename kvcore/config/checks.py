@@ -188,6 +188,11 @@ def _check_security(config: ClusterConfig) -> Iterator[str]:
     secret, heard = security.secret, heard_elsewhere(config)
     if secret is not None and sum(given is not None for given in (secret.file, secret.env, secret.command)) != 1:
         yield "security.secret: give one of file, env and command"
+    if config.transport.integrity == "frames":
+        if secret is None:
+            yield "transport.integrity: frames needs the cluster's secret: set security.secret"
+        if config.transport.kind not in ("auto", "tcp"):
+            yield f"transport.integrity: only tcp has frames to make MACs of, transport.kind is {config.transport.kind}"
     if config.kv.verify == "mac" and secret is None:
         yield "kv.verify: mac needs the cluster's secret: set security.secret"
     for path, tier in all_tiers(config):

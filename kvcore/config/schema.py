@@ -20,6 +20,7 @@ from kvcore.types import Role
 
 TransportKind = Literal["auto", "shm", "tcp", "ucx", "nixl"]
 FallbackKind = Literal["auto", "shm", "tcp"]
+TransportIntegrity = Literal["greeting", "frames"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -135,6 +136,9 @@ class TransportConfig(Section, frozen=True, kw_only=True):
     beside the other kinds, which would never use it."""
     ucx_library: str | None = None
     """The libucp to load, a path or a name; the system's libucp.so.0 if not given."""
+    integrity: TransportIntegrity = "greeting"
+    """What is proved over `tcp` in a cluster with a secret: who speaks when a connection is made (`greeting`), or by a
+    MAC also each frame that follows (`frames`). The same on all nodes."""
     streams: Count = 2
     """Connections to one segment at most, of `tcp` and of `ucx`; `nixl` has one."""
     timeout_s: Seconds = 30.0

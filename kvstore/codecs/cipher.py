@@ -11,11 +11,12 @@ from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import GCM
 
+from kvcore.trust.gmac import PART_BYTES
 from kvcore.trust.keys import ClusterKey, KeyLabel
 from kvstore.chunk_format import HEADER_BYTES, NONCE_BYTES, ChunkHeader, pack
 from kvstore.codecs.frame import ENCRYPTION_BYTES, FRONT_BYTES, Frame, pack_frame
 from kvstore.integrity.checks import Integrity
-from kvstore.integrity.mac import PART_BYTES, identity, owner_bytes
+from kvstore.integrity.mac import identity, owner_bytes
 
 _CHECKSUM_BYTES = 8
 _TAG_BYTES = ENCRYPTION_BYTES - _CHECKSUM_BYTES

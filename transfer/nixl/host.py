@@ -109,6 +109,8 @@ class NixlSegmentHost:
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
         self._address = ""
+        self.refused: dict[str, int] = {}
+        """As SegmentHost.refused."""
 
     def __repr__(self) -> str:
         return f"<NixlSegmentHost {self._segment_id} bytes={self._memory.nbytes} connections={self.num_connections}>"

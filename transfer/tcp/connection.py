@@ -11,43 +11,50 @@ import struct
 
 from kvcore.errors import TransferError
 from transfer.tcp import wire
+from transfer.tcp.frame_macs import PLAIN, FrameMacs
 from transfer.tcp.sockets import not_empty, recv_now
 
 
 class _PendingReply:
     """What is to arrive on a connection that the loop watches: `wanted`, and then its payload into `views`."""
 
-    __slots__ = ("_header", "_raw", "_rest", "_text", "_views", "_wanted", "future")
+    __slots__ = ("_header", "_macs", "_raw", "_rest", "_tag", "_views", "_wanted", "future")
 
-    def __init__(self, wanted: wire.Header, views: list[memoryview], future: "asyncio.Future[None]") -> None:
+    def __init__(
+        self, wanted: wire.Header, views: list[memoryview], future: "asyncio.Future[None]", macs: FrameMacs
+    ) -> None:
         self.future = future
         self._wanted = wanted
         self._views = views
+        self._macs = macs
         self._raw = bytearray(wire.HEADER_BYTES)
-        self._rest = [memoryview(self._raw)]
+        self._tag = bytearray(macs.tag_bytes)
+        self._rest = not_empty([self._raw, self._tag])
         self._header: wire.Header | None = None
-        self._text = bytearray()
 
     def receive(self, sock: socket.socket) -> bool:
         """Receive what is there; whether that was all. Raises OSError, or TransferError for another reply.
 
         `_rest` is what is still to be filled: first the header; then, told by the header, the payload or an error's
-        text. Each time that it is full, the next begins at once: it may have come in the same packet.
+        text; either with its MAC. Each time that it is full, the next begins at once: it may have come in the same
+        packet.
         """
         if not recv_now(sock, self._rest):
             return False
         if self._header is None:  # the header is complete
+            self._macs.check([self._raw], self._tag)
             self._header = header = wire.parse_header(self._raw)
             if header.kind is wire.FrameKind.ERROR:
-                self._text = bytearray(wire.error_text_bytes(header))
-                self._rest = not_empty([self._text])
+                self._views = [memoryview(bytearray(wire.error_text_bytes(header)))]
             else:
                 wire.check_reply(header, self._wanted)
-                self._rest = self._views
+            self._rest = not_empty([*self._views, self._tag] if header.payload_bytes else [])
             if not recv_now(sock, self._rest):
                 return False
+        if self._header.payload_bytes:
+            self._macs.check(self._views, self._tag)
         if self._header.kind is wire.FrameKind.ERROR:
-            raise wire.parse_error(self._header, self._text)
+            raise wire.parse_error(self._header, bytes(self._views[0]))
         return True
 
 
@@ -57,12 +64,14 @@ class Connection:
     Between exchanges the loop may go on watching: closing by the peer is then noticed at once (`usable`).
     """
 
-    __slots__ = ("_broken", "_loop", "_reply", "greeted", "request_ids", "sock")
+    __slots__ = ("_broken", "_loop", "_reply", "greeted", "macs", "request_ids", "sock")
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.greeted = False
         """The peer has said that it holds the segment."""
+        self.macs = PLAIN
+        """Of its frames, since the greeting."""
         self.request_ids = itertools.count(1)
         self._loop: asyncio.AbstractEventLoop | None = None
         """That which watches it."""
@@ -99,7 +108,7 @@ class Connection:
             self._loop = asyncio.get_running_loop()
             self._loop.add_reader(self.sock, self._readable)
         future = self._loop.create_future()
-        self._reply = _PendingReply(wanted, views, future)
+        self._reply = _PendingReply(wanted, views, future, self.macs)
         return future
 
     def unwatch(self) -> None:

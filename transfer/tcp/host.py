@@ -10,19 +10,26 @@ import socket
 import threading
 from collections import Counter
 
-from kvcore.errors import ConfigError, SegmentUnknownError, TransferError, TransferProofError, TransferProtocolError
+from kvcore.errors import (
+    ConfigError,
+    SegmentUnknownError,
+    TransferError,
+    TransferProofError,
+    TransferProtocolError,
+)
 from kvcore.peer_log import PeerLog
 from kvcore.telemetry import log_fields
 from kvcore.trust.opening import OPEN, ClusterTrust
 from transfer.blocking import BatchDeadline, ended
 from transfer.greeting import TargetGreeting
 from transfer.tcp import wire
+from transfer.tcp.frame_macs import PLAIN, FrameMacs
 from transfer.tcp.limits import TcpLimits
+from transfer.tcp.served_frames import receive, refusal, send, send_error, send_text
 from transfer.tcp.sockets import Inbox, join_address, limit_waits, send_views, shut_down, tune
 
 _LOG = logging.getLogger("transfer")
 _BACKLOG = 128
-_GOODBYE_BYTES = 64 << 10
 _AHEAD_BYTES = 16 << 10
 """Received with a request's header. A small write is one system call; of a large one that much is copied twice."""
 
@@ -44,7 +51,10 @@ class TcpSegmentHost:
         advertise_host: str | None = None,
         limits: TcpLimits = TcpLimits(),
         trust: ClusterTrust = OPEN,
+        sealed: bool = False,
     ) -> None:
+        """`sealed`: nobody is served whose frames have no MACs."""
+        self._sealed = sealed
         self._segment_id = segment_id
         self._memory = memory
         self._bind = (host, port)
@@ -58,6 +68,8 @@ class TcpSegmentHost:
         self._connections: dict[socket.socket, threading.Thread] = {}
         self._of_peer: Counter[str] = Counter()
         self._log = PeerLog(_LOG)
+        self.refused: Counter[str] = Counter()
+        """As SegmentHost.refused."""
         self._port = port
 
     def __repr__(self) -> str:
@@ -145,18 +157,19 @@ class TcpSegmentHost:
 
     def _serve(self, sock: socket.socket, peer: str) -> None:
         """One connection, to its end."""
+        macs = PLAIN
         try:
             tune(sock, self._limits)
             limit_waits(sock, receive_s=self._limits.message_timeout_s, send_s=self._limits.message_timeout_s)
             inbox = Inbox(sock, _AHEAD_BYTES)
-            self._greet(sock, inbox)
-            while self._serve_request(sock, inbox):
+            macs = self._greet(sock, inbox)
+            while self._serve_request(sock, inbox, macs):
                 pass
         except TransferProtocolError as error:
-            self._log.say(logging.WARNING, "transfer.peer_broke_protocol", "protocol", peer, error=error.message)
-            _send_error(sock, error, self._limits.goodbye_s)
+            self._refuse(peer, error)
+            send_error(sock, error, macs, self._limits.goodbye_s)
         except SegmentUnknownError as error:
-            _send_error(sock, error, self._limits.goodbye_s)
+            send_error(sock, error, macs, self._limits.goodbye_s)
         except (TransferError, OSError) as error:  # OSError: timeouts too
             log_fields(_LOG, logging.DEBUG, "transfer.connection_ended", error=str(error))
         finally:
@@ -164,31 +177,46 @@ class TcpSegmentHost:
                 self._forget(sock, peer)
             sock.close()
 
-    def _greet(self, sock: socket.socket, inbox: Inbox) -> None:
+    def _refuse(self, peer: str, error: TransferProtocolError) -> None:
+        reason = refusal(error)
+        with self._lock:
+            self.refused[reason] += 1
+        self._log.say(logging.WARNING, "transfer.peer_broke_protocol", reason, peer, reason=reason, error=error.message)
+
+    def _greet(self, sock: socket.socket, inbox: Inbox) -> FrameMacs:
+        """The MACs of all that follows the proof."""
         proven = self._trust.secrets is not None
         deadline = BatchDeadline(self._limits.greeting_s if proven else self._limits.message_timeout_s)
         if proven:
             limit_waits(sock, receive_s=self._limits.greeting_s, send_s=self._limits.greeting_s)
         header = wire.parse_header(inbox.take(wire.HEADER_BYTES, deadline.remaining))
+        macs = PLAIN
         if proven:
-            self._check_proof(sock, inbox, header, deadline)
+            macs = self._check_proof(sock, inbox, header, deadline)
         else:
             wire.check_text(header, wire.FrameKind.HELLO)
             self._check_segment(inbox.take(header.payload_bytes, deadline.remaining).decode(errors="replace"))
-        send_views(sock, [wire.pack_welcome(self._segment_id, self._memory.nbytes)], deadline.remaining)
+        welcome = wire.pack_welcome(self._segment_id, self._memory.nbytes)
+        send_text(sock, welcome, macs, deadline.remaining)
         limit_waits(sock, receive_s=self._limits.idle_timeout_s)
+        return macs
 
     def _check_segment(self, wanted: str) -> None:
         if wanted != self._segment_id:
             raise SegmentUnknownError(f"segment {wanted} is not here, this is {self._segment_id}")
 
-    def _check_proof(self, sock: socket.socket, inbox: Inbox, header: wire.Header, deadline: BatchDeadline) -> None:
+    def _check_proof(
+        self, sock: socket.socket, inbox: Inbox, header: wire.Header, deadline: BatchDeadline
+    ) -> FrameMacs:
         """That the initiator knows the cluster's secret. Proves nothing for another segment: a stranger at a dead
         node's address would show that proof as its own. Raises TransferProofError, SegmentUnknownError."""
         if header.kind is wire.FrameKind.HELLO:
             raise TransferProofError("this cluster has a secret, and the initiator gives no proof of it")
-        wire.check_text(header, wire.FrameKind.PROVEN_HELLO)
-        greeting = TargetGreeting(self._trust, "tcp")
+        sealed = header.kind is wire.FrameKind.SEALED_HELLO
+        if self._sealed and not sealed:
+            raise TransferProofError("this node wants MACs of frames, as its transport.integrity says")
+        wire.check_text(header, wire.FrameKind.SEALED_HELLO if sealed else wire.FrameKind.PROVEN_HELLO)
+        greeting = TargetGreeting(self._trust, wire.GREETED[header.kind])
         wanted, challenge = greeting.challenge(inbox.take(header.payload_bytes, deadline.remaining))
         self._check_segment(wanted)
         send_views(sock, [wire.pack_greeting(wire.FrameKind.CHALLENGE, challenge)], deadline.remaining)
@@ -196,8 +224,10 @@ class TcpSegmentHost:
         wire.check_text(header, wire.FrameKind.PROOF)
         greeting.check(inbox.take(header.payload_bytes, deadline.remaining))
         limit_waits(sock, send_s=self._limits.message_timeout_s)
+        keys = greeting.direction_keys
+        return FrameMacs(keys.target, keys.initiator) if sealed else PLAIN
 
-    def _serve_request(self, sock: socket.socket, inbox: Inbox) -> bool:
+    def _serve_request(self, sock: socket.socket, inbox: Inbox, macs: FrameMacs) -> bool:
         """Serve one request; False when the peer closed the connection instead of sending one.
 
         The socket's receive timeout costs a system call each time that it changes. It is the idle timeout between
@@ -213,45 +243,28 @@ class TcpSegmentHost:
         whole = inbox.num_bytes >= wire.HEADER_BYTES
         if not whole:  # case 3
             limit_waits(sock, receive_s=self._limits.message_timeout_s)
-        header = wire.parse_header(inbox.take(wire.HEADER_BYTES, deadline.remaining))
+        raw = inbox.take(wire.HEADER_BYTES, deadline.remaining)
+        header = wire.parse_header(raw)
         wire.check_request(header)
         writing = header.kind is wire.FrameKind.WRITE
-        missing = header.count * wire.ENTRY_BYTES + (header.payload_bytes if writing else 0) > inbox.num_bytes
+        head_bytes = header.count * wire.ENTRY_BYTES + macs.tag_bytes
+        missing = head_bytes + (header.payload_bytes + macs.tag_bytes if writing else 0) > inbox.num_bytes
         if missing and whole:  # case 2
             limit_waits(sock, receive_s=self._limits.message_timeout_s)
         table = inbox.take(header.count * wire.ENTRY_BYTES, deadline.remaining)
+        macs.check([raw, table], inbox.take(macs.tag_bytes, deadline.remaining))
         ranges = wire.parse_table(header, table, self._memory.nbytes)
         views = [self._memory[offset : offset + length] for offset, length in ranges]
         limits = self._limits
         whole_s = limits.message_timeout_s + header.payload_bytes / limits.slowest_bytes_per_s
         in_time = BatchDeadline(whole_s).remaining  # each of its steps has the connection's own time limit
         if writing:
-            inbox.fill(views, in_time)
-            reply = wire.Header(wire.FrameKind.WRITTEN, header.count, request_id=header.request_id)
-            send_views(sock, [wire.pack_header(reply)], in_time)
+            receive(inbox, views, macs, in_time)
+            reply = wire.pack_header(wire.Header(wire.FrameKind.WRITTEN, header.count, request_id=header.request_id))
+            send_views(sock, [reply, macs.seal([reply])], in_time)
         else:
-            reply = wire.Header(wire.FrameKind.DATA, header.count, 0, header.payload_bytes, header.request_id)
-            send_views(sock, [wire.pack_header(reply), *views], in_time)
+            data = wire.Header(wire.FrameKind.DATA, header.count, 0, header.payload_bytes, header.request_id)
+            send(sock, wire.pack_header(data), views, macs, in_time)
         if missing or not whole:
             limit_waits(sock, receive_s=self._limits.idle_timeout_s)
         return True
-
-
-def _send_error(sock: socket.socket, error: TransferError, goodbye_s: float) -> None:
-    """Tell the peer why, then read on for at most `goodbye_s`: closing with bytes unread would reset the connection
-    before the peer has read the error."""
-    deadline = BatchDeadline(goodbye_s)
-    try:
-        limit_waits(sock, receive_s=goodbye_s, send_s=goodbye_s)
-        send_views(sock, [wire.pack_error(error)], deadline.remaining)
-        sock.shutdown(socket.SHUT_WR)
-        scratch = bytearray(_GOODBYE_BYTES)
-        drained = 0
-        while drained < _GOODBYE_BYTES:
-            deadline.remaining()
-            received = sock.recv_into(scratch)
-            if received == 0:
-                return
-            drained += received
-    except (TransferError, OSError) as gone:
-        log_fields(_LOG, logging.DEBUG, "transfer.goodbye_failed", error=str(gone))

@@ -123,7 +123,7 @@ class Inbox:
             self._start, self._end = 0, self._sock.recv_into(self._buffer)
         return self.num_bytes > 0
 
-    def fill(self, views: Sequence[memoryview | bytearray], check: Check) -> None:
+    def fill(self, views: Sequence[memoryview | bytearray], check: Check, *, behind: int = 0) -> None:
         """As `recv_views`, beginning with what was read ahead."""
         rest = not_empty(views)
         while rest and self.num_bytes:
@@ -131,7 +131,7 @@ class Inbox:
             rest[0][:moved] = self._buffer[self._start : self._start + moved]
             self._start += moved
             _advance(rest, moved)
-        recv_views(self._sock, rest, check)
+        recv_views(self._sock, rest, check, behind=behind)
 
     def take(self, num_bytes: int, check: Check) -> bytearray:
         """As `recv_bytes`, beginning with what was read ahead."""

@@ -57,7 +57,16 @@ class TcpTransfer:
 
     kind = "tcp"
 
-    def __init__(self, streams: int = 2, limits: TcpLimits = TcpLimits(), trust: ClusterTrust = OPEN) -> None:
+    def __init__(
+        self,
+        streams: int = 2,
+        limits: TcpLimits = TcpLimits(),
+        trust: ClusterTrust = OPEN,
+        *,
+        sealed: bool = False,
+    ) -> None:
+        """`sealed`: frames have MACs, in a cluster with a secret."""
+        self._sealed = sealed
         self._limits = limits
         self._trust = trust
         self._streams = streams
@@ -138,7 +147,8 @@ class TcpTransfer:
             await _acquire(peer.free, deadline)
             try:
                 connection = peer.take_idle() or await self._connect(key[0], deadline)
-                await self._use(peer, connection, Exchange(direction, segment, parts, self._trust), deadline)
+                exchange = Exchange(direction, segment, parts, self._trust, sealed=self._sealed)
+                await self._use(peer, connection, exchange, deadline)
             finally:
                 peer.free.release()
         except TransferError as error:

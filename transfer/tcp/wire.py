@@ -11,7 +11,13 @@ from zlib import crc32
 
 import msgspec
 
-from kvcore.errors import SegmentUnknownError, TransferError, TransferProofError, TransferProtocolError
+from kvcore.errors import (
+    SegmentUnknownError,
+    TransferError,
+    TransferForgedError,
+    TransferProofError,
+    TransferProtocolError,
+)
 
 MAGIC = b"KVFT"
 VERSION = 1
@@ -28,7 +34,7 @@ ENTRY_BYTES = _ENTRY.size
 
 
 class FrameKind(IntEnum):
-    """What a frame says. The initiator sends HELLO, WRITE, READ, PROVEN_HELLO and PROOF; the target the others."""
+    """What a frame says. The initiator sends the HELLOs, WRITE, READ and PROOF; the target the others."""
 
     HELLO = 1
     WELCOME = 2
@@ -40,7 +46,11 @@ class FrameKind(IntEnum):
     PROVEN_HELLO = 8
     CHALLENGE = 9
     PROOF = 10
+    SEALED_HELLO = 11
 
+
+GREETED = {FrameKind.PROVEN_HELLO: "tcp", FrameKind.SEALED_HELLO: "tcp+frames"}
+"""What is proved, by the frame that begins it: who takes one for the other finds the proof wrong."""
 
 _KINDS = {int(kind): kind for kind in FrameKind}
 
@@ -51,10 +61,12 @@ class ErrorCode(IntEnum):
     PROTOCOL = 1
     SEGMENT_UNKNOWN = 2
     PROOF = 3
+    FORGED = 4
 
 
 _CODES: dict[type[TransferError], ErrorCode] = {
     SegmentUnknownError: ErrorCode.SEGMENT_UNKNOWN,
+    TransferForgedError: ErrorCode.FORGED,
     TransferProofError: ErrorCode.PROOF,
 }
 
@@ -137,7 +149,7 @@ def pack_hello(segment_id: str) -> bytes:
 
 
 def pack_greeting(kind: FrameKind, payload: bytes) -> bytes:
-    """A PROVEN_HELLO, CHALLENGE or PROOF; `transfer.greeting` makes what is in it."""
+    """A PROVEN_HELLO, SEALED_HELLO, CHALLENGE or PROOF; `transfer.greeting` makes what is in it."""
     return pack_header(Header(kind, payload_bytes=len(payload))) + payload
 
 

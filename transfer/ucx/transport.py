@@ -106,6 +106,8 @@ class UcxSegmentHost:
         self._limits = limits
         self._worker: UcxWorker | None = None
         self._address = ""
+        self.refused: dict[str, int] = {}
+        """As SegmentHost.refused."""
 
     def __repr__(self) -> str:
         return f"<UcxSegmentHost {self._segment_id} bytes={self._memory.nbytes} {self._worker!r}>"

@@ -76,6 +76,8 @@ def load(tmp_path):
         ("devices=[mlx5_0]", r"transport\.devices: only transports ucx and nixl use devices, this is auto"),
         ("transport.fallback=ucx", r"transport\.fallback: 'ucx': not valid \(known: auto, shm, tcp\)"),
         ("transport.fallback=nixl", r"transport\.fallback: 'nixl': not valid \(known: auto, shm, tcp\)"),
+        ("transport.integrity=frames", r"transport\.integrity: frames needs the cluster's secret"),
+        ("transport.integrity=some", r"transport\.integrity: 'some': not valid \(known: greeting, frames\)"),
         ("transport.fallback=tcp", r"transport\.fallback: only transports ucx and nixl ever use one, this is auto"),
         ("nodes.router={role: store, port: 1}", r"nodes\.router: the name stands for the cluster's own router"),
         ("nodes.s={role: store, port: 1, engine: {kind: sim}}", r"nodes\.s\.engine: a store has no engine"),

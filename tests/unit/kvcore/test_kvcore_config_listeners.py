@@ -53,6 +53,15 @@ def test_open_and_a_secret_contradict_each_other():
         load_config(SIM, [SECRET, "security.open=true"])
 
 
+@pytest.mark.parametrize("kind", ["shm", "ucx", "nixl"])
+def test_only_tcp_has_frames_that_macs_can_be_made_of(kind):
+    wanted = [SECRET, "transport.integrity=frames"]
+    assert load_config(SIM, [*wanted, "transport.kind=tcp"]).transport.integrity == "frames"
+    assert load_config(SIM, wanted).transport.kind == "auto"
+    with pytest.raises(ConfigError, match=r"transport\.integrity: only tcp has frames"):
+        load_config(SIM, [*wanted, f"transport.kind={kind}"])
+
+
 def test_nodes_of_the_file_must_be_listed_where_names_are():
     with pytest.raises(ConfigError, match=r"nodes\.prefill-0: security\.nodes does not list it"):
         load_config(SIM, ["security.nodes=[prefill-1, decode-0, decode-1]"])

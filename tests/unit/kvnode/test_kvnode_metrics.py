@@ -16,7 +16,7 @@ OWN = b'# HELP vllm:x X.\n# TYPE vllm:x gauge\nvllm:x{node="d0"} 5.0\n'
 
 async def rendered(sample: Sample | None, *, joined: bool = True, refused: str = "") -> dict[str, float]:
     membership = SimpleNamespace(registrations=1, heartbeat_failures=0, joined=joined, refused=refused)
-    owner = SimpleNamespace(segment=SimpleNamespace(size_bytes=64), host_restarts=0)
+    owner = SimpleNamespace(segment=SimpleNamespace(size_bytes=64), host_restarts=0, refused={("tcp", "forged"): 2})
 
     async def ask() -> Sample | None:
         return sample
@@ -35,6 +35,7 @@ async def test_what_the_engine_keeps_itself_stands_beside_our_own():
 async def test_a_node_whose_engine_does_not_answer_still_tells_of_itself():
     found = await rendered(None)
     assert found["kvferry_node_segment_bytes"] == 64
+    assert found["kvferry_node_transfer_refused_totalforgedtcp"] == 2
     assert not [name for name in found if name.startswith("vllm")]
 
 

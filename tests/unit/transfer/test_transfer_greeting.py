@@ -1,14 +1,18 @@
 """The greeting of transports: who gets through, and that no message fits another connection."""
 
 import secrets as random
+from pathlib import Path
 
 import pytest
 
-from kvcore.errors import TransferProofError
+from kvcore.errors import TransferForgedError, TransferProofError
 from kvcore.trust.opening import ClusterTrust
 from kvcore.trust.secrets import Secrets
 from transfer.greeting import CHALLENGE_BYTES, InitiatorGreeting, TargetGreeting, parse_hello
+from transfer.tcp import wire
+from transfer.tcp.frame_macs import FrameMacs
 
+ROOT = Path(__file__).resolve().parents[3]
 OLD, NEW = random.token_bytes(32), random.token_bytes(32)
 
 
@@ -78,3 +82,29 @@ def test_a_proof_before_the_challenge_is_none():
 def test_a_greeting_of_another_form_is_refused(raw):
     with pytest.raises(TransferProofError, match="cut short"):
         parse_hello(raw)
+
+
+def test_the_keys_of_a_connection_are_both_ends_and_no_others():
+    def keys(transport: str = "tcp+frames") -> tuple[bytes, ...]:
+        initiator, target = InitiatorGreeting(trust(NEW), transport, "n.1"), TargetGreeting(trust(NEW), transport)
+        target.check(initiator.answer(target.challenge(initiator.hello())[1]))
+        assert initiator.direction_keys == target.direction_keys
+        return initiator.direction_keys
+
+    found = [*keys(), *keys(), *keys("tcp")]
+    assert len(set(found)) == 6 and {len(key) for key in found} == {32}
+
+
+def test_the_vector_of_the_docs():
+    """docs/wire-formats.md, "Frames with MACs"."""
+    known = trust(bytes(range(32)))
+    initiator = InitiatorGreeting(known, "tcp+frames", "n0.1", lambda size: b"a" * size)
+    target = TargetGreeting(known, "tcp+frames", lambda size: b"b" * size)
+    initiator.answer(target.challenge(initiator.hello())[1])
+    request = wire.pack_request(wire.FrameKind.READ, [(0, 4096)], 1)
+    tag = FrameMacs(*initiator.direction_keys).seal([request])
+    assert tag.hex() in (ROOT / "docs/wire-formats.md").read_text()
+    mirrored = FrameMacs(*reversed(target.direction_keys))
+    mirrored.check([request], tag)
+    with pytest.raises(TransferForgedError):
+        mirrored.check([request], tag)
