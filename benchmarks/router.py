@@ -1,258 +1,199 @@
-"""What the router adds to a request: OpenAI completions through it to mock nodes, against the same two legs without it.
+"""What routers add to a request: OpenAI completions to mock workers that answer at once, directly, through ours, and
+through other projects' routers, with one client and one set of workers.
 
-Three processes: two prefillers and two decoders that answer at once, the real router, and this load generator. A prompt
-of 1900 tokens goes to both legs, as it would in a cluster; one token comes back.
+Three processes: the workers (`router_mocks`), one router at a time, and the load generator (`router_load`), which both
+cost a tenth of a router. A prompt of 1900 characters, another one each time, goes to a prefiller and a decoder; one
+token comes back. Streams have 256 tokens, one each 4 ms, 32 streams at a time. Of all ways each load is measured by
+turns, so that noise meets all of them; medians. Ours is there twice: as other projects' routers send text on, it is
+measured with tokens that cost nothing (a byte each); and with the demo model's tokenizer, which also gives
+`ms_100kb_repeat`.
 
-Estimate: an HTTP call with msgpack costs 0.15 to 0.3 ms of processor on either side together. The direct way has two,
-at the same time; through the router there are three, and the prompt is parsed, tokenized, hashed and encoded twice.
-Run: python -m benchmarks.router [--requests 1000]
+Estimate: a call with msgpack costs 0.1 ms of a router's processor, and there are two; the prompt is parsed, tokenized
+(0.4 ms for 1900 characters), hashed and encoded twice.
+Run: chrt -r 1 python -m benchmarks.router [--rounds 5] [--pin] [--peers-python VENV/bin/python]
 """
 
 import argparse
 import asyncio
 import json
 import statistics
+import sys
 import tempfile
-import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import aiohttp
-import msgspec
 import uvloop
-from aiohttp import web
 
-from benchmarks.children import Child, child
-from kvcore.chunk_keys import usable_chunks
-from kvcore.clock import SystemClock
-from kvcore.config.security import SecretConfig
-from kvcore.process.http_client import http_session
-from kvcore.trust.http_proof import RequestVerifier
-from kvcore.trust.opening import TrustSource, open_trust
-from kvcore.types import KVSpec, NodeInfo, Role, Segment
-from kvnode.answers import ProvenCalls
-from nodeapi.client import HttpNodeClient
-from nodeapi.frames import pack_frame
-from nodeapi.messages import (
-    EngineInfo,
-    EngineStats,
-    FinishReason,
-    GenerateRequest,
-    LegInfo,
-    NodeReport,
-    PrefillRequest,
-    PrefillResult,
-    SamplingParams,
-    TokenDelta,
-)
+from benchmarks.children import Child, program
+from benchmarks.router_mocks import ROLES
+from benchmarks.router_peers import PEERS, missing, peer
+from kvferry.demo.model import MODEL_NAME
 
-PROMPT_TOKENS = 1900
-CHUNK_TOKENS = 256
-CALL_S = 10.0
-ROLES = (Role.PREFILLER, Role.PREFILLER, Role.DECODER, Role.DECODER)
-LOADS = (1, 32)
 CONFIG = """
 cluster: router-benchmark
-model: {{path: none, name: mock}}
+model: {{path: {path}, name: mock}}
 engine: {{kind: sim}}
 nodes: {nodes}
 router: {{port: 0}}
 metadata_server: {{port: 1}}
 """
-_Request = Callable[[int], Awaitable[None]]
+STREAM_TOKENS = 256
+LARGE_CHARS = 100_000
+TOKENIZING = "kvferry+tokens"
 
 
-def report(node_id: str, role: Role) -> NodeReport:
-    """What a mock node says of itself."""
-    kv_spec = KVSpec(
-        model_id="mock",
-        weights_digest="",
-        tokenizer_digest="",
-        num_layers=1,
-        num_kv_heads=1,
-        head_dim=1,
-        dtype="uint8",
-        attention="",
-        layout_id="mock",
-        chunk_tokens=CHUNK_TOKENS,
-        chunk_bytes=CHUNK_TOKENS,
-    )
-    return NodeReport(
-        node=NodeInfo(id=node_id, role=role, control_url="", incarnation=1),
-        engine=EngineInfo(
-            kind="mock",
-            kv_spec=kv_spec,
-            max_context=1 << 16,
-            vocab_size=1 << 16,
-            eos_token_ids=[],
-            block_size=16,
-            num_blocks=1 << 16,
-        ),
-        stats=EngineStats(total_blocks=1 << 16),
-        segments=[Segment(id=f"{node_id}.1", node_id=node_id, size_bytes=1 << 20, host_id="h", addresses={})],
-    )
+@dataclass(frozen=True, slots=True)
+class Load:
+    """One kind of load, and the words by which the generator gets it."""
+
+    name: str
+    requests: int
+    words: Sequence[str]
+    counts: Callable[["Way"], bool] = lambda _way: True
 
 
-def node_app(node_id: str, role: Role) -> web.Application:
-    """A node that has computed everything before it is asked."""
-    said = msgspec.msgpack.encode(report(node_id, role))
+@dataclass(slots=True)
+class Way:
+    """To the workers. `router` None: directly. `taken`: what each round of each load gave."""
 
-    async def info(_: web.Request) -> web.Response:
-        return web.Response(body=said)
+    name: str
+    port: int
+    router: Child | None
+    taken: dict[str, list[dict[str, float]]] = field(default_factory=dict)
 
-    async def prefill(request: web.Request) -> web.Response:
-        body = msgspec.msgpack.decode(await request.read(), type=PrefillRequest)
-        tokens = len(body.prompt_token_ids)
-        stored = usable_chunks(tokens, CHUNK_TOKENS)
-        result = PrefillResult(
-            request_id=body.request_id, cached_tokens=0, computed_tokens=tokens, stored_chunks=stored
-        )
-        return web.Response(body=msgspec.msgpack.encode(result))
-
-    async def generate(request: web.Request) -> web.StreamResponse:
-        body = msgspec.msgpack.decode(await request.read(), type=GenerateRequest)
-        info = LegInfo(cached_tokens=len(body.prompt_token_ids) - 1, computed_tokens=1)
-        delta = TokenDelta(index=0, token_ids=[65], finish_reason=FinishReason.LENGTH, info=info)
-        response = web.StreamResponse()
-        await response.prepare(request)
-        await response.write(pack_frame(msgspec.msgpack.encode(delta)))
-        await response.write_eof()
-        return response
-
-    app = web.Application()
-    app.add_routes([web.get("/v1/info", info), web.post("/v1/prefill", prefill), web.post("/v1/generate", generate)])
-    return app
+    def median(self, load: str, what: str) -> float:
+        """Over the rounds."""
+        return statistics.median(one[what] for one in self.taken[load])
 
 
-async def serve_nodes(secret: str | None = None) -> None:
-    """The mock nodes' process: print their ports, serve until it is ended. `secret`: the file with their cluster's."""
-    source = TrustSource(cluster="router-benchmark", secret=None if secret is None else SecretConfig(file=secret))
-    trust, ports = open_trust(source), []
-    for number, role in enumerate(ROLES):
-        app = node_app(f"n{number}", role)
-        if trust.secrets is not None:
-            ProvenCalls(RequestVerifier(trust, SystemClock(), None)).add_to(app)
-        runner = web.AppRunner(app, access_log=None)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        ports.append(runner.addresses[0][1])
-    print("ports " + json.dumps(ports), flush=True)
-    await asyncio.Event().wait()
+def loads(requests: int) -> list[Load]:
+    """What is measured of each way."""
+    streams, large = max(32, requests // 20), max(10, requests // 20)
+    return [
+        Load("c1", requests, ["--clients", "1"]),
+        Load("c32", 3 * requests, ["--clients", "32"]),
+        Load("stream", streams, ["--clients", "32", "--tokens", str(STREAM_TOKENS), "--stream"]),
+        Load("100kb", large, ["--clients", "1", "--chars", str(LARGE_CHARS), "--same"]),
+    ]
 
 
-def direct(ports: list[int]) -> tuple[HttpNodeClient, _Request]:
-    """Both legs of a request, at the same time, as the router sends them."""
-    client = HttpNodeClient(connect_timeout_s=1.0, max_connections=256)
-    prompt = [120] * PROMPT_TOKENS
-
-    async def decode(url: str, request_id: str) -> None:
-        sampling = SamplingParams(max_tokens=1)
-        request = GenerateRequest(request_id=request_id, prompt_token_ids=prompt, sampling=sampling, deadline_s=CALL_S)
-        async for _ in client.generate(url, request, timeout_s=CALL_S):
-            pass
-
-    async def send(number: int) -> None:
-        prefiller, decoder = (f"http://127.0.0.1:{ports[at + number % 2]}" for at in (0, 2))
-        prefill = PrefillRequest(request_id=f"p{number}", prompt_token_ids=prompt, deadline_s=CALL_S)
-        await asyncio.gather(client.prefill(prefiller, prefill, timeout_s=CALL_S), decode(decoder, f"d{number}"))
-
-    return client, send
+async def generate(way: Way, load: Load, pinned: Sequence[str], scale: float = 1.0) -> dict[str, float]:
+    """One round of a load; `cpu_us`: the router's processor time a request."""
+    count = max(2, int(load.requests * scale))
+    command = [*pinned, sys.executable, "-m", "benchmarks.router_load", str(way.port), *load.words]
+    before = way.router.cpu_s() if way.router else 0.0
+    async with program([*command, "--requests", str(count)], r"^LOAD (.*)", within_s=120.0) as done:
+        spent = (way.router.cpu_s() if way.router else 0.0) - before
+        said: dict[str, float] = json.loads(done.said)
+    return {**said, "cpu_us": spent / count * 1e6}
 
 
-def through(url: str) -> tuple[aiohttp.ClientSession, _Request]:
-    """An OpenAI client."""
-    session = http_session(connector=aiohttp.TCPConnector(limit=256))
-    body = json.dumps({"model": "mock", "prompt": "x" * PROMPT_TOKENS, "max_tokens": 1}).encode()
-
-    async def send(_: int) -> None:
-        async with session.post(url + "/v1/completions", data=body) as response:
-            answer = await response.read()
-            if response.status != 200:
-                raise SystemExit(f"the router answered {response.status}: {answer!r}")
-
-    return session, send
-
-
-async def load(send: _Request, clients: int, requests: int) -> tuple[float, list[float]]:
-    """Requests a second, and the seconds of each, with so many under way all the time."""
-    taken: list[float] = []
-    numbers = iter(range(requests))
-
-    async def worker() -> None:
-        for number in numbers:
-            began = time.perf_counter()
-            await send(number)
-            taken.append(time.perf_counter() - began)
-
-    began = time.perf_counter()
-    await asyncio.gather(*(worker() for _ in range(clients)))
-    return requests / (time.perf_counter() - began), taken
-
-
-async def measure(router: Child, ports: list[int], requests: int) -> dict[str, float]:
-    """Print the table; returns the RESULT. Both ways take turns, five times, so that noise meets both."""
-    client, legs = direct(ports)
-    session, whole = through(router.said)
-    await until_served(session, router.said)
-    result: dict[str, float] = {}
-    print(f"{'under way':>9}{'way':>9}{'p50 ms':>9}{'p99 ms':>9}{'req/s':>9}{'router cpu ms':>15}")
-    for clients in LOADS:
-        for send in (legs, whole):
-            await load(send, clients, requests // 5)
-        rates: dict[str, list[float]] = {"direct": [], "router": []}
-        taken: dict[str, list[float]] = {"direct": [], "router": []}
-        cpu_s = 0.0
-        for _ in range(5):
-            for way, send in (("direct", legs), ("router", whole)):
-                before = router.cpu_s()
-                rate, times = await load(send, clients, requests // 5)
-                cpu_s += (router.cpu_s() - before) if way == "router" else 0.0
-                rates[way].append(rate)
-                taken[way] += times
-        for way, times in taken.items():
-            p50, p99 = statistics.median(times) * 1e3, statistics.quantiles(times, n=100)[98] * 1e3
-            rate = statistics.median(rates[way])
-            cpu = f"{cpu_s / len(times) * 1e3:15.3f}" if way == "router" else ""
-            print(f"{clients:>9}{way:>9}{p50:>9.3f}{p99:>9.3f}{rate:>9.0f}{cpu}", flush=True)
-            prefix = "" if way == "router" else "direct_"
-            result |= {f"{prefix}c1_p50_ms": round(p50, 3)} if clients == 1 else {f"{prefix}c32_rps": round(rate)}
-        result[f"c{clients}_router_cpu_ms"] = round(cpu_s / len(taken["router"]) * 1e3, 3)
-    await client.aclose()
-    await session.close()
-    return result
-
-
-async def until_served(session: aiohttp.ClientSession, url: str) -> None:
-    """Until the router has probed its nodes."""
-    async with asyncio.timeout(20):
+async def until_served(way: Way, within_s: float = 40.0) -> None:
+    """Until a completion comes back."""
+    first = Load("first", 2, ["--clients", "1"])
+    async with asyncio.timeout(within_s):
         while True:
-            async with session.get(url + "/health") as response:
-                if response.status == 200:
-                    return
-            await asyncio.sleep(0.05)
+            try:
+                await generate(way, first, [])
+                return
+            except RuntimeError:
+                await asyncio.sleep(0.3)
 
 
-async def run(requests: int) -> None:
-    """Bring up the two processes, measure, print RESULT."""
-    with tempfile.TemporaryDirectory() as folder:
-        async with child(["-m", "benchmarks.router", "--serve-nodes"], r"^ports (.*)") as nodes:
-            ports: list[int] = json.loads(nodes.said)
-            config = Path(folder) / "cluster.yaml"
-            listed = {f"n{n}": {"role": role, "port": ports[n]} for n, role in enumerate(ROLES)}
-            config.write_text(CONFIG.format(nodes=json.dumps(listed)))
-            async with child(["-m", "router", "--config", str(config)], r"url=\"?(http://[^\s\"]+)") as router:
-                result = await measure(router, ports, requests)
+def figures(way: Way, direct: Way) -> dict[str, float]:
+    """What is published of one router."""
+    p50 = way.median("c1", "p50_ms")
+    of_stream = way.median("stream", "cpu_us") - way.median("c32", "cpu_us")
+    return {
+        "p50_ms": round(p50, 3),
+        "added_p50_ms": round(p50 - direct.median("c1", "p50_ms"), 3),
+        "rps_c1": round(way.median("c1", "rps")),
+        "rps_c32": round(way.median("c32", "rps")),
+        "cpu_us_per_request": round(way.median("c32", "cpu_us")),
+        "cpu_us_per_token": round(of_stream / (STREAM_TOKENS - 1), 1),
+        "ms_100kb_repeat": round(way.median("100kb", "p50_ms"), 2),
+    }
+
+
+async def measure(ways: Sequence[Way], rounds: int, requests: int, pinned: Sequence[str]) -> None:
+    """Fill in what the ways took, and print the table."""
+    for load in loads(requests):
+        for number in range(rounds + 1):
+            for way in ways:
+                took = await generate(way, load, pinned, 1.0 if number else 0.2)
+                if number:  # the first round warms
+                    way.taken.setdefault(load.name, []).append(took)
+        print(f"{load.name:>8}{'p50 ms':>10}{'p99 ms':>10}{'req/s':>10}{'router cpu us':>15}")
+        for way in ways:
+            p50, p99, rate, cpu = (way.median(load.name, what) for what in ("p50_ms", "p99_ms", "rps", "cpu_us"))
+            print(f"{way.name:>15} {p50:>10.3f}{p99:>10.3f}{rate:>10.0f}{cpu:>15.0f}", flush=True)
+
+
+def our_models() -> dict[str, str]:
+    """The paths of models by the way's name: no tokenizer, and the demo model's, where that has been made."""
+    folder = Path("~/.cache/kvferry/models").expanduser() / MODEL_NAME
+    if (folder / "tokenizer.json").exists():
+        return {"kvferry": "none", TOKENIZING: str(folder)}
+    print(f"{TOKENIZING} is not measured: there is no demo model, `kvferry demo` makes it")
+    return {"kvferry": "none"}
+
+
+async def ours(stack: AsyncExitStack, ports: Sequence[int], pinned: Sequence[str]) -> list[Way]:
+    """Our routers, up until the stack ends."""
+    folder, ways = Path(stack.enter_context(tempfile.TemporaryDirectory())), []
+    for name, path in our_models().items():
+        config = folder / f"{name}.yaml"
+        listed = {f"n{n}": {"role": role, "port": ports[n]} for n, role in enumerate(ROLES)}
+        config.write_text(CONFIG.format(nodes=json.dumps(listed), path=path))
+        command = [*pinned, sys.executable, "-m", "router", "--config", str(config)]
+        router = await stack.enter_async_context(program(command, r"url=\"?http://[^\s\"]+:(\d+)"))
+        ways.append(Way(name, int(router.said), router))
+    return ways
+
+
+async def theirs(stack: AsyncExitStack, python: Path | None, ports: Sequence[int], pinned: Sequence[str]) -> list[Way]:
+    """Other projects' routers, up until the stack ends; says which are not there."""
+    lacking = dict.fromkeys(PEERS, "no --peers-python") if python is None else missing(python)
+    for name, why in lacking.items():
+        print(f"{name} is not measured: {why}")
+    ways = []
+    for name in [name for name in PEERS if name not in lacking]:
+        assert python is not None
+        running, port = await stack.enter_async_context(peer(name, python, ports, pinned))
+        ways.append(Way(name, port, running))
+    return ways
+
+
+async def run(arguments: argparse.Namespace) -> None:
+    """Bring the processes up, measure, print RESULT."""
+    apart, beside = (["taskset", "-c", "0"], ["taskset", "-c", "1"]) if arguments.pin else ([], [])
+    async with AsyncExitStack() as stack:
+        mocks = program([*beside, sys.executable, "-m", "benchmarks.router_mocks"], r"^ports (.*)")
+        ports: list[int] = json.loads((await stack.enter_async_context(mocks)).said)
+        direct, own = Way("direct", ports[2], None), await ours(stack, ports, apart)
+        others = await theirs(stack, arguments.peers_python, ports, apart)
+        for way in (*own, *others):
+            await until_served(way)
+        await measure([direct, *own, *others], arguments.rounds, arguments.requests, beside)
+    result: dict[str, object] = {"direct_p50_ms": round(direct.median("c1", "p50_ms"), 3)}
+    result |= figures(own[0], direct)
+    if (tokenizing := {way.name: way for way in own}.get(TOKENIZING)) is not None:
+        result["ms_100kb_repeat"] = round(tokenizing.median("100kb", "p50_ms"), 2)
+        result["tokenizing"] = figures(tokenizing, direct)
+    result["peers"] = {way.name: figures(way, direct) for way in others}
     print("RESULT " + json.dumps(result))
 
 
 def main() -> None:
-    """Print the table and the RESULT line."""
+    """Print the tables and the RESULT line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--requests", type=int, default=1000, help="for each way and load")
-    parser.add_argument("--serve-nodes", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--secret", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    uvloop.run(serve_nodes(arguments.secret) if arguments.serve_nodes else run(arguments.requests))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--requests", type=int, default=1000, help="of one client, in a round")
+    parser.add_argument("--pin", action="store_true", help="the router on core 0, workers and load on core 1")
+    parser.add_argument("--peers-python", type=Path, help="of an environment with other projects' routers")
+    uvloop.run(run(parser.parse_args()))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ import msgspec
 import yaml
 
 from benchmarks.children import Child, child
-from benchmarks.router import CONFIG, ROLES, load, through, until_served
+from benchmarks.router_mocks import ROLES
+from benchmarks.trust_nodes import CONFIG, load, through, until_served
 from kvcore.config.schema import TransportConfig
 from kvcore.errors import TransferError
 from kvcore.trust.opening import OPEN, ClusterTrust
@@ -76,7 +77,7 @@ async def _router(rounds: int) -> dict[str, float]:
 async def _running(folder: Path, secret: Path | None) -> AsyncIterator[Child]:
     """A router with its mock nodes."""
     more = [] if secret is None else ["--secret", str(secret)]
-    async with child(["-m", "benchmarks.router", "--serve-nodes", *more], r"^ports (.*)") as nodes:
+    async with child(["-m", "benchmarks.trust_nodes", *more], r"^ports (.*)") as nodes:
         ports: list[int] = json.loads(nodes.said)
         listed = {f"n{n}": {"role": role, "port": ports[n]} for n, role in enumerate(ROLES)}
         config = yaml.safe_load(CONFIG.format(nodes=json.dumps(listed)))
