@@ -11,7 +11,7 @@ import msgspec
 from kvcore.errors import EngineError, KVFerryError, NodeUnavailableError, NodeVersionError, error_from_code
 from kvcore.trust.opening import OPEN, ClusterTrust
 from nodeapi.frames import FrameDecoder, FrameError
-from nodeapi.http_calls import HttpCalls, deadline
+from nodeapi.http_calls import HttpCalls
 from nodeapi.messages import (
     OLDEST_PROTOCOL,
     PROTOCOL,
@@ -55,7 +55,7 @@ class _NodeErrorBody(msgspec.Struct):
 
 
 class HttpNodeClient:
-    """NodeClient over aiohttp with kept-alive connections. Entered and left on one event loop."""
+    """NodeClient over HTTP with kept-alive connections. Entered and left on one event loop."""
 
     def __init__(self, *, connect_timeout_s: float, max_connections: int, trust: ClusterTrust = OPEN) -> None:
         self._calls = HttpCalls(
@@ -78,19 +78,19 @@ class HttpNodeClient:
     async def generate(self, url: str, request: GenerateRequest, *, timeout_s: float) -> AsyncGenerator[TokenDelta]:
         """See NodeClient."""
         body = self._encoder.encode(request)
-        async with self._calls.open("POST", f"{url}/v1/generate", body, timeout_s) as response:
+        unfinished = request.sampling.n
+        async with self._calls.open("POST", f"{url}/v1/generate", body, timeout_s) as answer:
             cutter = FrameDecoder(MAX_FRAME_BYTES)
-            while True:
-                async with deadline(url, timeout_s):
-                    data = await response.content.readany()
-                if not data:
-                    if not cutter.at_boundary:
-                        raise NodeUnavailableError(f"{url} broke off inside a frame")
-                    return
+            while data := await answer.read(timeout_s):
                 for frame in self._frames_in(data, cutter, url):
                     if isinstance(frame, StreamError):
                         raise error_from_code(frame.code, frame.message)
+                    if frame.finish_reason is not None:
+                        unfinished -= 1
+                        answer.finished = not unfinished
                     yield frame
+            if not cutter.at_boundary:
+                raise NodeUnavailableError(f"{url} broke off inside a frame")
 
     async def promote(self, url: str, request: PromoteRequest, *, timeout_s: float) -> PromoteReply:
         """Have the node bring chunks from its own tiers into its segment. Raises as the other calls do."""

@@ -1,19 +1,18 @@
 """Calls to nodes over HTTP with kept-alive connections: deadlines, bounds, and every failure as one of kvcore.errors.
 
-Owns the connections. The caller says what a refusal means. Decides nothing and retries nothing.
+Owns what a failure means. The caller says what a refusal means. Decides nothing and retries nothing.
 """
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 
-import aiohttp
-
 from kvcore.errors import DeadlineExceededError, KVFerryError, NoDescriptorsError, NodeUnavailableError
-from kvcore.ports import why_no_peer, why_unreachable
+from kvcore.http.connection import HttpConnection
+from kvcore.http.errors import ConnectTimeoutError
+from kvcore.http.pool import HttpPool
+from kvcore.ports import why_unreachable
 from kvcore.process.descriptors import are_exhausted, soft_limit
-from kvcore.process.http_client import http_session
 from kvcore.trust.opening import OPEN, ClusterTrust
 
 MAX_REPLY_BYTES = 16 << 20
@@ -36,16 +35,16 @@ class HttpCalls:
         trust: ClusterTrust = OPEN,
     ) -> None:
         self._refusal = refusal
-        self._connect_timeout_s = connect_timeout_s
-        self._max_connections = max_connections
-        self._headers = dict(headers)
-        self._keepalive_s = keepalive_s
-        self._trust = trust
-        self._session: aiohttp.ClientSession | None = None
+        self._pool = HttpPool(
+            connect_timeout_s=connect_timeout_s,
+            max_connections=max_connections,
+            keepalive_s=keepalive_s,
+            headers=headers,
+            trust=trust,
+        )
 
     def __repr__(self) -> str:
-        state = "not connected" if self._session is None else "connected"
-        return f"<HttpCalls {state}, at most {self._max_connections} connections>"
+        return repr(self._pool)
 
     async def fetch(
         self,
@@ -58,71 +57,92 @@ class HttpCalls:
         most: int = MAX_REPLY_BYTES,
     ) -> bytes:
         """The body of an answer, of at most so many bytes, all of it within `timeout_s`."""
-        async with deadline(url, timeout_s), self.open(method, url, body, timeout_s, headers) as response:
-            reply = bytearray()
-            async for data in response.content.iter_any():
-                reply += data
-                if len(reply) > most:
-                    raise NodeUnavailableError(f"{url} answered more than {most} bytes")
-            return bytes(reply)
+        try:
+            answer = await self._pool.call(method, url, body, timeout_s, num_bytes=most + 1, headers=headers)
+        except OSError as error:
+            raise _meaning(error, url, timeout_s) from error
+        try:
+            if answer.status >= 400:
+                raise self._refusal(answer.status, answer.take()[:MAX_ERROR_BYTES], url)
+            if answer.num_unread > most:
+                raise NodeUnavailableError(f"{url} answered more than {most} bytes")
+            return answer.take()
+        finally:
+            answer.end()
 
     @asynccontextmanager
     async def open(
         self, method: str, url: str, body: bytes, timeout_s: float, headers: Mapping[str, str] | None = None
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """An answer with status 200, whose head came within `timeout_s`. Every other outcome raises an error of
-        kvcore.errors, also one that comes while the caller reads the body."""
-        if self._session is None:
-            self._session = http_session(
-                trust=self._trust,
-                connector=aiohttp.TCPConnector(
-                    limit=self._max_connections, keepalive_timeout=self._keepalive_s, socket_factory=_peer_socket
-                ),
-                cookie_jar=aiohttp.DummyCookieJar(),
-                headers=self._headers,
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._connect_timeout_s),
-                auto_decompress=False,
-            )
+    ) -> AsyncIterator["OpenAnswer"]:
+        """An answer with status 200, whose head and first bytes came within `timeout_s`. Every other outcome raises an
+        error of kvcore.errors."""
         try:
-            async with deadline(url, timeout_s):
-                response = await self._session.request(method, url, data=body or None, headers=headers)
-            async with response:
-                if response.status >= 400:
-                    async with deadline(url, timeout_s):
-                        raw = await response.content.read(MAX_ERROR_BYTES)
-                    raise self._refusal(response.status, raw, url)
-                yield response
-        except (aiohttp.ClientError, OSError) as error:
-            if are_exhausted(error):
-                raise NoDescriptorsError(
-                    f"no file descriptor is left for a connection to {url}: this process may have {soft_limit()}; "
-                    "raise its limit (ulimit -Hn, LimitNOFILE=) or lower router.max_requests"
-                ) from error
-            raise NodeUnavailableError(f"{url} cannot be reached or broke off: {why_unreachable(error)}") from error
+            answer = await self._pool.call(method, url, body, timeout_s, headers=headers)
+        except OSError as error:
+            raise _meaning(error, url, timeout_s) from error
+        opened = OpenAnswer(answer, url)
+        try:
+            if answer.status >= 400:
+                raise self._refusal(answer.status, await opened.beginning(MAX_ERROR_BYTES, timeout_s), url)
+            yield opened
+        finally:
+            answer.end(rests=opened.finished)
 
     async def aclose(self) -> None:
         """Close all connections. Idempotent."""
-        session, self._session = self._session, None
-        if session is not None:
-            await session.close()
+        self._pool.close()
 
 
-def _peer_socket(address: aiohttp.AddrInfoType) -> socket.socket:
-    """For a connection to an address that a name stands for, or that was given as one."""
-    family, kind, protocol, _, where = address
-    if (why := why_no_peer(str(where[0]))) is not None:
-        raise OSError(f"{where[0]} {why}")
-    return socket.socket(family=family, type=kind, proto=protocol)
+class OpenAnswer:
+    """An answer that is read part by part."""
+
+    def __init__(self, answer: HttpConnection, url: str) -> None:
+        self._answer = answer
+        self._url = url
+        self.finished = False
+        """Set by a reader that has all that it wants, and expects nothing but the answer's end: the connection is kept
+        for another call."""
+
+    async def read(self, timeout_s: float) -> bytes:
+        """What comes next, within `timeout_s`; empty: the answer is at its end. Raises errors of kvcore.errors."""
+        if not self._answer.num_unread:
+            try:
+                await self._answer.wait(1, timeout_s)
+            except OSError as error:
+                raise _meaning(error, self._url, timeout_s) from error
+        return self._answer.take()
+
+    async def beginning(self, most: int, timeout_s: float) -> bytes:
+        """At most so many bytes of it, within `timeout_s`."""
+        try:
+            await self._answer.wait(most, timeout_s)
+        except OSError as error:
+            raise _meaning(error, self._url, timeout_s) from error
+        return self._answer.take()[:most]
+
+
+def _meaning(error: OSError, url: str, timeout_s: float) -> KVFerryError:
+    if isinstance(error, TimeoutError):
+        return _late(url, timeout_s)
+    if isinstance(error, ConnectTimeoutError):
+        return NodeUnavailableError(f"{url} could not be connected to in time")
+    if are_exhausted(error):
+        return NoDescriptorsError(
+            f"no file descriptor is left for a connection to {url}: this process may have {soft_limit()}; "
+            "raise its limit (ulimit -Hn, LimitNOFILE=) or lower router.max_requests"
+        )
+    return NodeUnavailableError(f"{url} cannot be reached or broke off: {why_unreachable(error)}")
+
+
+def _late(url: str, timeout_s: float) -> DeadlineExceededError:
+    return DeadlineExceededError(f"{url} did not answer within {timeout_s:.1f} s")
 
 
 @asynccontextmanager
 async def deadline(url: str, timeout_s: float) -> AsyncIterator[None]:
-    """The block takes at most `timeout_s`: DeadlineExceededError. A late connection is NodeUnavailableError."""
-    timer = asyncio.timeout(timeout_s)
+    """The block takes at most `timeout_s`: DeadlineExceededError."""
     try:
-        async with timer:
+        async with asyncio.timeout(timeout_s):
             yield
     except TimeoutError as error:
-        if not timer.expired():
-            raise NodeUnavailableError(f"{url} could not be connected to in time") from error
-        raise DeadlineExceededError(f"{url} did not answer within {timeout_s:.1f} s") from error
+        raise _late(url, timeout_s) from error

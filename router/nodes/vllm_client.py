@@ -7,7 +7,6 @@ its connection, upon which vLLM aborts the request.
 import logging
 import os
 from collections.abc import AsyncGenerator
-from contextlib import suppress
 from urllib.parse import urlsplit
 
 import msgspec
@@ -98,11 +97,10 @@ class VllmClient:
         sequences = num_sequences(request.sampling)
         copies = range(request.sampling.n if sequences == 1 else 1)
         stream = CompletionStream(n=sequences, logprobs=request.sampling.logprobs, url=url)
-        async with self._calls.open("POST", where, body, timeout_s, headers) as response:
+        async with self._calls.open("POST", where, body, timeout_s, headers) as answer:
             while not stream.ended:
                 try:
-                    async with deadline(url, self._usage_s if stream.holds else timeout_s):
-                        data = await response.content.readany()
+                    data = await answer.read(self._usage_s if stream.holds else timeout_s)
                 except DeadlineExceededError:
                     if not stream.holds:
                         raise
@@ -112,9 +110,7 @@ class VllmClient:
                         yield msgspec.structs.replace(delta, index=copy) if copy else delta
                 if not data:
                     return
-            with suppress(DeadlineExceededError):  # the body's end, which [DONE] announced: the connection is kept
-                async with deadline(url, self._usage_s):
-                    await response.content.readany()
+            answer.finished = True  # but for the body's end, which [DONE] announced: the connection is kept
 
     async def end_handoff(self, url: str, request_id: str, *, timeout_s: float) -> None:
         """Nothing: these engines cannot be told, and the ledger does not ask for it."""

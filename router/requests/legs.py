@@ -5,7 +5,7 @@ Owns the calls of a leg, its record and what it does to its node's load and brea
 
 import asyncio
 from collections.abc import Coroutine
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from typing import Protocol
 
 from kvcore.chunk_keys import usable_chunks
@@ -202,10 +202,6 @@ class RequestLegs:
                         await self._drained.wait()
             except TimeoutError as error:
                 raise NodeUnavailableError(f"node {action.node} has gone silent") from error
-            # Read on to the stream's end, so that its connection is kept: a new one costs as much as the request.
-            with suppress(TimeoutError, KVFerryError):
-                async with asyncio.timeout(limits.tail_s):
-                    await anext(deltas, None)
         return True
 
     def _take(self, action: StartDecode, delta: TokenDelta) -> bool:

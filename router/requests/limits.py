@@ -9,8 +9,6 @@ class RequestLimits:
 
     stall_s: float = 30.0
     """A stream that has begun and then says nothing for this long is dead (an engine's step takes far less)."""
-    tail_s: float = 0.5
-    """How long the end of a stream may take after its last finish reason."""
     control_timeout_s: float = 2.0
     """Of an abort, or of the word that ends a handoff."""
     max_unread: int = 256

@@ -117,8 +117,8 @@ async def test_every_call_arrives_and_its_answer_comes_back(client: HttpNodeClie
 
 
 async def test_a_client_says_whether_it_is_connected(client: HttpNodeClient) -> None:
-    assert repr(client) == "<HttpNodeClient over <HttpCalls not connected, at most 10 connections>>"
+    assert repr(client) == "<HttpNodeClient over <HttpPool 0 calls, at most 10, 0 idle connections>>"
     async with serve(node_app(FakeNode("d0", Role.DECODER))) as url:
         await client.info(url, timeout_s=CALL_S)
-        assert "<HttpCalls connected" in repr(client)
+        assert "0 calls, at most 10, 1 idle connections" in repr(client)
     await client.aclose()
