@@ -1,11 +1,11 @@
 import asyncio
 import os
 import signal
-import socket
 import sys
 import textwrap
 
 import pytest
+from support.ports import free_ports
 from support.transitions import in_prose, in_table
 
 from kvcore.config.file import load_config
@@ -49,20 +49,14 @@ CONFIG = ClusterConfig(
 )
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def serving(name: str, kind: ProcessKind) -> ProcessPlan:
-    port = free_port()
+    (port,) = free_ports(1)
     return ProcessPlan(name, kind, (sys.executable, "-c", SERVER, str(port), name), f"http://127.0.0.1:{port}")
 
 
 def running(name: str, code: str) -> ProcessPlan:
     command = (sys.executable, "-c", textwrap.dedent(code))
-    return ProcessPlan(name, ProcessKind.NODE, command, f"http://127.0.0.1:{free_port()}")
+    return ProcessPlan(name, ProcessKind.NODE, command, f"http://127.0.0.1:{free_ports(1)[0]}")
 
 
 def whole() -> list[ProcessPlan]:
