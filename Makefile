@@ -8,7 +8,7 @@ BIN   := $(VENV)/bin
 # What pytest compiles is kept, whatever the environment says: five runs of it in `make test` save 5 s each.
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: demo test check lint unit coverage ucx nixl vllm venv-vllm bench clean help
+.PHONY: demo test check lint unit coverage ucx nixl vllm venv-vllm bench chaos clean help
 
 help:            ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -63,6 +63,9 @@ coverage: $(VENV)/.installed   ## which lines the quick tests reach: a table her
 
 bench: $(VENV)/.demo-model   ## every benchmark; each ends in a line `RESULT {json}`
 	@for b in chunk_keys index eviction transfer peer_death handoff sharing router engine; do echo "== benchmarks/$$b.py"; $(BIN)/python -m benchmarks.$$b || exit 1; done
+
+chaos: $(VENV)/.installed   ## what clients see of faults: the whole matrix, about half an hour (benchmarks/faults.py)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m benchmarks.faults
 
 $(VENV)/.created:
 	@test -n "$(PYTHON)" || { echo "kvferry needs Python 3.11 to 3.13 with its venv module (Debian: apt install python3.11-venv); none was found on PATH"; exit 1; }
