@@ -5,6 +5,7 @@ import ipaddress
 import os
 import re
 import socket
+import ssl
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -65,10 +66,29 @@ def is_loopback(host: str) -> bool:
 
 
 def why_unreachable(error: Exception) -> str:
-    """The system's word for a failed connection (`Connection refused`), else the error's own."""
+    """The system's word for a failed connection (`Connection refused`), else the error's own. Of TLS, whose certificate
+    was refused by whom."""
+    if (refused := _why_no_tls(error)) is not None:
+        return refused
     if isinstance(error, OSError) and error.errno is not None and error.errno > 0:
         return os.strerror(error.errno)
     return str(error) or type(error).__name__
+
+
+def _why_no_tls(error: BaseException | None) -> str | None:
+    """None: it is no failure of TLS."""
+    found = None
+    while error is not None:  # aiohttp's own is one of ssl's, too, and knows less
+        found = error if isinstance(error, ssl.SSLError) else found
+        error = error.__cause__
+    if found is None:
+        return None
+    if isinstance(found, ssl.SSLCertVerificationError):
+        return f"its certificate is refused: {found.verify_message}"
+    reason = (found.reason or str(found)).lower().replace("_", " ")
+    if "alert" in reason:
+        return f"it refuses our certificate: {reason.partition('alert ')[2]}"
+    return f"it speaks no TLS as we do ({reason}): give it the same security.tls"
 
 
 def listen(host: str, port: int) -> socket.socket:

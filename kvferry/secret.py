@@ -1,4 +1,4 @@
-"""`kvferry secret new FILE`: make the cluster's secret, or put a new one before the one that there is."""
+"""`kvferry secret new FILE`: make the cluster's secret, or put a new one before the one that there is; and `certs`."""
 
 import argparse
 import os
@@ -17,6 +17,18 @@ def add_secret(parser: argparse.ArgumentParser) -> None:
     new.add_argument("file", type=Path, metavar="FILE")
     text = "FILE has one: the new one signs from now on, and the newest of before is accepted too"
     new.add_argument("--rotate", action="store_true", help=text)
+    text = "write a CA, unless FOLDER has one, and new certificates of all processes of a cluster file"
+    certs = commands.add_parser("certs", help=text, description=text)
+    certs.set_defaults(command=_run_certs)
+    certs.add_argument("folder", type=Path, metavar="FOLDER")
+    certs.add_argument("--config", type=Path, required=True, help="the cluster file, which names the processes")
+    certs.add_argument("--days", type=float, default=365.0, help="how long the certificates hold (default: 365)")
+
+
+def _run_certs(arguments: argparse.Namespace) -> int:
+    from kvferry.certificates import run_certs
+
+    return run_certs(arguments.folder, arguments.config, arguments.days)
 
 
 def run_new(file: Path, *, rotate: bool) -> int:

@@ -16,10 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 from kvcore.config.schema import ClusterConfig
-from kvcore.config.servers import metadata_urls, router_url_of, urls_of
+from kvcore.config.servers import metadata_urls, router_url_of, secured_url, urls_of
 from kvcore.handoff import HandoffKind, has_store
 from kvcore.ports import why_unreachable
-from kvcore.process.http_client import http_session
+from kvcore.process.http_client import http_session, router_session
 from kvcore.trust.opening import OPEN, ClusterTrust
 from kvferry.hit_rate import hit_rate_lines
 from kvferry.machine import size_text
@@ -96,14 +96,17 @@ class ServerAnswer(Generic[_Value]):
 
 def addresses(config: ClusterConfig) -> tuple[str, str | None]:
     """URLs of router and first metadata server; None: servers that are not ours have no metadata server."""
-    metadata_url = metadata_urls(config.metadata_server)[0] if config.handoff.traits.has_store else None
+    metadata_url = (
+        secured_url(config, metadata_urls(config.metadata_server)[0]) if config.handoff.traits.has_store else None
+    )
     return router_url_of(config), metadata_url
 
 
 def standbys_of(config: ClusterConfig) -> list[str]:
     """URLs of the metadata servers that stand by, of an index of one partition."""
     server = config.metadata_server
-    return metadata_urls(server)[1:] if config.handoff.traits.has_store and not server.partitions else []
+    urls = metadata_urls(server)[1:] if config.handoff.traits.has_store and not server.partitions else []
+    return [secured_url(config, url) for url in urls]
 
 
 def partition_urls(config: ClusterConfig) -> dict[str, list[str]]:
@@ -111,7 +114,7 @@ def partition_urls(config: ClusterConfig) -> dict[str, list[str]]:
     server = config.metadata_server
     if not config.handoff.traits.has_store:
         return {}
-    return {partition.name: urls_of(partition) for partition in server.partitions}
+    return {partition.name: [secured_url(config, url) for url in urls_of(partition)] for partition in server.partitions}
 
 
 async def run_status(
@@ -127,10 +130,14 @@ async def run_status(
 ) -> int:
     """Ask and print; of several metadata servers of one partition the one that leads, and what all partitions say as
     one answer. Returns 0 if every server that the cluster has answered, 1 otherwise."""
-    async with http_session(trust=trust, timeout=aiohttp.ClientTimeout(total=timeout_s)) as session:
+    timeout = aiohttp.ClientTimeout(total=timeout_s)
+    async with (
+        router_session(trust=trust, timeout=timeout) as session,
+        http_session(trust=trust, timeout=timeout) as inner,
+    ):
         cluster, stats, cache = await asyncio.gather(
             _ask(session, f"{router_url}/v1/cluster", ClusterAnswer, key_headers()),
-            _ask_partitions(session, partitions) if partitions else _ask_metadata(session, metadata_url, standbys),
+            _ask_partitions(inner, partitions) if partitions else _ask_metadata(inner, metadata_url, standbys),
             _ask(session, f"{router_url}/v1/cache/stats", CacheStats, key_headers()),  # an older router has none
         )
     if cluster.value is not None and not has_store(cluster.value.handoff):

@@ -6,14 +6,30 @@ import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from kvcore.errors import CancelledByPeerError, InvalidRequestError, KVFerryError
+from kvcore.errors import CancelledByPeerError, InvalidRequestError, KVFerryError, ProofError
 from kvcore.process.aiohttp_gate import check_place
+from kvcore.process.certified_app import NO_CERTIFICATE
 from kvcore.process.proven_app import OPEN_PATHS
+from kvcore.trust.certificates import peer_names
 from kvcore.trust.http_proof import WANTED, Proof, RequestVerifier, check_body
 
 MSGPACK = "application/msgpack"
 _logger = logging.getLogger("kvnode")
 _PROOF: web.RequestKey[Proof] = web.RequestKey("proof", Proof)
+
+
+class CertifiedCalls:
+    """Of one application whose listener asks for certificates of the cluster: refuses whoever shows none."""
+
+    def add_to(self, app: web.Application) -> None:
+        """The middleware belongs inside of what makes error bodies."""
+        app.middlewares.append(self._check)
+
+    @web.middleware
+    async def _check(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.path not in OPEN_PATHS and peer_names(request.transport) is None:
+            raise ProofError(NO_CERTIFICATE)
+        return await handler(request)
 
 
 class ProvenCalls:

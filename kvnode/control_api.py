@@ -27,7 +27,7 @@ from kvcore.errors import (
 )
 from kvcore.process.aiohttp_gate import BoundedRunner, read_body
 from kvcore.telemetry import METRICS_CONTENT_TYPE, log_fields
-from kvnode.answers import MSGPACK, ProvenCalls, answer_errors, check_read, error_answer, msgpack_answer
+from kvnode.answers import MSGPACK, CertifiedCalls, ProvenCalls, answer_errors, check_read, error_answer, msgpack_answer
 from kvnode.limits import NodeLimits
 from kvnode.request_check import parse_request
 from kvnode.tiers.node_tiers import NodeTiers
@@ -93,7 +93,7 @@ class ControlApi:
         """Whether new legs are refused."""
         return self._draining or self._quiet
 
-    def runner(self, proven: ProvenCalls | None = None) -> BoundedRunner:
+    def runner(self, proven: ProvenCalls | CertifiedCalls | None = None) -> BoundedRunner:
         """What serves it: a client that leaves ends its leg, and no body is unpacked. `proven`: who gets an answer."""
         app = self._application()
         if proven is not None:

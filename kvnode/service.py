@@ -22,9 +22,10 @@ from engines.process.parent import EngineProcess
 from kvcore.clock import Clock, SystemClock
 from kvcore.config.file import node_config
 from kvcore.config.schema import ClusterConfig, VllmEngineConfig
+from kvcore.config.servers import internal_url
 from kvcore.config.vllm_options import engine_environment
 from kvcore.errors import KVFerryError, NodeUnavailableError
-from kvcore.ports import authorities_of, base_url, listen
+from kvcore.ports import authorities_of, listen
 from kvcore.process.http_gate import show_gates
 from kvcore.process.service import Lifecycle
 from kvcore.release import release
@@ -32,7 +33,7 @@ from kvcore.telemetry import Metrics
 from kvcore.trust.http_proof import RequestVerifier
 from kvcore.trust.opening import ClusterTrust, open_trust, trust_source
 from kvcore.types import NodeInfo, Role
-from kvnode.answers import ProvenCalls
+from kvnode.answers import CertifiedCalls, ProvenCalls
 from kvnode.control_api import ControlApi
 from kvnode.limits import NodeLimits
 from kvnode.metrics import NodeMetrics
@@ -127,7 +128,7 @@ async def run_node(
 ) -> None:
     """Run node `name` until `lifecycle.stopping`, then stop in order. Raises ConfigError for what cannot be run."""
     settings, stack, clock = node_config(config, name), lifecycle.stack, clock or SystemClock()
-    trust = open_trust(trust_source(config))
+    trust = open_trust(trust_source(config, name))
     incarnation = draw_incarnation()
     listener = listen(settings.host, settings.port)  # first: a port in use is said before memory is faulted in
     stack.callback(listener.close)
@@ -135,7 +136,7 @@ async def run_node(
     info = NodeInfo(
         id=name,
         role=settings.role,
-        control_url=base_url(settings.host, port),
+        control_url=internal_url(config, settings.host, port),
         incarnation=incarnation,
         cluster=config.cluster,
         model=config.model.name if settings.role is not Role.STORE else "",
@@ -181,7 +182,7 @@ async def run_node(
         limits=limits,
     )
     stack.push_async_callback(prober.aclose)
-    await _serve(node.api, _proven(trust, clock, settings.host, port), listener, stack, metrics)
+    await _serve(node.api, _gate(trust, clock, settings.host, port), listener, lifecycle, metrics=metrics, trust=trust)
     if node.supervisor is not None:
         await node.supervisor.wait_ready()
     refused = membership.refused or None
@@ -273,15 +274,26 @@ def _connected(config: ClusterConfig, stack: AsyncExitStack, clock: Clock, trust
     return client
 
 
-def _proven(trust: ClusterTrust, clock: Clock, host: str, port: int) -> ProvenCalls | None:
+def _gate(trust: ClusterTrust, clock: Clock, host: str, port: int) -> ProvenCalls | CertifiedCalls | None:
+    if trust.certificate is not None:
+        return CertifiedCalls()
     return None if trust.secrets is None else ProvenCalls(RequestVerifier(trust, clock, authorities_of(host, port)))
 
 
 async def _serve(
-    api: ControlApi, proven: ProvenCalls | None, listener: socket.socket, stack: AsyncExitStack, metrics: NodeMetrics
+    api: ControlApi,
+    gate: ProvenCalls | CertifiedCalls | None,
+    listener: socket.socket,
+    lifecycle: Lifecycle,
+    *,
+    metrics: NodeMetrics,
+    trust: ClusterTrust,
 ) -> None:
-    runner = api.runner(proven)
+    runner, tls, certificate = api.runner(gate), None, trust.certificate
+    if certificate is not None:
+        lifecycle.tasks.create_task(certificate.follow(), name="certificate")
+        tls = certificate.server
     show_gates(metrics.metrics, {"node": runner.gate})
     await runner.setup()
-    stack.push_async_callback(runner.cleanup)
-    await web.SockSite(runner, listener).start()
+    lifecycle.stack.push_async_callback(runner.cleanup)
+    await web.SockSite(runner, listener, ssl_context=tls).start()

@@ -34,7 +34,7 @@ def store_settings(config: ClusterConfig, *, node_id: str, incarnation: int, hos
         transport=config.transport,
         store=config.store,
         verify=chosen_verify(config),
-        trust=trust_source(config),
+        trust=trust_source(config, node_id),
     )
 
 

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import msgspec
 
 from kvcore.chunk_keys import KEY_BYTES, OWNER_BYTES
-from kvcore.errors import MetadataProtocolError
+from kvcore.errors import MetadataProtocolError, ProofError
 from kvcore.partitions import MAX_PARTITIONS
 from kvcore.ports import why_no_node_url
+from kvcore.trust.certificates import PeerNames
 from kvcore.types import ChunkKey, OwnerTag, ReplicaRef
 from metadata_server.account_messages import ImportRequest, OrphansRequest, RemoveOrphansRequest
 from metadata_server.cache_messages import (
@@ -21,7 +22,16 @@ from metadata_server.cache_messages import (
     ReleaseRequest,
     RenewRequest,
 )
-from metadata_server.messages import ManifestEntry, QuarantineRequest, RegisterRequest, Room, TellHoldingsRequest
+from metadata_server.messages import (
+    FromNode,
+    ManifestEntry,
+    MatchRequest,
+    QuarantineRequest,
+    RegisterRequest,
+    ReserveRequest,
+    Room,
+    TellHoldingsRequest,
+)
 
 MAX_ITEMS = 65_536
 """Keys, items or ids in one request; manifest entries are bounded by the body's size."""
@@ -218,3 +228,21 @@ def check_keep(request: PinRequest | ExpireRequest) -> None:
     check_keys(request.keys)
     if request.ttl_s is not None:
         check_seconds(request.ttl_s, "ttl_s", most=MAX_KEEP_SECONDS)
+
+
+def speaker_of(request: object) -> str:
+    """The node in whose name a request is made; empty: in nobody's."""
+    if isinstance(request, RegisterRequest):
+        return request.node.id
+    return request.node_id if isinstance(request, FromNode | MatchRequest | ReserveRequest | ImportRequest) else ""
+
+
+def check_speaker(request: object, names: PeerNames | None) -> None:
+    """Raises ProofError for who speaks in the name of a node that is not among `names`; None: all are."""
+    if names is None or not (node_id := speaker_of(request)) or node_id in names:
+        return
+    shown = ", ".join(sorted(names)[:8]) or "none"
+    raise ProofError(
+        f"the request is node {node_id}'s, and its sender's certificate has the names {shown}: "
+        f"give that node a certificate with {node_id} among its DNS names (security.tls, security.nodes)"
+    )

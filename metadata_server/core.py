@@ -17,6 +17,7 @@ from kvcore.errors import MetadataProtocolError, NodeRefusedError
 from kvcore.peer_log import PeerLog
 from kvcore.process.audit import audited
 from kvcore.telemetry import log_fields
+from kvcore.trust.certificates import PeerNames
 from kvcore.types import ChunkKey
 from metadata_server.account_messages import ImportReply, Stats
 from metadata_server.cache_messages import CacheReply, PinRequest, ReleaseRequest, UnpinRequest
@@ -36,7 +37,7 @@ from metadata_server.messages import (
     RegisterRequest,
     WaitRequest,
 )
-from metadata_server.protocol import bound_calls, encode
+from metadata_server.protocol import ANYBODY, Asker, bound_calls, encode
 from metadata_server.records.node_orders import NodeOrdering
 from metadata_server.records.pins import PinRecords
 from metadata_server.refusals import Refusals
@@ -115,29 +116,29 @@ class MetadataCore:
         return self._streams.lag
 
     async def dispatch(
-        self, path: str, body: bytes, *, json: bool = False, reply_json: bool | None = None, who: str = ""
+        self, path: str, body: bytes, *, json: bool = False, reply_json: bool | None = None, who: Asker = ANYBODY
     ) -> bytes:
         """Answer one call; the GET endpoints have empty bodies. The reply is in the body's format, unless `reply_json`
-        says otherwise. `who` asks, for the log of operators' orders.
+        says otherwise. `who` asks.
 
-        Raises MetadataProtocolError (unknown path, malformed or out of bounds), NotLeaderError. Only an endpoint that
-        waits or is durable suspends, and one whose large bodies come in turn; cancelling it leaves nothing behind. With
-        too many waiting it answers at once with what there is.
+        Raises MetadataProtocolError (unknown path, malformed or out of bounds), ProofError, NotLeaderError. Only an
+        endpoint that waits or is durable suspends, and one whose large bodies come in turn; cancelling it leaves
+        nothing behind. With too many waiting it answers at once with what there is.
         """
         call = self._calls.get(path)
         if call is None:
             raise MetadataProtocolError(f"no such endpoint: {path}")
         self.leader.check()
         if call.in_turn and len(body) > self._limits.small_body:
-            reply = await self._in_turn(path, body, json=json)
+            reply = await self._in_turn(path, body, json=json, names=who.speaks_for)
         elif call.about is None:
-            reply = call.handle(call.decode(body, json=json), self._now())
+            reply = call.handle(call.decode(body, json=json, names=who.speaks_for), self._now())
             if call.is_async:
                 reply = await reply
                 self.leader.check()
         else:
-            now, request = self._now(), call.decode(body, json=json)
-            with audited(who, path, call.about(request)) as line:
+            now, request = self._now(), call.decode(body, json=json, names=who.speaks_for)
+            with audited(who.address, path, call.about(request)) as line:
                 reply = call.handle(request, now)
                 if call.is_async:
                     reply = await reply
@@ -147,7 +148,7 @@ class MetadataCore:
             reply = msgspec.structs.replace(reply, token=self.token)
         return encode(_DONE if reply is None else reply, json=json if reply_json is None else reply_json)
 
-    async def _in_turn(self, path: str, body: bytes, *, json: bool) -> Any:
+    async def _in_turn(self, path: str, body: bytes, *, json: bool, names: PeerNames | None) -> Any:
         """Decode and handle while no other such call is, after whatever else is to be done now."""
         if self._num_in_turn >= self._limits.max_in_turn and path == IMPORT.path:
             return ImportReply(known=True, again_s=self._limits.again_s)
@@ -157,7 +158,7 @@ class MetadataCore:
                 await asyncio.sleep(0)
                 self.leader.check()
                 call = self._calls[path]
-                return call.handle(call.decode(body, json=json), self._now())
+                return call.handle(call.decode(body, json=json, names=names), self._now())
         finally:
             self._num_in_turn -= 1
 

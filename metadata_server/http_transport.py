@@ -11,7 +11,7 @@ import msgspec
 
 from kvcore.errors import MetadataProtocolError, MetadataUnavailableError, NodeRefusedError, NotLeaderError
 from kvcore.ports import why_unreachable
-from kvcore.process.http_client import http_session
+from kvcore.process.http_client import http_session, internal_ssl
 from kvcore.trust.opening import OPEN, ClusterTrust
 from metadata_server.endpoints import ENDPOINTS
 from metadata_server.limits import ClientLimits
@@ -27,7 +27,7 @@ class HttpMetadataTransport:
     own: however many there are, they hold no other call up."""
 
     def __init__(self, url: str, limits: ClientLimits = ClientLimits(), trust: ClusterTrust = OPEN) -> None:
-        self._url = url.rstrip("/")
+        self._url = trust.url(url.rstrip("/"))
         self._trust = trust
         self._limits = limits
         self._sessions: dict[bool, aiohttp.ClientSession] = {}
@@ -74,7 +74,7 @@ class HttpEventSource:
         limits: ClientLimits = ClientLimits(),
         trust: ClusterTrust = OPEN,
     ) -> None:
-        self._url = url.rstrip("/")
+        self._url = trust.url(url.rstrip("/"))
         self._trust = trust
         self._limits = limits
         self._timeout = aiohttp.ClientTimeout(total=None, connect=connect_timeout_s, sock_read=limits.silence_s)
@@ -120,7 +120,9 @@ class _FaultBody(msgspec.Struct):
 
 
 def _new_session(limits: ClientLimits, max_connections: int, trust: ClusterTrust) -> aiohttp.ClientSession:
-    connector = aiohttp.TCPConnector(limit=max_connections, keepalive_timeout=limits.idle_connection_s)
+    connector = aiohttp.TCPConnector(
+        limit=max_connections, keepalive_timeout=limits.idle_connection_s, ssl=internal_ssl(trust)
+    )
     return http_session(
         trust=trust,
         connector=connector,

@@ -6,11 +6,13 @@ And the table of calls, bound to one core.
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
 import msgspec
 
 from kvcore.errors import MetadataProtocolError
+from kvcore.trust.certificates import PeerNames
+from metadata_server.bounds import check_speaker
 from metadata_server.endpoints import ENDPOINTS, EndpointSpec, Rep, Req
 
 if TYPE_CHECKING:
@@ -28,8 +30,9 @@ class RequestDecoder(Generic[Req]):
         self._json = msgspec.json.Decoder(endpoint.request)
         self._check = endpoint.check
 
-    def decode(self, body: bytes, *, json: bool) -> Req:
-        """The checked request. Raises MetadataProtocolError, its `param` the path of the field."""
+    def decode(self, body: bytes, *, json: bool, names: PeerNames | None = None) -> Req:
+        """The checked request. `names`: the nodes for which its sender may speak; None: any. Raises ProofError,
+        MetadataProtocolError, its `param` the path of the field."""
         try:
             request = self._json.decode(body) if json else self._msgpack.decode(body)
         except msgspec.ValidationError as error:
@@ -39,12 +42,25 @@ class RequestDecoder(Generic[Req]):
             kind = "JSON" if json else "msgpack"
             raise MetadataProtocolError(f"the body is not valid {kind}: {error}") from error
         self._check(request)
+        check_speaker(request, names)
         return request
 
 
 def encode(reply: object, *, json: bool) -> bytes:
     """A reply's bytes."""
     return msgspec.json.encode(reply) if json else msgspec.msgpack.encode(reply)
+
+
+class Asker(NamedTuple):
+    """Whose a call is."""
+
+    address: str = ""
+    """For the log of operators' orders."""
+    speaks_for: PeerNames | None = None
+    """The nodes in whose names he may speak; None: any."""
+
+
+ANYBODY = Asker()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +75,7 @@ class BoundCall:
     in_turn: bool
 
 
-def _no_body(body: bytes, *, json: bool) -> None:
+def _no_body(body: bytes, *, json: bool, names: PeerNames | None) -> None:
     """The request of a GET."""
 
 

@@ -12,6 +12,7 @@ from kvcore.config.servers import own_part
 from kvcore.eviction.quotas import TenantShares
 from kvcore.ports import authorities_of, base_url
 from kvcore.process.asgi import AsgiServer
+from kvcore.process.certified_app import CertifiedApp
 from kvcore.process.http_gate import HttpGate, show_gates
 from kvcore.process.limits import HttpLimits
 from kvcore.process.proven_app import OPEN_PATHS, ProvenApp
@@ -62,7 +63,7 @@ async def main(config: ClusterConfig, lifecycle: Lifecycle, *, change_partitions
     lifecycle.stack.push_async_callback(records.aclose)
     lifecycle.tasks.create_task(records.run(), name="records")
     await _join(config, clock, records, change=change_partitions)
-    trust = open_trust(trust_source(config))
+    trust = open_trust(trust_source(config, "metadata-server"))
     followed = await asyncio.to_thread(FollowedShares, config, trust.secrets)
     lifecycle.tasks.create_task(followed.follow(), name="tenants' shares")
     shares = followed.shares
@@ -75,8 +76,15 @@ async def main(config: ClusterConfig, lifecycle: Lifecycle, *, change_partitions
     mooncake, dialect = await _open_mooncake(config, records, clock, metrics, lifecycle, gates=gates)
     core.janitor.look_after(records, dialect)
     app = create_app(core, clock, metrics, server.max_body, mooncake=mooncake)
-    proven = _proven(app, config, clock, trust)
-    shell = AsgiServer(proven, server.host, server.port, limits=HttpLimits().holding(4 * server.max_body))
+    shell = AsgiServer(
+        _gated(app, config, clock, trust),
+        server.host,
+        server.port,
+        limits=HttpLimits().holding(4 * server.max_body),
+        tls=None if trust.certificate is None else trust.certificate.server,
+    )
+    if trust.certificate is not None:
+        lifecycle.tasks.create_task(trust.certificate.follow(), name="certificate")
     gates["metadata"] = shell.gate
     lifecycle.stack.push_async_callback(shell.aclose)
     if server.standbys:
@@ -105,13 +113,15 @@ async def _join(config: ClusterConfig, clock: Clock, records: Records, *, change
         await shared.aclose()
 
 
-def _proven(app: ASGIApp, config: ClusterConfig, clock: Clock, trust: ClusterTrust) -> ASGIApp:
+def _gated(app: ASGIApp, config: ClusterConfig, clock: Clock, trust: ClusterTrust) -> ASGIApp:
     """`/metadata` is for Mooncake's own clients, which have a token instead."""
+    needs = lambda scope: scope["path"] not in (*OPEN_PATHS, PATH)  # noqa: E731
+    if trust.certificate is not None:
+        return CertifiedApp(app, needs, names_matter=config.security.nodes is not None)
     if trust.secrets is None:
         return app
     names = authorities_of(config.metadata_server.host, config.metadata_server.port)
-    verifier = RequestVerifier(trust, clock, names)
-    return ProvenApp(app, verifier, lambda scope: scope["path"] not in (*OPEN_PATHS, PATH))
+    return ProvenApp(app, RequestVerifier(trust, clock, names), needs)
 
 
 async def _only_core(

@@ -14,6 +14,7 @@ from kvcore.config.schema import ClusterConfig
 from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
 from kvcore.ports import authorities_of
 from kvcore.process.asgi import AsgiServer
+from kvcore.process.certified_app import CertifiedApp
 from kvcore.process.descriptors import soft_limit
 from kvcore.process.http_gate import show_gates
 from kvcore.process.limits import HttpLimits
@@ -66,7 +67,7 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
     tokenizer = await asyncio.to_thread(make_tokenizer, config)
     if isinstance(tokenizer, FolderTokenizer) and tokenizer.chat_problem is not None:
         log_fields(_log, logging.WARNING, "no_chats", problem=tokenizer.chat_problem)
-    clock, bounds, trust = SystemClock(), config.router, await asyncio.to_thread(open_trust, trust_source(config))
+    clock, bounds, trust = SystemClock(), config.router, await asyncio.to_thread(_open_trust, config)
     client = await _make_client(config, trust)
     lifecycle.stack.push_async_callback(client.aclose)
     cluster = Cluster(config, clock, tokenizer_digest=tokenizer.digest)
@@ -125,6 +126,10 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
     if cut := await dispatcher.drain(bounds.drain_s):
         log_fields(_log, logging.WARNING, "requests_cut", num=len(cut), ids=",".join(cut))
     await server.drain(config.service.drain_s)
+
+
+def _open_trust(config: ClusterConfig) -> ClusterTrust:
+    return open_trust(trust_source(config, "router"))
 
 
 def _operators_routes(
@@ -202,7 +207,8 @@ async def _guard(
 ) -> Callable[[ASGIApp], ASGIApp]:
     """With a secret only those who know it give orders about the cluster; with API keys, who has an admin's, too."""
     if trust.secrets is None:
-        return lambda app: app
+        certified = trust.certificate is not None
+        return lambda app: CertifiedApp(app, is_order) if certified else app
     verifier = RequestVerifier(trust, clock, authorities_of(config.router.host, config.router.port))
     proved = lambda app: ProvenApp(app, verifier, lambda _: True)  # noqa: E731
     gate = await open_gate(config, log, clock, lifecycle, secrets=trust.secrets, tokenizer=tokenizer, proved=proved)

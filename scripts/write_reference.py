@@ -24,7 +24,7 @@ from kvcore.config import fields, schema
 from kvcore.config.mooncake_metadata import MooncakeMetadataConfig
 from kvcore.config.partitions import PartitionConfig
 from kvcore.config.records import RecordsConfig
-from kvcore.config.security import SecretConfig, TlsConfig
+from kvcore.config.security import ClusterTlsConfig, SecretConfig, TlsConfig
 from kvcore.config.tiers import TierConfig
 from kvcore.metric_names import Metric
 from router.api.openai_schema import ChatRequest, CompletionRequest
@@ -140,6 +140,7 @@ def config_sections() -> Iterator[tuple[str, str, list[Key]]]:
             yield f"{name}.tls.", _text(TlsConfig.__doc__), list(_keys(TlsConfig, f"{name}.tls."))
         if name == "security":
             yield f"{name}.secret.", _text(SecretConfig.__doc__), list(_keys(SecretConfig, f"{name}.secret."))
+            yield f"{name}.tls.", _text(ClusterTlsConfig.__doc__), list(_keys(ClusterTlsConfig, f"{name}.tls."))
 
 
 def config_page() -> str:

@@ -25,6 +25,7 @@ from kvcore.types import Role
 _MAX_NAME_CHARS = 100
 _EVERY_INTERFACE = ("0.0.0.0", "::")
 _LEAST_SEGMENT = 1 << 10
+_BESIDE_TLS = "read and write segments, forge chunks, and use the router"
 _THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
 
 
@@ -193,6 +194,8 @@ def _check_security(config: ClusterConfig) -> Iterator[str]:
             yield "transport.integrity: frames needs the cluster's secret: set security.secret"
         if config.transport.kind not in ("auto", "tcp"):
             yield f"transport.integrity: only tcp has frames to make MACs of, transport.kind is {config.transport.kind}"
+    if security.tls is not None and not config.handoff.traits.has_store:
+        yield f"security.tls: with handoff {config.handoff} no processes of ours ask each other; take it out"
     if config.kv.verify == "mac" and secret is None:
         yield "kv.verify: mac needs the cluster's secret: set security.secret"
     for path, tier in all_tiers(config):
@@ -211,8 +214,9 @@ def _check_security(config: ClusterConfig) -> Iterator[str]:
     if secret is None and not security.open and heard:
         path, host = heard[0]
         more = f" (and {len(heard) - 1} more)" if len(heard) > 1 else ""
+        can = "can use it" if security.tls is None else f"can {_BESIDE_TLS}, which certificates do not prevent"
         yield (
-            f"{path}: {host} is reached from other machines{more}, and without a secret whoever reaches it can use it: "
+            f"{path}: {host} is reached from other machines{more}, and without a secret whoever reaches it {can}: "
             "set security.secret (`kvferry secret new FILE` makes one), or security.open: true on a network that only "
             "trusted machines reach"
         )
@@ -236,6 +240,8 @@ def open_line(config: ClusterConfig) -> str | None:
     if not config.security.open or not (heard := heard_elsewhere(config)):
         return None
     where = ", ".join(f"{path} {host}" for path, host in heard[:3]) + (", ..." if len(heard) > 3 else "")
+    if config.security.tls is not None:
+        return f"the cluster is open (security.open): there is no secret, so whoever reaches {where} can {_BESIDE_TLS}"
     return f"the cluster is open (security.open): whoever reaches {where} can use it, and no secret proves who does"
 
 

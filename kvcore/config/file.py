@@ -15,7 +15,7 @@ import msgspec
 from kvcore.config.checks import check_cluster
 from kvcore.config.parse import InvalidValueError, nearest, parse
 from kvcore.config.schema import ClusterConfig, NodeConfig, SimEngineConfig
-from kvcore.config.security import PublicTextConfig, TlsConfig
+from kvcore.config.security import ClusterTlsConfig, PublicTextConfig, TlsConfig
 from kvcore.config.vllm_options import spell_out_engines
 from kvcore.config.yaml_text import YAMLTextError, read_yaml
 from kvcore.errors import ConfigError
@@ -152,6 +152,9 @@ def _resolve_security_paths(config: ClusterConfig, folder: Path) -> ClusterConfi
         files = [one if one.file is None else PublicTextConfig(file=_within(folder, one.file)) for one in keys.public]
         file = None if keys.file is None else _within(folder, keys.file)
         keys = msgspec.structs.replace(keys, file=file, public=files)
+    if (own := security.tls) is not None:
+        cert, key, ca = (_within(folder, file) for file in (own.cert, own.key, own.ca))
+        security = msgspec.structs.replace(security, tls=ClusterTlsConfig(cert=cert, key=key, ca=ca))
     if (tls := config.router.tls) is not None:
         tls = TlsConfig(cert=_within(folder, tls.cert), key=_within(folder, tls.key))
         config = msgspec.structs.replace(config, router=msgspec.structs.replace(config.router, tls=tls))

@@ -1,4 +1,4 @@
-"""The `security` of a cluster file: the secret by which its processes know each other. Values only, never a secret."""
+"""The `security` of a cluster file: by what its processes know each other. Values only, never a secret."""
 
 from typing import Annotated
 
@@ -55,16 +55,33 @@ class TlsConfig(Section, frozen=True, kw_only=True):
     """Its key, without a password."""
 
 
+class ClusterTlsConfig(Section, frozen=True, kw_only=True):
+    """PEM files, by paths from the cluster file's folder. Read again when they change, for new connections."""
+
+    cert: Text
+    """This process's certificate, for servers and clients, and after it those that lead to `ca`. It names the addresses
+    at which the process is reached and, where `security.nodes` is given, the node (subjectAltName: IP and DNS).
+    `{name}` in a path is the process's own: a node's, `router`, `metadata-server`, `client` for commands."""
+    key: Text
+    """Its key, without a password, in a file that nobody but its owner and group can read."""
+    ca: Text
+    """The certificates of who may issue them: a CA of this cluster's own, as whoever has one from it is let in."""
+
+
 class SecurityConfig(Section, frozen=True, kw_only=True):
     """Who is trusted, and by what."""
 
     secret: SecretConfig | None = None
     """The cluster's secret. All processes of a cluster have the same. Without one a process listens on this machine
     alone, but for `open`."""
+    tls: ClusterTlsConfig | None = None
+    """Certificates by which processes know each other over HTTP, in place of proofs of the secret. What moves bytes and
+    what signs chunks needs the secret."""
     keys: KeysConfig | None = None
     """API keys of tenants (docs/tenants.md). Not set: whoever reaches the router may use it. Needs a secret."""
     open: bool = False
     """Listen where other machines reach us though there is no secret: whoever does can use the cluster, read and write
     its cache and be one of its nodes. `kvferry doctor`, `kvferry status` and the log repeat it."""
     nodes: Annotated[list[Text], msgspec.Meta(min_length=1)] | None = None
-    """Names that nodes may have. The metadata server refuses others. Not set: any name."""
+    """Names that nodes may have. The metadata server refuses others, and with `security.tls` also a certificate that
+    does not have the node's name. Not set: any name."""

@@ -55,6 +55,16 @@ def router_url_of(config: ClusterConfig) -> str:
     return url if config.router.tls is None else url.replace("http", "https", 1)
 
 
+def internal_url(config: ClusterConfig, host: str, port: int) -> str:
+    """http://host:port of what only the cluster's own processes ask, or https:// where they have certificates."""
+    return secured_url(config, base_url(host, port))
+
+
+def secured_url(config: ClusterConfig, url: str) -> str:
+    """The same of an http:// URL."""
+    return url if config.security.tls is None else url.replace("http:", "https:", 1)
+
+
 def as_server_at(config: ClusterConfig, address: str | None) -> ClusterConfig:
     """The file as the metadata server at `address` (HOST:PORT) sees it: that is where it listens, and the others of its
     partition are its standbys. None: the first, where there are no partitions. Raises ConfigError if the file names no

@@ -48,13 +48,14 @@ class HttpPool:
         limits: CallLimits = CallLimits(),
     ) -> None:
         """`max_connections`: calls under way; more wait, within their deadlines. `headers`: of every request. `tls`:
-        for servers at https; None: those that this machine's certificate authorities vouch for."""
+        for servers at https; None: the cluster's own, where its processes have certificates; else those that this
+        machine's certificate authorities vouch for."""
         self._connect_timeout_s = connect_timeout_s
         self._max_connections = max_connections
         self._keepalive_s = keepalive_s
         self._headers = _header_lines(headers)
-        self._prover = None if trust.secrets is None else RequestProver(trust, SystemClock())
-        self._tls = tls
+        self._prover = RequestProver(trust, SystemClock()) if trust.proves_http else None
+        self._tls = trust.certificate.client if tls is None and trust.certificate is not None else tls
         self._limits = limits
         self._origins: dict[str, Origin] = {}
         self._num_busy = 0

@@ -1,7 +1,9 @@
 """Sessions of our HTTP clients. None follows a redirect: it would send a body, with tokens or a key, to whom the answer
-names, and no server of a cluster has reason for one. With a secret each request proves that it comes from the cluster.
+names, and no server of a cluster has reason for one. Where the cluster's processes have certificates they show them;
+else, with a secret, each request proves that it comes from the cluster.
 """
 
+import ssl
 from typing import Any
 
 import aiohttp
@@ -21,11 +23,28 @@ class UnprovenReplyError(aiohttp.ClientError):
 
 
 def http_session(*, trust: ClusterTrust = OPEN, **options: Any) -> aiohttp.ClientSession:
-    """An aiohttp session with these options, whose calls raise RedirectedError where the answer is a redirect, and with
-    a secret UnprovenReplyError where it comes from a stranger. Made inside the loop that uses it. Bodies are bytes."""
-    known = () if trust.secrets is None else (_Proving(RequestProver(trust, SystemClock())).send,)
+    """A session with the cluster's processes, but for its router: aiohttp's with these options, whose calls raise
+    RedirectedError where the answer is a redirect, and with a secret UnprovenReplyError where it comes from a stranger.
+    Made inside the loop that uses it. Bodies are bytes. A connector among the options has `internal_ssl` as its ssl."""
+    if "connector" not in options:
+        options["connector"] = aiohttp.TCPConnector(ssl=internal_ssl(trust))
+    return _session(trust if trust.proves_http else OPEN, options)
+
+
+def router_session(*, trust: ClusterTrust = OPEN, **options: Any) -> aiohttp.ClientSession:
+    """The same with the cluster's router, which shows its certificate to all, and asks for none."""
     if trust.source.router_cert and "connector" not in options:
         options["connector"] = aiohttp.TCPConnector(ssl=pinned_context(trust.source.router_cert))
+    return _session(trust, options)
+
+
+def internal_ssl(trust: ClusterTrust) -> ssl.SSLContext | bool:
+    """By what a connector of `http_session` knows a server, and shows who we are: `ssl` of aiohttp's TCPConnector."""
+    return True if trust.certificate is None else trust.certificate.client
+
+
+def _session(trust: ClusterTrust, options: dict[str, Any]) -> aiohttp.ClientSession:
+    known = () if trust.secrets is None else (_Proving(RequestProver(trust, SystemClock())).send,)
     return aiohttp.ClientSession(middlewares=(_refuse_redirects, *known), **options)
 
 

@@ -18,8 +18,10 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from kvcore.peer_log import PeerLog
+from kvcore.process.certified_app import PEER_NAMES
 from kvcore.process.http_body import WHOLE_BODY
 from kvcore.process.http_gate import GatePlace, HttpGate
+from kvcore.trust.certificates import PeerNames, peer_names
 
 _logger = logging.getLogger("kvcore.asgi")
 
@@ -45,10 +47,12 @@ class BoundedHttp(HttpToolsProtocol):
         """Of a body, not counted at the gate yet."""
         self._in_head = False
         self._in_message = False
+        self._peer_names: PeerNames | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """A client has connected: its first head must come in time."""
         super().connection_made(transport)
+        self._peer_names = peer_names(transport)
         self._place = self._gate.admit(self.client[0] if self.client else None, transport.abort)
         if self._place is None:
             transport.abort()
@@ -85,6 +89,8 @@ class BoundedHttp(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """The first byte of a request."""
         super().on_message_begin()
+        if self._peer_names is not None:
+            self.scope[PEER_NAMES] = self._peer_names  # type: ignore[literal-required]
         self._in_head = self._in_message = True
 
     def on_headers_complete(self) -> None:

@@ -38,7 +38,7 @@ class ProvenApp:
         try:
             proof = self._verifier.check(scope["method"], _target(scope), headers)
         except ProofError as error:
-            await self._refuse(error, "msgpack" in headers.get("Accept", ""), send)
+            await refuse(error, scope, send, wanted=self._verifier.wanted)
             return
 
         async def send_proved(message: Message) -> None:
@@ -50,14 +50,18 @@ class ProvenApp:
 
         await self._app(scope, _checked(receive, proof), send_proved)
 
-    async def _refuse(self, error: ProofError, binary: bool, send: Send) -> None:
-        detail = {"message": error.message, "type": "invalid_request_error", "param": None, "code": error.code}
-        body = (msgspec.msgpack if binary else msgspec.json).encode({"error": {**detail, "retryable": error.retryable}})
-        kind = b"application/msgpack" if binary else b"application/json"
-        headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode())]
-        headers.append((WANTED.lower().encode(), self._verifier.wanted.encode()))
-        await send({"type": "http.response.start", "status": error.http_status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+
+async def refuse(error: ProofError, scope: Scope, send: Send, wanted: str = "") -> None:
+    """Answers in the form that is asked for. `wanted`: the secrets by which the server would know the sender."""
+    detail = {"message": error.message, "type": "invalid_request_error", "param": None, "code": error.code}
+    binary = any(name == b"accept" and b"msgpack" in value for name, value in scope["headers"])
+    body = (msgspec.msgpack if binary else msgspec.json).encode({"error": {**detail, "retryable": error.retryable}})
+    kind = b"application/msgpack" if binary else b"application/json"
+    headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode())]
+    if wanted:
+        headers.append((WANTED.lower().encode(), wanted.encode()))
+    await send({"type": "http.response.start", "status": error.http_status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 def _is_proved(scope: Scope) -> bool:

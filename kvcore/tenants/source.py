@@ -83,6 +83,9 @@ def _check_mode(found: os.stat_result, where: str) -> None:
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         mode = stat.S_IMODE(found.st_mode)
         raise ConfigError(f"{where}: mode {mode:04o} lets others add keys; set 0600, or 0640 for its group")
+    if found.st_uid not in (0, os.geteuid()):
+        who = f"user {found.st_uid}, who can add keys, and this process runs as {os.geteuid()}"
+        raise ConfigError(f"{where}: it belongs to {who}")
 
 
 def _ring(text: str | bytes, where: str) -> KeyRing:

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import stat
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -11,16 +10,15 @@ from kvcore.clock import Clock, SystemClock
 from kvcore.config.security import SecretConfig
 from kvcore.errors import ConfigError
 from kvcore.telemetry import log_fields
+from kvcore.trust.files import FileStamp, check_private
 from kvcore.trust.keys import ClusterKey, KeyLabel
 from kvcore.trust.secret_text import BadSecretError, parse_secrets
 
 _logger = logging.getLogger("kvcore.trust")
-_MODE_REFUSED = stat.S_IRWXO | stat.S_IWGRP | stat.S_IXGRP
 _MAKE_IT = "`kvferry secret new FILE` makes one"
 
 Reread = Callable[[], tuple[bytes, ...] | None]
 """What the secrets are now; None: the same as before. Raises ConfigError."""
-_Stamp = tuple[int, int, int]
 
 
 class Secrets:
@@ -111,7 +109,7 @@ class _SecretFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._seen: _Stamp | None = None
+        self._seen: FileStamp | None = None
 
     def read_if_changed(self) -> tuple[bytes, ...] | None:
         """None: as before. Raises ConfigError once for each change that is no good."""
@@ -123,7 +121,7 @@ class _SecretFile:
                 return None
             self._seen = stamp
             with self._path.open(encoding="ascii") as file:
-                _check_mode(os.fstat(file.fileno()), where)
+                check_private(os.fstat(file.fileno()), where)
                 text = file.read(1 << 16)
         except FileNotFoundError as error:
             self._seen = None
@@ -133,16 +131,6 @@ class _SecretFile:
         except UnicodeDecodeError:
             raise ConfigError(f"{where}: not a text; {_MAKE_IT}") from None
         return _parsed(text, where)
-
-
-def _check_mode(found: os.stat_result, where: str) -> None:
-    if not stat.S_ISREG(found.st_mode):
-        raise ConfigError(f"{where}: not a file")
-    if found.st_mode & _MODE_REFUSED:
-        mode = stat.S_IMODE(found.st_mode)
-        raise ConfigError(f"{where}: mode {mode:04o} lets others at it; set 0600, or 0640 for its group")
-    if found.st_uid not in (0, os.geteuid()):
-        raise ConfigError(f"{where}: it belongs to user {found.st_uid}, and this process runs as {os.geteuid()}")
 
 
 def _parsed(text: str, where: str) -> tuple[bytes, ...]:

@@ -3,9 +3,9 @@
 import asyncio
 
 from kvcore.clock import SystemClock
+from kvcore.config.servers import internal_url
 from kvcore.errors import ConfigError, MetadataProtocolError, MetadataUnavailableError
 from kvcore.identity import ClusterIdentity
-from kvcore.ports import base_url
 from kvcore.trust.opening import open_trust, trust_source
 from kvferry.doctor.findings import Context, Finding
 from kvferry.machine import is_local
@@ -52,7 +52,7 @@ def _taken_names(context: Context, reply: NodesReply) -> list[Finding]:
     alive = {node.id: node.control_url for node in reply.nodes}
     findings = []
     for name, node in context.config.nodes.items():
-        url = base_url(node.host, node.port)
+        url = internal_url(context.config, node.host, node.port)
         if name in alive and alive[name] != url and (context.all_here or is_local(node.host)):
             wrong = f"{name} is alive at {alive[name]}, and in this file it is at {url}"
             findings.append(Finding(f"node {name}", False, wrong, "give one of the two another name, or stop that one"))

@@ -11,10 +11,9 @@ import msgspec
 
 from kvcore.config.checks import metadata_ports
 from kvcore.config.schema import ClusterConfig
-from kvcore.config.servers import metadata_urls
+from kvcore.config.servers import internal_url, metadata_urls, secured_url
 from kvcore.errors import ConfigError, NotLeaderError
-from kvcore.ports import base_url
-from kvcore.process.http_client import http_session
+from kvcore.process.http_client import http_session, router_session
 from kvcore.trust.opening import OPEN, open_trust, trust_source
 from kvcore.types import NodeInfo
 from kvferry.status import ClusterAnswer, addresses
@@ -57,17 +56,19 @@ async def find_running(config: ClusterConfig, timeout_s: float = 1.0) -> Running
         trust = open_trust(trust_source(config))
     except ConfigError:  # another check says so
         trust = OPEN
+    timeout = aiohttp.ClientTimeout(total=timeout_s)
     async with (
-        http_session(trust=trust, timeout=aiohttp.ClientTimeout(total=timeout_s)) as session,
+        router_session(trust=trust, timeout=timeout) as outer,
+        http_session(trust=trust, timeout=timeout) as session,
         asyncio.TaskGroup() as tasks,
     ):
-        router = tasks.create_task(_ask(session, f"{router_url}/v1/cluster", _NamedCluster))
+        router = tasks.create_task(_ask(outer, f"{router_url}/v1/cluster", _NamedCluster))
         names_of = [path.removesuffix(".port") for path, _, _ in metadata_ports(config.metadata_server)]
-        urls = [f"{url}/v1/stats" for url in metadata_urls(config.metadata_server)]
+        urls = [f"{secured_url(config, url)}/v1/stats" for url in metadata_urls(config.metadata_server)]
         metadata = [tasks.create_task(_ask(session, url, Stats)) for url in urls]
         following = [tasks.create_task(_ask(session, url, _Follower, status=503)) for url in urls]
         nodes = {
-            name: tasks.create_task(_ask(session, f"{base_url(node.host, node.port)}/v1/info", _NodeAnswer))
+            name: tasks.create_task(_ask(session, f"{internal_url(config, node.host, node.port)}/v1/info", _NodeAnswer))
             for name, node in config.nodes.items()
             if node.url is None
         }

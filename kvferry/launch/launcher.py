@@ -17,8 +17,9 @@ import aiohttp
 
 from kvcore.config.schema import ClusterConfig
 from kvcore.errors import ConfigError
-from kvcore.process.http_client import http_session
-from kvcore.trust.opening import ClusterTrust, trust_source
+from kvcore.process.http_client import http_session, router_session
+from kvcore.trust.certificates import ca_context, named
+from kvcore.trust.opening import CLIENT, ClusterTrust, trust_source
 from kvferry.launch.limits import LaunchLimits
 from kvferry.launch.processes import STOP_ORDER, ProcessKind, ProcessPlan, plan_processes
 from kvferry.launch.supervised import ProcessState, SupervisedProcess
@@ -65,6 +66,7 @@ class Launcher:
         self._processes: dict[str, SupervisedProcess] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._session: aiohttp.ClientSession | None = None
+        self._inner: aiohttp.ClientSession | None = None
         self._stopping = False
         self._changed = asyncio.Event()
         self._failure: BaseException | None = None
@@ -122,13 +124,16 @@ class Launcher:
         assert self._session is None, "started before"
         self._began = asyncio.get_running_loop().time()
         timeout = aiohttp.ClientTimeout(total=self._limits.health_timeout_s)
-        self._session = http_session(trust=ClusterTrust(source=self._source), timeout=timeout)
+        self._session = router_session(trust=ClusterTrust(source=self._source), timeout=timeout)
+        tls = self._source.tls
+        known = True if tls is None else ca_context(named(tls, CLIENT))
+        self._inner = http_session(connector=aiohttp.TCPConnector(ssl=known), timeout=timeout)
         for plan in self._plans:
             log_file = self.log_file(plan.name)
             process = SupervisedProcess(
                 plan,
                 log_file,
-                self._session,
+                self._session if plan.kind is ProcessKind.ROUTER else self._inner,
                 on_line=self._on_line,
                 on_change=self._process_changed,
                 limits=self._limits,
@@ -182,8 +187,8 @@ class Launcher:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)  # told by `_task_done`
             await asyncio.gather(*(process.close() for process in self._processes.values()))
-            if self._session is not None:
-                await self._session.close()
+            for session in filter(None, (self._session, self._inner)):
+                await session.close()
 
     async def _keep_up(self, process: SupervisedProcess) -> None:
         """Run one process again and again. When a run of it has ended there are five cases:

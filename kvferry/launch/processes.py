@@ -7,8 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from kvcore.config.schema import ClusterConfig
-from kvcore.config.servers import addresses_of, partitions_of, router_url_of, servers_of
-from kvcore.ports import base_url
+from kvcore.config.servers import addresses_of, internal_url, partitions_of, router_url_of, servers_of
 from kvcore.types import Role
 
 
@@ -48,7 +47,7 @@ def plan_processes(config: ClusterConfig, config_file: Path, overrides: Sequence
     def plan(name: str, kind: ProcessKind, module: str, host: str, port: int, *more: str) -> ProcessPlan:
         # -P: a folder called `router` where the user stands must not be taken for ours
         command = (sys.executable, "-P", "-m", module, *options, *more)
-        return ProcessPlan(name, kind, command, base_url(host, port))
+        return ProcessPlan(name, kind, command, internal_url(config, host, port))
 
     server, router = config.metadata_server, config.router
     router_plan = plan("router", ProcessKind.ROUTER, "router", router.host, router.port)

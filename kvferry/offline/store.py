@@ -18,10 +18,10 @@ from pathlib import Path
 
 from kvcore.clock import SystemClock
 from kvcore.config.schema import MetadataServerConfig
-from kvcore.config.servers import metadata_servers, metadata_urls
+from kvcore.config.servers import internal_url, metadata_servers, metadata_urls, secured_url
 from kvcore.errors import ConfigError, DeadlineExceededError, MetadataProtocolError, MetadataUnavailableError
 from kvcore.identity import ClusterIdentity
-from kvcore.ports import base_url, listen
+from kvcore.ports import listen
 from kvcore.telemetry import log_fields
 from kvcore.trust.opening import ClusterTrust, open_trust, trust_source
 from kvcore.types import NodeInfo
@@ -49,7 +49,7 @@ class OfflineStore:
         the bounds that it has of its own."""
         self._reach_s, self._poll_s, self._margin_s = reach_s, poll_s, margin_s
         self._cluster = cluster
-        self._server_url = metadata_urls(cluster.config.metadata_server)[0]
+        self._server_url = secured_url(cluster.config, metadata_urls(cluster.config.metadata_server)[0])
         self._folder: Path | None = None
         self._loop = asyncio.new_event_loop()
         self._closing = asyncio.Event()
@@ -112,7 +112,7 @@ class OfflineStore:
     async def _keep_up(self, folder: Path) -> None:
         """Until cancelled."""
         config, file = self._cluster.config, folder / "cluster.yaml"
-        trust = open_trust(trust_source(config))
+        trust = open_trust(trust_source(config, self._cluster.node_name))
         server = connect_client(endpoints_of(config.metadata_server), SystemClock(), trust)
         try:
             if self._cluster.joined:
@@ -136,10 +136,11 @@ class OfflineStore:
             await server.aclose()
 
     async def _ask_node(self, trust: ClusterTrust) -> NodeReport:
-        node = self._cluster.config.nodes[self._cluster.node_name]
+        config = self._cluster.config
+        node = config.nodes[self._cluster.node_name]
         client = HttpNodeClient(connect_timeout_s=self._margin_s, max_connections=1, trust=trust)
         try:
-            return await client.info(base_url(node.host, node.port), timeout_s=self._margin_s)
+            return await client.info(internal_url(config, node.host, node.port), timeout_s=self._margin_s)
         finally:
             await client.aclose()
 

@@ -16,10 +16,12 @@ from starlette.types import Receive, Scope, Send
 from kvcore.clock import Clock
 from kvcore.errors import MetadataProtocolError, PayloadTooLargeError
 from kvcore.process.audit import caller
+from kvcore.process.certified_app import SPEAKS_FOR
 from kvcore.process.http_body import ENCODINGS, body_at_hand, check_encoding
 from metadata_server.core import MetadataCore
 from metadata_server.endpoints import ENDPOINTS
 from metadata_server.limits import ServerLimits
+from metadata_server.protocol import Asker
 from metadata_server.shell.openapi import JSON, MSGPACK
 
 _BINARY = frozenset({"", MSGPACK, "application/x-msgpack", "application/vnd.msgpack", "application/octet-stream"})
@@ -55,7 +57,8 @@ class Calls:
             body = await self._read(scope, headers, receive)
             started, path = self._clock.now(), scope["path"]
             endpoint, observe = self.paths[path]
-            who = caller(scope.get("client")) if endpoint.about is not None else ""
+            address = caller(scope.get("client")) if endpoint.about is not None else ""
+            who = Asker(address, scope.get(SPEAKS_FOR))
             call = self._core.dispatch(path, body, json=json_in, reply_json=json_out, who=who)
             reply = await (_unless_gone(receive, call) if endpoint.waits else call)
             observe(self._clock.now() - started)

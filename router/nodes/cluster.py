@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from kvcore.chunk_keys import prompt_keys, usable_chunks
 from kvcore.clock import Clock
 from kvcore.config.schema import ClusterConfig
+from kvcore.config.servers import internal_url
 from kvcore.errors import KVFerryError, ModelChangedError
 from kvcore.identity import ClusterIdentity
 from kvcore.partitions import Part, Partitions
 from kvcore.peer_log import PeerLog
-from kvcore.ports import base_url, why_no_node_url
+from kvcore.ports import why_no_node_url
 from kvcore.telemetry import log_fields
 from kvcore.types import NodeInfo, Role
 from metadata_server.cache_messages import NodeOrder
@@ -87,7 +88,7 @@ class Cluster:
         for name, node in self._config.nodes.items():
             if name in self.nodes or name in removed:
                 continue
-            url = base_url(node.host, node.port) if node.url is None else node.url.rstrip("/")
+            url = internal_url(self._config, node.host, node.port) if node.url is None else node.url.rstrip("/")
             self.nodes[name] = KnownNode(name, node.role, url, static=True, breaker=Breaker(self._limits))
             self.probe_asked.set()
 

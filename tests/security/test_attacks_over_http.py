@@ -1,17 +1,14 @@
 """What strangers can do over HTTP: all of it with a cluster that is open, none of it with one that has a secret."""
 
 import asyncio
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import aiohttp
 import pytest
 from support.attacks import OVER_HTTP, secret_override, stranger
 from support.cluster import ClusterHandle, cluster
+from support.process_plans import started
 
-from kvferry.launch.processes import ProcessPlan, plan_processes
+from kvferry.launch.processes import plan_processes
 from kvferry.secret import run_new
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
@@ -56,17 +53,6 @@ async def test_a_stranger_can_do_none_of_it_to_a_cluster_with_a_secret(tmp_path)
         assert (await handle.stats()).objects > 0
     secret = (tmp_path / "secret").read_text().strip()
     assert not [log for log in (tmp_path / "logs").glob("*.log") if secret in log.read_text()]
-
-
-@contextmanager
-def started(plan: ProcessPlan, log: Path, *more: str) -> Iterator[None]:
-    with log.open("w") as out:
-        process = subprocess.Popen([*plan.command, *more], stdout=out, stderr=out)
-        try:
-            yield
-        finally:
-            process.kill()
-            process.wait()
 
 
 @pytest.mark.parametrize("theirs", ["none", "another"])

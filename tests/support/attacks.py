@@ -72,9 +72,9 @@ class Stranger:
 
 
 @asynccontextmanager
-async def stranger(cluster: ClusterHandle) -> AsyncIterator[Stranger]:
-    """One that is new here."""
-    async with aiohttp.ClientSession() as session:
+async def stranger(cluster: ClusterHandle, connector: aiohttp.BaseConnector | None = None) -> AsyncIterator[Stranger]:
+    """One that is new here. `connector`: by which he connects."""
+    async with aiohttp.ClientSession(connector=connector) as session:
         yield Stranger(cluster, session, await cluster.stats())
 
 

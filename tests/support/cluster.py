@@ -20,9 +20,8 @@ from support.ports import free_ports
 from kvcore.config.file import load_config
 from kvcore.config.partitions import PartitionConfig
 from kvcore.config.schema import ClusterConfig
-from kvcore.config.servers import metadata_urls, partitions_of, urls_of
-from kvcore.ports import base_url
-from kvcore.process.http_client import http_session
+from kvcore.config.servers import internal_url, metadata_urls, partitions_of, secured_url, urls_of
+from kvcore.process.http_client import http_session, internal_ssl
 from kvcore.trust.opening import open_trust, trust_source
 from kvcore.trust.tls import pinned_context
 from kvferry.launch.launcher import Launcher
@@ -87,11 +86,11 @@ class ClusterHandle:
     @property
     def metadata_url(self) -> str:
         """Of the metadata server; of several, the first."""
-        return metadata_urls(self.config.metadata_server)[0]
+        return secured_url(self.config, metadata_urls(self.config.metadata_server)[0])
 
     def node_url(self, name: str) -> str:
         """Of a node's control API."""
-        return base_url(self.config.nodes[name].host, self.config.nodes[name].port)
+        return internal_url(self.config, self.config.nodes[name].host, self.config.nodes[name].port)
 
     async def post(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, str], dict[str, Any]]:
         """(status, headers, body) of a request to the router, whatever they are."""
@@ -149,7 +148,7 @@ class ClusterHandle:
 
     async def stats_of(self, partition: PartitionConfig) -> Stats:
         """One partition's; of several servers, the leader's."""
-        *urls, last = urls_of(partition)
+        *urls, last = (secured_url(self.config, url) for url in urls_of(partition))
         for url in urls:
             with suppress(aiohttp.ClientError, AssertionError):
                 return msgspec.msgpack.decode(await self._get(f"{url}/v1/stats"), type=Stats)
@@ -310,8 +309,9 @@ async def cluster(
     )
     async with AsyncExitStack() as stack:
         tls = config.router.tls
-        connector = aiohttp.TCPConnector(limit=0, ssl=True if tls is None else pinned_context(tls.cert))
         trust, headers = open_trust(trust_source(config)), {"Authorization": f"Bearer {key}"} if key else {}
+        known = internal_ssl(trust) if tls is None else pinned_context(tls.cert)
+        connector = aiohttp.TCPConnector(limit=0, ssl=known)
         session = await stack.enter_async_context(http_session(trust=trust, connector=connector, headers=headers))
         await stack.enter_async_context(launcher)
         handle = ClusterHandle(config, plans, launcher, session)

@@ -15,7 +15,7 @@ from kvcore.config.security import TlsConfig
 from kvcore.config.servers import router_url_of
 from kvcore.errors import ConfigError
 from kvcore.process.asgi import AsgiServer
-from kvcore.process.http_client import http_session
+from kvcore.process.http_client import router_session
 from kvcore.trust.opening import ClusterTrust, TrustSource, trust_source
 from kvcore.trust.tls import ServerCertificate, pinned_context
 
@@ -33,7 +33,7 @@ def made(folder: Path) -> TlsConfig:
 
 
 def knowing(tls: TlsConfig) -> aiohttp.ClientSession:
-    return http_session(trust=ClusterTrust(source=TrustSource(router_cert=tls.cert)))
+    return router_session(trust=ClusterTrust(source=TrustSource(router_cert=tls.cert)))
 
 
 async def get(session: aiohttp.ClientSession, url: str) -> str:
