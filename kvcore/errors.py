@@ -218,6 +218,12 @@ class RecordsUnavailableError(KVFerryError):
     code = "records_unavailable"
 
 
+class MetadataProofError(MetadataUnavailableError):
+    """Who answers at the metadata server's address refuses our proof of the secret, and has not proved to know it."""
+
+    code = "metadata_proof_refused"
+
+
 class NotLeaderError(MetadataUnavailableError):
     """This metadata server does not lead (any more): it grants nothing and writes nothing. `leader` is the URL of the
     one that does; empty: nobody is known to."""

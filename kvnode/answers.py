@@ -11,7 +11,7 @@ from kvcore.process.aiohttp_gate import check_place
 from kvcore.process.certified_app import NO_CERTIFICATE
 from kvcore.process.proven_app import OPEN_PATHS
 from kvcore.trust.certificates import peer_names
-from kvcore.trust.http_proof import WANTED, Proof, RequestVerifier, check_body
+from kvcore.trust.http_proof import INPUT, WANTED, Proof, RequestVerifier, check_body
 
 MSGPACK = "application/msgpack"
 _logger = logging.getLogger("kvnode")
@@ -45,7 +45,7 @@ class ProvenCalls:
 
     @web.middleware
     async def _check(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.path not in OPEN_PATHS:
+        if request.path not in OPEN_PATHS or INPUT in request.headers:
             request[_PROOF] = self._verifier.check(request.method, request.raw_path, request.headers)
         return await handler(request)
 

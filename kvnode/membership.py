@@ -13,7 +13,7 @@ from enum import StrEnum
 
 import msgspec
 
-from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
+from kvcore.errors import MetadataProofError, MetadataProtocolError, MetadataUnavailableError
 from kvcore.telemetry import log_fields
 from kvcore.types import KVSpec, NodeInfo, Segment
 from kvnode.limits import NodeLimits
@@ -214,14 +214,14 @@ class Membership:
                 self._lease.on_heartbeat(reply)
                 self.drained, self.sheds = reply.drained, reply.sheds
         except (MetadataUnavailableError, MetadataProtocolError) as error:
-            if isinstance(error, MetadataProtocolError) and step is Step.REGISTER:
+            if isinstance(error, (MetadataProtocolError, MetadataProofError)) and step is Step.REGISTER:
                 self._say_refused(error)
             elif self._lease.failures == 0:  # once an outage
                 log_fields(_logger, logging.WARNING, f"{step}_failed", node=self._node.id, reason=error.message)
             self._lease.on_failure()
             self.heartbeat_failures += 1
 
-    def _say_refused(self, error: MetadataProtocolError) -> None:
+    def _say_refused(self, error: MetadataProtocolError | MetadataProofError) -> None:
         if error.message != self.refused:
             self.refused = error.message
             log_fields(

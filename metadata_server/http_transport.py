@@ -9,9 +9,15 @@ from collections.abc import AsyncGenerator
 import aiohttp
 import msgspec
 
-from kvcore.errors import MetadataProtocolError, MetadataUnavailableError, NodeRefusedError, NotLeaderError
+from kvcore.errors import (
+    MetadataProofError,
+    MetadataProtocolError,
+    MetadataUnavailableError,
+    NodeRefusedError,
+    NotLeaderError,
+)
 from kvcore.ports import why_unreachable
-from kvcore.process.http_client import http_session, internal_ssl
+from kvcore.process.http_client import ProofRefusedError, http_session, internal_ssl
 from kvcore.trust.opening import OPEN, ClusterTrust
 from metadata_server.endpoints import ENDPOINTS
 from metadata_server.limits import ClientLimits
@@ -50,6 +56,8 @@ class HttpMetadataTransport:
                 status = response.status
         except TimeoutError as error:
             raise MetadataUnavailableError(f"{self._url}{path} did not answer within {timeout_s:.3g} s") from error
+        except ProofRefusedError as error:
+            raise MetadataProofError(str(error)) from error
         except (aiohttp.ClientError, OSError) as error:
             raise MetadataUnavailableError(f"{self._url}{path}: {why_unreachable(error)}") from error
         if status >= 400:

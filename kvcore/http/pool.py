@@ -18,7 +18,7 @@ from kvcore.http.connection import HttpConnection
 from kvcore.http.errors import BrokenCallError, ConnectTimeoutError
 from kvcore.http.limits import CallLimits
 from kvcore.http.origin import Origin, addresses, origin_of, peer_socket
-from kvcore.trust.http_proof import INPUT, SIGNATURE, WANTED, Proof, RequestProver
+from kvcore.trust.http_proof import INPUT, MAX_SAID_BYTES, SIGNATURE, WANTED, Proof, RequestProver, why_unproven
 from kvcore.trust.opening import OPEN, ClusterTrust
 
 _IDEMPOTENT = frozenset({"GET", "PUT", "DELETE"})
@@ -147,13 +147,12 @@ class HttpPool:
                 f"{url} answered {status}, a redirect to {answer.header('Location') or 'nowhere'}, which is not "
                 "followed: name the server itself"
             )
-        if self._prover is None or proof is None or status >= 400:
+        if self._prover is None or proof is None:
             return
         said = {name: answer.header(name) or "" for name in (INPUT, SIGNATURE)}
         if not self._prover.is_proven(proof, status, said):
-            why = "give it the same security.secret, or it is a stranger"
-            why = "its answer's proof is wrong" if said[SIGNATURE] else why
-            raise BrokenCallError(f"{origin.url} does not know this cluster's secret: {why}")
+            beginning = answer.take()[:MAX_SAID_BYTES] if status >= 400 else b""
+            raise BrokenCallError(why_unproven(origin.url, status, said, beginning))
 
     # --- connections ---
 

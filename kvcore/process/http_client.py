@@ -9,7 +9,7 @@ from typing import Any
 import aiohttp
 
 from kvcore.clock import SystemClock
-from kvcore.trust.http_proof import SIGNATURE, WANTED, Proof, RequestProver
+from kvcore.trust.http_proof import MAX_SAID_BYTES, WANTED, Proof, RequestProver, why_unproven
 from kvcore.trust.opening import OPEN, ClusterTrust
 from kvcore.trust.tls import pinned_context
 
@@ -19,7 +19,12 @@ class RedirectedError(aiohttp.ClientError):
 
 
 class UnprovenReplyError(aiohttp.ClientError):
-    """A server answered that does not know the cluster's secret."""
+    """Who answered has not proved that it knows the cluster's secret. Also a refusal: whoever sits between us and the
+    server could have made it up, so it says no more than that this server cannot be asked now."""
+
+
+class ProofRefusedError(UnprovenReplyError):
+    """Our proof is not taken. Whether a process of the cluster says so is not known."""
 
 
 def http_session(*, trust: ClusterTrust = OPEN, **options: Any) -> aiohttp.ClientSession:
@@ -76,11 +81,12 @@ class _Proving:
                 response.release()
                 proof = await self._prove(request)
                 response = await send(request)
-        if response.status < 400 and not self._prover.is_proven(proof, response.status, response.headers):
-            why = "give it the same security.secret, or it is a stranger"
-            why = "its answer's proof is wrong" if SIGNATURE in response.headers else why
+        if not self._prover.is_proven(proof, response.status, response.headers):
+            beginning = await response.content.read(MAX_SAID_BYTES) if response.status >= 400 else b""
             response.close()
-            raise UnprovenReplyError(f"{request.url.origin()} does not know this cluster's secret: {why}")
+            server, status = str(request.url.origin()), response.status
+            kind = ProofRefusedError if status == 401 else UnprovenReplyError
+            raise kind(why_unproven(server, status, response.headers, beginning))
         return response
 
     async def _prove(self, request: aiohttp.ClientRequest) -> Proof:

@@ -8,6 +8,7 @@ but for the clock.
 import base64
 import hashlib
 import hmac
+import json
 import re
 import secrets as random
 from collections.abc import Mapping
@@ -25,6 +26,9 @@ from kvcore.trust.secrets import Secrets
 DIGEST, INPUT, SIGNATURE, WANTED = "Content-Digest", "Signature-Input", "Signature", "Accept-Signature"
 """The headers. The last one is a refusal's, and names the secrets that the server knows."""
 
+MAX_SAID_BYTES = 1024
+"""Of a refusal that is not proven, told in an error."""
+
 _COVERED = '("@method" "@authority" "@path" "@query" "content-digest")'
 _INPUT = re.compile(
     r'kvferry=(\("@method" "@authority" "@path" "@query" "content-digest"\);created=(\d{1,11});'
@@ -32,7 +36,9 @@ _INPUT = re.compile(
 )
 _REPLY_COVERED = '("@status" "signature";req;key="kvferry")'
 _KEY_ID = re.compile(r'keyid="([0-9a-f]{16})"')
-_SENDER_BYTES = 8
+_SENDER_BYTES, _NUMBER_BYTES, _PART_BYTES = 8, 5, 3
+_PARTS = 1 << (8 * _PART_BYTES)
+"""Of a second: `created` has whole ones, and the nonce ends with the rest."""
 
 
 class Proof(NamedTuple):
@@ -64,12 +70,11 @@ class RequestProver:
         """`target`: path and query as they are sent. `authority`: the Host header."""
         key = self._key_for(authority)
         self._number += 1
-        nonce = base64.b64encode(self._sender + self._number.to_bytes(8, "big")).decode()
+        created, part = divmod(int(self._clock.wall() * _PARTS), _PARTS)
+        number = self._number.to_bytes(_NUMBER_BYTES, "big")
+        nonce = base64.b64encode(self._sender + number + part.to_bytes(_PART_BYTES, "big")).decode()
         digest = digest_of(body)
-        params = (
-            f'{_COVERED};created={int(self._clock.wall())};nonce="{nonce}";keyid="{key.name}"'
-            ';alg="hmac-sha256";tag="kvferry"'
-        )
+        params = f'{_COVERED};created={created};nonce="{nonce}";keyid="{key.name}";alg="hmac-sha256";tag="kvferry"'
         signature = _sign(key, self._context, _base(method, authority, target, digest, params))
         headers = ((DIGEST, digest), (INPUT, f"kvferry={params}"), (SIGNATURE, signature))
         return Proof(key, digest, signature, headers)
@@ -115,7 +120,7 @@ class RequestVerifier:
         self._authorities = authorities
         self._limits = limits
         self._seen = SeenRequests(2 * limits.skew_s, limits)
-        self._began = int(clock.wall())
+        self._began = int(clock.wall() * _PARTS)
 
     def __repr__(self) -> str:
         return f"<RequestVerifier {self._secrets!r}, {self._seen!r}>"
@@ -139,8 +144,9 @@ class RequestVerifier:
             raise ProofError(f"the request was made for {authority[:200]}, and this server is another one")
         self._check_time(created)
         if method not in ("GET", "HEAD"):
-            sender, number = nonce[:_SENDER_BYTES], int.from_bytes(nonce[_SENDER_BYTES:], "big")
-            if created < self._began:
+            sender, rest = nonce[:_SENDER_BYTES], int.from_bytes(nonce[_SENDER_BYTES:], "big")
+            number, part = divmod(rest, _PARTS)
+            if created * _PARTS + part < self._began:
                 raise ProofError("the request was made before this server started: make it again")
             if not self._seen.is_new(sender, number, self._clock.now()):
                 raise ProofError("the request came before, or too many later ones did: make it again")
@@ -178,6 +184,17 @@ class RequestVerifier:
                 f"the request was made {when} by its sender's clock, and {self._limits.skew_s:g} s are allowed: "
                 "set the clocks of both machines, or somebody sends an old request again"
             )
+
+
+def why_unproven(server: str, status: int, headers: Mapping[str, str], beginning: bytes) -> str:
+    """What is wrong with an answer that is not proven. `beginning`: of a refusal's body, which may say which secret is
+    wanted. It is told, and nothing is made of it: whoever sits between us and the server could have made it up."""
+    if status >= 400 and not headers.get(SIGNATURE):
+        said = json.dumps(beginning.decode("utf-8", "replace"))
+        return f"{server} answered {status} without a proof of this cluster's secret: {said}"
+    why = "give it the same security.secret, or it is a stranger"
+    why = "its answer's proof is wrong" if headers.get(SIGNATURE) else why
+    return f"{server} does not know this cluster's secret: {why}"
 
 
 def check_body(proof: Proof, body: bytes) -> None:

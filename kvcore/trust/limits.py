@@ -9,7 +9,14 @@ class ProofLimits:
 
     skew_s: float = 30.0
     """How far the sender's clock and ours may be apart, the way of the request included."""
-    max_senders: int = 4096
-    """Processes whose requests are remembered, so that none is taken twice; more at a time are refused."""
+    max_nodes: int = 16_384
+    """Of a cluster, alive at a time."""
+    senders_per_node: int = 32
+    """A node's process has up to 5 clients of a server, each of its engine's processes 2."""
     window: int = 65_536
     """A request of a sender that so many of its later ones have overtaken is refused."""
+
+    @property
+    def max_senders(self) -> int:
+        """Clients whose requests are remembered, so that none is taken twice; those of more at a time are refused."""
+        return self.max_nodes * self.senders_per_node

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from kvcore.trust.limits import ProofLimits
+
 
 @dataclass(frozen=True, slots=True)
 class IndexLimits:
@@ -12,7 +14,7 @@ class IndexLimits:
     """Of one live node; of those of no node, together, the same share as of the room."""
     longest_lease_s: float = 300.0
     """Of a live node, which may renew it while bytes move."""
-    max_nodes: int = 16384
+    max_nodes: int = ProofLimits().max_nodes
     """Live ones."""
     max_given_back: int = 16_384
     """Names of leases that were given back before a request with that name came, about 100 bytes each."""

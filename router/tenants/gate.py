@@ -110,20 +110,20 @@ class TenantGate:
         """Sets the request's caller. Where it is counted, by what; None: it is not. Raises RateLimitError."""
         tenant = (_for_tenant(scope) if record.admin else "") or record.tenant
         ring, now = self._keys.ring, self._clock.now()
-        limits = ring.limits(record.tenant)
-        use = self._uses.of(record.tenant, limits, now)
+        limits = ring.limits(tenant)
+        use = self._uses.of(tenant, limits, now)
         share = self._shares[limits.priority]
-        take = partial(self._take_tokens, record.tenant, use)
+        take = partial(self._take_tokens, tenant, use)
         public = self._public.num_chunks
         set_caller(scope, Caller(tenant, record.admin, self._salts(tenant), share, public, record.id, take))
         if scope["path"] not in COUNTED:
             return None
         if limits.concurrency is not None and use.running >= limits.concurrency:
-            text = f"tenant {record.tenant} has {use.running} requests under way, as many as it may have"
+            text = f"tenant {tenant} has {use.running} requests under way, as many as it may have"
             raise RateLimitError(text, retry_after_s=1)
         if use.requests is not None:
             if wait_s := use.requests.wait_s(1, now):
-                text = f"tenant {record.tenant} may send {limits.requests_per_minute} requests a minute"
+                text = f"tenant {tenant} may send {limits.requests_per_minute} requests a minute"
                 raise RateLimitError(text, retry_after_s=wait_s)
             use.requests.take(1, now)
         return use

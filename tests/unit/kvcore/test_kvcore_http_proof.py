@@ -17,6 +17,7 @@ from kvcore.trust.limits import ProofLimits
 from kvcore.trust.opening import ClusterTrust
 from kvcore.trust.replays import SeenRequests
 from kvcore.trust.secrets import Secrets
+from metadata_server.index.limits import IndexLimits
 
 OLD, NEW, OTHER = (random.token_bytes(32) for _ in range(3))
 HOST, TARGET, BODY = "127.0.0.1:8700", "/v1/match?epoch=a%20b&n=1", b"what is asked"
@@ -140,6 +141,22 @@ def test_a_request_from_before_the_servers_start_is_refused_for_it_may_have_come
     again.check("GET", TARGET, pair.request("GET"))
 
 
+def test_a_server_that_starts_within_a_second_of_a_request_refuses_it_too():
+    pair = Pair(trust(), trust())
+    headers = pair.request()
+    pair.server_clock.advance(0.001)
+    with pytest.raises(ProofError, match="before this server started"):
+        RequestVerifier(trust(), pair.server_clock, frozenset({HOST})).check("POST", TARGET, headers)
+    pair.client_clock.advance(0.002)
+    RequestVerifier(trust(), pair.server_clock, frozenset({HOST})).check("POST", TARGET, pair.request())
+
+
+def test_as_many_clients_are_remembered_as_a_clusters_nodes_have():
+    """A node of eight GPUs: 5 of its service, 16 of its workers, 2 of its scheduler."""
+    assert ProofLimits().max_nodes == IndexLimits().max_nodes
+    assert ProofLimits().max_senders >= 23 * IndexLimits().max_nodes
+
+
 def test_what_heard_requests_are_good_for_is_what_the_page_on_security_says():
     """It names these two as open."""
     pair = Pair(trust(), trust())
@@ -240,7 +257,7 @@ class TestSeenRequests:
         assert not seen.is_new(b"a", 993, 0.0)
 
     def test_it_forgets_silent_senders_alone(self):
-        seen = SeenRequests(60.0, ProofLimits(max_senders=2))
+        seen = SeenRequests(60.0, ProofLimits(max_nodes=1, senders_per_node=2))
         assert seen.is_new(b"a", 1, 0.0)
         assert seen.is_new(b"b", 1, 30.0)
         assert not seen.is_new(b"c", 1, 59.0)

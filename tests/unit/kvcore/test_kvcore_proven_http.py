@@ -16,7 +16,7 @@ from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 
 from kvcore.clock import SystemClock
-from kvcore.errors import KVFerryError
+from kvcore.errors import KVFerryError, MetadataProofError, MetadataUnavailableError, NodeUnavailableError
 from kvcore.ports import authorities_of, is_loopback
 from kvcore.process.aiohttp_gate import BoundedRunner
 from kvcore.process.asgi import AsgiServer
@@ -26,6 +26,8 @@ from kvcore.trust.http_proof import RequestVerifier
 from kvcore.trust.opening import OPEN, ClusterTrust
 from kvcore.trust.secrets import Secrets
 from kvnode.answers import ProvenCalls, answer_errors, check_read
+from metadata_server.http_transport import HttpMetadataTransport
+from nodeapi.client import HttpNodeClient
 
 OLD, NEW = random.token_bytes(32), random.token_bytes(32)
 Hits = list[bytes]
@@ -33,6 +35,10 @@ Hits = list[bytes]
 
 def trust(*secrets: bytes) -> ClusterTrust:
     return ClusterTrust("here", Secrets(secrets))
+
+
+def of(secret: bytes) -> str:
+    return trust(secret).secrets.newest.name
 
 
 def verifier(holder: ClusterTrust) -> RequestVerifier:
@@ -75,6 +81,12 @@ async def node(holder: ClusterTrust, hits: Hits) -> AsyncIterator[str]:
     app.add_routes([web.route(method, path, echo) for method in ("GET", "POST") for path in ("/echo", "/health")])
     if holder.secrets is not None:
         ProvenCalls(verifier(holder)).add_to(app)
+    async with plain(app) as url:
+        yield url
+
+
+@asynccontextmanager
+async def plain(app: web.Application) -> AsyncIterator[str]:
     runner = BoundedRunner(app)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -159,12 +171,40 @@ async def test_a_request_sent_again_by_another_is_refused(server):
 async def test_a_server_without_our_secret_is_no_server_of_ours(server, holder):
     hits: Hits = []
     async with server(holder, hits) as url, http_session(trust=trust(OLD)) as session:
-        if holder is OPEN:
-            with pytest.raises(UnprovenReplyError, match="does not know this cluster's secret"):
-                await session.post(url + "/echo", data=b"x")
-        else:
-            assert (await session.post(url + "/echo", data=b"x")).status == 401
-            assert not hits
+        known = "does not know" if holder is OPEN else f"answered 401 .* proved by secret {of(OLD)}.* knows {of(NEW)}"
+        with pytest.raises(UnprovenReplyError, match=known):
+            await session.post(url + "/echo", data=b"x")
+        assert hits == [b"x"] * (holder is OPEN)
+
+
+@pytest.mark.parametrize("status", [200, 400, 401, 404, 503])
+async def test_a_refusal_that_is_not_proved_says_nothing_but_that_nobody_of_ours_answered(status):
+    """A man in the middle could have made it up, and with it what a client does next."""
+    body = msgspec.json.encode({"error": {"code": "not_leader", "message": "ask him", "leader": "http://10.6.6.6:1"}})
+
+    async def middle(_: web.Request) -> web.Response:
+        return web.Response(status=status, body=body)
+
+    app = web.Application()
+    app.router.add_post("/v1/match", middle)
+    async with plain(app) as url:
+        transport = HttpMetadataTransport(url, trust=trust(OLD))
+        with pytest.raises(MetadataUnavailableError, match="secret") as raised:
+            await transport.call("/v1/match", b"x", 5.0)
+        assert type(raised.value) is (MetadataProofError if status == 401 else MetadataUnavailableError)
+        await transport.aclose()
+        node = HttpNodeClient(connect_timeout_s=2.0, max_connections=1, trust=trust(OLD))
+        with pytest.raises(NodeUnavailableError, match=f"answered {status}|secret"):
+            await node.abort(url, "r1", timeout_s=5.0)
+        await node.aclose()
+
+
+@servers
+async def test_refusals_of_the_cluster_are_proved_and_what_is_open_is_too_for_who_asks_with_a_proof(server):
+    async with server(trust(OLD), []) as url, http_session(trust=trust(OLD)) as session:
+        for method, path, status in (("GET", "/none", 404), ("DELETE", "/echo", 405), ("GET", "/health", 200)):
+            async with session.request(method, url + path) as reply:
+                assert reply.status == status
 
 
 @servers
@@ -207,8 +247,9 @@ async def test_a_proved_request_is_answered_with_a_proof_also_where_none_is_need
         for holder in (OPEN, trust(OLD)):
             async with http_session(trust=holder) as session, session.get(server.url) as reply:
                 assert reply.status == 200
-        async with http_session(trust=trust(NEW)) as session, session.get(server.url) as reply:
-            assert reply.status == 401
+        async with http_session(trust=trust(NEW)) as session:
+            with pytest.raises(UnprovenReplyError, match="answered 401"):
+                await session.get(server.url)
     finally:
         await server.aclose()
 

@@ -315,6 +315,18 @@ async def test_tokens_a_minute_are_of_prompts_and_completions(tmp_path):
     assert (await client.ask("a", prompt="x")).status_code == 429
 
 
+async def test_what_an_admin_asks_in_a_tenants_name_counts_for_that_tenant_alone(tmp_path):
+    door = Door(tmp_path, {"b": TenantLimits(tokens_per_minute=300), "admin": TenantLimits(tokens_per_minute=300)})
+    rig = await door.rig()
+    client = Client(rig, door.keys)
+    for _ in range(2):
+        assert (await client.post("/v1/completions", ASK, "admin", **{"x-kvferry-tenant": "b"})).status_code == 200
+        await until(lambda: rig.log.in_flight == 0)
+    refused = await client.ask("b")
+    assert (refused.status_code, error_of(refused)["type"]) == (429, "tokens")
+    assert [(await client.ask("admin")).status_code for _ in range(2)] == [200, 200]
+
+
 async def test_so_many_at_a_time_and_a_place_is_free_when_one_has_ended_or_was_refused(tmp_path):
     door = Door(tmp_path, {"a": TenantLimits(concurrency=1)})
     nodes = two_and_two()
