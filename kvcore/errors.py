@@ -194,6 +194,12 @@ class EngineDiedError(NodeUnavailableError):
     code = "engine_died"
 
 
+class NodeStalledError(NodeUnavailableError):
+    """The node is there and does nothing: it was silent for longer than it ever should be, and is suspected."""
+
+    code = "node_stalled"
+
+
 class EngineError(KVFerryError):
     """The engine failed on this request (not the engine as a whole)."""
 

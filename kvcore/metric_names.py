@@ -60,6 +60,9 @@ ROUTER_PROMPT_TOKENS = _counter("router_prompt_tokens_total", "Prompt tokens of 
 ROUTER_CACHED_TOKENS = _counter("router_cached_tokens_total", "Prompt tokens that no node had to compute")
 ROUTER_COMPLETION_TOKENS = _counter("router_completion_tokens_total", "Tokens sent to clients")
 ROUTER_RETRIES = _counter("router_retries_total", "Legs tried again, by leg and the code of the failure", "leg", "code")
+ROUTER_SUSPECTED = _counter(
+    "router_suspected_total", "Times that a node was silent for longer than it should ever be", "role"
+)
 ROUTER_IN_NEED = _counter("router_in_need_total", "Requests that a prefiller decoded, as no decoder could")
 ROUTER_ROUTES = _counter("router_routes_total", "Routing decisions, by reason", "reason")
 ROUTER_FAILED = _counter("router_failed_total", "Accepted requests that ended in an error, by its code", "code")

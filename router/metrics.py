@@ -26,6 +26,8 @@ class RouterMetrics:
         self._retries = metrics.counter(names.ROUTER_RETRIES)
         self._routes = metrics.counter(names.ROUTER_ROUTES)
         self._in_need = metrics.counter(names.ROUTER_IN_NEED)
+        suspected = metrics.counter(names.ROUTER_SUSPECTED)
+        cluster.stalls.on_suspect.append(lambda node: suspected.labels(node.role.value).inc())
         self._failed = metrics.counter(names.ROUTER_FAILED)
         self._cancelled = metrics.counter(names.ROUTER_CANCELLED)
         metrics.sampled(names.ROUTER_ACTIVE, lambda: [((), log.in_flight)])

@@ -110,8 +110,9 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
         guard=await _guard(config, log, clock, trust, lifecycle, tokenizer=tokenizer),
     )
     server = _listener(app, config, metrics, lifecycle)
-    lifecycle.tasks.create_task(prober.run(), name="node probes")
-    lifecycle.tasks.create_task(cache.run(), name="cache replay")
+    always = {"node probes": prober.run(), "stall watch": cluster.stalls.run(), "cache replay": cache.run()}
+    for name, work in always.items():
+        lifecycle.tasks.create_task(work, name=name)
     if subscription is not None and metadata is not None:
         lifecycle.stack.push_async_callback(subscription.aclose)
         lifecycle.stack.push_async_callback(metadata.aclose)

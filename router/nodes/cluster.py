@@ -28,6 +28,9 @@ from router.nodes.health import Breaker, BreakerState, is_nodes_fault
 from router.nodes.known import KnownNode
 from router.nodes.leases import NodeLeases
 from router.nodes.limits import NodeHealthLimits
+from router.nodes.pace import NodePace
+from router.nodes.stall_watch import StallWatch, works
+from router.nodes.trust import NodeTrust
 from router.routing.decision import why_no_decoder
 from router.routing.index import PrefixHits, PrefixIndex
 from router.routing.parted_index import PartedIndex
@@ -70,6 +73,7 @@ class Cluster:
         self._indexes = self.index.parts if isinstance(self.index, PartedIndex) else [self.index]
         self.leases = NodeLeases(names or [""])
         self.nodes: dict[str, KnownNode] = {}
+        self.stalls = StallWatch(config.router, limits, clock.now)
         self._drained: set[str] = set()
         self._said = PeerLog(_log, clock=clock)
         self.on_orders([])
@@ -89,21 +93,30 @@ class Cluster:
             if name in self.nodes or name in removed:
                 continue
             url = internal_url(self._config, node.host, node.port) if node.url is None else node.url.rstrip("/")
-            self.nodes[name] = KnownNode(name, node.role, url, static=True, breaker=Breaker(self._limits))
+            self.nodes[name] = self._new(name, node.role, url, static=True)
             self.probe_asked.set()
+
+    def _new(self, name: str, role: Role, url: str, *, static: bool) -> KnownNode:
+        breaker, pace, trust = Breaker(self._limits), NodePace(self._limits), NodeTrust(self._limits)
+        return KnownNode(name, role, url, static=static, breaker=breaker, pace=pace, trust=trust)
 
     # --- what the prober tells ---
 
     def reported(self, node: KnownNode, report: NodeReport) -> None:
-        """The node answered a probe. One that has started anew has a breaker as new."""
+        """The node answered a probe. One that has started anew has breaker and trust as new; one that was lost has to
+        earn its trust."""
         self.index.sweep()
-        node.silent_since = None
+        lost = node.silent_since is not None and node.problem is not None
+        node.silent_since, node.misses = None, 0
         if (why := why_unsound(report, self._limits)) is not None:
             node.report, node.problem = None, why
             return
-        if node.report and report.node.incarnation != node.report.node.incarnation:
-            node.breaker = Breaker(self._limits)
-        node.report = report
+        before, node.report = node.report, report
+        if before is None or report.node.incarnation != before.node.incarnation:
+            node.breaker, node.trust = Breaker(self._limits), NodeTrust(self._limits)
+        elif lost or _has_worked(before, report):
+            node.quiet_s = 0.0
+            works(node, lost=lost)
         node.fingerprint = report.engine.kv_spec.fingerprint if report.engine is not None else b""
         stats = report.stats
         node.others_sequences = max(0, stats.running + stats.waiting - node.sequences) if stats else 0
@@ -144,6 +157,7 @@ class Cluster:
         self._count(taken, sequences, tokens)
         if work.node is not None:
             work.node.breaker.started(self._clock.now())
+            work.node.legs += 1
         return taken
 
     def leg_ended(self, work: NodeWork, *, ok: bool = False, error: KVFerryError | None = None) -> None:
@@ -154,8 +168,10 @@ class Cluster:
         node = work.node
         if node is None or not begun:
             return
+        node.legs -= 1
         if ok:
             node.breaker.succeeded()
+            node.trust.succeeded()
         elif error is not None and is_nodes_fault(error):
             node.breaker.failed(self._clock.now())
             self.probe_asked.set()
@@ -207,9 +223,7 @@ class Cluster:
                 log_fields(_log, logging.WARNING, "node", node=info.id, usable=False, why=f"its URL {why}")
             return
         if known is None or not (known.static or (known.url, known.role) == (info.control_url, info.role)):
-            breaker = Breaker(self._limits)
-            known = KnownNode(info.id, info.role, info.control_url, static=False, breaker=breaker)
-            self.nodes[info.id] = known
+            known = self.nodes[info.id] = self._new(info.id, info.role, info.control_url, static=False)
         known.lease, known.lapsed = info, False
         self.probe_asked.set()
 
@@ -298,6 +312,14 @@ class Cluster:
             if node.unfit is None and node.report is not None and node.report.engine is not None:
                 by_role[node.role].append(node.report.engine)
         return by_role[Role.DECODER] or by_role[Role.PREFILLER]
+
+
+def _has_worked(before: NodeReport, now: NodeReport) -> bool:
+    """Whether its engine has counted any work in between. Legs that it was told to end are none."""
+    if before.stats is None or now.stats is None:
+        return False
+    counted = before.stats.counters
+    return any(count != counted.get(name, 0) for name, count in now.stats.counters.items() if name != "aborted")
 
 
 class _ClusterOfPart:

@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 from kvcore.types import NodeInfo, Role
 from nodeapi.messages import NodeReport
 from router.nodes.health import Breaker
+from router.nodes.limits import NodeHealthLimits
+from router.nodes.pace import NodePace
+from router.nodes.trust import NodeTrust, TrustState
 from router.routing.views import NodeView
 
 
@@ -30,7 +33,15 @@ class KnownNode:
     """When the first of the probes was sent that have had no answer since the last one that had."""
     asked_at: float = float("-inf")
     """When it was last probed."""
+    misses: int = 0
+    """Probes in a row that came too late."""
+    quiet_s: float = 0.0
+    """How long nothing was seen of its work, while legs of ours were there to be worked on."""
     breaker: Breaker = field(default_factory=Breaker)
+    pace: NodePace = field(default_factory=lambda: NodePace(NodeHealthLimits()))
+    trust: NodeTrust = field(default_factory=lambda: NodeTrust(NodeHealthLimits()))
+    legs: int = 0
+    """Of ours, under way."""
     sequences: int = 0
     prefill_tokens: int = 0
     others_sequences: int = 0
@@ -57,14 +68,22 @@ class KnownNode:
         idle = self.sequences == 0 and self.prefill_tokens == 0
         return self.problem is not None and idle and not (self.static or self.lease)
 
+    @property
+    def doubtful(self) -> bool:
+        """Whether others are to be preferred: it was late, or may not have more legs for now."""
+        if self.trust.state is TrustState.TRUSTED:
+            return self.misses > 0
+        return not self.trust.has_room(max(self.legs, self.sequences))
+
     def view(self) -> NodeView:
         """What policies see of it, while it is without problem. The same one until something of it changes: with many
         nodes, making all of them anew for each request costs more than the choice."""
-        report, sequences = self.report, self.sequences + self.others_sequences
+        report, sequences, doubtful = self.report, self.sequences + self.others_sequences, self.doubtful
         assert report is not None and report.engine is not None, "a node without problem has reported"
         if self._viewed is not None and self._viewed[0] is report:
             view = self._viewed[1]
-            if view.sequences == sequences and view.prefill_tokens == self.prefill_tokens:
+            same_load = view.sequences == sequences and view.prefill_tokens == self.prefill_tokens
+            if same_load and view.doubtful == doubtful:
                 return view
         view = NodeView(
             id=self.id,
@@ -75,6 +94,7 @@ class KnownNode:
             sequences=sequences,
             prefill_tokens=self.prefill_tokens,
             kv_spec=report.engine.kv_spec,
+            doubtful=doubtful,
         )
         self._viewed = report, view
         return view
@@ -85,4 +105,4 @@ class KnownNode:
             return self.problem
         if self.breaker.open_until is not None and not self.breaker.allows(now):
             return f"breaker {self.breaker.state(now)}"
-        return None
+        return f"suspected: {self.trust.why}" if self.trust.state is TrustState.SUSPECTED else None

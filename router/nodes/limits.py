@@ -7,8 +7,8 @@ from dataclasses import dataclass
 class NodeHealthLimits:
     """What an operator sets (interval and timeout of probes) is in RouterConfig."""
 
-    lost_rounds: int = 4
-    """Rounds of probes without an answer (12 s by default) after which legs on a node are given up. A process that dies
+    lost_rounds: int = 3
+    """Rounds of probes without an answer (9 s by default) after which legs on a node are given up. A process that dies
     breaks its connections and is noticed by them; a host that hangs or is cut off breaks none."""
     lost_rounds_lapsed: int = 1
     """As many do (3 s by default: two probes, as one is not waited for so long) once the metadata server, which hears
@@ -16,6 +16,29 @@ class NodeHealthLimits:
     unknown_s: float = 5.0
     """How long the metadata server may not know a node that is used until that counts as a problem: a node that starts,
     or one whose server started anew, registers within a third of its lease."""
+    misses_to_lose: int = 3
+    """Probes in a row that came too late until a node is not used any more. From the first one on others are preferred;
+    one that refuses its connection is lost at once."""
+    look_s: float = 0.25
+    """Between two looks at how long legs have been silent."""
+    again_s: float = 1.0
+    """A stalled leg that cannot go elsewhere is looked at again after so long."""
+    paces_kept: int = 64
+    """Legs whose pace is remembered; …"""
+    pace_share: float = 0.95
+    """… what so many of them kept to, …"""
+    pace_factor: float = 3.0
+    """… times this, is how long the next one may take."""
+    pace_tokens: int = 256
+    """From so many tokens to compute on, a first token's time is counted for each token."""
+    unknown_token_s: float = 0.005
+    """For each token to compute, of a node that has not shown how fast it is: 200 tokens/s."""
+    most_slack: float = 4.0
+    """A node that was suspected wrongly has up to so many times as long, …"""
+    slack_legs: int = 16
+    """… half of that after so many legs."""
+    trusted_legs: int = 32
+    """A node that works again is trusted as any once it may have so many legs at a time; it begins with one."""
     failures_to_open: int = 3
     """Legs in a row that fail by their node's fault until its breaker opens."""
     first_pause_s: float = 0.5

@@ -1,4 +1,5 @@
 """Asks every node for its report, in rounds, and says which nodes are lost: silent for so long that legs must move.
+One that is suspected of doing nothing is given a token to make: a report says little of an engine that hangs.
 
 Owns the rounds. What a report means is the cluster's.
 """
@@ -6,16 +7,21 @@ Owns the rounds. What a report means is the cluster's.
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import aclosing
+from itertools import count
 
 from kvcore.clock import Clock
 from kvcore.config.schema import RouterConfig
 from kvcore.errors import DeadlineExceededError, KVFerryError, NoDescriptorsError, NodeUnavailableError
 from kvcore.telemetry import log_fields
+from nodeapi.messages import GenerateRequest, SamplingParams
 from nodeapi.protocol import NodeClient
 from router.nodes.cluster import Cluster, KnownNode
 from router.nodes.limits import NodeHealthLimits
+from router.nodes.stall_watch import works
 
 _log = logging.getLogger("router")
+_ONE_TOKEN = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
 
 
 class Prober:
@@ -36,6 +42,7 @@ class Prober:
         self._limits = limits
         self._round_s = config.probe_interval_s + config.connect_timeout_s
         self._could_not_ask = False
+        self._trials = count(1)
         self.on_lost: list[Callable[[str, KVFerryError], None]] = []
         """Called with a node's id and why its legs are lost, at each probe for as long as it stays silent."""
         self.on_silent: list[Callable[[str, KVFerryError], None]] = []
@@ -62,6 +69,7 @@ class Prober:
         strangers = sorted((node for node in nodes if node.is_stranger), key=lambda node: node.asked_at, reverse=True)
         ends = self._clock.now() + timeout_s
         others = [self._probe(node, timeout_s) for node in nodes if not node.is_stranger]
+        others += [self._try(node, timeout_s) for node in nodes if node.trust.suspected]
         workers = min(len(strangers), self._limits.strangers_at_once)
         await asyncio.gather(*others, *(self._probe_strangers(strangers, ends) for _ in range(workers)))
         for tell in self.on_round:
@@ -80,13 +88,29 @@ class Prober:
         except NoDescriptorsError as error:
             self._not_asked(node, error)
         except KVFerryError as error:
-            node.problem = error.message
+            late = isinstance(error, DeadlineExceededError)
+            node.misses += late
+            if not late or node.misses >= self._limits.misses_to_lose or node.problem is not None:
+                node.problem = error.message
             if isinstance(error, NodeUnavailableError | DeadlineExceededError):
                 self._unanswered(node, asked_at)
         else:
             self._could_not_ask = False
             self._cluster.reported(node, report)
         self._cluster.probed(node, before)
+
+    async def _try(self, node: KnownNode, timeout_s: float) -> None:
+        """If it makes a token it works, whatever made it suspected."""
+        name = f"trial-{node.id}-{next(self._trials)}"
+        asked = GenerateRequest(request_id=name, prompt_token_ids=[1], sampling=_ONE_TOKEN, deadline_s=timeout_s)
+        answer = self._client.generate(node.url, asked, timeout_s=timeout_s)
+        try:
+            async with asyncio.timeout(timeout_s), aclosing(answer) as deltas:
+                async for delta in deltas:
+                    if delta.token_ids:
+                        works(node)
+        except (TimeoutError, KVFerryError):
+            pass
 
     def _not_asked(self, node: KnownNode, error: NoDescriptorsError) -> None:
         """By our own fault: what is known of the node stays. Said once, until one can be asked again."""
@@ -103,5 +127,9 @@ class Prober:
         rounds = self._limits.lost_rounds_lapsed if node.lapsed else self._limits.lost_rounds
         without = ", its lease has ended" if node.lapsed else ""
         error = NodeUnavailableError(f"node {node.id} has answered nothing for {silent_s:.0f} s{without}")
-        for tell in self.on_lost if silent_s >= self._round_s * rounds else self.on_silent:
-            tell(node.id, error)
+        if silent_s >= self._round_s * rounds:
+            tell = self.on_lost
+        else:
+            tell = self.on_silent if node.problem is not None or node.misses > 1 else []
+        for one in tell:
+            one(node.id, error)

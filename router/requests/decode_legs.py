@@ -107,9 +107,17 @@ class DecodeLegs:
         self.running[start.leg].followers.update(others)
         return [start]
 
-    def served_by(self, index: int) -> list[DecodeLeg]:
-        """The legs that this completion depends on: one, or none."""
-        return [leg for leg in self.running.values() if index in leg.indices]
+    def stop(self, index: int, *, handoff: bool) -> list[CancelLeg | StartDecode]:
+        """This completion needs no more: its leg is cancelled once none of its indices is left, and those start that
+        were to follow it."""
+        actions: list[CancelLeg | StartDecode] = []
+        for leg in [leg for leg in self.running.values() if index in leg.indices]:  # one, or none
+            leg.followers.discard(index)
+            if index in leg.open and leg.open.isdisjoint(self._completions.unfinished):
+                actions.append(self.cancel(leg))
+                if leg.followers:
+                    actions += self.start(leg.node, leg.followers, handoff=handoff)
+        return actions
 
     def check_invariants(self) -> set[int]:
         """Assert that a completion is served by one leg; returns those that are."""

@@ -49,6 +49,14 @@ class DecodeFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class LegStalled:
+    """Nothing was heard of this leg, prefill or decode, for longer than its node should ever take."""
+
+    leg: str
+    error: KVFerryError
+
+
+@dataclass(frozen=True, slots=True)
 class StopHit:
     """The text of this index's first `num_tokens` tokens has a stop string, and that of fewer has none."""
 
@@ -76,7 +84,7 @@ class TimerFired:
 
 
 LegEvent = PrefillDone | PrefillFailed | DeltaReceived | DecodeFailed
-RequestEvent = LegEvent | StopHit | ClientGone | DeadlinePassed | TimerFired
+RequestEvent = LegEvent | LegStalled | StopHit | ClientGone | DeadlinePassed | TimerFired
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@
     DecodeFailed, T = 0         another decoder, the whole request anew (its prefill goes on; its chunks are stored)
     DecodeFailed, T > 0         another decoder continues each unfinished index after its T tokens, by a leg of its own
     DecodeFailed for good       CancelLeg all, Fail
+    LegStalled                  as if it had failed, if another node is there and this has not happened too often
     StopHit                     the index ends after these tokens; its leg is cancelled once none of its indices is left
     ClientGone, DeadlinePassed  CancelLeg all, Fail
     TimerFired(RETRY)           look again for a decoder, failed ones included, until patience is at its end
@@ -25,6 +26,7 @@ from kvcore.errors import (
     CancelledByPeerError,
     EngineError,
     KVFerryError,
+    NodeStalledError,
     NodeUnavailableError,
     OverloadedError,
 )
@@ -44,6 +46,7 @@ from router.requests.events import (
     Fail,
     Finish,
     KVSource,
+    LegStalled,
     PrefillDone,
     PrefillFailed,
     RequestEvent,
@@ -124,6 +127,11 @@ class RequestMachine:
         """Whether every index has ended."""
         return not self.completions.unfinished
 
+    @property
+    def stalls(self) -> int:
+        """Legs that were given up as their nodes were silent."""
+        return sum(code == NodeStalledError.code for _, code in self.retries)
+
     def runs(self, leg: str) -> bool:
         """Whether events of this decode leg still matter."""
         return leg in self._decodes.running
@@ -132,11 +140,6 @@ class RequestMachine:
         """The prefiller whose KV this decode leg may still be waiting for."""
         found = self._decodes.running.get(leg)
         return found.source.node if found is not None and found.source is not None and found.fetches else None
-
-    def saves_for(self, leg: str) -> str | None:
-        """The decoder into whose segment this prefill leg writes first, while it runs."""
-        running = self.prefill.running
-        return running.decoder if running is not None and running.id == leg and self.prefill.saves else None
 
     def start(self, route: Route) -> list[Action]:
         """The first actions. Called once."""
@@ -183,6 +186,8 @@ class RequestMachine:
             case DecodeFailed():
                 leg = self._decodes.running.get(event.leg)
                 return self._decode_failed(leg, event.error) if leg is not None else []
+            case LegStalled():
+                return self._leg_stalled(event)
             case StopHit():
                 return self._stop_hit(event.index, event.num_tokens)
             case TimerFired():
@@ -211,9 +216,8 @@ class RequestMachine:
     def _prefill_ended(self, event: PrefillDone | PrefillFailed) -> list[Action]:
         if (leg := self.prefill.running) is None or leg.id != event.leg:
             return []
-        if isinstance(event, PrefillDone):
-            return self.prefill.done(event.result) + self._finish_if_complete()
-        return self.prefill.failed(event.error) + self._finish_if_complete()
+        ended = self.prefill.done(event.result) if isinstance(event, PrefillDone) else self.prefill.failed(event.error)
+        return ended + self._finish_if_complete()
 
     # --- decode ---
 
@@ -260,6 +264,16 @@ class RequestMachine:
     def _cancel_failed(self, leg: DecodeLeg, error: KVFerryError) -> list[Action]:
         return [CancelLeg(leg.id, leg.node), *self._decode_failed(leg, error)]
 
+    def _leg_stalled(self, event: LegStalled) -> list[Action]:
+        """Nothing comes of it where nobody is there to take over, and when it has happened too often: between nodes
+        that are all slow a request would go to and fro, and each time begin anew."""
+        if self.stalls >= self._limits.most_stalls:
+            return []
+        if (leg := self._decodes.running.get(event.leg)) is None:
+            return self.prefill.stalled(event.leg, event.error)
+        tried = any(self.completions[index].tries >= self._attempts for index in leg.indices)
+        return [] if tried or not self._placement.could_leave(leg.node) else self._cancel_failed(leg, event.error)
+
     def _decode_failed(self, leg: DecodeLeg, error: KVFerryError) -> list[Action]:
         """What becomes of the completions that the leg served:
 
@@ -267,17 +281,10 @@ class RequestMachine:
         2. None is left unfinished: the request ends with the last.
         3. The failure is the request's own fault: the request fails.
         4. Else they are placed anew. A prefill leg whose KV only this leg would have fetched is cancelled.
-
-        The node is avoided from here on, unless it may be innocent: an engine that could not fetch its KV may have been
-        wronged by its prefiller.
         """
         fetching = leg.fetches
+        self.last_error = error = self._placement.failed(leg, error)
         self._decodes.remove(leg)
-        if isinstance(error, CancelledByPeerError):  # somebody did, but not this router
-            error = NodeUnavailableError(f"node {leg.node} gave the request up: {error.message}")
-        if not (fetching and isinstance(error, EngineError)):
-            self._placement.avoid(leg.node, full=isinstance(error, OverloadedError))
-        self.last_error = error
         actions: list[Action] = []
         for index in sorted(leg.indices):
             actions += self.completions.finish_if_complete(index)
@@ -311,14 +318,7 @@ class RequestMachine:
         if not self.completions.stop(index, num_tokens) or self.ended:
             return []
         self._placement.unplaced.discard(index)
-        actions: list[Action] = []
-        for leg in self._decodes.served_by(index):
-            leg.followers.discard(index)
-            if index in leg.open and leg.open.isdisjoint(self.completions.unfinished):
-                actions.append(self._decodes.cancel(leg))
-                if leg.followers:
-                    actions += self._start_decodes(leg.node, leg.followers)
-        return actions + self._finish_if_complete()
+        return [*self._decodes.stop(index, handoff=self.prefill.saves), *self._finish_if_complete()]
 
     # --- timers and ends ---
 

@@ -14,6 +14,7 @@ from kvcore.step_timeout import StepTimeout
 from kvcore.types import Route
 from nodeapi.messages import EngineInfo, FinishReason, GenerateRequest, Handoff, LegInfo, TokenDelta
 from router.nodes.cluster import NodeWork
+from router.nodes.stall_watch import WatchedLeg
 from router.nodes.vllm_requests import mooncake_decode_params
 from router.requests.events import (
     DecodeFailed,
@@ -24,6 +25,7 @@ from router.requests.events import (
     StartDecode,
     StartPrefill,
 )
+from router.requests.ledger import RequestMachine
 from router.requests.leg_requests import generate_request, prefill_request
 from router.requests.records import LegRecord
 from router.requests.services import RequestServices
@@ -34,8 +36,8 @@ class LegListener(Protocol):
     """The request, as its legs see it."""
 
     @property
-    def last_error(self) -> KVFerryError:
-        """Why the last decode leg was given up."""
+    def machine(self) -> RequestMachine:
+        """Where it is."""
         ...
 
     def tell(self, event: LegEvent) -> None:
@@ -46,8 +48,8 @@ class LegListener(Protocol):
         """A decode leg sent something. Whether more of it is wanted."""
         ...
 
-    def fetches_from(self, leg: str) -> str | None:
-        """The prefiller whose KV this decode leg may still be waiting for."""
+    def stalled(self, leg: LegRecord, error: KVFerryError) -> None:
+        """A leg was silent for longer than its node should ever take."""
         ...
 
 
@@ -82,7 +84,8 @@ class RequestLegs:
         self._chosen: dict[str, tuple[str, NodeWork]] = {}
         """By kind of leg: (node, what no leg has taken yet)."""
         self._work: dict[str, NodeWork] = {}
-        """By id of a leg under way."""
+        """By id of a leg under way; so with the next."""
+        self._watched: dict[str, WatchedLeg] = {}
         self._choose("decode", route.decoder, spec.sampling.n)
         if route.prefiller is not None:
             self._choose("prefill", route.prefiller, 0)
@@ -103,11 +106,14 @@ class RequestLegs:
         in_need = kind == "decode" and self._services.cluster.stands_in(action.node)
         leg = LegRecord(id=action.leg, node=action.node, kind=kind, in_need=in_need)
         self._records.append(leg)
+        self._watch(action, leg)
         return self._prefill(action, leg) if isinstance(action, StartPrefill) else self._decode(action, leg)
 
     def let_go(self, leg: str) -> None:
         """This leg's task has ended, perhaps before its first step."""
         self._services.cluster.leg_ended(self._work.pop(leg))
+        self._services.cluster.stalls.end(leg)
+        self._watched.pop(leg, None)
 
     def drop_chosen(self) -> None:
         """No leg begins any more."""
@@ -119,6 +125,30 @@ class RequestLegs:
         work = self._services.cluster.work_chosen(node, sequences=sequences, prefill_tokens=tokens)
         self._chosen[kind] = node, work
         return work
+
+    def _watch(self, action: StartPrefill | StartDecode, leg: LegRecord) -> None:
+        """Have it said if it is silent for too long; not of a node that is not known any more, which refuses it."""
+        if (node := self._work[leg.id].node) is None:
+            return
+        computes = self._prefill_tokens
+        if isinstance(action, StartDecode):
+            again = any(one.kind == "decode" for one in self._records[:-1])
+            if action.handoff or action.source is not None:
+                computes = 0
+            elif again:
+                computes = len(self.spec.prompt_token_ids) + len(action.output_token_ids)
+        self._watched[leg.id] = self._services.cluster.stalls.begin(
+            WatchedLeg(
+                leg.id,
+                node,
+                self._services.clock.now(),
+                computes,
+                patience=2.0**self._listener.machine.stalls,
+                waits=lambda: self._listener.machine.prefill.is_awaited_by(leg.id),
+                move=lambda error: self._listener.stalled(leg, error),
+                is_prefill=leg.kind == "prefill",
+            )
+        )
 
     def _drop(self, kind: str) -> None:
         if kind in self._chosen:
@@ -142,6 +172,8 @@ class RequestLegs:
             leg.error = f"{failure.code}: {failure.message}"
             self._listener.tell(PrefillFailed(action.leg, failure))
             return
+        if (watched := self._watched.get(leg.id)) is not None:
+            watched.first(result.computed_tokens)
         leg.cached_tokens, leg.computed_tokens = result.cached_tokens, result.computed_tokens
         leg.moved, leg.promoted, leg.timings = result.moved, result.promoted, result.timings
         leg.tier_choices = result.tier_choices
@@ -161,7 +193,7 @@ class RequestLegs:
         except KVFerryError as error:
             failure = error
         finally:
-            in_vain = isinstance(failure, EngineError) and self._listener.fetches_from(action.leg) is not None
+            in_vain = isinstance(failure, EngineError) and self._listener.machine.fetches_from(action.leg) is not None
             blame = None if in_vain else failure  # its prefiller may have wronged it, nobody here can tell
             self._services.cluster.leg_ended(self._work[action.leg], ok=ok, error=blame)
         if failure is not None:
@@ -184,7 +216,7 @@ class RequestLegs:
         patience_s = 2 * services.config.prefill_timeout_s  # if the request's deadline is sooner, it cancels this leg
         missing = request.sampling.n
         stream = services.client.generate(self.url(action.node), request, timeout_s=max(patience_s, limits.stall_s))
-        begun, wanted = False, True
+        begun, wanted, watched = False, True, self._watched.get(leg.id)
         async with aclosing(stream) as deltas:
             try:
                 async with StepTimeout() as silence:
@@ -194,22 +226,35 @@ class RequestLegs:
                         silence.stop()
                         if delta is None:
                             return False
+                        if watched is not None:
+                            _heard(watched, delta, first=not begun)
                         begun = True
                         missing -= delta.finish_reason is not None
                         if delta.info is not None:
                             _note(leg, delta.info)
                         wanted = self._take(action, delta)
-                        await self._drained.wait()
+                        if not self._drained.is_set():
+                            await self._until_drained(watched)
             except TimeoutError as error:
                 raise NodeUnavailableError(f"node {action.node} has gone silent") from error
+        if watched is not None and not missing:
+            watched.ended_well()
         return True
+
+    async def _until_drained(self, watched: WatchedLeg | None) -> None:
+        """The client has read enough. What the node is silent for meanwhile is not its fault."""
+        if watched is not None:
+            watched.paused = True
+        await self._drained.wait()
+        if watched is not None:
+            watched.paused, watched.quiet_s = False, 0.0
 
     def _take(self, action: StartDecode, delta: TokenDelta) -> bool:
         if delta.finish_reason is FinishReason.ABORT:
             raise NodeUnavailableError(f"node {action.node} gave the request up")
         wanted = self._listener.take(action.leg, delta)
         if not wanted and delta.finish_reason is None:  # it broke the protocol, or is of another model
-            raise self._listener.last_error
+            raise self._listener.machine.last_error
         return wanted
 
     def _generate_request(self, action: StartDecode, remaining_s: float) -> GenerateRequest:
@@ -234,6 +279,13 @@ class RequestLegs:
     def _remaining_s(self) -> float:
         spent_s = self._services.clock.now() - self._started_at
         return max(0.001, self._services.config.request_timeout_s - spent_s)
+
+
+def _heard(watched: WatchedLeg, delta: TokenDelta, *, first: bool) -> None:
+    if first:
+        watched.first(delta.info.computed_tokens if delta.info is not None else watched.computes)
+    else:
+        watched.heard()
 
 
 def _note(leg: LegRecord, info: LegInfo) -> None:

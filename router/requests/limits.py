@@ -9,6 +9,8 @@ class RequestLimits:
 
     stall_s: float = 30.0
     """A stream that has begun and then says nothing for this long is dead (an engine's step takes far less)."""
+    most_stalls: int = 2
+    """Times that a request goes on elsewhere because a node was silent, each time after twice as long."""
     control_timeout_s: float = 2.0
     """Of an abort, or of the word that ends a handoff."""
     max_unread: int = 256

@@ -2,7 +2,14 @@
 which completions wait for one to be there. Where no decoder can, a prefiller is one (`router.routing.policy`).
 """
 
-from kvcore.errors import KVFerryError, ModelChangedError
+from kvcore.errors import (
+    CancelledByPeerError,
+    EngineError,
+    KVFerryError,
+    ModelChangedError,
+    NodeUnavailableError,
+    OverloadedError,
+)
 from nodeapi.messages import TokenDelta
 from router.requests.decode_legs import DecodeLeg
 from router.requests.events import RequestTimer, StartTimer
@@ -29,15 +36,25 @@ class DecoderPlacement:
         """Whether the request has waited as long as it may, over all its waits."""
         return self._waited_s >= self._limits.patience_s
 
-    def avoid(self, node: str, *, full: bool = False) -> None:
-        """A leg on this decoder failed by its own fault, or (`full`) was refused for lack of room."""
-        self._failed.add(node)
-        if full:
-            self._full.add(node)
+    def failed(self, leg: DecodeLeg, error: KVFerryError) -> KVFerryError:
+        """Why this leg failed. Its node is avoided from here on, unless it may be innocent: an engine that could not
+        fetch its KV may have been wronged by its prefiller."""
+        if isinstance(error, CancelledByPeerError):  # somebody did, but not this router
+            error = NodeUnavailableError(f"node {leg.node} gave the request up: {error.message}")
+        if not (leg.fetches and isinstance(error, EngineError)):
+            self._failed.add(leg.node)
+            if isinstance(error, OverloadedError):
+                self._full.add(leg.node)
+        return error
 
     def decoder(self) -> str | None:
         """One that is usable, not avoided and of the model that the answer began with."""
         return self._picker.decoder(frozenset(self._failed), self._fingerprint, frozenset(self._full))
+
+    def could_leave(self, node: str) -> bool:
+        """Whether there is another one to go to."""
+        avoided = frozenset({*self._failed, node})
+        return self._picker.decoder(avoided, self._fingerprint, frozenset(self._full)) is not None
 
     def model_changed(self, leg: DecodeLeg, delta: TokenDelta) -> ModelChangedError | None:
         """Why this delta cannot be part of the answer; None: it can be, and from its first token on no other model."""

@@ -86,6 +86,15 @@ class PrefillHalf:
         leg = self.running
         return KVSource(leg.id, leg.node) if leg is not None and self._handoff.decode_beside_prefill else None
 
+    def saves_for(self, leg: str) -> str | None:
+        """The decoder into whose segment this leg writes first, while it runs."""
+        running = self.running
+        return running.decoder if running is not None and running.id == leg and self.saves else None
+
+    def is_awaited_by(self, leg: str) -> bool:
+        """Whether this decode leg may be waiting for the leg under way."""
+        return self.running is not None and any(one.id == leg for one in self._decodes.awaiting_kv)
+
     def start(self, node: str, decoder: str) -> list[Action]:
         """The first leg."""
         if self._handoff.decode_after_prefill:
@@ -103,6 +112,14 @@ class PrefillHalf:
         if running is None or running.id != leg or not self._completions.unfinished:
             return False
         return self._next_node(self._failed | {running.node}) is not None
+
+    def stalled(self, leg: str, error: KVFerryError) -> list[Action]:
+        """If this leg is under way and somebody waits for it: as `failed`. The decoder computes where no other
+        prefiller is there."""
+        running, awaited = self.running, self.awaited_by is not None or bool(self._decodes.awaiting_kv)
+        if running is None or running.id != leg or not (awaited and self._completions.unfinished):
+            return []
+        return [CancelLeg(running.id, running.node), *self.failed(error)]
 
     def done(self, result: PrefillResult) -> list[Action]:
         """The leg under way ended. Four cases, while some completion is unfinished:

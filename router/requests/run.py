@@ -23,6 +23,7 @@ from router.requests.events import (
     EndHandoff,
     Fail,
     Finish,
+    LegStalled,
     PrefillFailed,
     RequestEvent,
     RequestTimer,
@@ -197,12 +198,12 @@ class RequestRun:
         Called again at each probe that the node does not answer: a leg that was given up before is left alone.
         """
         machine = self.machine
-        for leg in sorted(self.record.legs, key=lambda leg: machine.saves_for(leg.id) == node):
+        for leg in sorted(self.record.legs, key=lambda leg: machine.prefill.saves_for(leg.id) == node):
             if leg.node == node:
                 failure = error
             elif machine.fetches_from(leg.id) == node:
                 failure = EngineError(f"waited for KV of node {node}, which is lost: {error.message}")
-            elif machine.saves_for(leg.id) == node:
+            elif machine.prefill.saves_for(leg.id) == node:
                 failure = EngineError(f"wrote KV into node {node}, which is lost: {error.message}")
             else:
                 continue
@@ -231,11 +232,6 @@ class RequestRun:
 
     # --- LegListener ---
 
-    @property
-    def last_error(self) -> KVFerryError:
-        """See LegListener."""
-        return self.machine.last_error
-
     def tell(self, event: RequestEvent) -> None:
         """An event happened: carry out what the ledger makes of it."""
         self._carry_out(self.machine.handle(event))
@@ -245,9 +241,11 @@ class RequestRun:
         self._carry_out(self.machine.handle(DeltaReceived(leg, delta)))
         return self.machine.runs(leg)
 
-    def fetches_from(self, leg: str) -> str | None:
+    def stalled(self, leg: LegRecord, error: KVFerryError) -> None:
         """See LegListener."""
-        return self.machine.fetches_from(leg)
+        if actions := self.machine.handle(LegStalled(leg.id, error)):
+            leg.error = f"{error.code}: {error.message}"
+            self._carry_out(actions)
 
     # --- actions ---
 

@@ -6,9 +6,11 @@ A request (tests hold this table to REQUEST_TRANSITIONS; an event that is not li
     new               Route           awaiting_prefill decoding
     awaiting_prefill  PrefillDone     decoding
     awaiting_prefill  PrefillFailed   awaiting_prefill decoding
+    awaiting_prefill  LegStalled      awaiting_prefill decoding
     awaiting_prefill  StopHit         awaiting_prefill settling
     decoding          DeltaReceived   decoding unplaced settling ended
     decoding          DecodeFailed    decoding unplaced settling ended
+    decoding          LegStalled      decoding unplaced settling ended
     decoding          StopHit         decoding settling ended
     unplaced          DeltaReceived   unplaced ended
     unplaced          DecodeFailed    unplaced ended
@@ -42,6 +44,7 @@ from router.requests.events import (
     DeadlinePassed,
     DecodeFailed,
     DeltaReceived,
+    LegStalled,
     PrefillDone,
     PrefillFailed,
     RequestEvent,
@@ -75,9 +78,11 @@ _NEXT: dict[tuple[RequestState, type], set[RequestState]] = {
     (_S.NEW, Route): {_S.AWAITING_PREFILL, _S.DECODING},
     (_S.AWAITING_PREFILL, PrefillDone): {_S.DECODING},
     (_S.AWAITING_PREFILL, PrefillFailed): {_S.AWAITING_PREFILL, _S.DECODING},
+    (_S.AWAITING_PREFILL, LegStalled): {_S.AWAITING_PREFILL, _S.DECODING},
     (_S.AWAITING_PREFILL, StopHit): {_S.AWAITING_PREFILL, _S.SETTLING},
     (_S.DECODING, DeltaReceived): {_S.DECODING, _S.UNPLACED, _S.SETTLING, _S.ENDED},
     (_S.DECODING, DecodeFailed): {_S.DECODING, _S.UNPLACED, _S.SETTLING, _S.ENDED},
+    (_S.DECODING, LegStalled): {_S.DECODING, _S.UNPLACED, _S.SETTLING, _S.ENDED},
     (_S.DECODING, StopHit): {_S.DECODING, _S.SETTLING, _S.ENDED},
     (_S.UNPLACED, DeltaReceived): {_S.UNPLACED, _S.ENDED},
     (_S.UNPLACED, DecodeFailed): {_S.UNPLACED, _S.ENDED},

@@ -173,6 +173,12 @@ def _why_no_prefiller(cuts: Sequence[Cut], decoder: NodeView) -> str:
     return "other_kv" + (f": {names}" if names else "")
 
 
+def _without_doubt(request: RouteRequest, nodes: Sequence[NodeView], _: NodeView | None) -> Sequence[NodeView]:
+    return [node for node in nodes if not node.doubtful]
+
+
+_NOT_DOUBTFUL = Filter("slow or silent a moment ago", _without_doubt)
+"""A preference, as those of a policy: one that would leave nobody is passed over."""
 _OTHER_KV = Filter("its KV is not what the decoder reads", _of_the_decoders_kv, _what_differs)
 DECODER_FILTERS = (
     Filter("too short a context", _decoders_that_fit),
@@ -212,7 +218,7 @@ def _rank(
         if len(kept) != len(nodes):
             cuts += (_cut(rule, nodes, kept, decoder),)
             nodes = kept
-    for rule in rules.filters:
+    for rule in (_NOT_DOUBTFUL, *rules.filters):
         kept = rule.keep(request, nodes, decoder)
         if kept and len(kept) != len(nodes):
             cuts += (_cut(rule, nodes, kept, decoder),)

@@ -24,6 +24,8 @@ class NodeView:
     sequences: int = 0
     prefill_tokens: int = 0
     kv_spec: KVSpec | None = None
+    doubtful: bool = False
+    """It was slow or silent of late: whoever is not is preferred."""
 
 
 class LeftOut(msgspec.Struct, frozen=True):

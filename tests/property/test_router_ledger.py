@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcore.errors import EngineError, InvalidRequestError, NodeUnavailableError, OverloadedError
+from kvcore.errors import EngineError, InvalidRequestError, NodeStalledError, NodeUnavailableError, OverloadedError
 from kvcore.handoff import HandoffKind
 from kvcore.types import Route
 from nodeapi.messages import FinishReason, LegInfo, PrefillResult, TokenDelta
@@ -21,6 +21,7 @@ from router.requests.events import (
     EndHandoff,
     Fail,
     Finish,
+    LegStalled,
     PrefillDone,
     PrefillFailed,
     RequestTimer,
@@ -31,6 +32,7 @@ from router.requests.events import (
     TimerFired,
 )
 from router.requests.ledger import RequestMachine
+from router.requests.limits import RequestLimits
 
 MAX_TOKENS = 4
 
@@ -122,6 +124,8 @@ class World:
         choices = ["stop"] if not self.decodes else ["delta"] * 6 + ["decode_failed", "stop", "violate", "abort"]
         if self.prefills:
             choices += ["prefill_done", "prefill_failed"]
+        if self.decodes or self.prefills:
+            choices += ["stalled"]
         choices += ["timer"] * bool(self.timers) + ["stale"]
         if self.kind is HandoffKind.KVFERRY:  # vLLM servers that are not ours say nothing of their weights
             choices += ["upgrade", "report"]
@@ -192,6 +196,16 @@ class World:
         leg, _ = self.prefills.popitem()
         error = self.draw(st.sampled_from([NodeUnavailableError("gone"), InvalidRequestError("no")]))
         self.carry_out(self.machine.handle(PrefillFailed(leg, error)))
+
+    def _stalled(self) -> None:
+        """A leg that is given up goes on at another node; one that is not goes on where it is."""
+        leg = self.draw(st.sampled_from(sorted([*self.decodes, *self.prefills])))
+        stalls, ended = self.machine.stalls, len(self.ends)
+        actions = self.machine.handle(LegStalled(leg, NodeStalledError("silent")))
+        self.carry_out(actions)
+        assert bool(actions) == (leg not in self.decodes and leg not in self.prefills)
+        assert self.machine.stalls <= min(stalls + 1, RequestLimits().most_stalls)
+        assert not any(isinstance(end, Fail) for end in self.ends[ended:]), "a stall alone fails no request"
 
     def _stop(self) -> None:
         index = self.draw(st.integers(0, self.n - 1))

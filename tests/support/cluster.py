@@ -48,6 +48,8 @@ VLLM_ENGINE = {
 }
 """Each of these nodes takes a core of its own, as far as there are."""
 ENGINES = {"sim": SIM_ENGINE, "torch": TORCH_ENGINE, "vllm": VLLM_ENGINE}
+PATIENCE = {"first_token_s": 60.0, "token_gap_s": 30.0}
+"""Of a router whose nodes share a busy machine with whatever else runs there."""
 EngineKind = Literal["sim", "torch", "vllm"]
 Prompt = str | list[int]
 T = TypeVar("T")
@@ -267,7 +269,7 @@ def write_config(
         "transport": transport,
         "store": {"reserve_ttl_s": 5.0, "read_lease_s": 5.0, "retire_grace_s": 0.5},
         "metadata_server": {"port": metadata_port, "node_ttl_s": 2.0, "records": {"kind": "memory"}},
-        "router": {"port": router_port, "probe_interval_s": 0.25, "drain_s": 3.0},
+        "router": {"port": router_port, "probe_interval_s": 0.25, "drain_s": 3.0, **PATIENCE},
         "service": {"drain_s": 3.0, "start_s": READY_S[engine]},
     }
     file = folder / "cluster.yaml"

@@ -114,6 +114,7 @@ class Variant:
     """Instead of the seed's."""
     pair: bool = False
     """Two metadata servers, of which one leads. Their faults are the plan's (`support.sim_pair`)."""
+    router: RouterConfig = ROUTER
     moves: bool = False
     """Nodes can move chunks. Orders are the plan's (`support.sim_moves`)."""
 
@@ -180,19 +181,20 @@ class SimCluster:
             model=ModelConfig(path=MODEL, name=MODEL),
             engine=plan.engine,
             nodes={name: NodeConfig(role=ROLES[name[0]], host=name, port=1) for name in self.nodes},
-            router=ROUTER,
+            router=variant.router,
         )
         if isinstance(self.metadata, SimPartitions):
             named = [PartitionConfig(name=name, port=1) for name in self.metadata.whole.names]
             config = msgspec.structs.replace(config, metadata_server=MetadataServerConfig(partitions=named))
         self.cluster = Cluster(config, self.clock)
-        self.prober = Prober(ROUTER, self.cluster, self.client, self.clock)
+        self.prober = Prober(variant.router, self.cluster, self.client, self.clock)
         self.prober.on_lost.append(lambda name, error: self.trace("given_up", name, error.message))
+        self.cluster.stalls.on_suspect.append(lambda node: self.trace("suspected", node.id))
         self.subscription = self.metadata.subscribe(self.router, self.cluster.sink_of)
         self.log = RequestLog()
-        self.services = RequestServices(ROUTER, self.cluster, self.client, self.clock, self.log)
+        self.services = RequestServices(variant.router, self.cluster, self.client, self.clock, self.log)
         self.cache = CacheWatch(self.cluster, self.log, self.clock, limits=WatchLimits(tokens_per_s=1e9))
-        self.dispatcher = Dispatcher(self.services, make_policy(ROUTER.policy))
+        self.dispatcher = Dispatcher(self.services, make_policy(variant.router.policy))
         self.prober.on_lost.append(self.dispatcher.node_lost)
         self.prober.on_silent.append(self.dispatcher.node_silent)
         self.oracle = Oracle(plan, self.client.legs, variant.revisions)
@@ -217,6 +219,7 @@ class SimCluster:
         for node in self.nodes.values():
             node.start()
         self.router.spawn(self.prober.run())
+        self.router.spawn(self.cluster.stalls.run())
         self.router.spawn(self.subscription.run())
         await asyncio.sleep(0.5)
         faults = asyncio.create_task(self._faults())
@@ -284,6 +287,12 @@ class SimCluster:
         node = self.nodes[name]
         if node.service.alive and not node.engine_process.alive:
             node.start_engine()
+
+    def _do_hang(self, name: str) -> None:
+        self.nodes[name].steps.clear()
+
+    def _do_wake(self, name: str) -> None:
+        self.nodes[name].steps.set()
 
     def _do_step_clock(self, name: str, seconds: str) -> None:
         machine = self.metadata if name == METADATA else self.nodes[name]
@@ -362,6 +371,7 @@ class SimCluster:
         for name in self.nodes:
             if self.setup.moves is not None:
                 self._order("undrain", name)
+            self._do_wake(name)
             self._do_start_node(name)
             self._do_start_engine(name)
 
@@ -428,7 +438,8 @@ class SimCluster:
             self.trace.counts[answer.error.code] += 1
             if not answer.error.retryable:
                 self.problems.append(f"{wanted.id} failed for good: {answer.error.message}")
-            if len(tries) < ROUTER.attempts and record and (record.total_s or 0.0) < self.services.limits.patience_s:
+            attempts, patience_s = self.services.config.attempts, self.services.limits.patience_s
+            if len(tries) < attempts and record and (record.total_s or 0.0) < patience_s:
                 self.problems.append(f"{wanted.id} failed before its time: {answer.error.message}")
 
     async def _settle(self) -> None:
@@ -542,6 +553,10 @@ class SimCluster:
         for revision, answers in self.oracle.revisions.items():
             counts[f"answers_of_{revision}"] = answers
         legs = [leg for record in self.log.newest() for leg in record.legs]
+        for leg in legs:
+            counts[f"legs_{leg.kind}"] += 1
+            if (leg.error or "").startswith("node_stalled"):
+                self.trace("stalled", leg.id.partition(".")[0], leg.node)
         counts["legs_of_another_model"] = sum((leg.error or "").startswith("model_changed") for leg in legs)
         counts["promoted_legs"] = sum(bool(leg.promoted) for leg in legs)
         counts["promoted_by_peers"] = sum(any(one.node for one in leg.promoted) for leg in legs)

@@ -5,7 +5,7 @@ Owns segment memory and process lives. A node's segment outlives its engine and 
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -17,8 +17,9 @@ from support.sim_tiers import SimTiers
 from support.sim_ways import METADATA, NodeService, SimEventSource, SimMetadataTransport, SimNodeClient
 
 from engines.paged.loop import EngineLoop
-from engines.sim.build import build_sim_engine
-from engines.sim.runner import sim_spec
+from engines.paged.options import EngineOptions
+from engines.paged.runner import StepOutput, StepSlice
+from engines.sim.runner import SimRunner, sim_spec
 from kvcore.config.schema import SimEngineConfig, StoreConfig
 from kvcore.errors import (
     EngineDiedError,
@@ -68,6 +69,7 @@ from transfer.inproc import InprocFault, InprocTransfer
 
 CLUSTER, MODEL = "sim", "m"
 CALL_S = 1.0
+STORE_S = 30.0
 _Leg = TypeVar("_Leg", PrefillRequest, GenerateRequest)
 
 
@@ -215,6 +217,9 @@ class SimNode(NodeService):
         self._metadata = metadata
         self._role = role
         self._restarts = 0
+        self.steps = asyncio.Event()
+        """Cleared: its engines hang, and all else of the node goes on."""
+        self.steps.set()
         self.engine: EngineLoop | None = None
         self.tiers: NodeTiers | None = None
         self.mover: ChunkMover | None = None
@@ -427,7 +432,8 @@ class SimNode(NodeService):
     async def _engine_life(self, process: SimProcess) -> None:
         await self._opened.wait()
         setup, store = self._setup, self.store(process)
-        engine = build_sim_engine(self._config, MODEL, setup.chunk_tokens, store, setup.clock)
+        runner = _HangingRunner(self._config, setup.chunk_tokens, self.steps)
+        engine = EngineLoop(runner, store, EngineOptions.of(self._config, STORE_S), setup.clock)
         try:
             async with engine:
                 self.engine = engine
@@ -490,6 +496,16 @@ def _dead(name: str) -> SimProcess:
     process = SimProcess(name)
     process.alive = False
     return process
+
+
+class _HangingRunner(SimRunner):
+    def __init__(self, config: SimEngineConfig, chunk_tokens: int, steps: asyncio.Event) -> None:
+        super().__init__(config, MODEL, chunk_tokens)
+        self._steps = steps
+
+    async def execute(self, slices: Sequence[StepSlice]) -> StepOutput:
+        await self._steps.wait()
+        return await super().execute(slices)
 
 
 class _Faults:

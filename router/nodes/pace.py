@@ -1,0 +1,76 @@
+"""How long a node's legs may be silent, from how long they were: first tokens by what they compute, then gaps. Pure.
+
+A limit is a few times what is slow for this node, and never under the floor of the cluster file.
+"""
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+
+from router.nodes.limits import NodeHealthLimits
+
+
+@dataclass(slots=True)
+class SlowOnes:
+    """The last few observations of one thing, and what is slow among them."""
+
+    kept: int
+    share: float
+    slow: float | None = None
+    """So many of them (`share`) took no longer; None: there are none."""
+    _last: deque[float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._last = deque(maxlen=self.kept)
+
+    def add(self, seconds: float) -> None:
+        """One more, in place of the oldest."""
+        self._last.append(seconds)
+        ordered = sorted(self._last)
+        self.slow = ordered[math.ceil(self.share * len(ordered)) - 1]
+
+
+class NodePace:
+    """Of one node. Seconds; `computed`: prompt tokens that a leg computes before its first token."""
+
+    def __init__(self, limits: NodeHealthLimits) -> None:
+        self._limits = limits
+        self._first = SlowOnes(limits.paces_kept, limits.pace_share)
+        self._per_token = SlowOnes(limits.paces_kept, limits.pace_share)
+        self._gap = SlowOnes(limits.paces_kept, limits.pace_share)
+        self._slack = 1.0
+        self._since_slack = 0
+
+    def __repr__(self) -> str:
+        return f"<NodePace first {self._first.slow} s, token {self._per_token.slow} s, gap {self._gap.slow} s>"
+
+    def first_limit_s(self, floor_s: float, computed: int) -> float:
+        """How long the first token, or the answer of a prefill leg, may take."""
+        limits, slow = self._limits, self._per_token.slow
+        per_token = limits.pace_factor * slow if slow is not None else limits.unknown_token_s
+        return self._limit(floor_s, self._first) + self._slack * per_token * computed
+
+    def gap_limit_s(self, floor_s: float) -> float:
+        """How long a stream may say nothing between two tokens."""
+        return self._limit(floor_s, self._gap)
+
+    def began(self, seconds: float, computed: int) -> None:
+        """A leg's first token came, or its prefill was answered."""
+        if computed >= self._limits.pace_tokens:
+            self._per_token.add(seconds / computed)
+        else:
+            self._first.add(seconds)
+
+    def ended(self, longest_gap_s: float) -> None:
+        """A leg that had begun is over; so long it said nothing in between."""
+        self._gap.add(longest_gap_s)
+        self._since_slack += 1
+        if self._since_slack >= self._limits.slack_legs:
+            self._since_slack, self._slack = 0, max(1.0, self._slack / 2)
+
+    def was_only_slow(self) -> None:
+        """It was taken for stalled, and works: it has more time from here on, until it has kept pace for a while."""
+        self._since_slack, self._slack = 0, min(self._limits.most_slack, 2 * self._slack)
+
+    def _limit(self, floor_s: float, seen: SlowOnes) -> float:
+        return self._slack * max(floor_s, self._limits.pace_factor * (seen.slow or 0.0))
