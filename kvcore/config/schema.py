@@ -243,10 +243,10 @@ class RouterConfig(Section, frozen=True, kw_only=True):
     """For one try of a prefill leg. The decoder waits no longer than this for chunks, then it computes."""
     connect_timeout_s: Seconds = 2.0
     """For a connection to a node, and for the answer to a probe."""
-    first_token_s: Seconds = 5.0
+    stall_first_s: Seconds = 5.0
     """A node that is silent for so long before a first token, and longer than it should be by what was observed of it,
     is suspected: its legs go on at other nodes, and it gets no more until it is seen to work."""
-    token_gap_s: Seconds = 2.0
+    stall_gap_s: Seconds = 2.0
     """So too between two tokens of a stream."""
     attempts: Count = 4
     """Tries of one leg, over all nodes."""

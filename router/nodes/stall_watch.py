@@ -60,9 +60,9 @@ class WatchedLeg:
         """(Which limit it is under now, seconds.)"""
         pace = self.node.pace
         if self.began:
-            return "token", self.patience * pace.gap_limit_s(config.token_gap_s)
+            return "token", self.patience * pace.gap_limit_s(config.stall_gap_s)
         what = "answer to a prefill" if self.is_prefill else "first token"
-        return what, self.patience * pace.first_limit_s(config.first_token_s, self.computes)
+        return what, self.patience * pace.first_limit_s(config.stall_first_s, self.computes)
 
 
 class StallWatch:
@@ -70,7 +70,7 @@ class StallWatch:
 
     def __init__(self, config: RouterConfig, limits: NodeHealthLimits, now: Callable[[], float]) -> None:
         self._config, self._limits, self._now = config, limits, now
-        self._shortest_s = min(config.token_gap_s, config.first_token_s)
+        self._shortest_s = min(config.stall_gap_s, config.stall_first_s)
         self._legs: dict[str, WatchedLeg] = {}
         self.on_suspect: list[Callable[[KnownNode], None]] = []
         """Called with a node that is not trusted any more."""

@@ -146,8 +146,8 @@ def test_the_numbers_that_operators_are_told_are_the_codes():
     health, router = NodeHealthLimits(), RouterConfig()
     round_s = router.probe_interval_s + router.connect_timeout_s
     assert f"without the metadata server's word after {health.lost_rounds * round_s:g} s" in page
-    assert f"`router.token_gap_s` ({router.token_gap_s:g} s) in a stream" in page
-    assert f"`router.first_token_s` ({router.first_token_s:g} s) before a first token" in page
+    assert f"`router.stall_gap_s` ({router.stall_gap_s:g} s) in a stream" in page
+    assert f"`router.stall_first_s` ({router.stall_first_s:g} s) before a first token" in page
     breaker = f"none for {health.first_pause_s:g} s, ever longer up to {health.longest_pause_s:g} s"
     assert health.failures_to_open == 3 and breaker in (DOCS / "troubleshoot.md").read_text()
     codes = f"{EXIT_FAILED} failed, {EXIT_CONFIG} the configuration or the machine is not fit"

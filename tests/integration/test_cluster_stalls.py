@@ -22,7 +22,7 @@ from nodeapi.messages import SamplingParams
 pytestmark = pytest.mark.slow
 
 STREAMS, TOKENS = 8, 60
-USUAL = ("router.first_token_s=5", "router.token_gap_s=2", "engine.inter_token_s=0.05")
+USUAL = ("router.stall_first_s=5", "router.stall_gap_s=2", "engine.inter_token_s=0.05")
 WELL_BEFORE_S = 12.0
 """The limits are 5 and 2 s. After 15 s a node kills an engine that is stopped, and its streams go on anyway."""
 BACK_S = 30.0

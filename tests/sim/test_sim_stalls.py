@@ -85,8 +85,8 @@ def test_a_hung_engine_holds_nobody_for_longer_than_the_limits(name, seeds):
         outcome = simulate(seed, planned)
         first, gap = silences(outcome)
         assert outcome.counts["refused"] == 0, seed
-        assert gap <= ROUTER.token_gap_s + MORE_S, (seed, gap)
-        assert first <= ROUTER.first_token_s + UNKNOWN_S + MORE_S, (seed, first)
+        assert gap <= ROUTER.stall_gap_s + MORE_S, (seed, gap)
+        assert first <= ROUTER.stall_first_s + UNKNOWN_S + MORE_S, (seed, first)
         stalled, late = stalls(outcome)
         assert not stalled & late, (seed, "a node that is known to hang was asked again")
         totals.update(outcome.counts, late=len(late))

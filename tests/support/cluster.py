@@ -48,7 +48,7 @@ VLLM_ENGINE = {
 }
 """Each of these nodes takes a core of its own, as far as there are."""
 ENGINES = {"sim": SIM_ENGINE, "torch": TORCH_ENGINE, "vllm": VLLM_ENGINE}
-PATIENCE = {"first_token_s": 60.0, "token_gap_s": 30.0}
+PATIENCE = {"stall_first_s": 60.0, "stall_gap_s": 30.0}
 """Of a router whose nodes share a busy machine with whatever else runs there."""
 EngineKind = Literal["sim", "torch", "vllm"]
 Prompt = str | list[int]
