@@ -40,6 +40,10 @@ class StepTimeout:
         """The step has ended in time. The timer is left as it is: the next step needs one."""
         self._deadline = math.inf
 
+    def expire(self) -> None:
+        """End the block now, as if a step had taken too long. Inside the block alone."""
+        self._limit.reschedule(self._loop.time())
+
     async def __aenter__(self) -> Self:
         await self._limit.__aenter__()
         return self

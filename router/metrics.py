@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+from prometheus_client import Counter
+
 from kvcore import metric_names as names
 from kvcore.telemetry import Metrics
 from router.cache.watch import CacheWatch
@@ -18,6 +20,7 @@ class RouterMetrics:
         self.metrics = metrics = Metrics()
         self._cluster = cluster
         self._requests = metrics.counter(names.ROUTER_REQUESTS)
+        self._answered: dict[tuple[str, int], Counter] = {}
         self._ttft = metrics.histogram(names.ROUTER_TTFT)
         self._seconds = metrics.histogram(names.ROUTER_REQUEST_SECONDS)
         self._prompt_tokens = metrics.counter(names.ROUTER_PROMPT_TOKENS)
@@ -42,7 +45,10 @@ class RouterMetrics:
 
     def answered(self, endpoint: str, status: int) -> None:
         """An HTTP request of any endpoint was answered."""
-        self._requests.labels(endpoint, str(status)).inc()
+        counter = self._answered.get((endpoint, status))
+        if counter is None:
+            counter = self._answered[endpoint, status] = self._requests.labels(endpoint, str(status))
+        counter.inc()
 
     def _ended(self, record: RequestRecord) -> None:
         self._completion_tokens.inc(record.completion_tokens)

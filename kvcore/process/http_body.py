@@ -10,6 +10,7 @@ from kvcore.errors import BodyLateError, InvalidRequestError, MediaTypeError, Pa
 
 ENCODINGS = {"content-encoding": ("", "identity"), "transfer-encoding": ("", "identity", "chunked")}
 """By header, the codings that leave a body as it is."""
+_OF_BODIES = {name.encode(): name for name in (*ENCODINGS, "content-length")}
 WHOLE_BODY = "kvferry.whole_body"
 """Among a request's `extensions` where all of its body was there when the application was asked."""
 
@@ -30,11 +31,17 @@ async def read_body(request: Request, limit: int, *, timeout_s: float = 30.0) ->
     Raises PayloadTooLargeError and MediaTypeError, without reading on, BodyLateError, and InvalidRequestError if the
     client breaks off.
     """
-    check_encoding(request.headers)
+    found = reversed(request.scope["headers"])  # of several that have one name the first counts
+    given = {_OF_BODIES[name]: value.decode("latin-1") for name, value in found if name in _OF_BODIES}
+    check_encoding(given)
     too_large = PayloadTooLargeError(f"the body is over the bound of {limit} bytes")
-    announced = request.headers.get("content-length", "0")
+    announced = given.get("content-length", "0")
     if announced.isdigit() and int(announced) > limit:
         raise too_large
+    if (whole := await body_at_hand(request.scope, request.receive)) is not None:
+        if len(whole) > limit:
+            raise too_large
+        return whole
     body = bytearray()
     try:
         async with asyncio.timeout(timeout_s):

@@ -15,11 +15,12 @@ from typing import Any
 import httptools
 import msgspec
 from starlette.types import Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from kvcore.peer_log import PeerLog
 from kvcore.process.certified_app import PEER_NAMES
 from kvcore.process.http_body import WHOLE_BODY
+from kvcore.process.http_exchange import HttpExchange
 from kvcore.process.http_gate import GatePlace, HttpGate
 from kvcore.trust.certificates import PeerNames, peer_names
 
@@ -48,6 +49,8 @@ class BoundedHttp(HttpToolsProtocol):
         self._in_head = False
         self._in_message = False
         self._peer_names: PeerNames | None = None
+        self._answered: RequestResponseCycle | None = None
+        """The request that the application has now, or had last."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """A client has connected: its first head must come in time."""
@@ -67,6 +70,8 @@ class BoundedHttp(HttpToolsProtocol):
         self._stop_send_timer()
         if self._place is not None:
             self._place.leave()
+        if isinstance(self._answered, HttpExchange):
+            self._answered.gone()  # uvicorn tells only the last one of those that are pipelined
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -99,17 +104,25 @@ class BoundedHttp(HttpToolsProtocol):
         self._head_is_over()
         if self.transport.is_closing():
             return
+        exchange = HttpExchange.of(self)
         app = self.app
         if too_large:
-            self.app = self._head_too_large
+            app = self._head_too_large
         elif self._place is not None and self._place.why_spare is not None:
-            method = self.parser.get_method().decode("ascii")
-            if not self._place.serves(method, httptools.parse_url(self.url).path.decode("latin-1")):
-                self.app = self._overloaded  # its body is read as any other's
-        super().on_headers_complete()
-        self.app = app
-        if self._place is not None and self._place.why_spare is not None:
-            self.cycle.keep_alive = False
+            exchange.keep_alive = False
+            if not self._place.serves(self.scope["method"], self.scope["path"]):
+                app = self._overloaded  # its body is read as any other's
+        under_way, self.cycle = self.cycle, exchange
+        if under_way is None or under_way.response_complete:
+            self._start_asgi_task(exchange, app)
+        else:
+            self.flow.pause_reading()
+            self.pipeline.appendleft((exchange, app))
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        """As uvicorn's. Requests that are pipelined wait for their turn, so there is one at a time."""
+        self._answered = cycle
+        super()._start_asgi_task(cycle, app)
 
     def on_body(self, body: bytes) -> None:
         """A part of a request's body. Once the connection is given up nobody wants the rest."""
@@ -123,8 +136,8 @@ class BoundedHttp(HttpToolsProtocol):
             return
         self._in_message = False
         self._body_is_over()
-        self.scope["extensions"] = {WHOLE_BODY: {}}
         if not self.transport.is_closing():
+            self.scope["extensions"][WHOLE_BODY] = {}
             super().on_message_complete()
 
     def data_received(self, data: bytes) -> None:
@@ -238,9 +251,10 @@ class BoundedHttp(HttpToolsProtocol):
         self._count(status, reason, message)
         if self._may_answer():
             self.transport.write(_answer(status, message))
-        if self.cycle is not None and not self.cycle.response_complete:
-            self.cycle.disconnected = True  # the application must not answer a second time
-            self.cycle.message_event.set()
+        for exchange in (self._answered, self.cycle):
+            if isinstance(exchange, HttpExchange):
+                exchange.flush()
+                exchange.gone()  # the application must not answer a second time
         self._body_is_over()
         self.transport.close()
 

@@ -5,8 +5,8 @@ Owns routes, body limits, request ids and the OpenAPI document. Bodies are decod
 
 import logging
 import re
+import secrets
 import time
-import uuid
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import ExitStack
 from typing import TypeVar
@@ -78,7 +78,7 @@ class RequestIds:
             await self.app(scope, receive, send)
             return
         given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
-        request_id = given if _GOOD_ID.fullmatch(given) else uuid.uuid4().hex
+        request_id = given if _GOOD_ID.fullmatch(given) else secrets.token_hex(16)
         scope["request_id"] = request_id
 
         async def send_with_id(message: Message) -> None:
@@ -156,7 +156,7 @@ def _add_openai(app: FastAPI, answerer: Answerer, max_body_bytes: int, limits: A
         @app.post(path, name=name, **openapi.answers(kind))
         async def endpoint(request: Request) -> Response:
             body = parse(await read_body(request, max_body_bytes, timeout_s=limits.body_timeout_s), kind)
-            request_id = f"{id_prefix}-{uuid.uuid4().hex}"
+            request_id = f"{id_prefix}-{secrets.token_hex(16)}"
 
             async def start() -> tuple[ClientAnswer, Formatter]:
                 if body.model:

@@ -6,8 +6,8 @@ Owns the names of the fields that are obeyed, the checks of each and their messa
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import cast
 
 import msgspec
@@ -133,13 +133,12 @@ def answer_request(
     hints = hints_of(request, marks_of(request.messages) if isinstance(request, ChatRequest) else ())
     context = _ANY_CONTEXT if max_context is None else max_context
     room = context - _max_tokens(request, 0, DEFAULT_COMPLETION_TOKENS)[0]
-    bias = cache(lambda: biases(request.logit_bias or {}, limits.max_biases))  # once, however many the prompts are
-    ends = cache(lambda: stop_ids(request.stop_token_ids or (), limits.max_biases))
+    lists = _TokenLists(request, limits)
     specs = [
         RequestSpec(
             request_id=request_id if number == 0 else f"{request_id}-{number}",
             prompt_token_ids=prompt,
-            sampling=_sampling(request, len(prompt), context, limits, (bias, ends)),
+            sampling=_sampling(request, len(prompt), context, limits, lists),
             cache_salt=salt,
             client_request_id=client_request_id,
             hints=hints,
@@ -255,12 +254,28 @@ def _cache_salt(request: AnyRequest, limits: ApiLimits) -> bytes:
     return salt.encode()
 
 
+class _TokenLists:
+    """The lists of tokens among a request's fields, read once, however many the prompts are."""
+
+    def __init__(self, request: AnyRequest, limits: ApiLimits) -> None:
+        self._request = request
+        self._most = limits.max_biases
+
+    @cached_property
+    def bias(self) -> dict[int, float]:
+        return biases(self._request.logit_bias or {}, self._most)
+
+    @cached_property
+    def ends(self) -> list[int]:
+        return stop_ids(self._request.stop_token_ids or (), self._most)
+
+
 def _sampling(
     request: AnyRequest,
     prompt_tokens: int,
     max_context: int,
     limits: ApiLimits,
-    lists: tuple[Callable[[], dict[int, float]], Callable[[], list[int]]],
+    lists: "_TokenLists",
 ) -> SamplingParams:
     """The engine's parameters, all checked; draws a seed where there is none.
 
@@ -284,10 +299,10 @@ def _sampling(
         presence_penalty=_number(request.presence_penalty, 0.0, "presence_penalty", -2.0, 2.0),
         frequency_penalty=_number(request.frequency_penalty, 0.0, "frequency_penalty", -2.0, 2.0),
         repetition_penalty=_repetition_penalty(request.repetition_penalty),
-        logit_bias=lists[0](),
+        logit_bias=lists.bias,
         max_tokens=max_tokens,
         min_tokens=min_tokens,
-        stop_token_ids=lists[1](),
+        stop_token_ids=lists.ends,
         ignore_eos=bool(request.ignore_eos),
         logprobs=_logprobs(request, limits.max_logprobs),
         n=n,

@@ -15,6 +15,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from kvcore.clock import SystemClock
 from kvcore.errors import EngineError, KVFerryError
+from kvcore.process.http_exchange import told_when_gone
 from kvcore.step_timeout import StepTimeout
 from router.answering import ClientAnswer, TextPiece
 from router.api.formatter import Formatter, sse
@@ -22,6 +23,7 @@ from router.api.http_errors import headers_for, reply_of
 
 _log = logging.getLogger("router")
 _now = SystemClock().now
+_JSON = [(b"content-type", b"application/json")]
 _SSE = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 
 
@@ -80,27 +82,12 @@ class AnswerResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry: ends when the answer has been sent, or the client has left and every leg is cancelled."""
 
-        # Two tasks race: `work` makes and sends the answer, `gone` waits for the client's disconnect.
-        #   1. `work` ends first: the answer is out, or its error has been answered, or the client took no more
-        #      (_ClientGoneError). What else it raises came of ASGI's send: a bug of ours, raised below.
-        #   2. `gone` ends first: the client has left. `work` is cancelled, and with it every leg.
-        #   3. This call is cancelled (the server stops): both are.
-        # In each case both tasks have ended before this returns, so no work outlives its response.
-        work = asyncio.create_task(self._answer_in_time(scope, receive, send))
-        gone = asyncio.create_task(_until_gone(receive))
-        try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            gone.cancel()
-            if not work.done():
-                work.cancel()
-            await asyncio.gather(work, gone, return_exceptions=True)
-        error = None if work.cancelled() else work.exception()
-        if error is not None and not isinstance(error, _ClientGoneError):
-            raise error  # of ASGI's send: a bug of ours; what the work itself raised has been answered
-
-    async def _answer_in_time(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, with a limit for each send."""
+        # The answer is made and sent by this task. It ends in one of four ways:
+        #   1. The answer is out, or its error has been answered.
+        #   2. The client has left: `told_when_gone` ends the block, which cancels every leg, by a TimeoutError.
+        #   3. It took nothing for too long, or its connection broke in a send: so too, or by _ClientGoneError.
+        #   4. This call is cancelled (the server stops).
+        # In each case the legs have ended before this returns, as `_answer` closes what runs them.
         try:
             async with StepTimeout() as sending:
 
@@ -112,11 +99,12 @@ class AnswerResponse(Response):
                         raise _ClientGoneError from error
                     sending.stop()
 
-                await self._answer(scope, receive, send_in_time)
-        except TimeoutError as error:  # of a send
-            raise _ClientGoneError from error
+                with told_when_gone(scope, receive, sending.expire):
+                    await self._answer(send_in_time)
+        except (TimeoutError, _ClientGoneError):
+            return
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer(self, send: Send) -> None:
         turns = Turns()
         try:
             answer, formatter = await self._start()
@@ -127,15 +115,17 @@ class AnswerResponse(Response):
                 async for piece in pieces:
                     formatter.take(piece)
                     await turns.give_way()
-            reply: Response = Response(formatter.body(), media_type="application/json")
+            status, headers, body = 200, _JSON, formatter.body()
         except KVFerryError as error:
-            reply = error_response(error)
+            status, headers, body = _said(error)
         except _ClientGoneError:
             raise
         except Exception:  # request boundary
             _log.exception("request_failed")
-            reply = error_response(EngineError("internal error"))
-        await reply(scope, receive, send)
+            status, headers, body = _said(EngineError("internal error"))
+        length = (b"content-length", b"%d" % len(body))
+        await send({"type": "http.response.start", "status": status, "headers": [length, *headers]})
+        await send({"type": "http.response.body", "body": body})
 
     async def _send_stream(
         self, pieces: AsyncGenerator[TextPiece], formatter: Formatter, send: Send, turns: Turns
@@ -146,7 +136,7 @@ class AnswerResponse(Response):
         #   3. by the client, at any send: nothing can be said to it any more.
         opening = b"".join(formatter.opening())
         first = await anext(pieces, None)
-        await send({"type": "http.response.start", "status": 200, "headers": [*_SSE, *self._extra_headers()]})
+        await send({"type": "http.response.start", "status": 200, "headers": list(_SSE)})
         body = opening + (formatter.chunk(first) if first else b"")
         await _write(send, body)
         try:
@@ -163,15 +153,14 @@ class AnswerResponse(Response):
             last = sse(reply_of(EngineError("internal error")))
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
-    def _extra_headers(self) -> list[tuple[bytes, bytes]]:
-        return [(name, value) for name, value in self.raw_headers if name not in (b"content-length", b"content-type")]
+
+def _said(error: KVFerryError) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+    """Status, headers and body, as of `error_response`."""
+    reply = error_response(error)
+    headers = [(name, value) for name, value in reply.raw_headers if name != b"content-length"]
+    return reply.status_code, headers, bytes(reply.body)
 
 
 async def _write(send: Send, body: bytes) -> None:
     if body:
         await send({"type": "http.response.body", "body": body, "more_body": True})
-
-
-async def _until_gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

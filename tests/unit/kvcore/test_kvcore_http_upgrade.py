@@ -3,11 +3,8 @@
 import asyncio
 
 import pytest
-import uvicorn
 from starlette.types import Receive, Scope, Send
-from uvicorn.server import ServerState
-
-from kvcore.process.http_protocol import BoundedHttp
+from support.http_wire import connected
 
 WISH = b"Host: x\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n"
 SIZED = b"POST /a HTTP/1.1\r\n" + WISH + b"Content-Length: 5\r\n\r\nhello"
@@ -30,36 +27,9 @@ async def mirror(scope: Scope, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.body", "body": said})
 
 
-class Wire(asyncio.Transport):
-    """A transport that keeps what is written."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sent = b""
-        self.closed = False
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        self.sent += bytes(data)
-
-    def is_closing(self) -> bool:
-        return self.closed
-
-    def close(self) -> None:
-        self.closed = True
-
-    def pause_reading(self) -> None:
-        pass
-
-    def resume_reading(self) -> None:
-        pass
-
-
 async def answers(*parts: bytes, count: int) -> bytes:
     """What the server writes for these parts, each received by itself, once it has answered `count` requests."""
-    config = uvicorn.Config(mirror, log_config=None, ws="none", date_header=False, server_header=False)
-    protocol, wire, state = BoundedHttp(config, ServerState(), {}), Wire(), ServerState()
-    protocol.server_state = state
-    protocol.connection_made(wire)
+    protocol, wire, state = connected(mirror)
     for part in parts:
         protocol.data_received(part)
         await asyncio.sleep(0)

@@ -251,7 +251,7 @@ async def test_a_stop_string_across_tokens_ends_the_text_before_it(rig: Rig, htt
             chunks = [json.loads(event[6:]) for event in reply.text.split("\n\n")[:-2]]
             assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "one two "
             assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
-    assert all(node.running == 0 for node in rig.nodes.nodes)
+    await until(lambda: all(node.running == 0 for node in rig.nodes.nodes))
 
 
 async def test_a_stop_token_is_counted_but_not_shown(rig: Rig, http: httpx.AsyncClient) -> None:

@@ -1,0 +1,194 @@
+"""One request of uvicorn's HTTP/1.1 and its answer: written once a turn of the event loop, and told when the client has
+left.
+
+Owns the bytes of an answer from the application's messages to the transport. What is sent within one turn leaves as
+one write: head and body together, and as many tokens of a stream as came at once.
+"""
+
+import asyncio
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any, Self
+from urllib.parse import unquote
+
+from httptools import parse_url
+from starlette.types import Message, Receive, Scope
+from uvicorn.protocols.http.httptools_impl import (
+    HEADER_RE,
+    HEADER_VALUE_RE,
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
+
+EXCHANGE = "kvferry.exchange"
+"""Among a request's `extensions`: its HttpExchange."""
+MAX_HELD_BYTES = 64 << 10
+"""More is written before the turn ends."""
+
+
+class HttpExchange(RequestResponseCycle):
+    """uvicorn's cycle with another way to write."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, **uvicorns: Any) -> None:
+        super().__init__(**uvicorns)
+        self._loop = loop
+        self._held: list[bytes] = []
+        self._held_bytes = 0
+        self._on_gone: Callable[[], object] | None = None
+
+    @classmethod
+    def of(cls, connection: HttpToolsProtocol) -> Self:
+        """That of the request whose head is whole now. Completes the request's scope, as uvicorn does."""
+        scope: Scope = connection.scope  # type: ignore[assignment]  # uvicorn's own type of the same
+        version, url = connection.parser.get_http_version(), parse_url(connection.url)
+        path = url.path.decode("ascii")
+        scope["method"], scope["http_version"] = connection.parser.get_method().decode("ascii"), version
+        scope["path"] = connection.root_path + (unquote(path) if "%" in path else path)
+        scope["raw_path"] = connection.root_path.encode("ascii") + url.path
+        scope["query_string"] = url.query or b""
+        made = cls(
+            connection.loop,
+            scope=connection.scope,
+            transport=connection.transport,
+            flow=connection.flow,
+            logger=connection.logger,
+            access_logger=connection.access_logger,
+            access_log=False,
+            default_headers=connection.server_state.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=connection.expect_100_continue,
+            keep_alive=version != "1.0" and connection.parser.should_keep_alive(),
+            on_response=connection.on_response_complete,
+        )
+        scope["extensions"] = {EXCHANGE: made}
+        return made
+
+    def on_gone(self, call: Callable[[], object] | None) -> None:
+        """Call this, once, when the client leaves; at once if it has left. None: nobody wants to know any more."""
+        self._on_gone = call
+        if self.disconnected:
+            self.gone()
+
+    def gone(self) -> None:
+        """The client has left, or is not answered any more. Idempotent."""
+        if self.response_complete:
+            return
+        self.disconnected = True
+        self.message_event.set()
+        call, self._on_gone = self._on_gone, None
+        if call is not None:
+            call()
+
+    async def send(self, message: Message) -> None:  # type: ignore[override]  # uvicorn's own types of the same
+        """An application's message. Waits while the client takes nothing."""
+        if self.flow.write_paused and not self.disconnected:
+            await self.flow.drain()
+        if self.disconnected:
+            return
+        kind = message["type"]
+        if kind == "http.response.body" and self.response_started and not self.response_complete:
+            self._add(message.get("body", b""), more=message.get("more_body", False))
+        elif kind == "http.response.start" and not self.response_started:
+            self._start(message["status"], [*self.default_headers, *message.get("headers", ())])
+        else:
+            raise RuntimeError(f"{kind!r} does not belong at this place of an answer")
+
+    def flush(self) -> None:
+        """Write what this turn has brought."""
+        if not self._held:
+            return
+        data = self._held[0] if len(self._held) == 1 else b"".join(self._held)
+        self._held.clear()
+        self._held_bytes = 0
+        if not self.disconnected and not self.transport.is_closing():
+            self.transport.write(data)
+
+    def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        self.response_started, self.waiting_for_100_continue = True, False
+        says_close = False
+        content = [STATUS_LINE[status]]
+        for given, value in headers:
+            if HEADER_RE.search(given) or HEADER_VALUE_RE.search(value):
+                raise RuntimeError(f"header {given!r} has a character that ends it")
+            name = given.lower()
+            if name == b"content-length" and self.chunked_encoding is None:
+                self.expected_content_length, self.chunked_encoding = int(value), False
+            elif name == b"transfer-encoding" and value.lower() == b"chunked":
+                self.expected_content_length, self.chunked_encoding = 0, True
+            elif name == b"connection" and b"close" in [token.strip() for token in value.lower().split(b",")]:
+                self.keep_alive, says_close = False, True
+            content += (name, b": ", value, b"\r\n")
+        if not self.keep_alive and not says_close:
+            content.append(b"connection: close\r\n")
+        if self.chunked_encoding is None and self.scope["method"] != "HEAD" and status not in (204, 304):
+            self.chunked_encoding = True
+            content.append(b"transfer-encoding: chunked\r\n")
+        content.append(b"\r\n")
+        self._hold(b"".join(content))
+
+    def _add(self, body: bytes, *, more: bool) -> None:
+        if self.scope["method"] == "HEAD":
+            self.expected_content_length = 0
+        elif self.chunked_encoding:
+            if body:
+                self._hold(b"%x\r\n%b\r\n" % (len(body), body))
+            if not more:
+                self._hold(b"0\r\n\r\n")
+        else:
+            self.expected_content_length -= len(body)
+            if self.expected_content_length < 0:
+                raise RuntimeError("the body is longer than its content-length")
+            if body:
+                self._hold(body)
+        if not more:
+            self._end()
+
+    def _end(self) -> None:
+        self.flush()
+        if self.expected_content_length:
+            raise RuntimeError("the body is shorter than its content-length")
+        self.response_complete, self._on_gone = True, None
+        self.message_event.set()
+        if not self.keep_alive:
+            self.transport.close()
+        self.on_response()
+
+    def _hold(self, data: bytes) -> None:
+        if not self._held:
+            self._loop.call_soon(self.flush)
+        self._held.append(data)
+        self._held_bytes += len(data)
+        if self._held_bytes > MAX_HELD_BYTES:
+            self.flush()
+
+
+@contextmanager
+def told_when_gone(scope: Scope, receive: Receive, leave: Callable[[], object]) -> Generator[None]:
+    """Calls `leave` when the client leaves while the block runs. The request's body has been read."""
+    exchange = scope.get("extensions", {}).get(EXCHANGE)
+    if isinstance(exchange, HttpExchange):
+        exchange.on_gone(leave)
+        try:
+            yield
+        finally:
+            exchange.on_gone(None)
+        return
+    watch = asyncio.ensure_future(_until_gone(receive))
+
+    def ended(_: "asyncio.Future[None]") -> None:
+        if not watch.cancelled():
+            watch.exception()  # whatever ended it: nothing comes of this client any more
+            leave()
+
+    watch.add_done_callback(ended)
+    try:
+        yield
+    finally:
+        watch.remove_done_callback(ended)
+        watch.cancel()
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
