@@ -1,3 +1,5 @@
+import asyncio
+import io
 import logging
 
 import pytest
@@ -6,7 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kvcore import metric_names
 from kvcore.metric_names import ENGINE_TOTALS, METADATA_NODES, ROUTER_REQUESTS, ROUTER_TTFT, Metric, MetricKind
-from kvcore.telemetry import Metrics, configure_logging, exposition, log_fields
+from kvcore.telemetry import LineHandler, Metrics, configure_logging, exposition, log_fields
 
 
 @pytest.fixture
@@ -45,6 +47,71 @@ def test_logs_go_to_stderr_with_the_process_name(root_logger, capsys):
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert " INFO prefill-0 kvnode ready port=8000\n" in err
+
+
+class Pipe(io.StringIO):
+    """Counts the writes."""
+
+    writes = 0
+
+    def write(self, text: str) -> int:
+        self.writes += 1
+        return super().write(text)
+
+
+@pytest.fixture
+def lines():
+    pipe, logger = Pipe(), logging.getLogger("test.lines")
+    handler = LineHandler(pipe, within_s=0.01)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield pipe, logger
+    logger.removeHandler(handler)
+
+
+def test_lines_of_a_loop_are_written_together_and_soon(lines):
+    pipe, logger = lines
+
+    async def says(*said: str) -> None:
+        for one in said:
+            logger.info(one)
+        assert pipe.writes == 0
+        async with asyncio.timeout(10):
+            while not pipe.writes:  # noqa: ASYNC110 - a buffer tells nobody
+                await asyncio.sleep(0)
+        assert (pipe.writes, pipe.getvalue()) == (1, "".join(f"{one}\n" for one in said))
+
+    asyncio.run(says("a", "b", "c"))
+    pipe.writes = 0
+    pipe.truncate(0)
+    pipe.seek(0)
+    asyncio.run(says("d"))
+
+
+def test_a_loop_that_ends_first_does_not_keep_the_lines_of_the_next_one(lines):
+    pipe, logger = lines
+
+    async def says() -> None:
+        logger.info("a")
+
+    asyncio.run(says())
+    assert pipe.getvalue() == ""
+    asyncio.run(says())
+    logger.info("b")
+    assert pipe.getvalue() == "a\na\nb\n"
+
+
+def test_a_warning_is_written_at_once_after_what_came_before_it(lines):
+    pipe, logger = lines
+
+    async def says() -> None:
+        logger.info("a")
+        logger.warning("b")
+        assert (pipe.writes, pipe.getvalue()) == (1, "a\nb\n")
+        await asyncio.to_thread(logger.info, "c")
+        assert pipe.getvalue() == "a\nb\nc\n"
+
+    asyncio.run(says())
 
 
 def test_registries_are_separate_and_render_what_was_counted():
