@@ -114,8 +114,8 @@ def configure_logging(process_name: str, level: str = "info") -> None:
     root.setLevel(number)
     for chatty in ("uvicorn", "aiohttp", "asyncio"):
         logging.getLogger(chatty).setLevel(max(number, logging.WARNING))
-    # What no line shows need not be found out for each: a third of what a line costs (logging's own documentation).
-    logging._srcfile = None  # type: ignore[assignment]
+    # What no line shows need not be found out for each (logging's own documentation, "Optimization").
+    logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
 
 

@@ -1,6 +1,7 @@
 """How a client's field is refused: by its name, in one sentence; and what lists of token ids may hold."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 from kvcore.errors import InvalidRequestError
 
@@ -43,3 +44,20 @@ def biases(given: Mapping[str, float], most: int) -> dict[int, float]:
         require(int(token) <= MAX_TOKEN_ID, "logit_bias", _NO_ID)
         found[int(token)] = bias
     return found
+
+
+class TokenLists:
+    """The lists of tokens among a request's fields, checked when they are first read, and once."""
+
+    def __init__(self, logit_bias: Mapping[str, float] | None, stop_token_ids: Sequence[int] | None, most: int) -> None:
+        self._bias, self._ends, self._most = logit_bias or {}, stop_token_ids or (), most
+
+    @cached_property
+    def bias(self) -> dict[int, float]:
+        """See `biases`."""
+        return biases(self._bias, self._most)
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """See `stop_ids`."""
+        return stop_ids(self._ends, self._most)

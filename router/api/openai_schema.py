@@ -7,7 +7,6 @@ Owns the names of the fields that are obeyed, the checks of each and their messa
 import math
 import random
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import cast
 
 import msgspec
@@ -16,7 +15,7 @@ from nodeapi.messages import SamplingParams
 from router.api.cache_hints import CacheHintFields, hints_of
 from router.api.chat_messages import ChatMessage, marks_of, message_of, template_values
 from router.api.chat_tools import Tool, tools_of
-from router.api.checks import biases, refuse, require, stop_ids, token_ids
+from router.api.checks import TokenLists, refuse, require, token_ids
 from router.api.limits import ApiLimits
 from router.api.truncation import truncated
 from router.requests.spec import (
@@ -133,7 +132,7 @@ def answer_request(
     hints = hints_of(request, marks_of(request.messages) if isinstance(request, ChatRequest) else ())
     context = _ANY_CONTEXT if max_context is None else max_context
     room = context - _max_tokens(request, 0, DEFAULT_COMPLETION_TOKENS)[0]
-    lists = _TokenLists(request, limits)
+    lists = TokenLists(request.logit_bias, request.stop_token_ids, limits.max_biases)
     specs = [
         RequestSpec(
             request_id=request_id if number == 0 else f"{request_id}-{number}",
@@ -254,28 +253,12 @@ def _cache_salt(request: AnyRequest, limits: ApiLimits) -> bytes:
     return salt.encode()
 
 
-class _TokenLists:
-    """The lists of tokens among a request's fields, read once, however many the prompts are."""
-
-    def __init__(self, request: AnyRequest, limits: ApiLimits) -> None:
-        self._request = request
-        self._most = limits.max_biases
-
-    @cached_property
-    def bias(self) -> dict[int, float]:
-        return biases(self._request.logit_bias or {}, self._most)
-
-    @cached_property
-    def ends(self) -> list[int]:
-        return stop_ids(self._request.stop_token_ids or (), self._most)
-
-
 def _sampling(
     request: AnyRequest,
     prompt_tokens: int,
     max_context: int,
     limits: ApiLimits,
-    lists: "_TokenLists",
+    lists: TokenLists,
 ) -> SamplingParams:
     """The engine's parameters, all checked; draws a seed where there is none.
 
