@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
-from kvcore.errors import TransferError
+from kvcore.errors import TransferError, TransferForgedError, TransferProofError, TransferProtocolError
 from kvcore.types import Segment
 
 Direction = Literal["read", "write"]
@@ -91,6 +91,13 @@ class DescribesItself(Protocol):
 def transport_for(engine: TransferEngine, segment: Segment) -> str:
     """The transport under which bytes moved between us and `segment` are to be counted."""
     return engine.transport_for(segment) if isinstance(engine, ChoosesTransport) else engine.kind
+
+
+def refusal(error: TransferProtocolError) -> str:
+    """Why a connection was ended, as SegmentHost.refused counts it."""
+    if isinstance(error, TransferForgedError):
+        return "forged"
+    return "proof" if isinstance(error, TransferProofError) else "protocol"
 
 
 class SegmentHost(Protocol):

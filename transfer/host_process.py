@@ -1,17 +1,18 @@
 """Serves a segment from a process of its own, for libraries that may end the process that they run in.
 
 UCX aborts a target over some of its peers' deaths (1.13 and later, seen over TCP). A node that loses this process keeps
-its segment: the process is started again and the segment announced under its new address, which the node seals: the
-process knows no secret. Run as `python -m transfer.host_process REQUEST`; the reply is one line of its output.
+its segment: the process is started again and the segment announced under its new address, which the node seals. The
+process (`transfer.host_child`) knows no secret: it is told, through a pipe, what greetings are proved with, and again
+when that changes.
 """
 
 import asyncio
+import contextlib
 import logging
-import mmap
 import os
-import signal
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -20,42 +21,48 @@ from kvcore.clock import SystemClock
 from kvcore.config.schema import TransportConfig
 from kvcore.errors import ConfigError
 from kvcore.process.child import ChildProcess
-from kvcore.telemetry import configure_logging, log_fields
+from kvcore.telemetry import log_fields
 from kvcore.trust.opening import OPEN, ClusterTrust
-from transfer.base import SegmentHost
+from transfer.greeting import GreetingKey, greeting_keys
+from transfer.host_child import REPLY_PREFIX, HostReply, HostRequest
 from transfer.limits import TransferLimits
 from transfer.memory.segment import SegmentMemory
 from transfer.sealed_address import AddressSeal
 
 _LOG = logging.getLogger("transfer")
-_REPLY_PREFIX = "host-process: "
 
 
-class _HostRequest(msgspec.Struct, frozen=True):
-    """What the process is to serve. `fd`: the segment's memfd, inherited."""
+class _Server:
+    """One process that serves. `ended`: its exit code, once it has one."""
 
-    kind: str
-    segment_id: str
-    size_bytes: int
-    fd: int
-    config: TransportConfig
-    limits: TransferLimits
-    log_level: str
+    def __init__(self, child: ChildProcess, keys_fd: int) -> None:
+        self.child = child
+        self.ended = asyncio.create_task(child.wait())
+        self._keys_fd: int | None = keys_fd
 
+    def __repr__(self) -> str:
+        return f"<_Server pid={self.child.pid}>"
 
-class _HostReply(msgspec.Struct, frozen=True, omit_defaults=True):
-    """`address`, or why there is none."""
+    def tell(self, keys: Sequence[GreetingKey]) -> None:
+        """What greetings are proved with from now on. One that has ended is told nothing."""
+        if self._keys_fd is not None:
+            with contextlib.suppress(OSError):
+                os.write(self._keys_fd, msgspec.json.encode(keys) + b"\n")
 
-    address: str = ""
-    error: str = ""
-    param: str | None = None
+    async def end(self, close_s: float) -> None:
+        """Idempotent."""
+        await self.child.terminate(close_s)
+        if self._keys_fd is not None:
+            os.close(self._keys_fd)
+            self._keys_fd = None
 
 
 class ProcessSegmentHost:
     """SegmentHost whose work a child process does.
 
-    `on_change` is called when another process serves, whose `address` is another. `on_reseal`: the address is sealed
-    anew, for secrets of the cluster that have changed.
+    `on_change` is called when another process serves, for the one before has ended. `on_reseal`: the address is another
+    for secrets of the cluster that have changed. Where a secret is accepted no more, what was told under it is changed
+    too: another process serves under another address, and the one before goes on for a while for those who use it.
     """
 
     def __init__(
@@ -70,6 +77,7 @@ class ProcessSegmentHost:
         on_reseal: Callable[[], None] = lambda: None,
     ) -> None:
         self._limits = limits
+        self._trust = trust
         self._seal = AddressSeal(trust, kind, memory.segment_id)
         self._on_reseal = on_reseal
         self._kind = kind
@@ -77,14 +85,20 @@ class ProcessSegmentHost:
         self._config = config
         self._on_change = on_change
         self._clock = SystemClock()
-        self._child: ChildProcess | None = None
+        self._server: _Server | None = None
+        self._retiring: set[_Server] = set()
+        self._told: tuple[GreetingKey, ...] = ()
+        """The keys that greetings are proved with, as `_server` was told last."""
+        self._outdated = False
+        self._replace_at = 0.0
+        """Whether `_server` was started when a secret was accepted that is no more."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._address = ""
-        self.refused: dict[str, int] = {}
-        """As SegmentHost.refused."""
+        self.refused: Counter[str] = Counter()
+        """As SegmentHost.refused, of all its processes."""
 
     def __repr__(self) -> str:
-        process = "not started" if self._child is None else f"pid={self._child.pid}"
+        process = "not started" if self._server is None else f"pid={self._server.child.pid}"
         return f"<ProcessSegmentHost {self._kind} {self._memory.segment_id} {process}>"
 
     @property
@@ -97,11 +111,9 @@ class ProcessSegmentHost:
 
     async def start(self) -> None:
         """As SegmentHost.start. On the main thread: the child ends with the thread that started it."""
-        await self._launch()
+        self._server = await self._launch()
         name = f"{self._kind} host of {self._memory.segment_id}"
-        self._tasks = {asyncio.create_task(self._keep(), name=name)}
-        if self._seal.key_ids:
-            self._tasks.add(asyncio.create_task(self._reseal(), name=f"seal of the {name}"))
+        self._tasks = {asyncio.create_task(self._keep(self._server), name=name)}
 
     async def aclose(self) -> None:
         """As SegmentHost.aclose."""
@@ -109,120 +121,133 @@ class ProcessSegmentHost:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
-        if self._child is not None:
-            await self._child.terminate(self._limits.host_process.close_s)
+        servers = [*self._retiring, *([] if self._server is None else [self._server])]
+        self._retiring, self._server = set(), None
+        await asyncio.gather(*(server.end(self._limits.host_process.close_s) for server in servers))
 
-    async def _keep(self) -> None:
-        """Start another process whenever the one that serves has ended."""
+    async def _keep(self, server: _Server) -> None:
+        """Start another process whenever the one that serves has ended, or is outdated."""
         limits = self._limits.host_process
         delay_s = limits.first_delay_s
+        began = self._clock.now()
         while True:
-            began = self._clock.now()
-            assert self._child is not None, "start it first"
-            code = await self._child.wait()
+            await asyncio.wait({server.ended}, timeout=limits.reseal_s if self._told else None)
+            if not server.ended.done():
+                server = await self._look_at_secrets(server)
+                continue
             if self._clock.now() - began >= limits.steady_s:
                 delay_s = limits.first_delay_s
-            self._warn("transfer.host_ended", returncode=code)
+            self._warn("transfer.host_ended", returncode=server.ended.result())
+            await server.end(limits.close_s)
             while True:
                 await asyncio.sleep(delay_s)
                 delay_s = min(2 * delay_s, limits.longest_delay_s)
                 try:
-                    await self._launch()
+                    self._server = server = await self._launch()
                 except (ConfigError, OSError) as error:  # OSError: no process or descriptor to be had
                     self._warn("transfer.host_not_started", reason=error)
                 else:
                     break
+            began = self._clock.now()
             self._on_change()
 
-    async def _reseal(self) -> None:
-        """Say so when the secrets are others: who knows only the new ones cannot open what was told before."""
-        sealed_for = self._seal.key_ids
-        while True:
-            await asyncio.sleep(self._limits.host_process.reseal_s)
-            if (now := self._seal.key_ids) != sealed_for:
-                sealed_for = now
-                self._on_reseal()
+    async def _look_at_secrets(self, server: _Server) -> _Server:
+        """Who serves from now on. Three cases:
+        1. the secrets are the same: nothing;
+        2. there is one more: the process is told its key, and the address sealed for it too;
+        3. one is gone: likewise, and whoever learned by it where the segment lies is to lose that: another process
+           takes over, at another place in its memory and with other remote keys. If it cannot be started, again later.
+        """
+        keys = greeting_keys(self._trust)
+        if keys != self._told:
+            self._outdated |= not set(self._told) <= set(keys)
+            self._told = keys
+            server.tell(keys)
+            self._on_reseal()
+        if not self._outdated or self._clock.now() < self._replace_at:
+            return server
+        try:
+            self._server = fresh = await self._launch()
+        except (ConfigError, OSError) as error:
+            self._warn("transfer.host_not_replaced", reason=error)
+            self._replace_at = self._clock.now() + self._limits.host_process.longest_delay_s
+            return server
+        self._retiring.add(server)
+        self._tasks.add(asyncio.create_task(self._retire(server), name=f"end of {server!r}"))
+        self._on_reseal()
+        return fresh
 
-    async def _launch(self) -> None:
-        """Raises ConfigError: what the process says that is missing, or that it ended without a word."""
+    async def _retire(self, server: _Server) -> None:
+        await asyncio.wait({server.ended}, timeout=self._limits.host_process.retire_s)
+        self._retiring.discard(server)
+        await server.end(self._limits.host_process.close_s)
+
+    async def _launch(self) -> _Server:
+        """Another process, which knows what greetings are proved with now; `address` is its own from then on.
+
+        Raises ConfigError: what the process says that is missing, or that it ended without a word.
+        """
+        told = greeting_keys(self._trust)
+        replied: asyncio.Future[HostReply] = asyncio.get_running_loop().create_future()
+        seen: Counter[str] = Counter()
+
+        def on_line(line: str) -> None:
+            if not line.startswith(REPLY_PREFIX):
+                sys.stderr.write(line + "\n")  # its log
+                return
+            reply = msgspec.json.decode(line.removeprefix(REPLY_PREFIX), type=HostReply)
+            if not replied.done():
+                replied.set_result(reply)
+            self.refused.update(Counter(reply.refused) - seen)
+            seen.update(Counter(reply.refused) - seen)
+
+        keys_fd, ours = os.pipe()
+        os.set_blocking(ours, False)
+        try:
+            command, fds = self._command(keys_fd), [self._memory.fileno(), keys_fd]
+            server = _Server(await ChildProcess.start(command, on_line=on_line, pass_fds=fds), ours)
+        except BaseException:
+            os.close(ours)
+            raise
+        finally:
+            os.close(keys_fd)
+        server.tell(told)
+        try:
+            address = await self._answer(server, replied)
+        except BaseException:
+            server.child.kill()
+            await asyncio.wait({server.ended})
+            await server.end(self._limits.host_process.close_s)
+            raise
+        self._told, self._outdated, self._address = told, False, address
+        return server
+
+    async def _answer(self, server: _Server, replied: "asyncio.Future[HostReply]") -> str:
         start_s = self._limits.host_process.start_s
-        request = _HostRequest(
+        either: set[asyncio.Future[Any]] = {replied, server.ended}
+        await asyncio.wait(either, timeout=start_s, return_when=asyncio.FIRST_COMPLETED)
+        if not replied.done():
+            state = f"ended with {server.child.returncode}" if server.ended.done() else f"was silent for {start_s:g} s"
+            raise ConfigError(
+                f"the process that serves segment {self._memory.segment_id} {state}", param="transport.kind"
+            )
+        reply = replied.result()
+        if reply.error:
+            raise ConfigError(reply.error, param=reply.param or "transport.kind")
+        return reply.address
+
+    def _command(self, keys_fd: int) -> list[str]:
+        request = HostRequest(
             self._kind,
             self._memory.segment_id,
             self._memory.size_bytes,
             self._memory.fileno(),
+            keys_fd,
             self._config,
             self._limits,
             logging.getLevelName(_LOG.getEffectiveLevel()).lower(),
         )
-        replied: asyncio.Future[_HostReply] = asyncio.get_running_loop().create_future()
-
-        def on_line(line: str) -> None:
-            if not line.startswith(_REPLY_PREFIX):
-                sys.stderr.write(line + "\n")  # its log
-            elif not replied.done():
-                replied.set_result(msgspec.json.decode(line.removeprefix(_REPLY_PREFIX), type=_HostReply))
-
-        command = [sys.executable, "-m", "transfer.host_process", msgspec.json.encode(request).decode()]
-        child = await ChildProcess.start(command, on_line=on_line, pass_fds=[request.fd])
-        ended = asyncio.create_task(child.wait())
-        try:
-            either: set[asyncio.Future[Any]] = {replied, ended}
-            await asyncio.wait(either, timeout=start_s, return_when=asyncio.FIRST_COMPLETED)
-            if not replied.done():
-                state = f"ended with {child.returncode}" if ended.done() else f"was silent for {start_s:g} s"
-                replied.set_result(_HostReply(error=f"the process that serves segment {request.segment_id} {state}"))
-            reply = replied.result()
-            if reply.error:
-                raise ConfigError(reply.error, param=reply.param or "transport.kind")
-        except BaseException:
-            child.kill()
-            await asyncio.wait({ended})
-            raise
-        self._child, self._address = child, reply.address
+        return [sys.executable, "-m", "transfer.host_child", msgspec.json.encode(request).decode()]
 
     def _warn(self, event: str, **fields: object) -> None:
         log_fields(_LOG, logging.WARNING, event, kind=self._kind, segment=self._memory.segment_id, **fields)
-
-
-def _host(request: _HostRequest, memory: memoryview) -> SegmentHost:
-    """Loads the library."""
-    if request.kind == "nixl":
-        from transfer.nixl.host import NixlSegmentHost
-
-        return NixlSegmentHost(request.segment_id, memory, request.config, request.limits.nixl)
-    from transfer.ucx.transport import UcxSegmentHost
-
-    return UcxSegmentHost(request.segment_id, memory, request.config, request.limits.ucx)
-
-
-def _print_reply(reply: _HostReply) -> None:
-    sys.stdout.write(_REPLY_PREFIX + msgspec.json.encode(reply).decode() + "\n")
-    sys.stdout.flush()
-
-
-async def _serve(request: _HostRequest) -> None:
-    stop = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    mapping = mmap.mmap(request.fd, request.size_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE)
-    os.close(request.fd)
-    host = _host(request, memoryview(mapping))
-    try:
-        await host.start()
-    except ConfigError as error:
-        _print_reply(_HostReply(error=error.message, param=error.param))
-        return
-    _print_reply(_HostReply(address=host.address))
-    await stop.wait()
-    await host.aclose()
-
-
-def main() -> None:
-    """The process: serve until SIGTERM."""
-    request = msgspec.json.decode(sys.argv[1], type=_HostRequest)
-    configure_logging(f"{request.segment_id}.{request.kind}", request.log_level)
-    asyncio.run(_serve(request))
-
-
-if __name__ == "__main__":
-    main()

@@ -23,6 +23,11 @@ class HostProcessLimits:
     """A process that lived so long is started again without the delay that its predecessors had earned."""
     reseal_s: float = 1.0
     """Between two looks whether the cluster's secrets are others, for which the address has to be sealed anew."""
+    retire_s: float = 90.0
+    """A process whose place was told under a secret that is accepted no more serves on for so long beside its
+    successor: longer than read leases and reservations last."""
+    report_s: float = 1.0
+    """Between two looks of the process whether it has refused somebody, which it reports."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,11 +41,6 @@ class AddressSeal:
     def __repr__(self) -> str:
         return f"<AddressSeal {' '.join(self._about)} for {self._trust.secrets!r}>"
 
-    @property
-    def key_ids(self) -> tuple[bytes, ...]:
-        """The secrets that it seals for now; none: it seals nothing."""
-        return () if self._trust.secrets is None else tuple(key.id for key in self._trust.secrets.accepted)
-
     def told(self, address: str) -> str:
         """`address` (base64) as it is told to others; the same text as long as nothing changed."""
         if self._trust.secrets is None or not address:

@@ -7,6 +7,7 @@ import socket
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 
 import msgspec
 import pytest
@@ -17,14 +18,16 @@ from kvcore.trust.opening import OPEN, ClusterTrust
 from kvcore.trust.secrets import Secrets
 from kvcore.types import Segment
 from transfer.base import TransferEngine, TransferOp
-from transfer.greeting import InitiatorGreeting
+from transfer.greeting import InitiatorGreeting, greeting_keys
 from transfer.limits import TransferLimits
 from transfer.memory.segment import SegmentMemory, host_identity
+from transfer.nixl import descriptor as nixl_descriptor
 from transfer.sealed_address import PREFIX, open_address
 from transfer.select import build_transfer, start_segment_hosts
 from transfer.tcp import wire
 from transfer.tcp.limits import TcpLimits
 from transfer.tcp.sockets import split_address
+from transfer.ucx import descriptor as ucx_descriptor
 
 SIZE, TIMEOUT_S = 4 << 20, 10.0
 ID = "guarded.1"
@@ -39,14 +42,16 @@ def trust(*secrets: bytes) -> ClusterTrust:
 
 
 @asynccontextmanager
-async def served(kind: str, holder: ClusterTrust, **tcp: float) -> AsyncIterator[tuple[Segment, SegmentMemory]]:
-    with SegmentMemory.create(ID, SIZE) as memory:
+async def served(
+    kind: str, holder: ClusterTrust, segment_id: str = ID, **tcp: float
+) -> AsyncIterator[tuple[Segment, SegmentMemory]]:
+    with SegmentMemory.create(segment_id, SIZE) as memory:
         memory.view[:] = b"\x5a" * SIZE
         config, limits = transport_config(kind), TransferLimits(tcp=TcpLimits(**tcp))  # type: ignore[arg-type]
         hosts = await start_segment_hosts(config, memory, host="127.0.0.1", limits=limits, trust=holder)
         try:
             here, addresses = host_identity(), hosts.addresses
-            yield Segment(id=ID, node_id="guarded", size_bytes=SIZE, host_id=here, addresses=addresses), memory
+            yield Segment(id=segment_id, node_id="guarded", size_bytes=SIZE, host_id=here, addresses=addresses), memory
         finally:
             await hosts.aclose()
 
@@ -60,14 +65,16 @@ async def engine(kind: str, holder: ClusterTrust) -> AsyncIterator[TransferEngin
         await made.aclose()
 
 
-async def both_ways(kind: str, holder: ClusterTrust, segment: Segment, num_bytes: int = SIZE) -> Results:
+async def both_ways(
+    kind: str, holder: ClusterTrust, segment: Segment, num_bytes: int = SIZE, timeout_s: float = TIMEOUT_S
+) -> Results:
     """What became of a read of all of the segment, and of a write of all of it."""
     got, forged = bytearray(num_bytes), bytes(num_bytes)
     async with engine(kind, holder) as made:
-        read = await made.read([TransferOp(segment, 0, [memoryview(got)])], TIMEOUT_S)
+        read = await made.read([TransferOp(segment, 0, [memoryview(got)])], timeout_s)
         assert (read == [None]) == (got == b"\x5a" * num_bytes)
         assert read == [None] or not any(got)
-        return [*read, *(await made.write([TransferOp(segment, 0, [memoryview(forged)])], TIMEOUT_S))]
+        return [*read, *(await made.write([TransferOp(segment, 0, [memoryview(forged)])], timeout_s))]
 
 
 @kinds
@@ -138,13 +145,27 @@ async def test_what_is_told_of_a_segment_opens_it_to_nobody_without_the_secret(k
 
 
 @pytest.mark.parametrize("kind", [UCX, NIXL])
-async def test_an_address_that_was_opened_once_serves_whoever_has_it(kind):
-    """As SECURITY.md says: the libraries ask nobody."""
-    async with served(kind, trust(OLD)) as (segment, memory):
-        opened = open_address(trust(OLD), kind, segment)
-        leaked = msgspec.structs.replace(segment, addresses={kind: opened})
-        assert await both_ways(kind, OPEN, leaked) == [None, None]
-        assert not any(memory.view)
+async def test_an_address_that_somebody_opened_serves_only_who_proves_the_secret(kind):
+    """It does not say where the segment lies. A stranger that claims to have been told so, and greets as in an open
+    cluster, is not answered as one; what a segment of its own lies at is no help."""
+    async with served(kind, OPEN, "its-own.1") as (strangers, _), served(kind, trust(OLD)) as (segment, memory):
+        leaked = open_address(trust(OLD), kind, segment)
+        own = strangers.addresses[kind]
+        claims: list[str] = [leaked]
+        if kind == "ucx":
+            told, known = ucx_descriptor.parse_descriptor(leaked), ucx_descriptor.parse_descriptor(own)
+            assert (told.base, told.rkey, told.withheld) == (0, b"", True)
+            guess = replace(told, base=known.base, rkey=known.rkey, withheld=False)
+            claims.append(ucx_descriptor.pack_descriptor(guess))
+        else:
+            place, known_place = nixl_descriptor.parse_descriptor(leaked), nixl_descriptor.parse_descriptor(own)
+            assert (place.base, place.withheld) == (0, True)
+            assert len(place.metadata) < len(known_place.metadata), "no remote key is in it"
+            claims.append(nixl_descriptor.pack_descriptor(replace(place, base=known_place.base, withheld=False)))
+        for claim in claims:
+            stolen = msgspec.structs.replace(segment, addresses={kind: claim})
+            assert None not in await both_ways(kind, OPEN, stolen, timeout_s=1.0)
+        assert memory.view == b"\x5a" * SIZE
 
 
 @pytest.mark.parametrize("kind", [UCX, NIXL])
@@ -170,7 +191,7 @@ WRITE = wire.pack_request(wire.FrameKind.WRITE, [(0, 4)], 1) + b"evil"
 
 async def test_requests_sent_ahead_of_the_proof_are_not_served():
     async with served("tcp", trust(OLD)) as (segment, memory):
-        hello = InitiatorGreeting(trust(OLD), "tcp", ID).hello()
+        hello = InitiatorGreeting(greeting_keys(trust(OLD)), "tcp", ID).hello()
         for first in (b"", wire.pack_hello(ID), wire.pack_greeting(wire.FrameKind.PROVEN_HELLO, hello)):
             with connect(segment) as sock, suppress(OSError):
                 sock.sendall(first + WRITE)
@@ -184,7 +205,7 @@ async def test_requests_sent_ahead_of_the_proof_are_not_served():
 
 async def test_a_proof_that_was_heard_opens_no_other_connection():
     async with served("tcp", trust(OLD)) as (segment, memory):
-        greeting = InitiatorGreeting(trust(OLD), "tcp", ID)
+        greeting = InitiatorGreeting(greeting_keys(trust(OLD)), "tcp", ID)
         with connect(segment) as first, connect(segment) as second:
             for sock in (first, second):
                 sock.sendall(wire.pack_greeting(wire.FrameKind.PROVEN_HELLO, greeting.hello()))
@@ -203,7 +224,7 @@ async def test_a_proof_that_was_heard_opens_no_other_connection():
 async def test_a_host_proves_nothing_for_another_segment_that_a_stranger_could_pass_on():
     async with served("tcp", trust(OLD)) as (segment, _):
         with connect(segment) as sock:
-            hello = InitiatorGreeting(trust(OLD), "tcp", "of-a-dead-node.1").hello()
+            hello = InitiatorGreeting(greeting_keys(trust(OLD)), "tcp", "of-a-dead-node.1").hello()
             sock.sendall(wire.pack_greeting(wire.FrameKind.PROVEN_HELLO, hello))
             header, _ = frame(sock)
             assert (header.kind, header.count) == (wire.FrameKind.ERROR, wire.ErrorCode.SEGMENT_UNKNOWN)
@@ -211,7 +232,7 @@ async def test_a_host_proves_nothing_for_another_segment_that_a_stranger_could_p
 
 async def test_a_stranger_that_says_nothing_holds_a_connection_no_longer_than_a_greeting_takes():
     async with served("tcp", trust(OLD), greeting_s=0.2) as (segment, _):
-        hello = InitiatorGreeting(trust(OLD), "tcp", ID).hello()
+        hello = InitiatorGreeting(greeting_keys(trust(OLD)), "tcp", ID).hello()
         for first in (b"", wire.pack_greeting(wire.FrameKind.PROVEN_HELLO, hello)):
             with connect(segment) as sock:
                 sock.sendall(first)

@@ -12,11 +12,11 @@ import zlib
 from dataclasses import dataclass
 from enum import IntEnum
 
-from kvcore.errors import SegmentUnknownError, TransferProtocolError
+from kvcore.errors import SegmentUnknownError, TransferProofError, TransferProtocolError
 from kvcore.types import Segment
 
 _DESCRIPTOR, _HELLO, _WELCOME = b"KVFN", b"KVFH", b"KVFW"
-_VERSION = 1
+_VERSION, _WITHHELD = 1, 2
 _HEAD = struct.Struct("<4sH3B2BxQQHH")
 _HELLO_HEAD = struct.Struct("<4sHQHH")
 _WELCOME_BODY = struct.Struct("<4sHQB")
@@ -50,6 +50,9 @@ class NixlDescriptor:
     size_bytes: int
     base: int
     metadata: bytes
+    withheld: bool = False
+    """`base`, and what the metadata says of memory, are told to who proves on its connection that it knows the
+    cluster's secret (`transfer.nixl.proving`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,7 @@ def pack_descriptor(descriptor: NixlDescriptor) -> str:
     name = descriptor.segment_id.encode()
     head = _HEAD.pack(
         _DESCRIPTOR,
-        _VERSION,
+        _WITHHELD if descriptor.withheld else _VERSION,
         *descriptor.versions.nixl,
         *descriptor.versions.ucx,
         descriptor.size_bytes,
@@ -90,7 +93,7 @@ def pack_descriptor(descriptor: NixlDescriptor) -> str:
         len(name),
         len(descriptor.metadata),
     )
-    return base64.b64encode(_sealed(head + name + descriptor.metadata)).decode()
+    return base64.b64encode(sealed(head + name + descriptor.metadata)).decode()
 
 
 def parse_descriptor(text: str) -> NixlDescriptor:
@@ -101,7 +104,9 @@ def parse_descriptor(text: str) -> NixlDescriptor:
         raw = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
         raise TransferProtocolError(f"a nixl descriptor that is not base64: {error}") from error
-    head, name, metadata = _opened(raw, _HEAD, _DESCRIPTOR, "nixl descriptor")
+    withheld = raw[len(_DESCRIPTOR) : len(_DESCRIPTOR) + 2] == _WITHHELD.to_bytes(2, "little")
+    version = _WITHHELD if withheld else _VERSION
+    head, name, metadata = opened(raw, _HEAD, _DESCRIPTOR, "nixl descriptor", version)
     *versions, size_bytes, base = head
     return NixlDescriptor(
         Versions((versions[0], versions[1], versions[2]), (versions[3], versions[4])),
@@ -109,16 +114,23 @@ def parse_descriptor(text: str) -> NixlDescriptor:
         size_bytes,
         base,
         metadata,
+        withheld,
     )
 
 
-def descriptor_of(segment: Segment, versions: Versions) -> NixlDescriptor:
-    """The segment's descriptor, checked against what else is known of it and against our own versions."""
+def descriptor_of(segment: Segment, versions: Versions, *, proven: bool = False) -> NixlDescriptor:
+    """The segment's descriptor, checked against what else is known of it and against our own versions. `proven`: we
+    have a secret, and want a host that asks for a proof of it."""
     found = parse_descriptor(segment.addresses.get("nixl", ""))
     if (found.segment_id, found.size_bytes) != (segment.id, segment.size_bytes):
         raise SegmentUnknownError(
             f"wanted segment {segment.id} of {segment.size_bytes} bytes, its descriptor is for {found.segment_id} "
             f"of {found.size_bytes}"
+        )
+    if found.withheld != proven:
+        raise TransferProofError(
+            f"segment {segment.id}: its node "
+            + ("tells where it lies without a proof" if proven else "wants a proof of its cluster's secret")
         )
     if not versions.understands(found.versions):
         raise TransferProtocolError(
@@ -131,20 +143,20 @@ def pack_hello(hello: NixlHello) -> bytes:
     """As a notification's payload."""
     name = hello.segment_id.encode()
     head = _HELLO_HEAD.pack(_HELLO, _VERSION, hello.nonce, len(name), len(hello.metadata))
-    return _sealed(head + name + hello.metadata)
+    return sealed(head + name + hello.metadata)
 
 
 def parse_hello(raw: bytes) -> NixlHello:
     """Raises TransferProtocolError."""
     if len(raw) > MAX_HELLO:
         raise TransferProtocolError(f"a greeting of {len(raw)} bytes, at most {MAX_HELLO} are expected")
-    (nonce,), name, metadata = _opened(raw, _HELLO_HEAD, _HELLO, "greeting")
+    (nonce,), name, metadata = opened(raw, _HELLO_HEAD, _HELLO, "greeting")
     return NixlHello(nonce, name.decode(errors="replace"), metadata)
 
 
 def pack_welcome(welcome: NixlWelcome) -> bytes:
     """As a notification's payload."""
-    return _sealed(_WELCOME_BODY.pack(_WELCOME, _VERSION, welcome.nonce, welcome.answer))
+    return sealed(_WELCOME_BODY.pack(_WELCOME, _VERSION, welcome.nonce, welcome.answer))
 
 
 def parse_welcome(raw: bytes) -> NixlWelcome:
@@ -158,7 +170,8 @@ def parse_welcome(raw: bytes) -> NixlWelcome:
     return NixlWelcome(nonce, HelloAnswer(answer))
 
 
-def _sealed(body: bytes) -> bytes:
+def sealed(body: bytes) -> bytes:
+    """With its checksum behind it."""
     return body + _CRC.pack(zlib.crc32(body))
 
 
@@ -169,13 +182,15 @@ def _unsealed(raw: bytes, what: str) -> bytes:
     return body
 
 
-def _opened(raw: bytes, head: struct.Struct, magic: bytes, what: str) -> tuple[list[int], bytes, bytes]:
+def opened(
+    raw: bytes, head: struct.Struct, magic: bytes, what: str, wanted: int = _VERSION
+) -> tuple[list[int], bytes, bytes]:
     """A struct that ends in two lengths, and the two parts that follow. Checks everything but the fields between."""
     if len(raw) < head.size + _CRC.size:
         raise TransferProtocolError(f"a {what} of {len(raw)} bytes is too short")
     found, version, *fields, first, second = head.unpack_from(raw)
-    if (found, version) != (magic, _VERSION):
-        raise TransferProtocolError(f"a {what} of version {found!r} {version}, known is {magic!r} {_VERSION}")
+    if (found, version) != (magic, wanted):
+        raise TransferProtocolError(f"a {what} of version {found!r} {version}, known is {magic!r} {wanted}")
     body = _unsealed(raw, what)
     ends = list(itertools.accumulate((head.size, first, second)))
     if len(body) != ends[-1]:

@@ -8,91 +8,30 @@ import concurrent.futures
 import logging
 import secrets
 import threading
+from collections.abc import Mapping
 
 from kvcore.clock import SystemClock
 from kvcore.config.schema import TransportConfig
-from kvcore.errors import ConfigError, PeerUnreachableError, TransferProtocolError
+from kvcore.errors import ConfigError
 from kvcore.telemetry import log_fields
 from transfer.blocking import ended
+from transfer.greeting import Keys
 from transfer.nixl.binding import NixlAgent, NixlLibrary, address_of, has_nvidia_gpu, load_nixl, nixl_options
-from transfer.nixl.descriptor import (
-    HelloAnswer,
-    NixlDescriptor,
-    NixlHello,
-    NixlWelcome,
-    pack_descriptor,
-    pack_welcome,
-    parse_hello,
-)
+from transfer.nixl.descriptor import NixlDescriptor, pack_descriptor
+from transfer.nixl.guests import ConnectedAgents, GuestBook
 from transfer.nixl.limits import NixlLimits
+from transfer.nixl.proving import pack_place
 from transfer.ucx.devices import UcxPlan, plan_devices
 from transfer.ucx.probe import UcxProbe, probe_ucx
 
 _LOG = logging.getLogger("transfer")
 
 
-class ConnectedAgents:
-    """Who is connected to a segment: agents by name. Not thread-safe."""
-
-    def __init__(self, agent: NixlAgent, segment_id: str, max_connections: int) -> None:
-        self._agent = agent
-        self._segment_id = segment_id
-        self._max_connections = max_connections
-        self._names: set[str] = set()
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __repr__(self) -> str:
-        return f"<ConnectedAgents {self._segment_id} {len(self)}/{self._max_connections}>"
-
-    def answer_greetings(self) -> None:
-        """Answer every greeting that has come."""
-        for sender, messages in self._agent.messages().items():
-            for message in messages:
-                try:
-                    self._greeted(sender, parse_hello(message))
-                except (TransferProtocolError, PeerUnreachableError) as error:
-                    log_fields(_LOG, logging.WARNING, "transfer.greeting_failed", peer=sender, error=error.message)
-
-    def drop_broken(self) -> None:
-        """Drop those whose connection is broken: an empty message finds out."""
-        for name in list(self._names):
-            try:
-                self._agent.send(name, b"")
-            except PeerUnreachableError:
-                self._forget(name)
-
-    def _greeted(self, sender: str, hello: NixlHello) -> None:
-        known = sender in self._names
-        if not known and len(self._names) >= self._max_connections:
-            self.drop_broken()
-        full = not known and len(self._names) >= self._max_connections
-        if not known:
-            name = self._agent.load(hello.metadata)
-            self._names.add(name)
-            if name != sender:
-                self._forget(name)
-                raise TransferProtocolError(f"{sender} greets as {name}")
-        answer = HelloAnswer.WELCOME if hello.segment_id == self._segment_id else HelloAnswer.UNKNOWN
-        answer = HelloAnswer.FULL if full else answer
-        try:
-            self._agent.send(sender, pack_welcome(NixlWelcome(hello.nonce, answer)))
-        except PeerUnreachableError:
-            self._forget(sender)
-            raise
-        if answer is not HelloAnswer.WELCOME:
-            self._forget(sender)
-        elif not known:
-            log_fields(_LOG, logging.INFO, "transfer.nixl_guest", segment=self._segment_id, connections=len(self))
-
-    def _forget(self, name: str) -> None:
-        self._names.discard(name)
-        self._agent.drop(name)
-
-
 class NixlSegmentHost:
-    """SegmentHost over NIXL. `memory` is the whole segment; it must outlive this host's `aclose`."""
+    """SegmentHost over NIXL. `memory` is the whole segment; it must outlive this host's `aclose`.
+
+    `keys`: where there are any at the start, the address withholds where the segment lies.
+    """
 
     def __init__(
         self,
@@ -100,7 +39,9 @@ class NixlSegmentHost:
         memory: memoryview,
         config: TransportConfig,
         limits: NixlLimits = NixlLimits(),
+        keys: Keys = lambda: (),
     ) -> None:
+        self._keys = keys
         self._segment_id = segment_id
         self._memory = memory
         self._config = config
@@ -109,8 +50,6 @@ class NixlSegmentHost:
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
         self._address = ""
-        self.refused: dict[str, int] = {}
-        """As SegmentHost.refused."""
 
     def __repr__(self) -> str:
         return f"<NixlSegmentHost {self._segment_id} bytes={self._memory.nbytes} connections={self.num_connections}>"
@@ -125,11 +64,16 @@ class NixlSegmentHost:
         """Agents connected now, those included that were not missed yet."""
         return len(self._agents) if self._agents is not None else 0
 
+    @property
+    def refused(self) -> Mapping[str, int]:
+        """As SegmentHost.refused."""
+        return {} if self._agents is None else self._agents.refused
+
     async def start(self) -> None:
         """As SegmentHost.start. Registers the memory: for RDMA that pins it."""
         with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="kvferry-nixl-open") as pool:
-            agent = await asyncio.get_running_loop().run_in_executor(pool, self._open)
-        self._agents = ConnectedAgents(agent, self._segment_id, self._limits.max_connections)
+            agent, book = await asyncio.get_running_loop().run_in_executor(pool, self._open)
+        self._agents = ConnectedAgents(agent, book, self._limits, SystemClock())
         self._thread = threading.Thread(
             target=self._serve, args=(agent, self._agents), name="kvferry-nixl-host", daemon=True
         )
@@ -142,19 +86,24 @@ class NixlSegmentHost:
             async with asyncio.timeout(self._limits.close_s):
                 await ended(self._thread)
 
-    def _open(self) -> NixlAgent:
+    def _open(self) -> tuple[NixlAgent, GuestBook]:
         library, plan, _ = open_nixl(self._config, "host", self._segment_id)
         options = nixl_options(plan.options(), has_nvidia_gpu())
         agent = NixlAgent(library, f"{self._segment_id}.{secrets.token_hex(8)}", options, progress=True)
-        base = address_of(self._memory)
+        base, public = address_of(self._memory), agent.metadata()
         try:
             agent.register([(base, self._memory.nbytes)])
         except ConfigError:
             agent.close()
             raise
-        descriptor = NixlDescriptor(library.versions, self._segment_id, self._memory.nbytes, base, agent.metadata())
+        metadata, place = agent.metadata(), b""
+        withheld = bool(self._keys())
+        if withheld:
+            base, metadata, place = 0, public, pack_place(base, metadata)
+        size_bytes = self._memory.nbytes
+        descriptor = NixlDescriptor(library.versions, self._segment_id, size_bytes, base, metadata, withheld)
         self._address = pack_descriptor(descriptor)
-        return agent
+        return agent, GuestBook(self._segment_id, self._keys, place)
 
     def _serve(self, agent: NixlAgent, agents: ConnectedAgents) -> None:
         clock = SystemClock()

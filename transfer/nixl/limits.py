@@ -40,6 +40,8 @@ class NixlLimits:
     look_s: float = 0.02
     """What a greeting may wait at a host: NIXL has nothing that could wake us. An idle host costs 0.9 % of a (busy)
     processor."""
+    prove_s: float = 5.0
+    """For an agent that greeted a host to prove that it knows the cluster's secret: else its place is another's."""
     sweep_s: float = 1.0
     """How often a host looks for connections that are broken."""
     close_s: float = 10.0

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from kvcore.errors import TransferError
 from transfer.base import Direction
 from transfer.fragments import Fragment
+from transfer.greeting import InitiatorGreeting
 from transfer.nixl.descriptor import NixlDescriptor
 from transfer.nixl.registrations import RegisteredRange
 
@@ -21,6 +22,10 @@ class Peer:
     made_at: float
     greeted_at: float = 0.0
     used_at: float = 0.0
+    base: int = 0
+    """Where the segment lies: with the address, or told by its host to who has proved itself."""
+    greeting: InitiatorGreeting | None = None
+    """In a cluster with a secret."""
     confirmed: bool = False
     """It has said that it holds the segment."""
     num_batches: int = 0

@@ -10,14 +10,24 @@ import logging
 import secrets
 from collections.abc import Mapping, Sequence
 
-from kvcore.errors import ConfigError, PeerUnreachableError, SegmentUnknownError, TransferError, TransferProtocolError
+from kvcore.errors import (
+    ConfigError,
+    PeerUnreachableError,
+    SegmentUnknownError,
+    TransferError,
+    TransferProofError,
+    TransferProtocolError,
+)
+from kvcore.peer_log import PeerLog
 from kvcore.telemetry import log_fields
 from transfer.base import Direction
 from transfer.fragments import FRAGMENT_BYTES, Fragment
+from transfer.greeting import InitiatorGreeting, Keys, open_place
 from transfer.nixl.binding import NixlAgent, NixlLibrary, address_of
-from transfer.nixl.descriptor import HelloAnswer, NixlDescriptor, NixlHello, pack_hello, parse_welcome
+from transfer.nixl.descriptor import HelloAnswer, NixlDescriptor, NixlHello, NixlWelcome, pack_hello, parse_welcome
 from transfer.nixl.limits import NixlLimits
 from transfer.nixl.peer import Peer, Request
+from transfer.nixl.proving import MAGIC, NixlStep, Step, pack_step, parse_place, parse_step, vouched
 from transfer.nixl.registrations import RegisteredRange, Registrations
 
 _LOG = logging.getLogger("transfer")
@@ -42,13 +52,16 @@ class Port:
         *,
         one_at_a_time: bool,
         limits: NixlLimits,
+        keys: Keys = lambda: (),
     ) -> None:
         self._limits = limits
+        self._keys = keys
         self.one_at_a_time = one_at_a_time
         self.close_by: float | None = None
         """Set when it takes no new batches any more."""
         self._agent = NixlAgent(library, f"kvferry.{secrets.token_hex(8)}", options, progress=False)
         self._hello = self._agent.metadata()
+        self._log = PeerLog(_LOG)
         self._registrations = Registrations(self._agent)
         self._peers: dict[str, Peer] = {}
         self._requests: set[Request] = set()
@@ -105,7 +118,9 @@ class Port:
         if len(self._peers) >= self._limits.max_peers:
             self._make_room()
         name = self._agent.load(descriptor.metadata)
-        peer = Peer(key, descriptor, name, secrets.randbits(63), made_at=now, used_at=now)
+        peer = Peer(key, descriptor, name, secrets.randbits(63), made_at=now, used_at=now, base=descriptor.base)
+        if keys := self._keys():
+            peer.greeting = InitiatorGreeting(keys, "nixl", descriptor.segment_id)
         self._peers[key] = peer
         self._greet(peer, now)
         return peer
@@ -138,7 +153,7 @@ class Port:
         bounce = self._bounces.pop() if self._bounces else self._new_bounce()
         if direction == "write":
             bounce[:size] = fragment.view
-        remote = [(peer.descriptor.base + fragment.offset, size)]
+        remote = [(peer.base + fragment.offset, size)]
         try:
             handle = self._agent.post(direction, [(address_of(memoryview(bounce)), size)], remote, peer.name)
         except TransferError:
@@ -161,7 +176,7 @@ class Port:
                 ranges.append(found)
                 used.append(registered)
                 local.append((address_of(registered.view), registered.view.nbytes))
-            remote = [(peer.descriptor.base + fragment.offset, fragment.view.nbytes) for fragment in fragments]
+            remote = [(peer.base + fragment.offset, fragment.view.nbytes) for fragment in fragments]
             handle = self._agent.post(direction, local, remote, peer.name)
         except TransferError:
             for one in ranges:
@@ -248,9 +263,15 @@ class Port:
 
     def _greet(self, peer: Peer, now: float) -> None:
         peer.greeted_at = now
-        hello = NixlHello(peer.nonce, peer.descriptor.segment_id, self._hello)
+        if peer.greeting is not None:
+            body = vouched(peer.greeting.keys, peer.greeting.hello(), self._hello)
+            self._send(peer, pack_step(NixlStep(Step.HELLO, peer.nonce, body, self._hello)))
+        else:
+            self._send(peer, pack_hello(NixlHello(peer.nonce, peer.descriptor.segment_id, self._hello)))
+
+    def _send(self, peer: Peer, message: bytes) -> None:
         try:
-            self._agent.send(peer.name, pack_hello(hello))
+            self._agent.send(peer.name, message)
         except PeerUnreachableError as error:
             peer.fail(PeerUnreachableError(f"segment {peer.descriptor.segment_id}: {error.message}"))
 
@@ -258,13 +279,29 @@ class Port:
         if not message:  # a host asking whether we are still here
             return
         try:
-            welcome = parse_welcome(message)
+            parsed = parse_step(message) if message.startswith(MAGIC) else parse_welcome(message)
         except TransferProtocolError as error:
-            log_fields(_LOG, logging.WARNING, "transfer.peer_broke_protocol", peer=sender, error=error.message)
+            self._log.say(logging.WARNING, "transfer.peer_broke_protocol", "protocol", sender, error=error.message)
             return
         for peer in self._peers.values():
-            if (peer.name, peer.nonce) == (sender, welcome.nonce) and peer.error is None:
-                self._answered(peer, welcome.answer)
+            if (peer.name, peer.nonce) == (sender, parsed.nonce) and peer.error is None and not peer.confirmed:
+                if isinstance(parsed, NixlWelcome):
+                    self._answered(peer, parsed.answer)
+                elif peer.greeting is not None:
+                    self._proving(peer, peer.greeting, parsed)
+
+    def _proving(self, peer: Peer, greeting: InitiatorGreeting, message: NixlStep) -> None:
+        """A challenge is answered each time that it comes, as the host says it again to a greeting that comes again."""
+        try:
+            if message.step is Step.CHALLENGE:
+                self._send(peer, pack_step(NixlStep(Step.PROOF, peer.nonce, greeting.answer(message.body))))
+            elif message.step is Step.PLACE and greeting.answered:
+                peer.base, metadata = parse_place(open_place(greeting.direction_keys, message.body))
+                if self._agent.load(metadata) != peer.name:
+                    raise TransferProtocolError("the metadata that its host told is another agent's")
+                self._confirm(peer)
+        except TransferError as error:
+            peer.fail(error)
 
     def _answered(self, peer: Peer, answer: HelloAnswer) -> None:
         segment = peer.descriptor.segment_id
@@ -272,9 +309,14 @@ class Port:
             peer.fail(SegmentUnknownError(f"segment {segment} is not at its address any more"))
         elif answer is HelloAnswer.FULL:
             peer.fail(PeerUnreachableError(f"segment {segment}: its node takes no more connections"))
-        elif not peer.confirmed:
-            peer.confirmed = True
-            log_fields(_LOG, logging.INFO, "transfer.nixl_connected", segment=segment)
+        elif peer.greeting is not None:
+            peer.fail(TransferProofError(f"what serves segment {segment} gives no proof of this cluster's secret"))
+        else:
+            self._confirm(peer)
+
+    def _confirm(self, peer: Peer) -> None:
+        peer.confirmed = True
+        log_fields(_LOG, logging.INFO, "transfer.nixl_connected", segment=peer.descriptor.segment_id)
 
     def _make_room(self) -> None:
         idle = [peer for peer in self._peers.values() if not peer.num_batches and not peer.num_requests]

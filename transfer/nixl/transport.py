@@ -12,6 +12,7 @@ from kvcore.trust.opening import OPEN, ClusterTrust
 from kvcore.types import Segment
 from transfer.base import TransferOp
 from transfer.fragments import Fragment
+from transfer.greeting import greeting_keys
 from transfer.handover import Handover
 from transfer.nixl.batch import NixlBatch
 from transfer.nixl.descriptor import descriptor_of
@@ -28,13 +29,13 @@ class NixlTransfer:
 
     def __init__(self, config: TransportConfig, limits: NixlLimits = NixlLimits(), trust: ClusterTrust = OPEN) -> None:
         library, plan, _ = open_nixl(config, "initiator", None)
-        self._worker = worker = NixlWorker(library, plan, "kvferry-nixl", limits)
+        self._worker = worker = NixlWorker(library, plan, "kvferry-nixl", limits, keys=lambda: greeting_keys(trust))
         worker.start()
         self._description = f"{self.kind}:{plan.net_devices}@{'.'.join(map(str, library.versions.nixl))}"
         self._handover = Handover(
             self.kind,
             worker,
-            parse=lambda segment: descriptor_of(segment, library.versions),
+            parse=lambda segment: descriptor_of(segment, library.versions, proven=trust.secrets is not None),
             split=_one_batch,
             make=NixlBatch,
             limits=limits.handover,

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from kvcore.clock import SystemClock
 from kvcore.errors import ConfigError, PeerUnreachableError, TransferError
 from kvcore.telemetry import log_fields
+from transfer.greeting import Keys
 from transfer.nixl.batch import NixlBatch
 from transfer.nixl.binding import NixlLibrary, has_nvidia_gpu, nixl_options
 from transfer.nixl.limits import NixlLimits
@@ -24,10 +25,20 @@ _LOG = logging.getLogger("transfer")
 class NixlWorker:
     """BatchWorker of one process towards others.
 
-    Opening raises ConfigError. `start` starts the thread; without it, `close_unstarted` gives everything back.
+    `keys`: what is proved to each peer. Opening raises ConfigError. `start` starts the thread; without it,
+    `close_unstarted` gives everything back.
     """
 
-    def __init__(self, library: NixlLibrary, plan: UcxPlan, name: str, limits: NixlLimits = NixlLimits()) -> None:
+    def __init__(
+        self,
+        library: NixlLibrary,
+        plan: UcxPlan,
+        name: str,
+        limits: NixlLimits = NixlLimits(),
+        *,
+        keys: Keys = lambda: (),
+    ) -> None:
+        self._keys = keys
         self.library = library
         self._limits = limits
         self._options = nixl_options(plan.options(), has_nvidia_gpu())
@@ -104,7 +115,14 @@ class NixlWorker:
         return "tcp" in plan.tls.split(",")
 
     def _open_port(self) -> Port:
-        return Port(self.library, self._options, self._regions, one_at_a_time=self._one_at_a_time, limits=self._limits)
+        return Port(
+            self.library,
+            self._options,
+            self._regions,
+            one_at_a_time=self._one_at_a_time,
+            limits=self._limits,
+            keys=self._keys,
+        )
 
     def _current_port(self) -> Port:
         if self._port is None:

@@ -19,7 +19,7 @@ from kvcore.trust.opening import OPEN, ClusterTrust
 from kvcore.types import Segment
 from transfer.base import Direction
 from transfer.blocking import BatchDeadline
-from transfer.greeting import InitiatorGreeting
+from transfer.greeting import InitiatorGreeting, greeting_keys
 from transfer.stripes import OpSlice, shown_groups
 from transfer.tcp import wire
 from transfer.tcp.connection import Connection
@@ -175,7 +175,7 @@ class Exchange:
     def _prove(self, sock: socket.socket, check: Check) -> FrameMacs:
         """The MACs of all frames behind the proof."""
         kind = wire.FrameKind.SEALED_HELLO if self._sealed else wire.FrameKind.PROVEN_HELLO
-        greeting = InitiatorGreeting(self._trust, wire.GREETED[kind], self._segment.id)
+        greeting = InitiatorGreeting(greeting_keys(self._trust), wire.GREETED[kind], self._segment.id)
         send_views(sock, [wire.pack_greeting(kind, greeting.hello())], check)
         header = _reply(sock, check, PLAIN)
         if header.kind is wire.FrameKind.WELCOME:

@@ -20,12 +20,13 @@ from kvcore.errors import (
 from kvcore.peer_log import PeerLog
 from kvcore.telemetry import log_fields
 from kvcore.trust.opening import OPEN, ClusterTrust
+from transfer.base import refusal
 from transfer.blocking import BatchDeadline, ended
-from transfer.greeting import TargetGreeting
+from transfer.greeting import TargetGreeting, greeting_keys
 from transfer.tcp import wire
 from transfer.tcp.frame_macs import PLAIN, FrameMacs
 from transfer.tcp.limits import TcpLimits
-from transfer.tcp.served_frames import receive, refusal, send, send_error, send_text
+from transfer.tcp.served_frames import receive, send, send_error, send_text
 from transfer.tcp.sockets import Inbox, join_address, limit_waits, send_views, shut_down, tune
 
 _LOG = logging.getLogger("transfer")
@@ -216,7 +217,7 @@ class TcpSegmentHost:
         if self._sealed and not sealed:
             raise TransferProofError("this node wants MACs of frames, as its transport.integrity says")
         wire.check_text(header, wire.FrameKind.SEALED_HELLO if sealed else wire.FrameKind.PROVEN_HELLO)
-        greeting = TargetGreeting(self._trust, wire.GREETED[header.kind])
+        greeting = TargetGreeting(greeting_keys(self._trust), wire.GREETED[header.kind])
         wanted, challenge = greeting.challenge(inbox.take(header.payload_bytes, deadline.remaining))
         self._check_segment(wanted)
         send_views(sock, [wire.pack_greeting(wire.FrameKind.CHALLENGE, challenge)], deadline.remaining)

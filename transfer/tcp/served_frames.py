@@ -7,7 +7,7 @@ import logging
 import socket
 from collections.abc import Sequence
 
-from kvcore.errors import TransferError, TransferForgedError, TransferProofError, TransferProtocolError
+from kvcore.errors import TransferError
 from kvcore.telemetry import log_fields
 from transfer.blocking import BatchDeadline
 from transfer.stripes import groups
@@ -21,13 +21,6 @@ _SEALED_BYTES = 256 << 10
 """Of the segment, copied out before a MAC is made of them and they are sent: small enough to stay in the cache."""
 _CHECKED_BYTES = 1 << 20
 """What was received is gone over as often, while it is still in the cache."""
-
-
-def refusal(error: TransferProtocolError) -> str:
-    """Why a connection was ended, as SegmentHost.refused counts it."""
-    if isinstance(error, TransferForgedError):
-        return "forged"
-    return "proof" if isinstance(error, TransferProofError) else "protocol"
 
 
 def receive(inbox: Inbox, views: Sequence[memoryview], macs: FrameMacs, check: Check) -> None:

@@ -7,7 +7,7 @@ to, in whatever process listens at the address by then. An endpoint that failed 
 from kvcore.errors import PeerUnreachableError, TransferError
 from transfer.ucx.binding import Pointer, ffi
 from transfer.ucx.context import UcxContext
-from transfer.ucx.descriptor import UcxDescriptor
+from transfer.ucx.descriptor import UcxDescriptor, parse_place
 from transfer.ucx.limits import UcxLimits
 
 _FLAGS_FIELD = 1 << 4
@@ -67,19 +67,18 @@ class UcxEndpoint:
         """With one at a time: the batch whose message is on its way."""
         self.closing: Pointer | None = None
         self.rkey: Pointer = None
+        """With `base`, where the segment lies: with the address, or told by its peer (`take_place`)."""
         lib, handle = library.lib, ffi.new("void **")
         params = ffi.new("ucp_ep_params_t *", {"field_mask": _ADDRESS_ERRMODE_HANDLER, "err_mode": _ERRMODE_PEER})
         address = ffi.from_buffer(descriptor.worker_address)
         params.address, params.err_cb = address, on_error
         library.check_peer(lib.ucp_ep_create(context.worker, params, handle), f"segment {self.segment_id}: connecting")
         self.handle = handle[0]
-        try:
-            rkey = ffi.new("void **")
-            status = lib.ucp_ep_rkey_unpack(self.handle, ffi.from_buffer(descriptor.rkey), rkey)
-            library.check_peer(status, f"segment {self.segment_id}: no transport of ours can use its remote key")
-            self.rkey = rkey[0]
-        except PeerUnreachableError as error:
-            self.error = error
+        if not descriptor.withheld:
+            try:
+                self._unpack(descriptor.rkey)
+            except PeerUnreachableError as error:
+                self.error = error
 
     def __repr__(self) -> str:
         state = f"failed: {self.error.message}" if self.error else "confirmed" if self.confirmed else "connecting"
@@ -90,6 +89,17 @@ class UcxEndpoint:
     def connecting(self) -> bool:
         """Whether its peer has still to answer."""
         return not self.confirmed and self.error is None
+
+    def take_place(self, place: bytes) -> None:
+        """What its host told, as `pack_place` made it. Raises TransferProtocolError, PeerUnreachableError."""
+        self.base, rkey = parse_place(place)
+        self._unpack(rkey)
+
+    def _unpack(self, packed: bytes) -> None:
+        rkey = ffi.new("void **")
+        status = self._library.lib.ucp_ep_rkey_unpack(self.handle, ffi.from_buffer(packed), rkey)
+        self._library.check_peer(status, f"segment {self.segment_id}: no transport of ours can use its remote key")
+        self.rkey = rkey[0]
 
     def fail(self, error: TransferError) -> None:
         """Give it up: everything on it ends with an error. The first reason stays."""

@@ -7,7 +7,7 @@ Owns a worker (one thread) on either side. A write is reported once it was flush
 import asyncio
 import concurrent.futures
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from kvcore.config.schema import TransportConfig
 from kvcore.errors import ConfigError, TransferError
@@ -17,12 +17,14 @@ from kvcore.types import Segment
 from transfer.base import TransferOp
 from transfer.blocking import ended
 from transfer.fragments import Fragment
+from transfer.greeting import Keys, greeting_keys
 from transfer.handover import Handover
 from transfer.stripes import stripe
 from transfer.ucx.batch import UcxBatch
 from transfer.ucx.binding import load_library
-from transfer.ucx.descriptor import UcxDescriptor, descriptor_of, pack_descriptor
+from transfer.ucx.descriptor import UcxDescriptor, descriptor_of, pack_descriptor, pack_place
 from transfer.ucx.devices import plan_devices
+from transfer.ucx.greetings import HostedSegment
 from transfer.ucx.limits import UcxLimits
 from transfer.ucx.worker import UcxWorker
 
@@ -41,7 +43,7 @@ class UcxTransfer:
     kind = "ucx"
 
     def __init__(self, config: TransportConfig, limits: UcxLimits = UcxLimits(), trust: ClusterTrust = OPEN) -> None:
-        self._worker = worker = _open(config, "kvferry-ucx", None, limits)
+        self._worker = worker = _open(config, "kvferry-ucx", None, limits, lambda: greeting_keys(trust))
         worker.start()
         version = worker.library.version[:2]
         self._max_stripes = _ENDPOINTS_A_STREAM * config.streams
@@ -49,7 +51,7 @@ class UcxTransfer:
         self._handover = Handover(
             self.kind,
             worker,
-            parse=lambda segment: descriptor_of(segment, version),
+            parse=lambda segment: descriptor_of(segment, version, proven=trust.secrets is not None),
             split=self._split,
             make=UcxBatch,
             move_now=self._move_now,
@@ -95,19 +97,26 @@ class UcxTransfer:
 
 
 class UcxSegmentHost:
-    """SegmentHost over UCX. `memory` is the whole segment; it must outlive this host's `aclose`."""
+    """SegmentHost over UCX. `memory` is the whole segment; it must outlive this host's `aclose`.
+
+    `keys`: where there are any at the start, the address withholds where the segment lies.
+    """
 
     def __init__(
-        self, segment_id: str, memory: memoryview, config: TransportConfig, limits: UcxLimits = UcxLimits()
+        self,
+        segment_id: str,
+        memory: memoryview,
+        config: TransportConfig,
+        limits: UcxLimits = UcxLimits(),
+        keys: Keys = lambda: (),
     ) -> None:
+        self._keys = keys
         self._segment_id = segment_id
         self._memory = memory
         self._config = config
         self._limits = limits
         self._worker: UcxWorker | None = None
         self._address = ""
-        self.refused: dict[str, int] = {}
-        """As SegmentHost.refused."""
 
     def __repr__(self) -> str:
         return f"<UcxSegmentHost {self._segment_id} bytes={self._memory.nbytes} {self._worker!r}>"
@@ -116,6 +125,11 @@ class UcxSegmentHost:
     def address(self) -> str:
         """As SegmentHost.address: a descriptor."""
         return self._address
+
+    @property
+    def refused(self) -> Mapping[str, int]:
+        """As SegmentHost.refused."""
+        return {} if self._worker is None else self._worker.greetings.refused
 
     async def start(self) -> None:
         """As SegmentHost.start. Registers the memory: for RDMA that pins it."""
@@ -131,16 +145,22 @@ class UcxSegmentHost:
             await ended(self._worker.thread)
 
     def _open(self) -> UcxWorker:
-        worker = _open(self._config, "kvferry-ucx-host", self._segment_id, self._limits)
+        hosted = HostedSegment(self._segment_id)
+        worker = _open(self._config, "kvferry-ucx-host", hosted, self._limits, self._keys)
         try:
             handle, base = worker.context.map_memory(self._memory)
+            rkey = worker.context.pack_rkey(handle)
+            withheld = bool(self._keys())
+            if withheld:
+                hosted.place, base, rkey = pack_place(base, rkey), 0, b""
             descriptor = UcxDescriptor(
                 worker.library.version[:2],
                 self._segment_id,
                 self._memory.nbytes,
                 base,
                 worker.context.address,
-                worker.context.pack_rkey(handle),
+                rkey,
+                withheld,
             )
         except ConfigError:
             worker.close_unstarted()
@@ -149,16 +169,16 @@ class UcxSegmentHost:
         return worker
 
 
-def _open(config: TransportConfig, name: str, hosted: str | None, limits: UcxLimits) -> UcxWorker:
+def _open(config: TransportConfig, name: str, hosted: HostedSegment | None, limits: UcxLimits, keys: Keys) -> UcxWorker:
     """A worker for a configuration. ConfigError names the device, library or transport that is missing."""
     plan = plan_devices(config.devices)
-    worker = UcxWorker(load_library(config.ucx_library), plan, name, hosted, limits)
+    worker = UcxWorker(load_library(config.ucx_library), plan, name, hosted, limits, keys=keys)
     log_fields(
         _LOG,
         logging.INFO,
         "transfer.ucx_opened",
         role="initiator" if hosted is None else "host",
-        segment=hosted,
+        segment=None if hosted is None else hosted.segment_id,
         ucx=worker.library.build,
         resources=",".join(worker.context.resources),
         rdma=plan.rdma,

@@ -15,11 +15,13 @@ from collections.abc import Callable
 from kvcore.clock import SystemClock
 from kvcore.errors import ConfigError, PeerUnreachableError, TransferError
 from kvcore.telemetry import log_fields
+from transfer.greeting import Keys
 from transfer.ucx.batch import UcxBatch
 from transfer.ucx.binding import UcxLibrary, ffi
 from transfer.ucx.connections import Connections
 from transfer.ucx.context import UcxContext
 from transfer.ucx.devices import UcxPlan
+from transfer.ucx.greetings import Greetings, HostedSegment
 from transfer.ucx.limits import UcxLimits
 
 _LOG = logging.getLogger("transfer")
@@ -28,7 +30,7 @@ _STEPS = 16
 
 
 class UcxWorker:
-    """BatchWorker of one process towards others, or (with `hosted`, a segment's id) the target of theirs.
+    """BatchWorker of one process towards others, or (with `hosted`) the target of theirs. `keys`: what both prove.
 
     Opening raises ConfigError. `start` starts the thread; without it, `close_unstarted` gives everything back.
     """
@@ -38,8 +40,10 @@ class UcxWorker:
         library: UcxLibrary,
         plan: UcxPlan,
         name: str,
-        hosted: str | None = None,
+        hosted: HostedSegment | None = None,
         limits: UcxLimits = UcxLimits(),
+        *,
+        keys: Keys = lambda: (),
     ) -> None:
         self.library = library
         self._limits = limits
@@ -61,12 +65,11 @@ class UcxWorker:
         self.context = UcxContext(library, plan)
         """Before `start` the caller's, then the thread's."""
         try:
-            self._connections = Connections(
-                self.context, None if hosted is None else hosted.encode(), self._clock, limits
-            )
+            self.greetings = Greetings(self.context, hosted, keys, limits)
         except ConfigError:
             self.context.close()
             raise
+        self._connections = Connections(self.context, self.greetings, self._clock, limits)
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._poll = select.epoll()
         for descriptor in (self._wake_fd, self.context.event_fd):

@@ -8,7 +8,14 @@ import pytest
 from kvcore.errors import TransferForgedError, TransferProofError
 from kvcore.trust.opening import ClusterTrust
 from kvcore.trust.secrets import Secrets
-from transfer.greeting import CHALLENGE_BYTES, InitiatorGreeting, TargetGreeting, parse_hello
+from transfer.greeting import (
+    CHALLENGE_BYTES,
+    GreetingKey,
+    InitiatorGreeting,
+    TargetGreeting,
+    greeting_keys,
+    parse_hello,
+)
 from transfer.tcp import wire
 from transfer.tcp.frame_macs import FrameMacs
 
@@ -16,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[3]
 OLD, NEW = random.token_bytes(32), random.token_bytes(32)
 
 
-def trust(*secrets: bytes, cluster: str = "here") -> ClusterTrust:
-    return ClusterTrust(cluster, Secrets(secrets))
+def keys(*secrets: bytes, cluster: str = "here") -> tuple[GreetingKey, ...]:
+    return greeting_keys(ClusterTrust(cluster, Secrets(secrets)))
 
 
 def greet(initiator: InitiatorGreeting, target: TargetGreeting) -> str:
@@ -31,33 +38,33 @@ def greet(initiator: InitiatorGreeting, target: TargetGreeting) -> str:
     ("ours", "theirs"), [((OLD,), (OLD,)), ((NEW, OLD), (OLD,)), ((OLD,), (NEW, OLD)), ((NEW, OLD), (NEW,))]
 )
 def test_two_of_a_cluster_greet_each_other_also_while_the_secret_is_changed(ours, theirs):
-    assert greet(InitiatorGreeting(trust(*ours), "tcp", "a.1"), TargetGreeting(trust(*theirs), "tcp")) == "a.1"
+    assert greet(InitiatorGreeting(keys(*ours), "tcp", "a.1"), TargetGreeting(keys(*theirs), "tcp")) == "a.1"
 
 
 def test_another_secret_is_told_by_its_name_before_anything_else():
-    ours, theirs = trust(OLD), trust(NEW)
-    with pytest.raises(TransferProofError, match=ours.secrets.newest.id.hex()):
+    ours, theirs = keys(OLD), keys(NEW)
+    with pytest.raises(TransferProofError, match=ours[0].id.hex()):
         greet(InitiatorGreeting(ours, "tcp", "a.1"), TargetGreeting(theirs, "tcp"))
 
 
 @pytest.mark.parametrize(("cluster", "transport"), [("there", "tcp"), ("here", "ucx")])
 def test_the_cluster_and_the_transport_are_part_of_a_proof(cluster, transport):
-    target = TargetGreeting(trust(OLD, cluster=cluster), transport)
+    target = TargetGreeting(keys(OLD, cluster=cluster), transport)
     with pytest.raises(TransferProofError, match="does not know"):
-        greet(InitiatorGreeting(trust(OLD), "tcp", "a.1"), target)
+        greet(InitiatorGreeting(keys(OLD), "tcp", "a.1"), target)
 
 
 def test_a_target_that_knows_no_secret_is_found_out_before_the_initiator_proves_anything():
-    initiator = InitiatorGreeting(trust(OLD), "tcp", "a.1")
-    _, challenge = TargetGreeting(trust(OLD), "tcp").challenge(InitiatorGreeting(trust(OLD), "tcp", "a.1").hello())
+    initiator = InitiatorGreeting(keys(OLD), "tcp", "a.1")
+    _, challenge = TargetGreeting(keys(OLD), "tcp").challenge(InitiatorGreeting(keys(OLD), "tcp", "a.1").hello())
     for wrong in (challenge, bytes(CHALLENGE_BYTES), challenge[:-1], b""):
         with pytest.raises(TransferProofError):
             initiator.answer(wrong)
 
 
 def test_a_proof_fits_one_connection_one_segment_and_one_side():
-    first, second = TargetGreeting(trust(OLD), "tcp"), TargetGreeting(trust(OLD), "tcp")
-    initiator = InitiatorGreeting(trust(OLD), "tcp", "a.1")
+    first, second = TargetGreeting(keys(OLD), "tcp"), TargetGreeting(keys(OLD), "tcp")
+    initiator = InitiatorGreeting(keys(OLD), "tcp", "a.1")
     _, challenge = first.challenge(initiator.hello())
     proof = initiator.answer(challenge)
     second.challenge(initiator.hello())
@@ -66,8 +73,8 @@ def test_a_proof_fits_one_connection_one_segment_and_one_side():
             first.check(wrong)
     with pytest.raises(TransferProofError):
         second.check(proof)
-    other = TargetGreeting(trust(OLD), "tcp", nonce=lambda _: challenge[:16])
-    other.challenge(InitiatorGreeting(trust(OLD), "tcp", "b.1", nonce=lambda _: initiator.hello()[:16]).hello())
+    other = TargetGreeting(keys(OLD), "tcp", nonce=lambda _: challenge[:16])
+    other.challenge(InitiatorGreeting(keys(OLD), "tcp", "b.1", nonce=lambda _: initiator.hello()[:16]).hello())
     with pytest.raises(TransferProofError):
         other.check(proof)
     first.check(proof)
@@ -75,7 +82,7 @@ def test_a_proof_fits_one_connection_one_segment_and_one_side():
 
 def test_a_proof_before_the_challenge_is_none():
     with pytest.raises(TransferProofError):
-        TargetGreeting(trust(OLD), "tcp").check(b"")
+        TargetGreeting(keys(OLD), "tcp").check(b"")
 
 
 @pytest.mark.parametrize("raw", [b"", bytes(16), bytes(16) + b"\x09" + bytes(100), bytes(16) + b"\x02" + bytes(15)])
@@ -85,19 +92,19 @@ def test_a_greeting_of_another_form_is_refused(raw):
 
 
 def test_the_keys_of_a_connection_are_both_ends_and_no_others():
-    def keys(transport: str = "tcp+frames") -> tuple[bytes, ...]:
-        initiator, target = InitiatorGreeting(trust(NEW), transport, "n.1"), TargetGreeting(trust(NEW), transport)
+    def agreed(transport: str = "tcp+frames") -> tuple[bytes, ...]:
+        initiator, target = InitiatorGreeting(keys(NEW), transport, "n.1"), TargetGreeting(keys(NEW), transport)
         target.check(initiator.answer(target.challenge(initiator.hello())[1]))
         assert initiator.direction_keys == target.direction_keys
         return initiator.direction_keys
 
-    found = [*keys(), *keys(), *keys("tcp")]
+    found = [*agreed(), *agreed(), *agreed("tcp")]
     assert len(set(found)) == 6 and {len(key) for key in found} == {32}
 
 
 def test_the_vector_of_the_docs():
     """docs/wire-formats.md, "Frames with MACs"."""
-    known = trust(bytes(range(32)))
+    known = keys(bytes(range(32)))
     initiator = InitiatorGreeting(known, "tcp+frames", "n0.1", lambda size: b"a" * size)
     target = TargetGreeting(known, "tcp+frames", lambda size: b"b" * size)
     initiator.answer(target.challenge(initiator.hello())[1])

@@ -11,7 +11,7 @@ import sys
 import msgspec
 import pytest
 from support.process_tree import children
-from support.transfer_rigs import transport_config
+from support.transfer_rigs import NIXL, UCX, transport_config
 from support.ucx import needs_ucx
 
 from kvcore.clock import SystemClock
@@ -30,8 +30,9 @@ pytestmark = list(needs_ucx)
 SIZE = 1 << 20
 
 
-def segment_of(memory: SegmentMemory, hosts: SegmentHosts) -> Segment:
-    return Segment(id="n.1", node_id="n", size_bytes=SIZE, host_id=host_identity(), addresses=hosts.addresses)
+def segment_of(memory: SegmentMemory, hosts: SegmentHosts, kind: str = "ucx") -> Segment:
+    addresses = {kind: hosts.addresses[kind]}
+    return Segment(id="n.1", node_id="n", size_bytes=SIZE, host_id=host_identity(), addresses=addresses)
 
 
 async def test_a_process_that_ends_without_a_word_is_a_config_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,16 +70,19 @@ async def test_a_killed_process_is_started_again_and_the_segment_keeps_what_lies
     assert children(os.getpid()) == []
 
 
-async def test_an_address_is_sealed_anew_for_a_changed_secret_and_connections_stand() -> None:
+@pytest.mark.parametrize("kind", [UCX, NIXL])
+async def test_a_secret_is_changed_and_no_transfer_fails(kind: str) -> None:
+    """A secret more: the same process, told of it, and connections stand. One less: another process, at another place,
+    while the one before serves those on for a while who came by the old address."""
     old, new = secrets.token_bytes(32), secrets.token_bytes(32)
     now = [(old,)]
     holder = ClusterTrust("here", Secrets((old,), reread=lambda: now[-1], clock=SystemClock(), look_s=0))
-    both = ClusterTrust("here", Secrets((new, old)))
-    resealed, restarted = asyncio.Event(), asyncio.Event()
-    limits = TransferLimits(host_process=HostProcessLimits(reseal_s=0.01))
+    ours = ClusterTrust("here", Secrets((new, old)))
+    resealed, restarted, failed = asyncio.Event(), asyncio.Event(), list[object]()
+    limits = TransferLimits(host_process=HostProcessLimits(reseal_s=0.01, retire_s=3.0))
     with SegmentMemory.create("n.1", SIZE) as memory:
         hosts = await start_segment_hosts(
-            transport_config("ucx"),
+            transport_config(kind),
             memory,
             host="127.0.0.1",
             on_change=restarted.set,
@@ -86,29 +90,45 @@ async def test_an_address_is_sealed_anew_for_a_changed_secret_and_connections_st
             limits=limits,
             trust=holder,
         )
-        engine = build_transfer(transport_config("ucx"), host_identity(), trust=both)
-        first = segment_of(memory, hosts)
-        assert first.addresses == segment_of(memory, hosts).addresses and not resealed.is_set()
-        assert await engine.write([TransferOp(first, 0, [memoryview(b"kept")])], 10) == [None]
-        serving = children(os.getpid())
-        for secrets_now in ((new, old), (new,)):
-            before = segment_of(memory, hosts)
-            now.append(secrets_now)
-            async with asyncio.timeout(20):
-                await resealed.wait()
-            resealed.clear()
-            after, back = segment_of(memory, hosts), bytearray(4)
-            assert after.addresses["ucx"] != before.addresses["ucx"]
-            assert await engine.read([TransferOp(after, 0, [memoryview(back)])], 10) == [None]
-            assert back == b"kept" and "endpoints=1" in repr(engine)
-        late = build_transfer(transport_config("ucx"), host_identity(), trust=ClusterTrust("here", Secrets((old,))))
-        for segment, error in ((before, None), (after, TransferProofError)):
-            (got,) = await late.read([TransferOp(segment, 0, [memoryview(bytearray(4))])], 10)
-            assert got is None if error is None else isinstance(got, error)
-        assert children(os.getpid()) == serving and not restarted.is_set()
+        engine = build_transfer(transport_config(kind), host_identity(), trust=ours)
+        memory.view[:4] = b"kept"
+
+        async def reads(segment: Segment) -> object:
+            back = bytearray(4)
+            (error,) = await engine.read([TransferOp(segment, 0, [memoryview(back)])], 10)
+            return error or (None if back == b"kept" else back)
+
+        async def read_on() -> None:
+            while True:
+                if (error := await reads(segment_of(memory, hosts, kind))) is not None:
+                    failed.append(error)
+                await asyncio.sleep(0.001)
+
+        reading = asyncio.create_task(read_on())
+        first, serving = segment_of(memory, hosts, kind), children(os.getpid())
+        now.append((new, old))
+        async with asyncio.timeout(20):
+            await resealed.wait()
+        both = segment_of(memory, hosts, kind)
+        assert both.addresses[kind] != first.addresses[kind] and children(os.getpid()) == serving
+        now.append((new,))
+        beside = 0
+        async with asyncio.timeout(60):
+            while serving[0] in children(os.getpid()):
+                beside += len(children(os.getpid())) == 2 and await reads(both) is None
+                await asyncio.sleep(0.01)
+        assert beside, "the old address served on beside the new one"
+        assert await reads(both) is not None, "whoever learned that place by the old secret has lost it"
+        assert await reads(segment_of(memory, hosts, kind)) is None
+        reading.cancel()
+        assert failed == [] and not restarted.is_set()
+        late = build_transfer(transport_config(kind), host_identity(), trust=ClusterTrust("here", Secrets((old,))))
+        op = TransferOp(segment_of(memory, hosts, kind), 0, [memoryview(bytearray(4))])
+        assert isinstance((await late.read([op], 10))[0], TransferProofError)
         await late.aclose()
         await engine.aclose()
         await hosts.aclose()
+    assert children(os.getpid()) == []
 
 
 CONNECT = """

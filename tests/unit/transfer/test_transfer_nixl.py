@@ -3,6 +3,7 @@
 import base64
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from support.transfer_rigs import renamed
 
 from kvcore.config.schema import TransportConfig
-from kvcore.errors import ConfigError, SegmentUnknownError, TransferProtocolError
+from kvcore.errors import ConfigError, SegmentUnknownError, TransferProofError, TransferProtocolError
 from kvcore.types import Segment
 from transfer.nixl.binding import has_nvidia_gpu, nixl_options
 from transfer.nixl.descriptor import (
@@ -113,6 +114,12 @@ def test_a_descriptor_for_another_segment_size_or_version_is_refused() -> None:
 def test_the_descriptor_in_the_documentation() -> None:
     small = NixlDescriptor(VERSIONS, "n.1", 4096, 0x7F0000000000, b"metadata")
     assert pack_descriptor(small) == "S1ZGTgEAAQUBARcAABAAAAAAAAAAAAAAAH8AAAMACABuLjFtZXRhZGF0YRt6YPw="
+    withheld = replace(small, base=0, withheld=True)
+    assert pack_descriptor(withheld) == "S1ZGTgIAAQUBARcAABAAAAAAAAAAAAAAAAAAAAMACABuLjFtZXRhZGF0YcBW7BA="
+    assert descriptor_of(segment_of(withheld), VERSIONS, proven=True) == withheld
+    for told, proven in ((small, True), (withheld, False)):
+        with pytest.raises(TransferProofError):
+            descriptor_of(segment_of(told), VERSIONS, proven=proven)
 
 
 class Recorder:

@@ -2,6 +2,7 @@
 
 import base64
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,20 @@ from support.transfer_rigs import renamed, transport_config
 from support.ucx import needs_ucx
 
 from kvcore.config.schema import TransportConfig
-from kvcore.errors import ConfigError, SegmentUnknownError, TransferProtocolError
+from kvcore.errors import ConfigError, SegmentUnknownError, TransferProofError, TransferProtocolError
 from kvcore.types import Segment
 from transfer.memory.segment import SegmentMemory
 from transfer.select import build_transfer, start_segment_hosts
 from transfer.ucx.binding import load_library
-from transfer.ucx.descriptor import MAX_TEXT, UcxDescriptor, descriptor_of, pack_descriptor, parse_descriptor
+from transfer.ucx.descriptor import (
+    MAX_TEXT,
+    UcxDescriptor,
+    descriptor_of,
+    pack_descriptor,
+    pack_place,
+    parse_descriptor,
+    parse_place,
+)
 from transfer.ucx.devices import check_opened, plan_devices, read_components, read_resources
 
 DESCRIPTOR = UcxDescriptor((1, 13), "node-a.18f", 1 << 33, 0x7F0123456000, bytes(range(79)), b"rkey bytes")
@@ -67,6 +76,27 @@ def test_a_descriptor_for_another_segment_size_or_ucx_is_refused() -> None:
 def test_the_descriptor_in_the_documentation() -> None:
     small = UcxDescriptor((1, 13), "n.1", 4096, 0x7F0000000000, b"address", b"rkey")
     assert pack_descriptor(small) == "S1ZGVQEAAQ0AEAAAAAAAAAAAAAAAfwAAAwAHAAQAbi4xYWRkcmVzc3JrZXmIm/A/"
+    withheld = replace(small, base=0, rkey=b"", withheld=True)
+    assert pack_descriptor(withheld) == "S1ZGVQIAAQ0AEAAAAAAAAAAAAAAAAAAAAwAHAAAAbi4xYWRkcmVzcyM8DQg="
+    assert parse_descriptor(pack_descriptor(withheld)) == withheld
+
+
+def test_what_a_descriptor_tells_is_what_a_process_with_a_secret_or_without_one_expects() -> None:
+    withheld = replace(DESCRIPTOR, base=0, rkey=b"", withheld=True)
+    assert descriptor_of(segment_of(withheld), (1, 13), proven=True) == withheld
+    for told, proven in ((DESCRIPTOR, True), (withheld, False)):
+        with pytest.raises(TransferProofError):
+            descriptor_of(segment_of(told), (1, 13), proven=proven)
+    for wrong in (replace(withheld, rkey=b"r"), replace(withheld, base=1), replace(DESCRIPTOR, rkey=b"")):
+        with pytest.raises(TransferProtocolError, match="remote key"):
+            parse_descriptor(pack_descriptor(wrong))
+
+
+def test_a_place_that_is_cut_short_is_refused() -> None:
+    assert parse_place(pack_place(5, b"rkey")) == (5, b"rkey")
+    for place in (b"", bytes(8)):
+        with pytest.raises(TransferProtocolError):
+            parse_place(place)
 
 
 @pytest.fixture

@@ -174,7 +174,7 @@ async def test_what_is_in_the_hands_of_ucx_is_bounded_over_all_batches(monkeypat
 async def test_workers_connections_and_endpoints_show_what_they_hold(rig: Rig) -> None:
     (engine,) = rig.engine._engines  # type: ignore[attr-defined]
     opened = "<UcxTransfer <Handover ucx open batches=0/64> <UcxWorker kvferry-ucx open batches=0 <Connections "
-    assert repr(engine) == opened + "endpoints=0 greeting=0 closing=0 sent=0>>>"
+    assert repr(engine) == opened + "endpoints=0 closing=0 <Greetings asked=0 challenged=0 sent=0>>>>"
     assert await rig.engine.write([rig.op(0, b"x")], 5) == [None]
     (endpoint,) = engine._worker._connections._endpoints.values()
     shown = f"<UcxEndpoint {rig.segment.id} lanes=tcp/lo batches=[01] confirmed>"  # told of its end a little later
