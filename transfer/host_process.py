@@ -32,7 +32,7 @@ from transfer.sealed_address import AddressSeal
 _LOG = logging.getLogger("transfer")
 
 
-class _Server:
+class _ServingProcess:
     """One process that serves. `ended`: its exit code, once it has one."""
 
     def __init__(self, child: ChildProcess, keys_fd: int) -> None:
@@ -41,7 +41,7 @@ class _Server:
         self._keys_fd: int | None = keys_fd
 
     def __repr__(self) -> str:
-        return f"<_Server pid={self.child.pid}>"
+        return f"<_ServingProcess pid={self.child.pid}>"
 
     def tell(self, keys: Sequence[GreetingKey]) -> None:
         """What greetings are proved with from now on. One that has ended is told nothing."""
@@ -85,8 +85,8 @@ class ProcessSegmentHost:
         self._config = config
         self._on_change = on_change
         self._clock = SystemClock()
-        self._server: _Server | None = None
-        self._retiring: set[_Server] = set()
+        self._server: _ServingProcess | None = None
+        self._retiring: set[_ServingProcess] = set()
         self._told: tuple[GreetingKey, ...] = ()
         """The keys that greetings are proved with, as `_server` was told last."""
         self._outdated = False
@@ -125,7 +125,7 @@ class ProcessSegmentHost:
         self._retiring, self._server = set(), None
         await asyncio.gather(*(server.end(self._limits.host_process.close_s) for server in servers))
 
-    async def _keep(self, server: _Server) -> None:
+    async def _keep(self, server: _ServingProcess) -> None:
         """Start another process whenever the one that serves has ended, or is outdated."""
         limits = self._limits.host_process
         delay_s = limits.first_delay_s
@@ -151,7 +151,7 @@ class ProcessSegmentHost:
             began = self._clock.now()
             self._on_change()
 
-    async def _look_at_secrets(self, server: _Server) -> _Server:
+    async def _look_at_secrets(self, server: _ServingProcess) -> _ServingProcess:
         """Who serves from now on. Three cases:
         1. the secrets are the same: nothing;
         2. there is one more: the process is told its key, and the address sealed for it too;
@@ -177,12 +177,12 @@ class ProcessSegmentHost:
         self._on_reseal()
         return fresh
 
-    async def _retire(self, server: _Server) -> None:
+    async def _retire(self, server: _ServingProcess) -> None:
         await asyncio.wait({server.ended}, timeout=self._limits.host_process.retire_s)
         self._retiring.discard(server)
         await server.end(self._limits.host_process.close_s)
 
-    async def _launch(self) -> _Server:
+    async def _launch(self) -> _ServingProcess:
         """Another process, which knows what greetings are proved with now; `address` is its own from then on.
 
         Raises ConfigError: what the process says that is missing, or that it ended without a word.
@@ -205,7 +205,7 @@ class ProcessSegmentHost:
         os.set_blocking(ours, False)
         try:
             command, fds = self._command(keys_fd), [self._memory.fileno(), keys_fd]
-            server = _Server(await ChildProcess.start(command, on_line=on_line, pass_fds=fds), ours)
+            server = _ServingProcess(await ChildProcess.start(command, on_line=on_line, pass_fds=fds), ours)
         except BaseException:
             os.close(ours)
             raise
@@ -222,7 +222,7 @@ class ProcessSegmentHost:
         self._told, self._outdated, self._address = told, False, address
         return server
 
-    async def _answer(self, server: _Server, replied: "asyncio.Future[HostReply]") -> str:
+    async def _answer(self, server: _ServingProcess, replied: "asyncio.Future[HostReply]") -> str:
         start_s = self._limits.host_process.start_s
         either: set[asyncio.Future[Any]] = {replied, server.ended}
         await asyncio.wait(either, timeout=start_s, return_when=asyncio.FIRST_COMPLETED)

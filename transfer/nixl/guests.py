@@ -13,7 +13,7 @@ from transfer.greeting import Keys, TargetGreeting, seal_place
 from transfer.nixl.binding import NixlAgent
 from transfer.nixl.descriptor import HelloAnswer, NixlHello, NixlWelcome, pack_welcome, parse_hello
 from transfer.nixl.limits import NixlLimits
-from transfer.nixl.proving import MAGIC, NixlStep, Step, check_voucher, pack_step, parse_step
+from transfer.nixl.proving import MAGIC, GreetingStep, NixlStep, check_voucher, pack_step, parse_step
 
 _LOG = logging.getLogger("transfer")
 
@@ -96,9 +96,9 @@ class ConnectedAgents:
             self._greeted(sender, hello)
             return
         step = parse_step(message)
-        if step.step is Step.HELLO:
+        if step.step is GreetingStep.HELLO:
             self._challenge(sender, step)
-        elif step.step is Step.PROOF:
+        elif step.step is GreetingStep.PROOF:
             self._tell(sender, step)
         else:
             raise TransferProtocolError(f"an initiator sent a {step.step.name}")
@@ -126,7 +126,7 @@ class ConnectedAgents:
             if guest is None:
                 return
             guest.hello, guest.greeting, guest.challenge, guest.told = step.body, greeting, challenge, b""
-        self._send(sender, pack_step(NixlStep(Step.CHALLENGE, step.nonce, guest.challenge)))
+        self._send(sender, pack_step(NixlStep(GreetingStep.CHALLENGE, step.nonce, guest.challenge)))
 
     def _tell(self, sender: str, step: NixlStep) -> None:
         guest = self._guests.get(sender)
@@ -140,7 +140,7 @@ class ConnectedAgents:
         if not guest.told:
             guest.told = seal_place(guest.greeting.direction_keys, self._book.place)
             self._note_guest()
-        self._send(sender, pack_step(NixlStep(Step.PLACE, step.nonce, guest.told)))
+        self._send(sender, pack_step(NixlStep(GreetingStep.PLACE, step.nonce, guest.told)))
 
     def _let_in(self, sender: str, metadata: bytes, nonce: int, answer: HelloAnswer) -> None:
         """Connect to an agent, or tell it why not, which takes a connection for a moment. Raises

@@ -27,7 +27,7 @@ from transfer.nixl.binding import NixlAgent, NixlLibrary, address_of
 from transfer.nixl.descriptor import HelloAnswer, NixlDescriptor, NixlHello, NixlWelcome, pack_hello, parse_welcome
 from transfer.nixl.limits import NixlLimits
 from transfer.nixl.peer import Peer, Request
-from transfer.nixl.proving import MAGIC, NixlStep, Step, pack_step, parse_place, parse_step, vouched
+from transfer.nixl.proving import MAGIC, GreetingStep, NixlStep, pack_step, parse_place, parse_step, vouched
 from transfer.nixl.registrations import RegisteredRange, Registrations
 
 _LOG = logging.getLogger("transfer")
@@ -265,7 +265,7 @@ class Port:
         peer.greeted_at = now
         if peer.greeting is not None:
             body = vouched(peer.greeting.keys, peer.greeting.hello(), self._hello)
-            self._send(peer, pack_step(NixlStep(Step.HELLO, peer.nonce, body, self._hello)))
+            self._send(peer, pack_step(NixlStep(GreetingStep.HELLO, peer.nonce, body, self._hello)))
         else:
             self._send(peer, pack_hello(NixlHello(peer.nonce, peer.descriptor.segment_id, self._hello)))
 
@@ -293,9 +293,9 @@ class Port:
     def _proving(self, peer: Peer, greeting: InitiatorGreeting, message: NixlStep) -> None:
         """A challenge is answered each time that it comes, as the host says it again to a greeting that comes again."""
         try:
-            if message.step is Step.CHALLENGE:
-                self._send(peer, pack_step(NixlStep(Step.PROOF, peer.nonce, greeting.answer(message.body))))
-            elif message.step is Step.PLACE and greeting.answered:
+            if message.step is GreetingStep.CHALLENGE:
+                self._send(peer, pack_step(NixlStep(GreetingStep.PROOF, peer.nonce, greeting.answer(message.body))))
+            elif message.step is GreetingStep.PLACE and greeting.answered:
                 peer.base, metadata = parse_place(open_place(greeting.direction_keys, message.body))
                 if self._agent.load(metadata) != peer.name:
                     raise TransferProtocolError("the metadata that its host told is another agent's")

@@ -23,7 +23,7 @@ _VERSION = 1
 _VOUCHER_BYTES = 32
 
 
-class Step(IntEnum):
+class GreetingStep(IntEnum):
     """What a message is; the initiator sends HELLO and PROOF."""
 
     HELLO = 1
@@ -36,7 +36,7 @@ class Step(IntEnum):
 class NixlStep:
     """`nonce`: chosen by the initiator, the same in all messages of a greeting. `metadata`: of a HELLO alone."""
 
-    step: Step
+    step: GreetingStep
     nonce: int
     body: bytes
     metadata: bytes = b""
@@ -54,9 +54,9 @@ def parse_step(raw: bytes) -> NixlStep:
     if len(raw) > MAX_HELLO:
         raise TransferProtocolError(f"a greeting of {len(raw)} bytes, at most {MAX_HELLO} are expected")
     (nonce, number), body, metadata = opened(raw, _HEAD, MAGIC, "greeting")
-    if number not in list(Step):
+    if number not in list(GreetingStep):
         raise TransferProtocolError(f"a greeting's message of kind {number}")
-    return NixlStep(Step(number), nonce, body, metadata)
+    return NixlStep(GreetingStep(number), nonce, body, metadata)
 
 
 def pack_place(base: int, metadata: bytes) -> bytes:

@@ -35,7 +35,7 @@ _AM_REPLY = 1
 _AM_REPLY_EP_FIELD = 1
 
 
-class _Message(IntEnum):
+class _GreetingMessage(IntEnum):
     """Ids of UCX's active messages. Each begins with the nonce that the initiator chose."""
 
     HELLO = 1
@@ -46,7 +46,10 @@ class _Message(IntEnum):
     PLACE = 6
 
 
-class _Answer(IntEnum):
+_OF_INITIATORS = (_GreetingMessage.HELLO, _GreetingMessage.PROVEN_HELLO, _GreetingMessage.PROOF)
+
+
+class _HelloReply(IntEnum):
     """What a WELCOME says of the segment."""
 
     UNKNOWN = 0
@@ -64,7 +67,7 @@ class HostedSegment:
 
 
 @dataclass(slots=True)
-class _Asked:
+class _OpenQuestion:
     endpoint: UcxEndpoint
     greeting: InitiatorGreeting | None
 
@@ -82,19 +85,19 @@ class Greetings:
         self._limits = limits
         self.refused: Counter[str] = Counter()
         self._log = PeerLog(_LOG)
-        self._asked: dict[int, _Asked] = {}
+        self._asked: dict[int, _OpenQuestion] = {}
         """As initiator: endpoints whose peer has still to answer, by the nonce that they sent."""
         self._challenged: dict[tuple[int, int], TargetGreeting] = {}
         """As host: connections that have still to prove themselves, the oldest first."""
         self._sent: list[tuple[Pointer, Pointer]] = []
         """Messages in UCX's hands: request, and the bytes that it may still read."""
-        handlers: dict[_Message, Callable[[int, bytes, Pointer], None]] = {
-            _Message.HELLO: self._on_hello,
-            _Message.WELCOME: self._on_welcome,
-            _Message.PROVEN_HELLO: self._on_proven_hello,
-            _Message.CHALLENGE: self._on_challenge,
-            _Message.PROOF: self._on_proof,
-            _Message.PLACE: self._on_place,
+        handlers: dict[_GreetingMessage, Callable[[int, bytes, Pointer], None]] = {
+            _GreetingMessage.HELLO: self._on_hello,
+            _GreetingMessage.WELCOME: self._on_welcome,
+            _GreetingMessage.PROVEN_HELLO: self._on_proven_hello,
+            _GreetingMessage.CHALLENGE: self._on_challenge,
+            _GreetingMessage.PROOF: self._on_proof,
+            _GreetingMessage.PLACE: self._on_place,
         }
         self._callbacks = {message: self._callback(handler) for message, handler in handlers.items()}
         for message, callback in self._callbacks.items():
@@ -108,12 +111,12 @@ class Greetings:
         nonce = secrets.randbits(63)
         keys = self._keys()
         if not keys:
-            self._asked[nonce] = _Asked(endpoint, None)
-            self._send(endpoint.handle, _Message.HELLO, nonce, endpoint.segment_id.encode())
+            self._asked[nonce] = _OpenQuestion(endpoint, None)
+            self._send(endpoint.handle, _GreetingMessage.HELLO, nonce, endpoint.segment_id.encode())
             return
         greeting = InitiatorGreeting(keys, _TRANSPORT, endpoint.segment_id)
-        self._asked[nonce] = _Asked(endpoint, greeting)
-        self._send(endpoint.handle, _Message.PROVEN_HELLO, nonce, greeting.hello())
+        self._asked[nonce] = _OpenQuestion(endpoint, greeting)
+        self._send(endpoint.handle, _GreetingMessage.PROVEN_HELLO, nonce, greeting.hello())
 
     def forget(self, endpoint: UcxEndpoint) -> None:
         """What its peer answers is of no interest any more."""
@@ -126,9 +129,13 @@ class Greetings:
             self._library.free(sent[0])
             self._sent.remove(sent)
 
-    def _send(self, handle: Pointer, message: _Message, nonce: int, body: bytes) -> None:
+    def _send(self, handle: Pointer, message: _GreetingMessage, nonce: int, body: bytes) -> None:
         kept = ffi.from_buffer(_NONCE.pack(nonce) + body)
-        flags = _AM_REPLY if message in (_Message.HELLO, _Message.PROVEN_HELLO, _Message.PROOF) else 0
+        flags = (
+            _AM_REPLY
+            if message in (_GreetingMessage.HELLO, _GreetingMessage.PROVEN_HELLO, _GreetingMessage.PROOF)
+            else 0
+        )
         param = ffi.new("ucp_request_param_t *", {"op_attr_mask": _FLAGS_FIELD, "flags": flags})
         request = self._library.lib.ucp_am_send_nbx(handle, message, kept, len(kept), ffi.NULL, 0, param)
         self._sent.append((request, kept))
@@ -165,10 +172,10 @@ class Greetings:
         if self._hosted is None or not self._may_answer(reply):
             return
         if self._keys():
-            self._send(reply, _Message.WELCOME, nonce, bytes([_Answer.REFUSED]))
+            self._send(reply, _GreetingMessage.WELCOME, nonce, bytes([_HelloReply.REFUSED]))
             raise TransferProofError("this cluster has a secret, and the initiator gives no proof of it")
-        answer = _Answer.HERE if body == self._hosted.segment_id.encode() else _Answer.UNKNOWN
-        self._send(reply, _Message.WELCOME, nonce, bytes([answer]))
+        answer = _HelloReply.HERE if body == self._hosted.segment_id.encode() else _HelloReply.UNKNOWN
+        self._send(reply, _GreetingMessage.WELCOME, nonce, bytes([answer]))
 
     def _on_proven_hello(self, nonce: int, body: bytes, reply: Pointer) -> None:
         """Proves nothing for another segment, as over TCP."""
@@ -180,15 +187,15 @@ class Greetings:
             greeting = TargetGreeting(keys, _TRANSPORT)
             wanted, challenge = greeting.challenge(body)
         except TransferProofError:
-            self._send(reply, _Message.WELCOME, nonce, bytes([_Answer.REFUSED]))
+            self._send(reply, _GreetingMessage.WELCOME, nonce, bytes([_HelloReply.REFUSED]))
             raise
         if wanted != self._hosted.segment_id:
-            self._send(reply, _Message.WELCOME, nonce, bytes([_Answer.UNKNOWN]))
+            self._send(reply, _GreetingMessage.WELCOME, nonce, bytes([_HelloReply.UNKNOWN]))
             return
         while len(self._challenged) >= self._limits.max_answers:
             del self._challenged[next(iter(self._challenged))]
         self._challenged[_number(reply), nonce] = greeting
-        self._send(reply, _Message.CHALLENGE, nonce, challenge)
+        self._send(reply, _GreetingMessage.CHALLENGE, nonce, challenge)
 
     def _on_proof(self, nonce: int, body: bytes, reply: Pointer) -> None:
         if self._hosted is None or not self._may_answer(reply):
@@ -199,9 +206,9 @@ class Greetings:
                 raise TransferProofError("a proof that nobody was asked for on this connection")
             greeting.check(body)
         except TransferProofError:
-            self._send(reply, _Message.WELCOME, nonce, bytes([_Answer.REFUSED]))
+            self._send(reply, _GreetingMessage.WELCOME, nonce, bytes([_HelloReply.REFUSED]))
             raise
-        self._send(reply, _Message.PLACE, nonce, seal_place(greeting.direction_keys, self._hosted.place))
+        self._send(reply, _GreetingMessage.PLACE, nonce, seal_place(greeting.direction_keys, self._hosted.place))
 
     def _on_welcome(self, nonce: int, body: bytes, _: Pointer) -> None:
         """Four cases, if somebody waits for it: another segment is there; no proof of ours is taken; it is there, and
@@ -211,9 +218,9 @@ class Greetings:
             return
         del self._asked[nonce]
         endpoint = asked.endpoint
-        if body[0] == _Answer.UNKNOWN:
+        if body[0] == _HelloReply.UNKNOWN:
             endpoint.fail(SegmentUnknownError(f"segment {endpoint.segment_id} is not at its address any more"))
-        elif body[0] != _Answer.HERE:
+        elif body[0] != _HelloReply.HERE:
             endpoint.fail(TransferProofError(f"what serves segment {endpoint.segment_id} takes no proof of ours"))
         elif asked.greeting is not None:
             endpoint.fail(TransferProofError(f"what serves segment {endpoint.segment_id} gives no proof of its own"))
@@ -230,7 +237,7 @@ class Greetings:
             del self._asked[nonce]
             asked.endpoint.fail(error)
             raise
-        self._send(asked.endpoint.handle, _Message.PROOF, nonce, proof)
+        self._send(asked.endpoint.handle, _GreetingMessage.PROOF, nonce, proof)
 
     def _on_place(self, nonce: int, body: bytes, _: Pointer) -> None:
         asked = self._asked.get(nonce)

@@ -15,8 +15,8 @@ from transfer.nixl.guests import ConnectedAgents, GuestBook
 from transfer.nixl.limits import NixlLimits
 from transfer.nixl.proving import (
     MAGIC,
+    GreetingStep,
     NixlStep,
-    Step,
     check_voucher,
     pack_place,
     pack_step,
@@ -86,16 +86,16 @@ class Guest:
 
     def hello(self, metadata: bytes | None = None) -> bytes:
         body = vouched(self.greeting.keys, self.greeting.hello(), self.name.encode())
-        return pack_step(NixlStep(Step.HELLO, self.nonce, body, metadata or self.name.encode()))
+        return pack_step(NixlStep(GreetingStep.HELLO, self.nonce, body, metadata or self.name.encode()))
 
     def proof(self, challenge: bytes) -> bytes:
         step = parse_step(challenge)
-        assert (step.step, step.nonce) == (Step.CHALLENGE, self.nonce)
-        return pack_step(NixlStep(Step.PROOF, self.nonce, self.greeting.answer(step.body)))
+        assert (step.step, step.nonce) == (GreetingStep.CHALLENGE, self.nonce)
+        return pack_step(NixlStep(GreetingStep.PROOF, self.nonce, self.greeting.answer(step.body)))
 
     def place(self, told: bytes) -> tuple[int, bytes]:
         step = parse_step(told)
-        assert (step.step, step.nonce) == (Step.PLACE, self.nonce)
+        assert (step.step, step.nonce) == (GreetingStep.PLACE, self.nonce)
         return parse_place(open_place(self.greeting.direction_keys, step.body))
 
 
@@ -173,14 +173,14 @@ def test_without_a_secret_it_is_one_question_and_its_answer():
 
 def test_what_only_a_host_says_is_refused():
     host = Host(trust(OLD))
-    for step in (Step.CHALLENGE, Step.PLACE):
+    for step in (GreetingStep.CHALLENGE, GreetingStep.PLACE):
         assert host.hears("asking", pack_step(NixlStep(step, 7, b"x"))) == []
     assert host.agents.refused == {"protocol": 2}
 
 
 @given(st.integers(0, 10_000), st.integers(0, 7))
 def test_any_flipped_bit_of_a_message_is_refused(position: int, bit: int):
-    raw = bytearray(pack_step(NixlStep(Step.HELLO, 1 << 60, bytes(range(90)), bytes(range(100)))))
+    raw = bytearray(pack_step(NixlStep(GreetingStep.HELLO, 1 << 60, bytes(range(90)), bytes(range(100)))))
     raw[position % len(raw)] ^= 1 << bit
     with pytest.raises(TransferProtocolError):
         parse_step(bytes(raw))
