@@ -67,7 +67,7 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
     tokenizer = await asyncio.to_thread(make_tokenizer, config)
     if isinstance(tokenizer, FolderTokenizer) and tokenizer.chat_problem is not None:
         log_fields(_log, logging.WARNING, "no_chats", problem=tokenizer.chat_problem)
-    clock, bounds, trust = SystemClock(), config.router, await asyncio.to_thread(_open_trust, config)
+    clock, bounds, trust = SystemClock(), config.router, await _open_trust(config, lifecycle)
     client = await _make_client(config, trust)
     lifecycle.stack.push_async_callback(client.aclose)
     cluster = Cluster(config, clock, tokenizer_digest=tokenizer.digest)
@@ -129,8 +129,12 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
     await server.drain(config.service.drain_s)
 
 
-def _open_trust(config: ClusterConfig) -> ClusterTrust:
-    return open_trust(trust_source(config, "router"))
+async def _open_trust(config: ClusterConfig, lifecycle: Lifecycle) -> ClusterTrust:
+    """The certificate is followed from now on."""
+    trust = await asyncio.to_thread(open_trust, trust_source(config, "router"))
+    if trust.certificate is not None:
+        lifecycle.tasks.create_task(trust.certificate.follow(), name="process's certificate")
+    return trust
 
 
 def _operators_routes(

@@ -21,7 +21,7 @@ from kvcore.config.file import load_config
 from kvcore.config.partitions import PartitionConfig
 from kvcore.config.schema import ClusterConfig
 from kvcore.config.servers import internal_url, metadata_urls, partitions_of, secured_url, urls_of
-from kvcore.process.http_client import http_session, internal_ssl
+from kvcore.process.http_client import http_session, internal_ssl, router_session
 from kvcore.trust.opening import open_trust, trust_source
 from kvcore.trust.tls import pinned_context
 from kvferry.launch.launcher import Launcher
@@ -72,13 +72,21 @@ class ClusterHandle:
     """A cluster that is up. Every method that asks something raises AssertionError for an answer that is not 200."""
 
     def __init__(
-        self, config: ClusterConfig, plans: Sequence[ProcessPlan], launcher: Launcher, session: aiohttp.ClientSession
+        self,
+        config: ClusterConfig,
+        plans: Sequence[ProcessPlan],
+        launcher: Launcher,
+        session: aiohttp.ClientSession,
+        inner: aiohttp.ClientSession,
     ) -> None:
         self.config = config
         self.plans = {plan.name: plan for plan in plans}
         """Of the processes that the launcher keeps up, by name."""
         self.launcher = launcher
         self.session = session
+        """With the router."""
+        self.inner = inner
+        """With all others."""
 
     @property
     def url(self) -> str:
@@ -234,7 +242,8 @@ class ClusterHandle:
         return body
 
     async def _get(self, url: str) -> bytes:
-        async with self.session.get(url, headers={"Accept": "application/msgpack"}) as reply:
+        session = self.session if url.startswith(self.url) else self.inner
+        async with session.get(url, headers={"Accept": "application/msgpack"}) as reply:
             assert reply.status == 200, await reply.read()
             return await reply.read()
 
@@ -312,11 +321,12 @@ async def cluster(
     async with AsyncExitStack() as stack:
         tls = config.router.tls
         trust, headers = open_trust(trust_source(config)), {"Authorization": f"Bearer {key}"} if key else {}
-        known = internal_ssl(trust) if tls is None else pinned_context(tls.cert)
-        connector = aiohttp.TCPConnector(limit=0, ssl=known)
-        session = await stack.enter_async_context(http_session(trust=trust, connector=connector, headers=headers))
+        connector = aiohttp.TCPConnector(limit=0, ssl=True if tls is None else pinned_context(tls.cert))
+        session = await stack.enter_async_context(router_session(trust=trust, connector=connector, headers=headers))
+        connector = aiohttp.TCPConnector(limit=0, ssl=internal_ssl(trust))
+        inner = await stack.enter_async_context(http_session(trust=trust, connector=connector))
         await stack.enter_async_context(launcher)
-        handle = ClusterHandle(config, plans, launcher, session)
+        handle = ClusterHandle(config, plans, launcher, session, inner)
         if handle.nodes:  # the router is not healthy without one
             await launcher.wait_ready(READY_S[engine])
         await handle.until(handle.all_ready, READY_S[engine])
