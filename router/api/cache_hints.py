@@ -12,6 +12,7 @@ from router.requests.hints import CacheHint
 
 _MAX_HINTS = 8
 _MAX_CHARS = 64
+_MAX_SESSION_CHARS = 512
 _ANTHROPIC_TTL = "5m"
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _UNKNOWN = "its value is not understood"
@@ -25,6 +26,7 @@ class CacheHintFields(msgspec.Struct, frozen=True, kw_only=True):
     prompt_cache_key: object = None
     prompt_cache_options: object = None
     prompt_cache_retention: object = None
+    session_id: object = None
 
 
 class MarkedForCache(msgspec.Struct, frozen=True):
@@ -37,6 +39,12 @@ class MarkedForCache(msgspec.Struct, frozen=True):
 def hints_of(request: CacheHintFields, marks: Sequence[MarkedForCache] = ()) -> tuple[CacheHint, ...]:
     """All hints of a request, each once; the first few."""
     return tuple(dict.fromkeys(_all(request, marks)))[:_MAX_HINTS]
+
+
+def session_of(request: CacheHintFields) -> str:
+    """What the client names its requests by that belong together; empty: it does not."""
+    named = request.prompt_cache_key or request.session_id
+    return named[:_MAX_SESSION_CHARS] if isinstance(named, str) else ""
 
 
 def _all(request: CacheHintFields, marks: Sequence[MarkedForCache]) -> Iterator[CacheHint]:

@@ -12,7 +12,7 @@ from typing import cast
 import msgspec
 
 from nodeapi.messages import SamplingParams
-from router.api.cache_hints import CacheHintFields, hints_of
+from router.api.cache_hints import CacheHintFields, hints_of, session_of
 from router.api.chat_messages import ChatMessage, marks_of, message_of, template_values
 from router.api.chat_tools import Tool, tools_of
 from router.api.checks import TokenLists, refuse, require, token_ids
@@ -141,6 +141,7 @@ def answer_request(
             cache_salt=salt,
             client_request_id=client_request_id,
             hints=hints,
+            session=session_of(request),
         )
         for number, whole in enumerate(prompts)
         for prompt in [truncated(whole, request.truncate_prompt_tokens, request.truncation_side, room)]

@@ -18,7 +18,6 @@ HARMLESS: dict[str, str] = {
     "return_token_offsets": "counts on vLLM's render endpoints only",
     "safety_identifier": "nobody is watched",
     "service_tier": "there is one tier",
-    "session_id": "the cache finds what a session's requests share",
     "store": "nothing of an answer is kept",
     "stream_interval": "chunks come as the tokens do",
     "user": "nobody is watched",

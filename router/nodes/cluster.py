@@ -34,6 +34,7 @@ from router.nodes.trust import NodeTrust
 from router.routing.decision import why_no_decoder
 from router.routing.index import PrefixHits, PrefixIndex
 from router.routing.parted_index import PartedIndex
+from router.routing.sent import SentPrefixes
 from router.routing.views import ClusterView, LeftOut, NodeView
 
 _log = logging.getLogger("router")
@@ -75,6 +76,8 @@ class Cluster:
         self.nodes: dict[str, KnownNode] = {}
         self.stalls = StallWatch(config.router, limits, clock.now)
         self._drained: set[str] = set()
+        self._sent = None if config.handoff.traits.has_store else SentPrefixes()
+        """Of plain servers, which tell nothing of their caches."""
         self._said = PeerLog(_log, clock=clock)
         self.on_orders([])
 
@@ -128,6 +131,8 @@ class Cluster:
         cannot be used is told of as one that was lost."""
         if node.is_gone and self.nodes.get(node.id) is node:
             del self.nodes[node.id]
+        if self._sent is not None and before is not None and node.problem is not None:  # not for one late answer
+            self._sent.forget(node.id)
         node.problem = node.problem and node.problem[: self._limits.max_problem_chars]
         usable = node.problem is None
         if before != node.problem and (node.static or self._said.allows(f"{usable}", node.id) is not None):
@@ -179,6 +184,11 @@ class Cluster:
             node.breaker.undecided()
             if isinstance(error, ModelChangedError):  # what the node last reported is out of date
                 self.probe_asked.set()
+
+    def computed(self, node_id: str, prompt_token_ids: Sequence[int], salt: bytes) -> None:
+        """The node has the KV of this prompt in its own cache now. Nodes of ours tell that themselves."""
+        if self._sent is not None:
+            self._sent.sent(node_id, prompt_token_ids, salt)
 
     def _count(self, work: NodeWork, sequences: int, prefill_tokens: int) -> None:
         work.sequences += sequences
@@ -256,6 +266,9 @@ class Cluster:
     def hits(self, view: ClusterView, prompt_token_ids: Sequence[int], salt: bytes) -> dict[bytes, PrefixHits]:
         """Where the prompt's usable chunks are, for each kind of KV among those who may decode."""
         found: dict[bytes, PrefixHits] = {}
+        if self._sent is not None:
+            hits = self._sent.find(prompt_token_ids, salt)
+            return {node.fingerprint: hits for node in (view.decoders or view.prefillers)[:1]}
         for node in view.decoders or view.prefillers:
             if node.fingerprint not in found and self.index:
                 count = usable_chunks(len(prompt_token_ids), node.chunk_tokens)

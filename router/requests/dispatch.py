@@ -123,6 +123,8 @@ class Dispatcher:
             decoder=decoder,
             fingerprint=fingerprint,
             full=full,
+            prompt_token_ids=prompt,
+            session=spec.session,
         )
         return self._policy.choose(request, view)
 

@@ -174,6 +174,7 @@ class RequestLegs:
             return
         if (watched := self._watched.get(leg.id)) is not None:
             watched.first(result.computed_tokens)
+        services.cluster.computed(action.node, spec.prompt_token_ids, spec.cache_salt)
         leg.cached_tokens, leg.computed_tokens = result.cached_tokens, result.computed_tokens
         leg.moved, leg.promoted, leg.timings = result.moved, result.promoted, result.timings
         leg.tier_choices = result.tier_choices
@@ -199,6 +200,8 @@ class RequestLegs:
         if failure is not None:
             leg.error = f"{failure.code}: {failure.message}"
             self._listener.tell(DecodeFailed(action.leg, failure))
+            return
+        self._services.cluster.computed(action.node, self.spec.prompt_token_ids, self.spec.cache_salt)
 
     def num_chunks(self, decoder: str) -> int:
         """How many full chunks of the prompt this decoder could be handed; 0 while nothing is known of it."""

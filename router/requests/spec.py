@@ -96,6 +96,8 @@ class RequestSpec:
     """Whose it is; empty: no keys are configured."""
     max_share: float = 1.0
     """Of the requests that a router takes at a time: while more are under way this one is refused."""
+    session: str = ""
+    """What the client names its requests by that belong together. It chooses nodes, nothing else."""
 
     @property
     def rows(self) -> int:

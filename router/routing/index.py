@@ -15,10 +15,15 @@ from kvcore.types import ChunkKey
 @dataclass(frozen=True, slots=True)
 class PrefixHits:
     """`by_node[n]`: how many leading chunks node n holds (absent: none). `longest`: how many leading chunks are
-    somewhere, each perhaps on another node."""
+    somewhere, each perhaps on another node. `each_its_own`: a node has no use for what another one holds."""
 
     longest: int = 0
     by_node: dict[str, int] = field(default_factory=dict)
+    each_its_own: bool = False
+
+    def in_reach_of(self, node_id: str) -> int:
+        """How many leading chunks the node need not compute."""
+        return self.by_node.get(node_id, 0) if self.each_its_own else self.longest
 
 
 Slot = tuple[str, str]

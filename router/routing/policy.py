@@ -196,7 +196,7 @@ def _prefiller_unneeded(request: RouteRequest, decoder: NodeView) -> tuple[int, 
     """(Prompt tokens cached somewhere, why the decoder computes the rest itself; None: it needs a prefiller.)"""
     chunk_tokens = decoder.chunk_tokens
     full_chunks = usable_chunks(request.prompt_tokens, chunk_tokens)
-    cached = min(request.hits_for(decoder).longest, full_chunks) * chunk_tokens
+    cached = min(request.hits_for(decoder).in_reach_of(decoder.id), full_chunks) * chunk_tokens
     if full_chunks * chunk_tokens <= cached:
         return cached, "all_chunks_cached" if full_chunks else "no_full_chunk"
     return cached, "short_rest" if request.prompt_tokens - cached < request.min_prefill_tokens else None

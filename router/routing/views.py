@@ -1,6 +1,6 @@
 """What a policy sees: the request, the usable nodes at one moment, and why the others are not. Values only."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -49,7 +49,8 @@ class ClusterView:
 class RouteRequest:
     """What a choice depends on. `hits[fingerprint]`: where the prompt's chunks are. `turn` counts requests: it breaks
     ties and is round robin's memory. `decoder`: already chosen, only a prefiller is wanted. `fingerprint`: of the KV of
-    the answer that is to go on; empty: none has begun. `full`: those of `exclude` that only have no room."""
+    the answer that is to go on; empty: none has begun. `full`: those of `exclude` that only have no room. `session`:
+    what the client names its requests by that belong together; empty: nothing."""
 
     prompt_tokens: int
     min_prefill_tokens: int
@@ -60,6 +61,8 @@ class RouteRequest:
     decoder: str | None = None
     fingerprint: bytes = b""
     full: frozenset[str] = frozenset()
+    prompt_token_ids: Sequence[int] = ()
+    session: str = ""
 
     def hits_for(self, node: NodeView) -> PrefixHits:
         """Where the prompt's chunks of this node's kind of KV are."""

@@ -136,11 +136,14 @@ def decides_by_what_it_is_given_alone(policy: RoutePolicy) -> None:
 
 
 def spreads_requests_over_equal_nodes(policy: RoutePolicy) -> None:
-    """Over the turns each of several nodes that are alike gets its share."""
+    """Over the turns, with prompts that share nothing, each of several nodes that are alike gets its share."""
     decoders = tuple(NodeView(f"d{i}", Role.DECODER, KINDS[0], 16, 4096) for i in range(4))
     prefillers = tuple(NodeView(f"p{i}", Role.PREFILLER, KINDS[0], 16, 4096) for i in range(4))
     routes = [
-        policy.choose(RouteRequest(500, 64, turn=turn), ClusterView(prefillers, decoders)).route for turn in range(400)
+        policy.choose(
+            RouteRequest(500, 64, turn=turn, prompt_token_ids=[turn] * 500), ClusterView(prefillers, decoders)
+        ).route
+        for turn in range(400)
     ]
     for nodes in (decoders, prefillers):
         taken = [route.decoder if nodes is decoders else route.prefiller for route in routes if route is not None]

@@ -61,6 +61,29 @@ def streamed_ids(events: list[dict], index: int = 0) -> list[int]:
     return [token for choice in choices for token in choice["token_ids"]]
 
 
+# --- where a prompt goes ---
+
+
+@BOTH
+async def test_a_prompt_goes_where_its_beginning_was_computed_before(kind: HandoffKind, model: Path) -> None:
+    """Servers tell nothing of their caches: the router remembers what it has sent them."""
+    fakes = servers(kind, prefillers=2, decoders=2)
+    async with routed(fakes, model, min_prefill_tokens=16) as session:
+        others = [list(range(300 + number, 364 + number)) for number in range(4)]
+        system = list(range(200, 264))
+        routes = []
+        for prompt in (system + [7] * 40, *others, system + [8] * 40, system + [9] * 40, system + [8] * 40 + [6]):
+            await ask(session, prompt=prompt)
+            routes.append((await record(session))["route"])
+    first, last = routes[0], routes[-1]
+    assert len({route["decoder"] for route in routes[:5]}) == 2
+    assert {(route["prefiller"], route["decoder"]) for route in (first, *routes[5:7])} == {
+        (first["prefiller"], first["decoder"])
+    }
+    assert [route["reason"] for route in routes] == [*["no_prefix"] * 5, "prefix_hit", "prefix_hit", "short_rest"]
+    assert last["prefiller"] is None
+
+
 # --- failures ---
 
 
@@ -214,8 +237,9 @@ async def test_a_decoder_that_cannot_fetch_computes_and_is_not_blamed(model: Pat
     fakes = servers(HandoffKind.NIXL)
     fakes["d0"].load_fails = True
     async with routed(fakes, model) as session:
-        for _ in range(4):
-            assert ids(await ask(session)) == ANSWER
+        for number in range(4):
+            prompt = [number, *PROMPT]
+            assert ids(await ask(session, prompt=prompt)) == expected(prompt, 8)
         assert fakes["d0"].fetched == [True, False] * 4
         assert (await nodes(session))["d0"]["breaker"] == "closed"
 
@@ -320,7 +344,8 @@ async def test_prompt_and_kv_go_from_prefiller_to_decoder(kind: HandoffKind, mod
         assert answer["choices"][0]["text"] == bytes(ANSWER).decode()
         assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 5, "the prefiller's truth"
         assert fakes["d0"].fetched == [True]
-        assert streamed_ids(await stream(session)) == ANSWER
+        other = [1, *PROMPT]
+        assert streamed_ids(await stream(session, prompt=other)) == expected(other, 8)
         kept = await record(session)
         assert [leg["kind"] for leg in kept["legs"]] == ["prefill", "decode"]  # type: ignore[index, attr-defined]
         async with session.get("/v1/cluster") as reply:

@@ -1,0 +1,56 @@
+"""What plain servers were sent lately: a guess at their prefix caches, of which they tell the router nothing.
+
+Owns the guess. A wrong one costs a worse route, never a wrong answer. The prefix tree lies in the index as blocks of
+tokens: a block's key stands for all before it, so what two prompts share is one path.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from kvcore.chunk_keys import chunk_keys, root_key, usable_chunks
+from kvcore.types import ChunkKey
+from router.routing.index import PrefixHits, PrefixIndex
+
+_FINGERPRINT = bytes(16)
+
+
+class SentPrefixes:
+    """Of each server the blocks that it was sent last, `max_blocks` of `block_tokens` tokens: vLLM's block, and about
+    the half million tokens that a server with one large GPU caches."""
+
+    def __init__(self, block_tokens: int = 16, max_blocks: int = 32_768) -> None:
+        self._block_tokens, self._max_blocks = block_tokens, max_blocks
+        self._index = PrefixIndex()
+        self._sent: dict[str, OrderedDict[ChunkKey, None]] = {}
+
+    def __repr__(self) -> str:
+        return f"<SentPrefixes {len(self._index)} blocks at {len(self._sent)} servers>"
+
+    def sent(self, server: str, prompt_token_ids: Sequence[int], salt: bytes) -> None:
+        """It has computed this prompt. What it was sent longest ago is taken to be forgotten, ends before beginnings,
+        as vLLM's cache does."""
+        keys, blocks = self._keys(prompt_token_ids, salt), self._sent.setdefault(server, OrderedDict())
+        for key in reversed(keys):
+            blocks[key] = None
+            blocks.move_to_end(key)
+        self._index.store(server, keys)
+        over = len(blocks) - self._max_blocks
+        if over > 0:
+            self._index.remove(server, [blocks.popitem(last=False)[0] for _ in range(over)])
+
+    def forget(self, server: str) -> None:
+        """It has started anew, or is away."""
+        if self._sent.pop(server, None) is not None:
+            self._index.drop_node(server)
+
+    def find(self, prompt_token_ids: Sequence[int], salt: bytes) -> PrefixHits:
+        """How many leading tokens of this prompt each server has, the last one never: it is computed for the answer."""
+        if not self._sent:
+            return PrefixHits(each_its_own=True)
+        size = self._block_tokens
+        found = self._index.find(self._keys(prompt_token_ids, salt)[: usable_chunks(len(prompt_token_ids), size)])
+        by_node = {server: count * size for server, count in found.by_node.items()}
+        return PrefixHits(found.longest * size, by_node, each_its_own=True)
+
+    def _keys(self, prompt_token_ids: Sequence[int], salt: bytes) -> list[ChunkKey]:
+        return chunk_keys(root_key(_FINGERPRINT, salt), prompt_token_ids, self._block_tokens)
