@@ -19,8 +19,7 @@ from kvcore.process.http_client import http_session
 from kvcore.trust.http_proof import RequestVerifier
 from kvcore.trust.opening import TrustSource, open_trust
 from kvcore.types import Role
-from kvnode.answers import ProvenCalls
-from nodeapi.frames import pack_frame
+from kvnode.answers import ProvenCalls, frame_around
 from nodeapi.messages import FinishReason, GenerateRequest, LegInfo, PrefillRequest, PrefillResult, TokenDelta
 
 PROMPT_TOKENS = 1900
@@ -57,7 +56,7 @@ def node_app(node_id: str, role: Role) -> web.Application:
         delta = TokenDelta(index=0, token_ids=[65], finish_reason=FinishReason.LENGTH, info=info)
         response = web.StreamResponse()
         await response.prepare(request)
-        await response.write(pack_frame(msgspec.msgpack.encode(delta)))
+        await response.write(frame_around(request, msgspec.msgpack.encode(delta)))
         await response.write_eof()
         return response
 

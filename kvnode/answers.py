@@ -11,11 +11,13 @@ from kvcore.process.aiohttp_gate import check_place
 from kvcore.process.certified_app import NO_CERTIFICATE
 from kvcore.process.proven_app import OPEN_PATHS
 from kvcore.trust.certificates import peer_names
-from kvcore.trust.http_proof import INPUT, WANTED, Proof, RequestVerifier, check_body
+from kvcore.trust.http_proof import INPUT, WANTED, FrameSeal, Proof, RequestVerifier, check_body
+from nodeapi.frames import pack_frame
 
 MSGPACK = "application/msgpack"
 _logger = logging.getLogger("kvnode")
 _PROOF: web.RequestKey[Proof] = web.RequestKey("proof", Proof)
+_SEAL: web.RequestKey[FrameSeal] = web.RequestKey("seal", FrameSeal)
 
 
 class CertifiedCalls:
@@ -52,7 +54,14 @@ class ProvenCalls:
     async def _prove(self, request: web.Request, response: web.StreamResponse) -> None:
         proof = request.get(_PROOF)
         if proof is not None:
-            response.headers.update(self._verifier.reply_headers(proof, response.status))
+            body: bytes | None = None
+            if isinstance(response, web.Response):
+                whole = response.body or b""
+                assert isinstance(whole, bytes), "an answer is made whole, or is a stream of frames"
+                body = whole
+            else:
+                request[_SEAL] = self._verifier.seal(proof)
+            response.headers.update(self._verifier.reply_headers(proof, response.status, body))
         elif response.status == 401:
             response.headers[WANTED] = self._verifier.wanted
 
@@ -63,6 +72,12 @@ def check_read(request: web.Request, body: bytes) -> bytes:
     if proof is not None:
         check_body(proof, body)
     return body
+
+
+def frame_around(request: web.Request, payload: bytes) -> bytes:
+    """The next frame of an answer that is a stream of them, once its head has gone; sealed where it was proved."""
+    seal = request.get(_SEAL)
+    return pack_frame(payload if seal is None else seal.seal(payload))
 
 
 @web.middleware

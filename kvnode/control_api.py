@@ -27,12 +27,20 @@ from kvcore.errors import (
 )
 from kvcore.process.aiohttp_gate import BoundedRunner, read_body
 from kvcore.telemetry import METRICS_CONTENT_TYPE, log_fields
-from kvnode.answers import MSGPACK, CertifiedCalls, ProvenCalls, answer_errors, check_read, error_answer, msgpack_answer
+from kvnode.answers import (
+    MSGPACK,
+    CertifiedCalls,
+    ProvenCalls,
+    answer_errors,
+    check_read,
+    error_answer,
+    frame_around,
+    msgpack_answer,
+)
 from kvnode.limits import NodeLimits
 from kvnode.request_check import parse_request
 from kvnode.tiers.node_tiers import NodeTiers
 from kvnode.upkeep import NodeUpkeep
-from nodeapi.frames import pack_frame
 from nodeapi.messages import (
     GenerateRequest,
     NodeReport,
@@ -188,7 +196,7 @@ class ControlApi:
         response = web.StreamResponse(headers={"Content-Type": MSGPACK})
         await response.prepare(http)
         try:
-            await _write_frames(response, first, deltas, leg)
+            await _write_frames(http, response, first, deltas, leg)
             await response.write_eof()
         except BaseException:
             if http.transport is not None:
@@ -294,17 +302,21 @@ def said_by(delta: TokenDelta, fingerprint: bytes, given: PromoteReply) -> Token
 
 
 async def _write_frames(
-    response: web.StreamResponse, first: TokenDelta | None, deltas: AsyncGenerator[TokenDelta, None], leg: _ActiveLeg
+    http: web.Request,
+    response: web.StreamResponse,
+    first: TokenDelta | None,
+    deltas: AsyncGenerator[TokenDelta, None],
+    leg: _ActiveLeg,
 ) -> None:
     try:
         if first is not None:
-            await response.write(pack_frame(msgspec.msgpack.encode(first)))
+            await response.write(frame_around(http, msgspec.msgpack.encode(first)))
         async for delta in deltas:
-            await response.write(pack_frame(msgspec.msgpack.encode(delta)))
+            await response.write(frame_around(http, msgspec.msgpack.encode(delta)))
     except KVFerryError as error:
         leg.outcome = error.code
         last = StreamError(code=error.code, message=error.message, retryable=error.retryable)
-        await response.write(pack_frame(msgspec.msgpack.encode(last)))
+        await response.write(frame_around(http, msgspec.msgpack.encode(last)))
 
 
 async def _bounded(work: Awaitable[_T], seconds: float) -> _T:

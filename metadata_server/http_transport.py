@@ -15,9 +15,10 @@ from kvcore.errors import (
     MetadataUnavailableError,
     NodeRefusedError,
     NotLeaderError,
+    ProofError,
 )
 from kvcore.ports import why_unreachable
-from kvcore.process.http_client import ProofRefusedError, http_session, internal_ssl
+from kvcore.process.http_client import ProofRefusedError, frame_seal, http_session, internal_ssl
 from kvcore.trust.opening import OPEN, ClusterTrust
 from metadata_server.endpoints import ENDPOINTS
 from metadata_server.limits import ClientLimits
@@ -98,13 +99,17 @@ class HttpEventSource:
             async with self._session.get(url, params=params, headers=_MSGPACK, timeout=self._timeout) as response:
                 if response.status != 200:
                     raise _error_of(url, response.status, await response.read())
+                seal = frame_seal(response)
                 while True:
                     size = int.from_bytes(await response.content.readexactly(4), "little")
                     if size > self._limits.max_frame_bytes:
                         raise MetadataProtocolError(f"{url} sent a frame of {size} bytes")
-                    yield await response.content.readexactly(size)
+                    frame = await response.content.readexactly(size)
+                    yield frame if seal is None else seal.open(frame)
         except asyncio.IncompleteReadError as error:
             raise MetadataUnavailableError(f"{url} ended") from error
+        except ProofError as error:
+            raise MetadataUnavailableError(f"{url}: {error.message}") from error
         except TimeoutError as error:
             raise MetadataUnavailableError(f"{url} was silent for {self._limits.silence_s} s") from error
         except (aiohttp.ClientError, OSError) as error:

@@ -3,12 +3,20 @@
 Owns the translation of bodies and refusals. Decides nothing and retries nothing.
 """
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import TypeVar
 
 import msgspec
 
-from kvcore.errors import EngineError, KVFerryError, NodeUnavailableError, NodeVersionError, error_from_code
+from kvcore.errors import (
+    EngineError,
+    KVFerryError,
+    NodeUnavailableError,
+    NodeVersionError,
+    ProofError,
+    error_from_code,
+)
+from kvcore.trust.http_proof import FrameSeal
 from kvcore.trust.opening import OPEN, ClusterTrust
 from nodeapi.frames import FrameDecoder, FrameError
 from nodeapi.http_calls import HttpCalls
@@ -82,7 +90,7 @@ class HttpNodeClient:
         async with self._calls.open("POST", f"{url}/v1/generate", body, timeout_s) as answer:
             cutter = FrameDecoder(MAX_FRAME_BYTES)
             while data := await answer.read(timeout_s):
-                for frame in self._frames_in(data, cutter, url):
+                for frame in self._frames_in(data, cutter, url, answer.seal):
                     if isinstance(frame, StreamError):
                         raise error_from_code(frame.code, frame.message)
                     if frame.finish_reason is not None:
@@ -133,9 +141,14 @@ class HttpNodeClient:
     async def _ask(self, url: str, request: msgspec.Struct, kind: type[_Reply], timeout_s: float) -> _Reply:
         return _decode(await self._calls.fetch("POST", url, self._encoder.encode(request), timeout_s), kind, url)
 
-    def _frames_in(self, data: bytes, cutter: FrameDecoder, url: str) -> list[TokenDelta | StreamError]:
+    def _frames_in(
+        self, data: bytes, cutter: FrameDecoder, url: str, seal: FrameSeal | None
+    ) -> list[TokenDelta | StreamError]:
+        opened: Callable[[bytes], bytes] = bytes if seal is None else seal.open
         try:
-            return [self._frames.decode(payload) for payload in cutter.feed(data)]
+            return [self._frames.decode(opened(payload)) for payload in cutter.feed(data)]
+        except ProofError as error:
+            raise NodeUnavailableError(f"{url}: {error.message}") from error
         except (FrameError, msgspec.DecodeError, UnicodeDecodeError) as error:
             raise NodeUnavailableError(f"{url} sent a frame that cannot be read: {error}") from error
 

@@ -7,12 +7,13 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 
-from kvcore.errors import DeadlineExceededError, KVFerryError, NoDescriptorsError, NodeUnavailableError
+from kvcore.errors import DeadlineExceededError, KVFerryError, NoDescriptorsError, NodeUnavailableError, ProofError
 from kvcore.http.connection import HttpConnection
 from kvcore.http.errors import ConnectTimeoutError
 from kvcore.http.pool import HttpPool
 from kvcore.ports import why_unreachable
 from kvcore.process.descriptors import are_exhausted, soft_limit
+from kvcore.trust.http_proof import FrameSeal
 from kvcore.trust.opening import OPEN, ClusterTrust
 
 MAX_REPLY_BYTES = 16 << 20
@@ -62,11 +63,12 @@ class HttpCalls:
         except OSError as error:
             raise _meaning(error, url, timeout_s) from error
         try:
-            if answer.status >= 400:
-                raise self._refusal(answer.status, answer.take()[:MAX_ERROR_BYTES], url)
             if answer.num_unread > most:
                 raise NodeUnavailableError(f"{url} answered more than {most} bytes")
-            return answer.take()
+            reply = _proved(answer, url, answer.take())
+            if answer.status >= 400:
+                raise self._refusal(answer.status, reply[:MAX_ERROR_BYTES], url)
+            return reply
         finally:
             answer.end()
 
@@ -83,7 +85,8 @@ class HttpCalls:
         opened = OpenAnswer(answer, url)
         try:
             if answer.status >= 400:
-                raise self._refusal(answer.status, await opened.beginning(MAX_ERROR_BYTES, timeout_s), url)
+                said = await opened.beginning(MAX_ERROR_BYTES, timeout_s)
+                raise self._refusal(answer.status, _proved(answer, url, said), url)
             yield opened
         finally:
             answer.end(rests=opened.finished)
@@ -103,6 +106,11 @@ class OpenAnswer:
         """Set by a reader that has all that it wants, and expects nothing but the answer's end: the connection is kept
         for another call."""
 
+    @property
+    def seal(self) -> FrameSeal | None:
+        """What opens its frames; None: they are not sealed."""
+        return None if self._answer.proven is None else self._answer.proven.seal
+
     async def read(self, timeout_s: float) -> bytes:
         """What comes next, within `timeout_s`; empty: the answer is at its end. Raises errors of kvcore.errors."""
         if not self._answer.num_unread:
@@ -119,6 +127,16 @@ class OpenAnswer:
         except OSError as error:
             raise _meaning(error, self._url, timeout_s) from error
         return self._answer.take()[:most]
+
+
+def _proved(answer: HttpConnection, url: str, body: bytes) -> bytes:
+    """The whole body, if it is the one that was proved, or none was."""
+    if answer.proven is not None:
+        try:
+            answer.proven.check(body)
+        except ProofError as error:
+            raise NodeUnavailableError(f"{url}: {error.message}") from error
+    return body
 
 
 def _meaning(error: OSError, url: str, timeout_s: float) -> KVFerryError:

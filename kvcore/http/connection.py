@@ -15,6 +15,7 @@ import httptools
 from kvcore.http.errors import BrokenCallError
 from kvcore.http.limits import CallLimits
 from kvcore.ports import why_unreachable
+from kvcore.trust.http_proof import ProvenReply
 
 
 class HttpConnection(asyncio.Protocol):
@@ -43,6 +44,8 @@ class HttpConnection(asyncio.Protocol):
         """Whether the call under way is not its first."""
         self.status = 0
         """Of the answer; 0: its head has not come."""
+        self.proven: ProvenReply | None = None
+        """What the answer's head has proved to its owner, who sets it; None: nothing was asked for."""
         self._headers: list[tuple[bytes, bytes]] = []
         self._parts: list[bytes] = []
         self._size = self._head_bytes = 0
@@ -234,6 +237,7 @@ class HttpConnection(asyncio.Protocol):
     def _reset(self) -> None:
         self.status = self._size = self._head_bytes = 0
         self._headers, self._parts, self._error = [], [], None
+        self.proven = None
         self._whole = self._interim = self._to_the_end = False
         self._keeps = True
 

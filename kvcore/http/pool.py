@@ -18,7 +18,7 @@ from kvcore.http.connection import HttpConnection
 from kvcore.http.errors import BrokenCallError, ConnectTimeoutError
 from kvcore.http.limits import CallLimits
 from kvcore.http.origin import Origin, addresses, origin_of, peer_socket
-from kvcore.trust.http_proof import INPUT, MAX_SAID_BYTES, SIGNATURE, WANTED, Proof, RequestProver, why_unproven
+from kvcore.trust.http_proof import DIGEST, INPUT, MAX_SAID_BYTES, SIGNATURE, WANTED, Proof, RequestProver, why_unproven
 from kvcore.trust.opening import OPEN, ClusterTrust
 
 _IDEMPOTENT = frozenset({"GET", "PUT", "DELETE"})
@@ -149,8 +149,10 @@ class HttpPool:
             )
         if self._prover is None or proof is None:
             return
-        said = {name: answer.header(name) or "" for name in (INPUT, SIGNATURE)}
-        if not self._prover.is_proven(proof, status, said):
+        found = {name: answer.header(name) for name in (DIGEST, INPUT, SIGNATURE)}
+        said = {name: value for name, value in found.items() if value is not None}
+        answer.proven = self._prover.proven_reply(proof, status, said)
+        if answer.proven is None:
             beginning = answer.take()[:MAX_SAID_BYTES] if status >= 400 else b""
             raise BrokenCallError(why_unproven(origin.url, status, said, beginning))
 

@@ -9,7 +9,8 @@ from typing import Any
 import aiohttp
 
 from kvcore.clock import SystemClock
-from kvcore.trust.http_proof import MAX_SAID_BYTES, WANTED, Proof, RequestProver, why_unproven
+from kvcore.errors import ProofError
+from kvcore.trust.http_proof import MAX_SAID_BYTES, WANTED, FrameSeal, Proof, RequestProver, why_unproven
 from kvcore.trust.opening import OPEN, ClusterTrust
 from kvcore.trust.tls import pinned_context
 
@@ -49,8 +50,12 @@ def internal_ssl(trust: ClusterTrust) -> ssl.SSLContext | bool:
 
 
 def _session(trust: ClusterTrust, options: dict[str, Any]) -> aiohttp.ClientSession:
-    known = () if trust.secrets is None else (_Proving(RequestProver(trust, SystemClock())).send,)
-    return aiohttp.ClientSession(middlewares=(_refuse_redirects, *known), **options)
+    if trust.secrets is None:
+        return aiohttp.ClientSession(middlewares=(_refuse_redirects,), **options)
+    proving = _Proving(RequestProver(trust, SystemClock())).send
+    return aiohttp.ClientSession(
+        middlewares=(_refuse_redirects, proving), response_class=_ProvenResponse, auto_decompress=False, **options
+    )
 
 
 async def _refuse_redirects(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
@@ -63,6 +68,15 @@ async def _refuse_redirects(request: aiohttp.ClientRequest, send: aiohttp.Client
             "name the server itself"
         )
     return response
+
+
+class _ProvenResponse(aiohttp.ClientResponse):
+    seal: FrameSeal | None = None
+
+
+def frame_seal(response: aiohttp.ClientResponse) -> FrameSeal | None:
+    """What opens the frames of an answer that is a stream of them; None: nothing was proved."""
+    return response.seal if isinstance(response, _ProvenResponse) else None
 
 
 class _Proving:
@@ -81,12 +95,20 @@ class _Proving:
                 response.release()
                 proof = await self._prove(request)
                 response = await send(request)
-        if not self._prover.is_proven(proof, response.status, response.headers):
+        reply = self._prover.proven_reply(proof, response.status, response.headers)
+        if reply is None:
             beginning = await response.content.read(MAX_SAID_BYTES) if response.status >= 400 else b""
             response.close()
             server, status = str(request.url.origin()), response.status
             kind = ProofRefusedError if status == 401 else UnprovenReplyError
             raise kind(why_unproven(server, status, response.headers, beginning))
+        if isinstance(response, _ProvenResponse):
+            response.seal = reply.seal
+        if reply.digest is not None:
+            try:
+                reply.check(await response.read())
+            except ProofError as error:
+                raise UnprovenReplyError(f"{request.url.origin()}: {error.message}") from error
         return response
 
     async def _prove(self, request: aiohttp.ClientRequest) -> Proof:

@@ -12,6 +12,9 @@ from kvcore.trust.http_proof import WANTED, Proof, RequestVerifier, check_digest
 OPEN_PATHS = frozenset({"/health", "/metrics"})
 """What orchestrators and Prometheus ask, which have no secret: they say how we are, and nothing of prompts."""
 
+FRAME_SEAL = "kvferry.frame_seal"
+"""In the scope of a proved request: what seals each frame of an answer that is a stream of them."""
+
 Needs = Callable[[Scope], bool]
 
 
@@ -41,14 +44,22 @@ class ProvenApp:
             await refuse(error, scope, send, wanted=self._verifier.wanted)
             return
 
+        start: Message | None = None
+
         async def send_proved(message: Message) -> None:
+            nonlocal start
             if message["type"] == "http.response.start":
-                made = self._verifier.reply_headers(proof, message["status"])
+                start = message  # until its body is known, which is proved with it
+                return
+            if start is not None and message["type"] == "http.response.body":
+                whole = None if message.get("more_body", False) else message.get("body", b"")
+                made = self._verifier.reply_headers(proof, start["status"], whole)
                 own = [(name.encode(), value.encode()) for name, value in made]
-                message["headers"] = [*message.get("headers", ()), *own]
+                head, start = {**start, "headers": [*start.get("headers", ()), *own]}, None
+                await send(head)
             await send(message)
 
-        await self._app(scope, _checked(receive, proof), send_proved)
+        await self._app({**scope, FRAME_SEAL: self._verifier.seal(proof)}, _checked(receive, proof), send_proved)
 
 
 async def refuse(error: ProofError, scope: Scope, send: Send, wanted: str = "") -> None:

@@ -19,7 +19,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvcore.clock import Clock
 from kvcore.errors import KVFerryError, MetadataProtocolError, NotLeaderError
+from kvcore.process.proven_app import FRAME_SEAL
 from kvcore.telemetry import METRICS_CONTENT_TYPE, Metrics, log_fields
+from kvcore.trust.http_proof import FrameSeal
 from metadata_server.core import MetadataCore
 from metadata_server.endpoints import ENDPOINTS
 from metadata_server.limits import ServerLimits
@@ -100,7 +102,7 @@ def _gets(
     async def events(request: Request) -> Response:
         epoch, from_seq = request.query_params.get("epoch", ""), _from_seq(request, default=0)
         source = core.events(epoch, from_seq, request.client.host if request.client else "")
-        return _Frames(source, await anext(source, None), send_s)
+        return _Frames(source, await anext(source, None), send_s, request.scope.get(FRAME_SEAL))
 
     async def replay(request: Request) -> Response:
         json = _wants_json(request, True)
@@ -148,16 +150,23 @@ def _from_seq(request: Request, *, default: int | None) -> int:
 class _Frames(StreamingResponse):
     """u32le length and batch, each sent within a deadline; whatever ends it ends the source too."""
 
-    def __init__(self, source: AsyncGenerator[bytes, None], first: bytes | None, send_s: float) -> None:
+    def __init__(
+        self, source: AsyncGenerator[bytes, None], first: bytes | None, send_s: float, seal: FrameSeal | None
+    ) -> None:
         super().__init__(self._frames(first), media_type=FRAMES)
         self._source = source
+        self._sealed = seal.seal if seal is not None else bytes
         self._send_s = send_s
 
     async def _frames(self, first: bytes | None) -> AsyncGenerator[bytes, None]:
         if first is not None:
-            yield len(first).to_bytes(4, "little") + first
+            yield self._frame(first)
         async for batch in self._source:
-            yield len(batch).to_bytes(4, "little") + batch
+            yield self._frame(batch)
+
+    def _frame(self, batch: bytes) -> bytes:
+        payload = self._sealed(batch)
+        return len(payload).to_bytes(4, "little") + payload
 
     async def stream_response(self, send: Send) -> None:
         """Send until the source ends, the client leaves or stops reading."""

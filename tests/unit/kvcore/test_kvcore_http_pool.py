@@ -409,7 +409,7 @@ def test_calls_are_proved_answers_checked_and_an_older_secret_is_learnt(run: Run
             call.say(f"HTTP/1.1 401 No\r\nContent-Length: 0\r\n{WANTED}: {theirs.wanted}\r\n\r\n".encode())
             return
         proof = theirs.check(method, target, call.headers)
-        lines = "".join(f"{name}: {value}\r\n" for name, value in theirs.reply_headers(proof, 200))
+        lines = "".join(f"{name}: {value}\r\n" for name, value in theirs.reply_headers(proof, 200, b"ok"))
         said = OK if "liar" in target else OK.replace(b"\r\n", b"\r\n" + lines.encode(), 1)
         call.say(said)
 

@@ -11,7 +11,7 @@ from http_message_signatures import HTTPMessageVerifier, HTTPSignatureKeyResolve
 
 from kvcore.clock import ManualClock
 from kvcore.errors import ProofError
-from kvcore.trust.http_proof import INPUT, SIGNATURE, RequestProver, RequestVerifier, check_body
+from kvcore.trust.http_proof import DIGEST, INPUT, SIGNATURE, RequestProver, RequestVerifier, check_body, digest_of
 from kvcore.trust.keys import KeyLabel
 from kvcore.trust.limits import ProofLimits
 from kvcore.trust.opening import ClusterTrust
@@ -196,13 +196,49 @@ def test_an_answer_proves_that_its_server_knows_the_secret_and_got_this_request(
     pair = Pair(trust(), trust())
     sent, other = (pair.prover.prove("POST", HOST, TARGET, BODY) for _ in range(2))
     got = pair.verifier.check("POST", TARGET, {"Host": HOST, **dict(sent.headers)})
-    answer = dict(pair.verifier.reply_headers(got, 200))
-    assert pair.prover.is_proven(sent, 200, answer)
-    assert not pair.prover.is_proven(sent, 204, answer)
-    assert not pair.prover.is_proven(other, 200, answer)
-    assert not pair.prover.is_proven(sent, 200, {})
-    assert not pair.prover.is_proven(sent, 200, dict(sent.headers))
-    assert not pair.prover.is_proven(sent, 200, {**answer, SIGNATURE: "kvferry=:AAAA:"})
+    for body in (b"what is answered", None):
+        answer = dict(pair.verifier.reply_headers(got, 200, body))
+        assert pair.prover.proven_reply(sent, 200, answer) is not None
+        assert pair.prover.proven_reply(sent, 204, answer) is None
+        assert pair.prover.proven_reply(other, 200, answer) is None
+        assert pair.prover.proven_reply(sent, 200, {}) is None
+        assert pair.prover.proven_reply(sent, 200, dict(sent.headers)) is None
+        assert pair.prover.proven_reply(sent, 200, {**answer, SIGNATURE: "kvferry=:AAAA:"}) is None
+        assert pair.prover.proven_reply(sent, 200, {**answer, DIGEST: digest_of(b"another")}) is None
+    whole = dict(pair.verifier.reply_headers(got, 200, b""))
+    assert pair.prover.proven_reply(sent, 200, {name: whole[name] for name in (INPUT, SIGNATURE)}) is None
+
+
+def test_an_answers_body_is_proved_with_it_and_a_streams_frames_one_by_one():
+    pair = Pair(trust(), trust())
+    sent = pair.prover.prove("POST", HOST, TARGET, BODY)
+    got = pair.verifier.check("POST", TARGET, {"Host": HOST, **dict(sent.headers)})
+    whole = pair.prover.proven_reply(sent, 200, dict(pair.verifier.reply_headers(got, 200, b"yes")))
+    whole.check(b"yes")
+    with pytest.raises(ProofError, match="changed on its way"):
+        whole.check(b"no")
+    head = dict(pair.verifier.reply_headers(got, 200, None))
+    stream = pair.prover.proven_reply(sent, 200, head)
+    with pytest.raises(ProofError, match="changed on its way"):
+        stream.check(b"")
+    seal = pair.verifier.seal(got)
+    frames = [seal.seal(payload) for payload in (b"one", b"two", b"", b"four")]
+    assert [stream.seal.open(frame) for frame in frames] == [b"one", b"two", b"", b"four"]
+    spoilt = [
+        [b"onE" + frames[0][3:]],
+        [frames[1]],
+        [frames[0], frames[0]],
+        [frames[0], frames[2]],
+        [frames[0][:-1]],
+        [b""],
+    ]
+    for those in spoilt:
+        opener = pair.prover.proven_reply(sent, 200, head).seal
+        with pytest.raises(ProofError, match="left out or put in"):
+            [opener.open(frame) for frame in those]
+    other = pair.verifier.check("POST", TARGET, pair.request())
+    with pytest.raises(ProofError):
+        pair.prover.proven_reply(sent, 200, head).seal.open(pair.verifier.seal(other).seal(b"one"))
 
 
 class Key(HTTPSignatureKeyResolver):

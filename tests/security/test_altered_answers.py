@@ -1,0 +1,173 @@
+"""Somebody on the network changes what servers of the cluster answer: with a secret no client takes it."""
+
+import secrets as random
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, nullcontext
+from urllib.parse import urlsplit
+
+import msgspec
+import pytest
+from aiohttp import web
+from support.altering_proxy import altering
+from support.fake_engine import FakeEngine, generate_request, prefill_request
+from support.metadata_words import new_state
+
+from kvcore.clock import SystemClock
+from kvcore.errors import KVFerryError, MetadataUnavailableError, NodeUnavailableError
+from kvcore.process.asgi import AsgiServer
+from kvcore.process.proven_app import ProvenApp
+from kvcore.telemetry import Metrics
+from kvcore.trust.http_proof import RequestVerifier
+from kvcore.trust.opening import OPEN, ClusterTrust
+from kvcore.trust.secrets import Secrets
+from kvcore.types import NodeInfo, Role
+from kvnode.answers import ProvenCalls
+from kvnode.control_api import ControlApi
+from metadata_server.core import MetadataCore
+from metadata_server.http_transport import HttpEventSource, HttpMetadataTransport
+from metadata_server.messages import EventBatch, NodesReply, RegisterRequest
+from metadata_server.shell.app import create_app
+from nodeapi.client import HttpNodeClient
+from nodeapi.messages import NodeReport, ProbeReport, ProbeRequest
+
+SECURED = ClusterTrust("here", Secrets((random.token_bytes(32),)))
+NODE = NodeInfo(id="d0", role=Role.DECODER, control_url="http://10.0.0.1:8100", incarnation=1)
+each = pytest.mark.parametrize("trust", [OPEN, SECURED], ids=["open", "secured"])
+
+
+def port_of(url: str) -> int:
+    port = urlsplit(url).port
+    assert port is not None
+    return port
+
+
+@asynccontextmanager
+async def metadata(trust: ClusterTrust) -> AsyncIterator[int]:
+    """One that knows a node."""
+    clock = SystemClock()
+    core = MetadataCore(new_state(), clock)
+    core.register(RegisterRequest(node=NODE, segments=[], ttl_s=60.0), clock.now())
+    app = create_app(core, clock, Metrics(), 1 << 20)
+    shell = app if trust is OPEN else ProvenApp(app, RequestVerifier(trust, clock, None))
+    server = AsgiServer(shell, "127.0.0.1", 0)
+    await server.start()
+    try:
+        yield port_of(server.url)
+    finally:
+        core.stop()
+        await server.aclose()
+
+
+@asynccontextmanager
+async def node(trust: ClusterTrust) -> AsyncIterator[int]:
+    engine = FakeEngine()
+
+    async def report() -> NodeReport:
+        return NodeReport(node=NODE, engine=engine.info, stats=await engine.stats())
+
+    async def nothing(_: ProbeRequest) -> ProbeReport:
+        raise NodeUnavailableError("it does not measure")
+
+    async def metrics() -> bytes:
+        return b""
+
+    api = ControlApi(engine=lambda: engine, report=report, metrics=metrics, health=lambda: None, probe=nothing)
+    runner = api.runner(None if trust is OPEN else ProvenCalls(RequestVerifier(trust, SystemClock(), None)))
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        yield runner.addresses[0][1]
+    finally:
+        await runner.cleanup()
+
+
+async def whose_url(url: str, trust: ClusterTrust) -> bool:
+    """Whether a client is told another address of the node."""
+    transport = HttpMetadataTransport(url, trust=trust)
+    try:
+        reply = msgspec.msgpack.decode(await transport.call("/v1/nodes", b"", 5.0), type=NodesReply)
+    finally:
+        await transport.aclose()
+    return reply.nodes[0].control_url == "http://10.6.6.6:8100"
+
+
+async def which_events(url: str, trust: ClusterTrust) -> bool:
+    """Whether a subscriber is told another epoch."""
+    source = HttpEventSource(url, trust=trust)
+    stream = source.batches("", 0)
+    try:
+        batch = msgspec.msgpack.decode(await anext(stream), type=EventBatch)
+    finally:
+        await stream.aclose()
+        await source.aclose()
+    return batch.epoch == "e6"
+
+
+@asynccontextmanager
+async def client_of(trust: ClusterTrust) -> AsyncIterator[HttpNodeClient]:
+    client = HttpNodeClient(connect_timeout_s=5.0, max_connections=4, trust=trust)
+    try:
+        yield client
+    finally:
+        await client.aclose()
+
+
+async def which_tokens(url: str, trust: ClusterTrust) -> bool:
+    """Whether a router is given another token."""
+    async with client_of(trust) as client:
+        deltas = [delta async for delta in client.generate(url, generate_request(), timeout_s=5.0)]
+    return any(delta.token_ids == [103] for delta in deltas)
+
+
+async def what_was_computed(url: str, trust: ClusterTrust) -> bool:
+    """Whether a router is told that more was stored."""
+    async with client_of(trust) as client:
+        return (await client.prefill(url, prefill_request(), timeout_s=5.0)).stored_chunks == 3
+
+
+async def why_not(url: str, trust: ClusterTrust) -> bool:
+    """Whether a router is given another reason."""
+    async with client_of(trust) as client:
+        try:
+            await client.prefill(url, prefill_request("fail:overloaded"), timeout_s=5.0)
+        except NodeUnavailableError:
+            raise
+        except KVFerryError as error:
+            return error.code != "overloaded"
+    return False
+
+
+Attack = tuple[Callable[[str, ClusterTrust], Awaitable[bool]], bytes, bytes]
+OF_METADATA: list[Attack] = [
+    (whose_url, b"http://10.0.0.1:8100", b"http://10.6.6.6:8100"),
+    (which_events, b"\xa2e1", b"\xa2e6"),
+]
+OF_NODES: list[Attack] = [
+    (which_tokens, b"token_ids\x91\x02", b"token_ids\x91\x67"),
+    (what_was_computed, b"stored_chunks\x02", b"stored_chunks\x03"),
+    (why_not, b"overloaded", b"never_mind"),
+]
+
+
+@each
+@pytest.mark.parametrize("attack", OF_METADATA, ids=lambda attack: attack[0].__name__)
+async def test_what_the_metadata_server_says_cannot_be_changed(trust, attack):
+    work, old, new = attack
+    refused = pytest.raises(MetadataUnavailableError, match="changed") if trust is SECURED else nullcontext()
+    async with metadata(trust) as port, altering(port, old, new) as url:
+        with refused:
+            assert await work(url, trust)
+    async with metadata(trust) as port, altering(port, b"?", b"?") as url:
+        assert not await work(url, trust)
+
+
+@each
+@pytest.mark.parametrize("attack", OF_NODES, ids=lambda attack: attack[0].__name__)
+async def test_what_a_node_says_cannot_be_changed(trust, attack):
+    work, old, new = attack
+    refused = pytest.raises(NodeUnavailableError, match="changed") if trust is SECURED else nullcontext()
+    async with node(trust) as port, altering(port, old, new) as url:
+        with refused:
+            assert await work(url, trust)
+    async with node(trust) as port, altering(port, b"?", b"?") as url:
+        assert not await work(url, trust)
