@@ -11,15 +11,15 @@ async def altering(target: int, old: bytes, new: bytes) -> AsyncIterator[str]:
     assert len(old) == len(new)
     tasks: set[asyncio.Task[None]] = set()
 
-    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *change: bytes) -> None:
+    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, change: bool) -> None:
         while data := await reader.read(1 << 16):
-            writer.write(data.replace(*change) if change else data)
+            writer.write(data.replace(old, new) if change else data)
             await writer.drain()
         writer.close()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         from_server, to_server = await asyncio.open_connection("127.0.0.1", target)
-        ways = [pass_on(reader, to_server), pass_on(from_server, writer, old, new)]
+        ways = [pass_on(reader, to_server, change=False), pass_on(from_server, writer, change=True)]
         tasks.update(asyncio.ensure_future(way) for way in ways)
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
