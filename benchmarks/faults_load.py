@@ -38,7 +38,7 @@ class Seen:
 
 @dataclass(slots=True)
 class Load:
-    """`prompts` are asked of `url`, AT_ONCE at a time. `leave`: every second client goes, after that many seconds."""
+    """`prompts` are asked of `url`, so many at a time. `leave`: every second client goes, after that many seconds."""
 
     url: str
     model: str
@@ -47,6 +47,7 @@ class Load:
     more: dict[str, object] = field(default_factory=dict)
     """Fields of each body."""
     leave: float | None = None
+    at_once: int = AT_ONCE
     seen: list[Seen] = field(default_factory=list)
     """Of requests that have ended."""
     _ended: asyncio.Condition = field(default_factory=asyncio.Condition)
@@ -61,7 +62,7 @@ class Load:
                     await self._one(session, number)
 
             async with asyncio.TaskGroup() as clients:
-                for _ in range(AT_ONCE):
+                for _ in range(self.at_once):
                     clients.create_task(client())
         return sorted(self.seen, key=lambda one: one.number)
 

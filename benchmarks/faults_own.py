@@ -22,16 +22,18 @@ import yaml
 from benchmarks.faults_cells import ROUTER_STOPS_S, Fault
 from benchmarks.faults_load import Load
 from benchmarks.faults_proxy import Proxy, proxy_to
+from engines.sim.reference import expected_tokens
 from kvcore.config.file import load_config
+from kvcore.config.schema import SimEngineConfig
 from kvcore.process.http_client import http_session
 from kvferry.launch.launcher import Launcher
 from kvferry.launch.processes import ProcessKind, plan_processes
-from nodeapi.messages import NodeReport
+from nodeapi.messages import NodeReport, SamplingParams
+from router.text.tokenizer import ByteTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from support.ports import free_ports
-from support.tiny_models import make_tiny_model
 
 READY_S = 90.0
 ENGINES: dict[str, dict[str, object]] = {
@@ -84,7 +86,7 @@ class OwnCluster:
     async def strike(self, fault: Fault) -> None:
         """It has happened when this returns; a router goes on then."""
         if fault.kind in ("kill", "stop"):
-            pid = self._pid(fault.whom)
+            pid = self.pid(fault.whom)
             os.kill(pid, signal.SIGKILL if fault.kind == "kill" else signal.SIGSTOP)
             if fault.kind == "stop":
                 self._stopped.append(pid)
@@ -111,14 +113,27 @@ class OwnCluster:
         except _AWAY as error:
             found.append(f"cannot be asked: {type(error).__name__}")
         found += [f"{proxy.held} legs at {name}" for name, proxy in self.proxies.items() if proxy.held]
-        stopped = {name for name in ROLES if {self._pid(name), self._pid(f"{name} engine")} & set(self._stopped)}
+        stopped = {name for name in ROLES if {self.pid(name), self.pid(f"{name} engine")} & set(self._stopped)}
         for name in ROLES.keys() - stopped:
             with suppress(*_AWAY):
                 found += [f"{count} {gauge} at {name}" for gauge, count in (await self._gauges(name)).items() if count]
         return ", ".join(found)
 
+    async def leases(self) -> int | None:
+        """Reservations and read leases; None: nobody can say."""
+        try:
+            stats = await self._json(f"{self.metadata_url}/v1/stats")
+        except _AWAY:
+            return None
+        return int(stats["reservations"] + stats["read_leases"])
+
+    def pids(self) -> list[tuple[str, int]]:
+        """Of all processes that run, each with its name; engines too."""
+        names = [*self.launcher.pids, *(f"{name} engine" for name in ROLES)]
+        return [(name, pid) for name in names if (pid := self.pid(name))]
+
     async def whole(self) -> bool:
-        """Whether router and metadata server have every node, within READY_S."""
+        """Whether router and metadata server have every node and nothing is held for anybody, within READY_S."""
         try:
             async with asyncio.timeout(READY_S):
                 while not await self._is_whole():  # noqa: ASYNC110 - other processes'
@@ -133,7 +148,8 @@ class OwnCluster:
             stats = await self._json(f"{self.metadata_url}/v1/stats")
             ready = {node["id"] for node in stats["nodes"] if node.get("fingerprint") or node["role"] == "store"}
             healthy = {node["id"] for node in status["nodes"] if node["healthy"]}
-            return bool(status["metadata_connected"]) and ready == healthy | {"store-0"} >= set(self.node_urls)
+            known = bool(status["metadata_connected"]) and ready == healthy | {"store-0"} >= set(self.node_urls)
+            return known and not await self.held()
         return False
 
     async def _gauges(self, name: str) -> dict[str, int]:
@@ -147,13 +163,15 @@ class OwnCluster:
         async with self.session.get(url, headers=headers, timeout=timeout) as reply:
             return await reply.json(content_type=None)
 
-    def _pid(self, whom: str) -> int:
-        """0: it does not run now."""
+    def pid(self, whom: str) -> int:
+        """Of a process, or of a node's engine; 0: it does not run now."""
         name, _, engine = whom.partition(" ")
         pid = self.launcher.pids.get(name, 0)
         if not engine or not pid:
             return pid
-        return next((child.pid for child in psutil.Process(pid).children()), 0)
+        with suppress(psutil.NoSuchProcess):
+            return next((child.pid for child in psutil.Process(pid).children()), 0)
+        return 0
 
     def _go_on(self) -> None:
         for pid in self._stopped:
@@ -162,9 +180,24 @@ class OwnCluster:
         self._stopped.clear()
 
 
+def sim_text(prompt: str, max_tokens: int) -> str:
+    """What the simulated engine answers, from tokens alone."""
+    engine = msgspec.convert(ENGINES["sim"], SimEngineConfig)
+    tokenizer = ByteTokenizer(engine.vocab_size)
+    sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+    (tokens,) = expected_tokens(engine, tokenizer.encode(prompt), sampling)
+    return tokenizer.decode(tokens)
+
+
+def _tiny_model(folder: Path) -> str:
+    from support.tiny_models import make_tiny_model  # torch and transformers take seconds to load
+
+    return str(make_tiny_model("llama", folder, max_context=2048))
+
+
 def write_file(folder: Path, engine: str) -> Path:
     """The cluster file: what a user has who changes nothing but the engine's speed."""
-    path = "sim" if engine == "sim" else str(make_tiny_model("llama", folder / "model", max_context=2048))
+    path = "sim" if engine == "sim" else _tiny_model(folder / "model")
     metadata, router, *ports = free_ports(2 + len(ROLES) + 1)
     nodes = {
         name: {"role": role, "port": port, "segment": "64MiB"}

@@ -15,6 +15,7 @@ from benchmarks.faults_load import Seen
 from benchmarks.faults_mocks import text_after
 from benchmarks.faults_own import own_cluster
 from benchmarks.faults_servers import servers
+from benchmarks.soak import Life, Soak, is_flat
 
 PROMPTS = make_prompts(16)
 HELD_S = 30.0
@@ -59,6 +60,25 @@ async def test_what_hangs_is_seen_to_be_held(tmp_path: Path) -> None:
         assert "1 requests at the router" in found
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
+
+
+@pytest.mark.slow
+async def test_a_soak_answers_everybody_and_sees_every_process(tmp_path: Path) -> None:
+    async with own_cluster("sim", tmp_path) as system:
+        soak = Soak(system, seed=3)
+        await soak.run(0.1)
+        assert soak.seen["answered"] > 20 and not soak.seen["unanswered"] + soak.seen["other_text"], soak.examples
+        names = {life.name for life in soak.lives.values()}
+        assert {"router", "metadata-server", "decode-1", "decode-1 engine"} <= names
+        assert sum(soak.faults.values()) and soak.leases
+
+
+@pytest.mark.parametrize(
+    ("last", "flat"), [((52.0, 30), True), ((66.0, 30), False), ((50.0, 60), False), ((30.0, 10), True)]
+)
+def test_a_process_is_flat_unless_its_memory_or_descriptors_grow(last: tuple[float, int], flat: bool) -> None:
+    life = Life("router", [(20.0, 5)] * 10 + [(50.0, 30)] * 20 + [last] * 10)
+    assert is_flat(life.growth()) == flat
 
 
 def answers(count: int = 4) -> list[Seen]:
