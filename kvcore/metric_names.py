@@ -67,6 +67,11 @@ ROUTER_IN_NEED = _counter("router_in_need_total", "Requests that a prefiller dec
 ROUTER_ROUTES = _counter("router_routes_total", "Routing decisions, by reason", "reason")
 ROUTER_FAILED = _counter("router_failed_total", "Accepted requests that ended in an error, by its code", "code")
 ROUTER_CANCELLED = _counter("router_cancelled_total", "Requests whose client left")
+ROUTER_WAITING = _gauge("router_waiting_requests", "Requests that wait for their turn, as no node has room")
+ROUTER_WAITED = _seconds("router_waited_seconds", "How long requests waited for their turn; 0: not at all")
+ROUTER_REFUSED = _counter(
+    "router_refused_total", "Requests refused as their first token would be too late: late, missed or full", "why"
+)
 ROUTER_NODES = _gauge("router_nodes", "Nodes known to the router; state is usable or unusable", "role", "state")
 ROUTER_INDEX_CONNECTED = _gauge("router_index_connected", "1 while the event stream of the metadata server is up")
 ROUTER_INDEX_KEYS = _gauge("router_index_keys", "Chunk keys in the router's index")

@@ -28,7 +28,7 @@ from kvferry.secret import make_like
 if TYPE_CHECKING:
     from rich.table import Table
 
-_LIMITS = ("requests_per_minute", "tokens_per_minute", "concurrency", "cache_share", "priority")
+_LIMITS = ("requests_per_minute", "tokens_per_minute", "concurrency", "cache_share", "priority", "first_token_s")
 
 
 def add_keys(parser: argparse.ArgumentParser, config_type: Callable[[str], Path]) -> None:
@@ -51,6 +51,7 @@ def add_keys(parser: argparse.ArgumentParser, config_type: Callable[[str], Path]
     create.add_argument("--concurrency", type=int, metavar="N", help="requests under way at a time")
     create.add_argument("--cache-share", type=float, metavar="SHARE", help="of each segment and disk; 0.25: a quarter")
     create.add_argument("--priority", choices=get_args(Priority), help="who is refused first where there is much to do")
+    create.add_argument("--first-token-s", type=float, metavar="S", help="how long a first token may take")
     listing = command("list", run_list, "show which keys there are, whose they are and what their tenants may")
     listing.add_argument("--json", action="store_true", help="one line of JSON")
     revoke = command("revoke", run_revoke, "let a key hold no longer: routers know it within a second or two")
@@ -163,7 +164,7 @@ def _limits(before: TenantLimits, given: dict[str, Any]) -> TenantLimits:
 def _table(file: KeyFile) -> "Table":
     from kvferry.cache.tables import table
 
-    limits = ("requests/min", "tokens/min", "at a time", "cache", "priority")
+    limits = ("requests/min", "tokens/min", "at a time", "cache", "priority", "first token")
     made = table("id", "tenant", "admin", "created", "revoked", *limits)
     for record in sorted(file.keys, key=lambda one: (one.tenant, one.created)):
         made.add_row(*_row(record, file.tenants.get(record.tenant, TenantLimits())))
@@ -174,8 +175,9 @@ def _row(record: KeyRecord, limits: TenantLimits) -> list[str]:
     share = "" if limits.cache_share is None else f"{limits.cache_share:.0%}"
     numbers = (limits.requests_per_minute, limits.tokens_per_minute, limits.concurrency)
     said = ["" if number is None else str(number) for number in numbers]
+    first = "" if limits.first_token_s is None else f"{limits.first_token_s:g} s"
     admin = "yes" if record.admin else ""
-    return [record.id, record.tenant, admin, record.created, record.revoked, *said, share, limits.priority]
+    return [record.id, record.tenant, admin, record.created, record.revoked, *said, share, limits.priority, first]
 
 
 def _now() -> str:

@@ -237,6 +237,8 @@ class EngineInfo(_TolerantMessage, frozen=True, kw_only=True):
     eos_token_ids: list[int]
     block_size: int
     num_blocks: int
+    max_sequences: int = 0
+    """That it decodes at a time. 0: not said."""
     kv_peer: dict[str, str] = {}
     """What an engine that fetches KV from this one by itself must know of it, by vLLM's names. Empty: nothing."""
 

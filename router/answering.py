@@ -17,11 +17,13 @@ from kvcore.errors import (
     OverloadedError,
 )
 from nodeapi.messages import FinishReason, TokenLogprob
+from router.admission.gate import Admission
 from router.nodes.cluster import Cluster
 from router.requests.dispatch import Dispatcher
 from router.requests.events import Emit
 from router.requests.run import RequestRun
 from router.requests.spec import AnswerRequest, ChatPrompt, FieldNames, Prompt, RequestSpec, TextPrompt, TokenPrompt
+from router.routing.decision import Decision
 from router.text.detokenizer import Detokenizer, StopChecker
 from router.text.tokenizer import Runner, Tokenizer
 
@@ -241,6 +243,7 @@ class Answerer:
         dispatcher: Dispatcher,
         cluster: Cluster,
         run: "Runner[list[int]]",
+        admission: Admission | None = None,
         limits: AnswerLimits = AnswerLimits(),
     ) -> None:
         self.model = model
@@ -249,6 +252,7 @@ class Answerer:
         self._cluster = cluster
         self._run = run
         self._limits = limits
+        self._admission = admission
         self._waiting_chars = 0
 
     def __repr__(self) -> str:
@@ -281,11 +285,22 @@ class Answerer:
         finally:
             self._waiting_chars -= num_chars
 
+    async def admit(self, request: AnswerRequest) -> ClientAnswer:
+        """As `start`, when its turn has come. Raises RateLimitError too, where its first token would come too late."""
+        if self._admission is None:  # whoever comes gets in
+            return self.start(request)
+        self._check(request)
+        return await self._admission.admit(request, partial(self._open, request))
+
     def start(self, request: AnswerRequest) -> ClientAnswer:
         """Route the prompts; iterating the answer's pieces runs them.
 
         Raises NodeUnavailableError, InvalidRequestError, ContextLengthError, OverloadedError: of none is anything left.
         """
+        self._check(request)
+        return self._open(request)
+
+    def _check(self, request: AnswerRequest) -> None:
         max_context = self.max_context
         if max_context is None:
             raise NodeUnavailableError(self._cluster.why_no_decoder())
@@ -294,10 +309,13 @@ class Answerer:
         if sum(spec.sampling.n for spec in request.specs) > self._limits.max_choices:
             text = f"{request.names.n} times the prompts must not be over {self._limits.max_choices}"
             raise InvalidRequestError(text, param=request.names.n)
+
+    def _open(self, request: AnswerRequest, first: Decision | None = None, waited_s: float = 0.0) -> ClientAnswer:
+        """`first`: the nodes of the first prompt, just chosen."""
         with ExitStack() as opened:
             runs: list[RequestRun] = []
-            for spec in request.specs:
-                runs.append(self._dispatcher.open(spec))
+            for number, spec in enumerate(request.specs):
+                runs.append(self._dispatcher.open(spec, None if number else first, waited_s=waited_s))
                 opened.callback(runs[-1].drop)
             opened.pop_all()
         return ClientAnswer(self.tokenizer, runs, request, self._limits)

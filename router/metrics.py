@@ -6,6 +6,7 @@ from prometheus_client import Counter
 
 from kvcore import metric_names as names
 from kvcore.telemetry import Metrics
+from router.admission.gate import Admission
 from router.cache.watch import CacheWatch
 from router.nodes.cluster import Cluster
 from router.requests.records import RequestLog, RequestRecord
@@ -42,6 +43,13 @@ class RouterMetrics:
         metrics.sampled(names.CACHE_MISSED_TOKENS, lambda: [((key,), num) for key, num in cache.start.missed.items()])
         metrics.sampled(names.CACHE_UNUSED_TOKENS, lambda: [((), cache.start.unused_tokens)])
         log.observers.append(self._ended)
+
+    def watch_admission(self, admission: Admission) -> None:
+        """Show who waits, for how long, and who was refused."""
+        metrics = self.metrics
+        metrics.sampled(names.ROUTER_WAITING, lambda: [((), len(admission))])
+        metrics.sampled(names.ROUTER_REFUSED, lambda: [((why,), num) for why, num in admission.refused.items()])
+        admission.on_admitted.append(metrics.histogram(names.ROUTER_WAITED).observe)
 
     def answered(self, endpoint: str, status: int) -> None:
         """An HTTP request of any endpoint was answered."""

@@ -32,6 +32,7 @@ from router.admin.janitor import ClusterJanitor
 from router.admin.nodes import NodeAdmin
 from router.admin.rebalance import SegmentRebalance
 from router.admin.routes import AdminRoutes, add_no_nodes, is_order
+from router.admission.gate import Admission
 from router.answering import Answerer, AnswerLimits
 from router.api.app import make_app
 from router.cache.hints import HintPins
@@ -93,9 +94,7 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
     status = StatusView(config, cluster, log, clock, connected, problems=problems, cache=cache, stopping=stopping)
     metrics = RouterMetrics(cluster, log, connected, watch)
     threads = lifecycle.stack.enter_context(closing(TextThreads(AnswerLimits().text_threads)))
-    answerer = Answerer(
-        model=config.model.name, tokenizer=tokenizer, dispatcher=dispatcher, cluster=cluster, run=threads.run
-    )
+    answerer = _answerer(config, tokenizer, dispatcher, services, threads=threads, prober=prober, metrics=metrics)
     add_routes = _operators_routes(
         config, cluster, client, prober, lifecycle, metadata=metadata, answerer=answerer, connected=connected
     )
@@ -135,6 +134,32 @@ async def _open_trust(config: ClusterConfig, lifecycle: Lifecycle) -> ClusterTru
     if trust.certificate is not None:
         lifecycle.tasks.create_task(trust.certificate.follow(), name="process's certificate")
     return trust
+
+
+def _answerer(
+    config: ClusterConfig,
+    tokenizer: Tokenizer,
+    dispatcher: Dispatcher,
+    services: RequestServices,
+    *,
+    threads: TextThreads,
+    prober: Prober,
+    metrics: RouterMetrics,
+) -> Answerer:
+    """With what lets requests in, told of all that may make room."""
+    admission = Admission(dispatcher.route, services.clock, services.config)
+    services.cluster.on_less_load = admission.wake
+    prober.on_round.append(admission.wake)  # a node may have come, or another router's load have gone
+    services.log.prompt_observers.append(admission.ended)
+    metrics.watch_admission(admission)
+    return Answerer(
+        model=config.model.name,
+        tokenizer=tokenizer,
+        dispatcher=dispatcher,
+        cluster=services.cluster,
+        run=threads.run,
+        admission=admission,
+    )
 
 
 def _operators_routes(

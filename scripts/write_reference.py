@@ -96,6 +96,10 @@ does too much, costs the chats that need it an error of 400, and nothing else.
 
 `prompt_cache_key`, `prompt_cache_options`, `prompt_cache_retention` and `cache_control`, which messages and parts may
 have, too, are hints to the cache: taken whatever they hold, and no answer depends on them ([hit-rate.md](hit-rate.md)).
+
+The header `X-KVFerry-First-Token-S` says how long the first token may take, in seconds: a request that would get it
+later is refused with 429 and `Retry-After` ([overload.md](overload.md)). Without API keys, `user` says who shares the
+nodes with others when requests must wait.
 """
 
 

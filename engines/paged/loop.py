@@ -11,6 +11,8 @@ from collections.abc import AsyncGenerator
 from types import TracebackType
 from typing import Self
 
+import msgspec
+
 from engines.jobs.context import JobContext
 from engines.paged.arrivals import Arrivals
 from engines.paged.blocks import BlockManager
@@ -123,8 +125,8 @@ class EngineLoop:
 
     @property
     def info(self) -> EngineInfo:
-        """The runner's."""
-        return self._runner.info
+        """The runner's, and how much the scheduler does at a time."""
+        return msgspec.structs.replace(self._runner.info, max_sequences=self._options.max_sequences)
 
     async def prefill(self, request: PrefillRequest) -> PrefillResult:
         """See `Engine.prefill`."""

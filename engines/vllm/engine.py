@@ -267,4 +267,5 @@ def _info(llm: AsyncLLM, spec: KVSpec) -> EngineInfo:
         eos_token_ids=[int(token) for token in eos_ids],
         block_size=int(config.cache_config.block_size),
         num_blocks=int(config.cache_config.num_gpu_blocks or 0),
+        max_sequences=int(config.scheduler_config.max_num_seqs),
     )

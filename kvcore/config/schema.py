@@ -263,6 +263,11 @@ class RouterConfig(Section, frozen=True, kw_only=True):
     """Longest body of a client's request; a longer one is refused with 413."""
     max_requests: Count = 1024
     """In flight at once; more get 503 with Retry-After."""
+    first_token_s: Seconds | None = 30.0
+    """A request whose first token is expected later than this is refused with 429 and Retry-After, and one that waits
+    for its turn longer leaves. A client's `X-KVFerry-First-Token-S` and a tenant's limit go before; null: no limit."""
+    max_waiting: Count = 1024
+    """Requests that wait for their turn while no node has room; more get 429."""
     max_connections_per_client: Count | None = None
     """Of one address; more get 503. By default four fifths of all that the router's file descriptors allow."""
     cache: HitRateConfig = HitRateConfig()

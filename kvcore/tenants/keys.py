@@ -36,7 +36,9 @@ class TenantLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     cache_share: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
     """Of each segment and each node's disk; None: `store.tenant_share`."""
     priority: Priority = "normal"
-    """Who is refused first where a router has much to do."""
+    """Who is refused first where a router has much to do, and who waits for the others."""
+    first_token_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    """How long a first token may take; None: `router.first_token_s`."""
 
 
 class KeyRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from kvcore.errors import KVFerryError
 from kvcore.process.http_body import read_body
 from kvcore.telemetry import METRICS_CONTENT_TYPE
+from router.admission.header import with_first_token
 from router.answering import Answerer, ClientAnswer
 from router.api import openapi
 from router.api.body import parse
@@ -170,7 +171,8 @@ def _add_openai(app: FastAPI, answerer: Answerer, max_body_bytes: int, limits: A
                     client_request_id=request.scope["request_id"],
                     limits=limits,
                 )
-                answer = answerer.start(caller_of(request.scope).owns(wanted))
+                owned = caller_of(request.scope).owns(with_first_token(wanted, request.scope))
+                answer = await answerer.admit(owned)
                 with ExitStack() as failing:
                     failing.callback(answer.close)
                     made = formatter(answer, answerer.model, int(time.time()), answerer.tokenizer)

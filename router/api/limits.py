@@ -14,6 +14,8 @@ class ApiLimits:
     max_logprobs: int = 20
     max_salt_chars: int = 1024
     """Of `cache_salt`, as vLLM's. An empty one is refused: it would share what its tenant wants apart."""
+    max_user_chars: int = 256
+    """Of `user`, by which turns are shared; what follows is not looked at."""
     max_biases: int = 16_384
     """Of `logit_bias`; and of `stop_token_ids`."""
     max_messages: int = 8_192

@@ -28,6 +28,7 @@ from router.requests.spec import (
     TextOptions,
     TextPrompt,
     TokenPrompt,
+    Turn,
 )
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -67,6 +68,8 @@ class _CommonFields(CacheHintFields, frozen=True, kw_only=True):
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = False
     cache_salt: str | None = None
+    user: object = None
+    """Without keys, who shares fairly with others while requests must wait."""
     return_token_ids: bool | None = False
     return_tokens_as_token_ids: bool | None = False
     truncate_prompt_tokens: int | None = None
@@ -133,6 +136,7 @@ def answer_request(
     context = _ANY_CONTEXT if max_context is None else max_context
     room = context - _max_tokens(request, 0, DEFAULT_COMPLETION_TOKENS)[0]
     lists = TokenLists(request.logit_bias, request.stop_token_ids, limits.max_biases)
+    flow = request.user[: limits.max_user_chars] if isinstance(request.user, str) else ""
     specs = [
         RequestSpec(
             request_id=request_id if number == 0 else f"{request_id}-{number}",
@@ -142,6 +146,7 @@ def answer_request(
             client_request_id=client_request_id,
             hints=hints,
             session=session_of(request),
+            flow=flow,
         )
         for number, whole in enumerate(prompts)
         for prompt in [truncated(whole, request.truncate_prompt_tokens, request.truncation_side, room)]
@@ -152,6 +157,7 @@ def answer_request(
         text=_text_options(request),
         shown=_shown(request),
         names=FieldNames(prompt="messages" if isinstance(request, ChatRequest) else "prompt"),
+        turn=Turn(flow),
     )
 
 

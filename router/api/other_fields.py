@@ -20,7 +20,6 @@ HARMLESS: dict[str, str] = {
     "service_tier": "there is one tier",
     "store": "nothing of an answer is kept",
     "stream_interval": "chunks come as the tokens do",
-    "user": "nobody is watched",
 }
 """Name: why no answer depends on it."""
 

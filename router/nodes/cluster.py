@@ -6,8 +6,7 @@ the metadata server away the static nodes go on being probed and used; only know
 
 import asyncio
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 from kvcore.chunk_keys import prompt_keys, usable_chunks
 from kvcore.clock import Clock
@@ -31,25 +30,16 @@ from router.nodes.limits import NodeHealthLimits
 from router.nodes.pace import NodePace
 from router.nodes.stall_watch import StallWatch, works
 from router.nodes.trust import NodeTrust
+from router.nodes.work import NodeWork
 from router.routing.decision import why_no_decoder
 from router.routing.index import PrefixHits, PrefixIndex
 from router.routing.parted_index import PartedIndex
+from router.routing.rates import NodeRates
 from router.routing.sent import SentPrefixes
 from router.routing.views import ClusterView, LeftOut, NodeView
 
 _log = logging.getLogger("router")
 __all__ = ["Cluster", "KnownNode", "NodeWork"]
-
-
-@dataclass(slots=True, eq=False)
-class NodeWork:
-    """Work of this router that a node was chosen for: part of the node's load from then on, until it has ended or will
-    not be done. `node` None: it was no longer known."""
-
-    node: KnownNode | None
-    sequences: int = 0
-    prefill_tokens: int = 0
-    begun: bool = False
 
 
 class Cluster:
@@ -78,6 +68,7 @@ class Cluster:
         self._drained: set[str] = set()
         self._sent = None if config.handoff.traits.has_store else SentPrefixes()
         """Of plain servers, which tell nothing of their caches."""
+        self.on_less_load: Callable[[], None] = lambda: None  # some node has less to do
         self._said = PeerLog(_log, clock=clock)
         self.on_orders([])
 
@@ -116,7 +107,7 @@ class Cluster:
             return
         before, node.report = node.report, report
         if before is None or report.node.incarnation != before.node.incarnation:
-            node.breaker, node.trust = Breaker(self._limits), NodeTrust(self._limits)
+            node.breaker, node.trust, node.rates = Breaker(self._limits), NodeTrust(self._limits), NodeRates()
         elif lost or _has_worked(before, report):
             node.quiet_s = 0.0
             works(node, lost=lost)
@@ -153,6 +144,10 @@ class Cluster:
         self._count(work, sequences, prefill_tokens)
         return work
 
+    def add_prefill(self, work: NodeWork, tokens: int) -> None:
+        """It is to compute so many tokens of the prompt, too."""
+        self._count(work, 0, tokens)
+
     def leg_started(self, work: NodeWork, *, sequences: int) -> NodeWork:
         """A leg of this router starts on the chosen node. Returns what it takes of the work, at most `sequences`."""
         assert not work.begun, "what a leg took is its own"
@@ -164,6 +159,10 @@ class Cluster:
             work.node.breaker.started(self._clock.now())
             work.node.legs += 1
         return taken
+
+    def leg_spoke(self, work: NodeWork) -> None:
+        """Its first token is here: its prompt is computed."""
+        self._count(work, 0, -work.prefill_tokens)
 
     def leg_ended(self, work: NodeWork, *, ok: bool = False, error: KVFerryError | None = None) -> None:
         """It ended: well (`ok`), by `error`, or (neither) by our own hand, also before a leg took it. Only the first
@@ -191,11 +190,9 @@ class Cluster:
             self._sent.sent(node_id, prompt_token_ids, salt)
 
     def _count(self, work: NodeWork, sequences: int, prefill_tokens: int) -> None:
-        work.sequences += sequences
-        work.prefill_tokens += prefill_tokens
-        if work.node is not None:
-            work.node.sequences += sequences
-            work.node.prefill_tokens += prefill_tokens
+        work.count(sequences, prefill_tokens, self._clock.now())
+        if sequences + prefill_tokens < 0:
+            self.on_less_load()
 
     # --- what the metadata server tells ---
 

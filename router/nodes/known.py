@@ -8,6 +8,7 @@ from router.nodes.health import Breaker
 from router.nodes.limits import NodeHealthLimits
 from router.nodes.pace import NodePace
 from router.nodes.trust import NodeTrust, TrustState
+from router.routing.rates import NodeRates
 from router.routing.views import NodeView
 
 
@@ -44,9 +45,12 @@ class KnownNode:
     """Of ours, under way."""
     sequences: int = 0
     prefill_tokens: int = 0
+    computing_since: float = 0.0
+    """When it began with the first of those that are left of `prefill_tokens`, as far as that can be told from here."""
     others_sequences: int = 0
     """What it reported beyond ours: of other routers."""
-    _viewed: tuple[NodeReport, NodeView] | None = None
+    rates: NodeRates = field(default_factory=NodeRates)
+    _viewed: tuple[NodeReport, int, NodeView] | None = None
 
     def __repr__(self) -> str:
         load = f"{self.sequences} sequences, {self.prefill_tokens} to prefill"
@@ -80,8 +84,9 @@ class KnownNode:
         nodes, making all of them anew for each request costs more than the choice."""
         report, sequences, doubtful = self.report, self.sequences + self.others_sequences, self.doubtful
         assert report is not None and report.engine is not None, "a node without problem has reported"
-        if self._viewed is not None and self._viewed[0] is report:
-            view = self._viewed[1]
+        rates = self.rates
+        if self._viewed is not None and self._viewed[0] is report and self._viewed[1] == rates.changes:
+            view = self._viewed[2]
             same_load = view.sequences == sequences and view.prefill_tokens == self.prefill_tokens
             if same_load and view.doubtful == doubtful:
                 return view
@@ -95,8 +100,13 @@ class KnownNode:
             prefill_tokens=self.prefill_tokens,
             kv_spec=report.engine.kv_spec,
             doubtful=doubtful,
+            computing_since=self.computing_since,
+            max_sequences=report.engine.max_sequences,
+            prefill_rate=rates.prefill.per_s,
+            step_s=rates.steps.each_s,
+            stay_s=rates.stays.each_s,
         )
-        self._viewed = report, view
+        self._viewed = report, rates.changes, view
         return view
 
     def reason(self, now: float) -> str | None:

@@ -55,9 +55,15 @@ class Dispatcher:
         calls = len(self._services.control)
         return f"<Dispatcher {len(self.running)} running, {self._turn} opened, {calls} control calls>"
 
-    def open(self, spec: RequestSpec) -> RequestRun:
-        """Route a request. It is load of the chosen nodes from here on. `async with` the result starts its legs,
-        iterating yields its outputs. One that is not entered must be dropped.
+    def route(self, spec: RequestSpec) -> Decision:
+        """What the policy chooses for a request among the nodes of now. Nothing is load of them yet."""
+        self._turn += 1
+        return self._choose(spec, self._turn)
+
+    def open(self, spec: RequestSpec, decision: Decision | None = None, *, waited_s: float = 0.0) -> RequestRun:
+        """Route a request, if there is no `decision` of just now yet. It is load of the chosen nodes from here on.
+        `async with` the result starts its legs, iterating yields its outputs. One that is not entered must be dropped.
+        `waited_s`: how long it has been here.
 
         Raises StoppingError once this router stops, OverloadedError at `max_requests` or `max_rows`,
         NodeUnavailableError when no node can decode it.
@@ -70,12 +76,13 @@ class Dispatcher:
             raise OverloadedError(f"choices and logprobs of {rows} tokens a step, over {most}, would be under way")
         if self.stopping:
             raise StoppingError("this router is stopping; ask another one, or this one when it is back")
-        self._turn += 1
-        choose = partial(self._choose, spec, self._turn)
-        decision = choose()
+        decision = decision or self.route(spec)
         if decision.route is None:
             raise NodeUnavailableError(decision.why_no_decoder())
-        return RequestRun(services, spec, decision, choose, opened=self._opened, running=self.running)
+        choose = partial(self._choose, spec, self._turn)
+        return RequestRun(
+            services, spec, decision, choose, opened=self._opened, running=self.running, waited_s=waited_s
+        )
 
     def describe(self) -> list[str]:
         """One line a running request, for the dump of a process that is looked into."""

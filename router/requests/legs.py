@@ -12,7 +12,7 @@ from kvcore.chunk_keys import usable_chunks
 from kvcore.errors import EngineError, KVFerryError, NodeUnavailableError
 from kvcore.step_timeout import StepTimeout
 from kvcore.types import Route
-from nodeapi.messages import EngineInfo, FinishReason, GenerateRequest, Handoff, LegInfo, TokenDelta
+from nodeapi.messages import EngineInfo, FinishReason, GenerateRequest, Handoff, LegInfo, PrefillResult, TokenDelta
 from router.nodes.cluster import NodeWork
 from router.nodes.stall_watch import WatchedLeg
 from router.nodes.vllm_requests import mooncake_decode_params
@@ -89,6 +89,8 @@ class RequestLegs:
         self._choose("decode", route.decoder, spec.sampling.n)
         if route.prefiller is not None:
             self._choose("prefill", route.prefiller, 0)
+        else:
+            services.cluster.add_prefill(self._chosen["decode"][1], self._prefill_tokens)
 
     def start(self, action: StartPrefill | StartDecode) -> Coroutine[object, object, None]:
         """The leg's body, to be run as a task. `let_go` when that has ended."""
@@ -179,6 +181,7 @@ class RequestLegs:
         leg.moved, leg.promoted, leg.timings = result.moved, result.promoted, result.timings
         leg.tier_choices = result.tier_choices
         leg.note = "no_room" if result.no_room else None
+        self._prefilled(action.node, result)
         self._listener.tell(PrefillDone(action.leg, result))
 
     async def _decode(self, action: StartDecode, leg: LegRecord) -> None:
@@ -203,6 +206,12 @@ class RequestLegs:
             return
         self._services.cluster.computed(action.node, self.spec.prompt_token_ids, self.spec.cache_salt)
 
+    def _prefilled(self, node_id: str, done: PrefillResult | LegInfo) -> None:
+        """What this leg computed of the prompt tells how fast its node is."""
+        node = self._services.cluster.nodes.get(node_id)
+        if node is not None:
+            node.rates.prefilled(done.computed_tokens, done.timings.compute_s, self._services.clock.now())
+
     def num_chunks(self, decoder: str) -> int:
         """How many full chunks of the prompt this decoder could be handed; 0 while nothing is known of it."""
         engine = self._engine(decoder)
@@ -219,7 +228,7 @@ class RequestLegs:
         patience_s = 2 * services.config.prefill_timeout_s  # if the request's deadline is sooner, it cancels this leg
         missing = request.sampling.n
         stream = services.client.generate(self.url(action.node), request, timeout_s=max(patience_s, limits.stall_s))
-        begun, wanted, watched = False, True, self._watched.get(leg.id)
+        begun, wanted, watched, spoke_at, tokens = False, True, self._watched.get(leg.id), 0.0, 0
         async with aclosing(stream) as deltas:
             try:
                 async with StepTimeout() as silence:
@@ -231,17 +240,24 @@ class RequestLegs:
                             return False
                         if watched is not None:
                             _heard(watched, delta, first=not begun)
-                        begun = True
+                        if not begun:
+                            begun, spoke_at = True, services.clock.now()
+                        tokens += len(delta.token_ids)
                         missing -= delta.finish_reason is not None
                         if delta.info is not None:
                             _note(leg, delta.info)
+                            self._prefilled(action.node, delta.info)
+                            services.cluster.leg_spoke(self._work[action.leg])
                         wanted = self._take(action, delta)
                         if not self._drained.is_set():
                             await self._until_drained(watched)
             except TimeoutError as error:
                 raise NodeUnavailableError(f"node {action.node} has gone silent") from error
-        if watched is not None and not missing:
-            watched.ended_well()
+        if not missing:
+            if watched is not None:
+                watched.ended_well()
+            if (node := services.cluster.nodes.get(action.node)) is not None:
+                node.rates.decoded(tokens, request.sampling.n, services.clock.now() - spoke_at)
         return True
 
     async def _until_drained(self, watched: WatchedLeg | None) -> None:

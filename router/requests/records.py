@@ -70,6 +70,8 @@ class RequestRecord(msgspec.Struct, kw_only=True):
     prompt_tokens: int
     cached_tokens: int = 0
     completion_tokens: int = 0
+    waited_s: float = 0.0
+    """In the router, for its turn (`router.admission`); part of `ttft_s` and `total_s`."""
     ttft_s: float | None = None
     total_s: float | None = None
     route: RouteRecord | None = None
@@ -92,13 +94,14 @@ class RequestRecord(msgspec.Struct, kw_only=True):
         return msgspec.structs.replace(self, route=msgspec.structs.replace(self.route, candidates=[], left_out=[]))
 
 
-def record_of(spec: RequestSpec, decision: Decision) -> RequestRecord:
+def record_of(spec: RequestSpec, decision: Decision, waited_s: float = 0.0) -> RequestRecord:
     """As the request begins, of a decision with a route."""
     return RequestRecord(
         id=spec.request_id,
         client_request_id=spec.client_request_id,
         tenant=spec.tenant,
         prompt_tokens=len(spec.prompt_token_ids),
+        waited_s=waited_s,
         route=route_record(decision),
         hints=[HintRecord(name=hint.name, asked=hint.asked, why=hint.note) for hint in spec.hints],
     )
@@ -188,6 +191,7 @@ class RequestLog:
             prompt_tokens=record.prompt_tokens,
             cached_tokens=record.cached_tokens,
             completion_tokens=record.completion_tokens,
+            waited_s=record.waited_s or None,
             ttft_s=record.ttft_s,
             total_s=record.total_s,
             prefiller=route.prefiller if route else None,

@@ -62,6 +62,7 @@ class RequestRun:
     """One request under way: the ledger's Picker, its legs' LegListener, and the executor of the ledger's actions.
 
     `opened`: where it is kept until it is entered; one that never is must be dropped, or its nodes keep its load.
+    `waited_s`: so long ago the request came, and its time began.
     `running`: where it is kept between entering and leaving. Leaving the `async with` before the end means that the
     client has gone: every leg is cancelled and awaited.
     """
@@ -75,6 +76,7 @@ class RequestRun:
         *,
         opened: "set[RequestRun]",
         running: "set[RequestRun]",
+        waited_s: float = 0.0,
     ) -> None:
         route = decision.route
         assert route is not None, "a run has a route"
@@ -83,8 +85,8 @@ class RequestRun:
         self._choose = choose
         self._opened = opened
         self._running = running
-        self.started_at = services.clock.now()
-        self.record = record_of(spec, decision)
+        self.started_at = services.clock.now() - waited_s
+        self.record = record_of(spec, decision, waited_s)
         self._drained = asyncio.Event()
         self._drained.set()
         self._legs = RequestLegs(
@@ -134,7 +136,8 @@ class RequestRun:
         self._services.log.open(self.record)
         self._running.add(self)
         loop = asyncio.get_running_loop()
-        timeout_s = self._services.config.request_timeout_s
+        spent_s = self._services.clock.now() - self.started_at
+        timeout_s = max(0.0, self._services.config.request_timeout_s - spent_s)
         self._timers["deadline"] = loop.call_later(timeout_s, self.tell, DeadlinePassed())
         self._carry_out(self.machine.start(self._route))
         return self

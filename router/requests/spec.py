@@ -94,6 +94,8 @@ class RequestSpec:
     """What the client asks of the cache."""
     tenant: str = ""
     """Whose it is; empty: no keys are configured."""
+    flow: str = ""
+    """As in the `Turn` of its request."""
     max_share: float = 1.0
     """Of the requests that a router takes at a time: while more are under way this one is refused."""
     session: str = ""
@@ -103,6 +105,21 @@ class RequestSpec:
     def rows(self) -> int:
         """Tokens that one step brings, those included that logprobs name beside them."""
         return self.sampling.n * (1 + (self.sampling.logprobs or 0))
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """By what a request's turn is known, where it must wait for one, and how long it may.
+
+    `flow`: who shares with others: its tenant, or where no keys are configured the `user` that the client names.
+    `rank`: of its priority, the least first. `client_s`, `tenant_s`: how long the first token may take, as the client
+    or its tenant's limits say; None: they do not.
+    """
+
+    flow: str = ""
+    rank: int = 1
+    client_s: float | None = None
+    tenant_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,3 +134,4 @@ class AnswerRequest:
     shown: ShownFields = ShownFields()
     names: FieldNames = FieldNames()
     text: TextOptions = TextOptions()
+    turn: Turn = Turn()

@@ -26,6 +26,13 @@ class NodeView:
     kv_spec: KVSpec | None = None
     doubtful: bool = False
     """It was slow or silent of late: whoever is not is preferred."""
+    computing_since: float = 0.0
+    """Since when it has been at the first of `prefill_tokens`, by the router's clock."""
+    max_sequences: int = 0
+    """That it decodes at a time; 0: not known. So with the next ones, which are measured (`router.routing.rates`)."""
+    prefill_rate: float = 0.0
+    step_s: float = 0.0
+    stay_s: float = 0.0
 
 
 class LeftOut(msgspec.Struct, frozen=True):

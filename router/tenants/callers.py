@@ -25,6 +25,10 @@ class Caller:
     """How many leading chunks of a prompt are shared by all tenants."""
     key_id: str = ""
     """Of the API key that it came with."""
+    rank: int = 1
+    """Of its priority where turns are taken, the least first."""
+    first_token_s: float | None = None
+    """How long a first token may take, by its tenant's limits."""
     take_tokens: Callable[[int], None] = lambda _: None
     """Counts the tokens of its prompts. Raises RateLimitError where it may have no more."""
 
@@ -42,10 +46,11 @@ class Caller:
         salts = [self.salt.of(one.cache_salt, self.public_chunks(one.prompt_token_ids)) for one in request.specs]
         who, share = self.tenant, self.max_share
         specs = [
-            replace(one, cache_salt=salt, tenant=who, max_share=share)
+            replace(one, cache_salt=salt, tenant=who, max_share=share, flow=who)
             for one, salt in zip(request.specs, salts, strict=True)
         ]
-        return replace(request, specs=specs)
+        turn = replace(request.turn, flow=who, rank=self.rank, tenant_s=self.first_token_s)
+        return replace(request, specs=specs, turn=turn)
 
     def may_see(self, tenant: str) -> bool:
         """Whether a tenant's records are shown to it."""

@@ -27,6 +27,7 @@ COUNTED = frozenset({"/v1/chat/completions", "/v1/completions"})
 TENANTS = COUNTED | {"/v1/models", "/v1/requests", "/openapi.json"}
 TENANTS_BELOW = ("/v1/models/", "/v1/requests/")
 OPEN = frozenset({"/health"})
+_RANKS: dict[Priority, int] = {"high": 0, "normal": 1, "low": 2}
 FOR_TENANT = b"x-kvferry-tenant"
 """An admin's request with this header is of that tenant's KV."""
 
@@ -115,7 +116,20 @@ class TenantGate:
         share = self._shares[limits.priority]
         take = partial(self._take_tokens, tenant, use)
         public = self._public.num_chunks
-        set_caller(scope, Caller(tenant, record.admin, self._salts(tenant), share, public, record.id, take))
+        set_caller(
+            scope,
+            Caller(
+                tenant,
+                record.admin,
+                self._salts(tenant),
+                share,
+                public,
+                record.id,
+                rank=_RANKS[limits.priority],
+                first_token_s=limits.first_token_s,
+                take_tokens=take,
+            ),
+        )
         if scope["path"] not in COUNTED:
             return None
         if limits.concurrency is not None and use.running >= limits.concurrency:

@@ -56,6 +56,7 @@ from router.admin.janitor import ClusterJanitor
 from router.admin.nodes import NodeAdmin
 from router.admin.rebalance import SegmentRebalance
 from router.admin.routes import AdminRoutes
+from router.admission.gate import Admission
 from router.answering import Answerer
 from router.api.app import make_app
 from router.api.limits import ApiLimits
@@ -374,6 +375,7 @@ class Rig:
     config: ClusterConfig
     admin: NodeAdmin
     core: MetadataCore
+    admission: Admission
 
 
 async def make_rig(
@@ -406,12 +408,22 @@ async def make_rig(
     async def run(work: Callable[[], list[int]]) -> list[int]:
         return work()
 
+    admission = Admission(dispatcher.route, clock, config.router)
+    cluster.on_less_load = admission.wake
+    prober.on_round.append(admission.wake)
+    log.prompt_observers.append(admission.ended)
     answerer = Answerer(
-        model="fake-model", tokenizer=tokenizer or ByteTokenizer(VOCAB), dispatcher=dispatcher, cluster=cluster, run=run
+        model="fake-model",
+        tokenizer=tokenizer or ByteTokenizer(VOCAB),
+        dispatcher=dispatcher,
+        cluster=cluster,
+        run=run,
+        admission=admission,
     )
     watch = CacheWatch(cluster, log, clock, limits=watch_limits)
     cache = CacheReplay(watch, cluster, config, clock, limits=watch_limits)
     metrics = RouterMetrics(cluster, log, lambda: True, watch)
+    metrics.watch_admission(admission)
     stopping = lambda: dispatcher.stopping  # noqa: E731
     status = StatusView(config, cluster, log, clock, lambda: True, problems=problems, cache=cache, stopping=stopping)
     bounds = config.router
@@ -441,7 +453,21 @@ async def make_rig(
         guard=partial(guard, log),
     )
     return Rig(
-        nodes, cluster, prober, dispatcher, services, log, answerer, app, metrics, cache, state, config, admin, core
+        nodes,
+        cluster,
+        prober,
+        dispatcher,
+        services,
+        log,
+        answerer,
+        app,
+        metrics,
+        cache,
+        state,
+        config,
+        admin,
+        core,
+        admission,
     )
 
 

@@ -1,0 +1,120 @@
+"""Whose turn is next: priorities strictly, within one fair shares of all flows, within a flow first come, first served.
+
+Start-time fair queueing (Goyal et al., SIGCOMM 1996): what a request costs moves its flow's own time on, and the
+request whose time is least goes first. It shares as deficit round robin does; beyond that a flow that asks for less
+than its share never stands behind the queue of one that asks for more. Pure.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+
+@dataclass(slots=True, eq=False)
+class Waiter:
+    """One request. `rank`: of its priority, the least first. `cost`: what its flow's share is charged. `tokens` of its
+    prompts are to be computed, and `sequences` will be decoded. `order`: by which waiters are compared."""
+
+    flow: str
+    rank: int
+    cost: float
+    tokens: int
+    sequences: int
+    order: tuple[int, float, int] = (0, 0.0, 0)
+
+
+@dataclass(slots=True)
+class _Flow:
+    """`until`: the flow's own time, up to which it has been charged. `output`: mean tokens of its answers."""
+
+    until: float = 0.0
+    output: float | None = None
+
+
+class FairQueue:
+    """All that wait."""
+
+    def __init__(self, max_flows: int, saved: float = 8.0) -> None:
+        """`saved`: what a flow that asks for little saves up, in requests of the usual cost."""
+        self._max_flows, self._saved = max_flows, saved
+        self._usual_cost = 0.0
+        self._flows: OrderedDict[str, _Flow] = OrderedDict()
+        self._waiting: dict[Waiter, None] = {}
+        self._now = 0.0
+        self._count = 0
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def __repr__(self) -> str:
+        return f"<FairQueue of {len(self)}, {len(self._flows)} flows known>"
+
+    def add(self, waiter: Waiter) -> None:
+        """It waits from here on."""
+        self._count += 1
+        start = self._charge(waiter.flow, waiter.cost)
+        waiter.order = (waiter.rank, start, self._count)
+        self._waiting[waiter] = None
+
+    def next(self) -> Waiter | None:
+        """Whose turn it is."""
+        return min(self._waiting, key=_order, default=None)
+
+    def take(self, waiter: Waiter) -> None:
+        """It has had its turn."""
+        del self._waiting[waiter]
+        self._now = max(self._now, waiter.order[1])
+
+    def leave(self, waiter: Waiter) -> None:
+        """It waits no longer, if it did, and had no turn: its flow is not charged for it."""
+        if waiter not in self._waiting:
+            return
+        del self._waiting[waiter]
+        self._flow(waiter.flow).until -= waiter.cost
+        for other in self._waiting:
+            if other.flow == waiter.flow and other.order[2] > waiter.order[2]:
+                other.order = (other.rank, other.order[1] - waiter.cost, other.order[2])
+
+    def passed(self, flow: str, cost: float) -> None:
+        """One got in without waiting: it counts for its flow's share all the same."""
+        self._now = max(self._now, self._charge(flow, cost))
+
+    def ahead_of(self, waiter: Waiter) -> tuple[int, int]:
+        """(tokens to compute, sequences) of those whose turn comes before."""
+        before = [other for other in self._waiting if other.order < waiter.order]
+        return sum(other.tokens for other in before), sum(other.sequences for other in before)
+
+    @property
+    def total(self) -> tuple[int, int]:
+        """(tokens to compute, sequences) of all that wait."""
+        return sum(other.tokens for other in self._waiting), sum(other.sequences for other in self._waiting)
+
+    def answered(self, flow: str, tokens: int) -> None:
+        """An answer of this flow had so many tokens."""
+        known = self._flow(flow)
+        known.output = tokens if known.output is None else known.output + (tokens - known.output) / 8
+
+    def output_of(self, flow: str, most: int) -> float:
+        """How many tokens its next answer may have, as far as its last ones tell; `most` where there were none."""
+        known = self._flows.get(flow)
+        return most if known is None or known.output is None else min(most, known.output)
+
+    def _charge(self, name: str, cost: float) -> float:
+        """Moves the flow's time on. Returns where it was, which is at most what may be saved up behind that of all."""
+        flow = self._flow(name)
+        self._usual_cost += (cost - self._usual_cost) / 32
+        start = max(self._now - self._saved * self._usual_cost, flow.until)
+        flow.until = start + cost
+        return start
+
+    def _flow(self, name: str) -> _Flow:
+        flow = self._flows.get(name)
+        if flow is None:
+            flow = self._flows[name] = _Flow()
+            if len(self._flows) > self._max_flows:
+                self._flows.popitem(last=False)
+        self._flows.move_to_end(name)
+        return flow
+
+
+def _order(waiter: Waiter) -> tuple[int, float, int]:
+    return waiter.order

@@ -1,0 +1,96 @@
+"""When a request's first token can be expected, and whether a node has room for it: from what is measured. Pure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from router.admission.limits import AdmissionLimits
+from router.routing.decision import Decision, Ranking
+from router.routing.views import NodeView
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """`own_s`: from a node's beginning with it to its first token. `tokens` of its prompt are to be computed.
+    `free`: when each of the nodes that may compute it will have nothing else to compute, and its tokens a second; those
+    of which that is known, the first one first. `drain_sequences`: that end in a second; 0: not known.
+    `ahead_sequences` must end before there is a place for it, beside those that wait in the router."""
+
+    has_room: bool
+    own_s: float
+    tokens: int
+    free: tuple[tuple[float, float], ...]
+    drain_sequences: float
+    ahead_sequences: float
+
+    def wait_s(self, tokens: int, sequences: int) -> float:
+        """How long until the nodes begin with it, behind so much that waits in the router."""
+        more = max(0.0, sequences + self.ahead_sequences)
+        return max(self._computed_s(tokens), more / self.drain_sequences if self.drain_sequences else 0.0)
+
+    def _computed_s(self, tokens: float) -> float:
+        """When the nodes, each from the moment that it is free, have so many tokens behind them, and one is free."""
+        at_s = rate = 0.0
+        for free_s, more in self.free:
+            if rate and at_s + tokens / rate <= free_s:
+                break
+            tokens -= rate * (free_s - at_s)
+            at_s, rate = free_s, rate + more
+        return at_s + tokens / rate if rate else 0.0
+
+
+def forecast(decision: Decision, prompt_tokens: int, now: float, limits: AdmissionLimits) -> Forecast:
+    """Of a decision with a route, for a request whose prompts have so many tokens together."""
+    route = decision.route
+    assert route is not None
+    tokens = max(1, prompt_tokens - route.expected_cached_tokens)
+    decodes = decision.decoders if decision.decoders.node is not None else decision.prefillers
+    assert decodes is not None and decodes.node is not None
+    computes = decision.prefillers if route.prefiller is not None and decision.prefillers is not None else decodes
+    computing, decoding = computes.node, decodes.node
+    assert computing is not None
+    own_s = (tokens / computing.prefill_rate if computing.prefill_rate else 0.0) + decoding.step_s
+    preparing = min(limits.preparing, own_s / decoding.stay_s) if decoding.stay_s else 0.0
+    return Forecast(
+        has_room=_any_idle(computes, limits) and _any_free(decodes, preparing),
+        own_s=own_s,
+        tokens=tokens,
+        free=tuple(sorted(_free(node, now) for node in computes.nodes if node.prefill_rate)),
+        drain_sequences=sum(node.max_sequences / node.stay_s for node in decodes.nodes if node.stay_s),
+        ahead_sequences=_excess(decodes.nodes),
+    )
+
+
+def _free(node: NodeView, now: float) -> tuple[float, float]:
+    """See Forecast. What it has to compute counts as half done at most, however long it has been at it: it may hang."""
+    all_s = node.prefill_tokens / node.prefill_rate
+    return max(all_s / 2, all_s - (now - node.computing_since)), node.prefill_rate
+
+
+def _any_idle(ranking: Ranking, limits: AdmissionLimits) -> bool:
+    """Whether the chosen node has nearly nothing to compute, or at least another one has: then the policy, which knows
+    that, has its reasons."""
+    assert ranking.node is not None
+    return _is_idle(ranking.node, limits) or any(_is_idle(node, limits) for node in ranking.nodes)
+
+
+def _is_idle(node: NodeView, limits: AdmissionLimits) -> bool:
+    """So is one of which nothing is known: it must be tried."""
+    return node.prefill_tokens <= node.prefill_rate * limits.ahead_s or not node.prefill_rate
+
+
+def _any_free(ranking: Ranking, preparing: float) -> bool:
+    assert ranking.node is not None
+    return _is_free(ranking.node, preparing) or any(_is_free(node, preparing) for node in ranking.nodes)
+
+
+def _is_free(node: NodeView, preparing: float) -> bool:
+    """Whether one more sequence will find a place when its KV is there. `preparing`: the share of sequences that are
+    not there yet while all places are taken."""
+    return not node.max_sequences or node.sequences + 1 <= node.max_sequences * (1 + preparing)
+
+
+def _excess(nodes: Sequence[NodeView]) -> float:
+    """Sequences that must end before there is a place; below 0: places that are free."""
+    if not all(node.max_sequences for node in nodes):
+        return float("-inf")
+    return sum(node.sequences - node.max_sequences for node in nodes) + 1

@@ -1,0 +1,202 @@
+"""Lets requests in: at once while some node has room, else in turn; those that would come too late are told so.
+
+A thin shell around FairQueue and Forecast: futures, timers and the clock. Invariants: nobody waits while the nodes have
+room; a request leaves when its client does, and when its first token can no longer come in time; what a request does
+to the nodes' load is counted in the step that lets it in.
+"""
+
+import asyncio
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from kvcore.clock import Clock
+from kvcore.config.schema import RouterConfig
+from kvcore.errors import KVFerryError, RateLimitError
+from router.admission.fair_queue import FairQueue, Waiter
+from router.admission.forecast import Forecast, forecast
+from router.admission.limits import AdmissionLimits
+from router.requests.records import RequestRecord
+from router.requests.spec import AnswerRequest, RequestSpec
+from router.routing.decision import Decision
+
+
+class Opened(Protocol):
+    """What comes of a request that got in."""
+
+    def close(self) -> None:
+        """Nobody wants it any more."""
+        ...
+
+
+T = TypeVar("T", bound=Opened)
+Open = Callable[[Decision, float], T]
+"""Opens a request: by this choice of nodes, after so many seconds of waiting."""
+
+
+@dataclass(slots=True, eq=False)
+class _Turn(Waiter):
+    """`go`: lets it in. `spec`: by which nodes are chosen for it."""
+
+    spec: RequestSpec | None = None
+    prompt_tokens: int = 0
+    go: Callable[[Decision], None] = lambda _: None
+
+
+class Admission:
+    """One a router. `choose`: what the policy chooses for a request among the nodes of now."""
+
+    def __init__(
+        self,
+        choose: Callable[[RequestSpec], Decision],
+        clock: Clock,
+        config: RouterConfig,
+        limits: AdmissionLimits = AdmissionLimits(),
+    ) -> None:
+        self._choose, self._clock, self._config, self._limits = choose, clock, config, limits
+        self._queue = FairQueue(limits.max_flows, limits.saved)
+        self._asked = False
+        self.refused = Counter[str]()
+        """By why: `late` when it came, `missed` while it waited, `full`."""
+        self.on_admitted: list[Callable[[float], None]] = []
+        """Called with the seconds that a request has waited."""
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def __repr__(self) -> str:
+        return f"<Admission {self._queue!r}, refused: {dict(self.refused)}>"
+
+    async def admit(self, request: AnswerRequest, open_it: Open[T]) -> T:
+        """What `open_it` returns, when the request's turn has come. Raises RateLimitError, and what `open_it` does."""
+        first, arrived = request.specs[0], self._clock.now()
+        decision = self._choose(first)
+        if decision.route is None:
+            return open_it(decision, 0.0)  # which says why
+        tokens = sum(len(spec.prompt_token_ids) for spec in request.specs)
+        seen = forecast(decision, tokens, arrived, self._limits)
+        if not self._queue and seen.has_room:
+            self._queue.passed(request.turn.flow, self._cost(request, seen))
+            return self._opened(open_it, decision, arrived)
+        return await self._in_turn(request, seen, arrived, open_it)
+
+    def wake(self) -> None:
+        """Some node may have room."""
+        if self._queue and not self._asked:
+            self._asked = True
+            asyncio.get_running_loop().call_soon(self._let_in)
+
+    def ended(self, record: RequestRecord, asked: RequestSpec, _output: Sequence[int]) -> None:
+        """A request has ended: how long its flow's answers are is known better."""
+        if record.state == "ok":
+            self._queue.answered(asked.flow, record.completion_tokens)
+
+    async def _in_turn(self, request: AnswerRequest, seen: Forecast, arrived: float, open_it: Open[T]) -> T:
+        """There are five ends:
+
+        1. Too many wait, or the first token would come too late: it is refused now.
+        2. Its turn comes: it is let in, and what opening it raises is raised here.
+        3. Its turn does not come in time (another one of a lighter flow went before): it is refused then.
+        4. The client leaves while it waits: it leaves the queue.
+        5. The client leaves in the moment after 2: what was opened is closed.
+        """
+        loop, allowed_s = asyncio.get_running_loop(), self._allowed_s(request, seen)
+        opened: asyncio.Future[T] = loop.create_future()
+        turn = self._turn(request, seen)
+        self._queue.add(turn)
+        if (refusal := self._refusal(turn, seen, allowed_s)) is not None:
+            self._queue.leave(turn)
+            raise refusal
+
+        def go(decision: Decision) -> None:
+            if opened.done():  # its client has just left
+                return
+            try:
+                opened.set_result(self._opened(open_it, decision, arrived))
+            except KVFerryError as error:  # handed to the request that waits
+                opened.set_exception(error)
+
+        def miss() -> None:
+            if not opened.done():
+                self._queue.leave(turn)
+                self.refused["missed"] += 1
+                all_s = seen.wait_s(*self._queue.total) + seen.own_s
+                opened.set_exception(_too_late("its turn did not come in time for its first token", all_s - allowed_s))
+
+        turn.go = go
+        timer = loop.call_later(max(0.0, allowed_s - seen.own_s), miss) if allowed_s < math.inf else None
+        self.wake()
+        try:
+            return await opened
+        except asyncio.CancelledError:
+            if opened.done() and not opened.cancelled() and opened.exception() is None:
+                opened.result().close()
+            raise
+        finally:
+            self._queue.leave(turn)
+            if timer is not None:
+                timer.cancel()
+
+    def _let_in(self) -> None:
+        """As many as there is room for, in turn. Each is load of its nodes before the next one is looked at."""
+        self._asked = False
+        while isinstance(turn := self._queue.next(), _Turn):
+            assert turn.spec is not None
+            decision = self._choose(turn.spec)
+            if decision.route is not None:
+                now = self._clock.now()
+                if not forecast(decision, turn.prompt_tokens, now, self._limits).has_room:
+                    return
+            self._queue.take(turn)
+            turn.go(decision)
+
+    def _opened(self, open_it: Open[T], decision: Decision, arrived: float) -> T:
+        waited_s = self._clock.now() - arrived
+        opened = open_it(decision, waited_s)
+        for told in self.on_admitted:
+            told(waited_s)
+        return opened
+
+    def _refusal(self, turn: Waiter, seen: Forecast, allowed_s: float) -> RateLimitError | None:
+        expected_s = seen.wait_s(*self._queue.ahead_of(turn)) + seen.own_s
+        if len(self._queue) > self._config.max_waiting:
+            self.refused["full"] += 1
+            return _too_late(f"{self._config.max_waiting} requests wait, as many as may", expected_s)
+        late_s = expected_s - allowed_s * self._limits.margin
+        if late_s <= 0 or seen.has_room:
+            return None
+        self.refused["late"] += 1
+        return _too_late(
+            f"its first token would come after {expected_s:.1f} s, and there are {allowed_s:.1f} s", late_s
+        )
+
+    def _allowed_s(self, request: AnswerRequest, seen: Forecast) -> float:
+        """How long its first token may take. What the client itself says holds as it is."""
+        turn = request.turn
+        if turn.client_s is not None:
+            return turn.client_s
+        configured = turn.tenant_s if turn.tenant_s is not None else self._config.first_token_s
+        return math.inf if configured is None else max(configured, self._limits.patience * seen.own_s)
+
+    def _turn(self, request: AnswerRequest, seen: Forecast) -> _Turn:
+        return _Turn(
+            request.turn.flow,
+            request.turn.rank,
+            self._cost(request, seen),
+            seen.tokens,
+            sum(spec.sampling.n for spec in request.specs),
+            spec=request.specs[0],
+            prompt_tokens=sum(len(spec.prompt_token_ids) for spec in request.specs),
+        )
+
+    def _cost(self, request: AnswerRequest, seen: Forecast) -> float:
+        flow, output = request.turn.flow, 0.0
+        for spec in request.specs:
+            output += spec.sampling.n * self._queue.output_of(flow, spec.sampling.max_tokens)
+        return seen.tokens + self._limits.output_weight * output
+
+
+def _too_late(why: str, retry_after_s: float) -> RateLimitError:
+    return RateLimitError(f"the cluster has more to do than it can: {why}", retry_after_s=max(0.1, retry_after_s))

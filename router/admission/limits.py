@@ -1,0 +1,24 @@
+"""The bounds of admission, in one struct that tests may change. Operators set what is in RouterConfig. Values only."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class AdmissionLimits:
+    """Seconds, shares and counts."""
+
+    ahead_s: float = 0.02
+    """A node that has no more than this to compute takes another request: it must not be idle while the next one is on
+    its way. All beyond it waits here, where turns can still be taken fairly."""
+    preparing: float = 0.25
+    """Of a decoder's places: so many more sequences may be on their way to it while all are taken."""
+    margin: float = 0.9
+    """Of the time there is for a first token: a request that is expected later than this is refused when it comes."""
+    patience: float = 2.0
+    """A prompt that takes long by itself has so many times its own time, however short the configured limit is."""
+    output_weight: float = 2.0
+    """A token of an answer counts as much as so many of a prompt where shares are compared (VTC, OSDI 2024)."""
+    saved: float = 8.0
+    """Requests of the usual cost: what a client that asks for less than its share saves up, for its bursts."""
+    max_flows: int = 10_000
+    """Of which past use is remembered; that of the one that was idle for longest is forgotten."""

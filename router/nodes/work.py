@@ -1,0 +1,28 @@
+"""Work that a node was chosen for, as part of the node's load. Values and counts only."""
+
+from dataclasses import dataclass
+
+from router.nodes.known import KnownNode
+
+
+@dataclass(slots=True, eq=False)
+class NodeWork:
+    """Work of this router that a node was chosen for: part of the node's load from then on, until it has ended or will
+    not be done. `node` None: it was no longer known."""
+
+    node: KnownNode | None
+    sequences: int = 0
+    prefill_tokens: int = 0
+    begun: bool = False
+
+    def count(self, sequences: int, prefill_tokens: int, now: float) -> None:
+        """So much more of it, or less."""
+        self.sequences += sequences
+        self.prefill_tokens += prefill_tokens
+        node = self.node
+        if node is None:
+            return
+        node.sequences += sequences
+        if prefill_tokens < 0 or (prefill_tokens and not node.prefill_tokens):
+            node.computing_since = now
+        node.prefill_tokens += prefill_tokens

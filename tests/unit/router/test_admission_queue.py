@@ -1,0 +1,146 @@
+"""Whose turn is next, and when a first token can be expected: the pure parts of admission."""
+
+import pytest
+
+from kvcore.types import Role, Route
+from router.admission.fair_queue import FairQueue, Waiter
+from router.admission.forecast import forecast
+from router.admission.limits import AdmissionLimits
+from router.routing.decision import Decision, Ranking
+from router.routing.views import NodeView
+
+LIMITS = AdmissionLimits()
+
+
+def queued(queue: FairQueue, *asked: tuple[str, float], rank: int = 1) -> None:
+    for flow, cost in asked:
+        queue.add(Waiter(flow, rank, cost, int(cost), 1))
+
+
+def served(queue: FairQueue, count: int) -> str:
+    turns = []
+    for _ in range(count):
+        waiter = queue.next()
+        assert waiter is not None
+        queue.take(waiter)
+        turns.append(waiter.flow)
+    return "".join(turns)
+
+
+def test_who_asks_more_gets_no_more():
+    queue = FairQueue(10, saved=0)
+    queued(queue, *[("a", 100.0)] * 20, *[("b", 100.0)] * 5)
+    assert served(queue, 10).count("b") == 5
+    assert served(queue, 15) == "a" * 15 and queue.next() is None
+
+
+def test_shares_are_of_work_not_of_requests():
+    queue = FairQueue(10, saved=0)
+    queued(queue, *[("a", 400.0)] * 20, *[("b", 100.0)] * 20)
+    assert served(queue, 20).count("b") == pytest.approx(16, abs=1)
+
+
+def test_who_has_asked_for_less_than_its_share_goes_first():
+    queue = FairQueue(10)
+    queued(queue, *[("a", 100.0)] * 20)
+    served(queue, 10)
+    queued(queue, *[("b", 100.0)] * 3)
+    assert served(queue, 3) == "bbb"
+
+
+def test_what_is_saved_up_is_bounded():
+    queue = FairQueue(10, saved=2)
+    queued(queue, *[("a", 100.0)] * 100)
+    served(queue, 50)
+    queued(queue, *[("b", 100.0)] * 50)
+    assert 20 <= served(queue, 40).count("b") <= 22, "half, and the two that were saved up"
+
+
+def test_priorities_are_strict_and_within_a_flow_the_first_comes_first():
+    queue = FairQueue(10)
+    queued(queue, ("a", 1.0), ("a", 2.0), rank=2)
+    queued(queue, ("a", 3.0), rank=0)
+    queued(queue, ("b", 4.0), rank=1)
+    costs = []
+    while (waiter := queue.next()) is not None:
+        queue.take(waiter)
+        costs.append(waiter.cost)
+    assert costs == [3.0, 4.0, 1.0, 2.0]
+
+
+def test_who_leaves_is_not_charged():
+    queue = FairQueue(10, saved=0)
+    queued(queue, ("a", 100.0))
+    gone = [Waiter("a", 1, 1000.0, 1000, 1) for _ in range(3)]
+    for waiter in gone:
+        queue.add(waiter)
+    queued(queue, ("a", 100.0), ("b", 100.0), ("b", 100.0))
+    for waiter in gone:
+        queue.leave(waiter)
+        queue.leave(waiter)
+    assert sorted(served(queue, 2)) == ["a", "b"] and sorted(served(queue, 2)) == ["a", "b"]
+
+
+def test_flows_that_are_remembered_are_bounded():
+    queue = FairQueue(3)
+    for number in range(10):
+        queue.passed(str(number), 1.0)
+        queue.answered(str(number), 50)
+    assert len(queue._flows) == 3
+    assert queue.output_of("9", 1000) == 50 and queue.output_of("0", 1000) == 1000
+
+
+def prefiller(name: str, *, tokens: int = 0, rate: float = 1000.0, since: float = 0.0) -> NodeView:
+    return NodeView(
+        name, Role.PREFILLER, b"kv", 16, 4096, prefill_tokens=tokens, prefill_rate=rate, computing_since=since
+    )
+
+
+def decoder(name: str, *, sequences: int = 0, places: int = 4, stay_s: float = 2.0) -> NodeView:
+    return NodeView(name, Role.DECODER, b"kv", 16, 4096, sequences, max_sequences=places, step_s=0.01, stay_s=stay_s)
+
+
+def decided(prefillers: list[NodeView], decoders: list[NodeView], cached: int = 0) -> Decision:
+    def ranking(role: Role, nodes: list[NodeView]) -> Ranking:
+        return Ranking(role, nodes, [0.0] * len(nodes), (), (), (), 0)
+
+    first = prefillers[0].id if prefillers else None
+    route = Route(prefiller=first, decoder=decoders[0].id, expected_cached_tokens=cached, reason="no_prefix")
+    return Decision(
+        route, ranking(Role.DECODER, decoders), ranking(Role.PREFILLER, prefillers) if prefillers else None, ()
+    )
+
+
+def test_a_first_token_is_expected_when_a_node_is_free_and_has_computed_the_rest():
+    busy = [prefiller("p0", tokens=500, since=9.9), prefiller("p1", tokens=800, since=9.6)]
+    seen = forecast(decided(busy, [decoder("d0")], cached=100), 300, 10.0, LIMITS)
+    assert not seen.has_room and seen.tokens == 200
+    assert seen.own_s == pytest.approx(0.21)
+    assert seen.wait_s(0, 0) == pytest.approx(0.4), "both are free then, one has 400 left of 500, the other of 800"
+    assert seen.wait_s(1000, 2) == pytest.approx(0.9), "two nodes have 1000 more behind them"
+
+
+def test_a_node_that_hangs_is_not_taken_for_free():
+    seen = forecast(decided([prefiller("p0", tokens=500)], [decoder("d0")]), 10, 1e6, LIMITS)
+    assert not seen.has_room and seen.wait_s(0, 0) == pytest.approx(0.25)
+
+
+def test_there_is_room_where_one_node_is_idle_or_not_known():
+    for spare in (prefiller("p1"), prefiller("p1", tokens=5000, rate=0.0), prefiller("p1", tokens=10)):
+        assert forecast(decided([prefiller("p0", tokens=500), spare], [decoder("d0")]), 9, 0.0, LIMITS).has_room
+
+
+def test_decoders_without_a_place_are_waited_for_too():
+    full = [decoder("d0", sequences=6, places=4), decoder("d1", sequences=4, places=4)]
+    seen = forecast(decided([prefiller("p0")], full), 10, 0.0, LIMITS)
+    assert not seen.has_room
+    assert seen.wait_s(0, 1) == pytest.approx(4 / 4), "two too many, the waiting one and this one; four end in a second"
+    assert forecast(decided([prefiller("p0")], [full[0], decoder("d1", sequences=3)]), 10, 0.0, LIMITS).has_room
+
+
+def test_a_place_may_be_taken_ahead_by_what_must_be_computed_first():
+    one = [decoder("d0", sequences=4, places=4, stay_s=2.0)]
+    assert not forecast(decided([], one), 10, 0.0, LIMITS).has_room
+    slow = [prefiller("p0", rate=100.0)]
+    assert forecast(decided(slow, one), 100, 0.0, LIMITS).has_room, "two sequences end in the second that it takes"
+    assert not forecast(decided(slow, [decoder("d0", sequences=5)]), 100, 0.0, LIMITS).has_room, "one more at most"
