@@ -46,7 +46,7 @@ class HttpConnection(asyncio.Protocol):
         """Of the answer; 0: its head has not come."""
         self.proven: ProvenReply | None = None
         """What the answer's head has proved to its owner, who sets it; None: nothing was asked for."""
-        self._headers: list[tuple[bytes, bytes]] = []
+        self._headers: dict[bytes, bytes] = {}
         self._parts: list[bytes] = []
         self._size = self._head_bytes = 0
         self._whole = self._interim = self._to_the_end = False
@@ -117,8 +117,7 @@ class HttpConnection(asyncio.Protocol):
 
     def header(self, name: str) -> str | None:
         """Of the answer; the first of this name."""
-        wanted = name.lower().encode("latin-1")
-        found = next((value for key, value in self._headers if key.lower() == wanted), None)
+        found = self._headers.get(name.lower().encode("latin-1"))
         return None if found is None else found.decode("utf-8", "surrogateescape")
 
     def end(self, *, rests: bool = False) -> None:
@@ -185,7 +184,7 @@ class HttpConnection(asyncio.Protocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         """Of a head; those behind a body are nothing to us."""
         if not self.status:
-            self._headers.append((name, value))
+            self._headers.setdefault(name.lower(), value)
 
     def on_headers_complete(self) -> None:
         """The head has come."""
@@ -194,13 +193,12 @@ class HttpConnection(asyncio.Protocol):
             return
         if status < 200:  # the answer is still to come
             self._interim = True
-            self._headers = []
+            self._headers = {}
             return
         self.status = status
         self._keeps = self._parser.should_keep_alive()
         if not self._keeps:
-            names = {name.lower() for name, _ in self._headers}
-            self._to_the_end = not names & {b"content-length", b"transfer-encoding"}
+            self._to_the_end = not self._headers.keys() & {b"content-length", b"transfer-encoding"}
 
     def on_body(self, data: bytes) -> None:
         """A part of the body."""
@@ -236,7 +234,7 @@ class HttpConnection(asyncio.Protocol):
 
     def _reset(self) -> None:
         self.status = self._size = self._head_bytes = 0
-        self._headers, self._parts, self._error = [], [], None
+        self._headers, self._parts, self._error = {}, [], None
         self.proven = None
         self._whole = self._interim = self._to_the_end = False
         self._keeps = True

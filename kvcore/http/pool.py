@@ -126,7 +126,7 @@ class HttpPool:
         proof = None
         if self._prover is not None:
             proof = self._prover.prove(method, origin.authority, target, body)
-            lines += _header_lines(dict(proof.headers))
+            lines += proof.lines
         if body or method != "GET":
             lines += f"Content-Length: {len(body)}\r\n"
         head = f"{method} {target} HTTP/1.1\r\nHost: {origin.authority}\r\n{lines}\r\n"

@@ -11,6 +11,7 @@ import hmac
 import json
 import re
 import secrets as random
+from binascii import b2a_base64
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import NamedTuple
@@ -52,8 +53,18 @@ class Proof(NamedTuple):
     """Of the body, as its header has it."""
     signature: str
     """As its header has it."""
-    headers: tuple[tuple[str, str], ...] = ()
-    """What is sent; empty on the side that checks."""
+    params: str = ""
+    """Of the signature, as they are sent; empty on the side that checks."""
+
+    @property
+    def headers(self) -> tuple[tuple[str, str], ...]:
+        """What is sent."""
+        return ((DIGEST, self.digest), (INPUT, f"kvferry={self.params}"), (SIGNATURE, self.signature))
+
+    @property
+    def lines(self) -> str:
+        """The same as they are on the wire."""
+        return f"{DIGEST}: {self.digest}\r\n{INPUT}: kvferry={self.params}\r\n{SIGNATURE}: {self.signature}\r\n"
 
 
 class RequestProver:
@@ -75,12 +86,11 @@ class RequestProver:
         self._number += 1
         created, part = divmod(int(self._clock.wall() * _PARTS), _PARTS)
         number = self._number.to_bytes(_NUMBER_BYTES, "big")
-        nonce = base64.b64encode(self._sender + number + part.to_bytes(_PART_BYTES, "big")).decode()
+        nonce = _base64(self._sender + number + part.to_bytes(_PART_BYTES, "big"))
         digest = digest_of(body)
         params = f'{_COVERED};created={created};nonce="{nonce}";keyid="{key.name}";alg="hmac-sha256";tag="kvferry"'
         signature = _sign(key, self._context, _base(method, authority, target, digest, params))
-        headers = ((DIGEST, digest), (INPUT, f"kvferry={params}"), (SIGNATURE, signature))
-        return Proof(key, digest, signature, headers)
+        return Proof(key, digest, signature, params)
 
     def learn(self, authority: str, refused: Proof, wanted: str | None) -> bool:
         """A server refused; `wanted`: its Accept-Signature. Whether it knows another of our secrets: prove it anew."""
@@ -268,7 +278,7 @@ def digest_of(body: bytes) -> str:
 
 def digest_text(sha256: bytes) -> str:
     """A Content-Digest of that hash."""
-    return f"sha-256=:{base64.b64encode(sha256).decode()}:"
+    return f"sha-256=:{_base64(sha256)}:"
 
 
 def _base(method: str, authority: str, target: str, digest: str, params: str) -> bytes:
@@ -287,7 +297,7 @@ def _reply_params(key_id: str, streams: bool) -> str:
 
 
 def _sign_reply(proof: Proof, context: bytes, status: int, digest: str | None) -> str:
-    theirs = proof.signature.removeprefix("kvferry=")
+    theirs = proof.signature[len("kvferry=") :]
     params = _reply_params(proof.key.name, digest is None)
     whole = "" if digest is None else f'"content-digest": {digest}\n'
     base = f'"@status": {status}\n{whole}"signature";req;key="kvferry": {theirs}\n"@signature-params": {params}'
@@ -295,5 +305,8 @@ def _sign_reply(proof: Proof, context: bytes, status: int, digest: str | None) -
 
 
 def _sign(key: ClusterKey, context: bytes, base: bytes) -> str:
-    made = hmac.digest(key.derive(KeyLabel.HTTP, context), base, "sha256")
-    return f"kvferry=:{base64.b64encode(made).decode()}:"
+    return f"kvferry=:{_base64(key.mac_key(KeyLabel.HTTP, context).digest(base))}:"
+
+
+def _base64(data: bytes) -> str:
+    return b2a_base64(data, newline=False).decode()

@@ -1,6 +1,7 @@
 """The cluster's secret: what is one, where it is read, how it is changed, and that nothing shows it."""
 
 import base64
+import hmac
 import logging
 import random
 from pathlib import Path
@@ -210,3 +211,14 @@ def test_rotating_what_is_no_secret_is_refused(tmp_path, capsys):
 def test_a_config_with_a_secret_says_nothing_of_it(tmp_path):
     config = load_config(SIM, ["security.secret.env=SOME_NAME"])
     assert msgspec.to_builtins(config.security.secret) == {"file": None, "env": "SOME_NAME", "command": None}
+
+
+@pytest.mark.parametrize("length", [0, 1, 55, 56, 64, 200, 100_000])
+def test_a_mac_key_makes_what_the_library_makes(length):
+    held, message = ClusterKey(OLD), random.randbytes(length)
+    key, mac = held.derive(KeyLabel.HTTP, b"c"), held.mac_key(KeyLabel.HTTP, b"c")
+    assert mac is held.mac_key(KeyLabel.HTTP, b"c")
+    for _ in range(2):
+        assert mac.digest(message) == hmac.digest(key, message, "sha256")
+    assert held.mac_key(KeyLabel.HTTP, b"d").digest(message) != mac.digest(message)
+    assert key.hex() not in repr(mac)
