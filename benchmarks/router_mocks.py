@@ -2,11 +2,12 @@
 that what is measured is the router before them.
 
 One process for all of them, a port each. A token is written each `TICK_S`, to all streams of a worker at once, as an
-engine's step does; an answer of one token comes at once. Run by `benchmarks.router`.
+engine's step does; an answer of one token comes at once. Run by `benchmarks.router` and `benchmarks.router_nodes`.
 """
 
 import asyncio
 import json
+import sys
 from collections.abc import Callable
 
 import httptools
@@ -14,6 +15,7 @@ import msgspec
 import uvloop
 
 from kvcore.chunk_keys import usable_chunks
+from kvcore.process.descriptors import raise_limit
 from kvcore.types import KVSpec, NodeInfo, Role, Segment
 from nodeapi.frames import pack_frame
 from nodeapi.messages import (
@@ -193,10 +195,11 @@ def _completion(text: str, *, done: bool) -> dict[str, object]:
     return {**body, "usage": usage, "kv_transfer_params": {"remote_engine_id": "e", "remote_block_ids": []}}
 
 
-async def serve() -> None:
-    """Print the ports, serve until ended."""
+async def serve(count: int) -> None:
+    """Print the ports of so many workers, the first half of them prefillers; serve until ended."""
     loop, ports = asyncio.get_running_loop(), []
-    for number, role in enumerate(ROLES):
+    for number in range(count):
+        role = ROLES[number * len(ROLES) // count]
         worker = Worker(f"n{number}", role)
         server = await loop.create_server(lambda worker=worker: _Connection(worker), "127.0.0.1", 0)
         ports.append(server.sockets[0].getsockname()[1])
@@ -205,4 +208,5 @@ async def serve() -> None:
 
 
 if __name__ == "__main__":
-    uvloop.run(serve())
+    raise_limit()
+    uvloop.run(serve(int(sys.argv[1]) if len(sys.argv) > 1 else len(ROLES)))

@@ -48,6 +48,7 @@ from nodeapi.upkeep import (
 MAX_FRAME_BYTES = 4 << 20
 MAX_REPORT_BYTES = 1 << 20
 """Of nodes of which nothing is known yet many are asked at once."""
+_REPORTS_KEPT, _LONGEST_KEPT = 4096, 16 << 10
 _MSGPACK = {"Content-Type": "application/msgpack", "Accept": "application/msgpack"}
 _Reply = TypeVar("_Reply")
 
@@ -74,6 +75,8 @@ class HttpNodeClient:
             trust=trust,
         )
         self._encoder = msgspec.msgpack.Encoder()
+        self._reports: dict[str, tuple[bytes, NodeReport | None]] = {}
+        """By URL, the last one and its bytes: read anew only where it says something else."""
         self._frames = msgspec.msgpack.Decoder(StreamFrame)
 
     def __repr__(self) -> str:
@@ -131,8 +134,14 @@ class HttpNodeClient:
     async def info(self, url: str, *, timeout_s: float) -> NodeReport:
         """See NodeClient."""
         reply = await self._calls.fetch("GET", f"{url}/v1/info", b"", timeout_s, most=MAX_REPORT_BYTES)
-        _check_common_version(_decode(reply, Greeting, url), url)
-        return _decode(reply, NodeReport, url)
+        said, report = self._reports.get(url, (b"", None))
+        if report is None or reply != said:
+            _check_common_version(_decode(reply, Greeting, url), url)
+            report = _decode(reply, NodeReport, url)
+            if len(self._reports) >= _REPORTS_KEPT:
+                self._reports.clear()
+            self._reports[url] = (reply, report) if len(reply) <= _LONGEST_KEPT else (b"", None)
+        return report
 
     async def aclose(self) -> None:
         """See NodeClient."""

@@ -8,6 +8,8 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
+from msgspec.structs import replace
+
 from kvcore.chunk_keys import prompt_keys, usable_chunks
 from kvcore.clock import Clock
 from kvcore.config.schema import ClusterConfig
@@ -21,7 +23,8 @@ from kvcore.telemetry import log_fields
 from kvcore.types import NodeInfo, Role
 from metadata_server.cache_messages import NodeOrder
 from metadata_server.messages import Event, EventKind
-from nodeapi.messages import EngineInfo, NodeReport
+from nodeapi.messages import NodeReport
+from router.nodes.board import NodeBoard, NodeTable
 from router.nodes.fit import RouterIdentity, why_not_now, why_other, why_unsound
 from router.nodes.health import Breaker, BreakerState, is_nodes_fault
 from router.nodes.known import KnownNode
@@ -36,7 +39,7 @@ from router.routing.index import PrefixHits, PrefixIndex
 from router.routing.parted_index import PartedIndex
 from router.routing.rates import NodeRates
 from router.routing.sent import SentPrefixes
-from router.routing.views import ClusterView, LeftOut, NodeView
+from router.routing.views import ClusterView
 
 _log = logging.getLogger("router")
 __all__ = ["Cluster", "KnownNode", "NodeWork"]
@@ -63,7 +66,8 @@ class Cluster:
         self.index: PrefixIndex | PartedIndex = PartedIndex(Partitions(names)) if names else PrefixIndex()
         self._indexes = self.index.parts if isinstance(self.index, PartedIndex) else [self.index]
         self.leases = NodeLeases(names or [""])
-        self.nodes: dict[str, KnownNode] = {}
+        self.nodes = NodeTable()
+        self._board = NodeBoard(self.nodes, self._reason)
         self.stalls = StallWatch(config.router, limits, clock.now)
         self._drained: set[str] = set()
         self._sent = None if config.handoff.traits.has_store else SentPrefixes()
@@ -79,6 +83,7 @@ class Cluster:
     def on_orders(self, orders: Sequence[NodeOrder]) -> None:
         """All that operators ordered: drained nodes get no new legs, removed ones are forgotten until they join."""
         self._drained = {order.node_id for order in orders if order.kind == "drained"}
+        self._board.touch_all()
         removed = {order.node_id for order in orders} - self._drained
         for name in [name for name in removed if name in self.nodes and self.nodes[name].lease is None]:
             self.index.drop_node(name)
@@ -98,24 +103,36 @@ class Cluster:
 
     def reported(self, node: KnownNode, report: NodeReport) -> None:
         """The node answered a probe. One that has started anew has breaker and trust as new; one that was lost has to
-        earn its trust."""
+        earn its trust. The report of the last time, the same object, costs next to nothing: most nodes of a large
+        cluster have nothing new to say."""
         self.index.sweep()
+        if report is node.report and node.problem is None and node.silent_since is None and not node.misses:
+            self._count_others(node, report)
+            return
         lost = node.silent_since is not None and node.problem is not None
         node.silent_since, node.misses = None, 0
         if (why := why_unsound(report, self._limits)) is not None:
             node.report, node.problem = None, why
             return
-        before, node.report = node.report, report
+        before = node.report
+        if before is not None and before.engine == report.engine:
+            report = replace(report, engine=before.engine)  # who knows it by identity need not look again
+        node.report = report
         if before is None or report.node.incarnation != before.node.incarnation:
             node.breaker, node.trust, node.rates = Breaker(self._limits), NodeTrust(self._limits), NodeRates()
         elif lost or _has_worked(before, report):
             node.quiet_s = 0.0
             works(node, lost=lost)
         node.fingerprint = report.engine.kv_spec.fingerprint if report.engine is not None else b""
-        stats = report.stats
-        node.others_sequences = max(0, stats.running + stats.waiting - node.sequences) if stats else 0
+        self._count_others(node, report)
         node.unfit = self._identity.why_unfit(report)
         node.problem = why_other(report, node.id, node.role, node.url) or node.unfit or why_not_now(report)
+
+    def _count_others(self, node: KnownNode, report: NodeReport) -> None:
+        stats = report.stats
+        others = max(0, stats.running + stats.waiting - node.sequences) if stats else 0
+        if others != node.others_sequences:
+            node.others_sequences = others
 
     def probed(self, node: KnownNode, before: str | None) -> None:
         """A probe has ended, one way or the other; `before`: the node's problem when it began. A node that is there and
@@ -124,7 +141,8 @@ class Cluster:
             del self.nodes[node.id]
         if self._sent is not None and before is not None and node.problem is not None:  # not for one late answer
             self._sent.forget(node.id)
-        node.problem = node.problem and node.problem[: self._limits.max_problem_chars]
+        if node.problem is not None:
+            node.problem = node.problem[: self._limits.max_problem_chars]
         usable = node.problem is None
         if before != node.problem and (node.static or self._said.allows(f"{usable}", node.id) is not None):
             alarm = before is None or node.problem == node.unfit
@@ -248,17 +266,7 @@ class Cluster:
 
     def view(self) -> ClusterView:
         """The nodes with an engine as of now: the usable ones, and why the others are not."""
-        now = self._clock.now()
-        usable: dict[Role, list[NodeView]] = {Role.PREFILLER: [], Role.DECODER: []}
-        unusable: list[LeftOut] = []
-        for node in self.nodes.values():
-            if node.role is Role.STORE:
-                continue
-            if (reason := self._reason(node, now)) is None:
-                usable[node.role].append(node.view())
-            else:
-                unusable.append(LeftOut(node.id, node.role, reason))
-        return ClusterView(tuple(usable[Role.PREFILLER]), tuple(usable[Role.DECODER]), tuple(unusable))
+        return self._board.view(self._clock.now())
 
     def hits(self, view: ClusterView, prompt_token_ids: Sequence[int], salt: bytes) -> dict[bytes, PrefixHits]:
         """Where the prompt's usable chunks are, for each kind of KV among those who may decode."""
@@ -266,8 +274,8 @@ class Cluster:
         if self._sent is not None:
             hits = self._sent.find(prompt_token_ids, salt)
             return {node.fingerprint: hits for node in (view.decoders or view.prefillers)[:1]}
-        for node in view.decoders or view.prefillers:
-            if node.fingerprint not in found and self.index:
+        for node in (view.decoders or view.prefillers) if self.index else ():
+            if node.fingerprint not in found:
                 count = usable_chunks(len(prompt_token_ids), node.chunk_tokens)
                 keys = prompt_keys(node.fingerprint, salt, prompt_token_ids, node.chunk_tokens)
                 found[node.fingerprint] = self.index.find(keys[:count])
@@ -280,13 +288,13 @@ class Cluster:
     def max_context(self) -> int | None:
         """The longest context among the decoders that fit and ever reported, or else among such prefillers, capped by
         the config; None: none has."""
-        known = [engine.max_context for engine in self._reported_engines()]
+        longest, _ = self._board.engine_facts(self._clock.now())
         limit = self._config.model.max_context
-        return min(max(known), limit or max(known)) if known else None
+        return longest if longest is None or limit is None else min(longest, limit)
 
     def vocab_size(self) -> int | None:
         """Of the decoders that fit, or else of the prefillers; None while none has reported."""
-        return next((engine.vocab_size for engine in self._reported_engines()), None)
+        return self._board.engine_facts(self._clock.now())[1]
 
     def eos_token_ids(self, node_id: str) -> frozenset[int]:
         """Of this node's model; empty while unknown."""
@@ -314,14 +322,6 @@ class Cluster:
         """Whether this node, if it decodes, does so in a decoder's place."""
         node = self.nodes.get(node_id)
         return node is not None and node.role is Role.PREFILLER
-
-    def _reported_engines(self) -> list[EngineInfo]:
-        """Of the decoders that fit; where none ever reported one, of the prefillers."""
-        by_role: dict[Role, list[EngineInfo]] = {Role.DECODER: [], Role.PREFILLER: [], Role.STORE: []}
-        for node in self.nodes.values():
-            if node.unfit is None and node.report is not None and node.report.engine is not None:
-                by_role[node.role].append(node.report.engine)
-        return by_role[Role.DECODER] or by_role[Role.PREFILLER]
 
 
 def _has_worked(before: NodeReport, now: NodeReport) -> bool:

@@ -12,9 +12,12 @@ from router.routing.rates import NodeRates
 from router.routing.views import NodeView
 
 
-@dataclass(slots=True, repr=False)
+@dataclass(slots=True, repr=False, eq=False)
 class KnownNode:
     """One node. `problem` None: it answers its probes and is what it should be."""
+
+    touched: set["KnownNode"] = field(default_factory=set, init=False)
+    """Where it puts itself when anything of it is set that others see, for whoever keeps up with it."""
 
     id: str
     role: Role
@@ -51,6 +54,15 @@ class KnownNode:
     """What it reported beyond ours: of other routers."""
     rates: NodeRates = field(default_factory=NodeRates)
     _viewed: tuple[NodeReport, int, NodeView] | None = None
+
+    def __setattr__(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+        if name != "asked_at":
+            self.touched.add(self)
+
+    def touch(self) -> None:
+        """Its breaker, trust or rates have changed, none of which is set anew."""
+        self.touched.add(self)
 
     def __repr__(self) -> str:
         load = f"{self.sequences} sequences, {self.prefill_tokens} to prefill"
@@ -106,7 +118,7 @@ class KnownNode:
             step_s=rates.steps.each_s,
             stay_s=rates.stays.each_s,
         )
-        self._viewed = report, rates.changes, view
+        object.__setattr__(self, "_viewed", (report, rates.changes, view))  # nothing that anybody sees has changed
         return view
 
     def reason(self, now: float) -> str | None:

@@ -49,6 +49,12 @@ class NodeHealthLimits:
     """vLLM closes idle connections after 5 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE); a request must not meet that."""
     vllm_usage_s: float = 0.5
     """How long a stream's last token may be held back for the usage behind it."""
+    probes_at_once: int = 32
+    """Nodes that are asked in one step, about 2 ms of the event loop; with more the others follow …"""
+    spread_share: float = 0.8
+    """… over this share of the interval, …"""
+    batch_pause_s: float = 0.005
+    """… or so much later each, where they are asked out of turn."""
     strangers_at_once: int = 64
     """Nodes that are asked at the same time of which nothing but an event is known. Each may be an address that
     swallows what it is sent; others wait for the next round."""

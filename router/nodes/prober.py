@@ -7,7 +7,7 @@ Owns the rounds. What a report means is the cluster's.
 import asyncio
 import logging
 from collections.abc import Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from itertools import count
 
 from kvcore.clock import Clock
@@ -54,26 +54,37 @@ class Prober:
         """Probe every node each `probe_interval_s`, and at once when the cluster asks for it. Runs until cancelled."""
         asked = self._cluster.probe_asked
         while True:
-            await self.probe()
-            try:
-                async with asyncio.timeout(self._config.probe_interval_s):
+            large = len(self._cluster.nodes) > self._limits.probes_at_once
+            spread_s = self._config.probe_interval_s * self._limits.spread_share if large else 0.0
+            await self.probe(spread_s=spread_s)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._config.probe_interval_s - spread_s):
                     await asked.wait()
-            except TimeoutError:
-                pass
             asked.clear()
 
-    async def probe(self) -> None:
-        """Ask the nodes for their report, at the same time; bounded by the connect timeout. Of nodes of which nothing
-        but an event is known as many as there is time for, those first that were not asked for longest."""
+    async def probe(self, *, spread_s: float = 0.0) -> None:
+        """Ask the nodes for their report; each answer is bounded by the connect timeout. Many nodes are asked over
+        `spread_s` in batches, as asking all of them in one step would hold up everything else; those that are not used
+        first. Of nodes of which nothing but an event is known as many as there is time for, those first that were not
+        asked for longest."""
         timeout_s, nodes = self._config.connect_timeout_s, list(self._cluster.nodes.values())
         strangers = sorted((node for node in nodes if node.is_stranger), key=lambda node: node.asked_at, reverse=True)
         ends = self._clock.now() + timeout_s
-        others = [self._probe(node, timeout_s) for node in nodes if not node.is_stranger]
-        others += [self._try(node, timeout_s) for node in nodes if node.trust.suspected]
+        others = sorted((node for node in nodes if not node.is_stranger), key=lambda node: node.problem is None)
+        trials = [self._try(node, timeout_s) for node in nodes if node.trust.suspected]
         workers = min(len(strangers), self._limits.strangers_at_once)
-        await asyncio.gather(*others, *(self._probe_strangers(strangers, ends) for _ in range(workers)))
+        at_once = self._limits.probes_at_once
+        batches = [others[first : first + at_once] for first in range(0, len(others), at_once)]
+        pause_s = max(self._limits.batch_pause_s, spread_s / max(1, len(batches)))
+        begun = [self._probe_batch(batch, timeout_s, number * pause_s) for number, batch in enumerate(batches)]
+        await asyncio.gather(*begun, *trials, *(self._probe_strangers(strangers, ends) for _ in range(workers)))
         for tell in self.on_round:
             tell()
+
+    async def _probe_batch(self, nodes: list[KnownNode], timeout_s: float, after_s: float) -> None:
+        if after_s:
+            await asyncio.sleep(after_s)
+        await asyncio.gather(*(self._probe(node, timeout_s) for node in nodes))
 
     async def _probe_strangers(self, waiting: list[KnownNode], ends: float) -> None:
         """One after the other, the last one first, as long as half of the time of a probe is left."""

@@ -124,6 +124,7 @@ class StallWatch:
                 leg.move(error)
         elif silent_s >= limit_s:
             node.trust.suspect(self._now() - silent_s, error.message)
+            node.touch()
             log_fields(_log, logging.WARNING, "node_suspected", node=node.id, role=node.role, why=error.message)
             for tell in self.on_suspect:
                 tell(node)

@@ -211,6 +211,7 @@ class RequestLegs:
         node = self._services.cluster.nodes.get(node_id)
         if node is not None:
             node.rates.prefilled(done.computed_tokens, done.timings.compute_s, self._services.clock.now())
+            node.touch()
 
     def num_chunks(self, decoder: str) -> int:
         """How many full chunks of the prompt this decoder could be handed; 0 while nothing is known of it."""
@@ -258,6 +259,7 @@ class RequestLegs:
                 watched.ended_well()
             if (node := services.cluster.nodes.get(action.node)) is not None:
                 node.rates.decoded(tokens, request.sampling.n, services.clock.now() - spoke_at)
+                node.touch()
         return True
 
     async def _until_drained(self, watched: WatchedLeg | None) -> None:

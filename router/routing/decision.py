@@ -4,7 +4,7 @@ Owns the explanation of a choice, worked out when it is asked for: a choice itse
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from heapq import nsmallest
+from itertools import islice
 
 import msgspec
 
@@ -60,7 +60,7 @@ class Ranking(msgspec.Struct, frozen=True):
         """The chosen one first, then the others, best first; at most `limit`."""
         if self.chosen is None:
             return []
-        best = nsmallest(limit, range(len(self.nodes)), key=self.totals.__getitem__)
+        best = _least(self.totals, limit)
         order = [self.chosen, *[place for place in best if place != self.chosen]][:limit]
         named = list(zip(self.scorers, self.columns, strict=True))
         return [
@@ -79,6 +79,18 @@ class Ranking(msgspec.Struct, frozen=True):
             for node in cut.before
             if node.id not in kept
         ]
+
+
+def _least(totals: Sequence[float], limit: int) -> list[int]:
+    """Places of the least, in their order; of equal ones the first come first. For many more than `limit` a sort of
+    the numbers alone is the cheapest way to leave most of them out."""
+    places: Iterable[int] = range(len(totals))
+    if len(totals) > limit:
+        most = sorted(totals)[limit - 1]
+        less = [place for place, total in enumerate(totals) if total < most]
+        equal = (place for place, total in enumerate(totals) if total == most)
+        places = [*less, *islice(equal, limit - len(less))]
+    return sorted(places, key=totals.__getitem__)
 
 
 class Decision(msgspec.Struct, frozen=True):

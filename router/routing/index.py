@@ -6,8 +6,9 @@ bits as dead, and each later change clears them out of one table, so that no ste
 never 0, and has bits of known segments and dead ones only; no bit is given to a new segment before it is cleared.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 
 from kvcore.types import ChunkKey
 
@@ -29,13 +30,14 @@ class PrefixHits:
 Slot = tuple[str, str]
 """A node, and a segment of it."""
 _TABLES = 256
+_MASKS_SHARED = 1 << 16
 
 
 class PrefixIndex:
     """Answers which node holds how much of a prefix. All methods are synchronous and idempotent."""
 
-    def __init__(self, max_segments: int = 1024) -> None:
-        """Of more than `max_segments` at one time the latest are not listed: each costs a bit in every key's mask."""
+    def __init__(self, max_segments: int = 16_384) -> None:
+        """Of more than `max_segments` at one time the latest are not listed: each lengthens the masks by a bit."""
         self._max_segments = max_segments
         self._clearing, self._tables_left = 0, 0
         self.reset()
@@ -59,7 +61,8 @@ class PrefixIndex:
         tables = self._tables
         for key in keys:
             masks = tables[key[0]]
-            masks[key] = masks.get(key, 0) | mask
+            old = masks.get(key, 0)
+            masks[key] = self._shared(old | mask) if old else mask
 
     def remove(self, node_id: str, keys: Sequence[ChunkKey], segment_id: str = "") -> None:
         """`segment_id` of the node holds `keys` no longer. Unknown keys are ignored."""
@@ -71,7 +74,7 @@ class PrefixIndex:
             old = masks.get(key, 0)
             left = old & ~mask
             if left:
-                masks[key] = left
+                masks[key] = self._shared(left)
             elif old:
                 del masks[key]
 
@@ -92,17 +95,25 @@ class PrefixIndex:
             self._clearing, self._tables_left = ~self._alive, _TABLES
         self._tables_left -= 1
         masks, keep = self._tables[self._tables_left], ~self._clearing
-        self._tables[self._tables_left] = {key: left for key, mask in masks.items() if (left := mask & keep)}
+        shared = self._shared
+        self._tables[self._tables_left] = {key: shared(left) for key, mask in masks.items() if (left := mask & keep)}
         if not self._tables_left:
             self._alive |= self._clearing
+            for bit in _bits_of(self._clearing):
+                heappush(self._free, bit.bit_length() - 1)
 
     def reset(self) -> None:
         """Forget everything."""
         self._tables: list[dict[ChunkKey, int]] = [{} for _ in range(_TABLES)]
         self._bits: dict[Slot, int] = {}
         self._slots: dict[int, Slot] = {}
+        self._masks: dict[int, int] = {}
+        """Masks of several bits that keys have, so that keys with the same ones share them."""
         self._alive = -1
         """All bits but the dead ones."""
+        self._free: list[int] = []
+        """Places of bits that were given out and cleared, the lowest first."""
+        self._num_given = 0
         self._clearing, self._tables_left = 0, 0
 
     def find(self, keys: Sequence[ChunkKey]) -> PrefixHits:
@@ -137,12 +148,7 @@ class PrefixIndex:
 
     def slots(self, mask: int) -> set[Slot]:
         """The segments that a mask stands for."""
-        found = set()
-        while mask:
-            bit = mask & -mask
-            found.add(self._slots[bit])
-            mask ^= bit
-        return found
+        return {self._slots[bit] for bit in _bits_of(mask)}
 
     def held_by(self, node_id: str, keys: Sequence[ChunkKey]) -> list[ChunkKey]:
         """Those of `keys` that the node's segments hold."""
@@ -152,22 +158,36 @@ class PrefixIndex:
         return [key for key in keys if self._tables[key[0]].get(key, 0) & own]
 
     def _set_count(self, by_node: dict[str, int], bits: int, chunks: int) -> None:
-        while bits:
-            bit = bits & -bits
+        for bit in _bits_of(bits):
             owner, _ = self._slots[bit]
             by_node[owner] = max(by_node.get(owner, 0), chunks)
-            bits ^= bit
+
+    def _shared(self, mask: int) -> int:
+        """The same number, as the one object that all keys with it have: with 1,000 segments one takes 160 bytes."""
+        known = self._masks.get(mask)
+        if known is None:
+            if len(self._masks) >= _MASKS_SHARED:
+                self._masks.clear()
+            known = self._masks[mask] = mask
+        return known
 
     def _new_bit(self, slot: Slot) -> int:
         """The segment's bit; 0: there are too many segments."""
         bit = self._bits.get(slot)
         if bit is None:
-            dead = ~self._alive
-            if len(self._bits) + dead.bit_count() >= self._max_segments:
+            if self._num_given - len(self._free) >= self._max_segments:
                 return 0
-            bit = 1
-            while bit in self._slots or bit & dead:
-                bit <<= 1
+            if not self._free:
+                heappush(self._free, self._num_given)
+                self._num_given += 1
+            bit = 1 << heappop(self._free)
             self._bits[slot] = bit
             self._slots[bit] = slot
         return bit
+
+
+def _bits_of(mask: int) -> Iterator[int]:
+    while mask:
+        bit = mask & -mask
+        yield bit
+        mask ^= bit

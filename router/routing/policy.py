@@ -229,7 +229,7 @@ def _rank(
     columns = tuple([_weighted(scorer.score(request, nodes, decoder), weight) for scorer, weight in rules.scorers])
     totals: Sequence[float] = columns[0] if columns else (0.0,) * len(nodes)
     for column in columns[1:]:
-        totals = list(map(add, totals, column))
+        totals = list(map(add, totals, column)) if any(column) else totals
     return Ranking(role, nodes, totals, names, columns, cuts, rules.pick(totals, request.turn))
 
 
@@ -239,4 +239,4 @@ def _cut(rule: Filter, before: Sequence[NodeView], kept: Sequence[NodeView], dec
 
 
 def _weighted(scores: Sequence[float], weight: float) -> Sequence[float]:
-    return scores if weight == 1.0 else [weight * score for score in scores]
+    return scores if weight == 1.0 or not any(scores) else [weight * score for score in scores]

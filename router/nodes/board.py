@@ -1,0 +1,122 @@
+"""All nodes as they are seen at one moment, kept up by what changes of them: with a thousand nodes, looking at each of
+them for each request costs more than the choice.
+
+Owns what was last seen of each node. A node that is used is looked at again when something was set of it (`KnownNode`);
+one that is not used each time, as its reason may end with time alone.
+"""
+
+from collections.abc import Callable, Iterator
+
+from kvcore.types import Role
+from nodeapi.messages import EngineInfo
+from router.nodes.known import KnownNode
+from router.routing.views import ClusterView, LeftOut, NodeView
+
+
+class NodeTable(dict[str, KnownNode]):
+    """Nodes by their id. `version` grows when one comes, goes or is replaced; change it by item only."""
+
+    version = 0
+
+    def __setitem__(self, name: str, node: KnownNode) -> None:
+        super().__setitem__(name, node)
+        self.version += 1
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        self.version += 1
+
+
+class NodeBoard:
+    """`reason(node, now)`: why it is not used; None: it is used."""
+
+    def __init__(self, nodes: NodeTable, reason: Callable[[KnownNode, float], str | None]) -> None:
+        self._nodes = nodes
+        self._reason = reason
+        self._version = -1
+        self._touched: set[KnownNode] = set()
+        self._unused: set[KnownNode] = set()
+        self._places: dict[KnownNode, int] = {}
+        """In the order of the table, stores left out."""
+        self._seen: dict[Role, dict[int, NodeView]] = {Role.PREFILLER: {}, Role.DECODER: {}}
+        self._unordered: set[Role] = set()
+        """Those of which a node came back to its place."""
+        self._left_out: dict[int, LeftOut] = {}
+        self._engines: dict[KnownNode, EngineInfo | None] = {}
+        self._facts: tuple[int | None, int | None] | None = None
+        self._view: ClusterView | None = None
+
+    def __repr__(self) -> str:
+        return f"<NodeBoard of {len(self._places)} nodes, {len(self._unused)} not used>"
+
+    def touch_all(self) -> None:
+        """Something else that reasons depend on has changed."""
+        self._touched.update(self._places)
+
+    def view(self, now: float) -> ClusterView:
+        """The nodes with an engine: the usable ones, and why the others are not. The same one while nothing changes."""
+        self._look(now)
+        if self._view is None:
+            seen = self._seen
+            for role in self._unordered:
+                seen[role] = dict(sorted(seen[role].items()))
+            self._unordered.clear()
+            left_out = tuple([self._left_out[place] for place in sorted(self._left_out)])
+            self._view = ClusterView(tuple(seen[Role.PREFILLER].values()), tuple(seen[Role.DECODER].values()), left_out)
+        return self._view
+
+    def engine_facts(self, now: float) -> tuple[int | None, int | None]:
+        """(The longest context, the size of the vocabulary) among the decoders that fit and ever reported, or else
+        among such prefillers; None: none has."""
+        self._look(now)
+        if self._facts is None:
+            engines = list(self._fitting(Role.DECODER)) or list(self._fitting(Role.PREFILLER))
+            longest = max((engine.max_context for engine in engines), default=None)
+            self._facts = longest, engines[0].vocab_size if engines else None
+        return self._facts
+
+    def _fitting(self, role: Role) -> Iterator[EngineInfo]:
+        return (engine for node, engine in self._engines.items() if engine is not None and node.role is role)
+
+    def _look(self, now: float) -> None:
+        if self._version != self._nodes.version:
+            self._begin()
+        if not (self._touched or self._unused):
+            return
+        looked_at = self._touched | self._unused
+        self._touched.clear()
+        for node in looked_at:
+            if (place := self._places.get(node)) is not None:
+                self._look_at(node, place, now)
+
+    def _look_at(self, node: KnownNode, place: int, now: float) -> None:
+        engine = node.report.engine if node.report is not None and node.unfit is None else None
+        if engine is not self._engines[node]:
+            self._engines[node], self._facts = engine, None
+        seen, reason = self._seen[node.role], self._reason(node, now)
+        if reason is None:
+            view = node.view()
+            if (before := seen.get(place)) is not view:
+                seen[place], self._view = view, None
+                if before is None:
+                    self._unordered.add(node.role)
+                    self._left_out.pop(place, None)
+                    self._unused.discard(node)
+        elif (known := self._left_out.get(place)) is None or known.reason != reason:
+            self._left_out[place], self._view = LeftOut(node.id, node.role, reason), None
+            seen.pop(place, None)
+            self._unused.add(node)
+
+    def _begin(self) -> None:
+        """Nodes came or went."""
+        self._version = self._nodes.version
+        nodes = [node for node in self._nodes.values() if node.role is not Role.STORE]
+        self._places = {node: place for place, node in enumerate(nodes)}
+        self._engines = dict.fromkeys(nodes)
+        self._touched, self._unused = set(nodes), set()
+        for node in nodes:
+            node.touched = self._touched
+        for seen in self._seen.values():
+            seen.clear()
+        self._left_out.clear()
+        self._facts = self._view = None
