@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.faults_load import Seen
+from kvcore.config.schema import RouterConfig
 
 BEYOND_S = 2.0
 """Of silence that a fault may cost beyond its own."""
 HELD_S = 5.0
 """After the last answer nothing may be held any longer than this."""
-FIRST_TOKEN_S, TOKEN_GAP_S = 5.0, 2.0
-"""After so long a silence, before the first token or between two, a router may take a process that hangs for dead."""
 SLOW_STEP_S = 0.3
 """Of a node that is slow, for each token."""
 ROUTER_STOPS_S = 3.0
@@ -32,7 +31,9 @@ class Own:
         return Own(self.first_s + other.first_s, self.gap_s + other.gap_s, self.whole_s + other.whole_s)
 
 
-HANG = Own(FIRST_TOKEN_S, TOKEN_GAP_S, FIRST_TOKEN_S + TOKEN_GAP_S)
+_router = RouterConfig()
+HANG = Own(_router.stall_first_s, _router.stall_gap_s, _router.stall_first_s + _router.stall_gap_s)
+"""After so long a silence kvferry takes a process for one that hangs; nobody can know it before."""
 OWN = {
     "kill": Own(),
     "stop": HANG,

@@ -86,7 +86,8 @@ async def test_clusters_that_share_a_redis_find_what_either_computed_and_answer_
                 return isinstance(keys, list) and len(keys) >= NUM_PROMPTS * CHUNKS
 
             await subject.until(all_saved, 20)
-        async with cluster(two, prefillers=1, decoders=1, overrides=redis) as subject:
+        worth_it = [*redis, "engine.prefill_tokens_per_s=1000", "tiers.wait_s=60"]  # to load, on any machine
+        async with cluster(two, prefillers=1, decoders=1, overrides=worth_it) as subject:
             half = NUM_PROMPTS // 2
             with_it, cached = await ask_all(subject, PROMPTS[:half])
             assert cached == half * CHUNKS * 64, "all chunks that the other cluster computed"

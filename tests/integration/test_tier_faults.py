@@ -34,8 +34,6 @@ CALL_S = 0.5
 PAUSE_S = 20.0
 RETURN_S = 50.0
 """It takes about five on a machine that has nothing else to do."""
-SLOW = ("engine.prefill_tokens_per_s=4000",)
-"""So that a tier is worth its while on any machine: a prompt is computed in 0.1 s, and loaded in a fraction of it."""
 dice = random.Random(1)
 
 
@@ -102,7 +100,7 @@ def server() -> Iterator[RedisServer]:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def pair(server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tuple[Served, Served]]:
     folder = tmp_path_factory.mktemp("pair")
-    overrides = (*SLOW, f"tiers.redis.timeout_s={CALL_S}", f"kv.chunk_tokens={CHUNK_TOKENS}")
+    overrides = (f"tiers.redis.timeout_s={CALL_S}", f"kv.chunk_tokens={CHUNK_TOKENS}")
     tier = ("--tier", server.url)
     async with (
         served(folder / "one", *tier, overrides=overrides) as one,
@@ -265,7 +263,7 @@ async def on_disk(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tup
     folder = tmp_path_factory.mktemp("on-disk")
     disk = BadDisk(folder)
     options = ("--segment", "1MiB", "--tier", f"disk:{disk.path}:16MiB")
-    overrides = (*SLOW, f"kv.chunk_tokens={CHUNK_TOKENS}", f"tiers.disk.timeout_s={CALL_S}")
+    overrides = (f"kv.chunk_tokens={CHUNK_TOKENS}", f"tiers.disk.timeout_s={CALL_S}")
     async with served(folder / "one", *options, overrides=overrides, environment=disk.environment) as one:
         for prompt in MANY:
             assert await cached_of(one, prompt) == 0

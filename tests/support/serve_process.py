@@ -16,8 +16,10 @@ from kvcore.process.child import ChildProcess
 
 CHUNK_TOKENS = 64
 _START_S = 120.0
-_ENGINE = "{kind: sim, block_size: 16, num_blocks: 512, bytes_per_token: 64, prefill_tokens_per_s: 20000, "
+_ENGINE = "{kind: sim, block_size: 16, num_blocks: 512, bytes_per_token: 64, prefill_tokens_per_s: 4000, "
 _ENGINE += "inter_token_s: 0.005}"
+"""So slow that a tier is worth its while on any machine: a prompt of six chunks takes 0.1 s to compute, and far less to
+load."""
 _SIMULATED = [f"engine={_ENGINE}", "model.path=sim", "model.name=sim", "service.drain_s=2"]
 
 
