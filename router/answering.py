@@ -268,18 +268,20 @@ class Answerer:
         if name != self.model:
             raise ModelNotFoundError(f"the model {name!r} does not exist here; there is {self.model!r}", param="model")
 
-    async def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """The tokens of each prompt. Raises InvalidRequestError where the chat template refuses the messages, and
-        OverloadedError."""
+    async def encode(self, prompts: Sequence[Prompt], whose: str = "") -> list[list[int]]:
+        """The tokens of each prompt. `whose`: what others have asked makes it no faster. Raises InvalidRequestError
+        where the chat template refuses the messages, and OverloadedError."""
         num_chars, limits = sum(map(_num_chars, prompts)), self._limits
         if num_chars <= limits.inline_chars:
-            return [self._tokens(prompt) for prompt in prompts]
+            return [self._tokens(prompt, whose) for prompt in prompts]
         if self._waiting_chars and self._waiting_chars + num_chars > limits.max_waiting_chars:
             raise OverloadedError(f"texts of {self._waiting_chars} characters wait to be made tokens; come back later")
         self._waiting_chars += num_chars
         try:
             return [
-                prompt.token_ids if isinstance(prompt, TokenPrompt) else await self._run(partial(self._tokens, prompt))
+                prompt.token_ids
+                if isinstance(prompt, TokenPrompt)
+                else await self._run(partial(self._tokens, prompt, whose))
                 for prompt in prompts
             ]
         finally:
@@ -320,11 +322,11 @@ class Answerer:
             opened.pop_all()
         return ClientAnswer(self.tokenizer, runs, request, self._limits)
 
-    def _tokens(self, prompt: Prompt) -> list[int]:
+    def _tokens(self, prompt: Prompt, whose: str) -> list[int]:
         if isinstance(prompt, TokenPrompt):
             return prompt.token_ids
         text = self.tokenizer.render_chat(prompt) if isinstance(prompt, ChatPrompt) else prompt.text
-        return self.tokenizer.encode(text, add_special_tokens=prompt.add_special_tokens)
+        return self.tokenizer.encode(text, add_special_tokens=prompt.add_special_tokens, whose=whose)
 
     def _check_fit(self, spec: RequestSpec, max_context: int, names: FieldNames) -> None:
         prompt, sampling = spec.prompt_token_ids, spec.sampling

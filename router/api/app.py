@@ -162,7 +162,8 @@ def _add_openai(app: FastAPI, answerer: Answerer, max_body_bytes: int, limits: A
             async def start() -> tuple[ClientAnswer, Formatter]:
                 if body.model:
                     answerer.check_model(body.model)
-                prompts = await answerer.encode(prompts_of(body, limits))
+                caller = caller_of(request.scope)
+                prompts = await answerer.encode(prompts_of(body, limits), caller.apart(body.cache_salt))
                 wanted = answer_request(
                     body,
                     prompts,
@@ -171,7 +172,7 @@ def _add_openai(app: FastAPI, answerer: Answerer, max_body_bytes: int, limits: A
                     client_request_id=request.scope["request_id"],
                     limits=limits,
                 )
-                owned = caller_of(request.scope).owns(with_first_token(wanted, request.scope))
+                owned = caller.owns(with_first_token(wanted, request.scope))
                 answer = await answerer.admit(owned)
                 with ExitStack() as failing:
                     failing.callback(answer.close)

@@ -52,6 +52,10 @@ class Caller:
         turn = replace(request.turn, flow=who, rank=self.rank, tenant_s=self.first_token_s)
         return replace(request, specs=specs, turn=turn)
 
+    def apart(self, cache_salt: str | None) -> str:
+        """A name of its own for each caller and salt whose prompts must not be told by how long others take."""
+        return f"{self.tenant} {cache_salt or ''}"
+
     def may_see(self, tenant: str) -> bool:
         """Whether a tenant's records are shown to it."""
         return self.admin or tenant == self.tenant

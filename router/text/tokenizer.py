@@ -17,9 +17,11 @@ from kvcore.errors import ModelLoadError
 from kvcore.model_folder import TOKENIZER_FILES, file_digest, find_folder
 from router.requests.spec import ChatPrompt
 from router.text.chat_template import ChatTemplates, no_chat
+from router.text.cuts import parts_of, read_tokenizer_file
 from router.text.message_content import join_parts
 from router.text.piece_bytes import PieceBytes
 from router.text.template_files import template_sources
+from router.text.token_cache import TokenCache, TokenCacheLimits
 
 _T = TypeVar("_T")
 Runner = Callable[[Callable[[], _T]], Awaitable[_T]]
@@ -52,8 +54,8 @@ class Tokenizer(Protocol):
         """Hex SHA-256 of the file that it was made of, as a KVSpec has it; empty: it needs none."""
         ...
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of any text. Blocking."""
+    def encode(self, text: str, *, add_special_tokens: bool = True, whose: str = "") -> list[int]:
+        """Token ids of any text. Blocking. `whose`: what others have asked must not make it faster."""
         ...
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -84,7 +86,7 @@ class ByteTokenizer:
     def __repr__(self) -> str:
         return f"<ByteTokenizer vocab_size={self._vocab_size}>"
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True, whose: str = "") -> list[int]:
         """See Tokenizer."""
         raw = text.encode("utf-8", "replace")
         return list(raw) if self._vocab_size >= 256 else [byte % self._vocab_size for byte in raw]
@@ -113,7 +115,7 @@ class FolderTokenizer:
     """`tokenizer.json` and the chat template of a Hugging Face folder. Special tokens in users' text are encoded as the
     tokenizer does; the template's own are what it is for."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, limits: TokenCacheLimits = TokenCacheLimits()) -> None:
         self._folder = folder
         file = folder / "tokenizer.json"
         if not file.is_file():
@@ -123,6 +125,8 @@ class FolderTokenizer:
         except Exception as error:  # the library raises bare Exceptions
             raise ModelLoadError(f"{file} cannot be read: {error}") from error
         self.digest = file_digest(file)
+        self._file = read_tokenizer_file(file.read_bytes())
+        self._limits, self._cache = limits, TokenCache(self._encode_all, limits)
         self._pieces = PieceBytes(self._tokenizer)
         settings = _read_json(folder / "tokenizer_config.json")
         self._templates = _read_templates(folder, settings)
@@ -141,11 +145,20 @@ class FolderTokenizer:
         """Why the folder's chat template cannot be used; None: it can. Prompts are served all the same."""
         return self._templates if isinstance(self._templates, str) else self._templates.problem
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True, whose: str = "") -> list[int]:
         """See Tokenizer."""
+        if len(text) < self._limits.part_chars:  # as long as it takes to look for it
+            return self._encode_all([text], add_special_tokens)[0]
+        around = self._file.around if add_special_tokens else ([], [])
+        if around is None:
+            return self._encode_all([text], add_special_tokens)[0]
+        parts = parts_of(text, self._limits.part_chars) if self._file.may_be_cut else [text]
+        return [*around[0], *self._cache.tokens_of(parts, whose), *around[1]]
+
+    def _encode_all(self, texts: Sequence[str], add_special_tokens: bool = False) -> list[list[int]]:
         # As a batch: for one all versions of the library let go of the interpreter's lock. Nobody asks for offsets.
-        ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
-        return ids
+        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        return [one.ids for one in encoded]
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """See Tokenizer."""

@@ -31,7 +31,7 @@ async def prompts_in(
         answerer.check_model(body.model)
     request = answer_request(
         body,
-        await answerer.encode(prompts_of(body, limits)),
+        await answerer.encode(prompts_of(body, limits), caller.apart(body.cache_salt)),
         max_context=answerer.max_context,
         request_id=f"cache-{uuid.uuid4().hex}",
         client_request_id="",

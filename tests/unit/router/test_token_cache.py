@@ -1,0 +1,56 @@
+"""Tokens of texts that were asked before are found again, within a bound, and nobody else's."""
+
+import sys
+from array import array
+from collections.abc import Sequence
+
+from router.text.token_cache import TokenCache, TokenCacheLimits
+
+
+class Letters:
+    """Encodes each letter as a token, and keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[str]] = []
+
+    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+        self.asked.append(list(texts))
+        return [list(map(ord, text)) for text in texts]
+
+
+def tokens(parts: Sequence[str]) -> list[int]:
+    return list(map(ord, "".join(parts)))
+
+
+def test_only_what_is_new_is_encoded_a_few_parts_at_once() -> None:
+    encode = Letters()
+    cache = TokenCache(encode, TokenCacheLimits(parts_at_once=2))
+    assert cache.tokens_of(["a", "b", "c"], "") == tokens("abc")
+    assert cache.tokens_of(["a", "d", "b", "c", "e"], "") == tokens("adbce")
+    assert encode.asked == [["a", "b"], ["c"], ["d", "e"]]
+
+
+def test_what_one_has_asked_is_new_to_another() -> None:
+    encode = Letters()
+    cache = TokenCache(encode)
+    for whose in ("one", "other", "one"):
+        assert cache.tokens_of(["a"], whose) == tokens("a")
+    assert encode.asked == [["a"], ["a"]]
+
+
+def test_the_bytes_that_are_kept_are_bounded_and_what_was_used_last_stays() -> None:
+    encode, size = Letters(), sys.getsizeof("a") + sys.getsizeof(array("I", [1]))
+    cache = TokenCache(encode, TokenCacheLimits(max_bytes=2 * size))
+    for part in ("a", "b", "a", "c"):
+        cache.tokens_of([part], "")
+    assert cache.num_bytes == 2 * size
+    cache.tokens_of(["a", "c"], "")
+    assert encode.asked == [["a"], ["b"], ["c"]]
+    cache.tokens_of(["x" * 1000], "")
+    assert cache.num_bytes == 0, "what is larger than all is not kept"
+
+
+def test_a_part_that_comes_twice_is_kept_once() -> None:
+    cache = TokenCache(Letters())
+    assert cache.tokens_of(["a", "a"], "") == tokens("aa")
+    assert cache.num_bytes == sys.getsizeof("a") + sys.getsizeof(array("I", [1])) and "1 parts" in repr(cache)
