@@ -271,17 +271,15 @@ class Answerer:
     async def encode(self, prompts: Sequence[Prompt], whose: str = "") -> list[list[int]]:
         """The tokens of each prompt. `whose`: what others have asked makes it no faster. Raises InvalidRequestError
         where the chat template refuses the messages, and OverloadedError."""
-        num_chars, limits = sum(map(_num_chars, prompts)), self._limits
+        num_chars, limits, tokens = sum(map(_num_chars, prompts)), self._limits, partial(self._tokens, whose=whose)
         if num_chars <= limits.inline_chars:
-            return [self._tokens(prompt, whose) for prompt in prompts]
+            return [tokens(prompt) for prompt in prompts]
         if self._waiting_chars and self._waiting_chars + num_chars > limits.max_waiting_chars:
             raise OverloadedError(f"texts of {self._waiting_chars} characters wait to be made tokens; come back later")
         self._waiting_chars += num_chars
         try:
             return [
-                prompt.token_ids
-                if isinstance(prompt, TokenPrompt)
-                else await self._run(partial(self._tokens, prompt, whose))
+                prompt.token_ids if isinstance(prompt, TokenPrompt) else await self._run(partial(tokens, prompt))
                 for prompt in prompts
             ]
         finally:

@@ -28,7 +28,7 @@ PATTERNS = frozenset({_CL100K % r"\p{N}{1,3}", _CL100K % r"\p{N}", _O200K})
 _CUT = re.compile(r"[A-Za-z](?=[ \n][A-Za-z])")
 
 
-class _Model(msgspec.Struct):
+class _FileModel(msgspec.Struct):
     type: str = ""
     dropout: float | None = None
 
@@ -36,7 +36,7 @@ class _Model(msgspec.Struct):
 class TokenizerFile(msgspec.Struct, dict=True):
     """What this module looks at in a `tokenizer.json`."""
 
-    model: _Model
+    model: _FileModel
     added_tokens: list[dict[str, object]] = []
     normalizer: dict[str, object] | None = None
     pre_tokenizer: dict[str, object] | None = None
@@ -73,7 +73,7 @@ def read_tokenizer_file(raw: bytes) -> TokenizerFile:
     try:
         return msgspec.json.decode(raw, type=TokenizerFile)
     except msgspec.DecodeError:
-        return TokenizerFile(_Model(), padding={"unknown": True})
+        return TokenizerFile(_FileModel(), padding={"unknown": True})
 
 
 def parts_of(text: str, least: int) -> list[str]:
@@ -123,28 +123,28 @@ def _cuts_words(step: Mapping[str, object]) -> bool:
     return step.get("type") == "Split" and known and plain
 
 
-class _Special(msgspec.Struct):
+class _SpecialIds(msgspec.Struct):
     ids: list[int]
 
 
-class _Named(msgspec.Struct):
+class _NamedPart(msgspec.Struct):
     id: str
 
 
-class _Item(msgspec.Struct):
-    SpecialToken: _Named | None = None
-    Sequence: _Named | None = None
+class _TemplateItem(msgspec.Struct):
+    SpecialToken: _NamedPart | None = None
+    Sequence: _NamedPart | None = None
 
 
-class _Template(msgspec.Struct):
-    single: list[_Item]
-    special_tokens: dict[str, _Special]
+class _TemplateStep(msgspec.Struct):
+    single: list[_TemplateItem]
+    special_tokens: dict[str, _SpecialIds]
 
 
 def _template(step: Mapping[str, object]) -> tuple[list[int], list[int]] | None:
     """What a TemplateProcessing adds before and after a text that is by itself."""
     try:
-        template = msgspec.convert(step, _Template)
+        template = msgspec.convert(step, _TemplateStep)
         texts = [number for number, item in enumerate(template.single) if item.Sequence is not None]
         names = [item.SpecialToken.id if item.SpecialToken else "" for item in template.single]
         ids = {name: template.special_tokens[name].ids if name else [] for name in names}
