@@ -1,6 +1,7 @@
 """Which cluster and model a process belongs to, and why another one's does not fit. Pure."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from kvcore.types import NodeInfo
 
@@ -14,6 +15,8 @@ class ClusterIdentity:
     model: str = ""
     node_ids: frozenset[str] | None = None
     """The names that nodes may have; None: any."""
+    node_urls: Mapping[str, str] = field(default_factory=dict)
+    """Where nodes of these names are, and nowhere else; others may be anywhere."""
 
     def difference(self, other: "ClusterIdentity") -> str | None:
         """What the other is and this is not, as the end of a sentence; None: they may be one cluster's."""
@@ -27,6 +30,12 @@ class ClusterIdentity:
         """One sentence, with what to do; None: the node may be one of this cluster's."""
         if self.node_ids is not None and node.id not in self.node_ids:
             return f"node {node.id} at {node.control_url} is not listed: add it to security.nodes, or it is a stranger"
+        url = self.node_urls.get(node.id, node.control_url)
+        if node.control_url != url:
+            return (
+                f"node {node.id} says that it is at {node.control_url}, and the metadata server's file has it at "
+                f"{url}: start it there, or give both the same file"
+            )
         differs = self.difference(ClusterIdentity(node.cluster, node.model))
         if differs is None:
             return None

@@ -83,5 +83,5 @@ class SecurityConfig(Section, frozen=True, kw_only=True):
     """Listen where other machines reach us though there is no secret: whoever does can use the cluster, read and write
     its cache and be one of its nodes. `kvferry doctor`, `kvferry status` and the log repeat it."""
     nodes: Annotated[list[Text], msgspec.Meta(min_length=1)] | None = None
-    """Names that nodes may have. The metadata server refuses others, and with `security.tls` also a certificate that
-    does not have the node's name. Not set: any name."""
+    """Names that nodes may have. The metadata server refuses others, and those that `nodes` of its own file has at
+    another address; with `security.tls` also a certificate that does not have the node's name. Not set: any name."""

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from kvcore.clock import Clock
 from kvcore.config.schema import ClusterConfig
-from kvcore.config.servers import own_part
+from kvcore.config.servers import internal_url, own_part
 from kvcore.eviction.quotas import TenantShares
 from kvcore.identity import ClusterIdentity
 from metadata_server.core import MetadataCore
@@ -24,17 +24,27 @@ from metadata_server.versions import SPOKEN
 
 def new_index(config: ClusterConfig, clock: Clock, first: int, shares: TenantShares | None = None) -> MetadataState:
     """Empty, with an epoch of its own. `first`: its first generation. `shares`: as of MetadataState."""
-    server, listed = config.metadata_server, config.security.nodes
+    server = config.metadata_server
     return MetadataState(
         config.store,
         server.node_ttl_s,
         epoch=f"{int(clock.wall() * 1000):x}-{secrets.token_hex(4)}",
         speaks=replace(SPOKEN, part=own_part(server)),
         first_generation=first,
-        identity=ClusterIdentity(config.cluster, config.model.name, None if listed is None else frozenset(listed)),
+        identity=_identity(config),
         event_log=server.event_log,
         shares=shares,
     )
+
+
+def _identity(config: ClusterConfig) -> ClusterIdentity:
+    """With `security.nodes` a node that the file describes is where the file says: who has the cluster's secret, but
+    listens elsewhere, gets no request in its name."""
+    listed = config.security.nodes
+    if listed is None:
+        return ClusterIdentity(config.cluster, config.model.name)
+    urls = {name: internal_url(config, node.host, node.port) for name, node in config.nodes.items() if node.url is None}
+    return ClusterIdentity(config.cluster, config.model.name, frozenset(listed), urls)
 
 
 class Terms:

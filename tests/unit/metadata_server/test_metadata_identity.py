@@ -1,6 +1,7 @@
 """Who may be a node: its cluster and model, one process an id, and which of a node's starts is the one that counts."""
 
 import logging
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -8,6 +9,7 @@ from support.metadata_rigs import DirectTransport, metadata_rig
 from support.metadata_words import TTL_S, granted, ids, new_state, put, registration, reservation, stored
 
 from kvcore.clock import ManualClock
+from kvcore.config.file import load_config
 from kvcore.errors import NodeRefusedError
 from kvcore.identity import ClusterIdentity
 from kvcore.types import NodeInfo
@@ -16,9 +18,11 @@ from metadata_server.client import MetadataClient
 from metadata_server.core import MetadataCore
 from metadata_server.index.limits import IndexLimits
 from metadata_server.index.state import MetadataState
+from metadata_server.leading.terms import new_index
 from metadata_server.limits import ServerLimits
 from metadata_server.messages import EventKind, HeartbeatRequest, LeaveRequest, RegisterRequest
 
+SIM = Path(__file__).resolve().parents[3] / "configs/sim-2p2d.yaml"
 PROD = ClusterIdentity("prod", "m")
 
 
@@ -203,6 +207,21 @@ def test_a_node_that_is_not_listed_is_refused_by_name():
     state.register(registration("a"), 0.0)
     with pytest.raises(NodeRefusedError, match=r"node b at http://b is not listed: add it to security\.nodes"):
         state.register(registration("b"), 0.0)
+
+
+def at(url: str, node_id: str) -> RegisterRequest:
+    request = registration(node_id)
+    return msgspec.structs.replace(request, node=msgspec.structs.replace(request.node, control_url=url))
+
+
+def test_a_listed_node_that_the_file_describes_is_where_the_file_says():
+    config = load_config(SIM, ["security.nodes=[prefill-0, prefill-1, decode-0, decode-1, guest]"])
+    state, node = new_index(config, ManualClock(), 1), config.nodes["decode-0"]
+    state.register(at(f"http://{node.host}:{node.port}", "decode-0"), 0.0)
+    state.register(registration("guest"), 0.0)
+    with pytest.raises(NodeRefusedError, match=r"decode-1 says that it is at http://evil:1, .* file has it at http://"):
+        state.register(at("http://evil:1", "decode-1"), 0.0)
+    new_index(load_config(SIM), ManualClock(), 1).register(at("http://elsewhere:1", "decode-1"), 0.0)
 
 
 async def test_a_start_that_takes_the_place_of_a_live_one_is_logged(caplog):
