@@ -1,7 +1,7 @@
 """What trust costs: each figure without and with, by turns in one run.
 
 RESULT has
-- `mac_gbps`: AES-256-GMAC over 64 MiB, one thread;
+- `mac_gbps`, `mac_two_threads_gbps`: AES-256-GMAC over 64 MiB;
 - `mac_over_checksum_get`, `..._put`: the rate of a get (put) of 64 MiB in chunks of 8 over shm, with MACs over with
   checksums; `..._tcp`: over tcp;
 - `promote_mac_over_plain`: the rate of promoting 16 chunks of 4 MiB from a disk, likewise;

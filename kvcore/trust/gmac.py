@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.ciphers.modes import GCM
 
 TAG_BYTES = 16
 PART_BYTES = 1 << 20
-"""Nothing else runs in Python while a part is computed: 0.05 ms."""
+"""Done in 0.05 ms: what holds the interpreter's lock for a part (cryptography 50 does not) holds it no longer."""
 
 
 class Gmac:
