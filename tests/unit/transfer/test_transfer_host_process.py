@@ -7,6 +7,7 @@ import secrets
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import msgspec
 import pytest
@@ -23,7 +24,13 @@ from transfer.base import TransferOp
 from transfer.host_process import ProcessSegmentHost
 from transfer.limits import HostProcessLimits, TransferLimits
 from transfer.memory.segment import SegmentMemory, host_identity
+from transfer.nixl import descriptor as nixl_descriptor
+from transfer.sealed_address import open_address
 from transfer.select import SegmentHosts, build_transfer, start_segment_hosts
+from transfer.ucx import descriptor as ucx_descriptor
+from transfer.ucx.binding import load_library
+from transfer.ucx.devices import plan_devices
+from transfer.ucx.worker import UcxWorker
 
 pytestmark = list(needs_ucx)
 
@@ -129,6 +136,46 @@ async def test_a_secret_is_changed_and_no_transfer_fails(kind: str) -> None:
         await engine.aclose()
         await hosts.aclose()
     assert children(os.getpid()) == []
+
+
+@pytest.mark.parametrize("kind", [UCX, NIXL])
+async def test_the_node_counts_whom_its_process_refuses_also_once_another_one_serves(kind: str) -> None:
+    secret, changed = secrets.token_bytes(32), asyncio.Event()
+    trust = ClusterTrust("here", Secrets((secret,)))
+    limits = TransferLimits(host_process=HostProcessLimits(report_s=0.01))
+    with SegmentMemory.create("n.1", SIZE) as memory:
+        hosts = await start_segment_hosts(
+            transport_config(kind), memory, host="127.0.0.1", limits=limits, trust=trust, on_change=changed.set
+        )
+        expected = 0
+        for _ in range(2):
+            told = segment_of(memory, hosts, kind)
+            claim = {kind: as_if_told(kind, open_address(trust, kind, told))}
+            stranger = build_transfer(transport_config(kind), host_identity())
+            op = TransferOp(msgspec.structs.replace(told, addresses=claim), 0, [memoryview(bytearray(4))])
+            assert (await stranger.read([op], 1.0))[0] is not None
+            async with asyncio.timeout(20):
+                while hosts.refused.get((kind, "proof"), 0) <= expected:  # noqa: ASYNC110 - another process tells
+                    await asyncio.sleep(0.01)
+            expected = hosts.refused[kind, "proof"]
+            await stranger.aclose()
+            os.kill(children(os.getpid())[0], signal.SIGKILL)
+            async with asyncio.timeout(20):
+                await changed.wait()
+            changed.clear()
+        await hosts.aclose()
+
+
+def as_if_told(kind: str, withheld: str) -> str:
+    """The address of an open cluster's segment, made of one that withholds where it lies."""
+    if kind == "ucx":
+        found = ucx_descriptor.parse_descriptor(withheld)
+        worker = UcxWorker(load_library(transport_config(kind).ucx_library), plan_devices(["lo"]), "stranger")
+        handle, base = worker.context.map_memory(memoryview(bytearray(4096)))
+        own = replace(found, base=base, rkey=worker.context.pack_rkey(handle), withheld=False)
+        worker.close_unstarted()
+        return ucx_descriptor.pack_descriptor(own)
+    return nixl_descriptor.pack_descriptor(replace(nixl_descriptor.parse_descriptor(withheld), withheld=False))
 
 
 CONNECT = """
