@@ -69,8 +69,8 @@ class ReaderLeases:
         return next(self._names) if self.named else msgspec.UNSET
 
     async def seen(self, name: int | msgspec.UnsetType, call: Awaitable[_T]) -> _T:
-        """The reply to a call that may grant a lease of this name. If none comes, in time or because the caller is
-        cancelled, what the server has granted, or will, is given back in the background."""
+        """The reply to a call that may grant a lease, or room for chunks, of this name. If none comes, in time or as
+        the caller is cancelled, what the server has granted, or will, is given back in the background."""
         tried = self._metadata.available
         try:
             return await call

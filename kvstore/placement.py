@@ -29,6 +29,7 @@ from metadata_server.client import MetadataClient
 from metadata_server.messages import (
     FORGERIES,
     IN_ORDER,
+    NAMED_WRITES,
     ONLY_PREFERRED,
     OWNERS,
     MatchReply,
@@ -168,8 +169,9 @@ class Placement:
         owner: OwnerTag | None = None,
     ) -> Reserved:
         """Room for one chunk a key, of so many bytes (header included), in this order; for `ttl_s` (default: the
-        configuration's). `only_preferred`: nowhere else; none at all from a server that does not know this. A cancelled
-        call leaves no reservation behind. `in_order` as in `match`. `owner`: whose they are, if known."""
+        configuration's). `only_preferred`: nowhere else; none at all from a server that does not know this. A call that
+        is cancelled, or whose reply does not come, leaves no reservation behind. `in_order` as in `match`. `owner`:
+        whose they are, if known."""
         if only_preferred and self._metadata.protocol < ONLY_PREFERRED:
             return Reserved(answered=False)
         ttl_s = self._config.reserve_ttl_s if ttl_s is None else ttl_s
@@ -182,6 +184,7 @@ class Placement:
             only_preferred=only_preferred or msgspec.UNSET,
             in_order=self._said(in_order),
             owner=owner if owner is not None and self._metadata.protocol >= OWNERS else msgspec.UNSET,
+            write_name=self._leases.name() if self._metadata.protocol >= NAMED_WRITES else msgspec.UNSET,
         )
         reserved = await self._background.finish(self._reserve(lengths, request, timeout_s), self.give_back)
         return replace(reserved, owner=owner)
@@ -197,7 +200,8 @@ class Placement:
 
     async def _reserve(self, lengths: Mapping[ChunkKey, int], request: ReserveRequest, timeout_s: float) -> Reserved:
         write_by = self._clock.now() + self._limits.writable_share * request.ttl_s
-        reply = await self._value(self._metadata.reserve(request, timeout_s=timeout_s))
+        call = self._leases.seen(request.write_name, self._metadata.reserve(request, timeout_s=timeout_s))
+        reply = await self._value(call)
         return Reserved(answered=False) if reply is None else self._reserved(lengths, reply, write_by)
 
     async def commit(self, replica_ids: Sequence[int], timeout_s: float) -> list[bool] | None:

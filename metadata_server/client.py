@@ -43,6 +43,7 @@ from metadata_server.cache_messages import (
     RenewRequest,
     UnpinRequest,
 )
+from metadata_server.calling.breaker import CallBreaker
 from metadata_server.endpoints import EndpointSpec, Rep, Req
 from metadata_server.limits import ClientLimits
 from metadata_server.messages import (
@@ -91,8 +92,7 @@ class MetadataClient:
     """Typed calls with a deadline each: `timeout_s`, which a call's own can only shorten, as callers who have much time
     for their bytes should not spend it on a server that hangs. Bound to one event loop; any number may be under way.
 
-    After a failure every call fails at once for a pause that grows (`limits`), and then one call at a time probes: a
-    dead server costs one caller its deadline, not all.
+    What a dead or hanging server costs them is its `CallBreaker`'s.
     """
 
     def __init__(
@@ -106,10 +106,8 @@ class MetadataClient:
     ) -> None:
         self._transport = call
         self._clock = clock
-        self._timeout_s = timeout_s
         self._limits = limits
-        self._pause_s = 0.0
-        self._closed_until = 0.0
+        self._breaker = CallBreaker(timeout_s, limits)
         self._num_waits = 0
         self._speaks = speaks
         self.protocol = 1
@@ -121,7 +119,7 @@ class MetadataClient:
         """The greatest that an answer had: of the latest leader that we have heard of."""
 
     def __repr__(self) -> str:
-        way = "available" if self.available else f"not tried for {self._closed_until - self._clock.now():.2f} s"
+        way = "available" if self.available else f"not tried for {self._breaker.left_s(self._clock.now()):.2f} s"
         return f"<MetadataClient protocol {self.protocol}, {way}>"
 
     @property
@@ -132,7 +130,7 @@ class MetadataClient:
     @property
     def available(self) -> bool:
         """Whether a call now would be tried at all."""
-        return self._pause_s == 0.0 or self._clock.now() >= self._closed_until
+        return not self._breaker.is_open(self._clock.now())
 
     async def register(self, request: RegisterRequest, *, timeout_s: float | None = None) -> RegisterReply:
         """Join, or join again with what lies in the segments. Raises NodeRefusedError if the server does not take this
@@ -292,23 +290,24 @@ class MetadataClient:
     async def _call(
         self, endpoint: EndpointSpec[Req, Rep], request: Req, timeout_s: float | None, *, poll_s: float = 0.0
     ) -> Rep:
-        body = b"" if request is None else msgspec.msgpack.encode(request)
-        limit_s = poll_s + (self._timeout_s if timeout_s is None else min(timeout_s, self._timeout_s))
-        probing = self._enter(limit_s)
+        body, path = b"" if request is None else msgspec.msgpack.encode(request), endpoint.path
+        breaker, began = self._breaker, self._clock.now()
+        limit_s = poll_s + breaker.limit_s(path, len(body), timeout_s)
+        probing = breaker.enter(path, began, limit_s)
         try:
-            reply = await self._transport.call(endpoint.path, body, limit_s)
-        except MetadataUnavailableError:
-            self._pause_s = min(self._limits.longest_pause_s, self._pause_s * 2 or self._limits.first_pause_s)
-            self._closed_until = self._clock.now() + self._pause_s
+            call = self._transport.call(path, body, limit_s)
+            reply = await (breaker.poll(call) if poll_s > 0.0 else call)
+        except MetadataUnavailableError as error:
+            now = self._clock.now()
+            breaker.failed(error, now, limit_s, now - began)
             raise
-        except MetadataProtocolError:
-            self._pause_s = 0.0  # it answers, so it is there
+        except MetadataProtocolError:  # it answers, so it is there
+            breaker.answered(path, None)
             raise
         except asyncio.CancelledError:
-            if probing:  # nothing was learned: the next call may probe
-                self._closed_until = self._clock.now()
+            breaker.cancelled(self._clock.now(), probing)
             raise
-        self._pause_s = 0.0
+        breaker.answered(path, self._clock.now() - began if poll_s == 0.0 else None)
         try:
             return self._of_this_term(msgspec.msgpack.decode(reply, type=endpoint.reply), endpoint.path)
         except msgspec.MsgspecError as error:
@@ -321,17 +320,3 @@ class MetadataClient:
                 raise MetadataUnavailableError(f"{path} was answered by a leader that was replaced since")
             self.token = reply.token
         return reply
-
-    def _enter(self, limit_s: float) -> bool:
-        """Whether this call probes a server that failed last. Raises MetadataUnavailableError during the pause."""
-        # Three cases:
-        # 1. the last call was answered: go on;
-        # 2. it failed, and the pause (or another call's probe) is not over: fail;
-        # 3. it failed and the pause is over: probe, and hold the others up for as long as that may take.
-        if self._pause_s == 0.0:
-            return False
-        now = self._clock.now()
-        if now < self._closed_until:
-            raise MetadataUnavailableError("metadata server failed a moment ago; not tried again yet")
-        self._closed_until = now + min(limit_s, self._timeout_s)  # a long poll that probes must not hold up the others
-        return True

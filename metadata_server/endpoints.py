@@ -69,6 +69,8 @@ def _check_reserve(request: m.ReserveRequest) -> None:
     check_seconds(request.ttl_s, "ttl_s")
     check_name(request.prefer_segment or "", "prefer_segment", empty=True)
     check_owner(request.owner, "owner")
+    if isinstance(request.write_name, int):
+        require(0 < request.write_name < MAX_GENERATION, "write_name", "out of range")
     check_keys([item.key for item in request.items], "items", ".key")
     check_lengths([item.length for item in request.items], "items")
 

@@ -44,6 +44,20 @@ class ClientLimits:
     """After a failure nothing is tried for so long; it doubles with each further failure …"""
     longest_pause_s: float = 1.0
     """… up to this."""
+    quick_s: float = 0.3
+    """A call that a request may wait for has this long, or …"""
+    quick_factor: float = 4.0
+    """… so many times what such calls took of late, …"""
+    quick_byte_s: float = 5e-6
+    """… and this for each byte of its body (a batch of 8,000 keys took 1.6 s), …"""
+    known_answers: int = 8
+    """… once so many were answered; before that all the time that any call has."""
+    pace_decay: float = 0.99
+    """With each answer what was slow counts for so much less."""
+    late_factor: float = 4.0
+    """After a call that was late nothing is tried for so many times its limit …"""
+    longest_late_pause_s: float = 2.0
+    """… up to this."""
     max_connections: int = 256
     max_waits: int = 1024
     """Long polls under way, each on a connection of its own beside those. A further one asks once, after …"""

@@ -30,6 +30,8 @@ PARTITIONS = 5
 """Since which several servers may share the index, each with a slice of every segment."""
 TOLD_OWNERS = 5
 """Since which they tell whose it is, too."""
+NAMED_WRITES = 6
+"""Since which writers name what they reserve, as readers their leases."""
 FORGERIES = 5
 """Since which readers say of a replica that it is `forged` or `unproven`; to older servers they say `checksum`."""
 
@@ -188,6 +190,8 @@ class ReserveRequest(RequestBody, frozen=True, kw_only=True):
     """As of a MatchRequest."""
     owner: OwnerTag | msgspec.UnsetType = msgspec.UNSET
     """Whose quota they count for; absent: nobody's. Since version OWNERS of the protocol."""
+    write_name: int | msgspec.UnsetType = msgspec.UNSET
+    """Unique, not 0: its writer can give back by it what it has not seen granted. Since NAMED_WRITES."""
 
 
 class ReserveStatus(TolerantEnum):

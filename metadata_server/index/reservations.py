@@ -54,6 +54,7 @@ class Reservations:
         self._counts = counts
         self._grants: dict[int, Grant] = {}
         """By number."""
+        self._by_name: dict[int, int] = {}
         self._last_grant, self._step = first_grant, step
 
     def __len__(self) -> int:
@@ -67,9 +68,12 @@ class Reservations:
         oldest = next(iter(self._grants.values()), None)  # they are in the order in which they began
         return 0.0 if oldest is None else now - oldest.began
 
-    def reserve(self, request: ReserveRequest, now: float) -> ReserveReply:
-        """See MetadataState.reserve."""
+    def reserve(self, request: ReserveRequest, now: float, *, wanted: bool = True) -> ReserveReply:
+        """See MetadataState.reserve. Not `wanted`: its writer has given it back already."""
         node = self._nodes.get(request.node_id, request.incarnation)
+        if not wanted:
+            self._counts["declined_given_back"] += len(request.items)
+            return ReserveReply(outcomes=[_FULL] * len(request.items))
         if node is None:
             self._counts["declined_unknown_writer"] += len(request.items)
             return ReserveReply(outcomes=[_FULL] * len(request.items))
@@ -81,20 +85,22 @@ class Reservations:
             index.use(there)
             if isinstance(request.owner, bytes):
                 index.own(there, request.owner)
-        with self.granting(node, now, request.ttl_s) as grant:
+        with self.granting(node, now, request.ttl_s, request.write_name or 0) as grant:
             outcomes = self._reserve_all(request, keys, node, grant)
         return ReserveReply(outcomes=outcomes, segments=index.segments_of(list(grant.rows.values())))
 
     @contextmanager
-    def granting(self, node: LiveNode, now: float, ttl_s: float) -> Iterator[Grant]:
+    def granting(self, node: LiveNode, now: float, ttl_s: float, name: int = 0) -> Iterator[Grant]:
         """What is reserved with this grant runs out together."""
         self._last_grant += self._step
-        grant = Grant(self._last_grant, node.info.id, node.number, now)
+        grant = Grant(self._last_grant, node.info.id, node.number, now, name)
         yield grant
         self._counts["reserved"] += len(grant.rows)
         if grant.rows:
             self._grants[grant.number] = node.grants[grant.number] = grant
             self._deadlines.set((Expiry.RESERVATION, grant.number), now + ttl_s)
+            if name:
+                self._by_name[name] = grant.number
 
     def commit(self, request: ReplicaIds) -> CommitReply:
         """See MetadataState.commit."""
@@ -159,6 +165,18 @@ class Reservations:
         for number in list(self._grants[grant_number].rows):
             self.end(number, now, writes_on=True)
 
+    def give_back(self, names: Iterable[int], now: float) -> list[int]:
+        """End what was reserved by these names: its writer has not seen it. Returns the names of which nothing is."""
+        unknown: list[int] = []
+        for name in names:
+            if (grant_number := self._by_name.get(name)) is None:
+                unknown.append(name)
+                continue
+            for number in list(self._grants[grant_number].rows):
+                self.end(number, now)
+                self._counts["aborted"] += 1
+        return unknown
+
     def end_all_of(self, node: LiveNode, now: float, *, writes_on: bool) -> None:
         """End what the node has reserved anywhere. `writes_on` as of `end`."""
         for grant in list(node.grants.values()):
@@ -183,6 +201,7 @@ class Reservations:
             assert grant.rows and (Expiry.RESERVATION, grant.number) in self._deadlines
             node = self._nodes[grant.node_id]
             assert node.number == grant.writer and node.grants[grant.number] is grant, "a grant without its writer"
+        assert all(self._grants[number].name == name for name, number in self._by_name.items())
         assert len(self._grants) == sum(len(node.grants) for node in self._nodes)
         assert {number: id(grant) for grant in self._grants.values() for number in grant.rows} == {
             number: id(grant) for number, grant in self._index.grants.items()
@@ -209,6 +228,8 @@ class Reservations:
 
     def _taken_from(self, grant: Grant) -> None:
         if not grant.rows and self._grants.pop(grant.number, None) is not None:
+            if self._by_name.get(grant.name) == grant.number:
+                del self._by_name[grant.name]
             if grant.node_id in self._nodes:
                 self._nodes[grant.node_id].grants.pop(grant.number, None)
             self._deadlines.drop((Expiry.RESERVATION, grant.number))

@@ -225,9 +225,9 @@ class MetadataState:
         return reply
 
     def release(self, lease_ids: list[int], now: float, names: Iterable[int] = ()) -> None:
-        """End read leases; unknown ones have run out, names not seen yet will get none."""
+        """End read leases, and what was reserved by these names; unknown ones ran out, names not seen yet get none."""
         self.tick(now)
-        self._reading.release(lease_ids, names)
+        self._reading.release(lease_ids, self._reservations.give_back(names, now))
 
     def renew(self, request: c.RenewRequest, now: float) -> c.RenewReply:
         """See RenewRequest. Nothing else renews a lease, and nothing shortens one."""
@@ -245,7 +245,7 @@ class MetadataState:
     def reserve(self, request: m.ReserveRequest, now: float) -> m.ReserveReply:
         """Room for chunks; evicts where it must. A writer that is not registered is told FULL: it does without."""
         self.tick(now)
-        reply = self._reservations.reserve(request, now)
+        reply = self._reservations.reserve(request, now, wanted=self._reading.leases.wanted(request.write_name or 0))
         self._index.publish()
         return reply
 

@@ -118,6 +118,9 @@ class PartitionedMetadataClient(MetadataClient):
         merged: Rep = rule.merge(request, pieces, replies)
         if isinstance(request, MatchRequest) and isinstance(merged, MatchReply) and request.lease_s > 0:
             self._give_back(request, len(merged.replicas), pieces, replies)
+        if isinstance(request, ReserveRequest) and request.write_name:
+            for piece in [piece for piece, reply in zip(pieces, replies, strict=True) if reply is None]:
+                self._release_soon(piece.number, ReleaseRequest(lease_ids=[], lease_names=[request.write_name]))
         if isinstance(request, TellHoldingsRequest) and not self._all_told(request, pieces, replies):
             return msgspec.structs.replace(merged, known=False)
         return merged

@@ -224,6 +224,7 @@ _FIELD_BOUNDS: dict[str, dict[str, _Schema]] = {
         "prefer_segment": _NAME_OR_NONE,
         "ttl_s": _SECONDS,
         "owner": _OWNER,
+        "write_name": _whole(1, MAX_GENERATION),
     },
     "TellHoldingsRequest": {**_NODE, "added": _KEYS, "removed": _KEYS},
     "FindHoldersRequest": {"keys": _KEYS},

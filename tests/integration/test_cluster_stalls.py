@@ -104,3 +104,24 @@ async def test_streams_go_on_while_a_process_is_stopped(subject: ClusterHandle, 
         return {node["id"]: node["healthy"] for node in (await subject.status())["nodes"]}[name]
 
     await subject.until(is_back, BACK_S)
+
+
+async def test_a_metadata_server_that_is_stopped_holds_nobody_and_nothing_stays_reserved(tmp_path: Path) -> None:
+    """Reservations and read leases would last for minutes, were they not given back."""
+    lasting = ("store.reserve_ttl_s=300", "store.read_lease_s=300")
+    async with cluster(tmp_path, overrides=(*USUAL, *lasting)) as subject:
+        before = [Stream(subject, number) for number in range(STREAMS)]
+        async with asyncio.TaskGroup() as clients:
+            for stream in before:
+                clients.create_task(stream.run())
+        during = [Stream(subject, STREAMS + number) for number in range(STREAMS)]
+        async with stopped(subject.launcher.pids["metadata-server"]), asyncio.TaskGroup() as clients:
+            for stream in during:
+                clients.create_task(stream.run())
+        assert max(stream.silence_s for stream in during) < WELL_BEFORE_S, [stream.silence_s for stream in during]
+
+        async def nothing_held() -> bool:
+            stats = await subject.stats()
+            return (stats.reservations, stats.read_leases, stats.waiters) == (0, 0, 0)
+
+        await subject.until(nothing_held, BACK_S)

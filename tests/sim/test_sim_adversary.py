@@ -44,4 +44,5 @@ def test_with_macs_no_answer_is_wrong_whatever_it_writes(seeds):
 
 
 def test_with_checksums_it_has_its_tokens_answered():
-    assert any("is wrong" in problem for problem in run_seed(4, hostile(4, Integrity())).problems)
+    found = (problem for seed in range(3, 9) for problem in run_seed(seed, hostile(seed, Integrity())).problems)
+    assert any("is wrong" in problem for problem in found)

@@ -19,6 +19,8 @@ class Grant:
     writer: int
     """… its number."""
     began: float
+    name: int = 0
+    """What its writer calls it; 0: nothing."""
     rows: dict[int, int] = field(default_factory=dict)
     """By the reservation's id."""
 

@@ -10,12 +10,14 @@ from support.store_fakes import KEYS, World, buffers, put
 
 from kvcore.config.schema import StoreConfig
 from kvcore.errors import PeerUnreachableError
+from kvcore.types import ChunkKey
 from kvstore.limits import StoreLimits
 from kvstore.store import KVStore
 from kvstore.types import GetOutcome
 from transfer.inproc import InprocFault, InprocTransfer
 
 LEASE_S = 4.0
+NEW_KEY = ChunkKey(b"n" * 16)
 
 
 def simulated(body: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
@@ -147,6 +149,19 @@ async def test_a_wait_that_is_cancelled_as_its_answer_is_under_way_leaves_no_lea
     await world.aclose()
 
 
+@simulated
+async def test_room_that_is_granted_too_late_to_be_seen_is_given_back():
+    world, store, wire = await world_with()
+    wire.after["reserve"] = asyncio.Event()
+    session = await store.begin_put([NEW_KEY], prefer_segment=None, timeout_s=1)
+    assert not session.wants(NEW_KEY) and session.stale
+    assert world.stats().reservations == 1
+    await asyncio.sleep(4.0)  # a server that was late is left alone for a moment
+    assert world.stats().reservations == 0
+    await session.aclose()
+    await world.aclose()
+
+
 @pytest.mark.parametrize("ask", ["match", "wait"])
 def test_an_answer_that_does_not_come_in_time_leaves_no_lease(ask):
     async def body():
@@ -158,7 +173,7 @@ def test_an_answer_that_does_not_come_in_time_leaves_no_lease(ask):
             match = await store.wait(KEYS, more_than=0, timeout_s=0)
         assert match.num_chunks == 0
         assert world.stats().read_leases == 1
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(4.0)  # a server that was late is left alone for a moment
         assert world.stats().read_leases == 0
         await world.aclose()
 

@@ -31,6 +31,8 @@ from transfer.inproc import InprocTransfer
 class Server:
     """A metadata server of some version that has no room."""
 
+    available = True
+
     def __init__(self, protocol: int) -> None:
         self.protocol = protocol
         self.requests: list[ReserveRequest] = []

@@ -197,7 +197,7 @@ async def test_grants_have_the_terms_token_and_who_leads_no_longer_gives_none():
     for call in (client.stats(), client.reserve(reservation("a", [2])), client.heartbeat(beat)):
         with pytest.raises(NotLeaderError):
             await call
-        client._pause_s = 0.0
+        client._breaker._pause_s = 0.0
     for read in (core.snapshot, lambda: core.replay(1)):
         with pytest.raises(NotLeaderError):
             read()

@@ -358,3 +358,94 @@ async def test_a_subscription_survives_the_servers_restart():
     await until(lambda: subscription.epoch == "e2" and subscription.connected)
     assert sink.seen == ["reset", 1, "reset"]
     await end(following)
+
+
+# --- a server that hangs -----------------------------------------------------------------------------------------
+
+
+class Slow(Scripted):
+    """Each call takes its time, on the test's clock, or has no answer within its limit."""
+
+    def __init__(self, clock):
+        super().__init__()
+        self.clock, self.takes_s = clock, 0.001
+        self.answer = msgspec.msgpack.encode(MatchReply(replicas=[]))
+
+    async def call(self, path, body, timeout_s):
+        answer = await super().call(path, body, timeout_s)
+        self.clock.advance(min(self.takes_s, timeout_s))
+        if self.takes_s > timeout_s:
+            raise MetadataUnavailableError("late")
+        return answer
+
+
+@pytest.fixture
+def slow(clock):
+    return Slow(clock)
+
+
+@pytest.fixture
+def known(slow, clock):
+    """A client of it."""
+    return MetadataClient(slow, clock, 2.0)
+
+
+ASK = MatchRequest(keys=keys(1))
+
+
+async def learn(client, times=8):
+    for _ in range(times):
+        await client.match(ASK)
+
+
+async def test_a_request_waits_no_longer_than_it_should_by_what_was_seen(known, slow):
+    await learn(known)
+    assert set(slow.limits) == {2.0}, "of a server of which nothing is known, as long as of any"
+    await learn(known, 1)
+    assert slow.limits[-1] == pytest.approx(0.3), "the floor"
+    slow.takes_s = 0.2
+    await learn(known, 2)
+    assert slow.limits[-1] == pytest.approx(0.8, abs=0.01), "four times what is slow"
+    await known.wait(WaitRequest(keys=keys(1), timeout_s=10.0))
+    assert slow.limits[-1] == pytest.approx(10.8, abs=0.02)
+    await known.match(MatchRequest(keys=[b"x" * 16] * 20_000))
+    assert slow.limits[-1] == 2.0, "a long batch takes longer, and never more than the configuration says"
+
+
+async def test_a_call_that_no_request_waits_for_has_all_its_time(known, slow):
+    await learn(known, 9)
+    slow.answer = OK
+    await known.heartbeat(BEAT)
+    assert slow.limits[-1] == 2.0
+
+
+async def test_a_server_that_hangs_costs_one_call_its_limit_and_the_others_nothing(known, slow, clock):
+    await learn(known, 9)
+    slow.takes_s, began, calls, asked = 60.0, clock.now(), slow.calls, 0
+    while clock.now() < began + 60.0:
+        before = clock.now()
+        with pytest.raises(MetadataUnavailableError):
+            await known.match(ASK)
+        assert clock.now() - before <= 0.3 + 1e-6
+        asked += 1
+        clock.advance(0.05)
+    probes = slow.calls - calls
+    assert asked > 700 and probes <= 60 / 1.2 + 2, (asked, probes)
+    slow.takes_s = 0.001
+    clock.advance(2.0)
+    await known.match(ASK)
+    assert known.available
+
+
+async def test_a_wait_ends_when_the_server_is_found_to_hang(transport, clock):
+    client = MetadataClient(transport, clock, 2.0)
+    transport.answer, transport.gate = msgspec.msgpack.encode(MatchReply(replicas=[])), asyncio.Event()
+    wait = asyncio.create_task(client.wait(WaitRequest(keys=keys(1), timeout_s=60.0)))
+    await until(lambda: transport.calls == 1)
+    transport.gate, held = None, transport.gate
+    transport.answer = MetadataUnavailableError("late")
+    clock_was = clock.now()
+    client._breaker.failed(transport.answer, clock_was + 2.0, 2.0, 2.0)
+    with pytest.raises(MetadataUnavailableError, match="answers nobody"):
+        await wait
+    held.set()

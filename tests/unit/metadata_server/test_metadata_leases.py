@@ -1,5 +1,6 @@
 """Read leases end as their readers say, last as long as bytes move, and keep room from others; so do late writers."""
 
+import msgspec
 from support.metadata_words import UNIT, granted, ids, key, keys, new_state, put, registration, reservation
 
 from kvcore.config.schema import StoreConfig
@@ -58,6 +59,38 @@ def test_a_request_that_comes_after_its_lease_was_given_back_gets_none_but_its_a
     reply = state.match(keys(1), 0.0, lease_s=4.0, node_id="a", incarnation=1, lease_name=7)
     assert reply.replicas and reply.lease_id == 0
     assert state.counters["leases_given_back_unseen"] == 1
+
+
+def named_write(number, name):
+    return msgspec.structs.replace(reservation("a", [number]), write_name=name)
+
+
+def test_what_was_reserved_by_a_name_is_given_back_by_it():
+    state = two_nodes()
+    first = granted(state.reserve(named_write(1, 7), 0.0))
+    granted(state.reserve(named_write(2, 8), 0.0))
+    state.release([], 0.0, [7])
+    assert state.commit(ids("a", first), 0.0).committed == [False]
+    assert state.stats(0.0, 0).reservations == 1
+    state.check_invariants(0.0)
+
+
+def test_a_reservation_that_comes_after_it_was_given_back_gets_no_room():
+    state = two_nodes()
+    state.release([], 0.0, [7])
+    reply = state.reserve(named_write(1, 7), 0.0)
+    assert granted(reply) == [] and state.counters["declined_given_back"] == 1
+    assert state.stats(0.0, 0).reservations == 0
+
+
+def test_a_reservation_that_ended_in_any_way_has_no_name_any_more():
+    state = two_nodes()
+    state.commit(ids("a", granted(state.reserve(named_write(1, 1), 0.0))), 0.0)
+    state.abort(ids("a", granted(state.reserve(named_write(2, 2), 0.0))), 0.0)
+    state.reserve(named_write(3, 3), 0.0)
+    state.release_writer(ReleaseWriterRequest(node_id="a", incarnation=1), 1.0)
+    assert state._reservations._by_name == {}
+    state.check_invariants(1.0)
 
 
 def test_a_lease_that_ended_in_any_way_has_no_name_any_more():

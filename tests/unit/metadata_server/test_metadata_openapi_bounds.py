@@ -61,7 +61,10 @@ def examples() -> dict[str, Any]:
         m.MatchRequest(keys=keys(1), **NODE, in_order=True, lease_name=1),
         m.WaitRequest(keys=keys(1), timeout_s=1.0, **NODE, in_order=True, lease_name=1),
         msgspec.structs.replace(
-            reservation("a", [1], prefer="a.1", owner=owner_of(b"salt")), only_preferred=True, in_order=True
+            reservation("a", [1], prefer="a.1", owner=owner_of(b"salt")),
+            only_preferred=True,
+            in_order=True,
+            write_name=1,
         ),
         m.TellHoldingsRequest(**NODE, added=keys(1), removed=keys(2)),
         m.FindHoldersRequest(keys=keys(1)),
