@@ -13,11 +13,13 @@ from unittest.mock import patch
 
 import msgspec
 from support.sim_adversary import Adversary
+from support.sim_http import SimHttp
 from support.sim_loop import LoopClock, SimSeedLoop, run_sim
 from support.sim_moves import MOVES, not_in_manifests, order
 from support.sim_network import Rates, SimNetwork, SimProcess, Trace
 from support.sim_nodes import CLUSTER, MODEL, DataFaults, SimMetadata, SimNode, SimSetup
 from support.sim_oracle import Oracle
+from support.sim_owner import NetworkOwner
 from support.sim_pair import SimPair
 from support.sim_partitions import SimPartitions
 from support.sim_plan import Plan, Wanted, decoder_restarts, make_plan
@@ -30,6 +32,7 @@ import router.requests.run
 from kvcore.config.partitions import PartitionConfig
 from kvcore.config.schema import ClusterConfig, MetadataServerConfig, ModelConfig, NodeConfig, RouterConfig
 from kvcore.errors import KVFerryError, NodeUnavailableError, OverloadedError
+from kvcore.trust.opening import ClusterTrust
 from kvcore.types import ChunkKey, Role
 from kvstore.integrity.checks import Integrity
 from kvstore.types import GetOutcome
@@ -117,6 +120,10 @@ class Variant:
     router: RouterConfig = ROUTER
     moves: bool = False
     """Nodes can move chunks. Orders are the plan's (`support.sim_moves`)."""
+    trust: ClusterTrust | None = None
+    """Processes call each other by HTTP, with proofs if there is a secret; None: directly."""
+    owned: str = ""
+    """A node whose network somebody owns (`support.sim_owner`); with `trust`."""
 
 
 def run_seed(seed: int, variant: Variant | None = None) -> Outcome:
@@ -162,6 +169,12 @@ class SimCluster:
             tiers=SimTiers(plan.tiers, self.clock, seed) if plan.tiers is not None else None,
             moves=MOVES if variant.moves else None,
         )
+        self._owner: NetworkOwner | None = None
+        if variant.trust is not None:
+            self.setup.http = SimHttp(self.network, self.clock, variant.trust)
+            if variant.owned:
+                self._owner = NetworkOwner(self.network, self.setup.http, variant.trust, variant.owned, seed)
+                self.setup.owned = self._owner
         parts = variant.partitions
         self.metadata = SimPartitions(self.setup, parts) if parts > 1 else SimMetadata(self.setup)
         if variant.pair:
@@ -170,12 +183,12 @@ class SimCluster:
         self.router = SimProcess("router")
         self.network.hosts["router"] = self.router
         self.setup.nodes.update(self.nodes)
-        self.client = SimNodeClient(self.network, self.router, self.setup.nodes)
+        self.client = SimNodeClient(self.network, self.router, self.setup.nodes, self.setup.http)
         self.tier_watch: TierWatch | None = None
         if self.setup.tiers is not None:
             self.tier_watch = TierWatch(self.setup.tiers, self.nodes, self.network, seed)
         self._strict = variant.peaceful and not _forgetful(plan)
-        self._whole_manifests = variant.peaceful
+        self._whole_manifests = variant.peaceful and not variant.owned
         config = ClusterConfig(
             cluster=CLUSTER,
             model=ModelConfig(path=MODEL, name=MODEL),
@@ -223,11 +236,12 @@ class SimCluster:
         self.router.spawn(self.subscription.run())
         await asyncio.sleep(0.5)
         faults = asyncio.create_task(self._faults())
-        hostile = asyncio.create_task(self._adversary.run()) if self._adversary is not None else None
+        hostile = [asyncio.create_task(one.run()) for one in (self._adversary, self._owner) if one is not None]
         await asyncio.gather(*(self._client(wanted) for wanted in self.plan.requests))
         await faults
-        if hostile is not None:
-            hostile.cancel()
+        for one in hostile:
+            assert not one.done(), one.exception()
+            one.cancel()
         self._make_peace()
         self.trace("peace")
         await self._settle()
@@ -358,6 +372,8 @@ class SimCluster:
 
     def _make_peace(self) -> None:
         self.network.calm()
+        if self._owner is not None:
+            self._owner.peaceful = True
         self.setup.data = DataFaults(0, 0, 0, 0, 0)
         if self.strangers is not None:
             self.strangers.end()

@@ -12,15 +12,13 @@ from typing import TypeVar
 from support.metadata_words import keys, registration, reservation
 from support.sim_loop import LoopClock, SimSeedLoop, run_sim
 from support.sim_network import NetworkError, Rates, SimNetwork, SimProcess, Trace
+from support.sim_ways import SimMetadataTransport
 
 from kvcore.config.fields import ByteSize
 from kvcore.config.records import EtcdRecordsConfig
 from kvcore.config.schema import ClusterConfig, MetadataServerConfig, ModelConfig, NodeConfig, SimEngineConfig
 from kvcore.errors import (
-    KVFerryError,
-    MetadataProtocolError,
     MetadataUnavailableError,
-    NotLeaderError,
     RecordsUnavailableError,
 )
 from kvcore.types import ChunkKey, Role
@@ -152,35 +150,12 @@ class SimServer:
         return reply
 
 
-class ServerTransport:
-    """`MetadataTransport` to the server at `url`, one of `servers`. Calls of paths in `repeatable` may come twice."""
-
-    def __init__(
-        self, servers: Mapping[str, SimServer], source: SimProcess, url: str, repeatable: frozenset[str] = frozenset()
-    ) -> None:
-        self._server = servers[url.removeprefix("http://").partition(":")[0]]
-        self._source, self._repeatable = source, repeatable
-
-    async def call(self, path: str, body: bytes, timeout_s: float) -> bytes:
-        """See MetadataTransport."""
-        server = self._server
-        try:
-            return await server.network.call(
-                self._source,
-                server.name,
-                lambda _: server.answer(path, body),
-                timeout_s=timeout_s,
-                repeatable=path in self._repeatable,
-            )
-        except NetworkError as error:
-            raise MetadataUnavailableError(str(error)) from error
-        except (MetadataProtocolError, NotLeaderError):
-            raise
-        except KVFerryError as error:
-            raise MetadataUnavailableError(error.message) from error
-
-    async def aclose(self) -> None:
-        """Nothing is held."""
+def transport_to(
+    servers: Mapping[str, SimServer], source: SimProcess, url: str, repeatable: frozenset[str] = frozenset()
+) -> SimMetadataTransport:
+    """To the server at `url`, one of `servers`."""
+    server = servers[url.removeprefix("http://").partition(":")[0]]
+    return SimMetadataTransport(server.network, source, server.answer, server.name, repeatable=repeatable)
 
 
 class SimLeaders:
@@ -263,7 +238,7 @@ class SimLeaders:
     async def _live(self, process: SimProcess, at: int) -> None:
         """A node: registers where it is not known, reserves, pins."""
         name, urls = process.name, [server_url(server) for server in SERVERS]
-        transport = FollowingTransport(urls, lambda url: ServerTransport(self.servers, process, url))
+        transport = FollowingTransport(urls, lambda url: transport_to(self.servers, process, url))
         client = MetadataClient(transport, self.clock, 0.5)
         for number in range(at, 1 << 30, 3):
             await asyncio.sleep(self.dice.uniform(0.05, 0.3))

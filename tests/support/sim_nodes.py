@@ -11,10 +11,20 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import msgspec
+from support.sim_http import SimHttp
 from support.sim_loop import LoopClock
 from support.sim_network import SimNetwork, SimProcess
+from support.sim_owner import NetworkOwner
 from support.sim_tiers import SimTiers
-from support.sim_ways import METADATA, NodeService, SimEventSource, SimMetadataTransport, SimNodeClient
+from support.sim_ways import (
+    METADATA,
+    NodeService,
+    SimEventSource,
+    SimMetadataTransport,
+    SimNodeClient,
+    metadata_app,
+    node_app,
+)
 
 from engines.paged.loop import EngineLoop
 from engines.paged.options import EngineOptions
@@ -64,7 +74,7 @@ from nodeapi.messages import (
     PromoteRequest,
     TokenDelta,
 )
-from transfer.base import Direction, TransferOp
+from transfer.base import Direction, TransferEngine, TransferOp
 from transfer.inproc import InprocFault, InprocTransfer
 
 CLUSTER, MODEL = "sim", "m"
@@ -111,6 +121,10 @@ class SimSetup:
     """Of movers; None: nodes have none."""
     nodes: dict[str, NodeService] = field(default_factory=dict)
     """By host."""
+    http: SimHttp | None = None
+    """None: processes call each other without it."""
+    owned: NetworkOwner | None = None
+    """Who owns a node's network; it needs `http`."""
 
 
 SinkOf = Callable[[Part | None], IndexSink]
@@ -152,6 +166,8 @@ class SimMetadata:
         self.core = MetadataCore(state, setup.clock)
         self.process = SimProcess(self.host)
         setup.network.hosts[self.host] = self.process
+        if setup.http is not None:
+            setup.http.serves(self.process, *metadata_app(self.core))
         self.process.spawn(self.core.run())
 
     def kill(self) -> None:
@@ -174,13 +190,22 @@ class SimMetadata:
 
     def connect(self, process: SimProcess) -> MetadataClient:
         """A client for a process."""
-        way = SimMetadataTransport(self._setup.network, process, lambda: self.core, self.host)
+        setup = self._setup
+        way = SimMetadataTransport(setup.network, process, self._answer, self.host, http=setup.http)
         return MetadataClient(way, self._setup.clock, CALL_S, speaks=self._speaks)
 
     def subscribe(self, process: SimProcess, sink_of: SinkOf) -> Subscription:
         """A process's event stream; run it there."""
-        source = SimEventSource(self._setup.network, process, lambda: self.core, self.host)
+        setup = self._setup
+        source = SimEventSource(setup.network, process, self._events, self.host, http=setup.http)
         return IndexSubscription(source, sink_of(self._speaks.part), self._setup.clock, speaks=self._speaks)
+
+    async def _answer(self, path: str, body: bytes) -> bytes:
+        """What a call gets that reaches the life of now."""
+        return await self.core.dispatch(path, body)
+
+    def _events(self, epoch: str, from_seq: int) -> AsyncGenerator[bytes, None]:
+        return self.core.events(epoch, from_seq)
 
     def check(self) -> None:
         """Every invariant of the state."""
@@ -247,6 +272,8 @@ class SimNode(NodeService):
             self._config = msgspec.structs.replace(self._config, weights_version=revision)
         self.service = SimProcess(self.host)
         setup.network.hosts[self.host] = self.service
+        if setup.http is not None:
+            setup.http.serves(self.service, *node_app(self))
         incarnation = setup.network.dice.randrange(1, 1 << 53)
         if self.clocked:
             incarnation = int((setup.clock.wall() + self.clock_off_s) * 1000)
@@ -296,7 +323,7 @@ class SimNode(NodeService):
             memory,
             node=membership.node,
             metadata=self._node_client,
-            open_transfer=lambda: InprocTransfer(setup.memory, _Faults(setup, process)),
+            open_transfer=lambda: _transfer(setup, process),
             wanted=lambda: membership.drained == "move" or membership.sheds,
             store=setup.store,
             clock=setup.clock,
@@ -352,7 +379,7 @@ class SimNode(NodeService):
             node_id=self.name,
             incarnation=self.membership.node.incarnation,
             metadata=self._client(process),
-            transfer=InprocTransfer(setup.memory, _Faults(setup, process)),
+            transfer=_transfer(setup, process),
             host_id=self.host,
             clock=setup.clock,
             config=setup.store,
@@ -458,7 +485,7 @@ class SimNode(NodeService):
     async def _tiers_life(self, process: SimProcess, sim: SimTiers, memory: memoryview) -> None:
         """As `kvnode.tiers.starting` wires them."""
         setup, node, client = self._setup, self.membership.node, self._node_client
-        peers = PeerDisks(client, SimNodeClient(setup.network, process, setup.nodes), node.id)
+        peers = PeerDisks(client, SimNodeClient(setup.network, process, setup.nodes, setup.http), node.id)
         placement = Placement(
             client, node_id=node.id, incarnation=node.incarnation, clock=setup.clock, config=setup.store
         )
@@ -506,6 +533,12 @@ class _HangingRunner(SimRunner):
     async def execute(self, slices: Sequence[StepSlice]) -> StepOutput:
         await self._steps.wait()
         return await super().execute(slices)
+
+
+def _transfer(setup: SimSetup, process: SimProcess) -> TransferEngine:
+    """Of one process."""
+    own = InprocTransfer(setup.memory, _Faults(setup, process))
+    return own if setup.owned is None else setup.owned.around(own, process.name)
 
 
 class _Faults:

@@ -9,18 +9,17 @@ from collections.abc import AsyncGenerator
 from dataclasses import replace
 from functools import partial
 
-from support.sim_leaders import LEASE_S, SERVERS, ServerTransport, SimServer, server_url, wrong_grants
+from support.sim_leaders import LEASE_S, SERVERS, SimServer, server_url, transport_to, wrong_grants
 from support.sim_loop import LoopClock
 from support.sim_moves import ROOM
-from support.sim_network import NetworkError, SimNetwork, SimProcess, Trace
+from support.sim_network import SimNetwork, SimProcess, Trace
 from support.sim_nodes import CALL_S, CLUSTER, MODEL, SimMetadata, SimSetup, SinkOf, Subscription
 from support.sim_plan import Fault, Plan, make_plan
-from support.sim_ways import SILENCE_S
+from support.sim_ways import SimEventSource
 
 from kvcore.config.fields import ByteSize
 from kvcore.config.records import EtcdRecordsConfig
 from kvcore.config.schema import ClusterConfig, MetadataServerConfig, ModelConfig, NodeConfig
-from kvcore.errors import KVFerryError, MetadataUnavailableError, NotLeaderError
 from kvcore.types import Role
 from metadata_server.client import MetadataClient
 from metadata_server.core import MetadataCore
@@ -130,14 +129,25 @@ class SimPair(SimMetadata):
     def connect(self, process: SimProcess) -> MetadataClient:
         """Follows whoever leads."""
         urls = [server_url(name) for name in SERVERS]
-        to = partial(ServerTransport, self.servers, process, repeatable=_REPEATABLE)
+        to = partial(transport_to, self.servers, process, repeatable=_REPEATABLE)
         way = FollowingTransport(urls, to)
         return MetadataClient(way, self.clock, CALL_S)
 
     def subscribe(self, process: SimProcess, sink_of: SinkOf) -> Subscription:
         """The same for events."""
-        source = FollowingSource([server_url(name) for name in SERVERS], lambda url: _Events(self, process, url))
+        source = FollowingSource([server_url(name) for name in SERVERS], lambda url: self._source_of(process, url))
         return IndexSubscription(source, sink_of(None), self.clock)
+
+    def _source_of(self, process: SimProcess, url: str) -> SimEventSource:
+        server = self.servers[url.removeprefix("http://").partition(":")[0]]
+
+        async def awake(epoch: str, from_seq: int) -> AsyncGenerator[bytes, None]:
+            await server.awake.wait()
+            async for frame in server.core.events(epoch, from_seq):
+                await server.awake.wait()
+                yield frame
+
+        return SimEventSource(self.network, process, awake, server.name)
 
     # --- faults ---
 
@@ -187,36 +197,3 @@ class SimPair(SimMetadata):
     def _leader(self) -> str:
         leads = [name for name, server in self.servers.items() if server.process.alive and server.election.leads]
         return (leads or list(SERVERS))[0]
-
-
-class _Events:
-    """`EventSource` of one of them."""
-
-    def __init__(self, pair: SimPair, source: SimProcess, url: str) -> None:
-        self._pair, self._source = pair, source
-        self._name = url.removeprefix("http://").partition(":")[0]
-
-    async def batches(self, epoch: str, from_seq: int) -> AsyncGenerator[bytes, None]:
-        server = self._pair.servers[self._name]
-
-        async def serve(_: SimProcess) -> AsyncGenerator[bytes, None]:
-            await server.awake.wait()
-            async for frame in server.core.events(epoch, from_seq):
-                await server.awake.wait()
-                yield frame
-
-        stream = self._pair.network.stream(self._source, self._name, serve, SILENCE_S)
-        try:
-            async for batch in stream:
-                yield batch
-        except NetworkError as error:
-            raise MetadataUnavailableError(str(error)) from error
-        except NotLeaderError:
-            raise
-        except KVFerryError as error:
-            raise MetadataUnavailableError(error.message) from error
-        finally:
-            await stream.aclose()
-
-    async def aclose(self) -> None:
-        """Nothing is held."""
