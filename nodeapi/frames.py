@@ -28,6 +28,10 @@ class FrameDecoder:
 
     def feed(self, data: bytes) -> list[bytes]:
         """Add bytes; returns the payloads that are complete now, in order. Raises FrameError."""
+        if not self._buffer and 0 < len(data) - HEADER_BYTES == int.from_bytes(data[:HEADER_BYTES], "little"):
+            if len(data) - HEADER_BYTES > self._max_bytes:
+                raise FrameError(f"a frame of {len(data)} bytes came; {self._max_bytes} are allowed")
+            return [data[HEADER_BYTES:]]  # most come one at a time and whole
         self._buffer += data
         payloads: list[bytes] = []
         start = 0

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from kvcore.clock import Clock
 from kvcore.errors import ProofError
-from kvcore.trust.keys import ClusterKey, KeyLabel
+from kvcore.trust.keys import ClusterKey, KeyLabel, MacKey
 from kvcore.trust.limits import ProofLimits
 from kvcore.trust.opening import ClusterTrust
 from kvcore.trust.replays import SeenRequests
@@ -215,8 +215,8 @@ class FrameSeal:
     """MACs of the frames of one answer, in their order. Each side has its own: one seals, the other opens."""
 
     def __init__(self, proof: Proof, context: bytes) -> None:
-        made_by = proof.key.derive(KeyLabel.HTTP, context)
-        self._key = hmac.digest(made_by, b"frames\0" + proof.signature.encode(), "sha256")
+        self._proof, self._context = proof, context
+        self._key: MacKey | None = None  # most answers have no frames
         self._number = 0
 
     def seal(self, payload: bytes) -> bytes:
@@ -232,7 +232,10 @@ class FrameSeal:
 
     def _mac(self, payload: bytes) -> bytes:
         self._number += 1
-        return hmac.digest(self._key, self._number.to_bytes(8, "big") + payload, "sha256")[:SEAL_BYTES]
+        if self._key is None:
+            made_by = self._proof.key.mac_key(KeyLabel.HTTP, self._context)
+            self._key = MacKey(made_by.digest(b"frames\0" + self._proof.signature.encode()))
+        return self._key.digest(self._number.to_bytes(8, "big") + payload)[:SEAL_BYTES]
 
 
 class ProvenReply(NamedTuple):

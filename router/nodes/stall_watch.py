@@ -43,7 +43,9 @@ class WatchedLeg:
 
     def heard(self) -> None:
         """It has said something."""
-        self.quiet_s = self.node.quiet_s = 0.0
+        self.quiet_s = 0.0
+        if self.node.quiet_s:
+            self.node.quiet_s = 0.0
 
     def first(self, computed: int) -> None:
         """Its first token, or its answer, is here; so many tokens were computed for it."""

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+import msgspec
+
 from kvcore.errors import DeadlineExceededError, KVFerryError
 from nodeapi.messages import FinishReason, PrefillResult, TokenDelta, TokenLogprob
 
@@ -32,9 +34,8 @@ class PrefillFailed:
     error: KVFerryError
 
 
-@dataclass(frozen=True, slots=True)
-class DeltaReceived:
-    """A decode leg sent something."""
+class DeltaReceived(msgspec.Struct, frozen=True):
+    """A decode leg sent something. As `Emit` of a kind that is made in a fifth of the time: there is one a token."""
 
     leg: str
     delta: TokenDelta
@@ -137,8 +138,7 @@ class CancelLeg:
     node: str
 
 
-@dataclass(frozen=True, slots=True)
-class Emit:
+class Emit(msgspec.Struct, frozen=True):
     """Tokens for the client. `finish_reason` ends the index."""
 
     index: int

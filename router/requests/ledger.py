@@ -157,9 +157,10 @@ class RequestMachine:
         if self.ended and type(event) is not StopHit:
             return []
         actions = self._actions_of(event)
-        tokens_only = all(type(action) is Emit and action.finish_reason is None for action in actions)
-        if not (tokens_only and type(event) is DeltaReceived):  # a delta that only adds tokens changes no state
-            self._set_state(event)
+        only = actions[0] if len(actions) == 1 else None
+        if type(event) is DeltaReceived and (not actions or (type(only) is Emit and only.finish_reason is None)):
+            return actions  # a delta that only adds tokens changes no state
+        self._set_state(event)
         return actions
 
     def check_invariants(self) -> None:
