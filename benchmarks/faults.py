@@ -24,6 +24,7 @@ import asyncio
 import json
 import logging
 import random
+import secrets
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
@@ -69,6 +70,10 @@ class System(Protocol):
         """What anybody holds for a request; empty: nothing."""
         ...
 
+    async def record(self, request_id: str) -> str:
+        """What the router knows of the request; empty: nothing."""
+        ...
+
     async def whole(self) -> bool:
         """Whether another cell may begin, once it has recovered."""
         ...
@@ -85,7 +90,14 @@ async def one_cell(
     system: System, subject: Cell, prompts: Sequence[str], held_s: float = HELD_S
 ) -> tuple[list[Seen], str]:
     """What its clients saw, and what was still held `held_s` after them."""
-    load = Load(system.url, system.model, prompts, system.max_tokens, system.more(subject.name), subject.leave_s)
+    load = Load(
+        system.url,
+        system.model,
+        prompts,
+        system.max_tokens,
+        system.more(f"{subject.name} {secrets.token_hex(4)}"),
+        subject.leave_s,
+    )
     async with asyncio.TaskGroup() as tasks:
         running = tasks.create_task(load.run())
         await load.ended(len(prompts) // 4)
@@ -104,9 +116,9 @@ async def one_cell(
 class Matrix:
     """Runs the cells of one system after each other, and prints each."""
 
-    def __init__(self, name: str, prompts: Sequence[str], python: str) -> None:
+    def __init__(self, name: str, prompts: Sequence[str], python: str, records: bool) -> None:
         self.verdicts: list[Verdict] = []
-        self._name, self._prompts, self._python = name, prompts, python
+        self._name, self._prompts, self._python, self._records = name, prompts, python, records
         self._usual: Own | None = None
         self._texts: list[str] = []
 
@@ -143,6 +155,9 @@ class Matrix:
         counts = f"{f'{verdict.answered}/{verdict.wanted}':>8}{verdict.same:>6}"
         what = "; ".join(verdict.problems) or "ok"
         print(f"{self._name:<14}{subject.name:<46}{counts}{times}  {what}", flush=True)
+        if self._records and verdict.problems:
+            worst = max(seen, key=lambda one: (bool(one.problem), one.total_s))
+            print(f"{'':<14}{await system.record(worst.id)}", flush=True)
 
 
 def figures(verdicts: Sequence[Verdict]) -> dict[str, object]:
@@ -158,14 +173,14 @@ def figures(verdicts: Sequence[Verdict]) -> dict[str, object]:
     }
 
 
-async def run(systems: Sequence[str], names: Sequence[str], requests: int, python: str) -> bool:
+async def run(systems: Sequence[str], names: Sequence[str], requests: int, python: str, records: bool) -> bool:
     """Print the matrix and the RESULT; whether every cell of kvferry's passed."""
     prompts, result = make_prompts(requests), dict[str, dict[str, object]]()
     print(f"{'system':<14}{'cell':<46}{'answered':>8}{'same':>6}{'first s':>7}{'gap s':>7}{'whole s':>7}")
     for system in systems:
         known = OF_A_CLUSTER if system in ENGINES else OF_SERVERS
         wanted = [cell(""), *map(cell, names)] if names else known
-        result[system] = figures(await Matrix(system, prompts, python).run(wanted))
+        result[system] = figures(await Matrix(system, prompts, python, records).run(wanted))
     own = {system: found for system, found in result.items() if system not in PEERS}
     peers = {system: found for system, found in result.items() if system in PEERS}
     print("RESULT " + json.dumps({"requests": requests, "at_once": AT_ONCE, **own, "peers": peers}))
@@ -180,10 +195,12 @@ def main() -> None:
     parser.add_argument("--cells", nargs="+", default=[], help='faults to try, as "kill decode-0 + stop prefill-0"')
     parser.add_argument("--requests", type=int, default=40, help="in each cell")
     parser.add_argument("--peers-python", default=sys.executable, help="the Python that has others' routers")
+    parser.add_argument("--records", action="store_true", help="print the record of a failed cell's worst request")
     arguments = parser.parse_args()
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)  # a proxy whose server dies is no news
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
-        passed = runner.run(run(arguments.systems, arguments.cells, arguments.requests, arguments.peers_python))
+        told = (arguments.systems, arguments.cells, arguments.requests, arguments.peers_python, arguments.records)
+        passed = runner.run(run(*told))
     sys.exit(0 if passed else 1)
 
 

@@ -34,6 +34,8 @@ class Seen:
     first_s: float = 0.0
     silence_s: float = 0.0
     total_s: float = 0.0
+    id: str = ""
+    """As the router calls it."""
 
 
 @dataclass(slots=True)
@@ -105,7 +107,8 @@ class Load:
                 said = await reply.text()
                 raise ValueError(f"HTTP {reply.status} {said[:100]}")
             if not seen.streamed:
-                seen.text = json.loads(await reply.read())["choices"][0]["text"]
+                answer = json.loads(await reply.read())
+                seen.id, seen.text = answer["id"], answer["choices"][0]["text"]
                 return
             await self._read(reply, seen, began)
 
@@ -126,7 +129,7 @@ class Load:
             for choice in event.get("choices", ()):
                 seen.text += choice.get("text") or ""
                 reason = choice.get("finish_reason") or reason
-            moment = now()
+            seen.id, moment = event.get("id", ""), now()
             if seen.first_s == 0.0:
                 seen.first_s = moment - began
             else:

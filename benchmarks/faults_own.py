@@ -5,6 +5,7 @@ everything else reaches them as always. Faults of processes are signals.
 """
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -118,6 +119,13 @@ class OwnCluster:
             with suppress(*_AWAY):
                 found += [f"{count} {gauge} at {name}" for gauge, count in (await self._gauges(name)).items() if count]
         return ", ".join(found)
+
+    async def record(self, request_id: str) -> str:
+        """What the router knows of the request."""
+        try:
+            return json.dumps(await self._json(f"{self.url}/v1/requests/{request_id}"))
+        except _AWAY:
+            return ""
 
     async def leases(self) -> int | None:
         """Reservations and read leases; None: nobody can say."""

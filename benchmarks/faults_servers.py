@@ -135,6 +135,13 @@ class Servers:
                     found.append(f"{in_flight} requests at the router")
         return ", ".join(found)
 
+    async def record(self, request_id: str) -> str:
+        """What kvferry's router knows of the request."""
+        if self.name in PEERS:
+            return ""
+        async with self.session.get(f"{self.url}/v1/requests/{request_id}") as reply:
+            return await reply.text()
+
     async def whole(self) -> bool:
         """It is not used again."""
         return True
