@@ -3,7 +3,8 @@
 Systems: `sim` and `torch` are kvferry's own cluster of real processes (two prefillers, two decoders, a store, a
 metadata server, a router), with its defaults and the simulated or the embedded engine; `plain` is its router in front
 of four mock servers; `sglang-router`, `vllm-router` and `smg` are others' routers in front of the same, with their
-defaults. A cell is a fault, or two at once, that come once a quarter of its requests is answered and stay until its
+defaults. A mock decoder needs no KV from anybody: it answers whether or not its prefiller did, which others' routers
+gain by. A cell is a fault, or two at once, that come once a quarter of its requests is answered and stay until its
 end; what was killed is started again by kvferry's launcher, and by nobody among mock servers. Every second request is
 streamed.
 
@@ -74,8 +75,8 @@ class System(Protocol):
         """What the router knows of the request; empty: nothing."""
         ...
 
-    async def whole(self) -> bool:
-        """Whether another cell may begin, once it has recovered."""
+    async def again(self) -> bool:
+        """Whether another cell may begin, with a router that knows nothing of this one."""
         ...
 
 
@@ -134,7 +135,7 @@ class Matrix:
                         await self._cell(system, subject)
                         if system.fresh:
                             break
-                        if not await system.whole():
+                        if not await system.again():
                             print(f"{self._name:<14} is not whole again after {subject.name}: a new one", flush=True)
                             break
         return self.verdicts

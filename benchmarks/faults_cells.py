@@ -9,13 +9,14 @@ from dataclasses import dataclass
 
 from benchmarks.faults_load import Seen
 from kvcore.config.schema import RouterConfig
+from router.nodes.limits import NodeHealthLimits
 
 BEYOND_S = 2.0
 """Of silence that a fault may cost beyond its own."""
 HELD_S = 5.0
 """After the last answer nothing may be held any longer than this."""
-SLOW_STEP_S = 0.3
-"""Of a node that is slow, for each token."""
+SLOW_STEP_S, SLOW_TOKENS = 0.15, 120
+"""What a node that is slow takes longer for each token, and how many an answer has at most."""
 ROUTER_STOPS_S = 3.0
 
 
@@ -34,6 +35,7 @@ class Own:
 _router = RouterConfig()
 HANG = Own(_router.stall_first_s, _router.stall_gap_s, _router.stall_first_s + _router.stall_gap_s)
 """After so long a silence kvferry takes a process for one that hangs; nobody can know it before."""
+PATIENCE = NodeHealthLimits().pace_factor
 OWN = {
     "kill": Own(),
     "stop": HANG,
@@ -41,7 +43,7 @@ OWN = {
     "error": Own(),
     "die": Own(),
     "late": Own(),
-    "slow": Own(SLOW_STEP_S, SLOW_STEP_S, SLOW_STEP_S * 40),
+    "slow": Own(SLOW_STEP_S, SLOW_STEP_S, SLOW_STEP_S * SLOW_TOKENS),
     "leave": Own(),
 }
 """`kill`: -9. `stop`: SIGSTOP. `hang`: its requests hang, its health answers. `error`: 500 for every request. `die`: it
@@ -171,6 +173,8 @@ def judge(subject: Cell, seen: Sequence[Seen], texts: Sequence[str], held: str, 
     if len(same) < len(answered):
         problems.append(f"{len(answered) - len(same)} other texts")
     own = subject.own + usual
+    if own.first_s >= HANG.first_s:  # it has so much longer for what it is known to compute
+        own += Own(PATIENCE * usual.first_s, 0.0, PATIENCE * usual.first_s)
     for what, took_s, own_s in (
         ("first token", took.first_s, own.first_s),
         ("gap", took.gap_s, own.gap_s),

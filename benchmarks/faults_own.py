@@ -150,6 +150,13 @@ class OwnCluster:
             return False
         return True
 
+    async def again(self) -> bool:
+        """As `whole`, with a router that has learnt nothing of what happened before."""
+        pid = self.launcher.pids["router"]
+        os.kill(pid, signal.SIGKILL)
+        await self.launcher.wait_restarted("router", pid, READY_S)
+        return await self.whole()
+
     async def _is_whole(self) -> bool:
         with suppress(*_AWAY, KeyError):
             status = await self._json(f"{self.url}/v1/cluster")

@@ -142,8 +142,8 @@ class Servers:
         async with self.session.get(f"{self.url}/v1/requests/{request_id}") as reply:
             return await reply.text()
 
-    async def whole(self) -> bool:
-        """It is not used again."""
+    async def again(self) -> bool:
+        """It is used for one cell only."""
         return True
 
     async def _tell(self, whom: str, fault: str) -> None:

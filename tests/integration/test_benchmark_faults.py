@@ -99,6 +99,9 @@ def test_a_cell_fails_by_each_thing_that_is_promised() -> None:
         seen[number] = replace(seen[number], **change)
         assert judge(cell("kill decode-0"), seen, texts, "", usual).problems == (said,)
     assert judge(cell(""), answers(), texts, "1 reservations", usual).problems == ("held: 1 reservations",)
+    slow = [replace(one, first_s=7.3) for one in answers()]
+    assert judge(cell("hang decode-0"), slow, texts, "", usual).problems == ()
+    assert judge(cell("kill decode-0"), slow, texts, "", usual).problems[0].startswith("first token 7.3 s")
     left = [*answers(), Seen(4, streamed=True, left=True)]
     assert judge(cell("leave 0.3"), left, texts, "", usual).wanted == 4
 
