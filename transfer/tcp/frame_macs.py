@@ -9,11 +9,15 @@ from collections.abc import Sequence
 from hmac import compare_digest
 from typing import Protocol
 
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
 from kvcore.errors import TransferForgedError
 from kvcore.trust.gmac import TAG_BYTES, Gmac
 
 _Bytes = memoryview | bytes | bytearray
 _NONCE_BYTES = 12
+_AT_ONCE_BYTES = 64 << 10
+"""Up to here a tag is made in one call, over a copy: setting a running MAC up takes 5 us, such a call less than 1."""
 
 
 class RunningMac(Protocol):
@@ -40,18 +44,30 @@ _NO_MAC = _NoMac()
 
 
 class _Direction:
-    __slots__ = ("_key", "number")
+    __slots__ = ("_aead", "_key", "number")
 
     def __init__(self, key: bytes) -> None:
         self._key = key
+        self._aead = AESGCM(key) if key else None
         self.number = 0
 
     def next(self) -> RunningMac:
-        if not self._key:
-            return _NO_MAC
-        running = Gmac(self._key, self.number.to_bytes(_NONCE_BYTES, "little"))
-        self.number += 1
-        return running
+        return Gmac(self._key, self._nonce()) if self._key else _NO_MAC
+
+    def tag(self, views: Sequence[_Bytes]) -> bytes:
+        """Of the next thing, all of it."""
+        if self._aead is None:
+            return b""
+        if sum(map(len, views)) <= _AT_ONCE_BYTES:
+            return self._aead.encrypt(self._nonce(), b"", b"".join(views))  # of an empty text: the tag is all
+        running = self.next()
+        for view in views:
+            running.show(view)
+        return running.tag()
+
+    def _nonce(self) -> bytes:
+        number, self.number = self.number, self.number + 1
+        return number.to_bytes(_NONCE_BYTES, "little")
 
 
 class FrameMacs:
@@ -76,7 +92,7 @@ class FrameMacs:
 
     def seal(self, views: Sequence[_Bytes]) -> bytes:
         """The tag of the next thing that is sent, all of it."""
-        return _shown(self.sealing(), views).tag()
+        return self._sent.tag(views)
 
     def checking(self) -> RunningMac:
         """Of the next thing that is received."""
@@ -84,20 +100,18 @@ class FrameMacs:
 
     def check(self, views: Sequence[_Bytes], tag: _Bytes) -> None:
         """Raises TransferForgedError unless `tag` is that of the next thing that was received, all of it."""
-        self.check_tag(_shown(self.checking(), views), tag)
+        _check(self._received.tag(views), tag)
 
     @staticmethod
     def check_tag(running: RunningMac, tag: _Bytes) -> None:
         """Raises TransferForgedError unless it is the tag of what was shown."""
-        if not compare_digest(running.tag(), bytes(tag)):
-            raise TransferForgedError("a frame is not what its sender sealed, or not the next one")
+        _check(running.tag(), tag)
 
 
 PLAIN = FrameMacs()
 """Of connections whose frames have none."""
 
 
-def _shown(running: RunningMac, views: Sequence[_Bytes]) -> RunningMac:
-    for view in views:
-        running.show(view)
-    return running
+def _check(wanted: bytes, tag: _Bytes) -> None:
+    if not compare_digest(wanted, bytes(tag)):
+        raise TransferForgedError("a frame is not what its sender sealed, or not the next one")

@@ -29,7 +29,12 @@ def receive(inbox: Inbox, views: Sequence[memoryview], macs: FrameMacs, check: C
     if not macs:
         inbox.fill(views, check)
         return
-    mac, behind = macs.checking(), sum(view.nbytes for view in views) + macs.tag_bytes
+    behind = sum(view.nbytes for view in views) + macs.tag_bytes
+    if behind <= _CHECKED_BYTES:
+        inbox.fill(views, check, behind=macs.tag_bytes)
+        macs.check(views, inbox.take(macs.tag_bytes, check))
+        return
+    mac = macs.checking()
     for group in groups(views, _CHECKED_BYTES):
         behind -= sum(view.nbytes for view in group)
         inbox.fill(group, check, behind=behind)
@@ -45,8 +50,12 @@ def send(sock: socket.socket, head: bytes, views: Sequence[memoryview], macs: Fr
         send_views(sock, [head, *views], check)
         return
     waiting: list[memoryview | bytes] = [head, macs.seal([head])]
-    mac, left = macs.sealing(), sum(view.nbytes for view in views)
-    scratch = memoryview(bytearray(min(left, _SEALED_BYTES)))
+    left = sum(view.nbytes for view in views)
+    if left <= _SEALED_BYTES:
+        copied = b"".join(views)
+        send_views(sock, [*waiting, copied, macs.seal([copied])], check)
+        return
+    mac, scratch = macs.sealing(), memoryview(bytearray(_SEALED_BYTES))
     for group in groups(views, _SEALED_BYTES):
         filled = 0
         for view in group:
