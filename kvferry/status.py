@@ -16,10 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 from kvcore.config.schema import ClusterConfig
-from kvcore.config.servers import metadata_urls, router_url_of, secured_url, urls_of
+from kvcore.config.servers import metadata_urls, operators_url_of, secured_url, urls_of
 from kvcore.handoff import HandoffKind, has_store
 from kvcore.ports import why_unreachable
-from kvcore.process.http_client import http_session, router_session
+from kvcore.process.http_client import http_session, operators_session
 from kvcore.trust.opening import OPEN, ClusterTrust
 from kvferry.hit_rate import hit_rate_lines
 from kvferry.machine import size_text
@@ -95,11 +95,10 @@ class ServerAnswer(Generic[_Value]):
 
 
 def addresses(config: ClusterConfig) -> tuple[str, str | None]:
-    """URLs of router and first metadata server; None: servers that are not ours have no metadata server."""
-    metadata_url = (
-        secured_url(config, metadata_urls(config.metadata_server)[0]) if config.handoff.traits.has_store else None
-    )
-    return router_url_of(config), metadata_url
+    """URLs of router (for operators) and first metadata server; None: servers that are not ours have none."""
+    if not config.handoff.traits.has_store:
+        return operators_url_of(config), None
+    return operators_url_of(config), secured_url(config, metadata_urls(config.metadata_server)[0])
 
 
 def standbys_of(config: ClusterConfig) -> list[str]:
@@ -132,7 +131,7 @@ async def run_status(
     one answer. Returns 0 if every server that the cluster has answered, 1 otherwise."""
     timeout = aiohttp.ClientTimeout(total=timeout_s)
     async with (
-        router_session(trust=trust, timeout=timeout) as session,
+        operators_session(trust=trust, timeout=timeout) as session,
         http_session(trust=trust, timeout=timeout) as inner,
     ):
         cluster, stats, cache = await asyncio.gather(

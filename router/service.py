@@ -7,23 +7,13 @@ from collections.abc import Callable
 from contextlib import closing
 
 from fastapi import FastAPI
-from starlette.types import ASGIApp
 
 from kvcore.clock import Clock, SystemClock
 from kvcore.config.schema import ClusterConfig
 from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
-from kvcore.ports import authorities_of
-from kvcore.process.asgi import AsgiServer
-from kvcore.process.certified_app import CertifiedApp
-from kvcore.process.descriptors import soft_limit
-from kvcore.process.http_gate import show_gates
-from kvcore.process.limits import HttpLimits
-from kvcore.process.proven_app import ProvenApp
 from kvcore.process.service import Lifecycle
 from kvcore.telemetry import log_fields
-from kvcore.trust.http_proof import RequestVerifier
 from kvcore.trust.opening import ClusterTrust, open_trust, trust_source
-from kvcore.trust.tls import ServerCertificate
 from metadata_server.client import MetadataClient
 from metadata_server.connect import connect_client, connect_subscription, endpoints_of
 from nodeapi.client import HttpNodeClient
@@ -31,14 +21,15 @@ from nodeapi.protocol import NodeClient
 from router.admin.janitor import ClusterJanitor
 from router.admin.nodes import NodeAdmin
 from router.admin.rebalance import SegmentRebalance
-from router.admin.routes import AdminRoutes, add_no_nodes, is_order
+from router.admin.routes import AdminRoutes, add_no_nodes
 from router.admission.gate import Admission
 from router.answering import Answerer, AnswerLimits
 from router.api.app import make_app
 from router.cache.hints import HintPins
 from router.cache.replay import CacheReplay
 from router.cache.watch import CacheWatch
-from router.descriptors import LEGS_PER_REQUEST, clients_at_most, descriptors_needed
+from router.descriptors import LEGS_PER_REQUEST
+from router.listeners import RouterListeners
 from router.metrics import RouterMetrics
 from router.nodes.cluster import Cluster
 from router.nodes.prober import Prober
@@ -51,13 +42,11 @@ from router.requests.records import RequestLog
 from router.requests.services import RequestServices
 from router.routing.policy import make_policy
 from router.status import StatusView
-from router.tenants.wiring import open_gate
+from router.tenants.wiring import open_guard
 from router.text.tokenizer import FolderTokenizer, TextThreads, Tokenizer, make_tokenizer
 from router.upkeep.wiring import tier_sight, upkeep_routes
 
 _log = logging.getLogger("router")
-_HELD_BODIES = 16
-"""Bodies of the longest kind that may be under way at once."""
 
 
 async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
@@ -106,9 +95,9 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
         max_body_bytes=bounds.max_body,
         cors=bounds.cors,
         more=add_routes,
-        guard=await _guard(config, log, clock, trust, lifecycle, tokenizer=tokenizer),
+        guard=await open_guard(config, log, clock, lifecycle, trust=trust, tokenizer=tokenizer),
     )
-    server = _listener(app, config, metrics, lifecycle)
+    server = RouterListeners(app, config, trust, metrics.metrics, lifecycle)
     always = {"node probes": prober.run(), "stall watch": cluster.stalls.run(), "cache replay": cache.run()}
     for name, work in always.items():
         lifecycle.tasks.create_task(work, name=name)
@@ -120,7 +109,7 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
     await server.start()
     lifecycle.stack.push_async_callback(server.aclose)
     lifecycle.tasks.create_task(server.wait_failed(), name="http server")
-    lifecycle.ready(url=server.url, policy=bounds.policy, nodes=len(config.nodes), handoff=config.handoff)
+    lifecycle.ready(**server.urls, policy=bounds.policy, nodes=len(config.nodes), handoff=config.handoff)
     await lifecycle.stopping.wait()
     log_fields(_log, logging.INFO, "draining", requests=log.in_flight, at_most_s=bounds.drain_s)
     if cut := await dispatcher.drain(bounds.drain_s):
@@ -195,54 +184,12 @@ def _operators_routes(
     return add_all
 
 
-def _listener(app: ASGIApp, config: ClusterConfig, metrics: RouterMetrics, lifecycle: Lifecycle) -> AsgiServer:
-    bounds, tls = config.router, None
-    if bounds.tls is not None:
-        certificate = ServerCertificate(bounds.tls)
-        lifecycle.tasks.create_task(certificate.follow(), name="certificate")
-        tls = certificate.context
-    server = AsgiServer(app, bounds.host, bounds.port, limits=_connection_limits(config), tls=tls)
-    show_gates(metrics.metrics, {"router": server.gate})
-    return server
-
-
-def _connection_limits(config: ClusterConfig) -> HttpLimits:
-    limit, num_nodes = soft_limit(), len(config.nodes)
-    needed = descriptors_needed(config.router.max_requests, num_nodes)
-    if limit < needed:
-        log_fields(_log, logging.WARNING, "few_descriptors", limit=limit, needed=needed, see="kvferry doctor")
-    return HttpLimits(
-        max_connections=clients_at_most(limit, num_nodes),
-        max_per_client=config.router.max_connections_per_client,
-        max_held_bytes=_HELD_BODIES * config.router.max_body,
-    )
-
-
 def _watch_cache(
     config: ClusterConfig, cluster: Cluster, log: RequestLog, clock: Clock
 ) -> tuple[CacheWatch, CacheReplay]:
     saves_output = config.engine is None or config.engine.save_output
     watch = CacheWatch(cluster, log, clock, seed=secrets.randbits(64), saves_output=saves_output)
     return watch, CacheReplay(watch, cluster, config, clock)
-
-
-async def _guard(
-    config: ClusterConfig,
-    log: RequestLog,
-    clock: Clock,
-    trust: ClusterTrust,
-    lifecycle: Lifecycle,
-    *,
-    tokenizer: Tokenizer,
-) -> Callable[[ASGIApp], ASGIApp]:
-    """With a secret only those who know it give orders about the cluster; with API keys, who has an admin's, too."""
-    if trust.secrets is None:
-        certified = trust.certificate is not None
-        return lambda app: CertifiedApp(app, is_order) if certified else app
-    verifier = RequestVerifier(trust, clock, authorities_of(config.router.host, config.router.port))
-    proved = lambda app: ProvenApp(app, verifier, lambda _: True)  # noqa: E731
-    gate = await open_gate(config, log, clock, lifecycle, secrets=trust.secrets, tokenizer=tokenizer, proved=proved)
-    return gate or (lambda app: ProvenApp(app, verifier, is_order))
 
 
 async def _make_client(config: ClusterConfig, trust: ClusterTrust) -> NodeClient:

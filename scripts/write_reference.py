@@ -60,10 +60,11 @@ _METRICS_HEAD = """# Metrics
 
 <!-- Made by scripts/write_reference.py from kvcore/metric_names.py: change it there. -->
 
-Every process answers `GET /metrics` on its HTTP port in Prometheus' text format. Beside what is below each has the
-`process_` metrics of Prometheus' client (memory, processor time, open files, start time). A node whose engine is
-vLLM also passes on all that vLLM keeps itself: every family that begins with `vllm:`, under vLLM's names, with the
-label `node` added. They are described in vLLM's own documentation.
+Every process answers `GET /metrics` on its HTTP port, the router on `router.admin_port` where there is one, in
+Prometheus' text format; with `security.tls` at `https://`, without a certificate of one's own (`tls_config: {ca_file:
+...}` in Prometheus). Beside what is below each has the `process_` metrics of Prometheus' client (memory, processor
+time, open files, start time). A node whose engine is vLLM also passes on all that vLLM keeps itself: every family that
+begins with `vllm:`, under vLLM's names, with the label `node` added. They are described in vLLM's own documentation.
 
 A histogram has the series `NAME_bucket`, `NAME_sum` and `NAME_count`. What the values of the labels `name`, `code`,
 `outcome` and `reason` mean is in [troubleshoot.md](troubleshoot.md).

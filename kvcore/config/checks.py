@@ -227,12 +227,15 @@ def _check_security(config: ClusterConfig) -> Iterator[str]:
 
 def heard_elsewhere(config: ClusterConfig) -> list[tuple[str, str]]:
     """(path, host) of what listens where other machines reach it."""
-    found = {
-        path if path.endswith("]") else f"{path.rpartition('.')[0]}.host": host
-        for path, host, _ in ports_of(config)
-        if not is_loopback(host)
-    }
+    found = {_host_path(path): host for path, host, _ in ports_of(config) if not is_loopback(host)}
     return list(found.items())
+
+
+def _host_path(path: str) -> str:
+    """Of a port's path: of the key that says on what it listens."""
+    if path.endswith("]"):
+        return path
+    return f"{path.rpartition('.')[0]}.{'admin_host' if path.endswith('admin_port') else 'host'}"
 
 
 def open_line(config: ClusterConfig) -> str | None:
@@ -279,7 +282,10 @@ def _check_ports(config: ClusterConfig) -> Iterator[str]:
 
 def ports_of(config: ClusterConfig) -> Iterator[tuple[str, str, int]]:
     """(path, host, port) of everything of ours that listens; port 0 is any free one."""
-    yield "router.port", config.router.host, config.router.port
+    router = config.router
+    yield "router.port", router.host, router.port
+    if router.admin_port is not None:
+        yield "router.admin_port", router.admin_host or router.host, router.admin_port
     if not config.handoff.traits.has_store:
         return
     server = config.metadata_server

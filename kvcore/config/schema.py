@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from kvcore.config.fields import ByteSize, Count, Port, Rate, Seconds, Section, Share, Text
+from kvcore.config.hit_rate import HitRateConfig
 from kvcore.config.mooncake_metadata import MooncakeMetadataConfig
 from kvcore.config.partitions import PartitionConfig
 from kvcore.config.records import RecordsConfig, SqliteRecordsConfig
@@ -215,26 +216,18 @@ class RoutingPolicy(StrEnum):
     """Each node in turn, whatever is cached where."""
 
 
-class HitRateConfig(Section, frozen=True, kw_only=True):
-    """What the router says of the hit rate, and whether clients may ask something of the cache."""
-
-    warn_below: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.7
-    """Share of the prompt tokens of the last hour: below it a warning says why, in the log once an hour and as long as
-    it lasts in `kvferry status`. 0: never."""
-    hints: bool = False
-    """Whether `prompt_cache_retention`, `cache_control` and their like pin chunks. Of clients without API keys one
-    could fill a quarter of all segments with its pins. They are shown in the request's record either way."""
-    longest_pin_s: Seconds = 3600.0
-    """A client that asks for longer gets this."""
-
-
 class RouterConfig(Section, frozen=True, kw_only=True):
     """Where the router listens, how it chooses, its bounds."""
 
     host: str = "127.0.0.1"
     """What it listens on. Without `security.keys` let only those reach it who may use it."""
     port: Port = 8000
-    """Of the OpenAI API, `/metrics` and `/v1/requests`."""
+    """Of the OpenAI API; without `admin_port` also of what the router says of the cluster, and of orders about it."""
+    admin_port: Port | None = None
+    """A port for operators alone: `/metrics`, `/v1/cluster`, `/v1/nodes`, `/v1/cache`, `/v1/weights`, `/v1/janitor` and
+    all of `/v1/requests` are answered there, and no more on `port`. With `security.tls` by certificates."""
+    admin_host: Text | None = None
+    """What it listens on; not set: `host`."""
     tls: TlsConfig | None = None
     """Answer over HTTPS alone, with this certificate. `kvferry`'s commands take this one, whatever names it has."""
     policy: RoutingPolicy = RoutingPolicy.PREFIX_AWARE

@@ -55,6 +55,15 @@ def router_url_of(config: ClusterConfig) -> str:
     return url if config.router.tls is None else url.replace("http", "https", 1)
 
 
+def operators_url_of(config: ClusterConfig) -> str:
+    """Where the router is asked about the cluster and given orders: at its `admin_port`, if it has one."""
+    router = config.router
+    if router.admin_port is None:
+        return router_url_of(config)
+    url = base_url(router.admin_host or router.host, router.admin_port)
+    return url if router.tls is None and config.security.tls is None else url.replace("http", "https", 1)
+
+
 def internal_url(config: ClusterConfig, host: str, port: int) -> str:
     """http://host:port of what only the cluster's own processes ask, or https:// where they have certificates."""
     return secured_url(config, base_url(host, port))

@@ -15,16 +15,23 @@ SPEAKS_FOR = "kvferry.speaks_for"
 
 class CertifiedApp:
     """Passes a request on whose connection has shown a certificate, and one that needs none. `names_matter`: who speaks
-    in a node's name has it in his certificate."""
+    in a node's name has it in his certificate. `why`: others are refused."""
 
-    def __init__(self, app: ASGIApp, needs: Needs = all_but_open_paths, *, names_matter: bool = False) -> None:
-        self._app, self._needs, self._names_matter = app, needs, names_matter
+    def __init__(
+        self,
+        app: ASGIApp,
+        needs: Needs = all_but_open_paths,
+        *,
+        names_matter: bool = False,
+        why: str = NO_CERTIFICATE,
+    ) -> None:
+        self._app, self._needs, self._names_matter, self._why = app, needs, names_matter, why
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry."""
         names: PeerNames | None = scope.get(PEER_NAMES)
         if scope["type"] == "http" and names is None and self._needs(scope):
-            await refuse(ProofError(NO_CERTIFICATE), scope, send)
+            await refuse(ProofError(self._why), scope, send)
             return
         if self._names_matter:
             scope[SPEAKS_FOR] = names

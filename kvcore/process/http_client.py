@@ -44,18 +44,24 @@ def router_session(*, trust: ClusterTrust = OPEN, **options: Any) -> aiohttp.Cli
     return _session(trust, options)
 
 
+def operators_session(*, trust: ClusterTrust = OPEN, **options: Any) -> aiohttp.ClientSession:
+    """The same with where the cluster's router takes orders: its operators' port, by certificates if there are some."""
+    if trust.source.admin_port and trust.certificate is not None:
+        return http_session(trust=trust, **options)
+    return router_session(trust=trust, **options)
+
+
 def internal_ssl(trust: ClusterTrust) -> ssl.SSLContext | bool:
     """By what a connector of `http_session` knows a server, and shows who we are: `ssl` of aiohttp's TCPConnector."""
     return True if trust.certificate is None else trust.certificate.client
 
 
 def _session(trust: ClusterTrust, options: dict[str, Any]) -> aiohttp.ClientSession:
-    if trust.secrets is None:
-        return aiohttp.ClientSession(middlewares=(_refuse_redirects,), **options)
-    proving = _Proving(RequestProver(trust, SystemClock())).send
-    return aiohttp.ClientSession(
-        middlewares=(_refuse_redirects, proving), response_class=_ProvenResponse, auto_decompress=False, **options
-    )
+    known: tuple[aiohttp.ClientMiddlewareType, ...] = ()
+    if trust.secrets is not None:
+        known = (_Proving(RequestProver(trust, SystemClock())).send,)
+        options |= {"response_class": _ProvenResponse, "auto_decompress": False}
+    return aiohttp.ClientSession(middlewares=(_refuse_redirects, *known), **options)
 
 
 async def _refuse_redirects(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:

@@ -21,6 +21,8 @@ class TrustSource(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     tls: ClusterTlsConfig | None = None
     name: str = CLIENT
     """The process's, by which its certificate's files may be called."""
+    admin_port: bool = False
+    """Whether the router has a port of its own for operators."""
     router_cert: str = ""
     """File of the router's certificate, by which its clients here know it; empty: it has none."""
 
@@ -57,7 +59,12 @@ def trust_source(config: ClusterConfig, name: str = CLIENT) -> TrustSource:
     router_cert = "" if tls is None else tls.cert
     security = config.security
     return TrustSource(
-        cluster=config.cluster, secret=security.secret, tls=security.tls, name=name, router_cert=router_cert
+        cluster=config.cluster,
+        secret=security.secret,
+        tls=security.tls,
+        name=name,
+        admin_port=config.router.admin_port is not None,
+        router_cert=router_cert,
     )
 
 

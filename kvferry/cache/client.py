@@ -8,7 +8,7 @@ import aiohttp
 import msgspec
 
 from kvcore.ports import why_unreachable
-from kvcore.process.http_client import router_session
+from kvcore.process.http_client import operators_session
 from kvcore.trust.opening import OPEN, ClusterTrust
 from kvferry.router_url import key_headers
 
@@ -84,5 +84,5 @@ async def router_calls(
     """Calls of the router at `url`, with the API key of the environment. `tenant`: in whose name an admin asks."""
     timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=connect_s)
     headers = key_headers() | ({"X-KVFerry-Tenant": tenant} if tenant else {})
-    async with router_session(trust=trust, timeout=timeout, headers=headers) as session:
+    async with operators_session(trust=trust, timeout=timeout, headers=headers) as session:
         yield RouterCalls(url, session)

@@ -3,7 +3,7 @@
 import asyncio
 
 from kvcore.clock import SystemClock
-from kvcore.config.servers import internal_url
+from kvcore.config.servers import internal_url, secured_url
 from kvcore.errors import ConfigError, MetadataProtocolError, MetadataUnavailableError
 from kvcore.identity import ClusterIdentity
 from kvcore.trust.opening import open_trust, trust_source
@@ -20,7 +20,7 @@ def check_joining(context: Context) -> list[Finding]:
     config = context.config
     if not config.handoff.traits.has_store or config.metadata_server.port == 0:
         return []
-    url = endpoints_of(config.metadata_server).urls[0]
+    url = secured_url(config, endpoints_of(config.metadata_server).urls[0])
     try:
         reply = asyncio.run(_ask(context))
     except ConfigError:

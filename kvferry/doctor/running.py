@@ -13,7 +13,7 @@ from kvcore.config.checks import metadata_ports
 from kvcore.config.schema import ClusterConfig
 from kvcore.config.servers import internal_url, metadata_urls, secured_url
 from kvcore.errors import ConfigError, NotLeaderError
-from kvcore.process.http_client import http_session, router_session
+from kvcore.process.http_client import http_session, operators_session
 from kvcore.trust.opening import OPEN, open_trust, trust_source
 from kvcore.types import NodeInfo
 from kvferry.status import ClusterAnswer, addresses
@@ -58,7 +58,7 @@ async def find_running(config: ClusterConfig, timeout_s: float = 1.0) -> Running
         trust = OPEN
     timeout = aiohttp.ClientTimeout(total=timeout_s)
     async with (
-        router_session(trust=trust, timeout=timeout) as outer,
+        operators_session(trust=trust, timeout=timeout) as outer,
         http_session(trust=trust, timeout=timeout) as session,
         asyncio.TaskGroup() as tasks,
     ):

@@ -1,22 +1,22 @@
 """The router's `/v1/nodes` and `/v1/janitor` routes. A thin shell: bodies in, reports out, errors as OpenAI's.
 
-They are open to whoever reaches the router; in a cluster with a secret orders need its proof. Each leaves a line in the
-log.
+They are open to whoever reaches the router; in a cluster with a secret they need its proof. What is asked of others is
+asked once at a time. Each order leaves a line in the log.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import msgspec
 from fastapi import FastAPI, Request
 from starlette.responses import Response
-from starlette.types import Scope
 
 from kvcore.errors import InvalidRequestError
 from kvcore.process.audit import audited
 from kvcore.process.http_body import read_body
 from metadata_server.cache_messages import NodeAction, RebalanceRequest
 from router.admin.janitor import ClusterJanitor
+from router.admin.looks import SharedLooks
 from router.admin.nodes import NodeAdmin
 from router.admin.rebalance import SegmentRebalance
 from router.admin.reports import JanitorOrder, NodeOrderBody
@@ -30,15 +30,6 @@ A_DAY = 86_400.0
 OLDER = {"minimum": 0, "maximum": 366 * A_DAY}
 
 
-_ORDERS = ("/v1/nodes", "/v1/janitor", "/v1/cache", "/v1/weights")
-
-
-def is_order(scope: Scope) -> bool:
-    """Whether a request is an operator's order about the cluster, not a client's."""
-    path: str = scope["path"]
-    return scope["method"] == "POST" and path.startswith(_ORDERS)
-
-
 @dataclass(frozen=True, slots=True)
 class AdminRoutes:
     """Adds its routes to an application."""
@@ -48,13 +39,14 @@ class AdminRoutes:
     janitor: ClusterJanitor
     max_body_bytes: int
     limits: ApiLimits = ApiLimits()
+    looks: SharedLooks = field(default_factory=SharedLooks)
 
     def add_to(self, app: FastAPI) -> None:
         """All of them."""
 
-        @app.get("/v1/nodes", **openapi.plain("What each node does, and since when"))
+        @app.get("/v1/nodes", **openapi.plain("What each node does, and since when", unavailable=True))
         async def nodes() -> Response:
-            return JsonReply(await self.nodes.report())
+            return JsonReply(await self.looks.of("nodes", self.nodes.report))
 
         texts: dict[NodeAction, str] = {
             "drain": "Give a node no new requests and no new chunks",
@@ -69,7 +61,7 @@ class AdminRoutes:
     def _add_rebalance(self, app: FastAPI) -> None:
         @app.get("/v1/nodes/rebalance", **openapi.plain("How full segments are", unavailable=True))
         async def look() -> Response:
-            return JsonReply(await self.rebalance.look())
+            return JsonReply(await self.looks.of("rebalance", self.rebalance.look))
 
         @app.post("/v1/nodes/rebalance", **openapi.orders("Even out how full segments are", RebalanceRequest))
         async def order(request: Request) -> Response:
@@ -84,7 +76,8 @@ class AdminRoutes:
 
         @app.get("/v1/janitor", **shown, openapi_extra={"parameters": [parameter]})
         async def orphans(request: Request) -> Response:
-            return JsonReply(await self.janitor.look(_older_s(request)))
+            older_s = _older_s(request)
+            return JsonReply(await self.looks.of(f"janitor {older_s}", lambda: self.janitor.look(older_s)))
 
         @app.post("/v1/janitor", **openapi.orders("Remove what was listed and is orphaned still", JanitorOrder))
         async def remove(request: Request) -> Response:

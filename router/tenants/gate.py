@@ -19,14 +19,11 @@ from router.api.responses import JsonReply
 from router.requests.records import RequestRecord
 from router.tenants.callers import Caller, set_caller
 from router.tenants.limits import GateLimits
+from router.tenants.paths import COUNTED, OPEN, is_clients
 from router.tenants.public import PublicPrefixes
 from router.tenants.rates import TenantUse, TenantUses, WrongKeys
+from router.tenants.sides import is_certified, is_operators
 
-COUNTED = frozenset({"/v1/chat/completions", "/v1/completions"})
-"""What a tenant's rates and concurrency are of."""
-TENANTS = COUNTED | {"/v1/models", "/v1/requests", "/openapi.json"}
-TENANTS_BELOW = ("/v1/models/", "/v1/requests/")
-OPEN = frozenset({"/health"})
 _RANKS: dict[Priority, int] = {"high": 0, "normal": 1, "low": 2}
 FOR_TENANT = b"x-kvferry-tenant"
 """An admin's request with this header is of that tenant's KV."""
@@ -34,7 +31,8 @@ FOR_TENANT = b"x-kvferry-tenant"
 
 class TenantGate:
     """`app` gets what may pass. `proved`: what answers all that are said to come from a process of the cluster, and
-    checks their proof; None: there are none. Whose a request is is said by its key, and without one by its proof."""
+    checks their proof; None: there are none. Whose a request is is said by its key, and without one by its proof or
+    certificate. `apart`: operators have a listener of their own, and on the other one everybody is a tenant."""
 
     def __init__(
         self,
@@ -44,11 +42,12 @@ class TenantGate:
         clock: Clock,
         *,
         proved: ASGIApp | None = None,
+        apart: bool = False,
         gateways: Collection[str] = (),
         public: PublicPrefixes | None = None,
         limits: GateLimits = GateLimits(),
     ) -> None:
-        self._app, self._proved = app, proved
+        self._app, self._proved, self._apart = app, proved, apart
         self._keys, self._salts, self._clock, self._limits = keys, salts, clock, limits
         self._gateways, self._public = frozenset(gateways), public or PublicPrefixes()
         self._uses, self._wrong = TenantUses(limits), WrongKeys(limits)
@@ -73,9 +72,10 @@ class TenantGate:
             return
         app, use, key = self._app, None, _key_in(scope)
         try:
-            if self._proved is not None and _is_proved(scope):
+            operators = is_operators(scope) or not self._apart
+            if self._proved is not None and operators and _is_proved(scope):
                 app = self._proved
-            if app is self._proved and key is None:
+            if key is None and (app is self._proved or is_certified(scope)):
                 set_caller(scope, self._operator(scope))
             else:
                 use = self._admit(scope, self._check_key(scope, key))
@@ -103,13 +103,14 @@ class TenantGate:
                 self._wrong.note(address, now)
             none = "no API key was given: send `Authorization: Bearer KEY`"
             raise KeyRefusedError(none if key is None else "this API key does not hold")
-        if not record.admin and not _is_tenants(scope):
+        if not record.admin and not is_clients(scope["path"], records=True):
             raise AdminKeyError(f"{scope['method']} {scope['path']}: this needs an admin's API key")
         return record
 
     def _admit(self, scope: Scope, record: KeyRecord) -> TenantUse | None:
         """Sets the request's caller. Where it is counted, by what; None: it is not. Raises RateLimitError."""
-        tenant = (_for_tenant(scope) if record.admin else "") or record.tenant
+        admin = record.admin and (is_operators(scope) or not self._apart)
+        tenant = (_for_tenant(scope) if admin else "") or record.tenant
         ring, now = self._keys.ring, self._clock.now()
         limits = ring.limits(tenant)
         use = self._uses.of(tenant, limits, now)
@@ -120,7 +121,7 @@ class TenantGate:
             scope,
             Caller(
                 tenant,
-                record.admin,
+                admin,
                 self._salts(tenant),
                 share,
                 public,
@@ -186,11 +187,6 @@ def _for_tenant(scope: Scope) -> str:
     if name and not is_tenant_name(name):
         raise InvalidRequestError("X-KVFerry-Tenant is no name of a tenant")
     return name
-
-
-def _is_tenants(scope: Scope) -> bool:
-    path: str = scope["path"]
-    return path in TENANTS or path.startswith(TENANTS_BELOW)
 
 
 def _is_proved(scope: Scope) -> bool:

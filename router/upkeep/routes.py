@@ -8,7 +8,7 @@ import asyncio
 import math
 from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import msgspec
@@ -18,6 +18,7 @@ from starlette.responses import Response
 from kvcore.errors import CancelledByPeerError, InvalidRequestError
 from kvcore.process.audit import AuditLine, audited
 from kvcore.process.http_body import read_body
+from router.admin.looks import SharedLooks
 from router.answering import Answerer
 from router.api import openapi
 from router.api.limits import ApiLimits
@@ -51,13 +52,14 @@ class UpkeepRoutes:
     weights: ClusterWeights
     max_body_bytes: int
     limits: ApiLimits = ApiLimits()
+    looks: SharedLooks = field(default_factory=SharedLooks)
 
     def add_to(self, app: FastAPI) -> None:
         """All of them."""
 
         @app.get("/v1/cache/generations", **openapi.plain("Which generations of KV lie where", unavailable=True))
         async def generations(request: Request) -> Response:
-            return JsonReply(await _while_there(request, self.generations.report()))
+            return JsonReply(await _while_there(request, self.looks.of("generations", self.generations.report)))
 
         @app.post("/v1/cache/clear", **openapi.orders("Remove generations from all tiers", ClearOrder))
         async def clear(request: Request) -> Response:

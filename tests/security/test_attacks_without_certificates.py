@@ -13,6 +13,7 @@ from support.attacks import OVER_HTTP, secret_override, stranger
 from support.certificates import cluster_certificates, process_tls, tls_section
 from support.cluster import ClusterHandle, cluster
 from support.metadata_words import registration
+from support.ports import free_ports
 from support.process_plans import started
 
 from kvcore.clock import SystemClock
@@ -118,7 +119,9 @@ async def worked(handle: ClusterHandle, context: ssl.SSLContext) -> tuple[set[st
 async def test_strangers_can_do_nothing_and_the_clusters_own_can_all(tmp_path, with_secret):
     certs = tmp_path / "certs"
     cluster_certificates(certs)
-    overrides = security(certs) + [secret_override(tmp_path)] * with_secret
+    (admin_port,) = free_ports(1)
+    own_port = f"router.admin_port={admin_port}"
+    overrides = [*security(certs), secret_override(tmp_path) if with_secret else own_port]
     async with cluster(tmp_path, overrides=overrides, transport="tcp") as handle:
         assert handle.metadata_url.startswith("https://")
         before = await handle.complete(PROMPT, max_tokens=4, temperature=0, return_token_ids=True)
@@ -131,10 +134,19 @@ async def test_strangers_can_do_nothing_and_the_clusters_own_can_all(tmp_path, w
         assert after["choices"][0]["token_ids"] == before["choices"][0]["token_ids"]
         assert after["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
         assert (await handle.stats()).objects > 0
-        text = (tmp_path / "cluster.yaml").read_text()
-        text += f"\nsecurity: {{secret: {{file: {tmp_path / 'secret'}}}, tls: {tls_section(certs)}}}\n"
+        if not with_secret:
+            assert handle.operators_url == f"https://127.0.0.1:{admin_port}"
+            async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=bare)) as session:
+                ports = {handle.url: 404, handle.operators_url: 401}
+                assert {url: (await session.get(f"{url}/v1/cluster")).status for url in ports} == ports
+        given = f"security: {{secret: {{file: {tmp_path / 'secret'}}}, tls: {tls_section(certs)}}}\n"
+        if not with_secret:
+            given = f"security: {{tls: {tls_section(certs)}}}\n"
+        text = (tmp_path / "cluster.yaml").read_text() + given
+        text = text if with_secret else text.replace("router:\n", f"router:\n  admin_port: {admin_port}\n")
         (tmp_path / "cluster.yaml").write_text(text)
-        for command in (["status", "--config"], ["doctor"]) if with_secret else ():
+        drain = ["nodes", "drain", "decode-1", "--config"]
+        for command in (["status", "--config"], ["doctor"] if with_secret else drain):
             words = [sys.executable, "-P", "-m", "kvferry", *command, str(tmp_path / "cluster.yaml")]
             asked = await asyncio.to_thread(subprocess.run, words, capture_output=True, text=True, check=False)
             assert asked.returncode == 0, asked.stdout + asked.stderr

@@ -20,8 +20,8 @@ from support.ports import free_ports
 from kvcore.config.file import load_config
 from kvcore.config.partitions import PartitionConfig
 from kvcore.config.schema import ClusterConfig
-from kvcore.config.servers import internal_url, metadata_urls, partitions_of, secured_url, urls_of
-from kvcore.process.http_client import http_session, internal_ssl, router_session
+from kvcore.config.servers import internal_url, metadata_urls, operators_url_of, partitions_of, secured_url, urls_of
+from kvcore.process.http_client import http_session, internal_ssl, operators_session, router_session
 from kvcore.trust.opening import open_trust, trust_source
 from kvcore.trust.tls import pinned_context
 from kvferry.launch.launcher import Launcher
@@ -77,7 +77,9 @@ class ClusterHandle:
         plans: Sequence[ProcessPlan],
         launcher: Launcher,
         session: aiohttp.ClientSession,
+        *,
         inner: aiohttp.ClientSession,
+        admin: aiohttp.ClientSession,
     ) -> None:
         self.config = config
         self.plans = {plan.name: plan for plan in plans}
@@ -87,11 +89,18 @@ class ClusterHandle:
         """With the router."""
         self.inner = inner
         """With all others."""
+        self.admin = admin
+        """With the router as its operators."""
 
     @property
     def url(self) -> str:
         """The router's."""
         return self.launcher.router_url
+
+    @property
+    def operators_url(self) -> str:
+        """Of the router, where it takes orders."""
+        return operators_url_of(self.config)
 
     @property
     def metadata_url(self) -> str:
@@ -142,15 +151,15 @@ class ClusterHandle:
 
     async def explain(self, request_id: str) -> dict[str, Any]:
         """The router's record of one request: route, legs, retries."""
-        return await self._json(f"{self.url}/v1/requests/{request_id}")
+        return await self._json(f"{self.operators_url}/v1/requests/{request_id}")
 
     async def status(self) -> dict[str, Any]:
         """The router's view of the cluster."""
-        return await self._json(f"{self.url}/v1/cluster")
+        return await self._json(f"{self.operators_url}/v1/cluster")
 
     async def cache_stats(self) -> CacheStats:
         """GET /v1/cache/stats of the router."""
-        return msgspec.convert(await self._json(f"{self.url}/v1/cache/stats"), CacheStats)
+        return msgspec.convert(await self._json(f"{self.operators_url}/v1/cache/stats"), CacheStats)
 
     async def stats(self) -> Stats:
         """The metadata server's; of several partitions what all of them say."""
@@ -242,7 +251,8 @@ class ClusterHandle:
         return body
 
     async def _get(self, url: str) -> bytes:
-        session = self.session if url.startswith(self.url) else self.inner
+        outer = self.admin if url.startswith(self.operators_url) else self.inner
+        session = self.session if url.startswith(self.url) else outer
         async with session.get(url, headers={"Accept": "application/msgpack"}) as reply:
             assert reply.status == 200, await reply.read()
             return await reply.read()
@@ -325,8 +335,9 @@ async def cluster(
         session = await stack.enter_async_context(router_session(trust=trust, connector=connector, headers=headers))
         connector = aiohttp.TCPConnector(limit=0, ssl=internal_ssl(trust))
         inner = await stack.enter_async_context(http_session(trust=trust, connector=connector))
+        admin = await stack.enter_async_context(operators_session(trust=trust, headers=headers))
         await stack.enter_async_context(launcher)
-        handle = ClusterHandle(config, plans, launcher, session, inner)
+        handle = ClusterHandle(config, plans, launcher, session, inner=inner, admin=admin)
         if handle.nodes:  # the router is not healthy without one
             await launcher.wait_ready(READY_S[engine])
         await handle.until(handle.all_ready, READY_S[engine])

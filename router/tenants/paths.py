@@ -1,0 +1,21 @@
+"""Whose the router's paths are: everybody's, tenants', operators'. Pure."""
+
+COUNTED = frozenset({"/v1/chat/completions", "/v1/completions"})
+"""What a tenant's rates and concurrency are of."""
+OPEN = frozenset({"/health"})
+_PLAIN = COUNTED | {"/v1/models", "/openapi.json"}
+_RECORDS = "/v1/requests"
+_ORDERS = ("/v1/nodes", "/v1/janitor", "/v1/cache", "/v1/weights")
+_ASK_OTHERS = ("/v1/nodes", "/v1/janitor", "/v1/cache/generations")
+
+
+def is_clients(path: str, *, records: bool) -> bool:
+    """Whether a client asks it, not an operator alone. `records`: of requests, too."""
+    below_records = path == _RECORDS or path.startswith(f"{_RECORDS}/")
+    return path in _PLAIN or path.startswith("/v1/models/") or (records and below_records)
+
+
+def is_operators_path(method: str, path: str) -> bool:
+    """Whether a request is an operator's: an order about the cluster, or a question for which nodes, tiers or the
+    metadata server are asked in turn."""
+    return path.startswith(_ORDERS if method == "POST" else _ASK_OTHERS)
