@@ -23,6 +23,7 @@ class RouterMetrics:
         self._requests = metrics.counter(names.ROUTER_REQUESTS)
         self._answered: dict[tuple[str, int], Counter] = {}
         self._ttft = metrics.histogram(names.ROUTER_TTFT)
+        self._forecast_error = metrics.histogram(names.ROUTER_FORECAST_ERROR)
         self._seconds = metrics.histogram(names.ROUTER_REQUEST_SECONDS)
         self._prompt_tokens = metrics.counter(names.ROUTER_PROMPT_TOKENS)
         self._cached_tokens = metrics.counter(names.ROUTER_CACHED_TOKENS)
@@ -67,6 +68,8 @@ class RouterMetrics:
             self._retries.labels(leg, code).inc()
         if record.ttft_s is not None:
             self._ttft.observe(record.ttft_s)
+        if (error_s := record.forecast_error_s) is not None:
+            self._forecast_error.observe(abs(error_s))
         if record.total_s is not None:
             self._seconds.observe(record.total_s)
         if record.state == "ok":

@@ -39,6 +39,11 @@ class NodeStatus(msgspec.Struct, kw_only=True):
     segments: list[SegmentStatus] = []
     engine_restarts: int = 0
     tiers: list[TierReport] = []
+    prefill_tokens_per_s: float | None = None
+    """As measured; so with the next ones. None: not yet."""
+    step_s: float | None = None
+    load_bytes_per_s: float | None = None
+    """Of KV, out of memory of its own machine, or of others where it was never seen to read its own."""
 
 
 class RequestTotals(msgspec.Struct, kw_only=True):
@@ -155,5 +160,8 @@ class StatusView:
                 for s in (report.segments if report else [])
             ],
             engine_restarts=report.engine_restarts if report else 0,
+            prefill_tokens_per_s=node.rates.prefill.per_s or None,
+            step_s=node.rates.steps.each_s or None,
+            load_bytes_per_s=node.rates.near.per_s or node.rates.far.per_s or None,
             tiers=report.tiers if report and node.silent_since is None else [],
         )

@@ -10,27 +10,26 @@ from router.routing.views import NodeView
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """`own_s`: from a node's beginning with it to its first token. `tokens` of its prompt are to be computed.
-    `free`: when each of the nodes that may compute it will have nothing else to compute, and its tokens a second; those
-    of which that is known, the first one first. `drain_sequences`: that end in a second; 0: not known.
-    `ahead_sequences` must end before there is a place for it, beside those that wait in the router."""
+    """`own_s`: from a node's beginning with it to its first token. `tokens` of its prompt are to be computed, by one of
+    `computes`, and it will be decoded by one of `decodes`, as they were at `now`."""
 
     has_room: bool
     own_s: float
     tokens: int
-    free: tuple[tuple[float, float], ...]
-    drain_sequences: float
-    ahead_sequences: float
+    now: float
+    computes: Sequence[NodeView]
+    decodes: Sequence[NodeView]
 
     def wait_s(self, tokens: int, sequences: int) -> float:
-        """How long until the nodes begin with it, behind so much that waits in the router."""
-        more = max(0.0, sequences + self.ahead_sequences)
-        return max(self._computed_s(tokens), more / self.drain_sequences if self.drain_sequences else 0.0)
+        """How long until a node begins with it, behind so much that waits in the router."""
+        ends = sum(node.max_sequences / node.stay_s for node in self.decodes if node.stay_s)
+        more = max(0.0, sequences + _excess(self.decodes))
+        return max(self._computed_s(tokens), more / ends if ends else 0.0)
 
     def _computed_s(self, tokens: float) -> float:
         """When the nodes, each from the moment that it is free, have so many tokens behind them, and one is free."""
         at_s = rate = 0.0
-        for free_s, more in self.free:
+        for free_s, more in sorted(_free(node, self.now) for node in self.computes if node.prefill_rate):
             if rate and at_s + tokens / rate <= free_s:
                 break
             tokens -= rate * (free_s - at_s)
@@ -39,7 +38,8 @@ class Forecast:
 
 
 def forecast(decision: Decision, prompt_tokens: int, now: float, limits: AdmissionLimits) -> Forecast:
-    """Of a decision with a route, for a request whose prompts have so many tokens together."""
+    """Of a decision with a route, for a request whose prompts have so many tokens together. Only the chosen nodes are
+    looked at if they have room."""
     route = decision.route
     assert route is not None
     tokens = max(1, prompt_tokens - route.expected_cached_tokens)
@@ -50,18 +50,13 @@ def forecast(decision: Decision, prompt_tokens: int, now: float, limits: Admissi
     assert computing is not None
     own_s = (tokens / computing.prefill_rate if computing.prefill_rate else 0.0) + decoding.step_s
     preparing = min(limits.preparing, own_s / decoding.stay_s) if decoding.stay_s else 0.0
-    return Forecast(
-        has_room=_any_idle(computes, limits) and _any_free(decodes, preparing),
-        own_s=own_s,
-        tokens=tokens,
-        free=tuple(sorted(_free(node, now) for node in computes.nodes if node.prefill_rate)),
-        drain_sequences=sum(node.max_sequences / node.stay_s for node in decodes.nodes if node.stay_s),
-        ahead_sequences=_excess(decodes.nodes),
-    )
+    has_room = _any_idle(computes, limits) and _any_free(decodes, preparing)
+    return Forecast(has_room, own_s, tokens, now, computes.nodes, decodes.nodes)
 
 
 def _free(node: NodeView, now: float) -> tuple[float, float]:
-    """See Forecast. What it has to compute counts as half done at most, however long it has been at it: it may hang."""
+    """(when it will have nothing else to compute, its tokens a second). What it has to compute counts as half done at
+    most, however long it has been at it: it may hang."""
     all_s = node.prefill_tokens / node.prefill_rate
     return max(all_s / 2, all_s - (now - node.computing_since)), node.prefill_rate
 

@@ -117,6 +117,8 @@ class KnownNode:
             prefill_rate=rates.prefill.per_s,
             step_s=rates.steps.each_s,
             stay_s=rates.stays.each_s,
+            near_rate=rates.near.per_s or rates.far.per_s,
+            far_rate=rates.far.per_s or rates.near.per_s,
         )
         object.__setattr__(self, "_viewed", (report, rates.changes, view))  # nothing that anybody sees has changed
         return view

@@ -4,6 +4,7 @@ Owns the calls of a leg, its record and what it does to its node's load and brea
 """
 
 import asyncio
+import math
 from collections.abc import Coroutine
 from contextlib import aclosing
 from typing import Protocol
@@ -72,13 +73,16 @@ class RequestLegs:
         *,
         started_at: float,
         route: Route,
+        worth_waiting_s: float | None = None,
     ) -> None:
+        """`worth_waiting_s`: how long a decoder should wait for a prefiller before it computes; None: not known."""
         self._services = services
         self.spec = spec
         self._listener = listener
         self._records = records
         self._drained = drained
         self._started_at = started_at
+        self._worth_waiting_s = math.inf if worth_waiting_s is None else worth_waiting_s
         self._prefill_tokens = len(spec.prompt_token_ids) - route.expected_cached_tokens
         """What a prefill leg is expected to compute: it counts as load of its node."""
         self._chosen: dict[str, tuple[str, NodeWork]] = {}
@@ -211,6 +215,7 @@ class RequestLegs:
         node = self._services.cluster.nodes.get(node_id)
         if node is not None:
             node.rates.prefilled(done.computed_tokens, done.timings.compute_s, self._services.clock.now())
+            node.rates.moved(done.moved)
             node.touch()
 
     def num_chunks(self, decoder: str) -> int:
@@ -281,7 +286,7 @@ class RequestLegs:
     def _generate_request(self, action: StartDecode, remaining_s: float) -> GenerateRequest:
         handoff = None
         if action.handoff:
-            wait_s = min(self._services.config.prefill_timeout_s, remaining_s)
+            wait_s = min(self._services.config.prefill_timeout_s, remaining_s, self._worth_waiting_s)
             handoff = Handoff(num_chunks=self.num_chunks(action.node), wait_s=wait_s)
         return generate_request(self.spec, action, handoff, remaining_s, self._handoff_params(action.source))
 

@@ -10,6 +10,7 @@ from kvcore.telemetry import log_fields
 from nodeapi.messages import Moved, Promoted, TierChoice, Timings
 from router.requests.hints import HintRecord
 from router.requests.spec import RequestSpec
+from router.routing.costs import Way
 from router.routing.decision import Candidate, Decision
 from router.routing.views import LeftOut
 
@@ -37,13 +38,16 @@ class LegRecord(msgspec.Struct, kw_only=True):
 
 class RouteRecord(msgspec.Struct, kw_only=True):
     """Where it went and why: the choice at its start. `candidates`: of each role the best first, at most
-    `decision.MAX_EXPLAINED`; so with `left_out`."""
+    `decision.MAX_EXPLAINED`; so with `left_out`. `ways`: what was compared, the chosen one first. `expected_s`: from
+    the choice to the first token; None: not known."""
 
     prefiller: str | None
     decoder: str
     reason: str
     candidates: list[Candidate] = []
     left_out: list[LeftOut] = []
+    ways: list[Way] = []
+    expected_s: float | None = None
 
 
 def route_record(decision: Decision) -> RouteRecord:
@@ -56,6 +60,8 @@ def route_record(decision: Decision) -> RouteRecord:
         reason=route.reason,
         candidates=decision.candidates(),
         left_out=decision.left_out(),
+        ways=decision.best_ways(),
+        expected_s=decision.expected_s,
     )
 
 
@@ -87,11 +93,21 @@ class RequestRecord(msgspec.Struct, kw_only=True):
         """Whether a prefiller decoded some of it."""
         return any(leg.in_need for leg in self.legs)
 
+    @property
+    def forecast_error_s(self) -> float | None:
+        """By how much the first token came later than was expected, below 0: sooner. None: nothing was, or a leg
+        failed."""
+        expected_s = self.route.expected_s if self.route is not None else None
+        if expected_s is None or self.ttft_s is None or self.retries:
+            return None
+        return self.ttft_s - self.waited_s - expected_s
+
     def brief(self) -> "RequestRecord":
         """Without the explanation of its route: for lists of many."""
         if self.route is None:
             return self
-        return msgspec.structs.replace(self, route=msgspec.structs.replace(self.route, candidates=[], left_out=[]))
+        route = msgspec.structs.replace(self.route, candidates=[], left_out=[], ways=[])
+        return msgspec.structs.replace(self, route=route)
 
 
 def record_of(spec: RequestSpec, decision: Decision, waited_s: float = 0.0) -> RequestRecord:

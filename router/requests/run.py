@@ -38,6 +38,7 @@ from router.requests.legs import RequestLegs
 from router.requests.records import LegRecord, record_of
 from router.requests.services import RequestServices
 from router.requests.spec import RequestSpec
+from router.routing.costs import worth_waiting_s
 from router.routing.decision import Decision
 
 _log = logging.getLogger("router")
@@ -90,7 +91,14 @@ class RequestRun:
         self._drained = asyncio.Event()
         self._drained.set()
         self._legs = RequestLegs(
-            services, spec, self, self.record.legs, self._drained, started_at=self.started_at, route=route
+            services,
+            spec,
+            self,
+            self.record.legs,
+            self._drained,
+            started_at=self.started_at,
+            route=route,
+            worth_waiting_s=worth_waiting_s(decision.ways),
         )
         self.rows = spec.rows
         sampling = spec.sampling

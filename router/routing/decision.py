@@ -9,6 +9,7 @@ from itertools import islice
 import msgspec
 
 from kvcore.types import Role, Route
+from router.routing.costs import Way
 from router.routing.views import LeftOut, NodeView
 
 MAX_EXPLAINED = 16
@@ -101,6 +102,20 @@ class Decision(msgspec.Struct, frozen=True):
     decoders: Ranking
     prefillers: Ranking | None
     unusable: tuple[LeftOut, ...]
+    ways: tuple[Way, ...] = ()
+    """What the decoder's and the prefiller's way would take, as far as it is known."""
+
+    def best_ways(self) -> list[Way]:
+        """The chosen one first."""
+        chosen = self.route and (self.route.prefiller or self.route.decoder)
+        return sorted(self.ways, key=lambda way: way.node != chosen)
+
+    @property
+    def expected_s(self) -> float | None:
+        """From the choice to the first token; None: not known."""
+        first = self.best_ways()[:1]
+        chosen = self.route and (self.route.prefiller or self.route.decoder)
+        return first[0].expected_s if first and first[0].node == chosen else None
 
     def candidates(self, limit: int = MAX_EXPLAINED) -> list[Candidate]:
         """Decoders, then prefillers if one was wanted; at most `limit` of each, best first."""

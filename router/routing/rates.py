@@ -3,11 +3,14 @@
 Estimates only: no answer depends on one. None, or 0 where it says so, until something was measured.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-_KEEP = 0.9
+from nodeapi.messages import Moved
+
+_KEEP = 0.95
 """What a measurement counts for when the next one has come."""
-_MOST = 4.0
+_MOST = 8.0
 """A measurement may be so many times slower than what was expected; more is taken for an accident, unless it stays."""
 
 
@@ -52,6 +55,10 @@ class NodeRates:
     """Tokens of one sequence, after the first."""
     stays: Rate = field(default_factory=Rate)
     """Sequences, by the time from their first token to their last."""
+    near: Rate = field(default_factory=Rate)
+    """Bytes of KV that it reads out of memory of its own machine."""
+    far: Rate = field(default_factory=Rate)
+    """So out of others'."""
     changes: int = 0
     _prefilled_at: float = float("-inf")
 
@@ -59,10 +66,17 @@ class NodeRates:
         """A prompt of which so many tokens were computed is done. Of several that were computed at once each is
         measured from the end of the one before, so that together they say what the node computes in all. One with
         fewer than `least_tokens` says nothing: a step takes as long for one token."""
-        since_s, self._prefilled_at = now - self._prefilled_at, now
         if tokens >= least_tokens and compute_s > 0:
-            self.prefill.add(tokens, min(compute_s, since_s))
+            self.prefill.add(tokens, min(compute_s, now - self._prefilled_at))
+            self._prefilled_at = now
             self.changes += 1
+
+    def moved(self, moves: Sequence[Moved], *, near: frozenset[str] = frozenset({"shm", "inproc"})) -> None:
+        """What one leg read and wrote. `near`: transports that do not leave the machine."""
+        for move in moves:
+            if move.direction == "get" and move.seconds > 0:
+                (self.near if move.transport in near else self.far).add(move.num_bytes, move.seconds)
+                self.changes += 1
 
     def decoded(self, tokens: int, sequences: int, seconds: float) -> None:
         """A leg's sequences had so many tokens together, in `seconds` from the first token on."""

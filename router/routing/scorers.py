@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import xxhash
+
 from router.routing.policy import Scorer
 from router.routing.views import NodeView, RouteRequest
 
@@ -37,6 +39,22 @@ def _remote_tokens(request: RouteRequest, nodes: Sequence[NodeView], decoder: No
     return [(longest - held(node.id, 0)) * node.chunk_tokens for node in nodes]
 
 
+def spread(name: bytes, nodes: Sequence[NodeView]) -> Sequence[float]:
+    """A number between 0 and 1 for each node, by rendezvous hashing: a name has the same ones each time, and a node
+    that comes or goes changes no other's."""
+    seed = xxhash.xxh3_64_intdigest(name)
+    return [xxhash.xxh3_64_intdigest(node.id.encode(), seed) / 2**64 for node in nodes]
+
+
+def session_name(request: RouteRequest) -> bytes:
+    """Empty: the client names no session."""
+    return request.session.encode("utf-8", "surrogatepass")
+
+
+def _sessions(request: RouteRequest, nodes: Sequence[NodeView], decoder: NodeView | None) -> Sequence[float]:
+    return spread(session_name(request), nodes) if request.session else [0.0] * len(nodes)
+
+
 SEQUENCES = Scorer("sequences", _sequences)
 """Requests that run or wait on the node."""
 PREFILL_TOKENS = Scorer("prefill_tokens", _prefill_tokens)
@@ -44,3 +62,5 @@ PREFILL_TOKENS = Scorer("prefill_tokens", _prefill_tokens)
 REMOTE_TOKENS = Scorer("remote_tokens", _remote_tokens)
 """Cached tokens of the prompt that lie on other nodes: the node would have to bring them over, or, where
 nodes cannot read each other's, to compute them, which counts so many times."""
+SESSIONS = Scorer("session", _sessions)
+"""Between 0 and 1, the least on the session's own node: so little that it only decides between nodes that are equal."""

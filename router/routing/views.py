@@ -33,6 +33,10 @@ class NodeView:
     prefill_rate: float = 0.0
     step_s: float = 0.0
     stay_s: float = 0.0
+    near_rate: float = 0.0
+    """Bytes of KV a second that it reads, out of memory of its own machine, …"""
+    far_rate: float = 0.0
+    """… and of others."""
 
 
 class LeftOut(msgspec.Struct, frozen=True):

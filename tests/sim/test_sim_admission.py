@@ -1,11 +1,13 @@
 """More load than there is room for, in virtual time: what is answered is answered in time, and shares are fair."""
 
 import asyncio
+import random
 
 import pytest
 from support.sim_load import Flow, Load, Machine, Seen, goodput, outcomes, p99, run_load
 from support.sim_loop import run_sim
 
+from kvcore.config.schema import RoutingPolicy
 from kvcore.errors import RateLimitError, StoppingError
 
 TWO = Machine()
@@ -247,3 +249,43 @@ def test_a_node_that_was_slow_once_is_tried_again():
         assert load.cluster.nodes["p0"].rates.prefill.per_s == pytest.approx(1000, rel=0.05)
 
     run_sim(main)
+
+
+def test_a_prefiller_that_hangs_costs_what_computing_takes():
+    """It had two minutes. Nothing probes it here, so that nobody takes its leg away."""
+
+    async def main() -> None:
+        load = Load(Machine(prefillers=1, decoders=1))
+        await load.prober.probe()
+        await load.warm_up()
+        load.cluster.nodes["d0"].rates.prefilled(1000, 1.0, 0.0)
+        load.nodes.nodes[0].hangs = True
+        seen = await load.ask(Flow(0), 400)
+        assert seen.error is None and seen.ttft_s is not None
+        assert seen.ttft_s == pytest.approx(2 * (0.4 + 0.4) + 0.4, abs=0.1), "the wait, and its own computing"
+
+    run_sim(main)
+
+
+def burst_p99(policy: str, seed: int, *, admits: bool) -> float:
+    """Of the TTFT, over bursts of sixteen."""
+
+    async def main() -> float:
+        load = Load(TWO, admits, {"policy": RoutingPolicy(policy), "first_token_s": None})
+        await load.prober.probe()
+        await load.warm_up()
+        load.seen.clear()
+        flow, dice = Flow(0), random.Random(seed)
+        for _ in range(5):
+            await asyncio.gather(*(load.ask(flow, flow.lengths(dice)) for _ in range(16)))
+        return p99(load.seen, "")
+
+    return run_sim(main)
+
+
+@pytest.mark.parametrize("admits", [False, True])
+def test_bursts_are_no_worse_than_by_round_robin(admits: bool):
+    ours, theirs = (
+        sum(burst_p99(policy, seed, admits=admits) for seed in range(2)) for policy in ("prefix_aware", "round_robin")
+    )
+    assert ours <= theirs

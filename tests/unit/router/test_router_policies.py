@@ -91,3 +91,18 @@ def test_a_plain_servers_own_cache_counts_and_that_of_others_does_not() -> None:
     other = policy.choose(RouteRequest(500, 64, hits=own, exclude=frozenset({"d1"})), nodes).route
     assert other is not None
     assert (other.prefiller, other.decoder, other.expected_cached_tokens) == ("p0", "d0", 0)
+
+
+def test_of_equal_nodes_a_session_has_its_own_and_no_load_is_borne_for_it() -> None:
+    policy, nodes = prefix_aware.make(), view([0] * 8)
+    taken = {
+        name: {chosen(policy, RouteRequest(10, 64, turn=turn, session=name), nodes)[1] for turn in range(8)}
+        for name in ("a", "b", "c", "d", "e")
+    }
+    assert all(len(one) == 1 for one in taken.values()) and len(set.union(*taken.values())) > 1
+    own = int(min(taken["a"])[1:])
+    loads = [int(place == own) for place in range(8)]
+    assert chosen(policy, RouteRequest(10, 64, session="a"), view(loads))[1] != f"d{own}"
+    assert {chosen(policy, RouteRequest(10, 64, turn=turn), nodes)[1] for turn in range(8)} == {
+        f"d{place}" for place in range(8)
+    }

@@ -1,0 +1,157 @@
+"""What the ways to a first token would take, and which one is taken; what is measured of nodes."""
+
+from dataclasses import replace
+
+import pytest
+from support.router_fakes import CHUNK_TOKENS, make_rig, spec
+
+from kvcore.types import Role
+from nodeapi.messages import Moved, SamplingParams
+from router.requests.spec import RequestSpec
+from router.routing.costs import pays_to_stay, ways, worth_waiting_s
+from router.routing.index import PrefixHits
+from router.routing.policies import prefix_aware
+from router.routing.policy import STAYS
+from router.routing.rates import NodeRates, Rate
+from router.routing.views import ClusterView, NodeView, RouteRequest
+
+KV = spec(chunk_bytes=1 << 20)
+"""1 MiB for 16 tokens."""
+RATE = 20_000.0
+GB = 1e9
+
+
+def node(name: str, role: Role, **measured: float) -> NodeView:
+    rates = {"prefill_rate": RATE, "step_s": 0.01, "near_rate": 4 * GB, "far_rate": GB} | measured
+    return NodeView(name, role, KV.fingerprint, CHUNK_TOKENS, 1 << 20, kv_spec=KV, **rates)  # type: ignore[arg-type]
+
+
+P, D = node("p", Role.PREFILLER), node("d", Role.DECODER)
+
+
+def asked(tokens: int, cached_chunks: int = 0, on: str = "d") -> RouteRequest:
+    hits = {KV.fingerprint: PrefixHits(cached_chunks, {on: cached_chunks} if cached_chunks else {})}
+    return RouteRequest(tokens, 64, hits=hits)
+
+
+def test_a_way_is_what_its_parts_take():
+    here, there = ways(asked(70 * 16 + 65, 70), D, replace(P, prefill_tokens=2000))
+    assert here.load_s == pytest.approx(70 * KV.chunk_bytes / (4 * GB)) and here.queue_s == here.handoff_s == 0
+    assert there.load_s == pytest.approx(70 * KV.chunk_bytes / GB), "from the decoder's memory"
+    assert there.queue_s == pytest.approx(0.1) and there.compute_s == here.compute_s == pytest.approx(65 / RATE)
+    assert there.handoff_s == pytest.approx(4 * KV.chunk_bytes / (4 * GB))
+    parts = there.queue_s + there.load_s + there.compute_s + there.handoff_s
+    assert there.expected_s == pytest.approx(parts + D.step_s)
+
+
+def chosen(request: RouteRequest, *decoders: NodeView, prefiller: NodeView = P) -> tuple[str | None, str]:
+    found = prefix_aware.make().choose(request, ClusterView((prefiller,), decoders or (D,)))
+    assert found.route is not None
+    return found.route.prefiller, found.route.reason
+
+
+def test_a_short_rest_behind_much_that_is_cached_is_computed_where_that_lies():
+    """64 tokens were sent to a prefiller that first loaded 70 MiB for them."""
+    assert chosen(asked(70 * 16 + 65, 70)) == (None, STAYS)
+
+
+def test_a_long_rest_is_worth_loading_for():
+    assert chosen(asked(70 * 16 + 8000, 70)) == ("p", "prefix_hit")
+
+
+def test_without_anything_cached_a_prefiller_computes():
+    assert chosen(asked(2000)) == ("p", "no_prefix")
+
+
+def test_a_decoder_that_has_much_to_compute_leaves_it_to_the_prefiller():
+    busy = replace(D, prefill_tokens=10_000)
+    assert chosen(asked(70 * 16 + 65, 70), busy) == ("p", "prefix_hit")
+
+
+@pytest.mark.parametrize("unknown", [{"prefill_rate": 0.0}, {"near_rate": 0.0, "far_rate": 0.0}])
+def test_what_was_not_measured_decides_nothing(unknown: dict[str, float]):
+    request = asked(70 * 16 + 65, 70)
+    assert chosen(request, node("d", Role.DECODER, **unknown)) == ("p", "prefix_hit")
+    assert ways(request, node("d", Role.DECODER, **unknown), node("p", Role.PREFILLER, **unknown)) == ()
+    assert not pays_to_stay(()) and worth_waiting_s(()) is None
+
+
+def test_another_prefiller_for_a_decoder_that_waits_is_found_in_any_case():
+    assert chosen(replace(asked(70 * 16 + 65, 70), decoder="d", min_prefill_tokens=0))[0] == "p"
+
+
+def test_a_decoder_waits_for_a_prefiller_twice_as_long_as_both_take():
+    found = ways(asked(20_000), D, P)
+    assert worth_waiting_s(found) == pytest.approx(2 * (found[1].expected_s + 1.0))
+    assert worth_waiting_s(ways(asked(200), D, P)) == 1.0, "never less"
+
+
+def test_what_was_compared_and_what_came_of_it_is_in_the_record():
+    found = prefix_aware.make().choose(asked(2000), ClusterView((P,), (D,)))
+    assert [way.node for way in found.best_ways()] == ["p", "d"]
+    assert found.expected_s == found.ways[1].expected_s
+    stays = prefix_aware.make().choose(asked(70 * 16 + 65, 70), ClusterView((P,), (D,)))
+    assert [way.node for way in stays.best_ways()] == ["d", "p"] and stays.expected_s == stays.ways[0].expected_s
+
+
+async def test_records_and_metrics_say_what_was_expected_and_legs_teach_it():
+    rig = await make_rig()
+    for known in rig.cluster.nodes.values():
+        known.rates.prefilled(1000, 0.1, 0.0)
+        known.touch()
+    prompt = RequestSpec("r", list(range(100)), SamplingParams(max_tokens=2, temperature=0))
+    async with rig.dispatcher.open(prompt) as run:
+        async for _ in run:
+            pass
+    record = rig.log.newest()[0]
+    assert record.route is not None and record.route.expected_s == pytest.approx(0.01)
+    assert [way.node[0] for way in record.route.ways] == ["p", "d"]
+    assert record.forecast_error_s is not None and record.ttft_s is not None
+    assert record.forecast_error_s == pytest.approx(record.ttft_s - 0.01)
+    assert "kvferry_router_forecast_error_seconds_count 1.0" in rig.metrics.metrics.render().decode()
+    sent = rig.nodes["d0"].generates or rig.nodes["d1"].generates
+    assert sent[0].handoff is not None and sent[0].handoff.wait_s == pytest.approx(1.0)
+
+
+def test_a_rate_follows_the_latest_and_forgets_a_warm_up():
+    rate = Rate()
+    rate.add(100, 60.0)
+    assert rate.per_s == pytest.approx(100 / 60)
+    rate.add(100, 0.1)
+    assert rate.per_s == pytest.approx(1000)
+    rate.add(100, 60.0)
+    assert rate.per_s > 150, "an accident counts as eight times slower at most"
+    for _ in range(80):
+        rate.add(100, 0.2)
+    assert rate.per_s == pytest.approx(500, rel=0.05)
+    rate.add(0, 1.0)
+    assert rate.per_s == pytest.approx(500, rel=0.05)
+
+
+def test_prompts_that_are_computed_at_once_count_together():
+    rates = NodeRates()
+    for done in range(1, 20):
+        rates.prefilled(400, 1.6, now=1.6 * done)
+        for _ in range(3):
+            rates.prefilled(400, 1.6, now=1.6 * done)
+    known = rates.prefill.per_s
+    assert known == pytest.approx(1000, rel=0.15)
+    rates.prefilled(3, 1.0, now=100.0)
+    assert rates.prefill.per_s == known, "a step takes as long for one token"
+
+
+def test_reads_are_told_by_where_they_come_from():
+    rates = NodeRates()
+    for transport in ("shm", "tcp"):
+        size = 4000 if transport == "shm" else 1000
+        rates.moved([Moved(transport=transport, direction="get", num_bytes=size, seconds=1.0)])
+        rates.moved([Moved(transport=transport, direction="put", num_bytes=9, seconds=1.0)])
+    assert (rates.near.per_s, rates.far.per_s) == (4000, 1000)
+
+
+def test_a_sequence_counts_by_what_it_holds_and_by_its_steps():
+    rates = NodeRates()
+    rates.decoded(101, 1, 2.0)
+    assert rates.steps.each_s == pytest.approx(0.02) and rates.stays.each_s == pytest.approx(2.0)
+    rates.decoded(202, 2, 2.0)
+    assert rates.steps.each_s == pytest.approx(0.02) and rates.stays.each_s == pytest.approx(2.0)
