@@ -39,6 +39,7 @@ from benchmarks.faults_own import ENGINES, own_cluster
 from benchmarks.faults_servers import COMMANDS, PEERS, servers
 from kvcore.process.service import loop_factory
 
+BUSY_S = 3.0
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "keys", "and", "values", "go", "on")
 
 
@@ -57,6 +58,10 @@ class System(Protocol):
 
     async def texts(self, prompts: Sequence[str]) -> list[str]:
         """The right answers."""
+        ...
+
+    async def busy(self, whom: str) -> bool:
+        """Whether it works for a request now; true of what is no node."""
         ...
 
     async def strike(self, fault: Fault) -> None:
@@ -87,10 +92,20 @@ def make_prompts(count: int) -> list[str]:
     return [f"{heads[number // 4]} {number} {' '.join(draw.choices(WORDS, k=60))}" for number in range(count)]
 
 
+async def strike(system: System, fault: Fault, missed: list[str]) -> None:
+    """In the midst of its work. Who had none for BUSY_S is added to `missed`."""
+    until = asyncio.get_running_loop().time() + BUSY_S
+    while not (busy := await system.busy(fault.whom)) and asyncio.get_running_loop().time() < until:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    missed += [] if busy else [fault.whom]
+    await system.strike(fault)
+
+
 async def one_cell(
     system: System, subject: Cell, prompts: Sequence[str], held_s: float = HELD_S
-) -> tuple[list[Seen], str]:
-    """What its clients saw, and what was still held `held_s` after them."""
+) -> tuple[list[Seen], str, list[str]]:
+    """What its clients saw, what was still held `held_s` after them, and who had nothing to do when it was struck."""
+    missed: list[str] = []
     load = Load(
         system.url,
         system.model,
@@ -103,7 +118,7 @@ async def one_cell(
         running = tasks.create_task(load.run())
         await load.ended(len(prompts) // 4)
         for fault in subject.faults:
-            tasks.create_task(system.strike(fault))
+            tasks.create_task(strike(system, fault, missed))
     if any(fault.whom.startswith("metadata") for fault in subject.faults):
         system.heal()  # who keeps the books is to be asked
     held, until = await system.held(), asyncio.get_running_loop().time() + held_s
@@ -111,7 +126,7 @@ async def one_cell(
         await asyncio.sleep(0.2)
         held = await system.held()
     system.heal()
-    return running.result(), held
+    return running.result(), held, missed
 
 
 class Matrix:
@@ -146,7 +161,7 @@ class Matrix:
         return servers(self._name, folder, self._python)
 
     async def _cell(self, system: System, subject: Cell) -> None:
-        seen, held = await one_cell(system, subject, self._prompts)
+        seen, held, missed = await one_cell(system, subject, self._prompts)
         if self._usual is None:
             self._usual = normal(seen)
         verdict = judge(subject, seen, self._texts, held, self._usual)
@@ -155,6 +170,7 @@ class Matrix:
         times = f"{took.first_s:>7.2f}{took.gap_s:>7.2f}{took.whole_s:>7.2f}"
         counts = f"{f'{verdict.answered}/{verdict.wanted}':>8}{verdict.same:>6}"
         what = "; ".join(verdict.problems) or "ok"
+        what += f" ({', '.join(missed)} had no request: it shows nothing)" if missed else ""
         print(f"{self._name:<14}{subject.name:<46}{counts}{times}  {what}", flush=True)
         if self._records and verdict.problems:
             worst = max(seen, key=lambda one: (bool(one.problem), one.total_s))

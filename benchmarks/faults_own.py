@@ -84,6 +84,13 @@ class OwnCluster:
             raise RuntimeError(f"a healthy cluster does not answer: {problems[0]}")
         return [one.text for one in seen]
 
+    async def busy(self, whom: str) -> bool:
+        """Whether it works for a request now; true of what is no node."""
+        name = whom.partition(" ")[0]
+        with suppress(*_AWAY):
+            return name not in ROLES or any((await self._gauges(name)).values())
+        return False
+
     async def strike(self, fault: Fault) -> None:
         """It has happened when this returns; a router goes on then."""
         if fault.kind in ("kill", "stop"):

@@ -103,6 +103,10 @@ class Servers:
         """What servers answer that nobody hurts."""
         return [text_after(prompt, self.max_tokens) for prompt in prompts]
 
+    async def busy(self, whom: str) -> bool:
+        """Whether it works for a request now; true of what is no server."""
+        return whom not in self.urls or await self._running(whom) > 0
+
     async def strike(self, fault: Fault) -> None:
         """It has happened when this returns."""
         if fault.kind in ("kill", "stop"):
@@ -126,9 +130,8 @@ class Servers:
         found = []
         for name in self.urls.keys() - self._gone:
             with suppress(*_AWAY):
-                async with self.session.get(f"{self.urls[name]}/control") as reply:
-                    if running := (await reply.json())["running"]:
-                        found.append(f"{running} requests at {name}")
+                if running := await self._running(name):
+                    found.append(f"{running} requests at {name}")
         if self.name == "plain":
             async with self.session.get(f"{self.url}/v1/cluster") as reply:
                 if in_flight := (await reply.json())["requests"]["in_flight"]:
@@ -145,6 +148,10 @@ class Servers:
     async def again(self) -> bool:
         """It is used for one cell only."""
         return True
+
+    async def _running(self, name: str) -> int:
+        async with self.session.get(f"{self.urls[name]}/control") as reply:
+            return int((await reply.json())["running"])
 
     async def _tell(self, whom: str, fault: str) -> None:
         async with self.session.post(f"{self.urls[whom]}/control", json={"fault": fault}) as reply:

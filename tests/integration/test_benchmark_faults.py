@@ -24,7 +24,8 @@ OWN_CELLS = ("kill decode-0 + kill metadata-server", "error prefill-0", "leave 0
 
 
 async def holds(system: System, name: str, texts: list[str]) -> None:
-    seen, held = await one_cell(system, cell(name), PROMPTS, HELD_S)
+    seen, held, missed = await one_cell(system, cell(name), PROMPTS, HELD_S)
+    assert not missed
     verdict = judge(cell(name), seen, texts, held, FOREVER)
     assert not verdict.problems and verdict.same == verdict.wanted > 0, verdict
 
@@ -50,7 +51,7 @@ async def test_what_hangs_is_seen_to_be_held(tmp_path: Path) -> None:
     """The instrument sees it: else a cell with a leak would pass."""
     async with servers("plain", tmp_path, "") as system:
         await asyncio.gather(*(system.strike(fault) for fault in cell("hang decode-0 + hang decode-1").faults))
-        seen, held = await one_cell(system, cell("leave 0.3"), PROMPTS[:1], 5.0)
+        seen, held, _ = await one_cell(system, cell("leave 0.3"), PROMPTS[:1], 5.0)
         assert seen[0].left and held == ""
         body = {"model": system.model, "prompt": PROMPTS[1], "max_tokens": 2}
         asking = asyncio.create_task(system.session.post(f"{system.url}/v1/completions", json=body))
