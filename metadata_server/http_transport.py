@@ -1,6 +1,6 @@
-"""The metadata client's and the subscription's way over HTTP (aiohttp): sessions, deadlines, frames.
+"""The metadata client's way over HTTP (`kvcore.http`), and the subscription's (aiohttp): deadlines, frames.
 
-Sessions are made on the first call, inside the caller's loop. aiohttp's errors are translated here and nowhere else.
+Connections are made on the first call, inside the caller's loop. Their errors are translated here and nowhere else.
 """
 
 import asyncio
@@ -17,8 +17,10 @@ from kvcore.errors import (
     NotLeaderError,
     ProofError,
 )
+from kvcore.http.errors import ProofNotTakenError
+from kvcore.http.pool import HttpPool
 from kvcore.ports import why_unreachable
-from kvcore.process.http_client import ProofRefusedError, frame_seal, http_session, internal_ssl
+from kvcore.process.http_client import frame_seal, http_session, internal_ssl
 from kvcore.trust.opening import OPEN, ClusterTrust
 from metadata_server.endpoints import ENDPOINTS
 from metadata_server.limits import ClientLimits
@@ -37,39 +39,53 @@ class HttpMetadataTransport:
         self._url = trust.url(url.rstrip("/"))
         self._trust = trust
         self._limits = limits
-        self._sessions: dict[bool, aiohttp.ClientSession] = {}
+        self._pools: dict[bool, HttpPool] = {}
         """By whether they carry long polls."""
 
     async def call(self, path: str, body: bytes, timeout_s: float) -> bytes:
         """See `MetadataTransport.call`."""
         waits = path in _LONG_POLLS
-        session = self._sessions.get(waits)
-        if session is None:
-            limit = self._limits.max_waits if waits else self._limits.max_connections
-            session = self._sessions[waits] = _new_session(self._limits, limit, self._trust)
-        method = "POST" if body else "GET"
+        pool = self._pools.get(waits)
+        if pool is None:
+            pool = self._pools[waits] = self._new_pool(waits=waits)
+        url, most = self._url + path, self._limits.max_frame_bytes
         try:
-            async with (
-                asyncio.timeout(timeout_s),
-                session.request(method, self._url + path, data=body or None, headers=_MSGPACK) as response,
-            ):
-                reply = await response.read()
-                status = response.status
+            answer = await pool.call("POST" if body else "GET", url, body, timeout_s, num_bytes=most + 1)
         except TimeoutError as error:
-            raise MetadataUnavailableError(f"{self._url}{path} did not answer within {timeout_s:.3g} s") from error
-        except ProofRefusedError as error:
+            raise MetadataUnavailableError(f"{url} did not answer within {timeout_s:.3g} s") from error
+        except ProofNotTakenError as error:
             raise MetadataProofError(str(error)) from error
-        except (aiohttp.ClientError, OSError) as error:
-            raise MetadataUnavailableError(f"{self._url}{path}: {why_unreachable(error)}") from error
-        if status >= 400:
-            raise _error_of(f"{self._url}{path}", status, reply)
+        except OSError as error:
+            raise MetadataUnavailableError(f"{url}: {why_unreachable(error)}") from error
+        try:
+            if answer.num_unread > most:
+                raise MetadataProtocolError(f"{url} answered more than {most} bytes")
+            reply = answer.take()
+            if answer.proven is not None:
+                answer.proven.check(reply)
+        except ProofError as error:
+            raise MetadataUnavailableError(f"{url}: {error.message}") from error
+        finally:
+            answer.end()
+        if answer.status >= 400:
+            raise _error_of(url, answer.status, reply)
         return reply
 
     async def aclose(self) -> None:
         """Close the connections. Idempotent."""
-        sessions, self._sessions = self._sessions, {}
-        for session in sessions.values():
-            await session.close()
+        pools, self._pools = self._pools, {}
+        for pool in pools.values():
+            pool.close()
+
+    def _new_pool(self, *, waits: bool) -> HttpPool:
+        limits = self._limits
+        return HttpPool(
+            connect_timeout_s=limits.silence_s,
+            max_connections=limits.max_waits if waits else limits.max_connections,
+            keepalive_s=limits.idle_connection_s,
+            headers=_MSGPACK,
+            trust=self._trust,
+        )
 
 
 class HttpEventSource:

@@ -15,7 +15,7 @@ import aiohappyeyeballs
 
 from kvcore.clock import SystemClock
 from kvcore.http.connection import HttpConnection
-from kvcore.http.errors import BrokenCallError, ConnectTimeoutError
+from kvcore.http.errors import BrokenCallError, ConnectTimeoutError, ProofNotTakenError
 from kvcore.http.limits import CallLimits
 from kvcore.http.origin import Origin, addresses, origin_of, peer_socket
 from kvcore.trust.http_proof import DIGEST, INPUT, MAX_SAID_BYTES, SIGNATURE, WANTED, Proof, RequestProver, why_unproven
@@ -154,7 +154,8 @@ class HttpPool:
         answer.proven = self._prover.proven_reply(proof, status, said)
         if answer.proven is None:
             beginning = answer.take()[:MAX_SAID_BYTES] if status >= 400 else b""
-            raise BrokenCallError(why_unproven(origin.url, status, said, beginning))
+            kind = ProofNotTakenError if status == 401 else BrokenCallError
+            raise kind(why_unproven(origin.url, status, said, beginning))
 
     # --- connections ---
 
