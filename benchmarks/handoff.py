@@ -71,7 +71,8 @@ async def own_segment() -> None:
 class Payload:
     """Chunks to send and room to receive them, all faulted in."""
 
-    def __init__(self, size_mib: int) -> None:
+    def __init__(self, size_mib: int, blocks: int = BLOCKS) -> None:
+        self.blocks = blocks
         self.num_bytes = size_mib << 20
         self.chunk_bytes = min(size_mib, CHUNK_MIB) << 20
         self.source = bytearray(os.urandom(self.num_bytes))
@@ -79,9 +80,9 @@ class Payload:
 
     def chunks(self, memory: bytearray) -> list[list[memoryview]]:
         """The memory as chunks of blocks."""
-        view, step = memoryview(memory), self.chunk_bytes // BLOCKS
+        view, step = memoryview(memory), self.chunk_bytes // self.blocks
         blocks = [view[at : at + step] for at in range(0, len(view), step)]
-        return [blocks[at : at + BLOCKS] for at in range(0, len(blocks), BLOCKS)]
+        return [blocks[at : at + self.blocks] for at in range(0, len(blocks), self.blocks)]
 
     def spec(self) -> KVSpec:
         """What the store needs to know."""

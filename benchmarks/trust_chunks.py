@@ -22,7 +22,7 @@ import numpy as np
 import xxhash
 
 from benchmarks.children import child
-from benchmarks.handoff import CALL_S, CONFIG, Payload, one_round
+from benchmarks.handoff import BLOCKS, CALL_S, CONFIG, Payload, one_round
 from kvcore.clock import SystemClock
 from kvcore.config.schema import StoreConfig, TransportConfig
 from kvcore.trust.secrets import Secrets
@@ -47,6 +47,8 @@ from transfer.memory.segment import SegmentMemory, host_identity
 from transfer.select import build_transfer
 
 SIZE_MIB = 64
+_SMALL_BLOCKS = 128
+"""Of a chunk: as of an engine that keeps each layer's blocks apart."""
 MODES = {"checksum": Integrity(), "mac": Integrity("mac", Secrets((os.urandom(32),)))}
 _FINGERPRINT = bytes(range(16))
 _HEADER = ChunkHeader(ChunkKey(bytes(16)), _FINGERPRINT, 256, SIZE_MIB << 20, 0, 1)
@@ -122,8 +124,9 @@ async def gets(client: MetadataClient, segment: Segment, rounds: int) -> dict[st
     """64 MiB in chunks of 8 MiB, put into another process's segment and read back."""
     node = NodeInfo(id="n0", role=Role.STORE, control_url="http://127.0.0.1:1", incarnation=1)
     await client.register(RegisterRequest(node=node, segments=[SegmentManifest(segment=segment)], ttl_s=600))
-    payload, number, result = Payload(SIZE_MIB), 1, dict[str, float]()
-    for kind in ("shm", "tcp"):
+    number, result = 1, dict[str, float]()
+    for kind, blocks, suffix in (("shm", BLOCKS, ""), ("shm", _SMALL_BLOCKS, "_small"), ("tcp", BLOCKS, "_tcp")):
+        payload = Payload(SIZE_MIB, blocks)
         transfer = build_transfer(TransportConfig(kind=kind), segment.host_id)
         stores = {
             mode: KVStore(
@@ -148,8 +151,9 @@ async def gets(client: MetadataClient, segment: Segment, rounds: int) -> dict[st
             times = {mode: [one[phase] for one in all_of] for mode, all_of in taken.items()}
             ratio = statistics.median(a / b for a, b in zip(times["checksum"], times["mac"], strict=True))
             shown = ", ".join(f"{mode} {statistics.median(values) * 1e3:.2f} ms" for mode, values in times.items())
-            print(f"{kind} {name} of 64 MiB: {shown}; mac/checksum {ratio:.2f}", flush=True)
-            result[f"mac_over_checksum_{name}" + ("" if kind == "shm" else f"_{kind}")] = round(ratio, 3)
+            buffers = f"buffers of {payload.chunk_bytes // blocks >> 10} KiB"
+            print(f"{kind} {name} of 64 MiB, {buffers}: {shown}; mac/checksum {ratio:.2f}", flush=True)
+            result[f"mac_over_checksum_{name}{suffix}"] = round(ratio, 3)
         for store in stores.values():
             await store.aclose()
         await transfer.aclose()
