@@ -17,7 +17,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from kvcore.config.file import load_config
 from kvcore.config.schema import ClusterConfig
-from kvcore.config.servers import metadata_servers
+from kvcore.config.servers import metadata_servers, routers_of
 from kvcore.errors import ConfigError
 from kvcore.trust.opening import CLIENT
 
@@ -102,7 +102,7 @@ def run_certs(folder: Path, config_file: Path, days: float) -> int:
 def processes_of(config: ClusterConfig) -> dict[str, list[str]]:
     """The processes of a cluster file that have certificates, and where each is reached."""
     servers = [host for host, _ in metadata_servers(config.metadata_server)]
-    hosts = {"metadata-server": servers, "router": [config.router.host], CLIENT: []}
+    hosts = {"metadata-server": servers, "router": [host for host, _ in routers_of(config)], CLIENT: []}
     hosts |= {name: [node.host] for name, node in config.nodes.items()}
     return {name: [*_LOOPBACKS, *_reached(found)] for name, found in hosts.items()}
 

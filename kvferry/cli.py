@@ -197,6 +197,7 @@ def _status(arguments: argparse.Namespace) -> int:
 
     from kvcore.config.file import load_config
     from kvcore.config.schema import MetadataServerConfig, RouterConfig
+    from kvcore.config.servers import operators_urls_of
     from kvcore.ports import base_url
     from kvcore.trust.opening import OPEN, open_trust, trust_source
     from kvferry.status import addresses, partition_urls, run_status, standbys_of
@@ -206,11 +207,13 @@ def _status(arguments: argparse.Namespace) -> int:
     config_file = arguments.config or (DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None)
     standbys: list[str] = []
     partitions: dict[str, list[str]] = {}
+    routers: list[str] = []
     trust = OPEN
     if config_file is not None:
         config = load_config(config_file)
         (router_url, metadata_url), standbys = addresses(config), standbys_of(config)
         partitions = {} if arguments.metadata else partition_urls(config)
+        routers = [] if arguments.router else operators_urls_of(config)[1:]
         trust = open_trust(trust_source(config))
     router_url, metadata_url = arguments.router or router_url, arguments.metadata or metadata_url
     console = Console(width=None if sys.stdout.isatty() else 160)  # a pipe has no width: tables stay on one line
@@ -221,6 +224,7 @@ def _status(arguments: argparse.Namespace) -> int:
         metadata_url,
         standbys=standbys,
         partitions=partitions,
+        routers=routers,
         trust=trust,
         as_json=arguments.json,
         console=console,

@@ -5,10 +5,12 @@ It is named, in the cluster file, or at the default address. Imports nothing hea
 
 import argparse
 import os
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
+from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,15 +65,26 @@ def add_router_options(parser: argparse.ArgumentParser, config_type: Callable[[s
 def router_url(arguments: argparse.Namespace) -> str:
     """By these options. Raises ConfigError for a file that is none."""
     from kvcore.config.schema import RouterConfig
+    from kvcore.config.servers import operators_urls_of
     from kvcore.ports import base_url
-    from kvferry.status import addresses
 
     url, config = base_url(RouterConfig().host, RouterConfig().port), None
     if arguments.url is not None:
         url = arguments.url
     elif (config := _config(arguments)) is not None:
-        url = addresses(config)[0]
+        urls = operators_urls_of(config)
+        url = next((one for one in urls if len(urls) == 1 or _listens(one)), urls[0])
     return str(url).rstrip("/")
+
+
+def _listens(url: str) -> bool:
+    """Whether this one of several routers is there."""
+    where = urlsplit(url)
+    try:
+        socket.create_connection((where.hostname, where.port), timeout=2.0).close()
+    except OSError:
+        return False
+    return True
 
 
 def router_trust(arguments: argparse.Namespace) -> "ClusterTrust":

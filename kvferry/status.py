@@ -122,18 +122,23 @@ async def run_status(
     *,
     standbys: Sequence[str] = (),
     partitions: Mapping[str, Sequence[str]] = {},
+    routers: Sequence[str] = (),
     as_json: bool,
     console: Console,
     timeout_s: float = 5.0,
     trust: ClusterTrust = OPEN,
 ) -> int:
     """Ask and print; of several metadata servers of one partition the one that leads, and what all partitions say as
-    one answer. Returns 0 if every server that the cluster has answered, 1 otherwise."""
+    one answer. `routers`: the others, where the file has several; the first that is there is asked. Returns 0 if every
+    server that the cluster has answered, 1 otherwise."""
     timeout = aiohttp.ClientTimeout(total=timeout_s)
     async with (
         operators_session(trust=trust, timeout=timeout) as session,
         http_session(trust=trust, timeout=timeout) as inner,
     ):
+        health = {url: _ask(session, f"{url}/health", dict) for url in (router_url, *routers) if routers}
+        healths = dict(zip(health, await asyncio.gather(*health.values()), strict=True))
+        router_url = next((url for url, answer in healths.items() if answer.problem is None), router_url)
         cluster, stats, cache = await asyncio.gather(
             _ask(session, f"{router_url}/v1/cluster", ClusterAnswer, key_headers()),
             _ask_partitions(inner, partitions) if partitions else _ask_metadata(inner, metadata_url, standbys),
@@ -145,10 +150,14 @@ async def run_status(
         answers = {"router": cluster.plain(), "metadata_server": stats.plain() if stats else None}
         print(json.dumps({**answers, "cache": cache.raw}))
     else:
+        for url, answer in healths.items():
+            how, style = ("is there", "green") if answer.problem is None else (f"is not there: {answer.problem}", "red")
+            console.print(f"router {url} {how}", style=style, markup=False, soft_wrap=True)
         _show(console, cluster, stats)
         for shown in hit_rate_lines(cache.value) if cache.value is not None else ():
             console.print(shown, soft_wrap=isinstance(shown, str))
-    return 0 if cluster.problem is None and (stats is None or stats.problem is None) else 1
+    away = any(answer.problem is not None for answer in healths.values())
+    return 0 if cluster.problem is None and not away and (stats is None or stats.problem is None) else 1
 
 
 async def _ask_metadata(

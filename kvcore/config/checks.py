@@ -7,7 +7,6 @@ from urllib.parse import urlsplit
 import msgspec
 
 from kvcore.config.kv_identity import all_tiers
-from kvcore.config.records import EtcdRecordsConfig, SqliteRecordsConfig
 from kvcore.config.schema import (
     ClusterConfig,
     EngineConfig,
@@ -16,14 +15,13 @@ from kvcore.config.schema import (
     SimEngineConfig,
     VllmEngineConfig,
 )
-from kvcore.config.servers import partitions_of, servers_of
+from kvcore.config.server_checks import EVERY_INTERFACE, check_addresses
+from kvcore.config.servers import partitions_of, routers_of, servers_of
 from kvcore.config.vllm_options import argument, check_arguments
-from kvcore.partitions import MAX_PARTITIONS
 from kvcore.ports import is_loopback
 from kvcore.types import Role
 
 _MAX_NAME_CHARS = 100
-_EVERY_INTERFACE = ("0.0.0.0", "::")
 _LEAST_SEGMENT = 1 << 10
 _BESIDE_TLS = "read and write segments, forge chunks, and use the router"
 _THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
@@ -33,8 +31,7 @@ def check_cluster(config: ClusterConfig) -> list[str]:
     """What is wrong, as `path: explanation`; empty: nothing."""
     named = _check_name(config.cluster)
     ours = _check_engines(config) if config.handoff.traits.has_store else _check_servers(config)
-    servers = [*_check_standbys(config), *_check_partitions(config)]
-    if servers:
+    if servers := check_addresses(config):
         return [*named, *servers]
     rest = (_check_nodes, _check_ports, _check_cors, _check_bounds, _check_mooncake, _check_dialect, _check_security)
     return [*named, *ours, *(problem for check in rest for problem in check(config))]
@@ -134,7 +131,7 @@ def _check_nodes(config: ClusterConfig) -> Iterator[str]:
     for name, node in config.nodes.items():
         if not name or not all(character.isalnum() or character in "-_" for character in name):
             yield f"nodes.{name}: a node's name consists of letters, digits, - and _"
-        if name == "router" or name.startswith("metadata-server"):
+        if name == "router" or name.startswith(("router-", "metadata-server")):
             yield f"nodes.{name}: the name stands for the cluster's own {name}; choose another"
         if node.url is None and node.segment < _LEAST_SEGMENT:
             yield (
@@ -142,46 +139,12 @@ def _check_nodes(config: ClusterConfig) -> Iterator[str]:
             )
         if node.role is Role.STORE and node.engine is not None:
             yield f"nodes.{name}.engine: a store has no engine"
-        if node.host in _EVERY_INTERFACE:
+        if node.host in EVERY_INTERFACE:
             yield f"nodes.{name}.host: {node.host} is every interface; give the address by which the others reach it"
     for path, host, _ in metadata_ports(config.metadata_server):
-        if host in _EVERY_INTERFACE and not all(node.host in _THIS_MACHINE for node in config.nodes.values()):
+        if host in EVERY_INTERFACE and not all(node.host in _THIS_MACHINE for node in config.nodes.values()):
             named = path.replace(".port", ".host")
             yield f"{named}: {host} is every interface; give the address by which the nodes reach it"
-
-
-def _check_standbys(config: ClusterConfig) -> Iterator[str]:
-    server = config.metadata_server
-    for at, partition in enumerate(partitions_of(server)):
-        path = f"metadata_server.partitions[{at}].standbys" if server.partitions else "metadata_server.standbys"
-        try:
-            servers_of(partition)
-        except ValueError as error:
-            yield f"{path}: {error}"
-        if partition.standbys and not isinstance(server.records, EtcdRecordsConfig):
-            yield f"{path}: several metadata servers share their records; set records: {{kind: etcd}}"
-
-
-def _check_partitions(config: ClusterConfig) -> Iterator[str]:
-    server, path = config.metadata_server, "metadata_server.partitions"
-    if not server.partitions:
-        return
-    usual = MetadataServerConfig()
-    for field in ("host", "port", "standbys"):
-        if getattr(server, field) != getattr(usual, field):
-            yield f"metadata_server.{field}: each of the partitions has its own; take it out"
-    if len(server.partitions) > MAX_PARTITIONS:
-        yield f"{path}: {len(server.partitions)}, and at most {MAX_PARTITIONS} are possible"
-    names = [partition.name for partition in server.partitions]
-    for at, name in enumerate(names):
-        if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
-            yield f"{path}[{at}].name: {name!r}: a name of letters, digits, - and _"
-        elif name in names[:at]:
-            yield f"{path}[{at}].name: {name!r} is the name of another one"
-        if server.partitions[at].port == 0:
-            yield f"{path}[{at}].port: 0 is any free one, which nobody would find"
-    if isinstance(server.records, SqliteRecordsConfig) and server.records.path is not None:
-        yield "metadata_server.records.path: each of the partitions has a file of its own; take it out"
 
 
 def _check_security(config: ClusterConfig) -> Iterator[str]:
@@ -282,10 +245,10 @@ def _check_ports(config: ClusterConfig) -> Iterator[str]:
 
 def ports_of(config: ClusterConfig) -> Iterator[tuple[str, str, int]]:
     """(path, host, port) of everything of ours that listens; port 0 is any free one."""
-    router = config.router
-    yield "router.port", router.host, router.port
-    if router.admin_port is not None:
-        yield "router.admin_port", router.admin_host or router.host, router.admin_port
+    for number, (host, port) in enumerate(routers_of(config)):
+        yield f"routers[{number - 1}]" if number else "router.port", host, port
+    if config.router.admin_port is not None:
+        yield "router.admin_port", config.router.admin_host or config.router.host, config.router.admin_port
     if not config.handoff.traits.has_store:
         return
     server = config.metadata_server

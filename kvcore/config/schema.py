@@ -3,7 +3,6 @@
 Every field has its unit in its name. Nothing writes back into a config.
 """
 
-from enum import StrEnum
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -13,6 +12,7 @@ from kvcore.config.hit_rate import HitRateConfig
 from kvcore.config.mooncake_metadata import MooncakeMetadataConfig
 from kvcore.config.partitions import PartitionConfig
 from kvcore.config.records import RecordsConfig, SqliteRecordsConfig
+from kvcore.config.routing import RoutingPolicy
 from kvcore.config.security import SecurityConfig, TlsConfig
 from kvcore.config.tiers import DiskTierConfig, TiersConfig
 from kvcore.eviction.evictor import PolicyName
@@ -200,22 +200,6 @@ class MetadataServerConfig(Section, frozen=True, kw_only=True):
     """Of several: who leads and does not renew its lease for this long leads no longer. Takeover takes up to two."""
 
 
-class RoutingPolicy(StrEnum):
-    """How the router chooses."""
-
-    PREFIX_AWARE = "prefix_aware"
-    """Least outstanding work plus what would have to be brought over from other nodes."""
-    LEAST_LOADED = "least_loaded"
-    """Least outstanding work, whatever is cached where."""
-    POWER_OF_TWO = "power_of_two"
-    """The less loaded of two nodes drawn by lot: for many routers, which see each other's load late."""
-    CONSISTENT_HASH = "consistent_hash"
-    """Requests of one session (`prompt_cache_key` or `session_id`), else with one beginning, to one node while
-    it is not much fuller than the others."""
-    ROUND_ROBIN = "round_robin"
-    """Each node in turn, whatever is cached where."""
-
-
 class RouterConfig(Section, frozen=True, kw_only=True):
     """Where the router listens, how it chooses, its bounds."""
 
@@ -323,6 +307,9 @@ class ClusterConfig(Section, frozen=True, kw_only=True):
     """The model that is served; one a cluster."""
     engine: EngineConfig | None = None
     """Must be given with handoff kvferry and only there: the engines are ours then."""
+    routers: list[Text] = msgspec.field(default_factory=list)
+    """HOST:PORT of more routers, beside the one of `router` and alike but for the address. Each serves every request;
+    what tenants have used, all of them count."""
     nodes: dict[str, NodeConfig]
     """By name, which `--node NAME` takes. At least one decoder; prefillers and stores are optional."""
     kv: KVConfig = KVConfig()

@@ -22,7 +22,7 @@ def servers_of(partition: PartitionConfig) -> list[tuple[str, int]]:
 
 def addresses_of(partition: PartitionConfig) -> list[str]:
     """HOST:PORT of each, in the same order: what `--at` takes."""
-    return [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in servers_of(partition)]
+    return [address_of(host, port) for host, port in servers_of(partition)]
 
 
 def urls_of(partition: PartitionConfig) -> list[str]:
@@ -64,6 +64,39 @@ def operators_url_of(config: ClusterConfig) -> str:
     return url if router.tls is None and config.security.tls is None else url.replace("http", "https", 1)
 
 
+def routers_of(config: ClusterConfig) -> list[tuple[str, int]]:
+    """(host, port) of each: that of `router`, then the others in the file's order. Raises ValueError for what is
+    neither."""
+    return [(config.router.host, config.router.port), *(_host_and_port(text) for text in config.routers)]
+
+
+def as_router_at(config: ClusterConfig, address: str | None) -> ClusterConfig:
+    """The file as the router at `address` (HOST:PORT) sees it: that is where it listens, and `routers` are the others.
+    None: the first. Raises ConfigError if the file names no such router."""
+    routers = [address_of(host, port) for host, port in routers_of(config)]
+    if address is None or address == routers[0]:
+        return config
+    if address not in routers:
+        raise ConfigError(f"--at {address}: the file's routers are {', '.join(routers)}")
+    host, port = _host_and_port(address)
+    seen = msgspec.structs.replace(config.router, host=host, port=port)
+    return msgspec.structs.replace(config, router=seen, routers=[other for other in routers if other != address])
+
+
+def router_urls_of(config: ClusterConfig) -> list[str]:
+    """Of all routers, in the same order."""
+    return [router_url_of(one) for one in _each_router(config)]
+
+
+def operators_urls_of(config: ClusterConfig) -> list[str]:
+    """Where each of them is asked about the cluster, in the same order."""
+    return [operators_url_of(one) for one in _each_router(config)]
+
+
+def _each_router(config: ClusterConfig) -> list[ClusterConfig]:
+    return [as_router_at(config, address_of(host, port)) for host, port in routers_of(config)]
+
+
 def internal_url(config: ClusterConfig, host: str, port: int) -> str:
     """http://host:port of what only the cluster's own processes ask, or https:// where they have certificates."""
     return secured_url(config, base_url(host, port))
@@ -92,6 +125,11 @@ def as_server_at(config: ClusterConfig, address: str | None) -> ClusterConfig:
     others = [name for name in own if name != address]
     seen = msgspec.structs.replace(server, host=host, port=port, standbys=others)
     return msgspec.structs.replace(config, metadata_server=seen)
+
+
+def address_of(host: str, port: int) -> str:
+    """HOST:PORT, as `--at` takes it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _host_and_port(text: str) -> tuple[str, int]:

@@ -11,12 +11,12 @@ import msgspec
 
 from kvcore.config.checks import metadata_ports
 from kvcore.config.schema import ClusterConfig
-from kvcore.config.servers import internal_url, metadata_urls, secured_url
+from kvcore.config.servers import internal_url, metadata_urls, operators_urls_of, secured_url
 from kvcore.errors import ConfigError, NotLeaderError
 from kvcore.process.http_client import http_session, operators_session
 from kvcore.trust.opening import OPEN, open_trust, trust_source
 from kvcore.types import NodeInfo
-from kvferry.status import ClusterAnswer, addresses
+from kvferry.status import ClusterAnswer
 from metadata_server.account_messages import Stats
 
 _Answer = TypeVar("_Answer")
@@ -51,7 +51,6 @@ class _Follower(msgspec.Struct, frozen=True):
 
 async def find_running(config: ClusterConfig, timeout_s: float = 1.0) -> RunningParts:
     """Ask all at the same time; whoever does not answer within `timeout_s`, or as another's, does not run."""
-    router_url, _ = addresses(config)
     try:
         trust = open_trust(trust_source(config))
     except ConfigError:  # another check says so
@@ -62,7 +61,9 @@ async def find_running(config: ClusterConfig, timeout_s: float = 1.0) -> Running
         http_session(trust=trust, timeout=timeout) as session,
         asyncio.TaskGroup() as tasks,
     ):
-        router = tasks.create_task(_ask(outer, f"{router_url}/v1/cluster", _NamedCluster))
+        routers = [
+            tasks.create_task(_ask(outer, f"{url}/v1/cluster", _NamedCluster)) for url in operators_urls_of(config)
+        ]
         names_of = [path.removesuffix(".port") for path, _, _ in metadata_ports(config.metadata_server)]
         urls = [f"{secured_url(config, url)}/v1/stats" for url in metadata_urls(config.metadata_server)]
         metadata = [tasks.create_task(_ask(session, url, Stats)) for url in urls]
@@ -78,16 +79,22 @@ async def find_running(config: ClusterConfig, timeout_s: float = 1.0) -> Running
         for name, task in nodes.items()
         if (answer := task.result()) is not None and answer.node.id == name and answer.node.cluster in own
     }
-    cluster = router.result()
     for name, asked, refused in zip(names_of, metadata, following, strict=True):
         stats, follower = asked.result(), refused.result()
         ours = stats is not None and all(node.cluster in own for node in stats.nodes)
         if ours or (follower is not None and follower.error.code == NotLeaderError.code):
             names.add(name)
-    if cluster is None or cluster.cluster != config.cluster:
+    here = {
+        f"routers[{number - 1}]" if number else "router": found
+        for number, task in enumerate(routers)
+        if (found := task.result()) is not None and found.cluster == config.cluster
+    }
+    names |= set(here)
+    if not here:
         return RunningParts(frozenset(names))
+    cluster = next(iter(here.values()))
     away = [f"{node.role} {node.id} is not used: {node.reason}" for node in cluster.nodes if not node.healthy]
-    return RunningParts(frozenset(names | {"router"}), (*away, *cluster.problems))
+    return RunningParts(frozenset(names), (*away, *cluster.problems))
 
 
 async def _ask(session: aiohttp.ClientSession, url: str, kind: type[_Answer], *, status: int = 200) -> _Answer | None:

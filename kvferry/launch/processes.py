@@ -7,7 +7,15 @@ from enum import StrEnum
 from pathlib import Path
 
 from kvcore.config.schema import ClusterConfig
-from kvcore.config.servers import addresses_of, internal_url, partitions_of, router_url_of, servers_of
+from kvcore.config.servers import (
+    address_of,
+    addresses_of,
+    internal_url,
+    partitions_of,
+    router_urls_of,
+    routers_of,
+    servers_of,
+)
 from kvcore.types import Role
 
 
@@ -41,7 +49,7 @@ class ProcessPlan:
 
 
 def plan_processes(config: ClusterConfig, config_file: Path, overrides: Sequence[str] = ()) -> list[ProcessPlan]:
-    """Metadata servers, nodes in the file's order, router. In front of servers that run already: the router alone."""
+    """Metadata servers, nodes in the file's order, routers. In front of servers that run already: routers alone."""
     options = ["--config", str(config_file.resolve()), *(word for item in overrides for word in ("--set", item))]
 
     def plan(name: str, kind: ProcessKind, module: str, host: str, port: int, *more: str) -> ProcessPlan:
@@ -49,11 +57,19 @@ def plan_processes(config: ClusterConfig, config_file: Path, overrides: Sequence
         command = (sys.executable, "-P", "-m", module, *options, *more)
         return ProcessPlan(name, kind, command, internal_url(config, host, port))
 
-    server, router = config.metadata_server, config.router
-    router_plan = plan("router", ProcessKind.ROUTER, "router", router.host, router.port)
-    router_plan = replace(router_plan, url=router_url_of(config))
+    server = config.metadata_server
+    routers = [
+        replace(
+            plan(*(f"router-{number}" if number > 1 else "router", ProcessKind.ROUTER, "router", host, port), *at),
+            url=url,
+        )
+        for number, ((host, port), url) in enumerate(
+            zip(routers_of(config), router_urls_of(config), strict=True), start=1
+        )
+        for at in [("--at", address_of(host, port)) if number > 1 else ()]
+    ]
     if not config.handoff.traits.has_store:
-        return [router_plan]
+        return routers
     metadata = [
         plan(
             *(_server_name(partition.name, number), ProcessKind.METADATA_SERVER, "metadata_server", host, port),
@@ -70,7 +86,7 @@ def plan_processes(config: ClusterConfig, config_file: Path, overrides: Sequence
             plan(name, ProcessKind.NODE, _MODULES[node.role], node.host, node.port, "--node", name)
             for name, node in config.nodes.items()
         ),
-        router_plan,
+        *routers,
     ]
 
 

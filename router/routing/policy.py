@@ -12,7 +12,7 @@ from operator import add
 from typing import Protocol
 
 from kvcore.chunk_keys import usable_chunks
-from kvcore.config.schema import RoutingPolicy
+from kvcore.config.routing import RoutingPolicy
 from kvcore.kv_parts import describe_difference, differing_parts
 from kvcore.types import Role, Route
 from router.routing.costs import pays_to_stay, ways

@@ -21,7 +21,8 @@ from router.tenants.callers import Caller, set_caller
 from router.tenants.limits import GateLimits
 from router.tenants.paths import COUNTED, OPEN, is_clients
 from router.tenants.public import PublicPrefixes
-from router.tenants.rates import TenantUse, TenantUses, WrongKeys
+from router.tenants.rates import TenantUse, WrongKeys
+from router.tenants.shared_use import SharedUse
 from router.tenants.sides import is_certified, is_operators
 
 _RANKS: dict[Priority, int] = {"high": 0, "normal": 1, "low": 2}
@@ -32,7 +33,8 @@ FOR_TENANT = b"x-kvferry-tenant"
 class TenantGate:
     """`app` gets what may pass. `proved`: what answers all that are said to come from a process of the cluster, and
     checks their proof; None: there are none. Whose a request is is said by its key, and without one by its proof or
-    certificate. `apart`: operators have a listener of their own, and on the other one everybody is a tenant."""
+    certificate. `apart`: operators have a listener of their own, and on the other one everybody is a tenant. `shared`:
+    with the other routers; None: this is the only one."""
 
     def __init__(
         self,
@@ -41,6 +43,7 @@ class TenantGate:
         salts: TenantSalts,
         clock: Clock,
         *,
+        shared: SharedUse | None = None,
         proved: ASGIApp | None = None,
         apart: bool = False,
         gateways: Collection[str] = (),
@@ -50,7 +53,8 @@ class TenantGate:
         self._app, self._proved, self._apart = app, proved, apart
         self._keys, self._salts, self._clock, self._limits = keys, salts, clock, limits
         self._gateways, self._public = frozenset(gateways), public or PublicPrefixes()
-        self._uses, self._wrong = TenantUses(limits), WrongKeys(limits)
+        self._shared = shared or SharedUse(keys, clock, limits)
+        self._uses, self._wrong = self._shared.uses, WrongKeys(limits)
         self._shares: dict[Priority, float] = {
             "low": limits.low_share,
             "normal": limits.normal_share,
@@ -64,13 +68,14 @@ class TenantGate:
         """A request has ended: its completion counts for its tenant."""
         if record.tenant:
             self._uses.spent(record.tenant, record.completion_tokens, self._clock.now())
+            self._shared.took(record.tenant, tokens=record.completion_tokens)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry."""
         if scope["type"] != "http" or (scope["path"] in OPEN and scope["method"] == "GET"):
             await self._app(scope, receive, send)
             return
-        app, use, key = self._app, None, _key_in(scope)
+        app, admitted, key = self._app, None, _key_in(scope)
         try:
             operators = is_operators(scope) or not self._apart
             if self._proved is not None and operators and _is_proved(scope):
@@ -78,19 +83,22 @@ class TenantGate:
             if key is None and (app is self._proved or is_certified(scope)):
                 set_caller(scope, self._operator(scope))
             else:
-                use = self._admit(scope, self._check_key(scope, key))
+                admitted = self._admit(scope, self._check_key(scope, key))
         except KVFerryError as error:
             headers = {**headers_for(error), "Connection": "close"}  # its body is not read
             await JsonReply(reply_of(error), error.http_status, headers)(scope, receive, send)
             return
-        if use is None:
+        if admitted is None:
             await app(scope, receive, send)
             return
+        tenant, use = admitted
         use.running += 1
+        self._shared.took(tenant, running=1, requests=1)
         try:
             await app(scope, receive, send)
         finally:
             use.running -= 1
+            self._shared.took(tenant, running=-1)
 
     def _check_key(self, scope: Scope, key: str | None) -> KeyRecord:
         """Raises KeyRefusedError, RateLimitError, AdminKeyError."""
@@ -107,8 +115,8 @@ class TenantGate:
             raise AdminKeyError(f"{scope['method']} {scope['path']}: this needs an admin's API key")
         return record
 
-    def _admit(self, scope: Scope, record: KeyRecord) -> TenantUse | None:
-        """Sets the request's caller. Where it is counted, by what; None: it is not. Raises RateLimitError."""
+    def _admit(self, scope: Scope, record: KeyRecord) -> tuple[str, TenantUse] | None:
+        """Sets the request's caller. Whose it is and by what it is counted; None: it is not. Raises RateLimitError."""
         admin = record.admin and (is_operators(scope) or not self._apart)
         tenant = (_for_tenant(scope) if admin else "") or record.tenant
         ring, now = self._keys.ring, self._clock.now()
@@ -133,15 +141,16 @@ class TenantGate:
         )
         if scope["path"] not in COUNTED:
             return None
-        if limits.concurrency is not None and use.running >= limits.concurrency:
-            text = f"tenant {tenant} has {use.running} requests under way, as many as it may have"
+        running = use.running + self._shared.running_elsewhere(tenant)
+        if limits.concurrency is not None and running >= limits.concurrency:
+            text = f"tenant {tenant} has {running} requests under way, as many as it may have"
             raise RateLimitError(text, retry_after_s=1)
         if use.requests is not None:
             if wait_s := use.requests.wait_s(1, now):
                 text = f"tenant {tenant} may send {limits.requests_per_minute} requests a minute"
                 raise RateLimitError(text, retry_after_s=wait_s)
             use.requests.take(1, now)
-        return use
+        return tenant, use
 
     def _take_tokens(self, tenant: str, use: TenantUse, tokens: int) -> None:
         if use.tokens is None:
@@ -151,6 +160,7 @@ class TenantGate:
             text = f"tenant {tenant} may use {use.limits.tokens_per_minute} tokens a minute; the prompt has {tokens}"
             raise RateLimitError(text, retry_after_s=wait_s, kind="tokens")
         use.tokens.take(tokens, now)
+        self._shared.took(tenant, tokens=tokens)
 
     def _operator(self, scope: Scope) -> Caller:
         """Who proves to be of the cluster. `FOR_TENANT` names a tenant of which it asks."""

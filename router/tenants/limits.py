@@ -17,6 +17,14 @@ class GateLimits:
     """Of which rates are remembered."""
     reload_s: float = 1.0
     """Pause between two looks at the file of keys."""
+    tell_s: float = 0.25
+    """Pause between two times that another router is told what tenants have used here."""
+    tell_timeout_s: float = 2.0
+    use_lasts_s: float = 3.0
+    """What another router said of requests under way counts for so long."""
+    max_routers: int = 64
+    """Of which it is known what tenants use there."""
+    max_report_bytes: int = 4 << 20
     low_share: float = 0.5
     """Tenants of priority low get no more requests in while so much of `router.max_requests` is under way, …"""
     normal_share: float = 0.9

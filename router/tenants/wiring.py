@@ -7,6 +7,7 @@ from starlette.types import ASGIApp, Scope
 
 from kvcore.clock import Clock
 from kvcore.config.schema import ClusterConfig
+from kvcore.config.servers import operators_urls_of
 from kvcore.ports import authorities_of
 from kvcore.process.certified_app import CertifiedApp
 from kvcore.process.proven_app import ProvenApp, all_but_open_paths
@@ -20,6 +21,7 @@ from router.tenants.gate import TenantGate
 from router.tenants.limits import GateLimits
 from router.tenants.paths import is_operators_path
 from router.tenants.public import PublicPrefixes
+from router.tenants.shared_use import SharedUse, UseRoute, tell_others
 from router.tenants.sides import ClientsSide, is_operators
 from router.text.tokenizer import Tokenizer
 
@@ -91,14 +93,19 @@ async def _keys_gate(
     keys = await asyncio.to_thread(KeySource, wanted)
     public = await asyncio.to_thread(PublicPrefixes.read, config, tokenizer)
     lifecycle.tasks.create_task(_follow(keys, limits.reload_s), name="API keys")
+    shared = SharedUse(keys, clock, limits)
+    if others := operators_urls_of(config)[1:]:
+        lifecycle.tasks.create_task(tell_others(shared, others, trust, limits), name="what tenants use")
 
     def guard(app: ASGIApp) -> ASGIApp:
+        app = UseRoute(app, shared, limits)
         gate = TenantGate(
             app,
             keys,
             salts_by(secrets),
             clock,
             proved=None if proved is None else proved(app, lambda _: True),
+            shared=shared,
             apart=config.router.admin_port is not None,
             gateways=wanted.gateways,
             public=public,

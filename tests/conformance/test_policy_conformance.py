@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from support.policy_conformance import CHECKS
 
-from kvcore.config.schema import RoutingPolicy
+from kvcore.config.routing import RoutingPolicy
 from router.routing import policies
 from router.routing.policy import RoutePolicy, make_policy
 

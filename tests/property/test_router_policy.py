@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from kvcore.chunk_keys import usable_chunks
-from kvcore.config.schema import RoutingPolicy
+from kvcore.config.routing import RoutingPolicy
 from kvcore.types import Role, Route
 from router.routing.index import PrefixHits
 from router.routing.policy import IN_NEED, make_policy

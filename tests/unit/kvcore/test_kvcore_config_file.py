@@ -7,7 +7,8 @@ from kvcore.config.checks import engine_of
 from kvcore.config.fields import ByteSize
 from kvcore.config.file import load_config, node_config
 from kvcore.config.parse import parse_byte_size
-from kvcore.config.schema import ClusterConfig, RoutingPolicy, SimEngineConfig, TorchEngineConfig
+from kvcore.config.routing import RoutingPolicy
+from kvcore.config.schema import ClusterConfig, SimEngineConfig, TorchEngineConfig
 from kvcore.errors import ConfigError
 from kvcore.types import Role
 from kvstore.settings import chosen_verify

@@ -4,6 +4,7 @@ import signal
 import sys
 import textwrap
 
+import msgspec
 import pytest
 from support.ports import free_ports
 from support.transitions import in_prose, in_table
@@ -258,6 +259,16 @@ def test_plans_name_every_process_with_its_command(tmp_path):
         ("router", ProcessKind.ROUTER, ("-P", "-m", "router", *options)),
     ]
     assert plans[-1].health_url == "http://127.0.0.1:8000/health"
+
+
+def test_each_of_several_routers_is_a_process_that_is_told_where_it_is(tmp_path):
+    config = msgspec.structs.replace(CONFIG, routers=["127.0.0.1:8001", "[::1]:8002"])
+    plans = plan_processes(config, tmp_path / "c.yaml")[-3:]
+    assert [(plan.name, plan.command[-2:], plan.url) for plan in plans] == [
+        ("router", ("--config", str(tmp_path / "c.yaml")), "http://127.0.0.1:8000"),
+        ("router-2", ("--at", "127.0.0.1:8001"), "http://127.0.0.1:8001"),
+        ("router-3", ("--at", "[::1]:8002"), "http://[::1]:8002"),
+    ]
 
 
 @pytest.mark.parametrize(

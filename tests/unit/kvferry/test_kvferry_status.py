@@ -88,11 +88,18 @@ async def show(
     as_json: bool = False,
     standbys: Sequence[str] = (),
     partitions: Mapping[str, Sequence[str]] = {},
+    routers: Sequence[str] = (),
 ) -> tuple[int, str]:
     out = io.StringIO()
     console = Console(file=out, width=160)
     code = await run_status(
-        router, metadata, standbys=standbys, partitions=partitions, as_json=as_json, console=console
+        router,
+        metadata,
+        standbys=standbys,
+        partitions=partitions,
+        routers=routers,
+        as_json=as_json,
+        console=console,
     )
     return code, out.getvalue()
 
@@ -126,6 +133,17 @@ async def test_of_several_metadata_servers_the_one_that_leads_is_shown_and_that_
         assert code == 0 and "1.0 MiB (25%)" in out and "the index is being rebuilt" in out
     code, out = await show(router, follower, standbys=["http://127.0.0.1:9"])
     assert code == 1 and "it does not lead" in out
+
+
+async def test_of_several_routers_the_first_that_is_there_is_asked_and_who_is_not_is_named(serve):
+    async def router() -> str:
+        return await serve("/{path:.*}", json.dumps(CLUSTER).encode())
+
+    first, second = await router(), await router()
+    code, out = await show(first, None, routers=[second])
+    assert code == 0 and f"router {first} is there" in out and f"router {second} is there" in out
+    code, out = await show("http://127.0.0.1:9", None, routers=[second])
+    assert code == 1 and "router http://127.0.0.1:9 is not there" in out and "2 running, 1 waiting" in out
 
 
 async def test_what_all_partitions_hold_is_shown_as_one_and_who_is_away_by_name(serve):

@@ -11,7 +11,8 @@ from support.router_fakes import Rig, make_rig, two_and_two
 
 from kvcore.chunk_keys import chunk_keys, rank_key, root_key
 from kvcore.clock import ManualClock
-from kvcore.config.schema import HitRateConfig, RouterConfig, StoreConfig
+from kvcore.config.hit_rate import HitRateConfig
+from kvcore.config.schema import RouterConfig, StoreConfig
 from kvcore.errors import ContextLengthError, MetadataUnavailableError
 from kvcore.types import ChunkKey
 from metadata_server.cache_messages import CacheReply

@@ -5,7 +5,7 @@ import pytest
 from support.router_fakes import CHUNK_TOKENS, FakeNodes, make_rig, spec, two_and_two
 
 from kvcore.chunk_keys import chunk_keys, root_key
-from kvcore.config.schema import RoutingPolicy
+from kvcore.config.routing import RoutingPolicy
 from router.routing.decision import Decision
 from router.routing.policy import make_policy
 from router.routing.views import ClusterView, RouteRequest

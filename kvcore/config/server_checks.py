@@ -1,0 +1,60 @@
+"""Rules of a cluster file about where its routers and metadata servers are. Pure."""
+
+import re
+from collections.abc import Iterator
+
+from kvcore.config.records import EtcdRecordsConfig, SqliteRecordsConfig
+from kvcore.config.schema import ClusterConfig, MetadataServerConfig
+from kvcore.config.servers import partitions_of, routers_of, servers_of
+from kvcore.partitions import MAX_PARTITIONS
+
+EVERY_INTERFACE = ("0.0.0.0", "::")
+
+
+def check_addresses(config: ClusterConfig) -> list[str]:
+    """What is wrong, as `path: explanation`; empty: nothing. Until then no other rule may look for them."""
+    return [*_check_routers(config), *_check_standbys(config), *_check_partitions(config)]
+
+
+def _check_routers(config: ClusterConfig) -> Iterator[str]:
+    try:
+        hosts = [host for host, _ in routers_of(config)]
+    except ValueError as error:
+        yield f"routers: {error}"
+        return
+    if config.routers and any(host in EVERY_INTERFACE for host in hosts):
+        yield "routers: every interface is none; give each, router.host too, the address by which the others reach it"
+
+
+def _check_standbys(config: ClusterConfig) -> Iterator[str]:
+    server = config.metadata_server
+    for at, partition in enumerate(partitions_of(server)):
+        path = f"metadata_server.partitions[{at}].standbys" if server.partitions else "metadata_server.standbys"
+        try:
+            servers_of(partition)
+        except ValueError as error:
+            yield f"{path}: {error}"
+        if partition.standbys and not isinstance(server.records, EtcdRecordsConfig):
+            yield f"{path}: several metadata servers share their records; set records: {{kind: etcd}}"
+
+
+def _check_partitions(config: ClusterConfig) -> Iterator[str]:
+    server, path = config.metadata_server, "metadata_server.partitions"
+    if not server.partitions:
+        return
+    usual = MetadataServerConfig()
+    for field in ("host", "port", "standbys"):
+        if getattr(server, field) != getattr(usual, field):
+            yield f"metadata_server.{field}: each of the partitions has its own; take it out"
+    if len(server.partitions) > MAX_PARTITIONS:
+        yield f"{path}: {len(server.partitions)}, and at most {MAX_PARTITIONS} are possible"
+    names = [partition.name for partition in server.partitions]
+    for at, name in enumerate(names):
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
+            yield f"{path}[{at}].name: {name!r}: a name of letters, digits, - and _"
+        elif name in names[:at]:
+            yield f"{path}[{at}].name: {name!r} is the name of another one"
+        if server.partitions[at].port == 0:
+            yield f"{path}[{at}].port: 0 is any free one, which nobody would find"
+    if isinstance(server.records, SqliteRecordsConfig) and server.records.path is not None:
+        yield "metadata_server.records.path: each of the partitions has a file of its own; take it out"
