@@ -152,6 +152,8 @@ def _check_security(config: ClusterConfig) -> Iterator[str]:
     secret, heard = security.secret, heard_elsewhere(config)
     if secret is not None and sum(given is not None for given in (secret.file, secret.env, secret.command)) != 1:
         yield "security.secret: give one of file, env and command"
+    if secret is not None and secret.every_s is not None and secret.command is None:
+        yield "security.secret.every_s: it is for a command; a file is read again by itself, the environment never"
     if config.transport.integrity == "frames":
         if secret is None:
             yield "transport.integrity: frames needs the cluster's secret: set security.secret"

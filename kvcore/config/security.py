@@ -4,7 +4,7 @@ from typing import Annotated
 
 import msgspec
 
-from kvcore.config.fields import Section, Text
+from kvcore.config.fields import Seconds, Section, Text
 
 
 class SecretConfig(Section, frozen=True, kw_only=True):
@@ -17,7 +17,10 @@ class SecretConfig(Section, frozen=True, kw_only=True):
     env: Text | None = None
     """The name of an environment variable."""
     command: Annotated[list[Text], msgspec.Meta(min_length=1)] | None = None
-    """A program and its arguments, run once at start, that prints it."""
+    """A program and its arguments that prints it, run at start and, if `every_s` says so, again."""
+    every_s: Seconds | None = None
+    """How often a process runs the command again, beside its other work. One that fails changes nothing and is logged.
+    Not set: at start alone."""
 
 
 class PublicTextConfig(Section, frozen=True, kw_only=True):

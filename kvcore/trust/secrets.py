@@ -3,6 +3,7 @@
 import logging
 import os
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,7 +85,7 @@ class Secrets:
         return True
 
 
-def open_secrets(config: SecretConfig | None) -> Secrets | None:
+def open_secrets(config: SecretConfig | None, clock: Clock | None = None) -> Secrets | None:
     """The secrets of a cluster file; None: it has none. Blocking, once at start: reads the file, or runs the command.
 
     Raises ConfigError, which says what is wrong and shows nothing of the secret.
@@ -95,13 +96,18 @@ def open_secrets(config: SecretConfig | None) -> Secrets | None:
         file = _SecretFile(Path(config.file))
         first = file.read_if_changed()
         assert first is not None
-        return Secrets(first, reread=file.read_if_changed, clock=SystemClock())
+        return Secrets(first, reread=file.read_if_changed, clock=clock or SystemClock())
     if config.env is not None:
         text = os.environ.get(config.env)
         if text is None:
             raise ConfigError(f"security.secret.env: there is no environment variable {config.env}")
         return Secrets(_parsed(text, f"security.secret.env: {config.env}"))
-    return Secrets(_parsed(_output(config.command or []), "security.secret.command: what it prints"))
+    command = config.command or []
+    if config.every_s is None:
+        return Secrets(_printed(command))
+    own = clock or SystemClock()
+    rerun = _SecretCommand(command, config.every_s, own)
+    return Secrets(rerun.last, reread=rerun.take_if_changed, clock=own)
 
 
 class _SecretFile:
@@ -131,6 +137,42 @@ class _SecretFile:
         except UnicodeDecodeError:
             raise ConfigError(f"{where}: not a text; {_MAKE_IT}") from None
         return _parsed(text, where)
+
+
+class _SecretCommand:
+    """A command that is run again in a thread of its own: whoever asks for the secret never waits for it."""
+
+    def __init__(self, command: list[str], every_s: float, clock: Clock) -> None:
+        self._command, self._every_s, self._clock = command, every_s, clock
+        self.last = _printed(command)
+        self._due = clock.now() + every_s
+        self._running: threading.Thread | None = None
+        self._came: tuple[bytes, ...] | ConfigError | None = None
+
+    def take_if_changed(self) -> tuple[bytes, ...] | None:
+        """None: as before, as far as is known. Raises ConfigError once for each run that came to nothing."""
+        came, now = self._came, self._clock.now()
+        if came is None and now >= self._due and (self._running is None or not self._running.is_alive()):
+            self._due = now + self._every_s
+            self._running = threading.Thread(target=self._run, name="secret's command", daemon=True)
+            self._running.start()
+        self._came = None if came is not None else self._came
+        if isinstance(came, ConfigError):
+            raise came
+        if came is None or came == self.last:
+            return None
+        self.last = came
+        return came
+
+    def _run(self) -> None:
+        try:
+            self._came = _printed(self._command)
+        except ConfigError as error:
+            self._came = error
+
+
+def _printed(command: list[str]) -> tuple[bytes, ...]:
+    return _parsed(_output(command), "security.secret.command: what it prints")
 
 
 def _parsed(text: str, where: str) -> tuple[bytes, ...]:

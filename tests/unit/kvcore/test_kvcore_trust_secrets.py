@@ -4,11 +4,13 @@ import base64
 import hmac
 import logging
 import random
+import threading
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from kvcore.clock import ManualClock
 from kvcore.config.file import load_config
 from kvcore.config.security import SecretConfig
 from kvcore.errors import ConfigError
@@ -133,6 +135,43 @@ def test_a_missing_file_a_folder_and_bytes_are_refused(tmp_path):
     assert "not a text" in refusal(SecretConfig(file=str(tmp_path / "bytes")))
 
 
+def finish_commands() -> None:
+    for thread in threading.enumerate():
+        if thread.name == "secret's command":
+            thread.join(60)
+
+
+def test_a_command_is_run_again_beside_other_work_and_one_that_fails_changes_nothing(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    clock, file = ManualClock(), tmp_path / "printed"
+    file.write_text(text_of(OLD))
+    secrets = open_secrets(SecretConfig(command=["cat", str(file)], every_s=60.0), clock)
+    assert secrets is not None
+
+    def after(seconds: float) -> list[bytes]:
+        clock.advance(seconds)
+        assert secrets.accepted
+        finish_commands()
+        clock.advance(1.0)
+        return [key.id for key in secrets.accepted]
+
+    old, new = ClusterKey(OLD).id, ClusterKey(NEW).id
+    file.write_text(text_of(NEW, OLD))
+    assert after(30.0) == [old], "it is not time yet"
+    assert after(30.0) == [new, old]
+    assert after(61.0) == [new, old]
+    assert caplog.text.count("secret_reloaded") == 1, "the same is no news"
+    file.unlink()
+    assert after(61.0) == [new, old] and caplog.text.count("secret_not_reloaded") == 1
+    file.write_text(text_of(NEW))
+    assert after(61.0) == [new]
+
+
+def test_only_a_command_is_run_again():
+    with pytest.raises(ConfigError, match=r"security\.secret\.every_s: it is for a command"):
+        load_config(ROOT / "configs/sim-2p2d.yaml", ["security.secret={env: X, every_s: 5}"])
+
+
 def test_the_environment_and_a_command_give_it(monkeypatch):
     monkeypatch.setenv("THE_SECRET", text_of(OLD))
     assert open_secrets(SecretConfig(env="THE_SECRET")).newest.id == ClusterKey(OLD).id
@@ -210,7 +249,8 @@ def test_rotating_what_is_no_secret_is_refused(tmp_path, capsys):
 
 def test_a_config_with_a_secret_says_nothing_of_it(tmp_path):
     config = load_config(SIM, ["security.secret.env=SOME_NAME"])
-    assert msgspec.to_builtins(config.security.secret) == {"file": None, "env": "SOME_NAME", "command": None}
+    shown = {"file": None, "env": "SOME_NAME", "command": None, "every_s": None}
+    assert msgspec.to_builtins(config.security.secret) == shown
 
 
 @pytest.mark.parametrize("length", [0, 1, 55, 56, 64, 200, 100_000])
