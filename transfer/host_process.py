@@ -179,8 +179,8 @@ class ProcessSegmentHost:
 
     async def _retire(self, server: _ServingProcess) -> None:
         await asyncio.wait({server.ended}, timeout=self._limits.host_process.retire_s)
-        self._retiring.discard(server)
         await server.end(self._limits.host_process.close_s)
+        self._retiring.discard(server)
 
     async def _launch(self) -> _ServingProcess:
         """Another process, which knows what greetings are proved with now; `address` is its own from then on.
