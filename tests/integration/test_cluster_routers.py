@@ -21,19 +21,23 @@ pytestmark = pytest.mark.slow
 class Second(ClusterHandle):
     """The same cluster, asked through its other router."""
 
+    def __init__(self, first: ClusterHandle) -> None:
+        plans = list(first.plans.values())
+        super().__init__(first.config, plans, first.launcher, first.session, inner=first.inner, admin=first.admin)
+
     @property
     def url(self) -> str:
         return self.plans["router-2"].url
 
-
-def through_the_other(subject: ClusterHandle) -> Second:
-    return Second(subject.config, list(subject.plans.values()), subject.launcher, subject.session, subject.inner)
+    @property
+    def operators_url(self) -> str:
+        return self.url
 
 
 async def test_a_router_that_is_killed_loses_its_own_connections_alone_and_the_other_gives_the_same_answer(tmp_path):
     (port,) = free_ports(1)
     async with cluster(tmp_path, overrides=[f"routers=['127.0.0.1:{port}']"]) as subject:
-        second = through_the_other(subject)
+        second = Second(subject)
         await subject.until(second.all_ready, RESTART_S)
         prompt = make_prompt(random.Random(3), 640)
         async with load(subject) as running:
@@ -74,7 +78,7 @@ async def test_what_a_tenant_asks_of_one_router_counts_at_the_other(tmp_path: Pa
         cluster(tmp_path, prefillers=0, decoders=1, overrides=overrides, key=admin) as subject,
         aiohttp.ClientSession(headers={"Authorization": f"Bearer {key}"}) as client,
     ):
-        second = through_the_other(subject)
+        second = Second(subject)
         await subject.until(second.all_ready, RESTART_S)
 
         async def accepted(of: ClusterHandle) -> int:
