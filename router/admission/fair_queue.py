@@ -12,13 +12,15 @@ from dataclasses import dataclass
 @dataclass(slots=True, eq=False)
 class Waiter:
     """One request. `rank`: of its priority, the least first. `cost`: what its flow's share is charged. `tokens` of its
-    prompts are to be computed, and `sequences` will be decoded. `order`: by which waiters are compared."""
+    prompts are to be computed, by its decoder (`stays`) or by a prefiller, and `sequences` will be decoded. `order`: by
+    which waiters are compared."""
 
     flow: str
     rank: int
     cost: float
     tokens: int
     sequences: int
+    stays: bool = False
     order: tuple[int, float, int] = (0, 0.0, 0)
 
 
@@ -55,9 +57,10 @@ class FairQueue:
         waiter.order = (waiter.rank, start, self._count)
         self._waiting[waiter] = None
 
-    def next(self) -> Waiter | None:
-        """Whose turn it is."""
-        return min(self._waiting, key=_order, default=None)
+    def next(self, *, stays: bool = False) -> Waiter | None:
+        """Whose turn it is, of all, or of those that need no prefiller."""
+        waiting = [waiter for waiter in self._waiting if waiter.stays] if stays else self._waiting
+        return min(waiting, key=_order, default=None)
 
     def take(self, waiter: Waiter) -> None:
         """It has had its turn."""
@@ -79,9 +82,10 @@ class FairQueue:
         self._now = max(self._now, self._charge(flow, cost))
 
     def ahead_of(self, waiter: Waiter) -> tuple[int, int]:
-        """(tokens to compute, sequences) of those whose turn comes before."""
+        """(tokens that the same nodes compute, sequences) of those whose turn comes before."""
         before = [other for other in self._waiting if other.order < waiter.order]
-        return sum(other.tokens for other in before), sum(other.sequences for other in before)
+        tokens = sum(other.tokens for other in before if other.stays == waiter.stays)
+        return tokens, sum(other.sequences for other in before)
 
     @property
     def total(self) -> tuple[int, int]:

@@ -19,6 +19,8 @@ class Forecast:
     now: float
     computes: Sequence[NodeView]
     decodes: Sequence[NodeView]
+    stays: bool
+    """Its decoder computes it."""
 
     def wait_s(self, tokens: int, sequences: int) -> float:
         """How long until a node begins with it, behind so much that waits in the router."""
@@ -51,7 +53,7 @@ def forecast(decision: Decision, prompt_tokens: int, now: float, limits: Admissi
     own_s = (tokens / computing.prefill_rate if computing.prefill_rate else 0.0) + decoding.step_s
     preparing = min(limits.preparing, own_s / decoding.stay_s) if decoding.stay_s else 0.0
     has_room = _any_idle(computes, limits) and _any_free(decodes, preparing)
-    return Forecast(has_room, own_s, tokens, now, computes.nodes, decodes.nodes)
+    return Forecast(has_room, own_s, tokens, now, computes.nodes, decodes.nodes, computes is decodes)
 
 
 def _free(node: NodeView, now: float) -> tuple[float, float]:

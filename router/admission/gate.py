@@ -142,15 +142,20 @@ class Admission:
     def _let_in(self) -> None:
         """As many as there is room for, in turn. Each is load of its nodes before the next one is looked at."""
         self._asked = False
-        while isinstance(turn := self._queue.next(), _Turn):
-            assert turn.spec is not None
-            decision = self._choose(turn.spec)
-            if decision.route is not None:
-                now = self._clock.now()
-                if not forecast(decision, turn.prompt_tokens, now, self._limits).has_room:
-                    return
+        while (ready := self._ready(self._queue.next()) or self._ready(self._queue.next(stays=True))) is not None:
+            turn, decision = ready
             self._queue.take(turn)
             turn.go(decision)
+
+    def _ready(self, turn: Waiter | None) -> tuple[_Turn, Decision] | None:
+        """Where it would go now; None: nobody waits, or there is no room for it. Whoever waits for a prefiller keeps
+        nobody waiting who needs none."""
+        if not isinstance(turn, _Turn) or turn.spec is None:
+            return None
+        decision, now = self._choose(turn.spec), self._clock.now()
+        if decision.route is not None and not forecast(decision, turn.prompt_tokens, now, self._limits).has_room:
+            return None
+        return turn, decision
 
     def _opened(self, open_it: Open[T], decision: Decision, arrived: float) -> T:
         waited_s = self._clock.now() - arrived
@@ -187,6 +192,7 @@ class Admission:
             self._cost(request, seen),
             seen.tokens,
             sum(spec.sampling.n for spec in request.specs),
+            stays=seen.stays,
             spec=request.specs[0],
             prompt_tokens=sum(len(spec.prompt_token_ids) for spec in request.specs),
         )

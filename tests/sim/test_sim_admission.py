@@ -213,6 +213,21 @@ def test_whose_turn_does_not_come_in_time_leaves():
     run_sim(main)
 
 
+def test_who_needs_no_prefiller_does_not_wait_for_one():
+    async def main() -> None:
+        load = Load(TWO, router={"first_token_s": 1.5})
+        running = await full(load)
+        running += [asyncio.create_task(load.ask(Flow(0, "a"), 100)) for _ in range(3)]
+        await asyncio.sleep(0.1)
+        assert len(load.admission) == 3
+        seen = await load.ask(Flow(0, "a"), 7)
+        assert seen.error is None and seen.ttft_s is not None and seen.ttft_s < 0.1
+        assert len(load.admission) == 3
+        assert outcomes(await asyncio.gather(*running)) == {"ok": 5}
+
+    run_sim(main)
+
+
 def test_the_queue_is_bounded():
     async def main() -> None:
         load = Load(TWO, router={"first_token_s": None, "max_waiting": 3})
