@@ -22,6 +22,7 @@ from kvcore.types import ChunkKey
 from metadata_server.account_messages import ImportReply, Stats
 from metadata_server.cache_messages import CacheReply, PinRequest, ReleaseRequest, UnpinRequest
 from metadata_server.endpoints import IMPORT
+from metadata_server.floods import NodeFloods
 from metadata_server.index.state import MetadataState
 from metadata_server.janitor.janitor import Janitor
 from metadata_server.leading.leader import Leader, OnlyServer
@@ -72,7 +73,7 @@ class MetadataCore:
         self._waiting: dict[ChunkKey, set[asyncio.Event]] = {}
         self._refusals = Refusals(limits)
         self._said = PeerLog(_logger, clock=clock)
-        self._num_waiters = 0
+        self._floods = NodeFloods(limits, state.counters, self._said)
         self._turn = asyncio.Lock()
         self._num_in_turn = 0
         self._seen_seq = state.log.next_seq
@@ -98,12 +99,12 @@ class MetadataCore:
         state.began(self._clock.now())
 
     def __repr__(self) -> str:
-        return f"<MetadataCore {self._num_waiters} waiters, {self.num_subscribers} subscribers: {self.state}>"
+        return f"<MetadataCore {self._floods.num_waits} waiters, {self.num_subscribers} subscribers: {self.state}>"
 
     @property
     def num_waiters(self) -> int:
         """Long polls under way."""
-        return self._num_waiters
+        return self._floods.num_waits
 
     @property
     def num_subscribers(self) -> int:
@@ -167,6 +168,7 @@ class MetadataCore:
     def register(self, request: RegisterRequest, now: float) -> RegisterReply:
         """See MetadataState.register. A refusal is logged when it is news."""
         node, replaced = request.node, self.state.counters["nodes_replaced"]
+        self._floods.registers(node.id, now)
         try:
             reply = self.state.register(request, now)
         except NodeRefusedError as error:
@@ -223,7 +225,9 @@ class MetadataCore:
 
     def stats(self, _: object, now: float) -> Stats:
         """See MetadataState.stats; with who was refused lately."""
-        return msgspec.structs.replace(self.state.stats(now, self._num_waiters), refused=self._refusals.listed(now))
+        return msgspec.structs.replace(
+            self.state.stats(now, self._floods.num_waits), refused=self._refusals.listed(now)
+        )
 
     async def wait(self, request: WaitRequest, now: float) -> MatchReply:
         """As `match`, once more than `more_than` leading keys are complete, time is up, or too many wait."""
@@ -232,11 +236,12 @@ class MetadataCore:
         while True:
             self.leader.check()
             have = self.state.complete_prefix(keys, now)
-            full = have < wanted and self._num_waiters >= self._limits.max_waiters
+            full = have < wanted and not self._floods.may_wait(request.node_id)
             self.state.counters["waits_cut"] += full
             if have >= wanted or now >= deadline or self._stopping or full:
                 return self.match(request, now)
-            await self._until_stored(keys[have], deadline - now)
+            with self._floods.waiting(request.node_id):
+                await self._until_stored(keys[have], deadline - now)
             now = self._now()
 
     def replay(self, from_seq: int) -> EventBatch:
@@ -311,11 +316,9 @@ class MetadataCore:
         woken = asyncio.Event()
         waiters = self._waiting.setdefault(key, set())
         waiters.add(woken)
-        self._num_waiters += 1
         try:
             await wait_for(woken, timeout_s)
         finally:
-            self._num_waiters -= 1
             waiters.discard(woken)
             if not waiters and self._waiting.get(key) is waiters:
                 del self._waiting[key]

@@ -8,6 +8,14 @@ class ServerLimits:
     """Of MetadataCore and its HTTP shell."""
 
     max_waiters: int = 4096
+    max_waiters_per_node: int = 2048
+    """Twice what a client of ours has under way, and half of all."""
+    most_registrations: int = 64
+    """Of a node in a row, as where its engine or network comes and goes; and then …"""
+    registrations_per_s: float = 1.0
+    """… so many."""
+    max_registering: int = 65_536
+    """Nodes whose registrations are counted; who has not registered for a minute is forgotten."""
     max_subscribers: int = 256
     max_subscribers_per_client: int = 224
     """Of one address, so that routers elsewhere get a stream."""

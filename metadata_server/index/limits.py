@@ -38,6 +38,10 @@ class IndexLimits:
     """Nodes that are drained or were removed."""
     max_tier_keys: int = 4_000_000
     """Chunks known to lie on nodes' disks, about 120 bytes each."""
+    max_tier_keys_of_node: int = 2_000_000
+    """Of one node: half of them, so that no node keeps the others' from being known."""
+    max_reserved_of_node: int = 65_536
+    """Chunks that one node has reserved and not written yet: a whole segment of most. More get no room until then."""
     max_pins: int = 1_000_000
     """Keys that are pinned, about 250 bytes each."""
     max_listed_pins: int = 10_000

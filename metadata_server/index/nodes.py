@@ -32,10 +32,11 @@ class LiveNode:
         self.segments: dict[str, SegmentRecord] = {}
         self.grants: dict[int, Grant] = {}
         """What it has reserved, by number."""
+        self.num_reserved = 0
+        """Chunks in these."""
 
     def __repr__(self) -> str:
-        reserved = sum(len(grant.rows) for grant in self.grants.values())
-        held = f"{len(self.segments)} segments, {reserved} reservations"
+        held = f"{len(self.segments)} segments, {self.num_reserved} reservations"
         return f"<LiveNode {self.info.id} incarnation {self.info.incarnation}: {held}>"
 
 
@@ -68,6 +69,10 @@ class NodeRegistry:
 
     def __repr__(self) -> str:
         return f"<NodeRegistry {len(self._live)} live, {len(self.segments)} segments>"
+
+    def find(self, node_id: str) -> LiveNode | None:
+        """The live node of this id, if there is one."""
+        return self._live.get(node_id)
 
     def get(self, node_id: str, incarnation: int) -> LiveNode | None:
         """The live node of exactly this incarnation."""

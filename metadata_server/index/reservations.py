@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import repeat
 
+import msgspec
+
 from kvcore.config.schema import StoreConfig
 from kvcore.types import ChunkKey
 from metadata_server.index.chunks.latest import Grant
@@ -45,8 +47,10 @@ class Reservations:
         *,
         first_grant: int = 0,
         step: int = 1,
+        max_of_node: int,
     ) -> None:
-        """Numbers of grants are above `first_grant`, each by `step` above the one before."""
+        """`max_of_node`: chunks that one node may have reserved. Numbers of grants are above `first_grant`, each by
+        `step` above the one before."""
         self._config = config
         self._nodes = nodes
         self._index = index
@@ -55,7 +59,7 @@ class Reservations:
         self._grants: dict[int, Grant] = {}
         """By number."""
         self._by_name: dict[int, int] = {}
-        self._last_grant, self._step = first_grant, step
+        self._last_grant, self._step, self._max_of_node = first_grant, step, max_of_node
 
     def __len__(self) -> int:
         return len(self._index.grants)
@@ -77,6 +81,8 @@ class Reservations:
         if node is None:
             self._counts["declined_unknown_writer"] += len(request.items)
             return ReserveReply(outcomes=[_FULL] * len(request.items))
+        if len(request.items) > (room := max(0, self._max_of_node - node.num_reserved)):
+            return self._reserve_some(request, room, now)
         keys = [item.key for item in request.items]
         index = self._index
         if not index.complete.keys().isdisjoint(keys):
@@ -89,6 +95,15 @@ class Reservations:
             outcomes = self._reserve_all(request, keys, node, grant)
         return ReserveReply(outcomes=outcomes, segments=index.segments_of(list(grant.rows.values())))
 
+    def _reserve_some(self, request: ReserveRequest, room: int, now: float) -> ReserveReply:
+        """Of a writer that has as much as one may, but for `room` chunks."""
+        rest = len(request.items) - room
+        self._counts["declined_too_many"] += rest
+        reply = ReserveReply(outcomes=[])
+        if room:
+            reply = self.reserve(msgspec.structs.replace(request, items=request.items[:room]), now)
+        return msgspec.structs.replace(reply, outcomes=[*reply.outcomes, *[_FULL] * rest])
+
     @contextmanager
     def granting(self, node: LiveNode, now: float, ttl_s: float, name: int = 0) -> Iterator[Grant]:
         """What is reserved with this grant runs out together."""
@@ -97,6 +112,7 @@ class Reservations:
         yield grant
         self._counts["reserved"] += len(grant.rows)
         if grant.rows:
+            node.num_reserved += len(grant.rows)
             self._grants[grant.number] = node.grants[grant.number] = grant
             self._deadlines.set((Expiry.RESERVATION, grant.number), now + ttl_s)
             if name:
@@ -202,6 +218,8 @@ class Reservations:
             node = self._nodes[grant.node_id]
             assert node.number == grant.writer and node.grants[grant.number] is grant, "a grant without its writer"
         assert all(self._grants[number].name == name for name, number in self._by_name.items())
+        for node in self._nodes:
+            assert node.num_reserved == sum(len(grant.rows) for grant in node.grants.values())
         assert len(self._grants) == sum(len(node.grants) for node in self._nodes)
         assert {number: id(grant) for grant in self._grants.values() for number in grant.rows} == {
             number: id(grant) for number, grant in self._index.grants.items()
@@ -211,7 +229,7 @@ class Reservations:
         """The row of a reservation that ends, one way or the other."""
         grant = self._index.grants.pop(number)
         row = grant.rows.pop(number)
-        self._taken_from(grant)
+        self._taken_from(grant, 1)
         return row
 
     def _take_all(self, numbers: list[int], node: LiveNode) -> list[int] | None:
@@ -223,15 +241,18 @@ class Reservations:
             return None
         deque(map(self._index.grants.pop, numbers), maxlen=0)
         rows = [*map(grant.rows.pop, numbers)]
-        self._taken_from(grant)
+        self._taken_from(grant, len(rows))
         return rows
 
-    def _taken_from(self, grant: Grant) -> None:
+    def _taken_from(self, grant: Grant, count: int) -> None:
+        own = self._nodes.find(grant.node_id)
+        if own is not None and grant.number in own.grants:
+            own.num_reserved -= count
         if not grant.rows and self._grants.pop(grant.number, None) is not None:
             if self._by_name.get(grant.name) == grant.number:
                 del self._by_name[grant.name]
-            if grant.node_id in self._nodes:
-                self._nodes[grant.node_id].grants.pop(grant.number, None)
+            if own is not None:
+                own.grants.pop(grant.number, None)
             self._deadlines.drop((Expiry.RESERVATION, grant.number))
 
     def _reserve_all(

@@ -17,10 +17,12 @@ _TABLES = 256
 class TierHoldings:
     """Mutated by MetadataState only."""
 
-    def __init__(self, max_keys: int, most_swept: int) -> None:
-        """Of more than `max_keys` keys the latest are not noted: their chunks are computed. `most_swept`: so many are
-        cleared in one go."""
-        self._max_keys = max_keys
+    def __init__(self, max_keys: int, max_keys_of_node: int, most_swept: int) -> None:
+        """Of more than `max_keys` keys, or `max_keys_of_node` of one node, the latest are not noted: their chunks are
+        computed. `most_swept`: so many are cleared in one go."""
+        self._max_keys, self._max_keys_of_node = max_keys, max_keys_of_node
+        self._held: dict[str, int] = {}
+        """Keys of each node."""
         self._most_swept = most_swept
         self._tables: list[dict[ChunkKey, int]] = [{} for _ in range(_TABLES)]
         self._num_keys = 0
@@ -54,21 +56,28 @@ class TierHoldings:
     def add(self, node_id: str, keys: Iterable[ChunkKey]) -> None:
         """They came to the node's disk."""
         bit = 1 << self._bit(node_id)
+        held = self._held.get(node_id, 0)
         for key in keys:
             masks = self._tables[key[0]]
             mask = masks.get(key, 0)
+            if mask & bit or held >= self._max_keys_of_node:
+                continue
             if mask or self._num_keys < self._max_keys:
                 self._num_keys += not mask
                 masks[key] = mask | bit
+                held += 1
+        self._held[node_id] = held
 
     def remove(self, node_id: str, keys: Iterable[ChunkKey]) -> None:
         """They left the node's disk."""
         if node_id not in self._bits:
             return
-        keep = ~(1 << self._bits[node_id])
+        bit = 1 << self._bits[node_id]
+        keep = ~bit
         for key in keys:
             masks = self._tables[key[0]]
             mask = masks.get(key, 0)
+            self._held[node_id] -= bool(mask & bit)
             if mask & keep:
                 masks[key] = mask & keep
             elif mask:
@@ -84,6 +93,7 @@ class TierHoldings:
         number = self._bits.pop(node_id, None)
         if number is not None:
             self._nodes[number] = None
+            self._held.pop(node_id, None)
             self._alive &= ~(1 << number)
             while self._num_keys <= self._most_swept and self.sweep():
                 pass

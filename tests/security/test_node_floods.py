@@ -7,7 +7,7 @@ import msgspec
 import pytest
 from aiohttp import web
 from support.metadata_words import keys, new_state, put, registration
-from support.router_fakes import FakeNodes, Rig, make_rig, two_and_two
+from support.router_fakes import FakeNodes, Rig, cluster_config, make_rig, two_and_two
 
 from kvcore.clock import ManualClock
 from kvcore.errors import (
@@ -26,7 +26,9 @@ from metadata_server.limits import ServerLimits
 from metadata_server.messages import Event, EventKind
 from nodeapi.client import MAX_REPORT_BYTES, HttpNodeClient
 from nodeapi.messages import NodeReport
+from router.nodes.cluster import Cluster
 from router.nodes.limits import NodeHealthLimits
+from router.nodes.prober import Prober
 
 NOWHERE = [
     "http://169.254.169.254:80",
@@ -200,6 +202,24 @@ async def test_a_node_whose_numbers_make_no_sense_serves_nobody_and_harms_nobody
     assert _usable(rig) == {"p0", "p1", "d1"}
     rig.cluster.reported(rig.cluster.nodes["d0"], report)
     assert _usable(rig) == {"p0", "p1", "d0", "d1"}
+
+
+async def test_a_node_may_not_widen_what_the_routers_file_allows():
+    nodes = two_and_two()
+    config = cluster_config(nodes.nodes)
+    narrow = msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, max_context=100))
+    cluster = Cluster(narrow, ManualClock())
+    await Prober(narrow.router, cluster, nodes, ManualClock(), NodeHealthLimits()).probe()
+    node = cluster.nodes["p0"]
+    report = node.report
+    assert report is not None and report.engine is not None and report.engine.max_context > 100
+    assert cluster.max_context() == 100
+    said = NodeInfo(id="p0", role=Role.DECODER, control_url="http://10.6.6.6:1", incarnation=9)
+    cluster.on_events([Event(kind=EventKind.NODE_UP, seq=1, node_id="p0", node=said)])
+    assert cluster.nodes["p0"] is node and node.role is Role.PREFILLER and node.url != said.control_url
+    other = msgspec.structs.replace(report, node=msgspec.structs.replace(report.node, role=Role.DECODER))
+    cluster.reported(node, other)
+    assert "is decoder p0, not prefiller p0" in str(node.problem)
 
 
 def _usable(rig: Rig) -> set[str]:
