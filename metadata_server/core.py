@@ -22,7 +22,6 @@ from kvcore.types import ChunkKey
 from metadata_server.account_messages import ImportReply, Stats
 from metadata_server.cache_messages import CacheReply, PinRequest, ReleaseRequest, UnpinRequest
 from metadata_server.endpoints import IMPORT
-from metadata_server.floods import NodeFloods
 from metadata_server.index.state import MetadataState
 from metadata_server.janitor.janitor import Janitor
 from metadata_server.leading.leader import Leader, OnlyServer
@@ -43,6 +42,7 @@ from metadata_server.records.node_orders import NodeOrdering
 from metadata_server.records.pins import PinRecords
 from metadata_server.refusals import Refusals
 from metadata_server.shell.event_streams import EventStreams, wait_for
+from metadata_server.shell.floods import NodeFloods
 from metadata_server.versions import TermReply, VersionedTermReply
 
 _logger = logging.getLogger("metadata_server")

@@ -47,10 +47,8 @@ class Reservations:
         *,
         first_grant: int = 0,
         step: int = 1,
-        max_of_node: int,
     ) -> None:
-        """`max_of_node`: chunks that one node may have reserved. Numbers of grants are above `first_grant`, each by
-        `step` above the one before."""
+        """Numbers of grants are above `first_grant`, each by `step` above the one before."""
         self._config = config
         self._nodes = nodes
         self._index = index
@@ -59,7 +57,7 @@ class Reservations:
         self._grants: dict[int, Grant] = {}
         """By number."""
         self._by_name: dict[int, int] = {}
-        self._last_grant, self._step, self._max_of_node = first_grant, step, max_of_node
+        self._last_grant, self._step = first_grant, step
 
     def __len__(self) -> int:
         return len(self._index.grants)
@@ -81,7 +79,7 @@ class Reservations:
         if node is None:
             self._counts["declined_unknown_writer"] += len(request.items)
             return ReserveReply(outcomes=[_FULL] * len(request.items))
-        if len(request.items) > (room := max(0, self._max_of_node - node.num_reserved)):
+        if len(request.items) > (room := max(0, self._nodes.limits.max_reserved_of_node - node.num_reserved)):
             return self._reserve_some(request, room, now)
         keys = [item.key for item in request.items]
         index = self._index

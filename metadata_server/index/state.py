@@ -68,12 +68,8 @@ class MetadataState:
         first, step = speaks.numbering(first_generation)
         self._index = index = ReplicaIndex(self.log, first, self._pins, table, limits, step=step)
         self._nodes = nodes = NodeRegistry(deadlines, node_ttl_s, identity, limits)
-        self.orders, self._holdings = (
-            nodes.orders,
-            TierHoldings(limits.max_tier_keys, limits.max_tier_keys_of_node, limits.most_swept),
-        )
-        numbers = {"first_grant": first, "step": step, "max_of_node": limits.max_reserved_of_node}
-        self._reservations = Reservations(config, nodes, index, deadlines, self.counters, **numbers)
+        self.orders, self._holdings = nodes.orders, TierHoldings(limits)
+        self._reservations = Reservations(config, nodes, index, deadlines, self.counters, first_grant=first, step=step)
         self.moves = ChunkMoves(nodes, index, self._reservations, self.tick, limits)
         self._reading = Reading(nodes, index, deadlines, self.counters, first_lease=first, step=step, limits=limits)
         self._cache = CacheControl(

@@ -8,6 +8,7 @@ is given to another node before it is cleared everywhere.
 from collections.abc import Iterable, Sequence
 
 from kvcore.types import ChunkKey
+from metadata_server.index.limits import IndexLimits
 from metadata_server.index.nodes import NodeRegistry
 from metadata_server.messages import FindHoldersReply, TellHoldingsRequest
 
@@ -17,13 +18,13 @@ _TABLES = 256
 class TierHoldings:
     """Mutated by MetadataState only."""
 
-    def __init__(self, max_keys: int, max_keys_of_node: int, most_swept: int) -> None:
-        """Of more than `max_keys` keys, or `max_keys_of_node` of one node, the latest are not noted: their chunks are
-        computed. `most_swept`: so many are cleared in one go."""
-        self._max_keys, self._max_keys_of_node = max_keys, max_keys_of_node
+    def __init__(self, limits: IndexLimits) -> None:
+        """Of more than `max_tier_keys` keys, or `max_tier_keys_of_node` of one node, the latest are not noted: their
+        chunks are computed. `most_swept`: so many are cleared in one go."""
+        self._max_keys, self._max_keys_of_node = limits.max_tier_keys, limits.max_tier_keys_of_node
         self._held: dict[str, int] = {}
         """Keys of each node."""
-        self._most_swept = most_swept
+        self._most_swept = limits.most_swept
         self._tables: list[dict[ChunkKey, int]] = [{} for _ in range(_TABLES)]
         self._num_keys = 0
         self._bits: dict[str, int] = {}

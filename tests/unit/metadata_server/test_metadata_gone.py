@@ -135,7 +135,7 @@ async def test_the_running_server_forgets_in_slices_and_answers_between_them() -
 def test_what_lies_on_disks_is_as_a_plain_table_says_whatever_comes_and_goes() -> None:
     rng = random.Random(5)
     for most_swept in (0, 10_000):
-        holdings, plain = TierHoldings(10_000, 10_000, most_swept), dict[str, set[bytes]]()
+        holdings, plain = TierHoldings(IndexLimits(most_swept=most_swept)), dict[str, set[bytes]]()
         universe = [bytes([rng.randrange(256)]) + key(n)[1:] for n in range(200)]
         for _ in range(400):
             node, some = f"n{rng.randrange(6)}", rng.sample(universe, 20)
