@@ -52,8 +52,7 @@ class NodeRegistry:
         self._deadlines = deadlines
         self._longest_ttl_s = longest_ttl_s
         self.identity = identity
-        self._max_replaced = limits.max_replaced
-        self._max_nodes = limits.max_nodes
+        self.limits = limits
         self.orders = NodeOrders(limits)
         self._live: dict[str, LiveNode] = {}
         self._num_joined = 0
@@ -91,8 +90,8 @@ class NodeRegistry:
         if foreign is not None:
             raise NodeRefusedError(foreign, param="node")
         self.orders.check_joins(info)
-        if node is None and len(self._live) >= self._max_nodes:
-            raise OverloadedError(f"{self._max_nodes} nodes are live; no further one is taken in")
+        if node is None and len(self._live) >= self.limits.max_nodes:
+            raise OverloadedError(f"{self.limits.max_nodes} nodes are live; no further one is taken in")
         if node is not None and info.incarnation != node.info.incarnation:
             _check_takes_place(info, node)
         seen: set[str] = set()
@@ -118,7 +117,7 @@ class NodeRegistry:
 
     def join(self, info: NodeInfo, replaces: LiveNode | None = None) -> LiveNode:
         """The node, live under this info from now on. Its lease is to be set by `renew`; `replaces` is gone already."""
-        replaced = deque(replaces.replaced if replaces is not None else (), maxlen=self._max_replaced)
+        replaced = deque(replaces.replaced if replaces is not None else (), maxlen=self.limits.max_replaced)
         if replaces is not None:
             replaced.append(replaces.info.incarnation)
         self._num_joined += 1
