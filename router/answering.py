@@ -9,6 +9,8 @@ from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 from functools import partial
 
+import msgspec
+
 from kvcore.errors import (
     ContextLengthError,
     InvalidRequestError,
@@ -43,8 +45,7 @@ class AnswerLimits:
     """Pieces of several runs that wait for a slow client before the runs are read no further."""
 
 
-@dataclass(frozen=True, slots=True)
-class TextPiece:
+class TextPiece(msgspec.Struct, frozen=True):
     """New text of one choice. `logprobs`: (token id, its logprob) of the tokens of this piece. `token_ids`: as the
     engine gave them; empty unless the client asked for them. Of both a final stop token is part."""
 
@@ -132,13 +133,11 @@ class ClientAnswer:
         for run in self._runs:
             run.drop()
 
-    async def pieces(self) -> AsyncGenerator[TextPiece]:
+    def pieces(self) -> AsyncGenerator[TextPiece]:
         """Text as it comes, choices interleaved. Closing it early cancels every leg. Raises what a run raises."""
-        if len(self._runs) == 1:
-            async with aclosing(self._pieces_of_run(0)) as pieces:
-                async for piece in pieces:
-                    yield piece
-            return
+        return self._pieces_of_run(0) if len(self._runs) == 1 else self._pieces_of_all()
+
+    async def _pieces_of_all(self) -> AsyncGenerator[TextPiece]:
         # Several runs: a task each reads its run into one bounded queue. The queue has, per run, pieces and then
         # exactly one last item:
         #   1. a piece: it is yielded. Pieces of one run keep their order; those of different runs interleave.

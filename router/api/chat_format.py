@@ -22,8 +22,7 @@ class ChatFormatter(OpenAIFormatter[msgspec.Raw]):
             for index in range(self._answer.num_choices)
         ]
 
-    def chunk(self, piece: TextPiece) -> bytes:
-        """See Formatter."""
+    def _chunk(self, piece: TextPiece) -> bytes:
         choice: dict[str, object] = {
             "index": piece.index,
             "delta": {"content": piece.text} if piece.text else {},

@@ -32,8 +32,7 @@ class CompletionFormatter(OpenAIFormatter[CompletionEntry]):
         """Nothing."""
         return []
 
-    def chunk(self, piece: TextPiece) -> bytes:
-        """See Formatter."""
+    def _chunk(self, piece: TextPiece) -> bytes:
         shown: dict[str, object] = {
             "text": piece.text,
             "logprobs": _logprobs(self._entries(piece)),

@@ -17,6 +17,8 @@ from router.text.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
 _encoder = msgspec.json.Encoder()
+_MARK = "\0text\0"
+"""In the place of a text."""
 Entry = TypeVar("Entry")
 
 
@@ -114,6 +116,8 @@ class OpenAIFormatter(Generic[Entry]):
         self._created = created
         self._names = [TokenNames(tokenizer) for _ in range(answer.num_choices)]
         self._gathered: list[GatheredChoice[Entry]] = [GatheredChoice() for _ in range(answer.num_choices)]
+        self._around: dict[int, list[bytes]] = {}
+        """By choice: what its events of text alone have before and after the text's JSON."""
         self._prompt: tuple[list[int], msgspec.Raw] | None = None
         """The last one that was shown, and its JSON."""
 
@@ -135,6 +139,21 @@ class OpenAIFormatter(Generic[Entry]):
         if self._answer.shown.usage:
             body["usage"] = usage_of(self._answer) if self._answer.shown.usage_so_far else usage
         return sse(body)
+
+    def chunk(self, piece: TextPiece) -> bytes:
+        """See Formatter. Events of text alone differ in it and in nothing else, so they are cut once around it."""
+        shown = self._answer.shown
+        if not piece.text or piece.logprobs or piece.finish_reason or shown.token_ids or shown.usage_so_far:
+            return self._chunk(piece)
+        around = self._around.get(piece.index)
+        if around is None:
+            whole = self._chunk(TextPiece(piece.index, _MARK))
+            self._around[piece.index] = around = whole.split(_encoder.encode(_MARK))
+        return _encoder.encode(piece.text).join(around) if len(around) == 2 else self._chunk(piece)
+
+    def _chunk(self, piece: TextPiece) -> bytes:
+        """What a subclass makes of any piece."""
+        raise NotImplementedError
 
     def _closing(self, kind: str) -> bytes:
         return (self._event(kind, [], usage_of(self._answer)) if self._answer.shown.usage else b"") + DONE

@@ -35,9 +35,14 @@ class Turns:
         self._longest_s = longest_s
         self._until = _now() + longest_s
 
+    @property
+    def over(self) -> bool:
+        """Whether this work has gone on for long enough."""
+        return _now() >= self._until
+
     async def give_way(self) -> None:
-        """Let others run, if this work has gone on for long enough."""
-        if _now() >= self._until:
+        """Let others run, if it has."""
+        if self.over:
             await asyncio.sleep(0)
             self._until = _now() + self._longest_s
 
@@ -114,7 +119,8 @@ class AnswerResponse(Response):
                     return
                 async for piece in pieces:
                     formatter.take(piece)
-                    await turns.give_way()
+                    if turns.over:
+                        await turns.give_way()
             status, headers, body = 200, _JSON, formatter.body()
         except KVFerryError as error:
             status, headers, body = _said(error)
@@ -137,12 +143,13 @@ class AnswerResponse(Response):
         opening = b"".join(formatter.opening())
         first = await anext(pieces, None)
         await send({"type": "http.response.start", "status": 200, "headers": list(_SSE)})
-        body = opening + (formatter.chunk(first) if first else b"")
-        await _write(send, body)
+        if body := opening + (formatter.chunk(first) if first else b""):
+            await send({"type": "http.response.body", "body": body, "more_body": True})
         try:
             async for piece in pieces:
-                await _write(send, formatter.chunk(piece))
-                await turns.give_way()
+                await send({"type": "http.response.body", "body": formatter.chunk(piece), "more_body": True})
+                if turns.over:
+                    await turns.give_way()
             last = formatter.closing()
         except KVFerryError as error:
             last = sse(reply_of(error))
@@ -159,8 +166,3 @@ def _said(error: KVFerryError) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
     reply = error_response(error)
     headers = [(name, value) for name, value in reply.raw_headers if name != b"content-length"]
     return reply.status_code, headers, bytes(reply.body)
-
-
-async def _write(send: Send, body: bytes) -> None:
-    if body:
-        await send({"type": "http.response.body", "body": body, "more_body": True})

@@ -340,10 +340,10 @@ class FakeNodes:
         pass
 
 
-def two_and_two() -> FakeNodes:
+def two_and_two(max_context: int = MAX_CONTEXT) -> FakeNodes:
     """Two prefillers p0, p1 and two decoders d0, d1."""
     names = [("p0", Role.PREFILLER), ("p1", Role.PREFILLER), ("d0", Role.DECODER), ("d1", Role.DECODER)]
-    return FakeNodes([FakeNode(name, role) for name, role in names])
+    return FakeNodes([FakeNode(name, role, max_context=max_context) for name, role in names])
 
 
 def cluster_config(nodes: list[FakeNode], ports: list[int] | None = None, **router: object) -> ClusterConfig:

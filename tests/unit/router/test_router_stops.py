@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 
 import httpx
 import pytest
-from support.router_fakes import FakeNode, FakeNodes, make_rig
+from support.router_fakes import FakeNode, FakeNodes, make_rig, until
 
 from kvcore.errors import InvalidRequestError, KVFerryError, NodeUnavailableError
 from kvcore.types import Role
@@ -66,7 +66,7 @@ async def test_usage_record_logprobs_and_metric_end_at_the_stop_string(burst: in
         (record,) = (await http.get("/v1/requests")).json()["requests"]
         assert (record["state"], record["completion_tokens"]) == ("ok", n * UP_TO_STOP)
         assert f"kvferry_router_completion_tokens_total {n * UP_TO_STOP}.0" in (await http.get("/metrics")).text
-    assert rig.log.in_flight == 0 and node.running == 0
+    await until(lambda: rig.log.in_flight == 0 and node.running == 0)
 
 
 @pytest.mark.parametrize("stream", [False, True])
