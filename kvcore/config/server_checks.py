@@ -24,6 +24,12 @@ def _check_routers(config: ClusterConfig) -> Iterator[str]:
         return
     if config.routers and any(host in EVERY_INTERFACE for host in hosts):
         yield "routers: every interface is none; give each, router.host too, the address by which the others reach it"
+    if not config.routers or config.router.admin_port is None:
+        return
+    if config.router.admin_host is not None:
+        yield "router.admin_host: each of several routers has its operators' port on its own host; take it out"
+    if len(set(hosts)) < len(hosts):
+        yield "router.admin_port: two of `routers` are on one host, where only one of them can have this port"
 
 
 def _check_standbys(config: ClusterConfig) -> Iterator[str]:

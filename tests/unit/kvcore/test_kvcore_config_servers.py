@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from kvcore.config.file import load_config
-from kvcore.config.servers import as_router_at, router_urls_of, routers_of
+from kvcore.config.servers import as_router_at, operators_urls_of, router_urls_of, routers_of
 from kvcore.errors import ConfigError
 
 SIM = Path(__file__).resolve().parents[3] / "configs/sim-2p2d.yaml"
@@ -36,3 +36,14 @@ def test_a_router_that_cannot_be_reached_is_refused_by_name(override: str, says:
     with pytest.raises(ConfigError) as raised:
         load_config(SIM, [override, "router.port=8000", "security.open=true"])
     assert says in raised.value.message
+
+
+def test_several_routers_have_the_operators_port_each_on_a_host_of_its_own() -> None:
+    apart = ["router.admin_port=9100", "security.open=true"]
+    config = load_config(SIM, [*apart, "routers=['192.0.2.1:8000', '192.0.2.2:8000']"])
+    hosts = ["127.0.0.1", "192.0.2.1", "192.0.2.2"]
+    assert operators_urls_of(config) == [f"http://{host}:9100" for host in hosts]
+    with pytest.raises(ConfigError, match=r"router\.admin_port: two of `routers` are on one host"):
+        load_config(SIM, [*apart, "routers=['127.0.0.1:8001']"])
+    with pytest.raises(ConfigError, match=r"router\.admin_host: each of several routers"):
+        load_config(SIM, [*apart, "routers=['192.0.2.1:8000']", "router.admin_host=192.0.2.9"])
