@@ -5,12 +5,13 @@ Owns what was last seen of each node. A node that is used is looked at again whe
 one that is not used each time, as its reason may end with time alone.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 from kvcore.types import Role
 from nodeapi.messages import EngineInfo
 from router.nodes.known import KnownNode
-from router.routing.views import ClusterView, LeftOut, NodeView
+from router.routing.views import ClusterView, LeftOut, NodeKind, NodeView, NodeViews
 
 
 class NodeTable(dict[str, KnownNode]):
@@ -39,6 +40,7 @@ class NodeBoard:
         self._places: dict[KnownNode, int] = {}
         """In the order of the table, stores left out."""
         self._seen: dict[Role, dict[int, NodeView]] = {Role.PREFILLER: {}, Role.DECODER: {}}
+        self._kinds: dict[Role, Counter[NodeKind]] = {role: Counter() for role in self._seen}
         self._unordered: set[Role] = set()
         """Those of which a node came back to its place."""
         self._left_out: dict[int, LeftOut] = {}
@@ -62,7 +64,8 @@ class NodeBoard:
                 seen[role] = dict(sorted(seen[role].items()))
             self._unordered.clear()
             left_out = tuple([self._left_out[place] for place in sorted(self._left_out)])
-            self._view = ClusterView(tuple(seen[Role.PREFILLER].values()), tuple(seen[Role.DECODER].values()), left_out)
+            prefillers, decoders = (NodeViews.made(seen[role].values(), self._kinds[role].keys()) for role in seen)
+            self._view = ClusterView(prefillers, decoders, left_out)
         return self._view
 
     def engine_facts(self, now: float) -> tuple[int | None, int | None]:
@@ -98,14 +101,26 @@ class NodeBoard:
             view = node.view()
             if (before := seen.get(place)) is not view:
                 seen[place], self._view = view, None
+                self._count(node.role, before, view)
                 if before is None:
                     self._unordered.add(node.role)
                     self._left_out.pop(place, None)
                     self._unused.discard(node)
         elif (known := self._left_out.get(place)) is None or known.reason != reason:
             self._left_out[place], self._view = LeftOut(node.id, node.role, reason), None
-            seen.pop(place, None)
+            self._count(node.role, seen.pop(place, None), None)
             self._unused.add(node)
+
+    def _count(self, role: Role, before: NodeView | None, now: NodeView | None) -> None:
+        """How many there are of each kind."""
+        kinds = self._kinds[role]
+        if now is not None:
+            kinds[NodeKind.of(now)] += 1
+        if before is not None:
+            kinds[kind := NodeKind.of(before)] -= 1
+            if not kinds[kind]:
+                self._kinds[role] = kinds = Counter(kinds)  # the views of before keep theirs: one kind more is no harm
+                del kinds[kind]
 
     def _begin(self) -> None:
         """Nodes came or went."""
@@ -116,7 +131,8 @@ class NodeBoard:
         self._touched, self._unused = set(nodes), set()
         for node in nodes:
             node.touched = self._touched
-        for seen in self._seen.values():
+        for role, seen in self._seen.items():
             seen.clear()
+            self._kinds[role] = Counter()
         self._left_out.clear()
         self._facts = self._view = None

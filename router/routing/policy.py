@@ -17,7 +17,7 @@ from kvcore.kv_parts import describe_difference, differing_parts
 from kvcore.types import Role, Route
 from router.routing.costs import pays_to_stay, ways
 from router.routing.decision import Cut, Decision, Ranking
-from router.routing.views import ClusterView, NodeView, RouteRequest
+from router.routing.views import ClusterView, NodeView, RouteRequest, keep_kinds
 
 IN_NEED = "in_need"
 """`Route.reason` where a prefiller decodes, as no decoder can."""
@@ -133,11 +133,11 @@ def make_policy(name: RoutingPolicy) -> RoutePolicy:
 
 def _decoders_that_fit(request: RouteRequest, nodes: Sequence[NodeView], _: NodeView | None) -> Sequence[NodeView]:
     needed = request.prompt_tokens + request.completion_tokens
-    return [node for node in nodes if node.max_context >= needed]
+    return keep_kinds(nodes, lambda node: node.max_context >= needed)
 
 
 def _prefillers_that_fit(request: RouteRequest, nodes: Sequence[NodeView], _: NodeView | None) -> Sequence[NodeView]:
-    return [node for node in nodes if node.max_context >= request.prompt_tokens]
+    return keep_kinds(nodes, lambda node: node.max_context >= request.prompt_tokens)
 
 
 def _not_excluded(request: RouteRequest, nodes: Sequence[NodeView], _: NodeView | None) -> Sequence[NodeView]:
@@ -153,7 +153,7 @@ def _decoders_wanted(request: RouteRequest, nodes: Sequence[NodeView], _: NodeVi
 
 def _of_the_answers_model(request: RouteRequest, nodes: Sequence[NodeView], _: NodeView | None) -> Sequence[NodeView]:
     fingerprint = request.fingerprint
-    return [node for node in nodes if node.fingerprint == fingerprint] if fingerprint else nodes
+    return keep_kinds(nodes, lambda node: node.fingerprint == fingerprint) if fingerprint else nodes
 
 
 def _of_the_decoders_kv(
@@ -161,7 +161,7 @@ def _of_the_decoders_kv(
 ) -> Sequence[NodeView]:
     assert decoder is not None, "the decoder is chosen first"
     fingerprint = decoder.fingerprint
-    return [node for node in nodes if node.fingerprint == fingerprint]
+    return keep_kinds(nodes, lambda node: node.fingerprint == fingerprint)
 
 
 def _what_differs(node: NodeView, decoder: NodeView | None) -> str:
@@ -180,7 +180,7 @@ def _why_no_prefiller(cuts: Sequence[Cut], decoder: NodeView) -> str:
 
 
 def _without_doubt(request: RouteRequest, nodes: Sequence[NodeView], _: NodeView | None) -> Sequence[NodeView]:
-    return [node for node in nodes if not node.doubtful]
+    return keep_kinds(nodes, lambda node: not node.doubtful)
 
 
 _NOT_DOUBTFUL = Filter("slow or silent a moment ago", _without_doubt)

@@ -1,7 +1,8 @@
 """What a policy sees: the request, the usable nodes at one moment, and why the others are not. Values only."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import msgspec
 
@@ -37,6 +38,39 @@ class NodeView:
     """Bytes of KV a second that it reads, out of memory of its own machine, …"""
     far_rate: float = 0.0
     """… and of others."""
+
+
+class NodeKind(NamedTuple):
+    """What filters ask of a node that many nodes have in common. See NodeView."""
+
+    fingerprint: bytes
+    max_context: int
+    doubtful: bool
+
+    @classmethod
+    def of(cls, node: NodeView) -> "NodeKind":
+        """This one's."""
+        return cls(node.fingerprint, node.max_context, node.doubtful)
+
+
+class NodeViews(tuple[NodeView, ...]):
+    """Nodes of which is known what kinds are among them: with a thousand nodes of one kind nobody need look at each."""
+
+    kinds: Iterable[NodeKind]
+
+    @classmethod
+    def made(cls, nodes: Iterable[NodeView], kinds: Iterable[NodeKind]) -> "NodeViews":
+        """`kinds`: those of these nodes."""
+        made = cls(nodes)
+        made.kinds = kinds
+        return made
+
+
+def keep_kinds(nodes: Sequence[NodeView], wanted: Callable[[NodeView | NodeKind], bool]) -> Sequence[NodeView]:
+    """The nodes that are wanted; all of them at once if all their kinds are."""
+    if isinstance(nodes, NodeViews) and all(map(wanted, nodes.kinds)):
+        return nodes
+    return [node for node in nodes if wanted(node)]
 
 
 class LeftOut(msgspec.Struct, frozen=True):

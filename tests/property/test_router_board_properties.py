@@ -10,7 +10,7 @@ from kvcore.types import Role
 from router.nodes.board import NodeBoard, NodeTable
 from router.nodes.health import Breaker
 from router.nodes.known import KnownNode
-from router.routing.views import ClusterView, LeftOut
+from router.routing.views import ClusterView, LeftOut, NodeKind, NodeViews
 
 ROLES = (Role.PREFILLER, Role.DECODER, Role.DECODER, Role.STORE)
 drained: set[str] = set()
@@ -92,3 +92,5 @@ def test_the_board_sees_what_a_look_at_every_node_sees(steps):
         assert board.view(float(now)) == looked_at(nodes, float(now))
         assert board.engine_facts(float(now)) == facts(nodes)
         assert board.view(float(now)) is board.view(float(now))
+        for seen in (board.view(float(now)).prefillers, board.view(float(now)).decoders):
+            assert isinstance(seen, NodeViews) and set(seen.kinds) == {NodeKind.of(view) for view in seen}
