@@ -5,7 +5,7 @@ The fake model is greedy and depends on all tokens before: `next_token`. A test 
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -296,8 +296,9 @@ class FakeNodes:
         return await self.by_url[url].prefill(request)
 
     async def generate(self, url: str, request: GenerateRequest, *, timeout_s: float) -> AsyncGenerator[TokenDelta]:
-        async for delta in self.by_url[url].generate(request):
-            yield delta
+        async with aclosing(self.by_url[url].generate(request)) as deltas:  # else it ends when garbage is collected
+            async for delta in deltas:
+                yield delta
 
     async def end_handoff(self, url: str, request_id: str, *, timeout_s: float) -> None:
         node = self.by_url[url]
