@@ -23,6 +23,7 @@ from router.admin.nodes import NodeAdmin
 from router.admin.rebalance import SegmentRebalance
 from router.admin.routes import AdminRoutes, add_no_nodes
 from router.admission.gate import Admission
+from router.admission.no_node import NoNodeWait
 from router.answering import Answerer, AnswerLimits
 from router.api.app import make_app
 from router.cache.hints import HintPins
@@ -96,6 +97,7 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
         cors=bounds.cors,
         more=add_routes,
         guard=await open_guard(config, log, clock, lifecycle, trust=trust, tokenizer=tokenizer),
+        no_node=_no_node(services, prober, stopping),
     )
     server = RouterListeners(app, config, trust, metrics.metrics, lifecycle)
     always = {"node probes": prober.run(), "stall watch": cluster.stalls.run(), "cache replay": cache.run()}
@@ -149,6 +151,14 @@ def _answerer(
         run=threads.run,
         admission=admission,
     )
+
+
+def _no_node(services: RequestServices, prober: Prober, stopping: Callable[[], bool]) -> NoNodeWait:
+    """Requests wait for a node as long as running ones do for another."""
+    patience_s, most = services.limits.patience_s, services.config.max_waiting
+    wait = NoNodeWait(services.cluster, services.clock, patience_s=patience_s, max_waiting=most, stopping=stopping)
+    prober.on_round.append(wait.look)
+    return wait
 
 
 def _operators_routes(

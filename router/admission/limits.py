@@ -20,5 +20,9 @@ class AdmissionLimits:
     """A token of an answer counts as much as so many of a prompt where shares are compared (VTC, OSDI 2024)."""
     saved: float = 8.0
     """Requests of the usual cost: what a client that asks for less than its share saves up, for its bursts."""
+    waiting_tokens: int = 1 << 21
+    """Of the prompts of requests that wait while no node is up, all together: some 80 MB."""
+    tell_s: float = 1.0
+    """Between two words to a client that waits so."""
     max_flows: int = 10_000
     """Of which past use is remembered; that of the one that was idle for longest is forgotten."""

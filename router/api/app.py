@@ -22,6 +22,7 @@ from kvcore.errors import KVFerryError
 from kvcore.process.http_body import read_body
 from kvcore.telemetry import METRICS_CONTENT_TYPE
 from router.admission.header import with_first_token
+from router.admission.no_node import NoNodeWait, Tell
 from router.answering import Answerer, ClientAnswer
 from router.api import openapi
 from router.api.body import parse
@@ -55,12 +56,14 @@ def make_app(
     limits: ApiLimits = ApiLimits(),
     more: Callable[[FastAPI], None] = lambda _app: None,
     guard: Callable[[ASGIApp], ASGIApp] = lambda app: app,
+    no_node: NoNodeWait | None = None,
 ) -> ASGIApp:
     """The ASGI application. Its OpenAPI document is at /openapi.json. `cors`: as in the cluster file. `more` adds the
-    routes that are not this package's, `guard` what refuses requests before they get to one."""
+    routes that are not this package's, `guard` what refuses requests before they get to one. `no_node`: where requests
+    wait while no node is up; None: they are refused."""
     app = FastAPI(title="kvferry router", version="1", docs_url=None, redoc_url=None, redirect_slashes=False)
     _add_errors(app)
-    endpoints = _add_openai(app, answerer, max_body_bytes, limits)
+    endpoints = _add_openai(app, answerer, max_body_bytes, limits, no_node)
     _add_status(app, answerer.model, log, status, metrics)
     more(app)
     return PlainPaths(RequestIds(Cors(guard(ShortWay(app, endpoints)), cors), metrics))
@@ -142,7 +145,9 @@ def _add_errors(app: FastAPI) -> None:
         return _internal_error()
 
 
-def _add_openai(app: FastAPI, answerer: Answerer, max_body_bytes: int, limits: ApiLimits) -> dict[str, Endpoint]:
+def _add_openai(
+    app: FastAPI, answerer: Answerer, max_body_bytes: int, limits: ApiLimits, no_node: NoNodeWait | None
+) -> dict[str, Endpoint]:
     """Returns the endpoints of the token routes, by path."""
     endpoints: dict[str, Endpoint] = {}
 
@@ -159,11 +164,13 @@ def _add_openai(app: FastAPI, answerer: Answerer, max_body_bytes: int, limits: A
             body = parse(await read_body(request, max_body_bytes, timeout_s=limits.body_timeout_s), kind)
             request_id = f"{id_prefix}-{secrets.token_hex(16)}"
 
-            async def start() -> tuple[ClientAnswer, Formatter]:
+            async def start(tell: Tell) -> tuple[ClientAnswer, Formatter]:
                 if body.model:
                     answerer.check_model(body.model)
                 caller = caller_of(request.scope)
                 prompts = await answerer.encode(prompts_of(body, limits), caller.apart(body.cache_salt))
+                if no_node is not None:
+                    await no_node.until_up(prompts, tell)
                 wanted = answer_request(
                     body,
                     prompts,

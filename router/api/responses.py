@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from functools import partial
 
 import msgspec
 from starlette.responses import Response
@@ -17,6 +18,7 @@ from kvcore.clock import SystemClock
 from kvcore.errors import EngineError, KVFerryError
 from kvcore.process.http_exchange import told_when_gone
 from kvcore.step_timeout import StepTimeout
+from router.admission.no_node import Tell
 from router.answering import ClientAnswer, TextPiece
 from router.api.formatter import Formatter, sse
 from router.api.http_errors import headers_for, reply_of
@@ -25,6 +27,7 @@ _log = logging.getLogger("router")
 _now = SystemClock().now
 _JSON = [(b"content-type", b"application/json")]
 _SSE = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+_WAITING = b": no node is up, waiting for one\n\n"
 
 
 class Turns:
@@ -69,12 +72,13 @@ class AnswerResponse(Response):
     """Runs the work when it is sent. The status is decided by the first piece: an error before it is an HTTP error,
     one after it an SSE event that ends the stream without `[DONE]`.
 
-    `start`: makes the answer and its formatter. `send_timeout_s`: a client that takes nothing for so long is gone.
+    `start(tell)`: makes the answer and its formatter, and calls `tell` now and then while it waits for a node: a client
+    of a stream gets its head and a comment then. `send_timeout_s`: a client that takes nothing for so long is gone.
     """
 
     def __init__(
         self,
-        start: Callable[[], Awaitable[tuple[ClientAnswer, Formatter]]],
+        start: Callable[[Tell], Awaitable[tuple[ClientAnswer, Formatter]]],
         *,
         stream: bool,
         send_timeout_s: float,
@@ -83,6 +87,8 @@ class AnswerResponse(Response):
         self._start = start
         self._stream = stream
         self._send_timeout_s = send_timeout_s
+        self._begun = False
+        """The head of a stream is out."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry: ends when the answer has been sent, or the client has left and every leg is cancelled."""
@@ -112,7 +118,7 @@ class AnswerResponse(Response):
     async def _answer(self, send: Send) -> None:
         turns = Turns()
         try:
-            answer, formatter = await self._start()
+            answer, formatter = await self._start(partial(self._tell, send))
             async with aclosing(answer.pieces()) as pieces:
                 if self._stream:
                     await self._send_stream(pieces, formatter, send, turns)
@@ -129,6 +135,9 @@ class AnswerResponse(Response):
         except Exception:  # request boundary
             _log.exception("request_failed")
             status, headers, body = _said(EngineError("internal error"))
+        if self._begun:  # it had waited, and then came an error
+            await send({"type": "http.response.body", "body": b"data: " + body + b"\n\n", "more_body": False})
+            return
         length = (b"content-length", b"%d" % len(body))
         await send({"type": "http.response.start", "status": status, "headers": [length, *headers]})
         await send({"type": "http.response.body", "body": body})
@@ -137,12 +146,13 @@ class AnswerResponse(Response):
         self, pieces: AsyncGenerator[TextPiece], formatter: Formatter, send: Send, turns: Turns
     ) -> None:
         # Where a stream can be cut:
-        #   1. before its first piece: the error goes on to `_answer`, which answers it with a status of its own;
+        #   1. before its first piece: the error goes on to `_answer`, which answers it with a status of its own, or
+        #      where the client was told that it waits as in the next case;
         #   2. after it: the status is out, so the error is the last event, and `[DONE]` does not follow;
         #   3. by the client, at any send: nothing can be said to it any more.
         opening = b"".join(formatter.opening())
         first = await anext(pieces, None)
-        await send({"type": "http.response.start", "status": 200, "headers": list(_SSE)})
+        await self._begin(send)
         if body := opening + (formatter.chunk(first) if first else b""):
             await send({"type": "http.response.body", "body": body, "more_body": True})
         try:
@@ -159,6 +169,17 @@ class AnswerResponse(Response):
             _log.exception("stream_failed")
             last = sse(reply_of(EngineError("internal error")))
         await send({"type": "http.response.body", "body": last, "more_body": False})
+
+    async def _tell(self, send: Send) -> None:
+        """The request waits for a node. Only in a stream can that be said."""
+        if self._stream:
+            await self._begin(send)
+            await send({"type": "http.response.body", "body": _WAITING, "more_body": True})
+
+    async def _begin(self, send: Send) -> None:
+        if not self._begun:
+            self._begun = True
+            await send({"type": "http.response.start", "status": 200, "headers": list(_SSE)})
 
 
 def _said(error: KVFerryError) -> tuple[int, list[tuple[bytes, bytes]], bytes]:

@@ -121,7 +121,7 @@ class Cluster:
         if before is None or report.node.incarnation != before.node.incarnation:
             node.breaker, node.trust, node.rates = Breaker(self._limits), NodeTrust(self._limits), NodeRates()
         elif lost or _has_worked(before, report):
-            node.quiet_s = 0.0
+            node.pace.quiet_s = 0.0
             works(node, lost=lost)
         node.fingerprint = report.engine.kv_spec.fingerprint if report.engine is not None else b""
         self._count_others(node, report)

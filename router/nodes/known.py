@@ -39,8 +39,6 @@ class KnownNode:
     """When it was last probed."""
     misses: int = 0
     """Probes in a row that came too late."""
-    quiet_s: float = 0.0
-    """How long nothing was seen of its work, while legs of ours were there to be worked on."""
     breaker: Breaker = field(default_factory=Breaker)
     pace: NodePace = field(default_factory=lambda: NodePace(NodeHealthLimits()))
     trust: NodeTrust = field(default_factory=lambda: NodeTrust(NodeHealthLimits()))

@@ -35,6 +35,8 @@ class NodePace:
 
     def __init__(self, limits: NodeHealthLimits) -> None:
         self._limits = limits
+        self.quiet_s = 0.0
+        """How long nothing was seen of its work, while legs of ours were there to be worked on. Set with each token."""
         self._first = SlowOnes(limits.paces_kept, limits.pace_share)
         self._per_token = SlowOnes(limits.paces_kept, limits.pace_share)
         self._gap = SlowOnes(limits.paces_kept, limits.pace_share)

@@ -43,9 +43,7 @@ class WatchedLeg:
 
     def heard(self) -> None:
         """It has said something."""
-        self.quiet_s = 0.0
-        if self.node.quiet_s:
-            self.node.quiet_s = 0.0
+        self.quiet_s = self.node.pace.quiet_s = 0.0
 
     def first(self, computed: int) -> None:
         """Its first token, or its answer, is here; so many tokens were computed for it."""
@@ -100,14 +98,14 @@ class StallWatch:
         judged = [leg for leg in self._legs.values() if not (leg.paused or leg.waits())]
         nodes = {leg.node.id: leg.node for leg in judged}
         for node in nodes.values():
-            if node.trust.suspected and node.quiet_s == 0.0:
+            if node.trust.suspected and node.pace.quiet_s == 0.0:
                 works(node)
-            node.quiet_s += step_s
+            node.pace.quiet_s += step_s
         for leg in sorted(judged, key=lambda leg: (leg.started_at, leg.id)):
             leg.quiet_s += step_s
             if leg.began and leg.quiet_s > leg.longest_s:
                 leg.longest_s = leg.quiet_s
-            if (silent_s := min(leg.quiet_s, leg.node.quiet_s)) >= self._shortest_s and leg.id in self._legs:
+            if (silent_s := min(leg.quiet_s, leg.node.pace.quiet_s)) >= self._shortest_s and leg.id in self._legs:
                 self._look_at(leg, silent_s)
 
     def _look_at(self, leg: WatchedLeg, silent_s: float) -> None:

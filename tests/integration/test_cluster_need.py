@@ -82,18 +82,14 @@ async def test_prefillers_alone_serve_and_the_cluster_says_so(tmp_path: Path) ->
         assert "decode-0" in problem and "decode-1" in problem and "prefillers decode" in problem
 
 
-async def test_without_any_engine_it_is_said_at_once_and_clearly(tmp_path: Path) -> None:
+async def test_without_any_engine_requests_wait_and_streams_are_told_so(tmp_path: Path) -> None:
     names = ("prefill-0", "prefill-1", "decode-0", "decode-1")
     async with cluster(tmp_path, without=names) as subject:
-        for path, body in (
-            ("/v1/completions", {"prompt": "hello"}),
-            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hello"}], "stream": True}),
-        ):
-            async with asyncio.timeout(2):
-                status, headers, reply = await subject.post(path, {"model": "sim", **body})
-            assert status == 503 and int(headers["Retry-After"]) >= 1
-            error = reply["error"]
-            assert error["code"] == "node_unavailable"
-            assert all(name in error["message"] for name in names)
+        body = {"model": "sim", "messages": [{"role": "user", "content": "hello"}], "stream": True}
+        async with subject.session.post(f"{subject.url}/v1/chat/completions", json=body) as reply:
+            assert reply.status == 200
+            assert await reply.content.readline() == b": no node is up, waiting for one\n"
+        reasons = {node["id"]: node["reason"] for node in (await subject.status())["nodes"]}
+        assert reasons.keys() == set(names) and all(reasons.values())
         async with subject.session.get(f"{subject.url}/health") as health:
             assert health.status == 503

@@ -57,6 +57,8 @@ from router.admin.nodes import NodeAdmin
 from router.admin.rebalance import SegmentRebalance
 from router.admin.routes import AdminRoutes
 from router.admission.gate import Admission
+from router.admission.limits import AdmissionLimits
+from router.admission.no_node import NoNodeWait
 from router.answering import Answerer
 from router.api.app import make_app
 from router.api.limits import ApiLimits
@@ -389,10 +391,12 @@ async def make_rig(
     api_limits: ApiLimits = ApiLimits(),
     watch_limits: WatchLimits = WatchLimits(),
     connected: bool = False,
+    wait_s: float | None = None,
     guard: Callable[[RequestLog, ASGIApp], ASGIApp] = lambda _, app: app,
     **router: object,
 ) -> Rig:
-    """Probed once. `guard`: as in `make_app`, told where requests are logged."""
+    """Probed once. `wait_s`: requests wait so long for a node, two at a time; None: they are refused. `guard`: as in
+    `make_app`, told where requests are logged."""
     nodes = nodes or two_and_two()
     config = cluster_config(nodes.nodes, None, **router)
     clock, log = SystemClock(), RequestLog()
@@ -410,6 +414,11 @@ async def make_rig(
         return work()
 
     admission = Admission(dispatcher.route, clock, config.router)
+    no_node: NoNodeWait | None = None
+    if wait_s is not None:
+        stops, admit = (lambda: dispatcher.stopping), AdmissionLimits(tell_s=wait_s / 4)
+        no_node = NoNodeWait(cluster, clock, patience_s=wait_s, max_waiting=2, stopping=stops, limits=admit)
+        prober.on_round.append(no_node.look)
     cluster.on_less_load = admission.wake
     prober.on_round.append(admission.wake)
     log.prompt_observers.append(admission.ended)
@@ -452,6 +461,7 @@ async def make_rig(
         limits=api_limits,
         more=add_routes,
         guard=partial(guard, log),
+        no_node=no_node,
     )
     return Rig(
         nodes,

@@ -37,6 +37,7 @@ from kvcore.types import ChunkKey, Role
 from kvstore.integrity.checks import Integrity
 from kvstore.types import GetOutcome
 from metadata_server.partitions.merging import merged_stats
+from router.admission.no_node import NoNodeWait
 from router.cache.limits import WatchLimits
 from router.cache.watch import CacheWatch
 from router.nodes.cluster import Cluster
@@ -118,6 +119,8 @@ class Variant:
     pair: bool = False
     """Two metadata servers, of which one leads. Their faults are the plan's (`support.sim_pair`)."""
     router: RouterConfig = ROUTER
+    waits: bool = False
+    """Requests wait while no node is up."""
     moves: bool = False
     """Nodes can move chunks. Orders are the plan's (`support.sim_moves`)."""
     trust: ClusterTrust | None = None
@@ -210,6 +213,10 @@ class SimCluster:
         self.dispatcher = Dispatcher(self.services, make_policy(variant.router.policy))
         self.prober.on_lost.append(self.dispatcher.node_lost)
         self.prober.on_silent.append(self.dispatcher.node_silent)
+        stopping = lambda: self.dispatcher.stopping  # noqa: E731
+        self.no_node = NoNodeWait(self.cluster, self.clock, patience_s=15.0, max_waiting=64, stopping=stopping)
+        self.prober.on_round.append(self.no_node.look)
+        self._waits = variant.waits
         self.oracle = Oracle(plan, self.client.legs, variant.revisions)
         self._planned = [] if variant.peaceful and variant.plan is None else plan.faults
         if variant.revisions:
@@ -400,6 +407,8 @@ class SimCluster:
         await asyncio.sleep(max(0.0, wanted.at_s - self.clock.now()))
         spec = RequestSpec(wanted.id, wanted.prompt, wanted.sampling, wanted.salt)
         while not answer.accepted:
+            if self._waits:
+                await self.no_node.until_up([wanted.prompt], self._told)
             try:
                 run = self.dispatcher.open(spec)
             except (NodeUnavailableError, OverloadedError) as error:
@@ -411,6 +420,9 @@ class SimCluster:
             async with run:
                 await self._read(answer, run)
         self.trace("ended", wanted.id, answer.error.code if answer.error else "", *map(len, answer.tokens))
+
+    async def _told(self) -> None:
+        self.trace("waits")
 
     async def _read(self, answer: Answer, run: RequestRun) -> None:
         left = answer.wanted.leaves_after
