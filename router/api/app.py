@@ -193,6 +193,11 @@ def _add_openai(
 
     generates("chat", "/v1/chat/completions", ChatRequest, id_prefix="chatcmpl", formatter=ChatFormatter)
     generates("completions", "/v1/completions", CompletionRequest, id_prefix="cmpl", formatter=CompletionFormatter)
+    _add_models(app, answerer)
+    return endpoints
+
+
+def _add_models(app: FastAPI, answerer: Answerer) -> None:
     created = int(time.time())
 
     def served() -> dict[str, object]:
@@ -216,8 +221,6 @@ def _add_openai(
             text = f"the model {name!r} does not exist here; there is {answerer.model!r}"
             return JsonReply(error_reply(404, text, param="model", code="model_not_found"), 404)
         return JsonReply(served())
-
-    return endpoints
 
 
 def _add_status(app: FastAPI, model: str, log: RequestLog, status: StatusView, metrics: RouterMetrics) -> None:
