@@ -168,13 +168,14 @@ class MetadataCore:
     def register(self, request: RegisterRequest, now: float) -> RegisterReply:
         """See MetadataState.register. A refusal is logged when it is news."""
         node, replaced = request.node, self.state.counters["nodes_replaced"]
-        self._floods.registers(node.id, now)
+        self._floods.check_register(node.id, now)
         try:
             reply = self.state.register(request, now)
         except NodeRefusedError as error:
             if self._refusals.add(node, error.message, now) and self._said.allows("refused", node.id) is not None:
                 log_fields(_logger, logging.WARNING, "node_refused", node=node.id, reason=error.message)
             raise
+        self._floods.registered(node.id, now)
         self._refusals.taken_in(node)
         news = self.state.counters["nodes_replaced"] != replaced
         if (

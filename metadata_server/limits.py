@@ -15,7 +15,7 @@ class ServerLimits:
     registrations_per_s: float = 1.0
     """… so many."""
     max_registering: int = 65_536
-    """Nodes whose registrations are counted; who has not registered for a minute is forgotten."""
+    """Nodes whose registrations are counted, those that registered last."""
     max_subscribers: int = 256
     max_subscribers_per_client: int = 224
     """Of one address, so that routers elsewhere get a stream."""

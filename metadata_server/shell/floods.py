@@ -23,7 +23,7 @@ class NodeFloods:
     def __init__(self, limits: ServerLimits, counts: Counter[str], said: PeerLog) -> None:
         self._limits, self._counts, self._said = limits, counts, said
         self._registrations: dict[str, tuple[float, float]] = {}
-        """By node: so many more may come, as of then."""
+        """By node: so many more may come, as of then; who registered last is last."""
         self._waits: Counter[str] = Counter()
         self.num_waits = 0
         """Long polls that wait, of all nodes."""
@@ -31,10 +31,10 @@ class NodeFloods:
     def __repr__(self) -> str:
         return f"<NodeFloods {len(self._registrations)} nodes registered lately, {self.num_waits} waits>"
 
-    def registers(self, node_id: str, now: float) -> None:
+    def check_register(self, node_id: str, now: float) -> None:
         """Raises OverloadedError for one more than a node may send."""
-        left, limits = self._left(node_id, now), self._limits
-        if left < 1.0:
+        limits = self._limits
+        if self._left(node_id, now) < 1.0:
             self._counts["registrations_refused"] += 1
             if self._said.allows("flood", node_id) is not None:
                 log_fields(_logger, logging.WARNING, "node_floods", node=node_id)
@@ -42,11 +42,14 @@ class NodeFloods:
                 f"node {node_id} has registered {limits.most_registrations} times in a row, and may go on with "
                 f"{limits.registrations_per_s:g} a second: look into its log for why, or who uses its name"
             )
+
+    def registered(self, node_id: str, now: float) -> None:
+        """One counts that was taken: a second process that is refused takes nothing from the first."""
+        left = self._left(node_id, now) - 1.0
+        self._registrations.pop(node_id, None)
         if len(self._registrations) >= self._limits.max_registering:
-            most = self._limits.most_registrations
-            kept = {name: known for name, known in self._registrations.items() if self._left(name, now) < most}
-            self._registrations = kept
-        self._registrations[node_id] = left - 1.0, now
+            del self._registrations[next(iter(self._registrations))]
+        self._registrations[node_id] = left, now
 
     def may_wait(self, node_id: str) -> bool:
         """Whether one more long poll of this node may wait."""

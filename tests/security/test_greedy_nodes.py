@@ -4,10 +4,11 @@ import asyncio
 import logging
 
 import pytest
+from msgspec.structs import replace
 from support.metadata_words import entry, granted, ids, key, keys, new_state, registration, reservation
 
 from kvcore.clock import ManualClock
-from kvcore.errors import OverloadedError
+from kvcore.errors import NodeRefusedError, OverloadedError
 from metadata_server.core import MetadataCore
 from metadata_server.index.limits import IndexLimits
 from metadata_server.limits import ClientLimits, ServerLimits
@@ -126,6 +127,18 @@ def test_one_node_does_not_flood_subscribers_by_coming_and_going(most: int, capl
         core.register(full, clock.now())
     with pytest.raises(OverloadedError):
         core.register(full, clock.now())
+
+
+def test_a_second_process_of_a_nodes_name_takes_no_registration_from_it():
+    clock = ManualClock()
+    core = MetadataCore(new_state(), clock, ServerLimits(most_registrations=2, registrations_per_s=0.1))
+    core.register(registration("a"), clock.now())
+    twin = registration("a", incarnation=7)
+    twin = replace(twin, node=replace(twin.node, control_url="http://elsewhere:1"))
+    for _ in range(20):
+        with pytest.raises(NodeRefusedError):
+            core.register(twin, clock.now())
+    core.register(registration("a"), clock.now())
 
 
 def test_nodes_that_registered_long_ago_are_not_remembered():
