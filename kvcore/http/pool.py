@@ -95,7 +95,7 @@ class HttpPool:
             proof = self._send(connection, origin, request)
             handed_out = False
             try:
-                await connection.wait(num_bytes, timeout_s)
+                await connection.wait(num_bytes, ends - self._loop().time())
                 if learnt or not self._learns(connection, origin, proof):
                     self._check(connection, url, origin, proof)
                     handed_out = True

@@ -12,6 +12,7 @@ from support.certificates import self_signed
 from support.router_fakes import until
 
 from kvcore.clock import SystemClock
+from kvcore.http.connection import HttpConnection
 from kvcore.http.errors import BrokenCallError, ConnectTimeoutError
 from kvcore.http.limits import CallLimits
 from kvcore.http.pool import HttpPool
@@ -331,6 +332,26 @@ def test_calls_beyond_the_bound_wait_for_those_before_and_leave_in_order(run: Ru
             going.set()
             assert await asyncio.gather(*first, *later) == [b"ok"] * 6
             assert server.connections == 2 and gone.cancelled()
+
+    run(go())
+
+
+def test_what_a_call_waits_for_a_connection_is_part_of_its_time(run: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[float] = []
+    wait = HttpConnection.wait
+
+    async def noted(self: HttpConnection, num_bytes: int, seconds: float) -> None:
+        left.append(seconds)
+        await wait(self, num_bytes, seconds)
+
+    async def go() -> None:
+        monkeypatch.setattr(HttpConnection, "wait", noted)
+        async with serving(OK) as server, pool(max_connections=1) as calls:
+            first = await calls.call("GET", server.url, b"", 10.0)
+            second = asyncio.ensure_future(get(calls, server.url))
+            asyncio.get_running_loop().call_later(0.1, first.end)
+            assert await second == b"ok"
+            assert left[1] < 9.95
 
     run(go())
 
