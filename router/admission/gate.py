@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 
 from kvcore.clock import Clock
 from kvcore.config.schema import RouterConfig
-from kvcore.errors import KVFerryError, RateLimitError
+from kvcore.errors import RateLimitError
 from router.admission.fair_queue import FairQueue, Waiter
 from router.admission.forecast import Forecast, forecast
 from router.admission.limits import AdmissionLimits
@@ -114,9 +114,11 @@ class Admission:
             if opened.done():  # its client has just left
                 return
             try:
-                opened.set_result(self._opened(open_it, decision, arrived))
-            except KVFerryError as error:  # handed to the request that waits
+                made = self._opened(open_it, decision, arrived)
+            except Exception as error:  # request boundary: handed to the request that waits, and to no other
                 opened.set_exception(error)
+            else:
+                opened.set_result(made)
 
         def miss() -> None:
             if not opened.done():

@@ -9,6 +9,7 @@ from support.sim_loop import run_sim
 
 from kvcore.config.schema import RoutingPolicy
 from kvcore.errors import RateLimitError, StoppingError
+from router.requests.run import RequestRun
 
 TWO = Machine()
 FOUR = Machine(prefillers=4, decoders=4)
@@ -224,6 +225,25 @@ def test_who_needs_no_prefiller_does_not_wait_for_one():
         assert seen.error is None and seen.ttft_s is not None and seen.ttft_s < 0.1
         assert len(load.admission) == 3
         assert outcomes(await asyncio.gather(*running)) == {"ok": 5}
+
+    run_sim(main)
+
+
+def test_a_bug_in_what_is_let_in_is_that_requests_alone():
+    async def main() -> None:
+        load = Load(TWO, router={"first_token_s": 60.0})
+        running = await full(load)
+        opens = load.dispatcher.open
+
+        def open_badly(*args: object, **named: object) -> RequestRun:
+            load.dispatcher.open = opens  # type: ignore[method-assign]
+            raise ValueError("a bug")
+
+        load.dispatcher.open = open_badly  # type: ignore[method-assign]
+        waiting = [asyncio.create_task(load.ask(Flow(0), 100)) for _ in range(2)]
+        first, second = await asyncio.gather(*waiting, return_exceptions=True)
+        assert isinstance(first, ValueError) and isinstance(second, Seen) and second.error is None
+        assert outcomes(await asyncio.gather(*running)) == {"ok": 2}
 
     run_sim(main)
 
