@@ -37,7 +37,7 @@ class ProcessCertificate:
         self._config, self._clock, self._look_s = config, clock or SystemClock(), look_s
         self._looked = self._clock.now()
         self._seen = self._stamps()
-        self._loaded = self._load()
+        self._loaded, self._complained = self._load(), ""
         self.server: ssl.SSLContext = _Renewed(ssl.PROTOCOL_TLS_SERVER).of(self, 0)
         """Of a listener: asks for a certificate, and takes none but the cluster's; whether there has to be one is the
         application's to say (`peer_names`)."""
@@ -59,12 +59,15 @@ class ProcessCertificate:
         nothing, are logged, and are looked at again when they change. Microseconds, unless they did."""
         try:
             stamps = self._stamps()
+            self._complained = ""
             if stamps == self._seen:
                 return False
             self._seen = stamps
             self._loaded = self._load()
         except ConfigError as error:
-            log_fields(_logger, logging.ERROR, "certificate_not_reloaded", reason=error.message)
+            if error.message != self._complained:  # a file that is away is so for many looks
+                log_fields(_logger, logging.ERROR, "certificate_not_reloaded", reason=error.message)
+            self._complained = error.message
             return False
         log_fields(_logger, logging.INFO, "certificate_reloaded", cert=self._config.cert)
         return True

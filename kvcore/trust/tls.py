@@ -21,7 +21,7 @@ class ServerCertificate:
     def __init__(self, config: TlsConfig) -> None:
         """Blocking. Raises ConfigError: the files cannot be used."""
         self._config = config
-        self._seen = self._stamps()
+        self._seen, self._complained = self._stamps(), ""
         self.context = self._loaded(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
 
     def __repr__(self) -> str:
@@ -32,13 +32,16 @@ class ServerCertificate:
         change nothing, are logged, and are looked at again when they change. Microseconds, unless they did."""
         try:
             stamps = self._stamps()
+            self._complained = ""
             if stamps == self._seen:
                 return False
             self._seen = stamps
             self._loaded(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))  # what is half-written must not get into use
             self._loaded(self.context)
         except ConfigError as error:
-            log_fields(_logger, logging.ERROR, "certificate_not_reloaded", reason=error.message)
+            if error.message != self._complained:  # a file that is away is so for many looks
+                log_fields(_logger, logging.ERROR, "certificate_not_reloaded", reason=error.message)
+            self._complained = error.message
             return False
         log_fields(_logger, logging.INFO, "certificate_reloaded", cert=self._config.cert)
         return True

@@ -109,6 +109,7 @@ async def test_what_is_half_written_changes_nothing_and_is_said_once(tmp_path, c
         assert not certificate.refresh()
         remove(used.key)
         assert not certificate.refresh()
+        assert not certificate.refresh()
         put(renewed, used)
         assert certificate.refresh()
     assert caplog.text.count("certificate_not_reloaded") == 3
