@@ -141,7 +141,9 @@ class ReaderLeases:
 
     async def _give_back(self) -> None:
         """Whatever has gathered, in one call: many streams may end together. What cannot be said in time expires."""
-        pauses, most = iter(self._limits.retry_pauses_s), self._limits.max_give_back
+        limits = self._limits
+        again = itertools.repeat(limits.retry_pauses_s[-1], limits.more_retries)
+        pauses, most = itertools.chain(limits.retry_pauses_s, again), limits.max_give_back
         try:
             while self._ids or self._unseen:
                 ids, names = self._ids[:most], self._unseen[:most]

@@ -17,6 +17,9 @@ class StoreLimits:
     retry_pauses_s: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0)
     """Longer than the client's own pause after a failure; give-backs are idempotent, and a place or a lease that stays
     taken until it expires is missed by others."""
+    more_retries: int = 30
+    """Of giving back what was granted unseen, each after the longest of these pauses: a server that hung for a minute
+    grants it when it goes on."""
     renew_share: float = 0.3
     """Of a read lease's life: a transfer that goes on for longer renews it, and again after each such time."""
     max_give_back: int = 4096
