@@ -32,16 +32,21 @@ class Adversary:
                 self._in_a_segment()
 
     def _in_a_segment(self) -> None:
-        memory = self._dice.choice(list(self._setup.memory.values()))
-        found = scan(memory)
-        if found:
+        memories = list(self._setup.memory.values())
+        if not memories:  # every node is away
+            return
+        memory = self._dice.choice(memories)
+        if found := scan(memory):
             entry = self._dice.choice(found)
             place = memory[entry.offset : entry.offset + entry.length]
             place[:] = self._made_of(bytes(place))
 
     def _in_a_tier(self) -> None:
         assert self._setup.tiers is not None
-        medium = self._dice.choice(list(self._setup.tiers.media().values()))
+        media = list(self._setup.tiers.media().values())
+        if not media:
+            return
+        medium = self._dice.choice(media)
         if medium.memory.chunks:
             name = self._dice.choice(list(medium.memory.chunks))
             value, end = medium.memory.chunks[name]
