@@ -71,8 +71,9 @@ async def test_eight_alike_at_once_are_computed_once_and_handed_over_once(
     computed = [await computed_tokens(subject, node) - was for node, was in zip(nodes, before, strict=True)]
     assert computed[0] < 2 * len(prompt) and sum(computed[1:]) <= 8 * BLOCK, computed
     records = [await subject.explain(body["id"]) for body in bodies]
-    moved = [[sum(move["num_bytes"] for move in leg["moved"]) for leg in record["legs"]] for record in records]
-    assert sum(loaded for _, loaded in moved) < 4 * max(loaded for _, loaded in moved), moved
+    # Those that wait for their turn find it all cached, and need no prefill leg.
+    loaded = [sum(move["num_bytes"] for move in record["legs"][-1]["moved"]) for record in records]
+    assert sum(loaded) < 4 * max(loaded), loaded
 
 
 async def test_more_at_once_than_the_kv_memory_holds(subject: ClusterHandle, single: References) -> None:
