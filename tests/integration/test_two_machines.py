@@ -183,8 +183,11 @@ async def cut_and_mend(handle: ClusterHandle, machines: TwoMachines, reference: 
         pids = handle.launcher.pids
         machines.cut()
         await load.answered(4 * CLIENTS)
-        nodes = {node["id"] for node in (await handle.status())["nodes"] if node["healthy"]}
-        assert FAR not in nodes
+
+        async def far_one_is_away() -> bool:
+            return FAR not in {node["id"] for node in (await handle.status())["nodes"] if node["healthy"]}
+
+        await handle.until(far_one_is_away, RETURN_S)
         machines.mend()
         await handle.until(handle.all_ready, RETURN_S)
         await far_one_serves(handle, load)
