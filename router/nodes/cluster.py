@@ -102,7 +102,7 @@ class Cluster:
     # --- what the prober tells ---
 
     def reported(self, node: KnownNode, report: NodeReport) -> None:
-        """The node answered a probe. One that has started anew has breaker and trust as new; one that was lost has to
+        """The node answered a probe. One that has started anew has breaker, trust and pace as new; one that was lost has to
         earn its trust. The report of the last time, the same object, costs next to nothing: most nodes of a large
         cluster have nothing new to say."""
         self.index.sweep()
@@ -120,9 +120,10 @@ class Cluster:
         node.report = report
         if before is None or report.node.incarnation != before.node.incarnation:
             node.breaker, node.trust, node.rates = Breaker(self._limits), NodeTrust(self._limits), NodeRates()
+            node.pace = NodePace(self._limits)
         elif lost or _has_worked(before, report):
             node.pace.quiet_s = 0.0
-            works(node, lost=lost)
+            works(node, self._clock.now(), lost=lost)
         node.fingerprint = report.engine.kv_spec.fingerprint if report.engine is not None else b""
         self._count_others(node, report)
         node.unfit = self._identity.why_unfit(report)

@@ -66,6 +66,10 @@ class NodePace:
     def ended(self, longest_gap_s: float) -> None:
         """A leg that had begun is over; so long it said nothing in between."""
         self._gap.add(longest_gap_s)
+        self.kept()
+
+    def kept(self) -> None:
+        """A leg is over that kept to its limits."""
         self._since_slack += 1
         if self._since_slack >= self._limits.slack_legs:
             self._since_slack, self._slack = 0, max(1.0, self._slack / 2)

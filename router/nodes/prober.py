@@ -119,7 +119,7 @@ class Prober:
             async with asyncio.timeout(timeout_s), aclosing(answer) as deltas:
                 async for delta in deltas:
                     if delta.token_ids:
-                        works(node)
+                        works(node, self._clock.now())
         except (TimeoutError, KVFerryError):
             pass
 

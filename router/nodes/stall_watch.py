@@ -53,7 +53,9 @@ class WatchedLeg:
 
     def ended_well(self) -> None:
         """It has said all."""
-        if self.began:
+        if self.is_prefill:
+            self.node.pace.kept()
+        elif self.began:
             self.node.pace.ended(self.longest_s)
 
     def limit(self, config: RouterConfig) -> tuple[str, float]:
@@ -99,7 +101,7 @@ class StallWatch:
         nodes = {leg.node.id: leg.node for leg in judged}
         for node in nodes.values():
             if node.trust.suspected and node.pace.quiet_s == 0.0:
-                works(node)
+                works(node, self._now())
             node.pace.quiet_s += step_s
         for leg in sorted(judged, key=lambda leg: (leg.started_at, leg.id)):
             leg.quiet_s += step_s
@@ -123,7 +125,7 @@ class StallWatch:
                 leg.again_s = leg.quiet_s + self._limits.again_s
                 leg.move(error)
         elif silent_s >= limit_s:
-            node.trust.suspect(self._now() - silent_s, error.message)
+            node.trust.suspect(self._now() - silent_s, error.message, limit_s)
             node.touch()
             log_fields(_log, logging.WARNING, "node_suspected", node=node.id, role=node.role, why=error.message)
             for tell in self.on_suspect:
@@ -134,8 +136,10 @@ class StallWatch:
                 other.move(error)
 
 
-def works(node: KnownNode, *, lost: bool = False) -> None:
-    """The node has done something. `lost`: it was lost before, and answers again."""
+def works(node: KnownNode, now: float, *, lost: bool = False) -> None:
+    """The node has done something. `lost`: it was lost before, and answers again. It was only slow if twice the time
+    would have been enough; one that hung for longer has no more time from here on, or the next hang costs twice."""
     if node.trust.works(lost=lost):
-        node.pace.was_only_slow()
+        if now - node.trust.since <= 2 * node.trust.limit_s:
+            node.pace.was_only_slow()
         log_fields(_log, logging.INFO, "node_works", node=node.id, role=node.role)

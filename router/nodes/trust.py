@@ -14,6 +14,7 @@ works: it has done something since it was suspected, or answers again after it w
 should; one on trial may have twice as many at a time then.
 """
 
+import math
 from enum import StrEnum
 
 from router.nodes.limits import NodeHealthLimits
@@ -35,7 +36,9 @@ class NodeTrust:
         self.state = TrustState.TRUSTED
         self.why = ""
         self.since = 0.0
-        """When it was suspected last."""
+        """Of the silence for which it was suspected last, the beginning …"""
+        self.limit_s = math.inf
+        """… and how long that might have been."""
         self.room = 0
         """Legs at a time, while it is on trial."""
 
@@ -51,10 +54,11 @@ class NodeTrust:
         """Whether it is trusted with one more beside these."""
         return self.state is TrustState.TRUSTED or (self.state is TrustState.ON_TRIAL and legs < self.room)
 
-    def suspect(self, now: float, why: str) -> None:
+    def suspect(self, since: float, why: str, limit_s: float = math.inf) -> None:
         """A leg on it was silent for longer than its limit, and nothing that it does was seen meanwhile."""
         if not self.suspected:
-            self.state, self.why, self.since, self.room = TrustState.SUSPECTED, why, now, 0
+            self.state, self.why, self.room = TrustState.SUSPECTED, why, 0
+            self.since, self.limit_s = since, limit_s
 
     def works(self, *, lost: bool = False) -> bool:
         """It has done something. `lost`: after it was lost. Whether that ended a suspicion."""

@@ -180,6 +180,7 @@ class RequestLegs:
             return
         if (watched := self._watched.get(leg.id)) is not None:
             watched.first(result.computed_tokens)
+            watched.ended_well()
         services.cluster.computed(action.node, spec.prompt_token_ids, spec.cache_salt)
         leg.cached_tokens, leg.computed_tokens = result.cached_tokens, result.computed_tokens
         leg.moved, leg.promoted, leg.timings = result.moved, result.promoted, result.timings

@@ -4,6 +4,7 @@ import asyncio
 import re
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 from support.router_fakes import FakeNode, FakeNodes, Rig, expected, make_rig, until
 
@@ -14,6 +15,7 @@ from nodeapi.messages import EngineStats, NodeReport, SamplingParams
 from router.nodes import trust as trust_module
 from router.nodes.limits import NodeHealthLimits
 from router.nodes.pace import NodePace
+from router.nodes.stall_watch import works
 from router.nodes.trust import NodeTrust, TrustState
 from router.requests.run import RequestRun
 from router.requests.spec import RequestSpec
@@ -63,6 +65,36 @@ def test_a_node_that_was_suspected_wrongly_has_more_time_for_a_while() -> None:
     for _ in range(2 * LIMITS.slack_legs):
         pace.ended(0.0)
     assert pace.gap_limit_s(2.0) == 2.0
+
+
+async def test_a_node_that_hung_has_no_more_time_than_before(rig: Rig) -> None:
+    known = rig.cluster.nodes["d0"]
+    for silent_s, limit_s in ((11.0, 2.0), (3600.0, 2.0), (9.0, 4.0), (11.0, 4.0)):
+        known.trust.suspect(1000.0, "x", 5.0)
+        works(known, 1000.0 + silent_s)
+        assert not known.trust.suspected and known.pace.gap_limit_s(2.0) == limit_s
+
+
+async def test_a_prefiller_that_keeps_pace_has_no_more_time_than_others_again() -> None:
+    rig = await make_rig(FakeNodes([FakeNode("p0", Role.PREFILLER), FakeNode("d0", Role.DECODER)]), node_limits=LIMITS)
+    pace = rig.cluster.nodes["p0"].pace
+    pace.was_only_slow()
+    assert pace.first_limit_s(5.0, 0) == 10.0
+    for number in range(LIMITS.slack_legs):
+        await tokens_of(open_run(rig, f"r{number}"))
+    assert len(rig.nodes["p0"].prefills) == LIMITS.slack_legs
+    assert pace.first_limit_s(5.0, 0) == 5.0
+
+
+async def test_a_node_that_was_started_anew_has_its_pace_to_show(rig: Rig) -> None:
+    known, report = rig.cluster.nodes["d0"], rig.nodes["d0"].report()
+    known.pace.was_only_slow()
+    known.pace.ended(10.0)
+    rig.cluster.reported(known, report)
+    assert known.pace.gap_limit_s(2.0) == 60.0
+    anew = msgspec.structs.replace(report, node=msgspec.structs.replace(report.node, incarnation=report.node.incarnation + 1))
+    rig.cluster.reported(known, anew)
+    assert known.pace.gap_limit_s(2.0) == 2.0
 
 
 # --- trust ---------------------------------------------------------------------------------------------------------
