@@ -35,10 +35,12 @@ class _Flow:
 class FairQueue:
     """All that wait."""
 
-    def __init__(self, max_flows: int, saved: float = 8.0) -> None:
-        """`saved`: what a flow that asks for little saves up, in requests of the usual cost."""
+    def __init__(self, max_flows: int, saved: float = 8.0, unknown_output: float = 256.0) -> None:
+        """`saved`: what a flow that asks for little saves up, in requests of the usual cost. `unknown_output`: tokens
+        of an answer before there was any."""
         self._max_flows, self._saved = max_flows, saved
         self._usual_cost = 0.0
+        self._usual_output = unknown_output
         self._flows: OrderedDict[str, _Flow] = OrderedDict()
         self._waiting: dict[Waiter, None] = {}
         self._now = 0.0
@@ -92,15 +94,18 @@ class FairQueue:
         """(tokens to compute, sequences) of all that wait."""
         return sum(other.tokens for other in self._waiting), sum(other.sequences for other in self._waiting)
 
-    def answered(self, flow: str, tokens: int) -> None:
+    def answered(self, flow: str, tokens: float) -> None:
         """An answer of this flow had so many tokens."""
         known = self._flow(flow)
+        self._usual_output += (tokens - self._usual_output) / 32
         known.output = tokens if known.output is None else known.output + (tokens - known.output) / 8
 
     def output_of(self, flow: str, most: int) -> float:
-        """How many tokens its next answer may have, as far as its last ones tell; `most` where there were none."""
+        """How many tokens its next answer may have, as far as its last ones tell, or where there were none those of
+        all flows. `most`: that it was asked for, which says little: all that a context holds is asked for by default.
+        """
         known = self._flows.get(flow)
-        return most if known is None or known.output is None else min(most, known.output)
+        return min(most, self._usual_output if known is None or known.output is None else known.output)
 
     def _charge(self, name: str, cost: float) -> float:
         """Moves the flow's time on. Returns where it was, which is at most what may be saved up behind that of all."""

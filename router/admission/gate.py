@@ -56,7 +56,7 @@ class Admission:
         limits: AdmissionLimits = AdmissionLimits(),
     ) -> None:
         self._choose, self._clock, self._config, self._limits = choose, clock, config, limits
-        self._queue = FairQueue(limits.max_flows, limits.saved)
+        self._queue = FairQueue(limits.max_flows, limits.saved, limits.unknown_output)
         self._asked = False
         self.refused = Counter[str]()
         """By why: `late` when it came, `missed` while it waited, `full`."""
@@ -89,9 +89,10 @@ class Admission:
             asyncio.get_running_loop().call_soon(self._let_in)
 
     def ended(self, record: RequestRecord, asked: RequestSpec, _output: Sequence[int]) -> None:
-        """A request has ended: how long its flow's answers are is known better."""
-        if record.state == "ok":
-            self._queue.answered(asked.flow, record.completion_tokens)
+        """A request has ended: how long its flow's answers are, each of its `n` by itself, is known better. An answer
+        that its client cut short took what it has."""
+        if record.state == "ok" or (record.state == "cancelled" and record.completion_tokens):
+            self._queue.answered(asked.flow, record.completion_tokens / asked.sampling.n)
 
     async def _in_turn(self, request: AnswerRequest, seen: Forecast, arrived: float, open_it: Open[T]) -> T:
         """There are five ends:

@@ -24,5 +24,7 @@ class AdmissionLimits:
     """Of the prompts of requests that wait while no node is up, all together: some 80 MB."""
     tell_s: float = 1.0
     """Between two words to a client that waits so."""
+    unknown_output: float = 256.0
+    """Tokens that an answer may have, where none was given yet."""
     max_flows: int = 10_000
     """Of which past use is remembered; that of the one that was idle for longest is forgotten."""

@@ -91,3 +91,10 @@ async def test_a_client_that_leaves_leaves_the_queue(rig: Rig, http: httpx.Async
 async def test_a_time_that_is_none_is_refused(http: httpx.AsyncClient, given: str) -> None:
     reply = await http.post("/v1/completions", json=ASK, headers={HEADER: given})
     assert reply.status_code == 400 and HEADER in reply.json()["error"]["message"]
+
+
+async def test_each_of_several_answers_counts_for_how_long_answers_are(rig: Rig, http: httpx.AsyncClient) -> None:
+    release(rig)
+    reply = await http.post("/v1/completions", json={**ASK, "n": 4, "user": "me", "ignore_eos": True})
+    assert reply.json()["usage"]["completion_tokens"] == 16
+    assert rig.admission._queue.output_of("me", 1000) == 4

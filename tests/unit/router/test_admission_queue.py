@@ -87,7 +87,17 @@ def test_flows_that_are_remembered_are_bounded():
         queue.passed(str(number), 1.0)
         queue.answered(str(number), 50)
     assert len(queue._flows) == 3
-    assert queue.output_of("9", 1000) == 50 and queue.output_of("0", 1000) == 1000
+    assert queue.output_of("9", 1000) == 50 and queue.output_of("0", 1000) not in (50, 1000)
+
+
+def test_who_asks_for_all_that_a_context_holds_is_charged_for_what_answers_have():
+    queue = FairQueue(10, saved=0)
+    assert queue.output_of("new", 100_000) == 256 and queue.output_of("new", 16) == 16
+    for _ in range(200):
+        queue.answered("old", 80)
+    assert queue.output_of("new", 100_000) == pytest.approx(80, rel=0.01)
+    queue.answered("new", 2000)
+    assert queue.output_of("new", 100_000) == 2000
 
 
 def prefiller(name: str, *, tokens: int = 0, rate: float = 1000.0, since: float = 0.0) -> NodeView:
