@@ -26,7 +26,7 @@ class Origin:
     encrypted: bool
     authority: str
     coming: int = 0
-    """Connections that are being made."""
+    """Calls that wait for a connection."""
     busy: set[HttpConnection] = field(default_factory=set)
     idle: list[HttpConnection] = field(default_factory=list)
     """The one that was used last is the last."""

@@ -172,13 +172,18 @@ class HttpPool:
         return None
 
     async def _connection(self, origin: Origin, timeout_s: float) -> HttpConnection:
-        async with asyncio.timeout(timeout_s):
-            while True:
-                if (connection := self._at_hand(origin)) is not None:
-                    return connection
-                if self._num_busy < self._max_connections:
-                    return await self._connect(origin)
-                await self._one_free()
+        origin.coming += 1  # else it is forgotten meanwhile, and another one of the same URL made beside it
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    if (connection := self._at_hand(origin)) is not None:
+                        return connection
+                    if self._num_busy < self._max_connections:
+                        return await self._connect(origin)
+                    await self._one_free()
+        finally:
+            origin.coming -= 1
+            self._forget_if_unused(origin)
 
     async def _one_free(self) -> None:
         """Returns when there may be one; whoever does not use it tells the next."""
@@ -203,7 +208,6 @@ class HttpPool:
 
     async def _connect(self, origin: Origin) -> HttpConnection:
         self._num_busy += 1
-        origin.coming += 1
         connection = None
         try:
             connection = await self._connected(origin)
@@ -213,11 +217,9 @@ class HttpPool:
             origin.busy.add(connection)
             return connection
         finally:
-            origin.coming -= 1
             if connection is None or connection not in origin.busy:
                 self._num_busy -= 1
                 self._tell_next()
-                self._forget_if_unused(origin)
 
     async def _connected(self, origin: Origin) -> HttpConnection:
         """Raises OSError, ConnectTimeoutError among them."""

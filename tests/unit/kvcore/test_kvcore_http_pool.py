@@ -336,6 +336,32 @@ def test_calls_beyond_the_bound_wait_for_those_before_and_leave_in_order(run: Ru
     run(go())
 
 
+def test_a_server_that_calls_wait_for_is_not_forgotten(run: Runs) -> None:
+    going, seen = asyncio.Event(), list[Call]()
+
+    async def answers(call: Call) -> None:
+        seen.append(call)
+        if len(seen) == 1:
+            await going.wait()
+            call.say(OK.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+        else:
+            call.say(OK)
+
+    async def go() -> None:
+        async with serving(answers) as server, pool(max_connections=1) as calls:
+            first = asyncio.ensure_future(get(calls, server.url))
+            await until(lambda: len(server.calls) == 1)
+            second = asyncio.ensure_future(get(calls, server.url))
+            await asyncio.sleep(0)
+            going.set()
+            assert await asyncio.gather(first, second) == [b"ok", b"ok"]
+            assert await get(calls, server.url) == b"ok"
+            assert server.connections == 2, "the second connection was found again"
+            assert repr(calls).endswith("1 idle connections>")
+
+    run(go())
+
+
 def test_what_a_call_waits_for_a_connection_is_part_of_its_time(run: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     left: list[float] = []
     wait = HttpConnection.wait
