@@ -115,6 +115,11 @@ class RequestLegs:
         self._watch(action, leg)
         return self._prefill(action, leg) if isinstance(action, StartPrefill) else self._decode(action, leg)
 
+    def computes_itself(self, leg: str) -> None:
+        """Nobody hands this decode leg over what it waited for: its first token has the time that this takes."""
+        if (watched := self._watched.get(leg)) is not None:
+            watched.computes = self._prefill_tokens
+
     def let_go(self, leg: str) -> None:
         """This leg's task has ended, perhaps before its first step."""
         self._services.cluster.leg_ended(self._work.pop(leg))

@@ -86,6 +86,11 @@ class PrefillHalf:
         leg = self.running
         return KVSource(leg.id, leg.node) if leg is not None and self._handoff.decode_beside_prefill else None
 
+    @property
+    def saved_all(self) -> bool:
+        """Whether there is no more to hand over than what lies there: no decoder need compute any of it."""
+        return self.result is not None and self.result.stored_chunks >= self._num_chunks
+
     def saves_for(self, leg: str) -> str | None:
         """The decoder into whose segment this leg writes first, while it runs."""
         running = self.running

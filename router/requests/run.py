@@ -306,6 +306,8 @@ class RequestRun:
         self.tell(PrefillFailed(leg.id, failure) if leg.kind == "prefill" else DecodeFailed(leg.id, failure))
 
     def _end_handoff(self, action: EndHandoff) -> None:
+        if not self.machine.prefill.saved_all:
+            self._legs.computes_itself(action.leg)
         services, url = self._services, self._legs.url(action.node)
         timeout_s = services.limits.control_timeout_s
         services.control.send(services.client.end_handoff(url, action.leg, timeout_s=timeout_s))

@@ -9,7 +9,7 @@ import pytest
 from support.router_fakes import FakeNode, FakeNodes, Rig, expected, make_rig, until
 
 from kvcore.clock import ManualClock
-from kvcore.errors import DeadlineExceededError, NodeUnavailableError
+from kvcore.errors import DeadlineExceededError, EngineError, NodeUnavailableError
 from kvcore.types import Role
 from nodeapi.messages import EngineStats, NodeReport, SamplingParams
 from router.nodes import trust as trust_module
@@ -299,6 +299,26 @@ async def test_a_decode_leg_that_waits_for_its_prefill_is_not_silent_by_its_own_
     await turns()
     look(rig, 4.75)
     assert not any(node.trust.suspected for node in rig.cluster.nodes.values())
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_decoder_that_must_compute_after_all_has_the_time_for_it() -> None:
+    rig = await make_rig(node_limits=LIMITS)
+    for node in rig.nodes.nodes:
+        if node.id[0] == "p":
+            node.prefill_error = EngineError("no memory")
+        else:
+            node.wait_for_handoff, node.generate_gate = True, asyncio.Event()
+    run = open_run(rig)
+    task = asyncio.create_task(tokens_of(run))
+    await turns()
+    (decoder,) = [leg.node for leg in run.record.legs if leg.kind == "decode"]
+    assert rig.nodes[decoder].handoffs_ended
+    look(rig, 5.25)
+    assert not rig.cluster.nodes[decoder].trust.suspected, "100 tokens have half a second more"
+    look(rig, STEP_S)
+    assert rig.cluster.nodes[decoder].trust.suspected
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
 
