@@ -71,8 +71,10 @@ def _any_idle(ranking: Ranking, limits: AdmissionLimits) -> bool:
 
 
 def _is_idle(node: NodeView, limits: AdmissionLimits) -> bool:
-    """So is one of which nothing is known: it must be tried."""
-    return node.prefill_tokens <= node.prefill_rate * limits.ahead_s or not node.prefill_rate
+    """So is one of which nothing is known, or no more than a warm-up, by which all others would be late: it must be
+    tried."""
+    idle = node.prefill_tokens <= node.prefill_rate * limits.ahead_s
+    return idle or not node.prefill_rate or node.is_warm_up
 
 
 def _any_free(ranking: Ranking, preparing: float) -> bool:

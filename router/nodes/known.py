@@ -113,6 +113,7 @@ class KnownNode:
             computing_since=self.computing_since,
             max_sequences=report.engine.max_sequences,
             prefill_rate=rates.prefill.per_s,
+            is_warm_up=rates.prefill.is_warm_up,
             step_s=rates.steps.each_s,
             stay_s=rates.stays.each_s,
             near_rate=rates.near.per_s or rates.far.per_s,

@@ -35,6 +35,11 @@ class Rate:
         self.seconds = self.seconds * _KEEP + seconds
 
     @property
+    def is_warm_up(self) -> bool:
+        """Whether it was measured once."""
+        return self.count == 1
+
+    @property
     def per_s(self) -> float:
         """0: not known."""
         return self.amount / self.seconds if self.seconds else 0.0

@@ -32,6 +32,8 @@ class NodeView:
     max_sequences: int = 0
     """That it decodes at a time; 0: not known. So with the next ones, which are measured (`router.routing.rates`)."""
     prefill_rate: float = 0.0
+    is_warm_up: bool = False
+    """That rate is of one prompt alone, the node's first: often it is many times too slow."""
     step_s: float = 0.0
     stay_s: float = 0.0
     near_rate: float = 0.0

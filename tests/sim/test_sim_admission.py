@@ -286,6 +286,20 @@ def test_a_node_that_was_slow_once_is_tried_again():
     run_sim(main)
 
 
+def test_a_warm_up_refuses_nobody():
+    """A minute was measured for the first prompt; the next ones come at once, and each takes 0.3 s."""
+
+    async def main() -> None:
+        load = Load(Machine(prefillers=1, decoders=1))
+        await load.prober.probe()
+        load.cluster.nodes["p0"].rates.prefilled(100, 60.0, 0.0)
+        load.cluster.nodes["p0"].touch()
+        seen = await asyncio.gather(*(load.ask(Flow(0, first_token_s=5.0), 300) for _ in range(8)))
+        assert outcomes(seen) == {"ok": 8}
+
+    run_sim(main)
+
+
 def test_a_prefiller_that_hangs_costs_what_computing_takes():
     """It had two minutes. Nothing probes it here, so that nobody takes its leg away."""
 

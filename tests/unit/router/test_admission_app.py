@@ -18,7 +18,8 @@ async def rig() -> AsyncIterator[Rig]:
     gate = asyncio.Event()
     for name in ("p0", "p1"):
         rig.nodes[name].prefill_gate = gate
-        rig.cluster.nodes[name].rates.prefilled(100, 10.0, 0.0)
+        for now in (0.0, 10.0):
+            rig.cluster.nodes[name].rates.prefilled(100, 10.0, now)
         rig.cluster.nodes[name].touch()
     for name in ("d0", "d1"):
         rig.nodes[name].wait_for_handoff = True
