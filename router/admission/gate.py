@@ -99,7 +99,8 @@ class Admission:
 
         1. Too many wait, or the first token would come too late: it is refused now.
         2. Its turn comes: it is let in, and what opening it raises is raised here.
-        3. Its turn does not come in time (another one of a lighter flow went before): it is refused then.
+        3. Its turn does not come in time (another one of a lighter flow went before), or not within the time that a
+           whole request may take: it is refused then.
         4. The client leaves while it waits: it leaves the queue.
         5. The client leaves in the moment after 2: what was opened is closed.
         """
@@ -129,7 +130,7 @@ class Admission:
                 opened.set_exception(_too_late("its turn did not come in time for its first token", all_s - allowed_s))
 
         turn.go = go
-        timer = loop.call_later(max(0.0, allowed_s - seen.own_s), miss) if allowed_s < math.inf else None
+        timer = loop.call_later(min(self._config.request_timeout_s, max(0.0, allowed_s - seen.own_s)), miss)
         self.wake()
         try:
             return await opened
@@ -139,8 +140,7 @@ class Admission:
             raise
         finally:
             self._queue.leave(turn)
-            if timer is not None:
-                timer.cancel()
+            timer.cancel()
 
     def _let_in(self) -> None:
         """As many as there is room for, in turn. Each is load of its nodes before the next one is looked at."""

@@ -300,6 +300,20 @@ def test_a_warm_up_refuses_nobody():
     run_sim(main)
 
 
+def test_whose_turn_never_comes_is_told_so_when_a_request_must_have_ended():
+    async def main() -> None:
+        load = Load(TWO, router={"first_token_s": None, "request_timeout_s": 20.0})
+        await load.prober.probe()
+        for node in load.cluster.nodes.values():  # other routers' requests, that hang
+            node.others_sequences = 1000
+        began = asyncio.get_running_loop().time()
+        seen = await asyncio.wait_for(load.ask(Flow(0), 100), 60.0)
+        assert outcomes([seen]) == {"rate_limit_exceeded": 1}
+        assert asyncio.get_running_loop().time() - began == pytest.approx(20.0, abs=0.1)
+
+    run_sim(main)
+
+
 def test_a_prefiller_that_hangs_costs_what_computing_takes():
     """It had two minutes. Nothing probes it here, so that nobody takes its leg away."""
 
