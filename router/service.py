@@ -23,7 +23,7 @@ from router.admin.nodes import NodeAdmin
 from router.admin.rebalance import SegmentRebalance
 from router.admin.routes import AdminRoutes, add_no_nodes
 from router.admission.gate import Admission
-from router.admission.no_node import NoNodeWait
+from router.admission.no_node import NoNodeWait, none_is_up_yet
 from router.answering import Answerer, AnswerLimits
 from router.api.app import make_app
 from router.cache.hints import HintPins
@@ -138,7 +138,8 @@ def _answerer(
     metrics: RouterMetrics,
 ) -> Answerer:
     """With what lets requests in, told of all that may make room."""
-    admission = Admission(dispatcher.route, services.clock, services.config)
+    none_is_up = lambda: not dispatcher.stopping and none_is_up_yet(services.cluster)  # noqa: E731
+    admission = Admission(dispatcher.route, services.clock, services.config, none_is_up=none_is_up)
     services.cluster.on_less_load = admission.wake
     prober.on_round.append(admission.wake)  # a node may have come, or another router's load have gone
     services.log.prompt_observers.append(admission.ended)

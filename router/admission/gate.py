@@ -46,7 +46,8 @@ class _Turn(Waiter):
 
 
 class Admission:
-    """One a router. `choose`: what the policy chooses for a request among the nodes of now."""
+    """One a router. `choose`: what the policy chooses for a request among the nodes of now. `none_is_up`: whether there
+    is none for any, and one may come: then those that wait go on waiting."""
 
     def __init__(
         self,
@@ -54,7 +55,10 @@ class Admission:
         clock: Clock,
         config: RouterConfig,
         limits: AdmissionLimits = AdmissionLimits(),
+        *,
+        none_is_up: Callable[[], bool] = lambda: False,
     ) -> None:
+        self._none_is_up = none_is_up
         self._choose, self._clock, self._config, self._limits = choose, clock, config, limits
         self._queue = FairQueue(limits.max_flows, limits.saved, limits.unknown_output)
         self._asked = False
@@ -125,6 +129,9 @@ class Admission:
         def miss() -> None:
             if not opened.done():
                 self._queue.leave(turn)
+                if (decision := self._choose(request.specs[0])).route is None:
+                    go(decision)  # which says why
+                    return
                 self.refused["missed"] += 1
                 all_s = seen.wait_s(*self._queue.total) + seen.own_s
                 opened.set_exception(_too_late("its turn did not come in time for its first token", all_s - allowed_s))
@@ -156,6 +163,8 @@ class Admission:
         if not isinstance(turn, _Turn) or turn.spec is None:
             return None
         decision, now = self._choose(turn.spec), self._clock.now()
+        if decision.route is None and self._none_is_up():
+            return None
         if decision.route is not None and not forecast(decision, turn.prompt_tokens, now, self._limits).has_room:
             return None
         return turn, decision

@@ -81,9 +81,14 @@ class NoNodeWait:
             self._waiting.discard(turn)
 
     def _is_over(self) -> bool:
-        """A node is up, or waiting is of no use: none that there is fits, or all are drained by order."""
-        view = self._cluster.view()
-        if view.decoders or view.prefillers or self._stopping():
-            return True
-        engines = [node for node in self._cluster.nodes.values() if node.role is not Role.STORE]
-        return all(node.unfit is not None or self._cluster.is_drained(node.id) for node in engines)
+        return self._stopping() or not none_is_up_yet(self._cluster)
+
+
+def none_is_up_yet(cluster: Cluster) -> bool:
+    """Whether no node is up, and waiting for one is of use: not if none that there is fits, or all are drained by
+    order."""
+    view = cluster.view()
+    if view.decoders or view.prefillers:
+        return False
+    engines = [node for node in cluster.nodes.values() if node.role is not Role.STORE]
+    return not all(node.unfit is not None or cluster.is_drained(node.id) for node in engines)

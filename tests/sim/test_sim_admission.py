@@ -8,7 +8,8 @@ from support.sim_load import Flow, Load, Machine, Seen, goodput, outcomes, p99, 
 from support.sim_loop import run_sim
 
 from kvcore.config.schema import RoutingPolicy
-from kvcore.errors import RateLimitError, StoppingError
+from kvcore.errors import NodeUnavailableError, RateLimitError, StoppingError
+from router.nodes.stall_watch import works
 from router.requests.run import RequestRun
 
 TWO = Machine()
@@ -282,6 +283,46 @@ def test_a_node_that_was_slow_once_is_tried_again():
         seen = [await load.ask(Flow(0, first_token_s=1.0), 300) for _ in range(5)]
         assert outcomes(seen) == {"ok": 5}
         assert load.cluster.nodes["p0"].rates.prefill.per_s == pytest.approx(1000, rel=0.05)
+
+    run_sim(main)
+
+
+async def suspect_all(load: Load) -> None:
+    """For a moment, while two requests run and two wait."""
+    for node in load.cluster.nodes.values():
+        node.trust.suspect(0.0, "silent")
+        node.touch()
+    load.admission.wake()
+    await asyncio.sleep(0.01)
+
+
+def test_who_waits_for_a_turn_waits_for_a_node_too():
+    async def main() -> None:
+        load = Load(TWO, router={"first_token_s": 60.0})
+        running = await full(load)
+        waiting = [asyncio.create_task(load.ask(Flow(0), 100)) for _ in range(2)]
+        await asyncio.sleep(0.01)
+        await suspect_all(load)
+        assert outcomes(await asyncio.gather(*running)) == {"ok": 2}
+        assert len(load.admission) == 2, "as new ones do"
+        for node in load.cluster.nodes.values():
+            works(node, 0.0)
+        load.admission.wake()
+        assert outcomes(await asyncio.gather(*waiting)) == {"ok": 2}
+
+    run_sim(main)
+
+
+def test_who_waits_and_no_node_comes_in_time_is_told_what_is_wrong():
+    async def main() -> None:
+        load = Load(TWO, router={"first_token_s": 60.0})
+        running = await full(load)
+        waiting = asyncio.create_task(load.ask(Flow(0, first_token_s=8.0), 100))
+        await asyncio.sleep(0.01)
+        await suspect_all(load)
+        error = (await waiting).error
+        assert isinstance(error, NodeUnavailableError) and "suspected: silent" in error.message
+        await asyncio.gather(*running)
 
     run_sim(main)
 

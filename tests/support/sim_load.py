@@ -30,6 +30,7 @@ from nodeapi.messages import (
     TokenDelta,
 )
 from router.admission.gate import Admission
+from router.admission.no_node import none_is_up_yet
 from router.answering import Answerer
 from router.nodes.cluster import Cluster
 from router.nodes.prober import Prober
@@ -208,7 +209,8 @@ class Load:
         self.prober = Prober(config.router, self.cluster, self.nodes, clock)
         services = RequestServices(config.router, self.cluster, self.nodes, clock, self.log)
         self.dispatcher = Dispatcher(services, make_policy(config.router.policy))
-        self.admission = Admission(self.dispatcher.route, clock, config.router)
+        none_is_up = lambda: not self.dispatcher.stopping and none_is_up_yet(self.cluster)  # noqa: E731
+        self.admission = Admission(self.dispatcher.route, clock, config.router, none_is_up=none_is_up)
         self.cluster.on_less_load = self.admission.wake
         self.log.prompt_observers.append(self.admission.ended)
 
