@@ -1,5 +1,6 @@
 """Who asks: what a route may know of a request's caller, and how the caller's requests become its tenant's own."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -53,8 +54,11 @@ class Caller:
         return replace(request, specs=specs, turn=turn)
 
     def apart(self, cache_salt: str | None) -> str:
-        """A name of its own for each caller and salt whose prompts must not be told by how long others take."""
-        return f"{self.tenant} {cache_salt or ''}"
+        """A short name of its own for each caller and salt whose prompts must not be told by how long others take. The
+        salt has not been checked yet, and may be as long as a body."""
+        if not cache_salt:
+            return self.tenant
+        return f"{self.tenant} {hashlib.sha256(cache_salt.encode('utf-8', 'surrogatepass')).hexdigest()}"
 
     def may_see(self, tenant: str) -> bool:
         """Whether a tenant's records are shown to it."""

@@ -73,4 +73,5 @@ class TokenCache:
 
 
 def _size(key: tuple[str, str], tokens: "array[int]") -> int:
-    return sys.getsizeof(key[1]) + sys.getsizeof(tokens)
+    """With what the entry itself takes, about."""
+    return sys.getsizeof(key) + sum(map(sys.getsizeof, key)) + sys.getsizeof(tokens) + 200

@@ -4,6 +4,7 @@ import sys
 from array import array
 from collections.abc import Sequence
 
+from router.tenants.callers import Caller
 from router.text.token_cache import TokenCache, TokenCacheLimits
 
 
@@ -38,8 +39,23 @@ def test_what_one_has_asked_is_new_to_another() -> None:
     assert encode.asked == [["a"], ["a"]]
 
 
+def size_of(whose: str) -> int:
+    """Of one letter's entry."""
+    cache = TokenCache(Letters())
+    cache.tokens_of(["a"], whose)
+    return cache.num_bytes
+
+
+def test_all_that_an_entry_holds_counts_and_a_salt_is_never_long() -> None:
+    assert size_of("") > sys.getsizeof("a") + sys.getsizeof(array("I", [1])) + sys.getsizeof(("", "a"))
+    assert size_of("x" * 1_000_000) - size_of("") == 1_000_000
+    names = [Caller("t").apart(salt) for salt in (None, "one", "x" * 1_000_000, "x" * 999_999, "\ud800")]
+    assert len(set(names)) == len(names) and max(map(len, names)) < 100
+    assert Caller("t").apart("one") == names[1] != Caller("u").apart("one")
+
+
 def test_the_bytes_that_are_kept_are_bounded_and_what_was_used_last_stays() -> None:
-    encode, size = Letters(), sys.getsizeof("a") + sys.getsizeof(array("I", [1]))
+    encode, size = Letters(), size_of("")
     cache = TokenCache(encode, TokenCacheLimits(max_bytes=2 * size))
     for part in ("a", "b", "a", "c"):
         cache.tokens_of([part], "")
@@ -53,4 +69,4 @@ def test_the_bytes_that_are_kept_are_bounded_and_what_was_used_last_stays() -> N
 def test_a_part_that_comes_twice_is_kept_once() -> None:
     cache = TokenCache(Letters())
     assert cache.tokens_of(["a", "a"], "") == tokens("aa")
-    assert cache.num_bytes == sys.getsizeof("a") + sys.getsizeof(array("I", [1])) and "1 parts" in repr(cache)
+    assert cache.num_bytes == size_of("") and "1 parts" in repr(cache)
