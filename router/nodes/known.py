@@ -87,7 +87,8 @@ class KnownNode:
         """Whether others are to be preferred: it was late, or may not have more legs for now."""
         if self.trust.state is TrustState.TRUSTED:
             return self.misses > 0
-        return not self.trust.has_room(max(self.legs, self.sequences))
+        chosen = 1 if self.prefill_tokens else 0  # for a prefill that has not begun, at least
+        return not self.trust.has_room(max(self.legs, self.sequences, chosen))
 
     def view(self) -> NodeView:
         """What policies see of it, while it is without problem. The same one until something of it changes: with many

@@ -351,6 +351,17 @@ async def test_a_suspected_node_is_asked_for_a_token_before_it_gets_a_request(ri
     assert on_trial == 1
 
 
+async def test_a_prefiller_on_trial_gets_one_of_those_that_come_at_once() -> None:
+    rig = await make_rig(node_limits=LIMITS)
+    known = rig.cluster.nodes["p0"]
+    known.trust.suspect(0.0, "x")
+    works(known, 1.0)
+    runs = [open_run(rig, f"r{number}") for number in range(4)]
+    assert [run.record.route.prefiller for run in runs if run.record.route is not None].count("p0") == 1
+    for run in runs:
+        run.drop()
+
+
 # --- probes --------------------------------------------------------------------------------------------------------
 
 
