@@ -179,8 +179,8 @@ def _add_openai(
                     client_request_id=request.scope["request_id"],
                     limits=limits,
                 )
-                owned = caller.owns(with_first_token(wanted, request.scope))
-                answer = await answerer.admit(owned)
+                with caller.owns(with_first_token(wanted, request.scope)) as owned:
+                    answer = await answerer.admit(owned)
                 with ExitStack() as failing:
                     failing.callback(answer.close)
                     made = formatter(answer, answerer.model, int(time.time()), answerer.tokenizer)

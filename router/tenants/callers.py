@@ -1,7 +1,8 @@
 """Who asks: what a route may know of a request's caller, and how the caller's requests become its tenant's own."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from starlette.types import Scope
@@ -32,13 +33,23 @@ class Caller:
     """How long a first token may take, by its tenant's limits."""
     take_tokens: Callable[[int], None] = lambda _: None
     """Counts the tokens of its prompts. Raises RateLimitError where it may have no more."""
+    give_back: Callable[[int], None] = lambda _: None
+    """So many of them do not count."""
 
-    def owns(self, request: AnswerRequest) -> AnswerRequest:
-        """The request, with KV that is nobody else's. Raises RateLimitError."""
+    @contextmanager
+    def owns(self, request: AnswerRequest) -> Generator[AnswerRequest]:
+        """The request, with KV that is nobody else's. It begins within the block: what that raises is raised, and then
+        its tokens do not count. Raises RateLimitError."""
         if self.salt is None:
-            return request
-        self.take_tokens(sum(len(spec.prompt_token_ids) for spec in request.specs))
-        return self.salted(request)
+            yield request
+            return
+        tokens = sum(len(spec.prompt_token_ids) for spec in request.specs)
+        self.take_tokens(tokens)
+        try:
+            yield self.salted(request)
+        except BaseException:
+            self.give_back(tokens)
+            raise
 
     def salted(self, request: AnswerRequest) -> AnswerRequest:
         """As `owns`, and counts nothing."""

@@ -137,6 +137,7 @@ class TenantGate:
                 rank=_RANKS[limits.priority],
                 first_token_s=limits.first_token_s,
                 take_tokens=take,
+                give_back=partial(self._give_back, tenant, use),
             ),
         )
         if scope["path"] not in COUNTED:
@@ -161,6 +162,11 @@ class TenantGate:
             raise RateLimitError(text, retry_after_s=wait_s, kind="tokens")
         use.tokens.take(tokens, now)
         self._shared.took(tenant, tokens=tokens)
+
+    def _give_back(self, tenant: str, use: TenantUse, tokens: int) -> None:
+        if use.tokens is not None:
+            use.tokens.take(-tokens, self._clock.now())
+            self._shared.took(tenant, tokens=-tokens)
 
     def _operator(self, scope: Scope) -> Caller:
         """Who proves to be of the cluster. `FOR_TENANT` names a tenant of which it asks."""

@@ -14,10 +14,12 @@ from support.router_fakes import Rig, make_rig, two_and_two, until
 from kvcore.chunk_keys import owner_of
 from kvcore.clock import ManualClock
 from kvcore.config.security import KeysConfig
+from kvcore.errors import RateLimitError
 from kvcore.tenants.keys import KeyFile, TenantLimits, new_key
 from kvcore.tenants.salts import TenantSalt, salts_by
 from kvcore.tenants.source import KeySource
 from kvcore.trust.secrets import Secrets
+from router.admission.gate import Admission
 from router.api.responses import JsonReply
 from router.requests.records import RequestLog
 from router.tenants.gate import TenantGate
@@ -313,6 +315,33 @@ async def test_tokens_a_minute_are_of_prompts_and_completions(tmp_path):
     longer = await client.ask("a", prompt="x" * 2000, max_tokens=1)
     assert longer.status_code == 200, "what is longer than a minute's worth passes once all of that is there"
     assert (await client.ask("a", prompt="x")).status_code == 429
+
+
+async def test_what_is_refused_or_leaves_before_its_turn_costs_no_tokens(tmp_path):
+    door = Door(tmp_path, {"a": TenantLimits(tokens_per_minute=300)})
+    rig = await door.rig(nodes=two_and_two())
+    client, came = Client(rig, door.keys), asyncio.Event()
+
+    async def full(*_: object) -> None:
+        raise RateLimitError("full")
+
+    async def waits(*_: object) -> None:
+        came.set()
+        await asyncio.Event().wait()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Admission, "admit", full)
+        for _ in range(4):
+            assert error_of(await client.ask("a"))["message"] == "full"
+        patch.setattr(Admission, "admit", waits)
+        asked = asyncio.create_task(client.ask("a", prompt="x" * 290))
+        await came.wait()
+        assert error_of(await client.ask("a"))["type"] == "tokens", "what waits counts"
+        asked.cancel()
+        await asyncio.gather(asked, return_exceptions=True)
+    assert [(await client.ask("a")).status_code for _ in range(2)] == [200, 200]
+    await until(lambda: rig.log.in_flight == 0)
+    assert door.gates[0]._shared.report().tenants["a"].tokens == 2 * 104
 
 
 async def test_what_an_admin_asks_in_a_tenants_name_counts_for_that_tenant_alone(tmp_path):
