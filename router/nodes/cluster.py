@@ -102,9 +102,9 @@ class Cluster:
     # --- what the prober tells ---
 
     def reported(self, node: KnownNode, report: NodeReport) -> None:
-        """The node answered a probe. One that has started anew has breaker, trust and pace as new; one that was lost has to
-        earn its trust. The report of the last time, the same object, costs next to nothing: most nodes of a large
-        cluster have nothing new to say."""
+        """The node answered a probe. One that has started anew has breaker, trust and pace as new; one that was lost
+        has to earn its trust. The report of the last time, the same object, costs next to nothing: most nodes of a
+        large cluster have nothing new to say."""
         self.index.sweep()
         if report is node.report and node.problem is None and node.silent_since is None and not node.misses:
             self._count_others(node, report)

@@ -1,7 +1,7 @@
 """What tenants use at the other routers: each tells the others what its own requests took, so that all of them count.
 
-A router that is away is told again what it has missed: counts are of all time. Until it has been told, a tenant may have as
-much more as it asks of one router meanwhile. Pure but for `tell_others` and the ASGI entry.
+A router that is away is told again what it has missed: counts are of all time. Until it has been told, a tenant may
+have as much more as it asks of one router meanwhile. Pure but for `tell_others` and the ASGI entry.
 """
 
 import asyncio

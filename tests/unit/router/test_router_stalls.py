@@ -92,7 +92,9 @@ async def test_a_node_that_was_started_anew_has_its_pace_to_show(rig: Rig) -> No
     known.pace.ended(10.0)
     rig.cluster.reported(known, report)
     assert known.pace.gap_limit_s(2.0) == 60.0
-    anew = msgspec.structs.replace(report, node=msgspec.structs.replace(report.node, incarnation=report.node.incarnation + 1))
+    anew = msgspec.structs.replace(
+        report, node=msgspec.structs.replace(report.node, incarnation=report.node.incarnation + 1)
+    )
     rig.cluster.reported(known, anew)
     assert known.pace.gap_limit_s(2.0) == 2.0
 
