@@ -41,8 +41,9 @@ class StepTimeout:
         self._deadline = math.inf
 
     def expire(self) -> None:
-        """End the block now, as if a step had taken too long. Inside the block alone."""
-        self._limit.reschedule(self._loop.time())
+        """End the block now, as if a step had taken too long; nothing if it ends already. Inside the block alone."""
+        if not self._limit.expired():
+            self._limit.reschedule(self._loop.time())
 
     async def __aenter__(self) -> Self:
         await self._limit.__aenter__()
@@ -66,4 +67,4 @@ class StepTimeout:
         if self._loop.time() < self._deadline:
             self._timer = self._loop.call_at(self._deadline, self._fired)
         else:
-            self._limit.reschedule(self._loop.time())
+            self.expire()

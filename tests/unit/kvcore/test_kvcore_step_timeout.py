@@ -96,3 +96,23 @@ def test_one_timer_serves_a_thousand_steps() -> None:
         return made
 
     assert run_sim(main) == 1
+
+
+def test_a_block_that_ends_already_is_not_ended_again() -> None:
+    """The client of a late answer leaves while the answer's legs are being ended."""
+
+    async def main() -> list[object]:
+        loop, wrong = asyncio.get_running_loop(), list[object]()
+        loop.set_exception_handler(lambda _, context: wrong.append(context))
+        with pytest.raises(TimeoutError):
+            async with StepTimeout() as limit:
+                try:
+                    limit.start(1.0)
+                    await asyncio.Event().wait()
+                finally:
+                    limit.start(0.5)
+                    await asyncio.sleep(2.0)
+                    limit.expire()
+        return wrong
+
+    assert run_sim(main) == []
