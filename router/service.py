@@ -5,6 +5,7 @@ import logging
 import secrets
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 
 from fastapi import FastAPI
 
@@ -138,8 +139,13 @@ def _answerer(
     metrics: RouterMetrics,
 ) -> Answerer:
     """With what lets requests in, told of all that may make room."""
-    none_is_up = lambda: not dispatcher.stopping and none_is_up_yet(services.cluster)  # noqa: E731
-    admission = Admission(dispatcher.route, services.clock, services.config, none_is_up=none_is_up)
+    admission = Admission(
+        dispatcher.route,
+        services.clock,
+        services.config,
+        none_is_up=partial(none_is_up_yet, services.cluster),
+        stopping=lambda: dispatcher.stopping,
+    )
     services.cluster.on_less_load = admission.wake
     prober.on_round.append(admission.wake)  # a node may have come, or another router's load have gone
     services.log.prompt_observers.append(admission.ended)

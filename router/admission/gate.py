@@ -47,7 +47,8 @@ class _Turn(Waiter):
 
 class Admission:
     """One a router. `choose`: what the policy chooses for a request among the nodes of now. `none_is_up`: whether there
-    is none for any, and one may come: then those that wait go on waiting."""
+    is none for any, and one may come: then those that wait go on waiting. `stopping`: nobody gets in any more, and those
+    that wait are told so."""
 
     def __init__(
         self,
@@ -57,8 +58,9 @@ class Admission:
         limits: AdmissionLimits = AdmissionLimits(),
         *,
         none_is_up: Callable[[], bool] = lambda: False,
+        stopping: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._none_is_up = none_is_up
+        self._none_is_up, self._stopping = none_is_up, stopping
         self._choose, self._clock, self._config, self._limits = choose, clock, config, limits
         self._queue = FairQueue(limits.max_flows, limits.saved, limits.unknown_output)
         self._asked = False
@@ -163,6 +165,8 @@ class Admission:
         if not isinstance(turn, _Turn) or turn.spec is None:
             return None
         decision, now = self._choose(turn.spec), self._clock.now()
+        if self._stopping():
+            return turn, decision  # opening it says so
         if decision.route is None and self._none_is_up():
             return None
         if decision.route is not None and not forecast(decision, turn.prompt_tokens, now, self._limits).has_room:

@@ -287,6 +287,23 @@ def test_a_node_that_was_slow_once_is_tried_again():
     run_sim(main)
 
 
+def test_who_waits_for_others_load_to_go_hears_that_the_router_stops_at_its_next_probe():
+    async def main() -> None:
+        load = Load(TWO, router={"first_token_s": 60.0})
+        await load.prober.probe()
+        for node in load.cluster.nodes.values():
+            node.others_sequences = 1000
+        load.prober.on_round.append(load.admission.wake)
+        waiting = asyncio.create_task(load.ask(Flow(0), 100))
+        await asyncio.sleep(0.1)
+        assert not await load.dispatcher.drain(10.0) and len(load.admission) == 1
+        for tell in load.prober.on_round:
+            tell()
+        assert isinstance((await asyncio.wait_for(waiting, 1.0)).error, StoppingError)
+
+    run_sim(main)
+
+
 async def suspect_all(load: Load) -> None:
     """For a moment, while two requests run and two wait."""
     for node in load.cluster.nodes.values():

@@ -9,6 +9,7 @@ import random
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from support.router_fakes import MAX_CONTEXT, VOCAB, cluster_config, spec
 from support.router_fakes import FakeNode as _Named
@@ -209,8 +210,13 @@ class Load:
         self.prober = Prober(config.router, self.cluster, self.nodes, clock)
         services = RequestServices(config.router, self.cluster, self.nodes, clock, self.log)
         self.dispatcher = Dispatcher(services, make_policy(config.router.policy))
-        none_is_up = lambda: not self.dispatcher.stopping and none_is_up_yet(self.cluster)  # noqa: E731
-        self.admission = Admission(self.dispatcher.route, clock, config.router, none_is_up=none_is_up)
+        self.admission = Admission(
+            self.dispatcher.route,
+            clock,
+            config.router,
+            none_is_up=partial(none_is_up_yet, self.cluster),
+            stopping=lambda: self.dispatcher.stopping,
+        )
         self.cluster.on_less_load = self.admission.wake
         self.log.prompt_observers.append(self.admission.ended)
 
