@@ -6,6 +6,7 @@ than its share never stands behind the queue of one that asks for more. Pure.
 """
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -21,6 +22,8 @@ class Waiter:
     tokens: int
     sequences: int
     stays: bool = False
+    context: int = 0
+    """Tokens that its nodes must have room for."""
     order: tuple[int, float, int] = (0, 0.0, 0)
 
 
@@ -59,9 +62,15 @@ class FairQueue:
         waiter.order = (waiter.rank, start, self._count)
         self._waiting[waiter] = None
 
-    def next(self, *, stays: bool = False) -> Waiter | None:
-        """Whose turn it is, of all, or of those that need no prefiller."""
-        waiting = [waiter for waiter in self._waiting if waiter.stays] if stays else self._waiting
+    def next(self, *, stays: bool = False, context: int | None = None) -> Waiter | None:
+        """Whose turn it is, of all, or of those that need no prefiller, or no longer `context`."""
+        waiting: Iterable[Waiter] = self._waiting
+        if stays or context is not None:
+            waiting = [
+                waiter
+                for waiter in self._waiting
+                if (waiter.stays or not stays) and (context is None or waiter.context <= context)
+            ]
         return min(waiting, key=_order, default=None)
 
     def take(self, waiter: Waiter) -> None:

@@ -47,8 +47,8 @@ class _Turn(Waiter):
 
 class Admission:
     """One a router. `choose`: what the policy chooses for a request among the nodes of now. `none_is_up`: whether there
-    is none for any, and one may come: then those that wait go on waiting. `stopping`: nobody gets in any more, and those
-    that wait are told so."""
+    is none for any, and one may come: then those that wait go on waiting. `stopping`: nobody gets in any more, and
+    those that wait are told so."""
 
     def __init__(
         self,
@@ -154,14 +154,15 @@ class Admission:
     def _let_in(self) -> None:
         """As many as there is room for, in turn. Each is load of its nodes before the next one is looked at."""
         self._asked = False
-        while (ready := self._ready(self._queue.next()) or self._ready(self._queue.next(stays=True))) is not None:
+        while (ready := self._ready() or self._ready(stays=True)) is not None:
             turn, decision = ready
             self._queue.take(turn)
             turn.go(decision)
 
-    def _ready(self, turn: Waiter | None) -> tuple[_Turn, Decision] | None:
-        """Where it would go now; None: nobody waits, or there is no room for it. Whoever waits for a prefiller keeps
-        nobody waiting who needs none."""
+    def _ready(self, *, stays: bool = False, context: int | None = None) -> tuple[_Turn, Decision] | None:
+        """Who gets in, and where it would go now; None: nobody waits, or there is no room. Whoever waits for a
+        prefiller keeps nobody waiting who needs none, and for a node of a long context nobody who fits others."""
+        turn = self._queue.next(stays=stays, context=context)
         if not isinstance(turn, _Turn) or turn.spec is None:
             return None
         decision, now = self._choose(turn.spec), self._clock.now()
@@ -170,7 +171,13 @@ class Admission:
         if decision.route is None and self._none_is_up():
             return None
         if decision.route is not None and not forecast(decision, turn.prompt_tokens, now, self._limits).has_room:
-            return None
+            shorter = [
+                node.max_context
+                for cut in decision.decoders.cuts
+                for node in cut.before
+                if node.max_context < turn.context
+            ]
+            return self._ready(stays=stays, context=max(shorter)) if shorter else None
         return turn, decision
 
     def _opened(self, open_it: Open[T], decision: Decision, arrived: float) -> T:
@@ -209,6 +216,7 @@ class Admission:
             seen.tokens,
             sum(spec.sampling.n for spec in request.specs),
             stays=seen.stays,
+            context=len(request.specs[0].prompt_token_ids) + request.specs[0].sampling.max_tokens,
             spec=request.specs[0],
             prompt_tokens=sum(len(spec.prompt_token_ids) for spec in request.specs),
         )

@@ -4,11 +4,13 @@ import asyncio
 import random
 
 import pytest
+from msgspec.structs import replace
 from support.sim_load import Flow, Load, Machine, Seen, goodput, outcomes, p99, run_load
 from support.sim_loop import run_sim
 
 from kvcore.config.schema import RoutingPolicy
 from kvcore.errors import NodeUnavailableError, RateLimitError, StoppingError
+from nodeapi.messages import NodeReport
 from router.nodes.stall_watch import works
 from router.requests.run import RequestRun
 
@@ -226,6 +228,31 @@ def test_who_needs_no_prefiller_does_not_wait_for_one():
         assert seen.error is None and seen.ttft_s is not None and seen.ttft_s < 0.1
         assert len(load.admission) == 3
         assert outcomes(await asyncio.gather(*running)) == {"ok": 5}
+
+    run_sim(main)
+
+
+def test_who_fits_a_node_of_a_short_context_does_not_wait_for_one_of_a_long_context():
+    async def main() -> None:
+        load = Load(Machine(prefillers=0, decoders=2), router={"first_token_s": 60.0})
+        short = load.nodes.nodes[1]
+        usual = short.report
+
+        def report() -> NodeReport:
+            found = usual()
+            assert found.engine is not None
+            return replace(found, engine=replace(found.engine, max_context=200))
+
+        short.report = report  # type: ignore[method-assign]
+        await load.prober.probe()
+        await load.warm_up()
+        running = [asyncio.create_task(load.ask(Flow(0), 1000)) for _ in range(3)]
+        await asyncio.sleep(0.1)
+        assert len(load.admission) == 2 and not load.cluster.nodes[short.id].sequences
+        seen = await load.ask(Flow(0), 100)
+        assert seen.error is None and seen.ttft_s is not None and seen.ttft_s < 0.2
+        assert len(load.admission) == 2
+        assert outcomes(await asyncio.gather(*running)) == {"ok": 3}
 
     run_sim(main)
 
