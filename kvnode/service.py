@@ -26,6 +26,7 @@ from kvcore.config.servers import internal_url
 from kvcore.config.vllm_options import engine_environment
 from kvcore.errors import KVFerryError, NodeUnavailableError
 from kvcore.ports import authorities_of, listen
+from kvcore.process.aiohttp_gate import TlsSite
 from kvcore.process.http_gate import show_gates
 from kvcore.process.service import Lifecycle
 from kvcore.release import release
@@ -296,4 +297,5 @@ async def _serve(
     show_gates(metrics.metrics, {"node": runner.gate})
     await runner.setup()
     lifecycle.stack.push_async_callback(runner.cleanup)
-    await web.SockSite(runner, listener, ssl_context=tls).start()
+    site = web.SockSite(runner, listener) if tls is None else TlsSite(runner, listener, tls)
+    await site.start()

@@ -7,6 +7,8 @@ Invariant: what is refused before a handler sees it is answered in the form of t
 import asyncio
 import http
 import logging
+import socket
+import ssl
 from typing import Any, cast
 
 import msgspec
@@ -15,8 +17,9 @@ from aiohttp.web_protocol import RequestHandler
 
 from kvcore.errors import DeadlineExceededError, InvalidRequestError, OverloadedError, PayloadTooLargeError
 from kvcore.peer_log import PeerLog
+from kvcore.ports import base_url
 from kvcore.process.http_body import check_encoding
-from kvcore.process.http_gate import GatePlace, HttpGate
+from kvcore.process.http_gate import GatePlace, HttpGate, TlsListener
 from kvcore.process.limits import HttpLimits
 
 _logger = logging.getLogger("kvcore.aiohttp")
@@ -35,6 +38,28 @@ class BoundedRunner(web.AppRunner):
     async def _make_server(self) -> web.Server:
         server = await super()._make_server()
         return _BoundedServer(server, self.gate, self._log)
+
+
+class TlsSite(web.BaseSite):
+    """Of such a runner, on a socket that listens: a connection has its place at the gate before it is encrypted."""
+
+    __slots__ = ("_listener", "_tls")
+
+    def __init__(self, runner: BoundedRunner, listener: socket.socket, tls: ssl.SSLContext) -> None:
+        super().__init__(runner)
+        self._listener, self._tls = listener, tls
+
+    @property
+    def name(self) -> str:
+        """Its URL."""
+        host, port = self._listener.getsockname()[:2]
+        return base_url(host, port).replace("http", "https", 1)
+
+    async def start(self) -> None:
+        """As any site's."""
+        await super().start()
+        runner = cast(BoundedRunner, self._runner)
+        self._server = TlsListener(runner.gate, self._listener, self._tls, cast(Any, runner.server))  # type: ignore[assignment]  # only closed
 
 
 class _BoundedServer(web.Server):
@@ -77,7 +102,7 @@ class BoundedConnection(RequestHandler):
         peer = transport.get_extra_info("peername")
         self._peer = str(peer[0]) if isinstance(peer, tuple) else None
         super().connection_made(transport)
-        self.place = self._gate.admit(self._peer, made.abort)
+        self.place = self._gate.admit(self._peer, made.abort, self.place)
         if self.place is None:
             made.abort()
             return

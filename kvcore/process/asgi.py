@@ -9,14 +9,14 @@ import functools
 import logging
 import socket
 import ssl
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import uvicorn
 
 from kvcore.peer_log import PeerLog
 from kvcore.ports import base_url, listen
-from kvcore.process.http_gate import HttpGate
+from kvcore.process.http_gate import HttpGate, TlsListener
 from kvcore.process.http_protocol import BoundedHttp
 from kvcore.process.limits import HttpLimits
 from kvcore.telemetry import log_fields
@@ -27,8 +27,11 @@ _logger = logging.getLogger("kvcore.asgi")
 class _Server(uvicorn.Server):
     """uvicorn's server without its signal handlers, and waiting on an event instead of ten ticks a second."""
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(self, config: uvicorn.Config, accept_tls: Callable[[Callable[[], Any]], Any] | None) -> None:
+        """`accept_tls`: what accepts in uvicorn's place, of what makes a connection's protocol; can be closed."""
         super().__init__(config)
+        self._accept_tls = accept_tls
+        self.tls_listener: Any = None
         self.up = asyncio.Event()
         self.stop = asyncio.Event()
 
@@ -38,6 +41,12 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        if self._accept_tls is not None:
+            kind: Any = self.config.http_protocol_class
+            state = self.lifespan.state
+            make = functools.partial(kind, config=self.config, server_state=self.server_state, app_state=state)
+            self.tls_listener = self._accept_tls(make)
+            self.servers.append(self.tls_listener)
         self.up.set()
 
     async def main_loop(self) -> None:
@@ -98,9 +107,12 @@ class AsgiServer:
             timeout_keep_alive=75,
         )
         config.load()
-        config.ssl = self._tls
-        self._server = server = _Server(config)
-        self._serving = asyncio.create_task(self._serve(server, bound), name=f"asgi {self._host}:{self._port}")
+        tls = self._tls
+        accept_tls = None if tls is None else functools.partial(TlsListener, self.gate, bound, tls)
+        self._server = server = _Server(config, accept_tls)
+        self._serving = asyncio.create_task(
+            self._serve(server, bound, by_tls=tls is not None), name=f"asgi {self._host}:{self._port}"
+        )
         up = asyncio.create_task(server.up.wait())
         try:
             await asyncio.wait({self._serving, up}, return_when=asyncio.FIRST_COMPLETED)
@@ -117,12 +129,14 @@ class AsgiServer:
             raise RuntimeError(f"the app for {self._host}:{self._port} did not start")
 
     @staticmethod
-    async def _serve(server: _Server, bound: socket.socket) -> None:
+    async def _serve(server: _Server, bound: socket.socket, *, by_tls: bool) -> None:
         try:
-            await server.serve(sockets=[bound])
+            await server.serve(sockets=[] if by_tls else [bound])
         except SystemExit as error:  # uvicorn's way to say that the lifespan start-up failed; it has logged why
             raise RuntimeError("the app's start-up failed") from error
         finally:
+            if server.tls_listener is not None:
+                server.tls_listener.close()
             bound.close()
 
     async def wait_failed(self) -> None:

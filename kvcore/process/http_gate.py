@@ -5,15 +5,24 @@ may ask for /health or /metrics and nothing else, so that operators see what is 
 nothing the oldest goes for a new one. Invariant: what a place holds is given back when it is left.
 """
 
+import asyncio
+import logging
+import socket
+import ssl
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from ipaddress import IPv6Network
+from typing import Any
 
 from kvcore import metric_names as names
 from kvcore.process.descriptors import RESERVED, soft_limit
 from kvcore.process.limits import HttpLimits
 from kvcore.process.proven_app import OPEN_PATHS
-from kvcore.telemetry import Metrics
+from kvcore.telemetry import Metrics, log_fields
+
+_logger = logging.getLogger("kvcore.http")
 
 
 class GatePlace:
@@ -58,6 +67,10 @@ class GatePlace:
         """Have whoever owns the connection cut it."""
         self._drop()
 
+    def passes_to(self, drop: Callable[[], None]) -> None:
+        """Another owns the connection from now on."""
+        self._drop = drop
+
 
 class HttpGate:
     """Of one listener, on its event loop."""
@@ -89,8 +102,12 @@ class HttpGate:
         """Those that are served, without spare ones."""
         return self._num
 
-    def admit(self, peer: str | None, drop: Callable[[], None]) -> GatePlace | None:
-        """The place of a new connection; None: not even a spare one is left, cut it. `drop` cuts it later."""
+    def admit(self, peer: str | None, drop: Callable[[], None], place: GatePlace | None = None) -> GatePlace | None:
+        """The place of a new connection; None: not even a spare one is left, cut it. `drop` cuts it later. `place`: it
+        has one already."""
+        if place is not None:
+            place.passes_to(drop)
+            return place
         client = client_of(peer)
         reason = None
         if self._num >= self.max_connections:
@@ -147,6 +164,72 @@ class HttpGate:
         if reason == "connections":
             return f"this process takes {self.max_connections} connections at a time"
         return f"this process takes {self.max_per_client} connections of one client at a time"
+
+
+class TlsListener:
+    """Accepts connections that begin with TLS. Each has its place from the moment it is accepted: one that never ends
+    its handshake counts as any other, and for `handshake_s` at most."""
+
+    def __init__(self, gate: HttpGate, bound: socket.socket, tls: ssl.SSLContext, make: Callable[[], Any]) -> None:
+        """Accepts from now on until `close`. `bound`: listens, and is closed at the end. `make`: a connection's
+        protocol, which takes its `place` with it."""
+        self._gate, self._bound, self._tls, self._make = gate, bound, tls, make
+        self._shaking: dict[asyncio.Task[None], socket.socket] = {}
+        self._accepting = asyncio.create_task(self._accept(), name="TLS listener")
+
+    def close(self) -> None:
+        """Accept no more, and cut what is not encrypted yet. Idempotent."""
+        self._accepting.cancel()
+        for connection in self._shaking.values():
+            _cut(connection)
+
+    async def wait_closed(self) -> None:
+        """Until that is done."""
+        await asyncio.wait({self._accepting, *self._shaking})
+
+    async def _accept(self) -> None:
+        loop = asyncio.get_running_loop()
+        with self._bound:
+            while True:
+                try:
+                    connection, address = await loop.sock_accept(self._bound)
+                except ConnectionError:
+                    continue  # it has left already
+                except OSError as error:  # no descriptor is left
+                    log_fields(_logger, logging.ERROR, "accept_failed", error=str(error))
+                    await asyncio.sleep(self._gate.limits.accept_again_s)
+                    continue
+                place = self._gate.admit(address[0], partial(_cut, connection))
+                if place is None:
+                    connection.close()
+                    continue
+                task = asyncio.create_task(self._shake(connection, place))
+                self._shaking[task] = connection
+                task.add_done_callback(self._shaking.pop)
+
+    async def _shake(self, connection: socket.socket, place: GatePlace) -> None:
+        limits = self._gate.limits
+        seconds = limits.handshake_s if place.why_spare is None else min(limits.spare_head_s, limits.handshake_s)
+
+        def make() -> Any:
+            made = self._make()
+            made.place = place
+            return made
+
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.connect_accepted_socket(make, connection, ssl=self._tls, ssl_handshake_timeout=seconds)
+        except (OSError, ValueError) as error:  # ssl's errors are; and an address that is gone is a ValueError
+            log_fields(_logger, logging.DEBUG, "handshake_failed", error=str(error))
+            place.leave()
+        except BaseException:
+            place.leave()
+            raise
+
+
+def _cut(connection: socket.socket) -> None:
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 def client_of(peer: str | None) -> str:

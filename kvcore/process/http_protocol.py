@@ -36,7 +36,8 @@ class BoundedHttp(HttpToolsProtocol):
         self._gate = gate or HttpGate()
         self._limits = self._gate.limits
         self._log = log or PeerLog(_logger)
-        self._place: GatePlace | None = None
+        self.place: GatePlace | None = None
+        """Whoever accepted the connection may have taken it one."""
         self._head_timer: asyncio.TimerHandle | None = None
         self._body_timer: asyncio.TimerHandle | None = None
         self._send_timer: asyncio.TimerHandle | None = None
@@ -56,11 +57,11 @@ class BoundedHttp(HttpToolsProtocol):
         """A client has connected: its first head must come in time."""
         super().connection_made(transport)
         self._peer_names = peer_names(transport)
-        self._place = self._gate.admit(self.client[0] if self.client else None, transport.abort)
-        if self._place is None:
+        self.place = self._gate.admit(self.client[0] if self.client else None, transport.abort, self.place)
+        if self.place is None:
             transport.abort()
             return
-        head_s = self._limits.head_s if self._place.why_spare is None else self._limits.spare_head_s
+        head_s = self._limits.head_s if self.place.why_spare is None else self._limits.spare_head_s
         self._head_timer = self.loop.call_later(min(head_s, self._limits.head_s), self._head_late)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -68,8 +69,8 @@ class BoundedHttp(HttpToolsProtocol):
         self._head_is_over()
         self._body_is_over()
         self._stop_send_timer()
-        if self._place is not None:
-            self._place.leave()
+        if self.place is not None:
+            self.place.leave()
         if isinstance(self._answered, HttpExchange):
             self._answered.gone()  # uvicorn tells only the last one of those that are pipelined
         super().connection_lost(exc)
@@ -108,9 +109,9 @@ class BoundedHttp(HttpToolsProtocol):
         app = self.app
         if too_large:
             app = self._head_too_large
-        elif self._place is not None and self._place.why_spare is not None:
+        elif self.place is not None and self.place.why_spare is not None:
             exchange.keep_alive = False
-            if not self._place.serves(self.scope["method"], self.scope["path"]):
+            if not self.place.serves(self.scope["method"], self.scope["path"]):
                 app = self._overloaded  # its body is read as any other's
         under_way, self.cycle = self.cycle, exchange
         if under_way is None or under_way.response_complete:
@@ -178,12 +179,12 @@ class BoundedHttp(HttpToolsProtocol):
 
     def _hold_body(self) -> None:
         """More of the body is to come: what there is counts at the gate, and time runs."""
-        if self.transport.is_closing() or self._place is None:
+        if self.transport.is_closing() or self.place is None:
             return
         if self._body_timer is None:
             self._body_timer = self.loop.call_later(self._limits.body_s, self._body_late)
         new, self._new_bytes = self._new_bytes, 0
-        if new and (why := self._place.hold(new)) is not None:
+        if new and (why := self.place.hold(new)) is not None:
             self._refuse(503, "bodies", f"{why}; come back later")
 
     @property
@@ -195,7 +196,7 @@ class BoundedHttp(HttpToolsProtocol):
         await _say(send, 431, self._head_bound)
 
     async def _overloaded(self, scope: Scope, receive: Receive, send: Send) -> None:
-        reason = self._place.why_spare if self._place is not None else None
+        reason = self.place.why_spare if self.place is not None else None
         self._count(503, None, reason or "")
         await _say(send, 503, f"{reason}; come back later")
 
@@ -214,8 +215,8 @@ class BoundedHttp(HttpToolsProtocol):
 
     def _body_is_over(self) -> None:
         self._new_bytes = 0
-        if self._place is not None:
-            self._place.let_go()
+        if self.place is not None:
+            self.place.let_go()
         if self._body_timer is not None:
             self._body_timer.cancel()
             self._body_timer = None

@@ -13,12 +13,16 @@ class HttpLimits:
     """Of one address. None: the share …"""
     client_share: float = 0.8
     """… that one client may have of the connections and of `max_held_bytes`."""
+    accept_again_s: float = 1.0
+    """After there was no descriptor for a connection."""
     max_spare: int = 32
     """Connections over a bound that wait for their head, or are told so: see `http_gate`."""
     spare_head_s: float = 2.0
-    """What `head_s` is for those."""
+    """What `head_s` and `handshake_s` are for those."""
     max_head_bytes: int = 64 << 10
     """Of a request's head: its line and its headers."""
+    handshake_s: float = 15.0
+    """A connection whose TLS does not stand by then is closed."""
     head_s: float = 30.0
     """A connection that has sent no whole head of a request by then is closed."""
     max_held_bytes: int = 256 << 20

@@ -1,6 +1,7 @@
 """Our two HTTP servers with one small application behind each, and a client that does not behave."""
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
@@ -10,7 +11,8 @@ from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from kvcore.errors import KVFerryError
-from kvcore.process.aiohttp_gate import BoundedRunner, check_place
+from kvcore.ports import listen
+from kvcore.process.aiohttp_gate import BoundedRunner, TlsSite, check_place
 from kvcore.process.aiohttp_gate import read_body as read_node_body
 from kvcore.process.asgi import AsgiServer
 from kvcore.process.http_body import read_body
@@ -61,7 +63,7 @@ Serving = Callable[[HttpLimits], AbstractAsyncContextManager[Listener]]
 
 
 @asynccontextmanager
-async def uvicorn_listener(limits: HttpLimits) -> AsyncIterator[Listener]:
+async def uvicorn_listener(limits: HttpLimits, tls: ssl.SSLContext | None = None) -> AsyncIterator[Listener]:
     """As the router and the metadata server have it."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -81,7 +83,7 @@ async def uvicorn_listener(limits: HttpLimits) -> AsyncIterator[Listener]:
         await send({"type": "http.response.start", "status": status, "headers": [length]})
         await send({"type": "http.response.body", "body": body})
 
-    server = AsgiServer(app, "127.0.0.1", 0, limits=limits)
+    server = AsgiServer(app, "127.0.0.1", 0, limits=limits, tls=tls)
     listener = Listener(0, server.gate)
     await server.start()
     listener.port = server.port
@@ -90,7 +92,7 @@ async def uvicorn_listener(limits: HttpLimits) -> AsyncIterator[Listener]:
 
 
 @asynccontextmanager
-async def aiohttp_listener(limits: HttpLimits) -> AsyncIterator[Listener]:
+async def aiohttp_listener(limits: HttpLimits, tls: ssl.SSLContext | None = None) -> AsyncIterator[Listener]:
     """As a node has it."""
 
     async def echo(request: web.Request) -> web.StreamResponse:
@@ -121,9 +123,9 @@ async def aiohttp_listener(limits: HttpLimits) -> AsyncIterator[Listener]:
     app.add_routes([web.get("/", health)])
     runner = BoundedRunner(app, limits, handler_cancellation=True, auto_decompress=False, access_log=None)
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    listener = Listener(runner.addresses[0][1], runner.gate)
+    bound = listen("127.0.0.1", 0)
+    listener = Listener(bound.getsockname()[1], runner.gate)
+    await (web.SockSite(runner, bound) if tls is None else TlsSite(runner, bound, tls)).start()
     yield listener
     await runner.cleanup()
 
