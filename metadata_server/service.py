@@ -190,7 +190,10 @@ async def _open_mooncake(
     app = MooncakeApp(dialect, clock, register_mooncake(dialect, metrics), token)
     if mooncake.port is None:
         return app, dialect
-    shell = AsgiServer(MooncakePort(app), server.host, mooncake.port, tls=tls)
+    if tls is not None:
+        lifecycle.tasks.create_task(tls.follow(), name="mooncake certificate")
+    context = None if tls is None else tls.context
+    shell = AsgiServer(MooncakePort(app), server.host, mooncake.port, tls=context)
     gates["mooncake"] = shell.gate
     lifecycle.stack.push_async_callback(shell.aclose)
     await shell.start()

@@ -24,7 +24,7 @@ class MooncakeMetadataConfig(Section, frozen=True, kw_only=True):
     token_env: Text | None = None
     """The environment variable with the token that callers must bring. Not set: none is asked for."""
     cert: Text | None = None
-    """A PEM file with the certificate and those between it and the root: TLS on `port`. Read at start."""
+    """A PEM file with the certificate and those between it and the root: TLS on `port`. Read again when it changes."""
     key: Text | None = None
     """The PEM file with its key, which is not encrypted."""
     liveness: LivenessKind = LivenessKind.PROBE

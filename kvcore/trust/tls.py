@@ -18,9 +18,9 @@ _CERTIFICATE = re.compile("-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE---
 class ServerCertificate:
     """A listener's. `context` is the same for ever: what is loaded into it later holds for connections after that."""
 
-    def __init__(self, config: TlsConfig) -> None:
-        """Blocking. Raises ConfigError: the files cannot be used."""
-        self._config = config
+    def __init__(self, config: TlsConfig, where: str = "router.tls") -> None:
+        """Blocking. Raises ConfigError, which begins with `where`: the files cannot be used."""
+        self._config, self._where = config, where
         self._seen, self._complained = self._stamps(), ""
         self.context = self._loaded(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
 
@@ -56,7 +56,7 @@ class ServerCertificate:
         try:
             found = [Path(path).stat() for path in (self._config.cert, self._config.key)]
         except OSError as error:
-            raise ConfigError(f"router.tls: {error.filename}: {error.strerror}") from error
+            raise ConfigError(f"{self._where}: {error.filename}: {error.strerror}") from error
         return [(one.st_mtime_ns, one.st_ino, one.st_size) for one in found]
 
     def _loaded(self, context: ssl.SSLContext) -> ssl.SSLContext:
@@ -65,7 +65,7 @@ class ServerCertificate:
         try:
             context.load_cert_chain(cert, key, password=lambda: "")
         except (OSError, ValueError) as error:  # ssl's errors are OSErrors
-            raise ConfigError(f"router.tls: {cert} and {key} are no certificate with its key: {error}") from error
+            raise ConfigError(f"{self._where}: {cert} and {key} are no certificate with its key: {error}") from error
         return context
 
 

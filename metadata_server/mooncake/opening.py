@@ -1,11 +1,12 @@
 """Makes the dialect that a cluster file asks for, and the port of its own if it has one."""
 
 import os
-import ssl
 
 from kvcore.clock import Clock
 from kvcore.config.mooncake_metadata import LivenessKind, MooncakeMetadataConfig
+from kvcore.config.security import TlsConfig
 from kvcore.errors import ConfigError
+from kvcore.trust.tls import ServerCertificate
 from metadata_server.mooncake.dialect import MooncakeDialect
 from metadata_server.mooncake.expiry import TtlLiveness
 from metadata_server.mooncake.liveness import Liveness
@@ -38,17 +39,8 @@ def token_of(config: MooncakeMetadataConfig) -> str | None:
     return token
 
 
-def tls_of(config: MooncakeMetadataConfig) -> ssl.SSLContext | None:
-    """With the certificate as its files are now. Raises ConfigError: they cannot be used."""
+def tls_of(config: MooncakeMetadataConfig) -> ServerCertificate | None:
+    """Await its `follow`. Raises ConfigError: the files cannot be used."""
     if config.cert is None or config.key is None:
         return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    try:
-        context.load_cert_chain(config.cert, config.key, password=lambda: "")
-    except (OSError, ValueError) as error:  # ssl's errors are OSErrors
-        raise ConfigError(
-            f"metadata_server.mooncake.cert, key: {config.cert} and {config.key} are no certificate with its key in"
-            f" PEM form: {error}"
-        ) from error
-    return context
+    return ServerCertificate(TlsConfig(cert=config.cert, key=config.key), "metadata_server.mooncake.cert, key")

@@ -7,24 +7,30 @@ import socket
 import ssl
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 
 import aiohttp
 import pytest
 from support.certificates import self_signed
 from support.metadata_words import new_state
 from support.mooncake_dialect import AT_ONCE, RAM, RPC, dialect_rig, ram, rpc
+from support.ports import free_ports
 
+from kvcore.config.file import load_config
 from kvcore.config.mooncake_metadata import MooncakeMetadataConfig
 from kvcore.errors import ConfigError, RecordsUnavailableError
 from kvcore.process.asgi import AsgiServer
+from kvcore.process.service import Lifecycle
 from kvcore.telemetry import Metrics
 from metadata_server.core import MetadataCore
 from metadata_server.mooncake.http_shell import MooncakeApp, MooncakePort
 from metadata_server.mooncake.opening import tls_of, token_of
+from metadata_server.service import main
 from metadata_server.shell.app import create_app
 from metadata_server.shell.metrics import register_mooncake
 
 DEFAULT = MooncakeMetadataConfig()
+SIM = Path(__file__).resolve().parents[3] / "configs/sim-2p2d.yaml"
 
 
 class Http:
@@ -194,8 +200,9 @@ def test_the_token_is_in_the_environment(monkeypatch):
 async def test_over_tls(tmp_path):
     cert, key = self_signed(tmp_path)
     tls = tls_of(MooncakeMetadataConfig(port=0, cert=str(cert), key=str(key)))
+    assert tls is not None
     trusting = ssl.create_default_context(cafile=str(cert))
-    async with served(tls=tls) as http:
+    async with served(tls=tls.context) as http:
         assert http.url.startswith("https://")
         assert await http("PUT", RPC, rpc(), ssl=trusting) == (200, "metadata updated")
         with pytest.raises(aiohttp.ClientConnectorCertificateError):
@@ -203,6 +210,44 @@ async def test_over_tls(tmp_path):
         with pytest.raises(aiohttp.ClientConnectionError):
             await http.session.get(http.url.replace("https", "http") + "/metadata?key=a")
         assert await http("GET", RPC, ssl=trusting) == (200, rpc().decode())
+        self_signed(tmp_path)
+        assert tls.refresh()
+        renewed = ssl.create_default_context(cafile=str(cert))
+        assert await http("GET", RPC, ssl=renewed) == (200, rpc().decode()), "a new connection has the new one"
+
+
+class _Over(Exception):  # noqa: N818 - ends the TaskGroup
+    pass
+
+
+@pytest.mark.slow
+async def test_the_server_follows_the_files_of_its_certificate(tmp_path):
+    cert, key = self_signed(tmp_path)
+    own, port = free_ports(2)
+    mooncake = f"{{enabled: true, port: {port}, cert: '{cert}', key: '{key}'}}"
+    config = load_config(SIM, [f"metadata_server.port={own}", f"metadata_server.mooncake={mooncake}"])
+
+    async def status():
+        """Of who trusts the certificate that is in the file now."""
+        trusting = ssl.create_default_context(cafile=str(cert))
+        async with aiohttp.ClientSession() as session, asyncio.timeout(20):
+            while True:
+                with suppress(aiohttp.ClientConnectorError):
+                    return (await session.get(f"https://127.0.0.1:{port}/metadata?key=a", ssl=trusting)).status
+                await asyncio.sleep(0.02)
+
+    with pytest.raises(ExceptionGroup) as ended:
+        async with asyncio.TaskGroup() as tasks, AsyncExitStack() as stack:
+            lifecycle = Lifecycle(stack, tasks)
+            serving = tasks.create_task(main(config, lifecycle))
+            assert await status() == 404
+            self_signed(tmp_path)
+            assert await status() == 404
+            lifecycle.stopping.set()
+            await serving
+            await stack.aclose()
+            raise _Over
+    assert ended.value.subgroup(lambda error: not isinstance(error, ExceptionGroup | _Over)) is None
 
 
 def test_certificates_that_cannot_be_used_are_told_at_start(tmp_path):
