@@ -80,7 +80,7 @@ async def main(config: ClusterConfig, lifecycle: Lifecycle, *, change_partitions
         _gated(app, config, clock, trust),
         server.host,
         server.port,
-        limits=HttpLimits().holding(4 * server.max_body),
+        limits=HttpLimits(listeners=_num_listeners(server)).holding(4 * server.max_body),
         tls=None if trust.certificate is None else trust.certificate.server,
     )
     if trust.certificate is not None:
@@ -169,6 +169,10 @@ def serves_mooncake(server: MetadataServerConfig) -> bool:
     return server.mooncake.enabled and (part is None or part.number == 0)
 
 
+def _num_listeners(server: MetadataServerConfig) -> int:
+    return 2 if serves_mooncake(server) and server.mooncake.port is not None else 1
+
+
 async def _open_mooncake(
     config: ClusterConfig,
     records: Records,
@@ -193,7 +197,8 @@ async def _open_mooncake(
     if tls is not None:
         lifecycle.tasks.create_task(tls.follow(), name="mooncake certificate")
     context = None if tls is None else tls.context
-    shell = AsgiServer(MooncakePort(app), server.host, mooncake.port, tls=context)
+    limits = HttpLimits(listeners=_num_listeners(server))
+    shell = AsgiServer(MooncakePort(app), server.host, mooncake.port, limits=limits, tls=context)
     gates["mooncake"] = shell.gate
     lifecycle.stack.push_async_callback(shell.aclose)
     await shell.start()

@@ -15,7 +15,7 @@ from kvcore.process.service import Lifecycle
 from kvcore.telemetry import Metrics, log_fields
 from kvcore.trust.opening import ClusterTrust
 from kvcore.trust.tls import ServerCertificate
-from router.descriptors import clients_at_most, descriptors_needed
+from router.descriptors import clients_at_most, descriptors_needed, operators_at_most
 from router.tenants.sides import OperatorsSide
 
 _log = logging.getLogger("router")
@@ -37,7 +37,8 @@ class RouterListeners:
         gates = {"router": self.clients.gate}
         if bounds.admin_port is not None:
             own = tls if trust.certificate is None else trust.certificate.server
-            host, held = bounds.admin_host or bounds.host, HttpLimits().holding(bounds.max_body)
+            host, few = bounds.admin_host or bounds.host, HttpLimits(max_connections=operators_at_most(soft_limit()))
+            held = few.holding(bounds.max_body)
             self.operators = AsgiServer(OperatorsSide(app), host, bounds.admin_port, limits=held, tls=own)
             gates["router_admin"] = self.operators.gate
         show_gates(metrics, gates)
@@ -89,11 +90,12 @@ def _site_tls(config: ClusterConfig, lifecycle: Lifecycle) -> ssl.SSLContext | N
 
 def _connection_limits(config: ClusterConfig) -> HttpLimits:
     limit, num_nodes = soft_limit(), len(config.nodes)
-    needed = descriptors_needed(config.router.max_requests, num_nodes)
+    operators = 0 if config.router.admin_port is None else operators_at_most(limit)
+    needed = descriptors_needed(config.router.max_requests, num_nodes) + operators
     if limit < needed:
         log_fields(_log, logging.WARNING, "few_descriptors", limit=limit, needed=needed, see="kvferry doctor")
     return HttpLimits(
-        max_connections=clients_at_most(limit, num_nodes),
+        max_connections=clients_at_most(limit, num_nodes, operators=operators),
         max_per_client=config.router.max_connections_per_client,
         max_held_bytes=_HELD_BODIES * config.router.max_body,
     )

@@ -77,7 +77,8 @@ class HttpGate:
 
     def __init__(self, limits: HttpLimits = HttpLimits()) -> None:
         self.limits = limits
-        self.max_connections = limits.max_connections or max(1, soft_limit() - RESERVED - limits.max_spare)
+        free = soft_limit() - RESERVED - limits.listeners * limits.max_spare
+        self.max_connections = limits.max_connections or max(1, free // limits.listeners)
         self.max_per_client = limits.max_per_client or max(
             min(self.max_connections, limits.max_spare), int(limits.client_share * self.max_connections)
         )

@@ -9,6 +9,8 @@ class HttpLimits:
 
     max_connections: int | None = None
     """Requests on connections beyond are refused, before the descriptors are used up. None: as many as those allow."""
+    listeners: int = 1
+    """Of the process, which share that."""
     max_per_client: int | None = None
     """Of one address. None: the share …"""
     client_share: float = 0.8

@@ -35,7 +35,7 @@ from kvferry.doctor.transports import check_transports
 from kvferry.doctor.vllm import check_cores, check_vllm, host_bytes, weight_bytes
 from kvferry.machine import is_local, size_text
 from kvferry.vllm_here import installed_vllm
-from router.descriptors import descriptors_needed
+from router.descriptors import descriptors_needed, operators_at_most
 from transfer.memory.available import available_memory
 
 _BASE_PACKAGES = ("msgspec", "uvicorn", "fastapi", "aiohttp", "tokenizers", "xxhash", "numpy")
@@ -143,12 +143,16 @@ def check_descriptors(context: Context) -> list[Finding]:
     router, num_nodes = context.config.router, len(context.config.nodes)
     if not context.all_here and not is_local(router.host):
         return []
-    limit, needed = hard_limit(), descriptors_needed(router.max_requests, num_nodes)
+    limit = hard_limit()
+    operators = 0 if router.admin_port is None else operators_at_most(limit)
+    needed = descriptors_needed(router.max_requests, num_nodes) + operators
     shown = f"{limit:,} allowed (ulimit -Hn), {needed:,} needed for router.max_requests {router.max_requests:,}"
     if limit >= needed:
         return [Finding("descriptors", True, shown)]
     how = "raise the hard limit (limits.conf, a unit's LimitNOFILE=, docker run --ulimit nofile=)"
-    fitting = (limit - descriptors_needed(0, num_nodes)) // (descriptors_needed(1, 0) - descriptors_needed(0, 0))
+    fitting = (limit - operators - descriptors_needed(0, num_nodes)) // (
+        descriptors_needed(1, 0) - descriptors_needed(0, 0)
+    )
     lower = f", or lower router.max_requests to {fitting:,}" if fitting > 0 else ""
     return [Finding("descriptors", False, shown, how + lower)]
 

@@ -1,23 +1,35 @@
 """A router that has no file descriptor left: no node is blamed, the client is told, and the log says it once."""
 
+import asyncio
 import logging
 import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 import httpx
 import pytest
+from fastapi import FastAPI
 from support.router_fakes import FakeNode, expected, make_rig, node_app, serve
 
+from kvcore.config.file import load_config
 from kvcore.errors import NoDescriptorsError
+from kvcore.process.descriptors import RESERVED, soft_limit
+from kvcore.process.http_gate import HttpGate
+from kvcore.process.limits import HttpLimits
+from kvcore.process.service import Lifecycle
+from kvcore.telemetry import Metrics
+from kvcore.trust.opening import OPEN
 from kvcore.types import Role
 from nodeapi.client import HttpNodeClient
 from nodeapi.messages import PrefillRequest
-from router.descriptors import LEGS_PER_REQUEST, clients_at_most, descriptors_needed
+from router.descriptors import LEGS_PER_REQUEST, clients_at_most, descriptors_needed, operators_at_most
+from router.listeners import RouterListeners
 from router.nodes.limits import NodeHealthLimits
 from router.requests.limits import RequestLimits
 
+SIM = Path(__file__).resolve().parents[3] / "configs/sim-2p2d.yaml"
 ERROR = NoDescriptorsError("no file descriptor is left")
 PREFILL = PrefillRequest(request_id="a", prompt_token_ids=[1, 2, 3], deadline_s=5)
 
@@ -90,5 +102,25 @@ def test_so_many_clients_leave_descriptors_for_the_legs_of_each() -> None:
     for limit in (1024, 4096, 20_000):
         clients = clients_at_most(limit, 10)
         assert descriptors_needed(clients, 10) <= limit < descriptors_needed(clients + 1, 10)
+        operators = operators_at_most(limit)
+        apart = clients_at_most(limit, 10, operators=operators)
+        assert 16 <= operators <= limit // 16, "a flood of their port leaves clients most"
+        assert descriptors_needed(apart, 10) + operators <= limit
     assert clients_at_most(64, 10) == 16
     assert descriptors_needed(1, 0) - descriptors_needed(0, 0) == 1 + LEGS_PER_REQUEST
+
+
+def test_the_listeners_of_a_process_have_its_descriptors_between_them() -> None:
+    gate = HttpGate(HttpLimits(listeners=2))
+    held = 2 * (gate.max_connections + gate.limits.max_spare)
+    assert held + RESERVED <= soft_limit() < held + 2 + RESERVED
+
+
+async def test_a_flood_of_the_operators_port_leaves_clients_their_connections() -> None:
+    config = load_config(SIM, ["router.admin_port=0"])
+    async with asyncio.TaskGroup() as tasks, AsyncExitStack() as stack:
+        made = RouterListeners(FastAPI(), config, OPEN, Metrics(), Lifecycle(stack, tasks))
+    assert made.operators is not None
+    operators, clients = made.operators.gate.max_connections, made.clients.gate.max_connections
+    assert operators == operators_at_most(soft_limit())
+    assert descriptors_needed(clients, len(config.nodes)) + operators <= soft_limit()
