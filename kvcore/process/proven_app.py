@@ -34,7 +34,7 @@ class ProvenApp:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry."""
-        if scope["type"] != "http" or not (self._needs(scope) or _is_proved(scope)):
+        if scope["type"] != "http" or not (self._needs(scope) or carries_proof(scope)):
             await self._app(scope, receive, send)
             return
         headers = {name.decode("latin-1").title(): value.decode("latin-1") for name, value in scope["headers"]}
@@ -75,7 +75,8 @@ async def refuse(error: ProofError, scope: Scope, send: Send, wanted: str = "") 
     await send({"type": "http.response.body", "body": body})
 
 
-def _is_proved(scope: Scope) -> bool:
+def carries_proof(scope: Scope) -> bool:
+    """Whether a request has a signature of the cluster's own kind, right or wrong; others' proxies make others."""
     return any(name == b"signature-input" and value.startswith(b"kvferry=") for name, value in scope["headers"])
 
 

@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kvcore.clock import Clock
 from kvcore.errors import AdminKeyError, InvalidRequestError, KeyRefusedError, KVFerryError, RateLimitError
+from kvcore.process.proven_app import carries_proof
 from kvcore.tenants.keys import KeyRecord, Priority, is_tenant_name
 from kvcore.tenants.salts import TenantSalts
 from kvcore.tenants.source import KeySource
@@ -78,7 +79,7 @@ class TenantGate:
         app, admitted, key = self._app, None, _key_in(scope)
         try:
             operators = is_operators(scope) or not self._apart
-            if self._proved is not None and operators and _is_proved(scope):
+            if self._proved is not None and operators and carries_proof(scope):
                 app = self._proved
             if key is None and (app is self._proved or is_certified(scope)):
                 set_caller(scope, self._operator(scope))
@@ -203,7 +204,3 @@ def _for_tenant(scope: Scope) -> str:
     if name and not is_tenant_name(name):
         raise InvalidRequestError("X-KVFerry-Tenant is no name of a tenant")
     return name
-
-
-def _is_proved(scope: Scope) -> bool:
-    return any(name == b"signature-input" for name, _ in scope["headers"])

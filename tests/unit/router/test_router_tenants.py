@@ -211,6 +211,7 @@ async def test_a_process_of_the_cluster_needs_no_key_and_nobody_else_is_taken_fo
     for path in ("/v1/cluster", "/v1/requests", "/v1/models"):
         assert (await client.get(path, **wrong)).status_code == 401
         assert (await client.get(path, **{"signature-input": "other=right"})).status_code == 401
+    assert (await client.get("/v1/models", "a", **{"signature-input": "other=right"})).status_code == 200, "a proxy's"
     tenants = await client.get("/v1/cluster", "a", **right)
     assert tenants.status_code == 403, "whose a request is is said by its key"
     assert (await client.post("/v1/completions", ASK, **right)).status_code == 200
