@@ -84,6 +84,7 @@ class Authority:
 def run_certs(folder: Path, config_file: Path, days: float) -> int:
     """Write new certificates, from the CA that is in the folder or a new one; returns 0. Raises ConfigError."""
     config = load_config(config_file)
+    _check_names(config)
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         if not (folder / "ca.pem").exists():
@@ -105,6 +106,17 @@ def processes_of(config: ClusterConfig) -> dict[str, list[str]]:
     hosts = {"metadata-server": servers, "router": [host for host, _ in routers_of(config)], CLIENT: []}
     hosts |= {name: [node.host] for name, node in config.nodes.items()}
     return {name: [*_LOOPBACKS, *_reached(found)] for name, found in hosts.items()}
+
+
+def _check_names(config: ClusterConfig) -> None:
+    """Raises ConfigError where a process is reached by another's name, in which its certificate could speak, too."""
+    processes = processes_of(config)
+    for name, hosts in processes.items():
+        if both := sorted((set(hosts) & processes.keys()) - {name}):
+            raise ConfigError(
+                f"{name} is at the host {both[0]}, which is another process's name: with a certificate for it {name} "
+                f"could speak as {both[0]}; give the node another name, or the host by its address"
+            )
 
 
 def _reached(hosts: Iterable[str]) -> list[str]:

@@ -20,6 +20,7 @@ from kvcore.process.certified_app import PEER_NAMES, CertifiedApp
 from kvcore.process.http_client import http_session
 from kvcore.trust.certificates import ProcessCertificate, ca_context, named
 from kvcore.trust.opening import ClusterTrust
+from kvferry.certificates import run_certs
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -222,3 +223,14 @@ def test_files_that_cannot_be_used_are_refused_by_name_at_start(tmp_path, wrong,
 def test_one_file_of_the_cluster_serves_processes_of_all_names(tmp_path):
     config = process_tls(tmp_path, "{name}")
     assert named(config, "decode-0") == process_tls(tmp_path, "decode-0")
+
+
+def test_no_certificate_is_made_that_speaks_for_another_node_too(tmp_path):
+    """A node is known by its certificate's DNS names, and so is the host that it is at."""
+    sim = Path(__file__).resolve().parents[3] / "configs/sim-2p2d.yaml"
+    file = tmp_path / "cluster.yaml"
+    elsewhere = sim.read_text().replace("prefill-0: {", "prefill-0: {host: prefill-1, ")
+    file.write_text(f"{elsewhere}\nsecurity: {{open: true}}\n")
+    with pytest.raises(ConfigError, match="prefill-0 is at the host prefill-1, which is another process's name"):
+        run_certs(tmp_path / "certs", file, 1.0)
+    assert not (tmp_path / "certs").exists()
