@@ -10,7 +10,15 @@ import aiohttp
 
 from kvcore.clock import SystemClock
 from kvcore.errors import ProofError
-from kvcore.trust.http_proof import MAX_SAID_BYTES, WANTED, FrameSeal, Proof, RequestProver, why_unproven
+from kvcore.trust.http_proof import (
+    MAX_PROVEN_BYTES,
+    MAX_SAID_BYTES,
+    WANTED,
+    FrameSeal,
+    Proof,
+    RequestProver,
+    why_unproven,
+)
 from kvcore.trust.opening import OPEN, ClusterTrust
 from kvcore.trust.tls import pinned_context
 
@@ -79,6 +87,19 @@ async def _refuse_redirects(request: aiohttp.ClientRequest, send: aiohttp.Client
 class _ProvenResponse(aiohttp.ClientResponse):
     seal: FrameSeal | None = None
 
+    async def read_at_most(self, most: int) -> bytes:
+        """As `read`, which gives the same from then on. Raises UnprovenReplyError for a longer body: whoever sits
+        between us and the server can send any behind the head that it proved."""
+        parts, size = list[bytes](), 0
+        async for part in self.content.iter_any():
+            size += len(part)
+            if size > most:
+                self.close()
+                raise UnprovenReplyError(f"{self.url.origin()} answered more than {most} bytes")
+            parts.append(part)
+        self._body = b"".join(parts)
+        return await self.read()
+
 
 def frame_seal(response: aiohttp.ClientResponse) -> FrameSeal | None:
     """What opens the frames of an answer that is a stream of them; None: nothing was proved."""
@@ -108,11 +129,11 @@ class _Proving:
             server, status = str(request.url.origin()), response.status
             kind = ProofRefusedError if status == 401 else UnprovenReplyError
             raise kind(why_unproven(server, status, response.headers, beginning))
-        if isinstance(response, _ProvenResponse):
-            response.seal = reply.seal
+        assert isinstance(response, _ProvenResponse), "of a session that proves"
+        response.seal = reply.seal
         if reply.digest is not None:
             try:
-                reply.check(await response.read())
+                reply.check(await response.read_at_most(MAX_PROVEN_BYTES))
             except ProofError as error:
                 raise UnprovenReplyError(f"{request.url.origin()}: {error.message}") from error
         return response

@@ -29,6 +29,8 @@ DIGEST, INPUT, SIGNATURE, WANTED = "Content-Digest", "Signature-Input", "Signatu
 
 SEAL_BYTES = 16
 """Behind each frame's payload, and counted by its length."""
+MAX_PROVEN_BYTES = 256 << 20
+"""Of a body that is read before it is known to be the one that was proved."""
 MAX_SAID_BYTES = 1024
 """Of a refusal that is not proven, told in an error."""
 

@@ -3,7 +3,7 @@
 import asyncio
 import secrets as random
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import aiohttp
@@ -18,6 +18,7 @@ from starlette.routing import Route
 from kvcore.clock import SystemClock
 from kvcore.errors import KVFerryError, MetadataProofError, MetadataUnavailableError, NodeUnavailableError
 from kvcore.ports import authorities_of, is_loopback
+from kvcore.process import http_client
 from kvcore.process.aiohttp_gate import BoundedRunner
 from kvcore.process.asgi import AsgiServer
 from kvcore.process.http_client import UnprovenReplyError, http_session
@@ -175,6 +176,26 @@ async def test_a_server_without_our_secret_is_no_server_of_ours(server, holder):
         with pytest.raises(UnprovenReplyError, match=known):
             await session.post(url + "/echo", data=b"x")
         assert hits == [b"x"] * (holder is OPEN)
+
+
+async def test_a_body_without_end_behind_a_proved_head_is_given_up_at_a_bound(monkeypatch):
+    monkeypatch.setattr(http_client, "MAX_PROVEN_BYTES", 1 << 20)
+    checks = verifier(trust(OLD))
+
+    async def middle(request: web.Request) -> web.StreamResponse:
+        proof = checks.check(request.method, request.raw_path, request.headers)
+        response = web.StreamResponse(headers=dict(checks.reply_headers(proof, 200, b"ok")))
+        await response.prepare(request)
+        with suppress(ConnectionError):
+            while True:
+                await response.write(bytes(1 << 16))
+        return response
+
+    app = web.Application()
+    app.router.add_get("/", middle)
+    async with plain(app) as url, http_session(trust=trust(OLD)) as session, asyncio.timeout(20):
+        with pytest.raises(UnprovenReplyError, match="more than 1048576 bytes"):
+            await session.get(url)
 
 
 @pytest.mark.parametrize("status", [200, 400, 401, 404, 503])
