@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kvcore.errors import ConfigError
 
-FileStamp = tuple[int, int, int]
+FileStamp = tuple[int, int, int, int]
 _MODE_REFUSED = stat.S_IRWXO | stat.S_IWGRP | stat.S_IXGRP
 
 
@@ -16,7 +16,12 @@ def stamp_of(path: Path | str, where: str) -> FileStamp:
         found = Path(path).stat()
     except OSError as error:
         raise ConfigError(f"{where}: {path}: {error.strerror}") from error
-    return found.st_mtime_ns, found.st_ino, found.st_size
+    return stamp(found)
+
+
+def stamp(found: os.stat_result) -> FileStamp:
+    """As `stamp_of`. Of a changed mode or owner, too: a file that was refused for them is good once they are."""
+    return found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_size
 
 
 def why_not_private(found: os.stat_result) -> str | None:

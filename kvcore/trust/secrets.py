@@ -11,7 +11,7 @@ from kvcore.clock import Clock, SystemClock
 from kvcore.config.security import SecretConfig
 from kvcore.errors import ConfigError
 from kvcore.telemetry import log_fields
-from kvcore.trust.files import FileStamp, check_private
+from kvcore.trust.files import FileStamp, check_private, stamp
 from kvcore.trust.keys import ClusterKey, KeyLabel
 from kvcore.trust.secret_text import BadSecretError, parse_secrets
 
@@ -122,10 +122,9 @@ class _SecretFile:
         where = f"security.secret.file: {self._path}"
         try:
             found = self._path.stat()
-            stamp = (found.st_mtime_ns, found.st_ino, found.st_size)
-            if stamp == self._seen:
+            if (seen := stamp(found)) == self._seen:
                 return None
-            self._seen = stamp
+            self._seen = seen
             with self._path.open(encoding="ascii") as file:
                 check_private(os.fstat(file.fileno()), where)
                 text = file.read(1 << 16)

@@ -9,9 +9,9 @@ from pathlib import Path
 from kvcore.config.security import TlsConfig
 from kvcore.errors import ConfigError
 from kvcore.telemetry import log_fields
+from kvcore.trust.files import FileStamp, stamp_of
 
 _logger = logging.getLogger("kvcore.trust")
-_FileStamp = tuple[int, int, int]
 _CERTIFICATE = re.compile("-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.S)
 
 
@@ -52,12 +52,8 @@ class ServerCertificate:
             await asyncio.sleep(look_s)
             self.refresh()
 
-    def _stamps(self) -> list[_FileStamp]:
-        try:
-            found = [Path(path).stat() for path in (self._config.cert, self._config.key)]
-        except OSError as error:
-            raise ConfigError(f"{self._where}: {error.filename}: {error.strerror}") from error
-        return [(one.st_mtime_ns, one.st_ino, one.st_size) for one in found]
+    def _stamps(self) -> list[FileStamp]:
+        return [stamp_of(path, self._where) for path in (self._config.cert, self._config.key)]
 
     def _loaded(self, context: ssl.SSLContext) -> ssl.SSLContext:
         context.minimum_version = ssl.TLSVersion.TLSv1_2

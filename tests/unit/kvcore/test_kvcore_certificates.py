@@ -187,6 +187,16 @@ def test_what_is_no_good_changes_nothing_and_is_said_once_for_each_change(tmp_pa
     assert "expired" in caplog.text and "mode 0644" in caplog.text
 
 
+def test_a_key_that_was_refused_for_its_mode_is_taken_once_that_is_right(tmp_path):
+    cluster_certificates(tmp_path)
+    certificate, key = opened(tmp_path, "client"), tmp_path / "client.key"
+    cluster_certificates(tmp_path, ["client"])
+    key.chmod(0o644)
+    assert not certificate.refresh()
+    key.chmod(0o600)
+    assert certificate.refresh()
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [

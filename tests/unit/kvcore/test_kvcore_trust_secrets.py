@@ -116,6 +116,8 @@ def test_a_file_that_turns_bad_changes_nothing_and_is_said_once(tmp_path, caplog
     write(path, text_of(NEW), mode=0o644)
     assert not held.refresh()
     assert held.newest.id == ClusterKey(OLD).id
+    path.chmod(0o600)
+    assert held.refresh() and held.newest.id == ClusterKey(NEW).id, "as the line in the log has said"
 
 
 @pytest.mark.parametrize("mode", [0o604, 0o620, 0o666, 0o601])
