@@ -39,6 +39,7 @@ class Secrets:
         self._look_s = look_s
         self._looked = clock.now() if clock is not None else 0.0
         self._keys = tuple(ClusterKey(secret) for secret in secrets)
+        self._complained = ""
 
     def __repr__(self) -> str:
         return f"<Secrets {', '.join(key.id.hex() for key in self._keys)}>"
@@ -74,8 +75,11 @@ class Secrets:
         try:
             secrets = self._reread() if self._reread is not None else None
         except ConfigError as error:
-            log_fields(_logger, logging.ERROR, "secret_not_reloaded", reason=error.message)
+            if error.message != self._complained:  # a file that is away is so for many looks
+                log_fields(_logger, logging.ERROR, "secret_not_reloaded", reason=error.message)
+            self._complained = error.message
             return False
+        self._complained = ""
         if secrets is None:
             return False
         known = {key.id: key for key in self._keys}

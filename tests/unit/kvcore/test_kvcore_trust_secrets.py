@@ -120,6 +120,18 @@ def test_a_file_that_turns_bad_changes_nothing_and_is_said_once(tmp_path, caplog
     assert held.refresh() and held.newest.id == ClusterKey(NEW).id, "as the line in the log has said"
 
 
+def test_a_file_that_is_away_is_said_once(tmp_path, caplog):
+    path = tmp_path / "secret"
+    held = open_secrets(write(path, text_of(OLD)))
+    for _ in range(2):
+        path.unlink()
+        for _ in range(3):
+            assert not held.refresh()
+        write(path, text_of(OLD))
+        held.refresh()
+    assert caplog.text.count("secret_not_reloaded") == 2
+
+
 @pytest.mark.parametrize("mode", [0o604, 0o620, 0o666, 0o601])
 def test_a_file_that_others_can_get_at_is_refused(tmp_path, mode):
     assert f"mode {mode:04o}" in refusal(write(tmp_path / "secret", text_of(OLD), mode))
