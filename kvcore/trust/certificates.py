@@ -7,6 +7,7 @@ connection that stands keeps what it began with; no session is resumed, so that 
 
 import asyncio
 import logging
+import math
 import os
 import ssl
 from collections.abc import Mapping
@@ -32,9 +33,13 @@ PeerNames = frozenset[str]
 class ProcessCertificate:
     """One process's. `server` and `client` are the same for ever; a connection gets what is read when it is made."""
 
-    def __init__(self, config: ClusterTlsConfig, clock: Clock | None = None, look_s: float = 1.0) -> None:
-        """Blocking: reads the files. Raises ConfigError: they cannot be used. `look_s`: between two looks at them."""
-        self._config, self._clock, self._look_s = config, clock or SystemClock(), look_s
+    def __init__(
+        self, config: ClusterTlsConfig, clock: Clock | None = None, look_s: float = 1.0, again_s: float = 10.0
+    ) -> None:
+        """Blocking: reads the files. Raises ConfigError: they cannot be used. `look_s`: between two looks at them;
+        `again_s`: until those that could not be used are tried again, though they are the same."""
+        self._config, self._clock, self._look_s, self._again_s = config, clock or SystemClock(), look_s, again_s
+        self._again_at = math.inf
         self._looked = self._clock.now()
         self._seen = self._stamps()
         self._loaded, self._complained = self._load(), ""
@@ -56,14 +61,18 @@ class ProcessCertificate:
 
     def refresh(self) -> bool:
         """Whether there are others than before. Files that cannot be used, or do not belong together (yet), change
-        nothing, are logged, and are looked at again when they change. Microseconds, unless they did."""
+        nothing, are logged, and are tried again when they change, or later: a certificate may be of a clock that is
+        ahead of ours. Microseconds, unless they did."""
+        now = self._clock.now()
         try:
             stamps = self._stamps()
-            self._complained = ""
-            if stamps == self._seen:
+            if stamps != self._seen or self._again_at == math.inf:
+                self._complained = ""
+            if stamps == self._seen and now < self._again_at:
                 return False
-            self._seen = stamps
+            self._seen, self._again_at = stamps, now + self._again_s
             self._loaded = self._load()
+            self._again_at = math.inf
         except ConfigError as error:
             if error.message != self._complained:  # a file that is away is so for many looks
                 log_fields(_logger, logging.ERROR, "certificate_not_reloaded", reason=error.message)

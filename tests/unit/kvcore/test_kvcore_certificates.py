@@ -18,6 +18,7 @@ from kvcore.ports import why_unreachable
 from kvcore.process.asgi import AsgiServer
 from kvcore.process.certified_app import PEER_NAMES, CertifiedApp
 from kvcore.process.http_client import http_session
+from kvcore.trust import certificates
 from kvcore.trust.certificates import ProcessCertificate, ca_context, named
 from kvcore.trust.opening import ClusterTrust
 from kvferry.certificates import run_certs
@@ -185,6 +186,28 @@ def test_what_is_no_good_changes_nothing_and_is_said_once_for_each_change(tmp_pa
     assert not certificate.refresh()
     assert caplog.text.count("certificate_not_reloaded") == 5
     assert "expired" in caplog.text and "mode 0644" in caplog.text
+
+
+def test_one_that_is_not_valid_yet_by_our_clock_is_taken_later(tmp_path, monkeypatch, caplog):
+    cluster_certificates(tmp_path)
+    clock = ManualClock()
+    certificate = ProcessCertificate(process_tls(tmp_path, "client"), clock, again_s=10.0)
+    early = ssl.SSLCertVerificationError()
+    early.verify_message = "certificate is not yet valid"
+
+    def refuse(*_: Any) -> None:
+        raise early
+
+    with monkeypatch.context() as patched:
+        patched.setattr(certificates, "_meet", refuse)
+        cluster_certificates(tmp_path, ["client"])
+        for _ in range(3):
+            assert not certificate.refresh()
+            clock.advance(10.0)
+    assert certificate.refresh()
+    assert caplog.text.count("certificate_not_reloaded") == 1 and "not yet valid" in caplog.text
+    clock.advance(100.0)
+    assert not certificate.refresh()
 
 
 def test_a_key_that_was_refused_for_its_mode_is_taken_once_that_is_right(tmp_path):
