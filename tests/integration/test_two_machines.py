@@ -34,7 +34,7 @@ GREEDY = {"temperature": 0, "max_tokens": NEW_TOKENS, "ignore_eos": True, "retur
 DELAY_S, LOSS = 0.02, 0.02
 ANSWER_S = 10.0
 """The longest that an answer may take, whatever the link does: the router gives a silent node up in 4 to 5 s here."""
-RETURN_S = 40.0
+RETURN_S = 120.0
 REQUEST_S = 60.0
 
 
