@@ -191,7 +191,7 @@ def _engine_bytes(engine: EngineConfig, model: ModelConfig) -> int:
 def check_running(context: Context) -> list[Finding]:
     """What the router of a running cluster says is wrong between and with its nodes."""
     running = context.running
-    if not any(name.startswith("router") for name in running.names):
+    if not any(name == "router" or name.startswith("routers[") for name in running.names):
         return []
     if not running.problems:
         return [Finding("router", True, "it runs, and uses every node")]

@@ -145,3 +145,11 @@ async def test_what_the_router_says_is_wrong_is_told(serve):
         (False, "decoder d1 is not used: its tokenizer is not the router's"),
         (False, "prefiller p0 can serve no decoder"),
     ]
+
+
+def test_a_node_whose_name_begins_like_a_routers_is_no_router_that_runs():
+    config = cluster(1, 2, 3)
+    alone = Context(config, running=RunningParts(frozenset({"routerless", "metadata_server"})))
+    assert check_running(alone) == []
+    other = Context(config, running=RunningParts(frozenset({"routers[0]"})))
+    assert [finding.detail for finding in check_running(other)] == ["it runs, and uses every node"]
