@@ -21,6 +21,7 @@ from kvcore.errors import ConfigError
 from kvcore.peer_log import PeerLog
 from kvcore.telemetry import log_fields
 from kvcore.trust.files import FileStamp, check_private, stamp_of
+from kvcore.trust.tls import RenewedContext
 
 _logger = logging.getLogger("kvcore.trust")
 _WHERE = "security.tls"
@@ -43,10 +44,10 @@ class ProcessCertificate:
         self._looked = self._clock.now()
         self._seen = self._stamps()
         self._loaded, self._complained = self._load(), ""
-        self.server: ssl.SSLContext = _Renewed(ssl.PROTOCOL_TLS_SERVER).of(self, 0)
+        self.server: ssl.SSLContext = RenewedContext(ssl.PROTOCOL_TLS_SERVER).of(lambda: self.current()[0])
         """Of a listener: asks for a certificate, and takes none but the cluster's; whether there has to be one is the
         application's to say (`peer_names`)."""
-        self.client: ssl.SSLContext = _Renewed(ssl.PROTOCOL_TLS_CLIENT).of(self, 1)
+        self.client: ssl.SSLContext = RenewedContext(ssl.PROTOCOL_TLS_CLIENT).of(lambda: self.current()[1])
         """Of whoever asks such a listener, by the name or address that its certificate has."""
 
     def __repr__(self) -> str:
@@ -159,21 +160,6 @@ def peer_names(transport: Any) -> PeerNames | None:
     if not shown:
         return None
     return frozenset(name for kind, name in shown.get("subjectAltName", ()) if kind == "DNS")
-
-
-class _Renewed(ssl.SSLContext):
-    """A context for servers and clients that are given one once: each connection is of the current one."""
-
-    _owner: ProcessCertificate
-    _which: int
-
-    def of(self, owner: ProcessCertificate, which: int) -> ssl.SSLContext:
-        self._owner, self._which = owner, which
-        return self
-
-    def wrap_bio(self, *arguments: Any, **options: Any) -> ssl.SSLObject:
-        """As asyncio and uvloop begin each connection."""
-        return self._owner.current()[self._which].wrap_bio(*arguments, **options)
 
 
 class _SayingObject(ssl.SSLObject):

@@ -11,11 +11,15 @@ CLUSTER_NAMES = ("metadata-server", "router", "client", "prefill-0", "prefill-1"
 """Of a `support.cluster`."""
 
 
-def self_signed(folder: Path, *addresses: str) -> tuple[Path, Path]:
+ELLIPTIC, RSA = "ec -pkeyopt ec_paramgen_curve:prime256v1", "rsa:2048"
+"""Kinds of keys."""
+
+
+def self_signed(folder: Path, *addresses: str, kind: str = ELLIPTIC) -> tuple[Path, Path]:
     """The PEM files of a certificate, which is its own root, and of its key."""
     cert, key = folder / "cert.pem", folder / "key.pem"
     names = ",".join(f"IP:{address}" for address in ("127.0.0.1", *addresses))
-    how = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=kvferry-test"
+    how = f"req -x509 -newkey {kind} -nodes -days 2 -subj /CN=kvferry-test"
     where = ["-addext", f"subjectAltName={names}", "-keyout", str(key), "-out", str(cert)]
     subprocess.run(["openssl", *how.split(), *where], check=True, capture_output=True)
     return cert, key
@@ -24,7 +28,7 @@ def self_signed(folder: Path, *addresses: str) -> tuple[Path, Path]:
 def issued(folder: Path, issuer: tuple[Path, Path]) -> tuple[Path, Path]:
     """The PEM files of a certificate that the issuer signed, with the issuer's behind it, and of its key."""
     cert, key = folder / "cert.pem", folder / "key.pem"
-    how = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=kvferry-issued"
+    how = f"req -x509 -newkey {ELLIPTIC} -nodes -days 2 -subj /CN=kvferry-issued"
     more = ["-addext", "basicConstraints=critical,CA:FALSE", "-addext", "subjectAltName=IP:127.0.0.1"]
     where = ["-CA", str(issuer[0]), "-CAkey", str(issuer[1]), "-keyout", str(key), "-out", str(cert)]
     subprocess.run(["openssl", *how.split(), *more, *where], check=True, capture_output=True)

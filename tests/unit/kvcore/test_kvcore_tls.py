@@ -8,7 +8,7 @@ from typing import Any
 import aiohttp
 import pytest
 from starlette.responses import PlainTextResponse
-from support.certificates import issued, self_signed
+from support.certificates import ELLIPTIC, RSA, issued, self_signed
 
 from kvcore.config.file import load_config
 from kvcore.config.security import TlsConfig
@@ -26,9 +26,9 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
     await PlainTextResponse(scope["scheme"])(scope, receive, send)
 
 
-def made(folder: Path) -> TlsConfig:
+def made(folder: Path, kind: str = ELLIPTIC) -> TlsConfig:
     folder.mkdir()
-    cert, key = self_signed(folder)
+    cert, key = self_signed(folder, kind=kind)
     return TlsConfig(cert=str(cert), key=str(key))
 
 
@@ -114,6 +114,57 @@ async def test_what_is_half_written_changes_nothing_and_is_said_once(tmp_path, c
         assert certificate.refresh()
     assert caplog.text.count("certificate_not_reloaded") == 3
     assert caplog.text.count("certificate_reloaded") == 1
+
+
+async def test_what_changes_while_it_is_read_is_not_used(tmp_path, monkeypatch):
+    """A renewal that begins between the look and the end of loading: nobody gets half of it, and the next look all."""
+    used, renewed = made(tmp_path / "used"), made(tmp_path / "new")
+    certificate = ServerCertificate(used)
+    load = ssl.SSLContext.load_cert_chain
+
+    def slow(context: ssl.SSLContext, *files: Any, **options: Any) -> None:
+        load(context, *files, **options)
+        put(renewed, used)
+
+    copy(used.cert, str(tmp_path / "same.pem"))
+    copy(str(tmp_path / "same.pem"), used.cert)
+    with monkeypatch.context() as patched:
+        patched.setattr(ssl.SSLContext, "load_cert_chain", slow)
+        assert not certificate.refresh()
+    server = AsgiServer(app, "127.0.0.1", 0, tls=certificate.context)
+    await server.start()
+    try:
+        async with knowing(TlsConfig(cert=str(tmp_path / "same.pem"), key="")) as old, knowing(renewed) as new:
+            assert await get(old, server.url) == "https"
+            assert certificate.refresh()
+            assert await get(new, server.url) == "https"
+    finally:
+        await server.aclose()
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["with its key", "while its key is still to come"])
+async def test_a_key_of_another_kind_takes_the_olds_place_whole_or_not_at_all(tmp_path, whole):
+    """OpenSSL keeps a certificate of each kind of key: loaded into the one context, a client could get either."""
+    used, renewed = made(tmp_path / "used", RSA), made(tmp_path / "new")
+    copy(used.cert, str(tmp_path / "old.pem"))
+    certificate = ServerCertificate(used)
+    put(renewed, used) if whole else copy(renewed.cert, used.cert)
+    assert certificate.refresh() is whole
+    server = AsgiServer(app, "127.0.0.1", 0, tls=certificate.context)
+    await server.start()
+    try:
+        for cert, serves in ((renewed.cert, whole), (str(tmp_path / "old.pem"), not whole)):
+            context = pinned_context(cert)
+            context.maximum_version = ssl.TLSVersion.TLSv1_2
+            context.set_ciphers("ECDHE+aECDSA+AESGCM" if cert == renewed.cert else "ECDHE+aRSA+AESGCM")
+            async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=context)) as client:
+                if serves:
+                    assert await get(client, server.url) == "https"
+                else:
+                    with pytest.raises(aiohttp.ClientConnectorError):
+                        await get(client, server.url)
+    finally:
+        await server.aclose()
 
 
 def test_files_that_are_no_certificate_are_refused(tmp_path):
