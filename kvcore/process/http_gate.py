@@ -17,6 +17,7 @@ from ipaddress import IPv6Network
 from typing import Any
 
 from kvcore import metric_names as names
+from kvcore.peer_log import PeerLog
 from kvcore.process.descriptors import RESERVED, soft_limit
 from kvcore.process.limits import HttpLimits
 from kvcore.process.proven_app import OPEN_PATHS
@@ -176,6 +177,7 @@ class TlsListener:
         protocol, which takes its `place` with it."""
         self._gate, self._bound, self._tls, self._make = gate, bound, tls, make
         self._shaking: dict[asyncio.Task[None], socket.socket] = {}
+        self._said = PeerLog(_logger)
         self._accepting = asyncio.create_task(self._accept(), name="TLS listener")
 
     def close(self) -> None:
@@ -189,24 +191,30 @@ class TlsListener:
         await asyncio.wait({self._accepting, *self._shaking})
 
     async def _accept(self) -> None:
-        loop = asyncio.get_running_loop()
         with self._bound:
             while True:
                 try:
-                    connection, address = await loop.sock_accept(self._bound)
+                    await self._accept_one()
                 except ConnectionError:
                     continue  # it has left already
-                except OSError as error:  # no descriptor is left
-                    log_fields(_logger, logging.ERROR, "accept_failed", error=str(error))
+                except Exception as error:  # no descriptor is left, or a fault of ours: either way others still come
+                    shown = str(error) if isinstance(error, OSError) else repr(error)
+                    log_fields(_logger, logging.ERROR, "accept_failed", error=shown)
                     await asyncio.sleep(self._gate.limits.accept_again_s)
-                    continue
-                place = self._gate.admit(address[0], partial(_cut, connection))
-                if place is None:
-                    connection.close()
-                    continue
-                task = asyncio.create_task(self._shake(connection, place))
-                self._shaking[task] = connection
-                task.add_done_callback(self._shaking.pop)
+
+    async def _accept_one(self) -> None:
+        connection, address = await asyncio.get_running_loop().sock_accept(self._bound)
+        try:
+            place = self._gate.admit(address[0], partial(_cut, connection))
+        except BaseException:
+            connection.close()
+            raise
+        if place is None:
+            connection.close()
+            return
+        task = asyncio.create_task(self._shake(connection, place))
+        self._shaking[task] = connection
+        task.add_done_callback(self._shaking.pop)
 
     async def _shake(self, connection: socket.socket, place: GatePlace) -> None:
         limits = self._gate.limits
@@ -223,9 +231,12 @@ class TlsListener:
         except (OSError, ValueError) as error:  # ssl's errors are; and an address that is gone is a ValueError
             log_fields(_logger, logging.DEBUG, "handshake_failed", error=str(error))
             place.leave()
-        except BaseException:
+        except BaseException as error:
             place.leave()
-            raise
+            connection.close()
+            if not isinstance(error, Exception):
+                raise
+            self._said.say(logging.ERROR, "connection_failed", type(error).__name__, None, error=repr(error))
 
 
 def _cut(connection: socket.socket) -> None:

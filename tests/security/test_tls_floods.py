@@ -1,9 +1,11 @@
 """Connections that never end their TLS handshake: they count from the first on, one client has its share, all end."""
 
 import asyncio
+import logging
 import ssl
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,36 @@ def test_a_handshake_that_does_not_end_is_cut(
             await listener.until(lambda: listener.gate.num_connections == 0)
 
     run(slow())
+
+
+def test_a_fault_while_a_connection_is_taken_ends_that_one_alone(
+    serving: Serving,
+    certificate: ProcessCertificate,
+    run: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    def broken(*_: object) -> None:
+        raise RuntimeError("a fault of ours")
+
+    async def faults() -> None:
+        async with serving(HttpLimits(accept_again_s=0.01), certificate.server) as listener:
+            limits = listener.gate.limits
+            wrong = replace(limits, handshake_s="soon")
+            for name, fault in (("admit", broken), ("limits", wrong)):
+                with monkeypatch.context() as patched:
+                    patched.setattr(listener.gate, name, fault)
+                    reader, writer = await listener.connect()
+                    async with asyncio.timeout(10):
+                        assert await reader.read() == b""
+                    writer.close()
+                assert b" 200 " in await get(certificate, listener.port, b"/"), "the next one is served"
+            await listener.until(lambda: listener.gate.num_connections == 0)
+
+    with caplog.at_level(logging.ERROR):
+        run(faults())
+    assert "accept_failed" in caplog.text and "a fault of ours" in caplog.text
+    assert "connection_failed" in caplog.text
 
 
 def test_a_listener_that_ends_cuts_handshakes(
