@@ -129,9 +129,13 @@ class TargetGreeting:
         self._direction_keys = _direction_keys(key, said)
         return segment_id, self._nonce + key.id + ours
 
+    def proves(self, proof: bytes | bytearray) -> bool:
+        """Whether the initiator has proved that it knows the secret."""
+        return bool(self._wanted) and hmac.compare_digest(self._wanted, bytes(proof))
+
     def check(self, proof: bytes | bytearray) -> None:
-        """Raises TransferProofError unless the initiator has proved that it knows the secret."""
-        if not self._wanted or not hmac.compare_digest(self._wanted, bytes(proof)):
+        """Raises TransferProofError unless it `proves` that."""
+        if not self.proves(proof):
             raise TransferProofError("the initiator's proof is wrong: it does not know this cluster's secret")
 
     @property

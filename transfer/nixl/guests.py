@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvcore.clock import Clock
 from kvcore.errors import PeerUnreachableError, TransferProofError, TransferProtocolError
@@ -29,13 +29,23 @@ class GuestBook:
 
 
 @dataclass(slots=True)
-class _Guest:
-    came_at: float
-    hello: bytes = b""
-    greeting: TargetGreeting | None = None
-    challenge: bytes = b""
+class _GuestGreeting:
+    """One greeting of a guest, by its hello. `told`: what it was sent once it had proved itself, to be sent again."""
+
+    greeting: TargetGreeting
+    challenge: bytes
     told: bytes = b""
-    """What it was sent once it had proved itself, to be sent again."""
+
+
+@dataclass(slots=True)
+class _Guest:
+    """`asked`: by their hellos, the latest last. Whoever can send over NIXL sends in whichever name it likes, also a
+    hello of somebody else that it has heard: so a name's greetings stand beside each other, and one that goes wrong
+    ends neither the others nor the guest."""
+
+    came_at: float
+    asked: dict[bytes, _GuestGreeting] = field(default_factory=dict)
+    proved: bool = False
 
 
 class ConnectedAgents:
@@ -80,7 +90,7 @@ class ConnectedAgents:
         themselves."""
         now = self._clock.now()
         for name, guest in list(self._guests.items()):
-            if guest.greeting is not None and not guest.told and now - guest.came_at > self._limits.prove_s:
+            if guest.asked and not guest.proved and now - guest.came_at > self._limits.prove_s:
                 self._forget(name)
                 continue
             try:
@@ -115,7 +125,8 @@ class ConnectedAgents:
     def _challenge(self, sender: str, step: NixlStep) -> None:
         """A greeting that is said again gets the same challenge. Proves nothing for another segment, as over TCP."""
         guest = self._guests.get(sender)
-        if guest is None or guest.hello != step.body:
+        asked = None if guest is None else guest.asked.get(step.body)
+        if asked is None:
             keys = self._book.keys()
             hello = check_voucher(keys, step.body, step.metadata)
             greeting = TargetGreeting(keys, "nixl")
@@ -123,24 +134,25 @@ class ConnectedAgents:
             answer = HelloAnswer.WELCOME if wanted == self._book.segment_id else HelloAnswer.UNKNOWN
             self._let_in(sender, step.metadata, step.nonce, answer)
             guest = self._guests.get(sender)
-            if guest is None:
+            if guest is None or answer is not HelloAnswer.WELCOME:
                 return
-            guest.hello, guest.greeting, guest.challenge, guest.told = step.body, greeting, challenge, b""
-        self._send(sender, pack_step(NixlStep(GreetingStep.CHALLENGE, step.nonce, guest.challenge)))
+            guest.asked[step.body] = asked = _GuestGreeting(greeting, challenge)
+            if len(guest.asked) > self._limits.max_greetings:
+                del guest.asked[next(iter(guest.asked))]
+        self._send(sender, pack_step(NixlStep(GreetingStep.CHALLENGE, step.nonce, asked.challenge)))
 
     def _tell(self, sender: str, step: NixlStep) -> None:
         guest = self._guests.get(sender)
-        if guest is None or guest.greeting is None:
+        if guest is None or not guest.asked:
             raise TransferProofError("a proof that nobody was asked for")
-        try:
-            guest.greeting.check(step.body)
-        except TransferProofError:
-            self._forget(sender)
-            raise
-        if not guest.told:
-            guest.told = seal_place(guest.greeting.direction_keys, self._book.place)
+        asked = next((one for one in guest.asked.values() if one.greeting.proves(step.body)), None)
+        if asked is None:
+            raise TransferProofError("the initiator's proof is wrong: it does not know this cluster's secret")
+        if not asked.told:
+            asked.told = seal_place(asked.greeting.direction_keys, self._book.place)
+            guest.proved = True
             self._note_guest()
-        self._send(sender, pack_step(NixlStep(GreetingStep.PLACE, step.nonce, guest.told)))
+        self._send(sender, pack_step(NixlStep(GreetingStep.PLACE, step.nonce, asked.told)))
 
     def _let_in(self, sender: str, metadata: bytes, nonce: int, answer: HelloAnswer) -> None:
         """Connect to an agent, or tell it why not, which takes a connection for a moment. Raises
@@ -151,13 +163,15 @@ class ConnectedAgents:
             answer = HelloAnswer.FULL if len(self._guests) >= self._limits.max_connections else answer
         if not known:
             name = self._agent.load(metadata)
-            self._guests[name] = _Guest(self._clock.now())
             if name != sender:
-                self._forget(name)
+                if name not in self._guests:  # else it is a guest's own, sent again by somebody who heard it
+                    self._forget(name)
                 raise TransferProtocolError(f"{sender} greets as {name}")
+            self._guests[name] = _Guest(self._clock.now())
         if answer is not HelloAnswer.WELCOME:
             self._send(sender, pack_welcome(NixlWelcome(nonce, answer)))
-            self._forget(sender)
+            if not known:
+                self._forget(sender)
 
     def _send(self, sender: str, message: bytes) -> None:
         try:

@@ -14,6 +14,8 @@ class NixlLimits:
     """Connections of one initiator; the one that was idle longest is closed for a new one."""
     max_connections: int = 256
     """Connections to one host."""
+    max_greetings: int = 4
+    """Of one connection, that a host knows: an initiator that gave one up begins another on the same."""
     window_bytes: int = 256 << 20
     window_requests: int = 64
     """In NIXL's hands at once, of all batches."""

@@ -137,7 +137,46 @@ def test_what_was_heard_opens_nothing_again():
     assert fresh.hears(guest.name, proof) == [], "nobody asked for it"
     (other,) = fresh.hears(guest.name, guest.hello())
     assert other != challenge and fresh.hears(guest.name, proof) == []
+    fresh.clock.at = 6.0
+    fresh.agents.drop_broken()
     assert fresh.agents.refused == {"proof": 2} and not fresh.loaded
+
+
+@pytest.mark.parametrize("proved", [True, False], ids=["proved", "still to prove"])
+def test_nobody_ends_a_guest_by_speaking_in_its_name(proved):
+    """With what it made up, and with all that was heard of others and of the guest itself."""
+    host, guest = Host(trust(OLD)), Guest(trust(OLD))
+    (challenge,) = host.hears(guest.name, guest.hello())
+    proof = guest.proof(challenge)
+    if proved:
+        host.hears(guest.name, proof)
+    elsewhere, earlier = Guest(trust(OLD), "other", "n.2"), [Guest(trust(OLD), guest.name) for _ in range(2)]
+    heard = [*(one.hello() for one in earlier), elsewhere.hello(b"other")]
+    made_up = [
+        pack_step(NixlStep(GreetingStep.PROOF, guest.nonce, bytes(32))),
+        pack_step(NixlStep(GreetingStep.HELLO, guest.nonce, b"\0hello", b"asking")),
+        pack_hello(NixlHello(guest.nonce, "n.2", b"asking")),
+    ]
+    for message in [*heard, *made_up]:
+        host.hears(guest.name, message)
+    host.hears("thief", guest.hello())
+    assert guest.name in host.loaded and "thief" not in host.loaded
+    (told,) = host.hears(guest.name, proof)
+    assert guest.place(told)[0] == 1 << 40
+    host.clock.at = 60.0
+    host.agents.drop_broken()
+    assert guest.name in host.loaded, "a greeting in its name that nobody ends is not its own"
+
+
+def test_a_name_has_a_bounded_number_of_greetings():
+    host, guest = Host(trust(OLD)), Guest(trust(OLD))
+    for _ in range(50):
+        host.hears(guest.name, Guest(trust(OLD)).hello())
+    (asked,) = [guest.asked for guest in host.agents._guests.values()]
+    assert len(asked) == NixlLimits().max_greetings
+    (challenge,) = host.hears(guest.name, guest.hello())
+    (told,) = host.hears(guest.name, guest.proof(challenge))
+    assert guest.place(told)[0] == 1 << 40, "the latest is among them"
 
 
 def test_a_host_proves_nothing_for_another_segment():
