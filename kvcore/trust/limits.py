@@ -15,6 +15,11 @@ class ProofLimits:
     """A node's process has up to 5 clients of a server, each of its engine's processes 2."""
     window: int = 65_536
     """A request of a sender that so many of its later ones have overtaken is refused."""
+    max_seen_bytes: int = 256 << 20
+    """For remembering requests. At the bound fewer of each sender's numbers are remembered: 900 where there are as many
+    senders as may be."""
+    sender_bytes: int = 256
+    """Of that, for one sender beside its numbers."""
 
     @property
     def max_senders(self) -> int:

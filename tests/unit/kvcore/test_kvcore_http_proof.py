@@ -3,6 +3,7 @@
 import base64
 import datetime
 import hashlib
+import random as random_numbers
 import re
 import secrets as random
 
@@ -299,3 +300,35 @@ class TestSeenRequests:
         assert not seen.is_new(b"c", 1, 59.0)
         assert seen.is_new(b"c", 1, 61.0)
         assert not seen.is_new(b"b", 1, 61.0)
+
+    def test_it_takes_bounded_bytes_and_says_of_no_number_twice_that_it_is_new(self):
+        limits = ProofLimits(window=1 << 12, max_seen_bytes=200_000, sender_bytes=256)
+        seen, told, rng = SeenRequests(60.0, limits), set[tuple[bytes, int]](), random_numbers.Random(1)
+        senders = [bytes([at, more]) for at in range(256) for more in range(2)]
+        refused = 0
+        for step in range(20_000):
+            sender, number = rng.choice(senders), step // 4 + rng.randrange(3000)
+            if seen.is_new(sender, number, 0.0):
+                assert (sender, number) not in told
+                told.add((sender, number))
+            else:
+                refused += (sender, number) not in told
+            assert seen.num_bytes <= limits.max_seen_bytes
+        assert refused, "at the bound what is not remembered is refused, though it is new"
+        assert (
+            seen.num_bytes
+            == limits.sender_bytes * len(seen._senders)
+            + 4 * sum(one.bits.bit_length() for one in seen._senders.values()) // 30
+        )
+
+    def test_without_a_bound_by_bytes_as_many_requests_would_take_many_times_that(self):
+        seen = SeenRequests(60.0, ProofLimits(window=1 << 12, max_seen_bytes=1 << 40))
+        for number in (0, 4000):
+            for sender in range(512):
+                assert seen.is_new(bytes([sender % 256, sender // 256]), number, 0.0)
+        assert seen.num_bytes > 384_000
+
+    def test_a_cluster_as_large_as_may_be_meets_the_bound_by_few_numbers(self):
+        limits = ProofLimits()
+        left = limits.max_seen_bytes * 3 // 4 - limits.max_senders * limits.sender_bytes
+        assert left * 30 // 4 // limits.max_senders >= 900
