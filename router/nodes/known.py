@@ -119,6 +119,8 @@ class KnownNode:
             stay_s=rates.stays.each_s,
             near_rate=rates.near.per_s or rates.far.per_s,
             far_rate=rates.far.per_s or rates.near.per_s,
+            computing=rates.computing,
+            moving=rates.moving,
         )
         object.__setattr__(self, "_viewed", (report, rates.changes, view))  # nothing that anybody sees has changed
         return view

@@ -12,6 +12,7 @@ from kvcore.errors import KVFerryError, NodeUnavailableError, OverloadedError, S
 from router.requests.run import RequestRun
 from router.requests.services import RequestServices
 from router.requests.spec import RequestSpec
+from router.routing.costs import WayChoice
 from router.routing.decision import Decision
 from router.routing.policy import RoutePolicy
 from router.routing.views import RouteRequest
@@ -79,10 +80,19 @@ class Dispatcher:
         decision = decision or self.route(spec)
         if decision.route is None:
             raise NodeUnavailableError(decision.why_no_decoder())
+        self._count_way(decision.way)
         choose = partial(self._choose, spec, self._turn)
         return RequestRun(
             services, spec, decision, choose, opened=self._opened, running=self.running, waited_s=waited_s
         )
+
+    def _count_way(self, way: WayChoice) -> None:
+        """What speaks against the other way is doubted a little more, or tried from now on."""
+        node = self._services.cluster.nodes.get(way.blamed or "")
+        if node is not None:
+            tried_at = self._services.clock.now() if way.tries else None
+            node.rates.spoke_against(moving=way.moving, tried_at=tried_at)
+            node.touch()
 
     def describe(self) -> list[str]:
         """One line a running request, for the dump of a process that is looked into."""
@@ -132,6 +142,7 @@ class Dispatcher:
             full=full,
             prompt_token_ids=prompt,
             session=spec.session,
+            now=self._services.clock.now(),
         )
         return self._policy.choose(request, view)
 

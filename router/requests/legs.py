@@ -220,8 +220,9 @@ class RequestLegs:
         """What this leg computed of the prompt tells how fast its node is."""
         node = self._services.cluster.nodes.get(node_id)
         if node is not None:
-            node.rates.prefilled(done.computed_tokens, done.timings.compute_s, self._services.clock.now())
-            node.rates.moved(done.moved)
+            now = self._services.clock.now()
+            node.rates.prefilled(done.computed_tokens, done.timings.compute_s, now)
+            node.rates.moved(done.moved, now)
             node.touch()
 
     def num_chunks(self, decoder: str) -> int:
@@ -269,7 +270,8 @@ class RequestLegs:
             if watched is not None:
                 watched.ended_well()
             if (node := services.cluster.nodes.get(action.node)) is not None:
-                node.rates.decoded(tokens, request.sampling.n, services.clock.now() - spoke_at)
+                now = services.clock.now()
+                node.rates.decoded(tokens, request.sampling.n, now - spoke_at, now)
                 node.touch()
         return True
 

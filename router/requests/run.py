@@ -38,7 +38,6 @@ from router.requests.legs import RequestLegs
 from router.requests.records import LegRecord, record_of
 from router.requests.services import RequestServices
 from router.requests.spec import RequestSpec
-from router.routing.costs import worth_waiting_s
 from router.routing.decision import Decision
 
 _log = logging.getLogger("router")
@@ -98,7 +97,7 @@ class RequestRun:
             self._drained,
             started_at=self.started_at,
             route=route,
-            worth_waiting_s=worth_waiting_s(decision.ways),
+            worth_waiting_s=decision.worth_waiting_s,
         )
         self.rows = spec.rows
         sampling = spec.sampling

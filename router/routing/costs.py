@@ -5,9 +5,11 @@ memory or from others'. What nothing was measured of is not guessed: then the wa
 """
 
 import msgspec
+from msgspec.structs import replace
 
 from kvcore.chunk_keys import usable_chunks
 from kvcore.types import Role
+from router.routing.limits import RateLimits
 from router.routing.views import NodeView, RouteRequest
 
 
@@ -41,13 +43,60 @@ def pays_to_stay(found: tuple[Way, ...]) -> bool:
     return there.load_s + there.handoff_s > here.compute_s and here.expected_s <= there.expected_s
 
 
-def worth_waiting_s(found: tuple[Way, ...], *, least_s: float = 1.0, patience: float = 2.0) -> float | None:
+class WayChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """Of the two ways. `stays`: the decoder computes. `blamed`: the node whose measurements speak against the other
+    way, its reading of KV (`moving`) or its computing; None: those of no node do. `tries`: they are doubted, and the
+    way that they speak against is taken all the same."""
+
+    stays: bool = False
+    blamed: str | None = None
+    moving: bool = False
+    tries: bool = False
+
+
+def choose_way(
+    found: tuple[Way, ...], decoder: NodeView, prefiller: NodeView | None, now: float, limits: RateLimits = RateLimits()
+) -> WayChoice:
+    """Two cases, each with its exception:
+
+    1. It pays to stay. The prefiller's way is tried if what is known of moving is doubted: it is not waited for much
+       longer than computing takes (`worth_waiting_s`).
+    2. It does not. The decoder's way is tried if that would take little longer, what is known of its computing is
+       doubted, and staying would pay if it computed as fast as the prefiller.
+    """
+    if len(found) < 2 or prefiller is None:
+        return WayChoice()
+    here, there = found
+    if pays_to_stay(found):
+        blamed = prefiller if there.load_s > there.handoff_s else decoder
+        ready_s = there.queue_s + there.compute_s
+        in_time = ready_s <= limits.ready_share * _try_s(here, limits)
+        tries = in_time and blamed.moving.is_due(now, limits)
+        return WayChoice(stays=not tries, blamed=blamed.id if in_time else None, moving=True, tries=tries)
+    if here.expected_s > there.expected_s + limits.least_wait_s or decoder.prefill_rate >= prefiller.prefill_rate:
+        return WayChoice()
+    faster_s = here.compute_s * decoder.prefill_rate / prefiller.prefill_rate
+    as_fast = replace(here, compute_s=faster_s, expected_s=here.expected_s - here.compute_s + faster_s)
+    if not pays_to_stay((as_fast, there)):
+        return WayChoice()
+    tries = decoder.computing.is_due(now, limits)
+    return WayChoice(stays=tries, blamed=decoder.id, tries=tries)
+
+
+def worth_waiting_s(found: tuple[Way, ...], *, tries: bool = False, limits: RateLimits = RateLimits()) -> float | None:
     """How long a decoder should wait for a prefiller's KV: `patience` times what that should take and what computing
-    takes itself. Then it begins to compute, and what is there first counts. None: not known."""
+    takes itself, and where that way is only tried, what computing takes. Then it begins to compute, and what is there
+    first counts. None: not known."""
     if len(found) < 2:
         return None
     here, there = found
-    return max(least_s, patience * (there.expected_s + here.compute_s))
+    if tries:
+        return _try_s(here, limits)
+    return max(limits.least_wait_s, limits.patience * (there.expected_s + here.compute_s))
+
+
+def _try_s(here: Way, limits: RateLimits) -> float:
+    return max(limits.least_wait_s, limits.patience * here.expected_s)
 
 
 def _by(request: RouteRequest, node: NodeView, decoder: NodeView) -> Way | None:

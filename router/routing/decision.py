@@ -9,7 +9,7 @@ from itertools import islice
 import msgspec
 
 from kvcore.types import Role, Route
-from router.routing.costs import Way
+from router.routing.costs import Way, WayChoice, worth_waiting_s
 from router.routing.views import LeftOut, NodeView
 
 MAX_EXPLAINED = 16
@@ -103,7 +103,9 @@ class Decision(msgspec.Struct, frozen=True):
     prefillers: Ranking | None
     unusable: tuple[LeftOut, ...]
     ways: tuple[Way, ...] = ()
-    """What the decoder's and the prefiller's way would take, as far as it is known."""
+    """What the decoder's and the prefiller's way would take, as far as it is known, …"""
+    way: WayChoice = WayChoice()
+    """… and which one was chosen by that."""
 
     def best_ways(self) -> list[Way]:
         """The chosen one first."""
@@ -116,6 +118,11 @@ class Decision(msgspec.Struct, frozen=True):
         first = self.best_ways()[:1]
         chosen = self.route and (self.route.prefiller or self.route.decoder)
         return first[0].expected_s if first and first[0].node == chosen else None
+
+    @property
+    def worth_waiting_s(self) -> float | None:
+        """See the function of this name."""
+        return worth_waiting_s(self.ways, tries=self.way.tries)
 
     def candidates(self, limit: int = MAX_EXPLAINED) -> list[Candidate]:
         """Decoders, then prefillers if one was wanted; at most `limit` of each, best first."""

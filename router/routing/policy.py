@@ -15,7 +15,7 @@ from kvcore.chunk_keys import usable_chunks
 from kvcore.config.routing import RoutingPolicy
 from kvcore.kv_parts import describe_difference, differing_parts
 from kvcore.types import Role, Route
-from router.routing.costs import pays_to_stay, ways
+from router.routing.costs import WayChoice, choose_way, ways
 from router.routing.decision import Cut, Decision, Ranking
 from router.routing.views import ClusterView, NodeView, RouteRequest, keep_kinds
 
@@ -23,6 +23,8 @@ IN_NEED = "in_need"
 """`Route.reason` where a prefiller decodes, as no decoder can."""
 STAYS = "moving_costs_more"
 """`Route.reason` where the decoder computes, as a prefiller would move more than it saves (`router.routing.costs`)."""
+TRIES = "tried_again"
+"""`Route.reason` where a way is taken against what was measured, as that is doubted."""
 
 
 class RoutePolicy(Protocol):
@@ -100,15 +102,18 @@ class Policy:
             found = "prefix_hit" if cached else "no_prefix"
             reason = found if prefiller else _why_no_prefiller(prefillers.cuts, decoder)
         compared = ways(request, decoder, prefiller)
-        if request.decoder is None and pays_to_stay(compared):
+        way = choose_way(compared, decoder, prefiller, request.now) if request.decoder is None else WayChoice()
+        if way.stays:
             prefiller, reason = None, STAYS
+        if way.tries:
+            reason = TRIES
         route = Route(
             prefiller=prefiller.id if prefiller else None,
             decoder=decoder.id,
             expected_cached_tokens=cached,
             reason=reason,
         )
-        return Decision(route, decoders, prefillers, view.unusable, compared)
+        return Decision(route, decoders, prefillers, view.unusable, compared, way)
 
     def _choose_in_need(self, request: RouteRequest, view: ClusterView, decoders: Ranking) -> Decision:
         """A prefiller decodes, and computes the prompt too: there is nobody to hand anything over to. Decoders that are

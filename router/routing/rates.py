@@ -1,17 +1,37 @@
 """How fast a node is, as its own legs tell: tokens of prompts a second, steps, how long a sequence stays. Pure.
 
-Estimates only: no answer depends on one. None, or 0 where it says so, until something was measured.
+Estimates only: no answer depends on one. None, or 0 where it says so, until something was measured. None is believed
+for ever: what leads requests away from a way is doubted with time (`Doubt`), so that the way is tried again.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from nodeapi.messages import Moved
+from router.routing.limits import RateLimits
 
-_KEEP = 0.95
-"""What a measurement counts for when the next one has come."""
-_MOST = 8.0
-"""A measurement may be so many times slower than what was expected; more is taken for an accident, unless it stays."""
+_LIMITS = RateLimits()
+
+
+class Doubt(NamedTuple):
+    """What may be doubted of a measurement. `since`: when it was last made or tried; `avoided`: by how many requests
+    the way that it speaks against was avoided since then."""
+
+    since: float = float("-inf")
+    avoided: int = 0
+
+    def is_due(self, now: float, limits: RateLimits = _LIMITS) -> bool:
+        """Whether the next request is to try that way. One at a time: the try itself begins the time anew."""
+        return self.avoided >= limits.doubt_requests and now - self.since >= limits.doubt_s
+
+    def grown(self, limits: RateLimits = _LIMITS) -> "Doubt":
+        """The way was avoided by one request more. The same one when that says nothing new."""
+        return self if self.avoided >= limits.doubt_requests else Doubt(self.since, self.avoided + 1)
+
+
+NO_DOUBT = Doubt()
 
 
 @dataclass(slots=True)
@@ -21,8 +41,10 @@ class Rate:
     amount: float = 0.0
     seconds: float = 0.0
     count: int = 0
+    limits: RateLimits = _LIMITS
+    _at: float = float("-inf")
 
-    def add(self, amount: float, seconds: float) -> None:
+    def add(self, amount: float, seconds: float, now: float) -> None:
         """Measured once. The first of all is often a warm-up: it counts only while there is no faster one."""
         if amount <= 0 or seconds < 0:
             return
@@ -30,9 +52,18 @@ class Rate:
         if self.count == 2 and seconds and amount * self.seconds > self.amount * seconds:
             self.amount = self.seconds = 0.0
         if self.count > 2 and self.amount:
-            seconds = min(seconds, _MOST * amount * self.seconds / self.amount)
-        self.amount = self.amount * _KEEP + amount
-        self.seconds = self.seconds * _KEEP + seconds
+            seconds = min(seconds, self.limits.most * amount * self.seconds / self.amount)
+        keep = self._kept(amount, seconds, now - self._at)
+        self.amount = self.amount * keep + amount
+        self.seconds = self.seconds * keep + seconds
+        self._at = now
+
+    def _kept(self, amount: float, seconds: float, age_s: float) -> float:
+        """What all before counts for. What is old and was slower has no more seconds than this one: or else a node that
+        was slow for long would be taken for slow long after."""
+        keep = self.limits.keep * math.exp2(-max(0.0, age_s) / self.limits.half_life_s)
+        faster = seconds and amount * self.seconds > self.amount * seconds
+        return min(keep, seconds / self.seconds) if faster and age_s >= self.limits.half_life_s else keep
 
     @property
     def is_warm_up(self) -> bool:
@@ -64,6 +95,10 @@ class NodeRates:
     """Bytes of KV that it reads out of memory of its own machine."""
     far: Rate = field(default_factory=Rate)
     """So out of others'."""
+    computing: Doubt = NO_DOUBT
+    """Of how fast it computes prompts, …"""
+    moving: Doubt = NO_DOUBT
+    """… and of how fast it reads."""
     changes: int = 0
     _prefilled_at: float = float("-inf")
 
@@ -72,20 +107,34 @@ class NodeRates:
         measured from the end of the one before, so that together they say what the node computes in all. One with
         fewer than `least_tokens` says nothing: a step takes as long for one token."""
         if tokens >= least_tokens and compute_s > 0:
-            self.prefill.add(tokens, min(compute_s, now - self._prefilled_at))
+            self.prefill.add(tokens, min(compute_s, now - self._prefilled_at), now)
             self._prefilled_at = now
+            self.computing = Doubt(now)
             self.changes += 1
 
-    def moved(self, moves: Sequence[Moved], *, near: frozenset[str] = frozenset({"shm", "inproc"})) -> None:
+    def moved(self, moves: Sequence[Moved], now: float, *, near: frozenset[str] = frozenset({"shm", "inproc"})) -> None:
         """What one leg read and wrote. `near`: transports that do not leave the machine."""
         for move in moves:
             if move.direction == "get" and move.seconds > 0:
-                (self.near if move.transport in near else self.far).add(move.num_bytes, move.seconds)
+                (self.near if move.transport in near else self.far).add(move.num_bytes, move.seconds, now)
+                self.moving = Doubt(now)
                 self.changes += 1
 
-    def decoded(self, tokens: int, sequences: int, seconds: float) -> None:
+    def decoded(self, tokens: int, sequences: int, seconds: float, now: float) -> None:
         """A leg's sequences had so many tokens together, in `seconds` from the first token on."""
         if sequences and seconds > 0:
-            self.stays.add(sequences, sequences * seconds)
-            self.steps.add(max(0, tokens // sequences - 1), seconds)
+            self.stays.add(sequences, sequences * seconds, now)
+            self.steps.add(max(0, tokens // sequences - 1), seconds, now)
             self.changes += 1
+
+    def spoke_against(self, *, moving: bool, tried_at: float | None) -> None:
+        """A request avoided a way by what was measured of this node, its reading (`moving`) or its computing; or, at
+        `tried_at`, it tries that way all the same."""
+        before = self.moving if moving else self.computing
+        doubt = before.grown() if tried_at is None else Doubt(tried_at)
+        if doubt is not before:
+            self.changes += 1
+            if moving:
+                self.moving = doubt
+            else:
+                self.computing = doubt

@@ -8,6 +8,7 @@ import msgspec
 
 from kvcore.types import KVSpec, Role
 from router.routing.index import PrefixHits
+from router.routing.rates import NO_DOUBT, Doubt
 
 NO_HITS = PrefixHits()
 
@@ -40,6 +41,10 @@ class NodeView:
     """Bytes of KV a second that it reads, out of memory of its own machine, …"""
     far_rate: float = 0.0
     """… and of others."""
+    computing: Doubt = NO_DOUBT
+    """What may be doubted of `prefill_rate`, …"""
+    moving: Doubt = NO_DOUBT
+    """… and of `near_rate` and `far_rate`."""
 
 
 class NodeKind(NamedTuple):
@@ -97,7 +102,7 @@ class RouteRequest:
     """What a choice depends on. `hits[fingerprint]`: where the prompt's chunks are. `turn` counts requests: it breaks
     ties and is round robin's memory. `decoder`: already chosen, only a prefiller is wanted. `fingerprint`: of the KV of
     the answer that is to go on; empty: none has begun. `full`: those of `exclude` that only have no room. `session`:
-    what the client names its requests by that belong together; empty: nothing."""
+    what the client names its requests by that belong together; empty: nothing. `now`: by the router's clock."""
 
     prompt_tokens: int
     min_prefill_tokens: int
@@ -110,6 +115,7 @@ class RouteRequest:
     full: frozenset[str] = frozenset()
     prompt_token_ids: Sequence[int] = ()
     session: str = ""
+    now: float = 0.0
 
     def hits_for(self, node: NodeView) -> PrefixHits:
         """Where the prompt's chunks of this node's kind of KV are."""

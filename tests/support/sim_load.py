@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from support.router_fakes import MAX_CONTEXT, VOCAB, cluster_config, spec
+from support.router_fakes import CHUNK_TOKENS, MAX_CONTEXT, VOCAB, cluster_config, spec
 from support.router_fakes import FakeNode as _Named
 from support.sim_loop import LoopClock, run_sim
 
@@ -23,6 +23,7 @@ from nodeapi.messages import (
     FinishReason,
     GenerateRequest,
     LegInfo,
+    Moved,
     NodeReport,
     PrefillRequest,
     PrefillResult,
@@ -58,7 +59,8 @@ class Machine:
 
 
 class QueueNode:
-    """One node. `computing`: held while a prompt is computed; `places`: one for each sequence that is decoded."""
+    """One node. `computing`: held while a prompt is computed; `places`: one for each sequence that is decoded;
+    `read_rate`: bytes a second of KV that it is handed over; None: it takes no time."""
 
     def __init__(self, name: str, role: Role, machine: Machine, computed: dict[str, asyncio.Event]) -> None:
         self.id, self.role, self._machine, self._computed = name, role, machine, computed
@@ -66,6 +68,7 @@ class QueueNode:
         self._places = asyncio.Semaphore(machine.places)
         self.legs = 0
         self.hangs = False
+        self.read_rate: float | None = None
 
     async def _compute(self, tokens: int) -> Timings:
         loop = asyncio.get_running_loop()
@@ -91,14 +94,17 @@ class QueueNode:
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta]:
         self.legs += 1
         await asyncio.sleep(NET_S)
-        computed, timings = 1, Timings()
-        handed = request.handoff is not None and await self._handed(request.request_id, request.handoff.wait_s)
-        if not handed:
-            computed = len(request.prompt_token_ids)
+        computed, timings, moved = len(request.prompt_token_ids), Timings(), list[Moved]()
+        if request.handoff is not None:
+            computed -= await self._handed(request, moved)
+        if computed > 1:
             timings = await self._compute(computed)
         async with self._places:
             info: LegInfo | None = LegInfo(
-                cached_tokens=len(request.prompt_token_ids) - computed, computed_tokens=computed, timings=timings
+                cached_tokens=len(request.prompt_token_ids) - computed,
+                computed_tokens=computed,
+                timings=timings,
+                moved=moved,
             )
             for number in range(1, request.sampling.max_tokens + 1):
                 await asyncio.sleep(self._machine.step_s)
@@ -106,13 +112,24 @@ class QueueNode:
                 yield TokenDelta(token_ids=[7], info=info, finish_reason=FinishReason.LENGTH if last else None)
                 info = None
 
-    async def _handed(self, leg: str, wait_s: float) -> bool:
+    async def _handed(self, request: GenerateRequest, moved: list[Moved]) -> int:
+        """Tokens that another node computed, and that were read in time: chunk by chunk, or all but one at once."""
+        assert request.handoff is not None
+        loop, tokens, num_bytes, began = asyncio.get_running_loop(), 0, 0, 0.0
         try:
-            async with asyncio.timeout(wait_s):
-                await self._done(leg).wait()
+            async with asyncio.timeout(request.handoff.wait_s):
+                await self._done(request.request_id).wait()
+                if self.read_rate is None:
+                    return len(request.prompt_token_ids) - 1
+                began = loop.time()
+                for _ in range(request.handoff.num_chunks):
+                    await asyncio.sleep(spec().chunk_bytes / self.read_rate)
+                    tokens, num_bytes = tokens + CHUNK_TOKENS, num_bytes + spec().chunk_bytes
         except TimeoutError:
-            return False
-        return True
+            pass
+        if num_bytes:
+            moved.append(Moved(transport="tcp", direction="get", num_bytes=num_bytes, seconds=loop.time() - began))
+        return tokens
 
     def report(self) -> NodeReport:
         return NodeReport(

@@ -11,8 +11,8 @@ from router.requests.spec import RequestSpec
 from router.routing.costs import pays_to_stay, ways, worth_waiting_s
 from router.routing.index import PrefixHits
 from router.routing.policies import prefix_aware
-from router.routing.policy import STAYS
-from router.routing.rates import NodeRates, Rate
+from router.routing.policy import STAYS, TRIES
+from router.routing.rates import NO_DOUBT, Doubt, NodeRates, Rate
 from router.routing.views import ClusterView, NodeView, RouteRequest
 
 KV = spec(chunk_bytes=1 << 20)
@@ -86,6 +86,74 @@ def test_a_decoder_waits_for_a_prefiller_twice_as_long_as_both_take():
     assert worth_waiting_s(ways(asked(200), D, P)) == 1.0, "never less"
 
 
+SHORT_REST = asked(70 * 16 + 65, 70)
+"""Behind much that is cached: a prefiller would move more than it saves."""
+
+
+def tried(doubt: Doubt, now: float, *, computing: Doubt = NO_DOUBT, request: RouteRequest = SHORT_REST, **slow: float):
+    """(prefiller, reason) when what is known of the decoder's computing, and of the prefiller's reading, is so old."""
+    decoder = replace(node("d", Role.DECODER, **slow), computing=computing)
+    return chosen(replace(request, now=now), decoder, prefiller=replace(P, moving=doubt))
+
+
+def test_what_speaks_against_moving_is_doubted_when_many_kept_away_for_long():
+    assert tried(Doubt(100.0, 16), 110.0) == ("p", TRIES)
+    assert tried(Doubt(100.0, 15), 110.0) == (None, STAYS), "too few"
+    assert tried(Doubt(100.0, 16), 109.9) == (None, STAYS), "too soon"
+    busy = replace(P, moving=Doubt(100.0, 16), prefill_tokens=20_000)
+    assert chosen(replace(SHORT_REST, now=110.0), prefiller=busy) == (None, STAYS), "nothing would be seen in time"
+
+
+def test_a_try_is_waited_for_no_longer_than_computing_takes():
+    found = ways(SHORT_REST, replace(D, prefill_rate=50.0), replace(P, prefill_tokens=100_000))
+    assert worth_waiting_s(found, tries=True) == pytest.approx(2 * found[0].expected_s)
+    assert worth_waiting_s(ways(SHORT_REST, D, P), tries=True) == 1.0
+
+
+def test_a_decoder_that_seemed_slow_at_computing_is_tried_again_where_that_costs_little():
+    slow, old = {"prefill_rate": RATE / 40}, Doubt(100.0, 16)
+    assert tried(Doubt(), 110.0, computing=Doubt(100.0, 15), **slow) == ("p", "prefix_hit")
+    assert tried(Doubt(), 110.0, computing=old, **slow) == (None, TRIES)
+    assert tried(Doubt(), 110.0, computing=old, prefill_rate=RATE / 500) == ("p", "prefix_hit"), "over a second more"
+    assert tried(Doubt(), 110.0, computing=old, request=asked(2000), **slow) == ("p", "no_prefix"), "nothing to load"
+
+
+def test_a_way_is_doubted_by_those_that_avoid_it_until_it_is_measured_or_tried():
+    rates = NodeRates()
+    for _ in range(20):
+        rates.spoke_against(moving=True, tried_at=None)
+    assert rates.moving.avoided == 16 and rates.changes == 16, "who is doubted enough changes no more"
+    rates.spoke_against(moving=True, tried_at=5.0)
+    assert rates.moving == Doubt(5.0, 0)
+    rates.spoke_against(moving=True, tried_at=None)
+    rates.moved([Moved(transport="tcp", direction="get", num_bytes=1, seconds=1.0)], 7.0)
+    assert rates.moving == Doubt(7.0, 0)
+    rates.spoke_against(moving=False, tried_at=None)
+    rates.prefilled(100, 0.1, 8.0)
+    assert rates.computing == Doubt(8.0, 0)
+
+
+def test_one_fast_measurement_ends_a_long_slow_time_once_that_is_old():
+    rate = Rate()
+    for second in range(100):
+        rate.add(10, 5.0, float(second))
+    rate.add(10, 0.01, 110.0)
+    assert rate.per_s > 400, "half of 1,000, at 2 before"
+    for second in range(30):
+        rate.add(10, 5.0, 111.0 + second)
+    assert rate.per_s == pytest.approx(2, rel=0.1)
+
+
+def test_time_makes_a_measurement_count_less():
+    often, rarely = Rate(), Rate()
+    for rate, every_s in ((often, 0.01), (rarely, 5.0)):
+        for count in range(20):
+            rate.add(10, 1.0, every_s * count)
+        for count in range(20, 25):
+            rate.add(10, 0.1, every_s * count)
+    assert often.per_s < 20 and rarely.per_s > 30
+
+
 def test_what_was_compared_and_what_came_of_it_is_in_the_record():
     found = prefix_aware.make().choose(asked(2000), ClusterView((P,), (D,)))
     assert [way.node for way in found.best_ways()] == ["p", "d"]
@@ -115,16 +183,16 @@ async def test_records_and_metrics_say_what_was_expected_and_legs_teach_it():
 
 def test_a_rate_follows_the_latest_and_forgets_a_warm_up():
     rate = Rate()
-    rate.add(100, 60.0)
+    rate.add(100, 60.0, 0.0)
     assert rate.per_s == pytest.approx(100 / 60)
-    rate.add(100, 0.1)
+    rate.add(100, 0.1, 0.0)
     assert rate.per_s == pytest.approx(1000)
-    rate.add(100, 60.0)
+    rate.add(100, 60.0, 0.0)
     assert rate.per_s > 150, "an accident counts as eight times slower at most"
     for _ in range(80):
-        rate.add(100, 0.2)
+        rate.add(100, 0.2, 0.0)
     assert rate.per_s == pytest.approx(500, rel=0.05)
-    rate.add(0, 1.0)
+    rate.add(0, 1.0, 0.0)
     assert rate.per_s == pytest.approx(500, rel=0.05)
 
 
@@ -144,14 +212,14 @@ def test_reads_are_told_by_where_they_come_from():
     rates = NodeRates()
     for transport in ("shm", "tcp"):
         size = 4000 if transport == "shm" else 1000
-        rates.moved([Moved(transport=transport, direction="get", num_bytes=size, seconds=1.0)])
-        rates.moved([Moved(transport=transport, direction="put", num_bytes=9, seconds=1.0)])
+        rates.moved([Moved(transport=transport, direction="get", num_bytes=size, seconds=1.0)], 0.0)
+        rates.moved([Moved(transport=transport, direction="put", num_bytes=9, seconds=1.0)], 0.0)
     assert (rates.near.per_s, rates.far.per_s) == (4000, 1000)
 
 
 def test_a_sequence_counts_by_what_it_holds_and_by_its_steps():
     rates = NodeRates()
-    rates.decoded(101, 1, 2.0)
+    rates.decoded(101, 1, 2.0, 0.0)
     assert rates.steps.each_s == pytest.approx(0.02) and rates.stays.each_s == pytest.approx(2.0)
-    rates.decoded(202, 2, 2.0)
+    rates.decoded(202, 2, 2.0, 0.0)
     assert rates.steps.each_s == pytest.approx(0.02) and rates.stays.each_s == pytest.approx(2.0)

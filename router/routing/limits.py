@@ -1,0 +1,27 @@
+"""How measurements of nodes are kept and when they are doubted, in one struct that tests may change. Values only."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class RateLimits:
+    """Seconds, shares and counts."""
+
+    keep: float = 0.95
+    """What a measurement counts for when the next one has come, …"""
+    half_life_s: float = 10.0
+    """… and half of that after so long. One that is older and was slower counts for no more than the next one."""
+    most: float = 8.0
+    """A measurement may be so many times slower than what was expected; more is taken for an accident, unless it
+    stays."""
+    least_wait_s: float = 1.0
+    """A decoder waits at least so long for a prefiller's KV before it computes, …"""
+    patience: float = 2.0
+    """… or so many times what the ways should take."""
+    doubt_s: float = 10.0
+    """A way that was avoided for so long since what speaks against it was measured, …"""
+    doubt_requests: int = 16
+    """… by so many requests, is tried again by the next one."""
+    ready_share: float = 0.75
+    """Of the time for which such a try is waited for: by then the prefiller must be done computing, or what moves is
+    not seen."""

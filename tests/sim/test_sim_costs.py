@@ -1,0 +1,92 @@
+"""What was measured of nodes and is not true any more, in virtual time: what led away from a way is tried again."""
+
+import asyncio
+
+from support.sim_load import Flow, Load, Machine, Seen
+from support.sim_loop import run_sim
+
+from router.requests.records import RequestRecord
+from router.routing.policy import STAYS, TRIES
+from router.routing.rates import Doubt
+
+TOKENS = 400
+"""Of each prompt: 25 chunks of 1 KiB, 0.4 s of computing."""
+SLOW, FAST = 5e3, 1e7
+"""Bytes a second over the link. By the slow one a prompt's KV takes 5 s."""
+
+
+async def asked(load: Load, until_s: float, each_s: float = 0.5) -> list[tuple[Seen, RequestRecord]]:
+    """One request after the other, as many as begin until then."""
+    loop, found = asyncio.get_running_loop(), []
+    while loop.time() < until_s:
+        began = loop.time()
+        seen = await load.ask(Flow(0), TOKENS)
+        assert seen.error is None
+        found.append((seen, load.log.newest()[0]))
+        await asyncio.sleep(max(0.0, began + each_s - loop.time()))
+    return found
+
+
+def reasons(found: list[tuple[Seen, RequestRecord]]) -> list[str]:
+    return [record.route.reason for _, record in found if record.route is not None]
+
+
+async def begun(rate: float) -> Load:
+    """A prefiller and a decoder, of both of which all is measured; their link is so fast."""
+    load = Load(Machine(prefillers=1, decoders=1), router={"first_token_s": None})
+    await load.prober.probe()
+    await load.warm_up()
+    load.cluster.nodes["d0"].rates.prefilled(1000, 1.0, 0.0)
+    load.nodes.nodes[1].read_rate = rate
+    return load
+
+
+def test_a_link_that_was_slow_and_is_fast_again_is_used_again():
+    """Within 20 s, though it was slow for minutes and not used for as long as it was known to be."""
+
+    async def main() -> None:
+        load = await begun(SLOW)
+        slow = reasons(await asked(load, 200.0))
+        assert slow.count(STAYS) > 0.9 * len(slow), "the decoder computes"
+        load.nodes.nodes[1].read_rate = FAST
+        loop = asyncio.get_running_loop()
+        mended_at = loop.time()
+        await asked(load, mended_at + 20.0)
+        after = await asked(load, loop.time() + 20.0)
+        assert set(reasons(after)) == {"no_prefix"}, "each is handed over"
+
+    run_sim(main)
+
+
+def test_a_link_that_stays_slow_is_tried_by_few_and_costs_them_little():
+    """One request in 17 at most, and it loses what computing takes twice."""
+
+    async def main() -> None:
+        load = await begun(SLOW)
+        await asked(load, 20.0)
+        found = await asked(load, 220.0)
+        tried = [seen.ttft_s for seen, record in found if record.route is not None and record.route.reason == TRIES]
+        assert 0 < len(tried) <= len(found) / 17 + 1, reasons(found)
+        assert set(reasons(found)) == {STAYS, TRIES}
+        computing_s = TOKENS / load.machine.prefill_rate
+        assert max(time or 0.0 for time in tried) < 3 * computing_s + 1.0
+        assert max(seen.ttft_s or 0.0 for seen, _ in found) == max(time or 0.0 for time in tried)
+
+    run_sim(main)
+
+
+def test_one_at_a_time_tries():
+    """While a try is under way, which takes seconds, the others keep away."""
+
+    async def main() -> None:
+        load = await begun(SLOW)
+        await asked(load, 60.0)
+        known = load.cluster.nodes["d0"]
+        known.rates.moving, known.rates.changes = Doubt(0.0, 16), known.rates.changes + 1
+        known.touch()
+        at_once = await asyncio.gather(*(load.ask(Flow(0), TOKENS) for _ in range(8)))
+        assert all(seen.error is None for seen in at_once)
+        found = [record.route.reason for record in load.log.newest()[:8] if record.route is not None]
+        assert found.count(TRIES) == 1 and found.count(STAYS) == 7
+
+    run_sim(main)
