@@ -2,7 +2,7 @@
 move.
 
 Owns the names and the renewals. Invariant: a lease whose reply did not come, or which nobody took, is given back by its
-name; nothing but a transfer under way renews one.
+name (`kvstore.give_back`); nothing but a transfer under way renews one.
 """
 
 import asyncio
@@ -18,9 +18,10 @@ from kvcore.clock import Clock
 from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
 from kvstore.background import Background
 from kvstore.counters import Count, StoreCounters
+from kvstore.give_back import GiveBack
 from kvstore.limits import StoreLimits
 from kvstore.types import Lease
-from metadata_server.cache_messages import ReleaseRequest, RenewRequest
+from metadata_server.cache_messages import RenewRequest
 from metadata_server.client import MetadataClient
 from metadata_server.messages import NAMED_LEASES
 
@@ -40,6 +41,7 @@ class ReaderLeases:
         clock: Clock,
         counters: StoreCounters,
         background: Background,
+        give_back: GiveBack,
         limits: StoreLimits,
     ) -> None:
         """`lease_s`: how long one lasts."""
@@ -52,12 +54,10 @@ class ReaderLeases:
         self._background = background
         self._limits = limits
         self._names = itertools.count(1 + secrets.randbits(62))
-        self._ids: list[int] = []
-        self._unseen: list[int] = []
-        self._giving_back = False
+        self._give_back = give_back
 
     def __repr__(self) -> str:
-        return f"<ReaderLeases of {self._node_id}, {len(self._ids) + len(self._unseen)} to be given back>"
+        return f"<ReaderLeases of {self._node_id}, {len(self._give_back)} to be given back>"
 
     @property
     def named(self) -> bool:
@@ -76,8 +76,7 @@ class ReaderLeases:
             return await call
         except (MetadataUnavailableError, asyncio.CancelledError):
             if tried and isinstance(name, int):
-                self._unseen.append(name)
-                self._begin_giving_back()
+                self._give_back.unseen(name)
             raise
 
     def granted(self, lease_id: int) -> Lease | None:
@@ -87,8 +86,7 @@ class ReaderLeases:
     def give_back(self, lease: Lease | None) -> None:
         """In the background, together with what else is to be given back."""
         if lease is not None:
-            self._ids.append(lease.id)
-            self._begin_giving_back()
+            self._give_back.lease(lease.id)
 
     @contextmanager
     def renewing(self, lease: Lease | None) -> Iterator[None]:
@@ -131,36 +129,3 @@ class ReaderLeases:
         else:  # a new life of the server: what is read is verified, as always
             self._counters.add(Count.LEASES_LOST)
             lease.until = 0.0
-
-    def _begin_giving_back(self) -> None:
-        if self._background.closed:
-            self._leave_to_expire()
-        elif not self._giving_back:
-            self._giving_back = True
-            self._background.spawn(self._give_back())
-
-    async def _give_back(self) -> None:
-        """Whatever has gathered, in one call: many streams may end together. What cannot be said in time expires."""
-        limits = self._limits
-        again = itertools.repeat(limits.retry_pauses_s[-1], limits.more_retries)
-        pauses, most = itertools.chain(limits.retry_pauses_s, again), limits.max_give_back
-        try:
-            while self._ids or self._unseen:
-                ids, names = self._ids[:most], self._unseen[:most]
-                request = ReleaseRequest(lease_ids=ids, lease_names=names or msgspec.UNSET)
-                try:
-                    await self._metadata.release(request)
-                except (MetadataUnavailableError, MetadataProtocolError):
-                    if (pause_s := next(pauses, None)) is None:
-                        return
-                    await asyncio.sleep(pause_s)
-                else:
-                    del self._ids[: len(ids)], self._unseen[: len(names)]
-        finally:
-            self._leave_to_expire()
-            self._giving_back = False
-
-    def _leave_to_expire(self) -> None:
-        self._counters.add(Count.LEFT_TO_EXPIRE, len(self._ids) + len(self._unseen))
-        self._ids.clear()
-        self._unseen.clear()

@@ -14,16 +14,16 @@ class StoreLimits:
     """Of a reservation's life: no byte is written after it, so that clocks and wires may be late by the rest."""
     longest_wait_s: float = 60.0
     """Of one long poll: a server takes no arbitrary ones."""
-    retry_pauses_s: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0)
+    retry_pauses_s: tuple[float, ...] = (0.25, 0.5, 1.0)
     """Longer than the client's own pause after a failure; give-backs are idempotent, and a place or a lease that stays
     taken until it expires is missed by others."""
-    more_retries: int = 30
-    """Of giving back what was granted unseen, each after the longest of these pauses: a server that hung for a minute
-    grants it when it goes on."""
+    more_retries: int = 60
+    """Of giving back, each after the longest of these pauses: a server that hung for a minute holds it, or grants it
+    even, when it goes on."""
     renew_share: float = 0.3
     """Of a read lease's life: a transfer that goes on for longer renews it, and again after each such time."""
     max_give_back: int = 4096
-    """Leases in one call that gives them back."""
+    """Leases or reservations in one call that gives them back."""
     first_pause_s: float = 0.1
     """A segment that failed is left alone for so long; it doubles with each further failure …"""
     longest_pause_s: float = 2.0

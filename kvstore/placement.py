@@ -7,7 +7,7 @@ Answers are checked against the question: a replica of another key or length is 
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -21,6 +21,7 @@ from kvcore.telemetry import log_fields
 from kvcore.types import ChunkKey, OwnerTag, ReplicaRef, Segment
 from kvstore.background import Background
 from kvstore.counters import Count, StoreCounters
+from kvstore.give_back import GiveBack
 from kvstore.leases import ReaderLeases
 from kvstore.limits import StoreLimits
 from kvstore.types import Match
@@ -92,6 +93,15 @@ class Placement:
         self._background = background or Background(limits.max_background_tasks)
         self._limits = limits
         self._greeted = self._refused = False
+        self._greeting: asyncio.Task[bool] | None = None
+        self._give_back = GiveBack(
+            metadata,
+            node_id=node_id,
+            incarnation=incarnation,
+            counters=self._counters,
+            background=self._background,
+            limits=limits,
+        )
         self._leases = ReaderLeases(
             metadata,
             node_id=node_id,
@@ -100,6 +110,7 @@ class Placement:
             clock=clock,
             counters=self._counters,
             background=self._background,
+            give_back=self._give_back,
             limits=limits,
         )
 
@@ -111,6 +122,8 @@ class Placement:
     ) -> Match:
         """Longest complete prefix; `leased`: it is to be read. `in_order`: each key continues the one before it. A
         call that is cancelled, or whose reply does not come, leaves no lease behind."""
+        if not await self._knows_version():
+            return Match()
         lease_s = self._leases.lease_s if leased else 0.0
         request = MatchRequest(
             keys=list(keys),
@@ -129,6 +142,8 @@ class Placement:
 
     async def wait(self, keys: Sequence[ChunkKey], more_than: int, timeout_s: float, *, leased: bool = True) -> Match:
         """As match, once there is more or time is up, at most `limits.longest_wait_s`."""
+        if not await self._knows_version():
+            return Match()
         request = WaitRequest(
             keys=list(keys),
             more_than=more_than,
@@ -147,7 +162,7 @@ class Placement:
         return self._leases.renewing(match.lease)
 
     async def release(self, match: Match) -> None:
-        """Give the lease back. Server away: tried again in the background for some seconds, then left to expire."""
+        """Give the lease back. Server away: tried again in the background for a minute, then left to expire."""
         if match.lease is not None:
             request = ReleaseRequest(lease_ids=[match.lease.id])
             if await self._value(self._done(self._metadata.release(request))) is None:
@@ -172,7 +187,7 @@ class Placement:
         configuration's). `only_preferred`: nowhere else; none at all from a server that does not know this. A call that
         is cancelled, or whose reply does not come, leaves no reservation behind. `in_order` as in `match`. `owner`:
         whose they are, if known."""
-        if only_preferred and self._metadata.protocol < ONLY_PREFERRED:
+        if not await self._knows_version() or (only_preferred and self._metadata.protocol < ONLY_PREFERRED):
             return Reserved(answered=False)
         ttl_s = self._config.reserve_ttl_s if ttl_s is None else ttl_s
         request = ReserveRequest(
@@ -218,10 +233,9 @@ class Placement:
         return reply.committed
 
     async def abort(self, replica_ids: Sequence[int]) -> None:
-        """Give reservations back. Server away: tried again in the background for some seconds, then left to expire."""
-        if replica_ids:
-            request = self._ids(replica_ids)
-            await self._retry_in_background(lambda: self._metadata.abort(request), len(replica_ids))
+        """Give reservations back. Server away: tried again in the background for a minute, then left to expire."""
+        if replica_ids and await self._value(self._done(self._metadata.abort(self._ids(replica_ids)))) is None:
+            self._give_back.reservations(replica_ids)
 
     async def quarantine(self, items: Sequence[QuarantineItem]) -> None:
         """Report replicas that were wrong; if the server is away the next reader will."""
@@ -275,38 +289,35 @@ class Placement:
         return Reserved(granted, frozenset(complete), segments, write_by, writers=writers, full=full)
 
     def _said(self, in_order: bool) -> bool | msgspec.UnsetType:
-        """The field of that name: not for a server that is older than it, or of which nothing is known yet."""
-        if not self._greeted and not self._background.full:
-            self._greeted = True
-            self._background.spawn(self._greet())
+        """The field of that name: not for a server that is older than it."""
         return True if in_order and self._metadata.protocol >= IN_ORDER else msgspec.UNSET
 
-    async def _greet(self) -> None:
+    async def _knows_version(self) -> bool:
+        """Whether the server has said what it speaks; False: it is away. Before that nothing is asked that it would
+        keep for us: what it grants after it has hung can be given back by its name only, which not every server knows.
+        Who comes first asks, and others wait with it."""
+        if self._greeted or (self._metadata.protocol > 1 and not self._refused):
+            return True
+        if self._greeting is None and not self._background.full:
+            self._greeting = self._background.spawn(self._greet())
+        return self._greeting is not None and await asyncio.shield(self._greeting)
+
+    async def _greet(self) -> bool:
         """Learn what the server speaks, if no registration has told: an engine's client makes none."""
-        if self._metadata.protocol == 1 or self._refused:
-            self._refused = False
-            try:
-                await self._metadata.nodes()
-            except (MetadataUnavailableError, MetadataProtocolError):  # the next call's turn
-                self._greeted = False
+        try:
+            await self._metadata.greet()
+        except MetadataUnavailableError as error:  # the next call's turn
+            self._failed(error)
+            return False
+        except MetadataProtocolError:  # what it speaks is no matter of ours: it may still answer the first version
+            return True
+        finally:
+            self._greeting = None
+        self._greeted, self._refused = True, False
+        return True
 
     def _ids(self, replica_ids: Sequence[int]) -> ReplicaIds:
         return ReplicaIds(node_id=self._node_id, incarnation=self._incarnation, replica_ids=list(replica_ids))
-
-    async def _retry_in_background(self, call: Callable[[], Awaitable[None]], count: int) -> None:
-        """Call once now; after a failure the caller goes on, and the call is repeated in the background."""
-        if await self._value(self._done(call())) is None:
-            if self._background.full:
-                self._counters.add(Count.LEFT_TO_EXPIRE, count)
-            else:
-                self._background.spawn(self._try_again(call, count))
-
-    async def _try_again(self, call: Callable[[], Awaitable[None]], count: int) -> None:
-        for pause_s in self._limits.retry_pauses_s:
-            await asyncio.sleep(pause_s)
-            if await self._value(self._done(call())):
-                return
-        self._counters.add(Count.LEFT_TO_EXPIRE, count)
 
     async def _done(self, call: Awaitable[None]) -> bool:
         await call

@@ -110,9 +110,7 @@ class MetadataClient:
         self._breaker = CallBreaker(timeout_s, limits)
         self._num_waits = 0
         self._speaks = speaks
-        self.protocol = 1
-        """The newest version that both sides speak, once `register` or `nodes` was answered; else the first. A field
-        of a later version is sent to no server of an earlier one, which would refuse it."""
+        self._protocol = 1
         self.parts: tuple[MetadataClient, ...] = (self,)
         """A client for each partition of the index: a node is known to each by itself."""
         self.token = 0
@@ -126,6 +124,12 @@ class MetadataClient:
     def part(self) -> Part | None:
         """Which partition of the index it speaks to; None: the index is one server's."""
         return self._speaks.part
+
+    @property
+    def protocol(self) -> int:
+        """The newest version that both sides speak, once `register` or `nodes` was answered; else the first. A field
+        of a later version is sent to no server of an earlier one, which would refuse it."""
+        return self._protocol
 
     @property
     def available(self) -> bool:
@@ -275,6 +279,10 @@ class MetadataClient:
         """Live nodes and their segments, with the addresses to reach them by."""
         return self._greeted(await self._call(endpoints.NODES, None, timeout_s))
 
+    async def greet(self, *, timeout_s: float | None = None) -> None:
+        """Learn which version the server speaks, in the time of a call that a request waits for."""
+        await self.nodes(timeout_s=self._breaker.limit_s(endpoints.MATCH.path, 0, timeout_s))
+
     async def stats(self, *, timeout_s: float | None = None) -> Stats:
         """What the server holds now, and its counters."""
         return await self._call(endpoints.STATS, None, timeout_s)
@@ -284,7 +292,7 @@ class MetadataClient:
         await self._transport.aclose()
 
     def _greeted(self, reply: _G) -> _G:
-        self.protocol = self._speaks.common(reply.spoken, us="this client", them="the metadata server")
+        self._protocol = self._speaks.common(reply.spoken, us="this client", them="the metadata server")
         return reply
 
     async def _call(

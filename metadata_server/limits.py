@@ -59,7 +59,10 @@ class ClientLimits:
     quick_byte_s: float = 5e-6
     """… and this for each byte of its body (a batch of 8,000 keys took 1.6 s), …"""
     known_answers: int = 8
-    """… once so many were answered; before that all the time that any call has."""
+    """… once so many were answered; …"""
+    unknown_share: float = 0.4
+    """… before that this share of the time that any call has: a process that starts while the server hangs learns it
+    from a request that waits for it."""
     pace_decay: float = 0.99
     """With each answer what was slow counts for so much less."""
     late_factor: float = 4.0

@@ -124,8 +124,10 @@ class LoadJob:
                 if not good:
                     return
             elif not last and self._may_wait:
-                left_s = self._deadline - clock.now()  # a loop may wake a little early: time must go on nevertheless
+                paused_at = clock.now()
+                left_s = self._deadline - paused_at  # a loop may wake a little early: time must go on nevertheless
                 await asyncio.sleep(min(self._context.limits.retry_s, max(0.001, left_s)))
+                self.wait_s += clock.now() - paused_at
             if match.num_chunks == len(keys):  # there may be more behind those
                 self._got_on(self.num_loaded)
             elif last and not await self._follows(match):

@@ -61,10 +61,11 @@ class CallBreaker:
         """How long this call may take, with a body of so many bytes. `timeout_s`: as its caller has it."""
         longest_s = self._timeout_s if timeout_s is None else min(timeout_s, self._timeout_s)
         limits = self._limits
-        if path not in QUICK or self._answers < limits.known_answers:
+        if path not in QUICK:
             return longest_s
-        usual_s = limits.quick_factor * self._slow_s + limits.quick_byte_s * num_bytes
-        return min(longest_s, max(limits.quick_s, usual_s))
+        known = self._answers >= limits.known_answers
+        usual_s = limits.quick_factor * self._slow_s if known else limits.unknown_share * self._timeout_s
+        return min(longest_s, max(limits.quick_s, usual_s + limits.quick_byte_s * num_bytes))
 
     def enter(self, path: str, now: float, limit_s: float) -> bool:
         """Whether this call probes a server that failed last. Raises MetadataUnavailableError during the pause."""

@@ -21,6 +21,7 @@ from metadata_server.client import MetadataClient, MetadataTransport
 from metadata_server.endpoints import EndpointSpec, Rep, Req
 from metadata_server.limits import ClientLimits
 from metadata_server.messages import (
+    NAMED_WRITES,
     PARTITIONS,
     MatchReply,
     MatchRequest,
@@ -43,7 +44,6 @@ class PartitionedMetadataClient(MetadataClient):
         """One client a partition, in the order of the set; they are closed with this one."""
         super().__init__(_Parts(parts), clock, 0.0, limits=limits)
         self.parts = tuple(parts)
-        self.protocol = PARTITIONS
         self._whole = whole
         self._behind = set[int]()
         """Partitions that were not there when holdings were told last."""
@@ -52,6 +52,11 @@ class PartitionedMetadataClient(MetadataClient):
     def __repr__(self) -> str:
         each = ", ".join(f"{name} {part}" for name, part in zip(self._whole.names, self.parts, strict=True))
         return f"<PartitionedMetadataClient {each}>"
+
+    @property
+    def protocol(self) -> int:
+        """What all partitions speak that have said so."""
+        return min((part.protocol for part in self.parts if part.protocol >= PARTITIONS), default=PARTITIONS)
 
     @property
     def available(self) -> bool:
@@ -130,13 +135,19 @@ class PartitionedMetadataClient(MetadataClient):
     ) -> Rep:
         if endpoint is not endpoints.NODES:
             await self._greet(number, timeout_s)
+            if isinstance(request, ReserveRequest) and self.parts[number].protocol < NAMED_WRITES:
+                request = msgspec.structs.replace(request, write_name=msgspec.UNSET)
             return await self.parts[number]._call(endpoint, request, timeout_s, poll_s=poll_s)
         return await self.parts[number].nodes(timeout_s=timeout_s)  # type: ignore[return-value]  # it is of NODES
 
     async def _greet(self, number: int, timeout_s: float | None) -> None:
         """Before anything else is asked: is it a partition of our set, and the one that we take it for?"""
         if self.parts[number].protocol < PARTITIONS:
-            await self.parts[number].nodes(timeout_s=timeout_s)
+            await self.parts[number].greet(timeout_s=timeout_s)
+
+    async def greet(self, *, timeout_s: float | None = None) -> None:
+        """Each partition by itself, in the time of a call that a request waits for."""
+        await asyncio.gather(*(part.greet(timeout_s=timeout_s) for part in self.parts))
 
     def _greeted(self, reply: Any) -> Any:
         return reply  # each partition's client has looked at its own

@@ -188,12 +188,12 @@ def test_a_node_that_does_not_get_on_is_waited_for_a_second():
 def test_a_prefill_ends_when_what_the_others_write_is_complete():
     async def act(cluster, p, q):
         cluster.world.state._reservations._config = StoreConfig(max_replicas=1, retire_grace_s=0.0)
-        gate = cluster.wires["p"].before["commit"] = asyncio.Event()
         first = asyncio.create_task(p.prefill(prefill_request("p", PROMPT)))
         await asyncio.sleep(0.1)
         behind = asyncio.create_task(p.prefill(prefill_request("p2", PROMPT)))
-        await asyncio.sleep(CHUNKS / 4)
-        asyncio.get_running_loop().call_later(0.5, gate.set)
+        await asyncio.sleep(CHUNKS / 4 - 0.15)
+        gate = cluster.wires["p"].before["commit"] = asyncio.Event()
+        asyncio.get_running_loop().call_later(0.25, gate.set)  # sooner than it would be given up
         assert (await behind).stored_chunks == (await first).stored_chunks == CHUNKS
 
     assert in_cluster(act)[0] == [CHUNKS * CHUNK, 0]

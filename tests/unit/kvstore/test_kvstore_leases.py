@@ -238,9 +238,52 @@ async def test_what_cannot_be_given_back_for_a_while_is_given_back_later_and_the
 
 
 @simulated
+async def test_reservations_that_cannot_be_given_back_for_a_while_are_not_forgotten():
+    """However many there are, they cost one call at a time."""
+    world, store, wire = await world_with(max_background_tasks=4)
+    sessions = [await store.begin_put([ChunkKey(bytes([n]) * 16)], prefer_segment=None, timeout_s=5) for n in range(50)]
+    wire.down |= {"abort", "release"}
+    for session in sessions:
+        await session.aclose()
+    await asyncio.sleep(30.0)
+    assert world.stats().reservations == 50
+    wire.down.clear()
+    calls = wire.calls.count("abort")
+    await asyncio.sleep(3.0)
+    assert world.stats().reservations == 0 == store.counters()["left_to_expire"]
+    assert wire.calls.count("abort") == calls + 1
+    await world.aclose()
+
+
+@simulated
+async def test_of_a_server_that_has_not_said_its_version_nothing_is_taken_that_could_not_be_given_back():
+    """A node that starts while it hangs: when it goes on it grants nothing for callers that are gone."""
+    world = World()
+    world.use(LoopClock(asyncio.get_running_loop()))
+    world.add_node("a")
+    store, wire = world.store("a", InprocTransfer(world.memory))
+    for name in ("nodes", "match", "reserve", "wait"):
+        wire.before[name] = asyncio.Event()
+    for _ in range(3):
+        began = asyncio.get_running_loop().time()
+        matches = await asyncio.gather(*(store.match(KEYS, timeout_s=5) for _ in range(9)))
+        session = await store.begin_put(KEYS, prefer_segment=None, timeout_s=5)
+        assert not any(match.num_chunks for match in matches) and not session.wants(KEYS[0])
+        assert asyncio.get_running_loop().time() - began <= 2.0, "all together cost one call its limit"
+        await session.aclose()
+        await asyncio.sleep(3.0)
+    assert set(wire.calls) == {"nodes"} and len(wire.calls) == 3
+    for gate in wire.before.values():
+        gate.set()
+    await put(store)
+    assert world.stats().reservations == world.stats().read_leases == 0
+    await world.aclose()
+
+
+@simulated
 async def test_a_server_that_knows_no_names_is_sent_none():
     world, store, wire = await world_with()
-    store._placement._metadata.protocol = 3
+    store._placement._metadata._protocol = 3
     match = await store.match(KEYS, timeout_s=5)
     with store._placement.renewing(match):
         await asyncio.sleep(3 * LEASE_S)
