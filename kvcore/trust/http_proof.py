@@ -37,11 +37,13 @@ MAX_SAID_BYTES = 1024
 _COVERED = '("@method" "@authority" "@path" "@query" "content-digest")'
 _INPUT = re.compile(
     r'kvferry=(\("@method" "@authority" "@path" "@query" "content-digest"\);created=(\d{1,11});'
-    r'nonce="([A-Za-z0-9+/]{22}==)";keyid="([0-9a-f]{16})";alg="hmac-sha256";tag="kvferry")'
+    r'nonce="([A-Za-z0-9+/]{22}==)";keyid="([0-9a-f]{16})";alg="hmac-sha256";tag="kvferry(?::([0-9a-f]{24}))?")'
 )
 _WHOLE_COVERED = '("@status" "content-digest" "signature";req;key="kvferry")'
 _STREAM_COVERED = '("@status" "signature";req;key="kvferry")'
 _KEY_ID = re.compile(r'keyid="([0-9a-f]{16})"')
+_WANTED_TAG = re.compile(r'tag="(kvferry:[0-9a-f]{24})"')
+_LIFE_BYTES = 12
 _SENDER_BYTES, _NUMBER_BYTES, _PART_BYTES = 8, 5, 3
 _PARTS = 1 << (8 * _PART_BYTES)
 """Of a second: `created` has whole ones, and the nonce ends with the rest."""
@@ -81,6 +83,8 @@ class RequestProver:
         self._number = 0
         self._wanted: dict[str, bytes] = {}
         """By authority, where it knows another of our secrets than the newest."""
+        self._tags: dict[str, str] = {}
+        """By authority, where it has asked for one: which start of it our requests are for."""
 
     def prove(self, method: str, authority: str, target: str, body: bytes) -> Proof:
         """`target`: path and query as they are sent. `authority`: the Host header."""
@@ -90,16 +94,21 @@ class RequestProver:
         number = self._number.to_bytes(_NUMBER_BYTES, "big")
         nonce = _base64(self._sender + number + part.to_bytes(_PART_BYTES, "big"))
         digest = digest_of(body)
-        params = f'{_COVERED};created={created};nonce="{nonce}";keyid="{key.name}";alg="hmac-sha256";tag="kvferry"'
+        tag = self._tags.get(authority, "kvferry")
+        params = f'{_COVERED};created={created};nonce="{nonce}";keyid="{key.name}";alg="hmac-sha256";tag="{tag}"'
         signature = _sign(key, self._context, _base(method, authority, target, digest, params))
         return Proof(key, digest, signature, params)
 
     def learn(self, authority: str, refused: Proof, wanted: str | None) -> bool:
-        """A server refused; `wanted`: its Accept-Signature. Whether it knows another of our secrets: prove it anew."""
+        """A server refused; `wanted`: its Accept-Signature. Whether it knows another of our secrets, or wants to hear
+        which start of it the request is for: prove it anew."""
+        tag = _WANTED_TAG.search(wanted or "")
+        if news := tag is not None and f'tag="{tag[1]}"' not in refused.params:
+            self._tags[authority] = tag[1]
         named = [bytes.fromhex(key_id) for key_id in _KEY_ID.findall(wanted or "")]
         ours = [key_id for key_id in named if self._secrets.find(key_id) is not None]
         if not ours or refused.key.id in named:
-            return False
+            return news and bool(ours)
         self._wanted[authority] = ours[0]
         return True
 
@@ -123,7 +132,12 @@ class RequestProver:
 
 
 class RequestVerifier:
-    """Checks the proofs of the requests that one server gets."""
+    """Checks the proofs of the requests that one server gets.
+
+    What came already is not known of the server's earlier starts: a request is taken that says it was made for this
+    start, by a random name that nobody could know before it, or that was made later by its sender's clock. A sender
+    whose clock is behind is refused once, told that name, and asks again.
+    """
 
     def __init__(
         self,
@@ -141,6 +155,7 @@ class RequestVerifier:
         self._limits = limits
         self._seen = SeenRequests(2 * limits.skew_s, limits)
         self._began = int(clock.wall() * _PARTS)
+        self._life = random.token_hex(_LIFE_BYTES)
 
     def __repr__(self) -> str:
         return f"<RequestVerifier {self._secrets!r}, {self._seen!r}>"
@@ -149,12 +164,13 @@ class RequestVerifier:
     def wanted(self) -> str:
         """The Accept-Signature of a refusal."""
         keys = zip(("kvferry", "kvferry-before"), self._secrets.accepted, strict=False)
-        return ", ".join(f'{label}={_COVERED};keyid="{key.id.hex()}"' for label, key in keys)
+        asked = f';tag="kvferry:{self._life}"'
+        return ", ".join(f'{label}={_COVERED};keyid="{key.id.hex()}"{asked}' for label, key in keys)
 
     def check(self, method: str, target: str, headers: Mapping[str, str]) -> Proof:
         """The proof of a request's head; its body is checked by `check_body`. Raises ProofError. `target`: path and
         query as they were sent."""
-        params, created, nonce, key = self._parsed(headers)
+        params, created, nonce, key, life = self._parsed(headers)
         authority, digest = headers.get("Host", "").lower(), headers.get(DIGEST, "")
         signature = headers.get(SIGNATURE, "")
         wanted = _sign(key, self._context, _base(method, authority, target, digest, params))
@@ -166,8 +182,10 @@ class RequestVerifier:
         if method not in ("GET", "HEAD"):
             sender, rest = nonce[:_SENDER_BYTES], int.from_bytes(nonce[_SENDER_BYTES:], "big")
             number, part = divmod(rest, _PARTS)
-            if created * _PARTS + part < self._began:
-                raise ProofError("the request was made before this server started: make it again")
+            if life != self._life and (life is not None or created * _PARTS + part < self._began):
+                raise ProofError(
+                    "the request was made before this server started, or for an earlier start: make it again"
+                )
             if not self._seen.is_new(sender, number, self._clock.now()):
                 raise ProofError("the request came before, or too many later ones did: make it again")
         return Proof(key, digest, signature)
@@ -186,7 +204,7 @@ class RequestVerifier:
         """Of the answer's frames."""
         return FrameSeal(proof, self._context)
 
-    def _parsed(self, headers: Mapping[str, str]) -> tuple[str, int, bytes, ClusterKey]:
+    def _parsed(self, headers: Mapping[str, str]) -> tuple[str, int, bytes, ClusterKey, str | None]:
         given = headers.get(INPUT)
         if given is None:
             raise ProofError(
@@ -201,7 +219,7 @@ class RequestVerifier:
             raise ProofError(
                 f"the request is proved by secret {match[4]}, this server knows {known}: give both one security.secret"
             )
-        return match[1], int(match[2]), base64.b64decode(match[3]), key
+        return match[1], int(match[2]), base64.b64decode(match[3]), key, match[5]
 
     def _check_time(self, created: int) -> None:
         off_s = int(self._clock.wall()) - created

@@ -132,24 +132,87 @@ def test_clocks_may_be_a_little_apart():
     pair.verifier.check("POST", TARGET, pair.request())
 
 
+def started_anew(pair: Pair) -> None:
+    """The pair's server: it remembers nothing."""
+    pair.verifier = RequestVerifier(trust(), pair.server_clock, frozenset({HOST}))
+
+
+def asked_again(pair: Pair) -> dict[str, str]:
+    """What the pair's client sends when its request is refused."""
+    refused = pair.prover.prove("POST", HOST, TARGET, BODY)
+    assert pair.prover.learn(HOST, refused, pair.verifier.wanted)
+    return pair.request()
+
+
 def test_a_request_from_before_the_servers_start_is_refused_for_it_may_have_come_already():
     pair = Pair(trust(), trust())
     pair.server_clock.advance(5)
     headers = pair.request()
-    again = RequestVerifier(trust(), pair.server_clock, frozenset({HOST}))
-    with pytest.raises(ProofError, match="before this server started"):
-        again.check("POST", TARGET, headers)
-    again.check("GET", TARGET, pair.request("GET"))
+    started_anew(pair)
+    assert "before this server started" in pair.refusal(headers)
+    pair.verifier.check("GET", TARGET, pair.request("GET"))
+
+
+@pytest.mark.parametrize("behind_s", [0.001, 1, 29])
+def test_a_client_whose_clock_is_behind_is_refused_once_after_a_start_and_not_for_as_long_as_it_is_behind(behind_s):
+    pair = Pair(trust(), trust())
+    pair.server_clock.advance(behind_s)
+    started_anew(pair)
+    heard = pair.request()
+    assert "before this server started" in pair.refusal(heard)
+    headers = asked_again(pair)
+    pair.verifier.check("POST", TARGET, headers)
+    pair.verifier.check("POST", TARGET, pair.request())
+    assert "came before" in pair.refusal(headers)
+    assert "before this server started" in pair.refusal(heard), "this one may have been taken by the start before"
+
+
+def test_what_was_made_for_one_start_of_a_server_is_not_taken_by_the_next():
+    """Also where the clock of who made it is ahead."""
+    pair = Pair(trust(), trust())
+    pair.client_clock.advance(20)
+    headers = asked_again(pair)
+    pair.verifier.check("POST", TARGET, headers)
+    pair.server_clock.advance(5)
+    started_anew(pair)
+    assert "for an earlier start" in pair.refusal(headers)
+    assert "for an earlier start" in pair.refusal(pair.request())
+    pair.verifier.check("POST", TARGET, asked_again(pair))
+
+
+def test_for_which_start_a_request_is_made_is_part_of_its_proof():
+    pair = Pair(trust(), trust())
+    pair.server_clock.advance(5)
+    started_anew(pair)
+    old, new = pair.request(), asked_again(pair)
+    (tag,) = re.findall(r'tag="(.*?)"', new[INPUT])
+    forged = {**old, INPUT: old[INPUT].replace('tag="kvferry"', f'tag="{tag}"')}
+    assert "proof is wrong" in pair.refusal(forged)
+
+
+def test_calls_that_are_refused_at_the_same_time_are_all_made_again():
+    pair = Pair(trust(), trust())
+    pair.server_clock.advance(5)
+    started_anew(pair)
+    refused = [pair.prover.prove("POST", HOST, TARGET, BODY) for _ in range(3)]
+    assert all(pair.prover.learn(HOST, proof, pair.verifier.wanted) for proof in refused)
+
+
+def test_who_is_refused_for_another_reason_asks_again_once():
+    pair = Pair(trust(), trust())
+    pair.client_clock.advance(31)
+    assert "from now" in pair.refusal(asked_again(pair))
+    assert not pair.prover.learn(HOST, pair.prover.prove("POST", HOST, TARGET, BODY), pair.verifier.wanted)
 
 
 def test_a_server_that_starts_within_a_second_of_a_request_refuses_it_too():
     pair = Pair(trust(), trust())
     headers = pair.request()
     pair.server_clock.advance(0.001)
-    with pytest.raises(ProofError, match="before this server started"):
-        RequestVerifier(trust(), pair.server_clock, frozenset({HOST})).check("POST", TARGET, headers)
+    started_anew(pair)
+    assert "before this server started" in pair.refusal(headers)
     pair.client_clock.advance(0.002)
-    RequestVerifier(trust(), pair.server_clock, frozenset({HOST})).check("POST", TARGET, pair.request())
+    pair.verifier.check("POST", TARGET, pair.request())
 
 
 def test_as_many_clients_are_remembered_as_a_clusters_nodes_have():
@@ -190,6 +253,7 @@ def test_while_the_secret_is_changed_each_side_takes_the_others():
 
 def test_a_server_that_refuses_a_secret_that_it_knows_is_not_asked_again():
     pair = Pair(trust(NEW, OLD), trust(NEW, OLD))
+    asked_again(pair)
     assert not pair.prover.learn(HOST, pair.prover.prove("POST", HOST, TARGET, BODY), pair.verifier.wanted)
 
 

@@ -17,6 +17,7 @@ from starlette.routing import Route
 
 from kvcore.clock import SystemClock
 from kvcore.errors import KVFerryError, MetadataProofError, MetadataUnavailableError, NodeUnavailableError
+from kvcore.http.pool import HttpPool
 from kvcore.ports import authorities_of, is_loopback
 from kvcore.process import http_client
 from kvcore.process.aiohttp_gate import BoundedRunner
@@ -99,6 +100,34 @@ async def plain(app: web.Application) -> AsyncIterator[str]:
 
 
 servers = pytest.mark.parametrize("server", [asgi, node])
+
+
+class Ahead(SystemClock):
+    """Of a machine whose clock is ahead by 20 s."""
+
+    def wall(self) -> float:
+        return super().wall() + 20.0
+
+
+@servers
+async def test_a_client_whose_clock_is_behind_is_answered_at_once_by_a_server_that_has_just_started(
+    server, monkeypatch
+):
+    """By both of our clients; without this they were refused for 20 s after each start of a server."""
+    monkeypatch.setitem(globals(), "verifier", lambda holder: RequestVerifier(holder, Ahead(), None))
+    hits: Hits = []
+    pool = HttpPool(connect_timeout_s=5.0, max_connections=4, keepalive_s=5.0, headers={}, trust=trust(OLD))
+    try:
+        async with server(trust(OLD), hits) as url, http_session(trust=trust(OLD)) as session:
+            for number in range(3):
+                async with session.post(f"{url}/echo", data=b"%d" % number) as reply:
+                    assert reply.status == 200
+            for answer in await asyncio.gather(*(pool.call("POST", f"{url}/echo", b"x", 5.0) for _ in range(3))):
+                assert answer.status == 200
+                answer.end()
+    finally:
+        pool.close()
+    assert sorted(hits) == [b"0", b"1", b"2", b"x", b"x", b"x"], "what was refused had no effect"
 
 
 @servers
