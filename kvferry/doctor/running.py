@@ -3,18 +3,22 @@ stranger that holds a port. Owns the calls.
 """
 
 import asyncio
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from email.utils import parsedate_to_datetime
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
 
+from kvcore.clock import SystemClock
 from kvcore.config.checks import metadata_ports
 from kvcore.config.schema import ClusterConfig
 from kvcore.config.servers import internal_url, metadata_urls, operators_urls_of, secured_url
 from kvcore.errors import ConfigError, NotLeaderError
 from kvcore.process.http_client import http_session, operators_session
-from kvcore.trust.opening import OPEN, open_trust, trust_source
+from kvcore.trust.opening import OPEN, ClusterTrust, open_trust, trust_source
 from kvcore.types import NodeInfo
 from kvferry.status import ClusterAnswer
 from metadata_server.account_messages import Stats
@@ -25,10 +29,12 @@ _Answer = TypeVar("_Answer")
 @dataclass(frozen=True, slots=True)
 class RunningParts:
     """`names`: `router`, `metadata_server` and nodes that answer as this cluster's. `problems`: what the router says is
-    wrong, a sentence each."""
+    wrong, a sentence each. `clocks`: by the host of whoever says what time it is, how far it is ahead of ours, in
+    seconds, to one."""
 
     names: frozenset[str] = frozenset()
     problems: tuple[str, ...] = ()
+    clocks: Mapping[str, float] = field(default_factory=dict)
 
 
 class _NamedCluster(ClusterAnswer, frozen=True, kw_only=True):
@@ -56,6 +62,7 @@ async def find_running(config: ClusterConfig, timeout_s: float = 1.0) -> Running
     except ConfigError:  # another check says so
         trust = OPEN
     timeout = aiohttp.ClientTimeout(total=timeout_s)
+    clocks = await _clocks(config, replace(trust, secrets=None), timeout)
     async with (
         operators_session(trust=trust, timeout=timeout) as outer,
         http_session(trust=trust, timeout=timeout) as session,
@@ -91,10 +98,37 @@ async def find_running(config: ClusterConfig, timeout_s: float = 1.0) -> Running
     }
     names |= set(here)
     if not here:
-        return RunningParts(frozenset(names))
+        return RunningParts(frozenset(names), clocks=clocks)
     cluster = next(iter(here.values()))
     away = [f"{node.role} {node.id} is not used: {node.reason}" for node in cluster.nodes if not node.healthy]
-    return RunningParts(frozenset(names), (*away, *cluster.problems))
+    return RunningParts(frozenset(names), (*away, *cluster.problems), clocks)
+
+
+async def _clocks(config: ClusterConfig, trust: ClusterTrust, timeout: aiohttp.ClientTimeout) -> dict[str, float]:
+    """Asked without a proof: whose clock is too far off takes none."""
+    inner = [secured_url(config, url) for url in metadata_urls(config.metadata_server)]
+    inner += [internal_url(config, node.host, node.port) for node in config.nodes.values() if node.url is None]
+    outer = operators_urls_of(config)
+    async with (
+        operators_session(trust=trust, timeout=timeout) as operators,
+        http_session(trust=trust, timeout=timeout) as session,
+    ):
+        asked = [*((operators, url) for url in outer), *((session, url) for url in inner)]
+        found = await asyncio.gather(*(_clock(*one) for one in asked))
+    ahead = zip([*outer, *inner], found, strict=True)
+    return {urlsplit(url).hostname or url: seconds for url, seconds in ahead if seconds is not None}
+
+
+async def _clock(session: aiohttp.ClientSession, url: str) -> float | None:
+    """By the Date of an answer, which leaves a second's parts out."""
+    clock = SystemClock()
+    before = clock.wall()
+    try:
+        async with session.get(f"{url}/health") as reply:
+            theirs = parsedate_to_datetime(reply.headers["Date"]).timestamp() + 0.5
+    except (aiohttp.ClientError, TimeoutError, OSError, KeyError, ValueError):
+        return None
+    return theirs - (before + clock.wall()) / 2
 
 
 async def _ask(session: aiohttp.ClientSession, url: str, kind: type[_Answer], *, status: int = 200) -> _Answer | None:

@@ -1,4 +1,5 @@
-"""Checks of what the cluster trusts: its secret, its certificates, its API keys; of their files as they are here."""
+"""Checks of what the cluster trusts: its secret, its certificates, its API keys, of their files as they are here; and
+the clocks by which it judges proofs."""
 
 import datetime
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from kvcore.errors import ConfigError
 from kvcore.tenants.source import KeySource
 from kvcore.trust.certificates import ProcessCertificate, named
 from kvcore.trust.files import why_not_private
+from kvcore.trust.limits import ProofLimits
 from kvcore.trust.opening import CLIENT
 from kvcore.trust.secrets import open_secrets
 from kvferry.doctor.findings import Context, Finding
@@ -25,7 +27,13 @@ _SOON_OF_ALL = 5
 
 def check_security(context: Context) -> list[Finding]:
     """Reads the secret, or runs its command, and the files of processes that are on this machine."""
-    return [*_check_secret(context), *_check_certificates(context), *_check_router_tls(context), *_check_keys(context)]
+    return [
+        *_check_secret(context),
+        *_check_certificates(context),
+        *_check_router_tls(context),
+        *_check_keys(context),
+        *_check_clocks(context),
+    ]
 
 
 def _check_secret(context: Context) -> Iterator[Finding]:
@@ -103,6 +111,24 @@ def _check_keys(context: Context) -> Iterator[Finding]:
     admin = any(record.admin for record in ring.records)
     none = "" if admin else "; none is an admin's, so that orders need a proof of the secret"
     yield Finding(_SUBJECT, True, f"API keys: {len(ring)} of {len(ring.tenants)} tenants{none}")
+
+
+def _check_clocks(context: Context) -> Iterator[Finding]:
+    """Half of what is allowed is wrong: of two machines one may be ahead as far as the other is behind."""
+    clocks, most_s = context.running.clocks, ProofLimits().skew_s
+    if context.config.security.secret is None or not clocks:
+        return
+    far = {host: ahead for host, ahead in clocks.items() if abs(ahead) >= most_s / 2}
+    for host, ahead in far.items():
+        off = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} this machine's"
+        detail = (
+            f"the clock of {host} is {off}; proofs between machines whose clocks are {most_s:g} s apart are refused"
+        )
+        yield Finding(f"clock of {host}", False, detail, "have NTP set the clocks of both (chronyc tracking)")
+    if not far:
+        apart = max([0.0, *clocks.values()]) - min([0.0, *clocks.values()])
+        shown = f"those of {', '.join(clocks)} and this machine are within {max(1.0, apart):.0f} s"
+        yield Finding("clocks", True, f"{shown}; proofs allow {most_s:g} s")
 
 
 def _processes_here(context: Context) -> dict[str, str]:

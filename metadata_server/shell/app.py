@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from email.utils import formatdate
 from functools import partial
 
 from fastapi import FastAPI
@@ -117,9 +118,9 @@ def _gets(
         return Response(body, media_type=JSON if json else MSGPACK)
 
     async def health(_: Request) -> Response:
-        return Response(
-            encode(Health(status="ok", epoch=core.state.epoch, leads=core.leader.leads), json=True), media_type=JSON
-        )
+        state = Health(status="ok", epoch=core.state.epoch, leads=core.leader.leads)
+        date = {"Date": formatdate(usegmt=True)}  # by which the doctor compares clocks
+        return Response(encode(state, json=True), media_type=JSON, headers=date)
 
     async def expose(_: Request) -> Response:
         return Response(metrics.render(), headers={"Content-Type": METRICS_CONTENT_TYPE})

@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import ExitStack
+from email.utils import formatdate
 from typing import TypeVar
 
 import msgspec
@@ -227,9 +228,9 @@ def _add_status(app: FastAPI, model: str, log: RequestLog, status: StatusView, m
     @app.get("/health", **openapi.plain("Whether a request can be served now", unavailable=True))
     async def health() -> Response:
         problem = status.problem()
-        if problem is None:
-            return JsonReply({"status": "ok"})
-        return error_response(problem)
+        reply = JsonReply({"status": "ok"}) if problem is None else error_response(problem)
+        reply.headers["Date"] = formatdate(usegmt=True)  # by which the doctor compares clocks
+        return reply
 
     @app.get("/metrics", include_in_schema=False)
     async def prometheus() -> Response:

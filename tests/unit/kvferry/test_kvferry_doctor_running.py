@@ -1,7 +1,10 @@
 """The doctor beside a running cluster: its ports are its own, its memory is taken already, its problems are told."""
 
 import json
+import re
+import time
 from contextlib import AsyncExitStack, closing
+from email.utils import formatdate
 from typing import Any
 
 import msgspec
@@ -19,12 +22,15 @@ from kvcore.config.schema import (
     RouterConfig,
     SimEngineConfig,
 )
+from kvcore.config.security import SecretConfig, SecurityConfig
 from kvcore.ports import listen
+from kvcore.trust.secret_text import new_secret
 from kvcore.types import Role
 from kvferry.doctor.checks import check_memory, check_ports, check_running
 from kvferry.doctor.findings import Context
 from kvferry.doctor.records import check_records
 from kvferry.doctor.running import RunningParts, find_running
+from kvferry.doctor.security import check_security
 
 NODE = {"id": "d0", "role": "decoder", "control_url": "http://x", "incarnation": 1, "cluster": "c"}
 STATS = {
@@ -38,9 +44,10 @@ ROUTER: dict[str, Any] = {"cluster": "c", "nodes": [{"id": "d0", "role": "decode
 async def serve():
     async with AsyncExitStack() as stack:
 
-        async def serve(path: str, answer: object, status: int = 200) -> int:
+        async def serve(path: str, answer: object, status: int = 200, headers: dict[str, str] | None = None) -> int:
             async def handler(_: web.Request) -> web.Response:
-                return web.Response(text=json.dumps(answer), status=status, content_type="application/json")
+                text = json.dumps(answer)
+                return web.Response(text=text, status=status, content_type="application/json", headers=headers)
 
             app = web.Application()
             app.router.add_get(path, handler)
@@ -153,3 +160,30 @@ def test_a_node_whose_name_begins_like_a_routers_is_no_router_that_runs():
     assert check_running(alone) == []
     other = Context(config, running=RunningParts(frozenset({"routers[0]"})))
     assert [finding.detail for finding in check_running(other)] == ["it runs, and uses every node"]
+
+
+@pytest.mark.parametrize(
+    ("ahead_s", "said"), [(-47, "47 s behind"), (-16, "16 s behind"), (40, "40 s ahead of"), (9, "")]
+)
+async def test_a_clock_that_is_far_off_is_named_with_its_machine_and_by_how_much(serve, ahead_s, said, tmp_path):
+    port = await serve("/health", {}, headers={"Date": formatdate(time.time() + ahead_s, usegmt=True)})
+    (tmp_path / "secret").write_text(new_secret())
+    (tmp_path / "secret").chmod(0o600)
+    config = cluster(9, 9, port)
+    security = SecurityConfig(secret=SecretConfig(file=str(tmp_path / "secret")))
+    secured = msgspec.structs.replace(config, security=security)
+    context = Context(secured, running=await find_running(secured, timeout_s=20.0))
+    assert abs(context.running.clocks["127.0.0.1"] - ahead_s) < 10
+    finding = next(one for one in check_security(context) if "clock" in one.subject)
+    assert finding.ok is not bool(said)
+    if said:
+        number = int(said.split()[0])
+        told = re.search(r"is (\d+) s (behind|ahead of) this machine's; .* 30 s apart are refused", finding.detail)
+        assert told is not None and abs(int(told[1]) - number) < 10 and told[2] in said
+        assert finding.subject == "clock of 127.0.0.1"
+    assert not any("clock" in one.subject for one in check_security(Context(config, running=context.running)))
+
+
+async def test_a_machine_that_says_no_time_is_not_judged(serve):
+    port = await serve("/health", {}, headers={"Date": "yesterday"})
+    assert (await find_running(cluster(9, 9, port))).clocks == {}

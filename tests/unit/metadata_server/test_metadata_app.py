@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import sys
+import time
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 import aiohttp
@@ -97,6 +99,7 @@ async def test_a_body_over_the_bound_is_refused_whether_its_length_is_said_or_no
     except aiohttp.ClientConnectionError:
         pass  # cut while it was still sending: refused too
     async with http.get("/health") as response:
+        assert abs(parsedate_to_datetime(response.headers["Date"]).timestamp() - time.time()) < 60
         assert (await response.json())["status"] == "ok"
 
 

@@ -1,7 +1,9 @@
 """Requests as clients and browsers write them: slashes at the end, HEAD, preflights; errors by which libraries know."""
 
 import json
+import time
 from collections.abc import AsyncIterator
+from email.utils import parsedate_to_datetime
 
 import httpx
 import pytest
@@ -39,6 +41,12 @@ async def test_a_slash_at_the_end_changes_nothing(http: httpx.AsyncClient) -> No
     metrics = (await http.get("/metrics/")).text
     assert 'endpoint="/v1/completions",status="200"' in metrics, "and it is the same endpoint"
     assert (await http.get("/")).status_code == (await http.get("/v1/")).status_code == 404
+
+
+async def test_health_says_what_time_it_is_here(http: httpx.AsyncClient) -> None:
+    """Clocks are compared by it."""
+    said = parsedate_to_datetime((await http.get("/health")).headers["Date"])
+    assert abs(said.timestamp() - time.time()) < 60
 
 
 async def test_head_is_get_without_the_body(rig: Rig) -> None:
