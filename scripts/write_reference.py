@@ -82,7 +82,8 @@ that nobody knows, such as a slip of the pen, is refused, too. `null` asks for n
 `model` may be left out, a whole number may be written as `3.0`, and a path may end with a slash. Usage counts the
 tokens that an answer contains, up to the one that completes a stop string, and so do logprobs and token ids; stop
 strings are looked for after `min_tokens` tokens. `GET /v1/models` says how long prompt and answer may be together:
-`max_model_len`.
+`max_model_len`. `POST /tokenize` and `/detokenize` answer as vLLM's server does, `/ping` as `/health`, `GET /version`
+with kvferry's version, `GET /load` with the requests under way.
 
 Parts of messages are text, and `response_format` may be `{"type": "text"}`. Calls of tools in an answer are not told
 apart from its text: `tools` are refused unless `tool_choice` is `none`, with which the model is told of them. Calls in

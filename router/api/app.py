@@ -35,6 +35,7 @@ from router.api.http_errors import error_reply, headers_of
 from router.api.limits import ApiLimits
 from router.api.openai_schema import ChatRequest, CompletionRequest, answer_request, prompts_of
 from router.api.responses import AnswerResponse, JsonReply, error_response
+from router.api.text_routes import add_probe_routes, add_text_routes
 from router.metrics import RouterMetrics
 from router.requests.records import RequestLog
 from router.status import StatusView
@@ -65,6 +66,8 @@ def make_app(
     app = FastAPI(title="kvferry router", version="1", docs_url=None, redoc_url=None, redirect_slashes=False)
     _add_errors(app)
     endpoints = _add_openai(app, answerer, max_body_bytes, limits, no_node)
+    add_text_routes(app, answerer, max_body_bytes, limits)
+    add_probe_routes(app, status)
     _add_status(app, answerer.model, log, status, metrics)
     more(app)
     return PlainPaths(RequestIds(Cors(guard(ShortWay(app, endpoints)), cors), metrics))

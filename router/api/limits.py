@@ -20,6 +20,8 @@ class ApiLimits:
     """Of `logit_bias`; and of `stop_token_ids`."""
     max_messages: int = 8_192
     """Of a chat; and parts of their content, together: 10 µs of the event loop each."""
+    inline_tokens: int = 4096
+    """Of `/detokenize`: more are read beside the event loop."""
     body_timeout_s: float = 30.0
     send_timeout_s: float = 30.0
     """A client that takes nothing for so long is gone: it would hold its place on a node until the request's time is

@@ -73,7 +73,7 @@ class TenantGate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry."""
-        if scope["type"] != "http" or (scope["path"] in OPEN and scope["method"] == "GET"):
+        if scope["type"] != "http" or (scope["path"] in OPEN and scope["method"] in ("GET", "POST")):
             await self._app(scope, receive, send)
             return
         app, admitted, key = self._app, None, _key_in(scope)

@@ -2,8 +2,8 @@
 
 COUNTED = frozenset({"/v1/chat/completions", "/v1/completions"})
 """What a tenant's rates and concurrency are of."""
-OPEN = frozenset({"/health"})
-_PLAIN = COUNTED | {"/v1/models", "/openapi.json"}
+OPEN = frozenset({"/health", "/ping"})
+_PLAIN = COUNTED | {"/v1/models", "/openapi.json", "/tokenize", "/detokenize", "/version", "/load"}
 _RECORDS = "/v1/requests"
 _ORDERS = ("/v1/nodes", "/v1/janitor", "/v1/cache", "/v1/weights")
 _ASK_OTHERS = ("/v1/nodes", "/v1/janitor", "/v1/cache/generations")

@@ -66,6 +66,10 @@ class Tokenizer(Protocol):
         """What this token adds to a text, also where that is a part of a character; nothing for an unknown id."""
         ...
 
+    def piece(self, token_id: int) -> str:
+        """The token as its vocabulary writes it; empty for an unknown id."""
+        ...
+
     def added_text(self, token_id: int) -> str | None:
         """The text of a token that was added to the vocabulary by hand, as special ones are; None for any other."""
         ...
@@ -98,6 +102,10 @@ class ByteTokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """See Tokenizer."""
         return bytes((token_id,)) if token_id < 256 else b" <%d>" % token_id
+
+    def piece(self, token_id: int) -> str:
+        """See Tokenizer."""
+        return self.token_bytes(token_id).decode("utf-8", "replace")
 
     def added_text(self, token_id: int) -> str | None:
         """See Tokenizer. None is."""
@@ -168,6 +176,11 @@ class FolderTokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """See Tokenizer."""
         return self._pieces.of(token_id)
+
+    def piece(self, token_id: int) -> str:
+        """See Tokenizer."""
+        piece: str | None = self._tokenizer.id_to_token(token_id)
+        return piece or ""
 
     def added_text(self, token_id: int) -> str | None:
         """See Tokenizer."""

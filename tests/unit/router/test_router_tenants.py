@@ -98,11 +98,13 @@ async def door(tmp_path: Path) -> Door:
 async def test_without_a_key_that_holds_nothing_is_answered_but_health(door):
     rig = await door.rig()
     client = Client(rig, door.keys)
-    assert (await client.get("/health")).status_code == 200
+    for path in ("/health", "/ping"):
+        assert (await client.get(path)).status_code == 200
+    assert (await client.post("/ping", {})).status_code == 200
     paths = [route.path.replace("{", "").replace("}", "") for route in _routes(rig)]
     assert len(paths) > 20
     for path in paths:
-        if path == "/health":
+        if path in ("/health", "/ping"):
             continue
         for key in (None, "kvf_000000000000_" + "x" * 43):
             reply = await (client.get(path, key) if path.startswith("/v1/models") else client.post(path, {}, key))
