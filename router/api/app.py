@@ -27,9 +27,9 @@ from router.admission.no_node import NoNodeWait, Tell
 from router.answering import Answerer, ClientAnswer
 from router.api import openapi
 from router.api.body import parse
-from router.api.chat_format import ChatFormatter
-from router.api.completion_format import CompletionFormatter
-from router.api.formatter import Formatter
+from router.api.formats.chat_format import ChatFormatter
+from router.api.formats.completion_format import CompletionFormatter
+from router.api.formats.formatter import Formatter
 from router.api.front import Cors, PlainPaths
 from router.api.http_errors import error_reply, headers_of
 from router.api.limits import ApiLimits

@@ -20,7 +20,7 @@ from kvcore.process.http_exchange import told_when_gone
 from kvcore.step_timeout import StepTimeout
 from router.admission.no_node import Tell
 from router.answering import ClientAnswer, TextPiece
-from router.api.formatter import Formatter, sse
+from router.api.formats.formatter import Formatter, sse
 from router.api.http_errors import headers_for, reply_of
 
 _log = logging.getLogger("router")

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import msgspec
 
 from router.answering import ClientAnswer, TextPiece
-from router.api.formatter import NamedLogprob, OpenAIFormatter, raw_json
+from router.api.formats.formatter import NamedLogprob, OpenAIFormatter, raw_json
 from router.text.tokenizer import Tokenizer
 
 

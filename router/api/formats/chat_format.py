@@ -3,7 +3,7 @@
 import msgspec
 
 from router.answering import TextPiece
-from router.api.formatter import OpenAIFormatter, raw_json
+from router.api.formats.formatter import OpenAIFormatter, raw_json
 from router.text.token_names import NamedToken
 
 
