@@ -24,6 +24,7 @@ class Waiter:
     stays: bool = False
     context: int = 0
     """Tokens that its nodes must have room for."""
+    prompt_tokens: int = 0
     order: tuple[int, float, int] = (0, 0.0, 0)
 
 
@@ -102,6 +103,11 @@ class FairQueue:
     def total(self) -> tuple[int, int]:
         """(tokens to compute, sequences) of all that wait."""
         return sum(other.tokens for other in self._waiting), sum(other.sequences for other in self._waiting)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of all that wait, cached ones too: what they hold in memory."""
+        return sum(other.prompt_tokens for other in self._waiting)
 
     def answered(self, flow: str, tokens: float) -> None:
         """An answer of this flow had so many tokens."""

@@ -1,5 +1,6 @@
 """When a request's first token can be expected, and whether a node has room for it: from what is measured. Pure."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,8 @@ class Forecast:
     decodes: Sequence[NodeView]
     stays: bool
     """Its decoder computes it."""
+    look_in_s: float | None = None
+    """Without anything that ends until then, in so many seconds there may be room; None: not even then."""
 
     def wait_s(self, tokens: int, sequences: int) -> float:
         """How long until a node begins with it, behind so much that waits in the router."""
@@ -52,8 +55,10 @@ def forecast(decision: Decision, prompt_tokens: int, now: float, limits: Admissi
     assert computing is not None
     own_s = (tokens / computing.prefill_rate if computing.prefill_rate else 0.0) + decoding.step_s
     preparing = min(limits.preparing, own_s / decoding.stay_s) if decoding.stay_s else 0.0
-    has_room = _any_idle(computes, limits) and _any_free(decodes, preparing)
-    return Forecast(has_room, own_s, tokens, now, computes.nodes, decodes.nodes, computes is decodes)
+    free, idle_in_s = _any_free(decodes, preparing), _idle_in_s(computes, now, limits)
+    look_in_s = idle_in_s if free and 0 < idle_in_s < math.inf else None
+    has_room = free and idle_in_s <= 0
+    return Forecast(has_room, own_s, tokens, now, computes.nodes, decodes.nodes, computes is decodes, look_in_s)
 
 
 def _free(node: NodeView, now: float) -> tuple[float, float]:
@@ -63,18 +68,25 @@ def _free(node: NodeView, now: float) -> tuple[float, float]:
     return max(all_s / 2, all_s - (now - node.computing_since)), node.prefill_rate
 
 
-def _any_idle(ranking: Ranking, limits: AdmissionLimits) -> bool:
-    """Whether the chosen node has nearly nothing to compute, or at least another one has: then the policy, which knows
-    that, has its reasons."""
+def _idle_in_s(ranking: Ranking, now: float, limits: AdmissionLimits) -> float:
+    """In how many seconds the chosen node has nearly nothing to compute, or at least another one has: then the policy,
+    which knows that, has its reasons. 0: now; inf: nobody knows."""
     assert ranking.node is not None
-    return _is_idle(ranking.node, limits) or any(_is_idle(node, limits) for node in ranking.nodes)
+    if not _nearly_done_s(ranking.node, now, limits):
+        return 0.0
+    return min(_nearly_done_s(node, now, limits) for node in ranking.nodes)
 
 
-def _is_idle(node: NodeView, limits: AdmissionLimits) -> bool:
-    """So is one of which nothing is known, or no more than a warm-up, by which all others would be late: it must be
-    tried."""
-    idle = node.prefill_tokens <= node.prefill_rate * limits.ahead_s
-    return idle or not node.prefill_rate or node.is_warm_up
+def _nearly_done_s(node: NodeView, now: float, limits: AdmissionLimits) -> float:
+    """0 also for one of which nothing is known, or no more than a warm-up, by which all others would be late: it must
+    be tried. The next prompt is sent before the only one that it has is said to be done, so that the node has it in
+    time; with two nobody knows how far it is, and one that hangs gets no third."""
+    if not node.prefill_rate or node.is_warm_up:
+        return 0.0
+    left_s = node.prefill_tokens / node.prefill_rate - limits.ahead_s
+    if left_s <= 0:
+        return 0.0
+    return max(0.0, left_s - (now - node.computing_since)) if node.prefills == 1 else math.inf
 
 
 def _any_free(ranking: Ranking, preparing: float) -> bool:

@@ -41,7 +41,6 @@ class _Turn(Waiter):
     """`go`: lets it in. `spec`: by which nodes are chosen for it."""
 
     spec: RequestSpec | None = None
-    prompt_tokens: int = 0
     go: Callable[[Decision], None] = lambda _: None
 
 
@@ -64,6 +63,8 @@ class Admission:
         self._choose, self._clock, self._config, self._limits = choose, clock, config, limits
         self._queue = FairQueue(limits.max_flows, limits.saved, limits.unknown_output)
         self._asked = False
+        self._look_in_s = math.inf
+        self._timer: asyncio.TimerHandle | None = None
         self.refused = Counter[str]()
         """By why: `late` when it came, `missed` while it waited, `full`."""
         self.on_admitted: list[Callable[[float], None]] = []
@@ -152,12 +153,19 @@ class Admission:
             timer.cancel()
 
     def _let_in(self) -> None:
-        """As many as there is room for, in turn. Each is load of its nodes before the next one is looked at."""
-        self._asked = False
+        """As many as there is room for, in turn. Each is load of its nodes before the next one is looked at. Looks
+        again when some node will be nearly done, if nothing ends before."""
+        self._asked, self._look_in_s = False, math.inf
         while (ready := self._ready() or self._ready(stays=True)) is not None:
             turn, decision = ready
             self._queue.take(turn)
             turn.go(decision)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None
+        if self._look_in_s < math.inf:
+            look_in_s = max(self._limits.least_look_s, self._look_in_s)
+            self._timer = asyncio.get_running_loop().call_later(look_in_s, self.wake)
 
     def _ready(self, *, stays: bool = False, context: int | None = None) -> tuple[_Turn, Decision] | None:
         """Who gets in, and where it would go now; None: nobody waits, or there is no room. Whoever waits for a
@@ -170,7 +178,9 @@ class Admission:
             return turn, decision  # opening it says so
         if decision.route is None and self._none_is_up():
             return None
-        if decision.route is not None and not forecast(decision, turn.prompt_tokens, now, self._limits).has_room:
+        seen = None if decision.route is None else forecast(decision, turn.prompt_tokens, now, self._limits)
+        if seen is not None and not seen.has_room:
+            self._look_in_s = min(self._look_in_s, math.inf if seen.look_in_s is None else seen.look_in_s)
             shorter = [
                 node.max_context
                 for cut in decision.decoders.cuts
@@ -192,6 +202,9 @@ class Admission:
         if len(self._queue) > self._config.max_waiting:
             self.refused["full"] += 1
             return _too_late(f"{self._config.max_waiting} requests wait, as many as may", expected_s)
+        if len(self._queue) > 1 and self._queue.prompt_tokens > self._limits.waiting_tokens:
+            self.refused["full"] += 1
+            return _too_late(f"prompts of {self._limits.waiting_tokens} tokens wait, as many as may", expected_s)
         late_s = expected_s - allowed_s * self._limits.margin
         if late_s <= 0 or seen.has_room:
             return None

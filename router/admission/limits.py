@@ -10,6 +10,8 @@ class AdmissionLimits:
     ahead_s: float = 0.02
     """A node that has no more than this to compute takes another request: it must not be idle while the next one is on
     its way. All beyond it waits here, where turns can still be taken fairly."""
+    least_look_s: float = 0.001
+    """Between two looks at whether a node is nearly done, by time alone."""
     preparing: float = 0.25
     """Of a decoder's places: so many more sequences may be on their way to it while all are taken."""
     margin: float = 0.9
@@ -21,7 +23,7 @@ class AdmissionLimits:
     saved: float = 8.0
     """Requests of the usual cost: what a client that asks for less than its share saves up, for its bursts."""
     waiting_tokens: int = 1 << 21
-    """Of the prompts of requests that wait while no node is up, all together: some 80 MB."""
+    """Of the prompts of requests that wait for a turn, all together, or that wait while no node is up: some 80 MB."""
     tell_s: float = 1.0
     """Between two words to a client that waits so."""
     unknown_output: float = 256.0

@@ -35,7 +35,7 @@ from router.nodes.stall_watch import StallWatch, works
 from router.nodes.trust import NodeTrust
 from router.nodes.work import NodeWork
 from router.routing.decision import why_no_decoder
-from router.routing.index import PrefixHits, PrefixIndex
+from router.routing.index import KeptKeys, PrefixHits, PrefixIndex
 from router.routing.parted_index import PartedIndex
 from router.routing.rates import NodeRates
 from router.routing.sent import SentPrefixes
@@ -170,10 +170,7 @@ class Cluster:
     def leg_started(self, work: NodeWork, *, sequences: int) -> NodeWork:
         """A leg of this router starts on the chosen node. Returns what it takes of the work, at most `sequences`."""
         assert not work.begun, "what a leg took is its own"
-        taken = NodeWork(work.node, begun=True)
-        sequences, tokens = min(sequences, work.sequences), work.prefill_tokens
-        self._count(work, -sequences, -tokens)
-        self._count(taken, sequences, tokens)
+        taken = work.taken(sequences)
         if work.node is not None:
             work.node.breaker.started(self._clock.now())
             work.node.legs += 1
@@ -269,17 +266,23 @@ class Cluster:
         """The nodes with an engine as of now: the usable ones, and why the others are not."""
         return self._board.view(self._clock.now())
 
-    def hits(self, view: ClusterView, prompt_token_ids: Sequence[int], salt: bytes) -> dict[bytes, PrefixHits]:
-        """Where the prompt's usable chunks are, for each kind of KV among those who may decode."""
+    def hits(
+        self, view: ClusterView, prompt_token_ids: Sequence[int], salt: bytes, kept: KeptKeys | None = None
+    ) -> dict[bytes, PrefixHits]:
+        """Where the prompt's usable chunks are, for each kind of KV among those who may decode. `kept`: its keys, of
+        this prompt and salt, for the next time."""
         found: dict[bytes, PrefixHits] = {}
+        kept = {} if kept is None else kept
         if self._sent is not None:
-            hits = self._sent.find(prompt_token_ids, salt)
+            hits = self._sent.find(prompt_token_ids, salt, kept)
             return {node.fingerprint: hits for node in (view.decoders or view.prefillers)[:1]}
         for node in (view.decoders or view.prefillers) if self.index else ():
             if node.fingerprint not in found:
-                count = usable_chunks(len(prompt_token_ids), node.chunk_tokens)
-                keys = prompt_keys(node.fingerprint, salt, prompt_token_ids, node.chunk_tokens)
-                found[node.fingerprint] = self.index.find(keys[:count])
+                keys = kept.get(kind := (node.fingerprint, node.chunk_tokens))
+                if keys is None:
+                    count = usable_chunks(len(prompt_token_ids), node.chunk_tokens)
+                    keys = kept[kind] = prompt_keys(node.fingerprint, salt, prompt_token_ids, node.chunk_tokens)[:count]
+                found[node.fingerprint] = self.index.find(keys)
         return found
 
     def why_no_decoder(self) -> str:

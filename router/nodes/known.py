@@ -46,6 +46,8 @@ class KnownNode:
     """Of ours, under way."""
     sequences: int = 0
     prefill_tokens: int = 0
+    prefills: int = 0
+    """Prompts that `prefill_tokens` are of."""
     computing_since: float = 0.0
     """When it began with the first of those that are left of `prefill_tokens`, as far as that can be told from here."""
     others_sequences: int = 0
@@ -111,6 +113,7 @@ class KnownNode:
             prefill_tokens=self.prefill_tokens,
             kv_spec=report.engine.kv_spec,
             doubtful=doubtful,
+            prefills=self.prefills,
             computing_since=self.computing_since,
             max_sequences=report.engine.max_sequences,
             prefill_rate=rates.prefill.per_s,

@@ -17,7 +17,7 @@ class SlowOnes:
     kept: int
     share: float
     slow: float | None = None
-    """So many of them (`share`) took no longer; None: there are none."""
+    """So many of them (`share`) took no longer, the slowest one never counts; None: there are none."""
     _last: deque[float] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -27,7 +27,7 @@ class SlowOnes:
         """One more, in place of the oldest."""
         self._last.append(seconds)
         ordered = sorted(self._last)
-        self.slow = ordered[math.ceil(self.share * len(ordered)) - 1]
+        self.slow = ordered[max(0, min(math.ceil(self.share * len(ordered)) - 1, len(ordered) - 2))]
 
 
 class NodePace:

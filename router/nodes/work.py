@@ -17,12 +17,19 @@ class NodeWork:
 
     def count(self, sequences: int, prefill_tokens: int, now: float) -> None:
         """So much more of it, or less."""
+        node, computed = self.node, self.prefill_tokens > 0
         self.sequences += sequences
         self.prefill_tokens += prefill_tokens
-        node = self.node
         if node is None:
             return
         node.sequences += sequences
+        node.prefills += (self.prefill_tokens > 0) - computed
         if prefill_tokens < 0 or (prefill_tokens and not node.prefill_tokens):
             node.computing_since = now
         node.prefill_tokens += prefill_tokens
+
+    def taken(self, sequences: int) -> "NodeWork":
+        """What a leg takes of it, at most so many sequences: load of the node as before."""
+        taken = NodeWork(self.node, min(sequences, self.sequences), self.prefill_tokens, begun=True)
+        self.sequences, self.prefill_tokens = self.sequences - taken.sequences, 0
+        return taken

@@ -135,7 +135,7 @@ class Dispatcher:
             completion_tokens=spec.sampling.max_tokens,
             min_prefill_tokens=0 if decoder else self._services.config.min_prefill_tokens,
             turn=turn,
-            hits=cluster.hits(view, prompt, spec.cache_salt),
+            hits=cluster.hits(view, prompt, spec.cache_salt, spec.keys),
             exclude=exclude,
             decoder=decoder,
             fingerprint=fingerprint,

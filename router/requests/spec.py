@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from nodeapi.messages import SamplingParams
 from router.requests.hints import CacheHint
+from router.routing.index import KeptKeys
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +101,8 @@ class RequestSpec:
     """Of the requests that a router takes at a time: while more are under way this one is refused."""
     session: str = ""
     """What the client names its requests by that belong together. It chooses nodes, nothing else."""
+    keys: KeptKeys = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Of its chunks, once they were looked for. A spec that is made of this one begins without."""
 
     @property
     def rows(self) -> int:

@@ -110,7 +110,8 @@ def _by(request: RouteRequest, node: NodeView, decoder: NodeView) -> Way | None:
     load_s = _moving_s(own * chunk_bytes, node.near_rate) + _moving_s((cached - own) * chunk_bytes, node.far_rate)
     if not node.prefill_rate or load_s == float("inf"):
         return None
-    queue_s, compute_s, handoff_s = node.prefill_tokens / node.prefill_rate, rest / node.prefill_rate, 0.0
+    ahead = node.prefill_tokens if node.prefills != 1 else node.left_tokens(request.now)
+    queue_s, compute_s, handoff_s = ahead / node.prefill_rate, rest / node.prefill_rate, 0.0
     if node is not decoder and decoder.near_rate:
         handoff_s = (full - cached) * chunk_bytes / decoder.near_rate
     total_s = queue_s + load_s + compute_s + handoff_s + decoder.step_s

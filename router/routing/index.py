@@ -27,6 +27,8 @@ class PrefixHits:
         return self.by_node.get(node_id, 0) if self.each_its_own else self.longest
 
 
+KeptKeys = dict[tuple[bytes, int], list[ChunkKey]]
+"""Keys of one prompt's usable chunks, by fingerprint and size of chunks: to hash a long prompt takes milliseconds."""
 Slot = tuple[str, str]
 """A node, and a segment of it."""
 _TABLES = 256

@@ -16,7 +16,8 @@ def _sequences(request: RouteRequest, nodes: Sequence[NodeView], decoder: NodeVi
 
 
 def _prefill_tokens(request: RouteRequest, nodes: Sequence[NodeView], decoder: NodeView | None) -> Sequence[float]:
-    return [node.prefill_tokens for node in nodes]
+    now = request.now
+    return [node.prefill_tokens if node.prefills != 1 else node.left_tokens(now) for node in nodes]
 
 
 def _remote_tokens(request: RouteRequest, nodes: Sequence[NodeView], decoder: NodeView | None) -> Sequence[float]:
@@ -58,7 +59,8 @@ def _sessions(request: RouteRequest, nodes: Sequence[NodeView], decoder: NodeVie
 SEQUENCES = Scorer("sequences", _sequences)
 """Requests that run or wait on the node."""
 PREFILL_TOKENS = Scorer("prefill_tokens", _prefill_tokens)
-"""Tokens of prompts that this router has sent the node and that it has not yet answered."""
+"""Tokens of prompts that this router has sent the node and that it has not yet answered; of a single prompt those that
+are left after so long."""
 REMOTE_TOKENS = Scorer("remote_tokens", _remote_tokens)
 """Cached tokens of the prompt that lie on other nodes: the node would have to bring them over, or, where
 nodes cannot read each other's, to compute them, which counts so many times."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from kvcore.chunk_keys import chunk_keys, root_key, usable_chunks
 from kvcore.types import ChunkKey
-from router.routing.index import PrefixHits, PrefixIndex
+from router.routing.index import KeptKeys, PrefixHits, PrefixIndex
 
 _FINGERPRINT = bytes(16)
 
@@ -43,12 +43,17 @@ class SentPrefixes:
         if self._sent.pop(server, None) is not None:
             self._index.drop_node(server)
 
-    def find(self, prompt_token_ids: Sequence[int], salt: bytes) -> PrefixHits:
-        """How many leading tokens of this prompt each server has, the last one never: it is computed for the answer."""
+    def find(self, prompt_token_ids: Sequence[int], salt: bytes, kept: KeptKeys | None = None) -> PrefixHits:
+        """How many leading tokens of this prompt each server has, the last one never: it is computed for the answer.
+        `kept`: as for `Cluster.hits`."""
         if not self._sent:
             return PrefixHits(each_its_own=True)
-        size = self._block_tokens
-        found = self._index.find(self._keys(prompt_token_ids, salt)[: usable_chunks(len(prompt_token_ids), size)])
+        size, kept = self._block_tokens, {} if kept is None else kept
+        keys = kept.get((_FINGERPRINT, size))
+        if keys is None:
+            count = usable_chunks(len(prompt_token_ids), size)
+            keys = kept[_FINGERPRINT, size] = self._keys(prompt_token_ids, salt)[:count]
+        found = self._index.find(keys)
         by_node = {server: count * size for server, count in found.by_node.items()}
         return PrefixHits(found.longest * size, by_node, each_its_own=True)
 

@@ -11,6 +11,8 @@ from router.routing.index import PrefixHits
 from router.routing.rates import NO_DOUBT, Doubt
 
 NO_HITS = PrefixHits()
+LEFT_SHARE = 0.1
+"""Of a prompt that should be done by now and is not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +30,10 @@ class NodeView:
     kv_spec: KVSpec | None = None
     doubtful: bool = False
     """It was slow or silent of late: whoever is not is preferred."""
+    prefills: int = 0
+    """Prompts that `prefill_tokens` are of."""
     computing_since: float = 0.0
-    """Since when it has been at the first of `prefill_tokens`, by the router's clock."""
+    """Since when it has been at the first of them, by the router's clock."""
     max_sequences: int = 0
     """That it decodes at a time; 0: not known. So with the next ones, which are measured (`router.routing.rates`)."""
     prefill_rate: float = 0.0
@@ -45,6 +49,11 @@ class NodeView:
     """What may be doubted of `prefill_rate`, …"""
     moving: Doubt = NO_DOUBT
     """… and of `near_rate` and `far_rate`."""
+
+    def left_tokens(self, now: float) -> float:
+        """Of its one prompt, as far as time tells. Never none, as it may hang: one that has nothing to do is better."""
+        done = self.prefill_rate * (now - self.computing_since)
+        return max(LEFT_SHARE * self.prefill_tokens, self.prefill_tokens - done)
 
 
 class NodeKind(NamedTuple):

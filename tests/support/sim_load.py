@@ -43,9 +43,6 @@ from router.requests.spec import AnswerRequest, RequestSpec, Turn
 from router.routing.policy import make_policy
 from router.text.tokenizer import ByteTokenizer
 
-NET_S = 0.001
-"""One way."""
-
 
 @dataclass
 class Machine:
@@ -56,6 +53,8 @@ class Machine:
     prefill_rate: float = 1000.0
     step_s: float = 0.01
     places: int = 64
+    net_s: float = 0.001
+    """One way."""
 
 
 class QueueNode:
@@ -80,20 +79,20 @@ class QueueNode:
 
     async def prefill(self, request: PrefillRequest) -> PrefillResult:
         self.legs += 1
-        await asyncio.sleep(NET_S)
+        await asyncio.sleep(self._machine.net_s)
         tokens = len(request.prompt_token_ids)
         timings = await self._compute(tokens)
         if self.hangs:
             await asyncio.get_running_loop().create_future()
         self._done(request.request_id).set()
-        await asyncio.sleep(NET_S)
+        await asyncio.sleep(self._machine.net_s)
         return PrefillResult(
             request_id=request.request_id, cached_tokens=0, computed_tokens=tokens, stored_chunks=99, timings=timings
         )
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta]:
         self.legs += 1
-        await asyncio.sleep(NET_S)
+        await asyncio.sleep(self._machine.net_s)
         computed, timings, moved = len(request.prompt_token_ids), Timings(), list[Moved]()
         if request.handoff is not None:
             computed -= await self._handed(request, moved)

@@ -1,5 +1,7 @@
 """Whose turn is next, and when a first token can be expected: the pure parts of admission."""
 
+from dataclasses import replace
+
 import pytest
 
 from kvcore.types import Role, Route
@@ -100,10 +102,9 @@ def test_who_asks_for_all_that_a_context_holds_is_charged_for_what_answers_have(
     assert queue.output_of("new", 100_000) == 2000
 
 
-def prefiller(name: str, *, tokens: int = 0, rate: float = 1000.0, since: float = 0.0) -> NodeView:
-    return NodeView(
-        name, Role.PREFILLER, b"kv", 16, 4096, prefill_tokens=tokens, prefill_rate=rate, computing_since=since
-    )
+def prefiller(name: str, *, tokens: int = 0, rate: float = 1000.0, since: float = 0.0, prompts: int = 2) -> NodeView:
+    load = {"prefill_tokens": tokens, "prefills": prompts if tokens else 0}
+    return NodeView(name, Role.PREFILLER, b"kv", 16, 4096, prefill_rate=rate, computing_since=since, **load)
 
 
 def decoder(name: str, *, sequences: int = 0, places: int = 4, stay_s: float = 2.0) -> NodeView:
@@ -128,6 +129,19 @@ def test_a_first_token_is_expected_when_a_node_is_free_and_has_computed_the_rest
     assert seen.own_s == pytest.approx(0.21)
     assert seen.wait_s(0, 0) == pytest.approx(0.4), "both are free then, one has 400 left of 500, the other of 800"
     assert seen.wait_s(1000, 2) == pytest.approx(0.9), "two nodes have 1000 more behind them"
+
+
+def test_the_next_prompt_is_sent_when_the_one_before_is_nearly_done():
+    decoders = [decoder("d0")]
+    one = prefiller("p0", tokens=500, since=9.6, prompts=1)
+    seen = forecast(decided([one], decoders), 10, 10.0, LIMITS)
+    assert not seen.has_room and seen.look_in_s == pytest.approx(0.1 - LIMITS.ahead_s)
+    assert forecast(decided([one], decoders), 10, 10.09, LIMITS).has_room
+    assert forecast(decided([prefiller("p1", tokens=900), one], decoders), 10, 10.09, LIMITS).has_room
+    two = forecast(decided([replace(one, prefills=2)], decoders), 10, 99.0, LIMITS)
+    assert not two.has_room and two.look_in_s is None, "one that hangs gets no third"
+    full = forecast(decided([one], [decoder("d0", sequences=9)]), 10, 10.0, LIMITS)
+    assert not full.has_room and full.look_in_s is None, "time alone gives no place"
 
 
 def test_a_node_that_hangs_is_not_taken_for_free():

@@ -1,10 +1,12 @@
 """What the ways to a first token would take, and which one is taken; what is measured of nodes."""
 
+import dataclasses
 from dataclasses import replace
 
 import pytest
 from support.router_fakes import CHUNK_TOKENS, make_rig, spec
 
+from kvcore.chunk_keys import chunk_keys, root_key
 from kvcore.types import Role
 from nodeapi.messages import Moved, SamplingParams
 from router.requests.spec import RequestSpec
@@ -223,3 +225,15 @@ def test_a_sequence_counts_by_what_it_holds_and_by_its_steps():
     assert rates.steps.each_s == pytest.approx(0.02) and rates.stays.each_s == pytest.approx(2.0)
     rates.decoded(202, 2, 2.0, 0.0)
     assert rates.steps.each_s == pytest.approx(0.02) and rates.stays.each_s == pytest.approx(2.0)
+
+
+async def test_a_prompt_that_waits_is_hashed_once(monkeypatch: pytest.MonkeyPatch):
+    rig = await make_rig()
+    keys = chunk_keys(root_key(rig.cluster.view().decoders[0].fingerprint), range(100), CHUNK_TOKENS)
+    rig.cluster.index.store("d0", keys, "d0.1")
+    asked, hashed = RequestSpec("r", list(range(100)), SamplingParams(max_tokens=2, temperature=0)), []
+    monkeypatch.setattr("router.nodes.cluster.prompt_keys", lambda *args: hashed.append(args) or keys)
+    for _ in range(3):
+        found = rig.dispatcher.route(asked)
+        assert found.route is not None and found.route.expected_cached_tokens == 96
+    assert len(hashed) == 1 and not dataclasses.replace(asked, prompt_token_ids=[1]).keys, "another prompt's are others"

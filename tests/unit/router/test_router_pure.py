@@ -25,7 +25,7 @@ from router.nodes.limits import NodeHealthLimits
 from router.nodes.prober import Prober
 from router.requests.spec import ChatPrompt
 from router.routing.decision import MAX_EXPLAINED, Candidate
-from router.routing.index import PrefixHits, PrefixIndex
+from router.routing.index import KeptKeys, PrefixHits, PrefixIndex
 from router.routing.policies import prefix_aware, round_robin
 from router.routing.policy import Filter, Policy, RoutePolicy, Rules
 from router.routing.views import ClusterView, LeftOut, NodeView, RouteRequest
@@ -300,6 +300,8 @@ async def test_events_feed_the_index_and_nodes_come_and_go() -> None:
     cluster.on_events([stored])
     assert cluster.hits(cluster.view(), prompt, b"") == {fingerprint: PrefixHits(3, {"d0": 3})}
     assert cluster.hits(cluster.view(), prompt, b"other tenant") == {fingerprint: PrefixHits()}
+    kept: KeptKeys = {(fingerprint, 16): keys[:2]}
+    assert cluster.hits(cluster.view(), prompt, b"", kept) == {fingerprint: PrefixHits(2, {"d0": 2})}, "as kept"
     nodes.by_url["http://127.0.0.1:9"] = FakeNode("new", Role.DECODER)
     info = NodeInfo(id="new", role=Role.DECODER, control_url="http://127.0.0.1:9", incarnation=1)
     cluster.on_events([Event(seq=2, kind=EventKind.NODE_UP, node_id="new", node=info)])

@@ -47,6 +47,15 @@ def test_one_slow_leg_among_many_changes_nothing() -> None:
     assert pace.gap_limit_s(2.0) == 2.0
 
 
+def test_one_hang_among_few_legs_is_not_the_nodes_pace() -> None:
+    pace = NodePace(LIMITS)
+    for seconds in (0.2, 4.5, 0.2, 0.2):
+        pace.began(seconds, 3)
+    assert pace.first_limit_s(5.0, 0) == 5.0
+    pace.began(4.0, 3)
+    assert pace.first_limit_s(5.0, 0) == 12.0, "two hangs may be its pace"
+
+
 def test_a_first_token_has_time_for_what_is_to_be_computed() -> None:
     pace = NodePace(LIMITS)
     assert pace.first_limit_s(5.0, 0) == 5.0
