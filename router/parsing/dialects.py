@@ -1,0 +1,103 @@
+"""The dialects by name, which of them a chat template speaks, and the parser of one answer."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from router.parsing import channels, json_calls, tagged_calls
+from router.parsing.events import Content, Event, Parse, Reasoning
+from router.parsing.json_calls import Tools
+from router.parsing.reader import Reader
+
+_THINK = ("<think>", "</think>")
+
+
+def _text(r: Reader, tools: Tools) -> Parse[None]:
+    while r.text or (yield from r.more()):
+        if r.text:
+            yield Content(r.take(len(r.text)))
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """How one family of models writes. `thinks`: the marks around its reasoning, where calls are written apart from
+    it; `in_template`: texts of which a chat template that speaks it has all, and `not_in_template`: none."""
+
+    calls: Callable[[Reader, Tools], Parse[None]] = _text
+    thinks: tuple[tuple[str, str], ...] = ()
+    trims: bool = True
+    """White space around the reasoning is no part of it, nor of the answer."""
+    in_template: tuple[str, ...] = ()
+    not_in_template: tuple[str, ...] = ()
+
+
+DIALECTS: Mapping[str, Dialect] = {
+    "gpt_oss": Dialect(channels.harmony, in_template=("<|channel|>", "<|start|>")),
+    "kimi_k3": Dialect(channels.xtml, in_template=("<|open|>", "<|sep|>")),
+    "gemma4": Dialect(tagged_calls.gemma, (("<|channel>thought\n", "<channel|>"),), in_template=("<|tool_call>",)),
+    "kimi_k2": Dialect(json_calls.kimi, (_THINK,), False, in_template=("<|tool_calls_section_begin|>",)),
+    "deepseek_v32": Dialect(tagged_calls.dsml, (_THINK,), in_template=("｜DSML｜",)),
+    "deepseek_v3": Dialect(json_calls.deepseek, (_THINK,), in_template=("<｜tool▁calls▁begin｜>",)),
+    "mistral": Dialect(json_calls.mistral, (("[THINK]", "[/THINK]"), _THINK), in_template=("[TOOL_CALLS]",)),
+    "qwen3_xml": Dialect(tagged_calls.qwen_xml, (_THINK,), in_template=("<tool_call>", "<function=")),
+    "glm": Dialect(tagged_calls.glm, (_THINK,), in_template=("<arg_key>",)),
+    "hermes": Dialect(json_calls.hermes, (_THINK,), in_template=("<tool_call>",)),
+    "llama4_pythonic": Dialect(json_calls.pythonic, in_template=("<|python_start|>",)),
+    "llama3_json": Dialect(json_calls.llama3, in_template=("<|start_header_id|>", "parameters")),
+    "think": Dialect(thinks=(_THINK,), in_template=("</think>",)),
+}
+"""In the order in which templates are looked at: the first whose texts a template has."""
+
+
+def dialect_of(template: str) -> str | None:
+    """The name of the dialect that a chat template speaks; None: it says nothing of tools, nor of thinking."""
+    for name, dialect in DIALECTS.items():
+        if all(text in template for text in dialect.in_template):
+            return name
+    return None
+
+
+class AnswerParser:
+    """Of one answer. `prompt_end`: the last of the prompt, in which the reasoning may have been opened."""
+
+    def __init__(self, dialect: Dialect, tools: Tools, prompt_end: str) -> None:
+        self._dialect = dialect
+        self._tools = tools
+        self._reader = Reader(prompt_end)
+        self._parse = self._whole()
+
+    def __repr__(self) -> str:
+        return f"<AnswerParser {self._reader}>"
+
+    def feed(self, text: str) -> list[Event]:
+        """What these characters add."""
+        self._reader.text += text
+        return self._read_on()
+
+    def end(self) -> list[Event]:
+        """What was still held back."""
+        self._reader.ended = True
+        return self._read_on()
+
+    def _read_on(self) -> list[Event]:
+        found: list[Event] = []
+        for event in self._parse:
+            if event is None:
+                break
+            found.append(event)
+        return found
+
+    def _whole(self) -> Parse[None]:
+        r, dialect = self._reader, self._dialect
+        for opened, closed in dialect.thinks:
+            inside = r.prompt_end.rfind(opened) > r.prompt_end.rfind(closed)
+            if not inside and dialect.trims:
+                yield from r.skip_space()
+            if inside or (yield from r.starts_with(opened)):
+                if (yield from r.starts_with(opened)):
+                    r.take(len(opened))
+                yield from r.skip_space()
+                yield from r.text_until((closed,), Reasoning, trim=dialect.trims)
+                if dialect.trims:
+                    yield from r.skip_space()
+                break
+        yield from dialect.calls(r, self._tools)
