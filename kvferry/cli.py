@@ -14,7 +14,8 @@ from kvcore.release import release
 from kvferry.cache.arguments import add_cache
 from kvferry.janitor.arguments import add_janitor
 from kvferry.keys import add_keys
-from kvferry.nodes.arguments import add_nodes
+from kvferry.nodes.arguments import add_node_orders, add_nodes
+from kvferry.rollout.arguments import add_rollout
 from kvferry.secret import add_secret
 
 if TYPE_CHECKING:
@@ -59,6 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_cache(_command(commands, "cache", None, text), cluster_file)
     text = "look at the nodes of a running cluster, drain them, and forget those that are gone"
     add_nodes(_command(commands, "nodes", None, text), cluster_file)
+    add_node_orders(commands, cluster_file)
+    text = "bring a running cluster to another cluster file, a process at a time, and back"
+    add_rollout(_command(commands, "rollout", None, text), cluster_file)
     text = "make the secret by which the processes of a cluster know each other"
     add_secret(_command(commands, "secret", None, text))
     text = "say what a running cluster keeps for nodes and clients that are gone; changes nothing without --apply"
@@ -200,6 +204,7 @@ def _status(arguments: argparse.Namespace) -> int:
     from kvcore.config.servers import operators_urls_of
     from kvcore.ports import base_url
     from kvcore.trust.opening import OPEN, open_trust, trust_source
+    from kvferry.rollout.record import unfinished
     from kvferry.status import addresses, partition_urls, run_status, standbys_of
 
     router_url = base_url(RouterConfig().host, RouterConfig().port)
@@ -208,9 +213,10 @@ def _status(arguments: argparse.Namespace) -> int:
     standbys: list[str] = []
     partitions: dict[str, list[str]] = {}
     routers: list[str] = []
-    trust = OPEN
+    trust, left = OPEN, ""
     if config_file is not None:
         config = load_config(config_file)
+        left = unfinished(config.cluster)
         (router_url, metadata_url), standbys = addresses(config), standbys_of(config)
         partitions = {} if arguments.metadata else partition_urls(config)
         routers = [] if arguments.router else operators_urls_of(config)[1:]
@@ -229,7 +235,10 @@ def _status(arguments: argparse.Namespace) -> int:
         as_json=arguments.json,
         console=console,
     )
-    return asyncio.run(work)
+    code = asyncio.run(work)
+    if left and not arguments.json:
+        console.print(f"problem: {left}", style="red", markup=False, soft_wrap=True)
+    return code
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -23,16 +23,19 @@ _Commands = TypeVar("_Commands")
 
 
 class RouterCommands(Generic[_Commands]):
-    """The commands below one, each with the options that say where the router is."""
+    """The commands below one, or some of the first (given what they are added to), each with the options that say where
+    the router is."""
 
     def __init__(
         self,
-        parser: argparse.ArgumentParser,
+        parser: "argparse.ArgumentParser | argparse._SubParsersAction[argparse.ArgumentParser]",
         config_type: Callable[[str], Path],
         make: Callable[[argparse.Namespace], _Commands],
     ) -> None:
         """`make`: what carries them out, by the arguments; imported when one is asked for."""
-        self._commands = parser.add_subparsers(metavar="WHAT", required=True)
+        if isinstance(parser, argparse.ArgumentParser):
+            parser = parser.add_subparsers(metavar="WHAT", required=True)
+        self._commands = parser
         self._config_type, self._make = config_type, make
 
     def add(self, name: str, run: Callable[[_Commands, argparse.Namespace], int], text: str) -> argparse.ArgumentParser:

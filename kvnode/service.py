@@ -21,6 +21,7 @@ from engines.process.messages import EngineHello, Sample
 from engines.process.parent import EngineProcess
 from kvcore.clock import Clock, SystemClock
 from kvcore.config.file import node_config
+from kvcore.config.live.settings import node_settings_name
 from kvcore.config.schema import ClusterConfig, VllmEngineConfig
 from kvcore.config.servers import internal_url
 from kvcore.config.vllm_options import engine_environment
@@ -66,6 +67,7 @@ class _RunningNode:
     supervisor: EngineSupervisor | None
     weights: EngineWeights
     mover: ChunkMover
+    settings: str
     tiers: NodeTiers | None = None
     api: ControlApi | None = None
 
@@ -117,6 +119,7 @@ class _RunningNode:
             version=self.weights.version,
             release=release(),
             left_to_move=self.mover.left if self.membership.drained == "move" else None,
+            settings=self.settings,
         )
 
 
@@ -163,7 +166,7 @@ async def run_node(
     weights = EngineWeights(config, clock)
     mover = _start_mover(config, owner, membership, client, lifecycle, clock=clock, limits=limits)
     supervisor = _supervisor(weights, membership, [prober.work, mover.work], tiers, clock=clock, limits=limits)
-    node = _RunningNode(owner, membership, supervisor, weights, mover, tiers)
+    node = _RunningNode(owner, membership, supervisor, weights, mover, node_settings_name(config, name), tiers)
     lifecycle.describe.append(lambda: map(repr, (membership, node.supervisor, weights, owner, prober, mover, tiers)))
     if node.supervisor is not None:
         engine = lifecycle.tasks.create_task(node.supervisor.run(), name="engine")

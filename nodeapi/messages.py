@@ -310,6 +310,8 @@ class NodeReport(Greeting, frozen=True, kw_only=True):
     """Of kvferry, as it is installed there. Empty: not known."""
     left_to_move: int | None = None
     """Chunks that lie nowhere else, of a node that is drained to be emptied. None: it is not, or has not looked yet."""
+    settings: str = ""
+    """`kvcore.config.live.settings.settings_name` of what the process goes by. Empty: not known."""
 
 
 class ProbeRequest(_StrictMessage, frozen=True, kw_only=True):

@@ -187,7 +187,7 @@ def _operators_routes(
     if metadata is None or connected is None or not isinstance(client, HttpNodeClient):
         add.append(add_no_nodes)
     else:
-        admin = NodeAdmin(cluster, metadata, clock, probe=prober.probe, connected=connected)
+        admin = NodeAdmin(cluster, metadata, clock, probe=prober.probe, trial=prober.trial, connected=connected)
         prober.on_round.append(admin.note_states)
         lifecycle.describe.append(lambda: [repr(admin)])
         lifecycle.tasks.create_task(admin.follow(), name="node orders")

@@ -34,6 +34,7 @@ from kvferry.doctor.tiers import check_redis
 from kvferry.doctor.transports import check_transports
 from kvferry.doctor.vllm import check_cores, check_vllm, host_bytes, weight_bytes
 from kvferry.machine import is_local, size_text
+from kvferry.rollout.check import check_rollout
 from kvferry.vllm_here import installed_vllm
 from router.descriptors import descriptors_needed, operators_at_most
 from transfer.memory.available import available_memory
@@ -225,6 +226,7 @@ ALL_CHECKS: tuple[Check, ...] = (
     check_records,
     check_joining,
     check_running,
+    check_rollout,
 )
 
 

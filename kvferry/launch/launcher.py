@@ -59,12 +59,15 @@ class Launcher:
         stop_s = config.service.drain_s + limits.kill_margin_s
         self._stop_s = dict.fromkeys(ProcessKind, stop_s) | {ProcessKind.ROUTER: stop_s + config.router.drain_s}
         self._plans = list(plans) if plans is not None else plan_processes(config, config_file, overrides)
+        self._configs = {plan.name: config for plan in self._plans}
         self._source = trust_source(config)
         self._log_dir = log_dir
         self._on_line = on_line
         self._on_event = on_event
         self._processes: dict[str, SupervisedProcess] = {}
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._ordered: set[str] = set()
+        """Those whose end was ordered, to be started again at once."""
         self._session: aiohttp.ClientSession | None = None
         self._inner: aiohttp.ClientSession | None = None
         self._stopping = False
@@ -140,9 +143,7 @@ class Launcher:
             )
             self._processes[plan.name] = process
         for process in self._processes.values():
-            task = asyncio.create_task(self._keep_up(process), name=f"keep up {process.name}")
-            task.add_done_callback(self._task_done)
-            self._tasks.append(task)
+            self._begin(process)
 
     async def wait_ready(self, timeout_s: float) -> None:
         """Wait until every process serves. Raises ConfigError with the last lines of one that ended or is not ready."""
@@ -164,6 +165,29 @@ class Launcher:
             await self._wait_until(is_back)
         return self.pids[name]
 
+    def started_with(self, name: str) -> ClusterConfig:
+        """The configuration by which `name` was last started. Raises KeyError."""
+        return self._configs[name]
+
+    def describe(self) -> list[SupervisedProcess]:
+        """The processes, for who shows them."""
+        return list(self._processes.values())
+
+    async def restart(self, plan: ProcessPlan, config: ClusterConfig) -> None:
+        """Stop the process of this name in order, and start it anew by this plan, which holds from then on. Returns
+        when the one of before has ended. One that does not come up is tried again, as one that died. Raises KeyError.
+        """
+        process = self._processes[plan.name]
+        process.plan, self._configs[plan.name] = plan, config
+        self._plans = [plan if plan.name == one.name else one for one in self._plans]
+        if self._stopping:
+            return
+        if process.state is ProcessState.STOPPED:
+            self._begin(process)
+            return
+        self._ordered.add(plan.name)
+        await process.end_child(self._stop_s[plan.kind])
+
     async def watch(self) -> None:
         """Runs until the launcher fails, which it raises; for a TaskGroup that should go down with it."""
         await self._wait_until(lambda: False)
@@ -183,16 +207,21 @@ class Launcher:
                 leaving = [process for process in self._processes.values() if process.plan.kind in kinds]
                 await asyncio.gather(*(process.stop(self._stop_s[process.plan.kind]) for process in leaving))
         finally:
-            for task in self._tasks:
+            for task in self._tasks.values():
                 task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)  # told by `_task_done`
+            await asyncio.gather(*self._tasks.values(), return_exceptions=True)  # told by `_task_done`
             await asyncio.gather(*(process.close() for process in self._processes.values()))
             for session in filter(None, (self._session, self._inner)):
                 await session.close()
 
-    async def _keep_up(self, process: SupervisedProcess) -> None:
-        """Run one process again and again. When a run of it has ended there are five cases:
+    def _begin(self, process: SupervisedProcess) -> None:
+        task = self._tasks[process.name] = asyncio.create_task(self._keep_up(process), name=f"keep up {process.name}")
+        task.add_done_callback(self._task_done)
 
+    async def _keep_up(self, process: SupervisedProcess) -> None:
+        """Run one process again and again. When a run of it has ended there are six cases:
+
+        0. It was ended to be started anew: it is, at once.
         1. We are stopping: it was told to, and nothing follows.
         2. It never served, in this run or an earlier one: the configuration or the machine is at fault, starting it
            again would not help, and the launch fails with its last lines.
@@ -203,9 +232,15 @@ class Launcher:
         pause_s, now, limits = 0.0, asyncio.get_running_loop().time, self._limits
         while not self._stopping:
             started = now()
+            self._ordered.discard(process.name)  # ordered in a pause: this is the start that was meant
             how = await process.run_once()
             if self._stopping:
                 return
+            if process.name in self._ordered:
+                process.was_ready = True  # one that does not come up now fails no launch
+                process.set_state(ProcessState.DIED, "ended by order; starting it again")
+                process.restarts += 1
+                continue
             if not process.was_ready:
                 process.set_state(ProcessState.FAILED, how)
                 raise ConfigError(process.explain(f"{how} before it was ready"))

@@ -14,5 +14,7 @@ class LaunchLimits:
     longest_backoff_s: float = 5.0
     steady_s: float = 10.0
     """A process that ran for less than this is started again ever more slowly, even if it was ready."""
+    max_order_bytes: int = 1 << 16
+    """Of one order over the launcher's socket."""
     kill_margin_s: float = 15.0
     """Beyond the time for draining. A node needs it to end its engine: vLLM takes five seconds and more."""

@@ -35,6 +35,7 @@ class ProcessState(StrEnum):
     ready -> stopped: it was told to stop, likewise
     died -> stopped: it was told to stop in the pause
     failed -> stopped: the others are told to stop, and so is what is left of it
+    stopped -> starting: it is a node that was drained, and is to be started anew
     """
 
     STARTING = "starting"
@@ -50,7 +51,7 @@ TRANSITIONS: Mapping[ProcessState, frozenset[ProcessState]] = {
     _S.READY: frozenset({_S.DIED, _S.STOPPED}),
     _S.DIED: frozenset({_S.STARTING, _S.STOPPED}),
     _S.FAILED: frozenset({_S.STOPPED}),
-    _S.STOPPED: frozenset(),
+    _S.STOPPED: frozenset({_S.STARTING}),
 }
 """The same as data: `SupervisedProcess.set_state` asserts on it."""
 
@@ -76,6 +77,8 @@ class SupervisedProcess:
         self.state = ProcessState.STARTING
         self.was_ready = False
         self.restarts = 0
+        self.detail = ""
+        """What was last said of its state."""
         self._log = _open_log(log_file)
         self._session = session
         self._on_line = on_line
@@ -119,13 +122,17 @@ class SupervisedProcess:
     def set_state(self, state: ProcessState, detail: str = "") -> None:
         """Change the state and tell. The step is one of TRANSITIONS."""
         assert state in TRANSITIONS[self.state], f"{self.name}: {self.state} -> {state}"
-        self.state = state
+        self.state, self.detail = state, detail
         self._on_change(self, detail)
+
+    async def end_child(self, deadline_s: float) -> None:
+        """SIGTERM to what runs of it, at the deadline SIGKILL. Says nothing of its state."""
+        if self._child is not None:
+            await self._child.terminate(deadline_s)
 
     async def stop(self, deadline_s: float) -> None:
         """SIGTERM, at the deadline SIGKILL; afterwards it is STOPPED."""
-        if self._child is not None:
-            await self._child.terminate(deadline_s)
+        await self.end_child(deadline_s)
         if self.state is not ProcessState.STOPPED:
             self.set_state(ProcessState.STOPPED)
 
@@ -136,6 +143,11 @@ class SupervisedProcess:
             await self._child.wait()
         with suppress(OSError):  # what a full disk did not take
             self._log.close()
+
+    @property
+    def last_lines(self) -> list[str]:
+        """Of its output, the oldest first."""
+        return list(self._last_lines)
 
     def explain(self, what: str) -> str:
         """`what` went wrong with it, and its last lines."""

@@ -2,16 +2,18 @@
 
 import json
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 from rich.console import Console
 
 from kvcore.config.file import load_config
 from kvcore.config.schema import ClusterConfig
+from kvcore.errors import ConfigError
 from kvcore.process.service import Lifecycle, run_process
 from kvcore.state_folder import state_folder
 from kvferry.doctor.checks import preflight
+from kvferry.launch.control import controlled
 from kvferry.launch.display import Display
 from kvferry.launch.launcher import Launcher
 
@@ -54,7 +56,12 @@ async def launched(
         on_event=display.on_event,
     ) as launcher:
         await launcher.wait_ready(config.service.start_s)
-        yield launcher
+        async with AsyncExitStack() as stack:
+            try:
+                await stack.enter_async_context(controlled(launcher, config.cluster))
+            except ConfigError as error:
+                display.say(f"`kvferry rollout` cannot restart these processes: {error}")
+            yield launcher
 
 
 def curl_line(router_url: str, model: str) -> str:

@@ -5,22 +5,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvferry.router_url import RouterCommands, router_trust, router_url, terminal
+from kvferry.router_url import RouterCommands, router_trust, router_url, seconds, terminal
 
 if TYPE_CHECKING:
     from kvferry.nodes.commands import NodesCommands
+
+
+def add_node_orders(
+    first: "argparse._SubParsersAction[argparse.ArgumentParser]", config_type: Callable[[str], Path]
+) -> None:
+    """`kvferry drain` and `kvferry resume`."""
+    commands = RouterCommands(first, config_type, _commands)
+    _add_drain(commands)
+    _add_undrain(commands, "resume")
 
 
 def add_nodes(parser: argparse.ArgumentParser, config_type: Callable[[str], Path]) -> None:
     """Its commands, and their help."""
     commands = RouterCommands(parser, config_type, _commands)
     commands.add("ls", lambda it, _: it.ls(), "what each node does and since when, and how full it is")
-    text = "give a node no new requests and no new chunks; what runs there ends, and its chunks are read"
-    drain = commands.add("drain", lambda it, given: it.order("drain", given.node, move=given.move), text)
-    text = "copy its chunks to other nodes, too, the most used first, as far as they have free room"
-    drain.add_argument("--move", action="store_true", help=text)
-    text = "use a drained node again, or take a removed one back"
-    undrain = commands.add("undrain", lambda it, given: it.order("undrain", given.node), text)
+    _add_drain(commands)
+    _add_undrain(commands, "undrain")
     text = "forget a node that is gone for good"
     remove = commands.add("remove", lambda it, given: it.order("remove", given.node, force=given.force), text)
     text = "also if it is alive: it is not taken in again until it is started anew"
@@ -29,8 +34,25 @@ def add_nodes(parser: argparse.ArgumentParser, config_type: Callable[[str], Path
     rebalance = commands.add("rebalance", _rebalance, text)
     rebalance.add_argument("--most", type=_size, default=0, metavar="SIZE", help="move no more than this: 10GiB")
     rebalance.add_argument("--dry-run", action="store_true", help="only say what would be moved")
-    for one in (drain, undrain, remove):
-        one.add_argument("node", metavar="NAME", help="as ls shows it")
+    remove.add_argument("node", metavar="NAME", help="as ls shows it")
+
+
+def _add_drain(commands: "RouterCommands[NodesCommands]") -> None:
+    text = "give a node no new requests and no new chunks; what runs there ends, and its chunks are read"
+    drain = commands.add(
+        "drain", lambda it, given: it.order("drain", given.node, move=given.move, wait_s=given.wait), text
+    )
+    text = "copy its chunks to other nodes, too, the most used first, as far as they have free room"
+    drain.add_argument("--move", action="store_true", help=text)
+    text = "wait so long (30s, 10m) until nothing is under way there; the exit code is 1 if something still is"
+    drain.add_argument("--wait", type=seconds, default=0.0, metavar="TIME", help=text)
+    drain.add_argument("node", metavar="NAME", help="as `kvferry nodes ls` shows it")
+
+
+def _add_undrain(commands: "RouterCommands[NodesCommands]", name: str) -> None:
+    text = "use a drained node again, or take a removed one back"
+    undrain = commands.add(name, lambda it, given: it.order("undrain", given.node), text)
+    undrain.add_argument("node", metavar="NAME", help="as `kvferry nodes ls` shows it")
 
 
 def _rebalance(commands: "NodesCommands", given: argparse.Namespace) -> int:

@@ -21,7 +21,7 @@ from metadata_server.cache_messages import NodeAction
 from router.admin.reports import NodeOrderBody, NodeOrdered, NodeRow, NodesReport
 
 _DONE = {
-    "drain": "is drained: it gets no new requests, also when it is started again, until `kvferry nodes undrain`",
+    "drain": "is drained: it gets no new requests, also when it is started again, until `kvferry resume`",
     "undrain": "is used again",
     "remove": "is forgotten",
 }
@@ -35,15 +35,18 @@ class NodesCommands:
     console: Console
     as_json: bool = False
     trust: ClusterTrust = OPEN
+    poll_s: float = 0.5
 
     def ls(self) -> int:
         """A line a node. 1: something could not be asked."""
         return self.run(self.show)
 
-    def order(self, action: NodeAction, node: str, *, move: bool = False, force: bool = False) -> int:
-        """Drain, undrain or remove a node."""
+    def order(
+        self, action: NodeAction, node: str, *, move: bool = False, force: bool = False, wait_s: float = 0.0
+    ) -> int:
+        """Drain, undrain or remove a node. `wait_s`: wait so long until a drained one has nothing to do."""
         body = NodeOrderBody(node=node, move=move, force=force)
-        return self.run(lambda router: self.give(router, action, body))
+        return self.run(lambda router: self.give(router, action, body, wait_s=wait_s))
 
     def run(self, work: Callable[[RouterCalls], Awaitable[int]]) -> int:
         """Run one of the methods below to its end."""
@@ -64,23 +67,41 @@ class NodesCommands:
             sys.stderr.write(f"kvferry: {problem}\n")
         return 1 if report.problems else 0
 
-    async def give(self, router: RouterCalls, action: NodeAction, body: NodeOrderBody) -> int:
-        """One order."""
+    async def give(self, router: RouterCalls, action: NodeAction, body: NodeOrderBody, *, wait_s: float = 0.0) -> int:
+        """One order. 1: after `wait_s` the node that it drained still has something to do."""
         ordered = await router.post(f"/v1/nodes/{action}", body, NodeOrdered)
+        if wait_s and ordered.node is not None:
+            ordered.node = await wait_drained(router, body.node, wait_s, self.poll_s) or ordered.node
         if self.as_json:
             sys.stdout.write(msgspec.json.encode(ordered).decode() + "\n")
-            return 0
+            return _code(ordered, wait_s)
         lines = [f"{body.node} {_DONE[action]}"]
         if ordered.node is not None and ordered.node.state == "draining":
             lines.append(f"{ordered.node.requests} requests are under way there")
             lines += [ordered.node.why] if ordered.node.why else []
         for line in [*lines, *filter(None, [ordered.note])]:
             self.console.print(line, markup=False, soft_wrap=True)
-        return 0
+        return _code(ordered, wait_s)
 
     async def _with_calls(self, work: Callable[[RouterCalls], Awaitable[int]]) -> int:
         async with router_calls(self.url, trust=self.trust) as router:
             return await work(router)
+
+
+async def wait_drained(router: RouterCalls, name: str, wait_s: float, poll_s: float) -> NodeRow | None:
+    """The node as it is when nothing is under way there, or it is lost, or `wait_s` has passed."""
+    loop = asyncio.get_running_loop()
+    ends = loop.time() + wait_s
+    while True:
+        rows = (await router.get("/v1/nodes", NodesReport)).nodes
+        row = next((row for row in rows if row.id == name), None)
+        if row is None or row.state != "draining" or loop.time() >= ends:
+            return row
+        await asyncio.sleep(poll_s)
+
+
+def _code(ordered: NodeOrdered, wait_s: float) -> int:
+    return 1 if wait_s and ordered.node is not None and ordered.node.state == "draining" else 0
 
 
 def nodes_table(rows: list[NodeRow], now: float) -> Table:

@@ -65,7 +65,7 @@ class NodeOrders:
         if order is not None and order.kind == REMOVED and order.incarnation == info.incarnation:
             raise NodeRefusedError(
                 f"node {info.id} was removed: it is taken in when it is started anew, or after "
-                f"`kvferry nodes undrain {info.id}`",
+                f"`kvferry resume {info.id}`",
                 param="node.id",
             )
 
@@ -87,7 +87,7 @@ class NodeOrders:
         if request.action == "remove" and live is not None and not request.force:
             return f"node {name} is alive at {live.control_url}: stop it and wait for its lease to end, or give --force"
         if request.action == "drain" and before is not None and before.kind == REMOVED:
-            return f"node {name} was removed: `kvferry nodes undrain {name}` takes it back"
+            return f"node {name} was removed: `kvferry resume {name}` takes it back"
         if request.action == "undrain" and before is None:
             return f"node {name} is neither drained nor removed"
         if request.action != "undrain" and before is None and len(self._orders) >= self._limits.max_node_orders:

@@ -17,15 +17,16 @@ from metadata_server.account_messages import Stats
 from metadata_server.cache_messages import NODE_ORDERS, NodeAction, NodeOrder, NodeOrderRequest
 from metadata_server.client import MetadataClient
 from router.admin.rebalance import check_speaks
-from router.admin.reports import NodeOrderBody, NodeOrdered, NodeRow, NodesReport
-from router.admin.states import LOST, REFUSED, node_state, num_requests
+from router.admin.reports import NodeOrderBody, NodeOrdered, NodeRow, NodesReport, NodeTrialBody, NodeTried
+from router.admin.states import LOST, REFUSED, node_state, num_requests, serves
 from router.nodes.cluster import Cluster, KnownNode
 
 _log = logging.getLogger("router")
 
 
 class NodeAdmin:
-    """`probe` asks all nodes for their reports; `connected`: whether the metadata server's events come."""
+    """`probe` asks all nodes for their reports, `trial` has one make a token and says why it did not; `connected`:
+    whether the metadata server's events come."""
 
     def __init__(
         self,
@@ -34,10 +35,11 @@ class NodeAdmin:
         clock: Clock,
         *,
         probe: Callable[[], Awaitable[None]],
+        trial: Callable[[KnownNode, float], Awaitable[str]],
         connected: Callable[[], bool],
     ) -> None:
         self._cluster, self._metadata, self._clock = cluster, metadata, clock
-        self._probe, self._connected = probe, connected
+        self._probe, self._trial, self._connected = probe, trial, connected
         self._orders: dict[str, NodeOrder] = {}
         self._since: dict[str, tuple[str, float]] = {}
         """Node -> its state, and since when (Unix seconds)."""
@@ -117,6 +119,9 @@ class NodeAdmin:
             release=report.release if report is not None else "",
             weights=report.version if report is not None else "",
             url=node.url,
+            incarnation=report.node.incarnation if report is not None else 0,
+            settings=report.settings if report is not None else "",
+            serves=serves(node, index_known=self._connected()),
         )
 
     def _refused_row(self, node: NodeInfo, why: str) -> NodeRow:
@@ -141,6 +146,16 @@ class NodeAdmin:
         await self._probe()
         rows = (await self.report()).nodes
         return NodeOrdered(node=next((row for row in rows if row.id == body.node), None), note=self._note(node))
+
+    async def try_out(self, body: NodeTrialBody) -> NodeTried:
+        """Have it make a token. Raises InvalidRequestError for a node that nobody knows or that has no engine."""
+        self._check_known(body.node)
+        node = self._cluster.nodes.get(body.node)
+        if node is None:
+            return NodeTried(problem="nobody knows where it is")
+        if node.role is Role.STORE:
+            raise InvalidRequestError(f"node {node.id} has no engine: its role is store", param="node")
+        return NodeTried(problem=await self._trial(node, body.timeout_s))
 
     def _check_known(self, name: str) -> None:
         known = {*self._cluster.nodes, *self._orders}

@@ -31,6 +31,12 @@ class NodeRow(msgspec.Struct, kw_only=True):
     weights: str = ""
     """`model.version`, as its engine has it."""
     url: str = ""
+    incarnation: int = 0
+    """Of the start that is running, as it last said; 0: it has said nothing."""
+    settings: str = ""
+    """The name of what its process goes by. Empty: it is older than that."""
+    serves: bool = False
+    """It would be used if it were not drained: its engine is there, and the metadata server knows this start of it."""
 
 
 class NodesReport(msgspec.Struct, kw_only=True):
@@ -48,6 +54,19 @@ class NodeOrderBody(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fi
     """`drain`: its chunks are copied to other nodes, too, as far as there is free room."""
     force: bool = False
     """`remove`: also a node that is alive."""
+
+
+class NodeTrialBody(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """Body of `POST /v1/nodes/try`: have a node make one token, drained or not."""
+
+    node: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+    timeout_s: Annotated[float, msgspec.Meta(gt=0, le=600)] = 30.0
+
+
+class NodeTried(msgspec.Struct, kw_only=True):
+    """Its answer. `problem`: why it made none; empty: it has."""
+
+    problem: str = ""
 
 
 class NodeOrdered(msgspec.Struct, kw_only=True):

@@ -19,7 +19,7 @@ from router.admin.janitor import ClusterJanitor
 from router.admin.looks import SharedLooks
 from router.admin.nodes import NodeAdmin
 from router.admin.rebalance import SegmentRebalance
-from router.admin.reports import JanitorOrder, NodeOrderBody
+from router.admin.reports import JanitorOrder, NodeOrderBody, NodeTrialBody
 from router.api import openapi
 from router.api.limits import ApiLimits
 from router.api.responses import JsonReply
@@ -55,8 +55,19 @@ class AdminRoutes:
         }
         for action, text in texts.items():
             self._order(app, action, text)
+        self._add_trial(app)
         self._add_rebalance(app)
         self._add_janitor(app)
+
+    def _add_trial(self, app: FastAPI) -> None:
+        @app.post("/v1/nodes/try", **openapi.orders("Have a node make one token, drained or not", NodeTrialBody))
+        async def trial(request: Request) -> Response:
+            with audited(asker(request.scope), "nodes try") as line:
+                body = _body_of(await self._read(request), NodeTrialBody, "about a node")
+                line.on = body.node
+                tried = await self.nodes.try_out(body)
+                line.outcome = "failed" if tried.problem else "ok"
+                return JsonReply(tried)
 
     def _add_rebalance(self, app: FastAPI) -> None:
         @app.get("/v1/nodes/rebalance", **openapi.plain("How full segments are", unavailable=True))

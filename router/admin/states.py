@@ -40,6 +40,15 @@ def node_state(node: KnownNode, *, drained: bool, move: bool, index_known: bool)
     return READY, ""
 
 
+def serves(node: KnownNode, *, index_known: bool) -> bool:
+    """Whether it would be used if nobody had drained it. Without the metadata server: as far as can be told."""
+    report = node.report
+    if report is None or node.silent_since is not None or node.unfit is not None or report.refused:
+        return False
+    known = not index_known or (node.lease is not None and node.lease.incarnation == report.node.incarnation)
+    return known and (report.engine is not None or node.role is Role.STORE)
+
+
 def _left(node: KnownNode) -> str:
     """What a node that is to be emptied has not copied elsewhere yet."""
     left = node.report.left_to_move if node.report is not None else None

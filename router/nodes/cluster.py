@@ -320,7 +320,7 @@ class Cluster:
         return node_id in self._drained
 
     def _reason(self, node: KnownNode, now: float) -> str | None:
-        return node.reason(now) or (f"drained by `kvferry nodes drain {node.id}`" if node.id in self._drained else None)
+        return node.reason(now) or (f"drained by `kvferry drain {node.id}`" if node.id in self._drained else None)
 
     def stands_in(self, node_id: str) -> bool:
         """Whether this node, if it decodes, does so in a decoder's place."""

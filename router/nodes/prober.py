@@ -71,7 +71,7 @@ class Prober:
         strangers = sorted((node for node in nodes if node.is_stranger), key=lambda node: node.asked_at, reverse=True)
         ends = self._clock.now() + timeout_s
         others = sorted((node for node in nodes if not node.is_stranger), key=lambda node: node.problem is None)
-        trials = [self._try(node, timeout_s) for node in nodes if node.trust.suspected]
+        trials = [self.trial(node, timeout_s) for node in nodes if node.trust.suspected]
         workers = min(len(strangers), self._limits.strangers_at_once)
         at_once = self._limits.probes_at_once
         batches = [others[first : first + at_once] for first in range(0, len(others), at_once)]
@@ -110,8 +110,8 @@ class Prober:
             self._cluster.reported(node, report)
         self._cluster.probed(node, before)
 
-    async def _try(self, node: KnownNode, timeout_s: float) -> None:
-        """If it makes a token it works, whatever made it suspected."""
+    async def trial(self, node: KnownNode, timeout_s: float) -> str:
+        """Have it make a token. Why it has not; empty: it has, so it works, whatever made it suspected."""
         name = f"trial-{node.id}-{next(self._trials)}"
         asked = GenerateRequest(request_id=name, prompt_token_ids=[1], sampling=_ONE_TOKEN, deadline_s=timeout_s)
         answer = self._client.generate(node.url, asked, timeout_s=timeout_s)
@@ -120,8 +120,12 @@ class Prober:
                 async for delta in deltas:
                     if delta.token_ids:
                         works(node, self._clock.now())
-        except (TimeoutError, KVFerryError):
-            pass
+                        return ""
+        except TimeoutError:
+            return f"it made no token in {timeout_s:g} s"
+        except KVFerryError as error:
+            return error.message
+        return "it ended its answer without a token"
 
     def _not_asked(self, node: KnownNode, error: NoDescriptorsError) -> None:
         """By our own fault: what is known of the node stays. Said once, until one can be asked again."""

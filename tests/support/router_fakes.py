@@ -440,7 +440,7 @@ async def make_rig(
     state = MetadataState(StoreConfig(), 3600.0, "1", 1)
     core = MetadataCore(state, clock)
     index = MetadataClient(DirectTransport(core), clock, 5.0)
-    admin = NodeAdmin(cluster, index, clock, probe=prober.probe, connected=lambda: connected)
+    admin = NodeAdmin(cluster, index, clock, probe=prober.probe, trial=prober.trial, connected=lambda: connected)
     prober.on_round.append(admin.note_states)
     sight = tier_sight(cluster, nodes, index)
     upkeep = make_upkeep(config, cluster, nodes, metadata=index, answerer=answerer, probe=prober.probe, clock=clock)

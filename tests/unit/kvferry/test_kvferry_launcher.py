@@ -3,6 +3,7 @@ import os
 import signal
 import sys
 import textwrap
+from dataclasses import replace
 
 import msgspec
 import pytest
@@ -21,6 +22,8 @@ from kvcore.errors import ConfigError
 from kvcore.ports import base_url
 from kvcore.process.child import ChildProcess
 from kvcore.types import Role
+from kvferry.cluster_text import cluster_text
+from kvferry.launch.control import LauncherAwayError, LookOrder, RestartOrder, ask_launcher, controlled
 from kvferry.launch.launcher import Launcher
 from kvferry.launch.processes import ProcessKind, ProcessPlan, plan_processes
 from kvferry.launch.supervised import TRANSITIONS, ProcessState
@@ -306,3 +309,48 @@ async def test_a_launcher_says_what_it_keeps_up(make):
         assert repr(launcher) == "<Launcher d ready>"
         assert repr(launcher._processes["d"]) == f"<SupervisedProcess d, ready, pid {launcher.pids['d']}, 0 restarts>"
     assert repr(launcher) == "<Launcher d stopped>"
+
+
+@pytest.mark.slow
+async def test_a_process_is_started_anew_by_another_plan_when_that_is_ordered(make, tmp_path, monkeypatch):
+    """Over the launcher's socket. One that does not come up then is tried again, and fails no launch."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / ("long" * 30)))  # longer than a socket's address may be
+    file = tmp_path / "c.yaml"
+    file.write_text(cluster_text(CONFIG))
+    plans = whole()
+    monkeypatch.setattr("kvferry.launch.control.plan_processes", lambda *_: [replace(plans[1], command=again)])
+    again = (*plans[1].command[:-1], "new")
+    lines: list[str] = []
+    async with make(plans, on_line=lambda _, line: lines.append(line)) as launcher:
+        await launcher.wait_ready(30)
+        async with controlled(launcher, "c"):
+            with pytest.raises(ConfigError, match="runs on this machine already"):
+                async with controlled(launcher, "c"):
+                    pass
+            pid = launcher.pids["d"]
+            reply = await ask_launcher("c", RestartOrder(name="d", file=str(file)), 30)
+            assert not reply.problem and not is_running(pid)
+            await launcher.wait_restarted("d", pid, 30)
+            assert "d bye" in lines and "new up" in lines and launcher.started_with("d") == load_config(file)
+            again = ("false",)
+            await ask_launcher("c", RestartOrder(name="d", file=str(file)), 30)
+            await launcher._wait_until(lambda: "exit code 1" in launcher.describe()[1].detail)
+            looked = {one.name: one for one in (await ask_launcher("c", LookOrder(), 30)).processes}
+            assert looked["router"].state == "ready" and looked["d"].last_lines[-1] == "new bye"
+            assert load_config(looked["d"].file) == load_config(file)
+            assert "no such file" in (await ask_launcher("c", RestartOrder(name="d", file="nowhere"), 30)).problem
+            unknown = RestartOrder(name="nobody", file=str(file))
+            assert "nobody is not both" in (await ask_launcher("c", unknown, 30)).problem
+    with pytest.raises(LauncherAwayError):
+        await ask_launcher("c", LookOrder(), 1)
+
+
+@pytest.mark.slow
+async def test_a_node_that_was_drained_and_stays_down_is_started_when_that_is_ordered(make):
+    plans = whole()
+    async with make(plans) as launcher:
+        await launcher.wait_ready(30)
+        os.kill(launcher.pids["d"], signal.SIGTERM)
+        await launcher._wait_until(lambda: launcher.states["d"] is ProcessState.STOPPED)
+        await launcher.restart(plans[1], CONFIG)
+        await launcher._wait_until(lambda: launcher.states["d"] is ProcessState.READY)

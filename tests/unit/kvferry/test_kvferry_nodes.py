@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -90,6 +91,19 @@ async def test_an_order_says_what_holds_now_and_what_follows_from_it():
     assert said[0].startswith("d0 is drained") and said[1:] == ["2 requests are under way there", fake.ordered.note]
 
 
+async def test_a_drain_waits_until_nothing_is_under_way_or_its_time_is_up():
+    fake = FakeRouter()
+    async with fake.running() as (commands, out):
+        drain, orders = r.NodeOrderBody(node="d0"), replace(commands, poll_s=0.001)
+        async with router_calls(commands.url) as router:
+            assert await orders.give(router, "drain", drain, wait_s=0.05) == 1
+            waiting = asyncio.create_task(orders.give(router, "drain", drain, wait_s=60))
+            await until(lambda: len(fake.asked) > 8)
+            fake.report.nodes = [msgspec.structs.replace(ROWS[0], state="drained", requests=0)]
+            assert await waiting == 0
+    assert "2 requests are under way there" in out.getvalue().splitlines()[1]
+
+
 async def test_json_is_one_line(capsys):
     fake = FakeRouter()
     async with fake.running(as_json=True) as (commands, _):
@@ -107,10 +121,11 @@ async def test_a_refusal_is_the_routers_sentence():
 
 
 @pytest.mark.parametrize(
-    "words", [["ls"], ["rebalance"], ["drain", "d0"], ["undrain", "d0"], ["remove", "--force", "d0"]]
+    "words", [["ls"], ["rebalance"], ["drain", "d0"], ["undrain", "d0"], ["resume", "d0"], ["remove", "--force", "d0"]]
 )
 def test_a_cluster_that_is_down_is_one_line(capsys, words):
-    assert main(["nodes", *words, "--url", "http://127.0.0.1:1"]) == 1
+    first = [] if words[0] == "resume" else ["nodes"]
+    assert main([*first, *words, "--url", "http://127.0.0.1:1"]) == 1
     err = capsys.readouterr().err
     assert err.startswith("kvferry: error: the router at") and len(err.splitlines()) == 1
 

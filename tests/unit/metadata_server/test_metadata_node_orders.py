@@ -133,7 +133,7 @@ def test_a_node_that_was_gone_when_it_was_removed_is_known_by_its_last_start():
     ("before", "action", "words"),
     [
         ([], "undrain", "neither drained nor removed"),
-        (["remove"], "drain", "undrain c` takes it back"),
+        (["remove"], "drain", "resume c` takes it back"),
         ([], "drain", "1 nodes are drained or removed already"),
     ],
 )

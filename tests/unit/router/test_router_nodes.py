@@ -1,5 +1,6 @@
 """The router's `/v1/nodes`: what nodes do, and orders about them, over fake nodes and a real index."""
 
+import asyncio
 import logging
 from typing import Any
 
@@ -9,7 +10,7 @@ from support.metadata_rigs import DirectTransport
 from support.router_fakes import FakeNode, FakeNodes, Rig, make_rig, two_and_two
 
 from kvcore.clock import SystemClock
-from kvcore.errors import MetadataUnavailableError
+from kvcore.errors import MetadataUnavailableError, NodeUnavailableError
 from kvcore.types import NodeInfo, Segment
 from metadata_server import cache_messages as c
 from metadata_server.messages import Event, EventKind, RegisterRequest, SegmentManifest
@@ -95,12 +96,27 @@ async def test_a_drained_node_gets_no_new_requests_and_is_used_again_after_undra
         await ask(client)
     assert not rig.nodes["d0"].generates and len(rig.nodes["d1"].generates) == 4
     status = (await client.get("/v1/cluster")).json()
-    assert {node["id"]: node["reason"] for node in status["nodes"]}["d0"] == "drained by `kvferry nodes drain d0`"
+    assert {node["id"]: node["reason"] for node in status["nodes"]}["d0"] == "drained by `kvferry drain d0`"
     assert (await order(client, "undrain", "d0"))["node"]["state"] == "ready"
     rig.nodes["d1"].down = True
     await rig.prober.probe()
     await ask(client)
     assert rig.nodes["d0"].generates
+
+
+async def test_a_drained_node_is_tried_out_by_a_token_and_says_why_it_made_none():
+    rig, client = await nodes_rig(connected=True)
+    join(rig, "d0")
+    await order(client, "drain", "d0")
+    row = (await rows(client))["d0"]
+    assert row["serves"] and row["state"] == "drained" and row["incarnation"] == rig.nodes["d0"].incarnation
+    assert not (await rows(client))["d1"]["serves"]  # the metadata server does not know it
+    assert (await order(client, "try", "d0")) == {"problem": ""} and len(rig.nodes["d0"].generates) == 1
+    rig.nodes["d0"].generate_error = NodeUnavailableError("its engine has died")
+    assert (await order(client, "try", "d0"))["problem"] == "its engine has died"
+    rig.nodes["d0"].generate_error, rig.nodes["d0"].generate_gate = None, asyncio.Event()
+    assert "no token in 0.01 s" in (await order(client, "try", "d0", timeout_s=0.01))["problem"]
+    assert "there is no node nobody" in await refused(client, "try", "nobody")
 
 
 async def test_what_runs_on_a_drained_node_ends_there():

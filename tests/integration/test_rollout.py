@@ -1,0 +1,143 @@
+"""A cluster that is brought to another file while clients ask, and back from one that is no good."""
+
+import asyncio
+import io
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+from support.cluster import ClusterHandle, cluster
+
+from engines.sim.reference import expected_tokens
+from kvcore.config.file import load_config
+from kvcore.config.live.settings import node_settings_name
+from kvcore.config.schema import SimEngineConfig
+from kvcore.trust.opening import OPEN
+from kvferry.launch.control import controlled
+from kvferry.rollout.command import RolloutCommand, RolloutOptions
+from kvferry.rollout.limits import RolloutLimits
+from kvferry.rollout.record import RecordFile, unfinished
+from nodeapi.messages import SamplingParams
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+SOON_S = 60.0
+SAMPLING = SamplingParams(temperature=1.0, seed=1, max_tokens=40, ignore_eos=True)
+FIELDS = {"max_tokens": 40, "seed": 1, "ignore_eos": True, "return_token_ids": True}
+
+
+@asynccontextmanager
+async def launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **how: Any) -> AsyncIterator[ClusterHandle]:
+    """A cluster whose launcher takes orders, as that of `kvferry up`."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    async with AsyncExitStack() as stack:
+        subject = await stack.enter_async_context(cluster(tmp_path, **how))
+        await stack.enter_async_context(controlled(subject.launcher, subject.config.cluster))
+        yield subject
+
+
+def file_with(folder: Path, name: str, changes: dict[str, Any]) -> Path:
+    """The cluster's file with other values at these paths."""
+    content = yaml.safe_load((folder / "cluster.yaml").read_text())
+    for path, value in changes.items():
+        place = content
+        *sections, last = path.split(".")
+        for section in sections:
+            place = place[section]
+        place[last] = value
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+async def roll(subject: ClusterHandle, file: Path, **how: Any) -> tuple[int, str]:
+    """(exit code, what was said) of the command."""
+    limits = RolloutLimits(drain_s=SOON_S, start_s=SOON_S, poll_s=0.1)
+    options = RolloutOptions(file, (), None, subject.operators_url, OPEN, limits, **how)
+    out = io.StringIO()
+    code = await RolloutCommand(options, Console(file=out, width=200)).roll()
+    return code, out.getvalue()
+
+
+class Load:
+    """Two clients that ask one prompt after the other, until they are told to stop. Each answer is held against what
+    it must be."""
+
+    def __init__(self, subject: ClusterHandle) -> None:
+        self._subject, self._stop = subject, False
+        self.answered = 0
+
+    async def __aenter__(self) -> "Load":
+        self._clients = [asyncio.create_task(self._ask(number)) for number in range(2)]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._stop = True
+        await asyncio.gather(*self._clients)
+
+    async def _ask(self, client: int) -> None:
+        engine = self._subject.config.engine
+        assert isinstance(engine, SimEngineConfig)
+        number = 0
+        while not self._stop:
+            prompt = [3 + (client * 1000 + number * 7 + i) % 200 for i in range(150)]
+            answer = await self._subject.stream(prompt, **FIELDS)
+            assert answer.token_ids == expected_tokens(engine, prompt, SAMPLING)[0]
+            self.answered, number = self.answered + 1, number + 1
+
+
+async def incarnations(subject: ClusterHandle) -> dict[str, int]:
+    return {name: (await subject.node_info(name)).node.incarnation for name in subject.nodes}
+
+
+async def test_a_cluster_is_rolled_under_load_and_every_request_is_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with launched(tmp_path, monkeypatch) as subject:
+        before = await incarnations(subject)
+        file = file_with(tmp_path, "new", {"engine.max_sequences": 32})
+        code, said = await roll(subject, file, dry_run=True)
+        assert code == 0 and said.count("engine.max_sequences: 64 -> 32") == 4 and "router:" not in said
+        assert await incarnations(subject) == before
+        async with Load(subject) as load:
+            code, said = await roll(subject, file)
+            assert code == 0, said
+            answered = load.answered
+            await subject.until(lambda: _more_than(load, answered + 8), SOON_S)
+        after = await incarnations(subject)
+        assert all(after[name] != before[name] for name in subject.nodes)
+        new = load_config(file)
+        for name in subject.nodes:
+            report = await subject.node_info(name)
+            assert report.settings == node_settings_name(new, name) and not report.draining
+            assert report.engine is not None and report.engine.max_sequences == 32
+        assert not unfinished(subject.config.cluster)
+        assert (await roll(subject, file))[1] == "nothing changes for any process\n"
+
+
+async def test_a_file_that_the_second_node_cannot_run_by_is_stopped_at_and_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with launched(tmp_path, monkeypatch, prefillers=1, decoders=1) as subject:
+        old = {name: (await subject.node_info(name)).settings for name in subject.nodes}
+        bad = file_with(tmp_path, "bad", {"engine.max_sequences": 32, "nodes.decode-0.segment": "900TiB"})
+        async with Load(subject):
+            code, _ = await roll(subject, bad)
+            err = capsys.readouterr().err
+            assert code == 1 and "decode-0: it did not come up" in err and "--back` returns" in err
+            record = RecordFile(subject.config.cluster).read()
+            assert record is not None and (record.drained, record.done) == (["decode-0"], ["prefill-0"])
+            assert "decode-0" in unfinished(subject.config.cluster)
+            code, said = await roll(subject, bad, back=True)
+            assert code == 0, said
+        assert {name: (await subject.node_info(name)).settings for name in subject.nodes} == old
+        assert await subject.all_ready() and not unfinished(subject.config.cluster)
+        assert RecordFile(subject.config.cluster).read() is None
+
+
+async def _more_than(load: Load, number: int) -> bool:
+    return load.answered > number
