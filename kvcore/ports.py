@@ -91,8 +91,9 @@ def _why_no_tls(error: BaseException | None) -> str | None:
     return f"it speaks no TLS as we do ({reason}): give it the same security.tls"
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening, non-blocking socket on `host:port` (port 0: any free one); the caller closes it.
+def listen(host: str, port: int, *, shared: bool = False) -> socket.socket:
+    """A listening, non-blocking socket on `host:port` (port 0: any free one); the caller closes it. `shared`: with
+    other processes of this user that say so too; the kernel deals new connections out among them.
 
     Raises ConfigError naming the address, who holds it and what to do.
     """
@@ -107,6 +108,8 @@ def listen(host: str, port: int) -> socket.socket:
     bound = socket.socket(family, kind, protocol)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         bound.bind(address)
         bound.listen(_BACKLOG)
     except OSError as error:

@@ -16,6 +16,7 @@ from typing import TextIO
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client import Metric as Family
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from kvcore.metric_names import Metric, MetricKind
@@ -163,6 +164,22 @@ def exposition(registry: Collector, *, prefix: str, labels: Mapping[str, str], m
             part = generate_latest(_Only(_labelled(family, labels)))
             text += part if len(text) + len(part) <= max_bytes else b""
     return text
+
+
+def merged_exposition(texts: Mapping[str, bytes], *, label: str) -> bytes:
+    """The families of several processes of one program, each text as `Metrics.render` has it and by the value that
+    `label` has on its samples. A text that is none is left out."""
+    families: dict[str, Family] = {}
+    for value, text in texts.items():
+        try:
+            parsed = list(text_string_to_metric_families(text.decode()))
+        except ValueError:
+            continue
+        for family in parsed:
+            found = _labelled(family, {label: value})
+            if (known := families.setdefault(found.name, found)) is not found:
+                known.samples += found.samples
+    return b"".join(generate_latest(_Only(family)) for family in families.values())
 
 
 def _labelled(family: Family, labels: Mapping[str, str]) -> Family:

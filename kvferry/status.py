@@ -28,6 +28,7 @@ from metadata_server.account_messages import Stats
 from metadata_server.partitions.merging import merged_stats
 from nodeapi.messages import TierReport
 from router.cache.report import CacheStats
+from router.status import ProcessStatus
 
 _Value = TypeVar("_Value")
 
@@ -78,6 +79,7 @@ class ClusterAnswer(msgspec.Struct, frozen=True, kw_only=True):
     handoff: str = HandoffKind.KVFERRY
     problems: list[str] = []
     stopping: bool = False
+    processes: list[ProcessStatus] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,10 +155,12 @@ async def run_status(
         for url, answer in healths.items():
             how, style = ("is there", "green") if answer.problem is None else (f"is not there: {answer.problem}", "red")
             console.print(f"router {url} {how}", style=style, markup=False, soft_wrap=True)
+        _show_processes(console, cluster.value)
         _show(console, cluster, stats)
         for shown in hit_rate_lines(cache.value) if cache.value is not None else ():
             console.print(shown, soft_wrap=isinstance(shown, str))
-    away = any(answer.problem is not None for answer in healths.values())
+    processes = cluster.value.processes if cluster.value is not None else []
+    away = any([one.problem for one in healths.values()] + [one.problem for one in processes])
     return 0 if cluster.problem is None and not away and (stats is None or stats.problem is None) else 1
 
 
@@ -234,6 +238,15 @@ def _show(console: Console, cluster: ServerAnswer[ClusterAnswer], stats: ServerA
         for refused in stats.value.refused:
             line = f"problem: the metadata server refuses {refused.node.id}: {refused.reason}"
             console.print(line, style="red", markup=False, soft_wrap=True)
+
+
+def _show_processes(console: Console, cluster: ClusterAnswer | None) -> None:
+    for one in cluster.processes if cluster is not None else ():
+        how = f"has {one.in_flight} requests in flight{', and is stopping' if one.stopping else ''}"
+        style = "green"
+        if one.problem is not None:
+            how, style = f"is not there: {one.problem}", "red"
+        console.print(f"process {one.name} {how}", style=style, markup=False, soft_wrap=True)
 
 
 def _show_nodes(console: Console, cluster: ClusterAnswer) -> None:

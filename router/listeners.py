@@ -1,12 +1,17 @@
-"""Where the router listens: for clients, and, if the cluster file says so, for operators on a port of their own."""
+"""Where the router listens: for clients, and, if the cluster file says so, for operators on a port of their own.
+
+Of several processes both are shared, and each has a third port, its own, for operators and the other processes.
+"""
 
 import asyncio
 import logging
 import ssl
+from contextlib import suppress
 
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvcore.config.schema import ClusterConfig
+from kvcore.config.servers import own_host, own_ports
 from kvcore.process.asgi import AsgiServer
 from kvcore.process.descriptors import soft_limit
 from kvcore.process.http_gate import show_gates
@@ -16,6 +21,7 @@ from kvcore.telemetry import Metrics, log_fields
 from kvcore.trust.opening import ClusterTrust
 from kvcore.trust.tls import ServerCertificate
 from router.descriptors import clients_at_most, descriptors_needed, operators_at_most
+from router.processes.limits import ProcessLimits
 from router.tenants.sides import OperatorsSide
 
 _log = logging.getLogger("router")
@@ -24,31 +30,51 @@ _HELD_BODIES = 16
 
 
 class RouterListeners:
-    """`clients`, and `operators` where there is a port for them. `start`, then `drain` or `aclose`."""
+    """`clients`, `operators` where there is a port for them, `own` of one process of several. `start`, then `drain` or
+    `aclose`, before it `leave`."""
 
     def __init__(
-        self, app: ASGIApp, config: ClusterConfig, trust: ClusterTrust, metrics: Metrics, lifecycle: Lifecycle
+        self,
+        app: ASGIApp,
+        config: ClusterConfig,
+        trust: ClusterTrust,
+        metrics: Metrics,
+        lifecycle: Lifecycle,
+        *,
+        process: int = 1,
+        process_limits: ProcessLimits = ProcessLimits(),
     ) -> None:
-        """Certificates are followed from now on. Raises ConfigError: one cannot be used."""
-        bounds, limits = config.router, _connection_limits(config)
+        """Certificates are followed from now on. `process`: which one of several. Raises ConfigError: one cannot be
+        used."""
+        bounds, limits, ports = config.router, _connection_limits(config), own_ports(config)
+        self._limits = process_limits
         tls = _site_tls(config, lifecycle)
-        self.clients = AsgiServer(app, bounds.host, bounds.port, limits=limits, tls=tls)
-        self.operators: AsgiServer | None = None
-        gates = {"router": self.clients.gate}
+        inner = tls if trust.certificate is None else trust.certificate.server
+        held = HttpLimits(max_connections=operators_at_most(soft_limit())).holding(bounds.max_body)
+        shared = bool(ports)
+        self._closing = ClosingApp(app)
+        public = self._closing if shared else app
+        self.clients = AsgiServer(public, bounds.host, bounds.port, limits=limits, tls=tls, shared=shared)
+        self.operators, self.own = None, None
+        gates, side = {"router": self.clients.gate}, OperatorsSide(app)
         if bounds.admin_port is not None:
-            own = tls if trust.certificate is None else trust.certificate.server
-            host, few = bounds.admin_host or bounds.host, HttpLimits(max_connections=operators_at_most(soft_limit()))
-            held = few.holding(bounds.max_body)
-            self.operators = AsgiServer(OperatorsSide(app), host, bounds.admin_port, limits=held, tls=own)
+            self.operators = AsgiServer(
+                OperatorsSide(public), own_host(config), bounds.admin_port, limits=held, tls=inner, shared=shared
+            )
             gates["router_admin"] = self.operators.gate
+        if ports:
+            self.own = AsgiServer(side, own_host(config), ports[process - 1], limits=held, tls=inner)
+            gates["router_process"] = self.own.gate
         show_gates(metrics, gates)
-        self._all = [self.clients, *filter(None, [self.operators])]
+        # its own first: who cannot have it must not take connections of those that can
+        self._all = [*filter(None, [self.own]), self.clients, *filter(None, [self.operators])]
+        self._shared = [server for server in self._all if shared and server is not self.own]
 
     @property
     def urls(self) -> dict[str, str]:
         """For the log, after `start`."""
-        admin = {} if self.operators is None else {"admin": self.operators.url}
-        return {"url": self.clients.url, **admin}
+        more = {"admin": self.operators, "own": self.own}
+        return {"url": self.clients.url, **{name: server.url for name, server in more.items() if server is not None}}
 
     async def start(self) -> None:
         """Raises ConfigError: an address cannot be had; then none is left."""
@@ -70,6 +96,21 @@ class RouterListeners:
             for one in waits:
                 one.cancel()
 
+    async def leave(self) -> None:
+        """Of several processes: the others get new connections from now on. What comes by those that this one has is
+        answered, and closes them; those that send nothing for a moment are closed. Then no request comes any more."""
+        if not self._shared:
+            return
+        for server in self._shared:
+            server.leave()
+        self._closing.closes = True
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._limits.linger_s):
+                while any(server.num_connections for server in self._shared):  # noqa: ASYNC110 - once in a life
+                    await asyncio.sleep(self._limits.look_s)
+        for server in self._shared:
+            server.begin_drain()
+
     async def drain(self, deadline_s: float) -> None:
         """See AsgiServer."""
         await asyncio.gather(*(server.drain(deadline_s) for server in self._all))
@@ -78,6 +119,25 @@ class RouterListeners:
         """End now. Idempotent."""
         for server in self._all:
             await server.aclose()
+
+
+class ClosingApp:
+    """Passes requests on. Once it `closes`, each answer says that its connection ends with it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self.closes = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI entry."""
+
+        async def closing(message: Message) -> None:
+            if self.closes and message["type"] == "http.response.start":
+                kept = [(name, value) for name, value in message.get("headers", []) if name.lower() != b"connection"]
+                message = {**message, "headers": [*kept, (b"connection", b"close")]}
+            await send(message)
+
+        await self._app(scope, receive, closing if scope["type"] == "http" else send)
 
 
 def _site_tls(config: ClusterConfig, lifecycle: Lifecycle) -> ssl.SSLContext | None:
@@ -90,7 +150,7 @@ def _site_tls(config: ClusterConfig, lifecycle: Lifecycle) -> ssl.SSLContext | N
 
 def _connection_limits(config: ClusterConfig) -> HttpLimits:
     limit, num_nodes = soft_limit(), len(config.nodes)
-    operators = 0 if config.router.admin_port is None else operators_at_most(limit)
+    operators = operators_at_most(limit) * ((config.router.admin_port is not None) + (config.router.processes > 1))
     needed = descriptors_needed(config.router.max_requests, num_nodes) + operators
     if limit < needed:
         log_fields(_log, logging.WARNING, "few_descriptors", limit=limit, needed=needed, see="kvferry doctor")

@@ -11,6 +11,7 @@ from fastapi import FastAPI
 
 from kvcore.clock import Clock, SystemClock
 from kvcore.config.schema import ClusterConfig
+from kvcore.config.servers import process_name, process_urls
 from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
 from kvcore.process.service import Lifecycle
 from kvcore.telemetry import log_fields
@@ -38,6 +39,9 @@ from router.nodes.prober import Prober
 from router.nodes.problems import ClusterProblems
 from router.nodes.vllm_client import VllmClient, server_key
 from router.nodes.vllm_model import read_model_facts
+from router.processes.reports import ProcessPlace
+from router.processes.siblings import Sibling, Siblings, siblings_session
+from router.processes.view import RouterView
 from router.requests.dispatch import Dispatcher
 from router.requests.limits import RequestLimits
 from router.requests.records import RequestLog
@@ -51,8 +55,9 @@ from router.upkeep.wiring import tier_sight, upkeep_routes
 _log = logging.getLogger("router")
 
 
-async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
-    """Serve until `lifecycle.stopping`, then drain. Neither nodes nor metadata server need be up.
+async def run_router(config: ClusterConfig, lifecycle: Lifecycle, place: ProcessPlace = ProcessPlace()) -> None:
+    """Serve until `lifecycle.stopping`, then drain. Neither nodes nor metadata server need be up. `place`: which of the
+    router's processes this is.
 
     Raises ModelLoadError (no tokenizer) or ConfigError (the port is in use).
     """
@@ -64,7 +69,7 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
     lifecycle.stack.push_async_callback(client.aclose)
     cluster = Cluster(config, clock, tokenizer_digest=tokenizer.digest)
     prober = Prober(bounds, cluster, client, clock)
-    log = RequestLog()
+    log = RequestLog(clock, place.name or None)
     limits = RequestLimits().waiting_for_start(config.service.start_s)
     services = RequestServices(bounds, cluster, client, clock, log, handoff=config.handoff, limits=limits)
     dispatcher = Dispatcher(services, make_policy(bounds.policy))
@@ -91,16 +96,15 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
     )
     app = make_app(
         answerer,
-        log,
-        status,
+        RouterView(status, log, metrics, await _siblings(config, lifecycle, trust, place), name=place.name),
         metrics,
         max_body_bytes=bounds.max_body,
         cors=bounds.cors,
         more=add_routes,
-        guard=await open_guard(config, log, clock, lifecycle, trust=trust, tokenizer=tokenizer),
+        guard=await open_guard(config, log, clock, lifecycle, trust=trust, tokenizer=tokenizer, process=place.number),
         no_node=_no_node(services, prober, stopping),
     )
-    server = RouterListeners(app, config, trust, metrics.metrics, lifecycle)
+    server = RouterListeners(app, config, trust, metrics.metrics, lifecycle, process=place.number)
     always = {"node probes": prober.run(), "stall watch": cluster.stalls.run(), "cache replay": cache.run()}
     for name, work in always.items():
         lifecycle.tasks.create_task(work, name=name)
@@ -113,11 +117,29 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle) -> None:
     lifecycle.stack.push_async_callback(server.aclose)
     lifecycle.tasks.create_task(server.wait_failed(), name="http server")
     lifecycle.ready(**server.urls, policy=bounds.policy, nodes=len(config.nodes), handoff=config.handoff)
-    await lifecycle.stopping.wait()
+    await _until_stopped(lifecycle, server)
     log_fields(_log, logging.INFO, "draining", requests=log.in_flight, at_most_s=bounds.drain_s)
     if cut := await dispatcher.drain(bounds.drain_s):
         log_fields(_log, logging.WARNING, "requests_cut", num=len(cut), ids=",".join(cut))
     await server.drain(config.service.drain_s)
+
+
+async def _until_stopped(lifecycle: Lifecycle, server: RouterListeners) -> None:
+    await lifecycle.stopping.wait()
+    await server.leave()
+
+
+async def _siblings(
+    config: ClusterConfig, lifecycle: Lifecycle, trust: ClusterTrust, place: ProcessPlace
+) -> Siblings | None:
+    """None: this process is the whole router."""
+    router, urls = place.name.rpartition(".")[0], process_urls(config)
+    if not urls:
+        return None
+    others = [
+        Sibling(process_name(router, number), url) for number, url in enumerate(urls, start=1) if number != place.number
+    ]
+    return Siblings(others, await lifecycle.stack.enter_async_context(siblings_session(trust)))
 
 
 async def _open_trust(config: ClusterConfig, lifecycle: Lifecycle) -> ClusterTrust:

@@ -59,6 +59,15 @@ class RequestTotals(msgspec.Struct, kw_only=True):
     in_need: int = 0
 
 
+class ProcessStatus(msgspec.Struct, kw_only=True):
+    """One of the processes of the router that is asked. `problem`: why it does not answer the one that was asked."""
+
+    name: str
+    in_flight: int = 0
+    stopping: bool = False
+    problem: str | None = None
+
+
 class ClusterStatus(msgspec.Struct, kw_only=True):
     """The body of GET /v1/cluster."""
 
@@ -77,6 +86,8 @@ class ClusterStatus(msgspec.Struct, kw_only=True):
     """This router takes no new requests."""
     problems: list[str] = []
     """What is wrong between the nodes, why the hit rate is low, and whether the cluster is open; a sentence each."""
+    processes: list[ProcessStatus] = []
+    """Of this router; empty: it is one. `requests` and `hit_rate` are of those together that answer."""
 
 
 class StatusView:

@@ -16,7 +16,7 @@ from kvcore.config.schema import (
     VllmEngineConfig,
 )
 from kvcore.config.server_checks import EVERY_INTERFACE, check_addresses
-from kvcore.config.servers import partitions_of, routers_of, servers_of
+from kvcore.config.servers import address_of, as_router_at, own_host, own_ports, partitions_of, routers_of, servers_of
 from kvcore.config.vllm_options import argument, check_arguments
 from kvcore.ports import is_loopback
 from kvcore.types import Role
@@ -198,6 +198,8 @@ def heard_elsewhere(config: ClusterConfig) -> list[tuple[str, str]]:
 
 def _host_path(path: str) -> str:
     """Of a port's path: of the key that says on what it listens."""
+    if ".processes[" in path:
+        return path.rpartition("[")[0]
     if path.endswith("]"):
         return path
     return f"{path.rpartition('.')[0]}.{'admin_host' if path.endswith('admin_port') else 'host'}"
@@ -249,6 +251,9 @@ def ports_of(config: ClusterConfig) -> Iterator[tuple[str, str, int]]:
     """(path, host, port) of everything of ours that listens; port 0 is any free one."""
     for number, (host, port) in enumerate(routers_of(config)):
         yield f"routers[{number - 1}]" if number else "router.port", host, port
+        seen = as_router_at(config, address_of(host, port))
+        for at, own in enumerate(own_ports(seen)):
+            yield f"{f'routers[{number - 1}]' if number else 'router'}.processes[{at}]", own_host(seen), own
     if config.router.admin_port is not None:
         yield "router.admin_port", config.router.admin_host or config.router.host, config.router.admin_port
     if not config.handoff.traits.has_store:

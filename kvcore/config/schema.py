@@ -212,6 +212,12 @@ class RouterConfig(Section, frozen=True, kw_only=True):
     all of `/v1/requests` are answered there, and no more on `port`. With `security.tls` by certificates."""
     admin_host: Text | None = None
     """What it listens on; not set: `host`."""
+    processes: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
+    """So many processes answer on `port`; the kernel deals connections out to them. One process uses one core. Bounds
+    such as `max_requests` are of each; what is asked about requests is asked of all."""
+    process_port: Port | None = None
+    """Of several processes each has a port of its own, by which the others and operators reach it: the first this one,
+    the next those that follow. Not set: the first has that after `port`."""
     tls: TlsConfig | None = None
     """Answer over HTTPS alone, with this certificate. `kvferry`'s commands take this one, whatever names it has."""
     policy: RoutingPolicy = RoutingPolicy.PREFIX_AWARE

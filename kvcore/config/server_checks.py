@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from kvcore.config.records import EtcdRecordsConfig, SqliteRecordsConfig
 from kvcore.config.schema import ClusterConfig, MetadataServerConfig
-from kvcore.config.servers import partitions_of, routers_of, servers_of
+from kvcore.config.servers import own_ports, partitions_of, routers_of, servers_of
 from kvcore.partitions import MAX_PARTITIONS
 
 EVERY_INTERFACE = ("0.0.0.0", "::")
@@ -24,12 +24,22 @@ def _check_routers(config: ClusterConfig) -> Iterator[str]:
         return
     if config.routers and any(host in EVERY_INTERFACE for host in hosts):
         yield "routers: every interface is none; give each, router.host too, the address by which the others reach it"
-    if not config.routers or config.router.admin_port is None:
+    yield from _check_processes(config)
+    fixed = [key for key in ("admin_port", "process_port") if getattr(config.router, key) is not None]
+    if not config.routers or not fixed:
         return
     if config.router.admin_host is not None:
         yield "router.admin_host: each of several routers has its operators' port on its own host; take it out"
     if len(set(hosts)) < len(hosts):
-        yield "router.admin_port: two of `routers` are on one host, where only one of them can have this port"
+        yield f"router.{fixed[0]}: two of `routers` are on one host, where only one of them can have this port"
+
+
+def _check_processes(config: ClusterConfig) -> Iterator[str]:
+    ports = own_ports(config)
+    if ports and config.router.port == 0:
+        yield "router.port: 0 is any free one, and router.processes share one"
+    if ports and ports[-1] >= 1 << 16:
+        yield f"router.process_port: the last of {len(ports)} processes would have port {ports[-1]}, which there is not"
 
 
 def _check_standbys(config: ClusterConfig) -> Iterator[str]:

@@ -1,4 +1,7 @@
-"""The metadata servers that a cluster file names, and the partitions of the index that they are of. Pure."""
+"""Where a cluster file's servers are: metadata servers and the partitions of the index, routers and their processes.
+
+Pure.
+"""
 
 import msgspec
 
@@ -95,6 +98,49 @@ def operators_urls_of(config: ClusterConfig) -> list[str]:
 
 def _each_router(config: ClusterConfig) -> list[ClusterConfig]:
     return [as_router_at(config, address_of(host, port)) for host, port in routers_of(config)]
+
+
+def own_ports(config: ClusterConfig) -> list[int]:
+    """Of this router's processes, in order; empty: it is one process, which has none but the router's."""
+    router = config.router
+    first = router.port + 1 if router.process_port is None else router.process_port
+    return list(range(first, first + router.processes)) if router.processes > 1 else []
+
+
+def own_host(config: ClusterConfig) -> str:
+    """What they listen on there: the operators' host."""
+    return config.router.admin_host or config.router.host
+
+
+def process_urls(config: ClusterConfig) -> list[str]:
+    """Where operators ask each of this router's processes; empty: it is one process."""
+    return [_own_url(config, port) for port in own_ports(config)]
+
+
+def other_urls(config: ClusterConfig, process: int) -> list[str]:
+    """Where operators ask every other process of all routers of the file. `process`: which of this router's we are,
+    from 1 on."""
+    own = process_urls(config)
+    siblings = [url for number, url in enumerate(own, start=1) if number != process]
+    if not own:
+        return operators_urls_of(config)[1:]
+    others = (as_router_at(config, address_of(host, port)) for host, port in routers_of(config)[1:])
+    return [*siblings, *(url for other in others for url in process_urls(other))]
+
+
+def router_name(number: int) -> str:
+    """What the file's routers are called in logs, from 1 on."""
+    return f"router-{number}" if number > 1 else "router"
+
+
+def process_name(router: str, process: int) -> str:
+    """What the process is called in logs and answers: `router.2`."""
+    return f"{router}.{process}"
+
+
+def _own_url(config: ClusterConfig, port: int) -> str:
+    router = msgspec.structs.replace(config.router, admin_port=port)
+    return operators_url_of(msgspec.structs.replace(config, router=router))
 
 
 def internal_url(config: ClusterConfig, host: str, port: int) -> str:

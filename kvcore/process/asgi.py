@@ -16,7 +16,7 @@ import uvicorn
 
 from kvcore.peer_log import PeerLog
 from kvcore.ports import base_url, listen
-from kvcore.process.http_gate import HttpGate, TlsListener
+from kvcore.process.http_gate import HttpGate, TlsListener, queued
 from kvcore.process.http_protocol import BoundedHttp
 from kvcore.process.limits import HttpLimits
 from kvcore.telemetry import log_fields
@@ -32,6 +32,7 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._accept_tls = accept_tls
         self.tls_listener: Any = None
+        self._queued: set[asyncio.Task[Any]] = set()
         self.up = asyncio.Event()
         self.stop = asyncio.Event()
 
@@ -42,12 +43,34 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self._accept_tls is not None:
-            kind: Any = self.config.http_protocol_class
-            state = self.lifespan.state
-            make = functools.partial(kind, config=self.config, server_state=self.server_state, app_state=state)
-            self.tls_listener = self._accept_tls(make)
+            self.tls_listener = self._accept_tls(self._make)
             self.servers.append(self.tls_listener)
         self.up.set()
+
+    def _make(self) -> Any:
+        """A connection's protocol."""
+        kind: Any = self.config.http_protocol_class
+        return kind(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+
+    @property
+    def num_connections(self) -> int:
+        """With those that are no protocol's yet."""
+        shaking = 0 if self.tls_listener is None else self.tls_listener.num_shaking
+        return len(self.server_state.connections) + len(self._queued) + shaking
+
+    def leave(self, bound: socket.socket) -> None:
+        """Accept what the kernel has accepted for this listener, and then no more: the rest is other processes'."""
+        if self.tls_listener is not None:
+            self.tls_listener.leave()
+            return
+        with bound.dup() as held:
+            for listener in self.servers:
+                listener.close()
+            for connection, _ in queued(held):
+                made = asyncio.get_running_loop().connect_accepted_socket(self._make, connection)
+                task = asyncio.create_task(made)
+                self._queued.add(task)
+                task.add_done_callback(self._queued.discard)
 
     async def main_loop(self) -> None:
         await self.on_tick(0)
@@ -61,9 +84,19 @@ class AsgiServer:
     """
 
     def __init__(
-        self, app: Any, host: str, port: int, *, limits: HttpLimits = HttpLimits(), tls: ssl.SSLContext | None = None
+        self,
+        app: Any,
+        host: str,
+        port: int,
+        *,
+        limits: HttpLimits = HttpLimits(),
+        tls: ssl.SSLContext | None = None,
+        shared: bool = False,
     ) -> None:
+        """`shared`: other processes listen there, too (`kvcore.ports.listen`)."""
         self._app = app
+        self._shared = shared
+        self._bound: socket.socket | None = None
         self._host = host
         self._port = port
         self._limits = limits
@@ -92,7 +125,7 @@ class AsgiServer:
         """Bind, run the app's lifespan start-up and serve. Raises ConfigError (address in use, no such address) or
         RuntimeError if the app's start-up failed."""
         assert self._serving is None, "started before"
-        bound = listen(self._host, self._port)
+        self._bound = bound = listen(self._host, self._port, shared=self._shared)
         self._port = int(bound.getsockname()[1])
         config = uvicorn.Config(
             self._app,
@@ -143,6 +176,23 @@ class AsgiServer:
         """Return or raise when the server ends; for a TaskGroup that should go down with it."""
         assert self._serving is not None
         await asyncio.shield(self._serving)
+
+    @property
+    def num_connections(self) -> int:
+        """How many are open."""
+        return 0 if self._server is None else self._server.num_connections
+
+    def leave(self) -> None:
+        """Accept no more connections; those that there are go on. For a `shared` address, whose other processes get the
+        new ones from now on. Idempotent."""
+        if self._server is not None and self._bound is not None:
+            self._server.leave(self._bound)
+            self._bound = None
+
+    def begin_drain(self) -> None:
+        """As `drain`, without waiting for anything."""
+        if self._server is not None:
+            self._server.stop.set()
 
     async def drain(self, deadline_s: float) -> None:
         """Refuse new connections, let requests under way end, at the deadline cut the rest. Idempotent; a second call

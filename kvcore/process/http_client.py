@@ -59,6 +59,14 @@ def operators_session(*, trust: ClusterTrust = OPEN, **options: Any) -> aiohttp.
     return router_session(trust=trust, **options)
 
 
+def processes_session(*, trust: ClusterTrust = OPEN, **options: Any) -> aiohttp.ClientSession:
+    """The same with the ports that a router's processes have of their own: by certificates and by proofs, whatever
+    there is of both, as what is asked there are operators' questions."""
+    if trust.certificate is not None:
+        return _session(trust, {"connector": aiohttp.TCPConnector(ssl=internal_ssl(trust)), **options})
+    return router_session(trust=trust, **options)
+
+
 def internal_ssl(trust: ClusterTrust) -> ssl.SSLContext | bool:
     """By what a connector of `http_session` knows a server, and shows who we are: `ssl` of aiohttp's TCPConnector."""
     return True if trust.certificate is None else trust.certificate.client

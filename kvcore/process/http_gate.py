@@ -10,7 +10,7 @@ import logging
 import socket
 import ssl
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from ipaddress import IPv6Network
@@ -178,7 +178,18 @@ class TlsListener:
         self._gate, self._bound, self._tls, self._make = gate, bound, tls, make
         self._shaking: dict[asyncio.Task[None], socket.socket] = {}
         self._said = PeerLog(_logger)
+        self._leaving = False
         self._accepting = asyncio.create_task(self._accept(), name="TLS listener")
+
+    @property
+    def num_shaking(self) -> int:
+        """Connections whose TLS does not stand yet."""
+        return len(self._shaking)
+
+    def leave(self) -> None:
+        """Accept what the kernel has accepted already, and then no more."""
+        self._leaving = True
+        self._accepting.cancel()
 
     def close(self) -> None:
         """Accept no more, and cut what is not encrypted yet. Idempotent."""
@@ -192,18 +203,24 @@ class TlsListener:
 
     async def _accept(self) -> None:
         with self._bound:
-            while True:
-                try:
-                    await self._accept_one()
-                except ConnectionError:
-                    continue  # it has left already
-                except Exception as error:  # no descriptor is left, or a fault of ours: either way others still come
-                    shown = str(error) if isinstance(error, OSError) else repr(error)
-                    log_fields(_logger, logging.ERROR, "accept_failed", error=shown)
-                    await asyncio.sleep(self._gate.limits.accept_again_s)
+            try:
+                await self._accept_all()
+            finally:
+                for connection, address in queued(self._bound) if self._leaving else ():
+                    self._begin(connection, address)
 
-    async def _accept_one(self) -> None:
-        connection, address = await asyncio.get_running_loop().sock_accept(self._bound)
+    async def _accept_all(self) -> None:
+        while True:
+            try:
+                self._begin(*await asyncio.get_running_loop().sock_accept(self._bound))
+            except ConnectionError:
+                continue  # it has left already
+            except Exception as error:  # no descriptor is left, or a fault of ours: either way others still come
+                shown = str(error) if isinstance(error, OSError) else repr(error)
+                log_fields(_logger, logging.ERROR, "accept_failed", error=shown)
+                await asyncio.sleep(self._gate.limits.accept_again_s)
+
+    def _begin(self, connection: socket.socket, address: Any) -> None:
         try:
             place = self._gate.admit(address[0], partial(_cut, connection))
         except BaseException:
@@ -237,6 +254,15 @@ class TlsListener:
             if not isinstance(error, Exception):
                 raise
             self._said.say(logging.ERROR, "connection_failed", type(error).__name__, None, error=repr(error))
+
+
+def queued(bound: socket.socket) -> Iterator[tuple[socket.socket, Any]]:
+    """The connections that the kernel has accepted for a listening socket and nobody has taken yet."""
+    with suppress(BlockingIOError):
+        while True:
+            connection, address = bound.accept()
+            connection.setblocking(False)
+            yield connection, address
 
 
 def _cut(connection: socket.socket) -> None:

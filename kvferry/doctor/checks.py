@@ -84,7 +84,7 @@ def check_ports(context: Context) -> list[Finding]:
         try:
             listen(host, port).close()
         except ConfigError as error:
-            if name.removesuffix(".transfer_port") in context.running.names:
+            if name.removesuffix(".transfer_port").removesuffix(".admin_port") in context.running.names:
                 findings.append(Finding(f"port {name}", True, f"{host}:{port} is held by this cluster, which runs"))
                 continue
             wrong, _, remedy = error.message.partition("; ")
@@ -145,7 +145,7 @@ def check_descriptors(context: Context) -> list[Finding]:
     if not context.all_here and not is_local(router.host):
         return []
     limit = hard_limit()
-    operators = 0 if router.admin_port is None else operators_at_most(limit)
+    operators = operators_at_most(limit) * ((router.admin_port is not None) + (router.processes > 1))
     needed = descriptors_needed(router.max_requests, num_nodes) + operators
     shown = f"{limit:,} allowed (ulimit -Hn), {needed:,} needed for router.max_requests {router.max_requests:,}"
     if limit >= needed:

@@ -97,10 +97,14 @@ async def find_running(config: ClusterConfig, timeout_s: float = 1.0) -> Running
         if (found := task.result()) is not None and found.cluster == config.cluster
     }
     names |= set(here)
+    for name, found in here.items():  # in the order of their ports
+        names |= {f"{name}.processes[{at}]" for at, one in enumerate(found.processes) if one.problem is None}
     if not here:
         return RunningParts(frozenset(names), clocks=clocks)
     cluster = next(iter(here.values()))
     away = [f"{node.role} {node.id} is not used: {node.reason}" for node in cluster.nodes if not node.healthy]
+    processes = (one for found in here.values() for one in found.processes)
+    away += [f"process {one.name} of the router is not there: {one.problem}" for one in processes if one.problem]
     return RunningParts(frozenset(names), (*away, *cluster.problems), clocks)
 
 

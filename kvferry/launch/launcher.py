@@ -136,7 +136,7 @@ class Launcher:
             process = SupervisedProcess(
                 plan,
                 log_file,
-                self._session if plan.kind is ProcessKind.ROUTER else self._inner,
+                self._session if plan.kind is ProcessKind.ROUTER and not (tls and plan.own_url) else self._inner,
                 on_line=self._on_line,
                 on_change=self._process_changed,
                 limits=self._limits,

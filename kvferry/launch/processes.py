@@ -10,9 +10,13 @@ from kvcore.config.schema import ClusterConfig
 from kvcore.config.servers import (
     address_of,
     addresses_of,
+    as_router_at,
     internal_url,
     partitions_of,
-    router_urls_of,
+    process_name,
+    process_urls,
+    router_name,
+    router_url_of,
     routers_of,
     servers_of,
 )
@@ -41,11 +45,13 @@ class ProcessPlan:
     kind: ProcessKind
     command: tuple[str, ...]
     url: str
+    own_url: str | None = None
+    """Where this process of several that share `url` is asked."""
 
     @property
     def health_url(self) -> str:
         """Answers 200 once the process serves."""
-        return f"{self.url}/health"
+        return f"{self.own_url or self.url}/health"
 
 
 def plan_processes(config: ClusterConfig, config_file: Path, overrides: Sequence[str] = ()) -> list[ProcessPlan]:
@@ -58,16 +64,21 @@ def plan_processes(config: ClusterConfig, config_file: Path, overrides: Sequence
         return ProcessPlan(name, kind, command, internal_url(config, host, port))
 
     server = config.metadata_server
-    routers = [
-        replace(
-            plan(*(f"router-{number}" if number > 1 else "router", ProcessKind.ROUTER, "router", host, port), *at),
-            url=url,
-        )
-        for number, ((host, port), url) in enumerate(
-            zip(routers_of(config), router_urls_of(config), strict=True), start=1
-        )
-        for at in [("--at", address_of(host, port)) if number > 1 else ()]
-    ]
+    routers = []
+    for number, (host, port) in enumerate(routers_of(config), start=1):
+        at = ("--at", address_of(host, port)) if number > 1 else ()
+        seen = as_router_at(config, address_of(host, port))
+        one = replace(plan(router_name(number), ProcessKind.ROUTER, "router", host, port, *at), url=router_url_of(seen))
+        processes = [
+            replace(
+                one,
+                name=process_name(one.name, process),
+                command=(*one.command, "--process", str(process)),
+                own_url=own_url,
+            )
+            for process, own_url in enumerate(process_urls(seen), start=1)
+        ]
+        routers += processes or [one]
     if not config.handoff.traits.has_store:
         return routers
     metadata = [

@@ -37,8 +37,8 @@ from router.api.openai_schema import ChatRequest, CompletionRequest, answer_requ
 from router.api.responses import AnswerResponse, JsonReply, error_response
 from router.api.text_routes import add_probe_routes, add_text_routes
 from router.metrics import RouterMetrics
-from router.requests.records import RequestLog
-from router.status import StatusView
+from router.processes.routes import add_own
+from router.processes.view import RouterView
 from router.tenants.callers import caller_of
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -49,8 +49,7 @@ _Body = TypeVar("_Body", ChatRequest, CompletionRequest)
 
 def make_app(
     answerer: Answerer,
-    log: RequestLog,
-    status: StatusView,
+    view: RouterView,
     metrics: RouterMetrics,
     *,
     max_body_bytes: int,
@@ -67,8 +66,9 @@ def make_app(
     _add_errors(app)
     endpoints = _add_openai(app, answerer, max_body_bytes, limits, no_node)
     add_text_routes(app, answerer, max_body_bytes, limits)
-    add_probe_routes(app, status)
-    _add_status(app, answerer.model, log, status, metrics)
+    add_probe_routes(app, view)
+    _add_status(app, view)
+    add_own(app, view)
     more(app)
     return PlainPaths(RequestIds(Cors(guard(ShortWay(app, endpoints)), cors), metrics))
 
@@ -227,39 +227,39 @@ def _add_models(app: FastAPI, answerer: Answerer) -> None:
         return JsonReply(served())
 
 
-def _add_status(app: FastAPI, model: str, log: RequestLog, status: StatusView, metrics: RouterMetrics) -> None:
+def _add_status(app: FastAPI, view: RouterView) -> None:
     @app.get("/health", **openapi.plain("Whether a request can be served now", unavailable=True))
     async def health() -> Response:
-        problem = status.problem()
+        problem = view.problem()
         reply = JsonReply({"status": "ok"}) if problem is None else error_response(problem)
         reply.headers["Date"] = formatdate(usegmt=True)  # by which the doctor compares clocks
         return reply
 
     @app.get("/metrics", include_in_schema=False)
     async def prometheus() -> Response:
-        return Response(metrics.metrics.render(), media_type=METRICS_CONTENT_TYPE)
+        return Response(await view.metrics(), media_type=METRICS_CONTENT_TYPE)
 
     @app.get("/v1/cluster", **openapi.plain("Nodes, requests, hit rate"))
     async def cluster() -> Response:
-        return JsonReply(status.status())
+        return JsonReply(await view.cluster())
 
     @app.get("/v1/cache/stats", **openapi.plain("Hit rate in tokens, and what was missed and why"))
     async def cache_stats() -> Response:
-        return JsonReply(status.cache.stats())
+        return JsonReply(await view.cache_stats())
 
     @app.get("/v1/cache/advise", **openapi.plain("Chunk length and sizes that would have served the last hour best"))
     async def cache_advise() -> Response:
-        return JsonReply(await status.cache.advise())
+        return JsonReply(await view.cache.advise())
 
     @app.get("/v1/requests", **openapi.plain("The last requests, newest first"))
     async def requests(request: Request) -> Response:
         shown = caller_of(request.scope).may_see
-        return JsonReply({"requests": [record.brief() for record in log.newest(shown)]})
+        return JsonReply({"requests": await view.newest(shown)})
 
     @app.get("/v1/requests/{request_id}", **openapi.plain("One request: where it went and why", not_found=True))
     async def one(request_id: str, request: Request) -> Response:
         caller = caller_of(request.scope)
-        record = log.find(request_id, caller.may_see)
+        record = await view.find(request_id, caller.may_see)
         if record is None:
             return JsonReply(error_reply(404, f"no request {request_id!r} among the last", code="unknown_request"), 404)
         # what the policy weighed tells of others' requests, too

@@ -21,8 +21,8 @@ from router.api.checks import require, token_ids
 from router.api.limits import ApiLimits
 from router.api.openai_schema import ChatRequest, prompts_of
 from router.api.responses import JsonReply, error_response
+from router.processes.view import RouterView
 from router.requests.spec import Prompt, TextPrompt
-from router.status import StatusView
 from router.tenants.callers import caller_of
 
 
@@ -73,11 +73,11 @@ def add_text_routes(app: FastAPI, answerer: Answerer, max_body_bytes: int, limit
         return JsonReply({"prompt": text})
 
 
-def add_probe_routes(app: FastAPI, status: StatusView) -> None:
+def add_probe_routes(app: FastAPI, view: RouterView) -> None:
     """What load balancers and autoscalers ask a vLLM server."""
 
     async def ping() -> Response:
-        problem = status.problem()
+        problem = view.problem()
         return JsonReply({"status": "ok"}) if problem is None else error_response(problem)
 
     said = openapi.plain("Whether a request can be served now", unavailable=True)
@@ -90,7 +90,7 @@ def add_probe_routes(app: FastAPI, status: StatusView) -> None:
 
     @app.get("/load", **openapi.plain("How many requests are under way"))
     async def load() -> Response:
-        return JsonReply({"server_load": status.status().requests.in_flight})
+        return JsonReply({"server_load": (await view.cluster()).requests.in_flight})
 
 
 def _prompt_of(body: TokenizeRequest, limits: ApiLimits) -> Prompt:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
+from kvcore.clock import Clock
 from kvcore.telemetry import log_fields
 from nodeapi.messages import Moved, Promoted, TierChoice, Timings
 from router.requests.hints import HintRecord
@@ -72,6 +73,10 @@ class RequestRecord(msgspec.Struct, kw_only=True):
     client_request_id: str | None = None
     tenant: str = ""
     """Whose it is; empty: no keys are configured."""
+    process: str | None = None
+    """Which of the router's processes answers it; None: there is one."""
+    began_at: float = 0.0
+    """Unix time in seconds."""
     state: str = "running"
     prompt_tokens: int
     cached_tokens: int = 0
@@ -126,7 +131,9 @@ def record_of(spec: RequestSpec, decision: Decision, waited_s: float = 0.0) -> R
 class RequestLog:
     """The ring and the totals. In-flight requests are in it too."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock | None = None, process: str | None = None) -> None:
+        """`clock`: by which requests begin; None: nobody asks when. `process`: as in records."""
+        self._clock, self._process = clock, process
         self._ring: OrderedDict[str, RequestRecord] = OrderedDict()
         self.observers: list[Callable[[RequestRecord], None]] = []
         """Called with each record when it is closed."""
@@ -151,6 +158,8 @@ class RequestLog:
         """A request begins."""
         self.in_flight += 1
         self.total += 1
+        record.process = self._process
+        record.began_at = 0.0 if self._clock is None else self._clock.wall()
         self._ring[record.id] = record
         while len(self._ring) > RING:
             self._ring.popitem(last=False)

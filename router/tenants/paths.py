@@ -6,7 +6,7 @@ OPEN = frozenset({"/health", "/ping"})
 _PLAIN = COUNTED | {"/v1/models", "/openapi.json", "/tokenize", "/detokenize", "/version", "/load"}
 _RECORDS = "/v1/requests"
 _ORDERS = ("/v1/nodes", "/v1/janitor", "/v1/cache", "/v1/weights")
-_ASK_OTHERS = ("/v1/nodes", "/v1/janitor", "/v1/cache/generations")
+_ASK_OTHERS = ("/v1/nodes", "/v1/janitor", "/v1/cache/generations", "/v1/process")
 
 
 def is_clients(path: str, *, records: bool) -> bool:

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from kvcore.clock import Clock
 from kvcore.errors import InvalidRequestError, KVFerryError
 from kvcore.process.http_body import read_body
-from kvcore.process.http_client import operators_session
+from kvcore.process.http_client import operators_session, processes_session
 from kvcore.telemetry import log_fields
 from kvcore.tenants.source import KeySource
 from kvcore.trust.opening import ClusterTrust
@@ -143,10 +143,14 @@ class UseRoute:
             await JsonReply({})(scope, receive, send)
 
 
-async def tell_others(use: SharedUse, urls: Sequence[str], trust: ClusterTrust, limits: GateLimits) -> None:
-    """Each `tell_s`, each of the others by itself: one that hangs delays nobody. Runs until cancelled."""
+async def tell_others(
+    use: SharedUse, urls: Sequence[str], trust: ClusterTrust, limits: GateLimits, *, apart: bool = False
+) -> None:
+    """Each `tell_s`, each of the others by itself: one that hangs delays nobody. `apart`: they are processes with ports
+    of their own. Runs until cancelled."""
     timeout = aiohttp.ClientTimeout(total=limits.tell_timeout_s)
-    async with operators_session(trust=trust, timeout=timeout) as session, asyncio.TaskGroup() as tasks:
+    made = processes_session if apart else operators_session
+    async with made(trust=trust, timeout=timeout) as session, asyncio.TaskGroup() as tasks:
         for url in urls:
             tasks.create_task(_tell(session, use, f"{url}{PATH}", limits))
 

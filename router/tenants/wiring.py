@@ -1,13 +1,13 @@
 """The one place where a cluster file becomes what a request passes before the router's routes."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from starlette.types import ASGIApp, Scope
 
 from kvcore.clock import Clock
 from kvcore.config.schema import ClusterConfig
-from kvcore.config.servers import operators_urls_of
+from kvcore.config.servers import other_urls, own_host, own_ports
 from kvcore.ports import authorities_of
 from kvcore.process.certified_app import CertifiedApp
 from kvcore.process.proven_app import ProvenApp, all_but_open_paths
@@ -37,9 +37,11 @@ async def open_guard(
     *,
     trust: ClusterTrust,
     tokenizer: Tokenizer,
+    process: int = 1,
     limits: GateLimits = GateLimits(),
 ) -> Guard:
-    """What puts the gates before an application. The file of keys is followed from now on. Raises ConfigError.
+    """What puts the gates before an application. The file of keys is followed from now on. `process`: which of the
+    router's this is. Raises ConfigError.
 
     Who may ask what only operators may:
     1. The file has API keys: who has an admin's, proves the secret, or has shown a certificate.
@@ -49,7 +51,10 @@ async def open_guard(
     router, keys, proved = config.router, config.security.keys, _proved_by(config, trust, clock)
     apart, certified = router.admin_port is not None, trust.certificate is not None
     if keys is not None:
-        guard = await _keys_gate(config, log, clock, lifecycle, trust=trust, tokenizer=tokenizer, limits=limits)
+        told = other_urls(config, process)
+        guard = await _keys_gate(
+            config, log, clock, lifecycle, trust=trust, tokenizer=tokenizer, told=told, limits=limits
+        )
     elif certified and apart:
         guard = lambda app: CertifiedApp(proved(app, _none) if proved else app, _on_operators_side)  # noqa: E731
     elif proved is not None:
@@ -71,9 +76,10 @@ def _proved_by(
         return None
     router = config.router
     names = authorities_of(router.host, router.port)
-    if router.admin_port is not None and names is not None:
-        more = authorities_of(router.admin_host or router.host, router.admin_port)
-        names = None if more is None else names | more
+    more = [*filter(None, [router.admin_port]), *own_ports(config)]
+    if names is not None and more:
+        found = [authorities_of(own_host(config), port) for port in more]
+        names = None if None in found else names.union(*filter(None, found))
     verifier = RequestVerifier(trust, clock, names)
     return lambda app, needs: ProvenApp(app, verifier, needs)
 
@@ -86,16 +92,19 @@ async def _keys_gate(
     *,
     trust: ClusterTrust,
     tokenizer: Tokenizer,
+    told: Sequence[str],
     limits: GateLimits,
 ) -> Guard:
+    """`told`: where the others are that are told what tenants use."""
     wanted, secrets, proved = config.security.keys, trust.secrets, _proved_by(config, trust, clock)
     assert wanted is not None and secrets is not None, "the cluster file was checked"
     keys = await asyncio.to_thread(KeySource, wanted)
     public = await asyncio.to_thread(PublicPrefixes.read, config, tokenizer)
     lifecycle.tasks.create_task(_follow(keys, limits.reload_s), name="API keys")
     shared = SharedUse(keys, clock, limits)
-    if others := operators_urls_of(config)[1:]:
-        lifecycle.tasks.create_task(tell_others(shared, others, trust, limits), name="what tenants use")
+    if told:
+        sends = tell_others(shared, told, trust, limits, apart=config.router.processes > 1)
+        lifecycle.tasks.create_task(sends, name="what tenants use")
 
     def guard(app: ASGIApp) -> ASGIApp:
         app = UseRoute(app, shared, limits)

@@ -70,6 +70,7 @@ from router.nodes.cluster import Cluster
 from router.nodes.limits import NodeHealthLimits
 from router.nodes.prober import Prober
 from router.nodes.problems import ClusterProblems
+from router.processes.view import RouterView
 from router.requests.dispatch import Dispatcher
 from router.requests.limits import RequestLimits
 from router.requests.records import RequestLog
@@ -379,6 +380,7 @@ class Rig:
     admin: NodeAdmin
     core: MetadataCore
     admission: Admission
+    view: RouterView
 
 
 async def make_rig(
@@ -436,7 +438,7 @@ async def make_rig(
     metrics.watch_admission(admission)
     stopping = lambda: dispatcher.stopping  # noqa: E731
     status = StatusView(config, cluster, log, clock, lambda: True, problems=problems, cache=cache, stopping=stopping)
-    bounds = config.router
+    bounds, view = config.router, RouterView(status, log, metrics)
     state = MetadataState(StoreConfig(), 3600.0, "1", 1)
     core = MetadataCore(state, clock)
     index = MetadataClient(DirectTransport(core), clock, 5.0)
@@ -453,8 +455,7 @@ async def make_rig(
 
     app = make_app(
         answerer,
-        log,
-        status,
+        view,
         metrics,
         max_body_bytes=bounds.max_body,
         cors=bounds.cors,
@@ -479,6 +480,7 @@ async def make_rig(
         admin,
         core,
         admission,
+        view,
     )
 
 

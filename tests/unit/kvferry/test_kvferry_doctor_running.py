@@ -154,6 +154,21 @@ async def test_what_the_router_says_is_wrong_is_told(serve):
     ]
 
 
+async def test_a_routers_processes_are_its_own_and_who_is_away_is_told(serve):
+    lines = [{"name": "router.1"}, {"name": "router.2", "problem": "Connection refused"}]
+    with closing(listen("127.0.0.1", 0)) as held:
+        config = cluster(await serve("/v1/cluster", {**ROUTER, "processes": lines}), 9, 9)
+        admin, own = config.router.port, held.getsockname()[1]
+        router = msgspec.structs.replace(config.router, port=1, admin_port=admin, processes=2, process_port=own)
+        config = msgspec.structs.replace(config, router=router)
+        context = Context(config, running=await find_running(config))
+        findings = {finding.subject: finding for finding in check_ports(context)}
+        for name in ("router.processes[0]", "router.admin_port"):
+            assert "is held by this cluster, which runs" in findings[f"port {name}"].detail
+        (finding,) = check_running(context)
+        assert finding.detail == "process router.2 of the router is not there: Connection refused"
+
+
 def test_a_node_whose_name_begins_like_a_routers_is_no_router_that_runs():
     config = cluster(1, 2, 3)
     alone = Context(config, running=RunningParts(frozenset({"routerless", "metadata_server"})))

@@ -274,6 +274,20 @@ def test_each_of_several_routers_is_a_process_that_is_told_where_it_is(tmp_path)
     ]
 
 
+def test_each_process_of_a_router_is_told_which_it_is_and_asked_at_a_port_of_its_own(tmp_path):
+    router = msgspec.structs.replace(CONFIG.router, processes=2, process_port=9000)
+    config = msgspec.structs.replace(CONFIG, router=router, routers=["192.0.2.1:8000"])
+    plans = plan_processes(config, tmp_path / "c.yaml")[-4:]
+    ours, others = "http://127.0.0.1:8000", "http://192.0.2.1:8000"
+    assert [(plan.name, plan.command[-2:], plan.url, plan.health_url) for plan in plans] == [
+        ("router.1", ("--process", "1"), ours, "http://127.0.0.1:9000/health"),
+        ("router.2", ("--process", "2"), ours, "http://127.0.0.1:9001/health"),
+        ("router-2.1", ("--process", "1"), others, "http://192.0.2.1:9000/health"),
+        ("router-2.2", ("--process", "2"), others, "http://192.0.2.1:9001/health"),
+    ]
+    assert all("--at" in plan.command for plan in plans[2:])
+
+
 @pytest.mark.parametrize(
     ("host", "url"),
     [

@@ -146,6 +146,16 @@ async def test_of_several_routers_the_first_that_is_there_is_asked_and_who_is_no
     assert code == 1 and "router http://127.0.0.1:9 is not there" in out and "2 running, 1 waiting" in out
 
 
+async def test_each_process_of_the_router_is_shown_and_who_is_away_is_an_error(serve):
+    lines = [{"name": "router.1", "in_flight": 3}, {"name": "router.2", "in_flight": 0, "stopping": True}]
+    code, out = await show(await serve("/v1/cluster", json.dumps({**CLUSTER, "processes": lines}).encode()), None)
+    assert code == 0 and "process router.1 has 3 requests in flight" in out and "router.2 has 0" in out
+    assert "and is stopping" in out
+    lines[1] = {"name": "router.2", "problem": "Connection refused"}
+    code, out = await show(await serve("/v1/cluster", json.dumps({**CLUSTER, "processes": lines}).encode()), None)
+    assert code == 1 and "process router.2 is not there: Connection refused" in out
+
+
 async def test_what_all_partitions_hold_is_shown_as_one_and_who_is_away_by_name(serve):
     router = await serve("/v1/cluster", json.dumps(CLUSTER).encode())
     each = [await serve("/v1/stats", msgspec.json.encode(STATS)) for _ in range(2)]
