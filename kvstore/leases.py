@@ -10,12 +10,13 @@ import itertools
 import secrets
 from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
 from kvcore.clock import Clock
 from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
+from kvcore.types import OwnerTag
 from kvstore.background import Background
 from kvstore.counters import Count, StoreCounters
 from kvstore.give_back import GiveBack
@@ -23,7 +24,7 @@ from kvstore.limits import StoreLimits
 from kvstore.types import Lease
 from metadata_server.cache_messages import RenewRequest
 from metadata_server.client import MetadataClient
-from metadata_server.messages import NAMED_LEASES
+from metadata_server.messages import NAMED_LEASES, OWNED_LEASES
 
 _T = TypeVar("_T")
 
@@ -67,6 +68,17 @@ class ReaderLeases:
     def name(self) -> int | msgspec.UnsetType:
         """A new one; none for a server that does not know them."""
         return next(self._names) if self.named else msgspec.UNSET
+
+    def reader(self, *, leased: bool, owner: OwnerTag | None) -> dict[str, Any]:
+        """What a lookup says of its reader, and of the lease that it wants, to a server of any version."""
+        knows = owner is not None and self._metadata.protocol >= OWNED_LEASES
+        return {
+            "lease_s": self.lease_s if leased else 0.0,
+            "node_id": self._node_id,
+            "incarnation": self._incarnation,
+            "lease_name": self.name() if leased else msgspec.UNSET,
+            "owner": owner if knows else msgspec.UNSET,
+        }
 
     async def seen(self, name: int | msgspec.UnsetType, call: Awaitable[_T]) -> _T:
         """The reply to a call that may grant a lease, or room for chunks, of this name. If none comes, in time or as

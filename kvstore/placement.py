@@ -118,21 +118,20 @@ class Placement:
         return f"<Placement of {self._node_id} incarnation {self._incarnation}, {self._metadata}>"
 
     async def match(
-        self, keys: Sequence[ChunkKey], timeout_s: float, *, in_order: bool = True, leased: bool = True
+        self,
+        keys: Sequence[ChunkKey],
+        timeout_s: float,
+        *,
+        in_order: bool = True,
+        leased: bool = True,
+        owner: OwnerTag | None = None,
     ) -> Match:
         """Longest complete prefix; `leased`: it is to be read. `in_order`: each key continues the one before it. A
-        call that is cancelled, or whose reply does not come, leaves no lease behind."""
+        call that is cancelled, or whose reply does not come, leaves no lease behind. `owner`: whose prompt it is."""
         if not await self._knows_version():
             return Match()
-        lease_s = self._leases.lease_s if leased else 0.0
-        request = MatchRequest(
-            keys=list(keys),
-            lease_s=lease_s,
-            node_id=self._node_id,
-            incarnation=self._incarnation,
-            in_order=self._said(in_order),
-            lease_name=self._leases.name() if leased else msgspec.UNSET,
-        )
+        reader = self._leases.reader(leased=leased, owner=owner)
+        request = MatchRequest(keys=list(keys), in_order=self._said(in_order), **reader)
         asking = self._match(request, timeout_s)
         return await (self._background.finish(asking, self.release) if leased else asking)
 
@@ -140,20 +139,22 @@ class Placement:
         call = self._leases.seen(request.lease_name, self._metadata.match(request, timeout_s=timeout_s))
         return self._matched(request.keys, await self._value(call))
 
-    async def wait(self, keys: Sequence[ChunkKey], more_than: int, timeout_s: float, *, leased: bool = True) -> Match:
+    async def wait(
+        self,
+        keys: Sequence[ChunkKey],
+        more_than: int,
+        timeout_s: float,
+        *,
+        leased: bool = True,
+        owner: OwnerTag | None = None,
+    ) -> Match:
         """As match, once there is more or time is up, at most `limits.longest_wait_s`."""
         if not await self._knows_version():
             return Match()
-        request = WaitRequest(
-            keys=list(keys),
-            more_than=more_than,
-            timeout_s=min(max(0.0, timeout_s), self._limits.longest_wait_s),
-            lease_s=self._leases.lease_s if leased else 0.0,
-            node_id=self._node_id,
-            incarnation=self._incarnation,
-            in_order=self._said(True),
-            lease_name=self._leases.name() if leased else msgspec.UNSET,
-        )
+        wait_s = min(max(0.0, timeout_s), self._limits.longest_wait_s)
+        reader = self._leases.reader(leased=leased, owner=owner)
+        asked = {"keys": list(keys), "in_order": self._said(True), **reader}
+        request = WaitRequest(more_than=more_than, timeout_s=wait_s, **asked)
         call = self._leases.seen(request.lease_name, self._metadata.wait(request))
         return self._matched(keys, await self._value(call))
 

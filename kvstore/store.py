@@ -106,25 +106,37 @@ class KVStore:
         use, and it lives until they are closed. Off the loop: RDMA pins it. Raises ConfigError if it cannot be."""
         await self._run_blocking(lambda: self._transfer.register(region))
 
-    async def match(self, keys: Sequence[ChunkKey], *, timeout_s: float, leased: bool = True) -> Match:
+    async def match(
+        self, keys: Sequence[ChunkKey], *, timeout_s: float, leased: bool = True, owner: OwnerTag | None = None
+    ) -> Match:
         """Longest prefix of `keys` that is complete. Metadata server away: an empty Match, counted, never an error.
 
         The Match holds a read lease until `release(match)` or its expiry (`config.read_lease_s`), which reads under way
         put off. A call that is cancelled, or whose reply does not come, leaves no lease behind. `leased` False: nothing
-        is to be read, so there is none.
+        is to be read, so there is none. `owner`: whose prompt it is, for the bounds of one tenant.
         """
         if not keys:
             return Match()
-        return await self._placement.match(keys, timeout_s, leased=leased)
+        return await self._placement.match(keys, timeout_s, leased=leased, owner=owner)
 
-    async def wait(self, keys: Sequence[ChunkKey], *, more_than: int, timeout_s: float, leased: bool = True) -> Match:
+    async def wait(
+        self,
+        keys: Sequence[ChunkKey],
+        *,
+        more_than: int,
+        timeout_s: float,
+        leased: bool = True,
+        owner: OwnerTag | None = None,
+    ) -> Match:
         """As `match`, answered once more than `more_than` leading keys are complete or time, a minute at most, is up
         (then: whatever is complete, perhaps not more). Metadata server away: an empty Match at once; the caller paces
         its retries.
 
         Cancellation ends the wait at once; a lease granted in that very moment is given back in the background.
         """
-        return await self._placement.wait(keys, more_than, timeout_s, leased=leased) if keys else Match()
+        if not keys:
+            return Match()
+        return await self._placement.wait(keys, more_than, timeout_s, leased=leased, owner=owner)
 
     async def get_into(
         self,

@@ -176,6 +176,7 @@ class MetadataClient:
                 incarnation=request.incarnation,
                 in_order=request.in_order,
                 lease_name=request.lease_name,
+                owner=request.owner,
             )
             return await self.match(asked, timeout_s=timeout_s)
         self._num_waits += 1

@@ -55,6 +55,7 @@ class MetadataCore:
     state: MetadataState
     orders: NodeOrdering
     janitor: Janitor
+    floods: NodeFloods
 
     def __init__(
         self,
@@ -73,7 +74,7 @@ class MetadataCore:
         self._waiting: dict[ChunkKey, set[asyncio.Event]] = {}
         self._refusals = Refusals(limits)
         self._said = PeerLog(_logger, clock=clock)
-        self._floods = NodeFloods(limits, state.counters, self._said)
+        self.floods = NodeFloods(limits, state.counters, self._said)
         self._turn = asyncio.Lock()
         self._num_in_turn = 0
         self._seen_seq = state.log.next_seq
@@ -89,7 +90,7 @@ class MetadataCore:
 
     def begin(self, state: MetadataState, kept: tuple[PinRecords, NodeOrdering] | None = None, token: int = 0) -> None:
         """Go on with another index, of this term: event streams of the one before end, long polls ask this one."""
-        self.state, self.token = state, token
+        self.state, self.token, self.floods.counts = state, token, state.counters
         self._pins, self.orders = kept or (None, NodeOrdering(state, self._clock))
         self._calls, self._seen_seq, self._planned = bound_calls(self), state.log.next_seq, float("inf")
         self._sooner.set()
@@ -99,12 +100,12 @@ class MetadataCore:
         state.began(self._clock.now())
 
     def __repr__(self) -> str:
-        return f"<MetadataCore {self._floods.num_waits} waiters, {self.num_subscribers} subscribers: {self.state}>"
+        return f"<MetadataCore {self.floods.num_waits} waiters, {self.num_subscribers} subscribers: {self.state}>"
 
     @property
     def num_waiters(self) -> int:
         """Long polls under way."""
-        return self._floods.num_waits
+        return self.floods.num_waits
 
     @property
     def num_subscribers(self) -> int:
@@ -168,19 +169,17 @@ class MetadataCore:
     def register(self, request: RegisterRequest, now: float) -> RegisterReply:
         """See MetadataState.register. A refusal is logged when it is news."""
         node, replaced = request.node, self.state.counters["nodes_replaced"]
-        self._floods.check_register(node.id, now)
+        self.floods.check_register(node.id, now)
         try:
             reply = self.state.register(request, now)
         except NodeRefusedError as error:
             if self._refusals.add(node, error.message, now) and self._said.allows("refused", node.id) is not None:
                 log_fields(_logger, logging.WARNING, "node_refused", node=node.id, reason=error.message)
             raise
-        self._floods.registered(node.id, now)
+        self.floods.registered(node.id, now)
         self._refusals.taken_in(node)
-        news = self.state.counters["nodes_replaced"] != replaced
-        if (
-            news and self._said.allows("replaced", node.id) is not None
-        ):  # after a crash; else somebody has taken its name
+        news = self.state.counters["nodes_replaced"] != replaced  # a crash, or somebody has taken its name
+        if news and self._said.allows("replaced", node.id) is not None:
             log_fields(_logger, logging.WARNING, "node_replaced", node=node.id, by=node.control_url)
         return reply
 
@@ -194,6 +193,7 @@ class MetadataCore:
             incarnation=request.incarnation,
             in_order=request.in_order is True,
             lease_name=request.lease_name or 0,
+            owner=request.owner or None,
         )
 
     def release(self, request: ReleaseRequest, now: float) -> None:
@@ -226,9 +226,7 @@ class MetadataCore:
 
     def stats(self, _: object, now: float) -> Stats:
         """See MetadataState.stats; with who was refused lately."""
-        return msgspec.structs.replace(
-            self.state.stats(now, self._floods.num_waits), refused=self._refusals.listed(now)
-        )
+        return msgspec.structs.replace(self.state.stats(now, self.floods.num_waits), refused=self._refusals.listed(now))
 
     async def wait(self, request: WaitRequest, now: float) -> MatchReply:
         """As `match`, once more than `more_than` leading keys are complete, time is up, or too many wait."""
@@ -237,11 +235,11 @@ class MetadataCore:
         while True:
             self.leader.check()
             have = self.state.complete_prefix(keys, now)
-            full = have < wanted and not self._floods.may_wait(request.node_id)
+            full = have < wanted and not self.floods.may_wait(request)
             self.state.counters["waits_cut"] += full
             if have >= wanted or now >= deadline or self._stopping or full:
                 return self.match(request, now)
-            with self._floods.waiting(request.node_id):
+            with self.floods.waiting(request):
                 await self._until_stored(keys[have], deadline - now)
             now = self._now()
 

@@ -55,6 +55,7 @@ def _check_match(request: m.MatchRequest) -> None:
     check_incarnation(request.incarnation, "incarnation")
     if isinstance(request.lease_name, int):
         require(0 < request.lease_name < MAX_GENERATION, "lease_name", "out of range")
+    check_owner(request.owner, "owner")
 
 
 def _check_wait(request: m.WaitRequest) -> None:
@@ -184,7 +185,7 @@ RESERVE = EndpointSpec(
     "/v1/objects/reserve",
     m.ReserveRequest,
     m.ReserveReply,
-    lambda core: core.state.reserve,
+    lambda core: core.floods.paced(core.state.reserve),
     "Room for chunks to be written",
     _check_reserve,
 )

@@ -32,6 +32,8 @@ TOLD_OWNERS = 5
 """Since which they tell whose it is, too."""
 NAMED_WRITES = 6
 """Since which writers name what they reserve, as readers their leases."""
+OWNED_LEASES = 7
+"""Since which readers say whose prompt they read."""
 FORGERIES = 5
 """Since which readers say of a replica that it is `forged` or `unproven`; to older servers they say `checksum`."""
 
@@ -115,8 +117,7 @@ class HeartbeatRequest(FromNode, frozen=True, kw_only=True):
 
 
 class HeartbeatReply(VersionedTermReply, ReplyBody, frozen=True, kw_only=True):
-    """`known` false: register again. `drained`: `stay`; `move`: copy the chunks away; empty: not so. `sheds`: its
-    segments are fuller than others', and it is to ask what to move there."""
+    """`known` false: register again. `drained`: `stay`, `move` (chunks) or empty. `sheds`: ask what to move."""
 
     epoch: str
     known: bool
@@ -144,6 +145,8 @@ class MatchRequest(RequestBody, frozen=True, kw_only=True):
     """Each key continues the one before it. Since version IN_ORDER of the protocol."""
     lease_name: int | msgspec.UnsetType = msgspec.UNSET
     """Unique, not 0: its reader can give the lease back by it without having seen the reply. Since NAMED_LEASES."""
+    owner: OwnerTag | msgspec.UnsetType = msgspec.UNSET
+    """Whose prompt it is: no tenant has all leases or waits. Since OWNED_LEASES."""
 
 
 class WaitRequest(MatchRequest, frozen=True, kw_only=True):
@@ -187,7 +190,6 @@ class ReserveRequest(RequestBody, frozen=True, kw_only=True):
     only_preferred: bool | msgspec.UnsetType = msgspec.UNSET
     """No room in other segments is wanted. Since version ONLY_PREFERRED of the protocol."""
     in_order: bool | msgspec.UnsetType = msgspec.UNSET
-    """As of a MatchRequest."""
     owner: OwnerTag | msgspec.UnsetType = msgspec.UNSET
     """Whose quota they count for; absent: nobody's. Since version OWNERS of the protocol."""
     write_name: int | msgspec.UnsetType = msgspec.UNSET
@@ -328,8 +330,7 @@ class EventBatch(VersionedTermReply, ReplyBody, frozen=True, kw_only=True):
     """A frame of the event stream, or the answer to a replay. `reset`: forget all, a snapshot follows as events.
     A batch without events is a keep-alive; `next_seq` is the seq of the event after this batch. Snapshot events all
     have seq `next_seq - 1`; a snapshot may take several batches (only the first says `reset`) and is complete with the
-    first batch without events or with a later `next_seq`. The first batch of a stream says what the server speaks.
-    """
+    first batch without events or with a later `next_seq`. The first batch of a stream says what the server speaks."""
 
     epoch: str
     reset: bool = False

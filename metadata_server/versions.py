@@ -71,7 +71,7 @@ def _shown(part: Part | None) -> str:
     return "an index of one server" if part is None else f"an index of partitions {part.whole}"
 
 
-SPOKEN = Protocols(oldest=1, newest=6)
+SPOKEN = Protocols(oldest=1, newest=7)
 """By this program."""
 
 

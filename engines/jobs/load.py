@@ -139,17 +139,18 @@ class LoadJob:
         store, timeout_s = self._context.store, self._context.timeout_s
         if self._at_once:
             self._at_once = False
-            return await store.match(keys, timeout_s=timeout_s)
+            return await store.match(keys, timeout_s=timeout_s, owner=self._owner)
         if self._followed is not None:
             left_s = min(self._context.limits.follow_poll_s, self._follow_until - self._context.clock.now())
         elif not self._may_wait:
-            return await store.match(keys, timeout_s=timeout_s)
+            return await store.match(keys, timeout_s=timeout_s, owner=self._owner)
         started = self._context.clock.now()
         try:
             async with asyncio.timeout(left_s + timeout_s) as self._waiting:
                 if self._idle:  # a server with too many waiters answers at once
                     await asyncio.sleep(self._context.limits.retry_s)
-                return await store.wait(keys, more_than=0, timeout_s=left_s, leased=not self._watching)
+                leased = not self._watching
+                return await store.wait(keys, more_than=0, timeout_s=left_s, leased=leased, owner=self._owner)
         except TimeoutError:
             return Match()
         finally:

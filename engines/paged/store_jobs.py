@@ -141,7 +141,9 @@ class StoreJobs:
         known, until, ask = match.num_chunks, clock.now() + limits.follow_s, limits.ask_chunks
         while known < len(keys) and (match.writers or match.num_chunks == ask) and clock.now() < until:
             asked = keys[known : known + ask]
-            match = await store.wait(asked, more_than=0, timeout_s=limits.follow_poll_s, leased=False)
+            match = await store.wait(
+                asked, more_than=0, timeout_s=limits.follow_poll_s, leased=False, owner=leg.first.owner
+            )
             known += match.num_chunks
             if match.num_chunks:
                 until = clock.now() + limits.follow_s

@@ -4,11 +4,12 @@ Both are pure: `now` is passed in. Invariant: `Deadlines.next` is exact, dropped
 """
 
 import heapq
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 
-from kvcore.types import ChunkKey
+from kvcore.types import ChunkKey, OwnerTag
 from metadata_server.index.chunks.replicas import ReplicaIndex
 
 
@@ -77,13 +78,15 @@ class Deadlines:
 @dataclass(frozen=True, slots=True)
 class ReadLease:
     """Pins replicas; `holder` is a live node's id or None. `name`: what its reader calls it; 0: nothing. `reader`:
-    which node, and which start of it, its reader says it is of, registered or not; empty: of none."""
+    which node, and which start of it, its reader says it is of, registered or not; empty: of none. `owner`: whose
+    prompt is read, if that is known."""
 
     rows: tuple[int, ...]
     holder: str | None
     name: int
     reader: tuple[str, int] = ("", 0)
     began: float = 0.0
+    owner: OwnerTag | None = None
 
 
 class ReadLeases:
@@ -100,6 +103,8 @@ class ReadLeases:
         self._leases: dict[int, ReadLease] = {}
         self._by_holder: dict[str, set[int]] = {}
         self._by_name: dict[int, int] = {}
+        self._by_owner: Counter[tuple[str, OwnerTag]] = Counter()
+        """Of each tenant, at each node and (by the empty name) in all."""
         self._given_back: dict[int, None] = {}
         self._max_given_back = max_given_back
         self._last_id, self._step = last_id, step
@@ -133,14 +138,17 @@ class ReadLeases:
         *,
         reader: tuple[str, int] = ("", 0),
         began: float = 0.0,
+        owner: OwnerTag | None = None,
     ) -> int:
         """Pin replicas, each of them complete; returns the lease's id, > 0."""
-        lease = ReadLease(tuple(rows), holder, name, reader, began)
+        lease = ReadLease(tuple(rows), holder, name, reader, began, owner)
         self._index.pin(lease.rows)
         self._last_id += self._step
         self._leases[self._last_id] = lease
         if name:
             self._by_name[name] = self._last_id
+        for where in _counted(lease):
+            self._by_owner[where] += 1
         if holder is not None:
             self._by_holder.setdefault(holder, set()).add(self._last_id)
         else:
@@ -155,6 +163,10 @@ class ReadLeases:
             return False
         if self._by_name.get(lease.name) == lease_id:
             del self._by_name[lease.name]
+        for where in _counted(lease):
+            self._by_owner[where] -= 1
+            if not self._by_owner[where]:
+                del self._by_owner[where]
         if lease.holder is not None:
             held = self._by_holder[lease.holder]
             held.discard(lease_id)
@@ -183,6 +195,10 @@ class ReadLeases:
         """How many leases this node has."""
         return len(self._by_holder.get(holder, ()))
 
+    def num_of_owner(self, owner: OwnerTag, holder: str = "") -> int:
+        """How many leases this tenant's prompts have; `holder`: at that node."""
+        return self._by_owner[holder, owner]
+
     def of_holder(self, holder: str) -> list[int]:
         """Ids of the leases of one node."""
         return sorted(self._by_holder.get(holder, ()))
@@ -198,3 +214,13 @@ class ReadLeases:
             for row in lease.rows:
                 counts[row] = counts.get(row, 0) + 1
         return counts
+
+    def check(self) -> None:
+        """Assert that the counts are right. For tests."""
+        assert self._by_owner == Counter(where for lease in self._leases.values() for where in _counted(lease))
+
+
+def _counted(lease: ReadLease) -> list[tuple[str, OwnerTag]]:
+    if lease.owner is None:
+        return []
+    return [("", lease.owner), (lease.holder, lease.owner)] if lease.holder else [("", lease.owner)]

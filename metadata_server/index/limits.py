@@ -12,6 +12,8 @@ class IndexLimits:
     max_read_leases: int = 65_536
     max_leases_per_node: int = 16_384
     """Of one live node; of those of no node, together, the same share as of the room."""
+    owners_share: float = 0.8
+    """Of all leases, and of a node's, that the prompts of one tenant may have: others always have the rest."""
     longest_lease_s: float = 300.0
     """Of a live node, which may renew it while bytes move."""
     max_nodes: int = ProofLimits().max_nodes

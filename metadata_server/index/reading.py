@@ -7,7 +7,7 @@ deadline, its holder, or when it is given back.
 from collections import Counter
 from collections.abc import Iterable, Set
 
-from kvcore.types import ChunkKey, ReplicaRef
+from kvcore.types import ChunkKey, OwnerTag, ReplicaRef
 from metadata_server.cache_messages import RenewReply, RenewRequest
 from metadata_server.index.chunks.replicas import ReplicaIndex
 from metadata_server.index.leases import Deadlines, Expiry, ReadLeases
@@ -50,6 +50,7 @@ class Reading:
         *,
         in_order: bool = False,
         lease_name: int = 0,
+        owner: OwnerTag | None = None,
     ) -> MatchReply:
         """See MetadataState.match. `reader`: which start of which node."""
         index = self._index
@@ -62,7 +63,9 @@ class Reading:
         index.use(flat[::-1])  # the first chunk is used last: without it the others are of no use
         self._counts["lookups"] += len(keys)
         self._counts["hits"] += len(found)
-        lease_id = self._grant(flat, now, lease_s, reader, lease_name) if lease_s > 0 and flat else 0
+        lease_id = 0
+        if lease_s > 0 and flat:
+            lease_id = self._grant(flat, now, lease_s, reader, name=lease_name, owner=owner)
         refs = index.refs(flat)
         rest = keys[len(found) :]
         writers = index.writers(rest[0]) if rest else []
@@ -120,12 +123,22 @@ class Reading:
 
     def check(self, pinned: Set[int]) -> None:
         """Assert every invariant. `pinned`: rows that are kept for another reason, too. For tests."""
+        self.leases.check()
         pins = Counter(self.leases.pins())
         pins.update(pinned)
         assert pins == self._index.table.pins
         assert all(holder in self._nodes for holder in self.leases.holders())
 
-    def _grant(self, rows: list[int], now: float, lease_s: float, reader: tuple[str, int], name: int) -> int:
+    def _grant(
+        self,
+        rows: list[int],
+        now: float,
+        lease_s: float,
+        reader: tuple[str, int],
+        *,
+        name: int,
+        owner: OwnerTag | None,
+    ) -> int:
         if name and not self.leases.wanted(name):
             self._counts["leases_given_back_unseen"] += 1
             return 0
@@ -133,12 +146,25 @@ class Reading:
         full = len(self.leases) >= self._limits.max_read_leases
         if holder is not None:
             full = full or self.leases.num_of(holder.info.id) >= self._limits.max_leases_per_node
+        if owner is not None and not full and self._has_share(owner, holder):
+            self._counts["leases_over_share"] += 1
+            return 0
         if full or (holder is None and not self._nobody_may_pin(self._index.bytes_of(rows))):
             self._counts["leases_refused"] += 1
             return 0
-        lease_id = self.leases.grant(rows, holder.info.id if holder else None, name, reader=reader, began=now)
+        node_id = holder.info.id if holder else None
+        lease_id = self.leases.grant(rows, node_id, name, reader=reader, began=now, owner=owner)
         self._deadlines.set((Expiry.READ_LEASE, lease_id), now + lease_s)
         return lease_id
+
+    def _has_share(self, owner: OwnerTag, holder: LiveNode | None) -> bool:
+        """Whether this tenant's prompts have as many leases as one may, in all or at this node."""
+        limits, share = self._limits, self._limits.owners_share
+        if self.leases.num_of_owner(owner) >= share * limits.max_read_leases:
+            return True
+        if holder is None:
+            return False
+        return self.leases.num_of_owner(owner, holder.info.id) >= share * limits.max_leases_per_node
 
     def _nobody_may_pin(self, num_bytes: int) -> bool:
         share = self._limits.nobodys_share

@@ -14,7 +14,7 @@ import msgspec
 from kvcore.config.schema import StoreConfig
 from kvcore.eviction.quotas import TenantShares
 from kvcore.identity import ClusterIdentity
-from kvcore.types import ChunkKey
+from kvcore.types import ChunkKey, OwnerTag
 from metadata_server import cache_messages as c
 from metadata_server import messages as m
 from metadata_server.account_messages import ImportReply, ImportRequest, Stats
@@ -213,16 +213,16 @@ class MetadataState:
         incarnation: int = 0,
         in_order: bool = False,
         lease_name: int = 0,
+        owner: OwnerTag | None = None,
     ) -> m.MatchReply:
         """Longest complete prefix, which is used now. `lease_s` > 0: a new lease; for no node a shorter one, if any."""
         self.tick(now)
         is_live, limits = self._nodes.get(node_id, incarnation) is not None, self._limits
         lease_s = min(lease_s, limits.longest_lease_s if is_live else limits.nobodys_lease_s)
-        reader = node_id, incarnation
-        reply = self._reading.match(keys, now, lease_s, reader, in_order=in_order, lease_name=lease_name)
-        if self.why_unknown(now):
-            reply = msgspec.structs.replace(reply, rebuilding=True)
-        return reply
+        reply = self._reading.match(
+            keys, now, lease_s, (node_id, incarnation), in_order=in_order, lease_name=lease_name, owner=owner
+        )
+        return msgspec.structs.replace(reply, rebuilding=True) if self.why_unknown(now) else reply
 
     def release(self, lease_ids: list[int], now: float, names: Iterable[int] = ()) -> None:
         """End read leases, and what was reserved by these names; unknown ones ran out, names not seen yet get none."""

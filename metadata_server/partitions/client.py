@@ -22,6 +22,7 @@ from metadata_server.endpoints import EndpointSpec, Rep, Req
 from metadata_server.limits import ClientLimits
 from metadata_server.messages import (
     NAMED_WRITES,
+    OWNED_LEASES,
     PARTITIONS,
     MatchReply,
     MatchRequest,
@@ -72,7 +73,8 @@ class PartitionedMetadataClient(MetadataClient):
         waits = [
             self._until(piece, request.timeout_s, timeout_s)
             for piece in RULES[endpoints.MATCH.path].split(
-                MatchRequest(keys=wanted, in_order=request.in_order), self._whole
+                MatchRequest(**{**_asked(request), "keys": wanted, "lease_s": 0.0, "lease_name": msgspec.UNSET}),
+                self._whole,
             )
         ]
         tasks = [asyncio.ensure_future(wait) for wait in waits]  # the first one that fails ends them all
@@ -86,14 +88,14 @@ class PartitionedMetadataClient(MetadataClient):
         for error in ended:
             if isinstance(error, Exception) and not isinstance(error, MetadataUnavailableError):
                 raise error
-        asked = {name: getattr(request, name) for name in MatchRequest.__struct_fields__}
-        return await self.match(MatchRequest(**asked), timeout_s=timeout_s)
+        return await self.match(MatchRequest(**_asked(request)), timeout_s=timeout_s)
 
     async def _until(self, piece: Piece[MatchRequest], wait_s: float, timeout_s: float | None) -> None:
         asked = piece.request
-        request = WaitRequest(keys=asked.keys, in_order=asked.in_order, more_than=len(asked.keys) - 1, timeout_s=wait_s)
+        request = WaitRequest(**_asked(asked), more_than=len(asked.keys) - 1, timeout_s=wait_s)
         await self._greet(piece.number, timeout_s)
-        reply = await self.parts[piece.number].wait(request, timeout_s=timeout_s)
+        part = self.parts[piece.number]
+        reply = await part.wait(_for_version(request, part.protocol), timeout_s=timeout_s)
         if len(reply.replicas) < len(asked.keys):  # time is up, or too many wait there: so it is for the others
             raise MetadataUnavailableError("the wait has ended")
 
@@ -135,8 +137,7 @@ class PartitionedMetadataClient(MetadataClient):
     ) -> Rep:
         if endpoint is not endpoints.NODES:
             await self._greet(number, timeout_s)
-            if isinstance(request, ReserveRequest) and self.parts[number].protocol < NAMED_WRITES:
-                request = msgspec.structs.replace(request, write_name=msgspec.UNSET)
+            request = _for_version(request, self.parts[number].protocol)
             return await self.parts[number]._call(endpoint, request, timeout_s, poll_s=poll_s)
         return await self.parts[number].nodes(timeout_s=timeout_s)  # type: ignore[return-value]  # it is of NODES
 
@@ -215,3 +216,17 @@ class _Parts(MetadataTransport):
     async def aclose(self) -> None:
         for part in self._parts:
             await part.aclose()
+
+
+def _asked(request: MatchRequest) -> dict[str, Any]:
+    """What a lookup asks, without what makes it a wait."""
+    return {name: getattr(request, name) for name in MatchRequest.__struct_fields__}
+
+
+def _for_version(request: Req, protocol: int) -> Req:
+    """The request as a partition takes it, of which others may be newer."""
+    if isinstance(request, ReserveRequest) and protocol < NAMED_WRITES:
+        return msgspec.structs.replace(request, write_name=msgspec.UNSET)
+    if isinstance(request, MatchRequest) and protocol < OWNED_LEASES:
+        return msgspec.structs.replace(request, owner=msgspec.UNSET)
+    return request

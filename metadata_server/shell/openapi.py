@@ -172,6 +172,7 @@ _MATCH = {
     "node_id": _NAME_OR_NONE,
     "incarnation": _whole(0, MAX_GENERATION),
     "lease_name": _whole(1, MAX_GENERATION),
+    "owner": _OWNER,
 }
 
 _FIELD_BOUNDS: dict[str, dict[str, _Schema]] = {

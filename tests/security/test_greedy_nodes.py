@@ -1,21 +1,33 @@
-"""A node that asks the metadata server for more than any node needs: others keep their part of everything."""
+"""A node, or a tenant by nodes, that takes more of the metadata server than any needs: others keep their part."""
 
 import asyncio
 import logging
 
+import msgspec
 import pytest
 from msgspec.structs import replace
-from support.metadata_words import entry, granted, ids, key, keys, new_state, registration, reservation
+from support.metadata_words import entry, granted, ids, key, keys, new_state, put, registration, reservation
 
+from kvcore.chunk_keys import owner_of
 from kvcore.clock import ManualClock
 from kvcore.errors import NodeRefusedError, OverloadedError
+from kvcore.types import OwnerTag
 from metadata_server.core import MetadataCore
 from metadata_server.index.limits import IndexLimits
 from metadata_server.limits import ClientLimits, ServerLimits
-from metadata_server.messages import FindHoldersRequest, LeaveRequest, ReplicaRef, TellHoldingsRequest, WaitRequest
+from metadata_server.messages import (
+    FindHoldersRequest,
+    LeaveRequest,
+    ReplicaRef,
+    ReserveReply,
+    TellHoldingsRequest,
+    WaitRequest,
+)
+from metadata_server.protocol import encode
 
 NO_BOUND = 1 << 40
 UNITS = 32
+GREEDY, VICTIM = owner_of(b"greedy"), owner_of(b"victim")
 
 
 @pytest.mark.parametrize("most", [NO_BOUND, 16])
@@ -101,6 +113,108 @@ async def test_one_node_does_not_take_all_places_of_those_who_wait(most: int):
     again.cancel()
 
 
+@pytest.mark.parametrize("share", [1.0, 0.8])
+def test_one_tenant_does_not_hold_all_leases_of_a_node_or_of_all(share: float):
+    """Its requests come by the router, and every node reads for it."""
+    state = new_state(limits=IndexLimits(max_read_leases=100, max_leases_per_node=40, owners_share=share))
+    nodes = [f"n{number}" for number in range(4)]
+    for name in nodes:
+        state.register(registration(name), 0.0)
+    put(state, "n0", [1], 0.0)
+
+    def read(node: str, owner: OwnerTag | None, count: int) -> list[int]:
+        asked = [
+            state.match(keys(1), 0.0, lease_s=60.0, node_id=node, incarnation=1, owner=owner) for _ in range(count)
+        ]
+        return [reply.lease_id for reply in asked if reply.lease_id]
+
+    held = [lease for node in nodes for lease in read(node, GREEDY, 100)]
+    victims = read("n0", VICTIM, 5)
+    state.check_invariants(0.0)
+    if share == 1.0:
+        assert len(held) == 100 and not victims, "the attack"
+        return
+    assert len(held) == 80 and len(victims) == 5
+    assert state.counters["leases_over_share"] == 400 - 80
+    assert len(read("n0", None, 2)) == 2, "of whom it is not known whose it reads nothing is held back"
+    state.release(held[:3], 0.0)
+    assert len(read("n3", GREEDY, 10)) == 3, "what it gave back it may have again"
+    state.check_invariants(0.0)
+
+
+def test_a_tenant_has_its_share_of_one_nodes_leases_alone():
+    state = new_state(limits=IndexLimits(max_leases_per_node=10))
+    for name in ("a", "b"):
+        state.register(registration(name), 0.0)
+    put(state, "a", [1], 0.0)
+
+    def read(node: str, owner: OwnerTag) -> int:
+        asked = (state.match(keys(1), 0.0, lease_s=9.0, node_id=node, incarnation=1, owner=owner) for _ in range(20))
+        return sum(bool(reply.lease_id) for reply in asked)
+
+    assert (read("a", GREEDY), read("a", VICTIM), read("b", VICTIM)) == (8, 2, 8)
+    state.leave(LeaveRequest(node_id="a", incarnation=1), 0.0)
+    state.check_invariants(0.0)
+
+
+@pytest.mark.parametrize("most", [NO_BOUND, 8])
+async def test_one_tenant_does_not_take_all_places_of_those_who_wait(most: int):
+    clock = ManualClock()
+    core = MetadataCore(new_state(), clock, ServerLimits(max_waiters=10, max_waiters_per_owner=most))
+    for number in range(20):
+        core.register(registration(f"n{number}"), clock.now())
+
+    def wait(node: int, owner: OwnerTag) -> "asyncio.Task[object]":
+        request = WaitRequest(keys=[key(1)], timeout_s=60.0, node_id=f"n{node}", incarnation=1, owner=owner)
+        return asyncio.create_task(core.wait(request, clock.now()))
+
+    flood = [wait(node, GREEDY) for node in range(20)]
+    await asyncio.sleep(0)
+    victim = wait(0, VICTIM)
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert victim.done() is (most == NO_BOUND)
+    for task in [*flood, victim]:
+        task.cancel()
+    await asyncio.gather(*flood, victim, return_exceptions=True)
+    assert core.num_waiters == 0 and not core.floods._waits_of and not core.floods._waits
+
+
+@pytest.mark.parametrize("most", [NO_BOUND, 40])
+async def test_one_node_does_not_churn_what_others_stored_without_end(most: int, caplog: pytest.LogCaptureFixture):
+    """It reserves, commits and reserves again, as fast as it is answered: each chunk evicts one and is two events."""
+    clock = ManualClock()
+    limits = ServerLimits(most_reserved=most, reserved_per_s=0.0 if most == NO_BOUND else 10.0)
+    core = MetadataCore(new_state(event_log=64), clock, limits)
+    for name in ("a", "b"):
+        core.register(registration(name, UNITS), clock.now())
+
+    async def reserve(name: str, first: int) -> list[ReplicaRef]:
+        body = encode(reservation(name, [*range(first, first + 8)]), json=False)
+        reply = msgspec.msgpack.decode(await core.dispatch("/v1/objects/reserve", body), type=ReserveReply)
+        assert len(reply.outcomes) == 8
+        return granted(reply)
+
+    (others, *_) = [await reserve("b", 0)]
+    core.state.commit(ids("b", others), clock.now())
+    began, taken = core.state.log.next_seq, 0
+    with caplog.at_level(logging.WARNING):
+        for call in range(1, 50):
+            refs = await reserve("a", 100 * call)
+            core.state.commit(ids("a", refs), clock.now())
+            taken += len(refs)
+    flooded = not core.state.log.has(core.state.epoch, began)
+    gone = core.state.complete_prefix(keys(*range(8)), clock.now()) < 8
+    assert flooded is gone is (most == NO_BOUND), "a subscriber begins anew, and the others' chunks are evicted"
+    if most == NO_BOUND:
+        return
+    assert taken == most and core.state.counters["declined_too_fast"] == 49 * 8 - most
+    assert sum("node_floods" in line for line in caplog.messages) == 1
+    assert len(await reserve("b", 8)) == 8, "others go on"
+    clock.advance(0.5)
+    assert len(await reserve("a", 9000)) == 5
+
+
 @pytest.mark.parametrize("most", [NO_BOUND, 5])
 def test_one_node_does_not_flood_subscribers_by_coming_and_going(most: int, caplog: pytest.LogCaptureFixture):
     clock = ManualClock()
@@ -147,7 +261,7 @@ def test_nodes_that_registered_long_ago_are_not_remembered():
     for number in range(100):
         core.register(registration(f"n{number}", units=0), clock.now())
         clock.advance(1.0)
-    assert len(core._floods._registrations) <= 10
+    assert len(core.floods._registrations) <= 10
 
 
 def test_honest_nodes_do_not_meet_these_bounds():
@@ -155,4 +269,6 @@ def test_honest_nodes_do_not_meet_these_bounds():
     assert index.max_reserved_of_node >= 65_536, "a whole segment of so many chunks may be on its way at once"
     assert index.max_tier_keys_of_node >= 20 * 65_536, "a disk of twenty times that"
     assert server.max_waiters_per_node >= 2 * ClientLimits().max_waits, "its engine, and another one that takes over"
+    assert server.most_reserved >= 2 * 65_536, "two whole segments in a row"
+    assert server.reserved_per_s >= 10 * 2000, "ten times what a node of eight fast GPUs stores, in chunks of 16 tokens"
     assert server.most_registrations >= 60, "each second for a minute, as where its engine does not come up"

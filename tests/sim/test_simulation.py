@@ -115,5 +115,5 @@ def test_it_finds_leases_that_never_end(monkeypatch):
     assert any("read_leases" in problem for problem in problems(range(2)))
 
 
-def _never_ends(reading, replicas, *_):
+def _never_ends(reading, replicas, *_, **__):
     return reading.leases.grant(replicas, None)

@@ -104,7 +104,7 @@ def test_an_error_of_ours_fails_its_load_alone(rig, pair):
             self._store = store
             self.broken = True
 
-        async def match(self, keys, *, timeout_s):
+        async def match(self, keys, *, timeout_s, owner):
             if self.broken:
                 self.broken = False
                 raise RuntimeError("a bug")

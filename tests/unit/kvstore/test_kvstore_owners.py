@@ -23,7 +23,17 @@ from kvstore.manifest import scan
 from kvstore.placement import Placement
 from kvstore.store import KVStore
 from kvstore.tiers.base import ChunkName
-from metadata_server.messages import OWNERS, FindHoldersReply, FindHoldersRequest, ReserveReply, ReserveRequest
+from metadata_server.messages import (
+    OWNED_LEASES,
+    OWNERS,
+    FindHoldersReply,
+    FindHoldersRequest,
+    MatchReply,
+    MatchRequest,
+    ReserveReply,
+    ReserveRequest,
+)
+from metadata_server.partitions.client import _for_version
 from nodeapi.messages import PROMOTE_OWNER, PrefillRequest, PromoteReply, PromoteRequest
 from transfer.inproc import InprocTransfer
 
@@ -35,11 +45,17 @@ class Server:
 
     def __init__(self, protocol: int) -> None:
         self.protocol = protocol
-        self.requests: list[ReserveRequest] = []
+        self.requests: list[ReserveRequest | MatchRequest] = []
 
     async def reserve(self, request: ReserveRequest, *, timeout_s: float | None = None) -> ReserveReply:
         self.requests.append(request)
         return ReserveReply(outcomes=[])
+
+    async def match(self, request: MatchRequest, *, timeout_s: float | None = None) -> MatchReply:
+        self.requests.append(request)
+        return MatchReply(replicas=[])
+
+    wait = match
 
     async def nodes(self) -> None:
         pass
@@ -59,6 +75,25 @@ async def test_a_put_says_whose_chunks_it_writes_to_a_server_that_knows_owners(p
         pass
     assert [request.owner for request in server.requests] == [said, msgspec.UNSET]
     await store.aclose()
+
+
+@pytest.mark.parametrize(("protocol", "said"), [(OWNED_LEASES, OWNER), (OWNED_LEASES - 1, msgspec.UNSET)])
+async def test_a_reader_says_whose_prompt_it_reads_to_a_server_that_counts_by_that(protocol, said):
+    server = Server(protocol)
+    how = {"metadata": server, "transfer": InprocTransfer({}), "host_id": "h", "clock": ManualClock()}
+    store = KVStore(spec=SPEC, node_id="a", incarnation=1, **how)
+    for leased in (True, False):
+        await store.match(KEYS, timeout_s=5, leased=leased, owner=OWNER)
+        await store.wait(KEYS, more_than=0, timeout_s=5, leased=leased, owner=OWNER)
+    await store.match(KEYS, timeout_s=5)
+    assert [request.owner for request in server.requests] == [*[said] * 4, msgspec.UNSET]
+    await store.aclose()
+
+
+def test_a_partition_is_sent_no_more_than_its_version_knows():
+    request = MatchRequest(keys=list(KEYS), owner=OWNER, lease_name=7)
+    assert _for_version(request, OWNED_LEASES) is request
+    assert _for_version(request, OWNED_LEASES - 1) == MatchRequest(keys=list(KEYS), lease_name=7)
 
 
 async def test_room_for_what_a_tier_has_is_its_tenants():

@@ -58,8 +58,8 @@ def examples() -> dict[str, Any]:
         m.HeartbeatRequest(**NODE),
         m.LeaveRequest(**NODE),
         m.ReleaseWriterRequest(**NODE),
-        m.MatchRequest(keys=keys(1), **NODE, in_order=True, lease_name=1),
-        m.WaitRequest(keys=keys(1), timeout_s=1.0, **NODE, in_order=True, lease_name=1),
+        m.MatchRequest(keys=keys(1), **NODE, in_order=True, lease_name=1, owner=owner_of(b"salt")),
+        m.WaitRequest(keys=keys(1), timeout_s=1.0, **NODE, in_order=True, lease_name=1, owner=owner_of(b"salt")),
         msgspec.structs.replace(
             reservation("a", [1], prefer="a.1", owner=owner_of(b"salt")),
             only_preferred=True,
@@ -167,6 +167,6 @@ def test_items_of_keys_have_their_length():
     for kind in ("MatchRequest", "WaitRequest"):
         item = SCHEMAS[kind]["properties"]["keys"]["items"]
         assert (item["minLength"], item["maxLength"]) == (24, 24)
-    for kind in ("ReserveRequest", "ManifestEntry"):
+    for kind in ("ReserveRequest", "ManifestEntry", "MatchRequest", "WaitRequest"):
         owner = SCHEMAS[kind]["properties"]["owner"]
         assert (owner["minLength"], owner["maxLength"]) == (12, 12)
