@@ -4,7 +4,8 @@ RESULT has
 - `mac_gbps`, `mac_two_threads_gbps`: AES-256-GMAC over 64 MiB;
 - `mac_over_checksum_get`, `..._put`: the rate of a get (put) of 64 MiB in chunks of 8 over shm, with MACs over with
   checksums; `..._small`: to and from buffers of 64 KiB; `..._tcp`: over tcp;
-- `promote_mac_over_plain`: the rate of promoting 16 chunks of 4 MiB from a disk, likewise;
+- `encrypt_over_mac_get`, `..._put`, `..._small`, `..._tcp`: likewise, encrypted (`kv.encrypt`) over with MACs;
+- `promote_mac_over_plain`, `promote_encrypt_over_mac`: the rate of promoting 16 chunks of 4 MiB from a disk, likewise;
 - `encrypt_gbps`, `decrypt_gbps`: chunks of 4 MiB for a tier, one thread;
 - `router_added_us`: processor time of the router that a request costs more where its calls to nodes carry proofs;
 - `tcp_proven_over_open_get`: the rate of a get of 64 MiB over tcp on connections that stand, after a greeting with

@@ -1,4 +1,5 @@
-"""What MACs of chunks cost: each figure with checksums and with MACs, by turns, for `benchmarks.trust`.
+"""What MACs and encryption of chunks cost: each figure with checksums, with MACs and encrypted, by turns, for
+`benchmarks.trust`.
 
 Estimate: AES-256-GMAC goes over bytes in the cache at 20 to 30 GB/s where there is VAES, XXH3 at 35 to 100, a copy at
 10 to 20. So a get of 64 MiB over shm takes a fifth longer with a MAC; over tcp (2 to 3 GB/s) and from a disk (1 to 3
@@ -11,7 +12,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -49,7 +50,12 @@ from transfer.select import build_transfer
 SIZE_MIB = 64
 _SMALL_BLOCKS = 128
 """Of a chunk: as of an engine that keeps each layer's blocks apart."""
-MODES = {"checksum": Integrity(), "mac": Integrity("mac", Secrets((os.urandom(32),)))}
+_SECRETS = Secrets((os.urandom(32),))
+MODES = {
+    "checksum": Integrity(),
+    "mac": Integrity("mac", _SECRETS),
+    "encrypt": Integrity("mac", _SECRETS, encrypt=True),
+}
 _FINGERPRINT = bytes(range(16))
 _HEADER = ChunkHeader(ChunkKey(bytes(16)), _FINGERPRINT, 256, SIZE_MIB << 20, 0, 1)
 _PROMOTED, _PROMOTED_BYTES = 16, 4 << 20
@@ -149,11 +155,13 @@ async def gets(client: MetadataClient, segment: Segment, rounds: int) -> dict[st
                     taken[mode].append(found)
         for phase, name in (("read", "get"), ("write", "put")):
             times = {mode: [one[phase] for one in all_of] for mode, all_of in taken.items()}
-            ratio = statistics.median(a / b for a, b in zip(times["checksum"], times["mac"], strict=True))
+            ratio, encrypted_ratio = _ratio(times, "checksum", "mac"), _ratio(times, "mac", "encrypt")
             shown = ", ".join(f"{mode} {statistics.median(values) * 1e3:.2f} ms" for mode, values in times.items())
+            ratios = f"mac/checksum {ratio:.2f}, encrypt/mac {encrypted_ratio:.2f}"
             buffers = f"buffers of {payload.chunk_bytes // blocks >> 10} KiB"
-            print(f"{kind} {name} of 64 MiB, {buffers}: {shown}; mac/checksum {ratio:.2f}", flush=True)
-            result[f"mac_over_checksum_{name}{suffix}"] = round(ratio, 3)
+            print(f"{kind} {name} of 64 MiB, {buffers}: {shown}; {ratios}", flush=True)
+            result[f"mac_over_checksum_{name}{suffix}"] = ratio
+            result[f"encrypt_over_mac_{name}{suffix}"] = encrypted_ratio
         for store in stores.values():
             await store.aclose()
         await transfer.aclose()
@@ -193,12 +201,21 @@ async def promotions(client: MetadataClient, folder: Path, rounds: int) -> dict[
                     raise SystemExit(f"not all came: {loader.counts}")
         await placement.aclose(1.0)
         await tier.aclose()
-    ratio = statistics.median(a / b for a, b in zip(seconds["checksum"], seconds["mac"], strict=True))
+    ratio, encrypted_ratio = _ratio(seconds, "checksum", "mac"), _ratio(seconds, "mac", "encrypt")
     shown = ", ".join(f"{mode} {statistics.median(values) * 1e3:.1f} ms" for mode, values in seconds.items())
-    print(f"promotion of 64 MiB from a disk: {shown}; mac/plain {ratio:.2f}", flush=True)
-    return {"promote_mac_over_plain": round(ratio, 3)}
+    ratios = f"mac/plain {ratio:.2f}, encrypt/mac {encrypted_ratio:.2f}"
+    print(f"promotion of 64 MiB from a disk: {shown}; {ratios}", flush=True)
+    return {"promote_mac_over_plain": ratio, "promote_encrypt_over_mac": encrypted_ratio}
+
+
+def _ratio(seconds: Mapping[str, Sequence[float]], before: str, after: str) -> float:
+    """The rate of the one over that of the other, turn by turn."""
+    return round(statistics.median(a / b for a, b in zip(seconds[before], seconds[after], strict=True)), 3)
 
 
 def _sealed(name: ChunkName, body: bytes, integrity: Integrity) -> bytes:
     header = ChunkHeader(name.key, name.fingerprint, 256, len(body), 0, 1)
-    return pack(integrity.seal(header, [memoryview(body)])) + body
+    if not integrity.encrypt:
+        return pack(integrity.seal(header, [memoryview(body)])) + body
+    into = memoryview(bytearray(len(body)))
+    return pack(integrity.encrypted(header, [memoryview(body)], into)) + into

@@ -33,17 +33,17 @@ def engine_config(config: ClusterConfig, node_name: str) -> EngineConfig:
 def build_engine(config: ClusterConfig, node_name: str, make_store: StoreFactory, clock: Clock) -> Engine:
     """The engine of a node, to be entered. Raises ConfigError for what this build or machine cannot run."""
     engine, chunk_tokens = engine_config(config, node_name), config.kv.chunk_tokens
-    timeout_s = config.transport.timeout_s
+    timeout_s, declared = config.transport.timeout_s, declared_kv(config)
     if isinstance(engine, SimEngineConfig):
         if config.model.version:
             weights = f"{engine.weights_version}/{config.model.version}"
             engine = msgspec.structs.replace(engine, weights_version=weights)
-        store = make_store(sim_spec(engine, config.model.name, chunk_tokens))
-        return build_sim_engine(engine, config.model.name, chunk_tokens, store, clock, store_timeout_s=timeout_s)
+        name = config.model.name
+        store = make_store(sim_spec(engine, name, chunk_tokens, declared))
+        return build_sim_engine(engine, name, chunk_tokens, store, clock, declared=declared, store_timeout_s=timeout_s)
     assert isinstance(engine, TorchEngineConfig), "vLLM has stores of its own: see engines.process.child"
     from engines.torch.engine import build_torch_engine
 
-    declared = declared_kv(config)
     return build_torch_engine(
         config.model, engine, chunk_tokens, make_store, clock, declared=declared, store_timeout_s=timeout_s
     )

@@ -22,6 +22,10 @@ class Role(StrEnum):
     """Memory without an engine."""
 
 
+DeclaredKV = tuple[tuple[str, str], ...]
+"""As `KVSpec.declared`."""
+
+
 class KVSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What makes two KV caches interchangeable. Equal specs: each can use the other's bytes."""
 
@@ -43,7 +47,7 @@ class KVSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Payload of one full chunk in bytes, without its header."""
     tp_rank: int = 0
     tp_size: int = 1
-    declared: tuple[tuple[str, str], ...] = ()
+    declared: DeclaredKV = ()
     """(name, value) of settings that make it another kind of KV, sorted by name, as the cluster file or vLLM has them:
     also those that do not show in the fields above. `kvcore.kv_parts` compares specs by name."""
 

@@ -1,7 +1,7 @@
 """The header in front of every chunk in a segment: packed, parsed, and held against what a reader expected.
 
 The layout is published in docs/wire-formats.md ("Chunk in a segment"). Owns no I/O. Invariant: bytes that `parse`
-accepts were packed by `pack`, of this version or the one before, undamaged; `verify` alone says whether they are the
+accepts were packed by `pack`, of a version that is known here, undamaged; `verify` alone says whether they are the
 wanted chunk.
 """
 
@@ -21,6 +21,8 @@ MAGIC = b"KVFCHUNK"
 VERSION = 2
 _WITHOUT_OWNER = 1
 """The version whose headers end with the generation. They are read still: tiers outlive an upgrade."""
+ENCRYPTED = 3
+"""The version of a chunk whose payload is encrypted, with the tag of that in place of its MAC. Else it is VERSION."""
 NONCE_BYTES = 12
 MAC_BYTES = 16
 HEADER_BYTES = 128
@@ -39,9 +41,10 @@ _SINCE_OWNER = bytes(_CRC_OFFSET - _OWNER_OFFSET)
 
 @dataclass(frozen=True, slots=True)
 class ChunkHeader:
-    """What a header says. `checksum` is xxh3_64 (seed 0) of the payload, `payload_length` in bytes. `owner`: whose
-    quota the chunk counts for; None: not known. `nonce`, `mac` and `key_id`, which names the secret that the MAC's key
-    comes from: zeros if there is none (`kvstore.integrity`)."""
+    """What a header says. `checksum` is xxh3_64 (seed 0) of the payload as it lies there, `payload_length` in bytes.
+    `owner`: whose quota the chunk counts for; None: not known. `nonce`, `mac` and `key_id`, which names the secret that
+    the key comes from: zeros if there is none (`kvstore.integrity`). `encrypted`: the payload is, and `mac` is the tag
+    of that."""
 
     key: ChunkKey
     fingerprint: bytes
@@ -53,6 +56,7 @@ class ChunkHeader:
     nonce: bytes = bytes(NONCE_BYTES)
     mac: bytes = bytes(MAC_BYTES)
     key_id: bytes = bytes(KEY_ID_BYTES)
+    encrypted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +92,7 @@ def pack(header: ChunkHeader) -> bytes:
     try:
         fields = _FIELDS.pack(
             MAGIC,
-            VERSION,
+            ENCRYPTED if header.encrypted else VERSION,
             HEADER_BYTES,
             header.token_count,
             header.key,
@@ -113,7 +117,7 @@ def parse(raw: bytes | bytearray | memoryview) -> ChunkHeader | None:
         return None
     body = bytes(raw[:_CRC_OFFSET])
     magic, version, header_length, *fields = _FIELDS.unpack_from(body)
-    if magic != MAGIC or version not in (VERSION, _WITHOUT_OWNER) or header_length != HEADER_BYTES:
+    if magic != MAGIC or version not in (VERSION, _WITHOUT_OWNER, ENCRYPTED) or header_length != HEADER_BYTES:
         return None
     if body[_FIELDS.size :] != _RESERVED or _CRC.unpack_from(raw, _CRC_OFFSET)[0] != zlib.crc32(body):
         return None
@@ -131,6 +135,7 @@ def parse(raw: bytes | bytearray | memoryview) -> ChunkHeader | None:
         nonce=nonce,
         mac=mac,
         key_id=key_id,
+        encrypted=version == ENCRYPTED,
     )
 
 
@@ -147,7 +152,8 @@ def header_outcome(header: ChunkHeader, expected: Expected) -> GetOutcome:
 
 
 def verify(raw_header: bytes | memoryview, expected: Expected, payload: Sequence[memoryview]) -> GetOutcome:
-    """Whether header and payload are the expected chunk, undamaged. Forgery is `kvstore.integrity`'s matter."""
+    """Whether header and payload are the expected chunk, undamaged, as it lies there: encrypted or not. Forgery is
+    `kvstore.integrity`'s matter."""
     header = parse(raw_header)
     if header is None or sum(view.nbytes for view in payload) != expected.payload_length:
         return GetOutcome.MALFORMED

@@ -34,3 +34,10 @@ class StoreLimits:
     hash_first_bytes: int = 1 << 20
     """Up to here a batch is hashed before it is written, in 30 us, and written in one round: a second round for the
     headers costs more."""
+    inline_cipher_bytes: int = 1 << 20
+    """Encrypting or opening 1 MiB blocks the loop for about 0.1 ms."""
+    scratch_slot_bytes: int = 8 << 20
+    """What is encrypted before it is moved goes by way of slots of so many bytes, or of one chunk's if that is more."""
+    scratch_bytes: int = 32 << 20
+    """Of all slots that are kept, and that writes to one segment use at a time; two there are always: one is encrypted
+    into while another is moved."""

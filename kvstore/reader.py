@@ -1,7 +1,8 @@
 """Reading chunks: choose replicas, move all of a batch at once, verify the copies, go on with the next replicas.
 
 Owns nothing between calls. Invariant: a chunk is OK only if its bytes in the caller's buffers were gone over after they
-had been written there for the last time: while they arrived if the transport shows them, else once all have.
+had been written there for the last time: while they arrived if the transport shows them, else once all have. What is
+encrypted is opened there in that same pass.
 """
 
 import asyncio
@@ -85,7 +86,7 @@ class ChunkReader:
         self._counters = counters
         self._integrity = integrity
         self._run_blocking = run_blocking
-        self._inline_bytes = limits.inline_hash_bytes
+        self._inline_bytes = limits.inline_cipher_bytes if integrity.encrypt else limits.inline_hash_bytes
         self._peer_log = PeerLog(_log, clock=clock)
 
     async def read(

@@ -20,6 +20,7 @@ class KVStoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     transport: TransportConfig
     store: StoreConfig
     verify: Verify = "checksum"
+    encrypt: bool = False
     trust: TrustSource = TrustSource()
     """Where the cluster's secret is; the process reads it there itself."""
 
@@ -34,6 +35,7 @@ def store_settings(config: ClusterConfig, *, node_id: str, incarnation: int, hos
         transport=config.transport,
         store=config.store,
         verify=chosen_verify(config),
+        encrypt=config.kv.encrypt,
         trust=trust_source(config, node_id),
     )
 

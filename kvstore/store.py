@@ -14,6 +14,7 @@ from kvstore.background import Background
 from kvstore.chunk_format import HEADER_BYTES
 from kvstore.counters import Count, StoreCounters
 from kvstore.integrity.checks import Integrity
+from kvstore.integrity.scratch import Scratch
 from kvstore.limits import StoreLimits
 from kvstore.placement import Placement, Reserved
 from kvstore.put_session import PutContext, PutSession
@@ -70,6 +71,10 @@ class KVStore:
         routes = Routes(transfer, node_id, host_id, clock=clock, limits=limits, counters=self._counters)
         self._transfer = transfer
         self._run_blocking = run = run_blocking or asyncio.to_thread
+        slot_bytes = max(spec.chunk_bytes, limits.scratch_slot_bytes)
+        num_slots = max(2, limits.scratch_bytes // slot_bytes)
+        self._scratch = Scratch(slot_bytes, num_slots) if integrity.encrypt else None
+        self._scratch_registered = False
         self._reader = ChunkReader(
             fingerprint=spec.fingerprint,
             transfer=transfer,
@@ -91,6 +96,7 @@ class KVStore:
                 integrity=integrity,
                 run_blocking=run,
                 limits=limits,
+                scratch=self._scratch,
             ),
             background=self._background,
             clock=clock,
@@ -105,6 +111,9 @@ class KVStore:
         """Make local memory that chunks are read into and written from known to the transports: once, before its first
         use, and it lives until they are closed. Off the loop: RDMA pins it. Raises ConfigError if it cannot be."""
         await self._run_blocking(lambda: self._transfer.register(region))
+        if self._scratch is not None and not self._scratch_registered:
+            self._scratch_registered, scratch = True, self._scratch.memory
+            await self._run_blocking(lambda: self._transfer.register(scratch))
 
     async def match(
         self, keys: Sequence[ChunkKey], *, timeout_s: float, leased: bool = True, owner: OwnerTag | None = None

@@ -83,7 +83,7 @@ async def open_wiring(settings: KVStoreSettings, clock: Clock) -> AsyncIterator[
     Closes stores, transports and metadata client, in this order.
     """
     trust = await asyncio.to_thread(open_trust, settings.trust)
-    integrity = Integrity(settings.verify, trust.secrets)
+    integrity = Integrity(settings.verify, trust.secrets, encrypt=settings.encrypt)
     async with AsyncExitStack() as stack:
         metadata = connect_client(settings.metadata, clock, trust)
         stack.push_async_callback(metadata.aclose)

@@ -3,11 +3,14 @@
 Owns nothing between calls. Invariants: no byte is written at or after `write_by`; a chunk that was written is whole.
 Its header goes first, without its seal, and again with it when the payload has landed: who comes to read
 meanwhile what lay there before, or this, finds another chunk or a damaged one.
+
+Where chunks are encrypted they are so before a transport sees them, in memory of our own: the caller's is only read.
 """
 
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 from kvcore.clock import Clock
 from kvcore.types import OwnerTag, ReplicaRef, Segment
@@ -15,6 +18,7 @@ from kvstore.checksums import run_sized
 from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, pack
 from kvstore.counters import Count, StoreCounters
 from kvstore.integrity.checks import Integrity, Sealing
+from kvstore.integrity.scratch import Scratch
 from kvstore.limits import StoreLimits
 from kvstore.routes import Routes
 from kvstore.types import Direction, MovedBytes, RunBlocking
@@ -63,7 +67,12 @@ class ChunkWriter:
         integrity: Integrity,
         run_blocking: RunBlocking,
         limits: StoreLimits,
+        scratch: Scratch | None = None,
     ) -> None:
+        """`scratch`: where chunks are encrypted, if they are."""
+        self._scratch = scratch
+        self._turns: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+        """Slots that writes to one segment may have at a time, while there are any: one that hangs takes no more."""
         self._integrity = integrity
         self._fingerprint = fingerprint
         self._transfer = transfer
@@ -101,6 +110,8 @@ class ChunkWriter:
         if sum(chunk.payload_bytes for chunk in batch.chunks) <= self._limits.hash_first_bytes:
             ops = [self._op(batch, chunk, hash_now=True) for chunk in batch.chunks]
             landed = await self._send(batch, batch.chunks, ops)
+        elif self._scratch is not None:
+            landed = await self._encrypt_and_send(batch, self._scratch)
         else:
             landed = await self._send_and_hash(batch)
             headers = [TransferOp(batch.segment, chunk.replica.offset, [self._header(chunk)]) for chunk in landed]
@@ -129,7 +140,40 @@ class ChunkWriter:
             await self._hash(unknown)
         return landed
 
-    async def _send(self, batch: _Batch, chunks: list[Outgoing], ops: list[TransferOp]) -> list[Outgoing]:
+    async def _encrypt_and_send(self, batch: _Batch, scratch: Scratch) -> list[Outgoing]:
+        """Those that have landed. One group of chunks is encrypted while others move; each goes in one round, as its
+        seal is known before."""
+        landed = list[Outgoing]()
+        began, before = self._clock.now(), batch.seconds
+
+        turn = self._turns.setdefault(batch.segment.id, asyncio.Semaphore(scratch.num_slots))
+
+        async def move(group: Sequence[Outgoing]) -> None:
+            async with turn:
+                with scratch.slot() as room:
+                    ops = await self._encrypted_ops(batch, group, room)
+                    landed.extend(await self._send(batch, group, ops))
+
+        async with asyncio.TaskGroup() as moving:
+            for group in scratch.groups(batch.chunks, [chunk.payload_bytes for chunk in batch.chunks]):
+                moving.create_task(move(group))
+        batch.seconds = before + self._clock.now() - began  # they moved side by side
+        return landed
+
+    async def _encrypted_ops(self, batch: _Batch, group: Sequence[Outgoing], room: memoryview) -> list[TransferOp]:
+        def work() -> list[TransferOp]:
+            ops, at = list[TransferOp](), 0
+            for chunk in group:
+                body = room[at : at + chunk.payload_bytes]
+                chunk.sealed = self._integrity.encrypted(self._unsealed(chunk), chunk.payload, body)
+                ops.append(TransferOp(batch.segment, chunk.replica.offset, [self._header(chunk), body]))
+                at += chunk.payload_bytes
+            return ops
+
+        num_bytes = sum(chunk.payload_bytes for chunk in group)
+        return await run_sized(self._run_blocking, num_bytes, work, inline_bytes=self._limits.inline_cipher_bytes)
+
+    async def _send(self, batch: _Batch, chunks: Sequence[Outgoing], ops: list[TransferOp]) -> list[Outgoing]:
         """One transfer; those of `chunks` whose op succeeded. The others are counted."""
         now = self._clock.now()
         if now >= batch.write_by:
@@ -158,11 +202,16 @@ class ChunkWriter:
     def _op(
         self, batch: _Batch, chunk: Outgoing, sealing: Sealing | None = None, *, hash_now: bool = False
     ) -> TransferOp:
-        """Header and payload; `hash_now`: the header has its seal at once."""
-        if hash_now:
-            chunk.sealed = self._integrity.seal(self._unsealed(chunk), chunk.payload)
+        """Header and payload; `hash_now`: the header has its seal at once, and the payload is encrypted if it is to
+        be."""
+        payload = chunk.payload
+        if hash_now and self._integrity.encrypt:
+            body = memoryview(bytearray(chunk.payload_bytes))
+            chunk.sealed, payload = self._integrity.encrypted(self._unsealed(chunk), payload, body), [body]
+        elif hash_now:
+            chunk.sealed = self._integrity.seal(self._unsealed(chunk), payload)
         show = None if sealing is None else sealing.show
-        return TransferOp(batch.segment, chunk.replica.offset, [self._header(chunk), *chunk.payload], show)
+        return TransferOp(batch.segment, chunk.replica.offset, [self._header(chunk), *payload], show)
 
     def _header(self, chunk: Outgoing) -> memoryview:
         return memoryview(pack(chunk.sealed or self._unsealed(chunk)))

@@ -27,7 +27,8 @@ class TransferOp:
 
     `on_part`: a transport may show it what has arrived, or in a write has been taken, part by part, each byte of the
     buffers once and in order, while it is still in the processor's cache (a checksum then costs next to nothing). It is
-    called from any thread, one call at a time. A transport that shows only some of the bytes, or none, is as good.
+    called from any thread, one call at a time. A transport that shows only some of the bytes, or none, is as good. Of a
+    read it may change what it is shown in place, as a decryption does: what it leaves there is what the buffers have.
     """
 
     segment: Segment

@@ -277,6 +277,8 @@ class _CopyBatch:
         bounce, at = whole[: remote.nbytes], 0
         if self.direction == "read":
             self._copy(bounce, remote)
+            if show is not None:
+                show(bounce)
         for view in views:
             part = bounce[at : at + view.nbytes]
             if self.direction == "read":
@@ -286,8 +288,8 @@ class _CopyBatch:
             at += view.nbytes
         if self.direction == "write":
             self._copy(remote, bounce)
-        if show is not None:
-            show(bounce)
+            if show is not None:
+                show(bounce)
         self._bounces.append(whole)
 
 

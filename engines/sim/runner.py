@@ -13,14 +13,16 @@ import xxhash
 from engines.paged.runner import Sampled, StepOutput, StepSlice
 from engines.sim.arithmetic import Arithmetic
 from kvcore.config.schema import SimEngineConfig
-from kvcore.types import KVSpec
+from kvcore.types import DeclaredKV, KVSpec
 from nodeapi.messages import EngineInfo
 
 EOS_TOKEN = 0
 
 
-def sim_spec(config: SimEngineConfig, model: str, chunk_tokens: int) -> KVSpec:
-    """What the simulated KV can be exchanged with: the same version, layout and chunk length."""
+def sim_spec(config: SimEngineConfig, model: str, chunk_tokens: int, declared: DeclaredKV = ()) -> KVSpec:
+    """What the simulated KV can be exchanged with: the same version, layout and chunk length, and what else is
+    `declared`."""
+    own = (("engine.block_size", str(config.block_size)), ("engine.bytes_per_token", str(config.bytes_per_token)))
     return KVSpec(
         model_id=model,
         weights_digest=sha256(config.weights_version.encode()).hexdigest(),
@@ -33,24 +35,21 @@ def sim_spec(config: SimEngineConfig, model: str, chunk_tokens: int) -> KVSpec:
         layout_id=f"sim.b{config.block_size}",
         chunk_tokens=chunk_tokens,
         chunk_bytes=chunk_tokens * config.bytes_per_token,
-        declared=(
-            ("engine.block_size", str(config.block_size)),
-            ("engine.bytes_per_token", str(config.bytes_per_token)),
-        ),
+        declared=tuple(sorted((*own, *declared))),
     )
 
 
 class SimRunner:
     """See `engines.paged.runner.ModelRunner`. A step sleeps first, then reads and writes, in one go."""
 
-    def __init__(self, config: SimEngineConfig, model: str, chunk_tokens: int) -> None:
+    def __init__(self, config: SimEngineConfig, model: str, chunk_tokens: int, declared: DeclaredKV = ()) -> None:
         self._config = config
         self._arithmetic = Arithmetic(config.weights_version, config.bytes_per_token, config.vocab_size)
         self._block_bytes = config.block_size * config.bytes_per_token
         self._memory = memoryview(bytearray(config.num_blocks * self._block_bytes))
         self._info = EngineInfo(
             kind="sim",
-            kv_spec=sim_spec(config, model, chunk_tokens),
+            kv_spec=sim_spec(config, model, chunk_tokens, declared),
             max_context=config.max_context,
             vocab_size=config.vocab_size,
             eos_token_ids=[EOS_TOKEN],

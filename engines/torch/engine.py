@@ -18,11 +18,11 @@ from engines.paged.options import EngineOptions
 from engines.provenance import versioned
 from engines.torch.model import LoadedModel, load_checked, model_dtype
 from engines.torch.runner import TorchRunner
-from engines.torch.spec import DeclaredKV, build_kv_spec
+from engines.torch.spec import build_kv_spec
 from kvcore.clock import Clock, SystemClock
 from kvcore.config.schema import ModelConfig, TorchEngineConfig
 from kvcore.errors import ConfigError
-from kvcore.types import KVSpec
+from kvcore.types import DeclaredKV, KVSpec
 from kvstore.store import KVStore
 from nodeapi.messages import EngineInfo, EngineStats, GenerateRequest, PrefillRequest, PrefillResult, TokenDelta
 from transfer.memory.available import available_memory

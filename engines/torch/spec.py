@@ -6,7 +6,7 @@ from pathlib import Path
 from engines.provenance import DIGEST_CACHE, check_unchanged, weights_digest
 from engines.torch.model import LoadedModel
 from kvcore.model_folder import file_digest
-from kvcore.types import KVSpec
+from kvcore.types import DeclaredKV, KVSpec
 
 # Of config.json, what K and V depend on beside the weights. Max positions do not matter: RoPE types that use them
 # are refused or name them in rope_parameters.
@@ -24,10 +24,6 @@ _ATTENTION_KEYS = (
     "rope_parameters",
     "sliding_window",
 )
-
-
-DeclaredKV = tuple[tuple[str, str], ...]
-"""As KVSpec's `declared`."""
 
 
 def build_kv_spec(

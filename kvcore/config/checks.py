@@ -163,6 +163,8 @@ def _check_security(config: ClusterConfig) -> Iterator[str]:
         yield f"security.tls: with handoff {config.handoff} no processes of ours ask each other; take it out"
     if config.kv.verify == "mac" and secret is None:
         yield "kv.verify: mac needs the cluster's secret: set security.secret"
+    if config.kv.encrypt:
+        yield from _check_encryption(config)
     for path, tier in all_tiers(config):
         if tier.encrypt and secret is None:
             yield f"{path}.encrypt: it needs the cluster's secret: set security.secret"
@@ -188,6 +190,18 @@ def _check_security(config: ClusterConfig) -> Iterator[str]:
     for name in config.nodes if security.nodes is not None else ():
         if name not in (security.nodes or ()):
             yield f"nodes.{name}: security.nodes does not list it"
+
+
+def _check_encryption(config: ClusterConfig) -> Iterator[str]:
+    if config.security.secret is None:
+        yield "kv.encrypt: it needs the cluster's secret: set security.secret"
+    if config.kv.verify not in (True, "mac"):
+        yield f"kv.encrypt: what is encrypted is proved too; take kv.verify: {config.kv.verify} out"
+    for path, tier in all_tiers(config):
+        if tier.codec != "none":
+            yield f"{path}.codec: with kv.encrypt a tier gets ciphertext, which does not get smaller; take it out"
+    if not config.handoff.traits.has_store:
+        yield f"kv.encrypt: with handoff {config.handoff} vLLM moves KV itself, and nobody encrypts it; take it out"
 
 
 def heard_elsewhere(config: ClusterConfig) -> list[tuple[str, str]]:

@@ -52,6 +52,9 @@ class KVConfig(Section, frozen=True, kw_only=True):
     verify: bool | Literal["checksum", "mac"] = True
     """What is checked of a chunk that is read, beside its header. `checksum`: whether it is damaged. `mac`: whether it
     was written with the cluster's secret. `true`: `mac` if there is one, else `checksum`. `false`: nothing."""
+    encrypt: bool = False
+    """Whether KV is encrypted wherever engines share it: in segments, on its way between nodes by any transport, and in
+    tiers. It needs the cluster's secret. All nodes of a cluster have the same; what was stored before is not found."""
 
 
 class TorchEngineConfig(Section, frozen=True, kw_only=True, tag_field="kind", tag="torch"):

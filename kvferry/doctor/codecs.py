@@ -20,7 +20,10 @@ def check_proofs(context: Context, measure: Callable[[], ProofRates] = measure_p
     rates = measure()
     slow = "; slow (with VAES 20 and more): `kv.verify: checksum` costs less, and keeps out nobody"
     detail = f"mac: {rates.mac / 1e9:.1f} GB/s a thread here, where a checksum goes at {rates.checksum / 1e9:.1f}"
-    return [Finding("kv.verify", True, detail + (slow if rates.mac < _SLOW_MAC_RATE else ""))]
+    found = [Finding("kv.verify", True, detail + (slow if rates.mac < _SLOW_MAC_RATE else ""))]
+    if context.config.kv.encrypt:
+        found.append(Finding("kv.encrypt", True, f"{rates.encrypt / 1e9:.1f} GB/s a thread here, on each end"))
+    return found
 
 
 def check_codecs(context: Context) -> list[Finding]:

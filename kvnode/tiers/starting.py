@@ -54,7 +54,7 @@ async def start_tiers(
         stack.push_async_callback(client.aclose)
         verify = chosen_verify(config)
         verify = "checksum" if verify == "header" else verify  # what a tier gives is checked
-        integrity = Integrity(verify, trust.secrets)
+        integrity = Integrity(verify, trust.secrets, encrypt=config.kv.encrypt)
         placement = Placement(metadata, node_id=node.id, incarnation=node.incarnation, clock=clock, config=store)
         tiers = await stack.enter_async_context(
             open_node_tiers(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from kvcore.chunk_keys import OWNER_BYTES
 from kvcore.trust.gmac import Gmac
-from kvstore.chunk_format import HEADER_BYTES, VERSION, ChunkHeader
+from kvstore.chunk_format import ENCRYPTED, HEADER_BYTES, VERSION, ChunkHeader
 
 _IDENTITY = struct.Struct(f"<HHI16s16sQ{OWNER_BYTES}s8x")
 _NO_OWNER = bytes(OWNER_BYTES)
@@ -18,7 +18,7 @@ _NO_OWNER = bytes(OWNER_BYTES)
 def identity(header: ChunkHeader) -> bytes:
     """64 bytes: which chunk it is, and whose; nothing of where it lies."""
     return _IDENTITY.pack(
-        VERSION,
+        ENCRYPTED if header.encrypted else VERSION,
         HEADER_BYTES,
         header.token_count,
         header.key,

@@ -15,6 +15,7 @@ from transfer.memory.segment import host_identity
 from transfer.select import build_transfer
 
 CHOICES = [*KINDS, "auto"]
+_INVERTED = bytes(255 - byte for byte in range(256))
 
 
 @pytest.fixture(params=CHOICES)
@@ -108,6 +109,27 @@ async def test_gather_and_scatter_over_uneven_buffers(rig: Rig) -> None:
     back = [bytearray(size) for size in (100_000, 0, 3, 199_997)]
     assert await rig.engine.read([rig.op(7, *back)], 5) == [None]
     assert b"".join(back) == data
+
+
+@pytest.mark.parametrize("view_bytes", [1 << 20, 64 << 10, 1000])
+async def test_what_is_shown_of_a_read_may_be_changed_there_and_lands_in_the_buffers(rig: Rig, view_bytes: int) -> None:
+    """As a decryption does. Some show all, some nothing: what was shown is changed, once; the rest is as it came."""
+    size = 4 << 20
+    data = content(size)
+    assert await rig.engine.write([rig.op(100, data)], 20) == [None]
+    into = memoryview(bytearray(size))
+    shown = 0
+
+    def change(part: memoryview) -> None:
+        nonlocal shown
+        part[:] = bytes(part).translate(_INVERTED)
+        shown += part.nbytes
+
+    views = [into[start : start + view_bytes] for start in range(0, size, view_bytes)]
+    op = TransferOp(rig.segment, 100, views, change)
+    assert await rig.engine.read([op], 20) == [None]
+    assert into[:shown] == data[:shown].translate(_INVERTED) and into[shown:] == data[shown:]
+    assert shown == size or rig.kind not in ("inproc", "shm", "tcp")
 
 
 async def test_a_thousand_small_ops_in_one_batch(rig: Rig) -> None:

@@ -1,11 +1,12 @@
-"""Chunks changed behind everybody's back: in a segment and in each kind of tier. A checksum takes them, no MAC does."""
+"""Chunks changed behind everybody's back: in a segment and in each kind of tier. A checksum takes them; no MAC does,
+nor does a reader of encrypted ones."""
 
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from hashlib import sha256
 
 import pytest
-from support.chunk_attacks import ATTACKS, CLUSTER, cut, whole
+from support.chunk_attacks import ATTACKS, CLUSTER, cut, sealed_chunk, whole
 from support.store_fakes import CHUNK_BYTES, KEYS, SPEC, Wire, World, payload
 from support.tier_rigs import KINDS
 
@@ -16,7 +17,7 @@ from kvcore.types import ChunkKey, OwnerTag, ReplicaRef, Segment
 from kvnode.tiers.limits import MoveLimits
 from kvnode.tiers.loader import LoadPlan, TierLoader
 from kvnode.tiers.own_segment import OwnSegment
-from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, pack
+from kvstore.chunk_format import HEADER_BYTES, ChunkHeader
 from kvstore.integrity.checks import Integrity
 from kvstore.placement import Placement
 from kvstore.tiers.base import ChunkName, Tier, TierChunk, TierOutcome
@@ -27,6 +28,7 @@ from transfer.base import TransferOp
 from transfer.inproc import InprocTransfer
 
 MACS = Integrity("mac", CLUSTER)
+ENCRYPTED = Integrity("mac", CLUSTER, encrypt=True)
 TENANT, OTHER_TENANT = owner_of(b"tenant"), owner_of(b"other")
 MINE, OTHERS = KEYS[0], KEYS[1]
 CALL_S = 5.0
@@ -69,14 +71,14 @@ class Cluster:
         assert await self._attacker.write([op], CALL_S) == [None]
 
 
-@pytest.fixture(params=[Integrity(), MACS], ids=["checksum", "mac"])
+@pytest.fixture(params=[Integrity(), MACS, ENCRYPTED], ids=["checksum", "mac", "encrypted"])
 async def cluster(request: pytest.FixtureRequest) -> AsyncIterator[Cluster]:
     made = Cluster(request.param)
     yield made
     await made.world.aclose()
 
 
-only_macs = pytest.mark.parametrize("cluster", [MACS], ids=["mac"], indirect=True)
+only_macs = pytest.mark.parametrize("cluster", [MACS, ENCRYPTED], ids=["mac", "encrypted"], indirect=True)
 
 
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
@@ -179,7 +181,7 @@ def written(key: ChunkKey, owner: OwnerTag, integrity: Integrity) -> bytes:
     """As a node leaves it in a tier."""
     body = payload(key[0])
     header = ChunkHeader(key, SPEC.fingerprint, SPEC.chunk_tokens, CHUNK_BYTES, 0, 9, owner)
-    return pack(integrity.seal(header, [memoryview(body)])) + body
+    return sealed_chunk(integrity, header, body)
 
 
 QUICK, SLOW = ("memory", "disk", "folder"), ("lossless_disk", "redis", "redis_cluster", "mooncake", "s3")
@@ -203,7 +205,7 @@ async def tier(request: pytest.FixtureRequest) -> AsyncIterator[Tier]:
 
 
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
-@pytest.mark.parametrize("integrity", [Integrity(), MACS], ids=["checksum", "mac"])
+@pytest.mark.parametrize("integrity", [Integrity(), MACS, ENCRYPTED], ids=["checksum", "mac", "encrypted"])
 async def test_a_chunk_in_a_tier(tier, name, attack, integrity):
     value = attack.change(written(name.key, TENANT, integrity), written(OTHERS, OTHER_TENANT, integrity))
     assert await tier.save([TierChunk(name, [memoryview(value)])], timeout_s=CALL_S) == [TierOutcome.OK]
@@ -219,10 +221,11 @@ async def test_a_chunk_in_a_tier(tier, name, attack, integrity):
     await node.aclose()
 
 
-async def test_a_chunk_that_comes_from_a_tier_unchanged_is_proved_to_its_reader_too(tier, name):
-    chunk = TierChunk(name, [memoryview(written(name.key, TENANT, MACS))])
+@pytest.mark.parametrize("integrity", [MACS, ENCRYPTED], ids=["mac", "encrypted"])
+async def test_a_chunk_that_comes_from_a_tier_unchanged_is_proved_to_its_reader_too(tier, name, integrity):
+    chunk = TierChunk(name, [memoryview(written(name.key, TENANT, integrity))])
     assert await tier.save([chunk], timeout_s=CALL_S) == [TierOutcome.OK]
-    node = Promoter(tier, MACS)
+    node = Promoter(tier, integrity)
     assert await node.promote(name) == {"promoted": 1}
     assert await node.read(name) == (GetOutcome.OK, payload(MINE[0]))
     await node.aclose()

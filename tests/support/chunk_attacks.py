@@ -7,6 +7,7 @@ writes. All have right CRCs and checksums: those anybody can compute.
 
 import mmap
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +22,14 @@ from kvstore.types import GetOutcome
 CLUSTER, OTHER_CLUSTER = (Secrets((bytes(range(start, start + 32)),)) for start in (0, 100))
 
 
+def sealed_chunk(integrity: Integrity, header: ChunkHeader, payload: bytes) -> bytes:
+    """As a process with this integrity writes it into a segment."""
+    if not integrity.encrypt:
+        return pack(integrity.seal(header, [memoryview(payload)])) + payload
+    made = memoryview(bytearray(len(payload)))
+    return pack(integrity.encrypted(header, [memoryview(payload)], made)) + made
+
+
 def cut(chunk: bytes) -> tuple[ChunkHeader, bytes]:
     """Header and payload."""
     header = parse(chunk)
@@ -31,6 +40,13 @@ def cut(chunk: bytes) -> tuple[ChunkHeader, bytes]:
 def whole(header: ChunkHeader, payload: bytes) -> bytes:
     """With the payload's checksum."""
     return pack(replace(header, checksum=checksum([memoryview(payload)]))) + payload
+
+
+def with_bytes(raw: bytes, offset: int, value: bytes) -> bytes:
+    """The header with those bytes at `offset`, and a right CRC."""
+    body = bytearray(raw[:-4])
+    body[offset : offset + len(value)] = value
+    return bytes(body) + zlib.crc32(body).to_bytes(4, "little")
 
 
 def forge(there: bytes, other: bytes) -> bytes:
@@ -66,7 +82,7 @@ def bare(there: bytes, other: bytes) -> bytes:
 def foreign(there: bytes, other: bytes) -> bytes:
     """As another cluster, that has a secret of its own, writes it."""
     header, payload = cut(forge(there, other))
-    return pack(Integrity("mac", OTHER_CLUSTER).seal(header, [memoryview(payload)])) + payload
+    return sealed_chunk(Integrity("mac", OTHER_CLUSTER, encrypt=header.encrypted), header, payload)
 
 
 def foreign_renamed(there: bytes, other: bytes) -> bytes:

@@ -44,14 +44,15 @@ def test_what_makes_its_kv_another_kind_is_named_as_in_the_file(cause, settings)
     assert list(differing_parts(plain, other)) == [cause]
 
 
-def test_a_version_of_the_weights_is_another_kind_of_kv_and_none_is_what_it_was() -> None:
+def test_a_version_of_the_weights_and_encryption_are_another_kind_of_kv_and_neither_is_what_it_was() -> None:
     async def main() -> None:
         config, world = cluster_config(), World()
         store, _ = world.store("d0", InprocTransfer(world.memory))
 
-        def fingerprint(version: str) -> bytes:
+        def fingerprint(version: str, *, encrypt: bool = False) -> bytes:
             model = msgspec.structs.replace(config.model, version=version)
-            versioned_config = msgspec.structs.replace(config, model=model)
+            kv = msgspec.structs.replace(config.kv, encrypt=encrypt)
+            versioned_config = msgspec.structs.replace(config, model=model, kv=kv)
             made: list[KVSpec] = []
             build_engine(versioned_config, "d0", lambda spec: made.append(spec) or store, SystemClock())
             return made[0].fingerprint
@@ -59,7 +60,8 @@ def test_a_version_of_the_weights_is_another_kind_of_kv_and_none_is_what_it_was(
         engine = config.engine
         assert isinstance(engine, SimEngineConfig)
         plain = sim_spec(engine, config.model.name, config.kv.chunk_tokens).fingerprint
-        assert fingerprint("") == plain and len({plain, fingerprint("a"), fingerprint("b")}) == 3
+        encrypted = fingerprint("", encrypt=True)
+        assert fingerprint("") == plain and len({plain, encrypted, fingerprint("a"), fingerprint("b")}) == 4
 
     run_sim(main)
 

@@ -60,6 +60,9 @@ def load(tmp_path):
         ("router.request_timeout_s=-1", r"router\.request_timeout_s: -1: expected float > 0"),
         ("kv.verify=mac", r"kv\.verify: mac needs the cluster's secret: set security\.secret"),
         ("tiers.redis={url: r, encrypt: true}", r"tiers\.redis\.encrypt: it needs the cluster's secret"),
+        ("kv.encrypt=true", r"kv\.encrypt: it needs the cluster's secret: set security\.secret"),
+        ("kv={encrypt: true, verify: checksum}", r"kv\.encrypt: .* proved too; .*verify: checksum out"),
+        ("kv={encrypt: true, verify: false}", r"kv\.encrypt: .* proved too; .*verify: False out"),
         ("kv.verify=5", r"kv\.verify: 5: not valid \(known: checksum, mac\)"),
         ("kv.verify=mack", r"kv\.verify: 'mack': not valid \(did you mean mac\?\)"),
         ("service.log_level=loud", r"service\.log_level: 'loud': not valid \(known: debug"),
@@ -112,6 +115,13 @@ def test_an_override_within_what_is_no_section_is_named(load, transport, overrid
         ConfigError, match=f"--set {override.replace('[', '.').replace(']', '.')}: transport is not a section"
     ):
         load(override, transport=transport)
+
+
+def test_encrypted_kv_needs_a_tier_that_takes_it_as_it_is(load):
+    tiers = {"redis": {"url": "r", "codec": "lossless"}}
+    with pytest.raises(ConfigError, match=r"tiers\.redis\.codec: with kv\.encrypt a tier gets ciphertext"):
+        load(kv={"encrypt": True}, security={"secret": {"env": "S"}}, tiers=tiers)
+    assert load(kv={"encrypt": True}, security={"secret": {"env": "S"}}).kv.encrypt
 
 
 def test_missing_keys_are_named(load):

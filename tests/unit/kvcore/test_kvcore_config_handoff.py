@@ -34,6 +34,7 @@ def load(tmp_path):
     ("override", "message"),
     [
         ("handoff=kvferry", r"engine: missing \(only the servers"),
+        ("kv={encrypt: true}", r"kv\.encrypt: with handoff mooncake vLLM moves KV itself, and nobody encrypts it"),
         ("handoff=nixel", r"handoff: 'nixel': not valid \(did you mean nixl\?\)"),
         ("handoff=nixl", r"nodes\.p0\.bootstrap_port: only prefillers with handoff mooncake"),
         ("nodes.d0.bootstrap_port=1", r"nodes\.d0\.bootstrap_port: only prefillers"),

@@ -41,13 +41,16 @@ def test_what_is_not_installed_is_said(monkeypatch):
 
 def test_what_macs_cost_here_is_said_where_there_are_macs():
     secured = msgspec.structs.replace(CONFIG, security=SecurityConfig(secret=SecretConfig(env="S")))
-    fast, slow = ProofRates(24.7e9, 60e9), ProofRates(1.2e9, 20e9)
+    fast, slow = ProofRates(24.7e9, 60e9, 14.3e9), ProofRates(1.2e9, 20e9, 1e9)
     (found,) = check_proofs(Context(secured), lambda: fast)
     assert found.ok and found.detail == "mac: 24.7 GB/s a thread here, where a checksum goes at 60.0"
     (found,) = check_proofs(Context(secured), lambda: slow)
     assert found.ok and "slow" in found.detail and "`kv.verify: checksum`" in found.detail
     assert check_proofs(Context(CONFIG)) == [] and check_proofs in ALL_CHECKS
+    encrypted = msgspec.structs.replace(secured, kv=KVConfig(encrypt=True))
+    _, found = check_proofs(Context(encrypted), lambda: fast)
+    assert (found.subject, found.ok, found.detail) == ("kv.encrypt", True, "14.3 GB/s a thread here, on each end")
     plain = msgspec.structs.replace(secured, kv=KVConfig(verify="checksum"))
     assert check_proofs(Context(plain)) == []
     measured = measure_proofs(1 << 16, 1)
-    assert measured.mac > 0 and measured.checksum > 0
+    assert measured.mac > 0 and measured.checksum > 0 and measured.encrypt > 0

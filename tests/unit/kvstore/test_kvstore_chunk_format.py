@@ -75,7 +75,7 @@ def test_nonce_and_mac_are_kept_where_they_are_published():
 
 
 def test_another_version_is_malformed():
-    for version in (0, 3, 0x0102):
+    for version in (0, 4, 0x0102):
         raw = bytearray(pack(HEADER)[:-4])
         raw[8:10] = version.to_bytes(2, "little")
         assert parse(bytes(raw) + zlib.crc32(raw).to_bytes(4, "little")) is None

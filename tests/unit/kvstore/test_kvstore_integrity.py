@@ -5,6 +5,7 @@ import zlib
 
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from support.chunk_attacks import with_bytes
 
 from kvcore.trust.secrets import Secrets
 from kvcore.types import ChunkKey, OwnerTag
@@ -57,13 +58,6 @@ def check(
     shown = checking.outcome(raw, [memoryview(payload)])
     assert by.check(raw, expected, [memoryview(payload)]) is shown
     return shown
-
-
-def with_bytes(raw: bytes, offset: int, value: bytes) -> bytes:
-    """The header with those bytes, and a right CRC."""
-    body = bytearray(raw[:-4])
-    body[offset : offset + len(value)] = value
-    return bytes(body) + zlib.crc32(body).to_bytes(4, "little")
 
 
 def test_the_published_mac_vector_holds():
