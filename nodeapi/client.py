@@ -3,6 +3,7 @@
 Owns the translation of bodies and refusals. Decides nothing and retries nothing.
 """
 
+from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from typing import TypeVar
 
@@ -34,6 +35,7 @@ from nodeapi.messages import (
     StreamFrame,
     TokenDelta,
 )
+from nodeapi.protocol import TakeDelta
 from nodeapi.upkeep import (
     ChunksReply,
     ChunksRequest,
@@ -46,6 +48,8 @@ from nodeapi.upkeep import (
 )
 
 MAX_FRAME_BYTES = 4 << 20
+MAX_TAKEN = 64
+"""Deltas that come at once and are given straight to who takes them; behind them others have their turn."""
 MAX_REPORT_BYTES = 1 << 20
 """Of nodes of which nothing is known yet many are asked at once."""
 _REPORTS_KEPT, _LONGEST_KEPT = 4096, 16 << 10
@@ -86,14 +90,28 @@ class HttpNodeClient:
         """See NodeClient."""
         return await self._ask(f"{url}/v1/prefill", request, PrefillResult, timeout_s)
 
-    async def generate(self, url: str, request: GenerateRequest, *, timeout_s: float) -> AsyncGenerator[TokenDelta]:
+    async def generate(
+        self, url: str, request: GenerateRequest, *, timeout_s: float, take: TakeDelta | None = None
+    ) -> AsyncGenerator[TokenDelta]:
         """See NodeClient."""
         body = self._encoder.encode(request)
         unfinished = request.sampling.n
         async with self._calls.open("POST", f"{url}/v1/generate", body, timeout_s) as answer:
-            cutter = FrameDecoder(MAX_FRAME_BYTES)
-            while data := await answer.read(timeout_s):
-                for frame in self._frames_in(data, cutter, url, answer.seal):
+            cutter, unread = FrameDecoder(MAX_FRAME_BYTES), deque[TokenDelta | StreamError]()
+
+            def feed(data: bytes) -> bool:
+                frames = self._frames_in(data, cutter, url, answer.seal)
+                for at, frame in enumerate(frames):
+                    if take is None or unread or at == MAX_TAKEN or isinstance(frame, StreamError) or not take(frame):
+                        unread.extend(frames[at:])
+                        break
+                return not unread
+
+            more = True
+            while more:
+                more = await answer.pass_on(feed, timeout_s)
+                while unread:
+                    frame = unread.popleft()
                     if isinstance(frame, StreamError):
                         raise error_from_code(frame.code, frame.message)
                     if frame.finish_reason is not None:

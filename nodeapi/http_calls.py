@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 
 from kvcore.errors import DeadlineExceededError, KVFerryError, NoDescriptorsError, NodeUnavailableError, ProofError
-from kvcore.http.connection import HttpConnection
+from kvcore.http.connection import Feed, HttpConnection
 from kvcore.http.errors import ConnectTimeoutError
 from kvcore.http.pool import HttpPool
 from kvcore.ports import why_unreachable
@@ -119,6 +119,13 @@ class OpenAnswer:
             except OSError as error:
                 raise _meaning(error, self._url, timeout_s) from error
         return self._answer.take()
+
+    async def pass_on(self, feed: Feed, timeout_s: float) -> bool:
+        """See HttpConnection. Raises errors of kvcore.errors, and what `feed` raises."""
+        try:
+            return await self._answer.pass_on(feed, timeout_s)
+        except OSError as error:
+            raise _meaning(error, self._url, timeout_s) from error
 
     async def beginning(self, most: int, timeout_s: float) -> bytes:
         """At most so many bytes of it, within `timeout_s`."""

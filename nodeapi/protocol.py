@@ -1,9 +1,12 @@
 """The calls that a router makes to a node. `nodeapi.client` makes them over HTTP, the simulation without."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Protocol
 
 from nodeapi.messages import GenerateRequest, NodeReport, PrefillRequest, PrefillResult, TokenDelta
+
+TakeDelta = Callable[[TokenDelta], bool]
+"""Does with a delta what is to be done with it, at once. False: it has done nothing, and is given it as any other."""
 
 
 class NodeClient(Protocol):
@@ -14,9 +17,14 @@ class NodeClient(Protocol):
         """Run a prefill leg. DeadlineExceededError after `timeout_s`."""
         ...
 
-    def generate(self, url: str, request: GenerateRequest, *, timeout_s: float) -> AsyncGenerator[TokenDelta]:
+    def generate(
+        self, url: str, request: GenerateRequest, *, timeout_s: float, take: TakeDelta | None = None
+    ) -> AsyncGenerator[TokenDelta]:
         """Run a decode leg. Ends normally when the node has ended its stream; the caller counts finish reasons.
-        DeadlineExceededError when a single delta takes longer than `timeout_s`."""
+        DeadlineExceededError when a single delta takes longer than `timeout_s`.
+
+        A delta that comes while the next one is waited for may be given to `take`; it is yielded only if that does not
+        take it. What `take` raises is raised where the next one is waited for."""
         ...
 
     async def end_handoff(self, url: str, request_id: str, *, timeout_s: float) -> None:

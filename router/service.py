@@ -26,11 +26,12 @@ from router.admin.rebalance import SegmentRebalance
 from router.admin.routes import AdminRoutes, add_no_nodes
 from router.admission.gate import Admission
 from router.admission.no_node import NoNodeWait, none_is_up_yet
-from router.answering import Answerer, AnswerLimits
+from router.answering import Answerer
 from router.api.app import make_app
 from router.cache.hints import HintPins
 from router.cache.replay import CacheReplay
 from router.cache.watch import CacheWatch
+from router.client_answer import AnswerLimits
 from router.descriptors import LEGS_PER_REQUEST
 from router.listeners import RouterListeners
 from router.metrics import RouterMetrics

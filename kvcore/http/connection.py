@@ -17,6 +17,9 @@ from kvcore.http.limits import CallLimits
 from kvcore.ports import why_unreachable
 from kvcore.trust.http_proof import ProvenReply
 
+Feed = Callable[[bytes], bool]
+"""Gets parts of a body as they come. Whether it goes on with those that follow."""
+
 
 class HttpConnection(asyncio.Protocol):
     """`on_free(connection, reusable)`: called once after each `begin`, when its call is over for good; `on_lost`: when
@@ -37,9 +40,11 @@ class HttpConnection(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._deadline = math.inf
         self._waiter: asyncio.Future[None] | None = None
+        self._feed: tuple[Feed, float] | None = None
+        """Gets what comes while a reader waits, and how long it may wait for each part."""
         self._busy = self._rests = False
         self._paused = False
-        self._want = 1
+        self._want: float = 1
         self.is_reused = False
         """Whether the call under way is not its first."""
         self.status = 0
@@ -96,8 +101,26 @@ class HttpConnection(asyncio.Protocol):
     async def wait(self, num_bytes: int, seconds: float) -> None:
         """Until the head has come and so many bytes (at least one) of the body are there to be taken, or all of it.
         Raises TimeoutError after `seconds`, and BrokenCallError; bytes that came before can still be taken."""
-        if self._whole or self._size >= num_bytes:
-            return
+        if not (self._whole or self._size >= num_bytes):
+            await self._woken(num_bytes, seconds)
+
+    async def pass_on(self, feed: Feed, seconds: float) -> bool:
+        """Give `feed` what comes of the body, straight from the socket, as long as it goes on: no task is woken for it.
+        Whether there may be more; False: all has come and was given. Raises as `wait` does, each part being waited for
+        so long, and what `feed` raises."""
+        while not self._size or feed(self.take()):
+            if self._whole:
+                return False
+            self._feed = feed, seconds
+            try:
+                await self._woken(math.inf, seconds)
+            finally:
+                self._feed = None
+            if not (self._size or self._whole):  # woken by one that does not go on
+                return True
+        return True
+
+    async def _woken(self, num_bytes: float, seconds: float) -> None:
         if self._error is not None:
             raise self._error
         self._want = num_bytes
@@ -155,6 +178,8 @@ class HttpConnection(asyncio.Protocol):
             self._broke(BrokenCallError("it wants to speak another protocol"))
         if not self.status and self._head_bytes > self._limits.max_head_bytes:
             self._broke(BrokenCallError(f"the head of its answer is over {self._limits.max_head_bytes} bytes"))
+        if self._feed is not None and self._size:
+            self._pass_on(*self._feed)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio.Protocol."""
@@ -252,6 +277,19 @@ class HttpConnection(asyncio.Protocol):
             waiter.set_exception(self._error)
         else:
             waiter.set_result(None)
+
+    def _pass_on(self, feed: Feed, seconds: float) -> None:
+        """Unless its reader has been woken, who then takes what has come himself."""
+        waiter = self._waiter
+        if waiter is None or waiter.done():
+            return
+        self._limit(seconds)
+        try:
+            if not feed(self.take()) and not waiter.done():
+                waiter.set_result(None)
+        except Exception as error:  # raised where it is waited for
+            if not waiter.done():
+                waiter.set_exception(error)
 
     def _broke(self, error: OSError) -> None:
         self._error = self._error or error

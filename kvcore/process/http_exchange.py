@@ -94,6 +94,16 @@ class HttpExchange(RequestResponseCycle):
         else:
             raise RuntimeError(f"{kind!r} does not belong at this place of an answer")
 
+    @property
+    def takes(self) -> bool:
+        """Whether `write` may be called: a body is under way, and the client takes what is sent."""
+        under_way = self.response_started and not self.response_complete
+        return under_way and not (self.disconnected or self.flow.write_paused)
+
+    def write(self, body: bytes) -> None:
+        """A part of a body that is not the last: as by `send`, where that would not wait. See `takes`."""
+        self._add(body, more=True)
+
     def flush(self) -> None:
         """Write what this turn has brought."""
         if not self._held:
@@ -163,11 +173,16 @@ class HttpExchange(RequestResponseCycle):
             self.flush()
 
 
+def exchange_of(scope: Scope) -> HttpExchange | None:
+    """None: another server has the connection."""
+    found = scope.get("extensions", {}).get(EXCHANGE)
+    return found if isinstance(found, HttpExchange) else None
+
+
 @contextmanager
 def told_when_gone(scope: Scope, receive: Receive, leave: Callable[[], object]) -> Generator[None]:
     """Calls `leave` when the client leaves while the block runs. The request's body has been read."""
-    exchange = scope.get("extensions", {}).get(EXCHANGE)
-    if isinstance(exchange, HttpExchange):
+    if (exchange := exchange_of(scope)) is not None:
         exchange.on_gone(leave)
         try:
             yield

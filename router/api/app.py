@@ -24,7 +24,7 @@ from kvcore.process.http_body import read_body
 from kvcore.telemetry import METRICS_CONTENT_TYPE
 from router.admission.header import with_first_token
 from router.admission.no_node import NoNodeWait, Tell
-from router.answering import Answerer, ClientAnswer
+from router.answering import Answerer
 from router.api import openapi
 from router.api.body import parse
 from router.api.formats.chat_format import ChatFormatter
@@ -36,6 +36,7 @@ from router.api.limits import ApiLimits
 from router.api.openai_schema import ChatRequest, CompletionRequest, answer_request, prompts_of
 from router.api.responses import AnswerResponse, JsonReply, error_response
 from router.api.text_routes import add_probe_routes, add_text_routes
+from router.client_answer import ClientAnswer
 from router.metrics import RouterMetrics
 from router.processes.routes import add_own
 from router.processes.view import RouterView

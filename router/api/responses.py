@@ -16,12 +16,12 @@ from starlette.types import Message, Receive, Scope, Send
 
 from kvcore.clock import SystemClock
 from kvcore.errors import EngineError, KVFerryError
-from kvcore.process.http_exchange import told_when_gone
+from kvcore.process.http_exchange import HttpExchange, exchange_of, told_when_gone
 from kvcore.step_timeout import StepTimeout
 from router.admission.no_node import Tell
-from router.answering import ClientAnswer, TextPiece
 from router.api.formats.formatter import Formatter, sse
 from router.api.http_errors import headers_for, reply_of
+from router.client_answer import ClientAnswer, TextPiece
 
 _log = logging.getLogger("router")
 _now = SystemClock().now
@@ -48,6 +48,34 @@ class Turns:
         if self.over:
             await asyncio.sleep(0)
             self._until = _now() + self._longest_s
+
+
+class _Gathering:
+    """Takes every piece of an answer that is sent in one body."""
+
+    takes = True
+
+    def __init__(self, formatter: Formatter) -> None:
+        self.put = formatter.take
+
+
+class _Writing:
+    """Takes pieces of a stream as long as its client takes what is sent. `exchange`: whose body has begun."""
+
+    def __init__(self, formatter: Formatter, exchange: HttpExchange) -> None:
+        self._formatter = formatter
+        self._exchange = exchange
+        self.begun = False
+        """The first piece is out."""
+
+    @property
+    def takes(self) -> bool:
+        """See PieceSink."""
+        return self.begun and self._exchange.takes
+
+    def put(self, piece: TextPiece) -> None:
+        """See PieceSink."""
+        self._exchange.write(self._formatter.chunk(piece))
 
 
 class _ClientGoneError(Exception):
@@ -111,18 +139,21 @@ class AnswerResponse(Response):
                     sending.stop()
 
                 with told_when_gone(scope, receive, sending.expire):
-                    await self._answer(send_in_time)
+                    await self._answer(send_in_time, exchange_of(scope))
         except (TimeoutError, _ClientGoneError):
             return
 
-    async def _answer(self, send: Send) -> None:
+    async def _answer(self, send: Send, exchange: HttpExchange | None) -> None:
+        """`exchange`: by which pieces of a stream can be written without waking this task; None: there is none."""
         turns = Turns()
         try:
             answer, formatter = await self._start(partial(self._tell, send))
-            async with aclosing(answer.pieces()) as pieces:
-                if self._stream:
-                    await self._send_stream(pieces, formatter, send, turns)
-                    return
+            if self._stream:
+                writing = None if exchange is None else _Writing(formatter, exchange)
+                async with aclosing(answer.pieces(writing)) as pieces:
+                    await self._send_stream(pieces, formatter, send, turns, writing)
+                return
+            async with aclosing(answer.pieces(_Gathering(formatter))) as pieces:
                 async for piece in pieces:
                     formatter.take(piece)
                     if turns.over:
@@ -143,7 +174,12 @@ class AnswerResponse(Response):
         await send({"type": "http.response.body", "body": body})
 
     async def _send_stream(
-        self, pieces: AsyncGenerator[TextPiece], formatter: Formatter, send: Send, turns: Turns
+        self,
+        pieces: AsyncGenerator[TextPiece],
+        formatter: Formatter,
+        send: Send,
+        turns: Turns,
+        writing: _Writing | None,
     ) -> None:
         # Where a stream can be cut:
         #   1. before its first piece: the error goes on to `_answer`, which answers it with a status of its own, or
@@ -155,6 +191,8 @@ class AnswerResponse(Response):
         await self._begin(send)
         if body := opening + (formatter.chunk(first) if first else b""):
             await send({"type": "http.response.body", "body": body, "more_body": True})
+        if writing is not None:
+            writing.begun = True
         try:
             async for piece in pieces:
                 await send({"type": "http.response.body", "body": formatter.chunk(piece), "more_body": True})

@@ -26,6 +26,7 @@ from nodeapi.messages import (
     PrefillResult,
     TokenDelta,
 )
+from nodeapi.protocol import TakeDelta
 from router.nodes.limits import NodeHealthLimits
 from router.nodes.vllm_model import ModelFacts
 from router.nodes.vllm_replies import CompletionStream, prefill_result, refusal
@@ -90,7 +91,9 @@ class VllmClient:
             log_fields(_log, logging.WARNING, "prefiller_hands_nothing_over", url=url, why="no NixlConnector there?")
         return result
 
-    async def generate(self, url: str, request: GenerateRequest, *, timeout_s: float) -> AsyncGenerator[TokenDelta]:
+    async def generate(
+        self, url: str, request: GenerateRequest, *, timeout_s: float, take: TakeDelta | None = None
+    ) -> AsyncGenerator[TokenDelta]:
         """See NodeClient. What was cached is said with the last delta, where the server says it."""
         body = decode_body(self._model, request)
         where, headers = f"{url}/v1/completions", {"X-Request-Id": request.request_id}
@@ -107,7 +110,9 @@ class VllmClient:
                     data = b""
                 for delta in stream.feed(data) if data else stream.flush():
                     for copy in copies:
-                        yield msgspec.structs.replace(delta, index=copy) if copy else delta
+                        each = msgspec.structs.replace(delta, index=copy) if copy else delta
+                        if take is None or not take(each):
+                            yield each
                 if not data:
                     return
             answer.finished = True  # but for the body's end, which [DONE] announced: the connection is kept

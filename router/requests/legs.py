@@ -13,7 +13,7 @@ from kvcore.chunk_keys import usable_chunks
 from kvcore.errors import EngineError, KVFerryError, NodeUnavailableError
 from kvcore.step_timeout import StepTimeout
 from kvcore.types import Route
-from nodeapi.messages import EngineInfo, FinishReason, GenerateRequest, Handoff, LegInfo, PrefillResult, TokenDelta
+from nodeapi.messages import EngineInfo, GenerateRequest, Handoff, LegInfo, PrefillResult, TokenDelta
 from router.nodes.cluster import NodeWork
 from router.nodes.stall_watch import WatchedLeg
 from router.nodes.vllm_requests import mooncake_decode_params
@@ -26,6 +26,7 @@ from router.requests.events import (
     StartDecode,
     StartPrefill,
 )
+from router.requests.flow.decode_reading import DecodeReading
 from router.requests.ledger import RequestMachine
 from router.requests.leg_requests import generate_request, prefill_request
 from router.requests.records import LegRecord
@@ -46,7 +47,7 @@ class LegListener(Protocol):
         ...
 
     def take(self, leg: str, delta: TokenDelta) -> bool:
-        """A decode leg sent something. Whether more of it is wanted."""
+        """A decode leg sent something. Whether more of it is wanted. Raises what is wrong with it."""
         ...
 
     def stalled(self, leg: LegRecord, error: KVFerryError) -> None:
@@ -237,59 +238,45 @@ class RequestLegs:
 
     async def _read(self, action: StartDecode, request: GenerateRequest, leg: LegRecord) -> bool:
         """Feed deltas until each index has its finish reason, or none is wanted. False: the stream ended before."""
-        services, limits = self._services, self._services.limits
+        services, limits, watched = self._services, self._services.limits, self._watched.get(leg.id)
         patience_s = 2 * services.config.prefill_timeout_s  # if the request's deadline is sooner, it cancels this leg
-        missing = request.sampling.n
-        stream = services.client.generate(self.url(action.node), request, timeout_s=max(patience_s, limits.stall_s))
-        begun, wanted, watched, spoke_at, tokens = False, True, self._watched.get(leg.id), 0.0, 0
-        async with aclosing(stream) as deltas:
-            try:
-                async with StepTimeout() as silence:
-                    while missing and wanted:
-                        silence.start(limits.stall_s if begun else patience_s)
-                        delta = await anext(deltas, None)
-                        silence.stop()
-                        if delta is None:
-                            return False
-                        if watched is not None:
-                            _heard(watched, delta, first=not begun)
-                        if not begun:
-                            begun, spoke_at = True, services.clock.now()
-                        tokens += len(delta.token_ids)
-                        missing -= delta.finish_reason is not None
-                        if delta.info is not None:
-                            _note(leg, delta.info)
-                            self._prefilled(action.node, delta.info)
-                            services.cluster.leg_spoke(self._work[action.leg])
-                        wanted = self._take(action, delta)
-                        if not self._drained.is_set():
-                            await self._until_drained(watched)
-            except TimeoutError as error:
-                raise NodeUnavailableError(f"node {action.node} has gone silent") from error
-        if not missing:
+
+        def note(info: LegInfo) -> None:
+            _note(leg, info)
+            self._prefilled(action.node, info)
+            services.cluster.leg_spoke(self._work[action.leg])
+
+        try:
+            async with StepTimeout() as silence:
+                reading = DecodeReading(
+                    action.node,
+                    request.sampling.n,
+                    silence,
+                    limits.stall_s,
+                    self._drained,
+                    watched,
+                    tell=lambda delta: self._listener.take(action.leg, delta),
+                    note=note,
+                    now=services.clock.now,
+                )
+                silence.start(patience_s)
+                timeout_s = max(patience_s, limits.stall_s)
+                stream = services.client.generate(
+                    self.url(action.node), request, timeout_s=timeout_s, take=reading.take
+                )
+                async with aclosing(stream) as deltas:
+                    if not await reading.read_all(deltas):
+                        return False
+        except TimeoutError as error:
+            raise NodeUnavailableError(f"node {action.node} has gone silent") from error
+        if not reading.missing and reading.spoke_at is not None:
             if watched is not None:
                 watched.ended_well()
             if (node := services.cluster.nodes.get(action.node)) is not None:
                 now = services.clock.now()
-                node.rates.decoded(tokens, request.sampling.n, now - spoke_at, now)
+                node.rates.decoded(reading.tokens, request.sampling.n, now - reading.spoke_at, now)
                 node.touch()
         return True
-
-    async def _until_drained(self, watched: WatchedLeg | None) -> None:
-        """The client has read enough. What the node is silent for meanwhile is not its fault."""
-        if watched is not None:
-            watched.paused = True
-        await self._drained.wait()
-        if watched is not None:
-            watched.paused, watched.quiet_s = False, 0.0
-
-    def _take(self, action: StartDecode, delta: TokenDelta) -> bool:
-        if delta.finish_reason is FinishReason.ABORT:
-            raise NodeUnavailableError(f"node {action.node} gave the request up")
-        wanted = self._listener.take(action.leg, delta)
-        if not wanted and delta.finish_reason is None:  # it broke the protocol, or is of another model
-            raise self._listener.machine.last_error
-        return wanted
 
     def _generate_request(self, action: StartDecode, remaining_s: float) -> GenerateRequest:
         handoff = None
@@ -313,13 +300,6 @@ class RequestLegs:
     def _remaining_s(self) -> float:
         spent_s = self._services.clock.now() - self._started_at
         return max(0.001, self._services.config.request_timeout_s - spent_s)
-
-
-def _heard(watched: WatchedLeg, delta: TokenDelta, *, first: bool) -> None:
-    if first:
-        watched.first(delta.info.computed_tokens if delta.info is not None else watched.computes)
-    else:
-        watched.heard()
 
 
 def _note(leg: LegRecord, info: LegInfo) -> None:

@@ -5,7 +5,6 @@ Owns every task of a request from `async with` to its end. Decides nothing that 
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Protocol, Self
@@ -33,6 +32,7 @@ from router.requests.events import (
     StopHit,
     TimerFired,
 )
+from router.requests.flow.outputs import Outputs
 from router.requests.ledger import RequestMachine
 from router.requests.legs import RequestLegs
 from router.requests.records import LegRecord, record_of
@@ -87,14 +87,15 @@ class RequestRun:
         self._running = running
         self.started_at = services.clock.now() - waited_s
         self.record = record_of(spec, decision, waited_s)
-        self._drained = asyncio.Event()
-        self._drained.set()
+        drained = asyncio.Event()
+        self.outputs = Outputs(services.limits.max_unread, drained)
+        """What iterating this gives."""
         self._legs = RequestLegs(
             services,
             spec,
             self,
             self.record.legs,
-            self._drained,
+            drained,
             started_at=self.started_at,
             route=route,
             worth_waiting_s=decision.worth_waiting_s,
@@ -119,9 +120,8 @@ class RequestRun:
         )
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
-        self._unread: deque[Emit] = deque()
-        self._changed = asyncio.Event()
-        self._end: Finish | Fail | None = None
+        self._telling: str | None = None
+        """The leg of which a delta is looked at just now."""
         opened.add(self)
 
     def __repr__(self) -> str:
@@ -129,7 +129,7 @@ class RequestRun:
         legs = " ".join(sorted(self._tasks)) or "none"
         return (
             f"<RequestRun {record.id} {record.state} {route.prefiller or '-'}>{route.decoder}, legs: {legs}, "
-            f"{self.machine.completion_tokens} tokens, {len(self._unread)} unread>"
+            f"{self.machine.completion_tokens} tokens, {len(self.outputs)} unread>"
         )
 
     def drop(self) -> None:
@@ -155,33 +155,22 @@ class RequestRun:
         self.tell(ClientGone())
         self._close_record()
         self._running.discard(self)
-        if isinstance(self._end, Finish):
+        if isinstance(self.outputs.end, Finish):
             self._services.control.adopt(self._tasks.values())
         elif self._tasks:
             await asyncio.wait(list(self._tasks.values()), timeout=self._services.limits.control_timeout_s)
 
-    async def __aiter__(self) -> AsyncIterator[Emit]:
+    def __aiter__(self) -> AsyncIterator[Emit]:
         """Outputs in order; ends when the request is complete, raises its error when it fails."""
-        while True:
-            while self._unread:
-                emit = self._unread.popleft()
-                if len(self._unread) < self._services.limits.max_unread:
-                    self._drained.set()
-                yield emit
-            if self._end is not None:
-                if isinstance(self._end, Fail):
-                    raise self._end.error
-                return
-            self._changed.clear()
-            await self._changed.wait()
+        return self.outputs.read()
 
     def stop(self, index: int, num_tokens: int) -> None:
         """A stop string was found in the text of this completion's first `num_tokens` tokens: it needs no more, and
         yields none. What failed after the last completion's end, unread yet, does not matter any more."""
+        self.outputs.drop(index)
         self.tell(StopHit(index, num_tokens))
-        self._unread = deque(emit for emit in self._unread if emit.index != index)
-        if isinstance(self._end, Fail) and self.machine.complete:
-            self._end = Finish()
+        if isinstance(self.outputs.end, Fail) and self.machine.complete:
+            self.outputs.end = Finish()
 
     def cut(self, why: KVFerryError) -> None:
         """It may take no longer, whatever its own deadline."""
@@ -248,7 +237,15 @@ class RequestRun:
 
     def take(self, leg: str, delta: TokenDelta) -> bool:
         """See LegListener."""
-        self._carry_out(self.machine.handle(DeltaReceived(leg, delta)))
+        self._telling = leg
+        self._execute(self.machine.handle(DeltaReceived(leg, delta)))
+        self._telling = None
+        failed = delta.finish_reason is None and not self.machine.runs(
+            leg
+        )  # it broke the protocol, or is of another model
+        self.outputs.deliver()  # by which a stop string may be found
+        if failed:
+            raise self.machine.last_error
         return self.machine.runs(leg)
 
     def stalled(self, leg: LegRecord, error: KVFerryError) -> None:
@@ -260,6 +257,10 @@ class RequestRun:
     # --- actions ---
 
     def _carry_out(self, actions: list[Action]) -> None:
+        self._execute(actions)
+        self.outputs.deliver()
+
+    def _execute(self, actions: list[Action]) -> None:
         for action in actions:
             match action:
                 case Emit():
@@ -313,7 +314,7 @@ class RequestRun:
 
     def _cancel(self, action: CancelLeg) -> None:
         task = self._tasks.get(action.leg)
-        if task is not None and task is not asyncio.current_task():
+        if task is not None and task is not asyncio.current_task() and action.leg != self._telling:
             task.cancel()
         services, url = self._services, self._legs.url(action.node)
         services.control.send(services.client.abort(url, action.leg, timeout_s=services.limits.control_timeout_s))
@@ -321,25 +322,20 @@ class RequestRun:
     def _emit(self, emit: Emit) -> None:
         if self.record.ttft_s is None and emit.token_ids:
             self.record.ttft_s = self._services.clock.now() - self.started_at
-        self._unread.append(emit)
-        if len(self._unread) >= self._services.limits.max_unread:
-            self._drained.clear()
-        self._changed.set()
+        self.outputs.add(emit)
 
     def _close(self, end: Finish | Fail) -> None:
-        self._end = end
         self._legs.drop_chosen()
         for timer in self._timers.values():
             timer.cancel()
         self.record.total_s = self._services.clock.now() - self.started_at
-        self._changed.set()
-        self._drained.set()
+        self.outputs.close(end)
 
     def _close_record(self) -> None:
         """With the last look at the outputs: until they have been read, a stop string may be found among them."""
-        record, machine, end = self.record, self.machine, self._end
+        record, machine, end = self.record, self.machine, self.outputs.end
         record.cached_tokens = machine.cached_tokens
-        record.completion_tokens = machine.completion_tokens - sum(len(emit.token_ids) for emit in self._unread)
+        record.completion_tokens = machine.completion_tokens - self.outputs.num_unread_tokens
         record.retries, record.retried_legs = len(machine.retries), machine.retries
         if isinstance(end, Fail):
             record.state = "cancelled" if isinstance(end.error, CancelledByPeerError) else "failed"

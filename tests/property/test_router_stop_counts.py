@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nodeapi.messages import FinishReason, SamplingParams, TokenLogprob
-from router.answering import AnswerLimits, ClientAnswer, TextPiece
+from router.client_answer import AnswerLimits, ClientAnswer, TextPiece
 from router.requests.events import Emit
 from router.requests.run import RequestRun
 from router.requests.spec import AnswerRequest, RequestSpec, ShownFields

@@ -12,8 +12,9 @@ from support.router_fakes import Rig, make_rig, two_and_two
 from support.small_tokenizers import byte_level, saved
 
 from kvcore.errors import OverloadedError
-from router.answering import Answerer, AnswerLimits
+from router.answering import Answerer
 from router.api.limits import BodyLimits
+from router.client_answer import AnswerLimits
 from router.requests.limits import RequestLimits
 from router.requests.spec import TextPrompt
 from router.text.tokenizer import ByteTokenizer, FolderTokenizer, TextThreads

@@ -42,6 +42,7 @@ from nodeapi.messages import (
     TokenDelta,
     TokenLogprob,
 )
+from nodeapi.protocol import TakeDelta
 from nodeapi.upkeep import (
     ChunksReply,
     ChunksRequest,
@@ -298,10 +299,13 @@ class FakeNodes:
     async def prefill(self, url: str, request: PrefillRequest, *, timeout_s: float) -> PrefillResult:
         return await self.by_url[url].prefill(request)
 
-    async def generate(self, url: str, request: GenerateRequest, *, timeout_s: float) -> AsyncGenerator[TokenDelta]:
+    async def generate(
+        self, url: str, request: GenerateRequest, *, timeout_s: float, take: TakeDelta | None = None
+    ) -> AsyncGenerator[TokenDelta]:
         async with aclosing(self.by_url[url].generate(request)) as deltas:  # else it ends when garbage is collected
             async for delta in deltas:
-                yield delta
+                if take is None or not take(delta):
+                    yield delta
 
     async def end_handoff(self, url: str, request_id: str, *, timeout_s: float) -> None:
         node = self.by_url[url]

@@ -31,6 +31,7 @@ from nodeapi.messages import (
     Timings,
     TokenDelta,
 )
+from nodeapi.protocol import TakeDelta
 from router.admission.gate import Admission
 from router.admission.no_node import none_is_up_yet
 from router.answering import Answerer
@@ -164,7 +165,9 @@ class QueueNodes:
     async def prefill(self, url: str, request: PrefillRequest, *, timeout_s: float) -> PrefillResult:
         return await self.by_url[url].prefill(request)
 
-    async def generate(self, url: str, request: GenerateRequest, *, timeout_s: float) -> AsyncGenerator[TokenDelta]:
+    async def generate(
+        self, url: str, request: GenerateRequest, *, timeout_s: float, take: TakeDelta | None = None
+    ) -> AsyncGenerator[TokenDelta]:
         async for delta in self.by_url[url].generate(request):
             yield delta
 

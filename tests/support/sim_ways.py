@@ -31,6 +31,7 @@ from nodeapi.messages import (
     StreamFrame,
     TokenDelta,
 )
+from nodeapi.protocol import TakeDelta
 
 T = TypeVar("T")
 METADATA = "metadata"
@@ -220,7 +221,7 @@ class SimNodeClient:
         return await self._call(url, asked, lambda node: node.prefill(request), timeout_s)
 
     async def generate(
-        self, url: str, request: GenerateRequest, *, timeout_s: float
+        self, url: str, request: GenerateRequest, *, timeout_s: float, take: TakeDelta | None = None
     ) -> AsyncGenerator[TokenDelta, None]:
         """See NodeClient."""
         self.legs[request.request_id] = request
@@ -231,7 +232,8 @@ class SimNodeClient:
             stream = self._network.stream(self._source, name, lambda _: self.nodes[name].generate(request), timeout_s)
         try:
             async for delta in stream:
-                yield delta
+                if take is None or not take(delta):
+                    yield delta
         except (NetworkError, KVFerryError) as error:
             raise _translated(error) from error
         finally:

@@ -2,8 +2,8 @@
 
 import msgspec
 
-from router.answering import TextPiece
 from router.api.formats.formatter import OpenAIFormatter, raw_json
+from router.client_answer import TextPiece
 from router.text.token_names import NamedToken
 
 

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from router.answering import ClientAnswer, TextPiece
 from router.api.formats.formatter import NamedLogprob, OpenAIFormatter, raw_json
+from router.client_answer import ClientAnswer, TextPiece
 from router.text.tokenizer import Tokenizer
 
 

@@ -11,7 +11,7 @@ from typing import Generic, Protocol, TypeVar
 
 import msgspec
 
-from router.answering import ClientAnswer, TextPiece
+from router.client_answer import ClientAnswer, TextPiece
 from router.text.token_names import NamedToken, TokenNames
 from router.text.tokenizer import Tokenizer
 

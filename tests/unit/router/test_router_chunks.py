@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.answering import TextPiece
 from router.api.formats.chat_format import ChatFormatter
 from router.api.formats.completion_format import CompletionFormatter
 from router.api.formats.formatter import OpenAIFormatter
+from router.client_answer import TextPiece
 from router.requests.spec import ShownFields
 from router.text.tokenizer import ByteTokenizer
 

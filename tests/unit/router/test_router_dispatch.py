@@ -333,7 +333,7 @@ async def test_a_slow_client_holds_its_node_back_and_loses_nothing() -> None:
     async with run:
         for _ in range(600):
             await asyncio.sleep(0)
-        assert len(run._unread) <= 257
+        assert len(run.outputs) <= 257
         async for emit in run:
             tokens += emit.token_ids
     assert tokens == expected(PROMPT, 1000)

@@ -12,7 +12,7 @@ from kvcore.errors import EngineError, KVFerryError, NodeUnavailableError, Overl
 from kvcore.handoff import HandoffKind
 from kvcore.types import Role
 from nodeapi.messages import EngineStats, SamplingParams
-from router.answering import ClientAnswer
+from router.client_answer import ClientAnswer
 from router.nodes.cluster import NodeWork
 from router.requests.dispatch import Dispatcher
 from router.requests.limits import RequestLimits

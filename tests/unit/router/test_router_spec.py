@@ -11,10 +11,11 @@ from tokenizers import models
 from kvcore.errors import InvalidRequestError
 from kvcore.types import ChunkKey
 from nodeapi.messages import SamplingParams
-from router.answering import Answerer, AnswerLimits, ClientAnswer
+from router.answering import Answerer
 from router.api.body import parse
 from router.api.limits import ApiLimits
 from router.api.openai_schema import ChatRequest, CompletionRequest, answer_request, prompts_of
+from router.client_answer import AnswerLimits, ClientAnswer
 from router.requests.spec import (
     AnswerRequest,
     ChatPrompt,

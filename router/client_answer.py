@@ -1,0 +1,231 @@
+"""One client's answer under way: its runs, detokenized and searched for stop strings, as pieces of text.
+
+Owns the join of several prompts' runs into one stream. Knows no HTTP and no surface's field names.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import msgspec
+
+from nodeapi.messages import FinishReason, TokenLogprob
+from router.requests.events import Emit
+from router.requests.run import RequestRun
+from router.requests.spec import AnswerRequest
+from router.text.detokenizer import Detokenizer, StopChecker
+from router.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerLimits:
+    """Bounds of one answer."""
+
+    inline_chars: int = 8 << 10
+    """Longer texts, all prompts of a request together, are rendered and encoded beside the event loop."""
+    text_threads: int = 4
+    """Texts that are so at the same time; others wait, …"""
+    max_waiting_chars: int = 64 << 20
+    """… of so many characters in all."""
+    max_choices: int = 128
+    max_queued_pieces: int = 64
+    """Pieces of several runs that wait for a slow client before the runs are read no further."""
+
+
+class TextPiece(msgspec.Struct, frozen=True):
+    """New text of one choice. `logprobs`: (token id, its logprob) of the tokens of this piece. `token_ids`: as the
+    engine gave them; empty unless the client asked for them. Of both a final stop token is part."""
+
+    index: int
+    text: str
+    logprobs: Sequence[tuple[int, TokenLogprob]] = ()
+    finish_reason: str | None = None
+    token_ids: Sequence[int] = ()
+
+
+class PieceSink(Protocol):
+    """A reader that can take pieces at once, without being woken for each."""
+
+    @property
+    def takes(self) -> bool:
+        """Whether it takes one now. If not, that one and those behind it are read as any others."""
+        ...
+
+    def put(self, piece: TextPiece) -> None:
+        """One it takes."""
+        ...
+
+
+@dataclass(slots=True)
+class _TextChoice:
+    """One completion as it is read. `num_tokens` of it have been."""
+
+    detokenizer: Detokenizer
+    stops: StopChecker
+    min_tokens: int
+    num_tokens: int = 0
+
+    def read(self, token_ids: Sequence[int]) -> tuple[str, bool]:
+        """(the text that these tokens complete, whether a stop string was found). Tokens after the one that completes
+        the stop string are not read, so that what counts does not depend on how many came at once."""
+        if not self.stops.stops:
+            self.num_tokens += len(token_ids)
+            return self.detokenizer.feed(token_ids), False
+        pieces: list[str] = []
+        stop_found = False
+        for token_id in token_ids:
+            self.num_tokens += 1
+            text, stop_found = self.stops.feed(self.detokenizer.feed([token_id]), may_stop=self._may_stop)
+            pieces.append(text)
+            if stop_found:
+                break
+        return "".join(pieces), stop_found
+
+    def read_end(self) -> tuple[str, bool]:
+        """What is still held back after the last token: an incomplete character, whose text can complete a stop string,
+        and then the beginning of a stop string that will not be completed."""
+        text, stop_found = self.stops.feed(self.detokenizer.flush(), may_stop=self._may_stop)
+        return (text if stop_found else text + self.stops.flush()), stop_found
+
+    @property
+    def _may_stop(self) -> bool:
+        return self.num_tokens > self.min_tokens
+
+
+class ClientAnswer:
+    """The choices of one client's request under way: one run a prompt. Iterate `pieces` once, to its end or not; call
+    `close` where that may not come to pass."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, runs: Sequence[RequestRun], request: AnswerRequest, limits: AnswerLimits
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._runs = runs
+        self._specs = request.specs
+        self._stops, self._text = request.stops, request.text
+        self._limits = limits
+        self.shown = request.shown
+        self.id = request.specs[0].request_id
+        """Of the answer, and of its (first) request."""
+        self.num_choices = sum(spec.sampling.n for spec in request.specs)
+        """Over all prompts; so with `prompt_tokens`."""
+        self.prompt_tokens = sum(len(spec.prompt_token_ids) for spec in request.specs)
+        self.completion_tokens = 0
+        """Over all choices: of the pieces given out so far, those that end a choice unseen included."""
+
+    def __repr__(self) -> str:
+        return (
+            f"<ClientAnswer {self.id} prompts={len(self._specs)} choices={self.num_choices}"
+            f" prompt_tokens={self.prompt_tokens} completion_tokens={self.completion_tokens}>"
+        )
+
+    def prompt_token_ids(self, index: int) -> list[int]:
+        """The prompt of choice `index`."""
+        return [spec.prompt_token_ids for spec in self._specs for _ in range(spec.sampling.n)][index]
+
+    @property
+    def cached_tokens(self) -> int:
+        """Over all prompts; final once `pieces` has ended."""
+        return sum(run.machine.cached_tokens for run in self._runs)
+
+    def close(self) -> None:
+        """Runs that have not begun never will."""
+        for run in self._runs:
+            run.drop()
+
+    def pieces(self, sink: PieceSink | None = None) -> AsyncGenerator[TextPiece]:
+        """Text as it comes, choices interleaved. Closing it early cancels every leg. Raises what a run raises.
+
+        `sink` gets those pieces that it takes while the next one is waited for; they are not yielded. What it raises is
+        raised here. The pieces of several runs are all yielded."""
+        return self._pieces_of_run(0, sink) if len(self._runs) == 1 else self._pieces_of_all()
+
+    async def _pieces_of_all(self) -> AsyncGenerator[TextPiece]:
+        # Several runs: a task each reads its run into one bounded queue. The queue has, per run, pieces and then
+        # exactly one last item:
+        #   1. a piece: it is yielded. Pieces of one run keep their order; those of different runs interleave.
+        #   2. None: that run has ended well. The answer ends with the last of them.
+        #   3. an error: that run has failed, and the answer with it; the other runs are cancelled.
+        # The reader may also stop in the middle (the client has left): closing this generator raises GeneratorExit at
+        # the `yield`. In each case `finally` cancels the tasks, which may be waiting for room in the queue, and waits
+        # until they have left their runs, so that no leg outlives the answer.
+        queue: asyncio.Queue[TextPiece | Exception | None] = asyncio.Queue(self._limits.max_queued_pieces)
+        tasks = [asyncio.create_task(self._read_run(number, queue)) for number in range(len(self._runs))]
+        try:
+            running = len(tasks)
+            while running:
+                item = await queue.get()
+                if item is None:
+                    running -= 1
+                elif isinstance(item, TextPiece):
+                    yield item
+                else:
+                    raise item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self.close()  # a task that was cancelled before its first step has not entered its run
+
+    async def _read_run(self, number: int, queue: "asyncio.Queue[TextPiece | Exception | None]") -> None:
+        try:
+            async with aclosing(self._pieces_of_run(number)) as pieces:
+                async for piece in pieces:
+                    await queue.put(piece)
+            await queue.put(None)
+        except Exception as error:  # handed to the reader of the queue, which raises it
+            await queue.put(error)
+
+    async def _pieces_of_run(self, number: int, sink: PieceSink | None = None) -> AsyncGenerator[TextPiece]:
+        run, spec = self._runs[number], self._specs[number]
+        first = sum(before.sampling.n for before in self._specs[:number])
+        choices = [
+            _TextChoice(
+                Detokenizer(self._tokenizer, spec.prompt_token_ids, self._text),
+                StopChecker(self._stops, self._text.include_stop),
+                spec.sampling.min_tokens,
+            )
+            for _ in range(spec.sampling.n)
+        ]
+
+        def read(emit: Emit) -> TextPiece | None:
+            choice = choices[emit.index]
+            piece, stop_found = self._piece(first, choice, emit)
+            if stop_found:
+                run.stop(emit.index, choice.num_tokens)
+            return piece if piece.text or piece.finish_reason or piece.logprobs or piece.token_ids else None
+
+        def take(emit: Emit, sink: PieceSink) -> bool:
+            if not sink.takes:
+                return False
+            if (piece := read(emit)) is not None:
+                sink.put(piece)
+            return True
+
+        async with run:
+            if sink is not None:
+                run.outputs.take = partial(take, sink=sink)
+            async for emit in run:
+                if (piece := read(emit)) is not None:
+                    yield piece
+
+    def _piece(self, first: int, choice: _TextChoice, emit: Emit) -> tuple[TextPiece, bool]:
+        """(what this output adds to its choice, whether a stop string was found in it)."""
+        before = choice.num_tokens
+        is_text = emit.stop_token_id is None or self._text.include_stop
+        visible = emit.token_ids if is_text else emit.token_ids[:-1]
+        text, stop_found = choice.read(visible)
+        if emit.finish_reason is not None and not stop_found:
+            rest, stop_found = choice.read_end()
+            text += rest
+        if not stop_found:
+            choice.num_tokens = before + len(emit.token_ids)  # a stop token is counted though not read
+        count = choice.num_tokens - before
+        self.completion_tokens += count
+        logprobs = list(zip(emit.token_ids[:count], emit.logprobs, strict=False)) if emit.logprobs else []
+        reason = FinishReason.STOP if stop_found else emit.finish_reason
+        ids = emit.token_ids[:count] if self.shown.token_ids else ()
+        return TextPiece(first + emit.index, text, logprobs, reason.value if reason else None, ids), stop_found

@@ -1,0 +1,100 @@
+"""The outputs of one request on their way to who reads them: straight, while the reader waits for them, or in a queue.
+
+Owns their order and what is unread. Decides nothing about the request. A reader's task that is woken for each token
+costs as much as all that is done with the token.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+
+from router.requests.events import Emit, Fail, Finish
+
+Take = Callable[[Emit], bool]
+"""What a reader does with one output, at once. False: not now, it reads it later; then nothing has been done."""
+
+
+class Outputs:
+    """Of one request, in order. `drained` is set while its reader has read enough that more may be read from nodes:
+    fewer than `most` are unread."""
+
+    def __init__(self, most: int, drained: asyncio.Event) -> None:
+        self._most = most
+        self._drained = drained
+        self._drained.set()
+        self._unread: deque[Emit] = deque()
+        self._changed = asyncio.Event()
+        self._reader_waits = False
+        self._reader_failed: Exception | None = None
+        self.take: Take | None = None
+        """Set by a reader that can take outputs while it waits in `read`. May call anything of the request."""
+        self.end: Finish | Fail | None = None
+        """What comes after the last of them."""
+
+    def __len__(self) -> int:
+        return len(self._unread)
+
+    def __repr__(self) -> str:
+        return f"<Outputs {len(self)} unread, {'open' if self.end is None else 'ended'}>"
+
+    @property
+    def num_unread_tokens(self) -> int:
+        """Of those that were not read."""
+        return sum(len(emit.token_ids) for emit in self._unread)
+
+    def add(self, emit: Emit) -> None:
+        """The next one. `deliver` follows, once all is done that came with it."""
+        self._unread.append(emit)
+
+    def deliver(self) -> None:
+        """Hand what is new to the reader, or wake him for it:
+
+        1. He waits, and takes it: nobody is woken.
+        2. He waits, and takes it not: it is queued as all that follows, until he has read it all and waits again.
+        3. He fails at it: that is no fault of the leg that has brought it, so it is raised where he waits.
+        4. He does not wait, as he has not read what came before, or does not read yet: it is queued.
+        """
+        while self._unread and self._reader_waits and self.take is not None:
+            emit = self._unread.popleft()
+            try:
+                taken = self.take(emit)
+            except Exception as error:  # the reader's; see 3
+                self._reader_failed, taken = error, False
+            if not taken:
+                self._reader_waits = False
+                self._unread.appendleft(emit)
+        if self._unread:
+            if len(self._unread) >= self._most:
+                self._drained.clear()
+            self._changed.set()
+
+    def close(self, end: Finish | Fail) -> None:
+        """No more will come."""
+        self.end = end
+        self._changed.set()
+        self._drained.set()
+
+    def drop(self, index: int) -> None:
+        """Those of this completion are not read any more."""
+        self._unread = deque(emit for emit in self._unread if emit.index != index)
+
+    async def read(self) -> AsyncIterator[Emit]:
+        """Those that are not taken straight. Ends with the last one; raises the error of a request that fails."""
+        while True:
+            while self._unread and self._reader_failed is None:
+                emit = self._unread.popleft()
+                if len(self._unread) < self._most:
+                    self._drained.set()
+                yield emit
+            if self._reader_failed is not None:
+                raise self._reader_failed
+            if self.end is not None:
+                if isinstance(self.end, Fail):
+                    raise self.end.error
+                return
+            self._changed.clear()
+            self._reader_waits = True
+            try:
+                await self._changed.wait()
+            finally:
+                self._reader_waits = False
