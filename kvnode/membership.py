@@ -22,6 +22,7 @@ from kvnode.partitions.slices import of_part
 from kvnode.tasks import cancelled, spawned
 from metadata_server.client import MetadataClient
 from metadata_server.messages import (
+    HUNG_WRITERS,
     IN_PIECES,
     HeartbeatReply,
     HeartbeatRequest,
@@ -185,10 +186,14 @@ class Membership:
         except (MetadataUnavailableError, MetadataProtocolError) as error:
             log_fields(_logger, logging.WARNING, "leave_failed", node=self._node.id, reason=error.message)
 
-    async def release_writer(self) -> None:
-        """Give back what the engine that has just died had reserved and leased. Bounded; if the server is away it
-        expires there."""
-        request = ReleaseWriterRequest(node_id=self._node.id, incarnation=self._node.incarnation)
+    async def release_writer(self, *, hangs: bool = False) -> None:
+        """Give back what the engine that has just died had reserved and leased; `hangs`: one that has not, and may
+        write on: a server that does not know this is told nothing. Bounded; if the server is away it expires there."""
+        if hangs and self._client.protocol < HUNG_WRITERS:
+            return
+        request = ReleaseWriterRequest(
+            node_id=self._node.id, incarnation=self._node.incarnation, hangs=hangs or msgspec.UNSET
+        )
         try:
             await self._client.release_writer(request, timeout_s=self._limits.give_back_s)
         except (MetadataUnavailableError, MetadataProtocolError) as error:

@@ -247,11 +247,11 @@ def _supervisor(
         hello = EngineHello(config=weights.config, node_name=node.id, incarnation=node.incarnation)
         return EngineProcess(hello, start_s=config.service.start_s, on_line=_pass_on, env=env)
 
-    async def ended() -> None:  # they write in the node's name, too
+    async def give_back(*, hangs: bool) -> None:  # they write in the node's name, too
         async with AsyncExitStack() as paused:
             for work in [*writers, *([tiers.promoter.work] if tiers is not None else [])]:
                 await paused.enter_async_context(work.paused())
-            await membership.release_writer()
+            await membership.release_writer(hangs=hangs)
 
     def ready(engine: EngineProcess) -> None:
         if tiers is not None:
@@ -262,7 +262,8 @@ def _supervisor(
         make,
         clock,
         on_ready=ready,
-        on_end=ended,
+        on_end=partial(give_back, hangs=False),
+        on_hung=partial(give_back, hangs=True),
         limits=limits,
     )
 

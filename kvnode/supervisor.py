@@ -51,8 +51,8 @@ TRANSITIONS: Mapping[EngineState, frozenset[EngineState]] = {
 
 class EngineSupervisor:
     """Run it in a task. `make` gives an engine's process, not yet entered; `on_ready` is called with each once it is
-    ready, and raises ConfigError for one that does not fit. After each process's end `on_end` is awaited: it bounds
-    itself and does not raise."""
+    ready, and raises ConfigError for one that does not fit. After each process's end `on_end` is awaited, and each time
+    that one hangs `on_hung`: both bound themselves and do not raise."""
 
     def __init__(
         self,
@@ -62,6 +62,7 @@ class EngineSupervisor:
         start_attempts: int = 3,
         on_ready: Callable[[EngineProcess], None] = lambda _: None,
         on_end: Callable[[], Awaitable[None]] | None = None,
+        on_hung: Callable[[], Awaitable[None]] | None = None,
         limits: NodeLimits = NodeLimits(),
     ) -> None:
         self._make = make
@@ -69,6 +70,7 @@ class EngineSupervisor:
         self._start_attempts = start_attempts
         self._on_ready = on_ready
         self._on_end = on_end
+        self._on_hung = on_hung
         self._limits = limits
         self._engine: EngineProcess | None = None
         self._ready = asyncio.Event()
@@ -182,12 +184,21 @@ class EngineSupervisor:
         """Why it is over: its process has ended, or is to."""
         ended = asyncio.create_task(engine.wait_ended())
         asked = asyncio.create_task(self._replacing.wait())
+        tended = asyncio.create_task(self._tend(engine))
         try:
             await asyncio.wait({ended, asked}, return_when=asyncio.FIRST_COMPLETED)
             return ended.result() if ended.done() else "it is to be replaced"
         finally:
-            ended.cancel()
-            asked.cancel()
+            for task in (ended, asked, tended):
+                task.cancel()
+            await asyncio.gather(tended, return_exceptions=True)  # it may be telling
+
+    async def _tend(self, engine: EngineProcess) -> None:
+        while True:
+            await engine.wait_hung()
+            log_fields(_logger, logging.WARNING, "engine_hangs", pid=engine.pid)
+            if self._on_hung is not None:
+                await self._on_hung()
 
     def _tell_replacement(self, outcome: EngineProcess | KVFerryError) -> None:
         """To whoever waits for a replacement."""

@@ -34,6 +34,8 @@ NAMED_WRITES = 6
 """Since which writers name what they reserve, as readers their leases."""
 OWNED_LEASES = 7
 """Since which readers say whose prompt they read."""
+HUNG_WRITERS = 7
+"""Since which nodes give back what an engine has reserved that hangs."""
 FORGERIES = 5
 """Since which readers say of a replica that it is `forged` or `unproven`; to older servers they say `checksum`."""
 
@@ -131,6 +133,10 @@ class LeaveRequest(FromNode, frozen=True, kw_only=True):
 
 class ReleaseWriterRequest(FromNode, frozen=True, kw_only=True):
     """The node's engine has died: all that is reserved or leased in its name is given back. Its replicas stay."""
+
+    hangs: bool | msgspec.UnsetType = msgspec.UNSET
+    """It has not: it hangs, and may write on when it wakes; what was reserved rests for as long as that might be. Since
+    HUNG_WRITERS."""
 
 
 class MatchRequest(RequestBody, frozen=True, kw_only=True):

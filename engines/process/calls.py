@@ -17,8 +17,10 @@ class EngineProcessLimits:
     """The engine watches a request's deadline; we step in when it is this late."""
     stall_s: float = 15.0
     """A child whose loop has not turned for this long is killed, whatever it was doing."""
-    pings: int = 4
+    pings: int = 6
     """So many pings are sent within `stall_s`."""
+    hung_pings: int = 2
+    """So many unanswered ones: it hangs for now."""
     stop_s: float = 10.0
     """For an end in good order."""
     exit_status_s: float = 0.25

@@ -61,6 +61,7 @@ class EngineProcess:
         self._calls: dict[int, Call] = {}
         self._died: str | None = None
         self._ended = asyncio.Event()
+        self._hung = asyncio.Event()
         self._silent_ticks = 0
         self._tasks: list[asyncio.Task[None]] = []
         self._child: ChildProcess | None = None
@@ -107,6 +108,11 @@ class EngineProcess:
         """Returns why, once the child is of no more use: its calls have failed, new ones fail at once."""
         await self._ended.wait()
         return self._died or "it was stopped"
+
+    async def wait_hung(self) -> None:
+        """Until its loop has not turned for a while, each time once. It may go on, or is killed later."""
+        await self._hung.wait()
+        self._hung.clear()
 
     async def prefill(self, request: PrefillRequest) -> PrefillResult:
         """See `Engine`. EngineDiedError when the child ends first."""
@@ -261,6 +267,8 @@ class EngineProcess:
     async def _watch(self) -> None:
         """Ping; kill a child that stays silent. Counts our own turns: a pause of *this* process accuses nobody."""
         while self._silent_ticks < self._limits.pings:
+            if self._silent_ticks == self._limits.hung_pings:
+                self._hung.set()
             self._silent_ticks += 1
             self._post(m.Ping())
             await asyncio.sleep(self._limits.stall_s / self._limits.pings)

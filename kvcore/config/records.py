@@ -16,7 +16,7 @@ class SqliteRecordsConfig(Section, frozen=True, kw_only=True, tag_field="kind", 
 
 
 class MemoryRecordsConfig(Section, frozen=True, kw_only=True, tag_field="kind", tag="memory"):
-    """In memory: nothing survives the metadata server."""
+    """In memory: nothing survives the metadata server; drains and pins are forgotten when it starts anew."""
 
 
 class EtcdRecordsConfig(Section, frozen=True, kw_only=True, tag_field="kind", tag="etcd"):

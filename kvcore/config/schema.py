@@ -251,7 +251,8 @@ class RouterConfig(Section, frozen=True, kw_only=True):
     """In flight at once; more get 503 with Retry-After."""
     first_token_s: Seconds | None = 30.0
     """A request whose first token is expected later than this is refused with 429 and Retry-After, and one that waits
-    for its turn longer leaves. A client's `X-KVFerry-First-Token-S` and a tenant's limit go before; null: no limit."""
+    for its turn longer leaves. A client's `X-KVFerry-First-Token-S` and a tenant's limit go before; null: as long as
+    `request_timeout_s`."""
     max_waiting: Count = 1024
     """Requests that wait for their turn while no node has room; more get 429."""
     max_connections_per_client: Count | None = None

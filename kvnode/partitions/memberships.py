@@ -98,6 +98,6 @@ class Memberships:
         """Give the leases up, so that nobody is sent here any more. Bounded."""
         await asyncio.gather(*(each.leave() for each in self._each))
 
-    async def release_writer(self) -> None:
-        """Give back what the engine that has just died had reserved and leased. Bounded."""
-        await asyncio.gather(*(each.release_writer() for each in self._each))
+    async def release_writer(self, *, hangs: bool = False) -> None:
+        """Give back what the engine that has just died, or hangs, had reserved and leased. Bounded."""
+        await asyncio.gather(*(each.release_writer(hangs=hangs) for each in self._each))

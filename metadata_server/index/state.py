@@ -189,11 +189,11 @@ class MetadataState:
             self._index.publish()
 
     def release_writer(self, request: m.ReleaseWriterRequest, now: float) -> None:
-        """Give back what the node's dead engine had reserved and leased. Another incarnation: nothing happens."""
+        """Give back what the node's dead or hung engine reserved and leased. Another incarnation: nothing happens."""
         self.tick(now)
         node = self._nodes.get(request.node_id, request.incarnation)
         if node is not None:
-            self._membership.give_back(node, now)
+            self._membership.give_back(node, now, writes_on=request.hangs is True)
             self.counters["writers_released"] += 1
 
     # --- readers -------------------------------------------------------------------------------------------------

@@ -42,7 +42,9 @@ class Prober:
         self._limits = limits
         self._round_s = config.probe_interval_s + config.connect_timeout_s
         self._could_not_ask = False
-        self._trials = count(1)
+        self._numbers = count(1)
+        self._trials = dict[str, asyncio.Task[None]]()
+        """Of suspected nodes, by id: a node that is slow may take longer than a round."""
         self.on_lost: list[Callable[[str, KVFerryError], None]] = []
         """Called with a node's id and why its legs are lost, at each probe for as long as it stays silent."""
         self.on_silent: list[Callable[[str, KVFerryError], None]] = []
@@ -53,14 +55,20 @@ class Prober:
     async def run(self) -> None:
         """Probe every node each `probe_interval_s`, and at once when the cluster asks for it. Runs until cancelled."""
         asked = self._cluster.probe_asked
-        while True:
-            large = len(self._cluster.nodes) > self._limits.probes_at_once
-            spread_s = self._config.probe_interval_s * self._limits.spread_share if large else 0.0
-            await self.probe(spread_s=spread_s)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(self._config.probe_interval_s - spread_s):
-                    await asked.wait()
-            asked.clear()
+        try:
+            while True:
+                large = len(self._cluster.nodes) > self._limits.probes_at_once
+                spread_s = self._config.probe_interval_s * self._limits.spread_share if large else 0.0
+                await self.probe(spread_s=spread_s)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(self._config.probe_interval_s - spread_s):
+                        await asked.wait()
+                asked.clear()
+        finally:
+            trials = list(self._trials.values())
+            for trial in trials:
+                trial.cancel()
+            await asyncio.gather(*trials, return_exceptions=True)
 
     async def probe(self, *, spread_s: float = 0.0) -> None:
         """Ask the nodes for their report; each answer is bounded by the connect timeout. Many nodes are asked over
@@ -71,13 +79,13 @@ class Prober:
         strangers = sorted((node for node in nodes if node.is_stranger), key=lambda node: node.asked_at, reverse=True)
         ends = self._clock.now() + timeout_s
         others = sorted((node for node in nodes if not node.is_stranger), key=lambda node: node.problem is None)
-        trials = [self.trial(node, timeout_s) for node in nodes if node.trust.suspected]
         workers = min(len(strangers), self._limits.strangers_at_once)
         at_once = self._limits.probes_at_once
         batches = [others[first : first + at_once] for first in range(0, len(others), at_once)]
         pause_s = max(self._limits.batch_pause_s, spread_s / max(1, len(batches)))
         begun = [self._probe_batch(batch, timeout_s, number * pause_s) for number, batch in enumerate(batches)]
-        await asyncio.gather(*begun, *trials, *(self._probe_strangers(strangers, ends) for _ in range(workers)))
+        tried = self._try_suspected(nodes, timeout_s)
+        await asyncio.gather(*begun, tried, *(self._probe_strangers(strangers, ends) for _ in range(workers)))
         for tell in self.on_round:
             tell()
 
@@ -110,9 +118,26 @@ class Prober:
             self._cluster.reported(node, report)
         self._cluster.probed(node, before)
 
+    async def _try_suspected(self, nodes: list[KnownNode], timeout_s: float) -> None:
+        """One trial a node at a time; the round waits for it no longer than for a report."""
+        for node in nodes:
+            if node.trust.suspected and node.id not in self._trials:
+                self._trials[node.id] = asyncio.get_running_loop().create_task(self._try(node))
+        if self._trials:
+            await asyncio.wait(self._trials.values(), timeout=timeout_s)
+
+    async def _try(self, node: KnownNode) -> None:
+        """It has as long as a request's first token there: one that others keep busy answers no sooner, and would stay
+        suspected for ever."""
+        first_s = node.pace.first_limit_s(self._config.stall_first_s, 1)
+        try:
+            await self.trial(node, max(self._config.connect_timeout_s, first_s))
+        finally:
+            del self._trials[node.id]
+
     async def trial(self, node: KnownNode, timeout_s: float) -> str:
         """Have it make a token. Why it has not; empty: it has, so it works, whatever made it suspected."""
-        name = f"trial-{node.id}-{next(self._trials)}"
+        name = f"trial-{node.id}-{next(self._numbers)}"
         asked = GenerateRequest(request_id=name, prompt_token_ids=[1], sampling=_ONE_TOKEN, deadline_s=timeout_s)
         answer = self._client.generate(node.url, asked, timeout_s=timeout_s)
         try:

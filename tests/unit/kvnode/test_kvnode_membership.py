@@ -17,6 +17,7 @@ from metadata_server.account_messages import ImportReply, ImportRequest
 from metadata_server.bounds import MAX_ITEMS
 from metadata_server.client import MetadataClient
 from metadata_server.messages import (
+    HUNG_WRITERS,
     IN_PIECES,
     TOLD_OWNERS,
     HeartbeatReply,
@@ -318,6 +319,19 @@ async def test_a_dead_engines_holdings_are_given_back_if_the_server_is_there(awa
     await rig.membership.release_writer()
     assert rig.server.paths == ["/v1/nodes/release_writer"]
     assert rig.server.released == ([] if away else [ReleaseWriterRequest(node_id="p0", incarnation=1)])
+
+
+async def test_a_hung_engines_holdings_are_given_back_where_the_server_knows_the_difference() -> None:
+    rig = Rig()
+    rig.server.speaks = Protocols(1, HUNG_WRITERS)
+    await rig.membership.release_writer(hangs=True)
+    assert rig.server.paths == [], "its version is not known yet"
+    async with rig:
+        await rig.server.until(lambda: rig.server.heard("heartbeat"))
+        await rig.membership.release_writer(hangs=True)
+        rig.membership._client._protocol = HUNG_WRITERS - 1
+        await rig.membership.release_writer(hangs=True)
+    assert rig.server.released == [ReleaseWriterRequest(node_id="p0", incarnation=1, hangs=True)]
 
 
 async def test_membership_says_who_it_is_and_who_knows_it() -> None:

@@ -27,7 +27,10 @@ PATIENT = EngineProcessLimits(exit_status_s=20.0)
 
 
 def supervisor(
-    *model_paths: str, on_end: Callable[[], Awaitable[None]] | None = None
+    *model_paths: str,
+    on_end: Callable[[], Awaitable[None]] | None = None,
+    on_hung: Callable[[], Awaitable[None]] | None = None,
+    limits: EngineProcessLimits = PATIENT,
 ) -> tuple[EngineSupervisor, asyncio.Queue[EngineProcess]]:
     """Each life of the engine takes the next path; the last one stays."""
     paths = list(model_paths)
@@ -36,9 +39,12 @@ def supervisor(
     def make() -> EngineProcess:
         path = paths.pop(0) if len(paths) > 1 else paths[0]
         command = (sys.executable, fake_engine.__file__)
-        return EngineProcess(hello(path), command=command, start_s=20.0, on_line=print, limits=PATIENT)
+        return EngineProcess(hello(path), command=command, start_s=20.0, on_line=print, limits=limits)
 
-    return EngineSupervisor(make, SystemClock(), on_ready=ready.put_nowait, on_end=on_end, limits=QUICK), ready
+    found = EngineSupervisor(
+        make, SystemClock(), on_ready=ready.put_nowait, on_end=on_end, on_hung=on_hung, limits=QUICK
+    )
+    return found, ready
 
 
 async def test_killed_engine_is_started_again_and_the_segment_keeps_its_bytes() -> None:
@@ -84,6 +90,27 @@ async def test_what_a_dead_engine_held_is_given_back_before_the_next_one_is_star
     os.kill(first.pid, signal.SIGKILL)
     await asyncio.wait_for(ready.get(), 20)
     assert lives == ["given back, ready: False"]
+    task.cancel()
+    await asyncio.wait({task})
+
+
+async def test_an_engine_that_hangs_is_told_of_long_before_it_is_killed_and_may_go_on() -> None:
+    hung = asyncio.Event()
+
+    async def give_back() -> None:
+        hung.set()
+
+    often = EngineProcessLimits(stall_s=60.0, pings=600)
+    subject, ready = supervisor("fake", on_hung=give_back, limits=often)
+    task = asyncio.create_task(subject.run())
+    engine = await asyncio.wait_for(ready.get(), 20)
+    for _ in range(2):
+        os.kill(engine.pid, signal.SIGSTOP)
+        hung.clear()
+        await asyncio.wait_for(hung.wait(), 20)
+        os.kill(engine.pid, signal.SIGCONT)
+        assert len([delta async for delta in subject.engine().generate(generate_request())]) == 8
+    assert subject.restarts == 0 and subject.engine() is engine
     task.cancel()
     await asyncio.wait({task})
 

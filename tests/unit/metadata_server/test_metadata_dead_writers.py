@@ -5,7 +5,7 @@ from support.metadata_words import FIRST_GENERATION, granted, ids, keys, new_sta
 from kvcore.clock import ManualClock
 from metadata_server.client import MetadataClient
 from metadata_server.core import MetadataCore
-from metadata_server.messages import ReleaseWriterRequest
+from metadata_server.messages import HeartbeatRequest, ReleaseWriterRequest
 
 
 def release(node_id: str, incarnation: int = 1) -> ReleaseWriterRequest:
@@ -46,6 +46,27 @@ def test_a_release_of_another_life_or_of_nobody_changes_nothing_and_twice_is_onc
         state.release_writer(release("a", 2), 0.0)
         assert state.num_reservations == 0
     state.check_invariants(0.0)
+
+
+def test_what_a_hung_engine_held_rests_for_as_long_as_it_might_write() -> None:
+    state = new_state()
+    for node in ("a", "b"):
+        state.register(registration(node), 0.0)
+    mine = granted(state.reserve(reservation("a", [2, 3], prefer="b.1", ttl_s=60.0), 0.0))
+    state.match(keys(1), 0.0, lease_s=60.0, node_id="a", incarnation=1)
+    state.release_writer(ReleaseWriterRequest(node_id="a", incarnation=1, hangs=True), 1.0)
+    assert (state.num_reservations, state.num_read_leases) == (0, 0)
+    assert state.commit(ids("a", mine), 1.0).committed == [False, False], "it wakes too late"
+
+    def resting(now: float) -> int:
+        state.tick(now)
+        return sum(record.retiring_bytes for record in state.stats(now, 0).segments)
+
+    for node in ("a", "b"):
+        state.heartbeat(HeartbeatRequest(node_id=node, incarnation=1), 4.0)
+    assert resting(4.5) > 0, "two seconds after a death it would be given out"
+    granted(state.reserve(reservation("a", [2, 3]), 4.5))
+    state.check_invariants(4.5)
 
 
 async def test_the_client_reaches_it() -> None:

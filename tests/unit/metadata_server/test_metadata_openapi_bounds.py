@@ -29,6 +29,7 @@ WITHOUT = {
     ("ReplicaRef", "segment_id"),
     ("Segment", "node_id"),  # the node's own
     ("ReserveRequest", "only_preferred"),  # true or false
+    ("ReleaseWriterRequest", "hangs"),
     *((kind, "in_order") for kind in ("MatchRequest", "WaitRequest", "ReserveRequest")),
     ("TellHoldingsRequest", "reset"),
     ("RegisterRequest", "in_pieces"),
@@ -57,7 +58,7 @@ def examples() -> dict[str, Any]:
         ac.ImportRequest(**NODE, segment_id="a.1", number=1, entries=[entry]),
         m.HeartbeatRequest(**NODE),
         m.LeaveRequest(**NODE),
-        m.ReleaseWriterRequest(**NODE),
+        m.ReleaseWriterRequest(**NODE, hangs=True),
         m.MatchRequest(keys=keys(1), **NODE, in_order=True, lease_name=1, owner=owner_of(b"salt")),
         m.WaitRequest(keys=keys(1), timeout_s=1.0, **NODE, in_order=True, lease_name=1, owner=owner_of(b"salt")),
         msgspec.structs.replace(

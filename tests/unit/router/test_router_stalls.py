@@ -217,10 +217,12 @@ async def test_all_legs_of_a_node_that_stalls_leave_it_at_once(rig: Rig) -> None
     look(rig, 1.5)
     runs = [await begin(rig, f"r{number}") for number in range(4)]
     assert {begun.id for _, _, begun in runs} == {"d0", "d1"}
-    await turns()
-    look(rig, 0.5)
+    await until(lambda: all(begun.machine.completion_tokens for begun, _, _ in runs))
+    look(rig, 2.0)  # the first tokens of the others were signs of its life
     for task in (first, *(task for _, task, _ in runs)):
         assert await task == expected(PROMPT, 8)
+    moved = [begun for begun, _, at in runs if at is node] + [run]
+    assert len(moved) > 1 and all(begun.record.retried_legs == [("decode", "node_stalled")] for begun in moved)
 
 
 async def test_a_node_that_works_for_others_is_busy_and_not_stalled(rig: Rig) -> None:
@@ -361,6 +363,29 @@ async def test_a_suspected_node_is_asked_for_a_token_before_it_gets_a_request(ri
     for run in runs:
         run.drop()
     assert on_trial == 1
+
+
+async def test_a_suspected_node_that_is_slow_has_as_long_for_its_token_as_any_request(rig: Rig) -> None:
+    """One that others keep busy makes its token after several rounds of probes; no round waits for it."""
+    known, node = rig.cluster.nodes["d0"], rig.nodes["d0"]
+    known.trust.suspect(0.0, "x")
+    node.generate_gate = asyncio.Event()
+    rig.prober._config = rig.config.router.__class__(connect_timeout_s=0.001, probe_interval_s=0.001)
+    rounds: list[int] = []
+    rig.prober.on_round.append(lambda: rounds.append(1))
+    probing = asyncio.create_task(rig.prober.run())
+    await until(lambda: len(rounds) > 5)
+    assert known.trust.suspected and [one.request_id for one in node.generates] == ["trial-d0-1"]
+    (asked,) = node.generates
+    assert asked.deadline_s >= rig.config.router.stall_first_s
+    node.generate_gate.set()
+    await until(lambda: known.trust.state is TrustState.ON_TRIAL)
+    known.trust.suspect(0.0, "again")
+    node.generate_gate = asyncio.Event()
+    await until(lambda: len(node.generates) == 2)
+    probing.cancel()
+    await asyncio.gather(probing, return_exceptions=True)
+    assert not rig.prober._trials, "no trial outlives the prober"
 
 
 async def test_a_prefiller_on_trial_gets_one_of_those_that_come_at_once() -> None:
