@@ -62,8 +62,9 @@ def test_faults_did_happen_and_were_survived(blocks, totals):
         *("data_failed", "data_torn", "data_late", "data_flipped", "data_cut"),
         *("chunks_loaded", "chunk_miss_absent", "chunk_miss_checksum", "chunk_miss_unreachable", "writes_failed"),
         *("quarantined_checksum", "quarantined_unreachable", "at_rest_ok", "at_rest_checksum", "imported"),
-        *("evicted", "expired", "leases_expired", "declined_full", "commit_refused", "preemptions", "index_resets"),
+        *("evicted", "expired", "leases_expired", "declined_full", "preemptions", "index_resets"),
         "given_up",
+        *(("commit_refused",) if blocks > QUICK_BLOCKS else ()),  # in one seed of thirty
     ]
     assert not [name for name in happened if not totals[name]], totals
     assert totals["failed"] <= totals["accepted"] // 100, "requests are saved from faults, but for very few"
