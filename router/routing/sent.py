@@ -18,8 +18,13 @@ class SentPrefixes:
     """Of each server the blocks that it was sent last, `max_blocks` of `block_tokens` tokens: vLLM's block, and about
     the half million tokens that a server with one large GPU caches."""
 
-    def __init__(self, block_tokens: int = 16, max_blocks: int = 32_768) -> None:
-        self._block_tokens, self._max_blocks = block_tokens, max_blocks
+    def __init__(self, block_tokens: int = 16, max_blocks: int = 32_768, max_hashed: int = 65_536) -> None:
+        """`max_hashed`: blocks of requests under way whose keys are kept; a prompt is hashed once, not for each of its
+        choices and legs."""
+        self._block_tokens, self._max_blocks, self._max_hashed = block_tokens, max_blocks, max_hashed
+        self._hashed = OrderedDict[int, tuple[Sequence[int], bytes, list[ChunkKey]]]()
+        """By the identity of a prompt, which nobody changes."""
+        self._num_hashed = 0
         self._index = PrefixIndex()
         self._sent: dict[str, OrderedDict[ChunkKey, None]] = {}
 
@@ -58,4 +63,17 @@ class SentPrefixes:
         return PrefixHits(found.longest * size, by_node, each_its_own=True)
 
     def _keys(self, prompt_token_ids: Sequence[int], salt: bytes) -> list[ChunkKey]:
-        return chunk_keys(root_key(_FINGERPRINT, salt), prompt_token_ids, self._block_tokens)
+        known = self._hashed.get(id(prompt_token_ids))
+        if known is not None and known[0] is prompt_token_ids and known[1] == salt:
+            return known[2]
+        keys = chunk_keys(root_key(_FINGERPRINT, salt), prompt_token_ids, self._block_tokens)
+        if known is not None:
+            self._forget_hashed(id(prompt_token_ids))
+        self._num_hashed += 1 + len(keys)
+        self._hashed[id(prompt_token_ids)] = prompt_token_ids, salt, keys
+        while self._num_hashed > self._max_hashed:
+            self._forget_hashed(next(iter(self._hashed)))
+        return keys
+
+    def _forget_hashed(self, prompt: int) -> None:
+        self._num_hashed -= 1 + len(self._hashed.pop(prompt)[2])

@@ -1,10 +1,16 @@
 """The guess at what plain servers cache."""
 
+from collections.abc import Sequence
+
+import pytest
+
+from kvcore.chunk_keys import chunk_keys
 from kvcore.clock import ManualClock
 from kvcore.config.schema import ClusterConfig, ModelConfig, NodeConfig
 from kvcore.handoff import HandoffKind
-from kvcore.types import Role
+from kvcore.types import ChunkKey, Role
 from router.nodes.cluster import Cluster
+from router.routing import sent as sent_module
 from router.routing.sent import SentPrefixes
 from router.routing.views import ClusterView, NodeView
 
@@ -19,6 +25,29 @@ def test_what_a_server_was_sent_is_found_as_far_as_it_goes_and_never_the_last_to
     assert (hits.longest, hits.by_node, hits.each_its_own) == (96, {"p0": 96, "p1": 32}, True)
     assert sent.find(PROMPT[:96], b"").longest == 80
     assert hits.in_reach_of("p1") == 32 and hits.in_reach_of("p2") == 0
+
+
+def test_a_prompt_is_hashed_once_for_all_its_choices_and_legs(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[int] = []
+
+    def counted(root: bytes, tokens: Sequence[int], size: int) -> list[ChunkKey]:
+        hashed.append(len(tokens))
+        return chunk_keys(root, tokens, size)
+
+    monkeypatch.setattr(sent_module, "chunk_keys", counted)
+    sent, prompts = SentPrefixes(max_hashed=20), [list(range(number, number + 100)) for number in range(4)]
+    for server in ("p0", "d0"):
+        for prompt in prompts[:2]:
+            sent.sent(server, prompt, b"")
+            assert sent.find(prompt, b"").longest == 96
+    assert hashed == [100, 100]
+    assert sent.find(prompts[0], b"other").longest == 0
+    sent.sent("p0", prompts[2], b"")
+    sent.sent("p0", prompts[3], b"")
+    assert len(hashed) == 5 and len(sent._hashed) == 2, "those of long ago are not kept"
+    for number in range(50):
+        sent.sent("p0", [number], b"")
+    assert len(sent._hashed) == 20 == sent._num_hashed
 
 
 def test_another_salt_finds_nothing() -> None:
