@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from benchmarks.children import scratch_folder
@@ -79,6 +80,11 @@ class Life:
             "descriptors": round(statistics.median(count for _, count in early)),
             "more_descriptors": round(statistics.median(n for _, n in late) - statistics.median(n for _, n in early)),
         }
+
+    def curve(self) -> list[float]:
+        """Memory in MB over its life, in eight parts, medians."""
+        ends = [len(self.samples) * part // 8 for part in range(9)]
+        return [round(statistics.median(mb for mb, _ in self.samples[a:b]), 1) for a, b in pairwise(ends) if a < b]
 
 
 def is_flat(growth: dict[str, float]) -> bool:
@@ -162,10 +168,10 @@ class Soak:
                 self.leases.append(count)
             await asyncio.sleep(SAMPLE_S)
 
-    def old(self, minutes: float) -> dict[str, dict[str, float]]:
-        """How those grew that lived for half of the time, by name."""
+    def old(self, minutes: float) -> dict[str, Life]:
+        """Those that lived for half of the time, by name."""
         half = 60 * minutes / SAMPLE_S / 2 * 0.8
-        return {life.name: life.growth() for life in self.lives.values() if len(life.samples) >= max(8, half)}
+        return {life.name: life for life in self.lives.values() if len(life.samples) >= max(8, half)}
 
 
 def own_mb(pid: int) -> float:
@@ -191,12 +197,13 @@ async def run(minutes: float, seed: int) -> bool:
             while held and asyncio.get_running_loop().time() < until:
                 await asyncio.sleep(0.2)
                 held = await system.held()
-    old = soak.old(minutes)
+    lives = soak.old(minutes)
+    old = {name: life.growth() for name, life in lives.items()}
     third = max(1, len(soak.leases) // 3)
     leases = [statistics.mean(soak.leases[third : 2 * third]), statistics.mean(soak.leases[-third:])]
     grown = [name for name, growth in old.items() if not is_flat(growth)]
     for name, growth in sorted(old.items()):
-        print(f"{name:<20}{growth}{'' if name not in grown else '  GROWS'}")
+        print(f"{name:<20}{growth}, MB {lives[name].curve()}{'' if name not in grown else '  GROWS'}")
     problems = [*soak.examples, *(f"{name} grows" for name in grown), *([f"held: {held}"] if held else [])]
     if leases[1] > 2 * leases[0] + 10:
         problems.append(f"leases grow: {leases[0]:.0f} to {leases[1]:.0f}")

@@ -80,6 +80,7 @@ async def test_a_soak_answers_everybody_and_sees_every_process(tmp_path: Path) -
 def test_a_process_is_flat_unless_its_memory_or_descriptors_grow(last: tuple[float, int], flat: bool) -> None:
     life = Life("router", [(20.0, 5)] * 10 + [(50.0, 30)] * 20 + [last] * 10)
     assert is_flat(life.growth()) == flat
+    assert (len(life.curve()), life.curve()[0], life.curve()[-1]) == (8, 20.0, last[0])
 
 
 def answers(count: int = 4) -> list[Seen]:
