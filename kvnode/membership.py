@@ -20,16 +20,15 @@ from kvnode.limits import NodeLimits
 from kvnode.manifest_pieces import ManifestPieces, without_owners
 from kvnode.partitions.slices import of_part
 from kvnode.tasks import cancelled, spawned
+from metadata_server.cache_messages import HUNG_WRITERS, ReleaseWriterRequest
 from metadata_server.client import MetadataClient
 from metadata_server.messages import (
-    HUNG_WRITERS,
     IN_PIECES,
     HeartbeatReply,
     HeartbeatRequest,
     LeaveRequest,
     RegisterReply,
     RegisterRequest,
-    ReleaseWriterRequest,
     SegmentManifest,
 )
 

@@ -12,6 +12,8 @@ from kvcore.types import ChunkKey, ReplicaRef, Segment
 from metadata_server.messages import FromNode, ReplyBody, RequestBody
 from metadata_server.versions import TermReply
 
+HUNG_WRITERS = 7
+"""Since which nodes give back what an engine has reserved that hangs."""
 CACHE_CONTROL = 3
 """Since which chunks are pinned, evicted and given a time by their keys."""
 NODE_ORDERS = 4
@@ -128,6 +130,14 @@ class ReleaseRequest(RequestBody, frozen=True, kw_only=True):
     lease_names: list[int] | msgspec.UnsetType = msgspec.UNSET
     """Of those whose replies did not come; a request with such a name that comes later gets no lease. Since version
     NAMED_LEASES of the protocol."""
+
+
+class ReleaseWriterRequest(FromNode, frozen=True, kw_only=True):
+    """The node's engine has died: all that is reserved or leased in its name is given back. Its replicas stay."""
+
+    hangs: bool | msgspec.UnsetType = msgspec.UNSET
+    """It has not: it hangs, and may write on when it wakes; what was reserved rests for as long as that might be. Since
+    HUNG_WRITERS."""
 
 
 class RenewRequest(FromNode, frozen=True, kw_only=True):

@@ -144,7 +144,7 @@ LEAVE = EndpointSpec(
 )
 RELEASE_WRITER = EndpointSpec(
     "/v1/nodes/release_writer",
-    m.ReleaseWriterRequest,
+    c.ReleaseWriterRequest,
     m.Nothing,
     lambda core: core.state.release_writer,
     "Give back what a node's dead engine held",

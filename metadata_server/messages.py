@@ -34,8 +34,6 @@ NAMED_WRITES = 6
 """Since which writers name what they reserve, as readers their leases."""
 OWNED_LEASES = 7
 """Since which readers say whose prompt they read."""
-HUNG_WRITERS = 7
-"""Since which nodes give back what an engine has reserved that hangs."""
 FORGERIES = 5
 """Since which readers say of a replica that it is `forged` or `unproven`; to older servers they say `checksum`."""
 
@@ -129,14 +127,6 @@ class HeartbeatReply(VersionedTermReply, ReplyBody, frozen=True, kw_only=True):
 
 class LeaveRequest(FromNode, frozen=True, kw_only=True):
     """A node goes in good order: its replicas and reservations are dropped at once."""
-
-
-class ReleaseWriterRequest(FromNode, frozen=True, kw_only=True):
-    """The node's engine has died: all that is reserved or leased in its name is given back. Its replicas stay."""
-
-    hangs: bool | msgspec.UnsetType = msgspec.UNSET
-    """It has not: it hangs, and may write on when it wakes; what was reserved rests for as long as that might be. Since
-    HUNG_WRITERS."""
 
 
 class MatchRequest(RequestBody, frozen=True, kw_only=True):

@@ -188,7 +188,7 @@ class MetadataState:
             self.counters["nodes_left"] += 1
             self._index.publish()
 
-    def release_writer(self, request: m.ReleaseWriterRequest, now: float) -> None:
+    def release_writer(self, request: c.ReleaseWriterRequest, now: float) -> None:
         """Give back what the node's dead or hung engine reserved and leased. Another incarnation: nothing happens."""
         self.tick(now)
         node = self._nodes.get(request.node_id, request.incarnation)

@@ -15,7 +15,7 @@ from support.machines import machine_settings
 from support.metadata_words import UNIT, granted, ids, key, keys, new_state, registration, reservation
 
 from kvcore.types import ReplicaRef
-from metadata_server.cache_messages import RenewRequest
+from metadata_server.cache_messages import ReleaseWriterRequest, RenewRequest
 from metadata_server.index.leases import Expiry
 from metadata_server.index.limits import IndexLimits
 from metadata_server.messages import (
@@ -25,7 +25,6 @@ from metadata_server.messages import (
     QuarantineItem,
     QuarantineReason,
     QuarantineRequest,
-    ReleaseWriterRequest,
 )
 
 NODES, KEYS = ("a", "b"), 6

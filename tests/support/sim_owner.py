@@ -22,12 +22,12 @@ from kvcore.trust.http_proof import DIGEST, INPUT, SIGNATURE
 from kvcore.trust.opening import ClusterTrust
 from kvcore.types import NodeInfo, Role, Segment
 from kvstore.chunk_format import HEADER_BYTES, parse
+from metadata_server.cache_messages import ReleaseWriterRequest
 from metadata_server.messages import (
     HeartbeatRequest,
     LeaveRequest,
     MatchRequest,
     RegisterRequest,
-    ReleaseWriterRequest,
     ReplicaIds,
 )
 from nodeapi.messages import FinishReason, TokenDelta

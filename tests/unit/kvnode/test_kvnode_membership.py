@@ -15,9 +15,9 @@ from kvnode.limits import NodeLimits
 from kvnode.membership import LeaseKeeper, Membership, Step
 from metadata_server.account_messages import ImportReply, ImportRequest
 from metadata_server.bounds import MAX_ITEMS
+from metadata_server.cache_messages import HUNG_WRITERS, ReleaseWriterRequest
 from metadata_server.client import MetadataClient
 from metadata_server.messages import (
-    HUNG_WRITERS,
     IN_PIECES,
     TOLD_OWNERS,
     HeartbeatReply,
@@ -25,7 +25,6 @@ from metadata_server.messages import (
     ManifestEntry,
     RegisterReply,
     RegisterRequest,
-    ReleaseWriterRequest,
     SegmentManifest,
 )
 from metadata_server.versions import Protocols

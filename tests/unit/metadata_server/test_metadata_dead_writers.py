@@ -3,9 +3,10 @@
 from support.metadata_words import FIRST_GENERATION, granted, ids, keys, new_state, put, registration, reservation
 
 from kvcore.clock import ManualClock
+from metadata_server.cache_messages import ReleaseWriterRequest
 from metadata_server.client import MetadataClient
 from metadata_server.core import MetadataCore
-from metadata_server.messages import HeartbeatRequest, ReleaseWriterRequest
+from metadata_server.messages import HeartbeatRequest
 
 
 def release(node_id: str, incarnation: int = 1) -> ReleaseWriterRequest:

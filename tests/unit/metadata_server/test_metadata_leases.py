@@ -5,7 +5,7 @@ from support.metadata_words import UNIT, granted, ids, key, keys, new_state, put
 
 from kvcore.config.schema import StoreConfig
 from kvstore.limits import StoreLimits
-from metadata_server.cache_messages import PinRequest, RenewRequest
+from metadata_server.cache_messages import PinRequest, ReleaseWriterRequest, RenewRequest
 from metadata_server.index.leases import Deadlines, ReadLeases
 from metadata_server.index.limits import IndexLimits
 from metadata_server.messages import (
@@ -14,7 +14,6 @@ from metadata_server.messages import (
     QuarantineItem,
     QuarantineReason,
     QuarantineRequest,
-    ReleaseWriterRequest,
 )
 from transfer.limits import TransferLimits
 

@@ -58,7 +58,7 @@ def examples() -> dict[str, Any]:
         ac.ImportRequest(**NODE, segment_id="a.1", number=1, entries=[entry]),
         m.HeartbeatRequest(**NODE),
         m.LeaveRequest(**NODE),
-        m.ReleaseWriterRequest(**NODE, hangs=True),
+        c.ReleaseWriterRequest(**NODE, hangs=True),
         m.MatchRequest(keys=keys(1), **NODE, in_order=True, lease_name=1, owner=owner_of(b"salt")),
         m.WaitRequest(keys=keys(1), timeout_s=1.0, **NODE, in_order=True, lease_name=1, owner=owner_of(b"salt")),
         msgspec.structs.replace(

@@ -43,7 +43,7 @@ def requests(state: MetadataState) -> dict[str, msgspec.Struct | None]:
         "/v1/segments/import_piece": ImportRequest(**named, segment_id="a.1", number=1),
         "/v1/nodes/heartbeat": m.HeartbeatRequest(**named),
         "/v1/nodes/leave": m.LeaveRequest(**named),
-        "/v1/nodes/release_writer": m.ReleaseWriterRequest(**named),
+        "/v1/nodes/release_writer": c.ReleaseWriterRequest(**named),
         "/v1/objects/match": m.MatchRequest(keys=keys(1), lease_s=1.0),
         "/v1/objects/wait": m.WaitRequest(keys=keys(1), timeout_s=0.0),
         "/v1/objects/reserve": reservation("a", [3]),
