@@ -94,6 +94,15 @@ async def _refuse_redirects(request: aiohttp.ClientRequest, send: aiohttp.Client
 
 class _ProvenResponse(aiohttp.ClientResponse):
     seal: FrameSeal | None = None
+    is_proven_stream = False
+    """Its head is proved, and each frame by itself: only who opens the frames may believe it."""
+
+    async def read(self) -> bytes:
+        """As of its class. Raises UnprovenReplyError for a stream: as a whole nothing proves it."""
+        if self.is_proven_stream:
+            self.close()
+            raise UnprovenReplyError(f"{self.url.origin()} answered with a stream, where a whole answer is expected")
+        return await super().read()
 
     async def read_at_most(self, most: int) -> bytes:
         """As `read`, which gives the same from then on. Raises UnprovenReplyError for a longer body: whoever sits
@@ -138,7 +147,7 @@ class _Proving:
             kind = ProofRefusedError if status == 401 else UnprovenReplyError
             raise kind(why_unproven(server, status, response.headers, beginning))
         assert isinstance(response, _ProvenResponse), "of a session that proves"
-        response.seal = reply.seal
+        response.seal, response.is_proven_stream = reply.seal, reply.digest is None
         if reply.digest is not None:
             try:
                 reply.check(await response.read_at_most(MAX_PROVEN_BYTES))

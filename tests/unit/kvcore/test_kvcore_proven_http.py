@@ -102,6 +102,18 @@ async def plain(app: web.Application) -> AsyncIterator[str]:
 servers = pytest.mark.parametrize("server", [asgi, node])
 
 
+@servers
+async def test_a_stream_is_believed_frame_by_frame_and_never_as_a_whole(server):
+    """Somebody on the network may have put anything behind its head."""
+    async with server(trust(OLD), []) as url, http_session(trust=trust(OLD)) as session:
+        for read in (lambda reply: reply.json(), lambda reply: reply.text(), lambda reply: reply.read()):
+            async with session.post(f"{url}/echo", data=b"{}") as reply:
+                with pytest.raises(UnprovenReplyError, match="a stream, where a whole answer is expected"):
+                    await read(reply)
+    async with server(OPEN, []) as url, http_session() as session, session.post(f"{url}/echo", data=b"{}") as reply:
+        assert await reply.read() == b"{}", "in an open cluster it is"
+
+
 class Ahead(SystemClock):
     """Of a machine whose clock is ahead by 20 s."""
 
@@ -137,7 +149,7 @@ async def test_a_proved_request_is_answered_whatever_its_body(server, body):
     async with server(trust(OLD), hits) as url, http_session(trust=trust(OLD)) as session:
         for path in ("/echo", "/echo?a=b%20c&d=é"):
             async with session.request("POST" if body else "GET", url + path, data=body) as reply:
-                assert (reply.status, await reply.read()) == (200, body or b"")
+                assert (reply.status, await reply.content.read()) == (200, body or b"")
     assert len(hits) == 2
 
 
