@@ -182,10 +182,8 @@ class RequestVerifier:
         if method not in ("GET", "HEAD"):
             sender, rest = nonce[:_SENDER_BYTES], int.from_bytes(nonce[_SENDER_BYTES:], "big")
             number, part = divmod(rest, _PARTS)
-            if life != self._life and (life is not None or created * _PARTS + part < self._began):
-                raise ProofError(
-                    "the request was made before this server started, or for an earlier start: make it again"
-                )
+            if life != self._life and created * _PARTS + part < self._began:
+                raise ProofError("the request was made before this server started: make it again")
             if not self._seen.is_new(sender, number, self._clock.now()):
                 raise ProofError("the request came before, or too many later ones did: make it again")
         return Proof(key, digest, signature)
