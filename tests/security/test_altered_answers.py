@@ -1,8 +1,10 @@
-"""Somebody on the network changes what servers of the cluster answer: with a secret no client takes it."""
+"""Somebody on the network changes what servers of the cluster answer, or says again what he heard: with a secret nobody
+takes it."""
 
+import asyncio
 import secrets as random
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from urllib.parse import urlsplit
 
 import msgspec
@@ -25,7 +27,8 @@ from kvnode.answers import ProvenCalls
 from kvnode.control_api import ControlApi
 from metadata_server.core import MetadataCore
 from metadata_server.http_transport import HttpEventSource, HttpMetadataTransport
-from metadata_server.messages import EventBatch, NodesReply, RegisterRequest
+from metadata_server.messages import EventBatch, LeaveRequest, NodesReply, RegisterRequest
+from metadata_server.protocol import encode
 from metadata_server.shell.app import create_app
 from nodeapi.client import HttpNodeClient
 from nodeapi.messages import NodeReport, ProbeReport, ProbeRequest
@@ -137,37 +140,55 @@ async def why_not(url: str, trust: ClusterTrust) -> bool:
     return False
 
 
-Attack = tuple[Callable[[str, ClusterTrust], Awaitable[bool]], bytes, bytes]
-OF_METADATA: list[Attack] = [
-    (whose_url, b"http://10.0.0.1:8100", b"http://10.6.6.6:8100"),
-    (which_events, b"\xa2e1", b"\xa2e6"),
-]
-OF_NODES: list[Attack] = [
-    (which_tokens, b"token_ids\x91\x02", b"token_ids\x91\x67"),
-    (what_was_computed, b"stored_chunks\x02", b"stored_chunks\x03"),
-    (why_not, b"overloaded", b"never_mind"),
+Serving = Callable[[ClusterTrust], AbstractAsyncContextManager[int]]
+Work = Callable[[str, ClusterTrust], Awaitable[bool]]
+ATTACKS: list[tuple[Serving, Work, bytes, bytes]] = [
+    (metadata, whose_url, b"http://10.0.0.1:8100", b"http://10.6.6.6:8100"),
+    (metadata, which_events, b"\xa2e1", b"\xa2e6"),
+    (node, which_tokens, b"token_ids\x91\x02", b"token_ids\x91\x67"),
+    (node, what_was_computed, b"stored_chunks\x02", b"stored_chunks\x03"),
+    (node, why_not, b"overloaded", b"never_mind"),
 ]
 
 
 @each
-@pytest.mark.parametrize("attack", OF_METADATA, ids=lambda attack: attack[0].__name__)
-async def test_what_the_metadata_server_says_cannot_be_changed(trust, attack):
-    work, old, new = attack
-    refused = pytest.raises(MetadataUnavailableError, match="changed") if trust is SECURED else nullcontext()
-    async with metadata(trust) as port, altering(port, old, new) as url:
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack[1].__name__)
+async def test_what_a_server_says_cannot_be_changed(trust, attack):
+    serving, work, old, new = attack
+    refusals = (MetadataUnavailableError, NodeUnavailableError)
+    refused = pytest.raises(refusals, match="changed") if trust is SECURED else nullcontext()
+    async with serving(trust) as port, altering(port, old, new) as url:
         with refused:
             assert await work(url, trust)
-    async with metadata(trust) as port, altering(port, b"?", b"?") as url:
+    async with serving(trust) as port, altering(port, b"?", b"?") as url:
         assert not await work(url, trust)
 
 
 @each
-@pytest.mark.parametrize("attack", OF_NODES, ids=lambda attack: attack[0].__name__)
-async def test_what_a_node_says_cannot_be_changed(trust, attack):
-    work, old, new = attack
-    refused = pytest.raises(NodeUnavailableError, match="changed") if trust is SECURED else nullcontext()
-    async with node(trust) as port, altering(port, old, new) as url:
-        with refused:
-            assert await work(url, trust)
-    async with node(trust) as port, altering(port, b"?", b"?") as url:
-        assert not await work(url, trust)
+async def test_what_was_heard_cannot_be_said_again(trust):
+    """A node leaves and comes back; somebody who heard it sends the same bytes again."""
+    heard = bytearray()
+    async with metadata(trust) as port, altering(port, b"?", b"?", heard) as url:
+        client = HttpMetadataTransport(url, trust=trust)
+        try:
+            leave = encode(LeaveRequest(node_id=NODE.id, incarnation=NODE.incarnation), json=False)
+            await client.call("/v1/nodes/leave", leave, 5.0)
+            said = bytes(heard)
+            back = RegisterRequest(node=NODE, segments=[], ttl_s=60.0)
+            await client.call("/v1/nodes/register", encode(back, json=False), 5.0)
+            status = await say(port, said)
+            reply = msgspec.msgpack.decode(await client.call("/v1/nodes", b"", 5.0), type=NodesReply)
+        finally:
+            await client.aclose()
+    assert (status, bool(reply.nodes)) == ((b"401", True) if trust is SECURED else (b"200", False))
+
+
+async def say(port: int, request: bytes) -> bytes:
+    """The status of what is answered to these bytes."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(request)
+        async with asyncio.timeout(10):
+            return (await reader.readline()).split()[1]
+    finally:
+        writer.close()

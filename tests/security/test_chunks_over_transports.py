@@ -154,7 +154,7 @@ async def test_what_a_process_of_the_same_user_changes_in_shared_memory_is_a_mis
         assert await cluster.get(OTHERS) == (GetOutcome.OK, payload(OTHERS[0]))
 
 
-@pytest.mark.parametrize("kind", NETWORK)
+@pytest.mark.parametrize("kind", ["shm", *NETWORK])
 async def test_an_old_chunk_put_back_by_who_has_the_secret_has_the_bytes_of_its_key(kind):
     """What a node that was taken over can replay is stale; made to look like today's it has the right bytes."""
     async with running(kind, SECURED) as cluster, stranger(cluster, SECURED) as insider:

@@ -20,8 +20,8 @@ ID = "floods.1"
 
 
 @contextlib.asynccontextmanager
-async def hosted(limits: TcpLimits) -> AsyncIterator[TcpSegmentHost]:
-    host = TcpSegmentHost(ID, memoryview(bytearray(SIZE)), "127.0.0.1", limits=limits)
+async def hosted(limits: TcpLimits, size: int = SIZE) -> AsyncIterator[TcpSegmentHost]:
+    host = TcpSegmentHost(ID, memoryview(bytearray(size)), "127.0.0.1", limits=limits)
     await host.start()
     try:
         yield host
@@ -29,10 +29,10 @@ async def hosted(limits: TcpLimits) -> AsyncIterator[TcpSegmentHost]:
         await host.aclose()
 
 
-def greeted(host: TcpSegmentHost, source: str = "127.0.0.1") -> socket.socket | None:
+def greeted(host: TcpSegmentHost, source: str = "127.0.0.1", size: int = SIZE) -> socket.socket | None:
     """A connection that the host serves; None: it is refused."""
     sock = socket.create_connection(split_address(host.address), timeout=5, source_address=(source, 0))
-    welcome = wire.pack_welcome(ID, SIZE)
+    welcome = wire.pack_welcome(ID, size)
     with contextlib.suppress(OSError):
         sock.sendall(wire.pack_hello(ID))
         if sock.recv(len(welcome), socket.MSG_WAITALL) == welcome:
@@ -63,6 +63,19 @@ async def test_a_payload_that_drips_is_cut_though_each_step_is_in_time():
                 await asyncio.sleep(0.01)
         stopped.set()
         await dripping
+        sock.close()
+
+
+async def test_a_reader_that_takes_nothing_of_what_it_asked_for_is_cut():
+    """It held a connection and its thread, as what drips did."""
+    limits = TcpLimits(message_timeout_s=0.15, slowest_bytes_per_s=1 << 30)
+    async with hosted(limits, 64 << 20) as host:
+        sock = await asyncio.to_thread(greeted, host, size=64 << 20)
+        assert sock is not None
+        sock.sendall(wire.pack_request(wire.FrameKind.READ, [(0, 32 << 20), (32 << 20, 32 << 20)], 1))
+        async with asyncio.timeout(10):
+            while host.num_connections:  # noqa: ASYNC110 - it is another thread's
+                await asyncio.sleep(0.01)
         sock.close()
 
 

@@ -6,13 +6,16 @@ from contextlib import asynccontextmanager
 
 
 @asynccontextmanager
-async def altering(target: int, old: bytes, new: bytes) -> AsyncIterator[str]:
-    """A URL that leads to the port `target` on loopback. `old` is as long as `new`, and passes in one piece."""
+async def altering(target: int, old: bytes, new: bytes, heard: bytearray | None = None) -> AsyncIterator[str]:
+    """A URL that leads to the port `target` on loopback. `old` is as long as `new`, and passes in one piece. `heard`:
+    where what the client says is noted."""
     assert len(old) == len(new)
     tasks: set[asyncio.Task[None]] = set()
 
     async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, change: bool) -> None:
         while data := await reader.read(1 << 16):
+            if heard is not None and not change:
+                heard.extend(data)
             writer.write(data.replace(old, new) if change else data)
             await writer.drain()
         writer.close()
