@@ -44,6 +44,8 @@ class NodeStatus(msgspec.Struct, kw_only=True):
     step_s: float | None = None
     load_bytes_per_s: float | None = None
     """Of KV, out of memory of its own machine, or of others where it was never seen to read its own."""
+    held_chunks: int = 0
+    """Of prompts that its engine is taken to have in its own blocks, having read them out of other nodes' memory."""
 
 
 class RequestTotals(msgspec.Struct, kw_only=True):
@@ -174,5 +176,6 @@ class StatusView:
             prefill_tokens_per_s=node.rates.prefill.per_s or None,
             step_s=node.rates.steps.each_s or None,
             load_bytes_per_s=node.rates.near.per_s or node.rates.far.per_s or None,
+            held_chunks=self._cluster.caches.held_chunks(node.id),
             tiers=report.tiers if report and node.silent_since is None else [],
         )

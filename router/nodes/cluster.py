@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 
 from msgspec.structs import replace
 
-from kvcore.chunk_keys import prompt_keys, usable_chunks
 from kvcore.clock import Clock
 from kvcore.config.schema import ClusterConfig
 from kvcore.config.servers import internal_url
@@ -23,9 +22,10 @@ from kvcore.telemetry import log_fields
 from kvcore.types import NodeInfo, Role
 from metadata_server.cache_messages import NodeOrder
 from metadata_server.messages import Event, EventKind
-from nodeapi.messages import NodeReport
+from nodeapi.messages import EngineInfo, NodeReport
 from router.nodes.board import NodeBoard, NodeTable
-from router.nodes.fit import RouterIdentity, why_not_now, why_other, why_unsound
+from router.nodes.engine_caches import EngineCaches
+from router.nodes.fit import RouterIdentity, has_worked, why_not_now, why_other, why_unsound
 from router.nodes.health import Breaker, BreakerState, is_nodes_fault
 from router.nodes.known import KnownNode
 from router.nodes.leases import NodeLeases
@@ -38,7 +38,6 @@ from router.routing.decision import why_no_decoder
 from router.routing.index import KeptKeys, PrefixHits, PrefixIndex
 from router.routing.parted_index import PartedIndex
 from router.routing.rates import NodeRates
-from router.routing.sent import SentPrefixes
 from router.routing.views import ClusterView
 
 _log = logging.getLogger("router")
@@ -70,8 +69,7 @@ class Cluster:
         self._board = NodeBoard(self.nodes, self._reason)
         self.stalls = StallWatch(config.router, limits, clock.now)
         self._drained: set[str] = set()
-        self._sent = None if config.handoff.traits.has_store else SentPrefixes()
-        """Of plain servers, which tell nothing of their caches."""
+        self.caches = EngineCaches(self.index, has_store=config.handoff.traits.has_store)
         self.on_less_load: Callable[[], None] = lambda: None  # some node has less to do
         self._said = PeerLog(_log, clock=clock)
         self.on_orders([])
@@ -118,10 +116,13 @@ class Cluster:
         if before is not None and before.engine == report.engine:
             report = replace(report, engine=before.engine)  # who knows it by identity need not look again
         node.report = report
+        if before is None or report.engine_restarts != before.engine_restarts:
+            self.caches.forget(node.id)
         if before is None or report.node.incarnation != before.node.incarnation:
             node.breaker, node.trust, node.rates = Breaker(self._limits), NodeTrust(self._limits), NodeRates()
             node.pace = NodePace(self._limits)
-        elif lost or _has_worked(before, report):
+            self.caches.forget(node.id)
+        elif lost or has_worked(before, report):
             node.pace.quiet_s = 0.0
             works(node, self._clock.now(), lost=lost)
         node.fingerprint = report.engine.kv_spec.fingerprint if report.engine is not None else b""
@@ -140,8 +141,8 @@ class Cluster:
         cannot be used is told of as one that was lost."""
         if node.is_gone and self.nodes.get(node.id) is node:
             del self.nodes[node.id]
-        if self._sent is not None and before is not None and node.problem is not None:  # not for one late answer
-            self._sent.forget(node.id)
+        if before is not None and node.problem is not None:  # not for one late answer
+            self.caches.forget(node.id)
         if node.problem is not None:
             node.problem = node.problem[: self._limits.max_problem_chars]
         usable = node.problem is None
@@ -200,10 +201,13 @@ class Cluster:
             if isinstance(error, ModelChangedError):  # what the node last reported is out of date
                 self.probe_asked.set()
 
-    def computed(self, node_id: str, prompt_token_ids: Sequence[int], salt: bytes) -> None:
-        """The node has the KV of this prompt in its own cache now. Nodes of ours tell that themselves."""
-        if self._sent is not None:
-            self._sent.sent(node_id, prompt_token_ids, salt)
+    def computed(
+        self, node_id: str, prompt_token_ids: Sequence[int], salt: bytes, kept: KeptKeys | None = None
+    ) -> None:
+        """The node has the KV of this prompt in its own cache now. Nodes of ours tell what lies in their memory, not
+        what their engines have read out of others'. `kept`: as for `hits`."""
+        kept = {} if kept is None else kept
+        self.caches.computed(node_id, self._engine(node_id), prompt_token_ids, salt, kept)
 
     def _count(self, work: NodeWork, sequences: int, prefill_tokens: int) -> None:
         work.count(sequences, prefill_tokens, self._clock.now())
@@ -271,19 +275,7 @@ class Cluster:
     ) -> dict[bytes, PrefixHits]:
         """Where the prompt's usable chunks are, for each kind of KV among those who may decode. `kept`: its keys, of
         this prompt and salt, for the next time."""
-        found: dict[bytes, PrefixHits] = {}
-        kept = {} if kept is None else kept
-        if self._sent is not None:
-            hits = self._sent.find(prompt_token_ids, salt, kept)
-            return {node.fingerprint: hits for node in (view.decoders or view.prefillers)[:1]}
-        for node in (view.decoders or view.prefillers) if self.index else ():
-            if node.fingerprint not in found:
-                keys = kept.get(kind := (node.fingerprint, node.chunk_tokens))
-                if keys is None:
-                    count = usable_chunks(len(prompt_token_ids), node.chunk_tokens)
-                    keys = kept[kind] = prompt_keys(node.fingerprint, salt, prompt_token_ids, node.chunk_tokens)[:count]
-                found[node.fingerprint] = self.index.find(keys)
-        return found
+        return self.caches.hits(view, prompt_token_ids, salt, {} if kept is None else kept)
 
     def why_no_decoder(self) -> str:
         """One sentence for an error: what is wrong with each node that could decode and is not usable."""
@@ -302,10 +294,12 @@ class Cluster:
 
     def eos_token_ids(self, node_id: str) -> frozenset[int]:
         """Of this node's model; empty while unknown."""
+        engine = self._engine(node_id)
+        return frozenset(engine.eos_token_ids) if engine is not None else frozenset()
+
+    def _engine(self, node_id: str) -> EngineInfo | None:
         node = self.nodes.get(node_id)
-        return (
-            frozenset(node.report.engine.eos_token_ids) if node and node.report and node.report.engine else frozenset()
-        )
+        return node.report.engine if node is not None and node.report is not None else None
 
     def breaker_state(self, node: KnownNode) -> BreakerState:
         """As of now."""
@@ -326,14 +320,6 @@ class Cluster:
         """Whether this node, if it decodes, does so in a decoder's place."""
         node = self.nodes.get(node_id)
         return node is not None and node.role is Role.PREFILLER
-
-
-def _has_worked(before: NodeReport, now: NodeReport) -> bool:
-    """Whether its engine has counted any work in between. Legs that it was told to end are none."""
-    if before.stats is None or now.stats is None:
-        return False
-    counted = before.stats.counters
-    return any(count != counted.get(name, 0) for name, count in now.stats.counters.items() if name != "aborted")
 
 
 class _ClusterOfPart:

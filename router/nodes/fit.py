@@ -77,3 +77,11 @@ def why_unsound(report: NodeReport, limits: NodeHealthLimits) -> str | None:
         if not least <= value <= most:
             return f"its report makes no sense: {name} is {value}, not within {least} to {most}"
     return None
+
+
+def has_worked(before: NodeReport, now: NodeReport) -> bool:
+    """Whether its engine has counted any work in between. Legs that it was told to end are none."""
+    if before.stats is None or now.stats is None:
+        return False
+    counted = before.stats.counters
+    return any(count != counted.get(name, 0) for name, count in now.stats.counters.items() if name != "aborted")

@@ -215,7 +215,8 @@ class RequestLegs:
             leg.error = f"{failure.code}: {failure.message}"
             self._listener.tell(DecodeFailed(action.leg, failure))
             return
-        self._services.cluster.computed(action.node, self.spec.prompt_token_ids, self.spec.cache_salt)
+        spec = self.spec
+        self._services.cluster.computed(action.node, spec.prompt_token_ids, spec.cache_salt, spec.keys)
 
     def _prefilled(self, node_id: str, done: PrefillResult | LegInfo) -> None:
         """What this leg computed of the prompt tells how fast its node is."""

@@ -2,11 +2,14 @@
 
 import asyncio
 
-from support.sim_load import Flow, Load, Machine, Seen, outcomes, run_load
+import pytest
+from support.sim_load import Flow, Load, Machine, Seen, outcomes, p99, run_load
 from support.sim_loop import run_sim
 
 from kvcore.errors import RateLimitError
+from kvcore.types import Role
 from router.admission.limits import AdmissionLimits
+from router.nodes.engine_caches import EngineCaches
 from router.requests.records import RequestRecord
 from router.routing.policy import STAYS, TRIES
 from router.routing.rates import Doubt
@@ -116,5 +119,43 @@ def test_prompts_that_wait_are_bounded_by_their_tokens_too():
         assert "prompts of 1000 tokens wait" in refused[0].message
         alone = await asyncio.gather(*(load.ask(Flow(0), 1500) for _ in range(2)))
         assert outcomes(alone) == {"ok": 2}, "one may wait however long it is"
+
+    run_sim(main)
+
+
+HOT = Machine(prefillers=8, decoders=8, prefill_rate=4000.0, step_s=0.02, places=8, shared=1600, read_s=0.1)
+"""All prompts begin alike, and that lies in the memory of one decoder of eight."""
+
+
+def of_hot() -> tuple[float, list[int]]:
+    """(p99 of the TTFT, legs of each decoder) at four fifths of what the decoders can take."""
+
+    async def main() -> tuple[float, list[int]]:
+        load = Load(HOT, router={"first_token_s": None})
+        flow = Flow(0.8 * 8 * HOT.places / (30 * HOT.step_s), until_s=6.0, lengths=lambda _: 100, max_tokens=30)
+        seen = await load.drive([flow], 1)
+        assert outcomes(seen).keys() == {"ok"}
+        return p99(seen, ""), [node.legs for node in load.nodes.nodes if node.role is Role.DECODER]
+
+    return run_sim(main)
+
+
+@pytest.mark.slow
+def test_a_hot_beginning_is_held_by_as_many_decoders_as_its_load_asks_for(monkeypatch):
+    """What a decoder has read it holds in its engine's own blocks: the one whose memory it lies in is not filled up."""
+    spread_s, spread = of_hot()
+    monkeypatch.setattr(EngineCaches, "computed", lambda *_: None)
+    crowded_s, crowded = of_hot()
+    assert max(spread) < 1.15 * min(spread) and max(crowded) > 1.4 * min(crowded), (spread, crowded)
+    assert spread_s < 0.5 * crowded_s, (spread_s, crowded_s)
+
+
+def test_where_load_does_not_ask_for_it_nobody_else_reads_a_beginning():
+    async def main() -> None:
+        load = Load(HOT)
+        await load.prober.probe()
+        for _ in range(12):
+            assert (await load.ask(Flow(0), 100)).error is None
+        assert [node.id for node in load.nodes.nodes if node.role is Role.DECODER and node.legs] == ["d0"]
 
     run_sim(main)

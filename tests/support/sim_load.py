@@ -15,6 +15,7 @@ from support.router_fakes import CHUNK_TOKENS, MAX_CONTEXT, VOCAB, cluster_confi
 from support.router_fakes import FakeNode as _Named
 from support.sim_loop import LoopClock, run_sim
 
+from kvcore.chunk_keys import chunk_keys, root_key
 from kvcore.errors import KVFerryError, RateLimitError
 from kvcore.types import NodeInfo, Role, Segment
 from nodeapi.messages import (
@@ -56,6 +57,10 @@ class Machine:
     places: int = 64
     net_s: float = 0.001
     """One way."""
+    shared: int = 0
+    """Tokens with which all prompts begin: they are cached, at the first decoder."""
+    read_s: float = 0.0
+    """In which another one reads them, once."""
 
 
 class QueueNode:
@@ -69,6 +74,7 @@ class QueueNode:
         self.legs = 0
         self.hangs = False
         self.read_rate: float | None = None
+        self.has_shared = name == "d0"
 
     async def _compute(self, tokens: int) -> Timings:
         loop = asyncio.get_running_loop()
@@ -81,7 +87,7 @@ class QueueNode:
     async def prefill(self, request: PrefillRequest) -> PrefillResult:
         self.legs += 1
         await asyncio.sleep(self._machine.net_s)
-        tokens = len(request.prompt_token_ids)
+        tokens = len(request.prompt_token_ids) - self._machine.shared
         timings = await self._compute(tokens)
         if self.hangs:
             await asyncio.get_running_loop().create_future()
@@ -94,7 +100,11 @@ class QueueNode:
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta]:
         self.legs += 1
         await asyncio.sleep(self._machine.net_s)
-        computed, timings, moved = len(request.prompt_token_ids), Timings(), list[Moved]()
+        shared, timings, moved = self._machine.shared, Timings(), list[Moved]()
+        if not self.has_shared and shared:
+            await asyncio.sleep(self._machine.read_s)
+            self.has_shared = True
+        computed = len(request.prompt_token_ids) - shared
         if request.handoff is not None:
             computed -= await self._handed(request, moved)
         if computed > 1:
@@ -120,7 +130,7 @@ class QueueNode:
             async with asyncio.timeout(request.handoff.wait_s):
                 await self._done(request.request_id).wait()
                 if self.read_rate is None:
-                    return len(request.prompt_token_ids) - 1
+                    return len(request.prompt_token_ids) - self._machine.shared - 1
                 began = loop.time()
                 for _ in range(request.handoff.num_chunks):
                     await asyncio.sleep(spec().chunk_bytes / self.read_rate)
@@ -141,7 +151,7 @@ class QueueNode:
                 vocab_size=VOCAB,
                 eos_token_ids=[0],
                 block_size=16,
-                num_blocks=64,
+                num_blocks=4096,
                 max_sequences=self._machine.places,
             ),
             stats=EngineStats(),
@@ -252,6 +262,8 @@ class Load:
         )
         self.seen: list[Seen] = []
         self._count = 0
+        shared = chunk_keys(root_key(spec().fingerprint), [1] * self.machine.shared, CHUNK_TOKENS)
+        self.cluster.index.store("d0", shared, "d0.1")
 
     async def ask(self, flow: Flow, tokens: int) -> Seen:
         """One request, to its end."""
@@ -261,6 +273,7 @@ class Load:
         seen = Seen(flow.user, started, tokens)
         self.seen.append(seen)
         prompt = [self._count % VOCAB, *[1 + (self._count >> 9)] * (tokens - 1)]
+        prompt = [1] * self.machine.shared + prompt
         params = SamplingParams(max_tokens=flow.max_tokens, temperature=0, ignore_eos=True)
         turn = Turn(flow.user, flow.rank, client_s=flow.first_token_s)
         request = AnswerRequest([RequestSpec(name, prompt, params, flow=flow.user)], turn=turn)

@@ -1,0 +1,64 @@
+"""Where a prompt's KV is: in the nodes' memory, as the index says, and in their engines' own blocks, which none tells.
+
+Owns no index and no guess of its own: it asks `router.routing.index`, and `held` beside it or, of servers that are not
+ours, `sent` alone.
+"""
+
+from collections.abc import Sequence
+
+from kvcore.chunk_keys import prompt_keys, usable_chunks
+from nodeapi.messages import EngineInfo
+from router.routing.held import HeldPrefixes
+from router.routing.index import KeptKeys, PrefixHits, PrefixIndex
+from router.routing.parted_index import PartedIndex
+from router.routing.sent import SentPrefixes
+from router.routing.views import ClusterView
+
+
+class EngineCaches:
+    """`has_store`: nodes tell what lies in their memory."""
+
+    def __init__(self, index: PrefixIndex | PartedIndex, *, has_store: bool) -> None:
+        self._index = index
+        self._held, self._sent = HeldPrefixes(), None if has_store else SentPrefixes()
+
+    def __repr__(self) -> str:
+        return f"<EngineCaches {self._held if self._sent is None else self._sent}>"
+
+    def forget(self, node_id: str) -> None:
+        """Its engine has started anew, or is away."""
+        self._held.forget(node_id)
+        if self._sent is not None:
+            self._sent.forget(node_id)
+
+    def held_chunks(self, node_id: str) -> int:
+        """That its engine is taken to have read out of other nodes' memory, with what follows them."""
+        return self._held.count(node_id)
+
+    def computed(
+        self, node_id: str, engine: EngineInfo | None, prompt_token_ids: Sequence[int], salt: bytes, kept: KeptKeys
+    ) -> None:
+        """The node's engine has the KV of this prompt in its own blocks now."""
+        if self._sent is not None:
+            self._sent.sent(node_id, prompt_token_ids, salt)
+        elif engine is not None:
+            keys = kept.get((engine.kv_spec.fingerprint, engine.kv_spec.chunk_tokens), [])
+            if self._index.find(keys).by_node.get(node_id, 0) < len(keys):
+                self._held.read(node_id, engine, keys)
+
+    def hits(
+        self, view: ClusterView, prompt_token_ids: Sequence[int], salt: bytes, kept: KeptKeys
+    ) -> dict[bytes, PrefixHits]:
+        """See `Cluster.hits`."""
+        found: dict[bytes, PrefixHits] = {}
+        if self._sent is not None:
+            hits = self._sent.find(prompt_token_ids, salt, kept)
+            return {node.fingerprint: hits for node in (view.decoders or view.prefillers)[:1]}
+        for node in (view.decoders or view.prefillers) if self._index else ():
+            if node.fingerprint not in found:
+                keys = kept.get(kind := (node.fingerprint, node.chunk_tokens))
+                if keys is None:
+                    count = usable_chunks(len(prompt_token_ids), node.chunk_tokens)
+                    keys = kept[kind] = prompt_keys(node.fingerprint, salt, prompt_token_ids, node.chunk_tokens)[:count]
+                found[node.fingerprint] = self._held.with_these(self._index.find(keys), keys)
+        return found
