@@ -24,7 +24,6 @@ from metadata_server.cache_messages import NodeOrder
 from metadata_server.messages import Event, EventKind
 from nodeapi.messages import EngineInfo, NodeReport
 from router.nodes.board import NodeBoard, NodeTable
-from router.nodes.engine_caches import EngineCaches
 from router.nodes.fit import RouterIdentity, has_worked, why_not_now, why_other, why_unsound
 from router.nodes.health import Breaker, BreakerState, is_nodes_fault
 from router.nodes.known import KnownNode
@@ -35,6 +34,7 @@ from router.nodes.stall_watch import StallWatch, works
 from router.nodes.trust import NodeTrust
 from router.nodes.work import NodeWork
 from router.routing.decision import why_no_decoder
+from router.routing.engine_caches import EngineCaches
 from router.routing.index import KeptKeys, PrefixHits, PrefixIndex
 from router.routing.parted_index import PartedIndex
 from router.routing.rates import NodeRates

@@ -9,8 +9,8 @@ from support.sim_loop import run_sim
 from kvcore.errors import RateLimitError
 from kvcore.types import Role
 from router.admission.limits import AdmissionLimits
-from router.nodes.engine_caches import EngineCaches
 from router.requests.records import RequestRecord
+from router.routing.engine_caches import EngineCaches
 from router.routing.policy import STAYS, TRIES
 from router.routing.rates import Doubt
 

@@ -42,6 +42,7 @@ from router.requests.dispatch import Dispatcher
 from router.requests.records import RequestLog
 from router.requests.services import RequestServices
 from router.requests.spec import AnswerRequest, RequestSpec, Turn
+from router.routing.index import PrefixIndex
 from router.routing.policy import make_policy
 from router.text.tokenizer import ByteTokenizer
 
@@ -263,6 +264,7 @@ class Load:
         self.seen: list[Seen] = []
         self._count = 0
         shared = chunk_keys(root_key(spec().fingerprint), [1] * self.machine.shared, CHUNK_TOKENS)
+        assert isinstance(self.cluster.index, PrefixIndex)
         self.cluster.index.store("d0", shared, "d0.1")
 
     async def ask(self, flow: Flow, tokens: int) -> Seen:

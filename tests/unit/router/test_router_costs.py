@@ -232,7 +232,7 @@ async def test_a_prompt_that_waits_is_hashed_once(monkeypatch: pytest.MonkeyPatc
     keys = chunk_keys(root_key(rig.cluster.view().decoders[0].fingerprint), range(100), CHUNK_TOKENS)
     rig.cluster.index.store("d0", keys, "d0.1")
     asked, hashed = RequestSpec("r", list(range(100)), SamplingParams(max_tokens=2, temperature=0)), []
-    monkeypatch.setattr("router.nodes.engine_caches.prompt_keys", lambda *args: hashed.append(args) or keys)
+    monkeypatch.setattr("router.routing.engine_caches.prompt_keys", lambda *args: hashed.append(args) or keys)
     for _ in range(3):
         found = rig.dispatcher.route(asked)
         assert found.route is not None and found.route.expected_cached_tokens == 96

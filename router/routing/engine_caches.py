@@ -1,6 +1,6 @@
 """Where a prompt's KV is: in the nodes' memory, as the index says, and in their engines' own blocks, which none tells.
 
-Owns no index and no guess of its own: it asks `router.routing.index`, and `held` beside it or, of servers that are not
+Owns no index and no guess of its own: it asks `index`, and `held` beside it or, of servers that are not
 ours, `sent` alone.
 """
 
