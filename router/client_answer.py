@@ -107,7 +107,7 @@ class ClientAnswer:
         self._specs = request.specs
         self._stops, self._text = request.stops, request.text
         self._limits = limits
-        self.shown = request.shown
+        self.shown, self.reading = request.shown, request.reading
         self.id = request.specs[0].request_id
         """Of the answer, and of its (first) request."""
         self.num_choices = sum(spec.sampling.n for spec in request.specs)

@@ -40,6 +40,7 @@ from router.nodes.prober import Prober
 from router.nodes.problems import ClusterProblems
 from router.nodes.vllm_client import VllmClient, server_key
 from router.nodes.vllm_model import read_model_facts
+from router.parsing.dialects import find_dialect
 from router.processes.reports import ProcessPlace
 from router.processes.siblings import Sibling, Siblings, siblings_session
 from router.processes.view import RouterView
@@ -104,6 +105,7 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle, place: Process
         more=add_routes,
         guard=await open_guard(config, log, clock, lifecycle, trust=trust, tokenizer=tokenizer, process=place.number),
         no_node=_no_node(services, prober, stopping),
+        dialect=find_dialect(config.model.parser, tokenizer.chat_source),
     )
     server = RouterListeners(app, config, trust, metrics.metrics, lifecycle, process=place.number)
     always = {"node probes": prober.run(), "stall watch": cluster.stalls.run(), "cache replay": cache.run()}

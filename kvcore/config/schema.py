@@ -42,6 +42,11 @@ class ModelConfig(Section, frozen=True, kw_only=True):
     """A name for the weights as they are now, beside what their files say: KV under another one is never shared.
 
     `POST /v1/weights` of the router changes it while the cluster runs."""
+    parser: str = "auto"
+    """The dialect in which the model writes what it thinks and the tools that it calls (docs/openai.md has the names).
+
+    `auto`: the one that its chat template speaks. `none`: answers are given out as they are written.
+    `package.module:name`: a `router.parsing.dialects.Dialect` of yours."""
 
 
 class KVConfig(Section, frozen=True, kw_only=True):

@@ -27,9 +27,9 @@ from router.admission.no_node import NoNodeWait, Tell
 from router.answering import Answerer
 from router.api import openapi
 from router.api.body import parse
-from router.api.formats.chat_format import ChatFormatter
 from router.api.formats.completion_format import CompletionFormatter
 from router.api.formats.formatter import Formatter
+from router.api.formats.parsed_chat import chat_formatter
 from router.api.front import Cors, PlainPaths
 from router.api.http_errors import error_reply, headers_of
 from router.api.limits import ApiLimits
@@ -38,9 +38,11 @@ from router.api.responses import AnswerResponse, JsonReply, error_response
 from router.api.text_routes import add_probe_routes, add_text_routes
 from router.client_answer import ClientAnswer
 from router.metrics import RouterMetrics
+from router.parsing.dialects import Dialect
 from router.processes.routes import add_own
 from router.processes.view import RouterView
 from router.tenants.callers import caller_of
+from router.text.tokenizer import Tokenizer
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 _log = logging.getLogger("router")
@@ -59,13 +61,14 @@ def make_app(
     more: Callable[[FastAPI], None] = lambda _app: None,
     guard: Callable[[ASGIApp], ASGIApp] = lambda app: app,
     no_node: NoNodeWait | None = None,
+    dialect: Dialect | None = None,
 ) -> ASGIApp:
     """The ASGI application. Its OpenAPI document is at /openapi.json. `cors`: as in the cluster file. `more` adds the
     routes that are not this package's, `guard` what refuses requests before they get to one. `no_node`: where requests
-    wait while no node is up; None: they are refused."""
+    wait while no node is up; None: they are refused. `dialect`: in which the model writes what it thinks and calls."""
     app = FastAPI(title="kvferry router", version="1", docs_url=None, redoc_url=None, redirect_slashes=False)
     _add_errors(app)
-    endpoints = _add_openai(app, answerer, max_body_bytes, limits, no_node)
+    endpoints = _add_openai(app, answerer, max_body_bytes, limits, no_node=no_node, dialect=dialect)
     add_text_routes(app, answerer, max_body_bytes, limits)
     add_probe_routes(app, view)
     _add_status(app, view)
@@ -151,7 +154,13 @@ def _add_errors(app: FastAPI) -> None:
 
 
 def _add_openai(
-    app: FastAPI, answerer: Answerer, max_body_bytes: int, limits: ApiLimits, no_node: NoNodeWait | None
+    app: FastAPI,
+    answerer: Answerer,
+    max_body_bytes: int,
+    limits: ApiLimits,
+    *,
+    no_node: NoNodeWait | None,
+    dialect: Dialect | None,
 ) -> dict[str, Endpoint]:
     """Returns the endpoints of the token routes, by path."""
     endpoints: dict[str, Endpoint] = {}
@@ -162,7 +171,7 @@ def _add_openai(
         kind: type[_Body],
         *,
         id_prefix: str,
-        formatter: type[ChatFormatter] | type[CompletionFormatter],
+        formatter: Callable[[ClientAnswer, str, int, Tokenizer], Formatter],
     ) -> None:
         @app.post(path, name=name, **openapi.answers(kind))
         async def endpoint(request: Request) -> Response:
@@ -180,6 +189,7 @@ def _add_openai(
                     body,
                     prompts,
                     max_context=answerer.max_context,
+                    dialect=dialect,
                     request_id=request_id,
                     client_request_id=request.scope["request_id"],
                     limits=limits,
@@ -196,7 +206,7 @@ def _add_openai(
 
         endpoints[path] = endpoint
 
-    generates("chat", "/v1/chat/completions", ChatRequest, id_prefix="chatcmpl", formatter=ChatFormatter)
+    generates("chat", "/v1/chat/completions", ChatRequest, id_prefix="chatcmpl", formatter=chat_formatter)
     generates("completions", "/v1/completions", CompletionRequest, id_prefix="cmpl", formatter=CompletionFormatter)
     _add_models(app, answerer)
     return endpoints

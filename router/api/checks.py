@@ -1,11 +1,13 @@
-"""How a client's field is refused: by its name, in one sentence; and what lists of token ids may hold."""
+"""How a client's field is refused: by its name, in one sentence; what numbers and lists of token ids may be."""
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 from kvcore.errors import InvalidRequestError
 
 MAX_TOKEN_ID = (1 << 32) - 1
+_MAX_INT64 = 1 << 63
 _NO_ID = "has token ids that no vocabulary has"
 
 
@@ -61,3 +63,29 @@ class TokenLists:
     def ends(self) -> list[int]:
         """See `stop_ids`."""
         return stop_ids(self._ends, self._most)
+
+
+def number(value: float | None, default: float, param: str, low: float, high: float) -> float:
+    """Of a field that may be left out, or null. Raises InvalidRequestError."""
+    if value is None:
+        return default
+    require(math.isfinite(value) and low <= value <= high, param, f"must lie between {low:g} and {high:g}")
+    return value
+
+
+def top_p(value: float | None) -> float:
+    """1 where it is left out."""
+    require(value is None or 0.0 < value <= 1.0, "top_p", "must be above 0 and at most 1")
+    return 1.0 if value is None else value
+
+
+def top_k(value: int | None) -> int:
+    """0, all tokens, where it is left out."""
+    require(value is None or -1 <= value < _MAX_INT64, "top_k", "must be at least 1, or 0 or -1 for all")
+    return max(0, value or 0)
+
+
+def repetition_penalty(value: float | None) -> float:
+    """1 where it is left out."""
+    require(value is None or (value > 0 and math.isfinite(value)), "repetition_penalty", "must be above 0")
+    return 1.0 if value is None else value

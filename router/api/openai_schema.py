@@ -4,7 +4,6 @@ Owns the names of the fields that are obeyed, the checks of each and their messa
 `other_fields`, or refused as unknown: nothing that would change the answer is ignored.
 """
 
-import math
 import random
 from collections.abc import Mapping, Sequence
 from typing import cast
@@ -15,14 +14,17 @@ from nodeapi.messages import SamplingParams
 from router.api.cache_hints import CacheHintFields, hints_of, session_of
 from router.api.chat_messages import ChatMessage, marks_of, message_of, template_values
 from router.api.chat_tools import Tool, tools_of
-from router.api.checks import TokenLists, refuse, require, token_ids
+from router.api.checks import TokenLists, number, refuse, repetition_penalty, require, token_ids, top_k, top_p
 from router.api.limits import ApiLimits
+from router.api.tool_choice import may_call, reading_of
 from router.api.truncation import truncated
+from router.parsing.dialects import Dialect
 from router.requests.spec import (
     AnswerRequest,
     ChatPrompt,
     FieldNames,
     Prompt,
+    Reading,
     RequestSpec,
     ShownFields,
     TextOptions,
@@ -93,6 +95,8 @@ class ChatRequest(_CommonFields, frozen=True, kw_only=True):
     top_logprobs: int | None = None
     tools: list[Tool] | None = None
     tool_choice: str | dict[str, object] | None = None
+    parallel_tool_calls: bool | None = True
+    include_reasoning: bool | None = True
     response_format: dict[str, object] | None = None
 
 
@@ -112,7 +116,7 @@ AnyRequest = ChatRequest | CompletionRequest
 def prompts_of(request: AnyRequest, limits: ApiLimits) -> list[Prompt]:
     """A chat's messages, or the prompts of a completion; what changes the answer and is not supported is refused."""
     if isinstance(request, ChatRequest):
-        _check_chat(request)
+        _check_response_format(request.response_format)
         return [_chat_prompt(request, limits)]
     return _prompts(request, limits)
 
@@ -122,6 +126,7 @@ def answer_request(
     prompts: Sequence[list[int]],
     *,
     max_context: int | None,
+    dialect: Dialect | None = None,
     request_id: str,
     client_request_id: str,
     limits: ApiLimits,
@@ -131,7 +136,7 @@ def answer_request(
     `max_context` None: not known as no node is up; a wrong request is wrong at any time, so the fields are checked all
     the same. Raises InvalidRequestError.
     """
-    stops, salt = _stops(request, limits), _cache_salt(request, limits)
+    stops, salt, reading = _stops(request, limits), _cache_salt(request, limits), _reading(request, dialect)
     hints = hints_of(request, marks_of(request.messages) if isinstance(request, ChatRequest) else ())
     context = _ANY_CONTEXT if max_context is None else max_context
     room = context - _max_tokens(request, 0, DEFAULT_COMPLETION_TOKENS)[0]
@@ -154,16 +159,30 @@ def answer_request(
     return AnswerRequest(
         specs,
         stops=stops,
-        text=_text_options(request),
+        text=_text_options(request, reading),
         shown=_shown(request),
         names=FieldNames(prompt="messages" if isinstance(request, ChatRequest) else "prompt"),
         turn=Turn(flow),
+        reading=reading,
     )
 
 
-def _text_options(request: AnyRequest) -> TextOptions:
+def _reading(request: AnyRequest, dialect: Dialect | None) -> Reading | None:
+    if not isinstance(request, ChatRequest):
+        return None
+    tools = request.tools if may_call(request.tools, request.tool_choice) else None
+    return reading_of(
+        tools,
+        dialect=dialect,
+        shows_reasoning=request.include_reasoning is not False,
+        one_call=request.parallel_tool_calls is False,
+    )
+
+
+def _text_options(request: AnyRequest, reading: Reading | None) -> TextOptions:
+    marked = reading is not None and (reading.dialect.special or reading.tools is not None)
     return TextOptions(
-        skip_special_tokens=request.skip_special_tokens is not False,
+        skip_special_tokens=request.skip_special_tokens is not False and not marked,
         spaces_between_special_tokens=request.spaces_between_special_tokens is not False,
         include_stop=bool(request.include_stop_str_in_output),
     )
@@ -225,13 +244,6 @@ def _documents(given: object) -> list[Mapping[str, object]] | None:
     return documents
 
 
-def _check_chat(request: ChatRequest) -> None:
-    refuse("tool_choice", request.tool_choice not in (None, "none", "auto"))
-    told_only = not request.tools or request.tool_choice == "none"
-    require(told_only, "tools", "is not supported by this server unless tool_choice is none")
-    _check_response_format(request.response_format)
-
-
 def _prompts(request: CompletionRequest, limits: ApiLimits) -> list[Prompt]:
     _check_response_format(request.response_format)
     n = 1 if request.n is None else request.n
@@ -281,14 +293,14 @@ def _sampling(
     seed = random.getrandbits(63) if request.seed is None else request.seed
     require(-_INT64 <= seed < _INT64, "seed", "must be a 64-bit integer")
     return SamplingParams(
-        temperature=_number(request.temperature, 1.0, "temperature", 0.0, 2.0),
-        top_p=_top_p(request.top_p),
-        top_k=_top_k(request.top_k),
-        min_p=_number(request.min_p, 0.0, "min_p", 0.0, 1.0),
+        temperature=number(request.temperature, 1.0, "temperature", 0.0, 2.0),
+        top_p=top_p(request.top_p),
+        top_k=top_k(request.top_k),
+        min_p=number(request.min_p, 0.0, "min_p", 0.0, 1.0),
         seed=seed % _INT64,
-        presence_penalty=_number(request.presence_penalty, 0.0, "presence_penalty", -2.0, 2.0),
-        frequency_penalty=_number(request.frequency_penalty, 0.0, "frequency_penalty", -2.0, 2.0),
-        repetition_penalty=_repetition_penalty(request.repetition_penalty),
+        presence_penalty=number(request.presence_penalty, 0.0, "presence_penalty", -2.0, 2.0),
+        frequency_penalty=number(request.frequency_penalty, 0.0, "frequency_penalty", -2.0, 2.0),
+        repetition_penalty=repetition_penalty(request.repetition_penalty),
         logit_bias=lists.bias,
         max_tokens=max_tokens,
         min_tokens=min_tokens,
@@ -323,25 +335,3 @@ def _logprobs(request: AnyRequest, most: int) -> int | None:
 
 def _check_response_format(value: dict[str, object] | None) -> None:
     refuse("response_format", value is not None and value != {"type": "text"})
-
-
-def _number(value: float | None, default: float, param: str, low: float, high: float) -> float:
-    if value is None:
-        return default
-    require(math.isfinite(value) and low <= value <= high, param, f"must lie between {low:g} and {high:g}")
-    return value
-
-
-def _top_p(value: float | None) -> float:
-    require(value is None or 0.0 < value <= 1.0, "top_p", "must be above 0 and at most 1")
-    return 1.0 if value is None else value
-
-
-def _top_k(value: int | None) -> int:
-    require(value is None or -1 <= value < _INT64, "top_k", "must be at least 1, or 0 or -1 for all")
-    return max(0, value or 0)
-
-
-def _repetition_penalty(value: float | None) -> float:
-    require(value is None or (value > 0 and math.isfinite(value)), "repetition_penalty", "must be above 0")
-    return 1.0 if value is None else value

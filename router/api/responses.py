@@ -195,7 +195,8 @@ class AnswerResponse(Response):
             writing.begun = True
         try:
             async for piece in pieces:
-                await send({"type": "http.response.body", "body": formatter.chunk(piece), "more_body": True})
+                if body := formatter.chunk(piece):
+                    await send({"type": "http.response.body", "body": body, "more_body": True})
                 if turns.over:
                     await turns.give_way()
             last = formatter.closing()

@@ -1,8 +1,10 @@
 """The dialects by name, which of them a chat template speaks, and the parser of one answer."""
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from kvcore.errors import ConfigError
 from router.parsing import channels, json_calls, tagged_calls
 from router.parsing.events import Content, Event, Parse, Reasoning
 from router.parsing.json_calls import Tools
@@ -19,25 +21,43 @@ def _text(r: Reader, tools: Tools) -> Parse[None]:
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """How one family of models writes. `thinks`: the marks around its reasoning, where calls are written apart from
-    it; `in_template`: texts of which a chat template that speaks it has all, and `not_in_template`: none."""
+    """How one family of models writes. `thinks`: the marks around its reasoning, where that is written apart
+    from calls; `in_template`: texts of which a chat template that speaks it has all."""
 
     calls: Callable[[Reader, Tools], Parse[None]] = _text
     thinks: tuple[tuple[str, str], ...] = ()
+    special: bool = False
+    """Some of its marks are special tokens, which are no part of a text unless they are asked for."""
+    frames: bool = False
+    """Every answer is written in it, not only one with calls."""
+    short_ids: bool = False
+    """The ids of calls have nine letters and digits."""
     trims: bool = True
     """White space around the reasoning is no part of it, nor of the answer."""
     in_template: tuple[str, ...] = ()
-    not_in_template: tuple[str, ...] = ()
 
 
 DIALECTS: Mapping[str, Dialect] = {
-    "gpt_oss": Dialect(channels.harmony, in_template=("<|channel|>", "<|start|>")),
-    "kimi_k3": Dialect(channels.xtml, in_template=("<|open|>", "<|sep|>")),
-    "gemma4": Dialect(tagged_calls.gemma, (("<|channel>thought\n", "<channel|>"),), in_template=("<|tool_call>",)),
-    "kimi_k2": Dialect(json_calls.kimi, (_THINK,), False, in_template=("<|tool_calls_section_begin|>",)),
+    "gpt_oss": Dialect(channels.harmony, special=True, frames=True, in_template=("<|channel|>", "<|start|>")),
+    "kimi_k3": Dialect(channels.xtml, special=True, frames=True, in_template=("<|open|>", "<|sep|>")),
+    "gemma4": Dialect(
+        tagged_calls.gemma,
+        (("<|channel>thought\n", "<channel|>"),),
+        special=True,
+        in_template=("<|tool_call>",),
+    ),
+    "kimi_k2": Dialect(
+        json_calls.kimi, (_THINK,), special=True, trims=False, in_template=("<|tool_calls_section_begin|>",)
+    ),
     "deepseek_v32": Dialect(tagged_calls.dsml, (_THINK,), in_template=("｜DSML｜",)),
     "deepseek_v3": Dialect(json_calls.deepseek, (_THINK,), in_template=("<｜tool▁calls▁begin｜>",)),
-    "mistral": Dialect(json_calls.mistral, (("[THINK]", "[/THINK]"), _THINK), in_template=("[TOOL_CALLS]",)),
+    "mistral": Dialect(
+        json_calls.mistral,
+        (("[THINK]", "[/THINK]"), _THINK),
+        special=True,
+        short_ids=True,
+        in_template=("[TOOL_CALLS]",),
+    ),
     "qwen3_xml": Dialect(tagged_calls.qwen_xml, (_THINK,), in_template=("<tool_call>", "<function=")),
     "glm": Dialect(tagged_calls.glm, (_THINK,), in_template=("<arg_key>",)),
     "hermes": Dialect(json_calls.hermes, (_THINK,), in_template=("<tool_call>",)),
@@ -56,10 +76,32 @@ def dialect_of(template: str) -> str | None:
     return None
 
 
-class AnswerParser:
-    """Of one answer. `prompt_end`: the last of the prompt, in which the reasoning may have been opened."""
+def find_dialect(setting: str, template: str) -> Dialect | None:
+    """That of `model.parser`, where `template` is the chat template's text. None: answers are given out as they are
+    written. Raises ConfigError."""
+    if setting == "none":
+        return None
+    name = dialect_of(template) if setting == "auto" else setting
+    if name is None or name in DIALECTS:
+        return DIALECTS[name] if name is not None else None
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        known = ", ".join(DIALECTS)
+        raise ConfigError(f"model.parser: {name!r} is no dialect: auto, none, package.module:name, or one of {known}")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"model.parser: {name!r} cannot be imported: {error}") from error
+    if not isinstance(found, Dialect):
+        raise ConfigError(f"model.parser: {name!r} is no router.parsing.dialects.Dialect but {type(found).__name__}")
+    return found
 
-    def __init__(self, dialect: Dialect, tools: Tools, prompt_end: str) -> None:
+
+class AnswerParser:
+    """Of one answer. `tools`: None: none was offered, so that nothing is a call. `prompt_end`: the last of the prompt,
+    in which the reasoning may have been opened."""
+
+    def __init__(self, dialect: Dialect, tools: Tools | None, prompt_end: str) -> None:
         self._dialect = dialect
         self._tools = tools
         self._reader = Reader(prompt_end)
@@ -100,4 +142,7 @@ class AnswerParser:
                 if dialect.trims:
                     yield from r.skip_space()
                 break
-        yield from dialect.calls(r, self._tools)
+        if self._tools is None and not dialect.frames:
+            yield from _text(r, {})
+        else:
+            yield from dialect.calls(r, self._tools or {})

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from nodeapi.messages import SamplingParams
+from router.parsing.dialects import Dialect
 from router.requests.hints import CacheHint
 from router.routing.index import KeptKeys
 
@@ -83,6 +84,18 @@ class TextOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class Reading:
+    """How the text of a chat's answer is told apart. `tools`: the schema of the arguments of each that was offered, by
+    its name; None: none was, or none may be called."""
+
+    dialect: Dialect
+    tools: Mapping[str, Mapping[str, object]] | None = None
+    shows_reasoning: bool = True
+    one_call: bool = False
+    """Calls after the first are left out."""
+
+
+@dataclass(frozen=True, slots=True)
 class RequestSpec:
     """One prompt in tokens, validated. `request_id` is unique; `client_request_id` is the client's own name for it."""
 
@@ -138,3 +151,5 @@ class AnswerRequest:
     names: FieldNames = FieldNames()
     text: TextOptions = TextOptions()
     turn: Turn = Turn()
+    reading: Reading | None = None
+    """None: the text is the answer."""

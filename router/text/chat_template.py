@@ -84,6 +84,8 @@ class ChatTemplates:
     def __init__(self, sources: Mapping[str, str], settings: Mapping[str, object]) -> None:
         """`settings`: of tokenizer_config.json, for the special tokens."""
         self._templates: dict[str, ChatTemplate | str] = {}
+        self.source = "\n".join(sources.values())
+        """The text of all of them."""
         special_tokens = special_tokens_of(settings)
         for name, source in sources.items():
             try:

@@ -54,6 +54,11 @@ class Tokenizer(Protocol):
         """Hex SHA-256 of the file that it was made of, as a KVSpec has it; empty: it needs none."""
         ...
 
+    @property
+    def chat_source(self) -> str:
+        """The text of the model's chat templates; empty: there is none."""
+        ...
+
     def encode(self, text: str, *, add_special_tokens: bool = True, whose: str = "") -> list[int]:
         """Token ids of any text. Blocking. `whose`: what others have asked must not make it faster."""
         ...
@@ -85,7 +90,7 @@ class ByteTokenizer:
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
-        self.digest = ""
+        self.digest = self.chat_source = ""
 
     def __repr__(self) -> str:
         return f"<ByteTokenizer vocab_size={self._vocab_size}>"
@@ -152,6 +157,11 @@ class FolderTokenizer:
     def chat_problem(self) -> str | None:
         """Why the folder's chat template cannot be used; None: it can. Prompts are served all the same."""
         return self._templates if isinstance(self._templates, str) else self._templates.problem
+
+    @property
+    def chat_source(self) -> str:
+        """See Tokenizer."""
+        return "" if isinstance(self._templates, str) else self._templates.source
 
     def encode(self, text: str, *, add_special_tokens: bool = True, whose: str = "") -> list[int]:
         """See Tokenizer."""

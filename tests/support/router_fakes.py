@@ -71,6 +71,7 @@ from router.nodes.cluster import Cluster
 from router.nodes.limits import NodeHealthLimits
 from router.nodes.prober import Prober
 from router.nodes.problems import ClusterProblems
+from router.parsing.dialects import find_dialect
 from router.processes.view import RouterView
 from router.requests.dispatch import Dispatcher
 from router.requests.limits import RequestLimits
@@ -257,14 +258,25 @@ class FakeNode:
                     self.down = self.stays_dead
                     raise NodeUnavailableError(f"{self.id} died")
                 output.append(self.tokens(request.prompt_token_ids + output, index))
+                stop = output[-1] if output[-1] in sampling.stop_token_ids else None
                 done = FinishReason.LENGTH if len(output) >= sampling.max_tokens else None
+                done = FinishReason.STOP if stop is not None else done
                 logprobs = None
                 if sampling.logprobs is not None:
                     others = [(output[-1] + at, -0.5 - at) for at in range(sampling.logprobs)]
                     logprobs = [TokenLogprob(logprob=-0.5, top=others)]
                 sent += 1
-                yield TokenDelta(index=index, token_ids=[output[-1]], finish_reason=done, info=info, logprobs=logprobs)
+                yield TokenDelta(
+                    index=index,
+                    token_ids=[output[-1]],
+                    finish_reason=done,
+                    stop_token_id=stop,
+                    info=info,
+                    logprobs=logprobs,
+                )
                 info = None
+                if stop is not None and sampling.n == 1:
+                    return
             await asyncio.sleep(0)
             if self.token_gate is not None:
                 await self.token_gate.wait()
@@ -398,11 +410,12 @@ async def make_rig(
     watch_limits: WatchLimits = WatchLimits(),
     connected: bool = False,
     wait_s: float | None = None,
+    parser: str = "none",
     guard: Callable[[RequestLog, ASGIApp], ASGIApp] = lambda _, app: app,
     **router: object,
 ) -> Rig:
-    """Probed once. `wait_s`: requests wait so long for a node, two at a time; None: they are refused. `guard`: as in
-    `make_app`, told where requests are logged."""
+    """Probed once. `wait_s`: requests wait so long for a node, two at a time; None: they are refused. `parser`: as
+    `model.parser`. `guard`: as in `make_app`, told where requests are logged."""
     nodes = nodes or two_and_two()
     config = cluster_config(nodes.nodes, None, **router)
     clock, log = SystemClock(), RequestLog()
@@ -467,6 +480,7 @@ async def make_rig(
         more=add_routes,
         guard=partial(guard, log),
         no_node=no_node,
+        dialect=find_dialect(parser, ""),
     )
     return Rig(
         nodes,

@@ -26,7 +26,7 @@ class ChatFormatter(OpenAIFormatter[msgspec.Raw]):
         choice: dict[str, object] = {
             "index": piece.index,
             "delta": {"content": piece.text} if piece.text else {},
-            "logprobs": _logprobs(self._entries(piece)),
+            "logprobs": logprobs_of(self._entries(piece)),
             "finish_reason": piece.finish_reason,
             **self._token_ids(piece.token_ids),
         }
@@ -41,14 +41,20 @@ class ChatFormatter(OpenAIFormatter[msgspec.Raw]):
         choices: list[dict[str, object]] = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": "".join(choice.texts), "refusal": None},
-                "logprobs": _logprobs(choice.entries),
-                "finish_reason": choice.finish_reason,
+                "message": self._message(index),
+                "logprobs": logprobs_of(choice.entries),
+                "finish_reason": self._finish_reason(index),
                 **self._token_ids(choice.token_ids),
             }
             for index, choice in enumerate(self._gathered)
         ]
         return self._body("chat.completion", choices, self._prompt_token_ids(0))
+
+    def _message(self, index: int) -> dict[str, object]:
+        return {"role": "assistant", "content": "".join(self._gathered[index].texts), "refusal": None}
+
+    def _finish_reason(self, index: int) -> str | None:
+        return self._gathered[index].finish_reason
 
     def _entries(self, piece: TextPiece) -> list[msgspec.Raw]:
         return [
@@ -57,7 +63,8 @@ class ChatFormatter(OpenAIFormatter[msgspec.Raw]):
         ]
 
 
-def _logprobs(entries: list[msgspec.Raw]) -> dict[str, object] | None:
+def logprobs_of(entries: list[msgspec.Raw]) -> dict[str, object] | None:
+    """The `logprobs` of a choice."""
     return {"content": entries, "refusal": None} if entries else None
 
 
