@@ -20,11 +20,11 @@ from router.api.tool_choice import may_call, reading_of
 from router.api.truncation import truncated
 from router.parsing.dialects import Dialect
 from router.requests.spec import (
+    AnswerReading,
     AnswerRequest,
     ChatPrompt,
     FieldNames,
     Prompt,
-    Reading,
     RequestSpec,
     ShownFields,
     TextOptions,
@@ -167,7 +167,7 @@ def answer_request(
     )
 
 
-def _reading(request: AnyRequest, dialect: Dialect | None) -> Reading | None:
+def _reading(request: AnyRequest, dialect: Dialect | None) -> AnswerReading | None:
     if not isinstance(request, ChatRequest):
         return None
     tools = request.tools if may_call(request.tools, request.tool_choice) else None
@@ -179,7 +179,7 @@ def _reading(request: AnyRequest, dialect: Dialect | None) -> Reading | None:
     )
 
 
-def _text_options(request: AnyRequest, reading: Reading | None) -> TextOptions:
+def _text_options(request: AnyRequest, reading: AnswerReading | None) -> TextOptions:
     marked = reading is not None and (reading.dialect.special or reading.tools is not None)
     return TextOptions(
         skip_special_tokens=request.skip_special_tokens is not False and not marked,

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from router.api.chat_tools import Tool
 from router.api.checks import refuse, require
 from router.parsing.dialects import Dialect
-from router.requests.spec import Reading
+from router.requests.spec import AnswerReading
 
 
 def may_call(tools: Sequence[Tool] | None, choice: str | Mapping[str, object] | None) -> bool:
@@ -18,11 +18,11 @@ def may_call(tools: Sequence[Tool] | None, choice: str | Mapping[str, object] | 
 
 def reading_of(
     tools: Sequence[Tool] | None, *, dialect: Dialect | None, shows_reasoning: bool, one_call: bool
-) -> Reading | None:
+) -> AnswerReading | None:
     """`tools`: those that may be called. Raises InvalidRequestError where nobody can tell calls from text."""
     if dialect is None:
         text = "cannot be used with this model: its chat template speaks no known dialect; model.parser names one"
         require(not tools, "tools", text)
         return None
     schemas = {tool.function.name: tool.function.parameters or {} for tool in tools} if tools else None
-    return Reading(dialect, schemas, shows_reasoning, one_call)
+    return AnswerReading(dialect, schemas, shows_reasoning, one_call)

@@ -84,7 +84,7 @@ class TextOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class AnswerReading:
     """How the text of a chat's answer is told apart. `tools`: the schema of the arguments of each that was offered, by
     its name; None: none was, or none may be called."""
 
@@ -151,5 +151,5 @@ class AnswerRequest:
     names: FieldNames = FieldNames()
     text: TextOptions = TextOptions()
     turn: Turn = Turn()
-    reading: Reading | None = None
+    reading: AnswerReading | None = None
     """None: the text is the answer."""

@@ -11,7 +11,7 @@ from router.api.formats.formatter import Formatter
 from router.client_answer import ClientAnswer, TextPiece
 from router.parsing.dialects import AnswerParser
 from router.parsing.events import CallArguments, CallBegin, CallEnd, Content, Event, Reasoning
-from router.requests.spec import Reading
+from router.requests.spec import AnswerReading
 from router.text.tokenizer import Tokenizer
 
 _PROMPT_END_TOKENS = 32
@@ -26,7 +26,7 @@ def chat_formatter(answer: ClientAnswer, model: str, created: int, tokenizer: To
     return ParsedChatFormatter(answer, model, created, tokenizer, answer.reading)
 
 
-class _Call(msgspec.Struct):
+class _ToolCall(msgspec.Struct):
     """One call, as far as it has come. `ended`: it is whole."""
 
     id: str
@@ -43,14 +43,14 @@ class _Call(msgspec.Struct):
         }
 
 
-class _Choice:
+class _ReadChoice:
     """What was told apart of one choice. A `Delta` is what an event adds to its message."""
 
-    def __init__(self, parser: AnswerParser, reading: Reading) -> None:
+    def __init__(self, parser: AnswerParser, reading: AnswerReading) -> None:
         self._parser = parser
         self._reading = reading
         self.texts: dict[type[Event], list[str]] = {Content: [], Reasoning: []}
-        self.calls: list[_Call] = []
+        self.calls: list[_ToolCall] = []
         self._begun = 0
 
     def read(self, text: str, *, is_last: bool) -> list[dict[str, object]]:
@@ -74,7 +74,7 @@ class _Choice:
             case CallBegin(name, given):
                 self._begun += 1
                 if not (self._reading.one_call and self._begun > 1):
-                    call = _Call(given or _new_id(short=self._reading.dialect.short_ids), name)
+                    call = _ToolCall(given or _new_id(short=self._reading.dialect.short_ids), name)
                     self.calls.append(call)
                     begin = {**call.shown(), "index": len(self.calls) - 1}
                     deltas.append({"tool_calls": [begin]})
@@ -93,12 +93,14 @@ class ParsedChatFormatter(ChatFormatter):
     # beginning of a mark. Each delta is an event of its own. What a piece has beside its text, logprobs and token ids,
     # goes with the first, which then has a delta without anything if need be; the reason of the end comes alone.
 
-    def __init__(self, answer: ClientAnswer, model: str, created: int, tokenizer: Tokenizer, reading: Reading) -> None:
+    def __init__(
+        self, answer: ClientAnswer, model: str, created: int, tokenizer: Tokenizer, reading: AnswerReading
+    ) -> None:
         super().__init__(answer, model, created, tokenizer)
-        self._choices: list[_Choice] = []
+        self._choices: list[_ReadChoice] = []
         for index in range(answer.num_choices):
             end = tokenizer.decode(answer.prompt_token_ids(index)[-_PROMPT_END_TOKENS:], skip_special_tokens=False)
-            self._choices.append(_Choice(AnswerParser(reading.dialect, reading.tools, end), reading))
+            self._choices.append(_ReadChoice(AnswerParser(reading.dialect, reading.tools, end), reading))
 
     def chunk(self, piece: TextPiece) -> bytes:
         """See Formatter."""
@@ -143,7 +145,7 @@ class ParsedChatFormatter(ChatFormatter):
         return reason and _reason(reason, [call for call in self._choices[index].calls if call.ended])
 
 
-def _reason(reason: str, calls: Sequence[_Call]) -> str:
+def _reason(reason: str, calls: Sequence[_ToolCall]) -> str:
     return "tool_calls" if reason == "stop" and calls else reason
 
 
