@@ -15,7 +15,7 @@ import msgspec
 
 from kvcore.errors import MetadataProofError, MetadataProtocolError, MetadataUnavailableError
 from kvcore.telemetry import log_fields
-from kvcore.types import KVSpec, NodeInfo, Segment
+from kvcore.types import KVSpec, NodeInfo, Role, Segment
 from kvnode.limits import NodeLimits
 from kvnode.manifest_pieces import ManifestPieces, without_owners
 from kvnode.partitions.slices import of_part
@@ -108,7 +108,7 @@ class Membership:
     ) -> None:
         """The client stays the caller's."""
         self._client = client
-        self._node = node
+        self._node, self._own_role = node, node.role
         self._segments = segments
         self._scan = scan
         self._ttl_s = ttl_s
@@ -217,6 +217,7 @@ class Membership:
                 reply = await self._heartbeat()
                 self._lease.on_heartbeat(reply)
                 self.drained, self.sheds = reply.drained, reply.sheds
+                self._serve_as(reply.role)
         except (MetadataUnavailableError, MetadataProtocolError) as error:
             if isinstance(error, (MetadataProtocolError, MetadataProofError)) and step is Step.REGISTER:
                 self._say_refused(error)
@@ -224,6 +225,16 @@ class Membership:
                 log_fields(_logger, logging.WARNING, f"{step}_failed", node=self._node.id, reason=error.message)
             self._lease.on_failure()
             self.heartbeat_failures += 1
+
+    def _serve_as(self, ordered: str) -> None:
+        """Take another role, which is but what others know the node as: its engine serves both, and what runs goes on.
+        One that we do not know is of a later version."""
+        roles = {role.value: role for role in (Role.PREFILLER, Role.DECODER)}
+        role = roles.get(ordered, self._own_role)
+        if role is not self._node.role and self._own_role is not Role.STORE:
+            log_fields(_logger, logging.INFO, "role", node=self._node.id, before=self._node.role, now=role)
+            self._node = msgspec.structs.replace(self._node, role=role)
+            self.announce_again()
 
     def _say_refused(self, error: MetadataProtocolError | MetadataProofError) -> None:
         if error.message != self.refused:

@@ -20,7 +20,10 @@ NODE_ORDERS = 4
 """Since which nodes are drained and removed by order."""
 REBALANCE = 5
 """Since which segments are evened out by order."""
-NodeAction = Literal["drain", "undrain", "remove"]
+NODE_ROLES = 7
+"""Since which a node is told by order as what it serves."""
+NodeAction = Literal["drain", "undrain", "remove", "role"]
+OrderedRole = Literal["prefiller", "decoder"]
 
 
 class PinRequest(RequestBody, frozen=True, kw_only=True):
@@ -84,7 +87,8 @@ class PinsReply(ReplyBody, frozen=True, kw_only=True):
 
 
 class NodeOrderRequest(RequestBody, frozen=True, kw_only=True):
-    """`drain`: the node gets no new requests and no new chunks, until `undrain`. `remove`: it is forgotten."""
+    """`drain`: the node gets no new requests and no new chunks, until `undrain`. `remove`: it is forgotten. `role`: it
+    serves as this one from now on, whatever its file says; since version NODE_ROLES."""
 
     node_id: str
     action: NodeAction
@@ -94,6 +98,8 @@ class NodeOrderRequest(RequestBody, frozen=True, kw_only=True):
     """`remove`: also a node that is alive; this start of it is not taken in again."""
     incarnation: int = 0
     """`remove`: the start of the node that is meant, as far as who asks knows; 0: not known."""
+    role: OrderedRole | msgspec.UnsetType = msgspec.UNSET
+    """`role`: which; the others leave it out."""
 
 
 class NodeOrder(ReplyBody, frozen=True, kw_only=True):
@@ -101,13 +107,15 @@ class NodeOrder(ReplyBody, frozen=True, kw_only=True):
 
     node_id: str
     kind: str
-    """`drained` or `removed`."""
+    """`drained`, `removed` or `used`: nothing but its role was ordered."""
     since: float
     """Unix seconds."""
     move: bool = False
     """Of a drained one: it copies its chunks to other nodes."""
     incarnation: int = 0
     """Of a removed one: the start that is not taken in any more; 0: every start is."""
+    role: str = ""
+    """As what it serves, whatever its file says; empty: as what that says."""
 
 
 class NodeOrderReply(ReplyBody, frozen=True, kw_only=True):
@@ -117,10 +125,18 @@ class NodeOrderReply(ReplyBody, frozen=True, kw_only=True):
     refused: str = ""
 
 
+class NodeRole(ReplyBody, frozen=True, kw_only=True):
+    """As what a node serves by order, drained or not."""
+
+    node_id: str
+    role: str
+
+
 class NodeOrdersReply(ReplyBody, frozen=True, kw_only=True):
-    """What was ordered of nodes and not taken back, whether they are alive or not."""
+    """What was ordered of nodes and not taken back, whether they are alive or not. `orders`: drains and removals."""
 
     orders: list[NodeOrder]
+    roles: list[NodeRole] = msgspec.field(default_factory=list)
 
 
 class ReleaseRequest(RequestBody, frozen=True, kw_only=True):

@@ -1,8 +1,7 @@
 """Wire messages of the metadata server (docs/wire-formats.md).
 
-Every body is msgpack (`application/msgpack`) or the same structure as JSON (`application/json`, keys base64). All
-endpoints are batched and answer per item: an expected outcome is a value. Requests with unknown fields are refused;
-unknown fields of replies and events are ignored, as they are a newer server's.
+Every body is msgpack (`application/msgpack`) or the same as JSON (`application/json`, keys base64). Calls are batched
+and answer per item: an expected outcome is a value. Unknown fields are refused in requests, ignored elsewhere.
 """
 
 from collections.abc import Sequence
@@ -117,12 +116,13 @@ class HeartbeatRequest(FromNode, frozen=True, kw_only=True):
 
 
 class HeartbeatReply(VersionedTermReply, ReplyBody, frozen=True, kw_only=True):
-    """`known` false: register again. `drained`: `stay`, `move` (chunks) or empty. `sheds`: ask what to move."""
+    """`known` false: register again. `drained`: `stay`, `move` or empty. `sheds`: ask what to move. `role`: be this."""
 
     epoch: str
     known: bool
     drained: str = ""
     sheds: bool = False
+    role: str = ""
 
 
 class LeaveRequest(FromNode, frozen=True, kw_only=True):

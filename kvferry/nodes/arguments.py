@@ -14,10 +14,16 @@ if TYPE_CHECKING:
 def add_node_orders(
     first: "argparse._SubParsersAction[argparse.ArgumentParser]", config_type: Callable[[str], Path]
 ) -> None:
-    """`kvferry drain` and `kvferry resume`."""
+    """`kvferry drain`, `kvferry resume` and `kvferry role`."""
     commands = RouterCommands(first, config_type, _commands)
     _add_drain(commands)
     _add_undrain(commands, "resume")
+    text = "have a node serve as a prefiller or a decoder from now on: it is drained, takes the role, and is used again"
+    role = commands.add("role", _role, text)
+    role.add_argument("node", metavar="NAME", help="as `kvferry nodes ls` shows it")
+    role.add_argument("role", choices=("prefiller", "decoder"))
+    text = "what runs there has so long to end (default: 10m); what has not ends there under the new role"
+    role.add_argument("--wait", type=seconds, default=600.0, metavar="TIME", help=text)
 
 
 def add_nodes(parser: argparse.ArgumentParser, config_type: Callable[[str], Path]) -> None:
@@ -53,6 +59,12 @@ def _add_undrain(commands: "RouterCommands[NodesCommands]", name: str) -> None:
     text = "use a drained node again, or take a removed one back"
     undrain = commands.add(name, lambda it, given: it.order("undrain", given.node), text)
     undrain.add_argument("node", metavar="NAME", help="as `kvferry nodes ls` shows it")
+
+
+def _role(commands: "NodesCommands", given: argparse.Namespace) -> int:
+    from kvferry.nodes.role import RoleCommand
+
+    return commands.run(RoleCommand(commands, given.node, given.role, given.wait).change)
 
 
 def _rebalance(commands: "NodesCommands", given: argparse.Namespace) -> int:

@@ -17,6 +17,7 @@ from kvcore.config.schema import ClusterConfig
 from kvcore.errors import ConfigError
 from kvcore.release import release
 from kvcore.trust.opening import ClusterTrust
+from kvcore.types import Role
 from kvferry.cache.client import CacheCommandError, RouterCalls, router_calls
 from kvferry.launch.control import LauncherAwayError, LauncherReply, LookOrder, ask_launcher, revision_file
 from kvferry.launch.processes import ProcessKind, ProcessPlan, plan_processes
@@ -200,7 +201,7 @@ async def _look(
             continue
         lost = NodeRow(id=plan.name, state="drained" if plan.name in record.drained else "lost", serves=up and not rows)
         row = rows.get(plan.name, lost)
-        drained, role = row.state in ("drained", "draining"), wanted.nodes[plan.name].role
+        drained, role = row.state in ("drained", "draining"), Role(row.role or wanted.nodes[plan.name].role)
         seen.append(
             ProcessSeen(plan.name, plan.kind, config, row.settings, row.release, role, drained, serves=row.serves)
         )

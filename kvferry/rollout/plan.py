@@ -95,7 +95,7 @@ def plan_rollout(
     """From `old`, where a process is not known to go by something else, to `new`. `release`: of kvferry, that all shall
     run. `own_drains`: nodes that an earlier run of this rollout has drained. `again`: processes to be started anew
     though nothing of them changes."""
-    refused = tuple(_refusals(old, new))
+    refused = tuple(_refusals(old, new, {one.name: one.role for one in seen}))
     if refused:
         return RolloutPlan(refused)
     wish = _Wish(old, new, release, own_drains, again)
@@ -181,7 +181,7 @@ def _by_turns(nodes: Iterable[ProcessSeen]) -> list[ProcessSeen]:
     return [*away, *(one for row in zip_longest(*rows) for one in row if one is not None)]
 
 
-def _refusals(old: ClusterConfig, new: ClusterConfig) -> list[str]:
+def _refusals(old: ClusterConfig, new: ClusterConfig, roles: Mapping[str, Role | None]) -> list[str]:
     before, after = all_settings(old), all_settings(new)
     said = [f"{path}: {why}" for path, why in _FIXED.items() if _below(before, path) != _below(after, path)]
     if not new.handoff.traits.has_store:
@@ -199,8 +199,8 @@ def _refusals(old: ClusterConfig, new: ClusterConfig) -> list[str]:
         for what in _MOVED:
             if getattr(was, what) != getattr(becomes, what):
                 said.append(f"nodes.{name}.{what}: the others find it there: a node that moves takes another name")
-        if was.role is not becomes.role:
-            said.append(f"nodes.{name}.role: a node with another role takes another name")
+        if was.role is not becomes.role and roles.get(name) is not becomes.role:
+            said.append(f"nodes.{name}.role: `kvferry role {name} {becomes.role}` first, it is a {was.role}")
     return sorted(said)
 
 

@@ -1,16 +1,19 @@
-"""What operators ordered of nodes: which are drained, and which were removed. Pure.
+"""What operators ordered of nodes: which are drained, which were removed, and as what they serve. Pure.
 
-Owns the orders and which of them are not written down yet. Invariants: a node has one order at most; a drain holds for
-every start of its node; a removal ends when another start of the node joins.
+Owns the orders and which of them are not written down yet. Invariants: a node has one order at most; a drain and a role
+hold for every start of their node; a removal ends when another start of the node joins.
 """
 
+import msgspec
+
 from kvcore.errors import NodeRefusedError
-from kvcore.types import NodeInfo
+from kvcore.types import NodeInfo, Role
 from metadata_server.cache_messages import NodeOrder, NodeOrderReply, NodeOrderRequest
 from metadata_server.index.limits import IndexLimits
 
 DRAINED = "drained"
 REMOVED = "removed"
+USED = "used"
 
 
 class NodeOrders:
@@ -24,7 +27,7 @@ class NodeOrders:
         """Nodes of which the records say something else."""
 
     def __repr__(self) -> str:
-        return f"<NodeOrders {len(self.drained)} drained, {len(self._orders) - len(self.drained)} removed>"
+        return f"<NodeOrders of {len(self._orders)} nodes, {len(self.drained)} drained>"
 
     def restore(self, order: NodeOrder) -> None:
         """As it was written down."""
@@ -43,20 +46,34 @@ class NodeOrders:
         """`stay` or `move` of a drained node, else empty."""
         return "" if node_id not in self.drained else "move" if self._orders[node_id].move else "stay"
 
+    def role_of(self, node_id: str) -> str:
+        """As what the node is to serve; empty: as its file says."""
+        order = self._orders.get(node_id)
+        return "" if order is None else order.role
+
     def give(self, request: NodeOrderRequest, live: NodeInfo | None, wall: float) -> NodeOrderReply:
         """Take an order. `live`: the node, if it has a lease; a `remove` that is not refused is to end it."""
         before = self._orders.get(request.node_id)
         refused = self._why_refused(request, live, before)
         if refused:
             return NodeOrderReply(order=before, refused=refused)
+        role = before.role if before is not None and request.action != "remove" else ""
+        if request.action == "role" and request.role is not msgspec.UNSET:
+            order = before or NodeOrder(node_id=request.node_id, kind=USED, since=wall)
+            return self._given(msgspec.structs.replace(order, role=request.role))
         if request.action == "undrain":
+            if role:
+                return self._given(NodeOrder(node_id=request.node_id, kind=USED, since=wall, role=role))
             self._set(request.node_id, None)
             return NodeOrderReply()
         kind = DRAINED if request.action == "drain" else REMOVED
         since = before.since if before is not None and before.kind == kind else wall
         incarnation = 0 if kind == DRAINED else live.incarnation if live is not None else request.incarnation
         order = NodeOrder(node_id=request.node_id, kind=kind, since=since, move=request.move, incarnation=incarnation)
-        self._set(request.node_id, order)
+        return self._given(msgspec.structs.replace(order, role=role))
+
+    def _given(self, order: NodeOrder) -> NodeOrderReply:
+        self._set(order.node_id, order)
         return NodeOrderReply(order=order)
 
     def check_joins(self, info: NodeInfo) -> None:
@@ -86,12 +103,16 @@ class NodeOrders:
         name = request.node_id
         if request.action == "remove" and live is not None and not request.force:
             return f"node {name} is alive at {live.control_url}: stop it and wait for its lease to end, or give --force"
-        if request.action == "drain" and before is not None and before.kind == REMOVED:
+        if request.action == "role" and live is not None and live.role is Role.STORE:
+            return f"node {name} has no engine: its role is store"
+        if request.action == "role" and request.role is msgspec.UNSET:
+            return "as what is it to serve? The order names no role"
+        if request.action in ("drain", "role") and before is not None and before.kind == REMOVED:
             return f"node {name} was removed: `kvferry resume {name}` takes it back"
-        if request.action == "undrain" and before is None:
+        if request.action == "undrain" and (before is None or before.kind == USED):
             return f"node {name} is neither drained nor removed"
         if request.action != "undrain" and before is None and len(self._orders) >= self._limits.max_node_orders:
-            return f"{self._limits.max_node_orders} nodes are drained or removed already"
+            return f"{self._limits.max_node_orders} nodes are drained or removed, or have another role, already"
         return ""
 
     def _set(self, node_id: str, order: NodeOrder | None) -> None:

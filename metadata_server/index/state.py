@@ -172,11 +172,11 @@ class MetadataState:
     def heartbeat(self, request: m.HeartbeatRequest, now: float) -> m.HeartbeatReply:
         """Renew a lease; another incarnation than the registered one is not known."""
         self.tick(now)
-        node = self._nodes.get(request.node_id, request.incarnation)
-        if node is not None:
+        if (node := self._nodes.get(request.node_id, request.incarnation)) is not None:
             self._nodes.renew(node, now)
         drained, sheds = self.orders.drain_of(request.node_id), self.moves.rebalance.wants(node, now)
-        reply = m.HeartbeatReply(epoch=self.epoch, known=node is not None, drained=drained, sheds=sheds)
+        known, role = node is not None, self.orders.role_of(request.node_id)
+        reply = m.HeartbeatReply(epoch=self.epoch, known=known, drained=drained, sheds=sheds, role=role)
         return self.speaks.greet(reply)
 
     def leave(self, request: m.LeaveRequest, now: float) -> None:

@@ -169,7 +169,8 @@ def merge_order(_: object, pieces: Sequence[Piece[Any]], answers: Answers[NodeOr
 def merge_orders(_: object, pieces: Sequence[Piece[Any]], answers: Answers[NodeOrdersReply]) -> NodeOrdersReply:
     """What any partition keeps of a node: they were all told."""
     orders = {order.node_id: order for _, answer in _answered(pieces, answers) for order in answer.orders}
-    return NodeOrdersReply(orders=list(orders.values()))
+    roles = {one.node_id: one for _, answer in _answered(pieces, answers) for one in answer.roles}
+    return NodeOrdersReply(orders=list(orders.values()), roles=list(roles.values()))
 
 
 def merge_moves(_: object, pieces: Sequence[Piece[Any]], answers: Answers[MoveChunksReply]) -> MoveChunksReply:

@@ -1,4 +1,4 @@
-"""Drains and removals of nodes as records: what was ordered before a restart of the metadata server holds after it.
+"""Drains, removals and roles of nodes as records: what was ordered before a restart of this server holds after it.
 
 Owns the records below `drains/`, by a node's name. Invariant: once an order is answered, the records say what the
 state was told by it.
@@ -11,7 +11,8 @@ import msgspec
 
 from kvcore.clock import Clock
 from kvcore.errors import NotLeaderError, OverloadedError, RecordsUnavailableError
-from metadata_server.cache_messages import NodeOrder, NodeOrderReply, NodeOrderRequest, NodeOrdersReply
+from metadata_server.cache_messages import NodeOrder, NodeOrderReply, NodeOrderRequest, NodeOrdersReply, NodeRole
+from metadata_server.index.node_orders import USED
 from metadata_server.index.state import MetadataState
 from metadata_server.messages import LeaveRequest
 from metadata_server.records.base import Guard, Records
@@ -62,7 +63,9 @@ class NodeOrdering:
     def listed(self, _: object, now: float) -> NodeOrdersReply:
         """What was ordered of nodes and not taken back."""
         self._state.tick(now)
-        return NodeOrdersReply(orders=self._state.orders.all())
+        given = self._state.orders.all()
+        roles = [NodeRole(node_id=order.node_id, role=order.role) for order in given if order.role]
+        return NodeOrdersReply(orders=[order for order in given if order.kind != USED], roles=roles)
 
     async def run(self) -> None:
         """Write down what ended by itself, or could not be written before, until cancelled."""

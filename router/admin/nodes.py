@@ -14,7 +14,7 @@ from kvcore.errors import InvalidRequestError, MetadataProtocolError, MetadataUn
 from kvcore.telemetry import log_fields
 from kvcore.types import NodeInfo, Role
 from metadata_server.account_messages import Stats
-from metadata_server.cache_messages import NODE_ORDERS, NodeAction, NodeOrder, NodeOrderRequest
+from metadata_server.cache_messages import NODE_ORDERS, NODE_ROLES, NodeAction, NodeOrder, NodeOrderRequest
 from metadata_server.client import MetadataClient
 from router.admin.rebalance import check_speaks
 from router.admin.reports import NodeOrderBody, NodeOrdered, NodeRow, NodesReport, NodeTrialBody, NodeTried
@@ -68,9 +68,11 @@ class NodeAdmin:
         }
 
     async def _take_orders(self) -> None:
-        orders = (await self._metadata.node_orders()).orders
-        self._orders = {order.node_id: order for order in orders}
-        self._cluster.on_orders(orders)
+        given = await self._metadata.node_orders()
+        self._orders = {order.node_id: order for order in given.orders}
+        known = {role.value: role for role in (Role.PREFILLER, Role.DECODER)}
+        roles = {one.node_id: known[one.role] for one in given.roles if one.role in known}
+        self._cluster.on_orders(given.orders, roles)
 
     # --- looking -----------------------------------------------------------------------------------------------------
 
@@ -132,13 +134,15 @@ class NodeAdmin:
     async def order(self, action: NodeAction, body: NodeOrderBody) -> NodeOrdered:
         """Carry one out. Raises InvalidRequestError for a node that nobody knows, or where it is refused, and
         MetadataUnavailableError: it may be carried out or not."""
-        await check_speaks(self._metadata, NODE_ORDERS)
+        await check_speaks(self._metadata, NODE_ROLES if action == "role" else NODE_ORDERS)
         await self._take_orders()
         self._check_known(body.node)
         node = self._cluster.nodes.get(body.node)
         start = node.report.node.incarnation if node is not None and node.report is not None else 0
         reply = await self._metadata.order_node(
-            NodeOrderRequest(node_id=body.node, action=action, move=body.move, force=body.force, incarnation=start)
+            NodeOrderRequest(
+                node_id=body.node, action=action, move=body.move, force=body.force, incarnation=start, role=body.role
+            )
         )
         if reply.refused:
             raise InvalidRequestError(reply.refused, param="node")

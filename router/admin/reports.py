@@ -8,6 +8,7 @@ from typing import Annotated
 import msgspec
 
 from metadata_server.account_messages import OrphanKind, OrphansOfKind
+from metadata_server.cache_messages import OrderedRole
 
 
 class NodeRow(msgspec.Struct, kw_only=True):
@@ -47,13 +48,15 @@ class NodesReport(msgspec.Struct, kw_only=True):
 
 
 class NodeOrderBody(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """Body of `POST /v1/nodes/{drain,undrain,remove}`."""
+    """Body of `POST /v1/nodes/{drain,undrain,remove,role}`."""
 
     node: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
     move: bool = False
     """`drain`: its chunks are copied to other nodes, too, as far as there is free room."""
     force: bool = False
     """`remove`: also a node that is alive."""
+    role: OrderedRole | msgspec.UnsetType = msgspec.UNSET
+    """`role`: as what it is to serve from now on."""
 
 
 class NodeTrialBody(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):

@@ -52,6 +52,7 @@ class AdminRoutes:
             "drain": "Give a node no new requests and no new chunks",
             "undrain": "Use a drained node again, or take a removed one back",
             "remove": "Forget a node that is gone for good",
+            "role": "Have a node serve as a prefiller or a decoder, whatever its file says",
         }
         for action, text in texts.items():
             self._order(app, action, text)
@@ -104,7 +105,7 @@ class AdminRoutes:
         async def endpoint(request: Request) -> Response:
             with audited(asker(request.scope), f"nodes {action}") as line:
                 body = _body_of(await self._read(request), NodeOrderBody, "about a node")
-                line.on = body.node + " move" * body.move + " force" * body.force
+                line.on = " ".join(filter(None, [body.node, "move" * body.move, "force" * body.force, body.role or ""]))
                 return JsonReply(await self.nodes.order(action, body))
 
     async def _read(self, request: Request) -> bytes:

@@ -45,6 +45,8 @@ def serves(node: KnownNode, *, index_known: bool) -> bool:
     report = node.report
     if report is None or node.silent_since is not None or node.unfit is not None or report.refused:
         return False
+    if report.node.role is not node.role:
+        return False  # it has not heard of its new role
     known = not index_known or (node.lease is not None and node.lease.incarnation == report.node.incarnation)
     return known and (report.engine is not None or node.role is Role.STORE)
 

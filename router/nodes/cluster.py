@@ -6,7 +6,7 @@ the metadata server away the static nodes go on being probed and used; only know
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from msgspec.structs import replace
 
@@ -78,8 +78,8 @@ class Cluster:
         usable = sum(self.why_unused(node) is None for node in self.nodes.values())
         return f"<Cluster {usable} of {len(self.nodes)} nodes usable, {len(self.index)} keys>"
 
-    def on_orders(self, orders: Sequence[NodeOrder]) -> None:
-        """All that operators ordered: drained nodes get no new legs, removed ones are forgotten until they join."""
+    def on_orders(self, orders: Sequence[NodeOrder], roles: Mapping[str, Role] = {}) -> None:
+        """All that was ordered: drained nodes get no new legs, removed ones are forgotten; `roles` beat the file's."""
         self._drained = {order.node_id for order in orders if order.kind == "drained"}
         self._board.touch_all()
         removed = {order.node_id for order in orders} - self._drained
@@ -87,11 +87,12 @@ class Cluster:
             self.index.drop_node(name)
             del self.nodes[name]
         for name, node in self._config.nodes.items():
-            if name in self.nodes or name in removed:
-                continue
-            url = internal_url(self._config, node.host, node.port) if node.url is None else node.url.rstrip("/")
-            self.nodes[name] = self._new(name, node.role, url, static=True)
-            self.probe_asked.set()
+            known, role = self.nodes.get(name), node.role if node.role is Role.STORE else roles.get(name, node.role)
+            if name not in removed and (known is None or (known.static and known.role is not role)):
+                url = internal_url(self._config, node.host, node.port) if node.url is None else node.url.rstrip("/")
+                self.nodes[name] = self._new(name, role, url, static=True)
+                self.nodes[name].lease = self.leases.of(name)
+                self.probe_asked.set()
 
     def _new(self, name: str, role: Role, url: str, *, static: bool) -> KnownNode:
         breaker, pace, trust = Breaker(self._limits), NodePace(self._limits), NodeTrust(self._limits)

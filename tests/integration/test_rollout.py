@@ -2,6 +2,8 @@
 
 import asyncio
 import io
+import os
+import signal
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -17,7 +19,10 @@ from kvcore.config.file import load_config
 from kvcore.config.live.settings import node_settings_name
 from kvcore.config.schema import SimEngineConfig
 from kvcore.trust.opening import OPEN
+from kvferry.cache.client import router_calls
 from kvferry.launch.control import controlled
+from kvferry.nodes.commands import NodesCommands
+from kvferry.nodes.role import RoleCommand
 from kvferry.rollout.command import RolloutCommand, RolloutOptions
 from kvferry.rollout.limits import RolloutLimits
 from kvferry.rollout.record import RecordFile, unfinished
@@ -137,6 +142,30 @@ async def test_a_file_that_the_second_node_cannot_run_by_is_stopped_at_and_taken
         assert {name: (await subject.node_info(name)).settings for name in subject.nodes} == old
         assert await subject.all_ready() and not unfinished(subject.config.cluster)
         assert RecordFile(subject.config.cluster).read() is None
+
+
+async def test_a_node_takes_the_other_role_under_load_and_keeps_it_over_restarts_of_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = f"metadata_server.records={{kind: sqlite, path: {tmp_path}/records.sqlite}}"
+    async with launched(tmp_path, monkeypatch, prefillers=1, decoders=2, overrides=[records]) as subject:
+        start = (await subject.node_info("decode-1")).node.incarnation
+        async with Load(subject) as load, router_calls(subject.operators_url) as router:
+            commands = NodesCommands(subject.operators_url, Console(file=io.StringIO()), poll_s=0.1)
+            assert await RoleCommand(commands, "decode-1", "prefiller", wait_s=SOON_S).change(router) == 0
+            answered = load.answered
+            await subject.until(lambda: _more_than(load, answered + 8), SOON_S)
+        assert (await subject.node_info("decode-1")).node.incarnation == start, "its process was not started anew"
+        for process in ("metadata-server", "decode-1", "router"):
+            pid = subject.launcher.pids[process]
+            os.kill(pid, signal.SIGKILL)
+            await subject.launcher.wait_restarted(process, pid, SOON_S)
+
+        async def is_prefiller() -> bool:
+            nodes = {node["id"]: node for node in (await subject.status())["nodes"]}
+            return nodes["decode-1"]["role"] == "prefiller" and all(node["healthy"] for node in nodes.values())
+
+        await subject.until(is_prefiller, SOON_S)
 
 
 async def _more_than(load: Load, number: int) -> bool:

@@ -46,10 +46,12 @@ def registration(
     incarnation: int = 1,
     entries: list[ManifestEntry] | None = None,
     ttl_s: float = TTL_S,
+    *,
+    role: Role = Role.DECODER,
 ) -> RegisterRequest:
     """A node with one segment; `units` 0: without."""
     manifests = [SegmentManifest(segment=segment(node_id, units, incarnation), entries=entries or [])] if units else []
-    info = NodeInfo(id=node_id, role=Role.DECODER, control_url=f"http://{node_id}", incarnation=incarnation)
+    info = NodeInfo(id=node_id, role=role, control_url=f"http://{node_id}", incarnation=incarnation)
     return RegisterRequest(node=info, segments=manifests, ttl_s=ttl_s)
 
 

@@ -19,6 +19,7 @@ from kvferry.cache.client import CacheCommandError, router_calls
 from kvferry.cli import main
 from kvferry.nodes.commands import NodesCommands
 from kvferry.nodes.rebalance import RebalanceCommand
+from kvferry.nodes.role import RoleCommand
 from metadata_server.cache_messages import RebalanceReply, SegmentFill
 from router.admin import reports as r
 
@@ -121,13 +122,78 @@ async def test_a_refusal_is_the_routers_sentence():
 
 
 @pytest.mark.parametrize(
-    "words", [["ls"], ["rebalance"], ["drain", "d0"], ["undrain", "d0"], ["resume", "d0"], ["remove", "--force", "d0"]]
+    "words",
+    [
+        ["ls"],
+        ["rebalance"],
+        ["drain", "d0"],
+        ["undrain", "d0"],
+        ["resume", "d0"],
+        ["role", "d0", "decoder"],
+        ["remove", "--force", "d0"],
+    ],
 )
 def test_a_cluster_that_is_down_is_one_line(capsys, words):
-    first = [] if words[0] == "resume" else ["nodes"]
+    first = [] if words[0] in ("resume", "role") else ["nodes"]
     assert main([*first, *words, "--url", "http://127.0.0.1:1"]) == 1
     err = capsys.readouterr().err
     assert err.startswith("kvferry: error: the router at") and len(err.splitlines()) == 1
+
+
+# --- role ---------------------------------------------------------------------------------------------------------
+
+
+class RoleRouter(FakeRouter):
+    """A node that takes the role that it is told, unless it is `deaf`."""
+
+    def __init__(self, **row: Any) -> None:
+        super().__init__()
+        self.deaf = False
+        self.row = r.NodeRow(id="d0", role="decoder", **{"state": "ready", "serves": True, "requests": 0} | row)
+
+    async def answer(self, request: web.Request) -> web.Response:
+        raw = await request.read()
+        what = request.path.rsplit("/", 1)[1]
+        if raw:
+            self.asked.append((what, json.loads(raw).get("role")))
+            changes: dict[str, Any] = {"drain": {"state": "drained"}, "undrain": {"state": "ready"}}.get(what, {})
+            if what == "role" and not self.deaf:
+                changes = {"role": json.loads(raw)["role"]}
+            self.row = msgspec.structs.replace(self.row, **changes)
+        self.report, self.ordered = r.NodesReport(nodes=[self.row]), r.NodeOrdered(node=self.row)
+        return web.Response(body=msgspec.json.encode(self.ordered if raw else self.report))
+
+
+async def change_role(fake: RoleRouter) -> tuple[int, str]:
+    async with fake.running() as (commands, out), router_calls(commands.url) as router:
+        quick = replace(commands, poll_s=0.001)
+        code = await RoleCommand(quick, "d0", "prefiller", wait_s=0.05, take_s=0.05).change(router)
+    return code, out.getvalue()
+
+
+async def test_a_node_is_drained_takes_its_role_and_is_used_again():
+    fake = RoleRouter()
+    code, said = await change_role(fake)
+    assert code == 0 and fake.asked == [("drain", None), ("role", "prefiller"), ("undrain", None)]
+    assert said.splitlines() == [
+        "d0 is drained",
+        "d0 serves as a prefiller, whatever its file says: write it there, too",
+    ]
+    assert await change_role(fake) == (0, "d0 serves as a prefiller already\n") and len(fake.asked) == 3
+
+
+async def test_one_that_was_drained_stays_drained_and_one_that_is_deaf_is_said(capsys):
+    fake = RoleRouter(state="draining", requests=2)
+    code, said = await change_role(fake)
+    assert code == 0 and fake.asked == [("role", "prefiller")]
+    assert "2 requests go on there" in said and "stays drained, as it was: `kvferry resume d0`" in said
+    deaf = RoleRouter()
+    deaf.deaf = True
+    assert (await change_role(deaf))[0] == 1 and deaf.row.state == "drained"
+    assert "has not taken the role in 0.05 s: drained; it stays drained" in capsys.readouterr().err
+    deaf.row.id = "another"
+    with pytest.raises(CacheCommandError, match="there is no node d0: known are another"):
+        await change_role(deaf)
 
 
 # --- rebalance ----------------------------------------------------------------------------------------------------

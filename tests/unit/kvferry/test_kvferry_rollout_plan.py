@@ -135,6 +135,13 @@ def test_what_cannot_be_rolled_is_refused_by_name(new: ClusterConfig, named: lis
     assert all(line.startswith(start) for line, start in zip(plan.refused, named, strict=True))
 
 
+def test_a_role_that_a_node_has_taken_by_order_may_be_written_into_the_file():
+    new = with_(OLD, nodes=OLD.nodes | {"d0": with_(OLD.nodes["d0"], role=Role.PREFILLER)})
+    (refused,) = plan_rollout(OLD, new, seen()).refused
+    assert refused == "nodes.d0.role: `kvferry role d0 prefiller` first, it is a decoder"
+    assert names(plan_rollout(OLD, new, seen(OLD, d0={"role": Role.PREFILLER}))) == [["router"]]
+
+
 def test_settings_are_told_by_a_name_without_passwords_and_without_the_role():
     before = with_(OLD, tiers=msgspec.convert({"redis": {"url": "redis://:secret@h:1"}}, TiersConfig))
     after = with_(OLD, tiers=msgspec.convert({"redis": {"url": "redis://:other@h:1"}}, TiersConfig))

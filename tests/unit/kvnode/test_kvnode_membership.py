@@ -51,6 +51,7 @@ class FakeServer:
         """To the next pieces; then each is noted."""
         self.paths: list[str] = []
         self.registered: list[RegisterRequest] = []
+        self.role = ""
         self.left: list[LeaveRequest] = []
         self.released: list[ReleaseWriterRequest] = []
         self._changed = asyncio.Condition()
@@ -83,11 +84,17 @@ class FakeServer:
         if path.endswith("release_writer"):
             self.released.append(msgspec.msgpack.decode(body, type=ReleaseWriterRequest))
             return b"\x80"
-        return msgspec.msgpack.encode(self.speaks.greet(HeartbeatReply(epoch=self.epoch, known=self.known)))
+        return msgspec.msgpack.encode(
+            self.speaks.greet(HeartbeatReply(epoch=self.epoch, known=self.known, role=self.role))
+        )
 
     async def until(self, holds: Callable[[], bool]) -> None:
         async with asyncio.timeout(5), self._changed:
             await self._changed.wait_for(holds)
+
+    def serves_as(self, role: Role) -> bool:
+        """Whether the last registration was under this role."""
+        return bool(self.registered) and self.registered[-1].node.role is role
 
     def heard(self, what: str) -> bool:
         """Whether the last call was this."""
@@ -125,6 +132,14 @@ class Rig:
         self.task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await self.task
+
+
+async def test_it_registers_again_under_the_role_that_was_ordered_and_under_its_own_when_none_is() -> None:
+    async with Rig() as rig:
+        for ordered, role in (("decoder", Role.DECODER), ("of a later version", Role.PREFILLER)):
+            rig.server.role = ordered
+            await rig.server.until(lambda role=role: rig.server.serves_as(role))  # type: ignore[misc]
+            assert rig.membership.node.role is role and rig.server.registered[-1].node.incarnation == 1
 
 
 async def test_away_at_start_is_not_fatal_and_the_node_joins_when_it_is_back() -> None:

@@ -10,6 +10,7 @@ from support.metadata_words import granted, key, new_state, put, registration, r
 
 from kvcore.clock import ManualClock
 from kvcore.errors import MetadataUnavailableError, NodeRefusedError, RecordsUnavailableError
+from kvcore.types import Role
 from metadata_server import messages as m
 from metadata_server.cache_messages import NodeOrder, NodeOrderReply, NodeOrderRequest
 from metadata_server.client import MetadataClient
@@ -129,12 +130,44 @@ def test_a_node_that_was_gone_when_it_was_removed_is_known_by_its_last_start():
     state.register(registration("a"), NOW)
 
 
+def test_a_role_holds_beside_a_drain_and_for_every_start_until_the_node_is_removed():
+    state = two_nodes()
+    give(state, "role", role="prefiller")
+    beat = m.HeartbeatRequest(node_id="a", incarnation=1)
+    assert (state.heartbeat(beat, NOW).role, state.heartbeat(beat, NOW).drained) == ("prefiller", "")
+    for action, drained in (("drain", "stay"), ("undrain", "")):
+        give(state, action)
+        assert (state.heartbeat(beat, NOW).role, state.heartbeat(beat, NOW).drained) == ("prefiller", drained)
+    assert "neither drained nor removed" in give(state, "undrain").refused
+    give(state, "drain")
+    reply = give(state, "role", role="decoder")
+    assert reply.order is not None and (reply.order.kind, reply.order.role) == ("drained", "decoder")
+    give(state, "remove", force=True)
+    assert "was removed" in give(state, "role", role="prefiller").refused and state.orders.role_of("a") == ""
+
+
+def test_a_store_takes_no_role_and_an_order_without_one_is_refused():
+    state = new_state()
+    state.register(registration("a", role=Role.STORE), NOW)
+    assert "its role is store" in give(state, "role", role="decoder").refused
+    assert "names no role" in give(state, "role", "b").refused and state.orders.all() == []
+
+
+def test_a_node_may_register_again_under_another_role_and_readers_hear_of_it():
+    state = two_nodes()
+    put(state, "a", [1], NOW, prefer="a.1")
+    before = state.epoch
+    state.register(registration("a", role=Role.PREFILLER), NOW)
+    assert {info.id: info.role for info in state.nodes(NOW).nodes}["a"] is Role.PREFILLER
+    assert stored(state, [1], NOW) == [1] and state.epoch == before
+
+
 @pytest.mark.parametrize(
     ("before", "action", "words"),
     [
         ([], "undrain", "neither drained nor removed"),
         (["remove"], "drain", "resume c` takes it back"),
-        ([], "drain", "1 nodes are drained or removed already"),
+        ([], "drain", "1 nodes are drained or removed, or have another role, already"),
     ],
 )
 def test_what_is_refused_changes_nothing(before: list[str], action: str, words: str) -> None:
@@ -183,7 +216,10 @@ async def test_drains_and_removals_outlive_the_metadata_server():
     with pytest.raises(NodeRefusedError):
         second.core.state.register(registration("b"), clock.now())
     assert not granted(second.core.state.reserve(reservation("a", [1]), clock.now()))
+    await second.client.order_node(NodeOrderRequest(node_id="a", action="role", role="prefiller"))
     await second.client.order_node(NodeOrderRequest(node_id="a", action="undrain"))
+    third = await started(records, clock)
+    assert [(one.node_id, one.role) for one in (await third.client.node_orders()).roles] == [("a", "prefiller")]
     assert [order.node_id for order in await (await started(records, clock)).orders()] == ["b"]
     await end(flushing)
 

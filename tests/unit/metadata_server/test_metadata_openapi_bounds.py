@@ -21,7 +21,7 @@ SCHEMAS: dict[str, Any] = document()["components"]["schemas"]  # type: ignore[in
 NODE = {"node_id": "a", "incarnation": 1}
 WITHOUT = {
     ("SegmentManifest", "entries"),  # the length of the body bounds them
-    *(("NodeOrderRequest", field) for field in ("action", "move", "force")),  # words and truth values
+    *(("NodeOrderRequest", field) for field in ("action", "move", "force", "role")),  # words and truth values
     ("RebalanceRequest", "action"),
     ("RemoveOrphansRequest", "kind"),  # words
     ("PinRequest", "extend"),  # true or false
@@ -69,7 +69,7 @@ def examples() -> dict[str, Any]:
         ),
         m.TellHoldingsRequest(**NODE, added=keys(1), removed=keys(2)),
         m.FindHoldersRequest(keys=keys(1)),
-        c.NodeOrderRequest(node_id="a", action="drain"),
+        c.NodeOrderRequest(node_id="a", action="role", role="decoder"),
         c.MoveChunksRequest(**NODE, copied=keys(1), most_bytes=1, ttl_s=1.0),
         c.PinRequest(keys=keys(1), ttl_s=1.0),
         c.UnpinRequest(keys=keys(1)),

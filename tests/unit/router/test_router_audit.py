@@ -23,6 +23,7 @@ ORDERS: dict[str, tuple[Any, str]] = {
     "/v1/weights": ({"version": "v2"}, "what=weights on=v2"),
     "/v1/nodes/drain": (NODE, 'what="nodes drain" on=d0'),
     "/v1/nodes/undrain": (NODE, 'what="nodes undrain" on=d0'),
+    "/v1/nodes/role": (NODE | {"role": "prefiller"}, 'what="nodes role" on="d0 prefiller"'),
     "/v1/nodes/try": (NODE, 'what="nodes try" on=d0'),
     "/v1/nodes/rebalance": ({"action": "start", "most_bytes": 5}, 'what="nodes rebalance" on="start 5"'),
     "/v1/janitor": (

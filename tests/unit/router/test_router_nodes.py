@@ -11,7 +11,7 @@ from support.router_fakes import FakeNode, FakeNodes, Rig, make_rig, two_and_two
 
 from kvcore.clock import SystemClock
 from kvcore.errors import MetadataUnavailableError, NodeUnavailableError
-from kvcore.types import NodeInfo, Segment
+from kvcore.types import NodeInfo, Role, Segment
 from metadata_server import cache_messages as c
 from metadata_server.messages import Event, EventKind, RegisterRequest, SegmentManifest
 
@@ -117,6 +117,27 @@ async def test_a_drained_node_is_tried_out_by_a_token_and_says_why_it_made_none(
     rig.nodes["d0"].generate_error, rig.nodes["d0"].generate_gate = None, asyncio.Event()
     assert "no token in 0.01 s" in (await order(client, "try", "d0", timeout_s=0.01))["problem"]
     assert "there is no node nobody" in await refused(client, "try", "nobody")
+
+
+async def test_a_role_that_was_ordered_goes_before_the_files_for_this_and_every_other_router():
+    """The node hears of it from the metadata server; until it says so itself it is not used."""
+    rig, client = await nodes_rig(connected=True)
+    join(rig, "d0", "d1")
+    assert (await order(client, "role", "d0", role="prefiller"))["node"]["serves"] is False
+    assert "is decoder d0, not prefiller d0" in str(rig.cluster.nodes["d0"].problem)
+    rig.nodes["d0"].role = Role.PREFILLER
+    await rig.prober.probe()
+    row = (await rows(client))["d0"]
+    assert (row["role"], row["state"], row["serves"]) == ("prefiller", "ready", True)
+    view = rig.cluster.view()
+    assert {node.id for node in view.prefillers} == {"p0", "p1", "d0"} and [node.id for node in view.decoders] == ["d1"]
+    another, _ = await nodes_rig()
+    another.admin._metadata._transport = DirectTransport(rig.core)
+    await another.admin._take_orders()
+    assert another.cluster.nodes["d0"].role is Role.PREFILLER and another.cluster.nodes["d0"].static
+    rig.nodes["d0"].role = Role.DECODER
+    assert (await order(client, "role", "d0", role="decoder"))["node"]["role"] == "decoder"
+    assert "names no role" in await refused(client, "role", "d0")
 
 
 async def test_what_runs_on_a_drained_node_ends_there():
