@@ -12,10 +12,10 @@ class ServerLimits:
     """Twice what a client of ours has under way, and half of all."""
     max_waiters_per_owner: int = 3276
     """For the prompts of one tenant: four fifths."""
-    most_reserved: int = 131_072
-    """Chunks that a node is granted in a row, two segments full of most; and then …"""
-    reserved_per_s: float = 20_000.0
-    """… so many: chunks of 16 tokens at 320,000 tokens/s, or of 1 MiB at 20 GB/s."""
+    most_reserved: int = 524_288
+    """Chunks that a node is granted in a row, eight segments full of most; and then …"""
+    reserved_per_s: float = 100_000.0
+    """… so many: 1.6 million tokens in chunks of 16. A server takes 160,000, of all nodes together."""
     most_registrations: int = 64
     """Of a node in a row, as where its engine or network comes and goes; and then …"""
     registrations_per_s: float = 1.0
