@@ -1,4 +1,4 @@
-"""A cluster with a secret: vLLM's workers write chunks with MACs, and load none that somebody else has changed."""
+"""A cluster with a secret: vLLM's workers write chunks with MACs, or encrypted, and load none that somebody changed."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ PROMPT = prompt_of(CHUNKS * BLOCK + 20, 400)  # its answer is recorded
 
 
 def proved(memory: memoryview, integrity: Integrity) -> int:
-    """How many chunks lie there; each has to have a MAC that is right."""
+    """How many chunks lie there; each has to have a MAC, or a tag, that is right."""
     entries = scan(memory)
     for entry in entries:
         chunk = memory[entry.offset : entry.offset + entry.length]
@@ -33,7 +33,10 @@ def proved(memory: memoryview, integrity: Integrity) -> int:
     return len(entries)
 
 
-async def test_workers_write_macs_and_load_no_forged_chunk(tiny: Path, single: References, tmp_path: Path) -> None:
+@pytest.mark.parametrize("encrypt", [False, True], ids=["mac", "encrypted"])
+async def test_workers_write_sealed_chunks_and_load_no_forged_one(
+    encrypt: bool, tiny: Path, single: References, tmp_path: Path
+) -> None:
     questions = Questions(single, [PROMPT], NEW_TOKENS)
     overrides = [
         "router.policy=round_robin",
@@ -41,8 +44,9 @@ async def test_workers_write_macs_and_load_no_forged_chunk(tiny: Path, single: R
         "engine.args.kv-cache-memory-bytes=14M",
         *(f"nodes.{node}.segment=64MiB" for node in ("prefill-0", "decode-0", "decode-1")),
         secret_override(tmp_path),
+        f"kv.encrypt={str(encrypt).lower()}",
     ]
-    integrity = Integrity("mac", open_secrets(SecretConfig(file=str(tmp_path / "secret"))))
+    integrity = Integrity("mac", open_secrets(SecretConfig(file=str(tmp_path / "secret"))), encrypt=encrypt)
     async with cluster(tmp_path, engine="vllm", model=tiny, prefillers=1, decoders=2, overrides=overrides) as subject:
         first = await subject.explain((await questions.ask(subject, PROMPT)).id)
         leg = next(leg for leg in first["legs"] if leg["kind"] == "decode")
