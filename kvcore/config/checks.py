@@ -197,9 +197,6 @@ def _check_encryption(config: ClusterConfig) -> Iterator[str]:
         yield "kv.encrypt: it needs the cluster's secret: set security.secret"
     if config.kv.verify not in (True, "mac"):
         yield f"kv.encrypt: what is encrypted is proved too; take kv.verify: {config.kv.verify} out"
-    for path, tier in all_tiers(config):
-        if tier.codec != "none":
-            yield f"{path}.codec: with kv.encrypt a tier gets ciphertext, which does not get smaller; take it out"
     if not config.handoff.traits.has_store:
         yield f"kv.encrypt: with handoff {config.handoff} vLLM moves KV itself, and nobody encrypts it; take it out"
 

@@ -178,8 +178,7 @@ async def open_node_tiers(
         stack.push_async_callback(placement.aclose, limits.close_s)
         guards, codecs = list[GuardedTier](), list[CodecTier]()
         for one in opened:
-            encrypt = one.config.encrypt and not segment.integrity.encrypt  # what is encrypted is so once
-            codec = CodecTier(one.tier, one.config.codec, segment.integrity, encrypt=encrypt)
+            codec = CodecTier(one.tier, one.config.codec, segment.integrity, encrypt=one.config.encrypt)
             guard = GuardedTier(codec, clock, in_flight_bytes=int(one.config.in_flight))
             stack.push_async_callback(guard.aclose)
             codecs.append(codec)

@@ -1,41 +1,23 @@
 """A tier over another: chunks are encoded or encrypted on their way in, and back. No other tier knows of it.
 
-Owns threads for encoding and decoding, and what is known of the KV of this node's engine. Chunks keep their names: one
-that lies there as it is, and one that is encoded, is told by its length, so a tier may hold both.
+Owns threads for encoding and decoding. Chunks keep their names: one that lies there as it is, and one that is encoded,
+is told by its length, so a tier may hold both.
 """
 
 import asyncio
-import importlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from types import ModuleType
 from typing import TypeVar
 
 from kvcore.config.tiers import Codec
-from kvcore.errors import ConfigError, TransferError
+from kvcore.errors import TransferError
 from kvcore.types import KVSpec
-from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, Expected, pack, parse
-from kvstore.codecs import int8
-from kvstore.codecs.cipher import decrypted, encrypted
-from kvstore.codecs.frame import (
-    ENCRYPTION_BYTES,
-    FRONT_BYTES,
-    MORE_BYTES,
-    CodecKind,
-    Frame,
-    is_whole,
-    pack_frame,
-    parse_frame,
-)
-from kvstore.codecs.layout import ITEM_BYTES, KVLayout, UnknownLayoutError, kv_layout
+from kvstore.codecs.coder import ChunkCoder
+from kvstore.codecs.frame import MORE_BYTES
 from kvstore.integrity.checks import Integrity
 from kvstore.tiers.base import ChunkName, Cleared, GenerationList, Tier, TierChunk, TierOutcome, TierStats
-from kvstore.types import GetOutcome
 from transfer.blocking import BatchDeadline, BlockingPool
-from transfer.memory.copying import copy
 
-_USUAL_ELEMENT_BYTES = 2
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -52,34 +34,20 @@ class CodecTier:
         encrypt: bool = False,
         threads: int = 2,
     ) -> None:
-        """`integrity`: how chunks are sealed anew whose bytes a lossy codec changes, and the secrets to `encrypt` by.
-        Raises ConfigError where what the codec needs is not installed."""
+        """`integrity`, and what raises ConfigError: as of `ChunkCoder`. `encrypt`: what is not encrypted before."""
+        encrypt = encrypt and not integrity.encrypt
         self.name, self.shared = tier.name, tier.shared
         self.max_chunk_bytes = tier.max_chunk_bytes - (MORE_BYTES if encrypt else 0)
-        self._tier, self._codec, self._integrity, self._encrypt = tier, codec, integrity, encrypt
-        self._lossless = _lossless() if codec == "lossless" else None
-        if codec == "lossless" and self._lossless is None:
-            raise ConfigError(f"tiers.{tier.name}.codec: lossless needs blosc2: pip install 'kvferry[codec]'")
+        self._tier, self._codec, self._encrypt = tier, codec, encrypt
+        self._coder = ChunkCoder(tier.name, codec, integrity, encrypt=encrypt)
         self._pool = BlockingPool("codec", threads)
-        self._element_bytes = _USUAL_ELEMENT_BYTES
-        self._layouts: dict[bytes, KVLayout] = {}
-        """By fingerprint, where a lossy codec needs it."""
 
     def __repr__(self) -> str:
         return f"<CodecTier {self._codec}{', encrypted,' if self._encrypt else ''} over {self._tier!r}>"
 
     def use(self, spec: KVSpec) -> None:
         """This node's engine makes KV of `spec`. Raises ConfigError where the codec cannot take that."""
-        self._element_bytes = ITEM_BYTES.get(spec.dtype, 1)
-        if self._codec != "int8":
-            return
-        subject = f"tiers.{self.name}.codec: int8 cannot be used here"
-        if spec.tp_size > 1:
-            raise ConfigError(f"{subject}: with tensor parallelism each rank has KV of its own; set lossless or none")
-        try:
-            self._layouts[spec.fingerprint] = kv_layout(spec)
-        except UnknownLayoutError as error:
-            raise ConfigError(f"{subject}: {error}; set lossless or none") from None
+        self._coder.use(spec)
 
     # --- chunks ---
 
@@ -95,13 +63,13 @@ class CodecTier:
         self, chunks: Sequence[TierChunk], *, ttl_s: float | None = None, timeout_s: float
     ) -> list[TierOutcome]:
         """See `Tier`. What does not get smaller is saved as it is, or encrypted."""
-        if self._plain:
+        if not self._coder.changes:
             return await self._tier.save(chunks, ttl_s=ttl_s, timeout_s=timeout_s)
         deadline, outcomes = BatchDeadline(timeout_s), [TierOutcome.UNAVAILABLE] * len(chunks)
         fitting = [at for at, chunk in enumerate(chunks) if chunk.num_bytes <= self.max_chunk_bytes]
         for at in set(range(len(chunks))) - set(fitting):
             outcomes[at] = TierOutcome.TOO_LARGE
-        encoded = await self._in_threads(self._encoded, [chunks[at] for at in fitting], deadline)
+        encoded = await self._in_threads(self._coder.encoded, [chunks[at] for at in fitting], deadline)
         ready = dict[int, TierChunk]()
         for at, one in zip(fitting, encoded, strict=True):
             if isinstance(one, TierOutcome):
@@ -169,7 +137,7 @@ class CodecTier:
         chunks: Sequence[TierChunk],
         deadline: BatchDeadline,
     ) -> None:
-        decoded = await self._in_threads(self._decoded, [(stored[at], chunks[at]) for at in places], deadline)
+        decoded = await self._in_threads(self._coder.decoded, [(stored[at], chunks[at]) for at in places], deadline)
         for at, done in zip(places, decoded, strict=True):
             outcomes[at] = done or TierOutcome.UNAVAILABLE
 
@@ -223,122 +191,6 @@ class CodecTier:
             tasks = [group.create_task(one(item)) for item in items]
         return [task.result() for task in tasks]
 
-    @property
-    def _plain(self) -> bool:
-        """Whether chunks are saved as they are."""
-        return self._codec == "none" and not self._encrypt
-
-    def _encoded(self, chunk: TierChunk) -> TierChunk | TierOutcome:
-        """As it is to be saved: itself, where it cannot be encoded or does not get smaller. What was to be encrypted
-        and is no whole chunk is not saved."""
-        header = parse(chunk.header())
-        whole = chunk.memory[0].cast("B") if len(chunk.memory) == 1 else memoryview(b"".join(chunk.memory))
-        payload = whole[HEADER_BYTES:]
-        if header is None or not payload.nbytes or header.payload_length != payload.nbytes:
-            return TierOutcome.DAMAGED if self._encrypt else chunk
-        coded = self._coded(header, payload)
-        more_bytes = ENCRYPTION_BYTES if self._encrypt else 0
-        if coded is not None and FRONT_BYTES + coded.frame.body_bytes + more_bytes >= chunk.num_bytes:
-            coded = None
-        if self._encrypt:
-            coded = coded or _Coded(header, Frame(CodecKind.NONE, 1, 0), payload)
-            value = encrypted(self._integrity, coded.header, coded.frame, memoryview(coded.body))
-            return TierChunk(chunk.name, [value])
-        if coded is None:
-            return chunk
-        front = pack(coded.header) + pack_frame(coded.frame)
-        return TierChunk(chunk.name, [memoryview(front), memoryview(coded.body)])
-
-    def _coded(self, header: ChunkHeader, payload: memoryview) -> "_Coded | None":
-        if self._codec == "none":
-            return None
-        return self._in_int8(header, payload) if self._codec == "int8" else self._without_loss(header, payload)
-
-    def _without_loss(self, header: ChunkHeader, payload: memoryview) -> "_Coded | None":
-        assert self._lossless is not None, "it was looked for when the tier was opened"
-        if payload.nbytes > self._lossless.MOST_BYTES:
-            return None
-        body = self._lossless.encode(payload, self._element_bytes)
-        return _Coded(header, Frame(CodecKind.LOSSLESS, self._element_bytes, len(body)), body)
-
-    def _in_int8(self, header: ChunkHeader, payload: memoryview) -> "_Coded | None":
-        """With the seal of what it decodes to: so the chunk's own is checked here, by the last who can."""
-        layout = self._layouts.get(header.fingerprint)
-        expected = Expected(header.key, header.fingerprint, header.generation, payload.nbytes)
-        if layout is None or payload.nbytes % layout.block_bytes:
-            return None
-        if self._integrity.check(pack(header), expected, [payload]) is not GetOutcome.OK:
-            return None
-        if (coded := int8.encode(payload, layout, header.token_count)) is None:
-            return None
-        body, decoded = coded
-        element_bytes = ITEM_BYTES[layout.dtype]
-        sealed = self._integrity.seal(header, [memoryview(decoded)])
-        return _Coded(sealed, Frame(CodecKind.INT8, element_bytes, len(body)), body)
-
-    def _decoded(self, pair: tuple[TierChunk, TierChunk]) -> TierOutcome:
-        """From what was stored into the memory of the one that was asked for."""
-        (stored,), chunk = pair[0].memory, pair[1]
-        header, frame = parse(stored[:HEADER_BYTES]), parse_frame(stored[HEADER_BYTES:FRONT_BYTES])
-        if not is_whole(bytes(stored[:FRONT_BYTES]), stored.nbytes) or header is None:
-            return TierOutcome.DAMAGED
-        if frame is None or header.payload_length + HEADER_BYTES != chunk.num_bytes:
-            return TierOutcome.TOO_LARGE
-        one_view = len(chunk.memory) == 1
-        whole = chunk.memory[0].cast("B") if one_view else memoryview(bytearray(chunk.num_bytes))
-        body, into = stored[FRONT_BYTES:], whole[HEADER_BYTES:]
-        if frame.encrypted:
-            opened = self._decrypt(header, frame, body, into)
-            if isinstance(opened, TierOutcome):
-                return opened
-            header, body = opened
-        known = frame.kind == CodecKind.NONE or self._decode(frame.kind, header, body, into)
-        if known is not True:
-            return TierOutcome.MISSING if known is None else TierOutcome.DAMAGED
-        whole[:HEADER_BYTES] = pack(header) if frame.encrypted else stored[:HEADER_BYTES]
-        at = 0
-        for view in chunk.memory if not one_view else ():
-            copy(view.cast("B"), whole[at : at + view.nbytes])
-            at += view.nbytes
-        return TierOutcome.OK
-
-    def _decrypt(
-        self, header: ChunkHeader, frame: Frame, body: memoryview, into: memoryview
-    ) -> tuple[ChunkHeader, memoryview] | TierOutcome:
-        """The header with its checksum, and the body as its codec made it; without one that is `into` itself."""
-        secrets = self._integrity.secrets
-        if secrets is None:
-            return TierOutcome.MISSING
-        secret, num_bytes = secrets.find(frame.key_id), body.nbytes - ENCRYPTION_BYTES
-        if secret is None or num_bytes < 0 or (frame.kind == CodecKind.NONE and num_bytes != into.nbytes):
-            return TierOutcome.DAMAGED
-        plain = into if frame.kind == CodecKind.NONE else memoryview(bytearray(num_bytes))
-        opened = decrypted(secret, header, frame, body, plain)
-        return TierOutcome.DAMAGED if opened is None else (opened, plain)
-
-    def _decode(self, kind: int, header: ChunkHeader, body: memoryview, into: memoryview) -> bool | None:
-        """Whether it could be decoded; None: not here."""
-        if kind == CodecKind.LOSSLESS:
-            lossless = self._lossless or _lossless()  # loaded by the first chunk of another's
-            return None if lossless is None else bool(lossless.decode(body, into))
-        layout = self._layouts.get(header.fingerprint)
-        return None if kind != CodecKind.INT8 or layout is None else int8.decode(body, layout, into)
-
-
-@dataclass(frozen=True, slots=True)
-class _Coded:
-    header: ChunkHeader
-    frame: Frame
-    body: bytes | memoryview
-
 
 def _scratch(name: ChunkName, num_bytes: int) -> TierChunk:
     return TierChunk(name, [memoryview(bytearray(num_bytes))])
-
-
-def _lossless() -> ModuleType | None:
-    """The codec, if what it needs is installed."""
-    try:
-        return importlib.import_module("kvstore.codecs.lossless")
-    except ModuleNotFoundError:
-        return None

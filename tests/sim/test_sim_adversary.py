@@ -28,15 +28,17 @@ def hostile(seed: int, integrity: Integrity) -> Variant:
     return Variant(integrity=integrity, adversary=True, plan=make_tier_plan(seed) if seed % 2 else None)
 
 
-def macs(seed: int) -> Integrity:
-    return Integrity("mac", CLUSTER, random.Random(f"nonces {seed}").randbytes)
+def sealed(seed: int) -> Integrity:
+    """Every second one encrypts, of those with and without tiers."""
+    encrypt = bool((seed ^ seed // 2) & 1)
+    return Integrity("mac", CLUSTER, random.Random(f"nonces {seed}").randbytes, encrypt=encrypt)
 
 
 @pytest.mark.parametrize("seeds", slow_but([QUICK], [QUICK, *BLOCKS]))
-def test_with_macs_no_answer_is_wrong_whatever_it_writes(seeds):
+def test_with_macs_or_encrypted_no_answer_is_wrong_whatever_it_writes(seeds):
     counts = Counter[str]()
     for seed in seeds:
-        outcome = run_seed(seed, hostile(seed, macs(seed)))
+        outcome = run_seed(seed, hostile(seed, sealed(seed)))
         assert not outcome.problems, f"seed {seed}\n" + "\n".join(outcome.problems)
         counts.update(outcome.counts)
     happened = [f"attack_{name}" for name in ATTACKS] + ["chunks_loaded", "quarantined_forged", "quarantined_unproven"]

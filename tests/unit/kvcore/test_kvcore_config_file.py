@@ -117,13 +117,6 @@ def test_an_override_within_what_is_no_section_is_named(load, transport, overrid
         load(override, transport=transport)
 
 
-def test_encrypted_kv_needs_a_tier_that_takes_it_as_it_is(load):
-    tiers = {"redis": {"url": "r", "codec": "lossless"}}
-    with pytest.raises(ConfigError, match=r"tiers\.redis\.codec: with kv\.encrypt a tier gets ciphertext"):
-        load(kv={"encrypt": True}, security={"secret": {"env": "S"}}, tiers=tiers)
-    assert load(kv={"encrypt": True}, security={"secret": {"env": "S"}}).kv.encrypt
-
-
 def test_missing_keys_are_named(load):
     with pytest.raises(ConfigError, match=r"nodes\.d\.port: missing"):
         load(nodes={"d": {"role": "decoder"}})

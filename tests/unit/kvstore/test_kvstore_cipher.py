@@ -226,7 +226,7 @@ async def test_what_is_no_whole_chunk_is_not_saved_readable_for_want_of_better(u
 async def test_a_chunk_that_would_be_as_long_as_a_plain_one_is_encrypted_without_its_codec(under, monkeypatch):
     tier, chunk = over(under, codec="lossless"), sealed(bytes(1000))
     fitting = chunk.num_bytes - FRONT_BYTES - ENCRYPTION_BYTES
-    monkeypatch.setattr(tier._lossless, "encode", lambda *_: bytes(fitting))
+    monkeypatch.setattr(tier._coder._lossless, "encode", lambda *_: bytes(fitting))
     assert await save_one(tier, chunk) is OK
     assert parse_frame(under.chunks[NAME][0][HEADER_BYTES:]).kind == CodecKind.NONE
     back = room_for(chunk)
