@@ -202,6 +202,10 @@ class Cluster:
             if isinstance(error, ModelChangedError):  # what the node last reported is out of date
                 self.probe_asked.set()
 
+    def chosen(self, node_id: str, prompt_token_ids: Sequence[int], salt: bytes) -> None:
+        """The node is to have the KV of this prompt in its own cache. Nodes of ours tell what lies in their memory."""
+        self.caches.chosen(node_id, prompt_token_ids, salt)
+
     def computed(
         self, node_id: str, prompt_token_ids: Sequence[int], salt: bytes, kept: KeptKeys | None = None
     ) -> None:

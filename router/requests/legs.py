@@ -135,6 +135,7 @@ class RequestLegs:
     def _choose(self, kind: str, node: str, sequences: int) -> NodeWork:
         tokens = 0 if sequences else self._prefill_tokens
         work = self._services.cluster.work_chosen(node, sequences=sequences, prefill_tokens=tokens)
+        self._services.cluster.chosen(node, self.spec.prompt_token_ids, self.spec.cache_salt)
         self._chosen[kind] = node, work
         return work
 
@@ -187,7 +188,6 @@ class RequestLegs:
         if (watched := self._watched.get(leg.id)) is not None:
             watched.first(result.computed_tokens)
             watched.ended_well()
-        services.cluster.computed(action.node, spec.prompt_token_ids, spec.cache_salt)
         leg.cached_tokens, leg.computed_tokens = result.cached_tokens, result.computed_tokens
         leg.moved, leg.promoted, leg.timings = result.moved, result.promoted, result.timings
         leg.tier_choices = result.tier_choices

@@ -35,13 +35,17 @@ class EngineCaches:
         """That its engine is taken to have read out of other nodes' memory, with what follows them."""
         return self._held.count(node_id)
 
+    def chosen(self, node_id: str, prompt_token_ids: Sequence[int], salt: bytes) -> None:
+        """The node is to compute this prompt, or to be handed it over. A plain server is taken to have its KV from here
+        on: by the time that it gets to another one that begins alike, it has."""
+        if self._sent is not None:
+            self._sent.sent(node_id, prompt_token_ids, salt)
+
     def computed(
         self, node_id: str, engine: EngineInfo | None, prompt_token_ids: Sequence[int], salt: bytes, kept: KeptKeys
     ) -> None:
         """The node's engine has the KV of this prompt in its own blocks now."""
-        if self._sent is not None:
-            self._sent.sent(node_id, prompt_token_ids, salt)
-        elif engine is not None:
+        if self._sent is None and engine is not None:
             keys = kept.get((engine.kv_spec.fingerprint, engine.kv_spec.chunk_tokens), [])
             if self._index.find(keys).by_node.get(node_id, 0) < len(keys):
                 self._held.read(node_id, engine, keys)

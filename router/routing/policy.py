@@ -99,7 +99,7 @@ class Policy:
             rules = self.prefiller
             prefillers = _rank(Role.PREFILLER, PREFILLER_FILTERS, rules, request, view.prefillers, decoder=decoder)
             prefiller = prefillers.node
-            found = "prefix_hit" if cached else "no_prefix"
+            found = "prefix_hit" if prefiller and _cached_tokens(request, prefiller) else "no_prefix"
             reason = found if prefiller else _why_no_prefiller(prefillers.cuts, decoder)
         compared = ways(request, decoder, prefiller)
         way = choose_way(compared, decoder, prefiller, request.now) if request.decoder is None else WayChoice()
@@ -110,7 +110,7 @@ class Policy:
         route = Route(
             prefiller=prefiller.id if prefiller else None,
             decoder=decoder.id,
-            expected_cached_tokens=cached,
+            expected_cached_tokens=cached if prefiller is None else _cached_tokens(request, prefiller),
             reason=reason,
         )
         return Decision(route, decoders, prefillers, view.unusable, compared, way)
@@ -207,10 +207,16 @@ def _prefiller_unneeded(request: RouteRequest, decoder: NodeView) -> tuple[int, 
     """(Prompt tokens cached somewhere, why the decoder computes the rest itself; None: it needs a prefiller.)"""
     chunk_tokens = decoder.chunk_tokens
     full_chunks = usable_chunks(request.prompt_tokens, chunk_tokens)
-    cached = min(request.hits_for(decoder).in_reach_of(decoder.id), full_chunks) * chunk_tokens
+    cached = _cached_tokens(request, decoder)
     if full_chunks * chunk_tokens <= cached:
         return cached, "all_chunks_cached" if full_chunks else "no_full_chunk"
     return cached, "short_rest" if request.prompt_tokens - cached < request.min_prefill_tokens else None
+
+
+def _cached_tokens(request: RouteRequest, node: NodeView) -> int:
+    """Of the prompt, what this node would not have to compute."""
+    usable = usable_chunks(request.prompt_tokens, node.chunk_tokens)
+    return min(request.hits_for(node).in_reach_of(node.id), usable) * node.chunk_tokens
 
 
 def _rank(

@@ -7,8 +7,10 @@ import xxhash
 from router.routing.policy import Scorer
 from router.routing.views import NodeView, RouteRequest
 
-COMPUTE_OVER_LOAD = 4.0
-"""A token that must be computed for one that is brought over (loading measured at 4 to 10 times faster)."""
+COMPUTE_OVER_LOAD = 16.0
+"""A token that must be computed for one that is brought over. Computing takes 4 to 10 times as long; and whoever
+computes again what another node has keeps its queue waiting, and pushes out of its cache what others come back for:
+over Mooncake's conversations 4 lost an eighth of the hits that 16 has (`python -m benchmarks.policies`)."""
 
 
 def _sequences(request: RouteRequest, nodes: Sequence[NodeView], decoder: NodeView | None) -> Sequence[float]:

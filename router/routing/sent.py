@@ -32,7 +32,7 @@ class SentPrefixes:
         return f"<SentPrefixes {len(self._index)} blocks at {len(self._sent)} servers>"
 
     def sent(self, server: str, prompt_token_ids: Sequence[int], salt: bytes) -> None:
-        """It has computed this prompt. What it was sent longest ago is taken to be forgotten, ends before beginnings,
+        """It is to compute this prompt. What it was sent longest ago is taken to be forgotten, ends before beginnings,
         as vLLM's cache does."""
         keys, blocks = self._keys(prompt_token_ids, salt), self._sent.setdefault(server, OrderedDict())
         for key in reversed(keys):

@@ -16,6 +16,8 @@ from support.router_fakes import FakeNode as _Named
 from support.sim_loop import LoopClock, run_sim
 
 from kvcore.chunk_keys import chunk_keys, root_key
+from kvcore.config.routing import RoutingPolicy
+from kvcore.config.schema import ClusterConfig
 from kvcore.errors import KVFerryError, RateLimitError
 from kvcore.types import NodeInfo, Role, Segment
 from nodeapi.messages import (
@@ -43,7 +45,7 @@ from router.requests.records import RequestLog
 from router.requests.services import RequestServices
 from router.requests.spec import AnswerRequest, RequestSpec, Turn
 from router.routing.index import PrefixIndex
-from router.routing.policy import make_policy
+from router.routing.policy import RoutePolicy, make_policy
 from router.text.tokenizer import ByteTokenizer
 
 
@@ -232,14 +234,13 @@ class Load:
     def __post_init__(self) -> None:
         loop = asyncio.get_running_loop()
         clock = LoopClock(loop)
-        self.nodes = QueueNodes(self.machine)
-        named = [_Named(node.id, node.role) for node in self.nodes.nodes]
-        config = cluster_config(named, None, **{"first_token_s": 1.0, "min_prefill_tokens": 8, **self.router})
+        self.nodes = self._make_nodes()
+        config = self._make_config([_Named(node.id, node.role) for node in self.nodes.nodes])
         self.log = RequestLog()
         self.cluster = Cluster(config, clock)
         self.prober = Prober(config.router, self.cluster, self.nodes, clock)
-        services = RequestServices(config.router, self.cluster, self.nodes, clock, self.log)
-        self.dispatcher = Dispatcher(services, make_policy(config.router.policy))
+        services = RequestServices(config.router, self.cluster, self.nodes, clock, self.log, config.handoff)
+        self.dispatcher = Dispatcher(services, self._make_policy(config.router.policy))
         self.admission = Admission(
             self.dispatcher.route,
             clock,
@@ -267,15 +268,28 @@ class Load:
         assert isinstance(self.cluster.index, PrefixIndex)
         self.cluster.index.store("d0", shared, "d0.1")
 
+    def _make_nodes(self) -> QueueNodes:
+        return QueueNodes(self.machine)
+
+    def _make_config(self, named: list[_Named]) -> ClusterConfig:
+        return cluster_config(named, None, **{"first_token_s": 1.0, "min_prefill_tokens": 8, **self.router})
+
+    def _make_policy(self, name: RoutingPolicy) -> RoutePolicy:
+        return make_policy(name)
+
     async def ask(self, flow: Flow, tokens: int) -> Seen:
+        """One request of a prompt that no other begins like, to its end."""
+        number = self._count + 1
+        own = [number % VOCAB, *[1 + (number >> 9)] * (tokens - 1)]
+        return await self.send(flow, [1] * self.machine.shared + own)
+
+    async def send(self, flow: Flow, prompt: list[int]) -> Seen:
         """One request, to its end."""
         loop = asyncio.get_running_loop()
         self._count += 1
         name, started = f"r{self._count}", loop.time()
-        seen = Seen(flow.user, started, tokens)
+        seen = Seen(flow.user, started, len(prompt) - self.machine.shared)
         self.seen.append(seen)
-        prompt = [self._count % VOCAB, *[1 + (self._count >> 9)] * (tokens - 1)]
-        prompt = [1] * self.machine.shared + prompt
         params = SamplingParams(max_tokens=flow.max_tokens, temperature=0, ignore_eos=True)
         turn = Turn(flow.user, flow.rank, client_s=flow.first_token_s)
         request = AnswerRequest([RequestSpec(name, prompt, params, flow=flow.user)], turn=turn)

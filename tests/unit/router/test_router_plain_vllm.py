@@ -213,8 +213,8 @@ async def test_a_server_that_hangs_is_given_up_in_time(kind: HandoffKind, hangin
     fakes = servers(kind, prefillers=2, decoders=2)
     fakes[hanging].gate = asyncio.Event()
     async with routed(fakes, model, prefill_timeout_s=0.2) as session:
-        answers = await asyncio.gather(ask(session), ask(session))
-        assert [ids(answer) for answer in answers] == [ANSWER, ANSWER]
+        answers = await asyncio.gather(ask(session), ask(session, prompt=PROMPT[::-1]))
+        assert [ids(answer) for answer in answers] == [ANSWER, expected(PROMPT[::-1], 8)]
         await until(lambda: fakes[hanging].running == 0)
         assert fakes[hanging].dropped >= 1
 

@@ -90,7 +90,7 @@ def test_a_plain_servers_own_cache_counts_and_that_of_others_does_not() -> None:
     assert found.reason == "short_rest"
     other = policy.choose(RouteRequest(500, 64, hits=own, exclude=frozenset({"d1"})), nodes).route
     assert other is not None
-    assert (other.prefiller, other.decoder, other.expected_cached_tokens) == ("p0", "d0", 0)
+    assert (other.prefiller, other.decoder, other.expected_cached_tokens) == ("p0", "d0", 320), "what p0 has"
 
 
 def test_of_equal_nodes_a_session_has_its_own_and_no_load_is_borne_for_it() -> None:

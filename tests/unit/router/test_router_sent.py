@@ -89,7 +89,7 @@ def test_a_server_that_was_silent_for_more_than_one_probe_is_taken_to_have_lost_
     cluster = Cluster(config, ManualClock())
     node = cluster.nodes["d0"]
     node.problem = None
-    cluster.computed("d0", PROMPT, b"")
+    cluster.chosen("d0", PROMPT, b"")
 
     def known() -> int:
         view = ClusterView(decoders=(NodeView("d0", Role.DECODER, b"kv", 1, 4096),))
