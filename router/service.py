@@ -40,7 +40,6 @@ from router.nodes.prober import Prober
 from router.nodes.problems import ClusterProblems
 from router.nodes.vllm_client import VllmClient, server_key
 from router.nodes.vllm_model import read_model_facts
-from router.parsing.dialects import find_dialect
 from router.processes.reports import ProcessPlace
 from router.processes.siblings import Sibling, Siblings, siblings_session
 from router.processes.view import RouterView
@@ -51,6 +50,7 @@ from router.requests.services import RequestServices
 from router.routing.policy import make_policy
 from router.status import StatusView
 from router.tenants.wiring import open_guard
+from router.text.model_habits import ModelHabits, model_habits
 from router.text.tokenizer import FolderTokenizer, TextThreads, Tokenizer, make_tokenizer
 from router.upkeep.wiring import tier_sight, upkeep_routes
 
@@ -63,9 +63,7 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle, place: Process
 
     Raises ModelLoadError (no tokenizer) or ConfigError (the port is in use).
     """
-    tokenizer = await asyncio.to_thread(make_tokenizer, config)
-    if isinstance(tokenizer, FolderTokenizer) and tokenizer.chat_problem is not None:
-        log_fields(_log, logging.WARNING, "no_chats", problem=tokenizer.chat_problem)
+    tokenizer, habits = await _read_model(config)
     clock, bounds, trust = SystemClock(), config.router, await _open_trust(config, lifecycle)
     client = await _make_client(config, trust)
     lifecycle.stack.push_async_callback(client.aclose)
@@ -105,7 +103,7 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle, place: Process
         more=add_routes,
         guard=await open_guard(config, log, clock, lifecycle, trust=trust, tokenizer=tokenizer, process=place.number),
         no_node=_no_node(services, prober, stopping),
-        dialect=find_dialect(config.model.parser, tokenizer.chat_source),
+        habits=habits,
     )
     server = RouterListeners(app, config, trust, metrics.metrics, lifecycle, process=place.number)
     always = {"node probes": prober.run(), "stall watch": cluster.stalls.run(), "cache replay": cache.run()}
@@ -151,6 +149,16 @@ async def _open_trust(config: ClusterConfig, lifecycle: Lifecycle) -> ClusterTru
     if trust.certificate is not None:
         lifecycle.tasks.create_task(trust.certificate.follow(), name="process's certificate")
     return trust
+
+
+async def _read_model(config: ClusterConfig) -> tuple[Tokenizer, ModelHabits]:
+    tokenizer = await asyncio.to_thread(make_tokenizer, config)
+    if isinstance(tokenizer, FolderTokenizer) and tokenizer.chat_problem is not None:
+        log_fields(_log, logging.WARNING, "no_chats", problem=tokenizer.chat_problem)
+    habits = await asyncio.to_thread(model_habits, config, tokenizer)
+    if wanted := habits.sampling.others():
+        log_fields(_log, logging.INFO, "sampling_defaults", source="generation_config.json", **wanted)
+    return tokenizer, habits
 
 
 def _answerer(

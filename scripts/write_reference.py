@@ -86,6 +86,10 @@ strings are looked for after `min_tokens` tokens. `GET /v1/models` says how long
 `max_model_len`. `POST /tokenize` and `/detokenize` answer as vLLM's server does, `/ping` as `/health`, `GET /version`
 with kvferry's version, `GET /load` with the requests under way.
 
+What a request says nothing of, or `null`, is taken from the model's `generation_config.json`, as vLLM's server takes
+it (`temperature`, `top_p`, `top_k`, `min_p`, the penalties, and `max_new_tokens` for chats): the router's log names
+what is not OpenAI's. `model.generation_config: false` leaves the file alone.
+
 Parts of messages are text, and `response_format` may be `{{"type": "text"}}`.
 
 The model is told of `tools`, and with `tool_choice` `auto`, the default, its calls are told apart from its text: in one

@@ -42,6 +42,9 @@ class ModelConfig(Section, frozen=True, kw_only=True):
     """A name for the weights as they are now, beside what their files say: KV under another one is never shared.
 
     `POST /v1/weights` of the router changes it while the cluster runs."""
+    generation_config: bool = True
+    """Whether temperature, top_p, top_k, min_p, penalties and max_new_tokens of the model's `generation_config.json`
+    hold where a request says nothing, as vLLM's server takes them."""
     parser: str = "auto"
     """The dialect in which the model writes what it thinks and the tools that it calls (docs/openai.md has the names).
 

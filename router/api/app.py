@@ -38,10 +38,10 @@ from router.api.responses import AnswerResponse, JsonReply, error_response
 from router.api.text_routes import add_probe_routes, add_text_routes
 from router.client_answer import ClientAnswer
 from router.metrics import RouterMetrics
-from router.parsing.dialects import Dialect
 from router.processes.routes import add_own
 from router.processes.view import RouterView
 from router.tenants.callers import caller_of
+from router.text.model_habits import ModelHabits
 from router.text.tokenizer import Tokenizer
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -61,14 +61,14 @@ def make_app(
     more: Callable[[FastAPI], None] = lambda _app: None,
     guard: Callable[[ASGIApp], ASGIApp] = lambda app: app,
     no_node: NoNodeWait | None = None,
-    dialect: Dialect | None = None,
+    habits: ModelHabits = ModelHabits(),
 ) -> ASGIApp:
     """The ASGI application. Its OpenAPI document is at /openapi.json. `cors`: as in the cluster file. `more` adds the
     routes that are not this package's, `guard` what refuses requests before they get to one. `no_node`: where requests
-    wait while no node is up; None: they are refused. `dialect`: in which the model writes what it thinks and calls."""
+    wait while no node is up; None: they are refused. `habits`: of the model that is served."""
     app = FastAPI(title="kvferry router", version="1", docs_url=None, redoc_url=None, redirect_slashes=False)
     _add_errors(app)
-    endpoints = _add_openai(app, answerer, max_body_bytes, limits, no_node=no_node, dialect=dialect)
+    endpoints = _add_openai(app, answerer, max_body_bytes, limits, no_node=no_node, habits=habits)
     add_text_routes(app, answerer, max_body_bytes, limits)
     add_probe_routes(app, view)
     _add_status(app, view)
@@ -160,7 +160,7 @@ def _add_openai(
     limits: ApiLimits,
     *,
     no_node: NoNodeWait | None,
-    dialect: Dialect | None,
+    habits: ModelHabits,
 ) -> dict[str, Endpoint]:
     """Returns the endpoints of the token routes, by path."""
     endpoints: dict[str, Endpoint] = {}
@@ -189,7 +189,7 @@ def _add_openai(
                     body,
                     prompts,
                     max_context=answerer.max_context,
-                    dialect=dialect,
+                    habits=habits,
                     request_id=request_id,
                     client_request_id=request.scope["request_id"],
                     limits=limits,

@@ -73,19 +73,19 @@ def number(value: float | None, default: float, param: str, low: float, high: fl
     return value
 
 
-def top_p(value: float | None) -> float:
-    """1 where it is left out."""
+def top_p(value: float | None, default: float) -> float:
+    """`default` where it is left out."""
     require(value is None or 0.0 < value <= 1.0, "top_p", "must be above 0 and at most 1")
-    return 1.0 if value is None else value
+    return default if value is None else value
 
 
-def top_k(value: int | None) -> int:
-    """0, all tokens, where it is left out."""
+def top_k(value: int | None, default: int) -> int:
+    """0: all tokens. `default` where it is left out."""
     require(value is None or -1 <= value < _MAX_INT64, "top_k", "must be at least 1, or 0 or -1 for all")
-    return max(0, value or 0)
+    return max(0, default if value is None else value)
 
 
-def repetition_penalty(value: float | None) -> float:
-    """1 where it is left out."""
+def repetition_penalty(value: float | None, default: float) -> float:
+    """`default` where it is left out."""
     require(value is None or (value > 0 and math.isfinite(value)), "repetition_penalty", "must be above 0")
-    return 1.0 if value is None else value
+    return default if value is None else value

@@ -32,6 +32,7 @@ from router.requests.spec import (
     TokenPrompt,
     Turn,
 )
+from router.text.model_habits import ModelHabits, SamplingDefaults
 
 DEFAULT_COMPLETION_TOKENS = 16
 _INT64 = 1 << 63
@@ -59,13 +60,13 @@ class _CommonFields(CacheHintFields, frozen=True, kw_only=True):
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     min_tokens: int | None = 0
-    temperature: float | None = 1.0
-    top_p: float | None = 1.0
-    top_k: int | None = 0
-    min_p: float | None = 0.0
-    presence_penalty: float | None = 0.0
-    frequency_penalty: float | None = 0.0
-    repetition_penalty: float | None = 1.0
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = False
@@ -126,7 +127,7 @@ def answer_request(
     prompts: Sequence[list[int]],
     *,
     max_context: int | None,
-    dialect: Dialect | None = None,
+    habits: ModelHabits = ModelHabits(),
     request_id: str,
     client_request_id: str,
     limits: ApiLimits,
@@ -136,17 +137,17 @@ def answer_request(
     `max_context` None: not known as no node is up; a wrong request is wrong at any time, so the fields are checked all
     the same. Raises InvalidRequestError.
     """
-    stops, salt, reading = _stops(request, limits), _cache_salt(request, limits), _reading(request, dialect)
+    stops, salt, reading = _stops(request, limits), _cache_salt(request, limits), _reading(request, habits.dialect)
     hints = hints_of(request, marks_of(request.messages) if isinstance(request, ChatRequest) else ())
     context = _ANY_CONTEXT if max_context is None else max_context
-    room = context - _max_tokens(request, 0, DEFAULT_COMPLETION_TOKENS)[0]
+    room = context - _max_tokens(request, 0, DEFAULT_COMPLETION_TOKENS, None)[0]
     lists = TokenLists(request.logit_bias, request.stop_token_ids, limits.max_biases)
     flow = request.user[: limits.max_user_chars] if isinstance(request.user, str) else ""
     specs = [
         RequestSpec(
             request_id=request_id if number == 0 else f"{request_id}-{number}",
             prompt_token_ids=prompt,
-            sampling=_sampling(request, len(prompt), context, limits, lists),
+            sampling=_sampling(request, len(prompt), context, limits, lists=lists, defaults=habits.sampling),
             cache_salt=salt,
             client_request_id=client_request_id,
             hints=hints,
@@ -277,13 +278,15 @@ def _sampling(
     prompt_tokens: int,
     max_context: int,
     limits: ApiLimits,
+    *,
     lists: TokenLists,
+    defaults: SamplingDefaults,
 ) -> SamplingParams:
     """The engine's parameters, all checked; draws a seed where there is none.
 
     Without max_tokens a chat may fill the context and a completion has 16 tokens. Raises InvalidRequestError.
     """
-    max_tokens, named = _max_tokens(request, prompt_tokens, max_context)
+    max_tokens, named = _max_tokens(request, prompt_tokens, max_context, defaults.max_new_tokens)
     min_tokens = request.min_tokens or 0
     require(0 <= min_tokens <= max_tokens, "min_tokens", f"must lie between 0 and {named} ({max_tokens})")
     n = 1 if request.n is None else request.n
@@ -293,14 +296,14 @@ def _sampling(
     seed = random.getrandbits(63) if request.seed is None else request.seed
     require(-_INT64 <= seed < _INT64, "seed", "must be a 64-bit integer")
     return SamplingParams(
-        temperature=number(request.temperature, 1.0, "temperature", 0.0, 2.0),
-        top_p=top_p(request.top_p),
-        top_k=top_k(request.top_k),
-        min_p=number(request.min_p, 0.0, "min_p", 0.0, 1.0),
+        temperature=number(request.temperature, defaults.temperature, "temperature", 0.0, 2.0),
+        top_p=top_p(request.top_p, defaults.top_p),
+        top_k=top_k(request.top_k, defaults.top_k),
+        min_p=number(request.min_p, defaults.min_p, "min_p", 0.0, 1.0),
         seed=seed % _INT64,
-        presence_penalty=number(request.presence_penalty, 0.0, "presence_penalty", -2.0, 2.0),
-        frequency_penalty=number(request.frequency_penalty, 0.0, "frequency_penalty", -2.0, 2.0),
-        repetition_penalty=repetition_penalty(request.repetition_penalty),
+        presence_penalty=number(request.presence_penalty, defaults.presence_penalty, "presence_penalty", -2.0, 2.0),
+        frequency_penalty=number(request.frequency_penalty, defaults.frequency_penalty, "frequency_penalty", -2.0, 2.0),
+        repetition_penalty=repetition_penalty(request.repetition_penalty, defaults.repetition_penalty),
         logit_bias=lists.bias,
         max_tokens=max_tokens,
         min_tokens=min_tokens,
@@ -311,13 +314,14 @@ def _sampling(
     )
 
 
-def _max_tokens(request: AnyRequest, prompt_tokens: int, max_context: int) -> tuple[int, str]:
+def _max_tokens(request: AnyRequest, prompt_tokens: int, max_context: int, most: int | None) -> tuple[int, str]:
     named, given = "max_tokens", request.max_tokens
     if request.max_completion_tokens is not None:
         named, given = "max_completion_tokens", request.max_completion_tokens
     if given is None:
         room = max(1, max_context - prompt_tokens)
-        return (room if isinstance(request, ChatRequest) else min(room, DEFAULT_COMPLETION_TOKENS)), named
+        most = (most or room) if isinstance(request, ChatRequest) else DEFAULT_COMPLETION_TOKENS
+        return min(room, most), named
     require(given >= 1, named, "must be at least 1")
     return min(given, _INT64), named  # more is over any context, and may have too many digits to be printed
 

@@ -79,6 +79,7 @@ from router.requests.records import RequestLog
 from router.requests.services import RequestServices
 from router.routing.policy import RoutePolicy, make_policy
 from router.status import StatusView
+from router.text.model_habits import ModelHabits, SamplingDefaults
 from router.text.tokenizer import ByteTokenizer, Tokenizer
 from router.upkeep.wiring import make_upkeep, tier_sight
 
@@ -411,6 +412,7 @@ async def make_rig(
     connected: bool = False,
     wait_s: float | None = None,
     parser: str = "none",
+    sampling: SamplingDefaults = SamplingDefaults(),
     guard: Callable[[RequestLog, ASGIApp], ASGIApp] = lambda _, app: app,
     **router: object,
 ) -> Rig:
@@ -480,7 +482,7 @@ async def make_rig(
         more=add_routes,
         guard=partial(guard, log),
         no_node=no_node,
-        dialect=find_dialect(parser, ""),
+        habits=ModelHabits(find_dialect(parser, ""), sampling),
     )
     return Rig(
         nodes,
