@@ -119,7 +119,12 @@ OF_A_CLUSTER = cells(
     "kill prefill-0 + stop metadata-server",
     "kill decode-0 + kill metadata-server",
     "stop decode-0 + kill decode-1",
+    "stop decode-0 + stop decode-1",
+    "hang prefill-0 + hang decode-0",
+    "error decode-0 + error decode-1",
+    "slow decode-0 + kill metadata-server",
     "stop prefill-0 engine + stop metadata-server",
+    "stop decode-0 engine + stop metadata-server",
 )
 """Of kvferry's own: two prefillers, two decoders, a store, a metadata server, a router."""
 
@@ -127,11 +132,14 @@ OF_SERVERS = cells(
     "",
     *ONE_NODE,
     "die decode-0",
+    "stop router",
     "leave 0.3",
     "hang prefill-0 + leave 0.3",
     "kill prefill-0 + kill prefill-1",
     "kill prefill-0 + kill decode-0",
     "stop prefill-0 + kill decode-0",
+    "hang prefill-0 + hang decode-0",
+    "die decode-0 + die decode-1",
 )
 """Of a router in front of servers that are not its own."""
 

@@ -19,7 +19,8 @@ _HOP = {"transfer-encoding", "connection", "keep-alive", "content-length"}
 
 
 class Proxy:
-    """`fault`: a kind of benchmarks.faults_cells, or empty. `held`: requests that hang here now."""
+    """`fault`: a kind of benchmarks.faults_cells, or empty. `held`: requests of clients that hang here now; the router
+    has one of its own at a node that it suspects."""
 
     def __init__(self, target: str, session: aiohttp.ClientSession) -> None:
         self.fault = ""
@@ -42,11 +43,12 @@ class Proxy:
         if fault == "error" and not probe:
             return web.Response(status=500, text="the node has a fault")
         if fault == "hang" and not probe:
-            self.held += 1
+            of_client = b"trial-" not in await request.read()
+            self.held += of_client
             try:
                 await self._healed.wait()
             finally:
-                self.held -= 1
+                self.held -= of_client
         return await self._pass_on(request, SLOW_STEP_S if fault == "slow" and not probe else 0.0)
 
     async def _pass_on(self, request: web.Request, step_s: float) -> web.StreamResponse:

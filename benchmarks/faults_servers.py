@@ -17,7 +17,7 @@ import aiohttp
 import yaml
 
 from benchmarks.children import Child, child, program
-from benchmarks.faults_cells import Fault
+from benchmarks.faults_cells import ROUTER_STOPS_S, Fault
 from benchmarks.faults_mocks import MODEL, text_after
 from kvcore.process.http_client import http_session
 
@@ -89,6 +89,7 @@ class Servers:
     session: aiohttp.ClientSession
     urls: _Urls
     mocks: dict[str, Child]
+    router_pid: int
     fresh = True
     model = MODEL
     max_tokens = 24
@@ -108,8 +109,13 @@ class Servers:
         return whom not in self.urls or await self._running(whom) > 0
 
     async def strike(self, fault: Fault) -> None:
-        """It has happened when this returns."""
-        if fault.kind in ("kill", "stop"):
+        """It has happened when this returns; a router goes on then."""
+        if fault.whom == "router":
+            self._stopped.append(self.router_pid)
+            os.kill(self.router_pid, signal.SIGSTOP)
+            await asyncio.sleep(ROUTER_STOPS_S)
+            self.heal()
+        elif fault.kind in ("kill", "stop"):
             pid = self.mocks[fault.whom].pid
             os.kill(pid, signal.SIGKILL if fault.kind == "kill" else signal.SIGSTOP)
             self._gone.add(fault.whom)
@@ -169,8 +175,8 @@ async def servers(name: str, folder: Path, python: str) -> AsyncIterator[Servers
         urls = {mock: one.said for mock, one in mocks.items()}
         (port,) = free_ports(1)
         url, command = f"http://127.0.0.1:{port}", COMMANDS[name](urls, port, folder, python)
-        await stack.enter_async_context(program(command, r"(.)"))
-        found = Servers(name, url, session, urls, mocks)
+        router = await stack.enter_async_context(program(command, r"(.)"))
+        found = Servers(name, url, session, urls, mocks, router.pid)
         stack.callback(found.heal)
         await _answers(found)
         yield found

@@ -115,6 +115,7 @@ def test_a_fault_is_judged_by_what_it_takes_itself() -> None:
     names = [one.name for one in OF_A_CLUSTER]
     assert len(set(names)) == len(names) and {one.name for one in OF_SERVERS} - set(names) == {
         "die decode-0",
+        "die decode-0 + die decode-1",
         "leave 0.3",
         "hang prefill-0 + leave 0.3",
         "stop prefill-0 + kill decode-0",
