@@ -74,6 +74,11 @@ class KnownNode:
         return self.report.segments[0].id if self.report and self.report.segments else None
 
     @property
+    def machine(self) -> str:
+        """Where its (first) segment lies; empty: not known."""
+        return self.report.segments[0].host_id if self.report and self.report.segments else ""
+
+    @property
     def is_stranger(self) -> bool:
         """Whether nothing but an event says that there is such a node: it is silent, or was not asked yet."""
         return not self.static and (self.report is None or self.silent_since is not None)
@@ -97,9 +102,11 @@ class KnownNode:
         nodes, making all of them anew for each request costs more than the choice."""
         report, sequences, doubtful = self.report, self.sequences + self.others_sequences, self.doubtful
         assert report is not None and report.engine is not None, "a node without problem has reported"
-        rates = self.rates
-        if self._viewed is not None and self._viewed[0] is report and self._viewed[1] == rates.changes:
-            view = self._viewed[2]
+        rates, before = self.rates, self._viewed
+        same = before is not None and before[0] is report and before[1] == rates.changes
+        known = before[2] if before is not None and same else None
+        if known is not None:
+            view = known
             same_load = view.sequences == sequences and view.prefill_tokens == self.prefill_tokens
             if same_load and view.doubtful == doubtful:
                 return view
@@ -122,8 +129,9 @@ class KnownNode:
             stay_s=rates.stays.each_s,
             near_rate=rates.near.per_s or rates.far.per_s,
             far_rate=rates.far.per_s or rates.near.per_s,
-            computing=rates.computing,
-            moving=rates.moving,
+            machine=self.machine,
+            put_rates=known.put_rates if known is not None else rates.put_rates(),
+            doubts=known.doubts if known is not None else rates.doubts(),
         )
         object.__setattr__(self, "_viewed", (report, rates.changes, view))  # nothing that anybody sees has changed
         return view

@@ -88,10 +88,11 @@ class Dispatcher:
 
     def _count_way(self, way: WayChoice) -> None:
         """What speaks against the other way is doubted a little more, or tried from now on."""
-        node = self._services.cluster.nodes.get(way.blamed or "")
-        if node is not None:
+        blamed = way.blamed
+        node = self._services.cluster.nodes.get(blamed.node) if blamed is not None else None
+        if blamed is not None and node is not None:
             tried_at = self._services.clock.now() if way.tries else None
-            node.rates.spoke_against(moving=way.moving, tried_at=tried_at)
+            node.rates.spoke_against(blamed.kind, blamed.machine, tried_at=tried_at)
             node.touch()
 
     def describe(self) -> list[str]:

@@ -193,6 +193,8 @@ class RequestLegs:
         leg.tier_choices = result.tier_choices
         leg.note = "no_room" if result.no_room else None
         self._prefilled(action.node, result)
+        if (node := services.cluster.nodes.get(action.node)) is not None and decoder is not None:
+            node.rates.wrote(result.moved, decoder.machine, services.clock.now())
         self._listener.tell(PrefillDone(action.leg, result))
 
     async def _decode(self, action: StartDecode, leg: LegRecord) -> None:

@@ -4,12 +4,15 @@ The decoder computes what is not cached, or a prefiller does and hands it over; 
 memory or from others'. What nothing was measured of is not guessed: then the way is not in the comparison.
 """
 
+from typing import NamedTuple
+
 import msgspec
 from msgspec.structs import replace
 
 from kvcore.chunk_keys import usable_chunks
 from kvcore.types import Role
 from router.routing.limits import RateLimits
+from router.routing.rates import NO_DOUBT, RateKind
 from router.routing.views import NodeView, RouteRequest
 
 
@@ -43,24 +46,34 @@ def pays_to_stay(found: tuple[Way, ...]) -> bool:
     return there.load_s + there.handoff_s > here.compute_s and here.expected_s <= there.expected_s
 
 
+class Blamed(NamedTuple):
+    """A rate of a node that speaks against a way. `machine`: of `put`."""
+
+    node: str
+    kind: RateKind
+    machine: str = ""
+
+
 class WayChoice(msgspec.Struct, frozen=True, kw_only=True):
-    """Of the two ways. `stays`: the decoder computes. `blamed`: the node whose measurements speak against the other
-    way, its reading of KV (`moving`) or its computing; None: those of no node do. `tries`: they are doubted, and the
-    way that they speak against is taken all the same."""
+    """Of the two ways. `stays`: the decoder computes. `blamed`: the rate that speaks most against the other way; None:
+    none does. `tries`: it is doubted, and the way that it speaks against is taken all the same."""
 
     stays: bool = False
-    blamed: str | None = None
-    moving: bool = False
+    blamed: Blamed | None = None
     tries: bool = False
 
 
 def choose_way(
-    found: tuple[Way, ...], decoder: NodeView, prefiller: NodeView | None, now: float, limits: RateLimits = RateLimits()
+    request: RouteRequest,
+    found: tuple[Way, ...],
+    decoder: NodeView,
+    prefiller: NodeView | None,
+    limits: RateLimits = RateLimits(),
 ) -> WayChoice:
     """Two cases, each with its exception:
 
-    1. It pays to stay. The prefiller's way is tried if what is known of moving is doubted: it is not waited for much
-       longer than computing takes (`worth_waiting_s`).
+    1. It pays to stay. The prefiller's way is tried if the rate that makes most of its moving is doubted: it is not
+       waited for much longer than computing takes (`worth_waiting_s`).
     2. It does not. The decoder's way is tried if that would take little longer, what is known of its computing is
        doubted, and staying would pay if it computed as fast as the prefiller.
     """
@@ -68,19 +81,20 @@ def choose_way(
         return WayChoice()
     here, there = found
     if pays_to_stay(found):
-        blamed = prefiller if there.load_s > there.handoff_s else decoder
-        ready_s = there.queue_s + there.compute_s
-        in_time = ready_s <= limits.ready_share * _try_s(here, limits)
-        tries = in_time and blamed.moving.is_due(now, limits)
-        return WayChoice(stays=not tries, blamed=blamed.id if in_time else None, moving=True, tries=tries)
+        in_time = there.queue_s + there.compute_s <= limits.ready_share * _try_s(here, limits)
+        moves = _moves(request, prefiller, decoder)
+        blamed = max(moves, key=lambda move: move.seconds).by if in_time else None
+        doubts = decoder.doubts if blamed is not None and blamed.node == decoder.id else prefiller.doubts
+        tries = blamed is not None and doubts.get(blamed[1:], NO_DOUBT).is_due(request.now, limits)
+        return WayChoice(stays=not tries, blamed=blamed, tries=tries)
     if here.expected_s > there.expected_s + limits.least_wait_s or decoder.prefill_rate >= prefiller.prefill_rate:
         return WayChoice()
     faster_s = here.compute_s * decoder.prefill_rate / prefiller.prefill_rate
     as_fast = replace(here, compute_s=faster_s, expected_s=here.expected_s - here.compute_s + faster_s)
     if not pays_to_stay((as_fast, there)):
         return WayChoice()
-    tries = decoder.computing.is_due(now, limits)
-    return WayChoice(stays=tries, blamed=decoder.id, tries=tries)
+    tries = decoder.doubts.get(("compute", ""), NO_DOUBT).is_due(request.now, limits)
+    return WayChoice(stays=tries, blamed=Blamed(decoder.id, "compute"), tries=tries)
 
 
 def worth_waiting_s(found: tuple[Way, ...], *, tries: bool = False, limits: RateLimits = RateLimits()) -> float | None:
@@ -99,21 +113,51 @@ def _try_s(here: Way, limits: RateLimits) -> float:
     return max(limits.least_wait_s, limits.patience * here.expected_s)
 
 
+class _Move(NamedTuple):
+    """KV on its way. `seconds` inf: not known."""
+
+    seconds: float
+    by: Blamed
+
+
+def _moves(request: RouteRequest, node: NodeView, decoder: NodeView) -> tuple[_Move, ...]:
+    """What `node` loads out of its own machine's memory and out of others'; what a prefiller writes for a decoder of
+    another machine, and what that one reads."""
+    full, cached = _chunks(request, node)
+    size = node.kv_spec.chunk_bytes if node.kv_spec is not None else 0
+    own = min(request.hits_for(node).by_node.get(node.id, 0), cached)
+    loads = (
+        _Move(_moving_s(own * size, node.near_rate), Blamed(node.id, "near")),
+        _Move(_moving_s((cached - own) * size, node.far_rate), Blamed(node.id, "far")),
+    )
+    if node is decoder:
+        return loads
+    put_rate = node.put_rates.get(decoder.machine, 0.0) if node.machine != decoder.machine else 0.0
+    handed = (full - cached) * size
+    return (
+        *loads,
+        _Move(handed / put_rate if put_rate else 0.0, Blamed(node.id, "put", decoder.machine)),
+        _Move(handed / decoder.near_rate if decoder.near_rate else 0.0, Blamed(decoder.id, "near")),
+    )
+
+
+def _chunks(request: RouteRequest, node: NodeView) -> tuple[int, int]:
+    """(full ones of the prompt, those of them that are cached where it reaches them)."""
+    full = usable_chunks(request.prompt_tokens, node.chunk_tokens)
+    return full, min(request.hits_for(node).in_reach_of(node.id), full)
+
+
 def _by(request: RouteRequest, node: NodeView, decoder: NodeView) -> Way | None:
-    chunk_tokens, spec = node.chunk_tokens, node.kv_spec
-    full = usable_chunks(request.prompt_tokens, chunk_tokens)
-    hits = request.hits_for(node)
-    cached = min(hits.in_reach_of(node.id), full)
-    own = min(hits.by_node.get(node.id, 0), cached)
-    rest = request.prompt_tokens - cached * chunk_tokens
-    chunk_bytes = spec.chunk_bytes if spec is not None else 0
-    load_s = _moving_s(own * chunk_bytes, node.near_rate) + _moving_s((cached - own) * chunk_bytes, node.far_rate)
+    near, far, *handing = (move.seconds for move in _moves(request, node, decoder))
+    load_s = near + far
     if not node.prefill_rate or load_s == float("inf"):
         return None
+    rest = request.prompt_tokens - _chunks(request, node)[1] * node.chunk_tokens
     ahead = node.prefill_tokens if node.prefills != 1 else node.left_tokens(request.now)
     queue_s, compute_s, handoff_s = ahead / node.prefill_rate, rest / node.prefill_rate, 0.0
-    if node is not decoder and decoder.near_rate:
-        handoff_s = (full - cached) * chunk_bytes / decoder.near_rate
+    if handing:
+        put_s, read_s = handing
+        handoff_s = max(0.0, put_s - compute_s) + read_s  # chunks are written while the next ones are computed
     total_s = queue_s + load_s + compute_s + handoff_s + decoder.step_s
     return Way(
         node=node.id,

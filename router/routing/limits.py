@@ -18,9 +18,11 @@ class RateLimits:
     """A decoder waits at least so long for a prefiller's KV before it computes, …"""
     patience: float = 2.0
     """… or so many times what the ways should take."""
+    most_machines: int = 64
+    """To which the rates of one node's writes are remembered."""
     doubt_s: float = 10.0
     """A way that was avoided for so long since what speaks against it was measured, …"""
-    doubt_requests: int = 16
+    doubt_requests: int = 8
     """… by so many requests, is tried again by the next one."""
     ready_share: float = 0.75
     """Of the time for which such a try is waited for: by then the prefiller must be done computing, or what moves is

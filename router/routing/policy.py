@@ -102,7 +102,7 @@ class Policy:
             found = "prefix_hit" if prefiller and _cached_tokens(request, prefiller) else "no_prefix"
             reason = found if prefiller else _why_no_prefiller(prefillers.cuts, decoder)
         compared = ways(request, decoder, prefiller)
-        way = choose_way(compared, decoder, prefiller, request.now) if request.decoder is None else WayChoice()
+        way = choose_way(request, compared, decoder, prefiller) if request.decoder is None else WayChoice()
         if way.stays:
             prefiller, reason = None, STAYS
         if way.tries:

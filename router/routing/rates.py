@@ -7,7 +7,7 @@ for ever: what leads requests away from a way is doubted with time (`Doubt`), so
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from nodeapi.messages import Moved
 from router.routing.limits import RateLimits
@@ -32,6 +32,8 @@ class Doubt(NamedTuple):
 
 
 NO_DOUBT = Doubt()
+RateKind = Literal["compute", "near", "far", "put"]
+"""What a way's time depends on: see NodeRates."""
 
 
 @dataclass(slots=True)
@@ -42,6 +44,7 @@ class Rate:
     seconds: float = 0.0
     count: int = 0
     limits: RateLimits = _LIMITS
+    doubt: Doubt = NO_DOUBT
     _at: float = float("-inf")
 
     def add(self, amount: float, seconds: float, now: float) -> None:
@@ -56,7 +59,7 @@ class Rate:
         keep = self._kept(amount, seconds, now - self._at)
         self.amount = self.amount * keep + amount
         self.seconds = self.seconds * keep + seconds
-        self._at = now
+        self._at, self.doubt = now, Doubt(now)
 
     def _kept(self, amount: float, seconds: float, age_s: float) -> float:
         """What all before counts for. What is old and was slower has no more seconds than this one: or else a node that
@@ -95,10 +98,8 @@ class NodeRates:
     """Bytes of KV that it reads out of memory of its own machine."""
     far: Rate = field(default_factory=Rate)
     """So out of others'."""
-    computing: Doubt = NO_DOUBT
-    """Of how fast it computes prompts, …"""
-    moving: Doubt = NO_DOUBT
-    """… and of how fast it reads."""
+    puts: dict[str, Rate] = field(default_factory=dict)
+    """So that it writes, by the machine that it writes to."""
     changes: int = 0
     _prefilled_at: float = float("-inf")
 
@@ -109,7 +110,6 @@ class NodeRates:
         if tokens >= least_tokens and compute_s > 0:
             self.prefill.add(tokens, min(compute_s, now - self._prefilled_at), now)
             self._prefilled_at = now
-            self.computing = Doubt(now)
             self.changes += 1
 
     def moved(self, moves: Sequence[Moved], now: float, *, near: frozenset[str] = frozenset({"shm", "inproc"})) -> None:
@@ -117,7 +117,6 @@ class NodeRates:
         for move in moves:
             if move.direction == "get" and move.seconds > 0:
                 (self.near if move.transport in near else self.far).add(move.num_bytes, move.seconds, now)
-                self.moving = Doubt(now)
                 self.changes += 1
 
     def decoded(self, tokens: int, sequences: int, seconds: float, now: float) -> None:
@@ -127,14 +126,42 @@ class NodeRates:
             self.steps.add(max(0, tokens // sequences - 1), seconds, now)
             self.changes += 1
 
-    def spoke_against(self, *, moving: bool, tried_at: float | None) -> None:
-        """A request avoided a way by what was measured of this node, its reading (`moving`) or its computing; or, at
-        `tried_at`, it tries that way all the same."""
-        before = self.moving if moving else self.computing
-        doubt = before.grown() if tried_at is None else Doubt(tried_at)
-        if doubt is not before:
-            self.changes += 1
-            if moving:
-                self.moving = doubt
-            else:
-                self.computing = doubt
+    def wrote(self, moves: Sequence[Moved], machine: str, now: float) -> None:
+        """What one leg wrote for a node of this machine; nothing is said where it also wrote by another transport,
+        which was to elsewhere."""
+        found = [move for move in moves if move.direction == "put" and move.seconds > 0]
+        if not machine or len(found) != 1:
+            return
+        if machine not in self.puts and len(self.puts) >= _LIMITS.most_machines:
+            self.puts.pop(next(iter(self.puts)))
+        self.puts.setdefault(machine, Rate()).add(found[0].num_bytes, found[0].seconds, now)
+        self.changes += 1
+
+    def rate(self, kind: RateKind, machine: str = "") -> Rate | None:
+        """That of this kind, as views have it. `machine`: of `put`."""
+        match kind:
+            case "compute":
+                return self.prefill
+            case "near":
+                return self.near if self.near.per_s else self.far
+            case "far":
+                return self.far if self.far.per_s else self.near
+        return self.puts.get(machine)
+
+    def put_rates(self) -> dict[str, float]:
+        """Bytes a second by machine."""
+        return {machine: rate.per_s for machine, rate in self.puts.items()}
+
+    def doubts(self) -> dict[tuple[RateKind, str], Doubt]:
+        """Of each rate by which ways are compared. The machine is that of `put`, or empty."""
+        found: dict[tuple[RateKind, str], Doubt] = {("put", machine): rate.doubt for machine, rate in self.puts.items()}
+        kinds: tuple[RateKind, ...] = ("compute", "near", "far")
+        found.update({(kind, ""): rate.doubt for kind in kinds if (rate := self.rate(kind)) is not None})
+        return found
+
+    def spoke_against(self, kind: RateKind, machine: str, *, tried_at: float | None) -> None:
+        """A request avoided a way by this rate; or, at `tried_at`, it tries that way all the same."""
+        if (rate := self.rate(kind, machine)) is not None:
+            doubt = rate.doubt.grown() if tried_at is None else Doubt(tried_at)
+            self.changes += doubt is not rate.doubt
+            rate.doubt = doubt

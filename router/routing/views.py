@@ -8,7 +8,7 @@ import msgspec
 
 from kvcore.types import KVSpec, Role
 from router.routing.index import PrefixHits
-from router.routing.rates import NO_DOUBT, Doubt
+from router.routing.rates import Doubt, RateKind
 
 NO_HITS = PrefixHits()
 LEFT_SHARE = 0.1
@@ -45,10 +45,12 @@ class NodeView:
     """Bytes of KV a second that it reads, out of memory of its own machine, …"""
     far_rate: float = 0.0
     """… and of others."""
-    computing: Doubt = NO_DOUBT
-    """What may be doubted of `prefill_rate`, …"""
-    moving: Doubt = NO_DOUBT
-    """… and of `near_rate` and `far_rate`."""
+    machine: str = ""
+    """Where its memory lies; empty: not known."""
+    put_rates: Mapping[str, float] = field(default_factory=dict)
+    """Bytes of KV a second that it writes, by machine."""
+    doubts: Mapping[tuple[RateKind, str], Doubt] = field(default_factory=dict)
+    """What may be doubted of these rates; the machine is that of `put`, or empty."""
 
     def left_tokens(self, now: float) -> float:
         """Of its one prompt, as far as time tells. Never none, as it may hang: one that has nothing to do is better."""

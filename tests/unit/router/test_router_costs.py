@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace as replace_struct
 from support.router_fakes import CHUNK_TOKENS, make_rig, spec
 
 from kvcore.chunk_keys import chunk_keys, root_key
@@ -94,15 +95,15 @@ SHORT_REST = asked(70 * 16 + 65, 70)
 
 def tried(doubt: Doubt, now: float, *, computing: Doubt = NO_DOUBT, request: RouteRequest = SHORT_REST, **slow: float):
     """(prefiller, reason) when what is known of the decoder's computing, and of the prefiller's reading, is so old."""
-    decoder = replace(node("d", Role.DECODER, **slow), computing=computing)
-    return chosen(replace(request, now=now), decoder, prefiller=replace(P, moving=doubt))
+    decoder = replace(node("d", Role.DECODER, **slow), doubts={("compute", ""): computing})
+    return chosen(replace(request, now=now), decoder, prefiller=replace(P, doubts={("far", ""): doubt}))
 
 
 def test_what_speaks_against_moving_is_doubted_when_many_kept_away_for_long():
-    assert tried(Doubt(100.0, 16), 110.0) == ("p", TRIES)
-    assert tried(Doubt(100.0, 15), 110.0) == (None, STAYS), "too few"
-    assert tried(Doubt(100.0, 16), 109.9) == (None, STAYS), "too soon"
-    busy = replace(P, moving=Doubt(100.0, 16), prefill_tokens=20_000)
+    assert tried(Doubt(100.0, 8), 110.0) == ("p", TRIES)
+    assert tried(Doubt(100.0, 7), 110.0) == (None, STAYS), "too few"
+    assert tried(Doubt(100.0, 8), 109.9) == (None, STAYS), "too soon"
+    busy = replace(P, doubts={("far", ""): Doubt(100.0, 8)}, prefill_tokens=20_000)
     assert chosen(replace(SHORT_REST, now=110.0), prefiller=busy) == (None, STAYS), "nothing would be seen in time"
 
 
@@ -113,26 +114,59 @@ def test_a_try_is_waited_for_no_longer_than_computing_takes():
 
 
 def test_a_decoder_that_seemed_slow_at_computing_is_tried_again_where_that_costs_little():
-    slow, old = {"prefill_rate": RATE / 40}, Doubt(100.0, 16)
-    assert tried(Doubt(), 110.0, computing=Doubt(100.0, 15), **slow) == ("p", "prefix_hit")
+    slow, old = {"prefill_rate": RATE / 40}, Doubt(100.0, 8)
+    assert tried(Doubt(), 110.0, computing=Doubt(100.0, 7), **slow) == ("p", "prefix_hit")
     assert tried(Doubt(), 110.0, computing=old, **slow) == (None, TRIES)
     assert tried(Doubt(), 110.0, computing=old, prefill_rate=RATE / 500) == ("p", "prefix_hit"), "over a second more"
     assert tried(Doubt(), 110.0, computing=old, request=asked(2000), **slow) == ("p", "no_prefix"), "nothing to load"
 
 
 def test_a_way_is_doubted_by_those_that_avoid_it_until_it_is_measured_or_tried():
-    rates = NodeRates()
+    rates, read = NodeRates(), Moved(transport="tcp", direction="get", num_bytes=1, seconds=1.0)
+    rates.moved([read], 1.0)
+    changes = rates.changes
     for _ in range(20):
-        rates.spoke_against(moving=True, tried_at=None)
-    assert rates.moving.avoided == 16 and rates.changes == 16, "who is doubted enough changes no more"
-    rates.spoke_against(moving=True, tried_at=5.0)
-    assert rates.moving == Doubt(5.0, 0)
-    rates.spoke_against(moving=True, tried_at=None)
-    rates.moved([Moved(transport="tcp", direction="get", num_bytes=1, seconds=1.0)], 7.0)
-    assert rates.moving == Doubt(7.0, 0)
-    rates.spoke_against(moving=False, tried_at=None)
-    rates.prefilled(100, 0.1, 8.0)
-    assert rates.computing == Doubt(8.0, 0)
+        rates.spoke_against("far", "", tried_at=None)
+    assert rates.far.doubt.avoided == 8 and rates.changes == changes + 8, "who is doubted enough changes no more"
+    rates.moved([replace_struct(read, transport="shm")], 2.0)
+    rates.prefilled(100, 0.1, 3.0)
+    rates.wrote([replace_struct(read, direction="put")], "there", 4.0)
+    assert rates.far.doubt.avoided == 8, "by its own kind"
+    rates.spoke_against("far", "", tried_at=5.0)
+    assert rates.far.doubt == Doubt(5.0, 0)
+    rates.spoke_against("far", "", tried_at=None)
+    rates.moved([read], 7.0)
+    assert rates.doubts() == {
+        ("far", ""): Doubt(7.0, 0),
+        ("near", ""): Doubt(2.0, 0),
+        ("compute", ""): Doubt(3.0, 0),
+        ("put", "there"): Doubt(4.0, 0),
+    }
+
+
+def test_what_a_prefiller_writes_counts_by_the_machine_that_it_writes_to():
+    """While it computes it writes: only what takes longer than that is waited for."""
+    request, handed = asked(2000), 124 * KV.chunk_bytes
+    writes = replace(P, machine="here", put_rates={"here": 1e7, "there": 1e7})
+    near, far = (ways(request, replace(D, machine=machine), writes)[1] for machine in ("here", "there"))
+    assert near.handoff_s == pytest.approx(handed / (4 * GB)), "on one machine the decoder's reading alone"
+    assert far.handoff_s == pytest.approx(handed / 1e7 - far.compute_s + handed / (4 * GB))
+    away = replace(D, machine="there")
+    assert chosen(request, away, prefiller=writes) == (None, STAYS)
+    old = replace(writes, doubts={("put", "there"): Doubt(100.0, 8)})
+    assert chosen(replace(request, now=110.0), away, prefiller=old) == ("p", TRIES)
+    assert chosen(request, replace(D, machine="here"), prefiller=writes) == ("p", "no_prefix")
+
+
+def test_writes_are_told_by_the_machine_of_the_decoder_and_bounded():
+    rates, put = NodeRates(), Moved(transport="tcp", direction="put", num_bytes=4000, seconds=2.0)
+    rates.wrote([put], "there", 0.0)
+    rates.wrote([put], "", 0.0)
+    rates.wrote([put, replace_struct(put, transport="shm")], "here", 0.0)
+    assert {machine: rate.per_s for machine, rate in rates.puts.items()} == {"there": 2000}
+    for number in range(100):
+        rates.wrote([put], str(number), 0.0)
+    assert len(rates.puts) == 64 and "there" not in rates.puts
 
 
 def test_one_fast_measurement_ends_a_long_slow_time_once_that_is_old():
