@@ -72,7 +72,8 @@ class ChunkCoder:
         if header is None or not payload.nbytes or header.payload_length != payload.nbytes:
             return TierOutcome.DAMAGED if self._encrypt else chunk
         if header.encrypted:
-            return chunk if self._codec == "none" else self._encoded_again(chunk, header, payload)
+            opens = self._codec != "none" and self._integrity.encrypt
+            return self._encoded_again(chunk, header, payload) if opens else chunk
         coded = _if_smaller(self._coded(header, payload), chunk, ENCRYPTION_BYTES if self._encrypt else 0)
         if self._encrypt:
             return self._encrypted(chunk, coded or _Coded(header, Frame(CodecKind.NONE, 1, 0), payload))

@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 from support.attacks import secret_override
 from support.chunk_attacks import change_all, segments
-from support.cluster import ClusterHandle, cluster
+from support.cluster import cluster
 from support.generate_reference import assert_identical, load_reference
 from support.tiny_models import VOCAB_SIZE, make_tiny_model
 
 from engines.sim.reference import expected_tokens
+from kvcore.config.security import SecretConfig
+from kvcore.trust.secrets import open_secrets
 from kvferry.launch.processes import ProcessPlan
-from kvstore.chunk_format import HEADER_BYTES
+from kvstore.chunk_format import HEADER_BYTES, parse
+from kvstore.integrity.checks import Integrity
 from kvstore.manifest import scan
 from nodeapi.messages import SamplingParams
 
@@ -27,58 +30,43 @@ PIECE = 64
 """Bytes of KV that lie nowhere else by chance."""
 
 
-def lying(memory: memoryview | bytes) -> Iterator[bytes]:
-    """The payloads of the chunks in a node's memory."""
+def opened(memory: bytes, integrity: Integrity) -> Iterator[bytes]:
+    """The KV of the chunks in a node's memory, as only who has the secret finds it."""
     view = memoryview(memory)
     for entry in scan(view):
-        yield bytes(view[entry.offset + HEADER_BYTES : entry.offset + entry.length])
+        chunk = view[entry.offset : entry.offset + entry.length]
+        header = parse(chunk[:HEADER_BYTES])
+        assert header is not None and header.encrypted
+        kv = memoryview(bytearray(header.payload_length))
+        assert integrity.open(header, chunk[HEADER_BYTES:], kv)
+        yield bytes(kv)
 
 
-def read_all(subject: ClusterHandle) -> list[bytes]:
-    """What any process of the same user sees of the nodes' memory."""
-    with segments(subject.launcher.pids, subject.nodes) as memories:
-        return [bytes(memory) for memory in memories]
-
-
-@pytest.mark.parametrize("transport", ["tcp"])
-async def test_answers_are_those_of_generate_and_who_reads_memory_or_disk_finds_no_kv(
-    transport: str, tmp_path: Path
-) -> None:
+async def test_answers_are_those_of_generate_and_who_reads_memory_or_disk_finds_no_kv(tmp_path: Path) -> None:
     model = make_tiny_model("llama", tmp_path / "model")
-    found: dict[bool, list[bytes]] = {}
-    disks: dict[bool, list[bytes]] = {}
-    for encrypt in (False, True):
-        folder = tmp_path / str(encrypt)
-        folder.mkdir()
-        overrides = [
-            secret_override(folder),
-            f"kv.encrypt={str(encrypt).lower()}",
-            f"tiers.disk={{path: {folder}/disk, size: 16MiB}}",
-        ]
-        async with cluster(
-            folder, engine="torch", model=model, transport=transport, prefillers=1, decoders=1, overrides=overrides
-        ) as subject:
-            answer = await subject.stream(PROMPT, **GREEDY)
-            assert_identical(load_reference(model), PROMPT, answer.token_ids)
-            leg = next(leg for leg in (await subject.explain(answer.id))["legs"] if leg["kind"] == "decode")
-            assert leg["cached_tokens"] >= CHUNKS * CHUNK, "loaded from what the prefiller stored"
-            assert {moved["transport"] for moved in leg["moved"]} == {transport}
+    overrides = [secret_override(tmp_path), "kv.encrypt=true", f"tiers.disk={{path: {tmp_path}/disk, size: 16MiB}}"]
+    integrity = Integrity("mac", open_secrets(SecretConfig(file=str(tmp_path / "secret"))), encrypt=True)
+    async with cluster(
+        tmp_path, engine="torch", model=model, transport="tcp", prefillers=1, decoders=1, overrides=overrides
+    ) as subject:
+        answer = await subject.stream(PROMPT, **GREEDY)
+        assert_identical(load_reference(model), PROMPT, answer.token_ids)
+        leg = next(leg for leg in (await subject.explain(answer.id))["legs"] if leg["kind"] == "decode")
+        assert leg["cached_tokens"] >= CHUNKS * CHUNK, "loaded from what the prefiller stored"
+        assert {moved["transport"] for moved in leg["moved"]} == {"tcp"}
 
-            async def saved(subject: ClusterHandle = subject) -> bool:
-                counts = [tier.counts.get("saved", 0) for name in subject.nodes for tier in (await told(subject, name))]
-                return sum(counts) >= CHUNKS
+        async def saved() -> bool:
+            tiers = [tier for name in subject.nodes for tier in (await subject.node_info(name)).tiers]
+            return sum(tier.counts.get("saved", 0) for tier in tiers) >= CHUNKS
 
-            await subject.until(saved, 30)
-            found[encrypt] = read_all(subject)
-        disks[encrypt] = [file.read_bytes() for file in (folder / "disk").rglob("*") if file.is_file()]
-    kv = [payload[:PIECE] for memory in found[False] for payload in lying(memory) if any(payload[:PIECE])]
-    assert len(kv) >= CHUNKS and any(piece in disk for piece in kv for disk in disks[False]), "in the clear it is there"
-    assert sum(1 for memory in found[True] for _ in lying(memory)) >= CHUNKS
-    assert not any(piece in where for piece in kv for where in (*found[True], *disks[True]))
-
-
-async def told(subject: ClusterHandle, name: str) -> list:
-    return (await subject.node_info(name)).tiers
+        await subject.until(saved, 30)
+        with segments(subject.launcher.pids, subject.nodes) as memories:
+            there = [bytes(memory) for memory in memories]
+    disks = [file.read_bytes() for file in (tmp_path / "disk").rglob("*") if file.is_file()]
+    kv = [one[at : at + PIECE] for memory in there for one in opened(memory, integrity) for at in (0, len(one) // 2)]
+    kv = [piece for piece in kv if any(piece)]
+    assert len(kv) >= CHUNKS and disks
+    assert not any(piece in where for piece in kv for where in (*there, *disks))
 
 
 async def test_a_node_that_does_not_encrypt_shares_no_kv_and_is_named(tmp_path: Path) -> None:

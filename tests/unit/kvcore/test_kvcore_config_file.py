@@ -37,7 +37,7 @@ def load(tmp_path):
     [
         ("nodes.decode-0.segmnt=1MiB", r"nodes\.decode-0\.segmnt: '1MiB': unknown key \(did you mean segment\?\)"),
         ("clutser=x", r"clutser: 'x': unknown key \(did you mean cluster\?\)"),
-        ("router.zzz=x", r"router\.zzz: 'x': unknown key \(known: host, port, admin_port, admin_host, tls, policy"),
+        ("router.zzz=x", r"router\.zzz: 'x': unknown key \(known: host, port, admin_port, admin_host, "),
         ("nodes.decod-0.port=8201", r"nodes\.decod-0: no such node \(did you mean decode-0\?\)"),
         ("nodes.decode-0.segment=8MeB", r"nodes\.decode-0\.segment: '8MeB': expected a positive number of bytes"),
         ("nodes.decode-0.segment=0", r"nodes\.decode-0\.segment: 0: expected a positive number of bytes"),

@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from support.chunk_attacks import CLUSTER
+import pytest
+from support.chunk_attacks import CLUSTER, sealed_chunk
 from support.metadata_rigs import DirectTransport, end, until
 from support.metadata_words import new_state
 
@@ -17,7 +18,7 @@ from kvcore.errors import MetadataUnavailableError, PeerUnreachableError, Transf
 from kvcore.types import ChunkKey, NodeInfo, Role, Segment
 from kvnode.limits import NodeLimits
 from kvnode.moving import ChunkMover
-from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, Expected, pack, parse, verify
+from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, Expected, parse, verify
 from kvstore.integrity.checks import Integrity
 from kvstore.types import GetOutcome
 from metadata_server.cache_messages import NodeOrderRequest, RebalanceRequest
@@ -30,6 +31,7 @@ CHUNK = 8192
 PRINT = b"f" * 16
 OWNER = owner_of(b"tenant")
 MACS = Integrity("mac", CLUSTER)
+ENCRYPTED = Integrity("mac", CLUSTER, encrypt=True)
 LIMITS = NodeLimits(move_poll_s=0.005, move_bytes=3 * CHUNK, move_share=0.9)
 
 
@@ -98,7 +100,7 @@ def payload(number: int) -> bytes:
 
 @asynccontextmanager
 async def world(
-    chunks: int = 7, room: int = 16, limits: NodeLimits = LIMITS, *, order: str = "drain"
+    chunks: int = 7, room: int = 16, limits: NodeLimits = LIMITS, *, order: str = "drain", sealed: Integrity = MACS
 ) -> AsyncIterator[World]:
     """Node a with so many chunks, drained to be emptied or to `shed`, and b with room for so many."""
     clock, state = SystemClock(), new_state(reserve_ttl_s=5.0)
@@ -114,7 +116,7 @@ async def world(
         for n in range(chunks if name == "a" else 0):
             body = payload(n)
             header = ChunkHeader(chunk_key(n), PRINT, 16, len(body), 0, n + 1, OWNER)
-            memory[n * CHUNK : (n + 1) * CHUNK] = pack(MACS.seal(header, [memoryview(body)])) + body
+            memory[n * CHUNK : (n + 1) * CHUNK] = sealed_chunk(sealed, header, body)
             entries.append(ManifestEntry(key=chunk_key(n), offset=n * CHUNK, length=CHUNK, generation=n + 1))
         manifest = SegmentManifest(segment=segment, entries=entries)
         await client.register(RegisterRequest(node=node, segments=[manifest], ttl_s=900))
@@ -164,15 +166,16 @@ async def test_a_copy_says_whose_chunk_it_is():
         assert [one.owner for one in copies] == [OWNER] * 7
 
 
-async def test_a_copy_is_proved_to_its_reader_by_the_mac_of_who_wrote_it_first():
-    async with world() as it:
+@pytest.mark.parametrize("sealed", [MACS, ENCRYPTED], ids=["mac", "encrypted"])
+async def test_a_copy_is_proved_to_its_reader_by_the_seal_of_who_wrote_it_first(sealed):
+    async with world(sealed=sealed) as it:
         await until(lambda: it.mover.left == 0)
         for number in range(7):
             copy = it.place(number)["b.1"]
             header = parse(copy[:HEADER_BYTES])
             expected = Expected(chunk_key(number), PRINT, header.generation, CHUNK - HEADER_BYTES, OWNER)
             assert header.generation != number + 1
-            assert MACS.check(copy[:HEADER_BYTES], expected, [copy[HEADER_BYTES:]]) is GetOutcome.OK
+            assert sealed.check(copy[:HEADER_BYTES], expected, [copy[HEADER_BYTES:]]) is GetOutcome.OK
 
 
 async def test_a_batch_has_no_more_bytes_than_agreed_and_headers_come_last():

@@ -112,6 +112,12 @@ async def test_what_a_codec_makes_no_smaller_stays_as_it_is(under):
     assert await loaded(tier, back) is OK and opened(back) == noise
 
 
+async def test_who_cannot_open_it_keeps_it_as_it_is(under):
+    chunk = encrypted()
+    assert await saved(over(under, "lossless", Integrity()), chunk) is OK
+    assert under.chunks[NAME][0] == content(chunk)
+
+
 @pytest.mark.parametrize("codec", ["lossless", "int8"])
 async def test_what_somebody_changed_is_not_saved_and_not_loaded(under, codec):
     tier, chunk = over(under, codec), encrypted()
