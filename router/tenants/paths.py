@@ -1,9 +1,9 @@
 """Whose the router's paths are: everybody's, tenants', operators'. Pure."""
 
-COUNTED = frozenset({"/v1/chat/completions", "/v1/completions"})
+COUNTED = frozenset({"/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"})
 """What a tenant's rates and concurrency are of."""
 OPEN = frozenset({"/health", "/ping"})
-_PLAIN = COUNTED | {"/v1/models", "/openapi.json", "/tokenize", "/detokenize", "/version", "/load"}
+_PLAIN = COUNTED | {"/v1/models", "/openapi.json", "/version"}
 _RECORDS = "/v1/requests"
 _ORDERS = ("/v1/nodes", "/v1/janitor", "/v1/cache", "/v1/weights")
 _ASK_OTHERS = ("/v1/nodes", "/v1/janitor", "/v1/cache/generations", "/v1/process")

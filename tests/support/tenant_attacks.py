@@ -68,7 +68,8 @@ async def sees_requests_of_others(it: Attacker) -> bool:
 
 async def watches_the_counters(it: Attacker) -> bool:
     """Of hits, by which a guess could be told from its miss."""
-    return any([(await it.call("GET", path))[0] == 200 for path in ("/metrics", "/v1/cluster", "/v1/cache/stats")])
+    paths = ("/metrics", "/load", "/v1/cluster", "/v1/cache/stats")
+    return any([(await it.call("GET", path))[0] == 200 for path in paths])
 
 
 async def looks_up_where_a_prompt_lies(it: Attacker) -> bool:

@@ -300,6 +300,17 @@ async def test_requests_a_minute_are_held_and_retry_after_says_when(tmp_path):
     assert [(await client.ask("a")).status_code for _ in range(2)] == [200, 429]
 
 
+async def test_making_tokens_of_texts_is_a_request_too_and_the_load_of_others_is_no_tenants(tmp_path):
+    door = Door(tmp_path, {"a": TenantLimits(requests_per_minute=2)})
+    client = Client(await door.rig(), door.keys)
+    asked = [("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [1]}), ("/tokenize", {"prompt": "a"})]
+    assert [(await client.post(path, body, "a")).status_code for path, body in asked] == [200, 200, 429]
+    assert (await client.ask("a")).status_code == 429
+    assert (await client.get("/version", "a")).status_code == 200
+    assert (await client.get("/load", "a")).status_code == 403, "how many others ask now"
+    assert (await client.get("/load", "admin")).json() == {"server_load": 0}
+
+
 async def test_tokens_a_minute_are_of_prompts_and_completions(tmp_path):
     door = Door(tmp_path, {"a": TenantLimits(tokens_per_minute=300)})
     rig = await door.rig()
