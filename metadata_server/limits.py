@@ -7,10 +7,10 @@ from dataclasses import dataclass
 class ServerLimits:
     """Of MetadataCore and its HTTP shell."""
 
-    max_waiters: int = 4096
+    max_waiters: int = 5120
     max_waiters_per_node: int = 2048
-    """Twice what a client of ours has under way, and half of all."""
-    max_waiters_per_owner: int = 3276
+    """Twice what a client of ours has under way."""
+    max_waiters_per_owner: int = 4096
     """For the prompts of one tenant: four fifths."""
     most_reserved: int = 524_288
     """Chunks that a node is granted in a row, eight segments full of most; and then …"""

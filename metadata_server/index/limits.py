@@ -9,11 +9,12 @@ from kvcore.trust.limits import ProofLimits
 class IndexLimits:
     """What MetadataState holds at most, and for how long."""
 
-    max_read_leases: int = 65_536
-    max_leases_per_node: int = 16_384
+    max_read_leases: int = 81_920
+    max_leases_per_node: int = 20_480
     """Of one live node; of those of no node, together, the same share as of the room."""
     owners_share: float = 0.8
-    """Of all leases, and of a node's, that the prompts of one tenant may have: others always have the rest."""
+    """Of all leases, and of a node's, that the prompts of one tenant may have: others always have the rest. Without API
+    keys all are one tenant's, but for what has a `cache_salt`."""
     longest_lease_s: float = 300.0
     """Of a live node, which may renew it while bytes move."""
     max_nodes: int = ProofLimits().max_nodes
