@@ -68,7 +68,9 @@ ROUTER_ROUTES = _counter("router_routes_total", "Routing decisions, by reason", 
 ROUTER_FAILED = _counter("router_failed_total", "Accepted requests that ended in an error, by its code", "code")
 ROUTER_CANCELLED = _counter("router_cancelled_total", "Requests whose client left")
 ROUTER_FORECAST_ERROR = _seconds(
-    "router_forecast_error_seconds", "Between when a first token was expected and when it came, sooner or later"
+    "router_forecast_error_seconds",
+    "Between when a first token was expected and when it came; way: who computed, or tier where one had some of it",
+    "way",
 )
 ROUTER_WAITING = _gauge("router_waiting_requests", "Requests that wait for their turn, as no node has room")
 ROUTER_WAITED = _seconds("router_waited_seconds", "How long requests waited for their turn; 0: not at all")

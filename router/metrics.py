@@ -69,7 +69,7 @@ class RouterMetrics:
         if record.ttft_s is not None:
             self._ttft.observe(record.ttft_s)
         if (error_s := record.forecast_error_s) is not None:
-            self._forecast_error.observe(abs(error_s))
+            self._forecast_error.labels(record.way).observe(abs(error_s))
         if record.total_s is not None:
             self._seconds.observe(record.total_s)
         if record.state == "ok":

@@ -213,6 +213,8 @@ class TierPromoter:
         if not choice.load:
             self._declined += 1
             use = TierUse.TRY if self._declined % self._limits.explore == 0 else TierUse.COMPUTE
+        if use is TierUse.TRY:
+            first.doubt("load")
         if use is TierUse.COMPUTE:
             self.counts[first.name, "computed"] += number
         asked.choices.append(

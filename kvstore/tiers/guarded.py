@@ -58,6 +58,10 @@ class GuardedTier:
         """Bytes a second of one `load` or `save` call, as a running estimate; None: not measured yet."""
         return self._rates[operation].value
 
+    def doubt(self, operation: str) -> None:
+        """It is used though what is known of `operation` speaks against it. See RunningRate."""
+        self._rates[operation].doubt()
+
     async def find(self, names: Sequence[ChunkName], *, timeout_s: float) -> list[bool]:
         """See `Tier`. What takes longer than `timeout_s` counts as a failure."""
         found = [False] * len(names)

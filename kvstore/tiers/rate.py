@@ -8,14 +8,26 @@ class RunningRate:
         """`weight`: of the latest observation."""
         self._weight = weight
         self._units = self._seconds = 0.0
+        self._doubted = False
 
     @property
     def value(self) -> float | None:
         """None: nothing is observed yet."""
         return self._units / self._seconds if self._seconds else None
 
+    def doubt(self) -> None:
+        """It was avoided for what was observed of it, and is tried again: if the next observation is faster, it counts
+        as much as all before, however long that took."""
+        self._doubted = True
+
     def observe(self, units: float, seconds: float) -> None:
         """So many units took so long. Nothing is learnt from nothing."""
-        if units > 0 and seconds > 0:
-            self._units += self._weight * (units - self._units)
-            self._seconds += self._weight * (seconds - self._seconds)
+        if units <= 0 or seconds <= 0:
+            return
+        weight = self._weight
+        if self._doubted and units * self._seconds > self._units * seconds:
+            weight = max(weight, 0.5)
+            self._units, self._seconds = self._units * seconds / self._seconds, seconds
+        self._doubted = False
+        self._units += weight * (units - self._units)
+        self._seconds += weight * (seconds - self._seconds)

@@ -99,6 +99,14 @@ class RequestRecord(msgspec.Struct, kw_only=True):
         return any(leg.in_need for leg in self.legs)
 
     @property
+    def way(self) -> str:
+        """How it came to its first token: some of its prompt was brought from a `tier`, or else who computed what was
+        not cached, its `prefiller` or its `decoder`."""
+        if any(leg.promoted for leg in self.legs):
+            return "tier"
+        return "prefiller" if self.route is not None and self.route.prefiller is not None else "decoder"
+
+    @property
     def forecast_error_s(self) -> float | None:
         """By how much the first token came later than was expected, below 0: sooner. None: nothing was, or a leg
         failed."""

@@ -203,6 +203,25 @@ def test_computing_is_chosen_where_it_is_faster_and_loading_tried_now_and_then()
     run_sim(main)
 
 
+def test_a_tier_that_was_slow_for_long_is_used_again_after_the_next_try():
+    async def main():
+        world, gate = TierWorld(), Gate()
+        tier = shared_tier(world.world.clock, before=gate)
+        put_into(tier, KEYS)
+        async with world.node("a", [tier], limits=MoveLimits(explore=4)) as a:
+            promoter, gate.delay_s = a.tiers.promoter, 0.2
+            await promoter.promote(KEYS[:1], SHAPE, timeout_s=5)
+            gate.delay_s = 0.001
+            (slow,) = [one.rate("load") for one in promoter._tiers]
+            promoter.prefill_rate.observe(1_000_000, 1.0)
+            for n in range(4):
+                await promoter.promote(KEYS[: n + 2], SHAPE, timeout_s=5)
+            (fast,) = [one.rate("load") for one in promoter._tiers]
+            assert fast > 50 * slow, "half of what the try showed"
+
+    run_sim(main)
+
+
 @pytest.mark.parametrize(
     ("tokens_per_s", "answers_after_s", "found"),
     [(None, 0.9, True), (None, 1.1, False), (1e9, 0.2, True), (1e9, 0.3, False), (0.1, 1.9, True), (0.1, 2.1, False)],

@@ -139,6 +139,21 @@ def test_what_took_long_counts_more_in_a_rate_than_what_was_short():
     assert rate.value == pytest.approx(100, rel=0.02)
 
 
+def test_what_is_tried_again_counts_half_if_it_is_faster():
+    rate = RunningRate(weight=0.2)
+    for _ in range(20):
+        rate.observe(100, 100.0)
+    rate.observe(100, 0.1)
+    assert rate.value == pytest.approx(1.25, rel=0.01), "an accident that nobody looked for"
+    rate.doubt()
+    rate.observe(100, 0.1)
+    assert rate.value == pytest.approx(500, rel=0.01)
+    rate.doubt()
+    rate.observe(100, 100.0)
+    rate.observe(100, 100.0)
+    assert rate.value < 5, "one that is slow counts as ever"
+
+
 def test_rates_and_bytes_are_measured():
     async def main():
         server = Server()

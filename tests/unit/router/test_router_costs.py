@@ -9,7 +9,8 @@ from support.router_fakes import CHUNK_TOKENS, make_rig, spec
 
 from kvcore.chunk_keys import chunk_keys, root_key
 from kvcore.types import Role
-from nodeapi.messages import Moved, SamplingParams
+from nodeapi.messages import Moved, Promoted, SamplingParams
+from router.requests.records import LegRecord, RequestRecord, RouteRecord
 from router.requests.spec import RequestSpec
 from router.routing.costs import pays_to_stay, ways, worth_waiting_s
 from router.routing.index import PrefixHits
@@ -212,7 +213,7 @@ async def test_records_and_metrics_say_what_was_expected_and_legs_teach_it():
     assert [way.node[0] for way in record.route.ways] == ["p", "d"]
     assert record.forecast_error_s is not None and record.ttft_s is not None
     assert record.forecast_error_s == pytest.approx(record.ttft_s - 0.01)
-    assert "kvferry_router_forecast_error_seconds_count 1.0" in rig.metrics.metrics.render().decode()
+    assert 'kvferry_router_forecast_error_seconds_count{way="prefiller"} 1.0' in rig.metrics.metrics.render().decode()
     sent = rig.nodes["d0"].generates or rig.nodes["d1"].generates
     assert sent[0].handoff is not None and sent[0].handoff.wait_s == pytest.approx(1.0)
 
@@ -259,6 +260,17 @@ def test_a_sequence_counts_by_what_it_holds_and_by_its_steps():
     assert rates.steps.each_s == pytest.approx(0.02) and rates.stays.each_s == pytest.approx(2.0)
     rates.decoded(202, 2, 2.0, 0.0)
     assert rates.steps.each_s == pytest.approx(0.02) and rates.stays.each_s == pytest.approx(2.0)
+
+
+def test_the_error_of_a_forecast_is_told_by_the_way():
+    def record(prefiller: str | None, *promoted: Promoted) -> RequestRecord:
+        legs = [LegRecord(id="r.d1", node="d", kind="decode", promoted=list(promoted))]
+        return RequestRecord(
+            id="r", prompt_tokens=1, route=RouteRecord(prefiller=prefiller, decoder="d", reason=""), legs=legs
+        )
+
+    assert [record("p").way, record(None).way] == ["prefiller", "decoder"]
+    assert record("p", Promoted(tier="disk", num_chunks=1)).way == "tier"
 
 
 async def test_a_prompt_that_waits_is_hashed_once(monkeypatch: pytest.MonkeyPatch):
