@@ -44,6 +44,8 @@ class TextPiece(msgspec.Struct, frozen=True):
     logprobs: Sequence[tuple[int, TokenLogprob]] = ()
     finish_reason: str | None = None
     token_ids: Sequence[int] = ()
+    stop_reason: str | int | None = None
+    """With `finish_reason` `stop`: the client's stop string, or stop token, that ended it; None: the model did."""
 
 
 class PieceSink(Protocol):
@@ -66,6 +68,7 @@ class _TextChoice:
     detokenizer: Detokenizer
     stops: StopChecker
     min_tokens: int
+    stop_token_ids: Sequence[int]
     num_tokens: int = 0
 
     def read(self, token_ids: Sequence[int]) -> tuple[str, bool]:
@@ -187,6 +190,7 @@ class ClientAnswer:
                 Detokenizer(self._tokenizer, spec.prompt_token_ids, self._text),
                 StopChecker(self._stops, self._text.include_stop),
                 spec.sampling.min_tokens,
+                spec.sampling.stop_token_ids,
             )
             for _ in range(spec.sampling.n)
         ]
@@ -228,4 +232,8 @@ class ClientAnswer:
         logprobs = list(zip(emit.token_ids[:count], emit.logprobs, strict=False)) if emit.logprobs else []
         reason = FinishReason.STOP if stop_found else emit.finish_reason
         ids = emit.token_ids[:count] if self.shown.token_ids else ()
-        return TextPiece(first + emit.index, text, logprobs, reason.value if reason else None, ids), stop_found
+        said = choice.stops.found if stop_found else emit.stop_token_id
+        if not stop_found and said not in choice.stop_token_ids:
+            said = None
+        piece = TextPiece(first + emit.index, text, logprobs, reason.value if reason else None, ids, said)
+        return piece, stop_found

@@ -119,6 +119,8 @@ class StopChecker:
 
     stops: Sequence[str]
     shows_stop: bool = False
+    found: str | None = None
+    """The stop string that was found."""
     _held: str = ""
     _longest: int = field(init=False)
 
@@ -143,6 +145,7 @@ class StopChecker:
         if matches := [(at + len(stop), at) for stop, at in ends if at >= 0]:
             self._held = ""
             ends_at, begins_at = min(matches)
+            self.found = text[begins_at:ends_at]
             return text[: ends_at if self.shows_stop else begins_at], True
         keep = next((n for n in range(min(self._longest - 1, len(text)), 0, -1) if self._may_begin(text[-n:])), 0)
         self._held = text[len(text) - keep :]

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from router.api.formats.formatter import OpenAIFormatter, raw_json
+from router.api.formats.formatter import OpenAIFormatter, raw_json, stop_reason_of
 from router.client_answer import TextPiece
 from router.text.token_names import NamedToken
 
@@ -28,6 +28,7 @@ class ChatFormatter(OpenAIFormatter[msgspec.Raw]):
             "delta": {"content": piece.text} if piece.text else {},
             "logprobs": logprobs_of(self._entries(piece)),
             "finish_reason": piece.finish_reason,
+            **stop_reason_of(piece),
             **self._token_ids(piece.token_ids),
         }
         return self._event("chat.completion.chunk", [choice])
@@ -44,6 +45,7 @@ class ChatFormatter(OpenAIFormatter[msgspec.Raw]):
                 "message": self._message(index),
                 "logprobs": logprobs_of(choice.entries),
                 "finish_reason": self._finish_reason(index),
+                "stop_reason": choice.stop_reason,
                 **self._token_ids(choice.token_ids),
             }
             for index, choice in enumerate(self._gathered)

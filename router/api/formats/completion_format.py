@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from router.api.formats.formatter import NamedLogprob, OpenAIFormatter, raw_json
+from router.api.formats.formatter import NamedLogprob, OpenAIFormatter, raw_json, stop_reason_of
 from router.client_answer import ClientAnswer, TextPiece
 from router.text.tokenizer import Tokenizer
 
@@ -37,6 +37,7 @@ class CompletionFormatter(OpenAIFormatter[CompletionEntry]):
             "text": piece.text,
             "logprobs": _logprobs(self._entries(piece)),
             "finish_reason": piece.finish_reason,
+            **stop_reason_of(piece),
         }
         return self._event("text_completion", [self._choice(piece.index, shown, piece.token_ids)])
 
@@ -53,6 +54,7 @@ class CompletionFormatter(OpenAIFormatter[CompletionEntry]):
                     "text": "".join(choice.texts),
                     "logprobs": _logprobs(choice.entries),
                     "finish_reason": choice.finish_reason,
+                    "stop_reason": choice.stop_reason,
                 },
                 choice.token_ids,
             )

@@ -100,6 +100,12 @@ class GatheredChoice(Generic[Entry]):
     entries: list[Entry] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    stop_reason: str | int | None = None
+
+
+def stop_reason_of(piece: TextPiece) -> dict[str, object]:
+    """In the last chunk of a choice, as vLLM has it."""
+    return {"stop_reason": piece.stop_reason} if piece.finish_reason is not None else {}
 
 
 def raw_json(value: object) -> msgspec.Raw:
@@ -192,7 +198,8 @@ class OpenAIFormatter(Generic[Entry]):
         gathered.texts.append(piece.text)
         gathered.entries += self._entries(piece)
         gathered.token_ids += piece.token_ids
-        gathered.finish_reason = piece.finish_reason or gathered.finish_reason
+        if piece.finish_reason is not None:
+            gathered.finish_reason, gathered.stop_reason = piece.finish_reason, piece.stop_reason
 
     def _entries(self, piece: TextPiece) -> list[Entry]:
         """What a subclass shows of each token's logprobs."""

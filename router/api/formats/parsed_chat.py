@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import msgspec
 
 from router.api.formats.chat_format import ChatFormatter, logprobs_of
-from router.api.formats.formatter import Formatter
+from router.api.formats.formatter import Formatter, stop_reason_of
 from router.client_answer import ClientAnswer, TextPiece
 from router.parsing.dialects import AnswerParser
 from router.parsing.events import CallArguments, CallBegin, CallEnd, Content, Event, Reasoning
@@ -114,7 +114,9 @@ class ParsedChatFormatter(ChatFormatter):
             events.append(self._delta(piece.index, delta, None, beside))
             beside = {"logprobs": None}
         if reason is not None:
-            events.append(self._delta(piece.index, {}, _reason(reason, choice.calls), {"logprobs": None}))
+            events.append(
+                self._delta(piece.index, {}, _reason(reason, choice.calls), {"logprobs": None, **stop_reason_of(piece)})
+            )
         return b"".join(events)
 
     def _delta(self, index: int, delta: object, reason: str | None, beside: dict[str, object]) -> bytes:
