@@ -56,8 +56,9 @@ class Answerer:
         run: "Runner[list[int]]",
         admission: Admission | None = None,
         limits: AnswerLimits = AnswerLimits(),
+        aliases: Sequence[str] = (),
     ) -> None:
-        self.model = model
+        self.model, self.names = model, (model, *aliases)
         self.tokenizer = tokenizer
         self._dispatcher = dispatcher
         self._cluster = cluster
@@ -76,7 +77,7 @@ class Answerer:
 
     def check_model(self, name: str) -> None:
         """Raises ModelNotFoundError."""
-        if name != self.model:
+        if name not in self.names:
             raise ModelNotFoundError(f"the model {name!r} does not exist here; there is {self.model!r}", param="model")
 
     async def encode(self, prompts: Sequence[Prompt], whose: str = "") -> list[list[int]]:

@@ -185,6 +185,7 @@ def _answerer(
     metrics.watch_admission(admission)
     return Answerer(
         model=config.model.name,
+        aliases=config.model.aliases,
         tokenizer=tokenizer,
         dispatcher=dispatcher,
         cluster=services.cluster,

@@ -215,9 +215,9 @@ def _add_openai(
 def _add_models(app: FastAPI, answerer: Answerer) -> None:
     created = int(time.time())
 
-    def served() -> dict[str, object]:
+    def served(name: str) -> dict[str, object]:
         return {
-            "id": answerer.model,
+            "id": name,
             "object": "model",
             "created": created,
             "owned_by": "kvferry",
@@ -226,16 +226,14 @@ def _add_models(app: FastAPI, answerer: Answerer) -> None:
             "max_model_len": answerer.max_context,
         }
 
-    @app.get("/v1/models", **openapi.plain("The model that is served"))
+    @app.get("/v1/models", **openapi.plain("The names of the model that is served"))
     async def models() -> Response:
-        return JsonReply({"object": "list", "data": [served()]})
+        return JsonReply({"object": "list", "data": [served(name) for name in answerer.names]})
 
     @app.get("/v1/models/{name:path}", **openapi.plain("One model", not_found=True))
     async def model(name: str) -> Response:
-        if name != answerer.model:
-            text = f"the model {name!r} does not exist here; there is {answerer.model!r}"
-            return JsonReply(error_reply(404, text, param="model", code="model_not_found"), 404)
-        return JsonReply(served())
+        answerer.check_model(name)
+        return JsonReply(served(name))
 
 
 def _add_status(app: FastAPI, view: RouterView) -> None:

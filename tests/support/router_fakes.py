@@ -412,6 +412,7 @@ async def make_rig(
     connected: bool = False,
     wait_s: float | None = None,
     parser: str = "none",
+    aliases: Sequence[str] = (),
     sampling: SamplingDefaults = SamplingDefaults(),
     guard: Callable[[RequestLog, ASGIApp], ASGIApp] = lambda _, app: app,
     **router: object,
@@ -444,6 +445,7 @@ async def make_rig(
     prober.on_round.append(admission.wake)
     log.prompt_observers.append(admission.ended)
     answerer = Answerer(
+        aliases=aliases,
         model="fake-model",
         tokenizer=tokenizer or ByteTokenizer(VOCAB),
         dispatcher=dispatcher,

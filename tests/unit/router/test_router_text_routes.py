@@ -84,3 +84,15 @@ async def test_ping_says_why_nothing_can_be_served() -> None:
     async with client(rig) as http:
         reply = await http.get("/ping")
     assert reply.status_code == 503 and reply.json()["error"]["message"]
+
+
+async def test_a_model_may_have_several_names() -> None:
+    rig = await make_rig(aliases=["small", "org/fake"])
+    async with client(rig) as http:
+        listed = (await http.get("/v1/models")).json()["data"]
+        assert [model["id"] for model in listed] == ["fake-model", "small", "org/fake"]
+        assert {model["root"] for model in listed} == {"fake-model"}
+        assert (await http.get("/v1/models/org/fake")).json()["id"] == "org/fake"
+        assert (await http.get("/v1/models/other")).json()["error"]["code"] == "model_not_found"
+        answer = await http.post("/v1/completions", json={"model": "small", "prompt": "a", "max_tokens": 1})
+        assert (answer.status_code, answer.json()["model"]) == (200, "fake-model")
