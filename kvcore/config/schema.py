@@ -34,7 +34,7 @@ class ModelConfig(Section, frozen=True, kw_only=True):
     For `sim`: any name."""
     name: Text
     """What clients send as `model`."""
-    aliases: list[Text] = []
+    aliases: list[Text] = msgspec.field(default_factory=list)
     """Other names that clients may send, all for this model. Answers say `name`."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """The numbers that the engine computes with. KV of different types is never shared."""
