@@ -26,9 +26,10 @@ class GetOutcome(StrEnum):
     MALFORMED = "malformed"
     """No header, a damaged one, or one of another length than announced."""
     FORGED = "forged"
-    """Its MAC is wrong, and its checksum is not: somebody without the cluster's secret made it."""
+    """Its MAC, or tag, is wrong, and its checksum is not: somebody without the cluster's secret made it."""
     UNPROVEN = "unproven"
-    """It has no MAC, or one under a secret that is not accepted: it is of before, or of another cluster."""
+    """It has no MAC, or one under a secret that is not accepted: it is of before, or of another cluster. Or it is not
+    encrypted where all is, or encrypted where nothing is."""
     UNREACHABLE = "unreachable"
     """No replica could be read in time."""
 

@@ -4,7 +4,8 @@ Owns nothing between calls. Invariants: no byte is written at or after `write_by
 Its header goes first, without its seal, and again with it when the payload has landed: who comes to read
 meanwhile what lay there before, or this, finds another chunk or a damaged one.
 
-Where chunks are encrypted they are so before a transport sees them, in memory of our own: the caller's is only read.
+Where chunks are encrypted they are so before a transport sees them, in memory of our own, as the caller's is only read;
+a seal is known then, and header and payload go in one round.
 """
 
 import asyncio

@@ -42,8 +42,10 @@ def owned(seed: int, trust: ClusterTrust, integrity: Integrity) -> Variant:
 
 
 def secured(seed: int) -> Variant:
-    macs = Integrity("mac", CLUSTER, random.Random(f"nonces {seed}").randbytes)
-    return owned(seed, ClusterTrust("sim", CLUSTER), macs)
+    """Half of them encrypt, whichever node it owns."""
+    draw = random.Random(f"nonces {seed}").randbytes
+    sealed = Integrity("mac", CLUSTER, draw, encrypt=bool(seed & 4))
+    return owned(seed, ClusterTrust("sim", CLUSTER), sealed)
 
 
 @pytest.mark.parametrize("seeds", slow_but([QUICK], [QUICK, *BLOCKS]))
