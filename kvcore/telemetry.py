@@ -110,14 +110,19 @@ def configure_logging(process_name: str, level: str = "info") -> None:
     handler = LineHandler(sys.stderr)
     line = f"%(asctime)s.%(msecs)03d %(levelname)s {process_name} %(name)s %(message)s"
     handler.setFormatter(_Formatter(line, "%Y-%m-%dT%H:%M:%S"))
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(number)
-    for chatty in ("uvicorn", "aiohttp", "asyncio"):
-        logging.getLogger(chatty).setLevel(max(number, logging.WARNING))
+    logging.getLogger().handlers[:] = [handler]
+    set_log_level(level)
     # What no line shows need not be found out for each (logging's own documentation, "Optimization").
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+
+
+def set_log_level(level: str) -> None:
+    """From now on. Third parties speak from warning up."""
+    number = logging.getLevelNamesMapping()[level.upper()]
+    logging.getLogger().setLevel(number)
+    for chatty in ("uvicorn", "aiohttp", "asyncio"):
+        logging.getLogger(chatty).setLevel(max(number, logging.WARNING))
 
 
 class Metrics:

@@ -9,6 +9,7 @@ import logging
 import secrets
 import socket
 import sys
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,7 @@ from engines.process.messages import EngineHello, Sample
 from engines.process.parent import EngineProcess
 from kvcore.clock import Clock, SystemClock
 from kvcore.config.file import node_config
-from kvcore.config.live.settings import node_settings_name
+from kvcore.config.live.settings import node_settings, node_settings_name
 from kvcore.config.schema import ClusterConfig, VllmEngineConfig
 from kvcore.config.servers import internal_url
 from kvcore.config.vllm_options import engine_environment
@@ -67,7 +68,7 @@ class _RunningNode:
     supervisor: EngineSupervisor | None
     weights: EngineWeights
     mover: ChunkMover
-    settings: str
+    settings: Callable[[], str]
     tiers: NodeTiers | None = None
     api: ControlApi | None = None
 
@@ -119,7 +120,7 @@ class _RunningNode:
             version=self.weights.version,
             release=release(),
             left_to_move=self.mover.left if self.membership.drained == "move" else None,
-            settings=self.settings,
+            settings=self.settings(),
         )
 
 
@@ -166,7 +167,7 @@ async def run_node(
     weights = EngineWeights(config, clock)
     mover = _start_mover(config, owner, membership, client, lifecycle, clock=clock, limits=limits)
     supervisor = _supervisor(weights, membership, [prober.work, mover.work], tiers, clock=clock, limits=limits)
-    node = _RunningNode(owner, membership, supervisor, weights, mover, node_settings_name(config, name), tiers)
+    node = _RunningNode(owner, membership, supervisor, weights, mover, own_settings(config, name, lifecycle), tiers)
     lifecycle.describe.append(lambda: map(repr, (membership, node.supervisor, weights, owner, prober, mover, tiers)))
     if node.supervisor is not None:
         engine = lifecycle.tasks.create_task(node.supervisor.run(), name="engine")
@@ -193,6 +194,15 @@ async def run_node(
     lifecycle.ready(node=name, role=settings.role, url=info.control_url, segment=owner.segment.id, refused=refused)
     await lifecycle.stopping.wait()
     await node.api.drain(config.service.drain_s)
+
+
+def own_settings(config: ClusterConfig, name: str, lifecycle: Lifecycle) -> Callable[[], str]:
+    """The name of what this process goes by now. Its file is followed from here on, where it has one."""
+    if (file := lifecycle.file) is None:
+        at_start = node_settings_name(config, name)
+        return lambda: at_start
+    file.goes_by(partial(node_settings, name=name))
+    return lambda: file.name
 
 
 def draw_incarnation() -> int:

@@ -6,6 +6,7 @@ import logging
 from starlette.types import ASGIApp
 
 from kvcore.clock import Clock, SystemClock, WakefulClock
+from kvcore.config.live.settings import metadata_settings
 from kvcore.config.records import EtcdRecordsConfig
 from kvcore.config.schema import ClusterConfig, MetadataServerConfig
 from kvcore.config.servers import own_part
@@ -58,6 +59,8 @@ async def main(config: ClusterConfig, lifecycle: Lifecycle, *, change_partitions
     """Serve until `lifecycle.stopping`. Raises ConfigError if the address or the records cannot be had, or the records
     are of an index with other partitions, unless `change_partitions` says that these are its own from now on."""
     clock, server, metrics = SystemClock(), config.metadata_server, Metrics()
+    if lifecycle.file is not None:
+        lifecycle.file.goes_by(metadata_settings)
     part = own_part(server)
     records = await open_records(config, clock, part)
     lifecycle.stack.push_async_callback(records.aclose)

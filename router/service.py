@@ -10,7 +10,7 @@ from functools import partial
 from fastapi import FastAPI
 
 from kvcore.clock import Clock, SystemClock
-from kvcore.config.schema import ClusterConfig
+from kvcore.config.schema import ClusterConfig, RouterConfig
 from kvcore.config.servers import process_name, process_urls
 from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
 from kvcore.process.service import Lifecycle
@@ -43,6 +43,7 @@ from router.nodes.vllm_model import read_model_facts
 from router.processes.reports import ProcessPlace
 from router.processes.siblings import Sibling, Siblings, siblings_session
 from router.processes.view import RouterView
+from router.reload import LiveRouter
 from router.requests.dispatch import Dispatcher
 from router.requests.limits import RequestLimits
 from router.requests.records import RequestLog
@@ -73,6 +74,7 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle, place: Process
     limits = RequestLimits().waiting_for_start(config.service.start_s)
     services = RequestServices(bounds, cluster, client, clock, log, handoff=config.handoff, limits=limits)
     dispatcher = Dispatcher(services, make_policy(bounds.policy))
+    live = _live(services, dispatcher, prober, lifecycle)
     lifecycle.stack.push_async_callback(dispatcher.aclose)
     prober.on_lost.append(dispatcher.node_lost)
     prober.on_silent.append(dispatcher.node_silent)
@@ -88,9 +90,12 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle, place: Process
     HintPins(cluster, log, clock, config, services.control, store=metadata)
     stopping = lambda: dispatcher.stopping  # noqa: E731
     status = StatusView(config, cluster, log, clock, connected, problems=problems, cache=cache, stopping=stopping)
+    live.told.append(status.go_by)
     metrics = RouterMetrics(cluster, log, connected, watch)
     threads = lifecycle.stack.enter_context(closing(TextThreads(AnswerLimits().text_threads)))
-    answerer = _answerer(config, tokenizer, dispatcher, services, threads=threads, prober=prober, metrics=metrics)
+    answerer = _answerer(
+        config, tokenizer, dispatcher, services, threads=threads, prober=prober, metrics=metrics, live=live
+    )
     add_routes = _operators_routes(
         config, cluster, client, prober, lifecycle, metadata=metadata, answerer=answerer, connected=connected
     )
@@ -102,7 +107,7 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle, place: Process
         cors=bounds.cors,
         more=add_routes,
         guard=await open_guard(config, log, clock, lifecycle, trust=trust, tokenizer=tokenizer, process=place.number),
-        no_node=_no_node(services, prober, stopping),
+        no_node=_no_node(services, prober, stopping, live),
         habits=habits,
     )
     server = RouterListeners(app, config, trust, metrics.metrics, lifecycle, process=place.number)
@@ -118,16 +123,20 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle, place: Process
     lifecycle.stack.push_async_callback(server.aclose)
     lifecycle.tasks.create_task(server.wait_failed(), name="http server")
     lifecycle.ready(**server.urls, policy=bounds.policy, nodes=len(config.nodes), handoff=config.handoff)
-    await _until_stopped(lifecycle, server)
-    log_fields(_log, logging.INFO, "draining", requests=log.in_flight, at_most_s=bounds.drain_s)
-    if cut := await dispatcher.drain(bounds.drain_s):
-        log_fields(_log, logging.WARNING, "requests_cut", num=len(cut), ids=",".join(cut))
+    await _until_drained(lifecycle, server, dispatcher, services)
     await server.drain(config.service.drain_s)
 
 
-async def _until_stopped(lifecycle: Lifecycle, server: RouterListeners) -> None:
+async def _until_drained(
+    lifecycle: Lifecycle, server: RouterListeners, dispatcher: Dispatcher, services: RequestServices
+) -> None:
+    """Until it was told to stop, and what runs has ended, or its time has."""
     await lifecycle.stopping.wait()
     await server.leave()
+    bounds = services.config
+    log_fields(_log, logging.INFO, "draining", requests=services.log.in_flight, at_most_s=bounds.drain_s)
+    if cut := await dispatcher.drain(bounds.drain_s):
+        log_fields(_log, logging.WARNING, "requests_cut", num=len(cut), ids=",".join(cut))
 
 
 async def _siblings(
@@ -170,6 +179,7 @@ def _answerer(
     threads: TextThreads,
     prober: Prober,
     metrics: RouterMetrics,
+    live: LiveRouter,
 ) -> Answerer:
     """With what lets requests in, told of all that may make room."""
     admission = Admission(
@@ -179,6 +189,7 @@ def _answerer(
         none_is_up=partial(none_is_up_yet, services.cluster),
         stopping=lambda: dispatcher.stopping,
     )
+    live.told.append(admission.go_by)
     services.cluster.on_less_load = admission.wake
     prober.on_round.append(admission.wake)  # a node may have come, or another router's load have gone
     services.log.prompt_observers.append(admission.ended)
@@ -194,11 +205,26 @@ def _answerer(
     )
 
 
-def _no_node(services: RequestServices, prober: Prober, stopping: Callable[[], bool]) -> NoNodeWait:
+def _live(services: RequestServices, dispatcher: Dispatcher, prober: Prober, lifecycle: Lifecycle) -> LiveRouter:
+    live, policy = LiveRouter(services), services.config.policy
+
+    def choose_by(config: RouterConfig) -> None:
+        nonlocal policy
+        if config.policy is not policy:
+            policy = config.policy
+            dispatcher.go_by(make_policy(policy))
+
+    live.told += [choose_by, prober.go_by, services.cluster.stalls.go_by]
+    live.follow(lifecycle)
+    return live
+
+
+def _no_node(services: RequestServices, prober: Prober, stopping: Callable[[], bool], live: LiveRouter) -> NoNodeWait:
     """Requests wait for a node as long as running ones do for another."""
     patience_s, most = services.limits.patience_s, services.config.max_waiting
     wait = NoNodeWait(services.cluster, services.clock, patience_s=patience_s, max_waiting=most, stopping=stopping)
     prober.on_round.append(wait.look)
+    live.told.append(wait.go_by)
     return wait
 
 

@@ -6,7 +6,7 @@ import msgspec
 
 from kvcore.clock import Clock
 from kvcore.config.checks import open_line
-from kvcore.config.schema import ClusterConfig
+from kvcore.config.schema import ClusterConfig, RouterConfig
 from kvcore.errors import KVFerryError, NodeUnavailableError, StoppingError
 from nodeapi.messages import TierReport
 from router.cache.replay import CacheReplay
@@ -107,7 +107,7 @@ class StatusView:
         cache: CacheReplay,
         stopping: Callable[[], bool],
     ) -> None:
-        self._config = config
+        self._config, self._policy = config, config.router.policy
         self._cluster = cluster
         self._log = log
         self._clock = clock
@@ -119,6 +119,10 @@ class StatusView:
         self._open = open_line(config)
         self.used_bytes: dict[str, int] = {}
         """By segment id, as the metadata server last counted."""
+
+    def go_by(self, config: RouterConfig) -> None:
+        """What it says of the policy from now on."""
+        self._policy = config.policy
 
     def problem(self) -> KVFerryError | None:
         """Why no request can be served now; None: one can."""
@@ -133,7 +137,7 @@ class StatusView:
         return ClusterStatus(
             cluster=self._config.cluster,
             uptime_s=self._clock.now() - self._started_at,
-            policy=self._config.router.policy.value,
+            policy=self._policy.value,
             model=self._config.model.name,
             nodes=[self._node(node) for node in self._cluster.nodes.values()],
             requests=RequestTotals(

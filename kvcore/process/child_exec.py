@@ -37,6 +37,7 @@ def main() -> None:
     if command[0] == _GUARD:
         _fork_guard(int(command[1]))
         command = command[2:]
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # whoever started us handles it: the default would end the command
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     try:

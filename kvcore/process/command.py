@@ -4,13 +4,15 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from kvcore.config.checks import open_line
 from kvcore.config.file import load_config
+from kvcore.config.live.file import LiveFile
 from kvcore.config.schema import ClusterConfig
 from kvcore.errors import ConfigError
 from kvcore.process.service import EXIT_CONFIG, Lifecycle, Main, run_process
-from kvcore.telemetry import log_fields
+from kvcore.telemetry import log_fields, set_log_level
 
 _logger = logging.getLogger("kvcore.trust")
 
@@ -43,14 +45,18 @@ def run_configured(
     except ConfigError as error:
         sys.stderr.write(f"{program}: error: {error}\n")
         return EXIT_CONFIG
-    return run_process(name, _saying_open(config, main), log_level=config.service.log_level)
+    return run_process(name, _following(options, config, main), log_level=config.service.log_level)
 
 
-def _saying_open(config: ClusterConfig, main: Main) -> Main:
-    line = open_line(config)
+def _following(options: argparse.Namespace, config: ClusterConfig, main: Main) -> Main:
+    """The file is read again at each SIGHUP."""
 
-    async def say_and_run(lifecycle: Lifecycle) -> None:
-        log_fields(_logger, logging.WARNING, "open", problem=line)
+    async def follow_and_run(lifecycle: Lifecycle) -> None:
+        if (line := open_line(config)) is not None:
+            log_fields(_logger, logging.WARNING, "open", problem=line)
+        lifecycle.file = LiveFile(Path(options.config), options.overrides, config)
+        lifecycle.file.take(["service.log_level"], lambda new: set_log_level(new.service.log_level))
+        lifecycle.on_hangup(lifecycle.file.read_again)
         await main(lifecycle)
 
-    return main if line is None else say_and_run
+    return follow_and_run

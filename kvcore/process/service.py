@@ -2,7 +2,8 @@
 
 The soft limit of descriptors is raised to the hard one.
 First SIGTERM or SIGINT: `Lifecycle.stopping` is set (before `ready` the start-up is cancelled). The second ends the
-process at once. SIGHUP is ignored, by every program that is started from here too: a terminal that closes ends nothing.
+process at once. SIGHUP ends nothing, as terminals send it when they close, and no program that is started from here:
+it is ignored, or does what `Lifecycle.on_hangup` was given.
 SIGUSR1 writes a dump into the log (`kvcore.process.state_dump`). A background task that fails takes the process down.
 The stack unwinds before the tasks are cancelled.
 """
@@ -13,9 +14,10 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
 
+from kvcore.config.live.file import LiveFile
 from kvcore.errors import ConfigError
 from kvcore.process.child import kill_all_children
 from kvcore.process.descriptors import raise_limit
@@ -40,12 +42,23 @@ class Lifecycle:
         self.stopping = asyncio.Event()
         """Set by the first signal, or by whoever wants the process to end in order."""
         self.is_ready = False
+        self.file: LiveFile | None = None
+        """The cluster file that the process goes by, where it has one."""
         self.describe: list[Describe] = []
         """What SIGUSR1 writes into the log beside the tasks: add a function that gives one line a part."""
 
     def __repr__(self) -> str:
         state = "stopping" if self.stopping.is_set() else "ready" if self.is_ready else "starting"
         return f"<Lifecycle {state}>"
+
+    def on_hangup(self, run: Callable[[], Coroutine[object, object, None]]) -> None:
+        """Have `run` run at each SIGHUP from `ready` on, in place of nothing."""
+
+        def begin() -> None:
+            if self.is_ready:
+                self.tasks.create_task(run(), name="hangup")
+
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, begin)
 
     def ready(self, **fields: object) -> None:
         """Log that the process serves. From here on a signal sets `stopping` and cancels nothing."""
@@ -133,6 +146,8 @@ def _handle_signals(lifecycle: Lifecycle) -> Callable[[], None]:
     def give_back() -> None:
         for number in numbers:
             loop.remove_signal_handler(number)
+        loop.remove_signal_handler(signal.SIGHUP)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     return give_back
 

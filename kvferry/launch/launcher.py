@@ -6,6 +6,8 @@ child outlives us.
 """
 
 import asyncio
+import os
+import signal
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -187,6 +189,11 @@ class Launcher:
             return
         self._ordered.add(plan.name)
         await process.end_child(self._stop_s[plan.kind])
+
+    async def hang_up(self) -> None:
+        """Have every process read its file again."""
+        for pid in self.pids.values():
+            os.kill(pid, signal.SIGHUP)
 
     async def watch(self) -> None:
         """Runs until the launcher fails, which it raises; for a TaskGroup that should go down with it."""

@@ -32,6 +32,7 @@ def run_up(config_file: Path, overrides: Sequence[str], log_dir: Path | None) ->
                 display.say(f"ready: {launcher.router_url}\n{curl_line(launcher.router_url, config.model.name)}")
                 lifecycle.tasks.create_task(launcher.watch())
                 lifecycle.describe.append(lambda: [repr(launcher)])
+                lifecycle.on_hangup(launcher.hang_up)
                 lifecycle.ready(router=launcher.router_url)
                 await lifecycle.stopping.wait()
                 display.say("stopping, after what runs has been answered (once more: at once)")

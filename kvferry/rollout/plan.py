@@ -34,8 +34,12 @@ _FIXED = {
     "router.port": "clients find it there: stop the cluster for it",
     "router.admin_host": "commands find it there: stop the cluster for it",
     "router.admin_port": "commands find it there: stop the cluster for it",
+    "router.processes": "each is a process of its own: stop the cluster for it",
+    "router.process_port": "its processes find each other there: stop the cluster for it",
     "routers": "clients find them there: start or stop the one by its own command",
 }
+_RELOADED = ("service.log_level",)
+"""What a node may have taken over since it was started."""
 _MOVED = ("host", "port", "url", "bootstrap_port")
 
 
@@ -144,8 +148,9 @@ class _Wish:
     def _changes(self, seen: ProcessSeen) -> list[str]:
         wanted = process_settings(self.new, seen.name, seen.kind)
         before = process_settings(seen.config or self.old, seen.name, seen.kind)
-        changes = [str(change) for change in changes_between(before, wanted)]
-        if seen.settings and seen.config is None and seen.settings == settings_name(wanted):
+        told = bool(seen.settings) and seen.settings == settings_name(wanted)
+        changes = [str(one) for one in changes_between(before, wanted) if not (told and one.path in _RELOADED)]
+        if told and seen.config is None:
             changes = []
         elif seen.settings and seen.config is None and seen.settings != settings_name(before):
             changes = ["it goes by neither file"]

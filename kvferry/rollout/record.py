@@ -90,8 +90,13 @@ def only_record() -> RolloutRecord:
 
 
 def unfinished(cluster: str) -> str:
-    """One sentence about a rollout that was begun from this machine and is not finished; empty: there is none."""
-    record = RecordFile(cluster).read()
+    """One sentence about a rollout that was begun from this machine and is not finished; empty: there is none. Raises
+    ConfigError: its record cannot be read."""
+    try:
+        file = RecordFile(cluster)
+    except ConfigError:  # this user has no folder for such
+        return ""
+    record = file.read()
     if record is None or record.finished:
         return ""
     drained = f"; drained and not used: {', '.join(record.drained)}" if record.drained else ""

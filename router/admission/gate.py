@@ -89,6 +89,11 @@ class Admission:
             return self._opened(open_it, decision, arrived)
         return await self._in_turn(request, seen, arrived, open_it)
 
+    def go_by(self, config: RouterConfig) -> None:
+        """These bounds hold from now on, also for those that wait, but for their time."""
+        self._config = config
+        self.wake()
+
     def wake(self) -> None:
         """Some node may have room."""
         if self._queue and not self._asked:

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 
 from kvcore.clock import Clock
+from kvcore.config.schema import RouterConfig
 from kvcore.errors import NodeUnavailableError
 from kvcore.telemetry import log_fields
 from kvcore.types import Role
@@ -43,6 +44,10 @@ class NoNodeWait:
 
     def __repr__(self) -> str:
         return f"<NoNodeWait of {len(self)} requests, {self._tokens} tokens>"
+
+    def go_by(self, config: RouterConfig) -> None:
+        """So many may wait from now on."""
+        self._max_waiting = config.max_waiting
 
     async def until_up(self, prompts: Sequence[Sequence[int]], tell: Tell) -> None:
         """Returns at once if a node is up, or if none may come up by itself; else when one is, or when time is up.

@@ -40,7 +40,6 @@ class Prober:
         self._client = client
         self._clock = clock
         self._limits = limits
-        self._round_s = config.probe_interval_s + config.connect_timeout_s
         self._could_not_ask = False
         self._numbers = count(1)
         self._trials = dict[str, asyncio.Task[None]]()
@@ -51,6 +50,10 @@ class Prober:
         """Called with a node's id and why, at each probe that it has not answered before it is lost."""
         self.on_round: list[Callable[[], None]] = []
         """Called when every node has been asked."""
+
+    def go_by(self, config: RouterConfig) -> None:
+        """These times hold from the next round on."""
+        self._config = config
 
     async def run(self) -> None:
         """Probe every node each `probe_interval_s`, and at once when the cluster asks for it. Runs until cancelled."""
@@ -167,7 +170,7 @@ class Prober:
         rounds = self._limits.lost_rounds_lapsed if node.lapsed else self._limits.lost_rounds
         without = ", its lease has ended" if node.lapsed else ""
         error = NodeUnavailableError(f"node {node.id} has answered nothing for {silent_s:.0f} s{without}")
-        if silent_s >= self._round_s * rounds:
+        if silent_s >= (self._config.probe_interval_s + self._config.connect_timeout_s) * rounds:
             tell = self.on_lost
         else:
             tell = self.on_silent if node.problem is not None or node.misses > 1 else []

@@ -71,14 +71,18 @@ class StallWatch:
     """Of one router."""
 
     def __init__(self, config: RouterConfig, limits: NodeHealthLimits, now: Callable[[], float]) -> None:
-        self._config, self._limits, self._now = config, limits, now
-        self._shortest_s = min(config.stall_gap_s, config.stall_first_s)
+        self._limits, self._now = limits, now
+        self.go_by(config)
         self._legs: dict[str, WatchedLeg] = {}
         self.on_suspect: list[Callable[[KnownNode], None]] = []
         """Called with a node that is not trusted any more."""
 
     def __repr__(self) -> str:
         return f"<StallWatch of {len(self._legs)} legs>"
+
+    def go_by(self, config: RouterConfig) -> None:
+        """These are the limits from now on."""
+        self._config, self._shortest_s = config, min(config.stall_gap_s, config.stall_first_s)
 
     def begin(self, leg: WatchedLeg) -> WatchedLeg:
         """It is under way from here on."""

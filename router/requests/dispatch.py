@@ -56,6 +56,10 @@ class Dispatcher:
         calls = len(self._services.control)
         return f"<Dispatcher {len(self.running)} running, {self._turn} opened, {calls} control calls>"
 
+    def go_by(self, policy: RoutePolicy) -> None:
+        """This one chooses from the next request on."""
+        self._policy = policy
+
     def route(self, spec: RequestSpec) -> Decision:
         """What the policy chooses for a request among the nodes of now. Nothing is load of them yet."""
         self._turn += 1

@@ -1,4 +1,4 @@
-"""What every request of a router is given. Values only."""
+"""What every request of a router is given."""
 
 from dataclasses import dataclass, field
 
@@ -12,9 +12,10 @@ from router.requests.limits import RequestLimits
 from router.requests.records import RequestLog
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class RequestServices:
-    """Shared by all requests; a request changes no field of it."""
+    """Shared by all requests; a request changes no field of it. `config` is another one once the file was read again:
+    ask it when it is needed."""
 
     config: RouterConfig
     cluster: Cluster

@@ -168,5 +168,33 @@ async def test_a_node_takes_the_other_role_under_load_and_keeps_it_over_restarts
         await subject.until(is_prefiller, SOON_S)
 
 
+async def test_an_edited_file_is_gone_by_after_a_hangup_and_a_bad_one_changes_nothing(tmp_path: Path) -> None:
+    """What terminals send when they close: it ends nothing."""
+    lines: list[str] = []
+    async with cluster(tmp_path, prefillers=0, decoders=1) as subject:
+        for process in subject.launcher.describe():
+            process._on_line = lambda who, line: lines.append(f"{who}: {line}")
+        pids = subject.launcher.pids
+
+        async def told(what: str, number: int) -> bool:
+            return sum(what in line for line in lines) >= number
+
+        file, good = tmp_path / "cluster.yaml", (tmp_path / "cluster.yaml").read_text()
+        file.write_text("nonsense: [")
+        await subject.launcher.hang_up()
+        await subject.until(lambda: told("reload_failed", 3), SOON_S)
+        changes = {"router.policy": "round_robin", "service.log_level": "debug", "engine.max_sequences": 8}
+        file.write_text(good)
+        file.write_text(file_with(tmp_path, "changed", changes).read_text())
+        await subject.launcher.hang_up()
+        await subject.until(lambda: told("reloaded", 3), SOON_S)
+        assert (await subject.status())["policy"] == "round_robin"
+        (left,) = [line for line in lines if "restart_needed" in line]
+        assert left.startswith("decode-0: ") and "engine.max_sequences: 64 -> 8" in left
+        assert (await subject.complete([5] * 100, max_tokens=2, ignore_eos=True))["usage"]["completion_tokens"] == 2
+        assert subject.launcher.pids == pids
+    assert any(" DEBUG " in line for line in lines), "it says more from then on"
+
+
 async def _more_than(load: Load, number: int) -> bool:
     return load.answered > number

@@ -18,8 +18,8 @@ _METADATA_ADDRESSES = tuple(
     f"metadata_server.{name}" for name in ("host", "port", "standbys", "partitions", "timeout_s", "node_ttl_s")
 )
 _ROUTER = (
-    *(*_EVERY, *_METADATA_ADDRESSES, "router", "routers", "model.path", "model.name", "model.max_context"),
-    *("engine.kind", "engine.vocab_size", "engine.save_output", "kv.chunk_tokens"),
+    *(*_EVERY, *_METADATA_ADDRESSES, "router", "routers", "model", "kv"),
+    *("engine.kind", "engine.vocab_size", "engine.save_output"),
     *("store.pin_share", "store.low_watermark", "store.high_watermark"),
 )
 _METADATA_SERVER = (*_EVERY, "metadata_server", "store", "model.name")

@@ -1,8 +1,8 @@
 """The programs of a cluster tell a bad command line in the same way: one line, exit code 2."""
 
 import asyncio
+from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import cast
 
 import pytest
 
@@ -50,7 +50,7 @@ def test_the_log_of_an_open_cluster_says_so(caplog, monkeypatch):
     ran: list[str] = []
 
     def run(name: str, main: Main, *, log_level: str) -> int:
-        asyncio.run(main(cast(Lifecycle, None)))
+        asyncio.run(main(Lifecycle(AsyncExitStack(), asyncio.TaskGroup())))
         return 0
 
     async def nothing(_: Lifecycle) -> None:

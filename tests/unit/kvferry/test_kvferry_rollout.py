@@ -225,6 +225,16 @@ async def test_a_person_is_told_what_to_start_where(rig: Rig):
     ]
 
 
+def test_a_user_without_a_home_has_no_rollouts_and_a_record_that_is_damaged_is_said(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_STATE_HOME", "~nobody-at-all/state")
+    assert unfinished("c") == ""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    RecordFile("c").path.parent.mkdir(parents=True)
+    RecordFile("c").path.write_text("{")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        unfinished("c")
+
+
 def test_without_a_file_and_without_a_rollout_there_is_no_way(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     assert main(["rollout"]) == main(["rollout", "--back"]) == 2

@@ -100,6 +100,18 @@ def test_nodes_say_what_they_go_by_where_no_launcher_knows():
     }
 
 
+def test_what_a_node_has_reloaded_is_not_started_anew_and_a_password_that_is_told_to_nobody_is():
+    louder = with_(OLD, service=with_(OLD.service, log_level="debug"))
+    told = {name: {"settings": settings_name(node_settings(louder, name))} for name in NAMES}
+    assert names(plan_rollout(OLD, louder, seen(OLD, **told))) == [["metadata-server"], ["router"]]
+    before, after = (
+        with_(OLD, tiers=msgspec.convert({"redis": {"url": f"redis://:{word}@h:1"}}, TiersConfig)) for word in "ab"
+    )
+    told = {name: {"settings": settings_name(node_settings(after, name))} for name in NAMES}
+    (first, *_) = plan_rollout(before, after, seen(before, **told)).steps
+    assert first.changes == ('tiers.redis.url: "redis://h:1" -> "redis://h:1"',)
+
+
 def test_another_version_of_kvferry_or_a_wish_starts_what_has_not_changed():
     plan = plan_rollout(OLD, OLD, seen(OLD, d0={"release": "1.0"}, d1={"release": "2.0"}), release="2.0")
     assert [(step.name, step.changes) for step in plan.steps] == [("d0", ("kvferry 1.0 -> 2.0",))]
@@ -108,7 +120,7 @@ def test_another_version_of_kvferry_or_a_wish_starts_what_has_not_changed():
 
 def test_other_weights_are_kept_apart_and_that_is_said():
     plan = plan_rollout(OLD, with_(OLD, model=with_(OLD.model, version="v2")), seen())
-    assert "share no KV" in plan.notes[0] and len(plan.steps) == 4
+    assert "share no KV" in plan.notes[0] and names(plan)[0] == ["router"] and len(plan.steps) == 5
 
 
 @pytest.mark.parametrize(
