@@ -33,6 +33,8 @@ Slot = tuple[str, str]
 """A node, and a segment of it."""
 _TABLES = 256
 _MASKS_SHARED = 1 << 16
+_FEW, _OWNERS_KEPT = 4, 256
+"""Of more than so many bits the nodes are remembered, for so many masks: to name 1,000 takes a millisecond."""
 
 
 class PrefixIndex:
@@ -85,6 +87,7 @@ class PrefixIndex:
         for (owner, segment_id), bit in list(self._bits.items()):
             if owner == node_id:
                 self._alive &= ~bit
+                self._owners.clear()
                 del self._bits[owner, segment_id], self._slots[bit]
 
     def sweep(self) -> None:
@@ -111,6 +114,8 @@ class PrefixIndex:
         self._slots: dict[int, Slot] = {}
         self._masks: dict[int, int] = {}
         """Masks of several bits that keys have, so that keys with the same ones share them."""
+        self._owners: dict[int, tuple[str, ...]] = {}
+        """The nodes of masks of many bits, while no bit comes or goes."""
         self._alive = -1
         """All bits but the dead ones."""
         self._free: list[int] = []
@@ -160,9 +165,17 @@ class PrefixIndex:
         return [key for key in keys if self._tables[key[0]].get(key, 0) & own]
 
     def _set_count(self, by_node: dict[str, int], bits: int, chunks: int) -> None:
-        for bit in _bits_of(bits):
-            owner, _ = self._slots[bit]
-            by_node[owner] = max(by_node.get(owner, 0), chunks)
+        """`chunks`: no fewer than were set before."""
+        if bits.bit_count() <= _FEW:
+            for bit in _bits_of(bits):
+                by_node[self._slots[bit][0]] = chunks
+            return
+        owners = self._owners.get(bits)
+        if owners is None:
+            if len(self._owners) >= _OWNERS_KEPT:
+                self._owners.clear()
+            owners = self._owners[bits] = tuple([self._slots[bit][0] for bit in _bits_of(bits)])
+        by_node.update(dict.fromkeys(owners, chunks))
 
     def _shared(self, mask: int) -> int:
         """The same number, as the one object that all keys with it have: with 1,000 segments one takes 160 bytes."""
@@ -183,6 +196,7 @@ class PrefixIndex:
                 heappush(self._free, self._num_given)
                 self._num_given += 1
             bit = 1 << heappop(self._free)
+            self._owners.clear()
             self._bits[slot] = bit
             self._slots[bit] = slot
         return bit

@@ -4,8 +4,9 @@ from msgspec.structs import replace
 from support.router_fakes import CHUNK_TOKENS, Rig, make_rig
 
 from kvcore.chunk_keys import chunk_keys, root_key
+from kvcore.types import ChunkKey
 from router.routing.held import HeldPrefixes
-from router.routing.index import KeptKeys, PrefixHits
+from router.routing.index import KeptKeys, PrefixHits, PrefixIndex
 
 PROMPT = list(range(10 * CHUNK_TOKENS + 1))
 
@@ -77,3 +78,23 @@ async def test_no_more_is_remembered_than_an_engine_has_room_for():
     assert held.with_these(PrefixHits(6), keys).by_node == {"d1": 2}, "ends go before beginnings"
     held.read("d1", small, keys[:6])
     assert held.with_these(PrefixHits(6), keys).by_node == {"d1": 6}
+
+
+def test_what_very_many_hold_is_theirs_until_one_goes_and_another_comes_in_its_place():
+    index, (first, second) = PrefixIndex(), (ChunkKey(bytes([number]) * 16) for number in range(2))
+    names = [f"n{number}" for number in range(10)]
+    for name in names:
+        index.store(name, [first], f"{name}.1")
+    index.store("n3", [second], "n3.2")
+    for name in names[:6]:
+        index.store(name, [second], f"{name}.1")
+    for _ in range(2):
+        counts = {name: 2 if name in names[:6] else 1 for name in names}
+        assert index.find([first, second]) == PrefixHits(2, counts)
+    index.drop_node("n0")
+    del counts["n0"]
+    assert index.find([first, second]) == PrefixHits(2, counts)
+    for _ in range(600):
+        index.sweep()  # the place of n0 is free again
+    index.store("new", [first, second], "new.1")
+    assert index.find([first, second]) == PrefixHits(2, counts | {"new": 2})
