@@ -66,9 +66,10 @@ async def test_a_payload_that_drips_is_cut_though_each_step_is_in_time():
         sock.close()
 
 
+@pytest.mark.slow
 async def test_a_reader_that_takes_nothing_of_what_it_asked_for_is_cut():
     """It held a connection and its thread, as what drips did."""
-    limits = TcpLimits(message_timeout_s=0.15, slowest_bytes_per_s=1 << 30)
+    limits = TcpLimits(message_timeout_s=0.5, slowest_bytes_per_s=1 << 30)
     async with hosted(limits, 64 << 20) as host:
         sock = await asyncio.to_thread(greeted, host, size=64 << 20)
         assert sock is not None
