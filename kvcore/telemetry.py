@@ -37,6 +37,8 @@ def log_fields(logger: logging.Logger, level: int, event: str, **fields: object)
 
 
 def _show(value: object) -> str:
+    if type(value) is int:
+        return str(value)
     if isinstance(value, bytes):
         return value.hex()
     text = f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -96,7 +96,7 @@ class HttpNodeClient:
         """See NodeClient."""
         body = self._encoder.encode(request)
         unfinished = request.sampling.n
-        async with self._calls.open("POST", f"{url}/v1/generate", body, timeout_s) as answer:
+        with await self._calls.open("POST", f"{url}/v1/generate", body, timeout_s) as answer:
             cutter, unread = FrameDecoder(MAX_FRAME_BYTES), deque[TokenDelta | StreamError]()
 
             def feed(data: bytes) -> bool:

@@ -6,6 +6,8 @@ Owns what a failure means. The caller says what a refusal means. Decides nothing
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import Self
 
 from kvcore.errors import DeadlineExceededError, KVFerryError, NoDescriptorsError, NodeUnavailableError, ProofError
 from kvcore.http.connection import Feed, HttpConnection
@@ -72,24 +74,21 @@ class HttpCalls:
         finally:
             answer.end()
 
-    @asynccontextmanager
     async def open(
         self, method: str, url: str, body: bytes, timeout_s: float, headers: Mapping[str, str] | None = None
-    ) -> AsyncIterator["OpenAnswer"]:
-        """An answer with status 200, whose head and first bytes came within `timeout_s`. Every other outcome raises an
-        error of kvcore.errors."""
+    ) -> "OpenAnswer":
+        """An answer with status 200, whose head and first bytes came within `timeout_s`, to be used by `with`. Every
+        other outcome raises an error of kvcore.errors."""
         try:
             answer = await self._pool.call(method, url, body, timeout_s, headers=headers)
         except OSError as error:
             raise _meaning(error, url, timeout_s) from error
         opened = OpenAnswer(answer, url)
-        try:
-            if answer.status >= 400:
-                said = await opened.beginning(MAX_ERROR_BYTES, timeout_s)
-                raise self._refusal(answer.status, _proved(answer, url, said), url)
-            yield opened
-        finally:
-            answer.end(rests=opened.finished)
+        if answer.status < 400:
+            return opened
+        with opened:
+            said = await opened.beginning(MAX_ERROR_BYTES, timeout_s)
+            raise self._refusal(answer.status, _proved(answer, url, said), url)
 
     async def aclose(self) -> None:
         """Close all connections. Idempotent."""
@@ -97,7 +96,7 @@ class HttpCalls:
 
 
 class OpenAnswer:
-    """An answer that is read part by part."""
+    """An answer that is read part by part. Leaving its `with` ends it, and keeps its connection where that may be."""
 
     def __init__(self, answer: HttpConnection, url: str) -> None:
         self._answer = answer
@@ -105,6 +104,14 @@ class OpenAnswer:
         self.finished = False
         """Set by a reader that has all that it wants, and expects nothing but the answer's end: the connection is kept
         for another call."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._answer.end(rests=self.finished)
 
     @property
     def seal(self) -> FrameSeal | None:

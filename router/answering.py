@@ -4,7 +4,6 @@ Knows no HTTP and no surface's field names. What becomes of an answer is `router
 """
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from functools import partial
 
 from kvcore.errors import (
@@ -19,7 +18,7 @@ from router.client_answer import AnswerLimits, ClientAnswer
 from router.nodes.cluster import Cluster
 from router.requests.dispatch import Dispatcher
 from router.requests.run import RequestRun
-from router.requests.spec import AnswerRequest, ChatPrompt, FieldNames, Prompt, RequestSpec, TextPrompt, TokenPrompt
+from router.requests.spec import AnswerRequest, ChatPrompt, Prompt, RequestSpec, TextPrompt, TokenPrompt
 from router.routing.decision import Decision
 from router.text.tokenizer import Runner, Tokenizer
 
@@ -117,19 +116,21 @@ class Answerer:
         if max_context is None:
             raise NodeUnavailableError(self._cluster.why_no_decoder())
         for spec in request.specs:
-            self._check_fit(spec, max_context, request.names)
+            self._check_fit(spec, max_context, request)
         if sum(spec.sampling.n for spec in request.specs) > self._limits.max_choices:
             text = f"{request.names.n} times the prompts must not be over {self._limits.max_choices}"
             raise InvalidRequestError(text, param=request.names.n)
 
     def _open(self, request: AnswerRequest, first: Decision | None = None, waited_s: float = 0.0) -> ClientAnswer:
         """`first`: the nodes of the first prompt, just chosen."""
-        with ExitStack() as opened:
-            runs: list[RequestRun] = []
+        runs: list[RequestRun] = []
+        try:
             for number, spec in enumerate(request.specs):
                 runs.append(self._dispatcher.open(spec, None if number else first, waited_s=waited_s))
-                opened.callback(runs[-1].drop)
-            opened.pop_all()
+        except BaseException:
+            for run in runs:
+                run.drop()
+            raise
         return ClientAnswer(self.tokenizer, runs, request, self._limits)
 
     def _tokens(self, prompt: Prompt, whose: str) -> list[int]:
@@ -138,8 +139,8 @@ class Answerer:
         text = self.tokenizer.render_chat(prompt) if isinstance(prompt, ChatPrompt) else prompt.text
         return self.tokenizer.encode(text, add_special_tokens=prompt.add_special_tokens, whose=whose)
 
-    def _check_fit(self, spec: RequestSpec, max_context: int, names: FieldNames) -> None:
-        prompt, sampling = spec.prompt_token_ids, spec.sampling
+    def _check_fit(self, spec: RequestSpec, max_context: int, request: AnswerRequest) -> None:
+        prompt, sampling, names = spec.prompt_token_ids, spec.sampling, request.names
         if not prompt:
             raise InvalidRequestError(f"{names.prompt} has no tokens", param=names.prompt)
         if len(prompt) + sampling.max_tokens > max_context:
@@ -152,7 +153,7 @@ class Answerer:
         if vocab_size is None:
             return
         given = {
-            names.prompt: prompt,
+            names.prompt: prompt if request.token_prompts or self.tokenizer.num_ids > vocab_size else (),
             names.stop_token_ids: sampling.stop_token_ids,
             names.logit_bias: sampling.logit_bias,
         }

@@ -159,6 +159,7 @@ class HttpExchange(RequestResponseCycle):
         if self.expected_content_length:
             raise RuntimeError("the body is shorter than its content-length")
         self.response_complete, self._on_gone = True, None
+        self.scope["extensions"].pop(EXCHANGE, None)  # it holds this, which holds it
         self.message_event.set()
         if not self.keep_alive:
             self.transport.close()

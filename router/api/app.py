@@ -8,7 +8,6 @@ import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping
-from contextlib import ExitStack
 from email.utils import formatdate
 from typing import TypeVar
 
@@ -196,11 +195,11 @@ def _add_openai(
                 )
                 with caller.owns(with_first_token(wanted, request.scope)) as owned:
                     answer = await answerer.admit(owned)
-                with ExitStack() as failing:
-                    failing.callback(answer.close)
-                    made = formatter(answer, answerer.model, int(time.time()), answerer.tokenizer)
-                    failing.pop_all()
-                return answer, made
+                try:
+                    return answer, formatter(answer, answerer.model, int(time.time()), answerer.tokenizer)
+                except BaseException:
+                    answer.close()
+                    raise
 
             return AnswerResponse(start, stream=bool(body.stream), send_timeout_s=limits.send_timeout_s)
 

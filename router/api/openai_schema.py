@@ -165,7 +165,12 @@ def answer_request(
         names=FieldNames(prompt="messages" if isinstance(request, ChatRequest) else "prompt"),
         turn=Turn(flow),
         reading=reading,
+        token_prompts=isinstance(request, CompletionRequest) and not _is_text(request.prompt),
     )
+
+
+def _is_text(prompt: str | list[str | int | list[int]]) -> bool:
+    return isinstance(prompt, str) or all(isinstance(one, str) for one in prompt)
 
 
 def _reading(request: AnyRequest, dialect: Dialect | None) -> AnswerReading | None:

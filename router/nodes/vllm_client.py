@@ -100,7 +100,7 @@ class VllmClient:
         sequences = num_sequences(request.sampling)
         copies = range(request.sampling.n if sequences == 1 else 1)
         stream = CompletionStream(n=sequences, logprobs=request.sampling.logprobs, url=url)
-        async with self._calls.open("POST", where, body, timeout_s, headers) as answer:
+        with await self._calls.open("POST", where, body, timeout_s, headers) as answer:
             while not stream.ended:
                 try:
                     data = await answer.read(self._usage_s if stream.holds else timeout_s)

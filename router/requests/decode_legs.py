@@ -5,6 +5,7 @@ State and what follows from it alone; `router.requests.ledger` decides when one 
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import count
 
 from nodeapi.messages import LegInfo
 from router.requests.completions import Completions
@@ -54,6 +55,22 @@ class DecodeLeg:
         """Streaming stays streaming; any other change must be in the table."""
         assert state is self.state or state in LEG_TRANSITIONS[self.state], f"{self.id}: {self.state} to {state}"
         self.state = state
+
+
+class LegNames:
+    """New ids for the legs of one request."""
+
+    def __init__(self, request_id: str) -> None:
+        self._request_id = request_id
+        self._numbers = count(1)
+
+    def prefill(self) -> str:
+        """Of its next prefill leg."""
+        return f"{self._request_id}.p{next(self._numbers)}"
+
+    def decode(self) -> str:
+        """Of its next decode leg."""
+        return f"{self._request_id}.d{next(self._numbers)}"
 
 
 class DecodeLegs:

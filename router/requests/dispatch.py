@@ -7,8 +7,10 @@ it in virtual time.
 import asyncio
 from contextlib import suppress
 from functools import partial
+from typing import Protocol
 
 from kvcore.errors import KVFerryError, NodeUnavailableError, OverloadedError, StoppingError
+from router.nodes.cluster import Cluster
 from router.requests.run import RequestRun
 from router.requests.services import RequestServices
 from router.requests.spec import RequestSpec
@@ -37,6 +39,44 @@ class _Runs(set[RequestRun]):
         """Whether it is in it or not."""
         if isinstance(run, RequestRun) and run in self:
             self.remove(run)
+
+
+class _ChooseRoute(Protocol):
+    """What the policy chooses for one request among the nodes of now."""
+
+    def __call__(
+        self,
+        *,
+        exclude: frozenset[str],
+        decoder: str | None = None,
+        fingerprint: bytes = b"",
+        full: frozenset[str] = frozenset(),
+    ) -> Decision:
+        """`decoder`: only another prefiller for it is wanted. The others: see RouteRequest."""
+        ...
+
+
+class RoutePicker:
+    """The ledger's Picker: by the policy, for one request."""
+
+    def __init__(self, choose: _ChooseRoute, cluster: Cluster) -> None:
+        self._choose = choose
+        self._cluster = cluster
+
+    def prefiller(self, decoder: str, exclude: frozenset[str]) -> str | None:
+        """See Picker."""
+        route = self._choose(exclude=exclude, decoder=decoder).route
+        return route.prefiller if route else None
+
+    def decoder(self, exclude: frozenset[str], fingerprint: bytes, full: frozenset[str]) -> str | None:
+        """See Picker."""
+        route = self._choose(exclude=exclude, fingerprint=fingerprint, full=full).route
+        return route.decoder if route else None
+
+    def fingerprint(self, node: str) -> bytes:
+        """See Picker."""
+        known = self._cluster.nodes.get(node)
+        return known.fingerprint if known is not None else b""
 
 
 class Dispatcher:
@@ -85,9 +125,9 @@ class Dispatcher:
         if decision.route is None:
             raise NodeUnavailableError(decision.why_no_decoder())
         self._count_way(decision.way)
-        choose = partial(self._choose, spec, self._turn)
+        picker = RoutePicker(partial(self._choose, spec, self._turn), services.cluster)
         return RequestRun(
-            services, spec, decision, choose, opened=self._opened, running=self.running, waited_s=waited_s
+            services, spec, decision, picker, opened=self._opened, running=self.running, waited_s=waited_s
         )
 
     def _count_way(self, way: WayChoice) -> None:

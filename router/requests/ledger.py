@@ -20,8 +20,6 @@ cache; a leg that is tried again computes by itself. Which states there are, and
 Invariants: a request ends once; after that no leg runs; every token was emitted once, in order.
 """
 
-from itertools import count
-
 from kvcore.errors import (
     CancelledByPeerError,
     EngineError,
@@ -34,7 +32,7 @@ from kvcore.handoff import HandoffKind
 from kvcore.types import Route
 from nodeapi.messages import FinishReason, LegInfo
 from router.requests.completions import Completions
-from router.requests.decode_legs import DecodeLeg, DecodeLegs
+from router.requests.decode_legs import DecodeLeg, DecodeLegs, LegNames
 from router.requests.events import (
     Action,
     CancelLeg,
@@ -83,21 +81,21 @@ class RequestMachine:
         self._id = request_id
         self._attempts = attempts
         self.completions = Completions(n, max_tokens, min_tokens, end_token_ids, logprobs=logprobs)
-        self._decodes = DecodeLegs(self.completions, lambda: self._next_leg("d"), picker.fingerprint)
+        names = LegNames(request_id)
+        self._decodes = DecodeLegs(self.completions, names.decode, picker.fingerprint)
         self.retries: list[tuple[str, str]] = []
         """(`prefill` or `decode`, code of the failure) of each leg that was tried again."""
         self.prefill = PrefillHalf(
             self.completions,
             self._decodes,
             picker,
-            lambda: self._next_leg("p"),
+            names.prefill,
             self.retries,
             attempts=attempts,
             num_chunks=num_chunks,
             handoff=handoff.traits,
             limits=limits,
         )
-        self._leg_numbers = count(1)
         self._placement = DecoderPlacement(picker, limits)
         self.last_error: KVFerryError = NodeUnavailableError("no node can decode")
         self.decode_info: LegInfo | None = None
@@ -345,6 +343,3 @@ class RequestMachine:
         self._placement.unplaced.clear()
         self.ended = True
         return actions
-
-    def _next_leg(self, kind: str) -> str:
-        return f"{self._id}.{kind}{next(self._leg_numbers)}"

@@ -153,3 +153,5 @@ class AnswerRequest:
     turn: Turn = Turn()
     reading: AnswerReading | None = None
     """None: the text is the answer."""
+    token_prompts: bool = True
+    """Whether a prompt may have ids that the router's tokenizer does not give."""

@@ -59,6 +59,11 @@ class Tokenizer(Protocol):
         """The text of the model's chat templates; empty: there is none."""
         ...
 
+    @property
+    def num_ids(self) -> int:
+        """All ids that it gives are below this."""
+        ...
+
     def encode(self, text: str, *, add_special_tokens: bool = True, whose: str = "") -> list[int]:
         """Token ids of any text. Blocking. `whose`: what others have asked must not make it faster."""
         ...
@@ -91,6 +96,7 @@ class ByteTokenizer:
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
         self.digest = self.chat_source = ""
+        self.num_ids = min(256, vocab_size)
 
     def __repr__(self) -> str:
         return f"<ByteTokenizer vocab_size={self._vocab_size}>"
@@ -138,6 +144,7 @@ class FolderTokenizer:
         except Exception as error:  # the library raises bare Exceptions
             raise ModelLoadError(f"{file} cannot be read: {error}") from error
         self.digest = file_digest(file)
+        self.num_ids = max(self._tokenizer.get_vocab().values(), default=-1) + 1
         self._file = read_tokenizer_file(file.read_bytes())
         self._limits, self._cache = limits, TokenCache(self._encode_all, limits)
         self._pieces = PieceBytes(self._tokenizer)

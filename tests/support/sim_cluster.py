@@ -7,7 +7,6 @@ import asyncio
 import hashlib
 import random
 from collections import Counter
-from contextlib import aclosing
 from dataclasses import dataclass, field
 from unittest.mock import patch
 
@@ -427,16 +426,15 @@ class SimCluster:
     async def _read(self, answer: Answer, run: RequestRun) -> None:
         left = answer.wanted.leaves_after
         try:
-            async with aclosing(run.__aiter__()) as emits:  # type: ignore[type-var]  # a generator
-                async for emit in emits:
-                    answer.tokens[emit.index] += emit.token_ids
-                    self.trace("emit", answer.wanted.id, emit.index, *emit.token_ids)
-                    if answer.finished[emit.index]:
-                        self.problems.append(f"{answer.wanted.id} emits after its end")
-                    answer.finished[emit.index] = emit.finish_reason is not None
-                    if left is not None and sum(map(len, answer.tokens)) >= left:
-                        answer.left = True
-                        return
+            async for emit in run:
+                answer.tokens[emit.index] += emit.token_ids
+                self.trace("emit", answer.wanted.id, emit.index, *emit.token_ids)
+                if answer.finished[emit.index]:
+                    self.problems.append(f"{answer.wanted.id} emits after its end")
+                answer.finished[emit.index] = emit.finish_reason is not None
+                if left is not None and sum(map(len, answer.tokens)) >= left:
+                    answer.left = True
+                    return
         except KVFerryError as error:
             answer.error = error
 

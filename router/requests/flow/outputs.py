@@ -6,7 +6,8 @@ costs as much as all that is done with the token.
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
+from typing import Self
 
 from router.requests.events import Emit, Fail, Finish
 
@@ -27,7 +28,7 @@ class Outputs:
         self._reader_waits = False
         self._reader_failed: Exception | None = None
         self.take: Take | None = None
-        """Set by a reader that can take outputs while it waits in `read`. May call anything of the request."""
+        """Set by a reader that can take outputs while it waits for the next one. May call anything of the request."""
         self.end: Finish | Fail | None = None
         """What comes after the last of them."""
 
@@ -78,20 +79,23 @@ class Outputs:
         """Those of this completion are not read any more."""
         self._unread = deque(emit for emit in self._unread if emit.index != index)
 
-    async def read(self) -> AsyncIterator[Emit]:
-        """Those that are not taken straight. Ends with the last one; raises the error of a request that fails."""
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Emit:
+        """The next one that is not taken straight. Raises the error of a request that fails."""
         while True:
-            while self._unread and self._reader_failed is None:
+            if self._reader_failed is not None:
+                raise self._reader_failed
+            if self._unread:
                 emit = self._unread.popleft()
                 if len(self._unread) < self._most:
                     self._drained.set()
-                yield emit
-            if self._reader_failed is not None:
-                raise self._reader_failed
+                return emit
+            if isinstance(self.end, Fail):
+                raise self.end.error
             if self.end is not None:
-                if isinstance(self.end, Fail):
-                    raise self.end.error
-                return
+                raise StopAsyncIteration
             self._changed.clear()
             self._reader_waits = True
             try:

@@ -59,6 +59,7 @@ def test_a_chat_becomes_a_neutral_request() -> None:
         stops=["x"],
         shown=ShownFields(token_ids=True, usage=True),
         names=FieldNames(prompt="messages"),
+        token_prompts=False,
     )
 
 
@@ -116,6 +117,23 @@ async def test_prompts_beyond_the_bound_of_an_answer_are_refused_by_the_clients_
     with pytest.raises(InvalidRequestError, match="candidates times the prompts must not be over 1") as caught:
         answerer.start(AnswerRequest(specs, names=FieldNames(n="candidates")))
     assert caught.value.param == "candidates"
+
+
+@pytest.mark.parametrize(
+    ("given", "num_ids", "refused"), [(True, 1, True), (False, VOCAB + 1, True), (False, 1, False)]
+)
+async def test_ids_beyond_the_vocabulary_are_looked_for_where_there_may_be_some(
+    given: bool, num_ids: int, refused: bool
+) -> None:
+    rig = await make_rig(tokenizer=(tokenizer := ByteTokenizer(VOCAB)))
+    tokenizer.num_ids = num_ids
+    sampling = SamplingParams(max_tokens=4)
+    request = AnswerRequest([RequestSpec("r", [97, VOCAB], sampling)], token_prompts=given)
+    if refused:
+        with pytest.raises(InvalidRequestError, match="outside of the vocabulary"):
+            rig.answerer.start(request)
+    else:
+        rig.answerer.start(request).close()
 
 
 async def test_what_one_meets_in_a_debugger_says_what_it_holds(tmp_path: Path) -> None:

@@ -1,15 +1,18 @@
 """Tokens that go straight from a node's connection to the client's: in order, held back, stopped, and what breaks."""
 
 import asyncio
+import gc
 import json
+import weakref
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from typing import Any
 
 import msgspec
 import pytest
 from aiohttp import web
 from support.http_wire import Wire, connected
-from support.router_fakes import FakeNode, FakeNodes, Rig, expected, make_rig, node_app, serve, until
+from support.router_fakes import FakeNode, FakeNodes, Rig, expected, make_rig, node_app, serve, two_and_two, until
 
 from kvcore.errors import EngineError
 from kvcore.process.http_exchange import HttpExchange
@@ -22,6 +25,7 @@ from router.api.formats.completion_format import CompletionFormatter
 from router.requests.events import Emit, Fail, Finish
 from router.requests.flow.outputs import Outputs
 from router.requests.limits import RequestLimits
+from router.requests.run import RequestRun
 from router.requests.spec import RequestSpec
 
 PROMPT = "hello" * 20
@@ -157,6 +161,31 @@ async def test_a_formatter_that_fails_ends_the_stream_and_no_leg_is_tried_again(
     await until(lambda: not any(one.running for one in rig.nodes.nodes))
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_request_that_has_ended_is_freed_without_a_collection(
+    stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = await make_rig(two_and_two())
+    begun: list[weakref.ref[RequestRun]] = []
+    open_one = rig.dispatcher.open
+
+    def noting(*given: Any, **named: Any) -> RequestRun:
+        run = open_one(*given, **named)
+        begun.append(weakref.ref(run))
+        return run
+
+    monkeypatch.setattr(rig.dispatcher, "open", noting)
+    gc.disable()
+    try:
+        _protocol, wire = ask(rig, max_tokens=4, stream=stream)
+        await until(lambda: b'"finish_reason":"length"' in wire.sent and rig.log.in_flight == 0)
+        await rig.dispatcher.aclose()
+        await turns()
+        assert [run() for run in begun] == [None]
+    finally:
+        gc.enable()
+
+
 def emit(token: int, index: int = 0) -> Emit:
     return Emit(index, [token])
 
@@ -171,7 +200,7 @@ async def test_outputs_keep_their_order_whatever_is_taken() -> None:
         return takes[0]
 
     async def reads() -> None:
-        async for one in outputs.read():
+        async for one in outputs:
             read.extend(one.token_ids)
 
     outputs.add(emit(0))
@@ -197,7 +226,7 @@ async def test_what_a_reader_raises_is_raised_where_it_reads() -> None:
         raise ValueError("a bug")
 
     outputs.take = take
-    reading = asyncio.create_task(anext(aiter(outputs.read())))
+    reading = asyncio.create_task(anext(outputs))
     await asyncio.sleep(0)
     outputs.add(emit(1))
     outputs.deliver()
