@@ -21,8 +21,8 @@ _log = logging.getLogger("router")
 @dataclass(slots=True, eq=False)
 class WatchedLeg:
     """One leg under way. `computes`: prompt tokens before its first token, or before its answer. `patience`: its limits
-    are so many times the usual. `waits`: whether it rightly waits for another node. `move(error)`: give it up, if some
-    other node can take it over."""
+    are so many times the usual, after stalls of the request's legs of this kind. `waits`: whether it rightly waits for
+    another node. `move(error)`: give it up, if some other node can take it over."""
 
     id: str
     node: KnownNode

@@ -125,10 +125,9 @@ class RequestMachine:
         """Whether every index has ended."""
         return not self.completions.unfinished
 
-    @property
-    def stalls(self) -> int:
-        """Legs that were given up as their nodes were silent."""
-        return sum(code == NodeStalledError.code for _, code in self.retries)
+    def stalls(self, kind: str = "") -> int:
+        """Legs that were given up as their nodes were silent; of this kind only, if given."""
+        return sum(code == NodeStalledError.code and of.startswith(kind) for of, code in self.retries)
 
     def runs(self, leg: str) -> bool:
         """Whether events of this decode leg still matter."""
@@ -266,7 +265,7 @@ class RequestMachine:
     def _leg_stalled(self, event: LegStalled) -> list[Action]:
         """Nothing comes of it where nobody is there to take over, and when it has happened too often: between nodes
         that are all slow a request would go to and fro, and each time begin anew."""
-        if self.stalls >= self._limits.most_stalls:
+        if self.stalls() >= self._limits.most_stalls:
             return []
         if (leg := self._decodes.running.get(event.leg)) is None:
             return self.prefill.stalled(event.leg, event.error)

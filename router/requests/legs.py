@@ -156,7 +156,7 @@ class RequestLegs:
                 node,
                 self._services.clock.now(),
                 computes,
-                patience=2.0**self._listener.machine.stalls,
+                patience=2.0 ** self._listener.machine.stalls(leg.kind),
                 waits=lambda: self._listener.machine.prefill.is_awaited_by(leg.id),
                 move=lambda error: self._listener.stalled(leg, error),
                 is_prefill=leg.kind == "prefill",

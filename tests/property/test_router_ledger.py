@@ -200,11 +200,11 @@ class World:
     def _stalled(self) -> None:
         """A leg that is given up goes on at another node; one that is not goes on where it is."""
         leg = self.draw(st.sampled_from(sorted([*self.decodes, *self.prefills])))
-        stalls, ended = self.machine.stalls, len(self.ends)
+        stalls, ended = self.machine.stalls(), len(self.ends)
         actions = self.machine.handle(LegStalled(leg, NodeStalledError("silent")))
         self.carry_out(actions)
         assert bool(actions) == (leg not in self.decodes and leg not in self.prefills)
-        assert self.machine.stalls <= min(stalls + 1, RequestLimits().most_stalls)
+        assert self.machine.stalls() <= min(stalls + 1, RequestLimits().most_stalls)
         assert not any(isinstance(end, Fail) for end in self.ends[ended:]), "a stall alone fails no request"
 
     def _stop(self) -> None:

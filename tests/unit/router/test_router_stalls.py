@@ -298,6 +298,35 @@ async def test_a_prefill_that_stalls_is_done_by_another_or_else_by_the_decoder()
     assert {name for name, node in rig.cluster.nodes.items() if node.trust.suspected} == {"p0", "p1"}
 
 
+async def test_a_prefiller_that_stalls_gives_no_decoder_more_time() -> None:
+    """Only a leg of the same kind has twice as long: else a request between two that hang would be held for thrice."""
+    rig = await make_rig(node_limits=LIMITS)
+    for node in rig.nodes.nodes:
+        node.wait_for_handoff = node.id[0] == "d"
+        node.prefill_gate = asyncio.Event() if node.id[0] == "p" else None
+        node.token_gate = asyncio.Event() if node.id[0] == "d" else None
+    run = open_run(rig)
+    task = asyncio.create_task(tokens_of(run))
+    await turns()
+    look(rig, 6.0)
+    await turns()
+    for name in ("p0", "p1"):
+        gate = rig.nodes[name].prefill_gate
+        assert gate is not None
+        gate.set()
+    await until(lambda: run.machine.completion_tokens == 1)
+    look(rig, 2.0)
+    await until(lambda: len(run.machine.retries) == 2)
+    await turns()
+    assert run.machine.retries == [("prefill", "node_stalled"), ("decode", "node_stalled")]
+    assert (run.machine.stalls(), run.machine.stalls("decode"), run.machine.stalls("prefill")) == (2, 1, 1)
+    assert [leg.patience for leg in rig.cluster.stalls._legs.values()] == [2.0], (
+        "of one decoder that hung, not of two nodes"
+    )
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
 async def test_a_decode_leg_that_waits_for_its_prefill_is_not_silent_by_its_own_fault() -> None:
     rig = await make_rig(node_limits=LIMITS)
     gate = asyncio.Event()
