@@ -1,0 +1,104 @@
+"""OpenAI's own client against the router: chats, streams with its helpers, and a loop of tools to its end.
+
+It comes with vLLM, so that these tests run where vLLM's do. The nodes behind the router write what the test says.
+"""
+
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import openai
+import pytest
+from support.router_fakes import make_rig
+
+from kvcore.process.asgi import AsgiServer
+
+MARK = b"<assistant>"
+TOOLS: list[Any] = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+        },
+    }
+]
+QUESTION: dict[str, Any] = {"role": "user", "content": "How is it in Zürich and in Rome?"}
+CALLS = (
+    "<think>\nTwo cities.\n</think>\n\nLet me look.\n"
+    '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Zürich"}}\n</tool_call>\n'
+    '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"}}\n</tool_call>'
+)
+ANSWER = "Rain there, sun here."
+MORE: dict[str, Any] = {"model": "fake-model", "tools": TOOLS, "max_tokens": 600, "extra_body": {"stop_token_ids": [0]}}
+
+
+def answers() -> Callable[[list[int], int], int]:
+    """A model that calls tools where there are no results yet, and answers where there are."""
+
+    def next_token(tokens: list[int], _: int) -> int:
+        whole = bytes(tokens)
+        said = ANSWER if b"<tool>" in whole else CALLS
+        return [*said.encode(), 0][len(tokens) - whole.rfind(MARK) - len(MARK)]
+
+    return next_token
+
+
+@asynccontextmanager
+async def client() -> AsyncIterator[openai.AsyncOpenAI]:
+    rig = await make_rig(parser="hermes")
+    for node in rig.nodes.nodes:
+        node.tokens = answers()
+    server = AsgiServer(rig.app, "127.0.0.1", 0)
+    await server.start()
+    try:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as one:
+            yield one
+    finally:
+        await server.aclose()
+
+
+def results(calls: Any) -> list[dict[str, Any]]:
+    cities = [json.loads(call.function.arguments)["city"] for call in calls]
+    assert cities == ["Zürich", "Rome"]
+    return [{"role": "tool", "tool_call_id": call.id, "content": "18"} for call in calls]
+
+
+async def test_a_loop_of_tools_comes_to_its_answer() -> None:
+    async with client() as api:
+        messages: list[Any] = [QUESTION]
+        first = await api.chat.completions.create(messages=messages, **MORE)
+        choice = first.choices[0]
+        assert (choice.finish_reason, choice.message.content) == ("tool_calls", "Let me look.")
+        assert choice.message.model_extra and choice.message.model_extra["reasoning"] == "Two cities."
+        messages += [choice.message, *results(choice.message.tool_calls)]
+        last = await api.chat.completions.create(messages=messages, **MORE)
+        assert (last.choices[0].finish_reason, last.choices[0].message.content) == ("stop", ANSWER)
+        assert last.choices[0].message.tool_calls is None
+
+
+async def test_the_streaming_helper_puts_the_same_message_together() -> None:
+    async with client() as api:
+        kinds, whole = set(), ""
+        async with api.chat.completions.stream(messages=[QUESTION], **MORE) as stream:
+            async for event in stream:
+                kinds.add(event.type)
+                if event.type == "tool_calls.function.arguments.delta":
+                    whole += event.arguments_delta
+            final = await stream.get_final_completion()
+        choice = final.choices[0]
+        assert (choice.finish_reason, choice.message.content) == ("tool_calls", "Let me look.")
+        assert results(choice.message.tool_calls)
+        assert whole == '{"city": "Zürich"}{"city": "Rome"}'
+        assert {"content.delta", "tool_calls.function.arguments.delta", "tool_calls.function.arguments.done"} <= kinds
+
+
+async def test_the_names_and_lengths_of_models_are_read() -> None:
+    async with client() as api:
+        (model,) = (await api.models.list()).data
+        assert (await api.models.retrieve(model.id)).id == "fake-model"
+        with pytest.raises(openai.NotFoundError):
+            await api.chat.completions.create(model="other", messages=[QUESTION])
+        with pytest.raises(openai.BadRequestError, match="tool_choice"):
+            await api.chat.completions.create(messages=[QUESTION], tool_choice="required", **MORE)
