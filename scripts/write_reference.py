@@ -90,6 +90,10 @@ What a request says nothing of, or `null`, is taken from the model's `generation
 it (`temperature`, `top_p`, `top_k`, `min_p`, the penalties, and `max_new_tokens` for chats): the router's log names
 what is not OpenAI's. `model.generation_config: false` leaves the file alone.
 
+`POST /v1/messages` and `/v1/messages/count_tokens` are Anthropic's: blocks of text, thinking, calls and results of
+tools are translated into a chat as vLLM's server translates them, and what is said here of chats holds for them.
+Images, documents, Anthropic's own tools and `tool_choice` `any` or with a name are refused.
+
 Parts of messages are text, and `response_format` may be `{{"type": "text"}}`.
 
 The model is told of `tools`, and with `tool_choice` `auto`, the default, its calls are told apart from its text: in one

@@ -25,6 +25,8 @@ from router.admission.header import with_first_token
 from router.admission.no_node import NoNodeWait, Tell
 from router.answering import Answerer
 from router.api import openapi
+from router.api.anthropic.message_format import MessagesFormatter
+from router.api.anthropic.messages import MessagesRequest, chat_of
 from router.api.body import parse
 from router.api.formats.completion_format import CompletionFormatter
 from router.api.formats.formatter import Formatter
@@ -46,7 +48,7 @@ from router.text.tokenizer import Tokenizer
 Endpoint = Callable[[Request], Awaitable[Response]]
 _log = logging.getLogger("router")
 _GOOD_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
-_Body = TypeVar("_Body", ChatRequest, CompletionRequest)
+_Body = TypeVar("_Body", ChatRequest, CompletionRequest, MessagesRequest)
 
 
 def make_app(
@@ -171,10 +173,12 @@ def _add_openai(
         *,
         id_prefix: str,
         formatter: Callable[[ClientAnswer, str, int, Tokenizer], Formatter],
+        translate: Callable[[_Body], ChatRequest | CompletionRequest],
     ) -> None:
         @app.post(path, name=name, **openapi.answers(kind))
         async def endpoint(request: Request) -> Response:
-            body = parse(await read_body(request, max_body_bytes, timeout_s=limits.body_timeout_s), kind)
+            raw = await read_body(request, max_body_bytes, timeout_s=limits.body_timeout_s)
+            body = translate(parse(raw, kind))
             request_id = f"{id_prefix}-{secrets.token_hex(16)}"
 
             async def start(tell: Tell) -> tuple[ClientAnswer, Formatter]:
@@ -205,8 +209,13 @@ def _add_openai(
 
         endpoints[path] = endpoint
 
-    generates("chat", "/v1/chat/completions", ChatRequest, id_prefix="chatcmpl", formatter=chat_formatter)
-    generates("completions", "/v1/completions", CompletionRequest, id_prefix="cmpl", formatter=CompletionFormatter)
+    as_it_is = lambda body: body  # noqa: E731
+    paths = "/v1/chat/completions", "/v1/completions", "/v1/messages"
+    generates("chat", paths[0], ChatRequest, id_prefix="chatcmpl", formatter=chat_formatter, translate=as_it_is)
+    generates(
+        "completions", paths[1], CompletionRequest, id_prefix="cmpl", formatter=CompletionFormatter, translate=as_it_is
+    )
+    generates("messages", paths[2], MessagesRequest, id_prefix="msg", formatter=MessagesFormatter, translate=chat_of)
     _add_models(app, answerer)
     return endpoints
 

@@ -19,7 +19,7 @@ from kvcore.errors import EngineError, KVFerryError
 from kvcore.process.http_exchange import HttpExchange, exchange_of, told_when_gone
 from kvcore.step_timeout import StepTimeout
 from router.admission.no_node import Tell
-from router.api.formats.formatter import Formatter, sse
+from router.api.formats.formatter import Formatter
 from router.api.http_errors import headers_for, reply_of
 from router.client_answer import ClientAnswer, TextPiece
 
@@ -201,12 +201,12 @@ class AnswerResponse(Response):
                     await turns.give_way()
             last = formatter.closing()
         except KVFerryError as error:
-            last = sse(reply_of(error))
+            last = formatter.failure(reply_of(error))
         except _ClientGoneError:
             raise
         except Exception:  # request boundary; the status is out already
             _log.exception("stream_failed")
-            last = sse(reply_of(EngineError("internal error")))
+            last = formatter.failure(reply_of(EngineError("internal error")))
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
     async def _tell(self, send: Send) -> None:

@@ -14,6 +14,7 @@ from kvcore.process.http_body import read_body
 from kvcore.release import release
 from router.answering import Answerer
 from router.api import openapi
+from router.api.anthropic.messages import MessagesRequest, chat_of
 from router.api.body import parse
 from router.api.chat_messages import ChatMessage
 from router.api.chat_tools import Tool
@@ -61,6 +62,15 @@ def add_text_routes(app: FastAPI, answerer: Answerer, max_body_bytes: int, limit
         return JsonReply(
             {"count": len(tokens), "max_model_len": answerer.max_context, "tokens": tokens, "token_strs": names}
         )
+
+    @app.post("/v1/messages/count_tokens", **openapi.orders("How many tokens a prompt has", MessagesRequest))
+    async def count_tokens(request: Request) -> Response:
+        raw = await read_body(request, max_body_bytes, timeout_s=limits.body_timeout_s)
+        body = chat_of(parse(raw, MessagesRequest), counted_only=True)
+        if body.model:
+            answerer.check_model(body.model)
+        (tokens,) = await answerer.encode(prompts_of(body, limits), caller_of(request.scope).apart(None))
+        return JsonReply({"input_tokens": len(tokens)})
 
     @app.post("/detokenize", **openapi.orders("The text of tokens", DetokenizeRequest))
     async def detokenize(request: Request) -> Response:

@@ -1,6 +1,8 @@
 """Whose the router's paths are: everybody's, tenants', operators'. Pure."""
 
-COUNTED = frozenset({"/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"})
+COUNTED = frozenset(
+    {"/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/messages/count_tokens", "/tokenize", "/detokenize"}
+)
 """What a tenant's rates and concurrency are of."""
 OPEN = frozenset({"/health", "/ping"})
 _PLAIN = COUNTED | {"/v1/models", "/openapi.json", "/version"}

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import httpx
 import msgspec
 from aiohttp import web
 from fastapi import FastAPI
@@ -157,6 +158,8 @@ class FakeNode:
     """So many ends of a handoff arrive before their leg, and are ignored."""
     script: list[TokenDelta] | None = None
     tokens: Callable[[list[int], int], int] = next_token
+    eos: int | None = None
+    """The token that ends what it says; None: only the request's own do."""
     prefills: list[PrefillRequest] = field(default_factory=list)
     generates: list[GenerateRequest] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
@@ -259,7 +262,7 @@ class FakeNode:
                     self.down = self.stays_dead
                     raise NodeUnavailableError(f"{self.id} died")
                 output.append(self.tokens(request.prompt_token_ids + output, index))
-                stop = output[-1] if output[-1] in sampling.stop_token_ids else None
+                stop = output[-1] if output[-1] in (*sampling.stop_token_ids, self.eos) else None
                 done = FinishReason.LENGTH if len(output) >= sampling.max_tokens else None
                 done = FinishReason.STOP if stop is not None else done
                 logprobs = None
@@ -583,3 +586,25 @@ async def serve(app: web.Application) -> AsyncIterator[str]:
         yield f"http://127.0.0.1:{runner.addresses[0][1]}"
     finally:
         await runner.cleanup()
+
+
+MARK = b"<assistant>"
+"""How the byte tokenizer's chats end."""
+
+
+def writes(text: str) -> Callable[[list[int], int], int]:
+    """A model that answers a chat so, whatever it is asked, and then says 0."""
+    answer = [*text.encode(), 0]
+    return lambda tokens, _: answer[len(tokens) - bytes(tokens).rfind(MARK) - len(MARK)]
+
+
+@asynccontextmanager
+async def asking_client(text: str, parser: str) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of a router whose nodes write `text`, and end at 0."""
+    nodes = two_and_two()
+    for node in nodes.nodes:
+        node.tokens, node.eos = writes(text), 0
+    rig = await make_rig(nodes, parser=parser)
+    transport = httpx.ASGITransport(app=rig.app)  # type: ignore[arg-type]
+    async with httpx.AsyncClient(transport=transport, base_url="http://router") as http:
+        yield http

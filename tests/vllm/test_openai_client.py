@@ -10,11 +10,10 @@ from typing import Any
 
 import openai
 import pytest
-from support.router_fakes import make_rig
+from support.router_fakes import MARK, make_rig
 
 from kvcore.process.asgi import AsgiServer
 
-MARK = b"<assistant>"
 TOOLS: list[Any] = [
     {
         "type": "function",

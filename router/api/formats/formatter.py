@@ -11,6 +11,7 @@ from typing import Generic, Protocol, TypeVar
 
 import msgspec
 
+from router.api.http_errors import ErrorReply
 from router.client_answer import ClientAnswer, TextPiece
 from router.text.token_names import NamedToken, TokenNames
 from router.text.tokenizer import Tokenizer
@@ -81,6 +82,10 @@ class Formatter(Protocol):
 
     def closing(self) -> bytes:
         """Events after the last piece: usage, if the client asked for it, and the mark of the end."""
+        ...
+
+    def failure(self, reply: ErrorReply) -> bytes:
+        """The event of an error, which is the last one."""
         ...
 
     def take(self, piece: TextPiece) -> None:
@@ -191,6 +196,10 @@ class OpenAIFormatter(Generic[Entry]):
             top = [(other, finite(value)) for other, (_, value) in zip(others, logprob.top, strict=True)]
             named.append(NamedLogprob(token, num_chars, finite(logprob.logprob), top))
         return named
+
+    def failure(self, reply: ErrorReply) -> bytes:
+        """See Formatter."""
+        return sse(reply)
 
     def take(self, piece: TextPiece) -> None:
         """See Formatter."""

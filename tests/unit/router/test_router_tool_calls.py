@@ -1,18 +1,17 @@
 """Chats whose answers call tools or think aloud: what clients get of them, whole and in pieces."""
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
 import pytest
-from support.router_fakes import FakeNodes, Rig, make_rig, two_and_two
+from support.router_fakes import FakeNodes, Rig, make_rig, two_and_two, writes
 
 from kvcore.errors import ConfigError
 from router.parsing.dialects import DIALECTS, find_dialect
 
-MARK = b"<assistant>"
 TOOLS = [
     {
         "type": "function",
@@ -34,12 +33,6 @@ CHAT: dict[str, Any] = {
     "max_tokens": 500,
     "stop_token_ids": [0],
 }
-
-
-def writes(text: str) -> Callable[[list[int], int], int]:
-    """A model that answers this, whatever it is asked."""
-    answer = [*text.encode(), 0]
-    return lambda tokens, _: answer[len(tokens) - bytes(tokens).rfind(MARK) - len(MARK)]
 
 
 def nodes_that_write(text: str) -> FakeNodes:

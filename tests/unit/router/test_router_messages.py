@@ -1,0 +1,142 @@
+"""Anthropic's Messages API: the chat that a body is, and the bodies and events of its answers."""
+
+import json
+from typing import Any
+
+import pytest
+from support.router_fakes import MARK, asking_client
+
+from kvcore.errors import InvalidRequestError
+from router.api.anthropic.messages import MessagesRequest, chat_of
+from router.api.body import parse
+
+TOOLS = [{"name": "get_weather", "input_schema": {"properties": {"city": {"type": "string"}}}}]
+CALLS = (
+    "<think>\nOne city.\n</think>\n\nLet me look.\n"
+    '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Zürich"}}\n</tool_call>'
+)
+ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "How is it?"}], "max_tokens": 500, "tools": TOOLS}
+HISTORY = [
+    {"role": "user", "content": [{"type": "text", "text": "How is it?", "cache_control": {"type": "ephemeral"}}]},
+    {
+        "role": "assistant",
+        "content": [
+            {"type": "thinking", "thinking": "One city.", "signature": ""},
+            {"type": "text", "text": "Let me look."},
+            {"type": "tool_use", "id": "call_1", "name": "get_weather", "input": {"city": "Zürich"}},
+        ],
+    },
+    {
+        "role": "user",
+        "content": [
+            {"type": "tool_result", "tool_use_id": "call_1", "content": [{"type": "text", "text": "18"}]},
+            {"type": "text", "text": "And now?"},
+        ],
+    },
+]
+
+
+def events_of(text: str) -> list[dict[str, Any]]:
+    events = []
+    for event in text.strip().split("\n\n"):
+        name, data = event.split("\n")
+        events.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {events[-1]['type']}"
+    return events
+
+
+async def test_an_answer_is_blocks_of_thinking_text_and_calls() -> None:
+    async with asking_client(CALLS, "hermes") as http:
+        reply = (await http.post("/v1/messages", json=ASK)).json()
+    thinking, text, call = reply["content"]
+    assert (thinking["type"], thinking["thinking"]) == ("thinking", "One city.")
+    assert text == {"type": "text", "text": "Let me look."}
+    assert (call["type"], call["name"], call["input"]) == ("tool_use", "get_weather", {"city": "Zürich"})
+    assert (reply["type"], reply["role"], reply["stop_reason"]) == ("message", "assistant", "tool_use")
+    assert reply["id"].startswith("msg") and reply["model"] == "fake-model"
+    usage = reply["usage"]
+    assert usage["output_tokens"] == len(CALLS.encode()) + 1
+    assert usage["input_tokens"] + usage["cache_read_input_tokens"] > 10
+
+
+async def test_a_stream_begins_and_ends_each_block() -> None:
+    async with asking_client(CALLS, "hermes") as http:
+        events = events_of((await http.post("/v1/messages", json={**ASK, "stream": True})).text)
+    kinds = [event["type"] for event in events]
+    assert kinds[:2] == ["message_start", "ping"] and kinds[-2:] == ["message_delta", "message_stop"]
+    starts = [event for event in events if event["type"] == "content_block_start"]
+    assert [event["content_block"]["type"] for event in starts] == ["thinking", "text", "tool_use"]
+    assert [event["index"] for event in starts] == [0, 1, 2]
+    stops = [event["index"] for event in events if event["type"] == "content_block_stop"]
+    assert stops == [0, 1, 2]
+    texts = dict.fromkeys(stops, "")
+    for event in events:
+        if event["type"] == "content_block_delta":
+            field = {"thinking_delta": "thinking", "text_delta": "text", "input_json_delta": "partial_json"}
+            texts[event["index"]] += event["delta"][field[event["delta"]["type"]]]
+    assert texts == {0: "One city.", 1: "Let me look.", 2: '{"city": "Zürich"}'}
+    assert events[-2]["delta"] == {"stop_reason": "tool_use", "stop_sequence": None}
+    assert events[-2]["usage"]["output_tokens"] == len(CALLS.encode()) + 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason", "sequence"),
+    [
+        ({"stop_sequences": ["loo"]}, "stop_sequence", "loo"),
+        ({"max_tokens": 40}, "max_tokens", None),
+        ({}, "end_turn", None),
+    ],
+)
+async def test_why_an_answer_ended(fields: dict[str, object], reason: str, sequence: str | None) -> None:
+    async with asking_client("Let me look at this for as long as it takes.", "none") as http:
+        reply = (await http.post("/v1/messages", json={**ASK, "tools": [], **fields})).json()
+        assert (reply["stop_reason"], reply["stop_sequence"]) == (reason, sequence)
+        counted = {key: value for key, value in ASK.items() if key not in ("max_tokens", "tools")}
+        count = (await http.post("/v1/messages/count_tokens", json=counted)).json()["input_tokens"]
+        assert count == reply["usage"]["input_tokens"] + reply["usage"]["cache_read_input_tokens"]
+        assert count > len(MARK)
+
+
+def test_a_history_is_the_chat_that_openais_would_be() -> None:
+    raw = json.dumps({**ASK, "messages": HISTORY, "system": [{"type": "text", "text": "Be brief."}]}).encode()
+    chat = chat_of(parse(raw, MessagesRequest))
+    assert [(one.role, one.tool_call_id) for one in chat.messages] == [
+        ("system", None),
+        ("user", None),
+        ("assistant", None),
+        ("tool", "call_1"),
+        ("user", None),
+    ]
+    assistant = chat.messages[2]
+    assert (assistant.content, assistant.reasoning) == ("Let me look.", "One city.")
+    assert assistant.tool_calls == [
+        {
+            "id": "call_1",
+            "type": "function",
+            "function": {"name": "get_weather", "arguments": '{"city": "Z\\u00fcrich"}'},
+        }
+    ]
+    assert chat.messages[3].content == "18"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"max_tokens": None}, "max_tokens"),
+        ({"messages": [{"role": "robot", "content": "a"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "messages[0].content"),
+        ({"tools": [{"name": "bash", "type": "bash_20250124"}]}, "tools[0].type"),
+        ({"tool_choice": {"type": "some"}}, "tool_choice.type"),
+    ],
+)
+def test_what_is_wrong_is_named(fields: dict[str, object], param: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        chat_of(parse(json.dumps({**ASK, **fields}).encode(), MessagesRequest))
+    assert caught.value.param == param
+
+
+async def test_calls_that_must_be_made_are_refused() -> None:
+    async with asking_client(CALLS, "hermes") as http:
+        for choice in ({"type": "any"}, {"type": "tool", "name": "get_weather"}):
+            reply = await http.post("/v1/messages", json={**ASK, "tool_choice": choice})
+            assert (reply.status_code, reply.json()["error"]["param"]) == (400, "tool_choice")
