@@ -8,19 +8,25 @@ turns, so that noise meets all of them; medians. Ours is there twice: as other p
 measured with tokens that cost nothing (a byte each); and with the demo model's tokenizer, which also gives
 `ms_100kb_repeat`.
 
+`--processes 2` measures ours a third time, as two processes on one port (`router.processes`), whose processor time is
+added up: RESULT then has `rps_c32_2` and `cpu_us_per_request_2`. What rate N processes reach shows only where they, the
+workers and the load generator have a core each; where the machine has fewer that is said, and the processor time of a
+request is what can be compared.
+
 Estimate: a call with msgpack costs 0.1 ms of a router's processor, and there are two; the prompt is parsed, tokenized
 (0.4 ms for 1900 characters), hashed and encoded twice.
-Run: chrt -r 1 python -m benchmarks.router [--rounds 5] [--pin] [--peers-python VENV/bin/python]
+Run: chrt -r 1 python -m benchmarks.router [--rounds 5] [--pin] [--processes 2] [--peers-python VENV/bin/python]
 """
 
 import argparse
 import asyncio
 import json
+import os
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +35,8 @@ import uvloop
 from benchmarks.children import Child, program
 from benchmarks.router_mocks import ROLES
 from benchmarks.router_peers import PEERS, missing, peer
+from kvcore.errors import ConfigError
+from kvcore.ports import listen
 from kvferry.demo.model import MODEL_NAME
 
 CONFIG = """
@@ -54,13 +62,24 @@ class Load:
     counts: Callable[["Way"], bool] = lambda _way: True
 
 
+@dataclass(frozen=True, slots=True)
+class Children:
+    """Processes that are one router."""
+
+    each: Sequence[Child]
+
+    def cpu_s(self) -> float:
+        """Of all of them."""
+        return sum(child.cpu_s() for child in self.each)
+
+
 @dataclass(slots=True)
 class Way:
     """To the workers. `router` None: directly. `taken`: what each round of each load gave."""
 
     name: str
     port: int
-    router: Child | None
+    router: Child | Children | None
     taken: dict[str, list[dict[str, float]]] = field(default_factory=dict)
 
     def median(self, load: str, what: str) -> float:
@@ -140,13 +159,43 @@ def our_models() -> dict[str, str]:
     return {"kvferry": "none"}
 
 
+def written(folder: Path, name: str, path: str, ports: Sequence[int]) -> Path:
+    """A cluster file."""
+    config = folder / f"{name}.yaml"
+    listed = {f"n{n}": {"role": role, "port": ports[n]} for n, role in enumerate(ROLES)}
+    config.write_text(CONFIG.format(nodes=json.dumps(listed), path=path))
+    return config
+
+
+def free_ports(count: int) -> int:
+    """The first of so many in a row."""
+    while True:
+        with listen("127.0.0.1", 0) as first, ExitStack() as held:
+            port = int(first.getsockname()[1])
+            with suppress(ConfigError, OverflowError):
+                for more in range(port + 1, port + count):
+                    held.enter_context(listen("127.0.0.1", more))
+                return port
+
+
+async def several(stack: AsyncExitStack, ports: Sequence[int], pins: Sequence[Sequence[str]]) -> Way:
+    """One router of ours that is as many processes as there are pins, up until the stack ends."""
+    count, port = len(pins), free_ports(len(pins) + 1)
+    config = written(Path(stack.enter_context(tempfile.TemporaryDirectory())), "several", "none", ports)
+    command = [sys.executable, "-m", "router", "--config", str(config)]
+    command += ["--set", f"router.port={port}", "--set", f"router.processes={count}"]
+    each = []
+    for number, pin in enumerate(pins, start=1):
+        started = program([*pin, *command, "--process", str(number)], r"own=\"?(http://[^\s\"]+)")
+        each.append(await stack.enter_async_context(started))
+    return Way(f"kvferry x{count}", port, Children(each))
+
+
 async def ours(stack: AsyncExitStack, ports: Sequence[int], pinned: Sequence[str]) -> list[Way]:
     """Our routers, up until the stack ends."""
     folder, ways = Path(stack.enter_context(tempfile.TemporaryDirectory())), []
     for name, path in our_models().items():
-        config = folder / f"{name}.yaml"
-        listed = {f"n{n}": {"role": role, "port": ports[n]} for n, role in enumerate(ROLES)}
-        config.write_text(CONFIG.format(nodes=json.dumps(listed), path=path))
+        config = written(folder, name, path, ports)
         command = [*pinned, sys.executable, "-m", "router", "--config", str(config)]
         router = await stack.enter_async_context(program(command, r"url=\"?http://[^\s\"]+:(\d+)"))
         ways.append(Way(name, int(router.said), router))
@@ -166,22 +215,48 @@ async def theirs(stack: AsyncExitStack, python: Path | None, ports: Sequence[int
     return ways
 
 
+def placed(processes: int, pin: bool) -> tuple[list[list[str]], list[str], list[str]]:
+    """What pins each of a router's processes, the workers and the load generator: to a core each, as far as there are
+    some. Says what fewer do not show."""
+    cores = os.cpu_count() or 1
+    if processes > 1 and cores < processes + 2:
+        print(
+            f"{cores} cores for {processes} processes, the workers and the load generator: they take turns: the "
+            f"rate of x{processes} is no measure of what so many cores would give; processor time a request is"
+        )
+    if not pin:
+        return [[] for _ in range(processes)], [], []
+    on = [["taskset", "-c", str(core % cores)] for core in range(processes + 2)]
+    if cores < processes + 2:  # the routers on the first half, or the one core, the rest on the others
+        first = max(1, cores // 2)
+        on = [["taskset", "-c", str(number % first)] for number in range(processes)]
+        rest = ["taskset", "-c", str(cores - 1)]
+        return on, rest, rest
+    return on[:processes], on[processes], on[processes + 1]
+
+
 async def run(arguments: argparse.Namespace) -> None:
     """Bring the processes up, measure, print RESULT."""
-    apart, beside = (["taskset", "-c", "0"], ["taskset", "-c", "1"]) if arguments.pin else ([], [])
+    pins, workers, beside = placed(arguments.processes, arguments.pin)
+    apart = pins[0]
     async with AsyncExitStack() as stack:
-        mocks = program([*beside, sys.executable, "-m", "benchmarks.router_mocks"], r"^ports (.*)")
+        mocks = program([*workers, sys.executable, "-m", "benchmarks.router_mocks"], r"^ports (.*)")
         ports: list[int] = json.loads((await stack.enter_async_context(mocks)).said)
         direct, own = Way("direct", ports[2], None), await ours(stack, ports, apart)
+        split = [await several(stack, ports, pins)] if len(pins) > 1 else []
         others = await theirs(stack, arguments.peers_python, ports, apart)
-        for way in (*own, *others):
+        for way in (*own, *split, *others):
             await until_served(way)
-        await measure([direct, *own, *others], arguments.rounds, arguments.requests, beside)
+        await measure([direct, *own, *split, *others], arguments.rounds, arguments.requests, beside)
     result: dict[str, object] = {"direct_p50_ms": round(direct.median("c1", "p50_ms"), 3)}
     result |= figures(own[0], direct)
     if (tokenizing := {way.name: way for way in own}.get(TOKENIZING)) is not None:
         result["ms_100kb_repeat"] = round(tokenizing.median("100kb", "p50_ms"), 2)
         result["tokenizing"] = figures(tokenizing, direct)
+    for way in split:
+        found = figures(way, direct)
+        result |= {f"{what}_{len(pins)}": found[what] for what in ("rps_c32", "cpu_us_per_request")}
+        result["cores"] = os.cpu_count()
     result["peers"] = {way.name: figures(way, direct) for way in others}
     print("RESULT " + json.dumps(result))
 
@@ -191,7 +266,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--requests", type=int, default=1000, help="of one client, in a round")
-    parser.add_argument("--pin", action="store_true", help="the router on core 0, workers and load on core 1")
+    parser.add_argument("--pin", action="store_true", help="the router on core 0, workers and load on others")
+    parser.add_argument("--processes", type=int, default=1, help="also measure ours as so many processes on one port")
     parser.add_argument("--peers-python", type=Path, help="of an environment with other projects' routers")
     uvloop.run(run(parser.parse_args()))
 

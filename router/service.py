@@ -11,7 +11,7 @@ from fastapi import FastAPI
 
 from kvcore.clock import Clock, SystemClock
 from kvcore.config.schema import ClusterConfig, RouterConfig
-from kvcore.config.servers import process_name, process_urls
+from kvcore.config.servers import other_urls, process_name, process_urls
 from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
 from kvcore.process.service import Lifecycle
 from kvcore.telemetry import log_fields
@@ -26,6 +26,7 @@ from router.admin.rebalance import SegmentRebalance
 from router.admin.routes import AdminRoutes, add_no_nodes
 from router.admission.gate import Admission
 from router.admission.no_node import NoNodeWait, none_is_up_yet
+from router.admission.sharing import SharedAdmission
 from router.answering import Answerer
 from router.api.app import make_app
 from router.cache.hints import HintPins
@@ -40,7 +41,9 @@ from router.nodes.prober import Prober
 from router.nodes.problems import ClusterProblems
 from router.nodes.vllm_client import VllmClient, server_key
 from router.nodes.vllm_model import read_model_facts
+from router.processes.exchange import add_load, share_load
 from router.processes.reports import ProcessPlace
+from router.processes.shared_work import SharedWork
 from router.processes.siblings import Sibling, Siblings, siblings_session
 from router.processes.view import RouterView
 from router.reload import LiveRouter
@@ -93,8 +96,9 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle, place: Process
     live.told.append(status.go_by)
     metrics = RouterMetrics(cluster, log, connected, watch)
     threads = lifecycle.stack.enter_context(closing(TextThreads(AnswerLimits().text_threads)))
+    load = _share_admission(config, lifecycle, services, dispatcher, status, trust=trust, place=place)
     answerer = _answerer(
-        config, tokenizer, dispatcher, services, threads=threads, prober=prober, metrics=metrics, live=live
+        config, tokenizer, dispatcher, services, threads=threads, prober=prober, metrics=metrics, live=live, load=load
     )
     add_routes = _operators_routes(
         config, cluster, client, prober, lifecycle, metadata=metadata, answerer=answerer, connected=connected
@@ -105,7 +109,7 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle, place: Process
         metrics,
         max_body_bytes=bounds.max_body,
         cors=bounds.cors,
-        more=add_routes,
+        more=partial(_add_all, add_routes, load),
         guard=await open_guard(config, log, clock, lifecycle, trust=trust, tokenizer=tokenizer, process=place.number),
         no_node=_no_node(services, prober, stopping, live),
         habits=habits,
@@ -119,12 +123,16 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle, place: Process
         lifecycle.stack.push_async_callback(metadata.aclose)
         lifecycle.tasks.create_task(subscription.run(), name="index subscription")
         lifecycle.tasks.create_task(_follow_stats(metadata, status, watch), name="segment use")
-    await server.start()
-    lifecycle.stack.push_async_callback(server.aclose)
-    lifecycle.tasks.create_task(server.wait_failed(), name="http server")
+    await _serve(server, lifecycle)
     lifecycle.ready(**server.urls, policy=bounds.policy, nodes=len(config.nodes), handoff=config.handoff)
     await _until_drained(lifecycle, server, dispatcher, services)
     await server.drain(config.service.drain_s)
+
+
+async def _serve(server: RouterListeners, lifecycle: Lifecycle) -> None:
+    await server.start()
+    lifecycle.stack.push_async_callback(server.aclose)
+    lifecycle.tasks.create_task(server.wait_failed(), name="http server")
 
 
 async def _until_drained(
@@ -180,6 +188,7 @@ def _answerer(
     prober: Prober,
     metrics: RouterMetrics,
     live: LiveRouter,
+    load: SharedAdmission | None,
 ) -> Answerer:
     """With what lets requests in, told of all that may make room."""
     admission = Admission(
@@ -190,6 +199,8 @@ def _answerer(
         stopping=lambda: dispatcher.stopping,
     )
     live.told.append(admission.go_by)
+    if load is not None:
+        admission.share(load)
     services.cluster.on_less_load = admission.wake
     prober.on_round.append(admission.wake)  # a node may have come, or another router's load have gone
     services.log.prompt_observers.append(admission.ended)
@@ -217,6 +228,35 @@ def _live(services: RequestServices, dispatcher: Dispatcher, prober: Prober, lif
     live.told += [choose_by, prober.go_by, services.cluster.stalls.go_by]
     live.follow(lifecycle)
     return live
+
+
+def _share_admission(
+    config: ClusterConfig,
+    lifecycle: Lifecycle,
+    services: RequestServices,
+    dispatcher: Dispatcher,
+    status: StatusView,
+    *,
+    trust: ClusterTrust,
+    place: ProcessPlace,
+) -> SharedAdmission | None:
+    """With the other routers and processes, which are told from now on. None: there are none."""
+    others, work = other_urls(config, place.number), SharedWork(services.cluster, services.clock)
+    if not others:
+        return None
+    shared = SharedAdmission(
+        services.clock,
+        expected=len(others),
+        running=dispatcher.sequences_by_flow,
+        nodes=work.own,
+        places=work.places,
+        tell_nodes=work.told,
+    )
+    status.problems_beside.append(shared.problem)
+    lifecycle.describe.append(lambda: [repr(shared)])
+    telling = share_load(shared, others, trust, apart=config.router.processes > 1)
+    lifecycle.tasks.create_task(telling, name="load of other routers")
+    return shared
 
 
 def _no_node(services: RequestServices, prober: Prober, stopping: Callable[[], bool], live: LiveRouter) -> NoNodeWait:
@@ -259,6 +299,12 @@ def _operators_routes(
             one(app)
 
     return add_all
+
+
+def _add_all(add_routes: Callable[[FastAPI], None], shared: SharedAdmission | None, app: FastAPI) -> None:
+    add_routes(app)
+    if shared is not None:
+        add_load(app, shared)
 
 
 def _watch_cache(

@@ -117,6 +117,8 @@ class StatusView:
         self.cache = cache
         self._started_at = clock.now()
         self._open = open_line(config)
+        self.problems_beside: list[Callable[[], str | None]] = []
+        """Each says what else is wrong, if anything is."""
         self.used_bytes: dict[str, int] = {}
         """By segment id, as the metadata server last counted."""
 
@@ -133,7 +135,7 @@ class StatusView:
 
     def status(self) -> ClusterStatus:
         """As of now."""
-        log = self._log
+        log, beside = self._log, [look() for look in self.problems_beside]
         return ClusterStatus(
             cluster=self._config.cluster,
             uptime_s=self._clock.now() - self._started_at,
@@ -154,7 +156,7 @@ class StatusView:
             metadata_connected=self._connected() if self._connected else None,
             index_blocks=len(self._cluster.index),
             stopping=self._stopping(),
-            problems=[*self._problems.lines(), *filter(None, [self.cache.stats().problem, self._open])],
+            problems=[*self._problems.lines(), *filter(None, [self.cache.stats().problem, self._open, *beside])],
         )
 
     def _node(self, node: KnownNode) -> NodeStatus:

@@ -5,7 +5,7 @@ request whose time is least goes first. It shares as deficit round robin does; b
 than its share never stands behind the queue of one that asks for more. Pure.
 """
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -49,6 +49,8 @@ class FairQueue:
         self._waiting: dict[Waiter, None] = {}
         self._now = 0.0
         self._count = 0
+        self.charged: OrderedDict[str, float] = OrderedDict()
+        """Of each flow what it was charged here in all; those that were charged last at the end."""
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -85,6 +87,7 @@ class FairQueue:
             return
         del self._waiting[waiter]
         self._flow(waiter.flow).until -= waiter.cost
+        self._note(waiter.flow, -waiter.cost)
         for other in self._waiting:
             if other.flow == waiter.flow and other.order[2] > waiter.order[2]:
                 other.order = (other.rank, other.order[1] - waiter.cost, other.order[2])
@@ -92,6 +95,33 @@ class FairQueue:
     def passed(self, flow: str, cost: float) -> None:
         """One got in without waiting: it counts for its flow's share all the same."""
         self._now = max(self._now, self._charge(flow, cost))
+
+    @property
+    def now(self) -> float:
+        """The queue's own time."""
+        return self._now
+
+    def reach(self, now: float) -> None:
+        """Another queue over the same nodes is there already."""
+        self._now = max(self._now, now)
+
+    def charged_elsewhere(self, flow: str, cost: float) -> None:
+        """So much counts for its share at another queue; below 0: so much less than was said."""
+        if cost:
+            known = self._flow(flow)
+            known.until = max(self._floor, known.until) + cost if cost > 0 else known.until + cost
+
+    def start_of(self, flow: str) -> float:
+        """Where its next request would stand."""
+        known = self._flows.get(flow)
+        return max(self._floor, 0.0 if known is None else known.until)
+
+    def waiting_sequences(self) -> Counter[str]:
+        """By flow."""
+        found = Counter[str]()
+        for waiter in self._waiting:
+            found[waiter.flow] += waiter.sequences
+        return found
 
     def ahead_of(self, waiter: Waiter) -> tuple[int, int]:
         """(tokens that the same nodes compute, sequences) of those whose turn comes before."""
@@ -126,9 +156,20 @@ class FairQueue:
         """Moves the flow's time on. Returns where it was, which is at most what may be saved up behind that of all."""
         flow = self._flow(name)
         self._usual_cost += (cost - self._usual_cost) / 32
-        start = max(self._now - self._saved * self._usual_cost, flow.until)
+        start = max(self._floor, flow.until)
         flow.until = start + cost
+        self._note(name, cost)
         return start
+
+    @property
+    def _floor(self) -> float:
+        return self._now - self._saved * self._usual_cost
+
+    def _note(self, name: str, cost: float) -> None:
+        self.charged[name] = self.charged.get(name, 0.0) + cost
+        self.charged.move_to_end(name)
+        if len(self.charged) > self._max_flows:
+            self.charged.popitem(last=False)
 
     def _flow(self, name: str) -> _Flow:
         flow = self._flows.get(name)

@@ -22,6 +22,8 @@ class Forecast:
     decodes: Sequence[NodeView]
     stays: bool
     """Its decoder computes it."""
+    idle_in_s: float = 0.0
+    """In so many seconds one of `computes` has nearly nothing to compute, whether or not there is a place."""
     look_in_s: float | None = None
     """Without anything that ends until then, in so many seconds there may be room; None: not even then."""
 
@@ -57,15 +59,16 @@ def forecast(decision: Decision, prompt_tokens: int, now: float, limits: Admissi
     preparing = min(limits.preparing, own_s / decoding.stay_s) if decoding.stay_s else 0.0
     free, idle_in_s = _any_free(decodes, preparing), _idle_in_s(computes, now, limits)
     look_in_s = idle_in_s if free and 0 < idle_in_s < math.inf else None
-    has_room = free and idle_in_s <= 0
-    return Forecast(has_room, own_s, tokens, now, computes.nodes, decodes.nodes, computes is decodes, look_in_s)
+    room, stays = free and idle_in_s <= 0, computes is decodes
+    return Forecast(room, own_s, tokens, now, computes.nodes, decodes.nodes, stays, idle_in_s, look_in_s)
 
 
 def _free(node: NodeView, now: float) -> tuple[float, float]:
     """(when it will have nothing else to compute, its tokens a second). What it has to compute counts as half done at
     most, however long it has been at it: it may hang."""
     all_s = node.prefill_tokens / node.prefill_rate
-    return max(all_s / 2, all_s - (now - node.computing_since)), node.prefill_rate
+    told_s = 0.0 if node.told is None else node.told.left_tokens(node.prefill_rate, now) / node.prefill_rate
+    return max(told_s, all_s / 2, all_s - (now - node.computing_since)), node.prefill_rate
 
 
 def _idle_in_s(ranking: Ranking, now: float, limits: AdmissionLimits) -> float:
@@ -83,10 +86,12 @@ def _nearly_done_s(node: NodeView, now: float, limits: AdmissionLimits) -> float
     time; with two nobody knows how far it is, and one that hangs gets no third."""
     if not node.prefill_rate or node.is_warm_up:
         return 0.0
+    told_s = 0.0 if node.told is None else node.told.left_tokens(node.prefill_rate, now) / node.prefill_rate
+    others_s = max(0.0, told_s - limits.ahead_s)
     left_s = node.prefill_tokens / node.prefill_rate - limits.ahead_s
     if left_s <= 0:
-        return 0.0
-    return max(0.0, left_s - (now - node.computing_since)) if node.prefills == 1 else math.inf
+        return others_s
+    return max(others_s, left_s - (now - node.computing_since)) if node.prefills == 1 else math.inf
 
 
 def _any_free(ranking: Ranking, preparing: float) -> bool:

@@ -18,6 +18,7 @@ from kvcore.errors import RateLimitError
 from router.admission.fair_queue import FairQueue, Waiter
 from router.admission.forecast import Forecast, forecast
 from router.admission.limits import AdmissionLimits
+from router.admission.sharing import Order, SharedAdmission
 from router.requests.records import RequestRecord
 from router.requests.spec import AnswerRequest, RequestSpec
 from router.routing.decision import Decision
@@ -67,6 +68,7 @@ class Admission:
         self._timer: asyncio.TimerHandle | None = None
         self.refused = Counter[str]()
         """By why: `late` when it came, `missed` while it waited, `full`."""
+        self._shared: SharedAdmission | None = None
         self.on_admitted: list[Callable[[float], None]] = []
         """Called with the seconds that a request has waited."""
 
@@ -84,9 +86,14 @@ class Admission:
             return open_it(decision, 0.0)  # which says why
         tokens = sum(len(spec.prompt_token_ids) for spec in request.specs)
         seen = forecast(decision, tokens, arrived, self._limits)
-        if not self._queue and seen.has_room:
+        order = (request.turn.rank, self._queue.start_of(request.turn.flow))
+        sequences = sum(spec.sampling.n for spec in request.specs)
+        if not self._queue and self._may_go(order, request.turn.flow, sequences, seen):
             self._queue.passed(request.turn.flow, self._cost(request, seen))
-            return self._opened(open_it, decision, arrived)
+            try:
+                return self._opened(open_it, decision, arrived)
+            finally:
+                self._tell_change()
         return await self._in_turn(request, seen, arrived, open_it)
 
     def go_by(self, config: RouterConfig) -> None:
@@ -94,8 +101,14 @@ class Admission:
         self._config = config
         self.wake()
 
+    def share(self, shared: SharedAdmission) -> None:
+        """With other routers over the same nodes: turns and places are then also theirs."""
+        self._shared = shared
+        shared.serve(self._queue, self.wake)
+
     def wake(self) -> None:
         """Some node may have room."""
+        self._tell_change()
         if self._queue and not self._asked:
             self._asked = True
             asyncio.get_running_loop().call_soon(self._let_in)
@@ -155,6 +168,7 @@ class Admission:
             raise
         finally:
             self._queue.leave(turn)
+            self._tell_change()
             timer.cancel()
 
     def _let_in(self) -> None:
@@ -165,6 +179,7 @@ class Admission:
             turn, decision = ready
             self._queue.take(turn)
             turn.go(decision)
+            self._tell_change()
         if self._timer is not None:
             self._timer.cancel()
         self._timer = None
@@ -184,8 +199,9 @@ class Admission:
         if decision.route is None and self._none_is_up():
             return None
         seen = None if decision.route is None else forecast(decision, turn.prompt_tokens, now, self._limits)
-        if seen is not None and not seen.has_room:
-            self._look_in_s = min(self._look_in_s, math.inf if seen.look_in_s is None else seen.look_in_s)
+        if seen is not None and not self._may_go(turn.order[:2], turn.flow, turn.sequences, seen):
+            look_in_s = seen.look_in_s if self._shared is None else seen.idle_in_s
+            self._look_in_s = min(self._look_in_s, look_in_s or math.inf)
             shorter = [
                 node.max_context
                 for cut in decision.decoders.cuts
@@ -194,6 +210,17 @@ class Admission:
             ]
             return self._ready(stays=stays, context=max(shorter)) if shorter else None
         return turn, decision
+
+    def _tell_change(self) -> None:
+        if self._shared is not None:
+            self._shared.changed()
+
+    def _may_go(self, order: Order, flow: str, sequences: int, seen: Forecast) -> bool:
+        """Whether there is room for it, and whoever else waits comes after it."""
+        if self._shared is None:
+            return seen.has_room
+        has_room = seen.has_room or (seen.idle_in_s <= 0 and self._shared.has_share(flow, sequences))
+        return has_room and self._shared.comes_first(order)
 
     def _opened(self, open_it: Open[T], decision: Decision, arrived: float) -> T:
         waited_s = self._clock.now() - arrived

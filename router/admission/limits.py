@@ -28,5 +28,17 @@ class AdmissionLimits:
     """Between two words to a client that waits so."""
     unknown_output: float = 256.0
     """Tokens that an answer may have, where none was given yet."""
+    told_lasts_s: float = 1.5
+    """What another router said of its load counts for so long."""
+    share_s: float = 0.25
+    """Between two times that the others are told of this router's load; while somebody waits, here or there, at each
+    change, but for …"""
+    busy_share_s: float = 0.002
+    """… so long between two times, for each of them."""
+    yield_s: float = 0.5
+    """A request at another router that is first in turn is waited for so long: it may wait for something else."""
+    told_flows: int = 200
+    """That a router tells of, those that were charged last."""
+    max_routers: int = 64
     max_flows: int = 10_000
     """Of which past use is remembered; that of the one that was idle for longest is forgotten."""

@@ -133,9 +133,7 @@ class Cluster:
 
     def _count_others(self, node: KnownNode, report: NodeReport) -> None:
         stats = report.stats
-        others = max(0, stats.running + stats.waiting - node.sequences) if stats else 0
-        if others != node.others_sequences:
-            node.others_sequences = others
+        node.reported_others(max(0, stats.running + stats.waiting - node.sequences) if stats else 0)
 
     def probed(self, node: KnownNode, before: str | None) -> None:
         """A probe has ended, one way or the other; `before`: the node's problem when it began. A node that is there and

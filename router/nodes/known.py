@@ -9,7 +9,7 @@ from router.nodes.limits import NodeHealthLimits
 from router.nodes.pace import NodePace
 from router.nodes.trust import NodeTrust, TrustState
 from router.routing.rates import NodeRates
-from router.routing.views import NodeView
+from router.routing.views import NodeView, ToldWork
 
 
 @dataclass(slots=True, repr=False, eq=False)
@@ -52,6 +52,8 @@ class KnownNode:
     """When it began with the first of those that are left of `prefill_tokens`, as far as that can be told from here."""
     others_sequences: int = 0
     """What it reported beyond ours: of other routers."""
+    told: ToldWork | None = None
+    """By the other routers, of their work on it."""
     rates: NodeRates = field(default_factory=NodeRates)
     _viewed: tuple[NodeReport, int, NodeView] | None = None
 
@@ -97,6 +99,34 @@ class KnownNode:
         chosen = 1 if self.prefill_tokens else 0  # for a prefill that has not begun, at least
         return not self.trust.has_room(max(self.legs, self.sequences, chosen))
 
+    def reported_others(self, sequences: int) -> None:
+        """It has so many beyond ours. Others have told of some of them."""
+        self._set_others(max(sequences, 0 if self.told is None else self.told.sequences))
+
+    def told_others(self, told: ToldWork | None) -> None:
+        """Other routers have so much of it; what it reported beyond that stays. None: they say nothing any more."""
+        if told is None and self.told is None:
+            return
+        before, now = (0 if one is None else one.sequences for one in (self.told, told))
+        self.told = told
+        if told is not None:
+            self._set_others(max(0, self.others_sequences - before) + now)
+
+    def _set_others(self, sequences: int) -> None:
+        if sequences != self.others_sequences:
+            self.others_sequences = sequences
+
+    def told_left_s(self, now: float) -> float:
+        """Until it has done what other routers told of."""
+        rate = self.rates.prefill.per_s
+        return self.told.left_tokens(rate, now) / rate if self.told is not None and rate else 0.0
+
+    def left_tokens(self, now: float) -> float:
+        """That it has to compute of ours, as far as time tells."""
+        if self.prefills != 1 or self.report is None or self.report.engine is None:
+            return self.prefill_tokens
+        return self.view().left_tokens(now)
+
     def view(self) -> NodeView:
         """What policies see of it, while it is without problem. The same one until something of it changes: with many
         nodes, making all of them anew for each request costs more than the choice."""
@@ -108,7 +138,7 @@ class KnownNode:
         if known is not None:
             view = known
             same_load = view.sequences == sequences and view.prefill_tokens == self.prefill_tokens
-            if same_load and view.doubtful == doubtful:
+            if same_load and view.doubtful == doubtful and view.told is self.told:
                 return view
         view = NodeView(
             id=self.id,
@@ -121,6 +151,7 @@ class KnownNode:
             kv_spec=report.engine.kv_spec,
             doubtful=doubtful,
             prefills=self.prefills,
+            told=self.told,
             computing_since=self.computing_since,
             max_sequences=report.engine.max_sequences,
             prefill_rate=rates.prefill.per_s,

@@ -25,7 +25,7 @@ class NodeWork:
         node.sequences += sequences
         node.prefills += (self.prefill_tokens > 0) - computed
         if prefill_tokens < 0 or (prefill_tokens and not node.prefill_tokens):
-            node.computing_since = now
+            node.computing_since = now if prefill_tokens < 0 else now + node.told_left_s(now)
         node.prefill_tokens += prefill_tokens
 
     def taken(self, sequences: int) -> "NodeWork":

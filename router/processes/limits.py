@@ -9,6 +9,7 @@ class ProcessLimits:
 
     ask_s: float = 1.0
     """Another process that has not answered by then is left out."""
+    max_load_bytes: int = 1 << 20
     linger_s: float = 5.0
     """A process that leaves answers what comes by its connections for so long, and closes each with its answer; then
     those that are idle are closed."""

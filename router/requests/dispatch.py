@@ -5,6 +5,7 @@ it in virtual time.
 """
 
 import asyncio
+from collections import Counter
 from contextlib import suppress
 from functools import partial
 from typing import Protocol
@@ -21,19 +22,27 @@ from router.routing.views import RouteRequest
 
 
 class _Runs(set[RequestRun]):
-    """Requests at one stage of their life. `rows`: what one step of all of them brings, see `RequestSpec.rows`."""
+    """Requests at one stage of their life. `rows`: what one step of all of them brings, see `RequestSpec.rows`.
+    `flows`: sequences, by whose they are."""
 
-    rows = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = 0
+        self.flows = Counter[str]()
 
     def add(self, run: RequestRun) -> None:
         """One that is not in it."""
         super().add(run)
         self.rows += run.rows
+        self.flows[run.flow] += run.sequences
 
     def remove(self, run: RequestRun) -> None:
         """One that is in it."""
         super().remove(run)
         self.rows -= run.rows
+        self.flows[run.flow] -= run.sequences
+        if not self.flows[run.flow]:
+            del self.flows[run.flow]
 
     def discard(self, run: object) -> None:
         """Whether it is in it or not."""
@@ -138,6 +147,10 @@ class Dispatcher:
             tried_at = self._services.clock.now() if way.tries else None
             node.rates.spoke_against(blamed.kind, blamed.machine, tried_at=tried_at)
             node.touch()
+
+    def sequences_by_flow(self) -> Counter[str]:
+        """Of those under way."""
+        return self._opened.flows + self.running.flows
 
     def describe(self) -> list[str]:
         """One line a running request, for the dump of a process that is looked into."""

@@ -89,7 +89,7 @@ class RequestRun:
             route=route,
             worth_waiting_s=decision.worth_waiting_s,
         )
-        self.rows = spec.rows
+        self.rows, self.flow, self.sequences = spec.rows, spec.flow, spec.sampling.n
         sampling = spec.sampling
         ends = frozenset(sampling.stop_token_ids)
         if not sampling.ignore_eos:

@@ -153,8 +153,8 @@ def _by(request: RouteRequest, node: NodeView, decoder: NodeView) -> Way | None:
     if not node.prefill_rate or load_s == float("inf"):
         return None
     rest = request.prompt_tokens - _chunks(request, node)[1] * node.chunk_tokens
-    ahead = node.prefill_tokens if node.prefills != 1 else node.left_tokens(request.now)
-    queue_s, compute_s, handoff_s = ahead / node.prefill_rate, rest / node.prefill_rate, 0.0
+    ahead_s = node.ahead_tokens(request.now) / node.prefill_rate
+    queue_s, compute_s, handoff_s = ahead_s, rest / node.prefill_rate, 0.0
     if handing:
         put_s, read_s = handing
         handoff_s = max(0.0, put_s - compute_s) + read_s  # chunks are written while the next ones are computed

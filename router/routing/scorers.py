@@ -19,7 +19,9 @@ def _sequences(request: RouteRequest, nodes: Sequence[NodeView], decoder: NodeVi
 
 def _prefill_tokens(request: RouteRequest, nodes: Sequence[NodeView], decoder: NodeView | None) -> Sequence[float]:
     now = request.now
-    return [node.prefill_tokens if node.prefills != 1 else node.left_tokens(now) for node in nodes]
+    return [
+        node.prefill_tokens if node.prefills != 1 and node.told is None else node.ahead_tokens(now) for node in nodes
+    ]
 
 
 def _remote_tokens(request: RouteRequest, nodes: Sequence[NodeView], decoder: NodeView | None) -> Sequence[float]:

@@ -15,6 +15,19 @@ LEFT_SHARE = 0.1
 """Of a prompt that should be done by now and is not."""
 
 
+class ToldWork(NamedTuple):
+    """What other routers said at `at` that a node has to do for them. `prefill_tokens`: until it is done with them, so
+    many are to be computed, whosesoever they are."""
+
+    sequences: int = 0
+    prefill_tokens: float = 0.0
+    at: float = 0.0
+
+    def left_tokens(self, prefill_rate: float, now: float) -> float:
+        """To compute, as far as time tells."""
+        return max(0.0, self.prefill_tokens - prefill_rate * (now - self.at))
+
+
 @dataclass(frozen=True, slots=True)
 class NodeView:
     """A node that may be used now. `sequences` and `prefill_tokens` are outstanding work; `kv_spec` explains, the
@@ -51,6 +64,14 @@ class NodeView:
     """Bytes of KV a second that it writes, by machine."""
     doubts: Mapping[tuple[RateKind, str], Doubt] = field(default_factory=dict)
     """What may be doubted of these rates; the machine is that of `put`, or empty."""
+
+    told: ToldWork | None = None
+    """By the other routers; their sequences are part of `sequences`."""
+
+    def ahead_tokens(self, now: float) -> float:
+        """To compute before it begins with what it is given now."""
+        own = self.prefill_tokens if self.prefills != 1 else self.left_tokens(now)
+        return own if self.told is None else max(own, self.told.left_tokens(self.prefill_rate, now))
 
     def left_tokens(self, now: float) -> float:
         """Of its one prompt, as far as time tells. Never none, as it may hang: one that has nothing to do is better."""

@@ -7,7 +7,7 @@ COUNTED = frozenset(
 OPEN = frozenset({"/health", "/ping"})
 _PLAIN = COUNTED | {"/v1/models", "/openapi.json", "/version"}
 _RECORDS = "/v1/requests"
-_ORDERS = ("/v1/nodes", "/v1/janitor", "/v1/cache", "/v1/weights")
+_ORDERS = ("/v1/nodes", "/v1/janitor", "/v1/cache", "/v1/weights", "/v1/process")
 _ASK_OTHERS = ("/v1/nodes", "/v1/janitor", "/v1/cache/generations", "/v1/process")
 
 

@@ -66,6 +66,11 @@ async def test_any_process_answers_for_all(tmp_path: Path):
     async with two_processes(tmp_path, prefillers=1, decoders=1) as subject:
         urls = process_urls(subject.config)
         sent = await answers(subject, 40)
+
+        async def hear_each_other() -> bool:
+            return not any("say nothing of their load" in line for line in (await subject.status())["problems"])
+
+        await subject.until(hear_each_other, RESTART_S)
         async with fresh() as session:
 
             async def told(url: str) -> Any:

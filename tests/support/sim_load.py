@@ -168,11 +168,11 @@ class QueueNode:
 class QueueNodes:
     """NodeClient over them, by url `http://127.0.0.1:<number>`."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, kind: "type[QueueNode]" = QueueNode) -> None:
         computed: dict[str, asyncio.Event] = {}
         names = [(f"p{number}", Role.PREFILLER) for number in range(machine.prefillers)]
         names += [(f"d{number}", Role.DECODER) for number in range(machine.decoders)]
-        self.nodes = [QueueNode(name, role, machine, computed) for name, role in names]
+        self.nodes = [kind(name, role, machine, computed) for name, role in names]
         self.by_url = {f"http://127.0.0.1:{port}": node for port, node in enumerate(self.nodes, 1)}
 
     async def prefill(self, url: str, request: PrefillRequest, *, timeout_s: float) -> PrefillResult:
@@ -230,11 +230,13 @@ class Load:
     machine: Machine = field(default_factory=Machine)
     admits: bool = True
     router: dict[str, object] = field(default_factory=dict)
+    over: QueueNodes | None = None
+    """Nodes that it has in common with other routers; None: its own."""
 
     def __post_init__(self) -> None:
         loop = asyncio.get_running_loop()
         clock = LoopClock(loop)
-        self.nodes = self._make_nodes()
+        self.nodes = self.over or self._make_nodes()
         config = self._make_config([_Named(node.id, node.role) for node in self.nodes.nodes])
         self.log = RequestLog()
         self.cluster = Cluster(config, clock)
