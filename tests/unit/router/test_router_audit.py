@@ -9,7 +9,10 @@ from support.router_fakes import make_rig
 
 QUESTIONS = {"/v1/cache/lookup"}
 """Calls by POST, as they have a body, that change nothing."""
-OF_CLIENTS = {"/v1/chat/completions", "/v1/completions"}
+OF_CLIENTS = {
+    *("/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/messages/count_tokens"),
+    *("/tokenize", "/detokenize", "/ping"),
+}
 PROMPT = {"prompt": [3] * 40}
 NODE = {"node": "d0"}
 ORDERS: dict[str, tuple[Any, str]] = {
