@@ -34,6 +34,7 @@ from router.cache.replay import CacheReplay
 from router.cache.watch import CacheWatch
 from router.client_answer import AnswerLimits
 from router.descriptors import LEGS_PER_REQUEST
+from router.kv_events.feed import event_feeds
 from router.listeners import RouterListeners
 from router.metrics import RouterMetrics
 from router.nodes.cluster import Cluster
@@ -116,6 +117,7 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle, place: Process
     )
     server = RouterListeners(app, config, trust, metrics.metrics, lifecycle, process=place.number)
     always = {"node probes": prober.run(), "stall watch": cluster.stalls.run(), "cache replay": cache.run()}
+    always |= {repr(feed): feed.run() for feed in event_feeds(config, cluster.caches.told, clock)}
     for name, work in always.items():
         lifecycle.tasks.create_task(work, name=name)
     if subscription is not None and metadata is not None:

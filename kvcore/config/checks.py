@@ -24,6 +24,7 @@ from kvcore.types import Role
 _MAX_NAME_CHARS = 100
 _LEAST_SEGMENT = 1 << 10
 _BESIDE_TLS = "read and write segments, forge chunks, and use the router"
+_EVENTS_AT = re.compile(r"tcp://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):[1-9][0-9]{0,4}")
 _THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
 
 
@@ -73,6 +74,8 @@ def _check_engines(config: ClusterConfig) -> Iterator[str]:
     for name, node in config.nodes.items():
         if node.url is not None:
             yield f"nodes.{name}.url: only handoff nixl and mooncake drive servers that are not ours; set handoff"
+        if node.events is not None or node.events_replay is not None:
+            yield f"nodes.{name}.events: only servers with a url tell of their cache so; take it out"
         elif node.port == 0:
             yield f"nodes.{name}.port: missing"
 
@@ -110,6 +113,12 @@ def _check_servers(config: ClusterConfig) -> Iterator[str]:
         meets = config.handoff.traits.bootstrap_server and node.role is Role.PREFILLER
         if node.bootstrap_port is not None and not meets:
             yield f"nodes.{name}.bootstrap_port: only prefillers with handoff mooncake have one"
+        for field in ("events", "events_replay"):
+            where = getattr(node, field)
+            if where is not None and not (_EVENTS_AT.fullmatch(where) and int(where.rpartition(":")[2]) < 1 << 16):
+                yield f"nodes.{name}.{field}: expected tcp://HOST:PORT, where the server binds"
+        if node.events_replay is not None and node.events is None:
+            yield f"nodes.{name}.events_replay: means nothing without events"
 
 
 def _url_problem(url: str) -> str | None:

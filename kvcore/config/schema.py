@@ -29,9 +29,8 @@ class ModelConfig(Section, frozen=True, kw_only=True):
     """The model that the cluster serves."""
 
     path: Text
-    """Folder in Hugging Face format (`~` and paths relative to the YAML are resolved on reading) or hub id.
-
-    For `sim`: any name."""
+    """Folder in Hugging Face format (`~` and paths relative to the YAML are resolved on reading) or hub id; with engine
+    sim any name."""
     name: Text
     """What clients send as `model`."""
     aliases: list[Text] = msgspec.field(default_factory=list)
@@ -205,8 +204,7 @@ class MetadataServerConfig(Section, frozen=True, kw_only=True):
     mooncake: MooncakeMetadataConfig = MooncakeMetadataConfig()
     """`/metadata` for Mooncake's own clients."""
     standbys: list[Text] = msgspec.field(default_factory=list)
-    """`HOST:PORT` of further metadata servers, one of which takes over when the one that leads is lost. Needs records
-    in etcd."""
+    """`HOST:PORT` of other metadata servers; one takes over when the one that leads is lost. Needs records in etcd."""
     partitions: list[PartitionConfig] = msgspec.field(default_factory=list)
     """Instead of `host`, `port` and `standbys`: several servers that share the chunk index, each with its own keys."""
     lease_s: Seconds = 4.0
@@ -285,7 +283,11 @@ class NodeConfig(Section, frozen=True, kw_only=True):
     port: Port = 0
     """Must be given, except beside `url`."""
     url: str | None = None
-    """Where the vLLM server's OpenAI API is. Beside it only `role` and `bootstrap_port` mean anything."""
+    """Where the vLLM server's OpenAI API is. Beside it only `role`, `bootstrap_port` and `events` mean anything."""
+    events: Text | None = None
+    """`tcp://HOST:PORT` where such a server publishes its KV events: its cache is known then, not guessed."""
+    events_replay: Text | None = None
+    """Its `replay_endpoint`, as the router reaches it: what was missed is asked for there."""
     bootstrap_port: Port | None = None
     """Of a prefiller with handoff mooncake: VLLM_MOONCAKE_BOOTSTRAP_PORT there; 8998 if not given."""
     transfer_port: Port = 0

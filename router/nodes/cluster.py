@@ -69,7 +69,8 @@ class Cluster:
         self._board = NodeBoard(self.nodes, self._reason)
         self.stalls = StallWatch(config.router, limits, clock.now)
         self._drained: set[str] = set()
-        self.caches = EngineCaches(self.index, has_store=config.handoff.traits.has_store)
+        telling = [name for name, node in config.nodes.items() if node.events is not None]
+        self.caches = EngineCaches(self.index, has_store=config.handoff.traits.has_store, telling=telling)
         self.on_less_load: Callable[[], None] = lambda: None  # some node has less to do
         self._said = PeerLog(_log, clock=clock)
         self.on_orders([])

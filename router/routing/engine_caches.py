@@ -12,14 +12,20 @@ from router.routing.held import HeldPrefixes
 from router.routing.index import KeptKeys, PrefixHits, PrefixIndex
 from router.routing.parted_index import PartedIndex
 from router.routing.sent import SentPrefixes
+from router.routing.told import ToldPrefixes
 from router.routing.views import ClusterView
 
 
 class EngineCaches:
-    """`has_store`: nodes tell what lies in their memory."""
+    """`has_store`: nodes tell what lies in their memory. `telling`: plain servers that tell of their own caches."""
 
-    def __init__(self, index: PrefixIndex | PartedIndex, *, has_store: bool) -> None:
+    def __init__(
+        self, index: PrefixIndex | PartedIndex, *, has_store: bool, telling: Sequence[str] = (), soon_blocks: int = 4096
+    ) -> None:
+        """`soon_blocks`: of what a server that tells was sent last: it is about to have it, and has not told yet."""
         self._index = index
+        self.told = ToldPrefixes(telling) if telling else None
+        self._soon = SentPrefixes(max_blocks=soon_blocks) if telling else None
         self._held, self._sent = HeldPrefixes(), None if has_store else SentPrefixes()
 
     def __repr__(self) -> str:
@@ -30,6 +36,9 @@ class EngineCaches:
         self._held.forget(node_id)
         if self._sent is not None:
             self._sent.forget(node_id)
+        if self.told is not None and self._soon is not None:
+            self.told.forget(node_id)
+            self._soon.forget(node_id)
 
     def held_chunks(self, node_id: str) -> int:
         """That its engine is taken to have read out of other nodes' memory, with what follows them."""
@@ -40,6 +49,8 @@ class EngineCaches:
         on: by the time that it gets to another one that begins alike, it has."""
         if self._sent is not None:
             self._sent.sent(node_id, prompt_token_ids, salt)
+        if self._soon is not None:
+            self._soon.sent(node_id, prompt_token_ids, salt)
 
     def computed(
         self, node_id: str, engine: EngineInfo | None, prompt_token_ids: Sequence[int], salt: bytes, kept: KeptKeys
@@ -56,7 +67,7 @@ class EngineCaches:
         """See `Cluster.hits`."""
         found: dict[bytes, PrefixHits] = {}
         if self._sent is not None:
-            hits = self._sent.find(prompt_token_ids, salt, kept)
+            hits = self._plain_hits(self._sent.find(prompt_token_ids, salt, kept), prompt_token_ids, salt, kept)
             return {node.fingerprint: hits for node in (view.decoders or view.prefillers)[:1]}
         for node in (view.decoders or view.prefillers) if self._index else ():
             if node.fingerprint not in found:
@@ -66,3 +77,16 @@ class EngineCaches:
                     keys = kept[kind] = prompt_keys(node.fingerprint, salt, prompt_token_ids, node.chunk_tokens)[:count]
                 found[node.fingerprint] = self._held.with_these(self._index.find(keys), keys)
         return found
+
+    def _plain_hits(
+        self, guessed: PrefixHits, prompt_token_ids: Sequence[int], salt: bytes, kept: KeptKeys
+    ) -> PrefixHits:
+        """What servers have that told all, and what they are about to have; what is guessed of the others."""
+        if self.told is None or self._soon is None:
+            return guessed
+        told, soon = self.told.find(prompt_token_ids, salt, kept), self._soon.find(prompt_token_ids, salt, kept)
+        by_node = {name: count for name, count in guessed.by_node.items() if not self.told.is_whole(name)}
+        for name in [*told.by_node, *soon.by_node]:
+            if self.told.is_whole(name):
+                by_node[name] = max(told.by_node.get(name, 0), soon.by_node.get(name, 0))
+        return PrefixHits(max(by_node.values(), default=0), by_node, each_its_own=True)
