@@ -29,8 +29,7 @@ class ModelConfig(Section, frozen=True, kw_only=True):
     """The model that the cluster serves."""
 
     path: Text
-    """Folder in Hugging Face format (`~` and paths relative to the YAML are resolved on reading) or hub id; with engine
-    sim any name."""
+    """Folder in Hugging Face format (`~` and paths relative to the YAML are resolved), hub id, or for `sim` any name."""
     name: Text
     """What clients send as `model`."""
     aliases: list[Text] = msgspec.field(default_factory=list)
@@ -41,7 +40,6 @@ class ModelConfig(Section, frozen=True, kw_only=True):
     """Lower than the model's own, to save memory."""
     version: str = ""
     """A name for the weights as they are now, beside what their files say: KV under another one is never shared.
-
     `POST /v1/weights` of the router changes it while the cluster runs."""
     generation_config: bool = True
     """Whether temperature, top_p, top_k, min_p, penalties and max_new_tokens of the model's `generation_config.json`

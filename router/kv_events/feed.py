@@ -60,6 +60,8 @@ class EventFeed:
         self._told, self._said, self._limits = told, said, limits
         self._last = -1
         """The number of the last batch that came over this connection."""
+        self._lost = False
+        """The last replay did not come to its end."""
 
     def __repr__(self) -> str:
         return f"<EventFeed of {self._server} at {self._events}>"
@@ -129,6 +131,8 @@ class EventFeed:
         elif seq > expected:
             await self._replay(expected)
         after = self._told.next_seq(self._server)
+        if after is None and self._replay_at is not None and not self._lost:
+            return  # forgotten meanwhile: `_follow` begins anew, with this one
         if after is None or after <= seq:
             self._told.apply(self._server, seq, events)
 
@@ -149,7 +153,7 @@ class EventFeed:
         with closing(self._socket(self._zmq.DEALER)) as asking:
             asking.connect(self._replay_at)
             await asking.send_multipart((b"", (first if knows is None else knows).to_bytes(8, "big")))
-            known, begun = False, first > 0
+            known, begun, self._lost = False, first > 0, False
             with suppress(TimeoutError):
                 while True:
                     async with asyncio.timeout(self._limits.replay_s):
@@ -157,6 +161,8 @@ class EventFeed:
                     if not begun:
                         begun = True
                         self._told.begin(self._server)
+                    elif self._told.next_seq(self._server) is None:  # forgotten meanwhile: it begins anew
+                        return known
                     if len(frames) == 4 and frames[2] == _END:
                         return known
                     if (found := self._decoded(frames[1:])) is None:
@@ -166,6 +172,7 @@ class EventFeed:
                     elif known or knows is None:
                         self._told.apply(self._server, *found)
                     await asyncio.sleep(0)
+        self._lost = True
         self._told.missed(self._server)
         self._say("its KV events could not be replayed")
         return known

@@ -7,7 +7,7 @@ import msgspec
 
 from router.routing.told import AllBlocksCleared, BlockRemoved, BlockStored, CacheEvent
 
-_TYPES = (BlockStored, BlockRemoved, AllBlocksCleared)
+_FIELDS = {kind.__name__: kind.__struct_fields__ for kind in (BlockStored, BlockRemoved, AllBlocksCleared)}
 
 
 def decode_events(payload: bytes) -> list[CacheEvent]:
@@ -21,13 +21,10 @@ def decode_events(payload: bytes) -> list[CacheEvent]:
 def _event(raw: object) -> CacheEvent | None:
     match raw:
         case [str(tag), *values]:
-            fields: dict[str, object] = {}
-        case {"type": str(tag), **fields}:
-            values = []
+            fields: dict[object, object] = {"type": tag}
+            fields.update(zip(_FIELDS.get(tag, ()), values, strict=False))
+        case {"type": str(tag)} if isinstance(raw, dict):
+            fields = raw
         case _:
             raise ValueError("an event is a map or an array with its type")
-    for kind in _TYPES:
-        if kind.__name__ == tag:
-            named = dict(zip(kind.__struct_fields__, values, strict=False)) | fields
-            return msgspec.convert({**named, "type": tag}, kind)
-    return None
+    return msgspec.convert(fields, CacheEvent) if tag in _FIELDS else None

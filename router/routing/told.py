@@ -49,7 +49,7 @@ CacheEvent = BlockStored | BlockRemoved | AllBlocksCleared
 
 
 @dataclass
-class _Server:
+class _Teller:
     """`next_seq` None: nothing was heard of it yet. `complete`: nothing was missed. `connected`: it can be heard."""
 
     next_seq: int | None = None
@@ -71,7 +71,7 @@ class ToldPrefixes:
     not listed."""
 
     def __init__(self, servers: Sequence[str], max_blocks: int = 1 << 18) -> None:
-        self._servers = {name: _Server() for name in servers}
+        self._servers = {name: _Teller() for name in servers}
         self._max_blocks = max_blocks
         self._index = PrefixIndex()
 
@@ -103,7 +103,7 @@ class ToldPrefixes:
     def forget(self, server: str) -> None:
         """It has started anew, or is away. Others than those that tell are ignored."""
         if server in self._servers:
-            self._servers[server] = _Server(connected=self._servers[server].connected)
+            self._servers[server] = _Teller(connected=self._servers[server].connected)
             self._index.drop_node(server)
 
     def apply(self, server: str, seq: int, events: Sequence[CacheEvent]) -> None:
@@ -143,7 +143,7 @@ class ToldPrefixes:
         self.begin(server)
         self._servers[server].next_seq = next_seq
 
-    def _stored(self, server: str, told: _Server, event: BlockStored) -> None:
+    def _stored(self, server: str, told: _Teller, event: BlockStored) -> None:
         size = event.block_size
         if size <= 0 or size < told.block_size or len(event.token_ids) != size * len(event.block_hashes):
             return  # a part of a block, which no other prompt begins with
@@ -168,7 +168,7 @@ class ToldPrefixes:
             places.add(event.medium or "")
         self._index.store(server, new)
 
-    def _removed(self, server: str, told: _Server, event: BlockRemoved) -> None:
+    def _removed(self, server: str, told: _Teller, event: BlockRemoved) -> None:
         gone = []
         for name in event.block_hashes:
             key = told.blocks.get(name)
@@ -181,7 +181,7 @@ class ToldPrefixes:
         self._index.remove(server, gone)
 
 
-def _parent(told: _Server, event: BlockStored) -> ChunkKey | None:
+def _parent(told: _Teller, event: BlockStored) -> ChunkKey | None:
     """What the first of these blocks continues; None: it cannot be told, or they are of an adapter."""
     if event.lora_name or event.lora_id:
         return None
