@@ -29,7 +29,7 @@ class ModelConfig(Section, frozen=True, kw_only=True):
     """The model that the cluster serves."""
 
     path: Text
-    """Folder in Hugging Face format (`~` and paths relative to the YAML are resolved), hub id, or for `sim` any name."""
+    """Folder in Hugging Face format (`~` and relative to the YAML are fine), hub id, or for sim any name."""
     name: Text
     """What clients send as `model`."""
     aliases: list[Text] = msgspec.field(default_factory=list)
