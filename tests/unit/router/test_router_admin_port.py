@@ -28,7 +28,7 @@ from router.tenants.sides import ClientsSide, OperatorsSide
 SIM = Path(__file__).resolve().parents[3] / "configs/sim-2p2d.yaml"
 ASK: dict[str, Any] = {"model": "fake-model", "prompt": "hello" * 20, "max_tokens": 4}
 CLIENTS = {"/health", "/v1/models", "/v1/models/{name}", "/v1/chat/completions", "/v1/completions"}
-CLIENTS |= {"/ping", "/version", "/tokenize", "/detokenize"}
+CLIENTS |= {"/ping", "/version", "/tokenize", "/detokenize", "/v1/messages", "/v1/messages/count_tokens"}
 RECORDS = {"/v1/requests", "/v1/requests/{request_id}"}
 
 
