@@ -134,7 +134,7 @@ def test_an_answer_that_is_cut_off_anywhere_has_no_call_that_came_to_its_end_too
         assert [call for call in found if call[2]] == calls[: sum(call[2] for call in found)]
 
 
-@pytest.mark.parametrize("name", set(DIALECTS) - {"gpt_oss", "kimi_k3"})
+@pytest.mark.parametrize("name", sorted(set(DIALECTS) - {"gpt_oss", "kimi_k3"}))
 @pytest.mark.parametrize(
     "text", ["", "Hello, it is 1 < 2.", "{}", '{"a": 1} is an object', "[1, 2]", "a <tool", "a [TOOL_"]
 )
