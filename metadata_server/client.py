@@ -281,7 +281,9 @@ class MetadataClient:
         return self._greeted(await self._call(endpoints.NODES, None, timeout_s))
 
     async def greet(self, *, timeout_s: float | None = None) -> None:
-        """Learn which version the server speaks, in the time of a call that a request waits for."""
+        """Learn which version the server speaks, in the time of a call that a request waits for, and no sooner."""
+        if not self.available:
+            raise MetadataUnavailableError("metadata server failed a moment ago; not tried again yet")
         await self.nodes(timeout_s=self._breaker.limit_s(endpoints.MATCH.path, 0, timeout_s))
 
     async def stats(self, *, timeout_s: float | None = None) -> Stats:

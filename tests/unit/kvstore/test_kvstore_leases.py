@@ -267,9 +267,10 @@ async def test_of_a_server_that_has_not_said_its_version_nothing_is_taken_that_c
     for _ in range(3):
         began = asyncio.get_running_loop().time()
         matches = await asyncio.gather(*(store.match(KEYS, timeout_s=5) for _ in range(9)))
+        await asyncio.sleep(0.5)  # the prompt is computed meanwhile
         session = await store.begin_put(KEYS, prefer_segment=None, timeout_s=5)
         assert not any(match.num_chunks for match in matches) and not session.wants(KEYS[0])
-        assert asyncio.get_running_loop().time() - began <= 2.0, "all together cost one call its limit"
+        assert asyncio.get_running_loop().time() - began <= 2.6, "all together cost one call its limit"
         await session.aclose()
         await asyncio.sleep(3.0)
     assert set(wire.calls) == {"nodes"} and len(wire.calls) == 3
