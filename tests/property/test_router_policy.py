@@ -71,6 +71,9 @@ def reference_route(
             prefiller_cost,
             request.turn,
         )
+        if prefiller:  # what it has is counted in its own chunks
+            usable = usable_chunks(request.prompt_tokens, prefiller.chunk_tokens)
+            cached = min(longest, usable) * prefiller.chunk_tokens
         foreign = view.prefillers and not any(node.fingerprint == decoder.fingerprint for node in view.prefillers)
         found = "prefix_hit" if cached else "no_prefix"
         reason = found if prefiller else "other_kv" if foreign else "no_prefiller"
