@@ -96,6 +96,7 @@ class RequestLegs:
             self._choose("prefill", route.prefiller, 0)
         else:
             services.cluster.add_prefill(self._chosen["decode"][1], self._prefill_tokens)
+            services.cluster.chosen(route.decoder, spec.prompt_token_ids, spec.cache_salt)
 
     def start(self, action: StartPrefill | StartDecode) -> Coroutine[object, object, None]:
         """The leg's body, to be run as a task. `let_go` when that has ended."""
@@ -135,7 +136,8 @@ class RequestLegs:
     def _choose(self, kind: str, node: str, sequences: int) -> NodeWork:
         tokens = 0 if sequences else self._prefill_tokens
         work = self._services.cluster.work_chosen(node, sequences=sequences, prefill_tokens=tokens)
-        self._services.cluster.chosen(node, self.spec.prompt_token_ids, self.spec.cache_salt)
+        if kind == "prefill":
+            self._services.cluster.chosen(node, self.spec.prompt_token_ids, self.spec.cache_salt)
         self._chosen[kind] = node, work
         return work
 
@@ -218,6 +220,7 @@ class RequestLegs:
             self._listener.tell(DecodeFailed(action.leg, failure))
             return
         spec = self.spec
+        self._services.cluster.chosen(action.node, spec.prompt_token_ids, spec.cache_salt)  # handed over by now
         self._services.cluster.computed(action.node, spec.prompt_token_ids, spec.cache_salt, spec.keys)
 
     def _prefilled(self, node_id: str, done: PrefillResult | LegInfo) -> None:

@@ -61,3 +61,16 @@ def test_prompts_that_begin_alike_go_to_one_server_before_it_has_computed_any(to
         assert len({record.legs[0].node for record in load.log.newest()}) == 1
 
     run_sim(main)
+
+
+def test_a_decoder_that_waits_for_a_prompt_does_not_count_as_one_that_has_it() -> None:
+    """Else it computes the next one that begins alike all by itself."""
+
+    async def main() -> None:
+        load = TraceLoad(CachingMachine(2, 1, plain=True))
+        await load.prober.probe()
+        await asyncio.gather(*(load.send(Flow(0), [*[5] * 8000, number]) for number in range(3)))
+        decodes = [leg for record in load.log.newest() for leg in record.legs if leg.kind == "decode"]
+        assert len(decodes) == 3 and all((leg.computed_tokens or 0) < 300 for leg in decodes)
+
+    run_sim(main)
