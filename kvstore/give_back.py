@@ -89,10 +89,21 @@ class GiveBack:
             self._running = False
 
     async def _say_some(self, most: int) -> None:
+        """Each kind by itself: of several partitions one that is away keeps back what is its own, and no other's."""
+        try:
+            await self._say_reservations(most)
+        except (MetadataUnavailableError, MetadataProtocolError):
+            await self._say_leases(most)
+            raise
+        await self._say_leases(most)
+
+    async def _say_reservations(self, most: int) -> None:
         if ids := self._reservations[:most]:
             request = ReplicaIds(node_id=self._node_id, incarnation=self._incarnation, replica_ids=ids)
             await self._metadata.abort(request)
             del self._reservations[: len(ids)]
+
+    async def _say_leases(self, most: int) -> None:
         leases, names = self._leases[:most], self._unseen[:most]
         if leases or names:
             await self._metadata.release(ReleaseRequest(lease_ids=leases, lease_names=names or msgspec.UNSET))

@@ -40,7 +40,8 @@ class RestartOrder(msgspec.Struct, tag_field="do", tag="restart", frozen=True, k
 
 
 class LaunchedProcess(msgspec.Struct, frozen=True, kw_only=True):
-    """One process of a launcher. `said`: the last of its state; `file`: the settings that it was started with."""
+    """One process of a launcher. `said`: the last of its state; `file`: the settings that it was started with;
+    `restarts`: how often it was started again."""
 
     name: str
     kind: str
@@ -48,6 +49,7 @@ class LaunchedProcess(msgspec.Struct, frozen=True, kw_only=True):
     pid: int | None
     said: str
     file: str
+    restarts: int = 0
     last_lines: list[str] = []
 
 
@@ -154,6 +156,7 @@ async def _carry_out(launcher: Launcher, cluster: str, order: LookOrder | Restar
                 pid=one.pid,
                 said=one.detail,
                 file=str(files[one.name]),
+                restarts=one.restarts,
                 last_lines=one.last_lines[-10:],
             )
             for one in launcher.describe()

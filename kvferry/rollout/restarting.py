@@ -76,11 +76,11 @@ class ByLauncher:
 
     def __init__(self, cluster: str, file: FileGiven, limits: RolloutLimits) -> None:
         self._cluster, self._file, self._limits = cluster, file, limits
-        self._pids: dict[str, int | None] = {}
+        self._before: dict[str, LaunchedProcess] = {}
 
     async def restart(self, name: str) -> None:
         """See Restarter."""
-        self._pids[name] = (await self._look(name)).pid
+        self._before[name] = await self._look(name)
         path, overrides = await asyncio.to_thread(self._file.now)
         order = RestartOrder(name=name, file=str(path), overrides=overrides)
         try:
@@ -92,10 +92,11 @@ class ByLauncher:
 
     async def is_up(self, name: str) -> bool | None:
         """See Restarter."""
-        now = await self._look(name)
-        if now.state == "died" and f"exit code {EXIT_CONFIG};" in now.said:
+        now, before = await self._look(name), self._before.get(name)
+        is_new = before is None or now.restarts > before.restarts  # else it still says how the one of before ended
+        if is_new and now.state == "died" and f"exit code {EXIT_CONFIG};" in now.said:
             raise HopelessError(f"it did not come up: {await self.why_not(name)}")
-        return now.state == "ready" and now.pid != self._pids.get(name)
+        return now.state == "ready" and (before is None or now.pid != before.pid)
 
     async def why_not(self, name: str) -> str:
         """See Restarter."""

@@ -168,10 +168,9 @@ class ChunkCoder:
         self, header: ChunkHeader, frame: Frame, body: memoryview, into: memoryview
     ) -> tuple[ChunkHeader, memoryview] | TierOutcome:
         """The header with its checksum, and the body as its codec made it; without one that is `into` itself."""
-        secrets = self._integrity.secrets
-        if secrets is None:
+        if self._integrity.secrets is None:
             return TierOutcome.MISSING
-        secret, num_bytes = secrets.find(frame.key_id), body.nbytes - ENCRYPTION_BYTES
+        secret, num_bytes = self._integrity.secret_of(frame.key_id), body.nbytes - ENCRYPTION_BYTES
         if secret is None or num_bytes < 0 or (frame.kind == CodecKind.NONE and num_bytes != into.nbytes):
             return TierOutcome.DAMAGED
         plain = into if frame.kind == CodecKind.NONE else memoryview(bytearray(num_bytes))

@@ -111,11 +111,15 @@ class Integrity:
         return None if secret is None else Decryption(chunk_key(secret, header), header)
 
     def _secret_of(self, header: ChunkHeader) -> ClusterKey | None:
-        if self.secrets is None or not any(header.key_id):
+        return self.secret_of(header.key_id) if any(header.key_id) else None
+
+    def secret_of(self, key_id: bytes) -> ClusterKey | None:
+        """The secret by which a chunk was written; None: it is not accepted here, or there is none."""
+        if self.secrets is None:
             return None
-        secret = self.secrets.find(header.key_id)
+        secret = self.secrets.find(key_id)
         if secret is None and self.secrets.refresh():  # who wrote it has read a newer file
-            secret = self.secrets.find(header.key_id)
+            secret = self.secrets.find(key_id)
         return secret
 
 

@@ -148,7 +148,11 @@ class PartitionedMetadataClient(MetadataClient):
 
     async def greet(self, *, timeout_s: float | None = None) -> None:
         """Each partition by itself, in the time of a call that a request waits for."""
-        await asyncio.gather(*(part.greet(timeout_s=timeout_s) for part in self.parts))
+        greetings = (part.greet(timeout_s=timeout_s) for part in self.parts)
+        failures = [failure for failure in await asyncio.gather(*greetings, return_exceptions=True) if failure]
+        for failure in failures:  # one that is away is greeted when it is asked, and is a miss until then
+            if not isinstance(failure, MetadataUnavailableError) or len(failures) == len(self.parts):
+                raise failure
 
     def _greeted(self, reply: Any) -> Any:
         return reply  # each partition's client has looked at its own

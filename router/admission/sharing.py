@@ -10,6 +10,7 @@ import secrets
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 
 import msgspec
 
@@ -37,7 +38,7 @@ class NodeUse(msgspec.Struct, array_like=True):
     prefill_tokens: int = 0
 
 
-class AdmissionReport(msgspec.Struct, forbid_unknown_fields=True):
+class AdmissionReport(msgspec.Struct):
     """What one router tells. `router` is drawn at its start. `now`: its queue's time. `first`: of all that wait there;
     None: nobody does. `flows`: those that were there lately. `nodes`: those that have work of it."""
 
@@ -136,7 +137,7 @@ class SharedAdmission:
         assert queue is not None
         self._forget()
         running, waiting = self._running(), queue.waiting_sequences()
-        lately = [name for name, _ in queue.charged.items()][-self._limits.told_flows :]
+        lately = islice(reversed(queue.charged), self._limits.told_flows)
         flows = {
             name: FlowUse(queue.charged.get(name, 0.0), running.get(name, 0), waiting.get(name, 0))
             for name in {*lately, *running, *waiting}

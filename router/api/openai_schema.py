@@ -182,6 +182,7 @@ def _reading(request: AnyRequest, dialect: Dialect | None) -> AnswerReading | No
         dialect=dialect,
         shows_reasoning=request.include_reasoning is not False,
         one_call=request.parallel_tool_calls is False,
+        continues=bool(request.continue_final_message),
     )
 
 

@@ -167,7 +167,8 @@ class AnswerResponse(Response):
             _log.exception("request_failed")
             status, headers, body = _said(EngineError("internal error"))
         if self._begun:  # it had waited, and then came an error
-            await send({"type": "http.response.body", "body": b"data: " + body + b"\n\n", "more_body": False})
+            event = b"event: error\ndata: " + body + b"\n\n"  # by this name Anthropic's clients know it
+            await send({"type": "http.response.body", "body": event, "more_body": False})
             return
         length = (b"content-length", b"%d" % len(body))
         await send({"type": "http.response.start", "status": status, "headers": [length, *headers]})

@@ -17,7 +17,7 @@ def may_call(tools: Sequence[Tool] | None, choice: str | Mapping[str, object] | 
 
 
 def reading_of(
-    tools: Sequence[Tool] | None, *, dialect: Dialect | None, shows_reasoning: bool, one_call: bool
+    tools: Sequence[Tool] | None, *, dialect: Dialect | None, shows_reasoning: bool, one_call: bool, continues: bool
 ) -> AnswerReading | None:
     """`tools`: those that may be called. Raises InvalidRequestError where nobody can tell calls from text."""
     if dialect is None:
@@ -25,4 +25,4 @@ def reading_of(
         require(not tools, "tools", text)
         return None
     schemas = {tool.function.name: tool.function.parameters or {} for tool in tools} if tools else None
-    return AnswerReading(dialect, schemas, shows_reasoning, one_call)
+    return AnswerReading(dialect, schemas, shows_reasoning, one_call, continues)

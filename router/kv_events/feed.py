@@ -73,6 +73,10 @@ class EventFeed:
                 await self._run()
             except self._zmq.ZMQError as error:  # an address that is none here, no descriptors
                 self._say(f"its KV events cannot be followed: {error}")
+            except Exception as error:  # boundary: what it says costs its server the events, never the router
+                _log.exception("kv_events_failed")
+                self._say(f"its KV events cannot be read: {error!r}")
+                self._told.missed(self._server)
             self._told.heard(self._server, False)
             await asyncio.sleep(self._limits.again_s)
 

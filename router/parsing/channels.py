@@ -24,6 +24,9 @@ def harmony(r: Reader, tools: Tools) -> Parse[None]:
     """`<|channel|>analysis<|message|>…<|end|><|start|>assistant to=functions.NAME<|channel|>commentary<|message|>{…}`:
     what is on `analysis` is reasoning, on `final` and `commentary` the answer, and whatever names a function as its
     recipient, in the role or in the channel, is a call. Messages to others are none of the answer."""
+    if r.prompt_end.rfind("<|message|>") > max(map(r.prompt_end.rfind, _ENDS)):  # it goes on with a message
+        channel = r.prompt_end.rpartition("<|channel|>")[2].partition("<|")[0].strip()
+        yield from r.text_until(_ENDS, _MAKES.get(channel, Content))
     while r.text or (yield from r.more()):
         role, marker = yield from r.take_until("<|channel|>", "<|message|>", "<|start|>", "<|end|>")
         if marker is None or marker in ("<|start|>", "<|end|>"):

@@ -99,11 +99,13 @@ def find_dialect(setting: str, template: str) -> Dialect | None:
 
 class AnswerParser:
     """Of one answer. `tools`: None: none was offered, so that nothing is a call. `prompt_end`: the last of the prompt,
-    in which the reasoning may have been opened."""
+    with which the template may have opened the reasoning; what users write there does not. `continues`: the answer goes
+    on with the last message of the prompt."""
 
-    def __init__(self, dialect: Dialect, tools: Tools | None, prompt_end: str) -> None:
+    def __init__(self, dialect: Dialect, tools: Tools | None, prompt_end: str, *, continues: bool = False) -> None:
         self._dialect = dialect
         self._tools = tools
+        self._continues = continues
         self._reader = Reader(prompt_end)
         self._parse = self._whole()
 
@@ -131,7 +133,9 @@ class AnswerParser:
     def _whole(self) -> Parse[None]:
         r, dialect = self._reader, self._dialect
         for opened, closed in dialect.thinks:
-            inside = r.prompt_end.rfind(opened) > r.prompt_end.rfind(closed)
+            inside = r.prompt_end.rstrip().endswith(opened.rstrip())
+            if self._continues:  # the last message's reasoning may go on
+                inside = r.prompt_end.rfind(opened) > r.prompt_end.rfind(closed)
             if not inside and dialect.trims:
                 yield from r.skip_space()
             if inside or (yield from r.starts_with(opened)):

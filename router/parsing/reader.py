@@ -98,12 +98,14 @@ class Reader:
 
     def take_until(self, *markers: str) -> Parse[tuple[str, str | None]]:
         """(the text before the first of `markers`, which one it is). Both are read."""
+        longest, looked = max(map(len, markers)), 0
         while True:
-            at, marker = _first(self.text, markers)
+            at, marker = _first(self.text, markers, looked)
             if marker is not None:
                 before = self.take(at)
                 self.take(len(marker))
                 return before, marker
+            looked = max(0, len(self.text) - longest + 1)
             if not (yield from self.more()):
                 return self.take(len(self.text)), None
 
@@ -174,11 +176,11 @@ def _refuse(name: str) -> object:
     raise ValueError(name)
 
 
-def _first(text: str, markers: Sequence[str]) -> tuple[int, str | None]:
-    """(where the first marker stands, which it is); of two in one place the longer."""
+def _first(text: str, markers: Sequence[str], start: int = 0) -> tuple[int, str | None]:
+    """(where the first marker from `start` on stands, which it is); of two in one place the longer."""
     best: tuple[int, str | None] = (len(text), None)
     for marker in markers:
-        at = text.find(marker)
+        at = text.find(marker, start)
         if at >= 0 and (at < best[0] or (at == best[0] and len(marker) > len(best[1] or ""))):
             best = at, marker
     return best

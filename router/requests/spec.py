@@ -93,6 +93,8 @@ class AnswerReading:
     shows_reasoning: bool = True
     one_call: bool = False
     """Calls after the first are left out."""
+    continues: bool = False
+    """The answer goes on with the last message."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -158,7 +158,7 @@ class ToldPrefixes:
         new = []
         keys = chunk_keys(parent, event.token_ids, size)
         for place, (name, key) in enumerate(zip(event.block_hashes, keys, strict=True)):
-            others = event.extra_keys[place] if event.extra_keys is not None else None
+            others = event.extra_keys[place] if event.extra_keys and place < len(event.extra_keys) else None
             if (others and (place or event.parent_block_hash is not None)) or len(told.blocks) >= self._max_blocks:
                 break  # it is of more than these tokens: an image
             told.blocks[name] = key
@@ -174,8 +174,12 @@ class ToldPrefixes:
             key = told.blocks.get(name)
             if key is None:
                 continue
-            told.places[key].discard(event.medium or "")
-            if not told.places[key]:
+            places = told.places.get(key)
+            if places is None:  # two names of one key, as of two salts that the events do not tell: it is gone
+                del told.blocks[name]
+                continue
+            places.discard(event.medium or "")
+            if not places:
                 del told.blocks[name], told.places[key]
                 gone.append(key)
         self._index.remove(server, gone)

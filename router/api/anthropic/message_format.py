@@ -3,8 +3,6 @@
 Source: https://docs.anthropic.com/en/docs/build-with-claude/streaming.
 """
 
-import json
-
 import msgspec
 
 from router.api.formats.read_choice import ReadChoice
@@ -12,6 +10,7 @@ from router.api.http_errors import ErrorReply
 from router.client_answer import ClientAnswer, TextPiece
 from router.parsing.dialects import Dialect
 from router.parsing.events import Content, Reasoning
+from router.parsing.reader import read_json
 from router.requests.spec import AnswerReading
 from router.text.tokenizer import Tokenizer
 
@@ -70,8 +69,10 @@ class MessagesFormatter:
         if (text := "".join(texts[Content])) or not calls:
             blocks.append({"type": "text", "text": text})
         for call in calls:
-            arguments = json.loads("".join(call.arguments))
-            blocks.append({"type": "tool_use", "id": call.id, "name": call.name, "input": arguments})
+            arguments = read_json("".join(call.arguments))
+            # What is no object is none that a client could be given here; the model's words are not lost.
+            shown = arguments if isinstance(arguments, dict) else {"arguments": arguments}
+            blocks.append({"type": "tool_use", "id": call.id, "name": call.name, "input": shown})
         return _encoder.encode(self._message(blocks, *self._stop()))
 
     def _read(self, piece: TextPiece) -> list[dict[str, object]]:

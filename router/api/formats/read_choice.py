@@ -39,7 +39,7 @@ class ReadChoice:
     def __init__(self, answer: ClientAnswer, index: int, reading: AnswerReading, tokenizer: Tokenizer) -> None:
         """Choice `index` of an answer."""
         end = tokenizer.decode(answer.prompt_token_ids(index)[-_PROMPT_END_TOKENS:], skip_special_tokens=False)
-        self._parser = AnswerParser(reading.dialect, reading.tools, end)
+        self._parser = AnswerParser(reading.dialect, reading.tools, end, continues=reading.continues)
         self._reading = reading
         self.texts: dict[type[Event], list[str]] = {Content: [], Reasoning: []}
         self.calls: list[ToolCall] = []

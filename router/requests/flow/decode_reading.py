@@ -71,6 +71,8 @@ class DecodeReading:
         """Those that are not taken straight, until no more are wanted. False: they ended before."""
         num = 0
         async for delta in deltas:
+            if self._task is None:  # `take` has found that nobody wants the rest, while this task ran
+                return True
             wanted = self.read(delta)
             if not (wanted and self.missing):
                 return True
@@ -79,7 +81,7 @@ class DecodeReading:
             num += 1
             if not num % MAX_AT_ONCE:
                 await asyncio.sleep(0)
-        return False
+        return self._task is None
 
     async def _until_drained(self) -> None:
         """Until the client has read enough. What the node is silent for meanwhile is not its fault."""

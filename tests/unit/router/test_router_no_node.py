@@ -68,7 +68,7 @@ async def test_when_its_time_is_up_it_is_told_what_is_wrong(stream: bool) -> Non
     async with client(rig) as http:
         reply = await http.post("/v1/completions", json={**ASK, "stream": stream})
     if stream:  # its head was out
-        words, last = reply.content.split(b"data: ")
+        words, last = reply.content.split(b"event: error\ndata: ")
         assert reply.status_code == 200 and words == WORD * words.count(WORD) != b""
         assert b'"code":"node_unavailable"' in last and b"[DONE]" not in last and last.endswith(b"}\n\n")
     else:
