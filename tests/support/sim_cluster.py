@@ -52,6 +52,8 @@ from router.routing.policy import make_policy
 LIMIT_S = 600.0
 SETTLED_S = 60.0
 ROUTER = RouterConfig(min_prefill_tokens=8, request_timeout_s=60.0, prefill_timeout_s=4.0, connect_timeout_s=1.0)
+TRIAL_S = 8.0
+"""A suspected node that did not answer its trial has as long as a first token (`stall_first_s`) before the next one."""
 _LAST_LINES = 40
 _METADATA_TURNS, _ENGINE_TURNS = 64, 128
 """Turns of the loop between two full checks."""
@@ -517,7 +519,11 @@ class SimCluster:
             if mask & index._alive
         } != stored:
             self.problems.append(f"the router knows {len(self.cluster.index)} keys, the metadata server {len(stored)}")
-        lost = [name for name, node in self.cluster.nodes.items() if node.lease is None or node.problem]
+        deadline = self.clock.now() + TRIAL_S
+        while lost := [name for name, node in self.cluster.nodes.items() if node.lease is None or node.problem]:
+            if self.clock.now() >= deadline:
+                break
+            await asyncio.sleep(0.5)
         if lost:
             self.problems.append(f"not in use after peace: {lost}")
         counts = self.cache.start

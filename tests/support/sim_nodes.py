@@ -330,7 +330,7 @@ class SimNode(NodeService):
             run_blocking=run_inline,
             limits=limits,
         )
-        process.spawn(self.mover.run())
+        process.spawn(_until_killed(self.mover))
 
     def start_engine(self) -> None:
         """A new engine process on the same segment. A store has none."""
@@ -596,3 +596,10 @@ class _Faults:
             network = self._setup.network
             network.trace("data_flipped", op.segment.id, op.offset)
             memory[op.offset + network.dice.randrange(HEADER_BYTES, op.num_bytes)] ^= 1
+
+
+async def _until_killed(mover: ChunkMover) -> None:
+    try:
+        await mover.run()
+    finally:
+        await mover.aclose()
