@@ -51,7 +51,7 @@ class RecordFile:
             raise ConfigError(f"{self.path}: cannot be read: {error}") from error
 
     def write(self, record: RolloutRecord) -> None:
-        """On the disk when it returns, or the file is as before."""
+        """Whole when it returns, or the file is as before."""
         draft = self.path.with_suffix(".new")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

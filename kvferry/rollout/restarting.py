@@ -127,7 +127,8 @@ class ByCommand:
 
     async def restart(self, name: str) -> None:
         """See Restarter."""
-        path, _ = await asyncio.to_thread(self._file.now)
+        path, overrides = await asyncio.to_thread(self._file.now)
+        path = self._file.revision if overrides else path  # a command takes a file alone: the one that has them
         values = {"node": name, "host": _host(self._plans[name]), "file": str(path)}
         command = self._template
         for key, value in values.items():
