@@ -104,15 +104,11 @@ class Admission:
     def share(self, shared: SharedAdmission) -> None:
         """With other routers over the same nodes: turns and places are then also theirs."""
         self._shared = shared
-        shared.serve(self._queue, self._look_soon)
+        shared.serve(self._queue, self.wake)
 
     def wake(self) -> None:
         """Some node may have room."""
         self._tell_change()
-        self._look_soon()
-
-    def _look_soon(self) -> None:
-        """Whether somebody may go in now. Nothing of this router's has changed, so that no other need be told."""
         if self._queue and not self._asked:
             self._asked = True
             asyncio.get_running_loop().call_soon(self._let_in)

@@ -161,11 +161,14 @@ class SharedAdmission:
         for name, use in report.flows.items():
             queue.charged_elsewhere(name, known.charge(name, use.charged, self._limits.max_flows))
         queue.reach(report.now)
-        if known.report.first != report.first:
+        before = known.report
+        if before.first != report.first:
             known.first_at = now
         known.told_at, known.report = now, report
         self._count_nodes()
-        self.wake()
+        # Who hears nothing new tells nothing: else two that both have somebody wait would answer each other for ever.
+        if before is report or before != report:
+            self.wake()
 
     # --- what admission asks ---
 
