@@ -20,6 +20,7 @@ from support.metadata_rigs import DirectTransport
 from kvcore.clock import SystemClock
 from kvcore.config.schema import ClusterConfig, ModelConfig, NodeConfig, RouterConfig, SimEngineConfig, StoreConfig
 from kvcore.errors import InvalidRequestError, KVFerryError, NodeUnavailableError
+from kvcore.process.asgi import AsgiServer
 from kvcore.types import KVSpec, NodeInfo, Role, Segment
 from kvnode.upkeep import NodeUpkeep
 from metadata_server.client import MetadataClient
@@ -598,13 +599,35 @@ def writes(text: str) -> Callable[[list[int], int], int]:
     return lambda tokens, _: answer[len(tokens) - bytes(tokens).rfind(MARK) - len(MARK)]
 
 
-@asynccontextmanager
-async def asking_client(text: str, parser: str) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of a router whose nodes write `text`, and end at 0."""
+def calls_then(calls: str, answer: str) -> Callable[[list[int], int], int]:
+    """A model that calls tools where there is no result of one yet, and answers where there is."""
+    first, last = writes(calls), writes(answer)
+    return lambda tokens, index: (last if b"<tool>" in bytes(tokens) else first)(tokens, index)
+
+
+async def writing_rig(tokens: Callable[[list[int], int], int], parser: str) -> Rig:
+    """Whose nodes write `tokens`, and end at 0."""
     nodes = two_and_two()
     for node in nodes.nodes:
-        node.tokens, node.eos = writes(text), 0
-    rig = await make_rig(nodes, parser=parser)
+        node.tokens, node.eos = tokens, 0
+    return await make_rig(nodes, parser=parser)
+
+
+@asynccontextmanager
+async def asking(text: str, parser: str) -> AsyncIterator[tuple[httpx.AsyncClient, Rig]]:
+    """A client of a router whose nodes write `text`, and that router."""
+    rig = await writing_rig(writes(text), parser)
     transport = httpx.ASGITransport(app=rig.app)  # type: ignore[arg-type]
     async with httpx.AsyncClient(transport=transport, base_url="http://router") as http:
-        yield http
+        yield http, rig
+
+
+@asynccontextmanager
+async def serving(tokens: Callable[[list[int], int], int], parser: str) -> AsyncIterator[str]:
+    """The address of such a router, over a real socket."""
+    server = AsgiServer((await writing_rig(tokens, parser)).app, "127.0.0.1", 0)
+    await server.start()
+    try:
+        yield server.url
+    finally:
+        await server.aclose()

@@ -9,9 +9,7 @@ from typing import Any
 
 import anthropic
 import pytest
-from support.router_fakes import MARK, make_rig
-
-from kvcore.process.asgi import AsgiServer
+from support.router_fakes import calls_then, serving
 
 TOOLS: list[Any] = [
     {"name": "get_weather", "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}}},
@@ -25,25 +23,13 @@ QUESTION: Any = {"role": "user", "content": "How is it in Zürich?"}
 MORE: dict[str, Any] = {"model": "fake-model", "tools": TOOLS, "max_tokens": 600}
 
 
-def next_token(tokens: list[int], _: int) -> int:
-    """A model that calls a tool where there is no result yet, and answers where there is."""
-    whole = bytes(tokens)
-    said = ANSWER if b"<tool>" in whole else CALLS
-    return [*said.encode(), 0][len(tokens) - whole.rfind(MARK) - len(MARK)]
-
-
 @asynccontextmanager
 async def client() -> AsyncIterator[anthropic.AsyncAnthropic]:
-    rig = await make_rig(parser="hermes")
-    for node in rig.nodes.nodes:
-        node.tokens, node.eos = next_token, 0
-    server = AsgiServer(rig.app, "127.0.0.1", 0)
-    await server.start()
-    try:
-        async with anthropic.AsyncAnthropic(base_url=server.url, api_key="none", max_retries=0) as one:
-            yield one
-    finally:
-        await server.aclose()
+    async with (
+        serving(calls_then(CALLS, ANSWER), "hermes") as url,
+        anthropic.AsyncAnthropic(base_url=url, api_key="none", max_retries=0) as one,
+    ):
+        yield one
 
 
 async def test_a_loop_of_tools_comes_to_its_answer() -> None:

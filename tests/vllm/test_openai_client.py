@@ -4,15 +4,13 @@ It comes with vLLM, so that these tests run where vLLM's do. The nodes behind th
 """
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import openai
 import pytest
-from support.router_fakes import MARK, make_rig
-
-from kvcore.process.asgi import AsgiServer
+from support.router_fakes import calls_then, serving
 
 TOOLS: list[Any] = [
     {
@@ -30,32 +28,16 @@ CALLS = (
     '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"}}\n</tool_call>'
 )
 ANSWER = "Rain there, sun here."
-MORE: dict[str, Any] = {"model": "fake-model", "tools": TOOLS, "max_tokens": 600, "extra_body": {"stop_token_ids": [0]}}
-
-
-def answers() -> Callable[[list[int], int], int]:
-    """A model that calls tools where there are no results yet, and answers where there are."""
-
-    def next_token(tokens: list[int], _: int) -> int:
-        whole = bytes(tokens)
-        said = ANSWER if b"<tool>" in whole else CALLS
-        return [*said.encode(), 0][len(tokens) - whole.rfind(MARK) - len(MARK)]
-
-    return next_token
+MORE: dict[str, Any] = {"model": "fake-model", "tools": TOOLS, "max_tokens": 600}
 
 
 @asynccontextmanager
 async def client() -> AsyncIterator[openai.AsyncOpenAI]:
-    rig = await make_rig(parser="hermes")
-    for node in rig.nodes.nodes:
-        node.tokens = answers()
-    server = AsgiServer(rig.app, "127.0.0.1", 0)
-    await server.start()
-    try:
-        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as one:
-            yield one
-    finally:
-        await server.aclose()
+    async with (
+        serving(calls_then(CALLS, ANSWER), "hermes") as url,
+        openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as one,
+    ):
+        yield one
 
 
 def results(calls: Any) -> list[dict[str, Any]]:

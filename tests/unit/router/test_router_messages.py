@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from support.router_fakes import MARK, asking_client
+from support.router_fakes import MARK, asking
 
 from kvcore.errors import InvalidRequestError
 from router.api.anthropic.messages import MessagesRequest, chat_of
@@ -46,7 +46,7 @@ def events_of(text: str) -> list[dict[str, Any]]:
 
 
 async def test_an_answer_is_blocks_of_thinking_text_and_calls() -> None:
-    async with asking_client(CALLS, "hermes") as http:
+    async with asking(CALLS, "hermes") as (http, _):
         reply = (await http.post("/v1/messages", json=ASK)).json()
     thinking, text, call = reply["content"]
     assert (thinking["type"], thinking["thinking"]) == ("thinking", "One city.")
@@ -60,7 +60,7 @@ async def test_an_answer_is_blocks_of_thinking_text_and_calls() -> None:
 
 
 async def test_a_stream_begins_and_ends_each_block() -> None:
-    async with asking_client(CALLS, "hermes") as http:
+    async with asking(CALLS, "hermes") as (http, _):
         events = events_of((await http.post("/v1/messages", json={**ASK, "stream": True})).text)
     kinds = [event["type"] for event in events]
     assert kinds[:2] == ["message_start", "ping"] and kinds[-2:] == ["message_delta", "message_stop"]
@@ -88,7 +88,7 @@ async def test_a_stream_begins_and_ends_each_block() -> None:
     ],
 )
 async def test_why_an_answer_ended(fields: dict[str, object], reason: str, sequence: str | None) -> None:
-    async with asking_client("Let me look at this for as long as it takes.", "none") as http:
+    async with asking("Let me look at this for as long as it takes.", "none") as (http, _):
         reply = (await http.post("/v1/messages", json={**ASK, "tools": [], **fields})).json()
         assert (reply["stop_reason"], reply["stop_sequence"]) == (reason, sequence)
         counted = {key: value for key, value in ASK.items() if key not in ("max_tokens", "tools")}
@@ -136,7 +136,7 @@ def test_what_is_wrong_is_named(fields: dict[str, object], param: str) -> None:
 
 
 async def test_calls_that_must_be_made_are_refused() -> None:
-    async with asking_client(CALLS, "hermes") as http:
+    async with asking(CALLS, "hermes") as (http, _):
         for choice in ({"type": "any"}, {"type": "tool", "name": "get_weather"}):
             reply = await http.post("/v1/messages", json={**ASK, "tool_choice": choice})
             assert (reply.status_code, reply.json()["error"]["param"]) == (400, "tool_choice")

@@ -1,13 +1,11 @@
 """Chats whose answers call tools or think aloud: what clients get of them, whole and in pieces."""
 
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
 import pytest
-from support.router_fakes import FakeNodes, Rig, make_rig, two_and_two, writes
+from support.router_fakes import asking
 
 from kvcore.errors import ConfigError
 from router.parsing.dialects import DIALECTS, find_dialect
@@ -33,21 +31,6 @@ CHAT: dict[str, Any] = {
     "max_tokens": 500,
     "stop_token_ids": [0],
 }
-
-
-def nodes_that_write(text: str) -> FakeNodes:
-    nodes = two_and_two()
-    for node in nodes.nodes:
-        node.tokens = writes(text)
-    return nodes
-
-
-@asynccontextmanager
-async def asking(text: str, parser: str = "hermes") -> AsyncIterator[tuple[httpx.AsyncClient, Rig]]:
-    rig = await make_rig(nodes_that_write(text), parser=parser)
-    transport = httpx.ASGITransport(app=rig.app)  # type: ignore[arg-type]
-    async with httpx.AsyncClient(transport=transport, base_url="http://router") as http:
-        yield http, rig
 
 
 async def whole(http: httpx.AsyncClient, **fields: object) -> dict[str, Any]:
@@ -90,7 +73,7 @@ WANTED = [("get_weather", {"city": "Zürich"}), ("get_time", {})]
 
 
 async def test_calls_reasoning_and_text_are_fields_of_the_message() -> None:
-    async with asking(CALLS) as (http, _):
+    async with asking(CALLS, "hermes") as (http, _):
         choice = await whole(http)
     message = choice["message"]
     assert (message["content"], message["reasoning"]) == ("Let me look.", "Two things.")
@@ -102,7 +85,7 @@ async def test_calls_reasoning_and_text_are_fields_of_the_message() -> None:
 
 
 async def test_a_stream_of_calls_is_openais() -> None:
-    async with asking(CALLS) as (http, _):
+    async with asking(CALLS, "hermes") as (http, _):
         choice, deltas = await streamed(http)
     message = choice["message"]
     assert (message["content"], message["reasoning"]) == ("Let me look.", "Two things.")
@@ -119,7 +102,7 @@ async def test_a_stream_of_calls_is_openais() -> None:
 
 
 async def test_without_a_call_the_answer_is_text_and_stops() -> None:
-    async with asking("It is 1 < 2, <tool") as (http, _):
+    async with asking("It is 1 < 2, <tool", "hermes") as (http, _):
         choice = await whole(http)
         assert choice["message"] == {"role": "assistant", "content": "It is 1 < 2, <tool", "refusal": None}
         assert choice["finish_reason"] == "stop"
@@ -128,7 +111,7 @@ async def test_without_a_call_the_answer_is_text_and_stops() -> None:
 
 @pytest.mark.parametrize("choice", ["none", "auto", None])
 async def test_tool_choice_says_whether_calls_are_read(choice: str | None) -> None:
-    async with asking(CALLS) as (http, rig):
+    async with asking(CALLS, "hermes") as (http, rig):
         answer = await whole(http, tool_choice=choice)
         assert bool(answer["message"].get("tool_calls")) == (choice != "none")
         if choice == "none":
@@ -137,20 +120,20 @@ async def test_tool_choice_says_whether_calls_are_read(choice: str | None) -> No
 
 
 async def test_one_call_where_no_more_are_wanted() -> None:
-    async with asking(CALLS) as (http, _):
+    async with asking(CALLS, "hermes") as (http, _):
         assert called((await whole(http, parallel_tool_calls=False))["message"]) == WANTED[:1]
         assert called((await streamed(http, parallel_tool_calls=False))[0]["message"]) == WANTED[:1]
 
 
 async def test_reasoning_is_left_out_for_who_does_not_want_it() -> None:
-    async with asking(CALLS) as (http, _):
+    async with asking(CALLS, "hermes") as (http, _):
         message = (await whole(http, include_reasoning=False))["message"]
         assert "reasoning" not in message and message["content"] == "Let me look."
         assert (await streamed(http, include_reasoning=False))[0]["message"]["reasoning"] == ""
 
 
 async def test_a_call_that_is_cut_off_is_none() -> None:
-    async with asking(CALLS) as (http, _):
+    async with asking(CALLS, "hermes") as (http, _):
         choice = await whole(http, max_tokens=len(CALLS.partition("Zü")[0].encode()))
         assert choice["finish_reason"] == "length"
         assert "tool_calls" not in choice["message"]
@@ -158,7 +141,7 @@ async def test_a_call_that_is_cut_off_is_none() -> None:
 
 
 async def test_a_call_goes_on_when_its_decoder_dies_in_the_middle() -> None:
-    async with asking(CALLS) as (http, rig):
+    async with asking(CALLS, "hermes") as (http, rig):
         for node in rig.nodes.nodes:
             node.die_after = len(CALLS.partition("Zü")[0].encode())
         choice, _ = await streamed(http)
@@ -167,7 +150,7 @@ async def test_a_call_goes_on_when_its_decoder_dies_in_the_middle() -> None:
 
 
 async def test_logprobs_and_token_ids_are_those_of_all_that_was_written() -> None:
-    async with asking(CALLS) as (http, _):
+    async with asking(CALLS, "hermes") as (http, _):
         choice = await whole(http, logprobs=True, return_token_ids=True)
         assert bytes(choice["token_ids"][:-1]).decode() == CALLS
         reply = await http.post("/v1/chat/completions", json={**CHAT, "stream": True, "return_token_ids": True})
@@ -177,19 +160,19 @@ async def test_logprobs_and_token_ids_are_those_of_all_that_was_written() -> Non
 
 
 async def test_the_history_of_a_tools_loop_is_taken_back() -> None:
-    async with asking(CALLS) as (http, _):
+    async with asking(CALLS, "hermes") as (http, _):
         message = (await whole(http))["message"]
         results = [{"role": "tool", "tool_call_id": call["id"], "content": "4"} for call in message["tool_calls"]]
         await whole(http, messages=[*CHAT["messages"], message, *results])
 
 
 async def test_what_cannot_be_had_is_refused_by_name() -> None:
-    async with asking(CALLS, parser="none") as (http, _):
+    async with asking(CALLS, "none") as (http, _):
         reply = await http.post("/v1/chat/completions", json=CHAT)
         assert (reply.status_code, reply.json()["error"]["param"]) == (400, "tools")
         assert "model.parser" in reply.json()["error"]["message"]
         assert (await http.post("/v1/chat/completions", json={**CHAT, "tool_choice": "none"})).status_code == 200
-    async with asking(CALLS) as (http, _):
+    async with asking(CALLS, "hermes") as (http, _):
         named = {"type": "function", "function": {"name": "get_time"}}
         for choice in ("required", "some", named):
             reply = await http.post("/v1/chat/completions", json={**CHAT, "tool_choice": choice})
