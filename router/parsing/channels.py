@@ -8,13 +8,12 @@ import json
 import re
 from collections.abc import Mapping
 
+from router.parsing.arguments import ATTRIBUTE, Arguments, as_json
 from router.parsing.events import CallArguments, CallBegin, CallEnd, Content, Parse, Reasoning
 from router.parsing.json_calls import Tools
 from router.parsing.reader import Make, Reader
-from router.parsing.tagged_calls import as_json
 
 _RECIPIENT = re.compile(r"to=([^\s<]+)")
-_ATTRIBUTE = re.compile(r'(\w+)="([^"]*)"')
 _MAKES: Mapping[str, Make] = {"analysis": Reasoning, "final": Content, "commentary": Content, "": Content}
 """By channel. What is on any other is left out."""
 _ENDS = ("<|end|>", "<|call|>", "<|return|>", "<|start|>", "<|channel|>")
@@ -29,15 +28,13 @@ def harmony(r: Reader, tools: Tools) -> Parse[None]:
         yield from r.text_until(_ENDS, _MAKES.get(channel, Content))
     while r.text or (yield from r.more()):
         role, marker = yield from r.take_until("<|channel|>", "<|message|>", "<|start|>", "<|end|>")
-        if marker is None or marker in ("<|start|>", "<|end|>"):
-            if marker is None:
-                return
-            continue
+        if marker is None:
+            return
         header = ""
         if marker == "<|channel|>":
             header, marker = yield from r.take_until("<|message|>", "<|end|>", "<|start|>", "<|channel|>")
         if marker == "<|channel|>":
-            r.text = "<|channel|>" + r.text
+            r.put_back(marker)
         if marker != "<|message|>":
             continue
         channel = header.strip().split("<|")[0].split(" ")[0]
@@ -75,17 +72,17 @@ def xtml(r: Reader, tools: Tools) -> Parse[None]:
 def _xtml_calls(r: Reader) -> Parse[None]:
     while (yield from r.text_until(("<|open|>call ", "<|close|>tools<|sep|>"), None)) == "<|open|>call ":
         head, found = yield from r.take_until("<|sep|>")
-        name = dict(_ATTRIBUTE.findall(head)).get("tool")
+        name = dict(ATTRIBUTE.findall(head)).get("tool")
         if found is None or not name:
             return
         yield CallBegin(html.unescape(name))
-        before = "{"
+        arguments = Arguments(None)
         while True:
             marker = yield from r.text_until(("<|open|>argument ", "<|close|>call<|sep|>"), None)
             if marker != "<|open|>argument ":
                 break
             said, _ = yield from r.take_until("<|sep|>")
-            attributes = dict(_ATTRIBUTE.findall(said))
+            attributes = dict(ATTRIBUTE.findall(said))
             text, closed = yield from r.take_until("<|close|>argument<|sep|>")
             if closed is None:
                 return
@@ -99,10 +96,8 @@ def _xtml_calls(r: Reader) -> Parse[None]:
                 text += closed + more
             is_text = attributes.get("type") == "string"
             value = json.dumps(text, ensure_ascii=False) if is_text else as_json(text.strip(), text)
-            key = json.dumps(html.unescape(attributes.get("key", "")), ensure_ascii=False)
-            yield CallArguments(f"{before}{key}: {value}")
-            before = ", "
+            yield CallArguments(arguments.key(html.unescape(attributes.get("key", ""))) + value)
         if marker is None:
             return
-        yield CallArguments("{}" if before == "{" else "}")
+        yield CallArguments(arguments.end())
         yield CallEnd()

@@ -94,7 +94,7 @@ def mistral(r: Reader, tools: Tools) -> Parse[None]:
         if marker == "[CALL_ID]":
             call_id, marker = yield from r.take_until("[ARGS]", "{")
         if marker == "{":
-            r.text = "{" + r.text
+            r.put_back(marker)
         if marker not in ("[ARGS]", "{") or not name.strip():
             yield from _give_back(r)
             continue
@@ -207,7 +207,7 @@ def _unwrapped(raw: str) -> str:
 
 def _give_back(r: Reader, before: str = "") -> Parse[bool]:
     """What was read was no call. What the end cut off is left out: half a call is of no use as text."""
-    text = r.recorded()
-    if not r.ended or r.text:
-        yield Content(before + text)
+    text = before + r.recorded()
+    if text and (r.text or not r.ended):
+        yield Content(text)
     return False

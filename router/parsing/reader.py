@@ -47,6 +47,12 @@ class Reader:
             self._taken.append(taken)
         return taken
 
+    def put_back(self, text: str) -> None:
+        """What was read last comes again."""
+        self.text = text + self.text
+        if self._taken is not None:
+            self._taken[-1] = self._taken[-1].removesuffix(text)
+
     def more(self) -> Parse[bool]:
         """Waits for more text; False: none will come."""
         if self.ended:

@@ -1,75 +1,17 @@
 """Dialects whose calls are tags around names and values: Qwen 3 Coder, GLM, DeepSeek from V3.2 on, Gemma 4.
 
-Owns how values without quotes become JSON. Sources: the models' chat templates.
+Sources: the models' chat templates.
 """
 
 import json
 import re
-from collections.abc import Mapping
 
+from router.parsing.arguments import ATTRIBUTE, Arguments, as_json
 from router.parsing.events import CallArguments, CallBegin, CallEnd, Content, Parse
 from router.parsing.json_calls import Tools
 from router.parsing.reader import Reader, read_json
 
 _QUOTE = '<|"|>'
-_ATTRIBUTE = re.compile(r'(\w+)="([^"]*)"')
-
-
-class _Arguments:
-    """The JSON text of arguments that come one after the other."""
-
-    def __init__(self, schema: Mapping[str, object] | None) -> None:
-        properties = (schema or {}).get("properties")
-        self._properties: Mapping[str, object] = properties if isinstance(properties, Mapping) else {}
-        self._before = "{"
-
-    def is_text(self, key: str) -> bool:
-        """Whether its value is a string, by what was said of the tool."""
-        return _kinds(self._properties.get(key)) == {"string"}
-
-    def key(self, key: str) -> str:
-        """What stands before a value."""
-        before, self._before = self._before, ", "
-        return f"{before}{json.dumps(key, ensure_ascii=False)}: "
-
-    def value(self, key: str, text: str) -> str:
-        """A whole value."""
-        if "string" in _kinds(self._properties.get(key)) and text.strip() != "null":
-            return json.dumps(text, ensure_ascii=False)
-        return as_json(text.strip(), text)
-
-    def end(self) -> str:
-        """What stands after the last."""
-        return "{}" if self._before == "{" else "}"
-
-
-def as_json(text: str, otherwise: str) -> str:
-    """Raw JSON as it is; anything else as a string of `otherwise`."""
-    try:
-        value = json.loads(text, parse_constant=_refuse)
-    except (ValueError, RecursionError):
-        return json.dumps({"True": True, "False": False, "None": None}.get(text, otherwise), ensure_ascii=False)
-    return text if not isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _refuse(name: str) -> object:
-    raise ValueError(name)
-
-
-def _kinds(schema: object) -> set[str]:
-    if not isinstance(schema, Mapping):
-        return set()
-    kinds: set[str] = set()
-    given = schema.get("type")
-    kinds.update([given] if isinstance(given, str) else given if isinstance(given, list) else [])
-    for way in ("anyOf", "oneOf"):
-        options = schema.get(way)
-        for option in options if isinstance(options, list) else []:
-            kinds |= _kinds(option)
-    options = schema.get("enum")
-    if not kinds and isinstance(options, list) and all(isinstance(one, str) for one in options):
-        kinds.add("string")
-    return kinds
 
 
 def _text_value(r: Reader, *ends: str) -> Parse[str | None]:
@@ -85,7 +27,7 @@ def _escaped(text: str) -> CallArguments:
     return CallArguments(json.dumps(text, ensure_ascii=False)[1:-1])
 
 
-def _value(r: Reader, arguments: _Arguments, key: str, *ends: str) -> Parse[str | None]:
+def _value(r: Reader, arguments: Arguments, key: str, *ends: str) -> Parse[str | None]:
     """One value up to the first of `ends`, which is returned."""
     yield CallArguments(arguments.key(key))
     if arguments.is_text(key):
@@ -106,7 +48,7 @@ def qwen_xml(r: Reader, tools: Tools) -> Parse[None]:
         if found != ">":
             continue
         yield CallBegin(name.strip())
-        arguments = _Arguments(tools.get(name.strip()))
+        arguments = Arguments(tools.get(name.strip()))
         ends = ("<parameter=", "</function>", "</tool_call>")
         marker = yield from r.text_until(ends, None)
         while marker == "<parameter=":
@@ -122,7 +64,7 @@ def qwen_xml(r: Reader, tools: Tools) -> Parse[None]:
         yield from r.skip_space()
 
 
-def _qwen_value(r: Reader, arguments: _Arguments, key: str) -> Parse[str | None]:
+def _qwen_value(r: Reader, arguments: Arguments, key: str) -> Parse[str | None]:
     """Returns the tag that ends it; one that was left out is made up for by the next."""
     # On lines of its own it ends with a line that begins with a tag: tags within a line are text.
     if not (yield from r.starts_with("\n")):
@@ -141,7 +83,7 @@ def glm(r: Reader, tools: Tools) -> Parse[None]:
         if marker is None:
             return
         yield CallBegin(name.strip())
-        arguments = _Arguments(tools.get(name.strip()))
+        arguments = Arguments(tools.get(name.strip()))
         while marker == "<arg_key>":
             key, _ = yield from r.take_until("</arg_key>")
             yield from r.text_until(("<arg_value>",), None)
@@ -166,11 +108,11 @@ def dsml(r: Reader, tools: Tools) -> Parse[None]:
         closers = (f"</｜DSML｜{gap}invoke>", opener.replace("<", "</", 1))
         while (yield from r.text_until((invoke, closers[1]), None)) == invoke:
             head, found = yield from r.take_until(">")
-            name = dict(_ATTRIBUTE.findall(head)).get("name", "")
+            name = dict(ATTRIBUTE.findall(head)).get("name", "")
             if found is None or not name:
                 return
             yield CallBegin(name)
-            arguments, marker = _Arguments(None), closers[0] if head.endswith("/") else None
+            arguments, marker = Arguments(None), closers[0] if head.endswith("/") else None
             while marker is None and (yield from r.text_until((parameter, closers[0]), None)) == parameter:
                 if not (yield from _dsml_parameter(r, arguments, f"</｜DSML｜{gap}parameter>")):
                     return
@@ -181,11 +123,11 @@ def dsml(r: Reader, tools: Tools) -> Parse[None]:
         yield from r.skip_space()
 
 
-def _dsml_parameter(r: Reader, arguments: _Arguments, end: str) -> Parse[bool]:
+def _dsml_parameter(r: Reader, arguments: Arguments, end: str) -> Parse[bool]:
     head, found = yield from r.take_until(">")
     if found is None:
         return False
-    said = dict(_ATTRIBUTE.findall(head))
+    said = dict(ATTRIBUTE.findall(head))
     yield CallArguments(arguments.key(said.get("name", "")))
     if said.get("string") != "false":
         return (yield from _text_value(r, end)) is not None

@@ -147,6 +147,10 @@ def test_what_was_meant_as_a_call_and_is_none_is_given_back() -> None:
     assert parsed("hermes", list(text)) == ("Well.<tool_call>not json</tool_call>", "", [])
 
 
+def test_what_follows_a_mark_of_calls_and_names_none_is_given_back_once() -> None:
+    assert parsed("mistral", list('Well.[TOOL_CALLS]{"a": 1}')) == ('Well.{"a": 1}', "", [])
+
+
 def test_reasoning_that_the_prompt_has_opened_needs_no_mark() -> None:
     assert parsed("hermes", ["What now</think>Well."], "<|im_start|>assistant\n<think>\n") == ("Well.", "What now", [])
     closed = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
