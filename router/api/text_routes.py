@@ -5,6 +5,7 @@ Owns the bodies of the first two, which are vLLM's, and their answers.
 
 import asyncio
 from functools import partial
+from typing import TypeVar
 
 import msgspec
 from fastapi import FastAPI, Request
@@ -49,14 +50,21 @@ class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
     tokens: list[int]
 
 
+_Body = TypeVar("_Body", TokenizeRequest, DetokenizeRequest, MessagesRequest)
+
+
 def add_text_routes(app: FastAPI, answerer: Answerer, max_body_bytes: int, limits: ApiLimits) -> None:
     """What the router's tokenizer makes of texts and tokens, as vLLM's server answers."""
 
-    @app.post("/tokenize", **openapi.orders("The tokens of a prompt or a chat", TokenizeRequest))
-    async def tokenize(request: Request) -> Response:
-        body = parse(await read_body(request, max_body_bytes, timeout_s=limits.body_timeout_s), TokenizeRequest)
+    async def asked(request: Request, kind: type[_Body]) -> _Body:
+        body = parse(await read_body(request, max_body_bytes, timeout_s=limits.body_timeout_s), kind)
         if body.model:
             answerer.check_model(body.model)
+        return body
+
+    @app.post("/tokenize", **openapi.orders("The tokens of a prompt or a chat", TokenizeRequest))
+    async def tokenize(request: Request) -> Response:
+        body = await asked(request, TokenizeRequest)
         (tokens,) = await answerer.encode([_prompt_of(body, limits)], caller_of(request.scope).apart(None))
         names = [answerer.tokenizer.piece(token_id) for token_id in tokens] if body.return_token_strs else None
         return JsonReply(
@@ -65,18 +73,14 @@ def add_text_routes(app: FastAPI, answerer: Answerer, max_body_bytes: int, limit
 
     @app.post("/v1/messages/count_tokens", **openapi.orders("How many tokens a prompt has", MessagesRequest))
     async def count_tokens(request: Request) -> Response:
-        raw = await read_body(request, max_body_bytes, timeout_s=limits.body_timeout_s)
-        body = chat_of(parse(raw, MessagesRequest), counted_only=True)
-        if body.model:
-            answerer.check_model(body.model)
-        (tokens,) = await answerer.encode(prompts_of(body, limits), caller_of(request.scope).apart(None))
+        chat = chat_of(await asked(request, MessagesRequest), counted_only=True)
+        whose = caller_of(request.scope).apart(chat.cache_salt)
+        (tokens,) = await answerer.encode(prompts_of(chat, limits), whose)
         return JsonReply({"input_tokens": len(tokens)})
 
     @app.post("/detokenize", **openapi.orders("The text of tokens", DetokenizeRequest))
     async def detokenize(request: Request) -> Response:
-        body = parse(await read_body(request, max_body_bytes, timeout_s=limits.body_timeout_s), DetokenizeRequest)
-        if body.model:
-            answerer.check_model(body.model)
+        body = await asked(request, DetokenizeRequest)
         tokens = token_ids(body.tokens, "tokens") if body.tokens else []
         read = partial(answerer.tokenizer.decode, tokens, skip_special_tokens=False)
         text = read() if len(tokens) <= limits.inline_tokens else await asyncio.to_thread(read)

@@ -59,7 +59,8 @@ class ReadChoice:
         return deltas
 
     def _add(self, event: Event, deltas: list[dict[str, object]]) -> None:
-        left_out = self._reading.one_call and self._begun > 1
+        self._begun += isinstance(event, CallBegin)
+        is_kept = self._begun <= 1 or not self._reading.one_call
         match event:
             case Content(text):
                 self.texts[Content].append(text)
@@ -68,18 +69,15 @@ class ReadChoice:
                 if self._reading.shows_reasoning:
                     self.texts[Reasoning].append(text)
                     _join(deltas, "reasoning", text)
-            case CallBegin(name, given):
-                self._begun += 1
-                if not (self._reading.one_call and self._begun > 1):
-                    call = ToolCall(given or _new_id(short=self._reading.dialect.short_ids), name)
-                    self.calls.append(call)
-                    begin = {**call.shown(), "index": len(self.calls) - 1}
-                    deltas.append({"tool_calls": [begin]})
-            case CallArguments(text) if not left_out:
+            case CallBegin(name, given) if is_kept:
+                call = ToolCall(given or _new_id(short=self._reading.dialect.short_ids), name)
+                self.calls.append(call)
+                deltas.append({"tool_calls": [{**call.shown(), "index": len(self.calls) - 1}]})
+            case CallArguments(text) if is_kept:
                 self.calls[-1].arguments.append(text)
                 part = {"index": len(self.calls) - 1, "function": {"arguments": text}}
                 deltas.append({"tool_calls": [part]})
-            case CallEnd() if not left_out:
+            case CallEnd() if is_kept:
                 self.calls[-1].ended = True
 
 
