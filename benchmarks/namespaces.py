@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+_PAIRS = ("ab", "cd", "ef", "gh")
+"""Ends of the names of the pairs that one process may have at a time."""
+
 
 def namespaces_need() -> str:
     """What network namespaces need and this process has not; empty: nothing."""
@@ -25,7 +28,8 @@ def two_namespaces(prefix: str) -> Iterator[tuple[str, str]]:
         pid = path.name.removeprefix(prefix)[:-1]
         if pid.isdecimal() and not Path(f"/proc/{pid}").exists():
             ip("netns", "del", path.name)
-    names = (f"{prefix}{os.getpid()}a", f"{prefix}{os.getpid()}b")
+    mine = f"{prefix}{os.getpid()}"
+    names = next((f"{mine}{a}", f"{mine}{b}") for a, b in _PAIRS if not Path(f"/run/netns/{mine}{a}").exists())
     with ExitStack() as stack:
         for name in names:
             ip("netns", "add", name)

@@ -1,5 +1,6 @@
-"""What holds for every test: nothing that one starts writes into the state folder of whoever runs it; garbage is not
-looked for among what collecting the tests made; and no example of a property has a time limit: machines are loaded."""
+"""What holds for every test: nothing that one starts writes into the state folder of whoever runs it; servers that
+tests share end with their module; garbage is not looked for among what collecting the tests made; and no example of a
+property has a time limit: machines are loaded."""
 
 import gc
 import os
@@ -7,6 +8,7 @@ from collections.abc import Generator
 from tempfile import TemporaryDirectory
 
 import pytest
+from support.shared_servers import end_shared
 
 try:
     from hypothesis import HealthCheck, settings
@@ -26,6 +28,12 @@ def _state_folder():
             del os.environ["XDG_STATE_HOME"]
         else:
             os.environ["XDG_STATE_HOME"] = before
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _shared_servers():
+    yield
+    end_shared()
 
 
 @pytest.hookimpl(wrapper=True)

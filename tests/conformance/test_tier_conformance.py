@@ -4,9 +4,6 @@ import asyncio
 from contextlib import AsyncExitStack
 
 import pytest
-from support.mooncake_server import end_shared_mooncake
-from support.redis_groups import end_shared_groups
-from support.s3_server import end_shared_s3
 from support.tier_rigs import (
     CAPACITY_BYTES,
     FINGERPRINT,
@@ -26,14 +23,6 @@ from kvstore.tiers.base import Cleared, Generation, TierChunk, TierOutcome
 
 OK, MISSING, AWAY = TierOutcome.OK, TierOutcome.MISSING, TierOutcome.UNAVAILABLE
 CALL_S = 20.0
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shared_servers():
-    yield
-    end_shared_s3()
-    end_shared_mooncake()
-    end_shared_groups()
 
 
 @pytest.fixture

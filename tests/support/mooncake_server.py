@@ -4,7 +4,6 @@ Mooncake's clients refuse a host that has nothing but loopback. Without the pack
 continuous integration that is a failure.
 """
 
-import atexit
 import importlib.util
 import os
 import signal
@@ -12,7 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import monotonic
@@ -116,21 +115,3 @@ def mooncake_server() -> Iterator[MooncakeServer]:
             yield server
         finally:
             server.end()
-
-
-_shared: list[tuple[MooncakeServer, ExitStack]] = []
-
-
-def shared_mooncake() -> MooncakeServer:
-    """One for all tests of a module, which calls `end_shared_mooncake` in the end. It ends with the tests anyway."""
-    if not _shared:
-        atexit.register(end_shared_mooncake)
-        with ExitStack() as stack:
-            server = stack.enter_context(mooncake_server())
-            _shared.append((server, stack.pop_all()))
-    return _shared[0][0]
-
-
-def end_shared_mooncake() -> None:
-    while _shared:
-        _shared.pop()[1].close()

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -143,34 +143,3 @@ def info(server: RedisServer, section: bytes) -> bytes:
     said = server.ask(b"INFO", section)
     assert isinstance(said, bytes)
     return said
-
-
-_shared: dict[str, tuple[ExitStack, SentinelGroup | ClusterGroup]] = {}
-
-
-def shared_sentinels() -> SentinelGroup:
-    """One for all tests of a module, which ends it: `end_shared_groups`. It takes seconds to come up."""
-    group = _shared_one("sentinels", sentinel_group)
-    assert isinstance(group, SentinelGroup)
-    return group
-
-
-def shared_cluster() -> ClusterGroup:
-    """As `shared_sentinels`."""
-    group = _shared_one("cluster", cluster_group)
-    assert isinstance(group, ClusterGroup)
-    return group
-
-
-def end_shared_groups() -> None:
-    while _shared:
-        _shared.popitem()[1][0].close()
-
-
-def _shared_one(
-    name: str, open_one: Callable[[], AbstractContextManager[SentinelGroup | ClusterGroup]]
-) -> SentinelGroup | ClusterGroup:
-    if name not in _shared:
-        stack = ExitStack()
-        _shared[name] = stack, stack.enter_context(open_one())
-    return _shared[name][1]

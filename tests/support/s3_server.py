@@ -79,21 +79,3 @@ def s3_server() -> Iterator[S3Server]:
         yield server
     finally:
         server.stop()
-
-
-_shared: list[S3Server] = []
-
-
-def shared_s3() -> S3Server:
-    """One for all tests of a module, which ends it: `end_shared_s3`. It runs, whatever a test did to it."""
-    if not _shared:
-        _shared.append(S3Server())
-    (server,) = _shared
-    if server._process is None:
-        server.start()
-    return server
-
-
-def end_shared_s3() -> None:
-    while _shared:
-        _shared.pop().stop()

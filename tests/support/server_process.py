@@ -12,6 +12,11 @@ class ServerProcess:
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
 
+    @property
+    def runs(self) -> bool:
+        """It was started and not stopped."""
+        return self._process is not None
+
     def stop(self) -> None:
         """SIGKILL, whatever it is doing. Idempotent."""
         if self._process is not None:

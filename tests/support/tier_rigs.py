@@ -9,10 +9,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from support.mooncake_server import HOST, MooncakeServer, needs_mooncake, shared_mooncake
-from support.redis_groups import shared_cluster, shared_sentinels
+from support.mooncake_server import HOST, MooncakeServer, mooncake_server, needs_mooncake
+from support.redis_groups import cluster_group, sentinel_group
 from support.redis_server import VALKEY, RedisServer, needs_redis, needs_valkey, redis_server
-from support.s3_server import needs_s3, shared_s3
+from support.s3_server import needs_s3, s3_server
+from support.shared_servers import shared
 
 from kvcore.clock import ManualClock, SystemClock
 from kvcore.config.tiers import MooncakeTierConfig, ObjectTierConfig
@@ -143,7 +144,7 @@ async def redis_rig_at(url: str, server_of: Callable[[ChunkName], RedisServer]) 
 
 @asynccontextmanager
 async def sentinel_rig() -> AsyncIterator[TierRig]:
-    group = shared_sentinels()
+    group = shared(sentinel_group)
     assert group.master.ask(b"FLUSHALL") == b"OK"
     async with redis_rig_at(group.url, lambda _name: group.master) as rig:
         yield rig
@@ -151,7 +152,7 @@ async def sentinel_rig() -> AsyncIterator[TierRig]:
 
 @asynccontextmanager
 async def cluster_rig() -> AsyncIterator[TierRig]:
-    group = shared_cluster()
+    group = shared(cluster_group)
     group.settle()
     for server in group.servers:
         assert server.ask(b"FLUSHALL") == b"OK"
@@ -178,7 +179,9 @@ async def folder_rig() -> AsyncIterator[TierRig]:
 
 @asynccontextmanager
 async def s3_rig() -> AsyncIterator[TierRig]:
-    server = shared_s3()
+    server = shared(s3_server)
+    if not server.runs:  # a test of the module stopped it
+        server.start()
     name = server.make_bucket()
     config = ObjectTierConfig(url=f"s3://{name}/some/prefix", endpoint=server.url, timeout_s=2.0)
     with pytest.MonkeyPatch.context() as patch:
@@ -234,7 +237,7 @@ def mooncake_tier(server: MooncakeServer, limits: MooncakeLimits = MooncakeLimit
 @asynccontextmanager
 async def mooncake_rig() -> AsyncIterator[TierRig]:
     """On a master that all tests of the module share, where nothing lies when the test begins."""
-    server = shared_mooncake()
+    server = shared(mooncake_server)
 
     @asynccontextmanager
     async def reopen() -> AsyncIterator[Tier]:
