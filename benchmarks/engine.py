@@ -23,7 +23,7 @@ from engines.torch.model import load_model
 from engines.torch.runner import TorchRunner
 from engines.torch.spec import build_kv_spec
 from kvcore.config.schema import ModelConfig, TorchEngineConfig
-from nodeapi.messages import SamplingParams
+from nodeapi.sampling import SamplingParams
 
 MODEL = "~/.cache/kvferry/models/SmolLM2-135M-Instruct"
 PART, BEFORE, BATCH, BLOCK = 256, 1024, 8, 64

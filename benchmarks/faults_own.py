@@ -29,7 +29,8 @@ from kvcore.config.schema import SimEngineConfig
 from kvcore.process.http_client import http_session
 from kvferry.launch.launcher import Launcher
 from kvferry.launch.processes import ProcessKind, plan_processes
-from nodeapi.messages import NodeReport, SamplingParams
+from nodeapi.messages import NodeReport
+from nodeapi.sampling import SamplingParams
 from router.text.tokenizer import ByteTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))

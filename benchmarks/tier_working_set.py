@@ -30,7 +30,7 @@ from support.sim_tiers import TierPlan
 
 from kvcore.config.schema import RouterConfig, SimEngineConfig, StoreConfig
 from kvnode.tiers.limits import MoveLimits
-from nodeapi.messages import SamplingParams
+from nodeapi.sampling import SamplingParams
 from router.requests.records import RequestRecord
 
 SCALE = 32

@@ -19,7 +19,8 @@ from benchmarks.vllm_pd_systems import FIRST_CORE, SECOND_CORE, SETTLE_S, Server
 from kvcore.chunk_keys import usable_chunks
 from kvcore.ports import base_url
 from nodeapi.client import HttpNodeClient
-from nodeapi.messages import GenerateRequest, Handoff, PrefillRequest, SamplingParams
+from nodeapi.messages import GenerateRequest, Handoff, PrefillRequest
+from nodeapi.sampling import SamplingParams
 
 SEGMENT_CONTEXTS = 6
 """A node's segment holds so many of the longest prompts: nothing is evicted that is still to be measured."""

@@ -10,7 +10,8 @@ import msgspec
 
 from kvcore.errors import InvalidRequestError
 from kvnode.limits import NodeLimits
-from nodeapi.messages import EngineInfo, GenerateRequest, PrefillRequest, SamplingParams
+from nodeapi.messages import EngineInfo, GenerateRequest, PrefillRequest
+from nodeapi.sampling import SamplingParams
 
 MAX_ID_CHARS = 256
 MAX_SALT_BYTES = 4096

@@ -9,45 +9,22 @@ from enum import StrEnum
 import msgspec
 
 from kvcore.types import KVSpec, NodeInfo, Segment
+from nodeapi.sampling import SamplingParams
 
-PROTOCOL, OLDEST_PROTOCOL = 2, 1
+PROTOCOL, OLDEST_PROTOCOL = 3, 1
 """The newest and the oldest version that this program speaks. The newest grows when a request gets a field, or when a
 field of any message gets another meaning (docs/wire-formats.md, "Versions" of the nodes' API)."""
 PROMOTE_OWNER = 2
 """Since which a promotion says whose chunks they are."""
 
 
-class _StrictMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A request. A node refuses one with a field it does not know: it could not do what that field asks."""
+class _StrictMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A request. A node refuses one with a field it does not know: it could not do what that field asks. A field that
+    asks for nothing is not sent, so that older nodes take the others."""
 
 
 class _TolerantMessage(msgspec.Struct, frozen=True, kw_only=True):
     """A reply. A reader ignores the fields it does not know."""
-
-
-class SamplingParams(_StrictMessage, frozen=True, kw_only=True):
-    """How to pick tokens. `temperature` 0 is greedy. Random numbers are a function of (seed, index, position) alone, so
-    another engine can continue a sequence and draw what this one would have drawn."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    """0: all."""
-    min_p: float = 0.0
-    seed: int = 0
-    """The router draws one where the client gave none."""
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: dict[int, float] = {}
-    max_tokens: int
-    """Of the whole completion, tokens already emitted included."""
-    min_tokens: int = 0
-    stop_token_ids: list[int] = []
-    ignore_eos: bool = False
-    logprobs: int | None = None
-    """None: no logprobs. k: of the sampled token and of the k likeliest ones, before temperature, as OpenAI has it."""
-    n: int = 1
 
 
 class PrefillRequest(_StrictMessage, frozen=True, kw_only=True):
@@ -239,6 +216,8 @@ class EngineInfo(_TolerantMessage, frozen=True, kw_only=True):
     num_blocks: int
     max_sequences: int = 0
     """That it decodes at a time. 0: not said."""
+    lacks: list[str] = []
+    """Fields of SamplingParams that it cannot obey: no request that has one is sent to it."""
     kv_peer: dict[str, str] = {}
     """What an engine that fetches KV from this one by itself must know of it, by vLLM's names. Empty: nothing."""
 

@@ -20,6 +20,7 @@ from router.requests.dispatch import Dispatcher
 from router.requests.run import RequestRun
 from router.requests.spec import AnswerRequest, ChatPrompt, Prompt, RequestSpec, TextPrompt, TokenPrompt
 from router.routing.decision import Decision
+from router.routing.obeying import refuse_if_all_lack
 from router.text.tokenizer import Runner, Tokenizer
 
 
@@ -117,6 +118,8 @@ class Answerer:
             raise NodeUnavailableError(self._cluster.why_no_decoder())
         for spec in request.specs:
             self._check_fit(spec, max_context, request)
+        if asks := request.specs[0].sampling.asks:
+            refuse_if_all_lack(asks, self._cluster.view(), request.names.of)
         if sum(spec.sampling.n for spec in request.specs) > self._limits.max_choices:
             text = f"{request.names.n} times the prompts must not be over {self._limits.max_choices}"
             raise InvalidRequestError(text, param=request.names.n)

@@ -27,8 +27,9 @@ from kvcore.config.records import RecordsConfig
 from kvcore.config.security import ClusterTlsConfig, SecretConfig, TlsConfig
 from kvcore.config.tiers import TierConfig
 from kvcore.metric_names import Metric
-from router.api.openai_schema import ChatRequest, CompletionRequest
-from router.api.other_fields import HARMLESS, REFUSED
+from router.api.fields.chat_fields import ChatRequest
+from router.api.fields.completion_fields import CompletionRequest
+from router.api.fields.other_fields import HARMLESS, REFUSED
 from router.parsing.dialects import DIALECTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,7 +75,7 @@ A histogram has the series `NAME_bucket`, `NAME_sum` and `NAME_count`. What the 
 
 _OPENAI_HEAD = f"""# The OpenAI API's fields
 
-<!-- Made by scripts/write_reference.py from router/api/openai_schema.py and other_fields.py: change it there. -->
+<!-- Made by scripts/write_reference.py from router/api/fields: change it there. -->
 
 What `POST /v1/chat/completions` and `POST /v1/completions` take: every field of OpenAI's requests and of vLLM's. No
 field that would change the answer is ignored: it is obeyed, or refused with an error whose `param` is its name. A field

@@ -11,7 +11,8 @@ from engines.jobs.load import LoadJob
 from engines.jobs.save import SaveJob
 from engines.paged.sequence import Status, TokenSequence
 from kvcore.errors import KVFerryError
-from nodeapi.messages import FinishReason, Handoff, LegInfo, Moved, PrefillResult, SamplingParams, Timings, TokenDelta
+from nodeapi.messages import FinishReason, Handoff, LegInfo, Moved, PrefillResult, Timings, TokenDelta
+from nodeapi.sampling import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)

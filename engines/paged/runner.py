@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from nodeapi.messages import EngineInfo, SamplingParams, TokenLogprob
+from nodeapi.messages import EngineInfo, TokenLogprob
+from nodeapi.sampling import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from enum import Enum, auto
 
 from kvcore.chunk_keys import KeyChain, usable_chunks
 from kvcore.types import ChunkKey, OwnerTag
-from nodeapi.messages import SamplingParams
+from nodeapi.sampling import SamplingParams
 
 
 class Status(Enum):

@@ -5,7 +5,8 @@ One wrong byte anywhere in a sequence's KV changes every record after it and the
 
 import xxhash
 
-from nodeapi.messages import SamplingParams, TokenLogprob
+from nodeapi.messages import TokenLogprob
+from nodeapi.sampling import SamplingParams
 
 RECORD_UNIT = 16
 _VARIANTS = 1 << 16

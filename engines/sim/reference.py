@@ -7,7 +7,7 @@ import xxhash
 from engines.sim.arithmetic import Arithmetic
 from engines.sim.runner import EOS_TOKEN
 from kvcore.config.schema import SimEngineConfig
-from nodeapi.messages import SamplingParams
+from nodeapi.sampling import SamplingParams
 
 
 def expected_tokens(

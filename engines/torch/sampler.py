@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from engines.paged.runner import Sampled, SampleSpec
-from nodeapi.messages import SamplingParams, TokenLogprob
+from nodeapi.messages import TokenLogprob
+from nodeapi.sampling import SamplingParams
 
 _WORD = (1 << 64) - 1
 _HUGE = 1e30

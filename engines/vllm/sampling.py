@@ -7,7 +7,8 @@ import msgspec
 
 from engines.vllm.connector.orders import PARAMS_NAME, LegParams
 from kvcore.errors import EngineError
-from nodeapi.messages import FinishReason, GenerateRequest, SamplingParams, TokenLogprob
+from nodeapi.messages import FinishReason, GenerateRequest, TokenLogprob
+from nodeapi.sampling import SamplingParams
 
 
 class VllmLogprob(Protocol):

@@ -28,13 +28,15 @@ from router.api import openapi
 from router.api.anthropic.message_format import MessagesFormatter
 from router.api.anthropic.messages import MessagesRequest, chat_of
 from router.api.body import parse
+from router.api.fields.chat_fields import ChatRequest
+from router.api.fields.completion_fields import CompletionRequest
+from router.api.fields.openai_schema import answer_request, prompts_of
 from router.api.formats.completion_format import CompletionFormatter
 from router.api.formats.formatter import Formatter
 from router.api.formats.parsed_chat import chat_formatter
 from router.api.front import Cors, PlainPaths
 from router.api.http_errors import error_reply, headers_of
 from router.api.limits import ApiLimits
-from router.api.openai_schema import ChatRequest, CompletionRequest, answer_request, prompts_of
 from router.api.responses import AnswerResponse, JsonReply, error_response
 from router.api.text_routes import add_probe_routes, add_text_routes
 from router.client_answer import ClientAnswer

@@ -11,8 +11,8 @@ from typing import Annotated, TypeVar, cast
 import msgspec
 
 from kvcore.errors import InvalidRequestError, PayloadTooLargeError
+from router.api.fields.other_fields import HARMLESS, REFUSED
 from router.api.limits import BodyLimits
-from router.api.other_fields import HARMLESS, REFUSED
 
 _Kind = TypeVar("_Kind", bound=msgspec.Struct)
 

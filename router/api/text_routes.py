@@ -17,11 +17,12 @@ from router.answering import Answerer
 from router.api import openapi
 from router.api.anthropic.messages import MessagesRequest, chat_of
 from router.api.body import parse
-from router.api.chat_messages import ChatMessage
-from router.api.chat_tools import Tool
-from router.api.checks import require, token_ids
+from router.api.fields.chat_fields import ChatRequest
+from router.api.fields.chat_messages import ChatMessage
+from router.api.fields.chat_tools import Tool
+from router.api.fields.checks import require, token_ids
+from router.api.fields.openai_schema import prompts_of
 from router.api.limits import ApiLimits
-from router.api.openai_schema import ChatRequest, prompts_of
 from router.api.responses import JsonReply, error_response
 from router.processes.view import RouterView
 from router.requests.spec import Prompt, TextPrompt

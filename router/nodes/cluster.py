@@ -23,6 +23,7 @@ from kvcore.types import NodeInfo, Role
 from metadata_server.cache_messages import NodeOrder
 from metadata_server.messages import Event, EventKind
 from nodeapi.messages import EngineInfo, NodeReport
+from nodeapi.sampling import lacking
 from router.nodes.board import NodeBoard, NodeTable
 from router.nodes.fit import RouterIdentity, has_worked, why_not_now, why_other, why_unsound
 from router.nodes.health import Breaker, BreakerState, is_nodes_fault
@@ -127,7 +128,9 @@ class Cluster:
         elif lost or has_worked(before, report):
             node.pace.quiet_s = 0.0
             works(node, self._clock.now(), lost=lost)
-        node.fingerprint = report.engine.kv_spec.fingerprint if report.engine is not None else b""
+        engine = report.engine
+        node.fingerprint = engine.kv_spec.fingerprint if engine is not None else b""
+        node.lacks = lacking(report.protocol, engine.lacks if engine is not None else ())
         self._count_others(node, report)
         node.unfit = self._identity.why_unfit(report)
         node.problem = why_other(report, node.id, node.role, node.url) or node.unfit or why_not_now(report)

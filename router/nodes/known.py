@@ -30,6 +30,8 @@ class KnownNode:
     report: NodeReport | None = None
     fingerprint: bytes = b""
     """Of its engine's KV, as last reported."""
+    lacks: frozenset[str] = frozenset()
+    """Fields of SamplingParams that it cannot be sent, as last reported."""
     unfit: str | None = None
     """Why it is no node of this router's, as last reported; None: it is one."""
     problem: str | None = "not probed yet"
@@ -150,6 +152,7 @@ class KnownNode:
             prefill_tokens=self.prefill_tokens,
             kv_spec=report.engine.kv_spec,
             doubtful=doubtful,
+            lacks=self.lacks,
             prefills=self.prefills,
             told=self.told,
             computing_since=self.computing_since,

@@ -14,8 +14,9 @@ from kvcore.clock import Clock
 from kvcore.config.schema import RouterConfig
 from kvcore.errors import DeadlineExceededError, KVFerryError, NoDescriptorsError, NodeUnavailableError
 from kvcore.telemetry import log_fields
-from nodeapi.messages import GenerateRequest, SamplingParams
+from nodeapi.messages import GenerateRequest
 from nodeapi.protocol import NodeClient
+from nodeapi.sampling import SamplingParams
 from router.nodes.cluster import Cluster, KnownNode
 from router.nodes.limits import NodeHealthLimits
 from router.nodes.stall_watch import works

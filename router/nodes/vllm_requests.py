@@ -9,7 +9,8 @@ from collections.abc import Mapping
 import msgspec
 
 from kvcore.handoff import HandoffKind
-from nodeapi.messages import GenerateRequest, PrefillRequest, SamplingParams
+from nodeapi.messages import GenerateRequest, PrefillRequest
+from nodeapi.sampling import SamplingParams
 
 _NIXL_PREFILL: dict[str, object] = {
     "do_remote_decode": True,

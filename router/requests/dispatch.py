@@ -200,6 +200,7 @@ class Dispatcher:
             full=full,
             prompt_token_ids=prompt,
             session=spec.session,
+            asks=spec.sampling.asks,
             now=self._services.clock.now(),
         )
         return self._policy.choose(request, view)

@@ -7,7 +7,7 @@ answers them (`router.answering`, `router.requests`) knows these alone.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from nodeapi.messages import SamplingParams
+from nodeapi.sampling import SamplingParams
 from router.parsing.dialects import Dialect
 from router.requests.hints import CacheHint
 from router.routing.index import KeptKeys
@@ -57,6 +57,12 @@ class FieldNames:
     n: str = "n"
     stop_token_ids: str = "stop_token_ids"
     logit_bias: str = "logit_bias"
+    others: Mapping[str, str] = field(default_factory=dict)
+    """Of SamplingParams, where the client calls them otherwise."""
+
+    def of(self, name: str) -> str:
+        """What the client calls a field of SamplingParams."""
+        return self.others.get(name, name)
 
 
 @dataclass(frozen=True, slots=True)

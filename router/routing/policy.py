@@ -141,6 +141,11 @@ def _decoders_that_fit(request: RouteRequest, nodes: Sequence[NodeView], _: Node
     return keep_kinds(nodes, lambda node: node.max_context >= needed)
 
 
+def _decoders_that_obey(request: RouteRequest, nodes: Sequence[NodeView], _: NodeView | None) -> Sequence[NodeView]:
+    asks = request.asks
+    return keep_kinds(nodes, lambda node: asks.isdisjoint(node.lacks)) if asks else nodes
+
+
 def _prefillers_that_fit(request: RouteRequest, nodes: Sequence[NodeView], _: NodeView | None) -> Sequence[NodeView]:
     return keep_kinds(nodes, lambda node: node.max_context >= request.prompt_tokens)
 
@@ -192,6 +197,7 @@ _NOT_DOUBTFUL = Filter("slow or silent a moment ago", _without_doubt)
 """A preference, as those of a policy: one that would leave nobody is passed over."""
 _OTHER_KV = Filter("its KV is not what the decoder reads", _of_the_decoders_kv, _what_differs)
 DECODER_FILTERS = (
+    Filter("cannot do what the request asks", _decoders_that_obey),
     Filter("too short a context", _decoders_that_fit),
     Filter("tried before, or another one was wanted", _decoders_wanted),
     Filter("other weights or settings than the answer began with", _of_the_answers_model),

@@ -43,6 +43,8 @@ class NodeView:
     kv_spec: KVSpec | None = None
     doubtful: bool = False
     """It was slow or silent of late: whoever is not is preferred."""
+    lacks: frozenset[str] = frozenset()
+    """Fields of SamplingParams that it cannot be sent."""
     prefills: int = 0
     """Prompts that `prefill_tokens` are of."""
     computing_since: float = 0.0
@@ -85,11 +87,12 @@ class NodeKind(NamedTuple):
     fingerprint: bytes
     max_context: int
     doubtful: bool
+    lacks: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, node: NodeView) -> "NodeKind":
         """This one's."""
-        return cls(node.fingerprint, node.max_context, node.doubtful)
+        return cls(node.fingerprint, node.max_context, node.doubtful, node.lacks)
 
 
 class NodeViews(tuple[NodeView, ...]):
@@ -134,7 +137,8 @@ class RouteRequest:
     """What a choice depends on. `hits[fingerprint]`: where the prompt's chunks are. `turn` counts requests: it breaks
     ties and is round robin's memory. `decoder`: already chosen, only a prefiller is wanted. `fingerprint`: of the KV of
     the answer that is to go on; empty: none has begun. `full`: those of `exclude` that only have no room. `session`:
-    what the client names its requests by that belong together; empty: nothing. `now`: by the router's clock."""
+    what the client names its requests by that belong together; empty: nothing. `now`: by the router's clock. `asks`:
+    fields of SamplingParams that its decoder must not lack."""
 
     prompt_tokens: int
     min_prefill_tokens: int
@@ -148,6 +152,7 @@ class RouteRequest:
     prompt_token_ids: Sequence[int] = ()
     session: str = ""
     now: float = 0.0
+    asks: frozenset[str] = frozenset()
 
     def hits_for(self, node: NodeView) -> PrefixHits:
         """Where the prompt's chunks of this node's kind of KV are."""

@@ -14,8 +14,10 @@ from kvcore.errors import InvalidRequestError, NodeUnavailableError
 from kvcore.types import ChunkKey, KVSpec
 from router.answering import Answerer
 from router.api.body import parse
+from router.api.fields.chat_fields import ChatRequest
+from router.api.fields.completion_fields import CompletionRequest
+from router.api.fields.openai_schema import answer_request, prompts_of
 from router.api.limits import ApiLimits
-from router.api.openai_schema import ChatRequest, CompletionRequest, answer_request, prompts_of
 from router.nodes.cluster import Cluster
 from router.requests.spec import RequestSpec
 from router.tenants.callers import EVERYBODY, Caller

@@ -21,8 +21,9 @@ from kvcore.process.http_body import read_body
 from router.admin.looks import SharedLooks
 from router.answering import Answerer
 from router.api import openapi
+from router.api.fields.chat_fields import ChatRequest
+from router.api.fields.completion_fields import CompletionRequest
 from router.api.limits import ApiLimits
-from router.api.openai_schema import ChatRequest, CompletionRequest
 from router.api.responses import JsonReply
 from router.requests.spec import RequestSpec
 from router.tenants.callers import asker, caller_of

@@ -10,7 +10,7 @@ import pytest
 from support.policy_conformance import CHECKS
 from support.router_fakes import expected, make_rig
 
-from nodeapi.messages import SamplingParams
+from nodeapi.sampling import SamplingParams
 from router.requests.spec import RequestSpec
 from router.routing.policy import RoutePolicy
 

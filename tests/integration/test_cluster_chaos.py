@@ -19,7 +19,7 @@ from engines.sim.reference import expected_tokens
 from kvcore.config.schema import SimEngineConfig
 from kvcore.process.child import ChildProcess
 from kvferry.launch.processes import plan_processes
-from nodeapi.messages import SamplingParams
+from nodeapi.sampling import SamplingParams
 from router.text.tokenizer import ByteTokenizer
 
 pytestmark = pytest.mark.slow

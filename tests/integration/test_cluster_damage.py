@@ -21,7 +21,7 @@ from kvcore.types import ReplicaRef
 from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, checksum, pack, parse
 from metadata_server.connect import MetadataEndpoints, connect_client
 from metadata_server.messages import MatchReply, MatchRequest
-from nodeapi.messages import SamplingParams
+from nodeapi.sampling import SamplingParams
 from transfer.memory.segment import attach
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]

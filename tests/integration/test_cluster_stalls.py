@@ -17,7 +17,7 @@ from support.process_tree import freeze
 
 from engines.sim.reference import expected_tokens
 from kvcore.config.schema import SimEngineConfig
-from nodeapi.messages import SamplingParams
+from nodeapi.sampling import SamplingParams
 
 pytestmark = pytest.mark.slow
 

@@ -13,7 +13,7 @@ from support.tiny_models import make_tiny_model
 
 from engines.sim.reference import expected_tokens
 from kvcore.config.schema import SimEngineConfig
-from nodeapi.messages import SamplingParams
+from nodeapi.sampling import SamplingParams
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 

@@ -16,7 +16,8 @@ from support.ucx import needs_ucx
 from engines.sim.reference import expected_tokens
 from kvcore.config.file import load_config
 from kvcore.config.schema import SimEngineConfig
-from nodeapi.messages import GenerateRequest, Handoff, PrefillRequest, SamplingParams, StreamError, TokenDelta
+from nodeapi.messages import GenerateRequest, Handoff, PrefillRequest, StreamError, TokenDelta
+from nodeapi.sampling import SamplingParams
 
 pytestmark = pytest.mark.slow
 PROMPT = [7 + (3 * i) % 40_000 for i in range(64 * 3 + 7)]

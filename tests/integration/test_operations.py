@@ -23,7 +23,7 @@ from kvcore.clock import SystemClock
 from kvcore.config.schema import SimEngineConfig
 from metadata_server.cache_messages import NodeOrderRequest
 from metadata_server.connect import connect_client, endpoints_of
-from nodeapi.messages import SamplingParams
+from nodeapi.sampling import SamplingParams
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 

@@ -27,7 +27,7 @@ from kvferry.nodes.role import RoleCommand
 from kvferry.rollout.command import RolloutCommand, RolloutOptions
 from kvferry.rollout.limits import RolloutLimits
 from kvferry.rollout.record import RecordFile, unfinished
-from nodeapi.messages import SamplingParams
+from nodeapi.sampling import SamplingParams
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 

@@ -12,7 +12,7 @@ from support.cluster import cluster
 from engines.sim.reference import expected_tokens
 from kvcore.config.schema import SimEngineConfig
 from kvcore.trust.opening import open_trust, trust_source
-from nodeapi.messages import SamplingParams
+from nodeapi.sampling import SamplingParams
 from transfer.greeting import InitiatorGreeting, greeting_keys
 from transfer.tcp import wire
 from transfer.tcp.sockets import split_address

@@ -23,7 +23,7 @@ from engines.sim.reference import expected_tokens
 from kvcore.config.file import load_config
 from kvcore.config.schema import SimEngineConfig
 from kvferry.status import run_status
-from nodeapi.messages import SamplingParams
+from nodeapi.sampling import SamplingParams
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180), pytest.mark.asyncio(loop_scope="module")]
 

@@ -20,7 +20,8 @@ from engines.torch.spec import build_kv_spec
 from kvcore.config.fields import ByteSize
 from kvcore.config.schema import ModelConfig, TorchEngineConfig
 from kvferry.demo.model import prepare_demo_model
-from nodeapi.messages import GenerateRequest, SamplingParams
+from nodeapi.messages import GenerateRequest
+from nodeapi.sampling import SamplingParams
 
 CHUNK = 64
 NEW_TOKENS = 16

@@ -10,7 +10,7 @@ from engines.paged.scheduler import Scheduler
 from engines.paged.sequence import Status, TokenSequence
 from kvcore.chunk_keys import KeyChain, root_key
 from kvcore.errors import OverloadedError
-from nodeapi.messages import SamplingParams
+from nodeapi.sampling import SamplingParams
 
 BLOCK, PER_CHUNK = 4, 2
 CHUNK = BLOCK * PER_CHUNK

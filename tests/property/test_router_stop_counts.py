@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nodeapi.messages import FinishReason, SamplingParams, TokenLogprob
+from nodeapi.messages import FinishReason, TokenLogprob
+from nodeapi.sampling import SamplingParams
 from router.client_answer import AnswerLimits, ClientAnswer, TextPiece
 from router.requests.events import Emit
 from router.requests.run import RequestRun

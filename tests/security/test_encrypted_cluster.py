@@ -19,7 +19,7 @@ from kvferry.launch.processes import ProcessPlan
 from kvstore.chunk_format import HEADER_BYTES, parse
 from kvstore.integrity.checks import Integrity
 from kvstore.manifest import scan
-from nodeapi.messages import SamplingParams
+from nodeapi.sampling import SamplingParams
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 

@@ -13,7 +13,7 @@ from support.cluster import ClusterHandle, cluster
 
 from engines.sim.reference import expected_tokens
 from kvcore.config.schema import SimEngineConfig
-from nodeapi.messages import SamplingParams
+from nodeapi.sampling import SamplingParams
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 

@@ -13,7 +13,7 @@ from support.sim_tiers import TierPlan
 from kvcore.chunk_keys import owner_of
 from kvcore.config.schema import SimEngineConfig, StoreConfig
 from kvnode.tiers.limits import MoveLimits
-from nodeapi.messages import SamplingParams
+from nodeapi.sampling import SamplingParams
 from router.requests.records import RequestRecord
 
 TALKS, ROUNDS, CHUNKS = 4, 6, 5

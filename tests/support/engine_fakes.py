@@ -13,7 +13,8 @@ from engines.paged.runner import StepOutput, StepSlice
 from engines.sim.build import build_sim_engine
 from engines.sim.runner import SimRunner, sim_spec
 from kvcore.config.schema import SimEngineConfig
-from nodeapi.messages import EngineStats, GenerateRequest, Handoff, PrefillRequest, SamplingParams, TokenDelta
+from nodeapi.messages import EngineStats, GenerateRequest, Handoff, PrefillRequest, TokenDelta
+from nodeapi.sampling import SamplingParams
 from transfer.inproc import FaultHook, InprocTransfer
 
 CHUNK = 32

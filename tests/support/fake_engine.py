@@ -30,9 +30,9 @@ from nodeapi.messages import (
     LegInfo,
     PrefillRequest,
     PrefillResult,
-    SamplingParams,
     TokenDelta,
 )
+from nodeapi.sampling import SamplingParams
 
 SPEC = KVSpec(
     model_id="fake",

@@ -11,7 +11,7 @@ from support.cluster import ClusterHandle, cluster
 from engines.sim.reference import expected_tokens
 from kvcore.chunk_keys import chunk_keys, root_key
 from kvcore.config.schema import SimEngineConfig
-from nodeapi.messages import SamplingParams
+from nodeapi.sampling import SamplingParams
 from nodeapi.upkeep import ChunksReply, ChunksRequest
 
 CHUNK_TOKENS = 64

@@ -27,6 +27,7 @@ from metadata_server.client import MetadataClient
 from metadata_server.core import MetadataCore
 from metadata_server.index.state import MetadataState
 from nodeapi.messages import (
+    PROTOCOL,
     EngineInfo,
     EngineStats,
     FinishReason,
@@ -135,6 +136,8 @@ class FakeNode:
     """Digest of it; it says none by default."""
     spec: dict[str, Any] = field(default_factory=dict)
     """Further fields of its KVSpec."""
+    protocol: int = PROTOCOL
+    lacks: list[str] = field(default_factory=list)
     max_context: int = MAX_CONTEXT
     segment_bytes: int = 1 << 20
     refused: str = ""
@@ -182,6 +185,7 @@ class FakeNode:
     def report(self) -> NodeReport:
         kv_spec = self.kv_spec(self.weights)
         return NodeReport(
+            protocol=self.protocol,
             node=NodeInfo(
                 id=self.id,
                 role=self.role,
@@ -198,6 +202,7 @@ class FakeNode:
                 eos_token_ids=[0],
                 block_size=16,
                 num_blocks=64,
+                lacks=self.lacks,
             ),
             stats=EngineStats(running=self.running, total_blocks=64),
             segments=[

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from engines.paged.runner import ModelRunner, Sampled, SampleSpec, StepSlice
-from nodeapi.messages import SamplingParams
+from nodeapi.sampling import SamplingParams
 
 
 @dataclass

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from support.sim_plan import BLOCK, CHUNK, FIRST_S, Fault, Plan, Wanted
 
 from kvcore.config.schema import SimEngineConfig, StoreConfig
-from nodeapi.messages import SamplingParams
+from nodeapi.sampling import SamplingParams
 
 RATE = 500.0
 """Prompt tokens that an engine computes in a second."""

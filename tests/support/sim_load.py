@@ -30,11 +30,11 @@ from nodeapi.messages import (
     NodeReport,
     PrefillRequest,
     PrefillResult,
-    SamplingParams,
     Timings,
     TokenDelta,
 )
 from nodeapi.protocol import TakeDelta
+from nodeapi.sampling import SamplingParams
 from router.admission.gate import Admission
 from router.admission.no_node import none_is_up_yet
 from router.answering import Answerer

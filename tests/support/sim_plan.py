@@ -8,7 +8,7 @@ from support.sim_tiers import TierPlan
 
 from kvcore.config.schema import SimEngineConfig, StoreConfig
 from kvcore.eviction.evictor import POLICY_NAMES
-from nodeapi.messages import SamplingParams
+from nodeapi.sampling import SamplingParams
 
 CHUNK, BLOCK = 32, 8
 LOAD_S = 2.5

@@ -7,7 +7,7 @@ from support.sim_tiers import REDIS, TierPlan
 
 from kvcore.config.schema import SimEngineConfig, StoreConfig
 from kvnode.tiers.limits import MoveLimits
-from nodeapi.messages import SamplingParams
+from nodeapi.sampling import SamplingParams
 
 ROOM = 4096
 """What one chunk takes in a segment."""

@@ -12,8 +12,10 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest as Vll
 from vllm.renderers.chat_utils import CustomChatCompletionMessageParam
 
 from router.api.body import strict_body
-from router.api.chat_messages import ChatMessage
-from router.api.openai_schema import ChatRequest, CompletionRequest, StreamOptions
+from router.api.fields.chat_fields import ChatRequest
+from router.api.fields.chat_messages import ChatMessage
+from router.api.fields.common_fields import StreamOptions
+from router.api.fields.completion_fields import CompletionRequest
 
 
 @pytest.mark.parametrize(

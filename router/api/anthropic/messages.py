@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import msgspec
 
-from router.api.chat_messages import ChatMessage, ContentPart
-from router.api.chat_tools import FunctionSpec, Tool
-from router.api.checks import refuse, require
-from router.api.openai_schema import ChatRequest
+from router.api.fields.chat_fields import ChatRequest
+from router.api.fields.chat_messages import ChatMessage, ContentPart
+from router.api.fields.chat_tools import FunctionSpec, Tool
+from router.api.fields.checks import refuse, require
 
 
 class ResultBlock(msgspec.Struct, frozen=True):

@@ -13,7 +13,7 @@ from engines.paged.scheduler import Scheduler
 from engines.paged.sequence import Status, TokenSequence
 from engines.sim.reference import expected_tokens
 from kvcore.chunk_keys import KeyChain, root_key
-from nodeapi.messages import SamplingParams
+from nodeapi.sampling import SamplingParams
 
 SLOW = msgspec.structs.replace(CONFIG, prefill_tokens_per_s=CHUNK, max_batch_tokens=CHUNK)  # a chunk a second
 LENGTH = 6 * CHUNK + 5

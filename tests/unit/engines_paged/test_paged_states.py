@@ -11,7 +11,7 @@ from engines.paged.blocks import BlockManager
 from engines.paged.scheduler import Scheduler
 from engines.paged.sequence import TRANSITIONS, Status, TokenSequence
 from kvcore.chunk_keys import KeyChain, root_key
-from nodeapi.messages import SamplingParams
+from nodeapi.sampling import SamplingParams
 
 
 def sequence():

@@ -9,7 +9,7 @@ from support.sim_loop import SimDeadlockError, SimTimeLimitError, run_sim
 
 from engines.paged.runner import SampleSpec, StepSlice
 from engines.sim.runner import SimRunner
-from nodeapi.messages import SamplingParams
+from nodeapi.sampling import SamplingParams
 
 PROMPT = prompt_of(21)
 CONFIG_WIDE = msgspec.structs.replace(CONFIG, vocab_size=1 << 30)

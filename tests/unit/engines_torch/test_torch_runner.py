@@ -12,7 +12,7 @@ from engines.torch.runner import TorchRunner
 from engines.torch.spec import build_kv_spec
 from kvcore.config.schema import ModelConfig, TorchEngineConfig
 from kvcore.errors import EngineError
-from nodeapi.messages import SamplingParams
+from nodeapi.sampling import SamplingParams
 
 BLOCK = 16
 PROMPT = list(range(10, 50))

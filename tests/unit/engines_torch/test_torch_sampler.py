@@ -6,7 +6,7 @@ import transformers
 
 from engines.paged.runner import SampleSpec
 from engines.torch.sampler import adjust_logits, candidates, sample_rows, uniform
-from nodeapi.messages import SamplingParams
+from nodeapi.sampling import SamplingParams
 
 VOCAB = 3000
 EOS = (7,)

@@ -10,7 +10,8 @@ from engines.vllm.connector.orders import LegParams
 from engines.vllm.sampling import finish, sampling_arguments, token_logprobs
 from kvcore.config.schema import ModelConfig
 from kvcore.errors import EngineError
-from nodeapi.messages import FinishReason, GenerateRequest, SamplingParams
+from nodeapi.messages import FinishReason, GenerateRequest
+from nodeapi.sampling import SamplingParams
 
 
 @dataclass

@@ -28,11 +28,11 @@ from nodeapi.messages import (
     ProbeReport,
     ProbeRequest,
     PromoteReply,
-    SamplingParams,
     StreamError,
     StreamFrame,
     TokenDelta,
 )
+from nodeapi.sampling import SamplingParams
 from nodeapi.upkeep import WeightsRequest
 
 INFO = NodeInfo(id="p0", role=Role.PREFILLER, control_url="http://x", incarnation=1)

@@ -13,8 +13,10 @@ from kvcore.errors import InvalidRequestError, NodeVersionError
 from kvcore.types import NodeInfo, Role, Segment
 from kvnode.request_check import parse_request
 from nodeapi import messages as m
+from nodeapi import sampling as s
 from nodeapi import upkeep as u
 from nodeapi.client import HttpNodeClient
+from nodeapi.sampling import SamplingParams
 from router.nodes.cluster import Cluster
 from router.nodes.prober import Prober
 
@@ -23,7 +25,7 @@ MOVED = m.Moved(transport="shm", direction="put", num_bytes=1, seconds=0.5)
 TIMINGS = m.Timings(queue_s=1.0)
 LEG = m.LegInfo(cached_tokens=1, computed_tokens=2, moved=[MOVED], timings=TIMINGS)
 LOGPROB = m.TokenLogprob(logprob=-1.0, top=[(1, -1.0)])
-SAMPLING = m.SamplingParams(max_tokens=4, logit_bias={1: 2.0})
+SAMPLING = SamplingParams(max_tokens=4, logit_bias={1: 2.0}, allowed_token_ids=[1], bad_words=[[1, 2]])
 HANDOFF = m.Handoff(num_chunks=1, wait_s=1.0)
 ENGINE = FakeNode("d0", Role.DECODER).report().engine
 STATS = m.EngineStats(running=1, counters={"aborted": 1})
@@ -105,7 +107,7 @@ def later(value: object) -> object:
 def test_each_message_of_the_api_is_held_to_one_of_the_rules() -> None:
     known = {
         kind
-        for module in (m, u)
+        for module in (m, s, u)
         for key, kind in inspect.getmembers(module, inspect.isclass)
         if issubclass(kind, msgspec.Struct) and kind.__module__ == module.__name__ and not key.startswith("_")
     }

@@ -11,7 +11,7 @@ import pytest
 from support.router_fakes import Rig, make_rig, two_and_two
 
 from kvcore.config.schema import RouterConfig
-from nodeapi.messages import SamplingParams
+from nodeapi.sampling import SamplingParams
 from router.cache.advice import CacheRoom, advise
 from router.cache.diagnosis import MissReason, diagnose
 from router.cache.divergence import RepeatedText, where_most_leave

@@ -16,8 +16,8 @@ from kvcore.config.schema import RouterConfig, StoreConfig
 from kvcore.errors import ContextLengthError, MetadataUnavailableError
 from kvcore.types import ChunkKey
 from metadata_server.cache_messages import CacheReply
-from nodeapi.messages import SamplingParams
-from router.api.cache_hints import CacheHintFields, MarkedForCache, hints_of
+from nodeapi.sampling import SamplingParams
+from router.api.fields.cache_hints import CacheHintFields, MarkedForCache, hints_of
 from router.cache.hints import HintPins, PinRoom
 from router.cache.limits import HintLimits
 from router.requests.hints import CacheHint

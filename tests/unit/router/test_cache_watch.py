@@ -7,7 +7,7 @@ from support.router_fakes import CHUNK_TOKENS, Rig, make_rig, two_and_two
 
 from kvcore.clock import ManualClock
 from kvcore.errors import EngineError
-from nodeapi.messages import SamplingParams
+from nodeapi.sampling import SamplingParams
 from router.cache.limits import WatchLimits
 from router.cache.report import CacheCounts
 from router.cache.watch import CacheWatch

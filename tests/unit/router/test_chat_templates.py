@@ -13,8 +13,10 @@ from tokenizers import models, pre_tokenizers, processors
 from kvcore.errors import InvalidRequestError
 from kvferry.doctor import checks
 from router.api.body import parse
+from router.api.fields.chat_fields import ChatRequest
+from router.api.fields.completion_fields import CompletionRequest
+from router.api.fields.openai_schema import prompts_of
 from router.api.limits import ApiLimits
-from router.api.openai_schema import ChatRequest, CompletionRequest, prompts_of
 from router.requests.spec import ChatPrompt, TextPrompt
 from router.text.tokenizer import ByteTokenizer, FolderTokenizer
 

@@ -9,7 +9,7 @@ import pytest
 from support.router_fakes import Rig, make_rig
 
 from kvcore.errors import ModelLoadError
-from nodeapi.messages import SamplingParams
+from nodeapi.sampling import SamplingParams
 from router.text.model_habits import SamplingDefaults, read_sampling
 
 QWEN = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "eos_token_id": [1, 2], "min_p": None}

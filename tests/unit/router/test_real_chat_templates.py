@@ -8,8 +8,9 @@ import pytest
 
 from kvcore.errors import InvalidRequestError
 from router.api.body import parse
+from router.api.fields.chat_fields import ChatRequest
+from router.api.fields.openai_schema import prompts_of
 from router.api.limits import ApiLimits
-from router.api.openai_schema import ChatRequest, prompts_of
 from router.requests.spec import ChatPrompt
 from router.text.message_content import template_reads_parts
 from router.text.template_sandbox import TemplateEnvironment

@@ -9,7 +9,8 @@ from support.router_fakes import CHUNK_TOKENS, make_rig, spec
 
 from kvcore.chunk_keys import chunk_keys, root_key
 from kvcore.types import Role
-from nodeapi.messages import Moved, Promoted, SamplingParams
+from nodeapi.messages import Moved, Promoted
+from nodeapi.sampling import SamplingParams
 from router.requests.records import LegRecord, RequestRecord, RouteRecord
 from router.requests.spec import RequestSpec
 from router.routing.costs import pays_to_stay, ways, worth_waiting_s

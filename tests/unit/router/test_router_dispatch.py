@@ -16,7 +16,8 @@ from kvcore.errors import (
     OverloadedError,
 )
 from kvcore.types import Role
-from nodeapi.messages import FinishReason, GenerateRequest, LegInfo, SamplingParams, TokenDelta
+from nodeapi.messages import FinishReason, GenerateRequest, LegInfo, TokenDelta
+from nodeapi.sampling import SamplingParams
 from router.requests.limits import RequestLimits
 from router.requests.run import RequestRun
 from router.requests.spec import AnswerRequest, RequestSpec

@@ -8,9 +8,11 @@ import pytest
 from support.router_fakes import MAX_CONTEXT, Rig, make_rig
 
 from router.api.body import strict_body
-from router.api.chat_messages import ChatMessage, ContentPart
-from router.api.openai_schema import ChatRequest, CompletionRequest, StreamOptions
-from router.api.other_fields import HARMLESS, REFUSED
+from router.api.fields.chat_fields import ChatRequest
+from router.api.fields.chat_messages import ChatMessage, ContentPart
+from router.api.fields.common_fields import StreamOptions
+from router.api.fields.completion_fields import CompletionRequest
+from router.api.fields.other_fields import HARMLESS, REFUSED
 
 OPENAI_CHAT = """audio frequency_penalty function_call functions logit_bias logprobs max_completion_tokens max_tokens
     messages metadata modalities model moderation n parallel_tool_calls prediction presence_penalty prompt_cache_key

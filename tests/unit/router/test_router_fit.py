@@ -14,7 +14,7 @@ from kvcore.config.schema import ClusterConfig, ModelConfig, NodeConfig, TorchEn
 from kvcore.errors import NodeUnavailableError
 from kvcore.model_folder import file_digest
 from kvcore.types import Role
-from nodeapi.messages import SamplingParams
+from nodeapi.sampling import SamplingParams
 from router.requests.spec import RequestSpec
 from router.text.tokenizer import ByteTokenizer, make_tokenizer
 

@@ -11,7 +11,8 @@ from support.router_fakes import FakeNode, FakeNodes, Rig, make_rig, until
 from kvcore.errors import EngineError, KVFerryError, NodeUnavailableError, OverloadedError
 from kvcore.handoff import HandoffKind
 from kvcore.types import Role
-from nodeapi.messages import EngineStats, SamplingParams
+from nodeapi.messages import EngineStats
+from nodeapi.sampling import SamplingParams
 from router.client_answer import ClientAnswer
 from router.nodes.cluster import NodeWork
 from router.requests.dispatch import Dispatcher

@@ -9,7 +9,7 @@ from kvcore.clock import ManualClock
 from kvcore.errors import EngineError
 from kvcore.types import NodeInfo, Role
 from metadata_server.messages import Event, EventKind
-from nodeapi.messages import SamplingParams
+from nodeapi.sampling import SamplingParams
 from router.nodes.limits import NodeHealthLimits
 from router.requests.run import RequestRun
 from router.requests.spec import RequestSpec

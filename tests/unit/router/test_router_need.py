@@ -9,7 +9,7 @@ from support.router_fakes import FakeNode, FakeNodes, Rig, expected, make_rig, u
 
 from kvcore.errors import EngineError, NodeUnavailableError, OverloadedError
 from kvcore.types import Role
-from nodeapi.messages import SamplingParams
+from nodeapi.sampling import SamplingParams
 from router.nodes.limits import NodeHealthLimits
 from router.requests.limits import RequestLimits
 from router.requests.records import RequestRecord

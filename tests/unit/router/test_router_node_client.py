@@ -10,7 +10,8 @@ from support.router_fakes import FakeNode, expected, node_app, serve, until
 from kvcore.errors import DeadlineExceededError, EngineError, KVFerryError, NodeUnavailableError, OverloadedError
 from kvcore.types import Role
 from nodeapi.client import HttpNodeClient
-from nodeapi.messages import GenerateRequest, PrefillRequest, SamplingParams, TokenDelta
+from nodeapi.messages import GenerateRequest, PrefillRequest, TokenDelta
+from nodeapi.sampling import SamplingParams
 
 CALL_S = 20.0
 PREFILL = PrefillRequest(request_id="a", prompt_token_ids=[1, 2, 3], deadline_s=5)

@@ -10,7 +10,7 @@ from support.router_fakes import FakeNode, FakeNodes, Rig, expected, make_rig, n
 
 from kvcore.errors import ModelChangedError
 from kvcore.types import Role
-from nodeapi.messages import SamplingParams
+from nodeapi.sampling import SamplingParams
 from router.requests.limits import RequestLimits
 from router.requests.spec import RequestSpec
 

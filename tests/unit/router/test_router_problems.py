@@ -9,7 +9,7 @@ from support.router_fakes import FakeNode, FakeNodes, Rig, make_rig, two_and_two
 
 from kvcore.types import NodeInfo, Role
 from metadata_server.messages import Event, EventKind
-from nodeapi.messages import SamplingParams
+from nodeapi.sampling import SamplingParams
 from router.nodes.limits import NodeHealthLimits
 from router.requests.records import RouteRecord
 from router.requests.spec import RequestSpec

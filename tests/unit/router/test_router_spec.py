@@ -10,11 +10,13 @@ from tokenizers import models
 
 from kvcore.errors import InvalidRequestError
 from kvcore.types import ChunkKey
-from nodeapi.messages import SamplingParams
+from nodeapi.sampling import SamplingParams
 from router.answering import Answerer
 from router.api.body import parse
+from router.api.fields.chat_fields import ChatRequest
+from router.api.fields.completion_fields import CompletionRequest
+from router.api.fields.openai_schema import answer_request, prompts_of
 from router.api.limits import ApiLimits
-from router.api.openai_schema import ChatRequest, CompletionRequest, answer_request, prompts_of
 from router.client_answer import AnswerLimits, ClientAnswer
 from router.requests.spec import (
     AnswerRequest,

@@ -11,7 +11,8 @@ from support.router_fakes import FakeNode, FakeNodes, Rig, expected, make_rig, u
 from kvcore.clock import ManualClock
 from kvcore.errors import DeadlineExceededError, EngineError, NodeUnavailableError
 from kvcore.types import Role
-from nodeapi.messages import EngineStats, NodeReport, SamplingParams
+from nodeapi.messages import EngineStats, NodeReport
+from nodeapi.sampling import SamplingParams
 from router.nodes import trust as trust_module
 from router.nodes.limits import NodeHealthLimits
 from router.nodes.pace import NodePace

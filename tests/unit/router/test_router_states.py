@@ -8,7 +8,7 @@ from support.router_fakes import make_rig
 
 from kvcore.errors import EngineError
 from kvcore.types import Route
-from nodeapi.messages import SamplingParams
+from nodeapi.sampling import SamplingParams
 from router.requests import states
 from router.requests.events import ClientGone, DecodeFailed, PrefillDone
 from router.requests.ledger import RequestMachine

@@ -9,7 +9,7 @@ import pytest
 from support.router_fakes import Rig, expected, make_rig, until
 
 from kvcore.errors import StoppingError
-from nodeapi.messages import SamplingParams
+from nodeapi.sampling import SamplingParams
 from router.requests.limits import RequestLimits
 from router.requests.run import RequestRun
 from router.requests.spec import RequestSpec

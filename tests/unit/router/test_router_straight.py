@@ -19,8 +19,9 @@ from kvcore.process.http_exchange import HttpExchange
 from kvcore.types import Role
 from nodeapi.client import MAX_TAKEN, HttpNodeClient
 from nodeapi.frames import pack_frame
-from nodeapi.messages import FinishReason, GenerateRequest, SamplingParams, TokenDelta
+from nodeapi.messages import FinishReason, GenerateRequest, TokenDelta
 from nodeapi.protocol import TakeDelta
+from nodeapi.sampling import SamplingParams
 from router.api.formats.completion_format import CompletionFormatter
 from router.requests.events import Emit, Fail, Finish
 from router.requests.flow.outputs import Outputs

@@ -26,7 +26,8 @@ from kvcore.errors import (
 )
 from kvcore.handoff import HandoffKind
 from kvcore.types import Role
-from nodeapi.messages import FinishReason, GenerateRequest, PrefillRequest, SamplingParams, TokenDelta
+from nodeapi.messages import FinishReason, GenerateRequest, PrefillRequest, TokenDelta
+from nodeapi.sampling import SamplingParams
 from router.nodes.vllm_client import VllmClient
 from router.nodes.vllm_model import read_model_facts
 from router.nodes.vllm_replies import MAX_EVENT_BYTES, CompletionStream, prefill_result, refusal

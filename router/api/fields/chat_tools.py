@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from router.api.checks import require
+from router.api.fields.checks import require
 
 
 class FunctionSpec(msgspec.Struct, frozen=True):

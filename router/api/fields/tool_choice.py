@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from router.api.chat_tools import Tool
-from router.api.checks import refuse, require
+from router.api.fields.chat_tools import Tool
+from router.api.fields.checks import refuse, require
 from router.parsing.dialects import Dialect
 from router.requests.spec import AnswerReading
 

@@ -1,6 +1,6 @@
 """Fields of OpenAI's and vLLM's requests that are not obeyed here: each is harmless, or refused by name.
 
-With the fields of the structs in `openai_schema` and `chat_messages` the table is closed: what is in none of them is
+With the fields of the structs in the modules beside this one the table is closed: what is in none of them is
 refused too, never ignored. A field that begins to be obeyed goes from here to its struct, which counts first.
 """
 

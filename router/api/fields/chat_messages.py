@@ -7,16 +7,16 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from router.api.cache_hints import MarkedForCache
-from router.api.chat_tools import call_of
-from router.api.checks import refuse, require
+from router.api.fields.cache_hints import MarkedForCache
+from router.api.fields.chat_tools import call_of
+from router.api.fields.checks import refuse, require
 
 _TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal", "thinking": "thinking"}
 """Types of parts that are text, and the field that it stands in."""
 
 
 class ContentPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A part of a message, which must be text. What caches are told are hints (`router.api.cache_hints`)."""
+    """A part of a message, which must be text. What caches are told are hints (`router.api.fields.cache_hints`)."""
 
     type: str
     text: str | None = None

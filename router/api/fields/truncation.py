@@ -1,6 +1,6 @@
 """Prompts that a client wants shortened rather than refused: `truncate_prompt_tokens`, with vLLM's meaning."""
 
-from router.api.checks import require
+from router.api.fields.checks import require
 
 SIDES = (None, "left", "right")
 

@@ -1,0 +1,54 @@
+"""The fields that chats and completions have in common."""
+
+import msgspec
+
+from router.api.fields.cache_hints import CacheHintFields
+from router.api.fields.checks import refuse
+
+
+class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`include_usage`: one more chunk at the end, with usage and no choices. `continuous_usage_stats`, beside it: the
+    usage so far in every chunk. `include_obfuscation` is harmless: nothing is padded."""
+
+    include_usage: bool | None = False
+    continuous_usage_stats: bool | None = False
+    include_obfuscation: bool | None = False
+
+
+class CommonFields(CacheHintFields, frozen=True, kw_only=True):
+    """The fields of both endpoints."""
+
+    model: str | None = None
+    n: int | None = 1
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    min_tokens: int | None = 0
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = False
+    cache_salt: str | None = None
+    user: object = None
+    """Without keys, who shares fairly with others while requests must wait."""
+    return_token_ids: bool | None = False
+    return_tokens_as_token_ids: bool | None = False
+    truncate_prompt_tokens: int | None = None
+    truncation_side: str | None = None
+    include_stop_str_in_output: bool | None = False
+    skip_special_tokens: bool | None = True
+    spaces_between_special_tokens: bool | None = True
+
+
+def check_response_format(value: dict[str, object] | None) -> None:
+    """Raises InvalidRequestError for a form that nothing makes an answer have."""
+    refuse("response_format", value is not None and value != {"type": "text"})

@@ -1,0 +1,39 @@
+"""The body of a completion, and its prompts."""
+
+from typing import cast
+
+from router.api.fields.checks import refuse, require, token_ids
+from router.api.fields.common_fields import CommonFields, check_response_format
+from router.api.limits import ApiLimits
+from router.requests.spec import Prompt, TextPrompt, TokenPrompt
+
+
+class CompletionRequest(CommonFields, frozen=True, kw_only=True):
+    """Body of POST /v1/completions."""
+
+    prompt: str | list[str | int | list[int]]
+    logprobs: int | None = None
+    best_of: int | None = None
+    add_special_tokens: bool | None = True
+    response_format: dict[str, object] | None = None
+
+
+def completion_prompts(request: CompletionRequest, limits: ApiLimits) -> list[Prompt]:
+    """Raises InvalidRequestError."""
+    check_response_format(request.response_format)
+    n = 1 if request.n is None else request.n
+    refuse("best_of", request.best_of is not None and request.best_of != n)
+    prompt, special_tokens = request.prompt, request.add_special_tokens is not False
+    if isinstance(prompt, str):
+        return [TextPrompt(prompt, special_tokens)]
+    require(len(prompt) > 0, "prompt", "must not be empty")
+    kinds = set(map(type, prompt))
+    if kinds == {int}:
+        return [TokenPrompt(token_ids(cast(list[int], prompt)))]
+    require(int not in kinds, "prompt", "mixes token ids with other prompts")
+    require(len(prompt) <= limits.max_prompts, "prompt", f"has at most {limits.max_prompts} prompts")
+    return [
+        TextPrompt(item, special_tokens) if isinstance(item, str) else TokenPrompt(token_ids(item))
+        for item in prompt
+        if not isinstance(item, int)
+    ]

@@ -1,0 +1,140 @@
+"""From a checked body of the OpenAI endpoints to the router's own words (`requests.spec`).
+
+The names of the fields that are obeyed are in the modules beside this one. A field that is not obeyed is in
+`other_fields`, or refused as unknown: nothing that would change the answer is ignored.
+"""
+
+from collections.abc import Sequence
+
+from router.api.fields.cache_hints import hints_of, session_of
+from router.api.fields.chat_fields import ChatRequest, chat_prompt
+from router.api.fields.chat_messages import marks_of
+from router.api.fields.checks import TokenLists, require
+from router.api.fields.common_fields import StreamOptions
+from router.api.fields.completion_fields import CompletionRequest, completion_prompts
+from router.api.fields.sampling_fields import DEFAULT_COMPLETION_TOKENS, AnyRequest, max_tokens_of, sampling_of
+from router.api.fields.tool_choice import may_call, reading_of
+from router.api.fields.truncation import truncated
+from router.api.limits import ApiLimits
+from router.parsing.dialects import Dialect
+from router.requests.spec import (
+    AnswerReading,
+    AnswerRequest,
+    FieldNames,
+    Prompt,
+    RequestSpec,
+    ShownFields,
+    TextOptions,
+    Turn,
+)
+from router.text.model_habits import ModelHabits
+
+_ANY_CONTEXT = 1 << 31
+
+
+def prompts_of(request: AnyRequest, limits: ApiLimits) -> list[Prompt]:
+    """A chat's messages, or the prompts of a completion; what changes the answer and is not supported is refused."""
+    if isinstance(request, ChatRequest):
+        return [chat_prompt(request, limits)]
+    return completion_prompts(request, limits)
+
+
+def answer_request(
+    request: AnyRequest,
+    prompts: Sequence[list[int]],
+    *,
+    max_context: int | None,
+    habits: ModelHabits = ModelHabits(),
+    request_id: str,
+    client_request_id: str,
+    limits: ApiLimits,
+) -> AnswerRequest:
+    """All of `request` but its prompts, which are tokens by now: a spec for each, all fields checked.
+
+    `max_context` None: not known as no node is up; a wrong request is wrong at any time, so the fields are checked all
+    the same. Raises InvalidRequestError.
+    """
+    stops, salt, reading = _stops(request, limits), _cache_salt(request, limits), _reading(request, habits.dialect)
+    hints = hints_of(request, marks_of(request.messages) if isinstance(request, ChatRequest) else ())
+    context = _ANY_CONTEXT if max_context is None else max_context
+    room = context - max_tokens_of(request, 0, DEFAULT_COMPLETION_TOKENS, None)[0]
+    lists = TokenLists(request.logit_bias, request.stop_token_ids, limits.max_biases)
+    flow = request.user[: limits.max_user_chars] if isinstance(request.user, str) else ""
+    specs = [
+        RequestSpec(
+            request_id=request_id if number == 0 else f"{request_id}-{number}",
+            prompt_token_ids=prompt,
+            sampling=sampling_of(request, len(prompt), context, limits, lists=lists, defaults=habits.sampling),
+            cache_salt=salt,
+            client_request_id=client_request_id,
+            hints=hints,
+            session=session_of(request),
+            flow=flow,
+        )
+        for number, whole in enumerate(prompts)
+        for prompt in [truncated(whole, request.truncate_prompt_tokens, request.truncation_side, room)]
+    ]
+    return AnswerRequest(
+        specs,
+        stops=stops,
+        text=_text_options(request, reading),
+        shown=_shown(request),
+        names=FieldNames(prompt="messages" if isinstance(request, ChatRequest) else "prompt"),
+        turn=Turn(flow),
+        reading=reading,
+        token_prompts=isinstance(request, CompletionRequest) and not _is_text(request.prompt),
+    )
+
+
+def _is_text(prompt: str | list[str | int | list[int]]) -> bool:
+    return isinstance(prompt, str) or all(isinstance(one, str) for one in prompt)
+
+
+def _reading(request: AnyRequest, dialect: Dialect | None) -> AnswerReading | None:
+    if not isinstance(request, ChatRequest):
+        return None
+    tools = request.tools if may_call(request.tools, request.tool_choice) else None
+    return reading_of(
+        tools,
+        dialect=dialect,
+        shows_reasoning=request.include_reasoning is not False,
+        one_call=request.parallel_tool_calls is False,
+        continues=bool(request.continue_final_message),
+    )
+
+
+def _text_options(request: AnyRequest, reading: AnswerReading | None) -> TextOptions:
+    marked = reading is not None and (reading.dialect.special or reading.tools is not None)
+    return TextOptions(
+        skip_special_tokens=request.skip_special_tokens is not False and not marked,
+        spaces_between_special_tokens=request.spaces_between_special_tokens is not False,
+        include_stop=bool(request.include_stop_str_in_output),
+    )
+
+
+def _shown(request: AnyRequest) -> ShownFields:
+    options = request.stream_options or StreamOptions()
+    usage = bool(request.stream and options.include_usage)
+    so_far = usage and bool(options.continuous_usage_stats)
+    return ShownFields(
+        token_ids=bool(request.return_token_ids),
+        tokens_as_ids=bool(request.return_tokens_as_token_ids),
+        usage=usage,
+        usage_so_far=so_far,
+    )
+
+
+def _stops(request: AnyRequest, limits: ApiLimits) -> list[str]:
+    stops = [request.stop] if isinstance(request.stop, str) else list(request.stop or ())
+    require(len(stops) <= limits.max_stops, "stop", f"has at most {limits.max_stops} strings")
+    longest = limits.max_stop_chars
+    require(all(0 < len(stop) <= longest for stop in stops), "stop", f"has 1 to {longest} characters each")
+    return stops
+
+
+def _cache_salt(request: AnyRequest, limits: ApiLimits) -> bytes:
+    salt = request.cache_salt
+    if salt is None:
+        return b""
+    require(0 < len(salt) <= limits.max_salt_chars, "cache_salt", f"has 1 to {limits.max_salt_chars} characters")
+    return salt.encode()

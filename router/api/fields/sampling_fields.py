@@ -1,0 +1,79 @@
+"""The fields that say how tokens are picked, as the engines are asked for them."""
+
+import random
+
+from nodeapi.sampling import SamplingParams
+from router.api.fields.chat_fields import ChatRequest
+from router.api.fields.checks import TokenLists, number, repetition_penalty, require, top_k, top_p
+from router.api.fields.completion_fields import CompletionRequest
+from router.api.limits import ApiLimits
+from router.text.model_habits import SamplingDefaults
+
+DEFAULT_COMPLETION_TOKENS = 16
+AnyRequest = ChatRequest | CompletionRequest
+_INT64 = 1 << 63
+
+
+def sampling_of(
+    request: AnyRequest,
+    prompt_tokens: int,
+    max_context: int,
+    limits: ApiLimits,
+    *,
+    lists: TokenLists,
+    defaults: SamplingDefaults,
+) -> SamplingParams:
+    """The engine's parameters, all checked; draws a seed where there is none.
+
+    Without max_tokens a chat may fill the context and a completion has 16 tokens. Raises InvalidRequestError.
+    """
+    max_tokens, named = max_tokens_of(request, prompt_tokens, max_context, defaults.max_new_tokens)
+    min_tokens = request.min_tokens or 0
+    require(0 <= min_tokens <= max_tokens, "min_tokens", f"must lie between 0 and {named} ({max_tokens})")
+    n = 1 if request.n is None else request.n
+    require(1 <= n <= limits.max_n, "n", f"must lie between 1 and {limits.max_n}")
+    if request.stream_options is not None:
+        require(bool(request.stream), "stream_options", "is only allowed when stream is true")
+    seed = random.getrandbits(63) if request.seed is None else request.seed
+    require(-_INT64 <= seed < _INT64, "seed", "must be a 64-bit integer")
+    return SamplingParams(
+        temperature=number(request.temperature, defaults.temperature, "temperature", 0.0, 2.0),
+        top_p=top_p(request.top_p, defaults.top_p),
+        top_k=top_k(request.top_k, defaults.top_k),
+        min_p=number(request.min_p, defaults.min_p, "min_p", 0.0, 1.0),
+        seed=seed % _INT64,
+        presence_penalty=number(request.presence_penalty, defaults.presence_penalty, "presence_penalty", -2.0, 2.0),
+        frequency_penalty=number(request.frequency_penalty, defaults.frequency_penalty, "frequency_penalty", -2.0, 2.0),
+        repetition_penalty=repetition_penalty(request.repetition_penalty, defaults.repetition_penalty),
+        logit_bias=lists.bias,
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        stop_token_ids=lists.ends,
+        ignore_eos=bool(request.ignore_eos),
+        logprobs=_logprobs(request, limits.max_logprobs),
+        n=n,
+    )
+
+
+def max_tokens_of(request: AnyRequest, prompt_tokens: int, max_context: int, most: int | None) -> tuple[int, str]:
+    """(tokens of the completion, what the client calls that). `most`: of a chat that says nothing."""
+    named, given = "max_tokens", request.max_tokens
+    if request.max_completion_tokens is not None:
+        named, given = "max_completion_tokens", request.max_completion_tokens
+    if given is None:
+        room = max(1, max_context - prompt_tokens)
+        most = (most or room) if isinstance(request, ChatRequest) else DEFAULT_COMPLETION_TOKENS
+        return min(room, most), named
+    require(given >= 1, named, "must be at least 1")
+    return min(given, _INT64), named  # more is over any context, and may have too many digits to be printed
+
+
+def _logprobs(request: AnyRequest, most: int) -> int | None:
+    if isinstance(request, CompletionRequest):
+        if request.logprobs is not None:
+            require(0 <= request.logprobs <= most, "logprobs", f"must lie between 0 and {most}")
+        return request.logprobs
+    if request.top_logprobs is not None:
+        require(bool(request.logprobs) or request.top_logprobs == 0, "top_logprobs", "needs logprobs to be true")
+        require(0 <= request.top_logprobs <= most, "top_logprobs", f"must lie between 0 and {most}")
+    return (request.top_logprobs or 0) if request.logprobs else None
