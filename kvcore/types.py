@@ -117,3 +117,5 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     decoder: str
     expected_cached_tokens: int
     reason: str
+    expected_promoted_tokens: int = 0
+    """Of those, that are in no node's memory yet, and come from a tier."""

@@ -306,6 +306,10 @@ class EventKind(TolerantEnum):
     REMOVED = "removed"
     NODE_UP = "node_up"
     NODE_DOWN = "node_down"
+    ON_DISK = "on_disk"
+    """These keys lie on the node's own disk now."""
+    OFF_DISK = "off_disk"
+    """They do no longer; without keys: nothing does."""
     UNKNOWN = "unknown"
     """Subscriptions leave it out."""
 

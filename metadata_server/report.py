@@ -5,36 +5,23 @@ from collections.abc import Iterator
 
 from kvcore.types import ChunkKey
 from metadata_server.account_messages import Stats
-from metadata_server.index.chunks.replicas import ReplicaIndex
 from metadata_server.index.chunks.rows import ReplicaState
 from metadata_server.index.event_log import MAX_BATCH_KEYS, EventLog
-from metadata_server.index.imports import Imports
-from metadata_server.index.nodes import NodeRegistry
-from metadata_server.index.reading import Reading
-from metadata_server.index.reservations import Reservations
+from metadata_server.index.membership import IndexParts
 from metadata_server.messages import EventBatch, NodesReply
 
 
 class IndexReport:
     """Reads the parts of a MetadataState, which lets run out what is due before each call."""
 
-    def __init__(
-        self,
-        log: EventLog,
-        nodes: NodeRegistry,
-        index: ReplicaIndex,
-        reservations: Reservations,
-        reading: Reading,
-        *,
-        imports: Imports,
-        counts: Counter[str],
-    ) -> None:
+    def __init__(self, parts: IndexParts, log: EventLog, *, counts: Counter[str]) -> None:
         self._log = log
-        self._nodes = nodes
-        self._index = index
-        self._reservations = reservations
-        self._reading = reading
-        self._imports = imports
+        self._nodes = parts.nodes
+        self._index = parts.index
+        self._reservations = parts.reservations
+        self._reading = parts.reading
+        self._imports = parts.imports
+        self._holdings = parts.holdings
         self._counts = counts
 
     def __repr__(self) -> str:
@@ -75,8 +62,9 @@ class IndexReport:
 
         With all events from its `next_seq` on it is the index at the time of the last of them, whatever happened while
         it was made: each key of a segment is there as at some time since then, or its last event says whether it is.
+        So with what lies on nodes' disks.
         """
-        return self._log.snapshot([node.info for node in self._nodes], self._stored())
+        return self._log.snapshot([node.info for node in self._nodes], self._stored(), self._holdings.told())
 
     def _stored(self) -> Iterator[tuple[str, str, list[ChunkKey]]]:
         """By rows, which stay where they are while the order in segments changes. Rows that are new meanwhile are told

@@ -69,15 +69,18 @@ class EventLog:
         return EventBatch(epoch=self.epoch, next_seq=from_seq + len(batch), events=batch)
 
     def snapshot(
-        self, nodes: Iterable[NodeInfo], stored: Iterable[tuple[str, str, list[ChunkKey]]]
+        self,
+        nodes: Iterable[NodeInfo],
+        stored: Iterable[tuple[str, str, list[ChunkKey]]],
+        on_disk: Iterable[tuple[str, list[ChunkKey]]] = (),
     ) -> Iterator[EventBatch]:
         """Batches that stand for the whole state of now, the last one empty: the mark of its end.
 
-        `stored`: (node id, segment id, keys), taken as it is needed. Where it changes meanwhile, the batches and all
-        events from their `next_seq` on are the state.
+        `stored`: (node id, segment id, keys), and `on_disk`: (node id, keys), taken as they are needed. Where they
+        change meanwhile, the batches and all events from their `next_seq` on are the state.
         """
         next_seq, batch, keys, first = self.next_seq, list[Event](), 0, True
-        for event in _as_events(next_seq - 1, nodes, stored):
+        for event in _as_events(next_seq - 1, nodes, stored, on_disk):
             batch.append(event)
             keys += 1 + len(event.keys)
             if keys >= MAX_BATCH_KEYS:
@@ -89,7 +92,10 @@ class EventLog:
 
 
 def _as_events(
-    seq: int, nodes: Iterable[NodeInfo], stored: Iterable[tuple[str, str, list[ChunkKey]]]
+    seq: int,
+    nodes: Iterable[NodeInfo],
+    stored: Iterable[tuple[str, str, list[ChunkKey]]],
+    on_disk: Iterable[tuple[str, list[ChunkKey]]],
 ) -> Iterator[Event]:
     for node in nodes:
         yield Event(seq=seq, kind=EventKind.NODE_UP, node_id=node.id, node=node)
@@ -97,3 +103,6 @@ def _as_events(
         for start in range(0, len(keys), MAX_EVENT_KEYS):
             part = keys[start : start + MAX_EVENT_KEYS]
             yield Event(seq=seq, kind=EventKind.STORED, node_id=node_id, segment_id=segment_id, keys=part)
+    for node_id, keys in on_disk:
+        for start in range(0, len(keys), MAX_EVENT_KEYS):
+            yield Event(seq=seq, kind=EventKind.ON_DISK, node_id=node_id, keys=keys[start : start + MAX_EVENT_KEYS])

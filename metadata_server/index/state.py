@@ -82,9 +82,7 @@ class MetadataState:
         new_record = NewSegments(config, limits, table, self._calls, shares).record
         self._membership = ClusterMembership(parts, log=self.log, new_record=new_record, counts=self.counters)
         self.orphans = IndexOrphans(parts, self._membership)
-        self.report = IndexReport(
-            self.log, nodes, index, self._reservations, self._reading, imports=self._imports, counts=self.counters
-        )
+        self.report = IndexReport(parts, self.log, counts=self.counters)
         self._limits, self._node_ttl_s = limits, node_ttl_s
         self._settled_at = -math.inf  # from then on every node that lives has been heard
 
@@ -270,7 +268,7 @@ class MetadataState:
         self.tick(now)
         if self._nodes.get(request.node_id, request.incarnation) is None:
             return m.TellHoldingsReply(known=False)
-        self._holdings.note(request)
+        self._holdings.note(request, self.log)
         return m.TellHoldingsReply(known=True)
 
     def find_holders(self, request: m.FindHoldersRequest, now: float) -> m.FindHoldersReply:

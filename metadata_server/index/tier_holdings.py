@@ -1,16 +1,18 @@
 """What lies on the nodes' own disks, as they tell it. Soft state: it says whom to ask, and may be out of date.
+What is noted is told to subscribers (`EventKind.ON_DISK`, `OFF_DISK`); that a node is gone says NODE_DOWN.
 
 Owns which node holds which key, as one integer of bits a key. Keys lie in many small tables, by their first byte: when
 a node is gone its bit only counts as dead, and `sweep` clears dead bits out of one table at a time. Invariant: no bit
 is given to another node before it is cleared everywhere.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from kvcore.types import ChunkKey
+from metadata_server.index.event_log import EventLog
 from metadata_server.index.limits import IndexLimits
 from metadata_server.index.nodes import NodeRegistry
-from metadata_server.messages import FindHoldersReply, TellHoldingsRequest
+from metadata_server.messages import EventKind, FindHoldersReply, TellHoldingsRequest
 
 _TABLES = 256
 
@@ -39,12 +41,25 @@ class TierHoldings:
     def __repr__(self) -> str:
         return f"<TierHoldings {len(self)} keys on the disks of {len(self._bits)} nodes>"
 
-    def note(self, request: TellHoldingsRequest) -> None:
+    def note(self, request: TellHoldingsRequest, log: EventLog) -> None:
         """See TellHoldingsRequest; of a live node."""
-        if request.reset:
-            self.drop(request.node_id)
-        self.remove(request.node_id, request.removed)
-        self.add(request.node_id, request.added)
+        name = request.node_id
+        if request.reset and name in self._bits:
+            self.drop(name)
+            log.append(EventKind.OFF_DISK, name)
+        if left := self.remove(name, request.removed):
+            log.append(EventKind.OFF_DISK, name, keys=left)
+        if came := self.add(name, request.added):
+            log.append(EventKind.ON_DISK, name, keys=came)
+
+    def told(self) -> Iterator[tuple[str, list[ChunkKey]]]:
+        """(node, keys on its disk) a table at a time, each as it is when it is asked for."""
+        for masks in iter(self._tables):
+            found: dict[str, list[ChunkKey]] = {}
+            for key, mask in masks.items():
+                for name in self._names_of(mask & self._alive):
+                    found.setdefault(name, []).append(key)
+            yield from found.items()
 
     def reply(self, keys: Sequence[ChunkKey], nodes: NodeRegistry) -> FindHoldersReply:
         """Who has each, as `find`."""
@@ -54,10 +69,10 @@ class TierHoldings:
         infos = [nodes[name].info for name in names]
         return FindHoldersReply(nodes=infos, holders=[[numbers[name] for name in having] for having in holders])
 
-    def add(self, node_id: str, keys: Iterable[ChunkKey]) -> None:
-        """They came to the node's disk."""
+    def add(self, node_id: str, keys: Iterable[ChunkKey]) -> list[ChunkKey]:
+        """They came to the node's disk. Those that are noted, and were not."""
         bit = 1 << self._bit(node_id)
-        held = self._held.get(node_id, 0)
+        held, came = self._held.get(node_id, 0), list[ChunkKey]()
         for key in keys:
             masks = self._tables[key[0]]
             mask = masks.get(key, 0)
@@ -67,23 +82,28 @@ class TierHoldings:
                 self._num_keys += not mask
                 masks[key] = mask | bit
                 held += 1
+                came.append(key)
         self._held[node_id] = held
+        return came
 
-    def remove(self, node_id: str, keys: Iterable[ChunkKey]) -> None:
-        """They left the node's disk."""
+    def remove(self, node_id: str, keys: Iterable[ChunkKey]) -> list[ChunkKey]:
+        """They left the node's disk. Those that had been noted."""
         if node_id not in self._bits:
-            return
-        bit = 1 << self._bits[node_id]
+            return []
+        bit, left = 1 << self._bits[node_id], list[ChunkKey]()
         keep = ~bit
         for key in keys:
             masks = self._tables[key[0]]
             mask = masks.get(key, 0)
-            self._held[node_id] -= bool(mask & bit)
+            if mask & bit:
+                self._held[node_id] -= 1
+                left.append(key)
             if mask & keep:
                 masks[key] = mask & keep
             elif mask:
                 del masks[key]
                 self._num_keys -= 1
+        return left
 
     def holders(self) -> list[str]:
         """Nodes that have told of chunks on their disks."""
@@ -122,8 +142,11 @@ class TierHoldings:
             mask = self._tables[key[0]].get(key, 0) & self._alive
             if not mask:
                 break
-            found.append([name for number, name in enumerate(self._nodes) if name is not None and mask >> number & 1])
+            found.append(self._names_of(mask))
         return found
+
+    def _names_of(self, mask: int) -> list[str]:
+        return [name for number, name in enumerate(self._nodes) if name is not None and mask >> number & 1]
 
     def _bit(self, node_id: str) -> int:
         number = self._bits.get(node_id)

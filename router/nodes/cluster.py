@@ -39,6 +39,7 @@ from router.routing.engine_caches import EngineCaches
 from router.routing.index import KeptKeys, PrefixHits, PrefixIndex
 from router.routing.parted_index import PartedIndex
 from router.routing.rates import NodeRates
+from router.routing.tier_index import TierIndex
 from router.routing.views import ClusterView
 
 _log = logging.getLogger("router")
@@ -65,13 +66,15 @@ class Cluster:
         names = tuple(partition.name for partition in config.metadata_server.partitions)
         self.index: PrefixIndex | PartedIndex = PartedIndex(Partitions(names)) if names else PrefixIndex()
         self._indexes = self.index.parts if isinstance(self.index, PartedIndex) else [self.index]
+        self.tiers = TierIndex(config.tiers, names)
         self.leases = NodeLeases(names or [""])
         self.nodes = NodeTable()
         self._board = NodeBoard(self.nodes, self._reason)
         self.stalls = StallWatch(config.router, limits, clock.now)
         self._drained: set[str] = set()
         telling = [name for name, node in config.nodes.items() if node.events is not None]
-        self.caches = EngineCaches(self.index, has_store=config.handoff.traits.has_store, telling=telling)
+        has_store = config.handoff.traits.has_store
+        self.caches = EngineCaches(self.index, self.tiers, has_store=has_store, telling=telling)
         self.on_less_load: Callable[[], None] = lambda: None  # some node has less to do
         self._said = PeerLog(_log, clock=clock)
         self.on_orders([])
@@ -230,6 +233,7 @@ class Cluster:
     def on_reset(self, part: int = 0) -> None:
         """Forget what was learnt from a partition's events; a snapshot follows."""
         self._indexes[part].reset()
+        self.tiers.reset(part)
         self.leases.reset(part)
         for node in self.nodes.values():
             node.lease, node.lapsed = self.leases.of(node.id), False
@@ -238,6 +242,7 @@ class Cluster:
         """Apply changes in order."""
         index = self._indexes[part]
         for event in events:
+            self.tiers.on_event(event, part)
             match event.kind:
                 case EventKind.STORED:
                     index.store(event.node_id, event.keys, event.segment_id)

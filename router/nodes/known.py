@@ -9,7 +9,7 @@ from router.nodes.limits import NodeHealthLimits
 from router.nodes.pace import NodePace
 from router.nodes.trust import NodeTrust, TrustState
 from router.routing.rates import NodeRates
-from router.routing.views import NodeView, ToldWork
+from router.routing.views import NodeView, TierRates, ToldWork
 
 
 @dataclass(slots=True, repr=False, eq=False)
@@ -166,6 +166,7 @@ class KnownNode:
             machine=self.machine,
             put_rates=known.put_rates if known is not None else rates.put_rates(),
             doubts=known.doubts if known is not None else rates.doubts(),
+            tiers=known.tiers if known is not None else TierRates.of(report.tiers),
         )
         object.__setattr__(self, "_viewed", (report, rates.changes, view))  # nothing that anybody sees has changed
         return view

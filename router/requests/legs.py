@@ -86,6 +86,7 @@ class RequestLegs:
         self._worth_waiting_s = math.inf if worth_waiting_s is None else worth_waiting_s
         self._prefill_tokens = len(spec.prompt_token_ids) - route.expected_cached_tokens
         """What a prefill leg is expected to compute: it counts as load of its node."""
+        self._promoted_tokens = route.expected_promoted_tokens
         self._chosen: dict[str, tuple[str, NodeWork]] = {}
         """By kind of leg: (node, what no leg has taken yet)."""
         self._work: dict[str, NodeWork] = {}
@@ -120,7 +121,7 @@ class RequestLegs:
     def computes_itself(self, leg: str) -> None:
         """Nobody hands this decode leg over what it waited for: its first token has the time that this takes."""
         if (watched := self._watched.get(leg)) is not None:
-            watched.computes = self._prefill_tokens
+            watched.computes = self._prefill_tokens + self._promoted_tokens
 
     def let_go(self, leg: str) -> None:
         """This leg's task has ended, perhaps before its first step."""
@@ -145,7 +146,7 @@ class RequestLegs:
         """Have it said if it is silent for too long; not of a node that is not known any more, which refuses it."""
         if (node := self._work[leg.id].node) is None:
             return
-        computes = self._prefill_tokens
+        computes = self._prefill_tokens + self._promoted_tokens  # a tier may be late
         if isinstance(action, StartDecode):
             again = any(one.kind == "decode" for one in self._records[:-1])
             if action.handoff or action.source is not None:
@@ -231,6 +232,8 @@ class RequestLegs:
             node.rates.prefilled(done.computed_tokens, done.timings.compute_s, now)
             node.rates.moved(done.moved, now)
             node.touch()
+        if self._promoted_tokens and not (done.promoted or done.tier_choices):
+            self._services.cluster.caches.not_promoted(self.spec.keys)
 
     def num_chunks(self, decoder: str) -> int:
         """How many full chunks of the prompt this decoder could be handed; 0 while nothing is known of it."""

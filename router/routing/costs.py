@@ -1,7 +1,8 @@
 """What the ways to a request's first token would take, by what is measured of the nodes, and which of them pays. Pure.
 
 The decoder computes what is not cached, or a prefiller does and hands it over; either loads what is cached from its own
-memory or from others'. What nothing was measured of is not guessed: then the way is not in the comparison.
+memory or from others', or has it brought from a tier first (`router.routing.promotion`). What nothing was measured of
+is not guessed: then the way is not in the comparison.
 """
 
 from typing import NamedTuple
@@ -12,17 +13,21 @@ from msgspec.structs import replace
 from kvcore.chunk_keys import usable_chunks
 from kvcore.types import Role
 from router.routing.limits import RateLimits
+from router.routing.promotion import NO_PROMOTION, Promotion, expected, offered
 from router.routing.rates import NO_DOUBT, RateKind
 from router.routing.views import NodeView, RouteRequest
 
 
 class Way(msgspec.Struct, frozen=True, kw_only=True):
-    """`node` computes. Seconds: until it gets to this request, for loading what is cached, for computing the rest, for
-    handing that over to the decoder; `expected_s`: from the choice to the first token."""
+    """`node` computes. Seconds: until it gets to this request, for what it brings from `tier` meanwhile, for loading
+    what is cached, for computing the rest, for handing that over to the decoder; `expected_s`: from the choice to the
+    first token. `tier` empty: it brings nothing from one; `router.routing.promotion.PEER`: from another node's disk."""
 
     node: str
     role: Role
+    tier: str = ""
     queue_s: float
+    promote_s: float = 0.0
     load_s: float
     compute_s: float
     handoff_s: float = 0.0
@@ -34,6 +39,16 @@ def ways(request: RouteRequest, decoder: NodeView, prefiller: NodeView | None) -
     here = _by(request, decoder, decoder)
     there = _by(request, prefiller, decoder) if prefiller is not None else None
     return tuple(way for way in (here, there) if way is not None)
+
+
+def other_ways(request: RouteRequest, decoder: NodeView, prefiller: NodeView | None) -> tuple[Way, ...]:
+    """What the same nodes' would take if they computed what they load from a tier, or loaded what they compute."""
+    found = []
+    for node in (decoder, prefiller):
+        if node is not None and (offer := offered(request, node)).chunks:
+            other = _by(request, node, decoder, NO_PROMOTION if offer.pays else offer)
+            found += [other] if other is not None else []
+    return tuple(found)
 
 
 def pays_to_stay(found: tuple[Way, ...]) -> bool:
@@ -120,12 +135,16 @@ class _Move(NamedTuple):
     by: Blamed
 
 
-def _moves(request: RouteRequest, node: NodeView, decoder: NodeView) -> tuple[_Move, ...]:
+def _moves(
+    request: RouteRequest, node: NodeView, decoder: NodeView, promotion: Promotion | None = None
+) -> tuple[_Move, ...]:
     """What `node` loads out of its own machine's memory and out of others'; what a prefiller writes for a decoder of
     another machine, and what that one reads."""
-    full, cached = _chunks(request, node)
+    promotion = expected(request, node) if promotion is None else promotion
+    full, cached = _chunks(request, node, promotion)
     size = node.kv_spec.chunk_bytes if node.kv_spec is not None else 0
-    own = min(request.hits_for(node).by_node.get(node.id, 0), cached)
+    own = min(request.hits_for(node).by_node.get(node.id, 0), cached - promotion.chunks)
+    own += promotion.near
     loads = (
         _Move(_moving_s(own * size, node.near_rate), Blamed(node.id, "near")),
         _Move(_moving_s((cached - own) * size, node.far_rate), Blamed(node.id, "far")),
@@ -141,28 +160,34 @@ def _moves(request: RouteRequest, node: NodeView, decoder: NodeView) -> tuple[_M
     )
 
 
-def _chunks(request: RouteRequest, node: NodeView) -> tuple[int, int]:
-    """(full ones of the prompt, those of them that are cached where it reaches them)."""
+def _chunks(request: RouteRequest, node: NodeView, promotion: Promotion) -> tuple[int, int]:
+    """(full ones of the prompt, those of them that are cached where it reaches them, or promoted)."""
     full = usable_chunks(request.prompt_tokens, node.chunk_tokens)
-    return full, min(request.hits_for(node).in_reach_of(node.id), full)
+    return full, min(request.hits_for(node).in_reach_of(node.id), full) + promotion.chunks
 
 
-def _by(request: RouteRequest, node: NodeView, decoder: NodeView) -> Way | None:
-    near, far, *handing = (move.seconds for move in _moves(request, node, decoder))
+def _by(request: RouteRequest, node: NodeView, decoder: NodeView, promotion: Promotion | None = None) -> Way | None:
+    promotion = expected(request, node) if promotion is None else promotion
+    near, far, *handing = (move.seconds for move in _moves(request, node, decoder, promotion))
     load_s = near + far
-    if not node.prefill_rate or load_s == float("inf"):
+    rest = request.prompt_tokens - _chunks(request, node, promotion)[1] * node.chunk_tokens
+    if not node.prefill_rate and rest > node.chunk_tokens:  # a part of a chunk takes the one step
         return None
-    rest = request.prompt_tokens - _chunks(request, node)[1] * node.chunk_tokens
-    ahead_s = node.ahead_tokens(request.now) / node.prefill_rate
-    queue_s, compute_s, handoff_s = ahead_s, rest / node.prefill_rate, 0.0
+    if float("inf") in (load_s, promotion.seconds):
+        return None
+    queue_s = compute_s = handoff_s = 0.0
+    if node.prefill_rate:
+        queue_s, compute_s = node.ahead_tokens(request.now) / node.prefill_rate, rest / node.prefill_rate
     if handing:
         put_s, read_s = handing
         handoff_s = max(0.0, put_s - compute_s) + read_s  # chunks are written while the next ones are computed
-    total_s = queue_s + load_s + compute_s + handoff_s + decoder.step_s
+    total_s = max(queue_s, promotion.seconds) + load_s + compute_s + handoff_s + decoder.step_s
     return Way(
         node=node.id,
         role=node.role,
+        tier=promotion.tier,
         queue_s=queue_s,
+        promote_s=promotion.seconds,
         load_s=load_s,
         compute_s=compute_s,
         handoff_s=handoff_s,

@@ -106,11 +106,13 @@ class Decision(msgspec.Struct, frozen=True):
     """What the decoder's and the prefiller's way would take, as far as it is known, …"""
     way: WayChoice = WayChoice()
     """… and which one was chosen by that."""
+    other_ways: tuple[Way, ...] = ()
+    """What these would take without the tier that they load from, or with one that they do not."""
 
     def best_ways(self) -> list[Way]:
-        """The chosen one first."""
+        """The chosen one first, and last those that were no choice."""
         chosen = self.route and (self.route.prefiller or self.route.decoder)
-        return sorted(self.ways, key=lambda way: way.node != chosen)
+        return [*sorted(self.ways, key=lambda way: way.node != chosen), *self.other_ways]
 
     @property
     def expected_s(self) -> float | None:

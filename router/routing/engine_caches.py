@@ -1,7 +1,7 @@
 """Where a prompt's KV is: in the nodes' memory, as the index says, and in their engines' own blocks, which none tells.
 
 Owns no index and no guess of its own: it asks `index`, and `held` beside it or, of servers that are not
-ours, `sent` alone.
+ours, `sent` alone. What lies in tiers `tiers` says.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from router.routing.held import HeldPrefixes
 from router.routing.index import KeptKeys, PrefixHits, PrefixIndex
 from router.routing.parted_index import PartedIndex
 from router.routing.sent import SentPrefixes
+from router.routing.tier_index import TierIndex
 from router.routing.told import ToldPrefixes
 from router.routing.views import ClusterView
 
@@ -20,10 +21,16 @@ class EngineCaches:
     """`has_store`: nodes tell what lies in their memory. `telling`: plain servers that tell of their own caches."""
 
     def __init__(
-        self, index: PrefixIndex | PartedIndex, *, has_store: bool, telling: Sequence[str] = (), soon_blocks: int = 4096
+        self,
+        index: PrefixIndex | PartedIndex,
+        tiers: TierIndex,
+        *,
+        has_store: bool,
+        telling: Sequence[str] = (),
+        soon_blocks: int = 4096,
     ) -> None:
         """`soon_blocks`: of what a server that tells was sent last: it is about to have it, and has not told yet."""
-        self._index = index
+        self._index, self._tiers = index, tiers
         self.told = ToldPrefixes(telling) if telling else None
         self._soon = SentPrefixes(max_blocks=soon_blocks) if telling else None
         self._held, self._sent = HeldPrefixes(), None if has_store else SentPrefixes()
@@ -61,6 +68,11 @@ class EngineCaches:
             if self._index.find(keys).by_node.get(node_id, 0) < len(keys):
                 self._held.read(node_id, engine, keys)
 
+    def not_promoted(self, kept: KeptKeys) -> None:
+        """A node looked for a prompt's chunks in its tiers, and there was none."""
+        for keys in kept.values():
+            self._tiers.missed(keys)
+
     def hits(
         self, view: ClusterView, prompt_token_ids: Sequence[int], salt: bytes, kept: KeptKeys
     ) -> dict[bytes, PrefixHits]:
@@ -69,13 +81,14 @@ class EngineCaches:
         if self._sent is not None:
             hits = self._plain_hits(self._sent.find(prompt_token_ids, salt, kept), prompt_token_ids, salt, kept)
             return {node.fingerprint: hits for node in (view.decoders or view.prefillers)[:1]}
-        for node in (view.decoders or view.prefillers) if self._index else ():
+        for node in (view.decoders or view.prefillers) if self._index or self._tiers else ():
             if node.fingerprint not in found:
                 keys = kept.get(kind := (node.fingerprint, node.chunk_tokens))
                 if keys is None:
                     count = usable_chunks(len(prompt_token_ids), node.chunk_tokens)
                     keys = kept[kind] = prompt_keys(node.fingerprint, salt, prompt_token_ids, node.chunk_tokens)[:count]
-                found[node.fingerprint] = self._held.with_these(self._index.find(keys), keys)
+                in_memory = self._held.with_these(self._index.find(keys), keys)
+                found[node.fingerprint] = self._tiers.behind(in_memory, keys)
         return found
 
     def _plain_hits(

@@ -15,8 +15,9 @@ from kvcore.chunk_keys import usable_chunks
 from kvcore.config.routing import RoutingPolicy
 from kvcore.kv_parts import describe_difference, differing_parts
 from kvcore.types import Role, Route
-from router.routing.costs import WayChoice, choose_way, ways
+from router.routing.costs import WayChoice, choose_way, other_ways, ways
 from router.routing.decision import Cut, Decision, Ranking
+from router.routing.promotion import expected
 from router.routing.views import ClusterView, NodeView, RouteRequest, keep_kinds
 
 IN_NEED = "in_need"
@@ -112,8 +113,10 @@ class Policy:
             decoder=decoder.id,
             expected_cached_tokens=cached if prefiller is None else _cached_tokens(request, prefiller),
             reason=reason,
+            expected_promoted_tokens=expected(request, prefiller or decoder).chunks * decoder.chunk_tokens,
         )
-        return Decision(route, decoders, prefillers, view.unusable, compared, way)
+        others = other_ways(request, decoder, prefillers.node if prefillers else None)
+        return Decision(route, decoders, prefillers, view.unusable, compared, way, others)
 
     def _choose_in_need(self, request: RouteRequest, view: ClusterView, decoders: Ranking) -> Decision:
         """A prefiller decodes, and computes the prompt too: there is nobody to hand anything over to. Decoders that are
@@ -123,7 +126,14 @@ class Policy:
         route, node = None, stand_ins.node
         if node is not None:
             cached, _ = _prefiller_unneeded(request, node)
-            route = Route(prefiller=None, decoder=node.id, expected_cached_tokens=cached, reason=IN_NEED)
+            promoted = expected(request, node).chunks * node.chunk_tokens
+            route = Route(
+                prefiller=None,
+                decoder=node.id,
+                expected_cached_tokens=cached,
+                reason=IN_NEED,
+                expected_promoted_tokens=promoted,
+            )
         return Decision(route, decoders, stand_ins, view.unusable)
 
 
@@ -222,7 +232,8 @@ def _prefiller_unneeded(request: RouteRequest, decoder: NodeView) -> tuple[int, 
 def _cached_tokens(request: RouteRequest, node: NodeView) -> int:
     """Of the prompt, what this node would not have to compute."""
     usable = usable_chunks(request.prompt_tokens, node.chunk_tokens)
-    return min(request.hits_for(node).in_reach_of(node.id), usable) * node.chunk_tokens
+    in_memory = min(request.hits_for(node).in_reach_of(node.id), usable)
+    return (in_memory + expected(request, node).chunks) * node.chunk_tokens
 
 
 def _rank(

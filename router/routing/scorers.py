@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import xxhash
 
 from router.routing.policy import Scorer
+from router.routing.promotion import promoting_tokens
 from router.routing.views import NodeView, RouteRequest
 
 COMPUTE_OVER_LOAD = 16.0
@@ -68,5 +69,8 @@ are left after so long."""
 REMOTE_TOKENS = Scorer("remote_tokens", _remote_tokens)
 """Cached tokens of the prompt that lie on other nodes: the node would have to bring them over, or, where
 nodes cannot read each other's, to compute them, which counts so many times."""
+TIER_TOKENS = Scorer("tier_tokens", lambda request, nodes, _: promoting_tokens(request, nodes))
+"""What tiers have of the prompt behind what is in memory, in tokens that the node would compute in the time in which it
+has it: a node on whose disk it lies has it sooner than one that must have it brought by way of another."""
 SESSIONS = Scorer("session", _sessions)
 """Between 0 and 1, the least on the session's own node: so little that it only decides between nodes that are equal."""

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import msgspec
 
 from kvcore.types import KVSpec, Role
+from nodeapi.messages import TierReport
 from router.routing.index import PrefixHits
 from router.routing.rates import Doubt, RateKind
 
@@ -26,6 +27,32 @@ class ToldWork(NamedTuple):
     def left_tokens(self, prefill_rate: float, now: float) -> float:
         """To compute, as far as time tells."""
         return max(0.0, self.prefill_tokens - prefill_rate * (now - self.at))
+
+
+class TierRates(NamedTuple):
+    """The tiers that a node loads from, its own `disk` and the fastest of those that all nodes share, by name, empty
+    where it has none; bytes a second, 0: not known."""
+
+    disk: str = ""
+    disk_rate: float = 0.0
+    shared: str = ""
+    shared_rate: float = 0.0
+
+    @classmethod
+    def of(cls, reports: Sequence[TierReport]) -> "TierRates":
+        """As the node says. One with which something is wrong counts for nothing."""
+        well = [tier for tier in reports if not tier.problem]
+        disk = next((tier for tier in well if not tier.shared), None)
+        shared = max((tier for tier in well if tier.shared), key=lambda tier: tier.load_rate or 0.0, default=None)
+        return cls(
+            disk.name if disk else "",
+            (disk.load_rate or 0.0) if disk else 0.0,
+            shared.name if shared else "",
+            (shared.load_rate or 0.0) if shared else 0.0,
+        )
+
+
+NO_TIERS = TierRates()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +96,7 @@ class NodeView:
 
     told: ToldWork | None = None
     """By the other routers; their sequences are part of `sequences`."""
+    tiers: TierRates = NO_TIERS
 
     def ahead_tokens(self, now: float) -> float:
         """To compute before it begins with what it is given now."""

@@ -7,6 +7,7 @@ import asyncio
 import hashlib
 import random
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from unittest.mock import patch
 
@@ -30,11 +31,13 @@ from support.sim_ways import METADATA, SimNodeClient
 import router.requests.run
 from kvcore.config.partitions import PartitionConfig
 from kvcore.config.schema import ClusterConfig, MetadataServerConfig, ModelConfig, NodeConfig, RouterConfig
+from kvcore.config.tiers import TiersConfig
 from kvcore.errors import KVFerryError, NodeUnavailableError, OverloadedError
 from kvcore.trust.opening import ClusterTrust
 from kvcore.types import ChunkKey, Role
 from kvstore.integrity.checks import Integrity
 from kvstore.types import GetOutcome
+from metadata_server.messages import Event, EventKind
 from metadata_server.partitions.merging import merged_stats
 from router.admission.no_node import NoNodeWait
 from router.cache.limits import WatchLimits
@@ -47,6 +50,7 @@ from router.requests.records import RequestLog
 from router.requests.run import RequestRun
 from router.requests.services import RequestServices
 from router.requests.spec import RequestSpec
+from router.routing.index import PrefixIndex
 from router.routing.policy import make_policy
 
 LIMIT_S = 600.0
@@ -148,6 +152,11 @@ def run_seed(seed: int, variant: Variant | None = None) -> Outcome:
         raise
 
 
+def index_keys(index: PrefixIndex) -> set[ChunkKey]:
+    """Those that segments which live hold."""
+    return {key for table in index._tables for key, mask in table.items() if mask & index._alive}
+
+
 class SimCluster:
     """One run."""
 
@@ -199,6 +208,7 @@ class SimCluster:
             engine=plan.engine,
             nodes={name: NodeConfig(role=ROLES[name[0]], host=name, port=1) for name in self.nodes},
             router=variant.router,
+            tiers=plan.tiers.config() if plan.tiers is not None else TiersConfig(),
         )
         if isinstance(self.metadata, SimPartitions):
             named = [PartitionConfig(name=name, port=1) for name in self.metadata.whole.names]
@@ -511,13 +521,8 @@ class SimCluster:
             node.check()
         await asyncio.sleep(2.5)  # a keep-alive later the router knows what the metadata server knows
         stored = {key for keys in self._stored().values() for key in keys}
-        if {
-            key
-            for index in self.cluster._indexes
-            for table in index._tables
-            for key, mask in table.items()
-            if mask & index._alive
-        } != stored:
+        self._check_disks()
+        if {key for index in self.cluster._indexes for key in index_keys(index)} != stored:
             self.problems.append(f"the router knows {len(self.cluster.index)} keys, the metadata server {len(stored)}")
         deadline = self.clock.now() + TRIAL_S
         while lost := [name for name, node in self.cluster.nodes.items() if node.lease is None or node.problem]:
@@ -541,11 +546,28 @@ class SimCluster:
     def _stored(self) -> dict[str, set[ChunkKey]]:
         """By segment."""
         stored: dict[str, set[ChunkKey]] = {}
+        for event in self._events():
+            if event.kind is not EventKind.ON_DISK:
+                stored.setdefault(event.segment_id, set()).update(event.keys)
+        return stored
+
+    def _events(self) -> Iterator[Event]:
         for core in self.metadata.cores:
             for batch in core.state.snapshot(self.clock.now()):
-                for event in batch.events:
-                    stored.setdefault(event.segment_id, set()).update(event.keys)
-        return stored
+                yield from batch.events
+
+    def _check_disks(self) -> None:
+        on_disk: dict[str, set[ChunkKey]] = {}
+        for event in self._events():
+            if event.kind is EventKind.ON_DISK:
+                on_disk.setdefault(event.node_id, set()).update(event.keys)
+        every = list(set().union(*on_disk.values()))
+        for name in self.nodes:
+            known = {key for index in self.cluster.tiers._parts for key in index.held_by(name, every)}
+            if known != on_disk.get(name, set()):
+                self.problems.append(f"the router knows {len(known)} of {len(on_disk.get(name, set()))} on disk {name}")
+        if sum(len(index_keys(index)) for index in self.cluster.tiers._parts) != len(every):
+            self.problems.append("the router knows of chunks on disks that nobody has")
 
     async def _check_stored(self) -> None:
         """Every chunk that is listed verifies and holds the right bytes, or is refused."""

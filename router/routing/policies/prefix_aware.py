@@ -1,10 +1,10 @@
-"""Prefix aware: cheapest first, by outstanding work plus what would have to be brought over from other nodes.
+"""Prefix aware: cheapest first, by outstanding work plus what would have to be brought over from other nodes or tiers.
 
 Of equal nodes each session has its own.
 """
 
 from router.routing.policy import Policy, Rules
-from router.routing.scorers import PREFILL_TOKENS, REMOTE_TOKENS, SEQUENCES, SESSIONS
+from router.routing.scorers import PREFILL_TOKENS, REMOTE_TOKENS, SEQUENCES, SESSIONS, TIER_TOKENS
 
 SEQUENCE_COST_TOKENS = 64.0
 """One more running sequence on a decoder weighs as much as this many tokens to bring over."""
@@ -15,6 +15,13 @@ REMOTE_TOKEN_COST = 0.25
 def make() -> Policy:
     """See router.routing.policy."""
     return Policy(
-        decoder=Rules(scorers=((SEQUENCES, SEQUENCE_COST_TOKENS), (REMOTE_TOKENS, REMOTE_TOKEN_COST), (SESSIONS, 1.0))),
-        prefiller=Rules(scorers=((PREFILL_TOKENS, 1.0), (REMOTE_TOKENS, REMOTE_TOKEN_COST))),
+        decoder=Rules(
+            scorers=(
+                (SEQUENCES, SEQUENCE_COST_TOKENS),
+                (REMOTE_TOKENS, REMOTE_TOKEN_COST),
+                (TIER_TOKENS, 1.0),
+                (SESSIONS, 1.0),
+            )
+        ),
+        prefiller=Rules(scorers=((PREFILL_TOKENS, 1.0), (REMOTE_TOKENS, REMOTE_TOKEN_COST), (TIER_TOKENS, 1.0))),
     )

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from collections.abc import Iterable
 
 import msgspec
 import pytest
@@ -10,10 +11,12 @@ from support.metadata_words import ids, key, keys, new_state, put, registration,
 
 from kvcore.clock import SystemClock
 from metadata_server.core import MetadataCore
+from metadata_server.index.event_log import EventLog
 from metadata_server.index.limits import IndexLimits
 from metadata_server.index.state import MetadataState
 from metadata_server.index.tier_holdings import TierHoldings
 from metadata_server.messages import (
+    Event,
     EventKind,
     LeaveRequest,
     ReserveStatus,
@@ -132,29 +135,48 @@ async def test_the_running_server_forgets_in_slices_and_answers_between_them() -
     assert len(seen) >= 8, "nobody else had a turn"
 
 
+def follow(told: dict[str, set[bytes]], events: Iterable[Event]) -> None:
+    """What lies on disks, as a subscriber learns it."""
+    for event in events:
+        keys = told.setdefault(event.node_id, set())
+        if event.kind is EventKind.ON_DISK:
+            keys.update(event.keys)
+        elif event.keys:
+            keys.difference_update(event.keys)
+        else:
+            keys.clear()
+
+
 def test_what_lies_on_disks_is_as_a_plain_table_says_whatever_comes_and_goes() -> None:
     rng = random.Random(5)
     for most_swept in (0, 10_000):
         holdings, plain = TierHoldings(IndexLimits(most_swept=most_swept)), dict[str, set[bytes]]()
+        log, told = EventLog("e", 10_000), dict[str, set[bytes]]()
         universe = [bytes([rng.randrange(256)]) + key(n)[1:] for n in range(200)]
         for _ in range(400):
             node, some = f"n{rng.randrange(6)}", rng.sample(universe, 20)
             action = rng.randrange(4)
             if action == 0:
                 request = TellHoldingsRequest(node_id=node, incarnation=1, added=some, reset=rng.random() < 0.3)
-                holdings.note(request)
+                holdings.note(request, log)
                 plain[node] = ({*some} | plain.get(node, set())) if not request.reset else {*some}
             elif action == 1:
-                holdings.remove(node, some)
+                holdings.note(TellHoldingsRequest(node_id=node, incarnation=1, removed=some), log)
                 plain.get(node, set()).difference_update(some)
             elif action == 2 and rng.random() < 0.5:
                 holdings.drop(node)
+                log.append(EventKind.NODE_DOWN, node)
                 plain.pop(node, None)
             else:
                 holdings.sweep()
             for k in rng.sample(universe, 10):
                 having = sorted(name for name, keys_of in plain.items() if k in keys_of)
                 assert [sorted(found) for found in holdings.find([k])] == ([having] if having else [])
+        follow(told, log.since(1))
+        assert {name: keys for name, keys in told.items() if keys} == {n: keys for n, keys in plain.items() if keys}
+        snapshot, begun = dict[str, set[bytes]](), log.snapshot([], [], holdings.told())
+        follow(snapshot, [event for batch in begun for event in batch.events])
+        assert snapshot == {name: keys for name, keys in told.items() if keys}
         while holdings.sweep():
             pass
         assert len(holdings) == len(set().union(*plain.values())), "dead bits are cleared, and counted out"

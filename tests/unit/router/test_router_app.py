@@ -189,7 +189,8 @@ async def test_request_ids_are_echoed_if_sane(http: httpx.AsyncClient) -> None:
         assert record["route"]["decoder"] == record["legs"][1]["node"]
         first, *others = [item for item in record["route"]["candidates"] if item["role"] == "decoder"]
         assert first["node"] == record["route"]["decoder"] and len(others) == 1
-        assert first["scores"] == {"sequences": 0.0, "remote_tokens": 0.0, "session": 0.0} and first["total"] == 0.0
+        assert first["scores"] == {"sequences": 0.0, "remote_tokens": 0.0, "tier_tokens": 0.0, "session": 0.0}
+        assert first["total"] == 0.0
     (listed,) = (await http.get("/v1/requests")).json()["requests"]
     assert listed["route"]["decoder"] and listed["route"]["candidates"] == [], "a list has no explanations"
     reply = await http.get("/health", headers={"X-Request-Id": "a b" * 100})
