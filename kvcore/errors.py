@@ -68,6 +68,13 @@ class ModelNotFoundError(InvalidRequestError):
     code = "model_not_found"
 
 
+class ResponseNotFoundError(InvalidRequestError):
+    """The named response is not kept here, or not for who asks."""
+
+    http_status = 404
+    code = "response_not_found"
+
+
 class PayloadTooLargeError(InvalidRequestError):
     """The request body is over the configured bound."""
 

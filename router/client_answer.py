@@ -113,6 +113,8 @@ class ClientAnswer:
         self.shown, self.reading = request.shown, request.reading
         self.id = request.specs[0].request_id
         """Of the answer, and of its (first) request."""
+        self.sampling = request.specs[0].sampling
+        """Of the (first) prompt: all but the room for tokens is the same of every other."""
         self.num_choices = sum(spec.sampling.n for spec in request.specs)
         """Over all prompts; so with `prompt_tokens`."""
         self.prompt_tokens = sum(len(spec.prompt_token_ids) for spec in request.specs)

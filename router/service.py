@@ -29,6 +29,7 @@ from router.admission.no_node import NoNodeWait, none_is_up_yet
 from router.admission.sharing import SharedAdmission
 from router.answering import Answerer
 from router.api.app import make_app
+from router.api.openai_responses.kept import keep_responses
 from router.cache.hints import HintPins
 from router.cache.replay import CacheReplay
 from router.cache.watch import CacheWatch
@@ -114,6 +115,7 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle, place: Process
         guard=await open_guard(config, log, clock, lifecycle, trust=trust, tokenizer=tokenizer, process=place.number),
         no_node=_no_node(services, prober, stopping, live),
         habits=habits,
+        kept=keep_responses(other_urls(config, place.number), clock, lifecycle),
     )
     server = RouterListeners(app, config, trust, metrics.metrics, lifecycle, process=place.number)
     always = {"node probes": prober.run(), "stall watch": cluster.stalls.run(), "cache replay": cache.run()}

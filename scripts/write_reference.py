@@ -93,7 +93,18 @@ what is not OpenAI's. `model.generation_config: false` leaves the file alone.
 
 `POST /v1/messages` and `/v1/messages/count_tokens` are Anthropic's: blocks of text, thinking, calls and results of
 tools are translated into a chat as vLLM's server translates them, and what is said here of chats holds for them.
-Images, documents, Anthropic's own tools and `tool_choice` `any` or with a name are refused.
+Images, documents, Anthropic's own tools and `tool_choice` `any` or with a name are refused. Errors have Anthropic's
+form.
+
+`POST /v1/responses` is OpenAI's other API: messages, reasoning, calls of functions and what came of them are translated
+into a chat as vLLM's server translates them, so that `previous_response_id` and the same items sent again are the same
+prompt. Its answers are items in the order in which the model began them; a stream tells of them by OpenAI's events, and
+ends with `response.completed`, `response.incomplete` or `response.failed`. An item that the length cut off is
+`incomplete`, and one sent back so is gone on with. `reasoning_tokens` are those from the first of the reasoning to the
+first of what follows. Answers are kept for a day, in the router's memory and at most 64 MiB of them, of each tenant by
+itself, unless `store` is `false`: `GET` and `DELETE /v1/responses/ID`. Where several routers or processes answer
+nothing is kept, and `previous_response_id` and `store` `true` are refused. `background`, `conversation`, `prompt`,
+images, files and OpenAI's own tools are refused. What an answer was not asked for is not made: no summary of reasoning.
 
 Parts of messages are text, and `response_format` may be `{{"type": "text"}}`.
 

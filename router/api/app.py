@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from email.utils import formatdate
+from functools import partial
 from typing import TypeVar
 
 import msgspec
@@ -21,36 +22,36 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from kvcore.errors import KVFerryError
 from kvcore.process.http_body import read_body
 from kvcore.telemetry import METRICS_CONTENT_TYPE
-from router.admission.header import with_first_token
-from router.admission.no_node import NoNodeWait, Tell
+from router.admission.no_node import NoNodeWait
 from router.answering import Answerer
 from router.api import openapi
+from router.api.anthropic.errors import AnthropicErrors, anthropic_event
 from router.api.anthropic.message_format import MessagesFormatter
 from router.api.anthropic.messages import MessagesRequest, chat_of
+from router.api.asked import AnswerStart, Asked
 from router.api.body import parse
 from router.api.fields.chat_fields import ChatRequest
 from router.api.fields.completion_fields import CompletionRequest
-from router.api.fields.openai_schema import answer_request, prompts_of
 from router.api.formats.completion_format import CompletionFormatter
-from router.api.formats.formatter import Formatter
 from router.api.formats.parsed_chat import chat_formatter
 from router.api.front import Cors, PlainPaths
 from router.api.http_errors import error_reply, headers_of
 from router.api.limits import ApiLimits
-from router.api.responses import AnswerResponse, JsonReply, error_response
+from router.api.openai_responses.kept import KeptResponses
+from router.api.openai_responses.request import ResponsesRequest
+from router.api.openai_responses.routes import ResponsesDoor
+from router.api.responses import AnswerResponse, JsonReply, error_response, failed_event
 from router.api.text_routes import add_probe_routes, add_text_routes
-from router.client_answer import ClientAnswer
 from router.metrics import RouterMetrics
 from router.processes.routes import add_own
 from router.processes.view import RouterView
-from router.tenants.callers import caller_of
+from router.tenants.callers import Caller, caller_of
 from router.text.model_habits import ModelHabits
-from router.text.tokenizer import Tokenizer
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 _log = logging.getLogger("router")
 _GOOD_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
-_Body = TypeVar("_Body", ChatRequest, CompletionRequest, MessagesRequest)
+_Body = TypeVar("_Body", ChatRequest, CompletionRequest, MessagesRequest, ResponsesRequest)
 
 
 def make_app(
@@ -65,19 +66,23 @@ def make_app(
     guard: Callable[[ASGIApp], ASGIApp] = lambda app: app,
     no_node: NoNodeWait | None = None,
     habits: ModelHabits = ModelHabits(),
+    kept: KeptResponses | None = None,
 ) -> ASGIApp:
     """The ASGI application. Its OpenAPI document is at /openapi.json. `cors`: as in the cluster file. `more` adds the
     routes that are not this package's, `guard` what refuses requests before they get to one. `no_node`: where requests
-    wait while no node is up; None: they are refused. `habits`: of the model that is served."""
+    wait while no node is up; None: they are refused. `habits`: of the model that is served. `kept`: where answers of
+    /v1/responses are kept; None: nowhere."""
     app = FastAPI(title="kvferry router", version="1", docs_url=None, redoc_url=None, redirect_slashes=False)
     _add_errors(app)
-    endpoints = _add_openai(app, answerer, max_body_bytes, limits, no_node=no_node, habits=habits)
+    endpoints = _add_openai(
+        app, answerer, max_body_bytes, limits, no_node=no_node, habits=habits, door=ResponsesDoor(kept)
+    )
     add_text_routes(app, answerer, max_body_bytes, limits)
     add_probe_routes(app, view)
     _add_status(app, view)
     add_own(app, view)
     more(app)
-    return PlainPaths(RequestIds(Cors(guard(ShortWay(app, endpoints)), cors), metrics))
+    return PlainPaths(RequestIds(AnthropicErrors(Cors(guard(ShortWay(app, endpoints)), cors)), metrics))
 
 
 class RequestIds:
@@ -164,60 +169,45 @@ def _add_openai(
     *,
     no_node: NoNodeWait | None,
     habits: ModelHabits,
+    door: ResponsesDoor,
 ) -> dict[str, Endpoint]:
     """Returns the endpoints of the token routes, by path."""
     endpoints: dict[str, Endpoint] = {}
+    starts = AnswerStart(answerer, limits, no_node=no_node, habits=habits)
 
     def generates(
         name: str,
         path: str,
         kind: type[_Body],
+        asked: Callable[[_Body, Caller], Asked],
         *,
         id_prefix: str,
-        formatter: Callable[[ClientAnswer, str, int, Tokenizer], Formatter],
-        translate: Callable[[_Body], ChatRequest | CompletionRequest],
+        failed: Callable[[KVFerryError], bytes] = failed_event,
     ) -> None:
         @app.post(path, name=name, **openapi.answers(kind))
         async def endpoint(request: Request) -> Response:
             raw = await read_body(request, max_body_bytes, timeout_s=limits.body_timeout_s)
-            body = translate(parse(raw, kind))
-            request_id = f"{id_prefix}-{secrets.token_hex(16)}"
-
-            async def start(tell: Tell) -> tuple[ClientAnswer, Formatter]:
-                if body.model:
-                    answerer.check_model(body.model)
-                caller = caller_of(request.scope)
-                prompts = await answerer.encode(prompts_of(body, limits), caller.apart(body.cache_salt))
-                if no_node is not None:
-                    await no_node.until_up(prompts, tell)
-                wanted = answer_request(
-                    body,
-                    prompts,
-                    max_context=answerer.max_context,
-                    habits=habits,
-                    request_id=request_id,
-                    client_request_id=request.scope["request_id"],
-                    limits=limits,
-                )
-                with caller.owns(with_first_token(wanted, request.scope)) as owned:
-                    answer = await answerer.admit(owned)
-                try:
-                    return answer, formatter(answer, answerer.model, int(time.time()), answerer.tokenizer)
-                except BaseException:
-                    answer.close()
-                    raise
-
-            return AnswerResponse(start, stream=bool(body.stream), send_timeout_s=limits.send_timeout_s)
+            wants = asked(parse(raw, kind), caller_of(request.scope))
+            start = partial(starts.start, wants, request.scope, f"{id_prefix}{secrets.token_hex(16)}")
+            stream = bool(wants.body.stream)
+            return AnswerResponse(start, stream=stream, send_timeout_s=limits.send_timeout_s, failed=failed)
 
         endpoints[path] = endpoint
 
-    as_it_is = lambda body: body  # noqa: E731
-    paths = "/v1/chat/completions", "/v1/completions", "/v1/messages"
-    generates("chat", paths[0], ChatRequest, id_prefix="chatcmpl", formatter=chat_formatter, translate=as_it_is)
+    chat = lambda body, _: Asked(body, chat_formatter)  # noqa: E731
+    completion = lambda body, _: Asked(body, CompletionFormatter)  # noqa: E731
+    generates("chat", "/v1/chat/completions", ChatRequest, chat, id_prefix="chatcmpl-")
+    generates("completions", "/v1/completions", CompletionRequest, completion, id_prefix="cmpl-")
     generates(
-        "completions", paths[1], CompletionRequest, id_prefix="cmpl", formatter=CompletionFormatter, translate=as_it_is
+        "messages",
+        "/v1/messages",
+        MessagesRequest,
+        lambda body, _: Asked(chat_of(body), MessagesFormatter),
+        id_prefix="msg-",
+        failed=anthropic_event,
     )
-    generates("messages", paths[2], MessagesRequest, id_prefix="msg", formatter=MessagesFormatter, translate=chat_of)
+    generates("responses", "/v1/responses", ResponsesRequest, door.asked, id_prefix="resp_")
+    door.add_to(app)
     _add_models(app, answerer)
     return endpoints
 

@@ -89,7 +89,7 @@ def _refusal(origin: bytes) -> Response:
 
 def _permitted(wanted: dict[bytes, bytes]) -> list[tuple[bytes, bytes]]:
     """The answer to a preflight: any header may be sent, `Authorization` included, which `*` would not cover."""
-    allowed = [(b"access-control-allow-methods", b"GET, HEAD, POST"), (b"access-control-max-age", _MAX_AGE)]
+    allowed = [(b"access-control-allow-methods", b"GET, HEAD, POST, DELETE"), (b"access-control-max-age", _MAX_AGE)]
     if headers := wanted.get(b"access-control-request-headers"):
         allowed.append((b"access-control-allow-headers", headers))
     if b"access-control-request-private-network" in wanted:  # browsers ask before a public page reaches a private one

@@ -6,7 +6,7 @@ of a request outlives its response.
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from functools import partial
 
@@ -102,6 +102,7 @@ class AnswerResponse(Response):
 
     `start(tell)`: makes the answer and its formatter, and calls `tell` now and then while it waits for a node: a client
     of a stream gets its head and a comment then. `send_timeout_s`: a client that takes nothing for so long is gone.
+    `failed`: the event of an error in a stream that has not got to its formatter.
     """
 
     def __init__(
@@ -110,11 +111,13 @@ class AnswerResponse(Response):
         *,
         stream: bool,
         send_timeout_s: float,
+        failed: Callable[[KVFerryError], bytes],
     ) -> None:
         super().__init__()
         self._start = start
         self._stream = stream
         self._send_timeout_s = send_timeout_s
+        self._failed = failed
         self._begun = False
         """The head of a stream is out."""
 
@@ -158,21 +161,25 @@ class AnswerResponse(Response):
                     formatter.take(piece)
                     if turns.over:
                         await turns.give_way()
-            status, headers, body = 200, _JSON, formatter.body()
+            body = formatter.body()
         except KVFerryError as error:
-            status, headers, body = _said(error)
+            await self._refuse(error, send)
+            return
         except _ClientGoneError:
             raise
         except Exception:  # request boundary
             _log.exception("request_failed")
-            status, headers, body = _said(EngineError("internal error"))
-        if self._begun:  # it had waited, and then came an error
-            event = b"event: error\ndata: " + body + b"\n\n"  # by this name Anthropic's clients know it
-            await send({"type": "http.response.body", "body": event, "more_body": False})
+            await self._refuse(EngineError("internal error"), send)
             return
-        length = (b"content-length", b"%d" % len(body))
-        await send({"type": "http.response.start", "status": status, "headers": [length, *headers]})
-        await send({"type": "http.response.body", "body": body})
+        await _send_whole(send, 200, _JSON, body)
+
+    async def _refuse(self, error: KVFerryError, send: Send) -> None:
+        if self._begun:  # it had waited
+            await send({"type": "http.response.body", "body": self._failed(error), "more_body": False})
+            return
+        reply = error_response(error)
+        headers = [(name, value) for name, value in reply.raw_headers if name != b"content-length"]
+        await _send_whole(send, reply.status_code, headers, bytes(reply.body))
 
     async def _send_stream(
         self,
@@ -202,12 +209,12 @@ class AnswerResponse(Response):
                     await turns.give_way()
             last = formatter.closing()
         except KVFerryError as error:
-            last = formatter.failure(reply_of(error))
+            last = formatter.failure(error)
         except _ClientGoneError:
             raise
         except Exception:  # request boundary; the status is out already
             _log.exception("stream_failed")
-            last = formatter.failure(reply_of(EngineError("internal error")))
+            last = formatter.failure(EngineError("internal error"))
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
     async def _tell(self, send: Send) -> None:
@@ -222,8 +229,12 @@ class AnswerResponse(Response):
             await send({"type": "http.response.start", "status": 200, "headers": list(_SSE)})
 
 
-def _said(error: KVFerryError) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
-    """Status, headers and body, as of `error_response`."""
-    reply = error_response(error)
-    headers = [(name, value) for name, value in reply.raw_headers if name != b"content-length"]
-    return reply.status_code, headers, bytes(reply.body)
+def failed_event(error: KVFerryError) -> bytes:
+    """By its name the libraries of OpenAI's clients know it."""
+    return b"event: error\ndata: " + msgspec.json.encode(reply_of(error)) + b"\n\n"
+
+
+async def _send_whole(send: Send, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> None:
+    length = (b"content-length", b"%d" % len(body))
+    await send({"type": "http.response.start", "status": status, "headers": [length, *headers]})
+    await send({"type": "http.response.body", "body": body})

@@ -1,7 +1,10 @@
 """Whose the router's paths are: everybody's, tenants', operators'. Pure."""
 
 COUNTED = frozenset(
-    {"/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/messages/count_tokens", "/tokenize", "/detokenize"}
+    {
+        *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"),
+        *("/tokenize", "/detokenize"),
+    }
 )
 """What a tenant's rates and concurrency are of."""
 OPEN = frozenset({"/health", "/ping"})
@@ -14,7 +17,7 @@ _ASK_OTHERS = ("/v1/nodes", "/v1/janitor", "/v1/cache/generations", "/v1/process
 def is_clients(path: str, *, records: bool) -> bool:
     """Whether a client asks it, not an operator alone. `records`: of requests, too."""
     below_records = path == _RECORDS or path.startswith(f"{_RECORDS}/")
-    return path in _PLAIN or path.startswith("/v1/models/") or (records and below_records)
+    return path in _PLAIN or path.startswith(("/v1/models/", "/v1/responses/")) or (records and below_records)
 
 
 def is_operators_path(method: str, path: str) -> bool:

@@ -66,6 +66,7 @@ from router.admission.no_node import NoNodeWait
 from router.answering import Answerer
 from router.api.app import make_app
 from router.api.limits import ApiLimits
+from router.api.openai_responses.kept import KeptResponses
 from router.cache.limits import WatchLimits
 from router.cache.replay import CacheReplay
 from router.cache.watch import CacheWatch
@@ -424,6 +425,7 @@ async def make_rig(
     aliases: Sequence[str] = (),
     sampling: SamplingDefaults = SamplingDefaults(),
     guard: Callable[[RequestLog, ASGIApp], ASGIApp] = lambda _, app: app,
+    kept: KeptResponses | None = None,
     **router: object,
 ) -> Rig:
     """Probed once. `wait_s`: requests wait so long for a node, two at a time; None: they are refused. `parser`: as
@@ -494,6 +496,7 @@ async def make_rig(
         guard=partial(guard, log),
         no_node=no_node,
         habits=ModelHabits(find_dialect(parser, ""), sampling),
+        kept=kept,
     )
     return Rig(
         nodes,
@@ -610,12 +613,12 @@ def calls_then(calls: str, answer: str) -> Callable[[list[int], int], int]:
     return lambda tokens, index: (last if b"<tool>" in bytes(tokens) else first)(tokens, index)
 
 
-async def writing_rig(tokens: Callable[[list[int], int], int], parser: str) -> Rig:
+async def writing_rig(tokens: Callable[[list[int], int], int], parser: str, kept: KeptResponses | None = None) -> Rig:
     """Whose nodes write `tokens`, and end at 0."""
     nodes = two_and_two()
     for node in nodes.nodes:
         node.tokens, node.eos = tokens, 0
-    return await make_rig(nodes, parser=parser)
+    return await make_rig(nodes, parser=parser, kept=kept)
 
 
 @asynccontextmanager
@@ -630,7 +633,7 @@ async def asking(text: str, parser: str) -> AsyncIterator[tuple[httpx.AsyncClien
 @asynccontextmanager
 async def serving(tokens: Callable[[list[int], int], int], parser: str) -> AsyncIterator[str]:
     """The address of such a router, over a real socket."""
-    server = AsgiServer((await writing_rig(tokens, parser)).app, "127.0.0.1", 0)
+    server = AsgiServer((await writing_rig(tokens, parser, KeptResponses(SystemClock()))).app, "127.0.0.1", 0)
     await server.start()
     try:
         yield server.url

@@ -83,3 +83,59 @@ async def test_the_names_and_lengths_of_models_are_read() -> None:
             await api.chat.completions.create(model="other", messages=[QUESTION])
         with pytest.raises(openai.BadRequestError, match="tool_choice"):
             await api.chat.completions.create(messages=[QUESTION], tool_choice="required", **MORE)
+
+
+# --- /v1/responses ----------------------------------------------------------------------------------------------------
+
+FUNCTION: list[Any] = [{"type": "function", "strict": False, **TOOLS[0]["function"]}]
+INPUT = QUESTION["content"]
+RESPONSE: dict[str, Any] = {"model": "fake-model", "tools": FUNCTION, "max_output_tokens": 600}
+
+
+def outputs(response: Any) -> list[dict[str, Any]]:
+    calls = [item for item in response.output if item.type == "function_call"]
+    assert [json.loads(call.arguments)["city"] for call in calls] == ["Zürich", "Rome"]
+    return [{"type": "function_call_output", "call_id": call.call_id, "output": "18"} for call in calls]
+
+
+@pytest.mark.parametrize("keeps", [True, False], ids=["kept", "sent again"])
+async def test_a_loop_of_tools_over_responses_comes_to_its_answer(keeps: bool) -> None:
+    async with client() as api:
+        first = await api.responses.create(input=INPUT, store=keeps, **RESPONSE)
+        assert (first.status, first.output_text) == ("completed", "Let me look.")
+        assert [item.type for item in first.output] == ["reasoning", "message", "function_call", "function_call"]
+        if keeps:
+            last = await api.responses.create(input=outputs(first), previous_response_id=first.id, **RESPONSE)
+            assert (await api.responses.retrieve(first.id)).output == first.output
+            await api.responses.delete(first.id)
+            with pytest.raises(openai.NotFoundError, match="no response"):
+                await api.responses.retrieve(first.id)
+        else:
+            items: list[Any] = [{"role": "user", "content": INPUT}, *first.output, *outputs(first)]
+            last = await api.responses.create(input=items, store=False, **RESPONSE)
+        assert (last.status, last.output_text) == ("completed", ANSWER)
+        assert last.usage and first.usage and last.usage.input_tokens > first.usage.input_tokens
+
+
+async def test_the_streaming_helper_of_responses_puts_the_same_answer_together() -> None:
+    async with client() as api:
+        kinds, text, numbers = set(), "", []
+        async with api.responses.stream(input=INPUT, **RESPONSE) as stream:
+            async for event in stream:
+                kinds.add(event.type)
+                numbers.append(event.sequence_number)
+                text += event.delta if event.type == "response.output_text.delta" else ""
+            final = await stream.get_final_response()
+        assert text == final.output_text == "Let me look." and outputs(final)
+        assert numbers == list(range(len(numbers)))
+        assert {"response.reasoning_text.delta", "response.function_call_arguments.done"} <= kinds
+        whole = await api.responses.create(input=INPUT, **RESPONSE)
+        assert [item.type for item in whole.output] == [item.type for item in final.output]
+
+
+async def test_every_event_of_responses_is_one_of_openais_to_the_field() -> None:
+    async with client() as api:
+        raw = await api.responses.create(input=INPUT, stream=True, **RESPONSE)
+        async for event in raw:
+            type(event).model_validate(event.to_dict(), strict=True)
+            assert (event.model_extra or {}).keys() <= {"name"}, "as vLLM names the call that is done"

@@ -5,8 +5,9 @@ Source: https://docs.anthropic.com/en/docs/build-with-claude/streaming.
 
 import msgspec
 
+from kvcore.errors import KVFerryError
+from router.api.anthropic.errors import anthropic_event
 from router.api.formats.read_choice import ReadChoice
-from router.api.http_errors import ErrorReply
 from router.client_answer import ClientAnswer, TextPiece
 from router.parsing.dialects import Dialect
 from router.parsing.events import Content, Reasoning
@@ -52,9 +53,9 @@ class MessagesFormatter:
         events = [*self._end_block(), _event("message_delta", delta=delta, usage=self._usage())]
         return b"".join([*events, _event("message_stop")])
 
-    def failure(self, reply: ErrorReply) -> bytes:
+    def failure(self, error: KVFerryError) -> bytes:
         """See Formatter."""
-        return _event("error", error={"type": reply.error.type, "message": reply.error.message})
+        return anthropic_event(error)
 
     def take(self, piece: TextPiece) -> None:
         """See Formatter."""

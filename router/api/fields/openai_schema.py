@@ -48,11 +48,12 @@ def answer_request(
     request_id: str,
     client_request_id: str,
     limits: ApiLimits,
+    prompt_name: str | None = None,
 ) -> AnswerRequest:
     """All of `request` but its prompts, which are tokens by now: a spec for each, all fields checked.
 
     `max_context` None: not known as no node is up; a wrong request is wrong at any time, so the fields are checked all
-    the same. Raises InvalidRequestError.
+    the same. `prompt_name`: what the client calls its prompt; None: as the endpoint does. Raises InvalidRequestError.
     """
     stops, salt, reading = _stops(request, limits), _cache_salt(request, limits), _reading(request, habits.dialect)
     hints = hints_of(request, marks_of(request.messages) if isinstance(request, ChatRequest) else ())
@@ -79,7 +80,7 @@ def answer_request(
         stops=stops,
         text=_text_options(request, reading),
         shown=_shown(request),
-        names=FieldNames(prompt="messages" if isinstance(request, ChatRequest) else "prompt"),
+        names=FieldNames(prompt=prompt_name or ("messages" if isinstance(request, ChatRequest) else "prompt")),
         turn=Turn(flow),
         reading=reading,
         token_prompts=isinstance(request, CompletionRequest) and not _is_text(request.prompt),

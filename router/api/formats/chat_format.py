@@ -1,8 +1,10 @@
 """The form of /v1/chat/completions: its body and its stream chunks."""
 
+from collections.abc import Iterable
+
 import msgspec
 
-from router.api.formats.formatter import OpenAIFormatter, raw_json, stop_reason_of
+from router.api.formats.formatter import NamedLogprob, OpenAIFormatter, raw_json, stop_reason_of
 from router.client_answer import TextPiece
 from router.text.token_names import NamedToken
 
@@ -59,10 +61,15 @@ class ChatFormatter(OpenAIFormatter[msgspec.Raw]):
         return self._gathered[index].finish_reason
 
     def _entries(self, piece: TextPiece) -> list[msgspec.Raw]:
-        return [
-            raw_json({**_entry(named.token, named.logprob), "top_logprobs": [_entry(*other) for other in named.top]})
-            for named in (self._named(piece) if piece.logprobs else ())
-        ]
+        return token_entries(self._named(piece)) if piece.logprobs else []
+
+
+def token_entries(tokens: Iterable[NamedLogprob]) -> list[msgspec.Raw]:
+    """What is shown of each token's logprobs."""
+    return [
+        raw_json({**_entry(named.token, named.logprob), "top_logprobs": [_entry(*other) for other in named.top]})
+        for named in tokens
+    ]
 
 
 def logprobs_of(entries: list[msgspec.Raw]) -> dict[str, object] | None:

@@ -11,7 +11,8 @@ from typing import Generic, Protocol, TypeVar
 
 import msgspec
 
-from router.api.http_errors import ErrorReply
+from kvcore.errors import KVFerryError
+from router.api.http_errors import reply_of
 from router.client_answer import ClientAnswer, TextPiece
 from router.text.token_names import NamedToken, TokenNames
 from router.text.tokenizer import Tokenizer
@@ -84,7 +85,7 @@ class Formatter(Protocol):
         """Events after the last piece: usage, if the client asked for it, and the mark of the end."""
         ...
 
-    def failure(self, reply: ErrorReply) -> bytes:
+    def failure(self, error: KVFerryError) -> bytes:
         """The event of an error, which is the last one."""
         ...
 
@@ -197,9 +198,9 @@ class OpenAIFormatter(Generic[Entry]):
             named.append(NamedLogprob(token, num_chars, finite(logprob.logprob), top))
         return named
 
-    def failure(self, reply: ErrorReply) -> bytes:
+    def failure(self, error: KVFerryError) -> bytes:
         """See Formatter."""
-        return sse(reply)
+        return sse(reply_of(error))
 
     def take(self, piece: TextPiece) -> None:
         """See Formatter."""

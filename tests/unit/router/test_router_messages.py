@@ -3,8 +3,9 @@
 import json
 from typing import Any
 
+import httpx
 import pytest
-from support.router_fakes import MARK, asking
+from support.router_fakes import MARK, asking, make_rig, two_and_two
 
 from kvcore.errors import InvalidRequestError
 from router.api.anthropic.messages import MessagesRequest, chat_of
@@ -139,4 +140,50 @@ async def test_calls_that_must_be_made_are_refused() -> None:
     async with asking(CALLS, "hermes") as (http, _):
         for choice in ({"type": "any"}, {"type": "tool", "name": "get_weather"}):
             reply = await http.post("/v1/messages", json={**ASK, "tool_choice": choice})
-            assert (reply.status_code, reply.json()["error"]["param"]) == (400, "tool_choice")
+            assert reply.status_code == 400 and "tool_choice" in reply.json()["error"]["message"]
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+async def test_errors_have_anthropics_form_whatever_raised_them() -> None:
+    long = {"model": "x" * 4096}
+    async with asking(CALLS, "hermes") as (http, rig):
+        rig.nodes["d0"].down = rig.nodes["d1"].down = rig.nodes["p0"].down = rig.nodes["p1"].down = True
+        for path, method, body, status, kind in (
+            ("/v1/messages", "POST", ASK | {"model": "other"}, 404, "not_found_error"),
+            ("/v1/messages", "POST", ASK | {"max_tokens": None}, 400, "invalid_request_error"),
+            ("/v1/messages/", "POST", ASK | {"max_tokens": 10**6}, 400, "invalid_request_error"),
+            ("/v1/messages", "GET", {}, 405, "invalid_request_error"),
+            ("/v1/messages/count_tokens", "POST", {"messages": [long]}, 400, "invalid_request_error"),
+            ("/v1/messages", "POST", ASK, 503, "overloaded_error"),
+        ):
+            reply = await http.request(method, path, json=body)
+            error = reply.json()
+            assert (reply.status_code, error["type"], error["error"]["type"]) == (status, "error", kind)
+            assert error["error"]["message"] and error["error"].keys() == {"type", "message"}
+            assert error["request_id"] == reply.headers["x-request-id"] == reply.headers["request-id"]
+        others = (await http.post("/v1/chat/completions", json={"messages": []})).json()
+        assert others["error"]["param"] == "messages", "of other endpoints errors are OpenAI's"
+
+
+async def test_a_stream_that_fails_ends_with_anthropics_event() -> None:
+    async with asking("a" * 400, "none") as (http, rig):
+        for node in rig.nodes.nodes:
+            node.die_after, node.stays_dead = 5, True
+        text = (await http.post("/v1/messages", json={**ASK, "tools": [], "stream": True})).text
+    last = events_of(text)[-1]
+    assert (last["type"], last["error"]["type"]) == ("error", "overloaded_error") and last["error"]["message"]
+
+
+async def test_a_stream_that_waits_in_vain_for_a_node_ends_with_anthropics_event() -> None:
+    nodes = two_and_two()
+    for node in nodes.nodes:
+        node.down = True
+    rig = await make_rig(nodes, wait_s=0.02)
+    transport = httpx.ASGITransport(app=rig.app)  # type: ignore[arg-type]
+    async with httpx.AsyncClient(transport=transport, base_url="http://router") as http:
+        text = (await http.post("/v1/messages", json={**ASK, "tools": [], "stream": True})).text
+    waiting, last = text[: text.index("event: ")], events_of(text[text.index("event: ") :])[-1]
+    assert waiting.startswith(": no node is up")
+    assert (last["type"], last["error"]["type"]) == ("error", "overloaded_error")

@@ -20,6 +20,7 @@ from kvcore.tenants.salts import TenantSalt, salts_by
 from kvcore.tenants.source import KeySource
 from kvcore.trust.secrets import Secrets
 from router.admission.gate import Admission
+from router.api.openai_responses.kept import KeptResponses
 from router.api.responses import JsonReply
 from router.requests.records import RequestLog
 from router.tenants.gate import TenantGate
@@ -109,7 +110,10 @@ async def test_without_a_key_that_holds_nothing_is_answered_but_health(door):
         for key in (None, "kvf_000000000000_" + "x" * 43):
             reply = await (client.get(path, key) if path.startswith("/v1/models") else client.post(path, {}, key))
             assert reply.status_code in (401, 429), path
-            assert error_of(reply)["code"] in ("invalid_api_key", "rate_limit_exceeded")
+            if path.startswith("/v1/messages"):
+                assert reply.json()["error"]["type"] in ("authentication_error", "rate_limit_error")
+            else:
+                assert error_of(reply)["code"] in ("invalid_api_key", "rate_limit_exceeded")
         door.clock.advance(60)
     assert rig.log.total == 0
 
@@ -240,6 +244,23 @@ def salts_of(rig: Rig) -> list[bytes]:
     order = [record.id for record in rig.log.newest()][::-1]
     legs.sort(key=lambda leg: order.index(leg.request_id.partition(".")[0]))
     return [leg.cache_salt for leg in legs]
+
+
+async def test_an_answer_that_is_kept_is_its_tenants_alone(door):
+    client = Client(await door.rig(kept=KeptResponses(door.clock)), door.keys)
+    body = {"input": "hello", "max_output_tokens": 4}
+    kept = (await client.post("/v1/responses", body, "a")).json()["id"]
+    assert (await client.get(f"/v1/responses/{kept}", "a")).json()["id"] == kept
+    going_on = {**body, "previous_response_id": kept}
+    for key, headers in (("b", {}), ("admin", {}), ("b", {"x-kvferry-tenant": "a"})):
+        for refused in (
+            await client.get(f"/v1/responses/{kept}", key, **headers),
+            await client.post("/v1/responses", going_on, key, **headers),
+            await client.post(f"/v1/responses/{kept}/cancel", {}, key, **headers),
+        ):
+            assert (refused.status_code, error_of(refused)["code"]) == (404, "response_not_found")
+    assert (await client.post("/v1/responses", going_on, "a")).status_code == 200
+    assert (await client.get(f"/v1/responses/{kept}", "admin", **{"x-kvferry-tenant": "a"})).status_code == 200
 
 
 async def test_no_two_tenants_and_no_two_salts_share_kv_whatever_clients_say(door):

@@ -1,0 +1,69 @@
+"""What a body of any surface asks: the chat or the completion that it is, how its answer is written, and its start."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from starlette.types import Scope
+
+from router.admission.header import with_first_token
+from router.admission.no_node import NoNodeWait, Tell
+from router.answering import Answerer
+from router.api.fields.chat_fields import ChatRequest
+from router.api.fields.completion_fields import CompletionRequest
+from router.api.fields.openai_schema import answer_request, prompts_of
+from router.api.formats.formatter import Formatter
+from router.api.limits import ApiLimits
+from router.client_answer import ClientAnswer
+from router.tenants.callers import caller_of
+from router.text.model_habits import ModelHabits
+from router.text.tokenizer import Tokenizer
+
+MakeFormatter = Callable[[ClientAnswer, str, int, Tokenizer], Formatter]
+"""Of an answer, by the model's name and the time in seconds at which it began."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """`prompt`: what the surface calls the prompt; None: as OpenAI's endpoint of that kind does."""
+
+    body: ChatRequest | CompletionRequest
+    formatter: MakeFormatter
+    prompt: str | None = None
+
+
+class AnswerStart:
+    """From what was asked to the answer under way: one a router."""
+
+    def __init__(
+        self, answerer: Answerer, limits: ApiLimits, *, no_node: NoNodeWait | None, habits: ModelHabits
+    ) -> None:
+        """As in `make_app`."""
+        self._answerer, self._limits = answerer, limits
+        self._no_node, self._habits = no_node, habits
+
+    async def start(self, asked: Asked, scope: Scope, request_id: str, tell: Tell) -> tuple[ClientAnswer, Formatter]:
+        """When its turn has come; waits for a node, and tells, where there is none. Raises what `Answerer` does."""
+        answerer, body, caller = self._answerer, asked.body, caller_of(scope)
+        if body.model:
+            answerer.check_model(body.model)
+        prompts = await answerer.encode(prompts_of(body, self._limits), caller.apart(body.cache_salt))
+        if self._no_node is not None:
+            await self._no_node.until_up(prompts, tell)
+        wanted = answer_request(
+            body,
+            prompts,
+            max_context=answerer.max_context,
+            habits=self._habits,
+            request_id=request_id,
+            client_request_id=scope["request_id"],
+            limits=self._limits,
+            prompt_name=asked.prompt,
+        )
+        with caller.owns(with_first_token(wanted, scope)) as owned:
+            answer = await answerer.admit(owned)
+        try:
+            return answer, asked.formatter(answer, answerer.model, int(time.time()), answerer.tokenizer)
+        except BaseException:
+            answer.close()
+            raise
