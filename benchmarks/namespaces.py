@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-_PAIRS = ("ab", "cd", "ef", "gh")
+_PAIRS = (("a", "b"), ("c", "d"), ("e", "f"), ("g", "h"))
 """Ends of the names of the pairs that one process may have at a time."""
 
 
