@@ -28,6 +28,7 @@ from nodeapi.messages import (
     PrefillRequest,
     PrefillResult,
     TokenDelta,
+    TokenLogprob,
 )
 
 CHUNK_TOKENS = 256
@@ -143,10 +144,17 @@ class _Connection(asyncio.Protocol):
         last = request.sampling.max_tokens - 1
         info = LegInfo(cached_tokens=len(request.prompt_token_ids) - 1, computed_tokens=1)
 
+        n, logprobs = request.sampling.n, None
+        if (most := request.sampling.logprobs) is not None:
+            logprobs = [TokenLogprob(logprob=-0.5, top=[(TOKEN + at, -0.5 - at) for at in range(most)])]
+
         def event(number: int) -> bytes:
             reason = FinishReason.LENGTH if number == last else None
             told = info if number == 0 else None
-            return pack_frame(_pack(TokenDelta(index=0, token_ids=[TOKEN], finish_reason=reason, info=told)))
+            delta = TokenDelta(index=0, token_ids=[TOKEN], finish_reason=reason, info=told, logprobs=logprobs)
+            if n == 1:
+                return pack_frame(_pack(delta))
+            return b"".join(pack_frame(_pack(msgspec.structs.replace(delta, index=index))) for index in range(n))
 
         self._stream(b"application/octet-stream", event, last)
 

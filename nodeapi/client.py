@@ -48,7 +48,7 @@ from nodeapi.upkeep import (
 )
 
 MAX_FRAME_BYTES = 4 << 20
-MAX_TAKEN = 64
+MAX_TAKEN = 32
 """Deltas that come at once and are given straight to who takes them; behind them others have their turn."""
 MAX_REPORT_BYTES = 1 << 20
 """Of nodes of which nothing is known yet many are asked at once."""

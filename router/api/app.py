@@ -188,7 +188,8 @@ def _add_openai(
         async def endpoint(request: Request) -> Response:
             raw = await read_body(request, max_body_bytes, timeout_s=limits.body_timeout_s)
             wants = asked(parse(raw, kind), caller_of(request.scope))
-            start = partial(starts.start, wants, request.scope, f"{id_prefix}{secrets.token_hex(16)}")
+            request_id = f"{id_prefix}{secrets.token_hex(16)}"
+            start = partial(starts.start, wants, request.scope, request_id, num_bytes=len(raw))
             stream = bool(wants.body.stream)
             return AnswerResponse(start, stream=stream, send_timeout_s=limits.send_timeout_s, failed=failed)
 

@@ -3,12 +3,14 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from starlette.types import Scope
 
 from router.admission.header import with_first_token
 from router.admission.no_node import NoNodeWait, Tell
 from router.answering import Answerer
+from router.api.body import beside_if_large
 from router.api.fields.chat_fields import ChatRequest
 from router.api.fields.completion_fields import CompletionRequest
 from router.api.fields.openai_schema import answer_request, prompts_of
@@ -42,12 +44,16 @@ class AnswerStart:
         self._answerer, self._limits = answerer, limits
         self._no_node, self._habits = no_node, habits
 
-    async def start(self, asked: Asked, scope: Scope, request_id: str, tell: Tell) -> tuple[ClientAnswer, Formatter]:
-        """When its turn has come; waits for a node, and tells, where there is none. Raises what `Answerer` does."""
+    async def start(
+        self, asked: Asked, scope: Scope, request_id: str, tell: Tell, *, num_bytes: int
+    ) -> tuple[ClientAnswer, Formatter]:
+        """When its turn has come; waits for a node, and tells, where there is none. `num_bytes`: of what was asked.
+        Raises what `Answerer` does."""
         answerer, body, caller = self._answerer, asked.body, caller_of(scope)
         if body.model:
             answerer.check_model(body.model)
-        prompts = await answerer.encode(prompts_of(body, self._limits), caller.apart(body.cache_salt))
+        given = await beside_if_large(num_bytes, partial(prompts_of, body, self._limits))
+        prompts = await answerer.encode(given, caller.apart(body.cache_salt))
         if self._no_node is not None:
             await self._no_node.until_up(prompts, tell)
         wanted = answer_request(

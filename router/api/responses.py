@@ -33,7 +33,7 @@ _WAITING = b": no node is up, waiting for one\n\n"
 class Turns:
     """Cuts one piece of work on the event loop, which calls `give_way` between any two of its steps."""
 
-    def __init__(self, longest_s: float = 0.01) -> None:
+    def __init__(self, longest_s: float = 0.005) -> None:
         """`longest_s`: as long as others may wait for their turn."""
         self._longest_s = longest_s
         self._until = _now() + longest_s

@@ -16,7 +16,7 @@ from kvcore.release import release
 from router.answering import Answerer
 from router.api import openapi
 from router.api.anthropic.messages import MessagesRequest, chat_of
-from router.api.body import parse
+from router.api.body import beside_if_large, parse
 from router.api.fields.chat_fields import ChatRequest
 from router.api.fields.chat_messages import ChatMessage
 from router.api.fields.chat_tools import Tool
@@ -57,16 +57,18 @@ _Body = TypeVar("_Body", TokenizeRequest, DetokenizeRequest, MessagesRequest)
 def add_text_routes(app: FastAPI, answerer: Answerer, max_body_bytes: int, limits: ApiLimits) -> None:
     """What the router's tokenizer makes of texts and tokens, as vLLM's server answers."""
 
-    async def asked(request: Request, kind: type[_Body]) -> _Body:
-        body = parse(await read_body(request, max_body_bytes, timeout_s=limits.body_timeout_s), kind)
+    async def asked(request: Request, kind: type[_Body]) -> tuple[_Body, int]:
+        raw = await read_body(request, max_body_bytes, timeout_s=limits.body_timeout_s)
+        body = parse(raw, kind)
         if body.model:
             answerer.check_model(body.model)
-        return body
+        return body, len(raw)
 
     @app.post("/tokenize", **openapi.orders("The tokens of a prompt or a chat", TokenizeRequest))
     async def tokenize(request: Request) -> Response:
-        body = await asked(request, TokenizeRequest)
-        (tokens,) = await answerer.encode([_prompt_of(body, limits)], caller_of(request.scope).apart(None))
+        body, size = await asked(request, TokenizeRequest)
+        prompt = await beside_if_large(size, partial(_prompt_of, body, limits))
+        (tokens,) = await answerer.encode([prompt], caller_of(request.scope).apart(None))
         names = [answerer.tokenizer.piece(token_id) for token_id in tokens] if body.return_token_strs else None
         return JsonReply(
             {"count": len(tokens), "max_model_len": answerer.max_context, "tokens": tokens, "token_strs": names}
@@ -74,17 +76,21 @@ def add_text_routes(app: FastAPI, answerer: Answerer, max_body_bytes: int, limit
 
     @app.post("/v1/messages/count_tokens", **openapi.orders("How many tokens a prompt has", MessagesRequest))
     async def count_tokens(request: Request) -> Response:
-        chat = chat_of(await asked(request, MessagesRequest), counted_only=True)
+        body, size = await asked(request, MessagesRequest)
+        chat = chat_of(body, counted_only=True)
         whose = caller_of(request.scope).apart(chat.cache_salt)
-        (tokens,) = await answerer.encode(prompts_of(chat, limits), whose)
+        (tokens,) = await answerer.encode(await beside_if_large(size, partial(prompts_of, chat, limits)), whose)
         return JsonReply({"input_tokens": len(tokens)})
 
     @app.post("/detokenize", **openapi.orders("The text of tokens", DetokenizeRequest))
     async def detokenize(request: Request) -> Response:
-        body = await asked(request, DetokenizeRequest)
-        tokens = token_ids(body.tokens, "tokens") if body.tokens else []
-        read = partial(answerer.tokenizer.decode, tokens, skip_special_tokens=False)
-        text = read() if len(tokens) <= limits.inline_tokens else await asyncio.to_thread(read)
+        body, _ = await asked(request, DetokenizeRequest)
+
+        def read() -> str:
+            tokens = token_ids(body.tokens, "tokens") if body.tokens else []
+            return answerer.tokenizer.decode(tokens, skip_special_tokens=False)
+
+        text = read() if len(body.tokens) <= limits.inline_tokens else await asyncio.to_thread(read)
         return JsonReply({"prompt": text})
 
 

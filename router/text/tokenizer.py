@@ -17,12 +17,13 @@ from kvcore.errors import ModelLoadError
 from kvcore.model_folder import TOKENIZER_FILES, file_digest, find_folder
 from router.requests.spec import ChatPrompt
 from router.text.chat_template import ChatTemplates, no_chat
-from router.text.cuts import parts_of, read_tokenizer_file
+from router.text.cuts import Cuts, read_tokenizer_file
 from router.text.message_content import join_parts
 from router.text.piece_bytes import PieceBytes
 from router.text.template_files import template_sources
 from router.text.token_cache import TokenCache, TokenCacheLimits
 
+LONG_TOKENS = 4096
 _T = TypeVar("_T")
 Runner = Callable[[Callable[[], _T]], Awaitable[_T]]
 """Runs blocking work beside the loop."""
@@ -146,6 +147,7 @@ class FolderTokenizer:
         self.digest = file_digest(file)
         self.num_ids = max(self._tokenizer.get_vocab().values(), default=-1) + 1
         self._file = read_tokenizer_file(file.read_bytes())
+        self._cuts = Cuts(self._file)
         self._limits, self._cache = limits, TokenCache(self._encode_all, limits)
         self._pieces = PieceBytes(self._tokenizer)
         settings = _read_json(folder / "tokenizer_config.json")
@@ -177,7 +179,7 @@ class FolderTokenizer:
         around = self._file.around if add_special_tokens else ([], [])
         if around is None:
             return self._encode_all([text], add_special_tokens)[0]
-        parts = parts_of(text, self._limits.part_chars) if self._file.may_be_cut else [text]
+        parts = self._cuts.parts_of(text, self._limits.part_chars)
         return [*around[0], *self._cache.tokens_of(parts, whose), *around[1]]
 
     def _encode_all(self, texts: Sequence[str], add_special_tokens: bool = False) -> list[list[int]]:
@@ -187,7 +189,11 @@ class FolderTokenizer:
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """See Tokenizer."""
-        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        text: str
+        if len(token_ids) <= LONG_TOKENS:
+            text = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        else:  # for a batch the library lets go of the interpreter's lock, which costs short texts more than they take
+            (text,) = self._tokenizer.decode_batch([list(token_ids)], skip_special_tokens=skip_special_tokens)
         return text
 
     def token_bytes(self, token_id: int) -> bytes:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as FastTokenizer
 
-from router.text.cuts import PATTERNS, parts_of, read_tokenizer_file
+from router.text.cuts import PATTERNS, Cuts, read_tokenizer_file
 from router.text.token_cache import TokenCacheLimits
 from router.text.tokenizer import FolderTokenizer
 from tests.support.small_tokenizers import byte_fallback, metaspace, saved, whole_words, word_piece
@@ -22,8 +22,9 @@ MERGES = [
     *(("e", BLANK), ("e" + BLANK, "a"), ("b", NEWLINE), ("a", "b"), ("b" + NEWLINE, "e"), (BLANK, "<")),
 ]
 """Also across blanks: what is not cut into words would have other tokens where it is cut."""
-LETTERS = "abetsABZ \n\t\r'12.,-_<>|é\u0301\u00a0\u3000中😀ſK"
-WORDS = [" a", "e a", "b\ne", "'s", "<s>", "<|end|>", "  ", "\n\n", " \n", "\r\n", "et", "12", "e\u0301", "<tool"]
+LETTERS = "abetsABZ \n\t\r'12.,-_<>|é\u0301\u00a0\u3000中ひ가😀ſK"
+WORDS = [" a", "e a", "b\ne", ".\n中", "1\nb", "'s", "<s>", "<s>b", " <s>", "<s> ", "a<s>", "<|end|>", "  ", "\n\n"]
+WORDS += [" \n", "\r\n", "et", "12", "e\u0301", "<tool"]
 texts = st.lists(st.one_of(st.sampled_from(WORDS), st.sampled_from(LETTERS)), max_size=40).map("".join)
 
 
@@ -112,7 +113,7 @@ def test_the_tokens_of_parts_are_those_of_the_whole(kind: str, text: str, tmp_pa
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=texts)
 @example(text="e a b\ne a's et<s> b <|end|>e a")
-def test_of_every_other_kind_only_whole_texts_are_kept(kind: str, text: str, tmp_path: Path) -> None:
+def test_every_other_kind_is_cut_before_marks_alone(kind: str, text: str, tmp_path: Path) -> None:
     plain = WHOLE[kind]()
     tokenizer = FolderTokenizer(saved(plain, tmp_path), EVERYWHERE)
     assert not read_tokenizer_file((tmp_path / "tokenizer.json").read_bytes()).may_be_cut
@@ -135,8 +136,52 @@ def test_what_changes_a_text_as_a_whole_is_not_put_together(
     assert not file.may_be_cut or file.around is None
 
 
+def with_more(*tokens: AddedToken) -> FastTokenizer:
+    made = metaspace()
+    made.add_tokens(list(tokens))
+    return made
+
+
+UNMARKED: dict[str, Callable[[], FastTokenizer]] = {
+    "one that ends as it begins": lambda: with_more(AddedToken("a<", special=True)),
+    "one with it inside": lambda: with_more(AddedToken("a<s>e", special=True)),
+    "a longer one that takes blanks": lambda: with_more(AddedToken("<s>b", lstrip=True, special=True)),
+    "a longer one that is a word": lambda: with_more(AddedToken("<s>b", single_word=True, special=True)),
+}
+
+
+@pytest.mark.parametrize("kind", UNMARKED)
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=texts)
+@example(text="e a<s>e b <s>b a<s>b")
+def test_a_token_that_others_touch_is_no_mark(kind: str, text: str, tmp_path: Path) -> None:
+    plain = UNMARKED[kind]()
+    tokenizer = FolderTokenizer(saved(plain, tmp_path), EVERYWHERE)
+    assert "<s>" not in read_tokenizer_file((tmp_path / "tokenizer.json").read_bytes()).marks
+    assert tokenizer.encode(text) == plain.encode(text).ids
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "metaspace"])
+@settings(max_examples=30)
 @given(text=texts, more=texts, least=st.integers(0, 5))
-def test_what_texts_begin_with_has_the_same_parts(text: str, more: str, least: int) -> None:
-    parts = parts_of(text, least)
-    assert "".join(parts) == text and all(len(part) > least for part in parts[:-1])
-    assert parts_of(text + more, least)[: len(parts) - 1] == parts[:-1]
+def test_what_texts_begin_with_has_the_same_parts(kind: str, text: str, more: str, least: int) -> None:
+    cuts = Cuts(read_tokenizer_file({**CUT, **WHOLE}[kind]().to_str().encode()))
+    parts = cuts.parts_of(text, least)
+    assert "".join(parts) == text and all(len(part) >= least for part in parts[:-1])
+    again = cuts.parts_of(text + more, least)
+    assert again[: len(parts) - 1] == parts[:-1]
+
+
+def test_the_turns_of_a_chat_are_parts_whatever_the_tokenizer(tmp_path: Path) -> None:
+    for kind in (byte_fallback, metaspace, word_piece):
+        cuts = Cuts(read_tokenizer_file(kind().to_str().encode()))
+        assert cuts.parts_of("<s>中中<|end|>中<s>e a", 1) == ["<s>中中", "<|end|>中", "<s>e a"]
+
+
+def test_thousands_of_marks_are_looked_for_at_once() -> None:
+    made = metaspace()
+    made.add_tokens([AddedToken(f"<unused{number}>", special=True) for number in range(3000)])
+    file = read_tokenizer_file(made.to_str().encode())
+    assert len(file.marks) == 3002
+    parts = Cuts(file).parts_of("<unused" * 20_000 + "<unused2999>a<unused77>", 1)
+    assert parts[1:] == ["<unused2999>a", "<unused77>"]

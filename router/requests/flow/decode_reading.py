@@ -13,8 +13,9 @@ from kvcore.step_timeout import StepTimeout
 from nodeapi.messages import FinishReason, LegInfo, TokenDelta
 from router.nodes.stall_watch import WatchedLeg
 
-MAX_AT_ONCE = 64
-"""Deltas that are read before others have their turn: a node may send thousands at once."""
+MAX_AT_ONCE = 32
+"""Deltas that are read before others have their turn: a node may send thousands at once, of 0.1 ms each where there are
+logprobs."""
 
 
 @dataclass(slots=True)

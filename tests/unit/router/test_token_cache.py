@@ -2,10 +2,16 @@
 
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
 
 from router.tenants.callers import Caller
 from router.text.token_cache import TokenCache, TokenCacheLimits
+from router.text.tokenizer import FolderTokenizer
+from tests.support.small_tokenizers import byte_fallback, byte_level, metaspace, saved, word_piece
 
 
 class Letters:
@@ -70,3 +76,17 @@ def test_a_part_that_comes_twice_is_kept_once() -> None:
     cache = TokenCache(Letters())
     assert cache.tokens_of(["a", "a"], "") == tokens("aa")
     assert cache.num_bytes == size_of("") and "1 parts" in repr(cache)
+
+
+@pytest.mark.parametrize("kind", [byte_level, byte_fallback, metaspace, word_piece])
+def test_the_next_turn_of_a_chat_encodes_what_is_new(kind: Callable[[], Tokenizer], tmp_path: Path) -> None:
+    plain, asked = kind(), list[str]()
+    tokenizer = FolderTokenizer(saved(plain, tmp_path), TokenCacheLimits(part_chars=40))
+    encode = tokenizer._encode_all
+    tokenizer._cache = TokenCache(lambda texts: (asked.extend(texts), encode(texts))[1], TokenCacheLimits())
+    chat, turn = "", "<s>那里的天气怎么样，the weather there, 那里的天气很好，谢谢。<|end|>"
+    for number in range(20):
+        chat += f"{turn}{number}"
+        asked.clear()
+        assert tokenizer.encode(chat) == plain.encode(chat).ids
+        assert sum(map(len, asked)) <= 2 * len(turn) + 40, "what is new, and the last part, which has grown"
