@@ -250,7 +250,7 @@ class RouterConfig(Section, frozen=True, kw_only=True):
     attempts: Count = 4
     """Tries of one leg, over all nodes."""
     probe_interval_s: Seconds = 1.0
-    """Pause between two looks at each node's `/v1/info`."""
+    """Pause between two looks at each node's `/v1/info`; longer with more than 640 nodes."""
     max_body: ByteSize = ByteSize(8 << 20)
     """Longest body of a client's request; a longer one is refused with 413."""
     max_requests: Count = 1024

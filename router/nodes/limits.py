@@ -51,6 +51,9 @@ class NodeHealthLimits:
     """How long a stream's last token may be held back for the usage behind it."""
     probes_at_once: int = 32
     """Nodes that are asked in one step, about 2 ms of the event loop; with more the others follow …"""
+    probes_per_s: int = 640
+    """At most, of all nodes: with more than this many the interval between two probes of one grows. Each takes about
+    70 us, so that probing takes less than a twentieth of a core, however many there are."""
     spread_share: float = 0.8
     """… over this share of the interval, …"""
     batch_pause_s: float = 0.005

@@ -57,15 +57,17 @@ class Prober:
         self._config = config
 
     async def run(self) -> None:
-        """Probe every node each `probe_interval_s`, and at once when the cluster asks for it. Runs until cancelled."""
+        """Probe every node each `probe_interval_s`, or as often as `probes_per_s` allows, and at once when the cluster
+        asks for it. Runs until cancelled."""
         asked = self._cluster.probe_asked
         try:
             while True:
-                large = len(self._cluster.nodes) > self._limits.probes_at_once
-                spread_s = self._config.probe_interval_s * self._limits.spread_share if large else 0.0
+                number = len(self._cluster.nodes)
+                interval_s = max(self._config.probe_interval_s, number / self._limits.probes_per_s)
+                spread_s = interval_s * self._limits.spread_share if number > self._limits.probes_at_once else 0.0
                 await self.probe(spread_s=spread_s)
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(self._config.probe_interval_s - spread_s):
+                    async with asyncio.timeout(interval_s - spread_s):
                         await asked.wait()
                 asked.clear()
         finally:

@@ -8,6 +8,7 @@ a request can never use, and when it needs no prefiller. Knows no clock, no sock
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from operator import add
 from typing import Protocol
 
@@ -61,10 +62,17 @@ def cheapest(totals: Sequence[float], turn: int) -> int:
     """The place of the least total; of several equal ones the next in turn."""
     least = min(totals)
     count = totals.count(least)
-    place = totals.index(least)
-    for _ in range(turn % count):
+    nth = turn % count
+    place = totals.index(least, nth)  # so many come before it at most
+    for _ in range(nth - totals[:nth].count(least)):
         place = totals.index(least, place + 1)
     return place
+
+
+@lru_cache(maxsize=256)
+def no_scores(count: int) -> Sequence[float]:
+    """Of a scorer that prefers none of so many nodes. The same object each time: nobody need look at a thousand."""
+    return (0.0,) * count
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,9 +269,10 @@ def _rank(
     if not nodes:
         return Ranking(role, (), (), names, ((),) * len(names), cuts, None)
     columns = tuple([_weighted(scorer.score(request, nodes, decoder), weight) for scorer, weight in rules.scorers])
-    totals: Sequence[float] = columns[0] if columns else (0.0,) * len(nodes)
+    totals: Sequence[float] = columns[0] if columns else no_scores(len(nodes))
     for column in columns[1:]:
-        totals = list(map(add, totals, column)) if any(column) else totals
+        if column is not no_scores(len(nodes)):
+            totals = list(map(add, totals, column))
     return Ranking(role, nodes, totals, names, columns, cuts, rules.pick(totals, request.turn))
 
 
@@ -273,4 +282,6 @@ def _cut(rule: Filter, before: Sequence[NodeView], kept: Sequence[NodeView], dec
 
 
 def _weighted(scores: Sequence[float], weight: float) -> Sequence[float]:
-    return scores if weight == 1.0 or not any(scores) else [weight * score for score in scores]
+    if weight == 1.0 or scores is no_scores(len(scores)):
+        return scores
+    return [weight * score for score in scores]

@@ -66,8 +66,6 @@ def expected(request: RouteRequest, node: NodeView) -> Promotion:
 def promoting_tokens(request: RouteRequest, nodes: Sequence[NodeView]) -> Sequence[float]:
     """For each node the tokens that it could compute in the time in which it has what tiers have of the prompt, loaded
     as far as that pays and computed else."""
-    if not any(hits.in_tiers for hits in request.hits.values()):
-        return [0.0] * len(nodes)
     kinds: dict[bytes, list[NodeView]] = {}
     for node in nodes:
         kinds.setdefault(node.fingerprint, []).append(node)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import xxhash
 
-from router.routing.policy import Scorer
+from router.routing.policy import Scorer, no_scores
 from router.routing.promotion import promoting_tokens
 from router.routing.views import NodeView, RouteRequest
 
@@ -27,7 +27,7 @@ def _prefill_tokens(request: RouteRequest, nodes: Sequence[NodeView], decoder: N
 
 def _remote_tokens(request: RouteRequest, nodes: Sequence[NodeView], decoder: NodeView | None) -> Sequence[float]:
     if not any(hits.longest for hits in request.hits.values()):
-        return [0] * len(nodes)
+        return no_scores(len(nodes))
     if any(hits.each_its_own for hits in request.hits.values()):  # what it lacks it computes: no loading
         hits = [request.hits_for(node) for node in nodes]
         return [
@@ -45,6 +45,12 @@ def _remote_tokens(request: RouteRequest, nodes: Sequence[NodeView], decoder: No
     return [(longest - held(node.id, 0)) * node.chunk_tokens for node in nodes]
 
 
+def _tier_tokens(request: RouteRequest, nodes: Sequence[NodeView], decoder: NodeView | None) -> Sequence[float]:
+    if not any(hits.in_tiers for hits in request.hits.values()):
+        return no_scores(len(nodes))
+    return promoting_tokens(request, nodes)
+
+
 def spread(name: bytes, nodes: Sequence[NodeView]) -> Sequence[float]:
     """A number between 0 and 1 for each node, by rendezvous hashing: a name has the same ones each time, and a node
     that comes or goes changes no other's."""
@@ -58,7 +64,7 @@ def session_name(request: RouteRequest) -> bytes:
 
 
 def _sessions(request: RouteRequest, nodes: Sequence[NodeView], decoder: NodeView | None) -> Sequence[float]:
-    return spread(session_name(request), nodes) if request.session else [0.0] * len(nodes)
+    return spread(session_name(request), nodes) if request.session else no_scores(len(nodes))
 
 
 SEQUENCES = Scorer("sequences", _sequences)
@@ -69,7 +75,7 @@ are left after so long."""
 REMOTE_TOKENS = Scorer("remote_tokens", _remote_tokens)
 """Cached tokens of the prompt that lie on other nodes: the node would have to bring them over, or, where
 nodes cannot read each other's, to compute them, which counts so many times."""
-TIER_TOKENS = Scorer("tier_tokens", lambda request, nodes, _: promoting_tokens(request, nodes))
+TIER_TOKENS = Scorer("tier_tokens", _tier_tokens)
 """What tiers have of the prompt behind what is in memory, in tokens that the node would compute in the time in which it
 has it: a node on whose disk it lies has it sooner than one that must have it brought by way of another."""
 SESSIONS = Scorer("session", _sessions)

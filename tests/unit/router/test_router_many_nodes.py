@@ -73,6 +73,17 @@ def test_many_nodes_are_asked_a_few_at_a_time_and_each_as_often_as_one_of_a_few(
     assert len({when for when, _ in few.asked}) == 6
 
 
+def test_probes_are_as_many_a_second_whatever_the_number_of_nodes() -> None:
+    for count in (500, 1500):
+        nodes, seconds = many(count), 9.0
+        probed(nodes, seconds)
+        often = Counter(name for _, name in nodes.asked)
+        pause_s = max(1.0, count / LIMITS.probes_per_s)
+        assert set(often.values()) <= {int(seconds / pause_s) + more for more in (0, 1, 2)} and len(often) == count
+        by_second = Counter(int(when) for when, _ in nodes.asked if when >= 2)
+        assert max(by_second.values()) <= 1.3 * min(count, LIMITS.probes_per_s), "batches that are due at its end"
+
+
 def test_those_that_are_not_used_are_asked_first() -> None:
     nodes = many(200)
     probed(nodes, 6.0, lost="n199")
