@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 from types import TracebackType
 from typing import Protocol, Self
 
+from nodeapi.documents import CompareReply, CompareRequest
 from nodeapi.messages import (
     EngineInfo,
     EngineStats,
@@ -38,6 +39,11 @@ class Engine(Protocol):
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta, None]:
         """Deltas of all indices, interleaved. Closing it (`aclose`) aborts the request. Raises as `prefill`."""
+        ...
+
+    async def compare(self, request: CompareRequest) -> CompareReply:
+        """Run a prompt in full and as it would be reused. Raises as `prefill`, OverloadedError while there is other
+        work, InvalidRequestError where the engine cannot."""
         ...
 
     async def end_handoff(self, request_id: str) -> None:

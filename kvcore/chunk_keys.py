@@ -57,6 +57,11 @@ def owner_of(salt: bytes) -> OwnerTag:
     return OwnerTag(sha256(_OWNER_DOMAIN + salt).digest()[:OWNER_BYTES])
 
 
+def own_salt(salt: bytes) -> bytes:
+    """Without what it says of a public prefix."""
+    return salt[: salt.rindex(b".p")] if _WITH_PUBLIC.fullmatch(salt) else salt
+
+
 def chunk_keys(root: ChunkKey, token_ids: Sequence[int], chunk_tokens: int) -> list[ChunkKey]:
     """Keys of all full chunks of `token_ids`, in order; a rest shorter than `chunk_tokens` has no key.
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from kvcore.config.fields import ByteSize
+from kvcore.config.kv.settings import KVConfig
 from kvcore.config.records import MemoryRecordsConfig
 from kvcore.config.schema import (
     ClusterConfig,
     EngineConfig,
-    KVConfig,
     MetadataServerConfig,
     ModelConfig,
     NodeConfig,

@@ -41,6 +41,7 @@ from kvnode.limits import NodeLimits
 from kvnode.request_check import parse_request
 from kvnode.tiers.node_tiers import NodeTiers
 from kvnode.upkeep import NodeUpkeep
+from nodeapi.documents import CompareRequest
 from nodeapi.messages import (
     GenerateRequest,
     NodeReport,
@@ -121,6 +122,7 @@ class ControlApi:
             [
                 web.post("/v1/prefill", self._prefill),
                 web.post("/v1/generate", self._generate),
+                web.post("/v1/compare", self._compare),
                 web.post("/v1/requests/{id}/end_handoff", self._end_handoff),
                 web.delete("/v1/requests/{id}", self._abort),
                 web.post("/v1/probe", self._call(ProbeRequest, self._probe)),
@@ -203,6 +205,13 @@ class ControlApi:
                 http.transport.abort()
             raise
         return response
+
+    async def _compare(self, http: web.Request) -> web.StreamResponse:
+        async with self._leg("compare"):
+            engine = self._engine()
+            request = parse_request(await self._read(http), CompareRequest, engine.info, self._limits)
+            reply = await _bounded(engine.compare(request), request.deadline_s + self._limits.late_s)
+        return msgpack_answer(reply)
 
     async def _promoted(self, request: _Leg) -> tuple[_Leg, PromoteReply]:
         return await self._tiers.before_leg(request) if self._tiers is not None else (request, PromoteReply())

@@ -10,6 +10,7 @@ import msgspec
 
 from kvcore.errors import InvalidRequestError
 from kvnode.limits import NodeLimits
+from nodeapi.documents import CompareRequest
 from nodeapi.messages import EngineInfo, GenerateRequest, PrefillRequest
 from nodeapi.sampling import SamplingParams
 
@@ -17,8 +18,10 @@ MAX_ID_CHARS = 256
 MAX_SALT_BYTES = 4096
 MAX_COMPLETIONS = 128
 MAX_LOGPROBS = 128
+MAX_COMPARED = 64
+MAX_DOCUMENTS = 1024
 
-_Request = TypeVar("_Request", PrefillRequest, GenerateRequest)
+_Request = TypeVar("_Request", PrefillRequest, GenerateRequest, CompareRequest)
 
 
 def parse_request(body: bytes, kind: type[_Request], info: EngineInfo, limits: NodeLimits = NodeLimits()) -> _Request:
@@ -33,9 +36,24 @@ def parse_request(body: bytes, kind: type[_Request], info: EngineInfo, limits: N
     _require(0 < request.deadline_s <= longest_s, "deadline_s", f"must lie in (0, {longest_s:g}]")
     _require(len(request.prompt_token_ids) > 0, "prompt_token_ids", "must not be empty")
     _check_tokens(request.prompt_token_ids, "prompt_token_ids", info)
+    _check_documents(request, info)
     if isinstance(request, GenerateRequest):
         _check_generate(request, info, longest_s)
+    if isinstance(request, CompareRequest):
+        _require(1 <= request.num_tokens <= MAX_COMPARED, "num_tokens", f"must be 1 to {MAX_COMPARED}")
     return request
+
+
+def _check_documents(request: PrefillRequest | GenerateRequest | CompareRequest, info: EngineInfo) -> None:
+    in_full = isinstance(request, GenerateRequest) and not request.reuse
+    if request.documents is None and not in_full and not isinstance(request, CompareRequest):
+        return
+    what = "documents" if request.documents is not None else "reuse"
+    _require(not info.refuses_documents, what, f"are not for this node: {info.refuses_documents}")
+    if request.documents is not None:
+        _require(len(request.documents.spans) <= MAX_DOCUMENTS, "documents", f"must be {MAX_DOCUMENTS} at most")
+        problem = request.documents.problem(len(request.prompt_token_ids))
+        _require(problem is None, "documents", f"have a wrong {problem}")
 
 
 def _check_generate(request: GenerateRequest, info: EngineInfo, longest_s: float) -> None:

@@ -19,6 +19,7 @@ from kvcore.errors import (
 )
 from kvcore.trust.http_proof import FrameSeal
 from kvcore.trust.opening import OPEN, ClusterTrust
+from nodeapi.documents import CompareReply, CompareRequest
 from nodeapi.frames import FrameDecoder, FrameError
 from nodeapi.http_calls import HttpCalls
 from nodeapi.messages import (
@@ -120,6 +121,10 @@ class HttpNodeClient:
                     yield frame
             if not cutter.at_boundary:
                 raise NodeUnavailableError(f"{url} broke off inside a frame")
+
+    async def compare(self, url: str, request: CompareRequest, *, timeout_s: float) -> CompareReply:
+        """Have the node compute a prompt both ways. Raises as the other calls do."""
+        return await self._ask(f"{url}/v1/compare", request, CompareReply, timeout_s)
 
     async def promote(self, url: str, request: PromoteRequest, *, timeout_s: float) -> PromoteReply:
         """Have the node bring chunks from its own tiers into its segment. Raises as the other calls do."""

@@ -9,6 +9,7 @@ from enum import StrEnum
 import msgspec
 
 from kvcore.types import KVSpec, NodeInfo, Segment
+from nodeapi.documents import UNKNOWN, Documents
 from nodeapi.sampling import SamplingParams
 
 PROTOCOL, OLDEST_PROTOCOL = 3, 1
@@ -37,6 +38,9 @@ class PrefillRequest(_StrictMessage, frozen=True, kw_only=True):
     """Where the decoder would like the chunks."""
     deadline_s: float
     """Seconds left, at the moment of sending."""
+    documents: Documents | None = None
+    """With documents, only they and the full chunks of their header are computed and stored, each document by itself.
+    Since `nodeapi.documents.DOCUMENTS`."""
 
 
 class Timings(_TolerantMessage, frozen=True, kw_only=True):
@@ -149,6 +153,10 @@ class GenerateRequest(_StrictMessage, frozen=True, kw_only=True):
     handoff_params: bytes = b""
     """JSON object, for engines that fetch KV from each other (vLLM's `kv_transfer_params`); ours meet in the store."""
     deadline_s: float
+    documents: Documents | None = None
+    """With documents and a handoff, all of them are waited for. Since `nodeapi.documents.DOCUMENTS`."""
+    reuse: bool = True
+    """False: compute all of it, load and keep nothing. Since `nodeapi.documents.DOCUMENTS`."""
 
 
 class TokenLogprob(_TolerantMessage, frozen=True, kw_only=True):
@@ -170,8 +178,13 @@ class LegInfo(_TolerantMessage, frozen=True, kw_only=True):
     """What the decode leg did before its first token; comes once, with the first delta (of vLLM servers the last)."""
 
     cached_tokens: int
-    """Leading prompt tokens that this leg did not compute."""
+    """Prompt tokens that this leg did not compute and that are what it would have computed."""
     computed_tokens: int
+    approximate_tokens: int = 0
+    """Prompt tokens of documents that were computed elsewhere, behind the header alone, and turned to where they are.
+    With `cached_tokens` and `computed_tokens` all of the prompt, unless a preemption had some computed again."""
+    prepared_tokens: int = 0
+    """Tokens that this leg computed beside the prompt, for documents that were nowhere yet."""
     moved: list[Moved] = []
     promoted: list[Promoted] = []
     tier_choices: list[TierChoice] = []
@@ -218,6 +231,8 @@ class EngineInfo(_TolerantMessage, frozen=True, kw_only=True):
     """That it decodes at a time. 0: not said."""
     lacks: list[str] = []
     """Fields of SamplingParams that it cannot obey: no request that has one is sent to it."""
+    refuses_documents: str = UNKNOWN
+    """Why it takes no request with documents; empty: it does."""
     kv_peer: dict[str, str] = {}
     """What an engine that fetches KV from this one by itself must know of it, by vLLM's names. Empty: nothing."""
 

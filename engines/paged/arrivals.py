@@ -1,11 +1,16 @@
 """From a request to a leg: what is refused at once, and the sequence that will compute the rest."""
 
+from collections.abc import Sequence
+
+from engines.paged.documents import place_documents
 from engines.paged.leg import Leg, StopRule
-from engines.paged.sequence import TokenSequence
+from engines.paged.sequence import PlacedDocument, TokenSequence
 from kvcore.chunk_keys import KeyChain, owner_of, usable_chunks
 from kvcore.clock import Clock
 from kvcore.errors import ContextLengthError, InvalidRequestError
 from nodeapi.messages import EngineInfo, GenerateRequest, PrefillRequest
+
+_LAST = 1 << 62
 
 
 class Arrivals:
@@ -26,7 +31,8 @@ class Arrivals:
         usable = usable_chunks(len(request.prompt_token_ids), chunk_tokens)
         if not usable:
             return None
-        sequence = self._sequence(request, request.prompt_token_ids[: usable * chunk_tokens], [])
+        prompt = request.prompt_token_ids[: usable * chunk_tokens]
+        sequence = self._sequence(request.request_id, request.cache_salt, prompt, [])
         sequence.wants_load = self._load
         return Leg(request.request_id, self._clock.now(), [sequence], prefer_segment=request.prefer_segment)
 
@@ -37,11 +43,52 @@ class Arrivals:
         self._check(request.prompt_token_ids + output, self._stop_rule.max_tokens - (not output))
         if output and params.n != 1:
             raise InvalidRequestError("a continued request has n = 1", param="n")
-        sequence = self._sequence(request, request.prompt_token_ids, output)
+        sequence = self._sequence(request.request_id, request.cache_salt, request.prompt_token_ids, output)
         sequence.sampling, sequence.indices = params, tuple(range(params.n))
         sequence.wants_load = self._load and sequence.num_reusable_chunks > 0
         sequence.awaits_handoff = request.handoff is not None
-        return Leg(request.request_id, self._clock.now(), [sequence], handoff=request.handoff)
+        leg = Leg(request.request_id, self._clock.now(), [sequence], handoff=request.handoff)
+        if not request.reuse:
+            sequence.limit_prefix(0)
+            sequence.wants_load = leg.saves = False
+        elif request.documents is not None:
+            sequence.documents = self.place(request)
+            sequence.held = bool(sequence.documents)
+        return leg
+
+    def compared_leg(self, request: GenerateRequest, forced: Sequence[int]) -> Leg:
+        """One way of a comparison, led along `forced`. Whatever comes later goes before it."""
+        leg = self.decode_leg(request)
+        leg.first.whole, leg.first.forced = True, forced
+        leg.first.age = (_LAST + self._arrived, 0)
+        return leg
+
+    def document_leg(self, request_id: str, header: list[int], document: list[int], salt: bytes) -> Leg:
+        """A leg that computes a document behind a header alone, and keeps its blocks. Raises as the others do."""
+        tokens = header + document
+        self._check(tokens, self._stop_rule.max_tokens)
+        sequence = self._sequence(request_id, salt, tokens, [])
+        sequence.limit_prefix(len(header))
+        sequence.wants_load = self._load and sequence.num_reusable_chunks > 0
+        leg = Leg(request_id, self._clock.now(), [sequence], saves=False)
+        leg.kept = []
+        return leg
+
+    def place(self, request: PrefillRequest | GenerateRequest) -> tuple[PlacedDocument, ...]:
+        """The request's documents. Raises InvalidRequestError where they do not fit the prompt, or are refused."""
+        documents = request.documents
+        if documents is None:
+            return ()
+        if problem := self._info.refuses_documents or documents.problem(len(request.prompt_token_ids)):
+            raise InvalidRequestError(f"the request's documents cannot be reused: {problem}", param="documents")
+        spec = self._info.kv_spec
+        return place_documents(
+            documents,
+            request.prompt_token_ids,
+            fingerprint=spec.fingerprint,
+            salt=request.cache_salt,
+            chunk_tokens=spec.chunk_tokens,
+        )
 
     def _check(self, tokens: list[int], limit: int) -> None:
         info = self._info
@@ -56,16 +103,14 @@ class Arrivals:
         if min(tokens) < 0 or max(tokens) >= info.vocab_size:
             raise InvalidRequestError(f"token ids lie in [0, {info.vocab_size})", param="prompt")
 
-    def _sequence(
-        self, request: PrefillRequest | GenerateRequest, prompt: list[int], output: list[int]
-    ) -> TokenSequence:
+    def _sequence(self, request_id: str, salt: bytes, prompt: list[int], output: list[int]) -> TokenSequence:
         self._arrived += 1
         return TokenSequence(
-            request_id=request.request_id,
+            request_id=request_id,
             age=(self._arrived, 0),
             tokens=[*prompt, *output],
             num_prompt=len(prompt),
-            chain=KeyChain.of(self._info.kv_spec.fingerprint, request.cache_salt),
+            chain=KeyChain.of(self._info.kv_spec.fingerprint, salt),
             chunk_tokens=self._info.kv_spec.chunk_tokens,
-            owner=owner_of(request.cache_salt),
+            owner=owner_of(salt),
         )

@@ -4,13 +4,18 @@ Owns no decision about steps or blocks. Invariant: after `fail` or the last fini
 """
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
 
 from engines.jobs.context import as_moved
 from engines.jobs.load import LoadJob
 from engines.jobs.save import SaveJob
 from engines.paged.sequence import Status, TokenSequence
 from kvcore.errors import KVFerryError
+from kvstore.types import MovedBytes
 from nodeapi.messages import FinishReason, Handoff, LegInfo, Moved, PrefillResult, Timings, TokenDelta
 from nodeapi.sampling import SamplingParams
 
@@ -58,6 +63,19 @@ class Leg:
     load_task: asyncio.Task[None] | None = None
     save: SaveJob | None = None
     save_task: asyncio.Task[None] | None = None
+    saves: bool = True
+    """Whether what it computes goes into the store."""
+    documents_task: asyncio.Task[None] | None = None
+    """Gets its documents, while its sequence is held."""
+    stop_waiting: list[Callable[[], None]] = field(default_factory=list)
+    """Of its documents that are waited for."""
+    kept: list[int] | None = None
+    """A document's: the blocks of its sequence, with one reference more each, once it is computed."""
+    prepared_tokens: int = 0
+    """Computed for it, of documents that were nowhere yet."""
+    moved_documents: list[MovedBytes] = field(default_factory=list)
+    distributions: list[npt.NDArray[np.float32]] = field(default_factory=list)
+    """One a token, where whole ones are wanted."""
     scheduled: float | None = None
     """When its load or its first step was planned. Like the other times by Clock.now; None: not yet."""
     started: float | None = None
@@ -106,6 +124,8 @@ class Leg:
         self.first.awaits_handoff = False
         if self.load is not None:
             self.load.stop_waiting()
+        for stop in self.stop_waiting:
+            stop()
 
     def update_paused(self, max_unread: int) -> None:
         """Leave its sequences out of steps while `max_unread` deltas or more are unread."""
@@ -142,6 +162,8 @@ class Leg:
         return LegInfo(
             cached_tokens=self.first.num_cached or 0,
             computed_tokens=self.first.num_prompt_computed,
+            approximate_tokens=self.first.num_approximate,
+            prepared_tokens=self.prepared_tokens,
             moved=self.moved,
             timings=self.timings(now),
         )
@@ -149,7 +171,8 @@ class Leg:
     @property
     def moved(self) -> list[Moved]:
         """Bytes over its jobs, as far as they have got."""
-        return as_moved([*(self.load.moved if self.load else []), *(self.save.moved if self.save else [])])
+        jobs = [*(self.load.moved if self.load else []), *(self.save.moved if self.save else [])]
+        return as_moved([*self.moved_documents, *jobs])
 
     def timings(self, now: float) -> Timings:
         """Where the time since its arrival went."""

@@ -82,8 +82,9 @@ class LegTable:
         if leg.deadline_timer is not None:
             leg.deadline_timer.cancel()
         self._counters["aborted"] += not leg.succeeded
-        if leg.load_task is not None:
-            leg.load_task.cancel()
+        for task in (leg.load_task, leg.documents_task):
+            if task is not None:
+                task.cancel()
         if leg.save is not None and leg.save_task is not None:
             leg.save.close()
             if not leg.succeeded:

@@ -7,7 +7,7 @@ State changes between awaits only; a step or a store that fails costs its reques
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -16,6 +16,8 @@ import msgspec
 from engines.jobs.context import JobContext
 from engines.paged.arrivals import Arrivals
 from engines.paged.blocks import BlockManager
+from engines.paged.compare import compared, one_way
+from engines.paged.desk import DocumentDesk
 from engines.paged.leg import Leg, StopRule
 from engines.paged.legs import LegTable
 from engines.paged.options import EngineOptions
@@ -24,8 +26,15 @@ from engines.paged.scheduler import Scheduler
 from engines.paged.steps import Stepper
 from engines.paged.store_jobs import StoreJobs
 from kvcore.clock import Clock
-from kvcore.errors import EngineDiedError, KVFerryError, NodeUnavailableError
+from kvcore.errors import (
+    CancelledByPeerError,
+    EngineDiedError,
+    KVFerryError,
+    NodeUnavailableError,
+    OverloadedError,
+)
 from kvstore.store import KVStore
+from nodeapi.documents import CompareReply, CompareRequest
 from nodeapi.messages import (
     EngineInfo,
     EngineStats,
@@ -67,8 +76,9 @@ class EngineLoop:
         )
         self._arrivals = Arrivals(info, self._stop_rule, clock, load=store is not None)
         self._legs = LegTable(self._scheduler, self._counters, self._wake.set)
+        context = None if store is None else JobContext(store, clock, self._counters, options.store_timeout_s)
         self._store_jobs = StoreJobs(
-            None if store is None else JobContext(store, clock, self._counters, options.store_timeout_s),
+            context,
             self._blocks,
             runner.block_view,
             self._tasks,
@@ -76,6 +86,16 @@ class EngineLoop:
             loaded=self._scheduler.loaded,
             load_ended=self._scheduler.load_ended,
             give_up=self._scheduler.remove,
+            wake=self._wake.set,
+        )
+        self._desk = DocumentDesk(
+            context,
+            runner=runner,
+            blocks=self._blocks,
+            arrivals=self._arrivals,
+            legs=self._legs,
+            store_jobs=self._store_jobs,
+            clock=clock,
             wake=self._wake.set,
         )
         self._stepper = Stepper(
@@ -111,6 +131,7 @@ class EngineLoop:
         self._closing = True
         try:
             self._legs.abort_all()
+            await self._desk.aclose()
             if kind is None:
                 await self._store_jobs.finish(self._options.close_s)
         finally:
@@ -130,6 +151,9 @@ class EngineLoop:
 
     async def prefill(self, request: PrefillRequest) -> PrefillResult:
         """See `Engine.prefill`."""
+        if request.documents is not None:
+            self._check_serving()
+            return await self._desk.prefill(request, self.prefill)
         leg = self._arrivals.prefill_leg(request)
         if leg is None:
             return PrefillResult(request_id=request.request_id, cached_tokens=0, computed_tokens=0, stored_chunks=0)
@@ -148,7 +172,7 @@ class EngineLoop:
             for index in leg.first.indices:
                 yield TokenDelta(index=index, finish_reason=FinishReason.LENGTH)
             return
-        self._open(leg, request.deadline_s)
+        self._open_decode(leg, request)
         try:
             left = request.sampling.n
             while left:
@@ -163,6 +187,30 @@ class EngineLoop:
         finally:
             self._legs.close(leg)
 
+    async def compare(self, request: CompareRequest) -> CompareReply:
+        """See `Engine.compare`."""
+        if len(self._legs):
+            raise OverloadedError("the engine has other work: prompts are compared while it is idle")
+        full = await self._run_one_way(one_way(request, reuse=False), ())
+        tokens = full.first.output
+        again = msgspec.structs.replace(request, num_tokens=len(tokens))
+        reused = await self._run_one_way(one_way(again, reuse=True), tokens)
+        return compared(request.request_id, full, reused, tokens, self._clock.now())
+
+    async def _run_one_way(self, request: GenerateRequest, forced: Sequence[int]) -> Leg:
+        leg = self._arrivals.compared_leg(request, forced)
+        self._open_decode(leg, request)
+        try:
+            while not leg.finished:
+                item = await leg.stream.get()
+                if isinstance(item, KVFerryError):
+                    raise item
+                if item.finish_reason is FinishReason.ABORT:
+                    raise CancelledByPeerError(f"comparison {request.request_id} was aborted")
+        finally:
+            self._legs.close(leg)
+        return leg
+
     async def end_handoff(self, request_id: str) -> None:
         """See `Engine.end_handoff`."""
         if leg := self._legs.get(request_id):
@@ -171,6 +219,7 @@ class EngineLoop:
 
     async def abort(self, request_id: str) -> None:
         """See `Engine.abort`. A prefill raises CancelledByPeerError."""
+        self._desk.abort(request_id)
         if leg := self._legs.get(request_id):
             self._legs.abort(leg)
 
@@ -196,10 +245,18 @@ class EngineLoop:
     def _serving(self) -> bool:
         return not self._closing and self._step_task is not None and not self._step_task.done()
 
-    def _open(self, leg: Leg, deadline_s: float) -> None:
+    def _check_serving(self) -> None:
         if not self._serving:
             raise NodeUnavailableError("the engine is closed")
+
+    def _open(self, leg: Leg, deadline_s: float) -> None:
+        self._check_serving()
         self._legs.open(leg, deadline_s)
+
+    def _open_decode(self, leg: Leg, request: GenerateRequest) -> None:
+        self._open(leg, request.deadline_s)
+        if leg.first.held:
+            leg.documents_task = asyncio.create_task(self._desk.prepare(leg, request), name="engine-documents")
 
     async def _run(self) -> None:
         """Step for ever. What changes while a step runs is planned for in the next one."""

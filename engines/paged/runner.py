@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from nodeapi.messages import EngineInfo, TokenLogprob
 from nodeapi.sampling import SamplingParams
 
@@ -17,17 +20,37 @@ class SampleSpec:
     indices: tuple[int, ...]
     prompt: Sequence[int]
     output: Sequence[int]
+    whole: bool = False
+    """Whether the whole distribution is wanted, before temperature and penalties."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepSlice:
     """New tokens of one sequence: `token_ids[i]` stands at position `start + i`; the KV of positions before `start` is
-    in the blocks already. Position p lives in `block_table[p // block_size]` at row `p % block_size`."""
+    in the blocks already. Position p lives in `block_table[p // block_size]` at row `p % block_size`.
+
+    A step may have several slices of one sequence, in order: each sees what those before it write."""
 
     token_ids: Sequence[int]
     start: int
     block_table: Sequence[int]
     sample: SampleSpec | None = None
+    keeps_rest: bool = False
+    """Rows behind the slice, in the block that it ends in, have KV already, or zeros."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowMove:
+    """Copy KV of `count` tokens, row by row, and turn it from the positions that it was computed at, `computed_at` on,
+    to those from `position` on. Row r of a list of blocks is row `r % block_size` of block `r // block_size`."""
+
+    source: Sequence[int]
+    source_row: int
+    computed_at: int
+    target: Sequence[int]
+    target_row: int
+    position: int
+    count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +59,8 @@ class Sampled:
 
     token_id: int
     logprob: TokenLogprob | None = None
+    distribution: npt.NDArray[np.float32] | None = None
+    """Logarithms of the probabilities of the whole vocabulary, where the spec wanted it whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +86,11 @@ class ModelRunner(Protocol):
 
     async def execute(self, slices: Sequence[StepSlice]) -> StepOutput:
         """Run one step: at least one slice, each with at least one token. Writes the slices' KV into their blocks."""
+        ...
+
+    async def move(self, moves: Sequence[RowMove], fresh: Sequence[int]) -> None:
+        """Zero the blocks `fresh`, then make the moves. Not while a step is under way that has their blocks. Raises
+        EngineError where the engine says that it refuses documents."""
         ...
 
     def block_view(self, block_id: int) -> memoryview:

@@ -6,31 +6,13 @@ What one prompt computes or loads no other does: it waits, without place and blo
 """
 
 from bisect import insort
-from dataclasses import dataclass, field
 
 from engines.paged.blocks import BlockManager
+from engines.paged.documents import reuse_documents
+from engines.paged.plan import Plan, Work
 from engines.paged.sequence import Status, TokenSequence
 from kvcore.errors import OverloadedError
 from kvcore.types import ChunkKey
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """Compute `num_tokens` tokens of `sequence` from its `num_computed` on."""
-
-    sequence: TokenSequence
-    num_tokens: int
-
-
-@dataclass(slots=True)
-class Plan:
-    """What to do now. `loads` have become LOADING; `fully_cached` have nothing left to compute; `out_of_blocks`: a
-    sequence cannot go on until a load or a save gives blocks back."""
-
-    work: list[Work] = field(default_factory=list)
-    loads: list[TokenSequence] = field(default_factory=list)
-    fully_cached: list[TokenSequence] = field(default_factory=list)
-    out_of_blocks: bool = False
 
 
 class Scheduler:
@@ -79,16 +61,23 @@ class Scheduler:
                     budget -= 1
                 elif sequence.status is Status.RUNNING:
                     plan.out_of_blocks = True
-        plan.work = [Work(sequence, 1) for sequence in scheduled if sequence.status is Status.RUNNING]
+        decoding = [sequence for sequence in scheduled if sequence.status is Status.RUNNING]
+        plan.work = [Work(sequence, sequence.num_computed, 1) for sequence in decoding]
         self._admit(plan)
         for sequence in self.running:
             if sequence in scheduled or sequence.paused or not sequence.num_left or not self._has_blocks(sequence):
                 continue
             if not budget:
                 break
-            count = self._slice_tokens(sequence, budget)
-            plan.work.append(Work(sequence, count))
-            budget -= count
+            if sequence.documents_due:
+                sequence.documents_due = False
+                reuse_documents(sequence, self.blocks, plan)
+            for start, stop in sequence.runs:
+                count = self._slice_tokens(sequence, start, stop, budget)
+                plan.work.append(Work(sequence, start, count))
+                budget -= count
+                if start + count < stop or not budget:
+                    break
         for item in plan.work:
             item.sequence.busy = True
         return plan
@@ -99,11 +88,14 @@ class Scheduler:
         alive: list[TokenSequence] = []
         for item in plan.work:
             sequence, before = item.sequence, item.sequence.num_computed
-            sequence.num_computed = before + item.num_tokens
-            sequence.num_prompt_computed += max(0, min(sequence.num_computed, sequence.num_prompt) - before)
+            if item.start == before:  # else it was removed meanwhile, and freed with a run before
+                sequence.num_computed = item.end
+                sequence.num_prompt_computed += max(0, min(item.end, sequence.num_prompt) - before)
+                sequence.pass_holes()
             self.seal(sequence, before // sequence.chunk_tokens)
-            if self.clear_busy(sequence):
+            if self.clear_busy(sequence) and alive[-1:] != [sequence]:
                 alive.append(sequence)
+        self.blocks.release(plan.sources)
         return alive
 
     def fail(self, plan: Plan) -> None:
@@ -111,6 +103,7 @@ class Scheduler:
         for item in plan.work:
             self.clear_busy(item.sequence)
             self.remove(item.sequence)
+        self.blocks.release(plan.sources)
 
     def loaded(self, sequence: TokenSequence, num_chunks: int) -> None:
         """The first `num_chunks` chunks of its blocks hold KV now, while its load goes on."""
@@ -130,7 +123,7 @@ class Scheduler:
     def seal(self, sequence: TokenSequence, first_chunk: int) -> None:
         """Make the full chunks from `first_chunk` on findable."""
         per_chunk = self.blocks.blocks_per_chunk
-        for chunk in range(first_chunk, sequence.num_computed // sequence.chunk_tokens):
+        for chunk in range(first_chunk, min(sequence.num_computed, sequence.keyed_tokens) // sequence.chunk_tokens):
             blocks = sequence.block_table[chunk * per_chunk : (chunk + 1) * per_chunk]
             self.blocks.seal(sequence.key(chunk), blocks)
 
@@ -200,6 +193,9 @@ class Scheduler:
             # 3. It wanted to load, and found all its chunks here: it needs a place in `running` instead. Is there none,
             #    it stays the first in the queue, and keeps what it found.
             # 4. It runs. Each time it begins, `num_cached` falls to what was found this time.
+            # It is left where it is while its documents are being got.
+            if sequence.held:
+                continue
             queue = self.loading if sequence.wants_load else self.running
             if len(queue) >= self.max_sequences:
                 return
@@ -223,6 +219,7 @@ class Scheduler:
             self.waiting.remove(sequence)
             cached = min(sequence.num_computed, sequence.num_prompt)
             sequence.num_cached = cached if sequence.num_cached is None else min(sequence.num_cached, cached)
+            sequence.documents_due = bool(sequence.documents)
             self._start_running(sequence)
             if sequence.num_left == 0:
                 plan.fully_cached.append(sequence)
@@ -291,13 +288,13 @@ class Scheduler:
             self.running.remove(sequence)
             self._enqueue(sequence)
 
-    def _slice_tokens(self, sequence: TokenSequence, budget: int) -> int:
-        """All that is left, or what the budget allows, then up to a chunk's end: equal chunk grids give equal bits."""
-        if sequence.num_left <= budget:
-            return sequence.num_left
-        end = sequence.num_computed + budget
+    def _slice_tokens(self, sequence: TokenSequence, start: int, stop: int, budget: int) -> int:
+        """All of a run, or what the budget allows, then up to a chunk's end: equal chunk grids give equal bits."""
+        if stop - start <= budget:
+            return stop - start
+        end = start + budget
         aligned = end - end % sequence.chunk_tokens
-        return (aligned if aligned > sequence.num_computed else end) - sequence.num_computed
+        return (aligned if aligned > start else end) - start
 
     def _enqueue(self, sequence: TokenSequence) -> None:
         sequence.set_status(Status.WAITING)
@@ -309,6 +306,7 @@ class Scheduler:
 
     def _free(self, sequence: TokenSequence) -> None:
         blocks, sequence.block_table, sequence.num_computed = sequence.block_table, [], 0
+        sequence.holes.clear()
         self.blocks.release(blocks)
 
 
@@ -316,7 +314,7 @@ def _chunk_in_hand(sequence: TokenSequence) -> ChunkKey | None:
     """The full chunk of a prompt that its next step works on. None of one that has computed its prompt, or is paused:
     nobody can rely on it."""
     chunk = sequence.num_computed // sequence.chunk_tokens
-    full = (chunk + 1) * sequence.chunk_tokens <= sequence.num_prompt
+    full = (chunk + 1) * sequence.chunk_tokens <= min(sequence.num_prompt, sequence.keyed_tokens)
     return sequence.key(chunk) if full and not sequence.paused else None
 
 

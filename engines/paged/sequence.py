@@ -40,6 +40,23 @@ TRANSITIONS: dict[Status, frozenset[Status]] = {
 """What may follow a status; the reasons are in `Status`."""
 
 
+@dataclass(frozen=True, slots=True)
+class PlacedDocument:
+    """Tokens `[start, stop)` of a prompt, whose KV, computed at the positions from `computed_at` on, lies under `keys`.
+    The first `renewed` tokens are computed anew."""
+
+    start: int
+    stop: int
+    computed_at: int
+    renewed: int
+    keys: tuple[ChunkKey, ...]
+
+    @property
+    def exact(self) -> bool:
+        """Whether it stands right behind the header: its KV is what would be computed."""
+        return self.start == self.computed_at
+
+
 @dataclass(eq=False, slots=True)
 class TokenSequence:
     """Prompt and output of one completion. `sampling` None: only the KV is wanted. Compared by identity."""
@@ -69,6 +86,22 @@ class TokenSequence:
     """Prompt tokens computed for it, again after a preemption included."""
     num_submitted: int = 0
     """Leading chunks that were given to the save job, or came from the store."""
+    documents: tuple[PlacedDocument, ...] = ()
+    """That are reused if they are found in blocks."""
+    held: bool = False
+    """Its documents are being got: it may not be admitted."""
+    documents_due: bool = False
+    """It has blocks, and its documents are to be put into them before it computes."""
+    holes: list[tuple[int, int]] = field(default_factory=list)
+    """Ranges of tokens, ahead of `num_computed`, whose KV its blocks have already."""
+    num_approximate: int = 0
+    """Tokens of documents that were not computed for it, and are not what would have been computed."""
+    prefix_limit: int | None = None
+    """So many leading tokens are what their prefix makes them: what lies behind has no key. None: all."""
+    forced: Sequence[int] = ()
+    """Output tokens that are taken in the place of those that are drawn."""
+    whole: bool = False
+    """Whole distributions are wanted with its tokens."""
     busy: bool = False
     """A step or a load is writing into its blocks: they are given back when that has ended."""
     paused: bool = False
@@ -95,12 +128,43 @@ class TokenSequence:
     @property
     def num_left(self) -> int:
         """Known tokens whose KV is still to be computed."""
-        return len(self.tokens) - self.num_computed
+        return len(self.tokens) - self.num_computed - sum(end - start for start, end in self.holes)
+
+    @property
+    def keyed_tokens(self) -> int:
+        """Leading tokens that have keys, those that are not computed yet included."""
+        return len(self.tokens) if self.prefix_limit is None else min(len(self.tokens), self.prefix_limit)
 
     @property
     def num_reusable_chunks(self) -> int:
         """How many leading chunks need not be computed: one token always is, for its logits, if any are wanted."""
-        return usable_chunks(len(self.tokens) + (self.sampling is None), self.chunk_tokens)
+        usable = usable_chunks(len(self.tokens) + (self.sampling is None), self.chunk_tokens)
+        return usable if self.prefix_limit is None else min(usable, self.prefix_limit // self.chunk_tokens)
+
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        """The ranges of tokens that are still to be computed, in order."""
+        starts = [self.num_computed, *(end for _, end in self.holes)]
+        stops = [*(start for start, _ in self.holes), len(self.tokens)]
+        return [(start, stop) for start, stop in zip(starts, stops, strict=True) if start < stop]
+
+    def limit_prefix(self, num_tokens: int) -> None:
+        """What lies behind `num_tokens` has no key from now on."""
+        self.prefix_limit = num_tokens if self.prefix_limit is None else min(self.prefix_limit, num_tokens)
+
+    def keeps_rest(self, end: int, block_size: int) -> bool:
+        """Whether rows of the block with position `end` are in a hole behind it."""
+        return any(start >= end and start // block_size == end // block_size for start, _ in self.holes)
+
+    def next_token(self, drawn: int) -> int:
+        """The token that follows, given what was drawn."""
+        at = len(self.tokens) - self.num_prompt
+        return self.forced[at] if at < len(self.forced) else drawn
+
+    def pass_holes(self) -> None:
+        """Go on behind the holes that are reached."""
+        while self.holes and self.holes[0][0] == self.num_computed:
+            self.num_computed = self.holes.pop(0)[1]
 
     def keys(self, num_chunks: int) -> Sequence[ChunkKey]:
         """Keys of the first `num_chunks` full chunks, hashed once each."""
@@ -133,5 +197,8 @@ class TokenSequence:
             indices=(index,),
             num_cached=self.num_cached,
             num_submitted=self.num_submitted,
+            documents=self.documents,
+            num_approximate=self.num_approximate,
+            prefix_limit=self.prefix_limit,
             _keys=list(self._keys),
         )

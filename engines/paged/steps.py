@@ -9,8 +9,9 @@ from collections import Counter
 
 from engines.paged.leg import Leg, StopRule
 from engines.paged.legs import LegTable
+from engines.paged.plan import Plan, Work
 from engines.paged.runner import ModelRunner, Sampled, SampleSpec, StepOutput, StepSlice
-from engines.paged.scheduler import Plan, Scheduler, Work
+from engines.paged.scheduler import Scheduler
 from engines.paged.sequence import Status, TokenSequence
 from engines.paged.store_jobs import StoreJobs
 from kvcore.clock import Clock
@@ -69,7 +70,10 @@ class Stepper:
         """Run the step. Cancelled, it is closed and its sequences are removed, but their legs are not."""
         legs = [self._legs[item.sequence.request_id] for item in plan.work]
         try:
-            output = await self._runner.execute([step_slice(item) for item in plan.work])
+            if plan.moves:
+                await self._runner.move(plan.moves, plan.fresh)
+            block_size = self._scheduler.blocks.block_size
+            output = await self._runner.execute([step_slice(item, block_size) for item in plan.work])
         except asyncio.CancelledError:
             self._scheduler.fail(plan)
             raise
@@ -89,7 +93,7 @@ class Stepper:
             self._counters["decode_tokens"] += len(samples)
             # 1. Removed while the step ran: its samples are nobody's.
             # 2. It has drawn tokens: they go to the reader.
-            # 3. A part of a prompt: there is more to compute.
+            # 3. A part of a prompt: there is more to compute, or another part of the step computed it.
             # 4. A prefill leg's last part: it ends when its chunks are saved.
             # 5. All is computed and tokens are wanted, but none was drawn: the logits were not numbers.
             if item.sequence.status is Status.FINISHED:
@@ -98,7 +102,7 @@ class Stepper:
             self._store_jobs.save_full_chunks(leg, item.sequence)
             if samples:
                 self._emit(leg, item.sequence, samples)
-            elif item.sequence.num_left:
+            elif item.sequence.num_left or item.end < item.sequence.num_computed:
                 continue
             elif leg.is_prefill:
                 self._end_prefill(leg)
@@ -117,14 +121,17 @@ class Stepper:
             sequences.append(child)
             leg.sequences.append(child)
         for drawing, sampled in zip(sequences, samples, strict=True):
-            drawing.tokens.append(sampled.token_id)
+            token_id = drawing.next_token(sampled.token_id)
+            drawing.tokens.append(token_id)
             reason = self._stop_rule.reason(drawing)
+            if sampled.distribution is not None:
+                leg.distributions.append(sampled.distribution)
             delta = TokenDelta(
                 index=drawing.indices[0],
-                token_ids=[sampled.token_id],
+                token_ids=[token_id],
                 logprobs=None if sampled.logprob is None else [sampled.logprob],
                 finish_reason=reason,
-                stop_token_id=sampled.token_id if reason is FinishReason.STOP else None,
+                stop_token_id=token_id if reason is FinishReason.STOP else None,
                 info=None if leg.info_sent else leg.info(now),
             )
             leg.info_sent = True
@@ -138,6 +145,9 @@ class Stepper:
     def _end_prefill(self, leg: Leg) -> None:
         """All is computed; the leg ends when its chunks are saved."""
         leg.computed = self._clock.now()
+        if leg.kept is not None:
+            leg.kept = list(leg.first.block_table)
+            self._scheduler.blocks.retain(leg.kept)
         self._scheduler.remove(leg.first)
         if leg.save is not None:
             leg.save.close()
@@ -145,11 +155,12 @@ class Stepper:
             leg.set_saved()
 
 
-def step_slice(item: Work) -> StepSlice:
+def step_slice(item: Work, block_size: int) -> StepSlice:
     """What the runner is to compute, and what to draw if these are the last tokens of a sequence that wants any."""
-    sequence, start, end = item.sequence, item.sequence.num_computed, item.sequence.num_computed + item.num_tokens
+    sequence, start, end = item.sequence, item.start, item.end
     sample = None
     if sequence.sampling is not None and end == len(sequence.tokens):
         prompt = sequence.tokens[: sequence.num_prompt]
-        sample = SampleSpec(sequence.sampling, sequence.indices, prompt, sequence.output)
-    return StepSlice(sequence.tokens[start:end], start, sequence.block_table, sample)
+        sample = SampleSpec(sequence.sampling, sequence.indices, prompt, sequence.output, sequence.whole)
+    kept = bool(sequence.holes) and sequence.keeps_rest(end, block_size)
+    return StepSlice(sequence.tokens[start:end], start, sequence.block_table, sample, kept)

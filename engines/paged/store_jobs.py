@@ -17,6 +17,7 @@ from engines.paged.blocks import BlockManager
 from engines.paged.leg import Leg
 from engines.paged.sequence import TokenSequence
 from kvcore.telemetry import log_fields
+from kvcore.types import ChunkKey, OwnerTag
 
 _log = logging.getLogger("engines")
 
@@ -28,7 +29,9 @@ def chunks_to_load(sequence: TokenSequence) -> range:
 
 def chunks_to_save(sequence: TokenSequence, *, save_output: bool) -> range:
     """Which chunks are full now and were not submitted yet. Chunks with generated tokens only if `save_output`."""
-    end = sequence.num_computed if save_output else min(sequence.num_computed, sequence.num_prompt)
+    end = min(sequence.num_computed, sequence.keyed_tokens)
+    if not save_output:
+        end = min(end, sequence.num_prompt)
     return range(sequence.num_submitted, max(sequence.num_submitted, end // sequence.chunk_tokens))
 
 
@@ -63,7 +66,7 @@ class StoreJobs:
         self._load_ended = load_ended
         self._give_up = give_up
         self._wake = wake
-        self._saves: dict[asyncio.Task[None], SaveJob] = {}
+        self._saves: dict[asyncio.Task[None] | asyncio.Task[frozenset[ChunkKey]], SaveJob] = {}
         self._warn_at = 0.0
 
     @property
@@ -94,8 +97,8 @@ class StoreJobs:
             wait_chunks=handoff.num_chunks if handoff is not None else 0,
             deadline=leg.arrived + (handoff.wait_s if handoff is not None else 0.0),
             loaded=functools.partial(self._progress, sequence),
-            claim=functools.partial(self._claim, leg, sequence),
-            store_only=leg.is_prefill,
+            claim=functools.partial(self._claim, leg, sequence) if leg.saves else None,
+            store_only=leg.is_prefill and leg.saves,
             owner=sequence.owner,
         )
         leg.load_task = self._tasks.create_task(self._guard(job.run, "load"), name="engine-load")
@@ -104,10 +107,10 @@ class StoreJobs:
     def start_save(self, leg: Leg, sequence: TokenSequence) -> None:
         """Reserve room for the prompt's chunks and save those that are here, unless that has begun. A prefill leg saves
         all its chunks, those found here too: the store may have lost them."""
-        if self._context is not None and leg.save is None:
+        if self._context is not None and leg.save is None and leg.saves:
             first = 0 if leg.is_prefill else sequence.num_computed // sequence.chunk_tokens
             sequence.num_submitted = first
-            prompt_chunks = sequence.num_prompt // sequence.chunk_tokens
+            prompt_chunks = min(sequence.num_prompt, sequence.keyed_tokens) // sequence.chunk_tokens
             wanted = sequence.keys(prompt_chunks)[first:]
             owner, public = sequence.owner, sequence.public_keys
             leg.save = job = SaveJob(self._context, leg.prefer_segment, wanted, owner=owner, public=public)
@@ -127,6 +130,35 @@ class StoreJobs:
             reading, release = functools.partial(self._reading, blocks), functools.partial(self._release, blocks)
             leg.save.add(SavableChunk(sequence.key(chunk), sequence.chunk_tokens, reading, release))
             sequence.num_submitted = chunk + 1
+
+    def save_chunks(
+        self, chunks: Sequence[tuple[ChunkKey, int, Sequence[int]]], owner: OwnerTag, prefer_segment: str | None
+    ) -> asyncio.Task[frozenset[ChunkKey]] | None:
+        """Save chunks, (key, tokens, blocks) each, that are no request's. A reference to each block is given back. The
+        task gives the keys that are complete in the store then. None: there is no store."""
+        if self._context is None:
+            for _, _, blocks in chunks:
+                self._blocks.release(blocks)
+            return None
+        job = SaveJob(self._context, prefer_segment, [key for key, _, _ in chunks], owner=owner)
+        for key, num_tokens, blocks in chunks:
+            reading, release = functools.partial(self._reading, blocks), functools.partial(self._release, blocks)
+            job.add(SavableChunk(key, num_tokens, reading, release))
+        job.close()
+
+        async def run() -> frozenset[ChunkKey]:
+            await self._guard(job.run, "save")
+            return frozenset(job.stored)
+
+        task = self._tasks.create_task(run(), name="engine-save")
+        self._saves[task] = job
+        task.add_done_callback(functools.partial(self._end_loose_save, job))
+        return task
+
+    def _end_loose_save(self, job: SaveJob, task: asyncio.Task[frozenset[ChunkKey]]) -> None:
+        job.abandon()
+        del self._saves[task]
+        self._wake()
 
     async def count_stored(self, leg: Leg) -> int:
         """Leading chunks of a prefill that are complete in the store: ours, or another writer's of the same prefix, who

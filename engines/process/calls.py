@@ -27,7 +27,7 @@ class EngineProcessLimits:
     """Between the end of the link and the end of the process, whose status is then known."""
 
 
-CallFrame = m.Prefilled | m.StreamedDelta | m.Done | m.Failure | m.Sample
+CallFrame = m.Prefilled | m.Compared | m.StreamedDelta | m.Done | m.Failure | m.Sample
 
 
 class Call:

@@ -9,6 +9,7 @@ import msgspec
 
 from kvcore.config.fields import ByteSize
 from kvcore.config.schema import ClusterConfig
+from nodeapi.documents import CompareReply, CompareRequest
 from nodeapi.messages import EngineInfo, EngineStats, GenerateRequest, PrefillRequest, PrefillResult, TokenDelta
 
 PROTOCOL_VERSION = 1
@@ -44,6 +45,13 @@ class GenerateCall(_Frame, frozen=True, kw_only=True, tag="generate"):
 
     id: int
     request: GenerateRequest
+
+
+class CompareCall(_Frame, frozen=True, kw_only=True, tag="compare"):
+    """Answered by Compared or Failure."""
+
+    id: int
+    request: CompareRequest
 
 
 class EndHandoffCall(_Frame, frozen=True, kw_only=True, tag="end_handoff"):
@@ -93,6 +101,7 @@ ToChild = (
     EngineHello
     | PrefillCall
     | GenerateCall
+    | CompareCall
     | EndHandoffCall
     | AbortCall
     | StatsCall
@@ -122,6 +131,13 @@ class Prefilled(_FromChild, frozen=True, kw_only=True, tag="prefilled"):
 
     id: int
     result: PrefillResult
+
+
+class Compared(_FromChild, frozen=True, kw_only=True, tag="compared"):
+    """Ends a CompareCall."""
+
+    id: int
+    reply: CompareReply
 
 
 class StreamedDelta(_FromChild, frozen=True, kw_only=True, tag="delta"):
@@ -162,7 +178,7 @@ class Pong(_FromChild, frozen=True, kw_only=True, tag="pong"):
     """The child's loop turns."""
 
 
-FromChild = Ready | Refused | Prefilled | StreamedDelta | Done | Failure | Sample | Pong
+FromChild = Ready | Refused | Prefilled | Compared | StreamedDelta | Done | Failure | Sample | Pong
 
 
 def _encode_custom(value: object) -> int:

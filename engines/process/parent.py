@@ -25,6 +25,7 @@ from engines.process.channel import FrameChannel
 from kvcore.errors import DeadlineExceededError, EngineDiedError, EngineError, error_from_code
 from kvcore.process.child import ChildProcess
 from kvcore.telemetry import log_fields
+from nodeapi.documents import CompareReply, CompareRequest
 from nodeapi.frames import FrameError
 from nodeapi.messages import EngineInfo, EngineStats, GenerateRequest, PrefillRequest, PrefillResult, TokenDelta
 
@@ -136,6 +137,16 @@ class EngineProcess:
                     self._post(m.Credit(id=call.id, count=taken))
                     taken = 0
                 yield answer.delta
+
+    async def compare(self, request: CompareRequest) -> CompareReply:
+        """See `Engine`."""
+        deadline = self._deadline(request.deadline_s + self._limits.late_s)
+        with self._call() as call:
+            await self._send(m.CompareCall(id=call.id, request=request), deadline)
+            answer = await call.next(deadline)
+        if not isinstance(answer, m.Compared):
+            raise EngineError(f"the engine answered a comparison with {type(answer).__name__}")
+        return answer.reply
 
     async def end_handoff(self, request_id: str) -> None:
         """See `Engine`."""

@@ -38,6 +38,7 @@ class OpenedEngine:
     exposition: Callable[[], bytes] = bytes
 
 
+_CallToChild = m.PrefillCall | m.GenerateCall | m.CompareCall | m.EndHandoffCall | m.AbortCall | m.StatsCall
 EngineOpener = Callable[[m.EngineHello], AbstractAsyncContextManager[OpenedEngine]]
 """Entering it loads model, store and engine; raises ConfigError for what this machine cannot run."""
 
@@ -141,12 +142,19 @@ class _Session:
                 for _ in range(min(count, m.STREAM_WINDOW) if credit is not None else 0):
                     assert credit is not None
                     credit.release()
-            case m.PrefillCall() | m.GenerateCall() | m.EndHandoffCall() | m.AbortCall() | m.StatsCall():
+            case (
+                m.PrefillCall()
+                | m.GenerateCall()
+                | m.CompareCall()
+                | m.EndHandoffCall()
+                | m.AbortCall()
+                | m.StatsCall()
+            ):
                 self._start(frame)
             case _:
                 raise FrameError(f"{type(frame).__name__} is not expected here")
 
-    def _start(self, frame: m.PrefillCall | m.GenerateCall | m.EndHandoffCall | m.AbortCall | m.StatsCall) -> None:
+    def _start(self, frame: _CallToChild) -> None:
         if self._opened is None or frame.id in self._calls:
             raise FrameError("a call before Ready, or under a number that is in use")
         call_id, opened = frame.id, self._opened
@@ -155,6 +163,8 @@ class _Session:
                 work = self._prefill(opened.engine, frame)
             case m.GenerateCall():
                 work = self._generate(opened.engine, frame)
+            case m.CompareCall():
+                work = self._compare(opened.engine, frame)
             case m.EndHandoffCall():
                 work = self._end_handoff(opened.engine, frame)
             case m.AbortCall():
@@ -197,6 +207,9 @@ class _Session:
         finally:
             del self._credits[frame.id]
         return m.Done(id=frame.id)
+
+    async def _compare(self, engine: Engine, frame: m.CompareCall) -> m.FromChild:
+        return m.Compared(id=frame.id, reply=await engine.compare(frame.request))
 
     async def _end_handoff(self, engine: Engine, frame: m.EndHandoffCall) -> m.FromChild:
         await engine.end_handoff(frame.request_id)

@@ -1,8 +1,13 @@
 """The simulated model's arithmetic: KV records chained over the tokens, and tokens drawn from a digest of all records.
 
-One wrong byte anywhere in a sequence's KV changes every record after it and the next token.
+One wrong byte anywhere in a sequence's KV changes every record after it and the next token. A record has its position
+laid over it (exclusive or), so that it can be turned to another one, as RoPE's K can.
 """
 
+import math
+
+import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from nodeapi.messages import TokenLogprob
@@ -21,11 +26,23 @@ class Arithmetic:
         self._weights = xxhash.xxh3_64_intdigest(weights_version.encode())
         self._repeats = record_bytes // RECORD_UNIT
         self._vocab_size = vocab_size
+        self._overs: list[int] = []
 
     def record(self, previous: bytes | memoryview, token: int, position: int) -> bytes:
         """KV of `token` at `position`, after the record `previous` (empty at position 0)."""
-        tail = token.to_bytes(8, "little") + position.to_bytes(8, "little")
-        return bytes(xxhash.xxh3_128_digest(bytes(previous) + tail, seed=self._weights)) * self._repeats
+        chained = xxhash.xxh3_128_intdigest(bytes(previous) + token.to_bytes(8, "little"), seed=self._weights)
+        return (chained ^ self._over(position)).to_bytes(RECORD_UNIT, "little") * self._repeats
+
+    def turned(self, record: bytes | memoryview, computed_at: int, position: int) -> bytes:
+        """The record of a token that stands at `position`, of one that was computed at `computed_at`."""
+        over = (self._over(computed_at) ^ self._over(position)).to_bytes(RECORD_UNIT, "little") * self._repeats
+        return (int.from_bytes(record, "little") ^ int.from_bytes(over, "little")).to_bytes(len(over), "little")
+
+    def _over(self, position: int) -> int:
+        while len(self._overs) <= position:
+            at = len(self._overs).to_bytes(8, "little")
+            self._overs.append(xxhash.xxh3_128_intdigest(at, seed=self._weights))
+        return self._overs[position]
 
     def draw(self, digest: int, params: SamplingParams, index: int, position: int) -> int:
         """The token after KV with 128-bit `digest`. Greedy: of the digest alone; otherwise also of seed, index and
@@ -42,3 +59,10 @@ class Arithmetic:
         chosen = -(1 + digest % _VARIANTS) / _VARIANTS
         top = [((token + rank) % self._vocab_size, chosen - rank) for rank in range(params.logprobs)]
         return TokenLogprob(logprob=chosen, top=top)
+
+    def distribution(self, digest: int) -> npt.NDArray[np.float32]:
+        """A made-up one: half of all is on the token that a greedy draw takes."""
+        rest = math.log(0.5 / max(1, self._vocab_size - 1))
+        whole = np.full(self._vocab_size, rest, dtype=np.float32)
+        whole[digest % self._vocab_size] = math.log(0.5)
+        return whole

@@ -10,7 +10,7 @@ from hashlib import sha256
 
 import xxhash
 
-from engines.paged.runner import Sampled, StepOutput, StepSlice
+from engines.paged.runner import RowMove, Sampled, StepOutput, StepSlice
 from engines.sim.arithmetic import Arithmetic
 from kvcore.config.schema import SimEngineConfig
 from kvcore.types import DeclaredKV, KVSpec
@@ -31,7 +31,7 @@ def sim_spec(config: SimEngineConfig, model: str, chunk_tokens: int, declared: D
         num_kv_heads=1,
         head_dim=config.bytes_per_token,
         dtype="uint8",
-        attention="chained",
+        attention="chained, position laid over",
         layout_id=f"sim.b{config.block_size}",
         chunk_tokens=chunk_tokens,
         chunk_bytes=chunk_tokens * config.bytes_per_token,
@@ -55,6 +55,7 @@ class SimRunner:
             eos_token_ids=[EOS_TOKEN],
             block_size=config.block_size,
             num_blocks=config.num_blocks,
+            refuses_documents="",
         )
 
     @property
@@ -86,6 +87,16 @@ class SimRunner:
         """See `ModelRunner.block_view`."""
         return self._memory[block_id * self._block_bytes : (block_id + 1) * self._block_bytes]
 
+    async def move(self, moves: Sequence[RowMove], fresh: Sequence[int]) -> None:
+        """See `ModelRunner.move`. Takes no time."""
+        for block in fresh:
+            self.block_view(block)[:] = bytes(self._block_bytes)
+        for item in moves:
+            for at in range(item.count):
+                record = self._record_at(item.source, item.source_row + at)
+                turned = self._arithmetic.turned(record, item.computed_at + at, item.position + at)
+                self._record_at(item.target, item.target_row + at)[:] = turned
+
     def copy_block(self, source: int, target: int) -> None:
         """See `ModelRunner.copy_block`."""
         self.block_view(target)[:] = self.block_view(source)
@@ -112,7 +123,8 @@ class SimRunner:
         tokens = [
             self._arithmetic.draw(digest, params, index, len(item.sample.output)) for index in item.sample.indices
         ]
-        return [Sampled(token, self._arithmetic.logprob(digest, token, params)) for token in tokens]
+        whole = self._arithmetic.distribution(digest) if item.sample.whole else None
+        return [Sampled(token, self._arithmetic.logprob(digest, token, params), whole) for token in tokens]
 
     def _digest(self, item: StepSlice) -> int:
         """Over all the sequence's KV, as it stands in the blocks."""

@@ -24,6 +24,7 @@ from kvcore.config.schema import ModelConfig, TorchEngineConfig
 from kvcore.errors import ConfigError
 from kvcore.types import DeclaredKV, KVSpec
 from kvstore.store import KVStore
+from nodeapi.documents import CompareReply, CompareRequest
 from nodeapi.messages import EngineInfo, EngineStats, GenerateRequest, PrefillRequest, PrefillResult, TokenDelta
 from transfer.memory.available import available_memory
 
@@ -115,6 +116,10 @@ class TorchEngine:
     def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta, None]:
         """See `Engine`."""
         return self._loop.generate(request)
+
+    async def compare(self, request: CompareRequest) -> CompareReply:
+        """See `Engine`."""
+        return await self._loop.compare(request)
 
     async def end_handoff(self, request_id: str) -> None:
         """See `Engine`."""

@@ -44,6 +44,8 @@ class LoadedModel:
     """The model's own or the configuration's, whichever is lower."""
     vocab_size: int
     eos_token_ids: tuple[int, ...]
+    rope_frequencies: torch.Tensor
+    """[head_dim / 2] radians a position."""
 
 
 def model_dtype(name: str) -> torch.dtype:
@@ -84,6 +86,7 @@ def load_checked(files: ModelFiles, model: ModelConfig, engine: TorchEngineConfi
         max_context=_max_context(config.max_position_embeddings, model.max_context),
         vocab_size=config.vocab_size,
         eos_token_ids=_eos_token_ids(files, config.eos_token_id),
+        rope_frequencies=loaded.model.rotary_emb.inv_freq.float().clone(),
     )
 
 

@@ -5,19 +5,24 @@ raised, cancelled or not, nothing writes into any block.
 """
 
 import asyncio
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 
-from engines.paged.runner import StepOutput, StepSlice
+from engines.paged.runner import RowMove, Sampled, StepOutput, StepSlice
 from engines.torch.kv_cache import PagedKV
 from engines.torch.model import LoadedModel
+from engines.torch.row_moves import RowMover, documents_problem
 from engines.torch.sampler import sample_rows
 from engines.torch.step_batch import StepBatch
 from kvcore.errors import EngineError
 from kvcore.types import KVSpec
 from nodeapi.messages import EngineInfo
+
+_Result = TypeVar("_Result")
 
 
 class TorchRunner:
@@ -26,6 +31,7 @@ class TorchRunner:
     def __init__(self, loaded: LoadedModel, spec: KVSpec, *, num_blocks: int, threads: int) -> None:
         self._model = loaded.model
         self._kv = PagedKV(loaded.geometry, num_blocks)
+        self._mover = RowMover(self._kv, loaded.rope_frequencies)
         self._info = EngineInfo(
             kind="torch",
             kv_spec=spec,
@@ -34,6 +40,7 @@ class TorchRunner:
             eos_token_ids=list(loaded.eos_token_ids),
             block_size=loaded.geometry.block_size,
             num_blocks=num_blocks,
+            refuses_documents=documents_problem(loaded.model.config, loaded.rope_frequencies, loaded.geometry.head_dim),
         )
         torch.set_num_threads(threads)
         # OpenMP keeps the number of threads per calling thread, so the worker sets it too.
@@ -51,14 +58,24 @@ class TorchRunner:
 
     async def execute(self, slices: Sequence[StepSlice]) -> StepOutput:
         """One forward and its draws, off the loop. Raises EngineError. A cancelled step runs to its end first."""
-        step = asyncio.get_running_loop().run_in_executor(self._worker, self._step, slices)
         try:
-            return await asyncio.shield(step)
-        except asyncio.CancelledError:
-            await asyncio.wait([step])
-            raise
+            return await self._on_worker(lambda: self._step(slices))
         except (RuntimeError, IndexError, ValueError) as error:
             raise EngineError(f"the model failed on a step of {len(slices)} slices: {error}") from error
+
+    async def move(self, moves: Sequence[RowMove], fresh: Sequence[int]) -> None:
+        """See `ModelRunner.move`. Off the loop; a cancelled one runs to its end first."""
+        if self._info.refuses_documents:
+            raise EngineError(f"this model's KV cannot be moved: {self._info.refuses_documents}")
+        await self._on_worker(lambda: self._mover.run(moves, fresh))
+
+    async def _on_worker(self, work: Callable[[], _Result]) -> _Result:
+        job = asyncio.get_running_loop().run_in_executor(self._worker, work)
+        try:
+            return await asyncio.shield(job)
+        except asyncio.CancelledError:
+            await asyncio.wait([job])
+            raise
 
     def _step(self, slices: Sequence[StepSlice]) -> StepOutput:
         specs = [part.sample for part in slices if part.sample is not None]
@@ -72,7 +89,11 @@ class TorchRunner:
                 logits_to_keep=batch.last_rows,
                 paged_step=batch,
             ).logits[0]
-            drawn = iter(sample_rows(logits, specs, self._info.eos_token_ids) if specs else [])
+            rows = sample_rows(logits, specs, self._info.eos_token_ids) if specs else []
+            for row, spec, sampled in zip(logits, specs, rows, strict=False):
+                if spec.whole:
+                    sampled[:] = [_with_distribution(one, row) for one in sampled]
+            drawn = iter(rows)
         return StepOutput([next(drawn) if part.sample is not None else [] for part in slices])
 
     def _clear_fresh_pages(self, slices: Sequence[StepSlice]) -> None:
@@ -80,7 +101,7 @@ class TorchRunner:
         still reach its sums, as 0 times NaN is NaN."""
         for part in slices:
             page, used = divmod(part.start + len(part.token_ids), self._info.block_size)
-            if used and part.start <= page * self._info.block_size:
+            if used and not part.keeps_rest and part.start <= page * self._info.block_size:
                 self._kv.clear_block(part.block_table[page])
 
     def block_view(self, block_id: int) -> memoryview:
@@ -95,3 +116,7 @@ class TorchRunner:
         """Waits for a step under way. Idempotent."""
         await asyncio.to_thread(self._worker.shutdown)
         self._model = None
+
+
+def _with_distribution(sampled: Sampled, logits: torch.Tensor) -> Sampled:
+    return dataclasses.replace(sampled, distribution=torch.log_softmax(logits.float(), dim=-1).numpy())

@@ -38,6 +38,7 @@ from kvcore.errors import (
 )
 from kvcore.telemetry import log_fields
 from kvcore.types import KVSpec
+from nodeapi.documents import CompareReply, CompareRequest
 from nodeapi.messages import (
     EngineInfo,
     EngineStats,
@@ -48,6 +49,10 @@ from nodeapi.messages import (
 )
 
 EXIT_CORE_DIED = 70
+NO_DOCUMENTS = (
+    "vLLM counts the computed tokens of a prompt from its beginning alone: a connector cannot say that some in the "
+    "middle are there"
+)
 _logger = logging.getLogger("engines.vllm")
 
 
@@ -149,6 +154,10 @@ class VllmEngine:
                         yield delta
                         for index in range(1, copies):
                             yield msgspec.structs.replace(delta, index=index, info=None)
+
+    async def compare(self, request: CompareRequest) -> CompareReply:
+        """See `Engine`. vLLM gives no whole distribution, and reuses what it has whatever it is asked."""
+        raise InvalidRequestError(f"this node compares nothing: {NO_DOCUMENTS}", param="documents")
 
     async def end_handoff(self, request_id: str) -> None:
         """See `Engine`."""
@@ -268,4 +277,5 @@ def _info(llm: AsyncLLM, spec: KVSpec) -> EngineInfo:
         block_size=int(config.cache_config.block_size),
         num_blocks=int(config.cache_config.num_gpu_blocks or 0),
         max_sequences=int(config.scheduler_config.max_num_seqs),
+        refuses_documents=NO_DOCUMENTS,
     )

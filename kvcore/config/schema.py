@@ -9,6 +9,7 @@ import msgspec
 
 from kvcore.config.fields import ByteSize, Count, Port, Rate, Seconds, Section, Share, Text
 from kvcore.config.hit_rate import HitRateConfig
+from kvcore.config.kv.settings import KVConfig
 from kvcore.config.mooncake_metadata import MooncakeMetadataConfig
 from kvcore.config.partitions import PartitionConfig
 from kvcore.config.records import RecordsConfig, SqliteRecordsConfig
@@ -49,19 +50,6 @@ class ModelConfig(Section, frozen=True, kw_only=True):
 
     `auto`: the one that its chat template speaks. `none`: answers are given out as they are written.
     `package.module:name`: a `router.parsing.dialects.Dialect` of yours."""
-
-
-class KVConfig(Section, frozen=True, kw_only=True):
-    """How KV is cut and checked."""
-
-    chunk_tokens: Count = 256
-    """Tokens of one chunk: what is stored, found and moved at once. All nodes of a cluster have the same."""
-    verify: bool | Literal["checksum", "mac"] = True
-    """What is checked of a chunk that is read, beside its header. `checksum`: whether it is damaged. `mac`: whether it
-    was written with the cluster's secret. `true`: `mac` if there is one, else `checksum`. `false`: nothing."""
-    encrypt: bool = False
-    """Whether KV is encrypted wherever engines share it: in segments, on its way between nodes by any transport, and in
-    tiers. It needs the cluster's secret. All nodes of a cluster have the same; what was stored before is not found."""
 
 
 class TorchEngineConfig(Section, frozen=True, kw_only=True, tag_field="kind", tag="torch"):

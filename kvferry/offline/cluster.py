@@ -12,11 +12,11 @@ import yaml
 
 from kvcore.config.fields import ByteSize
 from kvcore.config.file import load_config
+from kvcore.config.kv.settings import KVConfig
 from kvcore.config.parse import parse_byte_size
 from kvcore.config.records import MemoryRecordsConfig
 from kvcore.config.schema import (
     ClusterConfig,
-    KVConfig,
     MetadataServerConfig,
     ModelConfig,
     NodeConfig,

@@ -3,6 +3,7 @@
 Owns their order of start and end. Without tiers in the cluster file there is none of this.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import msgspec
 from kvcore.chunk_keys import OWNER_BYTES, owner_of, prompt_keys, usable_chunks
 from kvcore.clock import Clock
 from kvcore.config.tiers import TierConfig, TiersConfig
+from kvcore.documents.keys import keys_of_documents
 from kvcore.eviction.quotas import TenantShares
 from kvcore.types import ChunkKey, KVSpec, NodeInfo, OwnerTag
 from kvnode.tasks import cancelled, spawned
@@ -105,14 +107,23 @@ class NodeTiers:
         began, choices = self.clock.now(), list[TierChoice]()
         prompt = request.prompt_token_ids
         keys = prompt_keys(shape.fingerprint, request.cache_salt, prompt, shape.chunk_tokens)
-        names = shape.names(keys)
-        self.filler.on_asked(name.key for name in names)
-        for tier in self.local.values():
-            tier.link(names)
-        wanted = keys[: usable_chunks(len(prompt), shape.chunk_tokens)]
+        apart: list[list[ChunkKey]] = []
+        if (said := request.documents) is not None:
+            apart = keys_of_documents(
+                shape.fingerprint, request.cache_salt, prompt, said.header, said.spans, chunk_tokens=shape.chunk_tokens
+            )
+        wanted = [keys[: usable_chunks(len(prompt), shape.chunk_tokens)], *apart]
+        for chain in [keys, *apart]:
+            names = shape.names(chain)
+            self.filler.on_asked(name.key for name in names)
+            for tier in self.local.values():
+                tier.link(names)
         timeout_s = min(self.config.wait_s, request.deadline_s / 2)
         owner = owner_of(request.cache_salt)
-        promoted = await self.promoter.promote(wanted, shape, timeout_s=timeout_s, choices=choices, owner=owner)
+        came = [
+            self.promoter.promote(chain, shape, timeout_s=timeout_s, choices=choices, owner=owner) for chain in wanted
+        ]
+        promoted = [one for some in await asyncio.gather(*came) for one in some]
         left_s = max(0.001, request.deadline_s - (self.clock.now() - began))
         return msgspec.structs.replace(request, deadline_s=left_s), PromoteReply(promoted=promoted, choices=choices)
 

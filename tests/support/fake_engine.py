@@ -22,6 +22,7 @@ from engines.process.session import OpenedEngine, serve
 from kvcore.config.schema import ClusterConfig, ModelConfig, NodeConfig, SimEngineConfig
 from kvcore.errors import ConfigError, error_from_code
 from kvcore.types import KVSpec, Role
+from nodeapi.documents import CompareReply, CompareRequest
 from nodeapi.messages import (
     EngineInfo,
     EngineStats,
@@ -132,6 +133,10 @@ class FakeEngine:
             raise
         finally:
             self.active.discard(request.request_id)
+
+    async def compare(self, request: CompareRequest) -> CompareReply:
+        await self._behave(request.request_id)
+        return CompareReply(request_id=request.request_id, token_ids=[1], kl=[0.5], gaps=[0.0])
 
     async def end_handoff(self, request_id: str) -> None:
         self.handoffs_ended.append(request_id)

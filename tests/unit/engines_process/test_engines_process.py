@@ -23,6 +23,7 @@ from engines.process.channel import FrameChannel
 from engines.process.parent import EngineProcess
 from engines.process.session import serve
 from kvcore.errors import ConfigError, DeadlineExceededError, EngineDiedError, EngineError, OverloadedError
+from nodeapi.documents import CompareRequest
 from nodeapi.messages import FinishReason, TokenDelta
 
 FAKE = (sys.executable, fake_engine.__file__)
@@ -99,6 +100,13 @@ async def test_child_goes_when_its_parent_is_killed(tmp_path: Path) -> None:
     await asyncio.wait_for(gone.wait(), 5)
     asyncio.get_running_loop().remove_reader(pidfd)
     os.close(pidfd)
+
+
+async def test_a_comparison_goes_to_the_child_and_back() -> None:
+    wanted = CompareRequest(request_id="c", prompt_token_ids=[1], deadline_s=5.0)
+    async with fake() as engine:
+        reply = await engine.compare(wanted)
+        assert (reply.request_id, reply.kl, reply.agreement) == ("c", [0.5], 1.0)
 
 
 async def test_config_error_of_the_child_surfaces_as_it_is() -> None:

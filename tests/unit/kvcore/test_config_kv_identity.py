@@ -3,8 +3,9 @@
 import msgspec
 import pytest
 
+from kvcore.config.kv.settings import KVConfig
 from kvcore.config.kv_identity import declared_kv
-from kvcore.config.schema import ClusterConfig, KVConfig, ModelConfig, NodeConfig, TorchEngineConfig
+from kvcore.config.schema import ClusterConfig, ModelConfig, NodeConfig, TorchEngineConfig
 from kvcore.config.tiers import DiskTierConfig, ObjectTierConfig, RedisTierConfig, TiersConfig
 from kvcore.types import Role
 

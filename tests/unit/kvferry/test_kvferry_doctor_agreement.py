@@ -9,10 +9,10 @@ import pytest
 
 from engines.vllm.kv_factors import KV_FACTORS
 from kvcore.config.fields import ByteSize
+from kvcore.config.kv.settings import KVConfig
 from kvcore.config.schema import (
     ClusterConfig,
     EngineConfig,
-    KVConfig,
     ModelConfig,
     NodeConfig,
     SimEngineConfig,

@@ -2,7 +2,8 @@
 
 import msgspec
 
-from kvcore.config.schema import ClusterConfig, KVConfig, ModelConfig, NodeConfig, TorchEngineConfig
+from kvcore.config.kv.settings import KVConfig
+from kvcore.config.schema import ClusterConfig, ModelConfig, NodeConfig, TorchEngineConfig
 from kvcore.config.security import SecretConfig, SecurityConfig
 from kvcore.config.tiers import DiskTierConfig, RedisTierConfig, TiersConfig
 from kvcore.types import Role

@@ -19,9 +19,9 @@ from support.process_tree import children
 
 from kvcore.config.fields import ByteSize
 from kvcore.config.file import load_config
+from kvcore.config.kv.settings import KVConfig
 from kvcore.config.schema import (
     ClusterConfig,
-    KVConfig,
     MetadataServerConfig,
     ModelConfig,
     NodeConfig,

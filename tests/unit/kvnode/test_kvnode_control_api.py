@@ -15,13 +15,17 @@ from aiohttp import ClientConnectionResetError, web
 from support.fake_engine import FakeEngine, generate_request, prefill_request
 from support.probe import probe_report
 
-from kvcore.errors import NodeUnavailableError, OverloadedError
+from kvcore.errors import InvalidRequestError, NodeUnavailableError, OverloadedError
 from kvcore.types import NodeInfo, Role
 from kvnode.control_api import MSGPACK, ControlApi
 from kvnode.limits import NodeLimits
+from kvnode.request_check import parse_request
 from kvnode.tiers.node_tiers import NodeTiers
+from nodeapi.documents import CompareReply, CompareRequest
 from nodeapi.frames import FrameDecoder
 from nodeapi.messages import (
+    EngineInfo,
+    GenerateRequest,
     LegInfo,
     NodeReport,
     PrefillResult,
@@ -257,6 +261,57 @@ async def test_prefill_stream_info_health_and_metrics_are_answered() -> None:
         async with rig.session.delete(rig.url + "/v1/requests/abc") as response:
             assert response.status == 204
         assert dict(rig.api.ended) == {("prefill", "ok"): 1, ("generate", "ok"): 1}
+
+
+def spans(*spans: tuple[int, int], **fields: object) -> dict[str, object]:
+    return {"header": 1, "spans": list(spans), **fields}
+
+
+@pytest.mark.parametrize(
+    ("said", "problem"),
+    [
+        (spans(), "there are none"),
+        (spans((0, 2)), r"spans\[0\]"),
+        (spans((1, 2), (1, 3)), r"spans\[1\]"),
+        (spans((1, 4)), r"spans\[0\]"),
+        (spans((2, 2)), r"spans\[0\]"),
+        (spans((1, 2), header=4), "header"),
+        (spans((1, 2), k=-1), "k: must not be negative"),
+        (spans(*[(1, 2)] * 1025), "1024 at most"),
+    ],
+)
+def test_documents_that_do_not_fit_the_prompt_are_named(said: dict[str, object], problem: str) -> None:
+    with pytest.raises(InvalidRequestError, match=problem):
+        parse_request(altered(prompt_token_ids=[1, 2, 3], documents=said), GenerateRequest, takes_documents())
+
+
+def takes_documents() -> EngineInfo:
+    return msgspec.structs.replace(FakeEngine().info, refuses_documents="")
+
+
+@pytest.mark.parametrize("fields", [{"documents": spans((1, 2))}, {"reuse": False}])
+def test_an_engine_that_takes_no_documents_is_asked_for_none_and_the_reason_is_told(fields: dict[str, object]) -> None:
+    body = altered(prompt_token_ids=[1, 2, 3], **fields)
+    assert parse_request(body, GenerateRequest, takes_documents()).prompt_token_ids == [1, 2, 3]
+    for reason, info in [
+        ("knows no documents", FakeEngine().info),  # an engine that does not speak of them
+        ("sliding", msgspec.structs.replace(FakeEngine().info, refuses_documents="layers have a sliding window")),
+    ]:
+        with pytest.raises(InvalidRequestError, match=reason) as refused:
+            parse_request(body, GenerateRequest, info)
+        assert refused.value.param == next(iter(fields))
+
+
+async def test_a_comparison_is_the_engines_and_a_leg() -> None:
+    wanted = CompareRequest(request_id="c", prompt_token_ids=[1], deadline_s=1.0)
+    async with serving() as rig:
+        assert (await rig.post("/v1/compare", wanted))[0] == 400
+        rig.engine.info = takes_documents()
+        for num_tokens in (0, 65):
+            assert (await rig.post("/v1/compare", msgspec.structs.replace(wanted, num_tokens=num_tokens)))[0] == 400
+        status, body = await rig.post("/v1/compare", wanted)
+        assert (status, msgspec.msgpack.decode(body, type=CompareReply).kl) == (200, [0.5])
+        assert rig.api.ended["compare", "ok"] == 1
 
 
 @pytest.mark.parametrize("path", ["/v1/prefill", "/v1/generate"])

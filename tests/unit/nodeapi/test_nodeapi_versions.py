@@ -12,6 +12,7 @@ from kvcore.config.schema import ClusterConfig, ModelConfig, NodeConfig, SimEngi
 from kvcore.errors import InvalidRequestError, NodeVersionError
 from kvcore.types import NodeInfo, Role, Segment
 from kvnode.request_check import parse_request
+from nodeapi import documents as d
 from nodeapi import messages as m
 from nodeapi import sampling as s
 from nodeapi import upkeep as u
@@ -26,6 +27,7 @@ TIMINGS = m.Timings(queue_s=1.0)
 LEG = m.LegInfo(cached_tokens=1, computed_tokens=2, moved=[MOVED], timings=TIMINGS)
 LOGPROB = m.TokenLogprob(logprob=-1.0, top=[(1, -1.0)])
 SAMPLING = SamplingParams(max_tokens=4, logit_bias={1: 2.0}, allowed_token_ids=[1], bad_words=[[1, 2]])
+DOCUMENTS = d.Documents(header=1, spans=[(1, 3)])
 HANDOFF = m.Handoff(num_chunks=1, wait_s=1.0)
 ENGINE = FakeNode("d0", Role.DECODER).report().engine
 STATS = m.EngineStats(running=1, counters={"aborted": 1})
@@ -39,6 +41,8 @@ REQUESTS: list[msgspec.Struct] = [
     HANDOFF,
     m.PrefillRequest(request_id="a", prompt_token_ids=[1], deadline_s=1.0),
     m.GenerateRequest(request_id="a", prompt_token_ids=[1], sampling=SAMPLING, handoff=HANDOFF, deadline_s=1.0),
+    DOCUMENTS,
+    d.CompareRequest(request_id="a", prompt_token_ids=[1], documents=DOCUMENTS, deadline_s=1.0),
     m.ProbeRequest(peer="d0", timeout_s=1.0),
     m.PromoteRequest(fingerprint=b"f" * 16, keys=[b"k" * 16], deadline_s=1.0, owner=b"o" * 8),
     u.GenerationsRequest(tiers=["disk"], deadline_s=1.0),
@@ -72,6 +76,7 @@ REPLIES: list[msgspec.Struct] = [
         node="p0", peer="d0", asked="tcp", transport="tcp", shown="tcp", devices=[], link_rate=None, latency_s=1.0,
         put_rate=1.0, get_rate=1.0, copy_rate=1.0, num_bytes=1, seconds=1.0,
     ),
+    d.CompareReply(request_id="a", token_ids=[1], kl=[0.5], gaps=[0.0]),
     m.Promoted(tier="disk"),
     m.TierChoice(tier="disk", use="load"),
     m.PromoteReply(promoted=[m.Promoted(tier="disk")]),
@@ -107,7 +112,7 @@ def later(value: object) -> object:
 def test_each_message_of_the_api_is_held_to_one_of_the_rules() -> None:
     known = {
         kind
-        for module in (m, s, u)
+        for module in (m, s, u, d)
         for key, kind in inspect.getmembers(module, inspect.isclass)
         if issubclass(kind, msgspec.Struct) and kind.__module__ == module.__name__ and not key.startswith("_")
     }

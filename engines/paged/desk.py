@@ -1,0 +1,329 @@
+"""Gets documents ready in the engine's blocks: found there, loaded from the store, or computed behind their header.
+
+Owns what is under way for each document, once for all requests that want it. Nothing of it is held for a request: what
+is ready can be found by its keys, as any chunk, until room is needed. A document that cannot be got ready is computed
+where it stands, with the rest of the prompt, so nothing here fails a request.
+"""
+
+import asyncio
+import functools
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from engines.jobs.context import JobContext, as_moved
+from engines.jobs.load import LoadJob
+from engines.paged.arrivals import Arrivals
+from engines.paged.arriving import ArrivingBlocks
+from engines.paged.blocks import BlockManager
+from engines.paged.leg import Leg
+from engines.paged.legs import LegTable
+from engines.paged.runner import ModelRunner, RowMove
+from engines.paged.sequence import PlacedDocument, TokenSequence
+from engines.paged.store_jobs import StoreJobs
+from kvcore.chunk_keys import owner_of
+from kvcore.clock import Clock
+from kvcore.errors import CancelledByPeerError, DeadlineExceededError, KVFerryError, OverloadedError
+from kvcore.types import ChunkKey
+from kvstore.types import MovedBytes
+from nodeapi.messages import GenerateRequest, PrefillRequest, PrefillResult
+
+_log = logging.getLogger("engines")
+
+
+@dataclass(slots=True)
+class BroughtDocument:
+    """What came of one. `ready`: its chunks were found in blocks when it ended."""
+
+    ready: bool = False
+    computed: int = 0
+    """Tokens, those of the header that were not cached included."""
+    moved: list[MovedBytes] = field(default_factory=list)
+    save: "asyncio.Task[frozenset[ChunkKey]] | None" = None
+    """Of what was computed: the keys that are complete in the store then."""
+
+
+@dataclass(eq=False, slots=True)
+class _Errand:
+    """One document that is being got, and how many requests wait for it."""
+
+    task: "asyncio.Task[BroughtDocument] | None" = None
+    waiters: int = 0
+    may_wait: bool = True
+    load: LoadJob | None = None
+
+    def stop_waiting(self) -> None:
+        self.may_wait = False
+        if self.load is not None:
+            self.load.stop_waiting()
+
+
+class DocumentDesk:
+    """`wake` is called whenever a request may go on."""
+
+    def __init__(
+        self,
+        context: JobContext | None,
+        *,
+        runner: ModelRunner,
+        blocks: BlockManager,
+        arrivals: Arrivals,
+        legs: LegTable,
+        store_jobs: StoreJobs,
+        clock: Clock,
+        wake: Callable[[], None],
+    ) -> None:
+        self._context = context
+        self._runner = runner
+        self._blocks = blocks
+        self._arrivals = arrivals
+        self._legs = legs
+        self._store_jobs = store_jobs
+        self._clock = clock
+        self._wake = wake
+        self._under_way: dict[tuple[ChunkKey, bool], _Errand] = {}
+        self._tasks: set[asyncio.Task[BroughtDocument]] = set()
+        self._prefills: dict[str, asyncio.Task[PrefillResult]] = {}
+
+    async def prepare(self, leg: Leg, request: GenerateRequest) -> None:
+        """Get a decode leg's documents ready, then let its sequence go on with those that are. What its prefix has in
+        the cache, of documents too, is exact, and is taken instead."""
+        sequence = leg.first
+        try:
+            wanted = await self._not_covered(sequence)
+            getting = [self._bring(document, request, leg) for document in wanted]
+            brought = await asyncio.gather(*getting)
+            sequence.documents = tuple(one for one, came in zip(wanted, brought, strict=True) if came.ready)
+            leg.prepared_tokens = sum(came.computed for came in brought)
+            leg.moved_documents = [move for came in brought for move in came.moved]
+            for document in sequence.documents:
+                if not document.exact:
+                    sequence.limit_prefix(document.start)
+        finally:
+            sequence.held = False
+            self._wake()
+
+    async def prefill(
+        self, request: PrefillRequest, prefill: Callable[[PrefillRequest], Awaitable[PrefillResult]]
+    ) -> PrefillResult:
+        """Have each document of a request in the store, and the full chunks of their header by `prefill`. Raises
+        InvalidRequestError, DeadlineExceededError, CancelledByPeerError when it is aborted."""
+        documents = self._arrivals.place(request)
+        self.abort(request.request_id)
+        task = asyncio.create_task(self._prefill(request, documents, prefill), name="engine-documents")
+        self._prefills[request.request_id] = task
+        try:
+            async with asyncio.timeout(request.deadline_s):
+                return await task
+        except TimeoutError as error:
+            raise DeadlineExceededError(f"prefill {request.request_id} did not finish in time") from error
+        except asyncio.CancelledError:
+            asked = asyncio.current_task()
+            if task.cancelled() and asked is not None and not asked.cancelling():
+                raise CancelledByPeerError(f"prefill {request.request_id} was aborted") from None
+            raise
+        finally:
+            if self._prefills.get(request.request_id) is task:
+                del self._prefills[request.request_id]
+
+    def abort(self, request_id: str) -> None:
+        """End the prefill of documents under that id, if there is one."""
+        if task := self._prefills.get(request_id):
+            task.cancel()
+
+    async def aclose(self) -> None:
+        """End all that is under way."""
+        tasks = [*self._prefills.values(), *self._tasks]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _prefill(
+        self,
+        request: PrefillRequest,
+        documents: Sequence[PlacedDocument],
+        prefill: Callable[[PrefillRequest], Awaitable[PrefillResult]],
+    ) -> PrefillResult:
+        assert request.documents is not None
+        began = self._clock.now()
+        prompt = request.prompt_token_ids[: request.documents.header + 1]  # its last full chunk is one to be reused
+        alone = msgspec.structs.replace(request, prompt_token_ids=prompt, documents=None)
+        storing = asyncio.gather(*(self._store(document, request) for document in documents))
+        header, results = await asyncio.gather(prefill(alone), storing)
+        cached, computed, stored = header.cached_tokens, header.computed_tokens, header.stored_chunks
+        moved: list[MovedBytes] = []
+        for document, (brought, complete) in zip(documents, results, strict=True):
+            cached += 0 if brought.computed else document.stop - document.start
+            computed += brought.computed
+            stored += complete
+            moved += brought.moved
+        return msgspec.structs.replace(
+            header,
+            cached_tokens=cached,
+            computed_tokens=computed,
+            stored_chunks=stored,
+            moved=[*header.moved, *as_moved(moved)],
+            timings=msgspec.structs.replace(header.timings, total_s=self._clock.now() - began),
+        )
+
+    async def _store(self, document: PlacedDocument, request: PrefillRequest) -> tuple[BroughtDocument, int]:
+        """What came of it, and how many of its chunks are complete in the store now."""
+        if await self._stored(document.keys) == len(document.keys):
+            return BroughtDocument(ready=True), len(document.keys)
+        brought = await self._bring(document, request, None)
+        save = brought.save
+        if brought.ready and save is None:  # it was found here, and the store may have lost it
+            save = self._save(document, request)
+        if save is None:
+            return brought, 0
+        complete = await asyncio.shield(save)
+        return brought, sum(key in complete for key in document.keys)
+
+    async def _stored(self, keys: Sequence[ChunkKey]) -> int:
+        if self._context is None:
+            return 0
+        match = await self._context.store.match(keys, timeout_s=self._context.timeout_s, leased=False)
+        return match.num_chunks
+
+    async def _not_covered(self, sequence: TokenSequence) -> list[PlacedDocument]:
+        keys = sequence.keys(sequence.num_reusable_chunks)
+        there = next((at for at, key in enumerate(keys) if not self._blocks.holds(key)), len(keys))
+        if there < len(keys):
+            there += await self._stored(keys[there:])
+        return [one for one in sequence.documents if one.stop > there * sequence.chunk_tokens]
+
+    async def _bring(
+        self, document: PlacedDocument, request: PrefillRequest | GenerateRequest, leg: Leg | None
+    ) -> BroughtDocument:
+        """Have it got, or wait with the others that want it. `leg`: that waits for another node's chunks."""
+        waits = leg is not None and leg.handoff is not None
+        name = (document.keys[-1], waits)
+        errand = self._under_way.get(name)
+        if errand is None:
+            errand = self._under_way[name] = _Errand()
+            until = 0.0
+            if leg is not None and leg.handoff is not None:
+                until = leg.arrived + leg.handoff.wait_s
+            errand.task = asyncio.create_task(self._run(errand, document, request, until), name="engine-document")
+            self._tasks.add(errand.task)
+            errand.task.add_done_callback(self._tasks.discard)
+            errand.task.add_done_callback(functools.partial(self._ended, name, errand))
+        if leg is not None and waits:
+            leg.stop_waiting.append(errand.stop_waiting)
+        assert errand.task is not None
+        errand.waiters += 1
+        try:
+            return await asyncio.shield(errand.task)
+        finally:
+            errand.waiters -= 1
+            if not errand.waiters:
+                self._ended(name, errand)
+                errand.task.cancel()
+
+    def _ended(self, name: tuple[ChunkKey, bool], errand: _Errand, _: object = None) -> None:
+        if self._under_way.get(name) is errand:
+            del self._under_way[name]
+
+    async def _run(
+        self, errand: _Errand, document: PlacedDocument, request: PrefillRequest | GenerateRequest, until: float
+    ) -> BroughtDocument:
+        brought = BroughtDocument()
+        try:
+            await self._load(errand, document, request, until, brought)
+            if not self._holds(document):
+                await self._compute(document, request, brought)
+        except KVFerryError as error:
+            _log.info("event=document_not_ready request=%s reason=%s", request.request_id, error.message)
+        except Exception:  # the boundary of a document: its request goes without it
+            _log.exception("event=document_failed request=%s", request.request_id)
+        brought.ready = self._holds(document)
+        return brought
+
+    def _holds(self, document: PlacedDocument) -> bool:
+        return all(self._blocks.holds(key) for key in document.keys)
+
+    async def _load(
+        self,
+        errand: _Errand,
+        document: PlacedDocument,
+        request: PrefillRequest | GenerateRequest,
+        until: float,
+        brought: BroughtDocument,
+    ) -> None:
+        keys = [key for key in document.keys if not self._blocks.holds(key)]
+        if self._context is None or not keys:
+            return
+        place = ArrivingBlocks(keys, self._blocks, self._runner.block_view)
+        errand.load = LoadJob(
+            self._context,
+            keys,
+            place.into,
+            wait_chunks=len(keys) if errand.may_wait and until else 0,
+            deadline=until,
+            loaded=place.loaded,
+            owner=owner_of(request.cache_salt),
+        )
+        try:
+            await errand.load.run()
+        finally:
+            place.loaded(errand.load.num_loaded)
+            place.close()
+            brought.moved = errand.load.moved
+            self._wake()
+
+    async def _compute(
+        self, document: PlacedDocument, request: PrefillRequest | GenerateRequest, brought: BroughtDocument
+    ) -> None:
+        prompt, at = request.prompt_token_ids, document.computed_at
+        leg = self._arrivals.document_leg(
+            f"{request.request_id}/document-{document.start}",
+            prompt[:at],
+            prompt[document.start : document.stop],
+            request.cache_salt,
+        )
+        self._legs.open(leg, request.deadline_s)
+        try:
+            await leg.done
+            brought.computed = leg.first.num_prompt_computed
+            brought.save = await self._keep(document, leg.kept or [], request)
+        finally:
+            self._legs.close(leg)
+            self._blocks.release(leg.kept or [])
+            self._wake()
+
+    async def _keep(
+        self, document: PlacedDocument, computed: Sequence[int], request: PrefillRequest | GenerateRequest
+    ) -> "asyncio.Task[frozenset[ChunkKey]] | None":
+        """Copy it out of the blocks that it was computed in into chunks of its own: these begin where it begins."""
+        blocks, per_chunk, chunk_tokens = self._blocks, self._blocks.blocks_per_chunk, self._blocks.chunk_tokens
+        if not blocks.can_allocate(per_chunk * len(document.keys)):
+            raise OverloadedError("there are no blocks to keep a document in")
+        taken = blocks.allocate(per_chunk * len(document.keys))
+        chunks = [taken[start : start + per_chunk] for start in range(0, len(taken), per_chunk)]
+        end = document.computed_at + document.stop - document.start
+        moves = [
+            RowMove(computed, at, at, chunk, 0, at, min(chunk_tokens, end - at))
+            for at, chunk in zip(range(document.computed_at, end, chunk_tokens), chunks, strict=True)
+        ]
+        try:
+            await self._runner.move(moves, chunks[-1])
+            for key, chunk in zip(document.keys, chunks, strict=True):
+                blocks.seal(key, chunk)
+            return self._save(document, request)
+        finally:
+            blocks.release(taken)
+
+    def _save(
+        self, document: PlacedDocument, request: PrefillRequest | GenerateRequest
+    ) -> "asyncio.Task[frozenset[ChunkKey]] | None":
+        """Save its chunks, which are in blocks."""
+        chunk_tokens, size = self._blocks.chunk_tokens, document.stop - document.start
+        chunks: list[tuple[ChunkKey, int, tuple[int, ...]]] = []
+        for first, key in zip(range(0, size, chunk_tokens), document.keys, strict=True):
+            found = self._blocks.reuse_chunk(key)
+            if found is not None:
+                chunks.append((key, min(chunk_tokens, size - first), found))
+        prefer = request.prefer_segment if isinstance(request, PrefillRequest) else None
+        return self._store_jobs.save_chunks(chunks, owner_of(request.cache_salt), prefer)

@@ -1,0 +1,4 @@
+"""The `kv` of a cluster file.
+
+Owns its keys and their bounds.
+"""

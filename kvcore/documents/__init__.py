@@ -1,0 +1,4 @@
+"""Texts in prompts whose KV is reused wherever they stand.
+
+Owns their names. What is done with them is the engines'.
+"""
