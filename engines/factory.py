@@ -6,11 +6,12 @@ torch is imported only when a torch engine is asked for.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 
 from engines.base import Engine
-from engines.sim.build import build_sim_engine
+from engines.sim.build import build_sim_engine, sim_grammars
 from engines.sim.runner import sim_spec
 from kvcore.clock import Clock
 from kvcore.config.file import node_config
@@ -40,7 +41,17 @@ def build_engine(config: ClusterConfig, node_name: str, make_store: StoreFactory
             engine = msgspec.structs.replace(engine, weights_version=weights)
         name = config.model.name
         store = make_store(sim_spec(engine, name, chunk_tokens, declared))
-        return build_sim_engine(engine, name, chunk_tokens, store, clock, declared=declared, store_timeout_s=timeout_s)
+        folder = Path(config.model.path).expanduser()
+        return build_sim_engine(
+            engine,
+            name,
+            chunk_tokens,
+            store,
+            clock,
+            declared=declared,
+            store_timeout_s=timeout_s,
+            grammars=sim_grammars(engine, folder if folder.is_dir() else None),
+        )
     assert isinstance(engine, TorchEngineConfig), "vLLM has stores of its own: see engines.process.child"
     from engines.torch.engine import build_torch_engine
 

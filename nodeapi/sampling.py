@@ -8,7 +8,9 @@ from collections.abc import Iterable
 
 import msgspec
 
-SINCE: dict[str, int] = {"allowed_token_ids": 3, "bad_words": 3}
+from nodeapi.grammars.grammar import Grammar
+
+SINCE: dict[str, int] = {"allowed_token_ids": 3, "bad_words": 3, "grammar": 3}
 """Fields of SamplingParams that nodes of an older version refuse; they know the others."""
 
 
@@ -39,6 +41,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """No other token is picked. Empty: all may be."""
     bad_words: list[list[int]] = []
     """Sequences of tokens of which the last is not picked after the others."""
+    grammar: Grammar | None = None
+    """What the answer must follow, whatever the fields above say. None: it is free."""
 
     @property
     def asks(self) -> frozenset[str]:

@@ -13,6 +13,7 @@ from kvcore.errors import (
     NodeUnavailableError,
     OverloadedError,
 )
+from nodeapi.grammars.grammar import Grammar
 from router.admission.gate import Admission
 from router.client_answer import AnswerLimits, ClientAnswer
 from router.nodes.cluster import Cluster
@@ -21,6 +22,7 @@ from router.requests.run import RequestRun
 from router.requests.spec import AnswerRequest, ChatPrompt, Prompt, RequestSpec, TextPrompt, TokenPrompt
 from router.routing.decision import Decision
 from router.routing.obeying import refuse_if_all_lack
+from router.text.grammar_checks import GrammarChecks
 from router.text.tokenizer import Runner, Tokenizer
 
 
@@ -57,12 +59,14 @@ class Answerer:
         admission: Admission | None = None,
         limits: AnswerLimits = AnswerLimits(),
         aliases: Sequence[str] = (),
+        grammars: GrammarChecks | None = None,
     ) -> None:
         self.model, self.names = model, (model, *aliases)
         self.tokenizer = tokenizer
         self._dispatcher = dispatcher
         self._cluster = cluster
         self._run = run
+        self._grammars = grammars or GrammarChecks(None)
         self._limits = limits
         self._admission = admission
         self._waiting_chars = 0
@@ -79,6 +83,10 @@ class Answerer:
         """Raises ModelNotFoundError."""
         if name not in self.names:
             raise ModelNotFoundError(f"the model {name!r} does not exist here; there is {self.model!r}", param="model")
+
+    async def check_grammar(self, grammar: Grammar, param: str) -> None:
+        """Whether an answer can follow it. Raises InvalidRequestError, OverloadedError."""
+        await self._grammars.check(grammar, param)
 
     async def encode(self, prompts: Sequence[Prompt], whose: str = "") -> list[list[int]]:
         """The tokens of each prompt. `whose`: what others have asked makes it no faster. Raises InvalidRequestError

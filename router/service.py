@@ -11,7 +11,7 @@ from fastapi import FastAPI
 
 from kvcore.clock import Clock, SystemClock
 from kvcore.config.schema import ClusterConfig, RouterConfig
-from kvcore.config.servers import other_urls, process_name, process_urls
+from kvcore.config.servers import other_urls
 from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
 from kvcore.process.service import Lifecycle
 from kvcore.telemetry import log_fields
@@ -46,7 +46,7 @@ from router.nodes.vllm_model import read_model_facts
 from router.processes.exchange import add_load, share_load
 from router.processes.reports import ProcessPlace
 from router.processes.shared_work import SharedWork
-from router.processes.siblings import Sibling, Siblings, siblings_session
+from router.processes.siblings import open_siblings
 from router.processes.view import RouterView
 from router.reload import LiveRouter
 from router.requests.dispatch import Dispatcher
@@ -56,6 +56,7 @@ from router.requests.services import RequestServices
 from router.routing.policy import make_policy
 from router.status import StatusView
 from router.tenants.wiring import open_guard
+from router.text.grammar_checks import open_checks
 from router.text.model_habits import ModelHabits, model_habits
 from router.text.tokenizer import FolderTokenizer, TextThreads, Tokenizer, make_tokenizer
 from router.upkeep.wiring import tier_sight, upkeep_routes
@@ -97,17 +98,16 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle, place: Process
     status = StatusView(config, cluster, log, clock, connected, problems=problems, cache=cache, stopping=stopping)
     live.told.append(status.go_by)
     metrics = RouterMetrics(cluster, log, connected, watch)
-    threads = lifecycle.stack.enter_context(closing(TextThreads(AnswerLimits().text_threads)))
     load = _share_admission(config, lifecycle, services, dispatcher, status, trust=trust, place=place)
     answerer = _answerer(
-        config, tokenizer, dispatcher, services, threads=threads, prober=prober, metrics=metrics, live=live, load=load
+        config, tokenizer, dispatcher, services, lifecycle, prober=prober, metrics=metrics, live=live, load=load
     )
     add_routes = _operators_routes(
         config, cluster, client, prober, lifecycle, metadata=metadata, answerer=answerer, connected=connected
     )
     app = make_app(
         answerer,
-        RouterView(status, log, metrics, await _siblings(config, lifecycle, trust, place), name=place.name),
+        RouterView(status, log, metrics, await open_siblings(config, lifecycle.stack, trust, place), name=place.name),
         metrics,
         max_body_bytes=bounds.max_body,
         cors=bounds.cors,
@@ -151,19 +151,6 @@ async def _until_drained(
         log_fields(_log, logging.WARNING, "requests_cut", num=len(cut), ids=",".join(cut))
 
 
-async def _siblings(
-    config: ClusterConfig, lifecycle: Lifecycle, trust: ClusterTrust, place: ProcessPlace
-) -> Siblings | None:
-    """None: this process is the whole router."""
-    router, urls = place.name.rpartition(".")[0], process_urls(config)
-    if not urls:
-        return None
-    others = [
-        Sibling(process_name(router, number), url) for number, url in enumerate(urls, start=1) if number != place.number
-    ]
-    return Siblings(others, await lifecycle.stack.enter_async_context(siblings_session(trust)))
-
-
 async def _open_trust(config: ClusterConfig, lifecycle: Lifecycle) -> ClusterTrust:
     """The certificate is followed from now on."""
     trust = await asyncio.to_thread(open_trust, trust_source(config, "router"))
@@ -187,14 +174,15 @@ def _answerer(
     tokenizer: Tokenizer,
     dispatcher: Dispatcher,
     services: RequestServices,
+    lifecycle: Lifecycle,
     *,
-    threads: TextThreads,
     prober: Prober,
     metrics: RouterMetrics,
     live: LiveRouter,
     load: SharedAdmission | None,
 ) -> Answerer:
     """With what lets requests in, told of all that may make room."""
+    threads = lifecycle.stack.enter_context(closing(TextThreads(AnswerLimits().text_threads)))
     admission = Admission(
         dispatcher.route,
         services.clock,
@@ -217,6 +205,7 @@ def _answerer(
         cluster=services.cluster,
         run=threads.run,
         admission=admission,
+        grammars=lifecycle.stack.enter_context(closing(open_checks(config, tokenizer))),
     )
 
 

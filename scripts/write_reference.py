@@ -28,6 +28,7 @@ from kvcore.config.records import RecordsConfig
 from kvcore.config.security import ClusterTlsConfig, SecretConfig, TlsConfig
 from kvcore.config.tiers import TierConfig
 from kvcore.metric_names import Metric
+from nodeapi.grammars.structural_tags import FORMATS
 from router.api.fields.chat_fields import ChatRequest
 from router.api.fields.completion_fields import CompletionRequest
 from router.api.fields.other_fields import HARMLESS, REFUSED
@@ -107,7 +108,24 @@ itself, unless `store` is `false`: `GET` and `DELETE /v1/responses/ID`. Where se
 nothing is kept, and `previous_response_id` and `store` `true` are refused. `background`, `conversation`, `prompt`,
 images, files and OpenAI's own tools are refused. What an answer was not asked for is not made: no summary of reasoning.
 
-Parts of messages are text, and `response_format` may be `{{"type": "text"}}`.
+Parts of messages are text.
+
+An answer can be held to a form. `response_format` is `text`, `json_object`, `json_schema` (held to the schema, `strict`
+or not) or `structural_tag`; `structured_outputs` has one of `json`, `regex`, `choice`, `grammar`, `json_object` and
+`structural_tag`, and for JSON `disable_any_whitespace`, `whitespace_pattern` and `disable_additional_properties`. A
+token that the form does not allow cannot come, whatever `logit_bias`, penalties and temperature say; logprobs are
+those of before. The answer ends where the form can only end, whatever `min_tokens` and `ignore_eos` say, and by no end
+or stop token while it cannot; `max_tokens` and stop strings cut it off all the same. Where the model reasons first the
+form holds behind the reasoning. A stream that goes on at another node goes on inside the form.
+
+With the torch and the simulated engine llguidance compiles it
+([ADR 18](adr/0018-grammars-are-compiled-by-llguidance.md)): JSON Schema with its `$ref`, `anyOf`, `oneOf` (as `anyOf`
+where its branches cannot be told apart), `pattern`, `format` and bounds; regular expressions without look-around and
+back references; grammars in Lark, with its `%json`, or in GBNF; of structural tags the formats
+{textwrap.fill(", ".join(f"`{name}`" for name in FORMATS), 115)}.
+What it does not know (`not`, `uniqueItems`, `if`) is refused with its name before any token, and so is a text of more
+than 200,000 characters, one nested deeper than 64 levels, an object of more than 1,000 members, and what is not
+compiled within 10 s. With vLLM its own libraries take it, and refuse what they do not know.
 
 The model is told of `tools`, and with `tool_choice` `auto`, the default, its calls are told apart from its text: in one
 body as `tool_calls`, in a stream as OpenAI streams them, the arguments as they are written. A call that was cut off

@@ -37,6 +37,8 @@ class StopRule:
         """Why `sequence` is finished after its last token, or None."""
         params, num_output = sequence.sampling, len(sequence.tokens) - sequence.num_prompt
         assert params is not None
+        if sequence.matcher is not None and sequence.matcher.ended:  # it drew the end, as nothing else could come
+            return FinishReason.STOP
         if num_output > params.min_tokens and self.stops(params, sequence.tokens[-1]):
             return FinishReason.STOP
         return FinishReason.LENGTH if self.is_full(sequence) else None

@@ -29,12 +29,16 @@ from kvcore.clock import Clock
 from kvcore.errors import (
     CancelledByPeerError,
     EngineDiedError,
+    InvalidRequestError,
     KVFerryError,
     NodeUnavailableError,
     OverloadedError,
 )
 from kvstore.store import KVStore
 from nodeapi.documents import CompareReply, CompareRequest
+from nodeapi.grammars.compiler import Grammars
+from nodeapi.grammars.grammar import Grammar
+from nodeapi.grammars.matcher import GrammarMatcher
 from nodeapi.messages import (
     EngineInfo,
     EngineStats,
@@ -52,11 +56,20 @@ class EngineLoop:
     A request whose id is in use replaces the older one, which is aborted: its owner has started again.
     """
 
-    def __init__(self, runner: ModelRunner, store: KVStore | None, options: EngineOptions, clock: Clock) -> None:
+    def __init__(
+        self,
+        runner: ModelRunner,
+        store: KVStore | None,
+        options: EngineOptions,
+        clock: Clock,
+        grammars: Grammars | None = None,
+    ) -> None:
+        """`grammars`: compiles those that answers must follow; it is closed with the engine. None: nothing can."""
         info = runner.info
         chunk_tokens = info.kv_spec.chunk_tokens
         assert chunk_tokens % info.block_size == 0, "a chunk is whole blocks"
         self._runner = runner
+        self._grammars = grammars
         self._options = options
         self._clock = clock
         self._counters: Counter[str] = Counter()
@@ -142,6 +155,8 @@ class EngineLoop:
             try:  # the body's own error passes as it is, not wrapped into the group's
                 await self._tasks.__aexit__(*((kind, error, trace) if cancelled else (None, None, None)))
             finally:
+                if self._grammars is not None:
+                    self._grammars.close()
                 await self._runner.aclose()
 
     @property
@@ -168,6 +183,8 @@ class EngineLoop:
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta, None]:
         """See `Engine.generate`."""
         leg = self._arrivals.decode_leg(request)
+        if request.sampling.grammar is not None:
+            leg.first.matcher = await self._matcher(request.sampling.grammar)
         if self._stop_rule.is_full(leg.first):
             for index in leg.first.indices:
                 yield TokenDelta(index=index, finish_reason=FinishReason.LENGTH)
@@ -210,6 +227,11 @@ class EngineLoop:
         finally:
             self._legs.close(leg)
         return leg
+
+    async def _matcher(self, grammar: Grammar) -> GrammarMatcher:
+        if self._grammars is None:
+            raise InvalidRequestError("this engine cannot constrain answers", param="structured_outputs")
+        return await self._grammars.matcher(grammar)
 
     async def end_handoff(self, request_id: str) -> None:
         """See `Engine.end_handoff`."""

@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from nodeapi.grammars.matcher import GrammarMatcher, Mask
 from nodeapi.messages import EngineInfo, TokenLogprob
 from nodeapi.sampling import SamplingParams
 
@@ -22,6 +23,17 @@ class SampleSpec:
     output: Sequence[int]
     whole: bool = False
     """Whether the whole distribution is wanted, before temperature and penalties."""
+    matcher: GrammarMatcher | None = None
+    """What must be asked which tokens may come; None: all may."""
+
+    def mask(self, eos_token_ids: Sequence[int]) -> Mask | None:
+        """[vocabulary], True for each token that may be drawn. None: all may; of one whose matcher has a `problem` now,
+        none may. Blocking, with a grammar."""
+        if self.matcher is None:
+            return None
+        params = self.params
+        ends = [*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)]
+        return self.matcher.mask(self.output, ends, may_end=len(self.output) >= params.min_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from enum import Enum, auto
 
 from kvcore.chunk_keys import KeyChain, usable_chunks
 from kvcore.types import ChunkKey, OwnerTag
+from nodeapi.grammars.matcher import GrammarMatcher
 from nodeapi.sampling import SamplingParams
 
 
@@ -71,6 +72,8 @@ class TokenSequence:
     owner: OwnerTag | None = None
     """Whose chunks they are."""
     sampling: SamplingParams | None = None
+    matcher: GrammarMatcher | None = None
+    """Of the grammar that its output must follow; None: it is free."""
     indices: tuple[int, ...] = (0,)
     """Which completions it stands for: several until it forks after the prompt."""
     wants_load: bool = False
@@ -194,6 +197,7 @@ class TokenSequence:
             chunk_tokens=self.chunk_tokens,
             owner=self.owner,
             sampling=self.sampling,
+            matcher=self.matcher.fork() if self.matcher is not None else None,
             indices=(index,),
             num_cached=self.num_cached,
             num_submitted=self.num_submitted,

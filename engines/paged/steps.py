@@ -95,7 +95,8 @@ class Stepper:
             # 2. It has drawn tokens: they go to the reader.
             # 3. A part of a prompt: there is more to compute, or another part of the step computed it.
             # 4. A prefill leg's last part: it ends when its chunks are saved.
-            # 5. All is computed and tokens are wanted, but none was drawn: the logits were not numbers.
+            # 5. All is computed and tokens are wanted, but none was drawn: the logits were not numbers, or the grammar
+            #    let none come.
             if item.sequence.status is Status.FINISHED:
                 continue
             leg = self._legs[item.sequence.request_id]
@@ -107,8 +108,7 @@ class Stepper:
             elif leg.is_prefill:
                 self._end_prefill(leg)
             else:
-                error = EngineError("the model's logits are not numbers; a wider model.dtype may help")
-                self._legs.fail(leg, error)
+                self._legs.fail(leg, EngineError(_why_none(item.sequence)))
 
     def _emit(self, leg: Leg, sequence: TokenSequence, samples: list[Sampled]) -> None:
         """Append the drawn tokens and tell the reader. Several samples: the prompt's end, where completions fork."""
@@ -155,12 +155,20 @@ class Stepper:
             leg.set_saved()
 
 
+def _why_none(sequence: TokenSequence) -> str:
+    if sequence.matcher is not None and sequence.matcher.problem:
+        return sequence.matcher.problem
+    return "the model's logits are not numbers; a wider model.dtype may help"
+
+
 def step_slice(item: Work, block_size: int) -> StepSlice:
     """What the runner is to compute, and what to draw if these are the last tokens of a sequence that wants any."""
     sequence, start, end = item.sequence, item.start, item.end
     sample = None
     if sequence.sampling is not None and end == len(sequence.tokens):
         prompt = sequence.tokens[: sequence.num_prompt]
-        sample = SampleSpec(sequence.sampling, sequence.indices, prompt, sequence.output, sequence.whole)
+        sample = SampleSpec(
+            sequence.sampling, sequence.indices, prompt, sequence.output, sequence.whole, sequence.matcher
+        )
     kept = bool(sequence.holes) and sequence.keeps_rest(end, block_size)
     return StepSlice(sequence.tokens[start:end], start, sequence.block_table, sample, kept)

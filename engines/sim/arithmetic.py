@@ -10,11 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from nodeapi.grammars.matcher import Mask
 from nodeapi.messages import TokenLogprob
 from nodeapi.sampling import SamplingParams
 
 RECORD_UNIT = 16
 _VARIANTS = 1 << 16
+_FIRST = 16
 
 
 class Arithmetic:
@@ -44,13 +46,20 @@ class Arithmetic:
             self._overs.append(xxhash.xxh3_128_intdigest(at, seed=self._weights))
         return self._overs[position]
 
-    def draw(self, digest: int, params: SamplingParams, index: int, position: int) -> int:
+    def draw(self, digest: int, params: SamplingParams, index: int, position: int, mask: Mask | None = None) -> int:
         """The token after KV with 128-bit `digest`. Greedy: of the digest alone; otherwise also of seed, index and
-        position, whatever the temperature. There are no logits: penalties, bias and top-k do not change it."""
-        if params.temperature <= 0:
-            return digest % self._vocab_size
-        drawn = f"{digest}/{params.seed}/{index}/{position}".encode()
-        return int(xxhash.xxh3_64_intdigest(drawn)) % self._vocab_size
+        position, whatever the temperature. There are no logits: penalties, bias and top-k do not change it. `mask`: of
+        the tokens that may come, if not all may."""
+        number = digest
+        if params.temperature > 0:
+            drawn = f"{digest}/{params.seed}/{index}/{position}".encode()
+            number = int(xxhash.xxh3_64_intdigest(drawn))
+        if mask is None:
+            return number % self._vocab_size
+        allowed = mask.nonzero()[0]
+        if number & 1:  # vocabularies have their punctuation first: so texts within a grammar come to an end
+            allowed = allowed[:_FIRST]
+        return int(allowed[(number >> 1) % len(allowed)])
 
     def logprob(self, digest: int, token: int, params: SamplingParams) -> TokenLogprob | None:
         """A made-up distribution that is the same for the same KV and token, likeliest first. None if not asked for."""

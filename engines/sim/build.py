@@ -1,12 +1,19 @@
 """Wires a simulated engine from its configuration."""
 
+from functools import partial
+from pathlib import Path
+
+from llguidance import LLMatcher
+
 from engines.paged.loop import EngineLoop
 from engines.paged.options import EngineOptions
-from engines.sim.runner import SimRunner
+from engines.sim.runner import EOS_TOKEN, SimRunner
 from kvcore.clock import Clock, SystemClock
 from kvcore.config.schema import SimEngineConfig
 from kvcore.types import DeclaredKV
 from kvstore.store import KVStore
+from nodeapi.grammars.compiler import Beside, Grammars
+from nodeapi.grammars.vocabulary import byte_vocabulary, folder_vocabulary
 
 
 def build_sim_engine(
@@ -18,8 +25,19 @@ def build_sim_engine(
     *,
     declared: DeclaredKV = (),
     store_timeout_s: float = 30.0,
+    grammars: Grammars | None = None,
 ) -> EngineLoop:
     """An engine to be entered. `store` stays the caller's. `clock`: the system's, unless a simulation has its own.
-    `declared`: what else its KV depends on (see KVSpec)."""
+    `declared`: what else its KV depends on (see KVSpec). `grammars`: `sim_grammars`, or answers cannot follow any."""
     options = EngineOptions.of(config, store_timeout_s)
-    return EngineLoop(SimRunner(config, model, chunk_tokens, declared), store, options, clock or SystemClock())
+    runner = SimRunner(config, model, chunk_tokens, declared)
+    return EngineLoop(runner, store, options, clock or SystemClock(), grammars)
+
+
+def sim_grammars(
+    config: SimEngineConfig, folder: Path | None = None, beside: Beside[LLMatcher] | None = None
+) -> Grammars:
+    """For a simulated engine, whose tokens are those of `folder`; None: bytes. `beside`: as Grammars has it."""
+    if folder is None:
+        return Grammars(partial(byte_vocabulary, config.vocab_size, EOS_TOKEN), [EOS_TOKEN], beside=beside)
+    return Grammars(partial(folder_vocabulary, folder, config.vocab_size, [EOS_TOKEN]), [EOS_TOKEN], beside=beside)

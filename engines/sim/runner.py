@@ -119,11 +119,12 @@ class SimRunner:
     def _sample(self, item: StepSlice) -> list[Sampled]:
         if item.sample is None:
             return []
-        digest, params = self._digest(item), item.sample.params
-        tokens = [
-            self._arithmetic.draw(digest, params, index, len(item.sample.output)) for index in item.sample.indices
-        ]
-        whole = self._arithmetic.distribution(digest) if item.sample.whole else None
+        sample, digest, params = item.sample, self._digest(item), item.sample.params
+        mask = sample.mask(self._info.eos_token_ids)
+        if sample.matcher is not None and sample.matcher.problem:
+            return []
+        tokens = [self._arithmetic.draw(digest, params, index, len(sample.output), mask) for index in sample.indices]
+        whole = self._arithmetic.distribution(digest) if sample.whole else None
         return [Sampled(token, self._arithmetic.logprob(digest, token, params), whole) for token in tokens]
 
     def _digest(self, item: StepSlice) -> int:

@@ -4,12 +4,14 @@ Owns the order of start and stop. Nothing is loaded before the engine is entered
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from types import TracebackType
 from typing import Self
 
 import msgspec
+from llguidance import LLTokenizer
 
 from engines.base import Engine
 from engines.model_files import ModelFiles, check_model_files
@@ -22,9 +24,12 @@ from engines.torch.spec import build_kv_spec
 from kvcore.clock import Clock, SystemClock
 from kvcore.config.schema import ModelConfig, TorchEngineConfig
 from kvcore.errors import ConfigError
+from kvcore.model_folder import find_folder
 from kvcore.types import DeclaredKV, KVSpec
 from kvstore.store import KVStore
 from nodeapi.documents import CompareReply, CompareRequest
+from nodeapi.grammars.compiler import Grammars
+from nodeapi.grammars.vocabulary import folder_vocabulary
 from nodeapi.messages import EngineInfo, EngineStats, GenerateRequest, PrefillRequest, PrefillResult, TokenDelta
 from transfer.memory.available import available_memory
 
@@ -79,7 +84,9 @@ class TorchEngine:
         async with AsyncExitStack() as stack:
             runner = await asyncio.to_thread(self._load)
             stack.push_async_callback(runner.aclose)
-            loop = EngineLoop(runner, self._store_factory(runner.info.kv_spec), self._options, self._clock)
+            info = runner.info
+            grammars = Grammars(partial(self._vocabulary, info.vocab_size, info.eos_token_ids), info.eos_token_ids)
+            loop = EngineLoop(runner, self._store_factory(info.kv_spec), self._options, self._clock, grammars)
             self._entered = await stack.enter_async_context(loop)
             self._stack = stack.pop_all()
         return self
@@ -88,6 +95,9 @@ class TorchEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._stack.__aexit__(kind, error, trace)
+
+    def _vocabulary(self, vocab_size: int, eos_token_ids: Sequence[int]) -> LLTokenizer:
+        return folder_vocabulary(find_folder(self._model.path), vocab_size, eos_token_ids)
 
     def _load(self) -> TorchRunner:
         files = check_model_files(self._model.path)

@@ -1,8 +1,8 @@
 """Picks tokens from logits.
 
 Owns penalties, masks, truncation and the draw. Order: logit_bias, repetition, presence and frequency penalties,
-min_tokens, temperature, top_k, top_p, min_p. Invariant: a draw depends on its own row and on (seed, index, position)
-alone, never on who else is in the batch, so another engine can go on with a sequence.
+min_tokens, grammar, temperature, top_k, top_p, min_p. Invariant: a draw depends on its own row and on (seed, index,
+position) alone, never on who else is in the batch, so another engine can go on with a sequence.
 """
 
 from collections.abc import Sequence
@@ -42,10 +42,15 @@ def sample_rows(logits: torch.Tensor, specs: Sequence[SampleSpec], eos_token_ids
 def _sample_row(row: torch.Tensor, spec: SampleSpec, eos_token_ids: Sequence[int], argmax: int) -> list[Sampled]:
     params = spec.params
     row = row.float()
-    if _is_plain(spec):
+    mask = spec.mask(eos_token_ids)
+    if spec.matcher is not None and spec.matcher.problem:
+        return []
+    if mask is None and _is_plain(spec):
         chosen = [argmax] * len(spec.indices) if params.temperature == 0 else draw_tokens(row, spec)
     else:
         adjusted = adjust_logits(row, spec, eos_token_ids)
+        if mask is not None:  # the last word: a bias makes no token likelier than never
+            adjusted[~torch.from_numpy(mask)] = -torch.inf
         if params.temperature == 0:
             chosen = [int(adjusted.argmax())] * len(spec.indices)
         else:

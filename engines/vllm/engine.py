@@ -18,14 +18,14 @@ import msgspec
 from vllm import SamplingParams
 from vllm.exceptions import VLLMClientError, VLLMError
 from vllm.inputs import TokensPrompt
-from vllm.sampling_params import RequestOutputKind
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from engines.vllm.bus import Bus, LegReports
 from engines.vllm.connector.orders import LegParams
 from engines.vllm.outputs import failure_of, leg_info, leg_result, prefill_result, token_delta
-from engines.vllm.sampling import extra_args, is_greedy, sampling_arguments
+from engines.vllm.sampling import extra_args, grammar_place, is_greedy, sampling_arguments, structured_outputs
 from engines.vllm.start import VllmStart, start_vllm
 from engines.vllm.stats import VllmStats
 from kvcore.chunk_keys import usable_chunks
@@ -138,7 +138,10 @@ class VllmEngine:
         started = time.monotonic()
         prompt = [*request.prompt_token_ids, *request.output_token_ids]
         leg = self._decode_leg(request)
-        sampling = SamplingParams(output_kind=RequestOutputKind.DELTA, **sampling_arguments(request, leg))
+        arguments = sampling_arguments(request, leg)
+        if (grammar := request.sampling.grammar) is not None:
+            arguments["structured_outputs"] = StructuredOutputsParams(**structured_outputs(grammar))
+        sampling = SamplingParams(output_kind=RequestOutputKind.DELTA, **arguments)
         first, copies = True, request.sampling.n if is_greedy(request.sampling) else 1
         with self._leg(leg.leg, len(prompt)) as reports:
             async with aclosing(
@@ -192,9 +195,9 @@ class VllmEngine:
         return int(self._vllm.vllm_config.parallel_config.tensor_parallel_size)
 
     def _decode_leg(self, request: GenerateRequest) -> LegParams:
-        handoff = request.handoff
+        handoff, place = request.handoff, grammar_place(request)
         if handoff is None:
-            return LegParams(leg=request.request_id, salt=request.cache_salt.hex())
+            return LegParams(leg=request.request_id, salt=request.cache_salt.hex(), **place)
         chunks = usable_chunks(len(request.prompt_token_ids), self.info.kv_spec.chunk_tokens)
         return LegParams(
             leg=request.request_id,
@@ -202,6 +205,7 @@ class VllmEngine:
             handoff_chunks=min(handoff.num_chunks, chunks),
             wait_until=time.monotonic() + handoff.wait_s,
             tail=handoff.num_chunks >= chunks and not request.output_token_ids,
+            **place,
         )
 
     @contextmanager

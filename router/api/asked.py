@@ -13,7 +13,7 @@ from router.answering import Answerer
 from router.api.body import beside_if_large
 from router.api.fields.chat_fields import ChatRequest
 from router.api.fields.completion_fields import CompletionRequest
-from router.api.fields.openai_schema import answer_request, prompts_of
+from router.api.fields.openai_schema import answer_request, grammar_asked_by, prompts_of
 from router.api.formats.formatter import Formatter
 from router.api.limits import ApiLimits
 from router.client_answer import ClientAnswer
@@ -52,6 +52,9 @@ class AnswerStart:
         answerer, body, caller = self._answerer, asked.body, caller_of(scope)
         if body.model:
             answerer.check_model(body.model)
+        form = grammar_asked_by(body)
+        if form is not None:
+            await answerer.check_grammar(form.grammar, form.param)
         given = await beside_if_large(num_bytes, partial(prompts_of, body, self._limits))
         prompts = await answerer.encode(given, caller.apart(body.cache_salt))
         if self._no_node is not None:
@@ -65,6 +68,7 @@ class AnswerStart:
             client_request_id=scope["request_id"],
             limits=self._limits,
             prompt_name=asked.prompt,
+            form=form,
         )
         with caller.owns(with_first_token(wanted, scope)) as owned:
             answer = await answerer.admit(owned)

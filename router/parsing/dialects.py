@@ -35,11 +35,29 @@ class Dialect:
     trims: bool = True
     """White space around the reasoning is no part of it, nor of the answer."""
     in_template: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ()
+    """Of one whose answers are framed: the marks behind which the answer itself may stand."""
 
 
 DIALECTS: Mapping[str, Dialect] = {
-    "gpt_oss": Dialect(channels.harmony, special=True, frames=True, in_template=("<|channel|>", "<|start|>")),
-    "kimi_k3": Dialect(channels.xtml, special=True, frames=True, in_template=("<|open|>", "<|sep|>")),
+    "gpt_oss": Dialect(
+        channels.harmony,
+        special=True,
+        frames=True,
+        in_template=("<|channel|>", "<|start|>"),
+        answers=(
+            "<|channel|>final<|message|>",
+            "<|channel|>final <|constrain|>json<|message|>",
+            "<|channel|>final<|constrain|>json<|message|>",
+        ),
+    ),
+    "kimi_k3": Dialect(
+        channels.xtml,
+        special=True,
+        frames=True,
+        in_template=("<|open|>", "<|sep|>"),
+        answers=("<|open|>response<|sep|>",),
+    ),
     "gemma4": Dialect(
         tagged_calls.gemma,
         (("<|channel>thought\n", "<channel|>"),),

@@ -2,17 +2,21 @@
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import aiohttp
 import msgspec
 
+from kvcore.config.schema import ClusterConfig
+from kvcore.config.servers import process_name, process_urls
 from kvcore.errors import KVFerryError
 from kvcore.ports import why_unreachable
 from kvcore.process.http_client import processes_session
 from kvcore.trust.opening import ClusterTrust
 from router.processes.limits import ProcessLimits
+from router.processes.reports import ProcessPlace
 
 T = TypeVar("T")
 
@@ -78,3 +82,16 @@ def _decoded(said: Said[bytes], kind: type[T]) -> Said[T]:
         return Said(said.sibling, msgspec.json.decode(said.value, type=kind))
     except msgspec.DecodeError as error:
         return Said(said.sibling, problem=f"an answer that this version does not understand: {error}")
+
+
+async def open_siblings(
+    config: ClusterConfig, stack: AsyncExitStack, trust: ClusterTrust, place: ProcessPlace
+) -> Siblings | None:
+    """The other processes of this one's router; `stack` closes the calls. None: this process is the whole router."""
+    router, urls = place.name.rpartition(".")[0], process_urls(config)
+    if not urls:
+        return None
+    others = [
+        Sibling(process_name(router, number), url) for number, url in enumerate(urls, start=1) if number != place.number
+    ]
+    return Siblings(others, await stack.enter_async_context(siblings_session(trust)))

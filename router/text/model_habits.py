@@ -9,6 +9,7 @@ from kvcore.config.schema import ClusterConfig
 from kvcore.errors import ModelLoadError
 from kvcore.model_folder import find_folder, read_json
 from router.parsing.dialects import Dialect, find_dialect
+from router.text.reasoning_marks import ReasoningMarks, reasoning_marks
 from router.text.tokenizer import Tokenizer
 
 _FILE = "generation_config.json"
@@ -39,14 +40,17 @@ class ModelHabits:
 
     dialect: Dialect | None = None
     sampling: SamplingDefaults = SamplingDefaults()
+    marks: ReasoningMarks | None = None
+    """None: it does not reason before it answers."""
 
 
 def model_habits(config: ClusterConfig, tokenizer: Tokenizer) -> ModelHabits:
     """Of the configured model. Blocking. Raises ConfigError, ModelLoadError."""
     dialect = find_dialect(config.model.parser, tokenizer.chat_source)
     if not config.model.generation_config or not tokenizer.digest:  # a model of the simulated engine has no folder
-        return ModelHabits(dialect)
-    return ModelHabits(dialect, read_sampling(find_folder(config.model.path, (_FILE,))))
+        return ModelHabits(dialect, marks=reasoning_marks(dialect, tokenizer))
+    sampling = read_sampling(find_folder(config.model.path, (_FILE,)))
+    return ModelHabits(dialect, sampling, reasoning_marks(dialect, tokenizer))
 
 
 def read_sampling(folder: Path) -> SamplingDefaults:

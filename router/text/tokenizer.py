@@ -10,11 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from llguidance import LLTokenizer
 from tokenizers import Tokenizer as FastTokenizer
 
 from kvcore.config.schema import ClusterConfig, SimEngineConfig
 from kvcore.errors import ModelLoadError
 from kvcore.model_folder import TOKENIZER_FILES, file_digest, find_folder
+from nodeapi.grammars.vocabulary import byte_vocabulary, folder_vocabulary
 from router.requests.spec import ChatPrompt
 from router.text.chat_template import ChatTemplates, no_chat
 from router.text.cuts import Cuts, read_tokenizer_file
@@ -85,6 +87,10 @@ class Tokenizer(Protocol):
         """The text of a token that was added to the vocabulary by hand, as special ones are; None for any other."""
         ...
 
+    def vocabulary(self) -> LLTokenizer:
+        """For grammars. Blocking."""
+        ...
+
     def render_chat(self, chat: ChatPrompt) -> str:
         """The prompt that asks for the assistant's next message. Raises InvalidRequestError."""
         ...
@@ -122,6 +128,10 @@ class ByteTokenizer:
     def added_text(self, token_id: int) -> str | None:
         """See Tokenizer. None is."""
         return None
+
+    def vocabulary(self) -> LLTokenizer:
+        """See Tokenizer."""
+        return byte_vocabulary(self._vocab_size, 0)
 
     def render_chat(self, chat: ChatPrompt) -> str:
         """See Tokenizer."""
@@ -208,6 +218,10 @@ class FolderTokenizer:
     def added_text(self, token_id: int) -> str | None:
         """See Tokenizer."""
         return self._pieces.added.get(token_id)
+
+    def vocabulary(self) -> LLTokenizer:
+        """See Tokenizer."""
+        return folder_vocabulary(self._folder, self.num_ids, ())
 
     def render_chat(self, chat: ChatPrompt) -> str:
         """See Tokenizer."""

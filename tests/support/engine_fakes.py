@@ -5,14 +5,16 @@ import random
 from collections.abc import Awaitable, Callable
 
 import msgspec
+from llguidance import LLMatcher
 from support.sim_loop import LoopClock
 from support.store_fakes import Wire, World
 
 from engines.paged.loop import EngineLoop
 from engines.paged.runner import StepOutput, StepSlice
-from engines.sim.build import build_sim_engine
+from engines.sim.build import build_sim_engine, sim_grammars
 from engines.sim.runner import SimRunner, sim_spec
 from kvcore.config.schema import SimEngineConfig
+from nodeapi.grammars.compiler import Grammars
 from nodeapi.messages import EngineStats, GenerateRequest, Handoff, PrefillRequest, TokenDelta
 from nodeapi.sampling import SamplingParams
 from transfer.inproc import FaultHook, InprocTransfer
@@ -48,6 +50,15 @@ def request(
 
 def prefill_request(request_id: str, prompt: list[int], deadline_s: float = 100.0) -> PrefillRequest:
     return PrefillRequest(request_id=request_id, prompt_token_ids=prompt, deadline_s=deadline_s)
+
+
+def inline_grammars(config: SimEngineConfig) -> Grammars:
+    """Of bytes, compiled on the loop: a thread's work would take no virtual time."""
+
+    async def at_once(work: Callable[[], LLMatcher]) -> LLMatcher:
+        return work()
+
+    return sim_grammars(config, beside=at_once)
 
 
 async def deltas(engine: EngineLoop, wanted: GenerateRequest) -> list[TokenDelta]:
@@ -117,7 +128,7 @@ class Cluster:
         self.world.add_node(node, self._segment_bytes)
         spec = sim_spec(config, "m", CHUNK)
         store, self.wires[node] = self.world.store(node, InprocTransfer(self.world.memory, self._fault), spec=spec)
-        return build_sim_engine(config, "m", CHUNK, store, self.clock)
+        return build_sim_engine(config, "m", CHUNK, store, self.clock, grammars=inline_grammars(config))
 
     def damage(self, chunk: int) -> None:
         """Flip a byte in the payload of every copy of the `chunk`-th chunk of all that are stored, oldest first."""
@@ -141,4 +152,5 @@ class Cluster:
 
 
 def lone_engine(config: SimEngineConfig = CONFIG) -> EngineLoop:
-    return build_sim_engine(config, "m", CHUNK, None, LoopClock(asyncio.get_running_loop()))
+    clock = LoopClock(asyncio.get_running_loop())
+    return build_sim_engine(config, "m", CHUNK, None, clock, grammars=inline_grammars(config))

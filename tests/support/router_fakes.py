@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import msgspec
@@ -26,6 +26,7 @@ from kvnode.upkeep import NodeUpkeep
 from metadata_server.client import MetadataClient
 from metadata_server.core import MetadataCore
 from metadata_server.index.state import MetadataState
+from nodeapi.grammars.compiler import Grammars
 from nodeapi.messages import (
     PROTOCOL,
     EngineInfo,
@@ -83,12 +84,14 @@ from router.requests.records import RequestLog
 from router.requests.services import RequestServices
 from router.routing.policy import RoutePolicy, make_policy
 from router.status import StatusView
+from router.text.grammar_checks import GrammarChecks
 from router.text.model_habits import ModelHabits, SamplingDefaults
 from router.text.tokenizer import ByteTokenizer, Tokenizer
 from router.upkeep.wiring import make_upkeep, tier_sight
 
 CHUNK_TOKENS = 16
 VOCAB = 512
+_T = TypeVar("_T")
 MAX_CONTEXT = 2048
 
 
@@ -443,7 +446,7 @@ async def make_rig(
     prober.on_lost.append(dispatcher.node_lost)
     prober.on_silent.append(dispatcher.node_silent)
 
-    async def run(work: Callable[[], list[int]]) -> list[int]:
+    async def run(work: Callable[[], _T]) -> _T:
         return work()
 
     admission = Admission(dispatcher.route, clock, config.router)
@@ -463,6 +466,7 @@ async def make_rig(
         cluster=cluster,
         run=run,
         admission=admission,
+        grammars=GrammarChecks(Grammars((tokenizer or ByteTokenizer(VOCAB)).vocabulary, (), beside=run)),
     )
     watch = CacheWatch(cluster, log, clock, limits=watch_limits)
     cache = CacheReplay(watch, cluster, config, clock, limits=watch_limits)

@@ -28,6 +28,7 @@ from engines.vllm.connector.orders import StepOrders
 from engines.vllm.connector.scheduler_side import SchedulerSide
 from engines.vllm.connector.settings import ConnectorSettings, from_extra_config
 from engines.vllm.connector.worker_half import WorkerHalf
+from engines.vllm.grammar_hook import place_grammars
 from engines.vllm.kv_factors import EngineFacts, LayerFacts, declared_factors
 from engines.vllm.queue_naps import wait_without_spinning
 from kvcore.errors import ConfigError
@@ -65,6 +66,8 @@ class KVFerryConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerHalf | None = None
         self._spec: KVSpec | None = None
+        if role == KVConnectorRole.SCHEDULER:
+            place_grammars()
         side = "scheduler" if role == KVConnectorRole.SCHEDULER else f"worker{vllm_config.parallel_config.rank}"
         configure_logging(f"{self._settings.store.node_id}.{side}")
 

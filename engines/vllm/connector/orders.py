@@ -31,6 +31,12 @@ class LegParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """The prompt's rest behind its usable chunks, too short for a chunk, is one more chunk under its own key: a prefill
     leg saves it, a decode leg with a handoff expects it, so that the decoder computes one token only."""
 
+    emitted: int = 0
+    """So many tokens at the prompt's end are the answer's: a grammar is behind them."""
+    after: tuple[tuple[int, ...], ...] = ()
+    """The tokens that end what is free before a grammar, and below what begins it: `nodeapi.grammars.grammar`."""
+    opening: tuple[int, ...] = ()
+
 
 class LegResult(msgspec.Struct, frozen=True, kw_only=True):
     """`kv_transfer_params["kvferry"]` of a finished request: what the scheduler half knew."""

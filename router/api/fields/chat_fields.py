@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from router.api.fields.chat_messages import ChatMessage, message_of, template_values
 from router.api.fields.chat_tools import Tool, tools_of
 from router.api.fields.checks import require
-from router.api.fields.common_fields import CommonFields, check_response_format
+from router.api.fields.common_fields import CommonFields
 from router.api.limits import ApiLimits
 from router.requests.spec import ChatPrompt
 
@@ -26,12 +26,10 @@ class ChatRequest(CommonFields, frozen=True, kw_only=True):
     tool_choice: str | dict[str, object] | None = None
     parallel_tool_calls: bool | None = True
     include_reasoning: bool | None = True
-    response_format: dict[str, object] | None = None
 
 
 def chat_prompt(request: ChatRequest, limits: ApiLimits) -> ChatPrompt:
     """The conversation for the template. Raises for all that is not text."""
-    check_response_format(request.response_format)
     require(0 < len(request.messages) <= limits.max_messages, "messages", f"has 1 to {limits.max_messages} messages")
     parts = sum(len(message.content) for message in request.messages if isinstance(message.content, list))
     require(parts <= limits.max_messages, "messages", f"has at most {limits.max_messages} parts of content")

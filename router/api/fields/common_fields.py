@@ -3,7 +3,7 @@
 import msgspec
 
 from router.api.fields.cache_hints import CacheHintFields
-from router.api.fields.checks import refuse
+from router.api.fields.structured import StructuredOutputs
 
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -47,8 +47,5 @@ class CommonFields(CacheHintFields, frozen=True, kw_only=True):
     include_stop_str_in_output: bool | None = False
     skip_special_tokens: bool | None = True
     spaces_between_special_tokens: bool | None = True
-
-
-def check_response_format(value: dict[str, object] | None) -> None:
-    """Raises InvalidRequestError for a form that nothing makes an answer have."""
-    refuse("response_format", value is not None and value != {"type": "text"})
+    response_format: dict[str, object] | None = None
+    structured_outputs: StructuredOutputs | None = None

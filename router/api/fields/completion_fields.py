@@ -3,7 +3,7 @@
 from typing import cast
 
 from router.api.fields.checks import MIXED, refuse, require, token_ids
-from router.api.fields.common_fields import CommonFields, check_response_format
+from router.api.fields.common_fields import CommonFields
 from router.api.limits import ApiLimits
 from router.requests.spec import Prompt, TextPrompt, TokenPrompt
 
@@ -15,12 +15,10 @@ class CompletionRequest(CommonFields, frozen=True, kw_only=True):
     logprobs: int | None = None
     best_of: int | None = None
     add_special_tokens: bool | None = True
-    response_format: dict[str, object] | None = None
 
 
 def completion_prompts(request: CompletionRequest, limits: ApiLimits) -> list[Prompt]:
     """Raises InvalidRequestError."""
-    check_response_format(request.response_format)
     n = 1 if request.n is None else request.n
     refuse("best_of", request.best_of is not None and request.best_of != n)
     prompt, special_tokens = request.prompt, request.add_special_tokens is not False

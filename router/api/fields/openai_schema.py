@@ -6,6 +6,7 @@ The names of the fields that are obeyed are in the modules beside this one. A fi
 
 from collections.abc import Sequence
 
+from nodeapi.grammars.grammar import Grammar
 from router.api.fields.cache_hints import hints_of, session_of
 from router.api.fields.chat_fields import ChatRequest, chat_prompt
 from router.api.fields.chat_messages import marks_of
@@ -13,6 +14,7 @@ from router.api.fields.checks import TokenLists, require
 from router.api.fields.common_fields import StreamOptions
 from router.api.fields.completion_fields import CompletionRequest, completion_prompts
 from router.api.fields.sampling_fields import DEFAULT_COMPLETION_TOKENS, AnyRequest, max_tokens_of, sampling_of
+from router.api.fields.structured import AskedGrammar, asked_grammar
 from router.api.fields.tool_choice import may_call, reading_of
 from router.api.fields.truncation import truncated
 from router.api.limits import ApiLimits
@@ -28,6 +30,7 @@ from router.requests.spec import (
     Turn,
 )
 from router.text.model_habits import ModelHabits
+from router.text.reasoning_marks import ReasoningMarks
 
 _ANY_CONTEXT = 1 << 31
 
@@ -49,8 +52,10 @@ def answer_request(
     client_request_id: str,
     limits: ApiLimits,
     prompt_name: str | None = None,
+    form: AskedGrammar | None = None,
 ) -> AnswerRequest:
-    """All of `request` but its prompts, which are tokens by now: a spec for each, all fields checked.
+    """All of `request` but its prompts, which are tokens by now: a spec for each, all fields checked. `form`: its
+    `grammar_asked_by`, which was checked.
 
     `max_context` None: not known as no node is up; a wrong request is wrong at any time, so the fields are checked all
     the same. `prompt_name`: what the client calls its prompt; None: as the endpoint does. Raises InvalidRequestError.
@@ -65,7 +70,15 @@ def answer_request(
         RequestSpec(
             request_id=request_id if number == 0 else f"{request_id}-{number}",
             prompt_token_ids=prompt,
-            sampling=sampling_of(request, len(prompt), context, limits, lists=lists, defaults=habits.sampling),
+            sampling=sampling_of(
+                request,
+                len(prompt),
+                context,
+                limits,
+                lists=lists,
+                defaults=habits.sampling,
+                grammar=_grammar(request, form, prompt, habits.marks),
+            ),
             cache_salt=salt,
             client_request_id=client_request_id,
             hints=hints,
@@ -80,11 +93,30 @@ def answer_request(
         stops=stops,
         text=_text_options(request, reading),
         shown=_shown(request),
-        names=FieldNames(prompt=prompt_name or ("messages" if isinstance(request, ChatRequest) else "prompt")),
+        names=FieldNames(
+            prompt=prompt_name or ("messages" if isinstance(request, ChatRequest) else "prompt"),
+            others={"grammar": form.field} if form is not None else {},
+        ),
         turn=Turn(flow),
         reading=reading,
         token_prompts=isinstance(request, CompletionRequest) and not _is_text(request.prompt),
     )
+
+
+def grammar_asked_by(request: AnyRequest) -> AskedGrammar | None:
+    """The form that the answer must have, still to be checked. None: any. Raises InvalidRequestError."""
+    return asked_grammar(request.response_format, request.structured_outputs)
+
+
+def _grammar(
+    request: AnyRequest, form: AskedGrammar | None, prompt: Sequence[int], marks: ReasoningMarks | None
+) -> Grammar | None:
+    """That of one prompt: a chat's answer may reason first."""
+    if form is None:
+        return None
+    if marks is None or not isinstance(request, ChatRequest):
+        return form.grammar
+    return marks.place(form.grammar, prompt, continues=bool(request.continue_final_message))
 
 
 def _is_text(prompt: str | list[str | int | list[int]]) -> bool:

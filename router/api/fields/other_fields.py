@@ -32,7 +32,6 @@ class RefusedField:
     neutral: tuple[object, ...] = ()
 
 
-_NO_CONSTRAINTS = RefusedField("the form of an answer cannot be constrained; ask for it in the prompt")
 _NO_SOUND = RefusedField("answers are text; leave it out")
 
 REFUSED: dict[str, RefusedField] = {
@@ -45,12 +44,12 @@ REFUSED: dict[str, RefusedField] = {
     "echo": RefusedField("put the prompt before the answer yourself", (False,)),
     "function_call": RefusedField("tools are not supported", ("none", "auto")),
     "functions": RefusedField("tools are not supported", ([],)),
-    "guided_choice": _NO_CONSTRAINTS,
-    "guided_decoding_backend": _NO_CONSTRAINTS,
-    "guided_grammar": _NO_CONSTRAINTS,
-    "guided_json": _NO_CONSTRAINTS,
-    "guided_regex": _NO_CONSTRAINTS,
-    "guided_whitespace_pattern": _NO_CONSTRAINTS,
+    "guided_choice": RefusedField("use structured_outputs.choice"),
+    "guided_decoding_backend": RefusedField("use structured_outputs; the engine chooses the library"),
+    "guided_grammar": RefusedField("use structured_outputs.grammar"),
+    "guided_json": RefusedField("use response_format or structured_outputs.json"),
+    "guided_regex": RefusedField("use structured_outputs.regex"),
+    "guided_whitespace_pattern": RefusedField("use structured_outputs.whitespace_pattern"),
     "kv_transfer_params": RefusedField("the nodes hand KV over by themselves", ({},)),
     "logprob_token_ids": RefusedField("use top_logprobs"),
     "modalities": RefusedField("answers are text; leave it out", (["text"], [])),
@@ -62,8 +61,7 @@ REFUSED: dict[str, RefusedField] = {
     "request_id": RefusedField("send the header X-Request-Id"),
     "return_prompt_text": RefusedField("use return_token_ids", (False,)),
     "routed_experts_prompt_start": RefusedField("no experts are returned", (0,)),
-    "structural_tag": _NO_CONSTRAINTS,
-    "structured_outputs": _NO_CONSTRAINTS,
+    "structural_tag": RefusedField("use response_format or structured_outputs.structural_tag"),
     "suffix": RefusedField("put what comes before and after into the prompt, in the model's own form", ("",)),
     "thinking_token_budget": RefusedField("use max_tokens", (-1,)),
     "use_beam_search": RefusedField("use n", (False,)),

@@ -2,6 +2,7 @@
 
 import random
 
+from nodeapi.grammars.grammar import Grammar
 from nodeapi.sampling import SamplingParams
 from router.api.fields.chat_fields import ChatRequest
 from router.api.fields.checks import TokenLists, number, repetition_penalty, require, top_k, top_p
@@ -22,6 +23,7 @@ def sampling_of(
     *,
     lists: TokenLists,
     defaults: SamplingDefaults,
+    grammar: Grammar | None = None,
 ) -> SamplingParams:
     """The engine's parameters, all checked; draws a seed where there is none.
 
@@ -52,6 +54,7 @@ def sampling_of(
         ignore_eos=bool(request.ignore_eos),
         logprobs=_logprobs(request, limits.max_logprobs),
         n=n,
+        grammar=grammar,
     )
 
 

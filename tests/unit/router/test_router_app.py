@@ -82,7 +82,7 @@ BAD = [
     ({"echo": True}, 400, "echo", None),
     ({"suffix": "x"}, 400, "suffix", None),
     ({"best_of": 2}, 400, "best_of", None),
-    ({"response_format": {"type": "json_object"}}, 400, "response_format", None),
+    ({"response_format": {"type": "xml"}}, 400, "response_format.type", None),
     ({"stream_options": {"include_usage": True}}, 400, "stream_options", None),
 ]
 

@@ -6,6 +6,7 @@ from support.router_fakes import FakeNode, FakeNodes, make_rig
 
 from kvcore.errors import InvalidRequestError, NodeUnavailableError
 from kvcore.types import Role
+from nodeapi.grammars.grammar import Grammar, GrammarKind
 from nodeapi.messages import PROTOCOL, GenerateRequest, PrefillRequest
 from nodeapi.sampling import SINCE, SamplingParams, lacking
 from router.requests.spec import AnswerRequest, FieldNames, RequestSpec
@@ -36,7 +37,8 @@ def test_what_asks_for_nothing_is_not_sent() -> None:
 
 
 def test_each_later_field_is_asked_for_by_its_value_alone() -> None:
-    values: dict[str, object] = {"allowed_token_ids": [1], "bad_words": [[1]]}
+    grammar = Grammar(kind=GrammarKind.REGEX, text="a")
+    values: dict[str, object] = {"allowed_token_ids": [1], "bad_words": [[1]], "grammar": grammar}
     assert values.keys() == SINCE.keys()
     for name, value in values.items():
         assert SamplingParams(max_tokens=1, **{name: value}).asks == {name}  # type: ignore[arg-type]

@@ -1,0 +1,119 @@
+"""Grammars compiled: beside the loop, within bounds, and once each.
+
+Owns the vocabulary, which is read when the first grammar comes, and the compiled ones. Invariant: a text that a client
+sent holds one thread, for as long as its fuel lasts; whoever waits for it waits no longer than `compile_s`.
+"""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from kvcore.errors import InvalidRequestError, OverloadedError
+from nodeapi.grammars.grammar import Grammar
+from nodeapi.grammars.limits import GrammarLimits
+from nodeapi.grammars.matcher import GrammarMatcher
+from nodeapi.grammars.source import source_of
+
+_T = TypeVar("_T")
+Beside = Callable[[Callable[[], _T]], Awaitable[_T]]
+"""Runs blocking work beside the loop."""
+
+
+class Grammars:
+    """For one vocabulary. Close it in the end. `read`: reads the vocabulary, blocking. `beside`: where work is run;
+    None: on threads of its own."""
+
+    def __init__(
+        self,
+        read: Callable[[], LLTokenizer],
+        eos_token_ids: Sequence[int],
+        *,
+        limits: GrammarLimits = GrammarLimits(),
+        beside: Beside[LLMatcher] | None = None,
+    ) -> None:
+        self._read = read
+        self._eos = tuple(eos_token_ids)
+        self._limits = limits
+        self._beside = beside
+        self._threads: ThreadPoolExecutor | None = None
+        self._vocabulary: LLTokenizer | None = None
+        self._kept: OrderedDict[tuple[object, ...], LLMatcher] = OrderedDict()
+        self._running: dict[tuple[object, ...], asyncio.Future[LLMatcher]] = {}
+
+    def __repr__(self) -> str:
+        return f"<Grammars {len(self._kept)} compiled, {len(self._running)} being compiled>"
+
+    async def matcher(self, grammar: Grammar) -> GrammarMatcher:
+        """At the beginning of `grammar`. Raises InvalidRequestError with what is wrong with it, or that it takes too
+        long; OverloadedError while too many others are compiled; ModelLoadError where the vocabulary cannot be read."""
+        key = (grammar.kind, grammar.text, grammar.whitespace)
+        compiled = self._kept.get(key)
+        if compiled is None:
+            compiled = await self._compiled(key, grammar)
+        self._kept.move_to_end(key)
+        assert self._vocabulary is not None
+        return GrammarMatcher(grammar, compiled, self._eos, self._vocabulary.vocab_size)
+
+    def close(self) -> None:
+        """What waits is never compiled; what is being compiled is not waited for."""
+        if self._threads is not None:
+            self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _compiled(self, key: tuple[object, ...], grammar: Grammar) -> LLMatcher:
+        running = self._running.get(key)
+        if running is None:
+            if len(self._running) >= self._limits.max_waiting:
+                raise OverloadedError(f"{len(self._running)} grammars are being compiled; come back later")
+            running = self._running[key] = asyncio.ensure_future(self._run(partial(self._compile, grammar)))
+            running.add_done_callback(partial(self._done, key))
+        try:
+            async with asyncio.timeout(self._limits.compile_s):
+                return await asyncio.shield(running)
+        except TimeoutError as error:
+            raise InvalidRequestError(f"it was not compiled within {self._limits.compile_s:g} s") from error
+
+    async def _run(self, work: Callable[[], LLMatcher]) -> LLMatcher:
+        if self._beside is not None:
+            return await self._beside(work)
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(self._limits.threads, thread_name_prefix="grammars")
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def _done(self, key: tuple[object, ...], running: asyncio.Future[LLMatcher]) -> None:
+        del self._running[key]
+        if running.cancelled() or running.exception() is not None:
+            return
+        self._kept[key] = running.result()
+        while len(self._kept) > self._limits.max_kept:
+            self._kept.popitem(last=False)
+
+    def _compile(self, grammar: Grammar) -> LLMatcher:
+        if self._vocabulary is None:
+            self._vocabulary = self._read()
+        limits = self._limits
+        bounds = LLParserLimits(
+            max_items_in_row=limits.row_items,
+            initial_lexer_fuel=limits.parser_fuel,
+            step_lexer_fuel=limits.step_fuel,
+            max_lexer_states=limits.lexer_states,
+            max_grammar_size=limits.grammar_symbols,
+            verbose_errors=False,
+        )
+        source = source_of(grammar, self._vocabulary, limits)
+        compiled = LLMatcher(self._vocabulary, source, log_level=0, limits=bounds)
+        probe = compiled.deep_copy()  # of a grammar that cannot begin only its first mask says so
+        probe.compute_bitmask()
+        if error := compiled.get_error() or probe.get_error():
+            raise InvalidRequestError(_first_lines(error))
+        return compiled
+
+
+def _first_lines(error: str) -> str:
+    """What llguidance says, without the state that it dumps."""
+    text = " ".join(error.partition("<state>")[0].replace("<non-verbose/>", "").split())[:400]
+    return "no text can follow it" if text == "NoExtensionBias" else text
