@@ -79,6 +79,10 @@ def _check_sampling(sampling: SamplingParams, info: EngineInfo) -> None:
     logprobs = sampling.logprobs or 0
     _require(0 <= logprobs <= MAX_LOGPROBS, "sampling.logprobs", f"must be 0 to {MAX_LOGPROBS}")
     _check_tokens(list(sampling.logit_bias), "sampling.logit_bias", info)
+    _check_tokens(sampling.allowed_token_ids, "sampling.allowed_token_ids", info)
+    for word in sampling.bad_words_token_ids:
+        _require(len(word) > 0, "sampling.bad_words_token_ids", "must not have empty words")
+        _check_tokens(word, "sampling.bad_words_token_ids", info)
     _require(all(map(math.isfinite, sampling.logit_bias.values())), "sampling.logit_bias", "must be finite numbers")
     _require(all(0 <= token < 1 << 32 for token in sampling.stop_token_ids), "sampling.stop_token_ids", "must be ids")
 

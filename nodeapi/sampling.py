@@ -4,13 +4,20 @@ Owns since which version of the nodes' API each field may be sent. A field that 
 for nothing and is not sent; `SINCE` says with which version it came.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
 from nodeapi.grammars.grammar import Grammar
 
-SINCE: dict[str, int] = {"allowed_token_ids": 3, "bad_words": 3, "grammar": 3}
+SINCE: dict[str, int] = {
+    "allowed_token_ids": 3,
+    "bad_words": 3,
+    "bad_words_token_ids": 3,
+    "extra_args": 3,
+    "grammar": 3,
+    "thinking_token_budget": 3,
+}
 """Fields of SamplingParams that nodes of an older version refuse; they know the others."""
 
 
@@ -39,10 +46,25 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     n: int = 1
     allowed_token_ids: list[int] = []
     """No other token is picked. Empty: all may be."""
-    bad_words: list[list[int]] = []
-    """Sequences of tokens of which the last is not picked after the others."""
     grammar: Grammar | None = None
     """What the answer must follow, whatever the fields above say. None: it is free."""
+    bad_words: list[str] = []
+    """For servers that make tokens of them themselves."""
+    bad_words_token_ids: list[list[int]] = []
+    """The tokens of `bad_words`: sequences of which the last is not picked after the others, which are of the answer.
+    None is empty."""
+    thinking_token_budget: int | None = None
+    """Tokens of reasoning after which the model is made to end it."""
+    extra_args: dict[str, str | int | float | list[str | int | float]] = {}
+    """For what was plugged into an engine."""
+
+    def banned_after(self, output: Sequence[int]) -> set[int]:
+        """The tokens that would complete one of `bad_words_token_ids` after `output`, the answer so far."""
+        return {
+            word[-1]
+            for word in self.bad_words_token_ids
+            if len(word) == 1 or list(output[1 - len(word) :]) == word[:-1]
+        }
 
     @property
     def asks(self) -> frozenset[str]:

@@ -22,6 +22,7 @@ from router.requests.run import RequestRun
 from router.requests.spec import AnswerRequest, ChatPrompt, Prompt, RequestSpec, TextPrompt, TokenPrompt
 from router.routing.decision import Decision
 from router.routing.obeying import refuse_if_all_lack
+from router.text.bad_words import bad_word_tokens
 from router.text.grammar_checks import GrammarChecks
 from router.text.tokenizer import Runner, Tokenizer
 
@@ -55,7 +56,7 @@ class Answerer:
         tokenizer: Tokenizer,
         dispatcher: Dispatcher,
         cluster: Cluster,
-        run: "Runner[list[int]]",
+        run: Runner,
         admission: Admission | None = None,
         limits: AnswerLimits = AnswerLimits(),
         aliases: Sequence[str] = (),
@@ -104,6 +105,19 @@ class Answerer:
             ]
         finally:
             self._waiting_chars -= num_chars
+
+    async def bad_words(self, words: Sequence[str], most: int) -> list[list[int]]:
+        """The tokens of these (`router.text.bad_words`). Raises InvalidRequestError."""
+        if not words:
+            return []
+        tokens = partial(bad_word_tokens, words, self.tokenizer, most)
+        return tokens() if len(words) <= self._limits.inline_words else await self._run(tokens)
+
+    async def prompt_text(self, prompt: Prompt) -> str:
+        """What the chat template makes. Raises InvalidRequestError."""
+        assert isinstance(prompt, ChatPrompt), "only chats show it"
+        render = partial(self.tokenizer.render_chat, prompt)
+        return render() if _num_chars(prompt) <= self._limits.inline_chars else await self._run(render)
 
     async def admit(self, request: AnswerRequest) -> ClientAnswer:
         """As `start`, when its turn has come. Raises RateLimitError too, where its first token would come too late."""
@@ -167,6 +181,7 @@ class Answerer:
             names.prompt: prompt if request.token_prompts or self.tokenizer.num_ids > vocab_size else (),
             names.stop_token_ids: sampling.stop_token_ids,
             names.logit_bias: sampling.logit_bias,
+            names.of("allowed_token_ids"): sampling.allowed_token_ids,
         }
         for name, ids in given.items():
             if (biggest := max(ids, default=0)) >= vocab_size:

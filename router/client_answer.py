@@ -17,6 +17,7 @@ from router.requests.events import Emit
 from router.requests.run import RequestRun
 from router.requests.spec import AnswerRequest
 from router.text.detokenizer import Detokenizer, StopChecker
+from router.text.repetition import RepetitionWatch
 from router.text.tokenizer import Tokenizer
 
 
@@ -24,6 +25,8 @@ from router.text.tokenizer import Tokenizer
 class AnswerLimits:
     """Bounds of one answer."""
 
+    inline_words: int = 16
+    """Of `bad_words`; so it is with longer lists."""
     inline_chars: int = 8 << 10
     """Longer texts, all prompts of a request together, are rendered and encoded beside the event loop."""
     text_threads: int = 4
@@ -48,6 +51,30 @@ class TextPiece(msgspec.Struct, frozen=True):
     """With `finish_reason` `stop`: the client's stop string, or stop token, that ended it; None: the model did."""
 
 
+class PieceBundle:
+    """Of one choice: pieces that wait until they have `interval` tokens together. The first and the last do not."""
+
+    def __init__(self, interval: int) -> None:
+        self._interval = interval
+        self._held: list[TextPiece] = []
+        self._tokens = 0
+        self._begun = False
+
+    def add(self, piece: TextPiece, num_tokens: int) -> TextPiece | None:
+        """One more, of so many tokens. Returns all that waited, as one, when it is time."""
+        self._held.append(piece)
+        self._tokens += num_tokens
+        if self._begun and self._tokens < self._interval and piece.finish_reason is None:
+            return None
+        held, self._held, self._tokens, self._begun = self._held, [], 0, True
+        return msgspec.structs.replace(
+            piece,
+            text="".join(each.text for each in held),
+            logprobs=[logprob for each in held for logprob in each.logprobs],
+            token_ids=[token_id for each in held for token_id in each.token_ids],
+        )
+
+
 class PieceSink(Protocol):
     """A reader that can take pieces at once, without being woken for each."""
 
@@ -69,12 +96,16 @@ class _TextChoice:
     stops: StopChecker
     min_tokens: int
     stop_token_ids: Sequence[int]
+    repetition: RepetitionWatch | None = None
     num_tokens: int = 0
+    repeats: bool = False
+    """It ends with the last token that was read, as it repeats itself."""
 
     def read(self, token_ids: Sequence[int]) -> tuple[str, bool]:
         """(the text that these tokens complete, whether a stop string was found). Tokens after the one that completes
-        the stop string are not read, so that what counts does not depend on how many came at once."""
-        if not self.stops.stops:
+        the stop string, or with which the answer repeats itself, are not read, so that what counts does not depend on
+        how many came at once."""
+        if not self.stops.stops and self.repetition is None:
             self.num_tokens += len(token_ids)
             return self.detokenizer.feed(token_ids), False
         pieces: list[str] = []
@@ -83,7 +114,8 @@ class _TextChoice:
             self.num_tokens += 1
             text, stop_found = self.stops.feed(self.detokenizer.feed([token_id]), may_stop=self._may_stop)
             pieces.append(text)
-            if stop_found:
+            self.repeats = self.repetition is not None and self.repetition.feed(token_id)
+            if stop_found or self.repeats:
                 break
         return "".join(pieces), stop_found
 
@@ -108,11 +140,11 @@ class ClientAnswer:
         self._tokenizer = tokenizer
         self._runs = runs
         self._specs = request.specs
-        self._stops, self._text = request.stops, request.text
+        self._stops, self._text, self._repetition = request.stops, request.text, request.repetition
         self._limits = limits
         self.shown, self.reading = request.shown, request.reading
-        self.id = request.specs[0].request_id
-        """Of the answer, and of its (first) request."""
+        self.id = request.client_id or request.specs[0].request_id
+        """Of the answer: the client's, or its (first) request's."""
         self.sampling = request.specs[0].sampling
         """Of the (first) prompt: all but the room for tokens is the same of every other."""
         self.num_choices = sum(spec.sampling.n for spec in request.specs)
@@ -185,7 +217,7 @@ class ClientAnswer:
             await queue.put(error)
 
     async def _pieces_of_run(self, number: int, sink: PieceSink | None = None) -> AsyncGenerator[TextPiece]:
-        run, spec = self._runs[number], self._specs[number]
+        run, spec, repetition = self._runs[number], self._specs[number], self._repetition
         first = sum(before.sampling.n for before in self._specs[:number])
         choices = [
             _TextChoice(
@@ -193,15 +225,20 @@ class ClientAnswer:
                 StopChecker(self._stops, self._text.include_stop),
                 spec.sampling.min_tokens,
                 spec.sampling.stop_token_ids,
+                RepetitionWatch(repetition, spec.sampling.min_tokens) if repetition is not None else None,
             )
             for _ in range(spec.sampling.n)
         ]
+        bundles = [PieceBundle(interval) for _ in choices] if (interval := self.shown.stream_interval) > 1 else None
 
         def read(emit: Emit) -> TextPiece | None:
             choice = choices[emit.index]
-            piece, stop_found = self._piece(first, choice, emit)
-            if stop_found:
+            before = choice.num_tokens
+            piece, cut = self._piece(first, choice, emit)
+            if cut:
                 run.stop(emit.index, choice.num_tokens)
+            if bundles is not None:
+                return bundles[emit.index].add(piece, choice.num_tokens - before)
             return piece if piece.text or piece.finish_reason or piece.logprobs or piece.token_ids else None
 
         def take(emit: Emit, sink: PieceSink) -> bool:
@@ -219,23 +256,27 @@ class ClientAnswer:
                     yield piece
 
     def _piece(self, first: int, choice: _TextChoice, emit: Emit) -> tuple[TextPiece, bool]:
-        """(what this output adds to its choice, whether a stop string was found in it)."""
+        """(what this output adds to its choice, whether the router ends that: it has a stop string or repeats itself).
+        Where the engine has ended it with the same token, that is what is said."""
         before = choice.num_tokens
         is_text = emit.stop_token_id is None or self._text.include_stop
         visible = emit.token_ids if is_text else emit.token_ids[:-1]
         text, stop_found = choice.read(visible)
-        if emit.finish_reason is not None and not stop_found:
+        repeats = choice.repeats and (emit.finish_reason is None or choice.num_tokens - before < len(emit.token_ids))
+        if (emit.finish_reason is not None or repeats) and not stop_found:
             rest, stop_found = choice.read_end()
             text += rest
-        if not stop_found:
+        if not (stop_found or repeats):
             choice.num_tokens = before + len(emit.token_ids)  # a stop token is counted though not read
         count = choice.num_tokens - before
         self.completion_tokens += count
         logprobs = list(zip(emit.token_ids[:count], emit.logprobs, strict=False)) if emit.logprobs else []
-        reason = FinishReason.STOP if stop_found else emit.finish_reason
+        reason = FinishReason.STOP.value if stop_found else emit.finish_reason.value if emit.finish_reason else None
         ids = emit.token_ids[:count] if self.shown.token_ids else ()
         said = choice.stops.found if stop_found else emit.stop_token_id
         if not stop_found and said not in choice.stop_token_ids:
             said = None
-        piece = TextPiece(first + emit.index, text, logprobs, reason.value if reason else None, ids, said)
-        return piece, stop_found
+        if repeats and not stop_found:
+            reason, said = "repetition", "repetition_detected"  # as vLLM says it
+        piece = TextPiece(first + emit.index, text, logprobs, reason, ids, said)
+        return piece, stop_found or repeats

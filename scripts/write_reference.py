@@ -145,6 +145,13 @@ calls are objects; `reasoning` and `reasoning_content` are one; developers are t
 `chat_template_kwargs`, `documents` and `reasoning_effort` are variables of the template. One that cannot be read, or
 does too much, costs the chats that need it an error of 400, and nothing else.
 
+`allowed_token_ids` and `bad_words` bind the engine; the words' tokens are those that vLLM makes of them, at the
+beginning and after a blank. `repetition_detection` ends an answer with the token with which vLLM ends it, and
+`finish_reason` `repetition`. `vllm_xargs` and `thinking_token_budget` are for vLLM's engines, the latter where they
+have a reasoning parser; where no node that is up obeys a field, it is refused. `priority` says who of the same tenant,
+or `user`, waits less, the lower the less ([overload.md](overload.md)). `request_id` is the answer's `id`, after the
+endpoint's prefix. `return_prompt_text` shows what the chat template made.
+
 `prompt_cache_key`, `prompt_cache_options`, `prompt_cache_retention` and `cache_control`, which messages and parts may
 have, too, are hints to the cache: taken whatever they hold, and no answer depends on them ([hit-rate.md](hit-rate.md)).
 

@@ -11,6 +11,9 @@ from nodeapi.grammars.matcher import GrammarMatcher, Mask
 from nodeapi.messages import EngineInfo, TokenLogprob
 from nodeapi.sampling import SamplingParams
 
+PAGED_LACKS = ["extra_args", "thinking_token_budget"]
+"""Fields of SamplingParams that engines over the shared loop do not obey (`EngineInfo.lacks`)."""
+
 
 @dataclass(frozen=True, slots=True)
 class SampleSpec:

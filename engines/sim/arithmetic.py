@@ -5,6 +5,7 @@ laid over it (exclusive or), so that it can be turned to another one, as RoPE's 
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -46,20 +47,31 @@ class Arithmetic:
             self._overs.append(xxhash.xxh3_128_intdigest(at, seed=self._weights))
         return self._overs[position]
 
-    def draw(self, digest: int, params: SamplingParams, index: int, position: int, mask: Mask | None = None) -> int:
-        """The token after KV with 128-bit `digest`. Greedy: of the digest alone; otherwise also of seed, index and
-        position, whatever the temperature. There are no logits: penalties, bias and top-k do not change it. `mask`: of
-        the tokens that may come, if not all may."""
+    def draw(
+        self, digest: int, params: SamplingParams, index: int, output: Sequence[int], mask: Mask | None = None
+    ) -> int:
+        """The token after KV with 128-bit `digest` and the answer so far. Greedy: of the digest alone; otherwise also
+        of seed, index and position, whatever the temperature. There are no logits: penalties, bias and top-k do not
+        change it. `mask`: of the tokens that may come, if not all may; it has the last word. A token that must not be
+        drawn gives its place to the next one that may."""
         number = digest
         if params.temperature > 0:
-            drawn = f"{digest}/{params.seed}/{index}/{position}".encode()
+            drawn = f"{digest}/{params.seed}/{index}/{len(output)}".encode()
             number = int(xxhash.xxh3_64_intdigest(drawn))
-        if mask is None:
-            return number % self._vocab_size
-        allowed = mask.nonzero()[0]
-        if number & 1:  # vocabularies have their punctuation first: so texts within a grammar come to an end
-            allowed = allowed[:_FIRST]
-        return int(allowed[(number >> 1) % len(allowed)])
+        allowed: Sequence[int] = params.allowed_token_ids or range(self._vocab_size)
+        if mask is not None:
+            masked = mask.nonzero()[0].tolist()
+            if number & 1:  # vocabularies have their punctuation first: so texts within a grammar come to an end
+                masked = masked[:_FIRST]
+            number >>= 1
+            wanted = set(params.allowed_token_ids)
+            allowed = [token for token in masked if token in wanted] or masked
+        first = number % len(allowed)
+        if not params.bad_words_token_ids:
+            return allowed[first]
+        banned = params.banned_after(output)
+        some = (allowed[(first + more) % len(allowed)] for more in range(len(allowed)))
+        return next((token for token in some if token not in banned), allowed[first])
 
     def logprob(self, digest: int, token: int, params: SamplingParams) -> TokenLogprob | None:
         """A made-up distribution that is the same for the same KV and token, likeliest first. None if not asked for."""

@@ -51,7 +51,7 @@ def _completion(  # noqa: PLR0917
             record = reused[at] if at in reused else arithmetic.record(record, tokens[at], at)
             digest.update(record)
         position = len(tokens)
-        tokens.append(arithmetic.draw(int(digest.intdigest()), sampling, index, done))
+        tokens.append(arithmetic.draw(int(digest.intdigest()), sampling, index, tokens[num_prompt:]))
         if tokens[-1] in stops and done + 1 > sampling.min_tokens:
             return tokens[num_prompt:]
 

@@ -10,7 +10,7 @@ from hashlib import sha256
 
 import xxhash
 
-from engines.paged.runner import RowMove, Sampled, StepOutput, StepSlice
+from engines.paged.runner import PAGED_LACKS, RowMove, Sampled, StepOutput, StepSlice
 from engines.sim.arithmetic import Arithmetic
 from kvcore.config.schema import SimEngineConfig
 from kvcore.types import DeclaredKV, KVSpec
@@ -56,6 +56,7 @@ class SimRunner:
             block_size=config.block_size,
             num_blocks=config.num_blocks,
             refuses_documents="",
+            lacks=PAGED_LACKS,
         )
 
     @property
@@ -123,7 +124,7 @@ class SimRunner:
         mask = sample.mask(self._info.eos_token_ids)
         if sample.matcher is not None and sample.matcher.problem:
             return []
-        tokens = [self._arithmetic.draw(digest, params, index, len(sample.output), mask) for index in sample.indices]
+        tokens = [self._arithmetic.draw(digest, params, index, sample.output, mask) for index in sample.indices]
         whole = self._arithmetic.distribution(digest) if sample.whole else None
         return [Sampled(token, self._arithmetic.logprob(digest, token, params), whole) for token in tokens]
 

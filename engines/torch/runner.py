@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 
-from engines.paged.runner import RowMove, Sampled, StepOutput, StepSlice
+from engines.paged.runner import PAGED_LACKS, RowMove, Sampled, StepOutput, StepSlice
 from engines.torch.kv_cache import PagedKV
 from engines.torch.model import LoadedModel
 from engines.torch.row_moves import RowMover, documents_problem
@@ -41,6 +41,7 @@ class TorchRunner:
             block_size=loaded.geometry.block_size,
             num_blocks=num_blocks,
             refuses_documents=documents_problem(loaded.model.config, loaded.rope_frequencies, loaded.geometry.head_dim),
+            lacks=PAGED_LACKS,
         )
         torch.set_num_threads(threads)
         # OpenMP keeps the number of threads per calling thread, so the worker sets it too.

@@ -1,8 +1,9 @@
 """Picks tokens from logits.
 
 Owns penalties, masks, truncation and the draw. Order: logit_bias, repetition, presence and frequency penalties,
-min_tokens, grammar, temperature, top_k, top_p, min_p. Invariant: a draw depends on its own row and on (seed, index,
-position) alone, never on who else is in the batch, so another engine can go on with a sequence.
+min_tokens, allowed and banned tokens, grammar, temperature, top_k, top_p, min_p. Invariant: a draw depends on its own
+row and on (seed, index, position) alone, never on who else is in the batch, so that another engine can go on with a
+sequence.
 """
 
 from collections.abc import Sequence
@@ -71,11 +72,13 @@ def _is_plain(spec: SampleSpec) -> bool:
         and params.presence_penalty == params.frequency_penalty == 0
         and params.repetition_penalty == 1
         and len(spec.output) >= params.min_tokens
+        and not params.allowed_token_ids
+        and not params.bad_words_token_ids
     )
 
 
 def adjust_logits(row: torch.Tensor, spec: SampleSpec, eos_token_ids: Sequence[int]) -> torch.Tensor:
-    """A copy of `row` ([vocabulary], float32) after bias, penalties and the mask of min_tokens. All finite."""
+    """A copy of `row` ([vocabulary], float32) after bias, penalties and masks. All finite."""
     params = spec.params
     row = row.clone()
     if params.logit_bias:
@@ -92,6 +95,11 @@ def adjust_logits(row: torch.Tensor, spec: SampleSpec, eos_token_ids: Sequence[i
     if len(spec.output) < params.min_tokens:
         ends = [*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)]
         row[torch.tensor([end for end in ends if end < len(row)], dtype=torch.int64)] = -_HUGE
+    if params.allowed_token_ids:
+        allowed = torch.tensor(params.allowed_token_ids)
+        row = torch.full_like(row, -_HUGE).index_copy_(0, allowed, row[allowed])
+    if banned := params.banned_after(spec.output):
+        row[torch.tensor(sorted(banned))] = -_HUGE
     return row.nan_to_num_(nan=-_HUGE).clamp_(-_HUGE, _HUGE)
 
 

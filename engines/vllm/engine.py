@@ -269,6 +269,7 @@ class VllmEngine:
 
 def _info(llm: AsyncLLM, spec: KVSpec) -> EngineInfo:
     config = llm.vllm_config
+    reasoning = config.reasoning_config
     model = config.model_config
     eos = model.try_get_generation_config().get("eos_token_id") or model.hf_config.eos_token_id
     eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
@@ -282,4 +283,5 @@ def _info(llm: AsyncLLM, spec: KVSpec) -> EngineInfo:
         num_blocks=int(config.cache_config.num_gpu_blocks or 0),
         max_sequences=int(config.scheduler_config.max_num_seqs),
         refuses_documents=NO_DOCUMENTS,
+        lacks=[] if reasoning is not None and reasoning.enabled else ["thinking_token_budget"],
     )

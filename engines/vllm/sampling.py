@@ -24,7 +24,7 @@ def sampling_arguments(request: GenerateRequest, leg: LegParams) -> dict[str, ob
     """Keyword arguments of vLLM's SamplingParams for the tokens that are still to come.
 
     A continued request is a prompt to vLLM: its limits are lowered by what was emitted. Presence and frequency
-    penalties count, in vLLM, what this engine generates; a continuation counts anew.
+    penalties count, in vLLM, what this engine generates; a continuation counts anew, and begins no bad word before it.
     """
     sampling, emitted = request.sampling, len(request.output_token_ids)
     return {
@@ -42,9 +42,12 @@ def sampling_arguments(request: GenerateRequest, leg: LegParams) -> dict[str, ob
         "min_tokens": max(0, sampling.min_tokens - emitted),
         "stop_token_ids": list(sampling.stop_token_ids),
         "ignore_eos": sampling.ignore_eos,
+        "allowed_token_ids": list(sampling.allowed_token_ids) or None,
+        "_bad_words_token_ids": [list(word) for word in sampling.bad_words_token_ids] or None,
+        "thinking_token_budget": sampling.thinking_token_budget,
         "logprobs": sampling.logprobs,
         "detokenize": False,
-        "extra_args": extra_args(leg),
+        "extra_args": {**sampling.extra_args, **extra_args(leg)},
     }
 
 

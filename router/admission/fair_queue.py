@@ -1,4 +1,5 @@
-"""Whose turn is next: priorities strictly, within one fair shares of all flows, within a flow first come, first served.
+"""Whose turn is next: tenants' priorities strictly, within one fair shares of all flows, within a flow the requests'
+own priorities, and among equal ones first come, first served.
 
 Start-time fair queueing (Goyal et al., SIGCOMM 1996): what a request costs moves its flow's own time on, and the
 request whose time is least goes first. It shares as deficit round robin does; beyond that a flow that asks for less
@@ -25,6 +26,8 @@ class Waiter:
     context: int = 0
     """Tokens that its nodes must have room for."""
     prompt_tokens: int = 0
+    priority: int = 0
+    """Among those of its flow and rank: lower is sooner."""
     order: tuple[int, float, int] = (0, 0.0, 0)
 
 
@@ -59,10 +62,22 @@ class FairQueue:
         return f"<FairQueue of {len(self)}, {len(self._flows)} flows known>"
 
     def add(self, waiter: Waiter) -> None:
-        """It waits from here on."""
+        """It waits from here on: in the place of the first of its flow that has a higher priority, if there is one;
+        what it costs, that one and those behind it stand further back."""
         self._count += 1
         start = self._charge(waiter.flow, waiter.cost)
         waiter.order = (waiter.rank, start, self._count)
+        behind = [
+            other
+            for other in self._waiting
+            if other.flow == waiter.flow and other.rank == waiter.rank and other.priority > waiter.priority
+        ]
+        if behind:
+            behind.sort(key=_order)
+            starts = [behind[0].order[1], *(other.order[1] + waiter.cost for other in behind)]
+            places = [*(other.order[2] for other in behind), self._count]
+            for one, first, place in zip([waiter, *behind], starts, places, strict=True):
+                one.order = (one.rank, first, place)
         self._waiting[waiter] = None
 
     def next(self, *, stays: bool = False, context: int | None = None) -> Waiter | None:
@@ -89,7 +104,7 @@ class FairQueue:
         self._flow(waiter.flow).until -= waiter.cost
         self._note(waiter.flow, -waiter.cost)
         for other in self._waiting:
-            if other.flow == waiter.flow and other.order[2] > waiter.order[2]:
+            if other.flow == waiter.flow and other.order > waiter.order:
                 other.order = (other.rank, other.order[1] - waiter.cost, other.order[2])
 
     def passed(self, flow: str, cost: float) -> None:

@@ -264,6 +264,7 @@ class Admission:
             context=len(request.specs[0].prompt_token_ids) + request.specs[0].sampling.max_tokens,
             spec=request.specs[0],
             prompt_tokens=sum(len(spec.prompt_token_ids) for spec in request.specs),
+            priority=request.turn.priority,
         )
 
     def _cost(self, request: AnswerRequest, seen: Forecast) -> float:

@@ -13,7 +13,7 @@ from router.answering import Answerer
 from router.api.body import beside_if_large
 from router.api.fields.chat_fields import ChatRequest
 from router.api.fields.completion_fields import CompletionRequest
-from router.api.fields.openai_schema import answer_request, grammar_asked_by, prompts_of
+from router.api.fields.openai_schema import answer_request, bad_words_of, grammar_asked_by, prompts_of
 from router.api.formats.formatter import Formatter
 from router.api.limits import ApiLimits
 from router.client_answer import ClientAnswer
@@ -57,6 +57,7 @@ class AnswerStart:
             await answerer.check_grammar(form.grammar, form.param)
         given = await beside_if_large(num_bytes, partial(prompts_of, body, self._limits))
         prompts = await answerer.encode(given, caller.apart(body.cache_salt))
+        shows_prompt = isinstance(body, ChatRequest) and body.return_prompt_text
         if self._no_node is not None:
             await self._no_node.until_up(prompts, tell)
         wanted = answer_request(
@@ -69,6 +70,8 @@ class AnswerStart:
             limits=self._limits,
             prompt_name=asked.prompt,
             form=form,
+            bad_words=await answerer.bad_words(bad_words_of(body, self._limits), self._limits.max_bad_words),
+            prompt_text=await answerer.prompt_text(given[0]) if shows_prompt else None,
         )
         with caller.owns(with_first_token(wanted, scope)) as owned:
             answer = await answerer.admit(owned)

@@ -18,6 +18,13 @@ class ApiLimits:
     """Of `user`, by which turns are shared; what follows is not looked at."""
     max_biases: int = 16_384
     """Of `logit_bias`; and of `stop_token_ids`."""
+    max_request_id_chars: int = 256
+    max_pattern_size: int = 1024
+    """Of `repetition_detection`: each token is compared with so many before it."""
+    max_bad_words: int = 128
+    """As tokens, as vLLM's `VLLM_MAX_NUM_BAD_WORDS`."""
+    max_bad_word_chars: int = 16 << 10
+    """Of `bad_words` in all."""
     max_messages: int = 8_192
     """Of a chat; and parts of their content, together: 10 µs of the event loop each."""
     inline_tokens: int = 4096

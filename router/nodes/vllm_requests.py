@@ -22,6 +22,8 @@ _NIXL_PREFILL: dict[str, object] = {
 }
 _GREEDY_BELOW = 1e-5
 """A temperature that vLLM takes for 0 (`sampling_params.py`)."""
+_OPTIONAL = ("allowed_token_ids", "bad_words")
+"""Sent where they are not empty."""
 _SEED_STEP = 0x9E3779B97F4A7C15
 _encoder = msgspec.json.Encoder()
 
@@ -104,6 +106,13 @@ def _sampling(sampling: SamplingParams, done: int) -> dict[str, object]:
     }
     if sampling.logit_bias:
         body["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias.items()}
+    for name in _OPTIONAL:
+        if value := getattr(sampling, name):
+            body[name] = value
+    if sampling.thinking_token_budget is not None:
+        body["thinking_token_budget"] = sampling.thinking_token_budget
+    if sampling.extra_args:
+        body["vllm_xargs"] = sampling.extra_args
     if sampling.logprobs is not None:
         body |= {"logprobs": sampling.logprobs, "return_tokens_as_token_ids": True}
     if sampling.temperature >= _GREEDY_BELOW:

@@ -11,6 +11,7 @@ from nodeapi.sampling import SamplingParams
 from router.parsing.dialects import Dialect
 from router.requests.hints import CacheHint
 from router.routing.index import KeptKeys
+from router.text.repetition import Repetition
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,10 @@ class ShownFields:
     """Usage at the end of a stream; an answer in one body always has it."""
     usage_so_far: bool = False
     """Usage in every chunk."""
+    stream_interval: int = 1
+    """Tokens that one piece of a choice has, but for the first and the last."""
+    prompt_text: str | None = None
+    """What the chat template made, where the client wants to see it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +149,8 @@ class Turn:
     rank: int = 1
     client_s: float | None = None
     tenant_s: float | None = None
+    priority: int = 0
+    """Among those of its flow: lower is sooner."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,5 +168,9 @@ class AnswerRequest:
     turn: Turn = Turn()
     reading: AnswerReading | None = None
     """None: the text is the answer."""
+    client_id: str = ""
+    """What the client calls the answer; empty: nothing."""
+    repetition: Repetition | None = None
+    """What ends an answer that repeats itself."""
     token_prompts: bool = True
     """Whether a prompt may have ids that the router's tokenizer does not give."""

@@ -27,8 +27,14 @@ from router.text.token_cache import TokenCache, TokenCacheLimits
 
 LONG_TOKENS = 4096
 _T = TypeVar("_T")
-Runner = Callable[[Callable[[], _T]], Awaitable[_T]]
-"""Runs blocking work beside the loop."""
+
+
+class Runner(Protocol):
+    """Runs blocking work beside the loop."""
+
+    def __call__(self, work: Callable[[], _T], /) -> Awaitable[_T]:
+        """Its result, or what it raises."""
+        ...
 
 
 class TextThreads:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from support.router_fakes import CHUNK_TOKENS, MAX_CONTEXT, VOCAB, cluster_config, spec
 from support.router_fakes import FakeNode as _Named
@@ -253,7 +254,7 @@ class Load:
         self.cluster.on_less_load = self.admission.wake
         self.log.prompt_observers.append(self.admission.ended)
 
-        async def run(work: Callable[[], list[int]]) -> list[int]:
+        async def run(work: Callable[[], Any]) -> Any:
             return work()
 
         self.answerer = Answerer(

@@ -26,6 +26,7 @@ class ChatRequest(CommonFields, frozen=True, kw_only=True):
     tool_choice: str | dict[str, object] | None = None
     parallel_tool_calls: bool | None = True
     include_reasoning: bool | None = True
+    return_prompt_text: bool | None = False
 
 
 def chat_prompt(request: ChatRequest, limits: ApiLimits) -> ChatPrompt:

@@ -55,15 +55,31 @@ def biases(given: Mapping[str, float], most: int) -> dict[int, float]:
 
 
 class TokenLists:
-    """The lists of tokens among a request's fields, checked when they are first read, and once."""
+    """The lists of tokens among a request's fields, checked when they are first read, and once. `bad_words`: their
+    tokens, which have been checked."""
 
-    def __init__(self, logit_bias: Mapping[str, float] | None, stop_token_ids: Sequence[int] | None, most: int) -> None:
+    def __init__(
+        self,
+        logit_bias: Mapping[str, float] | None,
+        stop_token_ids: Sequence[int] | None,
+        allowed_token_ids: Sequence[int] | None,
+        most: int,
+        bad_words: list[list[int]],
+    ) -> None:
         self._bias, self._ends, self._most = logit_bias or {}, stop_token_ids or (), most
+        self._allowed, self.bad_words = allowed_token_ids, bad_words
 
     @cached_property
     def bias(self) -> dict[int, float]:
         """See `biases`."""
         return biases(self._bias, self._most)
+
+    @cached_property
+    def allowed(self) -> list[int]:
+        """Of `allowed_token_ids`, each once, in ascending order."""
+        if self._allowed is None:
+            return []
+        return sorted(set(token_ids(self._allowed, "allowed_token_ids")))
 
     @cached_property
     def ends(self) -> list[int]:

@@ -15,6 +15,14 @@ class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     include_obfuscation: bool | None = False
 
 
+class RepetitionDetection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Ends an answer that repeats itself: a pattern of so many tokens, so many times in a row. 0: nothing does."""
+
+    max_pattern_size: int = 0
+    min_pattern_size: int = 0
+    min_count: int = 0
+
+
 class CommonFields(CacheHintFields, frozen=True, kw_only=True):
     """The fields of both endpoints."""
 
@@ -37,6 +45,18 @@ class CommonFields(CacheHintFields, frozen=True, kw_only=True):
     logit_bias: dict[str, float] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = False
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    repetition_detection: RepetitionDetection | None = None
+    thinking_token_budget: int | None = None
+    vllm_xargs: dict[str, str | int | float | list[str | int | float]] | None = None
+    """For what was plugged into vLLM engines."""
+    priority: int | None = 0
+    """Among the requests of the same tenant, or `user`: lower is sooner."""
+    request_id: str | None = None
+    """The answer's id, after the endpoint's prefix."""
+    stream_interval: int | None = None
+    """Tokens of one chunk; the first and the last one come at once."""
     cache_salt: str | None = None
     user: object = None
     """Without keys, who shares fairly with others while requests must wait."""

@@ -11,9 +11,9 @@ from router.api.fields.cache_hints import hints_of, session_of
 from router.api.fields.chat_fields import ChatRequest, chat_prompt
 from router.api.fields.chat_messages import marks_of
 from router.api.fields.checks import TokenLists, require
-from router.api.fields.common_fields import StreamOptions
+from router.api.fields.common_fields import RepetitionDetection, StreamOptions
 from router.api.fields.completion_fields import CompletionRequest, completion_prompts
-from router.api.fields.sampling_fields import DEFAULT_COMPLETION_TOKENS, AnyRequest, max_tokens_of, sampling_of
+from router.api.fields.sampling_fields import DEFAULT_COMPLETION_TOKENS, INT64, AnyRequest, max_tokens_of, sampling_of
 from router.api.fields.structured import AskedGrammar, asked_grammar
 from router.api.fields.tool_choice import may_call, reading_of
 from router.api.fields.truncation import truncated
@@ -31,8 +31,10 @@ from router.requests.spec import (
 )
 from router.text.model_habits import ModelHabits
 from router.text.reasoning_marks import ReasoningMarks
+from router.text.repetition import Repetition
 
 _ANY_CONTEXT = 1 << 31
+_NAMES = {"bad_words_token_ids": "bad_words", "extra_args": "vllm_xargs"}
 
 
 def prompts_of(request: AnyRequest, limits: ApiLimits) -> list[Prompt]:
@@ -53,18 +55,22 @@ def answer_request(
     limits: ApiLimits,
     prompt_name: str | None = None,
     form: AskedGrammar | None = None,
+    bad_words: list[list[int]] | None = None,
+    prompt_text: str | None = None,
 ) -> AnswerRequest:
     """All of `request` but its prompts, which are tokens by now: a spec for each, all fields checked. `form`: its
     `grammar_asked_by`, which was checked.
 
     `max_context` None: not known as no node is up; a wrong request is wrong at any time, so the fields are checked all
-    the same. `prompt_name`: what the client calls its prompt; None: as the endpoint does. Raises InvalidRequestError.
+    the same. `prompt_name`: what the client calls its prompt; None: as the endpoint does. `bad_words`: their tokens.
+    `prompt_text`: that the client wants to see. Raises InvalidRequestError.
     """
     stops, salt, reading = _stops(request, limits), _cache_salt(request, limits), _reading(request, habits.dialect)
     hints = hints_of(request, marks_of(request.messages) if isinstance(request, ChatRequest) else ())
     context = _ANY_CONTEXT if max_context is None else max_context
     room = context - max_tokens_of(request, 0, DEFAULT_COMPLETION_TOKENS, None)[0]
-    lists = TokenLists(request.logit_bias, request.stop_token_ids, limits.max_biases)
+    allowed, bans = request.allowed_token_ids, bad_words or []
+    lists = TokenLists(request.logit_bias, request.stop_token_ids, allowed, limits.max_biases, bans)
     flow = request.user[: limits.max_user_chars] if isinstance(request.user, str) else ""
     specs = [
         RequestSpec(
@@ -92,12 +98,14 @@ def answer_request(
         specs,
         stops=stops,
         text=_text_options(request, reading),
-        shown=_shown(request),
+        shown=_shown(request, prompt_text),
         names=FieldNames(
             prompt=prompt_name or ("messages" if isinstance(request, ChatRequest) else "prompt"),
-            others={"grammar": form.field} if form is not None else {},
+            others=_NAMES if form is None else {**_NAMES, "grammar": form.field},
         ),
-        turn=Turn(flow),
+        turn=Turn(flow, priority=_priority(request.priority)),
+        client_id=_client_id(request_id, request.request_id, limits),
+        repetition=_repetition(request.repetition_detection, limits),
         reading=reading,
         token_prompts=isinstance(request, CompletionRequest) and not _is_text(request.prompt),
     )
@@ -145,15 +153,53 @@ def _text_options(request: AnyRequest, reading: AnswerReading | None) -> TextOpt
     )
 
 
-def _shown(request: AnyRequest) -> ShownFields:
+def _priority(value: int | None) -> int:
+    priority = value or 0
+    require(-INT64 <= priority < INT64, "priority", "must be a 64-bit integer")
+    return priority
+
+
+def bad_words_of(request: AnyRequest, limits: ApiLimits) -> list[str]:
+    """The words that are to be made tokens."""
+    words, longest = request.bad_words or [], limits.max_bad_word_chars
+    require(len(words) <= limits.max_bad_words, "bad_words", f"has at most {limits.max_bad_words} words")
+    require(sum(map(len, words)) <= longest, "bad_words", f"has at most {longest} characters in all")
+    return words
+
+
+def _client_id(request_id: str, value: str | None, limits: ApiLimits) -> str:
+    """With the endpoint's prefix, which `request_id` has."""
+    if value is None:
+        return ""
+    longest = limits.max_request_id_chars
+    good = 0 < len(value) <= longest and value.isprintable()
+    require(good, "request_id", f"has 1 to {longest} printable characters")
+    return f"{request_id[: request_id.rfind('-') + 1]}{value}"
+
+
+def _repetition(asked: RepetitionDetection | None, limits: ApiLimits) -> Repetition | None:
+    if asked is None:
+        return None
+    least, most, count = asked.min_pattern_size, asked.max_pattern_size, asked.min_count
+    where, largest = "repetition_detection", limits.max_pattern_size
+    require(0 <= least <= most <= largest, where, f"has 0 <= min_pattern_size <= max_pattern_size <= {largest}")
+    require(most == 0 or 2 <= count < INT64, where, "needs a min_count of at least 2")
+    return Repetition(max(1, least), most, count) if most else None
+
+
+def _shown(request: AnyRequest, prompt_text: str | None) -> ShownFields:
     options = request.stream_options or StreamOptions()
     usage = bool(request.stream and options.include_usage)
     so_far = usage and bool(options.continuous_usage_stats)
+    interval = 1 if request.stream_interval is None else request.stream_interval
+    require(interval >= 1, "stream_interval", "must be at least 1")
     return ShownFields(
         token_ids=bool(request.return_token_ids),
         tokens_as_ids=bool(request.return_tokens_as_token_ids),
         usage=usage,
         usage_so_far=so_far,
+        stream_interval=interval if request.stream else 1,
+        prompt_text=prompt_text,
     )
 
 

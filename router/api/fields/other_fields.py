@@ -18,7 +18,6 @@ HARMLESS: dict[str, str] = {
     "safety_identifier": "nobody is watched",
     "service_tier": "there is one tier",
     "store": "nothing of an answer is kept",
-    "stream_interval": "chunks come as the tokens do",
 }
 """Name: why no answer depends on it."""
 
@@ -35,9 +34,7 @@ class RefusedField:
 _NO_SOUND = RefusedField("answers are text; leave it out")
 
 REFUSED: dict[str, RefusedField] = {
-    "allowed_token_ids": RefusedField("use logit_bias"),
     "audio": _NO_SOUND,
-    "bad_words": RefusedField("use logit_bias", ([],)),
     "best_of": RefusedField("use n", (1,)),
     "chat_template": RefusedField("the template is the model folder's"),
     "ec_transfer_params": RefusedField("the nodes hand KV over by themselves", ({},)),
@@ -54,19 +51,14 @@ REFUSED: dict[str, RefusedField] = {
     "logprob_token_ids": RefusedField("use top_logprobs"),
     "modalities": RefusedField("answers are text; leave it out", (["text"], [])),
     "moderation": RefusedField("there is none; leave it out"),
-    "priority": RefusedField("requests are served as they come", (0,)),
     "prompt_embeds": RefusedField("give the prompt as text or token ids"),
     "prompt_logprobs": RefusedField("there are logprobs of the answer only"),
-    "repetition_detection": RefusedField("use repetition_penalty or frequency_penalty"),
-    "request_id": RefusedField("send the header X-Request-Id"),
-    "return_prompt_text": RefusedField("use return_token_ids", (False,)),
+    "return_prompt_text": RefusedField("chats have it", (False,)),
     "routed_experts_prompt_start": RefusedField("no experts are returned", (0,)),
     "structural_tag": RefusedField("use response_format or structured_outputs.structural_tag"),
     "suffix": RefusedField("put what comes before and after into the prompt, in the model's own form", ("",)),
-    "thinking_token_budget": RefusedField("use max_tokens", (-1,)),
     "use_beam_search": RefusedField("use n", (False,)),
     "verbosity": RefusedField("ask for it in the prompt", ("medium",)),
-    "vllm_xargs": RefusedField("nothing here reads them", ({},)),
     "watermarking": RefusedField("answers have no watermark", (False,)),
     "web_search_options": RefusedField("the web is not searched; leave it out"),
 }

@@ -12,7 +12,7 @@ from router.text.model_habits import SamplingDefaults
 
 DEFAULT_COMPLETION_TOKENS = 16
 AnyRequest = ChatRequest | CompletionRequest
-_INT64 = 1 << 63
+INT64 = 1 << 63
 
 
 def sampling_of(
@@ -37,13 +37,13 @@ def sampling_of(
     if request.stream_options is not None:
         require(bool(request.stream), "stream_options", "is only allowed when stream is true")
     seed = random.getrandbits(63) if request.seed is None else request.seed
-    require(-_INT64 <= seed < _INT64, "seed", "must be a 64-bit integer")
+    require(-INT64 <= seed < INT64, "seed", "must be a 64-bit integer")
     return SamplingParams(
         temperature=number(request.temperature, defaults.temperature, "temperature", 0.0, 2.0),
         top_p=top_p(request.top_p, defaults.top_p),
         top_k=top_k(request.top_k, defaults.top_k),
         min_p=number(request.min_p, defaults.min_p, "min_p", 0.0, 1.0),
-        seed=seed % _INT64,
+        seed=seed % INT64,
         presence_penalty=number(request.presence_penalty, defaults.presence_penalty, "presence_penalty", -2.0, 2.0),
         frequency_penalty=number(request.frequency_penalty, defaults.frequency_penalty, "frequency_penalty", -2.0, 2.0),
         repetition_penalty=repetition_penalty(request.repetition_penalty, defaults.repetition_penalty),
@@ -52,6 +52,11 @@ def sampling_of(
         min_tokens=min_tokens,
         stop_token_ids=lists.ends,
         ignore_eos=bool(request.ignore_eos),
+        allowed_token_ids=lists.allowed,
+        bad_words=list(request.bad_words or ()),
+        bad_words_token_ids=lists.bad_words,
+        thinking_token_budget=_thinking_budget(request.thinking_token_budget),
+        extra_args=request.vllm_xargs or {},
         logprobs=_logprobs(request, limits.max_logprobs),
         n=n,
         grammar=grammar,
@@ -68,7 +73,12 @@ def max_tokens_of(request: AnyRequest, prompt_tokens: int, max_context: int, mos
         most = (most or room) if isinstance(request, ChatRequest) else DEFAULT_COMPLETION_TOKENS
         return min(room, most), named
     require(given >= 1, named, "must be at least 1")
-    return min(given, _INT64), named  # more is over any context, and may have too many digits to be printed
+    return min(given, INT64), named  # more is over any context, and may have too many digits to be printed
+
+
+def _thinking_budget(value: int | None) -> int | None:
+    require(value is None or -1 <= value < INT64, "thinking_token_budget", "must be at least 0, or -1 for no limit")
+    return None if value == -1 else value
 
 
 def _logprobs(request: AnyRequest, most: int) -> int | None:

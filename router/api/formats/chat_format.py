@@ -19,7 +19,7 @@ class ChatFormatter(OpenAIFormatter[msgspec.Raw]):
             self._event(
                 "chat.completion.chunk",
                 [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}],
-                more=self._prompt_token_ids(index),
+                more={**self._prompt_token_ids(index), **self._prompt_text()},
             )
             for index in range(self._answer.num_choices)
         ]
@@ -52,7 +52,7 @@ class ChatFormatter(OpenAIFormatter[msgspec.Raw]):
             }
             for index, choice in enumerate(self._gathered)
         ]
-        return self._body("chat.completion", choices, self._prompt_token_ids(0))
+        return self._body("chat.completion", choices, {**self._prompt_token_ids(0), **self._prompt_text()})
 
     def _message(self, index: int) -> dict[str, object]:
         return {"role": "assistant", "content": "".join(self._gathered[index].texts), "refusal": None}

@@ -218,6 +218,10 @@ class OpenAIFormatter(Generic[Entry]):
     def _token_ids(self, token_ids: Sequence[int]) -> dict[str, object]:
         return {"token_ids": list(token_ids)} if self._answer.shown.token_ids else {}
 
+    def _prompt_text(self) -> dict[str, object]:
+        text = self._answer.shown.prompt_text
+        return {} if text is None else {"prompt_text": text}
+
     def _prompt_token_ids(self, index: int) -> dict[str, object]:
         if not self._answer.shown.token_ids:
             return {}

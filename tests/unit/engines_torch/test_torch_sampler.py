@@ -172,3 +172,32 @@ def test_parameters_that_no_arithmetic_survives_fail_nobody_else(params: dict[st
     assert other == int(logits[1].argmax())
     if params["temperature"] < 1e-6:
         assert drawn == int(logits[0].argmax())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_only_allowed_tokens_are_picked(temperature: float) -> None:
+    logits = logits_of(11, rows=40)
+    allowed = [5, 17, 900]
+    spec = spec_of(temperature=temperature, allowed_token_ids=allowed, logit_bias={40: 100.0}, indices=(0, 1))
+    drawn = tokens(logits, *[spec] * 40)
+    assert {token for row in drawn for token in row} <= set(allowed)
+    if temperature == 0:
+        assert [row[0] for row in drawn] == [max(allowed, key=lambda token: float(row[token])) for row in logits]
+    else:
+        assert len({token for row in drawn for token in row}) > 1
+
+
+def test_the_last_token_of_a_bad_word_is_not_picked_after_the_others() -> None:
+    logits = logits_of(12)
+    best = int(logits.argmax())
+    for word, output, is_banned in [
+        ([best], (), True),
+        ([3, best], (3,), True),
+        ([3, best], (1, 2, 3), True),
+        ([3, best], (), False),
+        ([3, best], (3, 4), False),
+        ([2, 3, best], (3,), False),
+        ([2, 3, best], (2, 3), True),
+    ]:
+        spec = spec_of(temperature=0, bad_words_token_ids=[word, [1, 2, 4]], output=output, prompt=(2, 3))
+        assert (tokens(logits, spec) == [[best]]) is not is_banned, (word, output)

@@ -105,3 +105,20 @@ def test_arguments_become_a_command_line_and_ours_come_last() -> None:
         *("--model", "/models/m", "--served-model-name", "n", "--dtype", "bfloat16", "--max-model-len", "64"),
         "--disable-hybrid-kv-cache-manager",
     ]
+
+
+def test_masks_and_extra_arguments_are_handed_down_and_ours_stay_ours() -> None:
+    leg = LegParams(leg="r")
+    plain = sampling_arguments(_request([]), leg)
+    assert plain["allowed_token_ids"] is None and plain["_bad_words_token_ids"] is None
+    asked = _request(
+        [],
+        allowed_token_ids=[1, 2],
+        bad_words_token_ids=[[3, 4]],
+        thinking_token_budget=7,
+        extra_args={"a": 1, "kv_transfer_params": "mine"},
+    )
+    arguments = sampling_arguments(asked, leg)
+    assert arguments["allowed_token_ids"] == [1, 2] and arguments["_bad_words_token_ids"] == [[3, 4]]
+    assert arguments["thinking_token_budget"] == 7
+    assert arguments["extra_args"] == {"a": 1, **plain["extra_args"]}  # type: ignore[dict-item]

@@ -26,7 +26,7 @@ MOVED = m.Moved(transport="shm", direction="put", num_bytes=1, seconds=0.5)
 TIMINGS = m.Timings(queue_s=1.0)
 LEG = m.LegInfo(cached_tokens=1, computed_tokens=2, moved=[MOVED], timings=TIMINGS)
 LOGPROB = m.TokenLogprob(logprob=-1.0, top=[(1, -1.0)])
-SAMPLING = SamplingParams(max_tokens=4, logit_bias={1: 2.0}, allowed_token_ids=[1], bad_words=[[1, 2]])
+SAMPLING = SamplingParams(max_tokens=4, logit_bias={1: 2.0}, allowed_token_ids=[1], bad_words_token_ids=[[1, 2]])
 DOCUMENTS = d.Documents(header=1, spans=[(1, 3)])
 HANDOFF = m.Handoff(num_chunks=1, wait_s=1.0)
 ENGINE = FakeNode("d0", Role.DECODER).report().engine

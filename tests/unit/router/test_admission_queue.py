@@ -168,3 +168,50 @@ def test_a_place_may_be_taken_ahead_by_what_must_be_computed_first():
     slow = [prefiller("p0", rate=100.0)]
     assert forecast(decided(slow, one), 100, 0.0, LIMITS).has_room, "two sequences end in the second that it takes"
     assert not forecast(decided(slow, [decoder("d0", sequences=5)]), 100, 0.0, LIMITS).has_room, "one more at most"
+
+
+def named(queue: FairQueue, *asked: tuple[str, int]) -> dict[Waiter, str]:
+    """Of one flow by their names, each with its priority."""
+    found = {}
+    for name, priority in asked:
+        waiter = Waiter(name[0], 1, 100.0, 100, 1, priority=priority)
+        queue.add(waiter)
+        found[waiter] = name
+    return found
+
+
+def turns_of(queue: FairQueue, names: dict[Waiter, str]) -> list[str]:
+    turns = []
+    while (waiter := queue.next()) is not None:
+        queue.take(waiter)
+        turns.append(names[waiter])
+    return turns
+
+
+def test_a_flows_own_go_by_their_priority_the_lower_first_and_equal_ones_as_they_came():
+    queue = FairQueue(10, saved=0)
+    names = named(queue, ("a1", 0), ("a2", 5), ("a3", 0), ("a4", -3), ("a5", 5), ("a6", -3))
+    assert turns_of(queue, names) == ["a4", "a6", "a1", "a3", "a2", "a5"]
+
+
+def test_a_priority_takes_nothing_from_other_flows():
+    """Its flow's turns are where they were; only who has them changes."""
+    turns = []
+    for priority in (0, -9):
+        queue = FairQueue(10, saved=0)
+        names = named(queue, ("a1", 0), ("b1", 0), ("a2", 0), ("b2", 0), ("a3", priority), ("b3", 0))
+        turns.append(turns_of(queue, names))
+    assert [turn[0] for turn in turns[0]] == [turn[0] for turn in turns[1]]
+    assert turns[1][0] == "a3"
+
+
+def test_whoever_leaves_gives_its_place_to_those_behind_it_alone():
+    queue = FairQueue(10, saved=0)
+    names = named(queue, ("a1", 0), ("a2", 0), ("a3", -1), ("b1", 0))
+    first = next(waiter for waiter, name in names.items() if name == "a3")
+    starts = {name: waiter.order[1] for waiter, name in names.items()}
+    assert starts == {"a3": 0.0, "a1": 100.0, "a2": 200.0, "b1": 0.0}
+    queue.leave(first)
+    left = {name: waiter.order[1] for waiter, name in names.items() if name != "a3"}
+    assert left == {"a1": 0.0, "a2": 100.0, "b1": 0.0}
+    assert queue.start_of("a") == 200.0

@@ -38,7 +38,14 @@ def test_what_asks_for_nothing_is_not_sent() -> None:
 
 def test_each_later_field_is_asked_for_by_its_value_alone() -> None:
     grammar = Grammar(kind=GrammarKind.REGEX, text="a")
-    values: dict[str, object] = {"allowed_token_ids": [1], "bad_words": [[1]], "grammar": grammar}
+    values: dict[str, object] = {
+        "allowed_token_ids": [1],
+        "bad_words": ["a"],
+        "bad_words_token_ids": [[1]],
+        "extra_args": {"a": 1},
+        "grammar": grammar,
+        "thinking_token_budget": 0,
+    }
     assert values.keys() == SINCE.keys()
     for name, value in values.items():
         assert SamplingParams(max_tokens=1, **{name: value}).asks == {name}  # type: ignore[arg-type]

@@ -60,7 +60,7 @@ def test_a_chat_becomes_a_neutral_request() -> None:
         [RequestSpec("r", [1, 2], sampling, b"s", "theirs")],
         stops=["x"],
         shown=ShownFields(token_ids=True, usage=True),
-        names=FieldNames(prompt="messages"),
+        names=request.names,
         token_prompts=False,
     )
 
