@@ -32,6 +32,7 @@ from nodeapi.grammars.structural_tags import FORMATS
 from router.api.fields.chat_fields import ChatRequest
 from router.api.fields.completion_fields import CompletionRequest
 from router.api.fields.other_fields import HARMLESS, REFUSED
+from router.api.openai_responses.request import ResponsesRequest
 from router.parsing.dialects import DIALECTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,6 +76,7 @@ A histogram has the series `NAME_bucket`, `NAME_sum` and `NAME_count`. What the 
 """
 
 
+_FORMED = ", ".join(f"`{name}`" for name, dialect in DIALECTS.items() if dialect.form is not None)
 _OPENAI_HEAD = f"""# The OpenAI API's fields
 
 <!-- Made by scripts/write_reference.py from router/api/fields: change it there. -->
@@ -95,8 +97,8 @@ what is not OpenAI's. `model.generation_config: false` leaves the file alone.
 
 `POST /v1/messages` and `/v1/messages/count_tokens` are Anthropic's: blocks of text, thinking, calls and results of
 tools are translated into a chat as vLLM's server translates them, and what is said here of chats holds for them.
-Images, documents, Anthropic's own tools and `tool_choice` `any` or with a name are refused. Errors have Anthropic's
-form.
+`tool_choice` `any` is `required`, and `tool` is one with a name. Images, documents and Anthropic's own tools are
+refused. Errors have Anthropic's form.
 
 `POST /v1/responses` is OpenAI's other API: messages, reasoning, calls of functions and what came of them are translated
 into a chat as vLLM's server translates them, so that `previous_response_id` and the same items sent again are the same
@@ -129,11 +131,21 @@ compiled within 10 s. With vLLM its own libraries take it, and refuse what they 
 
 The model is told of `tools`, and with `tool_choice` `auto`, the default, its calls are told apart from its text: in one
 body as `tool_calls`, in a stream as OpenAI streams them, the arguments as they are written. A call that was cut off
-(`finish_reason` `length`) is in no body. `tool_choice` `required`, or with a name, is refused: nothing makes a model
-call. What it writes between the marks of its reasoning is in `reasoning`, and in `reasoning_content`, whether there are
-tools or not; `include_reasoning` `false` leaves it out. Calls in the history and what came of them reach the model.
-How a model writes both is its dialect. It is the first of these whose marks its chat template has, or `model.parser` of
-the cluster file names it, or an object of yours (`package.module:name`, a `router.parsing.dialects.Dialect`):
+(`finish_reason` `length`) is in no body. What it writes between the marks of its reasoning is in `reasoning`, and in
+`reasoning_content`, whether there are tools or not; `include_reasoning` `false` leaves it out. Calls in the history and
+what came of them reach the model.
+
+With `tool_choice` `required` it calls at least one function, with a name that one and once: the answer is held to that,
+and the arguments to the function's `parameters`, unless its `strict` is `false`; `parallel_tool_calls` `false` allows
+one call. Such calls are written in the model's own form ({_FORMED}), else as a list in
+JSON, or with a name as the arguments alone, as vLLM's server has it, so that no dialect is needed. They come before
+`response_format`, and with a name the `finish_reason` is `stop`, as OpenAI has it. With `auto` the calls of models with
+such a form of their own are held to the schemas of the functions that are `strict`, unless the answer is held to
+another form; of others `strict` has no effect.
+
+How a model writes calls and reasoning is its dialect: the first of these whose marks its chat template has, or what
+`model.parser` of the cluster file names, which may be an object of yours (`package.module:name`, a
+`router.parsing.dialects.Dialect`):
 {", ".join(f"`{name}`" for name in DIALECTS)}.
 With `none` answers are given out as they are written. Of the 469 answers of the conformance suite canitoolcall 0.1.1
 all but 26 are parsed as it has them, however they are cut into pieces; 22 of these were cut off within a call.
@@ -247,10 +259,12 @@ def openai_page() -> str:
     """The text of docs/openai.md."""
     chat, completions = ChatRequest.__struct_fields__, CompletionRequest.__struct_fields__
     both = [name for name in completions if name in chat]
+    responses_refuse = ("background", "prompt")
     obeyed = (
         ("Of both", both),
         ("Of chats alone", [name for name in chat if name not in both]),
         ("Of completions alone", [name for name in completions if name not in both]),
+        ("Of `/v1/responses`", [name for name in ResponsesRequest.__struct_fields__ if name not in responses_refuse]),
     )
     parts = [_OPENAI_HEAD, "\n## Obeyed\n\n"]
     for whose, names in obeyed:

@@ -14,6 +14,7 @@ from router.api.body import beside_if_large
 from router.api.fields.chat_fields import ChatRequest
 from router.api.fields.completion_fields import CompletionRequest
 from router.api.fields.openai_schema import answer_request, bad_words_of, grammar_asked_by, prompts_of
+from router.api.fields.structured import AskedGrammar
 from router.api.formats.formatter import Formatter
 from router.api.limits import ApiLimits
 from router.client_answer import ClientAnswer
@@ -32,6 +33,14 @@ class Asked:
     body: ChatRequest | CompletionRequest
     formatter: MakeFormatter
     prompt: str | None = None
+    form: str = ""
+    """What it calls `response_format`; empty: so."""
+
+    def named(self, form: AskedGrammar | None) -> AskedGrammar | None:
+        """The same, by the surface's name."""
+        if form is None or not self.form or form.field != "response_format":
+            return form
+        return AskedGrammar(form.grammar, self.form)
 
 
 class AnswerStart:
@@ -52,7 +61,7 @@ class AnswerStart:
         answerer, body, caller = self._answerer, asked.body, caller_of(scope)
         if body.model:
             answerer.check_model(body.model)
-        form = grammar_asked_by(body)
+        form = asked.named(grammar_asked_by(body, self._habits.dialect))
         if form is not None:
             await answerer.check_grammar(form.grammar, form.param)
         given = await beside_if_large(num_bytes, partial(prompts_of, body, self._limits))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from kvcore.errors import ConfigError
 from router.parsing import channels, json_calls, tagged_calls
+from router.parsing.call_forms import CallForm
 from router.parsing.events import Content, Event, Parse, Reasoning
 from router.parsing.json_calls import Tools
 from router.parsing.reader import Reader
@@ -32,6 +33,8 @@ class Dialect:
     """Every answer is written in it, not only one with calls."""
     short_ids: bool = False
     """The ids of calls have nine letters and digits."""
+    form: CallForm | None = None
+    """How a grammar has its calls made; None: as JSON, in another form than its own."""
     trims: bool = True
     """White space around the reasoning is no part of it, nor of the answer."""
     in_template: tuple[str, ...] = ()
@@ -78,9 +81,20 @@ DIALECTS: Mapping[str, Dialect] = {
     ),
     "qwen3_xml": Dialect(tagged_calls.qwen_xml, (_THINK,), in_template=("<tool_call>", "<function=")),
     "glm": Dialect(tagged_calls.glm, (_THINK,), in_template=("<arg_key>",)),
-    "hermes": Dialect(json_calls.hermes, (_THINK,), in_template=("<tool_call>",)),
+    "hermes": Dialect(
+        json_calls.hermes,
+        (_THINK,),
+        form=CallForm(
+            ('<tool_call>\n{"name": "', '", "arguments": '), "}\n</tool_call>", trigger="<tool_call>", separator="\n"
+        ),
+        in_template=("<tool_call>",),
+    ),
     "llama4_pythonic": Dialect(json_calls.pythonic, in_template=("<|python_start|>",)),
-    "llama3_json": Dialect(json_calls.llama3, in_template=("<|start_header_id|>", "parameters")),
+    "llama3_json": Dialect(
+        json_calls.llama3,
+        form=CallForm(('{"name": "', '", "parameters": '), "}", trigger='{"name": ', separator="; "),
+        in_template=("<|start_header_id|>", "parameters"),
+    ),
     "think": Dialect(thinks=(_THINK,), in_template=("</think>",)),
 }
 """In the order in which templates are looked at: the first whose texts a template has."""

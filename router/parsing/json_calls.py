@@ -159,7 +159,7 @@ def call_object(r: Reader, *, marker: str = "", bare: bool = False) -> Parse[boo
             r.forget()
             begun = True
             yield CallBegin(name)
-            if not (yield from _arguments(r)):
+            if not (yield from arguments_value(r)):
                 return False
         else:
             value = yield from r.json_value()
@@ -182,11 +182,12 @@ def call_object(r: Reader, *, marker: str = "", bare: bool = False) -> Parse[boo
 def _call(r: Reader, name: str, call_id: str = "") -> Parse[None]:
     """The arguments of a call whose name is known."""
     yield CallBegin(name, call_id)
-    if (yield from _arguments(r)):
+    if (yield from arguments_value(r)):
         yield CallEnd()
 
 
-def _arguments(r: Reader) -> Parse[bool]:
+def arguments_value(r: Reader) -> Parse[bool]:
+    """Arguments as they come. False: they did not come to their end."""
     yield from r.skip_space()
     if r.text.startswith("{"):
         return (yield from r.json_value(CallArguments)) is not None

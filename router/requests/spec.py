@@ -106,6 +106,10 @@ class AnswerReading:
     """Calls after the first are left out."""
     continues: bool = False
     """The answer goes on with the last message."""
+    in_json: bool = False
+    """Calls had to be made, and in another form than the dialect's: as a list in JSON."""
+    only: str = ""
+    """The one function that had to be called; `in_json`: its arguments are all there is."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,4 +61,4 @@ async def test_errors_are_those_of_its_library() -> None:
         with pytest.raises(anthropic.NotFoundError):
             await api.messages.create(model="other", messages=[QUESTION], max_tokens=3)
         with pytest.raises(anthropic.BadRequestError, match="tool_choice"):
-            await api.messages.create(messages=[QUESTION], tool_choice={"type": "any"}, **MORE)
+            await api.messages.create(messages=[QUESTION], tool_choice={"type": "tool", "name": "other"}, **MORE)

@@ -9,8 +9,9 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import openai
+import pydantic
 import pytest
-from support.router_fakes import calls_then, serving
+from support.router_fakes import calls_then, serving, writes
 
 TOOLS: list[Any] = [
     {
@@ -82,7 +83,8 @@ async def test_the_names_and_lengths_of_models_are_read() -> None:
         with pytest.raises(openai.NotFoundError):
             await api.chat.completions.create(model="other", messages=[QUESTION])
         with pytest.raises(openai.BadRequestError, match="tool_choice"):
-            await api.chat.completions.create(messages=[QUESTION], tool_choice="required", **MORE)
+            other: Any = {"type": "function", "function": {"name": "other"}}
+            await api.chat.completions.create(messages=[QUESTION], tool_choice=other, **MORE)
 
 
 # --- /v1/responses ----------------------------------------------------------------------------------------------------
@@ -139,3 +141,41 @@ async def test_every_event_of_responses_is_one_of_openais_to_the_field() -> None
         async for event in raw:
             type(event).model_validate(event.to_dict(), strict=True)
             assert (event.model_extra or {}).keys() <= {"name"}, "as vLLM names the call that is done"
+
+
+class Weather(pydantic.BaseModel):
+    city: str
+    degrees: int
+
+
+async def test_parsed_answers_are_values_of_the_clients_types() -> None:
+    said = '{"city": "Rome", "degrees": 31}'
+    async with (
+        serving(writes(said), "hermes") as url,
+        openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as api,
+    ):
+        parsed = await api.responses.parse(model="fake-model", input=INPUT, text_format=Weather)
+        assert parsed.output_parsed == Weather(city="Rome", degrees=31)
+        chat = await api.chat.completions.parse(model="fake-model", messages=[QUESTION], response_format=Weather)
+        assert chat.choices[0].message.parsed == Weather(city="Rome", degrees=31)
+        async with api.responses.stream(model="fake-model", input=INPUT, text_format=Weather) as stream:
+            assert (await stream.get_final_response()).output_parsed == parsed.output_parsed
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "get_weather"}])
+async def test_a_function_that_must_be_called_is_called_with_arguments_of_its_type(choice: Any) -> None:
+    tool = openai.pydantic_function_tool(Weather, name="get_weather")
+    said = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome", "degrees": 31}}\n</tool_call>'
+    async with (
+        serving(writes(said), "hermes") as url,
+        openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as api,
+    ):
+        for_chat = choice if isinstance(choice, str) else {"type": "function", "function": {"name": "get_weather"}}
+        asked: dict[str, Any] = {"model": "fake-model", "messages": [QUESTION], "tool_choice": for_chat}
+        chat = await api.chat.completions.parse(tools=[tool], **asked)
+        (call,) = chat.choices[0].message.tool_calls or ()
+        assert call.function.parsed_arguments == Weather(city="Rome", degrees=31)
+        flat: Any = {"type": "function", **tool["function"]}
+        reply = await api.responses.create(model="fake-model", input=INPUT, tools=[flat], tool_choice=choice)
+        (item,) = reply.output
+        assert item.type == "function_call" and Weather.model_validate_json(item.arguments).city == "Rome"

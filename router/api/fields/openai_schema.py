@@ -15,7 +15,7 @@ from router.api.fields.common_fields import RepetitionDetection, StreamOptions
 from router.api.fields.completion_fields import CompletionRequest, completion_prompts
 from router.api.fields.sampling_fields import DEFAULT_COMPLETION_TOKENS, INT64, AnyRequest, max_tokens_of, sampling_of
 from router.api.fields.structured import AskedGrammar, asked_grammar
-from router.api.fields.tool_choice import may_call, reading_of
+from router.api.fields.tool_choice import must_call, reading_of, tool_grammar
 from router.api.fields.truncation import truncated
 from router.api.limits import ApiLimits
 from router.parsing.dialects import Dialect
@@ -111,9 +111,14 @@ def answer_request(
     )
 
 
-def grammar_asked_by(request: AnyRequest) -> AskedGrammar | None:
-    """The form that the answer must have, still to be checked. None: any. Raises InvalidRequestError."""
-    return asked_grammar(request.response_format, request.structured_outputs)
+def grammar_asked_by(request: AnyRequest, dialect: Dialect | None) -> AskedGrammar | None:
+    """The form that the answer must have, still to be checked: calls that must be made, in the model's `dialect`, come
+    before any other. None: any. Raises InvalidRequestError."""
+    form = asked_grammar(request.response_format, request.structured_outputs)
+    if not isinstance(request, ChatRequest) or (form is not None and not must_call(request.tool_choice)):
+        return form
+    one_call = request.parallel_tool_calls is False
+    return tool_grammar(request.tools, request.tool_choice, dialect=dialect, one_call=one_call) or form
 
 
 def _grammar(
@@ -134,9 +139,9 @@ def _is_text(prompt: str | list[str | int | list[int]]) -> bool:
 def _reading(request: AnyRequest, dialect: Dialect | None) -> AnswerReading | None:
     if not isinstance(request, ChatRequest):
         return None
-    tools = request.tools if may_call(request.tools, request.tool_choice) else None
     return reading_of(
-        tools,
+        request.tools,
+        request.tool_choice,
         dialect=dialect,
         shows_reasoning=request.include_reasoning is not False,
         one_call=request.parallel_tool_calls is False,

@@ -1,28 +1,91 @@
-"""Whether a chat's answer may call tools, and how its text is read then."""
+"""Whether a chat's answer may call tools, which it must call, and how its text is read then."""
 
 from collections.abc import Mapping, Sequence
 
 from router.api.fields.chat_tools import Tool
-from router.api.fields.checks import refuse, require
+from router.api.fields.checks import require
+from router.api.fields.structured import AskedGrammar
+from router.parsing.call_forms import Schemas, forced_arguments, forced_calls, strict_calls
 from router.parsing.dialects import Dialect
 from router.requests.spec import AnswerReading
 
+Choice = str | Mapping[str, object] | None
+_PLAIN = Dialect()
 
-def may_call(tools: Sequence[Tool] | None, choice: str | Mapping[str, object] | None) -> bool:
-    """Whether the model may call one. Raises InvalidRequestError for what is not to be had."""
-    if isinstance(choice, Mapping) or choice == "required":
-        refuse("tool_choice", True)
-    require(choice in (None, "none", "auto"), "tool_choice", "is none or auto")
+
+def may_call(tools: Sequence[Tool] | None, choice: Choice) -> bool:
+    """Whether the model may call one. Raises InvalidRequestError for a choice that is none."""
+    if isinstance(choice, Mapping):
+        _named(tools, choice)
+        return True
+    require(choice in (None, "none", "auto", "required"), "tool_choice", "is none, auto, required or a function")
+    require(choice != "required" or bool(tools), "tool_choice", "is required, and there are no tools")
     return bool(tools) and choice != "none"
 
 
-def reading_of(
-    tools: Sequence[Tool] | None, *, dialect: Dialect | None, shows_reasoning: bool, one_call: bool, continues: bool
-) -> AnswerReading | None:
-    """`tools`: those that may be called. Raises InvalidRequestError where nobody can tell calls from text."""
-    if dialect is None:
-        text = "cannot be used with this model: its chat template speaks no known dialect; model.parser names one"
-        require(not tools, "tools", text)
+def must_call(choice: Choice) -> bool:
+    """Whether it must."""
+    return isinstance(choice, Mapping) or choice == "required"
+
+
+def tool_grammar(
+    tools: Sequence[Tool] | None, choice: Choice, *, dialect: Dialect | None, one_call: bool
+) -> AskedGrammar | None:
+    """What makes the model call what must be called, and by its schema, unless that is not `strict`; without such a
+    choice the arguments of functions that are follow theirs. None: nothing is asked for. Raises InvalidRequestError."""
+    if not may_call(tools, choice):
         return None
-    schemas = {tool.function.name: tool.function.parameters or {} for tool in tools} if tools else None
-    return AnswerReading(dialect, schemas, shows_reasoning, one_call, continues)
+    form, only = (dialect or _PLAIN).form, _only(tools, choice)
+    if must_call(choice):
+        chosen = [tool for tool in tools or () if only in ("", tool.function.name)]
+        schemas = {tool.function.name: _schema(tool, unless=False) for tool in chosen}
+        if only and form is None:
+            return AskedGrammar(forced_arguments(schemas[only]), "tools")
+        return AskedGrammar(forced_calls(form, schemas, one=one_call or bool(only)), "tools")
+    if form is None or not any(tool.function.strict for tool in tools or ()):
+        return None
+    schemas = {tool.function.name: _schema(tool, unless=None) for tool in tools or ()}
+    return AskedGrammar(strict_calls(form, schemas), "tools")
+
+
+def reading_of(
+    tools: Sequence[Tool] | None,
+    choice: Choice,
+    *,
+    dialect: Dialect | None,
+    shows_reasoning: bool,
+    one_call: bool,
+    continues: bool,
+) -> AnswerReading | None:
+    """Raises InvalidRequestError where nobody can tell calls from text."""
+    called = tools if may_call(tools, choice) else None
+    only, forced = _only(tools, choice), must_call(choice)
+    if dialect is None and not forced:
+        text = "cannot be used with this model: its chat template speaks no known dialect; model.parser names one"
+        require(not called, "tools", text)
+        return None
+    known = dialect or _PLAIN
+    schemas: Schemas | None = {tool.function.name: tool.function.parameters or {} for tool in called or ()} or None
+    in_json = forced and known.form is None
+    return AnswerReading(known, schemas, shows_reasoning, one_call, continues, in_json=in_json, only=only)
+
+
+def _only(tools: Sequence[Tool] | None, choice: Choice) -> str:
+    """The function that must be called; empty: any may."""
+    return _named(tools, choice) if isinstance(choice, Mapping) else ""
+
+
+def _named(tools: Sequence[Tool] | None, choice: Mapping[str, object]) -> str:
+    function = choice.get("function")
+    name = function.get("name") if isinstance(function, Mapping) else None
+    is_function = choice.get("type", "function") == "function" and isinstance(name, str) and bool(name)
+    require(is_function, "tool_choice", "is none, auto, required or a function with its name")
+    known = any(tool.function.name == name for tool in tools or ())
+    require(known, "tool_choice", f"names {str(name)[:64]!r}, which is none of the tools")
+    return str(name)
+
+
+def _schema(tool: Tool, *, unless: bool | None) -> Mapping[str, object]:
+    """What its arguments must follow: any object where it is not `strict`, or, `unless` None, says nothing of it."""
+    loose = tool.function.strict in (False, unless)
+    return {"type": "object"} if loose else tool.function.parameters or {}

@@ -29,6 +29,7 @@ class ParsedChatFormatter(ChatFormatter):
         self, answer: ClientAnswer, model: str, created: int, tokenizer: Tokenizer, reading: AnswerReading
     ) -> None:
         super().__init__(answer, model, created, tokenizer)
+        self._only = reading.only
         self._choices = [ReadChoice(answer, index, reading, tokenizer) for index in range(answer.num_choices)]
 
     def chunk(self, piece: TextPiece) -> bytes:
@@ -44,7 +45,9 @@ class ParsedChatFormatter(ChatFormatter):
             beside = {"logprobs": None}
         if reason is not None:
             events.append(
-                self._delta(piece.index, {}, _reason(reason, choice.calls), {"logprobs": None, **stop_reason_of(piece)})
+                self._delta(
+                    piece.index, {}, self._reason(reason, choice.calls), {"logprobs": None, **stop_reason_of(piece)}
+                )
             )
         return b"".join(events)
 
@@ -73,8 +76,8 @@ class ParsedChatFormatter(ChatFormatter):
 
     def _finish_reason(self, index: int) -> str | None:
         reason = super()._finish_reason(index)
-        return reason and _reason(reason, self._choices[index].whole_calls)
+        return reason and self._reason(reason, self._choices[index].whole_calls)
 
-
-def _reason(reason: str, calls: Sequence[ToolCall]) -> str:
-    return "tool_calls" if reason == "stop" and calls else reason
+    def _reason(self, reason: str, calls: Sequence[ToolCall]) -> str:
+        """Of a call that had to be of one function OpenAI says that the answer has stopped."""
+        return "tool_calls" if reason == "stop" and calls and not self._only else reason

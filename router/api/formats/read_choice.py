@@ -8,6 +8,7 @@ import msgspec
 from router.client_answer import ClientAnswer
 from router.parsing.dialects import AnswerParser
 from router.parsing.events import CallArguments, CallBegin, CallEnd, Content, Event, Reasoning
+from router.parsing.forced import ForcedParser
 from router.requests.spec import AnswerReading
 from router.text.tokenizer import Tokenizer
 
@@ -39,7 +40,11 @@ class ReadChoice:
     def __init__(self, answer: ClientAnswer, index: int, reading: AnswerReading, tokenizer: Tokenizer) -> None:
         """Choice `index` of an answer."""
         end = tokenizer.decode(answer.prompt_token_ids(index)[-_PROMPT_END_TOKENS:], skip_special_tokens=False)
-        self._parser = AnswerParser(reading.dialect, reading.tools, end, continues=reading.continues)
+        self._parser: AnswerParser | ForcedParser
+        if reading.in_json:
+            self._parser = ForcedParser(reading.dialect, reading.only, end, continues=reading.continues)
+        else:
+            self._parser = AnswerParser(reading.dialect, reading.tools, end, continues=reading.continues)
         self._reading = reading
         self.texts: dict[type[Event], list[str]] = {Content: [], Reasoning: []}
         self.calls: list[ToolCall] = []

@@ -12,6 +12,7 @@ from router.api.fields.chat_fields import ChatRequest
 from router.api.fields.chat_messages import ChatMessage
 from router.api.fields.chat_tools import FunctionSpec, Tool
 from router.api.fields.checks import refuse, require
+from router.api.fields.structured import StructuredOutputs
 from router.api.openai_responses.items import InputItem, continues, messages_of, user_item
 
 _LOGPROBS = "message.output_text.logprobs"
@@ -24,6 +25,7 @@ _INCLUDED = (
     "file_search_call.results",
 )
 """What may be asked for beside the answer. But for the first there is never any of it."""
+_FORMATS = ("text", "json_object", "json_schema")
 _SAME = (
     "model",
     "stream",
@@ -45,6 +47,7 @@ _SAME = (
     "cache_salt",
     "user",
     "include_reasoning",
+    "structured_outputs",
     "parallel_tool_calls",
     "cache_control",
     "prompt_cache_key",
@@ -142,6 +145,7 @@ class ResponsesRequest(CacheHintFields, frozen=True, kw_only=True):
     include_reasoning: bool | None = True
     chat_template_kwargs: dict[str, object] | None = None
     cache_salt: str | None = None
+    structured_outputs: StructuredOutputs | None = None
 
 
 def items_of(request: ResponsesRequest) -> list[InputItem]:
@@ -190,9 +194,11 @@ def _check(request: ResponsesRequest) -> None:
 
 def _response_format(text: TextSettings | None) -> dict[str, object] | None:
     wanted = text.format if text is not None else None
+    require(wanted is None or wanted.type in _FORMATS, "text.format.type", f"is {', '.join(_FORMATS)}")
     if wanted is None or wanted.type != "json_schema":
         return None if wanted is None else {"type": wanted.type}
     require(wanted.schema is not None, "text.format.schema", "is missing")
+    require(bool(wanted.name), "text.format.name", "is missing")
     schema = {"name": wanted.name, "schema": wanted.schema, "strict": wanted.strict}
     return {"type": "json_schema", "json_schema": schema}
 

@@ -45,7 +45,7 @@ class ResponsesDoor:
             items=[*before, *items_of(request)],
             keep=partial(kept.put, tenant) if kept is not None and keeps else None,
         )
-        return Asked(chat, formatter, prompt="input")
+        return Asked(chat, formatter, prompt="input", form="text.format")
 
     def add_to(self, app: FastAPI) -> None:
         """The routes of answers that are kept, to a router's application."""

@@ -136,13 +136,6 @@ def test_what_is_wrong_is_named(fields: dict[str, object], param: str) -> None:
     assert caught.value.param == param
 
 
-async def test_calls_that_must_be_made_are_refused() -> None:
-    async with asking(CALLS, "hermes") as (http, _):
-        for choice in ({"type": "any"}, {"type": "tool", "name": "get_weather"}):
-            reply = await http.post("/v1/messages", json={**ASK, "tool_choice": choice})
-            assert reply.status_code == 400 and "tool_choice" in reply.json()["error"]["message"]
-
-
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 

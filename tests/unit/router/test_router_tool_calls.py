@@ -173,8 +173,8 @@ async def test_what_cannot_be_had_is_refused_by_name() -> None:
         assert "model.parser" in reply.json()["error"]["message"]
         assert (await http.post("/v1/chat/completions", json={**CHAT, "tool_choice": "none"})).status_code == 200
     async with asking(CALLS, "hermes") as (http, _):
-        named = {"type": "function", "function": {"name": "get_time"}}
-        for choice in ("required", "some", named):
+        named = {"type": "function", "function": {"name": "get_times"}}
+        for choice in ("some", named):
             reply = await http.post("/v1/chat/completions", json={**CHAT, "tool_choice": choice})
             assert (reply.status_code, reply.json()["error"]["param"]) == (400, "tool_choice")
 

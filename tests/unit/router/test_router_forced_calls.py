@@ -1,0 +1,204 @@
+"""Calls that must be made: what the nodes are told, what a grammar lets through, and how it is read."""
+
+import json
+from typing import Any
+
+import pytest
+from support.router_fakes import VOCAB, asking
+
+from kvcore.errors import InvalidRequestError
+from nodeapi.grammars.compiler import Grammars
+from nodeapi.grammars.grammar import Grammar, GrammarKind
+from router.api.fields.chat_fields import ChatRequest
+from router.api.fields.chat_tools import FunctionSpec, Tool
+from router.api.fields.openai_schema import grammar_asked_by
+from router.parsing.dialects import DIALECTS, Dialect
+from router.parsing.events import CallArguments, CallBegin, CallEnd, Reasoning
+from router.parsing.forced import ForcedParser
+from router.text.tokenizer import ByteTokenizer
+
+CITY = {"type": "object", "properties": {"city": {"enum": ["Zürich", "Rome"]}}, "required": ["city"]}
+CITY |= {"additionalProperties": False}
+TOOLS: list[dict[str, Any]] = [
+    {"type": "function", "function": {"name": "get_weather", "parameters": CITY}},
+    {"type": "function", "function": {"name": "now"}},
+]
+NAMED = {"type": "function", "function": {"name": "get_weather"}}
+ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "How is it?"}], "max_tokens": 500, "tools": TOOLS}
+IN_HERMES = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"}}\n</tool_call>'
+NOW = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+IN_LLAMA = '{"name": "get_weather", "parameters": {"city": "Rome"}}'
+IN_JSON = '[{"name": "get_weather", "parameters": {"city": "Rome"}}, {"name": "now", "parameters": {}}]'
+ROME = {"city": "Rome"}
+
+
+def tool(name: str, parameters: dict[str, object] | None, strict: bool | None = None) -> Tool:
+    return Tool(FunctionSpec(name, None, parameters, strict))
+
+
+def asked(dialect: str, choice: Any, tools: Any = None, **fields: Any) -> Any:
+    tools = tools or [tool("get_weather", CITY), tool("now", None)]
+    request = ChatRequest(messages=[], tools=tools, tool_choice=choice, **fields)
+    form = grammar_asked_by(request, DIALECTS.get(dialect))
+    return form and form.grammar
+
+
+async def lets(grammar: Grammar, text: str) -> str:
+    """`whole`: this is an answer; `begun`: a beginning of one; `no`: neither. As the engines' masks say."""
+    grammars = Grammars(ByteTokenizer(VOCAB).vocabulary, (0,))
+    try:
+        matcher = await grammars.matcher(grammar)
+        tokens = list(text.encode())
+        for at in range(len(tokens)):
+            mask = matcher.mask(tokens[:at], [0], may_end=True)
+            if mask is None or not mask[tokens[at]]:
+                return "no"
+        mask = matcher.mask(tokens, [0], may_end=True)
+        return "whole" if mask is not None and mask[0] else "begun"
+    finally:
+        grammars.close()
+
+
+@pytest.mark.parametrize(
+    ("dialect", "choice", "fields", "text", "verdict"),
+    [
+        ("hermes", "required", {}, IN_HERMES, "whole"),
+        ("hermes", "required", {}, f"{IN_HERMES}\n{NOW}", "whole"),
+        ("hermes", "required", {"parallel_tool_calls": False}, f"{IN_HERMES}\n{NOW}", "no"),
+        ("hermes", "required", {}, IN_HERMES.replace("Rome", "Paris"), "no"),
+        ("hermes", "required", {}, IN_HERMES[:-4], "begun"),
+        ("hermes", "required", {}, "Let me see.", "no"),
+        ("hermes", NAMED, {}, IN_HERMES, "whole"),
+        ("hermes", NAMED, {}, NOW, "no"),
+        ("hermes", NAMED, {}, f"{IN_HERMES}\n{IN_HERMES}", "no"),
+        ("llama3_json", "required", {}, f"{IN_LLAMA}; {IN_LLAMA}", "whole"),
+        ("llama3_json", NAMED, {}, IN_LLAMA, "whole"),
+        ("glm", "required", {}, IN_JSON, "whole"),
+        ("glm", "required", {}, "[]", "no"),
+        ("glm", "required", {"parallel_tool_calls": False}, IN_JSON, "no"),
+        ("glm", NAMED, {}, '{"city": "Rome"}', "whole"),
+        ("none", "required", {}, IN_JSON, "whole"),
+        ("none", "required", {}, IN_JSON.replace("get_weather", "other"), "no"),
+    ],
+)
+async def test_a_call_must_be_made_by_its_schema(
+    dialect: str, choice: Any, fields: dict[str, Any], text: str, verdict: str
+) -> None:
+    assert await lets(asked(dialect, choice, **fields), text) == verdict
+
+
+async def test_only_strict_functions_are_held_to_their_schemas_where_none_must_be_called() -> None:
+    wrong = IN_HERMES.replace("Rome", "Paris")
+    assert asked("hermes", "auto") is None and asked("hermes", "none", [tool("get_weather", CITY, True)]) is None
+    strict = asked("hermes", "auto", [tool("get_weather", CITY, True), tool("now", CITY)])
+    for text, verdict in (
+        ("It rains.", "whole"),
+        (f"Look: {IN_HERMES} and {NOW}", "whole"),
+        (f"Look: {wrong}", "no"),
+        (IN_HERMES.replace("get_weather", "other"), "no"),
+    ):
+        assert await lets(strict, text) == verdict, text
+    loose = asked("hermes", "required", [tool("get_weather", CITY, False)])
+    assert await lets(loose, wrong) == "whole"
+    assert await lets(loose, wrong.replace('{"city": "Paris"}', "3")) == "no"
+
+
+async def test_definitions_of_several_functions_are_the_lists() -> None:
+    def of(city: object) -> dict[str, object]:
+        return {"type": "object", "properties": {"city": {"$ref": "#/$defs/City"}}, "$defs": {"City": city}}
+
+    both = [tool("get_weather", of({"enum": ["Rome"]})), tool("now", of({"enum": ["Rome"]}))]
+    assert await lets(asked("glm", "required", both), IN_JSON) == "whole"
+    assert await lets(asked("glm", "required", both), IN_JSON.replace("Rome", "Paris")) == "no"
+    with pytest.raises(InvalidRequestError, match="City"):
+        asked("glm", "required", [*both, tool("other", of({"enum": ["Paris"]}))])
+
+
+@pytest.mark.parametrize(
+    ("parser", "choice", "text", "calls", "reason"),
+    [
+        ("hermes", "required", f"{IN_HERMES}\n{NOW}", [("get_weather", ROME), ("now", {})], "tool_calls"),
+        ("hermes", NAMED, f"<think>\nRome?\n</think>\n\n{IN_HERMES}", [("get_weather", ROME)], "stop"),
+        ("glm", "required", f"<think>Rome?</think>{IN_JSON}", [("get_weather", ROME), ("now", {})], "tool_calls"),
+        ("glm", NAMED, '{"city": "Rome"}', [("get_weather", ROME)], "stop"),
+        ("none", "required", IN_JSON, [("get_weather", ROME), ("now", {})], "tool_calls"),
+        ("gpt_oss", NAMED, '<|channel|>final<|message|>{"city": "Rome"}', [("get_weather", ROME)], "stop"),
+    ],
+)
+async def test_calls_that_had_to_be_made_are_calls(
+    parser: str, choice: Any, text: str, calls: list[tuple[str, object]], reason: str
+) -> None:
+    body = {**ASK, "tool_choice": choice}
+    async with asking(text, parser) as (http, rig):
+        (whole,) = (await http.post("/v1/chat/completions", json=body)).json()["choices"]
+        lines = (await http.post("/v1/chat/completions", json={**body, "stream": True})).text
+    sent = [request.sampling.grammar for node in rig.nodes.nodes for request in node.generates]
+    assert len(sent) == 2 and None not in sent
+    made = whole["message"]["tool_calls"]
+    assert [(call["function"]["name"], json.loads(call["function"]["arguments"])) for call in made] == calls
+    assert (whole["finish_reason"], whole["message"]["content"]) == (reason, None)
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines.split("\n\n") if line.startswith("data: {")]
+    deltas = [choice["delta"] for chunk in chunks for choice in chunk["choices"]]
+    parts = [part for delta in deltas for part in delta.get("tool_calls", ())]
+    streamed = ["".join(p["function"]["arguments"] for p in parts if p["index"] == at) for at in range(len(calls))]
+    assert [json.loads(text) for text in streamed] == [arguments for _, arguments in calls]
+    assert len(parts) > len(calls), "arguments come as they are written"
+    assert chunks[-1]["choices"][0]["finish_reason"] == reason
+    assert not [delta for delta in deltas if delta.get("content")]
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+@pytest.mark.parametrize("tail", ["", " ", "\n"])
+def test_a_list_of_calls_is_read_however_it_is_cut(size: int, tail: str) -> None:
+    parser = ForcedParser(DIALECTS["hermes"], "", "")
+    text = f"<think>Rome?</think>{IN_JSON}{tail}"
+    events = [event for at in range(0, len(text), size) for event in parser.feed(text[at : at + size])]
+    events += parser.end()
+    assert "".join(one.text for one in events if isinstance(one, Reasoning)) == "Rome?"
+    assert [one.name for one in events if isinstance(one, CallBegin)] == ["get_weather", "now"]
+    assert sum(isinstance(one, CallEnd) for one in events) == 2
+    assert "".join(one.text for one in events if isinstance(one, CallArguments)) == '{"city": "Rome"}{}'
+
+
+def test_arguments_that_were_cut_off_are_no_whole_call() -> None:
+    parser = ForcedParser(Dialect(), "get_weather", "")
+    assert parser.feed('{"city": "Ro')[0] == CallBegin("get_weather")
+    assert not [one for one in parser.end() if isinstance(one, CallEnd)]
+    assert ForcedParser(Dialect(), "get_weather", "").end() == []
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tool_choice": "required", "tools": []},
+        {"tool_choice": NAMED, "tools": None},
+        {"tool_choice": {"type": "function", "function": {"name": "other"}}},
+        {"tool_choice": {"type": "function"}},
+        {"tool_choice": "any"},
+    ],
+)
+async def test_a_choice_that_cannot_be_is_named(fields: dict[str, Any]) -> None:
+    async with asking("a", "hermes") as (http, _):
+        reply = await http.post("/v1/chat/completions", json={**ASK, **fields})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "tool_choice")
+
+
+async def test_what_must_be_called_comes_before_another_form() -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"enum": [1]}}}
+    assert asked("glm", "required", response_format=form).text.startswith('{"type": "array"')
+    assert asked("glm", "auto", response_format=form) == Grammar(kind=GrammarKind.JSON, text='{"enum": [1]}')
+
+
+async def test_other_surfaces_have_calls_made_too() -> None:
+    theirs = [{"name": "get_weather", "input_schema": CITY}]
+    flat = [{"type": "function", "name": "get_weather", "parameters": CITY}]
+    async with asking(IN_HERMES, "hermes") as (http, rig):
+        for choice in ({"type": "any"}, {"type": "tool", "name": "get_weather"}):
+            reply = (await http.post("/v1/messages", json={**ASK, "tools": theirs, "tool_choice": choice})).json()
+            assert (reply["stop_reason"], reply["content"][0]["input"]) == ("tool_use", ROME)
+        for chosen in ("required", {"type": "function", "name": "get_weather"}):
+            asks = {"input": "How is it?", "tools": flat, "tool_choice": chosen}
+            output = (await http.post("/v1/responses", json=asks)).json()["output"]
+            assert [(item["type"], json.loads(item["arguments"])) for item in output] == [("function_call", ROME)]
+    sent = [request.sampling.grammar for node in rig.nodes.nodes for request in node.generates]
+    assert len(sent) == 4 and {one.kind for one in sent if one} == {GrammarKind.STRUCTURAL_TAG}
