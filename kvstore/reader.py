@@ -146,22 +146,24 @@ class ChunkReader:
         return wanted
 
     async def _round(self, pending: Sequence[_Wanted], timeout_s: float, report: ReadReport) -> None:
-        """Try each pending chunk's next attempt: one batch a transport, all at the same time."""
-        batches: dict[str, list[tuple[_Wanted, _Attempt]]] = {}
+        """Try each pending chunk's next attempt: one batch a transport and machine, all at the same time, so that it is
+        known how long each machine's took."""
+        batches: dict[tuple[str, str], list[tuple[_Wanted, _Attempt]]] = {}
         transports: dict[str, str] = {}
         for chunk in pending:
             attempt = chunk.attempts.pop(0)
             segment = attempt.segment
             if segment.id not in transports:
                 transports[segment.id] = self._routes.transport(segment)
-            batches.setdefault(transports[segment.id], []).append((chunk, attempt))
+            batches.setdefault((transports[segment.id], segment.host_id), []).append((chunk, attempt))
         async with asyncio.TaskGroup() as group:
-            for transport, batch in batches.items():
-                group.create_task(self._batch(transport, batch, timeout_s, report))
+            for way, batch in batches.items():
+                group.create_task(self._batch(way, batch, timeout_s, report))
 
     async def _batch(
-        self, transport: str, batch: Sequence[tuple[_Wanted, _Attempt]], timeout_s: float, report: ReadReport
+        self, way: tuple[str, str], batch: Sequence[tuple[_Wanted, _Attempt]], timeout_s: float, report: ReadReport
     ) -> None:
+        """`way`: transport and machine."""
         ops: list[TransferOp] = []
         for chunk, attempt in batch:
             checking = chunk.checking = self._integrity.checking(chunk.expected(attempt.replica, self._fingerprint))
@@ -179,7 +181,7 @@ class ChunkReader:
                 self._not_read(chunk, attempt, error, report)
         if arrived:
             num_bytes = sum(chunk.num_bytes for chunk, _ in arrived)
-            moved = MovedBytes(transport, Direction.GET, num_bytes, seconds)
+            moved = MovedBytes(way[0], Direction.GET, num_bytes, seconds, way[1])
             report.result.moved.append(moved)
             self._counters.add_moved(moved)
             await self._verify(arrived, report)

@@ -43,12 +43,14 @@ class Direction(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class MovedBytes:
-    """Header and payload bytes that crossed one transport in one call, and the time that the call took."""
+    """Header and payload bytes that crossed one transport in one call, and the time that the call took. `machine`: by
+    its host id, out of whose memory they were read; empty: not said."""
 
     transport: str
     direction: Direction
     num_bytes: int
     seconds: float
+    machine: str = ""
 
 
 @dataclass(slots=True, eq=False)

@@ -62,6 +62,8 @@ class Moved(_TolerantMessage, frozen=True, kw_only=True):
     """`put` or `get`."""
     num_bytes: int
     seconds: float
+    machine: str = ""
+    """Out of whose memory they were read, by its host id. Empty: not said."""
 
 
 class Promoted(_TolerantMessage, frozen=True, kw_only=True):

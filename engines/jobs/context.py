@@ -49,12 +49,13 @@ class JobContext:
 
 
 def as_moved(moves: Sequence[MovedBytes]) -> list[Moved]:
-    """One entry for each pair of transport and direction."""
-    sums: dict[tuple[str, str], tuple[int, float]] = {}
+    """One entry for each transport, direction and machine."""
+    sums: dict[tuple[str, str, str], tuple[int, float]] = {}
     for move in moves:
-        size, seconds = sums.get((move.transport, move.direction), (0, 0.0))
-        sums[move.transport, move.direction] = (size + move.num_bytes, seconds + move.seconds)
+        way = move.transport, str(move.direction), move.machine
+        size, seconds = sums.get(way, (0, 0.0))
+        sums[way] = (size + move.num_bytes, seconds + move.seconds)
     return [
-        Moved(transport=transport, direction=str(direction), num_bytes=size, seconds=seconds)
-        for (transport, direction), (size, seconds) in sums.items()
+        Moved(transport=transport, direction=direction, num_bytes=size, seconds=seconds, machine=machine)
+        for (transport, direction, machine), (size, seconds) in sums.items()
     ]

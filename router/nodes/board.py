@@ -19,6 +19,11 @@ class NodeTable(dict[str, KnownNode]):
 
     version = 0
 
+    def machine_of(self, name: str) -> str:
+        """Where this node's memory lies; empty: not known."""
+        node = self.get(name)
+        return "" if node is None else node.machine
+
     def __setitem__(self, name: str, node: KnownNode) -> None:
         super().__setitem__(name, node)
         self.version += 1

@@ -74,7 +74,7 @@ class Cluster:
         self._drained: set[str] = set()
         telling = [name for name, node in config.nodes.items() if node.events is not None]
         has_store = config.handoff.traits.has_store
-        self.caches = EngineCaches(self.index, self.tiers, has_store=has_store, telling=telling)
+        self.caches = EngineCaches(self.index, self.tiers, self.nodes.machine_of, has_store=has_store, telling=telling)
         self.on_less_load: Callable[[], None] = lambda: None  # some node has less to do
         self._said = PeerLog(_log, clock=clock)
         self.on_orders([])

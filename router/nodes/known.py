@@ -163,6 +163,7 @@ class KnownNode:
             stay_s=rates.stays.each_s,
             near_rate=rates.near.per_s or rates.far.per_s,
             far_rate=rates.far.per_s or rates.near.per_s,
+            read_rates=known.read_rates if known is not None else rates.read_rates(),
             machine=self.machine,
             put_rates=known.put_rates if known is not None else rates.put_rates(),
             doubts=known.doubts if known is not None else rates.doubts(),

@@ -144,10 +144,12 @@ def _moves(
     full, cached = _chunks(request, node, promotion)
     size = node.kv_spec.chunk_bytes if node.kv_spec is not None else 0
     own = min(request.hits_for(node).by_node.get(node.id, 0), cached - promotion.chunks)
-    own += promotion.near
+    others, by_peers = cached - promotion.chunks - own, promotion.chunks - promotion.near
+    read_rate = node.read_rate(request.hits_for(node).machine, request.now)
+    far_s = _moving_s(others * size, read_rate) + _moving_s(by_peers * size, node.far_rate)
     loads = (
-        _Move(_moving_s(own * size, node.near_rate), Blamed(node.id, "near")),
-        _Move(_moving_s((cached - own) * size, node.far_rate), Blamed(node.id, "far")),
+        _Move(_moving_s((own + promotion.near) * size, node.near_rate), Blamed(node.id, "near")),
+        _Move(far_s, Blamed(node.id, "far")),
     )
     if node is decoder:
         return loads

@@ -4,7 +4,8 @@ Owns no index and no guess of its own: it asks `index`, and `held` beside it or,
 ours, `sent` alone. What lies in tiers `tiers` says.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from kvcore.chunk_keys import prompt_keys, usable_chunks
 from nodeapi.messages import EngineInfo
@@ -24,13 +25,15 @@ class EngineCaches:
         self,
         index: PrefixIndex | PartedIndex,
         tiers: TierIndex,
+        machine_of: Callable[[str], str] = lambda _node: "",
         *,
         has_store: bool,
         telling: Sequence[str] = (),
         soon_blocks: int = 4096,
     ) -> None:
-        """`soon_blocks`: of what a server that tells was sent last: it is about to have it, and has not told yet."""
-        self._index, self._tiers = index, tiers
+        """`machine_of`: where a node's memory lies, by its name. `soon_blocks`: of what a server that tells was sent
+        last: it is about to have it, and has not told yet."""
+        self._index, self._tiers, self._machine_of = index, tiers, machine_of
         self.told = ToldPrefixes(telling) if telling else None
         self._soon = SentPrefixes(max_blocks=soon_blocks) if telling else None
         self._held, self._sent = HeldPrefixes(), None if has_store else SentPrefixes()
@@ -87,9 +90,16 @@ class EngineCaches:
                 if keys is None:
                     count = usable_chunks(len(prompt_token_ids), node.chunk_tokens)
                     keys = kept[kind] = prompt_keys(node.fingerprint, salt, prompt_token_ids, node.chunk_tokens)[:count]
-                in_memory = self._held.with_these(self._index.find(keys), keys)
-                found[node.fingerprint] = self._tiers.behind(in_memory, keys)
+                in_memory = self._placed(self._index.find(keys))
+                found[node.fingerprint] = self._tiers.behind(self._held.with_these(in_memory, keys), keys)
         return found
+
+    def _placed(self, found: PrefixHits) -> PrefixHits:
+        if not found.by_node:
+            return found
+        most = max(found.by_node.values())
+        machines = {self._machine_of(name) for name, count in found.by_node.items() if count == most}
+        return replace(found, machine=machines.pop()) if len(machines) == 1 else found
 
     def _plain_hits(
         self, guessed: PrefixHits, prompt_token_ids: Sequence[int], salt: bytes, kept: KeptKeys

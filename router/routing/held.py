@@ -7,6 +7,7 @@ engines keep what they have read for as long as they have room, and it goes firs
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 
 from kvcore.types import ChunkKey
 from nodeapi.messages import EngineInfo
@@ -54,4 +55,4 @@ class HeldPrefixes:
             return found
         for node_id, count in found.by_node.items():
             by_node[node_id] = max(count, by_node.get(node_id, 0))
-        return PrefixHits(found.longest, by_node)
+        return replace(found, by_node=by_node)

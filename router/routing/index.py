@@ -26,6 +26,8 @@ class PrefixHits:
     on_disk: dict[str, int] = field(default_factory=dict)
     in_shared: int = 0
     in_tiers: int = 0
+    machine: str = ""
+    """In whose memory the longest run of one node lies. Empty: of several, or not known."""
 
     def in_reach_of(self, node_id: str) -> int:
         """How many leading chunks the node need not compute."""

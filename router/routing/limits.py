@@ -19,7 +19,14 @@ class RateLimits:
     patience: float = 2.0
     """… or so many times what the ways should take."""
     most_machines: int = 64
-    """To which the rates of one node's writes are remembered."""
+    """To which the rates of one node's writes are remembered, and of its reads from."""
+    pair_s: float = 30.0
+    """For so long it is believed how fast a node reads from another machine: a link that was slow, and was avoided, is
+    tried again."""
+    slow_pair: float = 2.0
+    """From so many times slower than the fastest reader of the same machine on a link is avoided, …"""
+    most_slow: float = 16.0
+    """… and counts for no more than so many times."""
     doubt_s: float = 10.0
     """A way that was avoided for so long since what speaks against it was measured, …"""
     doubt_requests: int = 8

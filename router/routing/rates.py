@@ -74,6 +74,11 @@ class Rate:
         return self.count == 1
 
     @property
+    def measured_at(self) -> float:
+        """The last time."""
+        return self._at
+
+    @property
     def per_s(self) -> float:
         """0: not known."""
         return self.amount / self.seconds if self.seconds else 0.0
@@ -82,6 +87,13 @@ class Rate:
     def each_s(self) -> float:
         """Seconds for one; 0: not known."""
         return self.seconds / self.amount if self.amount else 0.0
+
+
+class PairRate(NamedTuple):
+    """Bytes a second between two machines, and when that was last measured."""
+
+    per_s: float
+    at: float
 
 
 @dataclass(slots=True)
@@ -97,7 +109,9 @@ class NodeRates:
     near: Rate = field(default_factory=Rate)
     """Bytes of KV that it reads out of memory of its own machine."""
     far: Rate = field(default_factory=Rate)
-    """So out of others'."""
+    """So out of others', …"""
+    reads: dict[str, Rate] = field(default_factory=dict)
+    """… by the machine."""
     puts: dict[str, Rate] = field(default_factory=dict)
     """So that it writes, by the machine that it writes to."""
     changes: int = 0
@@ -117,6 +131,8 @@ class NodeRates:
         for move in moves:
             if move.direction == "get" and move.seconds > 0:
                 (self.near if move.transport in near else self.far).add(move.num_bytes, move.seconds, now)
+                if move.machine and move.transport not in near:
+                    _of_machine(self.reads, move.machine).add(move.num_bytes, move.seconds, now)
                 self.changes += 1
 
     def decoded(self, tokens: int, sequences: int, seconds: float, now: float) -> None:
@@ -132,9 +148,7 @@ class NodeRates:
         found = [move for move in moves if move.direction == "put" and move.seconds > 0]
         if not machine or len(found) != 1:
             return
-        if machine not in self.puts and len(self.puts) >= _LIMITS.most_machines:
-            self.puts.pop(next(iter(self.puts)))
-        self.puts.setdefault(machine, Rate()).add(found[0].num_bytes, found[0].seconds, now)
+        _of_machine(self.puts, machine).add(found[0].num_bytes, found[0].seconds, now)
         self.changes += 1
 
     def rate(self, kind: RateKind, machine: str = "") -> Rate | None:
@@ -147,6 +161,10 @@ class NodeRates:
             case "far":
                 return self.far if self.far.per_s else self.near
         return self.puts.get(machine)
+
+    def read_rates(self) -> dict[str, PairRate]:
+        """Bytes a second by machine."""
+        return {machine: PairRate(rate.per_s, rate.measured_at) for machine, rate in self.reads.items()}
 
     def put_rates(self) -> dict[str, float]:
         """Bytes a second by machine."""
@@ -165,3 +183,10 @@ class NodeRates:
             doubt = rate.doubt.grown() if tried_at is None else Doubt(tried_at)
             self.changes += doubt is not rate.doubt
             rate.doubt = doubt
+
+
+def _of_machine(rates: dict[str, Rate], machine: str) -> Rate:
+    """That of this one; of too many the one that came first goes."""
+    if machine not in rates and len(rates) >= _LIMITS.most_machines:
+        rates.pop(next(iter(rates)))
+    return rates.setdefault(machine, Rate())

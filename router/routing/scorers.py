@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import xxhash
 
+from router.routing.limits import RateLimits
 from router.routing.policy import Scorer, no_scores
 from router.routing.promotion import promoting_tokens
 from router.routing.views import NodeView, RouteRequest
@@ -42,7 +43,22 @@ def _remote_tokens(request: RouteRequest, nodes: Sequence[NodeView], decoder: No
         ]
     found = request.hits_for(nodes[0])
     longest, held = found.longest, found.by_node.get
-    return [(longest - held(node.id, 0)) * node.chunk_tokens for node in nodes]
+    tokens = [(longest - held(node.id, 0)) * node.chunk_tokens for node in nodes]
+    return _slowed(tokens, nodes, found.machine, request.now) if found.machine else tokens
+
+
+def _slowed(
+    tokens: Sequence[float], nodes: Sequence[NodeView], machine: str, now: float, limits: RateLimits = RateLimits()
+) -> Sequence[float]:
+    """More of them for a node whose link to this machine, where they lie, is known to be slower than others' are."""
+    pairs = [node.read_rates.get(machine) for node in nodes]
+    fresh = [pair.per_s if pair is not None and now - pair.at < limits.pair_s else 0.0 for pair in pairs]
+    if (best := max(fresh)) == 0.0:
+        return tokens
+    return [
+        number * min(limits.most_slow, best / rate) if 0.0 < rate * limits.slow_pair < best else number
+        for number, rate in zip(tokens, fresh, strict=True)
+    ]
 
 
 def _tier_tokens(request: RouteRequest, nodes: Sequence[NodeView], decoder: NodeView | None) -> Sequence[float]:

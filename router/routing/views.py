@@ -9,7 +9,8 @@ import msgspec
 from kvcore.types import KVSpec, Role
 from nodeapi.messages import TierReport
 from router.routing.index import PrefixHits
-from router.routing.rates import Doubt, RateKind
+from router.routing.limits import RateLimits
+from router.routing.rates import Doubt, PairRate, RateKind
 
 NO_HITS = PrefixHits()
 LEFT_SHARE = 0.1
@@ -86,7 +87,9 @@ class NodeView:
     near_rate: float = 0.0
     """Bytes of KV a second that it reads, out of memory of its own machine, …"""
     far_rate: float = 0.0
-    """… and of others."""
+    """… and of others, …"""
+    read_rates: Mapping[str, PairRate] = field(default_factory=dict)
+    """… of each machine."""
     machine: str = ""
     """Where its memory lies; empty: not known."""
     put_rates: Mapping[str, float] = field(default_factory=dict)
@@ -97,6 +100,13 @@ class NodeView:
     told: ToldWork | None = None
     """By the other routers; their sequences are part of `sequences`."""
     tiers: TierRates = NO_TIERS
+
+    def read_rate(self, machine: str, now: float, limits: RateLimits = RateLimits()) -> float:
+        """Out of the memory of a machine, as far as that is known. Empty: of some other."""
+        if machine and machine == self.machine:
+            return self.near_rate
+        pair = self.read_rates.get(machine)
+        return pair.per_s if pair is not None and now - pair.at < limits.pair_s else self.far_rate
 
     def ahead_tokens(self, now: float) -> float:
         """To compute before it begins with what it is given now."""

@@ -6,7 +6,7 @@ take longer the more sequences there are. Bytes are counted, never moved.
 """
 
 import asyncio
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -62,6 +62,8 @@ class CachingMachine(Machine):
     segment_tokens: int = 2_000_000
     max_context: int = 1 << 18
     plain: bool = False
+    links: dict[tuple[str, str], float] = field(default_factory=dict)
+    """Bytes a second from another node, by reader and holder, where that is not `far_rate`: each is a machine then."""
 
 
 class Lru(OrderedDict[ChunkKey, int]):
@@ -170,7 +172,8 @@ class CachingNode(QueueNode):
         assert found.engine is not None
         blocks = self._of.engine_tokens // found.engine.block_size
         engine = changed(found.engine, kv_spec=self._spec, max_context=self._of.max_context, num_blocks=blocks)
-        return changed(found, engine=engine)
+        segments = [changed(one, host_id=self.id) for one in found.segments] if self._of.links else found.segments
+        return changed(found, engine=engine, segments=segments)
 
     async def prefill(self, request: PrefillRequest) -> PrefillResult:
         self.legs += 1
@@ -234,7 +237,7 @@ class CachingNode(QueueNode):
                 cached, more = await self._loaded(keys, cached, waits=False)
                 moved += more
         elif request.handoff_params:
-            moved, cached = await self._moved(0, len(keys) - cached), len(keys)
+            moved, cached = await self._moved(0, Counter({"": len(keys) - cached})), len(keys)
         else:
             moved = []
         computed = prompt - cached * of.chunk_tokens
@@ -267,16 +270,18 @@ class CachingNode(QueueNode):
             else:
                 break
         wanted = [key for key in keys[own:there] if key in store.where]
-        near = sum(store.where[key] == self.id for key in wanted)
+        holders = Counter(store.where[key] for key in wanted)
         store.used(wanted)
-        moved = await self._moved(near, len(wanted) - near)
+        moved = await self._moved(holders.pop(self.id, 0), holders)
         self._cached.use(keys[:there])
         return there, moved
 
-    async def _moved(self, near: int, far: int) -> list[Moved]:
+    async def _moved(self, near: int, far: Counter[str]) -> list[Moved]:
         of, loop = self._of, asyncio.get_running_loop()
         found = []
-        for chunks, rate, transport in ((near, of.near_rate, "shm"), (far, of.far_rate, "tcp")):
+        moves = [(near, of.near_rate, "shm", self.id)]
+        moves += [(n, of.links.get((self.id, name), of.far_rate), "tcp", name) for name, n in far.items()]
+        for chunks, rate, transport, machine in moves:
             if chunks:
                 async with self._link:
                     began = loop.time()
@@ -287,6 +292,7 @@ class CachingNode(QueueNode):
                         direction="get",
                         num_bytes=chunks * self._chunk_bytes,
                         seconds=loop.time() - began,
+                        machine=machine if of.links else "",
                     )
                 )
         return found

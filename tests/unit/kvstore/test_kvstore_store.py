@@ -19,6 +19,7 @@ from support.store_fakes import (
     views,
 )
 
+from engines.jobs.context import as_moved
 from kvcore.clock import ManualClock
 from kvcore.errors import PeerUnreachableError, TransferTimeoutError
 from kvstore.chunk_format import HEADER_BYTES
@@ -359,6 +360,25 @@ async def test_what_was_put_is_got_with_its_bytes_counted_both_ways(world):
         ("inproc", Direction.GET, total),
     ]
     assert (store.counters()["chunks_put"], store.counters()["chunks_got"]) == (3, 3)
+
+
+async def test_what_is_read_is_told_by_the_machine_that_it_lay_on(world):
+    for name, host in (("a", "h"), ("b", "far"), ("c", "farther")):
+        world.add_node(name, host_id=host)
+    store, _ = world.store("a", InprocTransfer(world.memory))
+    for number, segment in enumerate(("a.1", "b.1", "c.1")):
+        async with await store.begin_put([KEYS[number]], prefer_segment=segment, timeout_s=5) as session:
+            await session.write(KEYS[number], 4, views(number), timeout_s=5)
+            await session.commit(timeout_s=5)
+    match = await store.match(KEYS, timeout_s=5)
+    result = await store.get_into(match, 0, buffers(3), timeout_s=5)
+    assert result.outcomes == [GetOutcome.OK] * 3
+    assert {(moved.machine, moved.num_bytes) for moved in result.moved} == {
+        (host, HEADER_BYTES + CHUNK_BYTES) for host in ("h", "far", "farther")
+    }
+    told = {(one.machine, one.direction) for one in as_moved(result.moved)}
+    assert told == {("h", "get"), ("far", "get"), ("farther", "get")}
+    await store.release(match)
 
 
 async def test_reading_from_the_middle_of_a_match(world):

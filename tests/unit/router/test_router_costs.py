@@ -15,9 +15,11 @@ from router.requests.records import LegRecord, RequestRecord, RouteRecord
 from router.requests.spec import RequestSpec
 from router.routing.costs import pays_to_stay, ways, worth_waiting_s
 from router.routing.index import PrefixHits
+from router.routing.limits import RateLimits
 from router.routing.policies import prefix_aware
 from router.routing.policy import STAYS, TRIES
-from router.routing.rates import NO_DOUBT, Doubt, NodeRates, Rate
+from router.routing.rates import NO_DOUBT, Doubt, NodeRates, PairRate, Rate
+from router.routing.scorers import REMOTE_TOKENS
 from router.routing.views import ClusterView, NodeView, RouteRequest
 
 KV = spec(chunk_bytes=1 << 20)
@@ -253,6 +255,33 @@ def test_reads_are_told_by_where_they_come_from():
         rates.moved([Moved(transport=transport, direction="get", num_bytes=size, seconds=1.0)], 0.0)
         rates.moved([Moved(transport=transport, direction="put", num_bytes=9, seconds=1.0)], 0.0)
     assert (rates.near.per_s, rates.far.per_s) == (4000, 1000)
+
+
+def test_reads_from_another_machine_are_told_by_that_machine_for_a_while():
+    rates = NodeRates()
+    for machine, seconds in (("near", 1.0), ("slow", 10.0), ("", 1.0)):
+        move = Moved(transport="tcp", direction="get", num_bytes=1000, seconds=seconds, machine=machine)
+        rates.moved([move], 5.0)
+    rates.moved([Moved(transport="shm", direction="get", num_bytes=1000, seconds=1.0, machine="own")], 5.0)
+    assert {name: pair.per_s for name, pair in rates.read_rates().items()} == {"near": 1000, "slow": 100}
+    reader = replace(D, machine="own", read_rates=rates.read_rates(), far_rate=500.0)
+    assert [reader.read_rate(name, 20.0) for name in ("own", "near", "slow", "new")] == [4 * GB, 1000, 100, 500]
+    assert reader.read_rate("slow", 36.0) == 500, "it is doubted, and tried again"
+    for number in range(100):
+        rates.moved([Moved(transport="tcp", direction="get", num_bytes=1, seconds=1.0, machine=f"m{number}")], 5.0)
+    assert len(rates.reads) == RateLimits().most_machines
+
+
+def test_what_lies_on_a_machine_to_which_the_link_is_slow_takes_long_and_is_left_to_others():
+    pairs = {"h": PairRate(GB / 10, 0.0)}
+    slow, fast = replace(D, read_rates=pairs), replace(D, id="e", read_rates={"h": PairRate(GB, 0.0)})
+    hits = {KV.fingerprint: PrefixHits(70, {"s": 70}, machine="h")}
+    request = RouteRequest(70 * 16 + 1, 64, hits=hits)
+    assert ways(request, slow, None)[0].load_s == pytest.approx(10 * ways(request, fast, None)[0].load_s)
+    new = replace(D, id="n")
+    assert REMOTE_TOKENS.score(request, [slow, fast, new], None) == [pytest.approx(10 * 70 * 16), 70 * 16, 70 * 16]
+    later = replace(request, now=40.0)
+    assert REMOTE_TOKENS.score(later, [slow, fast, new], None) == [70 * 16] * 3
 
 
 def test_a_sequence_counts_by_what_it_holds_and_by_its_steps():

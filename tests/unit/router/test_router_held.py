@@ -28,10 +28,10 @@ def holders(rig: Rig, kept: KeptKeys) -> PrefixHits:
 async def test_a_node_holds_what_it_has_read_as_far_as_it_is_in_some_memory():
     rig, kept = await rig_with(6)
     rig.cluster.computed("d1", PROMPT, b"", kept)
-    assert holders(rig, kept) == PrefixHits(6, {"d0": 6, "d1": 6})
+    assert holders(rig, kept) == PrefixHits(6, {"d0": 6, "d1": 6}, machine="h")
     (keys,) = kept.values()
     rig.cluster.index.store("p0", keys[6:], "p0.1")
-    assert holders(rig, kept) == PrefixHits(10, {"d0": 6, "d1": 10})
+    assert holders(rig, kept) == PrefixHits(10, {"d0": 6, "d1": 10}, machine="h")
     rig.cluster.index.drop_node("d0")
     assert holders(rig, kept) == PrefixHits(), "what lies in no memory is not counted on"
     assert rig.cluster.caches.held_chunks("d1") == 10 and rig.cluster.caches.held_chunks("d0") == 0

@@ -299,10 +299,11 @@ async def test_events_feed_the_index_and_nodes_come_and_go() -> None:
     keys = chunk_keys(root_key(fingerprint), prompt, 16)
     stored = Event(seq=1, kind=EventKind.STORED, node_id="d0", segment_id="d0.1", keys=keys)
     cluster.on_events([stored])
-    assert cluster.hits(cluster.view(), prompt, b"") == {fingerprint: PrefixHits(3, {"d0": 3})}
+    assert cluster.hits(cluster.view(), prompt, b"") == {fingerprint: PrefixHits(3, {"d0": 3}, machine="h")}
     assert cluster.hits(cluster.view(), prompt, b"other tenant") == {fingerprint: PrefixHits()}
     kept: KeptKeys = {(fingerprint, 16): keys[:2]}
-    assert cluster.hits(cluster.view(), prompt, b"", kept) == {fingerprint: PrefixHits(2, {"d0": 2})}, "as kept"
+    (as_kept,) = cluster.hits(cluster.view(), prompt, b"", kept).values()
+    assert as_kept == PrefixHits(2, {"d0": 2}, machine="h")
     nodes.by_url["http://127.0.0.1:9"] = FakeNode("new", Role.DECODER)
     info = NodeInfo(id="new", role=Role.DECODER, control_url="http://127.0.0.1:9", incarnation=1)
     cluster.on_events([Event(seq=2, kind=EventKind.NODE_UP, node_id="new", node=info)])
