@@ -78,6 +78,11 @@ def _check_sampling(sampling: SamplingParams, info: EngineInfo) -> None:
     _require(1 <= sampling.n <= MAX_COMPLETIONS, "sampling.n", f"must be 1 to {MAX_COMPLETIONS}")
     logprobs = sampling.logprobs or 0
     _require(0 <= logprobs <= MAX_LOGPROBS, "sampling.logprobs", f"must be 0 to {MAX_LOGPROBS}")
+    told, most = sampling.prompt_logprobs or 0, min(MAX_LOGPROBS, info.vocab_size)
+    _require(0 <= told <= most, "sampling.prompt_logprobs", f"must be 0 to {most}")
+    listed = len(sampling.logprob_token_ids)
+    _require(listed <= MAX_LOGPROBS, "sampling.logprob_token_ids", f"must have at most {MAX_LOGPROBS} ids")
+    _check_tokens(sampling.logprob_token_ids, "sampling.logprob_token_ids", info)
     _check_tokens(list(sampling.logit_bias), "sampling.logit_bias", info)
     _check_tokens(sampling.allowed_token_ids, "sampling.allowed_token_ids", info)
     for word in sampling.bad_words_token_ids:

@@ -10,6 +10,7 @@ import msgspec
 
 from kvcore.types import KVSpec, NodeInfo, Segment
 from nodeapi.documents import UNKNOWN, Documents
+from nodeapi.prompt_logprobs import PromptLogprobs
 from nodeapi.sampling import SamplingParams
 
 PROTOCOL, OLDEST_PROTOCOL = 3, 1
@@ -205,6 +206,8 @@ class TokenDelta(_TolerantMessage, frozen=True, kw_only=True, tag="delta"):
     stop_token_id: int | None = None
     """The stop or end-of-sequence token that ended it (also the last of `token_ids`)."""
     info: LegInfo | None = None
+    prompt_logprobs: PromptLogprobs | None = None
+    """Of the next tokens of the prompt, of all completions, in their order."""
 
 
 class StreamError(_TolerantMessage, frozen=True, kw_only=True, tag="error"):

@@ -16,6 +16,8 @@ SINCE: dict[str, int] = {
     "bad_words_token_ids": 3,
     "extra_args": 3,
     "grammar": 3,
+    "logprob_token_ids": 3,
+    "prompt_logprobs": 3,
     "thinking_token_budget": 3,
 }
 """Fields of SamplingParams that nodes of an older version refuse; they know the others."""
@@ -57,6 +59,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Tokens of reasoning after which the model is made to end it."""
     extra_args: dict[str, str | int | float | list[str | int | float]] = {}
     """For what was plugged into an engine."""
+    prompt_logprobs: int | None = None
+    """None: none. k: of each token of the prompt but the first, and of the k likeliest ones in its place, before the
+    first delta with a token."""
+    logprob_token_ids: list[int] = []
+    """With `logprobs`: these are what is told beside the sampled token, in this order, and not the likeliest ones."""
 
     def banned_after(self, output: Sequence[int]) -> set[int]:
         """The tokens that would complete one of `bad_words_token_ids` after `output`, the answer so far."""

@@ -182,6 +182,7 @@ class Answerer:
             names.stop_token_ids: sampling.stop_token_ids,
             names.logit_bias: sampling.logit_bias,
             names.of("allowed_token_ids"): sampling.allowed_token_ids,
+            names.of("logprob_token_ids"): sampling.logprob_token_ids,
         }
         for name, ids in given.items():
             if (biggest := max(ids, default=0)) >= vocab_size:

@@ -13,6 +13,7 @@ from typing import Protocol
 import msgspec
 
 from nodeapi.messages import FinishReason, TokenLogprob
+from nodeapi.prompt_logprobs import PromptLogprobs
 from router.requests.events import Emit
 from router.requests.run import RequestRun
 from router.requests.spec import AnswerRequest
@@ -49,6 +50,8 @@ class TextPiece(msgspec.Struct, frozen=True):
     token_ids: Sequence[int] = ()
     stop_reason: str | int | None = None
     """With `finish_reason` `stop`: the client's stop string, or stop token, that ended it; None: the model did."""
+    scores: PromptLogprobs | None = None
+    """Of the next tokens of the prompt of this choice, and of its other choices. Such a piece has nothing else."""
 
 
 class PieceBundle:
@@ -163,6 +166,20 @@ class ClientAnswer:
         """The prompt of choice `index`."""
         return [spec.prompt_token_ids for spec in self._specs for _ in range(spec.sampling.n)][index]
 
+    def choices_of(self, prompt: int) -> range:
+        """The choices of the prompt at this place."""
+        first = sum(spec.sampling.n for spec in self._specs[:prompt])
+        return range(first, first + self._specs[prompt].sampling.n)
+
+    def prompt_of(self, choice: int) -> int:
+        """The place of this choice's prompt."""
+        return next(number for number in range(len(self._specs)) if choice in self.choices_of(number))
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """Their tokens."""
+        return [spec.prompt_token_ids for spec in self._specs]
+
     @property
     def cached_tokens(self) -> int:
         """Over all prompts; final once `pieces` has ended."""
@@ -218,7 +235,7 @@ class ClientAnswer:
 
     async def _pieces_of_run(self, number: int, sink: PieceSink | None = None) -> AsyncGenerator[TextPiece]:
         run, spec, repetition = self._runs[number], self._specs[number], self._repetition
-        first = sum(before.sampling.n for before in self._specs[:number])
+        first = self.choices_of(number)[0]
         choices = [
             _TextChoice(
                 Detokenizer(self._tokenizer, spec.prompt_token_ids, self._text),
@@ -232,6 +249,8 @@ class ClientAnswer:
         bundles = [PieceBundle(interval) for _ in choices] if (interval := self.shown.stream_interval) > 1 else None
 
         def read(emit: Emit) -> TextPiece | None:
+            if emit.prompt_logprobs is not None:
+                return TextPiece(first, "", scores=emit.prompt_logprobs)
             choice = choices[emit.index]
             before = choice.num_tokens
             piece, cut = self._piece(first, choice, emit)
@@ -276,6 +295,8 @@ class ClientAnswer:
         said = choice.stops.found if stop_found else emit.stop_token_id
         if not stop_found and said not in choice.stop_token_ids:
             said = None
+        if self.shown.scoring.prompt_alone:
+            text, logprobs = "", []
         if repeats and not stop_found:
             reason, said = "repetition", "repetition_detected"  # as vLLM says it
         piece = TextPiece(first + emit.index, text, logprobs, reason, ids, said)

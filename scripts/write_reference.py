@@ -32,6 +32,7 @@ from nodeapi.grammars.structural_tags import FORMATS
 from router.api.fields.chat_fields import ChatRequest
 from router.api.fields.completion_fields import CompletionRequest
 from router.api.fields.other_fields import HARMLESS, REFUSED
+from router.api.limits import ApiLimits
 from router.api.openai_responses.request import ResponsesRequest
 from router.parsing.dialects import DIALECTS
 
@@ -90,6 +91,13 @@ tokens that an answer contains, up to the one that completes a stop string, and 
 strings are looked for after `min_tokens` tokens. `GET /v1/models` says how long prompt and answer may be together:
 `max_model_len`. `POST /tokenize` and `/detokenize` answer as vLLM's server does, `/ping` as `/health`, `GET /version`
 with kvferry's version, `GET /load` with the requests under way.
+
+Text is scored as by vLLM's server. `echo` puts the prompt before a completion, with `logprobs` of its tokens, and the
+last message before a chat's answer that goes on with it; `prompt_logprobs` tells those of the prompt in a field of its
+own, and `logprob_token_ids` has `logprobs` tell of these tokens instead of the likeliest. A completion with `echo` may
+have `max_tokens` 0: then one token is computed and counted, and not shown. KV has no logprobs, so a decoder computes
+the whole prompt where they are wanted, whatever is cached; what it computes is stored for others. A stream tells them
+in pieces of up to 1,024, where vLLM's server sends one chunk. An answer names up to {ApiLimits().max_scores:,} of them.
 
 What a request says nothing of, or `null`, is taken from the model's `generation_config.json`, as vLLM's server takes
 it (`temperature`, `top_p`, `top_k`, `min_p`, the penalties, and `max_new_tokens` for chats): the router's log names

@@ -51,7 +51,7 @@ class Arrivals:
         if not request.reuse:
             sequence.limit_prefix(0)
             sequence.wants_load = leg.saves = False
-        elif request.documents is not None:
+        elif request.documents is not None and params.prompt_logprobs is None:
             sequence.documents = self.place(request)
             sequence.held = bool(sequence.documents)
         return leg

@@ -17,6 +17,7 @@ from engines.paged.sequence import Status, TokenSequence
 from kvcore.errors import KVFerryError
 from kvstore.types import MovedBytes
 from nodeapi.messages import FinishReason, Handoff, LegInfo, Moved, PrefillResult, Timings, TokenDelta
+from nodeapi.prompt_logprobs import PromptLogprobs
 from nodeapi.sampling import SamplingParams
 
 
@@ -87,6 +88,8 @@ class Leg:
     no_room: bool = False
     """A prefill's: the store had no room for what it would have computed."""
     info_sent: bool = False
+    scores: list[PromptLogprobs] = field(default_factory=list)
+    """Logprobs of the prompt's tokens that were not told yet."""
 
     def __repr__(self) -> str:
         kind = "prefill" if self.is_prefill else "decode"
@@ -158,6 +161,13 @@ class Leg:
             moved=self.moved,
             timings=self.timings(now),
         )
+
+    def info_once(self, now: float) -> LegInfo | None:
+        """What it did before its first token, for its first delta; None: it was told."""
+        if self.info_sent:
+            return None
+        self.info_sent = True
+        return self.info(now)
 
     def info(self, now: float) -> LegInfo:
         """What it did before its first token."""

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from nodeapi.grammars.matcher import GrammarMatcher, Mask
 from nodeapi.messages import EngineInfo, TokenLogprob
+from nodeapi.prompt_logprobs import PromptLogprobs
 from nodeapi.sampling import SamplingParams
 
 PAGED_LACKS = ["extra_args", "thinking_token_budget"]
@@ -40,6 +41,16 @@ class SampleSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class ScoreSpec:
+    """Tell the logprobs of `targets`, tokens of a prompt: `targets[i]` is what follows the slice's token `first + i`.
+    `top`: so many of the likeliest ones in the place of each."""
+
+    first: int
+    targets: Sequence[int]
+    top: int
+
+
+@dataclass(frozen=True, slots=True)
 class StepSlice:
     """New tokens of one sequence: `token_ids[i]` stands at position `start + i`; the KV of positions before `start` is
     in the blocks already. Position p lives in `block_table[p // block_size]` at row `p % block_size`.
@@ -52,6 +63,7 @@ class StepSlice:
     sample: SampleSpec | None = None
     keeps_rest: bool = False
     """Rows behind the slice, in the block that it ends in, have KV already, or zeros."""
+    score: ScoreSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +93,10 @@ class Sampled:
 @dataclass(frozen=True, slots=True)
 class StepOutput:
     """`samples[i]`: one a requested index of slice i's SampleSpec, in order; empty where it had none, and where the
-    model's logits for it were not numbers."""
+    model's logits for it were not numbers. `scores[i]`: what its ScoreSpec asked for; None likewise."""
 
     samples: list[list[Sampled]] = field(default_factory=list)
+    scores: list[PromptLogprobs | None] = field(default_factory=list)
 
 
 class ModelRunner(Protocol):

@@ -87,6 +87,8 @@ class TokenSequence:
     """Leading prompt tokens that were never computed for it; None before it ran."""
     num_prompt_computed: int = 0
     """Prompt tokens computed for it, again after a preemption included."""
+    num_scored: int = 0
+    """Leading prompt tokens whose successor's logprob was told, where those of the prompt are wanted."""
     num_submitted: int = 0
     """Leading chunks that were given to the save job, or came from the store."""
     documents: tuple[PlacedDocument, ...] = ()
@@ -139,9 +141,18 @@ class TokenSequence:
         return len(self.tokens) if self.prefix_limit is None else min(len(self.tokens), self.prefix_limit)
 
     @property
+    def scores_left(self) -> bool:
+        """Whether logprobs of the prompt's tokens are wanted that were not told yet."""
+        wanted = self.sampling is not None and self.sampling.prompt_logprobs is not None
+        return wanted and self.num_scored < self.num_prompt - 1
+
+    @property
     def num_reusable_chunks(self) -> int:
-        """How many leading chunks need not be computed: one token always is, for its logits, if any are wanted."""
+        """How many leading chunks need not be computed: one token always is, for its logits, if any are wanted, and
+        each whose logits are; KV has none."""
         usable = usable_chunks(len(self.tokens) + (self.sampling is None), self.chunk_tokens)
+        if self.scores_left:
+            return min(usable, self.num_scored // self.chunk_tokens)
         return usable if self.prefix_limit is None else min(usable, self.prefix_limit // self.chunk_tokens)
 
     @property
@@ -200,6 +211,7 @@ class TokenSequence:
             matcher=self.matcher.fork() if self.matcher is not None else None,
             indices=(index,),
             num_cached=self.num_cached,
+            num_scored=self.num_scored,
             num_submitted=self.num_submitted,
             documents=self.documents,
             num_approximate=self.num_approximate,

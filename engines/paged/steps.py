@@ -10,7 +10,7 @@ from collections import Counter
 from engines.paged.leg import Leg, StopRule
 from engines.paged.legs import LegTable
 from engines.paged.plan import Plan, Work
-from engines.paged.runner import ModelRunner, Sampled, SampleSpec, StepOutput, StepSlice
+from engines.paged.runner import ModelRunner, Sampled, SampleSpec, ScoreSpec, StepOutput, StepSlice
 from engines.paged.scheduler import Scheduler
 from engines.paged.sequence import Status, TokenSequence
 from engines.paged.store_jobs import StoreJobs
@@ -88,20 +88,24 @@ class Stepper:
 
     def _apply(self, plan: Plan, output: StepOutput) -> None:
         self._scheduler.complete(plan)
-        for item, samples in zip(plan.work, output.samples, strict=True):
+        scores = output.scores or [None] * len(plan.work)
+        for item, samples, scored in zip(plan.work, output.samples, scores, strict=True):
             self._counters["prefill_tokens"] += item.num_tokens - bool(samples)
             self._counters["decode_tokens"] += len(samples)
             # 1. Removed while the step ran: its samples are nobody's.
             # 2. It has drawn tokens: they go to the reader.
             # 3. A part of a prompt: there is more to compute, or another part of the step computed it.
             # 4. A prefill leg's last part: it ends when its chunks are saved.
-            # 5. All is computed and tokens are wanted, but none was drawn: the logits were not numbers, or the grammar
-            #    let none come.
+            # 5. All is computed and tokens are wanted, but none was drawn, or some of the prompt's logprobs were not
+            #    told: the logits were not numbers, or the grammar let none come.
             if item.sequence.status is Status.FINISHED:
                 continue
             leg = self._legs[item.sequence.request_id]
             self._store_jobs.save_full_chunks(leg, item.sequence)
-            if samples:
+            if scored is not None:
+                leg.scores.append(scored)
+                item.sequence.num_scored += len(scored)
+            if samples and not item.sequence.scores_left:
                 self._emit(leg, item.sequence, samples)
             elif item.sequence.num_left or item.end < item.sequence.num_computed:
                 continue
@@ -114,6 +118,9 @@ class Stepper:
         """Append the drawn tokens and tell the reader. Several samples: the prompt's end, where completions fork."""
         now = self._clock.now()
         leg.computed = now if leg.computed is None else leg.computed
+        for piece in [piece for scores in leg.scores for piece in scores.pieces()]:
+            leg.stream.put_nowait(TokenDelta(prompt_logprobs=piece, info=leg.info_once(now)))
+        leg.scores.clear()
         sequences = [sequence]
         for child, copy in self._scheduler.fork(sequence) if len(samples) > 1 else []:
             if copy is not None:
@@ -132,9 +139,8 @@ class Stepper:
                 logprobs=None if sampled.logprob is None else [sampled.logprob],
                 finish_reason=reason,
                 stop_token_id=token_id if reason is FinishReason.STOP else None,
-                info=None if leg.info_sent else leg.info(now),
+                info=leg.info_once(now),
             )
-            leg.info_sent = True
             leg.stream.put_nowait(delta)
             if reason is not None:
                 self._scheduler.remove(drawing)
@@ -171,4 +177,14 @@ def step_slice(item: Work, block_size: int) -> StepSlice:
             sequence.sampling, sequence.indices, prompt, sequence.output, sequence.whole, sequence.matcher
         )
     kept = bool(sequence.holes) and sequence.keeps_rest(end, block_size)
-    return StepSlice(sequence.tokens[start:end], start, sequence.block_table, sample, kept)
+    tokens, score = sequence.tokens[start:end], _score(sequence, start, end)
+    return StepSlice(tokens, start, sequence.block_table, sample, kept, score)
+
+
+def _score(sequence: TokenSequence, start: int, end: int) -> ScoreSpec | None:
+    """What of the prompt's logprobs this part of a sequence gives: at each position that of the next token."""
+    first, last = max(start, sequence.num_scored), min(end, sequence.num_prompt - 1)
+    if not sequence.scores_left or first >= last:
+        return None
+    assert sequence.sampling is not None and sequence.sampling.prompt_logprobs is not None
+    return ScoreSpec(first - start, sequence.tokens[first + 1 : last + 1], sequence.sampling.prompt_logprobs)

@@ -13,6 +13,7 @@ import xxhash
 
 from nodeapi.grammars.matcher import Mask
 from nodeapi.messages import TokenLogprob
+from nodeapi.prompt_logprobs import PromptRow
 from nodeapi.sampling import SamplingParams
 
 RECORD_UNIT = 16
@@ -77,8 +78,9 @@ class Arithmetic:
         """A made-up distribution that is the same for the same KV and token, likeliest first. None if not asked for."""
         if params.logprobs is None:
             return None
-        chosen = -(1 + digest % _VARIANTS) / _VARIANTS
-        top = [((token + rank) % self._vocab_size, chosen - rank) for rank in range(params.logprobs)]
+        chosen, top = self._told(digest, token, params.logprobs)
+        if params.logprob_token_ids:
+            top = [(other, chosen - (other - token) % self._vocab_size) for other in params.logprob_token_ids]
         return TokenLogprob(logprob=chosen, top=top)
 
     def distribution(self, digest: int) -> npt.NDArray[np.float32]:
@@ -87,3 +89,13 @@ class Arithmetic:
         whole = np.full(self._vocab_size, rest, dtype=np.float32)
         whole[digest % self._vocab_size] = math.log(0.5)
         return whole
+
+    def prompt_row(self, record: bytes | memoryview, token: int, count: int) -> PromptRow:
+        """As `logprob`, of a prompt's `token` behind one whose KV is `record`: it is always the likeliest one."""
+        chosen, top = self._told(int.from_bytes(record[:RECORD_UNIT], "little"), token, count)
+        return PromptRow(token, chosen, 1, top)
+
+    def _told(self, digest: int, token: int, count: int) -> tuple[float, list[tuple[int, float]]]:
+        """(the token's logprob, the likeliest ones)"""
+        chosen = -(1 + digest % _VARIANTS) / _VARIANTS
+        return chosen, [((token + rank) % self._vocab_size, chosen - rank) for rank in range(count)]

@@ -1,6 +1,7 @@
 """What the simulated engine must answer, from tokens alone: no blocks, no scheduler, no store."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import xxhash
 
@@ -8,6 +9,7 @@ from engines.sim.arithmetic import Arithmetic
 from engines.sim.runner import EOS_TOKEN
 from kvcore.config.schema import SimEngineConfig
 from nodeapi.documents import Documents
+from nodeapi.prompt_logprobs import PromptLogprobs, PromptRow
 from nodeapi.sampling import SamplingParams
 
 
@@ -30,6 +32,16 @@ def expected_tokens(
         _completion(arithmetic, [*prompt, *output], len(prompt), sampling, index, config.max_context, reused)
         for index in range(n or sampling.n)
     ]
+
+
+def expected_prompt_rows(config: SimEngineConfig, prompt: Sequence[int], top: int) -> list[PromptRow]:
+    """The logprobs of a prompt's tokens but the first, with `top` others each; each number as 32 bits hold it."""
+    arithmetic = Arithmetic(config.weights_version, config.bytes_per_token, config.vocab_size)
+    record, rows = b"", []
+    for position, (token, following) in enumerate(pairwise(prompt)):
+        record = arithmetic.record(record, token, position)
+        rows.append(arithmetic.prompt_row(record, following, top))
+    return list(PromptLogprobs.pack(1, top, rows).rows())
 
 
 def _completion(  # noqa: PLR0917

@@ -15,6 +15,7 @@ from engines.sim.arithmetic import Arithmetic
 from kvcore.config.schema import SimEngineConfig
 from kvcore.types import DeclaredKV, KVSpec
 from nodeapi.messages import EngineInfo
+from nodeapi.prompt_logprobs import PromptLogprobs
 
 EOS_TOKEN = 0
 
@@ -74,7 +75,7 @@ class SimRunner:
         await asyncio.sleep(self.step_seconds(slices))
         for item in slices:
             self._write(item)
-        return StepOutput([self._sample(item) for item in slices])
+        return StepOutput([self._sample(item) for item in slices], [self._score(item) for item in slices])
 
     def step_seconds(self, slices: Sequence[StepSlice]) -> float:
         """How long a step takes: prompts at their rate, one inter-token time if anything decodes, more for a batch."""
@@ -127,6 +128,16 @@ class SimRunner:
         tokens = [self._arithmetic.draw(digest, params, index, sample.output, mask) for index in sample.indices]
         whole = self._arithmetic.distribution(digest) if sample.whole else None
         return [Sampled(token, self._arithmetic.logprob(digest, token, params), whole) for token in tokens]
+
+    def _score(self, item: StepSlice) -> PromptLogprobs | None:
+        if (spec := item.score) is None:
+            return None
+        first = item.start + spec.first
+        rows = [
+            self._arithmetic.prompt_row(self._record_at(item.block_table, position), token, spec.top)
+            for position, token in enumerate(spec.targets, first)
+        ]
+        return PromptLogprobs.pack(first + 1, spec.top, rows)
 
     def _digest(self, item: StepSlice) -> int:
         """Over all the sequence's KV, as it stands in the blocks."""

@@ -15,12 +15,14 @@ import torch
 from engines.paged.runner import PAGED_LACKS, RowMove, Sampled, StepOutput, StepSlice
 from engines.torch.kv_cache import PagedKV
 from engines.torch.model import LoadedModel
+from engines.torch.prompt_scores import score_prompt
 from engines.torch.row_moves import RowMover, documents_problem
 from engines.torch.sampler import sample_rows
 from engines.torch.step_batch import StepBatch
 from kvcore.errors import EngineError
 from kvcore.types import KVSpec
 from nodeapi.messages import EngineInfo
+from nodeapi.prompt_logprobs import PromptLogprobs
 
 _Result = TypeVar("_Result")
 
@@ -29,7 +31,8 @@ class TorchRunner:
     """A `ModelRunner` over transformers' model code. Takes the loaded model over."""
 
     def __init__(self, loaded: LoadedModel, spec: KVSpec, *, num_blocks: int, threads: int) -> None:
-        self._model = loaded.model
+        self._decoder, self._head = loaded.model.get_decoder(), loaded.model.get_output_embeddings()
+        """All the architectures' logits are the head's of the last hidden states, and nothing more."""
         self._kv = PagedKV(loaded.geometry, num_blocks)
         self._mover = RowMover(self._kv, loaded.rope_frequencies)
         self._info = EngineInfo(
@@ -83,19 +86,29 @@ class TorchRunner:
         with torch.inference_mode():
             self._clear_fresh_pages(slices)
             batch = StepBatch(slices, self._kv)
-            logits = self._model(
-                input_ids=batch.token_ids,
-                position_ids=batch.positions,
-                use_cache=False,
-                logits_to_keep=batch.last_rows,
-                paged_step=batch,
-            ).logits[0]
+            hidden = self._decoder(
+                input_ids=batch.token_ids, position_ids=batch.positions, use_cache=False, paged_step=batch
+            ).last_hidden_state[0]
+            logits = self._head(hidden[None, batch.last_rows])[0]
             rows = sample_rows(logits, specs, self._info.eos_token_ids) if specs else []
             for row, spec, sampled in zip(logits, specs, rows, strict=False):
                 if spec.whole:
                     sampled[:] = [_with_distribution(one, row) for one in sampled]
-            drawn = iter(rows)
-        return StepOutput([next(drawn) if part.sample is not None else [] for part in slices])
+            drawn, scores = iter(rows), self._scores(slices, hidden)
+        return StepOutput([next(drawn) if part.sample is not None else [] for part in slices], scores)
+
+    def _scores(self, slices: Sequence[StepSlice], hidden: torch.Tensor) -> list[PromptLogprobs | None]:
+        """`hidden`: of all tokens of the step, slice by slice."""
+        scores: list[PromptLogprobs | None] = []
+        row = 0
+        for part in slices:
+            spec, found = part.score, None
+            if spec is not None:
+                rows = hidden[row + spec.first : row + spec.first + len(spec.targets)]
+                found = score_prompt(rows, self._head, spec, part.start + spec.first + 1)
+            scores.append(found)
+            row += len(part.token_ids)
+        return scores
 
     def _clear_fresh_pages(self, slices: Sequence[StepSlice]) -> None:
         """Decodes read whole pages, masked: a NaN behind a sequence's end (of a refused chunk, of a failed step) would
@@ -116,7 +129,7 @@ class TorchRunner:
     async def aclose(self) -> None:
         """Waits for a step under way. Idempotent."""
         await asyncio.to_thread(self._worker.shutdown)
-        self._model = None
+        self._decoder = self._head = None
 
 
 def _with_distribution(sampled: Sampled, logits: torch.Tensor) -> Sampled:

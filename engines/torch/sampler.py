@@ -59,8 +59,11 @@ def _sample_row(row: torch.Tensor, spec: SampleSpec, eos_token_ids: Sequence[int
     if params.logprobs is None:
         return [Sampled(token_id) for token_id in chosen]
     logprobs = torch.log_softmax(row, dim=-1)
-    values, ids = logprobs.topk(min(params.logprobs, len(row)))
-    top = list(zip(ids.tolist(), values.tolist(), strict=True))
+    if params.logprob_token_ids:
+        top = [(token_id, float(logprobs[token_id])) for token_id in params.logprob_token_ids]
+    else:
+        values, ids = logprobs.topk(min(params.logprobs, len(row)))
+        top = list(zip(ids.tolist(), values.tolist(), strict=True))
     return [Sampled(token_id, TokenLogprob(logprob=float(logprobs[token_id]), top=top)) for token_id in chosen]
 
 

@@ -25,7 +25,14 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from engines.vllm.bus import Bus, LegReports
 from engines.vllm.connector.orders import LegParams
 from engines.vllm.outputs import failure_of, leg_info, leg_result, prefill_result, token_delta
-from engines.vllm.sampling import extra_args, grammar_place, is_greedy, sampling_arguments, structured_outputs
+from engines.vllm.sampling import (
+    extra_args,
+    grammar_place,
+    is_greedy,
+    prompt_logprobs,
+    sampling_arguments,
+    structured_outputs,
+)
 from engines.vllm.start import VllmStart, start_vllm
 from engines.vllm.stats import VllmStats
 from kvcore.chunk_keys import usable_chunks
@@ -148,12 +155,16 @@ class VllmEngine:
                 self._outputs(leg.leg, prompt, request.cache_salt, sampling, request.deadline_s)
             ) as outputs:
                 async for output in outputs:
+                    info = None
+                    if first:
+                        first = False
+                        info = leg_info(output, reports, request, time.monotonic() - started)
+                        for piece in prompt_logprobs(prompt, output.prompt_logprobs, request.sampling):
+                            yield TokenDelta(prompt_logprobs=piece, info=info)
+                            info = None
                     for completion in output.outputs:
+                        delta = token_delta(completion, info, request.sampling)
                         info = None
-                        if first:
-                            first = False
-                            info = leg_info(output, reports, request, time.monotonic() - started)
-                        delta = token_delta(completion, info, request.sampling.logprobs)
                         yield delta
                         for index in range(1, copies):
                             yield msgspec.structs.replace(delta, index=index, info=None)

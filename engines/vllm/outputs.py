@@ -17,6 +17,7 @@ from nodeapi.messages import (
     Timings,
     TokenDelta,
 )
+from nodeapi.sampling import SamplingParams
 
 
 def leg_result(output: Any) -> LegResult:
@@ -78,7 +79,7 @@ def leg_info(output: Any, reports: LegReports, request: GenerateRequest, total_s
     )
 
 
-def token_delta(completion: Any, info: LegInfo | None, logprobs: int | None) -> TokenDelta:
+def token_delta(completion: Any, info: LegInfo | None, sampling: SamplingParams) -> TokenDelta:
     """vLLM's CompletionOutput as a delta. Raises EngineError for a failure inside vLLM."""
     token_ids = list(completion.token_ids)
     reason = stop_token = None
@@ -87,7 +88,7 @@ def token_delta(completion: Any, info: LegInfo | None, logprobs: int | None) -> 
     return TokenDelta(
         index=completion.index,
         token_ids=token_ids,
-        logprobs=token_logprobs(token_ids, completion.logprobs, logprobs) if token_ids else None,
+        logprobs=token_logprobs(token_ids, completion.logprobs, sampling) if token_ids else None,
         finish_reason=reason,
         stop_token_id=stop_token,
         info=info,

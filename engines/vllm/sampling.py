@@ -1,7 +1,7 @@
 """Our sampling parameters as vLLM's, and vLLM's logprobs and finish reasons as ours. Values only: needs no vLLM."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -10,6 +10,7 @@ from engines.vllm.connector.orders import PARAMS_NAME, LegParams
 from kvcore.errors import EngineError
 from nodeapi.grammars.grammar import Grammar, GrammarKind
 from nodeapi.messages import FinishReason, GenerateRequest, TokenLogprob
+from nodeapi.prompt_logprobs import MOST_ENTRIES, PromptLogprobs, PromptRow
 from nodeapi.sampling import SamplingParams
 
 
@@ -45,7 +46,9 @@ def sampling_arguments(request: GenerateRequest, leg: LegParams) -> dict[str, ob
         "allowed_token_ids": list(sampling.allowed_token_ids) or None,
         "_bad_words_token_ids": [list(word) for word in sampling.bad_words_token_ids] or None,
         "thinking_token_budget": sampling.thinking_token_budget,
-        "logprobs": sampling.logprobs,
+        "logprobs": None if sampling.logprob_token_ids else sampling.logprobs,
+        "logprob_token_ids": sampling.logprob_token_ids or None,
+        "prompt_logprobs": sampling.prompt_logprobs,
         "detokenize": False,
         "extra_args": {**sampling.extra_args, **extra_args(leg)},
     }
@@ -87,26 +90,52 @@ def _seed(seed: int, emitted: int) -> int:
 
 
 def token_logprobs(
-    token_ids: Sequence[int], positions: Sequence[Mapping[int, VllmLogprob]] | None, count: int | None
+    token_ids: Sequence[int], positions: Sequence[Mapping[int, VllmLogprob]] | None, sampling: SamplingParams
 ) -> list[TokenLogprob] | None:
-    """vLLM's logprobs of the tokens of one delta, as ours: of the emitted token, and of the `count` likeliest.
+    """vLLM's logprobs of the tokens of one delta, as ours: of the emitted token, and of those that were asked for.
 
     Raises EngineError if vLLM left one out.
     """
-    if count is None:
+    if sampling.logprobs is None:
         return None
     if positions is None or len(positions) != len(token_ids):
         raise EngineError(f"vLLM gave logprobs of {len(positions or ())} positions for {len(token_ids)} tokens")
     return [
-        TokenLogprob(
-            logprob=position[token].logprob,
-            top=sorted(
-                ((other, entry.logprob) for other, entry in position.items() if (entry.rank or 0) <= count),
-                key=lambda pair: -pair[1],
-            )[:count],
-        )
+        TokenLogprob(logprob=position[token].logprob, top=_told(position, sampling))
         for token, position in zip(token_ids, positions, strict=True)
     ]
+
+
+def _told(position: Mapping[int, VllmLogprob], sampling: SamplingParams) -> list[tuple[int, float]]:
+    if sampling.logprob_token_ids:
+        return [(token, position[token].logprob) for token in sampling.logprob_token_ids]
+    return _likeliest(position, sampling.logprobs or 0)
+
+
+def _likeliest(position: Mapping[int, VllmLogprob], count: int) -> list[tuple[int, float]]:
+    likely = [(other, entry.logprob) for other, entry in position.items() if (entry.rank or 0) <= count]
+    return sorted(likely, key=lambda pair: -pair[1])[:count]
+
+
+def prompt_logprobs(
+    prompt: Sequence[int], positions: Sequence[Mapping[int, VllmLogprob] | None] | None, sampling: SamplingParams
+) -> Iterator[PromptLogprobs]:
+    """vLLM's logprobs of a prompt's tokens, as ours, piece by piece. None where none are wanted; raises EngineError if
+    vLLM left one out."""
+    top = sampling.prompt_logprobs
+    if top is None:
+        return
+    if positions is None or len(positions) != len(prompt):
+        raise EngineError(f"vLLM gave logprobs of {len(positions or ())} tokens for a prompt of {len(prompt)}")
+    step = max(1, MOST_ENTRIES // (1 + top))
+    for start in range(1, len(prompt), step):
+        rows: list[PromptRow] = []
+        for token, position in zip(prompt[start : start + step], positions[start : start + step], strict=True):
+            if position is None or len(best := _likeliest(position, top)) != top:
+                raise EngineError("vLLM left logprobs of the prompt out")
+            own = position[token]
+            rows.append(PromptRow(token, own.logprob, own.rank or 1, best))
+        yield PromptLogprobs.pack(start, top, rows)
 
 
 def finish(

@@ -12,6 +12,10 @@ class ApiLimits:
     max_stops: int = 16
     max_stop_chars: int = 1000
     max_logprobs: int = 20
+    max_listed_tokens: int = 128
+    """Of `logprob_token_ids`, as vLLM's."""
+    max_scores: int = 1 << 20
+    """Logprobs of prompts' tokens that one answer names, those of others in their places included: 50 MB of JSON."""
     max_salt_chars: int = 1024
     """Of `cache_salt`, as vLLM's. An empty one is refused: it would share what its tenant wants apart."""
     max_user_chars: int = 256

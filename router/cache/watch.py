@@ -106,6 +106,9 @@ class CacheWatch:
         prefixes = self._hasher.prefixes(tokens, spec.fingerprint + asked.cache_salt)
         known = min(self._known.known_tokens(prefixes), num_tokens - 1)
         self._known.add(prefixes.hashes)
+        if asked.sampling.prompt_logprobs is not None:  # it read no cache, whatever lay there
+            self._windows.add(counts, now)
+            return
         self.trace.add(prefixes.steps, num_tokens, now)
         parted = self._text.look(tokens, max(known, cached), num_tokens)
         in_chunks = known // spec.chunk_tokens * spec.chunk_tokens

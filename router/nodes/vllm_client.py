@@ -6,7 +6,7 @@ its connection, upon which vLLM aborts the request.
 
 import logging
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from urllib.parse import urlsplit
 
 import msgspec
@@ -16,7 +16,7 @@ from kvcore.errors import DeadlineExceededError, NodeUnavailableError
 from kvcore.ports import base_url
 from kvcore.telemetry import log_fields
 from kvcore.types import NodeInfo, Role
-from nodeapi.http_calls import HttpCalls, deadline
+from nodeapi.http_calls import MAX_REPLY_BYTES, HttpCalls, deadline
 from nodeapi.messages import (
     PROTOCOL,
     EngineInfo,
@@ -26,13 +26,16 @@ from nodeapi.messages import (
     PrefillResult,
     TokenDelta,
 )
+from nodeapi.prompt_logprobs import PromptLogprobs
 from nodeapi.protocol import TakeDelta
 from router.nodes.limits import NodeHealthLimits
 from router.nodes.vllm_model import ModelFacts
-from router.nodes.vllm_replies import CompletionStream, prefill_result, refusal
-from router.nodes.vllm_requests import decode_body, num_sequences, prefill_body
+from router.nodes.vllm_replies import CompletionStream, prefill_result, prompt_scores, refusal
+from router.nodes.vllm_requests import decode_body, num_sequences, prefill_body, scores_body
 
 BOOTSTRAP_PORT = 8998
+_SCORE_BYTES = 200
+"""As JSON, with the token's text."""
 _log = logging.getLogger("router")
 
 
@@ -99,7 +102,9 @@ class VllmClient:
         where, headers = f"{url}/v1/completions", {"X-Request-Id": request.request_id}
         sequences = num_sequences(request.sampling)
         copies = range(request.sampling.n if sequences == 1 else 1)
-        stream = CompletionStream(n=sequences, logprobs=request.sampling.logprobs, url=url)
+        sampling = request.sampling
+        stream = CompletionStream(n=sequences, logprobs=sampling.logprobs, url=url, listed=sampling.logprob_token_ids)
+        scores = await self._scores(url, request, timeout_s)
         with await self._calls.open("POST", where, body, timeout_s, headers) as answer:
             while not stream.ended:
                 try:
@@ -109,6 +114,8 @@ class VllmClient:
                         raise
                     data = b""
                 for delta in stream.feed(data) if data else stream.flush():
+                    for piece in scores:  # with the first one: from then on a node that is silent hangs
+                        yield TokenDelta(prompt_logprobs=piece)
                     for copy in copies:
                         each = msgspec.structs.replace(delta, index=copy) if copy else delta
                         if take is None or not take(each):
@@ -116,6 +123,16 @@ class VllmClient:
                 if not data:
                     return
             answer.finished = True  # but for the body's end, which [DONE] announced: the connection is kept
+
+    async def _scores(self, url: str, request: GenerateRequest, timeout_s: float) -> Iterator[PromptLogprobs]:
+        """Logprobs of the prompt's tokens, if they are wanted: read as they are taken."""
+        top, prompt = request.sampling.prompt_logprobs, request.prompt_token_ids
+        if top is None:
+            return iter(())
+        body, headers = scores_body(self._model, request), {"X-Request-Id": f"{request.request_id}.scores"}
+        most = MAX_REPLY_BYTES + _SCORE_BYTES * len(prompt) * (1 + top)
+        raw = await self._calls.fetch("POST", f"{url}/v1/completions", body, timeout_s, headers, most=most)
+        return prompt_scores(raw, prompt, top, url)
 
     async def end_handoff(self, url: str, request_id: str, *, timeout_s: float) -> None:
         """Nothing: these engines cannot be told, and the ledger does not ask for it."""

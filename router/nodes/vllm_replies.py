@@ -3,6 +3,8 @@
 Fields as in vLLM 0.32: `entrypoints/openai/completion/protocol.py`, `entrypoints/serve/engine/protocol.py`.
 """
 
+from collections.abc import Iterator, Mapping, Sequence
+
 import msgspec
 
 from kvcore.errors import (
@@ -16,6 +18,7 @@ from kvcore.errors import (
     PayloadTooLargeError,
 )
 from nodeapi.messages import FinishReason, LegInfo, PrefillResult, TokenDelta, TokenLogprob
+from nodeapi.prompt_logprobs import MOST_ENTRIES, PromptLogprobs, PromptRow
 
 MAX_EVENT_BYTES = 8 << 20
 """The first event of each choice repeats the prompt's token ids."""
@@ -73,7 +76,22 @@ class _Refused(msgspec.Struct):
     """Where servers before 0.10 had it."""
 
 
+class _Score(msgspec.Struct):
+    logprob: float
+    rank: int
+
+
+class _ScoredChoice(msgspec.Struct):
+    prompt_logprobs: list[msgspec.Raw]
+
+
+class _Scored(msgspec.Struct):
+    choices: list[_ScoredChoice]
+
+
 _whole = msgspec.json.Decoder(_Whole)
+_scored = msgspec.json.Decoder(_Scored)
+_scores = msgspec.json.Decoder(dict[str, _Score])
 _event = msgspec.json.Decoder(_Event)
 
 
@@ -94,6 +112,30 @@ def prefill_result(raw: bytes, request_id: str, url: str) -> PrefillResult:
     )
 
 
+def prompt_scores(raw: bytes, prompt: Sequence[int], top: int, url: str) -> Iterator[PromptLogprobs]:
+    """The logprobs of a prompt's tokens of a whole answer, piece by piece: reading all of a long one takes a second.
+    Raises NodeUnavailableError."""
+    try:
+        told = _scored.decode(raw).choices[0].prompt_logprobs
+        if len(told) != len(prompt):
+            raise NodeUnavailableError(f"{url} told logprobs of {len(told)} tokens for a prompt of {len(prompt)}")
+        step = max(1, MOST_ENTRIES // (1 + top))
+        for start in range(1, len(prompt), step):
+            part = zip(prompt[start : start + step], told[start : start + step], strict=True)
+            yield PromptLogprobs.pack(start, top, [_prompt_row(token, _scores.decode(one), top) for token, one in part])
+    except (msgspec.DecodeError, UnicodeDecodeError, LookupError, ValueError) as error:
+        raise NodeUnavailableError(f"{url} sent logprobs of a prompt that cannot be read: {error}") from error
+
+
+def _prompt_row(token: int, told: Mapping[str, _Score], top: int) -> PromptRow:
+    """Raises LookupError where one is missing, ValueError for what is no token id."""
+    best = sorted((score.rank, int(name), score.logprob) for name, score in told.items() if score.rank <= top)
+    if len(best) != top:
+        raise LookupError(f"{len(best)} tokens in the place of one, not {top}")
+    own = told[str(token)]
+    return PromptRow(token, own.logprob, own.rank, [(other, logprob) for _, other, logprob in best])
+
+
 class CompletionStream:
     """One decode leg's server-sent events, bytes in and deltas out.
 
@@ -101,9 +143,11 @@ class CompletionStream:
     out without. Every method raises the error that the server sent, or NodeUnavailableError for what cannot be read.
     """
 
-    def __init__(self, *, n: int, logprobs: int | None, url: str) -> None:
+    def __init__(self, *, n: int, logprobs: int | None, url: str, listed: Sequence[int] = ()) -> None:
+        """`listed`: tokens that logprobs are of, instead of the likeliest."""
         self._open = set(range(n))
         self._logprobs = logprobs
+        self._listed = [f"{_TOKEN}{token}" for token in listed]
         self._url = url
         self._rest = b""
         self._last: TokenDelta | None = None
@@ -182,9 +226,11 @@ class CompletionStream:
         given, wanted = choice.logprobs or _Logprobs(), self._logprobs or 0
         logprobs: list[TokenLogprob] = []
         for logprob, others in zip(given.token_logprobs, given.top_logprobs, strict=False):
-            likeliest = sorted((others or {}).items(), key=lambda pair: -pair[1])
-            top = [(self._token_id(name), value) for name, value in likeliest]
-            logprobs.append(TokenLogprob(logprob=-9999.0 if logprob is None else logprob, top=top[:wanted]))
+            told = others or {}
+            likeliest = sorted(told.items(), key=lambda pair: -pair[1])[:wanted]
+            named = [(name, told.get(name, -9999.0)) for name in self._listed] or likeliest
+            top = [(self._token_id(name), value) for name, value in named]
+            logprobs.append(TokenLogprob(logprob=-9999.0 if logprob is None else logprob, top=top))
         return logprobs
 
     def _token_id(self, name: str) -> int:

@@ -61,6 +61,20 @@ def decode_body(model: str, request: GenerateRequest) -> bytes:
     return _encoder.encode(body)
 
 
+def scores_body(model: str, request: GenerateRequest) -> bytes:
+    """Of a request of its own for the logprobs of the prompt's tokens: no stream has them, so it is a whole answer, of
+    one token that nobody reads."""
+    body = {
+        "model": model,
+        "prompt": request.prompt_token_ids,
+        "max_tokens": 1,
+        "temperature": 0.0,
+        "stream": False,
+        "prompt_logprobs": request.sampling.prompt_logprobs,
+    }
+    return _encoder.encode(body | _salt(request.cache_salt))
+
+
 def num_sequences(sampling: SamplingParams) -> int:
     """How many of the n are asked for: of greedy ones, which are all the same, vLLM computes one only."""
     return 1 if sampling.temperature < _GREEDY_BELOW else sampling.n
@@ -115,6 +129,8 @@ def _sampling(sampling: SamplingParams, done: int) -> dict[str, object]:
         body["vllm_xargs"] = sampling.extra_args
     if sampling.logprobs is not None:
         body |= {"logprobs": sampling.logprobs, "return_tokens_as_token_ids": True}
+    if sampling.logprob_token_ids:
+        body["logprob_token_ids"] = sampling.logprob_token_ids
     if sampling.temperature >= _GREEDY_BELOW:
         # Its random numbers begin anew with each request, so a continued one must not draw the first ones again.
         body["seed"] = (sampling.seed + _SEED_STEP * done) % (1 << 63)

@@ -1,9 +1,10 @@
 """The n answers of one request: their tokens so far, and how each ends. State and what follows from it alone."""
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
 from nodeapi.messages import FinishReason, TokenDelta
+from nodeapi.prompt_logprobs import PromptLogprobs
 from router.requests.events import Emit
 
 
@@ -16,17 +17,54 @@ class Completion:
     tries: int = 0
 
 
+class PromptScores:
+    """How far the logprobs of the prompt's tokens have come, which every leg that begins anew tells from the start."""
+
+    def __init__(self, prompt: Sequence[int] = (), top: int | None = None) -> None:
+        """`top`: so many others each; None: none are wanted."""
+        self._prompt = prompt
+        self._top = top
+        self._next = 1
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing more is to come."""
+        return self._top is None or self._next >= len(self._prompt)
+
+    def violation(self, piece: PromptLogprobs) -> str | None:
+        """What is wrong with a piece; None: nothing."""
+        if self._top is None:
+            return "logprobs of the prompt that nobody asked for"
+        if piece.start > self._next:
+            return "not all logprobs of the prompt"
+        return piece.problem(self._prompt, self._top)
+
+    def take(self, piece: PromptLogprobs) -> PromptLogprobs | None:
+        """What of it did not come before, from another leg."""
+        new = piece.from_token(self._next) if piece.end > self._next else None
+        self._next = max(self._next, piece.end)
+        return new
+
+
 class Completions:
     """All of them, by index."""
 
     def __init__(
-        self, n: int, max_tokens: int, min_tokens: int, end_token_ids: frozenset[int], *, logprobs: bool
+        self,
+        n: int,
+        max_tokens: int,
+        min_tokens: int,
+        end_token_ids: frozenset[int],
+        *,
+        logprobs: bool,
+        scores: PromptScores,
     ) -> None:
         self._all = [Completion() for _ in range(n)]
         self._max_tokens = max_tokens
         self._min_tokens = min_tokens
         self._end_token_ids = end_token_ids
         self._logprobs = logprobs
+        self._scores = scores
         self.unfinished = set(range(n))
         """Indices that have not ended."""
 
@@ -45,6 +83,10 @@ class Completions:
         """What is wrong with a delta for completion `index`, of a leg with these `expected`; None: nothing."""
         if delta.index not in expected:
             return f"a delta for index {delta.index}, which is not running"
+        if not self._scores.complete and (delta.token_ids or delta.finish_reason not in (None, FinishReason.ABORT)):
+            return "tokens before all logprobs of the prompt"
+        if delta.prompt_logprobs is not None and (wrong := self._scores.violation(delta.prompt_logprobs)) is not None:
+            return wrong
         completion = self._all[index]
         if completion.finished is None and len(delta.token_ids) > self._max_tokens - len(completion.tokens):
             return "more than max_tokens tokens"
@@ -53,10 +95,14 @@ class Completions:
         return None
 
     def append(self, index: int, delta: TokenDelta, reason: FinishReason | None) -> list[Emit]:
-        """Add its tokens, and its end if `reason`. Nothing to emit where it has ended already, or the delta is empty.
+        """Add its tokens, and its end if `reason`. Nothing to emit where it has ended already, or the delta is empty,
+        or has logprobs of the prompt that came before.
 
         Tokens set `tries` back: a long answer on a bad network goes on as long as it gets anywhere.
         """
+        if delta.prompt_logprobs is not None:
+            new = self._scores.take(delta.prompt_logprobs)
+            return [] if new is None else [Emit(index, (), prompt_logprobs=new)]
         completion = self._all[index]
         if completion.finished is not None or not (delta.token_ids or reason):
             return []

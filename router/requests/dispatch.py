@@ -22,24 +22,26 @@ from router.routing.views import RouteRequest
 
 
 class _Runs(set[RequestRun]):
-    """Requests at one stage of their life. `rows`: what one step of all of them brings, see `RequestSpec.rows`.
-    `flows`: sequences, by whose they are."""
+    """Requests at one stage of their life. `rows`: what one step of all of them brings, see `RequestSpec.rows`, and
+    so with `scores`. `flows`: sequences, by whose they are."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.rows = 0
+        self.rows = self.scores = 0
         self.flows = Counter[str]()
 
     def add(self, run: RequestRun) -> None:
         """One that is not in it."""
         super().add(run)
         self.rows += run.rows
+        self.scores += run.scores
         self.flows[run.flow] += run.sequences
 
     def remove(self, run: RequestRun) -> None:
         """One that is in it."""
         super().remove(run)
         self.rows -= run.rows
+        self.scores -= run.scores
         self.flows[run.flow] -= run.sequences
         if not self.flows[run.flow]:
             del self.flows[run.flow]
@@ -119,7 +121,7 @@ class Dispatcher:
         `async with` the result starts its legs, iterating yields its outputs. One that is not entered must be dropped.
         `waited_s`: how long it has been here.
 
-        Raises StoppingError once this router stops, OverloadedError at `max_requests` or `max_rows`,
+        Raises StoppingError once this router stops, OverloadedError at `max_requests`, `max_rows` or `max_scores`,
         NodeUnavailableError when no node can decode it.
         """
         services, in_flight = self._services, self._services.log.in_flight + len(self._opened)
@@ -128,6 +130,9 @@ class Dispatcher:
         rows, most = self._opened.rows + self.running.rows + spec.rows, services.limits.max_rows
         if rows > most:
             raise OverloadedError(f"choices and logprobs of {rows} tokens a step, over {most}, would be under way")
+        scores, most = self._opened.scores + self.running.scores + spec.scores, services.limits.max_scores
+        if spec.scores and scores > most:
+            raise OverloadedError(f"logprobs of {scores} tokens of prompts, over {most}, would be under way")
         if self.stopping:
             raise StoppingError("this router is stopping; ask another one, or this one when it is back")
         decision = decision or self.route(spec)
@@ -187,13 +192,13 @@ class Dispatcher:
         """What the policy chooses among the nodes of now. See ChooseRoute."""
         cluster = self._services.cluster
         view = cluster.view()
-        prompt = spec.prompt_token_ids
+        prompt, whole_prompt = spec.prompt_token_ids, spec.sampling.prompt_logprobs is not None
         request = RouteRequest(
             prompt_tokens=len(prompt),
             completion_tokens=spec.sampling.max_tokens,
             min_prefill_tokens=0 if decoder else self._services.config.min_prefill_tokens,
             turn=turn,
-            hits=cluster.hits(view, prompt, spec.cache_salt, spec.keys),
+            hits={} if whole_prompt else cluster.hits(view, prompt, spec.cache_salt, spec.keys),
             exclude=exclude,
             decoder=decoder,
             fingerprint=fingerprint,
@@ -201,6 +206,7 @@ class Dispatcher:
             prompt_token_ids=prompt,
             session=spec.session,
             asks=spec.sampling.asks,
+            whole_prompt=whole_prompt,
             now=self._services.clock.now(),
         )
         return self._policy.choose(request, view)

@@ -8,6 +8,7 @@ import msgspec
 
 from kvcore.errors import DeadlineExceededError, KVFerryError
 from nodeapi.messages import FinishReason, PrefillResult, TokenDelta, TokenLogprob
+from nodeapi.prompt_logprobs import PromptLogprobs
 
 
 class RequestTimer(StrEnum):
@@ -146,6 +147,8 @@ class Emit(msgspec.Struct, frozen=True):
     logprobs: Sequence[TokenLogprob] | None = None
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
+    prompt_logprobs: PromptLogprobs | None = None
+    """Of the prompt's next tokens, and for all completions. With these come no tokens."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ from kvcore.errors import (
 from kvcore.handoff import HandoffKind
 from kvcore.types import Route
 from nodeapi.messages import FinishReason, LegInfo
-from router.requests.completions import Completions
+from router.requests.completions import Completions, PromptScores
 from router.requests.decode_legs import DecodeLeg, DecodeLegs, LegNames
 from router.requests.events import (
     Action,
@@ -74,13 +74,15 @@ class RequestMachine:
         end_token_ids: frozenset[int] = frozenset(),
         min_tokens: int = 0,
         logprobs: bool = False,
+        scores: PromptScores | None = None,
         handoff: HandoffKind = HandoffKind.KVFERRY,
         limits: RequestLimits = RequestLimits(),
     ) -> None:
         self._limits = limits
         self._id = request_id
         self._attempts = attempts
-        self.completions = Completions(n, max_tokens, min_tokens, end_token_ids, logprobs=logprobs)
+        told = scores or PromptScores()
+        self.completions = Completions(n, max_tokens, min_tokens, end_token_ids, logprobs=logprobs, scores=told)
         names = LegNames(request_id)
         self._decodes = DecodeLegs(self.completions, names.decode, picker.fingerprint)
         self.retries: list[tuple[str, str]] = []

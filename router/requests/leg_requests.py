@@ -28,9 +28,11 @@ def generate_request(
     """A decode leg's: of the whole request, or of one completion that goes on alone.
 
     That one is index 0 of its leg. Its seed must differ from its sisters', or all of them would draw the same; greedy
-    completions and n = 1 are continued exactly.
+    completions and n = 1 are continued exactly. Before the first token all logprobs of the prompt have been told.
     """
     sampling = spec.sampling
+    if sampling.prompt_logprobs is not None and (action.index is not None or action.output_token_ids):
+        sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
     if action.index is not None:
         seed = (sampling.seed + _SEED_STEP * action.index) % (1 << 63)
         sampling = msgspec.structs.replace(sampling, seed=seed, n=1)

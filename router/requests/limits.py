@@ -17,6 +17,8 @@ class RequestLimits:
     """Deltas that wait for a slow client before the node is read no further."""
     max_rows: int = 8192
     """Tokens that one step of all requests brings, logprobs of others included: 30 µs of the event loop each."""
+    max_scores: int = 1 << 22
+    """Logprobs of prompts' tokens that the answers of all requests name: 50 bytes each until they are sent."""
     handoff_grace_s: float = 0.25
     """After a prefill that stored everything, a decoder should find it by itself; else it is told to stop waiting."""
     handoff_longest_s: float = 2.0

@@ -12,6 +12,7 @@ from typing import Self
 
 from kvcore.errors import CancelledByPeerError, EngineError, KVFerryError
 from nodeapi.messages import TokenDelta
+from router.requests.completions import PromptScores
 from router.requests.events import (
     Action,
     CancelLeg,
@@ -89,7 +90,7 @@ class RequestRun:
             route=route,
             worth_waiting_s=decision.worth_waiting_s,
         )
-        self.rows, self.flow, self.sequences = spec.rows, spec.flow, spec.sampling.n
+        self.rows, self.scores, self.flow, self.sequences = spec.rows, spec.scores, spec.flow, spec.sampling.n
         sampling = spec.sampling
         ends = frozenset(sampling.stop_token_ids)
         if not sampling.ignore_eos:
@@ -104,6 +105,7 @@ class RequestRun:
             num_chunks=self._legs.num_chunks(route.decoder),
             end_token_ids=ends,
             logprobs=sampling.logprobs is not None,
+            scores=PromptScores(spec.prompt_token_ids, sampling.prompt_logprobs),
             handoff=services.handoff,
             limits=services.limits,
         )

@@ -67,6 +67,23 @@ class FieldNames:
 
 
 @dataclass(frozen=True, slots=True)
+class Scoring:
+    """What the client wants to see of its prompts.
+
+    `echoes`: what each answer begins with, one a prompt; None in its place: the text of the prompt's tokens; None: no
+    echo. `echo_logprobs`: with logprobs of the prompt's tokens and so many others; None: without. `prompt_logprobs`:
+    those in a field of their own. `prompt_alone`: nothing of the answer. `listed`: logprobs are of tokens that the
+    client lists.
+    """
+
+    echoes: tuple[str | None, ...] | None = None
+    echo_logprobs: int | None = None
+    prompt_logprobs: bool = False
+    prompt_alone: bool = False
+    listed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ShownFields:
     """What the client wants to see beside the text. Logprobs are asked of the engine: `SamplingParams.logprobs`."""
 
@@ -81,6 +98,7 @@ class ShownFields:
     """Tokens that one piece of a choice has, but for the first and the last."""
     prompt_text: str | None = None
     """What the chat template made, where the client wants to see it."""
+    scoring: Scoring = Scoring()
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +155,14 @@ class RequestSpec:
     @property
     def rows(self) -> int:
         """Tokens that one step brings, those included that logprobs name beside them."""
-        return self.sampling.n * (1 + (self.sampling.logprobs or 0))
+        named = max(self.sampling.logprobs or 0, len(self.sampling.logprob_token_ids))
+        return self.sampling.n * (1 + named)
+
+    @property
+    def scores(self) -> int:
+        """Logprobs of the prompt's tokens that its answer names, those of others in their places included."""
+        top = self.sampling.prompt_logprobs
+        return 0 if top is None else self.sampling.n * len(self.prompt_token_ids) * (1 + top)
 
 
 @dataclass(frozen=True, slots=True)

@@ -229,6 +229,8 @@ PREFILLER_FILTERS = (
 
 def _prefiller_unneeded(request: RouteRequest, decoder: NodeView) -> tuple[int, str | None]:
     """(Prompt tokens cached somewhere, why the decoder computes the rest itself; None: it needs a prefiller.)"""
+    if request.whole_prompt:
+        return 0, "prompt_logprobs"
     chunk_tokens = decoder.chunk_tokens
     full_chunks = usable_chunks(request.prompt_tokens, chunk_tokens)
     cached = _cached_tokens(request, decoder)

@@ -191,6 +191,8 @@ class RouteRequest:
     session: str = ""
     now: float = 0.0
     asks: frozenset[str] = frozenset()
+    whole_prompt: bool = False
+    """Its decoder computes all of it, whatever is cached: logprobs of its tokens are wanted, which KV does not have."""
 
     def hits_for(self, node: NodeView) -> PrefixHits:
         """Where the prompt's chunks of this node's kind of KV are."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import web
-from support.router_fakes import next_token, serve
+from support.router_fakes import next_token, prompt_rows, serve
 
 from kvcore.handoff import HandoffKind
 from kvcore.types import Role
@@ -26,7 +26,7 @@ FIELDS = {
     *SAMPLING,
     *("model", "prompt", "max_tokens", "min_tokens", "n", "stream", "stream_options", "stop_token_ids", "ignore_eos"),
     *("logit_bias", "logprobs", "return_tokens_as_token_ids", "return_token_ids", "seed", "cache_salt"),
-    "kv_transfer_params",
+    *("prompt_logprobs", "logprob_token_ids", "kv_transfer_params"),
 }
 NIXL_PREFILL = {
     "do_remote_decode": True,
@@ -101,6 +101,8 @@ class FakeVllm:
     tokens: Callable[[list[int], int], int] = next_token
     prefills: list[Body] = field(default_factory=list)
     generates: list[Body] = field(default_factory=list)
+    scores: list[Body] = field(default_factory=list)
+    """Those for a prompt's logprobs."""
     running: int = 0
     dropped: int = 0
     """Requests whose client left."""
@@ -148,6 +150,9 @@ class FakeVllm:
         except ContractError as error:
             self.world.violations.append(f"{self.name}: {error}")
             return _error(400, str(error))
+        if body.get("prompt_logprobs") is not None:
+            self.scores.append(body)
+            return web.json_response({"choices": [{"index": 0, "prompt_logprobs": _scores(body)}]})
         (self.prefills if self._is_prefill(body) else self.generates).append(body)
         if self.refusal is not None:
             return _error(*self.refusal)
@@ -185,7 +190,10 @@ class FakeVllm:
         _must(bool(request.headers.get("X-Request-Id")), "no X-Request-Id")
         _must(request.content_type == "application/json", "no JSON")
         params = body.get("kv_transfer_params")
-        if self._is_prefill(body):
+        if body.get("prompt_logprobs") is not None:
+            _must(body["stream"] is False, "`prompt_logprobs` are not available when `stream=True`.")
+            _must(params is None and body["max_tokens"] == 1, "more than the prompt's logprobs")
+        elif self._is_prefill(body):
             _must(self.role is Role.PREFILLER, "a prefill leg on a decoder")
             self._check_prefill(body, request.headers["X-Request-Id"])
         else:
@@ -214,6 +222,7 @@ class FakeVllm:
         _must(len(body["prompt"]) + body["max_tokens"] <= MAX_MODEL_LEN, "too long")
         _must("logprobs" not in body or body.get("return_tokens_as_token_ids") is True, "logprobs of texts")
         _must(body["n"] == 1 or body["temperature"] > 0, "n must be 1 when using greedy sampling")
+        _must("logprob_token_ids" not in body or "logprobs" in body, "when using `logprob_token_ids`, set `logprobs`")
         _must((body["temperature"] == 0) is ("seed" not in body), "a seed goes with a temperature")
         params = body.get("kv_transfer_params")
         if params is None:
@@ -311,7 +320,7 @@ class FakeVllm:
         choice: Body = {
             "index": index,
             "text": "" if reason == "stop" else chr(token),
-            "logprobs": None if body.get("logprobs") is None else _logprobs(token, body["logprobs"]),
+            "logprobs": None if body.get("logprobs") is None else _logprobs(token, body),
             "finish_reason": reason,
             "stop_reason": stop,
             "token_ids": [token],
@@ -331,9 +340,19 @@ class FakeVllm:
         }
 
 
-def _logprobs(token: int, count: int) -> Body:
-    """As vLLM gives them: the sampled token first, then the likeliest; here it is none of them."""
-    top = {f"token_id:{token}": -5.0} | {f"token_id:{40 + rank}": -0.1 * (rank + 1) for rank in range(count)}
+def _scores(body: Body) -> list[Body | None]:
+    """As vLLM gives them: by token id, the prompt's own first."""
+    told: list[Body | None] = [None]
+    for row in prompt_rows(body["prompt"], body["prompt_logprobs"]):
+        ranked = [(row.token_id, row.logprob, row.rank), *((t, lp, rank) for rank, (t, lp) in enumerate(row.top, 1))]
+        told.append({str(t): {"logprob": lp, "rank": rank, "decoded_token": chr(t)} for t, lp, rank in ranked})
+    return told
+
+
+def _logprobs(token: int, body: Body) -> Body:
+    """As vLLM gives them: the sampled token first, then those that are listed, or the likeliest; it is none of them."""
+    others = body.get("logprob_token_ids") or [40 + rank for rank in range(body["logprobs"])]
+    top = {f"token_id:{token}": -5.0} | {f"token_id:{t}": -0.1 * (at + 1) for at, t in enumerate(others)}
     return {"text_offset": [0], "token_logprobs": [-5.0], "tokens": [f"token_id:{token}"], "top_logprobs": [top]}
 
 

@@ -46,6 +46,7 @@ from nodeapi.messages import (
     TokenDelta,
     TokenLogprob,
 )
+from nodeapi.prompt_logprobs import PromptLogprobs, PromptRow
 from nodeapi.protocol import TakeDelta
 from nodeapi.upkeep import (
     ChunksReply,
@@ -124,6 +125,15 @@ def expected(prompt: list[int], max_tokens: int, index: int = 0) -> list[int]:
     return tokens
 
 
+def prompt_rows(prompt: list[int], top: int) -> list[PromptRow]:
+    """What the fake model says of a prompt's tokens but the first; each third one is the likeliest itself."""
+    rows = []
+    for at, token in enumerate(prompt[1:]):
+        others = [((token + rank + bool(at % 3)) % VOCAB, -0.5 - rank) for rank in range(top)]
+        rows.append(PromptRow(token, -0.5 if not at % 3 else -8.0, 1 if not at % 3 else 9, others))
+    return rows
+
+
 @dataclass
 class FakeNode:
     """One node's behaviour. Counters say what reached it."""
@@ -155,6 +165,8 @@ class FakeNode:
     generate_error: KVFerryError | None = None
     die_after: int | None = None
     """Tokens after which a stream breaks off."""
+    die_in_prompt: int | None = None
+    """Pieces of the prompt's logprobs after which a stream breaks off, once."""
     stays_dead: bool = False
     """Then nobody can reach it any more."""
     prefill_gate: asyncio.Event | None = None
@@ -266,6 +278,15 @@ class FakeNode:
         said = self.kv_spec(self.weights_said).fingerprint if self.weights_said is not None else b""
         info: LegInfo | None = LegInfo(cached_tokens=self.cached_tokens, computed_tokens=1, fingerprint=said)
         sent = 0
+        if sampling.prompt_logprobs is not None:
+            for start in range(0, len(request.prompt_token_ids) - 1, 3):
+                if self.die_in_prompt == start // 3:
+                    self.die_in_prompt = None
+                    raise NodeUnavailableError(f"{self.id} died")
+                rows = prompt_rows(request.prompt_token_ids, sampling.prompt_logprobs)[start : start + 3]
+                piece = PromptLogprobs.pack(start + 1, sampling.prompt_logprobs, rows)
+                yield TokenDelta(prompt_logprobs=piece, info=info)
+                info = None
         while len(outputs[0]) < sampling.max_tokens:
             for index, output in enumerate(outputs):
                 if self.die_after is not None and sent >= self.die_after:
@@ -277,7 +298,8 @@ class FakeNode:
                 done = FinishReason.STOP if stop is not None else done
                 logprobs = None
                 if sampling.logprobs is not None:
-                    others = [(output[-1] + at, -0.5 - at) for at in range(sampling.logprobs)]
+                    ids = sampling.logprob_token_ids or [output[-1] + at for at in range(sampling.logprobs)]
+                    others = [(other, -0.5 - at) for at, other in enumerate(ids)]
                     logprobs = [TokenLogprob(logprob=-0.5, top=others)]
                 sent += 1
                 yield TokenDelta(

@@ -88,8 +88,9 @@ class SchedulerHalf:
         """A new request: looks its chunks up at once, unless a prefiller is at them."""
         assert view.request_id not in self._requests, f"request {view.request_id} arrived twice"
         chunks = self._chunks_of(view)
-        handoff = view.cacheable and view.params is not None and view.params.handoff_chunks is not None
-        request = LiveRequest(view, chunks, may_load=view.cacheable, handoff=handoff)
+        may_load = view.cacheable and not view.wants_logits
+        handoff = may_load and view.params is not None and view.params.handoff_chunks is not None
+        request = LiveRequest(view, chunks, may_load=may_load, handoff=handoff)
         self._requests[view.request_id] = request
         if request.may_load and not handoff:
             self._ask(request)

@@ -69,6 +69,8 @@ class RequestView:
     salt: bytes
     cacheable: bool
     """False: its KV depends on more than its tokens (LoRA, images, prompt embeddings, ...). Never loaded nor saved."""
+    wants_logits: bool = False
+    """Of its whole prompt: nothing of it is loaded, as KV has none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,6 +60,7 @@ class SchedulerSide:
                 params=params,
                 salt=salt,
                 cacheable=plain and request.sampling_params is not None,
+                wants_logits=request.skip_reading_prefix_cache,
             )
         )
 

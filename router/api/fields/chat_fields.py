@@ -29,6 +29,13 @@ class ChatRequest(CommonFields, frozen=True, kw_only=True):
     return_prompt_text: bool | None = False
 
 
+def begins_message(request: ChatRequest) -> bool:
+    """Whether the prompt ends with what begins a message of the assistant's."""
+    if request.add_generation_prompt is None:
+        return not request.continue_final_message
+    return request.add_generation_prompt
+
+
 def chat_prompt(request: ChatRequest, limits: ApiLimits) -> ChatPrompt:
     """The conversation for the template. Raises for all that is not text."""
     require(0 < len(request.messages) <= limits.max_messages, "messages", f"has 1 to {limits.max_messages} messages")
@@ -40,7 +47,7 @@ def chat_prompt(request: ChatRequest, limits: ApiLimits) -> ChatPrompt:
         "continue_final_message",
         "and add_generation_prompt must not both be true",
     )
-    asks = not continues if request.add_generation_prompt is None else request.add_generation_prompt
+    asks = begins_message(request)
     tools = tools_of(request.tools or ()) or None
     fields = {"add_generation_prompt": asks, "continue_final_message": continues, "tools": tools}
     values = template_values(request.chat_template_kwargs, fields)

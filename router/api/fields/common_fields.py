@@ -60,6 +60,9 @@ class CommonFields(CacheHintFields, frozen=True, kw_only=True):
     cache_salt: str | None = None
     user: object = None
     """Without keys, who shares fairly with others while requests must wait."""
+    echo: bool | None = False
+    prompt_logprobs: int | None = None
+    logprob_token_ids: list[int] | None = None
     return_token_ids: bool | None = False
     return_tokens_as_token_ids: bool | None = False
     truncate_prompt_tokens: int | None = None

@@ -13,7 +13,8 @@ from router.api.fields.chat_messages import marks_of
 from router.api.fields.checks import TokenLists, require
 from router.api.fields.common_fields import RepetitionDetection, StreamOptions
 from router.api.fields.completion_fields import CompletionRequest, completion_prompts
-from router.api.fields.sampling_fields import DEFAULT_COMPLETION_TOKENS, INT64, AnyRequest, max_tokens_of, sampling_of
+from router.api.fields.sampling_fields import DEFAULT_COMPLETION_TOKENS, INT64, max_tokens_of, sampling_of
+from router.api.fields.score_fields import AnyRequest, check_size, scoring_of
 from router.api.fields.structured import AskedGrammar, asked_grammar
 from router.api.fields.tool_choice import must_call, reading_of, tool_grammar
 from router.api.fields.truncation import truncated
@@ -25,6 +26,7 @@ from router.requests.spec import (
     FieldNames,
     Prompt,
     RequestSpec,
+    Scoring,
     ShownFields,
     TextOptions,
     Turn,
@@ -94,11 +96,13 @@ def answer_request(
         for number, whole in enumerate(prompts)
         for prompt in [truncated(whole, request.truncate_prompt_tokens, request.truncation_side, room)]
     ]
+    check_size(specs, limits)
+    scoring = scoring_of(request)
     return AnswerRequest(
         specs,
-        stops=stops,
+        stops=() if scoring.prompt_alone else stops,
         text=_text_options(request, reading),
-        shown=_shown(request, prompt_text),
+        shown=_shown(request, prompt_text, scoring),
         names=FieldNames(
             prompt=prompt_name or ("messages" if isinstance(request, ChatRequest) else "prompt"),
             others=_NAMES if form is None else {**_NAMES, "grammar": form.field},
@@ -192,7 +196,7 @@ def _repetition(asked: RepetitionDetection | None, limits: ApiLimits) -> Repetit
     return Repetition(max(1, least), most, count) if most else None
 
 
-def _shown(request: AnyRequest, prompt_text: str | None) -> ShownFields:
+def _shown(request: AnyRequest, prompt_text: str | None, scoring: Scoring) -> ShownFields:
     options = request.stream_options or StreamOptions()
     usage = bool(request.stream and options.include_usage)
     so_far = usage and bool(options.continuous_usage_stats)
@@ -205,6 +209,7 @@ def _shown(request: AnyRequest, prompt_text: str | None) -> ShownFields:
         usage_so_far=so_far,
         stream_interval=interval if request.stream else 1,
         prompt_text=prompt_text,
+        scoring=scoring,
     )
 
 

@@ -7,11 +7,11 @@ from nodeapi.sampling import SamplingParams
 from router.api.fields.chat_fields import ChatRequest
 from router.api.fields.checks import TokenLists, number, repetition_penalty, require, top_k, top_p
 from router.api.fields.completion_fields import CompletionRequest
+from router.api.fields.score_fields import AnyRequest, is_prompt_alone, scored
 from router.api.limits import ApiLimits
 from router.text.model_habits import SamplingDefaults
 
 DEFAULT_COMPLETION_TOKENS = 16
-AnyRequest = ChatRequest | CompletionRequest
 INT64 = 1 << 63
 
 
@@ -38,7 +38,7 @@ def sampling_of(
         require(bool(request.stream), "stream_options", "is only allowed when stream is true")
     seed = random.getrandbits(63) if request.seed is None else request.seed
     require(-INT64 <= seed < INT64, "seed", "must be a 64-bit integer")
-    return SamplingParams(
+    sampling = SamplingParams(
         temperature=number(request.temperature, defaults.temperature, "temperature", 0.0, 2.0),
         top_p=top_p(request.top_p, defaults.top_p),
         top_k=top_k(request.top_k, defaults.top_k),
@@ -61,6 +61,7 @@ def sampling_of(
         n=n,
         grammar=grammar,
     )
+    return scored(request, sampling, limits)
 
 
 def max_tokens_of(request: AnyRequest, prompt_tokens: int, max_context: int, most: int | None) -> tuple[int, str]:
@@ -72,8 +73,8 @@ def max_tokens_of(request: AnyRequest, prompt_tokens: int, max_context: int, mos
         room = max(1, max_context - prompt_tokens)
         most = (most or room) if isinstance(request, ChatRequest) else DEFAULT_COMPLETION_TOKENS
         return min(room, most), named
-    require(given >= 1, named, "must be at least 1")
-    return min(given, INT64), named  # more is over any context, and may have too many digits to be printed
+    require(given >= 1 or is_prompt_alone(request), named, "must be at least 1")
+    return max(1, min(given, INT64)), named  # more is over any context, and may have too many digits to be printed
 
 
 def _thinking_budget(value: int | None) -> int | None:

@@ -4,7 +4,8 @@ from collections.abc import Iterable
 
 import msgspec
 
-from router.api.formats.formatter import NamedLogprob, OpenAIFormatter, raw_json, stop_reason_of
+from router.api.formats.formatter import OpenAIFormatter, raw_json, stop_reason_of
+from router.api.formats.prompt_scores import NamedLogprob
 from router.client_answer import TextPiece
 from router.text.token_names import NamedToken
 
@@ -14,15 +15,16 @@ class ChatFormatter(OpenAIFormatter[msgspec.Raw]):
 
     def opening(self) -> list[bytes]:
         """The role of each choice, as OpenAI sends it first."""
-        delta = {"role": "assistant", "content": ""}
-        return [
-            self._event(
-                "chat.completion.chunk",
-                [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}],
-                more={**self._prompt_token_ids(index), **self._prompt_text()},
-            )
-            for index in range(self._answer.num_choices)
-        ]
+        choices = range(self._answer.num_choices)
+        begin = {"role": "assistant", "content": ""}
+        events = [self._begin(index, begin, self._prompt_token_ids(index) | self._prompt_text()) for index in choices]
+        if echo := "".join(self._echoes):
+            events += [self._begin(index, {"content": echo}, {}) for index in choices]
+        return events
+
+    def _begin(self, index: int, delta: dict[str, str], more: dict[str, object]) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        return self._event("chat.completion.chunk", [choice], more=more)
 
     def _chunk(self, piece: TextPiece) -> bytes:
         choice: dict[str, object] = {
@@ -52,10 +54,12 @@ class ChatFormatter(OpenAIFormatter[msgspec.Raw]):
             }
             for index, choice in enumerate(self._gathered)
         ]
-        return self._body("chat.completion", choices, {**self._prompt_token_ids(0), **self._prompt_text()})
+        of_prompt = {**self._prompt_logprobs(0), **self._prompt_token_ids(0), **self._prompt_text()}
+        return self._body("chat.completion", choices, of_prompt)
 
     def _message(self, index: int) -> dict[str, object]:
-        return {"role": "assistant", "content": "".join(self._gathered[index].texts), "refusal": None}
+        texts = [*self._echoes, *self._gathered[index].texts]
+        return {"role": "assistant", "content": "".join(texts), "refusal": None}
 
     def _finish_reason(self, index: int) -> str | None:
         return self._gathered[index].finish_reason

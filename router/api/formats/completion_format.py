@@ -5,7 +5,9 @@ from typing import NamedTuple
 
 import msgspec
 
-from router.api.formats.formatter import NamedLogprob, OpenAIFormatter, raw_json, stop_reason_of
+from nodeapi.prompt_logprobs import PromptLogprobs
+from router.api.formats.formatter import OpenAIFormatter, raw_json, stop_reason_of
+from router.api.formats.prompt_scores import NamedLogprob, NamedRow
 from router.client_answer import ClientAnswer, TextPiece
 from router.text.tokenizer import Tokenizer
 
@@ -14,8 +16,8 @@ class CompletionEntry(NamedTuple):
     """Of one token's logprobs, as this endpoint shows them. `top`: JSON."""
 
     token: str
-    logprob: float
-    top: msgspec.Raw
+    logprob: float | None
+    top: msgspec.Raw | None
     offset: int
 
 
@@ -27,12 +29,52 @@ class CompletionFormatter(OpenAIFormatter[CompletionEntry]):
         self._offsets = [0] * answer.num_choices
         self._begun: set[int] = set()
         """Choices that have said something."""
+        for number, text in enumerate(self._echoes):
+            for index in answer.choices_of(number):
+                self._gathered[index].texts.append(text)
+                self._gathered[index].entries += self._first_token(index, answer.prompts[number][0])
 
     def opening(self) -> list[bytes]:
-        """Nothing."""
-        return []
+        """What is echoed."""
+        echoed = [index for number in range(len(self._echoes)) for index in self._answer.choices_of(number)]
+        return [self._echo(index, self._gathered[index].texts[0], self._gathered[index].entries) for index in echoed]
+
+    def _echo(self, index: int, text: str, entries: list[CompletionEntry]) -> bytes:
+        shown: dict[str, object] = {"text": text, "logprobs": _logprobs(entries), "finish_reason": None}
+        return self._event("text_completion", [self._choice(index, shown, ())])
+
+    def _first_token(self, index: int, token_id: int) -> list[CompletionEntry]:
+        """Of a prompt: nothing stands before it by which it could be likely."""
+        if self._answer.shown.scoring.echo_logprobs is None:
+            return []
+        text = self._tokenizer.decode([token_id], skip_special_tokens=False)
+        self._offsets[index] = len(text)
+        name = f"token_id:{token_id}" if self._answer.shown.tokens_as_ids else text
+        return [CompletionEntry(name, None, None, 0)]
+
+    def _take_scores(self, prompt: int, scores: PromptLogprobs) -> list[NamedRow]:
+        rows = super()._take_scores(prompt, scores)
+        entries = self._echoed(prompt, rows)
+        for index in self._answer.choices_of(prompt):
+            self._gathered[index].entries += entries
+        return rows
+
+    def _echoed(self, prompt: int, rows: list[NamedRow]) -> list[CompletionEntry]:
+        """Of tokens of a prompt that are echoed: they are the same for all its choices."""
+        scoring, choices = self._answer.shown.scoring, self._answer.choices_of(prompt)
+        if scoring.echo_logprobs is None:
+            return []
+        most = None if scoring.listed else scoring.echo_logprobs
+        entries = [self._entry(choices[0], row.logprob(most, as_id=self._answer.shown.tokens_as_ids)) for row in rows]
+        for index in choices:
+            self._offsets[index] = self._offsets[choices[0]]
+        return entries
 
     def _chunk(self, piece: TextPiece) -> bytes:
+        if piece.scores is not None:
+            prompt = self._answer.prompt_of(piece.index)
+            entries = self._echoed(prompt, super()._take_scores(prompt, piece.scores))
+            return b"".join(self._echo(index, "", entries) for index in self._answer.choices_of(prompt))
         shown: dict[str, object] = {
             "text": piece.text,
             "logprobs": _logprobs(self._entries(piece)),
@@ -55,6 +97,7 @@ class CompletionFormatter(OpenAIFormatter[CompletionEntry]):
                     "logprobs": _logprobs(choice.entries),
                     "finish_reason": choice.finish_reason,
                     "stop_reason": choice.stop_reason,
+                    **self._prompt_logprobs(self._answer.prompt_of(index)),
                 },
                 choice.token_ids,
             )
@@ -69,12 +112,12 @@ class CompletionFormatter(OpenAIFormatter[CompletionEntry]):
         return {"index": index, **shown, **ids}
 
     def _entries(self, piece: TextPiece) -> list[CompletionEntry]:
-        entries: list[CompletionEntry] = []
-        for named in self._named(piece) if piece.logprobs else ():
-            offset = self._offsets[piece.index]
-            entries.append(CompletionEntry(named.token.text, named.logprob, raw_json(_by_text(named)), offset))
-            self._offsets[piece.index] += named.num_chars
-        return entries
+        return [self._entry(piece.index, named) for named in (self._named(piece) if piece.logprobs else ())]
+
+    def _entry(self, index: int, named: NamedLogprob) -> CompletionEntry:
+        offset = self._offsets[index]
+        self._offsets[index] += named.num_chars
+        return CompletionEntry(named.token.text, named.logprob, raw_json(_by_text(named)), offset)
 
 
 def _logprobs(entries: list[CompletionEntry]) -> dict[str, object] | None:

@@ -3,18 +3,19 @@
 A formatter has state for one answer; it does no I/O. `chat_format` and `completion_format` own their endpoint's form.
 """
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Generic, Protocol, TypeVar
 
 import msgspec
 
 from kvcore.errors import KVFerryError
+from nodeapi.prompt_logprobs import PromptLogprobs
+from router.api.formats.prompt_scores import NamedLogprob, NamedRow, ScoredPrompt, by_id, finite
 from router.api.http_errors import reply_of
 from router.client_answer import ClientAnswer, TextPiece
-from router.text.token_names import NamedToken, TokenNames
+from router.text.token_names import TokenNames
 from router.text.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
@@ -48,26 +49,6 @@ def usage_of(answer: ClientAnswer) -> Usage:
 def sse(body: object) -> bytes:
     """One server-sent event."""
     return b"data: " + _encoder.encode(body) + b"\n\n"
-
-
-def finite(logprob: float) -> float:
-    """JSON has no infinity; OpenAI says -9999 for impossible."""
-    return logprob if math.isfinite(logprob) else -9999.0
-
-
-@dataclass(frozen=True, slots=True)
-class NamedLogprob:
-    """A token of an answer, its logprob, and those of the likeliest tokens in its place. `num_chars`: how much text it
-    completes, whatever it is called."""
-
-    token: NamedToken
-    num_chars: int
-    logprob: float
-    top: Sequence[tuple[NamedToken, float]]
-
-
-def _by_id(token_id: int, token: NamedToken) -> NamedToken:
-    return replace(token, text=f"token_id:{token_id}")
 
 
 class Formatter(Protocol):
@@ -126,12 +107,20 @@ class OpenAIFormatter(Generic[Entry]):
         self._answer = answer
         self._model = model
         self._created = created
+        self._tokenizer = tokenizer
         self._names = [TokenNames(tokenizer) for _ in range(answer.num_choices)]
         self._gathered: list[GatheredChoice[Entry]] = [GatheredChoice() for _ in range(answer.num_choices)]
         self._around: dict[int, list[bytes]] = {}
         """By choice: what its events of text alone have before and after the text's JSON."""
         self._prompt: tuple[list[int], msgspec.Raw] | None = None
         """The last one that was shown, and its JSON."""
+        scoring = answer.shown.scoring
+        self._prompts = [ScoredPrompt(tokenizer, gathers=scoring.prompt_logprobs) for _ in answer.prompts]
+        self._echoes = [
+            tokenizer.decode(prompt, skip_special_tokens=False) if text is None else text
+            for prompt, text in zip(answer.prompts, scoring.echoes or (), strict=False)
+        ]
+        """What each answer begins with, one a prompt; empty: nothing."""
 
     def _event(
         self,
@@ -189,12 +178,15 @@ class OpenAIFormatter(Generic[Entry]):
         """The tokens of the piece with their logprobs. Once a piece, in their order."""
         names, named = self._names[piece.index], []
         for token_id, logprob in piece.logprobs:
-            ids = [other for other, _ in logprob.top]
+            told = logprob.top
+            if self._answer.shown.scoring.listed:  # the sampled one is among them, and each once, as vLLM has it
+                told = list({token_id: logprob.logprob, **dict(told)}.items())
+            ids = [other for other, _ in told]
             token, others = names.step(token_id, ids)
             num_chars = len(token.text)
             if self._answer.shown.tokens_as_ids:
-                token, *others = [_by_id(i, named) for i, named in zip((token_id, *ids), (token, *others), strict=True)]
-            top = [(other, finite(value)) for other, (_, value) in zip(others, logprob.top, strict=True)]
+                token, *others = [by_id(i, named) for i, named in zip((token_id, *ids), (token, *others), strict=True)]
+            top = [(other, finite(value)) for other, (_, value) in zip(others, told, strict=True)]
             named.append(NamedLogprob(token, num_chars, finite(logprob.logprob), top))
         return named
 
@@ -204,12 +196,22 @@ class OpenAIFormatter(Generic[Entry]):
 
     def take(self, piece: TextPiece) -> None:
         """See Formatter."""
+        if piece.scores is not None:
+            self._take_scores(self._answer.prompt_of(piece.index), piece.scores)
+            return
         gathered = self._gathered[piece.index]
         gathered.texts.append(piece.text)
         gathered.entries += self._entries(piece)
         gathered.token_ids += piece.token_ids
         if piece.finish_reason is not None:
             gathered.finish_reason, gathered.stop_reason = piece.finish_reason, piece.stop_reason
+
+    def _take_scores(self, prompt: int, scores: PromptLogprobs) -> list[NamedRow]:
+        """Of the next tokens of the prompt at this place."""
+        return self._prompts[prompt].take(scores)
+
+    def _prompt_logprobs(self, prompt: int) -> dict[str, object]:
+        return {"prompt_logprobs": self._prompts[prompt].json()} if self._answer.shown.scoring.prompt_logprobs else {}
 
     def _entries(self, piece: TextPiece) -> list[Entry]:
         """What a subclass shows of each token's logprobs."""

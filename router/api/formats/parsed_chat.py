@@ -57,7 +57,8 @@ class ParsedChatFormatter(ChatFormatter):
 
     def take(self, piece: TextPiece) -> None:
         """See Formatter."""
-        self._choices[piece.index].read(piece.text, is_last=piece.finish_reason is not None)
+        if piece.scores is None:
+            self._choices[piece.index].read(piece.text, is_last=piece.finish_reason is not None)
         super().take(piece)
 
     def _message(self, index: int) -> dict[str, object]:
@@ -65,7 +66,7 @@ class ParsedChatFormatter(ChatFormatter):
         calls = choice.whole_calls
         message: dict[str, object] = {
             "role": "assistant",
-            "content": "".join(choice.texts[Content]) or (None if calls else ""),
+            "content": "".join([*self._echoes, *choice.texts[Content]]) or (None if calls else ""),
             "refusal": None,
         }
         if reasoning := "".join(choice.texts[Reasoning]):

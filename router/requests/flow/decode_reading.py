@@ -60,7 +60,7 @@ class DecodeReading:
 
     def take(self, delta: TokenDelta) -> bool:
         """See nodeapi.protocol.TakeDelta."""
-        is_plain = delta.finish_reason is None and delta.info is None
+        is_plain = delta.finish_reason is None and delta.info is None and delta.prompt_logprobs is None
         if not is_plain or self.spoke_at is None or not self.drained.is_set() or self._task is None:
             return False
         if not self.read(delta):  # nobody wants the rest
@@ -80,7 +80,7 @@ class DecodeReading:
             if not self.drained.is_set():
                 await self._until_drained()
             num += 1
-            if not num % MAX_AT_ONCE:
+            if not num % MAX_AT_ONCE or delta.prompt_logprobs is not None:  # naming those tokens takes a millisecond
                 await asyncio.sleep(0)
         return self._task is None
 

@@ -7,10 +7,11 @@ import pytest
 
 from engines.vllm.arguments import command_line
 from engines.vllm.connector.orders import LegParams
-from engines.vllm.sampling import finish, sampling_arguments, token_logprobs
+from engines.vllm.sampling import finish, prompt_logprobs, sampling_arguments, token_logprobs
 from kvcore.config.schema import ModelConfig
 from kvcore.errors import EngineError
 from nodeapi.messages import FinishReason, GenerateRequest
+from nodeapi.prompt_logprobs import MOST_ENTRIES, PromptRow
 from nodeapi.sampling import SamplingParams
 
 
@@ -63,20 +64,50 @@ def test_the_leg_travels_in_the_extra_arguments() -> None:
 
 def test_logprobs_are_the_tokens_own_and_the_likeliest_in_order() -> None:
     position = {5: _Entry(-2.0, 3), 1: _Entry(-0.5, 1), 2: _Entry(-1.0, 2)}
-    (entry,) = token_logprobs([5], [position], 2) or []
+    (entry,) = token_logprobs([5], [position], SamplingParams(max_tokens=1, logprobs=2)) or []
     assert entry.logprob == -2.0
     assert entry.top == [(1, -0.5), (2, -1.0)]
 
 
 def test_no_alternatives_are_given_where_none_were_asked_for() -> None:
-    assert token_logprobs([5], [{5: _Entry(-2.0, 1)}], None) is None
-    (entry,) = token_logprobs([5], [{5: _Entry(-2.0, 1)}], 0) or []
+    assert token_logprobs([5], [{5: _Entry(-2.0, 1)}], SamplingParams(max_tokens=1)) is None
+    (entry,) = token_logprobs([5], [{5: _Entry(-2.0, 1)}], SamplingParams(max_tokens=1, logprobs=0)) or []
     assert entry.top == []
 
 
 def test_a_missing_logprob_is_an_error_not_a_guess() -> None:
     with pytest.raises(EngineError, match="0 positions for 1 tokens"):
-        token_logprobs([5], None, 1)
+        token_logprobs([5], None, SamplingParams(max_tokens=1, logprobs=1))
+
+
+def test_listed_tokens_take_the_place_of_the_likeliest() -> None:
+    leg, wanted = LegParams(leg="r"), {"logprobs": 1, "logprob_token_ids": [9, 2]}
+    arguments = sampling_arguments(_request([], **wanted), leg)
+    assert (arguments["logprobs"], arguments["logprob_token_ids"]) == (None, [9, 2])
+    assert sampling_arguments(_request([], logprobs=1), leg)["logprob_token_ids"] is None
+    position = {5: _Entry(-2.0, 3), 9: _Entry(-0.5, 1), 2: _Entry(-1.0, 2)}
+    (entry,) = token_logprobs([5], [position], SamplingParams(max_tokens=1, **wanted)) or []  # type: ignore[arg-type]
+    assert entry.top == [(9, -0.5), (2, -1.0)]
+
+
+def test_logprobs_of_the_prompt_come_in_pieces_with_each_token_s_own_rank() -> None:
+    top, prompt = 2, [3 + n % 5 for n in range(1000)]
+    positions = [None, *({token: _Entry(-4.0, 9), 1: _Entry(-1.0, 1), 2: _Entry(-2.0, 2)} for token in prompt[1:])]
+    positions[1] = {prompt[1]: _Entry(-1.5, 2), 1: _Entry(-1.0, 1)}  # it is one of the likeliest itself
+    sampling = SamplingParams(max_tokens=1, prompt_logprobs=top)
+    pieces = list(prompt_logprobs(prompt, positions, sampling))
+    assert len(pieces) > 1 and all(len(piece) * (1 + top) <= MOST_ENTRIES for piece in pieces)
+    rows = [row for piece in pieces for row in piece.rows()]
+    assert [row.token_id for row in rows] == prompt[1:]
+    assert rows[0] == PromptRow(prompt[1], -1.5, 2, [(1, -1.0), (prompt[1], -1.5)])
+    assert rows[-1] == PromptRow(prompt[-1], -4.0, 9, [(1, -1.0), (2, -2.0)])
+    assert list(prompt_logprobs(prompt, None, SamplingParams(max_tokens=1))) == []
+
+
+@pytest.mark.parametrize("positions", [None, [None], [None, None], [None, {4: _Entry(-1.0, 1)}]])
+def test_a_missing_logprob_of_the_prompt_is_an_error(positions: list[dict[int, _Entry] | None] | None) -> None:
+    with pytest.raises(EngineError, match="vLLM"):
+        list(prompt_logprobs([3, 4], positions, SamplingParams(max_tokens=1, prompt_logprobs=2)))
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,8 @@ def test_kv_that_depends_on_more_than_tokens_is_not_cached(side, field):
 def test_kv_of_a_request_that_reads_no_cache_is_saved(side):
     """One with prompt_logprobs, say. vLLM itself loads nothing for it, whatever it is told."""
     side.arrived(request(skip_reading_prefix_cache=True))
-    assert side.half._requests["r"].view.cacheable
+    arrived = side.half._requests["r"]
+    assert arrived.view.cacheable and not arrived.may_load and not arrived.asked, "and nothing is looked up for it"
 
 
 def test_each_reset_takes_an_identity_that_nobody_else_has(side):

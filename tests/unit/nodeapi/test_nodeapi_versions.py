@@ -14,6 +14,7 @@ from kvcore.types import NodeInfo, Role, Segment
 from kvnode.request_check import parse_request
 from nodeapi import documents as d
 from nodeapi import messages as m
+from nodeapi import prompt_logprobs as p
 from nodeapi import sampling as s
 from nodeapi import upkeep as u
 from nodeapi.client import HttpNodeClient
@@ -25,6 +26,7 @@ LATER = "a_field_of_a_later_version"
 MOVED = m.Moved(transport="shm", direction="put", num_bytes=1, seconds=0.5)
 TIMINGS = m.Timings(queue_s=1.0)
 LEG = m.LegInfo(cached_tokens=1, computed_tokens=2, moved=[MOVED], timings=TIMINGS)
+SCORES = p.PromptLogprobs.pack(1, 1, [p.PromptRow(5, -1.0, 2, [(4, -0.5)])])
 LOGPROB = m.TokenLogprob(logprob=-1.0, top=[(1, -1.0)])
 SAMPLING = SamplingParams(max_tokens=4, logit_bias={1: 2.0}, allowed_token_ids=[1], bad_words_token_ids=[[1, 2]])
 DOCUMENTS = d.Documents(header=1, spans=[(1, 3)])
@@ -64,6 +66,8 @@ REPLIES: list[msgspec.Struct] = [
         request_id="a", cached_tokens=1, computed_tokens=2, stored_chunks=3, moved=[MOVED], timings=TIMINGS
     ),
     m.TokenDelta(token_ids=[1], logprobs=[LOGPROB], finish_reason=m.FinishReason.STOP, info=LEG),
+    m.TokenDelta(prompt_logprobs=SCORES),
+    SCORES,
     m.StreamError(code="overloaded", message="full", retryable=True),
     m.NodeReport(
         protocol=m.PROTOCOL,
@@ -112,7 +116,7 @@ def later(value: object) -> object:
 def test_each_message_of_the_api_is_held_to_one_of_the_rules() -> None:
     known = {
         kind
-        for module in (m, s, u, d)
+        for module in (m, p, s, u, d)
         for key, kind in inspect.getmembers(module, inspect.isclass)
         if issubclass(kind, msgspec.Struct) and kind.__module__ == module.__name__ and not key.startswith("_")
     }

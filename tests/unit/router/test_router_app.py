@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 import httpx
 import pytest
 from starlette.types import Message
-from support.router_fakes import FakeNode, Rig, make_rig, next_token, two_and_two, until
+from support.router_fakes import VOCAB, FakeNode, Rig, make_rig, next_token, two_and_two, until
 
 from kvcore.errors import NodeUnavailableError
 from kvcore.process.asgi import AsgiServer
@@ -79,7 +79,14 @@ BAD = [
     ({"stop_token_ids": [99_999]}, 400, "stop_token_ids", None),
     ({"presence_penalty": 3}, 400, "presence_penalty", None),
     ({"repetition_penalty": 0}, 400, "repetition_penalty", None),
-    ({"echo": True}, 400, "echo", None),
+    ({"prompt_logprobs": 21}, 400, "prompt_logprobs", None),
+    ({"prompt_logprobs": -1}, 400, "prompt_logprobs", None),
+    ({"prompt_logprobs": 1, "stream": True}, 400, "prompt_logprobs", None),
+    ({"max_tokens": 0}, 400, "max_tokens", None),
+    ({"logprob_token_ids": [1]}, 400, "logprob_token_ids", None),
+    ({"logprob_token_ids": [1] * 129, "logprobs": 0}, 400, "logprob_token_ids", None),
+    ({"logprob_token_ids": [VOCAB], "logprobs": 0}, 400, "logprob_token_ids", None),
+    ({"logprob_token_ids": [1], "logprobs": 0, "echo": True, "max_tokens": 0}, 400, "logprob_token_ids", None),
     ({"suffix": "x"}, 400, "suffix", None),
     ({"best_of": 2}, 400, "best_of", None),
     ({"response_format": {"type": "xml"}}, 400, "response_format.type", None),

@@ -44,6 +44,8 @@ def test_each_later_field_is_asked_for_by_its_value_alone() -> None:
         "bad_words_token_ids": [[1]],
         "extra_args": {"a": 1},
         "grammar": grammar,
+        "logprob_token_ids": [1],
+        "prompt_logprobs": 0,
         "thinking_token_budget": 0,
     }
     assert values.keys() == SINCE.keys()

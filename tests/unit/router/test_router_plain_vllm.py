@@ -14,7 +14,7 @@ import pytest
 from support.fake_vllm_server import MODEL, FakeVllm, servers, serving
 from support.plain_vllm import nodes, plain_config, record, running_router, write_model_folder
 from support.ports import free_ports
-from support.router_fakes import expected, until
+from support.router_fakes import expected, prompt_rows, until
 
 from kvcore.handoff import HandoffKind
 
@@ -403,6 +403,31 @@ async def test_logprobs_by_token_ids(model: Path) -> None:
         assert [sorted(top.values()) for top in logprobs["top_logprobs"]] == [[-5.0, -0.2, -0.1]] * 8
         alone = (await ask(session, logprobs=0))["choices"][0]["logprobs"]["top_logprobs"]
         assert alone == [{text: -5.0} for text in logprobs["tokens"]]
+
+
+async def test_logprobs_of_a_prompt_are_handed_through_and_need_no_prefiller(model: Path) -> None:
+    fakes = servers(HandoffKind.NIXL)
+    async with routed(fakes, model) as session:
+        plain = await ask(session)
+        answer = await ask(session, prompt_logprobs=2)
+        told = answer["choices"][0].pop("prompt_logprobs")
+        assert answer["choices"] == plain["choices"]
+        expected_rows = [
+            {row.token_id: (row.logprob, row.rank)} | {t: (lp, rank) for rank, (t, lp) in enumerate(row.top, 1)}
+            for row in prompt_rows(PROMPT, 2)
+        ]
+        assert told[0] is None and len(told) == len(PROMPT)
+        assert [{int(t): (one["logprob"], one["rank"]) for t, one in row.items()} for row in told[1:]] == expected_rows
+        assert len(fakes["p0"].prefills) == 1 and not fakes["d0"].fetched[-1]
+        (echoed,) = (await ask(session, echo=True, logprobs=1, max_tokens=0))["choices"]
+        assert echoed["logprobs"]["token_logprobs"] == [None, *(row.logprob for row in prompt_rows(PROMPT, 1))]
+
+
+async def test_listed_tokens_are_told_in_their_order(model: Path) -> None:
+    async with routed(servers(HandoffKind.NIXL), model) as session:
+        answer = await ask(session, logprobs=0, logprob_token_ids=[66, 65])
+        for top in answer["choices"][0]["logprobs"]["top_logprobs"]:
+            assert list(top.values()) == pytest.approx([-5.0, -0.1, -0.2]) and list(top)[1:] == ["B", "A"]
 
 
 async def test_a_stop_token_ends_the_text_before_it(model: Path) -> None:

@@ -79,7 +79,7 @@ def test_each_prompt_has_its_own_id_seed_and_room() -> None:
 async def test_of_several_wrong_fields_the_first_in_a_fixed_order_is_named() -> None:
     """The model, the form of the answer, the prompt, stop strings, sampling, then what the nodes say."""
     wrong: list[tuple[dict[str, object], str]] = [
-        ({"echo": True}, "echo"),
+        ({"functions": [{}]}, "functions"),
         ({"model": "other"}, "model"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"stop": [""]}, "stop"),
