@@ -41,6 +41,7 @@ def parse_request(body: bytes, kind: type[_Request], info: EngineInfo, limits: N
         _check_generate(request, info, longest_s)
     if isinstance(request, CompareRequest):
         _require(1 <= request.num_tokens <= MAX_COMPARED, "num_tokens", f"must be 1 to {MAX_COMPARED}")
+        _require(0 <= request.max_distance < math.inf, "max_distance", "must be finite, and not negative")
     return request
 
 

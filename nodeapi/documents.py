@@ -48,6 +48,9 @@ class CompareRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     cache_salt: bytes = b""
     documents: Documents | None = None
     num_tokens: int = 12
+    max_distance: float = 0.0
+    """Chunks whose `CompareReply.distances` is beyond this are found no more in the engine's own memory. 0: none are
+    dropped. What the store has of them is not touched."""
     deadline_s: float
 
 
@@ -69,6 +72,10 @@ class CompareReply(msgspec.Struct, frozen=True, kw_only=True):
     """... reused approximately ..."""
     computed_tokens: int = 0
     """... and computed, by the reusing way."""
+    distances: list[float] = []
+    """One for each full chunk that was reused by its prefix, in order: the largest difference of K, or of V, from the
+    full computation's, in units of the largest number there. Rounding makes about 1e-6 with float32, 1e-2 with
+    bfloat16. Empty where the engine has no room for both."""
     full_s: float = 0.0
     """From its beginning to its first token, computed in full ..."""
     reused_s: float = 0.0

@@ -59,7 +59,7 @@ class Arrivals:
     def compared_leg(self, request: GenerateRequest, forced: Sequence[int]) -> Leg:
         """One way of a comparison, led along `forced`. Whatever comes later goes before it."""
         leg = self.decode_leg(request)
-        leg.first.whole, leg.first.forced = True, forced
+        leg.first.whole, leg.first.forced, leg.kept = True, forced, []
         leg.first.age = (_LAST + self._arrived, 0)
         return leg
 

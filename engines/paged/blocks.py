@@ -128,6 +128,16 @@ class BlockManager:
         self._by_block.update(dict.fromkeys(blocks, chunk))
         return True
 
+    def forget(self, key: ChunkKey) -> None:
+        """Have what is sealed under `key`, if anything is, found no more."""
+        chunk = self._by_key.pop(key, None)
+        if chunk is None:
+            return
+        self._unreferenced.pop(key, None)
+        for block in chunk.blocks:
+            del self._by_block[block]
+        self._free.extend(block for block in chunk.blocks if not self._references[block])
+
     def check(self) -> None:
         """Assert every invariant. Costs a pass over all blocks: for tests and the simulation."""
         free = set(self._free)

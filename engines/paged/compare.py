@@ -39,13 +39,14 @@ def gap(full: LogProbabilities, other: LogProbabilities) -> float:
     return float(full.max() - full[int(other.argmax())])
 
 
-def compared(request_id: str, full: Leg, reused: Leg, token_ids: Sequence[int], now: float) -> CompareReply:
+def compared(request_id: str, full: Leg, reused: Leg, distances: Sequence[float], now: float) -> CompareReply:
     """The reply, of two legs that have ended."""
     pairs = list(zip(full.distributions, reused.distributions, strict=True))
     said = reused.info(now)
     return CompareReply(
         request_id=request_id,
-        token_ids=list(token_ids),
+        token_ids=full.first.output,
+        distances=list(distances),
         kl=[divergence(one, other) for one, other in pairs],
         gaps=[gap(one, other) for one, other in pairs],
         cached_tokens=said.cached_tokens,

@@ -31,9 +31,10 @@ def place_documents(
 
 def reuse_documents(sequence: TokenSequence, blocks: BlockManager, plan: Plan) -> None:
     """Take what is found of a sequence's documents, and plan the moves. It has blocks for all its tokens, and KV in
-    whole chunks of its prefix alone. One token stays to be computed, for its logits, if any are wanted."""
+    whole chunks of its prefix alone. The prompt's last token stays to be computed, for its logits, also when it is
+    computed again behind output: the same is reused each time."""
     size, chunk_tokens = blocks.block_size, blocks.chunk_tokens
-    limit = len(sequence.tokens) - (sequence.sampling is not None)
+    limit = sequence.num_prompt - 1
     exact = approximate = 0
     for document in sequence.documents:
         begin, end = max(document.start + document.renewed, sequence.num_computed), min(document.stop, limit)

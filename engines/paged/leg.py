@@ -73,7 +73,8 @@ class Leg:
     stop_waiting: list[Callable[[], None]] = field(default_factory=list)
     """Of its documents that are waited for."""
     kept: list[int] | None = None
-    """A document's: the blocks of its sequence, with one reference more each, once it is computed."""
+    """Of a document, or of a comparison: the blocks of its sequence, with one reference more each, once it has ended.
+    None: they are given back."""
     prepared_tokens: int = 0
     """Computed for it, of documents that were nowhere yet."""
     moved_documents: list[MovedBytes] = field(default_factory=list)

@@ -208,14 +208,38 @@ class EngineLoop:
         """See `Engine.compare`."""
         if len(self._legs):
             raise OverloadedError("the engine has other work: prompts are compared while it is idle")
-        full = await self._run_one_way(one_way(request, reuse=False), ())
-        tokens = full.first.output
-        again = msgspec.structs.replace(request, num_tokens=len(tokens))
-        reused = await self._run_one_way(one_way(again, reuse=True), tokens)
-        return compared(request.request_id, full, reused, tokens, self._clock.now())
+        both = list[Leg]()
+        try:
+            full = await self._run_one_way(one_way(request, reuse=False), (), both)
+            tokens = full.first.output
+            if not self._blocks.can_allocate(2 * len(full.kept or ())):  # documents have copies of their own
+                self._blocks.release(full.kept or ())
+                full.kept = []
+            again = msgspec.structs.replace(request, num_tokens=len(tokens))
+            reused = await self._run_one_way(one_way(again, reuse=True), tokens, both)
+            distances = list[float]()
+            if full.kept and request.documents is None:
+                distances = await self._distances(full, reused, request.max_distance)
+            return compared(request.request_id, full, reused, distances, self._clock.now())
+        finally:
+            for leg in both:
+                self._blocks.release(leg.kept or ())
+            self._wake.set()
 
-    async def _run_one_way(self, request: GenerateRequest, forced: Sequence[int]) -> Leg:
+    async def _distances(self, full: Leg, reused: Leg, limit: float) -> list[float]:
+        """Of each chunk that `reused` had by its prefix; those beyond `limit`, if it is one, are found no more."""
+        sequence, size, distances = reused.first, self._blocks.blocks_per_chunk, list[float]()
+        exact = min(sequence.num_cached or 0, sequence.keyed_tokens) // sequence.chunk_tokens
+        for first, key in zip(range(0, exact * size, size), sequence.keys(exact), strict=True):
+            blocks = ((leg.kept or [])[first : first + size] for leg in (full, reused))
+            distances.append(await self._runner.distance(*blocks))
+            if 0 < limit < distances[-1]:
+                self._blocks.forget(key)
+        return distances
+
+    async def _run_one_way(self, request: GenerateRequest, forced: Sequence[int], both: list[Leg]) -> Leg:
         leg = self._arrivals.compared_leg(request, forced)
+        both.append(leg)
         self._open_decode(leg, request)
         try:
             while not leg.finished:

@@ -121,6 +121,11 @@ class ModelRunner(Protocol):
         EngineError where the engine says that it refuses documents."""
         ...
 
+    async def distance(self, blocks: Sequence[int], others: Sequence[int]) -> float:
+        """The largest difference of K, or of V, between full blocks that hold the same tokens, in units of the largest
+        number in `blocks`. Infinite where one is no number."""
+        ...
+
     def block_view(self, block_id: int) -> memoryview:
         """The bytes of one block, writable, contiguous, always at the same address; opaque to callers."""
         ...

@@ -133,7 +133,8 @@ class TokenSequence:
     @property
     def num_left(self) -> int:
         """Known tokens whose KV is still to be computed."""
-        return len(self.tokens) - self.num_computed - sum(end - start for start, end in self.holes)
+        left = len(self.tokens) - self.num_computed
+        return left - sum(end - start for start, end in self.holes) if self.holes else left
 
     @property
     def keyed_tokens(self) -> int:

@@ -143,18 +143,21 @@ class Stepper:
             )
             leg.stream.put_nowait(delta)
             if reason is not None:
-                self._scheduler.remove(drawing)
+                self._remove(leg, drawing)
         leg.update_paused(self._max_unread)
         if leg.finished:
             self._legs.close(leg)
 
+    def _remove(self, leg: Leg, sequence: TokenSequence) -> None:
+        if leg.kept is not None:
+            leg.kept = list(sequence.block_table)
+            self._scheduler.blocks.retain(leg.kept)
+        self._scheduler.remove(sequence)
+
     def _end_prefill(self, leg: Leg) -> None:
         """All is computed; the leg ends when its chunks are saved."""
         leg.computed = self._clock.now()
-        if leg.kept is not None:
-            leg.kept = list(leg.first.block_table)
-            self._scheduler.blocks.retain(leg.kept)
-        self._scheduler.remove(leg.first)
+        self._remove(leg, leg.first)
         if leg.save is not None:
             leg.save.close()
         else:

@@ -99,6 +99,10 @@ class SimRunner:
                 turned = self._arithmetic.turned(record, item.computed_at + at, item.position + at)
                 self._record_at(item.target, item.target_row + at)[:] = turned
 
+    async def distance(self, blocks: Sequence[int], others: Sequence[int]) -> float:
+        """See `ModelRunner.distance`: 1 where a byte differs."""
+        return float(any(self.block_view(a) != self.block_view(b) for a, b in zip(blocks, others, strict=True)))
+
     def copy_block(self, source: int, target: int) -> None:
         """See `ModelRunner.copy_block`."""
         self.block_view(target)[:] = self.block_view(source)

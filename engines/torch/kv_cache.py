@@ -4,6 +4,8 @@ Layout `paged.L2BHD.b<block size>`: [num_blocks, layers, 2, block, kv_heads, hea
 axis is K (after RoPE), 1 is V. One block is therefore one contiguous range of bytes and a chunk a few of them.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,6 +68,13 @@ class PagedKV:
             raise IndexError(f"block {block_id} of {self.num_blocks}")
         size = self.geometry.block_bytes
         return self.memory[block_id * size : (block_id + 1) * size]
+
+    def distance(self, blocks: Sequence[int], others: Sequence[int]) -> float:
+        """See `ModelRunner.distance`."""
+        one, other = (self.blocks[list(ids)].float() for ids in (blocks, others))
+        apart, most = ((one - other).abs().amax((0, 1, 3, 4, 5)), one.abs().amax((0, 1, 3, 4, 5)))
+        worst = float((apart / most.clamp(min=torch.finfo(torch.float32).tiny)).amax())
+        return worst if math.isfinite(worst) else math.inf
 
     def clear_block(self, block_id: int) -> None:
         """Zero all its rows."""

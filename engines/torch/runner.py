@@ -73,6 +73,10 @@ class TorchRunner:
             raise EngineError(f"this model's KV cannot be moved: {self._info.refuses_documents}")
         await self._on_worker(lambda: self._mover.run(moves, fresh))
 
+    async def distance(self, blocks: Sequence[int], others: Sequence[int]) -> float:
+        """See `ModelRunner.distance`."""
+        return await self._on_worker(lambda: self._kv.distance(blocks, others))
+
     async def _on_worker(self, work: Callable[[], _Result]) -> _Result:
         job = asyncio.get_running_loop().run_in_executor(self._worker, work)
         try:
