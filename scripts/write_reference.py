@@ -33,7 +33,7 @@ from router.api.fields.chat_fields import ChatRequest
 from router.api.fields.completion_fields import CompletionRequest
 from router.api.fields.other_fields import HARMLESS, REFUSED
 from router.api.limits import ApiLimits
-from router.api.openai_responses.request import ResponsesRequest
+from router.api.openai_responses.request import NOT_HAD, ResponsesRequest
 from router.parsing.dialects import DIALECTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -267,7 +267,7 @@ def openai_page() -> str:
     """The text of docs/openai.md."""
     chat, completions = ChatRequest.__struct_fields__, CompletionRequest.__struct_fields__
     both = [name for name in completions if name in chat]
-    responses_refuse = ("background", "prompt")
+    responses_refuse = ("background", *NOT_HAD)
     obeyed = (
         ("Of both", both),
         ("Of chats alone", [name for name in chat if name not in both]),

@@ -28,7 +28,7 @@ from router.api import openapi
 from router.api.anthropic.errors import AnthropicErrors, anthropic_event
 from router.api.anthropic.message_format import MessagesFormatter
 from router.api.anthropic.messages import MessagesRequest, chat_of
-from router.api.asked import AnswerStart, Asked
+from router.api.asked import AnswerStart, Asked, asked_as
 from router.api.body import parse
 from router.api.fields.chat_fields import ChatRequest
 from router.api.fields.completion_fields import CompletionRequest
@@ -179,7 +179,7 @@ def _add_openai(
         name: str,
         path: str,
         kind: type[_Body],
-        asked: Callable[[_Body, Caller], Asked],
+        asked: Callable[[_Body, Caller, int], Awaitable[Asked]],
         *,
         id_prefix: str,
         failed: Callable[[KVFerryError], bytes] = failed_event,
@@ -187,26 +187,19 @@ def _add_openai(
         @app.post(path, name=name, **openapi.answers(kind))
         async def endpoint(request: Request) -> Response:
             raw = await read_body(request, max_body_bytes, timeout_s=limits.body_timeout_s)
-            wants = asked(parse(raw, kind), caller_of(request.scope))
-            request_id = f"{id_prefix}{secrets.token_hex(16)}"
-            start = partial(starts.start, wants, request.scope, request_id, num_bytes=len(raw))
+            wants = await asked(parse(raw, kind), caller_of(request.scope), len(raw))
+            start = partial(starts.start, wants, request.scope, f"{id_prefix}{secrets.token_hex(16)}")
             stream = bool(wants.body.stream)
             return AnswerResponse(start, stream=stream, send_timeout_s=limits.send_timeout_s, failed=failed)
 
         endpoints[path] = endpoint
 
-    chat = lambda body, _: Asked(body, chat_formatter)  # noqa: E731
-    completion = lambda body, _: Asked(body, CompletionFormatter)  # noqa: E731
-    generates("chat", "/v1/chat/completions", ChatRequest, chat, id_prefix="chatcmpl-")
-    generates("completions", "/v1/completions", CompletionRequest, completion, id_prefix="cmpl-")
-    generates(
-        "messages",
-        "/v1/messages",
-        MessagesRequest,
-        lambda body, _: Asked(chat_of(body), MessagesFormatter),
-        id_prefix="msg-",
-        failed=anthropic_event,
-    )
+    paths = "/v1/chat/completions", "/v1/completions", "/v1/messages"
+    generates("chat", paths[0], ChatRequest, asked_as(chat_formatter, lambda body: body), id_prefix="chatcmpl-")
+    completion = asked_as(CompletionFormatter, lambda body: body)
+    generates("completions", paths[1], CompletionRequest, completion, id_prefix="cmpl-")
+    theirs = asked_as(MessagesFormatter, chat_of)
+    generates("messages", paths[2], MessagesRequest, theirs, id_prefix="msg-", failed=anthropic_event)
     generates("responses", "/v1/responses", ResponsesRequest, door.asked, id_prefix="resp_")
     door.add_to(app)
     _add_models(app, answerer)

@@ -1,9 +1,10 @@
 """What a body of any surface asks: the chat or the completion that it is, how its answer is written, and its start."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 from starlette.types import Scope
 
@@ -18,20 +19,23 @@ from router.api.fields.structured import AskedGrammar
 from router.api.formats.formatter import Formatter
 from router.api.limits import ApiLimits
 from router.client_answer import ClientAnswer
-from router.tenants.callers import caller_of
+from router.tenants.callers import Caller, caller_of
 from router.text.model_habits import ModelHabits
 from router.text.tokenizer import Tokenizer
 
+_Body = TypeVar("_Body")
 MakeFormatter = Callable[[ClientAnswer, str, int, Tokenizer], Formatter]
 """Of an answer, by the model's name and the time in seconds at which it began."""
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """`prompt`: what the surface calls the prompt; None: as OpenAI's endpoint of that kind does."""
+    """`num_bytes`: of all that the prompts are made of. `prompt`: what the surface calls the prompt; None: as OpenAI's
+    endpoint of that kind does."""
 
     body: ChatRequest | CompletionRequest
     formatter: MakeFormatter
+    num_bytes: int
     prompt: str | None = None
     form: str = ""
     """What it calls `response_format`; empty: so."""
@@ -41,6 +45,17 @@ class Asked:
         if form is None or not self.form or form.field != "response_format":
             return form
         return AskedGrammar(form.grammar, self.form)
+
+
+def asked_as(
+    formatter: MakeFormatter, translate: Callable[[_Body], ChatRequest | CompletionRequest]
+) -> Callable[[_Body, Caller, int], Awaitable[Asked]]:
+    """What a surface asks whose bodies `translate` makes chats of. Of bodies, whose they are, and how many bytes."""
+
+    async def asked(body: _Body, _: Caller, num_bytes: int) -> Asked:
+        return Asked(await beside_if_large(num_bytes, partial(translate, body)), formatter, num_bytes)
+
+    return asked
 
 
 class AnswerStart:
@@ -53,18 +68,15 @@ class AnswerStart:
         self._answerer, self._limits = answerer, limits
         self._no_node, self._habits = no_node, habits
 
-    async def start(
-        self, asked: Asked, scope: Scope, request_id: str, tell: Tell, *, num_bytes: int
-    ) -> tuple[ClientAnswer, Formatter]:
-        """When its turn has come; waits for a node, and tells, where there is none. `num_bytes`: of what was asked.
-        Raises what `Answerer` does."""
+    async def start(self, asked: Asked, scope: Scope, request_id: str, tell: Tell) -> tuple[ClientAnswer, Formatter]:
+        """When its turn has come; waits for a node, and tells, where there is none. Raises what `Answerer` does."""
         answerer, body, caller = self._answerer, asked.body, caller_of(scope)
         if body.model:
             answerer.check_model(body.model)
         form = asked.named(grammar_asked_by(body, self._habits.dialect))
         if form is not None:
             await answerer.check_grammar(form.grammar, form.param)
-        given = await beside_if_large(num_bytes, partial(prompts_of, body, self._limits))
+        given = await beside_if_large(asked.num_bytes, partial(prompts_of, body, self._limits))
         prompts = await answerer.encode(given, caller.apart(body.cache_salt))
         shows_prompt = isinstance(body, ChatRequest) and body.return_prompt_text
         if self._no_node is not None:

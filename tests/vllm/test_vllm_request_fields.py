@@ -8,10 +8,12 @@ import msgspec
 import pytest
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
+from openai.types.responses import response_create_params
 from transformers import AutoTokenizer
 from vllm.entrypoints.generate.base.protocol import StreamOptions as VllmStreamOptions
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest as VllmCompletionRequest
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest as VllmResponsesRequest
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers.chat_utils import CustomChatCompletionMessageParam
 from vllm.sampling_params import RepetitionDetectionParams, SamplingParams
@@ -23,6 +25,7 @@ from router.api.fields.chat_fields import ChatRequest
 from router.api.fields.chat_messages import ChatMessage
 from router.api.fields.common_fields import StreamOptions
 from router.api.fields.completion_fields import CompletionRequest
+from router.api.openai_responses.request import ResponsesRequest
 from router.text.bad_words import bad_word_tokens
 from router.text.repetition import Repetition, RepetitionWatch
 from router.text.tokenizer import FolderTokenizer
@@ -35,6 +38,8 @@ from router.text.tokenizer import FolderTokenizer
         (strict_body(ChatRequest), get_type_hints(chat_create_params.CompletionCreateParamsStreaming)),
         (strict_body(CompletionRequest), VllmCompletionRequest.model_fields),
         (strict_body(CompletionRequest), get_type_hints(completion_create_params.CompletionCreateParamsStreaming)),
+        (strict_body(ResponsesRequest), VllmResponsesRequest.model_fields),
+        (strict_body(ResponsesRequest), get_type_hints(response_create_params.ResponseCreateParamsStreaming)),
         (StreamOptions, VllmStreamOptions.model_fields),
         (ChatMessage, get_type_hints(CustomChatCompletionMessageParam)),
     ],

@@ -44,8 +44,8 @@ class KeptResponses:
 
     def __init__(self, clock: Clock, limits: KeepLimits = KeepLimits()) -> None:
         self._clock, self._limits = clock, limits
-        self._order: dict[str, str] = {}
-        """Whose each response is, by id, the oldest first."""
+        self._order: dict[tuple[str, str], None] = {}
+        """Tenant and id of each, the oldest first."""
         self._of: dict[str, dict[str, KeptResponse]] = {}
         """By tenant and id, the oldest first."""
         self._bytes: dict[str, int] = {}
@@ -58,15 +58,17 @@ class KeptResponses:
         return len(self._order)
 
     def put(self, tenant: str, response_id: str, body: bytes, items: bytes) -> bool:
-        """Keep one. False: it is too long to be kept. `response_id` is no other's."""
+        """Keep one, in the place of the tenant's own with that id. False: it is too long to be kept."""
         kept = KeptResponse(body, items, self._clock.now())
         if kept.num_bytes > self._limits.max_one_bytes:
             return False
-        self._order[response_id] = tenant
+        if (tenant, response_id) in self._order:
+            self._drop(tenant, response_id)
+        self._order[tenant, response_id] = None
         self._of.setdefault(tenant, {})[response_id] = kept
         self._bytes[tenant] = self._bytes.get(tenant, 0) + kept.num_bytes
-        for old_id in self._to_go():
-            self._drop(old_id)
+        for old in self._to_go():
+            self._drop(*old)
         return True
 
     def find(self, tenant: str, response_id: str, param: str = "response_id") -> KeptResponse:
@@ -79,25 +81,25 @@ class KeptResponses:
     def drop(self, tenant: str, response_id: str) -> None:
         """Forget one. Raises ResponseNotFoundError."""
         self.find(tenant, response_id)
-        self._drop(response_id)
+        self._drop(tenant, response_id)
 
-    def _drop(self, response_id: str) -> None:
-        tenant = self._order.pop(response_id)
+    def _drop(self, tenant: str, response_id: str) -> None:
+        del self._order[tenant, response_id]
         gone = self._of[tenant].pop(response_id)
         self._bytes[tenant] -= gone.num_bytes
         if not self._of[tenant]:
             del self._of[tenant], self._bytes[tenant]
 
-    def _to_go(self) -> Iterator[str]:
-        """Ids, each to be dropped before the next is asked for."""
+    def _to_go(self) -> Iterator[tuple[str, str]]:
+        """Tenants and ids, each to be dropped before the next is asked for."""
         limits = self._limits
         while self._order:
-            oldest, tenant = next(iter(self._order.items()))
+            tenant, oldest = next(iter(self._order))
             if self._is_old(self._of[tenant][oldest]):
-                yield oldest
+                yield tenant, oldest
             elif len(self._order) > limits.max_count or sum(self._bytes.values()) > limits.max_bytes:
                 most = max(self._bytes, key=lambda name: self._bytes[name])
-                yield next(iter(self._of[most]))
+                yield most, next(iter(self._of[most]))
             else:
                 return
 

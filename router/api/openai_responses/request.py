@@ -26,6 +26,11 @@ _INCLUDED = (
 )
 """What may be asked for beside the answer. But for the first there is never any of it."""
 _FORMATS = ("text", "json_object", "json_schema")
+NOT_HAD = (
+    *("access_programs", "background_options", "context_management", "conversation", "enable_response_messages"),
+    *("image", "previous_input_messages", "prompt"),
+)
+"""Fields that are refused."""
 _SAME = (
     "model",
     "stream",
@@ -47,6 +52,9 @@ _SAME = (
     "cache_salt",
     "user",
     "include_reasoning",
+    "priority",
+    "request_id",
+    "vllm_xargs",
     "structured_outputs",
     "parallel_tool_calls",
     "cache_control",
@@ -146,6 +154,16 @@ class ResponsesRequest(CacheHintFields, frozen=True, kw_only=True):
     chat_template_kwargs: dict[str, object] | None = None
     cache_salt: str | None = None
     structured_outputs: StructuredOutputs | None = None
+    priority: int | None = 0
+    request_id: str | None = None
+    vllm_xargs: dict[str, str | int | float | list[str | int | float]] | None = None
+    access_programs: object = None
+    background_options: object = None
+    context_management: object = None
+    conversation: object = None
+    enable_response_messages: object = None
+    image: object = None
+    previous_input_messages: object = None
 
 
 def items_of(request: ResponsesRequest) -> list[InputItem]:
@@ -178,7 +196,8 @@ def chat_of_items(request: ResponsesRequest, before: Sequence[InputItem]) -> Cha
 
 
 def _check(request: ResponsesRequest) -> None:
-    refuse("prompt", request.prompt is not None)
+    for name in NOT_HAD:
+        refuse(name, getattr(request, name) not in (None, False, [], {}))
     require(not request.background, "background", "is not supported: ask with stream, or wait for the answer")
     require(request.truncation in (None, "auto", "disabled"), "truncation", "is auto or disabled")
     most = request.max_output_tokens

@@ -9,6 +9,8 @@ from starlette.responses import Response
 from kvcore.errors import InvalidRequestError
 from router.api import openapi
 from router.api.asked import Asked
+from router.api.body import beside_if_large
+from router.api.fields.chat_fields import ChatRequest
 from router.api.fields.checks import refuse, require
 from router.api.openai_responses.items import InputItem
 from router.api.openai_responses.kept import KeptResponses
@@ -27,17 +29,18 @@ class ResponsesDoor:
     def __init__(self, kept: KeptResponses | None) -> None:
         self._kept = kept
 
-    def asked(self, request: ResponsesRequest, caller: Caller) -> Asked:
-        """The chat, and how its answer is written. Raises InvalidRequestError, ResponseNotFoundError."""
+    async def asked(self, request: ResponsesRequest, caller: Caller, num_bytes: int) -> Asked:
+        """The chat, and how its answer is written. `num_bytes`: of the body. Raises InvalidRequestError,
+        ResponseNotFoundError."""
         kept, tenant = self._kept, caller.tenant
         if kept is None:
             require(not request.store, "store", _NOT_KEPT)
             require(request.previous_response_id is None, "previous_response_id", _NOT_KEPT)
-        before: list[InputItem] = []
+        earlier = b"[]"
         if kept is not None and request.previous_response_id is not None:
-            earlier = kept.find(tenant, request.previous_response_id, "previous_response_id")
-            before = _items.decode(earlier.items)
-        chat = chat_of_items(request, before)
+            earlier = kept.find(tenant, request.previous_response_id, "previous_response_id").items
+        num_bytes += len(earlier)
+        before, chat = await beside_if_large(num_bytes, partial(_chat, request, earlier))
         keeps = kept is not None and request.store is not False
         formatter = partial(
             ResponsesFormatter,
@@ -45,7 +48,7 @@ class ResponsesDoor:
             items=[*before, *items_of(request)],
             keep=partial(kept.put, tenant) if kept is not None and keeps else None,
         )
-        return Asked(chat, formatter, prompt="input", form="text.format")
+        return Asked(chat, formatter, num_bytes, prompt="input", form="text.format")
 
     def add_to(self, app: FastAPI) -> None:
         """The routes of answers that are kept, to a router's application."""
@@ -72,3 +75,9 @@ class ResponsesDoor:
         if self._kept is None:
             raise InvalidRequestError(f"response_id {_NOT_KEPT}", param="response_id")
         return self._kept
+
+
+def _chat(request: ResponsesRequest, earlier: bytes) -> tuple[list[InputItem], ChatRequest]:
+    """(the items of earlier answers, the chat)."""
+    before = _items.decode(earlier)
+    return before, chat_of_items(request, before)

@@ -124,6 +124,7 @@ def test_fields_become_those_of_the_chat() -> None:
         ({"text": {"verbosity": "low"}}, "text.verbosity"),
         ({"truncation": "some"}, "truncation"),
         ({"conversation": "conv_1"}, "conversation"),
+        ({"context_management": [{"type": "compaction"}]}, "context_management"),
     ],
 )
 def test_what_is_wrong_is_named(fields: dict[str, object], param: str) -> None:
@@ -290,6 +291,17 @@ async def test_where_nothing_is_kept_it_is_said() -> None:
             reply = await http.post("/v1/responses", json={**ASK, name: value})
             assert (reply.status_code, reply.json()["error"]["param"]) == (400, name)
         assert (await http.get("/v1/responses/resp_1")).json()["error"]["param"] == "response_id"
+
+
+async def test_an_id_that_a_client_chose_is_its_own() -> None:
+    kept = KeptResponses(ManualClock())
+    async with asking(writes(ANSWER), kept) as http:
+        for question in ("How is it?", "And now?"):
+            reply = (await http.post("/v1/responses", json={"input": question, "request_id": "mine"})).json()
+            assert reply["id"] == "mine" and (await http.get("/v1/responses/mine")).json() == reply
+    assert kept.put("other", "mine", b"theirs", b"[]") and len(kept) == 2
+    kept.drop("other", "mine")
+    assert kept.find("", "mine").body != b"theirs" and len(kept) == 1
 
 
 def test_what_is_kept_is_bounded_and_its_tenants_own() -> None:
