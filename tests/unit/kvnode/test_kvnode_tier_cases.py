@@ -11,6 +11,7 @@ from support.tier_world import TierWorld, put_into, shared_tier
 
 from kvcore.chunk_keys import chunk_keys, rank_key, root_key
 from kvcore.config.schema import StoreConfig
+from kvcore.documents.keys import keys_of_documents
 from kvnode.tasks import cancelled, spawned
 from kvnode.tiers.choice import LoadCosts, choose
 from kvnode.tiers.limits import MoveLimits
@@ -18,6 +19,7 @@ from kvnode.tiers.shape import ChunkShape
 from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, checksum, pack
 from kvstore.tiers.base import ChunkName
 from metadata_server.messages import Event, EventKind
+from nodeapi.documents import Documents
 from nodeapi.messages import (
     LegInfo,
     PrefillRequest,
@@ -338,5 +340,30 @@ def test_what_pushes_out_its_own_prompt_is_not_brought_again_and_again():
             await a.tiers.promoter.promote(KEYS, SHAPE, timeout_s=5)
             assert loop.time() - began < 1.0
             assert a.tiers.promoter.counts["memory", "promoted"] <= 2 * len(KEYS)
+
+    run_sim(main)
+
+
+def test_the_documents_of_a_leg_are_brought_each_by_itself():
+    async def main():
+        world, told = TierWorld(), []
+        tier = shared_tier(world.world.clock)
+        size = SPEC.chunk_tokens
+        prompt = list(range(1, 6 * size + 2))
+        said = Documents(header=size + 1, spans=[(size + 1, 3 * size), (4 * size, 6 * size)])
+        request = PrefillRequest(request_id="r", prompt_token_ids=prompt, documents=said, deadline_s=9.0)
+        header, *_ = whole = chunk_keys(root_key(SPEC.fingerprint, b""), prompt, size)
+        _, second = apart = keys_of_documents(
+            SPEC.fingerprint, b"", prompt, said.header, said.spans, chunk_tokens=SPEC.chunk_tokens
+        )
+        async with world.node("a", [tier]) as a:
+            a.tiers.engine_ready(SPEC)
+            a.tiers.local["disk"] = SimpleNamespace(link=told.append)
+            for one in (header, *second):
+                put_rank(tier, ChunkName(SPEC.fingerprint, one))
+            _, given = await a.tiers.before_leg(request)
+            assert sum(one.num_chunks for one in given.promoted) == 3, "though the first document is nowhere"
+            assert (await a.store.match(second, timeout_s=5, leased=False)).num_chunks == 2
+            assert told == [ChunkShape.of(SPEC).names(keys) for keys in (whole, *apart)]
 
     run_sim(main)

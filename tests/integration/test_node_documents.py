@@ -1,0 +1,107 @@
+"""Documents that one node's engine computed are reused by another's: real processes, from memory, disk and Redis."""
+
+import contextlib
+import random
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from support.cluster import ClusterHandle, cluster
+from support.redis_server import redis_server, with_redis
+
+from engines.sim.reference import expected_tokens
+from kvcore.config.schema import SimEngineConfig
+from nodeapi.client import HttpNodeClient
+from nodeapi.documents import CompareRequest, Documents
+from nodeapi.messages import GenerateRequest, LegInfo, PrefillRequest
+from nodeapi.sampling import SamplingParams
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+
+CHUNK_TOKENS = 64
+HEADER, *TEXTS = (random.Random(size).choices(range(3, 250), k=size) for size in (100, 150, 64, 33))
+CHUNKS = 1 + 3 + 1 + 1
+"""Of the header and of the texts, whose rests are chunks too."""
+GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+SLOW = ("engine.prefill_tokens_per_s=200", "tiers.wait_s=60", "tiers.warm_up=0")
+"""So that a tier is worth waiting for, on whatever machine, and has not been read before it is asked."""
+
+
+def joined(order: list[int]) -> tuple[list[int], Documents]:
+    prompt, spans = list(HEADER), list[tuple[int, int]]()
+    for at in order:
+        spans.append((len(prompt), len(prompt) + len(TEXTS[at])))
+        prompt += TEXTS[at]
+    return [*prompt, 9, 9, 9], Documents(header=len(HEADER), spans=spans, k=8)
+
+
+@contextlib.asynccontextmanager
+async def client() -> AsyncIterator[HttpNodeClient]:
+    made = HttpNodeClient(connect_timeout_s=5, max_connections=4)
+    try:
+        yield made
+    finally:
+        await made.aclose()
+
+
+async def have_computed(subject: ClusterHandle) -> None:
+    prompt, said = joined([0, 1, 2])
+    wanted = PrefillRequest(request_id="p", prompt_token_ids=prompt, documents=said, deadline_s=60.0)
+    async with client() as nodes:
+        done = await nodes.prefill(subject.node_url("prefill-0"), wanted, timeout_s=60)
+    assert (done.stored_chunks, done.cached_tokens) == (CHUNKS, 0)
+
+
+async def reused(subject: ClusterHandle, engine: SimEngineConfig) -> LegInfo:
+    """What the decoder did for a prompt with the same documents in another order, whose answer is right."""
+    prompt, said = joined([2, 0, 1])
+    wanted = GenerateRequest(request_id="d", prompt_token_ids=prompt, documents=said, sampling=GREEDY, deadline_s=60.0)
+    async with client() as nodes:
+        deltas = [delta async for delta in nodes.generate(subject.node_url("decode-0"), wanted, timeout_s=60)]
+    tokens = [token for delta in deltas for token in delta.token_ids]
+    assert [tokens] == expected_tokens(engine, prompt, GREEDY, documents=said)
+    [info] = [delta.info for delta in deltas if delta.info is not None]
+    assert info.prepared_tokens == 0, "the decoder computed no document"
+    assert (info.cached_tokens, info.approximate_tokens) == (64 + 33, 150 - 8 + 64 - 8)
+    return info
+
+
+def engine_of(subject: ClusterHandle) -> SimEngineConfig:
+    assert isinstance(subject.config.engine, SimEngineConfig)
+    return subject.config.engine
+
+
+async def test_a_decoder_reuses_what_a_prefiller_computed_and_compares_it(tmp_path: Path) -> None:
+    async with cluster(tmp_path, prefillers=1, decoders=1) as subject:
+        await have_computed(subject)
+        info = await reused(subject, engine_of(subject))
+        assert sum(move.num_bytes for move in info.moved if move.direction == "get") >= CHUNKS * CHUNK_TOKENS * 64
+        prompt, said = joined([1, 2, 0])
+        wanted = CompareRequest(request_id="c", prompt_token_ids=prompt, documents=said, deadline_s=60.0)
+        async with client() as nodes:
+            reply = await nodes.compare(subject.node_url("decode-0"), wanted, timeout_s=60)
+        assert reply.approximate_tokens == 150 - 8 + 33 - 8 and min(reply.kl) > 0
+
+
+async def found_after_a_restart(folder: Path, tier: str, override: str) -> None:
+    async with cluster(folder, prefillers=1, decoders=1, overrides=[override]) as subject:
+        await have_computed(subject)
+
+        async def saved() -> bool:
+            reports = [await subject.node_info(node) for node in subject.nodes]
+            return sum(one.counts.get("saved", 0) for report in reports for one in report.tiers) >= CHUNKS
+
+        await subject.until(saved, 30)
+    async with cluster(folder, prefillers=1, decoders=1, overrides=[override, *SLOW]) as subject:
+        info = await reused(subject, engine_of(subject))
+        assert sum(one.num_chunks for one in info.promoted if one.tier == tier) == CHUNKS
+
+
+async def test_documents_are_found_on_another_nodes_disk_after_the_cluster_was_stopped(tmp_path: Path) -> None:
+    await found_after_a_restart(tmp_path, "disk", f"tiers.disk={{path: {tmp_path}/disk, size: 32MiB}}")
+
+
+@with_redis
+async def test_documents_are_found_in_redis_after_the_cluster_was_stopped(tmp_path: Path) -> None:
+    with redis_server() as server:
+        await found_after_a_restart(tmp_path, "redis", f"tiers.redis={{url: '{server.url}'}}")
