@@ -34,7 +34,8 @@ class ContentPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One turn. Clients send answers back as they got them, empty fields included; `annotations` are about web pages
-    that an answer cites, and harmless; `cache_control` is a hint."""
+    that an answer cites, and harmless, as is what layers between client and server add to answers of their own and send
+    back (LiteLLM, OpenRouter); `cache_control` is a hint."""
 
     role: str
     content: str | list[str | ContentPart] | None = None
@@ -50,6 +51,10 @@ class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     refusal: str | None = None
     task: str | None = None
     tools: list[dict[str, object]] | None = None
+    provider_specific_fields: object = None
+    reasoning_details: object = None
+    reasoning_items: object = None
+    thinking_blocks: object = None
 
 
 def message_of(number: int, message: ChatMessage) -> Mapping[str, object]:

@@ -157,6 +157,8 @@ async def test_so_in_messages(http: httpx.AsyncClient, message: dict[str, object
 async def test_an_answer_can_be_sent_back_as_clients_dump_it(http: httpx.AsyncClient) -> None:
     empty = dict.fromkeys(("refusal", "annotations", "audio", "function_call", "tool_calls", "name"))
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    layers = ("provider_specific_fields", "reasoning_details", "reasoning_items", "thinking_blocks")
+    empty |= {name: [{"a": 1}] for name in layers}
     dumped = [turns[0], {**turns[1], **empty, "annotations": []}, {**turns[2], "cache_control": {"type": "ephemeral"}}]
     plain, sent = [
         answer_of(await http.post("/v1/chat/completions", json={**CHAT, "messages": messages}))
