@@ -2,13 +2,15 @@
 SHELL := /bin/bash
 VENV  ?= .venv
 VENV_VLLM ?= .venv-vllm
+VENV_CLIENTS ?= .venv-clients
+VENV_LOAD ?= .venv-load
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
 BIN   := $(VENV)/bin
 # What pytest compiles is kept, whatever the environment says: five runs of it in `make test` save 5 s each.
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: demo test check lint unit coverage ucx nixl vllm venv-vllm bench chaos clean help
+.PHONY: demo test check lint unit coverage ucx nixl vllm venv-vllm clients light-clients bench chaos clean help
 
 help:            ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -17,8 +19,8 @@ demo: $(VENV)/.demo-model   ## bring a whole cluster up on a real model and serv
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/kvferry demo configs/laptop.yaml $(if $(ONCE),--once)
 
 test: check ucx nixl $(VENV)/.demo-model $(VENV)/valkey/.installed   ## everything: `check`, UCX, NIXL, the tests that need the demo model or whole clusters, vLLM
-	$(PYTEST) tests -m "slow and not ucx and not vllm" -n 2 --dist loadfile --no-loadscope-reorder
-	$(MAKE) vllm
+	$(PYTEST) tests -m "slow and not ucx and not vllm and not clients" -n 2 --dist loadfile --no-loadscope-reorder
+	$(MAKE) vllm light-clients
 
 # All of it on the UCX of NIXL's wheel (1.23). UCX 1.13, which Debian has, aborts a segment's process when its peer dies
 # while the two connect (docs/rdma.md): it is held to everything but deaths, and to what such an abort may cost.
@@ -45,6 +47,25 @@ $(VENV)/valkey/.installed: $(VENV)/.installed
 vllm: $(VENV_VLLM)/.installed $(VENV)/.demo-model   ## the tests that need vLLM, on the CPU, in an environment of their own
 	TOKENIZERS_PARALLELISM=false $(VENV_VLLM)/bin/python -m pytest tests/vllm -n 2
 
+# Clients of other projects, in environments of their own: what they pin is not what we pin. Load generators are large.
+CLIENTS := KVFERRY_PYTHON=$(abspath $(BIN))/python PYTHONDONTWRITEBYTECODE=
+light-clients: $(VENV_CLIENTS)/.installed $(VENV)/.demo-model
+	$(CLIENTS) $(VENV_CLIENTS)/bin/python -m pytest tests/clients -W ignore
+
+clients: light-clients $(VENV_LOAD)/.installed $(VENV_VLLM)/.installed   ## real clients of other projects against a cluster (docs/clients.md)
+	$(CLIENTS) $(VENV_LOAD)/bin/python -m pytest tests/clients -W ignore
+	$(CLIENTS) $(VENV_VLLM)/bin/python -m pytest tests/clients -W ignore
+
+$(VENV_CLIENTS)/.installed: scripts/clients_requirements.txt | $(VENV)/.created
+	$(BIN)/python -m venv $(VENV_CLIENTS)
+	$(VENV_CLIENTS)/bin/pip install --quiet --no-deps -r scripts/clients_requirements.txt
+	@touch $@
+
+$(VENV_LOAD)/.installed: scripts/load_clients_requirements.txt | $(VENV)/.created
+	$(BIN)/python -m venv $(VENV_LOAD)
+	$(VENV_LOAD)/bin/pip install --quiet -r scripts/load_clients_requirements.txt
+	@touch $@
+
 venv-vllm: $(VENV_VLLM)/.installed   ## that environment: vLLM for the CPU (2.5 GB, about two minutes)
 
 check: lint unit   ## under two minutes: ruff, mypy, import-linter, unit, property, conformance, simulation, arch tests
@@ -56,10 +77,10 @@ lint: $(VENV)/.installed
 	$(BIN)/lint-imports --no-cache
 
 unit: $(VENV)/.installed
-	$(PYTEST) tests -m "not slow and not gpu and not ucx and not vllm" -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) tests -m "not slow and not gpu and not ucx and not vllm and not clients" -n 2 --dist loadfile --no-loadscope-reorder
 
 coverage: $(VENV)/.installed   ## which lines the quick tests reach: a table here, pages in build/coverage
-	$(PYTEST) tests -m "not slow and not gpu and not ucx and not vllm" -n 2 -q --cov --cov-report=term --cov-report=html
+	$(PYTEST) tests -m "not slow and not gpu and not ucx and not vllm and not clients" -n 2 -q --cov --cov-report=term --cov-report=html
 
 bench: $(VENV)/.demo-model   ## every benchmark; each ends in a line `RESULT {json}`
 	@for b in chunk_keys index eviction transfer peer_death handoff sharing router engine; do echo "== benchmarks/$$b.py"; $(BIN)/python -m benchmarks.$$b || exit 1; done
@@ -87,4 +108,4 @@ $(VENV)/.demo-model: $(VENV)/.installed kvferry/demo/model.py
 	@touch $@
 
 clean:           ## forget the venvs and every cache of the tools
-	rm -rf $(VENV) $(VENV_VLLM) build dist *.egg-info .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_VLLM) $(VENV_CLIENTS) $(VENV_LOAD) build dist *.egg-info .mypy_cache .ruff_cache .hypothesis

@@ -1,7 +1,8 @@
 """Clients as their users run them, at their newest versions, against real servers: `make clients`.
 
-They live in environments of their own, as what they pin is not what kvferry pins, and kvferry is in neither: what they
-talk to is a process of kvferry's environment (`support.client_servers`). A client that is not installed is passed over.
+They live in environments of their own, as what they pin is not what kvferry pins, and kvferry is in none of them: what
+they talk to is a process of kvferry's environment (`support.client_servers`). A client that is not installed is passed
+over.
 """
 
 import importlib.metadata
@@ -21,6 +22,7 @@ NEEDED = {
     "test_langchain.py": "langchain-openai",
     "test_llama_index.py": "llama-index-llms-openai-like",
     "test_instructor.py": "instructor",
+    "test_snippets.py": "litellm",
     "test_aiperf.py": "aiperf",
     "test_guidellm.py": "guidellm",
     "test_vllm_bench.py": "vllm",
@@ -37,9 +39,8 @@ def is_installed(distribution: str) -> bool:
 
 collect_ignore = [file for file, distribution in NEEDED.items() if not is_installed(distribution)]
 
-os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else its import waits for a server on the internet
-for name in ("LANGSMITH_TRACING", "HF_HUB_OFFLINE"):
-    os.environ[name] = "false" if name == "LANGSMITH_TRACING" else "1"
+if len(collect_ignore) < len(NEEDED):  # else imports of theirs wait for servers on the internet
+    os.environ |= {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LANGSMITH_TRACING": "false", "HF_HUB_OFFLINE": "1"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -51,9 +52,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Addresses by name: `torch`, `tools`, `late`, `dead`. See support.client_servers."""
+    """Addresses by name: `torch`, `tools`, `late`, `dead`; and `model`, a folder. See support.client_servers."""
     python = os.environ.get("KVFERRY_PYTHON", str(ROOT / ".venv/bin/python"))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
+    folders = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {**os.environ, "PYTHONPATH": folders, "OMP_NUM_THREADS": "1"}
     command = [python, "-m", "support.client_servers", str(tmp_path_factory.mktemp("clients"))]
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

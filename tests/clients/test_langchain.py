@@ -5,6 +5,7 @@ from typing import Any
 from langchain_core.messages import AIMessageChunk, HumanMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
+from pydantic import BaseModel, Field
 
 QUESTION = "How is it in Zürich and in Rome?"
 
@@ -15,14 +16,21 @@ def get_weather(city: str) -> str:
     return f"18 in {city}"
 
 
+class City(BaseModel, extra="forbid"):
+    """A city and how many million people live in it."""
+
+    name: str = Field(max_length=8)
+    millions: int = Field(ge=0, le=9)
+
+
 def chat(url: str, model: str = "demo", **more: Any) -> ChatOpenAI:
     return ChatOpenAI(base_url=url, api_key="none", model=model, temperature=0, max_retries=0, **more)
 
 
 def test_a_chat_and_its_stream_say_the_same(torch_url: str) -> None:
-    model = chat(torch_url, max_completion_tokens=12)
+    model = chat(torch_url, max_completion_tokens=6)
     whole = model.invoke("Name a colour of the sky.")
-    assert whole.content and whole.usage_metadata is not None and whole.usage_metadata["output_tokens"] <= 12
+    assert whole.content and whole.usage_metadata is not None and whole.usage_metadata["output_tokens"] <= 6
     streamed: Any = None
     for chunk in model.stream("Name a colour of the sky.", stream_usage=True):
         streamed = chunk if streamed is None else streamed + chunk
@@ -55,3 +63,8 @@ def test_streamed_calls_are_put_together(tools_url: str) -> None:
         ("get_weather", {"city": "Zürich"}),
         ("get_weather", {"city": "Rome"}),
     ]
+
+
+def test_an_answer_is_of_the_form_of_a_class(torch_url: str) -> None:
+    model = chat(torch_url, max_completion_tokens=80).with_structured_output(City, method="json_schema")
+    assert isinstance(model.invoke("Name a city, in JSON."), City)

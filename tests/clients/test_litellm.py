@@ -5,6 +5,7 @@ from typing import Any
 
 import litellm
 import pytest
+from pydantic import BaseModel, Field
 
 QUESTION = [{"role": "user", "content": "Name a colour of the sky."}]
 WEATHER: Any = {
@@ -25,11 +26,11 @@ def deployment(address: str, **more: object) -> dict[str, Any]:
 @pytest.mark.parametrize("provider", ["hosted_vllm", "openai"])
 def test_a_chat_and_its_stream_say_the_same(torch_url: str, provider: str) -> None:
     asked: dict[str, Any] = {"model": f"{provider}/demo", "api_base": torch_url, "api_key": "none", "temperature": 0}
-    whole = litellm.completion(messages=QUESTION, max_tokens=12, **asked)
-    assert whole.choices[0].finish_reason in ("stop", "length") and whole.usage.completion_tokens <= 12
+    whole = litellm.completion(messages=QUESTION, max_tokens=6, **asked)
+    assert whole.choices[0].finish_reason in ("stop", "length") and whole.usage.completion_tokens <= 6
     chunks = list(
         litellm.completion(
-            messages=QUESTION, max_tokens=12, stream=True, stream_options={"include_usage": True}, **asked
+            messages=QUESTION, max_tokens=6, stream=True, stream_options={"include_usage": True}, **asked
         )
     )
     built: Any = litellm.stream_chunk_builder(chunks)
@@ -63,7 +64,7 @@ def test_a_loop_of_tools_comes_to_its_answer(tools_url: str) -> None:
     first = litellm.completion(messages=messages, tools=[WEATHER], max_tokens=600, **asked)
     message = first.choices[0].message
     assert first.choices[0].finish_reason == "tool_calls" and message.reasoning_content == "Two cities."
-    assert [json.loads(call.function.arguments) for call in message.tool_calls] == [{"city": "Zürich"}, {"city": "Rome"}]
+    assert [json.loads(call.function.arguments)["city"] for call in message.tool_calls] == ["Zürich", "Rome"]
     messages.append(message.model_dump())
     messages += [{"role": "tool", "tool_call_id": call.id, "content": "18"} for call in message.tool_calls]
     last = litellm.completion(messages=messages, tools=[WEATHER], max_tokens=600, **asked)
@@ -76,3 +77,16 @@ def test_a_prompt_that_is_too_long_is_its_own_error(torch_url: str) -> None:
         litellm.completion(messages=[{"role": "user", "content": "word " * 20_000}], max_tokens=4, **asked)
     with pytest.raises(litellm.NotFoundError):
         litellm.completion(messages=QUESTION, **{**asked, "model": "hosted_vllm/other"})
+
+
+class City(BaseModel, extra="forbid"):
+    """A city and how many million people live in it."""
+
+    name: str = Field(max_length=8)
+    millions: int = Field(ge=0, le=9)
+
+
+def test_an_answer_is_of_the_form_of_a_class(torch_url: str) -> None:
+    asked: dict[str, Any] = {"model": "hosted_vllm/demo", "api_base": torch_url, "api_key": "none", "temperature": 0}
+    answer = litellm.completion(messages=QUESTION, response_format=City, max_tokens=80, **asked)
+    assert City.model_validate_json(answer.choices[0].message.content)

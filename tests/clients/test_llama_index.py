@@ -5,12 +5,21 @@ from typing import Any
 from llama_index.core.llms import ChatMessage
 from llama_index.core.tools import FunctionTool
 from llama_index.llms.openai_like import OpenAILike
+from pydantic import BaseModel, Field
+
+
+class City(BaseModel, extra="forbid"):
+    """A city and how many million people live in it."""
+
+    name: str = Field(max_length=8)
+    millions: int = Field(ge=0, le=9)
+
 
 QUESTION = [ChatMessage(role="user", content="Name a colour of the sky.")]
 
 
 def like(url: str, model: str = "demo", **more: Any) -> OpenAILike:
-    asked: dict[str, Any] = {"is_chat_model": True, "max_tokens": 12, "temperature": 0.0, "max_retries": 0, **more}
+    asked: dict[str, Any] = {"is_chat_model": True, "max_tokens": 6, "temperature": 0.0, "max_retries": 0, **more}
     return OpenAILike(model=model, api_base=url, api_key="none", context_window=2048, **asked)
 
 
@@ -38,3 +47,9 @@ async def test_a_function_is_predicted_and_called(tools_url: str) -> None:
     tool = FunctionTool.from_defaults(get_weather)
     answer = await model.apredict_and_call([tool], "How is it in Zürich and Rome?", allow_parallel_tool_calls=True)
     assert asked == ["Zürich", "Rome"] and "18" in answer.response
+
+
+def test_an_answer_is_of_the_form_of_a_class(torch_url: str) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "City", "schema": City.model_json_schema()}}
+    model = like(torch_url, max_tokens=80, additional_kwargs={"response_format": form})
+    assert City.model_validate_json(model.chat(QUESTION).message.content or "")

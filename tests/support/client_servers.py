@@ -1,9 +1,10 @@
-"""What tests/clients talks to, as a process of its own, since clients live in an environment that kvferry is not in:
+"""What tests/clients talks to, as a process of its own, since clients live in an environment that kvferry is not in.
 
-`torch`: a cluster of two nodes on the demo model. `tools`: a router whose model calls a tool where it has no result of
-one yet. `late`: a router that has much to do: whoever asks it for a first token within a second gets a 429. `dead`: an
-address at which nobody listens. Run by tests/clients/conftest.py, `python -m support.client_servers FOLDER`: a line of JSON
-with their addresses once all serve; ends when its standard input does.
+`torch`: a cluster of two nodes on the demo model, whose folder is `model`. `tools`: a router whose model calls a tool
+where it has no result of one yet. `late`: a router that has much to do: whoever asks it for a first token within a
+second gets a 429. `dead`: an address at which nobody listens. Run by tests/clients/conftest.py,
+`python -m support.client_servers FOLDER`: a line of JSON with all this once they serve; ends when its standard input
+does.
 """
 
 import asyncio
@@ -39,7 +40,7 @@ async def late() -> AsyncIterator[str]:
         for now in (0.0, 100.0):
             rig.cluster.nodes[node.id].rates.prefilled(100, 100.0, now)
         rig.cluster.nodes[node.id].touch()
-    server = AsgiServer(rig.app, "127.0.0.1", 0)  # type: ignore[arg-type]
+    server = AsgiServer(rig.app, "127.0.0.1", 0)
     await server.start()
     async with aiohttp.ClientSession(server.url) as session:
         asked = [
@@ -50,8 +51,8 @@ async def late() -> AsyncIterator[str]:
         try:
             yield server.url
         finally:
-            for task in asked:
-                task.cancel()
+            gate.set()
+            await asyncio.gather(*asked)
             await server.aclose()
 
 
@@ -64,7 +65,8 @@ async def serve(folder: Path) -> None:
         late() as busy,
     ):
         dead = f"http://127.0.0.1:{free_ports(1)[0]}"
-        print("SERVED " + json.dumps({"torch": handle.url, "tools": tools, "late": busy, "dead": dead}), flush=True)
+        served = {"torch": handle.url, "tools": tools, "late": busy, "dead": dead, "model": str(model)}
+        print("SERVED " + json.dumps(served), flush=True)
         await asyncio.to_thread(sys.stdin.read)
 
 
