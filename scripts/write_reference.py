@@ -118,6 +118,10 @@ itself, unless `store` is `false`: `GET` and `DELETE /v1/responses/ID`. Where se
 nothing is kept, and `previous_response_id` and `store` `true` are refused. `background`, `conversation`, `prompt`,
 images, files and OpenAI's own tools are refused. What an answer was not asked for is not made: no summary of reasoning.
 
+`POST /inference/v1/generate` is vLLM's endpoint of tokens in and out: `token_ids`, `sampling_params` by the names that
+vLLM's own have, and with `output_mode` `text` the text beside the tokens. What is said here of completions holds for
+its fields of the same names; without `max_tokens` an answer may fill the context. Images are refused.
+
 Parts of messages are text.
 
 An answer can be held to a form. `response_format` is `text`, `json_object`, `json_schema` (held to the schema, `strict`

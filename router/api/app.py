@@ -25,7 +25,7 @@ from kvcore.telemetry import METRICS_CONTENT_TYPE
 from router.admission.no_node import NoNodeWait
 from router.answering import Answerer
 from router.api import openapi
-from router.api.anthropic.errors import AnthropicErrors, anthropic_event
+from router.api.anthropic.errors import AnthropicErrorReply, AnthropicErrors, anthropic_event
 from router.api.anthropic.message_format import MessagesFormatter
 from router.api.anthropic.messages import MessagesRequest, chat_of
 from router.api.asked import AnswerStart, Asked, asked_as
@@ -35,13 +35,15 @@ from router.api.fields.completion_fields import CompletionRequest
 from router.api.formats.completion_format import CompletionFormatter
 from router.api.formats.parsed_chat import chat_formatter
 from router.api.front import Cors, PlainPaths
-from router.api.http_errors import error_reply, headers_of
+from router.api.http_errors import ErrorReply, error_reply, headers_of
 from router.api.limits import ApiLimits
 from router.api.openai_responses.kept import KeptResponses
 from router.api.openai_responses.request import ResponsesRequest
 from router.api.openai_responses.routes import ResponsesDoor
 from router.api.responses import AnswerResponse, JsonReply, error_response, failed_event
 from router.api.text_routes import add_probe_routes, add_text_routes
+from router.api.tokens_in.asked import generate_asked
+from router.api.tokens_in.request import GenerateBody
 from router.metrics import RouterMetrics
 from router.processes.routes import add_own
 from router.processes.view import RouterView
@@ -51,7 +53,7 @@ from router.text.model_habits import ModelHabits
 Endpoint = Callable[[Request], Awaitable[Response]]
 _log = logging.getLogger("router")
 _GOOD_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
-_Body = TypeVar("_Body", ChatRequest, CompletionRequest, MessagesRequest, ResponsesRequest)
+_Body = TypeVar("_Body", ChatRequest, CompletionRequest, MessagesRequest, ResponsesRequest, GenerateBody)
 
 
 def make_app(
@@ -183,8 +185,9 @@ def _add_openai(
         *,
         id_prefix: str,
         failed: Callable[[KVFerryError], bytes] = failed_event,
+        error: type[msgspec.Struct] = ErrorReply,
     ) -> None:
-        @app.post(path, name=name, **openapi.answers(kind))
+        @app.post(path, name=name, **openapi.answers(kind, error))
         async def endpoint(request: Request) -> Response:
             raw = await read_body(request, max_body_bytes, timeout_s=limits.body_timeout_s)
             wants = await asked(parse(raw, kind), caller_of(request.scope), len(raw))
@@ -194,12 +197,21 @@ def _add_openai(
 
         endpoints[path] = endpoint
 
-    paths = "/v1/chat/completions", "/v1/completions", "/v1/messages"
+    paths = "/v1/chat/completions", "/v1/completions", "/v1/messages", "/inference/v1/generate"
     generates("chat", paths[0], ChatRequest, asked_as(chat_formatter, lambda body: body), id_prefix="chatcmpl-")
     completion = asked_as(CompletionFormatter, lambda body: body)
     generates("completions", paths[1], CompletionRequest, completion, id_prefix="cmpl-")
     theirs = asked_as(MessagesFormatter, chat_of)
-    generates("messages", paths[2], MessagesRequest, theirs, id_prefix="msg-", failed=anthropic_event)
+    generates(
+        "messages",
+        paths[2],
+        MessagesRequest,
+        theirs,
+        id_prefix="msg-",
+        failed=anthropic_event,
+        error=AnthropicErrorReply,
+    )
+    generates("generate", paths[3], GenerateBody, generate_asked, id_prefix="generate-tokens-")
     generates("responses", "/v1/responses", ResponsesRequest, door.asked, id_prefix="resp_")
     door.add_to(app)
     _add_models(app, answerer)

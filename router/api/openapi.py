@@ -47,16 +47,17 @@ def _json(kind: type | None) -> dict[str, Any]:
     return {"application/json": {"schema": _schema(kind) if kind else {"type": "object"}}}
 
 
-def answers(kind: type[msgspec.Struct]) -> dict[str, Any]:
-    """Keyword arguments of a route whose body is `kind` and which answers with JSON or a stream."""
+def answers(kind: type[msgspec.Struct], error: type[msgspec.Struct] = ErrorReply) -> dict[str, Any]:
+    """Keyword arguments of a route whose body is `kind` and which answers with JSON or a stream. `error`: the body of
+    its refusals."""
     responses: dict[int | str, dict[str, Any]] = {
         200: {
             "description": "The answer; with `stream` server-sent events that end with `[DONE]`",
-            "content": {**_json(None), "text/event-stream": {"schema": {"type": "string"}}},
+            "content": {**_json(None), "text/event-stream": {"schema": {"description": "server-sent events"}}},
         }
     }
     for status, text in _REFUSALS.items():
-        responses[status] = {"description": text, "content": _json(ErrorReply)}
+        responses[status] = {"description": text, "content": _json(error)}
     body = {"required": True, "content": _json(documented_body(kind))}
     return {"responses": responses, "openapi_extra": {"requestBody": body}, "response_model": None}
 
@@ -71,11 +72,11 @@ def plain(summary: str, *, not_found: bool = False, unavailable: bool = False) -
     return {"summary": summary, "responses": responses, "response_model": None}
 
 
-def orders(summary: str, *kinds: type[msgspec.Struct]) -> dict[str, Any]:
+def orders(summary: str, *kinds: type[msgspec.Struct], error: type[msgspec.Struct] = ErrorReply) -> dict[str, Any]:
     """Keyword arguments of a POST route whose body is one of `kinds` and which answers with JSON."""
     responses: dict[int | str, dict[str, Any]] = {200: {"description": summary, "content": _json(None)}}
     for status, text in _REFUSALS.items():
-        responses[status] = {"description": text, "content": _json(ErrorReply)}
+        responses[status] = {"description": text, "content": _json(error)}
     schemas = [_schema(documented_body(kind) if len(kinds) > 1 else kind) for kind in kinds]
     schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
     extra = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

@@ -15,6 +15,7 @@ from kvcore.process.http_body import read_body
 from kvcore.release import release
 from router.answering import Answerer
 from router.api import openapi
+from router.api.anthropic.errors import AnthropicErrorReply
 from router.api.anthropic.messages import MessagesRequest, chat_of
 from router.api.body import beside_if_large, parse
 from router.api.fields.chat_fields import ChatRequest
@@ -74,7 +75,9 @@ def add_text_routes(app: FastAPI, answerer: Answerer, max_body_bytes: int, limit
             {"count": len(tokens), "max_model_len": answerer.max_context, "tokens": tokens, "token_strs": names}
         )
 
-    @app.post("/v1/messages/count_tokens", **openapi.orders("How many tokens a prompt has", MessagesRequest))
+    counted = openapi.orders("How many tokens a prompt has", MessagesRequest, error=AnthropicErrorReply)
+
+    @app.post("/v1/messages/count_tokens", **counted)
     async def count_tokens(request: Request) -> Response:
         body, size = await asked(request, MessagesRequest)
         chat = chat_of(body, counted_only=True)

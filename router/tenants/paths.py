@@ -3,7 +3,7 @@
 COUNTED = frozenset(
     {
         *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"),
-        *("/tokenize", "/detokenize"),
+        *("/tokenize", "/detokenize", "/inference/v1/generate"),
     }
 )
 """What a tenant's rates and concurrency are of."""

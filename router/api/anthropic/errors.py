@@ -25,6 +25,23 @@ _TYPES: Mapping[int, str] = MappingProxyType(
         504: "timeout_error",
     }
 )
+
+
+class AnthropicErrorDetail(msgspec.Struct):
+    """What is wrong."""
+
+    type: str
+    message: str
+
+
+class AnthropicErrorReply(msgspec.Struct):
+    """The body."""
+
+    type: str
+    error: AnthropicErrorDetail
+    request_id: str
+
+
 _reply = msgspec.json.Decoder(ErrorReply)
 
 

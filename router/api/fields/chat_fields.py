@@ -1,6 +1,7 @@
 """The body of a chat, and what its prompt is made of."""
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 from router.api.fields.chat_messages import ChatMessage, message_of, template_values
 from router.api.fields.chat_tools import Tool, tools_of
@@ -12,6 +13,8 @@ from router.requests.spec import ChatPrompt
 
 class ChatRequest(CommonFields, frozen=True, kw_only=True):
     """Body of POST /v1/chat/completions."""
+
+    fills_context: ClassVar[bool] = True
 
     messages: list[ChatMessage]
     add_generation_prompt: bool | None = None

@@ -1,5 +1,7 @@
 """The fields that chats and completions have in common."""
 
+from typing import ClassVar
+
 import msgspec
 
 from router.api.fields.cache_hints import CacheHintFields
@@ -24,7 +26,9 @@ class RepetitionDetection(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
 
 
 class CommonFields(CacheHintFields, frozen=True, kw_only=True):
-    """The fields of both endpoints."""
+    """The fields of both endpoints. `fills_context`: without `max_tokens` an answer may fill the context."""
+
+    fills_context: ClassVar[bool] = False
 
     model: str | None = None
     n: int | None = 1

@@ -4,7 +4,6 @@ import random
 
 from nodeapi.grammars.grammar import Grammar
 from nodeapi.sampling import SamplingParams
-from router.api.fields.chat_fields import ChatRequest
 from router.api.fields.checks import TokenLists, number, repetition_penalty, require, top_k, top_p
 from router.api.fields.completion_fields import CompletionRequest
 from router.api.fields.score_fields import AnyRequest, is_prompt_alone, scored
@@ -71,7 +70,7 @@ def max_tokens_of(request: AnyRequest, prompt_tokens: int, max_context: int, mos
         named, given = "max_completion_tokens", request.max_completion_tokens
     if given is None:
         room = max(1, max_context - prompt_tokens)
-        most = (most or room) if isinstance(request, ChatRequest) else DEFAULT_COMPLETION_TOKENS
+        most = (most or room) if request.fills_context else DEFAULT_COMPLETION_TOKENS
         return min(room, most), named
     require(given >= 1 or is_prompt_alone(request), named, "must be at least 1")
     return max(1, min(given, INT64)), named  # more is over any context, and may have too many digits to be printed

@@ -29,6 +29,7 @@ SIM = Path(__file__).resolve().parents[3] / "configs/sim-2p2d.yaml"
 ASK: dict[str, Any] = {"model": "fake-model", "prompt": "hello" * 20, "max_tokens": 4}
 CLIENTS = {"/health", "/v1/models", "/v1/models/{name}", "/v1/chat/completions", "/v1/completions"}
 CLIENTS |= {"/ping", "/version", "/tokenize", "/detokenize", "/v1/messages", "/v1/messages/count_tokens"}
+CLIENTS |= {"/inference/v1/generate"}
 CLIENTS |= {"/v1/responses", "/v1/responses/{response_id}", "/v1/responses/{response_id}/cancel"}
 RECORDS = {"/v1/requests", "/v1/requests/{request_id}"}
 
