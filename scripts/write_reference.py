@@ -152,8 +152,9 @@ and the arguments to the function's `parameters`, unless its `strict` is `false`
 one call. Such calls are written in the model's own form ({_FORMED}), else as a list in
 JSON, or with a name as the arguments alone, as vLLM's server has it, so that no dialect is needed. They come before
 `response_format`, and with a name the `finish_reason` is `stop`, as OpenAI has it. With `auto` the calls of models with
-such a form of their own are held to the schemas of the functions that are `strict`, unless the answer is held to
-another form; of others `strict` has no effect.
+such a form of their own (but `gpt_oss`) are held to the schemas of the functions that are `strict`, unless the answer
+is held to another form; of others `strict` has no effect. Models of `gpt_oss` make one call an answer, and those of
+`kimi_k3` may end before their call.
 
 How a model writes calls and reasoning is its dialect: the first of these whose marks its chat template has, or what
 `model.parser` of the cluster file names, which may be an object of yours (`package.module:name`, a

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
@@ -44,7 +44,7 @@ class Asked:
         """The same, by the surface's name."""
         if form is None or not self.form or form.field != "response_format":
             return form
-        return AskedGrammar(form.grammar, self.form)
+        return replace(form, param=self.form)
 
 
 def asked_as(

@@ -18,12 +18,16 @@ Schemas = Mapping[str, Mapping[str, object]]
 @dataclass(frozen=True, slots=True)
 class CallForm:
     """How a family of models writes a call whose arguments are JSON: `begin`, with the function's name between its two
-    texts, the arguments, `end`. `trigger`: by what a call begins amid text; `separator`: between two."""
+    texts, the arguments, `end`. `trigger`: by what a call begins amid text; empty: it does not. `separator`: between
+    two; None: there is one at most."""
 
     begin: tuple[str, str]
     end: str
     trigger: str
-    separator: str = ""
+    separator: str | None = ""
+    before: Mapping[str, object] | None = None
+    """Of one whose answers are framed: what may come before the calls, in the terms of structural tags. With it they
+    are the whole answer, reasoning included."""
 
     def tag(self, name: str, schema: Mapping[str, object]) -> Mapping[str, object]:
         """Of the calls of one function."""
@@ -35,10 +39,16 @@ def forced_calls(form: CallForm | None, schemas: Schemas, *, one: bool) -> Gramm
     """At least one call of these functions and nothing else; `one`: no more. `form` None: a list of calls in JSON."""
     if form is None:
         return Grammar(kind=GrammarKind.JSON, text=json.dumps(_list_schema(schemas, one=one)))
-    tags = [form.tag(name, schema or _ANY_OBJECT) for name, schema in schemas.items()]
-    return _structural(
-        type="tags_with_separator", tags=tags, separator=form.separator, at_least_one=True, stop_after_first=one
-    )
+    calls = {
+        "type": "tags_with_separator",
+        "tags": [form.tag(name, schema or _ANY_OBJECT) for name, schema in schemas.items()],
+        "separator": form.separator or "",
+        "at_least_one": True,
+        "stop_after_first": one or form.separator is None,
+    }
+    if form.before is None:
+        return _structural(**calls)
+    return _structural(type="sequence", elements=[form.before, calls])
 
 
 def forced_arguments(schema: Mapping[str, object]) -> Grammar:

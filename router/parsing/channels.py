@@ -16,6 +16,22 @@ from router.parsing.reader import Make, Reader
 _RECIPIENT = re.compile(r"to=([^\s<]+)")
 _MAKES: Mapping[str, Make] = {"analysis": Reasoning, "final": Content, "commentary": Content, "": Content}
 """By channel. What is on any other is left out."""
+THOUGHTS: Mapping[str, object] = {
+    "type": "star",
+    "content": {
+        "type": "sequence",
+        "elements": [
+            {
+                "type": "tag",
+                "begin": "<|channel|>analysis<|message|>",
+                "content": {"type": "any_text"},
+                "end": "<|end|>",
+            },
+            {"type": "const_string", "value": "<|start|>assistant"},
+        ],
+    },
+}
+"""What gpt-oss may write before a call, as a structural tag."""
 _ENDS = ("<|end|>", "<|call|>", "<|return|>", "<|start|>", "<|channel|>")
 
 

@@ -47,6 +47,13 @@ DIALECTS: Mapping[str, Dialect] = {
         channels.harmony,
         special=True,
         frames=True,
+        form=CallForm(
+            ("<|channel|>commentary to=functions.", " <|constrain|>json<|message|>"),
+            "",  # an end token is no text: it comes where only the end can
+            trigger="",
+            separator=None,
+            before=channels.THOUGHTS,
+        ),
         in_template=("<|channel|>", "<|start|>"),
         answers=(
             "<|channel|>final<|message|>",

@@ -28,12 +28,18 @@ def test_calls_in_a_models_own_form(name: str) -> None:
     rome, now = call(form, "get_weather", '{"city": "Rome"}'), call(form, "now", "{}")
     forced = xgrammar.Grammar.from_structural_tag(forced_calls(form, SCHEMAS, one=False).text)
     one = xgrammar.Grammar.from_structural_tag(forced_calls(form, SCHEMAS, one=True).text)
-    strict = xgrammar.Grammar.from_structural_tag(strict_calls(form, SCHEMAS).text)
-    several = f"{rome}{form.separator}{now}"
-    assert lets(forced, rome) and lets(forced, several) and lets(one, rome) and not lets(one, several)
+    several = f"{rome}{form.separator or ''}{now}"
+    assert lets(forced, rome) and lets(one, rome) and not lets(one, several)
+    assert lets(forced, several) == (form.separator is not None)
     for wrong in ("It rains.", rome.replace("Rome", "Paris"), rome.replace("get_weather", "other"), rome[:-1]):
         assert not lets(forced, wrong), wrong
-    assert lets(strict, "It rains.") and lets(strict, f"Look: {rome}") and not lets(strict, rome.replace("Rome", "B"))
+    if form.before is not None:
+        thought = "<|channel|>analysis<|message|>Rome?<|end|><|start|>assistant"
+        assert lets(forced, thought + rome) and not lets(forced, thought)
+    if form.trigger:
+        strict = xgrammar.Grammar.from_structural_tag(strict_calls(form, SCHEMAS).text)
+        assert lets(strict, "It rains.") and lets(strict, f"Look: {rome}")
+        assert not lets(strict, rome.replace("Rome", "Paris"))
 
 
 def test_a_list_of_calls() -> None:

@@ -131,7 +131,7 @@ def _grammar(
     """That of one prompt: a chat's answer may reason first."""
     if form is None:
         return None
-    if marks is None or not isinstance(request, ChatRequest):
+    if form.whole or marks is None or not isinstance(request, ChatRequest):
         return form.grammar
     return marks.place(form.grammar, prompt, continues=bool(request.continue_final_message))
 

@@ -37,6 +37,8 @@ class AskedGrammar:
 
     grammar: Grammar
     param: str
+    whole: bool = False
+    """It is of the whole answer, reasoning included."""
 
     @property
     def field(self) -> str:

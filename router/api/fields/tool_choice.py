@@ -41,8 +41,9 @@ def tool_grammar(
         schemas = {tool.function.name: _schema(tool, unless=False) for tool in chosen}
         if only and form is None:
             return AskedGrammar(forced_arguments(schemas[only]), "tools")
-        return AskedGrammar(forced_calls(form, schemas, one=one_call or bool(only)), "tools")
-    if form is None or not any(tool.function.strict for tool in tools or ()):
+        whole = form is not None and form.before is not None
+        return AskedGrammar(forced_calls(form, schemas, one=one_call or bool(only)), "tools", whole)
+    if form is None or not form.trigger or not any(tool.function.strict for tool in tools or ()):
         return None
     schemas = {tool.function.name: _schema(tool, unless=None) for tool in tools or ()}
     return AskedGrammar(strict_calls(form, schemas), "tools")

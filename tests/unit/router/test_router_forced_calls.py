@@ -1,14 +1,17 @@
 """Calls that must be made: what the nodes are told, what a grammar lets through, and how it is read."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from support.router_fakes import VOCAB, asking
+from support.small_tokenizers import byte_level, saved
 
 from kvcore.errors import InvalidRequestError
 from nodeapi.grammars.compiler import Grammars
 from nodeapi.grammars.grammar import Grammar, GrammarKind
+from nodeapi.grammars.vocabulary import folder_vocabulary
 from router.api.fields.chat_fields import ChatRequest
 from router.api.fields.chat_tools import FunctionSpec, Tool
 from router.api.fields.openai_schema import grammar_asked_by
@@ -29,6 +32,8 @@ IN_HERMES = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"}}
 NOW = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
 IN_LLAMA = '{"name": "get_weather", "parameters": {"city": "Rome"}}'
 IN_JSON = '[{"name": "get_weather", "parameters": {"city": "Rome"}}, {"name": "now", "parameters": {}}]'
+IN_HARMONY = '<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"city": "Rome"}'
+THOUGHT = "<|channel|>analysis<|message|>Rome?<|end|><|start|>assistant"
 ROME = {"city": "Rome"}
 
 
@@ -73,6 +78,12 @@ async def lets(grammar: Grammar, text: str) -> str:
         ("hermes", NAMED, {}, f"{IN_HERMES}\n{IN_HERMES}", "no"),
         ("llama3_json", "required", {}, f"{IN_LLAMA}; {IN_LLAMA}", "whole"),
         ("llama3_json", NAMED, {}, IN_LLAMA, "whole"),
+        ("gpt_oss", "required", {}, IN_HARMONY, "whole"),
+        ("gpt_oss", "required", {}, f"{THOUGHT}{THOUGHT}{IN_HARMONY}", "whole"),
+        ("gpt_oss", "required", {}, IN_HARMONY.replace("Rome", "Paris"), "no"),
+        ("gpt_oss", "required", {}, f"{IN_HARMONY}{IN_HARMONY}", "no"),
+        ("gpt_oss", NAMED, {}, "<|channel|>final<|message|>It rains.", "no"),
+        ("gpt_oss", NAMED, {}, THOUGHT, "begun"),
         ("glm", "required", {}, IN_JSON, "whole"),
         ("glm", "required", {}, "[]", "no"),
         ("glm", "required", {"parallel_tool_calls": False}, IN_JSON, "no"),
@@ -87,9 +98,29 @@ async def test_a_call_must_be_made_by_its_schema(
     assert await lets(asked(dialect, choice, **fields), text) == verdict
 
 
+async def test_marks_that_are_special_tokens_are_those_tokens_and_end_tokens_come_last(tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    marks = ["<|channel|>", "<|message|>", "<|constrain|>", "<|start|>", "<|call|>"]
+    tokenizer.add_special_tokens(marks)
+    folder, ends = saved(tokenizer, tmp_path), [tokenizer.token_to_id("<|call|>")]
+    grammars = Grammars(lambda: folder_vocabulary(folder, tokenizer.get_vocab_size(), ends), ends)
+    try:
+        matcher = await grammars.matcher(asked("gpt_oss", "required"))
+        tokens = tokenizer.encode(f"{THOUGHT}{IN_HARMONY}", add_special_tokens=False).ids
+        assert tokens[0] == tokenizer.token_to_id("<|channel|>")
+        for at, token in enumerate(tokens):
+            mask = matcher.mask(tokens[:at], ends, may_end=True)
+            assert mask is not None and mask[token] and not mask[ends[0]], (at, token)
+        mask = matcher.mask(tokens, ends, may_end=True)
+        assert mask is not None and mask[ends[0]] and int(mask.sum()) == 1
+    finally:
+        grammars.close()
+
+
 async def test_only_strict_functions_are_held_to_their_schemas_where_none_must_be_called() -> None:
     wrong = IN_HERMES.replace("Rome", "Paris")
     assert asked("hermes", "auto") is None and asked("hermes", "none", [tool("get_weather", CITY, True)]) is None
+    assert asked("gpt_oss", "auto", [tool("get_weather", CITY, True)]) is None
     strict = asked("hermes", "auto", [tool("get_weather", CITY, True), tool("now", CITY)])
     for text, verdict in (
         ("It rains.", "whole"),
@@ -122,7 +153,8 @@ async def test_definitions_of_several_functions_are_the_lists() -> None:
         ("glm", "required", f"<think>Rome?</think>{IN_JSON}", [("get_weather", ROME), ("now", {})], "tool_calls"),
         ("glm", NAMED, '{"city": "Rome"}', [("get_weather", ROME)], "stop"),
         ("none", "required", IN_JSON, [("get_weather", ROME), ("now", {})], "tool_calls"),
-        ("gpt_oss", NAMED, '<|channel|>final<|message|>{"city": "Rome"}', [("get_weather", ROME)], "stop"),
+        ("gpt_oss", NAMED, THOUGHT + IN_HARMONY, [("get_weather", ROME)], "stop"),
+        ("kimi_k3", NAMED, '<|open|>response<|sep|>{"city": "Rome"}', [("get_weather", ROME)], "stop"),
     ],
 )
 async def test_calls_that_had_to_be_made_are_calls(
