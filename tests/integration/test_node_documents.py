@@ -5,15 +5,18 @@ import random
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from support.cluster import ClusterHandle, cluster
 from support.redis_server import redis_server, with_redis
+from support.tiny_models import make_tiny_model
 
 from engines.sim.reference import expected_tokens
-from kvcore.config.schema import SimEngineConfig
+from engines.torch.engine import build_torch_engine
+from kvcore.config.schema import SimEngineConfig, TorchEngineConfig
 from nodeapi.client import HttpNodeClient
 from nodeapi.documents import CompareRequest, Documents
-from nodeapi.messages import GenerateRequest, LegInfo, PrefillRequest
+from nodeapi.messages import GenerateRequest, LegInfo, PrefillRequest, TokenDelta
 from nodeapi.sampling import SamplingParams
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
@@ -105,3 +108,31 @@ async def test_documents_are_found_on_another_nodes_disk_after_the_cluster_was_s
 async def test_documents_are_found_in_redis_after_the_cluster_was_stopped(tmp_path: Path) -> None:
     with redis_server() as server:
         await found_after_a_restart(tmp_path, "redis", f"tiers.redis={{url: '{server.url}'}}")
+
+
+async def test_what_a_torch_decoder_makes_of_a_prefillers_documents_is_what_one_engine_makes(tmp_path: Path) -> None:
+    model = make_tiny_model("qwen3", tmp_path / "model")
+    prompt, said = joined([2, 0, 1])
+    params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, logprobs=5)
+    wanted = GenerateRequest(request_id="d", prompt_token_ids=prompt, documents=said, sampling=params, deadline_s=60.0)
+    plain = msgspec.structs.replace(wanted, request_id="plain", documents=None)
+    async with cluster(tmp_path, engine="torch", model=model, prefillers=1, decoders=1) as subject:
+        await have_computed(subject)
+        config = subject.config.engine
+        assert isinstance(config, TorchEngineConfig)
+        async with client() as nodes:
+            url = subject.node_url("decode-0")
+            deltas = [delta async for delta in nodes.generate(url, wanted, timeout_s=60)]
+            without = [delta async for delta in nodes.generate(url, plain, timeout_s=60)]
+    assert deltas[0].info is not None and deltas[0].info.prepared_tokens == 0
+    async with build_torch_engine(subject.config.model, config, CHUNK_TOKENS, lambda _: None) as engine:
+        alone = [delta async for delta in engine.generate(wanted)]
+    async with build_torch_engine(subject.config.model, config, CHUNK_TOKENS, lambda _: None) as engine:
+        full = [delta async for delta in engine.generate(plain)]
+    assert logprobs(deltas) == pytest.approx(logprobs(alone), abs=1e-4)
+    assert logprobs(without) == pytest.approx(logprobs(full), abs=1e-4)
+    assert logprobs(deltas) != pytest.approx(logprobs(without), abs=1e-4), "else nothing was compared"
+
+
+def logprobs(deltas: list[TokenDelta]) -> list[float]:
+    return [one for delta in deltas for said in delta.logprobs or [] for pair in said.top for one in pair]

@@ -3,10 +3,12 @@
 import asyncio
 
 import msgspec
+import pytest
 from support.engine_fakes import (
     CHUNK,
     CONFIG,
     Cluster,
+    FailingRunner,
     completions,
     deltas,
     idle,
@@ -14,10 +16,13 @@ from support.engine_fakes import (
     prompt_of,
     request,
 )
-from support.sim_loop import run_sim
+from support.sim_loop import LoopClock, run_sim
 
+from engines.paged.loop import EngineLoop
+from engines.paged.options import EngineOptions
 from engines.sim.reference import expected_tokens
 from kvcore.chunk_keys import prompt_keys
+from kvcore.errors import CancelledByPeerError, DeadlineExceededError, NodeUnavailableError
 from nodeapi.documents import Documents
 from nodeapi.messages import GenerateRequest, Handoff, PrefillRequest
 
@@ -170,3 +175,114 @@ def test_a_damaged_document_is_computed_again():
         assert (await decoder.stats()).counters["chunk_miss_checksum"] >= 3
 
     in_cluster(act)
+
+
+def slow_of(**fields):
+    return msgspec.structs.replace(CONFIG, prefill_tokens_per_s=CHUNK, max_batch_tokens=CHUNK, **fields)
+
+
+def test_requests_that_want_a_document_at_once_have_it_computed_once():
+    async def act(engine):
+        legs = [completions(engine, asked("cb", f"d{number}", tail=[number])) for number in (5, 6, 7)]
+        tokens = await asyncio.gather(*legs)
+        assert tokens == [expected("cb", tail=[number]) for number in (5, 6, 7)]
+        return (await engine.stats()).counters["prefill_tokens"]
+
+    once = CHUNK + 5 + 64 + 5 + 20  # the header, and its rest again for the second document
+    # The header's rest: the others find it in chunks that reach into the exact document. Of each the token between, and
+    # the second document's first ones; the last token counts as decoded.
+    tails = 5 + 3 * (1 + K)
+    assert alone(act) == once + tails
+
+
+def test_who_leaves_takes_no_document_from_others_and_the_last_leaves_nothing_behind():
+    async def act(engine):
+        first, second = (asyncio.ensure_future(completions(engine, asked("ab", name))) for name in ("d1", "d2"))
+        await asyncio.sleep(0.5)
+        first.cancel()
+        await asyncio.wait([first])
+        assert await second == expected("ab")
+        only = asyncio.ensure_future(completions(engine, asked("c", "d3")))
+        await asyncio.sleep(0.5)
+        only.cancel()
+        await asyncio.wait([only])
+        stats = await idle(engine)
+        assert (stats.waiting, stats.used_blocks) == (0, 0)
+
+    run_with(slow_of(), act)
+
+
+def run_with(config, act):
+    async def main():
+        async with lone_engine(config) as engine:
+            await act(engine)
+            await idle(engine)
+
+    run_sim(main, limit_s=200)
+
+
+def test_a_prefill_of_documents_is_aborted_kept_to_its_deadline_and_refused_by_a_closed_engine():
+    async def act(engine):
+        leg = asyncio.ensure_future(engine.prefill(prefill("abc")))
+        await asyncio.sleep(0.5)
+        await engine.abort("p")
+        with pytest.raises(CancelledByPeerError):
+            await leg
+        await idle(engine)
+        with pytest.raises(DeadlineExceededError):
+            await engine.prefill(msgspec.structs.replace(prefill("abc"), deadline_s=0.5))
+        await idle(engine)
+        return engine
+
+    async def main():
+        async with lone_engine(slow_of()) as engine:
+            await act(engine)
+            left = asyncio.ensure_future(engine.prefill(prefill("abc")))
+            await asyncio.sleep(0.5)
+        with pytest.raises(CancelledByPeerError):
+            await left
+        with pytest.raises(NodeUnavailableError):
+            await engine.prefill(prefill("abc"))
+
+    run_sim(main, limit_s=200)
+
+
+def test_a_tenants_documents_are_found_by_that_tenant_alone():
+    async def act(engine):
+        for salt, prepared in ((b"one", True), (b"two", True), (b"one", False)):
+            wanted = msgspec.structs.replace(asked("ba"), cache_salt=salt)
+            [info] = [delta.info for delta in await deltas(engine, wanted) if delta.info is not None]
+            assert bool(info.prepared_tokens) == prepared
+
+    alone(act)
+
+
+def test_a_document_whose_computation_fails_is_computed_with_the_prompt():
+    async def main():
+        runner = FailingRunner(CONFIG, "m", CHUNK)
+        runner.failures = 1
+        clock = LoopClock(asyncio.get_running_loop())
+        options = EngineOptions.of(CONFIG, 30.0)
+        async with EngineLoop(runner, None, options, clock) as engine:
+            wanted = asked("b")
+            assert await completions(engine, wanted) == expected_tokens(
+                CONFIG, wanted.prompt_token_ids, wanted.sampling
+            )
+            assert await completions(engine, asked("ab", "next")) == expected("ab")
+            await idle(engine)
+
+    run_sim(main, limit_s=100)
+
+
+@pytest.mark.parametrize("num_blocks", [29, 40])
+def test_without_blocks_for_documents_beside_the_prompt_it_is_computed(num_blocks):
+    """29 blocks hold the prompt and its output, and no document beside them."""
+    wanted = asked("abc", max_tokens=5)
+
+    async def act(engine):
+        [tokens] = await completions(engine, wanted)
+        assert len(tokens) == 5
+        if num_blocks == 29:
+            assert [tokens] == expected_tokens(CONFIG, wanted.prompt_token_ids, wanted.sampling)
+
+    run_with(msgspec.structs.replace(CONFIG, num_blocks=num_blocks), act)
