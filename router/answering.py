@@ -172,7 +172,7 @@ class Answerer:
             raise ContextLengthError(
                 f"{ContextLengthError.says(max_context)}. However, you requested {len(prompt) + sampling.max_tokens} "
                 f"tokens ({len(prompt)} in the {names.prompt}, {sampling.max_tokens} for the completion)",
-                param=names.prompt,
+                param=names.prompt if len(prompt) >= max_context else names.max_tokens or names.prompt,
             )
         vocab_size = self._cluster.vocab_size()
         if vocab_size is None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import msgspec
+import yaml
 
 from kvcore import metric_names
 from kvcore.config import fields, schema
@@ -40,6 +41,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIG_PAGE = ROOT / "docs/config.md"
 METRICS_PAGE = ROOT / "docs/metrics.md"
 OPENAI_PAGE = ROOT / "docs/openai.md"
+DIFFERENCES = ROOT / "tests/vllm/differences.yaml"
 
 _UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20))
 _PROCESSES = {
@@ -185,6 +187,16 @@ later is refused with 429 and `Retry-After` ([overload.md](overload.md)). Withou
 nodes with others when requests must wait.
 """
 
+_DIFFERENCES_HEAD = """
+## Differences from vLLM's server
+
+`tests/vllm/test_differential.py` sends hundreds of bodies, good and bad, to vLLM 0.32's own server and to kvferry
+over the same vLLM, and compares status, tokens of the prompt, text, usage and every field. What is not the same:
+
+| | vLLM | kvferry |
+|---|---|---|
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Key:
@@ -291,6 +303,9 @@ def openai_page() -> str:
         obeying = [where for where, names in (("chats", chat), ("completions", completions)) if name in names]
         instead = refused.instead + "".join(f" ({where} have it)" for where in obeying)
         parts.append(f"| `{name}` | {taken} | {instead} |\n")
+    parts.append(_DIFFERENCES_HEAD)
+    differences = yaml.safe_load(DIFFERENCES.read_text())
+    parts += [f"| {one['what']} | {one['theirs']} | {one['ours']} |\n" for one in differences]
     return "".join(parts)
 
 

@@ -31,9 +31,9 @@ def parse(raw: bytes, kind: type[_Kind], limits: BodyLimits = BodyLimits()) -> _
         try:
             body: _Kind = _decode_large(raw, strict) if is_large else msgspec.json.decode(raw, type=strict)
         except msgspec.ValidationError as error:
-            if is_large or "got `float`" not in str(error):
+            if is_large or not any(f"got `{kind}`" in str(error) for kind in ("float", "str", "bool", "int")):
                 raise
-            body = msgspec.convert(_whole_numbers(msgspec.json.decode(raw)), strict)
+            body = msgspec.convert(_whole_numbers(msgspec.json.decode(raw)), strict, strict=False)
     except msgspec.ValidationError as error:
         raise _refusal(str(error), kind) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -116,9 +116,13 @@ def _check_refused(body: msgspec.Struct, kind: type[msgspec.Struct]) -> None:
 
 
 def _whole_numbers(body: object) -> object:
-    """Numbers such as 3.0 as whole ones, which they are in JSON; not inside objects, whose meaning is another's."""
+    """Numbers such as 3.0 as whole ones, which they are in JSON, and true as 1, as vLLM reads it where a number stands;
+    not inside objects, whose meaning is another's. Numbers as texts are left to the conversion that follows."""
     if isinstance(body, dict):
-        return {name: _whole_number(value) for name, value in body.items()}
+        return {
+            name: int(value) if value is True or value is False else _whole_number(value)
+            for name, value in body.items()
+        }
     return body
 
 

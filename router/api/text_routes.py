@@ -83,7 +83,7 @@ def add_text_routes(app: FastAPI, answerer: Answerer, max_body_bytes: int, limit
         chat = chat_of(body, counted_only=True)
         whose = caller_of(request.scope).apart(chat.cache_salt)
         (tokens,) = await answerer.encode(await beside_if_large(size, partial(prompts_of, chat, limits)), whose)
-        return JsonReply({"input_tokens": len(tokens)})
+        return JsonReply({"input_tokens": len(tokens), "context_management": {"original_input_tokens": len(tokens)}})
 
     @app.post("/detokenize", **openapi.orders("The text of tokens", DetokenizeRequest))
     async def detokenize(request: Request) -> Response:

@@ -5,6 +5,7 @@ Fields as in vLLM 0.32: `entrypoints/openai/completion/protocol.py`; `kv_transfe
 """
 
 from collections.abc import Mapping
+from hashlib import sha256
 
 import msgspec
 
@@ -25,6 +26,7 @@ _GREEDY_BELOW = 1e-5
 _OPTIONAL = ("allowed_token_ids", "bad_words")
 """Sent where they are not empty."""
 _SEED_STEP = 0x9E3779B97F4A7C15
+_MAX_SALT_CHARS, _NOT_IN_SALTS = 128, frozenset("@/\\\0")
 _encoder = msgspec.json.Encoder()
 
 
@@ -138,4 +140,7 @@ def _sampling(sampling: SamplingParams, done: int) -> dict[str, object]:
 
 
 def _salt(salt: bytes) -> dict[str, object]:
-    return {"cache_salt": salt.decode()} if salt else {}
+    """vLLM takes no long salts, and none that could be a path; ours may be any text."""
+    text = salt.decode()
+    plain = len(text) <= _MAX_SALT_CHARS and _NOT_IN_SALTS.isdisjoint(text)
+    return {"cache_salt": text if plain else sha256(salt).hexdigest()} if salt else {}

@@ -55,6 +55,8 @@ class FieldNames:
     """What the client calls its fields, for the messages and the `param` of errors."""
 
     prompt: str = "prompt"
+    max_tokens: str | None = None
+    """None: it has not said how long the answer may be."""
     n: str = "n"
     stop_token_ids: str = "stop_token_ids"
     logit_bias: str = "logit_bias"

@@ -42,7 +42,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             file = nodeid.partition("::")[0]
             if Path(file).name.startswith("test_vllm_cluster_"):
                 return "cluster"
-            return file if file.endswith("test_vllm_environment.py") else nodeid
+            one_fixture = ("test_vllm_environment.py", "test_differential.py")
+            return file if file.endswith(one_fixture) else nodeid
 
     return OneCluster(config, log)
 

@@ -67,7 +67,7 @@ class MessagesFormatter:
         if thought := "".join(texts[Reasoning]):
             blocks.append({"type": "thinking", "thinking": thought, "signature": ""})
         calls = self._choice.whole_calls
-        if (text := "".join(texts[Content])) or not calls:
+        if (text := "".join(texts[Content])) or not (calls or blocks):  # an empty one cannot be sent back
             blocks.append({"type": "text", "text": text})
         for call in calls:
             arguments = read_json("".join(call.arguments))

@@ -1,7 +1,7 @@
 """The body of a chat, and what its prompt is made of."""
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from router.api.fields.chat_messages import ChatMessage, message_of, template_values
 from router.api.fields.chat_tools import Tool, tools_of
@@ -9,6 +9,8 @@ from router.api.fields.checks import require
 from router.api.fields.common_fields import CommonFields
 from router.api.limits import ApiLimits
 from router.requests.spec import ChatPrompt
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class ChatRequest(CommonFields, frozen=True, kw_only=True):
@@ -21,7 +23,7 @@ class ChatRequest(CommonFields, frozen=True, kw_only=True):
     continue_final_message: bool | None = False
     chat_template_kwargs: dict[str, object] | None = None
     documents: list[dict[str, object]] | None = None
-    reasoning_effort: str | None = None
+    reasoning_effort: Effort | None = None
     add_special_tokens: bool | None = False
     logprobs: bool | None = False
     top_logprobs: int | None = None

@@ -43,14 +43,14 @@ def stop_ids(ids: Sequence[int], most: int) -> list[int]:
 
 
 def biases(given: Mapping[str, float], most: int) -> dict[int, float]:
-    """Of `logit_bias`, at most so many."""
+    """Of `logit_bias`, at most so many; each is brought between -100 and 100, as vLLM does."""
     require(len(given) <= most, "logit_bias", f"has at most {most} ids")
     found: dict[int, float] = {}
     for token, bias in given.items():
         require(token.isascii() and token.isdigit() and len(token) <= 10, "logit_bias", "has token ids as keys")
-        require(-100 <= bias <= 100, "logit_bias", "has values between -100 and 100")
+        require(not math.isnan(bias), "logit_bias", "has values between -100 and 100")
         require(int(token) <= MAX_TOKEN_ID, "logit_bias", _NO_ID)
-        found[int(token)] = bias
+        found[int(token)] = min(100.0, max(-100.0, bias))
     return found
 
 

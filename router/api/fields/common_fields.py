@@ -62,7 +62,7 @@ class CommonFields(CacheHintFields, frozen=True, kw_only=True):
     stream_interval: int | None = None
     """Tokens of one chunk; the first and the last one come at once."""
     cache_salt: str | None = None
-    user: object = None
+    user: str | None = None
     """Without keys, who shares fairly with others while requests must wait."""
     echo: bool | None = False
     prompt_logprobs: int | None = None

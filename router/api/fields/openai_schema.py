@@ -70,10 +70,12 @@ def answer_request(
     stops, salt, reading = _stops(request, limits), _cache_salt(request, limits), _reading(request, habits.dialect)
     hints = hints_of(request, marks_of(request.messages) if isinstance(request, ChatRequest) else ())
     context = _ANY_CONTEXT if max_context is None else max_context
-    room = context - max_tokens_of(request, 0, DEFAULT_COMPLETION_TOKENS, None)[0]
+    longest, named = max_tokens_of(request, 0, DEFAULT_COMPLETION_TOKENS, None)
+    room = context - longest
     allowed, bans = request.allowed_token_ids, bad_words or []
     lists = TokenLists(request.logit_bias, request.stop_token_ids, allowed, limits.max_biases, bans)
-    flow = request.user[: limits.max_user_chars] if isinstance(request.user, str) else ""
+    asks_length = request.max_tokens is not None or request.max_completion_tokens is not None
+    flow = (request.user or "")[: limits.max_user_chars]
     specs = [
         RequestSpec(
             request_id=request_id if number == 0 else f"{request_id}-{number}",
@@ -94,7 +96,7 @@ def answer_request(
             flow=flow,
         )
         for number, whole in enumerate(prompts)
-        for prompt in [truncated(whole, request.truncate_prompt_tokens, request.truncation_side, room)]
+        for prompt in [truncated(whole, request.truncate_prompt_tokens, request.truncation_side, room, context)]
     ]
     check_size(specs, limits)
     scoring = scoring_of(request)
@@ -106,6 +108,7 @@ def answer_request(
         names=FieldNames(
             prompt=prompt_name or ("messages" if isinstance(request, ChatRequest) else "prompt"),
             others=_NAMES if form is None else {**_NAMES, "grammar": form.field},
+            max_tokens=named if asks_length and prompt_name is None else None,
         ),
         turn=Turn(flow, priority=_priority(request.priority)),
         client_id=_client_id(request_id, request.request_id, limits),

@@ -5,6 +5,7 @@ import random
 from nodeapi.grammars.grammar import Grammar
 from nodeapi.sampling import SamplingParams
 from router.api.fields.checks import TokenLists, number, repetition_penalty, require, top_k, top_p
+from router.api.fields.common_fields import StreamOptions
 from router.api.fields.completion_fields import CompletionRequest
 from router.api.fields.score_fields import AnyRequest, is_prompt_alone, scored
 from router.api.limits import ApiLimits
@@ -33,8 +34,8 @@ def sampling_of(
     require(0 <= min_tokens <= max_tokens, "min_tokens", f"must lie between 0 and {named} ({max_tokens})")
     n = 1 if request.n is None else request.n
     require(1 <= n <= limits.max_n, "n", f"must lie between 1 and {limits.max_n}")
-    if request.stream_options is not None:
-        require(bool(request.stream), "stream_options", "is only allowed when stream is true")
+    wants_streams = request.stream_options not in (None, StreamOptions())
+    require(bool(request.stream) or not wants_streams, "stream_options", "is only allowed when stream is true")
     seed = random.getrandbits(63) if request.seed is None else request.seed
     require(-INT64 <= seed < INT64, "seed", "must be a 64-bit integer")
     sampling = SamplingParams(
@@ -64,7 +65,8 @@ def sampling_of(
 
 
 def max_tokens_of(request: AnyRequest, prompt_tokens: int, max_context: int, most: int | None) -> tuple[int, str]:
-    """(tokens of the completion, what the client calls that). `most`: of a chat that says nothing."""
+    """(tokens of the completion, what the client calls that). What is asked for beyond the context's rest is not had,
+    as with vLLM, but no more than the whole context may be asked for. `most`: of a chat that says nothing."""
     named, given = "max_tokens", request.max_tokens
     if request.max_completion_tokens is not None:
         named, given = "max_completion_tokens", request.max_completion_tokens
@@ -73,7 +75,9 @@ def max_tokens_of(request: AnyRequest, prompt_tokens: int, max_context: int, mos
         most = (most or room) if request.fills_context else DEFAULT_COMPLETION_TOKENS
         return min(room, most), named
     require(given >= 1 or is_prompt_alone(request), named, "must be at least 1")
-    return max(1, min(given, INT64)), named  # more is over any context, and may have too many digits to be printed
+    if given > max_context:
+        return min(given, INT64), named  # it has its own refusal; and may have too many digits to be printed
+    return max(1, min(given, max_context - prompt_tokens)), named
 
 
 def _thinking_budget(value: int | None) -> int | None:

@@ -29,7 +29,7 @@ class ParsedChatFormatter(ChatFormatter):
         self, answer: ClientAnswer, model: str, created: int, tokenizer: Tokenizer, reading: AnswerReading
     ) -> None:
         super().__init__(answer, model, created, tokenizer)
-        self._only = reading.only
+        self._only, self._thinks = reading.only, bool(reading.dialect.thinks)
         self._choices = [ReadChoice(answer, index, reading, tokenizer) for index in range(answer.num_choices)]
 
     def chunk(self, piece: TextPiece) -> bytes:
@@ -63,13 +63,13 @@ class ParsedChatFormatter(ChatFormatter):
 
     def _message(self, index: int) -> dict[str, object]:
         choice = self._choices[index]
-        calls = choice.whole_calls
+        calls, reasoning = choice.whole_calls, "".join(choice.texts[Reasoning])
         message: dict[str, object] = {
             "role": "assistant",
-            "content": "".join([*self._echoes, *choice.texts[Content]]) or (None if calls else ""),
+            "content": "".join([*self._echoes, *choice.texts[Content]]) or (None if calls or self._thinks else ""),
             "refusal": None,
         }
-        if reasoning := "".join(choice.texts[Reasoning]):
+        if reasoning:
             message |= {"reasoning": reasoning, "reasoning_content": reasoning}
         if calls:
             message["tool_calls"] = [call.shown() for call in calls]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import msgspec
 
 from router.api.fields.cache_hints import CacheHintFields
-from router.api.fields.chat_fields import ChatRequest
+from router.api.fields.chat_fields import ChatRequest, Effort
 from router.api.fields.chat_messages import ChatMessage
 from router.api.fields.chat_tools import FunctionSpec, Tool
 from router.api.fields.checks import refuse, require
@@ -96,7 +96,7 @@ class TextSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit
 class ReasoningSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """How much is to be thought. No summary is ever made: the answer has the reasoning itself."""
 
-    effort: str | None = None
+    effort: Effort | None = None
     summary: object = None
     generate_summary: object = None
     context: object = None

@@ -60,6 +60,13 @@ async def test_an_answer_is_blocks_of_thinking_text_and_calls() -> None:
     assert usage["input_tokens"] + usage["cache_read_input_tokens"] > 10
 
 
+async def test_a_thought_that_was_cut_has_no_empty_text_behind_it() -> None:
+    """Anthropic's servers take no empty text back."""
+    async with asking("<think>\nOne", "hermes") as (http, _):
+        reply = (await http.post("/v1/messages", json=ASK)).json()
+    assert reply["content"] == [{"type": "thinking", "thinking": "One", "signature": ""}]
+
+
 async def test_a_stream_begins_and_ends_each_block() -> None:
     async with asking(CALLS, "hermes") as (http, _):
         events = events_of((await http.post("/v1/messages", json={**ASK, "stream": True})).text)

@@ -65,6 +65,21 @@ def test_a_chat_becomes_a_neutral_request() -> None:
     )
 
 
+@pytest.mark.parametrize(("given", "had"), [(5, 5), (10, 10), (50, 10), (100, 10), (101, 101)])
+def test_no_more_is_generated_than_the_context_has_room_for(given: int, had: int) -> None:
+    """As with vLLM. More than the whole context is refused where the nodes are known."""
+    body = CompletionRequest(prompt="a", max_tokens=given)
+    request = answer_request(body, [[1] * 90], max_context=100, request_id="r", client_request_id="c", limits=LIMITS)
+    assert request.specs[0].sampling.max_tokens == had and request.names.max_tokens == "max_tokens"
+
+
+def test_biases_are_brought_into_their_bounds_and_options_of_a_stream_may_ask_for_nothing() -> None:
+    raw = b'{"prompt": "a", "logit_bias": {"1": 200, "2": -1000, "3": 5}, "stream_options": {}}'
+    body = parse(raw, CompletionRequest)
+    request = answer_request(body, [[1]], max_context=100, request_id="r", client_request_id="c", limits=LIMITS)
+    assert request.specs[0].sampling.logit_bias == {1: 100.0, 2: -100.0, 3: 5.0}
+
+
 def test_each_prompt_has_its_own_id_seed_and_room() -> None:
     body = CompletionRequest(model="m", prompt=["a", "b"])
     request = answer_request(
@@ -85,7 +100,7 @@ async def test_of_several_wrong_fields_the_first_in_a_fixed_order_is_named() -> 
         ({"stop": [""]}, "stop"),
         ({"min_tokens": 50}, "min_tokens"),
         ({"n": 0}, "n"),
-        ({"stream_options": {}}, "stream_options"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"seed": 1 << 63}, "seed"),
         ({"temperature": 3}, "temperature"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),

@@ -288,6 +288,13 @@ def test_the_bodies_of_both_legs() -> None:
     }
 
 
+@pytest.mark.parametrize("salt", ["s" * 129, "a/b", "a@b", "a\\b", "a\0b"])
+def test_a_salt_that_vllm_refuses_reaches_it_as_its_hash(salt: str) -> None:
+    sent = [msgspec.structs.replace(PREFILL, cache_salt=text.encode()) for text in (salt, salt + "!")]
+    first, other = [json.loads(prefill_body(MODEL, HandoffKind.NIXL, one))["cache_salt"] for one in sent]
+    assert len(first) == 64 and first.isalnum() and first != other
+
+
 def test_every_sampling_parameter_is_sent() -> None:
     sampling = SamplingParams(
         temperature=0.5,
