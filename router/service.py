@@ -43,6 +43,7 @@ from router.nodes.prober import Prober
 from router.nodes.problems import ClusterProblems
 from router.nodes.vllm_client import VllmClient, server_key
 from router.nodes.vllm_model import read_model_facts
+from router.pooling import PlainPooling
 from router.processes.exchange import add_load, share_load
 from router.processes.reports import ProcessPlace
 from router.processes.shared_work import SharedWork
@@ -115,6 +116,7 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle, place: Process
         guard=await open_guard(config, log, clock, lifecycle, trust=trust, tokenizer=tokenizer, process=place.number),
         no_node=_no_node(services, prober, stopping, live),
         habits=habits,
+        pooling=PlainPooling(client, cluster, bounds.request_timeout_s) if isinstance(client, VllmClient) else None,
         kept=keep_responses(other_urls(config, place.number), clock, lifecycle),
     )
     server = RouterListeners(app, config, trust, metrics.metrics, lifecycle, process=place.number)

@@ -101,6 +101,10 @@ have `max_tokens` 0: then one token is computed and counted, and not shown. KV h
 the whole prompt where they are wanted, whatever is cached; what it computes is stored for others. A stream tells them
 in pieces of up to 1,024, where vLLM's server sends one chunk. An answer names up to {ApiLimits().max_scores:,} of them.
 
+`/v1/embeddings`, `/v2/embed`, `/pooling`, `/classify`, `/score` and `/rerank` are of models that pool: where the nodes
+are vLLM servers that run already they go to one as they are, and its answer comes back; kvferry's engines generate
+text, and the router answers 404 and says so, as vLLM's server has no such paths with a model that generates.
+
 What a request says nothing of, or `null`, is taken from the model's `generation_config.json`, as vLLM's server takes
 it (`temperature`, `top_p`, `top_k`, `min_p`, the penalties, and `max_new_tokens` for chats): the router's log names
 what is not OpenAI's. `model.generation_config: false` leaves the file alone.

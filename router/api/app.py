@@ -40,6 +40,7 @@ from router.api.limits import ApiLimits
 from router.api.openai_responses.kept import KeptResponses
 from router.api.openai_responses.request import ResponsesRequest
 from router.api.openai_responses.routes import ResponsesDoor
+from router.api.pooling_routes import PoolingServers, add_pooling_routes
 from router.api.responses import AnswerResponse, JsonReply, error_response, failed_event
 from router.api.text_routes import add_probe_routes, add_text_routes
 from router.api.tokens_in.asked import generate_asked
@@ -68,6 +69,7 @@ def make_app(
     guard: Callable[[ASGIApp], ASGIApp] = lambda app: app,
     no_node: NoNodeWait | None = None,
     habits: ModelHabits = ModelHabits(),
+    pooling: PoolingServers | None = None,
     kept: KeptResponses | None = None,
 ) -> ASGIApp:
     """The ASGI application. Its OpenAPI document is at /openapi.json. `cors`: as in the cluster file. `more` adds the
@@ -81,6 +83,7 @@ def make_app(
     )
     add_text_routes(app, answerer, max_body_bytes, limits)
     add_probe_routes(app, view)
+    add_pooling_routes(app, pooling, max_body_bytes, limits)
     _add_status(app, view)
     add_own(app, view)
     more(app)

@@ -62,6 +62,16 @@ def answers(kind: type[msgspec.Struct], error: type[msgspec.Struct] = ErrorReply
     return {"responses": responses, "openapi_extra": {"requestBody": body}, "response_model": None}
 
 
+def handed_on(summary: str) -> dict[str, Any]:
+    """Keyword arguments of a POST route whose body and answer are JSON of others."""
+    responses: dict[int | str, dict[str, Any]] = {200: {"description": summary, "content": _json(None)}}
+    for status, text in (_REFUSALS | {502: "A server failed"}).items():
+        responses[status] = {"description": text, "content": _json(ErrorReply)}
+    body = {"required": True, "content": _json(None)}
+    extra = {"requestBody": body}
+    return {"summary": summary, "responses": responses, "openapi_extra": extra, "response_model": None}
+
+
 def plain(summary: str, *, not_found: bool = False, unavailable: bool = False) -> dict[str, Any]:
     """Keyword arguments of a GET route that answers with JSON."""
     responses: dict[int | str, dict[str, Any]] = {200: {"description": summary, "content": _json(None)}}

@@ -34,6 +34,7 @@ from router.nodes.vllm_replies import CompletionStream, prefill_result, prompt_s
 from router.nodes.vllm_requests import decode_body, num_sequences, prefill_body, scores_body
 
 BOOTSTRAP_PORT = 8998
+MAX_HANDED_ON_BYTES = 64 << 20
 _SCORE_BYTES = 200
 """As JSON, with the token's text."""
 _log = logging.getLogger("router")
@@ -123,6 +124,10 @@ class VllmClient:
                 if not data:
                     return
             answer.finished = True  # but for the body's end, which [DONE] announced: the connection is kept
+
+    async def hand_on(self, url: str, path: str, body: bytes, *, timeout_s: float) -> bytes:
+        """What the server answers to a client's own request. Raises as the other calls do, and ModelNotFoundError."""
+        return await self._calls.fetch("POST", f"{url}{path}", body, timeout_s, most=MAX_HANDED_ON_BYTES)
 
     async def _scores(self, url: str, request: GenerateRequest, timeout_s: float) -> Iterator[PromptLogprobs]:
         """Logprobs of the prompt's tokens, if they are wanted: read as they are taken."""

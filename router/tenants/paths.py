@@ -1,6 +1,13 @@
 """Whose the router's paths are: everybody's, tenants', operators'. Pure."""
 
-COUNTED = frozenset(
+POOLING = frozenset(
+    {
+        *("/v1/embeddings", "/v2/embed", "/pooling", "/classify"),
+        *("/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"),
+    }
+)
+"""What vLLM's server answers of models that pool."""
+COUNTED = POOLING | frozenset(
     {
         *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"),
         *("/tokenize", "/detokenize", "/inference/v1/generate"),

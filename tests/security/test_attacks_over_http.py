@@ -10,12 +10,14 @@ from support.process_plans import started
 
 from kvferry.launch.processes import plan_processes
 from kvferry.secret import run_new
+from router.tenants.paths import POOLING
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 PROMPT = list(range(3, 203))
 ASKING = {"/v1/nodes", "/v1/nodes/rebalance", "/v1/janitor", "/v1/cache/generations"}
 CLIENTS = {"/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/messages/count_tokens"}
 CLIENTS |= {"/inference/v1/generate"}
+CLIENTS |= POOLING
 CLIENTS |= {"/tokenize", "/detokenize", "/ping", "/v1/responses", "/v1/responses/{response_id}/cancel"}
 
 

@@ -23,6 +23,7 @@ from kvcore.tenants.source import KeySource
 from kvcore.trust.secrets import Secrets
 from router.admin.looks import SharedLooks
 from router.tenants.gate import TenantGate
+from router.tenants.paths import POOLING
 from router.tenants.sides import ClientsSide, OperatorsSide
 
 SIM = Path(__file__).resolve().parents[3] / "configs/sim-2p2d.yaml"
@@ -31,6 +32,7 @@ CLIENTS = {"/health", "/v1/models", "/v1/models/{name}", "/v1/chat/completions",
 CLIENTS |= {"/ping", "/version", "/tokenize", "/detokenize", "/v1/messages", "/v1/messages/count_tokens"}
 CLIENTS |= {"/inference/v1/generate"}
 CLIENTS |= {"/v1/responses", "/v1/responses/{response_id}", "/v1/responses/{response_id}/cancel"}
+CLIENTS |= POOLING
 RECORDS = {"/v1/requests", "/v1/requests/{request_id}"}
 
 

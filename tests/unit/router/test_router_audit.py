@@ -7,11 +7,14 @@ import httpx
 import pytest
 from support.router_fakes import make_rig
 
+from router.tenants.paths import POOLING
+
 QUESTIONS = {"/v1/cache/lookup"}
 """Calls by POST, as they have a body, that change nothing."""
 OF_CLIENTS = {
     *("/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/messages/count_tokens"),
     "/inference/v1/generate",
+    *POOLING,
     *("/tokenize", "/detokenize", "/ping", "/v1/responses", "/v1/responses/{response_id}/cancel"),
 }
 PROMPT = {"prompt": [3] * 40}
