@@ -1,8 +1,9 @@
 """OpenAI's Responses API: the chat that a body is, the bodies and events of its answers, and what is kept of them."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import httpx
@@ -11,8 +12,9 @@ from support.router_fakes import calls_then, make_rig, two_and_two, writes, writ
 
 from kvcore.clock import ManualClock
 from kvcore.errors import InvalidRequestError, ResponseNotFoundError
+from kvcore.process.service import Lifecycle
 from router.api.body import parse
-from router.api.openai_responses.kept import KeepLimits, KeptResponses
+from router.api.openai_responses.kept import KeepLimits, KeptResponses, keep_responses
 from router.api.openai_responses.request import ResponsesRequest, chat_of_items
 
 TOOLS = [{"type": "function", "name": "get_weather", "parameters": {"properties": {"city": {"type": "string"}}}}]
@@ -302,6 +304,14 @@ async def test_an_id_that_a_client_chose_is_its_own() -> None:
     assert kept.put("other", "mine", b"theirs", b"[]") and len(kept) == 2
     kept.drop("other", "mine")
     assert kept.find("", "mine").body != b"theirs" and len(kept) == 1
+
+
+def test_one_of_several_processes_keeps_nothing() -> None:
+    lifecycle = Lifecycle(AsyncExitStack(), asyncio.TaskGroup())
+    assert keep_responses(["http://other"], ManualClock(), lifecycle) is None and not lifecycle.describe
+    kept = keep_responses([], ManualClock(), lifecycle)
+    assert kept is not None and kept.put("a", "r", b"xx", b"y")
+    assert lifecycle.describe[0]() == ["<KeptResponses 1 of 1 tenants, 3 bytes>"]
 
 
 def test_what_is_kept_is_bounded_and_its_tenants_own() -> None:
