@@ -240,6 +240,8 @@ class TierPromoter:
         keys = asked.keys[found // ranks : -(-(found + length) // ranks)]
         wanted = [ChunkName(asked.shape.fingerprint, key) for key in keys]
         left_s = asked.end - self._clock.now()
+        if (rate := self.prefill_rate.value) is not None:  # the peer does not know how soon they would be computed here
+            left_s = min(left_s, max(self._limits.find_s, len(keys) * asked.shape.chunk_tokens / rate))
         reply = await self._peers.promote(node_id, wanted, owner=asked.owner, timeout_s=left_s)
         asked.choices += reply.choices
         if not reply.promoted:

@@ -18,7 +18,7 @@ from kvcore.kv_parts import describe_difference, differing_parts
 from kvcore.types import Role, Route
 from router.routing.costs import WayChoice, choose_way, other_ways, ways
 from router.routing.decision import Cut, Decision, Ranking
-from router.routing.promotion import expected
+from router.routing.promotion import expected, with_rates
 from router.routing.views import ClusterView, NodeView, RouteRequest, keep_kinds
 
 IN_NEED = "in_need"
@@ -98,6 +98,7 @@ class Policy:
 
     def choose(self, request: RouteRequest, view: ClusterView) -> Decision:
         """See RoutePolicy."""
+        request = with_rates(request, view)
         decoders = _rank(Role.DECODER, DECODER_FILTERS, self.decoder, request, view.decoders, decoder=None)
         decoder = decoders.node
         if decoder is None:

@@ -5,11 +5,13 @@ A node loads from the tiers that it reaches itself; what lies on another node's 
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from kvcore.chunk_keys import usable_chunks
+from kvcore.types import Role
 from router.routing.index import PrefixHits
-from router.routing.views import NodeView, RouteRequest
+from router.routing.views import ClusterView, NodeView, RouteRequest
 
 PEER = "peer"
 """The tier of a promotion from another node's disk."""
@@ -51,9 +53,12 @@ def offered(request: RouteRequest, node: NodeView) -> Promotion:
     shared = (hits.in_shared if tiers.shared else 0, tiers.shared, tiers.shared_rate)
     reached = [one for one in (disk, shared) if one[0]]
     near = min(chunks, max((number for number, _, _ in reached), default=0))
-    _, tier, rate = max(reached or [(0, PEER, tiers.disk_rate)], key=lambda one: one[2] or float("inf"))
+    _, tier, rate = max(reached or [(0, PEER, request.peer_rate)], key=lambda one: one[2] or float("inf"))
     size = node.kv_spec.chunk_bytes if node.kv_spec is not None else 0
-    computes_s = chunks * node.chunk_tokens / node.prefill_rate if node.prefill_rate else float("inf")
+    compute_rate = node.prefill_rate or request.compute_rate
+    if node.role is Role.DECODER:  # a prefiller would compute them for it
+        compute_rate = max(compute_rate, request.compute_rate)
+    computes_s = chunks * node.chunk_tokens / compute_rate if compute_rate else float("inf")
     return Promotion(chunks, near, tier, chunks * size / rate if rate else float("inf"), computes_s)
 
 
@@ -61,6 +66,18 @@ def expected(request: RouteRequest, node: NodeView) -> Promotion:
     """What the node will load."""
     found = offered(request, node)
     return found if found.pays else NO_PROMOTION
+
+
+def with_rates(request: RouteRequest, view: ClusterView) -> RouteRequest:
+    """The request, which knows how fast others could compute or load for a node."""
+    if not any(hits.in_tiers for hits in request.hits.values()):
+        return request
+    holders = [node for node in (*view.prefillers, *view.decoders) if node.id in request.hits_for(node).on_disk]
+    return replace(
+        request,
+        compute_rate=max([0.0, *(node.prefill_rate for node in view.prefillers)]),
+        peer_rate=max([0.0, *(node.tiers.disk_rate for node in holders)]),
+    )
 
 
 def promoting_tokens(request: RouteRequest, nodes: Sequence[NodeView]) -> Sequence[float]:

@@ -193,6 +193,10 @@ class RouteRequest:
     asks: frozenset[str] = frozenset()
     whole_prompt: bool = False
     """Its decoder computes all of it, whatever is cached: logprobs of its tokens are wanted, which KV does not have."""
+    compute_rate: float = 0.0
+    """Of the fastest node that could compute the prompt for a decoder, …"""
+    peer_rate: float = 0.0
+    """… and of the fastest disk that holds some of it, in bytes; 0: not known, or nothing lies in a tier."""
 
     def hits_for(self, node: NodeView) -> PrefixHits:
         """Where the prompt's chunks of this node's kind of KV are."""

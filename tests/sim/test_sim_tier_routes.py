@@ -64,7 +64,7 @@ def plan_of(requests: list[Wanted], *, bytes_per_s: float, redis: bool = False) 
         weather=0.0,
         chunk_tokens=CHUNK,
         nodes=NODES,
-        tiers=replace(tiers, warm_up=0.0),
+        tiers=replace(tiers, warm_up=0.0, timeout_s=10.0, wait_s=10.0),
     )
 
 
@@ -139,6 +139,17 @@ def test_a_node_with_a_long_queue_is_passed_over_and_its_disk_read_for_another()
     assert route_of(again).decoder != holder
     assert again.ttft_s is not None and again.ttft_s < COMPUTING_S / 4
     assert {one.node for leg in again.legs for one in leg.promoted} >= {holder}
+
+
+def test_what_a_slow_disk_has_is_computed_once_it_is_known_to_be_slow():
+    """Loading a prompt takes it 1.6 s, a prefiller 0.8 s for computing it; no decoder has ever computed one."""
+    records = records_of(plan_of(twice(9), bytes_per_s=4e3))
+    later = [records[f"again{number}"] for number in range(3, 9)]
+    assert {route_of(record).prefiller for record in later} == {"p1"}
+    for record in later:
+        assert record.ttft_s is not None and record.ttft_s < 2 * COMPUTING_S + 0.3, "it waited for a disk, too"
+        slow = [way for way in route_of(record).ways if way.tier]
+        assert slow and all(way.promote_s > COMPUTING_S for way in slow), "what loading would take is beside it"
 
 
 def test_what_went_out_of_memory_is_expected_in_a_tier_that_all_share_until_it_is_missed_there():

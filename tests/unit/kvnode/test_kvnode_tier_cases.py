@@ -18,6 +18,7 @@ from kvnode.tiers.limits import MoveLimits
 from kvnode.tiers.shape import ChunkShape
 from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, checksum, pack
 from kvstore.tiers.base import ChunkName
+from kvstore.tiers.rate import RunningRate
 from metadata_server.messages import Event, EventKind
 from nodeapi.documents import Documents
 from nodeapi.messages import (
@@ -325,6 +326,29 @@ def test_a_prompt_that_lies_by_turns_on_two_disks_is_brought_whole_and_who_has_n
             await a.tiers.promoter.promote(KEYS, SHAPE, timeout_s=5)
             assert await a.cached(KEYS) == len(KEYS)
             assert peers.asked == [("gone", 4), ("b", 3), ("c", 3), ("b", 3), ("c", 3)]
+
+    run_sim(main)
+
+
+def test_another_nodes_disk_is_waited_for_no_longer_than_computing_takes():
+    async def main():
+        given: list[float] = []
+
+        class Noting(ScriptedPeers):
+            async def promote(self, node_id, names, *, owner=None, timeout_s):
+                given.append(timeout_s)
+                return await super().promote(node_id, names, owner=owner, timeout_s=timeout_s)
+
+        world, tokens = TierWorld(), len(KEYS) * SHAPE.chunk_tokens
+        async with world.node("a", [], peers=lambda _: Noting({"b": KEYS}, {})) as a:
+            promoter = a.tiers.promoter
+            await promoter.promote(KEYS, SHAPE, timeout_s=5)
+            for seconds in (1.0, 0.001):
+                promoter.prefill_rate = RunningRate()
+                promoter.prefill_rate.observe(tokens, seconds)
+                await promoter.promote(KEYS, SHAPE, timeout_s=5)
+        unknown, second, never_less = given
+        assert unknown > 4.9 and 0.99 < second <= 1.0 and never_less == MoveLimits().find_s
 
     run_sim(main)
 

@@ -49,7 +49,7 @@ def test_what_lies_on_disk_is_loaded_from_there_and_then_read_from_memory():
 
 
 def test_another_node_has_it_by_way_of_the_one_on_whose_disk_it_lies():
-    (way,) = ways(ON_D, node("e"), None)
+    (way,) = ways(replace(ON_D, peer_rate=2 * GB), node("e"), None)
     assert way.tier == PEER and way.load_s == pytest.approx(100 * KV.chunk_bytes / GB)
     assert offered(ON_D, node("e")).near == 0 and offered(ON_D, node("d")).near == 80
     assert ways(ON_D, node("d", tiers=TierRates()), None)[0].tier == "", "a node without tiers asks nobody"
@@ -65,6 +65,15 @@ def test_where_computing_is_faster_it_is_computed_and_the_record_has_both():
     found = prefix_aware.make().choose(ON_D, ClusterView((node("p", Role.PREFILLER),), (node("d"),)))
     assert found.route is not None and found.route.expected_promoted_tokens == 80 * CHUNK_TOKENS
     assert [way.tier for way in found.best_ways()] == ["disk", ""]
+
+
+def test_what_a_prefiller_would_have_computed_sooner_no_decoder_loads():
+    slow = node("d", tiers=TierRates("disk", GB / 2), prefill_rate=0.0)
+    assert expected(ON_D, slow).chunks == 80, "nothing is known of computing"
+    view = ClusterView((node("p", Role.PREFILLER, TierRates("disk", GB / 2)),), (slow,))
+    route = prefix_aware.make().choose(ON_D, view).route
+    assert route is not None and route.prefiller == "p" and route.expected_cached_tokens == 20 * CHUNK_TOKENS
+    assert prefix_aware.make().choose(ON_D, ClusterView(view.prefillers, (node("d"),))).route.prefiller is None  # type: ignore[union-attr]
 
 
 def test_while_nothing_is_measured_it_is_loaded_and_not_compared():
