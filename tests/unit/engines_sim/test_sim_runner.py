@@ -3,11 +3,13 @@
 import asyncio
 
 import msgspec
+import numpy as np
 import pytest
 from support.engine_fakes import CHUNK, CONFIG, prompt_of
 from support.sim_loop import SimDeadlockError, SimTimeLimitError, run_sim
 
 from engines.paged.runner import SampleSpec, StepSlice
+from engines.sim.arithmetic import Arithmetic
 from engines.sim.runner import SimRunner
 from nodeapi.sampling import SamplingParams
 
@@ -56,3 +58,18 @@ def test_virtual_time_jumps_and_says_when_nothing_can_happen():
         run_sim(sleeper, limit_s=10)
     with pytest.raises(SimDeadlockError):
         run_sim(stuck)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_only_tokens_that_may_be_drawn_are(temperature: float) -> None:
+    arithmetic = Arithmetic("v1", 16, 512)
+    for digest in range(200):
+        free = arithmetic.draw(digest, SamplingParams(max_tokens=9, temperature=temperature), 0, [5, 6])
+        banned = [[free], [6, (free + 1) % 512], [5, (free + 2) % 512], [9, 6, (free + 3) % 512]]
+        params = SamplingParams(max_tokens=9, temperature=temperature, bad_words_token_ids=banned)
+        assert arithmetic.draw(digest, params, 0, [5, 6]) == (free + 2) % 512, "that one is banned after 5 alone"
+        allowed = SamplingParams(max_tokens=9, temperature=temperature, allowed_token_ids=[3, 8])
+        assert arithmetic.draw(digest, allowed, 0, []) in (3, 8)
+        mask = np.zeros(512, dtype=bool)
+        mask[[8, 40]] = True
+        assert arithmetic.draw(digest, allowed, 0, [], mask) == 8

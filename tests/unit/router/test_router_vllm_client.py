@@ -334,3 +334,19 @@ def test_a_continued_sequence_has_its_tokens_in_the_prompt_and_the_rest_to_go() 
     assert body["seed"] != 11
     greedy = msgspec.structs.replace(request, sampling=SamplingParams(max_tokens=9, temperature=0.0))
     assert "seed" not in json.loads(decode_body(MODEL, greedy))
+
+
+def test_masks_and_more_are_sent_as_the_server_knows_them() -> None:
+    plain = json.loads(decode_body(MODEL, GENERATE))
+    fields = {"allowed_token_ids": [1, 2], "bad_words": ["a b"], "thinking_token_budget": 0}
+    assert plain.keys().isdisjoint({*fields, "vllm_xargs"})
+    sampling = msgspec.structs.replace(
+        GENERATE.sampling,
+        allowed_token_ids=[1, 2],
+        bad_words=["a b"],
+        bad_words_token_ids=[[3, 4]],
+        thinking_token_budget=0,
+        extra_args={"x": 1.5},
+    )
+    body = json.loads(decode_body(MODEL, msgspec.structs.replace(GENERATE, sampling=sampling)))
+    assert body == plain | fields | {"vllm_xargs": {"x": 1.5}}
