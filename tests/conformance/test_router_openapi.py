@@ -5,11 +5,17 @@ import asyncio
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, settings
+from jsonschema_rs import ValidationError
 from schemathesis.checks import not_a_server_error
 from schemathesis.python.asgi import get_client
 from schemathesis.specs.openapi.checks import content_type_conformance, response_schema_conformance
 from support.openapi_cases import operation_tests
 from support.router_fakes import make_rig
+
+from router.api.fields.chat_fields import ChatRequest
+from router.api.fields.completion_fields import CompletionRequest
+from router.api.fields.other_fields import HARMLESS
+from router.api.tokens_in.request import GenerateBody
 
 
 def _send(case: schemathesis.Case) -> None:
@@ -24,6 +30,22 @@ def _send(case: schemathesis.Case) -> None:
         wanted = {"message", "type"} if anthropic else {"message", "type", "param", "code"}
         assert set(reply.json()["error"]) == wanted
     case.validate_response(reply, checks=checks)
+
+
+def test_the_document_is_valid_and_has_every_field_that_is_taken() -> None:
+    document = schemathesis.openapi.from_asgi("/openapi.json", asyncio.run(make_rig()).app)
+    document.validate()
+    with pytest.raises(ValidationError, match="is not of type"):
+        schemathesis.openapi.from_dict({**document.raw_schema, "paths": []}).validate()
+    bodies = {
+        "/v1/chat/completions": ChatRequest,
+        "/v1/completions": CompletionRequest,
+        "/inference/v1/generate": GenerateBody,
+    }
+    for path, kind in bodies.items():
+        content = document.raw_schema["paths"][path]["post"]["requestBody"]["content"]
+        named = content["application/json"]["schema"]["properties"].keys()
+        assert named == {*kind.__struct_fields__, *HARMLESS}, path
 
 
 @pytest.mark.timeout(400)
