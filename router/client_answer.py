@@ -122,12 +122,6 @@ class _TextChoice:
                 break
         return "".join(pieces), stop_found
 
-    def read_end(self) -> tuple[str, bool]:
-        """What is still held back after the last token: an incomplete character, whose text can complete a stop string,
-        and then the beginning of a stop string that will not be completed."""
-        text, stop_found = self.stops.feed(self.detokenizer.flush(), may_stop=self._may_stop)
-        return (text if stop_found else text + self.stops.flush()), stop_found
-
     @property
     def _may_stop(self) -> bool:
         return self.num_tokens > self.min_tokens
@@ -283,8 +277,7 @@ class ClientAnswer:
         text, stop_found = choice.read(visible)
         repeats = choice.repeats and (emit.finish_reason is None or choice.num_tokens - before < len(emit.token_ids))
         if (emit.finish_reason is not None or repeats) and not stop_found:
-            rest, stop_found = choice.read_end()
-            text += rest
+            text += choice.stops.flush()  # a character that is not whole is no text, as with vLLM
         if not (stop_found or repeats):
             choice.num_tokens = before + len(emit.token_ids)  # a stop token is counted though not read
         count = choice.num_tokens - before

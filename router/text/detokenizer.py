@@ -40,18 +40,10 @@ class Detokenizer:
         return f"<Detokenizer window={len(self._window)} held={len(self._window) - self._num_sent} tokens>"
 
     def feed(self, token_ids: Sequence[int]) -> str:
-        """The text that these tokens complete; what is not yet a whole character is held back."""
+        """The text that these tokens complete; what is not yet a whole character is held back, for ever if none comes
+        of it."""
         feed_one = self._feed_joined if self._joins_added else self._feed_one
         return "".join([feed_one(token_id) for token_id in token_ids])
-
-    def flush(self) -> str:
-        """What is still held, at the end: an incomplete character reads U+FFFD."""
-        if len(self._window) == self._num_sent:
-            return ""
-        text = self._decode(self._window)
-        piece = text[len(self._sent_text) :] if text.startswith(self._sent_text) else ""
-        self._sent_text, self._num_sent = text, len(self._window)
-        return piece
 
     def _context(self, prompt_token_ids: Sequence[int]) -> list[int]:
         """The prompt's last few tokens, from a character's beginning to a character's end; else none."""

@@ -74,8 +74,6 @@ def right(ids: list[int], stops: list[str], min_tokens: int) -> tuple[str, int |
     for token_id in ids:
         text += detokenizer.feed([token_id])
         ends.append(len(text))
-    text += detokenizer.flush()
-    ends[-1] = len(text)
     matches = [
         (at + len(stop), at)
         for stop in stops

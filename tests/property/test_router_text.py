@@ -62,7 +62,6 @@ def test_pieces_together_are_the_text_and_none_ends_inside_a_character(
         step = cuts.pop() if cuts else 1
         pieces.append(detokenizer.feed(ids[:step]))
         ids = ids[step:]
-    pieces.append(detokenizer.flush())
     assert not any("\ufffd" in piece for piece in pieces)
     # Llama's decoder eats one space at the very beginning, which the prompt, where there is one, protects.
     assert "".join(pieces) in ({text} if prompt else {text, text.removeprefix(" ")})
@@ -95,9 +94,9 @@ def test_any_ids_give_some_text_and_an_incomplete_character_only_at_the_end(
 ) -> None:
     detokenizer = Detokenizer(tokenizer, [])
     pieces = [detokenizer.feed([token_id]) for token_id in ids]
-    rest = detokenizer.flush()
     if isinstance(tokenizer, ByteTokenizer):
-        assert "".join([*pieces, rest]) == tokenizer.decode(ids)
+        text, whole = "".join(pieces), tokenizer.decode(ids)
+        assert whole.startswith(text) and set(whole[len(text) :]) <= {"\ufffd"}
 
 
 def test_ids_beyond_bytes_have_a_text() -> None:

@@ -12,7 +12,9 @@ from typing import Any
 
 import aiohttp
 
-_BY_TYPE = frozenset(["id", "created", "created_at", "system_fingerprint", "cached_tokens", "signature", "server_load"])
+_BY_TYPE = frozenset(
+    ["id", "created", "created_at", "system_fingerprint", "cached_tokens", "signature", "server_load", "call_id"]
+)
 _CLOSE = 2e-3
 """Of two logprobs of the same token: batches round in other ways."""
 _SHOWN = 60
