@@ -4,6 +4,7 @@ VENV  ?= .venv
 VENV_VLLM ?= .venv-vllm
 VENV_CLIENTS ?= .venv-clients
 VENV_LOAD ?= .venv-load
+VENV_EVAL ?= .venv-eval
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
 BIN   := $(VENV)/bin
@@ -52,13 +53,19 @@ CLIENTS := KVFERRY_PYTHON=$(abspath $(BIN))/python PYTHONDONTWRITEBYTECODE=
 light-clients: $(VENV_CLIENTS)/.installed $(VENV)/.demo-model
 	$(CLIENTS) $(VENV_CLIENTS)/bin/python -m pytest tests/clients -W ignore
 
-clients: light-clients $(VENV_LOAD)/.installed $(VENV_VLLM)/.installed   ## real clients of other projects against a cluster (docs/clients.md)
+clients: light-clients $(VENV_LOAD)/.installed $(VENV_EVAL)/.installed $(VENV_VLLM)/.installed   ## real clients of other projects against a cluster (docs/clients.md)
 	$(CLIENTS) $(VENV_LOAD)/bin/python -m pytest tests/clients -W ignore
+	$(CLIENTS) HF_DATASETS_OFFLINE=1 $(VENV_EVAL)/bin/python -m pytest tests/clients/test_lm_eval.py -W ignore
 	$(CLIENTS) $(VENV_VLLM)/bin/python -m pytest tests/clients -W ignore
 
 $(VENV_CLIENTS)/.installed: scripts/clients_requirements.txt | $(VENV)/.created
 	$(BIN)/python -m venv $(VENV_CLIENTS)
 	$(VENV_CLIENTS)/bin/pip install --quiet --no-deps -r scripts/clients_requirements.txt
+	@touch $@
+
+$(VENV_EVAL)/.installed: scripts/eval_clients_requirements.txt | $(VENV)/.created
+	$(BIN)/python -m venv $(VENV_EVAL)
+	$(VENV_EVAL)/bin/pip install --quiet -r scripts/eval_clients_requirements.txt
 	@touch $@
 
 $(VENV_LOAD)/.installed: scripts/load_clients_requirements.txt | $(VENV)/.created
@@ -108,4 +115,4 @@ $(VENV)/.demo-model: $(VENV)/.installed kvferry/demo/model.py
 	@touch $@
 
 clean:           ## forget the venvs and every cache of the tools
-	rm -rf $(VENV) $(VENV_VLLM) $(VENV_CLIENTS) $(VENV_LOAD) build dist *.egg-info .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_VLLM) $(VENV_CLIENTS) $(VENV_LOAD) $(VENV_EVAL) build dist *.egg-info .mypy_cache .ruff_cache .hypothesis

@@ -24,6 +24,7 @@ NEEDED = {
     "test_instructor.py": "instructor",
     "test_snippets.py": "litellm",
     "test_aiperf.py": "aiperf",
+    "test_lm_eval.py": "lm_eval",
     "test_guidellm.py": "guidellm",
     "test_vllm_bench.py": "vllm",
 }
