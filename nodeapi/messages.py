@@ -255,8 +255,8 @@ class EngineStats(_TolerantMessage, frozen=True, kw_only=True):
     total_blocks: int = 0
     pending_saves: int = 0
     counters: dict[str, int] = {}
-    """Totals: prefill_tokens, decode_tokens, cached_tokens, preemptions, aborted, chunks_stored, chunks_loaded,
-    chunk_miss_<reason>, ..."""
+    """Totals: prefill_tokens, decode_tokens, cached_tokens, approximate_tokens, preemptions, aborted, chunks_stored,
+    chunks_loaded, chunk_miss_<reason>, ..."""
 
 
 class Greeting(_TolerantMessage, frozen=True, kw_only=True):

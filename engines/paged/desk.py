@@ -151,7 +151,11 @@ class DocumentDesk:
         prompt = request.prompt_token_ids[: request.documents.header + 1]  # its last full chunk is one to be reused
         alone = msgspec.structs.replace(request, prompt_token_ids=prompt, documents=None)
         storing = asyncio.gather(*(self._store(document, request) for document in documents))
-        header, results = await asyncio.gather(prefill(alone), storing)
+        try:
+            header, results = await asyncio.gather(prefill(alone), storing)
+        except BaseException:
+            storing.cancel()
+            raise
         cached, computed, stored = header.cached_tokens, header.computed_tokens, header.stored_chunks
         moved: list[MovedBytes] = []
         for document, (brought, complete) in zip(documents, results, strict=True):

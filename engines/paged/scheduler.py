@@ -89,11 +89,12 @@ class Scheduler:
         for item in plan.work:
             sequence, before = item.sequence, item.sequence.num_computed
             if item.start == before:  # else it was removed meanwhile, and freed with a run before
-                sequence.num_computed = item.end
-                sequence.num_prompt_computed += max(0, min(item.end, sequence.num_prompt) - before)
-                sequence.pass_holes()
+                sequence.num_computed = end = before + item.num_tokens
+                sequence.num_prompt_computed += max(0, min(end, sequence.num_prompt) - before)
+                if sequence.holes:
+                    sequence.pass_holes()
             self.seal(sequence, before // sequence.chunk_tokens)
-            if self.clear_busy(sequence) and alive[-1:] != [sequence]:
+            if self.clear_busy(sequence) and not (alive and alive[-1] is sequence):
                 alive.append(sequence)
         self.blocks.release(plan.sources)
         return alive

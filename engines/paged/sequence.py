@@ -139,7 +139,8 @@ class TokenSequence:
     @property
     def keyed_tokens(self) -> int:
         """Leading tokens that have keys, those that are not computed yet included."""
-        return len(self.tokens) if self.prefix_limit is None else min(len(self.tokens), self.prefix_limit)
+        num_tokens, limit = len(self.tokens), self.prefix_limit
+        return num_tokens if limit is None or limit > num_tokens else limit
 
     @property
     def scores_left(self) -> bool:

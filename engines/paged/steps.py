@@ -58,6 +58,7 @@ class Stepper:
                 leg.started = now
                 leg.scheduled = now if leg.scheduled is None else leg.scheduled
                 self._counters["cached_tokens"] += sequence.num_cached or 0
+                self._counters["approximate_tokens"] += sequence.num_approximate
                 self._store_jobs.start_save(leg, sequence)
         for sequence in plan.fully_cached:
             self._end_prefill(self._legs[sequence.request_id])
@@ -128,7 +129,7 @@ class Stepper:
             sequences.append(child)
             leg.sequences.append(child)
         for drawing, sampled in zip(sequences, samples, strict=True):
-            token_id = drawing.next_token(sampled.token_id)
+            token_id = drawing.next_token(sampled.token_id) if drawing.forced else sampled.token_id
             drawing.tokens.append(token_id)
             reason = self._stop_rule.reason(drawing)
             if sampled.distribution is not None:

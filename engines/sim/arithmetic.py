@@ -35,7 +35,8 @@ class Arithmetic:
     def record(self, previous: bytes | memoryview, token: int, position: int) -> bytes:
         """KV of `token` at `position`, after the record `previous` (empty at position 0)."""
         chained = xxhash.xxh3_128_intdigest(bytes(previous) + token.to_bytes(8, "little"), seed=self._weights)
-        return (chained ^ self._over(position)).to_bytes(RECORD_UNIT, "little") * self._repeats
+        over = self._overs[position] if position < len(self._overs) else self._over(position)
+        return (chained ^ over).to_bytes(RECORD_UNIT, "little") * self._repeats
 
     def turned(self, record: bytes | memoryview, computed_at: int, position: int) -> bytes:
         """The record of a token that stands at `position`, of one that was computed at `computed_at`."""

@@ -22,7 +22,7 @@ from engines.paged.loop import EngineLoop
 from engines.paged.options import EngineOptions
 from engines.sim.reference import expected_tokens
 from kvcore.chunk_keys import prompt_keys
-from kvcore.errors import CancelledByPeerError, DeadlineExceededError, NodeUnavailableError
+from kvcore.errors import CancelledByPeerError, DeadlineExceededError, NodeUnavailableError, OverloadedError
 from nodeapi.documents import Documents
 from nodeapi.messages import GenerateRequest, Handoff, PrefillRequest
 
@@ -103,6 +103,8 @@ def test_what_was_reused_exactly_approximately_and_computed_is_told():
         assert (second.cached_tokens, second.approximate_tokens) == (CHUNK + 20, 77 - K)
         assert second.computed_tokens == len(prompt) - (CHUNK + 20) - (77 - K)
         assert second.prepared_tokens == 0
+        counters = (await engine.stats()).counters
+        assert counters["approximate_tokens"] == first.approximate_tokens + second.approximate_tokens
 
     alone(act)
 
@@ -245,6 +247,21 @@ def test_a_prefill_of_documents_is_aborted_kept_to_its_deadline_and_refused_by_a
             await engine.prefill(prefill("abc"))
 
     run_sim(main, limit_s=200)
+
+
+def test_a_prefill_whose_header_fails_ends_with_its_documents():
+    async def act(engine):
+        async def failing(_):
+            await asyncio.sleep(0.5)
+            raise OverloadedError("full")
+
+        with pytest.raises(OverloadedError):
+            await engine._desk.prefill(prefill("abc"), failing)
+        began = asyncio.get_running_loop().time()
+        await idle(engine)
+        assert asyncio.get_running_loop().time() - began < 1.5, "the step under way at most"
+
+    run_with(slow_of(), act)
 
 
 def test_a_tenants_documents_are_found_by_that_tenant_alone():
