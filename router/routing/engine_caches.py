@@ -112,4 +112,4 @@ class EngineCaches:
         for name in [*told.by_node, *soon.by_node]:
             if self.told.is_whole(name):
                 by_node[name] = max(told.by_node.get(name, 0), soon.by_node.get(name, 0))
-        return PrefixHits(max(by_node.values(), default=0), by_node, each_its_own=True)
+        return PrefixHits(max(by_node.values(), default=0), by_node, each_its_own=True, full=guessed.full)

@@ -16,13 +16,15 @@ from kvcore.types import ChunkKey
 @dataclass(frozen=True, slots=True)
 class PrefixHits:
     """`by_node[n]`: how many leading chunks node n holds (absent: none). `longest`: how many leading chunks are
-    somewhere, each perhaps on another node. `each_its_own`: a node has no use for what another one holds. Behind the
+    somewhere, each perhaps on another node. `each_its_own`: a node has no use for what another one holds; `full`: some
+    have to forget for what they compute. Behind the
     `longest`: `on_disk[n]`, how many lie on node n's disk, `in_shared`, in a tier that all nodes share, and `in_tiers`,
     in any of these."""
 
     longest: int = 0
     by_node: dict[str, int] = field(default_factory=dict)
     each_its_own: bool = False
+    full: bool = False
     on_disk: dict[str, int] = field(default_factory=dict)
     in_shared: int = 0
     in_tiers: int = 0

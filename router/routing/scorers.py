@@ -12,7 +12,10 @@ from router.routing.views import NodeView, RouteRequest
 COMPUTE_OVER_LOAD = 16.0
 """A token that must be computed for one that is brought over. Computing takes 4 to 10 times as long; and whoever
 computes again what another node has keeps its queue waiting, and pushes out of its cache what others come back for.
-Of 4, 6, 8, 12 and 16 the best over Mooncake's conversations and made talks (`python -m benchmarks.policies`)."""
+Of 4, 6, 8, 12 and 16 the best over made talks (`python -m benchmarks.policies`)."""
+WHERE_FULL = 2.0
+"""Times more where caches are full, so that what is computed twice pushes out others': of 1, 1.5, 2 and 4 the best over
+Mooncake's conversations."""
 
 
 def _sequences(request: RouteRequest, nodes: Sequence[NodeView], decoder: NodeView | None) -> Sequence[float]:
@@ -32,7 +35,7 @@ def _remote_tokens(request: RouteRequest, nodes: Sequence[NodeView], decoder: No
     if any(hits.each_its_own for hits in request.hits.values()):  # what it lacks it computes: no loading
         hits = [request.hits_for(node) for node in nodes]
         return [
-            (found.longest - found.in_reach_of(node.id)) * COMPUTE_OVER_LOAD
+            (found.longest - found.in_reach_of(node.id)) * COMPUTE_OVER_LOAD * (WHERE_FULL if found.full else 1.0)
             for node, found in zip(nodes, hits, strict=True)
         ]
     if len({node.fingerprint for node in nodes}) > 1:

@@ -27,6 +27,8 @@ class SentPrefixes:
         self._num_hashed = 0
         self._index = PrefixIndex()
         self._sent: dict[str, OrderedDict[ChunkKey, None]] = {}
+        self._full: set[str] = set()
+        """Servers that are taken to have forgotten something for what they were sent since."""
 
     def __repr__(self) -> str:
         return f"<SentPrefixes {len(self._index)} blocks at {len(self._sent)} servers>"
@@ -42,9 +44,11 @@ class SentPrefixes:
         over = len(blocks) - self._max_blocks
         if over > 0:
             self._index.remove(server, [blocks.popitem(last=False)[0] for _ in range(over)])
+            self._full.add(server)
 
     def forget(self, server: str) -> None:
         """It has started anew, or is away."""
+        self._full.discard(server)
         if self._sent.pop(server, None) is not None:
             self._index.drop_node(server)
 
@@ -60,7 +64,7 @@ class SentPrefixes:
             keys = kept[_FINGERPRINT, size] = self._keys(prompt_token_ids, salt)[:count]
         found = self._index.find(keys)
         by_node = {server: count * size for server, count in found.by_node.items()}
-        return PrefixHits(found.longest * size, by_node, each_its_own=True)
+        return PrefixHits(found.longest * size, by_node, each_its_own=True, full=bool(self._full))
 
     def _keys(self, prompt_token_ids: Sequence[int], salt: bytes) -> list[ChunkKey]:
         known = self._hashed.get(id(prompt_token_ids))

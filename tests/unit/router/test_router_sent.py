@@ -11,8 +11,9 @@ from kvcore.handoff import HandoffKind
 from kvcore.types import ChunkKey, Role
 from router.nodes.cluster import Cluster
 from router.routing import sent as sent_module
+from router.routing.scorers import COMPUTE_OVER_LOAD, REMOTE_TOKENS, WHERE_FULL
 from router.routing.sent import SentPrefixes
-from router.routing.views import ClusterView, NodeView
+from router.routing.views import ClusterView, NodeView, RouteRequest
 
 PROMPT = list(range(100))
 
@@ -25,6 +26,21 @@ def test_what_a_server_was_sent_is_found_as_far_as_it_goes_and_never_the_last_to
     assert (hits.longest, hits.by_node, hits.each_its_own) == (96, {"p0": 96, "p1": 32}, True)
     assert sent.find(PROMPT[:96], b"").longest == 80
     assert hits.in_reach_of("p1") == 32 and hits.in_reach_of("p2") == 0
+
+
+def test_where_caches_are_full_computing_again_counts_for_more() -> None:
+    sent = SentPrefixes(max_blocks=6)
+    sent.sent("p0", PROMPT, b"")
+    few, nodes = sent.find(PROMPT, b""), [NodeView(name, Role.PREFILLER, b"kv", 1, 1 << 20) for name in ("p0", "p1")]
+    sent.sent("p0", [9] * 32, b"")
+    full = sent.find(PROMPT, b"")
+    assert (few.full, full.full) == (False, True) and full.by_node["p0"] == 64
+    scored = [
+        REMOTE_TOKENS.score(RouteRequest(len(PROMPT), 0, hits={b"kv": hits}), nodes, None)[1] for hits in (few, full)
+    ]
+    assert scored == [96 * COMPUTE_OVER_LOAD, 64 * COMPUTE_OVER_LOAD * WHERE_FULL]
+    sent.forget("p0")
+    assert not sent.find(PROMPT, b"").full
 
 
 def test_a_prompt_is_hashed_once_for_all_its_choices_and_legs(monkeypatch: pytest.MonkeyPatch) -> None:
