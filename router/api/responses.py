@@ -27,6 +27,7 @@ _log = logging.getLogger("router")
 _now = SystemClock().now
 _JSON = [(b"content-type", b"application/json")]
 _SSE = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+_SLICE_BYTES = 1 << 20
 _WAITING = b": no node is up, waiting for one\n\n"
 
 
@@ -237,4 +238,8 @@ def failed_event(error: KVFerryError) -> bytes:
 async def _send_whole(send: Send, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> None:
     length = (b"content-length", b"%d" % len(body))
     await send({"type": "http.response.start", "status": status, "headers": [length, *headers]})
-    await send({"type": "http.response.body", "body": body})
+    for start in range(0, max(1, len(body)), _SLICE_BYTES):
+        more = start + _SLICE_BYTES < len(body)
+        await send({"type": "http.response.body", "body": body[start : start + _SLICE_BYTES], "more_body": more})
+        if more:  # tens of MB are copied where the connection does not take them: others have their turn between
+            await asyncio.sleep(0)

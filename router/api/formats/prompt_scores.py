@@ -77,19 +77,19 @@ class ScoredPrompt:
     def __init__(self, tokenizer: Tokenizer, *, gathers: bool) -> None:
         self._names = TokenNames(tokenizer)
         self._gathers = gathers
-        self._pieces = [b"null"]
+        self._pieces = [b"[null"]
         """JSON: of the first token nothing is said."""
 
     def take(self, piece: PromptLogprobs) -> list[NamedRow]:
         """The next tokens."""
         named = list(self._named(piece))
         if self._gathers:
-            self._pieces.append(_encoder.encode([row.shown() for row in named])[1:-1])
+            self._pieces += (b",", _encoder.encode([row.shown() for row in named])[1:-1])
         return named
 
     def json(self) -> msgspec.Raw:
         """`prompt_logprobs` of what was taken."""
-        return msgspec.Raw(b"[" + b",".join(self._pieces) + b"]")
+        return msgspec.Raw(b"".join([*self._pieces, b"]"]))
 
     def _named(self, piece: PromptLogprobs) -> Iterator[NamedRow]:
         for row in piece.rows():
