@@ -51,12 +51,12 @@ vllm: $(VENV_VLLM)/.installed $(VENV)/.demo-model   ## the tests that need vLLM,
 # Clients of other projects, in environments of their own: what they pin is not what we pin. Load generators are large.
 CLIENTS := KVFERRY_PYTHON=$(abspath $(BIN))/python PYTHONDONTWRITEBYTECODE=
 light-clients: $(VENV_CLIENTS)/.installed $(VENV)/.demo-model
-	$(CLIENTS) $(VENV_CLIENTS)/bin/python -m pytest tests/clients -W ignore
+	$(CLIENTS) $(VENV_CLIENTS)/bin/python -m pytest tests/clients -W ignore --timeout 300
 
 clients: light-clients $(VENV_LOAD)/.installed $(VENV_EVAL)/.installed $(VENV_VLLM)/.installed   ## real clients of other projects against a cluster (docs/clients.md)
-	$(CLIENTS) $(VENV_LOAD)/bin/python -m pytest tests/clients -W ignore
-	$(CLIENTS) HF_DATASETS_OFFLINE=1 $(VENV_EVAL)/bin/python -m pytest tests/clients/test_lm_eval.py -W ignore
-	$(CLIENTS) $(VENV_VLLM)/bin/python -m pytest tests/clients -W ignore
+	$(CLIENTS) $(VENV_LOAD)/bin/python -m pytest tests/clients -W ignore --timeout 300
+	$(CLIENTS) HF_DATASETS_OFFLINE=1 $(VENV_EVAL)/bin/python -m pytest tests/clients/test_lm_eval.py -W ignore --timeout 300
+	$(CLIENTS) $(VENV_VLLM)/bin/python -m pytest tests/clients -W ignore --timeout 300
 
 $(VENV_CLIENTS)/.installed: scripts/clients_requirements.txt | $(VENV)/.created
 	$(BIN)/python -m venv $(VENV_CLIENTS)

@@ -5,6 +5,7 @@ from typing import Any
 
 import instructor
 import openai
+import pytest
 from pydantic import BaseModel, Field
 
 QUESTION: Any = [{"role": "user", "content": "How is it in Zürich and in Rome?"}]
@@ -32,9 +33,10 @@ class City(BaseModel, extra="forbid"):
     millions: int = Field(ge=0, le=9)
 
 
-def test_an_answer_is_of_the_form_of_a_class(torch_url: str) -> None:
+@pytest.mark.parametrize("mode", [instructor.Mode.JSON_SCHEMA, instructor.Mode.TOOLS])
+def test_an_answer_is_of_the_form_of_a_class(torch_url: str, mode: instructor.Mode) -> None:
     with openai.OpenAI(base_url=torch_url, api_key="none", max_retries=0) as api:
-        client: Any = instructor.from_openai(api, mode=instructor.Mode.JSON_SCHEMA)
+        client: Any = instructor.from_openai(api, mode=mode)
         city = client.chat.completions.create(
             model="demo", messages=QUESTION, max_tokens=80, temperature=0, response_model=City, max_retries=0
         )

@@ -23,6 +23,12 @@ class City(BaseModel, extra="forbid"):
     millions: int = Field(ge=0, le=9)
 
 
+class Weather(BaseModel, extra="forbid"):
+    """The weather in a city."""
+
+    city: str = Field(max_length=8)
+
+
 def chat(url: str, model: str = "demo", **more: Any) -> ChatOpenAI:
     return ChatOpenAI(base_url=url, api_key="none", model=model, temperature=0, max_retries=0, **more)
 
@@ -68,3 +74,12 @@ def test_streamed_calls_are_put_together(tools_url: str) -> None:
 def test_an_answer_is_of_the_form_of_a_class(torch_url: str) -> None:
     model = chat(torch_url, max_completion_tokens=80).with_structured_output(City, method="json_schema")
     assert isinstance(model.invoke("Name a city, in JSON."), City)
+
+
+def test_a_tool_that_must_be_called_is(torch_url: str) -> None:
+    for must in ("any", "Weather"):
+        model = chat(torch_url, max_completion_tokens=80).bind_tools([Weather], tool_choice=must)
+        (call,) = model.invoke("Hello").tool_calls[:1]
+        assert call["name"] == "Weather" and Weather.model_validate(call["args"])
+    answer = chat(torch_url, max_completion_tokens=80).with_structured_output(City, method="function_calling")
+    assert isinstance(answer.invoke("Name a city."), City)

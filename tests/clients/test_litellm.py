@@ -90,3 +90,16 @@ def test_an_answer_is_of_the_form_of_a_class(torch_url: str) -> None:
     asked: dict[str, Any] = {"model": "hosted_vllm/demo", "api_base": torch_url, "api_key": "none", "temperature": 0}
     answer = litellm.completion(messages=QUESTION, response_format=City, max_tokens=80, **asked)
     assert City.model_validate_json(answer.choices[0].message.content)
+
+
+def test_a_tool_that_must_be_called_is(torch_url: str) -> None:
+    # `hosted_vllm/` would take additionalProperties out of the schema.
+    asked: dict[str, Any] = {"model": "openai/demo", "api_base": torch_url, "api_key": "none", "temperature": 0}
+    city = {"type": "string", "maxLength": 8}
+    schema = {"type": "object", "properties": {"city": city}, "required": ["city"], "additionalProperties": False}
+    tool = {"type": "function", "function": {"name": "get_weather", "parameters": schema}}
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    for must in ("required", named):
+        answer = litellm.completion(messages=QUESTION, tools=[tool], tool_choice=must, max_tokens=80, **asked)
+        call = answer.choices[0].message.tool_calls[0].function
+        assert call.name == "get_weather" and json.loads(call.arguments).keys() == {"city"}

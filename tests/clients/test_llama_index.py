@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from llama_index.core import PromptTemplate
 from llama_index.core.llms import ChatMessage
 from llama_index.core.tools import FunctionTool
 from llama_index.llms.openai_like import OpenAILike
@@ -53,3 +54,8 @@ def test_an_answer_is_of_the_form_of_a_class(torch_url: str) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "City", "schema": City.model_json_schema()}}
     model = like(torch_url, max_tokens=80, additional_kwargs={"response_format": form})
     assert City.model_validate_json(model.chat(QUESTION).message.content or "")
+
+
+def test_a_class_is_predicted_by_a_call(torch_url: str) -> None:
+    model = like(torch_url, is_function_calling_model=True, strict=True, max_tokens=80)
+    assert isinstance(model.structured_predict(City, PromptTemplate("Name a city.")), City)
