@@ -17,11 +17,16 @@ EXAMPLES = "hypothesis_explicit_examples"
 
 
 def operation_tests(
-    document: BaseSchema, send: Callable[[schemathesis.Case[Any]], None], *, nth_of_same_bodies: int = 1
+    document: BaseSchema,
+    send: Callable[[schemathesis.Case[Any]], None],
+    *,
+    nth: int = 1,
+    nth_of_same_bodies: int = 1,
 ) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Of each operation its name, and what gives `send` case after case: each edge of each schema, then drawn ones.
+    """Of each operation its name, and what gives `send` case after case: edges of each schema, then drawn ones.
 
-    Of the edges of a body that an operation before it takes too, word for word, one in `nth_of_same_bodies`.
+    Of the edges of a body one in `nth`; where an operation before it takes the same, word for word, one in
+    `nth_of_same_bodies`.
     """
     load_all_checks()
     bodies = set[str]()
@@ -29,7 +34,8 @@ def operation_tests(
         assert isinstance(made, Ok), made
         operation, test = made.ok()
         body = json.dumps(operation.definition.raw.get("requestBody"), sort_keys=True)
-        if body != "null" and body in bodies:
-            setattr(test, EXAMPLES, getattr(test, EXAMPLES)[::nth_of_same_bodies])
+        if body != "null":
+            step = nth_of_same_bodies if body in bodies else nth
+            setattr(test, EXAMPLES, getattr(test, EXAMPLES)[::step])
         bodies.add(body)
         yield operation.label, test
