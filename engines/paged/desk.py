@@ -201,10 +201,12 @@ class DocumentDesk:
     async def _bring(
         self, document: PlacedDocument, request: PrefillRequest | GenerateRequest, leg: Leg | None
     ) -> BroughtDocument:
-        """Have it got, or wait with the others that want it. `leg`: that waits for another node's chunks."""
+        """Have it got, or wait with the others that want it: what it took is told to the first alone. `leg`: that waits
+        for another node's chunks."""
         waits = leg is not None and leg.handoff is not None
         name = (document.keys[-1], waits)
         errand = self._under_way.get(name)
+        first = errand is None
         if errand is None:
             errand = self._under_way[name] = _Errand()
             until = 0.0
@@ -219,7 +221,8 @@ class DocumentDesk:
         assert errand.task is not None
         errand.waiters += 1
         try:
-            return await asyncio.shield(errand.task)
+            brought = await asyncio.shield(errand.task)
+            return brought if first else BroughtDocument(ready=brought.ready, save=brought.save)
         finally:
             errand.waiters -= 1
             if not errand.waiters:

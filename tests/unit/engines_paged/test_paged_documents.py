@@ -184,10 +184,18 @@ def slow_of(**fields):
 
 
 def test_requests_that_want_a_document_at_once_have_it_computed_once():
+    told = []
+
+    async def answer(engine, number):
+        stream = await deltas(engine, asked("cb", f"d{number}", tail=[number]))
+        told.append(stream[0].info)
+        return [[token for delta in stream for token in delta.token_ids]]
+
     async def act(engine):
-        legs = [completions(engine, asked("cb", f"d{number}", tail=[number])) for number in (5, 6, 7)]
+        legs = [answer(engine, number) for number in (5, 6, 7)]
         tokens = await asyncio.gather(*legs)
         assert tokens == [expected("cb", tail=[number]) for number in (5, 6, 7)]
+        assert sum(info.prepared_tokens for info in told) == once
         return (await engine.stats()).counters["prefill_tokens"]
 
     once = CHUNK + 5 + 64 + 5 + 20  # the header, and its rest again for the second document
