@@ -53,7 +53,8 @@ async def ask(subject: ClusterHandle, prompt: list[int], max_tokens: int, seed: 
     answer = await subject.stream(prompt, **fields)
     expected = expect(subject, prompt, max_tokens, seed)
     assert answer.token_ids == expected, await subject.explain(answer.id)
-    assert answer.text == ByteTokenizer(50_000).decode(expected)
+    # Bytes at the very end that are no whole character are no text.
+    assert answer.text.rstrip("\ufffd") == ByteTokenizer(50_000).decode(expected).rstrip("\ufffd")
     assert answer.finish_reason == "length"
     assert answer.usage["completion_tokens"] == max_tokens
     cached: int = answer.usage["prompt_tokens_details"]["cached_tokens"]

@@ -144,8 +144,15 @@ def _shape(where: str, value: Any) -> set[str]:
 def _of_streams(theirs: tuple[Any, ...], ours: tuple[Any, ...]) -> Iterator[str]:
     yield from _of_values("", _folded(theirs), _folded(ours))
     shapes = [{one for event in events for one in _shape("", event)} for events in (theirs, ours)]
-    yield from (f"chunks: only theirs, {one}" for one in sorted(shapes[0] - shapes[1]))
-    yield from (f"chunks: only ours, {one}" for one in sorted(shapes[1] - shapes[0]))
+    yield from (f"chunks: only theirs, {one}" for one in _missing(shapes[0], shapes[1]))
+    yield from (f"chunks: only ours, {one}" for one in _missing(shapes[1], shapes[0]))
+
+
+def _missing(shape: set[str], other: set[str]) -> list[str]:
+    """What is in the first alone. Whether a field was null before it had a value depends on where a stream is cut."""
+    places = {one.rpartition(": ")[0] for one in other}
+    later = {one for one in shape if one.endswith(": null") and one.removesuffix(": null") in places}
+    return sorted(shape - other - later)
 
 
 def _folded(events: tuple[Any, ...]) -> dict[str, Any]:
