@@ -143,8 +143,8 @@ class ClientAnswer:
         self.id = request.client_id or request.specs[0].request_id
         """Of the answer: the client's, or its (first) request's."""
         self.sampling = request.specs[0].sampling
-        """Of the (first) prompt: all but the room for tokens is the same of every other."""
-        self.num_choices = sum(spec.sampling.n for spec in request.specs)
+        """Of the (first) prompt: all but the room for tokens is the same of every other, `n` too."""
+        self.num_choices = self.sampling.n * len(request.specs)
         """Over all prompts; so with `prompt_tokens`."""
         self.prompt_tokens = sum(len(spec.prompt_token_ids) for spec in request.specs)
         self.completion_tokens = 0
@@ -158,16 +158,15 @@ class ClientAnswer:
 
     def prompt_token_ids(self, index: int) -> list[int]:
         """The prompt of choice `index`."""
-        return [spec.prompt_token_ids for spec in self._specs for _ in range(spec.sampling.n)][index]
+        return self._specs[self.prompt_of(index)].prompt_token_ids
 
     def choices_of(self, prompt: int) -> range:
         """The choices of the prompt at this place."""
-        first = sum(spec.sampling.n for spec in self._specs[:prompt])
-        return range(first, first + self._specs[prompt].sampling.n)
+        return range(prompt * self.sampling.n, (prompt + 1) * self.sampling.n)
 
     def prompt_of(self, choice: int) -> int:
         """The place of this choice's prompt."""
-        return next(number for number in range(len(self._specs)) if choice in self.choices_of(number))
+        return choice // self.sampling.n
 
     @property
     def prompts(self) -> list[list[int]]:

@@ -283,3 +283,14 @@ async def test_a_node_of_which_nothing_changed_is_not_looked_at_anew() -> None:
     assert during.decoders[1] is before.decoders[1] and during.prefillers[0] is before.prefillers[0]
     rig.cluster.leg_ended(work)
     assert rig.cluster.view() == before
+
+
+async def test_each_choice_has_its_prompt() -> None:
+    rig = await make_rig(limits=IMPATIENT)
+    answer = rig.answerer.start(batch(3, n=4))
+    places = [number for number in range(3) for _ in range(4)]
+    assert [answer.prompt_of(choice) for choice in range(answer.num_choices)] == places
+    assert [answer.prompt_token_ids(choice)[0] for choice in range(12)] == places
+    assert [choice for number in range(3) for choice in answer.choices_of(number)] == list(range(12))
+    answer.close()
+    await assert_no_load(rig)
