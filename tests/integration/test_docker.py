@@ -92,7 +92,7 @@ async def _in_turn(urls: list[str]) -> list[tuple[list[int], int]]:
 
 
 async def _ready(session: aiohttp.ClientSession, url: str) -> None:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(300):  # nine processes begin at once, and compile what they import
         while True:
             try:
                 async with session.get(f"{url}/health") as reply:
