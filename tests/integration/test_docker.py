@@ -12,7 +12,7 @@ import pytest
 import yaml
 from support.docker_daemon import BASE, docker_daemon, import_base
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(800)]
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "deploy" / "compose" / "redis.yaml"
