@@ -74,7 +74,10 @@ class DocumentDesk:
         store_jobs: StoreJobs,
         clock: Clock,
         wake: Callable[[], None],
+        most_computed: int,
     ) -> None:
+        """`most_computed`: so many documents are computed at a time, that others' requests have room beside them."""
+        self._computing = asyncio.Semaphore(most_computed)
         self._context = context
         self._runner = runner
         self._blocks = blocks
@@ -240,7 +243,8 @@ class DocumentDesk:
         try:
             await self._load(errand, document, request, until, brought)
             if not self._holds(document):
-                await self._compute(document, request, brought)
+                async with self._computing:
+                    await self._compute(document, request, brought)
         except KVFerryError as error:
             _log.info("event=document_not_ready request=%s reason=%s", request.request_id, error.message)
         except Exception:  # the boundary of a document: its request goes without it

@@ -110,7 +110,10 @@ class EngineLoop:
             store_jobs=self._store_jobs,
             clock=clock,
             wake=self._wake.set,
+            most_computed=max(1, options.max_sequences // 2),
         )
+        self._compared: list[Leg] = []
+        """What a comparison runs; it holds blocks."""
         self._stepper = Stepper(
             runner,
             self._scheduler,
@@ -208,13 +211,15 @@ class EngineLoop:
         """See `Engine.compare`."""
         if len(self._legs):
             raise OverloadedError("the engine has other work: prompts are compared while it is idle")
-        both = list[Leg]()
+        both = self._compared
         try:
             full = await self._run_one_way(one_way(request, reuse=False), (), both)
             tokens = full.first.output
-            if not self._blocks.can_allocate(2 * len(full.kept or ())):  # documents have copies of their own
-                self._blocks.release(full.kept or ())
-                full.kept = []
+            # Kept blocks are for distances. Nobody can take them for a request that comes meanwhile and goes first:
+            # they are let go where there are no distances to tell (documents have copies of their own) or little room,
+            # and when such a request comes.
+            if request.documents is not None or not self._blocks.can_allocate(2 * len(full.kept or ())):
+                self._let_go(full)
             again = msgspec.structs.replace(request, num_tokens=len(tokens))
             reused = await self._run_one_way(one_way(again, reuse=True), tokens, both)
             distances = list[float]()
@@ -223,15 +228,22 @@ class EngineLoop:
             return compared(request.request_id, full, reused, distances, self._clock.now())
         finally:
             for leg in both:
-                self._blocks.release(leg.kept or ())
+                self._let_go(leg)
+            self._compared.clear()
             self._wake.set()
+
+    def _let_go(self, compared: Leg) -> None:
+        self._blocks.release(compared.kept or ())
+        compared.kept = []
 
     async def _distances(self, full: Leg, reused: Leg, limit: float) -> list[float]:
         """Of each chunk that `reused` had by its prefix; those beyond `limit`, if it is one, are found no more."""
         sequence, size, distances = reused.first, self._blocks.blocks_per_chunk, list[float]()
         exact = min(sequence.num_cached or 0, sequence.keyed_tokens) // sequence.chunk_tokens
         for first, key in zip(range(0, exact * size, size), sequence.keys(exact), strict=True):
-            blocks = ((leg.kept or [])[first : first + size] for leg in (full, reused))
+            if not (full.kept and reused.kept):  # they were let go
+                break
+            blocks = full.kept[first : first + size], reused.kept[first : first + size]
             distances.append(await self._runner.distance(*blocks))
             if 0 < limit < distances[-1]:
                 self._blocks.forget(key)
@@ -297,6 +309,9 @@ class EngineLoop:
 
     def _open(self, leg: Leg, deadline_s: float) -> None:
         self._check_serving()
+        if all(leg is not one for one in self._compared):
+            for compared in self._compared:
+                self._let_go(compared)
         self._legs.open(leg, deadline_s)
 
     def _open_decode(self, leg: Leg, request: GenerateRequest) -> None:

@@ -90,10 +90,14 @@ class Scheduler:
             sequence, before = item.sequence, item.sequence.num_computed
             if item.start == before:  # else it was removed meanwhile, and freed with a run before
                 sequence.num_computed = end = before + item.num_tokens
-                sequence.num_prompt_computed += max(0, min(end, sequence.num_prompt) - before)
+                if before < sequence.num_prompt:
+                    sequence.num_prompt_computed += min(end, sequence.num_prompt) - before
                 if sequence.holes:
                     sequence.pass_holes()
-            self.seal(sequence, before // sequence.chunk_tokens)
+            if sequence.passed_from is not None:  # the step has moved rows there
+                before, sequence.passed_from = min(before, sequence.passed_from), None
+            if (first := before // sequence.chunk_tokens) != sequence.num_computed // sequence.chunk_tokens:
+                self.seal(sequence, first)
             if self.clear_busy(sequence) and not (alive and alive[-1] is sequence):
                 alive.append(sequence)
         self.blocks.release(plan.sources)
@@ -315,7 +319,8 @@ def _chunk_in_hand(sequence: TokenSequence) -> ChunkKey | None:
     """The full chunk of a prompt that its next step works on. None of one that has computed its prompt, or is paused:
     nobody can rely on it."""
     chunk = sequence.num_computed // sequence.chunk_tokens
-    full = (chunk + 1) * sequence.chunk_tokens <= min(sequence.num_prompt, sequence.keyed_tokens)
+    end = (chunk + 1) * sequence.chunk_tokens
+    full = end <= sequence.num_prompt and end <= sequence.keyed_tokens
     return sequence.key(chunk) if full and not sequence.paused else None
 
 

@@ -99,6 +99,8 @@ class TokenSequence:
     """It has blocks, and its documents are to be put into them before it computes."""
     holes: list[tuple[int, int]] = field(default_factory=list)
     """Ranges of tokens, ahead of `num_computed`, whose KV its blocks have already."""
+    passed_from: int | None = None
+    """Where the holes began that it has passed and whose chunks are still to be made findable; None: there are none."""
     num_approximate: int = 0
     """Tokens of documents that were not computed for it, and are not what would have been computed."""
     prefix_limit: int | None = None
@@ -180,6 +182,7 @@ class TokenSequence:
     def pass_holes(self) -> None:
         """Go on behind the holes that are reached."""
         while self.holes and self.holes[0][0] == self.num_computed:
+            self.passed_from = self.num_computed if self.passed_from is None else self.passed_from
             self.num_computed = self.holes.pop(0)[1]
 
     def keys(self, num_chunks: int) -> Sequence[ChunkKey]:

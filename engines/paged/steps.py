@@ -106,7 +106,7 @@ class Stepper:
             if scored is not None:
                 leg.scores.append(scored)
                 item.sequence.num_scored += len(scored)
-            if samples and not item.sequence.scores_left:
+            if samples and (item.sequence.num_computed > item.sequence.num_prompt or not item.sequence.scores_left):
                 self._emit(leg, item.sequence, samples)
             elif item.sequence.num_left or item.end < item.sequence.num_computed:
                 continue
@@ -119,9 +119,10 @@ class Stepper:
         """Append the drawn tokens and tell the reader. Several samples: the prompt's end, where completions fork."""
         now = self._clock.now()
         leg.computed = now if leg.computed is None else leg.computed
-        for piece in [piece for scores in leg.scores for piece in scores.pieces()]:
-            leg.stream.put_nowait(TokenDelta(prompt_logprobs=piece, info=leg.info_once(now)))
-        leg.scores.clear()
+        if leg.scores:
+            for piece in [piece for scores in leg.scores for piece in scores.pieces()]:
+                leg.stream.put_nowait(TokenDelta(prompt_logprobs=piece, info=leg.info_once(now)))
+            leg.scores.clear()
         sequences = [sequence]
         for child, copy in self._scheduler.fork(sequence) if len(samples) > 1 else []:
             if copy is not None:
@@ -140,7 +141,7 @@ class Stepper:
                 logprobs=None if sampled.logprob is None else [sampled.logprob],
                 finish_reason=reason,
                 stop_token_id=token_id if reason is FinishReason.STOP else None,
-                info=leg.info_once(now),
+                info=None if leg.info_sent else leg.info_once(now),
             )
             leg.stream.put_nowait(delta)
             if reason is not None:
@@ -173,7 +174,8 @@ def _why_none(sequence: TokenSequence) -> str:
 
 def step_slice(item: Work, block_size: int) -> StepSlice:
     """What the runner is to compute, and what to draw if these are the last tokens of a sequence that wants any."""
-    sequence, start, end = item.sequence, item.start, item.end
+    sequence, start = item.sequence, item.start
+    end = start + item.num_tokens
     sample = None
     if sequence.sampling is not None and end == len(sequence.tokens):
         prompt = sequence.tokens[: sequence.num_prompt]
@@ -181,7 +183,8 @@ def step_slice(item: Work, block_size: int) -> StepSlice:
             sequence.sampling, sequence.indices, prompt, sequence.output, sequence.whole, sequence.matcher
         )
     kept = bool(sequence.holes) and sequence.keeps_rest(end, block_size)
-    tokens, score = sequence.tokens[start:end], _score(sequence, start, end)
+    tokens = sequence.tokens[start:end]
+    score = _score(sequence, start, end) if start < sequence.num_prompt else None
     return StepSlice(tokens, start, sequence.block_table, sample, kept, score)
 
 

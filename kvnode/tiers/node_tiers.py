@@ -99,10 +99,10 @@ class NodeTiers:
         """Bring what tiers have of the prompt into the segment, within `tiers.wait_s` and half of the request's time.
         The request with the time that is left, and what came.
 
-        A leg that waits for another node's chunks gets nothing: that node promotes.
+        A leg that waits for another node's chunks gets nothing: that node promotes. Nor does one that reuses nothing.
         """
         shape = self._shape
-        if shape is None or (isinstance(request, GenerateRequest) and request.handoff is not None):
+        if shape is None or (isinstance(request, GenerateRequest) and (request.handoff or not request.reuse)):
             return request, PromoteReply()
         began, choices = self.clock.now(), list[TierChoice]()
         prompt = request.prompt_token_ids

@@ -146,7 +146,14 @@ class TierHoldings:
         return found
 
     def _names_of(self, mask: int) -> list[str]:
-        return [name for number, name in enumerate(self._nodes) if name is not None and mask >> number & 1]
+        names = []
+        while mask:  # the holders alone: there may be a thousand nodes
+            lowest = mask & -mask
+            name = self._nodes[lowest.bit_length() - 1]
+            if name is not None:
+                names.append(name)
+            mask ^= lowest
+        return names
 
     def _bit(self, node_id: str) -> int:
         number = self._bits.get(node_id)

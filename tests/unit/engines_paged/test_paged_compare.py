@@ -123,3 +123,19 @@ def test_an_engine_without_room_for_both_ways_compares_without_distances():
         assert (reply.agreement, reply.distances) == (1.0, [])
 
     alone(act, config)
+
+
+@pytest.mark.parametrize("documents", [None, Documents(header=10, spans=[(40, 100), (100, 160)], k=4)])
+def test_a_request_that_needs_the_blocks_of_a_comparison_gets_them(documents):
+    """It held on to them until its own deadline, and nobody behind it was computed."""
+    config = msgspec.structs.replace(SLOW, num_blocks=16 * CHUNK // CONFIG.block_size)
+
+    async def act(engine):
+        comparing = asyncio.create_task(engine.compare(asked(prompt_of(7 * CHUNK + 3), documents=documents)))
+        await asyncio.sleep(8.5)  # in virtual time: the prompt is computed in full, and its reuse has begun
+        assert not comparing.done()
+        answers = await asyncio.wait_for(completions(engine, request("big", prompt_of(12 * CHUNK, 3))), 40)
+        assert answers == expected_tokens(config, prompt_of(12 * CHUNK, 3), request("big", PROMPT).sampling)
+        assert len((await comparing).kl) == 6
+
+    alone(act, config)

@@ -311,3 +311,44 @@ def test_without_blocks_for_documents_beside_the_prompt_it_is_computed(num_block
             assert [tokens] == expected_tokens(CONFIG, wanted.prompt_token_ids, wanted.sampling)
 
     run_with(msgspec.structs.replace(CONFIG, num_blocks=num_blocks), act)
+
+
+def test_a_document_right_behind_the_header_is_found_by_its_prefix_too():
+    """Its rows were moved there, past what was made findable."""
+
+    async def act(engine):
+        text = prompt_of(4 * CHUNK, 7)
+        prompt = prompt_of(2 * CHUNK, 1) + text + TAIL
+        said = Documents(header=2 * CHUNK, spans=[(2 * CHUNK, 6 * CHUNK)], k=K)
+        await completions(engine, msgspec.structs.replace(request("first", prompt), documents=said))
+        plain = await deltas(engine, request("plain", prompt))
+        assert next(delta.info.cached_tokens for delta in plain if delta.info) == 6 * CHUNK
+
+    alone(act)
+
+
+def test_many_documents_of_one_request_leave_others_room_to_wait():
+    texts = [prompt_of(20, seed) for seed in range(100, 140)]
+    prompt, spans = list(HEADER), []
+    for text in texts:
+        spans.append((len(prompt), len(prompt) + len(text)))
+        prompt += text
+    config = msgspec.structs.replace(CONFIG, max_waiting=8, max_sequences=8)
+
+    async def act(engine):
+        wanted = msgspec.structs.replace(
+            request("many", prompt + TAIL), documents=Documents(header=len(HEADER), spans=spans, k=K)
+        )
+        many = asyncio.create_task(deltas(engine, wanted))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        await completions(engine, request("small", TAIL))
+        info = next(delta.info for delta in await many if delta.info)
+        assert info.approximate_tokens == 39 * (20 - K) and info.cached_tokens == CHUNK + 20, "all are reused"
+
+    async def main():
+        async with lone_engine(config) as engine:
+            await act(engine)
+            await idle(engine)
+
+    run_sim(main, limit_s=100)
