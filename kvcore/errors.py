@@ -187,6 +187,13 @@ class ModelChangedError(KVFerryError):
     code = "model_changed"
 
 
+class FormCutError(KVFerryError):
+    """An answer of a given form has begun and lost its decoder, and the servers that are left would begin it anew."""
+
+    http_status = 503
+    code = "form_cut"
+
+
 class StoppingError(KVFerryError):
     """This router has been told to stop: it takes no new request, and cuts what has not ended in time."""
 

@@ -145,7 +145,9 @@ back references; grammars in Lark, with its `%json`, or in GBNF; of structural t
 What it does not know (`not`, `uniqueItems`, `if`) is refused with its name before any token, and so is a text of more
 than 200,000 characters, one nested deeper than 64 levels, an object of more than 1,000 members, and what is not
 compiled within 10 s. With vLLM its own libraries take it, and refuse what they do not know;
-about white space they go by the settings of vLLM, whatever a request says.
+about white space they go by the settings of vLLM, whatever a request says. vLLM servers that are not ours cannot go on
+with a form that another one began: such an answer ends with the error `form_cut`. Behind reasoning they begin a form as
+their own `--reasoning-parser` says.
 
 The model is told of `tools`, and with `tool_choice` `auto`, the default, its calls are told apart from its text: in one
 body as `tool_calls`, in a stream as OpenAI streams them, the arguments as they are written. A call that was cut off

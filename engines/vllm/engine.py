@@ -31,7 +31,6 @@ from engines.vllm.sampling import (
     is_greedy,
     prompt_logprobs,
     sampling_arguments,
-    structured_outputs,
 )
 from engines.vllm.start import VllmStart, start_vllm
 from engines.vllm.stats import VllmStats
@@ -46,6 +45,7 @@ from kvcore.errors import (
 from kvcore.telemetry import log_fields
 from kvcore.types import KVSpec
 from nodeapi.documents import CompareReply, CompareRequest
+from nodeapi.grammars.vllm_words import structured_outputs
 from nodeapi.messages import (
     EngineInfo,
     EngineStats,

@@ -1,6 +1,5 @@
 """Our sampling parameters as vLLM's, and vLLM's logprobs and finish reasons as ours. Values only: needs no vLLM."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -8,7 +7,6 @@ import msgspec
 
 from engines.vllm.connector.orders import PARAMS_NAME, LegParams
 from kvcore.errors import EngineError
-from nodeapi.grammars.grammar import Grammar, GrammarKind
 from nodeapi.messages import FinishReason, GenerateRequest, TokenLogprob
 from nodeapi.prompt_logprobs import MOST_ENTRIES, PromptLogprobs, PromptRow
 from nodeapi.sampling import SamplingParams
@@ -52,18 +50,6 @@ def sampling_arguments(request: GenerateRequest, leg: LegParams) -> dict[str, ob
         "detokenize": False,
         "extra_args": {**sampling.extra_args, **extra_args(leg)},
     }
-
-
-def structured_outputs(grammar: Grammar) -> dict[str, object]:
-    """Arguments of vLLM's StructuredOutputsParams. Where the grammar begins is in the leg's parameters."""
-    text: object = json.loads(grammar.text) if grammar.kind is GrammarKind.CHOICE else grammar.text
-    match grammar.whitespace:
-        case None:
-            return {grammar.kind.value: text}
-        case "":
-            return {grammar.kind.value: text, "disable_any_whitespace": True}
-        case pattern:
-            return {grammar.kind.value: text, "whitespace_pattern": pattern}
 
 
 def grammar_place(request: GenerateRequest) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from kvcore.config.schema import ClusterConfig, NodeConfig
-from kvcore.errors import DeadlineExceededError, NodeUnavailableError
+from kvcore.errors import DeadlineExceededError, FormCutError, NodeUnavailableError
 from kvcore.ports import base_url
 from kvcore.telemetry import log_fields
 from kvcore.types import NodeInfo, Role
@@ -98,7 +98,13 @@ class VllmClient:
     async def generate(
         self, url: str, request: GenerateRequest, *, timeout_s: float, take: TakeDelta | None = None
     ) -> AsyncGenerator[TokenDelta]:
-        """See NodeClient. What was cached is said with the last delta, where the server says it."""
+        """See NodeClient. What was cached is said with the last delta, where the server says it. Raises FormCutError
+        where a form that an answer is held to would begin anew."""
+        if request.sampling.grammar is not None and request.output_token_ids:
+            raise FormCutError(
+                f"{url} cannot go on with an answer of a given form that another server began: it would begin the form "
+                "anew. Ask again"
+            )
         body = decode_body(self._model, request)
         where, headers = f"{url}/v1/completions", {"X-Request-Id": request.request_id}
         sequences = num_sequences(request.sampling)

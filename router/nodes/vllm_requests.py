@@ -10,6 +10,7 @@ from hashlib import sha256
 import msgspec
 
 from kvcore.handoff import HandoffKind
+from nodeapi.grammars.vllm_words import structured_outputs
 from nodeapi.messages import GenerateRequest, PrefillRequest
 from nodeapi.sampling import SamplingParams
 
@@ -127,6 +128,8 @@ def _sampling(sampling: SamplingParams, done: int) -> dict[str, object]:
             body[name] = value
     if sampling.thinking_token_budget is not None:
         body["thinking_token_budget"] = sampling.thinking_token_budget
+    if sampling.grammar is not None:
+        body["structured_outputs"] = structured_outputs(sampling.grammar)
     if sampling.extra_args:
         body["vllm_xargs"] = sampling.extra_args
     if sampling.logprobs is not None:

@@ -26,7 +26,7 @@ FIELDS = {
     *SAMPLING,
     *("model", "prompt", "max_tokens", "min_tokens", "n", "stream", "stream_options", "stop_token_ids", "ignore_eos"),
     *("logit_bias", "logprobs", "return_tokens_as_token_ids", "return_token_ids", "seed", "cache_salt"),
-    *("prompt_logprobs", "logprob_token_ids", "kv_transfer_params"),
+    *("prompt_logprobs", "logprob_token_ids", "kv_transfer_params", "structured_outputs"),
 }
 NIXL_PREFILL = {
     "do_remote_decode": True,

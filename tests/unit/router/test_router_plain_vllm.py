@@ -171,6 +171,39 @@ async def test_a_stream_that_breaks_off_is_continued_exactly_once(kind: HandoffK
     assert [("kv_transfer_params" in body) for body in bodies] == [True, False, False, False]
 
 
+FORM = {"regex": "[a-z]+", "disable_any_whitespace": True}
+
+
+@BOTH
+async def test_servers_are_told_of_a_form_and_one_that_sent_nothing_is_replaced(kind: HandoffKind, model: Path) -> None:
+    fakes = servers(kind, decoders=2)
+    for fake in fakes.values():
+        fake.die_after = 0
+    async with routed(fakes, model) as session:
+        asking = asyncio.create_task(stream(session, structured_outputs=FORM))
+        await until(lambda: bool(fakes["d0"].generates and fakes["d1"].generates))
+        for fake in fakes.values():
+            fake.die_after = None
+        assert streamed_ids(await asking) == ANSWER
+        refused = await ask(session, structured_outputs={"json": "{"})
+    asked = [body for fake in fakes.values() for body in fake.generates]
+    assert all((body["structured_outputs"], body["prompt"]) == (FORM, PROMPT) for body in asked)
+    assert (refused["status"], refused["error"]["param"]) == (400, "structured_outputs.json")
+
+
+@BOTH
+async def test_a_form_that_a_server_began_is_not_begun_anew_by_another(kind: HandoffKind, model: Path) -> None:
+    fakes = servers(kind, decoders=2)
+    for fake in fakes.values():
+        fake.die_after = 3
+    async with routed(fakes, model) as session:
+        body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 8, "temperature": 0, "return_token_ids": True}
+        async with session.post("/v1/completions", json=body | {"stream": True, "structured_outputs": FORM}) as reply:
+            *told, last = [json.loads(line[6:]) async for line in reply.content if line.startswith(b"data: ")]
+    assert streamed_ids(told) == ANSWER[:3] and last["error"]["code"] == "form_cut"
+    assert sum(len(fake.generates) for fake in fakes.values()) == 1
+
+
 async def last_leg(session: aiohttp.ClientSession) -> tuple[object, object]:
     legs = (await record(session))["legs"]
     assert isinstance(legs, list)

@@ -26,6 +26,7 @@ from kvcore.errors import (
 )
 from kvcore.handoff import HandoffKind
 from kvcore.types import Role
+from nodeapi.grammars.grammar import Grammar, GrammarKind
 from nodeapi.messages import FinishReason, GenerateRequest, PrefillRequest, TokenDelta
 from nodeapi.sampling import SamplingParams
 from router.nodes.vllm_client import VllmClient
@@ -334,6 +335,23 @@ def test_a_continued_sequence_has_its_tokens_in_the_prompt_and_the_rest_to_go() 
     assert body["seed"] != 11
     greedy = msgspec.structs.replace(request, sampling=SamplingParams(max_tokens=9, temperature=0.0))
     assert "seed" not in json.loads(decode_body(MODEL, greedy))
+
+
+@pytest.mark.parametrize(
+    ("grammar", "field"),
+    [
+        (Grammar(kind=GrammarKind.JSON, text="{}"), {"json": "{}"}),
+        (Grammar(kind=GrammarKind.JSON, text="{}", whitespace=" "), {"json": "{}", "whitespace_pattern": " "}),
+        (Grammar(kind=GrammarKind.REGEX, text="a", whitespace=""), {"regex": "a", "disable_any_whitespace": True}),
+        (Grammar(kind=GrammarKind.CHOICE, text='["a", "b"]'), {"choice": ["a", "b"]}),
+        (Grammar(kind=GrammarKind.GRAMMAR, text="start: A", after=((7,),)), {"grammar": "start: A"}),
+        (Grammar(kind=GrammarKind.STRUCTURAL_TAG, text="{}"), {"structural_tag": "{}"}),
+    ],
+)
+def test_a_form_is_sent_in_vllms_words(grammar: Grammar, field: dict[str, object]) -> None:
+    sampling = msgspec.structs.replace(GENERATE.sampling, grammar=grammar)
+    body = json.loads(decode_body(MODEL, msgspec.structs.replace(GENERATE, sampling=sampling)))
+    assert body["structured_outputs"] == field
 
 
 def test_masks_and_more_are_sent_as_the_server_knows_them() -> None:
