@@ -22,6 +22,7 @@ from kvstore.tiers.rate import RunningRate
 from metadata_server.messages import Event, EventKind
 from nodeapi.documents import Documents
 from nodeapi.messages import (
+    GenerateRequest,
     LegInfo,
     PrefillRequest,
     PrefillResult,
@@ -30,6 +31,7 @@ from nodeapi.messages import (
     PromoteRequest,
     Timings,
 )
+from nodeapi.sampling import SamplingParams
 
 KEYS = [key(number) for number in range(1, 13)]
 SHAPE = ChunkShape.of(SPEC)
@@ -230,6 +232,11 @@ def test_a_leg_says_what_was_chosen_and_has_the_time_that_is_left():
             keys = chunk_keys(root_key(SPEC.fingerprint, b""), prompt, SPEC.chunk_tokens)
             for one in keys:
                 put_rank(tier, ChunkName(SPEC.fingerprint, one))
+            sampling = SamplingParams(max_tokens=1)
+            alone = GenerateRequest(
+                request_id="r", prompt_token_ids=prompt, sampling=sampling, deadline_s=9.0, reuse=False
+            )
+            assert await a.tiers.before_leg(alone) == (alone, PromoteReply()), "it reuses nothing"
             _, given = await a.tiers.before_leg(request)
             (choice,) = given.choices
             assert (choice.tier, choice.use, choice.num_chunks) == ("memory", "load", 5)
