@@ -113,7 +113,7 @@ class EngineLoop:
             most_computed=max(1, options.max_sequences // 2),
         )
         self._compared: list[Leg] = []
-        """What a comparison runs; it holds blocks."""
+        """What the comparison under way has run; empty: there is none."""
         self._stepper = Stepper(
             runner,
             self._scheduler,
@@ -209,32 +209,31 @@ class EngineLoop:
 
     async def compare(self, request: CompareRequest) -> CompareReply:
         """See `Engine.compare`."""
-        if len(self._legs):
+        if len(self._legs) or self._compared:  # between its two ways and in the end a comparison has no leg
             raise OverloadedError("the engine has other work: prompts are compared while it is idle")
-        both = self._compared
         try:
-            full = await self._run_one_way(one_way(request, reuse=False), (), both)
+            full = await self._run_one_way(one_way(request, reuse=False), ())
             tokens = full.first.output
             # Kept blocks are for distances. Nobody can take them for a request that comes meanwhile and goes first:
             # they are let go where there are no distances to tell (documents have copies of their own) or little room,
             # and when such a request comes.
             if request.documents is not None or not self._blocks.can_allocate(2 * len(full.kept or ())):
-                self._let_go(full)
+                self._let_go_of_compared()
             again = msgspec.structs.replace(request, num_tokens=len(tokens))
-            reused = await self._run_one_way(one_way(again, reuse=True), tokens, both)
+            reused = await self._run_one_way(one_way(again, reuse=True), tokens)
             distances = list[float]()
             if full.kept and request.documents is None:
                 distances = await self._distances(full, reused, request.max_distance)
             return compared(request.request_id, full, reused, distances, self._clock.now())
         finally:
-            for leg in both:
-                self._let_go(leg)
+            self._let_go_of_compared()
             self._compared.clear()
             self._wake.set()
 
-    def _let_go(self, compared: Leg) -> None:
-        self._blocks.release(compared.kept or ())
-        compared.kept = []
+    def _let_go_of_compared(self) -> None:
+        for leg in self._compared:
+            self._blocks.release(leg.kept or ())
+            leg.kept = []
 
     async def _distances(self, full: Leg, reused: Leg, limit: float) -> list[float]:
         """Of each chunk that `reused` had by its prefix; those beyond `limit`, if it is one, are found no more."""
@@ -249,9 +248,9 @@ class EngineLoop:
                 self._blocks.forget(key)
         return distances
 
-    async def _run_one_way(self, request: GenerateRequest, forced: Sequence[int], both: list[Leg]) -> Leg:
+    async def _run_one_way(self, request: GenerateRequest, forced: Sequence[int]) -> Leg:
         leg = self._arrivals.compared_leg(request, forced)
-        both.append(leg)
+        self._compared.append(leg)
         self._open_decode(leg, request)
         try:
             while not leg.finished:
@@ -310,8 +309,7 @@ class EngineLoop:
     def _open(self, leg: Leg, deadline_s: float) -> None:
         self._check_serving()
         if all(leg is not one for one in self._compared):
-            for compared in self._compared:
-                self._let_go(compared)
+            self._let_go_of_compared()
         self._legs.open(leg, deadline_s)
 
     def _open_decode(self, leg: Leg, request: GenerateRequest) -> None:

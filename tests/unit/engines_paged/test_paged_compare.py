@@ -139,3 +139,27 @@ def test_a_request_that_needs_the_blocks_of_a_comparison_gets_them(documents):
         assert len((await comparing).kl) == 6
 
     alone(act, config)
+
+
+def test_two_comparisons_at_a_time_are_one_too_many_whatever_the_first_is_doing():
+    """While it tells distances it has no leg. The second one's blocks were lost with the first one's end."""
+
+    async def act(engine):
+        await completions(engine, request("r", PROMPT))
+        began, goes_on, distance = asyncio.Event(), asyncio.Event(), engine._runner.distance
+
+        async def late(*blocks):
+            began.set()
+            await goes_on.wait()
+            return await distance(*blocks)
+
+        engine._runner.distance = late
+        first = asyncio.create_task(engine.compare(asked()))
+        await began.wait()
+        with pytest.raises(OverloadedError):
+            await engine.compare(asked())
+        goes_on.set()
+        assert (await first).distances == [0.0] * 5
+        assert (await engine.compare(asked())).distances == [0.0] * 5
+
+    alone(act)
