@@ -22,6 +22,7 @@ import yaml
 
 from kvcore import metric_names
 from kvcore.config import fields, schema
+from kvcore.config.kv.settings import BlendConfig
 from kvcore.config.mooncake_metadata import MooncakeMetadataConfig
 from kvcore.config.partitions import PartitionConfig
 from kvcore.config.records import RecordsConfig
@@ -241,6 +242,8 @@ def config_sections() -> Iterator[tuple[str, str, list[Key]]]:
             yield path, _text(PartitionConfig.__doc__), list(_keys(PartitionConfig, path))
             for kind in get_args(RecordsConfig):
                 yield _described(kind, "metadata_server.records", "Where they are kept.")
+        if name == "kv":
+            yield f"{name}.blend.", _text(BlendConfig.__doc__), list(_keys(BlendConfig, f"{name}.blend."))
         if name == "router":
             yield f"{name}.tls.", _text(TlsConfig.__doc__), list(_keys(TlsConfig, f"{name}.tls."))
         if name == "security":

@@ -17,13 +17,14 @@ _EVERY = ("cluster", "handoff", "security", "service")
 _METADATA_ADDRESSES = tuple(
     f"metadata_server.{name}" for name in ("host", "port", "standbys", "partitions", "timeout_s", "node_ttl_s")
 )
+_KV = ("kv.chunk_tokens", "kv.verify", "kv.encrypt")
 _ROUTER = (
     *(*_EVERY, *_METADATA_ADDRESSES, "router", "routers", "model", "kv"),
     *("engine.kind", "engine.vocab_size", "engine.save_output"),
     *("store.pin_share", "store.low_watermark", "store.high_watermark"),
 )
 _METADATA_SERVER = (*_EVERY, "metadata_server", "store", "model.name")
-_NODE = (*_EVERY, *_METADATA_ADDRESSES, "model", "engine", "kv", "transport", "store", "tiers")
+_NODE = (*_EVERY, *_METADATA_ADDRESSES, "model", "engine", *_KV, "transport", "store", "tiers")
 _NODE_FOR_ROUTER = re.compile(r"nodes\..+\.(role|host|port|url|bootstrap_port)")
 _PLACE = re.compile(r"nodes\..+\.(host|port|url)")
 _USER = re.compile(r"//[^/@\"]*@")
