@@ -194,6 +194,12 @@ class FormCutError(KVFerryError):
     code = "form_cut"
 
 
+class FormStuckError(InvalidRequestError):
+    """No token can come next in the form that the client asked for, or finding one takes more than a grammar may."""
+
+    code = "form_stuck"
+
+
 class StoppingError(KVFerryError):
     """This router has been told to stop: it takes no new request, and cuts what has not ended in time."""
 

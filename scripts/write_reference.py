@@ -144,9 +144,11 @@ where its branches cannot be told apart), `pattern`, `format` and bounds; regula
 back references; grammars in Lark, with its `%json`, or in GBNF; of structural tags the formats
 {textwrap.fill(", ".join(f"`{name}`" for name in FORMATS), 115)}.
 What it does not know (`not`, `uniqueItems`, `if`) is refused with its name before any token, and so is a text of more
-than 200,000 characters, one nested deeper than 64 levels, an object of more than 1,000 members, and what is not
-compiled within 10 s. With vLLM its own libraries take it, and refuse what they do not know;
-about white space they go by the settings of vLLM, whatever a request says. vLLM servers that are not ours cannot go on
+than 200,000 characters, one nested deeper than 64 levels, an object of more than 1,000 members, `multipleOf` of which
+the least common multiple is over 10,000, patterns in Lark joined by `&` or turned round by `~`, and what is not
+compiled within 10 s. A form in which no token can come next, or not within its bounds, ends with the error
+`form_stuck`. With vLLM its own libraries take it, and refuse what they do not know; about white space they go by the
+settings of vLLM, whatever a request says. vLLM servers that are not ours cannot go on
 with a form that another one began: such an answer ends with the error `form_cut`. Behind reasoning they begin a form as
 their own `--reasoning-parser` says.
 

@@ -15,7 +15,7 @@ from engines.paged.scheduler import Scheduler
 from engines.paged.sequence import Status, TokenSequence
 from engines.paged.store_jobs import StoreJobs
 from kvcore.clock import Clock
-from kvcore.errors import EngineError
+from kvcore.errors import EngineError, FormStuckError, KVFerryError
 from nodeapi.messages import FinishReason, TokenDelta
 
 _log = logging.getLogger("engines")
@@ -113,7 +113,7 @@ class Stepper:
             elif leg.is_prefill:
                 self._end_prefill(leg)
             else:
-                self._legs.fail(leg, EngineError(_why_none(item.sequence)))
+                self._legs.fail(leg, _why_none(item.sequence))
 
     def _emit(self, leg: Leg, sequence: TokenSequence, samples: list[Sampled]) -> None:
         """Append the drawn tokens and tell the reader. Several samples: the prompt's end, where completions fork."""
@@ -166,10 +166,11 @@ class Stepper:
             leg.set_saved()
 
 
-def _why_none(sequence: TokenSequence) -> str:
+def _why_none(sequence: TokenSequence) -> KVFerryError:
+    """Another node's engine would get no further with the same grammar; with logits it may."""
     if sequence.matcher is not None and sequence.matcher.problem:
-        return sequence.matcher.problem
-    return "the model's logits are not numbers; a wider model.dtype may help"
+        return FormStuckError(f"the form that was asked for: {sequence.matcher.problem}")
+    return EngineError("the model's logits are not numbers; a wider model.dtype may help")
 
 
 def step_slice(item: Work, block_size: int) -> StepSlice:

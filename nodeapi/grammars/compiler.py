@@ -8,6 +8,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -22,6 +23,17 @@ from nodeapi.grammars.source import source_of
 _T = TypeVar("_T")
 Beside = Callable[[Callable[[], _T]], Awaitable[_T]]
 """Runs blocking work beside the loop."""
+
+
+@dataclass(slots=True, eq=False)
+class _Compiling:
+    """One grammar that is compiled, or waits for it."""
+
+    grammar: Grammar
+    made: "asyncio.Future[LLMatcher] | None" = None
+    has_begun: bool = False
+    waiting: int = 0
+    """Who want it."""
 
 
 class Grammars:
@@ -43,7 +55,7 @@ class Grammars:
         self._threads: ThreadPoolExecutor | None = None
         self._vocabulary: LLTokenizer | None = None
         self._kept: OrderedDict[tuple[object, ...], LLMatcher] = OrderedDict()
-        self._running: dict[tuple[object, ...], asyncio.Future[LLMatcher]] = {}
+        self._running: dict[tuple[object, ...], _Compiling] = {}
 
     def __repr__(self) -> str:
         return f"<Grammars {len(self._kept)} compiled, {len(self._running)} being compiled>"
@@ -65,17 +77,26 @@ class Grammars:
             self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _compiled(self, key: tuple[object, ...], grammar: Grammar) -> LLMatcher:
-        running = self._running.get(key)
+        limits, running = self._limits, self._running.get(key)
         if running is None:
-            if len(self._running) >= self._limits.max_waiting:
+            if len(self._running) >= limits.max_waiting:
                 raise OverloadedError(f"{len(self._running)} grammars are being compiled; come back later")
-            running = self._running[key] = asyncio.ensure_future(self._run(partial(self._compile, grammar)))
-            running.add_done_callback(partial(self._done, key))
+            running = self._running[key] = _Compiling(grammar)
+            running.made = asyncio.ensure_future(self._run(partial(self._compile, running)))
+            running.made.add_done_callback(partial(self._done, key))
+        assert running.made is not None
+        running.waiting += 1
         try:
-            async with asyncio.timeout(self._limits.compile_s):
-                return await asyncio.shield(running)
+            async with asyncio.timeout(limits.compile_s):
+                return await asyncio.shield(running.made)
         except TimeoutError as error:
-            raise InvalidRequestError(f"it was not compiled within {self._limits.compile_s:g} s") from error
+            if not running.has_begun:
+                raise OverloadedError("other grammars are being compiled; come back later") from error
+            raise InvalidRequestError(f"it was not compiled within {limits.compile_s:g} s") from error
+        finally:
+            running.waiting -= 1
+            if not running.waiting and not running.has_begun:
+                running.made.cancel()
 
     async def _run(self, work: Callable[[], LLMatcher]) -> LLMatcher:
         if self._beside is not None:
@@ -84,15 +105,16 @@ class Grammars:
             self._threads = ThreadPoolExecutor(self._limits.threads, thread_name_prefix="grammars")
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    def _done(self, key: tuple[object, ...], running: asyncio.Future[LLMatcher]) -> None:
+    def _done(self, key: tuple[object, ...], made: asyncio.Future[LLMatcher]) -> None:
         del self._running[key]
-        if running.cancelled() or running.exception() is not None:
+        if made.cancelled() or made.exception() is not None:
             return
-        self._kept[key] = running.result()
+        self._kept[key] = made.result()
         while len(self._kept) > self._limits.max_kept:
             self._kept.popitem(last=False)
 
-    def _compile(self, grammar: Grammar) -> LLMatcher:
+    def _compile(self, running: _Compiling) -> LLMatcher:
+        running.has_begun, grammar = True, running.grammar
         if self._vocabulary is None:
             self._vocabulary = self._read()
         limits = self._limits
@@ -100,6 +122,7 @@ class Grammars:
             max_items_in_row=limits.row_items,
             initial_lexer_fuel=limits.parser_fuel,
             step_lexer_fuel=limits.step_fuel,
+            step_max_items=limits.step_items,
             max_lexer_states=limits.lexer_states,
             max_grammar_size=limits.grammar_symbols,
             verbose_errors=False,

@@ -6,12 +6,13 @@ Owns what of a grammar is refused before it is compiled, and how JSON is told to
 import json
 from typing import TYPE_CHECKING
 
-from llguidance import LLMatcher, LLTokenizer, grammar_from
+from llguidance import LLMatcher, LLTokenizer
 
 from kvcore.errors import InvalidRequestError
 from nodeapi.grammars.grammar import Grammar, GrammarKind
+from nodeapi.grammars.hazards import check_multiples, multiples_in
 from nodeapi.grammars.limits import GrammarLimits
-from nodeapi.grammars.structural_tags import tags_source
+from nodeapi.grammars.structural_tags import lark_source, tags_source
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
@@ -29,11 +30,11 @@ def source_of(grammar: Grammar, vocabulary: LLTokenizer, limits: GrammarLimits =
             case GrammarKind.REGEX:
                 return str(LLMatcher.grammar_from_regex(grammar.text))
             case GrammarKind.CHOICE:
-                return str(grammar_from("choice", grammar.text))
+                return str(LLMatcher.grammar_from_lark(_one_of(json.loads(grammar.text))))
             case GrammarKind.GRAMMAR:
-                return str(grammar_from("grammar", grammar.text))
+                return lark_source(grammar.text, limits)
             case GrammarKind.STRUCTURAL_TAG:
-                return tags_source(json.loads(grammar.text), vocabulary, _json_options(grammar))
+                return tags_source(json.loads(grammar.text), vocabulary, _json_options(grammar), limits)
     except (ValueError, KeyError, RecursionError) as error:
         said = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise InvalidRequestError(f"it is no {_NAMES[grammar.kind]}: {said}") from error
@@ -47,13 +48,21 @@ def check_text(grammar: Grammar, limits: GrammarLimits = GrammarLimits()) -> Non
     if grammar.kind in (GrammarKind.REGEX, GrammarKind.GRAMMAR):
         return
     try:
-        level, depth = [_json_of(grammar)], 0
+        whole = _json_of(grammar)
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError(f"it is no {_NAMES[grammar.kind]}: {error}") from error
+    level, depth = [whole], 0
     while level := [part for one in level for part in _parts(one, limits.max_members)]:
         depth += 1
         if depth > limits.max_nesting:
             raise InvalidRequestError(f"it is nested deeper than {limits.max_nesting} levels")
+    check_multiples(multiples_in(whole), limits)
+
+
+def _one_of(choices: list[str]) -> str:
+    """In Lark: as one terminal, since alternatives of a rule are as many places that the parser is at at once."""
+    texts = " | ".join(json.dumps(choice) for choice in choices if choice)
+    return f"start: CHOICE{'?' * ('' in choices)}\nCHOICE: {texts}\n" if texts else 'start: ""'
 
 
 def _json_of(grammar: Grammar) -> object:

@@ -7,17 +7,32 @@ Owns what of them is known. Formats as in xgrammar 0.2 (`xgrammar/structural_tag
 import json
 from collections.abc import Callable, Mapping, Sequence
 
-from llguidance import LLTokenizer, grammar_from, regex_to_lark
+from llguidance import LLMatcher, LLTokenizer, regex_to_lark
+from llguidance.gbnf_to_lark import any_to_lark
+
+from nodeapi.grammars.hazards import check_lark
+from nodeapi.grammars.limits import GrammarLimits
 
 Format = Mapping[str, object]
 _TEXT = r"/(?s:.*)/"
 _NOTHING = '""'
 
 
-def tags_source(tag: Format, vocabulary: LLTokenizer, json_options: Mapping[str, object]) -> str:
+def lark_source(text: str, limits: GrammarLimits) -> str:
+    """The source for a matcher, of a grammar in Lark or GBNF. Raises ValueError for what is neither,
+    InvalidRequestError for what may take too long."""
+    try:
+        lark = any_to_lark(text)
+    except Exception as error:  # that conversion raises bare ones
+        raise ValueError(f"as GBNF it cannot be read: {error}") from error
+    check_lark(lark, limits)
+    return str(LLMatcher.grammar_from_lark(lark))
+
+
+def tags_source(tag: Format, vocabulary: LLTokenizer, json_options: Mapping[str, object], limits: GrammarLimits) -> str:
     """The source for a matcher. `json_options`: llguidance's, of each JSON schema in it. Raises ValueError, KeyError
     and TypeError for what is no structural tag, or one of a kind that is not known."""
-    lark = _Lark(vocabulary, json_options)
+    lark = _Lark(vocabulary, json_options, limits)
     lark.add_start(lark.of(_current(tag)))
     if not lark.side:
         return lark.text
@@ -38,8 +53,8 @@ def _current(tag: Format) -> Format:
 class _Lark:
     """Rules, made as they are needed. Each method gives an expression that may stand in another rule."""
 
-    def __init__(self, vocabulary: LLTokenizer, json_options: Mapping[str, object]) -> None:
-        self._vocabulary = vocabulary
+    def __init__(self, vocabulary: LLTokenizer, json_options: Mapping[str, object], limits: GrammarLimits) -> None:
+        self._vocabulary, self._limits = vocabulary, limits
         self._json_options = json_options
         self._rules: list[str] = []
         self.side: list[dict[str, str]] = []
@@ -92,7 +107,7 @@ class _Lark:
 
     def grammar(self, form: Format) -> str:
         name = f"side_{len(self.side)}"
-        self.side.append({"name": name, "lark_grammar": str(grammar_from("grammar", str(form["grammar"])))})
+        self.side.append({"name": name, "lark_grammar": lark_source(str(form["grammar"]), self._limits)})
         return f"@{name}"
 
     def any_text(self, form: Format) -> str:

@@ -95,15 +95,16 @@ def _of_structured_outputs(outputs: StructuredOutputs) -> AskedGrammar:
 
 def _json(outputs: StructuredOutputs) -> tuple[GrammarKind, str]:
     schema: object = outputs.json
-    if isinstance(schema, str):
-        if not outputs.disable_additional_properties:
-            return GrammarKind.JSON, schema
-        try:
-            schema = msgspec.json.decode(schema)
-        except (msgspec.DecodeError, UnicodeEncodeError) as error:
-            param = "structured_outputs.json"
-            raise InvalidRequestError(f"{param} is no JSON: {error}", param=param) from error
-    return GrammarKind.JSON, json.dumps(_closed(schema) if outputs.disable_additional_properties else schema)
+    if not outputs.disable_additional_properties:
+        return GrammarKind.JSON, _as_text(schema)
+    param = "structured_outputs.json"
+    try:
+        whole = msgspec.json.decode(schema) if isinstance(schema, str) else schema
+        return GrammarKind.JSON, json.dumps(_closed(whole))
+    except (msgspec.DecodeError, UnicodeEncodeError) as error:
+        raise InvalidRequestError(f"{param} is no JSON: {error}", param=param) from error
+    except RecursionError as error:
+        raise InvalidRequestError(f"{param} is nested too deeply", param=param) from error
 
 
 def _closed(schema: object) -> object:

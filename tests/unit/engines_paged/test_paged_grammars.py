@@ -10,7 +10,7 @@ from support.sim_loop import run_sim
 
 from engines.sim.reference import expected_tokens
 from engines.sim.runner import EOS_TOKEN
-from kvcore.errors import EngineError, InvalidRequestError
+from kvcore.errors import FormStuckError, InvalidRequestError
 from nodeapi.grammars.grammar import Grammar, GrammarKind
 from nodeapi.messages import FinishReason
 
@@ -157,7 +157,7 @@ def test_a_stop_token_ends_only_where_the_grammar_may():
         return await deltas(engine, wanted("r", grammar, stop_token_ids=[five, 300], max_tokens=30))
 
     # Until three are there, "5" is the grammar's only token and yet would end it: nothing can come.
-    with pytest.raises(EngineError, match="no token that could come next"):
+    with pytest.raises(FormStuckError, match="no token that could come next"):
         run(act)
 
     async def other(engine):
@@ -188,7 +188,7 @@ def test_tokens_that_do_not_follow_the_grammar_are_not_continued():
         started = msgspec.structs.replace(wanted("r", DIGITS), output_token_ids=[ord("x")])
         return await deltas(engine, started)
 
-    with pytest.raises(EngineError, match="does not follow the grammar"):
+    with pytest.raises(FormStuckError, match="does not follow the grammar"):
         run(act)
 
 

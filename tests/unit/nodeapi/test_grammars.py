@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from llguidance import LLMatcher
+from llguidance import LLMatcher, LLTokenizer
 from support.small_tokenizers import byte_level, saved
 
 from kvcore.errors import InvalidRequestError, ModelLoadError, OverloadedError
@@ -167,6 +167,7 @@ def _powers(count: int) -> dict[str, object]:
     return {"allOf": [{"anyOf": part} for part in names]}
 
 
+ALIKE = "start: A\nA: /(.*a.{14}.*)/ & /(.*b.{14}.*)/ & ~/(.*c.{14}.*)/"
 HOSTILE: list[tuple[GrammarKind, object]] = [
     (GrammarKind.JSON, _powers(12)),
     (GrammarKind.JSON, {"type": "string", "pattern": "(((a{1,100}){1,100}){1,100}){1,100}"}),
@@ -178,6 +179,16 @@ HOSTILE: list[tuple[GrammarKind, object]] = [
     (GrammarKind.JSON, {"$ref": "http://127.0.0.1:1/schema.json"}),
     (GrammarKind.REGEX, "(.*a){20}.{2000}"),
     (GrammarKind.REGEX, "(a{1,1000}){1,1000}"),
+    (GrammarKind.JSON, {"type": "integer", "multipleOf": 9_999_991}),
+    (GrammarKind.JSON, {"anyOf": [{"type": "integer", "multipleOf": 9000 + more} for more in range(3)]}),
+    (GrammarKind.JSON, {"anyOf": [{"type": "integer", "multipleOf": 9000}] * 40}),
+    (GrammarKind.JSON, '{"type": "number", "multipleOf": 1e300}'),
+    (GrammarKind.JSON, '{"type": "number", "multipleOf": 1e-300}'),
+    (GrammarKind.JSON, '{"type": "number", "multipleOf": 1e999}'),
+    (GrammarKind.STRUCTURAL_TAG, tag({"type": "json_schema", "json_schema": {"multipleOf": 9_999_991}})),
+    (GrammarKind.GRAMMAR, 'start: %json {"type": "integer", "\\u006dultipleOf": 9999991}'),
+    (GrammarKind.GRAMMAR, ALIKE),
+    (GrammarKind.STRUCTURAL_TAG, tag({"type": "grammar", "grammar": ALIKE})),
     (GrammarKind.GRAMMAR, "start: start"),
     (GrammarKind.GRAMMAR, "start: " + "(" * 5000 + '"a"' + ")" * 5000),
 ]
@@ -195,6 +206,43 @@ def test_none_takes_longer_than_its_bounds(kind: GrammarKind, text: object) -> N
         assert mask is not None or matcher.problem
 
 
+@pytest.mark.parametrize(
+    ("schema", "good"),
+    [
+        ({"type": "number", "multipleOf": 0.01}, "1.25"),
+        ({"type": "integer", "multipleOf": 3600}, "7200"),
+        ({"properties": {"a": {"type": "integer", "multipleOf": 60}, "b": {"multipleOf": 0.5}}}, '{"a": 120}'),
+    ],
+)
+def test_steps_of_numbers_that_people_use_are_followed(schema: dict[str, object], good: str) -> None:
+    assert follows(matcher_of(GrammarKind.JSON, schema), good)
+
+
+@pytest.mark.parametrize(
+    "text", ['start: "a & ~b" // & ~', "start: /a&[~]/", 'start: A~3 "&"\nA: "~"~1..2', "start: /&\\/~/"]
+)
+def test_marks_in_texts_and_before_numbers_join_no_patterns(text: str) -> None:
+    matcher_of(GrammarKind.GRAMMAR, text)
+
+
+def test_the_text_of_a_choice_among_many_is_whole() -> None:
+    """Each was a place of its own for the parser, and over 10,000 it could not go on behind the first token."""
+    many = matcher_of(GrammarKind.CHOICE, [f"value-{number}" for number in range(10_500)])
+    assert follows(many, "value-10499") and not follows(many.fork(), "value-10500")
+    with_nothing = matcher_of(GrammarKind.CHOICE, ["", "a", "ab"])
+    assert [follows(with_nothing.fork(), text) for text in ("", "a", "ab", "b")] == [True, True, True, False]
+
+
+def test_a_mask_of_a_text_that_can_be_read_in_many_ways_ends() -> None:
+    """With llguidance's own bound it took minutes."""
+    rules = "\n".join(f"r{number}: r{number + 1} r{number + 1} | r{number + 1}" for number in range(60))
+    matcher = matcher_of(GrammarKind.GRAMMAR, f'start: r0\n{rules}\nr60: "a" | ""')
+    output: list[int] = []
+    while len(output) < 60 and matcher.mask(output, [EOS]) is not None:
+        output.append(ord("a"))
+    assert "Too many items" in matcher.problem
+
+
 async def test_a_compiled_one_is_kept_and_the_oldest_goes() -> None:
     kept = grammars(GrammarLimits(max_kept=2))
     texts = ["a", "b", "a", "c", "a"]
@@ -203,24 +251,35 @@ async def test_a_compiled_one_is_kept_and_the_oldest_goes() -> None:
     assert repr(kept) == "<Grammars 2 compiled, 0 being compiled>"
 
 
-async def test_one_that_takes_too_long_is_refused_and_then_too_many_are() -> None:
-    free = threading.Event()
+async def test_what_takes_too_long_is_refused_and_what_waits_behind_it_is_never_begun() -> None:
+    begun, free = threading.Event(), threading.Event()
 
-    async def stuck(work: Callable[[], LLMatcher]) -> LLMatcher:
-        await asyncio.to_thread(free.wait)
-        return work()
+    def read() -> LLTokenizer:
+        begun.set()
+        free.wait()
+        return byte_vocabulary(VOCAB, EOS)
 
-    limits = GrammarLimits(compile_s=0.01, max_waiting=1)
-    slow = Grammars(partial(byte_vocabulary, VOCAB, EOS), [EOS], beside=stuck, limits=limits)
+    own = Grammars(read, [EOS], limits=GrammarLimits(compile_s=0.05, max_waiting=2))
+    first, gone = (asyncio.create_task(own.matcher(Grammar(kind=GrammarKind.REGEX, text=text))) for text in "ac")
     try:
-        with pytest.raises(InvalidRequestError, match=r"not compiled within 0\.01 s"):
-            await slow.matcher(Grammar(kind=GrammarKind.REGEX, text="a"))
-        with pytest.raises(OverloadedError, match="1 grammars are being compiled"):
-            await slow.matcher(Grammar(kind=GrammarKind.REGEX, text="b"))
+        await asyncio.to_thread(begun.wait)
+        with pytest.raises(OverloadedError, match="2 grammars are being compiled"):
+            await own.matcher(Grammar(kind=GrammarKind.REGEX, text="b"))
+        gone.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
+        with pytest.raises(OverloadedError, match="other grammars"):
+            await own.matcher(Grammar(kind=GrammarKind.REGEX, text="b"))
+        with pytest.raises(InvalidRequestError, match=r"not compiled within 0\.05 s"):
+            await first
+        async with asyncio.timeout(30):
+            while repr(own) != "<Grammars 0 compiled, 1 being compiled>":  # noqa: ASYNC110 - nothing tells of it
+                await asyncio.sleep(0)
+        free.set()
+        await asyncio.gather(*[task for task in asyncio.all_tasks() if task is not asyncio.current_task()])
+        assert repr(own) == "<Grammars 1 compiled, 0 being compiled>"
     finally:
         free.set()
-    await asyncio.gather(*[task for task in asyncio.all_tasks() if task is not asyncio.current_task()])
-    assert follows(await slow.matcher(Grammar(kind=GrammarKind.REGEX, text="a")), "a")
+        own.close()
 
 
 async def test_a_wrong_one_is_judged_anew_and_the_loop_is_free_meanwhile() -> None:

@@ -97,6 +97,12 @@ BAD: list[tuple[dict[str, object], str, str]] = [
     ({"structured_outputs": {"grammar": "start: ("}}, "structured_outputs.grammar", "Expected"),
     ({"structured_outputs": {"json": "{"}}, "structured_outputs.json", "no JSON schema"),
     ({"structured_outputs": {"json": "{", "disable_additional_properties": True}}, "structured_outputs.json", "JSON"),
+    (
+        {"structured_outputs": {"json": '{"items":' * 900 + "{}" + "}" * 900, "disable_additional_properties": True}},
+        "structured_outputs.json",
+        "nested",
+    ),
+    (json_schema(schema={"type": "integer", "multipleOf": 86_400}), "response_format.json_schema.schema", "multipleOf"),
     ({"structured_outputs": {"structural_tag": "[]"}}, "structured_outputs.structural_tag", "object"),
     ({"structured_outputs": {"regex": "a", "backend": "x"}}, "structured_outputs.backend", "backend"),
     ({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, "structured_outputs", "two"),
